@@ -1,0 +1,24 @@
+PYTHON ?= python
+SOURCES = protoclip kernels benchmarks tests setup.py
+NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
+
+.PHONY: check lint fix test bench gpu
+
+check: lint test  ## everything CI checks
+
+lint:
+	ruff check $(SOURCES)
+	ruff format --check $(SOURCES)
+	mypy
+	$(if $(NATIVE),clang-format --dry-run --Werror $(NATIVE))
+
+fix:
+	ruff check --fix $(SOURCES)
+	ruff format $(SOURCES)
+	$(if $(NATIVE),clang-format -i $(NATIVE))
+
+test:
+	$(PYTHON) -m pytest tests
+
+bench:  ## parity, then speed; two cores, a few minutes
+	$(PYTHON) -m pytest benchmarks --benchmark-only

@@ -1,0 +1,1 @@
+"""Triton kernels of protoclip; imported as protoclip.kernels, one file per op."""

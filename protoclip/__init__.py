@@ -1,0 +1,1 @@
+"""ProtoCLIP at the price of CLIP."""

