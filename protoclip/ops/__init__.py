@@ -1,0 +1,1 @@
+"""The ops: contract, checks, backends and autograd of each."""
