@@ -66,7 +66,7 @@ TABLE: dict[str, dict[str, Backend]] = {
     "info_nce": {"reference": REFERENCE},
     "prototype_cross_entropy": {"reference": REFERENCE},
     "soft_targets": {"reference": REFERENCE},
-    "kmeans_assign": {"reference": REFERENCE},
+    "kmeans_assign": {"cpu": _cpu("kmeans_assign"), "reference": REFERENCE},
     "segment_mean": {"reference": REFERENCE},
 }
 
