@@ -34,7 +34,9 @@ inline Int broadcast4(const uint8_t* p) {
   return (Int)_mm512_set1_epi32(word);
 }
 inline Float broadcast(float x) { return _mm512_set1_ps(x); }
-inline Int dot4(Int sum, Int left, Int right) { return (Int)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)left, (__m512i)right); }
+inline Int dot4(Int sum, Int left, Int right) {
+  return (Int)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)left, (__m512i)right);
+}
 inline Float to_float(Int x) { return _mm512_cvtepi32_ps((__m512i)x); }
 inline Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
 inline Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
@@ -60,7 +62,8 @@ inline Int broadcast4(const uint8_t* p) {
 }
 inline Float broadcast(float x) { return _mm256_set1_ps(x); }
 inline Int dot4(Int sum, Int left, Int right) {
-  const __m256i pairs = _mm256_maddubs_epi16((__m256i)left, (__m256i)right);  // |pair| <= 2 * 127 * 127 < 2^15
+  const __m256i pairs =
+      _mm256_maddubs_epi16((__m256i)left, (__m256i)right);  // |pair| <= 2 * 127 * 127 < 2^15
   return sum + (Int)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 inline Float to_float(Int x) { return _mm256_cvtepi32_ps((__m256i)x); }

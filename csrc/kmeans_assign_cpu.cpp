@@ -26,10 +26,13 @@ constexpr int64_t CHUNK_BYTES = 1 << 18;  // of codes: they stay in the L2 cache
 constexpr int64_t CHUNK_PANELS = 12;      // scratch of scores: ROWS * 12 * COLS floats, in L1
 constexpr float TOO_LARGE = 1e15f;        // squares near fp32's end: such a row is done in fp64
 
+constexpr int64_t SAMPLE = 256;  // rows looked at to decide on the rotation
+constexpr double PEAKY = 4.5;    // normal coordinates: 2.6 at D = 64 to 3.4 at D = 1024
+
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 struct Centroids {
-  Centroids(const float* rows, int64_t k, int64_t d);
+  Centroids(const at::Tensor& rows, const at::Tensor& sample);
 
   const float* rows;  // [K, D]
   int64_t k, d, depth, panels;
@@ -41,18 +44,27 @@ struct Centroids {
   std::vector<int32_t> start;                         // [panels * COLS], takes OFFSET out
   std::vector<float> scale, half_square, norm_bound;  // [panels * COLS]
 
- private:
-  void find_mean();
-  void encode_panel(int64_t panel, float* error);
   void centre(const float* row, float* out) const {
     for (int64_t j = 0; j < d; ++j) out[j] = row[j] - mean[j];
   }
+
+ private:
+  void find_mean();
+  double peakiness(const at::Tensor& sample) const;
+  void encode_panel(int64_t panel, float* error);
 };
 
-Centroids::Centroids(const float* rows, int64_t k, int64_t d)
-    : rows(rows), k(k), d(d), depth(round_up(d, 4)), panels((k + COLS - 1) / COLS), rotation(d) {
+// `sample`: some of the points; both are fp32 and contiguous.
+Centroids::Centroids(const at::Tensor& centroids, const at::Tensor& sample)
+    : rows(centroids.const_data_ptr<float>()),
+      k(centroids.size(0)),
+      d(centroids.size(1)),
+      depth(round_up(d, 4)),
+      panels((k + COLS - 1) / COLS),
+      rotation(d) {
   find_mean();
   if (!finite) return;
+  rotated = std::max(peakiness(sample), peakiness(centroids)) > PEAKY;
   const int64_t slots = panels * COLS;
   codes.resize(slots * depth);
   start.resize(slots);
@@ -86,6 +98,21 @@ void Centroids::find_mean() {
   }
 }
 
+// Mean over some rows of the largest coordinate over the root mean square, after centring.
+double Centroids::peakiness(const at::Tensor& sample) const {
+  const int64_t step = std::max<int64_t>(1, sample.size(0) / SAMPLE);
+  std::vector<float> row(d);
+  double sum = 0, count = 0;
+  for (int64_t i = 0; i < sample.size(0); i += step) {
+    centre(sample.const_data_ptr<float>() + i * d, row.data());
+    const double norm = std::sqrt(screen::squared_norm(row.data(), d) / std::max<int64_t>(d, 1));
+    if (!(norm > 0 && std::isfinite(norm))) continue;
+    sum += screen::peak(row.data(), d) / norm;
+    count += 1;
+  }
+  return count > 0 ? sum / count : 0;
+}
+
 void Centroids::encode_panel(int64_t panel, float* error) {
   std::vector<float> row(d);
   std::vector<int8_t> code(depth);
@@ -93,6 +120,7 @@ void Centroids::encode_panel(int64_t panel, float* error) {
   for (int64_t i = panel * COLS; i < std::min(k, (panel + 1) * COLS); ++i) {
     centre(rows + i * d, row.data());
     const double square = screen::squared_norm(row.data(), d);
+    if (rotated) rotation(row.data());
     const auto coded = screen::encode(row.data(), d, 127, 0, 1e-30f, code.data());
     int32_t total = 0;
     for (int64_t j = 0; j < depth; ++j) {
@@ -138,7 +166,7 @@ struct Block {
 void Block::encode(int64_t row) {
   const float* x = points.data() + row * c.d;
   uint8_t* code = codes.data() + row * c.depth;
-  for (int64_t j = 0; j < c.d; ++j) centred[j] = x[j] - c.mean[j];
+  c.centre(x, centred.data());
   square[row] = screen::squared_norm(centred.data(), c.d);
   label[row] = -1;
   inverse[row] = widening[row] = 0;
@@ -150,14 +178,16 @@ void Block::encode(int64_t row) {
     brute_force(row);
     return;
   }
+  if (c.rotated) c.rotation(centred.data());
   // Next to far larger centroids a point needs no digits, and 1 / s must stay finite.
   const float min_scale = std::max(c.largest * 1e-12f, 1e-30f);
-  const auto coded = screen::encode(centred.data(), c.d, int8::LEFT_MAX, screen::OFFSET, min_scale,
-                                    code);
+  const auto coded =
+      screen::encode(centred.data(), c.d, int8::LEFT_MAX, screen::OFFSET, min_scale, code);
   std::fill(code + c.d, code + c.depth, screen::OFFSET);
   inverse[row] = 1 / coded.scale;
   const double exact = (coded.error + static_cast<double>(coded.norm) * c.error_ratio) * 1.001;
-  widening[row] = static_cast<float>((exact + std::sqrt(square[row]) * screen::SLACK) / coded.scale);
+  widening[row] =
+      static_cast<float>((exact + std::sqrt(square[row]) * screen::SLACK) / coded.scale);
 }
 
 // Bounds of ROWS points against a chunk of panels, and the highest of each row.
@@ -167,19 +197,18 @@ void Block::screen_chunk(int64_t group, int64_t panel, int64_t panels, float (&t
   const int64_t stride = panels * COLS;
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t at = (panel + p) * COLS;
-    int8::tile(
-        codes.data() + group * c.depth, c.depth, c.codes.data() + at * c.depth,
-        c.start.data() + at, c.depth, [&](auto i, int8::Int sum) ALWAYS_INLINE {
-          constexpr int r = i / VECS, v = i % VECS;
-          const auto scale = int8::load(c.scale.data() + at + v * LANES);
-          const auto half = int8::load(c.half_square.data() + at + v * LANES);
-          const auto norm = int8::load(c.norm_bound.data() + at + v * LANES);
-          const auto slack = int8::mul(norm, int8::broadcast(widening[group + r]));
-          const auto offset = int8::fma(half, int8::broadcast(-inverse[group + r]), slack);
-          const auto bound = int8::fma(int8::to_float(sum), scale, offset);
-          int8::store(bounds.data() + r * stride + p * COLS + v * LANES, bound);
-          best[r] = int8::max(best[r], bound);
-        });
+    int8::tile(codes.data() + group * c.depth, c.depth, c.codes.data() + at * c.depth,
+               c.start.data() + at, c.depth, [&](auto i, int8::Int sum) ALWAYS_INLINE {
+                 constexpr int r = i / VECS, v = i % VECS;
+                 const auto scale = int8::load(c.scale.data() + at + v * LANES);
+                 const auto half = int8::load(c.half_square.data() + at + v * LANES);
+                 const auto norm = int8::load(c.norm_bound.data() + at + v * LANES);
+                 const auto slack = int8::mul(norm, int8::broadcast(widening[group + r]));
+                 const auto offset = int8::fma(half, int8::broadcast(-inverse[group + r]), slack);
+                 const auto bound = int8::fma(int8::to_float(sum), scale, offset);
+                 int8::store(bounds.data() + r * stride + p * COLS + v * LANES, bound);
+                 best[r] = int8::max(best[r], bound);
+               });
   }
   for (int r = 0; r < ROWS; ++r) top[r] = int8::max_lane(best[r]);
 }
@@ -230,8 +259,7 @@ float squared_distance(const float* x, const float* y, int64_t d) {
 
 void Block::measure(int64_t row, int64_t candidate) {
   if (candidate >= c.k) return;  // a slot of padding ties at -inf
-  const float now =
-      squared_distance(points.data() + row * c.d, c.rows + candidate * c.d, c.d);
+  const float now = squared_distance(points.data() + row * c.d, c.rows + candidate * c.d, c.d);
   const bool nearer = now < distance[row] || (now == distance[row] && candidate < label[row]);
   if (label[row] >= 0 && !nearer) return;
   label[row] = candidate;
@@ -296,11 +324,13 @@ std::tuple<at::Tensor, at::Tensor> kmeans_assign(const at::Tensor& points,
                                                  const at::Tensor& centroids) {
   const int64_t n = points.size(0);
   auto labels = at::full({n}, -1, points.options().dtype(at::kLong));
-  auto distances = at::full({n}, std::numeric_limits<float>::quiet_NaN(),
-                            points.options().dtype(at::kFloat));
+  auto distances =
+      at::full({n}, std::numeric_limits<float>::quiet_NaN(), points.options().dtype(at::kFloat));
   if (n == 0) return {labels, distances};
   const at::Tensor rows = centroids.to(at::kFloat).contiguous();
-  const Centroids prepared(rows.const_data_ptr<float>(), rows.size(0), rows.size(1));
+  const int64_t step = std::max<int64_t>(1, n / SAMPLE);
+  const at::Tensor sample = points.slice(0, 0, n, step).to(at::kFloat).contiguous();
+  const Centroids prepared(rows, sample);
   if (!prepared.finite) return {labels, distances};
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, points.scalar_type(), "kmeans_assign", [&] {
@@ -317,6 +347,4 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
   m.def("kmeans_assign(Tensor points, Tensor centroids) -> (Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(protoclip_native, CPU, m) {
-  m.impl("kmeans_assign", protoclip::kmeans_assign);
-}
+TORCH_LIBRARY_IMPL(protoclip_native, CPU, m) { m.impl("kmeans_assign", protoclip::kmeans_assign); }

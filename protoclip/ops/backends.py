@@ -67,7 +67,7 @@ TABLE: dict[str, dict[str, Backend]] = {
     "prototype_cross_entropy": {"reference": REFERENCE},
     "soft_targets": {"reference": REFERENCE},
     "kmeans_assign": {"cpu": _cpu("kmeans_assign"), "reference": REFERENCE},
-    "segment_mean": {"reference": REFERENCE},
+    "segment_mean": {"cpu": _cpu("segment_mean"), "reference": REFERENCE},
 }
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
