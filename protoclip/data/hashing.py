@@ -15,10 +15,9 @@ def mix(*parts: int | np.ndarray) -> np.ndarray:
     state: Any = np.uint64(0)
     with np.errstate(over="ignore"):
         for part in parts:
-            if isinstance(part, np.ndarray):
-                value = part.astype(np.uint64)
-            else:
-                value = np.uint64(int(part) & 0xFFFF_FFFF_FFFF_FFFF)
+            if not isinstance(part, np.ndarray):
+                part = np.array(int(part) & 0xFFFF_FFFF_FFFF_FFFF, dtype=np.uint64)
+            value = part.astype(np.uint64)
             state = _finalise(state ^ (value + np.uint64(0x9E37_79B9_7F4A_7C15)))
     return np.asarray(state)
 

@@ -117,15 +117,8 @@ Members = dict[str, tuple[int, int]]  # extension -> offset, size
 
 def _samples(path: str) -> Iterator[tuple[str, Members, str]]:
     """Key, members and fault ("" if none) of each sample: neighbours with the same key."""
-    try:
-        tar = tarfile.open(path, "r:")
-    except tarfile.ReadError as error:
-        raise DataError(
-            f"{path}: not an uncompressed tar ({error}); unpack .gz files, and check that the copy "
-            "is complete"
-        ) from error
-    key, members, fault = "", Members(), ""
-    with tar:
+    key, members = "", Members()
+    with _open(path) as tar:
         for name, extension, place in _members(tar, os.path.getsize(path)):
             if name != key:
                 if members:
@@ -137,6 +130,16 @@ def _samples(path: str) -> Iterator[tuple[str, Members, str]]:
         yield key, members, ""
     if fault:
         yield f"what follows {key}", Members(), fault
+
+
+def _open(path: str) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path, "r:")
+    except tarfile.ReadError as error:
+        raise DataError(
+            f"{path}: not an uncompressed tar ({error}); unpack .gz files, and check that the copy "
+            "is complete"
+        ) from error
 
 
 def _members(tar: tarfile.TarFile, size: int) -> Iterator[tuple[str, str, tuple[int, int]]]:
