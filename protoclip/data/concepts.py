@@ -25,7 +25,7 @@ class Concept:
 def table() -> tuple[Concept, ...]:
     """All concepts in Unicode's order."""
     file = resources.files("protoclip.data").joinpath("emoji.tsv")
-    with file.open(encoding="utf-8", newline="") as lines:
+    with file.open(encoding="utf-8") as lines:
         rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         return tuple(
             Concept(r["hexcode"], r["emoji"], r["group"], r["subgroup"], _captions(r)) for r in rows

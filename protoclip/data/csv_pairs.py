@@ -98,6 +98,7 @@ def _rows(
     name: str, separator: str, img_key: str, caption_key: str
 ) -> Iterator[tuple[int, str, str]]:
     """Line number, path and stripped caption of each row."""
+    separator = "\t" if separator == "\\t" else separator  # as a shell passes "\t"
     if len(separator) != 1:
         raise DataError(f"--csv-separator must be one character, got {separator!r}")
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 
@@ -10,18 +12,17 @@ def mix(*parts: int | np.ndarray) -> np.ndarray:
 
     Each part goes through the finaliser of SplitMix64 (Steele et al. 2014).
     """
-    state = np.zeros((), dtype=np.uint64)
+    state: Any = np.uint64(0)
     with np.errstate(over="ignore"):
         for part in parts:
-            if isinstance(part, np.ndarray):
-                value = part.astype(np.uint64)
-            else:
-                value = np.uint64(int(part) & 0xFFFF_FFFF_FFFF_FFFF)
+            if not isinstance(part, np.ndarray):
+                part = np.array(int(part) & 0xFFFF_FFFF_FFFF_FFFF, dtype=np.uint64)
+            value = part.astype(np.uint64)
             state = _finalise(state ^ (value + np.uint64(0x9E37_79B9_7F4A_7C15)))
     return np.asarray(state)
 
 
-def _finalise(state: np.ndarray) -> np.ndarray:
+def _finalise(state: Any) -> Any:
     state = state + np.uint64(0x9E37_79B9_7F4A_7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)

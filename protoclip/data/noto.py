@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -81,7 +82,8 @@ def _font() -> ImageFont.FreeTypeFont:
     tried = []
     for path in _candidates():
         try:
-            font = ImageFont.truetype(str(path), STRIKE)
+            # The content, as Pillow looks for a namesake elsewhere when a path does not load.
+            font = ImageFont.truetype(io.BytesIO(path.read_bytes()), STRIKE)
         except OSError as error:
             tried.append(f"{path}: {error}")
             continue

@@ -73,8 +73,8 @@ SHAPES: dict[str, list[tuple[float, float]]] = {
         (-1, -1, -_BAR, -_BAR, _BAR, _BAR, 1, 1, _BAR, _BAR, -_BAR, -_BAR), strict=True)],
     "heart": _heart(),
     "arrow": [(-1, -0.3), (0.1, -0.3), (0.1, -0.8), (1, 0), (0.1, 0.8), (0.1, 0.3), (-1, 0.3)],
-    "crescent": [(math.cos(t), math.sin(t)) for t in np.linspace(0.8, 5.48, 24)]
-    + [(0.35 + 0.78 * math.cos(t), 0.92 * math.sin(t)) for t in np.linspace(5.35, 0.93, 20)],
+    "crescent": [(0.3 + math.cos(t), math.sin(t)) for t in np.linspace(0.8, 5.48, 24)]
+    + [(0.65 + 0.78 * math.cos(t), 0.92 * math.sin(t)) for t in np.linspace(5.35, 0.93, 20)],
     "hourglass": [(-0.75, -0.9), (0.75, -0.9), (0.12, 0), (0.75, 0.9), (-0.75, 0.9), (-0.12, 0)],
 }  # fmt: skip
 
