@@ -1,9 +1,9 @@
 """Compile csrc/ at first use and load it.
 
 Two libraries, built apart so that one failing leaves the other: ``cpu`` (csrc/*.cpp) and ``cuda``
-(csrc/*.cu and csrc/cuda_*.cpp, where torch has CUDA and nvcc is there). Each lands in a folder named
-after everything that goes into it; a build that ended well leaves a stamp, and only a stamped library
-is loaded. One process per machine builds, holding a file lock that dies with it; others wait.
+(csrc/*.cu and csrc/cuda_*.cpp, where torch has CUDA and nvcc is there). Each lands in a folder
+named after everything that goes into it; a build that ended well leaves a stamp, and only a stamped
+library is loaded. One process builds, holding a file lock that dies with it; others wait.
 
 Environment: PROTOCLIP_DISABLE_JIT=1, PROTOCLIP_BUILD_VERBOSE=1, PROTOCLIP_CACHE (default
 ~/.cache/protoclip); torch's MAX_JOBS and TORCH_CUDA_ARCH_LIST are honoured.
@@ -132,7 +132,13 @@ def _plan(half: str) -> Build:
         sources = [p for p in sorted(folder.glob("*.cpp")) if not p.name.startswith("cuda_")]
         capability = torch.backends.cpu.get_cpu_capability()
         parameters |= {"capability": capability, "cpu": _cpu_flags()}
-        cflags = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-Wno-unknown-pragmas")
+        cflags: tuple[str, ...] = (
+            "-O3",
+            "-march=native",
+            "-fopenmp",
+            "-fno-math-errno",
+            "-Wno-unknown-pragmas",
+        )
         if capability in ("AVX2", "AVX512"):
             cflags += (f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}")
         return Build(half, tuple(sources), cflags, (), parameters)
