@@ -24,7 +24,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["protoclip", "protoclip.data", "protoclip.ops", "protoclip.kernels", "protoclip.csrc"],
+    packages=["protoclip", "protoclip.data", "protoclip.metrics", "protoclip.ops", "protoclip.kernels", "protoclip.csrc"],
     package_dir={"protoclip": "protoclip", "protoclip.kernels": "kernels", "protoclip.csrc": "csrc"},
     package_data={
         "protoclip.data": ["*.tsv", "*.md"],
