@@ -13,7 +13,7 @@ class Accuracy:
     """Scores of one classifier on one set, as shares of 1."""
 
     acc1: float
-    acc5: float
+    acc5: float  # NaN with fewer than five classes
     mean_per_class_recall: float  # over the classes that occur
     hits: Tensor  # float32 [N], 1.0 where the first guess is right
 
@@ -28,7 +28,8 @@ def class_vectors(prompts: Tensor) -> Tensor:
     """
     if prompts.ndim != 3 or prompts.shape[1] == 0:
         raise ValueError(
-            f"class_vectors: expected [C, P, D] with at least one prompt, got {tuple(prompts.shape)}"
+            f"class_vectors: expected [C, P, D] with at least one prompt, "
+            f"got {tuple(prompts.shape)}"
         )
     c, p, d = prompts.shape
     return unit(unit(prompts.reshape(c * p, d)).reshape(c, p, d).mean(1))
@@ -46,8 +47,9 @@ def zero_shot_logits(image: Tensor, vectors: Tensor) -> Tensor:
 def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
     """Top-1, top-5 and mean per class recall of logits [N, C] against labels int64 [N].
 
-    With fewer than five classes top-5 is 1, as in CLIP_benchmark. Ties go to the other classes,
-    half a place each. No samples: NaN.
+    Ties go to the other classes, half a place each. No samples: NaN; fewer than five classes: no
+    top-5 (NaN), as in CLIP_benchmark.
+
     Raises:
         ValueError: shapes disagree, or a label has no column.
     """
@@ -67,5 +69,5 @@ def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
     support = torch.bincount(labels, minlength=c)
     right = torch.zeros(c, dtype=torch.float64, device=logits.device).index_add_(0, labels, hits)
     recall = (right / support)[support > 0].mean()
-    acc5 = float((rank <= 5).double().mean())
+    acc5 = float((rank <= 5).double().mean()) if c >= 5 else float("nan")
     return Accuracy(float(hits.mean()), acc5, float(recall), hits.float())

@@ -161,7 +161,8 @@ def _expected_mutual_information(table: Contingency) -> float:
             log_p = log_p + log_factorial[bb] - log_factorial[(bb - x).clamp_min(0)]
             log_p = log_p + log_factorial[n - a] - log_factorial[(n - a - bb + x).clamp_min(0)]
             log_p = log_p + log_factorial[n - bb] - log_factorial[n]
-            log_ratio = torch.log(n * x.double() / (a * bb.double()))
-            term = torch.where(possible, x / n * log_ratio * log_p.exp(), 0)
+            share = x.double() / n
+            log_ratio = torch.log(share * (n / a) * (n / bb.double()))
+            term = torch.where(possible, share * log_ratio * log_p.exp(), 0)
             total += times * float((term * col_times).sum())
     return total

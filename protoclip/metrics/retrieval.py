@@ -62,8 +62,7 @@ def retrieval(image: Tensor, text: Tensor, caption_image: Tensor | None = None) 
         low, high = int(caption_image.min()), int(caption_image.max())
         if low < 0 or high >= image.shape[0]:
             raise ValueError(
-                f"retrieval: caption_image must lie in 0..{image.shape[0] - 1}, "
-                f"found {low}..{high}"
+                f"retrieval: caption_image must lie in 0..{image.shape[0] - 1}, found {low}..{high}"
             )
     z_image, z_text = unit(image), unit(text)
     images = torch.arange(image.shape[0], device=image.device)
@@ -75,15 +74,14 @@ def retrieval(image: Tensor, text: Tensor, caption_image: Tensor | None = None) 
 
 def _ranks(queries: Tensor, items: Tensor, query_id: Tensor, item_id: Tensor) -> Tensor:
     """Rank of the best item with the query's id; queries [Q, D], items [P, D] -> float32 [Q]."""
-    ranks = queries.new_empty(queries.shape[0], dtype=torch.float32)
+    ranks = queries.new_full((queries.shape[0],), torch.inf, dtype=torch.float32)
+    if items.shape[0] == 0:
+        return ranks
     step = rows_per_block(items.shape[0])
     for start in range(0, queries.shape[0], step):
         scores = queries[start : start + step] @ items.T  # [b, P]
         positive = query_id[start : start + step, None] == item_id  # [b, P]
-        best = scores.masked_fill(~positive, -torch.inf).amax(1) if items.shape[0] else None
-        if best is None:
-            ranks[start : start + step] = torch.inf
-            continue
+        best = scores.masked_fill(~positive, -torch.inf).amax(1)
         scores.masked_fill_(positive, torch.nan)  # a positive never stands before a positive
         ahead = (scores > best[:, None]).sum(1) + 0.5 * (scores == best[:, None]).sum(1)
         ranks[start : start + step] = torch.where(best.isinf() | best.isnan(), torch.inf, ahead + 1)
