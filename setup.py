@@ -1,4 +1,6 @@
-"""Package metadata. Nothing is compiled here: kernels compile at first use (protoclip/ops/_native.py, Triton)."""
+"""Package metadata. Nothing is compiled here: kernels and csrc compile at first use."""
+
+from pathlib import Path
 
 from setuptools import setup
 
@@ -19,13 +21,24 @@ DEV = [
 setup(
     name="protoclip",
     version="0.1.0",
-    description="ProtoCLIP at the price of CLIP: fused contrastive and prototype losses, k-means and a thin training loop",
-    long_description=open("README.md", encoding="utf-8").read(),
+    description="ProtoCLIP at the price of CLIP: fused contrastive losses and exact k-means",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["protoclip", "protoclip.data", "protoclip.metrics", "protoclip.ops", "protoclip.kernels", "protoclip.csrc"],
-    package_dir={"protoclip": "protoclip", "protoclip.kernels": "kernels", "protoclip.csrc": "csrc"},
+    packages=[
+        "protoclip",
+        "protoclip.data",
+        "protoclip.metrics",
+        "protoclip.ops",
+        "protoclip.kernels",
+        "protoclip.csrc",
+    ],
+    package_dir={
+        "protoclip": "protoclip",
+        "protoclip.kernels": "kernels",
+        "protoclip.csrc": "csrc",
+    },
     package_data={
         "protoclip.data": ["*.tsv", "*.md"],
         "protoclip.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
@@ -54,7 +67,6 @@ setup(
         "dev": DEV,
     },
     classifiers=[
-        "License :: OSI Approved :: MIT License",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],

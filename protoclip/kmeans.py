@@ -1,0 +1,228 @@
+"""Lloyd's k-means over the ops ``kmeans_assign`` and ``segment_mean``.
+
+Nothing is read back to the host inside an iteration. With ``group`` every rank holds a slice of the
+points: assignment is local, sums and counts are all-reduced, all ranks get the same centroids.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from protoclip.ops import checks
+from protoclip.ops.kmeans_assign import kmeans_assign
+from protoclip.ops.segment_mean import segment_mean
+
+SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as in faiss
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """A clustering; labels, counts and inertia belong to the returned centroids."""
+
+    centroids: Tensor  # [K, D] fp32 (fp64 for fp64 points)
+    labels: Tensor  # int64 [N]
+    counts: Tensor  # int64 [K], over all ranks
+    inertia: float  # sum of squared distances, over all ranks
+    history: tuple[float, ...]  # inertia before each iteration's update, and the final one
+
+
+class _Ranks:
+    """The slices of one data set on the ranks of a group (or the whole of it on one)."""
+
+    def __init__(self, local: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self.group = group
+        sizes = torch.zeros(1 if group is None else dist.get_world_size(group), dtype=torch.int64)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        sizes[self.rank] = local
+        self.sizes = self.sum(sizes.to(device)).tolist()
+        self.start, self.total = sum(self.sizes[: self.rank]), sum(self.sizes)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over the ranks, in place."""
+        if self.group is not None:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def rows(self, points: Tensor, index: Tensor) -> Tensor:
+        """Rows of the whole data set by global index [K] -> [K, D], the same on every rank."""
+        local = index.to(points.device) - self.start
+        mine = (local >= 0) & (local < len(points))
+        picked = points[local.where(mine, 0)] if len(points) else points.new_zeros(len(index), 1)
+        return self.sum(torch.where(mine[:, None], picked, 0.0).expand(-1, points.shape[1]).clone())
+
+
+def kmeans(
+    points: Tensor,
+    num_clusters: int,
+    *,
+    num_iters: int = 20,
+    num_restarts: int = 1,
+    init: str | Tensor = "random",
+    seed: int = 0,
+    spherical: bool = False,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Clusters:
+    """Cluster points by Lloyd's algorithm; the same seed gives the same clusters.
+
+    A cluster that runs empty takes half of the largest one (both halves next to its mean).
+
+    Args:
+        points: [N, D], finite; float32, bfloat16, float16 (computed in fp32) or float64.
+        num_clusters: K, 1 <= K <= N.
+        num_iters: updates of the centroids, >= 0.
+        num_restarts: runs from different initial centroids; the lowest inertia is kept.
+        init: "random" (K distinct points), "k-means++", or centroids [K, D] (a warm start).
+        seed: of the initial centroids; restart r uses seed + r.
+        spherical: keep centroids at unit length (for unit points: cosine k-means).
+        group: a process group whose ranks each hold a slice of the points; N counts all slices.
+        backend: "auto", or one of the backends of both ops, e.g. "reference".
+    Returns:
+        Clusters.
+    Raises:
+        ValueError, TypeError: shapes or dtypes are wrong, K is out of range, points are not finite.
+    """
+    op = "kmeans"
+    checks.matrix(op, "points", points, "[N, D]")
+    points = points.detach()
+    points = points if points.dtype == torch.float64 else points.float()
+    ranks = _Ranks(len(points), group, points.device)
+    _check(op, points, num_clusters, num_iters, num_restarts, init, ranks)
+    best: Clusters | None = None
+    for restart in range(num_restarts):
+        start = _initial(points, num_clusters, init, seed + restart, ranks)
+        clusters = _lloyd(points, start, num_iters, spherical, ranks, backend)
+        if best is None or clusters.inertia < best.inertia:
+            best = clusters
+        if isinstance(init, Tensor):
+            break  # every restart would be this one
+    assert best is not None
+    return best
+
+
+def _check(
+    op: str,
+    points: Tensor,
+    k: int,
+    num_iters: int,
+    num_restarts: int,
+    init: str | Tensor,
+    ranks: _Ranks,
+) -> None:
+    if not 1 <= k <= ranks.total:
+        raise ValueError(
+            f"{op}: expected 1 <= num_clusters <= N = {ranks.total} points, got {k}; "
+            f"lower num_clusters or give more points"
+        )
+    if num_iters < 0 or num_restarts < 1:
+        raise ValueError(
+            f"{op}: expected num_iters >= 0 and num_restarts >= 1, got {num_iters}, {num_restarts}"
+        )
+    if isinstance(init, Tensor):
+        if init.shape != (k, points.shape[1]):
+            raise ValueError(
+                f"{op}: expected init centroids [K, D] = {(k, points.shape[1])}, got "
+                f"{tuple(init.shape)}"
+            )
+    elif init not in INITS:
+        raise ValueError(f"{op}: expected init in {sorted(INITS)} or a Tensor [K, D], got {init!r}")
+    bad = ~torch.isfinite(points).all(dim=1)
+    total_bad = int(ranks.sum(bad.sum()))
+    if total_bad:
+        where = f"; the first is row {int(bad.int().argmax())}" if bad.any() else ""
+        raise ValueError(
+            f"{op}: expected finite points, got {total_bad} rows with NaN or inf{where}"
+        )
+
+
+def _initial(points: Tensor, k: int, init: str | Tensor, seed: int, ranks: _Ranks) -> Tensor:
+    if isinstance(init, Tensor):
+        return init.detach().to(points).clone()
+    return INITS[init](points, k, torch.Generator().manual_seed(seed), ranks)
+
+
+def _random_init(points: Tensor, k: int, generator: torch.Generator, ranks: _Ranks) -> Tensor:
+    return ranks.rows(points, torch.randperm(ranks.total, generator=generator)[:k])
+
+
+def _plus_plus_init(points: Tensor, k: int, generator: torch.Generator, ranks: _Ranks) -> Tensor:
+    """k-means++ (Arthur and Vassilvitskii 2007): each next centroid drawn by squared distance."""
+    draws = torch.rand(k, generator=generator, dtype=torch.float64).to(points.device)
+    centroids = points.new_empty(k, points.shape[1])
+    first = (draws[:1] * ranks.total).long().clamp_max(ranks.total - 1)
+    centroids[0] = ranks.rows(points, first)[0]
+    nearest = points.new_full((len(points),), math.inf)
+    for j in range(1, k):
+        nearest = torch.minimum(nearest, (points - centroids[j - 1]).square().sum(dim=1))
+        centroids[j] = _draw(points, nearest.double(), draws[j], ranks)
+    return centroids
+
+
+def _draw(points: Tensor, weights: Tensor, uniform: Tensor, ranks: _Ranks) -> Tensor:
+    """The row at which the running sum of the weights (over all ranks) passes uniform * total."""
+    sums = weights.new_zeros(len(ranks.sizes))
+    sums[ranks.rank] = weights.sum()
+    bounds = ranks.sum(sums).cumsum(0)
+    aim = uniform * bounds[-1]
+    owner = torch.searchsorted(bounds, aim, right=True).clamp_max(len(bounds) - 1)
+    local = aim - (bounds - sums)[ranks.rank]
+    row = torch.searchsorted(weights.cumsum(0), local, right=True).clamp_max(len(points) - 1)
+    picked = points[row] if len(points) else points.new_zeros(points.shape[1])
+    return ranks.sum(torch.where(owner == ranks.rank, picked, 0.0))
+
+
+INITS: dict[str, Callable[[Tensor, int, torch.Generator, _Ranks], Tensor]] = {
+    "random": _random_init,
+    "k-means++": _plus_plus_init,
+}
+
+
+def _lloyd(
+    points: Tensor, centroids: Tensor, num_iters: int, spherical: bool, ranks: _Ranks, backend: str
+) -> Clusters:
+    k = len(centroids)
+    if spherical:
+        centroids = torch.nn.functional.normalize(centroids, dim=1)
+    inertias = []
+    for _ in range(num_iters):
+        labels, distances = kmeans_assign(points, centroids, backend=backend)
+        inertias.append(ranks.sum(distances.double().sum()))
+        means, counts = _global_means(points, labels, k, ranks, backend)
+        centroids = _split_largest(means.where(counts[:, None] > 0, centroids), counts)
+        if spherical:
+            centroids = torch.nn.functional.normalize(centroids, dim=1)
+    labels, distances = kmeans_assign(points, centroids, backend=backend)
+    inertias.append(ranks.sum(distances.double().sum()))
+    counts = ranks.sum(torch.bincount(labels, minlength=k))
+    history = tuple(torch.stack(inertias).tolist())
+    return Clusters(centroids, labels, counts, history[-1], history)
+
+
+def _global_means(
+    points: Tensor, labels: Tensor, k: int, ranks: _Ranks, backend: str
+) -> tuple[Tensor, Tensor]:
+    means, counts = segment_mean(points, labels, k, backend=backend)
+    if ranks.group is None:
+        return means, counts
+    sums = ranks.sum(means.double() * counts[:, None])
+    counts = ranks.sum(counts)
+    return (sums / counts.clamp_min(1)[:, None]).to(means.dtype), counts
+
+
+def _split_largest(centroids: Tensor, counts: Tensor) -> Tensor:
+    """The j-th empty cluster takes half of the j-th largest: c (1 + e) and c (1 - e)."""
+    empty = counts == 0
+    largest = counts.argsort(descending=True, stable=True)
+    source = largest[(empty.long().cumsum(0) - 1).clamp_min(0)]  # of each empty cluster
+    split = empty & (counts[source] > 1)
+    sign = 1 - 2 * (torch.arange(centroids.shape[1], device=centroids.device) % 2)
+    step = 1 + SPLIT * sign.to(centroids.dtype)
+    halved = torch.zeros_like(counts).index_add(0, source, split.long()) > 0
+    shrunk = centroids.where(~halved[:, None], centroids * (2 - step))
+    return torch.where(split[:, None], centroids[source] * step, shrunk)

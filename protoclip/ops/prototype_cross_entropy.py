@@ -1,0 +1,247 @@
+"""Prototype cross-entropy: contract, autograd and dispatch.
+
+L_i = LSE_k(s h_i.C_k) - s h_i.m_y: soft and hard targets are one kernel, since the target depends
+on the sample's cluster only (m is computed once per episode). With frozen prototypes one pass gives
+loss and gradient, dL_i/dh_i = s (sum_k p_ik C_k - m_y), an attention output with key = value = C;
+the backward pass only multiplies. Several prototype sets (banks) share one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from protoclip.ops import checks, reference
+from protoclip.ops.backends import implementation, resolve
+from protoclip.ops.info_nce import accumulator, reduce
+
+_lib = torch.library.Library("protoclip", "FRAGMENT")
+_lib.define(
+    "prototype_ce(Tensor h, Tensor[] prototypes, Tensor[] targets, Tensor[] labels, Tensor scale,"
+    " bool need_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_lib.define(
+    "prototype_ce_bwd_prototypes(Tensor h, Tensor prototypes, Tensor labels, Tensor scale,"
+    " Tensor row_max, Tensor row_sum, Tensor weight, bool hard, str backend) -> Tensor"
+)
+
+
+def _fwd(h, prototypes, targets, labels, scale, need_grad, backend):
+    """S banks; ``targets[b]`` is [0, D] for hard labels.
+
+    -> loss [S, N] (0 where ignored), gradient sum_k p_k C_k - m_y [S, N, D] (0 where ignored;
+    [S, 0, D] without need_grad), argmax int64 [S, N], row_max, row_sum [S, N] in base-2 logits."""
+    run = implementation("prototype_cross_entropy", backend, "prototype_ce_fwd")
+    parts = [
+        run(h, c, m, y, scale, need_grad)
+        for c, m, y in zip(prototypes, targets, labels, strict=True)
+    ]
+    return tuple(torch.stack(part) for part in zip(*parts, strict=True))
+
+
+def _fake_fwd(h, prototypes, targets, labels, scale, need_grad, backend):
+    (n, d), s = h.shape, len(prototypes)
+    wide = accumulator(h)
+    row = h.new_empty((s, n), dtype=wide)
+    gradient = h.new_empty((s, n if need_grad else 0, d), dtype=wide)
+    return row, gradient, row.new_empty((s, n), dtype=torch.int64), row.clone(), row.clone()
+
+
+def _bwd_prototypes(h, prototypes, labels, scale, row_max, row_sum, weight, hard, backend):
+    """-> s * sum_i w_i (p_ik - [hard and y_i = k]) h_i, [K, D] in the prototypes' dtype."""
+    run = implementation("prototype_cross_entropy", backend, "prototype_ce_bwd_prototypes")
+    return run(h, prototypes, labels, scale, row_max, row_sum, weight, hard)
+
+
+def _fake_bwd_prototypes(h, prototypes, *_):
+    return prototypes.new_empty(prototypes.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    h, prototypes, targets, labels, scale, ctx.need_grad, ctx.backend = inputs
+    _, gradient, _, row_max, row_sum = output
+    ctx.hard = [len(m) == 0 for m in targets]
+    ctx.save_for_backward(h, scale, gradient, row_max, row_sum, *prototypes, *labels)
+
+
+def _autograd(ctx, grad, *_):
+    h, scale, gradient, row_max, row_sum, *rest = ctx.saved_tensors
+    banks = len(ctx.hard)
+    dh = dscale = None
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
+        weighted = (grad[:, :, None] * gradient).sum(dim=0)  # [N, D]
+        dh = (scale.reshape(()) * weighted).to(h.dtype)
+        dscale = (h.to(weighted.dtype) * weighted).sum().to(scale.dtype).reshape(scale.shape)
+    wanted = ctx.needs_input_grad[1]
+    wanted = wanted if isinstance(wanted, (list, tuple)) else [wanted] * banks
+    prototype_grads = [
+        torch.ops.protoclip.prototype_ce_bwd_prototypes(
+            h, c, y, scale, row_max[b], row_sum[b], grad[b], ctx.hard[b], ctx.backend
+        )
+        if wanted[b]
+        else None
+        for b, (c, y) in enumerate(zip(rest[:banks], rest[banks:], strict=True))
+    ]
+    return dh, prototype_grads, [None] * banks, [None] * banks, dscale, None, None
+
+
+for _name, _impl, _fake in (
+    ("prototype_ce", _fwd, _fake_fwd),
+    ("prototype_ce_bwd_prototypes", _bwd_prototypes, _fake_bwd_prototypes),
+):
+    _lib.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"protoclip::{_name}", _fake, lib=_lib)
+torch.library.register_autograd(
+    "protoclip::prototype_ce", _autograd, setup_context=_setup, lib=_lib
+)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """A set of prototypes and who belongs to them."""
+
+    prototypes: Tensor  # [K, D]
+    labels: Tensor  # int64 [N], -100 = ignore
+    targets: Tensor | None = None  # [K, D], rows m_y; None: hard labels
+
+
+@dataclass(frozen=True)
+class PrototypeLosses:
+    """Results per bank."""
+
+    loss: Tensor  # [S], or [S, N] for reduction "none"; nats
+    nearest: Tensor  # int64 [S, N]: the prototype with the largest logit
+
+
+def prototype_cross_entropy(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor,
+    *,
+    targets: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of each sample against all prototypes, soft or hard, never [N, K] in memory.
+
+    Args:
+        features: [N, D], usually unit rows; float32, bfloat16 or float16 (float64: reference).
+        prototypes: [K, D], dtype and device of ``features``.
+        labels: int64 [N], the sample's cluster in [0, K); -100 leaves the sample out. Not checked
+            on a GPU, where reading them would wait for the device.
+        logit_scale: [] or [1], the multiplier (not its logarithm).
+        targets: [K, D], rows m_y = sum_k t(y)_k C_k for target distributions t(y) that depend on
+            the cluster (``protoclip.soft_targets``); constants. None: hard labels, m = prototypes.
+        reduction: "mean" (over the samples with a label), "sum", or "none".
+        backend: "auto" or a row of ``protoclip.backends("prototype_cross_entropy")``.
+    Returns:
+        float32 (float64 for float64 input), nats: [] or [N]. Gradients reach ``features``,
+        ``logit_scale`` and, where it requires grad, ``prototypes``. No samples: 0.
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices disagree, ``targets`` requires grad, K = 0
+            with N > 0, or the named backend cannot run.
+    Source:
+        ProtoCLIP (arXiv 2206.10996), prototype loss; collapsed by linearity in the target.
+    """
+    losses = prototype_losses(
+        features,
+        [Bank(prototypes, labels, targets)],
+        logit_scale,
+        reduction=reduction,
+        backend=backend,
+    )
+    return losses.loss[0]
+
+
+def prototype_losses(
+    features: Tensor,
+    banks: Sequence[Bank],
+    logit_scale: Tensor,
+    *,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> PrototypeLosses:
+    """``prototype_cross_entropy`` against several banks of prototypes, in one call.
+
+    Args:
+        features: [N, D], as in ``prototype_cross_entropy``.
+        banks: S >= 1 banks, each with its own K.
+        logit_scale, reduction, backend: as in ``prototype_cross_entropy``.
+    Returns:
+        The losses per bank, and per sample the nearest prototype (for prototype accuracy).
+    Raises:
+        ValueError, TypeError: as in ``prototype_cross_entropy``.
+    """
+    op = "prototype_cross_entropy"
+    checks.matrix(op, "features", features, "[N, D]")
+    checks.reduction(op, reduction)
+    scale = checks.scalar(op, "logit_scale", logit_scale, features.device)
+    if not banks:
+        raise ValueError(f"{op}: expected at least one bank, got none")
+    for bank in banks:
+        _check_bank(op, features, bank)
+    rows, nearest = _rows(op, features, banks, scale, backend)
+    counts = [(bank.labels != -100).sum() for bank in banks]
+    reduced = [reduce(row, reduction, count) for row, count in zip(rows, counts, strict=True)]
+    return PrototypeLosses(torch.stack(reduced), nearest)
+
+
+def _check_bank(op: str, features: Tensor, bank: Bank) -> None:
+    checks.matrix(op, "prototypes", bank.prototypes, "[K, D]")
+    checks.like(op, "prototypes", bank.prototypes, "features", features)
+    checks.labels(op, bank.labels, "features", features)
+    if len(features) and not len(bank.prototypes):
+        raise ValueError(f"{op}: expected K >= 1 prototypes for N = {len(features)} samples, got 0")
+    if bank.targets is None:
+        return
+    checks.matrix(op, "targets", bank.targets, "[K, D]")
+    checks.like(op, "targets", bank.targets, "prototypes", bank.prototypes)
+    if bank.targets.shape != bank.prototypes.shape:
+        raise ValueError(
+            f"{op}: expected targets of the prototypes' shape {tuple(bank.prototypes.shape)}, got "
+            f"{tuple(bank.targets.shape)}"
+        )
+    if bank.targets.requires_grad:
+        raise ValueError(f"{op}: targets are constants, got one that requires grad; detach it")
+
+
+def _rows(
+    op: str, features: Tensor, banks: Sequence[Bank], scale: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """-> losses [S, N], nearest [S, N]."""
+    name = resolve(op, backend, features.device.type, features.dtype)
+    if name == "reference":
+        with torch.autocast(features.device.type, enabled=False):
+            rows = [_reference_rows(features, b, scale) for b in banks]
+            with torch.no_grad():
+                sign = torch.sign(scale).to(features.dtype)
+                nearest = [_nearest(sign * features @ b.prototypes.T) for b in banks]
+        return torch.stack(rows), torch.stack(nearest)
+    need_grad = torch.is_grad_enabled() and (features.requires_grad or scale.requires_grad)
+    losses, _, nearest, _, _ = torch.ops.protoclip.prototype_ce(
+        features,
+        [b.prototypes for b in banks],
+        [
+            features.new_empty((0, features.shape[1])) if b.targets is None else b.targets
+            for b in banks
+        ],
+        [b.labels for b in banks],
+        scale,
+        need_grad,
+        name,
+    )
+    return losses, nearest
+
+
+def _reference_rows(features: Tensor, bank: Bank, scale: Tensor) -> Tensor:
+    return reference.prototype_cross_entropy(
+        features, bank.prototypes, bank.labels, scale, bank.targets
+    )
+
+
+def _nearest(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=1) if logits.shape[1] else logits.new_empty(0, dtype=torch.int64)

@@ -1,0 +1,132 @@
+"""Every op in plain PyTorch: the specification, the test oracle, and the backend of any device.
+
+Inputs below fp64 are computed in fp32 (k-means and segment means in fp64); autograd is torch's own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+_CHUNK_ELEMENTS = 1 << 24  # 128 MB of fp64 scores at a time
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def info_nce(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """[N, D], [N, D], scalar -> [N]: half the sum of both directions' cross-entropies."""
+    logits = _wide(logit_scale) * _wide(image_features) @ _wide(text_features).T  # [N, N]
+    labels = torch.arange(len(logits), device=logits.device)
+    image_to_text = F.cross_entropy(logits, labels, reduction="none")
+    text_to_image = F.cross_entropy(logits.T, labels, reduction="none")
+    return (image_to_text + text_to_image) / 2
+
+
+def contrastive_fwd(
+    x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Statistics of the strip x [N, D] against y [M, D], as in ops/info_nce.py."""
+    logits = _base2_logits(x, y, scale)  # [N, M]
+    rows = torch.arange(len(x), device=x.device)
+    positive = logits[rows, rows + offset]
+    row_max = logits.amax(dim=1)
+    row_sum = torch.exp2(logits - row_max[:, None]).sum(dim=1)
+    if not columns:
+        return row_max, row_sum, row_max.new_empty(0), row_max.new_empty(0), positive
+    column_max = logits.amax(dim=0) if len(x) else logits.new_full((len(y),), -torch.inf)
+    column_sum = torch.exp2(logits - column_max).sum(dim=0)
+    return row_max, row_sum, column_max, column_sum, positive
+
+
+def contrastive_bwd(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    column_max: Tensor,
+    column_sum: Tensor,
+    row_weight: Tensor,
+    column_weight: Tensor,
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the strip, as in ops/info_nce.py."""
+    logits = _base2_logits(x, y, scale)
+    rows = torch.arange(len(x), device=x.device)
+    g = torch.exp2(logits - row_max[:, None]) * (row_weight / row_sum)[:, None]
+    at_positive = row_weight
+    if len(column_max):
+        g = g + torch.exp2(logits - column_max) * (column_weight / column_sum)
+        at_positive = row_weight + column_weight[rows + offset]
+    g[rows, rows + offset] -= at_positive
+    g_y, s = g @ _wide(y), _wide(scale).reshape(())
+    dx, dy = s * g_y, s * (g.T @ _wide(x))
+    return dx.to(x.dtype), dy.to(y.dtype), (_wide(x) * g_y).sum()
+
+
+def _base2_logits(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    return (_wide(scale).reshape(()) * LOG2E) * (_wide(x) @ _wide(y).T)
+
+
+def prototype_cross_entropy(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor,
+    targets: Tensor | None,
+) -> Tensor:
+    """[N, D], [K, D], [N], [], [K, D] -> [N]: LSE_k(s h.C_k) - s h.m_y, 0 where y = -100."""
+    h, scale = _wide(features), _wide(logit_scale)
+    logits = scale * h @ _wide(prototypes).T  # [N, K]
+    if targets is None:
+        return F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
+    used = labels != -100
+    m = _wide(targets)[labels.where(used, 0)] if len(targets) else torch.zeros_like(h)  # [N, D]
+    loss = torch.logsumexp(logits, dim=1) - scale.reshape(()) * (h * m).sum(dim=1)
+    return loss.where(used, torch.zeros_like(loss))
+
+
+def soft_targets(source_centroids: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+    """[K, Ds], [K, D], tau -> [K, D]: m_y = sum_k softmax_k(S_y.S_k / tau) C_k; tau <= 0: C."""
+    if temperature <= 0:
+        return _wide(prototypes).clone()
+    source = _wide(source_centroids)
+    return torch.softmax(source @ source.T / temperature, dim=1) @ _wide(prototypes)
+
+
+def kmeans_assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, D], [K, D] -> labels int64 [N] (-1 for a NaN row), squared distances fp32 [N]."""
+    x, c = points.double(), centroids.double()
+    rows = max(1, _CHUNK_ELEMENTS // max(1, len(c)))
+    parts = [_assign_rows(part, c) for part in x.split(rows)]
+    labels, distances = zip(*parts, strict=True)
+    return torch.cat(labels), torch.cat(distances).float()
+
+
+def _assign_rows(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    squared = (x.square().sum(1)[:, None] - 2 * x @ c.T + c.square().sum(1)).clamp_min(0)
+    best = squared.amin(dim=1)
+    index = torch.arange(len(c), device=x.device).expand_as(squared)
+    lowest = index.where(squared == best[:, None], len(c)).amin(dim=1)
+    return lowest.where(lowest < len(c), -1), best
+
+
+def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+    """[N, D], [N], K -> means [K, D] (0 where empty), counts int64 [K]; labels < 0 are left out."""
+    order = labels.argsort(stable=True)
+    order = order[(labels < 0).sum() :]
+    counts = torch.bincount(labels[order], minlength=num_segments)
+    if len(counts) > num_segments:
+        raise ValueError(
+            f"segment_mean: expected labels below num_segments={num_segments}, got "
+            f"{len(counts) - 1}; pass a larger num_segments or renumber the labels"
+        )
+    sums = torch.segment_reduce(values[order].double(), "sum", lengths=counts, axis=0)
+    means = sums / counts.clamp_min(1)[:, None]
+    return (means if values.dtype == torch.float64 else means.float()), counts

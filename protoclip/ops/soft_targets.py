@@ -1,0 +1,51 @@
+"""Soft targets, collapsed to one vector per cluster: contract and dispatch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from protoclip.ops import checks, reference
+from protoclip.ops.backends import implementation, resolve
+
+
+@torch.no_grad()
+def soft_targets(
+    source_centroids: Tensor, prototypes: Tensor, temperature: float, *, backend: str = "auto"
+) -> Tensor:
+    """The expected prototype of each cluster under its soft target: m_y = sum_k t(y)_k C_k.
+
+    t(y) = softmax_k(S_y.S_k / temperature) over the source's own centroids. One pass of K x K x D
+    work per episode, streamed: the fused backends never hold K x K.
+
+    Args:
+        source_centroids: [K, Ds], where the clusters were found; any float dtype.
+        prototypes: [K, D], the same clusters in the student's space (back translation); same dtype.
+        temperature: tau; <= 0 means hard targets, m = prototypes.
+        backend: "auto" or a row of ``protoclip.backends("soft_targets")``.
+    Returns:
+        [K, D] float32 (float64 for float64 input), a constant: no gradient.
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices disagree, or the named backend cannot run.
+    Source:
+        ProtoCLIP (arXiv 2206.10996), soft targets; linearity of cross-entropy in the target.
+    """
+    op = "soft_targets"
+    checks.matrix(op, "source_centroids", source_centroids, "[K, Ds]")
+    checks.matrix(op, "prototypes", prototypes, "[K, D]")
+    if len(source_centroids) != len(prototypes):
+        raise ValueError(
+            f"{op}: expected one prototype per source centroid, got source_centroids "
+            f"{tuple(source_centroids.shape)} and prototypes {tuple(prototypes.shape)}"
+        )
+    if source_centroids.dtype != prototypes.dtype or source_centroids.device != prototypes.device:
+        raise ValueError(
+            f"{op}: expected one dtype and device, got {source_centroids.dtype} on "
+            f"{source_centroids.device} and {prototypes.dtype} on {prototypes.device}"
+        )
+    if temperature <= 0:
+        return (prototypes if prototypes.dtype == torch.float64 else prototypes.float()).clone()
+    name = resolve(op, backend, prototypes.device.type, prototypes.dtype)
+    with torch.autocast(prototypes.device.type, enabled=False):
+        run = reference.soft_targets if name == "reference" else implementation(op, name, op)
+        return run(source_centroids, prototypes, float(temperature))
