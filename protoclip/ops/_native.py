@@ -1,0 +1,214 @@
+"""Compile csrc/ at first use and load it.
+
+Two libraries, built apart so that one failing leaves the other: ``cpu`` (csrc/*.cpp) and ``cuda``
+(csrc/*.cu and csrc/cuda_*.cpp, where torch has CUDA and nvcc is there). Each lands in a folder
+named after everything that goes into it; a build that ended well leaves a stamp, and only a stamped
+library is loaded. One process builds, holding a file lock that dies with it; others wait.
+
+Environment: PROTOCLIP_DISABLE_JIT=1, PROTOCLIP_BUILD_VERBOSE=1, PROTOCLIP_CACHE (default
+~/.cache/protoclip); torch's MAX_JOBS and TORCH_CUDA_ARCH_LIST are honoured.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+import threading
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_BUILD_LOCK = threading.RLock()
+_RESULTS: dict[str, ModuleType | str] = {}  # half -> the loaded module, or why there is none
+
+
+@dataclass(frozen=True)
+class Build:
+    """What is compiled, and how."""
+
+    half: str  # "cpu" | "cuda"
+    sources: tuple[Path, ...]
+    cflags: tuple[str, ...]
+    cuda_cflags: tuple[str, ...]
+    parameters: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.parameters, sort_keys=True).encode())
+        digest.update(" ".join(self.cflags + self.cuda_cflags).encode())
+        for path in sorted(csrc().glob("*")):
+            if path.suffix in (".h", ".cuh") or path in self.sources:
+                digest.update(path.name.encode() + path.read_bytes())
+        return f"protoclip_{self.half}_{digest.hexdigest()[:16]}"
+
+
+def csrc() -> Path:
+    """The folder of the C++ and CUDA sources, in a checkout as in an installed wheel."""
+    spec = importlib.util.find_spec("protoclip.csrc")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("PROTOCLIP_CACHE") or Path.home() / ".cache" / "protoclip")
+
+
+def load(half: str = "cpu") -> ModuleType:
+    """The native library's module; its ops are in torch.ops.protoclip_native.
+
+    Raises:
+        RuntimeError: it cannot be had here; the message says why.
+    """
+    result = _result(half)
+    if isinstance(result, str):
+        raise RuntimeError(f"protoclip's {half} library is not available: {result}")
+    return result
+
+
+def why_not(half: str = "cpu") -> str | None:
+    """None where the native library works here (building it if need be), else the reason."""
+    result = _result(half)
+    return result if isinstance(result, str) else None
+
+
+def why_not_cuda() -> str | None:
+    return why_not("cuda")
+
+
+def _result(half: str) -> ModuleType | str:
+    with _BUILD_LOCK:
+        if half not in _RESULTS:
+            _RESULTS[half] = _obstacle(half) or _build_or_reason(half)
+        return _RESULTS[half]
+
+
+def _obstacle(half: str) -> str | None:
+    if os.environ.get("PROTOCLIP_DISABLE_JIT") == "1":
+        return "PROTOCLIP_DISABLE_JIT=1 is set"
+    if half == "cuda":
+        from torch.utils.cpp_extension import CUDA_HOME
+
+        if torch.version.cuda is None:
+            return "this torch was built without CUDA"
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        if CUDA_HOME is None:
+            return "nvcc was not found; install the CUDA toolkit or set CUDA_HOME"
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None and shutil.which("g++") is None:
+        return f"no C++ compiler ({compiler!r} was not found; install g++ or set CXX)"
+    return None
+
+
+def _build_or_reason(half: str) -> ModuleType | str:
+    try:
+        return _locked_build(_plan(half))
+    except Exception as error:  # whatever the toolchain throws: the reference goes on
+        reason = f"the build failed: {str(error).strip() or type(error).__name__}"
+        warnings.warn(
+            f"protoclip: {reason[:2000]}\nThe slower reference backends are used instead; "
+            f"PROTOCLIP_BUILD_VERBOSE=1 shows the compiler's output",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return reason.splitlines()[0]
+
+
+def _plan(half: str) -> Build:
+    folder = csrc()
+    parameters = {"torch": torch.__version__, "cxx11": str(torch._C._GLIBCXX_USE_CXX11_ABI)}
+    parameters |= {"python": platform.python_version(), "machine": platform.machine()}
+    if half == "cpu":
+        sources = [p for p in sorted(folder.glob("*.cpp")) if not p.name.startswith("cuda_")]
+        capability = torch.backends.cpu.get_cpu_capability()
+        parameters |= {"capability": capability, "cpu": _cpu_flags()}
+        cflags: tuple[str, ...] = (
+            "-O3",
+            "-march=native",
+            "-fopenmp",
+            "-fno-math-errno",
+            "-Wno-unknown-pragmas",
+        )
+        if capability in ("AVX2", "AVX512"):
+            cflags += (f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}")
+        return Build(half, tuple(sources), cflags, (), parameters)
+    sources = [*sorted(folder.glob("*.cu")), *sorted(folder.glob("cuda_*.cpp"))]
+    major, minor = torch.cuda.get_device_capability()
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}{'a' if major >= 9 else ''}")
+    parameters |= {"cuda": str(torch.version.cuda), "arch": os.environ["TORCH_CUDA_ARCH_LIST"]}
+    return Build(half, tuple(sources), ("-O3",), ("-O3", "--use_fast_math"), parameters)
+
+
+def _cpu_flags() -> str:
+    """-march=native depends on the machine, and home folders travel between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith("flags")), platform.processor())
+
+
+def _locked_build(build: Build) -> ModuleType:
+    folder = cache_dir() / "native" / build.name
+    folder.mkdir(parents=True, exist_ok=True)
+    library, stamp = folder / f"{build.name}.so", folder / "built.json"
+    if not stamp.exists():
+        with open(folder / "build.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not stamp.exists():
+                _compile(build, folder)
+                stamp.write_text(json.dumps(build.parameters, indent=2))
+    spec = importlib.util.spec_from_file_location(build.name, library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _compile(build: Build, folder: Path) -> None:
+    from torch.utils import cpp_extension
+
+    (folder / "lock").unlink(missing_ok=True)  # torch's own, left by a killed build: ours is held
+    print(
+        f"protoclip: compiling the {build.half} kernels, once (about a minute) ...",
+        end="",
+        file=sys.stderr,
+        flush=True,
+    )
+    start = time.perf_counter()
+    path = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join(filter(None, [_ninja_dir(), path]))
+    try:
+        cpp_extension.load(
+            name=build.name,
+            sources=[str(p) for p in build.sources],
+            extra_cflags=list(build.cflags),
+            extra_cuda_cflags=list(build.cuda_cflags),
+            extra_ldflags=["-fopenmp"] if build.half == "cpu" else [],
+            build_directory=str(folder),
+            verbose=os.environ.get("PROTOCLIP_BUILD_VERBOSE") == "1",
+        )
+    except BaseException:
+        print(" failed", file=sys.stderr, flush=True)
+        raise
+    finally:
+        os.environ["PATH"] = path
+    print(f" done in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def _ninja_dir() -> str | None:
+    """pip puts ninja beside python, which need not be on PATH."""
+    try:
+        return str(importlib.import_module("ninja").BIN_DIR)
+    except (ImportError, AttributeError):
+        return None
