@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,7 +115,7 @@ def _rows(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
 def _number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "-"
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
 def _bounds(bounds: tuple[float, float] | None) -> str:
@@ -127,14 +128,15 @@ def _change(old: float | None, new: float) -> str:
     if old is None or math.isnan(old) or math.isnan(new):
         return "-"
     change = new - old
-    return f"{change:+.3f}" if max(abs(old), abs(new)) < 100 else f"{change:+,.0f}"
+    return f"{change:+.3f}" if max(abs(old), abs(new)) < 10 else f"{change:+,.1f}"
 
 
 def _footer(timing: Mapping[str, float] | None, peak_memory_bytes: int | None) -> str:
     lines = []
     if timing:
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in timing.items())
-        lines.append(f"Time: {phases}; together {sum(timing.values()):.1f} s")
+        text = f"Time: {phases}; together {sum(timing.values()):.1f} s"
+        lines += textwrap.wrap(text, 98, subsequent_indent=" " * 6, break_on_hyphens=False)
     if peak_memory_bytes is not None:
         lines.append(f"Peak memory: {peak_memory_bytes / 2**20:,.0f} MiB")
     return "\n".join(lines)
