@@ -1,7 +1,7 @@
 """Train CLIP or ProtoCLIP: ``python -m protoclip.train``, no arguments needed.
 
-Without arguments: ProtoCLIP on the built-in emoji, at most five minutes on two CPU cores, with a table
-before and after, plots and a checkpoint in a run folder.
+Without arguments: ProtoCLIP on the built-in emoji, at most five minutes on two CPU cores, with a
+table before and after, plots and a checkpoint in a run folder.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from protoclip import checkpoint
 from protoclip.config import TrainConfig, build_parser, parse
 from protoclip.data import PairDataset, Subset, build_transform, noto_available, open_dataset
 from protoclip.distributed import seed_everything
@@ -29,8 +29,10 @@ from protoclip.evaluate import (
     peak_memory_bytes,
     write_results,
 )
+from protoclip.features import extract
 from protoclip.metrics import retrieval
 from protoclip.model import ProtoModel, build_model
+from protoclip.report import plot_curves, plot_prototypes
 from protoclip.teacher import MINILM, load_teacher, minilm_missing
 from protoclip.training.engine import autocast_for, choose_device, choose_precision
 from protoclip.training.loop import Trainer
@@ -39,6 +41,7 @@ from protoclip.training.plan import Plan, make_plan
 from protoclip.training.run_folder import RunFolder, choose_folder
 
 PROG = "python -m protoclip.train"
+PICTURED = 4096  # samples among which prototypes.png looks for neighbours
 DESCRIPTION = (
     "Train ProtoCLIP (or CLIP) on image-text pairs. Without arguments: ProtoCLIP on the built-in "
     "emoji, a few minutes on two CPU cores."
@@ -46,7 +49,7 @@ DESCRIPTION = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, or 2 for a user's mistake (one message, stderr)."""
+    """Run the command; the exit code is 0, or 2 for a user's mistake (one message on stderr)."""
     try:
         train(parse(build_parser(PROG, DESCRIPTION), argv))
     except (ValueError, OSError) as error:
@@ -77,7 +80,7 @@ def train(config: TrainConfig) -> Path:
     with phases.measure("teacher", on_host=True):
         teachers, remark = open_teachers(config, dataset, device)
     if uses_prototypes(config):
-        # An episode of replacement draws has fewer distinct samples; the episode itself checks that.
+        # With replacement an episode has fewer distinct samples; it checks again itself.
         check_clusters(config.episode, min(len(dataset), plan.steps_per_episode * plan.batch_size))
 
     folder = RunFolder(path, config)
@@ -124,7 +127,7 @@ def run(
     after = evaluate.full(model, "evaluating the trained model")
     with phases.measure("plots", on_host=True):
         draw_plots(folder, config, trainer, dataset)
-    report(folder, config, before, after, phases)
+    report(folder, config, before, after, phases, device)
 
 
 def open_training_data(config: TrainConfig) -> PairDataset:
@@ -259,7 +262,7 @@ class Evaluation:
         encoder = Encoder(
             model, self.device, workers=self.config.data.workers, autocast=self.autocast
         )
-        scalars = {}
+        scalars: dict[str, float] = {}
         for name, dataset in self.quick_sets.items():
             texts = [dataset.captions(i)[0] for i in range(len(dataset))]
             ranks = retrieval(encoder.images(dataset), encoder.texts(texts), None)
@@ -271,6 +274,34 @@ def draw_plots(
     folder: RunFolder, config: TrainConfig, trainer: Trainer, dataset: PairDataset
 ) -> None:
     """curves.png, and prototypes.png where there are prototypes."""
+    plot_curves(folder.path / "metrics.jsonl", folder.path / "curves.png")
+    if trainer.episode is None:
+        return
+    source = list(trainer.episode.clusterings)[-1]  # the teacher, if there is one
+    labels = trainer.episode.clusterings[source].labels.cpu()
+    chosen = (labels >= 0).nonzero().flatten()[:PICTURED]
+    model = trainer.model
+    features = extract(
+        model,
+        dataset,
+        chosen,
+        transform=build_transform(model.image_size, model.mean, model.std, "none"),
+        batch_size=256,
+        device=trainer.device,
+        seed=config.run.seed,
+        workers=config.data.workers,
+        autocast=trainer.autocast,
+    )
+    plot_prototypes(
+        folder.path / "prototypes.png",
+        dataset,
+        features.image_h,
+        features.text_h,
+        labels[features.index.cpu()],
+        index=features.index,
+        classes=dataset.labels.get("group"),
+        title=f"Prototypes of the {source} clusters",
+    )
 
 
 def report(
@@ -279,10 +310,11 @@ def report(
     before: Results | None,
     after: Results | None,
     phases: Phases,
+    device: torch.device,
 ) -> None:
     """Print the table, the time per phase and the peak memory; write results.json."""
     timing = phases.seconds()
-    peak = peak_memory_bytes()
+    peak = peak_memory_bytes(device)
     if after is None:
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in timing.items())
         folder.say(f"time: {times}\npeak memory: {peak / 2**20:,.0f} MiB")
@@ -295,7 +327,7 @@ def report(
             before,
             data=config.data.val_data or config.data.train_data,
             model=config.model.model,
-            pretrained=str(folder.path),
+            pretrained=str(checkpoint.find(folder.path)),
             timing=timing,
             peak_memory_bytes=peak,
         )
