@@ -5,10 +5,9 @@ import types
 
 import pytest
 import torch
-from protoclip.config import TrainConfig, to_dict
-from protoclip.model import build_model
 
 from protoclip import checkpoint, metrics
+from protoclip.config import TrainConfig, to_dict
 from protoclip.data import Labels, noto_available, open_dataset
 from protoclip.evaluate import (
     Encoder,
@@ -20,6 +19,7 @@ from protoclip.evaluate import (
 )
 from protoclip.evaluate.__main__ import main
 from protoclip.evaluate.sets import encode_set, take
+from protoclip.model import build_model
 
 CPU = torch.device("cpu")
 
