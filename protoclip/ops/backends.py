@@ -105,7 +105,6 @@ def _refusal(row: Backend, device_type: str, dtype: torch.dtype) -> str | None:
     return row.why_not()
 
 
-@torch.compiler.assume_constant_result
 def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     """Name the backend that will run ``op``; a constant to torch.compile.
 
@@ -131,6 +130,10 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
         if name in rows and _refusal(rows[name], device_type, dtype) is None:
             return name
     return "reference"
+
+
+# As torch.compiler.assume_constant_result, whose import loads dynamo and triton (1.8 s).
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -1,0 +1,106 @@
+"""What holds for the package as a whole: layers, import cost, installed contents."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import protoclip
+
+ROOT = Path(protoclip.__file__).parent
+
+# A module imports from its own row or rows above it. The order is the data flow.
+LAYERS = [
+    ["ops"],
+    ["config", "distributed", "checkpoint"],
+    ["kmeans", "faiss_kmeans"],
+    ["data"],
+    ["model"],
+    ["features", "teacher"],
+    ["episode"],
+    ["losses", "openclip_losses"],
+    ["metrics"],
+    ["evaluate"],
+    ["report"],
+    ["training"],
+    ["train", "openclip", "export", "plan"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def _imports(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import; write protoclip.…"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _module(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+SOURCES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows_point_one_way(path):
+    here = _module(path)
+    assert here in LEVEL, f"{here} has no layer; give it a row in LAYERS"
+    for name in _imports(path):
+        parts = name.split(".")
+        if parts[0] != "protoclip" or len(parts) < 2 or parts[1] not in LEVEL:
+            continue
+        assert LEVEL[parts[1]] <= LEVEL[here], f"{here} imports {parts[1]}, to its right"
+
+
+def test_only_ops_reach_the_kernels():
+    for path in SOURCES:
+        if _module(path) == "ops":
+            continue
+        for name in _imports(path):
+            assert not name.startswith(("protoclip.kernels", "protoclip.csrc")), path
+            assert "_native" not in name or _module(path) == "train", path
+
+
+def test_kernels_know_only_torch_and_triton():
+    allowed = {"torch", "triton", "math", "os", "dataclasses", "functools", "typing"}
+    allowed |= {"__future__", "collections", "argparse", "sys", "re", "subprocess", "tempfile"}
+    allowed |= {"pathlib", "contextlib", "itertools", "json", "shutil", "types"}
+    for path in (ROOT.parent / "kernels").glob("*.py"):
+        for name in _imports(path):
+            first = name.split(".")[0]
+            assert first in allowed or name.startswith("protoclip.kernels"), f"{path.name}: {name}"
+
+
+def _fresh(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_import_is_light():
+    heavy = ["triton", "open_clip", "torchvision", "matplotlib", "PIL", "webdataset", "tensorboard"]
+    loaded = _fresh(
+        "import sys, torch\nbefore = set(sys.modules)\nimport protoclip\n"
+        "print(*{m.split('.')[0] for m in set(sys.modules) - before})"
+    ).split()
+    assert not set(heavy) & set(loaded)
+
+
+def test_import_costs_little():
+    """The median of five fresh processes; the promise is 0.1 s over torch, here with head room."""
+    code = (
+        "import time, torch\nt = time.perf_counter()\nimport protoclip\n"
+        "print(time.perf_counter() - t)"
+    )
+    times = sorted(float(_fresh(code)) for _ in range(5))
+    assert times[0] < 0.1, times
+
+
+def test_public_names_exist_and_are_documented():
+    for name in protoclip.__all__:
+        assert getattr(protoclip, name).__doc__, name
