@@ -112,6 +112,7 @@ class Trainer:
             self.model.tokenizer,
             seed=self._seed(number, 0),
             workers=self.config.data.workers,
+            captions=self.config.data.captions,
         )
 
     def _seed(self, number: int, purpose: int) -> int:
@@ -138,6 +139,7 @@ class Trainer:
                 device=self.device,
                 seed=self._seed(number, 1),
                 workers=self.config.data.workers,
+                captions=self.config.data.captions,
                 autocast=self.autocast,
                 progress=show,
             )
