@@ -91,7 +91,7 @@ cudaError_t with_dtype(Dtype dtype, F f) {
 }
 
 template <typename T>
-constexpr T ceil_div(T a, T b) {
+__host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 

@@ -1,4 +1,4 @@
-// The CUDA sources compiled for the host, behind C functions for ctypes.
+// csrc/kmeans_assign.cu compiled for the host, behind C functions for ctypes.
 #define PROTOCLIP_EMULATION
 #include "../csrc/kmeans_assign.cu"
 
