@@ -95,6 +95,19 @@ __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
+// Hands out pieces of a scratch allocation; with a null base it only counts.
+struct Arena {
+  unsigned char* base;
+  size_t used = 0;
+
+  template <typename T>
+  T* take(size_t count) {
+    T* piece = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += ceil_div<size_t>(count * sizeof(T), 256) * 256;
+    return piece;
+  }
+};
+
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 template <typename T>
@@ -105,8 +118,8 @@ __device__ inline T warp_sum(T x) {
 
 }  // namespace protoclip
 
-#define PROTOCLIP_TRY(expression)                         \
-  do {                                                    \
-    const cudaError_t error_ = (expression);              \
-    if (error_ != cudaSuccess) return error_;             \
+#define PROTOCLIP_TRY(expression)             \
+  do {                                        \
+    const cudaError_t error_ = (expression);  \
+    if (error_ != cudaSuccess) return error_; \
   } while (false)

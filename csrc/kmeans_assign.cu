@@ -1,255 +1,37 @@
 // Nearest centroid: argmax_k x.c_k - |c_k|^2 / 2 fused into the matrix product, never [N, K].
 //
-// pack (kmeans_assign_rows.cuh) -> assign_kernel, a partial Best for each split of K -> decide
-// -> rescore. Bytes: points once or twice, centroids once per row tile (from L2), 20 N a split.
-//
-// A block is 4 warps over 128 points x 128 centroids, each warp 64 x 64: per 16 of D it reads 4 KiB
-// of shared memory for 32 mma, 128 B/clk per SM at Hopper's rate, which is the shared memory's own.
-// 128 accumulators + 32 for operands + 8 thresholds fit 255 registers, so two blocks share an SM
-// and one's selection hides behind the other's products. Shared memory: ring of 4 stages x 8 KiB
-// for centroids, 128 points x 2 B x D x parts resident or 4 x 8 KiB more, 5 KiB of state:
-// bf16, D = 128: 69 KiB; D = 256: 101 KiB; streamed at any D: 69 KiB. Two fit 164 KiB (sm_80) and
-// 228 KiB (sm_90, sm_100), except resident D = 256 on sm_80, where the plan streams; sm_86 and
-// sm_89 hold one (100 KiB).
-#include "kmeans_assign.h"
-
+// pack (kmeans_assign_rows.cuh) -> assign_kernel (kmeans_assign_tiles.cuh), a partial Best for each
+// split of K -> decide -> rescore. Bytes: points two or three times (read to pack, in the tiles, to
+// decide), centroids once per 128 points (from L2), 20 N a split, distances and labels once.
 #include <algorithm>
 #include <type_traits>
 
+#include "kmeans_assign.h"
 #include "kmeans_assign_rows.cuh"
+#include "kmeans_assign_tiles.cuh"
 
 namespace protoclip {
 namespace {
 
-constexpr int kTileN = 128, kTileK = 128, kTileD = 32;  // 64-byte rows: 4 chunks of 16 bytes
-constexpr int kStages = 4;
-constexpr int kThreads = 128;
-constexpr int kTileBytes = 128 * kTileD * 2;  // of points and of centroids alike
-constexpr int kStateBytes = 2 * kTileN * static_cast<int>(sizeof(Best));
+struct Buffers {
+  uint16_t *packed_points, *packed_centroids;  // [N, parts, packed_d], [K, parts, packed_d]
+  float *bias, *centre;                        // [K rounded up to kTileK], [D]
+  Best* partial;                               // [splits, N]
+  int* open_rows;                              // [N], the first tally->open_rows of them
+  Tally* tally;
+  size_t bytes;
 
-struct Tiles {
-  const uint16_t *points, *centroids;        // rows of `parts` x packed_d elements
-  int64_t point_stride, n, centroid_stride;  // strides in elements
-  const float* bias;                         // [col tiles x kTileK]
-  Best* partial;                             // [splits, N]
-  int k, packed_d, blocks_d, parts, terms, tiles_per_split, tiles;
-  bool resident;
-};
-
-// One block of D of one term of one centroid tile: the unit of the pipeline.
-struct Step {
-  int tile = 0, block = 0, term = 0;
-  __device__ void advance(const Tiles& t) {
-    if (++term < t.terms) return;
-    term = 0;
-    if (++block < t.blocks_d) return;
-    block = 0;
-    ++tile;
-  }
-  __device__ int point_part() const { return term == 1; }     // hi.hi, lo.hi, hi.lo
-  __device__ int centroid_part() const { return term == 2; }
-};
-
-// Chunk position within a tile: 8 neighbouring rows of one chunk column hit all 32 banks.
-__device__ inline int chunk_offset(int row, int chunk) {
-  return row * 64 + ((chunk ^ ((row >> 1) & 3)) << 4);
-}
-
-__device__ inline void load_tile(unsigned char* tile, const uint16_t* source, int64_t stride,
-                                 int rows, int columns) {
-  for (int i = 0; i < 4; ++i) {
-    const int row = threadIdx.x / 4 + i * (kThreads / 4), chunk = threadIdx.x % 4;
-    const bool inside = row < rows && chunk * 8 < columns;
-    const uint16_t* from = inside ? source + row * stride + chunk * 8 : source;
-    copy_async_16(tile + chunk_offset(row, chunk), from, inside ? 16 : 0);
-  }
-}
-
-struct Shared {
-  unsigned char *points, *centroids;
-  Best* state;  // [2 warps along K, kTileN]
-
-  __device__ explicit Shared(const Tiles& t) {
-    centroids = dynamic_shared();
-    state = reinterpret_cast<Best*>(centroids + kStages * kTileBytes);
-    points = centroids + kStages * kTileBytes + kStateBytes;
-  }
-  __device__ unsigned char* point_tile(const Tiles& t, const Step& s, int stage) const {
-    const int slot = t.resident ? s.point_part() * t.blocks_d + s.block : stage;
-    return points + slot * kTileBytes;
-  }
-};
-
-__device__ inline void load_step(const Tiles& t, const Shared& shared, const Step& s, int stage,
-                                 int first_tile) {
-  const int column = s.block * kTileD, columns = t.packed_d - column;
-  const int64_t centroid = static_cast<int64_t>(s.tile) * kTileK;
-  load_tile(shared.centroids + stage * kTileBytes,
-            t.centroids + centroid * t.centroid_stride + s.centroid_part() * t.packed_d + column,
-            t.centroid_stride, static_cast<int>(t.k - centroid), columns);
-  if (t.resident && (s.tile != first_tile || s.term == 2)) return;  // already there
-  const int64_t point = static_cast<int64_t>(blockIdx.x) * kTileN;
-  const int64_t rows = t.n - point;
-  load_tile(shared.point_tile(t, s, stage),
-            t.points + point * t.point_stride + s.point_part() * t.packed_d + column,
-            t.point_stride, rows < kTileN ? static_cast<int>(rows) : kTileN, columns);
-}
-
-using Accumulators = float[4][8][4];  // 64 points x 64 centroids of a warp, m16n8 fragments
-
-template <bool kHalf>
-__device__ inline void multiply(Accumulators& acc, const unsigned char* points,
-                                const unsigned char* centroids) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int point = warp / 2 * 64 + lane % 16, point_chunk = lane / 16;
-  const int centroid = warp % 2 * 64 + lane / 16 * 8 + lane % 8, centroid_chunk = lane / 8 % 2;
-#pragma unroll
-  for (int step = 0; step < kTileD / 16; ++step) {
-    uint32_t a[4][4], b[4][4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      load_matrix_x4(a[i], points + chunk_offset(point + i * 16, step * 2 + point_chunk));
-      load_matrix_x4(b[i], centroids + chunk_offset(centroid + i * 16, step * 2 + centroid_chunk));
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        mma_16x8x16<kHalf>(acc[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
-      }
-    }
-  }
-}
-
-__device__ inline void start_from_bias(Accumulators& acc, const float* bias) {
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const float even = bias[j * 8], odd = bias[j * 8 + 1];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      acc[i][j][0] = acc[i][j][2] = even;
-      acc[i][j][1] = acc[i][j][3] = odd;
-    }
-  }
-}
-
-__device__ inline void insert(Best& best, float score, int index) {  // ascending index: ties stay
-  if (score > best.first) {
-    best = {score, best.first, best.second, index, best.first_index};
-  } else if (score > best.second) {
-    best.third = best.second;
-    best.second = score;
-    best.second_index = index;
-  } else {
-    best.third = fmaxf(best.third, score);
-  }
-}
-
-__device__ inline Best shuffle_xor(const Best& x, int lanes) {
-  return {__shfl_xor_sync(kFullWarp, x.first, lanes), __shfl_xor_sync(kFullWarp, x.second, lanes),
-          __shfl_xor_sync(kFullWarp, x.third, lanes),
-          __shfl_xor_sync(kFullWarp, x.first_index, lanes),
-          __shfl_xor_sync(kFullWarp, x.second_index, lanes)};
-}
-
-// Folds a warp's scores into its rows' state. Per element one max; the ordered insertion runs only
-// for the 8 rows x 64 scores where one of them beats its row's third best so far, which becomes
-// rare: a share of about 24 / t at the t-th tile. NaN beats nothing.
-__device__ inline void select(const Accumulators& acc, float (&threshold)[8], Best* state,
-                              int column) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int row = 0; row < 8; ++row) {  // fragment row / 2, upper or lower half
-    float largest = -INFINITY;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float* pair = &acc[row / 2][j][row % 2 * 2];
-      largest = fmaxf(largest, fmaxf(pair[0], pair[1]));
-    }
-    if (!__any_sync(kFullWarp, largest > threshold[row])) continue;
-    Best best = no_best();
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      insert(best, acc[row / 2][j][row % 2 * 2], column + j * 8);
-      insert(best, acc[row / 2][j][row % 2 * 2 + 1], column + j * 8 + 1);
-    }
-    best = merge(best, shuffle_xor(best, 1));
-    best = merge(best, shuffle_xor(best, 2));
-    if (lane % 4 == 0) {
-      Best* mine = &state[row * 8 + lane / 4];
-      best = merge(*mine, best);
-      *mine = best;
-    }
-    threshold[row] = __shfl_sync(kFullWarp, best.third, lane & ~3);
-  }
-}
-
-template <bool kHalf>
-__global__ void __launch_bounds__(kThreads, 2) assign_kernel(Tiles t) {
-  const Shared shared(t);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int first_tile = blockIdx.y * t.tiles_per_split;
-  const int tiles = min(t.tiles_per_split, t.tiles - first_tile);
-  const int steps_per_tile = t.blocks_d * t.terms, steps = tiles * steps_per_tile;
-  for (int i = threadIdx.x; i < 2 * kTileN; i += kThreads) shared.state[i] = no_best();
-
-  Step load, use;
-  load.tile = use.tile = first_tile;
-  for (int i = 0; i < kStages - 1; ++i) {
-    if (i < steps) load_step(t, shared, load, i, first_tile);
-    load.advance(t);
-    copy_async_commit();
-  }
-  Best* state = shared.state + warp % 2 * kTileN + warp / 2 * 64;
-  float threshold[8];
-#pragma unroll
-  for (float& x : threshold) x = -INFINITY;
-  Accumulators acc;
-  int step = 0;
-  for (int tile = first_tile; tile < first_tile + tiles; ++tile) {
-    const int column = tile * kTileK + warp % 2 * 64 + lane % 4 * 2;
-    start_from_bias(acc, t.bias + column);
-    for (int i = 0; i < steps_per_tile; ++i, ++step) {
-      copy_async_wait<kStages - 2>();
-      __syncthreads();  // this step's tiles are there, and all warps are done with the last step's
-      if (step + kStages - 1 < steps) {
-        load_step(t, shared, load, (step + kStages - 1) % kStages, first_tile);
-      }
-      load.advance(t);
-      copy_async_commit();
-      multiply<kHalf>(acc, shared.point_tile(t, use, step % kStages),
-                      shared.centroids + step % kStages * kTileBytes);
-      use.advance(t);
-    }
-    select(acc, threshold, state, column);
-  }
-  __syncthreads();
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kTileN + threadIdx.x;
-  if (row < t.n) {
-    t.partial[blockIdx.y * t.n + row] =
-        merge(shared.state[threadIdx.x], shared.state[kTileN + threadIdx.x]);
-  }
-}
-
-// Where each buffer starts in the scratch memory.
-struct Scratch {
-  size_t packed_points, packed_centroids, bias, centre, partial, open_rows, tally, total = 0;
-
-  Scratch(const KmeansAssign& call, const KmeansAssignPlan& plan) {
-    const size_t row = sizeof(uint16_t) * plan.parts * plan.packed_d;
-    const size_t padded_k = static_cast<size_t>(ceil_div(call.k, kTileK)) * kTileK;
-    packed_points = add(plan.pack_points ? call.n * row : 0);
-    packed_centroids = add(call.k * row);
-    bias = add(padded_k * sizeof(float));
-    centre = add(call.d * sizeof(float));
-    partial = add(call.n * plan.splits * sizeof(Best));
-    open_rows = add(call.n * sizeof(int));
-    tally = add(sizeof(Tally));
-  }
-  size_t add(size_t bytes) {
-    const size_t start = total;
-    total += ceil_div<size_t>(bytes, 256) * 256;
-    return start;
+  Buffers(const KmeansAssign& call, const KmeansAssignPlan& plan, void* scratch) {
+    Arena arena{static_cast<unsigned char*>(scratch)};
+    const size_t row = static_cast<size_t>(plan.parts) * plan.packed_d;
+    packed_points = arena.take<uint16_t>(plan.pack_points ? call.n * row : 0);
+    packed_centroids = arena.take<uint16_t>(call.k * row);
+    bias = arena.take<float>(static_cast<size_t>(ceil_div(call.k, kTileK)) * kTileK);
+    centre = arena.take<float>(call.d);
+    partial = arena.take<Best>(static_cast<size_t>(call.n) * plan.splits);
+    open_rows = arena.take<int>(call.n);
+    tally = arena.take<Tally>(1);
+    bytes = arena.used;
   }
 };
 
@@ -259,26 +41,76 @@ bool aligned_rows(const KmeansAssign& call) {
          reinterpret_cast<uintptr_t>(call.points.data) % 16 == 0;
 }
 
-// Four waves of blocks, so that the last, partly filled one costs little; but no split under 8
-// tiles unless the card would stand empty: each starts its selection anew.
+// The number of splits of K that ends first: waves of blocks x the tiles of each, where filling the
+// pipeline, the first (ordered) selections and the partial result count as one and a half tiles.
 int choose_splits(int64_t row_tiles, int tiles, int slots) {
-  const auto blocks = [&](int64_t wanted) { return static_cast<int>(ceil_div(wanted, row_tiles)); };
-  const int smooth = std::min(blocks(4 * slots), tiles / 8), filled = std::min(blocks(slots), tiles);
-  const int per_split = ceil_div(tiles, std::max({1, smooth, filled}));
-  return ceil_div(tiles, per_split);
-}
-
-template <bool kHalf>
-cudaError_t launch_tiles(const Tiles& tiles, const KmeansAssignPlan& plan, cudaStream_t stream) {
-  PROTOCLIP_TRY(cudaFuncSetAttribute(assign_kernel<kHalf>,
-                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(plan.shared_bytes)));
-  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(tiles.n, kTileN)), plan.splits);
-  return launch(assign_kernel<kHalf>, grid, kThreads, plan.shared_bytes, stream, tiles);
+  int best = 1;
+  double least = INFINITY;
+  for (int splits = 1; splits <= std::min(tiles, 64); ++splits) {
+    const auto waves = static_cast<double>(ceil_div<int64_t>(row_tiles * splits, slots));
+    const double cost = waves * (ceil_div(tiles, splits) + 1.5);
+    if (cost < least) {
+      least = cost;
+      best = splits;
+    }
+  }
+  return ceil_div(tiles, ceil_div(tiles, best));
 }
 
 unsigned row_blocks(int64_t rows) {
   return static_cast<unsigned>(ceil_div<int64_t>(rows, kRowsPerBlock));
+}
+
+template <typename T>
+cudaError_t launch_pack(const KmeansAssign& call, const KmeansAssignPlan& plan, const Buffers& at,
+                        const Rows<T>& points, const Rows<T>& centroids, cudaStream_t stream) {
+  const int64_t bias_rows = static_cast<int64_t>(ceil_div(call.k, kTileK)) * kTileK;
+  PROTOCLIP_TRY(launch(pack_kernel<T>, dim3(row_blocks(bias_rows)), kRowThreads, 0, stream,
+                       centroids, call.k, call.d, plan.parts, plan.packed_d, at.packed_centroids,
+                       at.bias, bias_rows, at.tally));
+  if (!plan.pack_points) return cudaSuccess;
+  return launch(pack_kernel<T>, dim3(row_blocks(call.n)), kRowThreads, 0, stream, points, call.n,
+                call.d, plan.parts, plan.packed_d, at.packed_points, nullptr, 0, nullptr);
+}
+
+cudaError_t launch_tiles(const KmeansAssign& call, const KmeansAssignPlan& plan, const Buffers& at,
+                         cudaStream_t stream) {
+  const int64_t packed_stride = static_cast<int64_t>(plan.parts) * plan.packed_d;
+  Tiles tiles;
+  tiles.points =
+      plan.pack_points ? at.packed_points : static_cast<const uint16_t*>(call.points.data);
+  tiles.centroids = at.packed_centroids;
+  tiles.point_stride = plan.pack_points ? packed_stride : call.points.row_stride;
+  tiles.n = call.n;
+  tiles.centroid_stride = packed_stride;
+  tiles.bias = at.bias;
+  tiles.partial = at.partial;
+  tiles.k = call.k;
+  tiles.packed_d = plan.packed_d;
+  tiles.blocks_d = ceil_div(plan.packed_d, kTileD);
+  tiles.terms = plan.terms;
+  tiles.tiles_per_split = plan.tiles_per_split;
+  tiles.tiles = ceil_div(call.k, kTileK);
+  tiles.resident = plan.resident;
+  const auto kernel = call.dtype == Dtype::kFloat16 ? assign_kernel<true> : assign_kernel<false>;
+  PROTOCLIP_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(plan.shared_bytes)));
+  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(call.n, kTileN)), plan.splits);
+  return launch(kernel, grid, kThreads, plan.shared_bytes, stream, tiles);
+}
+
+template <typename T>
+cudaError_t launch_decide(const KmeansAssign& call, const KmeansAssignPlan& plan, const Buffers& at,
+                          const Rows<T>& points, const Rows<T>& centroids, int64_t* labels,
+                          float* distances, cudaStream_t stream) {
+  PROTOCLIP_TRY(launch(decide_kernel<T>, dim3(row_blocks(call.n)), kRowThreads, 0, stream, points,
+                       centroids, call.n, call.d, plan.splits, at.partial,
+                       Bound{plan.parts, plan.terms, plan.packed_d}, call.exact, at.tally,
+                       at.open_rows, labels, distances));
+  if (!call.exact) return cudaSuccess;
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(call.n, 1024));
+  return launch(rescore_kernel<T>, dim3(blocks), kRowThreads, 0, stream, points, centroids, call.k,
+                call.d, at.tally, at.open_rows, labels, distances);
 }
 
 }  // namespace
@@ -306,76 +138,35 @@ cudaError_t plan_kmeans_assign(const KmeansAssign& call, KmeansAssignPlan* plan)
   const auto blocks = [&](size_t bytes) {  // per SM; 1 KiB of each is the system's
     return std::min(2, static_cast<int>(shared_per_processor / (bytes + 1024)));
   };
-  plan->resident = resident <= static_cast<size_t>(shared_per_block) &&
-                   blocks(resident) >= blocks(streamed);
+  plan->resident =
+      resident <= static_cast<size_t>(shared_per_block) && blocks(resident) >= blocks(streamed);
   plan->shared_bytes = plan->resident ? resident : streamed;
 
   const int tiles = ceil_div(call.k, kTileK);
   const int slots = processors * std::max(1, blocks(plan->shared_bytes));
   plan->splits = choose_splits(ceil_div<int64_t>(call.n, kTileN), tiles, slots);
   plan->tiles_per_split = ceil_div(tiles, plan->splits);
-  plan->scratch_bytes = Scratch(call, *plan).total;
+  plan->scratch_bytes = Buffers(call, *plan, nullptr).bytes;
   return cudaSuccess;
 }
 
 cudaError_t launch_kmeans_assign(const KmeansAssign& call, const KmeansAssignPlan& plan,
                                  void* scratch, int64_t* labels, float* distances,
                                  cudaStream_t stream) {
-  const Scratch at(call, plan);
-  unsigned char* base = static_cast<unsigned char*>(scratch);
-  auto* packed_points = reinterpret_cast<uint16_t*>(base + at.packed_points);
-  auto* packed_centroids = reinterpret_cast<uint16_t*>(base + at.packed_centroids);
-  auto* bias = reinterpret_cast<float*>(base + at.bias);
-  auto* partial = reinterpret_cast<Best*>(base + at.partial);
-  auto* open_rows = reinterpret_cast<int*>(base + at.open_rows);
-  auto* tally = reinterpret_cast<Tally*>(base + at.tally);
-  float* centre = nullptr;
-  PROTOCLIP_TRY(cudaMemsetAsync(tally, 0, sizeof(Tally), stream));
+  const Buffers at(call, plan, scratch);
+  float* centre = nullptr;  // 16-bit rows stay as they are: their products are exact
+  PROTOCLIP_TRY(cudaMemsetAsync(at.tally, 0, sizeof(Tally), stream));
   if (call.dtype == Dtype::kFloat32 && call.d > 0) {
-    centre = reinterpret_cast<float*>(base + at.centre);
+    centre = at.centre;
     PROTOCLIP_TRY(launch(centre_kernel, dim3(ceil_div(call.d, 32)), kRowThreads, 0, stream,
                          Rows<float>(call.centroids), call.k, call.d, centre));
   }
-  const int64_t stride = static_cast<int64_t>(plan.parts) * plan.packed_d;
-  const int tiles = ceil_div(call.k, kTileK);
   return with_dtype(call.dtype, [&](auto* type) -> cudaError_t {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     const Rows<T> points(call.points, centre), centroids(call.centroids, centre);
-    const int64_t bias_rows = static_cast<int64_t>(tiles) * kTileK;
-    PROTOCLIP_TRY(launch(pack_kernel<T>, dim3(row_blocks(bias_rows)), kRowThreads, 0, stream,
-                         centroids, call.k, call.d, plan.parts, plan.packed_d, packed_centroids,
-                         bias, bias_rows, tally));
-    if (plan.pack_points) {
-      PROTOCLIP_TRY(launch(pack_kernel<T>, dim3(row_blocks(call.n)), kRowThreads, 0, stream,
-                           points, call.n, call.d, plan.parts, plan.packed_d, packed_points,
-                           nullptr, 0, nullptr));
-    }
-    const Tiles all{plan.pack_points ? packed_points
-                                     : static_cast<const uint16_t*>(call.points.data),
-                    packed_centroids,
-                    plan.pack_points ? stride : call.points.row_stride,
-                    call.n,
-                    stride,
-                    bias,
-                    partial,
-                    call.k,
-                    plan.packed_d,
-                    ceil_div(plan.packed_d, kTileD),
-                    plan.parts,
-                    plan.terms,
-                    plan.tiles_per_split,
-                    tiles,
-                    plan.resident};
-    PROTOCLIP_TRY(call.dtype == Dtype::kFloat16 ? launch_tiles<true>(all, plan, stream)
-                                                : launch_tiles<false>(all, plan, stream));
-    PROTOCLIP_TRY(launch(decide_kernel<T>, dim3(row_blocks(call.n)), kRowThreads, 0, stream,
-                         points, centroids, call.n, call.d, plan.splits, partial,
-                         Bound{plan.parts, plan.terms, plan.packed_d}, call.exact, tally,
-                         open_rows, labels, distances));
-    if (!call.exact) return cudaSuccess;
-    const auto blocks = static_cast<unsigned>(std::min<int64_t>(call.n, 1024));
-    return launch(rescore_kernel<T>, dim3(blocks), kRowThreads, 0, stream, points, centroids,
-                  call.k, call.d, tally, open_rows, labels, distances);
+    PROTOCLIP_TRY(launch_pack(call, plan, at, points, centroids, stream));
+    PROTOCLIP_TRY(launch_tiles(call, plan, at, stream));
+    return launch_decide(call, plan, at, points, centroids, labels, distances, stream);
   });
 }
 

@@ -7,7 +7,8 @@
 //     most 18 errors of 2^-23 S for every 16 products of every term; 20 of 16 covers |c|^2 / 2 too.
 //   split (parts = 2): hi = bf16(x) is off by at most 2^-8 |x|, lo = bf16(x - hi) by 2^-17 |x|;
 //     the dropped lo.lo is at most 2^-16 |x||c|, the two representations 2^-17 |x||c| each, and
-//     the centring x - m rounds by 2^-24 |x - m|: together 2^-15 |x||c| and 3 % for the cross terms.
+//     the centring x - m rounds by 2^-24 |x - m|: together 2^-15 |x||c| and 3 % for the cross
+//     terms.
 //   underflow: products, parts and squares below 2^-126 may become zero.
 // Two scores are in true order if they differ by more than twice the bound.
 #pragma once
@@ -98,9 +99,7 @@ __global__ void centre_kernel(Rows<float> centroids, int k, int d, float* centre
 
 __device__ inline uint16_t bits_of(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
 __device__ inline uint16_t bits_of(__half x) { return __half_as_ushort(x); }
-__device__ inline uint16_t bits_of(float x) {
-  return __bfloat16_as_ushort(__float2bfloat16_rn(x));
-}
+__device__ inline uint16_t bits_of(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 
 // packed [rows, parts, packed_d]: the rows in 16-bit parts, padded with zeros. With bias (for the
 // centroids): bias [bias_rows] = -|row|^2 / 2, -inf past the last row, and tally->largest.
@@ -204,8 +203,7 @@ __global__ void decide_kernel(Rows<T> points, Rows<T> centroids, int64_t n, int 
     }
   }
   const bool found = defined && best.first_index != kNoIndex;
-  const double distance =
-      found ? exact_distance(points, centroids, row, best.first_index, d) : NAN;
+  const double distance = found ? exact_distance(points, centroids, row, best.first_index, d) : NAN;
   if (lane != 0) return;
   labels[row] = found ? best.first_index : -1;
   distances[row] = static_cast<float>(distance);
@@ -215,9 +213,8 @@ __global__ void decide_kernel(Rows<T> points, Rows<T> centroids, int64_t n, int 
 // (x - c)^2, repeated in fp64 where they are within their rounding of the best so far. The list's
 // order depends on timing, each row's result does not.
 template <typename T>
-__global__ void rescore_kernel(Rows<T> points, Rows<T> centroids, int k, int d,
-                               const Tally* tally, const int* open_rows, int64_t* labels,
-                               float* distances) {
+__global__ void rescore_kernel(Rows<T> points, Rows<T> centroids, int k, int d, const Tally* tally,
+                               const int* open_rows, int64_t* labels, float* distances) {
   constexpr int kLanes = 8, kGroups = kRowThreads / kLanes;
   __shared__ double group_best[kGroups];
   __shared__ int group_index[kGroups];

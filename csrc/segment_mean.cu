@@ -5,20 +5,19 @@
 // Bytes: N D values once; labels and pairs 24 N a pass (2 passes up to K = 65535); pieces of runs
 // 8 N D / kTileRows. The sums' 8 loads in flight x 4 B x 2048 threads are 64 KiB an SM, several
 // times what latency x bandwidth asks for (about 14 KiB on an H100).
-#include "segment_mean.h"
-
 #include <type_traits>
 
 #include "device.cuh"
+#include "segment_mean.h"
 
 namespace protoclip {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kDigits = 256;        // one thread a digit
-constexpr int kSortTile = 2048;     // 8 rounds of 32 rows for each warp
+constexpr int kDigits = 256;     // one thread a digit
+constexpr int kSortTile = 2048;  // 8 rounds of 32 rows for each warp
 constexpr int kRounds = kSortTile / kThreads;
-constexpr int kTileRows = 128;      // rows a thread adds up in fp32
+constexpr int kTileRows = 128;  // rows a thread adds up in fp32
 constexpr int kUnroll = 8;
 
 // The first pass reads labels, later ones what the last pass wrote.
@@ -33,9 +32,7 @@ struct Source {
     const int64_t label = labels[i * label_stride];
     return label >= 0 && label < k ? static_cast<int>(label) : k;  // left out: sorted last
   }
-  __device__ int row(int64_t i) const {
-    return labels == nullptr ? rows[i] : static_cast<int>(i);
-  }
+  __device__ int row(int64_t i) const { return labels == nullptr ? rows[i] : static_cast<int>(i); }
 };
 
 __device__ inline int digit_of(int key, int shift) { return key >> shift & (kDigits - 1); }
@@ -232,46 +229,43 @@ __global__ void segments_kernel(const int* starts, int d, const float* heads, co
   }
 }
 
-// Where each buffer starts in the scratch memory.
-struct Scratch {
-  size_t keys[2], rows[2], histogram, totals, starts, heads, tails, total = 0;
+struct Buffers {
+  int *keys[2], *rows[2];  // [N] each: what a pass reads and what it writes
+  int *histogram, *totals, *starts;
+  float *heads, *tails;
+  size_t bytes;
 
-  explicit Scratch(const SegmentMean& call) {
-    const size_t n = call.n, pieces = ceil_div<size_t>(n, kTileRows) * call.d * sizeof(float);
+  Buffers(const SegmentMean& call, void* scratch) {
+    Arena arena{static_cast<unsigned char*>(scratch)};
+    const size_t n = call.n, pieces = ceil_div<size_t>(n, kTileRows) * call.d;
     for (int i = 0; i < 2; ++i) {
-      keys[i] = add(n * sizeof(int));
-      rows[i] = add(n * sizeof(int));
+      keys[i] = arena.take<int>(n);
+      rows[i] = arena.take<int>(n);
     }
-    histogram = add(ceil_div<size_t>(n, kSortTile) * kDigits * sizeof(int));
-    totals = add(kDigits * sizeof(int));
-    starts = add((static_cast<size_t>(call.k) + 1) * sizeof(int));
-    heads = add(pieces);
-    tails = add(pieces);
-  }
-  size_t add(size_t bytes) {
-    const size_t start = total;
-    total += ceil_div<size_t>(bytes, 256) * 256;
-    return start;
+    histogram = arena.take<int>(ceil_div<size_t>(n, kSortTile) * kDigits);
+    totals = arena.take<int>(kDigits);
+    starts = arena.take<int>(static_cast<size_t>(call.k) + 1);
+    heads = arena.take<float>(pieces);
+    tails = arena.take<float>(pieces);
+    bytes = arena.used;
   }
 };
 
 // Sorts by label; *sorted says which of the two buffers holds the result.
-cudaError_t sort_rows(const SegmentMean& call, const Scratch& at, unsigned char* base,
-                      cudaStream_t stream, int* sorted) {
-  const auto ints = [&](size_t offset) { return reinterpret_cast<int*>(base + offset); };
+cudaError_t sort_rows(const SegmentMean& call, const Buffers& at, cudaStream_t stream,
+                      int* sorted) {
   const int blocks = static_cast<int>(ceil_div<int64_t>(call.n, kSortTile));
   Source source{call.labels, call.label_stride, call.k, nullptr, nullptr};
   *sorted = 1;
   for (int shift = 0; shift < 32 && (shift == 0 || call.k >> shift != 0); shift += 8) {
     const int to = 1 - *sorted;
     PROTOCLIP_TRY(launch(histogram_kernel, dim3(blocks), kThreads, 0, stream, source, call.n, shift,
-                         ints(at.histogram)));
-    PROTOCLIP_TRY(launch(scan_kernel, dim3(kDigits), kThreads, 0, stream, ints(at.histogram),
-                         blocks, ints(at.totals)));
+                         at.histogram));
+    PROTOCLIP_TRY(
+        launch(scan_kernel, dim3(kDigits), kThreads, 0, stream, at.histogram, blocks, at.totals));
     PROTOCLIP_TRY(launch(scatter_kernel, dim3(blocks), kThreads, 0, stream, source, call.n, shift,
-                         ints(at.histogram), ints(at.totals), ints(at.keys[to]),
-                         ints(at.rows[to])));
-    source = {nullptr, 0, call.k, ints(at.keys[to]), ints(at.rows[to])};
+                         at.histogram, at.totals, at.keys[to], at.rows[to]));
+    source = {nullptr, 0, call.k, at.keys[to], at.rows[to]};
     *sorted = to;
   }
   return cudaSuccess;
@@ -279,33 +273,27 @@ cudaError_t sort_rows(const SegmentMean& call, const Scratch& at, unsigned char*
 
 }  // namespace
 
-size_t segment_mean_scratch_bytes(const SegmentMean& call) { return Scratch(call).total; }
+size_t segment_mean_scratch_bytes(const SegmentMean& call) { return Buffers(call, nullptr).bytes; }
 
 cudaError_t launch_segment_mean(const SegmentMean& call, void* scratch, float* means,
                                 int64_t* counts, cudaStream_t stream) {
-  const Scratch at(call);
-  unsigned char* base = static_cast<unsigned char*>(scratch);
-  int* starts = reinterpret_cast<int*>(base + at.starts);
-  auto* heads = reinterpret_cast<float*>(base + at.heads);
-  auto* tails = reinterpret_cast<float*>(base + at.tails);
+  const Buffers at(call, scratch);
   int sorted = 0;
-  if (call.n > 0) PROTOCLIP_TRY(sort_rows(call, at, base, stream, &sorted));
-  const int* keys = reinterpret_cast<int*>(base + at.keys[sorted]);
-  const int* rows = reinterpret_cast<int*>(base + at.rows[sorted]);
-  PROTOCLIP_TRY(launch(starts_kernel, dim3(call.k / kThreads + 1), kThreads, 0, stream, keys,
-                       static_cast<int>(call.n), call.k, starts));
+  if (call.n > 0) PROTOCLIP_TRY(sort_rows(call, at, stream, &sorted));
+  PROTOCLIP_TRY(launch(starts_kernel, dim3(call.k / kThreads + 1), kThreads, 0, stream,
+                       at.keys[sorted], static_cast<int>(call.n), call.k, at.starts));
   if (call.n > 0 && call.d > 0) {
     const int threads = call.d < 128 ? ceil_div(call.d, 32) * 32 : 128;
     const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(call.n, kTileRows)),
                     ceil_div(call.d, threads));
     PROTOCLIP_TRY(with_dtype(call.dtype, [&](auto* type) -> cudaError_t {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-      return launch(runs_kernel<T>, grid, threads, 0, stream, call.values, call.d, call.k, keys,
-                    rows, starts, means, heads, tails);
+      return launch(runs_kernel<T>, grid, threads, 0, stream, call.values, call.d, call.k,
+                    at.keys[sorted], at.rows[sorted], at.starts, means, at.heads, at.tails);
     }));
   }
-  return launch(segments_kernel, dim3(call.k), kThreads, 0, stream, starts, call.d, heads, tails,
-                means, counts);
+  return launch(segments_kernel, dim3(call.k), kThreads, 0, stream, at.starts, call.d, at.heads,
+                at.tails, means, counts);
 }
 
 }  // namespace protoclip

@@ -232,7 +232,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 }
 inline float __half2float(__half x) {
   const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
-  float y = exponent == 31 ? (fraction ? NAN : INFINITY)
+  float y = exponent == 31  ? (fraction ? NAN : INFINITY)
             : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
                             : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
   return x.bits & 0x8000 ? -y : y;
@@ -412,8 +412,8 @@ template <typename... P, typename... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t,
                    A... args) {
   emulation::State& s = emulation::state;
-  const auto limit = static_cast<size_t>(
-      emulation::device_attributes[cudaDevAttrMaxSharedMemoryPerBlockOptin]);
+  const auto limit =
+      static_cast<size_t>(emulation::device_attributes[cudaDevAttrMaxSharedMemoryPerBlockOptin]);
   if (shared_bytes > limit || threads % 32 != 0 || threads > emulation::kMaxThreads ||
       grid.x == 0 || grid.y == 0 || grid.y > 65535) {
     return cudaErrorInvalidConfiguration;

@@ -31,12 +31,12 @@ int kmeans_assign(const void* points, int64_t point_strides[2], const void* cent
           launch_kmeans_assign(call, plan, scratch, labels, distances, nullptr)) {
     return error;
   }
-  const auto* tally = reinterpret_cast<const Tally*>(scratch + Scratch(call, plan).tally);
+  const Tally* tally = Buffers(call, plan, scratch).tally;
   const int64_t facts[5] = {plan.parts, plan.pack_points, plan.resident, plan.splits,
                             tally->open_rows};
   std::copy(facts, facts + 5, report);
-  for (const unsigned char* p = scratch + plan.scratch_bytes;
-       p < memory.data() + memory.size(); ++p) {
+  for (const unsigned char* p = scratch + plan.scratch_bytes; p < memory.data() + memory.size();
+       ++p) {
     if (*p != 0xff) return -1;  // wrote past the scratch it asked for
   }
   return 0;
