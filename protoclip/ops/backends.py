@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 
 import torch
 
@@ -64,8 +65,11 @@ def _triton(op: str) -> Backend:
 
 TABLE: dict[str, dict[str, Backend]] = {
     "info_nce": {"reference": REFERENCE},
-    "prototype_cross_entropy": {"reference": REFERENCE},
-    "soft_targets": {"reference": REFERENCE},
+    "prototype_cross_entropy": {
+        "triton": _triton("prototype_cross_entropy"),
+        "reference": REFERENCE,
+    },
+    "soft_targets": {"triton": _triton("soft_targets"), "reference": REFERENCE},
     "kmeans_assign": {"reference": REFERENCE},
     "segment_mean": {"reference": REFERENCE},
 }
@@ -136,7 +140,12 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def backend_module(op: str, backend: str) -> ModuleType:
+    """The module of a backend, imported at first use."""
+    return importlib.import_module(TABLE[op][backend].module)
+
+
 @cache
 def implementation(op: str, backend: str, function: str) -> Callable:
     """The function of a backend's module, imported at first use."""
-    return getattr(importlib.import_module(TABLE[op][backend].module), function)
+    return getattr(backend_module(op, backend), function)
