@@ -27,7 +27,7 @@ def weights_kernel(
     n, k_count, d, first_key,
     stride_q_n, stride_q_d, stride_k_n, stride_k_d,
     UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    GRADIENT: tl.constexpr, HARD: tl.constexpr, PRECISION: tl.constexpr,
+    GRADIENT: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles, key tiles): W, or UNIT * G where GRADIENT. first_key: of this wave."""
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
@@ -43,8 +43,9 @@ def weights_kernel(
     s, _ = logits_tile(
         q, q_ptr, i, used, stride_q_n, stride_q_d,
         k_ptr + first_column * stride_k_n, j, k_used, stride_k_n, stride_k_d,
-        d, tl.load(scale_ptr).to(tl.float32) * LOG2E, BLOCK_D, False, False, PRECISION,
+        d, tl.load(scale_ptr).to(tl.float32) * LOG2E, BLOCK_D, False, False,
     )  # fmt: skip
+    s = tl.where(k_used[None, :], s, -float("inf"))
     w = tl.exp2(s - tl.load(max_ptr + rows, mask=used, other=0.0)[:, None])
     if GRADIENT:
         label = tl.load(labels_ptr + rows, mask=used, other=-100)
@@ -63,7 +64,7 @@ def product_kernel(
     a_ptr, b_ptr, out_ptr,  # [M, K], [K, D], [M, D] contiguous
     m, k_count, d,
     stride_a_m, stride_a_k, stride_b_k, stride_b_d,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """fp32 a @ b, grid (row tiles, tiles of D)."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -73,13 +74,13 @@ def product_kernel(
         inner = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_K)
         a = load_tile(a_ptr, rows, rows < m, inner, k_count, stride_a_m, stride_a_k, False)
         b = load_tile(b_ptr, inner, inner < k_count, columns, d, stride_b_k, stride_b_d, False)
-        acc += dot(a, b, PRECISION)
+        acc += dot(a, b)
     mask = (rows < m)[:, None] & (columns < d)[None, :]
     tl.store(out_ptr + rows[:, None] * d + columns[None, :], acc, mask=mask)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] @ b [K, D] -> fp32 [M, D], no fp32 operand rounded to plain TF32.
+    """a [M, K] @ b [K, D] -> fp32 [M, D], no fp32 operand rounded to TF32.
 
     16-bit operands go to cuBLAS; fp32 ones do not, since the caller's TF32 setting rules there.
     """
@@ -91,7 +92,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if out.numel():
         product_kernel[(triton.cdiv(m, 64), triton.cdiv(d, 64))](
             a, b, out, m, a.shape[1], d, *a.stride(), *b.stride(),
-            BLOCK_M=64, BLOCK_D=64, BLOCK_K=32, PRECISION="tf32x3", num_warps=8, num_stages=2,
+            BLOCK_M=64, BLOCK_D=64, BLOCK_K=16, num_warps=4, num_stages=2,
         )  # fmt: skip
     return out
 
@@ -105,7 +106,7 @@ def weights(q, keys, scale, row_max, *, first_key=0, gradient=None) -> Tensor:
     weights_kernel[(triton.cdiv(n, tile.n), triton.cdiv(k, tile.k))](
         q, scale, keys, labels, row_max, row_sum, weight, out, n, k, d, first_key,
         *q.stride(), *keys.stride(), UNIT=G_UNIT, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_D=tile.d,
-        GRADIENT=gradient is not None, HARD=hard, PRECISION="tf32x3", **tile.options,
+        GRADIENT=gradient is not None, HARD=hard, **tile.options,
     )  # fmt: skip
     return out
 

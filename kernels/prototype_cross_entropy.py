@@ -2,7 +2,7 @@
 
 16-bit rows of D <= 256: one attention pass with key = value = C gives loss and gradient, 2 products
 of [N, K, D] and O(slices N D) memory. Wider or fp32 rows: a pass for the statistics, then weights
-in waves and a GEMM, 3 products (one-pass fp32 tiles spill). fp32 products are 3-term TF32 splits;
+in waves and a GEMM, 3 products (one-pass fp32 tiles spill). Products are exact to fp32, but
 weights are rounded to the inputs' dtype before they meet the values. Banks share the launches; the
 scale is read on the device.
 """
@@ -88,7 +88,8 @@ def attend(
         *q.stride(), *_strides(keys), *_strides(values or keys),
         BANKS=banks, HARD=hard, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_D=tile.d,
         BLOCK_DV=tile.d if values else 16, WHOLE_D=bool(values),
-        EVEN_D=bool(values) and d == tile.d, VALUES=which, BEST=best, PRECISION="tf32x3", **tile.options,
+        EVEN_D=bool(values) and d == tile.d, VALUES=which, BEST=best,
+        **tile.options,
     )  # fmt: skip
     return parts
 

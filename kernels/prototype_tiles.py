@@ -33,6 +33,8 @@ class Tile:
         }
 
 
+FLOAT = Tile(64, 64, 16, 4, 2)
+
 # Values in the pass, 16-bit inputs, D padded to the key.
 ATTENTION = {
     "sm_80": {
@@ -50,13 +52,15 @@ ATTENTION = {
         128: Tile(128, 64, 128, 8, 2),
         256: Tile(64, 64, 256, 8, 2),
     },
+    "interpreter": {width: Tile(32, 32, width, 4, 1) for width in (64, 128, 256)},
 }
 
 # Logits by chunks of D: statistics alone, and tiles of weights. By size of an element.
 CHUNKED = {
-    "sm_80": {2: Tile(128, 64, 64, 8, 3), 4: Tile(64, 64, 32, 8, 2)},
-    "sm_90": {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 8, 2)},
-    "sm_100": {2: Tile(128, 64, 64, 8, 3), 4: Tile(64, 64, 32, 8, 2)},
+    "sm_80": {2: Tile(128, 64, 64, 8, 3), 4: FLOAT},
+    "sm_90": {2: Tile(128, 128, 64, 8, 3), 4: FLOAT},
+    "sm_100": {2: Tile(128, 64, 64, 8, 3), 4: FLOAT},
+    "interpreter": {2: Tile(32, 32, 64, 4, 1), 4: Tile(32, 32, 64, 4, 1)},
 }
 
 WIDEST_ATTENTION = 256
@@ -65,7 +69,7 @@ WIDEST_ATTENTION = 256
 def architecture(device: torch.device) -> str:
     """The table's row for a device."""
     if device.type != "cuda":
-        return "sm_80"
+        return "interpreter"
     major = torch.cuda.get_device_capability(device)[0]
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
 

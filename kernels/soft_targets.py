@@ -29,10 +29,8 @@ def soft_targets(source_centroids: Tensor, prototypes: Tensor, temperature: floa
     if fits_attention(source, values):
         parts = attend(source, [source], [values], labels, scale)
     else:
-        statistics = attend(source, [source], None, labels, scale)
-        finish(
-            source, scale, [values], labels, statistics, results, statistics=True, targeted=False
-        )
+        parts = attend(source, [source], None, labels, scale)
+        finish(source, scale, [values], labels, parts, results, statistics=True, targeted=False)
         weighted_values(source, source, values, scale, row_max, out)
         parts = Parts(row_max[None, None], row_sum[None, None], labels[0], row_max, out[None, None])
     finish(source, scale, [values], labels, parts, results, gradient=True, targeted=False)
