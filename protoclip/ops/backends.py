@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
 
 import torch
 
@@ -69,91 +68,21 @@ def _triton(op: str) -> Backend:
 
 TABLE: dict[str, dict[str, Backend]] = {
     "info_nce": {"reference": REFERENCE},
-    "prototype_cross_entropy": {"triton": _triton("prototype_cross_entropy"), "reference": REFERENCE},
-    "soft_targets": {"triton": _triton("soft_targets"), "reference": REFERENCE},
-    "kmeans_assign": {"cuda": _cuda("kmeans_assign"), "reference": REFERENCE},
-    "segment_mean": {"cuda": _cuda("segment_mean"), "reference": REFERENCE},
-}
-
-AUTO_ORDER`` that is usable on the tensors' device.
-"""
-
-from __future__ import annotations
-
-import importlib
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from types import ModuleType
-
-import torch
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ANY_FLOAT = (*FLOATS, torch.float64)
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation: where its functions live, what it needs, what it takes."""
-
-    module: str  # imported at first use
-    device_types: tuple[str, ...] | None  # None: any
-    dtypes: tuple[torch.dtype, ...]
-    why_not: Callable[[], str | None]  # None: usable on this machine
-
-
-def _always() -> str | None:
-    return None
-
-
-def _no_native() -> str | None:
-    return importlib.import_module("protoclip.ops._native").why_not()
-
-
-def _no_native_cuda() -> str | None:
-    return importlib.import_module("protoclip.ops._native").why_not_cuda()
-
-
-@cache
-def _no_triton() -> str | None:
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        return "no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"triton cannot be imported: {error}"
-    return None
-
-
-REFERENCE = Backend("protoclip.ops.reference", None, ANY_FLOAT, _always)
-
-
-def _cpu(op: str) -> Backend:
-    return Backend(f"protoclip.ops.native_{op}", ("cpu",), FLOATS, _no_native)
-
-
-def _cuda(op: str) -> Backend:
-    return Backend(f"protoclip.ops.cuda_{op}", ("cuda",), FLOATS, _no_native_cuda)
-
-
-def _triton(op: str) -> Backend:
-    return Backend(f"protoclip.kernels.{op}", ("cuda", "cpu"), FLOATS, _no_triton)
-
-
-TABLE: dict[str, dict[str, Backend]] = {
-    "info_nce": {"reference": REFERENCE},
-    "prototype_cross_entropy": {"reference": REFERENCE},
-    "soft_targets": {"reference": REFERENCE},
-    "kmeans_assign": {"cuda": _cuda("kmeans_assign"), "reference": REFERENCE},
-    "segment_mean": {"cuda": _cuda("segment_mean"), "reference": REFERENCE},
     "prototype_cross_entropy": {
         "triton": _triton("prototype_cross_entropy"),
         "reference": REFERENCE,
     },
     "soft_targets": {"triton": _triton("soft_targets"), "reference": REFERENCE},
-    "kmeans_assign": {"reference": REFERENCE},
-    "segment_mean": {"reference": REFERENCE},
+    "kmeans_assign": {
+        "cpu": _cpu("kmeans_assign"),
+        "cuda": _cuda("kmeans_assign"),
+        "reference": REFERENCE,
+    },
+    "segment_mean": {
+        "cpu": _cpu("segment_mean"),
+        "cuda": _cuda("segment_mean"),
+        "reference": REFERENCE,
+    },
 }
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
@@ -222,12 +151,7 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def backend_module(op: str, backend: str) -> ModuleType:
-    """The module of a backend, imported at first use."""
-    return importlib.import_module(TABLE[op][backend].module)
-
-
 @cache
 def implementation(op: str, backend: str, function: str) -> Callable:
     """The function of a backend's module, imported at first use."""
-    return getattr(backend_module(op, backend), function)
+    return getattr(importlib.import_module(TABLE[op][backend].module), function)
