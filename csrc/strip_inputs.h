@@ -1,6 +1,7 @@
 // From the tensors a caller gives to what the strip kernels take, and back.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
@@ -11,6 +12,12 @@
 #include "gemm_tile.h"
 
 namespace protoclip {
+
+// torch.set_float32_matmul_precision("high") is torch's own word for bf16 x 3. Its logits are about
+// ten times less exact than fp32's, so "highest", the default, keeps fp32.
+inline bool split_allowed() {
+  return at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST;
+}
 
 // bf16 stays bf16 where the CPU multiplies it fast, everything else becomes fp32; rows contiguous;
 // bf16 rows of even length (one zero column more).
@@ -32,7 +39,7 @@ struct Inputs {
     const CpuMatrixUnits units = cpu_matrix_units();
     if (name == "bf16" || (name == "auto" && units.bf16 && x_in.scalar_type() == at::kBFloat16))
       arithmetic = Arithmetic::kBf16;
-    else if (name == "split" || (name == "auto" && units.amx))
+    else if (name == "split" || (name == "auto" && units.amx && split_allowed()))
       arithmetic = Arithmetic::kSplit;
     else
       arithmetic = Arithmetic::kFloat;

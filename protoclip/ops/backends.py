@@ -64,6 +64,7 @@ def _triton(op: str) -> Backend:
 
 TABLE: dict[str, dict[str, Backend]] = {
     "info_nce": {"reference": REFERENCE, "cpu": _cpu("info_nce")},
+    "siglip": {"reference": REFERENCE, "cpu": _cpu("siglip")},
     "prototype_cross_entropy": {"reference": REFERENCE},
     "soft_targets": {"reference": REFERENCE},
     "kmeans_assign": {"reference": REFERENCE},
