@@ -209,20 +209,38 @@ class GradientPass {
   void finish_dx(int64_t first, int64_t rows) {
     const int64_t d = strip_.d, part = wave_rows_ * d;
     at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t e = begin * d; e < end * d; ++e) {
-        float sum = 0.f;
-        for (int64_t group = 0; group < groups_; ++group) sum += parts_.get()[group * part + e];
-        dx_[first * d + e] = static_cast<Input>(scale_ * sum);
-      }
+      add_parts(parts_.get() + begin * d, part, groups_, (end - begin) * d,
+                dx_ + (first + begin) * d);
     });
   }
 
   void finish_dy() {
+    const int64_t d = strip_.d;
+    if (strip_.n == 0) return void(std::fill_n(dy_, strip_.m * d, Input(0.f)));
     at::parallel_for(0, strip_.m, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t e = begin * strip_.d; e < end * strip_.d; ++e)
-        dy_[e] = static_cast<Input>(strip_.n > 0 ? scale_ * dy_sums()[e] : 0.f);
+      add_parts(dy_sums() + begin * d, 0, 1, (end - begin) * d, dy_ + begin * d);
     });
   }
+
+  // out = scale * (the sum of `parts` arrays, `stride` apart); out may be the first of them.
+  void add_parts(const float* in, int64_t stride, int64_t parts, int64_t count, Input* out) const {
+    int64_t e = 0;
+    for (; e + kLanes <= count; e += kLanes) {
+      Floats total = load(in + e);
+      for (int64_t p = 1; p < parts; ++p) total += load(in + p * stride + e);
+      alignas(64) float scaled[kLanes];
+      store(scaled, total * scale_);
+      narrow(scaled, kLanes, out + e);
+    }
+    for (; e < count; ++e) {
+      float total = in[e];
+      for (int64_t p = 1; p < parts; ++p) total += in[p * stride + e];
+      out[e] = static_cast<Input>(scale_ * total);
+    }
+  }
+
+  static void narrow(const float* in, int64_t count, float* out) { std::copy_n(in, count, out); }
+  static void narrow(const float* in, int64_t count, BFloat16* out) { to_bf16(in, count, out); }
 
   const Strip<A>& strip_;
   float scale_;
