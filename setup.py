@@ -29,7 +29,10 @@ setup(
     packages=[
         "protoclip",
         "protoclip.data",
+        "protoclip.evaluate",
+        "protoclip.metrics",
         "protoclip.ops",
+        "protoclip.report",
         "protoclip.kernels",
         "protoclip.csrc",
     ],

@@ -58,6 +58,10 @@ def _cpu(op: str) -> Backend:
     return Backend(f"protoclip.ops.native_{op}", ("cpu",), FLOATS, _no_native)
 
 
+def _cuda(op: str) -> Backend:
+    return Backend(f"protoclip.ops.cuda_{op}", ("cuda",), FLOATS, _no_native_cuda)
+
+
 def _triton(op: str) -> Backend:
     return Backend(f"protoclip.kernels.{op}", ("cuda", "cpu"), FLOATS, _no_triton)
 
@@ -67,8 +71,8 @@ TABLE: dict[str, dict[str, Backend]] = {
     "siglip": {"reference": REFERENCE, "cpu": _cpu("siglip")},
     "prototype_cross_entropy": {"reference": REFERENCE},
     "soft_targets": {"reference": REFERENCE},
-    "kmeans_assign": {"reference": REFERENCE},
-    "segment_mean": {"reference": REFERENCE},
+    "kmeans_assign": {"cuda": _cuda("kmeans_assign"), "reference": REFERENCE},
+    "segment_mean": {"cuda": _cuda("segment_mean"), "reference": REFERENCE},
 }
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
