@@ -10,8 +10,8 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from functools import cache
+from types import ModuleType
 
 import torch
 
