@@ -1,6 +1,6 @@
 """Every op and backend beside what people use instead: parity first, then time.
 
-``pytest benchmarks/ --benchmark-only``; quick sizes for two cores. A backend that is not usable here
+``pytest benchmarks/ --benchmark-only``; quick sizes for two cores. A backend not usable here
 is a skipped row with its reason.
 """
 
