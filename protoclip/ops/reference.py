@@ -109,8 +109,13 @@ def soft_targets(source_centroids: Tensor, prototypes: Tensor, temperature: floa
     return torch.softmax(source @ source.T / temperature, dim=1) @ _wide(prototypes)
 
 
-def kmeans_assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, D], [K, D] -> labels int64 [N] (-1 for a NaN row), squared distances fp32 [N]."""
+def kmeans_assign(
+    points: Tensor, centroids: Tensor, *, exact: bool = True
+) -> tuple[Tensor, Tensor]:
+    """[N, D], [K, D] -> labels int64 [N] (-1 for a NaN row), squared distances fp32 [N].
+
+    Exact whatever is asked.
+    """
     x, c = points.double(), centroids.double()
     rows = max(1, _CHUNK_ELEMENTS // max(1, len(c)))
     parts = [_assign_rows(part, c) for part in x.split(rows)]
