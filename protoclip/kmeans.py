@@ -186,8 +186,8 @@ def _plus_plus_init(points: Tensor, k: int, generator: torch.Generator, ranks: _
 
 def _keep(candidates: Tensor, weights: Tensor, uniform: Tensor) -> Tensor:
     """Which candidates [M, D], drawn by weights [M], survive those kept before them -> index."""
-    between = torch.cdist(candidates, candidates, compute_mode="donot_use_mm_for_euclid_dist")
-    between, start = between.double().square().cpu().numpy(), weights.cpu().numpy()
+    apart = torch.cdist(candidates, candidates, compute_mode="donot_use_mm_for_euclid_dist")
+    between, start = apart.double().square().cpu().numpy(), weights.cpu().numpy()
     now, kept = start.copy(), []
     for j, u in enumerate(uniform.tolist()):
         # Only duplicates are left when all weights are 0: any point is as good.
