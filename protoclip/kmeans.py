@@ -186,14 +186,14 @@ def _plus_plus_init(points: Tensor, k: int, generator: torch.Generator, ranks: _
 
 def _keep(candidates: Tensor, weights: Tensor, uniform: Tensor) -> Tensor:
     """Which candidates [M, D], drawn by weights [M], survive those kept before them -> index."""
-    between = torch.cdist(candidates, candidates, compute_mode="donot_use_mm_for_euclid_dist")
-    squared, start = between.double().square().cpu().numpy(), weights.cpu().numpy()
+    apart = torch.cdist(candidates, candidates, compute_mode="donot_use_mm_for_euclid_dist")
+    between, start = apart.double().square().cpu().numpy(), weights.cpu().numpy()
     now, kept = start.copy(), []
     for j, u in enumerate(uniform.tolist()):
         # Only duplicates are left when all weights are 0: any point is as good.
         if now[j] >= u * start[j] and (now[j] > 0 or start[j] == 0):
             kept.append(j)
-            np.minimum(now, squared[j], out=now)
+            np.minimum(now, between[j], out=now)
     return torch.tensor(kept, device=candidates.device)
 
 

@@ -74,6 +74,15 @@ def _base2_logits(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     return (_wide(scale).reshape(()) * LOG2E) * (_wide(x) @ _wide(y).T)
 
 
+def sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, offset: int) -> Tensor:
+    """[N, D], [M, D], scalars -> []: sum of softplus(-z (scale x.y + bias)), z = 1 at
+    j = i + offset and -1 elsewhere."""
+    logits = _wide(scale).reshape(()) * _wide(x) @ _wide(y).T + _wide(bias).reshape(())  # [N, M]
+    columns = torch.arange(len(y), device=y.device)
+    positive = columns == torch.arange(len(x), device=x.device)[:, None] + offset
+    return F.softplus(torch.where(positive, -logits, logits), threshold=1000).sum()
+
+
 def prototype_cross_entropy(
     features: Tensor,
     prototypes: Tensor,
