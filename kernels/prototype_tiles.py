@@ -24,13 +24,7 @@ class Tile:
 
     @property
     def options(self) -> dict:
-        # A fused multiply-add would leave 2^(rounding of the maximum) where the largest weight
-        # must be exactly 1 (attention.py).
-        return {
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-            "enable_fp_fusion": False,
-        }
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 FLOAT = Tile(64, 64, 16, 4, 2)

@@ -130,9 +130,7 @@ def _report(name):
 
     for tile in ATTENTION[name].values():
         for even in (True, False):
-            attention(
-                tile, "bf16", "keys", 2, 1, BLOCK_DV=tile.d, WHOLE_D=True, EVEN_D=even
-            )
+            attention(tile, "bf16", "keys", 2, 1, BLOCK_DV=tile.d, WHOLE_D=True, EVEN_D=even)
         attention(tile, "fp16", "own", 1, 0, BLOCK_DV=tile.d, WHOLE_D=True, EVEN_D=False)
     for dtype, size in (("bf16", 2), ("fp32", 4)):
         tile = CHUNKED[name][size]
