@@ -46,9 +46,15 @@ class DataConfig:
     csv_img_key: str = option("filepath", "column of the image path")
     csv_caption_key: str = option("title", "column of the caption")
     augmentation: str = option(
-        "paper",
+        "clip",
         "training transform: 'paper' (ProtoCLIP's), 'clip' (OpenCLIP's random crop) or 'none'",
         choices=("paper", "clip", "none"),
+    )
+    captions: str = option(
+        "canonical",
+        "of several captions: any ('random'), the first ('first'), or the first in half of the "
+        "draws ('canonical')",
+        choices=("random", "canonical", "first"),
     )
     workers: int = option(0, "processes that read images; 0: in the training process", low=0)
 
@@ -123,7 +129,7 @@ class LossConfig:
 class OptimConfig:
     """Optimisation"""
 
-    epochs: float = option(40.0, "passes over the data", low=0)
+    epochs: float = option(36.0, "passes over the data", low=0)
     max_steps: int = option(
         0, "stop after this many steps; the schedule shrinks with it; 0: no limit", low=0
     )

@@ -36,6 +36,7 @@ def extract(
     device: torch.device,
     seed: int,
     workers: int = 0,
+    captions: str = "random",
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     progress: Callable[[int], None] | None = None,
 ) -> Features:
@@ -43,7 +44,7 @@ def extract(
 
     Args:
         model: left in the mode it was in.
-        dataset, transform, workers: as in ``protoclip.data.batches``.
+        dataset, transform, workers, captions: as in ``protoclip.data.batches``.
         indices: int64 [N], distinct positions.
         batch_size: rows per forward pass; the result depends on it in the last bits only.
         device: where the model is and the features stay, 2 x N x (D + Dh) x 4 bytes.
@@ -63,6 +64,7 @@ def extract(
             model.tokenizer,
             seed=seed,
             workers=workers,
+            captions=captions,
         ):
             image = batch.image.to(device, non_blocking=True)
             tokens = batch.tokens.to(device, non_blocking=True)

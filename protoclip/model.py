@@ -75,12 +75,11 @@ class ProtoModel(nn.Module):
         self.image_head: Projection | None = heads[0] if heads else None
         self.text_head: Projection | None = heads[1] if heads else None
         self.logit_scale_proto = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
-        size = clip.visual.image_size
+        visual: Any = clip.visual
+        size = visual.image_size
         self.image_size: int = size[0] if isinstance(size, (tuple, list)) else size
-        self.mean: tuple[float, ...] = tuple(
-            clip.visual.image_mean or open_clip.OPENAI_DATASET_MEAN
-        )
-        self.std: tuple[float, ...] = tuple(clip.visual.image_std or open_clip.OPENAI_DATASET_STD)
+        self.mean: tuple[float, ...] = tuple(visual.image_mean or open_clip.OPENAI_DATASET_MEAN)
+        self.std: tuple[float, ...] = tuple(visual.image_std or open_clip.OPENAI_DATASET_STD)
 
     def encode(self, image: Tensor, tokens: Tensor) -> Encoded:
         """u of both modalities, not normalised: [B, 3, H, W] and int64 [B, L] -> [B, D] each."""

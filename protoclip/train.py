@@ -1,7 +1,7 @@
 """Train CLIP or ProtoCLIP: ``python -m protoclip.train``, no arguments needed.
 
-Without arguments: ProtoCLIP on the built-in emoji, at most five minutes on two CPU cores, with a table
-before and after, plots and a checkpoint in a run folder.
+Without arguments: ProtoCLIP on the built-in emoji, at most five minutes on two CPU cores, with a
+table before and after, plots and a checkpoint in a run folder.
 """
 
 from __future__ import annotations
@@ -9,34 +9,25 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from protoclip import checkpoint
 from protoclip.config import TrainConfig, build_parser, parse
-from protoclip.data import PairDataset, Subset, build_transform, noto_available, open_dataset
+from protoclip.data import PairDataset, build_transform
 from protoclip.distributed import seed_everything
 from protoclip.episode import check_clusters
-from protoclip.evaluate import (
-    Encoder,
-    Results,
-    evaluate_model,
-    format_table,
-    peak_memory_bytes,
-    write_results,
-)
-from protoclip.metrics import retrieval
+from protoclip.evaluate import Results, format_table, peak_memory_bytes, write_results
 from protoclip.model import ProtoModel, build_model
-from protoclip.teacher import MINILM, load_teacher, minilm_missing
-from protoclip.training.engine import autocast_for, choose_device, choose_precision
+from protoclip.training.engine import choose_device, choose_precision
+from protoclip.training.inputs import open_teachers, open_training_data, uses_prototypes
 from protoclip.training.loop import Trainer
 from protoclip.training.phases import Phases
 from protoclip.training.plan import Plan, make_plan
 from protoclip.training.run_folder import RunFolder, choose_folder
+from protoclip.training.views import Evaluation, draw_plots
 
 PROG = "python -m protoclip.train"
 DESCRIPTION = (
@@ -46,7 +37,7 @@ DESCRIPTION = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, or 2 for a user's mistake (one message, stderr)."""
+    """Run the command; the exit code is 0, or 2 for a user's mistake (one message on stderr)."""
     try:
         train(parse(build_parser(PROG, DESCRIPTION), argv))
     except (ValueError, OSError) as error:
@@ -77,7 +68,7 @@ def train(config: TrainConfig) -> Path:
     with phases.measure("teacher", on_host=True):
         teachers, remark = open_teachers(config, dataset, device)
     if uses_prototypes(config):
-        # An episode of replacement draws has fewer distinct samples; the episode itself checks that.
+        # With replacement an episode has fewer distinct samples; it checks again itself.
         check_clusters(config.episode, min(len(dataset), plan.steps_per_episode * plan.batch_size))
 
     folder = RunFolder(path, config)
@@ -124,62 +115,7 @@ def run(
     after = evaluate.full(model, "evaluating the trained model")
     with phases.measure("plots", on_host=True):
         draw_plots(folder, config, trainer, dataset)
-    report(folder, config, before, after, phases)
-
-
-def open_training_data(config: TrainConfig) -> PairDataset:
-    """The training pairs: the train split of built-in data, all of anything else."""
-    data = config.data
-    split = "train" if data.train_data.startswith("builtin:") else "all"
-    dataset = open_dataset(data.train_data, split, **open_arguments(config))
-    if data.train_num_samples:
-        if data.train_num_samples > len(dataset):
-            raise ValueError(
-                f"--train-num-samples: expected at most {len(dataset)}, the size of "
-                f"{dataset.name}, got {data.train_num_samples}"
-            )
-        dataset = Subset(dataset, torch.arange(data.train_num_samples))
-    return dataset
-
-
-def open_arguments(config: TrainConfig) -> dict[str, Any]:
-    """How ``open_dataset`` is to be called, for training and evaluation alike."""
-    return {
-        "seed": config.run.seed,
-        "csv_separator": config.data.csv_separator,
-        "csv_img_key": config.data.csv_img_key,
-        "csv_caption_key": config.data.csv_caption_key,
-    }
-
-
-def uses_prototypes(config: TrainConfig) -> bool:
-    weights = config.loss
-    return config.method == "protoclip" and (weights.w_proto > 0 or weights.w_proto_external > 0)
-
-
-def open_teachers(
-    config: TrainConfig, dataset: PairDataset, device: torch.device
-) -> tuple[dict[str, Tensor], str]:
-    """Name -> [dataset, d], and a sentence about it; {} where no teacher is due."""
-    spec = config.episode.external_teacher
-    if not uses_prototypes(config) or config.loss.w_proto_external == 0 or spec == "none":
-        return {}, "external teacher: none"
-    if spec == "auto":
-        if not config.data.train_data.startswith("builtin:"):
-            return {}, f"external teacher: none; --external-teacher {MINILM} or a file adds one"
-        reason = minilm_missing()
-        if reason is not None:
-            return {}, f"external teacher: none, internal prototypes only: {reason}"
-        spec = MINILM
-    with tqdm(total=len(dataset), desc=f"teacher {spec}", unit=" samples", leave=False) as bar:
-        rows = load_teacher(
-            spec,
-            dataset,
-            dim=config.episode.external_teacher_dim,
-            device=device,
-            progress=bar.update,
-        )
-    return {"external": rows}, f"external teacher: {spec}, {rows.shape[1]} dimensions"
+    report(folder, config, before, after, phases, device)
 
 
 def announce(
@@ -213,76 +149,17 @@ def announce(
         folder.say("method: clip, InfoNCE only")
 
 
-class Evaluation:
-    """The evaluations of a run: full tables before and after, quick recalls in between."""
-
-    def __init__(
-        self, config: TrainConfig, phases: Phases, device: torch.device, precision: str
-    ) -> None:
-        self.config, self.phases, self.device = config, phases, device
-        self.autocast = autocast_for(precision, device)
-        data = config.data
-        builtin = data.train_data.startswith("builtin:")
-        self.data = data.val_data or (data.train_data if builtin else "")
-        self.quick_sets: dict[str, PairDataset] = {}
-        if not self.data:
-            return
-        arguments = open_arguments(config)
-        self.quick_sets["HO"] = open_dataset(
-            self.data, "heldout" if self.data.startswith("builtin:") else "all", **arguments
-        )
-        if self.data == "builtin:emoji" and noto_available():
-            self.quick_sets["NHO"] = open_dataset(self.data, "noto-heldout", **arguments)
-
-    def full(self, model: ProtoModel, what: str) -> Results | None:
-        """All metrics of all evaluation sets; None where there is nothing to evaluate on."""
-        if not self.data:
-            return None
-        arguments = open_arguments(self.config)
-        with (
-            self.phases.measure("evaluation", on_host=True),
-            tqdm(desc=what, unit=" rows", unit_scale=True, leave=False) as bar,
-        ):
-            return evaluate_model(
-                model,
-                self.data,
-                seed=arguments.pop("seed"),
-                device=self.device,
-                workers=self.config.data.workers,
-                autocast=self.autocast,
-                progress=bar.update,
-                open_kwargs=arguments,
-            )
-
-    def quick(self, model: ProtoModel) -> dict[str, float]:
-        """Recalls on the small sets, for the curves."""
-        encoder = Encoder(
-            model, self.device, workers=self.config.data.workers, autocast=self.autocast
-        )
-        scalars = {}
-        for name, dataset in self.quick_sets.items():
-            texts = [dataset.captions(i)[0] for i in range(len(dataset))]
-            ranks = retrieval(encoder.images(dataset), encoder.texts(texts), None)
-            scalars |= {f"val_{name}_{key}": value for key, value in ranks.summary((1, 5)).items()}
-        return scalars
-
-
-def draw_plots(
-    folder: RunFolder, config: TrainConfig, trainer: Trainer, dataset: PairDataset
-) -> None:
-    """curves.png, and prototypes.png where there are prototypes."""
-
-
 def report(
     folder: RunFolder,
     config: TrainConfig,
     before: Results | None,
     after: Results | None,
     phases: Phases,
+    device: torch.device,
 ) -> None:
     """Print the table, the time per phase and the peak memory; write results.json."""
     timing = phases.seconds()
-    peak = peak_memory_bytes()
+    peak = peak_memory_bytes(device)
     if after is None:
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in timing.items())
         folder.say(f"time: {times}\npeak memory: {peak / 2**20:,.0f} MiB")
@@ -295,7 +172,7 @@ def report(
             before,
             data=config.data.val_data or config.data.train_data,
             model=config.model.model,
-            pretrained=str(folder.path),
+            pretrained=str(checkpoint.find(folder.path)),
             timing=timing,
             peak_memory_bytes=peak,
         )

@@ -143,7 +143,7 @@ def test_a_fault_arrives_as_one_clear_message(emoji, workers):
         ({"draws": torch.rand(3)}, "int64"),
         ({"draws": torch.zeros(2, 2, dtype=torch.int64)}, r"\(2, 2\)"),
         ({"batch_size": 0}, "batch_size"),
-        ({"captions": "longest"}, "random, first"),
+        ({"captions": "longest"}, "random, canonical, first"),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(emoji, draws, change, words):

@@ -14,7 +14,7 @@ from protoclip.data.hashing import mix
 from protoclip.data.transforms import Transform
 from protoclip.data.types import Batch, DataError, PairDataset
 
-CAPTIONS = ("random", "first")
+CAPTIONS = ("random", "canonical", "first")
 Tokenizer = Callable[[list[str]], Tensor]
 
 
@@ -46,7 +46,8 @@ def batches(
         tokenizer: list of B captions -> int64 [B, L].
         seed: of captions and augmentation, any integer.
         workers: processes beside this one; 0 loads in this one.
-        captions: "random" | "first" (the canonical one).
+        captions: "random" | "first" (the canonical one) | "canonical": the first in half of the
+            draws, any in the others.
         drop_last: leave out an incomplete last batch.
         start: first draw; batches are cut from here on.
     Raises:
@@ -101,7 +102,8 @@ class _Source:
         texts = []
         for position, die in zip(index.tolist(), mix(0, dice).tolist(), strict=True):
             choices = self.dataset.captions(position)
-            texts.append(choices[die % len(choices) if self.captions == "random" else 0])
+            first = self.captions == "first" or (self.captions == "canonical" and die >> 40 & 1)
+            texts.append(choices[0 if first else die % len(choices)])
         return Batch(
             torch.from_numpy(index.copy()), self._images(index, dice), self.tokenizer(texts)
         )

@@ -134,13 +134,13 @@ def _earlier(output: Path, data: str) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; a user's mistake ends it with one line and status 1."""
+    """The command; a user's mistake ends it with one line and status 2."""
     args = build_parser().parse_args(argv)
     try:
         print(run(args))
     except (ValueError, OSError) as error:
-        print(f"protoclip.evaluate: {error}", file=sys.stderr)
-        return 1
+        print(f"python -m protoclip.evaluate: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -63,7 +63,7 @@ def evaluate_features(
                 values[f"{label}/{prefix}mean_per_class_recall"] = got.mean_per_class_recall
                 hits[f"{label}/{prefix}acc1"] = got.hits.cpu()
             if grouping and len(known.ids) > 1:
-                cluster = partial(kmeans, init="k-means++", num_restarts=2)
+                cluster = partial(kmeans, init="k-means++")
                 for name, value in metrics.group_scores(one.image, known.ids, cluster).items():
                     values[f"{label}/{name}"] = value
         bounds = {name: interval(values) for name, values in hits.items()}

@@ -59,19 +59,32 @@ def _cpu(op: str) -> Backend:
     return Backend(f"protoclip.ops.native_{op}", ("cpu",), FLOATS, _no_native)
 
 
+def _cuda(op: str) -> Backend:
+    return Backend(f"protoclip.ops.cuda_{op}", ("cuda",), FLOATS, _no_native_cuda)
+
+
 def _triton(op: str) -> Backend:
     return Backend(f"protoclip.kernels.{op}", ("cuda", "cpu"), FLOATS, _no_triton)
 
 
 TABLE: dict[str, dict[str, Backend]] = {
-    "info_nce": {"reference": REFERENCE},
+    "info_nce": {"cpu": _cpu("info_nce"), "reference": REFERENCE},
+    "siglip": {"cpu": _cpu("siglip"), "reference": REFERENCE},
     "prototype_cross_entropy": {
         "triton": _triton("prototype_cross_entropy"),
         "reference": REFERENCE,
     },
     "soft_targets": {"triton": _triton("soft_targets"), "reference": REFERENCE},
-    "kmeans_assign": {"reference": REFERENCE},
-    "segment_mean": {"reference": REFERENCE},
+    "kmeans_assign": {
+        "cpu": _cpu("kmeans_assign"),
+        "cuda": _cuda("kmeans_assign"),
+        "reference": REFERENCE,
+    },
+    "segment_mean": {
+        "cpu": _cpu("segment_mean"),
+        "cuda": _cuda("segment_mean"),
+        "reference": REFERENCE,
+    },
 }
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {

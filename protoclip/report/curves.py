@@ -46,6 +46,9 @@ def plot_curves(
             _line(axes, steps, values, colour, _words(name))
         if title == "Recall at 5" or title == "Learning rate":
             axes.set_ylim(bottom=0)
+        if title == "Logit scale":  # a drift in the second decimal is no curve
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, high - 2), max(high, low + 2))
         axes.set_xlabel("step", color=MUTED, fontsize=9)
         if len(names) > 1:
             axes.legend(frameon=False, fontsize=8, labelcolor=INK)
@@ -86,8 +89,11 @@ def _panels(names: Sequence[str]) -> list[tuple[str, list[str]]]:
     def ends(*parts: str) -> list[str]:
         return [name for name in names if name.lower().endswith(parts)]
 
+    losses = ends("loss")
+    if len(losses) > 1:  # the total jumps where a term comes in, and flattens the terms
+        losses = [name for name in losses if name != "loss"]
     return [
-        ("Loss (nats)", ends("loss")),
+        ("Loss (nats)", losses),
         ("Recall at 5", like("recall@5", "r@5")),
         ("Logit scale", like("logit_scale", "proto_scale")),
         ("Learning rate", [name for name in names if name in ("lr", "learning_rate")]),

@@ -62,12 +62,12 @@ def plot_prototypes(
     near_text = _nearest(text_features, labels, chosen, captions_per_row)
     kinds = None if classes is None else classes.ids.cpu()[where]  # [N]
     cell, side = 0.72, 1.55  # inches: a picture, the words at the left
-    width = side + cell * near_image.shape[1] + 4.3
+    width = side + cell * near_image.shape[1] + 3.5
     figure = new_figure(width, 0.62 + (cell + 0.16) * len(chosen))
     grid = figure.add_gridspec(
         len(chosen),
         near_image.shape[1] + 2,
-        width_ratios=[side, *[cell] * near_image.shape[1], 4.3],
+        width_ratios=[side, *[cell] * near_image.shape[1], 3.5],
         left=0.01,
         right=0.995,
         top=1 - 0.58 / figure.get_figheight(),
@@ -77,7 +77,7 @@ def plot_prototypes(
     )
     y = 1 - 0.22 / figure.get_figheight()
     figure.text(0.012, y, drawable(title), color=INK, fontsize=12, weight="bold", va="center")
-    hint = "nearest images and captions of all; orange: not a member"
+    hint = "nearest of all images and captions; orange: not in the prototype"
     figure.text(0.99, y, hint, color=MUTED, fontsize=8.5, va="center", ha="right")
     for row, prototype in enumerate(chosen):
         members = labels == prototype
@@ -138,7 +138,7 @@ def _picture(axes: Any, picture: Any, member: bool) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_color(GRID if member else COLOURS[1])
-        spine.set_linewidth(0.8 if member else 1.8)
+        spine.set_linewidth(0.8 if member else 1.3)
 
 
 def _captions(axes: Any, captions: Sequence[tuple[str, bool]]) -> None:
@@ -147,7 +147,7 @@ def _captions(axes: Any, captions: Sequence[tuple[str, bool]]) -> None:
         axes.text(
             0.015,
             0.97 - line * 0.98 / max(len(captions), 1),
-            drawable(_shorten(caption, 58)),
+            drawable(_shorten(caption, 52)),
             color=INK if member else COLOURS[1],
             fontsize=8,
             va="top",

@@ -95,9 +95,13 @@ class Trainer:
 
     def _wants_prototypes(self, number: int) -> bool:
         """Whether an episode needs clusters: a prototype term has a weight, the warm-up is over."""
-        weights = self.config.loss
-        due = self._internal or (bool(self.teachers) and weights.w_proto_external > 0)
-        return due and number >= self.config.episode.infonce_warmup
+        return self._projects and number >= self.config.episode.infonce_warmup
+
+    @property
+    def _projects(self) -> bool:
+        """Whether there will be prototypes: the heads' running statistics are kept from step 0."""
+        external = bool(self.teachers) and self.config.loss.w_proto_external > 0
+        return self._internal or external
 
     @property
     def _internal(self) -> bool:
@@ -112,6 +116,7 @@ class Trainer:
             self.model.tokenizer,
             seed=self._seed(number, 0),
             workers=self.config.data.workers,
+            captions=self.config.data.captions,
         )
 
     def _seed(self, number: int, purpose: int) -> int:
@@ -138,6 +143,7 @@ class Trainer:
                 device=self.device,
                 seed=self._seed(number, 1),
                 workers=self.config.data.workers,
+                captions=self.config.data.captions,
                 autocast=self.autocast,
                 progress=show,
             )
@@ -159,9 +165,7 @@ class Trainer:
         with self.phases.measure("forward"):
             batch = batch.to(self.device, non_blocking=True)
             with self.autocast():
-                encoded, projected = self.model(
-                    batch.image, batch.tokens, project=self.episode is not None
-                )
+                encoded, projected = self.model(batch.image, batch.tokens, project=self._projects)
             losses = self.loss(
                 encoded,
                 projected,
