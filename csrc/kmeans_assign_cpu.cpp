@@ -24,7 +24,8 @@ using int8::VECS;
 constexpr int64_t BLOCK_ROWS = 128;       // points that share one pass over the centroids' codes
 constexpr int64_t CHUNK_BYTES = 1 << 18;  // of codes: they stay in the L2 cache over the block
 constexpr int64_t CHUNK_PANELS = 12;      // scratch of scores: ROWS * 12 * COLS floats, in L1
-constexpr float TOO_LARGE = 1e15f;        // squares near fp32's end: such a row is done in fp64
+// Norms outside (TOO_SMALL, TOO_LARGE) have squares near fp32's ends: such a row is done in fp64.
+constexpr float TOO_SMALL = 1e-10f, TOO_LARGE = 1e15f;
 
 constexpr int64_t SAMPLE = 256;  // rows looked at to decide on the rotation
 constexpr double PEAKY = 4.5;    // normal coordinates: 2.6 at D = 64 to 3.4 at D = 1024
@@ -172,7 +173,8 @@ void Block::encode(int64_t row) {
   inverse[row] = widening[row] = 0;
   threshold[row] = -std::numeric_limits<float>::infinity();
   distance[row] = std::numeric_limits<float>::quiet_NaN();
-  if (!(square[row] < TOO_LARGE * TOO_LARGE) || c.largest > TOO_LARGE) {
+  const double norm = std::max<double>(std::sqrt(square[row]), c.largest);
+  if (!(norm < TOO_LARGE) || norm < TOO_SMALL) {
     threshold[row] = std::numeric_limits<float>::infinity();  // nothing passes
     std::fill(code, code + c.depth, 0);
     brute_force(row);
@@ -269,7 +271,7 @@ void Block::measure(int64_t row, int64_t candidate) {
   threshold[row] = static_cast<float>(score - std::abs(score) * 1e-6);
 }
 
-// fp64 without bounds, for points too large for fp32 squares; non-finite points stay without label.
+// fp64 without bounds, for points whose squares leave fp32; non-finite points stay without label.
 void Block::brute_force(int64_t row) {
   const float* x = points.data() + row * c.d;
   double best = std::numeric_limits<double>::infinity();

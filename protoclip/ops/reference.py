@@ -124,10 +124,13 @@ def kmeans_assign(
 
 
 def _assign_rows(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    squared = (x.square().sum(1)[:, None] - 2 * x @ c.T + c.square().sum(1)).clamp_min(0)
+    x_square, c_square = x.square().sum(1)[:, None], c.square().sum(1)
+    squared = (x_square - 2 * x @ c.T + c_square).clamp_min(0)
     best = squared.amin(dim=1)
+    # A BLAS rounds equal columns apart by their place: what is within rounding is a tie.
+    rounding = torch.finfo(x.dtype).eps * (2 + x.shape[1] ** 0.5) * (x_square + c_square)
     index = torch.arange(len(c), device=x.device).expand_as(squared)
-    lowest = index.where(squared == best[:, None], len(c)).amin(dim=1)
+    lowest = index.where(squared <= best[:, None] + rounding, len(c)).amin(dim=1)
     return lowest.where(lowest < len(c), -1), best
 
 
