@@ -75,8 +75,8 @@ def _base2_logits(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 
 def sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, offset: int) -> Tensor:
-    """[N, D], [M, D], scalars -> []: sum of softplus(-z (scale x.y + bias)), z = 1 at j = i + offset
-    and -1 elsewhere."""
+    """[N, D], [M, D], scalars -> []: sum of softplus(-z (scale x.y + bias)), z = 1 where
+    j = i + offset, else -1."""
     logits = _wide(scale).reshape(()) * _wide(x) @ _wide(y).T + _wide(bias).reshape(())  # [N, M]
     columns = torch.arange(len(y), device=y.device)
     positive = columns == torch.arange(len(x), device=x.device)[:, None] + offset
