@@ -33,6 +33,7 @@ setup(
         "protoclip.metrics",
         "protoclip.ops",
         "protoclip.report",
+        "protoclip.training",
         "protoclip.kernels",
         "protoclip.csrc",
     ],

@@ -31,7 +31,7 @@ class _GatherWithGrad(torch.autograd.Function):
         return torch.cat(_gather(x))
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         grad = grad.contiguous().clone()
         dist.all_reduce(grad)
         return grad[ctx.rank * ctx.rows :][: ctx.rows], None
