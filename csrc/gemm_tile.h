@@ -170,6 +170,7 @@ constexpr int64_t kChain = 128;
 
 inline void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
                      int64_t ldb, float* c, int64_t ldc, bool accumulate = false) {
+  if (m == 0 || n == 0) return;  // oneDNN refuses
   static const bool fast = brgemm_works<float>();
   if (!fast || k == 0) return multiply_plain(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
   at::native::cpublas::brgemm(m, n, std::min(k, kChain), lda, ldb, ldc, accumulate, a, b, c, false);
@@ -187,6 +188,7 @@ inline void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld
 inline void multiply(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
                      const BFloat16* b, int64_t ldb, float* c, int64_t ldc,
                      bool accumulate = false) {
+  if (m == 0 || n == 0) return;
   if (k > 0) return at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, true);
   for (int64_t i = 0; i < m && !accumulate; ++i) std::fill_n(c + i * ldc, n, 0.f);
 }

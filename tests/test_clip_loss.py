@@ -109,8 +109,9 @@ def test_sigmoid_loss_is_within_budget(scale, bias, dtype):
             loss = protoclip.ops.siglip.sigmoid_loss(x, y, s, b, backend=backend)
             (-3 * loss).backward()
             results.append([loss.detach(), x.grad, y.grad, s.grad, b.grad])
-        # A scalar's error is that of rounding its terms, each up to the logits' size.
-        size = 3 * n * (scale + abs(bias) + 1)
+        # A scalar's error is that of its terms: each has the rounding of a logit, and a softplus
+        # is some four roundings.
+        size = max(3 * n * (scale + abs(bias) + 1), 4 * results[1][0].abs().item())
         for got, truth, base in zip(*results, strict=True):
             assert_within_budget(got, truth, base, magnitude=size if got.ndim == 0 else None)
 
@@ -123,7 +124,7 @@ def test_siglip_op_is_sound():
         torch.library.opcheck(torch.ops.protoclip.sigmoid_loss, args)
         loss = protoclip.SigLipLoss()(x, y, scale, bias)
         (g,) = torch.autograd.grad(loss, x, create_graph=True)
-        with pytest.raises(RuntimeError, match="sigmoid_loss_bwd"):
+        with pytest.raises(RuntimeError, match="sigmoid_loss: its fused backends have no second"):
             g.sum().backward()
     for loss in (protoclip.SigLipLoss(), protoclip.ClipLoss()):
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
