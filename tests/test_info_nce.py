@@ -76,6 +76,8 @@ def check_all(pairs, scale, backend, weights=None):
 
 # 1 and 2: the smallest; 63: one short of a vector multiple; 252: two ragged tiles; 1000: many.
 # D 1, 17, 123: odd, so that bf16 pairs need a zero; 64, 512, 768: as users have them.
+# Two rows have four logits: only many draws tell the rounding of one back end from luck.
+DRAWS = {1: 2, 2: 32, 63: 24, 252: 3}
 FAST = [*itertools.product([1, 2, 63, 252], [1, 17, 64, 123, 512, 768]), (1000, 512)]
 
 
@@ -84,7 +86,7 @@ FAST = [*itertools.product([1, 2, 63, 252], [1, 17, 64, 123, 512, 768]), (1000, 
 def test_values_and_gradients_are_within_budget(scale, dtype):
     backend = _backend("cpu")
     for n, d in FAST:
-        draws = range(-(-64 // n))
+        draws = range(DRAWS.get(n, 1))
         pairs = [clustered(n, d, dtype, seed) for seed in draws]
         check_all(pairs, scale, backend, weights=torch.rand(n) + 0.5)
 
