@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "vector_math.h"
 
@@ -164,18 +165,30 @@ inline CpuMatrixUnits cpu_matrix_units() {
 #endif
 }
 
+// brgemm adds a whole depth in one chain; sums of shorter chains keep the error near MKL's.
+constexpr int64_t kChain = 128;
+
 inline void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
                      int64_t ldb, float* c, int64_t ldc, bool accumulate = false) {
+  if (m == 0 || n == 0) return;  // oneDNN refuses
   static const bool fast = brgemm_works<float>();
-  if (fast && k > 0)
-    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, false);
-  else
-    multiply_plain(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+  if (!fast || k == 0) return multiply_plain(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+  at::native::cpublas::brgemm(m, n, std::min(k, kChain), lda, ldb, ldc, accumulate, a, b, c, false);
+  if (k <= kChain) return;
+  thread_local std::vector<float> more;
+  more.resize(m * n);
+  for (int64_t p = kChain; p < k; p += kChain) {
+    at::native::cpublas::brgemm(m, n, std::min(k - p, kChain), lda, ldb, n, false, a + p,
+                                b + p * ldb, more.data(), false);
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < n; ++j) c[i * ldc + j] += more[i * n + j];
+  }
 }
 
 inline void multiply(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
                      const BFloat16* b, int64_t ldb, float* c, int64_t ldc,
                      bool accumulate = false) {
+  if (m == 0 || n == 0) return;
   if (k > 0) return at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, true);
   for (int64_t i = 0; i < m && !accumulate; ++i) std::fill_n(c + i * ldc, n, 0.f);
 }

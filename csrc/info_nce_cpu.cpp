@@ -12,8 +12,6 @@
 namespace protoclip {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
-
 // What a row or a column brings into G: its reference and its weight over its sum.
 struct Side {
   Buffer<float> reference, weight;
@@ -33,12 +31,12 @@ struct Side {
 class InfoNceGradient {
  public:
   InfoNceGradient(const Side& row, const Side& column, const float* row_weight,
-                  const float* column_weight, float scale2, int64_t offset)
+                  const float* column_weight, Base2 base2, int64_t offset)
       : row_(row),
         column_(column),
         row_weight_(row_weight),
         column_weight_(column_weight),
-        scale2_(scale2),
+        base2_(base2),
         offset_(offset) {}
 
   GradientSums operator()(const TileRange& range, float* s, int64_t ld) const {
@@ -58,7 +56,6 @@ class InfoNceGradient {
   // `weigh(i, j, v) -> G` on vectors of base-2 logits, for all of the tile.
   template <typename Weigh>
   GradientSums each(const TileRange& range, float* s, int64_t ld, const Weigh& weigh) const {
-    const Floats scale = broadcast(scale2_);
     GradientSums sums;
     for (int64_t i = 0; i < range.rows; ++i, s += ld) {
       Floats row{};
@@ -66,7 +63,7 @@ class InfoNceGradient {
         Floats dot = load(s + j);
         const int64_t used = range.columns - j;
         for (int64_t lane = used; lane < kLanes; ++lane) dot[lane] = 0.f;
-        Floats g = weigh(i, j, dot * scale);
+        Floats g = weigh(i, j, base2_(dot));
         for (int64_t lane = used; lane < kLanes; ++lane) g[lane] = 0.f;
         row += g * dot;
         store(s + j, g);
@@ -114,14 +111,14 @@ class InfoNceGradient {
 
   const Side &row_, &column_;
   const float *row_weight_, *column_weight_;
-  float scale2_;
+  Base2 base2_;
   int64_t offset_;
 };
 
 template <Arithmetic A>
 std::vector<at::Tensor> forward(const Inputs& in, int64_t offset, bool columns) {
   const Strip<A> strip(in.x, in.y);
-  Statistics<A> statistics(strip, in.scale * kLog2E, offset, columns);
+  Statistics<A> statistics(strip, Base2(in.scale), offset, columns);
   at::Tensor positive = at::empty({strip.n}, at::kFloat);
   statistics.run(positive.mutable_data_ptr<float>());
   const auto rows = statistics.rows(), by_column = statistics.columns();
@@ -150,7 +147,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_bwd(
   const Side column(column_max.contiguous(), column_sum.contiguous(), column_w, in.y.size(0));
   const InfoNceGradient epilogue(row, column, row_w.const_data_ptr<float>(),
                                  columns ? column_w.const_data_ptr<float>() : nullptr,
-                                 in.scale * kLog2E, offset);
+                                 Base2(in.scale), offset);
   Gradients out(in);
   const GradientSums sums = in.dispatch([&](auto a) {
     const Strip<decltype(a)::value> strip(in.x, in.y);

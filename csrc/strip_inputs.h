@@ -19,6 +19,9 @@ inline bool split_allowed() {
   return at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST;
 }
 
+// So few columns cost nothing in fp32, and rounding G to bf16 shows where few terms nearly cancel.
+constexpr int64_t kSmallBatch = 128;
+
 // bf16 stays bf16 where the CPU multiplies it fast, everything else becomes fp32; rows contiguous;
 // bf16 rows of even length (one zero column more).
 struct Inputs {
@@ -37,7 +40,9 @@ struct Inputs {
                 ": expected row i's positive at column i + offset, got N=", x_in.size(0),
                 ", M=", y_in.size(0), ", offset=", offset);
     const CpuMatrixUnits units = cpu_matrix_units();
-    if (name == "bf16" || (name == "auto" && units.bf16 && x_in.scalar_type() == at::kBFloat16))
+    const bool large = y_in.size(0) > kSmallBatch;
+    if (name == "bf16" ||
+        (name == "auto" && units.bf16 && large && x_in.scalar_type() == at::kBFloat16))
       arithmetic = Arithmetic::kBf16;
     else if (name == "split" || (name == "auto" && units.amx && split_allowed()))
       arithmetic = Arithmetic::kSplit;

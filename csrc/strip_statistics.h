@@ -42,9 +42,9 @@ class Statistics {
   static constexpr int64_t kRowChunks = 8, kColumnChunks = 32;  // at most: the parallel tasks
 
  public:
-  Statistics(const Strip<A>& strip, float scale2, int64_t offset, bool columns)
+  Statistics(const Strip<A>& strip, Base2 base2, int64_t offset, bool columns)
       : strip_(strip),
-        scale2_(scale2),
+        base2_(base2),
         offset_(offset),
         columns_(columns),
         row_chunk_(kRows * blocks(strip.n, kRows * kRowChunks)),
@@ -162,13 +162,13 @@ class Statistics {
   // the maxima of rows and columns.
   void maxima(const TileRange& range, Scratch& scratch) const {
     const int64_t width = round_up(range.columns, kLanes);
-    const Floats scale = broadcast(scale2_), lowest = broadcast(-kInfinity);
+    const Floats lowest = broadcast(-kInfinity);
     for (int64_t j = 0; j < width; j += kLanes) store(scratch.column_max.get() + j, lowest);
     for (int64_t i = 0; i < range.rows; ++i) {
       float* s = scratch.s.get() + i * kColumns;
       Floats row = lowest;
       for (int64_t j = 0; j < width; j += kLanes) {
-        Floats v = load(s + j) * scale;
+        Floats v = base2_(load(s + j));
         if (j + kLanes > range.columns)
           for (int64_t lane = range.columns - j; lane < kLanes; ++lane) v[lane] = -kInfinity;
         store(s + j, v);
@@ -238,7 +238,7 @@ class Statistics {
   }
 
   const Strip<A>& strip_;
-  float scale2_;
+  Base2 base2_;
   int64_t offset_;
   bool columns_;
   int64_t row_chunk_, column_chunk_, row_chunks_, column_chunks_, row_stride_, column_stride_;

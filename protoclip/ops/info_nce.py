@@ -126,6 +126,22 @@ for _name, _impl, _fake in (
 torch.library.register_autograd("protoclip::contrastive", _autograd, setup_context=_setup, lib=_lib)
 
 
+def no_second_derivative(op: str):
+    """The autograd formula of a backward op: a refusal, where torch would only warn."""
+
+    def refuse(ctx, *_):
+        raise RuntimeError(
+            f"{op}: its fused backends have no second derivative; use backend='reference' for it"
+        )
+
+    return refuse
+
+
+torch.library.register_autograd(
+    "protoclip::contrastive_bwd", no_second_derivative("info_nce"), lib=_lib
+)
+
+
 def info_nce(
     image_features: Tensor,
     text_features: Tensor,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from protoclip.ops import checks, reference
 from protoclip.ops.backends import implementation, resolve
+from protoclip.ops.info_nce import no_second_derivative
 
 _lib = torch.library.Library("protoclip", "FRAGMENT")
 _lib.define(
@@ -68,6 +69,9 @@ _lib.impl(
 )
 torch.library.register_fake(
     "protoclip::sigmoid_loss_bwd", lambda grad, saved: torch.empty_like(saved), lib=_lib
+)
+torch.library.register_autograd(
+    "protoclip::sigmoid_loss_bwd", no_second_derivative("sigmoid_loss"), lib=_lib
 )
 
 

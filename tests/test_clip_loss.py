@@ -1,0 +1,188 @@
+"""ClipLoss and SigLipLoss against OpenCLIP's own, alone and over two ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from budget import assert_within_budget
+from open_clip import loss as open_clip_loss
+
+import protoclip
+from protoclip.ops import reference
+
+
+def features(n=48, d=20, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    x = F.normalize(torch.randn(n, d), dim=-1)
+    return x.to(dtype), F.normalize(x + 0.5 * torch.randn(n, d), dim=-1).to(dtype)
+
+
+def gradients(loss, x, y, *scalars):
+    inputs = [t.detach().clone().requires_grad_() for t in (x, y, *scalars)]
+    value = loss(*inputs)
+    value.backward()
+    return value.detach(), [t.grad for t in inputs]
+
+
+def assert_same(got, want, tolerance=2e-5):
+    assert abs(got[0] - want[0]) <= tolerance * max(1, abs(want[0]))
+    for a, b in zip(got[1], want[1], strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert (a - b).abs().max() <= tolerance * max(b.abs().max(), 1e-3)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(14.3), torch.tensor([100.0])])
+def test_clip_loss_equals_open_clips(scale):
+    ours, theirs = protoclip.ClipLoss(), open_clip_loss.ClipLoss()
+    assert_same(gradients(ours, *features(), scale), gradients(theirs, *features(), scale))
+    out = ours(*features(), scale, output_dict=True)
+    assert list(out) == ["contrastive_loss"]
+    assert (
+        ours(image_features=features()[0], text_features=features()[1], logit_scale=scale)
+        == out["contrastive_loss"]
+    )
+
+
+def test_clip_loss_takes_a_bias_as_open_clips_does():
+    scale, bias = torch.tensor(14.3), torch.tensor(-10.0)
+    ours, theirs = protoclip.ClipLoss(), open_clip_loss.ClipLoss()
+    assert_same(
+        gradients(ours, *features(), scale, bias), gradients(theirs, *features(), scale, bias)
+    )
+
+
+@pytest.mark.parametrize(
+    "image, text",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_mixed_dtypes_are_promoted(image, text):
+    x, y = features(dtype=image)[0], features(dtype=text)[1]
+    for scale in (torch.tensor(20.0), torch.tensor(20.0, dtype=torch.bfloat16)):
+        for loss in (
+            protoclip.ClipLoss(),
+            lambda *a: protoclip.SigLipLoss()(*a, torch.tensor(-5.0)),
+        ):
+            value, grads = gradients(loss, x, y, scale)
+            assert value.dtype == torch.float32
+            assert [g.dtype for g in grads] == [image, text, scale.dtype]
+    want = protoclip.ClipLoss()(x.float(), y.float(), torch.tensor(20.0))
+    assert torch.allclose(protoclip.ClipLoss()(x, y, torch.tensor(20.0)), want, rtol=1e-5)
+
+
+def test_refusals_name_the_flag():
+    with pytest.raises(ValueError, match="use_horovod=False"):
+        protoclip.ClipLoss(use_horovod=True)
+    with pytest.raises(ValueError, match="dist_impl"):
+        protoclip.SigLipLoss(dist_impl="ring")
+    x, y = features()
+    with pytest.raises(ValueError, match="offset"):
+        protoclip.ops.siglip.sigmoid_loss(x, y[:9], torch.tensor(1.0), torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("n", [1, 48, 300])
+def test_siglip_loss_equals_open_clips(n):
+    scale, bias = torch.tensor(10.0), torch.tensor(-10.0)
+    ours, theirs = protoclip.SigLipLoss(), open_clip_loss.SigLipLoss()
+    x, y = features(n)
+    assert_same(gradients(ours, x, y, scale, bias), gradients(theirs, x, y, scale, bias))
+    assert list(ours(x, y, scale, bias, output_dict=True)) == ["contrastive_loss"]
+    with torch.no_grad():
+        assert torch.allclose(ours(x, y, scale, bias), theirs(x, y, scale, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale, bias", [(1.0, 0.0), (10.0, -10.0), (100.0, -20.0)])
+def test_sigmoid_loss_is_within_budget(scale, bias, dtype):
+    if (reason := protoclip.backends("siglip")["cpu"]) is not None:
+        pytest.skip(reason)
+    for n, d in ((1, 1), (2, 17), (252, 123), (300, 64)):
+        results = []
+        for wide, backend in ((dtype, "cpu"), (torch.float64, "reference"), (dtype, "reference")):
+            x, y = (t.to(wide).requires_grad_() for t in features(n, d, dtype))
+            kind = torch.promote_types(wide, torch.float32)
+            s, b = (torch.tensor(v, dtype=kind, requires_grad=True) for v in (scale, bias))
+            loss = protoclip.ops.siglip.sigmoid_loss(x, y, s, b, backend=backend)
+            (-3 * loss).backward()
+            results.append([loss.detach(), x.grad, y.grad, s.grad, b.grad])
+        # A scalar's error is that of its terms: each has the rounding of a logit, and a softplus
+        # is some four roundings.
+        size = max(3 * n * (scale + abs(bias) + 1), 4 * results[1][0].abs().item())
+        for got, truth, base in zip(*results, strict=True):
+            assert_within_budget(got, truth, base, magnitude=size if got.ndim == 0 else None)
+
+
+def test_siglip_op_is_sound():
+    x, y = (t.requires_grad_() for t in features(9, 6))
+    scale, bias = (torch.tensor([v], requires_grad=True) for v in (10.0, -10.0))
+    if protoclip.backends("siglip")["cpu"] is None:
+        args = (x, y, scale, bias, 0, True, "cpu")
+        torch.library.opcheck(torch.ops.protoclip.sigmoid_loss, args)
+        loss = protoclip.SigLipLoss()(x, y, scale, bias)
+        (g,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="sigmoid_loss: its fused backends have no second"):
+            g.sum().backward()
+    for loss in (protoclip.SigLipLoss(), protoclip.ClipLoss()):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x, y, scale, bias), loss(x, y, scale, bias))
+    x = x.detach().clone()
+    x[3, 2] = torch.nan
+    assert protoclip.SigLipLoss()(x, y, scale, bias).isnan()
+
+
+def _rank(rank, port, results):
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    x, y = features(40, 12)
+    own = slice(20 * rank, 20 * rank + 20)
+    scale, bias = torch.tensor(14.3), torch.tensor(-10.0)
+    out = []
+    for local in (False, True):
+        for with_grad in (False, True):
+            flags = dict(local_loss=local, gather_with_grad=with_grad, rank=rank, world_size=2)
+            pair = protoclip.ClipLoss(**flags), open_clip_loss.ClipLoss(**flags)
+            out.append([gradients(loss, x[own], y[own], scale) for loss in pair])
+    for impl in ("bidir", "shift", "reduce", "gather"):
+        flags = dict(rank=rank, world_size=2, dist_impl=impl)
+        pair = protoclip.SigLipLoss(**flags), open_clip_loss.SigLipLoss(**flags)
+        out.append([gradients(loss, x[own], y[own], scale, bias) for loss in pair])
+    torch.save(out, f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_give_open_clips_values_and_gradients(tmp_path, unused_tcp_port):
+    mp.spawn(_rank, (unused_tcp_port, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        for ours, theirs in torch.load(tmp_path / f"{rank}.pt"):
+            assert_same(ours, theirs)
+
+
+@pytest.fixture
+def unused_tcp_port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_swapped_into_open_clips_training_code(monkeypatch):
+    """create_loss of OpenCLIP's factory hands out ours; reference as a check of the value."""
+    from types import SimpleNamespace
+
+    from open_clip import factory
+
+    monkeypatch.setattr(factory, "ClipLoss", protoclip.ClipLoss)
+    args = SimpleNamespace(
+        distill=False, model="ViT-B-32", siglip=False, local_loss=False, gather_with_grad=False,
+        rank=0, world_size=1, horovod=False, loss_dist_impl=None,
+    )  # fmt: skip
+    loss = factory.create_loss(args)
+    assert isinstance(loss, protoclip.ClipLoss)
+    x, y = features()
+    want = reference.info_nce(x, y, torch.tensor(10.0)).mean()
+    out = loss(image_features=x, text_features=y, logit_scale=torch.tensor(10.0), output_dict=True)
+    assert torch.allclose(out["contrastive_loss"], want)
