@@ -2,7 +2,7 @@
 
 For each query row q_i: products s_ik = sign(scale) q_i.k_k, step = |scale| log2(e), and over a
 slice of the keys
-    max_i = max_k s_ik,  w_ik = 2^(step (s_ik - max_i)),  sum_i = sum_k w_ik,  acc_i = sum_k w_ik v_k
+    max_i = max_k s_ik, w_ik = 2^(step (s_ik - max_i)), sum_i = sum_k w_ik, acc_i = sum_k w_ik v_k
 Differences are taken before they are scaled: the largest weight is exactly 1, so a loss near zero
 does not drown in the rounding of a logit (7e-6 at scale 100), and no compiler can fuse it away.
 One program owns a tile of rows, a slice of the keys (so that few rows still fill the card) and a
