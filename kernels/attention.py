@@ -39,12 +39,6 @@ def split_scale(scale_ptr):
 
 
 @triton.jit
-def signed(q, sign):
-    """q or -q, exactly, in its dtype (by way of fp32: the interpreter has no bf16 arithmetic)."""
-    return (q.to(tl.float32) * sign).to(q.dtype)
-
-
-@triton.jit
 def load_tile(ptr, rows, used, columns, d, stride_n, stride_d, EVEN_D: tl.constexpr):
     """[rows, columns] of a matrix; zero past d and where ``used`` [rows] is false."""
     pointers = ptr + rows[:, None] * stride_n + columns[None, :] * stride_d
@@ -60,9 +54,7 @@ def products_tile(
     d, sign,
     BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
-    """-> s [q_rows, k_rows], the keys [k_rows, BLOCK_D] (a chunk when not WHOLE_D).
-
-    q, the first chunk, comes ``signed``."""
+    """-> s [q_rows, k_rows], the keys [k_rows, BLOCK_D] (a chunk when not WHOLE_D)."""
     columns = tl.arange(0, BLOCK_D)
     k = load_tile(k_ptr, k_rows, k_used, columns, d, stride_k_n, stride_k_d, EVEN_D)
     s = dot(q, tl.trans(k))
@@ -71,8 +63,9 @@ def products_tile(
             columns = start + tl.arange(0, BLOCK_D)
             q_chunk = load_tile(q_ptr, q_rows, q_used, columns, d, stride_q_n, stride_q_d, False)
             k_chunk = load_tile(k_ptr, k_rows, k_used, columns, d, stride_k_n, stride_k_d, False)
-            s += dot(signed(q_chunk, sign), tl.trans(k_chunk))
-    return s, k
+            s += dot(q_chunk, tl.trans(k_chunk))
+    # Not on q: q would then stay in registers, and the loop spills.
+    return s * sign, k
 
 
 @triton.jit
@@ -106,7 +99,6 @@ def attend(
     used = i < n - first_row
     q_ptr += first_row * stride_q_n
     q = load_tile(q_ptr, i, used, tl.arange(0, BLOCK_D), d, stride_q_n, stride_q_d, EVEN_D)
-    q = signed(q, sign)
     if HARD:  # noqa: SIM102 (a compile-time and a run-time condition)
         if slice_index == 0:
             # The label's product is the diagonal of one more tile of the same dot: the same bits as

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from protoclip.kernels.attention import dot, load_tile, products_tile, signed, split_scale
+from protoclip.kernels.attention import dot, load_tile, products_tile, split_scale
 from protoclip.kernels.prototype_tiles import chunked_tile
 
 SCRATCH_BYTES = 256 << 20
@@ -42,7 +42,7 @@ def weights_kernel(
     q = load_tile(q_ptr, i, used, columns, d, stride_q_n, stride_q_d, False)
     sign, step = split_scale(scale_ptr)
     s, _ = products_tile(
-        signed(q, sign), q_ptr, i, used, stride_q_n, stride_q_d,
+        q, q_ptr, i, used, stride_q_n, stride_q_d,
         k_ptr + first_column * stride_k_n, j, k_used, stride_k_n, stride_k_d,
         d, sign, BLOCK_D, False, False,
     )  # fmt: skip
