@@ -63,7 +63,7 @@ def _triton(op: str) -> Backend:
 
 
 TABLE: dict[str, dict[str, Backend]] = {
-    "info_nce": {"reference": REFERENCE},
+    "info_nce": {"triton": _triton("info_nce"), "reference": REFERENCE},
     "prototype_cross_entropy": {"reference": REFERENCE},
     "soft_targets": {"reference": REFERENCE},
     "kmeans_assign": {"reference": REFERENCE},
