@@ -27,6 +27,7 @@ class Launch:
     warps: int
     stages: int
     ctas_per_sm: int  # promised: registers and shared memory must leave room for so many
+    strip: int = 64  # columns at a time in tiles on the edge or the diagonal
     descriptors: bool = False  # load by TMA where base and row stride are multiples of 16 bytes
 
 
@@ -58,7 +59,7 @@ HALF: dict[int, Launch] = {
 }
 HALF_ANY = Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2)
 FLOAT_ANY = Launch(64, 64, 16, warps=4, stages=2, ctas_per_sm=2)
-INTERPRETER = Launch(32, 64, 32, warps=4, stages=1, ctas_per_sm=1)
+INTERPRETER = Launch(32, 64, 32, warps=4, stages=1, ctas_per_sm=1, strip=32)
 
 
 @cache

@@ -2,6 +2,10 @@
 
 A tile is BLOCK_N rows of x [N, D] against BLOCK_M rows of y [M, D]. Operands come by pointer and
 strides (any D, any strides, any card) or by TMA descriptor (row strides of 16-byte multiples).
+
+A kernel has two paths. Whole tiles off the diagonal take the fast one, with no masks. The others go
+strip by strip, STRIP columns at a time: the general path needs more values an element, and held for
+a whole tile they would double the registers and halve the CTAs on an SM for every tile.
 """
 
 from __future__ import annotations
@@ -15,6 +19,9 @@ from protoclip.kernels.launch import INTERPRETED, Launch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+LOG2E = tl.constexpr(1.4426950408889634)
+SPREAD = tl.constexpr(64.0)  # of the 126 binary orders that fp32 has below 1
+
 
 @triton.jit
 def tile_origin(pid, n, m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
@@ -25,6 +32,13 @@ def tile_origin(pid, n, m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: 
     height = tl.minimum(blocks_n - first, GROUP)
     within = pid % (GROUP * blocks_m)
     return (first + within % height) * BLOCK_N, (within // height) * BLOCK_M
+
+
+@triton.jit
+def is_general(row0, col0, n, m, offset, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Whether a tile crosses the edge or holds a positive."""
+    edge = (row0 + BLOCK_N > n) | (col0 + BLOCK_M > m)
+    return edge | ((row0 + offset < col0 + BLOCK_M) & (row0 + BLOCK_N + offset > col0))
 
 
 @triton.jit
@@ -76,14 +90,15 @@ def describable(x: Tensor) -> bool:
     )
 
 
-def operands(x: Tensor, y: Tensor, launch: Launch) -> tuple[tuple[Any, Any], dict[str, Any]]:
-    """-> x and y as the kernel takes them, and the keyword arguments of ``products``."""
+def operands(x: Tensor, y: Tensor, launch: Launch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """-> x and y for whole tiles, x and y for strips, and the keyword arguments of a kernel."""
     descriptors = launch.descriptors and describable(x) and describable(y)
     options = {
         "BLOCK_N": launch.block_n,
         "BLOCK_M": launch.block_m,
         "BLOCK_D": launch.block_d,
-        "EVEN_D": descriptors or x.shape[1] % launch.block_d == 0,
+        "STRIP": launch.strip,
+        "EVEN_D": x.shape[1] % launch.block_d == 0,
         "DESCRIPTORS": descriptors,
         # The interpreter multiplies bf16 bit patterns as integers.
         "WIDEN": INTERPRETED and x.dtype == torch.bfloat16,
@@ -91,9 +106,7 @@ def operands(x: Tensor, y: Tensor, launch: Launch) -> tuple[tuple[Any, Any], dic
         "num_stages": launch.stages,
     }
     if not descriptors:
-        return (x, y), options
+        return (x, y, x, y), options
     x_tile, y_tile = [launch.block_n, launch.block_d], [launch.block_m, launch.block_d]
-    return (
-        TensorDescriptor.from_tensor(x, x_tile),
-        TensorDescriptor.from_tensor(y, y_tile),
-    ), options
+    tiles = TensorDescriptor.from_tensor(x, x_tile), TensorDescriptor.from_tensor(y, y_tile)
+    return (*tiles, x, y), options

@@ -89,22 +89,18 @@ class Target:
 
 
 @triton.jit
-def store_gradient(
-    g, row0, col0, n, m, g_ptr, row_lost_ptr, column_lost_ptr, stride_g,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """Write a tile of G, 0 past n or m, and what rounding lost of each row's and column's sum."""
-    rows, cols = row0 + tl.arange(0, BLOCK_N), col0 + tl.arange(0, BLOCK_M)
+def store_gradient(g, rows, cols, m, g_ptr, column_lost_ptr, stride_g, HALF: tl.constexpr):
+    """Write a part of G, 0 past its end, and what rounding lost of each column's sum.
+
+    -> what it lost of each row's sum."""
     # The scratch holds whole tiles: no mask, which would split the stores into elements.
     at = rows.to(tl.int64)[:, None] * stride_g + cols[None, :]
     rounded = g.to(g_ptr.dtype.element_ty)
     tl.store(g_ptr + at, rounded)
+    lost = g - rounded.to(tl.float32)
     if HALF:
-        lost = g - rounded.to(tl.float32)
-        at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
-        tl.store(row_lost_ptr + at_row, tl.sum(lost, 1), mask=rows < n)
-        at_column = (row0 // BLOCK_N).to(tl.int64) * m + cols
-        tl.store(column_lost_ptr + at_column, tl.sum(lost, 0), mask=cols < m)
+        tl.store(column_lost_ptr + cols, tl.sum(lost, 0), mask=cols < m)
+    return tl.sum(lost, 1)
 
 
 @triton.jit
