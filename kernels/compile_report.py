@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 import triton
-from protoclip.kernels import info_nce_backward, info_nce_forward, launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from protoclip.kernels import info_nce_backward, info_nce_forward, launch
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 KERNELS = {

@@ -14,8 +14,9 @@ a logit of 100 to bf16 changes its probability by a fifth.
 
 from __future__ import annotations
 
-from protoclip.kernels import info_nce_backward, info_nce_forward
 from torch import Tensor
+
+from protoclip.kernels import info_nce_backward, info_nce_forward
 
 
 def contrastive_fwd(

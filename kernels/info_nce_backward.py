@@ -14,10 +14,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from protoclip.kernels import launch, waves
 from protoclip.kernels.tiles import LOG2E, SPREAD, is_general, operands, products, tile_origin
 from protoclip.kernels.waves import store_gradient
-from torch import Tensor
 
 
 @triton.jit

@@ -14,9 +14,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from protoclip.kernels import launch
 from protoclip.kernels.tiles import LOG2E, SPREAD, is_general, operands, products, tile_origin
-from torch import Tensor
 
 PARTIAL_BYTES = 64 << 20
 MERGE_BLOCK = 64  # rows or columns a program merges

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from protoclip.kernels.launch import INTERPRETED, Launch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from protoclip.kernels.launch import INTERPRETED, Launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SPREAD = tl.constexpr(64.0)  # of the 126 binary orders that fp32 has below 1

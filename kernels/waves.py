@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from protoclip.kernels.launch import Launch
 from torch import Tensor
+
+from protoclip.kernels.launch import Launch
 
 SCRATCH_BYTES = 128 << 20
 SIDE = 8192  # rows of a chunk where there are more columns than this

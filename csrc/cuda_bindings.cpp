@@ -1,0 +1,112 @@
+// torch.ops.protoclip_native of the CUDA half: checks, allocation, device, stream, launch errors.
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <tuple>
+
+#include "kmeans_assign.h"
+#include "segment_mean.h"
+
+namespace protoclip {
+namespace {
+
+constexpr int64_t kIntMax = std::numeric_limits<int>::max();
+
+Dtype dtype_of(const char* op, const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kBFloat16:
+      return Dtype::kBfloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, op, ": expected float32, bfloat16 or float16, got ", x.scalar_type());
+  }
+}
+
+Matrix matrix_of(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
+
+at::Tensor scratch_on(const at::Tensor& x, size_t bytes) {  // torch aligns to 512 bytes
+  return at::empty({static_cast<int64_t>(bytes)}, x.options().dtype(at::kByte));
+}
+
+std::tuple<at::Tensor, at::Tensor> kmeans_assign_cuda(const at::Tensor& points,
+                                                      const at::Tensor& centroids, bool exact) {
+  const char* op = "kmeans_assign";
+  TORCH_CHECK(points.dim() == 2 && centroids.dim() == 2 && points.size(1) == centroids.size(1), op,
+              ": expected points [N, D] and centroids [K, D], got ", points.sizes(), " and ",
+              centroids.sizes());
+  TORCH_CHECK(
+      points.device() == centroids.device() && points.scalar_type() == centroids.scalar_type(), op,
+      ": expected one device and dtype, got ", points.options(), " and ", centroids.options());
+  const int64_t n = points.size(0), k = centroids.size(0), d = points.size(1);
+  TORCH_CHECK(n < kIntMax && k < kIntMax - 1024 && d < kIntMax - 1024, op,
+              ": expected N, K and D below 2^31, got ", n, ", ", k, ", ", d,
+              "; assign the points in parts");
+  TORCH_CHECK(n == 0 || k > 0, op, ": expected K >= 1 centroids, got 0");
+  const c10::cuda::CUDAGuard guard(points.device());
+  at::Tensor labels = at::empty({n}, points.options().dtype(at::kLong));
+  at::Tensor distances = at::empty({n}, points.options().dtype(at::kFloat));
+  if (n == 0) return {labels, distances};
+
+  const KmeansAssign call{matrix_of(points),   matrix_of(centroids), n,    static_cast<int>(k),
+                          static_cast<int>(d), dtype_of(op, points), exact};
+  KmeansAssignPlan plan;
+  C10_CUDA_CHECK(plan_kmeans_assign(call, &plan));
+  const at::Tensor scratch = scratch_on(points, plan.scratch_bytes);
+  C10_CUDA_CHECK(launch_kmeans_assign(
+      call, plan, scratch.mutable_data_ptr(), labels.mutable_data_ptr<int64_t>(),
+      distances.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
+  return {labels, distances};
+}
+
+std::tuple<at::Tensor, at::Tensor> segment_mean_cuda(const at::Tensor& values,
+                                                     const at::Tensor& labels, int64_t k) {
+  const char* op = "segment_mean";
+  TORCH_CHECK(values.dim() == 2 && labels.dim() == 1 && values.size(0) == labels.size(0), op,
+              ": expected values [N, D] and labels [N], got ", values.sizes(), " and ",
+              labels.sizes());
+  TORCH_CHECK(values.device() == labels.device() && labels.scalar_type() == at::kLong, op,
+              ": expected int64 labels on the values' device, got ", labels.options(), " and ",
+              values.options());
+  const int64_t n = values.size(0), d = values.size(1);
+  TORCH_CHECK(n < kIntMax && d < kIntMax && k >= 0 && k < kIntMax - 1, op,
+              ": expected N, K and D in [0, 2^31), got ", n, ", ", k, ", ", d);
+  const c10::cuda::CUDAGuard guard(values.device());
+  at::Tensor means = at::empty({k, d}, values.options().dtype(at::kFloat));
+  at::Tensor counts = at::empty({k}, labels.options());
+  if (k == 0) return {means, counts};
+
+  const SegmentMean call{matrix_of(values),   labels.const_data_ptr<int64_t>(),
+                         labels.stride(0),    n,
+                         static_cast<int>(k), static_cast<int>(d),
+                         dtype_of(op, values)};
+  const at::Tensor scratch = scratch_on(values, segment_mean_scratch_bytes(call));
+  C10_CUDA_CHECK(
+      launch_segment_mean(call, scratch.mutable_data_ptr(), means.mutable_data_ptr<float>(),
+                          counts.mutable_data_ptr<int64_t>(), c10::cuda::getCurrentCUDAStream()));
+  return {means, counts};
+}
+
+}  // namespace
+}  // namespace protoclip
+
+TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
+  m.def("kmeans_assign_cuda(Tensor points, Tensor centroids, bool exact) -> (Tensor, Tensor)");
+  m.def("segment_mean_cuda(Tensor values, Tensor labels, int num_segments) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(protoclip_native, CUDA, m) {
+  m.impl("kmeans_assign_cuda", &protoclip::kmeans_assign_cuda);
+  m.impl("segment_mean_cuda", &protoclip::segment_mean_cuda);
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "CUDA half of protoclip's native library; its ops are in torch.ops.protoclip_native.";
+}

@@ -1,0 +1,79 @@
+"""The CUDA kernels on the CPU: csrc/*.cu compiled with tests/cuda_emulation.h, called by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+TESTS = Path(__file__).parent
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Streaming multiprocessors, shared memory of one and of a block (bytes). So few processors that
+# splits of K and full waves both occur at test sizes.
+SM_80, SM_86, SM_90 = (2, 164 << 10, 163 << 10), (1, 100 << 10, 99 << 10), (4, 228 << 10, 227 << 10)
+
+
+@cache
+def library(op: str) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ was not found")
+    folder = Path(tempfile.mkdtemp(prefix="protoclip_emulation_"))
+    target = folder / "library.so"
+    command = [compiler, "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-shared"]
+    command += [
+        "-fPIC",
+        "-Wno-unknown-pragmas",
+        f"-I{TESTS}",
+        str(TESTS / f"cuda_{op}_on_host.cpp"),
+    ]
+    try:
+        subprocess.run([*command, "-o", str(target)], check=True)
+        return ctypes.CDLL(str(target))
+    finally:
+        shutil.rmtree(folder)
+
+
+def _pointer(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def _strides(x: Tensor):
+    return (ctypes.c_int64 * 2)(*x.stride())
+
+
+def kmeans_assign(
+    points: Tensor, centroids: Tensor, *, exact: bool = True, device=SM_90
+) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Labels, distances and what the plan chose; outputs start as garbage, to see all written."""
+    n, d = points.shape
+    labels, distances = torch.full((n,), -7), torch.full((n,), -7.0)
+    report = (ctypes.c_int64 * 5)()
+    native = library("kmeans_assign")
+    native.set_device(*device)
+    error = native.kmeans_assign(
+        *(_pointer(points), _strides(points), _pointer(centroids), _strides(centroids)),
+        *(ctypes.c_int64(n), len(centroids), d, DTYPES[points.dtype], int(exact)),
+        *(_pointer(labels), _pointer(distances), report),
+    )
+    assert error == 0, f"launch failed with {error}"
+    names = ("parts", "pack_points", "resident", "splits", "rescored")
+    return labels, distances, dict(zip(names, report, strict=True))
+
+
+def segment_mean(values: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    n, d = values.shape
+    means, counts = torch.full((k, d), float("nan")), torch.full((k,), -7)
+    error = library("segment_mean").segment_mean(
+        *(_pointer(values), _strides(values), _pointer(labels), ctypes.c_int64(labels.stride(0))),
+        *(ctypes.c_int64(n), k, d, DTYPES[values.dtype], _pointer(means), _pointer(counts)),
+    )
+    assert error == 0, f"launch failed with {error}"
+    return means, counts

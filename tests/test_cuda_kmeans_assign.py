@@ -1,0 +1,178 @@
+"""csrc/kmeans_assign.cu, run on the CPU by the emulation, against brute force in fp64."""
+
+import math
+
+import pytest
+import torch
+from cuda_host import SM_80, SM_86, SM_90, kmeans_assign
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def squared_distances(x, c):
+    return torch.cdist(x.double(), c.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def assert_nearest(x, c, **options):
+    """Each label's distance is the least, and lowest in index among exact equals, in fp64."""
+    labels, distances, report = kmeans_assign(x, c, **options)
+    truth = squared_distances(x, c)
+    best = truth.amin(dim=1)
+    assert labels.min() >= 0 and labels.max() < len(c)
+    chosen = truth.gather(1, labels[:, None])[:, 0]
+    # rescore_kernel and this test add the same squares in fp64, in another order
+    assert (chosen <= best * (1 + 1e-13)).all()
+    torch.testing.assert_close(distances, best.float(), rtol=2e-7, atol=0)
+    return labels, report
+
+
+def clustered(n, k, d, spread, generator):
+    centroids = torch.randn(k, d, generator=generator)
+    picks = torch.randint(k, (n,), generator=generator)
+    return centroids[picks] + spread * torch.randn(n, d, generator=generator), centroids
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+# N and K: below, at and past one tile of 128, several tiles with a split of K; D: under a 16-byte
+# chunk, odd, at and past a block of 32, several blocks, past what stays resident.
+SHAPES = [(1, 1, 1), (127, 129, 7), (128, 128, 32), (130, 640, 33), (260, 300, 100), (9, 40, 700)]
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("n, k, d", SHAPES)
+def test_shapes_cross_every_tile_edge(n, k, d, dtype, generator):
+    x = torch.randn(n, d, generator=generator).to(dtype)
+    c = torch.randn(k, d, generator=generator).to(dtype)
+    _, report = assert_nearest(x, c)
+    assert report["parts"] == (2 if dtype == FP32 else 1)
+    assert report["pack_points"] == (dtype == FP32 or d % 8 != 0)
+
+
+@pytest.mark.parametrize(
+    "device, dtype, d, resident",
+    [(SM_80, BF16, 128, 1), (SM_80, BF16, 256, 0), (SM_80, FP32, 160, 0), (SM_86, FP16, 64, 1)]
+    + [(SM_86, BF16, 264, 0), (SM_90, BF16, 256, 1), (SM_90, FP32, 128, 1), (SM_90, FP32, 300, 0)],
+)
+def test_resident_and_streamed_points(device, dtype, d, resident, generator):
+    x = torch.randn(140, d, generator=generator).to(dtype)
+    c = torch.randn(270, d, generator=generator).to(dtype)
+    _, report = assert_nearest(x, c, device=device)
+    assert report["resident"] == resident
+
+
+def test_splits_of_k_do_not_change_the_result(generator):
+    x, c = torch.randn(100, 16, generator=generator), torch.randn(1500, 16, generator=generator)
+    results = []
+    for processors in (1, 3, 64):
+        labels, report = assert_nearest(x, c, device=(processors, *SM_90[1:]))
+        results.append((labels, report["splits"]))
+    assert [splits for _, splits in results] == [2, 6, 12]
+    assert all(torch.equal(labels, results[0][0]) for labels, _ in results)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_near_ties_at_any_norm(dtype, scale, generator):
+    # Points beside the middle of two centroids, off it by 2^-20 ... 2^-8 of the distance, and
+    # centroids that come in pairs a rounding apart: tensor-core scores alone get these wrong.
+    base = torch.randn(80, 64, generator=generator, dtype=torch.float64)
+    c = (torch.cat([base, base * (1 + 2.0**-9)]) * scale).to(dtype)
+    a, b = c[torch.randint(160, (2, 400), generator=generator)].double()
+    offset = 2.0 ** -torch.randint(8, 21, (400, 1), generator=generator).double()
+    x = (a + (b - a) * (0.5 + offset)).to(dtype)
+    _, report = assert_nearest(x, c)
+    assert report["rescored"] < 400
+    rough, _, report = kmeans_assign(x, c, exact=False)
+    wrong = (rough != squared_distances(x, c).argmin(dim=1)).sum()
+    assert report["parts"] == 1
+    assert 0 < wrong < 200 if dtype == FP32 else wrong < 4  # products of 16-bit values are exact
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_many_candidates_within_rounding(dtype, generator):
+    # All centroids within 2^-7 of each other, far from the origin: rescore_kernel decides.
+    c = (1000 + torch.randn(300, 40, generator=generator)).to(dtype)
+    x = (1000 + torch.randn(150, 40, generator=generator)).to(dtype)
+    _, report = assert_nearest(x, c)
+    if dtype == BF16:
+        assert report["rescored"] > 0
+    else:
+        assert report["rescored"] < 150  # centring took the common 1000 out of the bound
+
+
+def test_ties_go_to_the_lowest_index(generator):
+    c = torch.randn(50, 24, generator=generator).repeat(4, 1)  # every centroid four times
+    x = c[torch.randint(200, (300,), generator=generator)] + 0.01
+    labels, report = assert_nearest(x, c)
+    assert labels.max() < 50 and report["rescored"] == 300
+    pairs = c[:100]
+    labels, report = assert_nearest(x, pairs)
+    assert labels.max() < 50 and report["rescored"] < 100  # two candidates need no full pass
+    assert torch.equal(kmeans_assign(x, c, exact=False)[0], labels)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 0.3, 3.0])
+def test_clustered_points(spread, generator):
+    assert_nearest(*clustered(1000, 200, 48, spread, generator))
+
+
+def test_more_centroids_than_points_and_zero_columns(generator):
+    c = torch.randn(500, 12, generator=generator)
+    labels, _ = assert_nearest(c[200:203].clone(), c)
+    assert labels.tolist() == [200, 201, 202]
+    labels, distances, _ = kmeans_assign(torch.empty(5, 0), torch.empty(3, 0))
+    assert labels.tolist() == [0] * 5 and distances.tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("exact", [True, False])
+def test_rows_that_are_not_finite(dtype, exact, generator):
+    x = torch.randn(200, 40, generator=generator).to(dtype)
+    c = torch.randn(140, 40, generator=generator).to(dtype)
+    want = kmeans_assign(x, c, exact=exact)[0]
+    x[3, 0], x[150, 39], x[199, 20] = math.nan, math.nan, math.inf
+    labels, distances, _ = kmeans_assign(x, c, exact=exact)
+    bad = torch.zeros(200, dtype=torch.bool)
+    bad[[3, 150, 199]] = True
+    assert (labels[bad] == -1).all() and distances[bad].isnan().all()
+    assert torch.equal(labels[~bad], want[~bad]) and distances[~bad].isfinite().all()
+    c[100, 7] = math.nan  # as in the reference: no distance is known any more
+    labels, distances, _ = kmeans_assign(x, c, exact=exact)
+    assert (labels == -1).all() and distances.isnan().all()
+
+
+def test_large_fp16_norms_and_extremes_of_fp32(generator):
+    x = (torch.randn(150, 64, generator=generator) * 2e4).clamp(-6e4, 6e4).half()
+    assert_nearest(x, x[:37] * 0.5)
+    for scale in (1e-30, 1e-20, 1e18, 1e30):  # squares under- and overflow fp32
+        x = torch.randn(60, 20, generator=generator) * scale
+        labels, _, _ = kmeans_assign(x, x[:30])
+        truth = squared_distances(x, x[:30])
+        chosen = truth.gather(1, labels[:, None])[:, 0]
+        assert (chosen <= truth.amin(dim=1) * (1 + 1e-13)).all()
+
+
+def test_strides(generator):
+    wide = torch.randn(300, 160, generator=generator).bfloat16()
+    c = torch.randn(90, 64, generator=generator).bfloat16()
+    for x, packed in [
+        (wide[:, 8:72], 0),  # rows of 16-byte alignment are read where they are
+        (wide[:, 3:67], 1),
+        (wide[:, ::2][:, :64], 1),
+        (wide[::3, :64], 0),
+        (torch.randn(64, 100, generator=generator).bfloat16().T, 1),
+        (wide[:1, :64].expand(70, 64), 0),
+    ]:
+        _, report = assert_nearest(x, c)
+        assert report["pack_points"] == packed
+    assert_nearest(wide[:, :90].T.float(), torch.randn(300, 70, generator=generator).T)
+
+
+def test_same_bits_twice(generator):
+    x, c = clustered(500, 60, 30, 1.0, generator)
+    first, second = kmeans_assign(x, c), kmeans_assign(x, c)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
