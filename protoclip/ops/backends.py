@@ -73,7 +73,7 @@ TABLE: dict[str, dict[str, Backend]] = {
         "triton": _triton("info_nce"),
         "reference": REFERENCE,
     },
-    "siglip": {"cpu": _cpu("siglip"), "reference": REFERENCE},
+    "siglip": {"cpu": _cpu("siglip"), "triton": _triton("siglip"), "reference": REFERENCE},
     "prototype_cross_entropy": {
         "triton": _triton("prototype_cross_entropy"),
         "reference": REFERENCE,
