@@ -84,8 +84,8 @@ def _side(max_ptr, sum_ptr, weight_ptr, position, length, lift):
     """-> reference, weight, weight / sum of rows or columns; 0 past the end."""
     inside = position < length
     weight = tl.load(weight_ptr + position, mask=inside, other=0.0) * lift
-    reference = tl.load(max_ptr + position, mask=inside, other=0.0)
-    return reference, weight, weight / tl.load(sum_ptr + position, mask=inside, other=1.0)
+    coefficient = weight / tl.load(sum_ptr + position, mask=inside, other=1.0)
+    return tl.load(max_ptr + position, mask=inside, other=0.0), weight, coefficient
 
 
 @triton.jit(do_not_specialize=["n", "m", "offset"])
@@ -176,7 +176,7 @@ def gradients(
     if min(x.numel(), y.numel()) == 0:
         return torch.zeros_like(x), torch.zeros_like(y), x.new_zeros((), dtype=torch.float32)
     n, m, d, has_columns = len(x), len(y), x.shape[1], len(columns[0]) > 0
-    row = launch.choose(x)
+    row = launch.choose("gradient", x, y)
     plan = waves.plan(x, y, row)
     shares = x.new_empty(plan.tiles, dtype=torch.float32)
     prepared = x.new_empty(3, dtype=torch.float32)

@@ -156,7 +156,7 @@ def statistics(
     column_max, column_sum = (
         x.new_full((m if columns else 0,), fill, dtype=torch.float32) for fill in (-torch.inf, 0.0)
     )
-    row = launch.choose(x)
+    row = launch.choose("forward", x, y)
     wave = _wave_rows(n, m, row)
     blocks_m = triton.cdiv(m, row.block_m)
     row_part = x.new_empty((2, blocks_m * wave), dtype=torch.float32)

@@ -48,17 +48,30 @@ CARDS: dict[int, Card] = {
     100: Card(228 << 10, 227 << 10, "tcgen05.mma"),
 }
 
-# Two CTAs on an SM let one's exponentials run under the other's matrix products.
+# Kernel -> architecture -> row, for half precision and rows that are aligned to whole BLOCK_D.
+# "forward" keeps two CTAs on an SM, so that the exponentials of one run under the products of the
+# other. "gradient" holds too much for that at 128 x 128, and smaller tiles would read L2 too often.
+HALF: dict[str, dict[int, Launch]] = {
+    "forward": {
+        80: Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32),
+        89: Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32),
+        90: Launch(128, 128, 64, warps=8, stages=3, ctas_per_sm=2, strip=32, descriptors=True),
+        100: Launch(128, 128, 64, warps=4, stages=3, ctas_per_sm=2, strip=32, descriptors=True),
+    },
+    "gradient": {
+        80: Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32),
+        89: Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32),
+        90: Launch(128, 128, 64, warps=8, stages=3, ctas_per_sm=1, strip=32, descriptors=True),
+        100: Launch(128, 128, 64, warps=8, stages=3, ctas_per_sm=1, strip=32, descriptors=True),
+    },
+}
+HALF["sigmoid"] = HALF["gradient"]
+# Any card, any D, any strides.
+HALF_ANY = Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2)
 # fp32 runs on FMA units: three-term tf32 would meet the error budget only if tensor cores rounded
 # their accumulators, and they truncate (simulated at D = 512: 6 to 10 times the error of sgemm).
-HALF: dict[int, Launch] = {
-    80: Launch(128, 128, 32, warps=8, stages=3, ctas_per_sm=2),
-    89: Launch(128, 128, 32, warps=8, stages=3, ctas_per_sm=2),
-    90: Launch(128, 128, 64, warps=8, stages=3, ctas_per_sm=2, descriptors=True),
-    100: Launch(128, 128, 64, warps=8, stages=3, ctas_per_sm=2, descriptors=True),
-}
-HALF_ANY = Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2)
-FLOAT_ANY = Launch(64, 64, 16, warps=4, stages=2, ctas_per_sm=2)
+FLOAT = Launch(64, 64, 16, warps=8, stages=2, ctas_per_sm=2)
+FLOAT_ANY = Launch(64, 64, 16, warps=8, stages=1, ctas_per_sm=2)
 INTERPRETER = Launch(32, 64, 32, warps=4, stages=1, ctas_per_sm=1, strip=32)
 
 
@@ -68,18 +81,38 @@ def _architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def choose(x: Tensor) -> Launch:
-    """The row for a tensor's device and width; a safe small tile on a card not in the table."""
+def choose(kernel: str, x: Tensor, y: Tensor) -> Launch:
+    """The row for a kernel, the features' device, width and alignment."""
     if x.device.type != "cuda":
         return INTERPRETER
     if x.dtype == torch.float32:
-        return FLOAT_ANY
-    return HALF.get(_architecture(x.device), HALF_ANY)
+        row, fallback = FLOAT, FLOAT_ANY
+    else:
+        row, fallback = HALF[kernel].get(_architecture(x.device), HALF_ANY), HALF_ANY
+    whole = x.shape[1] % row.block_d == 0
+    return row if whole and aligned(x) and aligned(y) else fallback
 
 
-def rows() -> list[tuple[int, torch.dtype, Launch]]:
-    """Every (architecture, operand dtype, row) that can be chosen, for the compile report."""
-    halves = [(arch, torch.bfloat16, row) for arch, row in HALF.items()]
-    safe = [(80, torch.float16, HALF_ANY), (90, torch.float16, HALF_ANY)]
-    floats = [(arch, torch.float32, FLOAT_ANY) for arch in HALF]
-    return halves + safe + floats
+def aligned(x: Tensor) -> bool:
+    """Whether every row starts on 16 bytes and is contiguous: wide loads, or a TMA descriptor."""
+    row_bytes = x.stride(0) * x.element_size()
+    return (
+        x.stride(1) == 1
+        and row_bytes % 16 == 0
+        and x.data_ptr() % 16 == 0
+        and x.stride(0) >= x.shape[1] > 0
+    )
+
+
+def rows() -> list[tuple[str, int, torch.dtype, str, Launch]]:
+    """Every (kernel, architecture, operand dtype, operands, row) that ``choose`` can lead to;
+    operands are "pointers", "descriptors" or "ragged" (any alignment)."""
+    found = []
+    for kernel, table in HALF.items():
+        for arch, row in table.items():
+            operands = ["descriptors", "pointers"] if row.descriptors else ["pointers"]
+            found += [(kernel, arch, torch.bfloat16, how, row) for how in operands]
+            found += [(kernel, arch, torch.float16, "ragged", HALF_ANY)]
+            found += [(kernel, arch, torch.float32, "pointers", FLOAT)]
+            found += [(kernel, arch, torch.float32, "ragged", FLOAT_ANY)]
+    return found

@@ -101,7 +101,7 @@ def sigmoid_loss(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, offset: int, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss [], then dx, dy, dscale, dbias of the strip x [N, D] against y [M, D]."""
-    row = launch.choose(x)
+    row = launch.choose("sigmoid", x, y)
     plan = waves.plan(x, y, row)
     whole = not gradients or min(x.numel(), y.numel()) == 0
     if whole:  # no G to keep: one chunk

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from protoclip.kernels.launch import INTERPRETED, Launch
+from protoclip.kernels.launch import INTERPRETED, Launch, aligned
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SPREAD = tl.constexpr(64.0)  # of the 126 binary orders that fp32 has below 1
@@ -80,20 +80,9 @@ def products(
     return acc
 
 
-def describable(x: Tensor) -> bool:
-    """Whether a TMA descriptor can address the rows of x."""
-    return (
-        x.stride(1) == 1
-        and x.stride(0) * x.element_size() % 16 == 0
-        and x.data_ptr() % 16 == 0
-        and x.numel() > 0
-        and x.stride(0) >= x.shape[1]
-    )
-
-
 def operands(x: Tensor, y: Tensor, launch: Launch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """-> x and y for whole tiles, x and y for strips, and the keyword arguments of a kernel."""
-    descriptors = launch.descriptors and describable(x) and describable(y)
+    descriptors = launch.descriptors and aligned(x) and aligned(y)
     options = {
         "BLOCK_N": launch.block_n,
         "BLOCK_M": launch.block_m,
@@ -105,6 +94,7 @@ def operands(x: Tensor, y: Tensor, launch: Launch) -> tuple[tuple[Any, ...], dic
         "WIDEN": INTERPRETED and x.dtype == torch.bfloat16,
         "num_warps": launch.warps,
         "num_stages": launch.stages,
+        "enable_fp_fusion": True,
     }
     if not descriptors:
         return (x, y, x, y), options
