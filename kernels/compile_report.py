@@ -1,6 +1,6 @@
 """Compile every kernel of every launch row without a GPU, and print what each costs.
 
-    python -m protoclip.kernels.compile_report [--json] [--arch 90]
+    python -m protoclip.kernels.compile_report [--json] [--arch 90] [--kernel forward]
 
 Registers and spills come from the cubin, shared memory from the compiler, the tensor-core
 instruction from the PTX. ``problems`` names what breaks the row's promise.
@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from protoclip.kernels import info_nce_backward, info_nce_forward, launch, siglip
+from protoclip.kernels import info_nce_backward, info_nce_forward, launch, siglip, waves
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 KERNELS = {
@@ -32,7 +32,14 @@ KERNELS = {
     "gradient": info_nce_backward.gradient_kernel,
     "sigmoid": siglip.sigmoid_kernel,
 }
-FEATURES = ("x", "y", "x_ptr", "y_ptr", "g_ptr")
+HELPERS = {
+    "merge": info_nce_forward.merge_kernel,
+    "prepare": info_nce_backward.prepare_kernel,
+    "lost": waves.lost_kernel,
+    "finish": waves.finish_kernel,
+}
+HELPER_ROW = launch.Launch(16, 64, 128, warps=4, stages=3, ctas_per_sm=2)
+FEATURES = ("x", "y", "x_ptr", "y_ptr", "g_ptr", "other_ptr", "grad_ptr")
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Case:
     dtype: str
     operands: str
     row: launch.Launch
+    whole: bool = True  # with the columns of InfoNCE, the gradients of the sigmoid loss
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,11 @@ def cases() -> Iterator[Case]:
     """Every kernel of every launch row with every way to read the features."""
     for kernel, arch, dtype, operands, row in launch.rows():
         yield Case(kernel, arch, NAMES[dtype], operands, row)
+        if arch == 90:
+            yield Case(kernel, arch, NAMES[dtype], operands, row, whole=False)
+    for arch in launch.CARDS:
+        for kernel in HELPERS:
+            yield Case(kernel, arch, "bf16", "ragged", HELPER_ROW)
 
 
 def cost(case: Case) -> Cost:
@@ -89,7 +102,7 @@ def cost(case: Case) -> Cost:
 
 
 def _compile(case: Case) -> Any:
-    kernel, row = KERNELS[case.kernel], case.row
+    kernel, row = (KERNELS | HELPERS)[case.kernel], case.row
     constants = {
         "BLOCK_N": row.block_n,
         "BLOCK_M": row.block_m,
@@ -98,11 +111,14 @@ def _compile(case: Case) -> Any:
         "EVEN_D": case.operands != "ragged",
         "DESCRIPTORS": case.operands == "descriptors",
         "WIDEN": False,
-        "COLUMNS": True,
-        "GRADIENTS": True,
+        "COLUMNS": case.whole,
+        "GRADIENTS": case.whole,
         "LIFTED": 1.0,
         "HALF": case.dtype != "fp32",
+        "BLOCK": 64,
+        "DEPTH": 32,
     }
+    constants |= dict.fromkeys(("HAS_BEFORE", "IS_LAST", "ADD_ROWS", "ADD_COLUMNS", "LIFT"), True)
     constants |= dict.fromkeys(("stride_x_d", "stride_y_d"), 1)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: _type(name, case) for name in kernel.arg_names}
@@ -145,7 +161,7 @@ def _problems(case: Case, local: int, shared: int, instruction: str, ctas: int) 
             f"{shared} bytes of shared memory, the card has {card.shared_bytes_per_cta}"
         )
     wanted = "fma" if case.dtype == "fp32" else card.tensor_core
-    if instruction != wanted:
+    if instruction != wanted and case.kernel in KERNELS:
         problems.append(f"{instruction} where {wanted} was expected")
     if ctas < case.row.ctas_per_sm:
         problems.append(f"{ctas} CTAs an SM, the row promises {case.row.ctas_per_sm}")
@@ -157,18 +173,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
     parser.add_argument("--arch", type=int, action="append", help="only this one, e.g. 90")
+    parser.add_argument(
+        "--kernel", choices=sorted(KERNELS | HELPERS), action="append", help="only this one"
+    )
     args = parser.parse_args()
-    chosen = [case for case in cases() if not args.arch or case.arch in args.arch]
+    archs, kernels = args.arch or launch.CARDS, args.kernel or KERNELS | HELPERS
+    chosen = [case for case in cases() if case.arch in archs and case.kernel in kernels]
     with ProcessPoolExecutor() as pool:
         costs = list(pool.map(cost, chosen))
     if args.json:
         print(json.dumps([asdict(c) for c in costs]))
     else:
-        print("arch  kernel    dtype operands     tile         warps stages regs local shared CTAs")
+        print(
+            "arch   kernel    dtype operands     tile         warps stages regs local shared CTAs"
+        )
         for c in costs:
             row = c.case.row
             print(
-                f"sm_{c.case.arch:<3}{c.case.kernel:<10}{c.case.dtype:<6}{c.case.operands:<13}"
+                f"sm_{c.case.arch:<4}{c.case.kernel:<10}{c.case.dtype:<6}{c.case.operands:<13}"
                 f"{f'{row.block_n}x{row.block_m}x{row.block_d}':<13}{row.warps:<6}{row.stages:<7}"
                 f"{c.registers:<5}{c.local_bytes:<6}{c.shared_bytes:<7}{c.ctas_per_sm:<5}"
                 f"{c.instruction} {'; '.join(c.problems)}"

@@ -64,8 +64,13 @@ HALF: dict[str, dict[int, Launch]] = {
         90: Launch(128, 128, 64, warps=8, stages=3, ctas_per_sm=1, strip=32, descriptors=True),
         100: Launch(128, 128, 64, warps=8, stages=3, ctas_per_sm=1, strip=32, descriptors=True),
     },
+    "sigmoid": {  # loss and gradient at once: larger tiles spill
+        80: Launch(64, 64, 32, warps=4, stages=4, ctas_per_sm=2),
+        89: Launch(64, 64, 32, warps=4, stages=4, ctas_per_sm=2),
+        90: Launch(128, 64, 64, warps=8, stages=3, ctas_per_sm=1, strip=32, descriptors=True),
+        100: Launch(128, 64, 64, warps=8, stages=3, ctas_per_sm=1, strip=32, descriptors=True),
+    },
 }
-HALF["sigmoid"] = HALF["gradient"]
 # Any card, any D, any strides.
 HALF_ANY = Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2)
 # fp32 runs on FMA units: three-term tf32 would meet the error budget only if tensor cores rounded

@@ -137,12 +137,12 @@ def lost_kernel(
 
 @triton.jit(do_not_specialize=["n", "m", "offset"])
 def finish_kernel(
-    sum_ptr, lost_ptr, other_ptr, factor_ptr, out_ptr,  # [N, D], [N], [M, D], [], [N, D]
+    sum_ptr, lost_ptr, other_ptr, factor_ptr, grad_ptr,  # [N, D], [N], [M, D], [], [N, D]
     n, m, d, offset,
     stride_other_m, stride_other_d,
     HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out = factor (sum + lost * the partner's features), rounded once."""
+    """grad = factor (sum + lost * the partner's features), rounded once."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = (rows[:, None] < n) & (depth[None, :] < d)
@@ -156,7 +156,7 @@ def finish_kernel(
         other = tl.load(other_ptr + other_at, mask=paired[:, None] & mask, other=0.0)
         value += lost[:, None] * other.to(tl.float32)
     value *= tl.load(factor_ptr).to(tl.float32)
-    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_ptr + at, value.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 def products(
