@@ -152,10 +152,12 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Statistics of the strip x [N, D] against y [M, D], as ``contrastive_fwd``."""
     n, m = len(x), len(y)
-    row_max, row_sum, positive = (x.new_empty(n, dtype=torch.float32) for _ in range(3))
-    column_max, column_sum = (
-        x.new_full((m if columns else 0,), fill, dtype=torch.float32) for fill in (-torch.inf, 0.0)
+    row_max, row_sum, positive, column_max, column_sum = (
+        x.new_empty(size, dtype=torch.float32) for size in (n, n, n, *(2 * [m if columns else 0]))
     )
+    if n == 0:
+        column_max.fill_(-torch.inf)
+        column_sum.zero_()
     row = launch.choose("forward", x, y)
     wave = _wave_rows(n, m, row)
     blocks_m = triton.cdiv(m, row.block_m)

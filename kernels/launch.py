@@ -72,10 +72,13 @@ HALF: dict[str, dict[int, Launch]] = {
     },
 }
 # Any card, any D, any strides.
-HALF_ANY = Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2)
+HALF_ANY: dict[str, Launch] = {
+    "forward": Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2),
+    "gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
+    "sigmoid": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
+}
 # fp32 runs on FMA units: three-term tf32 would meet the error budget only if tensor cores rounded
 # their accumulators, and they truncate (simulated at D = 512: 6 to 10 times the error of sgemm).
-FLOAT = Launch(64, 64, 16, warps=8, stages=2, ctas_per_sm=2)
 FLOAT_ANY = Launch(64, 64, 16, warps=8, stages=1, ctas_per_sm=2)
 INTERPRETER = Launch(32, 64, 32, warps=4, stages=1, ctas_per_sm=1, strip=32)
 
@@ -91,11 +94,11 @@ def choose(kernel: str, x: Tensor, y: Tensor) -> Launch:
     if x.device.type != "cuda":
         return INTERPRETER
     if x.dtype == torch.float32:
-        row, fallback = FLOAT, FLOAT_ANY
-    else:
-        row, fallback = HALF[kernel].get(_architecture(x.device), HALF_ANY), HALF_ANY
-    whole = x.shape[1] % row.block_d == 0
-    return row if whole and aligned(x) and aligned(y) else fallback
+        return FLOAT_ANY
+    row = HALF[kernel].get(_architecture(x.device))
+    if row and x.shape[1] % row.block_d == 0 and aligned(x) and aligned(y):
+        return row
+    return HALF_ANY[kernel]
 
 
 def aligned(x: Tensor) -> bool:
@@ -117,7 +120,8 @@ def rows() -> list[tuple[str, int, torch.dtype, str, Launch]]:
         for arch, row in table.items():
             operands = ["descriptors", "pointers"] if row.descriptors else ["pointers"]
             found += [(kernel, arch, torch.bfloat16, how, row) for how in operands]
-            found += [(kernel, arch, torch.float16, "ragged", HALF_ANY)]
-            found += [(kernel, arch, torch.float32, "pointers", FLOAT)]
-            found += [(kernel, arch, torch.float32, "ragged", FLOAT_ANY)]
+            found += [(kernel, arch, torch.float16, "ragged", HALF_ANY[kernel])]
+            found += [
+                (kernel, arch, torch.float32, how, FLOAT_ANY) for how in ("pointers", "ragged")
+            ]
     return found

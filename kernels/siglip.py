@@ -131,5 +131,5 @@ def sigmoid_loss(
     else:
         factor = scale.reshape(()) if lift == 1.0 else scale.reshape(()).float() / lift
         dx, dy = waves.products(x, y, factor, offset, plan, fill)
-    loss, dscale, dbias = shares.sum(dim=1)
+    loss, dscale, dbias = (share.sum() for share in shares)  # an op's outputs must not alias
     return loss, dx, dy, dscale, dbias

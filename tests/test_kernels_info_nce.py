@@ -216,6 +216,17 @@ def test_sigmoid_loss_within_budget(sizes, dtype, bias):
     assert_within_budget(value / max(1, n), truth[0], base[0], "loss without gradients")
 
 
+def test_opcheck():
+    x, y = (t.requires_grad_() for t in _features(5, 8, "alike", torch.float32))
+    scale = torch.tensor(20.0, device=DEVICE, requires_grad=True)
+    checks = "test_schema", "test_autograd_registration", "test_faketensor"
+    for op, arguments in (
+        (torch.ops.protoclip.contrastive, (x, y, scale, 0, True, "triton")),
+        (torch.ops.protoclip.sigmoid_loss, (x, y, scale, -scale.detach(), 0, True, "triton")),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=checks)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 def test_a_cuda_graph_and_no_sync():
