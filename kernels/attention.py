@@ -1,7 +1,10 @@
 """Attention form of the prototype loss: streaming softmax over keys, values summed as we go.
 
-For each query row q_i: base-2 logits s_ik = scale log2(e) q_i.k_k, and over a slice of the keys
-    max_i = max_k s_ik,  sum_i = sum_k 2^(s_ik - max_i),  acc_i = sum_k 2^(s_ik - max_i) v_k.
+For each query row q_i: products s_ik = sign(scale) q_i.k_k, step = |scale| log2(e), and over a
+slice of the keys
+    max_i = max_k s_ik, w_ik = 2^(step (s_ik - max_i)), sum_i = sum_k w_ik, acc_i = sum_k w_ik v_k
+Differences are taken before they are scaled: the largest weight is exactly 1, so a loss near zero
+does not drown in the rounding of a logit (7e-6 at scale 100), and no compiler can fuse it away.
 One program owns a tile of rows, a slice of the keys (so that few rows still fill the card) and a
 bank (a set of keys). A finishing kernel joins the slices in a fixed order: no atomics, same bits
 every run. With values 2 products of [N, K, D] are done and nothing of size N x K exists; rows wider
@@ -28,6 +31,20 @@ def dot(a, b):
 
 
 @triton.jit
+def split_scale(scale_ptr):
+    """-> sign, step; scale 0 makes all products equal, whatever the step."""
+    scale = tl.load(scale_ptr).to(tl.float32)
+    sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
+    return sign, tl.where(scale == 0, 1.0, tl.abs(scale)) * LOG2E
+
+
+@triton.jit
+def signed(q, sign):
+    """q or -q, exactly, in its dtype (by way of fp32: the interpreter has no bf16 arithmetic)."""
+    return (q.to(tl.float32) * sign).to(q.dtype)
+
+
+@triton.jit
 def load_tile(ptr, rows, used, columns, d, stride_n, stride_d, EVEN_D: tl.constexpr):
     """[rows, columns] of a matrix; zero past d and where ``used`` [rows] is false."""
     pointers = ptr + rows[:, None] * stride_n + columns[None, :] * stride_d
@@ -37,13 +54,15 @@ def load_tile(ptr, rows, used, columns, d, stride_n, stride_d, EVEN_D: tl.conste
 
 
 @triton.jit
-def logits_tile(
+def products_tile(
     q, q_ptr, q_rows, q_used, stride_q_n, stride_q_d,
     k_ptr, k_rows, k_used, stride_k_n, stride_k_d,
-    d, scale,
+    d, sign,
     BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
-    """-> base-2 logits [q_rows, k_rows], the keys [k_rows, BLOCK_D] (a chunk when not WHOLE_D)."""
+    """-> s [q_rows, k_rows], the keys [k_rows, BLOCK_D] (a chunk when not WHOLE_D).
+
+    q, the first chunk, comes ``signed``."""
     columns = tl.arange(0, BLOCK_D)
     k = load_tile(k_ptr, k_rows, k_used, columns, d, stride_k_n, stride_k_d, EVEN_D)
     s = dot(q, tl.trans(k))
@@ -52,13 +71,13 @@ def logits_tile(
             columns = start + tl.arange(0, BLOCK_D)
             q_chunk = load_tile(q_ptr, q_rows, q_used, columns, d, stride_q_n, stride_q_d, False)
             k_chunk = load_tile(k_ptr, k_rows, k_used, columns, d, stride_k_n, stride_k_d, False)
-            s += dot(q_chunk, tl.trans(k_chunk))
-    return s * scale, k
+            s += dot(signed(q_chunk, sign), tl.trans(k_chunk))
+    return s, k
 
 
 @triton.jit
-def softmax_step(s, start, row_max, row_sum, best, BLOCK_K: tl.constexpr, BEST: tl.constexpr):
-    """Add a tile of logits -> new statistics, the tile's weights p, the old sums' factor."""
+def softmax_step(s, step, start, row_max, row_sum, best, BLOCK_K: tl.constexpr, BEST: tl.constexpr):
+    """Add a tile of products -> new statistics, the tile's weights p, the old sums' factor."""
     tile_max = tl.max(s, 1)
     if BEST:
         columns = tl.arange(0, BLOCK_K)
@@ -66,10 +85,8 @@ def softmax_step(s, start, row_max, row_sum, best, BLOCK_K: tl.constexpr, BEST: 
         # Strictly larger: an equal logit in a later tile has a higher index.
         best = tl.where(tile_max > row_max, start + first, best)
     new_max = tl.maximum(row_max, tile_max)
-    # Not exp2(fma(dot, scale, -max)): the largest weight must be exactly 1, or a loss near zero
-    # drowns in the rounding of the maximum (7e-6 at scale 100).
-    p = tl.exp2(s - new_max[:, None])
-    factor = tl.exp2(row_max - new_max)
+    p = tl.exp2((s - new_max[:, None]) * step)
+    factor = tl.exp2((row_max - new_max) * step)
     return new_max, row_sum * factor + tl.sum(p, 1), best, p, factor
 
 
@@ -77,7 +94,7 @@ def softmax_step(s, start, row_max, row_sum, best, BLOCK_K: tl.constexpr, BEST: 
 def attend(
     q_ptr, labels_ptr, k_ptr, v_ptr,
     max_ptr, sum_ptr, best_ptr, positive_ptr, acc_ptr,  # at this bank and slice: [N], ..., [N, DV]
-    row_block, slice_index, slices, n, k_count, d, dv, scale,
+    row_block, slice_index, slices, n, k_count, d, dv, sign, step,
     stride_q_n, stride_q_d, stride_k_n, stride_k_d, stride_v_n, stride_v_d,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, VALUES: tl.constexpr, BEST: tl.constexpr,
@@ -89,15 +106,16 @@ def attend(
     used = i < n - first_row
     q_ptr += first_row * stride_q_n
     q = load_tile(q_ptr, i, used, tl.arange(0, BLOCK_D), d, stride_q_n, stride_q_d, EVEN_D)
+    q = signed(q, sign)
     if HARD:  # noqa: SIM102 (a compile-time and a run-time condition)
         if slice_index == 0:
-            # The label's logit is the diagonal of one more tile of the same product: the same bits
-            # as in the sum below, so that a loss near zero does not cancel.
+            # The label's product is the diagonal of one more tile of the same dot: the same bits as
+            # in the sum below, so that a loss near zero does not cancel.
             label = tl.load(labels_ptr + first_row + i, mask=used, other=-100)
-            s, _ = logits_tile(
+            s, _ = products_tile(
                 q, q_ptr, i, used, stride_q_n, stride_q_d,
                 k_ptr, label, (label >= 0) & (label < k_count), stride_k_n, stride_k_d,
-                d, scale, BLOCK_D, WHOLE_D, EVEN_D,
+                d, sign, BLOCK_D, WHOLE_D, EVEN_D,
             )  # fmt: skip
             diagonal = tl.sum(tl.where(i[:, None] == i[None, :], s, 0.0), 1)
             tl.store(positive_ptr + first_row + i, diagonal, mask=used)
@@ -114,14 +132,14 @@ def attend(
     for start in range(begin, end, BLOCK_K):
         k_used = j < end - start
         first_key = tl.cast(start, tl.int64)
-        s, k = logits_tile(
+        s, k = products_tile(
             q, q_ptr, i, used, stride_q_n, stride_q_d,
             k_ptr + first_key * stride_k_n, j, k_used, stride_k_n, stride_k_d,
-            d, scale, BLOCK_D, WHOLE_D, EVEN_D,
+            d, sign, BLOCK_D, WHOLE_D, EVEN_D,
         )  # fmt: skip
         s = tl.where(k_used[None, :], s, -float("inf"))
         row_max, row_sum, best, p, factor = softmax_step(
-            s, first_key, row_max, row_sum, best, BLOCK_K, BEST
+            s, step, first_key, row_max, row_sum, best, BLOCK_K, BEST
         )
         if VALUES == "keys":
             acc = acc * factor[:, None] + dot(p.to(k.dtype), k)
@@ -155,7 +173,7 @@ def attention_kernel(
     """Grid (row tiles, slices, banks); HARD: bit b set where bank b has hard labels."""
     slice_index = tl.program_id(1)
     bank = tl.program_id(2)
-    scale = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    sign, step = split_scale(scale_ptr)
     part = (bank.to(tl.int64) * slices + slice_index) * n
     for b in tl.static_range(BANKS):
         if bank == b:
@@ -163,7 +181,7 @@ def attention_kernel(
                 q_ptr, labels_ptrs[b], k_ptrs[b], v_ptrs[b],
                 max_ptr + part, sum_ptr + part, best_ptr + part,
                 positive_ptr + bank.to(tl.int64) * n, acc_ptr + part * dv,
-                tl.program_id(0), slice_index, slices, n, counts[b], d, dv, scale,
+                tl.program_id(0), slice_index, slices, n, counts[b], d, dv, sign, step,
                 stride_q_n, stride_q_d, strides_k_n[b], strides_k_d[b],
                 strides_v_n[b], strides_v_d[b],
                 BLOCK_N, BLOCK_K, BLOCK_D, BLOCK_DV,

@@ -1,8 +1,8 @@
 """Sums over weights that one attention pass cannot hold: wide or fp32 rows, and gradients of keys.
 
-A wave of weights is formed again from the logits, W_ik = 2^(s_ik - max_i), and written to a bounded
-scratch; a real GEMM then multiplies it: W V for values of wide rows (waves of rows), or
-G^T q with G_ik = w_i (W_ik / sum_i - [y_i = k]) for the gradient of the keys (waves of keys). Every
+A wave of weights W_ik = 2^(step (s_ik - max_i)) is formed again and written to a bounded scratch; a
+real GEMM then multiplies it: W V for values of wide rows (waves of rows), or G^T q with
+G_ik = w_i (W_ik / sum_i - [y_i = k]) for the gradient of the keys (waves of keys). Every
 output element is complete after its own wave: nothing is accumulated across waves, no atomics.
 """
 
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from protoclip.kernels.attention import LOG2E, dot, load_tile, logits_tile
+from protoclip.kernels.attention import dot, load_tile, products_tile, signed, split_scale
 from protoclip.kernels.prototype_tiles import chunked_tile
 
 SCRATCH_BYTES = 256 << 20
@@ -40,13 +40,14 @@ def weights_kernel(
     q_ptr += first_row * stride_q_n
     columns = tl.arange(0, BLOCK_D)
     q = load_tile(q_ptr, i, used, columns, d, stride_q_n, stride_q_d, False)
-    s, _ = logits_tile(
-        q, q_ptr, i, used, stride_q_n, stride_q_d,
+    sign, step = split_scale(scale_ptr)
+    s, _ = products_tile(
+        signed(q, sign), q_ptr, i, used, stride_q_n, stride_q_d,
         k_ptr + first_column * stride_k_n, j, k_used, stride_k_n, stride_k_d,
-        d, tl.load(scale_ptr).to(tl.float32) * LOG2E, BLOCK_D, False, False,
+        d, sign, BLOCK_D, False, False,
     )  # fmt: skip
     s = tl.where(k_used[None, :], s, -float("inf"))
-    w = tl.exp2(s - tl.load(max_ptr + rows, mask=used, other=0.0)[:, None])
+    w = tl.exp2((s - tl.load(max_ptr + rows, mask=used, other=0.0)[:, None]) * step)
     if GRADIENT:
         label = tl.load(labels_ptr + rows, mask=used, other=-100)
         w = w / tl.load(sum_ptr + rows, mask=used, other=1.0)[:, None]
@@ -118,7 +119,7 @@ def _wave(other: int, itemsize: int) -> int:
 
 
 def weighted_values(q, keys, values, scale, row_max, out: Tensor) -> None:
-    """out [N, DV] fp32 = sum_k 2^(s_ik - max_i) v_k."""
+    """out [N, DV] fp32 = sum_k W_ik v_k."""
     rows = _wave(len(keys), q.element_size())
     for a in range(0, len(q), rows):
         part = slice(a, a + rows)

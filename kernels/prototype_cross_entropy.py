@@ -28,12 +28,12 @@ from protoclip.kernels.prototype_tiles import (
 
 @dataclass(frozen=True)
 class Parts:
-    """Softmax statistics of S banks by slices of the keys, not yet joined; base-2 logits."""
+    """Softmax statistics of S banks by slices of the keys, not yet joined (attention.py)."""
 
     row_max: Tensor  # fp32 [S, slices, N]
     row_sum: Tensor  # fp32 [S, slices, N]
     best: Tensor  # int64 [S, slices, N] (empty when not asked)
-    positive: Tensor  # fp32 [S, N], the label's logit where labels are hard
+    positive: Tensor  # fp32 [S, N], the label's product where labels are hard
     acc: Tensor  # fp32 [S, slices, N, DV] (empty without values)
 
 
@@ -120,7 +120,7 @@ def finish(
         BANKS=banks, HARD=hard, BLOCK_N=32, BLOCK_D=64,
         STATISTICS=statistics, LOSS=statistics and targeted, GRADIENT=gradient, TARGET=targeted,
         BEST=statistics and parts.best.numel() > 0,
-        num_warps=4, enable_fp_fusion=False,
+        num_warps=4,
     )  # fmt: skip
 
 

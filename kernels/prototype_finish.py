@@ -1,6 +1,6 @@
 """Join the slices of attention.py and finish rows: loss, gradient, nearest key.
 
-    loss_i = ln 2 (log2 sum_i + (max_i - s_iy)),   gradient_i = acc_i / sum_i - t_y
+    loss_i = ln 2 (log2 sum_i + step (max_i - s_iy)),   gradient_i = acc_i / sum_i - t_y
 with t = m (soft targets: s_iy is a dot product with m_y) or t = C (hard labels: s_iy comes from
 attention.py). Label -100 gives zeros, any other label outside [0, K) a NaN loss.
 """
@@ -8,7 +8,7 @@ attention.py). Label -100 gives zeros, any other label outside [0, K) a NaN loss
 import triton
 import triton.language as tl
 
-from protoclip.kernels.attention import LOG2E, load_tile
+from protoclip.kernels.attention import load_tile, split_scale
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -18,7 +18,7 @@ def finish(
     q_ptr, target_ptr, labels_ptr,  # [N, D], [K, D], [N]
     max_ptr, sum_ptr, best_ptr, positive_ptr, acc_ptr,  # this bank's [slices, N], ..., [N], ...
     loss_ptr, gradient_ptr, nearest_ptr, row_max_ptr, row_sum_ptr,  # this bank's rows
-    row_block, n, d, slices, k_count, scale,
+    row_block, n, d, slices, k_count, sign, step,
     stride_q_n, stride_q_d, stride_t_k, stride_t_d,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HARD: tl.constexpr,
     STATISTICS: tl.constexpr, LOSS: tl.constexpr, GRADIENT: tl.constexpr,
@@ -38,8 +38,8 @@ def finish(
     row_sum = tl.zeros([BLOCK_N], tl.float32)
     for j in range(slices):
         part = tl.cast(j, tl.int64) * n + rows
-        factor = tl.exp2(tl.load(max_ptr + part, mask=used, other=0.0) - row_max)
-        row_sum += tl.load(sum_ptr + part, mask=used, other=1.0) * factor
+        difference = tl.load(max_ptr + part, mask=used, other=0.0) - row_max
+        row_sum += tl.load(sum_ptr + part, mask=used, other=1.0) * tl.exp2(difference * step)
     if BEST:
         tl.store(nearest_ptr + rows, best, mask=used)
 
@@ -61,8 +61,8 @@ def finish(
                 q = load_tile(q_ptr, rows, used, columns, d, stride_q_n, stride_q_d, False)
                 m = load_tile(target_ptr, label, known, columns, d, stride_t_k, stride_t_d, False)
                 positive += tl.sum(q.to(tl.float32) * m.to(tl.float32), 1)
-            positive *= scale
-        loss = LN2 * (tl.log2(row_sum) + (row_max - positive))
+            positive *= sign
+        loss = LN2 * (tl.log2(row_sum) + step * (row_max - positive))
         absent = tl.where(label == -100, 0.0, float("nan"))
         tl.store(loss_ptr + rows, tl.where(known, loss, absent), mask=used)
     if GRADIENT:
@@ -72,9 +72,9 @@ def finish(
             acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             for j in range(slices):
                 part = tl.cast(j, tl.int64) * n + rows
-                factor = tl.exp2(tl.load(max_ptr + part, mask=used, other=0.0) - row_max)
+                difference = tl.load(max_ptr + part, mask=used, other=0.0) - row_max
                 pointers = acc_ptr + part[:, None] * d + columns[None, :]
-                acc += tl.load(pointers, mask=mask, other=0.0) * factor[:, None]
+                acc += tl.load(pointers, mask=mask, other=0.0) * tl.exp2(difference * step)[:, None]
             acc /= row_sum[:, None]
             if TARGET:
                 t = load_tile(target_ptr, label, known, columns, d, stride_t_k, stride_t_d, False)
@@ -96,7 +96,7 @@ def finish_kernel(
 ):  # fmt: skip
     """Grid (row tiles, banks). ``gradient_ptr`` may be ``acc_ptr`` when there is one slice."""
     bank = tl.program_id(1)
-    scale = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    sign, step = split_scale(scale_ptr)
     row = bank.to(tl.int64) * n
     part = row * slices
     for b in tl.static_range(BANKS):
@@ -107,7 +107,7 @@ def finish_kernel(
                 acc_ptr + part * d,
                 loss_ptr + row, gradient_ptr + row * d, nearest_ptr + row,
                 row_max_ptr + row, row_sum_ptr + row,
-                tl.program_id(0), n, d, slices, counts[b], scale,
+                tl.program_id(0), n, d, slices, counts[b], sign, step,
                 stride_q_n, stride_q_d, strides_t_k[b], strides_t_d[b],
                 BLOCK_N, BLOCK_D, (HARD >> b) & 1, STATISTICS, LOSS, GRADIENT, TARGET, BEST,
             )  # fmt: skip

@@ -24,13 +24,7 @@ class Tile:
 
     @property
     def options(self) -> dict:
-        # A fused multiply-add would leave 2^(rounding of the maximum) where the largest weight
-        # must be exactly 1 (attention.py).
-        return {
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-            "enable_fp_fusion": False,
-        }
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 FLOAT = Tile(64, 64, 16, 4, 2)
@@ -39,13 +33,13 @@ FLOAT = Tile(64, 64, 16, 4, 2)
 ATTENTION = {
     "sm_80": {
         64: Tile(128, 64, 64, 8, 2),
-        128: Tile(128, 64, 128, 8, 2),
+        128: Tile(128, 32, 128, 8, 2),
         256: Tile(64, 32, 256, 8, 2),
     },
     "sm_90": {
         64: Tile(128, 128, 64, 8, 3),
-        128: Tile(128, 128, 128, 8, 2),
-        256: Tile(128, 64, 256, 8, 2),
+        128: Tile(128, 64, 128, 8, 2),
+        256: Tile(64, 64, 256, 8, 2),
     },
     "sm_100": {
         64: Tile(128, 64, 64, 8, 2),

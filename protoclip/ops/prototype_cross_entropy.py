@@ -35,8 +35,8 @@ def _fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend
 
     -> loss [S, N] (0 where ignored), gradient sum_k p_k C_k - m_y [S, N, D] (0 where ignored;
     [S, 0, D] without need_grad), argmax int64 [S, N] ([S, 0] without need_nearest), row_max,
-    row_sum [S, N] in base-2 logits. A backend offers ``prototype_ce_fwd_banks`` for all banks at
-    once, or ``prototype_ce_fwd`` for one."""
+    row_sum [S, N]: statistics in the units of the backend's own backward. A backend offers
+    ``prototype_ce_fwd_banks`` for all banks at once, or ``prototype_ce_fwd`` for one."""
     module = backend_module("prototype_cross_entropy", backend)
     if hasattr(module, "prototype_ce_fwd_banks"):
         return module.prototype_ce_fwd_banks(
