@@ -115,7 +115,7 @@ def _compile(case: Case) -> Any:
         "GRADIENTS": case.whole,
         "LIFTED": 1.0,
         "HALF": case.dtype != "fp32",
-        "BLOCK": 64,
+        "BLOCK": 256 if case.kernel == "prepare" else 64,
         "DEPTH": 32,
     }
     constants |= dict.fromkeys(("HAS_BEFORE", "IS_LAST", "ADD_ROWS", "ADD_COLUMNS", "LIFT"), True)

@@ -37,27 +37,30 @@ def _peaks(sum_ptr, weight_ptr, length, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "m"])
 def prepare_kernel(
-    x_ptr, y_ptr, scale_ptr,  # [D], [D] of the first pair, []
+    x_ptr, y_ptr, scale_ptr,  # [N, D], [N, D] of the pairs, []
     row_sum_ptr, row_weight_ptr, column_sum_ptr, column_weight_ptr,  # [N], [N], [M], [M]
     out_ptr,  # [3]: center, lift, scale / lift
-    n, m, d, stride_x_d, stride_y_d,
+    n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
     LIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Find on the device what would else need a look at values.
 
-    The center is the first pair's product, or 0 where every positive has all the probability: G is
-    then 0 there and no longer sums to zero. The lift is a power of two that lets the weights, about
-    1/N, fill fp16's range; |G| is at most the sum of the two largest weights.
+    The center is the mean product of the first 16 pairs, or 0 where every positive has all the
+    probability: G is then 0 there and no longer sums to zero. The lift is a power of two that lets
+    the weights, about 1/N, fill fp16's range; |G| is at most the sum of the two largest weights.
     """
     product = tl.zeros((BLOCK,), tl.float32)
+    some = tl.arange(0, 16)[:, None].to(tl.int64)
     for k in range(0, d, BLOCK):
-        depth = k + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + depth.to(tl.int64) * stride_x_d, mask=depth < d, other=0.0)
-        y = tl.load(y_ptr + depth.to(tl.int64) * stride_y_d, mask=depth < d, other=0.0)
-        product += x.to(tl.float32) * y.to(tl.float32)
+        depth = k + tl.arange(0, BLOCK)[None, :].to(tl.int64)
+        mask = (some < n) & (depth < d)
+        x = tl.load(x_ptr + some * stride_x_n + depth * stride_x_d, mask=mask, other=0.0)
+        y = tl.load(y_ptr + some * stride_y_m + depth * stride_y_d, mask=mask, other=0.0)
+        product += tl.sum(x.to(tl.float32), 0) * tl.sum(y.to(tl.float32), 0)
     row_sum, row_weight = _peaks(row_sum_ptr, row_weight_ptr, n, BLOCK)
     column_sum, column_weight = _peaks(column_sum_ptr, column_weight_ptr, m, BLOCK)
-    center = tl.sum(product)
+    count = tl.minimum(n, 16)
+    center = tl.sum(product) / (count * count)
     used = (tl.maximum(row_sum, column_sum) != 1.0) & (tl.abs(center) < float("inf"))
     center = tl.where(used, center, 0.0)
     lift = center * 0.0 + 1.0
@@ -183,8 +186,8 @@ def gradients(
     with torch.cuda.device_of(x):
         prepare_kernel[(1,)](
             x, y[offset:], scale, *rows[1:], *columns[1:], prepared,
-            n, len(columns[0]), d, x.stride(1), y.stride(1),
-            LIFT=x.dtype == torch.float16, BLOCK=1024,
+            n, len(columns[0]), d, *x.stride(), *y.stride(),
+            LIFT=x.dtype == torch.float16, BLOCK=256,
         )  # fmt: skip
 
     def fill(chunk: waves.Chunk, to: waves.Target) -> None:
