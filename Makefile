@@ -2,7 +2,7 @@ PYTHON ?= python
 SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
 
-.PHONY: check lint fix test bench gpu
+.PHONY: check lint fix test bench kernels gpu
 
 check: lint test  ## everything CI checks
 
@@ -22,6 +22,9 @@ test:
 
 bench:  ## parity, then speed; two cores, a few minutes
 	$(PYTHON) -m pytest benchmarks --benchmark-only
+
+kernels:  ## registers, spills, shared memory and instruction of each launch row; no GPU needed
+	env -u TRITON_INTERPRET $(PYTHON) -m protoclip.kernels.compile_report
 
 gpu:  ## on a card: every test, then the benchmarks; results under $OUT, else benchmarks/results
 	mkdir -p $${OUT:-benchmarks/results}

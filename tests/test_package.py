@@ -69,7 +69,7 @@ def test_only_ops_reach_the_kernels():
 def test_kernels_know_only_torch_and_triton():
     allowed = {"torch", "triton", "math", "os", "dataclasses", "functools", "typing"}
     allowed |= {"__future__", "collections", "argparse", "sys", "re", "subprocess", "tempfile"}
-    allowed |= {"pathlib", "contextlib", "itertools", "json", "shutil", "types"}
+    allowed |= {"concurrent", "pathlib", "contextlib", "itertools", "json", "shutil", "types"}
     for path in (ROOT.parent / "kernels").glob("*.py"):
         for name in _imports(path):
             first = name.split(".")[0]

@@ -68,8 +68,12 @@ def _triton(op: str) -> Backend:
 
 
 TABLE: dict[str, dict[str, Backend]] = {
-    "info_nce": {"cpu": _cpu("info_nce"), "reference": REFERENCE},
-    "siglip": {"cpu": _cpu("siglip"), "reference": REFERENCE},
+    "info_nce": {
+        "cpu": _cpu("info_nce"),
+        "triton": _triton("info_nce"),
+        "reference": REFERENCE,
+    },
+    "siglip": {"cpu": _cpu("siglip"), "triton": _triton("siglip"), "reference": REFERENCE},
     "prototype_cross_entropy": {
         "triton": _triton("prototype_cross_entropy"),
         "reference": REFERENCE,

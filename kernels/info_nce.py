@@ -1,0 +1,54 @@
+"""InfoNCE over tiles of the logits, which never reach memory: what ops/info_nce.py calls.
+
+Base-2 logits s_ij = scale log2(e) x_i.y_j; row i is positive at column i + offset. The forward pass
+(``info_nce_forward.py``) keeps O(N) statistics, the backward pass (``info_nce_backward.py``) forms
+the logits again: four matrix products in all.
+
+Sums are fp32 and in a fixed order: no atomics, the same bits each time. Nothing is read back from
+the device, so both passes can be captured in a CUDA graph. Extra memory: 64 MiB of partial sums
+forward, ``waves.SCRATCH_BYTES`` plus fp32 gradients backward. fp32 features are multiplied in fp32,
+never tf32, by these kernels; ``torch.backends.cuda.matmul`` settings hold for the backward's two
+products. Keeping bf16 logits from the forward would save one product and is not offered: rounding
+a logit of 100 to bf16 changes its probability by a fifth.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from protoclip.kernels import info_nce_backward, info_nce_forward
+
+
+def contrastive_fwd(
+    x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Statistics of the strip x [N, D] against y [M, D], as in ops/info_nce.py."""
+    _check_strip(len(x), len(y), offset)
+    return info_nce_forward.statistics(x, y, scale, offset, columns)
+
+
+def contrastive_bwd(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    column_max: Tensor,
+    column_sum: Tensor,
+    row_weight: Tensor,
+    column_weight: Tensor,
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the strip, as in ops/info_nce.py."""
+    _check_strip(len(x), len(y), offset)
+    rows = (row_max, row_sum, row_weight.contiguous())
+    columns = (column_max, column_sum, column_weight.contiguous())
+    return info_nce_backward.gradients(x, y, scale, rows, columns, offset)
+
+
+def _check_strip(n: int, m: int, offset: int) -> None:
+    if n and not 0 <= offset <= m - n:
+        raise ValueError(
+            f"info_nce: expected the positives of {n} rows, columns {offset} to {offset + n - 1}, "
+            f"among the {m} columns; pass offset between 0 and M - N"
+        )

@@ -1,0 +1,212 @@
+"""Forward of InfoNCE: row and column statistics of the logits from one pass over their tiles.
+
+Each tile leaves, for its rows and for its columns, a reference r and sum 2^(s - r) *without the
+positives*; a second small kernel merges them and adds the positive. A loss near zero is then
+log2(1 + little), not a difference of large numbers. All rows and columns of a tile share one
+reference, the tile's maximum, hence one exponential an element; where that would underflow for some
+row or column, and on the edges and the diagonal, the tile takes one reference for each and a
+second exponential. Bytes: the features, once a tile row and column; 16 of partial sums for each
+row and column of a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from protoclip.kernels import launch
+from protoclip.kernels.tiles import LOG2E, SPREAD, is_general, operands, products, tile_origin
+
+PARTIAL_BYTES = 64 << 20
+MERGE_BLOCK = 64  # rows or columns a program merges
+MERGE_DEPTH = 32  # partials it reads at a time
+
+
+@triton.jit
+def _join(reference_a, sum_a, reference_b, sum_b):
+    """-> the statistics of two sets of logits together."""
+    reference = tl.maximum(reference_a, reference_b)
+    zero = tl.where(reference == -float("inf"), 0.0, reference)
+    return reference, sum_a * tl.exp2(reference_a - zero) + sum_b * tl.exp2(reference_b - zero)
+
+
+@triton.jit
+def _exact(s, AXIS: tl.constexpr):
+    """-> the maxima along an axis and the sums of 2^(s - maximum); -inf and 0 where empty."""
+    top = tl.max(s, AXIS)
+    zero = tl.where(top == -float("inf"), 0.0, top)
+    return top, tl.sum(tl.exp2(s - tl.expand_dims(zero, AXIS)), AXIS)
+
+
+@triton.jit(do_not_specialize=["n", "m", "offset"])
+def forward_kernel(
+    x, y, x_ptr, y_ptr, scale_ptr,  # [N, D], [M, D] for tiles, the same for strips, []
+    row_max_ptr, row_sum_ptr,  # [column blocks, N]
+    column_max_ptr, column_sum_ptr,  # [row blocks, M]
+    positive_ptr,  # [N]
+    n, m, d, offset,
+    stride_x_n, stride_x_d, stride_y_m, stride_y_d,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr,
+    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Partial statistics of one tile."""
+    row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
+    c = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    rows = row0 + tl.arange(0, BLOCK_N)
+    at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
+    columns_at = (row0 // BLOCK_N).to(tl.int64) * m
+    general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
+    if not general:
+        acc = products(
+            x, y, row0, col0, n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
+            BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
+        )  # fmt: skip
+        top = c * tl.min(acc) if c < 0 else c * tl.max(acc)
+        e = tl.exp2(acc * c - top)
+        row_sum, column_sum = tl.sum(e, 1), tl.sum(e, 0)
+        tl.store(row_max_ptr + at_row, tl.full((BLOCK_N,), 0.0, tl.float32) + top)
+        tl.store(row_sum_ptr + at_row, row_sum)
+        if COLUMNS:
+            at = columns_at + col0 + tl.arange(0, BLOCK_M)
+            tl.store(column_max_ptr + at, tl.full((BLOCK_M,), 0.0, tl.float32) + top)
+            tl.store(column_sum_ptr + at, column_sum)
+        general = tl.minimum(tl.min(row_sum), tl.min(column_sum)) < tl.exp2(-SPREAD)
+    if general:
+        row_max = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+        row_sum = tl.zeros((BLOCK_N,), tl.float32)
+        for strip in range(0, BLOCK_M, STRIP):
+            cols = col0 + strip + tl.arange(0, STRIP)
+            s = c * products(
+                x_ptr, y_ptr, row0, col0 + strip, n, m, d,
+                stride_x_n, stride_x_d, stride_y_m, stride_y_d,
+                BLOCK_N, STRIP, BLOCK_D, EVEN_D, False, WIDEN,
+            )  # fmt: skip
+            positive = cols[None, :] == rows[:, None] + offset
+            partner = rows + offset - col0 - strip
+            held = (rows < n) & (partner >= 0) & (partner < tl.minimum(STRIP, m - col0 - strip))
+            tl.store(positive_ptr + rows, tl.sum(tl.where(positive, s, 0.0), 1), mask=held)
+            negative = (rows[:, None] < n) & (cols[None, :] < m) & (positive == 0)
+            s = tl.where(negative, s, -float("inf"))
+            top, total = _exact(s, 1)
+            row_max, row_sum = _join(row_max, row_sum, top, total)
+            if COLUMNS:
+                top, total = _exact(s, 0)
+                tl.store(column_max_ptr + columns_at + cols, top, mask=cols < m)
+                tl.store(column_sum_ptr + columns_at + cols, total, mask=cols < m)
+        tl.store(row_max_ptr + at_row, row_max, mask=rows < n)
+        tl.store(row_sum_ptr + at_row, row_sum, mask=rows < n)
+
+
+@triton.jit
+def _add_positive(reference, total, positive):
+    """Refer the sum to the positive where that is the largest term, so that its own is exactly 1;
+    elsewhere to a whole number near the log of the sum."""
+    level = reference + tl.log2(total)
+    leads = positive >= level
+    base = tl.where(leads, positive, tl.floor(level))
+    others = total * tl.exp2(reference - base)
+    others = tl.where(total == 0, total, others)
+    return base, others + tl.where(leads, 1.0, tl.exp2(positive - base))
+
+
+@triton.jit(do_not_specialize=["blocks", "length", "offset", "n"])
+def merge_kernel(
+    max_ptr, sum_ptr,  # [blocks, length]
+    positive_ptr,  # [n], of position + offset where that is in [0, n)
+    out_max_ptr, out_sum_ptr,  # [length]
+    blocks, length, n, offset,
+    HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Merge partials, and what earlier waves left in the output; the last one adds positives."""
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < length
+    reference = tl.full((BLOCK,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    if HAS_BEFORE:
+        reference = tl.load(out_max_ptr + position, mask=inside, other=0.0)
+        total = tl.load(out_sum_ptr + position, mask=inside, other=0.0)
+    for first in range(0, blocks, DEPTH):
+        block = first + tl.arange(0, DEPTH)
+        at = block[:, None].to(tl.int64) * length + position[None, :]
+        mask = (block[:, None] < blocks) & inside[None, :]
+        r = tl.load(max_ptr + at, mask=mask, other=-float("inf"))  # [DEPTH, BLOCK]
+        t = tl.load(sum_ptr + at, mask=mask, other=0.0)
+        top = tl.max(r, 0)
+        zero = tl.where(top == -float("inf"), 0.0, top)
+        t = tl.sum(t * tl.exp2(r - zero[None, :]), 0)
+        reference, total = _join(reference, total, top, t)
+    if IS_LAST:
+        partner = position.to(tl.int64) + offset
+        paired = inside & (partner >= 0) & (partner < n)
+        positive = tl.load(positive_ptr + partner, mask=paired, other=-float("inf"))
+        reference, total = _add_positive(reference, total, positive)
+    tl.store(out_max_ptr + position, reference, mask=inside)
+    tl.store(out_sum_ptr + position, total, mask=inside)
+
+
+def statistics(
+    x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Statistics of the strip x [N, D] against y [M, D], as ``contrastive_fwd``."""
+    n, m = len(x), len(y)
+    row_max, row_sum, positive, column_max, column_sum = (
+        x.new_empty(size, dtype=torch.float32) for size in (n, n, n, *(2 * [m if columns else 0]))
+    )
+    if n == 0:
+        column_max.fill_(-torch.inf)
+        column_sum.zero_()
+    row = launch.choose("forward", x, y)
+    wave = _wave_rows(n, m, row)
+    blocks_m = triton.cdiv(m, row.block_m)
+    row_part = x.new_empty((2, blocks_m * wave), dtype=torch.float32)
+    blocks_n = triton.cdiv(wave, row.block_n) if columns else 0
+    column_part = x.new_empty((2, max(1, blocks_n * m)), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        for first in range(0, n, wave):
+            part, last = x[first : first + wave], min(first + wave, n)
+            features, options = operands(part, y, row)
+            blocks_n = triton.cdiv(len(part), row.block_n)
+            forward_kernel[(blocks_n * blocks_m,)](
+                *features, scale, *row_part, *column_part, positive[first:last],
+                len(part), m, x.shape[1], offset + first, *x.stride(), *y.stride(),
+                COLUMNS=columns, **options,
+            )  # fmt: skip
+            _merge(
+                row_part, positive[first:last], row_max[first:last], row_sum[first:last],
+                blocks_m, 0, has_before=False, is_last=True,
+            )  # fmt: skip
+            if columns:
+                _merge(
+                    column_part, positive, column_max, column_sum,
+                    blocks_n, -offset, has_before=first > 0, is_last=last == n,
+                )  # fmt: skip
+    return row_max, row_sum, column_max, column_sum, positive
+
+
+def _merge(
+    part: Tensor,
+    positive: Tensor,
+    out_max: Tensor,
+    out_sum: Tensor,
+    blocks: int,
+    offset: int,
+    *,
+    has_before: bool,
+    is_last: bool,
+) -> None:
+    length = len(out_max)
+    merge_kernel[(triton.cdiv(length, MERGE_BLOCK),)](
+        *part, positive, out_max, out_sum,
+        blocks, length, len(positive), offset,
+        HAS_BEFORE=has_before, IS_LAST=is_last, BLOCK=MERGE_BLOCK, DEPTH=MERGE_DEPTH,
+    )  # fmt: skip
+
+
+def _wave_rows(n: int, m: int, row: launch.Launch) -> int:
+    """Rows a wave, in whole tiles where there are several, so that partials stay bounded."""
+    bytes_per_block = 8 * (row.block_n * triton.cdiv(m, row.block_m) + m)
+    blocks = max(1, PARTIAL_BYTES // max(1, bytes_per_block))
+    return max(1, min(n, blocks * row.block_n))

@@ -1,0 +1,103 @@
+"""What every kernel over tiles of x y^T shares: the order of the tiles, the product, the operands.
+
+A tile is BLOCK_N rows of x [N, D] against BLOCK_M rows of y [M, D]. Operands come by pointer and
+strides (any D, any strides, any card) or by TMA descriptor (row strides of 16-byte multiples).
+
+A kernel has two paths. Whole tiles off the diagonal take the fast one, with no masks. The others go
+strip by strip, STRIP columns at a time: the general path needs more values an element, and held for
+a whole tile they would double the registers and halve the CTAs on an SM for every tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from protoclip.kernels.launch import INTERPRETED, Launch, aligned
+
+LOG2E = tl.constexpr(1.4426950408889634)
+SPREAD = tl.constexpr(64.0)  # of the 126 binary orders that fp32 has below 1
+
+
+@triton.jit
+def tile_origin(pid, n, m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
+    """-> first row and first column of a tile; GROUP row blocks share the y they read in L2."""
+    blocks_n, blocks_m = tl.cdiv(n, BLOCK_N), tl.cdiv(m, BLOCK_M)
+    group = pid // (GROUP * blocks_m)
+    first = group * GROUP
+    height = tl.minimum(blocks_n - first, GROUP)
+    within = pid % (GROUP * blocks_m)
+    return (first + within % height) * BLOCK_N, (within // height) * BLOCK_M
+
+
+@triton.jit
+def is_general(row0, col0, n, m, offset, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Whether a tile crosses the edge or holds a positive."""
+    edge = (row0 + BLOCK_N > n) | (col0 + BLOCK_M > m)
+    return edge | ((row0 + offset < col0 + BLOCK_M) & (row0 + BLOCK_N + offset > col0))
+
+
+@triton.jit
+def products(
+    x, y, row0, col0,
+    n, m, d,
+    stride_x_n, stride_x_d, stride_y_m, stride_y_d,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """-> x y^T of one tile, fp32 [BLOCK_N, BLOCK_M]; values past n or m are arbitrary."""
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if DESCRIPTORS:
+        for k in range(0, d, BLOCK_D):
+            a = x.load([row0, k])  # [BLOCK_N, BLOCK_D]
+            b = y.load([col0, k])  # [BLOCK_M, BLOCK_D]
+            if WIDEN:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+    else:
+        # Rows past the end read the last row again: no mask, and the caller masks the logits.
+        rows = tl.minimum(row0 + tl.arange(0, BLOCK_N), n - 1).to(tl.int64)
+        cols = tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1).to(tl.int64)
+        depth = tl.arange(0, BLOCK_D)
+        x_ptrs = x + rows[:, None] * stride_x_n + depth[None, :].to(tl.int64) * stride_x_d
+        y_ptrs = y + cols[None, :] * stride_y_m + depth[:, None].to(tl.int64) * stride_y_d
+        for k in range(0, d, BLOCK_D):
+            if EVEN_D:
+                a, b = tl.load(x_ptrs), tl.load(y_ptrs)
+            else:
+                a = tl.load(x_ptrs, mask=depth[None, :] < d - k, other=0.0)
+                b = tl.load(y_ptrs, mask=depth[:, None] < d - k, other=0.0)
+            if WIDEN:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+            x_ptrs += tl.cast(stride_x_d, tl.int64) * BLOCK_D
+            y_ptrs += tl.cast(stride_y_d, tl.int64) * BLOCK_D
+    return acc
+
+
+def operands(x: Tensor, y: Tensor, launch: Launch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """-> x and y for whole tiles, x and y for strips, and the keyword arguments of a kernel."""
+    descriptors = launch.descriptors and aligned(x) and aligned(y)
+    options = {
+        "BLOCK_N": launch.block_n,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_D": launch.block_d,
+        "STRIP": launch.strip,
+        "EVEN_D": x.shape[1] % launch.block_d == 0,
+        "DESCRIPTORS": descriptors,
+        # The interpreter multiplies bf16 bit patterns as integers.
+        "WIDEN": INTERPRETED and x.dtype == torch.bfloat16,
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+        "enable_fp_fusion": True,
+    }
+    if not descriptors:
+        return (x, y, x, y), options
+    x_tile, y_tile = [launch.block_n, launch.block_d], [launch.block_m, launch.block_d]
+    tiles = TensorDescriptor.from_tensor(x, x_tile), TensorDescriptor.from_tensor(y, y_tile)
+    return (*tiles, x, y), options
