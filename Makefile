@@ -22,3 +22,8 @@ test:
 
 bench:  ## parity, then speed; two cores, a few minutes
 	$(PYTHON) -m pytest benchmarks --benchmark-only
+
+gpu:  ## on a card: every test, then the benchmarks; results under $OUT, else benchmarks/results
+	mkdir -p $${OUT:-benchmarks/results}
+	$(PYTHON) -m pytest tests | tee $${OUT:-benchmarks/results}/gpu-tests.log
+	$(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-json=$${OUT:-benchmarks/results}/gpu.json

@@ -29,7 +29,11 @@ setup(
     packages=[
         "protoclip",
         "protoclip.data",
+        "protoclip.evaluate",
+        "protoclip.metrics",
         "protoclip.ops",
+        "protoclip.report",
+        "protoclip.training",
         "protoclip.kernels",
         "protoclip.csrc",
     ],

@@ -4,6 +4,7 @@ Importing it loads torch and nothing heavier; the rest comes in on first use.
 """
 
 from protoclip.kmeans import Clusters, kmeans
+from protoclip.openclip_losses import ClipLoss, SigLipLoss
 from protoclip.ops import (
     Bank,
     PrototypeLosses,
@@ -20,8 +21,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Bank",
+    "ClipLoss",
     "Clusters",
     "PrototypeLosses",
+    "SigLipLoss",
     "backends",
     "info_nce",
     "kmeans",

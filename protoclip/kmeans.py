@@ -6,10 +6,12 @@ points: assignment is local, sums and counts are all-reduced, all ranks get the 
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,6 +21,7 @@ from protoclip.ops.kmeans_assign import kmeans_assign
 from protoclip.ops.segment_mean import segment_mean
 
 SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as in faiss
+MAX_DRAWS = 1024  # k-means++ candidates of one pass over the points
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,13 @@ def kmeans(
         seed: of the initial centroids; restart r uses seed + r.
         spherical: keep centroids at unit length (for unit points: cosine k-means).
         group: a process group whose ranks each hold a slice of the points; N counts all slices.
-        backend: "auto", or one of the backends of both ops, e.g. "reference".
+        backend: "auto", one of the backends of both ops, e.g. "reference", or "faiss": faiss.Kmeans
+            on all points, the paper's own clustering (no group, no "k-means++").
     Returns:
         Clusters.
     Raises:
         ValueError, TypeError: shapes or dtypes are wrong, K is out of range, points are not finite.
+        RuntimeError: backend "faiss" without faiss.
     """
     op = "kmeans"
     checks.matrix(op, "points", points, "[N, D]")
@@ -94,6 +99,11 @@ def kmeans(
     points = points if points.dtype == torch.float64 else points.float()
     ranks = _Ranks(len(points), group, points.device)
     _check(op, points, num_clusters, num_iters, num_restarts, init, ranks)
+    if backend == "faiss":
+        centroids, history = importlib.import_module("protoclip.faiss_kmeans").faiss_kmeans(
+            points, num_clusters, num_iters, num_restarts, init, seed, spherical, group
+        )
+        return _assigned(points, centroids, history, ranks, "auto")
     best: Clusters | None = None
     for restart in range(num_restarts):
         start = _initial(points, num_clusters, init, seed + restart, ranks)
@@ -152,29 +162,57 @@ def _random_init(points: Tensor, k: int, generator: torch.Generator, ranks: _Ran
 
 
 def _plus_plus_init(points: Tensor, k: int, generator: torch.Generator, ranks: _Ranks) -> Tensor:
-    """k-means++ (Arthur and Vassilvitskii 2007): each next centroid drawn by squared distance."""
-    draws = torch.rand(k, generator=generator, dtype=torch.float64).to(points.device)
-    centroids = points.new_empty(k, points.shape[1])
-    first = (draws[:1] * ranks.total).long().clamp_max(ranks.total - 1)
-    centroids[0] = ranks.rows(points, first)[0]
-    nearest = points.new_full((len(points),), math.inf)
-    for j in range(1, k):
-        nearest = torch.minimum(nearest, (points - centroids[j - 1]).square().sum(dim=1))
-        centroids[j] = _draw(points, nearest.double(), draws[j], ranks)
+    """k-means++ (Arthur and Vassilvitskii 2007), many centroids per pass over the points.
+
+    Candidates are drawn together by their squared distance at the start of the pass. One after the
+    other, each is kept with the probability by which the ones kept before it in this pass have
+    lowered that distance: rejection sampling, so the distribution is that of the sequential method.
+    """
+    first = torch.randint(ranks.total, (1,), generator=generator)
+    centroids = ranks.rows(points, first)
+    squared = points.new_full((len(points),), math.inf, dtype=torch.float64)
+    fresh = centroids
+    while len(centroids) < k:
+        # In one dtype with the points; the op itself is exact.
+        squared = torch.minimum(squared, kmeans_assign(points, fresh)[1].double())
+        draws = min(MAX_DRAWS, max(8, len(centroids)))
+        uniform = torch.rand(2, draws, generator=generator, dtype=torch.float64)
+        candidates, weights = _draw(points, squared, uniform[0].to(points.device), ranks)
+        fresh = candidates[_keep(candidates, weights, uniform[1])]
+        fresh = fresh[: k - len(centroids)]
+        centroids = torch.cat([centroids, fresh])
     return centroids
 
 
-def _draw(points: Tensor, weights: Tensor, uniform: Tensor, ranks: _Ranks) -> Tensor:
-    """The row at which the running sum of the weights (over all ranks) passes uniform * total."""
+def _keep(candidates: Tensor, weights: Tensor, uniform: Tensor) -> Tensor:
+    """Which candidates [M, D], drawn by weights [M], survive those kept before them -> index."""
+    apart = torch.cdist(candidates, candidates, compute_mode="donot_use_mm_for_euclid_dist")
+    between, start = apart.double().square().cpu().numpy(), weights.cpu().numpy()
+    now, kept = start.copy(), []
+    for j, u in enumerate(uniform.tolist()):
+        # Only duplicates are left when all weights are 0: any point is as good.
+        if now[j] >= u * start[j] and (now[j] > 0 or start[j] == 0):
+            kept.append(j)
+            np.minimum(now, between[j], out=now)
+    return torch.tensor(kept, device=candidates.device)
+
+
+def _draw(points: Tensor, weights: Tensor, uniform: Tensor, ranks: _Ranks) -> tuple[Tensor, Tensor]:
+    """Rows [M, D] at which the running sum of the weights (over all ranks) passes uniform [M] times
+    the total, and their weights [M]."""
     sums = weights.new_zeros(len(ranks.sizes))
     sums[ranks.rank] = weights.sum()
     bounds = ranks.sum(sums).cumsum(0)
     aim = uniform * bounds[-1]
     owner = torch.searchsorted(bounds, aim, right=True).clamp_max(len(bounds) - 1)
     local = aim - (bounds - sums)[ranks.rank]
-    row = torch.searchsorted(weights.cumsum(0), local, right=True).clamp_max(len(points) - 1)
-    picked = points[row] if len(points) else points.new_zeros(points.shape[1])
-    return ranks.sum(torch.where(owner == ranks.rank, picked, 0.0))
+    row = torch.searchsorted(weights.cumsum(0), local, right=True)
+    row = row.clamp_max(max(0, len(points) - 1))
+    mine = owner == ranks.rank
+    if not len(points):
+        points, weights = points.new_zeros(1, points.shape[1]), weights.new_zeros(1)
+    picked = torch.where(mine[:, None], points[row], 0.0)
+    return ranks.sum(picked), ranks.sum(torch.where(mine, weights[row], 0.0))
 
 
 INITS: dict[str, Callable[[Tensor, int, torch.Generator, _Ranks], Tensor]] = {
@@ -197,11 +235,17 @@ def _lloyd(
         centroids = _split_largest(means.where(counts[:, None] > 0, centroids), counts)
         if spherical:
             centroids = torch.nn.functional.normalize(centroids, dim=1)
+    history = torch.stack(inertias).tolist() if inertias else []
+    return _assigned(points, centroids, history, ranks, backend)
+
+
+def _assigned(
+    points: Tensor, centroids: Tensor, history: list[float], ranks: _Ranks, backend: str
+) -> Clusters:
     labels, distances = kmeans_assign(points, centroids, backend=backend)
-    inertias.append(ranks.sum(distances.double().sum()))
-    counts = ranks.sum(torch.bincount(labels, minlength=k))
-    history = tuple(torch.stack(inertias).tolist())
-    return Clusters(centroids, labels, counts, history[-1], history)
+    counts = ranks.sum(torch.bincount(labels, minlength=len(centroids)))
+    inertia = float(ranks.sum(distances.double().sum()))
+    return Clusters(centroids, labels, counts, inertia, (*history, inertia))
 
 
 def _global_means(

@@ -104,3 +104,10 @@ def test_import_costs_little():
 def test_public_names_exist_and_are_documented():
     for name in protoclip.__all__:
         assert getattr(protoclip, name).__doc__, name
+
+
+def test_every_package_is_shipped():
+    shipped = (ROOT.parent / "setup.py").read_text()
+    for init in ROOT.rglob("__init__.py"):
+        name = ".".join(["protoclip", *init.relative_to(ROOT).parts[:-1]])
+        assert f'"{name}"' in shipped, f"setup.py does not list {name}"

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from protoclip.ops import checks, reference
-from protoclip.ops.backends import implementation, resolve
+from protoclip.ops.backends import backend_module, implementation, resolve
 from protoclip.ops.info_nce import accumulator, reduce
 
 _lib = torch.library.Library("protoclip", "FRAGMENT")
 _lib.define(
     "prototype_ce(Tensor h, Tensor[] prototypes, Tensor[] targets, Tensor[] labels, Tensor scale,"
-    " bool need_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " bool need_grad, bool need_nearest, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _lib.define(
     "prototype_ce_bwd_prototypes(Tensor h, Tensor prototypes, Tensor labels, Tensor scale,"
@@ -29,25 +30,33 @@ _lib.define(
 )
 
 
-def _fwd(h, prototypes, targets, labels, scale, need_grad, backend):
+def _fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend):
     """S banks; ``targets[b]`` is [0, D] for hard labels.
 
     -> loss [S, N] (0 where ignored), gradient sum_k p_k C_k - m_y [S, N, D] (0 where ignored;
-    [S, 0, D] without need_grad), argmax int64 [S, N], row_max, row_sum [S, N] in base-2 logits."""
-    run = implementation("prototype_cross_entropy", backend, "prototype_ce_fwd")
+    [S, 0, D] without need_grad), argmax int64 [S, N] ([S, 0] without need_nearest), row_max,
+    row_sum [S, N]: statistics in the units of the backend's own backward. A backend offers
+    ``prototype_ce_fwd_banks`` for all banks at once, or ``prototype_ce_fwd`` for one."""
+    module = backend_module("prototype_cross_entropy", backend)
+    if hasattr(module, "prototype_ce_fwd_banks"):
+        return module.prototype_ce_fwd_banks(
+            h, prototypes, targets, labels, scale, need_grad, need_nearest
+        )
     parts = [
-        run(h, c, m, y, scale, need_grad)
+        module.prototype_ce_fwd(h, c, m, y, scale, need_grad)
         for c, m, y in zip(prototypes, targets, labels, strict=True)
     ]
-    return tuple(torch.stack(part) for part in zip(*parts, strict=True))
+    loss, gradient, nearest, *stats = (torch.stack(part) for part in zip(*parts, strict=True))
+    return loss, gradient, nearest[:, : h.shape[0] if need_nearest else 0].contiguous(), *stats
 
 
-def _fake_fwd(h, prototypes, targets, labels, scale, need_grad, backend):
+def _fake_fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend):
     (n, d), s = h.shape, len(prototypes)
     wide = accumulator(h)
     row = h.new_empty((s, n), dtype=wide)
     gradient = h.new_empty((s, n if need_grad else 0, d), dtype=wide)
-    return row, gradient, row.new_empty((s, n), dtype=torch.int64), row.clone(), row.clone()
+    nearest = row.new_empty((s, n if need_nearest else 0), dtype=torch.int64)
+    return row, gradient, nearest, row.clone(), row.clone()
 
 
 def _bwd_prototypes(h, prototypes, labels, scale, row_max, row_sum, weight, hard, backend):
@@ -61,7 +70,7 @@ def _fake_bwd_prototypes(h, prototypes, *_):
 
 
 def _setup(ctx, inputs, output) -> None:
-    h, prototypes, targets, labels, scale, ctx.need_grad, ctx.backend = inputs
+    h, prototypes, targets, labels, scale, ctx.need_grad, _, ctx.backend = inputs
     _, gradient, _, row_max, row_sum = output
     ctx.hard = [len(m) == 0 for m in targets]
     ctx.save_for_backward(h, scale, gradient, row_max, row_sum, *prototypes, *labels)
@@ -85,7 +94,7 @@ def _autograd(ctx, grad, *_):
         else None
         for b, (c, y) in enumerate(zip(rest[:banks], rest[banks:], strict=True))
     ]
-    return dh, prototype_grads, [None] * banks, [None] * banks, dscale, None, None
+    return dh, prototype_grads, [None] * banks, [None] * banks, dscale, None, None, None
 
 
 for _name, _impl, _fake in (
@@ -147,14 +156,8 @@ def prototype_cross_entropy(
     Source:
         ProtoCLIP (arXiv 2206.10996), prototype loss; collapsed by linearity in the target.
     """
-    losses = prototype_losses(
-        features,
-        [Bank(prototypes, labels, targets)],
-        logit_scale,
-        reduction=reduction,
-        backend=backend,
-    )
-    return losses.loss[0]
+    banks = [Bank(prototypes, labels, targets)]
+    return _losses(features, banks, logit_scale, reduction, backend, need_nearest=False).loss[0]
 
 
 def prototype_losses(
@@ -176,6 +179,17 @@ def prototype_losses(
     Raises:
         ValueError, TypeError: as in ``prototype_cross_entropy``.
     """
+    return _losses(features, banks, logit_scale, reduction, backend, need_nearest=True)
+
+
+def _losses(
+    features: Tensor,
+    banks: Sequence[Bank],
+    logit_scale: Tensor,
+    reduction: str,
+    backend: str,
+    need_nearest: bool,
+) -> PrototypeLosses:
     op = "prototype_cross_entropy"
     checks.matrix(op, "features", features, "[N, D]")
     checks.reduction(op, reduction)
@@ -184,7 +198,7 @@ def prototype_losses(
         raise ValueError(f"{op}: expected at least one bank, got none")
     for bank in banks:
         _check_bank(op, features, bank)
-    rows, nearest = _rows(op, features, banks, scale, backend)
+    rows, nearest = _rows(op, features, banks, scale, backend, need_nearest)
     counts = [(bank.labels != -100).sum() for bank in banks]
     reduced = [reduce(row, reduction, count) for row, count in zip(rows, counts, strict=True)]
     return PrototypeLosses(torch.stack(reduced), nearest)
@@ -210,9 +224,14 @@ def _check_bank(op: str, features: Tensor, bank: Bank) -> None:
 
 
 def _rows(
-    op: str, features: Tensor, banks: Sequence[Bank], scale: Tensor, backend: str
+    op: str,
+    features: Tensor,
+    banks: Sequence[Bank],
+    scale: Tensor,
+    backend: str,
+    need_nearest: bool,
 ) -> tuple[Tensor, Tensor]:
-    """-> losses [S, N], nearest [S, N]."""
+    """-> losses [S, N], nearest [S, N] (of no use without need_nearest)."""
     name = resolve(op, backend, features.device.type, features.dtype)
     if name == "reference":
         with torch.autocast(features.device.type, enabled=False):
@@ -232,6 +251,7 @@ def _rows(
         [b.labels for b in banks],
         scale,
         need_grad,
+        need_nearest,
         name,
     )
     return losses, nearest

@@ -74,6 +74,15 @@ def _base2_logits(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     return (_wide(scale).reshape(()) * LOG2E) * (_wide(x) @ _wide(y).T)
 
 
+def sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, offset: int) -> Tensor:
+    """[N, D], [M, D], scalars -> []: sum of softplus(-z (scale x.y + bias)), z = 1 at
+    j = i + offset and -1 elsewhere."""
+    logits = _wide(scale).reshape(()) * _wide(x) @ _wide(y).T + _wide(bias).reshape(())  # [N, M]
+    columns = torch.arange(len(y), device=y.device)
+    positive = columns == torch.arange(len(x), device=x.device)[:, None] + offset
+    return F.softplus(torch.where(positive, -logits, logits), threshold=1000).sum()
+
+
 def prototype_cross_entropy(
     features: Tensor,
     prototypes: Tensor,
@@ -100,8 +109,13 @@ def soft_targets(source_centroids: Tensor, prototypes: Tensor, temperature: floa
     return torch.softmax(source @ source.T / temperature, dim=1) @ _wide(prototypes)
 
 
-def kmeans_assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, D], [K, D] -> labels int64 [N] (-1 for a NaN row), squared distances fp32 [N]."""
+def kmeans_assign(
+    points: Tensor, centroids: Tensor, *, exact: bool = True
+) -> tuple[Tensor, Tensor]:
+    """[N, D], [K, D] -> labels int64 [N] (-1 for a NaN row), squared distances fp32 [N].
+
+    Exact whatever is asked.
+    """
     x, c = points.double(), centroids.double()
     rows = max(1, _CHUNK_ELEMENTS // max(1, len(c)))
     parts = [_assign_rows(part, c) for part in x.split(rows)]

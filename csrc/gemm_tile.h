@@ -1,0 +1,278 @@
+// Products of small tiles on the CPU, shared by its kernels.
+//
+// C [m, n] = A [m, k] B [k, n], fp32 accumulators, one thread, everything in L2. A ("left") is
+// row-major. B ("right") is packed: fp32 row-major [k, ldb], bf16 in pairs of rows [k/2, ldb, 2].
+// Three arithmetics:
+//   kFloat  fp32 FMA, through oneDNN's brgemm or, where that is missing, plain vector code;
+//   kBf16   bf16 operands as they are (vdpbf16ps or AMX);
+//   kSplit  fp32 operands as hi + lo bf16 terms laid along k, [hi hi lo] against [hi lo hi], so
+//           that one bf16 product three times as deep drops only lo * lo. For AMX, where three bf16
+//           products cost less than one in fp32.
+#pragma once
+
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "vector_math.h"
+
+namespace protoclip {
+
+using BFloat16 = c10::BFloat16;
+
+// ---- memory ----
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+constexpr int64_t blocks(int64_t n, int64_t step) { return (n + step - 1) / step; }
+
+// Uninitialised memory on cache lines, with a vector's width to spare at the end.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T) + 64, 64)))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+// ---- layout changes ----
+
+// out [n, m] = transpose of in [m, n].
+inline void transpose(const float* in, int64_t ld_in, int64_t m, int64_t n, float* out,
+                      int64_t ld_out) {
+  for (int64_t i = 0; i < m; i += 16)
+    for (int64_t j = 0; j < n; j += 16)
+      at::vec::transpose_mxn<float>(in + i * ld_in + j, ld_in, out + j * ld_out + i, ld_out,
+                                    std::min<int64_t>(16, m - i), std::min<int64_t>(16, n - j));
+}
+
+inline void to_bf16(const float* in, int64_t n, BFloat16* out) {
+  int64_t i = 0;
+#ifdef __AVX512BF16__
+  for (; i + kLanes <= n; i += kLanes) {
+    const __m256bh v = _mm512_cvtneps_pbh((__m512)load(in + i));
+    std::memcpy(out + i, &v, sizeof v);
+  }
+#endif
+  for (; i < n; ++i) out[i] = static_cast<BFloat16>(in[i]);
+}
+
+// in = hi + lo to 16 bits of mantissa.
+inline void split(const float* in, int64_t n, BFloat16* hi, BFloat16* lo) {
+  for (int64_t i = 0; i < n; ++i) {
+    hi[i] = static_cast<BFloat16>(in[i]);
+    lo[i] = static_cast<BFloat16>(in[i] - static_cast<float>(hi[i]));
+  }
+}
+
+// The right operand of X Y^T: y [n, k] -> [k/2, ldb, 2]; k is even.
+inline void pack_transposed(const BFloat16* y, int64_t ld, int64_t n, int64_t k, BFloat16* out,
+                            int64_t ldb) {
+  if (ld % 2 == 0) {  // a pair of bf16 moves as one float
+    return transpose(reinterpret_cast<const float*>(y), ld / 2, n, k / 2,
+                     reinterpret_cast<float*>(out), ldb);
+  }
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t p = 0; p < k; ++p) out[(p / 2 * ldb + j) * 2 + p % 2] = y[j * ld + p];
+}
+
+// The right operand of G Y: y [k, n] -> [ceil(k/2), ldb, 2], a missing last row as zeros.
+inline void pack_rows(const BFloat16* y, int64_t ld, int64_t k, int64_t n, BFloat16* out,
+                      int64_t ldb) {
+  for (int64_t p = 0; p < k; p += 2) {
+    const BFloat16* first = y + p * ld;
+    BFloat16* row = out + p * ldb;
+    if (p + 1 < k) {
+      const BFloat16* second = first + ld;
+      for (int64_t j = 0; j < n; ++j) row[2 * j] = first[j], row[2 * j + 1] = second[j];
+    } else {
+      for (int64_t j = 0; j < n; ++j) row[2 * j] = first[j], row[2 * j + 1] = BFloat16(0.f);
+    }
+  }
+}
+
+// ---- products ----
+
+// `Rows` rows of C at once; the accumulators stay in registers over the whole depth.
+template <int Rows>
+void multiply_rows(int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
+                   float* c, int64_t ldc, bool accumulate) {
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    Floats acc[Rows];
+    for (int r = 0; r < Rows; ++r) acc[r] = accumulate ? load(c + r * ldc + j) : Floats{};
+    for (int64_t p = 0; p < k; ++p) {
+      const Floats right = load(b + p * ldb + j);
+      for (int r = 0; r < Rows; ++r) acc[r] += a[r * lda + p] * right;
+    }
+    for (int r = 0; r < Rows; ++r) store(c + r * ldc + j, acc[r]);
+  }
+  for (; j < n; ++j)
+    for (int r = 0; r < Rows; ++r) {
+      float acc = accumulate ? c[r * ldc + j] : 0.f;
+      for (int64_t p = 0; p < k; ++p) acc += a[r * lda + p] * b[p * ldb + j];
+      c[r * ldc + j] = acc;
+    }
+}
+
+inline void multiply_plain(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
+                           const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  int64_t i = 0;
+  for (; i + 6 <= m; i += 6)
+    multiply_rows<6>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
+  for (; i < m; ++i) multiply_rows<1>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
+}
+
+template <typename T>
+bool brgemm_works() {  // torch may have no oneDNN, or it may be switched off, or not be x86
+  try {
+    const T one[2] = {T(1.f), T(1.f)};
+    float out = 0.f;
+    at::native::cpublas::brgemm(1, 1, 2, 2, 1, 1, false, one, one, &out, sizeof(T) == 2);
+    at::native::cpublas::brgemm_release(sizeof(T) == 2);
+    return out == 2.f;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
+struct CpuMatrixUnits {
+  bool bf16, amx;
+};
+
+inline CpuMatrixUnits cpu_matrix_units() {
+#if defined(__x86_64__) && defined(__AVX512BF16__)  // -march=native: what this machine has
+  unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
+  __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+  static const bool works = brgemm_works<BFloat16>();
+  return {works, works && (edx >> 22 & 1) != 0};
+#else
+  return {false, false};
+#endif
+}
+
+inline void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+                     int64_t ldb, float* c, int64_t ldc, bool accumulate = false) {
+  static const bool fast = brgemm_works<float>();
+  if (fast && k > 0)
+    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, false);
+  else
+    multiply_plain(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+}
+
+inline void multiply(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
+                     const BFloat16* b, int64_t ldb, float* c, int64_t ldc,
+                     bool accumulate = false) {
+  if (k > 0) return at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, true);
+  for (int64_t i = 0; i < m && !accumulate; ++i) std::fill_n(c + i * ldc, n, 0.f);
+}
+
+// Gives AMX's tile registers back; call at the end of each thread's work.
+inline void release_matrix_unit() {
+  if (cpu_matrix_units().amx) at::native::cpublas::brgemm_release(true);
+}
+
+// ---- operands of the three arithmetics ----
+
+enum class Arithmetic { kFloat, kBf16, kSplit };
+
+// `depth(k)` is the packed length of a reduced dimension k. `left` gives A from rows (kBf16: with
+// even k and in place), `left_tile` from an fp32 tile whose columns up to an even number are
+// written; `right_transposed` and `right_rows` pack B for X Y^T and for G Y. Each takes room for
+// its packed size and returns where the operand lies, in place where no copy is needed.
+template <Arithmetic>
+struct Operands;
+
+template <>
+struct Operands<Arithmetic::kFloat> {
+  using Input = float;
+  using Packed = float;
+  static constexpr bool kLeftInPlace = true, kRightRowsInPlace = true;
+  static int64_t depth(int64_t k) { return k; }
+  static void left(const float*, int64_t, int64_t, int64_t, float*) {}
+  static void left_tile(const float* g, int64_t ld, int64_t m, int64_t k, float* out) {
+    for (int64_t i = 0; i < m; ++i) std::copy_n(g + i * ld, k, out + i * k);
+  }
+  static void right_transposed(const float* y, int64_t ld, int64_t n, int64_t k, float* out,
+                               int64_t ldb) {
+    transpose(y, ld, n, k, out, ldb);
+  }
+  static void right_rows(const float*, int64_t, int64_t, int64_t, float*, int64_t) {}
+};
+
+template <>
+struct Operands<Arithmetic::kBf16> {
+  using Input = BFloat16;
+  using Packed = BFloat16;
+  static constexpr bool kLeftInPlace = true, kRightRowsInPlace = false;
+  static int64_t depth(int64_t k) { return round_up(k, 2); }
+  static void left(const BFloat16*, int64_t, int64_t, int64_t, BFloat16*) {}
+  static void left_tile(const float* g, int64_t ld, int64_t m, int64_t k, BFloat16* out) {
+    for (int64_t i = 0; i < m; ++i) to_bf16(g + i * ld, depth(k), out + i * depth(k));
+  }
+  static void right_transposed(const BFloat16* y, int64_t ld, int64_t n, int64_t k, BFloat16* out,
+                               int64_t ldb) {
+    pack_transposed(y, ld, n, k, out, ldb);
+  }
+  static void right_rows(const BFloat16* y, int64_t ld, int64_t k, int64_t n, BFloat16* out,
+                         int64_t ldb) {
+    pack_rows(y, ld, k, n, out, ldb);
+  }
+};
+
+template <>
+struct Operands<Arithmetic::kSplit> {
+  using Input = float;
+  using Packed = BFloat16;
+  static constexpr bool kLeftInPlace = false, kRightRowsInPlace = false;
+  static int64_t depth(int64_t k) { return 3 * round_up(k, 2); }
+  static void left(const float* x, int64_t ld, int64_t m, int64_t k, BFloat16* out) {
+    const int64_t even = round_up(k, 2);
+    for (int64_t i = 0; i < m; ++i, out += 3 * even) {
+      out[even - 1] = out[3 * even - 1] = BFloat16(0.f);
+      split(x + i * ld, k, out, out + 2 * even);
+      std::copy_n(out, even, out + even);
+    }
+  }
+  static void left_tile(const float* g, int64_t ld, int64_t m, int64_t k, BFloat16* out) {
+    left(g, ld, m, k, out);
+  }
+  static void right_transposed(const float* y, int64_t ld, int64_t n, int64_t k, BFloat16* out,
+                               int64_t ldb) {
+    const int64_t even = round_up(k, 2), plane = even * ldb;
+    Buffer<BFloat16> terms(2 * n * even);
+    BFloat16 *hi = terms.get(), *lo = hi + n * even;
+    for (int64_t j = 0; j < n; ++j) {
+      hi[(j + 1) * even - 1] = lo[(j + 1) * even - 1] = BFloat16(0.f);
+      split(y + j * ld, k, hi + j * even, lo + j * even);
+    }
+    pack_transposed(hi, even, n, even, out, ldb);
+    pack_transposed(lo, even, n, even, out + plane, ldb);
+    std::copy_n(out, plane, out + 2 * plane);
+  }
+  static void right_rows(const float* y, int64_t ld, int64_t k, int64_t n, BFloat16* out,
+                         int64_t ldb) {
+    const int64_t plane = round_up(k, 2) * ldb;
+    Buffer<BFloat16> terms(2 * k * n);
+    BFloat16 *hi = terms.get(), *lo = hi + k * n;
+    for (int64_t p = 0; p < k; ++p) split(y + p * ld, n, hi + p * n, lo + p * n);
+    pack_rows(hi, n, k, n, out, ldb);
+    pack_rows(lo, n, k, n, out + plane, ldb);
+    std::copy_n(out, plane, out + 2 * plane);
+  }
+};
+
+}  // namespace protoclip

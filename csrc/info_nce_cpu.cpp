@@ -1,0 +1,182 @@
+// InfoNCE on the CPU: the statistics of a strip, and its gradients. Contract: ops/info_nce.py.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "strip_gradient.h"
+#include "strip_inputs.h"
+#include "strip_statistics.h"
+
+namespace protoclip {
+namespace {
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// What a row or a column brings into G: its reference and its weight over its sum.
+struct Side {
+  Buffer<float> reference, weight;
+  Side(const at::Tensor& max, const at::Tensor& sum, const at::Tensor& weight_, int64_t count)
+      : reference(round_up(count, kLanes)), weight(round_up(count, kLanes)) {
+    const bool given = max.numel() > 0;
+    for (int64_t i = 0; i < round_up(count, kLanes); ++i) {
+      const bool used = given && i < count;
+      reference.get()[i] = used ? max.const_data_ptr<float>()[i] : 0.f;
+      weight.get()[i] =
+          used ? weight_.const_data_ptr<float>()[i] / sum.const_data_ptr<float>()[i] : 0.f;
+    }
+  }
+};
+
+// Turns dot products into G = row_weight P_row + column_weight P_column - weights at positives.
+class InfoNceGradient {
+ public:
+  InfoNceGradient(const Side& row, const Side& column, const float* row_weight,
+                  const float* column_weight, float scale2, int64_t offset)
+      : row_(row),
+        column_(column),
+        row_weight_(row_weight),
+        column_weight_(column_weight),
+        scale2_(scale2),
+        offset_(offset) {}
+
+  GradientSums operator()(const TileRange& range, float* s, int64_t ld) const {
+    if (range.has_positive(offset_)) return exact(range, s, ld);
+    const float* row = row_.reference.get() + range.row;
+    const auto rows = std::minmax_element(row, row + range.rows);
+    float low = *rows.first, high = *rows.second;
+    if (column_weight_ != nullptr) {
+      const float* column = column_.reference.get() + range.column;
+      const auto columns = std::minmax_element(column, column + range.columns);
+      low = std::min(low, *columns.first), high = std::max(high, *columns.second);
+    }
+    return high - low <= kSharedSpread ? shared(range, s, ld, low) : exact(range, s, ld);
+  }
+
+ private:
+  // `weigh(i, j, v) -> G` on vectors of base-2 logits, for all of the tile.
+  template <typename Weigh>
+  GradientSums each(const TileRange& range, float* s, int64_t ld, const Weigh& weigh) const {
+    const Floats scale = broadcast(scale2_);
+    GradientSums sums;
+    for (int64_t i = 0; i < range.rows; ++i, s += ld) {
+      Floats row{};
+      for (int64_t j = 0; j < range.columns; j += kLanes) {
+        Floats dot = load(s + j);
+        const int64_t used = range.columns - j;
+        for (int64_t lane = used; lane < kLanes; ++lane) dot[lane] = 0.f;
+        Floats g = weigh(i, j, dot * scale);
+        for (int64_t lane = used; lane < kLanes; ++lane) g[lane] = 0.f;
+        row += g * dot;
+        store(s + j, g);
+      }
+      sums.g_dot += sum(row);
+    }
+    return sums;
+  }
+
+  GradientSums shared(const TileRange& range, float* s, int64_t ld, float low) const {
+    const Floats reference = broadcast(low);
+    alignas(64) float rows[256], columns[256];
+    factors(row_, range.row, range.rows, reference, rows);
+    factors(column_, range.column, range.columns, reference, columns);
+    return each(range, s, ld, [&](int64_t i, int64_t j, Floats v) {
+      return exp2(v - reference) * (load(columns + j) + rows[i]);
+    });
+  }
+
+  static void factors(const Side& side, int64_t first, int64_t count, Floats reference,
+                      float* out) {
+    for (int64_t i = 0; i < count; i += kLanes)
+      store(out + i, load(side.weight.get() + first + i) *
+                         exp2(reference - load(side.reference.get() + first + i)));
+  }
+
+  GradientSums exact(const TileRange& range, float* s, int64_t ld) const {
+    const float *row_reference = row_.reference.get() + range.row,
+                *row_factor = row_.weight.get() + range.row,
+                *column_reference = column_.reference.get() + range.column,
+                *column_factor = column_.weight.get() + range.column;
+    return each(range, s, ld, [&](int64_t i, int64_t j, Floats v) {
+      Floats g = exp2(v - row_reference[i]) * row_factor[i];
+      if (column_weight_ != nullptr)
+        g += exp2(v - load(column_reference + j)) * load(column_factor + j);
+      const int64_t p = range.row + i + offset_ - range.column - j;  // the positive's lane
+      if (0 <= p && p < kLanes) g[p] -= positive_weight(range.row + i);
+      return g;
+    });
+  }
+
+  float positive_weight(int64_t i) const {
+    return row_weight_[i] + (column_weight_ != nullptr ? column_weight_[i + offset_] : 0.f);
+  }
+
+  const Side &row_, &column_;
+  const float *row_weight_, *column_weight_;
+  float scale2_;
+  int64_t offset_;
+};
+
+template <Arithmetic A>
+std::vector<at::Tensor> forward(const Inputs& in, int64_t offset, bool columns) {
+  const Strip<A> strip(in.x, in.y);
+  Statistics<A> statistics(strip, in.scale * kLog2E, offset, columns);
+  at::Tensor positive = at::empty({strip.n}, at::kFloat);
+  statistics.run(positive.mutable_data_ptr<float>());
+  const auto rows = statistics.rows(), by_column = statistics.columns();
+  return {rows.max, rows.sum, by_column.max, by_column.sum, positive};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_fwd(
+    const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale, int64_t offset, bool columns,
+    c10::string_view arithmetic) {
+  const Inputs in("contrastive_fwd", x, y, scale, offset, arithmetic);
+  const auto out =
+      in.dispatch([&](auto a) { return forward<decltype(a)::value>(in, offset, columns); });
+  return {out[0], out[1], out[2], out[3], out[4]};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_bwd(
+    const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale, const at::Tensor& row_max,
+    const at::Tensor& row_sum, const at::Tensor& column_max, const at::Tensor& column_sum,
+    const at::Tensor& row_weight, const at::Tensor& column_weight, int64_t offset,
+    c10::string_view arithmetic) {
+  const Inputs in("contrastive_bwd", x, y, scale, offset, arithmetic);
+  const bool columns = column_max.numel() > 0;
+  const at::Tensor row_w = row_weight.to(at::kFloat).contiguous();
+  const at::Tensor column_w = column_weight.to(at::kFloat).contiguous();
+  const Side row(row_max.contiguous(), row_sum.contiguous(), row_w, in.x.size(0));
+  const Side column(column_max.contiguous(), column_sum.contiguous(), column_w, in.y.size(0));
+  const InfoNceGradient epilogue(row, column, row_w.const_data_ptr<float>(),
+                                 columns ? column_w.const_data_ptr<float>() : nullptr,
+                                 in.scale * kLog2E, offset);
+  Gradients out(in);
+  const GradientSums sums = in.dispatch([&](auto a) {
+    const Strip<decltype(a)::value> strip(in.x, in.y);
+    using Input = typename Operands<decltype(a)::value>::Input;
+    return GradientPass<decltype(a)::value>::run(strip, epilogue, in.scale, true,
+                                                 out.dx.mutable_data_ptr<Input>(),
+                                                 out.dy.mutable_data_ptr<Input>());
+  });
+  return {out.finish(out.dx, x), out.finish(out.dy, y),
+          at::full({}, sums.g_dot, at::TensorOptions(at::kFloat))};
+}
+
+}  // namespace
+}  // namespace protoclip
+
+TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
+  m.def(
+      "contrastive_fwd(Tensor x, Tensor y, Tensor scale, int offset, bool columns,"
+      " str arithmetic) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "contrastive_bwd(Tensor x, Tensor y, Tensor scale, Tensor row_max, Tensor row_sum,"
+      " Tensor column_max, Tensor column_sum, Tensor row_weight, Tensor column_weight, int offset,"
+      " str arithmetic) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(protoclip_native, CPU, m) {
+  m.impl("contrastive_fwd", protoclip::contrastive_fwd);
+  m.impl("contrastive_bwd", protoclip::contrastive_bwd);
+}

@@ -1,0 +1,255 @@
+// One pass over the logits of a strip, x [N, D] against y [M, D], tile by tile, that forms
+// G = dloss/dlogits and multiplies it on: dx = scale G y, dy = scale G^T x.
+//
+// Rows go in waves. Within a wave the columns are split into groups, the parallel tasks: a group
+// owns its rows of dy and adds up its own part of the wave's dx; the parts are summed in order
+// afterwards. Waves and groups depend on the shape alone, so the bits do not depend on the number
+// of threads. Beyond the outputs it keeps kPartRows * D floats, and M * D floats where y is not
+// fp32.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "gemm_tile.h"
+
+namespace protoclip {
+
+template <Arithmetic A>
+struct Strip {
+  using Input = typename Operands<A>::Input;
+  const Input *x, *y;  // rows of d contiguous elements; d is even for kBf16
+  int64_t n, m, d, ld_x, ld_y;
+
+  Strip(const at::Tensor& x, const at::Tensor& y)
+      : x(x.const_data_ptr<Input>()),
+        y(y.const_data_ptr<Input>()),
+        n(x.size(0)),
+        m(y.size(0)),
+        d(x.size(1)),
+        ld_x(std::max<int64_t>(x.stride(0), d)),
+        ld_y(std::max<int64_t>(y.stride(0), d)) {}
+};
+
+// The part of the logits that a kernel sees at once: rows [row, row + rows) and columns likewise.
+struct TileRange {
+  int64_t row, rows, column, columns;
+  // Whether row i's positive, column i + offset, falls into the tile for some i.
+  bool has_positive(int64_t offset) const {
+    return row + offset < column + columns && column < row + rows + offset;
+  }
+};
+
+// Sums over all logits that an epilogue reports beside G.
+struct GradientSums {
+  double g_dot = 0, g = 0, loss = 0;
+  void operator+=(const GradientSums& other) {
+    g_dot += other.g_dot, g += other.g, loss += other.loss;
+  }
+};
+
+template <Arithmetic A>
+class GradientPass {
+  using Ops = Operands<A>;
+  using Input = typename Ops::Input;
+  using Packed = typename Ops::Packed;
+  static constexpr int64_t kRows = 128, kColumns = 128;  // 64 KB of fp32 logits
+  static constexpr int64_t kMaxGroups = 16, kPartRows = 8192;
+
+ public:
+  // `epilogue(range, s, ld) -> GradientSums` turns the dot products s [rows, columns] into G and
+  // sets the lanes past the last column, up to whole vectors, to zero. dx and dy are not touched
+  // without `gradients`.
+  template <typename Epilogue>
+  static GradientSums run(const Strip<A>& strip, const Epilogue& epilogue, float scale,
+                          bool gradients, Input* dx, Input* dy) {
+    GradientPass pass(strip, scale, gradients, dx, dy);
+    GradientSums total;
+    for (int64_t row = 0; row < strip.n; row += pass.wave_)
+      total += pass.wave(row, std::min(pass.wave_, strip.n - row), epilogue);
+    if (gradients) pass.finish_dy();
+    return total;
+  }
+
+ private:
+  struct Scratch {  // of one thread
+    Buffer<Packed> right_t, right, g, g_t;
+    Buffer<float> s, s_t;
+    explicit Scratch(int64_t d)
+        : right_t(Ops::depth(d) * kColumns),
+          right(Ops::kRightRowsInPlace ? 0 : Ops::depth(kColumns) * d),
+          g(Ops::depth(kColumns) * kRows),
+          g_t(Ops::depth(kRows) * kColumns),
+          s(kRows * kColumns),
+          s_t(kRows * kColumns) {}
+  };
+
+  GradientPass(const Strip<A>& strip, float scale, bool gradients, Input* dx, Input* dy)
+      : strip_(strip),
+        scale_(scale),
+        gradients_(gradients),
+        dx_(dx),
+        dy_(dy),
+        tiles_(blocks(strip.m, kColumns)),
+        groups_(std::min(tiles_, kMaxGroups)),
+        wave_(std::max(kPartRows / std::max<int64_t>(groups_, 1) / kRows * kRows, kRows)),
+        wave_rows_(std::min(wave_, round_up(strip.n, kRows))),
+        parts_(gradients ? groups_ * wave_rows_ * strip.d : 0),
+        dy_sums_(gradients && sizeof(Input) != 4 ? strip.m * strip.d : 0),
+        left_(Ops::kLeftInPlace ? 0 : wave_rows_ * Ops::depth(strip.d)),
+        right_(Ops::kRightRowsInPlace ? 0 : wave_rows_ / kRows * right_block()) {
+    for (int i = 0; i < at::get_num_threads(); ++i) scratch_.emplace_back(strip.d);
+  }
+
+  int64_t right_block() const { return Ops::depth(kRows) * strip_.d; }
+  float* dy_sums() const {
+    return sizeof(Input) == 4 ? reinterpret_cast<float*>(dy_) : dy_sums_.get();
+  }
+
+  template <typename Epilogue>
+  GradientSums wave(int64_t first, int64_t rows, const Epilogue& epilogue) {
+    pack_wave(first, rows);
+    std::vector<GradientSums> sums(groups_);
+    at::parallel_for(0, groups_, 1, [&](int64_t begin, int64_t end) {
+      Scratch& scratch = scratch_[at::get_thread_num()];
+      for (int64_t group = begin; group < end; ++group) {
+        const int64_t last = tiles_ * (group + 1) / groups_;
+        for (int64_t tile = tiles_ * group / groups_; tile < last; ++tile)
+          sums[group] += column_tile(first, rows, group, tile, epilogue, scratch);
+      }
+      release_matrix_unit();
+    });
+    if (gradients_) finish_dx(first, rows);
+    GradientSums total;
+    for (const GradientSums& part : sums) total += part;
+    return total;
+  }
+
+  // The wave's rows as left operand of S and as right operand of G^T x.
+  void pack_wave(int64_t first, int64_t rows) {
+    if (Ops::kLeftInPlace && Ops::kRightRowsInPlace) return;
+    at::parallel_for(0, blocks(rows, kRows), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t row = block * kRows, count = std::min(kRows, rows - row);
+        const Input* x = strip_.x + (first + row) * strip_.ld_x;
+        Ops::left(x, strip_.ld_x, count, strip_.d, left_.get() + row * Ops::depth(strip_.d));
+        if (gradients_)
+          Ops::right_rows(x, strip_.ld_x, count, strip_.d, right_.get() + block * right_block(),
+                          strip_.d);
+      }
+    });
+  }
+
+  template <typename Epilogue>
+  GradientSums column_tile(int64_t first, int64_t rows, int64_t group, int64_t tile,
+                           const Epilogue& epilogue, Scratch& scratch) {
+    const int64_t d = strip_.d, column = tile * kColumns;
+    const int64_t columns = std::min(kColumns, strip_.m - column);
+    const Input* y = strip_.y + column * strip_.ld_y;
+    Ops::right_transposed(y, strip_.ld_y, columns, d, scratch.right_t.get(), kColumns);
+    if (gradients_) Ops::right_rows(y, strip_.ld_y, columns, d, scratch.right.get(), d);
+    const bool first_tile = tile == tiles_ * group / groups_;
+    GradientSums sums;
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const TileRange range{first + row, std::min(kRows, rows - row), column, columns};
+      multiply(range.rows, columns, Ops::depth(d), left_operand(first, row), left_stride(),
+               scratch.right_t.get(), kColumns, scratch.s.get(), kColumns);
+      sums += epilogue(range, scratch.s.get(), kColumns);
+      if (!gradients_) continue;
+      add_dx(range, parts_.get() + (group * wave_rows_ + row) * d, !first_tile, y, scratch);
+      add_dy(range, right_operand(first, row), range.row > 0, scratch);
+    }
+    return sums;
+  }
+
+  const Packed* left_operand(int64_t first, int64_t row) const {
+    if constexpr (Ops::kLeftInPlace)
+      return strip_.x + (first + row) * strip_.ld_x;
+    else
+      return left_.get() + row * Ops::depth(strip_.d);
+  }
+  int64_t left_stride() const { return Ops::kLeftInPlace ? strip_.ld_x : Ops::depth(strip_.d); }
+  const Packed* right_operand(int64_t first, int64_t row) const {
+    if constexpr (Ops::kRightRowsInPlace)
+      return strip_.x + (first + row) * strip_.ld_x;
+    else
+      return right_.get() + row / kRows * right_block();
+  }
+
+  void add_dx(const TileRange& range, float* part, bool accumulate, const Input* y,
+              Scratch& scratch) {
+    const int64_t d = strip_.d, depth = Ops::depth(range.columns);
+    if constexpr (Ops::kRightRowsInPlace) {
+      multiply(range.rows, d, depth, scratch.s.get(), kColumns, y, strip_.ld_y, part, d,
+               accumulate);
+    } else {
+      Ops::left_tile(scratch.s.get(), kColumns, range.rows, range.columns, scratch.g.get());
+      multiply(range.rows, d, depth, scratch.g.get(), depth, scratch.right.get(), d, part, d,
+               accumulate);
+    }
+  }
+
+  void add_dy(const TileRange& range, const Packed* right, bool accumulate, Scratch& scratch) {
+    const int64_t d = strip_.d, depth = Ops::depth(range.rows);
+    float* s_t = scratch.s_t.get();
+    float* out = dy_sums() + range.column * d;
+    transpose(scratch.s.get(), kColumns, range.rows, range.columns, s_t, kRows);
+    if constexpr (A == Arithmetic::kFloat) {
+      multiply(range.columns, d, depth, s_t, kRows, right, strip_.ld_x, out, d, accumulate);
+    } else {
+      if (range.rows % 2)
+        for (int64_t j = 0; j < range.columns; ++j) s_t[j * kRows + range.rows] = 0.f;
+      Ops::left_tile(s_t, kRows, range.columns, range.rows, scratch.g_t.get());
+      multiply(range.columns, d, depth, scratch.g_t.get(), depth, right, d, out, d, accumulate);
+    }
+  }
+
+  void finish_dx(int64_t first, int64_t rows) {
+    const int64_t d = strip_.d, part = wave_rows_ * d;
+    at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+      add_parts(parts_.get() + begin * d, part, groups_, (end - begin) * d,
+                dx_ + (first + begin) * d);
+    });
+  }
+
+  void finish_dy() {
+    const int64_t d = strip_.d;
+    if (strip_.n == 0) return void(std::fill_n(dy_, strip_.m * d, Input(0.f)));
+    at::parallel_for(0, strip_.m, 16, [&](int64_t begin, int64_t end) {
+      add_parts(dy_sums() + begin * d, 0, 1, (end - begin) * d, dy_ + begin * d);
+    });
+  }
+
+  // out = scale * (the sum of `parts` arrays, `stride` apart); out may be the first of them.
+  void add_parts(const float* in, int64_t stride, int64_t parts, int64_t count, Input* out) const {
+    int64_t e = 0;
+    for (; e + kLanes <= count; e += kLanes) {
+      Floats total = load(in + e);
+      for (int64_t p = 1; p < parts; ++p) total += load(in + p * stride + e);
+      alignas(64) float scaled[kLanes];
+      store(scaled, total * scale_);
+      narrow(scaled, kLanes, out + e);
+    }
+    for (; e < count; ++e) {
+      float total = in[e];
+      for (int64_t p = 1; p < parts; ++p) total += in[p * stride + e];
+      out[e] = static_cast<Input>(scale_ * total);
+    }
+  }
+
+  static void narrow(const float* in, int64_t count, float* out) { std::copy_n(in, count, out); }
+  static void narrow(const float* in, int64_t count, BFloat16* out) { to_bf16(in, count, out); }
+
+  const Strip<A>& strip_;
+  float scale_;
+  bool gradients_;
+  Input *dx_, *dy_;
+  int64_t tiles_, groups_, wave_, wave_rows_;
+  Buffer<float> parts_, dy_sums_;
+  Buffer<Packed> left_, right_;
+  std::vector<Scratch> scratch_;
+};
+
+}  // namespace protoclip

@@ -1,0 +1,87 @@
+// From the tensors a caller gives to what the strip kernels take, and back.
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+
+#include <type_traits>
+
+#include "gemm_tile.h"
+
+namespace protoclip {
+
+// torch.set_float32_matmul_precision("high") is torch's own word for bf16 x 3. Its logits are about
+// ten times less exact than fp32's, so "highest", the default, keeps fp32.
+inline bool split_allowed() {
+  return at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST;
+}
+
+// bf16 stays bf16 where the CPU multiplies it fast, everything else becomes fp32; rows contiguous;
+// bf16 rows of even length (one zero column more).
+struct Inputs {
+  at::Tensor x, y;
+  float scale;
+  Arithmetic arithmetic;
+
+  // arithmetic: "auto", or "float", "bf16", "split" (tests force what "auto" picks elsewhere).
+  Inputs(const char* op, const at::Tensor& x_in, const at::Tensor& y_in, const at::Tensor& scale_in,
+         int64_t offset, c10::string_view name) {
+    TORCH_CHECK(x_in.dim() == 2 && y_in.dim() == 2 && x_in.size(1) == y_in.size(1), op,
+                ": expected x [N, D] and y [M, D], got ", x_in.sizes(), " and ", y_in.sizes());
+    TORCH_CHECK(x_in.scalar_type() == y_in.scalar_type(), op, ": expected one dtype, got ",
+                x_in.scalar_type(), " and ", y_in.scalar_type());
+    TORCH_CHECK(offset >= 0 && (x_in.size(0) == 0 || offset + x_in.size(0) <= y_in.size(0)), op,
+                ": expected row i's positive at column i + offset, got N=", x_in.size(0),
+                ", M=", y_in.size(0), ", offset=", offset);
+    const CpuMatrixUnits units = cpu_matrix_units();
+    if (name == "bf16" || (name == "auto" && units.bf16 && x_in.scalar_type() == at::kBFloat16))
+      arithmetic = Arithmetic::kBf16;
+    else if (name == "split" || (name == "auto" && units.amx && split_allowed()))
+      arithmetic = Arithmetic::kSplit;
+    else
+      arithmetic = Arithmetic::kFloat;
+    TORCH_CHECK(arithmetic == Arithmetic::kFloat || units.bf16, op, ": arithmetic '", name,
+                "' needs AVX-512 with bf16, which this CPU (or this build) does not have");
+    x = prepare(x_in);
+    y = prepare(y_in);
+    scale = scale_in.item<float>();
+  }
+
+  template <typename F>
+  auto dispatch(const F& f) const {
+    switch (arithmetic) {
+      case Arithmetic::kBf16:
+        return f(std::integral_constant<Arithmetic, Arithmetic::kBf16>{});
+      case Arithmetic::kSplit:
+        return f(std::integral_constant<Arithmetic, Arithmetic::kSplit>{});
+      default:
+        return f(std::integral_constant<Arithmetic, Arithmetic::kFloat>{});
+    }
+  }
+
+ private:
+  at::Tensor prepare(const at::Tensor& t) const {
+    const bool bf16 = arithmetic == Arithmetic::kBf16;
+    at::Tensor out = t.to(bf16 ? at::kBFloat16 : at::kFloat);
+    if (bf16 && t.size(1) % 2) return at::constant_pad_nd(out, {0, 1});
+    const bool rows = (out.size(1) < 2 || out.stride(1) == 1) && out.stride(0) >= out.size(1);
+    return rows ? out : out.contiguous();
+  }
+};
+
+// dx and dy in the kernels' dtype and width; `finish` gives them those of the caller's tensor.
+struct Gradients {
+  at::Tensor dx, dy;
+  explicit Gradients(const Inputs& in)
+      : dx(at::empty(in.x.sizes(), in.x.options())), dy(at::empty(in.y.sizes(), in.y.options())) {
+    if (in.y.size(0) == 0) dx.zero_();
+  }
+  static at::Tensor finish(const at::Tensor& grad, const at::Tensor& like) {
+    return grad.narrow(1, 0, like.size(1)).to(like.scalar_type()).contiguous();
+  }
+};
+
+}  // namespace protoclip

@@ -1,0 +1,249 @@
+// The statistics of a strip, x [N, D] against y [M, D]: for each row and each column of its base-2
+// logits the maximum and the sum of 2^(s - maximum), in one pass over the tiles.
+//
+// The parallel tasks are chunks of rows by chunks of columns; their partial statistics, at most
+// kColumnChunks a row and kRowChunks a column, are merged in order. Chunks depend on the shape
+// alone, so the bits do not depend on the number of threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <vector>
+
+#include "strip_gradient.h"
+
+namespace protoclip {
+
+// Logits this far apart (base 2) still share one reference value: 2^-126 is below the rounding of
+// the smallest maximum's sum.
+constexpr float kSharedSpread = 80.f;
+
+// (max, sum of 2^(s - max)) of `count` rows or columns, merged into a running pair.
+inline void merge(float* max, float* sum, const float* other_max, const float* other_sum,
+                  int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats a = load(max + i), b = load(other_max + i), top = larger(a, b);
+    store(sum + i, load(sum + i) * exp2(a - top) + load(other_sum + i) * exp2(b - top));
+    store(max + i, top);
+  }
+}
+
+struct MaxAndSum {
+  at::Tensor max, sum;
+};
+
+template <Arithmetic A>
+class Statistics {
+  using Ops = Operands<A>;
+  using Packed = typename Ops::Packed;
+  static constexpr int64_t kRows = 128, kColumns = 256;         // 128 KB of fp32 logits
+  static constexpr int64_t kRowChunks = 8, kColumnChunks = 32;  // at most: the parallel tasks
+
+ public:
+  Statistics(const Strip<A>& strip, float scale2, int64_t offset, bool columns)
+      : strip_(strip),
+        scale2_(scale2),
+        offset_(offset),
+        columns_(columns),
+        row_chunk_(kRows * blocks(strip.n, kRows * kRowChunks)),
+        column_chunk_(kColumns * blocks(strip.m, kColumns * kColumnChunks)),
+        row_chunks_(blocks(strip.n, std::max<int64_t>(row_chunk_, 1))),
+        column_chunks_(blocks(strip.m, std::max<int64_t>(column_chunk_, 1))),
+        row_stride_(round_up(strip.n, kRows)),
+        column_stride_(round_up(strip.m, kColumns)),
+        row_max_(column_chunks_ * row_stride_),
+        row_sum_(column_chunks_ * row_stride_),
+        column_max_(row_chunks_ * column_stride_),
+        column_sum_(row_chunks_ * column_stride_) {
+    for (int i = 0; i < at::get_num_threads(); ++i) scratch_.emplace_back(strip.d);
+  }
+
+  void run(float* positive) {
+    at::parallel_for(0, row_chunks_ * column_chunks_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task)
+        chunk(task / column_chunks_, task % column_chunks_, positive);
+      release_matrix_unit();
+    });
+  }
+
+  MaxAndSum rows() const {
+    return total(row_max_, row_sum_, column_chunks_, row_stride_, strip_.n);
+  }
+  MaxAndSum columns() const {
+    if (!columns_) return {at::empty({0}, at::kFloat), at::empty({0}, at::kFloat)};
+    return total(column_max_, column_sum_, row_chunks_, column_stride_, strip_.m);
+  }
+
+ private:
+  struct Scratch {  // of one thread
+    Buffer<Packed> right, left;
+    Buffer<float> s, row_max, row_sum, column_max, column_sum;
+    explicit Scratch(int64_t d)
+        : right(Ops::depth(d) * kColumns),
+          left(Ops::kLeftInPlace ? 0 : Ops::depth(d) * kRows),
+          s(kRows * kColumns),
+          row_max(kRows),
+          row_sum(kRows),
+          column_max(kColumns),
+          column_sum(kColumns) {}
+  };
+
+  void chunk(int64_t row_chunk, int64_t column_chunk, float* positive) {
+    Scratch& scratch = scratch_[at::get_thread_num()];
+    const int64_t row_begin = row_chunk * row_chunk_, column_begin = column_chunk * column_chunk_;
+    const int64_t row_end = std::min(row_begin + row_chunk_, strip_.n);
+    const int64_t column_end = std::min(column_begin + column_chunk_, strip_.m);
+    float* row_max = row_max_.get() + column_chunk * row_stride_;
+    float* row_sum = row_sum_.get() + column_chunk * row_stride_;
+    float* column_max = column_max_.get() + row_chunk * column_stride_;
+    float* column_sum = column_sum_.get() + row_chunk * column_stride_;
+    clear(row_max, row_sum, row_begin, round_up(row_end, kRows));
+    clear(column_max, column_sum, column_begin, round_up(column_end, kColumns));
+    for (int64_t column = column_begin; column < column_end; column += kColumns) {
+      const int64_t columns = std::min(kColumns, column_end - column);
+      Ops::right_transposed(strip_.y + column * strip_.ld_y, strip_.ld_y, columns, strip_.d,
+                            scratch.right.get(), kColumns);
+      for (int64_t row = row_begin; row < row_end; row += kRows) {
+        const TileRange range{row, std::min(kRows, row_end - row), column, columns};
+        tile(range, positive, scratch);
+        merge(row_max + row, row_sum + row, scratch.row_max.get(), scratch.row_sum.get(),
+              range.rows);
+        if (columns_)
+          merge(column_max + column, column_sum + column, scratch.column_max.get(),
+                scratch.column_sum.get(), range.columns);
+      }
+    }
+  }
+
+  static void clear(float* max, float* sum, int64_t begin, int64_t end) {
+    std::fill(max + begin, max + end, -kInfinity);
+    std::fill(sum + begin, sum + end, 0.f);
+  }
+
+  void tile(const TileRange& range, float* positive, Scratch& scratch) {
+    float* s = scratch.s.get();
+    const auto* left = left_operand(range, scratch);
+    const int64_t stride = Ops::kLeftInPlace ? strip_.ld_x : Ops::depth(strip_.d);
+    multiply(range.rows, range.columns, Ops::depth(strip_.d), left, stride, scratch.right.get(),
+             kColumns, s, kColumns);
+    maxima(range, scratch);
+    const bool has_positive = range.has_positive(offset_);
+    if (has_positive) {
+      for (int64_t i = 0; i < range.rows; ++i) {
+        const int64_t j = range.row + i + offset_ - range.column;
+        if (0 <= j && j < range.columns) positive[range.row + i] = s[i * kColumns + j];
+      }
+    }
+    // One exponential a logit, where a shared reference loses nothing. Not at the positives: a loss
+    // near zero needs the maximum's own weight to be exactly one.
+    const float top = *std::max_element(scratch.row_max.get(), scratch.row_max.get() + range.rows);
+    const float low = std::min(
+        *std::min_element(scratch.row_max.get(), scratch.row_max.get() + range.rows),
+        *std::min_element(scratch.column_max.get(), scratch.column_max.get() + range.columns));
+    if (!has_positive && top - low <= kSharedSpread)
+      sums_shared(range, top, scratch);
+    else
+      sums_exact(range, scratch);
+  }
+
+  const Packed* left_operand(const TileRange& range, Scratch& scratch) const {
+    const auto* x = strip_.x + range.row * strip_.ld_x;
+    if constexpr (Ops::kLeftInPlace) {
+      return x;
+    } else {
+      Ops::left(x, strip_.ld_x, range.rows, strip_.d, scratch.left.get());
+      return scratch.left.get();
+    }
+  }
+
+  // Scales the tile to base-2 logits, fills the lanes past the last column with -inf, and finds
+  // the maxima of rows and columns.
+  void maxima(const TileRange& range, Scratch& scratch) const {
+    const int64_t width = round_up(range.columns, kLanes);
+    const Floats scale = broadcast(scale2_), lowest = broadcast(-kInfinity);
+    for (int64_t j = 0; j < width; j += kLanes) store(scratch.column_max.get() + j, lowest);
+    for (int64_t i = 0; i < range.rows; ++i) {
+      float* s = scratch.s.get() + i * kColumns;
+      Floats row = lowest;
+      for (int64_t j = 0; j < width; j += kLanes) {
+        Floats v = load(s + j) * scale;
+        if (j + kLanes > range.columns)
+          for (int64_t lane = range.columns - j; lane < kLanes; ++lane) v[lane] = -kInfinity;
+        store(s + j, v);
+        row = larger(row, v);
+        float* column = scratch.column_max.get() + j;
+        store(column, larger(load(column), v));
+      }
+      scratch.row_max.get()[i] = maximum(row);
+    }
+  }
+
+  void sums_shared(const TileRange& range, float top, Scratch& scratch) const {
+    const int64_t width = round_up(range.columns, kLanes);
+    const Floats reference = broadcast(top);
+    float *row_sum = scratch.row_sum.get(), *column_sum = scratch.column_sum.get();
+    std::fill_n(column_sum, width, 0.f);
+    for (int64_t i = 0; i < range.rows; ++i) {
+      const float* s = scratch.s.get() + i * kColumns;
+      Floats row{};
+      for (int64_t j = 0; j < width; j += kLanes) {
+        const Floats e = exp2(load(s + j) - reference);
+        row += e;
+        store(column_sum + j, load(column_sum + j) + e);
+      }
+      row_sum[i] = sum(row);
+    }
+    rebase(row_sum, scratch.row_max.get(), reference, range.rows);
+    rebase(column_sum, scratch.column_max.get(), reference, range.columns);
+  }
+
+  static void rebase(float* sum, const float* max, Floats reference, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes)
+      store(sum + i, load(sum + i) * exp2(reference - load(max + i)));
+  }
+
+  void sums_exact(const TileRange& range, Scratch& scratch) const {
+    const int64_t width = round_up(range.columns, kLanes);
+    const float *row_max = scratch.row_max.get(), *column_max = scratch.column_max.get();
+    float* column_sum = scratch.column_sum.get();
+    std::fill_n(column_sum, width, 0.f);
+    for (int64_t i = 0; i < range.rows; ++i) {
+      const float* s = scratch.s.get() + i * kColumns;
+      const Floats reference = broadcast(row_max[i]);
+      Floats row{};
+      for (int64_t j = 0; j < width; j += kLanes) {
+        const Floats v = load(s + j);
+        row += exp2(v - reference);
+        store(column_sum + j, load(column_sum + j) + exp2(v - load(column_max + j)));
+      }
+      scratch.row_sum.get()[i] = sum(row);
+    }
+  }
+
+  static MaxAndSum total(const Buffer<float>& max, const Buffer<float>& sum, int64_t chunks,
+                         int64_t stride, int64_t count) {
+    MaxAndSum out{at::empty({count}, at::kFloat), at::empty({count}, at::kFloat)};
+    if (chunks == 0) {
+      out.max.fill_(-kInfinity);
+      out.sum.zero_();
+      return out;
+    }
+    for (int64_t c = 1; c < chunks; ++c)
+      merge(max.get(), sum.get(), max.get() + c * stride, sum.get() + c * stride, count);
+    std::copy_n(max.get(), count, out.max.mutable_data_ptr<float>());
+    std::copy_n(sum.get(), count, out.sum.mutable_data_ptr<float>());
+    return out;
+  }
+
+  const Strip<A>& strip_;
+  float scale2_;
+  int64_t offset_;
+  bool columns_;
+  int64_t row_chunk_, column_chunk_, row_chunks_, column_chunks_, row_stride_, column_stride_;
+  Buffer<float> row_max_, row_sum_, column_max_, column_sum_;  // [chunks, stride]
+  std::vector<Scratch> scratch_;
+};
+
+}  // namespace protoclip

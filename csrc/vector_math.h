@@ -1,0 +1,84 @@
+// Vectors of 16 floats, and 2^x on them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // 64-byte vectors are only passed inline
+#endif
+
+namespace protoclip {
+
+typedef float Floats __attribute__((vector_size(64)));  // AVX2 and NEON split it in two or four
+typedef int32_t Ints __attribute__((vector_size(64)));
+constexpr int64_t kLanes = 16;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+inline Floats load(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+inline Floats broadcast(float a) { return a - Floats{}; }
+
+// A NaN in b stays; one in a is dropped.
+inline Floats larger(Floats a, Floats b) {
+#ifdef __AVX512F__
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline float sum(Floats v) {
+  for (int64_t width = kLanes / 2; width > 0; width /= 2)
+    for (int64_t i = 0; i < width; ++i) v[i] += v[i + width];
+  return v[0];
+}
+
+inline float maximum(Floats v) {
+  float best = v[0];
+  for (int64_t i = 1; i < kLanes; ++i) best = std::max(best, v[i]);
+  return best;
+}
+
+// 2^x within 1 ulp, exactly 1 at 0; 0 below -126 (no denormals), NaN stays NaN.
+inline Floats exp2(Floats x) {
+#ifdef __AVX512F__
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
+  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-127.f), (__m512)x);
+  const Floats n = (Floats)_mm512_roundscale_ps(bounded, _MM_FROUND_TO_NEAREST_INT);
+  const Floats f = (Floats)bounded - n;
+#else
+  Floats bounded = x < -126.f ? broadcast(-126.f) : x;
+  bounded = bounded > 128.f ? broadcast(128.f) : bounded;
+  const Floats rounder = broadcast(12582912.f);  // 1.5 * 2^23: the sum drops the fraction
+  const Floats n = (bounded + rounder) - rounder;
+  const Floats f = bounded - n;
+#endif
+  // Minimax on [-1/2, 1/2], relative error 2e-9.
+  Floats p = broadcast(1.5353361959569156e-04f);
+  p = p * f + 1.3398875016719103e-03f;
+  p = p * f + 9.6184369176626205e-03f;
+  p = p * f + 5.5503323674201965e-02f;
+  p = p * f + 2.4022647738456726e-01f;
+  p = p * f + 6.9314718246459961e-01f;
+  p = p * f + 1.f;
+#ifdef __AVX512F__
+  return (Floats)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
+  const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+  Floats scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return x < -126.f ? Floats{} : p * scale;
+#endif
+}
+
+}  // namespace protoclip

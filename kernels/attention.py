@@ -1,0 +1,189 @@
+"""Attention form of the prototype loss: streaming softmax over keys, values summed as we go.
+
+For each query row q_i: products s_ik = sign(scale) q_i.k_k, step = |scale| log2(e), and over a
+slice of the keys
+    max_i = max_k s_ik, w_ik = 2^(step (s_ik - max_i)), sum_i = sum_k w_ik, acc_i = sum_k w_ik v_k
+Differences are taken before they are scaled: the largest weight is exactly 1, so a loss near zero
+does not drown in the rounding of a logit (7e-6 at scale 100), and no compiler can fuse it away.
+One program owns a tile of rows, a slice of the keys (so that few rows still fill the card) and a
+bank (a set of keys). A finishing kernel joins the slices in a fixed order: no atomics, same bits
+every run. With values 2 products of [N, K, D] are done and nothing of size N x K exists; rows wider
+than one tile form their logits by chunks of D and take no values (probabilities.py does that).
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+# The interpreter's dot misreads bf16 operands.
+UPCAST = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def dot(a, b):
+    """fp32 a @ b. fp32 operands run on FMA units: tensor cores truncate their accumulators, which
+    takes three-term TF32 out of the error budget at scale 100."""
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def split_scale(scale_ptr):
+    """-> sign, step; scale 0 makes all products equal, whatever the step."""
+    scale = tl.load(scale_ptr).to(tl.float32)
+    sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
+    return sign, tl.where(scale == 0, 1.0, tl.abs(scale)) * LOG2E
+
+
+@triton.jit
+def signed(q, sign):
+    """q or -q, exactly, in its dtype (by way of fp32: the interpreter has no bf16 arithmetic)."""
+    return (q.to(tl.float32) * sign).to(q.dtype)
+
+
+@triton.jit
+def load_tile(ptr, rows, used, columns, d, stride_n, stride_d, EVEN_D: tl.constexpr):
+    """[rows, columns] of a matrix; zero past d and where ``used`` [rows] is false."""
+    pointers = ptr + rows[:, None] * stride_n + columns[None, :] * stride_d
+    if EVEN_D:
+        return tl.load(pointers, mask=used[:, None], other=0.0)
+    return tl.load(pointers, mask=used[:, None] & (columns < d)[None, :], other=0.0)
+
+
+@triton.jit
+def products_tile(
+    q, q_ptr, q_rows, q_used, stride_q_n, stride_q_d,
+    k_ptr, k_rows, k_used, stride_k_n, stride_k_d,
+    d, sign,
+    BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr,
+):  # fmt: skip
+    """-> s [q_rows, k_rows], the keys [k_rows, BLOCK_D] (a chunk when not WHOLE_D).
+
+    q, the first chunk, comes ``signed``."""
+    columns = tl.arange(0, BLOCK_D)
+    k = load_tile(k_ptr, k_rows, k_used, columns, d, stride_k_n, stride_k_d, EVEN_D)
+    s = dot(q, tl.trans(k))
+    if not WHOLE_D:
+        for start in range(BLOCK_D, d, BLOCK_D):
+            columns = start + tl.arange(0, BLOCK_D)
+            q_chunk = load_tile(q_ptr, q_rows, q_used, columns, d, stride_q_n, stride_q_d, False)
+            k_chunk = load_tile(k_ptr, k_rows, k_used, columns, d, stride_k_n, stride_k_d, False)
+            s += dot(signed(q_chunk, sign), tl.trans(k_chunk))
+    return s, k
+
+
+@triton.jit
+def softmax_step(s, step, start, row_max, row_sum, best, BLOCK_K: tl.constexpr, BEST: tl.constexpr):
+    """Add a tile of products -> new statistics, the tile's weights p, the old sums' factor."""
+    tile_max = tl.max(s, 1)
+    if BEST:
+        columns = tl.arange(0, BLOCK_K)
+        first = tl.min(tl.where(s == tile_max[:, None], columns[None, :], BLOCK_K), 1)
+        # Strictly larger: an equal logit in a later tile has a higher index.
+        best = tl.where(tile_max > row_max, start + first, best)
+    new_max = tl.maximum(row_max, tile_max)
+    p = tl.exp2((s - new_max[:, None]) * step)
+    factor = tl.exp2((row_max - new_max) * step)
+    return new_max, row_sum * factor + tl.sum(p, 1), best, p, factor
+
+
+@triton.jit
+def attend(
+    q_ptr, labels_ptr, k_ptr, v_ptr,
+    max_ptr, sum_ptr, best_ptr, positive_ptr, acc_ptr,  # at this bank and slice: [N], ..., [N, DV]
+    row_block, slice_index, slices, n, k_count, d, dv, sign, step,
+    stride_q_n, stride_q_d, stride_k_n, stride_k_d, stride_v_n, stride_v_d,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, VALUES: tl.constexpr, BEST: tl.constexpr,
+    HARD: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows against one slice of one bank. VALUES: "none", "keys" (v = k) or "own"."""
+    first_row = row_block.to(tl.int64) * BLOCK_N
+    i = tl.arange(0, BLOCK_N)
+    used = i < n - first_row
+    q_ptr += first_row * stride_q_n
+    q = load_tile(q_ptr, i, used, tl.arange(0, BLOCK_D), d, stride_q_n, stride_q_d, EVEN_D)
+    q = signed(q, sign)
+    if HARD:  # noqa: SIM102 (a compile-time and a run-time condition)
+        if slice_index == 0:
+            # The label's product is the diagonal of one more tile of the same dot: the same bits as
+            # in the sum below, so that a loss near zero does not cancel.
+            label = tl.load(labels_ptr + first_row + i, mask=used, other=-100)
+            s, _ = products_tile(
+                q, q_ptr, i, used, stride_q_n, stride_q_d,
+                k_ptr, label, (label >= 0) & (label < k_count), stride_k_n, stride_k_d,
+                d, sign, BLOCK_D, WHOLE_D, EVEN_D,
+            )  # fmt: skip
+            diagonal = tl.sum(tl.where(i[:, None] == i[None, :], s, 0.0), 1)
+            tl.store(positive_ptr + first_row + i, diagonal, mask=used)
+
+    j = tl.arange(0, BLOCK_K)
+    v_columns = tl.arange(0, BLOCK_DV)
+    row_max = tl.full([BLOCK_N], -float("inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_N], tl.float32)
+    best = tl.zeros([BLOCK_N], tl.int64)
+    acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    per_slice = tl.cdiv(tl.cdiv(k_count, BLOCK_K), slices) * BLOCK_K
+    begin = slice_index * per_slice
+    end = tl.minimum(begin + per_slice, k_count)
+    for start in range(begin, end, BLOCK_K):
+        k_used = j < end - start
+        first_key = tl.cast(start, tl.int64)
+        s, k = products_tile(
+            q, q_ptr, i, used, stride_q_n, stride_q_d,
+            k_ptr + first_key * stride_k_n, j, k_used, stride_k_n, stride_k_d,
+            d, sign, BLOCK_D, WHOLE_D, EVEN_D,
+        )  # fmt: skip
+        s = tl.where(k_used[None, :], s, -float("inf"))
+        row_max, row_sum, best, p, factor = softmax_step(
+            s, step, first_key, row_max, row_sum, best, BLOCK_K, BEST
+        )
+        if VALUES == "keys":
+            acc = acc * factor[:, None] + dot(p.to(k.dtype), k)
+        if VALUES == "own":
+            v = load_tile(
+                v_ptr + first_key * stride_v_n, j, k_used, v_columns, dv,
+                stride_v_n, stride_v_d, False,
+            )  # fmt: skip
+            acc = acc * factor[:, None] + dot(p.to(v.dtype), v)
+
+    tl.store(max_ptr + first_row + i, row_max, mask=used)
+    tl.store(sum_ptr + first_row + i, row_sum, mask=used)
+    if BEST:
+        tl.store(best_ptr + first_row + i, best, mask=used)
+    if VALUES != "none":
+        pointers = acc_ptr + first_row * dv + i[:, None] * dv + v_columns[None, :]
+        tl.store(pointers, acc, mask=used[:, None] & (v_columns < dv)[None, :])
+
+
+@triton.jit
+def attention_kernel(
+    q_ptr, scale_ptr,  # [N, D], []
+    k_ptrs, v_ptrs, labels_ptrs,  # per bank: [K, D], [K, DV], [N]
+    max_ptr, sum_ptr, best_ptr, positive_ptr, acc_ptr,  # [S, slices, N], ..., positive [S, N]
+    n, d, dv, slices, counts,
+    stride_q_n, stride_q_d, strides_k_n, strides_k_d, strides_v_n, strides_v_d,
+    BANKS: tl.constexpr, HARD: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, VALUES: tl.constexpr, BEST: tl.constexpr,
+):  # fmt: skip
+    """Grid (row tiles, slices, banks); HARD: bit b set where bank b has hard labels."""
+    slice_index = tl.program_id(1)
+    bank = tl.program_id(2)
+    sign, step = split_scale(scale_ptr)
+    part = (bank.to(tl.int64) * slices + slice_index) * n
+    for b in tl.static_range(BANKS):
+        if bank == b:
+            attend(
+                q_ptr, labels_ptrs[b], k_ptrs[b], v_ptrs[b],
+                max_ptr + part, sum_ptr + part, best_ptr + part,
+                positive_ptr + bank.to(tl.int64) * n, acc_ptr + part * dv,
+                tl.program_id(0), slice_index, slices, n, counts[b], d, dv, sign, step,
+                stride_q_n, stride_q_d, strides_k_n[b], strides_k_d[b],
+                strides_v_n[b], strides_v_d[b],
+                BLOCK_N, BLOCK_K, BLOCK_D, BLOCK_DV,
+                WHOLE_D, EVEN_D, VALUES, BEST, (HARD >> b) & 1,
+            )  # fmt: skip

@@ -1,0 +1,142 @@
+"""Sums over weights that one attention pass cannot hold: wide or fp32 rows, and gradients of keys.
+
+A wave of weights W_ik = 2^(step (s_ik - max_i)) is formed again and written to a bounded scratch; a
+real GEMM then multiplies it: W V for values of wide rows (waves of rows), or G^T q with
+G_ik = w_i (W_ik / sum_i - [y_i = k]) for the gradient of the keys (waves of keys). Every
+output element is complete after its own wave: nothing is accumulated across waves, no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from protoclip.kernels.attention import dot, load_tile, products_tile, signed, split_scale
+from protoclip.kernels.prototype_tiles import chunked_tile
+
+SCRATCH_BYTES = 256 << 20
+# G is at most 1 after dividing by the largest weight; this keeps small entries normal in fp16.
+G_UNIT = 4096.0
+
+
+@triton.jit
+def weights_kernel(
+    q_ptr, scale_ptr, k_ptr,  # [N, D], [], [K, D]
+    labels_ptr, max_ptr, sum_ptr, weight_ptr,  # [N]
+    out_ptr,  # [N, K], contiguous
+    n, k_count, d, first_key,
+    stride_q_n, stride_q_d, stride_k_n, stride_k_d,
+    UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    GRADIENT: tl.constexpr, HARD: tl.constexpr,
+):  # fmt: skip
+    """Grid (row tiles, key tiles): W, or UNIT * G where GRADIENT. first_key: of this wave."""
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
+    first_column = tl.program_id(1).to(tl.int64) * BLOCK_K
+    i = tl.arange(0, BLOCK_N)
+    j = tl.arange(0, BLOCK_K)
+    rows = first_row + i
+    used = rows < n
+    k_used = j < k_count - first_column
+    q_ptr += first_row * stride_q_n
+    columns = tl.arange(0, BLOCK_D)
+    q = load_tile(q_ptr, i, used, columns, d, stride_q_n, stride_q_d, False)
+    sign, step = split_scale(scale_ptr)
+    s, _ = products_tile(
+        signed(q, sign), q_ptr, i, used, stride_q_n, stride_q_d,
+        k_ptr + first_column * stride_k_n, j, k_used, stride_k_n, stride_k_d,
+        d, sign, BLOCK_D, False, False,
+    )  # fmt: skip
+    s = tl.where(k_used[None, :], s, -float("inf"))
+    w = tl.exp2((s - tl.load(max_ptr + rows, mask=used, other=0.0)[:, None]) * step)
+    if GRADIENT:
+        label = tl.load(labels_ptr + rows, mask=used, other=-100)
+        w = w / tl.load(sum_ptr + rows, mask=used, other=1.0)[:, None]
+        if HARD:
+            keys = first_key + first_column + j
+            w = tl.where(label[:, None] == keys[None, :], w - 1.0, w)
+        weight = tl.load(weight_ptr + rows, mask=used, other=0.0)
+        w = tl.where((label >= 0)[:, None], w * (weight * UNIT)[:, None], 0.0)
+    pointers = out_ptr + rows[:, None] * k_count + (first_column + j)[None, :]
+    tl.store(pointers, w.to(out_ptr.dtype.element_ty), mask=used[:, None] & k_used[None, :])
+
+
+@triton.jit
+def product_kernel(
+    a_ptr, b_ptr, out_ptr,  # [M, K], [K, D], [M, D] contiguous
+    m, k_count, d,
+    stride_a_m, stride_a_k, stride_b_k, stride_b_d,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """fp32 a @ b, grid (row tiles, tiles of D)."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, k_count, BLOCK_K):
+        inner = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_K)
+        a = load_tile(a_ptr, rows, rows < m, inner, k_count, stride_a_m, stride_a_k, False)
+        b = load_tile(b_ptr, inner, inner < k_count, columns, d, stride_b_k, stride_b_d, False)
+        acc += dot(a, b)
+    mask = (rows < m)[:, None] & (columns < d)[None, :]
+    tl.store(out_ptr + rows[:, None] * d + columns[None, :], acc, mask=mask)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] @ b [K, D] -> fp32 [M, D], no fp32 operand rounded to TF32.
+
+    16-bit operands go to cuBLAS; fp32 ones do not, since the caller's TF32 setting rules there.
+    """
+    if a.dtype != torch.float32 and a.is_cuda:
+        with torch.autocast("cuda", enabled=False):
+            return torch.mm(a, b, out_dtype=torch.float32)
+    m, d = a.shape[0], b.shape[1]
+    out = a.new_empty((m, d), dtype=torch.float32)
+    if out.numel():
+        product_kernel[(triton.cdiv(m, 64), triton.cdiv(d, 64))](
+            a, b, out, m, a.shape[1], d, *a.stride(), *b.stride(),
+            BLOCK_M=64, BLOCK_D=64, BLOCK_K=16, num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return out
+
+
+def weights(q, keys, scale, row_max, *, first_key=0, gradient=None) -> Tensor:
+    """W [N, K] in q's dtype, or G_UNIT * G; gradient: (labels, row_sum, weight, hard)."""
+    (n, d), k = q.shape, len(keys)
+    out = q.new_empty((n, k))
+    labels, row_sum, weight, hard = gradient or (row_max, row_max, row_max, False)
+    tile = chunked_tile(q.device, q.dtype)
+    weights_kernel[(triton.cdiv(n, tile.n), triton.cdiv(k, tile.k))](
+        q, scale, keys, labels, row_max, row_sum, weight, out, n, k, d, first_key,
+        *q.stride(), *keys.stride(), UNIT=G_UNIT, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_D=tile.d,
+        GRADIENT=gradient is not None, HARD=hard, **tile.options,
+    )  # fmt: skip
+    return out
+
+
+def _wave(other: int, itemsize: int) -> int:
+    """Rows (or keys) of a wave whose other side is given: at least 16."""
+    fit = SCRATCH_BYTES // (max(1, other) * itemsize)
+    return max(16, fit // 128 * 128 or fit)
+
+
+def weighted_values(q, keys, values, scale, row_max, out: Tensor) -> None:
+    """out [N, DV] fp32 = sum_k W_ik v_k."""
+    rows = _wave(len(keys), q.element_size())
+    for a in range(0, len(q), rows):
+        part = slice(a, a + rows)
+        out[part] = product(weights(q[part], keys, scale, row_max[part]), values)
+
+
+def key_gradient(q, keys, labels, scale, row_max, row_sum, weight, hard: bool) -> Tensor:
+    """scale * sum_i w_i (p_ik - [hard and y_i = k]) q_i, [K, D] in the keys' dtype."""
+    out = torch.zeros_like(keys, memory_format=torch.contiguous_format)
+    if not len(q) or not out.numel():
+        return out
+    largest = weight.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    gradient = (labels, row_sum, weight / largest, hard)
+    factor = scale.reshape(()) * largest / G_UNIT
+    columns = _wave(len(q), q.element_size())
+    for first in range(0, len(keys), columns):
+        part = slice(first, first + columns)
+        g = weights(q, keys[part], scale, row_max, first_key=first, gradient=gradient)
+        out[part] = factor * product(g.T, q)
+    return out

@@ -1,0 +1,279 @@
+"""Every setting of a run: a tree of frozen dataclasses, and the command line made from it.
+
+A default stands in one place, the field, with its meaning in the help text. Flags carry OpenCLIP's
+names where OpenCLIP has the flag, the ProtoCLIP authors' where they have it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, get_type_hints
+
+PRECISIONS = ("auto", "fp32", "amp_bf16", "amp")
+Config = TypeVar("Config")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    flag: str = "",
+    choices: Sequence[str] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A dataclass field that is also a flag; ``low`` and ``high`` are inclusive limits."""
+    metadata = {"help": help, "flag": flag, "choices": choices, "low": low, "high": high}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data"""
+
+    train_data: str = option(
+        "builtin:emoji",
+        "builtin:emoji, builtin:shapes[:N], a .csv/.tsv file, or webdataset shards such as "
+        "'d/{000..012}.tar'",
+    )
+    val_data: str = option("", "data to evaluate on; default: the held-out part of built-in data")
+    train_num_samples: int = option(0, "use only the first N samples; 0: all", low=0)
+    csv_separator: str = option("\t", "separator of a .csv/.tsv file (default: tab)")
+    csv_img_key: str = option("filepath", "column of the image path")
+    csv_caption_key: str = option("title", "column of the caption")
+    augmentation: str = option(
+        "clip",
+        "training transform: 'paper' (ProtoCLIP's), 'clip' (OpenCLIP's random crop) or 'none'",
+        choices=("paper", "clip", "none"),
+    )
+    captions: str = option(
+        "canonical",
+        "of several captions: any ('random'), the first ('first'), or the first in half of the "
+        "draws ('canonical')",
+        choices=("random", "canonical", "first"),
+    )
+    workers: int = option(0, "processes that read images; 0: in the training process", low=0)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model"""
+
+    model: str = option(
+        "protoclip-tiny", "an OpenCLIP model name, a config .json, local-dir:PATH or hf-hub:ID"
+    )
+    pretrained: str = option("", "weights to start from: an OpenCLIP tag or a checkpoint file")
+    force_image_size: int = option(
+        0, "pixels, overrides the model's image size; 0: the model's", low=0
+    )
+    add_projection_head: bool = option(
+        True, "prototypes live behind a projection head, not in the embedding itself"
+    )
+    projection_hidden_dim: int = option(512, "width of the projection heads (paper: 2048)", low=1)
+    projection_dim: int = option(64, "output of the projection heads (paper: 128)", low=1)
+
+
+@dataclass(frozen=True)
+class EpisodeConfig:
+    """Episodes and prototypes"""
+
+    size: int = option(0, "samples per episode; 0: one epoch", flag="episode-size", low=0)
+    replacement: bool = option(
+        False, "draw samples with replacement, as the authors do", flag="episode-replacement"
+    )
+    clusters: int = option(0, "prototypes per source; 0: a tenth of the episode", flag="k", low=0)
+    target_temperature: float = option(
+        0.01, "of the soft targets of the internal prototypes; 0: hard labels", low=0
+    )
+    external_target_temperature: float = option(
+        0.0, "the same for the external teacher's prototypes; 0: hard labels (paper)", low=0
+    )
+    pbt: bool = option(
+        True, "prototype back translation; off: raw centroids of the other modality", flag="PBT"
+    )
+    infonce_warmup: int = option(
+        2, "first episodes without prototypes (paper: 1)", flag="infonce-warmup-epoch", low=0
+    )
+    kmeans_init: str = option(
+        "warm",
+        "start k-means from the last episode's centroids, or anew",
+        choices=("warm", "random", "k-means++"),
+    )
+    kmeans_max_iter: int = option(20, "iterations of k-means", low=1)
+    kmeans_nredo: int = option(1, "restarts of k-means when not warm (paper: 3)", low=1)
+    external_teacher: str = option(
+        "auto",
+        "features that tell which samples belong together: a .npy, .npz or .safetensors file of "
+        "[dataset, d], builtin:minilm, none, or auto (builtin:minilm on built-in data if "
+        "installed)",
+    )
+    external_teacher_dim: int = option(
+        64, "reduce the teacher's features to this many principal components; 0: keep all", low=0
+    )
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Losses"""
+
+    w_clip: float = option(1.0, "weight of InfoNCE", low=0)
+    w_proto: float = option(1.0, "weight of the internal prototype loss", low=0)
+    w_proto_external: float = option(1.0, "weight of the external prototype loss", low=0)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimisation"""
+
+    epochs: float = option(36.0, "passes over the data", low=0)
+    max_steps: int = option(
+        0, "stop after this many steps; the schedule shrinks with it; 0: no limit", low=0
+    )
+    batch_size: int = option(256, "pairs per step", low=2)
+    lr: float = option(1e-3, "peak learning rate", low=0)
+    beta1: float = option(0.9, "AdamW", low=0, high=1)
+    beta2: float = option(0.98, "AdamW", low=0, high=1)
+    eps: float = option(1e-6, "AdamW", low=0)
+    wd: float = option(
+        0.2, "weight decay; none on vectors, scalars and projection heads (paper: 0.5)", low=0
+    )
+    warmup: float = option(
+        0.1,
+        "linear warm-up of the learning rate: a fraction of the run, or steps if 1 or more",
+        low=0,
+    )
+    lr_scheduler: str = option("cosine", "after the warm-up", choices=("cosine", "const"))
+    grad_clip_norm: float = option(10.0, "largest norm of the gradient; 0: no clipping", low=0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Run"""
+
+    name: str = option("", "folder under --logs; default: date and time, method, seed")
+    logs: str = option("logs", "where run folders go")
+    seed: int = option(0, "same seed, same machine, same run", low=0, high=2**31)
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
+    precision: str = option(
+        "auto", "auto: amp_bf16 on a GPU that has it, else fp32", choices=PRECISIONS
+    )
+    log_every_n_steps: int = option(1, "lines of metrics.jsonl, points of the curves", low=1)
+    val_frequency: float = option(
+        5.0, "epochs between quick evaluations; 0: only at the end", low=0
+    )
+    save_frequency: int = option(0, "epochs between kept checkpoints; 0: only the last", low=0)
+    report_to: str = option("tensorboard", "tensorboard or none", choices=("tensorboard", "none"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All of a run; written to config.json, read back by ``from_dict``."""
+
+    method: str = option(
+        "protoclip",
+        "protoclip, or clip: InfoNCE only, same everything else",
+        choices=("protoclip", "clip"),
+    )
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    episode: EpisodeConfig = field(default_factory=EpisodeConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dict of a config, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """The inverse of ``to_dict``; an unknown key is an error that names it."""
+    hints = get_type_hints(cls)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise ValueError(
+            f"config: {cls.__name__} has no {sorted(unknown)}; it knows {sorted(hints)}. "
+            "The file is from another version of protoclip, or misspelt"
+        )
+    return cls(
+        **{
+            key: from_dict(hints[key], value) if dataclasses.is_dataclass(hints[key]) else value
+            for key, value in values.items()
+        }
+    )
+
+
+def flag_of(item: dataclasses.Field) -> str:
+    return "--" + (item.metadata["flag"] or item.name.replace("_", "-"))
+
+
+def check(config: Any) -> None:
+    """Raise ValueError, by flag name, for the first value out of its limits or choices."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            check(value)
+            continue
+        low, high, choices = (item.metadata[key] for key in ("low", "high", "choices"))
+        if choices is not None and value not in choices:
+            raise ValueError(
+                f"{flag_of(item)}: expected one of {', '.join(choices)}, got {value!r}"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{flag_of(item)}: expected a finite number, got {value}")
+        if low is not None and value < low:
+            raise ValueError(f"{flag_of(item)}: expected at least {low}, got {value}")
+        if high is not None and value > high:
+            raise ValueError(f"{flag_of(item)}: expected at most {high}, got {value}")
+
+
+def _add_options(group: Any, cls: type, defaults: Any, prefix: str) -> None:
+    hints = get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[item.name]):
+            continue
+        default = getattr(defaults, item.name)
+        shown = "" if default in ("", "\t") else " (default: %(default)s)"
+        arguments: dict[str, Any] = {
+            "dest": prefix + item.name,
+            "default": default,
+            "help": item.metadata["help"] + shown,
+        }
+        if hints[item.name] is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        else:
+            arguments.update(type=hints[item.name], choices=item.metadata["choices"])
+            if arguments["choices"] is None:
+                arguments["metavar"] = {int: "N", float: "X", str: "TEXT"}[hints[item.name]]
+        group.add_argument(flag_of(item), **arguments)
+
+
+def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser with one titled group per section of ``TrainConfig``."""
+    parser = argparse.ArgumentParser(
+        prog=prog, usage="%(prog)s [options]", description=description, allow_abbrev=False
+    )
+    defaults = TrainConfig()
+    hints = get_type_hints(TrainConfig)
+    _add_options(parser, TrainConfig, defaults, "")
+    for name, cls in hints.items():
+        if isinstance(cls, type) and dataclasses.is_dataclass(cls):
+            group = parser.add_argument_group(str(cls.__doc__))
+            _add_options(group, cls, getattr(defaults, name), f"{name}.")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> TrainConfig:
+    """Command line to a checked config; argparse ends the program for a flag it does not know."""
+    nested: dict[str, Any] = {}
+    for key, value in vars(parser.parse_args(argv)).items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    config = from_dict(TrainConfig, nested)
+    check(config)
+    return config

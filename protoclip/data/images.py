@@ -1,0 +1,44 @@
+"""Pictures from bytes: RGB always, transparency on white, one clear error."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image
+
+from protoclip.data.types import DataError
+
+
+def decode(data: bytes, where: str) -> Image.Image:
+    """Decode a picture to RGB.
+
+    Args:
+        data: the file's content, any format that Pillow reads.
+        where: file, row or key for the error message.
+    Raises:
+        DataError: empty, truncated, not a picture, or larger than Pillow's safety limit.
+    """
+    if not data:
+        raise DataError(f"{where}: the picture is empty (0 bytes); remove it or write it again")
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return to_rgb(picture)
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"{where}: {error}; resize the picture, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
+    # Pillow's plugins raise all of these on damaged files.
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError) as error:
+        raise DataError(
+            f"{where}: the picture does not decode ({error}); remove the pair or replace the file"
+        ) from error
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """RGB copy of a picture; where it is transparent, white shows."""
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        white.alpha_composite(picture)
+        picture = white
+    return picture.convert("RGB")

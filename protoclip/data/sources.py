@@ -1,0 +1,75 @@
+"""One entrance to all kinds of data."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from protoclip.data.csv_pairs import CsvDataset
+from protoclip.data.emoji import open_emoji
+from protoclip.data.hashing import heldout_mask
+from protoclip.data.shapes import ShapesDataset
+from protoclip.data.shards import ShardDataset
+from protoclip.data.types import DataError, PairDataset, Subset
+
+KNOWN = 'builtin:emoji, builtin:shapes[:N], a .csv or .tsv file, or shards such as "{000..012}.tar"'
+
+
+def open_dataset(
+    spec: str,
+    split: str = "all",
+    *,
+    seed: int = 0,
+    image_size: int = 72,
+    csv_separator: str = "\t",
+    csv_img_key: str = "filepath",
+    csv_caption_key: str = "title",
+) -> PairDataset:
+    """Open pairs by name.
+
+    Args:
+        spec: "builtin:emoji" | "builtin:shapes[:N]" | a .csv or .tsv file | webdataset shards: a
+            .tar, a folder of them, braces and globs, several joined by "::".
+        split: "all" | "train" | "heldout" (10 %, of each group alike where groups are known); for
+            builtin:emoji also "noto" | "noto-heldout", the same concepts in another style.
+        seed: which pairs are held out.
+        image_size: side of the generated pictures of builtin:shapes, in pixels.
+        csv_separator, csv_img_key, csv_caption_key: as OpenCLIP's flags; see :class:`CsvDataset`.
+    Returns:
+        A data set with at least one pair.
+    Raises:
+        DataError: what is wrong, where, and what to do.
+    """
+    if spec == "builtin:emoji":
+        return open_emoji(split, seed)
+    if split not in ("all", "train", "heldout"):
+        raise DataError(f"{spec}: split must be all, train or heldout, got {split!r}")
+    dataset = _open_all(spec, image_size, csv_separator, csv_img_key, csv_caption_key)
+    if split == "all":
+        return dataset
+    groups = dataset.labels["group"].ids.numpy() if "group" in dataset.labels else None
+    heldout = heldout_mask(len(dataset), groups, seed)
+    chosen = np.flatnonzero(heldout if split == "heldout" else ~heldout)
+    if not len(chosen):
+        raise DataError(
+            f"{spec}: {len(dataset)} pairs are too few for the split {split!r}; use split all"
+        )
+    return Subset(dataset, chosen, f"{dataset.name}[{split}]")
+
+
+def _open_all(
+    spec: str, image_size: int, separator: str, img_key: str, caption_key: str
+) -> PairDataset:
+    if spec.split(":")[:2] == ["builtin", "shapes"]:
+        count = spec.removeprefix("builtin:shapes").removeprefix(":") or "2000"
+        if not count.isdecimal():
+            raise DataError(f"{spec}: expected builtin:shapes:N with a whole number N")
+        return ShapesDataset(int(count), image_size)
+    if spec.startswith("builtin:"):
+        raise DataError(f"no built-in data {spec!r}; known: {KNOWN}")
+    if spec.lower().endswith((".csv", ".tsv")):
+        return CsvDataset(spec, separator, img_key, caption_key)
+    if ".tar" in spec or os.path.isdir(spec):
+        return ShardDataset(spec)
+    raise DataError(f"--train-data {spec!r} is none of: {KNOWN}")

@@ -1,0 +1,216 @@
+"""Where each pair lies in a webdataset shard, so that any pair can be read without the others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from protoclip.data.cache import cache_dir, write_atomic
+from protoclip.data.types import DataError
+
+IMAGE_KINDS = ("jpg", "png", "jpeg", "webp")
+TEXT_KINDS = ("txt", "json")
+FORMAT = 1  # of the cached index
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ShardIndex:
+    """The pairs of one shard, in the order of the tar; one entry of each list per pair.
+
+    Attributes:
+        keys: name of the members without the extension.
+        image: (offset, size) of the picture in bytes.
+        text: (offset, size) of the captions in bytes.
+        is_json: whether the captions are JSON rather than plain lines.
+        skipped: (key, reason) of each sample that is not a usable pair.
+    """
+
+    keys: list[str]
+    image: list[tuple[int, int]]
+    text: list[tuple[int, int]]
+    is_json: list[bool]
+    skipped: list[tuple[str, str]]
+
+
+def shard_index(path: str) -> ShardIndex:
+    """Index of a shard: from the cache if the file is unchanged, else read from the tar's headers.
+
+    Raises:
+        DataError: the file is missing, compressed, or not a tar.
+    """
+    stamp = _stamp(path)
+    cached = _cached(path)
+    if (index := _load(cached, stamp)) is not None:
+        return index
+    index = scan(path)
+    try:
+        write_atomic(cached, json.dumps({"stamp": stamp, **asdict(index)}))
+    except OSError as error:
+        logger.warning(
+            "the index of %s is not kept (%s): the shard is read again at the next start; set "
+            "PROTOCLIP_CACHE to a folder that can be written",
+            path,
+            error,
+        )
+    return index
+
+
+def is_indexed(path: str) -> bool:
+    """Whether the cache knows the shard, perhaps an older state of it."""
+    return _cached(path).exists()
+
+
+def _cached(path: str) -> Path:
+    digest = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()
+    return cache_dir() / "shards" / f"{digest[:32]}.json"
+
+
+def _stamp(path: str) -> list[int]:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; check --train-data") from error
+    return [FORMAT, status.st_size, status.st_mtime_ns]
+
+
+def _load(cached: Path, stamp: list[int]) -> ShardIndex | None:
+    try:
+        content: dict[str, Any] = json.loads(cached.read_text(encoding="utf-8"))
+        if content.pop("stamp") != stamp:
+            return None
+        return ShardIndex(**content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # never written, or damaged: read the tar again
+
+
+def scan(path: str) -> ShardIndex:
+    """Read the headers and captions of a tar; pictures are not touched."""
+    index = ShardIndex([], [], [], [], [])
+    seen: set[str] = set()
+    for key, members, fault in _samples(path):
+        reason = fault or _judge(path, members)
+        if not reason and key in seen:
+            reason = "the key occurs twice"
+        if reason:
+            index.skipped.append((key, reason))
+            continue
+        seen.add(key)
+        image, text = _pick(members, IMAGE_KINDS), _pick(members, TEXT_KINDS)
+        assert image and text  # _judge found no fault
+        index.keys.append(key)
+        index.image.append(members[image])
+        index.text.append(members[text])
+        index.is_json.append(text == "json")
+    return index
+
+
+Members = dict[str, tuple[int, int]]  # extension -> offset, size
+
+
+def _samples(path: str) -> Iterator[tuple[str, Members, str]]:
+    """Key, members and fault ("" if none) of each sample: neighbours with the same key."""
+    key, members = "", Members()
+    with _open(path) as tar:
+        for name, extension, place in _members(tar, os.path.getsize(path)):
+            if name != key:
+                if members:
+                    yield key, members, ""
+                key, members = name, Members()
+            members[extension] = place
+        fault = _damage(tar, path)
+    if members:
+        yield key, members, ""
+    if fault:
+        yield f"what follows {key}", Members(), fault
+
+
+def _open(path: str) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path, "r:")
+    except tarfile.ReadError as error:
+        raise DataError(
+            f"{path}: not an uncompressed tar ({error}); unpack .gz files, and check that the copy "
+            "is complete"
+        ) from error
+
+
+def _members(tar: tarfile.TarFile, size: int) -> Iterator[tuple[str, str, tuple[int, int]]]:
+    """Key, extension, (offset, size) of each whole file, up to the end or the first damage."""
+    try:
+        for member in tar:
+            tar.members = []  # type: ignore[attr-defined]  # else it keeps all of them
+            folder, _, file = member.name.removeprefix("./").rpartition("/")
+            stem, dot, extension = file.partition(".")
+            if not member.isfile() or member.issparse() or not stem or not dot:
+                continue
+            if member.offset_data + member.size > size:
+                return
+            key = f"{folder}/{stem}" if folder else stem
+            yield key, extension.lower(), (member.offset_data, member.size)
+    except tarfile.ReadError:
+        return
+
+
+def _damage(tar: tarfile.TarFile, path: str) -> str:
+    """What is wrong at the place where reading stopped: a whole tar has a block of zeros there.
+
+    tarfile itself takes a torn or overwritten header for the end, in silence.
+    """
+    with open(path, "rb") as shard:
+        shard.seek(tar.offset)
+        block = shard.read(tarfile.BLOCKSIZE)
+    if len(block) == tarfile.BLOCKSIZE:
+        return f"the shard is damaged at byte {tar.offset}" if any(block) else ""
+    return "the shard is cut off; copy it again"
+
+
+def _pick(members: Members, kinds: tuple[str, ...]) -> str | None:
+    """First kind that is present and not empty."""
+    return next((kind for kind in kinds if members.get(kind, (0, 0))[1] > 0), None)
+
+
+def _judge(path: str, members: Members) -> str:
+    """Why the sample is no usable pair; "" if it is one."""
+    faults = []
+    for what, kinds in (("picture", IMAGE_KINDS), ("caption", TEXT_KINDS)):
+        if not _pick(members, kinds):
+            state = "is empty (0 bytes)" if set(kinds) & set(members) else "is missing"
+            faults.append(f"the {what} {state} ({', '.join(kinds)})")
+    if faults:
+        return "; ".join(faults)
+    kind = _pick(members, TEXT_KINDS)
+    assert kind
+    with open(path, "rb") as shard:
+        shard.seek(members[kind][0])
+        data = shard.read(members[kind][1])
+    try:
+        return "" if parse_captions(data, kind == "json") else f"no caption in its {kind}"
+    except ValueError as error:
+        return f"its {kind} cannot be read: {error}"
+
+
+def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
+    """Captions without the empty ones: the lines of a text, or "captions" / "caption" of a JSON.
+
+    Raises:
+        ValueError: not UTF-8, or not a JSON object with captions as strings.
+    """
+    text = data.decode("utf-8-sig")
+    found: Any = text.splitlines()
+    if is_json:
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, got {type(content).__name__}")
+        found = content.get("captions") or content.get("caption") or []
+        found = [found] if isinstance(found, str) else found
+        if not isinstance(found, list) or not all(isinstance(c, str) for c in found):
+            raise ValueError('"captions" must be a list of strings')
+    return tuple(stripped for caption in found if (stripped := caption.strip()))

@@ -1,0 +1,103 @@
+"""The objective: InfoNCE and the prototype terms of an episode, from a batch's embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from protoclip.config import LossConfig
+from protoclip.episode import Episode, PrototypeSet
+from protoclip.model import Encoded
+from protoclip.ops import info_nce, prototype_losses
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Scalars of one batch, on its device, fp32."""
+
+    total: Tensor  # weighted sum; the one to differentiate
+    terms: dict[str, Tensor]  # unweighted, by name, in nats; only those with a weight
+    accuracy: dict[str, Tensor]  # share of samples whose nearest prototype is their own
+
+
+class ProtoLoss(nn.Module):
+    """w_clip * InfoNCE + w_proto * internal prototypes + w_proto_external * external ones.
+
+    A term of weight 0, or without prototypes (warm-up, no teacher), is not computed.
+    """
+
+    def __init__(self, config: LossConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self,
+        encoded: Encoded,
+        projected: Encoded | None,
+        index: Tensor,
+        logit_scale: Tensor,
+        proto_scale: Tensor,
+        episode: Episode | None,
+    ) -> Losses:
+        """The losses of a batch of B pairs.
+
+        Args:
+            encoded: [B, D] each, not normalised; float32, bfloat16 or float16.
+            projected: [B, Dh] each, unit rows, float32; None where no prototype term is due.
+            index: int64 [B], positions in the dataset, to look up the cluster labels.
+            logit_scale, proto_scale: scalars, the multipliers (not their logarithms).
+            episode: prototypes; None: InfoNCE only.
+        """
+        terms: dict[str, Tensor] = {}
+        weights: dict[str, float] = {}
+        accuracy: dict[str, Tensor] = {}
+        if self.config.w_clip > 0:
+            weights["contrastive_loss"] = self.config.w_clip
+            terms["contrastive_loss"] = info_nce(
+                _normalise(encoded.image), _normalise(encoded.text), logit_scale
+            )
+        if episode is not None and projected is not None:
+            for name, weight, sets in (
+                ("proto", self.config.w_proto, episode.internal),
+                ("external", self.config.w_proto_external, episode.external),
+            ):
+                if weight > 0 and sets:
+                    weights[f"{name}_loss"] = weight
+                    terms[f"{name}_loss"], accuracy[f"{name}_accuracy"] = prototype_term(
+                        projected, index, sets, proto_scale
+                    )
+        total = sum(weights[name] * term for name, term in terms.items())
+        if not isinstance(total, Tensor):
+            raise ValueError(
+                "ProtoLoss: expected a term with a weight, got none; with --w-clip 0 there must be "
+                "prototypes from the first step: --infonce-warmup-epoch 0"
+            )
+        return Losses(total, terms, accuracy)
+
+
+def prototype_term(
+    projected: Encoded, index: Tensor, sets: Sequence[PrototypeSet], scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean loss over the sets, and the mean prototype accuracy: two scalars.
+
+    The sets of a student share one call of the op, and so one pass over its features.
+    """
+    losses, hits = [], []
+    for student, features in (("image", projected.image), ("text", projected.text)):
+        banks = [item.bank(index) for item in sets if item.student == student]
+        if banks:
+            result = prototype_losses(features, banks, scale)
+            losses += list(result.loss)
+            hits += [
+                (nearest == bank.labels).float().mean()
+                for nearest, bank in zip(result.nearest, banks, strict=True)
+            ]
+    return sum(losses[1:], losses[0]) / len(losses), sum(hits[1:], hits[0]) / len(hits)
+
+
+def _normalise(features: Tensor) -> Tensor:
+    """Unit rows in the features' dtype, the norm taken in fp32."""
+    return F.normalize(features.float(), dim=-1).to(features.dtype)

@@ -1,0 +1,44 @@
+"""What a CLIP is judged by: pure functions on tensors, needing torch and nothing else.
+
+Definitions follow CLIP_benchmark (retrieval, zero-shot, probes), scikit-learn (ARI, AMI, NMI) and
+Wang & Isola 2020 (alignment, uniformity). Nothing here holds an N x M matrix: work goes by chunks.
+"""
+
+from protoclip.metrics.bootstrap import Interval, bootstrap_mean
+from protoclip.metrics.classify import Accuracy, accuracy, class_vectors, zero_shot_logits
+from protoclip.metrics.geometry import alignment, modality_gap, uniformity
+from protoclip.metrics.grouping import (
+    adjusted_mutual_information,
+    adjusted_rand_index,
+    contingency,
+    group_scores,
+    normalized_mutual_information,
+)
+from protoclip.metrics.probe import LinearProbe, fit_linear_probe, knn_logits
+from protoclip.metrics.prototypes import churn, prototype_health, purity
+from protoclip.metrics.retrieval import Retrieval, retrieval
+
+__all__ = [
+    "Accuracy",
+    "Interval",
+    "LinearProbe",
+    "Retrieval",
+    "accuracy",
+    "adjusted_mutual_information",
+    "adjusted_rand_index",
+    "alignment",
+    "bootstrap_mean",
+    "churn",
+    "class_vectors",
+    "contingency",
+    "fit_linear_probe",
+    "group_scores",
+    "knn_logits",
+    "modality_gap",
+    "normalized_mutual_information",
+    "prototype_health",
+    "purity",
+    "retrieval",
+    "uniformity",
+    "zero_shot_logits",
+]

@@ -1,0 +1,214 @@
+"""Any OpenCLIP model, with ProtoCLIP's projection heads and second temperature beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from protoclip.config import ModelConfig
+
+CONFIG_FOLDER = Path(__file__).parent / "model_configs"
+MAX_LOG_SCALE = math.log(100)
+INITIAL_LOG_SCALE = math.log(1 / 0.07)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """OpenCLIP reports every step of a model's making on the root logger; users need none of it."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the two towers say about a batch; rows are not normalised."""
+
+    image: Tensor  # [B, D]
+    text: Tensor  # [B, D]
+
+
+class Projection(nn.Sequential):
+    """Linear, BatchNorm, ReLU, Linear: [B, in_dim] -> [B, out_dim]; algorithm.md §1's g."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__(
+            nn.Linear(in_dim, hidden_dim),
+            nn.BatchNorm1d(hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, out_dim),
+        )
+
+
+class ProtoModel(nn.Module):
+    """An OpenCLIP model and what ProtoCLIP adds.
+
+    ``clip``'s state dict is OpenCLIP's own and loads there; heads and ``logit_scale_proto`` (a
+    logarithm, as OpenCLIP's ``logit_scale`` is) live outside it.
+    """
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        tokenizer: Callable[[list[str]], Tensor],
+        heads: tuple[Projection, Projection] | None,
+    ) -> None:
+        super().__init__()
+        self.clip: Any = clip
+        self.tokenizer = tokenizer
+        self.image_head: Projection | None = heads[0] if heads else None
+        self.text_head: Projection | None = heads[1] if heads else None
+        self.logit_scale_proto = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
+        visual: Any = clip.visual
+        size = visual.image_size
+        self.image_size: int = size[0] if isinstance(size, (tuple, list)) else size
+        self.mean: tuple[float, ...] = tuple(visual.image_mean or open_clip.OPENAI_DATASET_MEAN)
+        self.std: tuple[float, ...] = tuple(visual.image_std or open_clip.OPENAI_DATASET_STD)
+
+    def encode(self, image: Tensor, tokens: Tensor) -> Encoded:
+        """u of both modalities, not normalised: [B, 3, H, W] and int64 [B, L] -> [B, D] each."""
+        return Encoded(self.clip.encode_image(image), self.clip.encode_text(tokens))
+
+    def project(self, encoded: Encoded) -> Encoded:
+        """h of both modalities, unit rows, fp32 [B, Dh]; without heads the normalised embedding."""
+        image = self.image_head(encoded.image) if self.image_head is not None else encoded.image
+        text = self.text_head(encoded.text) if self.text_head is not None else encoded.text
+        return Encoded(F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1))
+
+    def forward(
+        self, image: Tensor, tokens: Tensor, project: bool = True
+    ) -> tuple[Encoded, Encoded | None]:
+        """Embeddings and, when asked for, projections: one call, as DDP wants it."""
+        encoded = self.encode(image, tokens)
+        return encoded, self.project(encoded) if project else None
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """InfoNCE's multiplier, exp of the parameter."""
+        return self.clip.logit_scale.exp()
+
+    @property
+    def proto_scale(self) -> Tensor:
+        """The prototype terms' multiplier, exp of the parameter."""
+        return self.logit_scale_proto.exp()
+
+    @torch.no_grad()
+    def clamp_scales(self) -> None:
+        """Keep both multipliers in [1, 100]; call after every optimiser step."""
+        self.clip.logit_scale.clamp_(0, MAX_LOG_SCALE)
+        self.logit_scale_proto.clamp_(0, MAX_LOG_SCALE)
+
+    def extra_state(self) -> dict[str, Any]:
+        """What stands beside OpenCLIP's state dict in a checkpoint."""
+        heads = {
+            f"{name}.{key}": value
+            for name, head in (("image", self.image_head), ("text", self.text_head))
+            if head is not None
+            for key, value in head.state_dict().items()
+        }
+        return {"heads": heads, "logit_scale_proto": self.logit_scale_proto.detach().clone()}
+
+    def load_state(self, payload: dict[str, Any]) -> None:
+        """Take the weights of a checkpoint that ``protoclip.train`` wrote."""
+        self.clip.load_state_dict(payload["state_dict"])
+        extra = payload["protoclip"]
+        for name, head in (("image", self.image_head), ("text", self.text_head)):
+            if head is not None:
+                prefix = name + "."
+                head.load_state_dict(
+                    {
+                        k.removeprefix(prefix): v
+                        for k, v in extra["heads"].items()
+                        if k.startswith(prefix)
+                    }
+                )
+        with torch.no_grad():
+            self.logit_scale_proto.copy_(extra["logit_scale_proto"])
+
+
+def register_configs(model: str = "") -> str:
+    """Make protoclip's models and the config file ``model`` known to OpenCLIP; returns the name."""
+    if "protoclip-tiny" not in open_clip.list_models():
+        open_clip.add_model_config(CONFIG_FOLDER)
+    if model.endswith(".json"):
+        path = Path(model)
+        if not path.is_file():
+            raise ValueError(f"--model: expected an OpenCLIP config, found no file at {model}")
+        open_clip.add_model_config(path)
+        return path.stem
+    return model
+
+
+def _check_name(name: str) -> None:
+    if name.startswith(("local-dir:", "hf-hub:")) or name in open_clip.list_models():
+        return
+    near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
+    raise ValueError(f"--model: OpenCLIP knows no model {name!r}; {hint}")
+
+
+def _check_pretrained(name: str, pretrained: str) -> None:
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained and not Path(pretrained).is_file() and pretrained.lower() not in tags:
+        known = f"its tags are {', '.join(tags)}" if tags else "this model has no tags"
+        raise ValueError(f"--pretrained: {pretrained!r} is no file and no tag of {name}; {known}")
+
+
+def build_model(config: ModelConfig) -> ProtoModel:
+    """The model a config asks for, on the CPU; what is not pretrained uses torch's generator.
+
+    Raises:
+        ValueError: no such model, config, checkpoint or tag.
+    """
+    name = register_configs(config.model)
+    _check_name(name)
+    _check_pretrained(name, config.pretrained)
+    try:
+        with _quiet():
+            clip = open_clip.create_model(
+                name,
+                pretrained=config.pretrained or None,
+                force_image_size=config.force_image_size or None,
+                output_dict=True,
+            )
+            tokenizer = open_clip.get_tokenizer(
+                name, context_length=getattr(clip, "context_length", None)
+            )
+    except (RuntimeError, FileNotFoundError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"--model {config.model} --pretrained {config.pretrained!r}: {reason}"
+        ) from error
+    heads = None
+    if config.add_projection_head:
+        dim = embedding_dim(clip)
+        text_head = Projection(dim, config.projection_hidden_dim, config.projection_dim)
+        # The image head starts as a copy, as in the paper: equal features, equal projections.
+        heads = (copy.deepcopy(text_head), text_head)
+    return ProtoModel(clip, tokenizer, heads)
+
+
+def embedding_dim(clip: Any) -> int:
+    """D, the width of both towers' output, found by encoding two tokens' worth of nothing."""
+    length = getattr(clip, "context_length", 77)
+    with torch.no_grad():
+        was_training = clip.training
+        features = clip.eval().encode_text(torch.zeros(1, length, dtype=torch.long))
+        clip.train(was_training)
+    return features.shape[-1]

@@ -1,0 +1,188 @@
+"""OpenCLIP's losses with OpenCLIP's signatures, on the fused ops: one line to swap them in.
+
+Features of several ranks are gathered in OpenCLIP's four ways, with OpenCLIP's gradients; what is
+never formed is the matrix of logits.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from protoclip.ops.backends import resolve
+from protoclip.ops.info_nce import info_nce
+from protoclip.ops.siglip import sigmoid_loss
+
+DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
+
+
+def _one_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(dtype)
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    """[N, D] of each rank -> [W * N, D]; the gradient is summed over ranks."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rank: int) -> Tensor:
+        ctx.rank, ctx.rows = rank, len(x)
+        return torch.cat(_gather(x))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad[ctx.rank * ctx.rows :][: ctx.rows], None
+
+
+def _gather(x: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(_world())]
+    dist.all_gather(parts, x.contiguous())
+    return parts
+
+
+def _world() -> int:
+    return dist.get_world_size()
+
+
+def _gather_features(x: Tensor, rank: int, with_grad: bool, keep_own: bool) -> Tensor:
+    """All ranks' rows in rank order; without ``with_grad`` a gradient reaches the own rows only
+    where ``keep_own``."""
+    if with_grad:
+        return _GatherWithGrad.apply(x, rank)
+    parts = _gather(x.detach())
+    if keep_own:
+        parts[rank] = x
+    return torch.cat(parts)
+
+
+class ClipLoss(nn.Module):
+    """OpenCLIP's ``ClipLoss`` without its [N, N] logits.
+
+    Args:
+        local_loss: each rank's rows against all ranks' columns, instead of all against all.
+        gather_with_grad: gradients also flow to the rows of other ranks. With ``local_loss`` this
+            is the choice that is exact and scales.
+        cache_labels: taken for the signature's sake: there are no labels to cache.
+        rank, world_size: of this process.
+        use_horovod: must be false.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__()
+        if use_horovod:
+            raise ValueError(
+                "ClipLoss: expected use_horovod=False, got True; run with torch.distributed "
+                "(torchrun) instead of --horovod"
+            )
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Mean InfoNCE of both directions.
+
+        Args:
+            image_features, text_features: [N, D], unit rows; float dtypes, mixed ones are promoted.
+            logit_scale: [] or [1], the multiplier (not its logarithm).
+            logit_bias: [] or [1]; softmax does not see it, its gradient is zero.
+            output_dict: return ``{"contrastive_loss": loss}``.
+        Returns:
+            float32 [], nats.
+        """
+        x, y = _one_dtype(image_features, text_features)
+        loss = self._loss(x, y, logit_scale)
+        if logit_bias is not None:
+            loss = loss + 0 * logit_bias.sum()  # keeps the bias in the graph, as OpenCLIP's does
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _loss(self, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return info_nce(x, y, scale)
+        keep_own = not self.local_loss
+        all_x, all_y = (
+            _gather_features(t, self.rank, self.gather_with_grad, keep_own) for t in (x, y)
+        )
+        if not self.local_loss:
+            return info_nce(all_x, all_y, scale)
+        return (self._one_way(x, all_y, scale) + self._one_way(y, all_x, scale)) / 2
+
+    def _one_way(self, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        """Mean cross-entropy of rows x [N, D] against all columns y [W * N, D]."""
+        backend = resolve("info_nce", "auto", x.device.type, x.dtype)
+        offset = self.rank * len(x)
+        return torch.ops.protoclip.contrastive(x, y, scale, offset, False, backend)[0].mean()
+
+
+class SigLipLoss(nn.Module):
+    """OpenCLIP's ``SigLipLoss`` without its [N, N] logits.
+
+    Args:
+        cache_labels, chunk_size: taken for the signature's sake; nothing is cached or held whole.
+        rank, world_size: of this process.
+        dist_impl: "bidir", "shift", "reduce" or "gather": one value and one gradient, which here
+            all come from one gather of the texts.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+    ) -> None:
+        super().__init__()
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+        self.chunk_size = chunk_size
+        if self.dist_impl not in DIST_IMPLS:
+            raise ValueError(f"SigLipLoss: expected dist_impl in {DIST_IMPLS}, got {dist_impl!r}")
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Sum over pairs of the sigmoid loss, divided by the local batch.
+
+        Args:
+            image_features, text_features: [N, D], unit rows; float dtypes, mixed ones are promoted.
+            logit_scale: [] or [1], the multiplier (not its logarithm).
+            logit_bias: [] or [1]; None is zero.
+            output_dict: return ``{"contrastive_loss": loss}``.
+        Returns:
+            float32 [], nats.
+        """
+        x, y = _one_dtype(image_features, text_features)
+        offset = 0
+        if self.world_size > 1:
+            y, offset = _GatherWithGrad.apply(y, self.rank), self.rank * len(x)
+        bias = torch.zeros((), device=x.device) if logit_bias is None else logit_bias
+        loss = sigmoid_loss(x, y, logit_scale, bias, offset=offset) / max(len(x), 1)
+        return {"contrastive_loss": loss} if output_dict else loss

@@ -1,0 +1,40 @@
+"""InfoNCE on the CPU: csrc/info_nce_cpu.cpp behind the contract of ops/info_nce.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from protoclip.ops import _native
+
+_native.load()
+
+# "auto" follows the dtype and the CPU. Tests force "float", "bf16" or "split": see gemm_tile.h.
+ARITHMETIC = "auto"
+
+
+def contrastive_fwd(
+    x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Statistics of the strip x [N, D] against y [M, D]."""
+    return torch.ops.protoclip_native.contrastive_fwd(x, y, scale, offset, columns, ARITHMETIC)
+
+
+def contrastive_bwd(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    column_max: Tensor,
+    column_sum: Tensor,
+    row_weight: Tensor,
+    column_weight: Tensor,
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients dx, dy (inputs' dtype) and dscale (fp32) of the strip."""
+    stats = row_max, row_sum, column_max, column_sum
+    weights = row_weight, column_weight
+    return torch.ops.protoclip_native.contrastive_bwd(
+        x, y, scale, *stats, *weights, offset, ARITHMETIC
+    )

@@ -1,0 +1,183 @@
+"""Train CLIP or ProtoCLIP: ``python -m protoclip.train``, no arguments needed.
+
+Without arguments: ProtoCLIP on the built-in emoji, at most five minutes on two CPU cores, with a
+table before and after, plots and a checkpoint in a run folder.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from protoclip import checkpoint
+from protoclip.config import TrainConfig, build_parser, parse
+from protoclip.data import PairDataset, build_transform
+from protoclip.distributed import seed_everything
+from protoclip.episode import check_clusters
+from protoclip.evaluate import Results, format_table, peak_memory_bytes, write_results
+from protoclip.model import ProtoModel, build_model
+from protoclip.training.engine import choose_device, choose_precision
+from protoclip.training.inputs import open_teachers, open_training_data, uses_prototypes
+from protoclip.training.loop import Trainer
+from protoclip.training.phases import Phases
+from protoclip.training.plan import Plan, make_plan
+from protoclip.training.run_folder import RunFolder, choose_folder
+from protoclip.training.views import Evaluation, draw_plots
+
+PROG = "python -m protoclip.train"
+DESCRIPTION = (
+    "Train ProtoCLIP (or CLIP) on image-text pairs. Without arguments: ProtoCLIP on the built-in "
+    "emoji, a few minutes on two CPU cores."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is 0, or 2 for a user's mistake (one message on stderr)."""
+    try:
+        train(parse(build_parser(PROG, DESCRIPTION), argv))
+    except (ValueError, OSError) as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(config: TrainConfig) -> Path:
+    """A whole run: data, model, teacher, training, evaluation, plots; returns the run folder.
+
+    Raises:
+        ValueError: something the config asks for does not exist or does not fit together; the
+            message has the remedy. Nothing is overwritten.
+    """
+    path = choose_folder(config)
+    device = choose_device(config.run.device)
+    precision = choose_precision(config.run.precision, device)
+    phases = Phases(device)
+
+    dataset = open_training_data(config)
+    plan = make_plan(config, len(dataset))
+    seed_everything(config.run.seed)
+    model = build_model(config.model).to(device)
+    with phases.measure("teacher", on_host=True):
+        teachers, remark = open_teachers(config, dataset, device)
+    if uses_prototypes(config):
+        # With replacement an episode has fewer distinct samples; it checks again itself.
+        check_clusters(config.episode, min(len(dataset), plan.steps_per_episode * plan.batch_size))
+
+    folder = RunFolder(path, config)
+    try:
+        announce(folder, config, plan, dataset, teachers, remark, device, precision)
+        run(config, plan, model, dataset, teachers, folder, phases, device, precision)
+    except BaseException:
+        folder.note(traceback.format_exc())
+        raise
+    finally:
+        folder.close()
+    return path
+
+
+def run(
+    config: TrainConfig,
+    plan: Plan,
+    model: ProtoModel,
+    dataset: PairDataset,
+    teachers: Mapping[str, Tensor],
+    folder: RunFolder,
+    phases: Phases,
+    device: torch.device,
+    precision: str,
+) -> None:
+    """Evaluate, train, evaluate again, and write what is to be seen."""
+    evaluate = Evaluation(config, phases, device, precision)
+    before = evaluate.full(model, "evaluating the untrained model")
+    transform = build_transform(model.image_size, model.mean, model.std, config.data.augmentation)
+    trainer = Trainer(
+        config,
+        plan,
+        model,
+        dataset,
+        transform,
+        teachers,
+        folder,
+        phases,
+        device=device,
+        precision=precision,
+        evaluate=evaluate.quick if evaluate.quick_sets else None,
+    )
+    trainer.run()
+    after = evaluate.full(model, "evaluating the trained model")
+    with phases.measure("plots", on_host=True):
+        draw_plots(folder, config, trainer, dataset)
+    report(folder, config, before, after, phases, device)
+
+
+def announce(
+    folder: RunFolder,
+    config: TrainConfig,
+    plan: Plan,
+    dataset: PairDataset,
+    teachers: Mapping[str, Tensor],
+    remark: str,
+    device: torch.device,
+    precision: str,
+) -> None:
+    """Say what will be done, in the user's units."""
+    folder.say(f"run folder: {folder.path}")
+    folder.say(
+        f"data: {dataset.name}, {len(dataset):,} pairs; {plan.total_steps} steps of "
+        f"{plan.batch_size}, {plan.steps_per_epoch} a pass over the data"
+    )
+    folder.say(
+        f"model: {config.model.model} on {device}, {precision}, {torch.get_num_threads()} threads"
+    )
+    if uses_prototypes(config):
+        samples = min(len(dataset), plan.steps_per_episode * plan.batch_size)
+        folder.say(
+            f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
+            f"{check_clusters(config.episode, samples)} prototypes per source, "
+            f"prototypes from episode {config.episode.infonce_warmup + 1} on"
+        )
+        folder.say(remark)
+    else:
+        folder.say("method: clip, InfoNCE only")
+
+
+def report(
+    folder: RunFolder,
+    config: TrainConfig,
+    before: Results | None,
+    after: Results | None,
+    phases: Phases,
+    device: torch.device,
+) -> None:
+    """Print the table, the time per phase and the peak memory; write results.json."""
+    timing = phases.seconds()
+    peak = peak_memory_bytes(device)
+    if after is None:
+        times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in timing.items())
+        folder.say(f"time: {times}\npeak memory: {peak / 2**20:,.0f} MiB")
+        folder.say("no evaluation: give --val-data")
+    else:
+        folder.say("\n" + format_table(before, after, timing, peak_memory_bytes=peak))
+        write_results(
+            folder.path / "results.json",
+            after,
+            before,
+            data=config.data.val_data or config.data.train_data,
+            model=config.model.model,
+            pretrained=str(checkpoint.find(folder.path)),
+            timing=timing,
+            peak_memory_bytes=peak,
+        )
+    folder.say(f"done: {folder.path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

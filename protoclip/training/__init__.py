@@ -1,0 +1,1 @@
+"""The parts of a training run; ``protoclip.train`` puts them together."""

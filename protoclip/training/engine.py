@@ -1,0 +1,102 @@
+"""Device, precision and optimiser: how one gradient step is taken."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from protoclip.config import OptimConfig
+from protoclip.model import ProtoModel
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a flag asks for; "auto" is the GPU if there is one.
+
+    Raises:
+        ValueError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device: {name} is not on this machine, which has {torch.cuda.device_count()} CUDA "
+            "devices that torch can use; use --device auto"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {name!r}")
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """ "fp32", "amp_bf16" or "amp" for a flag that may say "auto"."""
+    if name == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return "amp_bf16" if bf16 else "fp32"
+    if name == "amp" and device.type == "cpu":
+        raise ValueError("--precision amp: fp16 needs a GPU; use amp_bf16 or fp32 on the CPU")
+    return name
+
+
+def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """Makes the context in which a forward pass runs."""
+    if precision == "fp32":
+        return contextlib.nullcontext
+    dtype = torch.bfloat16 if precision == "amp_bf16" else torch.float16
+    return lambda: torch.autocast(device.type, dtype=dtype)
+
+
+def parameter_groups(model: ProtoModel, weight_decay: float) -> list[dict]:
+    """Weights decay; vectors, scalars and the projection heads do not (algorithm.md §4)."""
+    heads = {
+        id(parameter)
+        for head in (model.image_head, model.text_head)
+        if head is not None
+        for parameter in head.parameters()
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    plain = [p for p in trained if p.ndim < 2 or id(p) in heads]
+    kept_out = {id(p) for p in plain}
+    return [
+        {"params": [p for p in trained if id(p) not in kept_out], "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+class Optimiser:
+    """AdamW with gradient clipping, fp16's loss scaling where due, and clamped scales."""
+
+    def __init__(self, model: ProtoModel, config: OptimConfig, precision: str) -> None:
+        self.model = model
+        self.clip_norm = config.grad_clip_norm
+        self.adamw = torch.optim.AdamW(
+            parameter_groups(model, config.wd),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+        )
+        self.scaler = torch.amp.GradScaler(enabled=precision == "amp")
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+
+    def step(self, loss: Tensor) -> Tensor:
+        """Backward pass and update; returns the gradient's norm before clipping, on the device."""
+        self.adamw.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.adamw)
+        norm = nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.clip_norm if self.clip_norm > 0 else float("inf")
+        )
+        self.scaler.step(self.adamw)
+        self.scaler.update()
+        self.model.clamp_scales()
+        return norm

@@ -1,0 +1,68 @@
+"""What a run starts from, as its config asks: training pairs and teachers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from protoclip.config import TrainConfig
+from protoclip.data import PairDataset, Subset, open_dataset
+from protoclip.teacher import MINILM, load_teacher, minilm_missing
+
+
+def open_training_data(config: TrainConfig) -> PairDataset:
+    """The training pairs: the train split of built-in data, all of anything else."""
+    data = config.data
+    split = "train" if data.train_data.startswith("builtin:") else "all"
+    dataset = open_dataset(data.train_data, split, **open_arguments(config))
+    if data.train_num_samples:
+        if data.train_num_samples > len(dataset):
+            raise ValueError(
+                f"--train-num-samples: expected at most {len(dataset)}, the size of "
+                f"{dataset.name}, got {data.train_num_samples}"
+            )
+        dataset = Subset(dataset, torch.arange(data.train_num_samples))
+    return dataset
+
+
+def open_arguments(config: TrainConfig) -> dict[str, Any]:
+    """How ``open_dataset`` is to be called, for training and evaluation alike."""
+    return {
+        "seed": config.run.seed,
+        "csv_separator": config.data.csv_separator,
+        "csv_img_key": config.data.csv_img_key,
+        "csv_caption_key": config.data.csv_caption_key,
+    }
+
+
+def uses_prototypes(config: TrainConfig) -> bool:
+    weights = config.loss
+    return config.method == "protoclip" and (weights.w_proto > 0 or weights.w_proto_external > 0)
+
+
+def open_teachers(
+    config: TrainConfig, dataset: PairDataset, device: torch.device
+) -> tuple[dict[str, Tensor], str]:
+    """Name -> [dataset, d], and a sentence about it; {} where no teacher is due."""
+    spec = config.episode.external_teacher
+    if not uses_prototypes(config) or config.loss.w_proto_external == 0 or spec == "none":
+        return {}, "external teacher: none"
+    if spec == "auto":
+        if not config.data.train_data.startswith("builtin:"):
+            return {}, f"external teacher: none; --external-teacher {MINILM} or a file adds one"
+        reason = minilm_missing()
+        if reason is not None:
+            return {}, f"external teacher: none, internal prototypes only: {reason}"
+        spec = MINILM
+    with tqdm(total=len(dataset), desc=f"teacher {spec}", unit=" samples", leave=False) as bar:
+        rows = load_teacher(
+            spec,
+            dataset,
+            dim=config.episode.external_teacher_dim,
+            device=device,
+            progress=bar.update,
+        )
+    return {"external": rows}, f"external teacher: {spec}, {rows.shape[1]} dimensions"

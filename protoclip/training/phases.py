@@ -1,0 +1,49 @@
+"""Where the time goes: seconds by named phase."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+
+
+class Phases:
+    """A stopwatch per phase.
+
+    On a GPU, work is timed by events on the stream, so that measuring never waits for the device;
+    phases of the host alone (reading data) use the clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: dict[str, float] = {}
+        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def measure(self, name: str, *, on_host: bool = False) -> Iterator[None]:
+        """Add the time of the block to phase ``name``."""
+        if self._device.type == "cuda" and not on_host:
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._pending.append((name, start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self.add(name, time.perf_counter() - began)
+
+    def add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def seconds(self) -> dict[str, float]:
+        """Totals so far, in the order in which phases first ended; waits for the device."""
+        if self._pending:
+            torch.cuda.synchronize(self._device)
+            for name, start, end in self._pending:
+                self.add(name, start.elapsed_time(end) / 1000)
+            self._pending.clear()
+        return dict(self._seconds)

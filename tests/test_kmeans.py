@@ -1,0 +1,166 @@
+"""k-means as a whole: restarts and starts, two processes, faiss as a backend and as a peer."""
+
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+import protoclip
+
+
+def mixture(n=4000, k=30, d=16, spread=0.5):
+    torch.manual_seed(0)
+    return torch.randn(k, d)[torch.randint(k, (n,))] + spread * torch.randn(n, d)
+
+
+def sequential_plus_plus(points, k, generator):
+    """k-means++ as its paper writes it, one centroid at a time."""
+    picks = [int(torch.randint(len(points), (1,), generator=generator))]
+    squared = torch.full((len(points),), torch.inf, dtype=torch.float64)
+    while len(picks) < k:
+        gap = (points - points[picks[-1]]).double().square().sum(dim=1)
+        squared = torch.minimum(squared, gap)
+        picks.append(int(torch.multinomial(squared, 1, generator=generator)))
+    return points[picks]
+
+
+def test_plus_plus_in_batches_is_as_good_as_one_by_one():
+    points = mixture(n=1500, k=40)
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = [], []
+    for seed in range(12):
+        ours.append(protoclip.kmeans(points, 40, init="k-means++", num_iters=0, seed=seed).inertia)
+        start = sequential_plus_plus(points, 40, generator)
+        theirs.append(protoclip.kmeans(points, 40, init=start, num_iters=0).inertia)
+    ours, theirs = torch.tensor(ours), torch.tensor(theirs)
+    # The same distribution: their means differ by no more than chance allows (4 standard errors).
+    error = (ours.var() / 12 + theirs.var() / 12).sqrt()
+    assert (ours.mean() - theirs.mean()).abs() < 4 * error
+
+
+def test_plus_plus_picks_distinct_points_then_any():
+    points = torch.arange(12.0)[:, None]
+    clusters = protoclip.kmeans(points, 12, init="k-means++", num_iters=0)
+    assert sorted(clusters.centroids[:, 0].tolist()) == list(range(12)) and clusters.inertia == 0
+    twins = torch.tensor([[0.0], [1.0]]).repeat(5, 1)
+    assert protoclip.kmeans(twins, 7, init="k-means++", num_iters=0).inertia == 0
+
+
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+def test_history_falls(init):
+    history = protoclip.kmeans(mixture(), 50, num_iters=12, init=init).history
+    assert len(history) == 13 and list(history) == sorted(history, reverse=True)
+
+
+def test_backends_walk_the_same_way():
+    points = mixture(n=800)
+    runs = [protoclip.kmeans(points, 20, num_iters=5, backend=b) for b in ("auto", "reference")]
+    torch.testing.assert_close(runs[0].centroids, runs[1].centroids, rtol=1e-4, atol=1e-4)
+    assert runs[0].inertia == pytest.approx(runs[1].inertia, rel=1e-5)
+
+
+def test_same_bits_with_one_thread_and_two():
+    points = mixture()
+    threads = torch.get_num_threads()
+    try:
+        runs = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            runs.append(protoclip.kmeans(points, 60, num_iters=6, num_restarts=2))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(runs[0].labels, runs[1].labels)
+    if protoclip.backends("kmeans_assign").get("cpu", "missing") is None:
+        assert torch.equal(runs[0].centroids, runs[1].centroids)
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_no_worse_than_faiss(spherical):
+    faiss = pytest.importorskip("faiss")
+    points = mixture()
+    if spherical:
+        points = F.normalize(points, dim=1)
+    ours, theirs = 0.0, 0.0
+    for seed in range(6):
+        settings = {"num_iters": 10, "seed": seed, "spherical": spherical}
+        ours += protoclip.kmeans(points, 30, **settings).inertia
+        clusters = protoclip.kmeans(points, 30, backend="faiss", **settings)
+        theirs += clusters.inertia
+        assert len(clusters.history) == 11
+        assert clusters.history[-1] <= clusters.history[0]
+        assert torch.equal(clusters.counts, torch.bincount(clusters.labels, minlength=30))
+    assert ours <= theirs * 1.02, faiss.__version__  # six random starts each
+
+
+def test_faiss_is_the_papers_own_clustering():
+    faiss = pytest.importorskip("faiss")
+    points = mixture()
+    direct = faiss.Kmeans(
+        16, 25, niter=7, nredo=3, seed=5, min_points_per_centroid=1, max_points_per_centroid=4000
+    )
+    direct.train(points.numpy())
+    clusters = protoclip.kmeans(points, 25, num_iters=7, num_restarts=3, seed=5, backend="faiss")
+    torch.testing.assert_close(clusters.centroids, torch.from_numpy(direct.centroids))
+    assert clusters.history[:-1] == pytest.approx(list(direct.obj), rel=1e-6)
+
+
+def test_faiss_takes_a_warm_start():
+    pytest.importorskip("faiss")
+    points = mixture()
+    start = protoclip.kmeans(points, 25, num_iters=3)
+    clusters = protoclip.kmeans(points, 25, num_iters=4, init=start.centroids, backend="faiss")
+    assert clusters.history[0] == pytest.approx(start.inertia, rel=1e-5)
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_inertia_in_faiss_units_is_ours(spherical):
+    """The history of both counts squared distances, spherical too."""
+    pytest.importorskip("faiss")
+    points = F.normalize(mixture(), dim=1)
+    start = F.normalize(points[:25], dim=1)
+    settings = {"num_iters": 1, "init": start, "spherical": spherical}
+    ours = protoclip.kmeans(points, 25, **settings).history
+    theirs = protoclip.kmeans(points, 25, backend="faiss", **settings).history
+    assert theirs == pytest.approx(ours, rel=1e-4)
+
+
+def test_faiss_missing_or_asked_too_much(monkeypatch):
+    points = torch.randn(30, 4)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "faiss", None)
+        with pytest.raises(RuntimeError, match="pip install faiss-cpu"):
+            protoclip.kmeans(points, 3, backend="faiss")
+    pytest.importorskip("faiss")
+    with pytest.raises(ValueError, match="init='random' or a Tensor"):
+        protoclip.kmeans(points, 3, backend="faiss", init="k-means++")
+
+
+def _rank(rank, store, points, results):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    group = dist.group.WORLD
+    mine = points[:130] if rank == 0 else points[130:]  # unequal slices
+    out = {}
+    for init in ("random", "k-means++"):
+        clusters = protoclip.kmeans(mine, 20, num_iters=6, init=init, group=group)
+        out[init] = (clusters.centroids, clusters.labels, clusters.counts, clusters.history)
+    torch.save(out, f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    points = mixture(n=400)
+    mp.spawn(_rank, (tmp_path / "store", points, tmp_path), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for init in ("random", "k-means++"):
+        alone = protoclip.kmeans(points, 20, num_iters=6, init=init)
+        for centroids, _, counts, history in (rank[init] for rank in ranks):
+            torch.testing.assert_close(centroids, alone.centroids)
+            assert torch.equal(counts, alone.counts)
+            assert history == pytest.approx(alone.history, rel=1e-6)
+        labels = torch.cat([rank[init][1] for rank in ranks])
+        assert torch.equal(labels, alone.labels)
+        assert torch.equal(ranks[0][init][0], ranks[1][init][0])

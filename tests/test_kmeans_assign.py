@@ -1,0 +1,259 @@
+"""Nearest centroid: no label may cost more than the best one, up to the rounding of fp32 itself.
+
+Ties are legal, so what a label achieves is compared, not the label: the fp64 distance to its
+centroid against the fp64 brute force on the same (rounded) inputs.
+"""
+
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import protoclip
+from protoclip.ops.backends import TABLE
+
+HERE = Path(__file__).parent
+NATIVE_MISSING = protoclip.backends("kmeans_assign").get("cpu")
+native = pytest.mark.skipif(NATIVE_MISSING is not None, reason=str(NATIVE_MISSING))
+ROUNDING = 8 * torch.finfo(torch.float32).eps  # relative, of an fp32 sum of (x - c)^2, D <= 1024
+
+
+def usable():
+    rows = TABLE["kmeans_assign"]
+    return [
+        name
+        for name, reason in protoclip.backends("kmeans_assign").items()
+        if reason is None and "cpu" in (rows[name].device_types or ("cpu",))
+    ]
+
+
+def log_uniform(n):
+    return 10 ** torch.empty(n, 1).uniform_(-3, 3)
+
+
+def random(n, k, d):
+    return torch.randn(n, d), torch.randn(k, d)
+
+
+def clustered(n, k, d):
+    centres = torch.randn(k, d)
+    return centres[torch.randint(k, (n,))] + 0.3 * torch.randn(n, d), centres
+
+
+def norms(n, k, d):
+    """Of points and of centroids, from 1e-3 to 1e3."""
+    return torch.randn(n, d) * log_uniform(n), torch.randn(k, d) * log_uniform(k)
+
+
+def far_from_zero(n, k, d):
+    """A shared mean that is far larger than the spread."""
+    return 300 + torch.randn(n, d), 300 + torch.randn(k, d)
+
+
+def near_ties(n, k, d):
+    """All centroids within 1e-4 of one point."""
+    return torch.randn(n, d), torch.randn(1, d) + 1e-4 * torch.randn(k, d)
+
+
+def on_the_border(n, k, d):
+    """Points halfway between two centroids, up to 1e-6."""
+    c = torch.randn(k, d)
+    i, j = torch.randint(k, (2, n))
+    return (c[i] + c[j]) / 2 + 1e-6 * torch.randn(n, d), c
+
+
+def sparse(n, k, d):
+    """Three coordinates of each row: what 8-bit codes like least."""
+    x = torch.zeros(n, d).scatter_(1, torch.randint(d, (n, 3)), torch.randn(n, 3))
+    return x, x[:k] + 0.01 * torch.randn(k, d)
+
+
+def outlying_dimensions(n, k, d):
+    scale = torch.ones(d)
+    scale[:2] = 50
+    return torch.randn(n, d) * scale, torch.randn(k, d) * scale
+
+
+def duplicates(n, k, d):
+    return torch.randn(n, d), torch.randn(k // 3 + 1, d).repeat(3, 1)[:k]
+
+
+def integers(n, k, d):
+    """Exact ties in abundance."""
+    return torch.randint(-3, 4, (n, d)).float(), torch.randint(-3, 4, (k, d)).float()
+
+
+KINDS = [
+    random,
+    clustered,
+    norms,
+    far_from_zero,
+    near_ties,
+    on_the_border,
+    sparse,
+    outlying_dimensions,
+    duplicates,
+    integers,
+]
+
+
+def squared_distances(x, c):
+    direct = "donot_use_mm_for_euclid_dist"  # sums of (x - c)^2
+    return torch.cdist(x.double(), c.double(), compute_mode=direct).square()
+
+
+def assert_nearest(x, c, labels, squared):
+    cancelled = 1e-14 * x.double().square().sum(dim=1).amax().item() if len(x) else 0  # reference
+    for part in range(0, len(x), 1 << 14):
+        rows = slice(part, part + (1 << 14))
+        truth = squared_distances(x[rows], c)
+        best = truth.amin(dim=1)
+        achieved = truth.gather(1, labels[rows, None])[:, 0]
+        assert (achieved <= best * (1 + ROUNDING) + cancelled).all()
+        torch.testing.assert_close(squared[rows].double(), achieved, rtol=ROUNDING, atol=cancelled)
+
+
+@native
+@pytest.mark.parametrize("kind", KINDS, ids=lambda f: f.__name__)
+def test_a_million_labels_against_fp64(kind):
+    torch.manual_seed(0)
+    x, c = kind(100_000, 67, 24)  # ten kinds; K past one panel of 48, D past one vector
+    assert_nearest(x, c, *protoclip.kmeans_assign(x, c, backend="cpu"))
+
+
+# D: below and past a vector and a transform, the widths of the models; K: a panel, chunks of panels
+@pytest.mark.parametrize("shape", [(70, 600, 3), (300, 49, 128), (130, 1300, 97), (65, 130, 768)])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("backend", usable())
+def test_shapes(backend, kind, shape):
+    torch.manual_seed(1)
+    n, k, d = shape
+    x, c = kind(max(n, k), k, d)
+    assert_nearest(x[:n], c, *protoclip.kmeans_assign(x[:n], c, backend=backend))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", usable())
+def test_half_precision_with_large_norms(backend, dtype):
+    torch.manual_seed(2)
+    x, c = (2000 * z.to(dtype) for z in random(500, 90, 200))
+    assert_nearest(x, c, *protoclip.kmeans_assign(x, c, backend=backend))
+
+
+@pytest.mark.parametrize("backend", usable())
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 150), k=st.integers(1, 120), d=st.integers(1, 70), seed=st.integers(0, 1 << 30)
+)
+def test_any_shape_and_stride(backend, n, k, d, seed):
+    torch.manual_seed(seed)
+    x, c = torch.randn(d, 2 * n).T[::2], torch.randn(d, k).T
+    assert_nearest(x, c, *protoclip.kmeans_assign(x, c, backend=backend))
+
+
+@pytest.mark.parametrize("backend", usable())
+def test_equal_centroids_give_the_lowest_index(backend, request):
+    if backend == "reference":
+        reason = "BLAS rounds equal columns apart by their place, depending on threads; issue 5"
+        request.applymarker(pytest.mark.xfail(reason=reason))
+    x, c = torch.randn(200, 40), torch.randn(7, 40)
+    labels, _ = protoclip.kmeans_assign(x, c.repeat(30, 1), backend=backend)
+    assert torch.equal(labels, protoclip.kmeans_assign(x, c, backend="reference")[0])
+
+
+@pytest.mark.parametrize("backend", usable())
+@pytest.mark.parametrize("size", [1e-25, 1e18, 1e25])
+def test_sizes_whose_squares_leave_fp32(backend, size, request):
+    if backend == "cpu" and size < 1:
+        reason = "squares that underflow fp32 all tie at 0 in the C++ backend; issue 5"
+        request.applymarker(pytest.mark.xfail(reason=reason))
+    torch.manual_seed(3)
+    x, c = random(40, 9, 16)
+    want, _ = protoclip.kmeans_assign(x, c, backend="reference")
+    labels, squared = protoclip.kmeans_assign(x * size, c * size, backend=backend)
+    assert torch.equal(labels, want)
+    assert (squared == (0 if size < 1 else math.inf)).all() or size == 1e18
+
+
+@pytest.mark.parametrize("backend", usable())
+def test_a_bad_row_spoils_no_other(backend):
+    torch.manual_seed(4)
+    x, c = random(50, 20, 30)
+    clean, _ = protoclip.kmeans_assign(x, c, backend=backend)
+    x[7, 3], x[21] = math.nan, math.nan
+    labels, squared = protoclip.kmeans_assign(x, c, backend=backend)
+    bad = torch.zeros(50, dtype=torch.bool)
+    bad[[7, 21]] = True
+    assert (labels[bad] == -1).all() and squared[bad].isnan().all()
+    assert torch.equal(labels[~bad], clean[~bad]) and squared[~bad].isfinite().all()
+
+
+@native
+def test_same_bits_with_one_thread_and_two_and_alone():
+    torch.manual_seed(5)
+    x, c = near_ties(3000, 500, 64)
+    threads = torch.get_num_threads()
+    try:
+        runs = []
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            runs.append(protoclip.kmeans_assign(x, c, backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    runs.append(protoclip.kmeans_assign(x[1001:2000], c, backend="cpu"))
+    runs[-1] = tuple(torch.cat([a[:1001], b, a[2000:]]) for a, b in zip(*runs[::3], strict=True))
+    for labels, squared in runs[1:]:
+        assert torch.equal(labels, runs[0][0]) and torch.equal(squared, runs[0][1])
+
+
+@pytest.mark.parametrize("backend", usable())
+def test_operator_contract(backend):
+    x, c = torch.randn(9, 5), torch.randn(4, 5)
+    torch.library.opcheck(torch.ops.protoclip.kmeans_assign.default, (x, c, backend, True))
+    compiled = torch.compile(
+        lambda a, b: protoclip.kmeans_assign(a, b, backend=backend),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    for got, want in zip(
+        compiled(x, c), protoclip.kmeans_assign(x, c, backend=backend), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", usable())
+def test_precision_is_a_permission(backend):
+    x, c = random(300, 50, 33)
+    labels, squared = protoclip.kmeans_assign(x, c, precision="bf16", backend=backend)
+    assert_nearest(x, c, labels, squared)  # on the CPU exact labels are the fast ones
+    with pytest.raises(ValueError, match="precision in"):
+        protoclip.kmeans_assign(x, c, precision="fp8", backend=backend)
+
+
+VECTORS = {
+    "avx512": ["-march=native", "-DCPU_CAPABILITY_AVX512"],
+    "avx2": ["-mavx2", "-mfma", "-DCPU_CAPABILITY_AVX2"],
+    "plain": [],
+}
+
+
+@pytest.mark.parametrize("vectors", VECTORS)
+def test_tiles_of_every_vector_width(vectors, tmp_path):
+    """Each width of csrc/int8_tile.h, and the codes' bounds, against scalar loops."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    needs = {"avx512": "avx512_vnni", "avx2": "avx2", "plain": ""}[vectors]
+    if shutil.which("g++") is None or needs not in flags:
+        pytest.skip(f"needs g++ and a CPU with {needs or 'anything'}")
+    program = tmp_path / "tile"
+    source = HERE / "int8_tile_check.cpp"
+    command = ["g++", "-O2", "-std=c++17", *VECTORS[vectors], str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    result = subprocess.run([str(program)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    lanes = {"avx512": 16, "avx2": 8, "plain": 8}[vectors]
+    assert f"lanes {lanes}" in result.stdout

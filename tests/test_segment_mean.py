@@ -1,0 +1,100 @@
+"""Segment means: values within the error budget, the same bits always, every label defined."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import protoclip
+from protoclip.ops.backends import TABLE
+
+NATIVE_MISSING = protoclip.backends("segment_mean").get("cpu")
+native = pytest.mark.skipif(NATIVE_MISSING is not None, reason=str(NATIVE_MISSING))
+EPS = torch.finfo(torch.float32).eps
+
+
+def usable():
+    rows = TABLE["segment_mean"]
+    return [
+        name
+        for name, reason in protoclip.backends("segment_mean").items()
+        if reason is None and "cpu" in (rows[name].device_types or ("cpu",))
+    ]
+
+
+def truth(values, labels, k):
+    kept = labels >= 0
+    sums = torch.zeros(k, values.shape[1], dtype=torch.float64)
+    sums.index_add_(0, labels[kept], values[kept].double())
+    counts = torch.bincount(labels[kept], minlength=k)
+    return sums / counts.clamp_min(1)[:, None], counts
+
+
+def assert_means(values, labels, k, backend, pieces=256):
+    """An fp32 sum of at most ``pieces`` terms, each mean's error within its worst case."""
+    means, counts = protoclip.segment_mean(values, labels, k, backend=backend)
+    want, want_counts = truth(values, labels, k)
+    size, _ = truth(values.double().abs(), labels, k)
+    assert means.dtype == torch.float32 and torch.equal(counts, want_counts)
+    terms = counts.clamp(1, pieces)[:, None] + 2
+    assert ((means.double() - want).abs() <= terms * EPS / 2 * size).all()
+
+
+# One segment; far more than rows; one huge among small ones; a piece's edge at 256 and 257
+@pytest.mark.parametrize("shape", [(1000, 1, 16), (50, 400, 7), (3000, 20, 130), (513, 2, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", usable())
+def test_within_the_rounding_of_fp32_sums(backend, dtype, shape):
+    torch.manual_seed(0)
+    n, k, d = shape
+    labels = torch.randint(-1, k, (n,))
+    labels[: n // 2] = k - 1
+    assert_means(torch.randn(n, d).to(dtype) + 3, labels, k, backend)
+
+
+@pytest.mark.parametrize("backend", usable())
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 700), k=st.integers(1, 40), d=st.integers(1, 40), seed=st.integers(0, 1 << 30)
+)
+def test_any_shape_and_stride(backend, n, k, d, seed):
+    torch.manual_seed(seed)
+    values = torch.randn(d, 2 * n).T[::2]
+    labels = torch.randint(-1, k, (n, 2))[:, 0]
+    assert_means(values, labels, k, backend)
+
+
+@native
+def test_same_bits_with_one_thread_and_two():
+    torch.manual_seed(1)
+    values, labels = torch.randn(20_000, 33), torch.randint(-1, 50, (20_000,))
+    labels[:9000] = 7
+    threads = torch.get_num_threads()
+    try:
+        runs = []
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            runs.append(protoclip.segment_mean(values, labels, 50, backend="cpu")[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[1], runs[2])
+
+
+@pytest.mark.parametrize("backend", usable())
+def test_a_label_past_the_end_is_refused(backend):
+    with pytest.raises(ValueError, match="labels below num_segments=3, got 3"):
+        protoclip.segment_mean(torch.randn(4, 2), torch.tensor([0, 3, 1, 2]), 3, backend=backend)
+
+
+@pytest.mark.parametrize("backend", usable())
+def test_not_a_number_stays_in_its_segment(backend):
+    values = torch.ones(6, 3)
+    values[2, 1] = torch.nan
+    means, _ = protoclip.segment_mean(values, torch.tensor([0, 0, 1, 1, 2, 2]), 4, backend=backend)
+    assert means[1, 1].isnan() and means.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("backend", usable())
+def test_operator_contract(backend):
+    args = (torch.randn(9, 5), torch.randint(0, 4, (9,)), 4, backend)
+    torch.library.opcheck(torch.ops.protoclip.segment_mean.default, args)

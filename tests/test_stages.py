@@ -1,0 +1,201 @@
+"""Model, checkpoint, teacher, episode: what each stage hands to the next."""
+
+import math
+import pickle
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+
+from protoclip import checkpoint
+from protoclip.config import EpisodeConfig, LossConfig, ModelConfig
+from protoclip.data import build_transform, open_dataset
+from protoclip.episode import IGNORE, build_episode
+from protoclip.features import Features, extract
+from protoclip.losses import ProtoLoss
+from protoclip.model import Encoded, build_model, register_configs
+from protoclip.teacher import load_teacher, pca
+
+N, DATASET = 60, 80
+
+
+def unit(*shape, dtype=torch.float64):
+    return F.normalize(torch.randn(*shape, dtype=dtype), dim=1)
+
+
+@pytest.fixture
+def features():
+    torch.manual_seed(0)
+    index = torch.randperm(DATASET)[:N]
+    return Features(index, unit(N, 16), unit(N, 16), unit(N, 8), unit(N, 8))
+
+
+def episode_of(features, teachers=None, previous=None, **settings):
+    config = EpisodeConfig(clusters=7, **settings)
+    generator = torch.Generator().manual_seed(1)
+    keys = [f"key{i}" for i in range(DATASET)]
+    return build_episode(features, teachers or {}, config, generator, previous, keys=keys)
+
+
+class TestEpisode:
+    def test_back_translation_and_targets_are_the_authors_formulas(self, features):
+        episode = episode_of(features, {"external": torch.randn(DATASET, 5)})
+        assert [(s.source, s.student) for s in episode.internal] == [
+            ("image", "text"),
+            ("text", "image"),
+        ]
+        for item in (*episode.internal, *episode.external):
+            own = getattr(features, f"{item.student}_h")
+            labels = item.labels[features.index]
+            for k in range(len(item.counts)):
+                mean = own[labels == k].mean(dim=0)
+                assert (item.prototypes[k] - mean).abs().max() < 1e-12
+            if item.targets is not None:
+                centroids = episode.clusterings[item.source].centroids
+                teacher = torch.softmax(centroids @ centroids.T / 0.01, dim=1)
+                assert (item.targets - teacher @ item.prototypes).abs().max() < 1e-12
+        assert all(item.targets is None for item in episode.external)
+
+    def test_labels_are_found_by_position_and_no_cluster_is_empty(self, features):
+        item = episode_of(features).internal[0]
+        outside = torch.ones(DATASET, dtype=torch.bool)
+        outside[features.index] = False
+        assert (item.labels[outside] == IGNORE).all()
+        counts = torch.bincount(item.labels[features.index], minlength=len(item.counts))
+        assert torch.equal(counts, item.counts) and (counts > 0).all()
+
+    def test_without_back_translation_the_raw_centroids_serve(self, features):
+        episode = episode_of(features, pbt=False)
+        for item in episode.internal:
+            assert item.prototypes is episode.clusterings[item.source].centroids
+
+    def test_a_warm_start_changes_few_labels(self, features):
+        first = episode_of(features, kmeans_max_iter=50)
+        second = episode_of(features, previous=first, kmeans_max_iter=50)
+        assert second.metrics["image_churn"] < 0.05
+
+    def test_bad_features_are_refused_by_key(self, features):
+        features.image_h[3, 2] = math.nan
+        with pytest.raises(ValueError, match=f"'key{int(features.index[3])}'"):
+            episode_of(features)
+
+    def test_too_many_clusters(self, features):
+        with pytest.raises(ValueError, match="--k 6"):
+            build_episode(
+                features,
+                {},
+                EpisodeConfig(clusters=N + 1),
+                torch.Generator(),
+                None,
+                keys=["x"] * DATASET,
+            )
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(features):
+    episode = episode_of(features, {"external": torch.randn(DATASET, 5)})
+    u = Encoded(features.image, features.text)
+    h = Encoded(features.image_h, features.text_h)
+    scale = torch.tensor(10.0, dtype=torch.float64)
+
+    def losses(*weights, episode=episode):
+        return ProtoLoss(LossConfig(*weights))(u, h, features.index, scale, scale, episode)
+
+    whole = losses(1.0, 2.0, 0.5)
+    terms = whole.terms
+    want = terms["contrastive_loss"] + 2 * terms["proto_loss"] + 0.5 * terms["external_loss"]
+    assert (whole.total - want).abs() < 1e-12
+    assert set(losses(1.0, 0.0, 0.0).terms) == {"contrastive_loss"}
+    assert set(losses(1.0, 1.0, 1.0, episode=None).terms) == {"contrastive_loss"}
+    assert 0 <= whole.accuracy["proto_accuracy"] <= 1
+    with pytest.raises(ValueError, match="infonce-warmup-epoch 0"):
+        losses(0.0, 1.0, 1.0, episode=None)
+
+
+class TestModel:
+    def test_heads_start_equal_and_stay_outside_openclips_state(self):
+        model = build_model(ModelConfig())
+        for a, b in zip(model.image_head.parameters(), model.text_head.parameters(), strict=True):
+            assert torch.equal(a, b) and a is not b
+        fresh = open_clip.create_model(register_configs("protoclip-tiny"))
+        fresh.load_state_dict(model.clip.state_dict(), strict=True)
+
+    def test_a_round_trip_through_a_checkpoint(self, tmp_path):
+        model, other = build_model(ModelConfig()), build_model(ModelConfig())
+        payload = {"state_dict": model.clip.state_dict(), "protoclip": model.extra_state()}
+        checkpoint.save(tmp_path / "x.pt", payload)
+        other.load_state(checkpoint.load(tmp_path / "x.pt"))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+        )
+        clip = open_clip.create_model("protoclip-tiny", pretrained=str(tmp_path / "x.pt"))
+        assert torch.equal(clip.logit_scale, model.clip.logit_scale)
+
+    def test_scales_are_clamped(self):
+        model = build_model(ModelConfig())
+        with torch.no_grad():
+            model.logit_scale_proto.fill_(9.0)
+            model.clip.logit_scale.fill_(-1.0)
+        model.clamp_scales()
+        assert model.proto_scale.item() == pytest.approx(100) and model.logit_scale == 1
+
+    def test_a_misspelt_name_gets_a_hint(self):
+        with pytest.raises(ValueError, match="ViT-B-32"):
+            build_model(ModelConfig(model="ViT-B32"))
+
+
+class TestCheckpoint:
+    def test_a_torn_file_and_a_missing_one(self, tmp_path):
+        checkpoint.save(tmp_path / "x.pt", {"a": torch.ones(1000)})
+        torn = tmp_path / "torn.pt"
+        torn.write_bytes((tmp_path / "x.pt").read_bytes()[:700])
+        with pytest.raises(ValueError, match="cannot be read"):
+            checkpoint.load(torn)
+        with pytest.raises(ValueError, match="found none"):
+            checkpoint.load(tmp_path / "y.pt")
+
+    def test_a_failed_write_leaves_the_old_file(self, tmp_path):
+        checkpoint.save(tmp_path / "x.pt", {"a": 1})
+        with pytest.raises((AttributeError, pickle.PicklingError)):
+            checkpoint.save(tmp_path / "x.pt", {"a": lambda: 0})
+        assert checkpoint.load(tmp_path / "x.pt") == {"a": 1}
+        assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+class TestTeacher:
+    dataset = open_dataset("builtin:shapes:40")
+
+    def test_files_and_their_keys(self, tmp_path):
+        rows = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+        np.save(tmp_path / "a.npy", rows)
+        np.savez(tmp_path / "b.npz", features=rows, keys=np.array(list(self.dataset.keys)))
+        np.savez(tmp_path / "c.npz", features=rows, keys=np.array(list(self.dataset.keys)[::-1]))
+        for name in ("a.npy", "b.npz"):
+            got = load_teacher(str(tmp_path / name), self.dataset, dim=0)
+            assert torch.equal(got, torch.from_numpy(rows))
+        with pytest.raises(ValueError, match="keys"):
+            load_teacher(str(tmp_path / "c.npz"), self.dataset)
+        np.save(tmp_path / "d.npy", rows[:9])
+        with pytest.raises(ValueError, match="one row per sample"):
+            load_teacher(str(tmp_path / "d.npy"), self.dataset)
+
+    def test_pca_keeps_the_largest_directions(self):
+        torch.manual_seed(0)
+        x = torch.randn(200, 3) @ torch.diag(torch.tensor([5.0, 1.0, 0.01]))
+        got = pca(x, 2)
+        want = torch.pca_lowrank(x, 2, center=True, niter=8)
+        spread = (want[0] * want[1]).abs()
+        torch.testing.assert_close(got.abs(), spread, rtol=1e-3, atol=1e-3)
+
+
+def test_features_do_not_depend_on_the_training_mode():
+    dataset = open_dataset("builtin:shapes:20")
+    model = build_model(ModelConfig()).train()
+    transform = build_transform(model.image_size, model.mean, model.std, "none")
+    settings = {"transform": transform, "batch_size": 8, "device": torch.device("cpu"), "seed": 0}
+    first = extract(model, dataset, torch.arange(20), **settings)
+    again = extract(model.eval(), dataset, torch.arange(20), **settings)
+    assert torch.equal(first.image_h, again.image_h) and not model.training
+    torch.testing.assert_close(first.text_h.norm(dim=1), torch.ones(20))

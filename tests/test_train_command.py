@@ -1,0 +1,77 @@
+"""``python -m protoclip.train`` as a user runs it: it learns, repeats, and refuses in words."""
+
+import json
+
+import pytest
+import torch
+
+from protoclip import checkpoint
+from protoclip.train import main
+
+SMALL = ["--train-data", "builtin:shapes:600", "--batch-size", "64", "--report-to", "none"]
+
+
+def run(tmp_path, name, *flags):
+    assert main(["--logs", str(tmp_path), "--name", name, *SMALL, *flags]) == 0
+    return tmp_path / name
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [(r["step"], r["loss"]) for r in lines(folder) if "loss" in r]
+
+
+@pytest.mark.parametrize("method", ["clip", "protoclip"])
+def test_the_same_seed_repeats_bit_for_bit(tmp_path, method):
+    flags = ["--method", method, "--max-steps", "12", "--infonce-warmup-epoch", "0"]
+    first, again = (run(tmp_path, name, *flags) for name in ("first", "again"))
+    assert losses(first) == losses(again) and len(losses(first)) == 12
+    weights = [
+        checkpoint.load(folder / "checkpoints" / checkpoint.LATEST)["state_dict"]
+        for folder in (first, again)
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_it_learns_and_leaves_a_whole_run_folder(tmp_path):
+    folder = run(tmp_path, "learns", "--epochs", "12", "--infonce-warmup-epoch", "1")
+    before, *_, after = [r["contrastive_loss"] for r in lines(folder) if "contrastive_loss" in r]
+    assert after < before - 1.0  # nats; chance is ln 64 = 4.2
+    results = json.loads((folder / "results.json").read_text())
+    assert results
+    last = [r for r in lines(folder) if "loss" in r][-1]
+    names = {"step", "samples", "contrastive_loss", "proto_loss", "logit_scale", "lr"}
+    assert names <= set(last)
+    for name in ("config.json", "out.log", "curves.png", "prototypes.png"):
+        assert (folder / name).stat().st_size > 100, name
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", "no-such-model"], "no-such-model"),
+        (["--train-data", "no/such/file.csv"], "no/such/file.csv"),
+        (["--train-data", "builtin:nothing"], "builtin:nothing"),
+        (["--k", "100000"], "--k"),
+        (["--batch-size", "5000"], "--batch-size"),
+        (["--external-teacher", "missing.npy"], "missing.npy"),
+        (["--device", "cuda:9"], "cuda:9"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_end_in_one_message(tmp_path, capsys, flags, words):
+    code = main(["--logs", str(tmp_path), "--name", "bad", *SMALL, *flags])
+    message = capsys.readouterr().err
+    assert code == 2 and words in message and "Traceback" not in message
+    assert not (tmp_path / "bad" / "checkpoints" / checkpoint.LATEST).exists()
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious.txt").write_text("mine")
+    assert main(["--logs", str(tmp_path), "--name", "taken", *SMALL]) == 2
+    assert "taken" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "taken").iterdir()] == ["precious.txt"]

