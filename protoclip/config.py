@@ -129,7 +129,7 @@ class LossConfig:
 class OptimConfig:
     """Optimisation"""
 
-    epochs: float = option(36.0, "passes over the data", low=0)
+    epochs: float = option(33.0, "passes over the data", low=0)
     max_steps: int = option(
         0, "stop after this many steps; the schedule shrinks with it; 0: no limit", low=0
     )
