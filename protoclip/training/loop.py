@@ -20,6 +20,7 @@ from protoclip.losses import Losses, ProtoLoss
 from protoclip.model import ProtoModel
 from protoclip.training.ema import MovingAverage
 from protoclip.training.engine import Optimiser, autocast_for
+from protoclip.training.gradients import norms_by_part
 from protoclip.training.phases import Phases
 from protoclip.training.plan import EPISODES, Plan, draw, learning_rate
 from protoclip.training.run_folder import RunFolder
@@ -227,6 +228,7 @@ class Trainer:
             "logit_scale_raw": self.model.clip.logit_scale,
             "logit_scale_proto_raw": self.model.logit_scale_proto,
             "grad_norm": norm,
+            **norms_by_part(self.model, norm, self.config.optim.grad_clip_norm),
         }
         values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()]).tolist()
         record = dict(zip(scalars, values, strict=True))
