@@ -30,6 +30,8 @@ SELECTION_SEEDS = (1000, 1001)
 SCORED = ("group/lp_acc1", "subgroup/lp_acc1", "group/ami", "subgroup/ami")
 SCORED += ("text_retrieval_recall@5", "image_retrieval_recall@5")
 STAGES = ("select", "overhead", "main", "report")
+# Flags and threads: the study's model as its runs have it, and the built-in run with all cores.
+OVERHEAD = {"study": ([], 1), "protoclip-tiny": (["--model", "protoclip-tiny"], 0)}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -149,35 +151,44 @@ def select(out: Path, jobs: int, epochs: float, seeds: Sequence[int]) -> dict[st
     return record
 
 
-def measure_overhead(out: Path, chosen: Sequence[str], repeats: int = 3) -> dict[str, Any]:
-    """Cost of an epoch by phase, interleaved in this process, minima; writes overhead.json."""
+def measure_overhead(
+    out: Path, chosen: Sequence[str], model: str, repeats: int = 2
+) -> dict[str, Any]:
+    """Cost of an epoch by phase, interleaved in this process, minima; adds to overhead.json."""
     import torch
 
     from benchmarks.study_runs import episode_seconds
 
-    tiny = ["--model", "protoclip-tiny"]
+    flags, threads = OVERHEAD[model]
+    torch.set_num_threads(threads or os.cpu_count() or 1)
     variants = {
         "CLIP": study_rows.CLIP,
         "extract": [*chosen, "--episode-features", "extract"],
         "reuse": [*chosen, "--episode-features", "reuse"],
     }
-    record: dict[str, Any] = {"threads": torch.get_num_threads(), "machine": machine()}
-    for model, flags in (("study", []), ("protoclip-tiny", tiny)):
-        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
-        for _ in range(repeats):
-            for name, own in variants.items():
-                rounds[name].append(episode_seconds([*flags, *own]))
-        phases = {
-            name: {phase: min(one[phase] for one in measured) for phase in measured[0]}
-            for name, measured in rounds.items()
-        }
-        totals = {name: sum(values.values()) for name, values in phases.items()}
-        ratios = {name: total / totals["CLIP"] for name, total in totals.items()}
-        record[model] = {"seconds": phases, "total": totals, "ratio": ratios}
-        for name, values in phases.items():
-            shown = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in values.items())
-            print(f"{model} {name}: {totals[name]:.2f} s an epoch, {ratios[name]:.3f}x ({shown})")
-    _write(out / "overhead.json", record)
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, own in variants.items():
+            rounds[name].append(episode_seconds([*flags, *own]))
+    phases = {
+        name: {phase: min(one[phase] for one in measured) for phase in measured[0]}
+        for name, measured in rounds.items()
+    }
+    totals = {name: sum(values.values()) for name, values in phases.items()}
+    ratios = {name: total / totals["CLIP"] for name, total in totals.items()}
+    for name, values in phases.items():
+        shown = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in values.items())
+        print(f"{model} {name}: {totals[name]:.2f} s an epoch, {ratios[name]:.3f}x ({shown})")
+    path = out / "overhead.json"
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    record[model] = {
+        "threads": torch.get_num_threads(),
+        "machine": machine(),
+        "seconds": phases,
+        "total": totals,
+        "ratio": ratios,
+    }
+    _write(path, record)
     return record
 
 
@@ -239,8 +250,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         select(out, args.jobs, epochs, SELECTION_SEEDS)
     if "overhead" in stages and not args.quick:
         flags = json.loads((out / "selection.json").read_text())["ProtoCLIP"]["flags"]
-        if not (out / "overhead.json").is_file() or args.stage == "overhead":
-            measure_overhead(out, flags)
+        path = out / "overhead.json"
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        for model in OVERHEAD:
+            if args.stage == "overhead" or model not in known:
+                measure_overhead(out, flags, model)
     tasks = main_tasks(out, seeds, epochs, study_rows.QUICK_ROWS if args.quick else ())
     if "main" in stages:
         do_all(tasks, out, args.jobs)

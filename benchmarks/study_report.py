@@ -187,24 +187,23 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 
 def overhead_lines(out: Path) -> str:
-    """The cost of an epoch with prototypes, as measured in one process."""
+    """Table of the cost of an epoch with prototypes, measured beside CLIP's in one process."""
     path = out / "overhead.json"
     if not path.is_file():
         return ""
     record = json.loads(path.read_text())
-    machine = record["machine"]
     lines = []
-    for model in ("protoclip-tiny", "study"):
-        ratio, seconds = record[model]["ratio"], record[model]["seconds"]
+    for model, one in record.items():
         for name in ("extract", "reuse"):
-            extra = ", ".join(
-                f"{phase} {value:.2f}"
-                for phase, value in seconds[name].items()
-                if phase not in ("data", "evaluation", "checkpoint")
+            phases = ", ".join(
+                f"{phase} {one['seconds']['CLIP'].get(phase, 0):.2f} → {value:.2f}"
+                for phase, value in one["seconds"][name].items()
+                if phase not in ("evaluation", "checkpoint")
             )
-            lines.append(f"{model}, `{name}`: {ratio[name]:.2f}× CLIP ({extra} s an epoch)")
-    where = f"{machine['cpu']}, {machine['simd']}, {record['threads']} threads"
-    return f"Cost of an epoch with prototypes, one process, {where}: " + "; ".join(lines) + "."
+            machine = f"{one['machine']['cpu']}, {one['threads']} threads"
+            lines.append(f"| {model} | {name} | {one['ratio'][name]:.2f}× | {phases} | {machine} |")
+    head = "| model | features | of a CLIP epoch | seconds, CLIP → ProtoCLIP | machine |"
+    return "\n".join([head, "|---|---|---|---|---|", *lines])
 
 
 def section(summary: Mapping[str, Any], out: Path) -> str:
@@ -224,6 +223,8 @@ def section(summary: Mapping[str, Any], out: Path) -> str:
             short_table(summary),
             "",
             verdict(summary),
+            "",
+            "What an epoch with prototypes costs, interleaved with CLIP's in one process:",
             "",
             overhead_lines(out),
         ]
