@@ -16,6 +16,7 @@ from protoclip.features import Features, FeatureStore
 from protoclip.flags import build_parser, load_preset, parse, preset_names
 from protoclip.losses import similarity_distillation
 from protoclip.model import Encoded, build_model
+from protoclip.training.ema import MovingAverage
 from protoclip.training.loop import Trainer
 from protoclip.training.phases import Phases
 from protoclip.training.plan import make_plan
@@ -142,6 +143,22 @@ class TestDiagnostics:
         last = lines[-1]
         parts = [last[f"grad_norm_{part}"] for part in ("image", "text", "heads", "scales")]
         assert math.hypot(*parts) == pytest.approx(last["grad_norm"], rel=1e-3)
+
+
+def test_the_average_follows_the_weights():
+    layer = torch.nn.BatchNorm1d(2)
+    average = MovingAverage(layer, 0.5)
+    with torch.no_grad():
+        layer.weight.fill_(3.0)
+        layer.running_mean.fill_(7.0)
+    average.update(layer, 1)  # decay (1 + 1) / (10 + 1)
+    assert average.model.weight.tolist() == pytest.approx([3 - 2 * 2 / 11] * 2)
+    average.update(layer, 100)  # decay 0.5
+    assert average.model.weight.tolist() == pytest.approx([3 - 2 / 11] * 2)
+    assert average.model.running_mean.tolist() == [7, 7] and layer.weight.tolist() == [3, 3]
+    other = MovingAverage(torch.nn.BatchNorm1d(2), 0.5)
+    other.load_state_dict(average.state_dict())
+    assert torch.equal(other.model.weight, average.model.weight)
 
 
 class TestStore:
