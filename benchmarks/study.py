@@ -152,12 +152,12 @@ def select(out: Path, jobs: int, epochs: float, seeds: Sequence[int]) -> dict[st
 
 
 def measure_overhead(
-    out: Path, chosen: Sequence[str], model: str, repeats: int = 2
+    out: Path, chosen: Sequence[str], model: str, repeats: int = 3
 ) -> dict[str, Any]:
-    """Cost of an epoch by phase, interleaved in this process, minima; adds to overhead.json."""
+    """Cost of an epoch by phase, variants interleaved, fastest steps; adds to overhead.json."""
     import torch
 
-    from benchmarks.study_runs import episode_seconds
+    from benchmarks.study_runs import episode_seconds, epoch_seconds
 
     flags, threads = OVERHEAD[model]
     torch.set_num_threads(threads or os.cpu_count() or 1)
@@ -166,14 +166,12 @@ def measure_overhead(
         "extract": [*chosen, "--episode-features", "extract"],
         "reuse": [*chosen, "--episode-features", "reuse"],
     }
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    rounds: dict[str, list[dict[str, list[float]]]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, own in variants.items():
             rounds[name].append(episode_seconds([*flags, *own]))
-    phases = {
-        name: {phase: min(one[phase] for one in measured) for phase in measured[0]}
-        for name, measured in rounds.items()
-    }
+    steps = max(len(one["forward"]) for one in rounds["CLIP"]) // 2
+    phases = {name: epoch_seconds(measured, steps) for name, measured in rounds.items()}
     totals = {name: sum(values.values()) for name, values in phases.items()}
     ratios = {name: total / totals["CLIP"] for name, total in totals.items()}
     for name, values in phases.items():

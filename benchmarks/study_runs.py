@@ -8,6 +8,7 @@ these and from the Noto drawings of all concepts but the selection's.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import tempfile
 import time
@@ -36,6 +37,7 @@ from protoclip.training.run_folder import RunFolder
 DATA = "builtin:emoji"
 SELECTION_PERCENT, SELECTION_SEED = 20, 20261125
 CPU = torch.device("cpu")
+STEP_PHASES, EPISODE_PHASES = ("data", "forward", "backward"), ("features", "clusters")
 
 
 def split_concepts(stage: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -123,19 +125,32 @@ def run(task: Mapping[str, Any]) -> dict[str, Any]:
     return {**task, "metrics": metrics, "seconds": seconds, "training_cpu_seconds": cpu}
 
 
-def episode_seconds(flags: list[str], episodes: int = 2) -> dict[str, float]:
-    """Seconds by phase of one episode (an epoch) with prototypes, the mean over some of them."""
+def episode_seconds(flags: list[str], episodes: int = 2) -> dict[str, list[float]]:
+    """Seconds of each step (data, forward, backward) and each episode (features, clusters).
+
+    The episodes are epochs with prototypes, after one without.
+    """
     config = config_of([*flags, "--infonce-warmup-epoch", "1"], 0, 1 + episodes)
     with tempfile.TemporaryDirectory() as folder:
         trained, _, _ = split_concepts("main", 0)
         plan = make_plan(config, len(trained))
         train(config, trained, Path(folder) / "run")
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-    records = {record["step"]: record for record in map(json.loads, lines)}
-    first, last = records[plan.steps_per_epoch], records[max(records)]
-    count = (last["step"] - first["step"]) / plan.steps_per_epoch
-    return {
-        name.removeprefix("seconds_"): (value - first.get(name, 0.0)) / count
-        for name, value in last.items()
-        if name.startswith("seconds_") and name != "seconds_teacher"
-    }
+    records = [json.loads(line) for line in lines][plan.steps_per_epoch - 1 :]
+    samples: dict[str, list[float]] = {}
+    for before, after in itertools.pairwise(records):
+        for phase in (*STEP_PHASES, *EPISODE_PHASES):
+            spent = after.get(f"seconds_{phase}", 0.0) - before.get(f"seconds_{phase}", 0.0)
+            if spent > 0:
+                samples.setdefault(phase, []).append(spent)
+    return samples
+
+
+def epoch_seconds(rounds: list[dict[str, list[float]]], steps: int) -> dict[str, float]:
+    """Seconds of an epoch by phase, from the fastest steps: other work on the machine only adds."""
+    totals = {}
+    for phase in (*STEP_PHASES, *EPISODE_PHASES):
+        samples = [value for one in rounds for value in one.get(phase, [])]
+        if samples:
+            totals[phase] = min(samples) * (steps if phase in STEP_PHASES else 1)
+    return totals
