@@ -205,14 +205,14 @@ class Trainer:
                 self.model.proto_scale,
                 self.episode,
             )
+            if self.store is not None and projected is not None:
+                done = self.step - self.plan.steps_of(number).start
+                self.store.put(done * self.plan.batch_size, batch.index, projected)
         with self.phases.measure("backward"):
             norm = self.optimiser.step(losses.total)
-        if self.store is not None and projected is not None:
-            start = self.step - self.plan.steps_of(number).start
-            self.store.put(start * self.plan.batch_size, batch.index, projected)
+            if self.average is not None:
+                self.average.update(self.model, self.step + 1)
         self.step += 1
-        if self.average is not None:
-            self.average.update(self.model, self.step)
         bar.update(len(batch))
         if self.step % self.config.run.log_every_n_steps == 0 or self.step == self.plan.total_steps:
             self._log(losses, norm, lr, number, bar)
