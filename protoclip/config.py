@@ -166,6 +166,19 @@ class RunConfig:
         5.0, "epochs between quick evaluations; 0: only at the end", low=0
     )
     save_frequency: int = option(0, "epochs between kept checkpoints; 0: only the last", low=0)
+    save_every: str = option(
+        "",
+        "write epoch_latest.pt every so often: 500steps, 10m, 2h; default: at the end and on "
+        "SIGTERM or SIGUSR1",
+    )
+    resume: str = option(
+        "",
+        "go on exactly where a run stopped: its folder, one of its checkpoints, or auto (the run "
+        "--name, else the newest unfinished one with these settings, else a new one)",
+    )
+    max_bad_steps: int = option(
+        10, "stop after so many steps in a row with a loss or gradient that is not finite", low=1
+    )
     report_to: str = option("tensorboard", "tensorboard or none", choices=("tensorboard", "none"))
 
 

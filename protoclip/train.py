@@ -19,14 +19,17 @@ from protoclip.config import TrainConfig, build_parser, parse
 from protoclip.data import PairDataset, build_transform
 from protoclip.distributed import seed_everything
 from protoclip.episode import check_clusters
-from protoclip.evaluate import Results, format_table, peak_memory_bytes, write_results
+from protoclip.evaluate import Results, format_table, peak_memory_bytes, read_results, write_results
 from protoclip.model import ProtoModel, build_model
+from protoclip.training.capture import restore
 from protoclip.training.engine import choose_device, choose_precision
 from protoclip.training.inputs import open_teachers, open_training_data, uses_prototypes
 from protoclip.training.loop import Trainer
 from protoclip.training.phases import Phases
 from protoclip.training.plan import Plan, make_plan
+from protoclip.training.resume import Resume, check_resume, find_resume
 from protoclip.training.run_folder import RunFolder, choose_folder
+from protoclip.training.saving import SaveSchedule, Stopped, StopSignals
 from protoclip.training.views import Evaluation, draw_plots
 
 PROG = "python -m protoclip.train"
@@ -56,7 +59,9 @@ def train(config: TrainConfig) -> Path:
         ValueError: something the config asks for does not exist or does not fit together; the
             message has the remedy. Nothing is overwritten.
     """
-    path = choose_folder(config)
+    SaveSchedule(config.run.save_every)  # a mistake there should not cost the minutes before
+    resume = find_resume(config)
+    path = resume.folder if resume else choose_folder(config)
     device = choose_device(config.run.device)
     precision = choose_precision(config.run.precision, device)
     phases = Phases(device)
@@ -71,10 +76,22 @@ def train(config: TrainConfig) -> Path:
         # With replacement an episode has fewer distinct samples; it checks again itself.
         check_clusters(config.episode, min(len(dataset), plan.steps_per_episode * plan.batch_size))
 
-    folder = RunFolder(path, config)
+    notes = check_resume(resume, config, dataset.keys) if resume else []
+    again = resume.step if resume else 0 if path.exists() else None
+    folder = RunFolder(path, config, again)
     try:
         announce(folder, config, plan, dataset, teachers, remark, device, precision)
-        run(config, plan, model, dataset, teachers, folder, phases, device, precision)
+        if resume:
+            folder.say(f"resumed: {resume.file}, after step {resume.step} of {plan.total_steps}")
+        for note in notes:
+            folder.say(note)
+        with StopSignals() as signals:
+            run(
+                config, plan, model, dataset, teachers, folder, phases, device, precision,
+                resume, signals,
+            )  # fmt: skip
+    except Stopped as stop:
+        folder.say(str(stop))
     except BaseException:
         folder.note(traceback.format_exc())
         raise
@@ -93,10 +110,12 @@ def run(
     phases: Phases,
     device: torch.device,
     precision: str,
+    resume: Resume | None,
+    signals: StopSignals,
 ) -> None:
     """Evaluate, train, evaluate again, and write what is to be seen."""
     evaluate = Evaluation(config, phases, device, precision)
-    before = evaluate.full(model, "evaluating the untrained model")
+    before = untrained(folder, evaluate, model, resume)
     transform = build_transform(model.image_size, model.mean, model.std, config.data.augmentation)
     trainer = Trainer(
         config,
@@ -110,12 +129,28 @@ def run(
         device=device,
         precision=precision,
         evaluate=evaluate.quick if evaluate.quick_sets else None,
+        signals=signals,
     )
+    if resume:
+        restore(trainer, resume.payload)
     trainer.run()
     after = evaluate.full(model, "evaluating the trained model")
     with phases.measure("plots", on_host=True):
         draw_plots(folder, config, trainer, dataset)
     report(folder, config, before, after, phases, device)
+
+
+def untrained(
+    folder: RunFolder, evaluate: Evaluation, model: ProtoModel, resume: Resume | None
+) -> Results | None:
+    """The evaluation before training; a resumed run reads what it found when it began."""
+    path = folder.path / "untrained.json"
+    if resume and path.exists():
+        return read_results(path)["trained"]
+    before = evaluate.full(model, "evaluating the untrained model")
+    if before is not None:
+        write_results(path, before, None, data=evaluate.data, model="untrained", pretrained="")
+    return before
 
 
 def announce(

@@ -88,6 +88,18 @@ class Optimiser:
         for group in self.adamw.param_groups:
             group["lr"] = lr
 
+    def load_state(self, state: dict, scaler: dict) -> None:
+        """Take the state of another optimiser; learning rate, betas and decay stay as they are."""
+        settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.adamw.param_groups
+        ]
+        self.adamw.load_state_dict(state)
+        for group, own in zip(self.adamw.param_groups, settings, strict=True):
+            group.update(own)
+        if scaler:
+            self.scaler.load_state_dict(scaler)
+
     def step(self, loss: Tensor) -> Tensor:
         """Backward pass and update; returns the gradient's norm before clipping, on the device."""
         self.adamw.zero_grad(set_to_none=True)

@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.config import TrainConfig, to_dict
+from protoclip.config import TrainConfig
 from protoclip.data import Batch, PairDataset, batches
-from protoclip.distributed import generator
+from protoclip.distributed import generator, world_size
 from protoclip.episode import Episode, build_episode
 from protoclip.features import extract
 from protoclip.losses import Losses, ProtoLoss
 from protoclip.model import ProtoModel
+from protoclip.training.capture import Stateful, capture
 from protoclip.training.engine import Optimiser, autocast_for
 from protoclip.training.phases import Phases
 from protoclip.training.plan import EPISODES, Plan, draw, learning_rate
 from protoclip.training.run_folder import RunFolder
+from protoclip.training.saving import SaveSchedule, Stopped, StopSignals, agree
 
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
 
@@ -40,6 +42,7 @@ class Trainer:
         phases: the stopwatch.
         device, precision: of the forward passes.
         evaluate: scalars of the model as it is, by name; called every ``--val-frequency`` epochs.
+        signals: that ask the run to save and end.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Trainer:
         device: torch.device,
         precision: str,
         evaluate: Evaluate | None = None,
+        signals: StopSignals | None = None,
     ) -> None:
         self.config, self.plan, self.model, self.dataset = config, plan, model, dataset
         self.transform, self.folder, self.phases = transform, folder, phases
@@ -66,15 +70,31 @@ class Trainer:
         self.loss = ProtoLoss(config.loss)
         self.episode: Episode | None = None
         self.step = 0
+        self.stateful: dict[str, Stateful] = {}  # more to save and restore, by name
+        self.schedule = SaveSchedule(config.run.save_every)
+        self.signals = signals or StopSignals()
+        self._saved_at = -1
         self._logged_at = (time.perf_counter(), 0)
 
     def run(self) -> None:
-        """Train to the end of the plan."""
-        total = self.plan.total_steps * self.plan.batch_size
-        with tqdm(total=total, unit=" samples", unit_scale=True, smoothing=0.1) as bar:
-            for number in range(self.plan.episodes):
+        """Train to the end of the plan.
+
+        Raises:
+            Stopped: a signal asked to end; the state is saved.
+        """
+        total, done = (n * self.plan.batch_size for n in (self.plan.total_steps, self.step))
+        self._logged_at = (time.perf_counter(), self.step)
+        self.signals.immediate = False
+        with tqdm(
+            total=total, initial=done, unit=" samples", unit_scale=True, smoothing=0.1
+        ) as bar:
+            for number in range(self.step // self.plan.steps_per_episode, self.plan.episodes):
                 self._run_episode(number, bar)
-        self.save(None)
+        if self._saved_at != self.step:
+            self.save(None)
+        self.signals.immediate = True
+        if self.signals.asked:
+            raise Stopped(f"stopped by {self.signals.asked} after the last step; --resume goes on")
 
     def _run_episode(self, number: int, bar: tqdm) -> None:
         steps = self.plan.steps_of(number)
@@ -82,12 +102,13 @@ class Trainer:
             self.plan, self.config.run.seed, steps, replacement=self.config.episode.replacement
         )
         head = f"episode {number + 1}/{self.plan.episodes}"
-        if self._wants_prototypes(number):
+        done = self.step - steps.start  # of this episode, before the run was interrupted
+        if done == 0 and self._wants_prototypes(number):
             self._rebuild_episode(number, draws, bar, head)
         bar.set_description(f"{head} training")
         self.model.train()
-        stream = iter(self._batches(draws, number))
-        for _ in steps:
+        stream = iter(self._batches(draws, number, done))
+        for _ in steps[done:]:
             with self.phases.measure("data", on_host=True):
                 batch = next(stream)
             self._train_step(batch, number, bar)
@@ -107,7 +128,7 @@ class Trainer:
     def _internal(self) -> bool:
         return self.config.method == "protoclip" and self.config.loss.w_proto > 0
 
-    def _batches(self, draws: Tensor, number: int) -> Any:
+    def _batches(self, draws: Tensor, number: int, done: int) -> Any:
         return batches(
             self.dataset,
             draws,
@@ -117,6 +138,7 @@ class Trainer:
             seed=self._seed(number, 0),
             workers=self.config.data.workers,
             captions=self.config.data.captions,
+            start=done * self.plan.batch_size,
         )
 
     def _seed(self, number: int, purpose: int) -> int:
@@ -132,6 +154,8 @@ class Trainer:
             def show(rows: int) -> None:
                 nonlocal done
                 done += rows
+                if self.signals.asked and world_size() == 1:
+                    self._save_or_stop()  # nothing has changed since the last step
                 bar.set_description(f"{head} features {100 * done // len(indices)}%")
 
             features = extract(
@@ -228,19 +252,36 @@ class Trainer:
             epoch = self.step // per_epoch
             if epoch % run.save_frequency == 0:
                 self.save(epoch)
+        self._save_or_stop()
+
+    def _save_or_stop(self) -> None:
+        """Write the newest state where it is due, and end where a signal asks for it."""
+        timed, stop = agree(self.step, self.schedule.by_clock(), bool(self.signals.asked))
+        if stop or timed or self.schedule.at(self.step):
+            self._save_if_room(must=stop)
+        if stop:
+            raise Stopped(
+                f"stopped by {self.signals.asked or 'a signal to another rank'} after step "
+                f"{self.step}; go on with --resume {self.folder.path}"
+            )
+
+    def _save_if_room(self, must: bool) -> None:
+        """Save; a disk that refuses costs a warning, unless the run ``must``."""
+        try:
+            self.save(None)
+        except OSError as error:
+            if must:
+                raise
+            self.folder.say(
+                f"checkpoint after step {self.step} not written: {error.strerror}; the last one is "
+                "untouched, training goes on, make room on the disk"
+            )
 
     def save(self, epoch: int | None) -> None:
         """Write a checkpoint that OpenCLIP reads too; ``epoch`` None: the newest."""
         with self.phases.measure("checkpoint", on_host=True):
-            payload = {
-                "epoch": epoch or math.ceil(self.step / self.plan.steps_per_epoch),
-                "name": self.folder.path.name,
-                "state_dict": self.model.clip.state_dict(),
-                "optimizer": self.optimiser.adamw.state_dict(),
-                "protoclip": {
-                    **self.model.extra_state(),
-                    "config": to_dict(self.config),
-                    "step": self.step,
-                },
-            }
+            payload = capture(self, epoch)
             self.folder.checkpoint(payload, epoch)
+        if epoch is None:
+            self._saved_at = self.step
+            self.schedule.saved()

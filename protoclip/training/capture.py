@@ -1,0 +1,73 @@
+"""A trainer's state as a checkpoint, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from protoclip.config import to_dict
+from protoclip.episode import Clustering, Episode, PrototypeSet
+from protoclip.training.state import fingerprint, pack, random_states, set_random_state, unpack
+
+if TYPE_CHECKING:
+    from protoclip.training.loop import Trainer
+
+PACKED = {cls.__name__: cls for cls in (Episode, Clustering, PrototypeSet)}
+
+
+class Stateful(Protocol):
+    """A part of a run with a state of its own; tensors, numbers, strings and containers of them."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def capture(trainer: Trainer, epoch: int | None) -> dict[str, Any]:
+    """A checkpoint that OpenCLIP reads too; a collective call. ``epoch`` None: the newest."""
+    return {
+        "epoch": epoch or math.ceil(trainer.step / trainer.plan.steps_per_epoch),
+        "name": trainer.folder.path.name,
+        "state_dict": trainer.model.clip.state_dict(),
+        "optimizer": trainer.optimiser.adamw.state_dict(),
+        "protoclip": {
+            **trainer.model.extra_state(),
+            "config": to_dict(trainer.config),
+            "step": trainer.step,
+            "training": {
+                "scaler": trainer.optimiser.scaler.state_dict(),
+                "random": random_states(trainer.device),
+                "episode": pack(trainer.episode),
+                "seconds": trainer.phases.seconds(),
+                "data": fingerprint(trainer.dataset.keys),
+                "stateful": {name: part.state_dict() for name, part in trainer.stateful.items()},
+            },
+        },
+    }
+
+
+def restore(trainer: Trainer, payload: Mapping[str, Any]) -> None:
+    """Let a new trainer go on from a checkpoint of the same run.
+
+    Raises:
+        ValueError: it is of another model, version or number of ranks.
+    """
+    training = payload["protoclip"]["training"]
+    if set(training["stateful"]) != set(trainer.stateful):
+        raise ValueError(
+            f"--resume: expected the state of {sorted(trainer.stateful)}, got that of "
+            f"{sorted(training['stateful'])}; resume with the settings of the run"
+        )
+    try:
+        trainer.model.load_state(dict(payload))
+        trainer.optimiser.load_state(payload["optimizer"], training["scaler"])
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"--resume: the checkpoint does not fit this model: {str(error)[:300]}"
+        ) from error
+    trainer.episode = unpack(training["episode"], PACKED, trainer.device)
+    for name, part in trainer.stateful.items():
+        part.load_state_dict(training["stateful"][name])
+    trainer.phases.restore(training["seconds"])
+    trainer.step = int(payload["protoclip"]["step"])
+    set_random_state(training["random"], trainer.device)
