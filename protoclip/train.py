@@ -9,17 +9,19 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from protoclip import checkpoint
-from protoclip.config import TrainConfig, build_parser, parse
+from protoclip.clustering import check_clusters
+from protoclip.config import TrainConfig
 from protoclip.data import PairDataset, build_transform
 from protoclip.distributed import seed_everything
-from protoclip.episode import check_clusters
 from protoclip.evaluate import Results, format_table, peak_memory_bytes, read_results, write_results
+from protoclip.flags import build_parser, parse
 from protoclip.model import ProtoModel, build_model
 from protoclip.training.capture import restore
 from protoclip.training.engine import choose_device, choose_precision
@@ -42,7 +44,7 @@ DESCRIPTION = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or 2 for a user's mistake (one message on stderr)."""
     try:
-        train(parse(build_parser(PROG, DESCRIPTION), argv))
+        train(parse(build_parser(PROG, DESCRIPTION), with_saved_config(argv)))
     except (ValueError, OSError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
@@ -50,6 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def with_saved_config(argv: Sequence[str] | None) -> list[str]:
+    """The command line; ``--resume RUN`` without a preset starts from that run's settings."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    chosen = [new for old, new in pairwise(words) if old == "--resume"]
+    chosen += [word.partition("=")[2] for word in words if word.startswith("--resume=")]
+    if chosen and not any(word.split("=")[0] in ("--preset", "--paper") for word in words):
+        path = Path(chosen[-1])
+        for folder in (path, path.parent.parent):
+            if (folder / "config.json").is_file():
+                return ["--preset", str(folder / "config.json"), *words]
+    return words
 
 
 def train(config: TrainConfig) -> Path:
@@ -176,7 +191,8 @@ def announce(
         samples = min(len(dataset), plan.steps_per_episode * plan.batch_size)
         folder.say(
             f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
-            f"{check_clusters(config.episode, samples)} prototypes per source, "
+            f"{' and '.join(map(str, check_clusters(config.episode, samples)))} prototypes per "
+            f"source, features by {config.episode.features}, "
             f"prototypes from episode {config.episode.infonce_warmup + 1} on"
         )
         folder.say(remark)

@@ -20,10 +20,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a pool of threads does not survive a fork
 
-import protoclip.train as command  # noqa: E402
-from protoclip.data.export import export_shards  # noqa: E402
-from protoclip.data.sources import open_dataset  # noqa: E402
-from protoclip.training.loop import Trainer  # noqa: E402
+import protoclip.train as command
+from protoclip.data.export import export_shards
+from protoclip.data.sources import open_dataset
+from protoclip.training.loop import Trainer
 
 NANO = {
     "embed_dim": 32,

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from protoclip import checkpoint
-from protoclip.episode import Clustering, Episode, PrototypeSet
+from protoclip.clustering import Clustering
+from protoclip.episode import Episode, PrototypeSet
 from protoclip.train import main
 from protoclip.training.append_log import AppendLog, cut_back
 from protoclip.training.run_folder import FolderLock

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from protoclip.clustering import Clustering
 from protoclip.config import to_dict
-from protoclip.episode import Clustering, Episode, PrototypeSet
+from protoclip.episode import Episode, PrototypeSet
 from protoclip.training.state import fingerprint, pack, random_states, set_random_state, unpack
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ class Stateful(Protocol):
     """A part of a run with a state of its own; tensors, numbers, strings and containers of them."""
 
     def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: Any) -> None: ...
 
 
 def capture(trainer: Trainer, epoch: int | None) -> dict[str, Any]:
