@@ -1,6 +1,6 @@
 """Kill a real training run again and again, and compare what it becomes with a run left alone.
 
-``python tests/fault_runs.py --kills 20`` (``make faults``) prints the counts; the tests run it short.
+``python tests/fault_runs.py --kills 20`` (``make faults``) prints counts; the tests run it short.
 Each attempt is a fork of one process that has imported everything but run nothing, so that a kill
 costs a second, not the ten of a fresh interpreter.
 """
@@ -42,7 +42,6 @@ FLAGS = [
 
 def prepare(folder: Path) -> list[str]:
     """Shards and a small model in ``folder``; the flags that use them."""
-    os.environ["PROTOCLIP_CACHE"] = str(folder / "cache")
     model = folder / "nano.json"
     model.write_text(json.dumps(NANO))
     shards = folder / "shards"

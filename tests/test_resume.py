@@ -17,7 +17,7 @@ from protoclip.episode import Episode, PrototypeSet
 from protoclip.train import main
 from protoclip.training.append_log import AppendLog, cut_back
 from protoclip.training.run_folder import FolderLock
-from protoclip.training.saving import SaveSchedule
+from protoclip.training.saving import SaveSchedule, Stopped, StopSignals
 from protoclip.training.state import pack, random_states, set_random_state, unpack
 
 HERE = Path(__file__).parent
@@ -38,13 +38,8 @@ def flags(tmp_path_factory):
     sys.path.insert(0, str(HERE))
     import fault_runs
 
-    before = os.environ.get("PROTOCLIP_CACHE")
     folder = tmp_path_factory.mktemp("data")
-    yield [*fault_runs.prepare(folder), "--max-steps", "14", "--k", "4"]
-    if before is None:
-        del os.environ["PROTOCLIP_CACHE"]
-    else:
-        os.environ["PROTOCLIP_CACHE"] = before
+    return [*fault_runs.prepare(folder), "--max-steps", "14", "--k", "4"]
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +55,7 @@ def losses(folder):
     return [(r["step"], r["loss"]) for r in lines(folder) if "loss" in r]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_saves_and_ends_well_and_resume_is_exact(tmp_path, flags, monkeypatch, name):
+def test_a_signal_saves_and_ends_well_and_resume_is_exact(tmp_path, flags, monkeypatch):
     flags = [*flags, "--logs", str(tmp_path)]
     assert main([*flags, "--name", "whole"]) == 0
     from protoclip.training.loop import Trainer
@@ -71,7 +65,7 @@ def test_a_signal_saves_and_ends_well_and_resume_is_exact(tmp_path, flags, monke
     def then_signal(self, *rest):
         log(self, *rest)
         if self.step == 6:  # in the second episode, which has prototypes
-            os.kill(os.getpid(), getattr(signal, name))
+            os.kill(os.getpid(), signal.SIGUSR1)
 
     monkeypatch.setattr(Trainer, "_log", then_signal)
     assert main([*flags, "--name", "cut", "--workers", "1"]) == 0
@@ -89,6 +83,18 @@ def test_a_signal_saves_and_ends_well_and_resume_is_exact(tmp_path, flags, monke
     )
     assert main([*flags, "--name", "cut", "--resume", "auto"]) == 0  # finished: nothing to do
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_signals_are_heard_and_handed_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as signals:
+        signals.immediate = False
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.asked == "SIGTERM"
+        signals.immediate = True  # nothing to save here: end where the program stands
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_resume_refuses_what_it_cannot_do(tmp_path, flags, capsys):
@@ -153,7 +159,7 @@ def test_state_survives_packing():
     back = unpack(pack(episode), classes, CPU)
     assert isinstance(back, Episode) and back.metrics == {"a": 1.5}
     assert torch.equal(back.clusterings["text"].labels, labels)
-    with pytest.raises(ValueError, match="cannot take its Episode"):
+    with pytest.raises(ValueError, match="cannot take its Clustering"):
         unpack(pack(episode), {}, CPU)
 
 
