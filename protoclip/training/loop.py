@@ -21,6 +21,7 @@ from protoclip.model import ProtoModel
 from protoclip.training.capture import Stateful, capture
 from protoclip.training.ema import MovingAverage
 from protoclip.training.engine import Optimiser, autocast_for
+from protoclip.training.guard import Guard, describe, first_not_finite
 from protoclip.training.phases import Phases
 from protoclip.training.plan import EPISODES, Plan, draw, learning_rate
 from protoclip.training.run_folder import RunFolder
@@ -77,9 +78,14 @@ class Trainer:
         if config.episode.ema_decay > 0 and self._projects:
             self.average = MovingAverage(model, config.episode.ema_decay)
         self.step = 0
+        self.guard = Guard(model, device)
         self.stateful: dict[str, Stateful] = {  # more to save and restore
             name: part
-            for name, part in (("store", self.store), ("average", self.average))
+            for name, part in (
+                ("guard", self.guard),
+                ("store", self.store),
+                ("average", self.average),
+            )
             if part is not None
         }
         self.schedule = SaveSchedule(config.run.save_every)
@@ -220,29 +226,61 @@ class Trainer:
     def _train_step(self, batch: Batch, number: int, bar: tqdm) -> None:
         lr = learning_rate(self.config.optim, self.plan.total_steps, self.step)
         self.optimiser.set_lr(lr)
+        self.guard.before()
         with self.phases.measure("forward"):
             batch = batch.to(self.device, non_blocking=True)
-            with self.autocast():
-                encoded, projected = self.model(batch.image, batch.tokens, project=self._projects)
-            losses = self.loss(
-                encoded,
-                projected,
-                batch.index,
-                self.model.logit_scale,
-                self.model.proto_scale,
-                self.episode,
-            )
+            projected, losses = self._forward(batch)
         with self.phases.measure("backward"):
-            norm = self.optimiser.step(losses.total)
+            norm, finite = self.optimiser.step(losses.total)
         if self.store is not None and projected is not None:
             start = self.step - self.plan.steps_of(number).start
-            self.store.put(start * self.plan.batch_size, batch.index, projected)
+            known = torch.where(finite, batch.index, -1)  # -1: no such row
+            self.store.put(start * self.plan.batch_size, known, projected)
         self.step += 1
         if self.average is not None:
             self.average.update(self.model, self.step)
         bar.update(len(batch))
         if self.step % self.config.run.log_every_n_steps == 0 or self.step == self.plan.total_steps:
             self._log(losses, norm, lr, number, bar)
+        for step, bad in self.guard.after(self.step, batch, finite):
+            self._bad_step(step, bad)
+
+    def _forward(self, batch: Batch) -> tuple[Any, Losses]:
+        """Projections and losses of a batch on the device."""
+        with self.autocast():
+            encoded, projected = self.model(batch.image, batch.tokens, project=self._projects)
+        losses = self.loss(
+            encoded,
+            projected,
+            batch.index,
+            self.model.logit_scale,
+            self.model.proto_scale,
+            self.episode,
+        )
+        return projected, losses
+
+    def _bad_step(self, step: int, batch: Batch) -> None:
+        """Report a step that was skipped; after --max-bad-steps in a row save, explain and stop."""
+        keys = [self.dataset.keys[i] for i in batch.index.tolist()]
+        self.folder.note(f"step {step} skipped, loss or gradient not finite; samples: {keys}")
+        limit = self.config.run.max_bad_steps
+        if self.guard.in_a_row < limit:
+            return
+        self.guard.before()
+
+        def terms(batch: Batch) -> dict[str, Tensor]:
+            losses = self._forward(batch)[1]
+            return {**losses.terms, "total": losses.total}
+
+        culprit = first_not_finite(self.model, batch, terms)
+        self.guard.undo()
+        self.save(None)
+        raise ValueError(
+            f"training: loss or gradient was not finite in {limit} steps in a row, the last one "
+            f"step {step}; first bad: {culprit}; samples: {describe(keys)} (all in out.log). The "
+            f"weights are those before, saved in {self.folder.checkpoints}. Lower --lr, lengthen "
+            "--warmup, use --precision fp32, or look at these samples"
+        )
 
     def _log(self, losses: Losses, norm: Tensor, lr: float, number: int, bar: tqdm) -> None:
         """Read the device once, write one line of metrics, refresh the bar."""
@@ -257,12 +295,9 @@ class Trainer:
             "grad_norm": norm,
         }
         values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()]).tolist()
-        record = dict(zip(scalars, values, strict=True))
-        if not math.isfinite(record["loss"]):
-            raise ValueError(
-                f"training: the loss is {record['loss']} at step {self.step}; lower --lr, lengthen "
-                "--warmup, or use --precision fp32"
-            )
+        record = {k: v for k, v in zip(scalars, values, strict=True) if math.isfinite(v)}
+        if self.guard.total:
+            record["bad_steps"] = self.guard.total
         now, step = time.perf_counter(), self.step
         then, last = self._logged_at
         self._logged_at = (now, step)
@@ -276,7 +311,7 @@ class Trainer:
         if self.episode is not None and step == self.plan.steps_of(number).start + 1:
             record |= self.episode.metrics
         self.folder.metrics(step, step * self.plan.batch_size, record)
-        bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+        bar.set_postfix(loss=f"{record.get('loss', math.nan):.3f}", refresh=False)
 
     def _at_border(self) -> None:
         """After a step: evaluate and save where an epoch that asks for it has just ended."""
