@@ -14,19 +14,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from protoclip import checkpoint
 from protoclip.clustering import check_clusters
 from protoclip.config import TrainConfig
 from protoclip.data import PairDataset, build_transform
+from protoclip.data.check import check_data
 from protoclip.distributed import seed_everything
 from protoclip.evaluate import Results, format_table, peak_memory_bytes, read_results, write_results
 from protoclip.flags import build_parser, parse
 from protoclip.model import ProtoModel, build_model
 from protoclip.training.capture import restore
 from protoclip.training.engine import choose_device, choose_precision
-from protoclip.training.inputs import open_teachers, open_training_data, uses_prototypes
+from protoclip.training.inputs import faults_of, open_teachers, open_training_data, uses_prototypes
 from protoclip.training.loop import Trainer
+from protoclip.training.order import EpochOrder
 from protoclip.training.phases import Phases
 from protoclip.training.plan import Plan, make_plan
 from protoclip.training.resume import Resume, check_resume, find_resume
@@ -67,6 +70,12 @@ def with_saved_config(argv: Sequence[str] | None) -> list[str]:
     return words
 
 
+def check(dataset: PairDataset, workers: int) -> int:
+    """--check-data: the exit code is 1 where a sample is bad."""
+    with tqdm(total=len(dataset), desc="checking", unit=" samples", leave=False) as bar:
+        return int(check_data(dataset, tqdm.write, workers, bar.update) > 0)
+
+
 def train(config: TrainConfig) -> Path:
     """A whole run: data, model, teacher, training, evaluation, plots; returns the run folder.
 
@@ -82,7 +91,10 @@ def train(config: TrainConfig) -> Path:
     phases = Phases(device)
 
     dataset = open_training_data(config)
-    plan = make_plan(config, len(dataset))
+    if config.data.check_data:
+        raise SystemExit(check(dataset, config.data.workers))
+    faults_of(dataset, config.data.max_bad_fraction, print)  # stops where too many are known
+    plan = make_plan(config, EpochOrder(dataset, config.data).size)
     seed_everything(config.run.seed)
     model = build_model(config.model).to(device)
     with phases.measure("teacher", on_host=True):

@@ -22,6 +22,8 @@ from protoclip.training.capture import Stateful, capture
 from protoclip.training.ema import MovingAverage
 from protoclip.training.engine import Optimiser, autocast_for
 from protoclip.training.guard import Guard, describe, first_not_finite
+from protoclip.training.inputs import faults_of
+from protoclip.training.order import EpochOrder
 from protoclip.training.phases import Phases
 from protoclip.training.plan import EPISODES, Plan, draw, learning_rate
 from protoclip.training.run_folder import RunFolder
@@ -79,10 +81,13 @@ class Trainer:
             self.average = MovingAverage(model, config.episode.ema_decay)
         self.step = 0
         self.guard = Guard(model, device)
+        self.order = EpochOrder(dataset, config.data)
+        self.faults = faults_of(dataset, config.data.max_bad_fraction, folder.say)
         self.stateful: dict[str, Stateful] = {  # more to save and restore
             name: part
             for name, part in (
                 ("guard", self.guard),
+                ("faults", self.faults),
                 ("store", self.store),
                 ("average", self.average),
             )
@@ -116,7 +121,11 @@ class Trainer:
     def _run_episode(self, number: int, bar: tqdm) -> None:
         steps = self.plan.steps_of(number)
         draws = draw(
-            self.plan, self.config.run.seed, steps, replacement=self.config.episode.replacement
+            self.plan,
+            self.config.run.seed,
+            steps,
+            replacement=self.config.episode.replacement,
+            order=self.order.permutation,
         )
         head = f"episode {number + 1}/{self.plan.episodes}"
         done = self.step - steps.start  # of this episode, before the run was interrupted
@@ -168,6 +177,7 @@ class Trainer:
             workers=self.config.data.workers,
             captions=self.config.data.captions,
             start=done * self.plan.batch_size,
+            faults=self.faults,
         )
 
     def _seed(self, number: int, purpose: int) -> int:
@@ -221,6 +231,7 @@ class Trainer:
             captions=self.config.data.captions,
             autocast=self.autocast,
             progress=show,
+            faults=self.faults,
         )
 
     def _train_step(self, batch: Batch, number: int, bar: tqdm) -> None:
@@ -298,6 +309,8 @@ class Trainer:
         record = {k: v for k, v in zip(scalars, values, strict=True) if math.isfinite(v)}
         if self.guard.total:
             record["bad_steps"] = self.guard.total
+        if self.faults.count:
+            record["bad_samples"] = self.faults.count
         now, step = time.perf_counter(), self.step
         then, last = self._logged_at
         self._logged_at = (now, step)
