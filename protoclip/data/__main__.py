@@ -40,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, 1 where --check finds faults, or 2 for a user's mistake (one message on stderr)."""
+    """Run the command; the exit code is 0, 1 where --check finds faults, or 2 for a user's mistake
+    (one message on stderr)."""
     arguments = build_parser().parse_args(argv)
     try:
         return _check(arguments) if arguments.check else _export(arguments)
