@@ -52,9 +52,13 @@ def save(
         if previous is not None and path.exists():
             _keep(path, Path(previous))
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        # torch's writer hides what the file said behind a RuntimeError of its own.
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            full = error.__context__
+            raise OSError(full.errno, full.strerror, str(path)) from error
         raise
     _sync_folder(path.parent)
 

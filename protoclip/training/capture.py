@@ -1,4 +1,4 @@
-"""A trainer's state as a checkpoint, and back."""
+"""A trainer's state as a checkpoint, and back; when to write one, and when to end."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from torch import Tensor
+
 from protoclip.clustering import Clustering
 from protoclip.config import to_dict
+from protoclip.data import Batch
 from protoclip.episode import Episode, PrototypeSet
+from protoclip.training.guard import describe, first_not_finite
+from protoclip.training.saving import Stopped, agree
 from protoclip.training.state import fingerprint, pack, random_states, set_random_state, unpack
 
 if TYPE_CHECKING:
@@ -72,3 +77,52 @@ def restore(trainer: Trainer, payload: Mapping[str, Any]) -> None:
     trainer.phases.restore(training["seconds"])
     trainer.step = int(payload["protoclip"]["step"])
     set_random_state(training["random"], trainer.device)
+
+
+def save_or_stop(trainer: Trainer) -> None:
+    """Write the newest state where it is due, and end where a signal asks for it."""
+    timed, stop = agree(trainer.step, trainer.schedule.by_clock(), bool(trainer.signals.asked))
+    if stop or timed or trainer.schedule.at(trainer.step):
+        _save_if_room(trainer, must=stop)
+    if stop:
+        raise Stopped(
+            f"stopped by {trainer.signals.asked or 'a signal to another rank'} after step "
+            f"{trainer.step}; go on with --resume {trainer.folder.path}"
+        )
+
+
+def _save_if_room(trainer: Trainer, must: bool) -> None:
+    """Save; a disk that refuses costs a warning, unless the run ``must``."""
+    try:
+        trainer.save(None)
+    except OSError as error:
+        if must:
+            raise
+        trainer.folder.say(
+            f"checkpoint after step {trainer.step} not written: {error.strerror}; the last one is "
+            "untouched, training goes on, make room on the disk"
+        )
+
+
+def report_bad_step(trainer: Trainer, step: int, batch: Batch) -> None:
+    """Report a step that was skipped; after --max-bad-steps in a row save, explain and stop."""
+    keys = [trainer.dataset.keys[i] for i in batch.index.tolist()]
+    trainer.folder.note(f"step {step} skipped, loss or gradient not finite; samples: {keys}")
+    limit = trainer.config.run.max_bad_steps
+    if trainer.guard.in_a_row < limit:
+        return
+    trainer.guard.before()
+
+    def terms(batch: Batch) -> dict[str, Tensor]:
+        losses = trainer.forward(batch)[1]
+        return {**losses.terms, "total": losses.total}
+
+    culprit = first_not_finite(trainer.model, batch, terms)
+    trainer.guard.undo()
+    trainer.save(None)
+    raise ValueError(
+        f"training: loss or gradient was not finite in {limit} steps in a row, the last one "
+        f"step {step}; first bad: {culprit}; samples: {describe(keys)} (all in out.log). The "
+        f"weights are those before, saved in {trainer.folder.checkpoints}. Lower --lr, lengthen "
+        "--warmup, use --precision fp32, or look at these samples"
+    )

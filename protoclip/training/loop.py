@@ -18,16 +18,16 @@ from protoclip.episode import Episode, build_episode
 from protoclip.features import Features, FeatureStore, extract
 from protoclip.losses import Losses, ProtoLoss
 from protoclip.model import ProtoModel
-from protoclip.training.capture import Stateful, capture
+from protoclip.training.capture import Stateful, capture, report_bad_step, save_or_stop
 from protoclip.training.ema import MovingAverage
 from protoclip.training.engine import Optimiser, autocast_for
-from protoclip.training.guard import Guard, describe, first_not_finite
+from protoclip.training.guard import Guard
 from protoclip.training.inputs import faults_of
 from protoclip.training.order import EpochOrder
 from protoclip.training.phases import Phases
 from protoclip.training.plan import EPISODES, Plan, draw, learning_rate
 from protoclip.training.run_folder import RunFolder
-from protoclip.training.saving import SaveSchedule, Stopped, StopSignals, agree
+from protoclip.training.saving import SaveSchedule, Stopped, StopSignals
 
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
 
@@ -215,7 +215,7 @@ class Trainer:
             nonlocal done
             done += rows
             if self.signals.asked and world_size() == 1:
-                self._save_or_stop()  # nothing has changed since the last step
+                save_or_stop(self)  # nothing has changed since the last step
             bar.set_description(f"{head} features {100 * done // len(indices)}%")
 
         show(0)
@@ -240,7 +240,7 @@ class Trainer:
         self.guard.before()
         with self.phases.measure("forward"):
             batch = batch.to(self.device, non_blocking=True)
-            projected, losses = self._forward(batch)
+            projected, losses = self.forward(batch)
         with self.phases.measure("backward"):
             norm, finite = self.optimiser.step(losses.total)
         if self.store is not None and projected is not None:
@@ -254,9 +254,9 @@ class Trainer:
         if self.step % self.config.run.log_every_n_steps == 0 or self.step == self.plan.total_steps:
             self._log(losses, norm, lr, number, bar)
         for step, bad in self.guard.after(self.step, batch, finite):
-            self._bad_step(step, bad)
+            report_bad_step(self, step, bad)
 
-    def _forward(self, batch: Batch) -> tuple[Any, Losses]:
+    def forward(self, batch: Batch) -> tuple[Any, Losses]:
         """Projections and losses of a batch on the device."""
         with self.autocast():
             encoded, projected = self.model(batch.image, batch.tokens, project=self._projects)
@@ -269,29 +269,6 @@ class Trainer:
             self.episode,
         )
         return projected, losses
-
-    def _bad_step(self, step: int, batch: Batch) -> None:
-        """Report a step that was skipped; after --max-bad-steps in a row save, explain and stop."""
-        keys = [self.dataset.keys[i] for i in batch.index.tolist()]
-        self.folder.note(f"step {step} skipped, loss or gradient not finite; samples: {keys}")
-        limit = self.config.run.max_bad_steps
-        if self.guard.in_a_row < limit:
-            return
-        self.guard.before()
-
-        def terms(batch: Batch) -> dict[str, Tensor]:
-            losses = self._forward(batch)[1]
-            return {**losses.terms, "total": losses.total}
-
-        culprit = first_not_finite(self.model, batch, terms)
-        self.guard.undo()
-        self.save(None)
-        raise ValueError(
-            f"training: loss or gradient was not finite in {limit} steps in a row, the last one "
-            f"step {step}; first bad: {culprit}; samples: {describe(keys)} (all in out.log). The "
-            f"weights are those before, saved in {self.folder.checkpoints}. Lower --lr, lengthen "
-            "--warmup, use --precision fp32, or look at these samples"
-        )
 
     def _log(self, losses: Losses, norm: Tensor, lr: float, number: int, bar: tqdm) -> None:
         """Read the device once, write one line of metrics, refresh the bar."""
@@ -341,30 +318,7 @@ class Trainer:
             epoch = self.step // per_epoch
             if epoch % run.save_frequency == 0:
                 self.save(epoch)
-        self._save_or_stop()
-
-    def _save_or_stop(self) -> None:
-        """Write the newest state where it is due, and end where a signal asks for it."""
-        timed, stop = agree(self.step, self.schedule.by_clock(), bool(self.signals.asked))
-        if stop or timed or self.schedule.at(self.step):
-            self._save_if_room(must=stop)
-        if stop:
-            raise Stopped(
-                f"stopped by {self.signals.asked or 'a signal to another rank'} after step "
-                f"{self.step}; go on with --resume {self.folder.path}"
-            )
-
-    def _save_if_room(self, must: bool) -> None:
-        """Save; a disk that refuses costs a warning, unless the run ``must``."""
-        try:
-            self.save(None)
-        except OSError as error:
-            if must:
-                raise
-            self.folder.say(
-                f"checkpoint after step {self.step} not written: {error.strerror}; the last one is "
-                "untouched, training goes on, make room on the disk"
-            )
+        save_or_stop(self)
 
     def save(self, epoch: int | None) -> None:
         """Write a checkpoint that OpenCLIP reads too; ``epoch`` None: the newest."""
