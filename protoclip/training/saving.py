@@ -11,9 +11,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from protoclip.distributed import world_size
+from protoclip.distributed import max_over_ranks, world_size
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 AGREE_EVERY = 10  # steps between two questions to the other ranks whether to stop or save
@@ -108,7 +107,5 @@ def agree(step: int, *wishes: bool) -> list[bool]:
         return list(wishes)
     if step % AGREE_EVERY:
         return [False] * len(wishes)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    votes = torch.tensor([int(wish) for wish in wishes], device=device)
-    dist.all_reduce(votes, dist.ReduceOp.MAX)
-    return [bool(vote) for vote in votes.tolist()]
+    votes = torch.tensor([float(wish) for wish in wishes])
+    return [bool(vote) for vote in max_over_ranks(votes).tolist()]

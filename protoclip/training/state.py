@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from protoclip.distributed import rank, world_size
+from protoclip.distributed import gather_objects, rank, world_size
 
 CLASS = "__class__"  # key that marks a packed dataclass
 
@@ -72,11 +71,7 @@ def random_states(device: torch.device) -> list[dict[str, Any]]:
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
-    if world_size() == 1:
-        return [state]
-    states: list[Any] = [None] * world_size()
-    dist.all_gather_object(states, state)
-    return states
+    return gather_objects(state)
 
 
 def set_random_state(states: Sequence[dict[str, Any]], device: torch.device) -> None:
