@@ -13,19 +13,19 @@ from tqdm import tqdm
 
 from protoclip.config import TrainConfig
 from protoclip.data import Batch, PairDataset, batches
-from protoclip.distributed import generator, world_size
-from protoclip.episode import Episode, build_episode
-from protoclip.features import Features, FeatureStore, extract
+from protoclip.episode import Episode
+from protoclip.features import FeatureStore
 from protoclip.losses import Losses, ProtoLoss
 from protoclip.model import ProtoModel
 from protoclip.training.capture import Stateful, capture, report_bad_step, save_or_stop
 from protoclip.training.ema import MovingAverage
 from protoclip.training.engine import Optimiser, autocast_for
+from protoclip.training.episodes import episode_seed, rebuild_episode
 from protoclip.training.guard import Guard
 from protoclip.training.inputs import faults_of
 from protoclip.training.order import EpochOrder
 from protoclip.training.phases import Phases
-from protoclip.training.plan import EPISODES, Plan, draw, learning_rate
+from protoclip.training.plan import Plan, draw, learning_rate
 from protoclip.training.run_folder import RunFolder
 from protoclip.training.saving import SaveSchedule, Stopped, StopSignals
 
@@ -130,7 +130,7 @@ class Trainer:
         head = f"episode {number + 1}/{self.plan.episodes}"
         done = self.step - steps.start  # of this episode, before the run was interrupted
         if done == 0 and self._wants_prototypes(number):
-            self._rebuild_episode(number, draws, bar, head)
+            self.episode = rebuild_episode(self, number, draws, bar, head)
         elif self._is_lit(number):
             self.episode = None
             self.model.lock_image()
@@ -146,7 +146,7 @@ class Trainer:
     def _wants_prototypes(self, number: int) -> bool:
         """Whether an episode needs clusters: a prototype term has a weight, the warm-up is over."""
         warm = number >= self.config.episode.infonce_warmup and not self._is_lit(number)
-        return warm and (self._internal or self._external)
+        return warm and (self.internal or self._external)
 
     def _is_lit(self, number: int) -> bool:
         """Whether an episode belongs to the last phase: image tower frozen, InfoNCE only."""
@@ -156,14 +156,14 @@ class Trainer:
     def _projects(self) -> bool:
         """Whether the heads will be needed: their running statistics are kept from step 0."""
         distills = bool(self.teachers) and self.config.loss.w_distill > 0
-        return self._internal or self._external or distills
+        return self.internal or self._external or distills
 
     @property
     def _external(self) -> bool:
         return bool(self.teachers) and self.config.loss.w_proto_external > 0
 
     @property
-    def _internal(self) -> bool:
+    def internal(self) -> bool:
         return self.config.method == "protoclip" and self.config.loss.w_proto > 0
 
     def _batches(self, draws: Tensor, number: int, done: int) -> Any:
@@ -173,64 +173,10 @@ class Trainer:
             self.plan.batch_size,
             self.transform,
             self.model.tokenizer,
-            seed=self._seed(number, 0),
+            seed=episode_seed(self.config.run.seed, number, 0),
             workers=self.config.data.workers,
             captions=self.config.data.captions,
             start=done * self.plan.batch_size,
-            faults=self.faults,
-        )
-
-    def _seed(self, number: int, purpose: int) -> int:
-        random = generator(self.config.run.seed, EPISODES, number, purpose)
-        return int(torch.randint(2**31, (), generator=random))
-
-    def _rebuild_episode(self, number: int, draws: Tensor, bar: tqdm, head: str) -> None:
-        indices = draws.unique()
-        with self.phases.measure("features"):
-            if self.store is not None:
-                features = self.store.features()
-            else:
-                features = self._extract(indices, number, bar, head)
-        bar.set_description(f"{head} clusters")
-        with self.phases.measure("clusters"):
-            self.episode = build_episode(
-                features,
-                self.teachers,
-                self.config.episode,
-                generator(self.config.run.seed, EPISODES, number, 2),
-                self.episode,
-                keys=self.dataset.keys,
-                internal=self._internal,
-                coming=None if self.store is None else indices,
-                classes={
-                    name: known.ids.to(self.device) for name, known in self.dataset.labels.items()
-                },
-            )
-
-    def _extract(self, indices: Tensor, number: int, bar: tqdm, head: str) -> Features:
-        """A forward pass over the samples of the episode."""
-        done = 0
-
-        def show(rows: int) -> None:
-            nonlocal done
-            done += rows
-            if self.signals.asked and world_size() == 1:
-                save_or_stop(self)  # nothing has changed since the last step
-            bar.set_description(f"{head} features {100 * done // len(indices)}%")
-
-        show(0)
-        return extract(
-            self.model if self.average is None else self.average.model,
-            self.dataset,
-            indices,
-            transform=self.transform,
-            batch_size=self.plan.batch_size,
-            device=self.device,
-            seed=self._seed(number, 1),
-            workers=self.config.data.workers,
-            captions=self.config.data.captions,
-            autocast=self.autocast,
-            progress=show,
             faults=self.faults,
         )
 
