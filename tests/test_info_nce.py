@@ -60,7 +60,7 @@ def check_all(pairs, scale, backend, weights=None, *, cancels=False):
         size = max(size, x.abs().max().item(), y.abs().max().item())
         rows = w.abs().sum().item()
     # max|truth|, but where terms cancel their size counts: in dscale, one number; in sums of equal
-    # terms (D = 1, or rows alike), whose roundings agree; and among two rows, too few for a maximum.
+    # terms (D = 1, or rows alike), whose roundings agree; and of two rows, too few for a maximum.
     largest = {k: max(r[k].abs().max().item() for r in results["truth"]) for k in results["got"][0]}
     magnitude = {**largest, "dscale": 2 * rows * dots * max(1.0, scale * dots)}
     if cancels or pairs[0][0].shape[1] == 1 or len(pairs[0][0]) <= 2:
