@@ -33,9 +33,9 @@ NANO = {
         "context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1,
     },
 }  # fmt: skip
-SAMPLES, BATCH, STEPS = 150, 16, 40  # ten steps an epoch, the last batch filled; four epochs
+SAMPLES, BATCH, STEPS_PER_EPOCH = 150, 16, 10  # the last batch of an epoch is filled
 FLAGS = [
-    "--batch-size", str(BATCH), "--max-steps", str(STEPS), "--episode-size", "64", "--k", "8",
+    "--batch-size", str(BATCH), "--episode-size", "64", "--k", "8",
     "--infonce-warmup-epoch", "1", "--projection-hidden-dim", "32", "--report-to", "none",
     "--val-frequency", "0", "--lr", "0.003",
 ]  # fmt: skip
@@ -91,15 +91,14 @@ def losses(logs: Path, name: str) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in records}
 
 
-def faulty_samples(folder: Path, name: str) -> int:
+def faulty_samples(folder: Path, name: str, total: int) -> int:
     """Samples lost or seen twice in an epoch, by what each step really trained on."""
     steps = dict(map(json.loads, (folder / f"{name}.seen").read_text().splitlines()))
-    assert sorted(steps) == list(range(STEPS))
+    assert sorted(steps) == list(range(total))
     wrong = 0
-    per_epoch = -(-SAMPLES // BATCH)
-    for first in range(0, STEPS, per_epoch):
-        drawn = [i for step in range(first, first + per_epoch) for i in steps[step]][:SAMPLES]
-        wrong += SAMPLES - len(set(drawn))
+    for first in range(0, total, STEPS_PER_EPOCH):
+        drawn = [i for step in range(first, first + STEPS_PER_EPOCH) for i in steps[step]][:SAMPLES]
+        wrong += len(drawn) - len(set(drawn))
     return wrong
 
 
@@ -175,18 +174,20 @@ def _size(run: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=4, help="of ten steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--full-disk", action="store_true", help="too; needs to mount a tmpfs")
     arguments = parser.parse_args(argv)
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # its fsync costs nothing
     with tempfile.TemporaryDirectory(dir=memory) as scratch:
         folder = Path(scratch)
-        flags = prepare(folder)
+        total = arguments.epochs * STEPS_PER_EPOCH
+        flags = [*prepare(folder), "--max-steps", str(total)]
         assert wait(start(flags, folder, "whole")) == 0, (folder / "whole.out").read_text()
         counts = kill_often(flags, folder, "killed", arguments.kills, arguments.seed)
         whole, killed = (losses(folder / "logs", name) for name in ("whole", "killed"))
         counts["steps whose loss differs"] = sum(whole[s] != killed.get(s) for s in whole)
-        counts["samples lost or seen twice"] = faulty_samples(folder, "killed")
+        counts["samples lost or seen twice"] = faulty_samples(folder, "killed", total)
         if arguments.full_disk:
             counts["full disk"] = fill_the_disk(flags, folder, "filled")
     print(", ".join(f"{name}: {value}" for name, value in counts.items()))
