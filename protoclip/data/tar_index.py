@@ -95,7 +95,7 @@ def scan(path: str) -> ShardIndex:
     """Read the headers and captions of a tar; pictures are not touched."""
     index = ShardIndex([], [], [], [], [])
     seen: set[str] = set()
-    for key, members, fault in _samples(path):
+    for key, members, fault in samples(path):
         reason = fault or _judge(path, members)
         if not reason and key in seen:
             reason = "the key occurs twice"
@@ -115,7 +115,7 @@ def scan(path: str) -> ShardIndex:
 Members = dict[str, tuple[int, int]]  # extension -> offset, size
 
 
-def _samples(path: str) -> Iterator[tuple[str, Members, str]]:
+def samples(path: str) -> Iterator[tuple[str, Members, str]]:
     """Key, members and fault ("" if none) of each sample: neighbours with the same key."""
     key, members = "", Members()
     with _open(path) as tar:
