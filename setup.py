@@ -44,6 +44,7 @@ setup(
     },
     package_data={
         "protoclip.data": ["*.tsv", "*.md"],
+        "protoclip.report": ["*.css", "*.js", "*.json"],
         "protoclip.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
         "protoclip": ["py.typed", "model_configs/*.json", "presets/*.json"],
     },

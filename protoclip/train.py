@@ -22,6 +22,7 @@ from protoclip.distributed import seed_everything
 from protoclip.evaluate import Results, format_table, peak_memory_bytes, write_results
 from protoclip.flags import build_parser, parse
 from protoclip.model import ProtoModel, build_model
+from protoclip.report import write_report
 from protoclip.training.engine import choose_device, choose_precision
 from protoclip.training.inputs import open_teachers, open_training_data, uses_prototypes
 from protoclip.training.loop import Trainer
@@ -115,7 +116,7 @@ def run(
     trainer.run()
     after = evaluate.full(model, "evaluating the trained model")
     with phases.measure("plots", on_host=True):
-        draw_plots(folder, config, trainer, dataset)
+        draw_plots(folder, config, trainer, dataset, evaluate, before, after)
     report(folder, config, before, after, phases, device)
 
 
@@ -178,6 +179,7 @@ def report(
             timing=timing,
             peak_memory_bytes=peak,
         )
+    folder.say(f"report: {write_report([folder.path])}")
     folder.say(f"done: {folder.path}")
 
 

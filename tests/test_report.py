@@ -96,14 +96,16 @@ def test_characters_no_font_has_become_dots():
 
 def test_spread_goes_from_the_largest_to_the_smallest():
     counts = torch.tensor([3, 0, 9, 1, 5, 5])
-    assert prototypes._spread_by_size(counts, 3) == [2, 5, 3]
-    assert prototypes._spread_by_size(counts, 99) == [2, 4, 5, 0, 3]
+    assert prototypes.spread_by_size(counts, 3) == [2, 5, 3]
+    assert prototypes.spread_by_size(counts, 99) == [2, 4, 5, 0, 3]
 
 
 def test_nearest_are_found_among_all_samples():
     features = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 3], [5, 0.2]])
     labels = torch.tensor([0, 0, 7, -1, 7])
-    got = prototypes._nearest(features, labels, [7, 0], 2)  # mean of rows 2 and 4: the diagonal
+    got = prototypes.nearest_samples(
+        features, labels, [7, 0], 2
+    )  # mean of rows 2 and 4: the diagonal
     assert got[1].tolist() == [4, 1] or got[1].tolist() == [4, 0]
     assert got.shape == (2, 2)
 

@@ -96,7 +96,7 @@ def format_table(
         columns += f"{'trained':>11}{'95 % interval':>20}" + (f"{'change':>11}" if before else "")
         lines = [head, " " * 34 + columns]
         old = before.sets[key].metrics if before and key in before.sets else {}
-        for name, words in _rows(one.metrics):
+        for name, words in rows_of(one.metrics):
             line = f"  {words:<32}"
             if before:
                 line += f"{_number(old.get(name)):>11}"
@@ -109,7 +109,8 @@ def format_table(
     return "\n\n".join(blocks + ([footer] if footer else []))
 
 
-def _rows(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+def rows_of(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """(metric, words) of each row of a table, in its order."""
     labels = list(dict.fromkeys(name.split("/")[0] for name in metrics if "/" in name))
     rows = list(PLAIN)
     for key, words in PER_LABEL:
@@ -174,8 +175,8 @@ def write_results(
         "data": data,
         "model": model,
         "pretrained": pretrained,
-        "trained": _plain(after),
-        "untrained": None if before is None else _plain(before),
+        "trained": results_to_plain(after),
+        "untrained": None if before is None else results_to_plain(before),
         "seconds": dict(timing or {}),
         "peak_memory_bytes": peak_memory_bytes,
         "clip_benchmark": [finite(one) for one in own],
@@ -197,7 +198,7 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         for name in ("trained", "untrained"):
-            content[name] = None if content[name] is None else _from_plain(content[name])
+            content[name] = None if content[name] is None else results_from_plain(content[name])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"results: {path} is no results.json of protoclip ({type(error).__name__}: {error}); "
@@ -206,7 +207,8 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def _plain(results: Results) -> dict[str, Any]:
+def results_to_plain(results: Results) -> dict[str, Any]:
+    """Results as JSON can hold them, without the hits."""
     return {
         "seconds": finite_number(results.seconds),
         "sets": {
@@ -224,7 +226,7 @@ def _plain(results: Results) -> dict[str, Any]:
     }
 
 
-def _from_plain(content: Mapping[str, Any]) -> Results:
+def results_from_plain(content: Mapping[str, Any]) -> Results:
     def number(value: float | None) -> float:
         return math.nan if value is None else float(value)
 

@@ -17,7 +17,7 @@ from protoclip.distributed import is_main
 from protoclip.evaluate.cache import FeatureCache, dataset_hash, digest
 from protoclip.evaluate.folders import LABEL
 from protoclip.evaluate.ranks import all_ranks, sharded
-from protoclip.model import ProtoModel
+from protoclip.model import Encoded, ProtoModel
 
 EMOJI_TEMPLATES = ("{}", "an emoji of {}", "a picture of {}", "{} symbol")
 TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "an image of {}")
@@ -112,6 +112,16 @@ class Encoder:
         content = digest(unique) if self.cache is not None else ""
         encoded = self._kept("text", content, len(unique), encode)
         return encoded[torch.tensor([position[text] for text in texts], device=encoded.device)]
+
+    @torch.no_grad()
+    def project(self, encoded: Encoded) -> Encoded:
+        """h of encoded rows, unit rows [N, Dh] each, in eval mode."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return self.model.project(encoded)
+        finally:
+            self.model.train(was_training)
 
     def _kept(
         self, kind: str, content: str, count: int, encode: Callable[[range], Tensor]

@@ -6,12 +6,11 @@ import torch
 from tqdm import tqdm
 
 from protoclip.config import TrainConfig
-from protoclip.data import PairDataset, build_transform, noto_available, open_dataset
-from protoclip.evaluate import Encoder, Results, evaluate_model
-from protoclip.features import extract
+from protoclip.data import PairDataset, Subset, noto_available, open_dataset
+from protoclip.evaluate import Encoder, EvalSet, Results, evaluate_model
 from protoclip.metrics import retrieval
-from protoclip.model import ProtoModel
-from protoclip.report import plot_curves, plot_prototypes
+from protoclip.model import Encoded, ProtoModel
+from protoclip.report import plot_curves, plot_prototypes, save_snapshot, take_snapshot
 from protoclip.training.engine import autocast_for
 from protoclip.training.inputs import open_arguments
 from protoclip.training.loop import Trainer
@@ -33,6 +32,7 @@ class Evaluation:
         builtin = data.train_data.startswith("builtin:")
         self.data = data.val_data or (data.train_data if builtin else "")
         self.quick_sets: dict[str, PairDataset] = {}
+        self.kept: dict[str, EvalSet] = {}  # of the last full evaluation
         if not self.data:
             return
         arguments = open_arguments(config)
@@ -60,6 +60,7 @@ class Evaluation:
                 autocast=self.autocast,
                 progress=bar.update,
                 open_kwargs=arguments,
+                keep=self.kept,
             )
 
     def quick(self, model: ProtoModel) -> dict[str, float]:
@@ -76,34 +77,54 @@ class Evaluation:
 
 
 def draw_plots(
-    folder: RunFolder, config: TrainConfig, trainer: Trainer, dataset: PairDataset
+    folder: RunFolder,
+    config: TrainConfig,
+    trainer: Trainer,
+    dataset: PairDataset,
+    evaluation: Evaluation,
+    before: Results | None = None,
+    after: Results | None = None,
 ) -> None:
-    """curves.png, and prototypes.png where there are prototypes."""
+    """curves.png, prototypes.png where there are prototypes, and what the report needs."""
     plot_curves(folder.path / "metrics.jsonl", folder.path / "curves.png")
-    if trainer.episode is None:
-        return
-    source = list(trainer.episode.clusterings)[-1]  # the teacher, if there is one
-    labels = trainer.episode.clusterings[source].labels.cpu()
-    chosen = (labels >= 0).nonzero().flatten()[:PICTURED]
-    model = trainer.model
-    features = extract(
-        model,
-        dataset,
-        chosen,
-        transform=build_transform(model.image_size, model.mean, model.std, "none"),
-        batch_size=256,
-        device=trainer.device,
-        seed=config.run.seed,
+    clusterings = trainer.episode.clusterings if trainer.episode else {}
+    clusters = {name: one.labels.cpu() for name, one in clusterings.items()}
+    chosen = torch.arange(len(dataset))
+    if clusters:  # the last is the teacher's, if there is one
+        source, labels = list(clusters.items())[-1]
+        chosen = (labels >= 0).nonzero().flatten()
+    # Spread over the data, which may be sorted.
+    chosen = chosen[torch.linspace(0, len(chosen) - 1, min(PICTURED, len(chosen))).long()]
+    pictured = Subset(dataset, chosen)
+    encoder = Encoder(
+        trainer.model,
+        trainer.device,
         workers=config.data.workers,
         autocast=trainer.autocast,
     )
-    plot_prototypes(
-        folder.path / "prototypes.png",
-        dataset,
-        features.image_h,
-        features.text_h,
-        labels[features.index.cpu()],
-        index=features.index,
-        classes=dataset.labels.get("group"),
-        title=f"Prototypes of the {source} clusters",
+    texts = [pictured.captions(i)[0] for i in range(len(pictured))]
+    encoded = Encoded(encoder.images(pictured), encoder.texts(texts))
+    projected = encoder.project(encoded)
+    if clusters:
+        plot_prototypes(
+            folder.path / "prototypes.png",
+            dataset,
+            projected.image,
+            projected.text,
+            labels[chosen],
+            index=chosen,
+            classes=dataset.labels.get("group"),
+            title=f"Prototypes of the {source} clusters",
+        )
+    snapshot = take_snapshot(
+        chosen,
+        encoded,
+        projected,
+        clusters,
+        dataset.labels,
+        judged=next(iter(evaluation.kept.items()), None),
+        after=after,
+        before=before,
+        facts={"memory_bytes": evaluation.phases.memory()},
     )
+    save_snapshot(folder.path, snapshot)
