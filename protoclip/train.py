@@ -112,6 +112,7 @@ def run(
         device=device,
         precision=precision,
         evaluate=evaluate.quick if evaluate.quick_sets else None,
+        zeroshot=evaluate.zeroshot if evaluate.zeroshot_data else None,
     )
     trainer.run()
     after = evaluate.full(model, "evaluating the trained model")

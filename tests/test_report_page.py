@@ -156,7 +156,7 @@ def test_charts_bear_any_numbers():
     assert "<circle" in one and "&lt;t&gt;" in one and "a&amp;b" in one
     assert svg.histogram("t", [("a", torch.zeros(5), 0)]).count("<rect") == 1
     assert svg.tick_labels([14.2, 14.25, 14.3]) == ["14.20", "14.25", "14.30"]
-    assert svg.tick_labels([0, 2.5e-4, 5e-4]) == ["0", "0.00025", "0.0005"]
+    assert svg.tick_labels([0, 2.5e-4, 5e-4]) == ["0", "2.5e−4", "5.0e−4"]
 
 
 CHECK = """<script>

@@ -47,7 +47,7 @@ def summary(runs: Sequence[Run], baseline: Run | None) -> str:
     keys = keys_of(runs)
     shown = list(dict.fromkeys((*keys[:1], *keys[-1:])))  # the strictest and the widest
     parts = "".join(f"<div>{table(runs, baseline, [one])}</div>" for one in shown)
-    full = f"<details><summary>All numbers of all {len(keys)} evaluation sets</summary>"
+    full = f"<details><summary>All numbers ({len(keys)} evaluation sets)</summary>"
     full += f"{table(runs, baseline, keys, everything=True)}</details>"
     return f"{lines}{remark}<div class=runs>{parts}</div>{key}{full if keys else ''}"
 
@@ -62,7 +62,7 @@ def curves(runs: Sequence[Run]) -> str:
                 if name in run.series:
                     label = words_of(name) + (f" · {run.name}" if len(runs) > 1 else "")
                     order = wanted.index(name) * len(runs) + number
-                    lines.append(Series(label, *run.series[name], colour=order))
+                    lines.append(Series(label, *run.series[name], order, dashed=number > 0))
         least = 2.0 if title == "Logit scale" else 0.0  # a drift in decimals is no curve
         zero = not title.startswith(("Loss", "Logit"))
         charts.append(line_chart(title, lines, zero=zero, least=least))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 WIDTH, HEIGHT = 460, 230
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 26
 POINTS = 240  # a longer series is drawn as means of that many pieces
 COLOURS = 8
 
@@ -109,10 +109,9 @@ def _axes(
 def tick_labels(ticks: Sequence[float]) -> list[str]:
     """Labels with as many decimals as tell neighbours apart."""
     step = min((b - a for a, b in zip(ticks, ticks[1:], strict=False)), default=1.0)
-    top = max((abs(t) for t in ticks), default=0.0)
-    if top and top < 1e-2:
-        return [f"{t:.2g}".replace("e-0", "e-").replace("-", "−") if t else "0" for t in ticks]
-    decimals = next((d for d in range(6) if abs(round(step, d) - step) < 1e-9 * (1 + step)), 6)
+    decimals = next((d for d in range(4) if abs(round(step, d) - step) < 1e-6 * step), 4)
+    if decimals > 3:
+        return [f"{t:.1e}".replace("e-0", "e-").replace("-", "−") if t else "0" for t in ticks]
     return [f"{t:,.{decimals}f}".replace("-", "−") for t in ticks]
 
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from tqdm import tqdm
 
 from protoclip.config import TrainConfig
 from protoclip.data import PairDataset, Subset, noto_available, open_dataset
-from protoclip.evaluate import Encoder, EvalSet, Results, evaluate_model
+from protoclip.evaluate import (
+    Encoder,
+    EvalSet,
+    Results,
+    evaluate_features,
+    evaluate_model,
+)
+from protoclip.evaluate.encode import encode_sets
+from protoclip.evaluate.layouts import Layout, open_layout
+from protoclip.evaluate.sets import EMOJI_TEMPLATES, TEMPLATES
+from protoclip.evaluate.tasks import impossible
 from protoclip.metrics import retrieval
 from protoclip.model import Encoded, ProtoModel
 from protoclip.report import plot_curves, plot_prototypes, save_snapshot, take_snapshot
@@ -33,6 +45,7 @@ class Evaluation:
         self.data = data.val_data or (data.train_data if builtin else "")
         self.quick_sets: dict[str, PairDataset] = {}
         self.kept: dict[str, EvalSet] = {}  # of the last full evaluation
+        self.zeroshot_data = _zeroshot_data(data.imagenet_val, config.run.seed)
         if not self.data:
             return
         arguments = open_arguments(config)
@@ -74,6 +87,36 @@ class Evaluation:
             ranks = retrieval(encoder.images(dataset), encoder.texts(texts), None)
             scalars |= {f"val_{name}_{key}": value for key, value in ranks.summary((1, 5)).items()}
         return scalars
+
+    def zeroshot(self, model: ProtoModel) -> dict[str, float]:
+        """Zero-shot accuracies on --imagenet-val."""
+        assert self.zeroshot_data is not None
+        encoder = Encoder(
+            model, self.device, workers=self.config.data.workers, autocast=self.autocast
+        )
+        sets, _ = encode_sets(encoder, self.zeroshot_data, tasks=("zeroshot",))
+        results = evaluate_features(sets, tasks=("zeroshot",))
+        values = next(iter(results.sets.values())).metrics
+        return {f"val_zeroshot_{name}": value for name, value in values.items()}
+
+
+def _zeroshot_data(spec: str, seed: int) -> Layout | None:
+    """What --imagenet-val names, opened before training starts.
+
+    Raises:
+        ValueError: it cannot be opened, or has no class names.
+    """
+    if not spec:
+        return None
+    if spec.startswith("builtin:"):
+        heldout = open_dataset(spec, "heldout", seed=seed)
+        words = EMOJI_TEMPLATES if spec == "builtin:emoji" else TEMPLATES
+        return Layout(spec, heldout, captioned=False, templates=words)
+    layout = open_layout(spec)
+    reasons = impossible(("zeroshot",), layout)
+    if reasons:
+        raise ValueError(f"--imagenet-val {spec}: {reasons['zeroshot']}")
+    return replace(layout, captioned=False, train=None)
 
 
 def draw_plots(
