@@ -25,6 +25,11 @@ from protoclip.model import build_model
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("protoclip.evaluate.cache.cache_dir", lambda: tmp_path / "cache")
+
+
 class Towers(torch.nn.Module):
     """Encoders that any test can predict: mean colours, and sums over tokens."""
 

@@ -38,6 +38,18 @@ def test_retrieval_is_clip_benchmarks():
         assert got[f"text_retrieval_recall@{k}"] == pytest.approx(want, abs=1e-6)
 
 
+def test_retrieval_is_openclips():
+    theirs = pytest.importorskip("open_clip_train.train").get_clip_metrics
+    image, text, _ = features(90, 90)
+    image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+    want = theirs(image, text, torch.tensor(100.0))
+    got = evaluate_features({"A": EvalSet(image, text)}, tasks=("retrieval",)).metrics["A"]
+    for k in (1, 5, 10):
+        ours = got[f"text_retrieval_recall@{k}"], got[f"image_retrieval_recall@{k}"]
+        assert ours[0] == pytest.approx(want[f"image_to_text_R@{k}"], abs=1e-6)
+        assert ours[1] == pytest.approx(want[f"text_to_image_R@{k}"], abs=1e-6)
+
+
 def test_classification_is_clip_benchmarks():
     """Top-k by topk, mean per class recall by scikit-learn's balanced accuracy."""
     scores = pytest.importorskip("sklearn.metrics")

@@ -80,11 +80,11 @@ def test_folders_that_are_no_runs_are_refused(tmp_path, capsys):
 
 def test_fifty_thousand_samples_are_a_matter_of_seconds(tmp_path):
     path = make_run(tmp_path / "big", data="builtin:shapes:56000", judged=5000)
-    began = time.perf_counter()
+    began = time.process_time()
     page = write_report([path])
-    took = time.perf_counter() - began
+    took = time.process_time() - began
     assert len(read_run(path).snapshot.index) >= 50_000
-    assert page.stat().st_size < 10 * 2**20 and took < 40, took  # 6 s on a quiet core
+    assert page.stat().st_size < 10 * 2**20 and took < 10, took  # 1.2 s of one Zen 4 core
 
 
 def test_snapshot_round_trip(runs):
