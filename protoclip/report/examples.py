@@ -33,7 +33,11 @@ def retrieval_examples(one: EvalSet | None, thumbs: Thumbs, count: int = 4) -> s
         items = "".join(
             f"<li{' class=hit' if int(owner[j]) == i else ''}>{caption(j)}</li>" for j in best
         )
-        return f"<div class=query>{thumbs.tag(i)}<ol>{items}</ol></div>"
+        truth = "" if any(int(owner[j]) == i for j in best) else own_caption(i)
+        return f"<div class=query>{thumbs.tag(i)}<div><ol>{items}</ol>{truth}</div></div>"
+
+    def own_caption(i: int) -> str:
+        return f"<small>right: {html.escape(thumbs.caption(i))}</small>"
 
     def to_image(j: int, best: list[int]) -> str:
         found = "".join(thumbs.tag(i, kind="hit" if i == int(owner[j]) else "") for i in best)

@@ -14,8 +14,7 @@ from protoclip.report.snapshot import Snapshot
 from protoclip.report.thumbs import Thumbs
 
 IMAGES, CAPTIONS = 8, 5
-CONSTANT = {"image": "clusters of the image features", "text": "clusters of the caption features",
-            "external": "clusters of the external teacher's features"}  # fmt: skip
+WORDS = {"image": "the image features", "text": "the caption features"}
 
 
 def gallery(snapshot: Snapshot, thumbs: Thumbs, *, sources: int = 4, rows: int = 12) -> str:
@@ -43,8 +42,9 @@ def gallery(snapshot: Snapshot, thumbs: Thumbs, *, sources: int = 4, rows: int =
 
 def _summary(name: str, labels: Tensor, counts: Tensor, known: Mapping[str, Labels]) -> str:
     sizes = counts[counts > 0].float()
+    source = WORDS.get(name.split("_")[0], "the external teacher's features")  # "image_500": K 500
     text = (
-        f"<b>{html.escape(name)}</b>: {html.escape(CONSTANT.get(name, 'clusters'))}, "
+        f"<b>{html.escape(name)}</b>: clusters of {source}, "
         f"{len(sizes):,} prototypes of {int(sizes.min()):,} to {int(sizes.max()):,} samples"
     )
     for label, own in known.items():

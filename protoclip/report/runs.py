@@ -103,7 +103,9 @@ def comparable(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
     def common(one: Mapping[str, Any]) -> Any:
         model = {k: v for k, v in one.get("model", {}).items() if k not in HEADS}
-        data = {k: v for k, v in one.get("data", {}).items() if k not in ("workers", "imagenet_val")}
+        data = {
+            k: v for k, v in one.get("data", {}).items() if k not in ("workers", "imagenet_val")
+        }
         return data, model, one.get("optim"), one.get("run", {}).get("seed")
 
     return common(config) == common(other)

@@ -185,11 +185,15 @@ def churn(runs: Sequence[Run]) -> str:
         ("Imbalance", "_imbalance", "Largest cluster over the mean size."),
         ("Clusters in use", "_clusters", "Empty ones are dropped."),
         ("Inertia", "_inertia", "Mean squared distance to the centroid."),
+        ("Purity", "_purity", "Share of samples of their cluster's commonest class."),
     ):
-        names = dict.fromkeys(n for run in runs for n in run.series if n.endswith(ending))
+        names = dict.fromkeys(
+            n for run in runs for n in run.series if ending in n and not n.startswith("seconds_")
+        )
         lines = [
             Series(
-                name.removesuffix(ending) + (f" · {run.name}" if len(runs) > 1 else ""),
+                name.replace(ending, "").replace("_", " ")
+                + (f" · {run.name}" if len(runs) > 1 else ""),
                 *run.series[name],
                 colour=order * len(runs) + number,
             )
