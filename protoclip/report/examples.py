@@ -41,9 +41,10 @@ def retrieval_examples(one: EvalSet | None, thumbs: Thumbs, count: int = 4) -> s
 
     def to_image(j: int, best: list[int]) -> str:
         found = "".join(thumbs.tag(i, kind="hit" if i == int(owner[j]) else "") for i in best)
-        return (
-            f"<div class=query><div><q>{caption(j)}</q><div class=thumbs>{found}</div></div></div>"
-        )
+        if int(owner[j]) not in best:
+            found += f"<small class=right>right: {thumbs.tag(int(owner[j]))}</small>"
+        words = f"<q>{caption(j)}</q><div class=thumbs>{found}</div>"
+        return f"<div class=query><div>{words}</div></div>"
 
     parts = []
     for title, queries, items, show, truth in (
