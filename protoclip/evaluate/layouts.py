@@ -17,6 +17,7 @@ from protoclip.data import DataError, Labels, PairDataset, open_dataset
 from protoclip.evaluate.folders import LABEL, ClassShards, ImageFolder, class_folders
 
 SPLITS = ("test", "val", "validation")  # the first that is there is evaluated
+TYPE_FILE = "dataset_type.txt"
 TYPES = ("classification", "retrieval", "multilabel")
 
 
@@ -67,7 +68,8 @@ def open_layout(
     if not root.is_dir():
         return Layout(data, open_dataset(data, **open_kwargs), templates=words)
     chosen = _split_folder(root, split)
-    if _has_shards(chosen):
+    told = any((root / name).is_file() for name in ("nshards.txt", "classnames.txt", TYPE_FILE))
+    if _has_shards(chosen) and (chosen != root or told):
         return _clip_benchmark(root, chosen, root / train_split, names, words)
     if any(root.glob("*.tar")):
         return Layout(data, open_dataset(data, **open_kwargs), templates=words)
@@ -109,10 +111,10 @@ def _clip_benchmark(
     root: Path, chosen: Path, train: Path, names: Sequence[str] | None, words: tuple[str, ...]
 ) -> Layout:
     kind = "classification"
-    if (root / "dataset_type.txt").is_file():
-        kind = (root / "dataset_type.txt").read_text(encoding="utf-8").strip().lower()
+    if (root / TYPE_FILE).is_file():
+        kind = (root / TYPE_FILE).read_text(encoding="utf-8").strip().lower()
     if kind not in TYPES:
-        raise DataError(f"{root / 'dataset_type.txt'}: expected {' or '.join(TYPES)}, got {kind!r}")
+        raise DataError(f"{root / TYPE_FILE}: expected {' or '.join(TYPES)}, got {kind!r}")
     shards = _shards(chosen)
     if kind == "retrieval":
         return Layout(str(root), open_dataset("::".join(shards)))

@@ -47,13 +47,14 @@ def retrieval_examples(one: EvalSet | None, thumbs: Thumbs, count: int = 4) -> s
         return f"<div class=query><div>{words}</div></div>"
 
     parts = []
-    for title, queries, items, show, truth in (
-        ("Image → caption", image, text, to_text, lambda i, j: owner[j] == i),
-        ("Caption → image", text, image, to_image, lambda j, i: owner[j] == i),
+    for title, queries, items, show in (
+        ("Image → caption", image, text, to_text),
+        ("Caption → image", text, image, to_image),
     ):
         asked = every(len(queries), ASKED)
         best = (queries[asked] @ items.T).topk(min(5, len(items)), dim=1).indices
-        right = truth(asked, best[:, 0])
+        first = best[:, 0]
+        right = owner[first] == asked if show is to_text else owner[asked] == first
         for word, rows in (("right", right.nonzero()), ("wrong", (~right).nonzero())):
             rows = rows.flatten()
             body = "".join(

@@ -68,6 +68,7 @@ class Evaluation:
                 model,
                 self.data,
                 seed=arguments.pop("seed"),
+                captions="first" if self.data.startswith("builtin:") else "all",
                 device=self.device,
                 workers=self.config.data.workers,
                 autocast=self.autocast,
