@@ -129,6 +129,25 @@ def test_baseline_is_the_comparable_run(runs):
     assert not comparable(ours.config, other)
 
 
+def test_recorded_baseline_stands_in_where_the_settings_are_its_own(runs, tmp_path, monkeypatch):
+    from protoclip.report import runs as module
+
+    file = tmp_path / "baseline.json"
+    module.record_baseline(runs[1], file)
+    monkeypatch.setattr(module, "RECORDED", file)  # an absolute path replaces the package's
+    ours = read_run(runs[0])
+    found = module.recorded_baseline(ours)
+    assert found.method == "clip" and found.path is None and "recorded" in found.remark
+    assert found.after.metrics["HO"] == pytest.approx(
+        read_run(runs[1]).after.metrics["HO"], nan_ok=True
+    )
+    other = json.loads(json.dumps(ours.config))
+    other["optim"]["epochs"] = 1.0
+    assert module.recorded_baseline(Run("x", None, other)) is None
+    with pytest.raises(ValueError, match="--method clip"):
+        module.record_baseline(runs[0], file)
+
+
 def test_reproduction_command_has_what_differs():
     config = {"method": "clip", "model": {"add_projection_head": False}, "optim": {"lr": 0.5}}
     assert defaults_changed(config) == [

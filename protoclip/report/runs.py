@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -14,6 +15,7 @@ from typing import Any
 from protoclip.config import TrainConfig, flag_of
 from protoclip.data import DataError, PairDataset, open_dataset
 from protoclip.evaluate import Results, read_results
+from protoclip.evaluate.results import results_from_plain, results_to_plain
 from protoclip.report.curves import read_series
 from protoclip.report.snapshot import Snapshot, load_snapshot
 
@@ -136,8 +138,6 @@ def recorded_baseline(run: Run) -> Run | None:
     content = json.loads(file.read_text(encoding="utf-8"))
     if not comparable(run.config, content["config"]):
         return None
-    from protoclip.evaluate.results import results_from_plain
-
     return Run(
         "CLIP (recorded)",
         None,
@@ -145,6 +145,27 @@ def recorded_baseline(run: Run) -> Run | None:
         results_from_plain(content["trained"]),
         remark=content["remark"],
     )
+
+
+def record_baseline(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
+    """Keep a plain run's numbers as the baseline that ships with protoclip.
+
+    After a change of the defaults: train with ``--method clip``, then call this with the run
+    folder and ``protoclip/report/clip_baseline.json``.
+    """
+    run = read_run(folder)
+    if run.method != "clip" or run.after is None or run.snapshot is None:
+        raise ValueError(f"record_baseline: expected a whole run of --method clip, got {run.name}")
+    facts = run.snapshot.facts
+    config = {**run.config, "run": {"seed": run.config["run"]["seed"]}}
+    remark = (
+        f"Baseline: plain CLIP, same data, encoder, steps and seed, recorded "
+        f"{time.strftime('%Y-%m-%d')} ({facts['cpu']}, torch {facts['torch']}, commit "
+        f"{facts['commit']}). For your own: --method clip, then protoclip.report RUN CLIP_RUN."
+    )
+    content = {"remark": remark, "config": config, "trained": results_to_plain(run.after)}
+    text = json.dumps(content, indent=1, allow_nan=False)
+    Path(output).write_text(text + "\n", encoding="utf-8")
 
 
 def defaults_changed(config: Mapping[str, Any]) -> list[str]:
