@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import on_ranks
 
 from protoclip import metrics
 from protoclip.config import ModelConfig
@@ -135,25 +136,23 @@ def test_paper_probe_is_plain_sgd_and_takes_the_best_epoch():
     assert epoch == int(np.argmax(shares)) + 1
 
 
-def _on_a_rank(rank, path, results):
-    import torch.distributed as dist
-
+def on_a_rank():
+    """Slices and flags on one of the ranks."""
+    from protoclip import distributed
     from protoclip.evaluate.ranks import all_ranks, sharded
 
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    cpu = torch.device("cpu")
+    place = distributed.find_place()
+    distributed.start(place, cpu, 60.0)
     table = torch.arange(14.0).reshape(7, 2)
     same = all(
         torch.equal(sharded(lambda rows: table[rows.start : rows.stop], n), table[:n])
         for n in (1, 2, 3, 7)
     )
-    flags = all_ranks(True, torch.device("cpu")), all_ranks(rank == 0, torch.device("cpu"))
-    results[rank] = same and flags == (True, False)
-    dist.destroy_process_group()
+    flags = all_ranks(True, cpu), all_ranks(place.rank == 0, cpu)
+    distributed.stop()
+    return same, flags
 
 
-def test_ranks_encode_slices_and_share_the_rows(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(_on_a_rank, (str(tmp_path / "meet"), results), nprocs=2)
-        assert dict(results) == {0: True, 1: True}
+def test_ranks_encode_slices_and_share_the_rows():
+    assert on_ranks(2, on_a_rank) == [(True, (True, False))] * 2

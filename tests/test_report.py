@@ -60,13 +60,13 @@ def test_series_skip_what_is_not_a_number(tmp_path):
 
 def test_panels_and_legends():
     names = ["loss", "proto_loss", "logit_scale", "logit_scale_proto", "lr", "seconds_data"]
-    panels = dict(curves._panels([*names, "val_HO_text_retrieval_recall@5"]))
+    panels = dict(curves.panels([*names, "val_HO_text_retrieval_recall@5"]))
     assert panels["Loss (nats)"] == ["proto_loss"]  # the total would flatten the terms
     assert panels["Logit scale"] == ["logit_scale", "logit_scale_proto"]
     assert panels["Recall at 5"] == ["val_HO_text_retrieval_recall@5"]
-    assert dict(curves._panels(["loss"]))["Loss (nats)"] == ["loss"]
-    assert curves._words("val_HO_text_retrieval_recall@5") == "HO image → text"
-    assert curves._words("proto_loss") == "proto loss"
+    assert dict(curves.panels(["loss"]))["Loss (nats)"] == ["loss"]
+    assert curves.words_of("val_HO_text_retrieval_recall@5") == "HO image → text"
+    assert curves.words_of("proto_loss") == "proto loss"
 
 
 def test_running_mean():

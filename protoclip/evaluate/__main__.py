@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from protoclip.config import PRECISIONS, TrainConfig
-from protoclip.distributed import is_main, world_size
+from protoclip.distributed import find_place, is_main, start, stop, world_size
 from protoclip.evaluate.models import Loaded, load_model
 from protoclip.evaluate.results import Results, format_table, read_results, write_results
 from protoclip.evaluate.run import Settings, choose, evaluate_loaded
@@ -23,6 +23,7 @@ from protoclip.evaluate.tasks import PROTOCOLS, TASKS, parse_tasks
 PROG = "python -m protoclip.evaluate"
 DESCRIPTION = """Evaluate a CLIP; prints a table, writes results.json and, per data set and task,
 the JSON that CLIP_benchmark writes."""
+TIMEOUT = 3600.0  # seconds a rank waits for the slowest slice
 LAYOUTS = """data: builtin:emoji | builtin:shapes[:N] | a folder of class folders (ImageFolder),
 also below train/ and test/ | a CLIP_benchmark folder (test/0.tar, classnames.txt,
 zeroshot_classification_templates.txt, dataset_type.txt) | a .csv or .tsv | webdataset shards with
@@ -92,7 +93,9 @@ def run(args: argparse.Namespace) -> str:
             "csv_label_key": args.csv_label_key,
         },
     )
-    device, precision = choose(args.device, args.precision)
+    place = find_place()
+    device, precision = choose(args.device, args.precision, place.local_rank)
+    start(place, device, TIMEOUT)
     loaded.model.to(device)
     took = time.perf_counter() - started
     with tqdm(
@@ -201,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        stop()
     if text:
         print(text)
     return 0

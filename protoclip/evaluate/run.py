@@ -37,15 +37,15 @@ class Settings:
     layout: Mapping[str, Any] = field(default_factory=dict)
 
 
-def choose(device: str, precision: str) -> tuple[torch.device, str]:
-    """Device and precision of flags that may say "auto".
+def choose(device: str, precision: str, local_rank: int = 0) -> tuple[torch.device, str]:
+    """Device and precision of flags that may say "auto"; each rank of a machine its own card.
 
     Raises:
         ValueError: no such device here.
     """
     name = device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(name)
     except RuntimeError as error:
