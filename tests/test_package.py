@@ -20,7 +20,7 @@ LAYERS = [
     ["model"],
     ["features", "teacher"],
     ["episode"],
-    ["losses", "openclip_losses"],
+    ["losses", "openclip_losses", "online_prototypes", "proto_clip_loss"],
     ["metrics"],
     ["evaluate"],
     ["report"],
