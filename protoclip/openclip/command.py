@@ -95,14 +95,14 @@ def patched(trainer: Any, proto: ProtoConfig | None) -> Iterator[None]:
     original = getattr(trainer, name)
     setattr(trainer, name, functools.partial(ours[name], proto=proto))
     try:
-        with _tolerant_of_webdataset():
+        with tolerant_of_webdataset():
             yield
     finally:
         setattr(trainer, name, original)
 
 
 @contextlib.contextmanager
-def _tolerant_of_webdataset() -> Iterator[None]:
+def tolerant_of_webdataset() -> Iterator[None]:
     """webdataset 1.x ends each shard with an empty sample, on which OpenCLIP's reader dies with
     ``KeyError: 'fname'`` (open_clip #935); this asks webdataset not to."""
     data: Any = importlib.import_module("open_clip_train.data")
@@ -117,7 +117,7 @@ def _tolerant_of_webdataset() -> Iterator[None]:
         data.tar_file_expander = original
 
 
-def _registered(rest: list[str]) -> list[str]:
+def registered(rest: list[str]) -> list[str]:
     """Makes our models, and a --model that is a config file, known to OpenCLIP."""
     from protoclip.model import register_configs
 
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if {"-h", "--help"} & set(rest):
             print(build_parser().format_help())
             trainer.parse_args(["--help"])
-        rest = _registered(rest)
+        rest = registered(rest)
         _check(trainer, proto, rest)
     except ValueError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
