@@ -21,6 +21,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import open_clip
 import torch
 
 from protoclip.config import ModelConfig
@@ -93,26 +94,38 @@ def main() -> None:
     parser.add_argument("--proto", nargs=argparse.REMAINDER, default=PROTO)
     args = parser.parse_args()
     arms = {"plain": [], "prototypes": args.proto}
-    rows = []
+    out = Path(args.out)
+    rows = json.loads(out.read_text())["runs"] if out.is_file() else []
+    done = {(row["arm"], row["seed"]) for row in rows}
     with tempfile.TemporaryDirectory() as scratch:
         logs = Path(scratch)
         shards = write_shards(logs / "shards")
         for seed in args.seeds:
             for arm, flags in arms.items():
+                if (arm, seed) in done:
+                    continue
                 name = f"{arm}-{seed}"
                 seconds = train(shards, logs, name, seed, args.epochs, flags)
                 last = logs / name / "checkpoints" / f"epoch_{args.epochs}.pt"
                 scores = score(last, logs / "emoji-small.json")
                 rows.append({"arm": arm, "seed": seed, "seconds": seconds, **scores})
                 print(json.dumps(rows[-1]), flush=True)
+                write(out, rows, args)
+
+
+def write(out: Path, rows: list[dict], args: argparse.Namespace) -> None:
+    """The runs so far, with means; a second call of the script goes on from here."""
     metrics = [key for key in rows[0] if key.endswith("AMI")]
-    means = {
-        arm: {m: statistics.mean(r[m] for r in rows if r["arm"] == arm) for m in metrics}
-        for arm in arms
-    }
+    means = {}
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = [row for row in rows if row["arm"] == arm]
+        means[arm] = {m: statistics.mean(row[m] for row in own) for m in metrics}
     content = {
         "question": " ".join((__doc__ or "").split("\n\n")[0].split()),
-        "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
+        "machine": f"one core, {cpu()}, torch {torch.__version__}",
+        "open_clip": open_clip.__version__,
+        "pairs": len(open_dataset("builtin:emoji", "train")),
+        "epochs": args.epochs,
         "steps": args.epochs * -(-len(open_dataset("builtin:emoji", "train")) // BATCH),
         "batch": BATCH,
         "flags": args.proto,
@@ -120,9 +133,13 @@ def main() -> None:
         "mean": means,
         "runs": rows,
     }
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).write_text(json.dumps(content, indent=1) + "\n")
-    print(json.dumps(means, indent=1))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def cpu() -> str:
+    names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+    return names[0].split(":")[1].strip() if names else platform.machine()
 
 
 if __name__ == "__main__":
