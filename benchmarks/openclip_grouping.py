@@ -90,10 +90,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--proto", nargs=argparse.REMAINDER, default=PROTO)
+    parser.add_argument("--arms", nargs="+", default=["plain", "prototypes"])
     args = parser.parse_args()
-    arms = {"plain": [], "prototypes": args.proto}
+    flags_of = {"plain": [], "prototypes": args.proto}
     out = Path(args.out)
     rows = json.loads(out.read_text())["runs"] if out.is_file() else []
     done = {(row["arm"], row["seed"]) for row in rows}
@@ -101,11 +102,11 @@ def main() -> None:
         logs = Path(scratch)
         shards = write_shards(logs / "shards")
         for seed in args.seeds:
-            for arm, flags in arms.items():
+            for arm in args.arms:
                 if (arm, seed) in done:
                     continue
                 name = f"{arm}-{seed}"
-                seconds = train(shards, logs, name, seed, args.epochs, flags)
+                seconds = train(shards, logs, name, seed, args.epochs, flags_of[arm])
                 last = logs / name / "checkpoints" / f"epoch_{args.epochs}.pt"
                 scores = score(last, logs / "emoji-small.json")
                 rows.append({"arm": arm, "seed": seed, "seconds": seconds, **scores})

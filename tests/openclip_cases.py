@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from protoclip.model import register_configs
 from protoclip.openclip import command
+from protoclip.openclip.repairs import repaired
 
 # The shuffle buffer is seeded by the clock; without it two runs see the same batches.
 open_clip_train.data._SAMPLE_SHUFFLE_SIZE = 1
@@ -62,7 +63,7 @@ def run(case):
         if case["ours"]:
             code = command.main(flags)
         else:
-            with command.tolerant_of_webdataset():
+            with repaired():
                 code = trainer.main(command.registered(flags)) or 0
     finally:
         setattr(holder, name, original)

@@ -8,13 +8,13 @@ import dataclasses
 import difflib
 import functools
 import importlib
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from protoclip.config import flag_of
 from protoclip.openclip.factory import create_loss, create_task
+from protoclip.openclip.repairs import repaired
 from protoclip.proto_clip_loss import ProtoConfig
 
 PROG = "python -m protoclip.openclip"
@@ -95,26 +95,10 @@ def patched(trainer: Any, proto: ProtoConfig | None) -> Iterator[None]:
     original = getattr(trainer, name)
     setattr(trainer, name, functools.partial(ours[name], proto=proto))
     try:
-        with tolerant_of_webdataset():
+        with repaired():
             yield
     finally:
         setattr(trainer, name, original)
-
-
-@contextlib.contextmanager
-def tolerant_of_webdataset() -> Iterator[None]:
-    """webdataset 1.x ends each shard with an empty sample, on which OpenCLIP's reader dies with
-    ``KeyError: 'fname'`` (open_clip #935); this asks webdataset not to."""
-    data: Any = importlib.import_module("open_clip_train.data")
-    original = getattr(data, "tar_file_expander", None)
-    if original is None or "eof_value" not in inspect.signature(original).parameters:
-        yield
-        return
-    data.tar_file_expander = functools.partial(original, eof_value=None)
-    try:
-        yield
-    finally:
-        data.tar_file_expander = original
 
 
 def registered(rest: list[str]) -> list[str]:
