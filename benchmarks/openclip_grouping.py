@@ -42,7 +42,16 @@ MODEL = {  # small enough for one core
 }  # fmt: skip
 SHARDS = 4
 BATCH = 128
-PROTO = ["--proto-queue", "1664", "--proto-k", "170"]
+PROTO = [
+    "--proto-queue",
+    "1664",
+    "--proto-k",
+    "166",
+    "--proto-warmup",
+    "45",
+    "--proto-logit-scale",
+    "14.3",
+]
 
 
 def write_shards(folder: Path) -> str:
@@ -90,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--proto", nargs=argparse.REMAINDER, default=PROTO)
     parser.add_argument("--arms", nargs="+", default=["plain", "prototypes"])
     args = parser.parse_args()
