@@ -131,3 +131,21 @@ def test_the_log_has_both_terms_and_the_evaluation(alone, folder):
                ("ours-emoji", "theirs-emoji")]  # fmt: skip
     ours, theirs = (json.loads(path.read_text()) for path in results)
     assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_two_ranks(folder):
+    exact = ["--local-loss", "--gather-with-grad"]
+    ranks = ["--dist-backend", "gloo", "--train-num-samples", str(2 * BATCH * STEPS)]
+    cases = {}
+    for who in ("theirs", "ours"):
+        cases[f"{who} default"] = flags(folder, f"{who}-2-default", *ranks)
+        cases[f"{who} exact"] = flags(folder, f"{who}-2-exact", *ranks, *exact)
+    cases["proto default"] = flags(folder, "p-2-default", *ranks, *PROTO, "--proto-queue", "64")
+    cases["proto exact"] = flags(folder, "p-2-exact", *ranks, *exact, *PROTO, "--accum-freq", "2")
+    for result in train(folder, cases, ranks=2):
+        for case in ("default", "exact"):
+            ours, theirs = result[f"ours {case}"], result[f"theirs {case}"]
+            assert contrastive(ours) == pytest.approx(contrastive(theirs), rel=2e-5)
+            assert len(ours) == STEPS
+        assert ["proto_loss" in call for call in result["proto default"]] == [0, 0, 1, 1]
+        assert ["proto_loss" in call for call in result["proto exact"]] == [0, 0, 1, 1]

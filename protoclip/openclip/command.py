@@ -105,7 +105,7 @@ def registered(rest: list[str]) -> list[str]:
     """Makes our models, and a --model that is a config file, known to OpenCLIP."""
     from protoclip.model import register_configs
 
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(PROG, add_help=False, allow_abbrev=False)
     parser.add_argument("--model", default="")
     given, others = parser.parse_known_args(rest)
     name = register_configs(given.model)
