@@ -36,6 +36,7 @@ setup(
         "protoclip.openclip",
         "protoclip.ops",
         "protoclip.report",
+        "protoclip.teacher",
         "protoclip.training",
         "protoclip.kernels",
         "protoclip.csrc",
