@@ -17,10 +17,17 @@ from protoclip.episode import Episode
 from protoclip.features import FeatureStore
 from protoclip.losses import Losses, ProtoLoss
 from protoclip.model import ProtoModel
-from protoclip.training.capture import Stateful, capture, report_bad_step, save_or_stop
+from protoclip.training.capture import (
+    Stateful,
+    capture,
+    report_bad_step,
+    save_if_room,
+    save_or_stop,
+)
 from protoclip.training.ema import MovingAverage
 from protoclip.training.engine import Optimiser, autocast_for
 from protoclip.training.episodes import episode_seed, rebuild_episode
+from protoclip.training.gradients import norms_by_part
 from protoclip.training.guard import Guard
 from protoclip.training.inputs import faults_of
 from protoclip.training.order import EpochOrder
@@ -191,13 +198,13 @@ class Trainer:
             projected, losses = self.forward(batch)
         with self.phases.measure("backward"):
             norm, finite = self.optimiser.step(losses.total)
-        if self.store is not None and projected is not None:
-            start = self.step - self.plan.steps_of(number).start
-            known = torch.where(finite, batch.index, -1)  # -1: no such row
-            self.store.put(start * self.plan.batch_size, known, projected)
+            if self.store is not None and projected is not None:
+                start = self.step - self.plan.steps_of(number).start
+                known = torch.where(finite, batch.index, -1)  # -1: no such row
+                self.store.put(start * self.plan.batch_size, known, projected)
+            if self.average is not None:
+                self.average.update(self.model, self.step + 1)
         self.step += 1
-        if self.average is not None:
-            self.average.update(self.model, self.step)
         bar.update(len(batch))
         if self.step % self.config.run.log_every_n_steps == 0 or self.step == self.plan.total_steps:
             self._log(losses, norm, lr, number, bar)
@@ -229,6 +236,7 @@ class Trainer:
             "logit_scale_raw": self.model.clip.logit_scale,
             "logit_scale_proto_raw": self.model.logit_scale_proto,
             "grad_norm": norm,
+            **norms_by_part(self.model, norm, self.config.optim.grad_clip_norm),
         }
         values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()]).tolist()
         record = {k: v for k, v in zip(scalars, values, strict=True) if math.isfinite(v)}
@@ -269,7 +277,7 @@ class Trainer:
         if self.step % per_epoch == 0 and run.save_frequency:
             epoch = self.step // per_epoch
             if epoch % run.save_frequency == 0:
-                self.save(epoch)
+                save_if_room(self, epoch)
         save_or_stop(self)
 
     def save(self, epoch: int | None) -> None:
