@@ -34,7 +34,7 @@ def check_clusters(config: EpisodeConfig, samples: int) -> tuple[int, ...]:
     """
     if config.kmeans_backend == "faiss":
         importlib.import_module("protoclip.faiss_kmeans").load_faiss()
-    numbers = tuple(k or max(1, samples // 10) for k in config.clusters)
+    numbers = tuple(dict.fromkeys(k or max(1, samples // 10) for k in config.clusters))
     if max(numbers) > samples:
         raise ValueError(
             f"--k: expected at most one cluster per sample, got k={max(numbers)} for an episode of "
