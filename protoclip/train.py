@@ -15,14 +15,23 @@ import torch
 from torch import Tensor
 
 from protoclip import checkpoint
-from protoclip.config import TrainConfig, build_parser, parse
+from protoclip.clustering import check_clusters
+from protoclip.config import TrainConfig
 from protoclip.data import PairDataset, build_transform
-from protoclip.distributed import seed_everything
-from protoclip.episode import check_clusters
+from protoclip.distributed import (
+    find_place,
+    from_main,
+    is_distributed,
+    is_main,
+    seed_everything,
+    world_size,
+)
 from protoclip.evaluate import Results, format_table, peak_memory_bytes, write_results
+from protoclip.flags import build_parser, parse
 from protoclip.model import ProtoModel, build_model
 from protoclip.training.engine import choose_device, choose_precision
 from protoclip.training.inputs import open_teachers, open_training_data, uses_prototypes
+from protoclip.training.launch import OtherRank, on_all_ranks, quietly, seed_rank
 from protoclip.training.loop import Trainer
 from protoclip.training.phases import Phases
 from protoclip.training.plan import Plan, make_plan
@@ -39,7 +48,14 @@ DESCRIPTION = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or 2 for a user's mistake (one message on stderr)."""
     try:
-        train(parse(build_parser(PROG, DESCRIPTION), argv))
+        place = find_place()
+        with quietly(place):
+            config = parse(build_parser(PROG, DESCRIPTION), argv)
+        if place.world_size > 1:
+            run = config.run
+            settings = run.device, run.dist_timeout, run.dist_backend
+            return on_all_ranks(lambda: train(config), place, *settings, PROG)
+        train(config)
     except (ValueError, OSError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
@@ -56,7 +72,7 @@ def train(config: TrainConfig) -> Path:
         ValueError: something the config asks for does not exist or does not fit together; the
             message has the remedy. Nothing is overwritten.
     """
-    path = choose_folder(config)
+    path = from_main(lambda: choose_folder(config))
     device = choose_device(config.run.device)
     precision = choose_precision(config.run.precision, device)
     phases = Phases(device)
@@ -65,13 +81,14 @@ def train(config: TrainConfig) -> Path:
     plan = make_plan(config, len(dataset))
     seed_everything(config.run.seed)
     model = build_model(config.model).to(device)
+    seed_rank(config.run.seed)
     with phases.measure("teacher", on_host=True):
-        teachers, remark = open_teachers(config, dataset, device)
+        teachers, remark = from_main(lambda: open_teachers(config, dataset, device))
     if uses_prototypes(config):
         # With replacement an episode has fewer distinct samples; it checks again itself.
         check_clusters(config.episode, min(len(dataset), plan.steps_per_episode * plan.batch_size))
 
-    folder = RunFolder(path, config)
+    folder = RunFolder(path, config) if is_main() else OtherRank(path)
     try:
         announce(folder, config, plan, dataset, teachers, remark, device, precision)
         run(config, plan, model, dataset, teachers, folder, phases, device, precision)
@@ -89,7 +106,7 @@ def run(
     model: ProtoModel,
     dataset: PairDataset,
     teachers: Mapping[str, Tensor],
-    folder: RunFolder,
+    folder: RunFolder | OtherRank,
     phases: Phases,
     device: torch.device,
     precision: str,
@@ -113,13 +130,15 @@ def run(
     )
     trainer.run()
     after = evaluate.full(model, "evaluating the trained model")
+    if isinstance(folder, OtherRank):
+        return
     with phases.measure("plots", on_host=True):
         draw_plots(folder, config, trainer, dataset)
     report(folder, config, before, after, phases, device)
 
 
 def announce(
-    folder: RunFolder,
+    folder: RunFolder | OtherRank,
     config: TrainConfig,
     plan: Plan,
     dataset: PairDataset,
@@ -136,12 +155,14 @@ def announce(
     )
     folder.say(
         f"model: {config.model.model} on {device}, {precision}, {torch.get_num_threads()} threads"
+        + (f", {world_size()} ranks" if is_distributed() else "")
     )
     if uses_prototypes(config):
         samples = min(len(dataset), plan.steps_per_episode * plan.batch_size)
         folder.say(
             f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
-            f"{check_clusters(config.episode, samples)} prototypes per source, "
+            f"{' and '.join(map(str, check_clusters(config.episode, samples)))} prototypes per "
+            f"source, features by {config.episode.features}, "
             f"prototypes from episode {config.episode.infonce_warmup + 1} on"
         )
         folder.say(remark)

@@ -30,6 +30,7 @@ def batches(
     captions: str = "random",
     drop_last: bool = False,
     start: int = 0,
+    numbers: Tensor | None = None,
 ) -> Iterator[Batch]:
     """Load pairs in the given order.
 
@@ -50,6 +51,8 @@ def batches(
             draws, any in the others.
         drop_last: leave out an incomplete last batch.
         start: first draw; batches are cut from here on.
+        numbers: int64 [M], the j of each draw; None: 0 ... M - 1. A rank that loads some of the
+            draws of all ranks gives theirs, so that who loads a draw does not matter.
     Raises:
         DataError: a pair that cannot be read; the message names it.
         ValueError: arguments that make no sense.
@@ -69,7 +72,18 @@ def batches(
         )
     if captions not in CAPTIONS:
         raise ValueError(f"captions: expected one of {', '.join(CAPTIONS)}, got {captions!r}")
-    source = _Source(dataset, draws.cpu().numpy(), batch_size, transform, tokenizer, seed, captions)
+    if numbers is None:
+        numbers = torch.arange(len(draws))
+    source = _Source(
+        dataset,
+        draws.cpu().numpy(),
+        numbers.cpu().numpy(),
+        batch_size,
+        transform,
+        tokenizer,
+        seed,
+        captions,
+    )
     last = len(draws) - batch_size + 1 if drop_last else len(draws)
     firsts = range(start, last, batch_size)
     return _in_workers(source, firsts, workers) if workers else map(source.load, firsts)
@@ -82,6 +96,7 @@ class _Source:
         self,
         dataset: PairDataset,
         draws: np.ndarray,
+        numbers: np.ndarray,
         batch_size: int,
         transform: Transform | Callable[[Image.Image], Tensor],
         tokenizer: Tokenizer,
@@ -90,6 +105,7 @@ class _Source:
     ) -> None:
         self.dataset = dataset
         self.draws = draws
+        self.numbers = numbers
         self.batch_size = batch_size
         self.transform = transform
         self.tokenizer = tokenizer
@@ -98,7 +114,7 @@ class _Source:
 
     def load(self, first: int) -> Batch:
         index = self.draws[first : first + self.batch_size]
-        dice = mix(self.seed, np.arange(first, first + len(index)))
+        dice = mix(self.seed, self.numbers[first : first + self.batch_size])
         texts = []
         for position, die in zip(index.tolist(), mix(0, dice).tolist(), strict=True):
             choices = self.dataset.captions(position)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from protoclip import metrics
+from protoclip.distributed import is_main
 from protoclip.evaluate.results import (
     Results,
     SetResults,
@@ -120,7 +121,8 @@ def evaluate_model(
     progress: Callable[[int], None] | None = None,
     open_kwargs: Mapping[str, Any] | None = None,
 ) -> Results:
-    """Encode the evaluation sets of ``data`` and score them.
+    """Encode the evaluation sets of ``data`` and score them; with several ranks all of them
+    encode and rank 0 scores.
 
     builtin:emoji has HO (held-out concepts), TW (all, in Twemoji style) and, with the font, NHO
     and NOTO (the held-out ones and all in Noto style). Other data has one set: HO (its held-out
@@ -145,6 +147,8 @@ def evaluate_model(
     sets, train = encode_sets(
         encoder, data, split=split, seed=seed, captions=captions, open_kwargs=open_kwargs
     )
+    if not is_main():
+        return Results({}, time.perf_counter() - started)
     results = evaluate_features(sets, train)
     return Results(results.sets, time.perf_counter() - started)
 

@@ -20,6 +20,7 @@ from protoclip.data import (
     noto_available,
     open_dataset,
 )
+from protoclip.distributed import gather_slices, own_slice, world_size
 from protoclip.model import ProtoModel
 
 EMOJI_TEMPLATES = ("{}", "an emoji of {}", "a picture of {}", "{} symbol")
@@ -63,7 +64,10 @@ def class_prompts(
 
 @dataclass(frozen=True)
 class Encoder:
-    """How evaluation turns pictures and captions into features: eval mode, no augmentation."""
+    """How evaluation turns pictures and captions into features: eval mode, no augmentation.
+
+    With several ranks each encodes a slice, and all get all rows: every rank must call alike.
+    """
 
     model: ProtoModel
     device: torch.device
@@ -79,7 +83,7 @@ class Encoder:
         transform = build_transform(m.image_size, m.mean, m.std, "none")
         stream = batches(
             dataset,
-            torch.arange(len(dataset)),
+            self._own(len(dataset)),
             self.batch_size,
             transform,
             m.tokenizer,
@@ -87,18 +91,28 @@ class Encoder:
             workers=self.workers,
             captions="first",
         )
-        return self._rows(m.clip.encode_image, (batch.image for batch in stream))
+        return self._rows(m.clip.encode_image, (batch.image for batch in stream), len(dataset))
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """u of every text, float32 [M, D] on the device; equal texts are encoded once."""
         position = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        unique, step = list(position), self.batch_size
-        tokens = (self.model.tokenizer(unique[i : i + step]) for i in range(0, len(unique), step))
-        rows = self._rows(self.model.clip.encode_text, tokens)
+        step = self.batch_size
+        own = [list(position)[i] for i in self._own(len(position)).tolist()]
+        tokens = (self.model.tokenizer(own[i : i + step]) for i in range(0, len(own), step))
+        rows = self._rows(self.model.clip.encode_text, tokens, len(position))
         return rows[torch.tensor([position[text] for text in texts], device=rows.device)]
 
-    def _rows(self, encode: Callable[[Tensor], Tensor], parts: Iterable[Tensor]) -> Tensor:
+    @staticmethod
+    def _own(total: int) -> Tensor:
+        """What this rank encodes: its slice, or all where there are fewer rows than ranks."""
+        every = torch.arange(total)
+        return every[own_slice(total)] if total >= world_size() else every
+
+    def _rows(
+        self, encode: Callable[[Tensor], Tensor], parts: Iterable[Tensor], total: int
+    ) -> Tensor:
+        """All [total, D] rows, of which each rank encodes its own."""
         was_training = self.model.training
         self.model.eval()
         rows = []
@@ -110,7 +124,8 @@ class Encoder:
                     self.progress(len(part))
         finally:
             self.model.train(was_training)
-        return torch.cat(rows)
+        own = torch.cat(rows)
+        return gather_slices(own, total) if total >= world_size() else own
 
 
 def encode_set(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from protoclip.config import OptimConfig
+from protoclip.distributed import find_place
 from protoclip.model import ProtoModel
 
 
@@ -19,8 +20,13 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ValueError: no such device on this machine.
     """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        place = find_place()  # several processes of a machine have a GPU each
+        return (
+            torch.device("cuda", place.local_rank) if place.world_size > 1 else torch.device("cuda")
+        )
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -88,10 +94,27 @@ class Optimiser:
         for group in self.adamw.param_groups:
             group["lr"] = lr
 
-    def step(self, loss: Tensor) -> Tensor:
-        """Backward pass and update; returns the gradient's norm before clipping, on the device."""
+    def step(self, loss: Tensor, unused: Sequence[nn.Parameter] = ()) -> Tensor:
+        """Backward pass and update; returns what ``update`` does."""
+        self.zero_grad()
+        self.scaled(loss).backward()
+        return self.update(unused)
+
+    def zero_grad(self) -> None:
         self.adamw.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What to differentiate: the loss, times fp16's scale where there is one."""
+        return self.scaler.scale(loss)
+
+    def update(self, unused: Sequence[nn.Parameter] = ()) -> Tensor:
+        """Take the step; returns the gradient's norm before clipping, on the device.
+
+        Args:
+            unused: parameters that have a gradient of zero for technical reasons: left alone.
+        """
+        for parameter in unused:
+            parameter.grad = None
         self.scaler.unscale_(self.adamw)
         norm = nn.utils.clip_grad_norm_(
             self.model.parameters(), self.clip_norm if self.clip_norm > 0 else float("inf")

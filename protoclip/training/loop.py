@@ -13,14 +13,24 @@ from tqdm import tqdm
 
 from protoclip.config import TrainConfig, to_dict
 from protoclip.data import Batch, PairDataset, batches
-from protoclip.distributed import generator
+from protoclip.distributed import (
+    broadcast,
+    generator,
+    is_main,
+    mean_over_ranks,
+    own_slice,
+    world_size,
+)
 from protoclip.episode import Episode, build_episode
-from protoclip.features import extract
+from protoclip.features import Features, FeatureStore, extract
 from protoclip.losses import Losses, ProtoLoss
 from protoclip.model import ProtoModel
+from protoclip.training.ema import MovingAverage
 from protoclip.training.engine import Optimiser, autocast_for
+from protoclip.training.gradients import Stepper
+from protoclip.training.launch import OtherRank
 from protoclip.training.phases import Phases
-from protoclip.training.plan import EPISODES, Plan, draw, learning_rate
+from protoclip.training.plan import EPISODES, Plan, draw, learning_rate, own_draws
 from protoclip.training.run_folder import RunFolder
 
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
@@ -50,7 +60,7 @@ class Trainer:
         dataset: PairDataset,
         transform: Callable[[Any], Tensor],
         teachers: Mapping[str, Tensor],
-        folder: RunFolder,
+        folder: RunFolder | OtherRank,
         phases: Phases,
         *,
         device: torch.device,
@@ -63,15 +73,25 @@ class Trainer:
         self.device, self.evaluate = device, evaluate
         self.autocast = autocast_for(precision, device)
         self.optimiser = Optimiser(model, config.optim, precision)
-        self.loss = ProtoLoss(config.loss)
+        loss = ProtoLoss(config.loss, self.teachers)
+        self.stepper = Stepper(model, loss, self.optimiser, self.autocast, phases, device)
+        self.share = plan.batch_size // world_size()  # of a step's samples, this rank's
         self.episode: Episode | None = None
+        self.store: FeatureStore | None = None
+        if config.episode.features == "reuse" and self._projects:
+            self.store = FeatureStore(plan.steps_per_episode * self.share, device)
+        self.average: MovingAverage | None = None
+        if config.episode.ema_decay > 0 and self._projects:
+            self.average = MovingAverage(model, config.episode.ema_decay)
         self.step = 0
         self._logged_at = (time.perf_counter(), 0)
 
     def run(self) -> None:
         """Train to the end of the plan."""
         total = self.plan.total_steps * self.plan.batch_size
-        with tqdm(total=total, unit=" samples", unit_scale=True, smoothing=0.1) as bar:
+        with tqdm(
+            total=total, unit=" samples", unit_scale=True, smoothing=0.1, disable=not is_main()
+        ) as bar:
             for number in range(self.plan.episodes):
                 self._run_episode(number, bar)
         self.save(None)
@@ -84,39 +104,53 @@ class Trainer:
         head = f"episode {number + 1}/{self.plan.episodes}"
         if self._wants_prototypes(number):
             self._rebuild_episode(number, draws, bar, head)
+        elif self._is_lit(number):
+            self.episode = None
+            self.model.lock_image()
         bar.set_description(f"{head} training")
         self.model.train()
         stream = iter(self._batches(draws, number))
         for _ in steps:
             with self.phases.measure("data", on_host=True):
-                batch = next(stream)
-            self._train_step(batch, number, bar)
+                parts = [next(stream) for _ in range(self.config.optim.accum_freq)]
+            self._train_step(parts, number, bar)
             self._at_border()
 
     def _wants_prototypes(self, number: int) -> bool:
         """Whether an episode needs clusters: a prototype term has a weight, the warm-up is over."""
-        return self._projects and number >= self.config.episode.infonce_warmup
+        warm = number >= self.config.episode.infonce_warmup and not self._is_lit(number)
+        return warm and (self._internal or self._external)
+
+    def _is_lit(self, number: int) -> bool:
+        """Whether an episode belongs to the last phase: image tower frozen, InfoNCE only."""
+        return 0 < self.config.episode.lit_start <= number
 
     @property
     def _projects(self) -> bool:
-        """Whether there will be prototypes: the heads' running statistics are kept from step 0."""
-        external = bool(self.teachers) and self.config.loss.w_proto_external > 0
-        return self._internal or external
+        """Whether the heads will be needed: their running statistics are kept from step 0."""
+        distills = bool(self.teachers) and self.config.loss.w_distill > 0
+        return self._internal or self._external or distills
+
+    @property
+    def _external(self) -> bool:
+        return bool(self.teachers) and self.config.loss.w_proto_external > 0
 
     @property
     def _internal(self) -> bool:
         return self.config.method == "protoclip" and self.config.loss.w_proto > 0
 
     def _batches(self, draws: Tensor, number: int) -> Any:
+        own, numbers = own_draws(self.plan, draws)
         return batches(
             self.dataset,
-            draws,
-            self.plan.batch_size,
+            own,
+            self.config.optim.batch_size,
             self.transform,
             self.model.tokenizer,
             seed=self._seed(number, 0),
             workers=self.config.data.workers,
             captions=self.config.data.captions,
+            numbers=numbers,
         )
 
     def _seed(self, number: int, purpose: int) -> int:
@@ -125,28 +159,11 @@ class Trainer:
 
     def _rebuild_episode(self, number: int, draws: Tensor, bar: tqdm, head: str) -> None:
         indices = draws.unique()
-        bar.set_description(f"{head} features")
         with self.phases.measure("features"):
-            done = 0
-
-            def show(rows: int) -> None:
-                nonlocal done
-                done += rows
-                bar.set_description(f"{head} features {100 * done // len(indices)}%")
-
-            features = extract(
-                self.model,
-                self.dataset,
-                indices,
-                transform=self.transform,
-                batch_size=self.plan.batch_size,
-                device=self.device,
-                seed=self._seed(number, 1),
-                workers=self.config.data.workers,
-                captions=self.config.data.captions,
-                autocast=self.autocast,
-                progress=show,
-            )
+            if self.store is not None:
+                features = self.store.features()
+            else:
+                features = self._extract(indices, number, bar, head)
         bar.set_description(f"{head} clusters")
         with self.phases.measure("clusters"):
             self.episode = build_episode(
@@ -157,27 +174,53 @@ class Trainer:
                 self.episode,
                 keys=self.dataset.keys,
                 internal=self._internal,
+                coming=None if self.store is None else indices,
+                classes={
+                    name: known.ids.to(self.device) for name, known in self.dataset.labels.items()
+                },
             )
 
-    def _train_step(self, batch: Batch, number: int, bar: tqdm) -> None:
+    def _extract(self, indices: Tensor, number: int, bar: tqdm, head: str) -> Features:
+        """A forward pass over this rank's slice of the episode's samples."""
+        model = self.model if self.average is None else self.average.model
+        broadcast(*model.buffers())  # running statistics, where each rank has its own
+        numbers = torch.arange(len(indices))[own_slice(len(indices))]
+        indices = indices[numbers]
+        done = 0
+
+        def show(rows: int) -> None:
+            nonlocal done
+            done += rows
+            bar.set_description(f"{head} features {100 * done // len(indices)}%")
+
+        show(0)
+        return extract(
+            model,
+            self.dataset,
+            indices,
+            transform=self.transform,
+            batch_size=self.config.optim.batch_size,
+            device=self.device,
+            seed=self._seed(number, 1),
+            workers=self.config.data.workers,
+            captions=self.config.data.captions,
+            numbers=numbers,
+            autocast=self.autocast,
+            progress=show,
+        )
+
+    def _train_step(self, parts: list[Batch], number: int, bar: tqdm) -> None:
         lr = learning_rate(self.config.optim, self.plan.total_steps, self.step)
         self.optimiser.set_lr(lr)
-        with self.phases.measure("forward"):
-            batch = batch.to(self.device, non_blocking=True)
-            with self.autocast():
-                encoded, projected = self.model(batch.image, batch.tokens, project=self._projects)
-            losses = self.loss(
-                encoded,
-                projected,
-                batch.index,
-                self.model.logit_scale,
-                self.model.proto_scale,
-                self.episode,
-            )
-        with self.phases.measure("backward"):
-            norm = self.optimiser.step(losses.total)
+        losses, projected, norm = self.stepper.step(parts, self.episode, self._projects)
+        if self.store is not None and projected is not None:
+            start = self.step - self.plan.steps_of(number).start
+            index = torch.cat([part.index for part in parts])
+            self.store.put(start * self.share, index.to(self.device), projected)
         self.step += 1
-        bar.update(len(batch))
+        if self.average is not None:
+            self.average.update(self.model, self.step)
+        bar.update(self.plan.batch_size)
         if self.step % self.config.run.log_every_n_steps == 0 or self.step == self.plan.total_steps:
             self._log(losses, norm, lr, number, bar)
 
@@ -189,10 +232,12 @@ class Trainer:
             "loss": losses.total,
             "logit_scale": self.model.logit_scale,
             "logit_scale_proto": self.model.proto_scale,
+            "logit_scale_raw": self.model.clip.logit_scale,
+            "logit_scale_proto_raw": self.model.logit_scale_proto,
             "grad_norm": norm,
         }
-        values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()]).tolist()
-        record = dict(zip(scalars, values, strict=True))
+        values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()])
+        record = dict(zip(scalars, mean_over_ranks(values).tolist(), strict=True))
         if not math.isfinite(record["loss"]):
             raise ValueError(
                 f"training: the loss is {record['loss']} at step {self.step}; lower --lr, lengthen "

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
+from protoclip import heartbeat
+
 
 class Phases:
     """A stopwatch per phase.
@@ -24,6 +26,7 @@ class Phases:
     @contextlib.contextmanager
     def measure(self, name: str, *, on_host: bool = False) -> Iterator[None]:
         """Add the time of the block to phase ``name``."""
+        heartbeat.enter(name)
         if self._device.type == "cuda" and not on_host:
             start = torch.cuda.Event(enable_timing=True)
             end = torch.cuda.Event(enable_timing=True)

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from protoclip.config import TrainConfig
 from protoclip.data import PairDataset, build_transform, noto_available, open_dataset
+from protoclip.distributed import is_main
 from protoclip.evaluate import Encoder, Results, evaluate_model
 from protoclip.features import extract
 from protoclip.metrics import retrieval
@@ -49,7 +50,9 @@ class Evaluation:
         arguments = open_arguments(self.config)
         with (
             self.phases.measure("evaluation", on_host=True),
-            tqdm(desc=what, unit=" rows", unit_scale=True, leave=False) as bar,
+            tqdm(
+                desc=what, unit=" rows", unit_scale=True, leave=False, disable=not is_main()
+            ) as bar,
         ):
             return evaluate_model(
                 model,
