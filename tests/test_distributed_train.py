@@ -1,0 +1,122 @@
+"""Training on several ranks: the losses of one rank, the same state everywhere, and a clean end
+when a rank is lost."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from ranks import on_ranks
+
+from protoclip import distributed
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+STEPS, BATCH = 5, 24
+
+
+class Recorder:
+    """A run folder that keeps the metrics."""
+
+    def __init__(self, path):
+        self.path, self.lines = path, []
+
+    def metrics(self, step, samples, scalars):
+        self.lines.append({"step": step, **scalars})
+
+    def say(self, text): ...
+    def note(self, text): ...
+    def checkpoint(self, payload, epoch): ...
+
+
+def arguments(folder, *flags):
+    return [
+        *("--train-data", "builtin:shapes:64", "--model", str(folder / "tiny.json")),
+        *("--projection-hidden-dim", "24", "--projection-dim", "8", "--lr", "1e-3"),
+        *("--external-teacher", str(folder / "teacher.npy"), "--external-teacher-dim", "0"),
+        *("--k", "6", "--episode-size", str(2 * BATCH), "--infonce-warmup-epoch", "1"),
+        *("--report-to", "none", "--val-frequency", "0", "--max-steps", str(STEPS), *flags),
+    ]  # fmt: skip
+
+
+def train(folder, flags):
+    """The metrics of a run of the trainer, and what every rank must have the same."""
+    from protoclip.data import build_transform
+    from protoclip.flags import build_parser, parse
+    from protoclip.model import build_model
+    from protoclip.training.engine import choose_precision
+    from protoclip.training.inputs import open_teachers, open_training_data
+    from protoclip.training.loop import Trainer
+    from protoclip.training.phases import Phases
+    from protoclip.training.plan import make_plan
+
+    distributed.start(distributed.find_place(), torch.device("cpu"), 60)
+    out = []
+    for more in flags:
+        config = parse(build_parser("train", ""), arguments(folder, *more))
+        cpu = torch.device("cpu")
+        data = open_training_data(config)
+        distributed.seed_everything(0)
+        model = build_model(config.model)
+        transform = build_transform(model.image_size, model.mean, model.std, "clip")
+        teachers, _ = open_teachers(config, data, cpu)
+        recorder = Recorder(folder)
+        trainer = Trainer(
+            config, make_plan(config, len(data)), model, data, transform, teachers, recorder,
+            Phases(cpu), device=cpu, precision=choose_precision("fp32", cpu),
+        )  # fmt: skip
+        trainer.run()
+        state = [p.detach().double().sum().item() for p in model.parameters()]
+        state += [b.double().sum().item() for b in model.buffers()]
+        episode = trainer.episode
+        for item in (*episode.internal, *episode.external) if episode else ():
+            state += [item.prototypes.sum().item(), item.labels.sum().item()]
+        out.append((recorder.lines, state))
+    distributed.stop()
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ranks")
+    (path / "tiny.json").write_text(json.dumps(TINY))
+    np.save(path / "teacher.npy", np.random.default_rng(0).normal(size=(52, 5)).astype("f4"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    return on_ranks(1, train, folder, [["--batch-size", str(BATCH)]])[0][0][0]
+
+
+def assert_same_losses(lines, alone):
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line, want in zip(lines, alone, strict=True):
+        for name in ("loss", "contrastive_loss", "proto_loss", "external_loss", "image_inertia"):
+            assert (name in line) == (name in want)
+            if name in want:
+                assert line[name] == pytest.approx(want[name], rel=3e-4), (name, line["step"])
+        assert line["grad_norm"] == pytest.approx(want["grad_norm"], rel=3e-3)
+    assert "external_loss" in alone[-1] and "image_inertia" in {k for r in alone for k in r}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_any_number_of_ranks_and_passes_gives_the_losses_of_one(folder, alone, ranks):
+    flags = [["--batch-size", str(BATCH // ranks)]]
+    if ranks <= 2:
+        passes = ["--batch-size", str(BATCH // ranks // 3), "--accum-freq", "3"]
+        flags = [passes] if ranks == 1 else [passes, *flags]
+    if ranks == 3:
+        flags.append(["--batch-size", "8", "--episode-features", "reuse"])
+        flags.append(["--batch-size", "8", "--method", "clip", "--episode-features", "extract"])
+    found = on_ranks(ranks, train, folder, flags)
+    for number, more in enumerate(flags):
+        lines, state = found[0][number]
+        if "--episode-features" not in more:
+            assert_same_losses(lines, alone)
+        for other in found:  # rank by rank the same weights, statistics, prototypes and labels
+            assert other[number][1] == state
+            assert len(other[number][0]) == STEPS
