@@ -185,8 +185,10 @@ def _check_pretrained(name: str, pretrained: str) -> None:
         raise ValueError(f"--pretrained: {pretrained!r} is no file and no tag of {name}; {known}")
 
 
-def build_model(config: ModelConfig) -> ProtoModel:
-    """The model a config asks for, on the CPU; what is not pretrained uses torch's generator.
+def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
+    """The model a config asks for; what is not pretrained uses torch's generator.
+
+    ``device`` "meta", within ``torch.device("meta")``, gives the shapes alone.
 
     Raises:
         ValueError: no such model, config, checkpoint or tag.
@@ -200,6 +202,7 @@ def build_model(config: ModelConfig) -> ProtoModel:
                 name,
                 pretrained=config.pretrained or None,
                 force_image_size=config.force_image_size or None,
+                device=device,
                 output_dict=True,
             )
             tokenizer = open_clip.get_tokenizer(

@@ -25,6 +25,7 @@ LAYERS = [
     ["metrics"],
     ["evaluate"],
     ["report"],
+    ["cost"],
     ["training"],
     ["train", "openclip", "export", "plan"],
 ]

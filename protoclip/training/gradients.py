@@ -63,6 +63,7 @@ class Stepper:
             The losses, the projections [B, Dh] of all batches, and the gradient's norm.
         """
         self._replicate()
+        self.optimiser.zero_grad()  # before the forward pass needs the memory
         moved = [batch.to(self.device, non_blocking=True) for batch in batches]
         if len(moved) > 1:
             return self._cached(moved, episode, project)
@@ -73,7 +74,8 @@ class Stepper:
             losses = self._losses(encoded, projected, batch.index, episode)
         with self.phases.measure("backward"):
             unused = self._without_gradient(losses)
-            norm = self.optimiser.step(losses.total + _zero(unused), unused)
+            self.optimiser.scaled(losses.total + _zero(unused)).backward()
+            norm = self.optimiser.update(unused)
         return losses, projected, norm
 
     def _losses(
@@ -102,7 +104,6 @@ class Stepper:
             losses = self._losses(encoded, projected, index, episode)
         with self.phases.measure("backward"):
             unused = self._without_gradient(losses, *self._tower_parameters())
-            self.optimiser.zero_grad()
             # Outside of a forward pass of DDP: heads and scales keep their own rank's sums.
             self.optimiser.scaled(losses.total).backward()
             size = len(batches[0].index)
