@@ -66,7 +66,7 @@ class Shape:
     buffers_bytes: int
     batch_bytes: int  # pixels and tokens of a sample
     saved_bytes: float  # kept for the backward pass, a sample
-    saved_fixed_bytes: float  # the same, whatever the batch
+    saved_fixed_bytes: float  # the same, whatever the batch: under autocast the weights' copies
     forward_flop: float  # a sample
     largest_weight: int
 
@@ -167,7 +167,6 @@ def memory(shape: Shape, run: Run, card: Card) -> dict[str, float]:
     gradients = shape.weights * FP32 - (saved if run.ranks == 1 else 0)
     parts = {
         "weights": shape.weights * FP32 + shape.buffers_bytes,
-        "weights, bf16 copies": shape.weights * 2 if run.amp else 0,
         "gradients": max(0.0, gradients),
         "optimiser (AdamW)": 2 * shape.weights * FP32,
         "saved for backward": saved,

@@ -72,18 +72,9 @@ def batches(
         )
     if captions not in CAPTIONS:
         raise ValueError(f"captions: expected one of {', '.join(CAPTIONS)}, got {captions!r}")
-    if numbers is None:
-        numbers = torch.arange(len(draws))
-    source = _Source(
-        dataset,
-        draws.cpu().numpy(),
-        numbers.cpu().numpy(),
-        batch_size,
-        transform,
-        tokenizer,
-        seed,
-        captions,
-    )
+    source = _Source(dataset, draws.cpu().numpy(), batch_size, transform, tokenizer, seed, captions)
+    if numbers is not None:
+        source.numbers = numbers.cpu().numpy()
     last = len(draws) - batch_size + 1 if drop_last else len(draws)
     firsts = range(start, last, batch_size)
     return _in_workers(source, firsts, workers) if workers else map(source.load, firsts)
@@ -96,7 +87,6 @@ class _Source:
         self,
         dataset: PairDataset,
         draws: np.ndarray,
-        numbers: np.ndarray,
         batch_size: int,
         transform: Transform | Callable[[Image.Image], Tensor],
         tokenizer: Tokenizer,
@@ -105,7 +95,7 @@ class _Source:
     ) -> None:
         self.dataset = dataset
         self.draws = draws
-        self.numbers = numbers
+        self.numbers = np.arange(len(draws))
         self.batch_size = batch_size
         self.transform = transform
         self.tokenizer = tokenizer
