@@ -2,7 +2,7 @@ PYTHON ?= python
 SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
 
-.PHONY: check lint fix test bench kernels gpu
+.PHONY: check lint fix test bench study study-quick kernels gpu
 
 check: lint test  ## everything CI checks
 
@@ -22,6 +22,12 @@ test:
 
 bench:  ## parity, then speed; two cores, a few minutes
 	$(PYTHON) -m pytest benchmarks --benchmark-only
+
+study:  ## what each design is worth, over seeds; about an hour on two cores, resumable
+	$(PYTHON) -m benchmarks.study
+
+study-quick:  ## four rows, two seeds, short runs: ten minutes
+	$(PYTHON) -m benchmarks.study --quick
 
 kernels:  ## registers, spills, shared memory and instruction of each launch row; no GPU needed
 	env -u TRITON_INTERPRET $(PYTHON) -m protoclip.kernels.compile_report

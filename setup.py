@@ -33,6 +33,7 @@ setup(
         "protoclip.metrics",
         "protoclip.ops",
         "protoclip.report",
+        "protoclip.teacher",
         "protoclip.training",
         "protoclip.kernels",
         "protoclip.csrc",

@@ -28,7 +28,7 @@ class Clustering:
 
 def check_clusters(config: EpisodeConfig, samples: int) -> tuple[int, ...]:
     """Each K of an episode of ``samples``; more clusters than samples is the user's mistake."""
-    numbers = tuple(k or max(1, samples // 10) for k in config.clusters)
+    numbers = tuple(dict.fromkeys(k or max(1, samples // 10) for k in config.clusters))
     if max(numbers) > samples:
         raise ValueError(
             f"--k: expected at most one cluster per sample, got k={max(numbers)} for an episode of "

@@ -38,8 +38,8 @@ def steps(batch_size):
     from protoclip.losses import ProtoLoss
     from protoclip.model import build_model
     from protoclip.training.engine import Optimiser, autocast_for
-    from protoclip.training.gradients import Stepper
     from protoclip.training.phases import Phases
+    from protoclip.training.stepper import Stepper
 
     cpu = torch.device("cpu")
     model = build_model(ModelConfig())

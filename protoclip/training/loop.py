@@ -27,11 +27,12 @@ from protoclip.losses import Losses, ProtoLoss
 from protoclip.model import ProtoModel
 from protoclip.training.ema import MovingAverage
 from protoclip.training.engine import Optimiser, autocast_for
-from protoclip.training.gradients import Stepper
+from protoclip.training.gradients import norms_by_part
 from protoclip.training.launch import OtherRank
 from protoclip.training.phases import Phases
 from protoclip.training.plan import EPISODES, Plan, draw, learning_rate, own_draws
 from protoclip.training.run_folder import RunFolder
+from protoclip.training.stepper import Stepper
 
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
 
@@ -214,12 +215,14 @@ class Trainer:
         self.optimiser.set_lr(lr)
         losses, projected, norm = self.stepper.step(parts, self.episode, self._projects)
         if self.store is not None and projected is not None:
-            start = self.step - self.plan.steps_of(number).start
-            index = torch.cat([part.index for part in parts])
-            self.store.put(start * self.share, index.to(self.device), projected)
-        self.step += 1
+            with self.phases.measure("forward"):
+                done = self.step - self.plan.steps_of(number).start
+                index = torch.cat([part.index for part in parts])
+                self.store.put(done * self.share, index.to(self.device), projected)
         if self.average is not None:
-            self.average.update(self.model, self.step)
+            with self.phases.measure("backward"):
+                self.average.update(self.model, self.step + 1)
+        self.step += 1
         bar.update(self.plan.batch_size)
         if self.step % self.config.run.log_every_n_steps == 0 or self.step == self.plan.total_steps:
             self._log(losses, norm, lr, number, bar)
@@ -235,6 +238,7 @@ class Trainer:
             "logit_scale_raw": self.model.clip.logit_scale,
             "logit_scale_proto_raw": self.model.logit_scale_proto,
             "grad_norm": norm,
+            **norms_by_part(self.model, norm, self.config.optim.grad_clip_norm),
         }
         values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()])
         record = dict(zip(scalars, mean_over_ranks(values).tolist(), strict=True))
