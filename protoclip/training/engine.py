@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from protoclip.config import OptimConfig
-from protoclip.distributed import find_place
+from protoclip.distributed import find_place, is_distributed
 from protoclip.model import ProtoModel
 
 
@@ -81,12 +81,15 @@ class Optimiser:
 
     def __init__(self, model: ProtoModel, config: OptimConfig, precision: str) -> None:
         self.model = model
+        self.device = next(model.parameters()).device
         self.clip_norm = config.grad_clip_norm
         self.adamw = torch.optim.AdamW(
             parameter_groups(model, config.wd),
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
+            # On a GPU only the fused one can skip a step without the host's knowing.
+            fused=self.device.type == "cuda" or None,
         )
         self.scaler = torch.amp.GradScaler(enabled=precision == "amp")
 
@@ -94,11 +97,23 @@ class Optimiser:
         for group in self.adamw.param_groups:
             group["lr"] = lr
 
-    def step(self, loss: Tensor, unused: Sequence[nn.Parameter] = ()) -> Tensor:
+    def load_state(self, state: dict, scaler: dict) -> None:
+        """Take the state of another optimiser; learning rate, betas and decay stay as they are."""
+        settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.adamw.param_groups
+        ]
+        self.adamw.load_state_dict(state)
+        for group, own in zip(self.adamw.param_groups, settings, strict=True):
+            group.update(own)
+        if scaler:
+            self.scaler.load_state_dict(scaler)
+
+    def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Backward pass and update; returns what ``update`` does."""
         self.zero_grad()
         self.scaled(loss).backward()
-        return self.update(unused)
+        return self.update(loss)
 
     def zero_grad(self) -> None:
         self.adamw.zero_grad(set_to_none=True)
@@ -107,11 +122,15 @@ class Optimiser:
         """What to differentiate: the loss, times fp16's scale where there is one."""
         return self.scaler.scale(loss)
 
-    def update(self, unused: Sequence[nn.Parameter] = ()) -> Tensor:
-        """Take the step; returns the gradient's norm before clipping, on the device.
+    def update(self, loss: Tensor, unused: Sequence[nn.Parameter] = ()) -> tuple[Tensor, Tensor]:
+        """Take the step, which is skipped where loss or gradient is not finite.
 
         Args:
+            loss: whose gradients are there.
             unused: parameters that have a gradient of zero for technical reasons: left alone.
+        Returns:
+            The gradient's norm before clipping and whether the step was taken (bool), both scalars
+            on the device; on a GPU the host waits for neither.
         """
         for parameter in unused:
             parameter.grad = None
@@ -119,7 +138,15 @@ class Optimiser:
         norm = nn.utils.clip_grad_norm_(
             self.model.parameters(), self.clip_norm if self.clip_norm > 0 else float("inf")
         )
-        self.scaler.step(self.adamw)
+        finite = norm.isfinite()
+        if not is_distributed():  # one rank's loss is not known to the others, the gradient is
+            finite = finite & loss.detach().isfinite()
+        if self.device.type == "cuda":
+            if not self.scaler.is_enabled():  # else the scaler says so itself
+                self.adamw.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.scaler.step(self.adamw)
+        elif finite:
+            self.scaler.step(self.adamw)
         self.scaler.update()
         self.model.clamp_scales()
-        return norm
+        return norm, finite

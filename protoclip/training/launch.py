@@ -73,6 +73,7 @@ class OtherRank:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.checkpoints = path / "checkpoints"
 
     def say(self, text: str) -> None: ...
     def note(self, text: str) -> None: ...

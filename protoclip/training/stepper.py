@@ -52,7 +52,7 @@ class Stepper:
 
     def step(
         self, batches: Sequence[Batch], episode: Episode | None, project: bool
-    ) -> tuple[Losses, Encoded | None, Tensor]:
+    ) -> tuple[Losses, Encoded | None, Tensor, Tensor]:
         """One update from this rank's batches.
 
         Args:
@@ -60,23 +60,29 @@ class Stepper:
             episode: prototypes, or None.
             project: whether the heads run.
         Returns:
-            The losses, the projections [B, Dh] of all batches, and the gradient's norm.
+            The losses, the projections [B, Dh] of all batches, the gradient's norm, and whether the
+            step was taken.
         """
         self._replicate()
         self.optimiser.zero_grad()  # before the forward pass needs the memory
         moved = [batch.to(self.device, non_blocking=True) for batch in batches]
         if len(moved) > 1:
             return self._cached(moved, episode, project)
-        (batch,) = moved
         with self.phases.measure("forward"):
-            with self.autocast():
-                encoded, projected = self._replica(batch.image, batch.tokens, project=project)
-            losses = self._losses(encoded, projected, batch.index, episode)
+            projected, losses = self.forward(moved[0], episode, project)
         with self.phases.measure("backward"):
             unused = self._without_gradient(losses)
             self.optimiser.scaled(losses.total + _zero(unused)).backward()
-            norm = self.optimiser.update(unused)
-        return losses, projected, norm
+            norm, finite = self.optimiser.update(losses.total, unused)
+        return losses, projected, norm, finite
+
+    def forward(
+        self, batch: Batch, episode: Episode | None, project: bool
+    ) -> tuple[Encoded | None, Losses]:
+        """Projections and losses of one batch on the device."""
+        with self.autocast():
+            encoded, projected = self._replica(batch.image, batch.tokens, project=project)
+        return projected, self._losses(encoded, projected, batch.index, episode)
 
     def _losses(
         self, encoded: Encoded, projected: Encoded | None, index: Tensor, episode: Episode | None
@@ -86,7 +92,7 @@ class Stepper:
 
     def _cached(
         self, batches: Sequence[Batch], episode: Episode | None, project: bool
-    ) -> tuple[Losses, Encoded | None, Tensor]:
+    ) -> tuple[Losses, Encoded | None, Tensor, Tensor]:
         with self.phases.measure("forward"):
             states, parts = [], []
             for batch in batches:
@@ -116,8 +122,8 @@ class Stepper:
                 _set_random_state(states[number], self.device)
                 self._tower_gradients(batch, [g[own] for g in grads], number + 1 == len(batches))
             _set_random_state(after, self.device)
-            norm = self.optimiser.update(unused)
-        return losses, projected, norm
+            norm, finite = self.optimiser.update(losses.total, unused)
+        return losses, projected, norm, finite
 
     def _tower_gradients(self, batch: Batch, grads: Sequence[Tensor], last: bool) -> None:
         """Encode again and pass the gradients [B, D] down; with the last batch, to all ranks."""
