@@ -1,6 +1,7 @@
 """Training on several ranks: the losses of one rank, the same state everywhere, and a clean end
 when a rank is lost."""
 
+import io
 import json
 
 import numpy as np
@@ -22,14 +23,34 @@ class Recorder:
     """A run folder that keeps the metrics."""
 
     def __init__(self, path):
-        self.path, self.lines = path, []
+        self.path, self.checkpoints, self.lines, self.saved = path, path, [], []
 
     def metrics(self, step, samples, scalars):
         self.lines.append({"step": step, **scalars})
 
     def say(self, text): ...
     def note(self, text): ...
-    def checkpoint(self, payload, epoch): ...
+
+    def checkpoint(self, payload, epoch):
+        buffer = io.BytesIO()
+        torch.save(payload, buffer)
+        self.saved.append(buffer)
+
+    def kept(self):
+        """The first checkpoint, as a resumed run reads it."""
+        self.saved[0].seek(0)
+        return torch.load(self.saved[0], weights_only=True)
+
+
+def payload_step(payload):
+    return payload["protoclip"]["step"]
+
+
+def stripped(lines):
+    """Without what the clock says."""
+    return [
+        {k: v for k, v in line.items() if "second" not in k} for line in lines if "loss" in line
+    ]
 
 
 def arguments(folder, *flags):
@@ -47,28 +68,38 @@ def train(folder, flags):
     from protoclip.data import build_transform
     from protoclip.flags import build_parser, parse
     from protoclip.model import build_model
-    from protoclip.training.engine import choose_precision
+    from protoclip.training.capture import restore
     from protoclip.training.inputs import open_teachers, open_training_data
     from protoclip.training.loop import Trainer
     from protoclip.training.phases import Phases
     from protoclip.training.plan import make_plan
 
     distributed.start(distributed.find_place(), torch.device("cpu"), 60)
-    out = []
-    for more in flags:
+    cpu = torch.device("cpu")
+
+    def trainer_for(more):
         config = parse(build_parser("train", ""), arguments(folder, *more))
-        cpu = torch.device("cpu")
         data = open_training_data(config)
         distributed.seed_everything(0)
         model = build_model(config.model)
         transform = build_transform(model.image_size, model.mean, model.std, "clip")
         teachers, _ = open_teachers(config, data, cpu)
-        recorder = Recorder(folder)
-        trainer = Trainer(
-            config, make_plan(config, len(data)), model, data, transform, teachers, recorder,
-            Phases(cpu), device=cpu, precision=choose_precision("fp32", cpu),
+        return Trainer(
+            config, make_plan(config, len(data)), model, data, transform, teachers,
+            Recorder(folder), Phases(cpu), device=cpu, precision="fp32",
         )  # fmt: skip
+
+    out = []
+    for more in flags:
+        trainer = trainer_for(more)
         trainer.run()
+        model, recorder = trainer.model, trainer.folder
+        if "--save-every" in more:
+            payload = distributed.from_main(recorder.kept)
+            again = trainer_for(more)
+            restore(again, payload)
+            again.run()
+            assert stripped(again.folder.lines) == stripped(recorder.lines[payload_step(payload) :])
         state = [p.detach().double().sum().item() for p in model.parameters()]
         state += [b.double().sum().item() for b in model.buffers()]
         episode = trainer.episode
@@ -110,7 +141,8 @@ def test_any_number_of_ranks_and_passes_gives_the_losses_of_one(folder, alone, r
         passes = ["--batch-size", str(BATCH // ranks // 3), "--accum-freq", "3"]
         flags = [passes] if ranks == 1 else [passes, *flags]
     if ranks == 3:
-        flags.append(["--batch-size", "8", "--episode-features", "reuse"])
+        saving = ["--save-every", "3steps"]
+        flags.append(["--batch-size", "8", "--episode-features", "reuse", *saving])
         flags.append(["--batch-size", "8", "--method", "clip", "--episode-features", "extract"])
     found = on_ranks(ranks, train, folder, flags)
     for number, more in enumerate(flags):

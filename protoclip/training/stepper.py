@@ -63,9 +63,9 @@ class Stepper:
             The losses, the projections [B, Dh] of all batches, the gradient's norm, and whether the
             step was taken.
         """
-        self._replicate()
         self.optimiser.zero_grad()  # before the forward pass needs the memory
         moved = [batch.to(self.device, non_blocking=True) for batch in batches]
+        self._replicate(moved[0])
         if len(moved) > 1:
             return self._cached(moved, episode, project)
         with self.phases.measure("forward"):
@@ -147,7 +147,7 @@ class Stepper:
             return self._replica.no_sync()
         return contextlib.nullcontext()
 
-    def _replicate(self) -> None:
+    def _replicate(self, batch: Batch) -> None:
         """Wrap the model anew where it trains other parameters than before."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         same = len(trained) == len(self._trained) and all(
@@ -160,6 +160,21 @@ class Stepper:
         self._replica = DistributedDataParallel(
             self.model, device_ids=devices, gradient_as_bucket_view=True
         )
+        self._settle(batch)
+
+    def _settle(self, batch: Batch) -> None:
+        """Let DDP order its buckets, which it does once, by an idle pass that is the same whenever
+        it comes: so a resumed run sums in the order of the run it resumes."""
+        states = _random_state(self.device), [b.clone() for b in self.model.buffers()]
+        with self.autocast():
+            encoded, _ = self._replica(batch.image, batch.tokens, project=False)
+        known = _reached([encoded.image, encoded.text])
+        rest = _zero([p for p in self._trained if id(p) not in known])
+        (encoded.image.sum() + encoded.text.sum() + rest).backward()
+        self.optimiser.zero_grad()
+        _set_random_state(states[0], self.device)
+        for buffer, before in zip(self.model.buffers(), states[1], strict=True):
+            buffer.copy_(before)
 
     def _without_gradient(self, losses: Losses, *reached: nn.Parameter) -> list[nn.Parameter]:
         """Parameters that this loss does not reach: DDP waits for all, the optimiser must not move
