@@ -141,7 +141,9 @@ def start(place: Place, device: torch.device, timeout: float, backend: str = "au
     if place.world_size == 1:
         return
     if backend == "auto":
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl":
+        backend = "cpu:gloo,cuda:nccl"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(

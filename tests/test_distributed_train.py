@@ -1,15 +1,18 @@
 """Training on several ranks: the losses of one rank, the same state everywhere, and a clean end
 when a rank is lost."""
 
+import contextlib
 import io
 import json
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import on_ranks
 
 from protoclip import distributed
+from protoclip.model import Encoded
 
 TINY = {
     "embed_dim": 16,
@@ -108,6 +111,76 @@ def train(folder, flags):
         out.append((recorder.lines, state))
     distributed.stop()
     return out
+
+
+class ExactLoss:
+    """InfoNCE and prototype terms in the dtype of the features; fp64 stays fp64."""
+
+    def __call__(self, encoded, projected, index, logit_scale, proto_scale, episode):
+        from protoclip.global_losses import global_info_nce
+        from protoclip.losses import Losses, prototype_term
+
+        unit = Encoded(F.normalize(encoded.image, dim=1), F.normalize(encoded.text, dim=1))
+        terms = {
+            "contrastive_loss": global_info_nce(unit.image, unit.text, logit_scale),
+            "proto_loss": prototype_term(unit, index, episode.internal, proto_scale)[0],
+        }
+        return Losses(sum(terms.values()), terms, {})
+
+
+def gradients(folder, passes):
+    """fp64 loss and gradients of one step, for each number of passes that the batch is cut into."""
+    from protoclip.config import ModelConfig, OptimConfig
+    from protoclip.data import Batch
+    from protoclip.episode import Episode, PrototypeSet
+    from protoclip.model import build_model
+    from protoclip.training.engine import Optimiser
+    from protoclip.training.phases import Phases
+    from protoclip.training.plan import Plan, own_draws
+    from protoclip.training.stepper import Stepper
+
+    cpu = torch.device("cpu")
+    distributed.start(distributed.find_place(), cpu, 60)
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(model=str(folder / "tiny.json"))).double()
+    pixels = torch.randn(BATCH, 3, 16, 16, dtype=torch.float64)
+    tokens = torch.randint(1, 49000, (BATCH, 12))
+    sets = []
+    for source, student in (("text", "image"), ("image", "text")):
+        labels = torch.randint(6, (BATCH,))
+        labels[::5] = -100  # ranks have unequal numbers of samples with a label
+        tables = (torch.randn(6, 16, dtype=torch.float64) for _ in range(2))
+        sets.append(PrototypeSet(source, student, *tables, labels, torch.ones(6)))
+    optimiser = Optimiser(model, OptimConfig(grad_clip_norm=0, lr=0), "fp32")
+    stepper = Stepper(model, ExactLoss(), optimiser, contextlib.nullcontext, Phases(cpu), cpu)
+    own, _ = own_draws(Plan(BATCH, BATCH, 1, 1, 1), torch.arange(BATCH))
+    found = []
+    for number in passes:
+        parts = [Batch(i, pixels[i], tokens[i]) for i in own.chunk(number)]
+        losses, *_ = stepper.step(parts, Episode(tuple(sets)), False)
+        loss = distributed.mean_over_ranks(losses.total.detach().clone())
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        embedding = grads.pop("clip.token_embedding.weight")
+        flat = [embedding[tokens.unique()], *grads.values()]
+        found.append((loss.item(), sorted(grads), torch.cat([g.flatten() for g in flat]).numpy()))
+    distributed.stop()
+    return found
+
+
+@pytest.fixture(scope="module")
+def exact(folder):
+    return on_ranks(1, gradients, folder, [1])[0][0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_ranks_and_passes_give_the_exact_gradients(folder, exact, ranks):
+    loss, names, grads = exact
+    assert "clip.logit_scale" in names and "logit_scale_proto" in names
+    for results in on_ranks(ranks, gradients, folder, [1, 2]):
+        for value, reached, got in results:
+            assert abs(value - loss) <= 1e-12 * loss
+            assert reached == names
+            assert np.abs(got - grads).max() <= 1e-12 * np.abs(grads).max()
 
 
 @pytest.fixture(scope="module")
