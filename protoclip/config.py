@@ -161,6 +161,11 @@ class EpisodeConfig:
         "start k-means from the last episode's centroids, or anew",
         choices=("warm", "random", "k-means++"),
     )
+    kmeans_backend: str = option(
+        "auto",
+        "who runs k-means: protoclip's fastest usable backend, one by name, or faiss (the paper's)",
+        choices=("auto", "reference", "cpu", "cuda", "faiss"),
+    )
     kmeans_max_iter: int = option(20, "iterations of k-means", low=1)
     kmeans_nredo: int = option(1, "restarts of k-means when not warm (paper: 3)", low=1)
     external_teacher: tuple[str, ...] = option(
