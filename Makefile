@@ -20,8 +20,9 @@ fix:
 test:
 	$(PYTHON) -m pytest tests
 
-faults:  ## kill a run twenty times, at random and inside checkpoint writes; compare; two minutes
-	$(PYTHON) tests/fault_runs.py --kills 20
+faults:  ## kill a run twenty times and fill its disk, compare with one left alone; then every other fault
+	$(PYTHON) tests/fault_runs.py --kills 20 --full-disk
+	$(PYTHON) -m pytest tests/test_faults_*.py
 
 bench:  ## parity, then speed; two cores, a few minutes
 	$(PYTHON) -m pytest benchmarks --benchmark-only

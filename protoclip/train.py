@@ -110,6 +110,9 @@ def train(config: TrainConfig) -> Path:
         raise SystemExit(from_main(lambda: check(dataset, config.data.workers)))
     faults_of(dataset, config.data.max_bad_fraction, print)  # stops where too many are known
     plan = make_plan(config, EpochOrder(dataset, config.data).size)
+    if resume and resume.step >= plan.total_steps and (path / "results.json").exists():
+        print(f"{path} is complete: {resume.step} steps and its results", file=sys.stderr)
+        return path
     seed_everything(config.run.seed)
     model = build_model(config.model).to(device)
     seed_rank(config.run.seed)

@@ -18,7 +18,13 @@ from protoclip.episode import Episode
 from protoclip.features import FeatureStore
 from protoclip.losses import Losses, ProtoLoss
 from protoclip.model import ProtoModel
-from protoclip.training.capture import Stateful, capture, report_bad_step, save_or_stop
+from protoclip.training.capture import (
+    Stateful,
+    capture,
+    report_bad_step,
+    save_if_room,
+    save_or_stop,
+)
 from protoclip.training.ema import MovingAverage
 from protoclip.training.engine import Optimiser, autocast_for
 from protoclip.training.episodes import episode_seed, rebuild_episode
@@ -267,7 +273,7 @@ class Trainer:
         if self.step % per_epoch == 0 and run.save_frequency:
             epoch = self.step // per_epoch
             if epoch % run.save_frequency == 0:
-                self.save(epoch)
+                save_if_room(self, epoch)
         save_or_stop(self)
 
     def save(self, epoch: int | None) -> None:
