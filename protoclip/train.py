@@ -32,6 +32,7 @@ from protoclip.distributed import (
 from protoclip.evaluate import Results, format_table, peak_memory_bytes, read_results, write_results
 from protoclip.flags import build_parser, parse
 from protoclip.model import ProtoModel, build_model
+from protoclip.report import write_report
 from protoclip.training.capture import restore
 from protoclip.training.engine import choose_device, choose_precision
 from protoclip.training.inputs import faults_of, open_teachers, open_training_data, uses_prototypes
@@ -175,6 +176,7 @@ def run(
         device=device,
         precision=precision,
         evaluate=evaluate.quick if evaluate.quick_sets else None,
+        zeroshot=evaluate.zeroshot if evaluate.zeroshot_data else None,
         signals=signals,
     )
     if resume:
@@ -184,7 +186,7 @@ def run(
     if isinstance(folder, OtherRank):
         return
     with phases.measure("plots", on_host=True):
-        draw_plots(folder, config, trainer, dataset)
+        draw_plots(folder, config, trainer, dataset, evaluate, before, after)
     report(folder, config, before, after, phases, device)
 
 
@@ -261,6 +263,7 @@ def report(
             timing=timing,
             peak_memory_bytes=peak,
         )
+    folder.say(f"report: {write_report([folder.path])}")
     folder.say(f"done: {folder.path}")
 
 

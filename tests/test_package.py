@@ -21,7 +21,7 @@ LAYERS = [
     ["features", "teacher"],
     ["clustering"],
     ["episode"],
-    ["losses", "openclip_losses"],
+    ["losses", "openclip_losses", "online_prototypes", "proto_clip_loss"],
     ["metrics"],
     ["evaluate"],
     ["report"],

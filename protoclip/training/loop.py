@@ -56,6 +56,7 @@ class Trainer:
         phases: the stopwatch.
         device, precision: of the forward passes.
         evaluate: scalars of the model as it is, by name; called every ``--val-frequency`` epochs.
+        zeroshot: the same, called every ``--zeroshot-frequency`` epochs.
         signals: that ask the run to save and end.
     """
 
@@ -73,12 +74,13 @@ class Trainer:
         device: torch.device,
         precision: str,
         evaluate: Evaluate | None = None,
+        zeroshot: Evaluate | None = None,
         signals: StopSignals | None = None,
     ) -> None:
         self.config, self.plan, self.model, self.dataset = config, plan, model, dataset
         self.transform, self.folder, self.phases = transform, folder, phases
         self.teachers = {name: rows.to(device) for name, rows in teachers.items()}
-        self.device, self.evaluate = device, evaluate
+        self.device, self.evaluate, self.zeroshot = device, evaluate, zeroshot
         self.autocast = autocast_for(precision, device)
         self.optimiser = Optimiser(model, config.optim, precision)
         loss = ProtoLoss(config.loss, self.teachers)
@@ -264,12 +266,16 @@ class Trainer:
         per_epoch = self.plan.steps_per_epoch
         last = self.step == self.plan.total_steps
         run = self.config.run
-        every = max(1, round(run.val_frequency * per_epoch))
-        if self.evaluate and run.val_frequency > 0 and (self.step % every == 0 or last):
-            with self.phases.measure("evaluation", on_host=True):
-                scalars = self.evaluate(self.model)
-            self.folder.metrics(self.step, self.step * self.plan.batch_size, scalars)
-            self._logged_at = (time.perf_counter(), self.step)
+        for evaluate, frequency in (
+            (self.evaluate, run.val_frequency),
+            (self.zeroshot, run.zeroshot_frequency),
+        ):
+            due = last or self.step % max(1, round(frequency * per_epoch)) == 0
+            if evaluate and frequency > 0 and due:
+                with self.phases.measure("evaluation", on_host=True):
+                    scalars = evaluate(self.model)
+                self.folder.metrics(self.step, self.step * self.plan.batch_size, scalars)
+                self._logged_at = (time.perf_counter(), self.step)
         if self.step % per_epoch == 0 and run.save_frequency:
             epoch = self.step // per_epoch
             if epoch % run.save_frequency == 0:
