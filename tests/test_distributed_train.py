@@ -116,7 +116,7 @@ def train(folder, flags):
 class ExactLoss:
     """InfoNCE and prototype terms in the dtype of the features; fp64 stays fp64."""
 
-    def __call__(self, encoded, projected, index, logit_scale, proto_scale, episode):
+    def __call__(self, encoded, projected, index, logit_scale, proto_scale, episode, measure):
         from protoclip.global_losses import global_info_nce
         from protoclip.losses import Losses, prototype_term
 

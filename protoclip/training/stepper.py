@@ -88,7 +88,7 @@ class Stepper:
         self, encoded: Encoded, projected: Encoded | None, index: Tensor, episode: Episode | None
     ) -> Losses:
         scales = self.model.logit_scale, self.model.proto_scale
-        return self.loss(encoded, projected, index, *scales, episode)
+        return self.loss(encoded, projected, index, *scales, episode, self.phases.measure)
 
     def _cached(
         self, batches: Sequence[Batch], episode: Episode | None, project: bool
