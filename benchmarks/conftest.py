@@ -28,6 +28,9 @@ def pytest_addoption(parser):
         type=Path,
         help="write a JSON record, case by case: a file, or a folder to hold MACHINE-SIZES.json",
     )
+    parser.addoption(
+        "--note", default="", help="kept in the record, e.g. that others used the machine"
+    )
     parser.addoption("--budget", type=float, help="seconds after which cases are skipped")
 
 
@@ -39,7 +42,9 @@ def pytest_configure(config):
         path = path / f"{machine.slug()}-{config.getoption('--sizes')}.json"
     budget = config.getoption("--budget")
     deadline = None if budget is None else time.monotonic() + budget
-    config.stash[SESSION] = harness.Session(config.getoption("--sizes"), path, deadline)
+    config.stash[SESSION] = harness.Session(
+        config.getoption("--sizes"), path, config.getoption("--note"), deadline
+    )
 
 
 @pytest.fixture(scope="session")

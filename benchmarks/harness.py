@@ -49,6 +49,7 @@ class Session:
 
     sizes: str
     record_path: Path | None = None
+    note: str = ""
     deadline: float | None = None
     say: Callable[[str], None] = print
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -57,7 +58,7 @@ class Session:
 
     def start(self) -> None:
         self.ceilings = ceilings(tiny=self.sizes == "tiny")
-        run = describe() | {"sizes": self.sizes, "ceilings": self.ceilings}
+        run = describe() | {"sizes": self.sizes, "note": self.note, "ceilings": self.ceilings}
         self.record = Record(self.record_path, run)
         gemm = {name: rate for name, rate in self.ceilings.items() if name in DTYPES}
         rates = ", ".join(f"{name} GEMM {rate:.3g} TFLOP/s" for name, rate in gemm.items())

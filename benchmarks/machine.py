@@ -60,6 +60,7 @@ def describe() -> dict[str, object]:
             versions[package] = None
     return {
         "machine": name(),
+        "slug": slug(),
         "device": DEVICE,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

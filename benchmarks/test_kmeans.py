@@ -185,8 +185,8 @@ def _flash_kmeans(x: Tensor, start: Tensor) -> Tensor:
     run = peers.optional("flash_kmeans", "batch_kmeans_Euclid")
     if DEVICE == "cpu":
         pytest.skip("flash-kmeans runs on GPUs only")
-    # It stops at movement < tol: below zero runs all iterations.
-    _, centroids, _ = run(x[None], len(start), max_iters=ITERATIONS, tol=-1.0)
+    # It stops at movement < tol: below zero runs all iterations. It overwrites the start.
+    _, centroids, _ = run(x[None], len(start), ITERATIONS, -1.0, start[None].clone())
     return centroids[0].float()
 
 
@@ -200,10 +200,10 @@ LLOYD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "faiss.Kmeans": _faiss,
     "sklearn": _sklearn,
     "fastkmeans": _fastkmeans,  # starts of its own
-    "flash-kmeans": _flash_kmeans,  # starts of its own
+    "flash-kmeans": _flash_kmeans,
     "superkmeans": _superkmeans,  # starts of its own, samples, stops early
 }
-OUR_START = {"faiss.Kmeans", "sklearn"}
+OUR_START = {"faiss.Kmeans", "sklearn", "flash-kmeans"}
 
 
 @pytest.fixture(scope="module")
