@@ -45,7 +45,7 @@ setup(
     package_data={
         "protoclip.data": ["*.tsv", "*.md"],
         "protoclip.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
-        "protoclip": ["py.typed", "model_configs/*.json"],
+        "protoclip": ["py.typed", "model_configs/*.json", "presets/*.json"],
     },
     install_requires=[
         "torch>=2.11",

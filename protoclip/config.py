@@ -1,4 +1,4 @@
-"""Every setting of a run: a tree of frozen dataclasses, and the command line made from it.
+"""Every setting of a run: a tree of frozen dataclasses; ``protoclip.flags`` makes the command line.
 
 A default stands in one place, the field, with its meaning in the help text. Flags carry OpenCLIP's
 names where OpenCLIP has the flag, the ProtoCLIP authors' where they have it.
@@ -6,12 +6,11 @@ names where OpenCLIP has the flag, the ProtoCLIP authors' where they have it.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 PRECISIONS = ("auto", "fp32", "amp_bf16", "amp")
 Config = TypeVar("Config")
@@ -70,6 +69,9 @@ class ModelConfig:
     force_image_size: int = option(
         0, "pixels, overrides the model's image size; 0: the model's", low=0
     )
+    lock_image: bool = option(
+        False, "freeze the image tower and train the text towards it (LiT); as OpenCLIP's flag"
+    )
     add_projection_head: bool = option(
         True, "prototypes live behind a projection head, not in the embedding itself"
     )
@@ -85,18 +87,50 @@ class EpisodeConfig:
     replacement: bool = option(
         False, "draw samples with replacement, as the authors do", flag="episode-replacement"
     )
-    clusters: int = option(0, "prototypes per source; 0: a tenth of the episode", flag="k", low=0)
-    target_temperature: float = option(
-        0.01, "of the soft targets of the internal prototypes; 0: hard labels", low=0
+    features: str = option(
+        "extract",
+        "what is clustered: 'extract', a forward pass over the episode's samples (paper), or "
+        "'reuse', the projections of the last episode's training, at no cost",
+        flag="episode-features",
+        choices=("extract", "reuse"),
     )
-    external_target_temperature: float = option(
-        0.0, "the same for the external teacher's prototypes; 0: hard labels (paper)", low=0
+    ema_decay: float = option(
+        0.0, "extract with a moving average of the weights that decays so; 0: the model", low=0
+    )
+    clusters: tuple[int, ...] = option(
+        (0,),
+        "prototypes per source; several numbers: as many sets of prototypes at once; 0: a tenth "
+        "of the episode",
+        flag="k",
+        low=0,
+    )
+    target_temperature: tuple[float, ...] = option(
+        (0.01,),
+        "of the soft targets of the internal prototypes, one for both or image's and text's; "
+        "0: hard labels",
+        low=0,
+    )
+    external_target_temperature: tuple[float, ...] = option(
+        (0.0,),
+        "the same for external teachers, one for all or one each; 0: hard labels (paper)",
+        low=0,
     )
     pbt: bool = option(
         True, "prototype back translation; off: raw centroids of the other modality", flag="PBT"
     )
+    normalize_centroids: bool = option(
+        False, "centroids and prototypes of unit length (spherical k-means); off: plain means"
+    )
+    keep_empty: bool = option(
+        False, "keep empty clusters as prototypes at zero, as the authors do", flag="keep-empty"
+    )
     infonce_warmup: int = option(
         2, "first episodes without prototypes (paper: 1)", flag="infonce-warmup-epoch", low=0
+    )
+    lit_start: int = option(
+        0,
+        "episodes after which the image tower is frozen and only InfoNCE goes on (LiT); 0: never",
+        low=0,
     )
     kmeans_init: str = option(
         "warm",
@@ -105,14 +139,14 @@ class EpisodeConfig:
     )
     kmeans_max_iter: int = option(20, "iterations of k-means", low=1)
     kmeans_nredo: int = option(1, "restarts of k-means when not warm (paper: 3)", low=1)
-    external_teacher: str = option(
-        "auto",
-        "features that tell which samples belong together: a .npy, .npz or .safetensors file of "
-        "[dataset, d], builtin:minilm, none, or auto (builtin:minilm on built-in data if "
-        "installed)",
+    external_teacher: tuple[str, ...] = option(
+        ("auto",),
+        "features that tell which samples belong together, one teacher or several: .npz of "
+        "python -m protoclip.teacher, .npy or .safetensors of [dataset, d], builtin:minilm, none, "
+        "or auto (builtin:minilm on built-in data if installed)",
     )
     external_teacher_dim: int = option(
-        64, "reduce the teacher's features to this many principal components; 0: keep all", low=0
+        64, "reduce a teacher's features to this many principal components; 0: keep all", low=0
     )
 
 
@@ -123,6 +157,13 @@ class LossConfig:
     w_clip: float = option(1.0, "weight of InfoNCE", low=0)
     w_proto: float = option(1.0, "weight of the internal prototype loss", low=0)
     w_proto_external: float = option(1.0, "weight of the external prototype loss", low=0)
+    w_distill: float = option(
+        0.0,
+        "weight of distilling the teacher's similarities within the batch, without prototypes "
+        "(the control experiment; with --w-proto 0 --w-proto-external 0)",
+        low=0,
+    )
+    distill_temperature: float = option(0.1, "of the teacher's similarities", low=1e-6)
 
 
 @dataclass(frozen=True)
@@ -200,12 +241,16 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
             f"config: {cls.__name__} has no {sorted(unknown)}; it knows {sorted(hints)}. "
             "The file is from another version of protoclip, or misspelt"
         )
-    return cls(
-        **{
-            key: from_dict(hints[key], value) if dataclasses.is_dataclass(hints[key]) else value
-            for key, value in values.items()
-        }
-    )
+    return cls(**{key: _typed(hints[key], value) for key, value in values.items()})
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """A value of JSON as a field has it: nested configs, and tuples of one or more."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_dict(hint, value)
+    if get_origin(hint) is tuple:
+        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return value
 
 
 def flag_of(item: dataclasses.Field) -> str:
@@ -219,61 +264,17 @@ def check(config: Any) -> None:
         if dataclasses.is_dataclass(value):
             check(value)
             continue
-        low, high, choices = (item.metadata[key] for key in ("low", "high", "choices"))
-        if choices is not None and value not in choices:
-            raise ValueError(
-                f"{flag_of(item)}: expected one of {', '.join(choices)}, got {value!r}"
-            )
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{flag_of(item)}: expected a finite number, got {value}")
-        if low is not None and value < low:
-            raise ValueError(f"{flag_of(item)}: expected at least {low}, got {value}")
-        if high is not None and value > high:
-            raise ValueError(f"{flag_of(item)}: expected at most {high}, got {value}")
+        for one in value if isinstance(value, tuple) else (value,):
+            _check_value(item, one)
 
 
-def _add_options(group: Any, cls: type, defaults: Any, prefix: str) -> None:
-    hints = get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[item.name]):
-            continue
-        default = getattr(defaults, item.name)
-        shown = "" if default in ("", "\t") else " (default: %(default)s)"
-        arguments: dict[str, Any] = {
-            "dest": prefix + item.name,
-            "default": default,
-            "help": item.metadata["help"] + shown,
-        }
-        if hints[item.name] is bool:
-            arguments["action"] = argparse.BooleanOptionalAction
-        else:
-            arguments.update(type=hints[item.name], choices=item.metadata["choices"])
-            if arguments["choices"] is None:
-                arguments["metavar"] = {int: "N", float: "X", str: "TEXT"}[hints[item.name]]
-        group.add_argument(flag_of(item), **arguments)
-
-
-def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser with one titled group per section of ``TrainConfig``."""
-    parser = argparse.ArgumentParser(
-        prog=prog, usage="%(prog)s [options]", description=description, allow_abbrev=False
-    )
-    defaults = TrainConfig()
-    hints = get_type_hints(TrainConfig)
-    _add_options(parser, TrainConfig, defaults, "")
-    for name, cls in hints.items():
-        if isinstance(cls, type) and dataclasses.is_dataclass(cls):
-            group = parser.add_argument_group(str(cls.__doc__))
-            _add_options(group, cls, getattr(defaults, name), f"{name}.")
-    return parser
-
-
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> TrainConfig:
-    """Command line to a checked config; argparse ends the program for a flag it does not know."""
-    nested: dict[str, Any] = {}
-    for key, value in vars(parser.parse_args(argv)).items():
-        section, _, name = key.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[name] = value
-    config = from_dict(TrainConfig, nested)
-    check(config)
-    return config
+def _check_value(item: dataclasses.Field, value: Any) -> None:
+    low, high, choices = (item.metadata[key] for key in ("low", "high", "choices"))
+    if choices is not None and value not in choices:
+        raise ValueError(f"{flag_of(item)}: expected one of {', '.join(choices)}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{flag_of(item)}: expected a finite number, got {value}")
+    if low is not None and value < low:
+        raise ValueError(f"{flag_of(item)}: expected at least {low}, got {value}")
+    if high is not None and value > high:
+        raise ValueError(f"{flag_of(item)}: expected at most {high}, got {value}")

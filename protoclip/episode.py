@@ -12,24 +12,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from protoclip.clustering import (
+    IGNORE,
+    Clustering,
+    check_clusters,
+    check_finite,
+    cluster,
+    health,
+    target_entropy,
+)
 from protoclip.config import EpisodeConfig
 from protoclip.features import Features
-from protoclip.kmeans import kmeans
-from protoclip.ops import Bank, segment_mean, soft_targets
+from protoclip.model import Encoded
+from protoclip.ops import Bank, kmeans_assign, segment_mean, soft_targets
 
-IGNORE = -100  # cross-entropy's word for: this sample has no label
 INTERNAL = {"image": "text", "text": "image"}  # source -> its student
-
-
-@dataclass(frozen=True)
-class Clustering:
-    """Who belongs together, by one source; empty clusters are gone."""
-
-    centroids: Tensor  # [K, Ds]
-    labels: Tensor  # int64 [dataset], IGNORE outside the episode
-    counts: Tensor  # int64 [K], all > 0
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,21 @@ class PrototypeSet:
     student: str  # "image" | "text"
     prototypes: Tensor  # [K, Dh]
     targets: Tensor | None  # [K, Dh], rows m_y; None: hard labels, m = prototypes
-    labels: Tensor  # int64 [dataset], IGNORE outside the episode
+    labels: Tensor  # int64 [dataset], IGNORE where the sample is not known
     counts: Tensor  # int64 [K]
+    online: Tensor | None = None  # [K, Dh], centroids of the source that label unknown samples
 
-    def bank(self, index: Tensor) -> Bank:
-        """The prototypes with the labels of the samples at ``index``, int64 [B]."""
-        return Bank(self.prototypes, self.labels[index], self.targets)
+    def bank(self, index: Tensor, projected: Encoded) -> Bank:
+        """The prototypes with the labels of the samples at ``index``, int64 [B].
+
+        A sample that the clustering has not seen gets the nearest centroid to its own
+        projection, [B, Dh], where ``online`` centroids are there.
+        """
+        labels = self.labels[index]
+        if self.online is not None:
+            points = getattr(projected, self.source).detach()
+            labels = torch.where(labels == IGNORE, kmeans_assign(points, self.online)[0], labels)
+        return Bank(self.prototypes, labels, self.targets)
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Episode:
 
     internal: tuple[PrototypeSet, ...] = ()
     external: tuple[PrototypeSet, ...] = ()
-    clusterings: Mapping[str, Clustering] = field(default_factory=dict)  # by source
+    clusterings: Mapping[str, Clustering] = field(default_factory=dict)  # by source, or source_K
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -67,159 +76,117 @@ def build_episode(
     *,
     keys: Sequence[str],
     internal: bool = True,
+    coming: Tensor | None = None,
+    classes: Mapping[str, Tensor] | None = None,
 ) -> Episode:
     """Cluster every source and translate the clusters into each student's space.
 
     Args:
-        features: of the episode's N samples.
+        features: of N samples.
         teachers: name -> [dataset, d], rows by position in the dataset.
         config: K, temperatures, k-means' settings.
         generator: CPU generator; k-means' seeds come from it.
         previous: the last episode, for the warm start; None: none yet.
         keys: of the whole dataset, to name a sample whose features are not finite.
         internal: whether to cluster the model's own features; False: teachers only.
+        coming: int64 [M], positions that will be trained on; None: the N clustered ones. New ones
+            are labelled by the nearest centroid: a teacher's here, the model's own as they come.
+        classes: name -> int64 [dataset], known classes, for the clusters' purity.
     Raises:
         ValueError: features that are not finite, or more clusters than samples.
     """
-    num_clusters = check_clusters(config, len(features.index))
-    sources: dict[str, Tensor] = {}
-    if internal:
-        sources |= {"image": features.image_h, "text": features.text_h}
-    sources |= {name: rows[features.index].to(features.image_h) for name, rows in teachers.items()}
+    numbers = check_clusters(config, len(features.index))
+    students = {"image": features.image_h, "text": features.text_h}
+    rows = {name: all_rows.to(features.image_h) for name, all_rows in teachers.items()}
+    sources = dict(students) if internal else {}
+    sources |= {name: all_rows[features.index] for name, all_rows in rows.items()}
     check_finite(sources, features.index, keys)
 
-    students = {"image": features.image_h, "text": features.text_h}
-    clusterings: dict[str, Clustering] = {}
-    metrics: dict[str, float] = {}
+    episode = _Builder(features, students, config, generator, previous, len(keys), coming)
+    episode.classes = classes or {}
+    inner: list[PrototypeSet] = []
+    outer: list[PrototypeSet] = []
     for name, points in sources.items():
-        last = previous.clusterings.get(name) if previous else None
-        clustering, inertia = _cluster(
-            points, features.index, len(keys), num_clusters, config, generator, last
-        )
-        clusterings[name] = clustering
-        metrics[f"{name}_inertia"] = inertia / len(points)
-        metrics |= {f"{name}_{key}": value for key, value in _health(clustering, last).items()}
-    inner = [
-        _translate(name, student, students, features.index, clusterings[name], config)
-        for name, student in INTERNAL.items()
-        if internal
-    ]
-    outer = [
-        _translate(name, student, students, features.index, clusterings[name], config, True)
-        for name in teachers
-        for student in students
-    ]
-    return Episode(tuple(inner), tuple(outer), clusterings, metrics)
+        temperature = _temperature(config, name, list(teachers))
+        for k in numbers:
+            key = name if len(numbers) == 1 else f"{name}_{k}"
+            clustering = episode.cluster(key, points, k, temperature, rows.get(name))
+            if name in INTERNAL:
+                student = INTERNAL[name]
+                inner.append(episode.translate(name, student, clustering, temperature))
+            else:
+                outer += [episode.translate(name, s, clustering, temperature) for s in students]
+    return Episode(tuple(inner), tuple(outer), episode.clusterings, episode.metrics)
 
 
-def check_clusters(config: EpisodeConfig, samples: int) -> int:
-    """K for an episode of ``samples``; more clusters than samples is the user's mistake."""
-    num_clusters = config.clusters or max(1, samples // 10)
-    if num_clusters > samples:
-        raise ValueError(
-            f"--k: expected at most one cluster per sample, got k={num_clusters} for an episode of "
-            f"{samples} samples; use --k {max(1, samples // 10)}, a larger --episode-size, or more "
-            "data"
-        )
-    return num_clusters
-
-
-def check_finite(sources: Mapping[str, Tensor], index: Tensor, keys: Sequence[str]) -> None:
-    """Refuse NaN and infinity, by the key of the first sample that has them."""
-    for name, points in sources.items():
-        bad = ~torch.isfinite(points).all(dim=1)
-        if bad.any():
-            key = keys[int(index[bad][0])]
-            raise ValueError(
-                f"episode: expected finite {name} features, got NaN or infinity in "
-                f"{int(bad.sum())} of {len(points)} samples, first in {key!r}; if it is the "
-                "model's: lower --lr or use --precision fp32; if the teacher's: mend its file"
-            )
-
-
-def _cluster(
-    points: Tensor,
-    index: Tensor,
-    dataset_size: int,
-    num_clusters: int,
-    config: EpisodeConfig,
-    generator: torch.Generator,
-    last: Clustering | None,
-) -> tuple[Clustering, float]:
-    """k-means on the [N, Ds] points of one source -> its clusters without empty ones, inertia."""
-    seed = int(torch.randint(2**31, (), generator=generator))
-    warm = config.kmeans_init == "warm" and last is not None
-    init: str | Tensor = "random" if config.kmeans_init == "warm" else config.kmeans_init
-    if warm and last is not None:
-        init = _refill(last.centroids, points, num_clusters, generator)
-    clusters = kmeans(
-        points,
-        num_clusters,
-        num_iters=config.kmeans_max_iter,
-        num_restarts=1 if warm else config.kmeans_nredo,
-        init=init,
-        seed=seed,
-    )
-    kept = clusters.counts > 0
-    renumbered = (kept.cumsum(0) - 1)[clusters.labels]
-    labels = torch.full((dataset_size,), IGNORE, device=points.device)
-    labels[index] = renumbered
-    return Clustering(clusters.centroids[kept], labels, clusters.counts[kept]), clusters.inertia
-
-
-def _refill(
-    centroids: Tensor, points: Tensor, num_clusters: int, generator: torch.Generator
-) -> Tensor:
-    """The last centroids, with points drawn at random in the places of dropped ones: [K, Ds]."""
-    missing = num_clusters - len(centroids)
-    if missing <= 0:
-        return centroids[:num_clusters]
-    drawn = torch.randperm(len(points), generator=generator)[:missing].to(points.device)
-    return torch.cat([centroids, points[drawn].to(centroids)])
-
-
-def _translate(
-    source: str,
-    student: str,
-    students: Mapping[str, Tensor],
-    index: Tensor,
-    clustering: Clustering,
-    config: EpisodeConfig,
-    external: bool = False,
-) -> PrototypeSet:
-    """Prototypes and targets of one source in one student's space."""
-    temperature = config.external_target_temperature if external else config.target_temperature
-    num_clusters = len(clustering.counts)
-    if config.pbt or external:
-        prototypes, _ = segment_mean(students[student], clustering.labels[index], num_clusters)
+def _temperature(config: EpisodeConfig, source: str, teachers: list[str]) -> float:
+    """Of the source's soft targets: the one for all of its kind, or its own."""
+    if source in INTERNAL:
+        values, place = config.target_temperature, list(INTERNAL).index(source)
     else:
-        prototypes = clustering.centroids
-    targets = None
-    if temperature > 0:
-        targets = soft_targets(clustering.centroids.to(prototypes), prototypes, temperature)
-    return PrototypeSet(source, student, prototypes, targets, clustering.labels, clustering.counts)
+        values, place = config.external_target_temperature, teachers.index(source)
+    return values[0] if len(values) == 1 else values[place]
 
 
-def _health(clustering: Clustering, last: Clustering | None) -> dict[str, float]:
-    """Sizes of the clusters, and churn: the share of samples seen twice that changed cluster."""
-    sizes = clustering.counts.double()
-    health = {
-        "clusters": float(len(sizes)),
-        "size_min": float(sizes.min()),
-        "size_median": float(sizes.median()),
-        "size_max": float(sizes.max()),
-        "imbalance": float(sizes.max() / sizes.mean()),
-    }
-    if last is not None:
-        both = (clustering.labels != IGNORE) & (last.labels != IGNORE)
-        if both.any():
-            health["churn"] = _churn(last.labels[both], clustering.labels[both])
-    return health
+class _Builder:
+    """What all sources of one episode share, and the clusterings so far."""
 
+    def __init__(
+        self,
+        features: Features,
+        students: Mapping[str, Tensor],
+        config: EpisodeConfig,
+        generator: torch.Generator,
+        previous: Episode | None,
+        dataset_size: int,
+        coming: Tensor | None,
+    ) -> None:
+        self.index, self.students, self.config = features.index, students, config
+        self.generator, self.previous, self.dataset_size = generator, previous, dataset_size
+        self.classes: Mapping[str, Tensor] = {}
+        self.clusterings: dict[str, Clustering] = {}
+        self.metrics: dict[str, float] = {}
+        self.new = self._new(coming)
 
-def _churn(before: Tensor, after: Tensor) -> float:
-    """Share of samples outside the commonest old cluster of their new one; names do not matter."""
-    pairs, sizes = torch.unique(torch.stack([after, before]), dim=1, return_counts=True)
-    largest = torch.zeros(int(after.max()) + 1, dtype=sizes.dtype, device=sizes.device)
-    largest.scatter_reduce_(0, pairs[0], sizes, "amax")
-    return 1 - float(largest.sum()) / len(after)
+    def _new(self, coming: Tensor | None) -> Tensor:
+        """Positions among the coming ones that have no features."""
+        if coming is None:
+            return self.index[:0]
+        known = torch.zeros(self.dataset_size, dtype=torch.bool, device=self.index.device)
+        known[self.index] = True
+        coming = coming.to(self.index.device)
+        return coming[~known[coming]].unique()
+
+    def cluster(
+        self, key: str, points: Tensor, k: int, temperature: float, teacher: Tensor | None
+    ) -> Clustering:
+        """Cluster [N, Ds] points; ``teacher`` [dataset, Ds] labels new samples right away."""
+        last = self.previous.clusterings.get(key) if self.previous else None
+        size = self.dataset_size
+        found, metrics = cluster(points, self.index, size, k, self.config, self.generator, last)
+        if teacher is not None and len(self.new):
+            found.labels[self.new] = kmeans_assign(teacher[self.new], found.centroids)[0]
+        metrics |= health(found, last, self.classes)
+        metrics["target_entropy"] = target_entropy(found, temperature) if temperature > 0 else 0.0
+        self.metrics |= {f"{key}_{name}": value for name, value in metrics.items()}
+        self.clusterings[key] = found
+        return found
+
+    def translate(
+        self, source: str, student: str, clustering: Clustering, temperature: float
+    ) -> PrototypeSet:
+        """Prototypes and targets of one source in one student's space."""
+        centroids, labels, counts = clustering.centroids, clustering.labels, clustering.counts
+        internal = source in INTERNAL
+        if self.config.pbt or not internal:
+            own = labels[self.index]
+            prototypes, _ = segment_mean(self.students[student], own, len(counts))
+            if self.config.normalize_centroids:
+                prototypes = F.normalize(prototypes, dim=1)
+        else:
+            prototypes = centroids
+        targets = None
+        if temperature > 0:
+            targets = soft_targets(centroids.to(prototypes), prototypes, temperature)
+        online = centroids if internal and len(self.new) else None
+        return PrototypeSet(source, student, prototypes, targets, labels, counts, online)

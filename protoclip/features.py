@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,6 @@ class Features:
     """Rows of N distinct samples, fp32, on the model's device."""
 
     index: Tensor  # int64 [N], position in the dataset
-    image: Tensor  # [N, D], not normalised
-    text: Tensor  # [N, D], not normalised
     image_h: Tensor  # [N, Dh], unit rows
     text_h: Tensor  # [N, Dh], unit rows
 
@@ -47,14 +45,14 @@ def extract(
         dataset, transform, workers, captions: as in ``protoclip.data.batches``.
         indices: int64 [N], distinct positions.
         batch_size: rows per forward pass; the result depends on it in the last bits only.
-        device: where the model is and the features stay, 2 x N x (D + Dh) x 4 bytes.
+        device: where the model is and the features stay, 2 x N x Dh x 4 bytes.
         seed: of captions and augmentation.
         autocast: makes the context of each forward pass.
         progress: told the number of rows after each batch.
     """
     was_training = model.training
     model.eval()
-    parts: list[tuple[Tensor, Encoded, Encoded]] = []
+    parts: list[tuple[Tensor, Encoded]] = []
     try:
         for batch in batches(
             dataset,
@@ -69,16 +67,71 @@ def extract(
             image = batch.image.to(device, non_blocking=True)
             tokens = batch.tokens.to(device, non_blocking=True)
             with autocast():
-                encoded, projected = model(image, tokens)
-            parts.append((batch.index, encoded, projected))
+                _, projected = model(image, tokens)
+            parts.append((batch.index, projected))
             if progress is not None:
                 progress(len(batch.index))
     finally:
         model.train(was_training)
     return Features(
-        index=torch.cat([index for index, _, _ in parts]).to(device),
-        image=torch.cat([u.image.float() for _, u, _ in parts]),
-        text=torch.cat([u.text.float() for _, u, _ in parts]),
-        image_h=torch.cat([h.image for _, _, h in parts]),
-        text_h=torch.cat([h.text for _, _, h in parts]),
+        index=torch.cat([index for index, _ in parts]).to(device),
+        image_h=torch.cat([h.image for _, h in parts]),
+        text_h=torch.cat([h.text for _, h in parts]),
     )
+
+
+class FeatureStore:
+    """The projections of one pass of training, kept for the next episode: no forward pass extra.
+
+    Rows are in the order of training, so a rank keeps what it computed, and nothing else.
+
+    Args:
+        rows: most samples of a pass (of this rank).
+        device: where they stay, 2 x rows x Dh x 4 bytes.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.index = torch.full((rows,), -1, dtype=torch.int64, device=device)
+        self.image_h = torch.empty(0, device=device)  # [rows, Dh] fp32 once Dh is known
+        self.text_h = torch.empty(0, device=device)
+
+    @torch.no_grad()
+    def put(self, start: int, index: Tensor, projected: Encoded) -> None:
+        """Keep the projections, [B, Dh] each, of the samples ``index`` from row ``start`` on."""
+        if self.image_h.dim() == 1:
+            shape = (len(self.index), projected.image.shape[1])
+            self.image_h, self.text_h = self.image_h.new_zeros(shape), self.text_h.new_zeros(shape)
+        rows = slice(start, start + len(index))
+        self.index[rows] = index
+        self.image_h[rows] = projected.image
+        self.text_h[rows] = projected.text
+
+    def features(self) -> Features:
+        """What is there, each sample once, by its newest row.
+
+        Raises:
+            ValueError: nothing has been put.
+        """
+        index, order = self.index.sort(stable=True)
+        last = torch.ones_like(index, dtype=torch.bool)
+        last[:-1] = index[1:] != index[:-1]
+        last &= index >= 0
+        rows = order[last]
+        if not len(rows):
+            raise ValueError("FeatureStore: expected a pass of training, got no row yet")
+        return Features(index[last], self.image_h[rows], self.text_h[rows])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Plain tensors, for a checkpoint."""
+        return {"index": self.index, "image_h": self.image_h, "text_h": self.text_h}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the rows of ``state_dict``; the numbers of rows must agree."""
+        if state["index"].shape != self.index.shape:
+            raise ValueError(
+                f"FeatureStore: expected {len(self.index)} rows, got {len(state['index'])}; the "
+                "checkpoint is of a run with another --episode-size, --batch-size or data"
+            )
+        device = self.index.device
+        self.index = state["index"].to(device)
+        self.image_h, self.text_h = state["image_h"].to(device), state["text_h"].to(device)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,14 +25,20 @@ class Losses:
 
 
 class ProtoLoss(nn.Module):
-    """w_clip * InfoNCE + w_proto * internal prototypes + w_proto_external * external ones.
+    """w_clip * InfoNCE + w_proto * internal prototypes + w_proto_external * external ones, and
+    w_distill * the teachers' similarities, the control that does without prototypes.
 
     A term of weight 0, or without prototypes (warm-up, no teacher), is not computed.
+
+    Args:
+        config: the weights.
+        teachers: name -> [dataset, d] on the features' device; only distillation reads them.
     """
 
-    def __init__(self, config: LossConfig) -> None:
+    def __init__(self, config: LossConfig, teachers: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self.config = config
+        self.teachers = dict(teachers or {})
 
     def forward(
         self,
@@ -69,6 +76,16 @@ class ProtoLoss(nn.Module):
                     terms[f"{name}_loss"], accuracy[f"{name}_accuracy"] = prototype_term(
                         projected, index, sets, proto_scale
                     )
+        if self.config.w_distill > 0 and projected is not None and self.teachers:
+            weights["distill_loss"] = self.config.w_distill
+            terms["distill_loss"] = torch.stack(
+                [
+                    similarity_distillation(
+                        projected, rows[index], proto_scale, self.config.distill_temperature
+                    )
+                    for rows in self.teachers.values()
+                ]
+            ).mean()
         total = sum(weights[name] * term for name, term in terms.items())
         if not isinstance(total, Tensor):
             raise ValueError(
@@ -87,7 +104,7 @@ def prototype_term(
     """
     losses, hits = [], []
     for student, features in (("image", projected.image), ("text", projected.text)):
-        banks = [item.bank(index) for item in sets if item.student == student]
+        banks = [item.bank(index, projected) for item in sets if item.student == student]
         if banks:
             result = prototype_losses(features, banks, scale)
             losses += list(result.loss)
@@ -96,6 +113,40 @@ def prototype_term(
                 for nearest, bank in zip(result.nearest, banks, strict=True)
             ]
     return sum(losses[1:], losses[0]) / len(losses), sum(hits[1:], hits[0]) / len(hits)
+
+
+def similarity_distillation(
+    projected: Encoded, teacher: Tensor, scale: Tensor, temperature: float
+) -> Tensor:
+    """KL of each student's similarities within the batch from the teacher's; a scalar, nats.
+
+    Row i compares sample i with the B - 1 others: teacher softmax_j(t_i . t_j / temperature),
+    student softmax_j(scale h_i . h_j); the mean over rows and over the two students.
+
+    Args:
+        projected: [B, Dh] each, unit rows, B >= 3.
+        teacher: [B, d], any length.
+        scale: the multiplier of the prototype terms.
+        temperature: of the teacher, > 0.
+    """
+    t = F.normalize(teacher.float(), dim=1)
+    target = F.log_softmax(_without_diagonal(t @ t.T) / temperature, dim=1)
+    losses = [
+        F.kl_div(
+            F.log_softmax(scale * _without_diagonal(h @ h.T), dim=1),
+            target.to(h),
+            reduction="batchmean",
+            log_target=True,
+        )
+        for h in (projected.image, projected.text)
+    ]
+    return (losses[0] + losses[1]) / 2
+
+
+def _without_diagonal(square: Tensor) -> Tensor:
+    """[B, B] -> [B, B - 1], without waiting for the device to count a mask."""
+    n = len(square)
+    return square.flatten()[1:].view(n - 1, n + 1)[:, :-1].reshape(n, n - 1)
 
 
 def _normalise(features: Tensor) -> Tensor:

@@ -75,11 +75,23 @@ class ProtoModel(nn.Module):
         self.image_head: Projection | None = heads[0] if heads else None
         self.text_head: Projection | None = heads[1] if heads else None
         self.logit_scale_proto = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
+        self.image_locked = False
         visual: Any = clip.visual
         size = visual.image_size
         self.image_size: int = size[0] if isinstance(size, (tuple, list)) else size
         self.mean: tuple[float, ...] = tuple(visual.image_mean or open_clip.OPENAI_DATASET_MEAN)
         self.std: tuple[float, ...] = tuple(visual.image_std or open_clip.OPENAI_DATASET_STD)
+
+    def lock_image(self) -> None:
+        """Freeze the image tower from now on: no gradient, no dropout, fixed running statistics."""
+        self.image_locked = True
+        self.clip.visual.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> ProtoModel:
+        super().train(mode)
+        if self.image_locked:
+            self.clip.visual.eval()
+        return self
 
     def encode(self, image: Tensor, tokens: Tensor) -> Encoded:
         """u of both modalities, not normalised: [B, 3, H, W] and int64 [B, L] -> [B, D] each."""
@@ -201,7 +213,10 @@ def build_model(config: ModelConfig) -> ProtoModel:
         text_head = Projection(dim, config.projection_hidden_dim, config.projection_dim)
         # The image head starts as a copy, as in the paper: equal features, equal projections.
         heads = (copy.deepcopy(text_head), text_head)
-    return ProtoModel(clip, tokenizer, heads)
+    model = ProtoModel(clip, tokenizer, heads)
+    if config.lock_image:
+        model.lock_image()
+    return model
 
 
 def embedding_dim(clip: Any) -> int:

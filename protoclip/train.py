@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from protoclip import checkpoint
-from protoclip.config import TrainConfig, build_parser, parse
+from protoclip.clustering import check_clusters
+from protoclip.config import TrainConfig
 from protoclip.data import PairDataset, build_transform
 from protoclip.distributed import seed_everything
-from protoclip.episode import check_clusters
 from protoclip.evaluate import Results, format_table, peak_memory_bytes, write_results
+from protoclip.flags import build_parser, parse
 from protoclip.model import ProtoModel, build_model
 from protoclip.training.engine import choose_device, choose_precision
 from protoclip.training.inputs import open_teachers, open_training_data, uses_prototypes
@@ -141,7 +142,8 @@ def announce(
         samples = min(len(dataset), plan.steps_per_episode * plan.batch_size)
         folder.say(
             f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
-            f"{check_clusters(config.episode, samples)} prototypes per source, "
+            f"{' and '.join(map(str, check_clusters(config.episode, samples)))} prototypes per "
+            f"source, features by {config.episode.features}, "
             f"prototypes from episode {config.episode.infonce_warmup + 1} on"
         )
         folder.say(remark)

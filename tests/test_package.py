@@ -14,11 +14,12 @@ ROOT = Path(protoclip.__file__).parent
 # A module imports from its own row or rows above it. The order is the data flow.
 LAYERS = [
     ["ops"],
-    ["config", "distributed", "checkpoint"],
+    ["config", "flags", "distributed", "checkpoint"],
     ["kmeans", "faiss_kmeans"],
     ["data"],
     ["model"],
     ["features", "teacher"],
+    ["clustering"],
     ["episode"],
     ["losses", "openclip_losses"],
     ["metrics"],

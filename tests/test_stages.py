@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from protoclip import checkpoint
+from protoclip.clustering import IGNORE
 from protoclip.config import EpisodeConfig, LossConfig, ModelConfig
 from protoclip.data import build_transform, open_dataset
-from protoclip.episode import IGNORE, build_episode
+from protoclip.episode import build_episode
 from protoclip.features import Features, extract
 from protoclip.losses import ProtoLoss
 from protoclip.model import Encoded, build_model, register_configs
@@ -29,11 +30,11 @@ def unit(*shape, dtype=torch.float64):
 def features():
     torch.manual_seed(0)
     index = torch.randperm(DATASET)[:N]
-    return Features(index, unit(N, 16), unit(N, 16), unit(N, 8), unit(N, 8))
+    return Features(index, unit(N, 8), unit(N, 8))
 
 
 def episode_of(features, teachers=None, previous=None, **settings):
-    config = EpisodeConfig(clusters=7, **settings)
+    config = EpisodeConfig(clusters=(7,), **settings)
     generator = torch.Generator().manual_seed(1)
     keys = [f"key{i}" for i in range(DATASET)]
     return build_episode(features, teachers or {}, config, generator, previous, keys=keys)
@@ -86,7 +87,7 @@ class TestEpisode:
             build_episode(
                 features,
                 {},
-                EpisodeConfig(clusters=N + 1),
+                EpisodeConfig(clusters=(N + 1,)),
                 torch.Generator(),
                 None,
                 keys=["x"] * DATASET,
@@ -95,7 +96,7 @@ class TestEpisode:
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(features):
     episode = episode_of(features, {"external": torch.randn(DATASET, 5)})
-    u = Encoded(features.image, features.text)
+    u = Encoded(unit(N, 16), unit(N, 16))
     h = Encoded(features.image_h, features.text_h)
     scale = torch.tensor(10.0, dtype=torch.float64)
 

@@ -17,7 +17,7 @@ from protoclip.data.types import DataError
 
 IMAGE_KINDS = ("jpg", "png", "jpeg", "webp")
 TEXT_KINDS = ("txt", "json")
-FORMAT = 1  # of the cached index
+FORMAT = 2  # of the cached index
 logger = logging.getLogger(__name__)
 
 
@@ -103,7 +103,7 @@ def scan(path: str) -> ShardIndex:
             index.skipped.append((key, reason))
             continue
         seen.add(key)
-        image, text = _pick(members, IMAGE_KINDS), _pick(members, TEXT_KINDS)
+        image, text = _pick(members, IMAGE_KINDS), _text_kind(path, members)
         assert image and text  # _judge found no fault
         index.keys.append(key)
         index.image.append(members[image])
@@ -186,15 +186,32 @@ def _judge(path: str, members: Members) -> str:
             faults.append(f"the {what} {state} ({', '.join(kinds)})")
     if faults:
         return "; ".join(faults)
-    kind = _pick(members, TEXT_KINDS)
+    kind = _text_kind(path, members)
     assert kind
-    with open(path, "rb") as shard:
-        shard.seek(members[kind][0])
-        data = shard.read(members[kind][1])
     try:
-        return "" if parse_captions(data, kind == "json") else f"no caption in its {kind}"
+        captions = parse_captions(_bytes(path, members[kind]), kind == "json")
+        return "" if captions else f"no caption in its {kind}"
     except ValueError as error:
         return f"its {kind} cannot be read: {error}"
+
+
+def _text_kind(path: str, members: Members) -> str | None:
+    """Where the captions are: txt before json, unless the json has a list of several."""
+    kind = _pick(members, TEXT_KINDS)
+    if kind == "txt" and members.get("json", (0, 0))[1] > 0:
+        data = _bytes(path, members["json"])
+        if b'"captions"' in data:
+            try:
+                return "json" if parse_captions(data, True) else kind
+            except ValueError:
+                return kind
+    return kind
+
+
+def _bytes(path: str, place: tuple[int, int]) -> bytes:
+    with open(path, "rb") as shard:
+        shard.seek(place[0])
+        return shard.read(place[1])
 
 
 def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:

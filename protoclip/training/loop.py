@@ -15,9 +15,10 @@ from protoclip.config import TrainConfig, to_dict
 from protoclip.data import Batch, PairDataset, batches
 from protoclip.distributed import generator
 from protoclip.episode import Episode, build_episode
-from protoclip.features import extract
+from protoclip.features import Features, FeatureStore, extract
 from protoclip.losses import Losses, ProtoLoss
 from protoclip.model import ProtoModel
+from protoclip.training.ema import MovingAverage
 from protoclip.training.engine import Optimiser, autocast_for
 from protoclip.training.phases import Phases
 from protoclip.training.plan import EPISODES, Plan, draw, learning_rate
@@ -63,8 +64,14 @@ class Trainer:
         self.device, self.evaluate = device, evaluate
         self.autocast = autocast_for(precision, device)
         self.optimiser = Optimiser(model, config.optim, precision)
-        self.loss = ProtoLoss(config.loss)
+        self.loss = ProtoLoss(config.loss, self.teachers)
         self.episode: Episode | None = None
+        self.store: FeatureStore | None = None
+        if config.episode.features == "reuse" and self._projects:
+            self.store = FeatureStore(plan.steps_per_episode * plan.batch_size, device)
+        self.average: MovingAverage | None = None
+        if config.episode.ema_decay > 0 and self._projects:
+            self.average = MovingAverage(model, config.episode.ema_decay)
         self.step = 0
         self._logged_at = (time.perf_counter(), 0)
 
@@ -84,6 +91,9 @@ class Trainer:
         head = f"episode {number + 1}/{self.plan.episodes}"
         if self._wants_prototypes(number):
             self._rebuild_episode(number, draws, bar, head)
+        elif self._is_lit(number):
+            self.episode = None
+            self.model.lock_image()
         bar.set_description(f"{head} training")
         self.model.train()
         stream = iter(self._batches(draws, number))
@@ -95,13 +105,22 @@ class Trainer:
 
     def _wants_prototypes(self, number: int) -> bool:
         """Whether an episode needs clusters: a prototype term has a weight, the warm-up is over."""
-        return self._projects and number >= self.config.episode.infonce_warmup
+        warm = number >= self.config.episode.infonce_warmup and not self._is_lit(number)
+        return warm and (self._internal or self._external)
+
+    def _is_lit(self, number: int) -> bool:
+        """Whether an episode belongs to the last phase: image tower frozen, InfoNCE only."""
+        return 0 < self.config.episode.lit_start <= number
 
     @property
     def _projects(self) -> bool:
-        """Whether there will be prototypes: the heads' running statistics are kept from step 0."""
-        external = bool(self.teachers) and self.config.loss.w_proto_external > 0
-        return self._internal or external
+        """Whether the heads will be needed: their running statistics are kept from step 0."""
+        distills = bool(self.teachers) and self.config.loss.w_distill > 0
+        return self._internal or self._external or distills
+
+    @property
+    def _external(self) -> bool:
+        return bool(self.teachers) and self.config.loss.w_proto_external > 0
 
     @property
     def _internal(self) -> bool:
@@ -125,28 +144,11 @@ class Trainer:
 
     def _rebuild_episode(self, number: int, draws: Tensor, bar: tqdm, head: str) -> None:
         indices = draws.unique()
-        bar.set_description(f"{head} features")
         with self.phases.measure("features"):
-            done = 0
-
-            def show(rows: int) -> None:
-                nonlocal done
-                done += rows
-                bar.set_description(f"{head} features {100 * done // len(indices)}%")
-
-            features = extract(
-                self.model,
-                self.dataset,
-                indices,
-                transform=self.transform,
-                batch_size=self.plan.batch_size,
-                device=self.device,
-                seed=self._seed(number, 1),
-                workers=self.config.data.workers,
-                captions=self.config.data.captions,
-                autocast=self.autocast,
-                progress=show,
-            )
+            if self.store is not None:
+                features = self.store.features()
+            else:
+                features = self._extract(indices, number, bar, head)
         bar.set_description(f"{head} clusters")
         with self.phases.measure("clusters"):
             self.episode = build_episode(
@@ -157,7 +159,35 @@ class Trainer:
                 self.episode,
                 keys=self.dataset.keys,
                 internal=self._internal,
+                coming=None if self.store is None else indices,
+                classes={
+                    name: known.ids.to(self.device) for name, known in self.dataset.labels.items()
+                },
             )
+
+    def _extract(self, indices: Tensor, number: int, bar: tqdm, head: str) -> Features:
+        """A forward pass over the samples of the episode."""
+        done = 0
+
+        def show(rows: int) -> None:
+            nonlocal done
+            done += rows
+            bar.set_description(f"{head} features {100 * done // len(indices)}%")
+
+        show(0)
+        return extract(
+            self.model if self.average is None else self.average.model,
+            self.dataset,
+            indices,
+            transform=self.transform,
+            batch_size=self.plan.batch_size,
+            device=self.device,
+            seed=self._seed(number, 1),
+            workers=self.config.data.workers,
+            captions=self.config.data.captions,
+            autocast=self.autocast,
+            progress=show,
+        )
 
     def _train_step(self, batch: Batch, number: int, bar: tqdm) -> None:
         lr = learning_rate(self.config.optim, self.plan.total_steps, self.step)
@@ -176,7 +206,12 @@ class Trainer:
             )
         with self.phases.measure("backward"):
             norm = self.optimiser.step(losses.total)
+        if self.store is not None and projected is not None:
+            start = self.step - self.plan.steps_of(number).start
+            self.store.put(start * self.plan.batch_size, batch.index, projected)
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.model, self.step)
         bar.update(len(batch))
         if self.step % self.config.run.log_every_n_steps == 0 or self.step == self.plan.total_steps:
             self._log(losses, norm, lr, number, bar)
@@ -189,6 +224,8 @@ class Trainer:
             "loss": losses.total,
             "logit_scale": self.model.logit_scale,
             "logit_scale_proto": self.model.proto_scale,
+            "logit_scale_raw": self.model.clip.logit_scale,
+            "logit_scale_proto_raw": self.model.logit_scale_proto,
             "grad_norm": norm,
         }
         values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()]).tolist()

@@ -1,0 +1,76 @@
+"""``python -m protoclip.data``: look at pairs, and write them as webdataset shards."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from protoclip.data.export import FORMATS, export_shards
+from protoclip.data.sources import open_dataset
+
+PROG = "python -m protoclip.data"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROG, description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--export", metavar="DATA", required=True, help="data to write as shards, as --train-data"
+    )
+    parser.add_argument("--out", metavar="DIR", help="an empty or new folder for the shards")
+    parser.add_argument(
+        "--split", default="all", help="all, train, heldout; noto for builtin:emoji (default: all)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which pairs are held out (default: 0)")
+    parser.add_argument(
+        "--per-shard", type=int, default=1000, metavar="N", help="pairs a shard (default: 1000)"
+    )
+    parser.add_argument(
+        "--image-format", default="png", choices=FORMATS, help="of the pictures (default: png)"
+    )
+    parser.add_argument("--csv-separator", default="\t", help="of a table (default: tab)")
+    parser.add_argument("--csv-img-key", default="filepath", help="column (default: filepath)")
+    parser.add_argument("--csv-caption-key", default="title", help="column (default: title)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is 0, or 2 for a user's mistake (one message on stderr)."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return _export(arguments)
+    except (ValueError, OSError) as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    if not arguments.out:
+        raise ValueError("--export: expected a folder for the shards; add --out DIR")
+    dataset = open_dataset(
+        arguments.export,
+        arguments.split,
+        seed=arguments.seed,
+        csv_separator=arguments.csv_separator,
+        csv_img_key=arguments.csv_img_key,
+        csv_caption_key=arguments.csv_caption_key,
+    )
+    with tqdm(total=len(dataset), desc="writing", unit=" pairs") as bar:
+        shards = export_shards(
+            dataset,
+            arguments.out,
+            per_shard=arguments.per_shard,
+            image_format=arguments.image_format,
+            progress=bar.update,
+        )
+    spec = f"{arguments.out}/{shards[0].name}"
+    if len(shards) > 1:
+        spec = f"{arguments.out}/{{{shards[0].stem}..{shards[-1].stem}}}.tar"
+    print(f"{len(dataset):,} pairs in {len(shards)} shards: --train-data '{spec}'")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,259 @@
+"""Every switch of the method: what it changes, on tiny runs and on numbers."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from protoclip import checkpoint
+from protoclip.clustering import IGNORE, purity, target_entropy
+from protoclip.config import EpisodeConfig, TrainConfig, from_dict, to_dict
+from protoclip.data import build_transform, open_dataset
+from protoclip.episode import build_episode
+from protoclip.features import Features, FeatureStore
+from protoclip.flags import build_parser, load_preset, parse, preset_names
+from protoclip.losses import similarity_distillation
+from protoclip.model import Encoded, build_model
+from protoclip.training.loop import Trainer
+from protoclip.training.phases import Phases
+from protoclip.training.plan import make_plan
+from protoclip.training.run_folder import RunFolder
+
+MODEL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+DATASET = open_dataset("builtin:shapes:84")
+TEACHERS = {"a": torch.randn(84, 8), "b": torch.randn(84, 5)}
+
+
+def config_of(*flags):
+    return parse(build_parser("train", ""), list(flags))
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=1)
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "speck.json"
+    path.write_text(json.dumps(MODEL))
+    return str(path)
+
+
+@pytest.fixture
+def run(tmp_path, model_file):
+    """Trains two episodes of three steps; returns the lines of metrics.jsonl."""
+
+    def run(*flags, teachers=None):
+        head = ["--model", model_file, "--batch-size", "32", "--report-to", "none"]
+        config = config_of(*head, "--max-steps", "6", "--infonce-warmup-epoch", "1", *flags)
+        device, folder = torch.device("cpu"), RunFolder(tmp_path / "run", config)
+        torch.manual_seed(0)
+        model = build_model(config.model)
+        trainer = Trainer(
+            config,
+            make_plan(config, len(DATASET)),
+            model,
+            DATASET,
+            build_transform(model.image_size, model.mean, model.std, "none"),
+            teachers or {},
+            folder,
+            Phases(device),
+            device=device,
+            precision="fp32",
+        )
+        trainer.run()
+        folder.close()
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    return run
+
+
+def scalars(lines):
+    return {name: value for line in lines for name, value in line.items()}
+
+
+SWITCHES = {
+    "reuse": (["--episode-features", "reuse"], "image_inertia"),
+    "reuse of half an epoch": (
+        ["--episode-features", "reuse", "--episode-size", "32"],
+        "image_inertia",
+    ),
+    "several K": (["--k", "3", "9"], "text_9_inertia"),
+    "unit centroids": (["--normalize-centroids"], "image_inertia"),
+    "average": (["--ema-decay", "0.9"], "image_inertia"),
+    "soft by source": (["--target-temperature", "0", "0.1"], "text_target_entropy"),
+    "all hard": (["--target-temperature", "0"], "image_inertia"),
+    "no PBT": (["--no-PBT"], "image_inertia"),
+    "no heads": (["--no-add-projection-head"], "image_inertia"),
+    "paper": (["--paper"], "image_inertia"),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_trains_and_shows(run, name):
+    flags, shown = SWITCHES[name]
+    lines = run(*flags)
+    assert shown in scalars(lines) and "proto_loss" in lines[-1]
+
+
+def test_several_teachers_at_once(run):
+    both = scalars(run("--external-target-temperature", "0", "0.1", teachers=TEACHERS))
+    assert both["a_target_entropy"] == 0 < both["b_target_entropy"]
+    assert both["external_loss"] > 0
+
+
+def test_the_control_does_without_prototypes(run):
+    flags = ["--w-proto", "0", "--w-proto-external", "0", "--w-distill", "1"]
+    control = scalars(run(*flags, teachers=TEACHERS))
+    assert control["distill_loss"] > 0
+    assert not any("proto_loss" in name or "inertia" in name for name in control)
+
+
+@pytest.mark.parametrize("flags", [["--lock-image"], ["--lit-start", "1"]], ids=" ".join)
+def test_a_locked_image_tower_does_not_move(run, tmp_path, flags):
+    """Locked from the start, or from the end of the first of two episodes."""
+    run(*flags, "--save-frequency", "1")
+    folder = tmp_path / "run" / "checkpoints"
+    first, last = (checkpoint.load(folder / f"epoch_{n}.pt")["state_dict"] for n in (1, 2))
+    moved = {name for name in first if not torch.equal(first[name], last[name])}
+    assert moved and not any(name.startswith("visual.") for name in moved)
+
+
+class TestStore:
+    def test_the_newest_row_of_a_sample_counts(self):
+        store = FeatureStore(6, torch.device("cpu"))
+        old, new = unit(3, 4).float(), unit(3, 4).float()
+        store.put(0, torch.tensor([5, 2, 7]), Encoded(old, -old))
+        store.put(3, torch.tensor([7, 1, 5]), Encoded(new, -new))
+        got = store.features()
+        assert got.index.tolist() == [1, 2, 5, 7]
+        assert torch.equal(got.image_h, torch.stack([new[1], old[1], new[2], new[0]]))
+        assert torch.equal(got.text_h, -got.image_h)
+
+    def test_its_state_goes_on_elsewhere(self):
+        store, other = (FeatureStore(4, torch.device("cpu")) for _ in range(2))
+        with pytest.raises(ValueError, match="no row yet"):
+            store.features()
+        store.put(0, torch.tensor([1, 0]), Encoded(unit(2, 3).float(), unit(2, 3).float()))
+        other.load_state_dict(store.state_dict())
+        assert torch.equal(store.features().text_h, other.features().text_h)
+        with pytest.raises(ValueError, match="expected 5 rows, got 4"):
+            FeatureStore(5, torch.device("cpu")).load_state_dict(store.state_dict())
+
+
+class TestNewSamples:
+    """Episodes of 8 known samples of 12, then trained on with all 12."""
+
+    def test_they_get_the_nearest_prototype(self):
+        torch.manual_seed(0)
+        index, teacher = torch.randperm(12)[:8], torch.randn(12, 5)
+        features = Features(index, unit(8, 4), unit(8, 4))
+        episode = build_episode(
+            features,
+            {"external": teacher},
+            EpisodeConfig(clusters=(3,)),
+            torch.Generator().manual_seed(0),
+            None,
+            keys=[str(i) for i in range(12)],
+            coming=torch.arange(12),
+        )
+        fresh = torch.tensor([i for i in range(12) if i not in index.tolist()])
+        external = episode.clusterings["external"]
+        nearest = torch.cdist(teacher.double(), external.centroids.double()).argmin(dim=1)
+        assert torch.equal(external.labels[fresh], nearest[fresh])
+        assert torch.equal(external.counts, torch.bincount(external.labels[index], minlength=3))
+        for item in episode.internal:
+            assert (item.labels[fresh] == IGNORE).all()
+            h = Encoded(unit(12, 4), unit(12, 4))
+            labels = item.bank(torch.arange(12), h).labels
+            own = getattr(h, item.source)
+            want = torch.cdist(own, episode.clusterings[item.source].centroids).argmin(dim=1)
+            assert torch.equal(labels[fresh], want[fresh])
+            assert torch.equal(labels[index], item.labels[index])
+
+
+def test_purity_and_entropy_by_hand():
+    labels, classes = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([4, 4, 2, 2, 2])
+    assert purity(labels, classes) == pytest.approx(4 / 5)
+    torch.manual_seed(0)
+    episode = build_episode(
+        Features(torch.arange(9), unit(9, 4), unit(9, 4)),
+        {},
+        EpisodeConfig(clusters=(4,)),
+        torch.Generator().manual_seed(0),
+        None,
+        keys=["k"] * 9,
+        classes={"group": torch.arange(9) % 2},
+    )
+    image = episode.clusterings["image"]
+    p = torch.softmax(image.centroids @ image.centroids.T / 0.01, dim=1)
+    want = (torch.special.entr(p).sum(dim=1) * image.counts).sum() / 9
+    assert target_entropy(image, 0.01) == pytest.approx(float(want), abs=1e-6)
+    assert episode.metrics["image_purity_group"] == purity(image.labels, torch.arange(9) % 2)
+
+
+def test_distillation_is_the_divergence_of_the_off_diagonal_softmaxes():
+    torch.manual_seed(0)
+    h, teacher = Encoded(unit(5, 3), unit(5, 3)), torch.randn(5, 7)
+    got = similarity_distillation(h, teacher, torch.tensor(9.0), 0.2)
+    t, want = F.normalize(teacher, dim=1).double(), 0.0
+    for student in (h.image, h.text):
+        for i in range(5):
+            others = [j for j in range(5) if j != i]
+            p = torch.softmax(t[others] @ t[i] / 0.2, dim=0)
+            q = torch.softmax(9 * student[others] @ student[i], dim=0)
+            want += float((p * (p / q).log()).sum()) / 10
+    assert float(got) == pytest.approx(want, rel=1e-5)
+
+
+class TestPresets:
+    def test_default_is_what_no_flag_does(self):
+        assert load_preset("default") == {}
+        assert config_of("--preset", "default") == TrainConfig() == config_of()
+
+    @pytest.mark.parametrize("name", preset_names())
+    def test_each_is_a_config_and_goes_to_json_and_back(self, name):
+        config = config_of("--preset", name)
+        assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+    def test_flags_change_a_preset_and_paper_is_one(self):
+        config = config_of("--preset", "paper-cc3m-8gpu", "--k", "10", "20", "--wd", "0.1")
+        assert config.episode.clusters == (10, 20) and config.optim.wd == 0.1
+        assert config.optim.batch_size == 512 and config.optim.warmup == 15625
+        assert config.episode.kmeans_nredo == 3 and config.episode.replacement
+        assert config_of("--paper") == config_of("--preset", "paper")
+
+    def test_print_config_is_a_preset_itself(self, tmp_path, capsys):
+        with pytest.raises(SystemExit) as ended:
+            config_of("--paper", "--k", "3", "5", "--print-config")
+        assert ended.value.code == 0
+        path = tmp_path / "printed.json"
+        path.write_text(capsys.readouterr().out)
+        assert config_of("--preset", str(path)) == config_of("--paper", "--k", "3", "5")
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            (["--preset", "papr"], "expected one of default, paper"),
+            (["--episode-features", "reuse", "--ema-decay", "0.9"], "--ema-decay"),
+            (["--episode-features", "reuse", "--infonce-warmup-epoch", "0"], "1 or more"),
+            (["--target-temperature", "1", "2", "3"], "--target-temperature"),
+            (["--k", "5", "5"], "--k: expected different"),
+            (["--ema-decay", "1"], "--ema-decay: expected less"),
+        ],
+    )
+    def test_contradictions_are_refused(self, flags, words):
+        with pytest.raises(ValueError, match=words):
+            config_of(*flags)
+
+    def test_an_unknown_setting_is_named(self, tmp_path):
+        path = tmp_path / "x.json"
+        path.write_text('{"episode": {"clutsers": 3}}')
+        with pytest.raises(ValueError, match="clutsers"):
+            config_of("--preset", str(path))
