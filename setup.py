@@ -11,6 +11,7 @@ DEV = [
     *FAISS,
     "pytest",
     "pytest-benchmark",
+    "pytest-xdist",
     "hypothesis",
     "ruff==0.17.6",
     "mypy==2.4.1",

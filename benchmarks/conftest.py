@@ -53,6 +53,8 @@ def session(request):
     terminal, capture = manager.get_plugin("terminalreporter"), manager.get_plugin("capturemanager")
 
     def say(text: str) -> None:  # at once, past pytest's capture
+        if terminal is None:  # a worker of pytest-xdist
+            return
         with capture.global_and_fixture_disabled():
             terminal.ensure_newline()
             terminal.write_line(text)
