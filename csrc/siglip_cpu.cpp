@@ -56,7 +56,8 @@ at::Tensor scalar(double value) { return at::full({}, value, at::TensorOptions(a
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_loss(
     const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale, const at::Tensor& bias,
     int64_t offset, bool gradients, c10::string_view arithmetic) {
-  const Inputs in("sigmoid_loss", x, y, scale, offset, arithmetic);
+  // An offset past the last column: a chunk of another rank's texts, without positives.
+  const Inputs in("sigmoid_loss", x, y, scale, offset < y.size(0) ? offset : 0, arithmetic);
   const SigmoidGradient epilogue(in.scale, bias.item<float>(), offset);
   Gradients out(in);
   const GradientSums sums = in.dispatch([&](auto a) {

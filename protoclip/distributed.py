@@ -1,9 +1,28 @@
-"""The one place that knows about ranks and seeds."""
+"""The one place that knows about ranks: who this process is, and what ranks do together.
+
+Everything here works in one process too, where it does nothing.
+"""
 
 from __future__ import annotations
 
+import datetime
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+
+Result = TypeVar("Result")
+Group = dist.ProcessGroup | None
+
+
+def is_distributed() -> bool:
+    """Whether several processes train together."""
+    return world_size() > 1
 
 
 def rank() -> int:
@@ -36,3 +55,210 @@ def generator(*stream: int) -> torch.Generator:
         # A multiply-and-add over the odd constant of splitmix64 keeps (1, 2) and (2, 1) apart.
         state = (state * 0x9E3779B97F4A7C15 + number + 1) % 2**63
     return torch.Generator().manual_seed(state)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process among those a launcher started."""
+
+    rank: int
+    world_size: int
+    local_rank: int  # on its machine: the number of its GPU
+    master: tuple[str, int] | None = None  # None: MASTER_ADDR and MASTER_PORT are set
+
+
+def find_place(env: Mapping[str, str] = os.environ) -> Place:
+    """Read what torchrun, SLURM's srun or OpenMPI's mpirun say; alone without them.
+
+    Raises:
+        ValueError: a launcher's variables contradict each other.
+    """
+    names = [
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        # Of the step, not of the allocation: a plain python in a batch script is alone.
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ]
+    for by_rank, by_size, by_local in names:
+        if by_rank in env and by_size in env:
+            try:
+                number, size = int(env[by_rank]), int(env[by_size])
+                place = Place(number, size, int(env.get(by_local, 0)), _master(env))
+            except ValueError as error:
+                raise ValueError(f"distributed: {by_rank}, {by_size}: {error}") from error
+            if not 0 <= number < size:
+                raise ValueError(
+                    f"distributed: expected 0 <= {by_rank} < {by_size}, got {number} and {size}; "
+                    "start the processes with torchrun or srun"
+                )
+            return place
+    return Place(0, 1, 0)
+
+
+def _master(env: Mapping[str, str]) -> tuple[str, int] | None:
+    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
+        return None
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", "")
+    # "gpu[03-05,9],big1" -> gpu03
+    first = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
+    host = first.group(1) + (first.group(2) or "") if first else "127.0.0.1"
+    job = re.sub(r"\D", "", env.get("SLURM_JOB_ID", "")) or "0"
+    return host, 20000 + int(job) % 20000
+
+
+def start(place: Place, device: torch.device, timeout: float, backend: str = "auto") -> None:
+    """Join the other processes; nothing to do alone.
+
+    Args:
+        device: of this process: NCCL for CUDA (and gloo for CPU tensors), gloo for the CPU.
+        timeout: seconds a rank waits for another in a collective.
+        backend: "auto", "nccl" or "gloo".
+    """
+    if place.world_size == 1:
+        return
+    if backend == "auto":
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    method = "env://" if place.master is None else "tcp://{}:{}".format(*place.master)
+    dist.init_process_group(
+        backend,
+        init_method=method,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+
+
+def stop() -> None:
+    """Leave the other processes; can be called twice."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if is_distributed():
+        dist.barrier()
+
+
+def from_main(make: Callable[[], Result]) -> Result:
+    """What ``make`` returns on rank 0 (picklable), on every rank; its ValueError too."""
+    if not is_distributed():
+        return make()
+    box: list[Any] = [None, None]
+    if is_main():
+        try:
+            box[0] = make()
+        except (ValueError, OSError) as error:
+            box[1] = error
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def gather_objects(value: Result) -> list[Result]:
+    """Every rank's value (picklable, small), in rank order, on rank 0; [] on the others."""
+    if not is_distributed():
+        return [value]
+    found: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, found)
+    return found or []
+
+
+def own_slice(total: int) -> slice:
+    """Which of ``total`` rows are this rank's: contiguous, sizes differ by one at most."""
+    return _slice(total, rank(), world_size())
+
+
+def _slice(total: int, number: int, ranks: int) -> slice:
+    return slice(total * number // ranks, total * (number + 1) // ranks)
+
+
+def gather_slices(rows: Tensor, total: int) -> Tensor:
+    """The whole [total, ...] of which this rank holds its ``own_slice`` rows, on every rank."""
+    if not is_distributed():
+        return rows
+    ranks = world_size()
+    padded = rows.new_zeros((-(-total // ranks), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    every = gather_rows(padded).unflatten(0, (ranks, len(padded)))
+    slices = [_slice(total, number, ranks) for number in range(ranks)]
+    return torch.cat([part[: s.stop - s.start] for part, s in zip(every, slices, strict=True)])
+
+
+def gather_rows(rows: Tensor, group: Group = None) -> Tensor:
+    """[B, ...] of each rank -> [W * B, ...], in rank order; no gradient."""
+    every = rows.new_empty((dist.get_world_size(group) * len(rows), *rows.shape[1:]))
+    dist.all_gather_into_tensor(every, rows.detach().contiguous(), group=group)
+    return every
+
+
+def scatter_sums(rows: Tensor, group: Group = None) -> Tensor:
+    """[W * B, ...] of each rank -> this rank's [B, ...] of their sum over ranks."""
+    own = rows.new_empty((len(rows) // dist.get_world_size(group), *rows.shape[1:]))
+    dist.reduce_scatter_tensor(own, rows.contiguous(), group=group)
+    return own
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum in place; no gradient."""
+    if is_distributed():
+        dist.all_reduce(values)
+    return values
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Mean in place; no gradient."""
+    return sum_over_ranks(values).div_(world_size())
+
+
+def max_over_ranks(values: Tensor) -> Tensor:
+    """Maximum in place; no gradient."""
+    if is_distributed():
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
+def broadcast(*tensors: Tensor) -> None:
+    """Rank 0's values for every rank, in place."""
+    if is_distributed():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return mean_over_ranks(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return mean_over_ranks(grad.clone())
+
+
+class GlobalBatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm1d over the rows of all ranks, which must have equally many.
+
+    torch's SyncBatchNorm runs on GPUs only. Gradients are those of the sum of all ranks' losses.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or not is_distributed():
+            return super().forward(input)
+        x = input if input.dtype == torch.float64 else input.float()
+        mean = _Mean.apply(x.mean(dim=0))
+        centred = x - mean
+        variance = _Mean.apply(centred.square().mean(dim=0))
+        self._track(mean.detach(), variance.detach(), len(x) * world_size())
+        y = centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+        return y.to(input.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)

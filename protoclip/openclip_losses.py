@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from protoclip.global_losses import global_info_nce, global_sigmoid_loss
 from protoclip.ops.backends import resolve
 from protoclip.ops.info_nce import info_nce
 from protoclip.ops.siglip import sigmoid_loss
@@ -64,7 +65,9 @@ class ClipLoss(nn.Module):
     Args:
         local_loss: each rank's rows against all ranks' columns, instead of all against all.
         gather_with_grad: gradients also flow to the rows of other ranks. With ``local_loss`` this
-            is the choice that is exact and scales.
+            is the choice that is exact and scales; ours, ``global_info_nce``, gathers the texts
+            only. (A rank's gradient of the scale is then its strip's; the mean over the ranks is
+            OpenCLIP's.)
         cache_labels: taken for the signature's sake: there are no labels to cache.
         rank, world_size: of this process.
         use_horovod: must be false.
@@ -119,6 +122,8 @@ class ClipLoss(nn.Module):
     def _loss(self, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         if self.world_size == 1:
             return info_nce(x, y, scale)
+        if self.local_loss and self.gather_with_grad:
+            return global_info_nce(x, y, scale)
         keep_own = not self.local_loss
         all_x, all_y = (
             _gather_features(t, self.rank, self.gather_with_grad, keep_own) for t in (x, y)
@@ -141,7 +146,7 @@ class SigLipLoss(nn.Module):
         cache_labels, chunk_size: taken for the signature's sake; nothing is cached or held whole.
         rank, world_size: of this process.
         dist_impl: "bidir", "shift", "reduce" or "gather": one value and one gradient, which here
-            all come from one gather of the texts.
+            all come from one ring exchange of the texts.
     """
 
     def __init__(
@@ -180,9 +185,7 @@ class SigLipLoss(nn.Module):
             float32 [], nats.
         """
         x, y = _one_dtype(image_features, text_features)
-        offset = 0
-        if self.world_size > 1:
-            y, offset = _GatherWithGrad.apply(y, self.rank), self.rank * len(x)
         bias = torch.zeros((), device=x.device) if logit_bias is None else logit_bias
-        loss = sigmoid_loss(x, y, logit_scale, bias, offset=offset) / max(len(x), 1)
+        total = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss
+        loss = total(x, y, logit_scale, bias) / max(len(x), 1)
         return {"contrastive_loss": loss} if output_dict else loss

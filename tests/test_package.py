@@ -15,7 +15,7 @@ ROOT = Path(protoclip.__file__).parent
 LAYERS = [
     ["ops"],
     ["config", "flags", "distributed", "checkpoint"],
-    ["kmeans", "faiss_kmeans"],
+    ["kmeans", "faiss_kmeans", "global_losses"],
     ["data"],
     ["model"],
     ["features", "teacher"],

@@ -1,0 +1,130 @@
+"""Losses and gradients over 1 to 4 ranks are those of one process with the whole batch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from budget import assert_within_budget
+from ranks import on_ranks
+
+import protoclip
+from protoclip import distributed
+from protoclip.distributed import GlobalBatchNorm1d, find_place
+from protoclip.global_losses import global_info_nce, global_sigmoid_loss
+from protoclip.ops import siglip
+
+G, D = 96, 20  # of 1, 2, 3 and 4 equal shares
+KINDS = [
+    (torch.float64, "reference", 3.0),
+    (torch.float64, "reference", 100.0),
+    (torch.float32, "auto", 14.3),
+    (torch.float32, "auto", 100.0),
+    (torch.bfloat16, "auto", 14.3),
+]
+
+
+def features(dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    x = F.normalize(torch.randn(G, D, dtype=torch.float64), dim=-1)
+    y = F.normalize(x + 0.5 * torch.randn(G, D, dtype=torch.float64), dim=-1)
+    return x.to(dtype), y.to(dtype)
+
+
+def whole(dtype, backend, scale, wide=None):
+    """One process: InfoNCE and SigLIP, each loss and gradients of x, y and the scalars."""
+    inputs = [t.to(wide or dtype) for t in features(dtype)]
+    kind = torch.promote_types(wide or dtype, torch.float32)
+    scalars = [torch.tensor(v, dtype=kind) for v in (scale, -10.0)]
+    out = []
+    for count, loss in (
+        (1, lambda *a: protoclip.info_nce(*a, backend=backend)),
+        (2, lambda *a: siglip.sigmoid_loss(*a, backend=backend) / G),
+    ):
+        leaves = [t.clone().requires_grad_() for t in (*inputs, *scalars[:count])]
+        value = loss(*leaves)
+        value.backward()
+        out.append([value.detach(), *(t.grad for t in leaves)])
+    return out
+
+
+def joined():
+    distributed.start(find_place(), torch.device("cpu"), 60)
+
+
+def of_rank():
+    """What ``whole`` returns, as DDP's mean over ranks makes it, for every kind."""
+    joined()
+    ranks, own = distributed.world_size(), distributed.own_slice(G)
+    results = []
+    for dtype, backend, scale in KINDS:
+        kind = torch.promote_types(dtype, torch.float32)
+        scalars = [torch.tensor(v, dtype=kind) for v in (scale, -10.0)]
+        for count, loss in (
+            (1, lambda *a, b=backend: global_info_nce(*a, backend=b)),
+            (2, lambda *a, b=backend: global_sigmoid_loss(*a, backend=b) / len(a[0])),
+        ):
+            x, y = (t[own].clone() for t in features(dtype))
+            leaves = [t.requires_grad_() for t in (x, y, *(s.clone() for s in scalars[:count]))]
+            value = loss(*leaves)
+            value.backward()
+            rows = [t.grad.double() / ranks for t in leaves[:2]]
+            means = [distributed.mean_over_ranks(t.double()) for t in
+                     (value.detach(), *(t.grad for t in leaves[2:]))]  # fmt: skip
+            rows = [distributed.gather_slices(t, G) for t in rows]
+            results.append([t.numpy() for t in (means[0], *rows, *means[1:])])
+    results.append(batch_norm(own))
+    results.append(refusal())
+    distributed.stop()
+    return results
+
+
+def batch_norm(own):
+    """Output, gradients and running statistics of the heads' batch norm."""
+    norm, x, w = norm_and_input()
+    x = x[own].requires_grad_()
+    y = norm(x)
+    (w[own] * y).sum().backward()
+    means = [distributed.sum_over_ranks(p.grad.clone()) for p in norm.parameters()]
+    rows = [distributed.gather_slices(t, G) for t in (y.detach(), x.grad)]
+    return [t.numpy() for t in (*rows, *means, norm.running_mean, norm.running_var)]
+
+
+def norm_and_input(kind=GlobalBatchNorm1d):
+    torch.manual_seed(3)
+    norm = kind(D).double()
+    torch.nn.init.normal_(norm.weight)
+    return norm, 5 + 2 * torch.randn(G, D).double(), torch.randn(G, D).double()
+
+
+def refusal():
+    try:
+        global_info_nce(torch.zeros(3, 4), torch.zeros(2, 4), torch.tensor(1.0))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_ranks_give_the_loss_and_gradients_of_the_whole_batch(ranks):
+    found = on_ranks(ranks, of_rank)
+    *results, norms, message = found[0]
+    assert "one text per image" in message
+    results = [[torch.from_numpy(a) for a in r] for r in results]
+    pairs = zip(results[::2], results[1::2], strict=True)
+    for (dtype, _, scale), pair in zip(KINDS, pairs, strict=True):
+        truths = whole(dtype, "reference", scale, torch.float64)
+        bases = whole(dtype, "reference", scale)
+        for got, truth, base in zip(pair, truths, bases, strict=True):
+            for number, (a, t, b) in enumerate(zip(got, truth, base, strict=True)):
+                where = f"{dtype} {scale} result {number}"
+                if dtype == torch.float64:
+                    assert (a - t).abs().max() <= 1e-12 * max(1, t.abs().max()), where
+                else:  # a scalar's error is that of the logits it is made of
+                    size = (10 + scale) if a.ndim == 0 else None
+                    assert_within_budget(a.to(b.dtype), t, b, where, magnitude=size)
+    norm, x, w = norm_and_input(torch.nn.BatchNorm1d)
+    x.requires_grad_()
+    y = norm(x)
+    (w * y).sum().backward()
+    grads = [p.grad for p in norm.parameters()]
+    want = y.detach(), x.grad, *grads, norm.running_mean, norm.running_var
+    for a, b in zip(norms, want, strict=True):
+        assert (torch.from_numpy(a) - b).abs().max() <= 1e-12 * max(1, b.abs().max())
