@@ -8,7 +8,10 @@ cd "$(dirname "$0")/.."
 out=${OUT:-benchmarks/results}
 python=${PYTHON:-python}
 sizes=full patience=1
-[ "${PROTOCLIP_REHEARSE:-}" = 1 ] && sizes=tiny patience=4 # an interpreter on a busy CPU
+if [ "${PROTOCLIP_REHEARSE:-}" = 1 ]; then
+  sizes=tiny patience=4 # an interpreter on a busy CPU
+  out=${OUT:-$(mktemp -d)} # no record
+fi
 mkdir -p "$out"
 failed=0
 

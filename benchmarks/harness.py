@@ -25,6 +25,7 @@ from benchmarks.roofline import Work
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 OURS = "protoclip"
+SLOW = 5.0  # seconds; beyond, one round is timed
 
 
 @dataclass(frozen=True)
@@ -100,32 +101,27 @@ class Bench:
             return
         if self.session.deadline is not None and time.monotonic() > self.session.deadline:
             pytest.skip("the run's time is used up (--budget)")
-        arguments, first = prepare(), time.perf_counter()
-        run(*arguments)
-        sync()
-        first = time.perf_counter() - first
-        arguments = prepare()
-        memory = peak_mib(partial(run, *arguments))
-        del arguments
-        rounds = int(min(max(seconds / max(first, 1e-9), 3), 30)) if first < 10 else 1
-        ours: list[float] = []
-        clock = _Clock(run)
-        self.benchmark.pedantic(
-            clock, setup=lambda: (self._round(prepare, rival, ours), {}), rounds=rounds,
-            warmup_rounds=1 if first < 10 else 0,
-        )  # fmt: skip
-        times = clock.milliseconds(self.benchmark.stats.stats.data)
-        self._add(case, variant, times, memory, ours, note)
+        first = _Clock(run)
+        first(*prepare())
+        clock, ours = _Clock(run), _Clock(rival)
 
-    def _round(self, prepare: Callable, rival: Callable | None, ours: list[float]) -> tuple:
-        if rival is not None:
-            start = time.perf_counter()
-            rival()
-            sync()
-            ours.append(1e3 * (time.perf_counter() - start))
-        arguments = prepare()
-        _flush_cache()
-        return arguments
+        def ready() -> tuple[tuple, dict]:
+            if rival is not None:
+                _flush_cache()
+                ours()
+            arguments = prepare()
+            _flush_cache()
+            return arguments, {}
+
+        pedantic = partial(self.benchmark.pedantic, clock, setup=ready)
+        if first.times[0] > 1e3 * SLOW:
+            memory = peak_mib(partial(pedantic, rounds=1))
+        else:
+            memory = peak_mib(partial(run, *prepare()))
+            rounds = min(max(1e3 * seconds / first.times[0], 3), 30)
+            pedantic(rounds=int(rounds), warmup_rounds=1)
+        rounds = len(self.benchmark.stats.stats.data)
+        self._add(case, variant, clock.times[-rounds:], memory, ours.times[-rounds:], note)
 
     def _add(self, case, variant, times, memory, ours, note) -> None:
         row: dict[str, Any] = {
@@ -139,8 +135,7 @@ class Bench:
         ceiling = self.session.ceilings["copy" if case.work.bound == "copy" else case.dtype]
         row |= {"rate": rate / min(times), "share": rate / min(times) / ceiling}
         row["peak_mib"] = None if memory != memory else memory
-        # The first alternated round may warm a cache up; the median does not see it.
-        row["ratio"] = float(middle / np.median(ours[-len(times) :])) if ours else None
+        row["ratio"] = float(middle / np.median(ours)) if ours else None
         row = {key: float(f"{v:.5g}") if isinstance(v, float) else v for key, v in row.items()}
         self.session.rows.append(row)
         self.session.record.add(row)
@@ -182,25 +177,24 @@ def ratios(rows: list[dict[str, Any]]) -> list[str]:
 
 
 class _Clock:
-    """Calls the variant; on a card its events time it, without the launch of the host's loop."""
+    """Calls and times a variant, in milliseconds; on a card by its events."""
 
-    def __init__(self, run: Callable[..., object]):
-        self.run, self.events = run, []
+    def __init__(self, run: Callable[..., object] | None):
+        self.run, self.times = run, []
 
     def __call__(self, *arguments: object) -> None:
+        assert self.run is not None
         if DEVICE == "cpu":
+            start = time.perf_counter()
             self.run(*arguments)
+            self.times.append(1e3 * (time.perf_counter() - start))
             return
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         self.run(*arguments)
         end.record()
         end.synchronize()
-        self.events.append(start.elapsed_time(end))
-
-    def milliseconds(self, seconds: list[float]) -> list[float]:
-        """The rounds' times; ``seconds``: what pytest-benchmark saw."""
-        return self.events[-len(seconds) :] if self.events else [1e3 * s for s in seconds]
+        self.times.append(start.elapsed_time(end))
 
 
 def _flush_cache() -> None:
