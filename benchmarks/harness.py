@@ -87,7 +87,7 @@ class Bench:
         *,
         prepare: Callable[[], tuple] = tuple,
         rival: Callable[[], object] | None = None,
-        seconds: float = 2.0,
+        seconds: float = 1.0,
         note: str = "",
     ) -> None:
         """Rounds of ``run(*prepare())`` until ``seconds`` are full, ``prepare`` off the clock.

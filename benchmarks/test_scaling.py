@@ -30,7 +30,6 @@ CENTROIDS = {
     "quick": [256, 1024, 4096, 16_384],
     "full": [256, 1024, 4096, 16_384, 65_536],
 }
-SECONDS = 1.0  # a point; large ones are a few rounds
 
 
 def pytest_generate_tests(metafunc):
@@ -56,7 +55,7 @@ def test_info_nce_in_n(bench, rows, variant):
         rival = lambda: test_info_nce.step(protoclip.info_nce, "both")[0](inputs)  # noqa: E731
     work = roofline.info_nce(n, d, "bf16")
     case = Case("info_nce", {"N": n, "D": d}, "bf16", work, "both", sweep="N")
-    bench.time(case, variant, run, prepare=lambda: prepare(inputs), rival=rival, seconds=SECONDS)
+    bench.time(case, variant, run, prepare=lambda: prepare(inputs), rival=rival)
 
 
 def _stored_logits(h, c, labels, scale):
@@ -89,7 +88,7 @@ def test_prototypes_in_k(bench, prototypes, variant):
     shape = {"N": n, "K": k, "D": d}
     case = Case("prototype_cross_entropy", shape, "fp32", work, "both", sweep="K")
     rival = None if peers.is_ours(variant) else partial(run, protoclip.prototype_cross_entropy)
-    bench.time(case, variant, run, rival=rival, seconds=SECONDS)
+    bench.time(case, variant, run, rival=rival)
 
 
 @pytest.mark.parametrize("variant", [*peers.ours("kmeans_assign"), "faiss.knn", "cdist+argmin"])
@@ -113,4 +112,4 @@ def test_assign_in_k(bench, centroids, variant):
     assert (chosen / nearest - 1).max() < 1e-4, "not the nearest centroids"
     work = roofline.kmeans_assign(n, k, d, "fp32")
     case = Case("kmeans_assign", {"N": n, "K": k, "D": d}, "fp32", work, sweep="K")
-    bench.time(case, variant, lambda: run(x, c), rival=rival, seconds=SECONDS)
+    bench.time(case, variant, lambda: run(x, c), rival=rival)
