@@ -2,7 +2,7 @@ PYTHON ?= python
 SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
 
-.PHONY: check lint fix test bench bench-full kernels gpu gpu-sanitize
+.PHONY: check lint fix test faults bench bench-full kernels gpu gpu-sanitize
 
 check: lint test  ## everything CI checks
 
@@ -19,6 +19,9 @@ fix:
 
 test:
 	$(PYTHON) -m pytest tests
+
+faults:  ## kill a run twenty times, at random and inside checkpoint writes; compare; two minutes
+	$(PYTHON) tests/fault_runs.py --kills 20
 
 bench:  ## parity, then speed; under six minutes on two cores
 	$(PYTHON) -m pytest benchmarks --benchmark-only $(if $(RECORD),--record $(RECORD))

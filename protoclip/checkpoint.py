@@ -1,11 +1,18 @@
-"""Checkpoints: tensors in a dict, written so that a crash leaves the old file or the new one."""
+"""Checkpoints: tensors in a dict, written so that a crash leaves the old file or the new one.
+
+A file is what ``torch.save`` writes, with its SHA-256 in the zip comment at its end: torch and
+OpenCLIP read it as ever, and ``load`` tells a torn or altered file from a whole one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 import os
 import pickle
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +20,21 @@ from typing import Any
 import torch
 
 LATEST = "epoch_latest.pt"
+PREVIOUS = "epoch_previous.pt"  # the one before: what there is when the latest is torn
+SEAL = b"protoclip sha256 "
+logger = logging.getLogger(__name__)
 
 
-def save(path: str | os.PathLike[str], payload: Mapping[str, Any]) -> None:
+def save(
+    path: str | os.PathLike[str],
+    payload: Mapping[str, Any],
+    *,
+    previous: str | os.PathLike[str] | None = None,
+) -> None:
     """Write ``payload`` (tensors, numbers, strings, dicts of them) to ``path``, atomically.
 
     The bytes go to a temporary file of the same folder, reach the disk, and then take the name.
+    With ``previous`` the file that had the name until then is kept under that path.
 
     Raises:
         OSError: the folder is missing, read-only or full; an older file at ``path`` is untouched.
@@ -29,15 +45,53 @@ def save(path: str | os.PathLike[str], payload: Mapping[str, Any]) -> None:
         with os.fdopen(handle, "wb") as file:
             torch.save(dict(payload), file)
             file.flush()
+            _seal(temporary)
             os.fsync(file.fileno())
         # mkstemp makes files only their owner can read; a checkpoint is like any other output.
         os.chmod(temporary, 0o644)
+        if previous is not None and path.exists():
+            _keep(path, Path(previous))
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        # torch's writer hides what the file said behind a RuntimeError of its own.
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            full = error.__context__
+            raise OSError(full.errno, full.strerror, str(path)) from error
         raise
     _sync_folder(path.parent)
+
+
+def _seal(path: str) -> None:
+    """Append the digest of a zip file as its comment; two bytes before it hold its length."""
+    with open(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        comment = SEAL + _digest(path, size - 2)
+        file.seek(size - 2)
+        file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def _digest(path: str | os.PathLike[str], size: int) -> bytes:
+    """SHA-256 of the first ``size`` bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while size > 0 and (block := file.read(min(size, 1 << 20))):
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest().encode()
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give the file at ``path`` the name ``previous`` too; there is no moment without a file."""
+    link = previous.with_name(previous.name + ".tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without hard links
+        os.replace(path, previous)
+        return
+    os.replace(link, previous)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -53,15 +107,23 @@ def _sync_folder(folder: Path) -> None:
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint onto the CPU without running code from it.
 
+    A file that protoclip wrote must have the checksum it was written with.
+
     Raises:
-        ValueError: no such file, or its bytes are no checkpoint.
+        ValueError: no such file, or its bytes are no checkpoint, or not those that were written.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint: expected a file, found none at {path}")
     try:
+        _check_seal(path)
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    # What torch's unpickler and zip reader raise on damaged or hostile bytes.
+    except (
+        RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, IndexError,
+        AttributeError, TypeError, AssertionError, OverflowError, MemoryError, OSError,
+        ImportError, zipfile.BadZipFile,
+    ) as error:  # fmt: skip
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"checkpoint: {path} cannot be read ({reason}); it is torn or no checkpoint, "
@@ -70,6 +132,51 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(payload, dict):
         raise ValueError(f"checkpoint: expected a dict in {path}, got {type(payload).__name__}")
     return payload
+
+
+def _check_seal(path: Path) -> None:
+    """Compare the digest, where there is one; files of torch and OpenCLIP have none."""
+    length = len(SEAL) + 64
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(0, size - length))
+        comment = file.read()
+    if comment.startswith(SEAL) and comment[len(SEAL) :] != _digest(path, size - length - 2):
+        raise ValueError("its checksum is wrong")
+
+
+def candidates(run: str | os.PathLike[str]) -> list[Path]:
+    """Checkpoints of a run folder from the newest to the oldest; [] where there are none."""
+    folder = Path(run) / "checkpoints"
+    numbered = {
+        int(number): path
+        for path in folder.glob("epoch_*.pt")
+        if (number := path.stem.removeprefix("epoch_")).isdigit()
+    }
+    first = [path for name in (LATEST, PREVIOUS) if (path := folder / name).is_file()]
+    return first + [numbered[number] for number in sorted(numbered, reverse=True)]
+
+
+def load_newest(run: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint of a run folder that is whole; a warning for each that is not.
+
+    Raises:
+        ValueError: there is none, or none is whole.
+    """
+    paths = candidates(run)
+    if not paths:
+        raise ValueError(
+            f"checkpoint: {run} holds no epoch_N.pt; the run ended before its first checkpoint"
+        )
+    for path in paths:
+        try:
+            return path, load(path)
+        except ValueError as error:
+            logger.warning("%s; trying the one before", error)
+    raise ValueError(
+        f"checkpoint: none of the {len(paths)} checkpoints of {run} can be read; start anew "
+        "with another --name"
+    )
 
 
 def find(run: str | os.PathLike[str]) -> Path:
@@ -82,8 +189,9 @@ def find(run: str | os.PathLike[str]) -> Path:
         raise ValueError(
             f"checkpoint: expected a run folder or a checkpoint, found nothing at {run}"
         )
-    if (folder / LATEST).is_file():
-        return folder / LATEST
+    for name in (LATEST, PREVIOUS):
+        if (folder / name).is_file():
+            return folder / name
     numbered = {
         int(number): path
         for path in folder.glob("epoch_*.pt")

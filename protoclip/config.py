@@ -37,10 +37,31 @@ class DataConfig:
     train_data: str = option(
         "builtin:emoji",
         "builtin:emoji, builtin:shapes[:N], a .csv/.tsv file, or webdataset shards such as "
-        "'d/{000..012}.tar'",
+        "'d/{000..012}.tar', globs, urls, pipe:COMMAND; sources joined by '::'",
     )
     val_data: str = option("", "data to evaluate on; default: the held-out part of built-in data")
     train_num_samples: int = option(0, "use only the first N samples; 0: all", low=0)
+    train_data_upsampling_factors: str = option(
+        "",
+        "weight of each source of --train-data, joined by '::'; with --dataset-resampled a "
+        "chance of its shards, else how often an epoch sees it",
+    )
+    dataset_resampled: bool = option(
+        False, "draw whole shards with replacement, as OpenCLIP does; else every sample once"
+    )
+    shuffle_buffer: int = option(
+        -1,
+        "go shard by shard and mix over so many samples; 0: mix everything; -1: 0 for files, "
+        "10000 for urls and pipes",
+        low=-1,
+    )
+    spool_gb: float = option(50.0, "room for copies of shards from urls and pipes", low=0)
+    max_bad_fraction: float = option(
+        0.05, "stop when more than this share of the samples cannot be used", low=0, high=1
+    )
+    check_data: bool = option(
+        False, "read all of --train-data once, list what is wrong, and end without training"
+    )
     csv_separator: str = option("\t", "separator of a .csv/.tsv file (default: tab)")
     csv_img_key: str = option("filepath", "column of the image path")
     csv_caption_key: str = option("title", "column of the caption")
@@ -207,6 +228,19 @@ class RunConfig:
         5.0, "epochs between quick evaluations; 0: only at the end", low=0
     )
     save_frequency: int = option(0, "epochs between kept checkpoints; 0: only the last", low=0)
+    save_every: str = option(
+        "",
+        "write epoch_latest.pt every so often: 500steps, 10m, 2h; default: at the end and on "
+        "SIGTERM or SIGUSR1",
+    )
+    resume: str = option(
+        "",
+        "go on exactly where a run stopped: its folder, one of its checkpoints, or auto (the run "
+        "--name, else the newest unfinished one with these settings, else a new one)",
+    )
+    max_bad_steps: int = option(
+        10, "stop after so many steps in a row with a loss or gradient that is not finite", low=1
+    )
     report_to: str = option("tensorboard", "tensorboard or none", choices=("tensorboard", "none"))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from protoclip.data import PairDataset, batches
+from protoclip.data.faults import Faults
 from protoclip.model import Encoded, ProtoModel
 
 
@@ -37,12 +38,13 @@ def extract(
     captions: str = "random",
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     progress: Callable[[int], None] | None = None,
+    faults: Faults | None = None,
 ) -> Features:
     """One forward pass over ``indices``: eval mode, no gradient, one view of each sample.
 
     Args:
         model: left in the mode it was in.
-        dataset, transform, workers, captions: as in ``protoclip.data.batches``.
+        dataset, transform, workers, captions, faults: as in ``protoclip.data.batches``.
         indices: int64 [N], distinct positions.
         batch_size: rows per forward pass; the result depends on it in the last bits only.
         device: where the model is and the features stay, 2 x N x Dh x 4 bytes.
@@ -63,6 +65,7 @@ def extract(
             seed=seed,
             workers=workers,
             captions=captions,
+            faults=faults,
         ):
             image = batch.image.to(device, non_blocking=True)
             tokens = batch.tokens.to(device, non_blocking=True)

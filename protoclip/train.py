@@ -9,25 +9,32 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from protoclip import checkpoint
 from protoclip.clustering import check_clusters
 from protoclip.config import TrainConfig
 from protoclip.data import PairDataset, build_transform
+from protoclip.data.check import check_data
 from protoclip.distributed import seed_everything
-from protoclip.evaluate import Results, format_table, peak_memory_bytes, write_results
+from protoclip.evaluate import Results, format_table, peak_memory_bytes, read_results, write_results
 from protoclip.flags import build_parser, parse
 from protoclip.model import ProtoModel, build_model
+from protoclip.training.capture import restore
 from protoclip.training.engine import choose_device, choose_precision
-from protoclip.training.inputs import open_teachers, open_training_data, uses_prototypes
+from protoclip.training.inputs import faults_of, open_teachers, open_training_data, uses_prototypes
 from protoclip.training.loop import Trainer
+from protoclip.training.order import EpochOrder
 from protoclip.training.phases import Phases
 from protoclip.training.plan import Plan, make_plan
+from protoclip.training.resume import Resume, check_resume, find_resume
 from protoclip.training.run_folder import RunFolder, choose_folder
+from protoclip.training.saving import SaveSchedule, Stopped, StopSignals
 from protoclip.training.views import Evaluation, draw_plots
 
 PROG = "python -m protoclip.train"
@@ -40,7 +47,7 @@ DESCRIPTION = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or 2 for a user's mistake (one message on stderr)."""
     try:
-        train(parse(build_parser(PROG, DESCRIPTION), argv))
+        train(parse(build_parser(PROG, DESCRIPTION), with_saved_config(argv)))
     except (ValueError, OSError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
@@ -50,6 +57,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def with_saved_config(argv: Sequence[str] | None) -> list[str]:
+    """The command line; ``--resume RUN`` without a preset starts from that run's settings."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    chosen = [new for old, new in pairwise(words) if old == "--resume"]
+    chosen += [word.partition("=")[2] for word in words if word.startswith("--resume=")]
+    if chosen and not any(word.split("=")[0] in ("--preset", "--paper") for word in words):
+        path = Path(chosen[-1])
+        for folder in (path, path.parent.parent):
+            if (folder / "config.json").is_file():
+                return ["--preset", str(folder / "config.json"), *words]
+    return words
+
+
+def check(dataset: PairDataset, workers: int) -> int:
+    """--check-data: the exit code is 1 where a sample is bad."""
+    with tqdm(total=len(dataset), desc="checking", unit=" samples", leave=False) as bar:
+        return int(check_data(dataset, tqdm.write, workers, bar.update) > 0)
+
+
 def train(config: TrainConfig) -> Path:
     """A whole run: data, model, teacher, training, evaluation, plots; returns the run folder.
 
@@ -57,13 +83,18 @@ def train(config: TrainConfig) -> Path:
         ValueError: something the config asks for does not exist or does not fit together; the
             message has the remedy. Nothing is overwritten.
     """
-    path = choose_folder(config)
+    SaveSchedule(config.run.save_every)  # a mistake there should not cost the minutes before
+    resume = find_resume(config)
+    path = resume.folder if resume else choose_folder(config)
     device = choose_device(config.run.device)
     precision = choose_precision(config.run.precision, device)
     phases = Phases(device)
 
     dataset = open_training_data(config)
-    plan = make_plan(config, len(dataset))
+    if config.data.check_data:
+        raise SystemExit(check(dataset, config.data.workers))
+    faults_of(dataset, config.data.max_bad_fraction, print)  # stops where too many are known
+    plan = make_plan(config, EpochOrder(dataset, config.data).size)
     seed_everything(config.run.seed)
     model = build_model(config.model).to(device)
     with phases.measure("teacher", on_host=True):
@@ -72,10 +103,22 @@ def train(config: TrainConfig) -> Path:
         # With replacement an episode has fewer distinct samples; it checks again itself.
         check_clusters(config.episode, min(len(dataset), plan.steps_per_episode * plan.batch_size))
 
-    folder = RunFolder(path, config)
+    notes = check_resume(resume, config, dataset.keys) if resume else []
+    again = resume.step if resume else 0 if path.exists() else None
+    folder = RunFolder(path, config, again)
     try:
         announce(folder, config, plan, dataset, teachers, remark, device, precision)
-        run(config, plan, model, dataset, teachers, folder, phases, device, precision)
+        if resume:
+            folder.say(f"resumed: {resume.file}, after step {resume.step} of {plan.total_steps}")
+        for note in notes:
+            folder.say(note)
+        with StopSignals() as signals:
+            run(
+                config, plan, model, dataset, teachers, folder, phases, device, precision,
+                resume, signals,
+            )  # fmt: skip
+    except Stopped as stop:
+        folder.say(str(stop))
     except BaseException:
         folder.note(traceback.format_exc())
         raise
@@ -94,10 +137,12 @@ def run(
     phases: Phases,
     device: torch.device,
     precision: str,
+    resume: Resume | None,
+    signals: StopSignals,
 ) -> None:
     """Evaluate, train, evaluate again, and write what is to be seen."""
     evaluate = Evaluation(config, phases, device, precision)
-    before = evaluate.full(model, "evaluating the untrained model")
+    before = untrained(folder, evaluate, model, resume)
     transform = build_transform(model.image_size, model.mean, model.std, config.data.augmentation)
     trainer = Trainer(
         config,
@@ -111,12 +156,28 @@ def run(
         device=device,
         precision=precision,
         evaluate=evaluate.quick if evaluate.quick_sets else None,
+        signals=signals,
     )
+    if resume:
+        restore(trainer, resume.payload)
     trainer.run()
     after = evaluate.full(model, "evaluating the trained model")
     with phases.measure("plots", on_host=True):
         draw_plots(folder, config, trainer, dataset)
     report(folder, config, before, after, phases, device)
+
+
+def untrained(
+    folder: RunFolder, evaluate: Evaluation, model: ProtoModel, resume: Resume | None
+) -> Results | None:
+    """The evaluation before training; a resumed run reads what it found when it began."""
+    path = folder.path / "untrained.json"
+    if resume and path.exists():
+        return read_results(path)["trained"]
+    before = evaluate.full(model, "evaluating the untrained model")
+    if before is not None:
+        write_results(path, before, None, data=evaluate.data, model="untrained", pretrained="")
+    return before
 
 
 def announce(

@@ -8,17 +8,20 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from protoclip.data.check import check_data
 from protoclip.data.export import FORMATS, export_shards
 from protoclip.data.sources import open_dataset
+from protoclip.data.types import PairDataset
 
 PROG = "python -m protoclip.data"
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROG, description=__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--export", metavar="DATA", required=True, help="data to write as shards, as --train-data"
-    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--export", metavar="DATA", help="data to write as shards, as --train-data")
+    what.add_argument("--check", metavar="DATA", help="read everything once; list what is wrong")
+    parser.add_argument("--workers", type=int, default=1, help="threads of --check (default: 1)")
     parser.add_argument("--out", metavar="DIR", help="an empty or new folder for the shards")
     parser.add_argument(
         "--split", default="all", help="all, train, heldout; noto for builtin:emoji (default: all)"
@@ -37,26 +40,37 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, or 2 for a user's mistake (one message on stderr)."""
+    """Run the command; the exit code is 0, 1 where --check finds faults, or 2 for a user's mistake
+    (one message on stderr)."""
     arguments = build_parser().parse_args(argv)
     try:
-        return _export(arguments)
+        return _check(arguments) if arguments.check else _export(arguments)
     except (ValueError, OSError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
 
 
-def _export(arguments: argparse.Namespace) -> int:
-    if not arguments.out:
-        raise ValueError("--export: expected a folder for the shards; add --out DIR")
-    dataset = open_dataset(
-        arguments.export,
+def _open(spec: str, arguments: argparse.Namespace) -> PairDataset:
+    return open_dataset(
+        spec,
         arguments.split,
         seed=arguments.seed,
         csv_separator=arguments.csv_separator,
         csv_img_key=arguments.csv_img_key,
         csv_caption_key=arguments.csv_caption_key,
     )
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    dataset = _open(arguments.check, arguments)
+    with tqdm(total=len(dataset), desc="checking", unit=" samples", leave=False) as bar:
+        return int(check_data(dataset, tqdm.write, arguments.workers, bar.update) > 0)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    if not arguments.out:
+        raise ValueError("--export: expected a folder for the shards; add --out DIR")
+    dataset = _open(arguments.export, arguments)
     with tqdm(total=len(dataset), desc="writing", unit=" pairs") as bar:
         shards = export_shards(
             dataset,

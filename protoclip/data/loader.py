@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,10 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from protoclip.data.faults import Faults
 from protoclip.data.hashing import mix
 from protoclip.data.transforms import Transform
 from protoclip.data.types import Batch, DataError, PairDataset
 
+AHEAD = 16  # batches whose shards are fetched in advance
+ATTEMPTS = 50  # pairs tried in place of a bad one
+CRASHES = 3  # deaths of a worker at the same batch that end the run
+logger = logging.getLogger(__name__)
 CAPTIONS = ("random", "canonical", "first")
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -30,6 +36,7 @@ def batches(
     captions: str = "random",
     drop_last: bool = False,
     start: int = 0,
+    faults: Faults | None = None,
 ) -> Iterator[Batch]:
     """Load pairs in the given order.
 
@@ -50,8 +57,10 @@ def batches(
             draws, any in the others.
         drop_last: leave out an incomplete last batch.
         start: first draw; batches are cut from here on.
+        faults: notes pairs that cannot be read; another of the draws, chosen by (seed, j), stands
+            in for each. None: such a pair is an error.
     Raises:
-        DataError: a pair that cannot be read; the message names it.
+        DataError: a pair that cannot be read, or too many of them; the message names it.
         ValueError: arguments that make no sense.
     """
     draws = torch.as_tensor(draws)
@@ -69,10 +78,21 @@ def batches(
         )
     if captions not in CAPTIONS:
         raise ValueError(f"captions: expected one of {', '.join(CAPTIONS)}, got {captions!r}")
-    source = _Source(dataset, draws.cpu().numpy(), batch_size, transform, tokenizer, seed, captions)
+    source = _Source(
+        dataset, draws.cpu().numpy(), batch_size, transform, tokenizer, seed, captions,
+        faults is not None,
+    )  # fmt: skip
     last = len(draws) - batch_size + 1 if drop_last else len(draws)
     firsts = range(start, last, batch_size)
-    return _in_workers(source, firsts, workers) if workers else map(source.load, firsts)
+    loaded = _in_workers(source, firsts, workers) if workers else map(source.load, firsts)
+    return loaded if faults is None else _noted(loaded, faults)
+
+
+def _noted(loaded: Iterator[Batch], faults: Faults) -> Iterator[Batch]:
+    for batch in loaded:
+        for position, reason in batch.bad:
+            faults.add(position, reason)
+        yield batch
 
 
 class _Source:
@@ -87,6 +107,7 @@ class _Source:
         tokenizer: Tokenizer,
         seed: int,
         captions: str,
+        replace_bad: bool = False,
     ) -> None:
         self.dataset = dataset
         self.draws = draws
@@ -95,34 +116,56 @@ class _Source:
         self.tokenizer = tokenizer
         self.seed = seed
         self.captions = captions
+        self.replace_bad = replace_bad
+        self.prefetch: Callable[[np.ndarray], None] | None = getattr(dataset, "prefetch", None)
 
     def load(self, first: int) -> Batch:
-        index = self.draws[first : first + self.batch_size]
+        index = self.draws[first : first + self.batch_size].copy()
+        if self.prefetch is not None:
+            self.prefetch(self.draws[first : first + AHEAD * self.batch_size])
         dice = mix(self.seed, np.arange(first, first + len(index)))
-        texts = []
-        for position, die in zip(index.tolist(), mix(0, dice).tolist(), strict=True):
-            choices = self.dataset.captions(position)
-            first = self.captions == "first" or (self.captions == "canonical" and die >> 40 & 1)
-            texts.append(choices[0 if first else die % len(choices)])
-        return Batch(
-            torch.from_numpy(index.copy()), self._images(index, dice), self.tokenizer(texts)
-        )
-
-    def _images(self, index: np.ndarray, dice: np.ndarray) -> Tensor:
-        """Transformed pictures, float32 [B, 3, H, W], drawn from the given seeds."""
-        whole = self.transform
-        one = whole.pixels if isinstance(whole, Transform) else whole
+        texts: list[str] = []
+        pictures: list[Tensor] = []
+        bad: list[tuple[int, str]] = []
         generator = torch.default_generator
         before = generator.get_state()
         try:
-            images = []
-            for position, die in zip(index.tolist(), dice.tolist(), strict=True):
-                generator.manual_seed(die)
-                images.append(one(self.dataset.image(position)))
+            for row, die in enumerate(dice.tolist()):
+                position = int(index[row])
+                for attempt in range(1, ATTEMPTS + 1):
+                    try:
+                        text, picture = self._pair(position, die)
+                        break
+                    except DataError as error:
+                        if not self.replace_bad or attempt == ATTEMPTS:
+                            raise
+                        bad.append((position, str(error)))
+                        position = self._another(die, attempt, index)
+                index[row] = position
+                texts.append(text)
+                pictures.append(picture)
         finally:
             generator.set_state(before)
-        stacked = torch.stack(images)
-        return whole.normalise(stacked) if isinstance(whole, Transform) else stacked
+        images = torch.stack(pictures)
+        if isinstance(self.transform, Transform):
+            images = self.transform.normalise(images)
+        return Batch(torch.from_numpy(index), images, self.tokenizer(texts), tuple(bad))
+
+    def _pair(self, position: int, die: int) -> tuple[str, Tensor]:
+        """Caption and transformed picture, drawn by the given number."""
+        choices = self.dataset.captions(position)
+        choice = int(mix(0, die))
+        first = self.captions == "first" or (self.captions == "canonical" and choice >> 40 & 1)
+        whole = self.transform
+        one = whole.pixels if isinstance(whole, Transform) else whole
+        torch.default_generator.manual_seed(die)
+        return choices[0 if first else choice % len(choices)], one(self.dataset.image(position))
+
+    def _another(self, die: int, attempt: int, batch: np.ndarray) -> int:
+        """A pair to stand in for a bad one, if possible none that is in the batch already."""
+        candidates = self.draws[(mix(die, attempt, np.arange(64)) % len(self.draws)).astype(int)]
+        fresh = candidates[~np.isin(candidates, batch)]
+        return int((fresh if len(fresh) else candidates)[0])
 
     # What torch's DataLoader calls.
     def __getitem__(self, first: int) -> Batch | DataError:
@@ -133,18 +176,38 @@ class _Source:
 
 
 def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]:
-    loader: torch.utils.data.DataLoader[Batch | DataError] = torch.utils.data.DataLoader(
-        source,  # type: ignore[arg-type]
-        batch_size=None,
-        sampler=firsts,
-        num_workers=min(workers, max(1, len(firsts))),
-        collate_fn=_as_is,
-        generator=torch.Generator(),  # else it draws from the caller's
-    )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    """Batches in order; workers that die are replaced, and the work goes on where it stood."""
+    done, crashes = 0, 0
+    while done < len(firsts):
+        loader: torch.utils.data.DataLoader[Batch | DataError] = torch.utils.data.DataLoader(
+            source,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=firsts[done:],
+            num_workers=min(workers, len(firsts) - done),
+            collate_fn=_as_is,
+            generator=torch.Generator(),  # else it draws from the caller's
+        )
+        try:
+            for batch in loader:
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
+                done, crashes = done + 1, 0
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            crashes += 1
+            reason = str(error).splitlines()[0]
+        index = source.draws[firsts[done] : firsts[done] + source.batch_size]
+        keys = ", ".join(source.dataset.keys[int(i)] for i in index[:8])
+        if crashes == CRASHES:
+            raise DataError(
+                f"{source.dataset.name}: a data worker died {CRASHES} times at the same batch "
+                f"({reason}); one of its pictures may break the decoder or the memory may be too "
+                f"small for --workers {workers}; samples: {keys}, ..."
+            )
+        logger.warning("a data worker died (%s) near %s, ...; started anew", reason, keys)
 
 
 def _as_is(batch: Any) -> Any:

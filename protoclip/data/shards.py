@@ -5,15 +5,21 @@ from __future__ import annotations
 import functools
 import glob
 import io
+import json
 import logging
 import os
+import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from protoclip.data.cache import cache_dir
 from protoclip.data.images import decode
+from protoclip.data.spool import Spool, is_remote
 from protoclip.data.strings import StringTable
 from protoclip.data.tar_index import ShardIndex, is_indexed, parse_captions, shard_index
 from protoclip.data.types import DataError, Labels
@@ -26,40 +32,78 @@ class ShardDataset:
     """Pictures with captions from tar files in webdataset's layout.
 
     A pair is jpg | png | jpeg | webp with txt (one caption per line) or json ("caption", or a list
-    "captions") under one key. Samples that are no pair are skipped with a warning.
+    "captions") under one key; txt goes first unless the json has a list. Samples that are no pair
+    are skipped with a warning. Shards from urls and pipes are copied as they are needed.
 
     Args:
-        spec: path of a tar; braces "{000..012}" and globs expand, "::" joins several.
+        spec: path, url or pipe:COMMAND of a tar; braces "{000..012}" and globs expand, "::" joins
+            several sources.
+        spool_bytes: room for copies of remote shards.
     Attributes:
         skipped: (shard, key, reason) of each sample left out.
+        shard_of, source_of: number of each pair's shard and source, int32 and int16 [N].
     Raises:
         DataError: a shard is missing or no tar, or no shard holds a pair.
     """
 
     labels: Mapping[str, Labels] = {}
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, spool_bytes: int = 50 << 30) -> None:
         self.name = spec
-        self.shards = expand(spec)
-        folder = os.path.commonpath([os.path.dirname(os.path.abspath(s)) for s in self.shards])
+        self.spool = Spool(spool_bytes)
+        self.shards, sources = expand(spec)
+        self.remote = any(map(is_remote, self.shards))
+        local = [os.path.abspath(shard) for shard in self.shards if not is_remote(shard)]
+        folder = os.path.commonpath(list(map(os.path.dirname, local))) if local else ""
         new = sum(not is_indexed(shard) for shard in self.shards)
         progress = tqdm(
             self.shards, f"reading the index of {new} new shards", unit="shard", disable=new == 0
         )
         keys: list[str] = []
         self.skipped: list[tuple[str, str, str]] = []
+        self.sizes: list[int] = []
         columns: list[tuple[np.ndarray, ...]] = []
         for number, shard in enumerate(progress):
-            index = shard_index(shard)
-            prefix = os.path.relpath(os.path.abspath(shard), folder)
+            index = shard_index(shard, self.spool)
+            prefix = _prefix(shard, folder)
             keys += [f"{prefix}/{key}" for key in index.keys]
             self.skipped += [(shard, key, reason) for key, reason in index.skipped]
+            self.sizes.append(index.size)
             columns.append(_columns(number, index))
         self.keys: Sequence[str] = StringTable(keys)
-        self._shard, self._image, self._text, self._is_json = (
+        self.shard_of, self._image, self._text, self._is_json = (
             np.concatenate(column) for column in zip(*columns, strict=True)
         )
+        self.source_of = np.asarray(sources, dtype=np.int16)[self.shard_of]
         self._report()
+        self._compare_sizes()
+
+    def _compare_sizes(self) -> None:
+        """Warn where sizes.json or __len__ beside the shards promises more than there is."""
+        found = np.bincount(self.shard_of, minlength=len(self.shards))
+        lost = Counter(shard for shard, _, _ in self.skipped)
+        for folder in {os.path.dirname(s) for s in self.shards if not is_remote(s)}:
+            promised = promised_sizes(folder)
+            inside = [i for i, s in enumerate(self.shards) if os.path.dirname(s) == folder]
+            names = [os.path.basename(self.shards[i]) for i in inside]
+            expected = sum(promised.get(name, 0) for name in names)
+            there = sum(int(found[i]) + lost[self.shards[i]] for i in inside)
+            if set(names) <= set(promised) and there < expected:
+                logger.warning(
+                    "%s: its sizes.json promises %d samples, %d are there: shards may be cut off",
+                    folder or ".",
+                    expected,
+                    there,
+                )
+
+    def prefetch(self, positions: np.ndarray) -> None:
+        """Begin copies of the remote shards that these pairs, int64 [M], will need."""
+        if not self.remote:
+            return
+        shards = self.shard_of[positions]
+        for number in shards[np.sort(np.unique(shards, return_index=True)[1])]:
+            if is_remote(self.shards[number]):
+                self.spool.prefetch(self.shards[number])
 
     def _report(self) -> None:
         if not self.skipped and self.keys:
@@ -90,18 +134,37 @@ class ShardDataset:
 
     def image(self, i: int) -> Image.Image:
         data = self._read(i, self._image)
-        return decode(data, f"{self.shards[self._shard[i]]}: {self.keys[i]!r}")
+        return decode(data, f"{self.shards[self.shard_of[i]]}: {self.keys[i]!r}")
 
     def _read(self, i: int, place: np.ndarray) -> bytes:
-        shard = self.shards[self._shard[i]]
+        number = int(self.shard_of[i])
+        shard = self.shards[number]
         offset, size = (int(value) for value in place[i])
         try:
-            data = os.pread(_open(shard).fileno(), size, offset)
+            file = self._copy(number) if is_remote(shard) else _open(shard)
+            data = os.pread(file.fileno(), size, offset)
         except OSError as error:
             raise DataError(f"{shard}: {error.strerror}; check that the disk is there") from error
         if len(data) != size:
             raise DataError(f"{shard}: changed while in use; start again")
         return data
+
+    def _copy(self, number: int) -> io.FileIO:
+        """Open copy of a remote shard."""
+        url = self.shards[number]
+        while True:
+            path = self.spool.fetch(url)
+            try:
+                file = _open_copy(str(path))
+            except FileNotFoundError:  # another process made room in between
+                continue
+            if os.fstat(file.fileno()).st_size != self.sizes[number]:
+                raise DataError(
+                    f"{url}: {self.sizes[number]:,} bytes when it was indexed, now "
+                    f"{os.fstat(file.fileno()).st_size:,}; remove {path} and the index in "
+                    f"{cache_dir() / 'shards'}, and start again"
+                )
+            return file
 
 
 def _columns(number: int, index: ShardIndex) -> tuple[np.ndarray, ...]:
@@ -120,32 +183,55 @@ def _open(shard: str) -> io.FileIO:
     return open(shard, "rb", buffering=0)
 
 
-def expand(spec: str) -> tuple[str, ...]:
-    """Paths of the shards that ``spec`` names, in the given order (globs sorted).
+# Few: a removed copy keeps its room on the disk as long as it is open.
+_open_copy = functools.lru_cache(maxsize=2)(_open.__wrapped__)
+
+
+def _prefix(shard: str, folder: str) -> str:
+    """What tells the keys of a shard from those of others, the same on every machine."""
+    if not is_remote(shard):
+        return os.path.relpath(os.path.abspath(shard), folder)
+    return f"{PurePosixPath(shard).name.split()[-1]}@{zlib.crc32(shard.encode()):08x}"
+
+
+def promised_sizes(folder: str) -> dict[str, int]:
+    """Samples of each shard by sizes.json, as OpenCLIP reads it; {} where there is none."""
+    try:
+        with open(os.path.join(folder, "sizes.json"), encoding="utf-8") as file:
+            return {str(name): int(count) for name, count in json.load(file).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The shards that ``spec`` names, in the given order (globs sorted), and the source of each.
 
     Raises:
-        DataError: a path or glob without a file, unbalanced braces, or a url.
+        DataError: a path or glob without a file, unbalanced braces, or a shard named twice.
     """
     from webdataset.shardlists import expand_urls
 
-    try:
-        patterns = expand_urls(spec)
-    except ValueError as error:
-        raise DataError(f"--train-data {spec!r}: {error}; balance the braces") from error
     shards: list[str] = []
-    for pattern in patterns:
-        if pattern.startswith("pipe:") or "://" in pattern:
-            raise DataError(
-                f"--train-data {pattern!r}: shards are read by position, which needs local files; "
-                "copy or mount them first"
-            )
-        if os.path.isdir(pattern):
-            pattern = os.path.join(glob.escape(pattern), "*.tar")
-        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
-        if not found:
-            raise DataError(f"--train-data: no shard {pattern!r}; check the path and the range")
-        shards += found
+    sources: list[int] = []
+    for number, source in enumerate(spec.split("::")):
+        try:
+            patterns = expand_urls(source)
+        except ValueError as error:
+            raise DataError(f"--train-data {spec!r}: {error}; balance the braces") from error
+        for pattern in patterns:
+            found = [pattern] if is_remote(pattern) else _files(pattern)
+            shards += found
+            sources += [number] * len(found)
     if len(set(shards)) < len(shards):
         twice = next(shard for shard in shards if shards.count(shard) > 1)
         raise DataError(f"--train-data {spec!r}: {twice} is listed twice; name it once")
-    return tuple(shards)
+    return tuple(shards), tuple(sources)
+
+
+def _files(pattern: str) -> list[str]:
+    if os.path.isdir(pattern):
+        pattern = os.path.join(glob.escape(pattern), "*.tar")
+    found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
+    if not found:
+        raise DataError(f"--train-data: no shard {pattern!r}; check the path and the range")
+    return found

@@ -25,17 +25,19 @@ def open_dataset(
     csv_separator: str = "\t",
     csv_img_key: str = "filepath",
     csv_caption_key: str = "title",
+    spool_gb: float = 50.0,
 ) -> PairDataset:
     """Open pairs by name.
 
     Args:
         spec: "builtin:emoji" | "builtin:shapes[:N]" | a .csv or .tsv file | webdataset shards: a
-            .tar, a folder of them, braces and globs, several joined by "::".
+            .tar, a folder of them, a url, pipe:COMMAND, braces and globs, sources joined by "::".
         split: "all" | "train" | "heldout" (10 %, of each group alike where groups are known); for
             builtin:emoji also "noto" | "noto-heldout", the same concepts in another style.
         seed: which pairs are held out.
         image_size: side of the generated pictures of builtin:shapes, in pixels.
         csv_separator, csv_img_key, csv_caption_key: as OpenCLIP's flags; see :class:`CsvDataset`.
+        spool_gb: room for local copies of shards from urls and pipes.
     Returns:
         A data set with at least one pair.
     Raises:
@@ -45,7 +47,10 @@ def open_dataset(
         return open_emoji(split, seed)
     if split not in ("all", "train", "heldout"):
         raise DataError(f"{spec}: split must be all, train or heldout, got {split!r}")
-    dataset = _open_all(spec, image_size, csv_separator, csv_img_key, csv_caption_key)
+    if is_sharded(spec):
+        dataset: PairDataset = ShardDataset(spec, int(spool_gb * 2**30))
+    else:
+        dataset = _open_all(spec, image_size, csv_separator, csv_img_key, csv_caption_key)
     if split == "all":
         return dataset
     groups = dataset.labels["group"].ids.numpy() if "group" in dataset.labels else None
@@ -56,6 +61,13 @@ def open_dataset(
             f"{spec}: {len(dataset)} pairs are too few for the split {split!r}; use split all"
         )
     return Subset(dataset, chosen, f"{dataset.name}[{split}]")
+
+
+def is_sharded(spec: str) -> bool:
+    """Whether a name of data means webdataset shards."""
+    if spec.startswith("builtin:") or spec.lower().endswith((".csv", ".tsv")):
+        return False
+    return ".tar" in spec or spec.startswith("pipe:") or "://" in spec or os.path.isdir(spec)
 
 
 def _open_all(
@@ -70,6 +82,4 @@ def _open_all(
         raise DataError(f"no built-in data {spec!r}; known: {KNOWN}")
     if spec.lower().endswith((".csv", ".tsv")):
         return CsvDataset(spec, separator, img_key, caption_key)
-    if ".tar" in spec or os.path.isdir(spec):
-        return ShardDataset(spec)
     raise DataError(f"--train-data {spec!r} is none of: {KNOWN}")

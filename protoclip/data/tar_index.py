@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from protoclip.data.cache import cache_dir, write_atomic
+from protoclip.data.spool import Spool, is_remote
 from protoclip.data.types import DataError
 
 IMAGE_KINDS = ("jpg", "png", "jpeg", "webp")
 TEXT_KINDS = ("txt", "json")
-FORMAT = 2  # of the cached index
+FORMAT = 3  # of the cached index
+MAX_CAPTION_BYTES = 1 << 22  # a larger member is no caption; img2dataset's JSON has about 1 kB
+MAX_CAPTION = 10_000  # characters kept of one caption; a model sees the first few hundred
 logger = logging.getLogger(__name__)
 
 
@@ -31,6 +34,7 @@ class ShardIndex:
         text: (offset, size) of the captions in bytes.
         is_json: whether the captions are JSON rather than plain lines.
         skipped: (key, reason) of each sample that is not a usable pair.
+        size: of the tar, bytes.
     """
 
     keys: list[str]
@@ -38,19 +42,24 @@ class ShardIndex:
     text: list[tuple[int, int]]
     is_json: list[bool]
     skipped: list[tuple[str, str]]
+    size: int  # of the tar, bytes
 
 
-def shard_index(path: str) -> ShardIndex:
+def shard_index(path: str, spool: Spool | None = None) -> ShardIndex:
     """Index of a shard: from the cache if the file is unchanged, else read from the tar's headers.
 
+    Args:
+        path: a file, or with ``spool`` a url or pipe; what comes from it is taken to be the same
+            every time, so that a known one is not read again.
     Raises:
         DataError: the file is missing, compressed, or not a tar.
     """
-    stamp = _stamp(path)
+    remote = spool is not None and is_remote(path)
+    stamp = [FORMAT] if remote else _stamp(path)
     cached = _cached(path)
     if (index := _load(cached, stamp)) is not None:
         return index
-    index = scan(path)
+    index = scan(str(spool.fetch(path)), path) if spool is not None and remote else scan(path)
     try:
         write_atomic(cached, json.dumps({"stamp": stamp, **asdict(index)}))
     except OSError as error:
@@ -69,7 +78,8 @@ def is_indexed(path: str) -> bool:
 
 
 def _cached(path: str) -> Path:
-    digest = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()
+    name = path if is_remote(path) else os.path.abspath(path)
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
     return cache_dir() / "shards" / f"{digest[:32]}.json"
 
 
@@ -91,11 +101,11 @@ def _load(cached: Path, stamp: list[int]) -> ShardIndex | None:
         return None  # never written, or damaged: read the tar again
 
 
-def scan(path: str) -> ShardIndex:
-    """Read the headers and captions of a tar; pictures are not touched."""
-    index = ShardIndex([], [], [], [], [])
+def scan(path: str, name: str = "") -> ShardIndex:
+    """Read the headers and captions of a tar; pictures are not touched. ``name`` is for errors."""
+    index = ShardIndex([], [], [], [], [], os.path.getsize(path))
     seen: set[str] = set()
-    for key, members, fault in _samples(path):
+    for key, members, fault in _samples(path, name or path):
         reason = fault or _judge(path, members)
         if not reason and key in seen:
             reason = "the key occurs twice"
@@ -115,10 +125,10 @@ def scan(path: str) -> ShardIndex:
 Members = dict[str, tuple[int, int]]  # extension -> offset, size
 
 
-def _samples(path: str) -> Iterator[tuple[str, Members, str]]:
+def _samples(path: str, shard: str) -> Iterator[tuple[str, Members, str]]:
     """Key, members and fault ("" if none) of each sample: neighbours with the same key."""
     key, members = "", Members()
-    with _open(path) as tar:
+    with _open(path, shard) as tar:
         for name, extension, place in _members(tar, os.path.getsize(path)):
             if name != key:
                 if members:
@@ -132,12 +142,12 @@ def _samples(path: str) -> Iterator[tuple[str, Members, str]]:
         yield f"what follows {key}", Members(), fault
 
 
-def _open(path: str) -> tarfile.TarFile:
+def _open(path: str, name: str) -> tarfile.TarFile:
     try:
         return tarfile.open(path, "r:")
     except tarfile.ReadError as error:
         raise DataError(
-            f"{path}: not an uncompressed tar ({error}); unpack .gz files, and check that the copy "
+            f"{name}: not an uncompressed tar ({error}); unpack .gz files, and check that the copy "
             "is complete"
         ) from error
 
@@ -155,7 +165,8 @@ def _members(tar: tarfile.TarFile, size: int) -> Iterator[tuple[str, str, tuple[
                 return
             key = f"{folder}/{stem}" if folder else stem
             yield key, extension.lower(), (member.offset_data, member.size)
-    except tarfile.ReadError:
+    # A header of nonsense may pass for a sparse or extended one, which tarfile then trips over.
+    except (tarfile.TarError, ValueError, OverflowError, IndexError, EOFError):
         return
 
 
@@ -188,6 +199,8 @@ def _judge(path: str, members: Members) -> str:
         return "; ".join(faults)
     kind = _text_kind(path, members)
     assert kind
+    if members[kind][1] > MAX_CAPTION_BYTES:
+        return f"its {kind} has {members[kind][1]:,} bytes, too many for captions"
     try:
         captions = parse_captions(_bytes(path, members[kind]), kind == "json")
         return "" if captions else f"no caption in its {kind}"
@@ -199,7 +212,8 @@ def _text_kind(path: str, members: Members) -> str | None:
     """Where the captions are: txt before json, unless the json has a list of several."""
     kind = _pick(members, TEXT_KINDS)
     if kind == "txt" and members.get("json", (0, 0))[1] > 0:
-        data = _bytes(path, members["json"])
+        place = members["json"]
+        data = _bytes(path, place) if place[1] <= MAX_CAPTION_BYTES else b""
         if b'"captions"' in data:
             try:
                 return "json" if parse_captions(data, True) else kind
@@ -215,7 +229,8 @@ def _bytes(path: str, place: tuple[int, int]) -> bytes:
 
 
 def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
-    """Captions without the empty ones: the lines of a text, or "captions" / "caption" of a JSON.
+    """Captions without the empty ones: the lines of a text, or "captions" / "caption" of a JSON;
+    each cut to ``MAX_CAPTION`` characters.
 
     Raises:
         ValueError: not UTF-8, or not a JSON object with captions as strings.
@@ -223,11 +238,14 @@ def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
     text = data.decode("utf-8-sig")
     found: Any = text.splitlines()
     if is_json:
-        content = json.loads(text)
+        try:
+            content = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("the JSON is nested too deeply") from error
         if not isinstance(content, dict):
             raise ValueError(f"expected a JSON object, got {type(content).__name__}")
         found = content.get("captions") or content.get("caption") or []
         found = [found] if isinstance(found, str) else found
         if not isinstance(found, list) or not all(isinstance(c, str) for c in found):
             raise ValueError('"captions" must be a list of strings')
-    return tuple(stripped for caption in found if (stripped := caption.strip()))
+    return tuple(stripped[:MAX_CAPTION] for caption in found if (stripped := caption.strip()))

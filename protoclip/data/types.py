@@ -37,19 +37,24 @@ class Batch:
         index: position in the data set, int64 [B].
         image: normalised pictures, float32 [B, 3, H, W].
         tokens: one tokenised caption per picture, int64 [B, L].
+        bad: position and reason of each sample that another one stands in for.
     """
 
     index: Tensor
     image: Tensor
     tokens: Tensor
+    bad: tuple[tuple[int, str], ...] = ()
 
     def __len__(self) -> int:
         return self.index.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
-        parts = (self.index, self.image, self.tokens)
-        return Batch(*(part.to(device, non_blocking=non_blocking) for part in parts))
+        index, image, tokens = (
+            part.to(device, non_blocking=non_blocking)
+            for part in (self.index, self.image, self.tokens)
+        )
+        return Batch(index, image, tokens, self.bad)
 
 
 class PairDataset(Protocol):
@@ -101,9 +106,17 @@ class Subset:
             label: Labels(full.ids[torch.from_numpy(self.indices)], full.names)
             for label, full in dataset.labels.items()
         }
+        for name in ("shard_of", "source_of"):
+            if (full_column := getattr(dataset, name, None)) is not None:
+                setattr(self, name, full_column[self.indices])
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def prefetch(self, positions: np.ndarray) -> None:
+        """Tell the data set, where it cares, which pairs, int64 [M], come next."""
+        if (inner := getattr(self.dataset, "prefetch", None)) is not None:
+            inner(self.indices[positions])
 
     def image(self, i: int) -> Image.Image:
         return self.dataset.image(int(self.indices[i]))

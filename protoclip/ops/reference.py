@@ -117,6 +117,8 @@ def kmeans_assign(
     Exact whatever is asked.
     """
     x, c = points.double(), centroids.double()
+    if not len(x):
+        return x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=torch.float32)
     rows = max(1, _CHUNK_ELEMENTS // max(1, len(c)))
     parts = [_assign_rows(part, c) for part in x.split(rows)]
     labels, distances = zip(*parts, strict=True)
@@ -144,6 +146,9 @@ def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> tuple[Ten
             f"segment_mean: expected labels below num_segments={num_segments}, got "
             f"{len(counts) - 1}; pass a larger num_segments or renumber the labels"
         )
+    if not num_segments:
+        wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+        return values.new_empty((0, values.shape[1]), dtype=wide), counts
     sums = torch.segment_reduce(values[order].double(), "sum", lengths=counts, axis=0)
     means = sums / counts.clamp_min(1)[:, None]
     return (means if values.dtype == torch.float64 else means.float()), counts

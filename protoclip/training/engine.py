@@ -75,12 +75,15 @@ class Optimiser:
 
     def __init__(self, model: ProtoModel, config: OptimConfig, precision: str) -> None:
         self.model = model
+        self.device = next(model.parameters()).device
         self.clip_norm = config.grad_clip_norm
         self.adamw = torch.optim.AdamW(
             parameter_groups(model, config.wd),
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
+            # On a GPU only the fused one can skip a step without the host's knowing.
+            fused=self.device.type == "cuda" or None,
         )
         self.scaler = torch.amp.GradScaler(enabled=precision == "amp")
 
@@ -88,15 +91,38 @@ class Optimiser:
         for group in self.adamw.param_groups:
             group["lr"] = lr
 
-    def step(self, loss: Tensor) -> Tensor:
-        """Backward pass and update; returns the gradient's norm before clipping, on the device."""
+    def load_state(self, state: dict, scaler: dict) -> None:
+        """Take the state of another optimiser; learning rate, betas and decay stay as they are."""
+        settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.adamw.param_groups
+        ]
+        self.adamw.load_state_dict(state)
+        for group, own in zip(self.adamw.param_groups, settings, strict=True):
+            group.update(own)
+        if scaler:
+            self.scaler.load_state_dict(scaler)
+
+    def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Backward pass and update, which is skipped where loss or gradient is not finite.
+
+        Returns:
+            The gradient's norm before clipping and whether the step was taken (bool), both scalars
+            on the device; on a GPU the host waits for neither.
+        """
         self.adamw.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.adamw)
         norm = nn.utils.clip_grad_norm_(
             self.model.parameters(), self.clip_norm if self.clip_norm > 0 else float("inf")
         )
-        self.scaler.step(self.adamw)
+        finite = norm.isfinite() & loss.detach().isfinite()
+        if self.device.type == "cuda":
+            if not self.scaler.is_enabled():  # else the scaler says so itself
+                self.adamw.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.scaler.step(self.adamw)
+        elif finite:
+            self.scaler.step(self.adamw)
         self.scaler.update()
         self.model.clamp_scales()
-        return norm
+        return norm, finite

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from protoclip.config import TrainConfig
 from protoclip.data import PairDataset, Subset, open_dataset
+from protoclip.data.faults import Faults
 from protoclip.teacher import MINILM, load_teacher, minilm_missing
 
 
@@ -28,6 +30,16 @@ def open_training_data(config: TrainConfig) -> PairDataset:
     return dataset
 
 
+def faults_of(dataset: PairDataset, max_fraction: float, report: Callable[[str], Any]) -> Faults:
+    """The ledger of bad samples, with those that were left out when the data were opened."""
+    inner: Any = dataset
+    while isinstance(inner, Subset):
+        inner = inner.dataset
+    skipped = len(getattr(inner, "skipped", ()))
+    total = len(inner) + skipped
+    return Faults(dataset.name, total, max_fraction, known=skipped, report=report)
+
+
 def open_arguments(config: TrainConfig) -> dict[str, Any]:
     """How ``open_dataset`` is to be called, for training and evaluation alike."""
     return {
@@ -35,6 +47,7 @@ def open_arguments(config: TrainConfig) -> dict[str, Any]:
         "csv_separator": config.data.csv_separator,
         "csv_img_key": config.data.csv_img_key,
         "csv_caption_key": config.data.csv_caption_key,
+        "spool_gb": config.data.spool_gb,
     }
 
 

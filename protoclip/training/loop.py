@@ -11,18 +11,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.config import TrainConfig, to_dict
+from protoclip.config import TrainConfig
 from protoclip.data import Batch, PairDataset, batches
-from protoclip.distributed import generator
-from protoclip.episode import Episode, build_episode
-from protoclip.features import Features, FeatureStore, extract
+from protoclip.episode import Episode
+from protoclip.features import FeatureStore
 from protoclip.losses import Losses, ProtoLoss
 from protoclip.model import ProtoModel
+from protoclip.training.capture import Stateful, capture, report_bad_step, save_or_stop
 from protoclip.training.ema import MovingAverage
 from protoclip.training.engine import Optimiser, autocast_for
+from protoclip.training.episodes import episode_seed, rebuild_episode
+from protoclip.training.guard import Guard
+from protoclip.training.inputs import faults_of
+from protoclip.training.order import EpochOrder
 from protoclip.training.phases import Phases
-from protoclip.training.plan import EPISODES, Plan, draw, learning_rate
+from protoclip.training.plan import Plan, draw, learning_rate
 from protoclip.training.run_folder import RunFolder
+from protoclip.training.saving import SaveSchedule, Stopped, StopSignals
 
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
 
@@ -41,6 +46,7 @@ class Trainer:
         phases: the stopwatch.
         device, precision: of the forward passes.
         evaluate: scalars of the model as it is, by name; called every ``--val-frequency`` epochs.
+        signals: that ask the run to save and end.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class Trainer:
         device: torch.device,
         precision: str,
         evaluate: Evaluate | None = None,
+        signals: StopSignals | None = None,
     ) -> None:
         self.config, self.plan, self.model, self.dataset = config, plan, model, dataset
         self.transform, self.folder, self.phases = transform, folder, phases
@@ -73,31 +80,64 @@ class Trainer:
         if config.episode.ema_decay > 0 and self._projects:
             self.average = MovingAverage(model, config.episode.ema_decay)
         self.step = 0
+        self.guard = Guard(model, device)
+        self.order = EpochOrder(dataset, config.data)
+        self.faults = faults_of(dataset, config.data.max_bad_fraction, folder.say)
+        self.stateful: dict[str, Stateful] = {  # more to save and restore
+            name: part
+            for name, part in (
+                ("guard", self.guard),
+                ("faults", self.faults),
+                ("store", self.store),
+                ("average", self.average),
+            )
+            if part is not None
+        }
+        self.schedule = SaveSchedule(config.run.save_every)
+        self.signals = signals or StopSignals()
+        self._saved_at = -1
         self._logged_at = (time.perf_counter(), 0)
 
     def run(self) -> None:
-        """Train to the end of the plan."""
-        total = self.plan.total_steps * self.plan.batch_size
-        with tqdm(total=total, unit=" samples", unit_scale=True, smoothing=0.1) as bar:
-            for number in range(self.plan.episodes):
+        """Train to the end of the plan.
+
+        Raises:
+            Stopped: a signal asked to end; the state is saved.
+        """
+        total, done = (n * self.plan.batch_size for n in (self.plan.total_steps, self.step))
+        self._logged_at = (time.perf_counter(), self.step)
+        self.signals.immediate = False
+        with tqdm(
+            total=total, initial=done, unit=" samples", unit_scale=True, smoothing=0.1
+        ) as bar:
+            for number in range(self.step // self.plan.steps_per_episode, self.plan.episodes):
                 self._run_episode(number, bar)
-        self.save(None)
+        if self._saved_at != self.step:
+            self.save(None)
+        self.signals.immediate = True
+        if self.signals.asked:
+            raise Stopped(f"stopped by {self.signals.asked} after the last step; --resume goes on")
 
     def _run_episode(self, number: int, bar: tqdm) -> None:
         steps = self.plan.steps_of(number)
         draws = draw(
-            self.plan, self.config.run.seed, steps, replacement=self.config.episode.replacement
+            self.plan,
+            self.config.run.seed,
+            steps,
+            replacement=self.config.episode.replacement,
+            order=self.order.permutation,
         )
         head = f"episode {number + 1}/{self.plan.episodes}"
-        if self._wants_prototypes(number):
-            self._rebuild_episode(number, draws, bar, head)
+        done = self.step - steps.start  # of this episode, before the run was interrupted
+        if done == 0 and self._wants_prototypes(number):
+            self.episode = rebuild_episode(self, number, draws, bar, head)
         elif self._is_lit(number):
             self.episode = None
             self.model.lock_image()
         bar.set_description(f"{head} training")
         self.model.train()
-        stream = iter(self._batches(draws, number))
-        for _ in steps:
+        stream = iter(self._batches(draws, number, done))
+        for _ in steps[done:]:
             with self.phases.measure("data", on_host=True):
                 batch = next(stream)
             self._train_step(batch, number, bar)
@@ -106,7 +146,7 @@ class Trainer:
     def _wants_prototypes(self, number: int) -> bool:
         """Whether an episode needs clusters: a prototype term has a weight, the warm-up is over."""
         warm = number >= self.config.episode.infonce_warmup and not self._is_lit(number)
-        return warm and (self._internal or self._external)
+        return warm and (self.internal or self._external)
 
     def _is_lit(self, number: int) -> bool:
         """Whether an episode belongs to the last phase: image tower frozen, InfoNCE only."""
@@ -116,105 +156,65 @@ class Trainer:
     def _projects(self) -> bool:
         """Whether the heads will be needed: their running statistics are kept from step 0."""
         distills = bool(self.teachers) and self.config.loss.w_distill > 0
-        return self._internal or self._external or distills
+        return self.internal or self._external or distills
 
     @property
     def _external(self) -> bool:
         return bool(self.teachers) and self.config.loss.w_proto_external > 0
 
     @property
-    def _internal(self) -> bool:
+    def internal(self) -> bool:
         return self.config.method == "protoclip" and self.config.loss.w_proto > 0
 
-    def _batches(self, draws: Tensor, number: int) -> Any:
+    def _batches(self, draws: Tensor, number: int, done: int) -> Any:
         return batches(
             self.dataset,
             draws,
             self.plan.batch_size,
             self.transform,
             self.model.tokenizer,
-            seed=self._seed(number, 0),
+            seed=episode_seed(self.config.run.seed, number, 0),
             workers=self.config.data.workers,
             captions=self.config.data.captions,
-        )
-
-    def _seed(self, number: int, purpose: int) -> int:
-        random = generator(self.config.run.seed, EPISODES, number, purpose)
-        return int(torch.randint(2**31, (), generator=random))
-
-    def _rebuild_episode(self, number: int, draws: Tensor, bar: tqdm, head: str) -> None:
-        indices = draws.unique()
-        with self.phases.measure("features"):
-            if self.store is not None:
-                features = self.store.features()
-            else:
-                features = self._extract(indices, number, bar, head)
-        bar.set_description(f"{head} clusters")
-        with self.phases.measure("clusters"):
-            self.episode = build_episode(
-                features,
-                self.teachers,
-                self.config.episode,
-                generator(self.config.run.seed, EPISODES, number, 2),
-                self.episode,
-                keys=self.dataset.keys,
-                internal=self._internal,
-                coming=None if self.store is None else indices,
-                classes={
-                    name: known.ids.to(self.device) for name, known in self.dataset.labels.items()
-                },
-            )
-
-    def _extract(self, indices: Tensor, number: int, bar: tqdm, head: str) -> Features:
-        """A forward pass over the samples of the episode."""
-        done = 0
-
-        def show(rows: int) -> None:
-            nonlocal done
-            done += rows
-            bar.set_description(f"{head} features {100 * done // len(indices)}%")
-
-        show(0)
-        return extract(
-            self.model if self.average is None else self.average.model,
-            self.dataset,
-            indices,
-            transform=self.transform,
-            batch_size=self.plan.batch_size,
-            device=self.device,
-            seed=self._seed(number, 1),
-            workers=self.config.data.workers,
-            captions=self.config.data.captions,
-            autocast=self.autocast,
-            progress=show,
+            start=done * self.plan.batch_size,
+            faults=self.faults,
         )
 
     def _train_step(self, batch: Batch, number: int, bar: tqdm) -> None:
         lr = learning_rate(self.config.optim, self.plan.total_steps, self.step)
         self.optimiser.set_lr(lr)
+        self.guard.before()
         with self.phases.measure("forward"):
             batch = batch.to(self.device, non_blocking=True)
-            with self.autocast():
-                encoded, projected = self.model(batch.image, batch.tokens, project=self._projects)
-            losses = self.loss(
-                encoded,
-                projected,
-                batch.index,
-                self.model.logit_scale,
-                self.model.proto_scale,
-                self.episode,
-            )
+            projected, losses = self.forward(batch)
         with self.phases.measure("backward"):
-            norm = self.optimiser.step(losses.total)
+            norm, finite = self.optimiser.step(losses.total)
         if self.store is not None and projected is not None:
             start = self.step - self.plan.steps_of(number).start
-            self.store.put(start * self.plan.batch_size, batch.index, projected)
+            known = torch.where(finite, batch.index, -1)  # -1: no such row
+            self.store.put(start * self.plan.batch_size, known, projected)
         self.step += 1
         if self.average is not None:
             self.average.update(self.model, self.step)
         bar.update(len(batch))
         if self.step % self.config.run.log_every_n_steps == 0 or self.step == self.plan.total_steps:
             self._log(losses, norm, lr, number, bar)
+        for step, bad in self.guard.after(self.step, batch, finite):
+            report_bad_step(self, step, bad)
+
+    def forward(self, batch: Batch) -> tuple[Any, Losses]:
+        """Projections and losses of a batch on the device."""
+        with self.autocast():
+            encoded, projected = self.model(batch.image, batch.tokens, project=self._projects)
+        losses = self.loss(
+            encoded,
+            projected,
+            batch.index,
+            self.model.logit_scale,
+            self.model.proto_scale,
+            self.episode,
+        )
+        return projected, losses
 
     def _log(self, losses: Losses, norm: Tensor, lr: float, number: int, bar: tqdm) -> None:
         """Read the device once, write one line of metrics, refresh the bar."""
@@ -229,12 +229,11 @@ class Trainer:
             "grad_norm": norm,
         }
         values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()]).tolist()
-        record = dict(zip(scalars, values, strict=True))
-        if not math.isfinite(record["loss"]):
-            raise ValueError(
-                f"training: the loss is {record['loss']} at step {self.step}; lower --lr, lengthen "
-                "--warmup, or use --precision fp32"
-            )
+        record = {k: v for k, v in zip(scalars, values, strict=True) if math.isfinite(v)}
+        if self.guard.total:
+            record["bad_steps"] = self.guard.total
+        if self.faults.count:
+            record["bad_samples"] = self.faults.count
         now, step = time.perf_counter(), self.step
         then, last = self._logged_at
         self._logged_at = (now, step)
@@ -248,7 +247,7 @@ class Trainer:
         if self.episode is not None and step == self.plan.steps_of(number).start + 1:
             record |= self.episode.metrics
         self.folder.metrics(step, step * self.plan.batch_size, record)
-        bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+        bar.set_postfix(loss=f"{record.get('loss', math.nan):.3f}", refresh=False)
 
     def _at_border(self) -> None:
         """After a step: evaluate and save where an epoch that asks for it has just ended."""
@@ -265,19 +264,13 @@ class Trainer:
             epoch = self.step // per_epoch
             if epoch % run.save_frequency == 0:
                 self.save(epoch)
+        save_or_stop(self)
 
     def save(self, epoch: int | None) -> None:
         """Write a checkpoint that OpenCLIP reads too; ``epoch`` None: the newest."""
         with self.phases.measure("checkpoint", on_host=True):
-            payload = {
-                "epoch": epoch or math.ceil(self.step / self.plan.steps_per_epoch),
-                "name": self.folder.path.name,
-                "state_dict": self.model.clip.state_dict(),
-                "optimizer": self.optimiser.adamw.state_dict(),
-                "protoclip": {
-                    **self.model.extra_state(),
-                    "config": to_dict(self.config),
-                    "step": self.step,
-                },
-            }
+            payload = capture(self, epoch)
             self.folder.checkpoint(payload, epoch)
+        if epoch is None:
+            self._saved_at = self.step
+            self.schedule.saved()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -38,6 +38,11 @@ class Phases:
 
     def add(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def restore(self, seconds: Mapping[str, float]) -> None:
+        """Add what a run had spent before it was interrupted."""
+        for name, spent in seconds.items():
+            self.add(name, spent)
 
     def seconds(self) -> dict[str, float]:
         """Totals so far, in the order in which phases first ended; waits for the device."""

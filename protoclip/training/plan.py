@@ -6,6 +6,7 @@ Everything follows from (seed, step): nothing here remembers what was asked befo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,11 +66,19 @@ def make_plan(config: TrainConfig, samples: int) -> Plan:
     return Plan(samples, batch, per_epoch, per_episode, total)
 
 
-def draw(plan: Plan, seed: int, steps: range, *, replacement: bool = False) -> Tensor:
+def draw(
+    plan: Plan,
+    seed: int,
+    steps: range,
+    *,
+    replacement: bool = False,
+    order: Callable[[torch.Generator], Tensor] | None = None,
+) -> Tensor:
     """Positions of the samples of ``steps``, int64 [len(steps) * batch_size].
 
     Without replacement each epoch is one permutation; its last batch is filled from its beginning,
-    so that no batch holds a sample twice.
+    so that no batch holds a sample twice. ``order`` makes the epoch, int64 [plan.samples], in
+    another way.
     """
     parts = []
     first, last = steps.start // plan.steps_per_epoch, (steps.stop - 1) // plan.steps_per_epoch
@@ -79,8 +88,8 @@ def draw(plan: Plan, seed: int, steps: range, *, replacement: bool = False) -> T
         if replacement:
             parts.append(torch.randint(plan.samples, (per_epoch,), generator=random))
         else:
-            order = torch.randperm(plan.samples, generator=random)
-            parts.append(torch.cat([order, order[: per_epoch - plan.samples]]))
+            permutation = order(random) if order else torch.randperm(plan.samples, generator=random)
+            parts.append(torch.cat([permutation, permutation[: per_epoch - plan.samples]]))
     start = (steps.start - first * plan.steps_per_epoch) * plan.batch_size
     return torch.cat(parts)[start : start + len(steps) * plan.batch_size]
 

@@ -1,0 +1,101 @@
+"""Images a second of the data loader alone, beside OpenCLIP's own pipeline.
+
+The same shards (img2dataset's layout: jpg, txt and json of one key), workers, transform and
+tokenizer: crops of two photos that come with scikit-learn, 320 to 480 pixels a side, to 224 pixels.
+OpenCLIP's training loader needs webdataset 0.2.86; with 1.x its row is skipped. An epoch is timed
+with the start of its workers. ``pytest benchmarks/test_loader.py --benchmark-only``.
+"""
+
+import io
+import json
+import tarfile
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness import LINES
+
+from protoclip.data import batches, build_transform, open_dataset
+
+COUNT, SHARDS, BATCH, SIDE, WORKERS = 1536, 6, 64, 224, 2
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    datasets = pytest.importorskip("sklearn.datasets")
+    from PIL import Image
+
+    photos = [
+        Image.fromarray(datasets.load_sample_image(name)) for name in ("china.jpg", "flower.jpg")
+    ]
+    folder = tmp_path_factory.mktemp("shards")
+    random = torch.Generator().manual_seed(0)
+    for shard in range(SHARDS):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for i in range(shard, COUNT, SHARDS):
+                width, height = torch.randint(320, 481, (2,), generator=random).tolist()
+                height = min(height, 427)
+                x = int(torch.randint(640 - width + 1, (), generator=random))
+                y = int(torch.randint(427 - height + 1, (), generator=random))
+                jpg = io.BytesIO()
+                photos[i % 2].crop((x, y, x + width, y + height)).save(jpg, "JPEG", quality=90)
+                caption = f"crop {i} of {('a temple', 'a flower')[i % 2]}"
+                about = json.dumps({"caption": caption, "key": f"{i:09d}", "status": "success"})
+                for kind, data in (("jpg", jpg.getvalue()), ("txt", caption.encode())):
+                    _add(tar, f"{i:09d}.{kind}", data)
+                _add(tar, f"{i:09d}.json", about.encode())
+    return f"{folder}/{{00000..{SHARDS - 1:05d}}}.tar"
+
+
+def _add(tar, name, data):
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _protoclip(spec, open_clip):
+    model = dict(mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD)
+    dataset = open_dataset(spec)
+    transform = build_transform(SIDE, augmentation="clip", **model)
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+
+    def epoch():
+        draws = torch.randperm(len(dataset))
+        loaded = batches(dataset, draws, BATCH, transform, tokenizer, seed=0, workers=WORKERS)
+        return sum(len(batch.image) for batch in loaded)
+
+    return epoch
+
+
+def _open_clip(spec, open_clip):
+    import webdataset
+
+    if webdataset.__version__.split(".")[0] != "0":
+        pytest.skip("OpenCLIP's training loader needs webdataset 0.2.86: KeyError 'fname' with 1.x")
+    data = pytest.importorskip("open_clip_train.data")
+    args = SimpleNamespace(
+        train_data=spec, train_num_samples=COUNT, train_data_upsampling_factors=None,
+        dataset_resampled=False, seed=0, workers=WORKERS, world_size=1, batch_size=BATCH,
+    )  # fmt: skip
+    transform = open_clip.transform.image_transform(SIDE, is_train=True)
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+
+    def epoch():
+        # Made anew, as its workers persist: each timed epoch starts them, like ours.
+        loader = data.get_wds_dataset(args, transform, is_train=True, tokenizer=tokenizer)
+        return sum(len(image) for image, _ in loader.dataloader)
+
+    return epoch
+
+
+@pytest.mark.parametrize("name", ["protoclip", "open_clip"])
+def test_epoch(benchmark, shards, name):
+    open_clip = pytest.importorskip("open_clip")
+    epoch = {"protoclip": _protoclip, "open_clip": _open_clip}[name](shards, open_clip)
+    assert epoch() == COUNT
+    benchmark.pedantic(epoch, rounds=3, iterations=1)
+    rate = COUNT / benchmark.stats.stats.min
+    benchmark.extra_info.update(images_per_second=rate, workers=WORKERS, side=SIDE)
+    LINES.append(
+        f"loader {name:10s} {WORKERS} workers, {SIDE} px | {rate:7.0f} images/s (best of 3)"
+    )

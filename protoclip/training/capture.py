@@ -1,0 +1,128 @@
+"""A trainer's state as a checkpoint, and back; when to write one, and when to end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from protoclip.clustering import Clustering
+from protoclip.config import to_dict
+from protoclip.data import Batch
+from protoclip.episode import Episode, PrototypeSet
+from protoclip.training.guard import describe, first_not_finite
+from protoclip.training.saving import Stopped, agree
+from protoclip.training.state import fingerprint, pack, random_states, set_random_state, unpack
+
+if TYPE_CHECKING:
+    from protoclip.training.loop import Trainer
+
+PACKED = {cls.__name__: cls for cls in (Episode, Clustering, PrototypeSet)}
+
+
+class Stateful(Protocol):
+    """A part of a run with a state of its own; tensors, numbers, strings and containers of them."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+def capture(trainer: Trainer, epoch: int | None) -> dict[str, Any]:
+    """A checkpoint that OpenCLIP reads too; a collective call. ``epoch`` None: the newest."""
+    return {
+        "epoch": epoch or math.ceil(trainer.step / trainer.plan.steps_per_epoch),
+        "name": trainer.folder.path.name,
+        "state_dict": trainer.model.clip.state_dict(),
+        "optimizer": trainer.optimiser.adamw.state_dict(),
+        "protoclip": {
+            **trainer.model.extra_state(),
+            "config": to_dict(trainer.config),
+            "step": trainer.step,
+            "training": {
+                "scaler": trainer.optimiser.scaler.state_dict(),
+                "random": random_states(trainer.device),
+                "episode": pack(trainer.episode),
+                "seconds": trainer.phases.seconds(),
+                "data": fingerprint(trainer.dataset.keys),
+                "stateful": {name: part.state_dict() for name, part in trainer.stateful.items()},
+            },
+        },
+    }
+
+
+def restore(trainer: Trainer, payload: Mapping[str, Any]) -> None:
+    """Let a new trainer go on from a checkpoint of the same run.
+
+    Raises:
+        ValueError: it is of another model, version or number of ranks.
+    """
+    training = payload["protoclip"]["training"]
+    if set(training["stateful"]) != set(trainer.stateful):
+        raise ValueError(
+            f"--resume: expected the state of {sorted(trainer.stateful)}, got that of "
+            f"{sorted(training['stateful'])}; resume with the settings of the run"
+        )
+    try:
+        trainer.model.load_state(dict(payload))
+        trainer.optimiser.load_state(payload["optimizer"], training["scaler"])
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"--resume: the checkpoint does not fit this model: {str(error)[:300]}"
+        ) from error
+    trainer.episode = unpack(training["episode"], PACKED, trainer.device)
+    for name, part in trainer.stateful.items():
+        part.load_state_dict(training["stateful"][name])
+    trainer.phases.restore(training["seconds"])
+    trainer.step = int(payload["protoclip"]["step"])
+    set_random_state(training["random"], trainer.device)
+
+
+def save_or_stop(trainer: Trainer) -> None:
+    """Write the newest state where it is due, and end where a signal asks for it."""
+    timed, stop = agree(trainer.step, trainer.schedule.by_clock(), bool(trainer.signals.asked))
+    if stop or timed or trainer.schedule.at(trainer.step):
+        _save_if_room(trainer, must=stop)
+    if stop:
+        raise Stopped(
+            f"stopped by {trainer.signals.asked or 'a signal to another rank'} after step "
+            f"{trainer.step}; go on with --resume {trainer.folder.path}"
+        )
+
+
+def _save_if_room(trainer: Trainer, must: bool) -> None:
+    """Save; a disk that refuses costs a warning, unless the run ``must``."""
+    try:
+        trainer.save(None)
+    except OSError as error:
+        if must:
+            raise
+        trainer.folder.say(
+            f"checkpoint after step {trainer.step} not written: {error.strerror}; the last one is "
+            "untouched, training goes on, make room on the disk"
+        )
+
+
+def report_bad_step(trainer: Trainer, step: int, batch: Batch) -> None:
+    """Report a step that was skipped; after --max-bad-steps in a row save, explain and stop."""
+    keys = [trainer.dataset.keys[i] for i in batch.index.tolist()]
+    trainer.folder.note(f"step {step} skipped, loss or gradient not finite; samples: {keys}")
+    limit = trainer.config.run.max_bad_steps
+    if trainer.guard.in_a_row < limit:
+        return
+    trainer.guard.before()
+
+    def terms(batch: Batch) -> dict[str, Tensor]:
+        losses = trainer.forward(batch)[1]
+        return {**losses.terms, "total": losses.total}
+
+    culprit = first_not_finite(trainer.model, batch, terms)
+    trainer.guard.undo()
+    trainer.save(None)
+    raise ValueError(
+        f"training: loss or gradient was not finite in {limit} steps in a row, the last one "
+        f"step {step}; first bad: {culprit}; samples: {describe(keys)} (all in out.log). The "
+        f"weights are those before, saved in {trainer.folder.checkpoints}. Lower --lr, lengthen "
+        "--warmup, use --precision fp32, or look at these samples"
+    )

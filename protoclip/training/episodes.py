@@ -1,0 +1,77 @@
+"""What happens between two episodes: features of the coming samples, clusters, prototypes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from protoclip.distributed import generator, world_size
+from protoclip.episode import Episode, build_episode
+from protoclip.features import Features, extract
+from protoclip.training.capture import save_or_stop
+from protoclip.training.plan import EPISODES
+
+if TYPE_CHECKING:
+    from protoclip.training.loop import Trainer
+
+
+def episode_seed(seed: int, number: int, purpose: int) -> int:
+    """Of one purpose (0 training, 1 features) in episode ``number``."""
+    random = generator(seed, EPISODES, number, purpose)
+    return int(torch.randint(2**31, (), generator=random))
+
+
+def rebuild_episode(trainer: Trainer, number: int, draws: Tensor, bar: tqdm, head: str) -> Episode:
+    """The prototypes of episode ``number``, whose samples are ``draws``."""
+    indices = draws.unique()
+    with trainer.phases.measure("features"):
+        if trainer.store is not None:
+            features = trainer.store.features()
+        else:
+            features = _extract(trainer, indices, number, bar, head)
+    bar.set_description(f"{head} clusters")
+    with trainer.phases.measure("clusters"):
+        return build_episode(
+            features,
+            trainer.teachers,
+            trainer.config.episode,
+            generator(trainer.config.run.seed, EPISODES, number, 2),
+            trainer.episode,
+            keys=trainer.dataset.keys,
+            internal=trainer.internal,
+            coming=None if trainer.store is None else indices,
+            classes={
+                name: known.ids.to(trainer.device) for name, known in trainer.dataset.labels.items()
+            },
+        )
+
+
+def _extract(trainer: Trainer, indices: Tensor, number: int, bar: tqdm, head: str) -> Features:
+    """A forward pass over the samples of the episode."""
+    done = 0
+
+    def show(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if trainer.signals.asked and world_size() == 1:
+            save_or_stop(trainer)  # nothing has changed since the last step
+        bar.set_description(f"{head} features {100 * done // len(indices)}%")
+
+    show(0)
+    return extract(
+        trainer.model if trainer.average is None else trainer.average.model,
+        trainer.dataset,
+        indices,
+        transform=trainer.transform,
+        batch_size=trainer.plan.batch_size,
+        device=trainer.device,
+        seed=episode_seed(trainer.config.run.seed, number, 1),
+        workers=trainer.config.data.workers,
+        captions=trainer.config.data.captions,
+        autocast=trainer.autocast,
+        progress=show,
+        faults=trainer.faults,
+    )

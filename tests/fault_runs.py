@@ -1,0 +1,173 @@
+"""Kill a real training run again and again, and compare what it becomes with a run left alone.
+
+``python tests/fault_runs.py --kills 20`` (``make faults``) prints counts; the tests run it short.
+Each attempt is a fork of one process that has imported everything but run nothing, so that a kill
+costs a second, not the ten of a fresh interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a pool of threads does not survive a fork
+
+import protoclip.train as command
+from protoclip.data.export import export_shards
+from protoclip.data.sources import open_dataset
+from protoclip.training.loop import Trainer
+
+NANO = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {
+        "context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1,
+    },
+}  # fmt: skip
+SAMPLES, BATCH, STEPS = 150, 16, 40  # ten steps an epoch, the last batch filled; four epochs
+FLAGS = [
+    "--batch-size", str(BATCH), "--max-steps", str(STEPS), "--episode-size", "64", "--k", "8",
+    "--infonce-warmup-epoch", "1", "--projection-hidden-dim", "32", "--report-to", "none",
+    "--val-frequency", "0", "--lr", "0.003",
+]  # fmt: skip
+
+
+def prepare(folder: Path) -> list[str]:
+    """Shards and a small model in ``folder``; the flags that use them."""
+    model = folder / "nano.json"
+    model.write_text(json.dumps(NANO))
+    shards = folder / "shards"
+    if not shards.exists():
+        export_shards(open_dataset(f"builtin:shapes:{SAMPLES}"), shards, per_shard=40)
+    flags = ["--train-data", str(shards), "--model", str(model), "--logs", str(folder / "logs")]
+    return [*flags, *FLAGS]
+
+
+def start(flags: list[str], folder: Path, name: str) -> int:
+    """Fork a child that trains; its process id. Which samples a step saw goes to NAME.seen."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        out = os.open(folder / f"{name}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        seen = open(folder / f"{name}.seen", "a", buffering=1)  # noqa: SIM115
+        train_step = Trainer._train_step
+
+        def recorded(self, batch, *rest):
+            print(json.dumps([self.step, batch.index.tolist()]), file=seen)
+            return train_step(self, batch, *rest)
+
+        Trainer._train_step = recorded  # type: ignore[method-assign]
+        command.draw_plots = lambda *_: None  # 3 s each, and no part of a run's state
+        code = command.main([*flags, "--name", name, "--resume", "auto"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def wait(child: int) -> int:
+    """Exit code of a child, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def losses(folder: Path, name: str) -> dict[int, float]:
+    """Step -> loss, from metrics.jsonl."""
+    lines = (folder / "logs" / name / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len({r["step"] for r in records}) == len(records), "a step is logged twice"
+    return {r["step"]: r["loss"] for r in records}
+
+
+def faulty_samples(folder: Path, name: str) -> int:
+    """Samples lost or seen twice in an epoch, by what each step really trained on."""
+    steps = dict(map(json.loads, (folder / f"{name}.seen").read_text().splitlines()))
+    assert sorted(steps) == list(range(STEPS))
+    wrong = 0
+    per_epoch = -(-SAMPLES // BATCH)
+    for first in range(0, STEPS, per_epoch):
+        drawn = [i for step in range(first, first + per_epoch) for i in steps[step]][:SAMPLES]
+        wrong += SAMPLES - len(set(drawn))
+    return wrong
+
+
+def kill_often(flags: list[str], folder: Path, name: str, kills: int, seed: int = 0) -> dict:
+    """Train ``name`` to its end through ``kills`` kills; every other one inside a write."""
+    dice = random.Random(seed)
+    run = folder / "logs" / name
+    done, in_write = 0, 0
+    while True:
+        child = start([*flags, "--save-every", "1steps"], folder, name)
+        if done < kills:
+            inside = done % 2 == 1
+            if _await_moment(child, run, dice, inside):
+                os.kill(child, signal.SIGKILL)
+                in_write += inside and any((run / "checkpoints").glob("*.tmp"))
+                done += 1
+        code = wait(child)
+        if code == 0:
+            return {"kills": done, "inside a write": in_write}
+        if code != -signal.SIGKILL:
+            raise RuntimeError((folder / f"{name}.out").read_text()[-2000:])
+
+
+def _await_moment(child: int, run: Path, dice: random.Random, inside: bool) -> bool:
+    """Wait for one more step and a random moment, or for a checkpoint that is being written."""
+    size = _size(run)
+    patience = time.monotonic() + 120
+    while _size(run) <= size:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return False
+        assert time.monotonic() < patience, "the run hangs"
+        time.sleep(0.0005)
+    if not inside:
+        time.sleep(dice.random() * 0.1)
+        return True
+    pause = dice.random() * 0.02
+    while time.monotonic() < patience:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return False
+        if any((run / "checkpoints").glob("*.tmp")):
+            time.sleep(pause)
+            return True
+    return False
+
+
+def _size(run: Path) -> int:
+    try:
+        return (run / "metrics.jsonl").stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # its fsync costs nothing
+    with tempfile.TemporaryDirectory(dir=memory) as scratch:
+        folder = Path(scratch)
+        flags = prepare(folder)
+        assert wait(start(flags, folder, "whole")) == 0, (folder / "whole.out").read_text()
+        counts = kill_often(flags, folder, "killed", arguments.kills, arguments.seed)
+        whole, killed = losses(folder, "whole"), losses(folder, "killed")
+        counts["steps whose loss differs"] = sum(whole[s] != killed.get(s) for s in whole)
+        counts["samples lost or seen twice"] = faulty_samples(folder, "killed")
+    print(", ".join(f"{name}: {value}" for name, value in counts.items()))
+    return int(bool(counts["steps whose loss differs"] or counts["samples lost or seen twice"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""Inputs nobody meant: every one gives a result or an error in words, never anything else."""
+
+import contextlib
+import io
+import json
+import tarfile
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_data_csv import encoded, picture
+
+import protoclip
+from protoclip import checkpoint
+from protoclip.config import TrainConfig, check, from_dict, to_dict
+from protoclip.data import DataError
+from protoclip.data.shards import ShardDataset
+from protoclip.data.tar_index import parse_captions
+
+quick = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.fixture
+def no_index(monkeypatch, tmp_path):
+    """A file in place of the cache, so that no index is kept: each example is read anew."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "file"))
+
+
+def _tar() -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for i in range(3):
+            for extension, data in (
+                ("png", encoded(picture(i))),
+                ("json", json.dumps({"captions": [f"number {i}", "two"]}).encode()),
+                ("txt", b"one\ntwo"),
+            ):
+                info = tarfile.TarInfo(f"{i}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def _checkpoint() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "c.pt"
+        checkpoint.save(path, {"a": torch.arange(20), "b": {"c": "text", "d": [1, 2.5, None]}})
+        return path.read_bytes()
+
+
+TAR, CHECKPOINT = _tar(), _checkpoint()
+changes = st.lists(
+    st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=40)), max_size=6
+)
+
+
+def _damaged(data: bytes, edits, keep: float) -> bytes:
+    result = bytearray(data)
+    for where, new in edits:
+        start = int(where * len(data))
+        result[start : start + len(new)] = new
+    return bytes(result[: int(keep * len(result))])
+
+
+@pytest.mark.usefixtures("no_index")
+@quick
+@given(changes, st.one_of(st.just(1.0), st.floats(0, 1)))
+def test_the_tar_reader(edits, keep):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "s.tar"
+        path.write_bytes(_damaged(TAR, edits, keep))
+        with contextlib.suppress(DataError):
+            dataset = ShardDataset(str(path))
+            assert len(dataset) == len(set(dataset.keys)) <= 9
+            for i in range(len(dataset)):
+                assert dataset.captions(i)
+                with contextlib.suppress(DataError):
+                    assert dataset.image(i).mode == "RGB"
+
+
+@quick
+@given(st.one_of(st.binary(max_size=200), st.text(max_size=100).map(str.encode)), st.booleans())
+def test_captions(data, is_json):
+    with contextlib.suppress(ValueError):
+        assert all(c and c == c.strip() for c in parse_captions(data, is_json))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+
+
+@quick
+@given(json_values, json_values)
+def test_captions_of_any_json(caption, captions):
+    data = json.dumps({"caption": caption, "captions": captions}).encode()
+    with contextlib.suppress(ValueError):
+        assert all(c and c == c.strip() for c in parse_captions(data, True))
+
+
+@quick
+@given(changes, st.one_of(st.just(1.0), st.floats(0, 1)))
+def test_the_checkpoint_loader(edits, keep):
+    """What is not the file that was written is refused: no damage passes the checksum."""
+    data = _damaged(CHECKPOINT, edits, keep)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "c.pt"
+        path.write_bytes(data)
+        if data == CHECKPOINT:
+            assert checkpoint.load(path)["b"] == {"c": "text", "d": [1, 2.5, None]}
+        elif data[-81:] == CHECKPOINT[-81:]:  # the seal is there, and does not fit
+            with pytest.raises(ValueError, match="checkpoint"):
+                checkpoint.load(path)
+        else:
+            with contextlib.suppress(ValueError):
+                checkpoint.load(path)
+
+
+def _fields(config: dict) -> list[tuple[str, str]]:
+    return [(s, k) for s, inner in config.items() if isinstance(inner, dict) for k in inner]
+
+
+@quick
+@given(st.sampled_from(_fields(to_dict(TrainConfig()))), json_values)
+def test_the_config(field, value):
+    section, key = field
+    values = to_dict(TrainConfig())
+    values[section][key] = value
+    with contextlib.suppress(ValueError, TypeError):
+        config = from_dict(TrainConfig, json.loads(json.dumps(values)))
+        check(config)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@quick
+@given(
+    st.integers(0, 9), st.integers(0, 5), st.integers(1, 6),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from(["plain", "transposed", "strided", "expanded"]),
+    st.floats(0.01, 100), st.integers(0, 99),
+)  # fmt: skip
+def test_the_ops(backend, rows, clusters, dim, dtype, layout, scale, seed):
+    """Any shape, dtype and stride: finite and right, or refused in words."""
+    random = torch.Generator().manual_seed(seed)
+
+    def rows_of(count):
+        plain = F.normalize(torch.randn(count, dim, generator=random), dim=1).to(dtype)
+        if layout == "transposed":
+            return plain.t().contiguous().t()
+        if layout == "strided":
+            return torch.stack([plain, plain * 0], dim=2)[..., 0]
+        return plain[:1].expand(count, dim) if layout == "expanded" and count else plain
+
+    image, text, prototypes = rows_of(rows), rows_of(rows), rows_of(clusters)
+    logit_scale = torch.tensor(scale)
+    loss = protoclip.info_nce(image, text, logit_scale, backend=backend)
+    logits = scale * image.double() @ text.double().t()
+    target = torch.arange(rows)
+    truth = (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
+    assert loss.isfinite() and (not rows or abs(loss - truth) <= 0.02 * (1 + scale * 0.01))
+    if not clusters and rows:
+        with pytest.raises(ValueError):
+            protoclip.kmeans_assign(image, prototypes, backend=backend)
+        return
+    labels, squared = protoclip.kmeans_assign(image, prototypes, backend=backend)
+    assert labels.shape == squared.shape == (rows,)
+    means, counts = protoclip.segment_mean(image, labels, clusters, backend=backend)
+    assert means.isfinite().all() and int(counts.sum()) == rows
+    proto = protoclip.prototype_cross_entropy(
+        image, prototypes, labels, logit_scale, backend=backend
+    )
+    assert proto.isfinite() and proto >= -1e-3
