@@ -78,3 +78,20 @@ def floor_ms(work: Work, dtype: str, machine: Machine) -> float:
     """The larger of arithmetic at the GEMM rate and traffic at the copy rate."""
     arithmetic = 0.0 if work.bound == "copy" else work.flop / (machine.tflops[dtype] * 1e12)
     return 1e3 * max(arithmetic, work.bytes / (machine.gbps * 1e9))
+
+
+def large() -> list[tuple[str, dict[str, int], str, Work]]:
+    """The sizes a card is bought for, whether or not one has been seen: op, shape, dtype, work."""
+    n, k, d = 200_000, 20_000, 128
+    clusters = {"N": n, "K": k, "D": d}
+    return [
+        ("info_nce", {"N": 32768, "D": 512}, "bf16", info_nce(32768, 512, "bf16")),
+        (
+            "prototype_cross_entropy",
+            {"N": 4096, "K": k, "D": d},
+            "bf16",
+            prototype_cross_entropy(4096, k, d, "bf16"),
+        ),
+        ("kmeans_assign", clusters, "bf16", kmeans_assign(n, k, d, "bf16")),
+        ("segment_mean", clusters, "bf16", segment_mean(n, k, d, "bf16")),
+    ]
