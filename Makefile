@@ -2,7 +2,7 @@ PYTHON ?= python
 SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
 
-.PHONY: check lint fix test faults bench bench-full kernels gpu gpu-sanitize
+.PHONY: check lint fix test faults bench bench-full study study-quick kernels gpu gpu-sanitize
 
 check: lint test  ## everything CI checks
 
@@ -20,14 +20,21 @@ fix:
 test:
 	$(PYTHON) -m pytest tests
 
-faults:  ## kill a run twenty times, at random and inside checkpoint writes; compare; two minutes
-	$(PYTHON) tests/fault_runs.py --kills 20
+faults:  ## kill a run twenty times and fill its disk, compare with one left alone; then every other fault
+	$(PYTHON) tests/fault_runs.py --kills 20 --full-disk
+	$(PYTHON) -m pytest tests/test_faults_*.py
 
 bench:  ## parity, then speed; under six minutes on two cores
 	$(PYTHON) -m pytest benchmarks --benchmark-only $(if $(RECORD),--record $(RECORD))
 
 bench-full:  ## the wide sweeps and sizes too; recorded under benchmarks/results unless RECORD says where
 	$(PYTHON) -m pytest benchmarks --benchmark-only --sizes full --record $(or $(RECORD),benchmarks/results)
+
+study:  ## what each design is worth, over seeds; about an hour on two cores, resumable
+	$(PYTHON) -m benchmarks.study
+
+study-quick:  ## four rows, two seeds, short runs: ten minutes
+	$(PYTHON) -m benchmarks.study --quick
 
 kernels:  ## registers, spills, shared memory and instruction of each launch row; no GPU needed
 	env -u TRITON_INTERPRET $(PYTHON) -m protoclip.kernels.compile_report

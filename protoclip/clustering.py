@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,8 +27,14 @@ class Clustering:
 
 
 def check_clusters(config: EpisodeConfig, samples: int) -> tuple[int, ...]:
-    """Each K of an episode of ``samples``; more clusters than samples is the user's mistake."""
-    numbers = tuple(k or max(1, samples // 10) for k in config.clusters)
+    """Each K of an episode of ``samples``.
+
+    Raises:
+        ValueError: more clusters than samples, or a k-means backend that is not there.
+    """
+    if config.kmeans_backend == "faiss":
+        importlib.import_module("protoclip.faiss_kmeans").load_faiss()
+    numbers = tuple(dict.fromkeys(k or max(1, samples // 10) for k in config.clusters))
     if max(numbers) > samples:
         raise ValueError(
             f"--k: expected at most one cluster per sample, got k={max(numbers)} for an episode of "
@@ -73,6 +80,7 @@ def cluster(
         init=init,
         seed=seed,
         spherical=config.normalize_centroids,
+        backend=config.kmeans_backend,
     )
     filled = clusters.counts > 0
     metrics = {

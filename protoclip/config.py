@@ -40,6 +40,11 @@ class DataConfig:
         "'d/{000..012}.tar', globs, urls, pipe:COMMAND; sources joined by '::'",
     )
     val_data: str = option("", "data to evaluate on; default: the held-out part of built-in data")
+    imagenet_val: str = option(
+        "",
+        "pictures with classes for zero-shot evaluation during training: a folder of class "
+        "folders, a CLIP_benchmark folder, or built-in data",
+    )
     train_num_samples: int = option(0, "use only the first N samples; 0: all", low=0)
     train_data_upsampling_factors: str = option(
         "",
@@ -158,6 +163,11 @@ class EpisodeConfig:
         "start k-means from the last episode's centroids, or anew",
         choices=("warm", "random", "k-means++"),
     )
+    kmeans_backend: str = option(
+        "auto",
+        "who runs k-means: protoclip's fastest usable backend, one by name, or faiss (the paper's)",
+        choices=("auto", "reference", "cpu", "cuda", "faiss"),
+    )
     kmeans_max_iter: int = option(20, "iterations of k-means", low=1)
     kmeans_nredo: int = option(1, "restarts of k-means when not warm (paper: 3)", low=1)
     external_teacher: tuple[str, ...] = option(
@@ -226,6 +236,9 @@ class RunConfig:
     log_every_n_steps: int = option(1, "lines of metrics.jsonl, points of the curves", low=1)
     val_frequency: float = option(
         5.0, "epochs between quick evaluations; 0: only at the end", low=0
+    )
+    zeroshot_frequency: float = option(
+        2.0, "epochs between zero-shot evaluations on --imagenet-val; 0: none", low=0
     )
     save_frequency: int = option(0, "epochs between kept checkpoints; 0: only the last", low=0)
     save_every: str = option(

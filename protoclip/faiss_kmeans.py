@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def _faiss() -> ModuleType:
+def load_faiss() -> ModuleType:
+    """The module; ValueError with the remedy where it is missing."""
     try:
         return importlib.import_module("faiss")
     except ImportError as error:
-        raise RuntimeError(
+        raise ValueError(
             "kmeans: backend 'faiss' needs faiss, which cannot be imported "
             f"({error}); pip install faiss-cpu (or faiss-gpu-cu12), or use backend='auto'"
         ) from error
@@ -36,10 +37,10 @@ def faiss_kmeans(
     and faiss was built for it.
 
     Raises:
-        RuntimeError: faiss is not installed.
-        ValueError: ``group`` or init="k-means++" was asked, which faiss.Kmeans has not.
+        ValueError: faiss is not installed; ``group`` or init="k-means++" was asked, which
+            faiss.Kmeans has not.
     """
-    faiss = _faiss()
+    faiss = load_faiss()
     if group is not None:
         raise ValueError(
             "kmeans: backend 'faiss' runs in one process, got a process group; gather the points "

@@ -90,8 +90,8 @@ def kmeans(
     Returns:
         Clusters.
     Raises:
-        ValueError, TypeError: shapes or dtypes are wrong, K is out of range, points are not finite.
-        RuntimeError: backend "faiss" without faiss.
+        ValueError, TypeError: shapes or dtypes are wrong, K is out of range, points are not finite,
+            or the named backend cannot run, "faiss" without faiss included.
     """
     op = "kmeans"
     checks.matrix(op, "points", points, "[N, D]")

@@ -25,6 +25,7 @@ from protoclip.distributed import seed_everything
 from protoclip.evaluate import Results, format_table, peak_memory_bytes, read_results, write_results
 from protoclip.flags import build_parser, parse
 from protoclip.model import ProtoModel, build_model
+from protoclip.report import write_report
 from protoclip.training.capture import restore
 from protoclip.training.engine import choose_device, choose_precision
 from protoclip.training.inputs import faults_of, open_teachers, open_training_data, uses_prototypes
@@ -95,6 +96,9 @@ def train(config: TrainConfig) -> Path:
         raise SystemExit(check(dataset, config.data.workers))
     faults_of(dataset, config.data.max_bad_fraction, print)  # stops where too many are known
     plan = make_plan(config, EpochOrder(dataset, config.data).size)
+    if resume and resume.step >= plan.total_steps and (path / "results.json").exists():
+        print(f"{path} is complete: {resume.step} steps and its results", file=sys.stderr)
+        return path
     seed_everything(config.run.seed)
     model = build_model(config.model).to(device)
     with phases.measure("teacher", on_host=True):
@@ -156,6 +160,7 @@ def run(
         device=device,
         precision=precision,
         evaluate=evaluate.quick if evaluate.quick_sets else None,
+        zeroshot=evaluate.zeroshot if evaluate.zeroshot_data else None,
         signals=signals,
     )
     if resume:
@@ -163,7 +168,7 @@ def run(
     trainer.run()
     after = evaluate.full(model, "evaluating the trained model")
     with phases.measure("plots", on_host=True):
-        draw_plots(folder, config, trainer, dataset)
+        draw_plots(folder, config, trainer, dataset, evaluate, before, after)
     report(folder, config, before, after, phases, device)
 
 
@@ -239,6 +244,7 @@ def report(
             timing=timing,
             peak_memory_bytes=peak,
         )
+    folder.say(f"report: {write_report([folder.path])}")
     folder.say(f"done: {folder.path}")
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,9 +33,9 @@ NANO = {
         "context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1,
     },
 }  # fmt: skip
-SAMPLES, BATCH, STEPS = 150, 16, 40  # ten steps an epoch, the last batch filled; four epochs
+SAMPLES, BATCH, STEPS_PER_EPOCH = 150, 16, 10  # the last batch of an epoch is filled
 FLAGS = [
-    "--batch-size", str(BATCH), "--max-steps", str(STEPS), "--episode-size", "64", "--k", "8",
+    "--batch-size", str(BATCH), "--episode-size", "64", "--k", "8",
     "--infonce-warmup-epoch", "1", "--projection-hidden-dim", "32", "--report-to", "none",
     "--val-frequency", "0", "--lr", "0.003",
 ]  # fmt: skip
@@ -82,23 +83,22 @@ def wait(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def losses(folder: Path, name: str) -> dict[int, float]:
+def losses(logs: Path, name: str) -> dict[int, float]:
     """Step -> loss, from metrics.jsonl."""
-    lines = (folder / "logs" / name / "metrics.jsonl").read_text().splitlines()
+    lines = (logs / name / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert len({r["step"] for r in records}) == len(records), "a step is logged twice"
     return {r["step"]: r["loss"] for r in records}
 
 
-def faulty_samples(folder: Path, name: str) -> int:
+def faulty_samples(folder: Path, name: str, total: int) -> int:
     """Samples lost or seen twice in an epoch, by what each step really trained on."""
     steps = dict(map(json.loads, (folder / f"{name}.seen").read_text().splitlines()))
-    assert sorted(steps) == list(range(STEPS))
+    assert sorted(steps) == list(range(total))
     wrong = 0
-    per_epoch = -(-SAMPLES // BATCH)
-    for first in range(0, STEPS, per_epoch):
-        drawn = [i for step in range(first, first + per_epoch) for i in steps[step]][:SAMPLES]
-        wrong += SAMPLES - len(set(drawn))
+    for first in range(0, total, STEPS_PER_EPOCH):
+        drawn = [i for step in range(first, first + STEPS_PER_EPOCH) for i in steps[step]][:SAMPLES]
+        wrong += len(drawn) - len(set(drawn))
     return wrong
 
 
@@ -120,6 +120,26 @@ def kill_often(flags: list[str], folder: Path, name: str, kills: int, seed: int 
             return {"kills": done, "inside a write": in_write}
         if code != -signal.SIGKILL:
             raise RuntimeError((folder / f"{name}.out").read_text()[-2000:])
+
+
+def fill_the_disk(flags: list[str], folder: Path, name: str) -> str:
+    """Let the disk of a run, a small tmpfs, fill up within checkpoints; then give it room."""
+    disk = folder / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        return "not tried, mounting is not permitted"
+    try:
+        flags = [*flags, "--logs", str(disk), "--save-every", "5steps"]
+        codes = [wait(start(flags, folder, name))]  # two checkpoints fit, no third beside them
+        left = sorted(path.name for path in (disk / name / "checkpoints").iterdir())
+        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        codes.append(wait(start(flags, folder, name)))
+        whole, filled = losses(folder / "logs", "whole"), losses(disk, name)
+        good = codes == [2, 0] and "epoch_latest.pt" in left and whole == filled
+        return "survived" if good else f"NOT survived {codes} {left}"
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def _await_moment(child: int, run: Path, dice: random.Random, inside: bool) -> bool:
@@ -154,19 +174,25 @@ def _size(run: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=4, help="of ten steps")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--full-disk", action="store_true", help="too; needs to mount a tmpfs")
     arguments = parser.parse_args(argv)
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # its fsync costs nothing
     with tempfile.TemporaryDirectory(dir=memory) as scratch:
         folder = Path(scratch)
-        flags = prepare(folder)
+        total = arguments.epochs * STEPS_PER_EPOCH
+        flags = [*prepare(folder), "--max-steps", str(total)]
         assert wait(start(flags, folder, "whole")) == 0, (folder / "whole.out").read_text()
         counts = kill_often(flags, folder, "killed", arguments.kills, arguments.seed)
-        whole, killed = losses(folder, "whole"), losses(folder, "killed")
+        whole, killed = (losses(folder / "logs", name) for name in ("whole", "killed"))
         counts["steps whose loss differs"] = sum(whole[s] != killed.get(s) for s in whole)
-        counts["samples lost or seen twice"] = faulty_samples(folder, "killed")
+        counts["samples lost or seen twice"] = faulty_samples(folder, "killed", total)
+        if arguments.full_disk:
+            counts["full disk"] = fill_the_disk(flags, folder, "filled")
     print(", ".join(f"{name}: {value}" for name, value in counts.items()))
-    return int(bool(counts["steps whose loss differs"] or counts["samples lost or seen twice"]))
+    bad = counts["steps whose loss differs"] or counts["samples lost or seen twice"]
+    return int(bool(bad) or "NOT" in counts.get("full disk", ""))
 
 
 if __name__ == "__main__":

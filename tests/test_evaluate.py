@@ -18,10 +18,16 @@ from protoclip.evaluate import (
     evaluate_model,
 )
 from protoclip.evaluate.__main__ import _output, build_parser, main
-from protoclip.evaluate.sets import _emoji_sets, encode_set, take
+from protoclip.evaluate.encode import _emoji_sets
+from protoclip.evaluate.sets import encode_set, take
 from protoclip.model import build_model
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("protoclip.evaluate.cache.cache_dir", lambda: tmp_path / "cache")
 
 
 class Towers(torch.nn.Module):

@@ -27,7 +27,7 @@ from protoclip.train import main
 def _alone(monkeypatch, tmp_path):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PROTOCLIP_BACKEND", "reference")  # the cache has no compiled library
-    monkeypatch.setattr(spool, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(spool, "STALL_SECONDS", 0.3)
     monkeypatch.setattr(spool.time, "sleep", lambda seconds: None)
     monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
 
@@ -84,7 +84,7 @@ class TestStreams:
         ("spec", "words"),
         [
             ("pipe:echo no such key >&2; exit 7", "ended with code 7 .no such key.*3 tries"),
-            ("pipe:sleep 60", "no byte in 1 s"),
+            ("pipe:sleep 60", "no byte in 0.3 s"),
             ("pipe:true", "nothing came"),
             ("http://127.0.0.1:9/a.tar", "127.0.0.1:9/a.tar: .*refused"),
             ("s3://bucket/a.tar", "pipe:aws s3 cp s3://bucket/a.tar -"),
@@ -96,21 +96,21 @@ class TestStreams:
             open_dataset(spec)
 
     def test_training_on_a_stream_resumes_exactly(self, tmp_path):
-        flags = [*prepare(tmp_path), "--max-steps", "8", "--k", "4"]
+        flags = [*prepare(tmp_path), "--max-steps", "6", "--k", "4"]
         spec = f"pipe:cat {tmp_path}/shards/{{00000..00003}}.tar"
         flags += ["--train-data", spec, "--spool-gb", "0.0001", "--shuffle-buffer", "20"]
         assert main([*flags, "--name", "whole"]) == 0
         run = tmp_path / "logs"
-        assert main([*flags, "--name", "cut", "--save-every", "3steps"]) == 0
+        assert main([*flags, "--name", "cut", "--save-every", "5steps"]) == 0
         checkpoints = run / "cut" / "checkpoints"
         os.replace(checkpoints / "epoch_previous.pt", checkpoints / "epoch_latest.pt")
         assert main(["--resume", str(run / "cut"), "--workers", "1"]) == 0
-        assert "after step 6" in (run / "cut" / "out.log").read_text()
+        assert "after step 5" in (run / "cut" / "out.log").read_text()
         losses = [
             [json.loads(line)["loss"] for line in (run / n / "metrics.jsonl").open()]
             for n in ("whole", "cut")
         ]
-        assert losses[0] == losses[1] and len(losses[0]) == 8
+        assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):

@@ -131,7 +131,7 @@ def test_faiss_missing_or_asked_too_much(monkeypatch):
     points = torch.randn(30, 4)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "faiss", None)
-        with pytest.raises(RuntimeError, match="pip install faiss-cpu"):
+        with pytest.raises(ValueError, match="pip install faiss-cpu"):
             protoclip.kmeans(points, 3, backend="faiss")
     pytest.importorskip("faiss")
     with pytest.raises(ValueError, match="init='random' or a Tensor"):

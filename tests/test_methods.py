@@ -1,6 +1,7 @@
 """Every switch of the method: what it changes, on tiny runs and on numbers."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from protoclip.features import Features, FeatureStore
 from protoclip.flags import build_parser, load_preset, parse, preset_names
 from protoclip.losses import similarity_distillation
 from protoclip.model import Encoded, build_model
+from protoclip.training.ema import MovingAverage
 from protoclip.training.loop import Trainer
 from protoclip.training.phases import Phases
 from protoclip.training.plan import make_plan
@@ -123,6 +125,40 @@ def test_a_locked_image_tower_does_not_move(run, tmp_path, flags):
     first, last = (checkpoint.load(folder / f"epoch_{n}.pt")["state_dict"] for n in (1, 2))
     moved = {name for name in first if not torch.equal(first[name], last[name])}
     assert moved and not any(name.startswith("visual.") for name in moved)
+
+
+class TestDiagnostics:
+    def test_an_episode_says_how_it_went(self, run):
+        lines = run("--grad-clip-norm", "0.01", teachers={"external": TEACHERS["a"]})
+        told = scalars(lines)
+        for source in ("image", "text", "external"):
+            sizes = [told[f"{source}_size_{name}"] for name in ("min", "median", "max")]
+            assert sizes == sorted(sizes) and told[f"{source}_empty"] == 0
+            assert 0 < told[f"{source}_purity_group"] <= 1
+            assert told[f"{source}_imbalance"] >= 1 and told[f"{source}_inertia"] > 0
+        assert told["image_target_entropy"] > 0 == told["external_target_entropy"]
+        for name in ("logit_scale", "logit_scale_proto"):
+            assert math.exp(told[f"{name}_raw"]) == pytest.approx(told[name], rel=1e-5)
+        assert {"seconds_features", "seconds_clusters", "seconds_backward"} <= set(told)
+        last = lines[-1]
+        parts = [last[f"grad_norm_{part}"] for part in ("image", "text", "heads", "scales")]
+        assert math.hypot(*parts) == pytest.approx(last["grad_norm"], rel=1e-3)
+
+
+def test_the_average_follows_the_weights():
+    layer = torch.nn.BatchNorm1d(2)
+    average = MovingAverage(layer, 0.5)
+    with torch.no_grad():
+        layer.weight.fill_(3.0)
+        layer.running_mean.fill_(7.0)
+    average.update(layer, 1)  # decay (1 + 1) / (10 + 1)
+    assert average.model.weight.tolist() == pytest.approx([3 - 2 * 2 / 11] * 2)
+    average.update(layer, 100)  # decay 0.5
+    assert average.model.weight.tolist() == pytest.approx([3 - 2 / 11] * 2)
+    assert average.model.running_mean.tolist() == [7, 7] and layer.weight.tolist() == [3, 3]
+    other = MovingAverage(torch.nn.BatchNorm1d(2), 0.5)
+    other.load_state_dict(average.state_dict())
+    assert torch.equal(other.model.weight, average.model.weight)
 
 
 class TestStore:

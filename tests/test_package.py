@@ -21,7 +21,7 @@ LAYERS = [
     ["features", "teacher"],
     ["clustering"],
     ["episode"],
-    ["losses", "openclip_losses"],
+    ["losses", "openclip_losses", "online_prototypes", "proto_clip_loss"],
     ["metrics"],
     ["evaluate"],
     ["report"],
@@ -93,13 +93,13 @@ def test_import_is_light():
 
 
 def test_import_costs_little():
-    """Of the processor, so that a busy machine does not matter; the best of three processes."""
+    """The best of five fresh processes; CPU time, which other work on the machine cannot add to."""
     code = (
         "import time, torch\nt = time.process_time()\nimport protoclip\n"
         "print(time.process_time() - t)"
     )
-    times = [float(_fresh(code)) for _ in range(3)]
-    assert min(times) < 0.1, times
+    times = sorted(float(_fresh(code)) for _ in range(5))
+    assert times[0] < 0.1, times
 
 
 def test_public_names_exist_and_are_documented():

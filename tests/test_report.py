@@ -60,13 +60,13 @@ def test_series_skip_what_is_not_a_number(tmp_path):
 
 def test_panels_and_legends():
     names = ["loss", "proto_loss", "logit_scale", "logit_scale_proto", "lr", "seconds_data"]
-    panels = dict(curves._panels([*names, "val_HO_text_retrieval_recall@5"]))
+    panels = dict(curves.panels([*names, "val_HO_text_retrieval_recall@5"]))
     assert panels["Loss (nats)"] == ["proto_loss"]  # the total would flatten the terms
     assert panels["Logit scale"] == ["logit_scale", "logit_scale_proto"]
     assert panels["Recall at 5"] == ["val_HO_text_retrieval_recall@5"]
-    assert dict(curves._panels(["loss"]))["Loss (nats)"] == ["loss"]
-    assert curves._words("val_HO_text_retrieval_recall@5") == "HO image → text"
-    assert curves._words("proto_loss") == "proto loss"
+    assert dict(curves.panels(["loss"]))["Loss (nats)"] == ["loss"]
+    assert curves.words_of("val_HO_text_retrieval_recall@5") == "HO image → text"
+    assert curves.words_of("proto_loss") == "proto loss"
 
 
 def test_running_mean():
@@ -96,14 +96,16 @@ def test_characters_no_font_has_become_dots():
 
 def test_spread_goes_from_the_largest_to_the_smallest():
     counts = torch.tensor([3, 0, 9, 1, 5, 5])
-    assert prototypes._spread_by_size(counts, 3) == [2, 5, 3]
-    assert prototypes._spread_by_size(counts, 99) == [2, 4, 5, 0, 3]
+    assert prototypes.spread_by_size(counts, 3) == [2, 5, 3]
+    assert prototypes.spread_by_size(counts, 99) == [2, 4, 5, 0, 3]
 
 
 def test_nearest_are_found_among_all_samples():
     features = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 3], [5, 0.2]])
     labels = torch.tensor([0, 0, 7, -1, 7])
-    got = prototypes._nearest(features, labels, [7, 0], 2)  # mean of rows 2 and 4: the diagonal
+    got = prototypes.nearest_samples(
+        features, labels, [7, 0], 2
+    )  # mean of rows 2 and 4: the diagonal
     assert got[1].tolist() == [4, 1] or got[1].tolist() == [4, 0]
     assert got.shape == (2, 2)
 

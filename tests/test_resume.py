@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 def test_kill_minus_nine_changes_no_bit_and_loses_no_sample():
     done = subprocess.run(
-        [sys.executable, str(HERE / "fault_runs.py"), "--kills", "2"],
+        [sys.executable, str(HERE / "fault_runs.py"), "--kills", "2", "--epochs", "2"],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -81,7 +81,7 @@ def test_a_signal_saves_and_ends_well_and_resume_is_exact(tmp_path, flags, monke
     assert all(
         torch.equal(moments[0][i][k], moments[1][i][k]) for i in moments[1] for k in moments[1][i]
     )
-    assert main([*flags, "--name", "cut", "--resume", "auto"]) == 0  # finished: nothing to do
+    assert main([*flags, "--name", "cut", "--resume", "auto"]) == 0  # nothing left to do
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 

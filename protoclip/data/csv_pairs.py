@@ -70,8 +70,12 @@ class CsvDataset:
     def captions(self, i: int) -> tuple[str, ...]:
         return (self._captions[i],)
 
+    def path(self, i: int) -> str:
+        """Where picture ``i`` is."""
+        return self._find(self._files[i])
+
     def image(self, i: int) -> Image.Image:
-        file = self._find(self._files[i])
+        file = self.path(i)
         where = f"{self.name}, pair {i + 1}, {file}"
         try:
             with open(file, "rb") as stream:

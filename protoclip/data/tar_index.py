@@ -105,7 +105,7 @@ def scan(path: str, name: str = "") -> ShardIndex:
     """Read the headers and captions of a tar; pictures are not touched. ``name`` is for errors."""
     index = ShardIndex([], [], [], [], [], os.path.getsize(path))
     seen: set[str] = set()
-    for key, members, fault in _samples(path, name or path):
+    for key, members, fault in samples(path, name or path):
         reason = fault or _judge(path, members)
         if not reason and key in seen:
             reason = "the key occurs twice"
@@ -125,10 +125,10 @@ def scan(path: str, name: str = "") -> ShardIndex:
 Members = dict[str, tuple[int, int]]  # extension -> offset, size
 
 
-def _samples(path: str, shard: str) -> Iterator[tuple[str, Members, str]]:
+def samples(path: str, shard: str = "") -> Iterator[tuple[str, Members, str]]:
     """Key, members and fault ("" if none) of each sample: neighbours with the same key."""
     key, members = "", Members()
-    with _open(path, shard) as tar:
+    with _open(path, shard or path) as tar:
         for name, extension, place in _members(tar, os.path.getsize(path)):
             if name != key:
                 if members:

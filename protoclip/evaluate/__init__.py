@@ -1,9 +1,9 @@
-"""Evaluate a model on pairs; ``python -m protoclip.evaluate RUN`` does so for a finished run."""
+"""Evaluate a model: ``python -m protoclip.evaluate MODEL --data ... --tasks ...``."""
 
+from protoclip.evaluate.records import records, write_records
 from protoclip.evaluate.results import (
     Results,
     SetResults,
-    clip_benchmark_records,
     format_table,
     read_results,
     write_results,
@@ -18,11 +18,12 @@ __all__ = [
     "Results",
     "SetResults",
     "class_prompts",
-    "clip_benchmark_records",
     "evaluate_features",
     "evaluate_model",
     "format_table",
     "peak_memory_bytes",
     "read_results",
+    "records",
+    "write_records",
     "write_results",
 ]

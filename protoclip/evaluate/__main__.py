@@ -1,9 +1,8 @@
-"""``python -m protoclip.evaluate RUN``: the table of a finished run again, from its checkpoint."""
+"""``python -m protoclip.evaluate MODEL``: any CLIP on any data, as a table and as JSON."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 import sys
 import time
@@ -11,96 +10,143 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from protoclip import checkpoint
-from protoclip.config import TrainConfig, from_dict
-from protoclip.evaluate.results import format_table, read_results, write_results
-from protoclip.evaluate.scores import evaluate_model, peak_memory_bytes
-from protoclip.model import build_model
+from protoclip.config import PRECISIONS, TrainConfig
+from protoclip.distributed import find_place, is_main, start, stop, world_size
+from protoclip.evaluate.models import Loaded, load_model
+from protoclip.evaluate.results import Results, format_table, read_results, write_results
+from protoclip.evaluate.run import Settings, choose, evaluate_loaded
+from protoclip.evaluate.scores import peak_memory_bytes
+from protoclip.evaluate.tasks import PROTOCOLS, TASKS, parse_tasks
+
+PROG = "python -m protoclip.evaluate"
+DESCRIPTION = """Evaluate a CLIP; prints a table, writes results.json and, per data set and task,
+the JSON that CLIP_benchmark writes."""
+TIMEOUT = 3600.0  # seconds a rank waits for the slowest slice
+LAYOUTS = """data: builtin:emoji | builtin:shapes[:N] | a folder of class folders (ImageFolder),
+also below train/ and test/ | a CLIP_benchmark folder (test/0.tar, classnames.txt,
+zeroshot_classification_templates.txt, dataset_type.txt) | a .csv or .tsv | webdataset shards with
+captions. Without a train split, probes learn from 80 %% of the pictures and are judged on 20 %%."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m protoclip.evaluate",
-        description="Evaluate a trained model; prints a table and writes results.json.",
-        allow_abbrev=False,
+        prog=PROG, description=DESCRIPTION, epilog=LAYOUTS, allow_abbrev=False
     )
-    parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", help="run folder or a checkpoint")
-    parser.add_argument(
-        "--data",
-        default="",
-        metavar="TEXT",
-        help="builtin:emoji, builtin:shapes[:N], a .csv/.tsv file or webdataset shards "
-        "(default: what the run was evaluated on)",
-    )
-    parser.add_argument(
-        "--captions",
-        default="first",
-        choices=("first", "all"),
-        help="one caption per image, or all of them (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--output",
-        default="",
-        metavar="PATH",
-        help="where the numbers go (default: results.json in the run folder; with --data or "
-        "--captions all, or for a single checkpoint, a name of its own)",
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N")
-    parser.add_argument("--workers", type=int, default=0, metavar="N")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="run folder, checkpoint, OpenCLIP name or local-dir:PATH")
+    add("--pretrained", default="", metavar="TEXT",
+        help="weights of an OpenCLIP name: a tag, a file, or random")  # fmt: skip
+    add("--data", default="", metavar="TEXT",
+        help="see below (default: what the run was evaluated on)")  # fmt: skip
+    add("--tasks", default="", metavar="LIST",
+        help=f"some of {','.join(TASKS)}, or all (default: what the data allows)")  # fmt: skip
+    add("--split", default="auto", metavar="NAME",
+        help="folder of the split to judge (default: test or val if there)")  # fmt: skip
+    add("--train-split", default="train", metavar="NAME", help="probes learn from it (%(default)s)")
+    add("--classnames", default="", metavar="FILE",
+        help="class names, one a line; imagenet: OpenCLIP's")  # fmt: skip
+    add("--templates", default="auto", metavar="NAME",
+        help="openai (80), simple (7), a file, or auto: the data's, else openai")  # fmt: skip
+    add("--protocol", default="heldout", choices=PROTOCOLS,
+        help="linear probe: L-BFGS with lambda chosen on held-out training samples, or the "
+        "authors' (SGD, unshuffled, best test epoch)")  # fmt: skip
+    add("--captions", default="auto", choices=("auto", "first", "all"),
+        help="of several per picture (auto: the first on built-in data, else all)")  # fmt: skip
+    add("--csv-label-key", default="", metavar="NAME", help="column of the class in a table")
+    for name, meta in (("separator", "C"), ("img-key", "NAME"), ("caption-key", "NAME")):
+        add(f"--csv-{name}", default=None, metavar=meta, help="as in training")
+    add("--output", default="", metavar="PATH",
+        help="where the numbers go (default: results.json in the run folder, a name that tells "
+        "for other data; for an OpenCLIP name in the working folder)")  # fmt: skip
+    add("--no-cache", action="store_true", help="encode again what has been encoded before")
+    add("--device", default="auto", help="cpu, cuda, ... (default: %(default)s)")
+    add("--precision", default="fp32", choices=PRECISIONS, help="of encoding (%(default)s)")
+    add("--seed", type=int, default=None, metavar="N", help="of splits (default: the run's, or 0)")
+    add("--batch-size", type=int, default=256, metavar="N")
+    add("--workers", type=int, default=0, metavar="N", help="processes that read pictures")
     return parser
 
 
 def run(args: argparse.Namespace) -> str:
-    """What the command line asks for; returns the text to print."""
+    """What the command line asks for; returns the text to print (on rank 0)."""
     started = time.perf_counter()
-    stored, payload = checkpoint.load_run(args.model)
-    config = from_dict(TrainConfig, stored)
-    # Its weights come from the checkpoint; what it once started from need not be there any more.
-    model = build_model(dataclasses.replace(config.model, pretrained=""))
-    model.load_state(payload)
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(name)
-    data = args.data or _own_data(config)
-    loaded = time.perf_counter() - started
-    with tqdm(desc="evaluating", unit=" rows", file=sys.stderr, leave=False) as bar:
-        after = evaluate_model(
-            model,
-            data,
-            seed=config.run.seed,
-            captions=args.captions,
-            batch_size=args.batch_size,
-            workers=args.workers,
-            progress=bar.update,
-            open_kwargs=_csv_columns(config),
-        )
-    output = Path(args.output) if args.output else _output(args, data if args.data else "")
+    tasks = parse_tasks(args.tasks) if args.tasks else None
+    loaded = load_model(args.model, args.pretrained)
+    data = args.data or _own_data(loaded.config)
+    settings = Settings(
+        data=data,
+        tasks=tasks,
+        split=args.split,
+        captions=_captions(args.captions, data),
+        protocol=args.protocol,
+        seed=args.seed if args.seed is not None else loaded.config.run.seed if loaded.config else 0,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        cached=not args.no_cache,
+        csv=_csv_columns(args, loaded.config),
+        layout={
+            "train_split": args.train_split,
+            "classnames": args.classnames,
+            "templates": args.templates,
+            "csv_label_key": args.csv_label_key,
+        },
+    )
+    place = find_place()
+    device, precision = choose(args.device, args.precision, place.local_rank)
+    start(place, device, TIMEOUT)
+    loaded.model.to(device)
+    took = time.perf_counter() - started
+    with tqdm(
+        desc="evaluating", unit=" rows", file=sys.stderr, leave=False, disable=not is_main()
+    ) as bar:
+        after, notes = evaluate_loaded(loaded, settings, device, precision, bar)
+    if not is_main():
+        return ""
+    return _written(args, loaded, data, after, notes, took, str(device))
+
+
+def _written(
+    args: argparse.Namespace,
+    loaded: Loaded,
+    data: str,
+    after: Results,
+    notes: Sequence[str],
+    took: float,
+    device: str,
+) -> str:
+    """Write the files; returns the table and where they are."""
+    output = Path(args.output) if args.output else _output(args, args.data)
     # What training left there, for the same data, is part of the same table.
-    earlier = _earlier(output, data)
+    earlier = {} if args.tasks else _earlier(output, data)
     before = earlier.get("untrained")
-    timing = earlier.get("seconds") or {"loading": loaded, "evaluation": after.seconds}
-    peak = earlier.get("peak_memory_bytes") or peak_memory_bytes(name)
+    timing = earlier.get("seconds") or {"loading": took, "evaluation": after.seconds}
+    peak = earlier.get("peak_memory_bytes") or peak_memory_bytes(device)
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_results(
         output,
         after,
         before,
         data=data,
-        model=config.model.model,
-        pretrained=str(checkpoint.find(args.model)),
+        model=loaded.name,
+        pretrained=loaded.pretrained,
         timing=timing,
         peak_memory_bytes=peak,
+        record_folder=output.parent / "clip_benchmark",
     )
     table = format_table(before, after, timing, peak_memory_bytes=peak)
-    return f"{table}\nEvaluated in {after.seconds:.1f} s, written to {output}"
+    ranks = f" on {world_size()} ranks" if world_size() > 1 else ""
+    lines = [table, *notes]
+    lines += [f"Evaluated in {after.seconds:.1f} s{ranks}, written to {output}"]
+    lines += [f"CLIP_benchmark's JSON: {output.parent / 'clip_benchmark'}"]
+    return "\n".join(lines)
 
 
-def _own_data(config: TrainConfig) -> str:
+def _own_data(config: TrainConfig | None) -> str:
     """What the run was evaluated on when it was trained."""
+    if config is None:
+        raise ValueError("--data is missing: what to evaluate the model on; see --help")
     data = config.data
     if data.val_data or data.train_data.startswith("builtin:"):
         return data.val_data or data.train_data
@@ -110,19 +156,36 @@ def _own_data(config: TrainConfig) -> str:
     )
 
 
-def _csv_columns(config: TrainConfig) -> dict[str, str]:
+def _captions(asked: str, data: str) -> str:
+    """Built-in captions differ in language and kind; those of a file are equals."""
+    if asked != "auto":
+        return asked
+    return "first" if data.startswith("builtin:") else "all"
+
+
+def _csv_columns(args: argparse.Namespace, config: TrainConfig | None) -> dict[str, Any]:
     names = ("csv_separator", "csv_img_key", "csv_caption_key")
-    return {name: getattr(config.data, name) for name in names}
+    run = (config or TrainConfig()).data
+    given = {name: getattr(args, name) for name in names}
+    return {name: getattr(run, name) if value is None else value for name, value in given.items()}
 
 
 def _output(args: argparse.Namespace, other_data: str) -> Path:
     """results.json of the run for its own evaluation, a name that tells for any other."""
     path = Path(args.model)
-    parts = [path.stem if path.is_file() else "", "results"]
-    parts += [re.sub(r"[^A-Za-z0-9]+", "_", other_data).strip("_")[-60:]]
+    there = path.exists()
+    stem = path.stem if path.is_file() else "" if there else args.model + "-" + args.pretrained
+    parts = [_slug(stem), "results", _slug(other_data)]
     parts += ["all_captions" if args.captions == "all" else ""]
-    folder = path.parent if path.is_file() else path
+    if args.tasks and there:
+        parts += [_slug(args.tasks)]
+    parts += [args.protocol if args.protocol != "heldout" else ""]
+    folder = (path.parent if path.is_file() else path) if there else Path(".")
     return folder / ("-".join(part for part in parts if part) + ".json")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[-60:]
 
 
 def _earlier(output: Path, data: str) -> dict[str, Any]:
@@ -137,10 +200,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake ends it with one line and status 2."""
     args = build_parser().parse_args(argv)
     try:
-        print(run(args))
+        text = run(args)
     except (ValueError, OSError) as error:
-        print(f"python -m protoclip.evaluate: error: {error}", file=sys.stderr)
+        print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        stop()
+    if text:
+        print(text)
     return 0
 
 

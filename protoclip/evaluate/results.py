@@ -13,13 +13,17 @@ from typing import Any
 
 from torch import Tensor
 
+from protoclip.evaluate.records import finite, finite_number, records, write_records
 from protoclip.metrics import bootstrap_mean
 
 PER_LABEL = (  # key after "LABEL/", words in the table
     ("acc1", "zero-shot {}"),
     ("lp_acc1", "linear probe {}"),
     ("knn_acc1", "nearest neighbours {}"),
+    ("mean_average_precision", "zero-shot mAP {}"),
+    ("ari", "k-means ARI {}"),
     ("ami", "k-means AMI {}"),
+    ("nmi", "k-means NMI {}"),
 )
 PLAIN = (
     ("text_retrieval_recall@1", "image -> text R@1"),
@@ -30,11 +34,12 @@ PLAIN = (
     ("image_retrieval_recall@10", "text -> image R@10"),
     ("text_retrieval_median_rank", "image -> text median rank"),
 )
-GEOMETRY = (("modality_gap", "modality gap"),)
-TASKS = {  # CLIP_benchmark's task -> the names of its metrics
-    "zeroshot_classification": ("acc1", "acc5", "mean_per_class_recall"),
-    "linear_probe": ("lp_acc1", "lp_acc5", "lp_mean_per_class_recall"),
-}
+GEOMETRY = (
+    ("modality_gap", "modality gap"),
+    ("alignment", "alignment (pairs' distance²)"),
+    ("image_uniformity", "uniformity of the images"),
+    ("text_uniformity", "uniformity of the texts"),
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def format_table(
         columns += f"{'trained':>11}{'95 % interval':>20}" + (f"{'change':>11}" if before else "")
         lines = [head, " " * 34 + columns]
         old = before.sets[key].metrics if before and key in before.sets else {}
-        for name, words in _rows(one.metrics):
+        for name, words in rows_of(one.metrics):
             line = f"  {words:<32}"
             if before:
                 line += f"{_number(old.get(name)):>11}"
@@ -104,7 +109,8 @@ def format_table(
     return "\n\n".join(blocks + ([footer] if footer else []))
 
 
-def _rows(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+def rows_of(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """(metric, words) of each row of a table, in its order."""
     labels = list(dict.fromkeys(name.split("/")[0] for name in metrics if "/" in name))
     rows = list(PLAIN)
     for key, words in PER_LABEL:
@@ -142,38 +148,6 @@ def _footer(timing: Mapping[str, float] | None, peak_memory_bytes: int | None) -
     return "\n".join(lines)
 
 
-def clip_benchmark_records(
-    results: Results, data: str, model: str, pretrained: str
-) -> list[dict[str, Any]]:
-    """The values in the records that ``clip_benchmark eval --output`` writes, one per task."""
-    records = []
-    for key, one in results.sets.items():
-
-        def record(task: str, dataset: str, metrics: Mapping[str, float]) -> None:
-            records.append(
-                {
-                    "dataset": dataset,
-                    "model": model,
-                    "pretrained": pretrained,
-                    "task": task,
-                    "metrics": {name: _finite(value) for name, value in metrics.items()},
-                    "language": "en",
-                }
-            )
-
-        plain = {name: v for name, v in one.metrics.items() if "_retrieval_recall@" in name}
-        if plain:
-            record("zeroshot_retrieval", f"{data}/{key}", plain)
-        for label in dict.fromkeys(name.split("/")[0] for name in one.metrics if "/" in name):
-            for task, names in TASKS.items():
-                found = {
-                    n: one.metrics[f"{label}/{n}"] for n in names if f"{label}/{n}" in one.metrics
-                }
-                if found:
-                    record(task, f"{data}/{key}/{label}", found)
-    return records
-
-
 def write_results(
     path: str | os.PathLike[str],
     after: Results,
@@ -184,6 +158,7 @@ def write_results(
     pretrained: str,
     timing: Mapping[str, float] | None = None,
     peak_memory_bytes: int | None = None,
+    record_folder: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write ``results.json``, whole or not at all; values that are not finite become null.
 
@@ -193,21 +168,25 @@ def write_results(
         data: the evaluated data, e.g. "builtin:emoji".
         model: OpenCLIP's model name.
         pretrained: the checkpoint.
+        record_folder: where CLIP_benchmark's own files go; None: nowhere.
     """
+    own = records(after, data, model, pretrained)
     content = {
         "data": data,
         "model": model,
         "pretrained": pretrained,
-        "trained": _plain(after),
-        "untrained": None if before is None else _plain(before),
+        "trained": results_to_plain(after),
+        "untrained": None if before is None else results_to_plain(before),
         "seconds": dict(timing or {}),
         "peak_memory_bytes": peak_memory_bytes,
-        "clip_benchmark": clip_benchmark_records(after, data, model, pretrained),
+        "clip_benchmark": [finite(one) for one in own],
     }
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+    if record_folder is not None:
+        write_records(record_folder, own)
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -219,7 +198,7 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         for name in ("trained", "untrained"):
-            content[name] = None if content[name] is None else _from_plain(content[name])
+            content[name] = None if content[name] is None else results_from_plain(content[name])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"results: {path} is no results.json of protoclip ({type(error).__name__}: {error}); "
@@ -228,27 +207,26 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _plain(results: Results) -> dict[str, Any]:
+def results_to_plain(results: Results) -> dict[str, Any]:
+    """Results as JSON can hold them, without the hits."""
     return {
-        "seconds": _finite(results.seconds),
+        "seconds": finite_number(results.seconds),
         "sets": {
             key: {
                 "title": one.title,
                 "samples": one.samples,
                 "captions": one.captions,
-                "metrics": {name: _finite(value) for name, value in one.metrics.items()},
-                "intervals": {name: list(map(_finite, b)) for name, b in one.intervals.items()},
+                "metrics": {name: finite_number(value) for name, value in one.metrics.items()},
+                "intervals": {
+                    name: list(map(finite_number, b)) for name, b in one.intervals.items()
+                },
             }
             for key, one in results.sets.items()
         },
     }
 
 
-def _from_plain(content: Mapping[str, Any]) -> Results:
+def results_from_plain(content: Mapping[str, Any]) -> Results:
     def number(value: float | None) -> float:
         return math.nan if value is None else float(value)
 

@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 from protoclip import metrics
-from protoclip.data import (
-    Labels,
-    PairDataset,
-    batches,
-    build_transform,
-    noto_available,
-    open_dataset,
-)
-from protoclip.model import ProtoModel
+from protoclip.data import Labels, PairDataset, batches, build_transform
+from protoclip.distributed import is_main
+from protoclip.evaluate.cache import FeatureCache, dataset_hash, digest
+from protoclip.evaluate.folders import LABEL
+from protoclip.evaluate.ranks import all_ranks, sharded
+from protoclip.model import Encoded, ProtoModel
 
 EMOJI_TEMPLATES = ("{}", "an emoji of {}", "a picture of {}", "{} symbol")
 TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "an image of {}")
@@ -39,6 +36,9 @@ class EvalSet:
     class_vectors: Mapping[str, Tensor] = field(default_factory=dict)  # label -> [C, D]
     probes: bool = True  # False where the probes' training images are in the set
     title: str = ""
+    captioned: bool = True  # False: ``text`` is empty, there is no retrieval
+    probe_rows: Tensor | None = None  # int64, the images that probes are judged on; None: all
+    targets: Tensor | None = None  # bool [N, C], several classes per image; vectors under "class"
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ def class_prompts(
     """
     joint = " and " if label == "group" else " "
     words = [ABBREVIATIONS.get(name, name.replace("-", joint)) for name in names]
+    if label == LABEL:  # names that somebody chose, not identifiers
+        words = list(names)
     return [[template.format(word) for template in templates] for word in words]
 
 
@@ -71,32 +73,76 @@ class Encoder:
     workers: int = 0
     autocast: Autocast = nullcontext
     progress: Callable[[int], None] | None = None  # told rows after each batch
+    expect: Callable[[int], None] | None = None  # told how many rows will follow
+    cache: FeatureCache | None = None  # None: everything is encoded
+    sharded: bool = False  # True on every rank: each encodes a slice, all get all rows
 
     @torch.no_grad()
     def images(self, dataset: PairDataset) -> Tensor:
         """u of every picture, float32 [N, D] on the device."""
         m = self.model
-        transform = build_transform(m.image_size, m.mean, m.std, "none")
-        stream = batches(
-            dataset,
-            torch.arange(len(dataset)),
-            self.batch_size,
-            transform,
-            m.tokenizer,
-            seed=0,
-            workers=self.workers,
-            captions="first",
-        )
-        return self._rows(m.clip.encode_image, (batch.image for batch in stream))
+
+        def encode(rows: range) -> Tensor:
+            stream = batches(
+                dataset,
+                torch.arange(rows.start, rows.stop),
+                self.batch_size,
+                eval_transform(m),
+                m.tokenizer,
+                seed=0,
+                workers=self.workers,
+                captions="first",
+            )
+            return self._rows(m.clip.encode_image, (batch.image for batch in stream))
+
+        content = dataset_hash(dataset) if self.cache is not None else ""
+        return self._kept("image", content, len(dataset), encode)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """u of every text, float32 [M, D] on the device; equal texts are encoded once."""
         position = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         unique, step = list(position), self.batch_size
-        tokens = (self.model.tokenizer(unique[i : i + step]) for i in range(0, len(unique), step))
-        rows = self._rows(self.model.clip.encode_text, tokens)
-        return rows[torch.tensor([position[text] for text in texts], device=rows.device)]
+
+        def encode(rows: range) -> Tensor:
+            parts = (unique[i : min(i + step, rows.stop)] for i in rows[::step])
+            tokens = (self.model.tokenizer(part) for part in parts)
+            return self._rows(self.model.clip.encode_text, tokens)
+
+        content = digest(unique) if self.cache is not None else ""
+        encoded = self._kept("text", content, len(unique), encode)
+        return encoded[torch.tensor([position[text] for text in texts], device=encoded.device)]
+
+    @torch.no_grad()
+    def project(self, encoded: Encoded) -> Encoded:
+        """h of encoded rows, unit rows [N, Dh] each, in eval mode."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return self.model.project(encoded)
+        finally:
+            self.model.train(was_training)
+
+    def _kept(
+        self, kind: str, content: str, count: int, encode: Callable[[range], Tensor]
+    ) -> Tensor:
+        """Rows from the cache if every rank has them; else encoded, by all ranks together."""
+        if self.expect is not None:
+            self.expect(count)
+        path = None if self.cache is None else self.cache.path(kind, content)
+        found = None if self.cache is None or path is None else self.cache.load(path)
+        if self.cache is not None and self._everywhere(found is not None):
+            if self.progress is not None:
+                self.progress(count)
+            assert found is not None
+            return found.to(self.device)
+        rows = sharded(encode, count) if self.sharded else encode(range(count))
+        if self.cache is not None and path is not None and is_main():
+            self.cache.store(path, rows)
+        return rows
+
+    def _everywhere(self, here: bool) -> bool:
+        return bool(all_ranks(here, self.device)) if self.sharded else here
 
     def _rows(self, encode: Callable[[Tensor], Tensor], parts: Iterable[Tensor]) -> Tensor:
         was_training = self.model.training
@@ -113,37 +159,63 @@ class Encoder:
         return torch.cat(rows)
 
 
+def eval_transform(model: ProtoModel) -> Callable[[Any], Tensor]:
+    """The model's own transform without augmentation: resize, centre crop, normalise."""
+    own = getattr(getattr(model.clip, "visual", None), "preprocess_cfg", None) or {}
+    if own.get("resize_mode", "shortest") == "shortest" and (
+        own.get("interpolation", "bicubic") in ("bicubic", "random")
+    ):
+        return build_transform(model.image_size, model.mean, model.std, "none")
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    return image_transform_v2(PreprocessCfg(**own), is_train=False)
+
+
 def encode_set(
     encoder: Encoder,
     dataset: PairDataset,
     templates: Sequence[str] = TEMPLATES,
     captions: str = "first",
+    *,
+    captioned: bool = True,
+    prompts: bool = True,
 ) -> EvalSet:
-    """Features of a data set's pictures, captions ("first" or "all") and class prompts."""
+    """Features of a data set's pictures, captions ("first" or "all") and class prompts.
+
+    Without ``captioned`` the captions stay out, without ``prompts`` the class prompts.
+    """
     if captions not in ("first", "all"):
         raise ValueError(f"captions: expected 'first' or 'all', got {captions!r}")
+    image = encoder.images(dataset)
     texts: list[str] = []
     owner: list[int] = []
-    for i in range(len(dataset)):
+    for i in range(len(dataset) if captioned else 0):
         own = dataset.captions(i) if captions == "all" else dataset.captions(i)[:1]
         texts += own
         owner += [i] * len(own)
-    vectors = {}
-    for label, known in dataset.labels.items():
-        prompts = class_prompts(label, known.names, templates)
-        rows = encoder.texts([prompt for own in prompts for prompt in own])
-        vectors[label] = metrics.class_vectors(rows.unflatten(0, (len(prompts), -1)))
+    vectors = {
+        label: class_features(encoder, class_prompts(label, known.names, templates))
+        for label, known in dataset.labels.items()
+        if prompts
+    }
     return EvalSet(
-        encoder.images(dataset),
-        encoder.texts(texts),
-        torch.tensor(owner, device=encoder.device),
+        image,
+        encoder.texts(texts) if texts else image.new_zeros(0, image.shape[1]),
+        torch.tensor(owner, dtype=torch.int64, device=encoder.device),
         {
             name: Labels(known.ids.to(encoder.device), known.names)
             for name, known in dataset.labels.items()
         },
         vectors,
         title=dataset.name,
+        captioned=captioned,
     )
+
+
+def class_features(encoder: Encoder, prompts: Sequence[Sequence[str]]) -> Tensor:
+    """Class vectors, unit rows [C, D], of the prompts of each class."""
+    rows = encoder.texts([prompt for own in prompts for prompt in own])
+    return metrics.class_vectors(rows.unflatten(0, (len(prompts), -1)))
 
 
 def take(one: EvalSet, rows: Sequence[int], **changes: Any) -> EvalSet:
@@ -164,56 +236,3 @@ def take(one: EvalSet, rows: Sequence[int], **changes: Any) -> EvalSet:
         labels=labels,
         **changes,
     )
-
-
-def encode_sets(
-    encoder: Encoder,
-    data: str,
-    *,
-    split: str = "auto",
-    seed: int = 0,
-    captions: str = "first",
-    open_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[dict[str, EvalSet], ProbeTrain | None]:
-    """Evaluation sets of ``data`` and what the probes learn from; see ``evaluate_model``."""
-
-    def opened(split: str) -> PairDataset:
-        return open_dataset(data, split, seed=seed, **(open_kwargs or {}))
-
-    if data == "builtin:emoji":
-        return _emoji_sets(encoder, opened, captions)
-    if split == "auto":
-        split = "heldout" if data.startswith("builtin:") else "all"
-    chosen = opened(split)
-    one = encode_set(encoder, chosen, TEMPLATES, captions)
-    train = None
-    if split == "heldout" and chosen.labels:
-        rest = opened("train")
-        train = ProbeTrain(encoder.images(rest), rest.labels)
-    key, title = ("HO", "Held-out pairs") if split == "heldout" else ("ALL", chosen.name)
-    return {key: dataclasses.replace(one, title=title)}, train
-
-
-def _emoji_sets(
-    encoder: Encoder, opened: Callable[[str], PairDataset], captions: str
-) -> tuple[dict[str, EvalSet], ProbeTrain]:
-    """Every picture and caption is encoded once; the other sets are rows of the whole one."""
-    everything = opened("all")
-    outside = set(opened("heldout").keys)
-    whole = encode_set(encoder, everything, EMOJI_TEMPLATES, captions)
-    rows = {key: i for i, key in enumerate(everything.keys)}
-    heldout = [i for key, i in rows.items() if key in outside]
-    inside = [i for key, i in rows.items() if key not in outside]
-    sets = {
-        "HO": take(whole, heldout, title="Held-out concepts"),
-        "TW": dataclasses.replace(whole, probes=False, title="All concepts"),
-    }
-    if noto_available():
-        noto = opened("noto")  # concepts by the same keys, with the same captions and labels
-        drawn = take(whole, [rows[key] for key in noto.keys], title="All concepts in Noto style")
-        drawn = dataclasses.replace(drawn, image=encoder.images(noto))
-        heldout = [i for i, key in enumerate(noto.keys) if key in outside]
-        sets["NHO"] = take(drawn, heldout, title="Held-out concepts in Noto style")
-        sets["NOTO"] = drawn
-    train = take(whole, inside)
-    return sets, ProbeTrain(train.image, train.labels)

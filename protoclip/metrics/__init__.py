@@ -5,7 +5,14 @@ Wang & Isola 2020 (alignment, uniformity). Nothing here holds an N x M matrix: w
 """
 
 from protoclip.metrics.bootstrap import Interval, bootstrap_mean
-from protoclip.metrics.classify import Accuracy, accuracy, class_vectors, zero_shot_logits
+from protoclip.metrics.classify import (
+    Accuracy,
+    accuracy,
+    class_vectors,
+    classify,
+    mean_average_precision,
+    zero_shot_logits,
+)
 from protoclip.metrics.geometry import alignment, modality_gap, uniformity
 from protoclip.metrics.grouping import (
     adjusted_mutual_information,
@@ -14,11 +21,13 @@ from protoclip.metrics.grouping import (
     group_scores,
     normalized_mutual_information,
 )
-from protoclip.metrics.probe import LinearProbe, fit_linear_probe, knn_logits
+from protoclip.metrics.paper_probe import paper_linear_probe
+from protoclip.metrics.probe import PROBE_ITERATIONS, LinearProbe, fit_linear_probe, knn_logits
 from protoclip.metrics.prototypes import churn, prototype_health, purity
 from protoclip.metrics.retrieval import Retrieval, retrieval
 
 __all__ = [
+    "PROBE_ITERATIONS",
     "Accuracy",
     "Interval",
     "LinearProbe",
@@ -30,12 +39,15 @@ __all__ = [
     "bootstrap_mean",
     "churn",
     "class_vectors",
+    "classify",
     "contingency",
     "fit_linear_probe",
     "group_scores",
     "knn_logits",
+    "mean_average_precision",
     "modality_gap",
     "normalized_mutual_information",
+    "paper_linear_probe",
     "prototype_health",
     "purity",
     "retrieval",

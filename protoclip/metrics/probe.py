@@ -9,6 +9,7 @@ from torch import Tensor
 from protoclip.metrics._common import check_labels, check_matrix, rows_per_block, unit
 
 LAMBDAS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+PROBE_ITERATIONS = 100
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def fit_linear_probe(
     *,
     penalties: tuple[float, ...] = LAMBDAS,
     heldout: float = 0.2,
-    max_iter: int = 100,
+    max_iter: int = PROBE_ITERATIONS,
     seed: int = 0,
 ) -> LinearProbe:
     """Minimises mean cross-entropy + lambda/2 |W|^2 (bias free) by L-BFGS, full batch.
@@ -108,7 +109,8 @@ def _choose(
 def _fit(x: Tensor, y: Tensor, penalty: float, start: Tensor, max_iter: int) -> Tensor:
     """Parameters [C, D + 1] (weights, then bias) at the minimum, from ``start``."""
     parameters = start.clone()
-    n, rows = x.shape[0], torch.arange(x.shape[0], device=x.device)
+    n = x.shape[0]
+    blocks = torch.arange(n, device=x.device).split(rows_per_block(start.shape[0]))
     optimizer = torch.optim.LBFGS(
         [parameters],
         max_iter=max_iter,
@@ -119,14 +121,21 @@ def _fit(x: Tensor, y: Tensor, penalty: float, start: Tensor, max_iter: int) -> 
     )
 
     def closure() -> Tensor:
-        # The gradient by hand: autograd costs more than the two matrix products on small data.
+        # The gradient by hand: autograd costs more than the two matrix products on small data,
+        # and by blocks of rows [N, C] is never held.
         weight, bias = parameters[:, :-1], parameters[:, -1]
-        log_p = torch.addmm(bias, x, weight.T).log_softmax(1)  # [N, C]
-        loss = -log_p[rows, y].mean() + 0.5 * penalty * weight.square().sum()
-        error = log_p.exp_()
-        error[rows, y] -= 1
-        gradient = error.T @ x / n + penalty * weight  # [C, D]
-        parameters.grad = torch.cat([gradient, error.mean(0)[:, None]], dim=1)
+        loss = 0.5 * penalty * weight.square().sum()
+        gradient = torch.cat([penalty * weight, torch.zeros_like(bias)[:, None]], dim=1)
+        for rows in blocks:
+            inputs, own = x[rows], y[rows]
+            log_p = torch.addmm(bias, inputs, weight.T).log_softmax(1)  # [b, C]
+            each = torch.arange(len(rows), device=x.device)
+            loss = loss - log_p[each, own].sum() / n
+            error = log_p.exp_()
+            error[each, own] -= 1
+            gradient[:, :-1] += error.T @ inputs / n  # [C, D]
+            gradient[:, -1] += error.sum(0) / n
+        parameters.grad = gradient
         return loss
 
     optimizer.step(closure)

@@ -29,21 +29,21 @@ def plot_curves(
         ValueError: no line with a step and a number.
     """
     series = read_series(metrics_jsonl_path)
-    panels = [(title, names) for title, names in _panels(list(series)) if names]
-    if not panels:
+    shown = panels(list(series))
+    if not shown:
         raise ValueError(
             f"plot_curves: {metrics_jsonl_path} holds no line with 'step' and a loss, scale, lr "
             "or recall; the run stopped before its first log"
         )
-    columns = 2 if len(panels) > 1 else 1
-    rows = math.ceil(len(panels) / columns)
+    columns = 2 if len(shown) > 1 else 1
+    rows = math.ceil(len(shown) / columns)
     figure = new_figure(5.2 * columns, 3.1 * rows)
-    for position, (title, names) in enumerate(panels):
+    for position, (title, names) in enumerate(shown):
         axes = figure.add_subplot(rows, columns, position + 1)
         style_axes(axes, title)
         for colour, name in zip(cycle(len(names)), names, strict=True):
             steps, values = series[name]
-            _line(axes, steps, values, colour, _words(name))
+            _line(axes, steps, values, colour, words_of(name))
         if title == "Recall at 5" or title == "Learning rate":
             axes.set_ylim(bottom=0)
         if title == "Logit scale":  # a drift in the second decimal is no curve
@@ -80,8 +80,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _panels(names: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Which scalars share a panel, by how they are named."""
+def panels(names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """(title, scalars) of each panel: which scalars share one, by how they are named."""
 
     def like(*parts: str) -> list[str]:
         return [name for name in names if any(part in name.lower() for part in parts)]
@@ -92,20 +92,24 @@ def _panels(names: Sequence[str]) -> list[tuple[str, list[str]]]:
     losses = ends("loss")
     if len(losses) > 1:  # the total jumps where a term comes in, and flattens the terms
         losses = [name for name in losses if name != "loss"]
-    return [
+    found = [
         ("Loss (nats)", losses),
         ("Recall at 5", like("recall@5", "r@5")),
-        ("Logit scale", like("logit_scale", "proto_scale")),
+        ("Zero-shot accuracy", ends("/acc1")),
+        ("Logit scale", [n for n in like("logit_scale", "proto_scale") if not n.endswith("_raw")]),
         ("Learning rate", [name for name in names if name in ("lr", "learning_rate")]),
     ]
+    return [(title, own) for title, own in found if own]
 
 
-def _words(name: str) -> str:
+def words_of(name: str) -> str:
     """A legend a reader understands: "val_HO_text_retrieval_recall@5" -> "HO image → text"."""
     ways = {"text_retrieval_recall@5": "image → text", "image_retrieval_recall@5": "text → image"}
     for key, words in ways.items():
         if name.endswith(key):
             return f"{name.removesuffix(key).removeprefix('val_').strip('_/')} {words}".strip()
+    if name.startswith("val_"):  # "val_HO_group/acc1" -> "HO group"
+        return name.removeprefix("val_").removesuffix("/acc1").replace("_", " ")
     return name.replace("_", " ")
 
 

@@ -57,9 +57,11 @@ def plot_prototypes(
     labels = labels.cpu()
     if not bool((labels >= 0).any()):
         raise ValueError("plot_prototypes: no sample has a prototype (all labels are negative)")
-    chosen = _spread_by_size(torch.bincount(labels[labels >= 0]), num_prototypes)
-    near_image = _nearest(image_features, labels, chosen, images_per_row)  # [R, images_per_row]
-    near_text = _nearest(text_features, labels, chosen, captions_per_row)
+    chosen = spread_by_size(torch.bincount(labels[labels >= 0]), num_prototypes)
+    near_image = nearest_samples(
+        image_features, labels, chosen, images_per_row
+    )  # [R, images_per_row]
+    near_text = nearest_samples(text_features, labels, chosen, captions_per_row)
     kinds = None if classes is None else classes.ids.cpu()[where]  # [N]
     cell, side = 0.72, 1.55  # inches: a picture, the words at the left
     width = side + cell * near_image.shape[1] + 3.5
@@ -94,7 +96,7 @@ def plot_prototypes(
     save(figure, out_png)
 
 
-def _spread_by_size(counts: Tensor, rows: int) -> list[int]:
+def spread_by_size(counts: Tensor, rows: int) -> list[int]:
     """Prototypes with members, evenly over the order from the largest to the smallest."""
     order = torch.argsort(counts, descending=True, stable=True)
     order = order[counts[order] > 0]
@@ -103,7 +105,14 @@ def _spread_by_size(counts: Tensor, rows: int) -> list[int]:
     return order[picks].tolist()
 
 
-def _nearest(features: Tensor, labels: Tensor, chosen: Sequence[int], count: int) -> Tensor:
+def nearest_samples(
+    features: Tensor,
+    labels: Tensor,
+    chosen: Sequence[int],
+    count: int,
+    *,
+    members_first: bool = False,
+) -> Tensor:
     """Rows of the samples nearest to the mean of each chosen prototype, int64 [R, <= count]."""
     unit = F.normalize(features.detach().float().cpu(), dim=1)
     renumbered = torch.full((int(labels.max()) + 1,), -1)
@@ -112,6 +121,8 @@ def _nearest(features: Tensor, labels: Tensor, chosen: Sequence[int], count: int
     kept = own >= 0
     means, _ = segment_mean(unit[kept], own[kept], len(chosen))
     scores = F.normalize(means, dim=1) @ unit.T  # [R, N]
+    if members_first:  # cosines differ by 2 at most
+        scores[own[kept], kept.nonzero().flatten()] += 3
     return scores.topk(min(count, unit.shape[0]), dim=1).indices
 
 

@@ -83,7 +83,7 @@ def save_or_stop(trainer: Trainer) -> None:
     """Write the newest state where it is due, and end where a signal asks for it."""
     timed, stop = agree(trainer.step, trainer.schedule.by_clock(), bool(trainer.signals.asked))
     if stop or timed or trainer.schedule.at(trainer.step):
-        _save_if_room(trainer, must=stop)
+        save_if_room(trainer, None, must=stop)
     if stop:
         raise Stopped(
             f"stopped by {trainer.signals.asked or 'a signal to another rank'} after step "
@@ -91,10 +91,10 @@ def save_or_stop(trainer: Trainer) -> None:
         )
 
 
-def _save_if_room(trainer: Trainer, must: bool) -> None:
+def save_if_room(trainer: Trainer, epoch: int | None, must: bool = False) -> None:
     """Save; a disk that refuses costs a warning, unless the run ``must``."""
     try:
-        trainer.save(None)
+        trainer.save(epoch)
     except OSError as error:
         if must:
             raise

@@ -17,10 +17,17 @@ from protoclip.episode import Episode
 from protoclip.features import FeatureStore
 from protoclip.losses import Losses, ProtoLoss
 from protoclip.model import ProtoModel
-from protoclip.training.capture import Stateful, capture, report_bad_step, save_or_stop
+from protoclip.training.capture import (
+    Stateful,
+    capture,
+    report_bad_step,
+    save_if_room,
+    save_or_stop,
+)
 from protoclip.training.ema import MovingAverage
 from protoclip.training.engine import Optimiser, autocast_for
 from protoclip.training.episodes import episode_seed, rebuild_episode
+from protoclip.training.gradients import norms_by_part
 from protoclip.training.guard import Guard
 from protoclip.training.inputs import faults_of
 from protoclip.training.order import EpochOrder
@@ -46,6 +53,7 @@ class Trainer:
         phases: the stopwatch.
         device, precision: of the forward passes.
         evaluate: scalars of the model as it is, by name; called every ``--val-frequency`` epochs.
+        zeroshot: the same, called every ``--zeroshot-frequency`` epochs.
         signals: that ask the run to save and end.
     """
 
@@ -63,12 +71,13 @@ class Trainer:
         device: torch.device,
         precision: str,
         evaluate: Evaluate | None = None,
+        zeroshot: Evaluate | None = None,
         signals: StopSignals | None = None,
     ) -> None:
         self.config, self.plan, self.model, self.dataset = config, plan, model, dataset
         self.transform, self.folder, self.phases = transform, folder, phases
         self.teachers = {name: rows.to(device) for name, rows in teachers.items()}
-        self.device, self.evaluate = device, evaluate
+        self.device, self.evaluate, self.zeroshot = device, evaluate, zeroshot
         self.autocast = autocast_for(precision, device)
         self.optimiser = Optimiser(model, config.optim, precision)
         self.loss = ProtoLoss(config.loss, self.teachers)
@@ -189,13 +198,13 @@ class Trainer:
             projected, losses = self.forward(batch)
         with self.phases.measure("backward"):
             norm, finite = self.optimiser.step(losses.total)
-        if self.store is not None and projected is not None:
-            start = self.step - self.plan.steps_of(number).start
-            known = torch.where(finite, batch.index, -1)  # -1: no such row
-            self.store.put(start * self.plan.batch_size, known, projected)
+            if self.store is not None and projected is not None:
+                start = self.step - self.plan.steps_of(number).start
+                known = torch.where(finite, batch.index, -1)  # -1: no such row
+                self.store.put(start * self.plan.batch_size, known, projected)
+            if self.average is not None:
+                self.average.update(self.model, self.step + 1)
         self.step += 1
-        if self.average is not None:
-            self.average.update(self.model, self.step)
         bar.update(len(batch))
         if self.step % self.config.run.log_every_n_steps == 0 or self.step == self.plan.total_steps:
             self._log(losses, norm, lr, number, bar)
@@ -227,6 +236,7 @@ class Trainer:
             "logit_scale_raw": self.model.clip.logit_scale,
             "logit_scale_proto_raw": self.model.logit_scale_proto,
             "grad_norm": norm,
+            **norms_by_part(self.model, norm, self.config.optim.grad_clip_norm),
         }
         values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()]).tolist()
         record = {k: v for k, v in zip(scalars, values, strict=True) if math.isfinite(v)}
@@ -254,16 +264,20 @@ class Trainer:
         per_epoch = self.plan.steps_per_epoch
         last = self.step == self.plan.total_steps
         run = self.config.run
-        every = max(1, round(run.val_frequency * per_epoch))
-        if self.evaluate and run.val_frequency > 0 and (self.step % every == 0 or last):
-            with self.phases.measure("evaluation", on_host=True):
-                scalars = self.evaluate(self.model)
-            self.folder.metrics(self.step, self.step * self.plan.batch_size, scalars)
-            self._logged_at = (time.perf_counter(), self.step)
+        for evaluate, frequency in (
+            (self.evaluate, run.val_frequency),
+            (self.zeroshot, run.zeroshot_frequency),
+        ):
+            due = last or self.step % max(1, round(frequency * per_epoch)) == 0
+            if evaluate and frequency > 0 and due:
+                with self.phases.measure("evaluation", on_host=True):
+                    scalars = evaluate(self.model)
+                self.folder.metrics(self.step, self.step * self.plan.batch_size, scalars)
+                self._logged_at = (time.perf_counter(), self.step)
         if self.step % per_epoch == 0 and run.save_frequency:
             epoch = self.step // per_epoch
             if epoch % run.save_frequency == 0:
-                self.save(epoch)
+                save_if_room(self, epoch)
         save_or_stop(self)
 
     def save(self, epoch: int | None) -> None:

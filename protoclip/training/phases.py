@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import time
 from collections.abc import Iterator, Mapping
 
@@ -19,6 +20,7 @@ class Phases:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._seconds: dict[str, float] = {}
+        self._memory: dict[str, int] = {}
         self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextlib.contextmanager
@@ -35,6 +37,12 @@ class Phases:
             began = time.perf_counter()
             yield
             self.add(name, time.perf_counter() - began)
+        held = memory_in_use(self._device)
+        self._memory[name] = max(held, self._memory.get(name, 0))
+
+    def memory(self) -> dict[str, int]:
+        """The most bytes in use at the end of a phase so far, by phase."""
+        return dict(self._memory)
 
     def add(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
@@ -52,3 +60,14 @@ class Phases:
                 self.add(name, start.elapsed_time(end) / 1000)
             self._pending.clear()
         return dict(self._seconds)
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes in use now: of the card on a GPU, of the process elsewhere; 0 where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0

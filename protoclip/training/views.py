@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from tqdm import tqdm
 
 from protoclip.config import TrainConfig
-from protoclip.data import PairDataset, build_transform, noto_available, open_dataset
-from protoclip.evaluate import Encoder, Results, evaluate_model
-from protoclip.features import extract
+from protoclip.data import PairDataset, Subset, noto_available, open_dataset
+from protoclip.evaluate import (
+    Encoder,
+    EvalSet,
+    Results,
+    evaluate_features,
+    evaluate_model,
+)
+from protoclip.evaluate.encode import encode_sets
+from protoclip.evaluate.layouts import Layout, open_layout
+from protoclip.evaluate.sets import EMOJI_TEMPLATES, TEMPLATES
+from protoclip.evaluate.tasks import impossible
 from protoclip.metrics import retrieval
-from protoclip.model import ProtoModel
-from protoclip.report import plot_curves, plot_prototypes
+from protoclip.model import Encoded, ProtoModel
+from protoclip.report import plot_curves, plot_prototypes, save_snapshot, take_snapshot
 from protoclip.training.engine import autocast_for
 from protoclip.training.inputs import open_arguments
 from protoclip.training.loop import Trainer
@@ -33,6 +44,8 @@ class Evaluation:
         builtin = data.train_data.startswith("builtin:")
         self.data = data.val_data or (data.train_data if builtin else "")
         self.quick_sets: dict[str, PairDataset] = {}
+        self.kept: dict[str, EvalSet] = {}  # of the last full evaluation
+        self.zeroshot_data = _zeroshot_data(data.imagenet_val, config.run.seed)
         if not self.data:
             return
         arguments = open_arguments(config)
@@ -55,11 +68,13 @@ class Evaluation:
                 model,
                 self.data,
                 seed=arguments.pop("seed"),
+                captions="first" if self.data.startswith("builtin:") else "all",
                 device=self.device,
                 workers=self.config.data.workers,
                 autocast=self.autocast,
                 progress=bar.update,
                 open_kwargs=arguments,
+                keep=self.kept,
             )
 
     def quick(self, model: ProtoModel) -> dict[str, float]:
@@ -74,36 +89,86 @@ class Evaluation:
             scalars |= {f"val_{name}_{key}": value for key, value in ranks.summary((1, 5)).items()}
         return scalars
 
+    def zeroshot(self, model: ProtoModel) -> dict[str, float]:
+        """Zero-shot accuracies on --imagenet-val."""
+        assert self.zeroshot_data is not None
+        encoder = Encoder(
+            model, self.device, workers=self.config.data.workers, autocast=self.autocast
+        )
+        sets, _ = encode_sets(encoder, self.zeroshot_data, tasks=("zeroshot",))
+        results = evaluate_features(sets, tasks=("zeroshot",))
+        values = next(iter(results.sets.values())).metrics
+        return {f"val_zeroshot_{name}": value for name, value in values.items()}
+
+
+def _zeroshot_data(spec: str, seed: int) -> Layout | None:
+    """What --imagenet-val names, opened before training starts.
+
+    Raises:
+        ValueError: it cannot be opened, or has no class names.
+    """
+    if not spec:
+        return None
+    if spec.startswith("builtin:"):
+        heldout = open_dataset(spec, "heldout", seed=seed)
+        words = EMOJI_TEMPLATES if spec == "builtin:emoji" else TEMPLATES
+        return Layout(spec, heldout, captioned=False, templates=words)
+    layout = open_layout(spec)
+    reasons = impossible(("zeroshot",), layout)
+    if reasons:
+        raise ValueError(f"--imagenet-val {spec}: {reasons['zeroshot']}")
+    return replace(layout, captioned=False, train=None)
+
 
 def draw_plots(
-    folder: RunFolder, config: TrainConfig, trainer: Trainer, dataset: PairDataset
+    folder: RunFolder,
+    config: TrainConfig,
+    trainer: Trainer,
+    dataset: PairDataset,
+    evaluation: Evaluation,
+    before: Results | None = None,
+    after: Results | None = None,
 ) -> None:
-    """curves.png, and prototypes.png where there are prototypes."""
+    """curves.png, prototypes.png where there are prototypes, and what the report needs."""
     plot_curves(folder.path / "metrics.jsonl", folder.path / "curves.png")
-    if trainer.episode is None:
-        return
-    source = list(trainer.episode.clusterings)[-1]  # the teacher, if there is one
-    labels = trainer.episode.clusterings[source].labels.cpu()
-    chosen = (labels >= 0).nonzero().flatten()[:PICTURED]
-    model = trainer.model
-    features = extract(
-        model,
-        dataset,
-        chosen,
-        transform=build_transform(model.image_size, model.mean, model.std, "none"),
-        batch_size=256,
-        device=trainer.device,
-        seed=config.run.seed,
+    clusterings = trainer.episode.clusterings if trainer.episode else {}
+    clusters = {name: one.labels.cpu() for name, one in clusterings.items()}
+    chosen = torch.arange(len(dataset))
+    if clusters:  # the last is the teacher's, if there is one
+        source, labels = list(clusters.items())[-1]
+        chosen = (labels >= 0).nonzero().flatten()
+    # Spread over the data, which may be sorted.
+    chosen = chosen[torch.linspace(0, len(chosen) - 1, min(PICTURED, len(chosen))).long()]
+    pictured = Subset(dataset, chosen)
+    encoder = Encoder(
+        trainer.model,
+        trainer.device,
         workers=config.data.workers,
         autocast=trainer.autocast,
     )
-    plot_prototypes(
-        folder.path / "prototypes.png",
-        dataset,
-        features.image_h,
-        features.text_h,
-        labels[features.index.cpu()],
-        index=features.index,
-        classes=dataset.labels.get("group"),
-        title=f"Prototypes of the {source} clusters",
+    texts = [pictured.captions(i)[0] for i in range(len(pictured))]
+    encoded = Encoded(encoder.images(pictured), encoder.texts(texts))
+    projected = encoder.project(encoded)
+    if clusters:
+        plot_prototypes(
+            folder.path / "prototypes.png",
+            dataset,
+            projected.image,
+            projected.text,
+            labels[chosen],
+            index=chosen,
+            classes=dataset.labels.get("group"),
+            title=f"Prototypes of the {source} clusters",
+        )
+    snapshot = take_snapshot(
+        chosen,
+        encoded,
+        projected,
+        clusters,
+        dataset.labels,
+        judged=next(iter(evaluation.kept.items()), None),
+        after=after,
+        before=before,
+        facts={"memory_bytes": evaluation.phases.memory()},
     )
+    save_snapshot(folder.path, snapshot)

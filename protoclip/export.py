@@ -1,0 +1,176 @@
+"""``python -m protoclip.export RUN --out DIR``: a folder that OpenCLIP and CLIP_benchmark load.
+
+``open_clip.create_model_and_transforms("local-dir:DIR")`` then gives the trained model, without
+protoclip. The folder can be uploaded to the Hugging Face hub as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from torch import Tensor
+
+from protoclip import checkpoint
+from protoclip.config import ModelConfig, TrainConfig, from_dict
+from protoclip.evaluate import format_table, read_results
+from protoclip.model import build_model, register_configs
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
+CARD = "README.md"
+PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
+
+
+def export(run: str | Path, out: str | Path, model: str = "", force_image_size: int = 0) -> Path:
+    """Write config, weights and model card of a trained model.
+
+    Args:
+        run: a run folder, or a checkpoint, of ``protoclip.train`` or of OpenCLIP's trainer.
+        out: a new or empty folder.
+        model: OpenCLIP name or config file; only for a checkpoint of OpenCLIP's trainer, which
+            does not say.
+        force_image_size: as in that training, in pixels; 0: the model's.
+    Returns:
+        ``out``.
+    Raises:
+        ValueError: no such run, ``out`` is in use, or the checkpoint does not fit the model.
+    """
+    out, path = Path(out), checkpoint.find(run)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out: expected a new or empty folder, but {out} is in use")
+    payload = checkpoint.load(path)
+    config = _model_config(payload, path, model, force_image_size)
+    name = register_configs(config.model)
+    # The weights come from the checkpoint; what training started from need not be there any more.
+    clip = build_model(dataclasses.replace(config, pretrained="")).clip
+    weights = state_dict(payload)
+    try:
+        clip.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"--model {config.model}: {path} does not fit it ({reason})") from error
+
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({key: x.contiguous() for key, x in clip.state_dict().items()}, out / WEIGHTS)
+    model_cfg = open_clip.get_model_config(name)
+    if config.force_image_size:
+        model_cfg["vision_cfg"]["image_size"] = config.force_image_size
+    tag = open_clip.get_pretrained_cfg(name, config.pretrained) if config.pretrained else {}
+    known = {**clip.visual.preprocess_cfg, **tag}
+    shown = {key: known[key] for key in PREPROCESS}
+    written = {"model_cfg": model_cfg, "preprocess_cfg": shown}
+    (out / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    (out / CARD).write_text(_card(path, config, payload), encoding="utf-8")
+    return out
+
+
+def state_dict(payload: dict[str, Any]) -> dict[str, Tensor]:
+    """OpenCLIP's weights in a checkpoint, or in a bare state dict, without ``module.``."""
+    weights = payload.get("state_dict", payload)
+    return {key.removeprefix("module."): value for key, value in weights.items()}
+
+
+def _model_config(
+    payload: dict[str, Any], path: Path, model: str, force_image_size: int
+) -> ModelConfig:
+    """What was trained: the checkpoint says, or the caller."""
+    stored = payload.get("protoclip", {}).get("config")
+    if stored is not None and model:
+        raise ValueError(f"--model: {path} says itself what it is; leave the flag out")
+    if stored is None and not model:
+        raise ValueError(
+            f"--model: {path} is not protoclip.train's and does not name its model; give the name "
+            "or config file that it was trained with"
+        )
+    if stored is None:
+        return ModelConfig(
+            model=model, force_image_size=force_image_size, add_projection_head=False
+        )
+    return dataclasses.replace(from_dict(TrainConfig, stored).model, add_projection_head=False)
+
+
+def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> str:
+    """The model card: how to load it, what it was trained on, how good it is."""
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    stored = payload.get("protoclip", {}).get("config", {})
+    facts = {
+        "architecture": config.model,
+        "run": run.name,
+        "epochs": payload.get("epoch"),
+        "steps": payload.get("protoclip", {}).get("step"),
+        "method": stored.get("method"),
+        "training data": stored.get("data", {}).get("train_data"),
+        "seed": stored.get("run", {}).get("seed"),
+    }
+    lines = ["---", "library_name: open_clip", "tags: [clip, protoclip]", "---", ""]
+    lines += [f"# {run.name}", "", "Trained with protoclip, loads in OpenCLIP:", ""]
+    lines += ["```python", "import open_clip", ""]
+    lines += ['path = "local-dir:PATH_OF_THIS_FOLDER"']
+    lines += ["model, _, preprocess = open_clip.create_model_and_transforms(path)"]
+    lines += ["tokenizer = open_clip.get_tokenizer(path)", "```", ""]
+    lines += ["| | |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
+    results = run / "results.json"
+    if results.is_file():
+        content = read_results(results)
+        table = format_table(content["untrained"], content["trained"])
+        lines += ["", f"## Results on {content['data']}", "", "```", table, "```"]
+    lines += _validation(path.parent / "results.jsonl")
+    return "\n".join(lines) + "\n"
+
+
+def _validation(path: Path) -> list[str]:
+    """The last line of what OpenCLIP's trainer writes when it evaluates, as a table."""
+    if not path.is_file() or not (text := path.read_text(encoding="utf-8").strip()):
+        return []
+    last = json.loads(text.splitlines()[-1])
+    rows = [f"| {key} | {value:.4g} |" for key, value in last.items()]
+    return ["", "## Validation by open_clip_train", "", "| | |", "|---|---|", *rows]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m protoclip.export",
+        description="Write a trained model as a folder that OpenCLIP loads: local-dir:DIR.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="run folder or a checkpoint")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument(
+        "--model",
+        default="",
+        help="OpenCLIP name or config file; for a checkpoint of OpenCLIP's trainer",
+    )
+    parser.add_argument(
+        "--force-image-size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="pixels, as in OpenCLIP's training; 0: the model's (default: %(default)s)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; a user's mistake ends it with one line and status 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        out = export(args.run, args.out, args.model, args.force_image_size)
+    except (ValueError, OSError) as error:
+        print(f"python -m protoclip.export: error: {error}", file=sys.stderr)
+        return 2
+    print(f'{out}: open_clip.create_model_and_transforms("local-dir:{out}")')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""``python -m protoclip.report RUN [RUN ...]``: one HTML page about some runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from protoclip.report.page import write_report
+
+PROG = "python -m protoclip.report"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; a user's mistake ends it with one line and status 2."""
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        description="Write one self-contained HTML page about runs: numbers, curves, prototypes, "
+        "a map, examples, cost and settings. Several runs stand side by side; one of --method "
+        "clip is the baseline.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder of protoclip.train")
+    parser.add_argument(
+        "--output", default="", metavar="PATH", help="the file (default: report.html in the run)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        path = write_report(args.runs, args.output or None)
+    except (ValueError, OSError) as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 2
+    print(f"report: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Runs OpenCLIP's real trainer several times in one process, and writes down every loss.
+
+    python tests/openclip_cases.py CASES.json OUT_FOLDER
+
+A case is {"name", "ours": bool, "flags": [...]}: ``protoclip.openclip`` or open_clip_train alone.
+OUT_FOLDER/RANK.json gets, per case, the terms of every call of the loss, and the exit code.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import open_clip_train.data
+import open_clip_train.main as trainer
+import torch.distributed as dist
+
+from protoclip.model import register_configs
+from protoclip.openclip import command
+from protoclip.openclip.repairs import repaired
+
+# The shuffle buffer is seeded by the clock; without it two runs see the same batches.
+open_clip_train.data._SAMPLE_SHUFFLE_SIZE = 1
+open_clip_train.data._SAMPLE_SHUFFLE_INITIAL = 1
+
+
+original_init = dist.init_process_group
+
+
+def init_once(*args, **kwargs):
+    """One process group for all cases: torchrun's store cannot be used for a second one."""
+    if not dist.is_initialized():
+        original_init(*args, **kwargs)
+
+
+dist.init_process_group = init_once
+
+
+def recorded(factory, calls):
+    """A factory of losses (3.3) or tasks (4) whose product writes its terms down."""
+
+    def make(*args, **kwargs):
+        made = factory(*args, **kwargs)
+        getattr(made, "loss", made).register_forward_hook(
+            lambda module, inputs, terms: calls.append(
+                {k: float(v.detach()) for k, v in terms.items()}
+            )
+        )
+        return made
+
+    return make
+
+
+def run(case):
+    calls = []
+    flags = case["flags"]
+    name = "create_task" if hasattr(trainer, "create_task") else "create_loss"
+    holder = command if case["ours"] else trainer
+    original = getattr(holder, name)
+    setattr(holder, name, recorded(original, calls))
+    try:
+        if case["ours"]:
+            code = command.main(flags)
+        else:
+            with repaired():
+                code = trainer.main(command.registered(flags)) or 0
+    finally:
+        setattr(holder, name, original)
+    return {"calls": calls, "code": code}
+
+
+def main():
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    register_configs()
+    results = {case["name"]: run(case) for case in cases}
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    with contextlib.suppress(FileExistsError):
+        out.mkdir(parents=True)
+    (out / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""A run folder as training leaves it, made in a second: for the tests of the report."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from protoclip.config import DataConfig, TrainConfig, to_dict
+from protoclip.data import open_dataset
+from protoclip.evaluate import EvalSet, evaluate_features, write_results
+from protoclip.model import Encoded
+from protoclip.report import save_snapshot, take_snapshot
+
+
+def make_run(path: Path, method="protoclip", samples=300, noise=1.0, data="", judged=60):
+    """A folder for the report: features around the groups of builtin:shapes, not trained ones."""
+    data = data or f"builtin:shapes:{samples}"
+    path.mkdir(parents=True)
+    config = TrainConfig(method=method, data=DataConfig(train_data=data))
+    (path / "config.json").write_text(json.dumps(to_dict(config)))
+    train = open_dataset(data, "train")
+    heldout = open_dataset(data, "heldout")
+    ids, names = train.labels["group"].ids, train.labels["group"].names
+    g = torch.Generator().manual_seed(len(path.name))
+    centre = torch.randn(len(names), 16, generator=g)
+
+    def around(ids, spread):
+        return centre[ids] + spread * torch.randn(len(ids), 16, generator=g)
+
+    image, text = around(ids, noise), around(ids, noise) + 1
+    own = heldout.labels["group"].ids[:judged]
+    image_h = around(own, 1.0)
+    labels = {
+        name: type(known)(known.ids[:judged], known.names) for name, known in heldout.labels.items()
+    }
+    one = EvalSet(image_h, image_h + noise * torch.randn(len(own), 16, generator=g), None, labels,
+                  {"group": centre}, title="Held-out pairs")  # fmt: skip
+    after = evaluate_features({"HO": one}, tasks=("zeroshot", "retrieval", "geometry"))
+    worse = EvalSet(image_h.roll(1, 0), one.text, None, labels, {"group": centre})
+    before = evaluate_features({"HO": worse}, tasks=("zeroshot", "retrieval", "geometry"))
+    lines = [
+        {"step": s, "contrastive_loss": 5 - s / 50, "proto_loss": 4.0, "lr": 1e-3,
+         "logit_scale": 14.3, "image_churn": 0.5, "image_clusters": 20.0}
+        for s in range(1, 90)
+    ]  # fmt: skip
+    lines.append({"step": 90, "val_HO_text_retrieval_recall@5": 0.4, "val_HO_group/acc1": 0.3})
+    (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    clusters = {}
+    if method == "protoclip":
+        clusters = {"image": ids * 3 + torch.arange(len(ids)) % 3, "external": ids}
+    encoded = Encoded(image, text)
+    unit = Encoded(*(torch.nn.functional.normalize(x, dim=1) for x in (image, text)))
+    snapshot = take_snapshot(
+        torch.arange(len(train)), encoded, unit, clusters, train.labels,
+        judged=("HO", one), after=after, before=before, facts={"memory_bytes": {"forward": 2**30}},
+    )  # fmt: skip
+    save_snapshot(path, snapshot)
+    write_results(
+        path / "results.json", after, before, data=data, model="m", pretrained="p",
+        timing={"forward": 10.0, "data": 2.0}, peak_memory_bytes=2**30,
+    )  # fmt: skip
+    return path

@@ -1,0 +1,351 @@
+"""Folders, tables and shards of pictures, end to end, and what is wrong with them, in words."""
+
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from protoclip.evaluate import __main__ as command
+from protoclip.evaluate.cache import FeatureCache, dataset_hash, model_hash
+from protoclip.evaluate.folders import ClassShards, ImageFolder
+from protoclip.evaluate.layouts import imagenet_names, open_layout, read_templates
+from protoclip.evaluate.models import load_model
+
+WORDS = "zero one two three four five six seven eight nine"
+NAMES = [f"the digit {word}" for word in WORDS.split(" ")]
+MODEL = ["protoclip-tiny", "--pretrained", "random", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("protoclip.evaluate.cache.cache_dir", lambda: tmp_path / "cache")
+
+
+def digits(count):
+    """scikit-learn's digits, as grey pictures and classes."""
+    data = pytest.importorskip("sklearn.datasets").load_digits()
+    pictures = (data.images[:count] * 15.9).astype("uint8")
+    return [Image.fromarray(p) for p in pictures], data.target[:count].tolist()
+
+
+def png(picture):
+    stream = io.BytesIO()
+    picture.save(stream, "png")
+    return stream.getvalue()
+
+
+def image_folder(root, count=120, parts=("train", "test")):
+    pictures, ids = digits(count)
+    for i, (picture, label) in enumerate(zip(pictures, ids, strict=True)):
+        folder = root / (parts[i % len(parts)] if parts else "") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{i:04}.png")
+    return root
+
+
+def shard(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def clip_benchmark(root, count=120):
+    """CLIP_benchmark's layout: two test shards and a train shard of digits."""
+    pictures, ids = digits(count)
+    parts = {"test/0.tar": [], "test/1.tar": [], "train/0.tar": []}
+    for i, (picture, label) in enumerate(zip(pictures, ids, strict=True)):
+        members = parts[list(parts)[i % 3]]
+        members += [(f"s{i:07}.png", png(picture)), (f"s{i:07}.cls", str(label).encode())]
+    for name, members in parts.items():
+        shard(root / name, members)
+    (root / "test" / "nshards.txt").write_text("2\n")
+    (root / "train" / "nshards.txt").write_text("1\n")
+    (root / "classnames.txt").write_text("\n".join(NAMES) + "\n")
+    (root / "zeroshot_classification_templates.txt").write_text("a photo of {c}.\n{c}\n")
+    (root / "dataset_type.txt").write_text("classification\n")
+    return root
+
+
+def evaluate(tmp_path, *argv):
+    output = tmp_path / "out" / "results.json"
+    code = command.main([*MODEL, "--output", str(output), *map(str, argv)])
+    return code, json.loads(output.read_text()) if output.exists() else None
+
+
+def test_image_folder_of_digits(tmp_path, capsys):
+    root = image_folder(tmp_path / "digits")
+    code, content = evaluate(tmp_path, "--data", root, "--templates", "simple")
+    assert code == 0
+    got = content["trained"]["sets"]["ALL"]
+    values = got["metrics"]
+    assert got["samples"] == 60 and not [name for name in values if "retrieval" in name]
+    assert values["class/lp_acc1"] > 0.4 and values["class/knn_acc1"] > 0.2  # chance: 0.1
+    low, high = got["intervals"]["class/lp_acc1"]
+    assert low < values["class/lp_acc1"] < high
+    assert {"class/ari", "class/ami", "class/nmi", "class/acc5"} <= set(values)
+    printed = capsys.readouterr().out
+    assert "linear probe class" in printed and "Without retrieval: the data has no" in printed
+
+
+def test_folder_without_splits_teaches_probes_on_four_fifths(tmp_path):
+    root = image_folder(tmp_path / "digits", parts=())
+    code, content = evaluate(tmp_path, "--data", root, "--tasks", "knn,zeroshot")
+    assert code == 0
+    assert content["trained"]["sets"]["ALL"]["samples"] == 120
+    layout = open_layout(str(root))
+    assert layout.train is None and layout.test.labels["class"].names == tuple("0123456789")
+
+
+def test_paper_protocol_reports_its_best_test_epoch(tmp_path):
+    root = image_folder(tmp_path / "digits")
+    flags = ["--tasks", "linear_probe", "--protocol", "paper"]
+    code, content = evaluate(tmp_path, "--data", root, *flags)
+    values = content["trained"]["sets"]["ALL"]["metrics"]
+    assert (
+        code == 0 and 1 <= values["class/lp_best_epoch"] <= 100 and values["class/lp_acc1"] > 0.15
+    )
+
+
+def test_clip_benchmark_shards_of_digits(tmp_path):
+    root = clip_benchmark(tmp_path / "wds")
+    code, content = evaluate(tmp_path, "--data", root)
+    assert code == 0 and content["trained"]["sets"]["ALL"]["samples"] == 80
+    folder = tmp_path / "out" / "clip_benchmark"
+    record = json.loads(next(folder.glob("*_zeroshot_classification.json")).read_text())
+    assert list(record) == ["dataset", "model", "pretrained", "task", "metrics", "language"]
+    assert record["dataset"] == str(root) and record["language"] == "en"
+    assert set(record["metrics"]) == {"acc1", "acc5", "mean_per_class_recall"}
+    probe = json.loads(next(folder.glob("*_linear_probe.json")).read_text())["metrics"]
+    assert {"lp_acc1", "lp_acc5", "weight_decay", "fewshot_k", "normalized"} <= set(probe)
+
+
+def test_the_same_pictures_give_the_same_numbers_in_both_layouts(tmp_path):
+    shards = clip_benchmark(tmp_path / "wds", 60)
+    test = open_layout(str(shards)).test
+    for i in range(len(test)):
+        path = tmp_path / "folder" / "test" / str(int(test.labels["class"].ids[i]))
+        path.mkdir(parents=True, exist_ok=True)
+        test.image(i).save(path / f"{i:04}.png")
+    (tmp_path / "folder" / "classnames.txt").write_text("\n".join(NAMES))
+    templates = shards / "zeroshot_classification_templates.txt"
+    values = []
+    for root in (shards, tmp_path / "folder"):
+        flags = ["--tasks", "zeroshot", "--templates", templates]
+        values.append(evaluate(tmp_path, "--data", root, *flags)[1]["trained"]["sets"]["ALL"])
+    assert values[0]["metrics"] == pytest.approx(values[1]["metrics"], abs=1e-9)
+
+
+def test_retrieval_shards_with_several_captions(tmp_path):
+    pictures, ids = digits(30)
+    members = []
+    for i, (picture, label) in enumerate(zip(pictures, ids, strict=True)):
+        captions = f"{NAMES[label]}\na drawing of {label}, number {i}\n"
+        members += [(f"s{i:07}.png", png(picture)), (f"s{i:07}.txt", captions.encode())]
+    root = tmp_path / "wds"
+    shard(root / "test" / "0.tar", members)
+    (root / "test" / "nshards.txt").write_text("1")
+    (root / "dataset_type.txt").write_text("retrieval\n")
+    code, content = evaluate(tmp_path, "--data", root)
+    got = content["trained"]["sets"]["ALL"]
+    assert code == 0 and (got["samples"], got["captions"]) == (30, 60)
+    records = [r["task"] for r in content["clip_benchmark"]]
+    assert records == ["zeroshot_retrieval"]
+    code, _ = evaluate(tmp_path, "--data", root, "--tasks", "zeroshot")
+    assert code == 2
+
+
+def test_table_with_a_label_column(tmp_path):
+    pictures, ids = digits(40)
+    lines = ["filepath,title,digit"]
+    for i, (picture, label) in enumerate(zip(pictures, ids, strict=True)):
+        picture.save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,{NAMES[label]},{label}")
+    table = tmp_path / "pairs.csv"
+    table.write_text("\n".join(lines) + "\n")
+    flags = ["--csv-separator", ",", "--csv-label-key", "digit", "--tasks", "zeroshot,retrieval"]
+    code, content = evaluate(tmp_path, "--data", table, *flags)
+    values = content["trained"]["sets"]["ALL"]["metrics"]
+    assert code == 0 and "class/acc1" in values and "text_retrieval_recall@5" in values
+
+
+def test_multilabel_shards(tmp_path):
+    import numpy as np
+
+    pictures, ids = digits(20)
+    members = []
+    for i, (picture, label) in enumerate(zip(pictures, ids, strict=True)):
+        stream = io.BytesIO()
+        np.save(stream, np.eye(10, dtype="int64")[label])
+        members += [(f"s{i}.png", png(picture)), (f"s{i}.npy", stream.getvalue())]
+    root = tmp_path / "wds"
+    shard(root / "test" / "0.tar", members)
+    (root / "classnames.txt").write_text("\n".join(NAMES))
+    (root / "dataset_type.txt").write_text("multilabel")
+    code, content = evaluate(tmp_path, "--data", root, "--templates", "simple")
+    assert code == 0
+    assert 0 < content["trained"]["sets"]["ALL"]["metrics"]["class/mean_average_precision"] < 1
+
+
+def test_grey_transparent_and_one_pixel_pictures(tmp_path):
+    for mode, size in (("L", (9, 7)), ("RGBA", (5, 5)), ("RGB", (1, 1)), ("P", (1, 3))):
+        folder = tmp_path / "odd" / mode
+        folder.mkdir(parents=True)
+        Image.new(mode, size).save(folder / "a.png")
+        Image.new(mode, size, 3).save(folder / "b.png")
+    code, content = evaluate(tmp_path, "--data", tmp_path / "odd", "--tasks", "zeroshot,geometry")
+    assert code == 0 and content["trained"]["sets"]["ALL"]["samples"] == 8
+
+
+def broken(root, what):
+    """A CLIP_benchmark folder with one fault."""
+    clip_benchmark(root, 12)
+    if what == "names":
+        (root / "classnames.txt").write_text("zero\none\n")
+    elif what == "no names":
+        (root / "classnames.txt").unlink()
+    elif what == "type":
+        (root / "dataset_type.txt").write_text("pictures")
+    elif what == "shard":
+        (root / "test" / "nshards.txt").write_text("3")
+    elif what == "empty":
+        shard(root / "test" / "0.tar", [])
+        (root / "test" / "nshards.txt").write_text("1")
+    elif what == "label":
+        shard(root / "test" / "0.tar", [("a.png", png(Image.new("L", (2, 2)))), ("a.cls", b"cat")])
+    return root
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("names", "2 class names, but sample"),
+        ("no names", "classnames.txt is missing"),
+        ("type", "expected classification or retrieval"),
+        ("shard", "no such shard"),
+        ("empty", "hold no sample"),
+        ("label", "is no label"),
+    ],
+)
+def test_broken_shards_are_refused_in_words(tmp_path, capsys, what, words):
+    root = broken(tmp_path / "wds", what)
+    code, content = evaluate(tmp_path, "--data", root, "--tasks", "zeroshot")
+    message = capsys.readouterr().err
+    assert code == 2 and content is None and words in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--classnames", "nowhere.txt"], "no file nowhere.txt"),
+        (["--templates", "nowhere.txt"], "--templates: expected openai, simple or a file"),
+        (["--split", "holdout"], "--split holdout: no folder"),
+        (["--tasks", "zeroshot,cooking"], "'cooking' is unknown"),
+        (["--tasks", "retrieval"], "no captions"),
+        (["--device", "cuda:9"], "not on this machine"),
+    ],
+)
+def test_wrong_flags_are_refused_in_words(tmp_path, capsys, flags, words):
+    root = image_folder(tmp_path / "digits", 20)
+    code, _ = evaluate(tmp_path, "--data", root, *flags)
+    message = capsys.readouterr().err
+    assert code == 2 and words in message and "Traceback" not in message
+
+
+def test_folders_are_refused_in_words(tmp_path, capsys):
+    (tmp_path / "empty" / "test" / "cat").mkdir(parents=True)
+    (tmp_path / "flat").mkdir()
+    image_folder(tmp_path / "ten", 20)
+    (tmp_path / "ten" / "classnames.txt").write_text("zero\none\n")
+    cases = {"empty": "no pictures in", "flat": "no class folders", "ten": "2 class names for 10"}
+    for name, words in cases.items():
+        assert evaluate(tmp_path, "--data", tmp_path / name)[0] == 2
+        assert words in capsys.readouterr().err
+    picture = tmp_path / "ten" / "test" / "1" / "torn.png"
+    (tmp_path / "ten" / "classnames.txt").unlink()
+    picture.write_bytes(b"no picture")
+    assert evaluate(tmp_path, "--data", tmp_path / "ten")[0] == 2
+    assert "torn.png" in capsys.readouterr().err
+
+
+def test_models_are_refused_in_words(tmp_path, capsys):
+    for argv, words in (
+        (["ViT-B-23"], "did you mean"),
+        (["ViT-B-32"], "--pretrained is missing"),
+        (["ViT-B-32", "--pretrained", "nothing"], "no tag of ViT-B-32"),
+        ([str(tmp_path / "run")], "found nothing"),
+    ):
+        assert command.main([*argv, "--data", "builtin:shapes:40"]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_local_dir_is_the_model_that_was_saved(tmp_path):
+    model = load_model("protoclip-tiny", "random").model
+    config = {
+        "model_cfg": json.loads(_tiny_config().read_text()),
+        "preprocess_cfg": {"mean": list(model.mean), "std": list(model.std)},
+    }
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "open_clip_config.json").write_text(json.dumps(config))
+    torch.save(model.clip.state_dict(), tmp_path / "m" / "open_clip_pytorch_model.bin")
+    again = load_model(f"local-dir:{tmp_path / 'm'}").model
+    assert model_hash(again.clip) == model_hash(model.clip)
+
+
+def _tiny_config():
+    from protoclip.model import CONFIG_FOLDER
+
+    return CONFIG_FOLDER / "protoclip-tiny.json"
+
+
+def test_features_are_cached_by_model_and_data(tmp_path, capsys):
+    root = image_folder(tmp_path / "digits", 30)
+    flags = ["--data", root, "--tasks", "zeroshot,knn"]
+    first = evaluate(tmp_path, *flags)[1]["trained"]["sets"]["ALL"]["metrics"]
+    assert "rows of features came from" not in capsys.readouterr().out
+    again = evaluate(tmp_path, *flags)[1]["trained"]["sets"]["ALL"]["metrics"]
+    assert first == again and "rows of features came from" in capsys.readouterr().out
+    evaluate(tmp_path, *flags, "--no-cache")
+    assert "rows of features came from" not in capsys.readouterr().out
+
+
+def test_hashes_tell_models_and_data_apart(tmp_path):
+    a, b = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    b.load_state_dict(a.state_dict())
+    assert model_hash(a) == model_hash(b)
+    with torch.no_grad():
+        b.bias[0] += 1e-6
+    assert model_hash(a) != model_hash(b)
+    root = image_folder(tmp_path / "digits", 20, parts=())
+    before = dataset_hash(ImageFolder(root))
+    assert before == dataset_hash(ImageFolder(root))
+    next(root.rglob("*.png")).write_bytes(png(Image.new("L", (4, 4))))
+    assert before != dataset_hash(ImageFolder(root))
+    cache = FeatureCache(a)
+    path = cache.path("image", "x")
+    assert cache.load(path) is None
+    cache.store(path, torch.eye(2))
+    assert torch.equal(cache.load(path), torch.eye(2))
+    path.write_bytes(b"damaged")
+    assert cache.load(path) is None
+
+
+def test_templates_and_imagenet_names(tmp_path):
+    assert len(read_templates("openai")) == 80 and len(read_templates("simple")) == 7
+    assert "a bad photo of a {}." in read_templates("openai")
+    (tmp_path / "t.txt").write_text("a {c}\nno place for it\n")
+    with pytest.raises(ValueError, match="one template a line"):
+        read_templates(str(tmp_path / "t.txt"))
+    assert imagenet_names(["cat", "dog"]) is None
+    names = imagenet_names([f"n{i:08}" for i in range(1000)])
+    assert names is not None and names[0] == "tench"
+
+
+def test_unnamed_classes_are_called_by_number(tmp_path):
+    shard(tmp_path / "0.tar", [("a.png", png(Image.new("L", (2, 2)))), ("a.cls", b"2")])
+    assert ClassShards("x", [str(tmp_path / "0.tar")]).labels["class"].names == ("0", "1", "2")

@@ -1,0 +1,117 @@
+"""Checkpoints both ways: ours in OpenCLIP, OpenCLIP's in ours, and the exported folder."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+
+from protoclip import checkpoint, export
+from protoclip.config import ModelConfig
+from protoclip.model import build_model, register_configs
+from protoclip.train import main as train
+
+NANO = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "export-nano.json"
+    path.write_text(json.dumps(NANO))
+    register_configs(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, nano):
+    """A short run of protoclip.train."""
+    logs = tmp_path_factory.mktemp("logs")
+    flags = ["--train-data", "builtin:shapes:64", "--batch-size", "16", "--max-steps", "3"]
+    flags += ["--infonce-warmup-epoch", "0", "--k", "4", "--external-teacher", "none"]
+    flags += ["--report-to", "none", "--model", str(nano), "--logs", str(logs), "--name", "r"]
+    assert train(flags) == 0
+    return logs / "r"
+
+
+def features(model, tokenizer):
+    model.eval()
+    torch.manual_seed(0)
+    image = torch.randn(3, 3, *model.visual.image_size)
+    with torch.no_grad():
+        return model.encode_image(image), model.encode_text(tokenizer(["a", "red square", "né"]))
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def trained(run, config):
+    """The model as protoclip itself loads it."""
+    model = build_model(config)
+    model.load_state(checkpoint.load(checkpoint.find(run)))
+    return features(model.clip, model.tokenizer)
+
+
+def test_the_exported_folder_gives_the_same_bits(run, nano, tmp_path, capsys):
+    out = tmp_path / "exported"
+    assert export.main([str(run), "--out", str(out)]) == 0
+    assert f"local-dir:{out}" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md", "open_clip_config.json", "open_clip_model.safetensors"
+    ]  # fmt: skip
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    got = features(model, open_clip.get_tokenizer(f"local-dir:{out}"))
+    assert same(got, trained(run, ModelConfig(model=str(nano), projection_hidden_dim=512)))
+    assert "Resize(size=16" in str(preprocess)
+    card = (out / "README.md").read_text()
+    for words in ("builtin:shapes:64", "| steps | 3 |", "image -> text R@1", "local-dir"):
+        assert words in card
+    assert export.main([str(run), "--out", str(out)]) == 2
+    assert "in use" in capsys.readouterr().err
+
+
+def test_our_checkpoint_loads_in_open_clip(run, nano):
+    path = str(run / "checkpoints" / checkpoint.LATEST)
+    model, _, _ = open_clip.create_model_and_transforms("export-nano", pretrained=path)
+    got = features(model, open_clip.get_tokenizer("export-nano"))
+    assert same(got, trained(run, ModelConfig(model=str(nano))))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_open_clips_checkpoint_loads_in_ours(nano, tmp_path, capsys, prefix, wrapped):
+    """As open_clip_train writes it, under DDP too, and a bare state dict."""
+    torch.manual_seed(7)
+    theirs = open_clip.create_model("export-nano")
+    weights = {prefix + key: value for key, value in theirs.state_dict().items()}
+    path = tmp_path / "epoch_2.pt"
+    torch.save({"epoch": 2, "name": "x", "state_dict": weights} if wrapped else weights, path)
+    want = features(theirs, open_clip.get_tokenizer("export-nano"))
+
+    ours = build_model(ModelConfig(model=str(nano), pretrained=str(path)))
+    assert same(features(ours.clip, ours.tokenizer), want)
+
+    out = tmp_path / "out"
+    assert export.main([str(path), "--out", str(out), "--model", str(nano)]) == 0
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    assert same(features(model, open_clip.get_tokenizer(f"local-dir:{out}")), want)
+    assert export.main([str(path), "--out", str(tmp_path / "no")]) == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_export_refuses_what_does_not_fit(run, tmp_path, nano, capsys):
+    path = tmp_path / "x.pt"
+    torch.save({"state_dict": {"weight": torch.zeros(2)}}, path)
+    for flags, words in (
+        ([str(path), "--model", str(nano)], "does not fit"),
+        ([str(path), "--model", "no-such"], "no-such"),
+        ([str(run), "--model", "ViT-B-32"], "leave the flag out"),
+        ([str(tmp_path / "nothing")], "found nothing"),
+    ):
+        assert export.main([*flags, "--out", str(tmp_path / "out")]) == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()

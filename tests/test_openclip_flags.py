@@ -1,0 +1,95 @@
+"""The command's own part: flags, refusals, help, and the factories for those who patch by hand."""
+
+from types import SimpleNamespace
+
+import open_clip
+import pytest
+import torch
+from open_clip import loss as theirs
+
+import protoclip
+from protoclip.openclip import command
+
+
+def args(**changes):
+    plain = dict(
+        distill=False, model="ViT-B-32", siglip=False, local_loss=True, gather_with_grad=True,
+        rank=0, world_size=1, horovod=False, loss_dist_impl=None, accum_freq=2, batch_size=8,
+        resume=None, coca_caption_loss_weight=2.0, coca_contrastive_loss_weight=1.0,
+    )  # fmt: skip
+    return SimpleNamespace(**{**plain, **changes})
+
+
+def test_our_flags_are_popped_and_theirs_stay():
+    proto, rest = command.split_flags(
+        ["--model", "x", "--proto-k", "7", "--local-loss", "--proto-weight=0.5", "--no-proto-PBT"]
+    )
+    assert rest == ["--model", "x", "--local-loss"]
+    assert proto == protoclip.ProtoConfig(k=7, weight=0.5, pbt=False)
+    assert command.split_flags(["--lr", "1e-3"]) == (None, ["--lr", "1e-3"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--proto-wieght", "1"], "did you mean --proto-weight"),
+        (["--proto-k", "50", "--proto-queue", "20"], "--proto-k"),
+        (["--proto-k", "5", "--siglip"], "--siglip"),
+        (["--proto-k", "5", "--model", "coca_ViT-B-32"], "CoCa"),
+        (["--proto-k", "5", "--distill-model", "x"], "--distill-model"),
+        (["--model", "no/such.json"], "no/such.json"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_end_in_one_line(capsys, flags, words):
+    assert command.main(flags) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1
+
+
+def test_help_shows_both_sides(capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and "--proto-queue" in shown and "--grad-checkpointing" in shown
+
+
+def test_create_loss_gives_ours_and_keeps_what_is_not_ours(caplog):
+    caplog.set_level("INFO")
+    plain = protoclip.create_loss(args())
+    assert type(plain) is protoclip.ClipLoss and plain.local_loss and plain.gather_with_grad
+    assert type(protoclip.create_loss(args(siglip=True))) is protoclip.SigLipLoss
+    with_prototypes = protoclip.create_loss(args(), proto=protoclip.ProtoConfig(queue=64))
+    assert type(with_prototypes) is protoclip.ProtoClipLoss
+    assert "InfoNCE alone for 4 steps" in caplog.text  # 64 pairs, 2 x 8 a step
+    caplog.clear()
+    assert type(protoclip.create_loss(args(distill=True))) is theirs.DistillClipLoss
+    assert "OpenCLIP's own DistillClipLoss stays" in caplog.text
+    assert type(protoclip.create_loss(args(model="coca_ViT-B-32"))) is theirs.CoCaLoss
+    assert "OpenCLIP's own CoCaLoss stays" in caplog.text
+    with pytest.raises(ValueError, match="--proto"):
+        protoclip.create_loss(args(distill=True), proto=protoclip.ProtoConfig())
+
+
+def test_patched_by_hand_in_open_clips_trainer(monkeypatch):
+    trainer = pytest.importorskip("open_clip_train.main")
+    name = "create_task" if hasattr(trainer, "create_task") else "create_loss"
+    monkeypatch.setattr(trainer, name, getattr(protoclip, name))
+    before = getattr(trainer, name)
+    with command.patched(trainer, protoclip.ProtoConfig(queue=64)):
+        assert getattr(trainer, name) is not before
+    assert getattr(trainer, name) is before
+
+
+def test_create_task():
+    if not hasattr(open_clip, "create_task"):
+        with pytest.raises(ValueError, match=r"use protoclip\.create_loss"):
+            protoclip.create_task(args(), torch.nn.Linear(2, 2))
+        return
+    model = torch.nn.Linear(2, 2)
+    assert type(protoclip.create_task(args(), model).loss) is protoclip.ClipLoss
+    assert type(protoclip.create_task(args(siglip=True), model).loss) is protoclip.SigLipLoss
+    task = protoclip.create_task(args(), model, proto=protoclip.ProtoConfig(queue=64))
+    assert type(task.loss) is protoclip.ProtoClipLoss
+    coca = protoclip.create_task(args(model="coca_ViT-B-32"), model)
+    assert type(coca.loss) is theirs.CoCaLoss

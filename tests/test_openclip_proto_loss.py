@@ -1,0 +1,282 @@
+"""ProtoClipLoss: its prototypes, its value, and when its state moves."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+import protoclip
+from protoclip.proto_clip_loss import ProtoClipLoss, ProtoConfig
+
+SCALE = 14.3
+
+
+def pairs(n=40, d=12, seed=0):
+    """Unit rows with groups in them, the texts near the images."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(6, d, generator=generator)
+    image = centers[torch.arange(n) % 6] + 0.6 * torch.randn(n, d, generator=generator)
+    text = image + 0.6 * torch.randn(n, d, generator=generator)
+    return F.normalize(image, dim=1), F.normalize(text, dim=1)
+
+
+def call(loss, image, text, scale=SCALE):
+    """Terms, and gradients to image, text and scale."""
+    inputs = [t.detach().clone().requires_grad_() for t in (image, text, torch.tensor(scale))]
+    terms = loss(*inputs, output_dict=True)
+    sum(terms.values()).backward()
+    return {key: value.detach() for key, value in terms.items()}, [t.grad for t in inputs]
+
+
+def filled(n=40, seed=0, **options):
+    """A loss with prototypes, from one batch that fills the queue."""
+    loss = ProtoClipLoss(proto=ProtoConfig(**{"queue": n, "k": 5, "every": 100, **options}))
+    call(loss, *pairs(n, seed=seed))
+    assert loss.online.current is not None
+    return loss
+
+
+def dense(loss, image, text, scale):
+    """algorithm.md §2 with the [N, K] targets written out, in fp64."""
+    features, total = {"image": image, "text": text}, 0.0
+    for one in loss.online.current:
+        source, student = features[one.source].detach(), features[one.student]
+        centroids, prototypes = one.centroids.double(), one.prototypes.double()
+        labels = torch.cdist(source, centroids).argmin(dim=1)
+        if loss.proto.target_temperature > 0:
+            logits = centroids @ centroids.T / loss.proto.target_temperature
+            targets = logits.softmax(dim=1)[labels]
+        else:
+            targets = F.one_hot(labels, len(centroids)).double()
+        s = loss.proto.logit_scale or scale
+        total = total + F.cross_entropy(s * student @ prototypes.T, targets) / 2
+    return loss.proto.weight * total
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_temperature": 0.0},
+        {"target_temperature": 0.3, "pbt": False},
+        {"weight": 0.25, "logit_scale": 20.0},
+    ],
+    ids=str,
+)
+def test_value_and_gradient_are_the_dense_ones(options):
+    loss = filled(**options)
+    image, text = pairs(23, seed=1)
+    terms, grads = call(loss, image, text)
+    wide = [t.double().requires_grad_() for t in (image, text, torch.tensor(SCALE))]
+    want = dense(loss, *wide)
+    assert torch.allclose(terms["proto_loss"].double(), want, rtol=1e-5)
+    (want + protoclip.ClipLoss()(*(t.float() for t in wide))).backward()
+    for got, truth in zip(grads, wide, strict=True):
+        assert (got - truth.grad).abs().max() < 1e-4 * truth.grad.abs().max()
+    assert set(terms) == {"contrastive_loss", "proto_loss"}
+    total = loss(image, text, torch.tensor(SCALE))
+    assert total.shape == () and total.dtype == torch.float32
+
+
+def test_prototypes_are_the_students_means_over_the_sources_clusters():
+    image, text = pairs()
+    loss = filled()
+    features = {"image": image, "text": text}
+    for one in loss.online.current:
+        labels = torch.cdist(features[one.source], one.centroids).argmin(dim=1)
+        for k, prototype in enumerate(one.prototypes):
+            mean = features[one.student][labels == k].mean(dim=0)
+            assert torch.allclose(prototype, mean, atol=1e-6)
+    assert loss.online.current[0].student != loss.online.current[1].student
+
+
+def test_it_is_clip_loss_until_the_stated_step():
+    loss = ProtoClipLoss(proto=ProtoConfig(queue=64, k=4))
+    assert loss.steps_to_prototypes(20) == 4
+    for step in range(6):
+        image, text = pairs(20, seed=step)
+        terms, _ = call(loss, image, text)
+        assert ("proto_loss" in terms) == (step >= 4)
+        plain = protoclip.ClipLoss()(image, text, torch.tensor(SCALE))
+        assert torch.equal(terms["contrastive_loss"], plain)
+    assert loss.metrics["clusterings"] == 1 and loss.metrics["steps"] == 6
+    assert 0 <= loss.metrics["image_proto_accuracy"] <= 1
+    late = ProtoClipLoss(proto=ProtoConfig(queue=64, k=4, warmup=7))
+    assert late.steps_to_prototypes(20) == 7
+
+
+def test_the_queue_keeps_the_newest_and_clusters_start_warm():
+    loss = ProtoClipLoss(proto=ProtoConfig(queue=50, k=3, every=1))
+    batches = [pairs(20, seed=step) for step in range(4)]
+    for batch in batches:
+        call(loss, *batch)
+    newest = torch.cat([image for image, _ in batches])[-50:]
+    held = loss.online._rows["image"]
+    assert torch.equal(held.sort(dim=0).values, newest.sort(dim=0).values)
+    assert loss.metrics["clusterings"] == 2
+    big = pairs(80, seed=9)
+    call(loss, *big)  # more than the queue holds: its end
+    assert torch.equal(loss.online._rows["text"].sort(dim=0).values, big[1][-50:].sort(0).values)
+
+
+def test_evaluation_and_no_grad_leave_the_state_alone():
+    loss = filled()
+    before = loss.metrics
+    image, text = pairs(seed=3)
+    with torch.no_grad():
+        assert "proto_loss" in loss(image, text, torch.tensor(SCALE), output_dict=True)
+    loss.eval()
+    call(loss, image, text)
+    assert loss.metrics["steps"] == before["steps"] == 1
+
+
+def test_accumulated_calls_are_one_step():
+    """OpenCLIP's --accum-freq 3: three calls with all rows, the gradient through a third each."""
+    proto = ProtoConfig(queue=60, k=5, every=1)
+    whole, parts = ProtoClipLoss(proto=proto), ProtoClipLoss(proto=proto, accum_freq=3)
+    for step in range(3):
+        image, text = pairs(60, seed=step)
+        terms, want = call(whole, image, text)
+        got = []
+        for j in range(3):
+            own = torch.zeros(60, 1)
+            own[20 * j : 20 * j + 20] = 1
+            leaves = [t.detach().clone().requires_grad_() for t in (image, text)]
+            mixed = [t * own + t.detach() * (1 - own) for t in leaves]
+            again = parts(*mixed, torch.tensor(SCALE), output_dict=True)
+            assert {k: float(v) for k, v in again.items()} == {
+                k: float(v) for k, v in terms.items()
+            }
+            sum(again.values()).backward()
+            got.append([t.grad for t in leaves])
+        for side in range(2):
+            assert torch.allclose(sum(g[side] for g in got), want[side], atol=1e-6)
+        assert parts.metrics == whole.metrics
+    assert whole.metrics["clusterings"] == 3
+
+
+def test_prototypes_live_behind_heads_that_the_model_owns():
+    loss = ProtoClipLoss(proto=ProtoConfig(queue=40, k=5))
+    image, text = pairs()
+    heads = torch.nn.Linear(12, 4, bias=False)
+    for _ in range(2):
+        projected = [F.normalize(heads(x), dim=1) for x in (image, text)]
+        terms = loss(
+            image, text, torch.tensor(SCALE), output_dict=True,
+            image_projection=projected[0], text_projection=projected[1],
+        )  # fmt: skip
+    terms["proto_loss"].backward()
+    assert heads.weight.grad.abs().sum() > 0
+    assert loss.online.current[0].centroids.shape[1] == 4
+    assert not list(loss.parameters()) and not loss.state_dict()
+
+
+def test_half_precision_and_one_element_scales():
+    loss = filled()
+    image, text = pairs(30, seed=4)
+    want = loss(image, text, torch.tensor([SCALE]))
+    for dtypes in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
+        x, y = image.to(dtypes[0]).requires_grad_(), text.to(dtypes[1])
+        got = loss(x, y, torch.tensor([SCALE]))
+        got.backward()
+        assert got.dtype == torch.float32 and abs(got - want) < 0.03 * want
+        assert x.grad.dtype == dtypes[0]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_with_the_model_it_is_the_same(backend):
+    """What OpenCLIP 4's --torchcompile does: model and loss in one compiled function."""
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        tower = torch.nn.Linear(12, 8)
+        loss = ProtoClipLoss(proto=ProtoConfig(queue=40, k=5))
+
+        def step(image, text, tower=tower, loss=loss):
+            x, y = (F.normalize(tower(t), dim=1) for t in (image, text))
+            return loss(x, y, torch.tensor(SCALE), output_dict=True)
+
+        run = torch.compile(step, backend=backend) if compiled else step
+        values = []
+        for number in range(5):
+            terms = run(*pairs(20, seed=number))
+            sum(terms.values()).backward()
+            values.append({key: float(value) for key, value in terms.items()})
+        results.append((values, tower.weight.grad, loss.metrics))
+    for want, got in zip(results[0][0], results[1][0], strict=True):
+        assert got == pytest.approx(want, rel=1e-5)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-4, atol=1e-5)
+    assert results[1][2]["steps"] == 5 and results[1][2]["clusterings"] == 2
+
+
+def test_diverged_features_are_refused_in_words():
+    loss = ProtoClipLoss(proto=ProtoConfig(queue=40, k=5))
+    image, text = pairs()
+    image[3, 2] = torch.nan
+    with pytest.raises(ValueError, match="diverged: lower --lr"):
+        call(loss, image, text)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"queue": 20, "k": 30}, "--proto-k"),
+        ({"weight": -1.0}, "--proto-weight"),
+        ({"queue": 1}, "--proto-queue"),
+    ],
+    ids=str,
+)
+def test_settings_are_checked_by_flag_name(options, words):
+    with pytest.raises(ValueError, match=words):
+        ProtoConfig(**options)
+
+
+def _rank(rank, port, folder):
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    own = slice(20 * rank, 20 * rank + 20)
+    out = {}
+    for local in (False, True):
+        for with_grad in (False, True):
+            loss = ProtoClipLoss(
+                local, with_grad, rank=rank, world_size=2, proto=ProtoConfig(queue=40, k=5, every=2)
+            )
+            for step in range(4):
+                image, text = pairs(40, seed=step)
+                terms, grads = call(loss, image[own], text[own])
+                plain = protoclip.ClipLoss(local, with_grad, rank=rank, world_size=2)
+                _, of_contrastive = call(plain, image[own], text[own])
+            grads = [a - b for a, b in zip(grads, of_contrastive, strict=True)]
+            out[local, with_grad] = terms, grads, loss.online.current
+    torch.save(out, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_have_the_prototypes_and_gradients_of_one(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    one = ProtoClipLoss(proto=ProtoConfig(queue=40, k=5, every=2))
+    for step in range(4):
+        image, text = pairs(40, seed=step)
+        terms, grads = call(one, image, text)
+        _, of_contrastive = call(protoclip.ClipLoss(), image, text)
+    want = [a - b for a, b in zip(grads, of_contrastive, strict=True)]
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    for flags in ranks[0]:
+        (terms0, grads0, sets0), (terms1, grads1, sets1) = (rank[flags] for rank in ranks)
+        for mine, other, single in zip(sets0, sets1, one.online.current, strict=True):
+            for name in ("centroids", "prototypes", "targets"):
+                assert torch.equal(getattr(mine, name), getattr(other, name))
+                assert torch.allclose(getattr(mine, name), getattr(single, name), atol=1e-5)
+        mean = (terms0["proto_loss"] + terms1["proto_loss"]) / 2
+        assert torch.allclose(mean, terms["proto_loss"], rtol=1e-5)
+        share = 1 if flags[1] else 1 / 2  # as OpenCLIP's InfoNCE: 1 / W without gather_with_grad
+        for side in range(2):
+            rows = torch.cat([grads0[side], grads1[side]]) / 2  # DDP's mean
+            assert torch.allclose(rows, share * want[side], atol=1e-5)
+        assert torch.allclose((grads0[2] + grads1[2]) / 2, want[2], atol=1e-5)
