@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -166,30 +167,39 @@ inline CpuMatrixUnits cpu_matrix_units() {
 }
 
 // brgemm adds a whole depth in one chain; sums of shorter chains keep the error near MKL's.
-constexpr int64_t kChain = 128;
+constexpr int64_t kChain = 128, kWhole = std::numeric_limits<int64_t>::max();
 
-inline void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
-                     int64_t ldb, float* c, int64_t ldc, bool accumulate = false) {
-  if (m == 0 || n == 0) return;  // oneDNN refuses
-  static const bool fast = brgemm_works<float>();
-  if (!fast || k == 0) return multiply_plain(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
-  at::native::cpublas::brgemm(m, n, std::min(k, kChain), lda, ldb, ldc, accumulate, a, b, c, false);
-  if (k <= kChain) return;
+template <typename T>
+void multiply_chains(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b,
+                     int64_t ldb, float* c, int64_t ldc, bool accumulate, int64_t chain) {
+  constexpr bool bf16 = sizeof(T) == 2;
+  at::native::cpublas::brgemm(m, n, std::min(k, chain), lda, ldb, ldc, accumulate, a, b, c, bf16);
+  if (k <= chain) return;
   thread_local std::vector<float> more;
   more.resize(m * n);
-  for (int64_t p = kChain; p < k; p += kChain) {
-    at::native::cpublas::brgemm(m, n, std::min(k - p, kChain), lda, ldb, n, false, a + p,
-                                b + p * ldb, more.data(), false);
+  for (int64_t p = chain; p < k; p += chain) {
+    at::native::cpublas::brgemm(m, n, std::min(k - p, chain), lda, ldb, n, false, a + p,
+                                b + p * ldb, more.data(), bf16);
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < n; ++j) c[i * ldc + j] += more[i * n + j];
   }
 }
 
+inline void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+                     int64_t ldb, float* c, int64_t ldc, bool accumulate = false,
+                     int64_t chain = kChain) {
+  if (m == 0 || n == 0) return;  // oneDNN refuses
+  static const bool fast = brgemm_works<float>();
+  if (!fast || k == 0) return multiply_plain(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+  multiply_chains(m, n, k, a, lda, b, ldb, c, ldc, accumulate, chain);
+}
+
+// `chain` is even.
 inline void multiply(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
-                     const BFloat16* b, int64_t ldb, float* c, int64_t ldc,
-                     bool accumulate = false) {
+                     const BFloat16* b, int64_t ldb, float* c, int64_t ldc, bool accumulate = false,
+                     int64_t chain = kWhole) {
   if (m == 0 || n == 0) return;
-  if (k > 0) return at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, true);
+  if (k > 0) return multiply_chains(m, n, k, a, lda, b, ldb, c, ldc, accumulate, chain);
   for (int64_t i = 0; i < m && !accumulate; ++i) std::fill_n(c + i * ldc, n, 0.f);
 }
 

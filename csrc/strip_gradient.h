@@ -57,15 +57,17 @@ class GradientPass {
   using Packed = typename Ops::Packed;
   static constexpr int64_t kRows = 128, kColumns = 128;  // 64 KB of fp32 logits
   static constexpr int64_t kMaxGroups = 16, kPartRows = 8192;
+  static constexpr int64_t kDefaultChain = A == Arithmetic::kFloat ? kChain : kWhole;
 
  public:
   // `epilogue(range, s, ld) -> GradientSums` turns the dot products s [rows, columns] into G and
   // sets the lanes past the last column, up to whole vectors, to zero. dx and dy are not touched
-  // without `gradients`.
+  // without `gradients`; dx may be null, then only dy is formed. Where the epilogue knows
+  // statistics of the logits, `chain` is that of the products behind them.
   template <typename Epilogue>
   static GradientSums run(const Strip<A>& strip, const Epilogue& epilogue, float scale,
-                          bool gradients, Input* dx, Input* dy) {
-    GradientPass pass(strip, scale, gradients, dx, dy);
+                          bool gradients, Input* dx, Input* dy, int64_t chain = kDefaultChain) {
+    GradientPass pass(strip, scale, gradients, dx, dy, chain);
     GradientSums total;
     for (int64_t row = 0; row < strip.n; row += pass.wave_)
       total += pass.wave(row, std::min(pass.wave_, strip.n - row), epilogue);
@@ -86,17 +88,19 @@ class GradientPass {
           s_t(kRows * kColumns) {}
   };
 
-  GradientPass(const Strip<A>& strip, float scale, bool gradients, Input* dx, Input* dy)
+  GradientPass(const Strip<A>& strip, float scale, bool gradients, Input* dx, Input* dy,
+               int64_t chain)
       : strip_(strip),
         scale_(scale),
         gradients_(gradients),
         dx_(dx),
         dy_(dy),
+        chain_(chain),
         tiles_(blocks(strip.m, kColumns)),
         groups_(std::min(tiles_, kMaxGroups)),
         wave_(std::max(kPartRows / std::max<int64_t>(groups_, 1) / kRows * kRows, kRows)),
         wave_rows_(std::min(wave_, round_up(strip.n, kRows))),
-        parts_(gradients ? groups_ * wave_rows_ * strip.d : 0),
+        parts_(gradients && dx != nullptr ? groups_ * wave_rows_ * strip.d : 0),
         dy_sums_(gradients && sizeof(Input) != 4 ? strip.m * strip.d : 0),
         left_(Ops::kLeftInPlace ? 0 : wave_rows_ * Ops::depth(strip.d)),
         right_(Ops::kRightRowsInPlace ? 0 : wave_rows_ / kRows * right_block()) {
@@ -121,7 +125,7 @@ class GradientPass {
       }
       release_matrix_unit();
     });
-    if (gradients_) finish_dx(first, rows);
+    if (gradients_ && dx_ != nullptr) finish_dx(first, rows);
     GradientSums total;
     for (const GradientSums& part : sums) total += part;
     return total;
@@ -149,16 +153,18 @@ class GradientPass {
     const int64_t columns = std::min(kColumns, strip_.m - column);
     const Input* y = strip_.y + column * strip_.ld_y;
     Ops::right_transposed(y, strip_.ld_y, columns, d, scratch.right_t.get(), kColumns);
-    if (gradients_) Ops::right_rows(y, strip_.ld_y, columns, d, scratch.right.get(), d);
+    if (gradients_ && dx_ != nullptr)
+      Ops::right_rows(y, strip_.ld_y, columns, d, scratch.right.get(), d);
     const bool first_tile = tile == tiles_ * group / groups_;
     GradientSums sums;
     for (int64_t row = 0; row < rows; row += kRows) {
       const TileRange range{first + row, std::min(kRows, rows - row), column, columns};
       multiply(range.rows, columns, Ops::depth(d), left_operand(first, row), left_stride(),
-               scratch.right_t.get(), kColumns, scratch.s.get(), kColumns);
+               scratch.right_t.get(), kColumns, scratch.s.get(), kColumns, false, chain_);
       sums += epilogue(range, scratch.s.get(), kColumns);
       if (!gradients_) continue;
-      add_dx(range, parts_.get() + (group * wave_rows_ + row) * d, !first_tile, y, scratch);
+      if (dx_ != nullptr)
+        add_dx(range, parts_.get() + (group * wave_rows_ + row) * d, !first_tile, y, scratch);
       add_dy(range, right_operand(first, row), range.row > 0, scratch);
     }
     return sums;
@@ -246,7 +252,7 @@ class GradientPass {
   float scale_;
   bool gradients_;
   Input *dx_, *dy_;
-  int64_t tiles_, groups_, wave_, wave_rows_;
+  int64_t chain_, tiles_, groups_, wave_, wave_rows_;
   Buffer<float> parts_, dy_sums_;
   Buffer<Packed> left_, right_;
   std::vector<Scratch> scratch_;

@@ -22,14 +22,49 @@ inline bool split_allowed() {
 // So few columns cost nothing in fp32, and rounding G to bf16 shows where few terms nearly cancel.
 constexpr int64_t kSmallBatch = 128;
 
-// bf16 stays bf16 where the CPU multiplies it fast, everything else becomes fp32; rows contiguous;
+// The arithmetic of x [N, D] against y [M, D] (`columns` = M) in one dtype. name: "auto", or
+// "float", "bf16", "split" (tests force what "auto" picks elsewhere).
+inline Arithmetic pick_arithmetic(const char* op, at::ScalarType dtype, int64_t columns,
+                                  c10::string_view name) {
+  const CpuMatrixUnits units = cpu_matrix_units();
+  const bool large = columns > kSmallBatch;
+  Arithmetic arithmetic = Arithmetic::kFloat;
+  if (name == "bf16" || (name == "auto" && units.bf16 && large && dtype == at::kBFloat16))
+    arithmetic = Arithmetic::kBf16;
+  else if (name == "split" || (name == "auto" && units.amx && split_allowed()))
+    arithmetic = Arithmetic::kSplit;
+  TORCH_CHECK(arithmetic == Arithmetic::kFloat || units.bf16, op, ": arithmetic '", name,
+              "' needs AVX-512 with bf16, which this CPU (or this build) does not have");
+  return arithmetic;
+}
+
+// bf16 stays bf16 where it is multiplied as such, everything else becomes fp32; rows contiguous;
 // bf16 rows of even length (one zero column more).
+inline at::Tensor prepare(const at::Tensor& t, Arithmetic arithmetic) {
+  const bool bf16 = arithmetic == Arithmetic::kBf16;
+  at::Tensor out = t.to(bf16 ? at::kBFloat16 : at::kFloat);
+  if (bf16 && t.size(1) % 2) return at::constant_pad_nd(out, {0, 1});
+  const bool rows = (out.size(1) < 2 || out.stride(1) == 1) && out.stride(0) >= out.size(1);
+  return rows ? out : out.contiguous();
+}
+
+template <typename F>
+auto dispatch_arithmetic(Arithmetic arithmetic, const F& f) {
+  switch (arithmetic) {
+    case Arithmetic::kBf16:
+      return f(std::integral_constant<Arithmetic, Arithmetic::kBf16>{});
+    case Arithmetic::kSplit:
+      return f(std::integral_constant<Arithmetic, Arithmetic::kSplit>{});
+    default:
+      return f(std::integral_constant<Arithmetic, Arithmetic::kFloat>{});
+  }
+}
+
 struct Inputs {
   at::Tensor x, y;
   float scale;
   Arithmetic arithmetic;
 
-  // arithmetic: "auto", or "float", "bf16", "split" (tests force what "auto" picks elsewhere).
   Inputs(const char* op, const at::Tensor& x_in, const at::Tensor& y_in, const at::Tensor& scale_in,
          int64_t offset, c10::string_view name) {
     TORCH_CHECK(x_in.dim() == 2 && y_in.dim() == 2 && x_in.size(1) == y_in.size(1), op,
@@ -39,41 +74,15 @@ struct Inputs {
     TORCH_CHECK(offset >= 0 && (x_in.size(0) == 0 || offset + x_in.size(0) <= y_in.size(0)), op,
                 ": expected row i's positive at column i + offset, got N=", x_in.size(0),
                 ", M=", y_in.size(0), ", offset=", offset);
-    const CpuMatrixUnits units = cpu_matrix_units();
-    const bool large = y_in.size(0) > kSmallBatch;
-    if (name == "bf16" ||
-        (name == "auto" && units.bf16 && large && x_in.scalar_type() == at::kBFloat16))
-      arithmetic = Arithmetic::kBf16;
-    else if (name == "split" || (name == "auto" && units.amx && split_allowed()))
-      arithmetic = Arithmetic::kSplit;
-    else
-      arithmetic = Arithmetic::kFloat;
-    TORCH_CHECK(arithmetic == Arithmetic::kFloat || units.bf16, op, ": arithmetic '", name,
-                "' needs AVX-512 with bf16, which this CPU (or this build) does not have");
-    x = prepare(x_in);
-    y = prepare(y_in);
+    arithmetic = pick_arithmetic(op, x_in.scalar_type(), y_in.size(0), name);
+    x = prepare(x_in, arithmetic);
+    y = prepare(y_in, arithmetic);
     scale = scale_in.item<float>();
   }
 
   template <typename F>
   auto dispatch(const F& f) const {
-    switch (arithmetic) {
-      case Arithmetic::kBf16:
-        return f(std::integral_constant<Arithmetic, Arithmetic::kBf16>{});
-      case Arithmetic::kSplit:
-        return f(std::integral_constant<Arithmetic, Arithmetic::kSplit>{});
-      default:
-        return f(std::integral_constant<Arithmetic, Arithmetic::kFloat>{});
-    }
-  }
-
- private:
-  at::Tensor prepare(const at::Tensor& t) const {
-    const bool bf16 = arithmetic == Arithmetic::kBf16;
-    at::Tensor out = t.to(bf16 ? at::kBFloat16 : at::kFloat);
-    if (bf16 && t.size(1) % 2) return at::constant_pad_nd(out, {0, 1});
-    const bool rows = (out.size(1) < 2 || out.stride(1) == 1) && out.stride(0) >= out.size(1);
-    return rows ? out : out.contiguous();
+    return dispatch_arithmetic(arithmetic, f);
   }
 };
 

@@ -38,15 +38,23 @@ inline Floats larger(Floats a, Floats b) {
 }
 
 inline float sum(Floats v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   for (int64_t width = kLanes / 2; width > 0; width /= 2)
     for (int64_t i = 0; i < width; ++i) v[i] += v[i + width];
   return v[0];
+#endif
 }
 
 inline float maximum(Floats v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   float best = v[0];
   for (int64_t i = 1; i < kLanes; ++i) best = std::max(best, v[i]);
   return best;
+#endif
 }
 
 // 2^x within 1 ulp, exactly 1 at 0; 0 below -126 (no denormals), NaN stays NaN.

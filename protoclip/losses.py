@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from protoclip.config import LossConfig
 from protoclip.episode import Episode, PrototypeSet
 from protoclip.model import Encoded
 from protoclip.ops import info_nce, prototype_losses
+
+Measure = Callable[[str], contextlib.AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class ProtoLoss(nn.Module):
         logit_scale: Tensor,
         proto_scale: Tensor,
         episode: Episode | None,
+        measure: Measure = contextlib.nullcontext,
     ) -> Losses:
         """The losses of a batch of B pairs.
 
@@ -57,6 +61,7 @@ class ProtoLoss(nn.Module):
             index: int64 [B], positions in the dataset, to look up the cluster labels.
             logit_scale, proto_scale: scalars, the multipliers (not their logarithms).
             episode: prototypes; None: InfoNCE only.
+            measure: times the block of a phase, here "prototypes".
         """
         terms: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
@@ -67,15 +72,16 @@ class ProtoLoss(nn.Module):
                 _normalise(encoded.image), _normalise(encoded.text), logit_scale
             )
         if episode is not None and projected is not None:
-            for name, weight, sets in (
-                ("proto", self.config.w_proto, episode.internal),
-                ("external", self.config.w_proto_external, episode.external),
-            ):
-                if weight > 0 and sets:
-                    weights[f"{name}_loss"] = weight
-                    terms[f"{name}_loss"], accuracy[f"{name}_accuracy"] = prototype_term(
-                        projected, index, sets, proto_scale
-                    )
+            with measure("prototypes"):
+                for name, weight, sets in (
+                    ("proto", self.config.w_proto, episode.internal),
+                    ("external", self.config.w_proto_external, episode.external),
+                ):
+                    if weight > 0 and sets:
+                        weights[f"{name}_loss"] = weight
+                        terms[f"{name}_loss"], accuracy[f"{name}_accuracy"] = prototype_term(
+                            projected, index, sets, proto_scale
+                        )
         if self.config.w_distill > 0 and projected is not None and self.teachers:
             weights["distill_loss"] = self.config.w_distill
             terms["distill_loss"] = torch.stack(

@@ -84,10 +84,15 @@ TABLE: dict[str, dict[str, Backend]] = {
     },
     "siglip": {"cpu": _cpu("siglip"), "triton": _triton("siglip"), "reference": REFERENCE},
     "prototype_cross_entropy": {
+        "cpu": _cpu("prototype_cross_entropy"),
         "triton": _triton("prototype_cross_entropy"),
         "reference": REFERENCE,
     },
-    "soft_targets": {"triton": _triton("soft_targets"), "reference": REFERENCE},
+    "soft_targets": {
+        "cpu": _cpu("soft_targets"),
+        "triton": _triton("soft_targets"),
+        "reference": REFERENCE,
+    },
     "kmeans_assign": {
         "cpu": _cpu("kmeans_assign"),
         "cuda": _cuda("kmeans_assign"),

@@ -15,14 +15,18 @@ import torch
 from torch import Tensor
 
 from protoclip.ops import checks, reference
-from protoclip.ops.backends import backend_module, implementation, resolve
-from protoclip.ops.info_nce import accumulator, reduce
+from protoclip.ops.backends import implementation, resolve
+from protoclip.ops.info_nce import accumulator, no_second_derivative, reduce
 
 _lib = torch.library.Library("protoclip", "FRAGMENT")
 _lib.define(
     "prototype_ce(Tensor h, Tensor[] prototypes, Tensor[] targets, Tensor[] labels, Tensor scale,"
     " bool need_grad, bool need_nearest, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_lib.define(
+    "prototype_ce_bwd(Tensor grad, Tensor h, Tensor scale, Tensor gradient, Tensor scale_gradient)"
+    " -> (Tensor, Tensor)"
 )
 _lib.define(
     "prototype_ce_bwd_prototypes(Tensor h, Tensor prototypes, Tensor labels, Tensor scale,"
@@ -35,19 +39,15 @@ def _fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend
 
     -> loss [S, N] (0 where ignored), gradient sum_k p_k C_k - m_y [S, N, D] (0 where ignored;
     [S, 0, D] without need_grad), argmax int64 [S, N] ([S, 0] without need_nearest), row_max,
-    row_sum [S, N]: statistics in the units of the backend's own backward. A backend offers
-    ``prototype_ce_fwd_banks`` for all banks at once, or ``prototype_ce_fwd`` for one."""
-    module = backend_module("prototype_cross_entropy", backend)
-    if hasattr(module, "prototype_ce_fwd_banks"):
-        return module.prototype_ce_fwd_banks(
-            h, prototypes, targets, labels, scale, need_grad, need_nearest
-        )
-    parts = [
-        module.prototype_ce_fwd(h, c, m, y, scale, need_grad)
-        for c, m, y in zip(prototypes, targets, labels, strict=True)
-    ]
-    loss, gradient, nearest, *stats = (torch.stack(part) for part in zip(*parts, strict=True))
-    return loss, gradient, nearest[:, : h.shape[0] if need_nearest else 0].contiguous(), *stats
+    row_sum [S, N]: statistics in the units of the backend's own backward, and h.gradient [S, N]
+    ([S, 0] without need_grad), the gradient of the scale. A backend that has the last from
+    unrounded weights returns it; for the others it is taken from the gradient."""
+    run = implementation("prototype_cross_entropy", backend, "prototype_ce_fwd_banks")
+    results = run(h, prototypes, targets, labels, scale, need_grad, need_nearest)
+    if len(results) == 6:
+        return results
+    gradient = results[1]
+    return *results, (h[: gradient.shape[1]].to(gradient.dtype) * gradient).sum(dim=2)
 
 
 def _fake_fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend):
@@ -56,7 +56,18 @@ def _fake_fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, ba
     row = h.new_empty((s, n), dtype=wide)
     gradient = h.new_empty((s, n if need_grad else 0, d), dtype=wide)
     nearest = row.new_empty((s, n if need_nearest else 0), dtype=torch.int64)
-    return row, gradient, nearest, row.clone(), row.clone()
+    return row, gradient, nearest, row.clone(), row.clone(), gradient.new_empty(gradient.shape[:2])
+
+
+def _bwd(grad, h, scale, gradient, scale_gradient):
+    """grad [S, N] -> dh in the dtype of h, dscale in that of scale: what the forward pass left is
+    weighted, nothing else."""
+    weighted = ((scale.reshape(()) * grad)[:, :, None] * gradient).sum(dim=0)  # [N, D]
+    return weighted.to(h.dtype), (grad * scale_gradient).sum().to(scale.dtype).reshape(scale.shape)
+
+
+def _fake_bwd(grad, h, scale, *_):
+    return h.new_empty(h.shape), scale.new_empty(scale.shape)
 
 
 def _bwd_prototypes(h, prototypes, labels, scale, row_max, row_sum, weight, hard, backend):
@@ -71,19 +82,22 @@ def _fake_bwd_prototypes(h, prototypes, *_):
 
 def _setup(ctx, inputs, output) -> None:
     h, prototypes, targets, labels, scale, ctx.need_grad, _, ctx.backend = inputs
-    _, gradient, _, row_max, row_sum = output
+    _, gradient, _, row_max, row_sum, scale_gradient = output
+    ctx.set_materialize_grads(False)  # only the loss has a gradient: no zeros [S, N, D]
     ctx.hard = [len(m) == 0 for m in targets]
-    ctx.save_for_backward(h, scale, gradient, row_max, row_sum, *prototypes, *labels)
+    ctx.save_for_backward(
+        h, scale, gradient, row_max, row_sum, scale_gradient, *prototypes, *labels
+    )
 
 
 def _autograd(ctx, grad, *_):
-    h, scale, gradient, row_max, row_sum, *rest = ctx.saved_tensors
+    h, scale, gradient, row_max, row_sum, scale_gradient, *rest = ctx.saved_tensors
     banks = len(ctx.hard)
+    if grad is None:
+        return None, [None] * banks, [None] * banks, [None] * banks, None, None, None, None
     dh = dscale = None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
-        weighted = (grad[:, :, None] * gradient).sum(dim=0)  # [N, D]
-        dh = (scale.reshape(()) * weighted).to(h.dtype)
-        dscale = (h.to(weighted.dtype) * weighted).sum().to(scale.dtype).reshape(scale.shape)
+        dh, dscale = torch.ops.protoclip.prototype_ce_bwd(grad, h, scale, gradient, scale_gradient)
     wanted = ctx.needs_input_grad[1]
     wanted = wanted if isinstance(wanted, (list, tuple)) else [wanted] * banks
     prototype_grads = [
@@ -99,6 +113,7 @@ def _autograd(ctx, grad, *_):
 
 for _name, _impl, _fake in (
     ("prototype_ce", _fwd, _fake_fwd),
+    ("prototype_ce_bwd", _bwd, _fake_bwd),
     ("prototype_ce_bwd_prototypes", _bwd_prototypes, _fake_bwd_prototypes),
 ):
     _lib.impl(_name, _impl, "CompositeExplicitAutograd")
@@ -106,6 +121,9 @@ for _name, _impl, _fake in (
 torch.library.register_autograd(
     "protoclip::prototype_ce", _autograd, setup_context=_setup, lib=_lib
 )
+for _name in ("prototype_ce_bwd", "prototype_ce_bwd_prototypes"):
+    _refuse = no_second_derivative("prototype_cross_entropy")
+    torch.library.register_autograd(f"protoclip::{_name}", _refuse, lib=_lib)
 
 
 @dataclass(frozen=True)
@@ -241,7 +259,7 @@ def _rows(
                 nearest = [_nearest(sign * features @ b.prototypes.T) for b in banks]
         return torch.stack(rows), torch.stack(nearest)
     need_grad = torch.is_grad_enabled() and (features.requires_grad or scale.requires_grad)
-    losses, _, nearest, _, _ = torch.ops.protoclip.prototype_ce(
+    losses, _, nearest, *_ = torch.ops.protoclip.prototype_ce(
         features,
         [b.prototypes for b in banks],
         [

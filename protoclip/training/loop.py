@@ -222,6 +222,7 @@ class Trainer:
             self.model.logit_scale,
             self.model.proto_scale,
             self.episode,
+            self.phases.measure,
         )
         return projected, losses
 

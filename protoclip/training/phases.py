@@ -14,29 +14,38 @@ class Phases:
     """A stopwatch per phase.
 
     On a GPU, work is timed by events on the stream, so that measuring never waits for the device;
-    phases of the host alone (reading data) use the clock.
+    phases of the host alone (reading data) use the clock. A phase inside another is not counted in
+    the outer one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._seconds: dict[str, float] = {}
         self._memory: dict[str, int] = {}
-        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._pending: list[tuple[str, float, torch.cuda.Event, torch.cuda.Event]] = []
+        self._open: list[str] = []
 
     @contextlib.contextmanager
     def measure(self, name: str, *, on_host: bool = False) -> Iterator[None]:
         """Add the time of the block to phase ``name``."""
-        if self._device.type == "cuda" and not on_host:
-            start = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
-            start.record()
-            yield
-            end.record()
-            self._pending.append((name, start, end))
-        else:
-            began = time.perf_counter()
-            yield
-            self.add(name, time.perf_counter() - began)
+        signs = [(name, 1.0), *((outer, -1.0) for outer in self._open[-1:])]
+        self._open.append(name)
+        try:
+            if self._device.type == "cuda" and not on_host:
+                start = torch.cuda.Event(enable_timing=True)
+                end = torch.cuda.Event(enable_timing=True)
+                start.record()
+                yield
+                end.record()
+                self._pending += [(phase, sign, start, end) for phase, sign in signs]
+            else:
+                began = time.perf_counter()
+                yield
+                elapsed = time.perf_counter() - began
+                for phase, sign in signs:
+                    self.add(phase, sign * elapsed)
+        finally:
+            self._open.pop()
         held = memory_in_use(self._device)
         self._memory[name] = max(held, self._memory.get(name, 0))
 
@@ -56,8 +65,8 @@ class Phases:
         """Totals so far, in the order in which phases first ended; waits for the device."""
         if self._pending:
             torch.cuda.synchronize(self._device)
-            for name, start, end in self._pending:
-                self.add(name, start.elapsed_time(end) / 1000)
+            for name, sign, start, end in self._pending:
+                self.add(name, sign * start.elapsed_time(end) / 1000)
             self._pending.clear()
         return dict(self._seconds)
 
