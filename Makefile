@@ -2,7 +2,7 @@ PYTHON ?= python
 SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
 
-.PHONY: check lint fix test faults bench study study-quick kernels gpu
+.PHONY: check lint fix test faults bench bench-full study study-quick kernels gpu gpu-sanitize
 
 check: lint test  ## everything CI checks
 
@@ -24,8 +24,11 @@ faults:  ## kill a run twenty times and fill its disk, compare with one left alo
 	$(PYTHON) tests/fault_runs.py --kills 20 --full-disk
 	$(PYTHON) -m pytest tests/test_faults_*.py
 
-bench:  ## parity, then speed; two cores, a few minutes
-	$(PYTHON) -m pytest benchmarks --benchmark-only
+bench:  ## parity, then speed; under six minutes on two cores
+	$(PYTHON) -m pytest benchmarks --benchmark-only $(if $(RECORD),--record $(RECORD))
+
+bench-full:  ## the wide sweeps and sizes too; recorded under benchmarks/results unless RECORD says where
+	$(PYTHON) -m pytest benchmarks --benchmark-only --sizes full --record $(or $(RECORD),benchmarks/results)
 
 study:  ## what each design is worth, over seeds; about an hour on two cores, resumable
 	$(PYTHON) -m benchmarks.study
@@ -36,7 +39,10 @@ study-quick:  ## four rows, two seeds, short runs: ten minutes
 kernels:  ## registers, spills, shared memory and instruction of each launch row; no GPU needed
 	env -u TRITON_INTERPRET $(PYTHON) -m protoclip.kernels.compile_report
 
-gpu:  ## on a card: every test, then the benchmarks; results under $OUT, else benchmarks/results
-	mkdir -p $${OUT:-benchmarks/results}
-	$(PYTHON) -m pytest tests | tee $${OUT:-benchmarks/results}/gpu-tests.log
-	$(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-json=$${OUT:-benchmarks/results}/gpu.json
+gpu:  ## on a card: the kernels' tests, then the benchmarks; results under $$OUT, else benchmarks/results
+	PYTHON=$(PYTHON) benchmarks/gpu.sh
+
+gpu-sanitize:  ## on a card: the kernels' tests under compute-sanitizer, fresh memory filled with NaN
+	compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
+		$(PYTHON) -m pytest --bare --nan-empties -x tests/test_cuda_gpu.py \
+		tests/test_kernels_info_nce.py tests/test_kernels_prototype.py

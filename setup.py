@@ -13,6 +13,7 @@ DEV = [
     *OPENCLIP,
     "pytest",
     "pytest-benchmark",
+    "pytest-xdist",
     "hypothesis",
     "ruff==0.17.6",
     "mypy==2.4.1",

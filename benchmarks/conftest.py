@@ -1,15 +1,73 @@
-"""Options and the printed table of the benchmarks."""
+"""Options, fixtures and printed lines of the benchmarks."""
+
+import os
+import time
+from pathlib import Path
 
 import pytest
+import torch
+
+REHEARSAL = os.environ.get("PROTOCLIP_REHEARSE") == "1" and not torch.cuda.is_available()
+if REHEARSAL:  # before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from benchmarks import harness, machine  # noqa: E402
+
+SESSION = pytest.StashKey[harness.Session]()
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--sizes",
-        choices=("quick", "full"),
-        default="quick",
-        help="quick: minutes on two cores; full: the sizes of a record",
+        choices=("tiny", "quick", "full"),
+        default="tiny" if REHEARSAL else "quick",
+        help="tiny: seconds, proves that it runs; quick: minutes on two cores; full: wide sweeps",
     )
+    parser.addoption(
+        "--record",
+        type=Path,
+        help="write a JSON record, case by case: a file, or a folder to hold MACHINE-SIZES.json",
+    )
+    parser.addoption(
+        "--note", default="", help="kept in the record, e.g. that others used the machine"
+    )
+    parser.addoption("--budget", type=float, help="seconds after which cases are skipped")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    config.option.benchmark_quiet = True  # the lines printed here say more than its table
+    path = config.getoption("--record")
+    if path is not None and path.suffix != ".json":
+        path = path / f"{machine.slug()}-{config.getoption('--sizes')}.json"
+    budget = config.getoption("--budget")
+    deadline = None if budget is None else time.monotonic() + budget
+    config.stash[SESSION] = harness.Session(
+        config.getoption("--sizes"), path, config.getoption("--note"), deadline
+    )
+
+
+@pytest.fixture(scope="session")
+def session(request):
+    manager = request.config.pluginmanager
+    terminal, capture = manager.get_plugin("terminalreporter"), manager.get_plugin("capturemanager")
+
+    def say(text: str) -> None:  # at once, past pytest's capture
+        if terminal is None:  # a worker of pytest-xdist
+            return
+        with capture.global_and_fixture_disabled():
+            terminal.ensure_newline()
+            terminal.write_line(text)
+
+    running = request.config.stash[SESSION]
+    running.say = say
+    running.start()
+    return running
+
+
+@pytest.fixture
+def bench(session, benchmark):
+    return harness.Bench(session, benchmark)
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +75,31 @@ def sizes(request) -> str:
     return request.config.getoption("--sizes")
 
 
-def pytest_terminal_summary(terminalreporter):
-    from harness import LINES
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    record = getattr(item.config.stash[SESSION], "record", None)
+    name = item.nodeid.split("/")[-1]
+    if record is not None:
+        if report.skipped and call.excinfo is not None:
+            record.refuse("skipped", name, str(call.excinfo.value))
+        elif report.failed:
+            record.refuse("failed", name, str(call.excinfo.value).split("\n")[0][:300])
+        elif report.when == "call":
+            record.done(name)
+    return report
 
-    for line in LINES:
-        terminalreporter.write_line(line)
+
+def pytest_report_teststatus(report):
+    if report.passed and report.when == "call":
+        return "passed", "", "PASSED"  # its line is the sign of life
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    running = config.stash[SESSION]
+    if lines := harness.ratios(running.rows):
+        terminalreporter.section("each peer's time as a multiple of ours")
+        for text in lines:
+            terminalreporter.write_line(text)
+    if running.rows and running.record_path is not None:
+        terminalreporter.write_line(f"record: {running.record_path}")

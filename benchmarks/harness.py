@@ -1,53 +1,210 @@
-"""What the benchmark files share: the machine's GEMM rate, peak memory, one line a case."""
+"""What the benchmark files share: a case, how it is timed, and the line it prints.
+
+A benchmark asserts parity, then hands its variant to ``Bench.time``. The rounds of a peer alternate
+with rounds of our own op, so that their ratio survives a machine that others use too.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import re
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LINES: list[str] = []
+from benchmarks.machine import DEVICE, DTYPES, ceilings, describe, sync
+from benchmarks.records import Record, case_of
+from benchmarks.roofline import Work
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+OURS = "protoclip"
+SLOW = 5.0  # seconds; beyond, one round is timed
 
 
-def card() -> str:
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape; ``sweep`` names the letter that grows, for the fitted exponent."""
+
+    op: str
+    shape: dict[str, int]
+    dtype: str
+    work: Work
+    phase: str = ""
+    sweep: str | None = None
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{letter}={size}" for letter, size in self.shape.items())
+        return " ".join(filter(None, (self.op, self.phase, sizes, self.dtype)))
+
+
+@dataclass
+class Session:
+    """One run of the benchmarks: its ceilings, its record, and when it must end."""
+
+    sizes: str
+    record_path: Path | None = None
+    note: str = ""
+    deadline: float | None = None
+    say: Callable[[str], None] = print
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    record: Record = field(init=False)
+    ceilings: dict[str, float] = field(init=False)
+
+    def start(self) -> None:
+        self.ceilings = ceilings(tiny=self.sizes == "tiny")
+        run = describe() | {"sizes": self.sizes, "note": self.note, "ceilings": self.ceilings}
+        self.record = Record(self.record_path, run)
+        gemm = {name: rate for name, rate in self.ceilings.items() if name in DTYPES}
+        rates = ", ".join(f"{name} GEMM {rate:.3g} TFLOP/s" for name, rate in gemm.items())
+        self.say(
+            f"\n{run['machine']}, {run['threads']} threads, torch {torch.__version__}, commit "
+            f"{run['commit']}\nceilings of this run: {rates}, copy {self.ceilings['copy']:.3g} GB/s"
+        )
+
+
+class Bench:
+    """Times one variant of one case; what the fixture ``bench`` gives to a test."""
+
+    def __init__(self, session: Session, benchmark: Any):
+        self.session, self.benchmark = session, benchmark
+
+    @property
+    def sizes(self) -> str:
+        return self.session.sizes
+
+    def time(
+        self,
+        case: Case,
+        variant: str,
+        run: Callable[..., object],
+        *,
+        prepare: Callable[[], tuple] = tuple,
+        rival: Callable[[], object] | None = None,
+        seconds: float = 1.0,
+        note: str = "",
+    ) -> None:
+        """Rounds of ``run(*prepare())`` until ``seconds`` are full, ``prepare`` off the clock.
+
+        Args:
+            rival: our own op on the same inputs, timed in the same rounds (for a peer's row).
+            note: what the reader must know, e.g. that a peer starts elsewhere.
+        """
+        if not self.benchmark.enabled:
+            self.benchmark(lambda: run(*prepare()))
+            return
+        if self.session.deadline is not None and time.monotonic() > self.session.deadline:
+            pytest.skip("the run's time is used up (--budget)")
+        first = _Clock(run)
+        first(*prepare())
+        clock, ours = _Clock(run), _Clock(rival)
+
+        def ready() -> tuple[tuple, dict]:
+            if rival is not None:
+                _flush_cache()
+                ours()
+            arguments = prepare()
+            _flush_cache()
+            return arguments, {}
+
+        pedantic = partial(self.benchmark.pedantic, clock, setup=ready)
+        if first.times[0] > 1e3 * SLOW:
+            memory = peak_mib(partial(pedantic, rounds=1))
+        else:
+            memory = peak_mib(partial(run, *prepare()))
+            rounds = min(max(1e3 * seconds / first.times[0], 3), 30)
+            pedantic(rounds=int(rounds), warmup_rounds=1)
+        rounds = len(self.benchmark.stats.stats.data)
+        self._add(case, variant, clock.times[-rounds:], memory, ours.times[-rounds:], note)
+
+    def _add(self, case, variant, times, memory, ours, note) -> None:
+        row: dict[str, Any] = {
+            "op": case.op, "phase": case.phase, "variant": variant, "shape": case.shape,
+            "dtype": case.dtype, "sweep": case.sweep, "rounds": len(times), "note": note,
+        }  # fmt: skip
+        low, middle, high = np.percentile(times, (20, 50, 80))
+        row |= {"median_ms": middle, "p20_ms": low, "p80_ms": high, "min_ms": min(times)}
+        row |= asdict(case.work)
+        rate = case.work.flop * 1e-9 if case.work.bound == "gemm" else case.work.bytes * 1e-6
+        ceiling = self.session.ceilings["copy" if case.work.bound == "copy" else case.dtype]
+        row |= {"rate": rate / min(times), "share": rate / min(times) / ceiling}
+        row["peak_mib"] = None if memory != memory else memory
+        row["ratio"] = float(middle / np.median(ours)) if ours else None
+        row = {key: float(f"{v:.5g}") if isinstance(v, float) else v for key, v in row.items()}
+        self.session.rows.append(row)
+        self.session.record.add(row)
+        self.session.say(line(row, case))
+        self.benchmark.extra_info.update(row)
+
+
+def line(row: dict[str, Any], case: Case) -> str:
+    """What a reader sees of a row."""
+    unit, of = ("TFLOP/s", "GEMM") if row["bound"] == "gemm" else ("GB/s", "copy")
+    memory = "memory unknown" if row["peak_mib"] is None else f"+{row['peak_mib']:.0f} MiB"
+    ratio = "" if row["ratio"] is None else f" | {row['ratio']:.2f}x the time of {OURS}"
+    note = f" | {row['note']}" if row["note"] else ""
+    return (
+        f"{str(case):46s} {row['variant']:21s} | {row['median_ms']:9.3f} ms [{row['p20_ms']:.3f}, "
+        f"{row['p80_ms']:.3f}] min {row['min_ms']:.3f} | {row['rate']:.3f} {unit} "
+        f"({row['share']:.0%} of {of}) | {memory}{ratio}{note}"
+    )
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[str]:
+    """One line a case: our time, and every peer's as a multiple of it."""
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault(case_of(row), []).append(row)
+    lines = []
+    for group in cases.values():
+        peers = sorted((r["ratio"], r["variant"]) for r in group if r["ratio"] is not None)
+        first = group[0]
+        sizes = " ".join(f"{letter}={size}" for letter, size in first["shape"].items())
+        if peers:
+            listed = ", ".join(
+                f"{name} {ratio:.2f}x{' (faster than ours)' if ratio < 1 else ''}"
+                for ratio, name in peers
+            )
+            head = f"{first['op']} {first['phase']}".strip()
+            lines.append(f"{head} {sizes} {first['dtype']}: {listed}")
+    return lines
+
+
+class _Clock:
+    """Calls and times a variant, in milliseconds; on a card by its events."""
+
+    def __init__(self, run: Callable[..., object] | None):
+        self.run, self.times = run, []
+
+    def __call__(self, *arguments: object) -> None:
+        assert self.run is not None
+        if DEVICE == "cpu":
+            start = time.perf_counter()
+            self.run(*arguments)
+            self.times.append(1e3 * (time.perf_counter() - start))
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self.run(*arguments)
+        end.record()
+        end.synchronize()
+        self.times.append(start.elapsed_time(end))
+
+
+def _flush_cache() -> None:
+    """A training step finds the L2 of a card cold; a CPU's cache is as the last round left it."""
     if DEVICE == "cuda":
-        return torch.cuda.get_device_name().replace(" ", "-")
-    return f"{torch.backends.cpu.get_cpu_capability()}x{torch.get_num_threads()}"
-
-
-def sync() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-def best_seconds(run: Callable[[], object], rounds: int = 5) -> float:
-    """The fastest of some rounds, after one to warm up."""
-    times = []
-    for _ in range(rounds + 1):
-        sync()
-        start = time.perf_counter()
-        run()
-        sync()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
-def gemm_tflops(n: int, d: int, dtype: torch.dtype) -> float:
-    """The ceiling: torch's own X Y^T of the case's shape, measured beside it."""
-    x, y = (torch.randn(n, d, device=DEVICE).to(dtype) for _ in range(2))
-    return 2e-12 * n * n * d / best_seconds(lambda: x @ y.T)
+        torch.empty(256 << 20, dtype=torch.int8, device=DEVICE).zero_()
 
 
 def peak_mib(run: Callable[[], object]) -> float:
-    """Memory added at the highest point of one run.
-
-    On the CPU it is resident memory, so what malloc kept of an earlier run and hands out again does
-    not show; tests/test_info_nce.py measures in a fresh process.
-    """
+    """Memory added at the highest point of one run; on the CPU resident memory, NaN if unknown."""
     if DEVICE == "cuda":
         sync()
         torch.cuda.reset_peak_memory_stats()
@@ -55,7 +212,12 @@ def peak_mib(run: Callable[[], object]) -> float:
         run()
         sync()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    try:
+        # What malloc kept of an earlier run would be handed out again unseen.
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    except (OSError, AttributeError):
+        return float("nan")
     before = _high_water_mib()
     run()
     return _high_water_mib() - before
@@ -64,19 +226,3 @@ def peak_mib(run: Callable[[], object]) -> float:
 def _high_water_mib() -> float:
     found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
     return int(found[1]) / 1024 if found else float("nan")
-
-
-def report(benchmark, name: str, shape: str, flop: float, ceiling: float, memory: float) -> None:
-    """Put the case's numbers in the JSON and in the printed table."""
-    seconds = benchmark.stats.stats.min
-    share = flop / seconds * 1e-12 / ceiling
-    benchmark.extra_info.update(
-        card=card(), torch=torch.__version__, gemm_tflops=ceiling, share_of_gemm=share,
-        peak_mib=memory, shape=shape,
-    )  # fmt: skip
-    s = benchmark.stats.stats
-    LINES.append(
-        f"{name:44s} {card()} {shape} | {s.median * 1e3:8.2f} ms [{s.q1 * 1e3:.2f}, "
-        f"{s.q3 * 1e3:.2f}] min {seconds * 1e3:.2f} | {flop / seconds * 1e-12:.3f} TFLOP/s "
-        f"({share:.0%} of GEMM) | {memory:.0f} MiB"
-    )

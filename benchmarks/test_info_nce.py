@@ -4,31 +4,35 @@ Parity with fp64 is asserted before a variant is timed. Rates count four product
 (the useful work of a loss that stores no logits), so they compare as times do.
 """
 
-import importlib
+from functools import cache, partial
 
-import harness
 import pytest
 import torch
 import torch.nn.functional as F
 
 import protoclip
+from benchmarks import peers, roofline
+from benchmarks.harness import Case
+from benchmarks.machine import DEVICE, DTYPES
 
-DEVICE = harness.DEVICE
-QUICK = [(1024, 512), (4096, 128), (4096, 512)] if DEVICE == "cpu" else [(8192, 512), (32768, 512)]
-FULL = [(n, d) for d in (128, 256, 512, 768, 1024) for n in (1024, 4096, 16384)]
-SIZES = {"quick": QUICK, "full": FULL}
-BACKENDS = [name for name in protoclip.backends("info_nce") if name != "reference"]
+SIZES = {
+    "cpu": {
+        "tiny": [(48, 16)],
+        "quick": [(1024, 512), (4096, 128), (4096, 512)],
+        "full": [(1024, 512), (4096, 128), (4096, 512), (4096, 1024), (16384, 512)],
+    },
+    "cuda": {
+        "tiny": [(512, 64)],
+        "quick": [(8192, 512), (32768, 512)],
+        "full": [(2048, 512), (8192, 512)] + [(32768, d) for d in (256, 512, 768, 1024)],
+    },
+}[DEVICE]
+APART = {"tiny": SIZES["tiny"][0], "quick": SIZES["quick"][-1], "full": SIZES["quick"][-1]}
+PARITY_ROWS = 4096  # the truth stores N x N doubles: beyond, parity is shown on the first rows
 
 
-def _optional(module: str, attribute: str):
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        pytest.skip(f"{module}.{attribute}: {error}")
-
-
-def open_clip_loss(x, y, scale):
-    loss = _optional("open_clip.loss", "ClipLoss")()
+def open_clip(x, y, scale):
+    loss = peers.optional("open_clip.loss", "ClipLoss")()
     with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=x.dtype == torch.bfloat16):
         return loss(x, y, scale)
 
@@ -51,12 +55,12 @@ def _both_ways(one_way):
 
 
 def linear_cross_entropy(x, y, labels):
-    options = _optional("torch.nn", "LinearCrossEntropyOptions")
+    options = peers.optional("torch.nn", "LinearCrossEntropyOptions")
     return F.linear_cross_entropy(x, y, labels, options=options())
 
 
 def cut_cross_entropy(x, y, labels):
-    run = _optional("cut_cross_entropy", "linear_cross_entropy")
+    run = peers.optional("cut_cross_entropy", "linear_cross_entropy")
     impl = "cce" if DEVICE == "cuda" else "torch_compile"
     return run(x, y, labels, filter_eps=None, impl=impl)  # the default drops the gradient
 
@@ -64,21 +68,24 @@ def cut_cross_entropy(x, y, labels):
 def liger(x, y, labels):
     if DEVICE == "cpu":
         pytest.skip("liger-kernel runs on GPUs only")
-    loss = _optional("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
+    loss = peers.optional("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
     return loss()(y, x, labels)
 
 
-VARIANTS = {
-    **{
-        f"protoclip-{name}": lambda *a, name=name: protoclip.info_nce(*a, backend=name)
-        for name in BACKENDS
-    },
-    "open_clip": open_clip_loss,
-    "one-matmul-compiled": torch.compile(one_matmul),
-    "linear_cross_entropy": _both_ways(linear_cross_entropy),
-    "cut_cross_entropy": _both_ways(cut_cross_entropy),
-    "liger": _both_ways(liger),
+PEERS = {
+    "open_clip": lambda: open_clip,
+    "torch.compile": lambda: peers.compiled(one_matmul),
+    "linear_cross_entropy": lambda: _both_ways(linear_cross_entropy),
+    "cut_cross_entropy": lambda: _both_ways(cut_cross_entropy),
+    "liger": lambda: _both_ways(liger),
 }
+VARIANTS = [*peers.ours("info_nce"), *PEERS]
+
+
+def _loss(variant):
+    if peers.is_ours(variant):
+        return partial(protoclip.info_nce, backend=peers.backend("info_nce", variant))
+    return PEERS[variant]()
 
 
 def _inputs(n, d, dtype):
@@ -89,54 +96,66 @@ def _inputs(n, d, dtype):
     return x, y, torch.tensor(14.3, device=DEVICE, requires_grad=True)
 
 
-def _assert_parity(loss, dtype):
-    """On 256 rows: a few roundings of the dtype, in the loss and in all gradients."""
-    inputs = _inputs(256, 64, dtype)
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    value, truth = loss(*inputs), protoclip.info_nce(*exact, backend="reference")
+@cache
+def _truth(n, d, dtype):
+    exact = [t.detach().double().requires_grad_() for t in _inputs(n, d, dtype)]
+    loss = protoclip.info_nce(*exact, backend="reference")
+    return loss.detach(), torch.autograd.grad(loss, exact)
+
+
+def _assert_parity(loss, n, d, dtype):
+    """A few roundings of the dtype, in the loss and in all gradients."""
+    inputs = _inputs(min(n, PARITY_ROWS), d, dtype)
+    value = loss(*inputs)
+    truth, gradients = _truth(min(n, PARITY_ROWS), d, dtype)
     eps = 8 * torch.finfo(dtype).eps
     assert abs(value - truth) <= eps * max(1, abs(truth))
-    pairs = zip(torch.autograd.grad(value, inputs), torch.autograd.grad(truth, exact), strict=True)
-    for got, want in pairs:
-        assert (got - want).abs().max() <= 4 * eps * want.abs().max().clamp_min(1e-3)
+    for got, want in zip(torch.autograd.grad(value, inputs), gradients, strict=True):
+        assert (got - want).abs().max() <= 4 * eps * want.abs().max().clamp_min(1e-3 / n)
 
 
-def pytest_generate_tests(metafunc):
-    if "shape" in metafunc.fixturenames:
-        shapes = SIZES[metafunc.config.getoption("--sizes")]
-        metafunc.parametrize("shape", shapes, ids=lambda s: f"N{s[0]}-D{s[1]}")
+def step(loss, phase):
+    """``run`` and ``prepare`` of a phase; the graph of "backward" is made off the clock."""
 
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("phase", ["forward", "backward", "both"])
-def test_info_nce(benchmark, variant, dtype, phase, shape):
-    name = variant.removeprefix("protoclip-")
-    if name in BACKENDS and (reason := protoclip.backends("info_nce")[name]) is not None:
-        pytest.skip(reason)
-    if phase != "both" and shape != SIZES["quick"][-1]:
-        pytest.skip("forward and backward apart are timed at one size")
-    loss = VARIANTS[variant]
-    _assert_parity(loss, dtype)
-    inputs = _inputs(*shape, dtype)
-
-    def prepare():  # the graph of "backward" is made outside the clock
-        return ((loss(*inputs),) if phase == "backward" else (), {})
-
-    def run(kept=None):
+    def run(inputs, kept=None):
         if phase == "forward":
             loss(*inputs)
         else:
             torch.autograd.grad(loss(*inputs) if kept is None else kept, inputs)
-        harness.sync()
 
-    run(*prepare()[0])
-    kept = prepare()[0]
-    memory = harness.peak_mib(lambda: run(*kept))
-    ceiling = harness.gemm_tflops(*shape, dtype)
-    rounds = 5 if DEVICE == "cpu" else 20
-    benchmark.pedantic(run, setup=prepare, rounds=rounds, warmup_rounds=1)
+    def prepare(inputs):
+        return (inputs, loss(*inputs)) if phase == "backward" else (inputs,)
+
+    return run, prepare
+
+
+def pytest_generate_tests(metafunc):
+    if "shape" in metafunc.fixturenames:
+        sizes = metafunc.config.getoption("--sizes")
+        rows = [
+            (phase, shape)
+            for shape in SIZES[sizes]
+            for phase in ("forward", "backward", "both")
+            if phase == "both" or shape == APART[sizes]
+        ]
+        names = [f"{phase}-N{n}-D{d}" for phase, (n, d) in rows]
+        metafunc.parametrize(("phase", "shape"), rows, ids=names)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_info_nce(bench, phase, shape, dtype, variant):
     n, d = shape
-    flop = {"forward": 2.0, "backward": 6.0, "both": 8.0}[phase] * n * n * d
-    label = f"info_nce {phase} {variant}"
-    harness.report(benchmark, label, f"N={n} D={d} {str(dtype)[6:]}", flop, ceiling, memory)
+    loss = _loss(variant)
+    _assert_parity(loss, n, d, DTYPES[dtype])
+    inputs = _inputs(n, d, DTYPES[dtype])
+    run, prepare = step(loss, phase)
+    rival = None
+    if not peers.is_ours(variant):
+        ours, ready = step(protoclip.info_nce, phase)
+        rival = lambda: ours(*ready(inputs))  # noqa: E731
+        if phase == "backward":
+            rival = None  # its forward would be on the clock; ratios come from "both"
+    work = roofline.info_nce(n, d, dtype, phase)
+    case = Case("info_nce", {"N": n, "D": d}, dtype, work, phase)
+    bench.time(case, variant, run, prepare=lambda: prepare(inputs), rival=rival)

@@ -1,9 +1,53 @@
 """Without a card the Triton kernels run in Triton's interpreter, which must be asked for before
-anything imports triton."""
+anything imports triton.
+
+``--bare`` is for a machine that holds torch, triton, numpy and pytest only: what is missing there
+is a skip with its reason. ``--nan-empties`` shows what a kernel forgot to write.
+"""
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+MAY_MISS = {
+    "PIL", "hypothesis", "matplotlib", "open_clip", "safetensors", "tensorboard", "torchvision",
+    "tqdm", "webdataset",
+}  # fmt: skip
+
+
+def pytest_addoption(parser):
+    parser.addoption("--bare", action="store_true", help="a missing optional package is a skip")
+    parser.addoption("--nan-empties", action="store_true", help="torch.empty holds NaN at first")
+
+
+def pytest_configure(config):
+    if config.getoption("--nan-empties"):  # in C++ too: at::empty fills in this mode
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def _skip_where_bare(report, config, error, path):
+    if report.failed and config.getoption("--bare") and isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").split(".")[0]
+        if package in MAY_MISS:
+            report.outcome = "skipped"
+            report.longrepr = (str(path), 0, f"Skipped: {package} is not installed")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    error = report.call.excinfo.value.__cause__ if report.failed else None
+    return _skip_where_bare(report, collector.config, error, collector.path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    error = call.excinfo.value if report.failed else None
+    return _skip_where_bare(report, item.config, error, item.path)

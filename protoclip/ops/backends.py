@@ -49,6 +49,15 @@ def _no_triton() -> str | None:
         importlib.import_module("triton")
     except ImportError as error:
         return f"triton cannot be imported: {error}"
+    return None if torch.cuda.is_available() else _no_interpreter()
+
+
+def _no_interpreter() -> str | None:
+    from importlib.metadata import version
+
+    triton, numpy = (tuple(map(int, version(p).split(".")[:2])) for p in ("triton", "numpy"))
+    if triton < (3, 7) and numpy >= (2, 4):  # it takes int() of arrays of one element
+        return f"the interpreter of triton {version('triton')} needs numpy < 2.4 (a card does not)"
     return None
 
 

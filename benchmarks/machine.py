@@ -1,0 +1,111 @@
+"""The machine: its name, its versions, and its ceilings as measured in this run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PACKAGES = (
+    "torch", "triton", "numpy", "open_clip_torch", "faiss-cpu", "scikit-learn", "scipy",
+    "cut-cross-entropy", "liger-kernel", "flash-kmeans", "fastkmeans", "superkmeans",
+)  # fmt: skip
+SOURCES = ("protoclip", "kernels", "csrc")
+
+
+def sync() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def name() -> str:
+    """What a table is headed by: the card, or the CPU with its cores and widest arithmetic."""
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    found = re.search(r"model name\s*:\s*(.+)", _cpuinfo())
+    flags = set(re.search(r"flags\s*:\s*(.+)", _cpuinfo() or "flags: -")[1].split())
+    units = [unit for unit in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if unit in flags]
+    cores = len(os.sched_getaffinity(0))
+    return f"{found[1] if found else platform.machine()}, {cores} cores, {(units or ['-'])[0]}"
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def slug() -> str:
+    """The machine's name as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name().lower()).strip("-")
+
+
+def describe() -> dict[str, object]:
+    """Machine, driver, versions and commit, for the record."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "machine": name(),
+        "slug": slug(),
+        "device": DEVICE,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "versions": versions,
+        "commit": _output("git", "rev-parse", "--short=12", "HEAD"),
+        "modified": bool(_output("git", "status", "--porcelain", "--", *SOURCES)),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+    }  # fmt: skip
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def best_seconds(run: Callable[[], object], seconds: float) -> float:
+    """The fastest round of those that fit into ``seconds``, after one to warm up."""
+    run()
+    sync()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        start = time.perf_counter()
+        run()
+        sync()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def ceilings(tiny: bool) -> dict[str, float]:
+    """TFLOP/s of torch's own GEMM by dtype and GB/s of a copy (read and written bytes)."""
+    side = 64 if tiny else 8192 if DEVICE == "cuda" else 2048
+    megabytes = 1 if tiny else 1024 if DEVICE == "cuda" else 256
+    patience = 0.0 if tiny else 0.5
+    rates = {}
+    for dtype in ("fp32", "bf16") if DEVICE == "cpu" else DTYPES:
+        x, y = (torch.randn(side, side, device=DEVICE).to(DTYPES[dtype]) for _ in range(2))
+        rates[dtype] = 2e-12 * side**3 / best_seconds(lambda x=x, y=y: x @ y.T, patience)
+    source = torch.ones(megabytes << 18, device=DEVICE)
+    target = torch.empty_like(source)
+    rates["copy"] = 8e-9 * len(source) / best_seconds(lambda: target.copy_(source), patience)
+    return rates

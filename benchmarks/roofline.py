@@ -1,0 +1,97 @@
+"""What each op has to do, counted by hand, and the time no machine can beat for it.
+
+A GEMM-equivalent is one N x M x D product, 2 N M D flop. Counts are the *useful* work of a form
+that stores no logits; every variant of a case is rated against the same count, so rates compare as
+times do. Bytes are the least traffic: each input read once, each result written once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Work:
+    """flop of the products, bytes to and from memory, and which of the two is the ceiling."""
+
+    flop: float
+    bytes: float
+    bound: str = "gemm"  # "gemm" | "copy"
+
+
+def info_nce(n: int, d: int, dtype: str, phase: str = "both") -> Work:
+    """Backward recomputes S and multiplies twice: 1 + 3 GEMM-eq. The sigmoid loss is the same."""
+    products = {"forward": 1, "backward": 3, "both": 4}[phase]
+    arrays = {"forward": 2, "backward": 4, "both": 4}[phase]
+    return Work(2.0 * products * n * n * d, float(arrays * n * d * BYTES[dtype]))
+
+
+def prototype_cross_entropy(n: int, k: int, d: int, dtype: str) -> Work:
+    """Prototypes frozen, loss and gradient of the features: an attention pass, 2 GEMM-eq."""
+    return Work(4.0 * n * k * d, float((3 * n * d + k * d) * BYTES[dtype]))
+
+
+def soft_targets(k: int, d_source: int, d: int) -> Work:
+    """softmax(Q Q^T / t) C: one product in the source's space, one in the student's."""
+    return Work(2.0 * k * k * (d_source + d), 4.0 * k * (d_source + 2 * d))
+
+
+def kmeans_assign(n: int, k: int, d: int, dtype: str) -> Work:
+    """One GEMM-eq; label (8 bytes) and distance (4) of each point are written."""
+    return Work(2.0 * n * k * d, float((n + k) * d * BYTES[dtype] + 12 * n))
+
+
+def segment_mean(n: int, k: int, d: int, dtype: str) -> Work:
+    """One addition an element: a read of the values, bound by memory."""
+    return Work(float(n * d), float(n * d * BYTES[dtype] + 8 * n + 4 * k * d), "copy")
+
+
+def kmeans(n: int, k: int, d: int, iterations: int) -> Work:
+    """Assignment and update, ``iterations`` times, and the last assignment."""
+    one, update = kmeans_assign(n, k, d, "fp32"), segment_mean(n, k, d, "fp32")
+    flop = (iterations + 1) * one.flop + iterations * update.flop
+    return Work(flop, (iterations + 1) * one.bytes + iterations * update.bytes)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A ceiling: TFLOP/s by dtype, copy bandwidth in GB/s, and where the numbers come from."""
+
+    name: str
+    tflops: dict[str, float]
+    gbps: float
+    source: str
+
+
+# fp32 is the rate without TF32. Data sheets: dense tensor-core rates with fp32 accumulation.
+MACHINES = (
+    Machine("H100 SXM", {"bf16": 790, "fp32": 60}, 3000, "measured by others"),
+    Machine("A100 SXM", {"bf16": 312, "fp32": 19.5}, 2039, "data sheet"),
+    Machine("RTX 4090", {"bf16": 165, "fp32": 82.6}, 1008, "data sheet"),
+    Machine("2 AMX cores", {"bf16": 3.0, "fp32": 0.4}, 12, "measured, Sapphire Rapids VM"),
+)
+
+
+def floor_ms(work: Work, dtype: str, machine: Machine) -> float:
+    """The larger of arithmetic at the GEMM rate and traffic at the copy rate."""
+    arithmetic = 0.0 if work.bound == "copy" else work.flop / (machine.tflops[dtype] * 1e12)
+    return 1e3 * max(arithmetic, work.bytes / (machine.gbps * 1e9))
+
+
+def large() -> list[tuple[str, dict[str, int], str, Work]]:
+    """The sizes a card is bought for, whether or not one has been seen: op, shape, dtype, work."""
+    n, k, d = 200_000, 20_000, 128
+    clusters = {"N": n, "K": k, "D": d}
+    return [
+        ("info_nce", {"N": 32768, "D": 512}, "bf16", info_nce(32768, 512, "bf16")),
+        (
+            "prototype_cross_entropy",
+            {"N": 4096, "K": k, "D": d},
+            "bf16",
+            prototype_cross_entropy(4096, k, d, "bf16"),
+        ),
+        ("kmeans_assign", clusters, "bf16", kmeans_assign(n, k, d, "bf16")),
+        ("segment_mean", clusters, "bf16", segment_mean(n, k, d, "bf16")),
+    ]

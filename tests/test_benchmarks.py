@@ -1,0 +1,140 @@
+"""The record: pages say what the newest record says; counts and exponents by hand."""
+
+import copy
+import json
+
+import pytest
+
+from benchmarks import records, report, roofline, tables
+from benchmarks.records import Record
+
+FOUND = [records.load(path) for path in sorted(report.RESULTS.glob("*.json"))]
+
+
+def row(variant="protoclip-cpu", n=1024, ms=1.0, memory=2.0, ratio=None, sweep=None):
+    work = roofline.info_nce(n, 128, "fp32")
+    return {
+        "op": "info_nce", "phase": "both", "variant": variant, "shape": {"N": n, "D": 128},
+        "dtype": "fp32", "sweep": sweep, "rounds": 5, "note": "", "median_ms": ms, "p20_ms": ms,
+        "p80_ms": ms, "min_ms": ms, "flop": work.flop, "bytes": work.bytes, "bound": work.bound,
+        "rate": work.flop * 1e-9 / ms, "share": 0.5, "peak_mib": memory, "ratio": ratio,
+    }  # fmt: skip
+
+
+def run(date="2026-01-02 03:04", machine="M"):
+    versions = {"torch": "2.11", "triton": None}
+    return {
+        "machine": machine, "slug": "m", "threads": 2, "versions": versions, "date": date,
+        "commit": "abc", "note": "", "ceilings": {"fp32": 0.1, "copy": 9.0},
+    }  # fmt: skip
+
+
+def record(*rows, **keys):
+    return {"runs": [run(**keys)], "rows": list(rows), "skipped": {}, "failed": {}}
+
+
+def test_the_pages_show_the_newest_records():
+    assert FOUND, "no record under benchmarks/results"
+    assert not report.stale(FOUND), "python -m benchmarks.report benchmarks/results/*.json --write"
+
+
+def test_a_changed_record_makes_the_pages_stale():
+    changed = copy.deepcopy(FOUND)
+    for one in changed[-1]["rows"]:
+        one["median_ms"] *= 3
+        one["share"] *= 3
+    assert len(report.stale(changed)) == len(report.PAGES)
+
+
+def test_the_plots_of_the_newest_records_are_there():
+    for one in tables.newest_per_machine(FOUND):
+        for name in tables.plot_names(one):
+            assert (report.RESULTS / name).stat().st_size > 2000
+
+
+def test_the_newest_record_of_a_machine_counts():
+    old, new = record(row(ms=7.0)), record(row(ms=5.0), date="2026-01-03 00:00")
+    text = tables.section([new, old, record(row(ms=3.0), machine="Other")])
+    assert "5.00 ms" in text and "3.00 ms" in text and "7.00 ms" not in text
+
+
+def test_a_faster_peer_is_named():
+    text = tables.section([record(row(), row("open_clip", ms=0.5, ratio=0.5))])
+    assert "open_clip takes 0.50 of our time" in text
+    text = tables.section([record(row(), row("open_clip", ms=3.0, ratio=3.0))])
+    assert "Slower than a peer: nowhere" in text and "open_clip 3.00×" in text
+
+
+def test_growth_is_fitted_on_the_upper_half():
+    """Fixed costs of 10 ms and 5 MiB; above them time N^2, memory N."""
+    points = [
+        row(n=n, ms=1e-6 * n * n, memory=n / 100, sweep="N") for n in (2**k for k in range(10, 17))
+    ]
+    for small in points[:3]:
+        small["min_ms"] = 10.0
+    text = tables.section([record(*points)])
+    assert "| N^2.00 | N^2.00 | N^1.00 |" in text
+
+
+def test_exponent_by_hand():
+    assert tables.exponent([1, 10, 100], [3, 300, 30_000]) == pytest.approx(2)
+
+
+def test_work_by_hand():
+    assert roofline.info_nce(3, 5, "fp32").flop == 4 * 2 * 3 * 3 * 5
+    assert roofline.info_nce(3, 5, "bf16", "forward").bytes == 2 * 3 * 5 * 2
+    assert roofline.kmeans_assign(7, 3, 2, "fp32").flop == 2 * 7 * 3 * 2
+    machine = roofline.Machine("m", {"fp32": 1.0}, 1.0, "")
+    assert roofline.floor_ms(roofline.Work(2e12, 1.0), "fp32", machine) == 2000
+    assert roofline.floor_ms(roofline.Work(1.0, 3e9), "fp32", machine) == 3000
+    assert roofline.floor_ms(roofline.Work(2e12, 3e6, "copy"), "fp32", machine) == 3
+
+
+def test_a_record_is_whole_after_every_row_and_pieces_add_up(tmp_path):
+    path = tmp_path / "deep" / "r.json"
+    first = Record(path, run())
+    first.add(row(ms=1.0))
+    first.refuse("skipped", "t[liger]", "not installed")
+    assert [r["median_ms"] for r in records.load(path)["rows"]] == [1.0]
+    first.add(row(n=2048, ms=4.0))
+    second = Record(path, run(date="2026-01-03 00:00"))
+    second.done("t[liger]")
+    second.add(row(ms=2.0))  # measured again
+    found = records.load(path)
+    assert [(r["median_ms"], r["run"]) for r in found["rows"]] == [(4.0, 0), (2.0, 1)]
+    assert found["skipped"] == {} and len(found["runs"]) == 2
+    third = Record(path, run())
+    third.add(row(n=2048, ms=3.0))  # the first run has no row left
+    assert len(records.load(path)["runs"]) == 2
+    assert not list(path.parent.glob("*.partial"))
+
+
+def test_compare_shows_what_got_slower(tmp_path, capsys):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps(record(row(ms=1.0), row(n=2048, ms=4.0), row("gone"))))
+    new.write_text(json.dumps(record(row(ms=2.0), row(n=2048, ms=4.1))))
+    assert report.main(["--compare", str(old), str(new)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("slower") and "2.00x" in first and "N=1024" in first
+    assert second.startswith("as before") and "N=2048" in second
+
+
+def test_what_is_no_record_is_refused_in_words(tmp_path, capsys):
+    path = tmp_path / "x.json"
+    for text in ("{", "[]", '{"benchmarks": []}'):
+        path.write_text(text)
+        assert report.main([str(path)]) == 1
+        assert "expected a record written by --record" in capsys.readouterr().err
+    assert report.main([str(tmp_path / "missing.json")]) == 1
+    assert "missing.json" in capsys.readouterr().err
+
+
+def test_plots_are_written_and_the_same_twice(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    points = [row(v, n=n, ms=n / 99, sweep="N") for v in ("protoclip-cpu", "x") for n in (1, 2, 4)]
+    (path,) = plots.draw(record(*points), tmp_path)
+    drawn = path.read_bytes()
+    plots.draw(record(*points), tmp_path)
+    assert path.read_bytes() == drawn and b"protoclip-cpu" in drawn
