@@ -219,8 +219,8 @@ def section(summary: Mapping[str, Any], out: Path) -> str:
     return "\n".join(
         [
             f"Seeds a row: {seeds}. Differences to CLIP of the same seed, samples, augmentation "
-            "and optimiser, with their paired 95 % intervals, bold where zero lies outside. Settings "
-            f"were chosen on other concepts ({len(selection['seeds'])} seeds): ProtoCLIP "
+            "and optimiser, with their paired 95 % intervals, bold where zero lies outside. "
+            f"Settings were chosen on other concepts ({len(selection['seeds'])} seeds): ProtoCLIP "
             f"'{chosen['chosen']}', distillation '{selection['distillation']['chosen']}'.",
             "",
             short_table(summary),
