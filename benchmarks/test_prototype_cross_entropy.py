@@ -2,52 +2,27 @@
 
 Parity with fp64 is asserted before a variant is timed. Rates count two products for every variant
 (the useful work of a pass that gives loss and gradient), so they compare as times do. Targets are
-soft, of temperature 0.01, except in "protoclip-…-hard". Memory: harness.peak_mib.
+soft, of temperature 0.01; the last rows take hard ones.
 """
 
-import importlib
-from collections.abc import Callable
+from functools import cache, partial
 
-import harness
 import pytest
 import torch
 import torch.nn.functional as F
 
 import protoclip
+from benchmarks import peers, roofline
+from benchmarks.harness import Case
+from benchmarks.machine import DEVICE, DTYPES
 
-DEVICE = harness.DEVICE
 TAU = 0.01
 SIZES = {
+    "tiny": [(48, 300, 16)],
     "quick": [(4096, 20_000, 128)],
     "full": [(n, 20_000, d) for n in (512, 4096, 16384) for d in (64, 128, 256)],
 }
-BACKENDS = [b for b in protoclip.backends("prototype_cross_entropy") if b != "reference"]
-BEST: dict[tuple, float] = {}  # (shape, dtype, variant) -> seconds
-
-
-def _optional(module: str, attribute: str):
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        pytest.skip(f"{module}.{attribute}: {error}")
-
-
-def _autograd(loss: Callable) -> Callable:
-    """loss(h, s, c, labels, source, m) -> its value and its gradients to h and s."""
-
-    def both(h, s, *rest):
-        value = loss(h, s, *rest)
-        return value, *torch.autograd.grad(value, (h, s))
-
-    return both
-
-
-def protoclip_loss(backend: str, soft: bool) -> Callable:
-    return _autograd(
-        lambda h, s, c, labels, source, m: protoclip.prototype_cross_entropy(
-            h, c, labels, s, targets=m if soft else None, backend=backend
-        )
-    )
+PARITY_ROWS, PARITY_KEYS = 64, 500  # the truth stores their doubles several times
 
 
 def _teacher(labels, source):
@@ -60,75 +35,94 @@ def authors(h, s, c, labels, source, m):
 
 
 def linear_cross_entropy(h, s, c, labels, source, m):
-    options = _optional("torch.nn", "LinearCrossEntropyOptions")
-    target = _teacher(labels, source)
-    return F.linear_cross_entropy(h * s.to(h.dtype), c, target, options=options())
-
-
-def attention_and_gather(h, s, c, labels, source, m):
-    """torch's flash attention gives sum_k p_k C_k and the LSE; the rest is the gather of m."""
-    name = "flash_attention_for_cpu" if DEVICE == "cpu" else "flash_attention"
-    flash = getattr(torch.ops.aten, f"_scaled_dot_product_{name}", None)
-    if flash is None or (DEVICE == "cuda" and h.dtype == torch.float32):
-        pytest.skip(f"torch has no {name} that returns the LSE of {h.dtype} here")
-    with torch.no_grad():
-        target = m[labels].float()  # [N, D]
-        out, lse = flash(h[None, None], c[None, None], c[None, None], scale=s.item())[:2]
-        positive = (h.float() * target).sum(dim=1)
-        weighted = (out[0, 0].float() - target) / len(h)
-        loss = (lse.reshape(-1)[: len(h)] - s * positive).mean()
-        return loss, (s * weighted).to(h.dtype), (h.float() * weighted).sum()
+    """With probabilities torch 2.13 takes its own unchunked form, as its warning says."""
+    loss = peers.optional("torch.nn.functional", "linear_cross_entropy")
+    return loss(h * s.to(h.dtype), c, _teacher(labels, source))
 
 
 def cut_cross_entropy(h, s, c, labels, source, m):
-    _optional("cut_cross_entropy", "linear_cross_entropy")
+    peers.optional("cut_cross_entropy", "linear_cross_entropy")
     pytest.skip("cut-cross-entropy takes class indices only")
 
 
 def liger(h, s, c, labels, source, m):
     if DEVICE == "cpu":
         pytest.skip("liger-kernel runs on GPUs only")
-    _optional("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
+    peers.optional("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
     pytest.skip("liger-kernel's fused loss takes class indices only")
 
 
-VARIANTS = {
-    "authors": _autograd(authors),
-    "authors-compiled": _autograd(torch.compile(authors)),
-    "linear_cross_entropy": _autograd(linear_cross_entropy),
-    "attention+gather": attention_and_gather,
-    "cut_cross_entropy": _autograd(cut_cross_entropy),
-    "liger": _autograd(liger),
-    **{f"protoclip-{b}-soft": protoclip_loss(b, soft=True) for b in BACKENDS},
-    **{f"protoclip-{b}-hard": protoclip_loss(b, soft=False) for b in BACKENDS},
+def ours(h, s, c, labels, source, m, backend="auto"):
+    return protoclip.prototype_cross_entropy(h, c, labels, s, targets=m, backend=backend)
+
+
+def _autograd(loss):
+    """The value of a loss and its gradients to h and s."""
+
+    def both(h, s, *rest):
+        value = loss(h, s, *rest)
+        return value.detach(), *torch.autograd.grad(value, (h, s))
+
+    return both
+
+
+@torch.no_grad()
+def attention_and_gather(h, s, c, labels, source, m):
+    """torch's flash attention gives sum_k p_k C_k and the LSE; the rest is a gather of m."""
+    name = "flash_attention_for_cpu" if DEVICE == "cpu" else "flash_attention"
+    flash = getattr(torch.ops.aten, f"_scaled_dot_product_{name}", None)
+    if flash is None or (DEVICE == "cuda" and h.dtype == torch.float32):
+        pytest.skip(f"torch has no {name} with an LSE for {h.dtype} here")
+    target = m[labels].float()  # [N, D]
+    out, lse = flash(*(x[None, None] for x in (h, c, c)), scale=s.item())[:2]
+    weighted = (out[0, 0].float() - target) / len(h)
+    loss = (lse.reshape(-1)[: len(h)] - s * (h.float() * target).sum(dim=1)).mean()
+    return loss, (s * weighted).to(h.dtype), (h.float() * weighted).sum()
+
+
+PEERS = {
+    "authors": lambda: _autograd(authors),
+    "authors, compiled": lambda: _autograd(peers.compiled(authors)),
+    "linear_cross_entropy": lambda: _autograd(linear_cross_entropy),
+    "attention+gather": lambda: attention_and_gather,
+    "cut_cross_entropy": lambda: _autograd(cut_cross_entropy),
+    "liger": lambda: _autograd(liger),
 }
+OURS = peers.ours("prototype_cross_entropy")
 
 
-def _inputs(n, k, d, dtype):
+def _variant(variant):
+    if not peers.is_ours(variant):
+        return PEERS[variant]()
+    return _autograd(partial(ours, backend=peers.backend("prototype_cross_entropy", variant)))
+
+
+def _inputs(n, k, d, dtype, soft):
     torch.manual_seed(0)
     h, c, source = (
         F.normalize(torch.randn(rows, d, device=DEVICE), dim=-1).to(dtype) for rows in (n, k, k)
     )
     labels = torch.randint(0, k, (n,), device=DEVICE)
-    m = protoclip.soft_targets(source, c, TAU).to(dtype)
-    scale = torch.tensor(14.3, device=DEVICE, requires_grad=True)
-    return h.requires_grad_(), scale, c, labels, source, m
+    m = protoclip.soft_targets(source, c, TAU).to(dtype) if soft else None
+    s = torch.tensor(14.3, device=DEVICE, requires_grad=True)
+    return h.requires_grad_(), s, c, labels, source, m
 
 
-def _assert_parity(run, variant, dtype):
-    """On 64 x 500: some roundings of the dtype, in the loss and in both gradients."""
-    h, s, c, labels, source, m = _inputs(64, 500, 64, dtype)
-    exact = [t.detach().double().requires_grad_() for t in (h, s)]
-    wide_source, wide_c = source.double(), c.double()
-    wide = protoclip.soft_targets(wide_source, wide_c, TAU)
-    truth = protoclip.prototype_cross_entropy(
-        exact[0], wide_c, labels, exact[1],
-        targets=None if variant.endswith("hard") else wide, backend="reference",
-    )  # fmt: skip
-    want = (truth, *torch.autograd.grad(truth, exact))
-    eps = 8 * torch.finfo(dtype).eps
-    for got, exactly in zip(run(h, s, c, labels, source, m), want, strict=True):
-        assert (got - exactly).abs().max() <= 2 * eps * exactly.abs().max().clamp_min(0.1)
+@cache
+def _truth(n, k, d, dtype, soft):
+    h, s, c, labels, source, _ = _inputs(n, k, d, dtype, soft)
+    h, s = (t.detach().double().requires_grad_() for t in (h, s))
+    c, source = c.double(), source.double()
+    m = protoclip.soft_targets(source, c, TAU) if soft else None
+    return _autograd(partial(ours, backend="reference"))(h, s, c, labels, source, m)
+
+
+def _assert_parity(run, n, k, d, dtype, soft):
+    """Some roundings of the dtype, in the loss and in both gradients."""
+    small = min(n, PARITY_ROWS), min(k, PARITY_KEYS), d, dtype, soft
+    eps = 16 * torch.finfo(dtype).eps
+    for got, want in zip(run(*_inputs(*small)), _truth(*small), strict=True):
+        assert (got - want).abs().max() <= eps * want.abs().max().clamp_min(0.1)
 
 
 def pytest_generate_tests(metafunc):
@@ -137,42 +131,26 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("shape", shapes, ids=lambda s: "N{}-K{}-D{}".format(*s))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ratios():
-    """After the last case: each variant's time over ours, soft, on this machine."""
-    yield
-    for backend in BACKENDS:
-        for (shape, dtype, variant), seconds in BEST.items():
-            ours = BEST.get((shape, dtype, f"protoclip-{backend}-soft"))
-            if ours:
-                name = "N={} K={} D={}".format(*shape)
-                harness.LINES.append(
-                    f"{variant:24s} {name} {str(dtype)[6:]}: {seconds / ours:.2f} x the time of "
-                    f"protoclip-{backend}-soft"
-                )
+def _time(bench, shape, dtype, variant, soft):
+    run = _variant(variant)
+    _assert_parity(run, *shape, DTYPES[dtype], soft)
+    inputs = _inputs(*shape, DTYPES[dtype], soft)
+    work = roofline.prototype_cross_entropy(*shape, dtype)
+    case = Case(
+        "prototype_cross_entropy",
+        dict(zip("NKD", shape, strict=True)), dtype, work, "soft" if soft else "hard",
+    )  # fmt: skip
+    rival = None if peers.is_ours(variant) else partial(_autograd(ours), *inputs)
+    bench.time(case, variant, partial(run, *inputs), rival=rival)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_prototype_cross_entropy(benchmark, variant, dtype, shape):
-    for name in BACKENDS:
-        reason = protoclip.backends("prototype_cross_entropy")[name]
-        if variant.startswith(f"protoclip-{name}") and reason is not None:
-            pytest.skip(reason)
-    run = VARIANTS[variant]
-    _assert_parity(run, variant, dtype)
-    inputs = _inputs(*shape, dtype)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("variant", [*OURS, *PEERS])
+def test_soft(bench, shape, dtype, variant):
+    _time(bench, shape, dtype, variant, soft=True)
 
-    def step():
-        run(*inputs)
-        harness.sync()
 
-    step()
-    memory = harness.peak_mib(step)
-    n, k, d = shape
-    x = inputs[0].detach()
-    ceiling = 2e-12 * n * k * d / harness.best_seconds(lambda: x @ inputs[2].T)
-    benchmark.pedantic(step, rounds=5 if DEVICE == "cpu" else 20, warmup_rounds=1)
-    BEST[shape, dtype, variant] = benchmark.stats.stats.min
-    name = f"N={n} K={k} D={d} {str(dtype)[6:]}"
-    harness.report(benchmark, f"prototype_ce {variant}", name, 4.0 * n * k * d, ceiling, memory)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("variant", OURS)
+def test_hard(bench, shape, dtype, variant):
+    _time(bench, shape, dtype, variant, soft=False)
