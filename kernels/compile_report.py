@@ -30,6 +30,8 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 KERNELS = {
     "forward": info_nce_forward.forward_kernel,
     "gradient": info_nce_backward.gradient_kernel,
+    "stashing": info_nce_forward.forward_kernel,
+    "stashed": info_nce_backward.gradient_kernel,
     "sigmoid": siglip.sigmoid_kernel,
 }
 HELPERS = {
@@ -114,6 +116,7 @@ def _compile(case: Case) -> Any:
         "COLUMNS": case.whole,
         "GRADIENTS": case.whole,
         "LIFTED": 1.0,
+        "STASH": case.kernel in ("stashing", "stashed"),
         "HALF": case.dtype != "fp32",
         "BLOCK": 256 if case.kernel == "prepare" else 64,
         "DEPTH": 32,
@@ -143,6 +146,8 @@ def _type(name: str, case: Case) -> str:
         return f"tensordesc<{case.dtype}[{block},{case.row.block_d}]>"
     if name in FEATURES:
         return f"*{case.dtype}"
+    if name == "codes_ptr":
+        return "*i16"
     return "*fp32" if name.endswith("_ptr") else "i32"
 
 

@@ -2,29 +2,42 @@
 
 Base-2 logits s_ij = scale log2(e) x_i.y_j; row i is positive at column i + offset. The forward pass
 (``info_nce_forward.py``) keeps O(N) statistics, the backward pass (``info_nce_backward.py``) forms
-the logits again: four matrix products in all.
+the logits again: four matrix products in all, three with a stash (``stash.py``).
 
 Sums are fp32 and in a fixed order: no atomics, the same bits each time. Nothing is read back from
 the device, so both passes can be captured in a CUDA graph. Extra memory: 64 MiB of partial sums
 forward, ``waves.SCRATCH_BYTES`` plus fp32 gradients backward. fp32 features are multiplied in fp32,
 never tf32, by these kernels; ``torch.backends.cuda.matmul`` settings hold for the backward's two
-products. Keeping bf16 logits from the forward would save one product and is not offered: rounding
-a logit of 100 to bf16 changes its probability by a fifth.
+products.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from protoclip.kernels import info_nce_backward, info_nce_forward
+from protoclip.kernels import info_nce_backward, info_nce_forward, stash
+
+stash_size = stash.size
 
 
 def contrastive_fwd(
-    x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    offset: int,
+    columns: bool,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of the strip x [N, D] against y [M, D], as in ops/info_nce.py."""
+    """Statistics of the strip x [N, D] against y [M, D], as in ops/info_nce.py.
+
+    ``kept``, int16 of ``stash_size(N, M)`` elements, is filled for the backward pass.
+    """
     _check_strip(len(x), len(y), offset)
-    return info_nce_forward.statistics(x, y, scale, offset, columns)
+    if kept is not None:
+        x, y = stash.aligned_copies(x, y)
+    return info_nce_forward.statistics(
+        x, y, scale, offset, columns, stash.view(kept, len(x), len(y))
+    )
 
 
 def contrastive_bwd(
@@ -38,12 +51,17 @@ def contrastive_bwd(
     row_weight: Tensor,
     column_weight: Tensor,
     offset: int,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the strip, as in ops/info_nce.py."""
+    """Gradients of the strip, as in ops/info_nce.py, from what the forward pass kept."""
     _check_strip(len(x), len(y), offset)
     rows = (row_max, row_sum, row_weight.contiguous())
     columns = (column_max, column_sum, column_weight.contiguous())
-    return info_nce_backward.gradients(x, y, scale, rows, columns, offset)
+    if kept is not None:
+        x, y = stash.aligned_copies(x, y)
+    return info_nce_backward.gradients(
+        x, y, scale, rows, columns, offset, stash.view(kept, len(x), len(y))
+    )
 
 
 def _check_strip(n: int, m: int, offset: int) -> None:

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from protoclip.kernels import launch, waves
+from protoclip.kernels import launch, stash, waves
+from protoclip.kernels.stash import Stash, kept
 from protoclip.kernels.tiles import LOG2E, SPREAD, is_general, operands, products, tile_origin
 from protoclip.kernels.waves import store_gradient
 
@@ -102,7 +103,8 @@ def gradient_kernel(
     stride_x_n, stride_x_d, stride_y_m, stride_y_d,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr,
     EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
-    COLUMNS: tl.constexpr, HALF: tl.constexpr,
+    codes_ptr, anchors_ptr, stash_tiles_m,  # of stash.py, read with STASH
+    COLUMNS: tl.constexpr, HALF: tl.constexpr, STASH: tl.constexpr,
 ):  # fmt: skip
     """G of one tile, and its share of sum G (x.y - center) before G is rounded."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
@@ -122,10 +124,13 @@ def gradient_kernel(
             low = tl.minimum(low, tl.min(column_max))
         general = (high - low < SPREAD) == 0
         if not general:
-            acc = products(
-                x, y, row0, col0, n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-                BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
-            )  # fmt: skip
+            if STASH:
+                acc = kept(row0, col0, codes_ptr, anchors_ptr, stash_tiles_m, BLOCK_N, BLOCK_M)
+            else:
+                acc = products(
+                    x, y, row0, col0, n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
+                    BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
+                )  # fmt: skip
             # One exponential for both probabilities: 2^(s - high) (a_row + a_column).
             factor = (row_coef * tl.exp2(high - row_max))[:, None]
             if COLUMNS:
@@ -173,13 +178,19 @@ Stats = tuple[Tensor, Tensor, Tensor]  # reference, sum, weight, each [N] or [M]
 
 
 def gradients(
-    x: Tensor, y: Tensor, scale: Tensor, rows: Stats, columns: Stats, offset: int
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    rows: Stats,
+    columns: Stats,
+    offset: int,
+    stashed: Stash | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dy, dscale, as ``contrastive_bwd``; ``columns`` are [0] where there are none."""
     if min(x.numel(), y.numel()) == 0:
         return torch.zeros_like(x), torch.zeros_like(y), x.new_zeros((), dtype=torch.float32)
     n, m, d, has_columns = len(x), len(y), x.shape[1], len(columns[0]) > 0
-    row = launch.choose("gradient", x, y)
+    row = launch.choose("gradient" if stashed is None else "stashed", x, y)
     plan = waves.plan(x, y, row)
     shares = x.new_empty(plan.tiles, dtype=torch.float32)
     prepared = x.new_empty(3, dtype=torch.float32)
@@ -193,13 +204,14 @@ def gradients(
     def fill(chunk: waves.Chunk, to: waves.Target) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
         features, options = operands(part_x, part_y, row)
+        kept_tiles = stash.arguments(stashed, chunk.rows.start, chunk.cols.start, row)
         gradient_kernel[(chunk.tiles,)](
             *features, scale, prepared,
             *(t[chunk.rows] for t in rows), *(t[chunk.cols] for t in columns),
             to.g, to.row_lost, to.column_lost, shares[chunk.first_tile :],
             len(part_x), len(part_y), d, offset + chunk.rows.start - chunk.cols.start,
             to.g.stride(0), *x.stride(), *y.stride(),
-            COLUMNS=has_columns, HALF=x.dtype != torch.float32, **options,
+            COLUMNS=has_columns, HALF=x.dtype != torch.float32, **kept_tiles, **options,
         )  # fmt: skip
 
     dx, dy = waves.products(x, y, prepared[2], offset, plan, fill)

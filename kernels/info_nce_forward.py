@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from protoclip.kernels import launch
+from protoclip.kernels import launch, stash
+from protoclip.kernels.stash import Stash, keep
 from protoclip.kernels.tiles import LOG2E, SPREAD, is_general, operands, products, tile_origin
 
 PARTIAL_BYTES = 64 << 20
@@ -50,7 +51,8 @@ def forward_kernel(
     stride_x_n, stride_x_d, stride_y_m, stride_y_d,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr,
     EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    codes_ptr, anchors_ptr, stash_tiles_m,  # of stash.py, written with STASH
+    COLUMNS: tl.constexpr, STASH: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of one tile."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
@@ -73,6 +75,8 @@ def forward_kernel(
             at = columns_at + col0 + tl.arange(0, BLOCK_M)
             tl.store(column_max_ptr + at, tl.full((BLOCK_M,), 0.0, tl.float32) + top)
             tl.store(column_sum_ptr + at, column_sum)
+        if STASH:
+            keep(acc, c, row0, col0, codes_ptr, anchors_ptr, stash_tiles_m, BLOCK_N, BLOCK_M)
         general = tl.minimum(tl.min(row_sum), tl.min(column_sum)) < tl.exp2(-SPREAD)
     if general:
         row_max = tl.full((BLOCK_N,), -float("inf"), tl.float32)
@@ -148,9 +152,9 @@ def merge_kernel(
 
 
 def statistics(
-    x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool
+    x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool, kept: Stash | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of the strip x [N, D] against y [M, D], as ``contrastive_fwd``."""
+    """Statistics of the strip x [N, D] against y [M, D], as ``contrastive_fwd``; fills ``kept``."""
     n, m = len(x), len(y)
     row_max, row_sum, positive, column_max, column_sum = (
         x.new_empty(size, dtype=torch.float32) for size in (n, n, n, *(2 * [m if columns else 0]))
@@ -158,7 +162,7 @@ def statistics(
     if n == 0:
         column_max.fill_(-torch.inf)
         column_sum.zero_()
-    row = launch.choose("forward", x, y)
+    row = launch.choose("stashing" if kept is not None else "forward", x, y)
     wave = _wave_rows(n, m, row)
     blocks_m = triton.cdiv(m, row.block_m)
     row_part = x.new_empty((2, blocks_m * wave), dtype=torch.float32)
@@ -172,7 +176,7 @@ def statistics(
             forward_kernel[(blocks_n * blocks_m,)](
                 *features, scale, *row_part, *column_part, positive[first:last],
                 len(part), m, x.shape[1], offset + first, *x.stride(), *y.stride(),
-                COLUMNS=columns, **options,
+                COLUMNS=columns, **stash.arguments(kept, first, 0, row), **options,
             )  # fmt: skip
             _merge(
                 row_part, positive[first:last], row_max[first:last], row_sum[first:last],

@@ -64,6 +64,19 @@ HALF: dict[str, dict[int, Launch]] = {
         90: Launch(128, 128, 64, warps=8, stages=3, ctas_per_sm=1, strip=32, descriptors=True),
         100: Launch(128, 128, 64, warps=8, stages=3, ctas_per_sm=1, strip=32, descriptors=True),
     },
+    # With a stash: the forward that writes it and the gradient that reads it cut the same tiles.
+    "stashing": {
+        80: Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32),
+        89: Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32),
+        90: Launch(128, 64, 64, warps=8, stages=3, ctas_per_sm=2, strip=32, descriptors=True),
+        100: Launch(128, 64, 64, warps=4, stages=3, ctas_per_sm=2, strip=32, descriptors=True),
+    },
+    "stashed": {
+        80: Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32),
+        89: Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32),
+        90: Launch(128, 64, 64, warps=4, stages=3, ctas_per_sm=2, strip=16),
+        100: Launch(128, 64, 64, warps=8, stages=3, ctas_per_sm=2, strip=16),
+    },
     "sigmoid": {  # loss and gradient at once: larger tiles spill
         80: Launch(64, 64, 32, warps=4, stages=4, ctas_per_sm=2),
         89: Launch(64, 64, 32, warps=4, stages=4, ctas_per_sm=2),
@@ -75,6 +88,8 @@ HALF: dict[str, dict[int, Launch]] = {
 HALF_ANY: dict[str, Launch] = {
     "forward": Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2),
     "gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
+    "stashing": Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2),
+    "stashed": Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
     "sigmoid": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
 }
 # fp32 runs on FMA units: three-term tf32 would meet the error budget only if tensor cores rounded

@@ -71,6 +71,7 @@ class ClipLoss(nn.Module):
         cache_labels: taken for the signature's sake: there are no labels to cache.
         rank, world_size: of this process.
         use_horovod: must be false.
+        stash: as in ``info_nce``; not OpenCLIP's. Left unused by ``local_loss`` on several ranks.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class ClipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
+        *,
+        stash: bool = False,
     ) -> None:
         super().__init__()
         if use_horovod:
@@ -94,6 +97,7 @@ class ClipLoss(nn.Module):
         self.rank = rank
         self.world_size = world_size
         self.use_horovod = use_horovod
+        self.stash = stash
 
     def forward(
         self,
@@ -121,7 +125,7 @@ class ClipLoss(nn.Module):
 
     def _loss(self, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         if self.world_size == 1:
-            return info_nce(x, y, scale)
+            return info_nce(x, y, scale, stash=self.stash)
         if self.local_loss and self.gather_with_grad:
             return global_info_nce(x, y, scale)
         keep_own = not self.local_loss
@@ -129,7 +133,7 @@ class ClipLoss(nn.Module):
             _gather_features(t, self.rank, self.gather_with_grad, keep_own) for t in (x, y)
         )
         if not self.local_loss:
-            return info_nce(all_x, all_y, scale)
+            return info_nce(all_x, all_y, scale, stash=self.stash)
         return (self._one_way(x, all_y, scale) + self._one_way(y, all_x, scale)) / 2
 
     def _one_way(self, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def _report(*arguments):
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("kernel", ["forward", "gradient", "sigmoid"])
+@pytest.mark.parametrize("kernel", ["forward", "gradient", "stashing", "stashed", "sigmoid"])
 def test_every_row_keeps_its_promise(kernel):
     from protoclip.kernels import launch
 

@@ -18,6 +18,7 @@ from protoclip.ops import checks, reference
 from protoclip.ops.backends import implementation, resolve
 
 LN2 = math.log(2.0)
+KEEP_LOGITS = ("triton",)  # backends with a stash
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -33,11 +34,11 @@ _lib.define(
 _lib.define(
     "contrastive_bwd(Tensor x, Tensor y, Tensor scale, Tensor row_max, Tensor row_sum,"
     " Tensor column_max, Tensor column_sum, Tensor row_weight, Tensor column_weight, int offset,"
-    " str backend) -> (Tensor, Tensor, Tensor)"
+    " str backend, Tensor? stash=None) -> (Tensor, Tensor, Tensor)"
 )
 _lib.define(
-    "contrastive(Tensor x, Tensor y, Tensor scale, int offset, bool columns, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "contrastive(Tensor x, Tensor y, Tensor scale, int offset, bool columns, str backend,"
+    " bool stash=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -59,11 +60,14 @@ def _bwd(
     column_weight: Tensor,
     offset: int,
     backend: str,
+    stash: Tensor | None = None,
 ):
     """-> dx, dy in the inputs' dtypes, dscale fp32 []. ``column_*`` are [0] without columns.
 
-    The positive's weight is row_weight[i] + column_weight[i + offset] (the latter where given)."""
+    The positive's weight is row_weight[i] + column_weight[i + offset] (the latter where given).
+    ``stash`` is that of ``contrastive``; empty or None: the logits are formed again."""
     run = implementation("info_nce", backend, "contrastive_bwd")
+    kept = () if stash is None or not stash.numel() else (stash,)
     return run(
         x,
         y,
@@ -75,16 +79,37 @@ def _bwd(
         row_weight,
         column_weight,
         offset,
+        *kept,
     )
 
 
-def _contrastive(x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool, backend: str):
-    """-> row losses [N], column losses [N] (or [0]), then the four statistics kept for backward."""
-    stats = torch.ops.protoclip.contrastive_fwd(x, y, scale, offset, columns, backend)
+def _stash_size(x: Tensor, y: Tensor, backend: str, stash: bool):
+    """Elements, int16, of what a backend keeps of the logits where it is asked to."""
+    if not stash or backend not in KEEP_LOGITS:
+        return 0
+    return implementation("info_nce", backend, "stash_size")(x.shape[0], y.shape[0])
+
+
+def _contrastive(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    offset: int,
+    columns: bool,
+    backend: str,
+    stash: bool = False,
+):
+    """-> row losses [N], column losses [N] (or [0]), then what is kept for backward: the four
+    statistics and the stash (or [0])."""
+    kept = x.new_empty(_stash_size(x, y, backend, stash), dtype=torch.int16)
+    run = implementation("info_nce", backend, "contrastive_fwd")
+    stats = run(x, y, scale, offset, columns, *((kept,) if kept.numel() else ()))
     row_max, row_sum, column_max, column_sum, positive = stats
     row_loss = LN2 * (row_sum.log2() + (row_max - positive))
-    column_loss = LN2 * (column_sum.log2() + (column_max - positive)) if columns else row_loss[:0]
-    return row_loss, column_loss.clone(), row_max, row_sum, column_max, column_sum
+    column_loss = (
+        LN2 * (column_sum.log2() + (column_max - positive)) if columns else row_loss.new_empty(0)
+    )
+    return row_loss, column_loss, row_max, row_sum, column_max, column_sum, kept
 
 
 def _fake_fwd(x, y, scale, offset, columns, backend):
@@ -97,23 +122,41 @@ def _fake_bwd(x, y, scale, *_):
     return dx, dy, x.new_empty((), dtype=accumulator(x))
 
 
-def _fake_contrastive(x, y, scale, offset, columns, backend):
+def _fake_contrastive(x, y, scale, offset, columns, backend, stash=False):
     n, m = x.shape[0], y.shape[0] if columns else 0
     sizes = (n, n if columns else 0, n, n, m, m)
-    return tuple(x.new_empty(s, dtype=accumulator(x)) for s in sizes)
+    kept = x.new_empty(_stash_size(x, y, backend, stash), dtype=torch.int16)
+    return *(x.new_empty(s, dtype=accumulator(x)) for s in sizes), kept
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, y, scale, ctx.offset, ctx.columns, ctx.backend = inputs
+    x, y, scale, ctx.offset, _, ctx.backend, _ = inputs
     ctx.save_for_backward(x, y, scale, *output[2:])
+    ctx.set_materialize_grads(False)  # those of the statistics: nobody's
 
 
 def _autograd(ctx, row_grad, column_grad, *_):
-    x, y, scale, *stats = ctx.saved_tensors
+    x, y, scale, row_max, row_sum, column_max, column_sum, stash = ctx.saved_tensors
+    if row_grad is None:
+        row_grad = torch.zeros_like(row_max)
+    if column_grad is None:
+        column_grad = torch.zeros_like(column_max)
     dx, dy, dscale = torch.ops.protoclip.contrastive_bwd(
-        x, y, scale, *stats, row_grad, column_grad, ctx.offset, ctx.backend
+        x,
+        y,
+        scale,
+        row_max,
+        row_sum,
+        column_max,
+        column_sum,
+        row_grad,
+        column_grad,
+        ctx.offset,
+        ctx.backend,
+        stash,
     )
-    return dx, dy, dscale.to(scale.dtype).reshape(scale.shape), None, None, None
+    dscale = dscale.to(scale.dtype).reshape(scale.shape)
+    return dx, dy, dscale, None, None, None, None
 
 
 for _name, _impl, _fake in (
@@ -149,6 +192,7 @@ def info_nce(
     *,
     reduction: str = "mean",
     backend: str = "auto",
+    stash: bool = False,
 ) -> Tensor:
     """InfoNCE over a batch of pairs, both directions, without the [N, N] logits in memory.
 
@@ -161,6 +205,12 @@ def info_nce(
         logit_scale: [] or [1], the multiplier on the dot products (not its logarithm).
         reduction: "mean", "sum", or "none" for one value a pair.
         backend: "auto", or one of ``protoclip.backends("info_nce")``, which never falls back.
+        stash: allow the forward pass to keep the logits, 2 bytes each, so that the backward pass
+            need not form them again: 3 matrix products in all, not 4. Only "triton" does, where
+            they take at most 2 GiB (N = 32,768); elsewhere nothing changes. The loss is the same;
+            in the gradients each negative's probability is off by up to 0.07 % at any scale (its
+            base-2 logit by 2^-10), a third of what bf16 features round anyway, but far more than
+            float32 features do.
     Returns:
         float32 (float64 for float64 input), nats: [] or, for "none", [N], half the sum of the two
         directions. N = 0 gives 0.
@@ -181,16 +231,17 @@ def info_nce(
         )
     checks.reduction(op, reduction)
     scale = checks.scalar(op, "logit_scale", logit_scale, image_features.device)
-    losses = _pair_losses(image_features, text_features, scale, backend)
+    losses = _pair_losses(image_features, text_features, scale, backend, stash)
     return reduce(losses, reduction, len(losses))
 
 
-def _pair_losses(x: Tensor, y: Tensor, scale: Tensor, backend: str) -> Tensor:
+def _pair_losses(x: Tensor, y: Tensor, scale: Tensor, backend: str, stash: bool) -> Tensor:
     name = resolve("info_nce", backend, x.device.type, x.dtype)
     if name == "reference":
         with torch.autocast(x.device.type, enabled=False):
             return reference.info_nce(x, y, scale)
-    rows, columns, *_ = torch.ops.protoclip.contrastive(x, y, scale, 0, True, name)
+    stash = stash and torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, scale))
+    rows, columns, *_ = torch.ops.protoclip.contrastive(x, y, scale, 0, True, name, stash)
     return (rows + columns) / 2
 
 
