@@ -2,34 +2,28 @@
 
 Parity with fp64 is asserted before a variant is timed. Rates count two products for every variant
 (the useful work of a pass that gives loss and gradient), so they compare as times do. Targets are
-soft, of temperature 0.01, except in "protoclip-…-hard". Memory: harness.peak_mib.
+soft, of temperature 0.01, except in "protoclip-…-hard".
 """
 
-import importlib
 from collections.abc import Callable
+from functools import lru_cache
 
-import harness
 import pytest
 import torch
 import torch.nn.functional as F
 
 import protoclip
+from benchmarks import peers, roofline
+from benchmarks.harness import Case
+from benchmarks.machine import DEVICE, DTYPES
 
-DEVICE = harness.DEVICE
 TAU = 0.01
 SIZES = {
+    "tiny": [(32, 24, 16)],
     "quick": [(4096, 20_000, 128)],
     "full": [(n, 20_000, d) for n in (512, 4096, 16384) for d in (64, 128, 256)],
 }
-BACKENDS = [b for b in protoclip.backends("prototype_cross_entropy") if b != "reference"]
-BEST: dict[tuple, float] = {}  # (shape, dtype, variant) -> seconds
-
-
-def _optional(module: str, attribute: str):
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        pytest.skip(f"{module}.{attribute}: {error}")
+OP = "prototype_cross_entropy"
 
 
 def _autograd(loss: Callable) -> Callable:
@@ -42,7 +36,7 @@ def _autograd(loss: Callable) -> Callable:
     return both
 
 
-def protoclip_loss(backend: str, soft: bool) -> Callable:
+def ours(backend: str, soft: bool) -> Callable:
     return _autograd(
         lambda h, s, c, labels, source, m: protoclip.prototype_cross_entropy(
             h, c, labels, s, targets=m if soft else None, backend=backend
@@ -60,7 +54,7 @@ def authors(h, s, c, labels, source, m):
 
 
 def linear_cross_entropy(h, s, c, labels, source, m):
-    options = _optional("torch.nn", "LinearCrossEntropyOptions")
+    options = peers.optional("torch.nn", "LinearCrossEntropyOptions")
     target = _teacher(labels, source)
     return F.linear_cross_entropy(h * s.to(h.dtype), c, target, options=options())
 
@@ -80,30 +74,24 @@ def attention_and_gather(h, s, c, labels, source, m):
         return loss, (s * weighted).to(h.dtype), (h.float() * weighted).sum()
 
 
-def cut_cross_entropy(h, s, c, labels, source, m):
-    _optional("cut_cross_entropy", "linear_cross_entropy")
-    pytest.skip("cut-cross-entropy takes class indices only")
-
-
-def liger(h, s, c, labels, source, m):
-    if DEVICE == "cpu":
-        pytest.skip("liger-kernel runs on GPUs only")
-    _optional("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
-    pytest.skip("liger-kernel's fused loss takes class indices only")
-
-
-VARIANTS = {
-    "authors": _autograd(authors),
-    "authors-compiled": _autograd(torch.compile(authors)),
-    "linear_cross_entropy": _autograd(linear_cross_entropy),
-    "attention+gather": attention_and_gather,
-    "cut_cross_entropy": _autograd(cut_cross_entropy),
-    "liger": _autograd(liger),
-    **{f"protoclip-{b}-soft": protoclip_loss(b, soft=True) for b in BACKENDS},
-    **{f"protoclip-{b}-hard": protoclip_loss(b, soft=False) for b in BACKENDS},
+PEERS = {
+    "authors": lambda: _autograd(authors),
+    "authors-compiled": lambda: _autograd(peers.compiled(authors)),
+    "linear_cross_entropy": lambda: _autograd(linear_cross_entropy),
+    "attention+gather": lambda: attention_and_gather,
 }
+# cut-cross-entropy and liger-kernel take class indices only: no soft targets.
+VARIANTS = [f"{name}-{kind}" for name in peers.ours(OP) for kind in ("soft", "hard")] + [*PEERS]
 
 
+def _variant(name: str) -> Callable:
+    if not peers.is_ours(name):
+        return PEERS[name]()
+    row, _, kind = name.rpartition("-")
+    return ours(peers.backend(OP, row), kind == "soft")
+
+
+@lru_cache(maxsize=2)  # the targets of 20,000 clusters take a second
 def _inputs(n, k, d, dtype):
     torch.manual_seed(0)
     h, c, source = (
@@ -115,9 +103,9 @@ def _inputs(n, k, d, dtype):
     return h.requires_grad_(), scale, c, labels, source, m
 
 
-def _assert_parity(run, variant, dtype):
-    """On 64 x 500: some roundings of the dtype, in the loss and in both gradients."""
-    h, s, c, labels, source, m = _inputs(64, 500, 64, dtype)
+def _assert_parity(run, variant, dtype, shape):
+    """On at most 64 x 500 x 64: some roundings of the dtype, in the loss and in both gradients."""
+    h, s, c, labels, source, m = _inputs(*map(min, shape, (64, 500, 64)), dtype)
     exact = [t.detach().double().requires_grad_() for t in (h, s)]
     wide_source, wide_c = source.double(), c.double()
     wide = protoclip.soft_targets(wide_source, wide_c, TAU)
@@ -137,42 +125,14 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("shape", shapes, ids=lambda s: "N{}-K{}-D{}".format(*s))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ratios():
-    """After the last case: each variant's time over ours, soft, on this machine."""
-    yield
-    for backend in BACKENDS:
-        for (shape, dtype, variant), seconds in BEST.items():
-            ours = BEST.get((shape, dtype, f"protoclip-{backend}-soft"))
-            if ours:
-                name = "N={} K={} D={}".format(*shape)
-                harness.LINES.append(
-                    f"{variant:24s} {name} {str(dtype)[6:]}: {seconds / ours:.2f} x the time of "
-                    f"protoclip-{backend}-soft"
-                )
-
-
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_prototype_cross_entropy(benchmark, variant, dtype, shape):
-    for name in BACKENDS:
-        reason = protoclip.backends("prototype_cross_entropy")[name]
-        if variant.startswith(f"protoclip-{name}") and reason is not None:
-            pytest.skip(reason)
-    run = VARIANTS[variant]
-    _assert_parity(run, variant, dtype)
-    inputs = _inputs(*shape, dtype)
-
-    def step():
-        run(*inputs)
-        harness.sync()
-
-    step()
-    memory = harness.peak_mib(step)
+def test_prototype_cross_entropy(bench, variant, dtype, shape):
+    run = _variant(variant)
+    _assert_parity(run, variant, DTYPES[dtype], shape)
     n, k, d = shape
-    x = inputs[0].detach()
-    ceiling = 2e-12 * n * k * d / harness.best_seconds(lambda: x @ inputs[2].T)
-    benchmark.pedantic(step, rounds=5 if DEVICE == "cpu" else 20, warmup_rounds=1)
-    BEST[shape, dtype, variant] = benchmark.stats.stats.min
-    name = f"N={n} K={k} D={d} {str(dtype)[6:]}"
-    harness.report(benchmark, f"prototype_ce {variant}", name, 4.0 * n * k * d, ceiling, memory)
+    inputs = _inputs(n, k, d, DTYPES[dtype])
+    work = roofline.prototype_cross_entropy(n, k, d, dtype)
+    case = Case(OP, {"N": n, "K": k, "D": d}, dtype, work, "both")
+    rival = None if peers.is_ours(variant) else (lambda: ours("auto", True)(*inputs))
+    bench.time(case, variant, lambda: run(*inputs), rival=rival)
