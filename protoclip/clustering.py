@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protoclip.config import EpisodeConfig
-from protoclip.kmeans import kmeans
+from protoclip.distributed import all_ranks, max_over_ranks
+from protoclip.kmeans import Ranks, kmeans
 
 IGNORE = -100  # cross-entropy's word for: this sample has no label
 ENTROPY_ROWS = 1024  # clusters whose targets are held at once
@@ -66,12 +67,16 @@ def cluster(
     generator: torch.Generator,
     last: Clustering | None,
 ) -> tuple[Clustering, dict[str, float]]:
-    """k-means on the [N, Ds] points of one source -> its clusters, and inertia and empties."""
+    """k-means on the [N, Ds] points of one source -> its clusters, and inertia and empties.
+
+    Each rank holds a slice of the points; all get the same clusters, with the labels of all.
+    """
     seed = int(torch.randint(2**31, (), generator=generator))
+    ranks = Ranks(len(points), all_ranks(), points.device)
     warm = config.kmeans_init == "warm" and last is not None
     init: str | Tensor = "random" if config.kmeans_init == "warm" else config.kmeans_init
     if warm and last is not None:
-        init = _refill(last.centroids, points, num_clusters, generator)
+        init = _refill(last.centroids, points, num_clusters, generator, ranks)
     clusters = kmeans(
         points,
         num_clusters,
@@ -80,11 +85,12 @@ def cluster(
         init=init,
         seed=seed,
         spherical=config.normalize_centroids,
+        group=ranks.group,
         backend=config.kmeans_backend,
     )
     filled = clusters.counts > 0
     metrics = {
-        "inertia": clusters.inertia / len(points),
+        "inertia": clusters.inertia / ranks.total,
         "empty": float(num_clusters - filled.sum()),
     }
     kept = torch.ones_like(filled) if config.keep_empty else filled
@@ -92,18 +98,23 @@ def cluster(
     centroids = clusters.centroids.where(filled[:, None], 0.0)[kept]
     labels = torch.full((dataset_size,), IGNORE, device=points.device)
     labels[index] = (kept.cumsum(0) - 1)[clusters.labels]
+    max_over_ranks(labels)  # each rank knows those of its own samples
     return Clustering(centroids, labels, clusters.counts[kept]), metrics
 
 
 def _refill(
-    centroids: Tensor, points: Tensor, num_clusters: int, generator: torch.Generator
+    centroids: Tensor,
+    points: Tensor,
+    num_clusters: int,
+    generator: torch.Generator,
+    ranks: Ranks,
 ) -> Tensor:
     """The last centroids, with points drawn at random in the places of dropped ones: [K, Ds]."""
     missing = num_clusters - len(centroids)
     if missing <= 0:
         return centroids[:num_clusters]
-    drawn = torch.randperm(len(points), generator=generator)[:missing].to(points.device)
-    return torch.cat([centroids, points[drawn].to(centroids)])
+    drawn = torch.randperm(ranks.total, generator=generator)[:missing]
+    return torch.cat([centroids, ranks.rows(points, drawn).to(centroids)])
 
 
 def health(

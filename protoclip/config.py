@@ -102,6 +102,9 @@ class ModelConfig:
         True, "prototypes live behind a projection head, not in the embedding itself"
     )
     projection_hidden_dim: int = option(512, "width of the projection heads (paper: 2048)", low=1)
+    use_bn_sync: bool = option(
+        True, "batch norm of the projection heads over the samples of all ranks"
+    )
     projection_dim: int = option(64, "output of the projection heads (paper: 128)", low=1)
 
 
@@ -205,7 +208,10 @@ class OptimConfig:
     max_steps: int = option(
         0, "stop after this many steps; the schedule shrinks with it; 0: no limit", low=0
     )
-    batch_size: int = option(256, "pairs per step", low=2)
+    batch_size: int = option(256, "pairs per forward pass of a process", low=2)
+    accum_freq: int = option(
+        1, "forward passes per step: the batch is batch size x this x processes", low=1
+    )
     lr: float = option(1e-3, "peak learning rate", low=0)
     beta1: float = option(0.9, "AdamW", low=0, high=1)
     beta2: float = option(0.98, "AdamW", low=0, high=1)
@@ -232,6 +238,14 @@ class RunConfig:
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
     precision: str = option(
         "auto", "auto: amp_bf16 on a GPU that has it, else fp32", choices=PRECISIONS
+    )
+    dist_backend: str = option(
+        "auto",
+        "of torchrun or srun processes; auto: nccl on GPUs, gloo on CPUs",
+        choices=("auto", "nccl", "gloo"),
+    )
+    dist_timeout: float = option(
+        1800.0, "seconds to wait for another process before naming it and ending", low=1
     )
     log_every_n_steps: int = option(1, "lines of metrics.jsonl, points of the curves", low=1)
     val_frequency: float = option(

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 Result = TypeVar("Result")
 Group = dist.ProcessGroup | None
+# torch 2.13 gives them new names, and warns of the old ones.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def is_distributed() -> bool:
@@ -33,6 +36,11 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes train together, 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_ranks() -> Group:
+    """The group of all ranks; None for a process alone."""
+    return dist.group.WORLD if is_distributed() else None
 
 
 def is_main() -> bool:
@@ -63,8 +71,8 @@ class Place:
 
     rank: int
     world_size: int
-    local_rank: int  # on its machine: the number of its GPU
-    master: tuple[str, int] | None = None  # None: MASTER_ADDR and MASTER_PORT are set
+    local_rank: int = 0  # on its machine: the number of its GPU
+    master: tuple[str, int] = ("127.0.0.1", 0)  # where the processes meet
 
 
 def find_place(env: Mapping[str, str] = os.environ) -> Place:
@@ -92,18 +100,34 @@ def find_place(env: Mapping[str, str] = os.environ) -> Place:
                     "start the processes with torchrun or srun"
                 )
             return place
-    return Place(0, 1, 0)
+    return Place(0, 1)
 
 
-def _master(env: Mapping[str, str]) -> tuple[str, int] | None:
+def _master(env: Mapping[str, str]) -> tuple[str, int]:
     if "MASTER_ADDR" in env and "MASTER_PORT" in env:
-        return None
+        return env["MASTER_ADDR"], int(env["MASTER_PORT"])
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", "")
     # "gpu[03-05,9],big1" -> gpu03
     first = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
     host = first.group(1) + (first.group(2) or "") if first else "127.0.0.1"
     job = re.sub(r"\D", "", env.get("SLURM_JOB_ID", "")) or "0"
     return host, 20000 + int(job) % 20000
+
+
+def open_store(place: Place, name: str) -> dist.Store:
+    """A new connection to the store of all processes, for keys of one purpose."""
+    launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host, port = place.master
+    store = dist.TCPStore(
+        host,
+        port,
+        place.world_size,
+        is_master=place.rank == 0 and not launcher,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"protoclip/{attempt}/{name}", store)
 
 
 def start(place: Place, device: torch.device, timeout: float, backend: str = "auto") -> None:
@@ -117,13 +141,14 @@ def start(place: Place, device: torch.device, timeout: float, backend: str = "au
     if place.world_size == 1:
         return
     if backend == "auto":
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl":
+        backend = "cpu:gloo,cuda:nccl"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    method = "env://" if place.master is None else "tcp://{}:{}".format(*place.master)
     dist.init_process_group(
         backend,
-        init_method=method,
+        store=open_store(place, "group"),
         rank=place.rank,
         world_size=place.world_size,
         timeout=datetime.timedelta(seconds=timeout),
@@ -191,14 +216,14 @@ def gather_slices(rows: Tensor, total: int) -> Tensor:
 def gather_rows(rows: Tensor, group: Group = None) -> Tensor:
     """[B, ...] of each rank -> [W * B, ...], in rank order; no gradient."""
     every = rows.new_empty((dist.get_world_size(group) * len(rows), *rows.shape[1:]))
-    dist.all_gather_into_tensor(every, rows.detach().contiguous(), group=group)
+    _all_gather(every, rows.detach().contiguous(), group=group)
     return every
 
 
 def scatter_sums(rows: Tensor, group: Group = None) -> Tensor:
     """[W * B, ...] of each rank -> this rank's [B, ...] of their sum over ranks."""
     own = rows.new_empty((len(rows) // dist.get_world_size(group), *rows.shape[1:]))
-    dist.reduce_scatter_tensor(own, rows.contiguous(), group=group)
+    _reduce_scatter(own, rows.contiguous(), group=group)
     return own
 
 

@@ -25,9 +25,11 @@ from protoclip.clustering import (
     target_entropy,
 )
 from protoclip.config import EpisodeConfig
+from protoclip.distributed import all_ranks, broadcast, max_over_ranks, sum_over_ranks
 from protoclip.features import Features
+from protoclip.kmeans import global_segment_mean
 from protoclip.model import Encoded
-from protoclip.ops import Bank, kmeans_assign, segment_mean, soft_targets
+from protoclip.ops import Bank, kmeans_assign, soft_targets
 
 INTERNAL = {"image": "text", "text": "image"}  # source -> its student
 
@@ -82,7 +84,7 @@ def build_episode(
     """Cluster every source and translate the clusters into each student's space.
 
     Args:
-        features: of N samples.
+        features: of N samples; each rank has its slice of them, all get the same episode.
         teachers: name -> [dataset, d], rows by position in the dataset.
         config: K, temperatures, k-means' settings.
         generator: CPU generator; k-means' seeds come from it.
@@ -95,7 +97,8 @@ def build_episode(
     Raises:
         ValueError: features that are not finite, or more clusters than samples.
     """
-    numbers = check_clusters(config, len(features.index))
+    samples = sum_over_ranks(torch.tensor(len(features.index), device=features.index.device))
+    numbers = check_clusters(config, int(samples))
     students = {"image": features.image_h, "text": features.text_h}
     rows = {name: all_rows.to(features.image_h) for name, all_rows in teachers.items()}
     sources = dict(students) if internal else {}
@@ -154,6 +157,7 @@ class _Builder:
             return self.index[:0]
         known = torch.zeros(self.dataset_size, dtype=torch.bool, device=self.index.device)
         known[self.index] = True
+        known = max_over_ranks(known.int()).bool()
         coming = coming.to(self.index.device)
         return coming[~known[coming]].unique()
 
@@ -180,7 +184,8 @@ class _Builder:
         internal = source in INTERNAL
         if self.config.pbt or not internal:
             own = labels[self.index]
-            prototypes, _ = segment_mean(self.students[student], own, len(counts))
+            students = self.students[student]
+            prototypes, _ = global_segment_mean(students, own, len(counts), all_ranks())
             if self.config.normalize_centroids:
                 prototypes = F.normalize(prototypes, dim=1)
         else:
@@ -188,5 +193,7 @@ class _Builder:
         targets = None
         if temperature > 0:
             targets = soft_targets(centroids.to(prototypes), prototypes, temperature)
+        # The same bits everywhere, whatever the ranks' machines make of the same sums.
+        broadcast(prototypes, *([] if targets is None else [targets]))
         online = centroids if internal and len(self.new) else None
         return PrototypeSet(source, student, prototypes, targets, labels, counts, online)

@@ -36,6 +36,7 @@ def extract(
     seed: int,
     workers: int = 0,
     captions: str = "random",
+    numbers: Tensor | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     progress: Callable[[int], None] | None = None,
     faults: Faults | None = None,
@@ -44,7 +45,8 @@ def extract(
 
     Args:
         model: left in the mode it was in.
-        dataset, transform, workers, captions, faults: as in ``protoclip.data.batches``.
+        dataset, transform, workers, captions, numbers, faults: as in
+            ``protoclip.data.batches``.
         indices: int64 [N], distinct positions.
         batch_size: rows per forward pass; the result depends on it in the last bits only.
         device: where the model is and the features stay, 2 x N x Dh x 4 bytes.
@@ -65,6 +67,7 @@ def extract(
             seed=seed,
             workers=workers,
             captions=captions,
+            numbers=numbers,
             faults=faults,
         ):
             image = batch.image.to(device, non_blocking=True)

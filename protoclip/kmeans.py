@@ -35,7 +35,7 @@ class Clusters:
     history: tuple[float, ...]  # inertia before each iteration's update, and the final one
 
 
-class _Ranks:
+class Ranks:
     """The slices of one data set on the ranks of a group (or the whole of it on one)."""
 
     def __init__(self, local: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -97,7 +97,7 @@ def kmeans(
     checks.matrix(op, "points", points, "[N, D]")
     points = points.detach()
     points = points if points.dtype == torch.float64 else points.float()
-    ranks = _Ranks(len(points), group, points.device)
+    ranks = Ranks(len(points), group, points.device)
     _check(op, points, num_clusters, num_iters, num_restarts, init, ranks)
     if backend == "faiss":
         centroids, history = importlib.import_module("protoclip.faiss_kmeans").faiss_kmeans(
@@ -123,7 +123,7 @@ def _check(
     num_iters: int,
     num_restarts: int,
     init: str | Tensor,
-    ranks: _Ranks,
+    ranks: Ranks,
 ) -> None:
     if not 1 <= k <= ranks.total:
         raise ValueError(
@@ -151,17 +151,17 @@ def _check(
         )
 
 
-def _initial(points: Tensor, k: int, init: str | Tensor, seed: int, ranks: _Ranks) -> Tensor:
+def _initial(points: Tensor, k: int, init: str | Tensor, seed: int, ranks: Ranks) -> Tensor:
     if isinstance(init, Tensor):
         return init.detach().to(points).clone()
     return INITS[init](points, k, torch.Generator().manual_seed(seed), ranks)
 
 
-def _random_init(points: Tensor, k: int, generator: torch.Generator, ranks: _Ranks) -> Tensor:
+def _random_init(points: Tensor, k: int, generator: torch.Generator, ranks: Ranks) -> Tensor:
     return ranks.rows(points, torch.randperm(ranks.total, generator=generator)[:k])
 
 
-def _plus_plus_init(points: Tensor, k: int, generator: torch.Generator, ranks: _Ranks) -> Tensor:
+def _plus_plus_init(points: Tensor, k: int, generator: torch.Generator, ranks: Ranks) -> Tensor:
     """k-means++ (Arthur and Vassilvitskii 2007), many centroids per pass over the points.
 
     Candidates are drawn together by their squared distance at the start of the pass. One after the
@@ -197,7 +197,7 @@ def _keep(candidates: Tensor, weights: Tensor, uniform: Tensor) -> Tensor:
     return torch.tensor(kept, device=candidates.device)
 
 
-def _draw(points: Tensor, weights: Tensor, uniform: Tensor, ranks: _Ranks) -> tuple[Tensor, Tensor]:
+def _draw(points: Tensor, weights: Tensor, uniform: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Rows [M, D] at which the running sum of the weights (over all ranks) passes uniform [M] times
     the total, and their weights [M]."""
     sums = weights.new_zeros(len(ranks.sizes))
@@ -215,14 +215,14 @@ def _draw(points: Tensor, weights: Tensor, uniform: Tensor, ranks: _Ranks) -> tu
     return ranks.sum(picked), ranks.sum(torch.where(mine, weights[row], 0.0))
 
 
-INITS: dict[str, Callable[[Tensor, int, torch.Generator, _Ranks], Tensor]] = {
+INITS: dict[str, Callable[[Tensor, int, torch.Generator, Ranks], Tensor]] = {
     "random": _random_init,
     "k-means++": _plus_plus_init,
 }
 
 
 def _lloyd(
-    points: Tensor, centroids: Tensor, num_iters: int, spherical: bool, ranks: _Ranks, backend: str
+    points: Tensor, centroids: Tensor, num_iters: int, spherical: bool, ranks: Ranks, backend: str
 ) -> Clusters:
     k = len(centroids)
     if spherical:
@@ -231,7 +231,7 @@ def _lloyd(
     for _ in range(num_iters):
         labels, distances = kmeans_assign(points, centroids, backend=backend)
         inertias.append(ranks.sum(distances.double().sum()))
-        means, counts = _global_means(points, labels, k, ranks, backend)
+        means, counts = global_segment_mean(points, labels, k, ranks.group, backend)
         centroids = _split_largest(means.where(counts[:, None] > 0, centroids), counts)
         if spherical:
             centroids = torch.nn.functional.normalize(centroids, dim=1)
@@ -240,7 +240,7 @@ def _lloyd(
 
 
 def _assigned(
-    points: Tensor, centroids: Tensor, history: list[float], ranks: _Ranks, backend: str
+    points: Tensor, centroids: Tensor, history: list[float], ranks: Ranks, backend: str
 ) -> Clusters:
     labels, distances = kmeans_assign(points, centroids, backend=backend)
     counts = ranks.sum(torch.bincount(labels, minlength=len(centroids)))
@@ -248,14 +248,20 @@ def _assigned(
     return Clusters(centroids, labels, counts, inertia, (*history, inertia))
 
 
-def _global_means(
-    points: Tensor, labels: Tensor, k: int, ranks: _Ranks, backend: str
+def global_segment_mean(
+    values: Tensor,
+    labels: Tensor,
+    num_segments: int,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    means, counts = segment_mean(points, labels, k, backend=backend)
-    if ranks.group is None:
+    """``segment_mean`` of the rows that the ranks of a group hold together; the same on each."""
+    means, counts = segment_mean(values, labels, num_segments, backend=backend)
+    if group is None:
         return means, counts
-    sums = ranks.sum(means.double() * counts[:, None])
-    counts = ranks.sum(counts)
+    sums = means.double() * counts[:, None]
+    dist.all_reduce(sums, group=group)
+    dist.all_reduce(counts, group=group)
     return (sums / counts.clamp_min(1)[:, None]).to(means.dtype), counts
 
 

@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from protoclip.clustering import IGNORE
 from protoclip.config import LossConfig
+from protoclip.distributed import is_distributed, mean_over_ranks
 from protoclip.episode import Episode, PrototypeSet
+from protoclip.global_losses import global_info_nce
 from protoclip.model import Encoded
-from protoclip.ops import info_nce, prototype_losses
+from protoclip.ops import Bank, prototype_losses
 
 Measure = Callable[[str], contextlib.AbstractContextManager]
 
@@ -53,7 +56,10 @@ class ProtoLoss(nn.Module):
         episode: Episode | None,
         measure: Measure = contextlib.nullcontext,
     ) -> Losses:
-        """The losses of a batch of B pairs.
+        """The losses of a batch of B pairs; with several ranks, of each one's share.
+
+        The mean over ranks of ``total`` and of its gradients are those of the whole batch
+        (distillation alone compares within a rank's share).
 
         Args:
             encoded: [B, D] each, not normalised; float32, bfloat16 or float16.
@@ -68,7 +74,7 @@ class ProtoLoss(nn.Module):
         accuracy: dict[str, Tensor] = {}
         if self.config.w_clip > 0:
             weights["contrastive_loss"] = self.config.w_clip
-            terms["contrastive_loss"] = info_nce(
+            terms["contrastive_loss"] = global_info_nce(
                 _normalise(encoded.image), _normalise(encoded.text), logit_scale
             )
         if episode is not None and projected is not None:
@@ -112,13 +118,21 @@ def prototype_term(
     for student, features in (("image", projected.image), ("text", projected.text)):
         banks = [item.bank(index, projected) for item in sets if item.student == student]
         if banks:
-            result = prototype_losses(features, banks, scale)
-            losses += list(result.loss)
+            reduction = "none" if is_distributed() else "mean"
+            result = prototype_losses(features, banks, scale, reduction=reduction)
+            losses += list(_over_ranks(result.loss, banks) if is_distributed() else result.loss)
             hits += [
                 (nearest == bank.labels).float().mean()
                 for nearest, bank in zip(result.nearest, banks, strict=True)
             ]
     return sum(losses[1:], losses[0]) / len(losses), sum(hits[1:], hits[0]) / len(hits)
+
+
+def _over_ranks(losses: Tensor, banks: Sequence[Bank]) -> Tensor:
+    """[S, B] -> [S], whose means over the ranks are the means over all samples with a label."""
+    counts = torch.stack([(bank.labels != IGNORE).sum() for bank in banks]).to(losses.dtype)
+    mean_over_ranks(counts)
+    return losses.sum(dim=1) / counts.where(counts > 0, 1.0)
 
 
 def similarity_distillation(

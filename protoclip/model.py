@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoclip.config import ModelConfig
+from protoclip.distributed import GlobalBatchNorm1d
 
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 MAX_LOG_SCALE = math.log(100)
@@ -47,10 +48,12 @@ class Encoded:
 class Projection(nn.Sequential):
     """Linear, BatchNorm, ReLU, Linear: [B, in_dim] -> [B, out_dim]; algorithm.md §1's g."""
 
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+    def __init__(
+        self, in_dim: int, hidden_dim: int, out_dim: int, sync_batch_norm: bool = True
+    ) -> None:
         super().__init__(
             nn.Linear(in_dim, hidden_dim),
-            nn.BatchNorm1d(hidden_dim),
+            (GlobalBatchNorm1d if sync_batch_norm else nn.BatchNorm1d)(hidden_dim),
             nn.ReLU(),
             nn.Linear(hidden_dim, out_dim),
         )
@@ -182,8 +185,10 @@ def _check_pretrained(name: str, pretrained: str) -> None:
         raise ValueError(f"--pretrained: {pretrained!r} is no file and no tag of {name}; {known}")
 
 
-def build_model(config: ModelConfig) -> ProtoModel:
-    """The model a config asks for, on the CPU; what is not pretrained uses torch's generator.
+def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
+    """The model a config asks for; what is not pretrained uses torch's generator.
+
+    ``device`` "meta", within ``torch.device("meta")``, gives the shapes alone.
 
     Raises:
         ValueError: no such model, config, checkpoint or tag.
@@ -197,6 +202,7 @@ def build_model(config: ModelConfig) -> ProtoModel:
                 name,
                 pretrained=config.pretrained or None,
                 force_image_size=config.force_image_size or None,
+                device=device,
                 output_dict=True,
             )
             tokenizer = open_clip.get_tokenizer(
@@ -210,7 +216,9 @@ def build_model(config: ModelConfig) -> ProtoModel:
     heads = None
     if config.add_projection_head:
         dim = embedding_dim(clip)
-        text_head = Projection(dim, config.projection_hidden_dim, config.projection_dim)
+        text_head = Projection(
+            dim, config.projection_hidden_dim, config.projection_dim, config.use_bn_sync
+        )
         # The image head starts as a copy, as in the paper: equal features, equal projections.
         heads = (copy.deepcopy(text_head), text_head)
     model = ProtoModel(clip, tokenizer, heads)

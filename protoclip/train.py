@@ -21,7 +21,14 @@ from protoclip.clustering import check_clusters
 from protoclip.config import TrainConfig
 from protoclip.data import PairDataset, build_transform
 from protoclip.data.check import check_data
-from protoclip.distributed import seed_everything
+from protoclip.distributed import (
+    find_place,
+    from_main,
+    is_distributed,
+    is_main,
+    seed_everything,
+    world_size,
+)
 from protoclip.evaluate import Results, format_table, peak_memory_bytes, read_results, write_results
 from protoclip.flags import build_parser, parse
 from protoclip.model import ProtoModel, build_model
@@ -29,6 +36,7 @@ from protoclip.report import write_report
 from protoclip.training.capture import restore
 from protoclip.training.engine import choose_device, choose_precision
 from protoclip.training.inputs import faults_of, open_teachers, open_training_data, uses_prototypes
+from protoclip.training.launch import OtherRank, on_all_ranks, quietly, seed_rank
 from protoclip.training.loop import Trainer
 from protoclip.training.order import EpochOrder
 from protoclip.training.phases import Phases
@@ -48,7 +56,14 @@ DESCRIPTION = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or 2 for a user's mistake (one message on stderr)."""
     try:
-        train(parse(build_parser(PROG, DESCRIPTION), with_saved_config(argv)))
+        place = find_place()
+        with quietly(place):
+            config = parse(build_parser(PROG, DESCRIPTION), with_saved_config(argv))
+        if place.world_size > 1:
+            run = config.run
+            settings = run.device, run.dist_timeout, run.dist_backend
+            return on_all_ranks(lambda: train(config), place, *settings, PROG)
+        train(config)
     except (ValueError, OSError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
@@ -85,15 +100,15 @@ def train(config: TrainConfig) -> Path:
             message has the remedy. Nothing is overwritten.
     """
     SaveSchedule(config.run.save_every)  # a mistake there should not cost the minutes before
-    resume = find_resume(config)
-    path = resume.folder if resume else choose_folder(config)
+    resume = from_main(lambda: find_resume(config))
+    path = from_main(lambda: resume.folder if resume else choose_folder(config))
     device = choose_device(config.run.device)
     precision = choose_precision(config.run.precision, device)
     phases = Phases(device)
 
     dataset = open_training_data(config)
     if config.data.check_data:
-        raise SystemExit(check(dataset, config.data.workers))
+        raise SystemExit(from_main(lambda: check(dataset, config.data.workers)))
     faults_of(dataset, config.data.max_bad_fraction, print)  # stops where too many are known
     plan = make_plan(config, EpochOrder(dataset, config.data).size)
     if resume and resume.step >= plan.total_steps and (path / "results.json").exists():
@@ -101,15 +116,16 @@ def train(config: TrainConfig) -> Path:
         return path
     seed_everything(config.run.seed)
     model = build_model(config.model).to(device)
+    seed_rank(config.run.seed)
     with phases.measure("teacher", on_host=True):
-        teachers, remark = open_teachers(config, dataset, device)
+        teachers, remark = from_main(lambda: open_teachers(config, dataset, device))
     if uses_prototypes(config):
         # With replacement an episode has fewer distinct samples; it checks again itself.
         check_clusters(config.episode, min(len(dataset), plan.steps_per_episode * plan.batch_size))
 
     notes = check_resume(resume, config, dataset.keys) if resume else []
     again = resume.step if resume else 0 if path.exists() else None
-    folder = RunFolder(path, config, again)
+    folder = RunFolder(path, config, again) if is_main() else OtherRank(path)
     try:
         announce(folder, config, plan, dataset, teachers, remark, device, precision)
         if resume:
@@ -137,7 +153,7 @@ def run(
     model: ProtoModel,
     dataset: PairDataset,
     teachers: Mapping[str, Tensor],
-    folder: RunFolder,
+    folder: RunFolder | OtherRank,
     phases: Phases,
     device: torch.device,
     precision: str,
@@ -167,26 +183,28 @@ def run(
         restore(trainer, resume.payload)
     trainer.run()
     after = evaluate.full(model, "evaluating the trained model")
+    if isinstance(folder, OtherRank):
+        return
     with phases.measure("plots", on_host=True):
         draw_plots(folder, config, trainer, dataset, evaluate, before, after)
     report(folder, config, before, after, phases, device)
 
 
 def untrained(
-    folder: RunFolder, evaluate: Evaluation, model: ProtoModel, resume: Resume | None
+    folder: RunFolder | OtherRank, evaluate: Evaluation, model: ProtoModel, resume: Resume | None
 ) -> Results | None:
     """The evaluation before training; a resumed run reads what it found when it began."""
     path = folder.path / "untrained.json"
-    if resume and path.exists():
-        return read_results(path)["trained"]
+    if from_main(lambda: resume is not None and path.exists()):
+        return read_results(path)["trained"] if is_main() else None
     before = evaluate.full(model, "evaluating the untrained model")
-    if before is not None:
+    if before is not None and is_main():
         write_results(path, before, None, data=evaluate.data, model="untrained", pretrained="")
     return before
 
 
 def announce(
-    folder: RunFolder,
+    folder: RunFolder | OtherRank,
     config: TrainConfig,
     plan: Plan,
     dataset: PairDataset,
@@ -203,6 +221,7 @@ def announce(
     )
     folder.say(
         f"model: {config.model.model} on {device}, {precision}, {torch.get_num_threads()} threads"
+        + (f", {world_size()} ranks" if is_distributed() else "")
     )
     if uses_prototypes(config):
         samples = min(len(dataset), plan.steps_per_episode * plan.batch_size)

@@ -65,9 +65,10 @@ def start(flags: list[str], folder: Path, name: str) -> int:
         seen = open(folder / f"{name}.seen", "a", buffering=1)  # noqa: SIM115
         train_step = Trainer._train_step
 
-        def recorded(self, batch, *rest):
-            print(json.dumps([self.step, batch.index.tolist()]), file=seen)
-            return train_step(self, batch, *rest)
+        def recorded(self, parts, *rest):
+            index = [i for part in parts for i in part.index.tolist()]
+            print(json.dumps([self.step, index]), file=seen)
+            return train_step(self, parts, *rest)
 
         Trainer._train_step = recorded  # type: ignore[method-assign]
         command.draw_plots = lambda *_: None  # 3 s each, and no part of a run's state

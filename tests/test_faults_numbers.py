@@ -31,10 +31,10 @@ def poison(monkeypatch, steps):
     """Let the batches of some steps hold one picture of NaN."""
     train_step = Trainer._train_step
 
-    def poisoned(self, batch, *rest):
+    def poisoned(self, parts, *rest):
         if self.step in steps:
-            batch.image[3] = float("nan")
-        return train_step(self, batch, *rest)
+            parts[0].image[3] = float("nan")
+        return train_step(self, parts, *rest)
 
     monkeypatch.setattr(Trainer, "_train_step", poisoned)
 

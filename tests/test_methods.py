@@ -261,7 +261,7 @@ class TestPresets:
     def test_flags_change_a_preset_and_paper_is_one(self):
         config = config_of("--preset", "paper-cc3m-8gpu", "--k", "10", "20", "--wd", "0.1")
         assert config.episode.clusters == (10, 20) and config.optim.wd == 0.1
-        assert config.optim.batch_size == 512 and config.optim.warmup == 15625
+        assert config.optim.batch_size == 64 and config.optim.warmup == 15625
         assert config.episode.kmeans_nredo == 3 and config.episode.replacement
         assert config_of("--paper") == config_of("--preset", "paper")
 

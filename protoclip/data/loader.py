@@ -36,6 +36,7 @@ def batches(
     captions: str = "random",
     drop_last: bool = False,
     start: int = 0,
+    numbers: Tensor | None = None,
     faults: Faults | None = None,
 ) -> Iterator[Batch]:
     """Load pairs in the given order.
@@ -57,6 +58,8 @@ def batches(
             draws, any in the others.
         drop_last: leave out an incomplete last batch.
         start: first draw; batches are cut from here on.
+        numbers: int64 [M], the j of each draw; None: 0 ... M - 1. A rank that loads some of the
+            draws of all ranks gives theirs, so that who loads a draw does not matter.
         faults: notes pairs that cannot be read; another of the draws, chosen by (seed, j), stands
             in for each. None: such a pair is an error.
     Raises:
@@ -82,6 +85,8 @@ def batches(
         dataset, draws.cpu().numpy(), batch_size, transform, tokenizer, seed, captions,
         faults is not None,
     )  # fmt: skip
+    if numbers is not None:
+        source.numbers = numbers.cpu().numpy()
     last = len(draws) - batch_size + 1 if drop_last else len(draws)
     firsts = range(start, last, batch_size)
     loaded = _in_workers(source, firsts, workers) if workers else map(source.load, firsts)
@@ -111,6 +116,7 @@ class _Source:
     ) -> None:
         self.dataset = dataset
         self.draws = draws
+        self.numbers = np.arange(len(draws))
         self.batch_size = batch_size
         self.transform = transform
         self.tokenizer = tokenizer
@@ -123,7 +129,7 @@ class _Source:
         index = self.draws[first : first + self.batch_size].copy()
         if self.prefetch is not None:
             self.prefetch(self.draws[first : first + AHEAD * self.batch_size])
-        dice = mix(self.seed, np.arange(first, first + len(index)))
+        dice = mix(self.seed, self.numbers[first : first + self.batch_size])
         texts: list[str] = []
         pictures: list[Tensor] = []
         bad: list[tuple[int, str]] = []

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from protoclip import metrics
+from protoclip.distributed import is_distributed, is_main
 from protoclip.evaluate.encode import encode_sets
 from protoclip.evaluate.results import Results, SetResults, interval
 from protoclip.evaluate.sets import Autocast, Encoder, EvalSet, ProbeTrain
@@ -163,7 +164,8 @@ def evaluate_model(
     open_kwargs: Mapping[str, Any] | None = None,
     keep: dict[str, EvalSet] | None = None,
 ) -> Results:
-    """Encode the evaluation sets of ``data`` and score them.
+    """Encode the evaluation sets of ``data`` and score them; several ranks encode together, and
+    rank 0 scores.
 
     builtin:emoji has HO (held-out concepts), TW (all, in Twemoji style) and, with the font, NHO
     and NOTO (the held-out ones and all in Noto style). Other built-in data has HO (its held-out
@@ -185,7 +187,9 @@ def evaluate_model(
     """
     started = time.perf_counter()
     place = device or next(model.parameters()).device
-    encoder = Encoder(model, place, batch_size, workers, autocast, progress)
+    encoder = Encoder(
+        model, place, batch_size, workers, autocast, progress, sharded=is_distributed()
+    )
     sets, train = encode_sets(
         encoder,
         data,
@@ -197,6 +201,8 @@ def evaluate_model(
     )
     if keep is not None:
         keep.update(sets)
+    if not is_main():
+        return Results({}, time.perf_counter() - started)
     results = evaluate_features(sets, train, tasks=tasks, protocol=protocol)
     return replace(results, seconds=time.perf_counter() - started)
 

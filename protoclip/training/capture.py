@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from protoclip.clustering import Clustering
 from protoclip.config import to_dict
 from protoclip.data import Batch
+from protoclip.distributed import gather_objects, rank
 from protoclip.episode import Episode, PrototypeSet
 from protoclip.training.guard import describe, first_not_finite
 from protoclip.training.saving import Stopped, agree
@@ -19,6 +20,7 @@ from protoclip.training.state import fingerprint, pack, random_states, set_rando
 if TYPE_CHECKING:
     from protoclip.training.loop import Trainer
 
+PER_RANK = ("store", "faults")  # what each rank knows of its own samples; the rest is common
 PACKED = {cls.__name__: cls for cls in (Episode, Clustering, PrototypeSet)}
 
 
@@ -31,6 +33,8 @@ class Stateful(Protocol):
 
 def capture(trainer: Trainer, epoch: int | None) -> dict[str, Any]:
     """A checkpoint that OpenCLIP reads too; a collective call. ``epoch`` None: the newest."""
+    states = {name: part.state_dict() for name, part in trainer.stateful.items()}
+    of_ranks = gather_objects({name: states[name] for name in PER_RANK if name in states})
     return {
         "epoch": epoch or math.ceil(trainer.step / trainer.plan.steps_per_epoch),
         "name": trainer.folder.path.name,
@@ -46,7 +50,8 @@ def capture(trainer: Trainer, epoch: int | None) -> dict[str, Any]:
                 "episode": pack(trainer.episode),
                 "seconds": trainer.phases.seconds(),
                 "data": fingerprint(trainer.dataset.keys),
-                "stateful": {name: part.state_dict() for name, part in trainer.stateful.items()},
+                "stateful": states,
+                "stateful_of_other_ranks": of_ranks[1:],
             },
         },
     }
@@ -72,8 +77,10 @@ def restore(trainer: Trainer, payload: Mapping[str, Any]) -> None:
             f"--resume: the checkpoint does not fit this model: {str(error)[:300]}"
         ) from error
     trainer.episode = unpack(training["episode"], PACKED, trainer.device)
+    others = training["stateful_of_other_ranks"]
+    own = others[rank() - 1] if 0 < rank() <= len(others) else {}
     for name, part in trainer.stateful.items():
-        part.load_state_dict(training["stateful"][name])
+        part.load_state_dict(own.get(name, training["stateful"][name]))
     trainer.phases.restore(training["seconds"])
     trainer.step = int(payload["protoclip"]["step"])
     set_random_state(training["random"], trainer.device)
@@ -104,9 +111,9 @@ def save_if_room(trainer: Trainer, epoch: int | None, must: bool = False) -> Non
         )
 
 
-def report_bad_step(trainer: Trainer, step: int, batch: Batch) -> None:
+def report_bad_step(trainer: Trainer, step: int, parts: Sequence[Batch]) -> None:
     """Report a step that was skipped; after --max-bad-steps in a row save, explain and stop."""
-    keys = [trainer.dataset.keys[i] for i in batch.index.tolist()]
+    keys = [trainer.dataset.keys[i] for part in parts for i in part.index.tolist()]
     trainer.folder.note(f"step {step} skipped, loss or gradient not finite; samples: {keys}")
     limit = trainer.config.run.max_bad_steps
     if trainer.guard.in_a_row < limit:
@@ -117,7 +124,8 @@ def report_bad_step(trainer: Trainer, step: int, batch: Batch) -> None:
         losses = trainer.forward(batch)[1]
         return {**losses.terms, "total": losses.total}
 
-    culprit = first_not_finite(trainer.model, batch, terms)
+    culprits = [first_not_finite(trainer.model, part, terms) for part in parts]
+    culprit = next((c for c in culprits if not c.startswith("nothing")), culprits[0])
     trainer.guard.undo()
     trainer.save(None)
     raise ValueError(

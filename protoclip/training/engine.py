@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from protoclip.config import OptimConfig
+from protoclip.distributed import find_place, is_distributed
 from protoclip.model import ProtoModel
 
 
@@ -19,8 +20,13 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ValueError: no such device on this machine.
     """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        place = find_place()  # several processes of a machine have a GPU each
+        return (
+            torch.device("cuda", place.local_rank) if place.world_size > 1 else torch.device("cuda")
+        )
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -104,19 +110,37 @@ class Optimiser:
             self.scaler.load_state_dict(scaler)
 
     def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Backward pass and update, which is skipped where loss or gradient is not finite.
+        """Backward pass and update; returns what ``update`` does."""
+        self.zero_grad()
+        self.scaled(loss).backward()
+        return self.update(loss)
 
+    def zero_grad(self) -> None:
+        self.adamw.zero_grad(set_to_none=True)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What to differentiate: the loss, times fp16's scale where there is one."""
+        return self.scaler.scale(loss)
+
+    def update(self, loss: Tensor, unused: Sequence[nn.Parameter] = ()) -> tuple[Tensor, Tensor]:
+        """Take the step, which is skipped where loss or gradient is not finite.
+
+        Args:
+            loss: whose gradients are there.
+            unused: parameters that have a gradient of zero for technical reasons: left alone.
         Returns:
             The gradient's norm before clipping and whether the step was taken (bool), both scalars
             on the device; on a GPU the host waits for neither.
         """
-        self.adamw.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        for parameter in unused:
+            parameter.grad = None
         self.scaler.unscale_(self.adamw)
         norm = nn.utils.clip_grad_norm_(
             self.model.parameters(), self.clip_norm if self.clip_norm > 0 else float("inf")
         )
-        finite = norm.isfinite() & loss.detach().isfinite()
+        finite = norm.isfinite()
+        if not is_distributed():  # one rank's loss is not known to the others, the gradient is
+            finite = finite & loss.detach().isfinite()
         if self.device.type == "cuda":
             if not self.scaler.is_enabled():  # else the scaler says so itself
                 self.adamw.found_inf = (~finite).float()  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.distributed import generator, world_size
+from protoclip.distributed import broadcast, generator, own_slice, world_size
 from protoclip.episode import Episode, build_episode
 from protoclip.features import Features, extract
 from protoclip.training.capture import save_or_stop
@@ -50,7 +50,11 @@ def rebuild_episode(trainer: Trainer, number: int, draws: Tensor, bar: tqdm, hea
 
 
 def _extract(trainer: Trainer, indices: Tensor, number: int, bar: tqdm, head: str) -> Features:
-    """A forward pass over the samples of the episode."""
+    """A forward pass over this rank's slice of the episode's samples."""
+    model = trainer.model if trainer.average is None else trainer.average.model
+    broadcast(*model.buffers())  # running statistics, where each rank has its own
+    numbers = torch.arange(len(indices))[own_slice(len(indices))]
+    indices = indices[numbers]
     done = 0
 
     def show(rows: int) -> None:
@@ -62,15 +66,16 @@ def _extract(trainer: Trainer, indices: Tensor, number: int, bar: tqdm, head: st
 
     show(0)
     return extract(
-        trainer.model if trainer.average is None else trainer.average.model,
+        model,
         trainer.dataset,
         indices,
         transform=trainer.transform,
-        batch_size=trainer.plan.batch_size,
+        batch_size=trainer.config.optim.batch_size,
         device=trainer.device,
         seed=episode_seed(trainer.config.run.seed, number, 1),
         workers=trainer.config.data.workers,
         captions=trainer.config.data.captions,
+        numbers=numbers,
         autocast=trainer.autocast,
         progress=show,
         faults=trainer.faults,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from protoclip.data import Batch
+from protoclip.distributed import is_distributed
 
 LATE = 4  # steps that may pass before a verdict is waited for
 NAMED = 8  # sample keys in the message; all of them stand in out.log
@@ -35,7 +36,7 @@ class Guard:
         ]
         self._before: list[Tensor] = []
         self._device = device
-        self._pending: deque[tuple[int, Batch, Tensor, Any]] = deque()
+        self._pending: deque[tuple[int, Sequence[Batch], Tensor, Any]] = deque()
         self.total = 0
         self.in_a_row = 0
 
@@ -43,12 +44,14 @@ class Guard:
         """Remember the running statistics: call ahead of the forward pass."""
         self._before = [buffer.clone() for buffer in self._buffers]
 
-    def after(self, step: int, batch: Batch, finite: Tensor) -> Iterator[tuple[int, Batch]]:
+    def after(
+        self, step: int, parts: Sequence[Batch], finite: Tensor
+    ) -> Iterator[tuple[int, Sequence[Batch]]]:
         """Put the statistics back if the step was bad; yields the bad steps that are known by now.
 
         Args:
             step: number of the step.
-            batch: it was taken on.
+            parts: the batches it was taken on.
             finite: bool scalar on the device, from ``Optimiser.step``.
         """
         for buffer, old in zip(self._buffers, self._before, strict=True):
@@ -61,7 +64,7 @@ class Guard:
             event.record()
         else:
             verdict, event = finite, None
-        self._pending.append((step, batch, verdict, event))
+        self._pending.append((step, parts, verdict, event))
         return self._judged(wait=len(self._pending) > LATE)
 
     def undo(self) -> None:
@@ -70,15 +73,16 @@ class Guard:
             buffer.copy_(old)
         self._before = []
 
-    def finish(self) -> Iterator[tuple[int, Batch]]:
+    def finish(self) -> Iterator[tuple[int, Sequence[Batch]]]:
         """The bad steps not told yet; waits for the device."""
         return self._judged(wait=True)
 
-    def _judged(self, wait: bool) -> Iterator[tuple[int, Batch]]:
+    def _judged(self, wait: bool) -> Iterator[tuple[int, Sequence[Batch]]]:
         while self._pending:
-            step, batch, verdict, event = self._pending[0]
+            step, parts, verdict, event = self._pending[0]
             if event is not None:
-                if not wait and not event.query():
+                # Ranks must learn of a step at the same one, whatever their clocks.
+                if not wait and (is_distributed() or not event.query()):
                     return
                 event.synchronize()
             self._pending.popleft()
@@ -87,7 +91,7 @@ class Guard:
             else:
                 self.total += 1
                 self.in_a_row += 1
-                yield step, batch
+                yield step, parts
 
     def state_dict(self) -> dict[str, int]:
         return {"total": self.total, "in_a_row": self.in_a_row}

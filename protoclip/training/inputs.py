@@ -12,6 +12,7 @@ from tqdm import tqdm
 from protoclip.config import TrainConfig
 from protoclip.data import PairDataset, Subset, open_dataset
 from protoclip.data.faults import Faults
+from protoclip.distributed import is_main
 from protoclip.teacher import MINILM, load_teacher, minilm_missing
 
 
@@ -85,7 +86,13 @@ def open_teachers(
     teachers = {}
     for number, spec in enumerate(specs, start=1):
         name = "external" if len(specs) == 1 else f"external{number}"
-        with tqdm(total=len(dataset), desc=f"teacher {spec}", unit=" samples", leave=False) as bar:
+        with tqdm(
+            total=len(dataset),
+            desc=f"teacher {spec}",
+            unit=" samples",
+            leave=False,
+            disable=not is_main(),
+        ) as bar:
             teachers[name] = load_teacher(
                 spec,
                 dataset,

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from protoclip.config import TrainConfig
 from protoclip.data import Batch, PairDataset, batches
+from protoclip.distributed import is_main, mean_over_ranks, world_size
 from protoclip.episode import Episode
 from protoclip.features import FeatureStore
 from protoclip.losses import Losses, ProtoLoss
@@ -30,11 +31,13 @@ from protoclip.training.episodes import episode_seed, rebuild_episode
 from protoclip.training.gradients import norms_by_part
 from protoclip.training.guard import Guard
 from protoclip.training.inputs import faults_of
+from protoclip.training.launch import OtherRank
 from protoclip.training.order import EpochOrder
 from protoclip.training.phases import Phases
-from protoclip.training.plan import Plan, draw, learning_rate
+from protoclip.training.plan import Plan, draw, learning_rate, own_draws
 from protoclip.training.run_folder import RunFolder
 from protoclip.training.saving import SaveSchedule, Stopped, StopSignals
+from protoclip.training.stepper import Stepper
 
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
 
@@ -65,7 +68,7 @@ class Trainer:
         dataset: PairDataset,
         transform: Callable[[Any], Tensor],
         teachers: Mapping[str, Tensor],
-        folder: RunFolder,
+        folder: RunFolder | OtherRank,
         phases: Phases,
         *,
         device: torch.device,
@@ -80,11 +83,13 @@ class Trainer:
         self.device, self.evaluate, self.zeroshot = device, evaluate, zeroshot
         self.autocast = autocast_for(precision, device)
         self.optimiser = Optimiser(model, config.optim, precision)
-        self.loss = ProtoLoss(config.loss, self.teachers)
+        loss = ProtoLoss(config.loss, self.teachers)
+        self.stepper = Stepper(model, loss, self.optimiser, self.autocast, phases, device)
+        self.share = plan.batch_size // world_size()  # of a step's samples, this rank's
         self.episode: Episode | None = None
         self.store: FeatureStore | None = None
         if config.episode.features == "reuse" and self._projects:
-            self.store = FeatureStore(plan.steps_per_episode * plan.batch_size, device)
+            self.store = FeatureStore(plan.steps_per_episode * self.share, device)
         self.average: MovingAverage | None = None
         if config.episode.ema_decay > 0 and self._projects:
             self.average = MovingAverage(model, config.episode.ema_decay)
@@ -117,7 +122,12 @@ class Trainer:
         self._logged_at = (time.perf_counter(), self.step)
         self.signals.immediate = False
         with tqdm(
-            total=total, initial=done, unit=" samples", unit_scale=True, smoothing=0.1
+            total=total,
+            initial=done,
+            unit=" samples",
+            unit_scale=True,
+            smoothing=0.1,
+            disable=not is_main(),
         ) as bar:
             for number in range(self.step // self.plan.steps_per_episode, self.plan.episodes):
                 self._run_episode(number, bar)
@@ -148,8 +158,8 @@ class Trainer:
         stream = iter(self._batches(draws, number, done))
         for _ in steps[done:]:
             with self.phases.measure("data", on_host=True):
-                batch = next(stream)
-            self._train_step(batch, number, bar)
+                parts = [next(stream) for _ in range(self.config.optim.accum_freq)]
+            self._train_step(parts, number, bar)
             self._at_border()
 
     def _wants_prototypes(self, number: int) -> bool:
@@ -176,55 +186,45 @@ class Trainer:
         return self.config.method == "protoclip" and self.config.loss.w_proto > 0
 
     def _batches(self, draws: Tensor, number: int, done: int) -> Any:
+        own, numbers = own_draws(self.plan, draws)
         return batches(
             self.dataset,
-            draws,
-            self.plan.batch_size,
+            own,
+            self.config.optim.batch_size,
             self.transform,
             self.model.tokenizer,
             seed=episode_seed(self.config.run.seed, number, 0),
             workers=self.config.data.workers,
             captions=self.config.data.captions,
-            start=done * self.plan.batch_size,
+            start=done * self.share,
             faults=self.faults,
+            numbers=numbers,
         )
 
-    def _train_step(self, batch: Batch, number: int, bar: tqdm) -> None:
+    def _train_step(self, parts: list[Batch], number: int, bar: tqdm) -> None:
         lr = learning_rate(self.config.optim, self.plan.total_steps, self.step)
         self.optimiser.set_lr(lr)
         self.guard.before()
-        with self.phases.measure("forward"):
-            batch = batch.to(self.device, non_blocking=True)
-            projected, losses = self.forward(batch)
-        with self.phases.measure("backward"):
-            norm, finite = self.optimiser.step(losses.total)
-            if self.store is not None and projected is not None:
-                start = self.step - self.plan.steps_of(number).start
-                known = torch.where(finite, batch.index, -1)  # -1: no such row
-                self.store.put(start * self.plan.batch_size, known, projected)
-            if self.average is not None:
+        losses, projected, norm, finite = self.stepper.step(parts, self.episode, self._projects)
+        index = torch.cat([part.index for part in parts])
+        if self.store is not None and projected is not None:
+            with self.phases.measure("forward"):
+                done = self.step - self.plan.steps_of(number).start
+                known = torch.where(finite, index.to(self.device), -1)  # -1: no such row
+                self.store.put(done * self.share, known, projected)
+        if self.average is not None:
+            with self.phases.measure("backward"):
                 self.average.update(self.model, self.step + 1)
         self.step += 1
-        bar.update(len(batch))
+        bar.update(self.plan.batch_size)
         if self.step % self.config.run.log_every_n_steps == 0 or self.step == self.plan.total_steps:
             self._log(losses, norm, lr, number, bar)
-        for step, bad in self.guard.after(self.step, batch, finite):
+        for step, bad in self.guard.after(self.step, parts, finite):
             report_bad_step(self, step, bad)
 
     def forward(self, batch: Batch) -> tuple[Any, Losses]:
-        """Projections and losses of a batch on the device."""
-        with self.autocast():
-            encoded, projected = self.model(batch.image, batch.tokens, project=self._projects)
-        losses = self.loss(
-            encoded,
-            projected,
-            batch.index,
-            self.model.logit_scale,
-            self.model.proto_scale,
-            self.episode,
-            self.phases.measure,
-        )
-        return projected, losses
+        """Projections and losses of a batch, without a step."""
+        return self.stepper.forward(batch.to(self.device), self.episode, self._projects)
 
     def _log(self, losses: Losses, norm: Tensor, lr: float, number: int, bar: tqdm) -> None:
         """Read the device once, write one line of metrics, refresh the bar."""
@@ -239,8 +239,9 @@ class Trainer:
             "grad_norm": norm,
             **norms_by_part(self.model, norm, self.config.optim.grad_clip_norm),
         }
-        values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()]).tolist()
-        record = {k: v for k, v in zip(scalars, values, strict=True) if math.isfinite(v)}
+        values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()])
+        means = mean_over_ranks(values).tolist()
+        record = {k: v for k, v in zip(scalars, means, strict=True) if math.isfinite(v)}
         if self.guard.total:
             record["bad_steps"] = self.guard.total
         if self.faults.count:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from protoclip.config import OptimConfig, TrainConfig
-from protoclip.distributed import generator
+from protoclip.distributed import generator, own_slice, world_size
 
 DRAWS = 1  # the generator stream of sample draws, as distinct from that of episodes
 EPISODES = 2
@@ -24,7 +24,7 @@ class Plan:
     """How a data set is cut into steps; batches are full, an epoch sees every sample."""
 
     samples: int
-    batch_size: int
+    batch_size: int  # of a step, over all ranks
     steps_per_epoch: int
     steps_per_episode: int
     total_steps: int
@@ -45,11 +45,13 @@ def make_plan(config: TrainConfig, samples: int) -> Plan:
     Raises:
         ValueError: fewer samples than a batch, an episode shorter than a batch, or no steps at all.
     """
-    batch, episode = config.optim.batch_size, config.episode.size
+    times = config.optim.accum_freq * world_size()
+    batch, episode = config.optim.batch_size * times, config.episode.size
     if samples < batch:
+        made_of = f" ({config.optim.batch_size} x {times})" if times > 1 else ""
         raise ValueError(
-            f"--batch-size: expected at most the number of samples, got {batch} for {samples}; "
-            f"use --batch-size {max(2, samples // 4)} or more data"
+            f"--batch-size: expected at most the number of samples, got {batch}{made_of} for "
+            f"{samples}; use --batch-size {max(2, samples // (4 * times))} or more data"
         )
     if episode and episode < batch:
         raise ValueError(
@@ -103,3 +105,12 @@ def learning_rate(config: OptimConfig, total_steps: int, step: int) -> float:
         return config.lr
     progress = (step - warmup) / max(1.0, total_steps - warmup)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def own_draws(plan: Plan, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's share of each step's draws, and their numbers in ``draws``: int64 [M] each.
+
+    Ranks' shares of a step are contiguous and, by ``make_plan``, equal.
+    """
+    numbers = torch.arange(len(draws)).view(-1, plan.batch_size)[:, own_slice(plan.batch_size)]
+    return draws[numbers.flatten()], numbers.flatten()

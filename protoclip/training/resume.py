@@ -17,14 +17,15 @@ from protoclip.training.state import fingerprint
 FIXED = (
     "method", "data.train_num_samples", "data.captions", "data.augmentation", "model.",
     "data.dataset_resampled", "data.train_data_upsampling_factors", "data.shuffle_buffer",
-    "episode.size", "episode.replacement", "optim.batch_size", "run.seed", "run.precision",
+    "episode.size", "episode.replacement", "optim.batch_size", "optim.accum_freq", "run.seed",
+    "run.precision",
 )  # fmt: skip
 # What changes nothing about the training itself.
 FREE = (
     "data.workers", "data.val_data", "data.train_data", "data.csv_", "model.pretrained",
     "run.name", "run.logs", "run.device", "run.log_every_n_steps", "run.val_frequency",
     "run.save_frequency", "run.save_every", "run.report_to", "run.resume", "run.max_bad_steps",
-    "data.max_bad_fraction", "data.spool_gb", "data.check_data",
+    "data.max_bad_fraction", "data.spool_gb", "data.check_data", "run.dist_",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from protoclip.config import TrainConfig
 from protoclip.data import PairDataset, Subset, noto_available, open_dataset
+from protoclip.distributed import is_distributed, is_main
 from protoclip.evaluate import (
     Encoder,
     EvalSet,
@@ -62,7 +63,9 @@ class Evaluation:
         arguments = open_arguments(self.config)
         with (
             self.phases.measure("evaluation", on_host=True),
-            tqdm(desc=what, unit=" rows", unit_scale=True, leave=False) as bar,
+            tqdm(
+                desc=what, unit=" rows", unit_scale=True, leave=False, disable=not is_main()
+            ) as bar,
         ):
             return evaluate_model(
                 model,
@@ -79,9 +82,7 @@ class Evaluation:
 
     def quick(self, model: ProtoModel) -> dict[str, float]:
         """Recalls on the small sets, for the curves."""
-        encoder = Encoder(
-            model, self.device, workers=self.config.data.workers, autocast=self.autocast
-        )
+        encoder = self._encoder(model)
         scalars: dict[str, float] = {}
         for name, dataset in self.quick_sets.items():
             texts = [dataset.captions(i)[0] for i in range(len(dataset))]
@@ -89,12 +90,19 @@ class Evaluation:
             scalars |= {f"val_{name}_{key}": value for key, value in ranks.summary((1, 5)).items()}
         return scalars
 
+    def _encoder(self, model: ProtoModel) -> Encoder:
+        return Encoder(
+            model,
+            self.device,
+            workers=self.config.data.workers,
+            autocast=self.autocast,
+            sharded=is_distributed(),
+        )
+
     def zeroshot(self, model: ProtoModel) -> dict[str, float]:
         """Zero-shot accuracies on --imagenet-val."""
         assert self.zeroshot_data is not None
-        encoder = Encoder(
-            model, self.device, workers=self.config.data.workers, autocast=self.autocast
-        )
+        encoder = self._encoder(model)
         sets, _ = encode_sets(encoder, self.zeroshot_data, tasks=("zeroshot",))
         results = evaluate_features(sets, tasks=("zeroshot",))
         values = next(iter(results.sets.values())).metrics

@@ -1,0 +1,88 @@
+"""A command on the processes that torchrun or srun started: join, watch, end together."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from protoclip import distributed, heartbeat
+from protoclip.distributed import Place
+from protoclip.training.engine import choose_device
+
+GRACE = 60.0  # seconds by which a collective outlives the watch, whose message is the better one
+
+
+def quietly(place: Place) -> contextlib.AbstractContextManager:
+    """For what every process would say the same: only the first is heard."""
+    if place.rank == 0:
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    return stack
+
+
+def on_all_ranks(
+    work: Callable[[], object], place: Place, device: str, timeout: float, backend: str, name: str
+) -> int:
+    """Run ``work`` on every rank; the exit code is 0, or 2 for a user's mistake, said once.
+
+    A rank that dies or hangs ends the others: they say which it is and in which phase it was.
+
+    Args:
+        work: raises ValueError or OSError for a user's mistake.
+        device: as the flag says it.
+        timeout: seconds to wait for a rank.
+        backend: "auto", "nccl" or "gloo".
+        name: of the command.
+    """
+    with heartbeat.watched(place, timeout, name) as watch:
+        try:
+            distributed.start(place, choose_device(device), timeout + GRACE, backend)
+            work()
+        except (ValueError, OSError) as error:
+            watch.say(str(error))
+            return 2
+        except KeyboardInterrupt:
+            watch.say("interrupted")
+            return 130
+        except RuntimeError:
+            # The launcher ends the others too; what is known is said first.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            trace = traceback.format_exc()
+            missing = watch.explain()
+            if missing is None:
+                print(trace, file=sys.stderr, flush=True)
+                os._exit(1)
+            watch.say(missing)
+            os._exit(heartbeat.EXIT_CODE)
+        distributed.stop()
+    return 0
+
+
+class OtherRank:
+    """The run folder as ranks other than 0 see it: they write nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    def say(self, text: str) -> None: ...
+    def note(self, text: str) -> None: ...
+    def metrics(self, step: int, samples: int, scalars: object) -> None: ...
+    def checkpoint(self, payload: object, epoch: int | None) -> None: ...
+    def close(self) -> None: ...
+
+
+def seed_rank(seed: int) -> None:
+    """Dropout of its own for every rank; rank 0 goes on as a process alone."""
+    if not distributed.is_main():
+        torch.manual_seed(seed + distributed.rank())

@@ -1,0 +1,227 @@
+"""Training on several ranks: the losses of one rank, the same state everywhere, and a clean end
+when a rank is lost."""
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import on_ranks
+
+from protoclip import distributed
+from protoclip.model import Encoded
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+STEPS, BATCH = 5, 24
+
+
+class Recorder:
+    """A run folder that keeps the metrics."""
+
+    def __init__(self, path):
+        self.path, self.checkpoints, self.lines, self.saved = path, path, [], []
+
+    def metrics(self, step, samples, scalars):
+        self.lines.append({"step": step, **scalars})
+
+    def say(self, text): ...
+    def note(self, text): ...
+
+    def checkpoint(self, payload, epoch):
+        buffer = io.BytesIO()
+        torch.save(payload, buffer)
+        self.saved.append(buffer)
+
+    def kept(self):
+        """The first checkpoint, as a resumed run reads it."""
+        self.saved[0].seek(0)
+        return torch.load(self.saved[0], weights_only=True)
+
+
+def payload_step(payload):
+    return payload["protoclip"]["step"]
+
+
+def stripped(lines):
+    """Without what the clock says."""
+    return [
+        {k: v for k, v in line.items() if "second" not in k} for line in lines if "loss" in line
+    ]
+
+
+def arguments(folder, *flags):
+    return [
+        *("--train-data", "builtin:shapes:64", "--model", str(folder / "tiny.json")),
+        *("--projection-hidden-dim", "24", "--projection-dim", "8", "--lr", "1e-3"),
+        *("--external-teacher", str(folder / "teacher.npy"), "--external-teacher-dim", "0"),
+        *("--k", "6", "--episode-size", str(2 * BATCH), "--infonce-warmup-epoch", "1"),
+        *("--report-to", "none", "--val-frequency", "0", "--max-steps", str(STEPS), *flags),
+    ]  # fmt: skip
+
+
+def train(folder, flags):
+    """The metrics of a run of the trainer, and what every rank must have the same."""
+    from protoclip.data import build_transform
+    from protoclip.flags import build_parser, parse
+    from protoclip.model import build_model
+    from protoclip.training.capture import restore
+    from protoclip.training.inputs import open_teachers, open_training_data
+    from protoclip.training.loop import Trainer
+    from protoclip.training.phases import Phases
+    from protoclip.training.plan import make_plan
+
+    distributed.start(distributed.find_place(), torch.device("cpu"), 60)
+    cpu = torch.device("cpu")
+
+    def trainer_for(more):
+        config = parse(build_parser("train", ""), arguments(folder, *more))
+        data = open_training_data(config)
+        distributed.seed_everything(0)
+        model = build_model(config.model)
+        transform = build_transform(model.image_size, model.mean, model.std, "clip")
+        teachers, _ = open_teachers(config, data, cpu)
+        return Trainer(
+            config, make_plan(config, len(data)), model, data, transform, teachers,
+            Recorder(folder), Phases(cpu), device=cpu, precision="fp32",
+        )  # fmt: skip
+
+    out = []
+    for more in flags:
+        trainer = trainer_for(more)
+        trainer.run()
+        model, recorder = trainer.model, trainer.folder
+        if "--save-every" in more:
+            payload = distributed.from_main(recorder.kept)
+            again = trainer_for(more)
+            restore(again, payload)
+            again.run()
+            assert stripped(again.folder.lines) == stripped(recorder.lines[payload_step(payload) :])
+        state = [p.detach().double().sum().item() for p in model.parameters()]
+        state += [b.double().sum().item() for b in model.buffers()]
+        episode = trainer.episode
+        for item in (*episode.internal, *episode.external) if episode else ():
+            state += [item.prototypes.sum().item(), item.labels.sum().item()]
+        out.append((recorder.lines, state))
+    distributed.stop()
+    return out
+
+
+class ExactLoss:
+    """InfoNCE and prototype terms in the dtype of the features; fp64 stays fp64."""
+
+    def __call__(self, encoded, projected, index, logit_scale, proto_scale, episode, measure):
+        from protoclip.global_losses import global_info_nce
+        from protoclip.losses import Losses, prototype_term
+
+        unit = Encoded(F.normalize(encoded.image, dim=1), F.normalize(encoded.text, dim=1))
+        terms = {
+            "contrastive_loss": global_info_nce(unit.image, unit.text, logit_scale),
+            "proto_loss": prototype_term(unit, index, episode.internal, proto_scale)[0],
+        }
+        return Losses(sum(terms.values()), terms, {})
+
+
+def gradients(folder, passes):
+    """fp64 loss and gradients of one step, for each number of passes that the batch is cut into."""
+    from protoclip.config import ModelConfig, OptimConfig
+    from protoclip.data import Batch
+    from protoclip.episode import Episode, PrototypeSet
+    from protoclip.model import build_model
+    from protoclip.training.engine import Optimiser
+    from protoclip.training.phases import Phases
+    from protoclip.training.plan import Plan, own_draws
+    from protoclip.training.stepper import Stepper
+
+    cpu = torch.device("cpu")
+    distributed.start(distributed.find_place(), cpu, 60)
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(model=str(folder / "tiny.json"))).double()
+    pixels = torch.randn(BATCH, 3, 16, 16, dtype=torch.float64)
+    tokens = torch.randint(1, 49000, (BATCH, 12))
+    sets = []
+    for source, student in (("text", "image"), ("image", "text")):
+        labels = torch.randint(6, (BATCH,))
+        labels[::5] = -100  # ranks have unequal numbers of samples with a label
+        tables = (torch.randn(6, 16, dtype=torch.float64) for _ in range(2))
+        sets.append(PrototypeSet(source, student, *tables, labels, torch.ones(6)))
+    optimiser = Optimiser(model, OptimConfig(grad_clip_norm=0, lr=0), "fp32")
+    stepper = Stepper(model, ExactLoss(), optimiser, contextlib.nullcontext, Phases(cpu), cpu)
+    own, _ = own_draws(Plan(BATCH, BATCH, 1, 1, 1), torch.arange(BATCH))
+    found = []
+    for number in passes:
+        parts = [Batch(i, pixels[i], tokens[i]) for i in own.chunk(number)]
+        losses, *_ = stepper.step(parts, Episode(tuple(sets)), False)
+        loss = distributed.mean_over_ranks(losses.total.detach().clone())
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        embedding = grads.pop("clip.token_embedding.weight")
+        flat = [embedding[tokens.unique()], *grads.values()]
+        found.append((loss.item(), sorted(grads), torch.cat([g.flatten() for g in flat]).numpy()))
+    distributed.stop()
+    return found
+
+
+@pytest.fixture(scope="module")
+def exact(folder):
+    return on_ranks(1, gradients, folder, [1])[0][0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_ranks_and_passes_give_the_exact_gradients(folder, exact, ranks):
+    loss, names, grads = exact
+    assert "clip.logit_scale" in names and "logit_scale_proto" in names
+    for results in on_ranks(ranks, gradients, folder, [1, 2]):
+        for value, reached, got in results:
+            assert abs(value - loss) <= 1e-12 * loss
+            assert reached == names
+            assert np.abs(got - grads).max() <= 1e-12 * np.abs(grads).max()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ranks")
+    (path / "tiny.json").write_text(json.dumps(TINY))
+    np.save(path / "teacher.npy", np.random.default_rng(0).normal(size=(52, 5)).astype("f4"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    return on_ranks(1, train, folder, [["--batch-size", str(BATCH)]])[0][0][0]
+
+
+def assert_same_losses(lines, alone):
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line, want in zip(lines, alone, strict=True):
+        for name in ("loss", "contrastive_loss", "proto_loss", "external_loss", "image_inertia"):
+            assert (name in line) == (name in want)
+            if name in want:
+                assert line[name] == pytest.approx(want[name], rel=3e-4), (name, line["step"])
+        assert line["grad_norm"] == pytest.approx(want["grad_norm"], rel=3e-3)
+    assert "external_loss" in alone[-1] and "image_inertia" in {k for r in alone for k in r}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_any_number_of_ranks_and_passes_gives_the_losses_of_one(folder, alone, ranks):
+    flags = [["--batch-size", str(BATCH // ranks)]]
+    if ranks <= 2:
+        passes = ["--batch-size", str(BATCH // ranks // 3), "--accum-freq", "3"]
+        flags = [passes] if ranks == 1 else [passes, *flags]
+    if ranks == 3:
+        saving = ["--save-every", "3steps"]
+        flags.append(["--batch-size", "8", "--episode-features", "reuse", *saving])
+        flags.append(["--batch-size", "8", "--method", "clip", "--episode-features", "extract"])
+    found = on_ranks(ranks, train, folder, flags)
+    for number, more in enumerate(flags):
+        lines, state = found[0][number]
+        if "--episode-features" not in more:
+            assert_same_losses(lines, alone)
+        for other in found:  # rank by rank the same weights, statistics, prototypes and labels
+            assert other[number][1] == state
+            assert len(other[number][0]) == STEPS
