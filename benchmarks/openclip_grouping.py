@@ -1,7 +1,7 @@
 """Does ``--proto-*`` in OpenCLIP's trainer group images better? Plain and with prototypes, equal
 steps, several seeds, on shards of builtin:emoji:
 
-    python benchmarks/openclip_grouping.py --out benchmarks/results/openclip_grouping.json
+    python benchmarks/openclip_grouping.py --out benchmarks/results/openclip/grouping.json
 
 Every run is the real command, ``python -m protoclip.openclip``. Scores: AMI of k-means on image
 features against groups and subgroups, for all concepts in the style trained on (TW, 10 % of them

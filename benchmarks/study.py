@@ -30,7 +30,8 @@ SELECTION_SEEDS = (1000, 1001)
 SCORED = ("group/lp_acc1", "subgroup/lp_acc1", "group/ami", "subgroup/ami")
 SCORED += ("text_retrieval_recall@5", "image_retrieval_recall@5")
 STAGES = ("select", "overhead", "main", "report")
-# Flags and threads: the study's model as its runs have it, and the built-in run with all cores.
+# Flags and threads: the study's model and chosen settings as in its runs, and the built-in run
+# as shipped, with all cores.
 OVERHEAD = {"study": ([], 1), "protoclip-tiny": (["--model", "protoclip-tiny"], 0)}
 
 
@@ -230,12 +231,19 @@ def main_tasks(
 
 
 def _equal_time(out: Path, chosen: Sequence[str], epochs: float) -> float | None:
-    """Epochs of CLIP that take as long as ProtoCLIP's; None: the cost has not been measured."""
+    """Epochs of CLIP that take as long as ProtoCLIP's; None: the cost has not been measured.
+
+    Settled at the first asking, so that measuring again does not ask for other runs.
+    """
     path = out / "overhead.json"
     record = json.loads(path.read_text()) if path.is_file() else {}
-    if "study" not in record:
-        return None
-    ratio = record["study"]["ratio"]["reuse" if "reuse" in chosen else "extract"]
+    if "equal_time" not in record:
+        if "study" not in record:
+            return None
+        ratio = record["study"]["ratio"]["reuse" if "reuse" in chosen else "extract"]
+        _write(path, {"equal_time": {"ratio": ratio}, **record})
+    else:
+        ratio = record["equal_time"]["ratio"]
     # The first two episodes have no prototypes, so a run costs less than the ratio says.
     return round(epochs + (epochs - 2) * (ratio - 1), 2)
 
@@ -262,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = json.loads(path.read_text()) if path.is_file() else {}
         for model in OVERHEAD:
             if args.stage == "overhead" or model not in known:
-                measure_overhead(out, flags, model)
+                measure_overhead(out, flags if model == "study" else [], model)
     tasks = main_tasks(out, seeds, epochs, study_rows.QUICK_ROWS if args.quick else ())
     if "main" in stages:
         do_all(tasks, out, args.jobs)

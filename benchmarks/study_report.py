@@ -194,6 +194,8 @@ def overhead_lines(out: Path) -> str:
     record = json.loads(path.read_text())
     lines = []
     for model, one in record.items():
+        if model == "equal_time":
+            continue
         for name in ("extract", "reuse"):
             phases = ", ".join(
                 f"{phase} {one['seconds']['CLIP'].get(phase, 0):.2f} → {value:.2f}"
@@ -211,13 +213,14 @@ def section(summary: Mapping[str, Any], out: Path) -> str:
     selection = json.loads((out / "selection.json").read_text())
     counts = [len(record["seeds"]) for record in summary.values()]
     least, most = (min(counts), max(counts)) if counts else (0, 0)
-    seeds = f"{least} seeds" if least == most else f"{least} to {most} seeds (unfinished)"
+    seeds = str(least) if least == most else f"{least} to {most}"
+    seeds += "" if least >= 5 else " so far, of five: unfinished, no conclusion yet"
     chosen = selection["ProtoCLIP"]
     return "\n".join(
         [
-            f"{seeds} a row; differences to CLIP of the same seed, samples, augmentation and "
-            "optimiser, with their paired 95 % intervals, bold where zero lies outside. Settings "
-            f"were chosen on other concepts ({len(selection['seeds'])} seeds): ProtoCLIP "
+            f"Seeds a row: {seeds}. Differences to CLIP of the same seed, samples, augmentation "
+            "and optimiser, with their paired 95 % intervals, bold where zero lies outside. "
+            f"Settings were chosen on other concepts ({len(selection['seeds'])} seeds): ProtoCLIP "
             f"'{chosen['chosen']}', distillation '{selection['distillation']['chosen']}'.",
             "",
             short_table(summary),

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -52,17 +53,34 @@ def prepare(folder: Path) -> list[str]:
     return [*flags, *FLAGS]
 
 
-def start(flags: list[str], folder: Path, name: str) -> int:
-    """Fork a child that trains; its process id. Which samples a step saw goes to NAME.seen."""
-    child = os.fork()
-    if child:
-        return child
+def start(flags: list[str], folder: Path, name: str, ranks: int = 1) -> list[int]:
+    """Fork the ranks of a run; their process ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            if ranks > 1:
+                os.environ |= {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                    "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }  # fmt: skip
+            _train(flags, folder, name, rank)
+        children.append(child)
+    return children
+
+
+def _train(flags: list[str], folder: Path, name: str, rank: int) -> None:
+    """What a forked child does; which samples a step saw goes to NAME.seen.RANK. No return."""
     code = 70
     try:
         out = os.open(folder / f"{name}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        seen = open(folder / f"{name}.seen", "a", buffering=1)  # noqa: SIM115
+        seen = open(folder / f"{name}.seen.{rank}", "a", buffering=1)  # noqa: SIM115
         train_step = Trainer._train_step
 
         def recorded(self, parts, *rest):
@@ -79,9 +97,10 @@ def start(flags: list[str], folder: Path, name: str) -> int:
         os._exit(code)
 
 
-def wait(child: int) -> int:
-    """Exit code of a child, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def wait(children: list[int]) -> int:
+    """Exit code of the first rank once all have ended, negative for a signal."""
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return codes[0]
 
 
 def losses(logs: Path, name: str) -> dict[int, float]:
@@ -92,10 +111,14 @@ def losses(logs: Path, name: str) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in records}
 
 
-def faulty_samples(folder: Path, name: str, total: int) -> int:
+def faulty_samples(folder: Path, name: str, total: int, ranks: int) -> int:
     """Samples lost or seen twice in an epoch, by what each step really trained on."""
-    steps = dict(map(json.loads, (folder / f"{name}.seen").read_text().splitlines()))
-    assert sorted(steps) == list(range(total))
+    steps: dict[int, list[int]] = {step: [] for step in range(total)}
+    for rank in range(ranks):
+        seen = dict(map(json.loads, (folder / f"{name}.seen.{rank}").read_text().splitlines()))
+        assert sorted(seen) == list(range(total))
+        for step, index in seen.items():
+            steps[step] += index
     wrong = 0
     for first in range(0, total, STEPS_PER_EPOCH):
         drawn = [i for step in range(first, first + STEPS_PER_EPOCH) for i in steps[step]][:SAMPLES]
@@ -103,20 +126,23 @@ def faulty_samples(folder: Path, name: str, total: int) -> int:
     return wrong
 
 
-def kill_often(flags: list[str], folder: Path, name: str, kills: int, seed: int = 0) -> dict:
+def kill_often(
+    flags: list[str], folder: Path, name: str, kills: int, seed: int = 0, ranks: int = 1
+) -> dict:
     """Train ``name`` to its end through ``kills`` kills; every other one inside a write."""
     dice = random.Random(seed)
     run = folder / "logs" / name
     done, in_write = 0, 0
     while True:
-        child = start([*flags, "--save-every", "1steps"], folder, name)
+        children = start([*flags, "--save-every", "1steps"], folder, name, ranks)
         if done < kills:
             inside = done % 2 == 1
-            if _await_moment(child, run, dice, inside):
-                os.kill(child, signal.SIGKILL)
+            if _await_moment(children[0], run, dice, inside):
+                for child in children:
+                    os.kill(child, signal.SIGKILL)
                 in_write += inside and any((run / "checkpoints").glob("*.tmp"))
                 done += 1
-        code = wait(child)
+        code = wait(children)
         if code == 0:
             return {"kills": done, "inside a write": in_write}
         if code != -signal.SIGKILL:
@@ -172,28 +198,39 @@ def _size(run: Path) -> int:
         return 0
 
 
+def compare(kills: int, epochs: int, seed: int, ranks: int, full_disk: bool) -> dict:
+    """A run killed again and again beside one that is left alone; counts by name."""
+    total = epochs * STEPS_PER_EPOCH
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # its fsync costs nothing
+    with tempfile.TemporaryDirectory(dir=memory) as scratch:
+        folder = Path(scratch)
+        flags = [*prepare(folder), "--max-steps", str(total), "--batch-size", str(BATCH // ranks)]
+        code = wait(start(flags, folder, "whole", ranks))
+        assert code == 0, (folder / "whole.out").read_text()
+        counts = {"ranks": ranks, **kill_often(flags, folder, "killed", kills, seed, ranks)}
+        whole, killed = (losses(folder / "logs", name) for name in ("whole", "killed"))
+        counts["steps whose loss differs"] = sum(whole[s] != killed.get(s) for s in whole)
+        counts["samples lost or seen twice"] = faulty_samples(folder, "killed", total, ranks)
+        if full_disk:
+            counts["full disk"] = fill_the_disk(flags, folder, "filled")
+    return counts
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=4, help="of ten steps")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="numbers of processes")
     parser.add_argument("--full-disk", action="store_true", help="too; needs to mount a tmpfs")
-    arguments = parser.parse_args(argv)
-    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # its fsync costs nothing
-    with tempfile.TemporaryDirectory(dir=memory) as scratch:
-        folder = Path(scratch)
-        total = arguments.epochs * STEPS_PER_EPOCH
-        flags = [*prepare(folder), "--max-steps", str(total)]
-        assert wait(start(flags, folder, "whole")) == 0, (folder / "whole.out").read_text()
-        counts = kill_often(flags, folder, "killed", arguments.kills, arguments.seed)
-        whole, killed = (losses(folder / "logs", name) for name in ("whole", "killed"))
-        counts["steps whose loss differs"] = sum(whole[s] != killed.get(s) for s in whole)
-        counts["samples lost or seen twice"] = faulty_samples(folder, "killed", total)
-        if arguments.full_disk:
-            counts["full disk"] = fill_the_disk(flags, folder, "filled")
-    print(", ".join(f"{name}: {value}" for name, value in counts.items()))
-    bad = counts["steps whose loss differs"] or counts["samples lost or seen twice"]
-    return int(bool(bad) or "NOT" in counts.get("full disk", ""))
+    a = parser.parse_args(argv)
+    bad = False
+    for ranks in a.ranks:
+        counts = compare(a.kills, a.epochs, a.seed, ranks, a.full_disk and ranks == 1)
+        print(", ".join(f"{name}: {value}" for name, value in counts.items()), flush=True)
+        differs = counts["steps whose loss differs"] or counts["samples lost or seen twice"]
+        bad |= bool(differs) or "NOT" in counts.get("full disk", "")
+    return int(bad)
 
 
 if __name__ == "__main__":

@@ -202,7 +202,9 @@ def assert_same_losses(lines, alone):
         for name in ("loss", "contrastive_loss", "proto_loss", "external_loss", "image_inertia"):
             assert (name in line) == (name in want)
             if name in want:
-                assert line[name] == pytest.approx(want[name], rel=3e-4), (name, line["step"])
+                # Of unit rows the inertia is a small difference: 1e-6 is their rounding.
+                bound = {"rel": 3e-4, "abs": 1e-6 if name == "image_inertia" else 0.0}
+                assert line[name] == pytest.approx(want[name], **bound), (name, line["step"])
         assert line["grad_norm"] == pytest.approx(want["grad_norm"], rel=3e-3)
     assert "external_loss" in alone[-1] and "image_inertia" in {k for r in alone for k in r}
 

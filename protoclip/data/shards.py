@@ -79,7 +79,7 @@ class ShardDataset:
         self._compare_sizes()
 
     def _compare_sizes(self) -> None:
-        """Warn where sizes.json or __len__ beside the shards promises more than there is."""
+        """Warn where sizes.json beside the shards promises more than there is."""
         found = np.bincount(self.shard_of, minlength=len(self.shards))
         lost = Counter(shard for shard, _, _ in self.skipped)
         for folder in {os.path.dirname(s) for s in self.shards if not is_remote(s)}:
