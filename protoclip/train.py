@@ -226,11 +226,13 @@ def announce(
     )
     if uses_prototypes(config):
         samples = min(len(dataset), plan.steps_per_episode * plan.batch_size)
+        never = plan.episodes <= config.episode.infonce_warmup
         folder.say(
             f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
             f"{' and '.join(map(str, check_clusters(config.episode, samples)))} prototypes per "
             f"source, features by {config.episode.features}, "
             f"prototypes from episode {config.episode.infonce_warmup + 1} on"
+            + (", which this run does not reach" if never else "")
         )
         folder.say(remark)
     else:

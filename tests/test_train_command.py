@@ -1,12 +1,15 @@
 """``python -m protoclip.train`` as a user runs it: it learns, repeats, and refuses in words."""
 
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from protoclip import checkpoint
+from protoclip.distributed import seed_everything
 from protoclip.train import main
 
 SMALL = ["--train-data", "builtin:shapes:600", "--batch-size", "64", "--report-to", "none"]
@@ -102,3 +105,16 @@ def test_validation_data_are_opened_before_the_folder_is_made(tmp_path, capsys):
     assert main(["--logs", str(tmp_path), "--name", "bad", *flags]) == 2
     assert "no file 'no/such.csv'" in capsys.readouterr().err
     assert not (tmp_path / "bad").exists()
+
+
+def test_a_run_too_short_for_prototypes_says_so(tmp_path, capsys):
+    run(tmp_path, "short", "--max-steps", "1", "--infonce-warmup-epoch", "1")
+    assert "prototypes from episode 2 on, which this run does not reach" in capsys.readouterr().err
+
+
+def test_the_seed_reaches_every_global_generator():
+    drawn = []
+    for _ in range(2):
+        seed_everything(3)
+        drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
+    assert drawn[0] == drawn[1]
