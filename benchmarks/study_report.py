@@ -92,11 +92,24 @@ def summarise(runs: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> dict[st
         summary[row] = {
             "seeds": sorted(run["seed"] for run in own),
             "epochs": own[0]["epochs"],
+            "cpu_ratio": cpu_ratio(runs, row),
             "training_cpu_seconds": statistics.fmean(run["training_cpu_seconds"] for run in own),
             "seconds": phases,
             "scores": scores,
         }
     return summary
+
+
+def cpu_ratio(runs: Sequence[Mapping[str, Any]], row: str) -> float | None:
+    """CPU time of training beside CLIP's, over the seeds that both have."""
+    seconds: dict[str, dict[int, float]] = {row: {}, BASELINE: {}}
+    for run in runs:
+        if run["row"] in seconds:
+            seconds[run["row"]][run["seed"]] = run["training_cpu_seconds"]
+    both = seconds[row].keys() & seconds[BASELINE].keys()
+    if not both:
+        return None
+    return sum(seconds[row][s] for s in both) / sum(seconds[BASELINE][s] for s in both)
 
 
 def _difference(
@@ -127,8 +140,8 @@ def cell(difference: Mapping[str, Any] | None) -> str:
 def short_table(summary: Mapping[str, Any]) -> str:
     """Differences to CLIP in the metrics of ``SHOWN``; CLIP's own values in its row."""
     lines = [
-        "| | seeds | " + " | ".join(words for _, _, words in SHOWN) + " |",
-        "|" + "---|" * (len(SHOWN) + 2),
+        "| | seeds | CPU time | " + " | ".join(words for _, _, words in SHOWN) + " |",
+        "|" + "---|" * (len(SHOWN) + 3),
     ]
     for row, record in summary.items():
         cells = []
@@ -136,6 +149,8 @@ def short_table(summary: Mapping[str, Any]) -> str:
             score = record["scores"][f"{chosen} {metric}"]
             value = f"{score['mean']:.3f}" if row == BASELINE else cell(score[f"minus {BASELINE}"])
             cells.append(value)
+        cost = record["cpu_ratio"]
+        cells.insert(0, "–" if cost is None else f"{cost:.2f}×")
         lines.append(f"| {row} | {len(record['seeds'])} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -200,12 +215,14 @@ def overhead_lines(out: Path) -> str:
             phases = ", ".join(
                 f"{phase} {one['seconds']['CLIP'].get(phase, 0):.2f} → {value:.2f}"
                 for phase, value in one["seconds"][name].items()
-                if phase not in ("evaluation", "checkpoint")
             )
             machine = f"{one['machine']['cpu']}, {one['threads']} threads"
             lines.append(f"| {model} | {name} | {one['ratio'][name]:.2f}× | {phases} | {machine} |")
+    if not lines:
+        return ""
     head = "| model | features | of a CLIP epoch | seconds, CLIP → ProtoCLIP | machine |"
-    return "\n".join([head, "|---|---|---|---|---|", *lines])
+    title = "What an epoch with prototypes costs, interleaved with CLIP's in one process:"
+    return "\n".join([title, "", head, "|---|---|---|---|---|", *lines])
 
 
 def section(summary: Mapping[str, Any], out: Path) -> str:
@@ -221,43 +238,16 @@ def section(summary: Mapping[str, Any], out: Path) -> str:
             f"Seeds a row: {seeds}. Differences to CLIP of the same seed, samples, augmentation "
             "and optimiser, with their paired 95 % intervals, bold where zero lies outside. "
             f"Settings were chosen on other concepts ({len(selection['seeds'])} seeds): ProtoCLIP "
-            f"'{chosen['chosen']}', distillation '{selection['distillation']['chosen']}'.",
+            f"'{chosen['chosen']}', distillation '{selection['distillation']['chosen']}'. CPU time "
+            "is that of training, beside CLIP's.",
             "",
             short_table(summary),
             "",
             verdict(summary),
             "",
-            "What an epoch with prototypes costs, interleaved with CLIP's in one process:",
-            "",
             overhead_lines(out),
         ]
     )
-
-
-def plot(summary: Mapping[str, Any], path: Path) -> None:
-    """Differences to CLIP with their intervals, one panel a metric."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in summary if row != BASELINE]
-    figure, axes = pyplot.subplots(1, len(SHOWN), figsize=(2.2 * len(SHOWN) + 2, 5), sharey=True)
-    for axis, (chosen, metric, words) in zip(axes, SHOWN, strict=True):
-        axis.axvline(0, color="0.6", linewidth=1)
-        for place, row in enumerate(rows):
-            got = summary[row]["scores"][f"{chosen} {metric}"][f"minus {BASELINE}"]
-            if got is not None:
-                axis.errorbar(
-                    got["mean"], place, xerr=got["half_width"] or 0, fmt="o", color="#1f5fa8"
-                )
-        axis.set_title(words, fontsize=10)
-    axes[0].set_yticks(range(len(rows)), rows)
-    axes[0].invert_yaxis()
-    figure.supxlabel("difference to CLIP, mean and paired 95 % interval")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def write_report(
@@ -269,7 +259,9 @@ def write_report(
     text = section(summary, out)
     (out / "table.md").write_text(f"{text}\n\n{full_table(summary)}\n")
     if len(summary) > 1:
-        plot(summary, out / "plot.png")
+        from benchmarks.study_plot import plot
+
+        plot(summary, SHOWN, out / "plot.png")
     print(text)
     if not quick:
         write_between(README, text)

@@ -206,7 +206,7 @@ def roofline(records: Iterable[Record]) -> str:
         for group in cases(r for r in record["rows"] if r["sweep"] is None):
             if is_ours(group[0]):
                 seen.setdefault(case_of(group[0]), {})[index] = group[0]
-    phases = {"info_nce": "both", "prototype_cross_entropy": "both"}
+    phases = {"info_nce": "both", "prototype_cross_entropy": "soft"}
     for op, shape, dtype, work in large():
         row = {"op": op, "phase": phases.get(op, ""), "shape": shape, "dtype": dtype, "sweep": None}
         key = case_of(row)

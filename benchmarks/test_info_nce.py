@@ -28,6 +28,7 @@ SIZES = {
     },
 }[DEVICE]
 APART = {"tiny": SIZES["tiny"][0], "quick": SIZES["quick"][-1], "full": SIZES["quick"][-1]}
+SCALE = 14.3  # where CLIP starts
 PARITY_ROWS = 4096  # the truth stores N x N doubles: beyond, parity is shown on the first rows
 
 
@@ -79,6 +80,7 @@ PEERS = {
     "cut_cross_entropy": lambda: _both_ways(cut_cross_entropy),
     "liger": lambda: _both_ways(liger),
 }
+ONE_PASS = {"linear_cross_entropy", "liger"}  # their forward makes the gradients
 VARIANTS = [*peers.ours("info_nce"), *PEERS]
 
 
@@ -93,7 +95,7 @@ def _inputs(n, d, dtype):
     x = F.normalize(torch.randn(n, d, device=DEVICE), dim=-1)
     y = F.normalize(x + torch.randn(n, d, device=DEVICE) / d**0.5, dim=-1)
     x, y = (t.to(dtype).requires_grad_() for t in (x, y))
-    return x, y, torch.tensor(14.3, device=DEVICE, requires_grad=True)
+    return x, y, torch.tensor(SCALE, device=DEVICE, requires_grad=True)
 
 
 @cache
@@ -104,14 +106,18 @@ def _truth(n, d, dtype):
 
 
 def _assert_parity(loss, n, d, dtype):
-    """A few roundings of the dtype, in the loss and in all gradients."""
+    """Some roundings of the dtype, in the loss and in all gradients.
+
+    A probability is off by the rounding of its logit, which the scale multiplies.
+    """
     inputs = _inputs(min(n, PARITY_ROWS), d, dtype)
     value = loss(*inputs)
     truth, gradients = _truth(min(n, PARITY_ROWS), d, dtype)
-    eps = 8 * torch.finfo(dtype).eps
-    assert abs(value - truth) <= eps * max(1, abs(truth))
+    eps = torch.finfo(dtype).eps
+    assert abs(value - truth) <= 8 * eps * max(1, abs(truth))
+    allowed = min(16 * SCALE * eps, 0.25)
     for got, want in zip(torch.autograd.grad(value, inputs), gradients, strict=True):
-        assert (got - want).abs().max() <= 4 * eps * want.abs().max().clamp_min(1e-3 / n)
+        assert (got - want).abs().max() <= allowed * want.abs().max().clamp_min(1e-3 / n)
 
 
 def step(loss, phase):
@@ -145,6 +151,8 @@ def pytest_generate_tests(metafunc):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_info_nce(bench, phase, shape, dtype, variant):
+    if variant in ONE_PASS and phase != "both":
+        pytest.skip("its forward makes the gradients")
     n, d = shape
     loss = _loss(variant)
     _assert_parity(loss, n, d, DTYPES[dtype])

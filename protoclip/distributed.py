@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import datetime
 import os
+import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -49,8 +51,14 @@ def is_main() -> bool:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch's global generators (weights, dropout) on every device, the same on every rank."""
+    """Seed the global generators of torch (weights, dropout; every device), NumPy and Python.
+
+    The same on every rank. protoclip draws from torch's alone; a model or a transform of somebody
+    else's may draw from the others, and a checkpoint holds all three.
+    """
     torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def generator(*stream: int) -> torch.Generator:

@@ -55,7 +55,9 @@ class PrototypeSet:
         labels = self.labels[index]
         if self.online is not None:
             points = getattr(projected, self.source).detach()
-            labels = torch.where(labels == IGNORE, kmeans_assign(points, self.online)[0], labels)
+            nearest, _ = kmeans_assign(points, self.online)
+            nearest = nearest.masked_fill(nearest < 0, IGNORE)  # not finite: the guard's business
+            labels = torch.where(labels == IGNORE, nearest, labels)
         return Bank(self.prototypes, labels, self.targets)
 
 

@@ -123,6 +123,7 @@ def train(config: TrainConfig) -> Path:
         # With replacement an episode has fewer distinct samples; it checks again itself.
         check_clusters(config.episode, min(len(dataset), plan.steps_per_episode * plan.batch_size))
 
+    evaluate = Evaluation(config, phases, device, precision)
     notes = check_resume(resume, config, dataset.keys) if resume else []
     again = resume.step if resume else 0 if path.exists() else None
     folder = RunFolder(path, config, again) if is_main() else OtherRank(path)
@@ -134,7 +135,7 @@ def train(config: TrainConfig) -> Path:
             folder.say(note)
         with StopSignals() as signals:
             run(
-                config, plan, model, dataset, teachers, folder, phases, device, precision,
+                config, plan, model, dataset, teachers, folder, evaluate, device, precision,
                 resume, signals,
             )  # fmt: skip
     except Stopped as stop:
@@ -154,14 +155,14 @@ def run(
     dataset: PairDataset,
     teachers: Mapping[str, Tensor],
     folder: RunFolder | OtherRank,
-    phases: Phases,
+    evaluate: Evaluation,
     device: torch.device,
     precision: str,
     resume: Resume | None,
     signals: StopSignals,
 ) -> None:
     """Evaluate, train, evaluate again, and write what is to be seen."""
-    evaluate = Evaluation(config, phases, device, precision)
+    phases = evaluate.phases
     before = untrained(folder, evaluate, model, resume)
     transform = build_transform(model.image_size, model.mean, model.std, config.data.augmentation)
     trainer = Trainer(
@@ -225,11 +226,13 @@ def announce(
     )
     if uses_prototypes(config):
         samples = min(len(dataset), plan.steps_per_episode * plan.batch_size)
+        never = plan.episodes <= config.episode.infonce_warmup
         folder.say(
             f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
             f"{' and '.join(map(str, check_clusters(config.episode, samples)))} prototypes per "
             f"source, features by {config.episode.features}, "
             f"prototypes from episode {config.episode.infonce_warmup + 1} on"
+            + (", which this run does not reach" if never else "")
         )
         folder.say(remark)
     else:

@@ -71,7 +71,7 @@ def test_csv_flags_quotes_byte_order_mark_and_repeats(folder, monkeypatch):
         ("filepath\tcaption\nimages/0.png\ta\n", "no column 'title'.*--csv-caption-key"),
         ("filepath,title\nimages/0.png,a\n", "no column 'filepath'.*--csv-separator ','"),
         ("filepath\ttitle\n", "no rows"),
-        ("", "no column 'filepath'"),
+        ("", "the file is empty"),
         ('filepath\ttitle\nimages/0.png\t"' + "x" * 200_000, "unclosed quote"),
     ],
     ids=["caption", "picture", "short-row", "column", "separator", "no-rows", "empty", "quote"],

@@ -74,7 +74,8 @@ def test_running_mean():
 
 
 @pytest.mark.parametrize("steps", [1, 300])
-def test_curves_are_drawn_without_pyplot(tmp_path, steps):
+def test_curves_are_drawn_without_pyplot(tmp_path, steps, monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # another test's
     write_metrics(tmp_path / "metrics.jsonl", steps)
     plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     picture = Image.open(tmp_path / "curves.png").convert("RGB")

@@ -58,7 +58,8 @@ def test_the_report_says_what_the_runs_say(tmp_path, monkeypatch):
     study_report.write_report(RUNS, ["CLIP", "ProtoCLIP"], tmp_path, quick=False)
     text = readme.read_text()
     assert text.startswith("above\n") and text.endswith("below\n") and "\nold\n" not in text
-    assert "| ProtoCLIP | 3 | **+0.057 ± 0.038** |" in text and "| CLIP | 3 | 0.400 |" in text
+    assert "| ProtoCLIP | 3 | 1.00× | **+0.057 ± 0.038** |" in text
+    assert "| CLIP | 3 | 1.00× | 0.400 |" in text
     assert (tmp_path / "plot.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="expected the marks"):
         study_report.write_between(tmp_path / "selection.json", "")

@@ -1,14 +1,19 @@
 """``python -m protoclip.train`` as a user runs it: it learns, repeats, and refuses in words."""
 
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from protoclip import checkpoint
+from protoclip.distributed import seed_everything
 from protoclip.train import main
 
 SMALL = ["--train-data", "builtin:shapes:600", "--batch-size", "64", "--report-to", "none"]
+CLIP = ["--method", "clip"]
 
 
 def run(tmp_path, name, *flags):
@@ -75,3 +80,41 @@ def test_an_existing_run_is_not_overwritten(tmp_path, capsys):
     assert main(["--logs", str(tmp_path), "--name", "taken", *SMALL]) == 2
     assert "taken" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "taken").iterdir()] == ["precious.txt"]
+
+
+def test_a_bad_picture_is_skipped_to_the_end(tmp_path, capsys):
+    """Plots and report too go without it, whether training has met it or not."""
+    rows = ["filepath\ttitle"]
+    for i in range(40):
+        Image.new("RGB", (24, 24), (6 * i, 90, 200)).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png\tsquare number {i}")
+    (tmp_path / "7.png").write_bytes(b"no picture")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    flags = ["--train-data", str(tmp_path / "pairs.csv"), "--batch-size", "8", "--k", "3"]
+    flags += ["--infonce-warmup-epoch", "0"]
+    for name, more in (("met", ["--epochs", "1"]), ("unmet", ["--max-steps", "1", *CLIP])):
+        folder = run(tmp_path, name, *flags, *more)
+        assert (folder / "report.html").stat().st_size > 1000
+    said = capsys.readouterr().err
+    assert "skipped sample 1" in said and "the picture does not decode (cannot identify" in said
+    assert "BytesIO" not in said
+
+
+def test_validation_data_are_opened_before_the_folder_is_made(tmp_path, capsys):
+    flags = [*SMALL, "--val-data", "no/such.csv"]
+    assert main(["--logs", str(tmp_path), "--name", "bad", *flags]) == 2
+    assert "no file 'no/such.csv'" in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_run_too_short_for_prototypes_says_so(tmp_path, capsys):
+    run(tmp_path, "short", "--max-steps", "1", "--infonce-warmup-epoch", "1")
+    assert "prototypes from episode 2 on, which this run does not reach" in capsys.readouterr().err
+
+
+def test_the_seed_reaches_every_global_generator():
+    drawn = []
+    for _ in range(2):
+        seed_everything(3)
+        drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
+    assert drawn[0] == drawn[1]

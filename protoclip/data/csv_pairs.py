@@ -49,10 +49,10 @@ class CsvDataset:
                     "remove the row or write a caption"
                 )
             if len(files) < CHECKED and not os.path.isfile(self._find(file)):
+                places = " nor from ".join(dict.fromkeys((os.getcwd(), self.folder)))
                 raise DataError(
-                    f"{self.name}, line {number}: no picture at {file!r}, neither from "
-                    f"{os.getcwd()} nor from {self.folder}; correct column {img_key!r} or remove "
-                    "the row"
+                    f"{self.name}, line {number}: no picture at {file!r} as seen from {places}; "
+                    f"correct column {img_key!r} or remove the row"
                 )
             files.append(file)
             captions.append(caption)
@@ -109,6 +109,10 @@ def _rows(
         with open(name, encoding="utf-8-sig", newline="") as lines:
             reader = csv.reader(lines, delimiter=separator)
             header = next(reader, [])
+            if not header:
+                raise DataError(
+                    f"{name}: the file is empty; expected a first row with the column names"
+                )
             image, text = (
                 _column(name, header, separator, key, flag)
                 for key, flag in ((img_key, "img"), (caption_key, "caption"))
@@ -124,7 +128,7 @@ def _rows(
                     )
                 yield reader.line_num, row[image], row[text].strip()
     except FileNotFoundError as error:
-        raise DataError(f"--train-data: no file {name!r}; check the path") from error
+        raise DataError(f"no file {name!r}; check the path") from error
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:

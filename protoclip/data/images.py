@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 from PIL import Image
 
@@ -28,8 +29,9 @@ def decode(data: bytes, where: str) -> Image.Image:
             f"{where}: {error}; resize the picture, or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
+        reason = re.sub(r" <_io\..*>", "", str(error))  # an address says nothing to anybody
         raise DataError(
-            f"{where}: the picture does not decode ({error}); remove the pair or replace the file"
+            f"{where}: the picture does not decode ({reason}); remove the pair or replace the file"
         ) from error
 
 

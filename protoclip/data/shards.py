@@ -217,14 +217,14 @@ def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
         try:
             patterns = expand_urls(source)
         except ValueError as error:
-            raise DataError(f"--train-data {spec!r}: {error}; balance the braces") from error
+            raise DataError(f"shards {spec!r}: {error}; balance the braces") from error
         for pattern in patterns:
             found = [pattern] if is_remote(pattern) else _files(pattern)
             shards += found
             sources += [number] * len(found)
     if len(set(shards)) < len(shards):
         twice = next(shard for shard in shards if shards.count(shard) > 1)
-        raise DataError(f"--train-data {spec!r}: {twice} is listed twice; name it once")
+        raise DataError(f"shards {spec!r}: {twice} is listed twice; name it once")
     return tuple(shards), tuple(sources)
 
 
@@ -233,5 +233,5 @@ def _files(pattern: str) -> list[str]:
         pattern = os.path.join(glob.escape(pattern), "*.tar")
     found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
     if not found:
-        raise DataError(f"--train-data: no shard {pattern!r}; check the path and the range")
+        raise DataError(f"no shard {pattern!r}; check the path and the range")
     return found

@@ -82,4 +82,4 @@ def _open_all(
         raise DataError(f"no built-in data {spec!r}; known: {KNOWN}")
     if spec.lower().endswith((".csv", ".tsv")):
         return CsvDataset(spec, separator, img_key, caption_key)
-    raise DataError(f"--train-data {spec!r} is none of: {KNOWN}")
+    raise DataError(f"data {spec!r} is none of: {KNOWN}")

@@ -87,7 +87,7 @@ def _stamp(path: str) -> list[int]:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; check --train-data") from error
+        raise DataError(f"{path}: {error.strerror}; check the path") from error
     return [FORMAT, status.st_size, status.st_mtime_ns]
 
 

@@ -27,7 +27,7 @@ TIMEOUT = 3600.0  # seconds a rank waits for the slowest slice
 LAYOUTS = """data: builtin:emoji | builtin:shapes[:N] | a folder of class folders (ImageFolder),
 also below train/ and test/ | a CLIP_benchmark folder (test/0.tar, classnames.txt,
 zeroshot_classification_templates.txt, dataset_type.txt) | a .csv or .tsv | webdataset shards with
-captions. Without a train split, probes learn from 80 %% of the pictures and are judged on 20 %%."""
+captions. Without a train split, probes learn from 80 % of the pictures and are judged on 20 %."""
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -54,7 +54,10 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         raise ValueError(
             f"report: expected a run folder of protoclip.train, found no {path / 'config.json'}"
         )
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"report: {path / 'config.json'} is no JSON: {error}") from error
     results: dict[str, Any] = {}
     if (path / "results.json").is_file():
         results = read_results(path / "results.json")

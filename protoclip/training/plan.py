@@ -48,10 +48,12 @@ def make_plan(config: TrainConfig, samples: int) -> Plan:
     times = config.optim.accum_freq * world_size()
     batch, episode = config.optim.batch_size * times, config.episode.size
     if samples < batch:
+        fewer = samples // (4 * times)
         made_of = f" ({config.optim.batch_size} x {times})" if times > 1 else ""
         raise ValueError(
             f"--batch-size: expected at most the number of samples, got {batch}{made_of} for "
-            f"{samples}; use --batch-size {max(2, samples // (4 * times))} or more data"
+            f"{samples}; "
+            + (f"use --batch-size {max(2, fewer)} or more data" if samples > 1 else "add data")
         )
     if episode and episode < batch:
         raise ValueError(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from protoclip.config import TrainConfig
-from protoclip.data import PairDataset, Subset, noto_available, open_dataset
+from protoclip.data import DataError, PairDataset, Subset, noto_available, open_dataset
 from protoclip.distributed import is_distributed, is_main
 from protoclip.evaluate import (
     Encoder,
@@ -128,6 +130,16 @@ def _zeroshot_data(spec: str, seed: int) -> Layout | None:
     return replace(layout, captioned=False, train=None)
 
 
+def _readable(dataset: PairDataset, chosen: Tensor) -> Tensor:
+    """Those of the positions whose pictures can be read; all of them if none can."""
+    good = []
+    for position in chosen.tolist():
+        with suppress(DataError):
+            dataset.image(position)
+            good.append(position)
+    return torch.tensor(good) if good else chosen
+
+
 def draw_plots(
     folder: RunFolder,
     config: TrainConfig,
@@ -147,15 +159,21 @@ def draw_plots(
         chosen = (labels >= 0).nonzero().flatten()
     # Spread over the data, which may be sorted.
     chosen = chosen[torch.linspace(0, len(chosen) - 1, min(PICTURED, len(chosen))).long()]
-    pictured = Subset(dataset, chosen)
+    bad = torch.tensor(sorted(trainer.faults.positions), dtype=torch.int64)
+    chosen = chosen[~torch.isin(chosen, bad)]
     encoder = Encoder(
         trainer.model,
         trainer.device,
         workers=config.data.workers,
         autocast=trainer.autocast,
     )
-    texts = [pictured.captions(i)[0] for i in range(len(pictured))]
-    encoded = Encoded(encoder.images(pictured), encoder.texts(texts))
+    try:
+        images = encoder.images(Subset(dataset, chosen))
+    except DataError:  # a bad sample that training has not met
+        chosen = _readable(dataset, chosen)
+        images = encoder.images(Subset(dataset, chosen))
+    texts = [dataset.captions(i)[0] for i in chosen.tolist()]
+    encoded = Encoded(images, encoder.texts(texts))
     projected = encoder.project(encoded)
     if clusters:
         plot_prototypes(
