@@ -3,10 +3,10 @@
 Only whole tiles off the diagonal are kept; those on the edge and the diagonal are formed again, so
 positives are exact. A tile has an anchor, the product x.y of its largest logit, and a step; the
 code of a product is its distance from the anchor in steps, 0 to 65535. The step is the tile's
-spread over 65535, or 2^-9 in base-2 logits if that is less, and what lies beyond 128 binary orders below
-the anchor saturates, where its probability is under 2^-62. So a base-2 logit is off by at most
-2^-10, a probability by 0.07 %, at any scale. bf16, in as many bytes, is off by 2^-9 of the logit
-itself: of a logit of 100 nats, by a fifth in probability.
+spread over 65535, or 2^-9 in base-2 logits if that is less, and what lies beyond 128 binary orders
+below the anchor saturates, where its probability is under 2^-62. So a base-2 logit is off by at
+most 2^-10, a probability by 0.07 %, at any scale. bf16, in as many bytes, is off by 2^-9 of the
+logit itself: of a logit of 100 nats, by a fifth in probability.
 
 Layout: the codes, int16, tile after tile, then fp32 [tiles, 2], their anchors and steps. The room
 is for N and M rounded up to whole tiles of any launch row.
