@@ -7,6 +7,8 @@ import copy
 import difflib
 import logging
 import math
+import os
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,8 +210,10 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
             tokenizer = open_clip.get_tokenizer(
                 name, context_length=getattr(clip, "context_length", None)
             )
-    except (RuntimeError, FileNotFoundError) as error:
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:300]
+        if os.path.isfile(config.pretrained):
+            reason += "; is the file whole, and a checkpoint of this model?"
         raise ValueError(
             f"--model {config.model} --pretrained {config.pretrained!r}: {reason}"
         ) from error

@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 from protoclip import checkpoint
+from protoclip.config import ModelConfig
 from protoclip.distributed import seed_everything
+from protoclip.model import build_model
 from protoclip.train import main
 
 SMALL = ["--train-data", "builtin:shapes:600", "--batch-size", "64", "--report-to", "none"]
@@ -118,3 +120,11 @@ def test_the_seed_reaches_every_global_generator():
         seed_everything(3)
         drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
     assert drawn[0] == drawn[1]
+
+
+def test_torn_weights_are_named(tmp_path):
+    torn = tmp_path / "torn.pt"
+    for size in (0, 4000):
+        torn.write_bytes((b"PK\x03\x04" + bytes(4000))[:size])
+        with pytest.raises(ValueError, match=r"torn\.pt.*is the file whole"):
+            build_model(ModelConfig(pretrained=str(torn)))
