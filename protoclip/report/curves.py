@@ -46,6 +46,8 @@ def plot_curves(
             _line(axes, steps, values, colour, words_of(name))
         if title == "Recall at 5" or title == "Learning rate":
             axes.set_ylim(bottom=0)
+        if title == "Recall at 5":  # recalls level off at the top: room for the legend above them
+            axes.set_ylim(top=1.5 * axes.get_ylim()[1])
         if title == "Logit scale":  # a drift in the second decimal is no curve
             low, high = axes.get_ylim()
             axes.set_ylim(min(low, high - 2), max(high, low + 2))
