@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from protoclip.distributed import find_place
+from protoclip.launchers import find_place
 
 
 def choose_device(name: str) -> torch.device:

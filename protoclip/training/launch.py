@@ -15,7 +15,7 @@ import torch
 
 from protoclip import distributed, heartbeat
 from protoclip.device import choose_device
-from protoclip.distributed import Place
+from protoclip.launchers import Place
 
 GRACE = 60.0  # seconds by which a collective outlives the watch, whose message is the better one
 
