@@ -69,7 +69,7 @@ def encode_text(clip: Any, tokens: Tensor) -> Tensor:
     """
     if not can_shorten(clip):
         return clip.encode_text(tokens)
-    if tokens.device.type != "cpu" or not len(tokens):
+    if not len(tokens) or not _readable(tokens):
         return _encode(clip, tokens)
     lengths = (_ends(tokens, _end_id(clip)) // STEP + 1) * STEP
     order = lengths.argsort(stable=True)
@@ -82,6 +82,13 @@ def encode_text(clip: Any, tokens: Tensor) -> Tensor:
     if len(parts) == 1 and bool((lengths == lengths[0]).all()):
         return parts[0]
     return torch.cat(parts)[order.argsort()]
+
+
+def _readable(tokens: Tensor) -> bool:
+    """Whether values can be looked at for free: on the CPU, not while torch traces shapes."""
+    return (
+        type(tokens) is Tensor and tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+    )
 
 
 def _split(lengths: Tensor) -> int:

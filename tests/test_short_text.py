@@ -74,9 +74,7 @@ def test_a_tower_that_looks_ahead_keeps_its_padding():
 
 
 def test_pools_at_a_token_of_its_own():
-    tokenizer = ShortTokenizer(
-        lambda texts: torch.tensor([[5, 9, 2, 9, 0, 0, 0, 0, 0, 0]]), "eos", 2
-    )
+    tokenizer = ShortTokenizer(lambda texts: torch.tensor([[5, 9, 2, 9, 0, 0, 0, 0, 0, 0]]), 2)
     assert tokenizer(["x"]).shape == (1, 8)
 
 
