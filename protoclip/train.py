@@ -22,7 +22,6 @@ from protoclip.config import TrainConfig
 from protoclip.data import PairDataset, build_transform
 from protoclip.data.check import check_data
 from protoclip.distributed import (
-    find_place,
     from_main,
     is_distributed,
     is_main,
@@ -31,6 +30,7 @@ from protoclip.distributed import (
 )
 from protoclip.evaluate import Results, format_table, peak_memory_bytes, read_results, write_results
 from protoclip.flags import build_parser, parse
+from protoclip.launchers import find_place
 from protoclip.model import ProtoModel, build_model
 from protoclip.report import write_report
 from protoclip.training.capture import restore

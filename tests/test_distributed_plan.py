@@ -10,6 +10,7 @@ import torch
 from ranks import on_ranks
 
 from protoclip import distributed
+from protoclip.launchers import find_place
 
 CLUSTERS, SAMPLES, TEACHER = 2000, 100_000, 32
 
@@ -18,7 +19,7 @@ def peak_of_steps(batch_size):
     """Bytes by which the process grows in two training steps with prototypes."""
     # Freed memory goes back at once, so that the process is as large as what lives in it.
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
-    distributed.start(distributed.find_place(), torch.device("cpu"), 60)
+    distributed.start(find_place(), torch.device("cpu"), 60)
     steps(4)  # loads code and fills caches, which are no part of the model
     gc.collect()
     before = resident("VmRSS")

@@ -13,12 +13,13 @@ from typing import Any
 from tqdm import tqdm
 
 from protoclip.config import PRECISIONS, TrainConfig
-from protoclip.distributed import find_place, is_main, start, stop, world_size
+from protoclip.distributed import is_main, start, stop, world_size
 from protoclip.evaluate.models import Loaded, load_model
 from protoclip.evaluate.results import Results, format_table, read_results, write_results
 from protoclip.evaluate.run import Settings, choose, evaluate_loaded
 from protoclip.evaluate.scores import peak_memory_bytes
 from protoclip.evaluate.tasks import PROTOCOLS, TASKS, parse_tasks
+from protoclip.launchers import find_place
 
 PROG = "python -m protoclip.evaluate"
 DESCRIPTION = """Evaluate a CLIP; prints a table, writes results.json and, per data set and task,

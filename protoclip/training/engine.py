@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from protoclip.config import OptimConfig
-from protoclip.distributed import find_place, is_distributed
+from protoclip.distributed import is_distributed
+from protoclip.launchers import find_place
 from protoclip.model import ProtoModel
 
 

@@ -89,7 +89,7 @@ class Trainer:
         self.episode: Episode | None = None
         self.store: FeatureStore | None = None
         if config.episode.reuses and self._projects:
-            self.store = FeatureStore(plan.steps_per_episode * self.share, device)
+            self.store = FeatureStore(plan.steps_per_episode * self.share, device, self.share)
         self.average: MovingAverage | None = None
         if config.episode.ema_decay > 0 and self._projects:
             self.average = MovingAverage(model, config.episode.ema_decay)
