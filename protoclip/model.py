@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from protoclip.config import ModelConfig
 from protoclip.distributed import GlobalBatchNorm1d
+from protoclip.short_text import encode_text, short_tokenizer
 
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 MAX_LOG_SCALE = math.log(100)
@@ -76,7 +77,8 @@ class ProtoModel(nn.Module):
     ) -> None:
         super().__init__()
         self.clip: Any = clip
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer  # OpenCLIP's own
+        self.short_tokenizer = short_tokenizer(clip, tokenizer)  # for the two below
         self.image_head: Projection | None = heads[0] if heads else None
         self.text_head: Projection | None = heads[1] if heads else None
         self.logit_scale_proto = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
@@ -100,7 +102,11 @@ class ProtoModel(nn.Module):
 
     def encode(self, image: Tensor, tokens: Tensor) -> Encoded:
         """u of both modalities, not normalised: [B, 3, H, W] and int64 [B, L] -> [B, D] each."""
-        return Encoded(self.clip.encode_image(image), self.clip.encode_text(tokens))
+        return Encoded(self.clip.encode_image(image), self.encode_text(tokens))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """u of texts, not normalised: int64 [B, L] of either tokenizer -> [B, D]."""
+        return encode_text(self.clip, tokens)
 
     def project(self, encoded: Encoded) -> Encoded:
         """h of both modalities, unit rows, fp32 [B, Dh]; without heads the normalised embedding."""

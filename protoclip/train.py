@@ -230,7 +230,7 @@ def announce(
         folder.say(
             f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
             f"{' and '.join(map(str, check_clusters(config.episode, samples)))} prototypes per "
-            f"source, features by {config.episode.features}, "
+            f"source, features {'reused' if config.episode.reuses else 'extracted'}, "
             f"prototypes from episode {config.episode.infonce_warmup + 1} on"
             + (", which this run does not reach" if never else "")
         )

@@ -17,6 +17,7 @@ LAYERS = [
     ["config", "flags", "distributed", "launchers", "device", "heartbeat", "checkpoint"],
     ["kmeans", "faiss_kmeans", "global_losses"],
     ["data"],
+    ["short_text"],
     ["model"],
     ["features", "teacher"],
     ["clustering"],

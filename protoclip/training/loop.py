@@ -89,7 +89,7 @@ class Trainer:
         self.share = plan.batch_size // world_size()  # of a step's samples, this rank's
         self.episode: Episode | None = None
         self.store: FeatureStore | None = None
-        if config.episode.features == "reuse" and self._projects:
+        if config.episode.reuses and self._projects:
             self.store = FeatureStore(plan.steps_per_episode * self.share, device, self.share)
         self.average: MovingAverage | None = None
         if config.episode.ema_decay > 0 and self._projects:
@@ -193,7 +193,7 @@ class Trainer:
             own,
             self.config.optim.batch_size,
             self.transform,
-            self.model.tokenizer,
+            self.model.short_tokenizer,
             seed=episode_seed(self.config.run.seed, number, 0),
             workers=self.config.data.workers,
             captions=self.config.data.captions,
