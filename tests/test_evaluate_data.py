@@ -88,6 +88,10 @@ def test_image_folder_of_digits(tmp_path, capsys):
     assert values["class/lp_acc1"] > 0.4 and values["class/knn_acc1"] > 0.2  # chance: 0.1
     low, high = got["intervals"]["class/lp_acc1"]
     assert low < values["class/lp_acc1"] < high
+    for prefix in ("", "lp_", "knn_"):
+        for name in ("acc1", "acc5", "mean_per_class_recall"):
+            low, high = got["intervals"][f"class/{prefix}{name}"]
+            assert low <= values[f"class/{prefix}{name}"] <= high
     assert {"class/ari", "class/ami", "class/nmi", "class/acc5"} <= set(values)
     printed = capsys.readouterr().out
     assert "linear probe class" in printed and "Without retrieval: the data has no" in printed
