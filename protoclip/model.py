@@ -145,7 +145,17 @@ class ProtoModel(nn.Module):
             if head is not None
             for key, value in head.state_dict().items()
         }
-        return {"heads": heads, "logit_scale_proto": self.logit_scale_proto.detach().clone()}
+        return {
+            "heads": heads,
+            "logit_scale_proto": self.logit_scale_proto.detach().clone(),
+            "preprocess": self.preprocess(),
+        }
+
+    def preprocess(self) -> dict[str, Any]:
+        """How pictures are prepared for the model, with OpenCLIP's words for it."""
+        own = getattr(self.clip.visual, "preprocess_cfg", None) or {}
+        words = {key: own[key] for key in ("interpolation", "resize_mode") if key in own}
+        return {"mean": list(self.mean), "std": list(self.std), **words}
 
     def load_state(self, payload: dict[str, Any]) -> None:
         """Take the weights of a checkpoint that ``protoclip.train`` wrote."""
@@ -163,6 +173,13 @@ class ProtoModel(nn.Module):
                 )
         with torch.no_grad():
             self.logit_scale_proto.copy_(extra["logit_scale_proto"])
+        prepared = extra.get("preprocess", {})  # the weights it started from may have had their own
+        self.mean = tuple(prepared.get("mean", self.mean))
+        self.std = tuple(prepared.get("std", self.std))
+        self.clip.visual.preprocess_cfg = {
+            **(getattr(self.clip.visual, "preprocess_cfg", None) or {}),
+            **prepared,
+        }
 
 
 def register_configs(model: str = "") -> str:

@@ -35,10 +35,11 @@ def steps(batch_size):
     """Build a model and an episode's tensors, and take two steps."""
     from protoclip.config import LossConfig, ModelConfig, OptimConfig
     from protoclip.data import Batch
+    from protoclip.device import autocast_for
     from protoclip.episode import Episode, PrototypeSet
     from protoclip.losses import ProtoLoss
     from protoclip.model import build_model
-    from protoclip.training.engine import Optimiser, autocast_for
+    from protoclip.training.engine import Optimiser
     from protoclip.training.phases import Phases
     from protoclip.training.stepper import Stepper
 

@@ -15,7 +15,7 @@ ROOT = Path(protoclip.__file__).parent
 LAYERS = [
     ["ops"],
     ["fields"],
-    ["config", "flags", "distributed", "heartbeat", "launchers", "checkpoint"],
+    ["config", "flags", "distributed", "launchers", "device", "heartbeat", "checkpoint"],
     ["kmeans", "faiss_kmeans", "global_losses"],
     ["data"],
     ["short_text"],

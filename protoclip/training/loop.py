@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from protoclip.config import TrainConfig
 from protoclip.data import Batch, PairDataset, batches
+from protoclip.device import autocast_for
 from protoclip.distributed import is_main, mean_over_ranks, world_size
 from protoclip.episode import Episode
 from protoclip.features import FeatureStore
@@ -26,7 +27,7 @@ from protoclip.training.capture import (
     save_or_stop,
 )
 from protoclip.training.ema import MovingAverage
-from protoclip.training.engine import Optimiser, autocast_for
+from protoclip.training.engine import Optimiser
 from protoclip.training.episodes import episode_seed, rebuild_episode
 from protoclip.training.gradients import norms_by_part
 from protoclip.training.guard import Guard
