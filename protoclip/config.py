@@ -117,11 +117,12 @@ class EpisodeConfig:
         False, "draw samples with replacement, as the authors do", flag="episode-replacement"
     )
     features: str = option(
-        "extract",
+        "auto",
         "what is clustered: 'extract', a forward pass over the episode's samples (paper), or "
-        "'reuse', the projections of the last episode's training, at no cost",
+        "'reuse', the projections of the last episode's training, at no cost; 'auto': reuse, but "
+        "extract with --ema-decay or without a warm-up, which need it",
         flag="episode-features",
-        choices=("extract", "reuse"),
+        choices=("auto", "extract", "reuse"),
     )
     ema_decay: float = option(
         0.0, "extract with a moving average of the weights that decays so; 0: the model", low=0
@@ -182,6 +183,12 @@ class EpisodeConfig:
     external_teacher_dim: int = option(
         64, "reduce a teacher's features to this many principal components; 0: keep all", low=0
     )
+
+    @property
+    def reuses(self) -> bool:
+        """Whether training's own projections are clustered."""
+        can = self.ema_decay == 0 and self.infonce_warmup >= 1
+        return self.features == "reuse" or (self.features == "auto" and can)
 
 
 @dataclass(frozen=True)

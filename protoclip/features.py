@@ -71,7 +71,7 @@ def extract(
             indices,
             batch_size,
             transform,
-            model.tokenizer,
+            model.short_tokenizer,
             seed=seed,
             workers=workers,
             captions=captions,

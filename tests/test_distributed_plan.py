@@ -35,10 +35,11 @@ def steps(batch_size):
     """Build a model and an episode's tensors, and take two steps."""
     from protoclip.config import LossConfig, ModelConfig, OptimConfig
     from protoclip.data import Batch
+    from protoclip.device import autocast_for
     from protoclip.episode import Episode, PrototypeSet
     from protoclip.losses import ProtoLoss
     from protoclip.model import build_model
-    from protoclip.training.engine import Optimiser, autocast_for
+    from protoclip.training.engine import Optimiser
     from protoclip.training.phases import Phases
     from protoclip.training.stepper import Stepper
 
@@ -65,6 +66,7 @@ def steps(batch_size):
         index = torch.randint(SAMPLES, (batch_size,))
         pixels = torch.randn(batch_size, 3, model.image_size, model.image_size)
         tokens = torch.randint(1, 49000, (batch_size, model.clip.context_length))
+        tokens[:, -1] = 49407  # captions that fill the context, as the plan assumes
         stepper.step([Batch(index, pixels, tokens)], episode, True)
     assert len(held) == 5  # until here
 

@@ -192,6 +192,7 @@ def folder(tmp_path_factory):
     return path
 
 
+EXTRACT = ["--episode-features", "extract"]
 REUSE = ["--episode-features", "reuse"]
 
 
@@ -199,7 +200,9 @@ REUSE = ["--episode-features", "reuse"]
 def alone(folder):
     """The metrics of one rank with features by extract, and by reuse."""
     size = ["--batch-size", str(BATCH)]
-    return [lines for lines, _ in on_ranks(1, train, folder, [size, [*size, *REUSE]])[0]]
+    return [
+        lines for lines, _ in on_ranks(1, train, folder, [[*size, *EXTRACT], [*size, *REUSE]])[0]
+    ]
 
 
 def stored(dim):
@@ -245,10 +248,10 @@ def assert_same_losses(lines, alone):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_any_number_of_ranks_and_passes_gives_the_losses_of_one(folder, alone, ranks):
     size = ["--batch-size", str(BATCH // ranks)]
-    flags = [size, [*size, *REUSE]] if ranks > 1 else []
+    flags = [[*size, *EXTRACT], [*size, *REUSE]] if ranks > 1 else []
     if ranks <= 2:
         passes = ["--batch-size", str(BATCH // ranks // 3), "--accum-freq", "3"]
-        flags += [passes, [*passes, *REUSE]]
+        flags += [[*passes, *EXTRACT], [*passes, *REUSE]]
     if ranks == 3:
         flags[1] += ["--save-every", "3steps"]
         flags.append([*size, "--method", "clip"])
