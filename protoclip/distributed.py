@@ -241,6 +241,21 @@ def broadcast(*tensors: Tensor) -> None:
             dist.broadcast(tensor, 0)
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return gather_rows(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return scatter_sums(grad)
+
+
+def gathered_rows(rows: Tensor) -> Tensor:
+    """[B, D] of each rank -> [W * B, D], with the gradient of the sum of all ranks' losses."""
+    return _Gather.apply(rows) if is_distributed() else rows
+
+
 class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
