@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from protoclip import checkpoint
-from protoclip.config import ModelConfig, TrainConfig, from_dict
+from protoclip.config import ModelConfig, TrainConfig
 from protoclip.evaluate import format_table, read_results
+from protoclip.fields import from_dict
 from protoclip.model import build_model, register_configs
 
 CONFIG = "open_clip_config.json"

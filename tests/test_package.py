@@ -14,6 +14,7 @@ ROOT = Path(protoclip.__file__).parent
 # A module imports from its own row or rows above it. The order is the data flow.
 LAYERS = [
     ["ops"],
+    ["fields"],
     ["config", "flags", "distributed", "launchers", "device", "heartbeat", "checkpoint"],
     ["kmeans", "faiss_kmeans", "global_losses"],
     ["data"],
