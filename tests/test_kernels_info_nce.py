@@ -225,7 +225,8 @@ def test_opcheck():
     scale = torch.tensor(20.0, device=DEVICE, requires_grad=True)
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
     for op, arguments in (
-        (torch.ops.protoclip.contrastive, (x, y, scale, 0, True, "triton")),
+        (torch.ops.protoclip.contrastive, (x, y, scale, 0, True, "none", "triton")),
+        (torch.ops.protoclip.contrastive, (x, y, scale, 0, True, "mean", "triton")),
         (torch.ops.protoclip.sigmoid_loss, (x, y, scale, -scale.detach(), 0, True, "triton")),
     ):
         torch.library.opcheck(op, arguments, test_utils=checks)
