@@ -4,6 +4,10 @@ Base-2 logits s_ij = scale log2(e) x_i.y_j; row i is positive at column i + offs
 (``info_nce_forward.py``) keeps O(N) statistics, the backward pass (``info_nce_backward.py``) forms
 the logits again: four matrix products in all, three with a stash (``stash.py``).
 
+Up to ``info_nce_forward.ONE_PROGRAM`` pairs a step is six launches: forward, merge (which takes the
+loss); gradient, two products, finish (with the scale's gradient); and no torch op around them. More
+pairs take a ``sum`` of the losses, many more pairs waves and chunks.
+
 Sums are fp32 and in a fixed order: no atomics, the same bits each time. Nothing is read back from
 the device, so both passes can be captured in a CUDA graph. Extra memory: 64 MiB of partial sums
 forward, ``waves.SCRATCH_BYTES`` plus fp32 gradients backward. fp32 features are multiplied in fp32,

@@ -25,7 +25,6 @@ from protoclip.kernels.stash import Stash, kept
 from protoclip.kernels.tiles import LOG2E, SPREAD, is_general, operands, products, tile_origin
 from protoclip.kernels.waves import store_gradient
 
-
 # What differs from chunk to chunk, or between one weight for all and one for each.
 GRADIENT_SIZES = ["n", "m", "offset", "count", "stride_row_weight", "stride_column_weight"]
 

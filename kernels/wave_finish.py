@@ -70,6 +70,16 @@ def _finish_side(
     tl.store(grad_ptr + at, (value * factor).to(grad_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _sum_shares(share_ptr, total_ptr, tiles):
+    if tl.program_id(1) == 0:
+        total = tl.zeros((1024,), tl.float32)
+        for start in range(0, tiles, 1024):
+            at = start + tl.arange(0, 1024)
+            total += tl.load(share_ptr + at, mask=at < tiles, other=0.0)
+        tl.store(total_ptr, tl.sum(total))
+
+
 @triton.jit(do_not_specialize=FINISH_SIZES)
 def finish_kernel(
     sum_x_ptr, lost_x_ptr, blocks_x, dx_ptr, rows,  # [rows, D], [blocks_x, rows], [rows, D]
@@ -98,9 +108,4 @@ def finish_kernel(
             cols, n, d, -offset, stride_x_n, stride_x_d, HALF, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     elif share_ptr is not None:
-        if tl.program_id(1) == 0:
-            total = tl.zeros((1024,), tl.float32)
-            for start in range(0, tiles, 1024):
-                at = start + tl.arange(0, 1024)
-                total += tl.load(share_ptr + at, mask=at < tiles, other=0.0)
-            tl.store(total_ptr, tl.sum(total))
+        _sum_shares(share_ptr, total_ptr, tiles)
