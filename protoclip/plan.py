@@ -158,7 +158,8 @@ def text(model: str, shape: Shape, run: Run, card: Card) -> str:
     )
     blocks.append(
         f"Assumptions: {card.source}. The all-reduce of gradients hides behind the backward pass; "
-        "nothing else overlaps. Predictions, not measurements; memory is checked by a test on CPUs."
+        "nothing else overlaps. Predictions, not measurements: expect more, not less; memory is "
+        "checked by a test on CPUs."
     )
     return "\n\n".join(blocks)
 
