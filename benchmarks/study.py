@@ -240,7 +240,7 @@ def _equal_time(out: Path, chosen: Sequence[str], epochs: float) -> float | None
     if "equal_time" not in record:
         if "study" not in record:
             return None
-        ratio = record["study"]["ratio"]["reuse" if "reuse" in chosen else "extract"]
+        ratio = record["study"]["ratio"]["extract" if "extract" in chosen else "reuse"]
         _write(path, {"equal_time": {"ratio": ratio}, **record})
     else:
         ratio = record["equal_time"]["ratio"]

@@ -57,7 +57,7 @@ def main_rows(chosen: list[str], distill: list[str]) -> dict[str, list[str]]:
     rows = {
         BASELINE: CLIP,
         "ProtoCLIP": chosen,
-        "ProtoCLIP, features reused": [*chosen, "--episode-features", "reuse"],
+        "ProtoCLIP, features extracted": [*chosen, "--episode-features", "extract"],
         EQUAL_TIME: CLIP,
         "CLIP + distilled similarities": distill,
     }

@@ -8,15 +8,15 @@ from __future__ import annotations
 import datetime
 import os
 import random
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from protoclip.launchers import Place
 
 Result = TypeVar("Result")
 Group = dist.ProcessGroup | None
@@ -71,55 +71,6 @@ def generator(*stream: int) -> torch.Generator:
         # A multiply-and-add over the odd constant of splitmix64 keeps (1, 2) and (2, 1) apart.
         state = (state * 0x9E3779B97F4A7C15 + number + 1) % 2**63
     return torch.Generator().manual_seed(state)
-
-
-@dataclass(frozen=True)
-class Place:
-    """A process among those a launcher started."""
-
-    rank: int
-    world_size: int
-    local_rank: int = 0  # on its machine: the number of its GPU
-    master: tuple[str, int] = ("127.0.0.1", 0)  # where the processes meet
-
-
-def find_place(env: Mapping[str, str] = os.environ) -> Place:
-    """Read what torchrun, SLURM's srun or OpenMPI's mpirun say; alone without them.
-
-    Raises:
-        ValueError: a launcher's variables contradict each other.
-    """
-    names = [
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        # Of the step, not of the allocation: a plain python in a batch script is alone.
-        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ]
-    for by_rank, by_size, by_local in names:
-        if by_rank in env and by_size in env:
-            try:
-                number, size = int(env[by_rank]), int(env[by_size])
-                place = Place(number, size, int(env.get(by_local, 0)), _master(env))
-            except ValueError as error:
-                raise ValueError(f"distributed: {by_rank}, {by_size}: {error}") from error
-            if not 0 <= number < size:
-                raise ValueError(
-                    f"distributed: expected 0 <= {by_rank} < {by_size}, got {number} and {size}; "
-                    "start the processes with torchrun or srun"
-                )
-            return place
-    return Place(0, 1)
-
-
-def _master(env: Mapping[str, str]) -> tuple[str, int]:
-    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
-        return env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", "")
-    # "gpu[03-05,9],big1" -> gpu03
-    first = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
-    host = first.group(1) + (first.group(2) or "") if first else "127.0.0.1"
-    job = re.sub(r"\D", "", env.get("SLURM_JOB_ID", "")) or "0"
-    return host, 20000 + int(job) % 20000
 
 
 def open_store(place: Place, name: str) -> dist.Store:
@@ -200,12 +151,10 @@ def gather_objects(value: Result) -> list[Result]:
     return found or []
 
 
-def own_slice(total: int) -> slice:
-    """Which of ``total`` rows are this rank's: contiguous, sizes differ by one at most."""
-    return _slice(total, rank(), world_size())
-
-
-def _slice(total: int, number: int, ranks: int) -> slice:
+def own_slice(total: int, number: int | None = None) -> slice:
+    """Which of ``total`` rows are this rank's, or those of rank ``number``: contiguous, sizes
+    differ by one at most."""
+    number, ranks = rank() if number is None else number, world_size()
     return slice(total * number // ranks, total * (number + 1) // ranks)
 
 
@@ -217,7 +166,7 @@ def gather_slices(rows: Tensor, total: int) -> Tensor:
     padded = rows.new_zeros((-(-total // ranks), *rows.shape[1:]))
     padded[: len(rows)] = rows
     every = gather_rows(padded).unflatten(0, (ranks, len(padded)))
-    slices = [_slice(total, number, ranks) for number in range(ranks)]
+    slices = [own_slice(total, number) for number in range(ranks)]
     return torch.cat([part[: s.stop - s.start] for part, s in zip(every, slices, strict=True)])
 
 
@@ -233,6 +182,21 @@ def scatter_sums(rows: Tensor, group: Group = None) -> Tensor:
     own = rows.new_empty((len(rows) // dist.get_world_size(group), *rows.shape[1:]))
     _reduce_scatter(own, rows.contiguous(), group=group)
     return own
+
+
+def exchange_rows(rows: Tensor, wanted: list[Tensor]) -> Tensor:
+    """Move rows between ranks: [N, D] of each -> [M, D], the rows ``wanted[r]`` of rank r, by r.
+
+    Args:
+        rows: this rank's.
+        wanted: for each rank, its own rows' numbers that go to rank r: int64 [m_r].
+    """
+    counts = torch.tensor([len(part) for part in wanted], device=rows.device)
+    taken = gather_rows(counts).view(len(wanted), -1)[:, rank()].tolist()
+    given = rows[torch.cat(wanted)]
+    out = rows.new_empty(sum(taken), *rows.shape[1:])
+    dist.all_to_all_single(out, given, taken, counts.tolist())
+    return out
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from protoclip import checkpoint
-from protoclip.config import ModelConfig, TrainConfig, from_dict
+from protoclip.config import ModelConfig, TrainConfig
 from protoclip.evaluate import format_table, read_results
+from protoclip.fields import from_dict
 from protoclip.model import build_model, register_configs
 
 CONFIG = "open_clip_config.json"
@@ -34,9 +36,9 @@ def export(run: str | Path, out: str | Path, model: str = "", force_image_size: 
     Args:
         run: a run folder, or a checkpoint, of ``protoclip.train`` or of OpenCLIP's trainer.
         out: a new or empty folder.
-        model: OpenCLIP name or config file; only for a checkpoint of OpenCLIP's trainer, which
-            does not say.
-        force_image_size: as in that training, in pixels; 0: the model's.
+        model: OpenCLIP name or config file, for a checkpoint of OpenCLIP's trainer; "": what the
+            params.txt of its run says.
+        force_image_size: as in that training, in pixels; 0: the same, else the model's.
     Returns:
         ``out``.
     Raises:
@@ -51,6 +53,12 @@ def export(run: str | Path, out: str | Path, model: str = "", force_image_size: 
     # The weights come from the checkpoint; what training started from need not be there any more.
     clip = build_model(dataclasses.replace(config, pretrained="")).clip
     weights = state_dict(payload)
+    model_cfg = open_clip.get_model_config(name)
+    if (
+        "logit_bias" in weights and getattr(clip, "logit_bias", None) is None
+    ):  # --siglip, of a model without
+        clip.logit_bias = nn.Parameter(torch.zeros_like(weights["logit_bias"]))
+        model_cfg["init_logit_bias"] = 0.0
     try:
         clip.load_state_dict(weights)
     except RuntimeError as error:
@@ -61,12 +69,9 @@ def export(run: str | Path, out: str | Path, model: str = "", force_image_size: 
 
     out.mkdir(parents=True, exist_ok=True)
     save_file({key: x.contiguous() for key, x in clip.state_dict().items()}, out / WEIGHTS)
-    model_cfg = open_clip.get_model_config(name)
     if config.force_image_size:
         model_cfg["vision_cfg"]["image_size"] = config.force_image_size
-    tag = open_clip.get_pretrained_cfg(name, config.pretrained) if config.pretrained else {}
-    known = {**clip.visual.preprocess_cfg, **tag}
-    shown = {key: known[key] for key in PREPROCESS}
+    shown = {**_preprocess(clip.visual, name, config.pretrained), **_told_preprocess(path, payload)}
     written = {"model_cfg": model_cfg, "preprocess_cfg": shown}
     (out / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     (out / CARD).write_text(_card(path, config, payload), encoding="utf-8")
@@ -86,16 +91,58 @@ def _model_config(
     stored = payload.get("protoclip", {}).get("config")
     if stored is not None and model:
         raise ValueError(f"--model: {path} says itself what it is; leave the flag out")
-    if stored is None and not model:
-        raise ValueError(
-            f"--model: {path} is not protoclip.train's and does not name its model; give the name "
-            "or config file that it was trained with"
-        )
     if stored is None:
-        return ModelConfig(
-            model=model, force_image_size=force_image_size, add_projection_head=False
-        )
+        return _openclip_config(path, model, force_image_size)
     return dataclasses.replace(from_dict(TrainConfig, stored).model, add_projection_head=False)
+
+
+def _openclip_config(path: Path, model: str, force_image_size: int) -> ModelConfig:
+    """For a checkpoint of OpenCLIP's trainer, whose params.txt stands beside its folder."""
+    told = _params(path)
+    name = model or told.get("model", "")
+    register_configs()
+    if not model and name not in open_clip.list_models():
+        raise ValueError(
+            f"--model: {path} is not protoclip.train's and does not "
+            + (f"bring its model {name!r}, which OpenCLIP does not know" if name else "name it")
+            + "; give the name or config file that it was trained with"
+        )
+    size = told.get("force_image_size", "")
+    return ModelConfig(
+        model=name,
+        pretrained=told.get("pretrained", "") if not model else "",
+        force_image_size=force_image_size or (int(size) if size.isdecimal() else 0),
+        add_projection_head=False,
+    )
+
+
+def _params(path: Path) -> dict[str, str]:
+    """What OpenCLIP's trainer wrote down about the run of a checkpoint; {} where it is not one."""
+    params = path.parent.parent / "params.txt"
+    if path.parent.name != "checkpoints" or not params.is_file():
+        return {}
+    lines = params.read_text(encoding="utf-8", errors="replace").splitlines()
+    return dict(line.split(": ", 1) for line in lines if ": " in line)
+
+
+def _preprocess(visual: Any, name: str, pretrained: str) -> dict[str, Any]:
+    """How pictures are prepared for a model that started from ``pretrained``."""
+    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+    known = {**visual.preprocess_cfg, **tag}
+    return {key: known[key] for key in PREPROCESS}
+
+
+def _told_preprocess(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
+    """What the run itself says about it: our checkpoint, or the flags given to OpenCLIP."""
+    if "protoclip" in payload:
+        return dict(payload["protoclip"].get("preprocess", {}))
+    flags = {key: _params(path).get(f"image_{key}", "None") for key in PREPROCESS}
+    return {key: _value(text) for key, text in flags.items() if text != "None"}
+
+
+def _value(text: str) -> Any:
+    """ "[0.5, 0.5, 0.5]" as a list, other words as they are."""
+    return json.loads(text) if text.startswith("[") else text
 
 
 def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> str:

@@ -12,6 +12,14 @@ from torch import Tensor
 
 from protoclip.data import PairDataset, batches
 from protoclip.data.faults import Faults
+from protoclip.distributed import (
+    exchange_rows,
+    gather_rows,
+    is_distributed,
+    own_slice,
+    rank,
+    world_size,
+)
 from protoclip.model import Encoded, ProtoModel
 
 
@@ -63,7 +71,7 @@ def extract(
             indices,
             batch_size,
             transform,
-            model.tokenizer,
+            model.short_tokenizer,
             seed=seed,
             workers=workers,
             captions=captions,
@@ -89,14 +97,16 @@ def extract(
 class FeatureStore:
     """The projections of one pass of training, kept for the next episode: no forward pass extra.
 
-    Rows are in the order of training, so a rank keeps what it computed, and nothing else.
+    Rows are in the order of training; a rank keeps what it computed.
 
     Args:
         rows: most samples of a pass (of this rank).
         device: where they stay, 2 x rows x Dh x 4 bytes.
+        share: rows of a step, the same on every rank; None: only one rank trains.
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
+    def __init__(self, rows: int, device: torch.device, share: int | None = None) -> None:
+        self.share = share or rows
         self.index = torch.full((rows,), -1, dtype=torch.int64, device=device)
         self.image_h = torch.empty(0, device=device)  # [rows, Dh] fp32 once Dh is known
         self.text_h = torch.empty(0, device=device)
@@ -113,19 +123,39 @@ class FeatureStore:
         self.text_h[rows] = projected.text
 
     def features(self) -> Features:
-        """What is there, each sample once, by its newest row.
+        """What all ranks have, each sample once, by its newest row; a collective call.
+
+        Each rank gets a slice of it in the order of the dataset: what one rank alone would have.
 
         Raises:
             ValueError: nothing has been put.
         """
-        index, order = self.index.sort(stable=True)
+        index, order = self._in_training_order().sort(stable=True)
         last = torch.ones_like(index, dtype=torch.bool)
         last[:-1] = index[1:] != index[:-1]
         last &= index >= 0
-        rows = order[last]
-        if not len(rows):
+        index, order = index[last], order[last]
+        if not len(order):
             raise ValueError("FeatureStore: expected a pass of training, got no row yet")
-        return Features(index[last], self.image_h[rows], self.text_h[rows])
+        if not is_distributed():
+            return Features(index, self.image_h[order], self.text_h[order])
+        step, place = order // (self.share * world_size()), order % (self.share * world_size())
+        owner, row = place // self.share, step * self.share + place % self.share
+        slices = [own_slice(len(order), number) for number in range(world_size())]
+        wanted = [row[part][owner[part] == rank()] for part in slices]
+        own = slices[rank()]
+        arrived = owner[own].argsort(stable=True)  # rank by rank, each in order
+        image_h, text_h = (
+            torch.empty_like(got).index_copy_(0, arrived, got)
+            for got in (exchange_rows(rows, wanted) for rows in (self.image_h, self.text_h))
+        )
+        return Features(index[own], image_h, text_h)
+
+    def _in_training_order(self) -> Tensor:
+        """The positions that all ranks have trained on: int64 [rows * W], step by step."""
+        if not is_distributed():
+            return self.index
+        return gather_rows(self.index).view(world_size(), -1, self.share).transpose(0, 1).flatten()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Plain tensors, for a checkpoint."""

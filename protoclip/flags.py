@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from protoclip.config import TrainConfig, check, flag_of, from_dict, to_dict
+from protoclip.config import TrainConfig
+from protoclip.fields import check, flag_of, from_dict, to_dict
 
 PRESETS = Path(__file__).parent / "presets"
 METAVARS = {int: "N", float: "X", str: "TEXT"}

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from protoclip import distributed
-from protoclip.distributed import Place
+from protoclip.launchers import Place
 
 EXIT_CODE = 70  # of a rank that ends because another is missing
 NOTHING = "-"

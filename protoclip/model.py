@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from protoclip.config import ModelConfig
 from protoclip.distributed import GlobalBatchNorm1d
+from protoclip.short_text import encode_text, short_tokenizer
 
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 MAX_LOG_SCALE = math.log(100)
@@ -76,7 +77,8 @@ class ProtoModel(nn.Module):
     ) -> None:
         super().__init__()
         self.clip: Any = clip
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer  # OpenCLIP's own
+        self.short_tokenizer = short_tokenizer(clip, tokenizer)  # for the two below
         self.image_head: Projection | None = heads[0] if heads else None
         self.text_head: Projection | None = heads[1] if heads else None
         self.logit_scale_proto = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
@@ -100,7 +102,11 @@ class ProtoModel(nn.Module):
 
     def encode(self, image: Tensor, tokens: Tensor) -> Encoded:
         """u of both modalities, not normalised: [B, 3, H, W] and int64 [B, L] -> [B, D] each."""
-        return Encoded(self.clip.encode_image(image), self.clip.encode_text(tokens))
+        return Encoded(self.clip.encode_image(image), self.encode_text(tokens))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """u of texts, not normalised: int64 [B, L] of either tokenizer -> [B, D]."""
+        return encode_text(self.clip, tokens)
 
     def project(self, encoded: Encoded) -> Encoded:
         """h of both modalities, unit rows, fp32 [B, Dh]; without heads the normalised embedding."""
@@ -139,7 +145,17 @@ class ProtoModel(nn.Module):
             if head is not None
             for key, value in head.state_dict().items()
         }
-        return {"heads": heads, "logit_scale_proto": self.logit_scale_proto.detach().clone()}
+        return {
+            "heads": heads,
+            "logit_scale_proto": self.logit_scale_proto.detach().clone(),
+            "preprocess": self.preprocess(),
+        }
+
+    def preprocess(self) -> dict[str, Any]:
+        """How pictures are prepared for the model, with OpenCLIP's words for it."""
+        own = getattr(self.clip.visual, "preprocess_cfg", None) or {}
+        words = {key: own[key] for key in ("interpolation", "resize_mode") if key in own}
+        return {"mean": list(self.mean), "std": list(self.std), **words}
 
     def load_state(self, payload: dict[str, Any]) -> None:
         """Take the weights of a checkpoint that ``protoclip.train`` wrote."""
@@ -157,6 +173,13 @@ class ProtoModel(nn.Module):
                 )
         with torch.no_grad():
             self.logit_scale_proto.copy_(extra["logit_scale_proto"])
+        prepared = extra.get("preprocess", {})  # the weights it started from may have had their own
+        self.mean = tuple(prepared.get("mean", self.mean))
+        self.std = tuple(prepared.get("std", self.std))
+        self.clip.visual.preprocess_cfg = {
+            **(getattr(self.clip.visual, "preprocess_cfg", None) or {}),
+            **prepared,
+        }
 
 
 def register_configs(model: str = "") -> str:

@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="RN50", help="an OpenCLIP name or a config .json")
     parser.add_argument("--method", default="protoclip", choices=("protoclip", "clip"))
     parser.add_argument("--precision", default="amp_bf16", choices=("amp_bf16", "fp32"))
-    parser.add_argument("--episode-features", default="extract", choices=("extract", "reuse"))
+    parser.add_argument("--episode-features", default="reuse", choices=("extract", "reuse"))
     parser.add_argument("--card", default="h100", choices=sorted(CARDS))
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser

@@ -21,8 +21,8 @@ from protoclip.clustering import check_clusters
 from protoclip.config import TrainConfig
 from protoclip.data import PairDataset, build_transform
 from protoclip.data.check import check_data
+from protoclip.device import choose_device, choose_precision
 from protoclip.distributed import (
-    find_place,
     from_main,
     is_distributed,
     is_main,
@@ -31,10 +31,10 @@ from protoclip.distributed import (
 )
 from protoclip.evaluate import Results, format_table, peak_memory_bytes, read_results, write_results
 from protoclip.flags import build_parser, parse
+from protoclip.launchers import find_place
 from protoclip.model import ProtoModel, build_model
 from protoclip.report import write_report
 from protoclip.training.capture import restore
-from protoclip.training.engine import choose_device, choose_precision
 from protoclip.training.inputs import faults_of, open_teachers, open_training_data, uses_prototypes
 from protoclip.training.launch import OtherRank, on_all_ranks, quietly, seed_rank
 from protoclip.training.loop import Trainer
@@ -230,7 +230,7 @@ def announce(
         folder.say(
             f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
             f"{' and '.join(map(str, check_clusters(config.episode, samples)))} prototypes per "
-            f"source, features by {config.episode.features}, "
+            f"source, features {'reused' if config.episode.reuses else 'extracted'}, "
             f"prototypes from episode {config.episode.infonce_warmup + 1} on"
             + (", which this run does not reach" if never else "")
         )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import queue
+import random
 import socket
 import sys
 import traceback
@@ -16,9 +19,12 @@ LIMIT = 300.0  # seconds until a group of ranks counts as hanging; a compile may
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """One that no outgoing connection of another process is given before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def _rank(function, number, ranks, port, args, results) -> None:
@@ -46,8 +52,13 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     ]
     for process in processes:
         process.start()
+    found: list[tuple[int, bool, Any]] = []
     try:
-        found = [results.get(timeout=LIMIT) for _ in processes]
+        while len(found) < ranks:
+            # A rank that has failed leaves the others waiting for it.
+            found.append(results.get(timeout=LIMIT if all(fine for _, fine, _ in found) else 10))
+    except queue.Empty:
+        found += [(-1, False, f"{ranks - len(found)} ranks gave nothing")]
     finally:
         for process in processes:
             process.join(5)

@@ -10,8 +10,8 @@ import time
 import pytest
 from ranks import CONTEXT, free_port
 
-from protoclip.distributed import find_place
 from protoclip.heartbeat import EXIT_CODE
+from protoclip.launchers import find_place
 
 TINY = {
     "embed_dim": 16,

@@ -8,8 +8,9 @@ from ranks import on_ranks
 
 import protoclip
 from protoclip import distributed
-from protoclip.distributed import GlobalBatchNorm1d, find_place
+from protoclip.distributed import GlobalBatchNorm1d
 from protoclip.global_losses import global_info_nce, global_sigmoid_loss
+from protoclip.launchers import find_place
 from protoclip.ops import siglip
 
 G, D = 96, 20  # of 1, 2, 3 and 4 equal shares

@@ -10,6 +10,7 @@ import torch
 from ranks import on_ranks
 
 from protoclip import distributed
+from protoclip.launchers import find_place
 
 CLUSTERS, SAMPLES, TEACHER = 2000, 100_000, 32
 
@@ -18,7 +19,7 @@ def peak_of_steps(batch_size):
     """Bytes by which the process grows in two training steps with prototypes."""
     # Freed memory goes back at once, so that the process is as large as what lives in it.
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
-    distributed.start(distributed.find_place(), torch.device("cpu"), 60)
+    distributed.start(find_place(), torch.device("cpu"), 60)
     steps(4)  # loads code and fills caches, which are no part of the model
     gc.collect()
     before = resident("VmRSS")
@@ -34,10 +35,11 @@ def steps(batch_size):
     """Build a model and an episode's tensors, and take two steps."""
     from protoclip.config import LossConfig, ModelConfig, OptimConfig
     from protoclip.data import Batch
+    from protoclip.device import autocast_for
     from protoclip.episode import Episode, PrototypeSet
     from protoclip.losses import ProtoLoss
     from protoclip.model import build_model
-    from protoclip.training.engine import Optimiser, autocast_for
+    from protoclip.training.engine import Optimiser
     from protoclip.training.phases import Phases
     from protoclip.training.stepper import Stepper
 
@@ -64,6 +66,7 @@ def steps(batch_size):
         index = torch.randint(SAMPLES, (batch_size,))
         pixels = torch.randn(batch_size, 3, model.image_size, model.image_size)
         tokens = torch.randint(1, 49000, (batch_size, model.clip.context_length))
+        tokens[:, -1] = 49407  # captions that fill the context, as the plan assumes
         stepper.step([Batch(index, pixels, tokens)], episode, True)
     assert len(held) == 5  # until here
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from ranks import on_ranks
 
 from protoclip import distributed
+from protoclip.launchers import find_place
 from protoclip.model import Encoded
 
 TINY = {
@@ -77,7 +78,7 @@ def train(folder, flags):
     from protoclip.training.phases import Phases
     from protoclip.training.plan import make_plan
 
-    distributed.start(distributed.find_place(), torch.device("cpu"), 60)
+    distributed.start(find_place(), torch.device("cpu"), 60)
     cpu = torch.device("cpu")
 
     def trainer_for(more):
@@ -140,7 +141,7 @@ def gradients(folder, passes):
     from protoclip.training.stepper import Stepper
 
     cpu = torch.device("cpu")
-    distributed.start(distributed.find_place(), cpu, 60)
+    distributed.start(find_place(), cpu, 60)
     torch.manual_seed(0)
     model = build_model(ModelConfig(model=str(folder / "tiny.json"))).double()
     pixels = torch.randn(BATCH, 3, 16, 16, dtype=torch.float64)
@@ -191,9 +192,44 @@ def folder(tmp_path_factory):
     return path
 
 
+EXTRACT = ["--episode-features", "extract"]
+REUSE = ["--episode-features", "reuse"]
+
+
 @pytest.fixture(scope="module")
 def alone(folder):
-    return on_ranks(1, train, folder, [["--batch-size", str(BATCH)]])[0][0][0]
+    """The metrics of one rank with features by extract, and by reuse."""
+    size = ["--batch-size", str(BATCH)]
+    return [
+        lines for lines, _ in on_ranks(1, train, folder, [[*size, *EXTRACT], [*size, *REUSE]])[0]
+    ]
+
+
+def stored(dim):
+    """What this rank gets from the stores of all after two passes of three steps of 12."""
+    from protoclip.features import FeatureStore
+
+    distributed.start(find_place(), torch.device("cpu"), 60)
+    share = 12 // distributed.world_size()
+    store = FeatureStore(3 * share, torch.device("cpu"), share)
+    torch.manual_seed(0)
+    for number in range(6):  # with repetition; the first pass is overwritten but for its last step
+        index, rows = torch.randint(-1, 16, (12,)), torch.randn(12, dim)
+        own = distributed.own_slice(12)
+        if number != 5:
+            store.put(number % 3 * share, index[own], Encoded(rows[own], -rows[own]))
+    got = store.features()
+    distributed.stop()
+    return [t.numpy() for t in (got.index, got.image_h, got.text_h)]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_share_out_the_rows_of_one(ranks):
+    found, alone = on_ranks(ranks, stored, 5), on_ranks(1, stored, 5)[0]
+    assert max(abs(len(a[0]) - len(alone[0]) / ranks) for a in found) < 1
+    assert len(alone[0]) > 10 and (np.diff(alone[0]) > 0).all()
+    for slices, whole in zip(zip(*found, strict=True), alone, strict=True):
+        assert np.array_equal(np.concatenate(slices), whole)
 
 
 def assert_same_losses(lines, alone):
@@ -211,19 +247,19 @@ def assert_same_losses(lines, alone):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_any_number_of_ranks_and_passes_gives_the_losses_of_one(folder, alone, ranks):
-    flags = [["--batch-size", str(BATCH // ranks)]]
+    size = ["--batch-size", str(BATCH // ranks)]
+    flags = [[*size, *EXTRACT], [*size, *REUSE]] if ranks > 1 else []
     if ranks <= 2:
         passes = ["--batch-size", str(BATCH // ranks // 3), "--accum-freq", "3"]
-        flags = [passes] if ranks == 1 else [passes, *flags]
+        flags += [[*passes, *EXTRACT], [*passes, *REUSE]]
     if ranks == 3:
-        saving = ["--save-every", "3steps"]
-        flags.append(["--batch-size", "8", "--episode-features", "reuse", *saving])
-        flags.append(["--batch-size", "8", "--method", "clip", "--episode-features", "extract"])
+        flags[1] += ["--save-every", "3steps"]
+        flags.append([*size, "--method", "clip"])
     found = on_ranks(ranks, train, folder, flags)
     for number, more in enumerate(flags):
         lines, state = found[0][number]
-        if "--episode-features" not in more:
-            assert_same_losses(lines, alone)
+        if "--method" not in more:
+            assert_same_losses(lines, alone["reuse" in more])
         for other in found:  # rank by rank the same weights, statistics, prototypes and labels
             assert other[number][1] == state
             assert len(other[number][0]) == STEPS

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from protoclip import checkpoint, metrics
-from protoclip.config import TrainConfig, to_dict
+from protoclip.config import TrainConfig
 from protoclip.data import Labels, Subset, noto_available, open_dataset
 from protoclip.evaluate import (
     Encoder,
@@ -20,6 +20,7 @@ from protoclip.evaluate import (
 from protoclip.evaluate.__main__ import _output, build_parser, main
 from protoclip.evaluate.encode import _emoji_sets
 from protoclip.evaluate.sets import encode_set, take
+from protoclip.fields import to_dict
 from protoclip.model import build_model
 
 CPU = torch.device("cpu")
@@ -54,7 +55,8 @@ def model():
     torch.manual_seed(0)
     out = torch.nn.Module()
     out.clip = Towers()
-    out.tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=16)
+    out.short_tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=16)
+    out.encode_text = out.clip.encode_text
     out.image_size, out.mean, out.std = 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
     return out
 

@@ -16,10 +16,11 @@ from test_data_csv import encoded, picture
 
 import protoclip
 from protoclip import checkpoint
-from protoclip.config import TrainConfig, check, from_dict, to_dict
+from protoclip.config import TrainConfig
 from protoclip.data import DataError
 from protoclip.data.shards import ShardDataset
 from protoclip.data.tar_index import parse_captions
+from protoclip.fields import check, from_dict, to_dict
 
 quick = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)

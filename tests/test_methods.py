@@ -9,10 +9,11 @@ import torch.nn.functional as F
 
 from protoclip import checkpoint
 from protoclip.clustering import IGNORE, purity, target_entropy
-from protoclip.config import EpisodeConfig, TrainConfig, from_dict, to_dict
+from protoclip.config import EpisodeConfig, TrainConfig
 from protoclip.data import build_transform, open_dataset
 from protoclip.episode import build_episode
 from protoclip.features import Features, FeatureStore
+from protoclip.fields import from_dict, to_dict
 from protoclip.flags import build_parser, load_preset, parse, preset_names
 from protoclip.losses import similarity_distillation
 from protoclip.model import Encoded, build_model

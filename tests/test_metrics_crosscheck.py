@@ -140,9 +140,10 @@ def on_a_rank():
     """Slices and flags on one of the ranks."""
     from protoclip import distributed
     from protoclip.evaluate.ranks import all_ranks, sharded
+    from protoclip.launchers import find_place
 
     cpu = torch.device("cpu")
-    place = distributed.find_place()
+    place = find_place()
     distributed.start(place, cpu, 60.0)
     table = torch.arange(14.0).reshape(7, 2)
     same = all(

@@ -5,9 +5,12 @@ import json
 import open_clip
 import pytest
 import torch
+from PIL import Image
 
 from protoclip import checkpoint, export
-from protoclip.config import ModelConfig
+from protoclip.config import ModelConfig, TrainConfig, to_dict
+from protoclip.evaluate.models import load_model
+from protoclip.evaluate.sets import eval_transform
 from protoclip.model import build_model, register_configs
 from protoclip.train import main as train
 
@@ -101,6 +104,30 @@ def test_open_clips_checkpoint_loads_in_ours(nano, tmp_path, capsys, prefix, wra
     assert same(features(model, open_clip.get_tokenizer(f"local-dir:{out}")), want)
     assert export.main([str(path), "--out", str(tmp_path / "no")]) == 2
     assert "--model" in capsys.readouterr().err
+
+
+def test_a_checkpoint_keeps_how_pictures_are_prepared(nano, tmp_path):
+    """What a --pretrained tag brought along is not in the model's config."""
+    first = build_model(ModelConfig(model=str(nano)))
+    first.mean, first.std = (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)
+    first.clip.visual.preprocess_cfg |= {
+        "mean": first.mean, "std": first.std, "resize_mode": "squash"
+    }  # fmt: skip
+    config = TrainConfig(model=ModelConfig(model=str(nano)))
+    payload = {
+        "state_dict": first.clip.state_dict(),
+        "protoclip": {**first.extra_state(), "config": to_dict(config)},
+    }
+    path = tmp_path / "epoch_1.pt"
+    torch.save(payload, path)
+    again = load_model(str(path)).model
+    assert again.preprocess() == first.preprocess() != build_model(config.model).preprocess()
+    picture = Image.new("RGB", (20, 40), (10, 200, 30))
+    ours = eval_transform(again)(picture)
+    assert torch.equal(ours, eval_transform(first)(picture))
+    export.export(path, tmp_path / "out")
+    _, _, theirs = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    torch.testing.assert_close(theirs(picture), ours)
 
 
 def test_export_refuses_what_does_not_fit(run, tmp_path, nano, capsys):

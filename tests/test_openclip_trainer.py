@@ -6,11 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
+import torch
 
+from protoclip import checkpoint, export
 from protoclip.data import open_dataset
 from protoclip.data.export import export_shards
 from protoclip.data.types import Subset
+from protoclip.model import register_configs
 
 pytest.importorskip("open_clip_train.main")
 
@@ -131,6 +135,19 @@ def test_the_log_has_both_terms_and_the_evaluation(alone, folder):
                ("ours-emoji", "theirs-emoji")]  # fmt: skip
     ours, theirs = (json.loads(path.read_text()) for path in results)
     assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_run_of_open_clips_exports(alone, folder, tmp_path, capsys):
+    """Its params.txt names the model; the bias that --siglip adds is kept."""
+    run = folder / "logs" / "ours-siglip"
+    assert export.main([str(run), "--out", str(tmp_path / "no")]) == 2
+    assert "its model 'emoji-nano', which OpenCLIP does not know" in capsys.readouterr().err
+    register_configs(str(folder / "emoji-nano.json"))  # as one that OpenCLIP comes with
+    assert export.main([str(run), "--out", str(tmp_path / "out")]) == 0
+    model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}")
+    weights = checkpoint.load(checkpoint.find(run))["state_dict"]
+    assert "logit_bias" in weights and set(model.state_dict()) == set(weights)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
 def test_two_ranks(folder):

@@ -14,9 +14,11 @@ ROOT = Path(protoclip.__file__).parent
 # A module imports from its own row or rows above it. The order is the data flow.
 LAYERS = [
     ["ops"],
-    ["config", "flags", "distributed", "heartbeat", "checkpoint"],
+    ["fields"],
+    ["config", "flags", "distributed", "launchers", "device", "heartbeat", "checkpoint"],
     ["kmeans", "faiss_kmeans", "global_losses"],
     ["data"],
+    ["short_text"],
     ["model"],
     ["features", "teacher"],
     ["clustering"],

@@ -15,10 +15,11 @@ from protoclip.config import (
     to_dict,
 )
 from protoclip.data import open_dataset
+from protoclip.device import choose_precision
 from protoclip.flags import build_parser, parse
 from protoclip.model import build_model
 from protoclip.teacher import MINILM, encode_sentences, load_teacher
-from protoclip.training.engine import Optimiser, choose_precision, parameter_groups
+from protoclip.training.engine import Optimiser, parameter_groups
 from protoclip.training.plan import draw, learning_rate, make_plan
 
 

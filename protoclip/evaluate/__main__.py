@@ -13,12 +13,14 @@ from typing import Any
 from tqdm import tqdm
 
 from protoclip.config import PRECISIONS, TrainConfig
-from protoclip.distributed import find_place, is_main, start, stop, world_size
+from protoclip.device import choose_device, choose_precision
+from protoclip.distributed import is_main, start, stop, world_size
 from protoclip.evaluate.models import Loaded, load_model
 from protoclip.evaluate.results import Results, format_table, read_results, write_results
-from protoclip.evaluate.run import Settings, choose, evaluate_loaded
+from protoclip.evaluate.run import Settings, evaluate_loaded
 from protoclip.evaluate.scores import peak_memory_bytes
 from protoclip.evaluate.tasks import PROTOCOLS, TASKS, parse_tasks
+from protoclip.launchers import find_place
 
 PROG = "python -m protoclip.evaluate"
 DESCRIPTION = """Evaluate a CLIP; prints a table, writes results.json and, per data set and task,
@@ -94,7 +96,8 @@ def run(args: argparse.Namespace) -> str:
         },
     )
     place = find_place()
-    device, precision = choose(args.device, args.precision, place.local_rank)
+    device = choose_device(args.device)
+    precision = choose_precision(args.precision, device)
     start(place, device, TIMEOUT)
     loaded.model.to(device)
     took = time.perf_counter() - started

@@ -11,7 +11,8 @@ import open_clip
 import torch
 
 from protoclip import checkpoint
-from protoclip.config import ModelConfig, TrainConfig, from_dict
+from protoclip.config import ModelConfig, TrainConfig
+from protoclip.fields import from_dict
 from protoclip.model import ProtoModel, build_model, register_configs
 
 RANDOM = "random"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from protoclip.device import autocast_for
 from protoclip.distributed import world_size
 from protoclip.evaluate.cache import FeatureCache
 from protoclip.evaluate.encode import encode_sets
@@ -37,29 +37,6 @@ class Settings:
     layout: Mapping[str, Any] = field(default_factory=dict)
 
 
-def choose(device: str, precision: str, local_rank: int = 0) -> tuple[torch.device, str]:
-    """Device and precision of flags that may say "auto"; each rank of a machine its own card.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    name = device
-    if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from error
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device: {name} is not on this machine; use --device auto")
-    if precision == "auto":
-        bf16 = place.type == "cuda" and torch.cuda.is_bf16_supported()
-        precision = "amp_bf16" if bf16 else "fp32"
-    if precision == "amp" and place.type == "cpu":
-        raise ValueError("--precision amp: fp16 needs a GPU; use amp_bf16 or fp32 on the CPU")
-    return place, precision
-
-
 def evaluate_loaded(
     loaded: Loaded, settings: Settings, device: torch.device, precision: str, bar: Any = None
 ) -> tuple[Results, list[str]]:
@@ -73,17 +50,14 @@ def evaluate_loaded(
     Raises:
         ValueError: the data cannot be opened, or does not allow a task that was asked for.
     """
-    autocast: Callable[[], AbstractContextManager] = nullcontext
-    if precision != "fp32":
-        dtype = torch.bfloat16 if precision == "amp_bf16" else torch.float16
-        autocast = lambda: torch.autocast(device.type, dtype=dtype)  # noqa: E731
-    cache = FeatureCache(loaded.model.clip, precision) if settings.cached else None
+    prepared = f"{precision} {loaded.model.preprocess()}"
+    cache = FeatureCache(loaded.model.clip, prepared) if settings.cached else None
     encoder = Encoder(
         loaded.model,
         device,
         settings.batch_size,
         settings.workers,
-        autocast,
+        autocast_for(precision, device),
         progress=None if bar is None else bar.update,
         expect=None if bar is None else lambda rows: _grow(bar, rows),
         cache=cache,

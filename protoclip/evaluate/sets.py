@@ -88,7 +88,7 @@ class Encoder:
                 torch.arange(rows.start, rows.stop),
                 self.batch_size,
                 eval_transform(m),
-                m.tokenizer,
+                m.short_tokenizer,
                 seed=0,
                 workers=self.workers,
                 captions="first",
@@ -106,8 +106,8 @@ class Encoder:
 
         def encode(rows: range) -> Tensor:
             parts = (unique[i : min(i + step, rows.stop)] for i in rows[::step])
-            tokens = (self.model.tokenizer(part) for part in parts)
-            return self._rows(self.model.clip.encode_text, tokens)
+            tokens = (self.model.short_tokenizer(part) for part in parts)
+            return self._rows(self.model.encode_text, tokens)
 
         content = digest(unique) if self.cache is not None else ""
         encoded = self._kept("text", content, len(unique), encode)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from protoclip.config import flag_of
+from protoclip.fields import flag_of
 from protoclip.openclip.factory import create_loss, create_task
 from protoclip.openclip.repairs import repaired
 from protoclip.proto_clip_loss import ProtoConfig

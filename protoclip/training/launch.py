@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from protoclip import distributed, heartbeat
-from protoclip.distributed import Place
-from protoclip.training.engine import choose_device
+from protoclip.device import choose_device
+from protoclip.launchers import Place
 
 GRACE = 60.0  # seconds by which a collective outlives the watch, whose message is the better one
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from protoclip.config import TrainConfig
 from protoclip.data import Batch, PairDataset, batches
+from protoclip.device import autocast_for
 from protoclip.distributed import is_main, mean_over_ranks, world_size
 from protoclip.episode import Episode
 from protoclip.features import FeatureStore
@@ -26,7 +27,7 @@ from protoclip.training.capture import (
     save_or_stop,
 )
 from protoclip.training.ema import MovingAverage
-from protoclip.training.engine import Optimiser, autocast_for
+from protoclip.training.engine import Optimiser
 from protoclip.training.episodes import episode_seed, rebuild_episode
 from protoclip.training.gradients import norms_by_part
 from protoclip.training.guard import Guard
@@ -88,8 +89,8 @@ class Trainer:
         self.share = plan.batch_size // world_size()  # of a step's samples, this rank's
         self.episode: Episode | None = None
         self.store: FeatureStore | None = None
-        if config.episode.features == "reuse" and self._projects:
-            self.store = FeatureStore(plan.steps_per_episode * self.share, device)
+        if config.episode.reuses and self._projects:
+            self.store = FeatureStore(plan.steps_per_episode * self.share, device, self.share)
         self.average: MovingAverage | None = None
         if config.episode.ema_decay > 0 and self._projects:
             self.average = MovingAverage(model, config.episode.ema_decay)
@@ -192,7 +193,7 @@ class Trainer:
             own,
             self.config.optim.batch_size,
             self.transform,
-            self.model.tokenizer,
+            self.model.short_tokenizer,
             seed=episode_seed(self.config.run.seed, number, 0),
             workers=self.config.data.workers,
             captions=self.config.data.captions,

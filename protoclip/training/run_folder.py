@@ -17,8 +17,9 @@ from typing import Any
 from tqdm import tqdm
 
 from protoclip import checkpoint
-from protoclip.config import TrainConfig, to_dict
+from protoclip.config import TrainConfig
 from protoclip.data.cache import write_atomic
+from protoclip.fields import to_dict
 from protoclip.training.append_log import AppendLog, cut_back
 
 LOGGER = logging.getLogger("protoclip.run")

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from protoclip.config import TrainConfig
 from protoclip.data import DataError, PairDataset, Subset, noto_available, open_dataset
+from protoclip.device import autocast_for
 from protoclip.distributed import is_distributed, is_main
 from protoclip.evaluate import (
     Encoder,
@@ -26,7 +27,6 @@ from protoclip.evaluate.tasks import impossible
 from protoclip.metrics import retrieval
 from protoclip.model import Encoded, ProtoModel
 from protoclip.report import plot_curves, plot_prototypes, save_snapshot, take_snapshot
-from protoclip.training.engine import autocast_for
 from protoclip.training.inputs import open_arguments
 from protoclip.training.loop import Trainer
 from protoclip.training.phases import Phases
