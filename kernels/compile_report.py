@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from protoclip.kernels import info_nce_backward, info_nce_forward, launch, siglip, waves
+from protoclip.kernels import info_nce_backward, info_nce_forward, launch, siglip, wave_finish
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 KERNELS = {
@@ -36,12 +36,14 @@ KERNELS = {
 }
 HELPERS = {
     "merge": info_nce_forward.merge_kernel,
-    "prepare": info_nce_backward.prepare_kernel,
-    "lost": waves.lost_kernel,
-    "finish": waves.finish_kernel,
+    "merge_all": info_nce_forward.merge_kernel,
+    "lost": wave_finish.lost_kernel,
+    "finish": wave_finish.finish_kernel,
 }
 HELPER_ROW = launch.Launch(16, 64, 128, warps=4, stages=3, ctas_per_sm=2)
-FEATURES = ("x", "y", "x_ptr", "y_ptr", "g_ptr", "other_ptr", "grad_ptr")
+MERGES = {"merge": info_nce_forward.MERGE, "merge_all": info_nce_forward.MERGE_ALL}
+FLOATS = ("pair_weight", "log2_m")
+FEATURES = ("x", "y", "x_ptr", "y_ptr", "g_ptr", "dx_ptr", "dy_ptr")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def cases() -> Iterator[Case]:
             yield Case(kernel, arch, NAMES[dtype], operands, row, whole=False)
     for arch in launch.CARDS:
         for kernel in HELPERS:
-            yield Case(kernel, arch, "bf16", "ragged", HELPER_ROW)
+            warps = MERGES[kernel][2] if kernel in MERGES else HELPER_ROW.warps
+            yield Case(kernel, arch, "bf16", "ragged", replace(HELPER_ROW, warps=warps))
 
 
 def cost(case: Case) -> Cost:
@@ -105,6 +108,7 @@ def cost(case: Case) -> Cost:
 
 def _compile(case: Case) -> Any:
     kernel, row = (KERNELS | HELPERS)[case.kernel], case.row
+    block, depth, _ = MERGES.get(case.kernel, (64, None, None))
     constants = {
         "BLOCK_N": row.block_n,
         "BLOCK_M": row.block_m,
@@ -118,10 +122,11 @@ def _compile(case: Case) -> Any:
         "LIFTED": 1.0,
         "STASH": case.kernel in ("stashing", "stashed"),
         "HALF": case.dtype != "fp32",
-        "BLOCK": 256 if case.kernel == "prepare" else 64,
-        "DEPTH": 32,
+        "LIFT": case.dtype == "fp16",
+        "BLOCK": block,
+        "DEPTH": depth,
     }
-    constants |= dict.fromkeys(("HAS_BEFORE", "IS_LAST", "ADD_ROWS", "ADD_COLUMNS", "LIFT"), True)
+    constants |= dict.fromkeys(("HAS_BEFORE", "IS_LAST", "ADD_ROWS", "ADD_COLUMNS"), True)
     constants |= dict.fromkeys(("stride_x_d", "stride_y_d"), 1)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: _type(name, case) for name in kernel.arg_names}
@@ -148,6 +153,8 @@ def _type(name: str, case: Case) -> str:
         return f"*{case.dtype}"
     if name == "codes_ptr":
         return "*i16"
+    if name in FLOATS:
+        return "fp32"
     return "*fp32" if name.endswith("_ptr") else "i32"
 
 

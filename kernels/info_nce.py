@@ -4,6 +4,10 @@ Base-2 logits s_ij = scale log2(e) x_i.y_j; row i is positive at column i + offs
 (``info_nce_forward.py``) keeps O(N) statistics, the backward pass (``info_nce_backward.py``) forms
 the logits again: four matrix products in all, three with a stash (``stash.py``).
 
+Up to ``info_nce_forward.ONE_PROGRAM`` pairs a step is six launches: forward, merge (which takes the
+loss); gradient, two products, finish (with the scale's gradient); and no torch op around them. More
+pairs take a ``sum`` of the losses, many more pairs waves and chunks.
+
 Sums are fp32 and in a fixed order: no atomics, the same bits each time. Nothing is read back from
 the device, so both passes can be captured in a CUDA graph. Extra memory: 64 MiB of partial sums
 forward, ``waves.SCRATCH_BYTES`` plus fp32 gradients backward. fp32 features are multiplied in fp32,
@@ -32,12 +36,34 @@ def contrastive_fwd(
 
     ``kept``, int16 of ``stash_size(N, M)`` elements, is filled for the backward pass.
     """
+    found = _statistics(x, y, scale, offset, columns, 1.0, kept)
+    return found.row_max, found.row_sum, found.column_max, found.column_sum, found.positive
+
+
+def contrastive(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    offset: int,
+    columns: bool,
+    pair_weight: float,
+    summed: bool,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The losses [N], or their sum [], and the statistics that their gradient needs."""
+    found = _statistics(x, y, scale, offset, columns, pair_weight, kept)
+    loss = found.loss
+    if summed:
+        loss = found.shares.sum() if len(found.shares) > 1 else found.shares.view(())
+    return loss, found.row_max, found.row_sum, found.column_max, found.column_sum
+
+
+def _statistics(x, y, scale, offset, columns, weight, kept) -> info_nce_forward.Statistics:
     _check_strip(len(x), len(y), offset)
     if kept is not None:
         x, y = stash.aligned_copies(x, y)
-    return info_nce_forward.statistics(
-        x, y, scale, offset, columns, stash.view(kept, len(x), len(y))
-    )
+    kept = stash.view(kept, len(x), len(y))
+    return info_nce_forward.statistics(x, y, scale, offset, columns, kept, weight)
 
 
 def contrastive_bwd(
@@ -52,15 +78,19 @@ def contrastive_bwd(
     column_weight: Tensor,
     offset: int,
     kept: Tensor | None = None,
+    pair_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the strip, as in ops/info_nce.py, from what the forward pass kept."""
+    """Gradients of the strip, as in ops/info_nce.py, from what the forward pass kept.
+
+    The weights, of any stride, 0 too, are multiplied by ``pair_weight``.
+    """
     _check_strip(len(x), len(y), offset)
-    rows = (row_max, row_sum, row_weight.contiguous())
-    columns = (column_max, column_sum, column_weight.contiguous())
+    rows = (row_max, row_sum, row_weight)
+    columns = (column_max, column_sum, column_weight)
     if kept is not None:
         x, y = stash.aligned_copies(x, y)
     return info_nce_backward.gradients(
-        x, y, scale, rows, columns, offset, stash.view(kept, len(x), len(y))
+        x, y, scale, rows, columns, offset, stash.view(kept, len(x), len(y)), pair_weight
     )
 
 

@@ -6,10 +6,14 @@ tile's references lie too far apart; edges and the diagonal take two.
 
 The gradient of the scale is sum G x.y = sum G (x.y - center) for any center, because G sums to
 zero over all pairs; with the center near the logits, a common part of the features cannot magnify
-the rounding of G.
+the rounding of G. Each program finds the center, and the lift of fp16, from a few numbers: that is
+cheaper than a launch. Where all pairs weigh the same, as in a mean, their weight is one number with
+stride 0.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -21,57 +25,26 @@ from protoclip.kernels.stash import Stash, kept
 from protoclip.kernels.tiles import LOG2E, SPREAD, is_general, operands, products, tile_origin
 from protoclip.kernels.waves import store_gradient
 
+# What differs from chunk to chunk, or between one weight for all and one for each.
+GRADIENT_SIZES = ["n", "m", "offset", "count", "stride_row_weight", "stride_column_weight"]
+
 
 @triton.jit
-def _peaks(sum_ptr, weight_ptr, length, BLOCK: tl.constexpr):
-    """-> the largest sum and the largest absolute weight."""
-    total = tl.zeros((BLOCK,), tl.float32)
-    weight = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, length, BLOCK):
-        position = first + tl.arange(0, BLOCK)
-        mask = position < length
-        total = tl.maximum(total, tl.load(sum_ptr + position, mask=mask, other=0.0))
-        w = tl.load(weight_ptr + position, mask=mask, other=0.0)
-        weight = tl.maximum(weight, tl.abs(w))
-    return tl.max(total), tl.max(weight)
+def _center(max_ptr, sum_ptr, count, log2_m, c):
+    """-> a product near the others: the mean, over the first 16 rows, of the log of the mean
+    exponential; 0 where the scale is so small that it would be the logarithm's rounding."""
+    some = tl.arange(0, 16)
+    level = tl.load(max_ptr + some, mask=some < count, other=0.0) - log2_m
+    level += tl.log2(tl.load(sum_ptr + some, mask=some < count, other=1.0))
+    center = tl.sum(tl.where(some < count, level, 0.0)) / (tl.minimum(count, 16) * c)
+    return tl.where((tl.abs(c) > 0.01) & (tl.abs(center) < float("inf")), center, 0.0)
 
 
-@triton.jit(do_not_specialize=["n", "m"])
-def prepare_kernel(
-    x_ptr, y_ptr, scale_ptr,  # [N, D], [N, D] of the pairs, []
-    row_sum_ptr, row_weight_ptr, column_sum_ptr, column_weight_ptr,  # [N], [N], [M], [M]
-    out_ptr,  # [3]: center, lift, scale / lift
-    n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-    LIFT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Find on the device what would else need a look at values.
-
-    The center is the mean product of the first 16 pairs, or 0 where every positive has all the
-    probability: G is then 0 there and no longer sums to zero. The lift is a power of two that lets
-    the weights, about 1/N, fill fp16's range; |G| is at most the sum of the two largest weights.
-    """
-    product = tl.zeros((BLOCK,), tl.float32)
-    some = tl.arange(0, 16)[:, None].to(tl.int64)
-    for k in range(0, d, BLOCK):
-        depth = k + tl.arange(0, BLOCK)[None, :].to(tl.int64)
-        mask = (some < n) & (depth < d)
-        x = tl.load(x_ptr + some * stride_x_n + depth * stride_x_d, mask=mask, other=0.0)
-        y = tl.load(y_ptr + some * stride_y_m + depth * stride_y_d, mask=mask, other=0.0)
-        product += tl.sum(x.to(tl.float32), 0) * tl.sum(y.to(tl.float32), 0)
-    row_sum, row_weight = _peaks(row_sum_ptr, row_weight_ptr, n, BLOCK)
-    column_sum, column_weight = _peaks(column_sum_ptr, column_weight_ptr, m, BLOCK)
-    count = tl.minimum(n, 16)
-    center = tl.sum(product) / (count * count)
-    used = (tl.maximum(row_sum, column_sum) != 1.0) & (tl.abs(center) < float("inf"))
-    center = tl.where(used, center, 0.0)
-    lift = center * 0.0 + 1.0
-    if LIFT:
-        peak = row_weight + column_weight
-        exponent = tl.minimum(tl.maximum(14.0 - tl.ceil(tl.log2(peak)), -80.0), 80.0)
-        lift = tl.where((peak > 0) & (peak < float("inf")), tl.exp2(exponent), 1.0)
-    tl.store(out_ptr, center)
-    tl.store(out_ptr + 1, lift)
-    tl.store(out_ptr + 2, tl.load(scale_ptr).to(tl.float32) / lift)
+@triton.jit
+def _lift(peak):
+    """-> a power of two that lets |G| <= peak fill fp16's range; weights are about 1/N."""
+    exponent = tl.minimum(tl.maximum(14.0 - tl.ceil(tl.log2(peak)), -80.0), 80.0)
+    return tl.where((peak > 0) & (peak < float("inf")), tl.exp2(exponent), 1.0)
 
 
 @triton.jit
@@ -84,34 +57,48 @@ def _probabilities(s, reference, coefficient, positive):
 
 
 @triton.jit
-def _side(max_ptr, sum_ptr, weight_ptr, position, length, lift):
+def _side(max_ptr, sum_ptr, weight_ptr, stride_weight, position, length, unit):
     """-> reference, weight, weight / sum of rows or columns; 0 past the end."""
     inside = position < length
-    weight = tl.load(weight_ptr + position, mask=inside, other=0.0) * lift
+    weight = tl.load(weight_ptr + position * stride_weight, mask=inside, other=0.0) * unit
     coefficient = weight / tl.load(sum_ptr + position, mask=inside, other=1.0)
     return tl.load(max_ptr + position, mask=inside, other=0.0), weight, coefficient
 
 
-@triton.jit(do_not_specialize=["n", "m", "offset"])
+@triton.jit(do_not_specialize=GRADIENT_SIZES)
 def gradient_kernel(
     x, y, x_ptr, y_ptr,  # [N, D], [M, D] for tiles, the same for strips
-    scale_ptr, prepared_ptr,  # [], [3] of prepare_kernel
-    row_max_ptr, row_sum_ptr, row_weight_ptr,  # [N]
-    column_max_ptr, column_sum_ptr, column_weight_ptr,  # [M], not read without COLUMNS
-    g_ptr, row_lost_ptr, column_lost_ptr, dscale_ptr,  # as in waves.Target, [tiles]
+    scale_ptr, prepared_ptr,  # [], [2] for later kernels: center, scale / lift
+    first_max_ptr, first_sum_ptr, count, log2_m,  # [count] rows of all; log2 of all columns
+    row_peak_ptr, column_peak_ptr, pair_weight,  # the largest |weight|, read with LIFT
+    row_max_ptr, row_sum_ptr, row_weight_ptr, stride_row_weight,  # [N]
+    column_max_ptr, column_sum_ptr, column_weight_ptr, stride_column_weight,  # [M] with COLUMNS
+    g_ptr, row_lost_ptr, column_lost_ptr, share_ptr,  # as in waves.Target, [tiles]
     n, m, d, offset, stride_g,
     stride_x_n, stride_x_d, stride_y_m, stride_y_d,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr,
     EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
     codes_ptr, anchors_ptr, stash_tiles_m,  # of stash.py, read with STASH
-    COLUMNS: tl.constexpr, HALF: tl.constexpr, STASH: tl.constexpr,
+    COLUMNS: tl.constexpr, HALF: tl.constexpr, LIFT: tl.constexpr, STASH: tl.constexpr,
 ):  # fmt: skip
     """G of one tile, and its share of sum G (x.y - center) before G is rounded."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
-    c = tl.load(scale_ptr).to(tl.float32) * LOG2E
-    center, lift = tl.load(prepared_ptr), tl.load(prepared_ptr + 1)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    c = scale * LOG2E
+    lift = tl.full((), 1.0, tl.float32)
+    if LIFT:
+        peak = tl.abs(tl.load(row_peak_ptr))
+        if COLUMNS:
+            peak += tl.abs(tl.load(column_peak_ptr))
+        lift = _lift(peak * pair_weight)
+    unit = pair_weight * lift
+    if tl.program_id(0) == 0:
+        tl.store(prepared_ptr, _center(first_max_ptr, first_sum_ptr, count, log2_m, c))
+        tl.store(prepared_ptr + 1, scale / lift)
     rows = row0 + tl.arange(0, BLOCK_N)
-    row_max, row_weight, row_coef = _side(row_max_ptr, row_sum_ptr, row_weight_ptr, rows, n, lift)
+    row_max, row_weight, row_coef = _side(
+        row_max_ptr, row_sum_ptr, row_weight_ptr, stride_row_weight, rows, n, unit
+    )
     at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
     columns_at = (row0 // BLOCK_N).to(tl.int64) * m
     general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
@@ -135,11 +122,13 @@ def gradient_kernel(
             factor = (row_coef * tl.exp2(high - row_max))[:, None]
             if COLUMNS:
                 column_max, _, column_coef = _side(
-                    column_max_ptr, column_sum_ptr, column_weight_ptr, cols, m, lift
-                )
+                    column_max_ptr, column_sum_ptr, column_weight_ptr, stride_column_weight,
+                    cols, m, unit,
+                )  # fmt: skip
                 factor += (column_coef * tl.exp2(high - column_max))[None, :]
             g = tl.exp2(acc * c - high) * factor
-            tl.store(dscale_ptr + tl.program_id(0), tl.sum(g * (acc - center)) / lift)
+            center = _center(first_max_ptr, first_sum_ptr, count, log2_m, c)
+            tl.store(share_ptr + tl.program_id(0), tl.sum(g * (acc - center)) / lift)
             row_lost = store_gradient(
                 g, rows, cols, m, g_ptr, column_lost_ptr + columns_at, stride_g, HALF
             )
@@ -147,6 +136,7 @@ def gradient_kernel(
                 tl.store(row_lost_ptr + at_row, row_lost)
     if general:
         share = 0.0
+        center = _center(first_max_ptr, first_sum_ptr, count, log2_m, c)
         row_lost = tl.zeros((BLOCK_N,), tl.float32)
         for strip in range(0, BLOCK_M, STRIP):
             cols = col0 + strip + tl.arange(0, STRIP)
@@ -160,8 +150,9 @@ def gradient_kernel(
             g -= tl.where(positive, row_weight[:, None], 0.0)
             if COLUMNS:
                 column_max, column_weight, column_coef = _side(
-                    column_max_ptr, column_sum_ptr, column_weight_ptr, cols, m, lift
-                )
+                    column_max_ptr, column_sum_ptr, column_weight_ptr, stride_column_weight,
+                    cols, m, unit,
+                )  # fmt: skip
                 p = _probabilities(acc * c, column_max[None, :], column_coef[None, :], positive)
                 g += p - tl.where(positive, column_weight[None, :], 0.0)
             g = tl.where((rows[:, None] < n) & (cols[None, :] < m), g, 0.0)
@@ -169,7 +160,7 @@ def gradient_kernel(
             row_lost += store_gradient(
                 g, rows, cols, m, g_ptr, column_lost_ptr + columns_at, stride_g, HALF
             )
-        tl.store(dscale_ptr + tl.program_id(0), share / lift)
+        tl.store(share_ptr + tl.program_id(0), share / lift)
         if HALF:
             tl.store(row_lost_ptr + at_row, row_lost, mask=rows < n)
 
@@ -185,6 +176,7 @@ def gradients(
     columns: Stats,
     offset: int,
     stashed: Stash | None,
+    pair_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dy, dscale, as ``contrastive_bwd``; ``columns`` are [0] where there are none."""
     if min(x.numel(), y.numel()) == 0:
@@ -193,30 +185,35 @@ def gradients(
     row = launch.choose("gradient" if stashed is None else "stashed", x, y)
     plan = waves.plan(x, y, row)
     shares = x.new_empty(plan.tiles, dtype=torch.float32)
-    prepared = x.new_empty(3, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        prepare_kernel[(1,)](
-            x, y[offset:], scale, *rows[1:], *columns[1:], prepared,
-            n, len(columns[0]), d, *x.stride(), *y.stride(),
-            LIFT=x.dtype == torch.float16, BLOCK=256,
-        )  # fmt: skip
+    prepared = x.new_empty(2, dtype=torch.float32)
+    lifted = x.dtype == torch.float16
+    peaks = [_peak(weight) if lifted else weight for *_, weight in (rows, columns)]
 
     def fill(chunk: waves.Chunk, to: waves.Target) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
         features, options = operands(part_x, part_y, row)
         kept_tiles = stash.arguments(stashed, chunk.rows.start, chunk.cols.start, row)
         gradient_kernel[(chunk.tiles,)](
-            *features, scale, prepared,
-            *(t[chunk.rows] for t in rows), *(t[chunk.cols] for t in columns),
+            *features, scale, prepared, *rows[:2], n, math.log2(m), *peaks, pair_weight,
+            *(t[chunk.rows] for t in rows), rows[2].stride(0),
+            *(t[chunk.cols] for t in columns), columns[2].stride(0),
             to.g, to.row_lost, to.column_lost, shares[chunk.first_tile :],
             len(part_x), len(part_y), d, offset + chunk.rows.start - chunk.cols.start,
             to.g.stride(0), *x.stride(), *y.stride(),
-            COLUMNS=has_columns, HALF=x.dtype != torch.float32, **kept_tiles, **options,
+            COLUMNS=has_columns, HALF=x.dtype != torch.float32, LIFT=lifted,
+            **kept_tiles, **options,
         )  # fmt: skip
 
-    dx, dy = waves.products(x, y, prepared[2], offset, plan, fill)
-    dscale = shares.sum()
+    dscale = x.new_empty((), dtype=torch.float32)
+    dx, dy = waves.products(x, y, prepared[1], offset, plan, fill, (shares, dscale))
     if has_columns and m > n:  # columns without a positive: their G sums to their weight
         unpaired = columns[2].sum() - columns[2][offset : offset + n].sum()
-        dscale = dscale + prepared[0] * unpaired
+        dscale = dscale + prepared[0] * (pair_weight * unpaired)
     return dx, dy, dscale
+
+
+def _peak(weight: Tensor) -> Tensor:
+    """The largest |weight|; one number expanded, as of a mean, is its own."""
+    if len(weight) == 0 or weight.stride(0) == 0:
+        return weight
+    return torch.linalg.vector_norm(weight, torch.inf)

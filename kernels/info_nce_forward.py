@@ -1,8 +1,9 @@
 """Forward of InfoNCE: row and column statistics of the logits from one pass over their tiles.
 
 Each tile leaves, for its rows and for its columns, a reference r and sum 2^(s - r) *without the
-positives*; a second small kernel merges them and adds the positive. A loss near zero is then
-log2(1 + little), not a difference of large numbers. All rows and columns of a tile share one
+positives*; a second small kernel merges them, adds the positive, and takes the losses and, up to
+``ONE_PROGRAM`` pairs, their sum: two launches in all. A loss near zero is then log2(1 + little),
+not a difference of large numbers. All rows and columns of a tile share one
 reference, the tile's maximum, hence one exponential an element; where that would underflow for some
 row or column, and on the edges and the diagonal, the tile takes one reference for each and a
 second exponential. Bytes: the features, once a tile row and column; 16 of partial sums for each
@@ -10,6 +11,9 @@ row and column of a tile.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,9 +24,13 @@ from protoclip.kernels import launch, stash
 from protoclip.kernels.stash import Stash, keep
 from protoclip.kernels.tiles import LOG2E, SPREAD, is_general, operands, products, tile_origin
 
+LN2 = math.log(2.0)
 PARTIAL_BYTES = 64 << 20
-MERGE_BLOCK = 64  # rows or columns a program merges
-MERGE_DEPTH = 32  # partials it reads at a time
+# Up to so many rows or columns one program merges all, and its sum of the losses is the whole.
+ONE_PROGRAM = 1024
+# (pairs a program merges at a time, partials of each it reads at a time, warps)
+MERGE_ALL = (256, 8, 8)
+MERGE = (64, 32, 4)
 
 
 @triton.jit
@@ -116,22 +124,13 @@ def _add_positive(reference, total, positive):
     return base, others + tl.where(leads, 1.0, tl.exp2(positive - base))
 
 
-@triton.jit(do_not_specialize=["blocks", "length", "offset", "n"])
-def merge_kernel(
+@triton.jit
+def _merge_blocks(
     max_ptr, sum_ptr,  # [blocks, length]
-    positive_ptr,  # [n], of position + offset where that is in [0, n)
-    out_max_ptr, out_sum_ptr,  # [length]
-    blocks, length, n, offset,
-    HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    position, inside, length, blocks, reference, total,
+    DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Merge partials, and what earlier waves left in the output; the last one adds positives."""
-    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = position < length
-    reference = tl.full((BLOCK,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    if HAS_BEFORE:
-        reference = tl.load(out_max_ptr + position, mask=inside, other=0.0)
-        total = tl.load(out_sum_ptr + position, mask=inside, other=0.0)
+    """-> the statistics of positions from those given and their partials."""
     for first in range(0, blocks, DEPTH):
         block = first + tl.arange(0, DEPTH)
         at = block[:, None].to(tl.int64) * length + position[None, :]
@@ -142,26 +141,105 @@ def merge_kernel(
         zero = tl.where(top == -float("inf"), 0.0, top)
         t = tl.sum(t * tl.exp2(r - zero[None, :]), 0)
         reference, total = _join(reference, total, top, t)
-    if IS_LAST:
-        partner = position.to(tl.int64) + offset
-        paired = inside & (partner >= 0) & (partner < n)
-        positive = tl.load(positive_ptr + partner, mask=paired, other=-float("inf"))
+    return reference, total
+
+
+@triton.jit(do_not_specialize=["blocks_m", "n", "blocks_n", "m", "first", "height", "offset"])
+def merge_kernel(
+    row_part_max_ptr, row_part_sum_ptr, blocks_m, height,  # [blocks_m, height] of this wave's rows
+    column_part_max_ptr, column_part_sum_ptr, blocks_n, m,  # [blocks_n, M]
+    positive_ptr, row_max_ptr, row_sum_ptr,  # [N]
+    column_max_ptr, column_sum_ptr,  # [M]
+    loss_ptr, share_ptr,  # [N], [programs]
+    n, first, offset, pair_weight,
+    COLUMNS: tl.constexpr, HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Merge the partials of a wave, rows ``first`` to ``first + height``, pair by pair.
+
+    Rows are then done; columns are merged with what earlier waves left, and done after the last,
+    which completes the pairs' losses and sums those of each program.
+    """
+    # Without columns the positions are those that rows have their positives at.
+    shift = offset if COLUMNS else 0
+    length = m if COLUMNS else n
+    share = tl.zeros((BLOCK,), tl.float32)
+    empty = tl.full((BLOCK,), -float("inf"), tl.float32)
+    for start in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        row = column - shift
+        paired = (row >= 0) & (row < n)
+        positive = tl.load(
+            positive_ptr + row, mask=paired & (row < first + height), other=-float("inf")
+        )
+        here = paired & (row >= first) & (row < first + height)
+        reference, total = _merge_blocks(
+            row_part_max_ptr, row_part_sum_ptr, row - first, here, height, blocks_m,
+            empty, tl.zeros((BLOCK,), tl.float32), DEPTH,
+        )  # fmt: skip
         reference, total = _add_positive(reference, total, positive)
-    tl.store(out_max_ptr + position, reference, mask=inside)
-    tl.store(out_sum_ptr + position, total, mask=inside)
+        tl.store(row_max_ptr + row, reference, mask=here)
+        tl.store(row_sum_ptr + row, total, mask=here)
+        loss = pair_weight * (tl.log2(total) + (reference - positive))
+        if HAS_BEFORE:
+            loss = tl.where(here, loss, tl.load(loss_ptr + row, mask=paired & (row < first)))
+        if COLUMNS:
+            inside = column < m
+            reference, total = empty, tl.zeros((BLOCK,), tl.float32)
+            if HAS_BEFORE:
+                reference = tl.load(column_max_ptr + column, mask=inside, other=0.0)
+                total = tl.load(column_sum_ptr + column, mask=inside, other=0.0)
+            reference, total = _merge_blocks(
+                column_part_max_ptr, column_part_sum_ptr, column, inside, m, blocks_n,
+                reference, total, DEPTH,
+            )  # fmt: skip
+            if IS_LAST:
+                reference, total = _add_positive(reference, total, positive)
+                loss += pair_weight * (tl.log2(total) + (reference - positive))
+            tl.store(column_max_ptr + column, reference, mask=inside)
+            tl.store(column_sum_ptr + column, total, mask=inside)
+        tl.store(loss_ptr + row, loss, mask=paired & (row < first + height))
+        share += tl.where(paired, loss, 0.0)
+    if IS_LAST:
+        tl.store(share_ptr + tl.program_id(0), tl.sum(share))
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What ``contrastive_fwd`` returns, and the pairs' losses."""
+
+    row_max: Tensor  # [N]
+    row_sum: Tensor
+    column_max: Tensor  # [M], or [0] without columns
+    column_sum: Tensor
+    positive: Tensor  # [N]
+    loss: Tensor  # [N]; of columns too where there are any
+    shares: Tensor  # [programs], whose sum is that of the losses
 
 
 def statistics(
-    x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool, kept: Stash | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of the strip x [N, D] against y [M, D], as ``contrastive_fwd``; fills ``kept``."""
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    offset: int,
+    columns: bool,
+    kept: Stash | None,
+    pair_weight: float = 1.0,
+) -> Statistics:
+    """Statistics of the strip x [N, D] against y [M, D], as ``contrastive_fwd``; fills ``kept``.
+
+    The losses, of each direction, are multiplied by ``pair_weight``.
+    """
     n, m = len(x), len(y)
-    row_max, row_sum, positive, column_max, column_sum = (
-        x.new_empty(size, dtype=torch.float32) for size in (n, n, n, *(2 * [m if columns else 0]))
-    )
+    length = m if columns else n
+    block, depth, warps = MERGE if length > ONE_PROGRAM else MERGE_ALL
+    programs = 1 if length <= ONE_PROGRAM else triton.cdiv(length, block)
+    sizes = n, n, *(2 * [m if columns else 0]), n, n, programs
+    out = Statistics(*(x.new_empty(size, dtype=torch.float32) for size in sizes))
     if n == 0:
-        column_max.fill_(-torch.inf)
-        column_sum.zero_()
+        out.column_max.fill_(-torch.inf)
+        out.column_sum.zero_()
+        out.shares.zero_()
     row = launch.choose("stashing" if kept is not None else "forward", x, y)
     wave = _wave_rows(n, m, row)
     blocks_m = triton.cdiv(m, row.block_m)
@@ -174,39 +252,18 @@ def statistics(
             features, options = operands(part, y, row)
             blocks_n = triton.cdiv(len(part), row.block_n)
             forward_kernel[(blocks_n * blocks_m,)](
-                *features, scale, *row_part, *column_part, positive[first:last],
+                *features, scale, *row_part, *column_part, out.positive[first:last],
                 len(part), m, x.shape[1], offset + first, *x.stride(), *y.stride(),
                 COLUMNS=columns, **stash.arguments(kept, first, 0, row), **options,
             )  # fmt: skip
-            _merge(
-                row_part, positive[first:last], row_max[first:last], row_sum[first:last],
-                blocks_m, 0, has_before=False, is_last=True,
+            merge_kernel[(programs,)](
+                *row_part, blocks_m, len(part), *column_part, blocks_n, m,
+                out.positive, out.row_max, out.row_sum, out.column_max, out.column_sum,
+                out.loss, out.shares, n, first, offset, pair_weight * LN2,
+                COLUMNS=columns, HAS_BEFORE=first > 0, IS_LAST=last == n,
+                BLOCK=block, DEPTH=depth, num_warps=warps,
             )  # fmt: skip
-            if columns:
-                _merge(
-                    column_part, positive, column_max, column_sum,
-                    blocks_n, -offset, has_before=first > 0, is_last=last == n,
-                )  # fmt: skip
-    return row_max, row_sum, column_max, column_sum, positive
-
-
-def _merge(
-    part: Tensor,
-    positive: Tensor,
-    out_max: Tensor,
-    out_sum: Tensor,
-    blocks: int,
-    offset: int,
-    *,
-    has_before: bool,
-    is_last: bool,
-) -> None:
-    length = len(out_max)
-    merge_kernel[(triton.cdiv(length, MERGE_BLOCK),)](
-        *part, positive, out_max, out_sum,
-        blocks, length, len(positive), offset,
-        HAS_BEFORE=has_before, IS_LAST=is_last, BLOCK=MERGE_BLOCK, DEPTH=MERGE_DEPTH,
-    )  # fmt: skip
+    return out
 
 
 def _wave_rows(n: int, m: int, row: launch.Launch) -> int:

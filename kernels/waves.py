@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels.launch import Launch
+from protoclip.kernels.wave_finish import finish_kernel, lost_kernel
 
 SCRATCH_BYTES = 128 << 20
 SIDE = 8192  # rows of a chunk where there are more columns than this
@@ -104,61 +105,6 @@ def store_gradient(g, rows, cols, m, g_ptr, column_lost_ptr, stride_g, HALF: tl.
     return tl.sum(lost, 1)
 
 
-@triton.jit
-def _add_blocks(part_ptr, out_ptr, program, blocks, length, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    position = program * BLOCK + tl.arange(0, BLOCK)
-    inside = position < length
-    total = tl.zeros((BLOCK,), tl.float32)
-    if ADD:
-        total = tl.load(out_ptr + position, mask=inside, other=0.0)
-    for first in range(0, blocks, 32):
-        block = first + tl.arange(0, 32)
-        at = block[:, None].to(tl.int64) * length + position[None, :]
-        mask = (block[:, None] < blocks) & inside[None, :]
-        total += tl.sum(tl.load(part_ptr + at, mask=mask, other=0.0), 0)
-    tl.store(out_ptr + position, total, mask=inside)
-
-
-@triton.jit(do_not_specialize=["blocks_m", "n", "blocks_n", "m"])
-def lost_kernel(
-    row_part_ptr, row_out_ptr, blocks_m, n,  # [blocks_m, n], [n]
-    column_part_ptr, column_out_ptr, blocks_n, m,  # [blocks_n, m], [m]
-    ADD_ROWS: tl.constexpr, ADD_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sum a chunk's ``lost`` over blocks, onto those of the chunks before."""
-    program = tl.program_id(0)
-    row_programs = tl.cdiv(n, BLOCK)
-    if program < row_programs:
-        _add_blocks(row_part_ptr, row_out_ptr, program, blocks_m, n, ADD_ROWS, BLOCK)
-    else:
-        program -= row_programs
-        _add_blocks(column_part_ptr, column_out_ptr, program, blocks_n, m, ADD_COLUMNS, BLOCK)
-
-
-@triton.jit(do_not_specialize=["n", "m", "offset"])
-def finish_kernel(
-    sum_ptr, lost_ptr, other_ptr, factor_ptr, grad_ptr,  # [N, D], [N], [M, D], [], [N, D]
-    n, m, d, offset,
-    stride_other_m, stride_other_d,
-    HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """grad = factor (sum + lost * the partner's features), rounded once."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    depth = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = (rows[:, None] < n) & (depth[None, :] < d)
-    at = rows.to(tl.int64)[:, None] * d + depth[None, :]
-    value = tl.load(sum_ptr + at, mask=mask, other=0.0)
-    if HALF:
-        partner = rows.to(tl.int64) + offset
-        paired = (rows < n) & (partner >= 0) & (partner < m)
-        lost = tl.load(lost_ptr + rows, mask=paired, other=0.0)
-        other_at = partner[:, None] * stride_other_m + depth[None, :].to(tl.int64) * stride_other_d
-        other = tl.load(other_ptr + other_at, mask=paired[:, None] & mask, other=0.0)
-        value += lost[:, None] * other.to(tl.float32)
-    value *= tl.load(factor_ptr).to(tl.float32)
-    tl.store(grad_ptr + at, value.to(grad_ptr.dtype.element_ty), mask=mask)
-
-
 def products(
     x: Tensor,
     y: Tensor,
@@ -166,8 +112,11 @@ def products(
     offset: int,
     plan: Plan,
     fill: Callable[[Chunk, Target], None],
+    total: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Let ``fill`` write each chunk of G and accumulate both products.
+
+    Where one chunk holds all of G that is four launches: ``fill``, two products, the finish.
 
     Args:
         x, y: features [N, D], [M, D].
@@ -175,6 +124,7 @@ def products(
         offset: row i's partner is column i + offset.
         plan: from ``plan(x, y, launch)``.
         fill: ``fill(chunk, target)`` launches a kernel that ends in ``store_gradient``.
+        total: values [tiles] that ``fill`` writes and a scalar [] that takes their sum, both fp32.
     Returns:
         dx [N, D], dy [M, D] in the features' dtype.
     """
@@ -194,25 +144,32 @@ def products(
             _multiply(scratch.sum_x[:height], g, y[cols], accumulate=cols.start > 0)
             _multiply(scratch.sum_y[cols], g.T, x[rows], accumulate=rows.start > 0)
             if cols.stop == plan.m:
-                shift = offset + rows.start
-                _finish(scratch.sum_x, scratch.lost_x[rows], y, shift, factor, dx[rows])
-        _finish(scratch.sum_y, scratch.lost_y, x, -offset, factor, dy)
+                _finish(scratch, rows, (dx, dy), (x, y), factor, offset, total)
     return dx, dy
 
 
 class _Scratch:
-    """The buffers of one backward pass, used again by each chunk."""
+    """The buffers of one backward pass, used again by each chunk.
+
+    ``lost_x``, ``lost_y`` [blocks, N], [blocks, M]: what rounding lost, still to be summed over
+    blocks. Those of a single chunk are as its kernel wrote them.
+    """
 
     def __init__(self, x: Tensor, y: Tensor, plan: Plan) -> None:
         self.plan, self.half = plan, x.dtype != torch.float32
         n, m, d = plan.n, plan.m, x.shape[1]
         tall, wide = plan.rows // plan.block_n, plan.cols // plan.block_m
+        self.whole = plan.rows >= n and plan.cols >= m
         lost = (wide * min(plan.rows, n), tall * min(plan.cols, m)) if self.half else (0, 0)
         self.g = x.new_empty(plan.rows * plan.cols)
-        self.sum_x, self.sum_y, self.lost_x, self.lost_y, self.row_lost, self.column_lost = (
+        self.sum_x, self.sum_y, self.row_lost, self.column_lost = (
             x.new_empty(shape, dtype=torch.float32)
-            for shape in ((min(plan.rows, n), d), (m, d), n, m, *lost)
+            for shape in ((min(plan.rows, n), d), (m, d), *lost)
         )
+        if self.whole and self.half:
+            self.lost_x, self.lost_y = self.row_lost.view(wide, n), self.column_lost.view(tall, m)
+        else:
+            self.lost_x, self.lost_y = (x.new_empty((1, k), dtype=torch.float32) for k in (n, m))
 
     def target(self, chunk: Chunk) -> Target:
         height = triton.cdiv(chunk.rows.stop - chunk.rows.start, self.plan.block_n)
@@ -222,26 +179,40 @@ class _Scratch:
         return Target(g, self.row_lost, self.column_lost)
 
     def keep_lost(self, chunk: Chunk, target: Target) -> None:
-        if not self.half:
+        """Sum a chunk's ``lost`` before the next one overwrites it."""
+        if self.whole or not self.half:
             return
         rows, cols, block = chunk.rows, chunk.cols, 64
         height, width = rows.stop - rows.start, cols.stop - cols.start
         lost_kernel[(triton.cdiv(height, block) + triton.cdiv(width, block),)](
-            target.row_lost, self.lost_x[rows], target.g.shape[1] // self.plan.block_m, height,
-            target.column_lost, self.lost_y[cols], target.g.shape[0] // self.plan.block_n, width,
+            target.row_lost, self.lost_x[0, rows], target.g.shape[1] // self.plan.block_m, height,
+            target.column_lost, self.lost_y[0, cols], target.g.shape[0] // self.plan.block_n, width,
             ADD_ROWS=cols.start > 0, ADD_COLUMNS=rows.start > 0, BLOCK=block,
         )  # fmt: skip
 
 
 def _finish(
-    total: Tensor, lost: Tensor, other: Tensor, offset: int, factor: Tensor, out: Tensor
+    scratch: _Scratch,
+    rows: slice,
+    grads: tuple[Tensor, Tensor],
+    features: tuple[Tensor, Tensor],
+    factor: Tensor,
+    offset: int,
+    total: tuple[Tensor, Tensor] | None,
 ) -> None:
-    n, d = out.shape
-    finish_kernel[(triton.cdiv(n, 16), triton.cdiv(d, 128))](
-        total, lost, other, factor, out,
-        n, len(other), d, offset,
-        *other.stride(),
-        HALF=out.dtype != torch.float32, BLOCK_N=16, BLOCK_D=128,
+    """Finish dx of these rows and, where they are the last, dy and the total."""
+    (dx, dy), (x, y), block_n, block_d = grads, features, 16, 128
+    height, (m, d) = rows.stop - rows.start, dy.shape
+    shares, out = total or (None, None)
+    programs = triton.cdiv(height, block_n)
+    if rows.stop == scratch.plan.n:
+        programs += triton.cdiv(m, block_n) + (total is not None)
+    finish_kernel[(programs, triton.cdiv(d, block_d))](
+        scratch.sum_x, scratch.lost_x[:, rows], len(scratch.lost_x), dx[rows], height,
+        scratch.sum_y, scratch.lost_y, len(scratch.lost_y), dy, m,
+        x, y, factor, shares, out, 0 if shares is None else len(shares),
+        len(x), d, rows.start, offset, *x.stride(), *y.stride(),
+        HALF=scratch.half, BLOCK_N=block_n, BLOCK_D=block_d,
     )  # fmt: skip
 
 

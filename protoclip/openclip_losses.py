@@ -140,7 +140,7 @@ class ClipLoss(nn.Module):
         """Mean cross-entropy of rows x [N, D] against all columns y [W * N, D]."""
         backend = resolve("info_nce", "auto", x.device.type, x.dtype)
         offset = self.rank * len(x)
-        return torch.ops.protoclip.contrastive(x, y, scale, offset, False, backend)[0].mean()
+        return torch.ops.protoclip.contrastive(x, y, scale, offset, False, "mean", backend)[0]
 
 
 class SigLipLoss(nn.Module):

@@ -245,8 +245,11 @@ def test_torch_library_opcheck():
     for dtype in (torch.float32, torch.bfloat16):
         x, y = (t.requires_grad_() for t in clustered(12, 6, dtype))
         scale = torch.tensor(5.0, requires_grad=True)
-        torch.library.opcheck(torch.ops.protoclip.contrastive, (x, y, scale, 0, True, "cpu"))
-        torch.library.opcheck(torch.ops.protoclip.contrastive, (x[:5], y, scale, 3, False, "cpu"))
+        for arguments in (
+            (x, y, scale, 0, True, "mean", "cpu"),
+            (x[:5], y, scale, 3, False, "none", "cpu"),
+        ):
+            torch.library.opcheck(torch.ops.protoclip.contrastive, arguments)
 
 
 def test_compiles_into_one_graph():

@@ -63,7 +63,7 @@ def test_same_bits_with_and_without_on_any_number_of_threads(n, d, dtype, monkey
 def test_the_backward_pass_reads_the_stash():
     x, y, scale = _leaves(300, 20, torch.float32)
     op, w = torch.ops.protoclip, torch.ones(300)
-    *_, a, b, c, d, kept = op.contrastive(x, y, scale, 0, True, "cpu", True)
+    *_, a, b, c, d, kept = op.contrastive(x, y, scale, 0, True, "none", "cpu", True)
     assert kept.nbytes == 4 * 384 * 512  # whole tiles of 128 x 256
     rest = (x, y, scale, a, b, c, d, w, w, 0, "cpu")
     dx, *_ = op.contrastive_bwd(*rest, kept)
@@ -106,8 +106,8 @@ def test_only_for_a_gradient_and_within_the_budget(monkeypatch):
 def test_opcheck_rectangles_and_one_graph(dtype):
     x, y, scale = _leaves(256, 6, dtype)  # whole tiles: the room around ragged ones is not written
     op = torch.ops.protoclip.contrastive
-    torch.library.opcheck(op, (x, y, scale, 0, True, "cpu", True))
-    torch.library.opcheck(op, (x[:128], y, scale, 3, False, "cpu", True))
+    torch.library.opcheck(op, (x, y, scale, 0, True, "mean", "cpu", True))
+    torch.library.opcheck(op, (x[:128], y, scale, 3, False, "none", "cpu", True))
 
     def loss(x, y, scale):
         return protoclip.info_nce(x, y, scale, backend="cpu")

@@ -86,6 +86,26 @@ def test_fp16_keeps_small_weights():
     _assert_info_nce(x.mul_(8), y, 30.0, torch.rand(70) * 1e-6)
 
 
+@pytest.mark.parametrize("one_program", [64, 1024])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reductions(monkeypatch, dtype, reduction, one_program):
+    """The sum of the losses from one program or several; one upstream gradient for all pairs."""
+    from protoclip.kernels import info_nce_forward
+
+    monkeypatch.setattr(info_nce_forward, "ONE_PROGRAM", one_program)
+    results = []
+    for wide, backend in ((dtype, "triton"), (torch.float64, "reference"), (dtype, "reference")):
+        leaves = [t.to(wide).requires_grad_() for t in _features(100, 24, "cones", dtype)]
+        leaves.append(
+            torch.tensor(14.3, device=DEVICE, dtype=torch.promote_types(wide, torch.float))
+        )
+        loss = protoclip.info_nce(*leaves, reduction=reduction, backend=backend)
+        results.append([loss.detach(), *torch.autograd.grad(-2.5 * loss, leaves[:2])])
+    for name, got, truth, base in zip(("loss", "dx", "dy"), *results, strict=True):
+        assert_within_budget(got, truth, base, name)
+
+
 def _strip(x, y, offset, columns, weights, module):
     scale = torch.tensor(12.0, dtype=torch.promote_types(x.dtype, torch.float32), device=DEVICE)
     stats = module.contrastive_fwd(x, y, scale, offset, columns)
@@ -141,9 +161,11 @@ def test_positives_outside_the_columns_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_waves_and_chunks(monkeypatch, dtype):
-    """Bounds so small that the forward takes several waves and the backward 3 x 2 chunks."""
+    """Bounds so small that the forward takes several waves, merged by several programs, and the
+    backward 3 x 2 chunks."""
     from protoclip.kernels import info_nce_forward, waves
 
+    monkeypatch.setattr(info_nce_forward, "ONE_PROGRAM", 64)
     monkeypatch.setattr(info_nce_forward, "PARTIAL_BYTES", 8 * (32 * 2 + 161) * 2)
     monkeypatch.setattr(waves, "SIDE", 64)
     monkeypatch.setattr(waves, "SCRATCH_BYTES", 64 * 128 * dtype.itemsize)
@@ -225,7 +247,8 @@ def test_opcheck():
     scale = torch.tensor(20.0, device=DEVICE, requires_grad=True)
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
     for op, arguments in (
-        (torch.ops.protoclip.contrastive, (x, y, scale, 0, True, "triton")),
+        (torch.ops.protoclip.contrastive, (x, y, scale, 0, True, "none", "triton")),
+        (torch.ops.protoclip.contrastive, (x, y, scale, 0, True, "mean", "triton")),
         (torch.ops.protoclip.sigmoid_loss, (x, y, scale, -scale.detach(), 0, True, "triton")),
     ):
         torch.library.opcheck(op, arguments, test_utils=checks)

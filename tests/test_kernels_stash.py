@@ -100,7 +100,7 @@ def test_the_backward_pass_reads_the_stash_and_little_else():
     """Tiles off the diagonal come from the stash: other codes there, other gradients."""
     x, y = _features(140, 20, "cones", torch.float32)
     scale, op = torch.tensor(9.0, device=DEVICE), torch.ops.protoclip
-    *_, a, b, c, d, kept = op.contrastive(x, y, scale, 0, True, "triton", True)
+    *_, a, b, c, d, kept = op.contrastive(x, y, scale, 0, True, "none", "triton", True)
     w = torch.ones(140, device=DEVICE)
     dx, *_ = op.contrastive_bwd(x, y, scale, a, b, c, d, w, w, 0, "triton", kept)
     changed, *_ = op.contrastive_bwd(
@@ -128,7 +128,7 @@ def test_opcheck_and_one_graph():
     scale = torch.tensor(20.0, device=DEVICE, requires_grad=True)
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
     op = torch.ops.protoclip.contrastive
-    torch.library.opcheck(op, (x, y, scale, 0, True, "triton", True), test_utils=checks)
+    torch.library.opcheck(op, (x, y, scale, 0, True, "mean", "triton", True), test_utils=checks)
 
     def loss(x, y, scale):
         return protoclip.info_nce(x, y, scale, backend="triton", stash=True)

@@ -79,7 +79,7 @@ def test_the_strip_is_cross_entropy_of_its_rows(offset):
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     y = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
     s = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    rows, *_ = torch.ops.protoclip.contrastive(x, y, s, offset, False, "reference")
+    rows, *_ = torch.ops.protoclip.contrastive(x, y, s, offset, False, "none", "reference")
     want = F.cross_entropy(s * x @ y.T, torch.arange(5) + offset, reduction="none")
     torch.testing.assert_close(rows, want, rtol=1e-12, atol=1e-12)
     upstream = torch.randn(5, dtype=torch.float64)
@@ -94,7 +94,9 @@ def test_the_strip_is_cross_entropy_of_its_rows(offset):
 def test_opcheck_of_the_strip():
     x, y = (torch.randn(5, 4, requires_grad=True) for _ in range(2))
     s = torch.tensor(2.0, requires_grad=True)
-    torch.library.opcheck(torch.ops.protoclip.contrastive.default, (x, y, s, 0, True, "reference"))
+    for reduction in ("none", "sum", "mean"):
+        arguments = x, y, s, 0, True, reduction, "reference"
+        torch.library.opcheck(torch.ops.protoclip.contrastive.default, arguments)
 
 
 @pytest.mark.parametrize("backend", usable("kmeans_assign"))

@@ -10,6 +10,7 @@ positives), dx = scale * G y, dy = scale * G^T x, dscale = sum G * (x.y).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from protoclip.ops import checks, reference
 from protoclip.ops.backends import implementation, resolve
 
 LN2 = math.log(2.0)
+FUSED_LOSS = ("triton",)  # backends whose kernels also take the loss, and weigh its gradient
 # Backends with a stash: True where it costs no bit, so that they keep it unless told not to.
 KEEP_LOGITS = {"cpu": True, "triton": False}
 
@@ -35,11 +37,11 @@ _lib.define(
 _lib.define(
     "contrastive_bwd(Tensor x, Tensor y, Tensor scale, Tensor row_max, Tensor row_sum,"
     " Tensor column_max, Tensor column_sum, Tensor row_weight, Tensor column_weight, int offset,"
-    " str backend, Tensor? stash=None) -> (Tensor, Tensor, Tensor)"
+    " str backend, Tensor? stash=None, str? reduction=None) -> (Tensor, Tensor, Tensor)"
 )
 _lib.define(
-    "contrastive(Tensor x, Tensor y, Tensor scale, int offset, bool columns, str backend,"
-    " bool stash=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "contrastive(Tensor x, Tensor y, Tensor scale, int offset, bool columns, str reduction,"
+    " str backend, bool stash=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -62,26 +64,30 @@ def _bwd(
     offset: int,
     backend: str,
     stash: Tensor | None = None,
+    reduction: str | None = None,
 ):
     """-> dx, dy in the inputs' dtypes, dscale fp32 []. ``column_*`` are [0] without columns.
 
     The positive's weight is row_weight[i] + column_weight[i + offset] (the latter where given).
-    ``stash`` is that of ``contrastive``; empty or None: the logits are formed again."""
+    ``stash`` is that of ``contrastive``; empty or None: the logits are formed again. With a
+    ``reduction`` the weights are upstream gradients of ``contrastive``; they may have stride 0."""
     run = implementation("info_nce", backend, "contrastive_bwd")
-    kept = () if stash is None or not stash.numel() else (stash,)
-    return run(
-        x,
-        y,
-        scale,
-        row_max,
-        row_sum,
-        column_max,
-        column_sum,
-        row_weight,
-        column_weight,
-        offset,
-        *kept,
-    )
+    kept = stash if stash is not None and stash.numel() else None
+    options: dict[str, Any] = {} if kept is None else {"kept": kept}
+    if reduction is not None:
+        weight = _direction_weight(reduction, x.shape[0], len(column_max) > 0)
+        if backend in FUSED_LOSS:
+            options["pair_weight"] = weight
+        else:
+            row_weight, column_weight = row_weight * weight, column_weight * weight
+    statistics = row_max, row_sum, column_max, column_sum
+    return run(x, y, scale, *statistics, row_weight, column_weight, offset, **options)
+
+
+def _direction_weight(reduction: str, n: int, columns: bool) -> float:
+    """What the loss of a pair in one direction is multiplied by."""
+    weight = 0.5 if columns else 1.0
+    return weight / max(n, 1) if reduction == "mean" else weight
 
 
 def _stash_size(x: Tensor, y: Tensor, backend: str, stash: bool):
@@ -97,20 +103,27 @@ def _contrastive(
     scale: Tensor,
     offset: int,
     columns: bool,
+    reduction: str,
     backend: str,
     stash: bool = False,
 ):
-    """-> row losses [N], column losses [N] (or [0]), then what is kept for backward: the four
-    statistics and the stash (or [0])."""
+    """-> the loss, then what is kept for backward: the four statistics and the stash (or [0]).
+
+    The loss of a row; with columns, which takes as many as rows, half the sum of both directions.
+    [N], or [] for "mean" and "sum"."""
     kept = x.new_empty(_stash_size(x, y, backend, stash), dtype=torch.int16)
+    options = {"kept": kept} if kept.numel() else {}
+    weight, summed = _direction_weight(reduction, x.shape[0], columns), reduction != "none"
+    if backend in FUSED_LOSS:
+        run = implementation("info_nce", backend, "contrastive")
+        return *run(x, y, scale, offset, columns, weight, summed, **options), kept
     run = implementation("info_nce", backend, "contrastive_fwd")
-    stats = run(x, y, scale, offset, columns, *((kept,) if kept.numel() else ()))
-    row_max, row_sum, column_max, column_sum, positive = stats
-    row_loss = LN2 * (row_sum.log2() + (row_max - positive))
-    column_loss = (
-        LN2 * (column_sum.log2() + (column_max - positive)) if columns else row_loss.new_empty(0)
-    )
-    return row_loss, column_loss, row_max, row_sum, column_max, column_sum, kept
+    *stats, positive = run(x, y, scale, offset, columns, **options)
+    row_max, row_sum, column_max, column_sum = stats
+    loss = row_sum.log2() + (row_max - positive)
+    if columns:
+        loss = loss + (column_sum.log2() + (column_max - positive))
+    return (loss.sum() if summed else loss) * (LN2 * weight), *stats, kept
 
 
 def _fake_fwd(x, y, scale, offset, columns, backend):
@@ -123,25 +136,23 @@ def _fake_bwd(x, y, scale, *_):
     return dx, dy, x.new_empty((), dtype=accumulator(x))
 
 
-def _fake_contrastive(x, y, scale, offset, columns, backend, stash=False):
+def _fake_contrastive(x, y, scale, offset, columns, reduction, backend, stash=False):
     n, m = x.shape[0], y.shape[0] if columns else 0
-    sizes = (n, n if columns else 0, n, n, m, m)
+    shapes = (n if reduction == "none" else ()), n, n, m, m
     kept = x.new_empty(_stash_size(x, y, backend, stash), dtype=torch.int16)
-    return *(x.new_empty(s, dtype=accumulator(x)) for s in sizes), kept
+    return *(x.new_empty(s, dtype=accumulator(x)) for s in shapes), kept
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, y, scale, ctx.offset, _, ctx.backend, _ = inputs
-    ctx.save_for_backward(x, y, scale, *output[2:])
+    x, y, scale, ctx.offset, _, ctx.reduction, ctx.backend, _ = inputs
+    ctx.save_for_backward(x, y, scale, *output[1:])
     ctx.set_materialize_grads(False)  # those of the statistics: nobody's
 
 
-def _autograd(ctx, row_grad, column_grad, *_):
+def _autograd(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 8
     x, y, scale, row_max, row_sum, column_max, column_sum, stash = ctx.saved_tensors
-    if row_grad is None:
-        row_grad = torch.zeros_like(row_max)
-    if column_grad is None:
-        column_grad = torch.zeros_like(column_max)
     dx, dy, dscale = torch.ops.protoclip.contrastive_bwd(
         x,
         y,
@@ -150,14 +161,15 @@ def _autograd(ctx, row_grad, column_grad, *_):
         row_sum,
         column_max,
         column_sum,
-        row_grad,
-        column_grad,
+        grad.expand(row_max.shape),
+        grad.expand(column_max.shape) if column_max.shape[0] else column_max,
         ctx.offset,
         ctx.backend,
         stash,
+        ctx.reduction,
     )
     dscale = dscale.to(scale.dtype).reshape(scale.shape)
-    return dx, dy, dscale, None, None, None, None
+    return dx, dy, dscale, None, None, None, None, None
 
 
 for _name, _impl, _fake in (
@@ -234,19 +246,15 @@ def info_nce(
         )
     checks.reduction(op, reduction)
     scale = checks.scalar(op, "logit_scale", logit_scale, image_features.device)
-    losses = _pair_losses(image_features, text_features, scale, backend, stash)
-    return reduce(losses, reduction, len(losses))
-
-
-def _pair_losses(x: Tensor, y: Tensor, scale: Tensor, backend: str, stash: bool | None) -> Tensor:
-    name = resolve("info_nce", backend, x.device.type, x.dtype)
+    name = resolve(op, backend, image_features.device.type, image_features.dtype)
+    inputs = image_features, text_features, scale
     if name == "reference":
-        with torch.autocast(x.device.type, enabled=False):
-            return reference.info_nce(x, y, scale)
+        with torch.autocast(image_features.device.type, enabled=False):
+            losses = reference.info_nce(*inputs)
+        return reduce(losses, reduction, len(losses))
     keep = KEEP_LOGITS.get(name, False) if stash is None else stash
-    keep = keep and torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, scale))
-    rows, columns, *_ = torch.ops.protoclip.contrastive(x, y, scale, 0, True, name, keep)
-    return (rows + columns) / 2
+    keep = keep and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    return torch.ops.protoclip.contrastive(*inputs, 0, True, reduction, name, keep)[0]
 
 
 def reduce(losses: Tensor, reduction: str, count: int | Tensor) -> Tensor:

@@ -24,11 +24,11 @@ def stash_size(n: int, m: int) -> int:
 
 
 def contrastive_fwd(
-    x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool, stash: Tensor | None = None
+    x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of the strip x [N, D] against y [M, D]; its products are left in ``stash``."""
+    """Statistics of the strip x [N, D] against y [M, D]; its products are left in ``kept``."""
     return torch.ops.protoclip_native.contrastive_fwd(
-        x, y, scale, offset, columns, ARITHMETIC, stash
+        x, y, scale, offset, columns, ARITHMETIC, kept
     )
 
 
@@ -43,11 +43,11 @@ def contrastive_bwd(
     row_weight: Tensor,
     column_weight: Tensor,
     offset: int,
-    stash: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dx, dy (inputs' dtype) and dscale (fp32) of the strip."""
     stats = row_max, row_sum, column_max, column_sum
     weights = row_weight, column_weight
     return torch.ops.protoclip_native.contrastive_bwd(
-        x, y, scale, *stats, *weights, offset, ARITHMETIC, stash
+        x, y, scale, *stats, *weights, offset, ARITHMETIC, kept
     )
