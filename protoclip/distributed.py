@@ -73,18 +73,34 @@ def generator(*stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(state)
 
 
-def open_store(place: Place, name: str) -> dist.Store:
-    """A new connection to the store of all processes, for keys of one purpose."""
-    launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+def hosts_store(place: Place) -> bool:
+    """Whether the store of all processes is in this one, and not in a launcher's."""
+    return place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def open_store(place: Place, name: str, timeout: float = 300.0) -> dist.Store:
+    """A new connection to the store of all processes, for keys of one purpose.
+
+    Raises:
+        ValueError: there is none within ``timeout`` seconds, or its port is taken.
+    """
     host, port = place.master
-    store = dist.TCPStore(
-        host,
-        port,
-        place.world_size,
-        is_master=place.rank == 0 and not launcher,
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
+    try:
+        store = dist.TCPStore(
+            host,
+            port,
+            place.world_size,
+            is_master=hosts_store(place),
+            wait_for_workers=False,
+            timeout=datetime.timedelta(seconds=timeout),
+            multi_tenant=True,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"distributed: rank {place.rank} of {place.world_size} cannot meet the others at "
+            f"{host}:{port} ({str(error).splitlines()[0]}); start all ranks, or set MASTER_ADDR to "
+            "the machine of rank 0 and MASTER_PORT to a free port there"
+        ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"protoclip/{attempt}/{name}", store)
 
@@ -223,6 +239,21 @@ def broadcast(*tensors: Tensor) -> None:
     if is_distributed():
         for tensor in tensors:
             dist.broadcast(tensor, 0)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return gather_rows(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return scatter_sums(grad)
+
+
+def gathered_rows(rows: Tensor) -> Tensor:
+    """[B, D] of each rank -> [W * B, D], with the gradient of the sum of all ranks' losses."""
+    return _Gather.apply(rows) if is_distributed() else rows
 
 
 class _Mean(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """Which rank is missing, and in which phase: every rank reports, the others look when they wait.
 
 A thread of each rank writes to the store of the processes how many phases it has entered. Rank 0
-reads all reports, the others that of rank 0 and its verdict, so the store serves O(ranks) a beat.
+reads all reports, the others that of rank 0, so the store serves O(ranks) a beat. Whoever finds a
+rank missing, or fails itself, leaves a verdict there: the exit code with which all end.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from protoclip import distributed
 from protoclip.launchers import Place
 
 EXIT_CODE = 70  # of a rank that ends because another is missing
-NOTHING = "-"
+PATIENCE = 60.0  # seconds that a rank may start later than another
+NOTHING = "-"  # no verdict yet
 ERRORS = (RuntimeError, OSError)  # what a store raises that has lost its host
 
 
@@ -52,7 +54,8 @@ def enter(phase: str) -> None:
 def watched(place: Place, timeout: float, name: str) -> Iterator[Heartbeat]:
     """Watch the ranks, on a connection of its own, while the block runs."""
     global _active
-    _active = Heartbeat(place, distributed.open_store(place, "heartbeat"), timeout, name)
+    store = distributed.open_store(place, "heartbeat", max(timeout, PATIENCE))
+    _active = Heartbeat(place, store, timeout, name)
     try:
         yield _active
     finally:
@@ -110,9 +113,9 @@ class Heartbeat:
                 with self._lock:
                     self._report()
                     self._look(range(self.place.world_size))
+                    gone = self._gone(silent_for) or self._dead()
             except ERRORS:
                 return self._hostless()
-            gone = self._gone(silent_for) or self._dead()
             if gone:
                 return self._message(gone, "is gone")
             time.sleep(self.pause / 2)
@@ -125,13 +128,17 @@ class Heartbeat:
                 with self._lock:
                     self._report()
                     self._look(range(self.place.world_size) if everyone else (0,))
-                    verdict = self.store.get("verdict")
+                    verdict = self.store.get("verdict").decode()
+                    dead = self._dead()
             except ERRORS:
                 self._end(self._hostless(), say=self.place.rank == 1)
-            if verdict.decode() != NOTHING:
-                self._end("", say=False)
+            if verdict != NOTHING:
+                self._stopped.wait(2 * self.pause)  # it may be about to end by itself
+                os._exit(int(verdict))
             gone, behind = self._gone(self.timeout), self._behind()
-            if gone or behind:
+            if dead:
+                self._end(self._message(dead, "is gone"))
+            elif gone or behind:
                 how = "has given no sign" if gone else "has not moved"
                 self._end(self._message(gone or behind, f"{how} for {self.timeout:g} s"))
 
@@ -141,7 +148,7 @@ class Heartbeat:
         self._own = Beat(own.number + 1, *beat[1:])  # type: ignore[arg-type]
         self.store.set(f"beat{self.place.rank}", json.dumps(beat))
 
-    def _look(self, ranks: range | tuple[int, ...]) -> None:
+    def _look(self, ranks: Iterable[int]) -> None:
         """Read reports; a rank that has not reported yet is not waited for."""
         now = time.monotonic()
         for number in ranks:
@@ -163,12 +170,19 @@ class Heartbeat:
         ]
 
     def _dead(self) -> list[int]:
-        """Ranks of this machine whose process is no more."""
-        return [
-            number
-            for number, (beat, _, _) in self._seen.items()
-            if beat.host == self._own.host and not beat.ended and _is_dead(beat.process)
-        ]
+        """Ranks of this machine whose process is no more, though they had not ended."""
+
+        def found() -> list[int]:
+            return [
+                number
+                for number, (beat, _, _) in self._seen.items()
+                if beat.host == self._own.host and not beat.ended and _is_dead(beat.process)
+            ]
+
+        dead = found()
+        if dead:  # its last report may be newer than what was read before it died
+            self._look(dead)
+        return found() if dead else dead
 
     def _behind(self) -> list[int]:
         """Ranks in an earlier phase than another, for longer than the time-out."""
@@ -201,23 +215,32 @@ class Heartbeat:
             f"{self._own.phase!r}. All ranks end; --resume goes on from the last checkpoint"
         )
 
-    def say(self, message: str) -> None:
-        """Print a message that all ranks have, once."""
+    def say(self, message: str, trace: str = "") -> None:
+        """Print a message that all ranks may have, once, below a ``trace``."""
         first = True
-        with contextlib.suppress(*ERRORS):
+        with contextlib.suppress(*ERRORS), self._lock:
             first = self.store.add("said", 1) == 1
         if first:
-            print(f"{self.name}: error: {message}", file=sys.stderr, flush=True)
+            print(f"{trace}{self.name}: error: {message}", file=sys.stderr, flush=True)
+
+    def fail(self, message: str, code: int, trace: str = "") -> None:
+        """This rank cannot go on: say why, once, and let the others end with the same code."""
+        own = self.place
+        where = f"rank {own.rank} of {own.world_size}, phase {self._own.phase!r}"
+        self.say(f"{message} ({where})", trace)
+        self._condemn(code)
 
     def _end(self, message: str, say: bool = True) -> None:
-        with contextlib.suppress(*ERRORS):
-            if message:
-                self.store.set("verdict", message)
         if say:
             self.say(message)
-        if self.place.rank == 0 and say:
-            time.sleep(2 * self.pause)  # the others read the verdict from a store that may be here
+        self._condemn(EXIT_CODE)
         os._exit(EXIT_CODE)
+
+    def _condemn(self, code: int) -> None:
+        with contextlib.suppress(*ERRORS), self._lock:
+            self.store.set("verdict", str(code))
+        if distributed.hosts_store(self.place):
+            time.sleep(2 * self.pause)  # until the others have read it
 
 
 def _is_dead(process: int) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from protoclip.clustering import IGNORE
 from protoclip.config import LossConfig
-from protoclip.distributed import is_distributed, mean_over_ranks
+from protoclip.distributed import gathered_rows, is_distributed, mean_over_ranks, rank
 from protoclip.episode import Episode, PrototypeSet
 from protoclip.global_losses import global_info_nce
 from protoclip.model import Encoded
@@ -58,8 +58,7 @@ class ProtoLoss(nn.Module):
     ) -> Losses:
         """The losses of a batch of B pairs; with several ranks, of each one's share.
 
-        The mean over ranks of ``total`` and of its gradients are those of the whole batch
-        (distillation alone compares within a rank's share).
+        The mean over ranks of ``total`` and of its gradients are those of the whole batch.
 
         Args:
             encoded: [B, D] each, not normalised; float32, bfloat16 or float16.
@@ -138,22 +137,23 @@ def _over_ranks(losses: Tensor, banks: Sequence[Bank]) -> Tensor:
 def similarity_distillation(
     projected: Encoded, teacher: Tensor, scale: Tensor, temperature: float
 ) -> Tensor:
-    """KL of each student's similarities within the batch from the teacher's; a scalar, nats.
+    """KL of each student's similarities within the global batch from the teacher's; in nats.
 
-    Row i compares sample i with the B - 1 others: teacher softmax_j(t_i . t_j / temperature),
-    student softmax_j(scale h_i . h_j); the mean over rows and over the two students.
+    Row i compares sample i with the G - 1 others: teacher softmax_j(t_i . t_j / temperature),
+    student softmax_j(scale h_i . h_j); the mean over this rank's rows and over the two students, a
+    scalar. Memory O(B G), unlike the other losses': it is a control.
 
     Args:
-        projected: [B, Dh] each, unit rows, B >= 3.
+        projected: [B, Dh] each, unit rows, G = W B >= 3.
         teacher: [B, d], any length.
         scale: the multiplier of the prototype terms.
         temperature: of the teacher, > 0.
     """
     t = F.normalize(teacher.float(), dim=1)
-    target = F.log_softmax(_without_diagonal(t @ t.T) / temperature, dim=1)
+    target = F.log_softmax(_to_others(t) / temperature, dim=1)
     losses = [
         F.kl_div(
-            F.log_softmax(scale * _without_diagonal(h @ h.T), dim=1),
+            F.log_softmax(scale * _to_others(h), dim=1),
             target.to(h),
             reduction="batchmean",
             log_target=True,
@@ -163,10 +163,13 @@ def similarity_distillation(
     return (losses[0] + losses[1]) / 2
 
 
-def _without_diagonal(square: Tensor) -> Tensor:
-    """[B, B] -> [B, B - 1], without waiting for the device to count a mask."""
-    n = len(square)
-    return square.flatten()[1:].view(n - 1, n + 1)[:, :-1].reshape(n, n - 1)
+def _to_others(rows: Tensor) -> Tensor:
+    """This rank's [B, d] -> their products with the rows of all ranks but themselves, [B, G - 1],
+    the next one first."""
+    products = rows @ gathered_rows(rows).T
+    b, g = products.shape
+    others = rank() * b + 1 + torch.arange(b, device=rows.device)[:, None]
+    return products.gather(1, (others + torch.arange(g - 1, device=rows.device)) % g)
 
 
 def _normalise(features: Tensor) -> Tensor:

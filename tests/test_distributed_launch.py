@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from ranks import CONTEXT, free_port
@@ -30,7 +31,11 @@ def arguments(folder, name, *flags):
     ]  # fmt: skip
 
 
-def _run(folder, argv, number, ranks, port):
+TORCHRUN = {"RANK": "{rank}", "WORLD_SIZE": "2", "LOCAL_RANK": "{rank}"}
+TORCHRUN |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}"}
+
+
+def _run(folder, argv, number, env, fault):
     """A rank: protoclip.train with its output in a file."""
     import torch
 
@@ -41,17 +46,21 @@ def _run(folder, argv, number, ranks, port):
     handle = os.open(f"rank{number}.log", os.O_CREAT | os.O_WRONLY)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(number)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= env
+    if number == 1 and fault:
+        fault()
     sys.exit(main(argv))
 
 
-def started(folder, argv, ranks=2):
+def started(folder, argv, variables=TORCHRUN, fault=None):
+    """Two ranks; ``fault`` is called by rank 1 before it begins."""
     port = free_port()
-    processes = [
-        CONTEXT.Process(target=_run, args=(folder, argv, number, ranks, port), daemon=True)
-        for number in range(ranks)
-    ]
+    processes = []
+    for rank in range(2):
+        env = {name: text.format(rank=rank, port=port) for name, text in variables.items()}
+        processes.append(
+            CONTEXT.Process(target=_run, args=(folder, argv, rank, env, fault), daemon=True)
+        )
     for process in processes:
         process.start()
     return processes
@@ -75,13 +84,18 @@ def wait_for_steps(folder, name, processes, limit=60):
     while time.monotonic() < deadline:
         if metrics.exists() and len(metrics.read_text().splitlines()) >= 2:
             return
-        assert all(process.is_alive() for process in processes), logs(folder)
+        assert all(_alive(process) for process in processes), logs(folder)
         time.sleep(0.05)
     pytest.fail("no step in time:\n" + "\n".join(logs(folder)))
 
 
+def _alive(process):
+    return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
+
+
 def logs(folder):
-    return [(folder / f"rank{number}.log").read_text() for number in range(2)]
+    """What each rank has said; nothing where torchrun hands it on."""
+    return [path.read_text() for path in sorted(folder.glob("rank*.log"))]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +126,100 @@ def test_a_mistake_is_said_once(tmp_path):
     assert ended(processes, 60) == [2, 2]
     together = "".join(logs(tmp_path))
     assert together.count("--k: expected") == 1 and "Traceback" not in together
+
+
+def broken_step():
+    """The third step raises what nobody expects."""
+    from protoclip.training.stepper import Stepper
+
+    step, calls = Stepper.step, []
+
+    def raising(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyError("a mistake of the program")
+        return step(self, *args)
+
+    Stepper.step = raising
+
+
+def broken_pictures():
+    """This rank's disk has lost the pictures."""
+    from protoclip.data import DataError
+    from protoclip.data.shapes import ShapesDataset
+
+    def image(self, position):
+        raise DataError(f"sample {position}: the picture is gone")
+
+    ShapesDataset.image = image
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "words"),
+    [
+        (broken_step, 1, "KeyError: 'a mistake of the program'; all ranks end (rank 1 of 2, phase"),
+        (broken_pictures, 2, "the picture is gone"),
+    ],
+    ids=["exception", "bad data"],
+)
+def test_a_rank_that_fails_ends_the_others(tmp_path, fault, code, words):
+    flags = "--max-steps", "1000", "--epochs", "1000", "--dist-timeout", "20"
+    processes = started(tmp_path, arguments(tmp_path, "fails", *flags), fault=fault)
+    codes = ended(processes, 30)
+    said = logs(tmp_path)
+    assert codes[1] == code and codes[0] in (code, EXIT_CODE), said
+    together = "".join(said)
+    assert words in together and together.count("error:") == 1, together
+    assert "(rank 1 of 2, phase" in together
+    assert together.count("Traceback") == (code == 1)
+
+
+LAUNCHERS = {
+    "srun": {
+        "SLURM_PROCID": "{rank}", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2",
+        "SLURM_LOCALID": "{rank}", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "{port}",
+    },
+    "mpirun": {
+        "OMPI_COMM_WORLD_RANK": "{rank}", "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "{rank}", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        "PMIX_NAMESPACE": "prterun-host-{port}@1",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_other_launchers_variables_are_enough(tmp_path, launcher):
+    argv = arguments(tmp_path, "run", "--max-steps", "2")
+    processes = started(tmp_path, argv, LAUNCHERS[launcher])
+    assert ended(processes, 60) == [0, 0], logs(tmp_path)
+    said = logs(tmp_path)
+    assert "2 steps of 24" in said[0] and "2 ranks" in said[0] and "done: " not in said[1]
+
+
+def worker(process, rank):
+    """The process of a rank under torchrun."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    wanted = f"RANK={rank}"
+    return next(
+        int(child)
+        for child in children
+        if wanted in Path(f"/proc/{child}/environ").read_text().split("\0")
+    )
+
+
+def test_torchrun_ends_when_a_rank_is_killed(tmp_path):
+    """Rank 0, whose store is in torchrun's agent here and outlives it."""
+    flags = "--max-steps", "100000", "--epochs", "100000", "--dist-timeout", "20"
+    process = torchrun(tmp_path, arguments(tmp_path, "lost", *flags), "--nproc-per-node", "2")
+    try:
+        wait_for_steps(tmp_path, "lost", [process])
+        os.kill(worker(process, 0), signal.SIGKILL)
+        said = process.communicate(timeout=20)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 1, said
+    message = next(line for line in said.splitlines() if "protoclip.train: error:" in line)
+    assert "error: rank 0 of 2" in message and "is gone" in message and "in phase" in message
 
 
 def environment():
@@ -156,5 +264,9 @@ def test_launchers_are_recognised():
     assert place.master == ("gpu07", 23456)
     batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}
     assert find_place(batch_script).world_size == 1
+    mpirun = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}
+    assert find_place(mpirun).master == ("127.0.0.1", 20000)
+    with pytest.raises(ValueError, match="mpirun -x MASTER_ADDR"):
+        find_place({**mpirun, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
     with pytest.raises(ValueError, match="RANK"):
         find_place({"RANK": "4", "WORLD_SIZE": "4"})

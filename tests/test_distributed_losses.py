@@ -1,5 +1,6 @@
 """Losses and gradients over 1 to 4 ranks are those of one process with the whole batch."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from protoclip import distributed
 from protoclip.distributed import GlobalBatchNorm1d
 from protoclip.global_losses import global_info_nce, global_sigmoid_loss
 from protoclip.launchers import find_place
+from protoclip.losses import similarity_distillation
+from protoclip.model import Encoded
 from protoclip.ops import siglip
 
 G, D = 96, 20  # of 1, 2, 3 and 4 equal shares
@@ -72,6 +75,7 @@ def of_rank():
                      (value.detach(), *(t.grad for t in leaves[2:]))]  # fmt: skip
             rows = [distributed.gather_slices(t, G) for t in rows]
             results.append([t.numpy() for t in (means[0], *rows, *means[1:])])
+    results.append(distillation(own))
     results.append(batch_norm(own))
     results.append(refusal())
     distributed.stop()
@@ -87,6 +91,19 @@ def batch_norm(own):
     means = [distributed.sum_over_ranks(p.grad.clone()) for p in norm.parameters()]
     rows = [distributed.gather_slices(t, G) for t in (y.detach(), x.grad)]
     return [t.numpy() for t in (*rows, *means, norm.running_mean, norm.running_var)]
+
+
+def distillation(own):
+    """The loss and the gradients of both students and of the scale."""
+    students = [t[own].clone().requires_grad_() for t in features()]
+    scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+    teacher = features(seed=7)[0].float()[own]
+    loss = similarity_distillation(Encoded(*students), teacher, scale, 0.2)
+    loss.backward()
+    ranks = distributed.world_size()
+    rows = [distributed.gather_slices(t.grad / ranks, G) for t in students]
+    means = [distributed.mean_over_ranks(t) for t in (loss.detach(), scale.grad)]
+    return [t.numpy() for t in (*means, *rows)]
 
 
 def norm_and_input(kind=GlobalBatchNorm1d):
@@ -106,8 +123,10 @@ def refusal():
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_ranks_give_the_loss_and_gradients_of_the_whole_batch(ranks):
     found = on_ranks(ranks, of_rank)
-    *results, norms, message = found[0]
+    *results, distilled, norms, message = found[0]
     assert "one text per image" in message
+    for got, want in zip(distilled, distillation(slice(None)), strict=True):
+        assert np.abs(got - want).max() <= 1e-12 * max(1, np.abs(want).max())
     results = [[torch.from_numpy(a) for a in r] for r in results]
     pairs = zip(results[::2], results[1::2], strict=True)
     for (dtype, _, scale), pair in zip(KINDS, pairs, strict=True):

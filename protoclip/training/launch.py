@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +34,7 @@ def on_all_ranks(
 ) -> int:
     """Run ``work`` on every rank; the exit code is 0, or 2 for a user's mistake, said once.
 
-    A rank that dies or hangs ends the others: they say which it is and in which phase it was.
+    A rank that fails, dies or hangs ends the others; it is named, with its phase.
 
     Args:
         work: raises ValueError or OSError for a user's mistake.
@@ -49,18 +48,19 @@ def on_all_ranks(
             distributed.start(place, choose_device(device), timeout + GRACE, backend)
             work()
         except (ValueError, OSError) as error:
-            watch.say(str(error))
+            watch.fail(str(error), 2)
             return 2
         except KeyboardInterrupt:
             watch.say("interrupted")
             return 130
-        except RuntimeError:
+        except Exception as error:
             # The launcher ends the others too; what is known is said first.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             trace = traceback.format_exc()
-            missing = watch.explain()
+            # A collective fails where another rank is missing, and then that is the news.
+            missing = watch.explain() if isinstance(error, RuntimeError) else None
             if missing is None:
-                print(trace, file=sys.stderr, flush=True)
+                watch.fail(f"{type(error).__name__}: {error}; all ranks end", 1, trace)
                 os._exit(1)
             watch.say(missing)
             os._exit(heartbeat.EXIT_CODE)

@@ -239,14 +239,16 @@ class Trainer:
             "logit_scale_proto_raw": self.model.logit_scale_proto,
             "grad_norm": norm,
             **norms_by_part(self.model, norm, self.config.optim.grad_clip_norm),
+            "bad_samples": torch.tensor(len(self.faults.positions), device=self.device),
         }
         values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()])
         means = mean_over_ranks(values).tolist()
         record = {k: v for k, v in zip(scalars, means, strict=True) if math.isfinite(v)}
         if self.guard.total:
             record["bad_steps"] = self.guard.total
-        if self.faults.count:
-            record["bad_samples"] = self.faults.count
+        bad = self.faults.known + world_size() * record.pop("bad_samples")  # each rank has its own
+        if bad:
+            record["bad_samples"] = round(bad)
         now, step = time.perf_counter(), self.step
         then, last = self._logged_at
         self._logged_at = (now, step)
