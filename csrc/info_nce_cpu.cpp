@@ -115,10 +115,20 @@ class InfoNceGradient {
   int64_t offset_;
 };
 
+// `stash`: the room, as plain bytes, or none.
+KeptProducts kept_products(const char* op, const std::optional<at::Tensor>& stash,
+                           const Inputs& in) {
+  if (!stash.has_value()) return {};
+  const int64_t size = KeptProducts::size(in.x.size(0), in.y.size(0));
+  TORCH_CHECK(stash->is_contiguous() && stash->nbytes() == size * sizeof(float), op,
+              ": expected a stash of ", size, " floats, got ", stash->nbytes(), " bytes");
+  return {static_cast<float*>(stash->mutable_data_ptr()), in.y.size(0)};
+}
+
 template <Arithmetic A>
-std::vector<at::Tensor> forward(const Inputs& in, int64_t offset, bool columns) {
+std::vector<at::Tensor> forward(const Inputs& in, int64_t offset, bool columns, KeptProducts kept) {
   const Strip<A> strip(in.x, in.y);
-  Statistics<A> statistics(strip, Base2(in.scale), offset, columns);
+  Statistics<A> statistics(strip, Base2(in.scale), offset, columns, kept);
   at::Tensor positive = at::empty({strip.n}, at::kFloat);
   statistics.run(positive.mutable_data_ptr<float>());
   const auto rows = statistics.rows(), by_column = statistics.columns();
@@ -127,10 +137,13 @@ std::vector<at::Tensor> forward(const Inputs& in, int64_t offset, bool columns) 
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_fwd(
     const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale, int64_t offset, bool columns,
-    c10::string_view arithmetic) {
-  const Inputs in("contrastive_fwd", x, y, scale, offset, arithmetic);
+    c10::string_view arithmetic, const std::optional<at::Tensor>& stash) {
+  const char* op = "contrastive_fwd";
+  const Inputs in(op, x, y, scale, offset, arithmetic);
+  const KeptProducts kept = kept_products(op, stash, in);
+  if (kept) prefer_huge_pages(stash->mutable_data_ptr(), stash->nbytes());
   const auto out =
-      in.dispatch([&](auto a) { return forward<decltype(a)::value>(in, offset, columns); });
+      in.dispatch([&](auto a) { return forward<decltype(a)::value>(in, offset, columns, kept); });
   return {out[0], out[1], out[2], out[3], out[4]};
 }
 
@@ -138,8 +151,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_bwd(
     const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale, const at::Tensor& row_max,
     const at::Tensor& row_sum, const at::Tensor& column_max, const at::Tensor& column_sum,
     const at::Tensor& row_weight, const at::Tensor& column_weight, int64_t offset,
-    c10::string_view arithmetic) {
-  const Inputs in("contrastive_bwd", x, y, scale, offset, arithmetic);
+    c10::string_view arithmetic, const std::optional<at::Tensor>& stash) {
+  const char* op = "contrastive_bwd";
+  const Inputs in(op, x, y, scale, offset, arithmetic);
+  const KeptProducts kept = kept_products(op, stash, in);
   const bool columns = column_max.numel() > 0;
   const at::Tensor row_w = row_weight.to(at::kFloat).contiguous();
   const at::Tensor column_w = column_weight.to(at::kFloat).contiguous();
@@ -151,10 +166,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_bwd(
   Gradients out(in);
   const GradientSums sums = in.dispatch([&](auto a) {
     const Strip<decltype(a)::value> strip(in.x, in.y);
+    using Pass = GradientPass<decltype(a)::value>;
     using Input = typename Operands<decltype(a)::value>::Input;
-    return GradientPass<decltype(a)::value>::run(strip, epilogue, in.scale, true,
-                                                 out.dx.mutable_data_ptr<Input>(),
-                                                 out.dy.mutable_data_ptr<Input>());
+    return Pass::run(strip, epilogue, in.scale, true, out.dx.mutable_data_ptr<Input>(),
+                     out.dy.mutable_data_ptr<Input>(), Pass::kDefaultChain, kept);
   });
   return {out.finish(out.dx, x), out.finish(out.dy, y),
           at::full({}, sums.g_dot, at::TensorOptions(at::kFloat))};
@@ -166,11 +181,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_bwd(
 TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
   m.def(
       "contrastive_fwd(Tensor x, Tensor y, Tensor scale, int offset, bool columns,"
-      " str arithmetic) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " str arithmetic, Tensor(a!)? stash=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "contrastive_bwd(Tensor x, Tensor y, Tensor scale, Tensor row_max, Tensor row_sum,"
       " Tensor column_max, Tensor column_sum, Tensor row_weight, Tensor column_weight, int offset,"
-      " str arithmetic) -> (Tensor, Tensor, Tensor)");
+      " str arithmetic, Tensor? stash=None) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(protoclip_native, CPU, m) {

@@ -42,6 +42,28 @@ struct TileRange {
   }
 };
 
+// Room for the dot products of all tiles, which a forward pass leaves to its backward pass; empty
+// where none is given. Tile after tile, each contiguous.
+class KeptProducts {
+ public:
+  static constexpr int64_t kRows = 128, kColumns = 256;  // of a tile: 128 KB
+
+  KeptProducts() = default;
+  KeptProducts(float* data, int64_t columns) : data_(data), tiles_(blocks(columns, kColumns)) {}
+  static int64_t size(int64_t n, int64_t m) { return round_up(n, kRows) * round_up(m, kColumns); }
+
+  explicit operator bool() const { return data_ != nullptr; }
+  // The product at (row, column), `row` a multiple of kRows; rows are kColumns apart.
+  float* tile(int64_t row, int64_t column) const {
+    const int64_t index = row / kRows * tiles_ + column / kColumns;
+    return data_ + index * kRows * kColumns + column % kColumns;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t tiles_ = 0;
+};
+
 // Sums over all logits that an epilogue reports beside G.
 struct GradientSums {
   double g_dot = 0, g = 0, loss = 0;
@@ -57,17 +79,20 @@ class GradientPass {
   using Packed = typename Ops::Packed;
   static constexpr int64_t kRows = 128, kColumns = 128;  // 64 KB of fp32 logits
   static constexpr int64_t kMaxGroups = 16, kPartRows = 8192;
-  static constexpr int64_t kDefaultChain = A == Arithmetic::kFloat ? kChain : kWhole;
 
  public:
+  static constexpr int64_t kDefaultChain = A == Arithmetic::kFloat ? kChain : kWhole;
+
   // `epilogue(range, s, ld) -> GradientSums` turns the dot products s [rows, columns] into G and
   // sets the lanes past the last column, up to whole vectors, to zero. dx and dy are not touched
   // without `gradients`; dx may be null, then only dy is formed. Where the epilogue knows
-  // statistics of the logits, `chain` is that of the products behind them.
+  // statistics of the logits, `chain` is that of the products behind them. Products in `kept` are
+  // read, not formed.
   template <typename Epilogue>
   static GradientSums run(const Strip<A>& strip, const Epilogue& epilogue, float scale,
-                          bool gradients, Input* dx, Input* dy, int64_t chain = kDefaultChain) {
-    GradientPass pass(strip, scale, gradients, dx, dy, chain);
+                          bool gradients, Input* dx, Input* dy, int64_t chain = kDefaultChain,
+                          KeptProducts kept = {}) {
+    GradientPass pass(strip, scale, gradients, dx, dy, chain, kept);
     GradientSums total;
     for (int64_t row = 0; row < strip.n; row += pass.wave_)
       total += pass.wave(row, std::min(pass.wave_, strip.n - row), epilogue);
@@ -89,13 +114,14 @@ class GradientPass {
   };
 
   GradientPass(const Strip<A>& strip, float scale, bool gradients, Input* dx, Input* dy,
-               int64_t chain)
+               int64_t chain, KeptProducts kept)
       : strip_(strip),
         scale_(scale),
         gradients_(gradients),
         dx_(dx),
         dy_(dy),
         chain_(chain),
+        kept_(kept),
         tiles_(blocks(strip.m, kColumns)),
         groups_(std::min(tiles_, kMaxGroups)),
         wave_(std::max(kPartRows / std::max<int64_t>(groups_, 1) / kRows * kRows, kRows)),
@@ -152,15 +178,14 @@ class GradientPass {
     const int64_t d = strip_.d, column = tile * kColumns;
     const int64_t columns = std::min(kColumns, strip_.m - column);
     const Input* y = strip_.y + column * strip_.ld_y;
-    Ops::right_transposed(y, strip_.ld_y, columns, d, scratch.right_t.get(), kColumns);
+    if (!kept_) Ops::right_transposed(y, strip_.ld_y, columns, d, scratch.right_t.get(), kColumns);
     if (gradients_ && dx_ != nullptr)
       Ops::right_rows(y, strip_.ld_y, columns, d, scratch.right.get(), d);
     const bool first_tile = tile == tiles_ * group / groups_;
     GradientSums sums;
     for (int64_t row = 0; row < rows; row += kRows) {
       const TileRange range{first + row, std::min(kRows, rows - row), column, columns};
-      multiply(range.rows, columns, Ops::depth(d), left_operand(first, row), left_stride(),
-               scratch.right_t.get(), kColumns, scratch.s.get(), kColumns, false, chain_);
+      products(range, first, scratch);
       sums += epilogue(range, scratch.s.get(), kColumns);
       if (!gradients_) continue;
       if (dx_ != nullptr)
@@ -168,6 +193,19 @@ class GradientPass {
       add_dy(range, right_operand(first, row), range.row > 0, scratch);
     }
     return sums;
+  }
+
+  void products(const TileRange& range, int64_t first, Scratch& scratch) const {
+    float* s = scratch.s.get();
+    if (kept_) {
+      const float* kept = kept_.tile(range.row, range.column);
+      for (int64_t i = 0; i < range.rows; ++i)
+        std::copy_n(kept + i * KeptProducts::kColumns, range.columns, s + i * kColumns);
+    } else {
+      multiply(range.rows, range.columns, Ops::depth(strip_.d),
+               left_operand(first, range.row - first), left_stride(), scratch.right_t.get(),
+               kColumns, s, kColumns, false, chain_);
+    }
   }
 
   const Packed* left_operand(int64_t first, int64_t row) const {
@@ -252,7 +290,9 @@ class GradientPass {
   float scale_;
   bool gradients_;
   Input *dx_, *dy_;
-  int64_t chain_, tiles_, groups_, wave_, wave_rows_;
+  int64_t chain_;
+  KeptProducts kept_;
+  int64_t tiles_, groups_, wave_, wave_rows_;
   Buffer<float> parts_, dy_sums_;
   Buffer<Packed> left_, right_;
   std::vector<Scratch> scratch_;

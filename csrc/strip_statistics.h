@@ -38,16 +38,18 @@ template <Arithmetic A>
 class Statistics {
   using Ops = Operands<A>;
   using Packed = typename Ops::Packed;
-  static constexpr int64_t kRows = 128, kColumns = 256;         // 128 KB of fp32 logits
+  static constexpr int64_t kRows = KeptProducts::kRows, kColumns = KeptProducts::kColumns;
   static constexpr int64_t kGroup = 16;                         // rows of one column sum
   static constexpr int64_t kRowChunks = 8, kColumnChunks = 32;  // at most: the parallel tasks
 
  public:
-  Statistics(const Strip<A>& strip, Base2 base2, int64_t offset, bool columns)
+  // Where `kept` is not empty, the dot products stay there for the backward pass.
+  Statistics(const Strip<A>& strip, Base2 base2, int64_t offset, bool columns, KeptProducts kept)
       : strip_(strip),
         base2_(base2),
         offset_(offset),
         columns_(columns),
+        kept_(kept),
         row_chunk_(kRows * blocks(strip.n, kRows * kRowChunks)),
         column_chunk_(kColumns * blocks(strip.m, kColumns * kColumnChunks)),
         row_chunks_(blocks(strip.n, std::max<int64_t>(row_chunk_, 1))),
@@ -126,11 +128,12 @@ class Statistics {
 
   void tile(const TileRange& range, float* positive, Scratch& scratch) {
     float* s = scratch.s.get();
+    float* dots = kept_ ? kept_.tile(range.row, range.column) : s;
     const auto* left = left_operand(range, scratch);
     const int64_t stride = Ops::kLeftInPlace ? strip_.ld_x : Ops::depth(strip_.d);
     multiply(range.rows, range.columns, Ops::depth(strip_.d), left, stride, scratch.right.get(),
-             kColumns, s, kColumns);
-    maxima(range, scratch);
+             kColumns, dots, kColumns);
+    maxima(range, dots, scratch);
     const bool has_positive = range.has_positive(offset_);
     if (has_positive) {
       for (int64_t i = 0; i < range.rows; ++i) {
@@ -162,7 +165,7 @@ class Statistics {
 
   // Scales the tile to base-2 logits, fills the lanes past the last column with -inf, and finds
   // the maxima of rows and columns.
-  void maxima(const TileRange& range, Scratch& scratch) const {
+  void maxima(const TileRange& range, const float* dots, Scratch& scratch) const {
     const int64_t width = round_up(range.columns, kLanes);
     const Floats lowest = broadcast(-kInfinity);
     for (int64_t j = 0; j < width; j += kLanes) store(scratch.column_max.get() + j, lowest);
@@ -170,7 +173,7 @@ class Statistics {
       float* s = scratch.s.get() + i * kColumns;
       Floats row = lowest;
       for (int64_t j = 0; j < width; j += kLanes) {
-        Floats v = base2_(load(s + j));
+        Floats v = base2_(load(dots + i * kColumns + j));
         if (j + kLanes > range.columns)
           for (int64_t lane = range.columns - j; lane < kLanes; ++lane) v[lane] = -kInfinity;
         store(s + j, v);
@@ -254,6 +257,7 @@ class Statistics {
   Base2 base2_;
   int64_t offset_;
   bool columns_;
+  KeptProducts kept_;
   int64_t row_chunk_, column_chunk_, row_chunks_, column_chunks_, row_stride_, column_stride_;
   Buffer<float> row_max_, row_sum_, column_max_, column_sum_;  // [chunks, stride]
   std::vector<Scratch> scratch_;

@@ -215,6 +215,6 @@ def load_run(run: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any
     if "protoclip" not in payload or "config" not in payload["protoclip"]:
         raise ValueError(
             f"checkpoint: {path} was not written by protoclip.train (no 'protoclip' entry); "
-            "give it to --pretrained, together with --model"
+            f"name its model and give it as weights: MODEL --pretrained {path}"
         )
     return payload["protoclip"]["config"], payload

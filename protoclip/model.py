@@ -17,6 +17,7 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from protoclip.config import ModelConfig
@@ -210,6 +211,23 @@ def _check_pretrained(name: str, pretrained: str) -> None:
         raise ValueError(f"--pretrained: {pretrained!r} is no file and no tag of {name}; {known}")
 
 
+def _bias(name: str, pretrained: str) -> dict[str, float]:
+    """Makes room for the bias of weights that OpenCLIP trained with --siglip, for a model that has
+    none by its config; {} where there is no need."""
+    if "init_logit_bias" in (open_clip.get_model_config(name) or {}):
+        return {}
+    try:
+        if pretrained.endswith(".safetensors"):
+            with safe_open(pretrained, "pt") as file:
+                keys = set(file.keys())
+        else:
+            content = torch.load(pretrained, "cpu", mmap=True, weights_only=True)
+            keys = set(content.get("state_dict", content))
+    except Exception:  # a tag, or a file that cannot be read: left to OpenCLIP, or loaded whole
+        return {}
+    return {"init_logit_bias": 0.0} if {"logit_bias", "module.logit_bias"} & keys else {}
+
+
 def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
     """The model a config asks for; what is not pretrained uses torch's generator.
 
@@ -221,6 +239,7 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
     name = register_configs(config.model)
     _check_name(name)
     _check_pretrained(name, config.pretrained)
+    bias = _bias(name, config.pretrained)
     try:
         with _quiet():
             clip = open_clip.create_model(
@@ -229,6 +248,7 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
                 force_image_size=config.force_image_size or None,
                 device=device,
                 output_dict=True,
+                **bias,
             )
             tokenizer = open_clip.get_tokenizer(
                 name, context_length=getattr(clip, "context_length", None)
@@ -240,6 +260,8 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
         raise ValueError(
             f"--model {config.model} --pretrained {config.pretrained!r}: {reason}"
         ) from error
+    if bias:  # read and dropped: features know nothing of it, nor does InfoNCE
+        clip.logit_bias = None
     heads = None
     if config.add_projection_head:
         dim = embedding_dim(clip)

@@ -83,7 +83,7 @@ class ClipLoss(nn.Module):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
-        stash: bool = False,
+        stash: bool | None = None,
     ) -> None:
         super().__init__()
         if use_horovod:

@@ -65,11 +65,15 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="N",
             help=f"{words} (default: {default:,})",
         )
-    parser.add_argument("--model", default="RN50", help="an OpenCLIP name or a config .json")
-    parser.add_argument("--method", default="protoclip", choices=("protoclip", "clip"))
-    parser.add_argument("--precision", default="amp_bf16", choices=("amp_bf16", "fp32"))
-    parser.add_argument("--episode-features", default="reuse", choices=("extract", "reuse"))
-    parser.add_argument("--card", default="h100", choices=sorted(CARDS))
+    for flag, word, choices, words in (
+        ("--model", "RN50", None, "an OpenCLIP name or a config .json"),
+        ("--method", "protoclip", ("protoclip", "clip"), "clip: InfoNCE alone"),
+        ("--precision", "amp_bf16", ("amp_bf16", "fp32"), "of the forward pass"),
+        ("--episode-features", "reuse", ("extract", "reuse"), "extract: a forward pass for them"),
+        ("--card", "h100", sorted(CARDS), "whose speeds are assumed"),
+    ):
+        words += " (default: %(default)s)"
+        parser.add_argument(flag, default=word, choices=choices, help=words)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 

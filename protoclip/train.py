@@ -114,14 +114,14 @@ def train(config: TrainConfig) -> Path:
     if resume and resume.step >= plan.total_steps and (path / "results.json").exists():
         print(f"{path} is complete: {resume.step} steps and its results", file=sys.stderr)
         return path
+    if uses_prototypes(config):
+        # With replacement an episode has fewer distinct samples; it checks again itself.
+        check_clusters(config.episode, min(len(dataset), plan.steps_per_episode * plan.batch_size))
     seed_everything(config.run.seed)
     model = build_model(config.model).to(device)
     seed_rank(config.run.seed)
     with phases.measure("teacher", on_host=True):
         teachers, remark = from_main(lambda: open_teachers(config, dataset, device))
-    if uses_prototypes(config):
-        # With replacement an episode has fewer distinct samples; it checks again itself.
-        check_clusters(config.episode, min(len(dataset), plan.steps_per_episode * plan.batch_size))
 
     evaluate = Evaluation(config, phases, device, precision)
     notes = check_resume(resume, config, dataset.keys) if resume else []

@@ -10,6 +10,7 @@ import webdataset
 from test_data_csv import TEXTS, encoded, picture, same
 
 from protoclip.data import DataError, open_dataset
+from protoclip.data import shards as shard_module
 from protoclip.data.shards import expand
 
 
@@ -138,6 +139,7 @@ def test_junk_samples_are_skipped_named_and_counted(tmp_path, caplog):
     )
     for _ in range(2):  # fresh and from the cache
         caplog.clear()
+        shard_module._warn.cache_clear()  # which says things once a process
         with caplog.at_level(logging.WARNING):
             dataset = open_dataset(path)
         assert list(dataset.keys) == ["junk.tar/good"]

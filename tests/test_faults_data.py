@@ -267,7 +267,20 @@ def test_a_shorter_shard_than_promised_is_said(tmp_path, caplog):
     write_shards(tmp_path / "d", shards=1)
     (tmp_path / "d" / "sizes.json").write_text('{"000.tar": 5}')
     open_dataset(str(tmp_path / "d"))
-    assert "promises 5 samples, 3 are there" in caplog.text
+    assert "sizes.json promises 5 samples, 3 are there" in caplog.text
+
+
+def test_a_total_beside_the_shards_counts_for_all_of_them(tmp_path, caplog):
+    """webdataset's __len__ says one number for the folder."""
+    write_shards(tmp_path / "d", shards=2)
+    (tmp_path / "d" / "__len__").write_text("9\n")
+    open_dataset(str(tmp_path / "d" / "000.tar"))  # one of two: nothing can be said
+    (tmp_path / "d" / "__len__").write_text("many")
+    open_dataset(str(tmp_path / "d"))
+    assert "promises" not in caplog.text
+    (tmp_path / "d" / "__len__").write_text("9\n")
+    open_dataset(str(tmp_path / "d"))
+    assert "__len__ promises 9 samples, 6 are there" in caplog.text
 
 
 def test_the_ledger_survives_a_checkpoint():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from protoclip import metrics
-from protoclip.metrics import _common
+from protoclip.metrics import _common, bootstrap
 
 
 def generator(seed=0):
@@ -170,6 +170,34 @@ def test_uniformity_by_blocks(monkeypatch):
     assert metrics.uniformity(x) == pytest.approx(float(want), abs=1e-12)
     monkeypatch.setattr(_common, "BLOCK_ELEMENTS", 53 * 7)  # 7 rows at a time, 53 = 7 * 7 + 4
     assert metrics.uniformity(x) == pytest.approx(float(want), abs=1e-12)
+
+
+def test_bootstrap_of_a_mean_per_class_recall(monkeypatch):
+    """Against scikit-learn on each resample; in blocks of resamples as at once."""
+    from sklearn.metrics import recall_score
+
+    g = generator(6)
+    labels = torch.randint(0, 7, (60,), generator=g)
+    labels[labels == 6] = 5  # a class that does not occur, and a rare one
+    labels[:2] = 6
+    guesses = torch.where(torch.rand(60, generator=g) < 0.6, labels, (labels + 1) % 7)
+    hits = (guesses == labels).float()
+    samples = {"recall": metrics.Sampled(hits, labels), "acc": metrics.Sampled(hits)}
+    got = metrics.bootstrap_intervals(samples, resamples=40, seed=3)
+    draws = torch.randint(60, (40, 60), generator=generator(3))
+
+    def recall(rows):
+        y = labels[rows]
+        return recall_score(y, guesses[rows], labels=y.unique(), average="macro")
+
+    means = torch.tensor([recall(rows) for rows in draws])
+    ends = means.double().quantile(torch.tensor([0.025, 0.975]).double())
+    assert (got["recall"].low, got["recall"].high) == pytest.approx(ends.tolist())
+    assert got["recall"].mean == pytest.approx(recall(torch.arange(60)))
+    assert got["acc"] == metrics.bootstrap_mean(hits, resamples=40, seed=3)
+    monkeypatch.setattr(bootstrap, "DRAWS_AT_ONCE", 60 * 7)
+    again = metrics.bootstrap_intervals(samples, resamples=40, seed=3)["recall"]
+    assert (again.low, again.high) == pytest.approx((got["recall"].low, got["recall"].high))
 
 
 def test_bootstrap():

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from protoclip import checkpoint, export
-from protoclip.config import ModelConfig, TrainConfig, to_dict
+from protoclip.config import ModelConfig, TrainConfig
 from protoclip.evaluate.models import load_model
 from protoclip.evaluate.sets import eval_transform
+from protoclip.fields import to_dict
 from protoclip.model import build_model, register_configs
 from protoclip.train import main as train
 
@@ -128,6 +129,17 @@ def test_a_checkpoint_keeps_how_pictures_are_prepared(nano, tmp_path):
     export.export(path, tmp_path / "out")
     _, _, theirs = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
     torch.testing.assert_close(theirs(picture), ours)
+
+
+def test_weights_trained_with_siglip_load(nano, tmp_path):
+    torch.manual_seed(8)
+    theirs = open_clip.create_model("export-nano", init_logit_bias=-10)
+    path = tmp_path / "epoch_1.pt"
+    torch.save({"state_dict": theirs.state_dict()}, path)
+    ours = build_model(ModelConfig(model=str(nano), pretrained=str(path)))
+    want = features(theirs, open_clip.get_tokenizer("export-nano"))
+    assert same(features(ours.clip, ours.tokenizer), want)
+    assert "logit_bias" not in ours.clip.state_dict()  # so that its own checkpoints load
 
 
 def test_export_refuses_what_does_not_fit(run, tmp_path, nano, capsys):

@@ -48,10 +48,10 @@ def test_mistakes_end_in_one_line(capsys, flags, words):
 
 
 def test_help_shows_both_sides(capsys):
-    with pytest.raises(SystemExit) as stop:
-        command.main(["--help"])
+    assert command.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert stop.value.code == 0 and "--proto-queue" in shown and "--grad-checkpointing" in shown
+    assert "--proto-queue" in shown and "--grad-checkpointing" in shown
+    assert shown.count("usage:") == 1
 
 
 def test_create_loss_gives_ours_and_keeps_what_is_not_ours(caplog):

@@ -49,6 +49,22 @@ def test_probabilities_of_alike_prototypes(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k, d, scale", [(257, 64, 14.3), (300, 512, 14.3), (257, 64, 100.0)])
+def test_soft_targets_that_the_features_have_reached(k, d, scale, dtype):
+    """Trained to the end: the expected prototype is the target; all of dh is rounding."""
+    torch.manual_seed(0)
+    c = unit(k, d, dtype=dtype)
+    m = (torch.softmax(scale * c.double() @ c.double().T, 1) @ c.double()).to(dtype)
+    args = c, c, torch.arange(k), m, scale, torch.ones(k) / k
+    got, base = run(*args, dtype, "cpu"), run(*args, dtype, "reference")
+    truth = run(*args, torch.float64, "reference")
+    assert truth["dh"].abs().max() < 0.01 * scale / k * c.abs().max()  # of its terms
+    for name in ("dh", "dc"):
+        assert_within_budget(got[name], truth[name], base[name], name)
+    assert_within_budget(got["loss"], truth["loss"], base["loss"], "loss", scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_loss_near_zero_does_not_cancel(dtype):
     c = F.normalize(torch.eye(300) + 0.03 * torch.rand(300, 300)).to(dtype)
     for scale in (20.0, 100.0):

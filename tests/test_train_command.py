@@ -59,6 +59,8 @@ def test_it_learns_and_leaves_a_whole_run_folder(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        # Before the teacher, which may take minutes, is even looked for.
+        (["--k", "601", "--external-teacher", "nowhere.npz"], "at most one cluster per sample"),
         (["--model", "no-such-model"], "no-such-model"),
         (["--train-data", "no/such/file.csv"], "no/such/file.csv"),
         (["--train-data", "builtin:nothing"], "builtin:nothing"),

@@ -79,21 +79,18 @@ class ShardDataset:
         self._compare_sizes()
 
     def _compare_sizes(self) -> None:
-        """Warn where sizes.json beside the shards promises more than there is."""
+        """Warn where sizes.json or __len__ beside the shards promises more than there is."""
         found = np.bincount(self.shard_of, minlength=len(self.shards))
         lost = Counter(shard for shard, _, _ in self.skipped)
         for folder in {os.path.dirname(s) for s in self.shards if not is_remote(s)}:
-            promised = promised_sizes(folder)
             inside = [i for i, s in enumerate(self.shards) if os.path.dirname(s) == folder]
             names = [os.path.basename(self.shards[i]) for i in inside]
-            expected = sum(promised.get(name, 0) for name in names)
+            file, expected = promised_samples(folder, names)
             there = sum(int(found[i]) + lost[self.shards[i]] for i in inside)
-            if set(names) <= set(promised) and there < expected:
-                logger.warning(
-                    "%s: its sizes.json promises %d samples, %d are there: shards may be cut off",
-                    folder or ".",
-                    expected,
-                    there,
+            if expected is not None and there < expected:
+                _warn(
+                    f"{folder or '.'}: its {file} promises {expected} samples, {there} are there: "
+                    "shards may be cut off"
                 )
 
     def prefetch(self, positions: np.ndarray) -> None:
@@ -118,13 +115,8 @@ class ShardDataset:
                 f"{self.name}: none of {total} samples is a pair; a pair needs a picture "
                 f"(jpg, png, jpeg, webp) and a caption (txt, json) with the same key{listing}"
             )
-        logger.warning(
-            "%s: %d of %d samples skipped:\n  %s",
-            self.name,
-            len(self.skipped),
-            total,
-            "\n  ".join(named),
-        )
+        listing = "\n  ".join(named)
+        _warn(f"{self.name}: {len(self.skipped)} of {total} samples skipped:\n  {listing}")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -167,6 +159,12 @@ class ShardDataset:
             return file
 
 
+@functools.lru_cache(maxsize=1024)
+def _warn(text: str) -> None:
+    """Once a process: training, evaluation and report open the same shards."""
+    logger.warning("%s", text)
+
+
 def _columns(number: int, index: ShardIndex) -> tuple[np.ndarray, ...]:
     count = len(index.keys)
     return (
@@ -194,13 +192,22 @@ def _prefix(shard: str, folder: str) -> str:
     return f"{PurePosixPath(shard).name.split()[-1]}@{zlib.crc32(shard.encode()):08x}"
 
 
-def promised_sizes(folder: str) -> dict[str, int]:
-    """Samples of each shard by sizes.json, as OpenCLIP reads it; {} where there is none."""
+def promised_samples(folder: str, names: Sequence[str]) -> tuple[str, int | None]:
+    """Samples in some shards of a folder by what was written beside them, and where: the counts of
+    sizes.json, or of all shards together in __len__, as OpenCLIP reads them; None: not said."""
     try:
         with open(os.path.join(folder, "sizes.json"), encoding="utf-8") as file:
-            return {str(name): int(count) for name, count in json.load(file).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
+            sizes = json.load(file)
+        return "sizes.json", sum(int(sizes[name]) for name in names)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass  # not there, no counts, or not of these shards
+    try:
+        others = {name for name in os.listdir(folder or ".") if name.endswith(".tar")}
+        with open(os.path.join(folder, "__len__"), encoding="utf-8") as file:
+            total = int(file.read(64))
+        return "__len__", total if others <= set(names) else None
+    except (OSError, ValueError):
+        return "", None
 
 
 def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:

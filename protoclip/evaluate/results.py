@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from protoclip.evaluate.records import finite, finite_number, records, write_records
-from protoclip.metrics import bootstrap_mean
 
 PER_LABEL = (  # key after "LABEL/", words in the table
     ("acc1", "zero-shot {}"),
@@ -66,12 +65,6 @@ class Results:
     def metrics(self) -> dict[str, dict[str, float]]:
         """Set -> metric -> value."""
         return {name: dict(one.metrics) for name, one in self.sets.items()}
-
-
-def interval(hits: Tensor) -> tuple[float, float]:
-    """95 % bootstrap bounds of the mean of per-sample hits."""
-    bounds = bootstrap_mean(hits)
-    return bounds.low, bounds.high
 
 
 def format_table(

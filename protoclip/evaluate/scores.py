@@ -17,7 +17,7 @@ from torch import Tensor
 from protoclip import metrics
 from protoclip.distributed import is_distributed, is_main
 from protoclip.evaluate.encode import encode_sets
-from protoclip.evaluate.results import Results, SetResults, interval
+from protoclip.evaluate.results import Results, SetResults
 from protoclip.evaluate.sets import Autocast, Encoder, EvalSet, ProbeTrain
 from protoclip.evaluate.tasks import TASKS
 from protoclip.kmeans import kmeans
@@ -60,6 +60,7 @@ def evaluate_features(
     for key, one in sets.items():
         values: dict[str, float] = {}
         hits: dict[str, Tensor] = {}
+        sampled: dict[str, metrics.Sampled] = {}
         if one.captioned and "retrieval" in tasks:
             _retrieval(one, recall_at, values, hits)
         if "geometry" in tasks:
@@ -72,12 +73,15 @@ def evaluate_features(
                 values[f"{label}/{prefix}acc5"] = got.acc5
                 values[f"{label}/{prefix}mean_per_class_recall"] = got.mean_per_class_recall
                 hits[f"{label}/{prefix}acc1"] = got.hits.cpu()
+                sampled |= _sampled(f"{label}/{prefix}", one, known.ids, got)
             if "grouping" in tasks and len(known.ids) > 1:
                 cluster = partial(kmeans, init="k-means++")
                 for name, value in metrics.group_scores(one.image, known.ids, cluster).items():
                     values[f"{label}/{name}"] = value
         _multilabel(one, tasks, values)
-        bounds = {name: interval(samples) for name, samples in hits.items()}
+        sampled |= {name: metrics.Sampled(rows) for name, rows in hits.items()}
+        found = metrics.bootstrap_intervals(sampled)
+        bounds = {name: (x.low, x.high) for name, x in found.items()}
         done[key] = SetResults(
             one.title or key, len(one.image), len(one.text), values, bounds, hits
         )
@@ -135,6 +139,17 @@ def _classifiers(
     if "knn" in tasks:
         near = partial(metrics.knn_logits, train.image, known.ids, num_classes=count)
         out["knn_"] = metrics.classify(image, ids, count, lambda rows: near(queries=rows)), {}
+    return out
+
+
+def _sampled(prefix: str, one: EvalSet, ids: Tensor, got: Accuracy) -> dict[str, metrics.Sampled]:
+    """What the intervals of top-5 and of the mean per class recall are made from."""
+    if len(got.hits) != len(ids):  # the probes, judged on a part
+        assert one.probe_rows is not None
+        ids = ids[one.probe_rows]
+    out = {f"{prefix}mean_per_class_recall": metrics.Sampled(got.hits, ids)}
+    if len(got.hits5):
+        out[f"{prefix}acc5"] = metrics.Sampled(got.hits5)
     return out
 
 

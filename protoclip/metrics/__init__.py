@@ -4,7 +4,7 @@ Definitions follow CLIP_benchmark (retrieval, zero-shot, probes), scikit-learn (
 Wang & Isola 2020 (alignment, uniformity). Nothing here holds an N x M matrix: work goes by chunks.
 """
 
-from protoclip.metrics.bootstrap import Interval, bootstrap_mean
+from protoclip.metrics.bootstrap import Interval, Sampled, bootstrap_intervals, bootstrap_mean
 from protoclip.metrics.classify import (
     Accuracy,
     accuracy,
@@ -32,10 +32,12 @@ __all__ = [
     "Interval",
     "LinearProbe",
     "Retrieval",
+    "Sampled",
     "accuracy",
     "adjusted_mutual_information",
     "adjusted_rand_index",
     "alignment",
+    "bootstrap_intervals",
     "bootstrap_mean",
     "churn",
     "class_vectors",

@@ -18,6 +18,7 @@ class Accuracy:
     mean_per_class_recall: float  # over the classes that occur
     hits: Tensor  # float32 [N], 1.0 where the first guess is right
     guesses: Tensor  # int64 [N], the class with the highest logit
+    hits5: Tensor  # float32 [N], 1.0 where the class is among the first five; [0] without top-5
 
 
 def class_vectors(prompts: Tensor) -> Tensor:
@@ -75,7 +76,8 @@ def classify(
     check_labels("accuracy: labels", labels, n)
     if n == 0:
         nan = float("nan")
-        return Accuracy(nan, nan, nan, features.new_zeros(0), labels.new_zeros(0))
+        none = features.new_zeros(0)
+        return Accuracy(nan, nan, nan, none, labels.new_zeros(0), none)
     labels = labels.to(features.device)
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= c:
@@ -96,8 +98,9 @@ def _summary(rank: Tensor, guesses: Tensor, labels: Tensor, c: int) -> Accuracy:
     support = torch.bincount(labels, minlength=c)
     right = torch.zeros(c, dtype=torch.float64, device=rank.device).index_add_(0, labels, hits)
     recall = (right / support)[support > 0].mean()
-    acc5 = float((rank <= 5).double().mean()) if c >= 5 else float("nan")
-    return Accuracy(float(hits.mean()), acc5, float(recall), hits.float(), guesses)
+    hits5 = (rank <= 5).float() if c >= 5 else rank.new_zeros(0, dtype=torch.float32)
+    acc5 = float(hits5.double().mean())  # of none: NaN
+    return Accuracy(float(hits.mean()), acc5, float(recall), hits.float(), guesses, hits5)
 
 
 def mean_average_precision(

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -112,6 +113,13 @@ def registered(rest: list[str]) -> list[str]:
     return [*others, "--model", name] if name else rest
 
 
+def _their_help(trainer: Any) -> str:
+    """What open_clip_train says about its flags, without its own usage, which is not this one's."""
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        trainer.parse_args(["--help"])
+    return "open_clip_train's " + text.getvalue().partition("\n\n")[2].rstrip()
+
+
 def _check(trainer: Any, proto: ProtoConfig | None, rest: list[str]) -> None:
     """Say now what the factories would say after minutes of loading."""
     args = trainer.parse_args(list(rest))
@@ -135,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         proto, rest = split_flags(argv)
         trainer = load_trainer()
         if {"-h", "--help"} & set(rest):
-            print(build_parser().format_help())
-            trainer.parse_args(["--help"])
+            print(build_parser().format_help() + "\n" + _their_help(trainer))
+            return 0
         rest = registered(rest)
         _check(trainer, proto, rest)
     except ValueError as error:

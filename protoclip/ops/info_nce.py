@@ -20,7 +20,8 @@ from protoclip.ops.backends import implementation, resolve
 
 LN2 = math.log(2.0)
 FUSED_LOSS = ("triton",)  # backends whose kernels also take the loss, and weigh its gradient
-KEEP_LOGITS = ("triton",)  # backends with a stash
+# Backends with a stash: True where it costs no bit, so that they keep it unless told not to.
+KEEP_LOGITS = {"cpu": True, "triton": False}
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -204,12 +205,13 @@ def info_nce(
     *,
     reduction: str = "mean",
     backend: str = "auto",
-    stash: bool = False,
+    stash: bool | None = None,
 ) -> Tensor:
     """InfoNCE over a batch of pairs, both directions, without the [N, N] logits in memory.
 
     The fused backends save O(N) values and form the logits again, tile by tile, in the backward
-    pass; sums are fp32. Under autocast the features keep their dtype, as given.
+    pass, but for those that ``stash`` allows to keep; sums are fp32. Under autocast the features
+    keep their dtype, as given.
 
     Args:
         image_features: [N, D], usually unit rows; float32, bfloat16, float16 (float64: reference).
@@ -217,12 +219,13 @@ def info_nce(
         logit_scale: [] or [1], the multiplier on the dot products (not its logarithm).
         reduction: "mean", "sum", or "none" for one value a pair.
         backend: "auto", or one of ``protoclip.backends("info_nce")``, which never falls back.
-        stash: allow the forward pass to keep the logits, 2 bytes each, so that the backward pass
-            need not form them again: 3 matrix products in all, not 4. Only "triton" does, where
-            they take at most 2 GiB (N = 32,768); elsewhere nothing changes. The loss is the same;
-            in the gradients each negative's probability is off by up to 0.07 % at any scale (its
-            base-2 logit by 2^-10), a third of what bf16 features round anyway, but far more than
-            float32 features do.
+        stash: whether the forward pass may keep logits, so that the backward pass need not form
+            them again: 3 matrix products in all, not 4. None: only where gradients keep their
+            bits, which is "cpu", in fp32 and at most 64 MiB (N = 4,096; beyond, nothing is kept).
+            True: "triton" too, in 2 bytes each and at most 2 GiB (N = 32,768); in the gradients
+            each negative's probability is off by up to 0.07 % at any scale (its base-2 logit by
+            2^-10), a third of what bf16 features round anyway, but far more than float32 features
+            do. False: never, the least memory. The loss is the same in all cases.
     Returns:
         float32 (float64 for float64 input), nats: [] or, for "none", [N], half the sum of the two
         directions. N = 0 gives 0.
@@ -249,8 +252,9 @@ def info_nce(
         with torch.autocast(image_features.device.type, enabled=False):
             losses = reference.info_nce(*inputs)
         return reduce(losses, reduction, len(losses))
-    stash = stash and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    return torch.ops.protoclip.contrastive(*inputs, 0, True, reduction, name, stash)[0]
+    keep = KEEP_LOGITS.get(name, False) if stash is None else stash
+    keep = keep and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    return torch.ops.protoclip.contrastive(*inputs, 0, True, reduction, name, keep)[0]
 
 
 def reduce(losses: Tensor, reduction: str, count: int | Tensor) -> Tensor:

@@ -1,0 +1,94 @@
+"""What is wrong with folders, shards, flags and models is said in words, without a traceback."""
+
+import pytest
+from evaluation_data import clip_benchmark, evaluate, image_folder, png, shard
+from PIL import Image
+
+from protoclip.evaluate import __main__ as command
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("protoclip.evaluate.cache.cache_dir", lambda: tmp_path / "cache")
+
+
+def broken(root, what):
+    """A CLIP_benchmark folder with one fault."""
+    clip_benchmark(root, 12)
+    if what == "names":
+        (root / "classnames.txt").write_text("zero\none\n")
+    elif what == "no names":
+        (root / "classnames.txt").unlink()
+    elif what == "type":
+        (root / "dataset_type.txt").write_text("pictures")
+    elif what == "shard":
+        (root / "test" / "nshards.txt").write_text("3")
+    elif what == "empty":
+        shard(root / "test" / "0.tar", [])
+        (root / "test" / "nshards.txt").write_text("1")
+    elif what == "label":
+        shard(root / "test" / "0.tar", [("a.png", png(Image.new("L", (2, 2)))), ("a.cls", b"cat")])
+    return root
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("names", "2 class names, but sample"),
+        ("no names", "classnames.txt is missing"),
+        ("type", "expected classification or retrieval"),
+        ("shard", "no such shard"),
+        ("empty", "hold no sample"),
+        ("label", "is no label"),
+    ],
+)
+def test_broken_shards_are_refused_in_words(tmp_path, capsys, what, words):
+    root = broken(tmp_path / "wds", what)
+    code, content = evaluate(tmp_path, "--data", root, "--tasks", "zeroshot")
+    message = capsys.readouterr().err
+    assert code == 2 and content is None and words in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--classnames", "nowhere.txt"], "no file nowhere.txt"),
+        (["--templates", "nowhere.txt"], "--templates: expected openai, simple or a file"),
+        (["--split", "holdout"], "--split holdout: no folder"),
+        (["--tasks", "zeroshot,cooking"], "'cooking' is unknown"),
+        (["--tasks", "retrieval"], "no captions"),
+        (["--device", "cuda:9"], "not on this machine"),
+    ],
+)
+def test_wrong_flags_are_refused_in_words(tmp_path, capsys, flags, words):
+    root = image_folder(tmp_path / "digits", 20)
+    code, _ = evaluate(tmp_path, "--data", root, *flags)
+    message = capsys.readouterr().err
+    assert code == 2 and words in message and "Traceback" not in message
+
+
+def test_folders_are_refused_in_words(tmp_path, capsys):
+    (tmp_path / "empty" / "test" / "cat").mkdir(parents=True)
+    (tmp_path / "flat").mkdir()
+    image_folder(tmp_path / "ten", 20)
+    (tmp_path / "ten" / "classnames.txt").write_text("zero\none\n")
+    cases = {"empty": "no pictures in", "flat": "no class folders", "ten": "2 class names for 10"}
+    for name, words in cases.items():
+        assert evaluate(tmp_path, "--data", tmp_path / name)[0] == 2
+        assert words in capsys.readouterr().err
+    picture = tmp_path / "ten" / "test" / "1" / "torn.png"
+    (tmp_path / "ten" / "classnames.txt").unlink()
+    picture.write_bytes(b"no picture")
+    assert evaluate(tmp_path, "--data", tmp_path / "ten")[0] == 2
+    assert "torn.png" in capsys.readouterr().err
+
+
+def test_models_are_refused_in_words(tmp_path, capsys):
+    for argv, words in (
+        (["ViT-B-23"], "did you mean"),
+        (["ViT-B-32"], "--pretrained is missing"),
+        (["ViT-B-32", "--pretrained", "nothing"], "no tag of ViT-B-32"),
+        ([str(tmp_path / "run")], "found nothing"),
+    ):
+        assert command.main([*argv, "--data", "builtin:shapes:40"]) == 2
+        assert words in capsys.readouterr().err
