@@ -4,7 +4,8 @@
 
 Each run is the real command, plain or ours, with the same flags, on OpenCLIP's synthetic data; runs
 alternate. A model of one layer a tower leaves the loss a part of the step that can be seen, at an
-embedding of OpenCLIP's usual width. Seconds are those of the trainer's log, less loading.
+embedding of OpenCLIP's usual width. Seconds are those of the trainer's log, less loading;
+CPU seconds, of the whole command, are less disturbed by other work on the machine.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def run(module: str, folder: Path, name: str, batch: int, precision: str) -> dic
         "step_s": statistics.median(whole - data for data, whole in rows),
         "data_s": statistics.median(data for data, _ in rows),
         "peak_mib": usage.ru_maxrss / 1024,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
     }
 
 

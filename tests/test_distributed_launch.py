@@ -1,5 +1,6 @@
 """The command under torchrun, and what is said when a rank is lost."""
 
+import faulthandler
 import json
 import os
 import signal
@@ -46,6 +47,7 @@ def _run(folder, argv, number, env, fault):
     handle = os.open(f"rank{number}.log", os.O_CREAT | os.O_WRONLY)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+    faulthandler.dump_traceback_later(8, repeat=True)  # in the log of a rank that hangs
     os.environ |= env
     if number == 1 and fault:
         fault()
@@ -113,7 +115,7 @@ def test_a_lost_rank_is_named_and_all_end(tmp_path, victim, kind, words):
     wait_for_steps(tmp_path, "lost", processes)
     os.kill(processes[victim].pid, kind)
     survivor = processes[1 - victim]
-    codes = ended([survivor], 15)
+    codes = ended([survivor], 20)
     processes[victim].kill()
     said = logs(tmp_path)[1 - victim]
     assert codes == [EXIT_CODE], said
