@@ -13,7 +13,6 @@
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -23,6 +22,7 @@
 #include <memory>
 #include <vector>
 
+#include "memory_pool.h"
 #include "vector_math.h"
 
 namespace protoclip {
@@ -34,31 +34,31 @@ using BFloat16 = c10::BFloat16;
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 constexpr int64_t blocks(int64_t n, int64_t step) { return (n + step - 1) / step; }
 
-// Asks for huge pages: the faults of 64 MiB in small ones cost more than a product at N = 4096.
-inline void prefer_huge_pages(void* data, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr int64_t page = 2 << 20;
-  const auto first = reinterpret_cast<intptr_t>(data);
-  const int64_t begin = round_up(first, page), end = (first + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 // Uninitialised memory on cache lines, with a vector's width to spare at the end.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T) + 64, 64)))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-    prefer_huge_pages(data_.get(), count * sizeof(T));
-  }
+  explicit Buffer(int64_t count) : Buffer(count, round_up(count * sizeof(T) + 64, 64)) {}
   T* get() const { return data_.get(); }
 
  private:
   struct Free {
-    void operator()(T* p) const { std::free(p); }
+    int64_t bytes;
+    void operator()(T* p) const {
+      if (bytes < MemoryPool::kSmallest)
+        std::free(p);
+      else
+        MemoryPool::instance().give(p, bytes);
+    }
   };
+
+  Buffer(int64_t count, int64_t bytes)
+      : data_(static_cast<T*>(bytes < MemoryPool::kSmallest ? std::aligned_alloc(64, bytes)
+                                                            : MemoryPool::instance().take(bytes)),
+              Free{bytes}) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+
   std::unique_ptr<T, Free> data_;
 };
 

@@ -141,7 +141,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrasti
   const char* op = "contrastive_fwd";
   const Inputs in(op, x, y, scale, offset, arithmetic);
   const KeptProducts kept = kept_products(op, stash, in);
-  if (kept) prefer_huge_pages(stash->mutable_data_ptr(), stash->nbytes());
   const auto out =
       in.dispatch([&](auto a) { return forward<decltype(a)::value>(in, offset, columns, kept); });
   return {out[0], out[1], out[2], out[3], out[4]};

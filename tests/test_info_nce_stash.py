@@ -1,5 +1,8 @@
 """The products that InfoNCE's CPU backend keeps for its backward pass: no bit of the result."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from test_info_nce import DTYPES, clustered
@@ -118,3 +121,37 @@ def test_opcheck_rectangles_and_one_graph(dtype):
             torch.autograd.grad(f(x[:n], y[:n], scale), (x, y, scale)) for f in (compiled, loss)
         )
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_memory_of_a_step_is_the_next_steps():
+    """Blocks are handed out once at a time, come back when their tensor dies, and can be let go."""
+    ops = torch.ops.protoclip_native
+    size = 3 << 20
+    one, two = ops.pooled(size), ops.pooled(size)
+    assert one.shape == (size,) and one.dtype == torch.int16
+    one.fill_(1), two.fill_(2)
+    assert (one == 1).all() and (two == 2).all()
+    places = {one.data_ptr(), two.data_ptr()}
+    del one, two
+    again = ops.pooled(size), ops.pooled(size)
+    assert {t.data_ptr() for t in again} == places
+    ops.release_memory()  # what is in use stays
+    again[0].fill_(3)
+    assert (again[0] == 3).all()
+
+
+def test_freed_memory_is_kept_up_to_a_limit():
+    ops = torch.ops.protoclip_native
+    ops.release_memory()
+    before = resident_mib()
+    blocks = [ops.pooled(32 << 20).fill_(1) for _ in range(6)]  # 64 MiB each
+    assert resident_mib() - before > 370
+    del blocks
+    assert resident_mib() - before < 140
+    ops.release_memory()
+    assert resident_mib() - before < 12
+
+
+def resident_mib():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

@@ -97,6 +97,12 @@ def _stash_size(x: Tensor, y: Tensor, backend: str, stash: bool):
     return implementation("info_nce", backend, "stash_size")(x.shape[0], y.shape[0])
 
 
+def _new_stash(x: Tensor, size: int, backend: str) -> Tensor:
+    if size and backend == "cpu":
+        return implementation("info_nce", backend, "new_stash")(size)
+    return x.new_empty(size, dtype=torch.int16)
+
+
 def _contrastive(
     x: Tensor,
     y: Tensor,
@@ -111,8 +117,9 @@ def _contrastive(
 
     The loss of a row; with columns, which takes as many as rows, half the sum of both directions.
     [N], or [] for "mean" and "sum"."""
-    kept = x.new_empty(_stash_size(x, y, backend, stash), dtype=torch.int16)
-    options = {"kept": kept} if kept.numel() else {}
+    size = _stash_size(x, y, backend, stash)
+    kept = _new_stash(x, size, backend)
+    options = {"kept": kept} if size else {}
     weight, summed = _direction_weight(reduction, x.shape[0], columns), reduction != "none"
     if backend in FUSED_LOSS:
         run = implementation("info_nce", backend, "contrastive")

@@ -23,6 +23,11 @@ def stash_size(n: int, m: int) -> int:
     return 2 * rows * columns if 4 * rows * columns <= STASH_BYTES else 0
 
 
+def new_stash(size: int) -> Tensor:
+    """int16 [size], uninitialised, in memory that the next step gets again (csrc/memory_pool.h)."""
+    return torch.ops.protoclip_native.pooled(size)
+
+
 def contrastive_fwd(
     x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
