@@ -42,7 +42,11 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
-    parser.add_argument("--seeds", type=int, default=5, help="of each row (default: %(default)s)")
+    parser.add_argument(
+        "--seeds", type=int, default=5,
+        help="of each row, and twice as many of the rows that the verdict rests on (default: "
+        "%(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each"
     )
@@ -272,6 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.stage == "overhead" or model not in known:
                 measure_overhead(out, flags if model == "study" else [], model)
     tasks = main_tasks(out, seeds, epochs, study_rows.QUICK_ROWS if args.quick else ())
+    if not args.quick:
+        more = range(args.seeds, 2 * args.seeds)
+        tasks += main_tasks(out, more, epochs, study_rows.VERDICT_ROWS)
     if "main" in stages:
         do_all(tasks, out, args.jobs)
     if "report" in stages:

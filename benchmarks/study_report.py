@@ -36,6 +36,7 @@ METRICS = {  # name in the results -> words
 }
 SHOWN = (  # in the README and the plot: set, metric, heading
     ("HO", "group/lp_acc1", "probe, held out"),
+    ("HO", "subgroup/lp_acc1", "probe 98, held out"),
     ("NOTO", "group/lp_acc1", "probe, Noto"),
     ("NOTO", "subgroup/lp_acc1", "probe 98, Noto"),
     ("HO", "group/ami", "AMI, held out"),

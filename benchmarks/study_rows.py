@@ -65,4 +65,6 @@ def main_rows(chosen: list[str], distill: list[str]) -> dict[str, list[str]]:
     return rows
 
 
+# The verdict rests on these: twice the seeds.
+VERDICT_ROWS = (BASELINE, "ProtoCLIP", EQUAL_TIME)
 QUICK_ROWS = (BASELINE, "ProtoCLIP", "CLIP + distilled similarities", "external only")
