@@ -125,6 +125,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         ImportError, zipfile.BadZipFile,
     ) as error:  # fmt: skip
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "weights_only" in reason:  # torch advises to run what the file says; we do not
+            reason = "it holds no tensors, or code beside them"
         raise ValueError(
             f"checkpoint: {path} cannot be read ({reason}); it is torn or no checkpoint, "
             "use an older one"

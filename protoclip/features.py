@@ -136,7 +136,11 @@ class FeatureStore:
         last &= index >= 0
         index, order = index[last], order[last]
         if not len(order):
-            raise ValueError("FeatureStore: expected a pass of training, got no row yet")
+            raise ValueError(
+                "FeatureStore: expected the features of a training step, got no row yet: all "
+                "steps so far were skipped, as their loss or gradient was not finite; lower --lr, "
+                "use --precision fp32, or look at the weights training began with"
+            )
         if not is_distributed():
             return Features(index, self.image_h[order], self.text_h[order])
         step, place = order // (self.share * world_size()), order % (self.share * world_size())
