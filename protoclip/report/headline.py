@@ -120,8 +120,8 @@ def _cell(run: Run, baseline: Run | None, key: str, metric: str) -> str:
         if got is not None:
             better = (got.value < 0) == metric.endswith(LOWER_IS_BETTER)
             kind = ("up" if better else "down") if got.clear else "same"
-            known = "" if math.isfinite(got.low) else ", no interval"
-            text += f"<small class={kind}>{_signed(got.value)}{known}</small>"
+            text += f"<small class={kind}>{_signed(got.value)}</small>"
+            text += "" if math.isfinite(got.low) else "<small>no interval</small>"
     return f"<td>{text}</td>"
 
 
