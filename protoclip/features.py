@@ -111,6 +111,11 @@ class FeatureStore:
         self.image_h = torch.empty(0, device=device)  # [rows, Dh] fp32 once Dh is known
         self.text_h = torch.empty(0, device=device)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been put: the same on every rank."""
+        return self.image_h.dim() == 1
+
     @torch.no_grad()
     def put(self, start: int, index: Tensor, projected: Encoded) -> None:
         """Keep the projections, [B, Dh] each, of the samples ``index`` from row ``start`` on."""

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,11 @@ class ProtoModel(nn.Module):
                 )
         with torch.no_grad():
             self.logit_scale_proto.copy_(extra["logit_scale_proto"])
-        prepared = extra.get("preprocess", {})  # the weights it started from may have had their own
+        # The weights it started from may have had their own.
+        self.prepare_as(extra.get("preprocess", {}))
+
+    def prepare_as(self, prepared: Mapping[str, Any]) -> None:
+        """Prepare pictures as ``preprocess`` of another model says; what it leaves out stays."""
         self.mean = tuple(prepared.get("mean", self.mean))
         self.std = tuple(prepared.get("std", self.std))
         self.clip.visual.preprocess_cfg = {

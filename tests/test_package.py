@@ -21,7 +21,7 @@ LAYERS = [
     ["kmeans", "faiss_kmeans", "global_losses"],
     ["data"],
     ["short_text"],
-    ["model"],
+    ["model", "openclip_runs"],
     ["features", "teacher"],
     ["clustering"],
     ["episode"],
