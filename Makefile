@@ -20,8 +20,8 @@ fix:
 test:
 	$(PYTHON) -m pytest tests
 
-parity:  ## every benchmark once, at tiny sizes: checked against fp64, not timed
-	$(PYTHON) -m pytest benchmarks --benchmark-disable --sizes tiny
+parity:  ## every benchmark of `make bench` once: checked against fp64, not timed
+	$(PYTHON) -m pytest benchmarks --benchmark-disable
 
 faults:  ## kill a run twenty times and fill its disk, compare with one left alone; then every other fault
 	$(PYTHON) tests/fault_runs.py --kills 20 --ranks 1 2 --full-disk
