@@ -193,10 +193,13 @@ class RunFolder:
     def close(self) -> None:
         """Flush and close every file; the folder can be closed twice."""
         self._metrics.close()
+        board, self._board = self._board, None
+        try:
+            if board is not None:
+                board.close()
+        except OSError as error:  # a full disk
+            self.say(f"tensorboard: {error.strerror}; its last points are missing")
         for handler in (self._log, self._screen):
             LOGGER.removeHandler(handler)
             handler.close()
-        if self._board is not None:
-            self._board.close()
-            self._board = None
         self._lock.release()
