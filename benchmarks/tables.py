@@ -78,7 +78,7 @@ def _machine(record: Record) -> str:
         "|---|---|---|---|---|---|---|",
         *(_case_row(group) for group in plain if group[0]["phase"] not in ("forward", "backward")),
     ]
-    parts = [_head(record), "\n".join(table), _slower(plain), _growth(rows), _plots(record)]
+    parts = [_head(record), "\n".join(table), _slower(cases(rows)), _growth(rows), _plots(record)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -127,7 +127,7 @@ def slower_cases(groups: Iterable[list[Row]]) -> list[str]:
     return lines
 
 
-def _slower(groups: list[list[Row]]) -> str:
+def _slower(groups: Iterable[list[Row]]) -> str:
     found = slower_cases(groups)
     if not found:
         return "Slower than a peer: nowhere in this record."

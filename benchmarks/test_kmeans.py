@@ -209,7 +209,7 @@ OUR_START = {"faiss.Kmeans", "sklearn", "flash-kmeans"}
 @pytest.fixture(scope="module")
 def whole(sizes) -> tuple[Tensor, Tensor, float]:
     n, k, d = {"tiny": (500, 10, 16), "quick": (20_000, 1000, 128), "full": (100_000, 5000, 128)}[
-        sizes if DEVICE == "cuda" or sizes == "tiny" else "quick"
+        sizes
     ]
     x = mixture(n, k, d)
     start = x[torch.randperm(n)[:k]]
