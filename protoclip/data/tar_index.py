@@ -149,8 +149,8 @@ class _Header(tarfile.TarInfo):
     """A header that cannot send tarfile in circles (CVE-2025-8194) or keep it busy for hours."""
 
     @classmethod
-    def frombuf(cls, *args: Any, **kwargs: Any) -> tarfile.TarInfo:
-        header = super().frombuf(*args, **kwargs)
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        header = super().frombuf(buf, encoding, errors)
         extended = header.type in (
             tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
             tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
