@@ -2,9 +2,9 @@ PYTHON ?= python
 SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
 
-.PHONY: check lint fix test faults bench bench-full study study-quick kernels gpu gpu-sanitize
+.PHONY: check lint fix test parity faults bench bench-full study study-quick kernels gpu gpu-sanitize
 
-check: lint test  ## everything CI checks
+check: lint test parity  ## everything CI checks
 
 lint:
 	ruff check $(SOURCES)
@@ -19,6 +19,9 @@ fix:
 
 test:
 	$(PYTHON) -m pytest tests
+
+parity:  ## every benchmark once, at tiny sizes: checked against fp64, not timed
+	$(PYTHON) -m pytest benchmarks --benchmark-disable --sizes tiny
 
 faults:  ## kill a run twenty times and fill its disk, compare with one left alone; then every other fault
 	$(PYTHON) tests/fault_runs.py --kills 20 --ranks 1 2 --full-disk

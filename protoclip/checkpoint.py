@@ -125,6 +125,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         ImportError, zipfile.BadZipFile,
     ) as error:  # fmt: skip
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "weights_only" in reason:  # torch advises to run what the file says; we do not
+            reason = "it holds no tensors, or code beside them"
         raise ValueError(
             f"checkpoint: {path} cannot be read ({reason}); it is torn or no checkpoint, "
             "use an older one"
@@ -202,19 +204,3 @@ def find(run: str | os.PathLike[str]) -> Path:
             f"checkpoint: {run} holds no epoch_N.pt; the run ended before its first checkpoint"
         )
     return numbered[max(numbered)]
-
-
-def load_run(run: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Config and payload of a run folder or of one of its checkpoints.
-
-    Raises:
-        ValueError: nothing there, or a checkpoint that protoclip did not write.
-    """
-    path = find(run)
-    payload = load(path)
-    if "protoclip" not in payload or "config" not in payload["protoclip"]:
-        raise ValueError(
-            f"checkpoint: {path} was not written by protoclip.train (no 'protoclip' entry); "
-            f"name its model and give it as weights: MODEL --pretrained {path}"
-        )
-    return payload["protoclip"]["config"], payload

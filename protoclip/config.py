@@ -253,7 +253,8 @@ class RunConfig:
     resume: str = option(
         "",
         "go on exactly where a run stopped: its folder, one of its checkpoints, or auto (the run "
-        "--name, else the newest unfinished one with these settings, else a new one)",
+        "--name, else the newest unfinished one with these settings, else a new one); of a run of "
+        "OpenCLIP's trainer: a new run from its weights, optimiser and epoch",
     )
     max_bad_steps: int = option(
         10, "stop after so many steps in a row with a loss or gradient that is not finite", low=1

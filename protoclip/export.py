@@ -16,18 +16,18 @@ from typing import Any
 
 import open_clip
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from protoclip import checkpoint
 from protoclip.config import ModelConfig, TrainConfig
 from protoclip.evaluate import format_table, read_results
 from protoclip.fields import from_dict
 from protoclip.model import build_model, register_configs
+from protoclip.openclip_runs import model_config, preprocess, state_dict, told_preprocess
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 CARD = "README.md"
-PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 
 
 def export(run: str | Path, out: str | Path, model: str = "", force_image_size: int = 0) -> Path:
@@ -71,17 +71,11 @@ def export(run: str | Path, out: str | Path, model: str = "", force_image_size: 
     save_file({key: x.contiguous() for key, x in clip.state_dict().items()}, out / WEIGHTS)
     if config.force_image_size:
         model_cfg["vision_cfg"]["image_size"] = config.force_image_size
-    shown = {**_preprocess(clip.visual, name, config.pretrained), **_told_preprocess(path, payload)}
+    shown = {**preprocess(clip.visual, name, config.pretrained), **_told_preprocess(path, payload)}
     written = {"model_cfg": model_cfg, "preprocess_cfg": shown}
     (out / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     (out / CARD).write_text(_card(path, config, payload), encoding="utf-8")
     return out
-
-
-def state_dict(payload: dict[str, Any]) -> dict[str, Tensor]:
-    """OpenCLIP's weights in a checkpoint, or in a bare state dict, without ``module.``."""
-    weights = payload.get("state_dict", payload)
-    return {key.removeprefix("module."): value for key, value in weights.items()}
 
 
 def _model_config(
@@ -92,57 +86,15 @@ def _model_config(
     if stored is not None and model:
         raise ValueError(f"--model: {path} says itself what it is; leave the flag out")
     if stored is None:
-        return _openclip_config(path, model, force_image_size)
+        return model_config(path, model, force_image_size)
     return dataclasses.replace(from_dict(TrainConfig, stored).model, add_projection_head=False)
-
-
-def _openclip_config(path: Path, model: str, force_image_size: int) -> ModelConfig:
-    """For a checkpoint of OpenCLIP's trainer, whose params.txt stands beside its folder."""
-    told = _params(path)
-    name = model or told.get("model", "")
-    register_configs()
-    if not model and name not in open_clip.list_models():
-        raise ValueError(
-            f"--model: {path} is not protoclip.train's and does not "
-            + (f"bring its model {name!r}, which OpenCLIP does not know" if name else "name it")
-            + "; give the name or config file that it was trained with"
-        )
-    size = told.get("force_image_size", "")
-    return ModelConfig(
-        model=name,
-        pretrained=told.get("pretrained", "") if not model else "",
-        force_image_size=force_image_size or (int(size) if size.isdecimal() else 0),
-        add_projection_head=False,
-    )
-
-
-def _params(path: Path) -> dict[str, str]:
-    """What OpenCLIP's trainer wrote down about the run of a checkpoint; {} where it is not one."""
-    params = path.parent.parent / "params.txt"
-    if path.parent.name != "checkpoints" or not params.is_file():
-        return {}
-    lines = params.read_text(encoding="utf-8", errors="replace").splitlines()
-    return dict(line.split(": ", 1) for line in lines if ": " in line)
-
-
-def _preprocess(visual: Any, name: str, pretrained: str) -> dict[str, Any]:
-    """How pictures are prepared for a model that started from ``pretrained``."""
-    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
-    known = {**visual.preprocess_cfg, **tag}
-    return {key: known[key] for key in PREPROCESS}
 
 
 def _told_preprocess(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
     """What the run itself says about it: our checkpoint, or the flags given to OpenCLIP."""
     if "protoclip" in payload:
         return dict(payload["protoclip"].get("preprocess", {}))
-    flags = {key: _params(path).get(f"image_{key}", "None") for key in PREPROCESS}
-    return {key: _value(text) for key, text in flags.items() if text != "None"}
-
-
-def _value(text: str) -> Any:
-    """ "[0.5, 0.5, 0.5]" as a list, other words as they are."""
-    return json.loads(text) if text.startswith("[") else text
+    return told_preprocess(path)
 
 
 def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> str:

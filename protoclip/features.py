@@ -111,6 +111,11 @@ class FeatureStore:
         self.image_h = torch.empty(0, device=device)  # [rows, Dh] fp32 once Dh is known
         self.text_h = torch.empty(0, device=device)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been put: the same on every rank."""
+        return self.image_h.dim() == 1
+
     @torch.no_grad()
     def put(self, start: int, index: Tensor, projected: Encoded) -> None:
         """Keep the projections, [B, Dh] each, of the samples ``index`` from row ``start`` on."""
@@ -136,7 +141,11 @@ class FeatureStore:
         last &= index >= 0
         index, order = index[last], order[last]
         if not len(order):
-            raise ValueError("FeatureStore: expected a pass of training, got no row yet")
+            raise ValueError(
+                "FeatureStore: expected the features of a training step, got no row yet: all "
+                "steps so far were skipped, as their loss or gradient was not finite; lower --lr, "
+                "use --precision fp32, or look at the weights training began with"
+            )
         if not is_distributed():
             return Features(index, self.image_h[order], self.text_h[order])
         step, place = order // (self.share * world_size()), order % (self.share * world_size())

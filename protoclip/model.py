@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import json
 import logging
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from protoclip.config import ModelConfig
@@ -174,7 +175,11 @@ class ProtoModel(nn.Module):
                 )
         with torch.no_grad():
             self.logit_scale_proto.copy_(extra["logit_scale_proto"])
-        prepared = extra.get("preprocess", {})  # the weights it started from may have had their own
+        # The weights it started from may have had their own.
+        self.prepare_as(extra.get("preprocess", {}))
+
+    def prepare_as(self, prepared: Mapping[str, Any]) -> None:
+        """Prepare pictures as ``preprocess`` of another model says; what it leaves out stays."""
         self.mean = tuple(prepared.get("mean", self.mean))
         self.std = tuple(prepared.get("std", self.std))
         self.clip.visual.preprocess_cfg = {
@@ -188,12 +193,21 @@ def register_configs(model: str = "") -> str:
     if "protoclip-tiny" not in open_clip.list_models():
         open_clip.add_model_config(CONFIG_FOLDER)
     if model.endswith(".json"):
-        path = Path(model)
-        if not path.is_file():
-            raise ValueError(f"--model: expected an OpenCLIP config, found no file at {model}")
-        open_clip.add_model_config(path)
-        return path.stem
+        _check_config(Path(model))
+        open_clip.add_model_config(Path(model))
+        return Path(model).stem
     return model
+
+
+def _check_config(path: Path) -> None:
+    """OpenCLIP passes over a file that is no config, and stays broken after one that is no JSON."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model: expected an OpenCLIP config in {path}: {error}") from error
+    keys = {"embed_dim", "vision_cfg", "text_cfg"}
+    if missing := sorted(keys - set(config if isinstance(config, dict) else ())):
+        raise ValueError(f"--model: the OpenCLIP config {path} lacks {', '.join(missing)}")
 
 
 def _check_name(name: str) -> None:
@@ -253,21 +267,25 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
             tokenizer = open_clip.get_tokenizer(
                 name, context_length=getattr(clip, "context_length", None)
             )
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+    # What torch and safetensors raise on a torn file, and OpenCLIP on a config it does not like.
+    except (
+        RuntimeError, OSError, EOFError, pickle.UnpicklingError, SafetensorError, TypeError,
+        KeyError, AssertionError, ZeroDivisionError,
+    ) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:300]
         if os.path.isfile(config.pretrained):
             reason += "; is the file whole, and a checkpoint of this model?"
         raise ValueError(
             f"--model {config.model} --pretrained {config.pretrained!r}: {reason}"
         ) from error
+    if min(getattr(clip.visual, "grid_size", (1,))) < 1:
+        raise ValueError("--force-image-size: expected at least one patch of the model in pixels")
     if bias:  # read and dropped: features know nothing of it, nor does InfoNCE
         clip.logit_bias = None
     heads = None
     if config.add_projection_head:
-        dim = embedding_dim(clip)
-        text_head = Projection(
-            dim, config.projection_hidden_dim, config.projection_dim, config.use_bn_sync
-        )
+        hidden, out = config.projection_hidden_dim, config.projection_dim
+        text_head = Projection(embedding_dim(clip), hidden, out, config.use_bn_sync)
         # The image head starts as a copy, as in the paper: equal features, equal projections.
         heads = (copy.deepcopy(text_head), text_head)
     model = ProtoModel(clip, tokenizer, heads)

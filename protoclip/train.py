@@ -35,6 +35,7 @@ from protoclip.flags import build_parser, parse
 from protoclip.launchers import find_place
 from protoclip.model import ProtoModel, build_model
 from protoclip.report import write_report
+from protoclip.training.adopt import OpenClipRun, adopt
 from protoclip.training.capture import restore
 from protoclip.training.inputs import faults_of, open_teachers, open_training_data, uses_prototypes
 from protoclip.training.launch import OtherRank, seed_rank
@@ -109,7 +110,11 @@ def train(config: TrainConfig) -> Path:
 
 
 def _train(config: TrainConfig, signals: StopSignals) -> Path:
-    resume = from_main(lambda: find_resume(config))
+    found = from_main(lambda: find_resume(config))
+    theirs = found if isinstance(found, OpenClipRun) else None
+    resume = found if isinstance(found, Resume) else None
+    if theirs:
+        config = theirs.settings(config)
     path = from_main(lambda: resume.folder if resume else choose_folder(config))
     device = choose_device(config.run.device)
     precision = choose_precision(config.run.precision, device)
@@ -120,6 +125,8 @@ def _train(config: TrainConfig, signals: StopSignals) -> Path:
         raise SystemExit(from_main(lambda: check(dataset, config.data.workers)))
     faults_of(dataset, config.data.max_bad_fraction, print)  # stops where too many are known
     plan = make_plan(config, EpochOrder(dataset, config.data).size)
+    if theirs:
+        theirs.step(plan)  # says what is wrong before anything is made
     if resume and resume.step >= plan.total_steps and (path / "results.json").exists():
         print(f"{path} is complete: {resume.step} steps and its results", file=sys.stderr)
         return path
@@ -128,6 +135,8 @@ def _train(config: TrainConfig, signals: StopSignals) -> Path:
         check_clusters(config.episode, min(len(dataset), plan.steps_per_episode * plan.batch_size))
     seed_everything(config.run.seed)
     model = build_model(config.model).to(device)
+    if theirs:
+        theirs.prepare(model, config)
     seed_rank(config.run.seed)
     with phases.measure("teacher", on_host=True):
         teachers, remark = from_main(lambda: open_teachers(config, dataset, device))
@@ -144,7 +153,7 @@ def _train(config: TrainConfig, signals: StopSignals) -> Path:
             folder.say(note)
         run(
             config, plan, model, dataset, teachers, folder, evaluate, device, precision,
-            resume, signals,
+            theirs or resume, signals,
         )  # fmt: skip
     except Stopped as stop:
         folder.say(str(stop))
@@ -166,12 +175,12 @@ def run(
     evaluate: Evaluation,
     device: torch.device,
     precision: str,
-    resume: Resume | None,
+    resume: Resume | OpenClipRun | None,
     signals: StopSignals,
 ) -> None:
     """Evaluate, train, evaluate again, and write what is to be seen."""
     phases = evaluate.phases
-    before = untrained(folder, evaluate, model, resume)
+    before = untrained(folder, evaluate, model, isinstance(resume, Resume))
     transform = build_transform(model.image_size, model.mean, model.std, config.data.augmentation)
     trainer = Trainer(
         config,
@@ -188,8 +197,10 @@ def run(
         zeroshot=evaluate.zeroshot if evaluate.zeroshot_data else None,
         signals=signals,
     )
-    if resume:
+    if isinstance(resume, Resume):
         restore(trainer, resume.payload)
+    elif resume:
+        folder.say(adopt(trainer, resume))
     trainer.run()
     after = evaluate.full(model, "evaluating the trained model")
     if isinstance(folder, OtherRank):
@@ -200,11 +211,11 @@ def run(
 
 
 def untrained(
-    folder: RunFolder | OtherRank, evaluate: Evaluation, model: ProtoModel, resume: Resume | None
+    folder: RunFolder | OtherRank, evaluate: Evaluation, model: ProtoModel, resumed: bool
 ) -> Results | None:
     """The evaluation before training; a resumed run reads what it found when it began."""
     path = folder.path / "untrained.json"
-    if from_main(lambda: resume is not None and path.exists()):
+    if from_main(lambda: resumed and path.exists()):
         return read_results(path)["trained"] if is_main() else None
     before = evaluate.full(model, "evaluating the untrained model")
     if before is not None and is_main():

@@ -1,8 +1,10 @@
 """What holds for the package as a whole: layers, import cost, installed contents."""
 
 import ast
+import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ LAYERS = [
     ["kmeans", "faiss_kmeans", "global_losses"],
     ["data"],
     ["short_text"],
-    ["model"],
+    ["model", "openclip_runs"],
     ["features", "teacher"],
     ["clustering"],
     ["episode"],
@@ -116,3 +118,26 @@ def test_every_package_is_shipped():
     for init in ROOT.rglob("__init__.py"):
         name = ".".join(["protoclip", *init.relative_to(ROOT).parts[:-1]])
         assert f'"{name}"' in shipped, f"setup.py does not list {name}"
+
+
+def test_a_wheel_holds_everything_and_works_elsewhere(tmp_path):
+    pytest.importorskip("setuptools")
+    source, out = ROOT.parent, tmp_path / "out"
+    command = f"egg_info --egg-base {tmp_path} build --build-base {tmp_path / 'b'} bdist_wheel"
+    command += f" --bdist-dir {tmp_path / 'w'} -d {out}"
+    subprocess.run([sys.executable, "setup.py", "-q", *command.split()], cwd=source, check=True)
+    (wheel,) = out.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        held = set(file.namelist())
+        file.extractall(tmp_path / "site")
+    for folder, place in (("protoclip", ""), ("kernels", "protoclip/"), ("csrc", "protoclip/")):
+        for path in (source / folder).rglob("*.*"):
+            if "__pycache__" not in path.parts and path.is_file():
+                assert place + path.relative_to(source).as_posix() in held, path
+    code = "import protoclip, protoclip.kernels as k; print(protoclip.__file__, k.__file__)"
+    code += "; from protoclip.ops import _native; print(_native.csrc())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+    )  # fmt: skip
+    assert all(path.startswith(f"{tmp_path}/site/") for path in done.stdout.split())

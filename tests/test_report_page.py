@@ -48,6 +48,9 @@ def test_the_page_has_every_section_and_needs_no_network(runs, capsys):
 def test_the_page_says_who_won(runs):
     text = html.unescape(write_report([runs[0]]).read_text())  # finds the CLIP run beside it
     assert re.search(r"ours \(protoclip\) .* plain \(clip\): of \d+ headline numbers", text)
+    assert "ProtoCLIP also draws" in text and "HO: Held-out pairs" in text
+    assert re.search(r"modality gap.*?>no interval<", text)  # not "within chance"
+    assert text.index("<b>external</b>") < text.index("<b>image</b>")  # the teacher's first
     both = write_report([runs[1], runs[0]])
     assert both.name == "report-plain-vs-ours.html"
     assert both.read_text().count("<h3>ours</h3>") >= 4

@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from protoclip.data import Subset, open_dataset
 from protoclip.teacher import MINILM, load_teacher, pca
@@ -59,6 +60,24 @@ class TestKeys:
     def test_a_mismatch_is_an_error(self, tmp_path, keys, words):
         with pytest.raises(ValueError, match=words):
             load_teacher(write(tmp_path / "a.npz", self.rows, list(keys)), DATASET)
+
+    @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.safetensors"])
+    def test_a_torn_file_and_one_with_nan_are_refused_in_words(self, tmp_path, name):
+        path, rows = tmp_path / name, self.rows.copy()
+        rows[3, 1] = np.nan
+        if name.endswith("npy"):
+            np.save(path, rows)
+        elif name.endswith("npz"):
+            np.savez(path, rows)
+        else:
+            save_file({"features": torch.from_numpy(rows)}, path)
+        with pytest.raises(ValueError, match=f"NaN or infinity in 1 rows.*{DATASET.keys[3]!r}"):
+            load_teacher(str(path), DATASET)
+        whole = path.read_bytes()
+        for size in (0, 40, len(whole) // 2):
+            path.write_bytes(whole[:size])
+            with pytest.raises(ValueError, match="cannot be read.*is the file whole"):
+                load_teacher(str(path), DATASET)
 
 
 class TestParts:

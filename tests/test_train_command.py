@@ -68,6 +68,8 @@ def test_it_learns_and_leaves_a_whole_run_folder(tmp_path):
         (["--batch-size", "5000"], "--batch-size"),
         (["--external-teacher", "missing.npy"], "missing.npy"),
         (["--device", "cuda:9"], "cuda:9"),
+        (["--force-image-size", "4"], "--force-image-size"),
+        (["--logs", __file__], "--logs: expected a folder"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -124,9 +126,28 @@ def test_the_seed_reaches_every_global_generator():
     assert drawn[0] == drawn[1]
 
 
-def test_torn_weights_are_named(tmp_path):
-    torn = tmp_path / "torn.pt"
+@pytest.mark.parametrize("name", ["torn.pt", "torn.safetensors"])
+def test_torn_weights_are_named(tmp_path, name):
+    torn = tmp_path / name
     for size in (0, 4000):
         torn.write_bytes((b"PK\x03\x04" + bytes(4000))[:size])
-        with pytest.raises(ValueError, match=r"torn\.pt.*is the file whole"):
+        with pytest.raises(ValueError, match=rf"{name}.*is the file whole"):
             build_model(ModelConfig(pretrained=str(torn)))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "expected an OpenCLIP config"),
+        ("[]", "lacks embed_dim, text_cfg, vision_cfg"),
+        ('{"embed_dim": 8, "text_cfg": {}}', "lacks vision_cfg"),
+        ('{"embed_dim": 8, "vision_cfg": {"wdith": 8}, "text_cfg": {}}', "wdith"),
+    ],
+)
+def test_a_config_that_is_none_is_named(tmp_path, capsys, content, words):
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    assert main(["--logs", str(tmp_path), "--model", str(path), *SMALL]) == 2
+    message = capsys.readouterr().err
+    assert "mine.json" in message and words in message
+    build_model(ModelConfig())  # OpenCLIP's registry is as it was

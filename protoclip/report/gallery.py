@@ -19,7 +19,7 @@ WORDS = {"image": "the image features", "text": "the caption features"}
 
 def gallery(snapshot: Snapshot, thumbs: Thumbs, *, sources: int = 4, rows: int = 12) -> str:
     """One block per source of clusters, opened for the last one (the teacher, if there is one)."""
-    names = list(snapshot.clusters)
+    names = sorted(snapshot.clusters, key=lambda name: name.split("_")[0] not in WORDS)
     shown = names[-sources:][::-1]
     blocks = []
     for name in shown:

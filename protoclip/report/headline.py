@@ -121,6 +121,7 @@ def _cell(run: Run, baseline: Run | None, key: str, metric: str) -> str:
             better = (got.value < 0) == metric.endswith(LOWER_IS_BETTER)
             kind = ("up" if better else "down") if got.clear else "same"
             text += f"<small class={kind}>{_signed(got.value)}</small>"
+            text += "" if math.isfinite(got.low) else "<small>no interval</small>"
     return f"<td>{text}</td>"
 
 
@@ -146,17 +147,25 @@ def learnt(run: Run) -> str:
         ("image_retrieval_recall@5", "the right picture is among the first five for"),
     ):
         if metric in one.metrics:
-            text = f"{words} {one.metrics[metric]:.1%}"
-            old = run.before.sets.get(key) if run.before else None
-            if old is not None and metric in old.metrics:
-                text += f" (untrained: {old.metrics[metric]:.1%})"
-            parts.append(text)
+            parts.append(f"{words} {one.metrics[metric]:.1%}{_untrained(run, key, metric)}")
     for metric, value in one.metrics.items():
         if metric.endswith("/acc1") and "lp_" not in metric and "knn_" not in metric:
-            parts.append(f"zero-shot finds the {metric.split('/')[0]} of {value:.1%}")
+            text = f"zero-shot finds the {metric.split('/')[0]} of {value:.1%}"
+            parts.append(text + _untrained(run, key, metric))
     if not parts:
         return ""
     return f"{one.title} ({one.samples:,} images): {'; '.join(parts)}."
+
+
+def _untrained(run: Run, key: str, metric: str) -> str:
+    old = run.before.sets.get(key) if run.before else None
+    return f" (untrained: {old.metrics[metric]:.1%})" if old and metric in old.metrics else ""
+
+
+def set_names(runs: Sequence[Run]) -> str:
+    """What the short names of the evaluation sets stand for."""
+    titles = {key: one.title for run in runs if run.after for key, one in run.after.sets.items()}
+    return "; ".join(f"{key}: {title}" for key, title in titles.items() if title)
 
 
 def verdict(runs: Sequence[Run], baseline: Run | None) -> list[str]:

@@ -15,13 +15,25 @@ from torch import Tensor
 from protoclip.report.curves import panels, words_of
 from protoclip.report.examples import confusions, retrieval_examples
 from protoclip.report.gallery import gallery
-from protoclip.report.headline import keys_of, learnt, table, verdict
+from protoclip.report.headline import keys_of, learnt, set_names, table, verdict
 from protoclip.report.plane import lay_out
 from protoclip.report.runs import Run, defaults_changed
 from protoclip.report.svg import Series, bars, histogram, line_chart
 from protoclip.report.thumbs import Thumbs
 
 CAPTIONED = 5000  # points up to which the map knows their captions
+ABOUT = (
+    "CLIP learns to bring each image near its own caption. ProtoCLIP also draws images and "
+    "captions to prototypes, the means of groups of similar "
+    "training samples, so that kinds stay together."
+)
+MEANINGS = (
+    ("R@k", "share of queries whose right answer is among the first k"),
+    ("zero-shot", "share of images nearest to the name of their own class"),
+    ("linear probe", "accuracy of a linear classifier on the frozen image features"),
+    ("nearest neighbours", "accuracy when the most similar training images vote for the class"),
+    ("k-means AMI", "agreement of clusters of image features with the classes: 0 chance, 1 equal"),
+)
 Pictures = tuple[Thumbs, Thumbs]  # of the training and of the evaluation data
 
 
@@ -35,15 +47,19 @@ def side_by_side(runs: Sequence[Run], part: Callable[[Run], str]) -> str:
 
 
 def summary(runs: Sequence[Run], baseline: Run | None) -> str:
-    said = [learnt(run) for run in runs if run is not baseline or len(runs) == 1]
+    said = [ABOUT]
+    said += [learnt(run) for run in runs if run is not baseline or len(runs) == 1]
     said += verdict(runs, baseline)
     lines = "".join(f"<p>{html.escape(text)}</p>" for text in said if text)
     remark = f"<p class=note>{html.escape(baseline.remark)}</p>" if baseline else ""
     key = (
         "<p class=note>Small figures: 95 % bootstrap interval over the samples; then the "
         "difference to the baseline, <span class=up>clearly better</span>, "
-        "<span class=down>clearly worse</span> or <span class=same>within chance</span>.</p>"
+        "<span class=down>clearly worse</span> or <span class=same>within chance</span>. "
+        f"{html.escape(set_names(runs))}</p>"
     )
+    meanings = "".join(f"<li><b>{word}</b>: {text}</li>" for word, text in MEANINGS)
+    key += f"<details><summary>What the numbers mean</summary><ul>{meanings}</ul></details>"
     keys = keys_of(runs)
     shown = list(dict.fromkeys((*keys[:1], *keys[-1:])))  # the strictest and the widest
     parts = "".join(f"<div>{table(runs, baseline, [one])}</div>" for one in shown)

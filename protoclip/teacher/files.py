@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from protoclip.data import PairDataset
@@ -25,8 +28,10 @@ def read_features(path: Path, dataset: PairDataset) -> Tensor:
         raise ValueError(f"--external-teacher: found no file at {path}")
     try:
         array, keys = _arrays(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--external-teacher: {path} cannot be read: {error}") from error
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
+        raise ValueError(
+            f"--external-teacher: {path} cannot be read ({error}); is the file whole?"
+        ) from error
     if array.ndim != 2:
         raise ValueError(f"--external-teacher: expected [N, d] in {path}, got {list(array.shape)}")
     if keys is not None:
@@ -48,8 +53,6 @@ def _arrays(path: Path) -> tuple[np.ndarray, list[str] | None]:
         with np.load(path, allow_pickle=False) as file:
             keys = [str(key) for key in file["keys"]] if "keys" in file.files else None
             return _the_one({name: file[name] for name in file.files if name != "keys"}), keys
-    from safetensors.torch import load_file
-
     return _the_one({name: rows.float().numpy() for name, rows in load_file(path).items()}), None
 
 

@@ -27,9 +27,11 @@ def episode_seed(seed: int, number: int, purpose: int) -> int:
 def rebuild_episode(trainer: Trainer, number: int, draws: Tensor, bar: tqdm, head: str) -> Episode:
     """The prototypes of episode ``number``, whose samples are ``draws``."""
     indices = draws.unique()
+    # A run that began elsewhere (adopt.py) has trained on nothing yet.
+    reused = trainer.store if trainer.store is not None and not trainer.store.is_empty else None
     with trainer.phases.measure("features"):
-        if trainer.store is not None:
-            features = trainer.store.features()
+        if reused is not None:
+            features = reused.features()
         else:
             features = _extract(trainer, indices, number, bar, head)
     bar.set_description(f"{head} clusters")
@@ -42,7 +44,7 @@ def rebuild_episode(trainer: Trainer, number: int, draws: Tensor, bar: tqdm, hea
             trainer.episode,
             keys=trainer.dataset.keys,
             internal=trainer.internal,
-            coming=None if trainer.store is None else indices,
+            coming=None if reused is None else indices,
             classes={
                 name: known.ids.to(trainer.device) for name, known in trainer.dataset.labels.items()
             },

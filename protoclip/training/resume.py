@@ -11,6 +11,7 @@ from typing import Any
 from protoclip import checkpoint
 from protoclip.config import TrainConfig
 from protoclip.fields import from_dict, to_dict
+from protoclip.training.adopt import OpenClipRun, is_openclips
 from protoclip.training.run_folder import is_locked
 from protoclip.training.state import fingerprint
 
@@ -48,8 +49,8 @@ class Resume:
         return int(self.payload["protoclip"]["step"])
 
 
-def find_resume(config: TrainConfig) -> Resume | None:
-    """The run that ``--resume`` means; None: start a new one.
+def find_resume(config: TrainConfig) -> Resume | OpenClipRun | None:
+    """The run that ``--resume`` means, ours or OpenCLIP's; None: start a new one.
 
     "auto" takes logs/NAME, or without --name the newest unfinished run of the same settings under
     --logs, if it has a checkpoint that can be read.
@@ -77,7 +78,9 @@ def find_resume(config: TrainConfig) -> Resume | None:
     return _read(path, *checkpoint.load_newest(path))
 
 
-def _read(folder: Path, file: Path, payload: dict[str, Any]) -> Resume:
+def _read(folder: Path, file: Path, payload: dict[str, Any]) -> Resume | OpenClipRun:
+    if is_openclips(payload):
+        return OpenClipRun(file, int(payload["epoch"]))
     if "training" not in payload.get("protoclip", {}):
         raise ValueError(
             f"--resume: {file} has weights but no state of a run (no 'protoclip' entry that "

@@ -149,6 +149,8 @@ class RunFolder:
             self.checkpoints.mkdir(exist_ok=True)
             self._open(config, resume_step)
         except FileExistsError as error:
+            if not path.parent.is_dir():
+                raise ValueError(f"--logs: expected a folder, {path.parent} is none") from error
             raise ValueError(f"--name: {path} exists; choose another --name") from error
         except OSError as error:
             raise ValueError(
