@@ -56,8 +56,8 @@ def save(
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         # torch's writer hides what the file said behind a RuntimeError of its own.
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            full = error.__context__
+        full = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(full, OSError) and (full is not error or full.filename is None):
             raise OSError(full.errno, full.strerror, str(path)) from error
         raise
     _sync_folder(path.parent)

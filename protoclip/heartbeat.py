@@ -51,11 +51,11 @@ def enter(phase: str) -> None:
 
 
 @contextlib.contextmanager
-def watched(place: Place, timeout: float, name: str) -> Iterator[Heartbeat]:
+def watched(place: Place, timeout: float, name: str, remedy: str) -> Iterator[Heartbeat]:
     """Watch the ranks, on a connection of its own, while the block runs."""
     global _active
     store = distributed.open_store(place, "heartbeat", max(timeout, PATIENCE))
-    _active = Heartbeat(place, store, timeout, name)
+    _active = Heartbeat(place, store, timeout, name, remedy)
     try:
         yield _active
     finally:
@@ -72,10 +72,14 @@ class Heartbeat:
         timeout: seconds without a sign, or in one phase while others wait in a later one, until a
             rank counts as missing and every rank ends with ``EXIT_CODE``.
         name: of the command, for the message.
+        remedy: what the user can do then.
     """
 
-    def __init__(self, place: Place, store: dist.Store, timeout: float, name: str) -> None:
+    def __init__(
+        self, place: Place, store: dist.Store, timeout: float, name: str, remedy: str
+    ) -> None:
         self.place, self.store, self.timeout, self.name = place, store, timeout, name
+        self.remedy = remedy
         self.pause = min(1.0, max(0.1, timeout / 20))
         self._own = Beat(host=socket.gethostname(), process=os.getpid())
         self._seen: dict[int, tuple[Beat, float, float]] = {}  # beat, last change of number, phase
@@ -206,13 +210,13 @@ class Heartbeat:
                 f"ago in phase {beat.phase!r}; this is rank {self.place.rank} in phase "
                 f"{self._own.phase!r}"
             )
-        return "; ".join(lines) + ". All ranks end; --resume goes on from the last checkpoint"
+        return "; ".join(lines) + f". All ranks end; {self.remedy}"
 
     def _hostless(self) -> str:
         return (
             "rank 0, or the launcher on its machine, is gone: the store of the ranks does not "
             f"answer; this is rank {self.place.rank} of {self.place.world_size} in phase "
-            f"{self._own.phase!r}. All ranks end; --resume goes on from the last checkpoint"
+            f"{self._own.phase!r}. All ranks end; {self.remedy}"
         )
 
     def say(self, message: str, trace: str = "") -> None:

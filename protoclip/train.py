@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from protoclip import checkpoint
 from protoclip.clustering import check_clusters
+from protoclip.commands import on_all_ranks, quietly
 from protoclip.config import TrainConfig
 from protoclip.data import PairDataset, build_transform
 from protoclip.data.check import check_data
@@ -37,7 +38,7 @@ from protoclip.report import write_report
 from protoclip.training.adopt import OpenClipRun, adopt
 from protoclip.training.capture import restore
 from protoclip.training.inputs import faults_of, open_teachers, open_training_data, uses_prototypes
-from protoclip.training.launch import OtherRank, on_all_ranks, quietly, seed_rank
+from protoclip.training.launch import OtherRank, seed_rank
 from protoclip.training.loop import Trainer
 from protoclip.training.order import EpochOrder
 from protoclip.training.phases import Phases
@@ -48,6 +49,7 @@ from protoclip.training.saving import SaveSchedule, Stopped, StopSignals
 from protoclip.training.views import Evaluation, draw_plots
 
 PROG = "python -m protoclip.train"
+REMEDY = "--resume goes on from the last checkpoint"  # where a rank is lost
 DESCRIPTION = (
     "Train ProtoCLIP (or CLIP) on image-text pairs. Without arguments: ProtoCLIP on the built-in "
     "emoji, a few minutes on two CPU cores."
@@ -63,11 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if place.world_size > 1:
             run = config.run
             settings = run.device, run.dist_timeout, run.dist_backend
-            return on_all_ranks(lambda: train(config), place, *settings, PROG)
+            return on_all_ranks(lambda: train(config), place, *settings, PROG, REMEDY)
         train(config)
     except (ValueError, OSError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stop:  # before there was a run folder
+        print(f"{PROG}: {stop}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)
         return 130
@@ -101,6 +105,11 @@ def train(config: TrainConfig) -> Path:
             message has the remedy. Nothing is overwritten.
     """
     SaveSchedule(config.run.save_every)  # a mistake there should not cost the minutes before
+    with StopSignals() as signals:
+        return _train(config, signals)
+
+
+def _train(config: TrainConfig, signals: StopSignals) -> Path:
     found = from_main(lambda: find_resume(config))
     theirs = found if isinstance(found, OpenClipRun) else None
     resume = found if isinstance(found, Resume) else None
@@ -142,11 +151,10 @@ def train(config: TrainConfig) -> Path:
             folder.say(f"resumed: {resume.file}, after step {resume.step} of {plan.total_steps}")
         for note in notes:
             folder.say(note)
-        with StopSignals() as signals:
-            run(
-                config, plan, model, dataset, teachers, folder, evaluate, device, precision,
-                theirs or resume, signals,
-            )  # fmt: skip
+        run(
+            config, plan, model, dataset, teachers, folder, evaluate, device, precision,
+            theirs or resume, signals,
+        )  # fmt: skip
     except Stopped as stop:
         folder.say(str(stop))
     except BaseException:

@@ -36,11 +36,13 @@ TORCHRUN = {"RANK": "{rank}", "WORLD_SIZE": "2", "LOCAL_RANK": "{rank}"}
 TORCHRUN |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}"}
 
 
-def _run(folder, argv, number, env, fault):
-    """A rank: protoclip.train with its output in a file."""
+def _run(folder, argv, number, env, fault, command):
+    """A rank: a command, such as protoclip.train, with its output in a file."""
+    import importlib
+
     import torch
 
-    from protoclip.train import main
+    main = importlib.import_module(command).main
 
     torch.set_num_threads(1)
     os.chdir(folder)
@@ -54,15 +56,14 @@ def _run(folder, argv, number, env, fault):
     sys.exit(main(argv))
 
 
-def started(folder, argv, variables=TORCHRUN, fault=None):
+def started(folder, argv, variables=TORCHRUN, fault=None, command="protoclip.train"):
     """Two ranks; ``fault`` is called by rank 1 before it begins."""
     port = free_port()
     processes = []
     for rank in range(2):
         env = {name: text.format(rank=rank, port=port) for name, text in variables.items()}
-        processes.append(
-            CONTEXT.Process(target=_run, args=(folder, argv, rank, env, fault), daemon=True)
-        )
+        args = folder, argv, rank, env, fault, command
+        processes.append(CONTEXT.Process(target=_run, args=args, daemon=True))
     for process in processes:
         process.start()
     return processes
@@ -174,6 +175,61 @@ def test_a_rank_that_fails_ends_the_others(tmp_path, fault, code, words):
     assert words in together and together.count("error:") == 1, together
     assert "(rank 1 of 2, phase" in together
     assert together.count("Traceback") == (code == 1)
+
+
+def killed_at_a_picture():
+    """This rank dies where it reads its first picture."""
+    _at_the_first_picture(signal.SIGKILL)
+
+
+def signalled_at_a_picture():
+    """This rank is asked to stop while it evaluates."""
+    _at_the_first_picture(signal.SIGUSR1)
+
+
+def _at_the_first_picture(number):
+    from protoclip.data.shapes import ShapesDataset
+
+    image = ShapesDataset.image
+
+    def then_signal(self, position):
+        ShapesDataset.image = image
+        os.kill(os.getpid(), number)
+        return image(self, position)
+
+    ShapesDataset.image = then_signal
+
+
+@pytest.mark.parametrize(
+    ("fault", "data", "codes", "words"),
+    [
+        (killed_at_a_picture, "builtin:shapes:64", [EXIT_CODE, -signal.SIGKILL], "rank 1 of 2"),
+        (None, "builtin:cats", [2, 2], "no built-in data"),
+        (None, "builtin:shapes:64", [0, 0], ""),
+    ],
+    ids=["a rank is killed", "a mistake", "all goes well"],
+)
+def test_evaluation_ends_on_all_ranks(tmp_path, fault, data, codes, words):
+    arguments(tmp_path, "")  # writes the model
+    argv = ["tiny.json", "--pretrained", "random", "--data", data, "--no-cache"]
+    processes = started(tmp_path, argv, fault=fault, command="protoclip.evaluate.__main__")
+    assert ended(processes, 60) == codes, logs(tmp_path)
+    together = "".join(logs(tmp_path))
+    assert "Traceback" not in together and together.count("error:") == (codes != [0, 0])
+    assert words in together
+    if fault:
+        assert "phase 'evaluation'" in together and "start it again" in together
+
+
+def test_a_signal_to_one_rank_in_an_evaluation_ends_all_well(tmp_path):
+    """They go on to the next step at which ranks ask each other, and save."""
+    argv = arguments(tmp_path, "stops", "--max-steps", "100", "--epochs", "100")
+    processes = started(tmp_path, argv, fault=signalled_at_a_picture)
+    assert ended(processes, 60) == [0, 0], logs(tmp_path)
+    together = "".join(logs(tmp_path))
+    assert "stopped by a signal to another rank after step 10" in together
+    assert "error:" not in together and "Traceback" not in together
+    assert (tmp_path / "logs" / "stops" / "checkpoints" / "epoch_latest.pt").exists()
 
 
 LAUNCHERS = {

@@ -90,3 +90,42 @@ def test_memory_is_within_15_percent(ranks, batch):
             f"{ranks} ranks: predicted {predicted / 2**20:.1f} MiB, measured {measured / 2**20:.1f}"
         )
         assert predicted == pytest.approx(measured, rel=0.15), parts
+
+
+def test_bytes_flop_and_seconds_by_hand():
+    import dataclasses
+
+    from protoclip.cost import CARDS, Run, Shape, flop, seconds, wire
+
+    shape = Shape(
+        weights=1000, embed_dim=8, projection_dim=4, hidden_dim=16, buffers_bytes=32,
+        batch_bytes=10, saved_bytes=100, saved_fixed_bytes=0, forward_flop=5000, largest_weight=9,
+    )  # fmt: skip
+    run = Run(6, 1, 4, samples=1000, episode=240, clusters=10, teacher_dim=5, amp=False)
+    assert (run.global_batch, run.steps, run.prototype_sets) == (24, 10, 4)
+    step, episode = flop(shape, run)
+    assert list(step.values()) == [
+        3 * 6 * 5000,  # forward, and twice that backwards
+        4 * (2 * 6 * 24 * 8),  # logits twice, and a gradient on either side
+        4 * 2 * (2 * 6 * 10 * 4),  # of each set logits, and the gradient that they weigh
+    ]
+    assert episode == {
+        "k-means": 2 * 60 * 10 * (4 + 4 + 5) * 21,
+        "soft targets": 4 * 2 * 10 * 10 * (5 + 4),
+        "feature extraction": 60 * 5000,
+    }
+    on_wire, _ = wire(shape, run)
+    assert list(on_wire.values()) == [6000, 576, 576, 288, 72, 32, 768]
+    card = dataclasses.replace(
+        CARDS["cpu"], matmul_flops=1e6, towers_share=0.5, kernels_share=0.25, near_bandwidth=1e5
+    )
+    took = seconds(shape, run, card)
+    assert took["towers and heads"] == pytest.approx(10 * 90000 / 5e5)
+    assert took["InfoNCE, 4 products"] == pytest.approx(10 * 9216 / 2.5e5)
+    # All of the gradients' 0.06 s hide behind two thirds of the towers' 0.18 s.
+    assert took["waiting for the wire, in steps"] == pytest.approx(
+        10 * (sum(on_wire.values()) - 6000) / 1e5
+    )
+    slow = seconds(shape, run, dataclasses.replace(card, near_bandwidth=1e4))
+    exposed = sum(on_wire.values()) / 1e4 - 2 / 3 * 0.18
+    assert slow["waiting for the wire, in steps"] == pytest.approx(10 * exposed)

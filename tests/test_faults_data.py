@@ -85,6 +85,7 @@ class TestStreams:
         [
             ("pipe:echo no such key >&2; exit 7", "ended with code 7 .no such key.*3 tries"),
             ("pipe:sleep 60", "no byte in 0.3 s"),
+            ("pipe:exec >&- 2>&-; sleep 60", "did not end in 0.3 s"),
             ("pipe:true", "nothing came"),
             ("http://127.0.0.1:9/a.tar", "127.0.0.1:9/a.tar: .*refused"),
             ("s3://bucket/a.tar", "pipe:aws s3 cp s3://bucket/a.tar -"),
@@ -94,6 +95,25 @@ class TestStreams:
     def test_a_reader_that_keeps_failing_is_named(self, spec, words):
         with pytest.raises(DataError, match=words):
             open_dataset(spec)
+
+    def test_a_slow_reader_is_waited_for(self, tmp_path, monkeypatch):
+        """As long as some bytes come, in less time than counts as a stall."""
+        monkeypatch.setattr(spool, "STALL_SECONDS", 1.0)
+        write_shards(tmp_path / "data", shards=1)
+        tar = tmp_path / "data" / "000.tar"
+        parts = "; ".join(
+            f"sleep 0.4; tail -c +{start + 1} {tar} | head -c 4000"
+            for start in range(0, tar.stat().st_size, 4000)
+        )
+        assert len(open_dataset(f"pipe:{parts} # .tar")) == 3
+
+    def test_what_a_killed_copy_left_is_removed(self, tmp_path):
+        write_shards(tmp_path / "data", shards=1)
+        spec = f"pipe:cat {tmp_path}/data/000.tar"
+        left = spool.Spool(1).path(spec).with_suffix(".1234.part")
+        left.parent.mkdir(parents=True)
+        left.write_bytes(b"half a shard")
+        assert len(open_dataset(spec)) == 3 and not left.exists()
 
     def test_training_on_a_stream_resumes_exactly(self, tmp_path):
         flags = [*prepare(tmp_path), "--max-steps", "6", "--k", "4"]
@@ -116,6 +136,15 @@ class TestStreams:
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args):
         pass
+
+
+def overwrite(path, member, byte):
+    """Other data of the same size."""
+    with tarfile.open(path) as tar:
+        info = tar.getmember(member)
+    with open(path, "r+b") as shard:
+        shard.seek(info.offset_data)
+        shard.write(byte * info.size)
 
 
 def spoil(path, member):
@@ -146,6 +175,21 @@ class TestBadSamples:
         assert all(len(batch.index.unique()) == 4 for batch in results[0])
         with pytest.raises(DataError, match="sample2"):
             load(dataset)  # without a ledger a bad sample is an error
+
+    @pytest.mark.parametrize(("new", "words"), [(b"\xff", "utf-8"), (b" ", "no caption is there")])
+    def test_captions_that_change_while_in_use_are_named(self, tmp_path, new, words):
+        spec = write_shards(tmp_path / "data", shards=1)
+        dataset = open_dataset(spec)
+        overwrite(tmp_path / "data" / "000.tar", "sample1.txt", new)
+        with pytest.raises(DataError, match=f"000.tar.*sample1.*changed while in use .*{words}"):
+            load(dataset, workers=1)
+
+    def test_a_shard_that_is_deleted_while_in_use_stops_the_run(self, tmp_path):
+        """All of its samples are bad: more than the share that is allowed."""
+        dataset = open_dataset(write_shards(tmp_path / "data", shards=2, per_shard=6))
+        (tmp_path / "data" / "001.tar").unlink()
+        with pytest.raises(DataError, match=r"max-bad-fraction 0.25; .*001.tar: No such"):
+            load(dataset, faults=Faults("data", 12, 0.25, report=lambda text: None))
 
     def test_too_many_stop_the_run_with_a_clear_word(self, tmp_path, capsys):
         flags = [*prepare(tmp_path), "--max-steps", "8", "--method", "clip"]
@@ -229,6 +273,15 @@ class TestHostileInput:
         assert len(dataset.captions(0)[0]) == MAX_CAPTION
         reasons = " ".join(reason for _, _, reason in dataset.skipped)
         assert "5,000,000 bytes" in reasons and "nested" in reasons
+
+    def test_long_captions_of_a_table(self, tmp_path):
+        (tmp_path / "a.png").write_bytes(encoded(picture(0)))
+        table = tmp_path / "t.csv"
+        table.write_text("filepath\ttitle\na.png\t" + "word " * 20_000)
+        assert len(open_dataset(str(table)).captions(0)[0]) == MAX_CAPTION
+        table.write_text("filepath\ttitle\na.png\t" + "word " * 200_000)
+        with pytest.raises(DataError, match="line 2: field larger than"):
+            open_dataset(str(table))
 
     def test_escaping_paths_and_links_touch_nothing(self, tmp_path):
         (tmp_path / "secret.png").write_bytes(encoded(picture(1)))

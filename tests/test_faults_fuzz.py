@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import signal
 import tarfile
 import tempfile
 from pathlib import Path
@@ -57,6 +58,9 @@ def _checkpoint() -> bytes:
 
 
 TAR, CHECKPOINT = _tar(), _checkpoint()
+with tarfile.open(fileobj=io.BytesIO(TAR)) as _opened:
+    SECOND = _opened.getmembers()[3].offset  # of the second sample
+    END = _opened.offset  # of its members
 changes = st.lists(
     st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=40)), max_size=6
 )
@@ -84,6 +88,51 @@ def test_the_tar_reader(edits, keep):
                 assert dataset.captions(i)
                 with contextlib.suppress(DataError):
                     assert dataset.image(i).mode == "RGB"
+
+
+def _header(name: str, size: int, kind: bytes = tarfile.REGTYPE, data: bytes = b"") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+
+
+def _extended(record: bytes) -> bytes:
+    return _header("pax", len(record), tarfile.XHDTYPE, record) + _header("9.png", 0)
+
+
+HEADERS = {  # what sends Python's tarfile in circles, into its own errors, or away for hours
+    "negative size": _header("9.png", SECOND - END - 512),
+    "negative size of an unknown type": _header("9.png", SECOND - END - 512, b"Z"),
+    "negative size in an extended header": _extended(b"14 size=%d\n" % (SECOND - END - 1536)),
+    "negative size of a long name": _header("x", -512, tarfile.GNUTYPE_LONGNAME),
+    "a thousand long names": _header("x", 0, tarfile.GNUTYPE_LONGNAME) * 3000,
+    "an endless number": _extended(b"1" * 400_000),
+    "a map that is none": _extended(b"24 GNU.sparse.map=a,b,c\n"),
+}
+
+
+@pytest.mark.parametrize("where", ["first", "later"])
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_headers_of_nonsense_are_damage(tmp_path, monkeypatch, header, where):
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "s.tar"
+    whole, end = TAR[:END], bytes(1024)
+    path.write_bytes(header + whole + end if where == "first" else whole + header + end)
+
+    def too_long(*_):
+        raise AssertionError("the tar reader hangs")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(20)
+    try:
+        dataset = ShardDataset(str(path))
+        assert len(dataset) == 3 and "damaged" in dataset.skipped[-1][2]
+    except DataError as error:
+        assert where == "first"
+        assert "not an uncompressed tar" in str(error) or "damaged at byte 0" in str(error)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @quick

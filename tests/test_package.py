@@ -18,6 +18,7 @@ LAYERS = [
     ["ops"],
     ["fields"],
     ["config", "flags", "distributed", "launchers", "device", "heartbeat", "checkpoint"],
+    ["commands"],
     ["kmeans", "faiss_kmeans", "global_losses"],
     ["data"],
     ["short_text"],

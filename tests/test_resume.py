@@ -97,6 +97,31 @@ def test_signals_are_heard_and_handed_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_stops_at_once_where_nothing_is_to_be_saved(tmp_path, flags, capsys):
+    """While data are opened; within the decoding of a picture, where any error means a bad one."""
+    from protoclip import train as command
+    from protoclip.data import images
+
+    shards = flags[flags.index("--train-data") + 1]
+    flags = [*flags, "--logs", str(tmp_path), "--max-steps", "3", "--name", "run"]
+    flags += ["--val-data", shards]
+    for module, name in ((command, "open_training_data"), (images, "to_rgb")):
+        original = getattr(module, name)
+
+        def then_signal(*args, original=original):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return original(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, name, then_signal)
+            assert main(flags) == 0
+        assert "stopped by SIGUSR1" in capsys.readouterr().err
+        assert (tmp_path / "run").exists() == (module is images)
+    assert not losses(tmp_path / "run")
+    assert main([*flags, "--resume", "auto"]) == 0
+    assert len(losses(tmp_path / "run")) == 3
+
+
 def test_resume_refuses_what_it_cannot_do(tmp_path, flags, capsys):
     flags = [*flags, "--logs", str(tmp_path)]
     short = ["--max-steps", "3", "--name", "short"]

@@ -11,6 +11,7 @@ from PIL import Image
 
 from protoclip.data.images import decode
 from protoclip.data.strings import StringTable
+from protoclip.data.tar_index import MAX_CAPTION
 from protoclip.data.types import DataError, Labels
 
 CHECKED = 10_000  # files looked for at the start; beyond, a missing one is found when it is read
@@ -24,7 +25,7 @@ class CsvDataset:
         separator: between columns, one character (OpenCLIP's default: a tab).
         img_key: column of the paths; a relative path counts from the working directory (as in
             OpenCLIP) or, if nothing is there, from the table's folder.
-        caption_key: column of the captions.
+        caption_key: column of the captions, each cut to ``MAX_CAPTION`` characters.
     Raises:
         DataError: the file, a column, a caption or a picture is missing; the row is named.
     """
@@ -126,7 +127,7 @@ def _rows(
                         f"{len(header)}; complete the row, or quote values that contain the "
                         "separator or a line break"
                     )
-                yield reader.line_num, row[image], row[text].strip()
+                yield reader.line_num, row[image], row[text].strip()[:MAX_CAPTION]
     except FileNotFoundError as error:
         raise DataError(f"no file {name!r}; check the path") from error
     except OSError as error:
@@ -135,7 +136,7 @@ def _rows(
         raise DataError(f"{name}: not UTF-8 ({error}); convert it, e.g. with iconv") from error
     except csv.Error as error:
         raise DataError(
-            f"{name}, line {reader.line_num + 1}: {error}; look for an unclosed quote there"
+            f"{name}, line {reader.line_num}: {error}; look for an unclosed quote there"
         ) from error
 
 

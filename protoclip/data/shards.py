@@ -122,7 +122,17 @@ class ShardDataset:
         return len(self.keys)
 
     def captions(self, i: int) -> tuple[str, ...]:
-        return parse_captions(self._read(i, self._text), bool(self._is_json[i]))
+        data = self._read(i, self._text)
+        reason = "no caption is there"
+        try:
+            if found := parse_captions(data, bool(self._is_json[i])):
+                return found
+        except ValueError as error:
+            reason = str(error)
+        raise DataError(
+            f"{self.shards[self.shard_of[i]]}: {self.keys[i]!r}: changed while in use ({reason}); "
+            "start again"
+        )
 
     def image(self, i: int) -> Image.Image:
         data = self._read(i, self._image)

@@ -94,6 +94,8 @@ class Spool:
         return True
 
     def _copy(self, url: str, path: Path) -> None:
+        for rest in path.parent.glob(f"{path.stem}.*.part"):  # of a process that was killed
+            rest.unlink(missing_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
         reason = ""
         try:
@@ -154,25 +156,42 @@ def _pipe(command: str, out: BinaryIO) -> str:
     with subprocess.Popen(
         command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     ) as process:
-        assert process.stdout and process.stderr
-        streams, words = [process.stdout, process.stderr], b""
-        while streams:
-            ready, _, _ = select.select(streams, [], [], STALL_SECONDS)
-            if not ready:
-                os.killpg(process.pid, signal.SIGKILL)
-                return f"no byte in {STALL_SECONDS:g} s"
-            for stream in ready:
-                data = os.read(stream.fileno(), BLOCK)
-                if not data:
-                    streams.remove(stream)
-                elif stream is process.stdout:
-                    out.write(data)
-                else:
-                    words = (words + data)[-300:]
+        fault, words = "interrupted", b""
+        try:
+            fault, words = _drain(process, out)
+        finally:
+            if fault:  # a stall, a full disk or a signal: else the end of the command is waited for
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+    if fault:
+        return fault
     if process.returncode:
         said = " ".join(words.decode("utf-8", "replace").split())
         return f"the command ended with code {process.returncode}" + (said and f" ({said})")
     return ""
+
+
+def _drain(process: subprocess.Popen[bytes], out: BinaryIO) -> tuple[str, bytes]:
+    """What went wrong ("" if nothing), and the last words of a command that is copied to a file."""
+    assert process.stdout and process.stderr
+    streams, words = [process.stdout, process.stderr], b""
+    while streams:
+        ready, _, _ = select.select(streams, [], [], STALL_SECONDS)
+        if not ready:
+            return f"no byte in {STALL_SECONDS:g} s", words
+        for stream in ready:
+            data = os.read(stream.fileno(), BLOCK)
+            if not data:
+                streams.remove(stream)
+            elif stream is process.stdout:
+                out.write(data)
+            else:
+                words = (words + data)[-300:]
+    try:
+        process.wait(STALL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"the command did not end in {STALL_SECONDS:g} s after its output", words
+    return "", words
 
 
 def _web(url: str, out: BinaryIO) -> str:

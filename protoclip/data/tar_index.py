@@ -21,6 +21,9 @@ TEXT_KINDS = ("txt", "json")
 FORMAT = 3  # of the cached index
 MAX_CAPTION_BYTES = 1 << 22  # a larger member is no caption; img2dataset's JSON has about 1 kB
 MAX_CAPTION = 10_000  # characters kept of one caption; a model sees the first few hundred
+MAX_HEADER_BYTES = 1 << 14  # of an extended header; tarfile takes hours over megabytes of one
+# What tarfile lets through, beside its own errors, where a header is nonsense.
+NONSENSE = (ValueError, OverflowError, IndexError, EOFError, RecursionError)
 logger = logging.getLogger(__name__)
 
 
@@ -142,10 +145,25 @@ def samples(path: str, shard: str = "") -> Iterator[tuple[str, Members, str]]:
         yield f"what follows {key}", Members(), fault
 
 
+class _Header(tarfile.TarInfo):
+    """A header that cannot send tarfile in circles (CVE-2025-8194) or keep it busy for hours."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        header = super().frombuf(buf, encoding, errors)
+        extended = header.type in (
+            tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+            tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+        )  # fmt: skip
+        if header.size < 0 or (extended and header.size > MAX_HEADER_BYTES):
+            raise tarfile.HeaderError(f"a header says {header.size:,} bytes")
+        return header
+
+
 def _open(path: str, name: str) -> tarfile.TarFile:
     try:
-        return tarfile.open(path, "r:")
-    except tarfile.ReadError as error:
+        return tarfile.open(path, "r:", tarinfo=_Header)
+    except (tarfile.TarError, *NONSENSE) as error:
         raise DataError(
             f"{name}: not an uncompressed tar ({error}); unpack .gz files, and check that the copy "
             "is complete"
@@ -154,8 +172,13 @@ def _open(path: str, name: str) -> tarfile.TarFile:
 
 def _members(tar: tarfile.TarFile, size: int) -> Iterator[tuple[str, str, tuple[int, int]]]:
     """Key, extension, (offset, size) of each whole file, up to the end or the first damage."""
+    begin = 0  # of the header to come
     try:
         for member in tar:
+            if member.size < 0:  # by an extended header: what came would be read again
+                tar.offset = begin
+                return
+            begin = tar.offset
             tar.members = []  # type: ignore[attr-defined]  # else it keeps all of them
             folder, _, file = member.name.removeprefix("./").rpartition("/")
             stem, dot, extension = file.partition(".")
@@ -166,8 +189,8 @@ def _members(tar: tarfile.TarFile, size: int) -> Iterator[tuple[str, str, tuple[
             key = f"{folder}/{stem}" if folder else stem
             yield key, extension.lower(), (member.offset_data, member.size)
     # A header of nonsense may pass for a sparse or extended one, which tarfile then trips over.
-    except (tarfile.TarError, ValueError, OverflowError, IndexError, EOFError):
-        return
+    except (tarfile.TarError, *NONSENSE):
+        tar.offset = begin
 
 
 def _damage(tar: tarfile.TarFile, path: str) -> str:

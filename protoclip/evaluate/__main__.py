@@ -12,9 +12,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from protoclip import heartbeat
+from protoclip.commands import on_all_ranks, quietly
 from protoclip.config import PRECISIONS, TrainConfig
 from protoclip.device import choose_device, choose_precision
-from protoclip.distributed import is_main, start, stop, world_size
+from protoclip.distributed import is_main, world_size
 from protoclip.evaluate.models import Loaded, load_model
 from protoclip.evaluate.results import Results, format_table, read_results, write_results
 from protoclip.evaluate.run import Settings, evaluate_loaded
@@ -25,7 +27,7 @@ from protoclip.launchers import find_place
 PROG = "python -m protoclip.evaluate"
 DESCRIPTION = """Evaluate a CLIP; prints a table, writes results.json and, per data set and task,
 the JSON that CLIP_benchmark writes."""
-TIMEOUT = 3600.0  # seconds a rank waits for the slowest slice
+TIMEOUT = 3600.0  # seconds a rank waits for the slowest slice, or for a sign of life
 LAYOUTS = """data: builtin:emoji | builtin:shapes[:N] | a folder of class folders (ImageFolder),
 also below train/ and test/ | a CLIP_benchmark folder (test/0.tar, classnames.txt,
 zeroshot_classification_templates.txt, dataset_type.txt) | a .csv or .tsv | webdataset shards with
@@ -95,12 +97,11 @@ def run(args: argparse.Namespace) -> str:
             "csv_label_key": args.csv_label_key,
         },
     )
-    place = find_place()
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
-    start(place, device, TIMEOUT)
     loaded.model.to(device)
     took = time.perf_counter() - started
+    heartbeat.enter("evaluation")
     with tqdm(
         desc="evaluating", unit=" rows", file=sys.stderr, leave=False, disable=not is_main()
     ) as bar:
@@ -199,18 +200,25 @@ def _earlier(output: Path, data: str) -> dict[str, Any]:
     return content if content.get("data") == data else {}
 
 
+def show(args: argparse.Namespace) -> None:
+    """Run, and print on rank 0."""
+    if text := run(args):
+        print(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake ends it with one line and status 2."""
-    args = build_parser().parse_args(argv)
     try:
-        text = run(args)
+        place = find_place()
+        with quietly(place):
+            args = build_parser().parse_args(argv)
+        if place.world_size > 1:
+            where = place, args.device, TIMEOUT, "auto"
+            return on_all_ranks(lambda: show(args), *where, PROG, "start it again")
+        show(args)
     except (ValueError, OSError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
-    finally:
-        stop()
-    if text:
-        print(text)
     return 0
 
 

@@ -41,7 +41,7 @@ def load_model(spec: str, pretrained: str = "") -> Loaded:
         ValueError: no such model or weights; the message says what is known.
     """
     name, _, tag = spec.partition(",")
-    if not os.path.exists(spec) and _is_name(name):
+    if _is_name(name) and (name.endswith(".json") or not os.path.exists(spec)):
         return _from_open_clip(name, pretrained or tag)
     if not os.path.exists(spec) and os.sep not in spec:
         try:

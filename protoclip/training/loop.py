@@ -37,7 +37,7 @@ from protoclip.training.order import EpochOrder
 from protoclip.training.phases import Phases
 from protoclip.training.plan import Plan, draw, learning_rate, own_draws
 from protoclip.training.run_folder import RunFolder
-from protoclip.training.saving import SaveSchedule, Stopped, StopSignals
+from protoclip.training.saving import SaveSchedule, Stopped, StopSignals, agree
 from protoclip.training.stepper import Stepper
 
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
@@ -135,8 +135,8 @@ class Trainer:
         if self._saved_at != self.step:
             self.save(None)
         self.signals.immediate = True
-        if self.signals.asked:
-            raise Stopped(f"stopped by {self.signals.asked} after the last step; --resume goes on")
+        if agree(0, bool(self.signals.asked))[0]:
+            raise Stopped("stopped by a signal after the last step; --resume goes on")
 
     def _run_episode(self, number: int, bar: tqdm) -> None:
         steps = self.plan.steps_of(number)

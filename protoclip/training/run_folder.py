@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,8 @@ class _AboveTheBar(logging.Handler):
     """Prints a record on stderr without tearing the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        with contextlib.suppress(OSError):  # a file on a full disk
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 class _QuietFile(logging.FileHandler):
@@ -37,6 +39,26 @@ class _QuietFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         return
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+class _QuietThread:
+    """Keeps the traceback of TensorBoard's writer off the screen: a full disk is said in words."""
+
+    def __init__(self) -> None:
+        self._before = threading.excepthook
+        threading.excepthook = self._hook
+
+    def _hook(self, args: threading.ExceptHookArgs) -> None:
+        writer = type(args.thread).__module__.startswith("tensorboard.")
+        if not (writer and isinstance(args.exc_value, OSError)):
+            self._before(args)
+
+    def restore(self) -> None:
+        threading.excepthook = self._before
 
 
 def choose_folder(config: TrainConfig) -> Path:
@@ -141,10 +163,12 @@ class RunFolder:
         LOGGER.addHandler(self._log)
         LOGGER.addHandler(self._screen)
         self._board = None
+        self._quiet: _QuietThread | None = None
         if config.run.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             purge = None if resume_step is None else resume_step + 1
+            self._quiet = _QuietThread()
             self._board = SummaryWriter(str(path / "tensorboard"), purge_step=purge)
 
     def _open(self, config: TrainConfig, resume_step: int | None) -> None:
@@ -195,10 +219,16 @@ class RunFolder:
     def close(self) -> None:
         """Flush and close every file; the folder can be closed twice."""
         self._metrics.close()
+        board, self._board = self._board, None
+        try:
+            if board is not None:
+                board.close()
+        except OSError as error:  # a full disk
+            self.say(f"tensorboard: {error.strerror}; its last points are missing")
+        if self._quiet is not None:
+            self._quiet.restore()
+            self._quiet = None
         for handler in (self._log, self._screen):
             LOGGER.removeHandler(handler)
             handler.close()
-        if self._board is not None:
-            self._board.close()
-            self._board = None
         self._lock.release()

@@ -19,8 +19,12 @@ AGREE_EVERY = 10  # steps between two questions to the other ranks whether to st
 SIGNALS = ("SIGTERM", "SIGUSR1")
 
 
-class Stopped(Exception):
-    """The run was asked to end, and has saved: not a failure."""
+class Stopped(BaseException):
+    """The run was asked to end, and has saved: not a failure.
+
+    No Exception, for it may be raised anywhere: what takes any error of a decoder for a bad picture
+    must let it through.
+    """
 
 
 class SaveSchedule:
@@ -66,7 +70,8 @@ class StopSignals:
 
     Attributes:
         asked: name of the signal that came; "" for none.
-        immediate: raise ``Stopped`` where the program stands, as nothing is to be saved there.
+        immediate: raise ``Stopped`` where the program stands, as nothing is to be saved there. Only
+            in a process alone: others would wait for it, and all end at the next step agreed on.
     """
 
     def __init__(self) -> None:
@@ -94,7 +99,8 @@ class StopSignals:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
-        if self.immediate and os.getpid() == self._process:
+        if self.immediate and os.getpid() == self._process and world_size() == 1:
+            self.immediate = False  # a second signal does not disturb the ending
             raise Stopped(f"stopped by {self.asked}; go on with --resume")
 
 
