@@ -259,7 +259,12 @@ class RunConfig:
     max_bad_steps: int = option(
         10, "stop after so many steps in a row with a loss or gradient that is not finite", low=1
     )
-    report_to: str = option("tensorboard", "tensorboard or none", choices=("tensorboard", "none"))
+    report_to: str = option(
+        "tensorboard",
+        "where scalars go besides metrics.jsonl",
+        choices=("tensorboard", "wandb", "tensorboard,wandb", "none"),
+    )
+    wandb_project_name: str = option("protoclip", "the project of --report-to wandb")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import logging
 import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from protoclip.config import TrainConfig
 from protoclip.data.cache import write_atomic
 from protoclip.fields import to_dict
 from protoclip.training.append_log import AppendLog, cut_back
+from protoclip.training.boards import check_boards, open_boards
 
 LOGGER = logging.getLogger("protoclip.run")
 
@@ -45,22 +45,6 @@ class _QuietFile(logging.FileHandler):
             super().close()
 
 
-class _QuietThread:
-    """Keeps the traceback of TensorBoard's writer off the screen: a full disk is said in words."""
-
-    def __init__(self) -> None:
-        self._before = threading.excepthook
-        threading.excepthook = self._hook
-
-    def _hook(self, args: threading.ExceptHookArgs) -> None:
-        writer = type(args.thread).__module__.startswith("tensorboard.")
-        if not (writer and isinstance(args.exc_value, OSError)):
-            self._before(args)
-
-    def restore(self) -> None:
-        threading.excepthook = self._before
-
-
 def choose_folder(config: TrainConfig) -> Path:
     """Where a new run will go; not made yet. Under --resume auto a run of that name that has no
     checkpoint yet is begun again.
@@ -68,6 +52,7 @@ def choose_folder(config: TrainConfig) -> Path:
     Raises:
         ValueError: something is there already, or the name would leave --logs.
     """
+    check_boards(config)
     name = config.run.name or time.strftime(
         f"%Y_%m_%d-%H_%M_%S-{config.method}-seed_{config.run.seed}"
     )
@@ -162,14 +147,8 @@ class RunFolder:
         LOGGER.propagate = False
         LOGGER.addHandler(self._log)
         LOGGER.addHandler(self._screen)
-        self._board = None
-        self._quiet: _QuietThread | None = None
-        if config.run.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge = None if resume_step is None else resume_step + 1
-            self._quiet = _QuietThread()
-            self._board = SummaryWriter(str(path / "tensorboard"), purge_step=purge)
+        self._boards = open_boards(path, config, resume_step)
+        self._given_up: set[str] = set()
 
     def _open(self, config: TrainConfig, resume_step: int | None) -> None:
         for rest in self.checkpoints.glob("*.tmp"):  # of a write that was killed
@@ -191,16 +170,15 @@ class RunFolder:
             self._log.handle(LOGGER.makeRecord(LOGGER.name, logging.INFO, "", 0, line, (), None))
 
     def metrics(self, step: int, samples: int, scalars: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, and the same scalars as TensorBoard's train/*."""
+        """One line of metrics.jsonl, and the same scalars for the boards."""
         record = {"step": step, "samples": samples, **scalars}
         self._metrics.write(json.dumps(record))
-        if self._board is not None:
+        for name in self._boards.keys() - self._given_up:
             try:
-                for name, value in scalars.items():
-                    self._board.add_scalar(f"train/{name}", value, step)
+                self._boards[name].add(step, scalars)
             except OSError as error:
-                self._board = None
-                self.say(f"tensorboard: {error.strerror}; no more curves there")
+                self._given_up.add(name)
+                self.say(f"{name}: {error.strerror}; no more curves there")
 
     def checkpoint(self, payload: Mapping[str, Any], epoch: int | None) -> None:
         """Write epoch_latest.pt, or with ``epoch`` a numbered one that is kept.
@@ -219,15 +197,13 @@ class RunFolder:
     def close(self) -> None:
         """Flush and close every file; the folder can be closed twice."""
         self._metrics.close()
-        board, self._board = self._board, None
-        try:
-            if board is not None:
+        while self._boards:
+            name, board = self._boards.popitem()
+            try:
                 board.close()
-        except OSError as error:  # a full disk
-            self.say(f"tensorboard: {error.strerror}; its last points are missing")
-        if self._quiet is not None:
-            self._quiet.restore()
-            self._quiet = None
+            except OSError as error:  # a full disk
+                if name not in self._given_up:
+                    self.say(f"{name}: {error.strerror}; its last points are missing")
         for handler in (self._log, self._screen):
             LOGGER.removeHandler(handler)
             handler.close()
