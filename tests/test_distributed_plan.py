@@ -1,4 +1,4 @@
-"""The plan beside processes that take real steps: memory and seconds; its bytes and flop by hand."""
+"""The plan beside processes that take real steps: memory, seconds; its bytes and flop by hand."""
 
 import ctypes
 import gc
