@@ -1,8 +1,9 @@
-"""The plan's memory against processes that take real steps; its bytes and flop by hand."""
+"""The plan beside processes that take real steps: memory, seconds; its bytes and flop by hand."""
 
 import ctypes
 import gc
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def peak_of_steps(batch_size):
 
 
 def steps(batch_size):
-    """Build a model and an episode's tensors, and take two steps."""
+    """Build a model and an episode's tensors, and take two steps; CPU seconds of each."""
     from protoclip.config import LossConfig, ModelConfig, OptimConfig
     from protoclip.data import Batch
     from protoclip.device import autocast_for
@@ -62,13 +63,17 @@ def steps(batch_size):
         for source, student in pairs
     ]  # fmt: skip
     episode = Episode(tuple(sets[:2]), tuple(sets[2:]))
+    took = []
     for _ in range(2):
         index = torch.randint(SAMPLES, (batch_size,))
         pixels = torch.randn(batch_size, 3, model.image_size, model.image_size)
         tokens = torch.randint(1, 49000, (batch_size, model.clip.context_length))
         tokens[:, -1] = 49407  # captions that fill the context, as the plan assumes
+        began = time.process_time()
         stepper.step([Batch(index, pixels, tokens)], episode, True)
+        took.append(time.process_time() - began)
     assert len(held) == 5  # until here
+    return took
 
 
 def resident(name):
@@ -129,3 +134,49 @@ def test_bytes_flop_and_seconds_by_hand():
     slow = seconds(shape, run, dataclasses.replace(card, near_bandwidth=1e4))
     exposed = sum(on_wire.values()) / 1e4 - 2 / 3 * 0.18
     assert slow["waiting for the wire, in steps"] == pytest.approx(10 * exposed)
+
+
+def step_seconds(batch_size):
+    """CPU seconds of a step, and flop a second of this core's matrix products."""
+    distributed.start(find_place(), torch.device("cpu"), 60)
+    clock = time.process_time
+    a = torch.randn(1024, 1024)
+    a @ a
+    began = clock()
+    for _ in range(4):
+        a @ a
+    rate = 4 * 2 * 1024**3 / (clock() - began)
+    took = []
+    for _ in range(2):
+        took.append(min(steps(batch_size)))
+    distributed.barrier()
+    distributed.stop()
+    return min(took), rate
+
+
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 128), (2, 64), (4, 32)])
+def test_seconds_are_of_the_right_size(ranks, batch):
+    """Beside a core of the speed that is found here; CPU time, as ranks may share cores."""
+    import dataclasses
+
+    from protoclip.config import ModelConfig
+    from protoclip.cost import CARDS, Run, flop, measure_shape, seconds
+
+    run = Run(
+        batch,
+        1,
+        ranks,
+        SAMPLES,
+        batch * ranks,
+        CLUSTERS,
+        teacher_dim=TEACHER,
+        amp=False,
+        reuse=True,
+    )
+    shape = measure_shape(ModelConfig(), False)
+    for measured, rate in on_ranks(ranks, step_seconds, batch):
+        card = dataclasses.replace(CARDS["cpu"], matmul_flops=rate)
+        parts = seconds(shape, run, card)
+        predicted = sum(parts[name] for name in flop(shape, run)[0])
+        print(f"{ranks} ranks: predicted {predicted:.3f} s, measured {measured:.3f}")
+        assert predicted / 2.5 < measured < 2.5 * predicted, parts
