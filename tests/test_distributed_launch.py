@@ -294,10 +294,10 @@ def torchrun(folder, argv, *flags):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("agents", [1, 2], ids=["one agent", "two agents"])
-def test_torchrun_trains_evaluates_and_writes_one_folder(tmp_path, agents):
+@pytest.mark.parametrize("agents, ranks", [(1, 2), (1, 3), (1, 4), (2, 2)])
+def test_torchrun_trains_evaluates_and_writes_one_folder(tmp_path, agents, ranks):
     argv = arguments(tmp_path, "both", "--max-steps", "4")
-    flags = ["--nproc-per-node", str(2 // agents), "--nnodes", str(agents)]
+    flags = ["--nproc-per-node", str(ranks // agents), "--nnodes", str(agents)]
     flags += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     running = [torchrun(tmp_path, argv, *flags, "--node-rank", str(n)) for n in range(agents)]
     said = [process.communicate(timeout=180)[0] for process in running]
