@@ -6,14 +6,35 @@ import contextlib
 import io
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable
+from typing import Any, TextIO, cast
 
 from protoclip import distributed, heartbeat
 from protoclip.device import choose_device
 from protoclip.launchers import Place
 
 GRACE = 60.0  # seconds by which a collective outlives the watch, whose message is the better one
+
+
+class Screen:
+    """A stderr that may lie on a full disk: what cannot be written is lost, the run is not."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def quietly(place: Place) -> contextlib.AbstractContextManager:
@@ -47,7 +68,11 @@ def on_all_ranks(
         name: of the command.
         remedy: what the user can do when a rank is lost.
     """
-    with heartbeat.watched(place, timeout, name, remedy) as watch:
+    screen = cast(TextIO, Screen(sys.stderr))
+    with (
+        contextlib.redirect_stderr(screen),
+        heartbeat.watched(place, timeout, name, remedy) as watch,
+    ):
         try:
             distributed.start(place, choose_device(device), timeout + GRACE, backend)
             work()
