@@ -7,15 +7,10 @@ import pytest
 import torch
 
 from protoclip.clustering import check_clusters
-from protoclip.config import (
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-    from_dict,
-    to_dict,
-)
+from protoclip.config import ModelConfig, OptimConfig, TrainConfig
 from protoclip.data import open_dataset
 from protoclip.device import choose_precision
+from protoclip.fields import from_dict, to_dict
 from protoclip.flags import build_parser, parse
 from protoclip.model import build_model
 from protoclip.teacher import MINILM, encode_sentences, load_teacher
