@@ -36,7 +36,7 @@ bench-full:  ## the wide sweeps and sizes too; recorded under benchmarks/results
 study:  ## what each design is worth, over seeds; about an hour on two cores, resumable
 	$(PYTHON) -m benchmarks.study
 
-study-quick:  ## four rows, two seeds, short runs: ten minutes
+study-quick:  ## four rows, two seeds, short runs: a minute or two
 	$(PYTHON) -m benchmarks.study --quick
 
 kernels:  ## registers, spills, shared memory and instruction of each launch row; no GPU needed

@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument(
-        "--quick", action="store_true", help="four rows, two seeds, six epochs: ten minutes"
+        "--quick", action="store_true", help="four rows, two seeds, four epochs: a minute or two"
     )
     return parser
 
