@@ -121,7 +121,7 @@ def test_every_package_is_shipped():
 
 
 def test_a_wheel_holds_everything_and_works_elsewhere(tmp_path):
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools.command.bdist_wheel")
     source, out = ROOT.parent, tmp_path / "out"
     command = f"egg_info --egg-base {tmp_path} build --build-base {tmp_path / 'b'} bdist_wheel"
     command += f" --bdist-dir {tmp_path / 'w'} -d {out}"
