@@ -1,6 +1,5 @@
 """The products that InfoNCE's CPU backend keeps for its backward pass: no bit of the result."""
 
-
 import pytest
 import torch
 from test_info_nce import DTYPES, clustered
