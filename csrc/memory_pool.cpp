@@ -17,6 +17,8 @@ at::Tensor pooled(int64_t count) {
       data, {count}, [bytes](void* p) { MemoryPool::instance().give(p, bytes); }, at::kShort);
 }
 
+int64_t kept_memory() { return MemoryPool::instance().kept(); }  // bytes nobody uses
+
 void release_memory() { MemoryPool::instance().clear(); }
 
 }  // namespace
@@ -24,10 +26,12 @@ void release_memory() { MemoryPool::instance().clear(); }
 
 TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
   m.def("pooled(int count) -> Tensor");
+  m.def("kept_memory() -> int");
   m.def("release_memory() -> ()");
 }
 
 TORCH_LIBRARY_IMPL(protoclip_native, CompositeExplicitAutograd, m) {
   m.impl("pooled", protoclip::pooled);
+  m.impl("kept_memory", protoclip::kept_memory);
   m.impl("release_memory", protoclip::release_memory);
 }

@@ -53,6 +53,11 @@ class MemoryPool {
     while (kept_ > kAtMost) drop_oldest();
   }
 
+  int64_t kept() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return kept_;
+  }
+
   void clear() {
     const std::lock_guard<std::mutex> lock(mutex_);
     while (!blocks_.empty()) drop_oldest();
