@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import protoclip
@@ -53,7 +53,9 @@ def test_within_the_rounding_of_fp32_sums(backend, dtype, shape):
 
 
 @pytest.mark.parametrize("backend", usable())
-@settings(max_examples=60, deadline=None)
+@settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(
     n=st.integers(0, 700), k=st.integers(1, 40), d=st.integers(1, 40), seed=st.integers(0, 1 << 30)
 )
