@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# make gpu: the kernels' tests, the benchmarks, a training run; each step under a time limit (480 s
+# make gpu: the kernels' tests, the benchmarks, a training run; each step under a time limit (510 s
 # together), its log and record under $OUT as it goes. Needs torch, triton, numpy, pytest and
 # pytest-benchmark; what a step misses is skipped with a reason. PROTOCLIP_REHEARSE=1 rehearses it
 # without a card: Triton's interpreter, tiny sizes.
@@ -32,8 +32,9 @@ step() { # NAME SECONDS COMMAND...: run it, log it, go on whatever happens
 # The library's halves are built by two processes, before any test waits for them.
 build='import sys; from protoclip.ops import _native as n; print(sys.argv[1], n.why_not(sys.argv[1]))'
 step build 150 bash -c '"$0" -c "$1" cpu & "$0" -c "$1" cuda; wait' "$python" "$build"
-step tests 120 "$python" -m pytest -v --bare tests/test_package.py \
+step tests 150 "$python" -m pytest -v --bare tests/test_package.py \
   tests/test_backends.py tests/test_cuda_gpu.py tests/test_kernels_info_nce.py \
+  tests/test_kernels_launches.py tests/test_kernels_stash.py \
   tests/test_kernels_prototype.py tests/test_ops_by_hand.py tests/test_soft_targets.py \
   tests/test_prototype_cross_entropy.py tests/test_segment_mean.py tests/test_kmeans_assign.py
 step benchmarks 140 "$python" -m pytest benchmarks --benchmark-only --sizes "$sizes" -rs \

@@ -172,7 +172,7 @@ def fill_the_disk(flags: list[str], folder: Path, name: str) -> str:
 def _await_moment(child: int, run: Path, dice: random.Random, inside: bool) -> bool:
     """Wait for one more step and a random moment, or for a checkpoint that is being written."""
     size = _size(run)
-    patience = time.monotonic() + 120
+    patience = time.monotonic() + 300
     while _size(run) <= size:
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return False

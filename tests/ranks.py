@@ -15,7 +15,7 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["protoclip.train", "protoclip", "torch.distributed"])
-LIMIT = 300.0  # seconds until a group of ranks counts as hanging; a compile may come first
+LIMIT = 600.0  # seconds until a group of ranks counts as hanging; a compile may come first
 
 
 def free_port() -> int:

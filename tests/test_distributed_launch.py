@@ -32,6 +32,7 @@ def arguments(folder, name, *flags):
     ]  # fmt: skip
 
 
+LIMIT = 300  # seconds: reached by what hangs, on a busy machine too
 TORCHRUN = {"RANK": "{rank}", "WORLD_SIZE": "2", "LOCAL_RANK": "{rank}"}
 TORCHRUN |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}"}
 
@@ -69,9 +70,9 @@ def started(folder, argv, variables=TORCHRUN, fault=None, command="protoclip.tra
     return processes
 
 
-def ended(processes, limit):
-    """The exit codes; a process that is still there after ``limit`` seconds is a failure."""
-    deadline = time.monotonic() + limit
+def ended(processes):
+    """The exit codes; None of a process that is still there after the limit."""
+    deadline = time.monotonic() + LIMIT
     try:
         for process in processes:
             process.join(max(0.1, deadline - time.monotonic()))
@@ -81,9 +82,9 @@ def ended(processes, limit):
             process.kill()
 
 
-def wait_for_steps(folder, name, processes, limit=60):
+def wait_for_steps(folder, name, processes):
     metrics = folder / "logs" / name / "metrics.jsonl"
-    deadline = time.monotonic() + limit
+    deadline = time.monotonic() + LIMIT
     while time.monotonic() < deadline:
         if metrics.exists() and len(metrics.read_text().splitlines()) >= 2:
             return
@@ -105,18 +106,18 @@ def logs(folder):
     ("victim", "kind", "words"),
     [
         (1, signal.SIGKILL, "rank 1 of 2"),
-        (1, signal.SIGSTOP, "has given no sign for 2 s"),
+        (1, signal.SIGSTOP, "has given no sign for 8 s"),
         (0, signal.SIGKILL, "rank 0, or the launcher on its machine, is gone"),
     ],
     ids=["killed", "frozen", "killed with the store"],
 )
 def test_a_lost_rank_is_named_and_all_end(tmp_path, victim, kind, words):
-    flags = "--max-steps", "100000", "--epochs", "100000", "--dist-timeout", "2"
+    flags = "--max-steps", "100000", "--epochs", "100000", "--dist-timeout", "8"
     processes = started(tmp_path, arguments(tmp_path, "lost", *flags))
     wait_for_steps(tmp_path, "lost", processes)
     os.kill(processes[victim].pid, kind)
     survivor = processes[1 - victim]
-    codes = ended([survivor], 20)
+    codes = ended([survivor])
     processes[victim].kill()
     said = logs(tmp_path)[1 - victim]
     assert codes == [EXIT_CODE], said
@@ -126,7 +127,7 @@ def test_a_lost_rank_is_named_and_all_end(tmp_path, victim, kind, words):
 
 def test_a_mistake_is_said_once(tmp_path):
     processes = started(tmp_path, arguments(tmp_path, "bad", "--k", "1000"))
-    assert ended(processes, 60) == [2, 2]
+    assert ended(processes) == [2, 2]
     together = "".join(logs(tmp_path))
     assert together.count("--k: expected") == 1 and "Traceback" not in together
 
@@ -166,9 +167,9 @@ def broken_pictures():
     ids=["exception", "bad data"],
 )
 def test_a_rank_that_fails_ends_the_others(tmp_path, fault, code, words):
-    flags = "--max-steps", "1000", "--epochs", "1000", "--dist-timeout", "20"
+    flags = "--max-steps", "1000", "--epochs", "1000", "--dist-timeout", "60"
     processes = started(tmp_path, arguments(tmp_path, "fails", *flags), fault=fault)
-    codes = ended(processes, 30)
+    codes = ended(processes)
     said = logs(tmp_path)
     assert codes[1] == code and codes[0] in (code, EXIT_CODE), said
     together = "".join(said)
@@ -213,7 +214,7 @@ def test_evaluation_ends_on_all_ranks(tmp_path, fault, data, codes, words):
     arguments(tmp_path, "")  # writes the model
     argv = ["tiny.json", "--pretrained", "random", "--data", data, "--no-cache"]
     processes = started(tmp_path, argv, fault=fault, command="protoclip.evaluate.__main__")
-    assert ended(processes, 60) == codes, logs(tmp_path)
+    assert ended(processes) == codes, logs(tmp_path)
     together = "".join(logs(tmp_path))
     assert "Traceback" not in together and together.count("error:") == (codes != [0, 0])
     assert words in together
@@ -225,7 +226,7 @@ def test_a_signal_to_one_rank_in_an_evaluation_ends_all_well(tmp_path):
     """They go on to the next step at which ranks ask each other, and save."""
     argv = arguments(tmp_path, "stops", "--max-steps", "100", "--epochs", "100")
     processes = started(tmp_path, argv, fault=signalled_at_a_picture)
-    assert ended(processes, 60) == [0, 0], logs(tmp_path)
+    assert ended(processes) == [0, 0], logs(tmp_path)
     together = "".join(logs(tmp_path))
     assert "stopped by a signal to another rank after step 10" in together
     assert "error:" not in together and "Traceback" not in together
@@ -249,7 +250,7 @@ LAUNCHERS = {
 def test_other_launchers_variables_are_enough(tmp_path, launcher):
     argv = arguments(tmp_path, "run", "--max-steps", "2")
     processes = started(tmp_path, argv, LAUNCHERS[launcher])
-    assert ended(processes, 60) == [0, 0], logs(tmp_path)
+    assert ended(processes) == [0, 0], logs(tmp_path)
     said = logs(tmp_path)
     assert "2 steps of 24" in said[0] and "2 ranks" in said[0] and "done: " not in said[1]
 
@@ -267,12 +268,12 @@ def worker(process, rank):
 
 def test_torchrun_ends_when_a_rank_is_killed(tmp_path):
     """Rank 0, whose store is in torchrun's agent here and outlives it."""
-    flags = "--max-steps", "100000", "--epochs", "100000", "--dist-timeout", "20"
+    flags = "--max-steps", "100000", "--epochs", "100000", "--dist-timeout", "60"
     process = torchrun(tmp_path, arguments(tmp_path, "lost", *flags), "--nproc-per-node", "2")
     try:
         wait_for_steps(tmp_path, "lost", [process])
         os.kill(worker(process, 0), signal.SIGKILL)
-        said = process.communicate(timeout=20)[0]
+        said = process.communicate(timeout=LIMIT)[0]
     finally:
         process.kill()
     assert process.returncode == 1, said
@@ -300,7 +301,7 @@ def test_torchrun_trains_evaluates_and_writes_one_folder(tmp_path, agents, ranks
     flags = ["--nproc-per-node", str(ranks // agents), "--nnodes", str(agents)]
     flags += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     running = [torchrun(tmp_path, argv, *flags, "--node-rank", str(n)) for n in range(agents)]
-    said = [process.communicate(timeout=180)[0] for process in running]
+    said = [process.communicate(timeout=LIMIT)[0] for process in running]
     assert [process.returncode for process in running] == [0] * agents, said
     run = tmp_path / "logs" / "both"
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]

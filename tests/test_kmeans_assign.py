@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import protoclip
@@ -146,7 +146,9 @@ def test_half_precision_with_large_norms(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", usable())
-@settings(max_examples=60, deadline=None)
+@settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(
     n=st.integers(0, 150), k=st.integers(1, 120), d=st.integers(1, 70), seed=st.integers(0, 1 << 30)
 )

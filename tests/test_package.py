@@ -91,22 +91,24 @@ def _fresh(code: str) -> str:
 
 
 def test_import_is_light():
-    heavy = ["triton", "open_clip", "torchvision", "matplotlib", "PIL", "webdataset", "tensorboard"]
+    """It takes a few modules of its own and no other package that torch has not loaded."""
     loaded = _fresh(
         "import sys, torch\nbefore = set(sys.modules)\nimport protoclip\n"
-        "print(*{m.split('.')[0] for m in set(sys.modules) - before})"
+        "print(*(set(sys.modules) - before))"
     ).split()
-    assert not set(heavy) & set(loaded)
+    own = [name for name in loaded if name.split(".")[0] == "protoclip"]
+    others = {name.split(".")[0] for name in loaded} - {"protoclip"}
+    assert others <= set(sys.stdlib_module_names) and len(own) < 30, loaded
 
 
 def test_import_costs_little():
-    """The best of five fresh processes; CPU time, which other work on the machine cannot add to."""
+    """Beside that of torch: 0.03 of it on an idle core. CPU time; the best of three processes."""
     code = (
-        "import time, torch\nt = time.process_time()\nimport protoclip\n"
-        "print(time.process_time() - t)"
+        "import time\nclock = time.process_time\nbegan = clock()\nimport torch\nthen = clock()\n"
+        "import protoclip\nprint((clock() - then) / (then - began))"
     )
-    times = sorted(float(_fresh(code)) for _ in range(5))
-    assert times[0] < 0.1, times
+    shares = sorted(float(_fresh(code)) for _ in range(3))
+    assert shares[0] < 0.3, shares
 
 
 def test_public_names_exist_and_are_documented():

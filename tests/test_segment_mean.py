@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import protoclip
@@ -53,7 +53,9 @@ def test_within_the_rounding_of_fp32_sums(backend, dtype, shape):
 
 
 @pytest.mark.parametrize("backend", usable())
-@settings(max_examples=60, deadline=None)
+@settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(
     n=st.integers(0, 700), k=st.integers(1, 40), d=st.integers(1, 40), seed=st.integers(0, 1 << 30)
 )
@@ -64,20 +66,33 @@ def test_any_shape_and_stride(backend, n, k, d, seed):
     assert_means(values, labels, k, backend)
 
 
+# D: scalars; a last vector that overlaps; blocks; blocks, vectors and an overlap
+# K: means in the caches; past them (more than 1 MiB, D a multiple of 16)
 @native
-def test_same_bits_with_one_thread_and_two():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [5, 33, 128, 301])
+@pytest.mark.parametrize("k", [50, 2500])
+def test_same_bits_with_one_thread_and_two(k, d, dtype):
     torch.manual_seed(1)
-    values, labels = torch.randn(20_000, 33), torch.randint(-1, 50, (20_000,))
-    labels[:9000] = 7
+    values, labels = torch.randn(12_000, d).to(dtype), torch.randint(-1, k, (12_000,))
+    labels[:3000] = 7  # in pieces
+    labels[labels == 11] = 12  # empty
+    values[5000, d - 1] = torch.nan
     threads = torch.get_num_threads()
     try:
         runs = []
         for count in (1, 2, 2):
             torch.set_num_threads(count)
-            runs.append(protoclip.segment_mean(values, labels, 50, backend="cpu")[0])
+            runs.append(protoclip.segment_mean(values, labels, k, backend="cpu")[0])
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[1], runs[2])
+    for run in runs[1:]:
+        assert torch.equal(runs[0].view(torch.int32), run.view(torch.int32))
+    assert torch.equal(runs[0][11], torch.zeros(d))
+    label = labels[5000]
+    assert runs[0].isnan().nonzero().tolist() == ([] if label < 0 else [[label, d - 1]])
+    values[5000, d - 1] = 0
+    assert_means(values, labels, k, "cpu")
 
 
 @pytest.mark.parametrize("backend", usable())

@@ -1,0 +1,26 @@
+"""Work that must do with little memory, in a process of its own.
+
+What a process keeps resident is a matter of the allocator and the kernel, and a busy sandbox may
+count it coarsely. Its address space is not: past a limit an allocation fails, on any machine.
+"""
+
+import os
+import subprocess
+import sys
+
+ALLOW = """
+import resource
+def allow(mib):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + mib * 2**20, resource.RLIM_INFINITY))
+"""
+
+
+def run_in_room(code: str) -> None:
+    """Run ``code``, in which ``allow(mib)`` limits what may be mapped from there on.
+
+    Two threads at most, with one heap: each more would reserve address space of its own.
+    """
+    env = {**os.environ, "OMP_NUM_THREADS": "2", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run([sys.executable, "-c", ALLOW + code], stderr=subprocess.PIPE, env=env)
+    assert done.returncode == 0, done.stderr.decode()
