@@ -95,7 +95,7 @@ def _direction_weight(reduction: str, n: int, columns: bool) -> float:
 
 
 def _few(x: Tensor, y: Tensor) -> bool:
-    return 0 < x.shape[0] and y.shape[0] <= FEW_PAIRS
+    return x.shape[0] > 0 and y.shape[0] <= FEW_PAIRS
 
 
 def _few_bwd(x, y, scale, row_weight, column_weight, offset, reduction):
@@ -143,18 +143,18 @@ def _contrastive(
     if _few(x, y):
         wide = x.double(), y.double(), scale.double()
         stats = reference.contrastive_fwd(*wide, offset, columns)
-        loss = _pair_losses(*stats, weight, summed)
+        loss = _pair_losses(stats, weight, summed)
         return *(t.to(accumulator(x)) for t in (loss, *stats[:4])), kept
     if backend in FUSED_LOSS:
-        run = implementation("info_nce", backend, "contrastive")
-        return *run(x, y, scale, offset, columns, weight, summed, **options), kept
-    stats = implementation("info_nce", backend, "contrastive_fwd")(
-        x, y, scale, offset, columns, **options
-    )
-    return _pair_losses(*stats, weight, summed), *stats[:4], kept
+        fused = implementation("info_nce", backend, "contrastive")
+        return *fused(x, y, scale, offset, columns, weight, summed, **options), kept
+    run = implementation("info_nce", backend, "contrastive_fwd")
+    stats = run(x, y, scale, offset, columns, **options)
+    return _pair_losses(stats, weight, summed), *stats[:4], kept
 
 
-def _pair_losses(row_max, row_sum, column_max, column_sum, positive, weight, summed):
+def _pair_losses(statistics, weight, summed):
+    row_max, row_sum, column_max, column_sum, positive = statistics
     loss = row_sum.log2() + (row_max - positive)
     if len(column_max):
         loss = loss + (column_sum.log2() + (column_max - positive))
@@ -245,8 +245,8 @@ def info_nce(
     """InfoNCE over a batch of pairs, both directions, without the [N, N] logits in memory.
 
     The fused backends save O(N) values and form the logits again, tile by tile, in the backward
-    pass, but for those that ``stash`` allows to keep; sums are fp32, and up to 16 pairs are computed
-    in fp64. Under autocast the features keep their dtype, as given.
+    pass, but for those that ``stash`` allows to keep. Sums are fp32; up to 16 pairs are computed in
+    fp64. Under autocast the features keep their dtype, as given.
 
     Args:
         image_features: [N, D], usually unit rows; float32, bfloat16, float16 (float64: reference).
