@@ -18,7 +18,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <vector>
 
@@ -179,7 +178,7 @@ inline CpuMatrixUnits cpu_matrix_units() {
 }
 
 // brgemm adds a whole depth in one chain; sums of shorter chains keep the error near MKL's.
-constexpr int64_t kChain = 128, kWhole = std::numeric_limits<int64_t>::max();
+constexpr int64_t kChain = 128, kBf16Chain = 512;
 
 template <typename T>
 void multiply_chains(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b,
@@ -209,7 +208,7 @@ inline void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld
 // `chain` is even.
 inline void multiply(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
                      const BFloat16* b, int64_t ldb, float* c, int64_t ldc, bool accumulate = false,
-                     int64_t chain = kWhole) {
+                     int64_t chain = kBf16Chain) {
   if (m == 0 || n == 0) return;
   if (k > 0) return multiply_chains(m, n, k, a, lda, b, ldb, c, ldc, accumulate, chain);
   for (int64_t i = 0; i < m && !accumulate; ++i) std::fill_n(c + i * ldc, n, 0.f);

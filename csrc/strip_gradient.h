@@ -81,7 +81,9 @@ class GradientPass {
   static constexpr int64_t kMaxGroups = 16, kPartRows = 8192;
 
  public:
-  static constexpr int64_t kDefaultChain = A == Arithmetic::kFloat ? kChain : kWhole;
+  static constexpr int64_t kDefaultChain = A == Arithmetic::kFloat ? kChain : kBf16Chain;
+  // Few features give no other errors for those of a long chain to drown in.
+  static constexpr int64_t kFewFeatures = 16, kShortChain = 16;
 
   // `epilogue(range, s, ld) -> GradientSums` turns the dot products s [rows, columns] into G and
   // sets the lanes past the last column, up to whole vectors, to zero. dx and dy are not touched
@@ -133,6 +135,7 @@ class GradientPass {
     for (int i = 0; i < at::get_num_threads(); ++i) scratch_.emplace_back(strip.d);
   }
 
+  int64_t chain_of_g() const { return strip_.d <= kFewFeatures ? kShortChain : kDefaultChain; }
   int64_t right_block() const { return Ops::depth(kRows) * strip_.d; }
   float* dy_sums() const {
     return sizeof(Input) == 4 ? reinterpret_cast<float*>(dy_) : dy_sums_.get();
@@ -226,8 +229,8 @@ class GradientPass {
               Scratch& scratch) {
     const int64_t d = strip_.d, depth = Ops::depth(range.columns);
     if constexpr (Ops::kRightRowsInPlace) {
-      multiply(range.rows, d, depth, scratch.s.get(), kColumns, y, strip_.ld_y, part, d,
-               accumulate);
+      multiply(range.rows, d, depth, scratch.s.get(), kColumns, y, strip_.ld_y, part, d, accumulate,
+               chain_of_g());
     } else {
       Ops::left_tile(scratch.s.get(), kColumns, range.rows, range.columns, scratch.g.get());
       multiply(range.rows, d, depth, scratch.g.get(), depth, scratch.right.get(), d, part, d,
@@ -241,7 +244,8 @@ class GradientPass {
     float* out = dy_sums() + range.column * d;
     transpose(scratch.s.get(), kColumns, range.rows, range.columns, s_t, kRows);
     if constexpr (A == Arithmetic::kFloat) {
-      multiply(range.columns, d, depth, s_t, kRows, right, strip_.ld_x, out, d, accumulate);
+      multiply(range.columns, d, depth, s_t, kRows, right, strip_.ld_x, out, d, accumulate,
+               chain_of_g());
     } else {
       if (range.rows % 2)
         for (int64_t j = 0; j < range.columns; ++j) s_t[j * kRows + range.rows] = 0.f;

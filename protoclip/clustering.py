@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,20 +26,20 @@ class Clustering:
     counts: Tensor  # int64 [K]
 
 
-def check_clusters(config: EpisodeConfig, samples: int) -> tuple[int, ...]:
+def check_clusters(
+    config: EpisodeConfig, samples: int, episode: str = "an episode"
+) -> tuple[int, ...]:
     """Each K of an episode of ``samples``.
 
     Raises:
-        ValueError: more clusters than samples, or a k-means backend that is not there.
+        ValueError: more clusters than samples.
     """
-    if config.kmeans_backend == "faiss":
-        importlib.import_module("protoclip.faiss_kmeans").load_faiss()
     numbers = tuple(dict.fromkeys(k or max(1, samples // 10) for k in config.clusters))
     if max(numbers) > samples:
         raise ValueError(
-            f"--k: expected at most one cluster per sample, got k={max(numbers)} for an episode of "
-            f"{samples} samples; use --k {max(1, samples // 10)}, a larger --episode-size, or more "
-            "data"
+            f"--k: expected at most one cluster per sample, got k={max(numbers)} for the {samples} "
+            f"samples of {episode}; use --k {max(1, samples // 10)}, a larger --episode-size, or "
+            "more data"
         )
     return numbers
 

@@ -24,6 +24,7 @@ from protoclip.evaluate import format_table, read_results
 from protoclip.fields import from_dict
 from protoclip.model import build_model, register_configs
 from protoclip.openclip_runs import model_config, preprocess, state_dict, told_preprocess
+from protoclip.outputs import check_above
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -47,6 +48,7 @@ def export(run: str | Path, out: str | Path, model: str = "", force_image_size: 
     out, path = Path(out), checkpoint.find(run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: expected a new or empty folder, but {out} is in use")
+    check_above(out, "--out")
     payload = checkpoint.load(path)
     config = _model_config(payload, path, model, force_image_size)
     name = register_configs(config.model)

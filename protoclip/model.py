@@ -210,6 +210,14 @@ def _check_config(path: Path) -> None:
         raise ValueError(f"--model: the OpenCLIP config {path} lacks {', '.join(missing)}")
 
 
+def check_model(config: ModelConfig) -> str:
+    """The name by which OpenCLIP knows the model; ValueError where it, or its weights, are none."""
+    name = register_configs(config.model)
+    _check_name(name)
+    _check_pretrained(name, config.pretrained)
+    return name
+
+
 def _check_name(name: str) -> None:
     if name.startswith(("local-dir:", "hf-hub:")) or name in open_clip.list_models():
         return
@@ -250,9 +258,7 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
     Raises:
         ValueError: no such model, config, checkpoint or tag.
     """
-    name = register_configs(config.model)
-    _check_name(name)
-    _check_pretrained(name, config.pretrained)
+    name = check_model(config)
     bias = _bias(name, config.pretrained)
     try:
         with _quiet():

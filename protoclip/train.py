@@ -37,6 +37,7 @@ from protoclip.model import ProtoModel, build_model
 from protoclip.report import write_report
 from protoclip.training.adopt import OpenClipRun, adopt
 from protoclip.training.capture import restore
+from protoclip.training.checks import check_episodes, check_settings
 from protoclip.training.inputs import faults_of, open_teachers, open_training_data, uses_prototypes
 from protoclip.training.launch import OtherRank, seed_rank
 from protoclip.training.loop import Trainer
@@ -119,20 +120,21 @@ def _train(config: TrainConfig, signals: StopSignals) -> Path:
     device = choose_device(config.run.device)
     precision = choose_precision(config.run.precision, device)
     phases = Phases(device)
+    check_settings(config, device)
 
     dataset = open_training_data(config)
     if config.data.check_data:
         raise SystemExit(from_main(lambda: check(dataset, config.data.workers)))
     faults_of(dataset, config.data.max_bad_fraction, print)  # stops where too many are known
-    plan = make_plan(config, EpochOrder(dataset, config.data).size)
+    order = EpochOrder(dataset, config.data)
+    plan = make_plan(config, order.size)
     if theirs:
         theirs.step(plan)  # says what is wrong before anything is made
     if resume and resume.step >= plan.total_steps and (path / "results.json").exists():
         print(f"{path} is complete: {resume.step} steps and its results", file=sys.stderr)
         return path
     if uses_prototypes(config):
-        # With replacement an episode has fewer distinct samples; it checks again itself.
-        check_clusters(config.episode, min(len(dataset), plan.steps_per_episode * plan.batch_size))
+        check_episodes(config, plan, len(dataset), order.permutation)
     seed_everything(config.run.seed)
     model = build_model(config.model).to(device)
     if theirs:

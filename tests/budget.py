@@ -31,3 +31,12 @@ def assert_within_budget(
         f"{name}: error {error:.3e} over the budget {allowed:.3e} (the reference's own is "
         f"{own:.3e}, magnitude {size:.3e})"
     )
+
+
+def assert_draws_within_budget(got: list, truth: list, base: list, terms: dict) -> None:
+    """The budget over all draws of one case: the rounding of a single number, or of a handful, is
+    a matter of luck. Each draw is a dict of results; ``terms``: magnitudes above max|truth|."""
+    for name in got[0]:
+        values = [torch.stack([draw[name] for draw in draws]) for draws in (got, truth, base)]
+        size = max(values[1].abs().max().item() if values[1].numel() else 0.0, terms.get(name, 0.0))
+        assert_within_budget(*values, name, size)

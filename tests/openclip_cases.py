@@ -7,6 +7,7 @@ OUT_FOLDER/RANK.json gets, per case, the terms of every call of the loss, and th
 """
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import open_clip_train.data
 import open_clip_train.main as trainer
+import torch
 import torch.distributed as dist
 
 from protoclip.model import register_configs
@@ -25,6 +27,7 @@ open_clip_train.data._SAMPLE_SHUFFLE_SIZE = 1
 open_clip_train.data._SAMPLE_SHUFFLE_INITIAL = 1
 
 
+torch.compile = functools.partial(torch.compile, backend="aot_eager")  # of --torchcompile
 original_init = dist.init_process_group
 
 

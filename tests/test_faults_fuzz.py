@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data_csv import encoded, picture
 
-import protoclip
 from protoclip import checkpoint
 from protoclip.config import TrainConfig
 from protoclip.data import DataError
@@ -188,44 +186,3 @@ def test_the_config(field, value):
     with contextlib.suppress(ValueError, TypeError):
         config = from_dict(TrainConfig, json.loads(json.dumps(values)))
         check(config)
-
-
-@pytest.mark.parametrize("backend", ["reference", "auto"])
-@quick
-@given(
-    st.integers(0, 9), st.integers(0, 5), st.integers(1, 6),
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    st.sampled_from(["plain", "transposed", "strided", "expanded"]),
-    st.floats(0.01, 100), st.integers(0, 99),
-)  # fmt: skip
-def test_the_ops(backend, rows, clusters, dim, dtype, layout, scale, seed):
-    """Any shape, dtype and stride: finite and right, or refused in words."""
-    random = torch.Generator().manual_seed(seed)
-
-    def rows_of(count):
-        plain = F.normalize(torch.randn(count, dim, generator=random), dim=1).to(dtype)
-        if layout == "transposed":
-            return plain.t().contiguous().t()
-        if layout == "strided":
-            return torch.stack([plain, plain * 0], dim=2)[..., 0]
-        return plain[:1].expand(count, dim) if layout == "expanded" and count else plain
-
-    image, text, prototypes = rows_of(rows), rows_of(rows), rows_of(clusters)
-    logit_scale = torch.tensor(scale)
-    loss = protoclip.info_nce(image, text, logit_scale, backend=backend)
-    logits = scale * image.double() @ text.double().t()
-    target = torch.arange(rows)
-    truth = (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
-    assert loss.isfinite() and (not rows or abs(loss - truth) <= 0.02 * (1 + scale * 0.01))
-    if not clusters and rows:
-        with pytest.raises(ValueError):
-            protoclip.kmeans_assign(image, prototypes, backend=backend)
-        return
-    labels, squared = protoclip.kmeans_assign(image, prototypes, backend=backend)
-    assert labels.shape == squared.shape == (rows,)
-    means, counts = protoclip.segment_mean(image, labels, clusters, backend=backend)
-    assert means.isfinite().all() and int(counts.sum()) == rows
-    proto = protoclip.prototype_cross_entropy(
-        image, prototypes, labels, logit_scale, backend=backend
-    )
-    assert proto.isfinite() and proto >= -1e-3

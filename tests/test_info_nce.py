@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget
+from budget import assert_draws_within_budget, assert_within_budget
 from room import run_in_room
 
 import protoclip
@@ -43,40 +43,38 @@ def run(x, y, scale, weights, *, dtype, backend):
     return {"loss": loss.detach(), "dx": x.grad, "dy": y.grad, "dscale": s.grad}
 
 
-def check(x, y, scale, backend, weights=None):
-    check_all([(x, y)], scale, backend, weights)
-
-
-def check_all(pairs, scale, backend, weights=None, *, cancels=False):
-    """The budget over all pairs at once: the maxima of two rows alone are a matter of luck."""
-    results: dict = {"got": [], "truth": [], "base": []}
-    dots = size = rows = 0.0
+def check(pairs, scale, backend, weights=None, *, terms=0.0):
+    """``terms``: the size of what a row's gradient sums, where it counts, not the gradient's."""
+    got, truth, base = [], [], []
     for x, y in pairs:
         w = torch.ones(len(x)) if weights is None else weights
-        results["got"].append(run(x, y, scale, w, dtype=x.dtype, backend=backend))
+        got.append(run(x, y, scale, w, dtype=x.dtype, backend=backend))
         wide = run(x, y, scale, w.double(), dtype=torch.float64, backend="reference")
-        results["truth"].append(wide)
-        results["base"].append(run(x, y, scale, w, dtype=x.dtype, backend="reference"))
-        dots = max(dots, (x.double() @ y.double().T).abs().max().item())
-        size = max(size, x.abs().max().item(), y.abs().max().item())
-        rows = w.abs().sum().item()
-    # max|truth|, but where terms cancel their size counts: in dscale, one number; in sums of equal
-    # terms (D = 1, or rows alike), whose roundings agree; and of two rows, too few for a maximum.
-    largest = {k: max(r[k].abs().max().item() for r in results["truth"]) for k in results["got"][0]}
-    magnitude = {**largest, "dscale": 2 * rows * dots * max(1.0, scale * dots)}
-    if cancels or pairs[0][0].shape[1] == 1 or len(pairs[0][0]) <= 2:
-        terms = {"loss": scale * dots, "dx": 2 * scale * size, "dy": 2 * scale * size}
-        magnitude |= {k: max(largest[k], term) for k, term in terms.items()}
-    for name, bound in magnitude.items():
-        got, truth, base = (torch.stack([r[name] for r in results[k]]) for k in results)
-        assert_within_budget(got, truth, base, name, bound)
+        truth.append(wide)
+        base.append(run(x, y, scale, w, dtype=x.dtype, backend="reference"))
+    assert_draws_within_budget(got, truth, base, {"dx": terms, "dy": terms})
 
 
 # 1 and 2: the smallest; 63: one short of a vector multiple; 252: two ragged tiles; 1000: many.
 # D 1, 17, 123: odd, so that bf16 pairs need a zero; 64, 512, 768: as users have them.
-# Two rows have four logits: only many draws tell the rounding of one back end from luck.
-DRAWS = {1: 2, 2: 32, 63: 24, 252: 3}
-FAST = [*itertools.product([1, 2, 63, 252], [1, 17, 64, 123, 512, 768]), (1000, 512)]
+# Up to 16 pairs every draw must pass by itself; beyond, the gradient of the scale, one number whose
+# terms cancel, now and then comes out better in the reference than its errors are on the whole.
+DRAWS = {63: 16, 252: 8, 1000: 4, 4096: 3}
+FAST = [*itertools.product([63, 252], [1, 17, 64, 123, 512, 768]), (1000, 512)]
+
+
+def draw(n, d, dtype, draws=None):
+    return [clustered(n, d, dtype, seed) for seed in range(draws or DRAWS[n])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_draw_of_few_pairs_is_within_budget(dtype):
+    backend = _backend("cpu")
+    for n, d in itertools.product([1, 2, 16], [1, 17, 64, 123, 512, 768]):
+        for scale, seed in itertools.product([1.0, 14.3, 100.0], range(3)):
+            pair = clustered(n, d, dtype, seed)
+            check([pair], scale, backend)
+            check([pair], scale, backend, weights=torch.rand(n) + 0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -84,9 +82,7 @@ FAST = [*itertools.product([1, 2, 63, 252], [1, 17, 64, 123, 512, 768]), (1000, 
 def test_values_and_gradients_are_within_budget(scale, dtype):
     backend = _backend("cpu")
     for n, d in FAST:
-        draws = range(DRAWS.get(n, 1) if n <= 2 or d <= 17 else 4)
-        pairs = [clustered(n, d, dtype, seed) for seed in draws]
-        check_all(pairs, scale, backend, weights=torch.rand(n) + 0.5)
+        check(draw(n, d, dtype), scale, backend, weights=torch.rand(n) + 0.5)
 
 
 @pytest.mark.slow
@@ -95,12 +91,15 @@ def test_values_and_gradients_are_within_budget(scale, dtype):
 def test_large_shapes_are_within_budget(n, d, dtype):
     backend = _backend("cpu")
     for scale in [100.0] if n == 4096 else [1.0, 14.3, 100.0]:
-        check(*clustered(n, d, dtype), scale, backend, weights=torch.rand(n) + 0.5)
+        check(draw(n, d, dtype), scale, backend, weights=torch.rand(n) + 0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_cosines(dtype):
-    """cos +1 and -1 at scale 100: losses near zero, and logits 289 powers of two apart."""
+    """cos +1 and -1 at scale 100: losses near zero, and logits 289 powers of two apart.
+
+    Where all rows are alike too, a gradient is a sum of equal terms that cancel: bf16 products
+    round each by 2^-9, so there alone the size of the terms counts."""
     backend = _backend("cpu")
     pairs: list = [[] for _ in range(6)]
     for seed in range(8):
@@ -111,8 +110,9 @@ def test_extreme_cosines(dtype):
         kinds = ((x, x), (x, -x), (same, same), (same, -same), (half, x), (half, half.flip(0)))
         for group, pair in zip(pairs, kinds, strict=True):
             group.append(pair)
-    for group in pairs:
-        check_all(group, 100.0, backend, cancels=True)
+    for k, group in enumerate(pairs):
+        alike = k >= 2 and dtype == torch.bfloat16
+        check(group, 100.0, backend, terms=2 * 100.0 * x.abs().max().item() if alike else 0.0)
 
 
 def test_a_loss_near_zero_keeps_its_digits():
@@ -134,7 +134,7 @@ def test_other_arithmetics_of_the_cpu(arithmetic, monkeypatch):
 
     monkeypatch.setattr(native_info_nce, "ARITHMETIC", arithmetic)
     if arithmetic == "float":
-        return check(*clustered(300, 65, torch.bfloat16), 100.0, "cpu")
+        return check(draw(300, 65, torch.bfloat16, 6), 100.0, "cpu")
     x, y = clustered(300, 65)
     try:
         got = run(x, y, 100.0, torch.ones(300), dtype=x.dtype, backend="cpu")

@@ -196,6 +196,16 @@ def test_ours_goes_on_with_a_run_of_open_clips(alone, folder, tmp_path, capsys):
     assert f"after step {2 * epoch}" in (tmp_path / "on" / "out.log").read_text()
 
 
+def test_torchcompile_changes_no_loss(alone, folder):
+    """Captured and differentiated as ever, but run by torch: C++ for it takes half a minute."""
+    case = {"compiled": flags(folder, "compiled", *PROTO, "--torchcompile")}
+    compiled = train(folder, case)[0]["compiled"]
+    assert len(compiled) == STEPS and "proto_loss" in compiled[-1]
+    for ours, eager in zip(compiled, alone["proto emoji"], strict=True):
+        assert ours == pytest.approx(eager, rel=1e-3)
+    assert "Compiling model" in (folder / "logs" / "compiled" / "out.log").read_text()
+
+
 def test_two_ranks(folder):
     exact = ["--local-loss", "--gather-with-grad"]
     ranks = ["--dist-backend", "gloo", "--train-num-samples", str(2 * BATCH * STEPS)]

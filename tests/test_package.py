@@ -19,7 +19,7 @@ LAYERS = [
     ["ops"],
     ["fields"],
     ["config", "flags", "distributed", "launchers", "device", "heartbeat", "checkpoint"],
-    ["commands"],
+    ["commands", "outputs"],
     ["kmeans", "faiss_kmeans", "global_losses"],
     ["data"],
     ["short_text"],

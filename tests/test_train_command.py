@@ -72,6 +72,21 @@ def test_it_learns_and_leaves_a_whole_run_folder(tmp_path):
         (["--device", "cuda:9"], "cuda:9"),
         (["--force-image-size", "4"], "--force-image-size"),
         (["--logs", __file__], "--logs: expected a folder"),
+        # Before the batch size, which 5 samples do not fill.
+        (["--train-data", "builtin:shapes:5", "--model", "no-such-model"], "no-such-model"),
+        (["--kmeans-backend", "cuda"], "--kmeans-backend auto"),
+        (["--kmeans-backend", "faiss", "--kmeans-init", "k-means++"], "--kmeans-init k-means++"),
+        ([*CLIP, "--w-clip", "0"], "another loss with a weight"),
+        (["--w-clip", "0", "--w-proto", "0", "--w-proto-external", "0"], "another loss"),
+        (["--w-clip", "0", "--w-proto", "0", "--external-teacher", "none"], "no external teacher"),
+        (["--w-clip", "0"], "--infonce-warmup-epoch 0"),
+        (["--w-clip", "0", "--infonce-warmup-epoch", "0", "--lit-start", "1"], "--lit-start 0"),
+        # Of 540 samples an episode sees two thirds; the last of 10 steps is an episode of 64.
+        (["--episode-replacement", "--k", "400"], "samples of episode 3"),
+        (
+            ["--max-steps", "10", "--k", "65", "--infonce-warmup-epoch", "0"],
+            "64 samples of episode 2",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -79,7 +94,7 @@ def test_mistakes_end_in_one_message(tmp_path, capsys, flags, words):
     code = main(["--logs", str(tmp_path), "--name", "bad", *SMALL, *flags])
     message = capsys.readouterr().err
     assert code == 2 and words in message and "Traceback" not in message
-    assert not (tmp_path / "bad" / "checkpoints" / checkpoint.LATEST).exists()
+    assert not (tmp_path / "bad").exists()
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path, capsys):

@@ -23,6 +23,7 @@ from protoclip.evaluate.run import Settings, evaluate_loaded
 from protoclip.evaluate.scores import peak_memory_bytes
 from protoclip.evaluate.tasks import PROTOCOLS, TASKS, parse_tasks
 from protoclip.launchers import find_place
+from protoclip.outputs import output_file
 
 PROG = "python -m protoclip.evaluate"
 DESCRIPTION = """Evaluate a CLIP; prints a table, writes results.json and, per data set and task,
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> str:
     """What the command line asks for; returns the text to print (on rank 0)."""
     started = time.perf_counter()
     tasks = parse_tasks(args.tasks) if args.tasks else None
+    output = output_file(args.output or _output(args, args.data), "--output")
     loaded = load_model(args.model, args.pretrained)
     data = args.data or _own_data(loaded.config)
     settings = Settings(
@@ -108,11 +110,12 @@ def run(args: argparse.Namespace) -> str:
         after, notes = evaluate_loaded(loaded, settings, device, precision, bar)
     if not is_main():
         return ""
-    return _written(args, loaded, data, after, notes, took, str(device))
+    return _written(args, output, loaded, data, after, notes, took, str(device))
 
 
 def _written(
     args: argparse.Namespace,
+    output: Path,
     loaded: Loaded,
     data: str,
     after: Results,
@@ -121,7 +124,6 @@ def _written(
     device: str,
 ) -> str:
     """Write the files; returns the table and where they are."""
-    output = Path(args.output) if args.output else _output(args, args.data)
     # What training left there, for the same data, is part of the same table.
     earlier = {} if args.tasks else _earlier(output, data)
     before = earlier.get("untrained")

@@ -140,6 +140,14 @@ def _refusal(row: Backend, device_type: str, dtype: torch.dtype) -> str | None:
     return row.why_not()
 
 
+def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run an op on such tensors, in words; None where it can."""
+    rows = _rows(op)
+    if backend not in rows:
+        return f"{op} has {', '.join(sorted(rows))}"
+    return _refusal(rows[backend], device_type, dtype)
+
+
 def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     """Name the backend that will run ``op``; a constant to torch.compile.
 

@@ -22,6 +22,8 @@ LN2 = math.log(2.0)
 FUSED_LOSS = ("triton",)  # backends whose kernels also take the loss, and weigh its gradient
 # Backends with a stash: True where it costs no bit, so that they keep it unless told not to.
 KEEP_LOGITS = {"cpu": True, "triton": False}
+# The rounding errors of so few terms do not average out, and in fp64 they cost next to nothing.
+FEW_PAIRS = 16
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -71,6 +73,8 @@ def _bwd(
     The positive's weight is row_weight[i] + column_weight[i + offset] (the latter where given).
     ``stash`` is that of ``contrastive``; empty or None: the logits are formed again. With a
     ``reduction`` the weights are upstream gradients of ``contrastive``; they may have stride 0."""
+    if reduction is not None and _few(x, y):
+        return _few_bwd(x, y, scale, row_weight, column_weight, offset, reduction)
     run = implementation("info_nce", backend, "contrastive_bwd")
     kept = stash if stash is not None and stash.numel() else None
     options: dict[str, Any] = {} if kept is None else {"kept": kept}
@@ -90,9 +94,24 @@ def _direction_weight(reduction: str, n: int, columns: bool) -> float:
     return weight / max(n, 1) if reduction == "mean" else weight
 
 
+def _few(x: Tensor, y: Tensor) -> bool:
+    return x.shape[0] > 0 and y.shape[0] <= FEW_PAIRS
+
+
+def _few_bwd(x, y, scale, row_weight, column_weight, offset, reduction):
+    """Gradients of ``contrastive`` from the start, in fp64: fp32 statistics would round them."""
+    columns = len(column_weight) > 0
+    weight = _direction_weight(reduction, x.shape[0], columns)
+    wide = x.double(), y.double(), scale.double()
+    statistics = reference.contrastive_fwd(*wide, offset, columns)[:4]
+    weights = row_weight.double() * weight, column_weight.double() * weight
+    dx, dy, dscale = reference.contrastive_bwd(*wide, *statistics, *weights, offset)
+    return dx.to(x.dtype), dy.to(y.dtype), dscale.to(accumulator(x))
+
+
 def _stash_size(x: Tensor, y: Tensor, backend: str, stash: bool):
     """Elements, int16, of what a backend keeps of the logits where it is asked to."""
-    if not stash or backend not in KEEP_LOGITS:
+    if not stash or backend not in KEEP_LOGITS or _few(x, y):
         return 0
     return implementation("info_nce", backend, "stash_size")(x.shape[0], y.shape[0])
 
@@ -121,16 +140,25 @@ def _contrastive(
     kept = _new_stash(x, size, backend)
     options = {"kept": kept} if size else {}
     weight, summed = _direction_weight(reduction, x.shape[0], columns), reduction != "none"
+    if _few(x, y):
+        wide = x.double(), y.double(), scale.double()
+        stats = reference.contrastive_fwd(*wide, offset, columns)
+        loss = _pair_losses(stats, weight, summed)
+        return *(t.to(accumulator(x)) for t in (loss, *stats[:4])), kept
     if backend in FUSED_LOSS:
-        run = implementation("info_nce", backend, "contrastive")
-        return *run(x, y, scale, offset, columns, weight, summed, **options), kept
+        fused = implementation("info_nce", backend, "contrastive")
+        return *fused(x, y, scale, offset, columns, weight, summed, **options), kept
     run = implementation("info_nce", backend, "contrastive_fwd")
-    *stats, positive = run(x, y, scale, offset, columns, **options)
-    row_max, row_sum, column_max, column_sum = stats
+    stats = run(x, y, scale, offset, columns, **options)
+    return _pair_losses(stats, weight, summed), *stats[:4], kept
+
+
+def _pair_losses(statistics, weight, summed):
+    row_max, row_sum, column_max, column_sum, positive = statistics
     loss = row_sum.log2() + (row_max - positive)
-    if columns:
+    if len(column_max):
         loss = loss + (column_sum.log2() + (column_max - positive))
-    return (loss.sum() if summed else loss) * (LN2 * weight), *stats, kept
+    return (loss.sum() if summed else loss) * (LN2 * weight)
 
 
 def _fake_fwd(x, y, scale, offset, columns, backend):
@@ -217,8 +245,8 @@ def info_nce(
     """InfoNCE over a batch of pairs, both directions, without the [N, N] logits in memory.
 
     The fused backends save O(N) values and form the logits again, tile by tile, in the backward
-    pass, but for those that ``stash`` allows to keep; sums are fp32. Under autocast the features
-    keep their dtype, as given.
+    pass, but for those that ``stash`` allows to keep. Sums are fp32; up to 16 pairs are computed in
+    fp64. Under autocast the features keep their dtype, as given.
 
     Args:
         image_features: [N, D], usually unit rows; float32, bfloat16, float16 (float64: reference).

@@ -80,7 +80,8 @@ def sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, offset: int)
     logits = _wide(scale).reshape(()) * _wide(x) @ _wide(y).T + _wide(bias).reshape(())  # [N, M]
     columns = torch.arange(len(y), device=y.device)
     positive = columns == torch.arange(len(x), device=x.device)[:, None] + offset
-    return F.softplus(torch.where(positive, -logits, logits), threshold=1000).sum()
+    # Not softplus, whose exponential overflows in fp32 from a logit of 89 on.
+    return -F.logsigmoid(torch.where(positive, logits, -logits)).sum()
 
 
 def prototype_cross_entropy(

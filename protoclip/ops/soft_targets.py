@@ -8,6 +8,8 @@ from torch import Tensor
 from protoclip.ops import checks, reference
 from protoclip.ops.backends import implementation, resolve
 
+COLDEST = 1e-30
+
 
 @torch.no_grad()
 def soft_targets(
@@ -21,7 +23,8 @@ def soft_targets(
     Args:
         source_centroids: [K, Ds], where the clusters were found; any float dtype.
         prototypes: [K, D], the same clusters in the student's space (back translation); same dtype.
-        temperature: tau; <= 0 means hard targets, m = prototypes.
+        temperature: tau; <= 0 means hard targets, m = prototypes; taken as 1e-30 below that, where
+            fp32 logits would overflow.
         backend: "auto" or a row of ``protoclip.backends("soft_targets")``.
     Returns:
         [K, D] float32 (float64 for float64 input), a constant: no gradient.
@@ -48,4 +51,4 @@ def soft_targets(
     name = resolve(op, backend, prototypes.device.type, prototypes.dtype)
     with torch.autocast(prototypes.device.type, enabled=False):
         run = reference.soft_targets if name == "reference" else implementation(op, name, op)
-        return run(source_centroids, prototypes, float(temperature))
+        return run(source_centroids, prototypes, max(float(temperature), COLDEST))

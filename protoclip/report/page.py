@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from protoclip.data.cache import write_atomic
+from protoclip.outputs import output_file
 from protoclip.report import sections
 from protoclip.report.runs import Run, datasets, find_baseline, read_run
 from protoclip.report.thumbs import Thumbs
@@ -30,16 +32,13 @@ def write_report(
     Returns:
         The path of the file.
     Raises:
-        ValueError: a folder is no run.
+        ValueError: a folder is no run, or ``output`` cannot be a file.
     """
     runs = [read_run(folder) for folder in folders]
     if not runs:
         raise ValueError("report: expected at least one run folder")
-    path = Path(output) if output else _default(runs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(render(runs), encoding="utf-8")
-    os.replace(temporary, path)
+    path = output_file(output or _default(runs), "--output")
+    write_atomic(path, render(runs))
     return path
 
 

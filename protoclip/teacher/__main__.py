@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from protoclip.config import DataConfig
 from protoclip.data import open_dataset
+from protoclip.outputs import check_above
 from protoclip.teacher.encoders import MINILM, MODALITIES, build_encoder
 from protoclip.teacher.extract import extract_features
 
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> str:
     """What the command line asks for; returns the text to print."""
     out = Path(args.out)
+    check_above(out, "--out")
     if out.exists():
         raise ValueError(f"--out: {out} exists; choose another name or remove it")
     if args.dim < 0 or args.batch_size < 1:

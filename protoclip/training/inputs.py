@@ -63,20 +63,27 @@ def uses_teachers(config: TrainConfig) -> bool:
     return config.method == "protoclip" and wanted
 
 
+def teacher_specs(config: TrainConfig) -> tuple[list[str], str]:
+    """The teachers to open, and a sentence where there is none."""
+    specs = [spec for spec in config.episode.external_teacher if spec != "none"]
+    if not uses_teachers(config) or not specs:
+        return [], "external teacher: none"
+    if "auto" in specs:
+        if not config.data.train_data.startswith("builtin:"):
+            return [], f"external teacher: none; --external-teacher {MINILM} or a file adds one"
+        reason = minilm_missing()
+        if reason is not None:
+            return [], f"external teacher: none, internal prototypes only: {reason}"
+    return [MINILM if spec == "auto" else spec for spec in specs], ""
+
+
 def open_teachers(
     config: TrainConfig, dataset: PairDataset, device: torch.device
 ) -> tuple[dict[str, Tensor], str]:
     """Name -> [dataset, d], and a sentence about it; {} where no teacher is due."""
-    specs = [spec for spec in config.episode.external_teacher if spec != "none"]
-    if not uses_teachers(config) or not specs:
-        return {}, "external teacher: none"
-    if "auto" in specs:
-        if not config.data.train_data.startswith("builtin:"):
-            return {}, f"external teacher: none; --external-teacher {MINILM} or a file adds one"
-        reason = minilm_missing()
-        if reason is not None:
-            return {}, f"external teacher: none, internal prototypes only: {reason}"
-        specs = [MINILM if spec == "auto" else spec for spec in specs]
+    specs, remark = teacher_specs(config)
+    if not specs:
+        return {}, remark
     temperatures = config.episode.external_target_temperature
     if len(temperatures) not in (1, len(specs)):
         raise ValueError(
