@@ -11,7 +11,7 @@
 
 #include <limits>
 
-#include "kmeans_screen.h"
+#include "kmeans_centroids.h"
 
 namespace protoclip {
 namespace {
@@ -21,154 +21,72 @@ using int8::LANES;
 using int8::ROWS;
 using int8::VECS;
 
-constexpr int64_t BLOCK_ROWS = 128;       // points that share one pass over the centroids' codes
-constexpr int64_t CHUNK_BYTES = 1 << 18;  // of codes: they stay in the L2 cache over the block
-constexpr int64_t CHUNK_PANELS = 12;      // scratch of scores: ROWS * 12 * COLS floats, in L1
+constexpr int64_t BLOCK_ROWS = 128;         // points that share one pass over the centroids' codes
+constexpr int64_t CHUNK_BYTES = 320 << 10;  // of codes: they stay in the L2 cache over the block
+constexpr int64_t CHUNK_PANELS = 24;        // scratch of bounds: ROWS * 24 * COLS floats
 // Norms outside (TOO_SMALL, TOO_LARGE) have squares near fp32's ends: such a row is done in fp64.
 constexpr float TOO_SMALL = 1e-10f, TOO_LARGE = 1e15f;
 
-constexpr int64_t SAMPLE = 256;  // rows looked at to decide on the rotation
-constexpr double PEAKY = 4.5;    // normal coordinates: 2.6 at D = 64 to 3.4 at D = 1024
-
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-struct Centroids {
-  Centroids(const at::Tensor& rows, const at::Tensor& sample);
-
-  const float* rows;  // [K, D]
-  int64_t k, d, depth, panels;
-  bool finite = true, rotated = false;
-  float largest = 0, error_ratio = 0;  // max |c'|; typical |f| / |c'|
-  screen::Rotation rotation;
-  std::vector<float> mean;                            // [D]
-  std::vector<int8_t> codes;                          // [panels][depth / 4][COLS][4]
-  std::vector<int32_t> start;                         // [panels * COLS], takes OFFSET out
-  std::vector<float> scale, half_square, norm_bound;  // [panels * COLS]
-
-  void centre(const float* row, float* out) const {
-    for (int64_t j = 0; j < d; ++j) out[j] = row[j] - mean[j];
-  }
-
- private:
-  void find_mean();
-  double peakiness(const at::Tensor& sample) const;
-  void encode_panel(int64_t panel, float* error);
+// A centroid that may be nearer than the best so far.
+struct Hit {
+  int64_t centroid;
+  float bound;
 };
-
-// `sample`: some of the points; both are fp32 and contiguous.
-Centroids::Centroids(const at::Tensor& centroids, const at::Tensor& sample)
-    : rows(centroids.const_data_ptr<float>()),
-      k(centroids.size(0)),
-      d(centroids.size(1)),
-      depth(round_up(d, 4)),
-      panels((k + COLS - 1) / COLS),
-      rotation(d) {
-  find_mean();
-  if (!finite) return;
-  rotated = std::max(peakiness(sample), peakiness(centroids)) > PEAKY;
-  const int64_t slots = panels * COLS;
-  codes.resize(slots * depth);
-  start.resize(slots);
-  scale.resize(slots);
-  // Slots past K lose against every centroid.
-  half_square.resize(slots, std::numeric_limits<float>::infinity());
-  norm_bound.resize(slots);
-  std::vector<float> error(slots);
-  at::parallel_for(0, panels, 1 + (1 << 15) / (COLS * depth + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) encode_panel(panel, error.data());
-  });
-  double errors = 0, norms = 0;
-  for (int64_t i = 0; i < k; ++i) {
-    errors += error[i];
-    norms += norm_bound[i];
-    largest = std::max(largest, norm_bound[i]);
-  }
-  error_ratio = norms > 0 ? static_cast<float>(errors / norms) : 0.0f;
-  for (int64_t i = 0; i < k && error_ratio > 0; ++i)
-    norm_bound[i] = std::max(norm_bound[i], error[i] / error_ratio);
-}
-
-void Centroids::find_mean() {
-  std::vector<double> sum(d);
-  for (int64_t i = 0; i < k; ++i)
-    for (int64_t j = 0; j < d; ++j) sum[j] += rows[i * d + j];
-  mean.resize(d);
-  for (int64_t j = 0; j < d; ++j) {
-    mean[j] = static_cast<float>(sum[j] / k);
-    finite = finite && std::isfinite(mean[j]);
-  }
-}
-
-// Mean over some rows of the largest coordinate over the root mean square, after centring.
-double Centroids::peakiness(const at::Tensor& sample) const {
-  const int64_t step = std::max<int64_t>(1, sample.size(0) / SAMPLE);
-  std::vector<float> row(d);
-  double sum = 0, count = 0;
-  for (int64_t i = 0; i < sample.size(0); i += step) {
-    centre(sample.const_data_ptr<float>() + i * d, row.data());
-    const double norm = std::sqrt(screen::squared_norm(row.data(), d) / std::max<int64_t>(d, 1));
-    if (!(norm > 0 && std::isfinite(norm))) continue;
-    sum += screen::peak(row.data(), d) / norm;
-    count += 1;
-  }
-  return count > 0 ? sum / count : 0;
-}
-
-void Centroids::encode_panel(int64_t panel, float* error) {
-  std::vector<float> row(d);
-  std::vector<int8_t> code(depth);
-  int8_t* out = codes.data() + panel * depth * COLS;
-  for (int64_t i = panel * COLS; i < std::min(k, (panel + 1) * COLS); ++i) {
-    centre(rows + i * d, row.data());
-    const double square = screen::squared_norm(row.data(), d);
-    if (rotated) rotation(row.data());
-    const auto coded = screen::encode(row.data(), d, 127, 0, 1e-30f, code.data());
-    int32_t total = 0;
-    for (int64_t j = 0; j < depth; ++j) {
-      out[(j / 4 * COLS + i % COLS) * 4 + j % 4] = code[j];
-      total += code[j];
-    }
-    start[i] = -screen::OFFSET * total;
-    scale[i] = coded.scale;
-    half_square[i] = static_cast<float>(square / 2 * (1 - screen::SLACK));
-    norm_bound[i] = static_cast<float>(std::sqrt(square));
-    error[i] = coded.error;
-  }
-}
 
 // A block of points, their codes, and the best centroid so far of each.
 struct Block {
   explicit Block(const Centroids& c)
       : c(c),
-        points(BLOCK_ROWS * c.d),
+        converted(BLOCK_ROWS * c.d),
         centred(c.d),
         codes(BLOCK_ROWS * c.depth),
-        bounds(ROWS * CHUNK_PANELS * COLS) {}
+        bounds(CHUNK_PANELS * ROWS * COLS),
+        highest(ROWS * CHUNK_PANELS * LANES),
+        hits(CHUNK_PANELS * COLS) {}
 
   const Centroids& c;
-  std::vector<float> points;    // [BLOCK_ROWS, D]
-  std::vector<float> centred;   // [D]
-  std::vector<uint8_t> codes;   // [BLOCK_ROWS, depth]
-  std::vector<float> bounds;    // [ROWS, chunk]
-  float inverse[BLOCK_ROWS];    // 1 / s
-  float widening[BLOCK_ROWS];   // (|e| + |s q| error_ratio) / s
-  float threshold[BLOCK_ROWS];  // score / s of the best centroid, from below
-  double square[BLOCK_ROWS];    // |x'|^2
+  AlignedVector<float> converted;  // [BLOCK_ROWS, D]
+  const float* point[BLOCK_ROWS];  // [D], in `converted` where the input is not fp32 as it stands
+  AlignedVector<float> centred;    // [D]
+  AlignedVector<uint8_t> codes;    // [BLOCK_ROWS, depth]
+  AlignedVector<float> bounds;     // [chunk's panels][ROWS][COLS]
+  AlignedVector<float> highest;    // [ROWS][chunk's panels][LANES], of a panel's vectors
+  std::vector<Hit> hits;           // of one row in a chunk
+  float inverse[BLOCK_ROWS];       // 1 / s
+  float widening[BLOCK_ROWS];      // (|e| + |s q| error_ratio) / s
+  float threshold[BLOCK_ROWS];     // score / s of the best centroid, from below
+  double square[BLOCK_ROWS];       // |x'|^2
   float distance[BLOCK_ROWS];
   int64_t label[BLOCK_ROWS];
 
+  template <class T>
+  void read(int64_t row, const T* x, int64_t stride);
   void encode(int64_t row);
-  void screen_chunk(int64_t group, int64_t panel, int64_t panels, float (&top)[ROWS]);
-  void measure_chunk(int64_t row, int64_t first, int64_t count, const float* bound, float top);
+  void screen_chunk(int64_t group, int64_t panel, int64_t panels);
+  int64_t find_hits(int64_t row, int64_t panel, int64_t panels, float least);
+  void measure_chunk(int64_t row, int64_t panel, int64_t panels);
   void measure(int64_t row, int64_t candidate);
   void brute_force(int64_t row);
 };
 
+template <class T>
+void Block::read(int64_t row, const T* x, int64_t stride) {
+  if constexpr (std::is_same_v<T, float>) {
+    point[row] = x;
+    if (stride == 1) return;
+  }
+  float* out = converted.data() + row * c.d;
+  point[row] = out;
+  if (stride == 1)
+    for (int64_t j = 0; j < c.d; ++j) out[j] = static_cast<float>(x[j]);
+  else
+    for (int64_t j = 0; j < c.d; ++j) out[j] = static_cast<float>(x[j * stride]);
+}
+
 void Block::encode(int64_t row) {
-  const float* x = points.data() + row * c.d;
+  const float* x = point[row];
   uint8_t* code = codes.data() + row * c.depth;
-  c.centre(x, centred.data());
-  square[row] = screen::squared_norm(centred.data(), c.d);
+  square[row] = c.centre(x, centred.data());
   label[row] = -1;
   inverse[row] = widening[row] = 0;
   threshold[row] = -std::numeric_limits<float>::infinity();
@@ -192,13 +110,11 @@ void Block::encode(int64_t row) {
       static_cast<float>((exact + std::sqrt(square[row]) * screen::SLACK) / coded.scale);
 }
 
-// Bounds of ROWS points against a chunk of panels, and the highest of each row.
-void Block::screen_chunk(int64_t group, int64_t panel, int64_t panels, float (&top)[ROWS]) {
-  int8::Float best[ROWS];
-  for (auto& b : best) b = int8::broadcast(-std::numeric_limits<float>::infinity());
-  const int64_t stride = panels * COLS;
+// Bounds of ROWS points against a chunk of panels.
+void Block::screen_chunk(int64_t group, int64_t panel, int64_t panels) {
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t at = (panel + p) * COLS;
+    int8::Float high;
     int8::tile(codes.data() + group * c.depth, c.depth, c.codes.data() + at * c.depth,
                c.start.data() + at, c.depth, [&](auto i, int8::Int sum) ALWAYS_INLINE {
                  constexpr int r = i / VECS, v = i % VECS;
@@ -208,34 +124,49 @@ void Block::screen_chunk(int64_t group, int64_t panel, int64_t panels, float (&t
                  const auto slack = int8::mul(norm, int8::broadcast(widening[group + r]));
                  const auto offset = int8::fma(half, int8::broadcast(-inverse[group + r]), slack);
                  const auto bound = int8::fma(int8::to_float(sum), scale, offset);
-                 int8::store(bounds.data() + r * stride + p * COLS + v * LANES, bound);
-                 best[r] = int8::max(best[r], bound);
+                 int8::store(bounds.data() + (p * ROWS + r) * COLS + v * LANES, bound);
+                 high = v == 0 ? bound : int8::max(high, bound);
+                 if constexpr (v == VECS - 1)
+                   int8::store(highest.data() + (r * CHUNK_PANELS + p) * LANES, high);
                });
   }
-  for (int r = 0; r < ROWS; ++r) top[r] = int8::max_lane(best[r]);
+}
+
+// Fills `hits` with the centroids of a chunk whose bound is at least `least`, in rising order.
+int64_t Block::find_hits(int64_t row, int64_t panel, int64_t panels, float least) {
+  int64_t found = 0;
+  const auto limit = int8::broadcast(least);
+  const float* high = highest.data() + row % ROWS * CHUNK_PANELS * LANES;
+  for (int64_t p = 0; p < panels; ++p) {
+    if (!int8::mask_ge(int8::load(high + p * LANES), limit)) continue;
+    const float* bound = bounds.data() + (p * ROWS + row % ROWS) * COLS;
+    for (int v = 0; v < VECS; ++v)
+      for (uint32_t mask = int8::mask_ge(int8::load(bound + v * LANES), limit); mask;
+           mask &= mask - 1) {
+        const int64_t i = v * LANES + __builtin_ctz(mask);
+        hits[found++] = {(panel + p) * COLS + i, bound[i]};
+      }
+  }
+  return found;
 }
 
 // Measures the centroids of a chunk that may be nearer than the best so far, likeliest first.
-void Block::measure_chunk(int64_t row, int64_t first, int64_t count, const float* bound,
-                          float top) {
+void Block::measure_chunk(int64_t row, int64_t panel, int64_t panels) {
+  const float* high = highest.data() + row % ROWS * CHUNK_PANELS * LANES;
+  auto best = int8::load(high);
+  for (int64_t p = 1; p < panels; ++p) best = int8::max(best, int8::load(high + p * LANES));
+  const float top = int8::max_lane(best);
   if (!(top >= threshold[row])) return;
-  int64_t likeliest = 0;
-  while (likeliest < count) {
-    if (const uint32_t hit = int8::mask_ge(int8::load(bound + likeliest), int8::broadcast(top))) {
-      likeliest += __builtin_ctz(hit);
-      break;
-    }
-    likeliest += LANES;
-  }
-  measure(row, first + likeliest);
-  for (int64_t at = 0; at < count; at += LANES) {
-    const auto bounds = int8::load(bound + at);
-    uint32_t hits = int8::mask_ge(bounds, int8::broadcast(threshold[row]));
-    for (; hits; hits &= hits - 1) {
-      const int64_t i = at + __builtin_ctz(hits);
-      if (i != likeliest && bound[i] >= threshold[row]) measure(row, first + i);
-    }
-  }
+  // The likeliest will raise the threshold to about this, so that one search is enough.
+  const float least = std::max(threshold[row], top - 1.25f * widening[row] * c.largest);
+  int64_t found = find_hits(row, panel, panels, least), likeliest = 0;
+  while (hits[likeliest].bound < top) ++likeliest;
+  const int64_t first = hits[likeliest].centroid;
+  measure(row, first);
+  if (threshold[row] < least) found = find_hits(row, panel, panels, threshold[row]);
+  for (int64_t i = 0; i < found; ++i)
+    if (hits[i].centroid != first && hits[i].bound >= threshold[row])
+      measure(row, hits[i].centroid);
 }
 
 float squared_distance(const float* x, const float* y, int64_t d) {
@@ -253,15 +184,15 @@ float squared_distance(const float* x, const float* y, int64_t d) {
     const auto gap = int8::sub(int8::load(x + j), int8::load(y + j));
     sums[0] = int8::fma(gap, gap, sums[0]);
   }
-  float total = 0;
-  for (const auto& s : sums) total += int8::sum_lanes(s);
+  float total =
+      int8::sum_lanes(int8::add(int8::add(sums[0], sums[1]), int8::add(sums[2], sums[3])));
   for (; j < d; ++j) total += (x[j] - y[j]) * (x[j] - y[j]);
   return total;
 }
 
 void Block::measure(int64_t row, int64_t candidate) {
   if (candidate >= c.k) return;  // a slot of padding ties at -inf
-  const float now = squared_distance(points.data() + row * c.d, c.rows + candidate * c.d, c.d);
+  const float now = squared_distance(point[row], c.rows + candidate * c.d, c.d);
   const bool nearer = now < distance[row] || (now == distance[row] && candidate < label[row]);
   if (label[row] >= 0 && !nearer) return;
   label[row] = candidate;
@@ -273,7 +204,7 @@ void Block::measure(int64_t row, int64_t candidate) {
 
 // fp64 without bounds, for points whose squares leave fp32; non-finite points stay without label.
 void Block::brute_force(int64_t row) {
-  const float* x = points.data() + row * c.d;
+  const float* x = point[row];
   double best = std::numeric_limits<double>::infinity();
   for (int64_t i = 0; i < c.k; ++i) {
     double sum = 0;
@@ -290,6 +221,12 @@ void Block::brute_force(int64_t row) {
 }
 
 template <class T>
+void prefetch(const T* row, int64_t d) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  for (int64_t j = 0; j < d; j += LINE) __builtin_prefetch(row + j, 0, 2);
+}
+
+template <class T>
 void assign(const at::Tensor& points, const Centroids& c, int64_t* labels, float* distances) {
   const int64_t n = points.size(0), row_stride = points.stride(0), stride = points.stride(1);
   const T* data = points.const_data_ptr<T>();
@@ -301,19 +238,18 @@ void assign(const at::Tensor& points, const Centroids& c, int64_t* labels, float
     for (int64_t b = begin; b < end; ++b) {
       const int64_t base = b * BLOCK_ROWS, rows = std::min(BLOCK_ROWS, n - base);
       for (int64_t r = 0; r < rows; ++r) {
-        const T* x = data + (base + r) * row_stride;
-        float* out = block.points.data() + r * c.d;
-        for (int64_t j = 0; j < c.d; ++j) out[j] = static_cast<float>(x[j * stride]);
+        block.read(r, data + (base + r) * row_stride, stride);
         block.encode(r);
       }
       for (int64_t panel = 0; panel < c.panels; panel += chunk) {
         const int64_t count = std::min(chunk, c.panels - panel);
         for (int64_t group = 0; group < rows; group += ROWS) {
-          float top[ROWS];
-          block.screen_chunk(group, panel, count, top);
-          for (int64_t r = 0; r < std::min<int64_t>(ROWS, rows - group); ++r)
-            block.measure_chunk(group + r, panel * COLS, count * COLS,
-                                block.bounds.data() + r * count * COLS, top[r]);
+          block.screen_chunk(group, panel, count);
+          for (int64_t r = group; r < std::min(group + ROWS, rows); ++r) {
+            const int64_t next = base + BLOCK_ROWS + r;  // of the next block: into the L2 cache
+            if (panel == 0 && next < n) prefetch(data + next * row_stride, c.d);
+            block.measure_chunk(r, panel, count);
+          }
         }
       }
       std::copy(block.label, block.label + rows, labels + base);
