@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "pooled_tensor.h"
 #include "vector_math.h"
 
 namespace protoclip {
@@ -179,7 +180,7 @@ template <class Index>
 std::tuple<at::Tensor, at::Tensor> sorted_means(const at::Tensor& values, const at::Tensor& labels,
                                                 int64_t k) {
   const auto sorted = counting_sort<Index>(labels, k);
-  auto out = at::empty({k, values.size(1)}, values.options().dtype(at::kFloat));
+  auto out = pooled_empty({k, values.size(1)}, at::kFloat);  // no page faults each time
   auto counts = at::empty({k}, labels.options());
   for (int64_t i = 0; i < k; ++i)
     counts.mutable_data_ptr<int64_t>()[i] = sorted.begin[i + 1] - sorted.begin[i];

@@ -95,6 +95,22 @@ def test_same_bits_with_one_thread_and_two(k, d, dtype):
     assert_means(values, labels, k, "cpu")
 
 
+@native
+def test_means_in_kept_memory_stay_while_anyone_holds_them():
+    values, labels = torch.randn(6000, 64), torch.arange(6000)  # 1.5 MiB: a block of the pool
+    torch.ops.protoclip_native.release_memory()
+    run = lambda x: protoclip.segment_mean(x, labels, 6000, backend="cpu")[0]  # noqa: E731
+    means = run(values)
+    place, row = means.data_ptr(), means[7]
+    other = run(values + 1)
+    assert other.data_ptr() != place and torch.equal(means, values)
+    del means, other
+    other = run(values + 1)
+    assert other.data_ptr() != place and torch.equal(row, values[7])  # a view holds it too
+    del row, other
+    assert place in [mean.data_ptr() for mean in [run(values), run(values)]]
+
+
 @pytest.mark.parametrize("backend", usable())
 def test_a_label_past_the_end_is_refused(backend):
     with pytest.raises(ValueError, match="labels below num_segments=3, got 3"):
