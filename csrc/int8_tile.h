@@ -39,6 +39,7 @@ inline Int dot4(Int sum, Int left, Int right) {
 }
 inline Float to_float(Int x) { return _mm512_cvtepi32_ps((__m512i)x); }
 inline Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+inline Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
 inline Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
 inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 inline Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
@@ -68,6 +69,7 @@ inline Int dot4(Int sum, Int left, Int right) {
 }
 inline Float to_float(Int x) { return _mm256_cvtepi32_ps((__m256i)x); }
 inline Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+inline Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
 inline Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
 inline Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
 inline Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
@@ -134,6 +136,9 @@ inline Float to_float(Int x) {
 }
 inline Float mul(Float a, Float b) {
   return each<Float>([&](int i) { return a.at[i] * b.at[i]; });
+}
+inline Float add(Float a, Float b) {
+  return each<Float>([&](int i) { return a.at[i] + b.at[i]; });
 }
 inline Float sub(Float a, Float b) {
   return each<Float>([&](int i) { return a.at[i] - b.at[i]; });

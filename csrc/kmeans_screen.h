@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "int8_tile.h"
+#include "vector_math.h"
 
 namespace protoclip::screen {
 
@@ -66,43 +67,58 @@ class Rotation {
 };
 
 inline float peak(const float* x, int64_t d) {
-  float top = 0;
-  for (int64_t j = 0; j < d; ++j) top = std::max(top, std::abs(x[j]));
-  return top;
+  Floats top = {};
+  int64_t j = 0;
+  for (; j + kLanes <= d; j += kLanes) {
+    const Floats v = load(x + j);
+    top = larger(top, larger(v, -v));
+  }
+  float best = maximum(top);
+  for (; j < d; ++j) best = std::max(best, std::abs(x[j]));
+  return best;
 }
 
-inline double squared_norm(const float* x, int64_t d) {
-  constexpr int WAYS = 16;
-  float sums[WAYS] = {};
+// out = x - mean; its squared norm.
+inline double centre(const float* x, const float* mean, int64_t d, float* out) {
+  Floats squares = {};
   int64_t j = 0;
-  for (; j + WAYS <= d; j += WAYS)
-    for (int i = 0; i < WAYS; ++i) sums[i] += x[j + i] * x[j + i];
-  double total = 0;
-  for (; j < d; ++j) total += static_cast<double>(x[j]) * x[j];
-  for (float sum : sums) total += sum;
-  return total;
+  for (; j + kLanes <= d; j += kLanes) {
+    const Floats v = load(x + j) - load(mean + j);
+    store(out + j, v);
+    squares += v * v;
+  }
+  double rest = 0;
+  for (; j < d; ++j) {
+    out[j] = x[j] - mean[j];
+    rest += static_cast<double>(out[j]) * out[j];
+  }
+  return rest + sum(squares);
 }
 
 // q = round(x / scale) + offset into codes [d], its largest magnitude `limit`.
 template <class Code>
 Coded encode(const float* x, int64_t d, int limit, int offset, float min_scale, Code* codes) {
+  typedef Code Codes __attribute__((vector_size(kLanes)));
+  constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: the sum drops the fraction
   const float scale = std::max(peak(x, d) / limit, min_scale), inverse = 1 / scale;
-  constexpr int WAYS = 16;
-  float coded[WAYS] = {}, left[WAYS] = {};
-  const auto one = [&](int64_t j, int way) {
-    // Adding and taking away 1.5 * 2^23 rounds to the nearest integer.
-    const float q = (x[j] * inverse + 12582912.0f) - 12582912.0f;
-    const float value = scale * q, error = x[j] - value;
-    codes[j] = static_cast<Code>(static_cast<int32_t>(q) + offset);
-    coded[way] += value * value;
-    left[way] += error * error;
-  };
+  Floats coded = {}, left = {};
   int64_t j = 0;
-  for (; j + WAYS <= d; j += WAYS)
-    for (int i = 0; i < WAYS; ++i) one(j + i, i);
-  for (; j < d; ++j) one(j, 0);
+  for (; j + kLanes <= d; j += kLanes) {
+    const Floats v = load(x + j), q = (v * inverse + ROUNDER) - ROUNDER;
+    const Floats value = scale * q, error = v - value;
+    const Codes code = __builtin_convertvector(__builtin_convertvector(q, Ints) + offset, Codes);
+    std::memcpy(codes + j, &code, sizeof code);
+    coded += value * value;
+    left += error * error;
+  }
   double norm = 0, error = 0;
-  for (int i = 0; i < WAYS; ++i) norm += coded[i], error += left[i];
+  for (; j < d; ++j) {
+    const float q = (x[j] * inverse + ROUNDER) - ROUNDER, value = scale * q;
+    codes[j] = static_cast<Code>(static_cast<int32_t>(q) + offset);
+    norm += static_cast<double>(value) * value;
+    error += (static_cast<double>(x[j]) - value) * (static_cast<double>(x[j]) - value);
+  }
+  norm += sum(coded), error += sum(left);
   return {scale, static_cast<float>(std::sqrt(norm)), static_cast<float>(std::sqrt(error))};
 }
 

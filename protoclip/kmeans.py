@@ -10,6 +10,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,11 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from protoclip.ops import checks
+from protoclip.ops.backends import implementation, resolve
 from protoclip.ops.kmeans_assign import kmeans_assign
 from protoclip.ops.segment_mean import segment_mean
 
 SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as in faiss
 MAX_DRAWS = 1024  # k-means++ candidates of one pass over the points
+KEEP_CODES = 1024  # up to this K, coding the points is 4 % of an assignment or more
+
+Assign = Callable[[Tensor], tuple[Tensor, Tensor]]  # centroids -> labels, squared distances
 
 
 @dataclass(frozen=True)
@@ -103,11 +108,12 @@ def kmeans(
         centroids, history = importlib.import_module("protoclip.faiss_kmeans").faiss_kmeans(
             points, num_clusters, num_iters, num_restarts, init, seed, spherical, group
         )
-        return _assigned(points, centroids, history, ranks, "auto")
+        return _assigned(centroids, history, ranks, partial(kmeans_assign, points))
+    assign = _assignment(points, num_clusters, backend)
     best: Clusters | None = None
     for restart in range(num_restarts):
         start = _initial(points, num_clusters, init, seed + restart, ranks)
-        clusters = _lloyd(points, start, num_iters, spherical, ranks, backend)
+        clusters = _lloyd(points, start, num_iters, spherical, ranks, backend, assign)
         if best is None or clusters.inertia < best.inertia:
             best = clusters
         if isinstance(init, Tensor):
@@ -221,28 +227,41 @@ INITS: dict[str, Callable[[Tensor, int, torch.Generator, Ranks], Tensor]] = {
 }
 
 
+def _assignment(points: Tensor, k: int, backend: str) -> Assign:
+    """``kmeans_assign`` of the same points again and again; the C++ backend keeps their codes."""
+    op = "kmeans_assign"
+    small = len(points) > 0 and k <= KEEP_CODES and points.dtype == torch.float32
+    if small and resolve(op, backend, points.device.type, points.dtype) == "cpu":
+        return implementation(op, "cpu", "CodedPoints")(points).assign
+    return partial(kmeans_assign, points, backend=backend)
+
+
 def _lloyd(
-    points: Tensor, centroids: Tensor, num_iters: int, spherical: bool, ranks: Ranks, backend: str
+    points: Tensor,
+    centroids: Tensor,
+    num_iters: int,
+    spherical: bool,
+    ranks: Ranks,
+    backend: str,
+    assign: Assign,
 ) -> Clusters:
     k = len(centroids)
     if spherical:
         centroids = torch.nn.functional.normalize(centroids, dim=1)
     inertias = []
     for _ in range(num_iters):
-        labels, distances = kmeans_assign(points, centroids, backend=backend)
+        labels, distances = assign(centroids)
         inertias.append(ranks.sum(distances.double().sum()))
         means, counts = global_segment_mean(points, labels, k, ranks.group, backend)
         centroids = _split_largest(means.where(counts[:, None] > 0, centroids), counts)
         if spherical:
             centroids = torch.nn.functional.normalize(centroids, dim=1)
     history = torch.stack(inertias).tolist() if inertias else []
-    return _assigned(points, centroids, history, ranks, backend)
+    return _assigned(centroids, history, ranks, assign)
 
 
-def _assigned(
-    points: Tensor, centroids: Tensor, history: list[float], ranks: Ranks, backend: str
-) -> Clusters:
-    labels, distances = kmeans_assign(points, centroids, backend=backend)
+def _assigned(centroids: Tensor, history: list[float], ranks: Ranks, assign: Assign) -> Clusters:
+    labels, distances = assign(centroids)
     counts = ranks.sum(torch.bincount(labels, minlength=len(centroids)))
     inertia = float(ranks.sum(distances.double().sum()))
     return Clusters(centroids, labels, counts, inertia, (*history, inertia))

@@ -90,6 +90,22 @@ def test_lines_wait_for_room_on_the_disk(tmp_path):
     assert len(said) == 1 and "make room" in said[0]
 
 
+def test_lines_that_never_find_room_are_said(tmp_path, capsys):
+    folder = RunFolder(tmp_path / "run", TrainConfig(run=RunConfig(report_to="none")))
+    folder.metrics(1, 16, {"loss": 5.0})
+    with full_disk(0):
+        for step in range(2, 12):
+            folder.metrics(step, 16 * step, {"loss": 5.0 - step})
+        folder.close()
+        folder.close()
+    said = capsys.readouterr().err.splitlines()
+    assert sum("10 lines are missing" in line for line in said) == 1
+    shown = [json.loads(line)["step"] for line in said if line.startswith("{")]
+    assert shown == [7, 8, 9, 10, 11]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1]
+
+
 def test_tensorboard_gives_up_in_words_on_a_full_disk(tmp_path, capsys):
     """Its writer is a thread, whose error arrives later, and may arrive at the end only."""
     for lines in (1, 100):

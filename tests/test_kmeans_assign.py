@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import protoclip
-from protoclip.ops.backends import TABLE
+from protoclip.ops.backends import TABLE, implementation
 
 HERE = Path(__file__).parent
 NATIVE_MISSING = protoclip.backends("kmeans_assign").get("cpu")
@@ -205,6 +205,24 @@ def test_same_bits_with_one_thread_and_two_and_alone():
     runs[-1] = tuple(torch.cat([a[:1001], b, a[2000:]]) for a, b in zip(*runs[::3], strict=True))
     for labels, squared in runs[1:]:
         assert torch.equal(labels, runs[0][0]) and torch.equal(squared, runs[0][1])
+
+
+@native
+@pytest.mark.parametrize("shape", [(300, 49, 128), (130, 97, 7), (200, 150, 130)])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda f: f.__name__)
+def test_kept_codes_change_no_bit(kind, shape):
+    """Codes around the points' centre, of points that meet centroids near and far."""
+    torch.manual_seed(6)
+    n, k, d = shape
+    x, c = kind(n, k, d)
+    x[3] = c[5]
+    points = implementation("kmeans_assign", "cpu", "CodedPoints")(x.T.contiguous().T)
+    for centroids in (c, c.T.contiguous().T * 2, c * 1e10, c[:1] - 1e-3):
+        want = protoclip.kmeans_assign(x, centroids, backend="cpu")
+        for got, expected in zip(points.assign(centroids), want, strict=True):
+            assert torch.equal(got, expected)
+    c[0, 0] = math.nan
+    assert (points.assign(c)[0] == -1).all()
 
 
 @pytest.mark.parametrize("backend", usable())

@@ -97,6 +97,15 @@ def test_mistakes_end_in_one_message(tmp_path, capsys, flags, words):
     assert not (tmp_path / "bad").exists()
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton", "fastest"])
+def test_a_backend_that_cannot_run_all_is_refused(tmp_path, capsys, monkeypatch, backend):
+    monkeypatch.setenv("PROTOCLIP_BACKEND", backend)
+    assert main(["--logs", str(tmp_path), "--name", "bad", *SMALL]) == 2
+    message = capsys.readouterr().err
+    assert f"PROTOCLIP_BACKEND: expected one that can run all of this, got {backend}" in message
+    assert not (tmp_path / "bad").exists()
+
+
 def test_an_existing_run_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "precious.txt").write_text("mine")

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from protoclip.data.cache import write_atomic
 from protoclip.evaluate.records import finite, finite_number, records, write_records
 
 PER_LABEL = (  # key after "LABEL/", words in the table
@@ -174,10 +175,7 @@ def write_results(
         "peak_memory_bytes": peak_memory_bytes,
         "clip_benchmark": [finite(one) for one in own],
     }
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomic(Path(path), json.dumps(content, indent=1, allow_nan=False) + "\n")
     if record_folder is not None:
         write_records(record_folder, own)
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from protoclip.data.cache import write_atomic
 from protoclip.outputs import output_file
 from protoclip.report import sections
 from protoclip.report.runs import Run, datasets, find_baseline, read_run
@@ -37,10 +38,7 @@ def write_report(
     if not runs:
         raise ValueError("report: expected at least one run folder")
     path = output_file(output or _default(runs), "--output")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(render(runs), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomic(path, render(runs))
     return path
 
 

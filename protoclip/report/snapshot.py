@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from protoclip.data import Labels
+from protoclip.data.cache import whole_file
 from protoclip.evaluate import EvalSet, Results
 from protoclip.evaluate.sets import take
 from protoclip.model import Encoded
@@ -178,11 +179,10 @@ def save_snapshot(folder: str | os.PathLike[str], snapshot: Snapshot) -> Path:
         "judged": {"key": snapshot.judged_key, "captioned": one.captioned if one else False},
     }
     path = Path(folder) / NAME
-    temporary = path.with_name(path.name + ".tmp")
     stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(stored, temporary, {"protoclip": json.dumps(content)})
-    os.chmod(temporary, 0o644)  # safetensors makes files that only their owner can read
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        save_file(stored, temporary, {"protoclip": json.dumps(content)})
+        os.chmod(temporary, 0o644)  # safetensors makes files that only their owner can read
     return path
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from protoclip.data.cache import whole_file
+
 INK, MUTED, GRID = "#1f2933", "#66717d", "#e3e7eb"
 COLOURS = ("#1f6fb4", "#d1662b", "#2f8f5b", "#8a5fbf", "#b5477a", "#8a7a1f")
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Noto Sans")
@@ -26,10 +28,8 @@ def new_figure(width: float, height: float) -> Any:
 
 def save(figure: Any, out_png: str | os.PathLike[str]) -> None:
     """Write the picture whole or not at all."""
-    path = Path(out_png)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with whole_file(Path(out_png)) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def style_axes(axes: Any, title: str) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 
 from protoclip.data.cache import write_atomic
 
+SHOWN = 5  # lines that are said where they cannot be written
+
 
 class AppendLog:
     """Appends whole lines; lines that do not fit on the disk wait in memory for the next try.
 
     Args:
         path: of the file, made if missing.
-        warn: told once, in words, when the disk refuses.
+        warn: told once, in words, when the disk refuses, and at the end where it still does.
     """
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
@@ -52,9 +54,16 @@ class AppendLog:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        if not self._file.closed:
-            self._flush()
-            self._file.close()
+        """Write what waits, or say the last of it where there is still no room."""
+        if self._file.closed:
+            return
+        self._flush()
+        self._file.close()
+        if lines := self._waiting.decode().splitlines():
+            self._warn(
+                f"{self.path}: no room on the disk to the end, {len(lines)} lines are missing "
+                "there; the last:\n" + "\n".join(lines[-SHOWN:])
+            )
 
 
 def cut_back(path: Path, step: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -27,6 +28,7 @@ def check_settings(config: TrainConfig, device: torch.device) -> None:
     _check_terms(config)
     if uses_prototypes(config):
         _check_kmeans(config, device)
+    _check_environment(config, device)
 
 
 def _check_terms(config: TrainConfig) -> None:
@@ -67,6 +69,21 @@ def _check_kmeans(config: TrainConfig, device: torch.device) -> None:
             f"--kmeans-backend: expected one that can run here, got {episode.kmeans_backend}: "
             f"{reason}; use --kmeans-backend auto"
         )
+
+
+def _check_environment(config: TrainConfig, device: torch.device) -> None:
+    """PROTOCLIP_BACKEND stands in for every backend that is not named."""
+    backend = os.environ.get("PROTOCLIP_BACKEND", "") or "auto"
+    ops = ["info_nce"] if config.loss.w_clip > 0 else []
+    if uses_prototypes(config):
+        ops += ["prototype_cross_entropy", "soft_targets"]
+        ops += ["kmeans_assign", "segment_mean"] * (config.episode.kmeans_backend == "auto")
+    for op in ops if backend != "auto" else ():
+        if reason := why_not(op, backend, device.type, torch.float32):
+            raise ValueError(
+                f"PROTOCLIP_BACKEND: expected one that can run all of this, got {backend}: "
+                f"{reason}; unset it, or see protoclip.backends({op!r})"
+            )
 
 
 def check_episodes(

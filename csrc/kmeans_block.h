@@ -1,0 +1,242 @@
+// A block of points on its way past the centroids: screened in 8 bits, measured in fp32.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "kmeans_centroids.h"
+
+namespace protoclip {
+
+using int8::COLS;
+using int8::LANES;
+using int8::ROWS;
+using int8::VECS;
+
+constexpr int64_t BLOCK_ROWS = 128;         // points that share one pass over the centroids' codes
+constexpr int64_t CHUNK_BYTES = 320 << 10;  // of codes: they stay in the L2 cache over the block
+constexpr int64_t CHUNK_PANELS = 24;        // scratch of bounds: ROWS * 24 * COLS floats
+// Norms outside (TOO_SMALL, TOO_LARGE) have squares near fp32's ends: such a row is done in fp64.
+constexpr float TOO_SMALL = 1e-10f, TOO_LARGE = 1e15f;
+
+// A centroid that may be nearer than the best so far.
+struct Hit {
+  int64_t centroid;
+  float bound;
+};
+
+constexpr int64_t KNOWN = 4;
+
+// Of points that meet many sets of centroids, in one frame.
+struct Codes {
+  at::Tensor codes;  // uint8 [N, depth]
+  at::Tensor known;  // fp32 [N, KNOWN]: scale, |s q|, |e|, |x'|^2
+};
+
+// A block of points, their codes, and the best centroid so far of each.
+struct Block {
+  explicit Block(const Centroids& c)
+      : c(c),
+        converted(BLOCK_ROWS * c.d),
+        centred(c.d),
+        codes(BLOCK_ROWS * c.depth),
+        bounds(CHUNK_PANELS * ROWS * COLS),
+        highest(ROWS * CHUNK_PANELS * LANES),
+        hits(CHUNK_PANELS * COLS),
+        min_scale(std::max(c.largest * 1e-12f, 1e-30f)) {}
+
+  const Centroids& c;
+  AlignedVector<float> converted;  // [BLOCK_ROWS, D]
+  const float* point[BLOCK_ROWS];  // [D], in `converted` where the input is not fp32 as it stands
+  AlignedVector<float> centred;    // [D]
+  AlignedVector<uint8_t> codes;    // [BLOCK_ROWS, depth]
+  AlignedVector<float> bounds;     // [chunk's panels][ROWS][COLS]
+  AlignedVector<float> highest;    // [ROWS][chunk's panels][LANES], of a panel's vectors
+  std::vector<Hit> hits;           // of one row in a chunk
+  // Next to far larger centroids a point needs no digits, and 1 / s must stay finite.
+  float min_scale;
+  float inverse[BLOCK_ROWS];    // 1 / s
+  float widening[BLOCK_ROWS];   // (|e| + |s q| error_ratio) / s
+  float threshold[BLOCK_ROWS];  // score / s of the best centroid, from below
+  double square[BLOCK_ROWS];    // |x'|^2
+  float distance[BLOCK_ROWS];
+  int64_t label[BLOCK_ROWS];
+
+  template <class T>
+  void read(int64_t row, const T* x, int64_t stride);
+  void encode(int64_t row);
+  void take(int64_t row, const Codes& codes, int64_t from);
+  bool begin(int64_t row, double square);
+  void finish(int64_t row, const screen::Coded& coded);
+  void screen_chunk(int64_t group, int64_t panel, int64_t panels);
+  int64_t find_hits(int64_t row, int64_t panel, int64_t panels, float least);
+  void measure_chunk(int64_t row, int64_t panel, int64_t panels);
+  void measure(int64_t row, int64_t candidate);
+  void brute_force(int64_t row);
+};
+
+template <class T>
+void Block::read(int64_t row, const T* x, int64_t stride) {
+  if constexpr (std::is_same_v<T, float>) {
+    point[row] = x;
+    if (stride == 1) return;
+  }
+  float* out = converted.data() + row * c.d;
+  point[row] = out;
+  if (stride == 1)
+    for (int64_t j = 0; j < c.d; ++j) out[j] = static_cast<float>(x[j]);
+  else
+    for (int64_t j = 0; j < c.d; ++j) out[j] = static_cast<float>(x[j * stride]);
+}
+
+inline void Block::encode(int64_t row) {
+  if (!begin(row, c.frame.centre(point[row], centred.data()))) return;
+  if (c.frame.rotated) c.frame.rotation(centred.data());
+  uint8_t* code = codes.data() + row * c.depth;
+  finish(row, screen::encode(centred.data(), c.d, int8::LEFT_MAX, screen::OFFSET, min_scale, code));
+  std::fill(code + c.d, code + c.depth, screen::OFFSET);
+}
+
+// Codes that were kept.
+inline void Block::take(int64_t row, const Codes& kept, int64_t from) {
+  const float* known = kept.known.const_data_ptr<float>() + from * KNOWN;
+  if (known[0] < min_scale) return encode(row);
+  std::copy_n(kept.codes.const_data_ptr<uint8_t>() + from * c.depth, c.depth,
+              codes.data() + row * c.depth);
+  if (begin(row, known[3])) finish(row, {known[0], known[1], known[2]});
+}
+
+// False where the point is done already: its squares would leave fp32, or are not finite.
+inline bool Block::begin(int64_t row, double squared_norm) {
+  square[row] = squared_norm;
+  label[row] = -1;
+  inverse[row] = widening[row] = 0;
+  threshold[row] = -std::numeric_limits<float>::infinity();
+  distance[row] = std::numeric_limits<float>::quiet_NaN();
+  const double norm = std::max<double>(std::sqrt(square[row]), c.largest);
+  if (norm < TOO_LARGE && norm >= TOO_SMALL) return true;
+  threshold[row] = std::numeric_limits<float>::infinity();  // nothing passes
+  brute_force(row);
+  return false;
+}
+
+inline void Block::finish(int64_t row, const screen::Coded& coded) {
+  inverse[row] = 1 / coded.scale;
+  const double exact = (coded.error + static_cast<double>(coded.norm) * c.error_ratio) * 1.001;
+  widening[row] =
+      static_cast<float>((exact + std::sqrt(square[row]) * screen::SLACK) / coded.scale);
+}
+
+// Bounds of ROWS points against a chunk of panels.
+inline void Block::screen_chunk(int64_t group, int64_t panel, int64_t panels) {
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t at = (panel + p) * COLS;
+    int8::Float high;
+    int8::tile(codes.data() + group * c.depth, c.depth, c.codes.data() + at * c.depth,
+               c.start.data() + at, c.depth, [&](auto i, int8::Int sum) ALWAYS_INLINE {
+                 constexpr int r = i / VECS, v = i % VECS;
+                 const auto scale = int8::load(c.scale.data() + at + v * LANES);
+                 const auto half = int8::load(c.half_square.data() + at + v * LANES);
+                 const auto norm = int8::load(c.norm_bound.data() + at + v * LANES);
+                 const auto slack = int8::mul(norm, int8::broadcast(widening[group + r]));
+                 const auto offset = int8::fma(half, int8::broadcast(-inverse[group + r]), slack);
+                 const auto bound = int8::fma(int8::to_float(sum), scale, offset);
+                 int8::store(bounds.data() + (p * ROWS + r) * COLS + v * LANES, bound);
+                 high = v == 0 ? bound : int8::max(high, bound);
+                 if constexpr (v == VECS - 1)
+                   int8::store(highest.data() + (r * CHUNK_PANELS + p) * LANES, high);
+               });
+  }
+}
+
+// Fills `hits` with the centroids of a chunk whose bound is at least `least`, in rising order.
+inline int64_t Block::find_hits(int64_t row, int64_t panel, int64_t panels, float least) {
+  int64_t found = 0;
+  const auto limit = int8::broadcast(least);
+  const float* high = highest.data() + row % ROWS * CHUNK_PANELS * LANES;
+  for (int64_t p = 0; p < panels; ++p) {
+    if (!int8::mask_ge(int8::load(high + p * LANES), limit)) continue;
+    const float* bound = bounds.data() + (p * ROWS + row % ROWS) * COLS;
+    for (int v = 0; v < VECS; ++v)
+      for (uint32_t mask = int8::mask_ge(int8::load(bound + v * LANES), limit); mask;
+           mask &= mask - 1) {
+        const int64_t i = v * LANES + __builtin_ctz(mask);
+        hits[found++] = {(panel + p) * COLS + i, bound[i]};
+      }
+  }
+  return found;
+}
+
+// Measures the centroids of a chunk that may be nearer than the best so far, likeliest first.
+inline void Block::measure_chunk(int64_t row, int64_t panel, int64_t panels) {
+  const float* high = highest.data() + row % ROWS * CHUNK_PANELS * LANES;
+  auto best = int8::load(high);
+  for (int64_t p = 1; p < panels; ++p) best = int8::max(best, int8::load(high + p * LANES));
+  const float top = int8::max_lane(best);
+  if (!(top >= threshold[row])) return;
+  // The likeliest will raise the threshold to about this, so that one search is enough.
+  const float least = std::max(threshold[row], top - 1.25f * widening[row] * c.largest);
+  int64_t found = find_hits(row, panel, panels, least), likeliest = 0;
+  while (hits[likeliest].bound < top) ++likeliest;
+  const int64_t first = hits[likeliest].centroid;
+  measure(row, first);
+  if (threshold[row] < least) found = find_hits(row, panel, panels, threshold[row]);
+  for (int64_t i = 0; i < found; ++i)
+    if (hits[i].centroid != first && hits[i].bound >= threshold[row])
+      measure(row, hits[i].centroid);
+}
+
+inline float squared_distance(const float* x, const float* y, int64_t d) {
+  constexpr int WAYS = 4;
+  int8::Float sums[WAYS];
+  for (auto& s : sums) s = int8::broadcast(0);
+  int64_t j = 0;
+  for (; j + WAYS * LANES <= d; j += WAYS * LANES)
+#pragma GCC unroll 4
+    for (int i = 0; i < WAYS; ++i) {
+      const auto gap = int8::sub(int8::load(x + j + i * LANES), int8::load(y + j + i * LANES));
+      sums[i] = int8::fma(gap, gap, sums[i]);
+    }
+  for (; j + LANES <= d; j += LANES) {
+    const auto gap = int8::sub(int8::load(x + j), int8::load(y + j));
+    sums[0] = int8::fma(gap, gap, sums[0]);
+  }
+  float total =
+      int8::sum_lanes(int8::add(int8::add(sums[0], sums[1]), int8::add(sums[2], sums[3])));
+  for (; j < d; ++j) total += (x[j] - y[j]) * (x[j] - y[j]);
+  return total;
+}
+
+inline void Block::measure(int64_t row, int64_t candidate) {
+  if (candidate >= c.k) return;  // a slot of padding ties at -inf
+  const float now = squared_distance(point[row], c.rows + candidate * c.d, c.d);
+  const bool nearer = now < distance[row] || (now == distance[row] && candidate < label[row]);
+  if (label[row] >= 0 && !nearer) return;
+  label[row] = candidate;
+  distance[row] = now;
+  const double rounding = (static_cast<double>(c.d) / LANES + 16) / (1 << 24);
+  const double score = (square[row] * (1 - rounding) - now * (1 + rounding)) / 2 * inverse[row];
+  threshold[row] = static_cast<float>(score - std::abs(score) * 1e-6);
+}
+
+// fp64 without bounds, for points whose squares leave fp32; non-finite points stay without label.
+inline void Block::brute_force(int64_t row) {
+  const float* x = point[row];
+  double best = std::numeric_limits<double>::infinity();
+  for (int64_t i = 0; i < c.k; ++i) {
+    double sum = 0;
+    for (int64_t j = 0; j < c.d; ++j) {
+      const double gap = static_cast<double>(x[j]) - c.rows[i * c.d + j];
+      sum += gap * gap;
+    }
+    if (sum < best) {
+      best = sum;
+      label[row] = i;
+      distance[row] = static_cast<float>(sum);
+    }
+  }
+}
+
+}  // namespace protoclip
