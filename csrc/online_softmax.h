@@ -15,9 +15,9 @@ namespace protoclip {
 // What the keys seen so far say about one query.
 struct RowState {
   float max = -kInfinity;  // of v
-  float sum = 0;           // of e = 2^(v - max)
-  float weights = 0;       // of e rounded as it meets the values
-  float logits = 0;        // of e v
+  double sum = 0;          // of e = 2^(v - max)
+  double weights = 0;      // of e rounded as it meets the values
+  double logits = 0;       // of e v
   int64_t best = 0;        // the lowest index of max
 
   // Moves the reference up to `top`; returns what earlier sums are multiplied by.

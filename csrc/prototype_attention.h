@@ -19,8 +19,14 @@
 
 namespace protoclip {
 
-// The chain of the dot products against `keys` keys; MKL sums few columns in short ones.
-inline int64_t dot_chain(Arithmetic arithmetic, int64_t keys) {
+// So few prototypes are multiplied in fp32: weights in bf16 would show in a gradient that cancels.
+constexpr int64_t kFewKeys = 512;
+
+// The chain of the dot products of `rows` rows against `keys` keys. MKL sums few rows or columns in
+// short ones, and the errors of few rows do not average out.
+inline int64_t dot_chain(Arithmetic arithmetic, int64_t rows, int64_t keys) {
+  constexpr int64_t few_rows = 16;
+  if (rows <= few_rows) return 16;
   return keys <= kSmallBatch ? 32 : arithmetic == Arithmetic::kFloat ? kChain : 256;
 }
 
@@ -108,7 +114,7 @@ class Attention {
         const TileRange range{first + row + r, std::min(kRows, rows - r), column, columns};
         multiply(range.rows, columns, Ops::depth(strip_.d), left_operand(x, r, scratch),
                  left_stride(), scratch.key.get(), kColumns, scratch.s.get(), kColumns, false,
-                 dot_chain(A, strip_.m));
+                 dot_chain(A, strip_.n, strip_.m));
         softmax(range, states + r, positive_.get() + row + r, scratch);
         if (dv_ > 0)
           accumulate(range, parts_.get() + (group * wave_ + row + r) * dv_, tile > begin, scratch);

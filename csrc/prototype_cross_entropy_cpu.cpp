@@ -13,7 +13,7 @@ namespace {
 
 constexpr const char* kOp = "prototype_cross_entropy";
 constexpr int64_t kIgnored = -100;
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // What is written for each sample; gradient and scale are null where not asked for, as is nearest.
 struct RowOutputs {
@@ -66,7 +66,7 @@ class FinishRow {
 
   void operator()(int64_t row, const RowState& state, float positive, const float* acc) const {
     out_.max[row] = state.max;
-    out_.sum[row] = state.sum;
+    out_.sum[row] = static_cast<float>(state.sum);
     if (out_.nearest != nullptr) out_.nearest[row] = state.best;
     float* gradient = out_.gradient == nullptr ? nullptr : out_.gradient + row * out_.d;
     if (labels_[row] == kIgnored) {
@@ -78,17 +78,19 @@ class FinishRow {
     const Input *h = features_ + row * ld_, *target = targets_ + labels_[row] * ld_targets_;
     if (!hard_) positive = Base2(scale_)(broadcast(dot(h, target, out_.d)))[0];
     // A logit of -inf weighs nothing, but 0 * -inf in `logits` keeps it visible.
-    out_.loss[row] = kLn2 * (std::log2(state.sum) + (state.max - positive)) + 0.f * state.logits;
+    out_.loss[row] = static_cast<float>(kLn2 * (std::log2(state.sum) + (state.max - positive)) +
+                                        0. * state.logits);
     if (gradient == nullptr) return;
     float product = 0.f;
+    const float weights = static_cast<float>(state.weights);
     for (int64_t e = 0; e < out_.d; ++e) {
-      gradient[e] = acc[e] / state.weights - static_cast<float>(target[e]);
+      gradient[e] = acc[e] / weights - static_cast<float>(target[e]);
       product += gradient[e] * static_cast<float>(h[e]);
     }
     // From the logits, which no rounding of the weights touches; a scale of 0 leaves none.
-    out_.scale[row] = std::abs(scale_) < 1e-30f
-                          ? product
-                          : (state.logits / state.sum - positive) / (scale_ * kLog2E);
+    const double difference = state.logits / state.sum - positive;
+    out_.scale[row] =
+        std::abs(scale_) < 1e-30f ? product : static_cast<float>(difference / (scale_ * kLog2E));
   }
 
  private:
@@ -141,7 +143,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   for (int64_t b = 0; b < banks && n > 0; ++b) {
     const int64_t k = prototypes[b].size(0);
     const at::Tensor y = checked_labels(labels[b], k);
-    const Arithmetic arithmetic = pick_arithmetic(kOp, h.scalar_type(), k, name);
+    const Arithmetic arithmetic = pick_arithmetic(kOp, h.scalar_type(), k, name, kFewKeys);
     if (!rows.defined() || of_rows != arithmetic) rows = prepare(h, of_rows = arithmetic);
     const at::Tensor c = prepare(prototypes[b], arithmetic);
     const bool hard = targets[b].size(0) == 0;
@@ -187,7 +189,8 @@ at::Tensor backward_prototypes(const at::Tensor& h, const at::Tensor& prototypes
                                const at::Tensor& labels, const at::Tensor& scale,
                                const at::Tensor& row_max, const at::Tensor& row_sum,
                                const at::Tensor& weight, bool hard, c10::string_view name) {
-  const Arithmetic arithmetic = pick_arithmetic(kOp, h.scalar_type(), prototypes.size(0), name);
+  const Arithmetic arithmetic =
+      pick_arithmetic(kOp, h.scalar_type(), prototypes.size(0), name, kFewKeys);
   const at::Tensor x = prepare(h, arithmetic), c = prepare(prototypes, arithmetic);
   const at::Tensor y = labels.contiguous(), w = weight.to(at::kFloat).contiguous();
   const at::Tensor max = row_max.contiguous(), sum = row_sum.contiguous();
@@ -201,7 +204,7 @@ at::Tensor backward_prototypes(const at::Tensor& h, const at::Tensor& prototypes
     const Strip<decltype(a)::value> strip(x, c);
     GradientPass<decltype(a)::value>::run(strip, epilogue, s, true, nullptr,
                                           out.mutable_data_ptr<Input>(),
-                                          dot_chain(arithmetic, strip.m));
+                                          dot_chain(arithmetic, strip.n, strip.m));
   });
   return Gradients::finish(out, prototypes);
 }

@@ -26,7 +26,8 @@ at::Tensor soft_targets(const at::Tensor& source, const at::Tensor& prototypes, 
       Attention<decltype(a)::value> attention(strip, c.const_data_ptr<float>(), d, ld, nullptr,
                                               base2);
       attention.run([&](int64_t row, const RowState& state, float, const float* acc) {
-        for (int64_t e = 0; e < d; ++e) m[row * d + e] = acc[e] / state.weights;
+        const float weights = static_cast<float>(state.weights);
+        for (int64_t e = 0; e < d; ++e) m[row * d + e] = acc[e] / weights;
       });
     }
   });

@@ -22,12 +22,12 @@ inline bool split_allowed() {
 // So few columns cost nothing in fp32, and rounding G to bf16 shows where few terms nearly cancel.
 constexpr int64_t kSmallBatch = 128;
 
-// The arithmetic of x [N, D] against y [M, D] (`columns` = M) in one dtype. name: "auto", or
-// "float", "bf16", "split" (tests force what "auto" picks elsewhere).
+// The arithmetic of x [N, D] against y [M, D] (`columns` = M; up to `few` are fp32) in one dtype.
+// name: "auto", or "float", "bf16", "split" (tests force what "auto" picks elsewhere).
 inline Arithmetic pick_arithmetic(const char* op, at::ScalarType dtype, int64_t columns,
-                                  c10::string_view name) {
+                                  c10::string_view name, int64_t few = kSmallBatch) {
   const CpuMatrixUnits units = cpu_matrix_units();
-  const bool large = columns > kSmallBatch;
+  const bool large = columns > few;
   Arithmetic arithmetic = Arithmetic::kFloat;
   if (name == "bf16" || (name == "auto" && units.bf16 && large && dtype == at::kBFloat16))
     arithmetic = Arithmetic::kBf16;

@@ -5,6 +5,8 @@ slice of the keys
     max_i = max_k s_ik, w_ik = 2^(step (s_ik - max_i)), sum_i = sum_k w_ik, acc_i = sum_k w_ik v_k
 Differences are taken before they are scaled: the largest weight is exactly 1, so a loss near zero
 does not drown in the rounding of a logit (7e-6 at scale 100), and no compiler can fuse it away.
+Where the gradient of the scale is wanted, sum_k w_ik s_ik comes along: weights that were rounded to
+meet 16-bit values would cost it five digits.
 One program owns a tile of rows, a slice of the keys (so that few rows still fill the card) and a
 bank (a set of keys). A finishing kernel joins the slices in a fixed order: no atomics, same bits
 every run. With values 2 products of [N, K, D] are done and nothing of size N x K exists; rows wider
@@ -19,6 +21,7 @@ import triton.language as tl
 # The interpreter's dot misreads bf16 operands.
 UPCAST = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
@@ -86,12 +89,13 @@ def softmax_step(s, step, start, row_max, row_sum, best, BLOCK_K: tl.constexpr, 
 @triton.jit
 def attend(
     q_ptr, labels_ptr, k_ptr, v_ptr,
-    max_ptr, sum_ptr, best_ptr, positive_ptr, acc_ptr,  # at this bank and slice: [N], ..., [N, DV]
+    max_ptr, sum_ptr, best_ptr, expected_ptr,  # [N] at this bank and slice
+    positive_ptr, acc_ptr,  # [N] of this bank, [N, DV] at this bank and slice
     row_block, slice_index, slices, n, k_count, d, dv, sign, step,
     stride_q_n, stride_q_d, stride_k_n, stride_k_d, stride_v_n, stride_v_d,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, VALUES: tl.constexpr, BEST: tl.constexpr,
-    HARD: tl.constexpr,
+    EXPECT: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows against one slice of one bank. VALUES: "none", "keys" (v = k) or "own"."""
     first_row = row_block.to(tl.int64) * BLOCK_N
@@ -117,6 +121,7 @@ def attend(
     row_max = tl.full([BLOCK_N], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_N], tl.float32)
     best = tl.zeros([BLOCK_N], tl.int64)
+    expected = tl.zeros([BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     per_slice = tl.cdiv(tl.cdiv(k_count, BLOCK_K), slices) * BLOCK_K
     begin = slice_index * per_slice
@@ -133,6 +138,9 @@ def attend(
         row_max, row_sum, best, p, factor = softmax_step(
             s, step, first_key, row_max, row_sum, best, BLOCK_K, BEST
         )
+        if EXPECT:
+            # Keys past the last have s = -inf; choosing them by a mask would spill.
+            expected = expected * factor + tl.sum(p * tl.maximum(s, LOWEST), 1)
         if VALUES == "keys":
             acc = acc * factor[:, None] + dot(p.to(k.dtype), k)
         if VALUES == "own":
@@ -146,6 +154,8 @@ def attend(
     tl.store(sum_ptr + first_row + i, row_sum, mask=used)
     if BEST:
         tl.store(best_ptr + first_row + i, best, mask=used)
+    if EXPECT:
+        tl.store(expected_ptr + first_row + i, expected, mask=used)
     if VALUES != "none":
         pointers = acc_ptr + first_row * dv + i[:, None] * dv + v_columns[None, :]
         tl.store(pointers, acc, mask=used[:, None] & (v_columns < dv)[None, :])
@@ -155,12 +165,14 @@ def attend(
 def attention_kernel(
     q_ptr, scale_ptr,  # [N, D], []
     k_ptrs, v_ptrs, labels_ptrs,  # per bank: [K, D], [K, DV], [N]
-    max_ptr, sum_ptr, best_ptr, positive_ptr, acc_ptr,  # [S, slices, N], ..., positive [S, N]
+    max_ptr, sum_ptr, best_ptr, expected_ptr,  # [S, slices, N]
+    positive_ptr, acc_ptr,  # [S, N], [S, slices, N, DV]
     n, d, dv, slices, counts,
     stride_q_n, stride_q_d, strides_k_n, strides_k_d, strides_v_n, strides_v_d,
     BANKS: tl.constexpr, HARD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, VALUES: tl.constexpr, BEST: tl.constexpr,
+    EXPECT: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles, slices, banks); HARD: bit b set where bank b has hard labels."""
     slice_index = tl.program_id(1)
@@ -171,11 +183,11 @@ def attention_kernel(
         if bank == b:
             attend(
                 q_ptr, labels_ptrs[b], k_ptrs[b], v_ptrs[b],
-                max_ptr + part, sum_ptr + part, best_ptr + part,
+                max_ptr + part, sum_ptr + part, best_ptr + part, expected_ptr + part,
                 positive_ptr + bank.to(tl.int64) * n, acc_ptr + part * dv,
                 tl.program_id(0), slice_index, slices, n, counts[b], d, dv, sign, step,
                 stride_q_n, stride_q_d, strides_k_n[b], strides_k_d[b],
                 strides_v_n[b], strides_v_d[b],
                 BLOCK_N, BLOCK_K, BLOCK_D, BLOCK_DV,
-                WHOLE_D, EVEN_D, VALUES, BEST, (HARD >> b) & 1,
+                WHOLE_D, EVEN_D, VALUES, BEST, EXPECT, (HARD >> b) & 1,
             )  # fmt: skip

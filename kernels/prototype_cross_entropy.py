@@ -33,6 +33,7 @@ class Parts:
     row_max: Tensor  # fp32 [S, slices, N]
     row_sum: Tensor  # fp32 [S, slices, N]
     best: Tensor  # int64 [S, slices, N] (empty when not asked)
+    expected: Tensor  # fp32 [S, slices, N] (empty when not asked)
     positive: Tensor  # fp32 [S, N], the label's product where labels are hard
     acc: Tensor  # fp32 [S, slices, N, DV] (empty without values)
 
@@ -62,6 +63,7 @@ def attend(
     *,
     hard: int = 0,
     best: bool = False,
+    expect: bool = False,
 ) -> Parts:
     """One pass over all banks. values: None, ``keys`` itself, or as many others of one width.
     hard: bit b set where ``labels[b]`` are hard; without any, labels may be any tensors."""
@@ -77,18 +79,19 @@ def attend(
         row,
         torch.empty_like(row),
         row.new_empty((banks, slices, n if best else 0), dtype=torch.int64),
+        row.new_empty((banks, slices, n if expect else 0)),
         row.new_empty((banks, n)),
         row.new_empty((banks, slices, n, dv)),
     )
     which = "none" if not values else "keys" if values is keys else "own"
     attention_kernel[(row_tiles, slices, banks)](
         q, scale, tuple(keys), tuple(values or keys), tuple(labels),
-        parts.row_max, parts.row_sum, parts.best, parts.positive, parts.acc,
+        parts.row_max, parts.row_sum, parts.best, parts.expected, parts.positive, parts.acc,
         n, d, dv, slices, tuple(len(k) for k in keys),
         *q.stride(), *_strides(keys), *_strides(values or keys),
         BANKS=banks, HARD=hard, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_D=tile.d,
         BLOCK_DV=tile.d if values else 16, WHOLE_D=bool(values),
-        EVEN_D=bool(values) and d == tile.d, VALUES=which, BEST=best,
+        EVEN_D=bool(values) and d == tile.d, VALUES=which, BEST=best, EXPECT=expect,
         **tile.options,
     )  # fmt: skip
     return parts
@@ -107,19 +110,21 @@ def finish(
     gradient: bool = False,
     targeted: bool = True,
 ) -> None:
-    """Join the parts into ``out`` = (loss, gradient, nearest, row_max, row_sum).
+    """Join the parts into ``out`` = (loss, gradient, nearest, row_max, row_sum, dscale).
 
-    Written are: with ``statistics`` all but the gradient, with ``gradient`` the gradient; without
-    ``targeted`` no loss, and acc / sum with nothing subtracted."""
+    Written are: with ``statistics`` all but the gradient, with ``gradient`` the gradient (at scale
+    0 dscale too); without ``targeted`` no loss, and acc / sum with nothing subtracted; dscale only
+    where there is one."""
     banks, slices, n = parts.row_max.shape
     d = targets[0].shape[1]
     finish_kernel[(triton.cdiv(n, 32), banks)](
         q, scale, tuple(targets), tuple(labels),
-        parts.row_max, parts.row_sum, parts.best, parts.positive, parts.acc, *out,
+        parts.row_max, parts.row_sum, parts.best, parts.expected, parts.positive, parts.acc, *out,
         n, d, slices, tuple(len(t) for t in targets), *q.stride(), *_strides(targets),
         BANKS=banks, HARD=hard, BLOCK_N=32, BLOCK_D=64,
         STATISTICS=statistics, LOSS=statistics and targeted, GRADIENT=gradient, TARGET=targeted,
-        BEST=statistics and parts.best.numel() > 0,
+        BEST=statistics and parts.best.numel() > 0, EXPECT=parts.expected.numel() > 0,
+        DSCALE=out[5].numel() > 0,
         num_warps=4,
     )  # fmt: skip
 
@@ -132,14 +137,16 @@ def prototype_ce_fwd_banks(
     scale: Tensor,
     need_grad: bool,
     need_nearest: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss [S, N], gradient [S, N or 0, D], nearest [S, N or 0], row_max, row_sum [S, N]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss [S, N], gradient [S, N or 0, D], nearest [S, N or 0], row_max, row_sum [S, N],
+    gradient of the scale [S, N or 0]."""
     (n, d), banks = h.shape, len(prototypes)
     row = h.new_empty((banks, n), dtype=torch.float32)
     loss, row_max, row_sum = row, torch.empty_like(row), torch.empty_like(row)
     gradient = row.new_empty((banks, n if need_grad else 0, d))
     nearest = row.new_empty((banks, n if need_nearest else 0), dtype=torch.int64)
-    out = (loss, gradient, nearest, row_max, row_sum)
+    dscale = row.new_empty(gradient.shape[:2])
+    out = (loss, gradient, nearest, row_max, row_sum, dscale)
     if not n:
         return out
     h, keys = addressable(h), [addressable(c) for c in prototypes]
@@ -148,12 +155,17 @@ def prototype_ce_fwd_banks(
     labels = [y.contiguous() for y in labels]
     scale = scale.reshape(()).float()
     one_pass = need_grad and fits_attention(h)
-    parts = attend(h, keys, keys if one_pass else None, labels, scale, hard=hard, best=need_nearest)
+    values = keys if one_pass else None
+    expect = need_grad and h.dtype != torch.float32  # fp32 weights are not rounded
+    asked = {"hard": hard, "best": need_nearest, "expect": expect}
+    parts = attend(h, keys, values, labels, scale, **asked)
     finish(h, scale, t, labels, parts, out, hard=hard, statistics=True, gradient=one_pass)
     if need_grad and not one_pass:
         for b, c in enumerate(keys):
             weighted_values(h, c, c, scale, row_max[b], gradient[b])
-        joined = Parts(row_max[:, None], row_sum[:, None], nearest, loss, gradient[:, None])
+        statistics = row_max[:, None], row_sum[:, None]
+        expected = dscale if expect else dscale[:, :0]
+        joined = Parts(*statistics, nearest, expected, loss, gradient[:, None])
         finish(h, scale, t, labels, joined, out, gradient=True)
     return out
 

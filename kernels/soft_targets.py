@@ -25,13 +25,15 @@ def soft_targets(source_centroids: Tensor, prototypes: Tensor, temperature: floa
     scale = torch.full((), 1 / temperature, dtype=torch.float32, device=out.device)
     labels = [torch.empty(0, dtype=torch.int64, device=out.device)]  # there are none
     row_max, row_sum = out.new_empty(k), out.new_empty(k)
-    results = (row_max, out, labels[0], row_max, row_sum)
+    none = out.new_empty(0)
+    results = (row_max, out, labels[0], row_max, row_sum, none)
     if fits_attention(source, values):
         parts = attend(source, [source], [values], labels, scale)
     else:
         parts = attend(source, [source], None, labels, scale)
         finish(source, scale, [values], labels, parts, results, statistics=True, targeted=False)
         weighted_values(source, source, values, scale, row_max, out)
-        parts = Parts(row_max[None, None], row_sum[None, None], labels[0], row_max, out[None, None])
+        joined = row_max[None, None], row_sum[None, None]
+        parts = Parts(*joined, labels[0], none, row_max, out[None, None])
     finish(source, scale, [values], labels, parts, results, gradient=True, targeted=False)
     return out

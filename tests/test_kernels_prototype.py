@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from budget import assert_draws_within_budget, assert_within_budget
 
 import protoclip
-from protoclip.ops import Bank
+from protoclip.ops import Bank, few_logits
 
 pytestmark = pytest.mark.skipif(
     protoclip.backends("soft_targets")["triton"] is not None,
@@ -15,23 +16,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {
     "one of each": (1, 1, 1),
-    "two prototypes, no columns": (3, 2, 0),
+    "two prototypes, no columns": (520, 2, 0),
     "primes, more keys than a tile": (37, 257, 23),
     "several row tiles": (131, 67, 8),
     "keys in slices": (5, 700, 16),
-    "a padded tile of 256": (9, 70, 200),
+    "a padded tile of 256": (19, 70, 200),
     "wider than one tile": (19, 97, 300),
 }
-
-
-def assert_within_budget(got, truth, base, dtype, magnitude=None):
-    """At most twice the error of the reference in the tested dtype, plus one rounding."""
-    if not truth.numel():
-        assert got.shape == truth.shape
-        return
-    size = truth.abs().max() if magnitude is None else magnitude
-    error, own = ((x.double() - truth).abs().max() for x in (got, base))
-    assert error <= 2 * own + torch.finfo(dtype).eps * size, f"{error:.2e}, reference {own:.2e}"
 
 
 def _unit(*shape, dtype):
@@ -48,29 +39,36 @@ def _gradients(h, c, labels, scale, m, weights, backend):
     return rows.detach(), *torch.autograd.grad((rows * weights).sum(), (*leaves, s))
 
 
+@pytest.fixture
+def kernels_only(monkeypatch):
+    """Few logits go to the kernels too."""
+    monkeypatch.setattr(few_logits, "FEW_LOGITS", 0)
+
+
+NAMES = ("loss", "dh", "dc", "dscale")
+
+
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_loss_and_gradients_within_budget(shape, dtype, soft):
     torch.manual_seed(0)
     n, k, d = shape
-    scale = 100.0 if dtype != torch.float16 else 14.3
-    h, c = _unit(n, d, dtype=dtype), _unit(k, d, dtype=dtype)
-    m = 0.9 * _unit(k, d, dtype=dtype) if soft else None
-    labels = torch.randint(0, k, (n,), device=DEVICE)
-    if n > 1:
-        labels[n // 2] = -100
-    weights = torch.rand(n, device=DEVICE) / n
-    wide = [None if x is None else x.double() for x in (h, c, m)]
-    got = _gradients(h, c, labels, scale, m, weights, "triton")
-    base = _gradients(h, c, labels, scale, m, weights, "reference")
-    truth = _gradients(*wide[:2], labels, scale, wide[2], weights.double(), "reference")
-    assert [g.dtype for g in got] == [torch.float32, dtype, dtype, torch.float32]
-    for g, t, b in zip(got[:3], truth[:3], base[:3], strict=True):
-        assert_within_budget(g, t, b, dtype)
-    # dL/ds is the sum of h * dL/dh / s, whose terms cancel.
-    terms = (wide[0] * truth[1]).abs().sum() / scale
-    assert_within_budget(got[3], truth[3], base[3], dtype, magnitude=terms)
+    results = []
+    for scale in (1.0, 14.3, 100.0):
+        h, c = _unit(n, d, dtype=dtype), _unit(k, d, dtype=dtype)
+        m = 0.9 * _unit(k, d, dtype=dtype) if soft else None
+        labels = torch.randint(0, k, (n,), device=DEVICE)
+        if n > 1:
+            labels[n // 2] = -100
+        weights = torch.rand(n, device=DEVICE) + 0.5
+        wide = [None if x is None else x.double() for x in (h, c, m)]
+        got = _gradients(h, c, labels, scale, m, weights, "triton")
+        base = _gradients(h, c, labels, scale, m, weights, "reference")
+        truth = _gradients(*wide[:2], labels, scale, wide[2], weights.double(), "reference")
+        assert [g.dtype for g in got] == [torch.float32, dtype, dtype, torch.float32]
+        results.append([dict(zip(NAMES, x, strict=True)) for x in (got, truth, base)])
+    assert_draws_within_budget(*(list(x) for x in zip(*results, strict=True)), {})
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
@@ -84,11 +82,13 @@ def test_soft_targets_within_budget(shape, dtype, temperature):
     base = protoclip.soft_targets(source, c, temperature, backend="reference")
     truth = protoclip.soft_targets(source.double(), c.double(), temperature)
     assert got.dtype == torch.float32
-    assert_within_budget(got, truth, base, dtype)
+    # Weights are rounded to the inputs' dtype.
+    size = truth.abs().max().item() * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+    assert_within_budget(got, truth, base, magnitude=size)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 8), (0, 0, 8), (4, 3, 0)])
-def test_empty_input(shape):
+def test_empty_input(shape, kernels_only):
     n, k, d = shape
     h, c = torch.zeros(n, d, device=DEVICE), torch.zeros(k, d, device=DEVICE, requires_grad=True)
     labels = torch.zeros(n, dtype=torch.int64, device=DEVICE)
@@ -99,7 +99,7 @@ def test_empty_input(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_strides_do_not_matter(dtype):
+def test_strides_do_not_matter(dtype, kernels_only):
     torch.manual_seed(0)
     h, c, m = (_unit(40, 12, dtype=dtype) for _ in range(3))
     labels = torch.randint(0, 40, (80,), device=DEVICE)[::2]
@@ -116,7 +116,7 @@ def test_strides_do_not_matter(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_banks_share_a_launch_and_repeat_to_the_bit(dtype):
+def test_banks_share_a_launch_and_repeat_to_the_bit(dtype, kernels_only):
     torch.manual_seed(0)
     h = _unit(50, 16, dtype=dtype).requires_grad_()
     banks = [
@@ -137,12 +137,23 @@ def test_banks_share_a_launch_and_repeat_to_the_bit(dtype):
 
 
 @pytest.mark.parametrize("scale", [10.0, -10.0, 0.0])
-def test_nearest_takes_the_lowest_index_of_a_tie(scale):
+def test_nearest_takes_the_lowest_index_of_a_tie(scale, kernels_only):
     c = torch.eye(2, device=DEVICE).repeat(200, 1)  # every prototype 200 times, over many tiles
     h = torch.tensor([[0.0, 1.0], [1.0, 0.0]], device=DEVICE)
     bank = Bank(c, torch.tensor([0, 1], device=DEVICE))
     nearest = protoclip.prototype_losses(h, [bank], scale, backend="triton").nearest[0]
     assert nearest.tolist() == {10.0: [1, 0], -10.0: [0, 1], 0.0: [0, 0]}[scale]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [16, 300])
+def test_scale_of_zero_still_has_a_gradient(d, dtype, kernels_only):
+    torch.manual_seed(0)
+    h, c = _unit(20, d, dtype=dtype), _unit(60, d, dtype=dtype)
+    labels, weights = torch.arange(20, device=DEVICE), torch.ones(20, device=DEVICE)
+    got = _gradients(h, c, labels, 0.0, None, weights, "triton")[3]
+    truth = _gradients(h.double(), c.double(), labels, 0.0, None, weights, "reference")[3]
+    assert (got - truth).abs() <= 1e-5 * truth.abs()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -157,7 +168,7 @@ def test_loss_near_zero_does_not_cancel(dtype):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bad_numbers_and_labels_stay_visible(value, dtype):
+def test_bad_numbers_and_labels_stay_visible(value, dtype, kernels_only):
     h, c = _unit(4, 3, dtype=dtype), _unit(90, 3, dtype=dtype)
     h[2, 1] = value
     labels = torch.tensor([0, -100, 2, 90], device=DEVICE)
@@ -188,7 +199,7 @@ def test_the_scratch_bound_changes_nothing(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_opcheck_and_compile():
+def test_opcheck_and_compile(kernels_only):
     torch.manual_seed(0)
     h, c = _unit(6, 8, dtype=torch.float32), _unit(5, 8, dtype=torch.float32)
     labels = torch.randint(0, 5, (6,), device=DEVICE)

@@ -125,7 +125,8 @@ def _report(name):
         compile_(
             attention_kernel, dtype, banks, tile.options, label, dtype != "fp32",
             BANKS=banks, HARD=hard, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_D=tile.d,
-            VALUES=values, BEST=values != "own", **more,
+            VALUES=values, BEST=values != "own", EXPECT=values != "own" and dtype != "fp32",
+            **more,
         )  # fmt: skip
 
     for tile in ATTENTION[name].values():
@@ -144,7 +145,7 @@ def _report(name):
     compile_(
         finish_kernel, "bf16", 2, small, "finish", False,
         BANKS=2, HARD=1, BLOCK_N=32, BLOCK_D=64, STATISTICS=True, LOSS=True, GRADIENT=True,
-        TARGET=True, BEST=True,
+        TARGET=True, BEST=True, EXPECT=True, DSCALE=True,
     )  # fmt: skip
 
 

@@ -8,10 +8,16 @@ from prototype_problem import DTYPES, problem, run, unit
 from room import run_in_room
 
 import protoclip
-from protoclip.ops import Bank
+from protoclip.ops import Bank, few_logits
 
 REASON = protoclip.backends("prototype_cross_entropy")["cpu"]
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+@pytest.fixture(params=[0, few_logits.FEW_LOGITS], ids=["kernel", "fp64"])
+def either(request, monkeypatch):
+    """Small sizes in the kernel too, which else sees large ones only."""
+    monkeypatch.setattr(few_logits, "FEW_LOGITS", request.param)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -46,11 +52,12 @@ def test_nearest_takes_the_lowest_index_of_a_tie(scale):
     assert nearest.nearest[0].tolist() == want
 
 
-def test_scale_of_zero_still_has_a_gradient():
+@pytest.mark.parametrize("n", [3, 20])
+def test_scale_of_zero_still_has_a_gradient(n):
     torch.manual_seed(0)
     for dtype in DTYPES:
-        h, c, labels, _ = problem(20, 300, 16, dtype, 0.0)
-        args = h, c, labels, None, 0.0, torch.ones(20)
+        h, c, labels, _ = problem(n, 300, 16, dtype, 0.0)
+        args = h, c, labels, None, 0.0, torch.ones(n)
         got, truth = run(*args, dtype, "cpu"), run(*args, torch.float64, "reference")
         assert abs(got["dscale"] - truth["dscale"]) <= 1e-5 * truth["dscale"].abs()
 
@@ -117,15 +124,31 @@ def test_non_finite_input_gives_a_non_finite_loss(bad):
         assert (rows(c=torch.full_like(c, bad))[~used] == 0).all()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_input_of_few_logits(bad):
+    torch.manual_seed(0)
+    h, c, labels, m = problem(4, 70, 20, torch.float32, 0.1)
+    used = labels != -100
+    for targets in (None, m):
+        for spoilt in (0, 1, 2):
+            args = [h.clone(), c.clone(), 10.0]
+            args[spoilt] = bad if spoilt == 2 else args[spoilt].index_fill_(1, torch.tensor(3), bad)
+            x, y, s = args
+            rows = protoclip.prototype_cross_entropy(
+                x, y, labels, s, targets=targets, reduction="none", backend="cpu"
+            )
+            assert not rows[used].isfinite().any() and (rows[~used] == 0).all()
+
+
 @pytest.mark.parametrize("label", [-1, 5])
-def test_labels_out_of_range_are_refused(label):
+def test_labels_out_of_range_are_refused(label, either):
     labels = torch.tensor([0, label])
     with pytest.raises(ValueError, match=rf"labels in \[0, K\) or -100, got {label} at row 1"):
         protoclip.prototype_cross_entropy(unit(2, 3), unit(5, 3), labels, 1.0, backend="cpu")
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 8), (0, 0, 8), (4, 3, 0), (4, 300, 0), (4, 1, 8)])
-def test_empty_and_single(shape):
+def test_empty_and_single(shape, either):
     n, k, d = shape
     for dtype in DTYPES:
         h, c = torch.ones(n, d, dtype=dtype), torch.ones(k, d, dtype=dtype, requires_grad=True)
@@ -137,7 +160,7 @@ def test_empty_and_single(shape):
         assert protoclip.soft_targets(c.detach(), c.detach(), 0.1, backend="cpu").shape == (k, d)
 
 
-def test_opcheck_compile_autocast_and_no_second_derivative():
+def test_opcheck_compile_autocast_and_no_second_derivative(either):
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
         h, c = unit(6, 8, dtype=dtype).requires_grad_(), unit(5, 8, dtype=dtype).requires_grad_()

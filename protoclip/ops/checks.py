@@ -81,6 +81,17 @@ def labels(op: str, x: Tensor, rows_name: str, rows: Tensor) -> None:
         )
 
 
+def label_values(op: str, x: Tensor, count: int) -> None:
+    """Labels in [0, count) or -100; for tensors on the CPU, whose values may be read."""
+    wrong = ((x < 0) | (x >= count)) & (x != -100)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{op}: expected labels in [0, K) or -100, got {int(x[row])} at row {row} for K = "
+            f"{count}"
+        )
+
+
 def reduction(op: str, x: str) -> None:
     if x not in REDUCTIONS:
         raise ValueError(f"{op}: expected reduction in {REDUCTIONS}, got {x!r}")

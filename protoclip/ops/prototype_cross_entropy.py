@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from protoclip.ops import checks, reference
+from protoclip.ops import checks, few_logits, reference
 from protoclip.ops.backends import implementation, resolve
 from protoclip.ops.info_nce import accumulator, no_second_derivative, reduce
 
@@ -40,14 +40,11 @@ def _fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend
     -> loss [S, N] (0 where ignored), gradient sum_k p_k C_k - m_y [S, N, D] (0 where ignored;
     [S, 0, D] without need_grad), argmax int64 [S, N] ([S, 0] without need_nearest), row_max,
     row_sum [S, N]: statistics in the units of the backend's own backward, and h.gradient [S, N]
-    ([S, 0] without need_grad), the gradient of the scale. A backend that has the last from
-    unrounded weights returns it; for the others it is taken from the gradient."""
+    ([S, 0] without need_grad), the gradient of the scale."""
+    if few_logits.applies(h, prototypes):
+        return few_logits.forward(h, prototypes, targets, labels, scale, need_grad, need_nearest)
     run = implementation("prototype_cross_entropy", backend, "prototype_ce_fwd_banks")
-    results = run(h, prototypes, targets, labels, scale, need_grad, need_nearest)
-    if len(results) == 6:
-        return results
-    gradient = results[1]
-    return *results, (h[: gradient.shape[1]].to(gradient.dtype) * gradient).sum(dim=2)
+    return run(h, prototypes, targets, labels, scale, need_grad, need_nearest)
 
 
 def _fake_fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend):
@@ -63,7 +60,8 @@ def _bwd(grad, h, scale, gradient, scale_gradient):
     """grad [S, N] -> dh in the dtype of h, dscale in that of scale: what the forward pass left is
     weighted, nothing else."""
     weighted = ((scale.reshape(()) * grad)[:, :, None] * gradient).sum(dim=0)  # [N, D]
-    return weighted.to(h.dtype), (grad * scale_gradient).sum().to(scale.dtype).reshape(scale.shape)
+    dscale = (grad.double() * scale_gradient.double()).sum()  # one number: no errors average out
+    return weighted.to(h.dtype), dscale.to(scale.dtype).reshape(scale.shape)
 
 
 def _fake_bwd(grad, h, scale, *_):
@@ -72,6 +70,8 @@ def _fake_bwd(grad, h, scale, *_):
 
 def _bwd_prototypes(h, prototypes, labels, scale, row_max, row_sum, weight, hard, backend):
     """-> s * sum_i w_i (p_ik - [hard and y_i = k]) h_i, [K, D] in the prototypes' dtype."""
+    if few_logits.applies(h, [prototypes]):
+        return few_logits.backward_prototypes(h, prototypes, labels, scale, weight, hard)
     run = implementation("prototype_cross_entropy", backend, "prototype_ce_bwd_prototypes")
     return run(h, prototypes, labels, scale, row_max, row_sum, weight, hard)
 
@@ -154,6 +154,8 @@ def prototype_cross_entropy(
     backend: str = "auto",
 ) -> Tensor:
     """Cross-entropy of each sample against all prototypes, soft or hard, never [N, K] in memory.
+
+    Sums are fp32; up to 1,024 logits are computed in fp64.
 
     Args:
         features: [N, D], usually unit rows; float32, bfloat16 or float16 (float64: reference).
