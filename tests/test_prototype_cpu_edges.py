@@ -147,6 +147,17 @@ def test_labels_out_of_range_are_refused(label, either):
         protoclip.prototype_cross_entropy(unit(2, 3), unit(5, 3), labels, 1.0, backend="cpu")
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_reference_refuses_labels_out_of_range_too(soft):
+    h, c = unit(2, 3), unit(5, 3)
+    for label in (-1, 5):
+        with pytest.raises(ValueError, match=rf"labels in \[0, K\) or -100, got {label} at row 1"):
+            protoclip.prototype_cross_entropy(
+                h, c, torch.tensor([0, label]), 1.0, targets=c if soft else None,
+                backend="reference",
+            )  # fmt: skip
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 8), (0, 0, 8), (4, 3, 0), (4, 300, 0), (4, 1, 8)])
 def test_empty_and_single(shape, either):
     n, k, d = shape

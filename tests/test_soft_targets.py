@@ -39,3 +39,12 @@ def test_one_and_no_cluster():
 def test_result_is_a_constant():
     source = torch.randn(5, 3, requires_grad=True)
     assert not protoclip.soft_targets(source, source, 0.1).requires_grad
+
+
+def test_a_temperature_that_is_no_number_is_refused():
+    c = torch.randn(3, 4)
+    for temperature in (torch.tensor(0.1), "0.1"):
+        with pytest.raises(
+            TypeError, match="soft_targets: expected temperature as a Python number"
+        ):
+            protoclip.soft_targets(c, c, temperature)

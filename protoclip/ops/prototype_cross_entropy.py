@@ -254,6 +254,9 @@ def _rows(
     """-> losses [S, N], nearest [S, N] (of no use without need_nearest)."""
     name = resolve(op, backend, features.device.type, features.dtype)
     if name == "reference":
+        if features.device.type == "cpu" and not torch.compiler.is_compiling():
+            for bank in banks:
+                checks.label_values(op, bank.labels, len(bank.prototypes))
         with torch.autocast(features.device.type, enabled=False):
             rows = [_reference_rows(features, b, scale) for b in banks]
             with torch.no_grad():

@@ -46,6 +46,11 @@ def soft_targets(
             f"{op}: expected one dtype and device, got {source_centroids.dtype} on "
             f"{source_centroids.device} and {prototypes.dtype} on {prototypes.device}"
         )
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(
+            f"{op}: expected temperature as a Python number, got {type(temperature).__name__}; "
+            "a tensor's is .item()"
+        )
     if temperature <= 0:
         return (prototypes if prototypes.dtype == torch.float64 else prototypes.float()).clone()
     name = resolve(op, backend, prototypes.device.type, prototypes.dtype)
