@@ -128,13 +128,37 @@ class ClipLoss(nn.Module):
             return info_nce(x, y, scale, stash=self.stash)
         if self.local_loss and self.gather_with_grad:
             return global_info_nce(x, y, scale)
-        keep_own = not self.local_loss
-        all_x, all_y = (
-            _gather_features(t, self.rank, self.gather_with_grad, keep_own) for t in (x, y)
-        )
+        all_x, all_y = self._of_all_ranks(x), self._of_all_ranks(y)
         if not self.local_loss:
             return info_nce(all_x, all_y, scale, stash=self.stash)
         return (self._one_way(x, all_y, scale) + self._one_way(y, all_x, scale)) / 2
+
+    def _of_all_ranks(self, x: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return x
+        return _gather_features(x, self.rank, self.gather_with_grad, not self.local_loss)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The logits of both directions, whole: [N, M] each, M pairs of all ranks (N = M without
+        ``local_loss``). For subclasses written for OpenCLIP's class; ``forward`` never forms them.
+        """
+        x, y = _one_dtype(image_features, text_features)
+        all_x, all_y = self._of_all_ranks(x), self._of_all_ranks(y)
+        if not self.local_loss:
+            x, y = all_x, all_y
+        images, texts = logit_scale * x @ all_y.T, logit_scale * y @ all_x.T
+        return (images, texts) if logit_bias is None else (images + logit_bias, texts + logit_bias)
+
+    def get_ground_truth(self, device: torch.device | str, num_logits: int) -> Tensor:
+        """int64 [num_logits]: the column of each row's positive in ``get_logits``."""
+        first = num_logits * self.rank if self.world_size > 1 and self.local_loss else 0
+        return torch.arange(first, first + num_logits, device=device)
 
     def _one_way(self, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         """Mean cross-entropy of rows x [N, D] against all columns y [W * N, D]."""

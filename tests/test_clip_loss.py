@@ -52,6 +52,24 @@ def test_clip_loss_takes_a_bias_as_open_clips_does():
     )
 
 
+def _written_out(base):
+    """A loss of somebody who built on OpenCLIP's class: label smoothing."""
+
+    class Smoothed(base):
+        def forward(self, x, y, scale, bias=None):
+            logits = self.get_logits(x, y, scale, bias)
+            labels = self.get_ground_truth(x.device, logits[0].shape[0])
+            return sum(F.cross_entropy(t, labels, label_smoothing=0.1) for t in logits) / 2
+
+    return Smoothed
+
+
+def test_subclasses_find_logits_and_labels():
+    ours, theirs = (_written_out(c)() for c in (protoclip.ClipLoss, open_clip_loss.ClipLoss))
+    for rest in ((torch.tensor(14.3),), (torch.tensor(14.3), torch.tensor(-10.0))):
+        assert_same(gradients(ours, *features(), *rest), gradients(theirs, *features(), *rest))
+
+
 @pytest.mark.parametrize(
     "image, text",
     [
@@ -145,6 +163,10 @@ def _rank(rank, port, results):
             flags = dict(local_loss=local, gather_with_grad=with_grad, rank=rank, world_size=2)
             pair = protoclip.ClipLoss(**flags), open_clip_loss.ClipLoss(**flags)
             out.append([gradients(loss, x[own], y[own], scale) for loss in pair])
+    for local in (False, True):
+        flags = dict(local_loss=local, rank=rank, world_size=2)
+        pair = (_written_out(c)(**flags) for c in (protoclip.ClipLoss, open_clip_loss.ClipLoss))
+        out.append([gradients(loss, x[own], y[own], scale) for loss in pair])
     for impl in ("bidir", "shift", "reduce", "gather"):
         flags = dict(rank=rank, world_size=2, dist_impl=impl)
         pair = protoclip.SigLipLoss(**flags), open_clip_loss.SigLipLoss(**flags)
