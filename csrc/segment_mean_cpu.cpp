@@ -182,8 +182,8 @@ std::tuple<at::Tensor, at::Tensor> sorted_means(const at::Tensor& values, const 
   const auto sorted = counting_sort<Index>(labels, k);
   auto out = pooled_empty({k, values.size(1)}, at::kFloat);  // no page faults each time
   auto counts = at::empty({k}, labels.options());
-  for (int64_t i = 0; i < k; ++i)
-    counts.mutable_data_ptr<int64_t>()[i] = sorted.begin[i + 1] - sorted.begin[i];
+  int64_t* count = counts.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < k; ++i) count[i] = sorted.begin[i + 1] - sorted.begin[i];
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, values.scalar_type(), "segment_mean",
                                   [&] {
                                     means(Rows<scalar_t, Index>(values, sorted.order), sorted, k,
