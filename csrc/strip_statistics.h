@@ -40,7 +40,7 @@ class Statistics {
   using Packed = typename Ops::Packed;
   static constexpr int64_t kRows = KeptProducts::kRows, kColumns = KeptProducts::kColumns;
   static constexpr int64_t kGroup = 16;                         // rows of one column sum
-  static constexpr int64_t kRowChunks = 8, kColumnChunks = 32;  // at most: the parallel tasks
+  static constexpr int64_t kRowChunks = 4, kColumnChunks = 32;  // at most: the parallel tasks
 
  public:
   // Where `kept` is not empty, the dot products stay there for the backward pass.
