@@ -44,10 +44,9 @@ def addressable(x: Tensor) -> Tensor:
     return x if reach < 2**31 else x.contiguous()
 
 
-def fits_attention(x: Tensor, *others: Tensor) -> bool:
+def fits_attention(x: Tensor) -> bool:
     """Whether one pass can hold the values: 16-bit and not too wide."""
-    widest = max(t.shape[1] for t in (x, *others))
-    return x.dtype != torch.float32 and widest <= WIDEST_ATTENTION
+    return x.dtype != torch.float32 and x.shape[1] <= WIDEST_ATTENTION
 
 
 def _strides(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
