@@ -314,9 +314,10 @@ import pytest, torch, protoclip
 n, d = 16384, 512
 x = torch.nn.functional.normalize(torch.randn(n, d), dim=-1).{dtype}().requires_grad_()
 y = x.detach().roll(1, 0).requires_grad_()
+grads = 2 * x.nbytes // 2**20  # of x and y
 small = x[:256].detach().requires_grad_()
 protoclip.info_nce(small, small, 10.0, backend="cpu").backward()  # libraries, JIT
-allow(256)
+allow(72 + grads)
 protoclip.info_nce(x, y, 10.0, backend="cpu").backward()
 with pytest.raises(RuntimeError, match="memory"):
     protoclip.info_nce(x, y, 10.0, backend="reference")
@@ -326,6 +327,8 @@ with pytest.raises(RuntimeError, match="memory"):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float", "bfloat16"])
 def test_memory_does_not_grow_with_the_square(dtype):
-    """256 MiB hold the gradients, up to 64; a matrix of fp32 logits would be 1,024."""
+    """64 MiB beside the gradients hold it, and 8 of mere addresses: blocks are whole huge pages.
+
+    A matrix of fp32 logits would be 1,024."""
     _backend("cpu")
     run_in_room(MEMORY.replace("{dtype}", dtype))
