@@ -172,22 +172,37 @@ def step_seconds(batch_size):
     for _ in range(4):
         a @ a
     rate = 4 * 2 * 1024**3 / (clock() - began)
-    took = min(steps(batch_size))
+    took = []
+    for _ in range(2):
+        took.append(min(steps(batch_size)))
+    distributed.barrier()
     distributed.stop()
-    return took, rate
+    return min(took), rate
 
 
-def test_seconds_are_of_the_right_size():
-    """Beside a core of the speed that is found here: of the right size, whatever else runs."""
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 128), (2, 64), (4, 32)])
+def test_seconds_are_of_the_right_size(ranks, batch):
+    """Beside a core of the speed that is found here; CPU time, as ranks may share cores."""
     import dataclasses
 
     from protoclip.config import ModelConfig
     from protoclip.cost import CARDS, Run, flop, measure_shape, seconds
 
-    run = Run(64, 1, 1, SAMPLES, 64, CLUSTERS, teacher_dim=TEACHER, amp=False, reuse=True)
-    ((measured, rate),) = on_ranks(1, step_seconds, 64)
-    card = dataclasses.replace(CARDS["cpu"], matmul_flops=rate)
-    parts = seconds(measure_shape(ModelConfig(), False), run, card)
-    predicted = sum(parts[name] for name in flop(measure_shape(ModelConfig(), False), run)[0])
-    print(f"predicted {predicted:.3f} s, measured {measured:.3f}")
-    assert predicted / 10 < measured < 10 * predicted, parts
+    run = Run(
+        batch,
+        1,
+        ranks,
+        SAMPLES,
+        batch * ranks,
+        CLUSTERS,
+        teacher_dim=TEACHER,
+        amp=False,
+        reuse=True,
+    )
+    shape = measure_shape(ModelConfig(), False)
+    for measured, rate in on_ranks(ranks, step_seconds, batch):
+        card = dataclasses.replace(CARDS["cpu"], matmul_flops=rate)
+        parts = seconds(shape, run, card)
+        predicted = sum(parts[name] for name in flop(shape, run)[0])
+        print(f"{ranks} ranks: predicted {predicted:.3f} s, measured {measured:.3f}")
+        assert predicted / 2.5 < measured < 2.5 * predicted, parts

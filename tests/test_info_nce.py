@@ -43,8 +43,9 @@ def run(x, y, scale, weights, *, dtype, backend):
     return {"loss": loss.detach(), "dx": x.grad, "dy": y.grad, "dscale": s.grad}
 
 
-def check(pairs, scale, backend, weights=None, *, terms=0.0):
-    """``terms``: the size of what a row's gradient sums, where it counts, not the gradient's."""
+def check(pairs, scale, backend, weights=None, *, terms=0.0, each=()):
+    """``terms``: the size of what a row's gradient sums, where it counts, not the gradient's.
+    ``each``: the results of which every draw must pass by itself too."""
     got, truth, base = [], [], []
     for x, y in pairs:
         w = torch.ones(len(x)) if weights is None else weights
@@ -53,6 +54,9 @@ def check(pairs, scale, backend, weights=None, *, terms=0.0):
         truth.append(wide)
         base.append(run(x, y, scale, w, dtype=x.dtype, backend="reference"))
     assert_draws_within_budget(got, truth, base, {"dx": terms, "dy": terms})
+    for draws in zip(got, truth, base, strict=True):
+        for name in each:
+            assert_within_budget(*(draw[name] for draw in draws), name)
 
 
 # 1 and 2: the smallest; 63: one short of a vector multiple; 252: two ragged tiles; 1000: many.
@@ -91,7 +95,8 @@ def test_values_and_gradients_are_within_budget(scale, dtype):
 def test_large_shapes_are_within_budget(n, d, dtype):
     backend = _backend("cpu")
     for scale in [100.0] if n == 4096 else [1.0, 14.3, 100.0]:
-        check(draw(n, d, dtype), scale, backend, weights=torch.rand(n) + 0.5)
+        weights = torch.rand(n) + 0.5
+        check(draw(n, d, dtype), scale, backend, weights, each=("loss", "dx", "dy"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
