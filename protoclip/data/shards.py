@@ -17,12 +17,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from protoclip.data.cache import cache_dir
 from protoclip.data.images import decode
 from protoclip.data.spool import Spool, is_remote
 from protoclip.data.strings import StringTable
 from protoclip.data.tar_index import ShardIndex, is_indexed, parse_captions, shard_index
 from protoclip.data.types import DataError, Labels
+from protoclip.ops.native import cache_dir
 
 NAMED = 5  # skipped samples named in the warning; the rest are counted
 logger = logging.getLogger(__name__)

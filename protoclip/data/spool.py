@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from protoclip.data.cache import cache_dir
 from protoclip.data.types import DataError
+from protoclip.ops.native import cache_dir
 
 TRIES = 3
 STALL_SECONDS = 60.0  # without a byte, a reader is given up
