@@ -259,7 +259,7 @@ def register_gradient(
         allowed = functorch.get_single_level_autograd_function_allowed()
         functorch.set_single_level_autograd_function_allowed(True)
         try:
-            return Gradient.apply(keyset, spec, *leaves)
+            return Gradient.apply(keyset, spec, *leaves)  # type: ignore[attr-defined]
         finally:
             functorch.set_single_level_autograd_function_allowed(allowed)
 
