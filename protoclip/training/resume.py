@@ -27,8 +27,7 @@ FREE = (
     "data.workers", "data.val_data", "data.train_data", "data.csv_", "model.pretrained",
     "run.name", "run.logs", "run.device", "run.log_every_n_steps", "run.val_frequency",
     "run.save_frequency", "run.save_every", "run.report_to", "run.wandb_project_name",
-    "run.resume", "run.max_bad_steps", "data.max_bad_fraction", "data.spool_gb",
-    "data.check_data", "run.dist_",
+    "run.resume", "run.max_bad_steps", "data.max_bad_fraction", "data.check_data", "run.dist_",
 )  # fmt: skip
 
 
