@@ -10,21 +10,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from protoclip.config import DataConfig
+from protoclip.config import DataConfig, Parser, check_above
 from protoclip.data import open_dataset
-from protoclip.outputs import check_above
 from protoclip.teacher.encoders import MINILM, MODALITIES, build_encoder
 from protoclip.teacher.extract import extract_features
 
 PROG = "python -m protoclip.teacher"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROG,
+def build_parser() -> Parser:
+    parser = Parser(
+        PROG,
         description="Write a frozen model's features of all pairs, by key, to a .npz that "
         "protoclip.train --external-teacher takes. A stopped run goes on where it was.",
-        allow_abbrev=False,
     )
     data = DataConfig()
     add = parser.add_argument

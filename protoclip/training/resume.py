@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from protoclip import checkpoint
-from protoclip.config import TrainConfig
-from protoclip.fields import from_dict, to_dict
+from protoclip.config import TrainConfig, from_dict, to_dict
 from protoclip.training.adopt import OpenClipRun, is_openclips
 from protoclip.training.run_folder import is_locked
 from protoclip.training.state import fingerprint
