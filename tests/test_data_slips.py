@@ -104,7 +104,7 @@ class TestUrls:
     def test_the_retired_room_of_copies_is_a_sentence(self, capsys):
         with pytest.raises(SystemExit) as end:
             train_command(["--spool-gb", "50"])
-        assert end.value.code == 2
+        assert end.value.code == 2 and "set PROTOCLIP_CACHE to move it" in capsys.readouterr().err
 
 
 def test_ranges_of_millions_are_refused_before_they_are_expanded(capsys):
