@@ -158,8 +158,8 @@ def _rows(
         ) from error
     except UnicodeError as error:
         raise DataError(
-            f"{name}: not {encoding.upper()} ({error}); name its encoding with --encoding, such as latin-1 "
-            "or utf-16"
+            f"{name}: not {encoding.upper()} ({error}); name its encoding with --encoding, such as "
+            "latin-1 or utf-16"
         ) from error
     except csv.Error as error:
         yield reader.line_num, "", "", f"{error}; look for an unclosed quote there"
