@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from protoclip.evaluate.__main__ import main as evaluate
-from protoclip.report.__main__ import main as report
 from protoclip.train import main as train
 
 DATA = "builtin:shapes:64"
@@ -135,10 +134,3 @@ def test_evaluate_takes_what_the_command_line_says(stranger, server, capsys):
     url = f"http://127.0.0.1:{server.server_port}/asked.tar"
     assert evaluate([str(folder), "--data", url, *flags]) == 2 and "/asked.tar" in server.asked
     assert "command line" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_report_opens_no_data(stranger, server, kind):
-    folder = stranger(kind)
-    assert report([str(folder), "--output", str(folder / "page.html")]) == 0
-    assert (folder / "page.html").stat().st_size > 1000 and not server.asked
