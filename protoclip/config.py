@@ -99,7 +99,7 @@ class DataConfig:
     train_data: str = option(
         "builtin:emoji",
         "builtin:emoji, builtin:shapes[:N], a .csv/.tsv file, or webdataset shards such as "
-        "'d/{000..012}.tar', globs, urls, pipe:COMMAND; sources joined by '::'",
+        "'d/{000..012}.tar', globs, urls; sources joined by '::'",
     )
     val_data: str = option("", "data to evaluate on; default: the held-out part of built-in data")
     imagenet_val: str = option(
@@ -119,10 +119,9 @@ class DataConfig:
     shuffle_buffer: int = option(
         -1,
         "go shard by shard and mix over so many samples; 0: mix everything; -1: 0 for files, "
-        "10000 for urls and pipes",
+        "10000 for urls",
         low=-1,
     )
-    spool_gb: float = option(50.0, "room for copies of shards from urls and pipes", low=0)
     max_bad_fraction: float = option(
         0.05, "stop when more than this share of the samples cannot be used", low=0, high=1
     )
@@ -132,6 +131,7 @@ class DataConfig:
     csv_separator: str = option("\t", "separator of a .csv/.tsv file (default: tab)")
     csv_img_key: str = option("filepath", "column of the image path")
     csv_caption_key: str = option("title", "column of the caption")
+    csv_encoding: str = option("utf-8", "of a .csv/.tsv file: latin-1, ...", flag="encoding")
     augmentation: str = option(
         "clip",
         "training transform: 'paper' (ProtoCLIP's), 'clip' (OpenCLIP's random crop) or 'none'",

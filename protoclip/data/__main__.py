@@ -37,6 +37,7 @@ def build_parser() -> Parser:
     parser.add_argument("--csv-separator", default="\t", help="of a table (default: tab)")
     parser.add_argument("--csv-img-key", default="filepath", help="column (default: filepath)")
     parser.add_argument("--csv-caption-key", default="title", help="column (default: title)")
+    parser.add_argument("--encoding", default="utf-8", help="of a table (default: utf-8)")
     return parser
 
 
@@ -59,6 +60,8 @@ def _open(spec: str, arguments: argparse.Namespace) -> PairDataset:
         csv_separator=arguments.csv_separator,
         csv_img_key=arguments.csv_img_key,
         csv_caption_key=arguments.csv_caption_key,
+        csv_encoding=arguments.encoding,
+        keep_going=bool(arguments.check),
     )
 
 

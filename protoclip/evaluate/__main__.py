@@ -59,6 +59,7 @@ def build_parser() -> Parser:
     add("--csv-label-key", default="", metavar="NAME", help="column of the class in a table")
     for name, meta in (("separator", "C"), ("img-key", "NAME"), ("caption-key", "NAME")):
         add(f"--csv-{name}", default=None, metavar=meta, help="as in training")
+    add("--encoding", dest="csv_encoding", default=None, metavar="NAME", help="as in training")
     add("--output", default="", metavar="PATH",
         help="where the numbers go (default: results.json in the run folder, a name that tells "
         "for other data; for an OpenCLIP name in the working folder)")  # fmt: skip
@@ -168,7 +169,7 @@ def _captions(asked: str, data: str) -> str:
 
 
 def _csv_columns(args: argparse.Namespace, config: TrainConfig | None) -> dict[str, Any]:
-    names = ("csv_separator", "csv_img_key", "csv_caption_key")
+    names = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")
     run = (config or TrainConfig()).data
     given = {name: getattr(args, name) for name in names}
     return {name: getattr(run, name) if value is None else value for name, value in given.items()}

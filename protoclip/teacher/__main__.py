@@ -43,6 +43,7 @@ def build_parser() -> Parser:
     add("--csv-separator", default=data.csv_separator, metavar="TEXT")
     add("--csv-img-key", default=data.csv_img_key, metavar="TEXT")
     add("--csv-caption-key", default=data.csv_caption_key, metavar="TEXT")
+    add("--encoding", default=data.csv_encoding, metavar="TEXT", help="of a table")
     return parser
 
 
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> str:
         csv_separator=args.csv_separator,
         csv_img_key=args.csv_img_key,
         csv_caption_key=args.csv_caption_key,
+        csv_encoding=args.encoding,
     )
     encoder = build_encoder(args.model, args.pretrained, args.modality, device)
     out.parent.mkdir(parents=True, exist_ok=True)
