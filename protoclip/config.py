@@ -12,6 +12,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -499,8 +500,15 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> TrainConfig:
         SystemExit: with code 0 after --print-config.
     """
     chosen = parser.parse_args(argv)
-    parser.set_defaults(**dict(_flat(load_preset(chosen.preset))))
+    preset = dict(_flat(load_preset(chosen.preset)))
+    parser.set_defaults(**preset)
     values = vars(parser.parse_args(argv))
+    saved = {
+        "--" + key.rpartition(".")[2].replace("_", "-"): value
+        for key, value in preset.items()
+        if value == values[key] != getattr(chosen, key)
+    }
+    check_saved(saved, chosen.preset)
     del values["preset"]
     show = values.pop("print_config")
     nested: dict[str, Any] = {}
@@ -607,3 +615,21 @@ def check_above(path: Path, flag: str) -> None:
         )
     if not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(f"{flag}: {above} may not be written to; choose another folder")
+
+
+def check_saved(settings: Mapping[str, object], where: str) -> None:
+    """Refuse saved settings that name data elsewhere: a file may come from a stranger.
+
+    Args:
+        settings: flag -> value, those that the command line does not give again.
+        where: the file that they were read from.
+    Raises:
+        ValueError: a value is a url or a pipe; the message names the flag to give.
+    """
+    for flag, value in settings.items():
+        for one in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(one, str) and re.search(r"://|(^|::)\s*pipe:", one):
+                raise ValueError(
+                    f"{flag}: expected local data in the settings saved in {where}, got {one!r}; "
+                    f"if you trust it, give {flag} again on the command line"
+                )
