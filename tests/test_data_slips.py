@@ -148,7 +148,7 @@ def test_a_tar_header_that_claims_exabytes_is_damage(tmp_path, header, where):
         dataset = open_dataset(str(path))
         assert list(dataset.keys) == ["s.tar/k"] and "damaged at byte" in dataset.skipped[-1][2]
     else:
-        with pytest.raises(DataError, match="not an uncompressed tar|damaged at byte 0"):
+        with pytest.raises(DataError, match=r"not an uncompressed tar|damaged at byte \d+"):
             open_dataset(str(path))
 
 
@@ -197,7 +197,7 @@ class TestCheck:
         assert data_command(["--check", table]) == 1
         said = capsys.readouterr().out
         for words in (
-            "line 3: the caption (column 'title') is empty",
+            "line 3: the caption is empty",
             "line 4: no picture at '9.png'",
             "line 6: 1 columns where the header has 2",
             "line 7: no picture at '8.png'",

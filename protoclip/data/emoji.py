@@ -88,7 +88,7 @@ class EmojiDataset:
         if split.endswith(("train", "heldout")):
             heldout = heldout_mask(len(wanted), labels["group"].ids.numpy(), seed)
             wanted = ~heldout if split == "train" else heldout
-        rows = [i for i in np.flatnonzero(wanted) if concepts()[i].key in drawn]
+        rows = [i for i in np.flatnonzero(wanted).tolist() if concepts()[i].key in drawn]
         self.keys = tuple(concepts()[i].key for i in rows)
         self._captions = tuple(concepts()[i].captions for i in rows)
         self.labels: Mapping[str, Labels] = {

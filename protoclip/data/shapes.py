@@ -151,10 +151,10 @@ class _Numbered(Strings):
     """ "shape-0", "shape-1", ..."""
 
     def __init__(self, count: int) -> None:
-        self.count = count
+        self._len = count
 
     def __len__(self) -> int:
-        return self.count
+        return self._len
 
     def _at(self, i: int) -> str:
         return f"shape-{i}"

@@ -33,12 +33,18 @@ TEXT_KINDS = ("txt", "json")
 FORMAT = 4  # of the cached index
 MAX_SHARDS = 1_000_000  # that one source may name; LAION-5B has 231,349
 MAX_CAPTION_BYTES = 1 << 22  # a larger member is no caption; img2dataset's JSON has about 1 kB
-MAX_HEADER_BYTES = 1 << 14  # of an extended header; tarfile takes hours over megabytes of one
-MAX_MEMBER_BYTES = 1 << 48  # tarfile cannot seek to the end of a larger one
-# What tarfile lets through, besides its own errors, where a header is nonsense.
-NONSENSE = (ValueError, OverflowError, IndexError, EOFError, RecursionError)
+MAX_HEADER_BYTES = 1 << 14  # of an extended header: a name and a few numbers
 NAMED = 5  # skipped samples named in the warning; the rest are counted
+MAX_MEMBER_BYTES = 1 << 48
+EXTENDED = (  # types of headers that say more about the next one
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
+NO_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE,
+           tarfile.FIFOTYPE)  # fmt: skip
+CUT = "the shard is cut off; copy it again"
 Members = dict[str, tuple[int, int]]  # of a sample: extension -> offset, size in bytes
+Extended = dict[str, str]  # of an extended header: "path", "size", ...
 logger = logging.getLogger(__name__)
 
 
@@ -418,68 +424,74 @@ def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
 
 def samples(path: str, name: str = "") -> Iterator[tuple[str, Members, str]]:
     """Key, members and fault ("" if none) of each sample: neighbours with the same key."""
-    key, members = "", Members()
-    try:
-        tar = tarfile.open(path, "r:", tarinfo=_Header)
-    except (tarfile.TarError, *NONSENSE) as error:
-        raise DataError(
-            f"{name or path}: not an uncompressed tar ({error}); unpack .gz files, and check that "
-            "the copy is complete"
-        ) from error
-    with tar:
-        for new, extension, place in _members(tar, os.path.getsize(path)):
-            if new != key:
-                if members:
-                    yield key, members, ""
-                key, members = new, Members()
-            members[extension] = place
+    key, members, fault = "", Members(), ""
+    for file, place, fault in _headers(path, name or path):
+        folder, _, base = file.removeprefix("./").rpartition("/")
+        stem, dot, extension = base.partition(".")
+        if fault or not stem or not dot:
+            continue
+        new = f"{folder}/{stem}" if folder else stem
+        if new != key:
+            if members:
+                yield key, members, ""
+            key, members = new, Members()
+        members[extension.lower()] = place
     if members:
         yield key, members, ""
-    # A whole tar has a block of zeros where reading stopped; tarfile itself takes a torn or
-    # overwritten header for the end.
+    if fault:
+        yield f"what follows {key}", Members(), fault
+
+
+def _headers(path: str, name: str) -> Iterator[tuple[str, tuple[int, int], str]]:
+    """Name and (offset, size) of each whole file of a tar, then what is wrong with the rest.
+
+    The walk only goes forward and reads 512 bytes a member, whatever the headers say; tarfile's own
+    can be sent in circles (CVE-2025-8194), kept busy for hours, and made to seek past any disk.
+    """
+    size, offset, known = os.path.getsize(path), 0, Extended()
     with open(path, "rb") as file:
-        file.seek(tar.offset)
-        block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        yield f"what follows {key}", Members(), "the shard is cut off; copy it again"
-    elif any(block):
-        yield f"what follows {key}", Members(), f"the shard is damaged at byte {tar.offset}"
-
-
-class _Header(tarfile.TarInfo):
-    """A header that cannot send tarfile in circles (CVE-2025-8194), keep it busy for hours, or
-    make it seek past the end of all disks."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
-        header = super().frombuf(buf, encoding, errors)
-        extended = header.type in (
-            tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
-            tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
-        )  # fmt: skip
-        if not 0 <= header.size <= (MAX_HEADER_BYTES if extended else MAX_MEMBER_BYTES):
-            raise tarfile.HeaderError(f"a header says {header.size:,} bytes")
-        return header
-
-
-def _members(tar: tarfile.TarFile, size: int) -> Iterator[tuple[str, str, tuple[int, int]]]:
-    """Key, extension, (offset, size) of each whole file, up to the end or the first damage."""
-    begin = 0  # of the header to come
-    try:
-        for member in tar:
-            if not 0 <= member.size <= MAX_MEMBER_BYTES:  # by an extended header
-                tar.offset = begin
+        while True:
+            file.seek(offset)
+            block = file.read(tarfile.BLOCKSIZE)
+            if len(block) == tarfile.BLOCKSIZE and not any(block):
                 return
-            begin = tar.offset
-            tar.members = []  # type: ignore[attr-defined]  # else it keeps all of them
-            folder, _, file = member.name.removeprefix("./").rpartition("/")
-            stem, dot, extension = file.partition(".")
-            if not member.isfile() or member.issparse() or not stem or not dot:
+            try:
+                header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+                found = _extended(file, header) if header.type in EXTENDED else None
+                length = int(known.get("size", header.size)) if found is None else header.size
+                if not 0 <= length <= MAX_MEMBER_BYTES or header.size < 0:
+                    raise ValueError(f"a header says {length:,} bytes")
+            except (tarfile.HeaderError, ValueError) as error:
+                if offset == 0:
+                    raise DataError(
+                        f"{name}: not an uncompressed tar ({error}); unpack .gz files, and check "
+                        "that the copy is complete"
+                    ) from error
+                cut = len(block) < tarfile.BLOCKSIZE
+                yield "", (0, 0), CUT if cut else f"the shard is damaged at byte {offset}"
+                return
+            begin = offset + tarfile.BLOCKSIZE
+            length = 0 if header.type in NO_DATA else length
+            if begin + length > size:
+                yield "", (0, 0), CUT
+                return
+            offset = begin + -(-length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if found is not None:
+                known |= found
                 continue
-            if member.offset_data + member.size > size:
-                return
-            key = f"{folder}/{stem}" if folder else stem
-            yield key, extension.lower(), (member.offset_data, member.size)
-    # A header of nonsense may pass for a sparse or extended one, which tarfile then trips over.
-    except (tarfile.TarError, *NONSENSE):
-        tar.offset = begin
+            if header.isreg() and not header.issparse() and "GNU.sparse.major" not in known:
+                yield known.get("path") or header.name, (begin, length), ""
+            known = Extended()
+
+
+def _extended(file: io.BufferedReader, header: tarfile.TarInfo) -> Extended:
+    """What a header of pax or GNU says about the member that follows it."""
+    if header.size > MAX_HEADER_BYTES:
+        raise ValueError(f"an extended header says {header.size:,} bytes")
+    content = file.read(max(0, header.size))
+    if header.type == tarfile.GNUTYPE_LONGNAME:
+        return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
+    if header.type != tarfile.XHDTYPE:
+        return {}
+    records = re.findall(rb"\d+ ([^=\n]+)=([^\n]*)\n", content)
+    return {k.decode("latin-1"): v.decode("utf-8", "surrogateescape") for k, v in records}

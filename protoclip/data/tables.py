@@ -53,13 +53,14 @@ class CsvDataset:
         files: list[str] = []
         for number, row in read_table(self.name, (img_key, caption_key), separator, encoding):
             look = keep_going or len(files) < CHECKED
-            if fault := row if isinstance(row, str) else self._fault(*row, look):
-                if not keep_going:
-                    raise DataError(f"{self.name}, line {number}: {fault}")
-                self.skipped.append((f"{self.name}, line {number}", "", fault))
-            else:
+            fault = row if isinstance(row, str) else self._fault(row[0], row[1], look)
+            if not fault:
                 files.append(row[0])
                 captions.append(row[1].strip()[:MAX_CAPTION])
+            elif keep_going:
+                self.skipped.append((f"{self.name}, line {number}", "", fault))
+            else:
+                raise DataError(f"{self.name}, line {number}: {fault}")
         if not files and not self.skipped:
             raise DataError(f"{self.name}: the table has no rows below its header; add some")
         self._files = StringTable(files)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from protoclip.data import Labels
-from protoclip.data.cache import whole_file
+from protoclip.data.files import whole_file
 from protoclip.evaluate import EvalSet, Results
 from protoclip.evaluate.sets import take
 from protoclip.model import Encoded

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from protoclip.data.cache import whole_file
+from protoclip.data.files import whole_file
 
 INK, MUTED, GRID = "#1f2933", "#66717d", "#e3e7eb"
 COLOURS = ("#1f6fb4", "#d1662b", "#2f8f5b", "#8a5fbf", "#b5477a", "#8a7a1f")
