@@ -21,12 +21,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from protoclip.data.cache import cache_dir
 from protoclip.data.files import fetch_ahead, is_remote, local_copy, write_atomic
 from protoclip.data.images import decode
 from protoclip.data.tables import MAX_CAPTION
 from protoclip.data.types import DataError, Labels, StringTable
 from protoclip.distributed import from_main, gather_objects, is_distributed, rank, world_size
+from protoclip.ops.native import cache_dir
 
 IMAGE_KINDS = ("jpg", "png", "jpeg", "webp")
 TEXT_KINDS = ("txt", "json")
