@@ -19,6 +19,7 @@ DEV = [
     "mypy==2.4.1",
     "clang-format==23.1.5",
     "scikit-learn",
+    "fsspec[http]",
 ]
 
 setup(
@@ -61,6 +62,8 @@ setup(
         "pybind11",
         "open_clip_torch>=3.3",
         "webdataset>=0.2.86,<2",
+        "fsspec",
+        "filelock",
         "Pillow",
         "tqdm",
         "tensorboard",
@@ -74,6 +77,7 @@ setup(
         "faiss-gpu": ["faiss-gpu-cu12"],
         "openclip": OPENCLIP,
         "wandb": ["wandb"],
+        "remote": ["fsspec[http]", "s3fs", "gcsfs", "huggingface_hub"],
         "dev": DEV,
     },
     classifiers=[

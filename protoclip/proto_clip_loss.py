@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protoclip.fields import check, option
+from protoclip.config import check, option
 from protoclip.online_prototypes import OnlinePrototypes, PrototypeSet
 from protoclip.openclip_losses import ClipLoss
 from protoclip.ops import Bank, kmeans_assign, prototype_losses

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from protoclip import checkpoint
 from protoclip.clustering import check_clusters
 from protoclip.commands import on_all_ranks, quietly
-from protoclip.config import TrainConfig
+from protoclip.config import TrainConfig, build_parser, parse
 from protoclip.data import PairDataset, build_transform
 from protoclip.data.check import check_data
 from protoclip.device import choose_device, choose_precision
@@ -31,7 +31,6 @@ from protoclip.distributed import (
     world_size,
 )
 from protoclip.evaluate import Results, format_table, peak_memory_bytes, read_results, write_results
-from protoclip.flags import build_parser, parse
 from protoclip.launchers import find_place
 from protoclip.model import ProtoModel, build_model
 from protoclip.report import write_report

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from protoclip import heartbeat
 from protoclip.commands import on_all_ranks, quietly
-from protoclip.config import PRECISIONS, TrainConfig
+from protoclip.config import PRECISIONS, Parser, TrainConfig, output_file
 from protoclip.device import choose_device, choose_precision
 from protoclip.distributed import is_main, world_size
 from protoclip.evaluate.models import Loaded, load_model
@@ -23,7 +23,6 @@ from protoclip.evaluate.run import Settings, evaluate_loaded
 from protoclip.evaluate.scores import peak_memory_bytes
 from protoclip.evaluate.tasks import PROTOCOLS, TASKS, parse_tasks
 from protoclip.launchers import find_place
-from protoclip.outputs import output_file
 
 PROG = "python -m protoclip.evaluate"
 DESCRIPTION = """Evaluate a CLIP; prints a table, writes results.json and, per data set and task,
@@ -35,10 +34,8 @@ zeroshot_classification_templates.txt, dataset_type.txt) | a .csv or .tsv | webd
 captions. Without a train split, probes learn from 80 % of the pictures and are judged on 20 %."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROG, description=DESCRIPTION, epilog=LAYOUTS, allow_abbrev=False
-    )
+def build_parser() -> Parser:
+    parser = Parser(PROG, description=DESCRIPTION, epilog=LAYOUTS)
     add = parser.add_argument
     add("model", metavar="MODEL", help="run folder, checkpoint, OpenCLIP name or local-dir:PATH")
     add("--pretrained", default="", metavar="TEXT",
@@ -62,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--csv-label-key", default="", metavar="NAME", help="column of the class in a table")
     for name, meta in (("separator", "C"), ("img-key", "NAME"), ("caption-key", "NAME")):
         add(f"--csv-{name}", default=None, metavar=meta, help="as in training")
+    add("--encoding", dest="csv_encoding", default=None, metavar="NAME", help="as in training")
     add("--output", default="", metavar="PATH",
         help="where the numbers go (default: results.json in the run folder, a name that tells "
         "for other data; for an OpenCLIP name in the working folder)")  # fmt: skip
@@ -170,7 +168,7 @@ def _captions(asked: str, data: str) -> str:
 
 
 def _csv_columns(args: argparse.Namespace, config: TrainConfig | None) -> dict[str, Any]:
-    names = ("csv_separator", "csv_img_key", "csv_caption_key")
+    names = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")
     run = (config or TrainConfig()).data
     given = {name: getattr(args, name) for name in names}
     return {name: getattr(run, name) if value is None else value for name, value in given.items()}

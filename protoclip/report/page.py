@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from protoclip.config import output_file
 from protoclip.data.cache import write_atomic
-from protoclip.outputs import output_file
 from protoclip.report import sections
 from protoclip.report.runs import Run, datasets, find_baseline, read_run
 from protoclip.report.thumbs import Thumbs

@@ -12,11 +12,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from protoclip.config import TrainConfig
+from protoclip.config import TrainConfig, flag_of
 from protoclip.data import DataError, PairDataset, open_dataset
 from protoclip.evaluate import Results, read_results
 from protoclip.evaluate.results import results_from_plain, results_to_plain
-from protoclip.fields import flag_of
 from protoclip.report.curves import read_series
 from protoclip.report.snapshot import Snapshot, load_snapshot
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from protoclip.clustering import Clustering
+from protoclip.config import to_dict
 from protoclip.data import Batch
 from protoclip.distributed import gather_objects, rank
 from protoclip.episode import Episode, PrototypeSet
-from protoclip.fields import to_dict
 from protoclip.training.guard import describe, first_not_finite
 from protoclip.training.saving import Stopped
 from protoclip.training.state import fingerprint, pack, random_states, set_random_state, unpack

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from protoclip import checkpoint
-from protoclip.config import TrainConfig
-from protoclip.fields import from_dict, to_dict
+from protoclip.config import TrainConfig, from_dict, to_dict
 from protoclip.training.adopt import OpenClipRun, is_openclips
 from protoclip.training.run_folder import is_locked
 from protoclip.training.state import fingerprint
@@ -27,8 +26,7 @@ FREE = (
     "data.workers", "data.val_data", "data.train_data", "data.csv_", "model.pretrained",
     "run.name", "run.logs", "run.device", "run.log_every_n_steps", "run.val_frequency",
     "run.save_frequency", "run.save_every", "run.report_to", "run.wandb_project_name",
-    "run.resume", "run.max_bad_steps", "data.max_bad_fraction", "data.spool_gb",
-    "data.check_data", "run.dist_",
+    "run.resume", "run.max_bad_steps", "data.max_bad_fraction", "data.check_data", "run.dist_",
 )  # fmt: skip
 
 

@@ -17,9 +17,8 @@ from typing import Any
 from tqdm import tqdm
 
 from protoclip import checkpoint
-from protoclip.config import TrainConfig
+from protoclip.config import TrainConfig, to_dict
 from protoclip.data.cache import write_atomic
-from protoclip.fields import to_dict
 from protoclip.training.append_log import AppendLog, cut_back
 from protoclip.training.boards import check_boards, open_boards
 
