@@ -160,7 +160,7 @@ class ProtoClipLoss(ClipLoss):
     ) -> Tensor:
         """Mean over the two directions, each against the clusters of the other modality."""
         if self.proto.logit_scale > 0:
-            scale = torch.full_like(scale, self.proto.logit_scale, requires_grad=False)
+            scale = torch.full((), self.proto.logit_scale, device=features["image"].device)
         total, hits = [], []
         for one in sets:
             x = features[one.student]

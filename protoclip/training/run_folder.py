@@ -55,8 +55,7 @@ def choose_folder(config: TrainConfig) -> Path:
     name = config.run.name or time.strftime(
         f"%Y_%m_%d-%H_%M_%S-{config.method}-seed_{config.run.seed}"
     )
-    if name in (".", "..") or Path(name).name != name:
-        raise ValueError(f"--name: expected a plain folder name, got {name!r}")
+    check_name(name)
     path = Path(config.run.logs) / name
     if path.exists() and not (config.run.resume == "auto" and (path / "config.json").exists()):
         raise ValueError(
@@ -64,6 +63,12 @@ def choose_folder(config: TrainConfig) -> Path:
             f"{path}, choose another --name, or remove it"
         )
     return path
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError where --name would leave --logs."""
+    if name in (".", "..") or Path(name).name != name:
+        raise ValueError(f"--name: expected a plain folder name, got {name!r}")
 
 
 class FolderLock:
