@@ -208,7 +208,7 @@ def run(
     if isinstance(folder, OtherRank):
         return
     with phases.measure("plots", on_host=True):
-        draw_plots(folder, config, trainer, dataset, evaluate, before, after)
+        draw_plots(folder, config, trainer, dataset, evaluate, after)
     report(folder, config, before, after, phases, device)
 
 
