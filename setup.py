@@ -18,6 +18,7 @@ DEV = [
     "ruff==0.17.6",
     "mypy==2.4.1",
     "clang-format==23.1.5",
+    "fsspec[http]",
 ]
 
 setup(
@@ -60,6 +61,8 @@ setup(
         "pybind11",
         "open_clip_torch>=3.3",
         "webdataset>=0.2.86,<2",
+        "fsspec",
+        "filelock",
         "Pillow",
         "tqdm",
         "tensorboard",
@@ -75,6 +78,7 @@ setup(
         "faiss-gpu": ["faiss-gpu-cu12"],
         "openclip": OPENCLIP,
         "wandb": ["wandb"],
+        "remote": ["fsspec[http]", "s3fs", "gcsfs", "huggingface_hub"],
         "dev": DEV,
     },
     classifiers=[

@@ -160,7 +160,18 @@ class ProtoModel(nn.Module):
         return {"mean": list(self.mean), "std": list(self.std), **words}
 
     def load_state(self, payload: dict[str, Any]) -> None:
-        """Take the weights of a checkpoint that ``protoclip.train`` wrote."""
+        """Take the weights of a checkpoint that ``protoclip.train`` wrote.
+
+        Raises:
+            ValueError: they are of another model, or something is missing.
+        """
+        try:
+            self._load_state(payload)
+        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"checkpoint: it does not fit this model ({reason})") from error
+
+    def _load_state(self, payload: dict[str, Any]) -> None:
         self.clip.load_state_dict(payload["state_dict"])
         extra = payload["protoclip"]
         for name, head in (("image", self.image_head), ("text", self.text_head)):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from protoclip.config import ModelConfig
+from protoclip.config import ModelConfig, Parser
 from protoclip.cost import CARDS, Card, Run, Shape, flop, measure_shape, memory, seconds, wire
 
 PROG = "python -m protoclip.plan"
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROG, description=__doc__, allow_abbrev=False)
+def build_parser() -> Parser:
+    parser = Parser(PROG, description=__doc__)
     for flag, default, words in (
         ("--batch-size", 256, "pairs per forward pass of a rank"),
         ("--accum-freq", 1, "forward passes a step"),

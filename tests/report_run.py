@@ -5,10 +5,9 @@ from pathlib import Path
 
 import torch
 
-from protoclip.config import DataConfig, TrainConfig
+from protoclip.config import DataConfig, TrainConfig, to_dict
 from protoclip.data import Subset, open_dataset
 from protoclip.evaluate import EvalSet, evaluate_features, write_results
-from protoclip.fields import to_dict
 from protoclip.model import Encoded
 from protoclip.report import Samples, save_snapshot, take_snapshot
 

@@ -17,9 +17,8 @@ ROOT = Path(protoclip.__file__).parent
 # A module imports from its own row or rows above it. The order is the data flow.
 LAYERS = [
     ["ops"],
-    ["fields"],
-    ["config", "flags", "distributed", "launchers", "device", "heartbeat", "checkpoint"],
-    ["commands", "outputs"],
+    ["config", "distributed", "launchers", "device", "heartbeat", "checkpoint"],
+    ["commands"],
     ["kmeans", "faiss_kmeans", "global_losses"],
     ["data"],
     ["short_text"],

@@ -7,11 +7,17 @@ import pytest
 import torch
 
 from protoclip.clustering import check_clusters
-from protoclip.config import ModelConfig, OptimConfig, TrainConfig
+from protoclip.config import (
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    build_parser,
+    from_dict,
+    parse,
+    to_dict,
+)
 from protoclip.data import open_dataset
 from protoclip.device import choose_precision
-from protoclip.fields import from_dict, to_dict
-from protoclip.flags import build_parser, parse
 from protoclip.model import build_model
 from protoclip.teacher import MINILM, encode_sentences, load_teacher
 from protoclip.training.engine import Optimiser, parameter_groups

@@ -13,9 +13,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from protoclip.config import output_file
 from protoclip.data.cache import write_atomic
 from protoclip.evaluate.results import rows_of
-from protoclip.outputs import output_file
 from protoclip.report import figures
 from protoclip.report import runs as reading
 from protoclip.report.runs import Run

@@ -13,10 +13,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from protoclip.config import TrainConfig
+from protoclip.config import TrainConfig, flag_of
 from protoclip.evaluate import Results, SetResults, read_results
 from protoclip.evaluate.results import results_from_plain, results_to_plain, rows_of
-from protoclip.fields import flag_of
 from protoclip.metrics import bootstrap_mean
 from protoclip.report.figures import Series, read_series
 from protoclip.report.snapshot import Snapshot, load_snapshot

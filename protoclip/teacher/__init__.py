@@ -81,9 +81,12 @@ def _cached_minilm(
     path = cache_dir() / f"minilm-{digest}.pt"
     if path.is_file():
         try:
-            return checkpoint.load(path)["features"]
-        except (ValueError, KeyError):
-            pass  # torn by something else than us: compute it again and replace it
+            features = checkpoint.load(path)["features"]
+            if len(features) == len(texts):
+                return features
+        except (ValueError, KeyError, TypeError):
+            pass
+        # Torn, or with other rows than the data: compute it again and replace it.
     reason = minilm_missing()
     if reason is not None:
         raise ValueError(f"--external-teacher {MINILM}: {reason}, or --external-teacher none")

@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from protoclip.config import TrainConfig
+from protoclip.config import TrainConfig, to_dict
 from protoclip.data.cache import write_atomic
-from protoclip.fields import to_dict
 
 
 class Board(Protocol):

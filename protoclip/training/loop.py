@@ -97,7 +97,9 @@ class Trainer:
         self.step = 0
         self.guard = Guard(model, device)
         self.order = EpochOrder(dataset, config.data)
-        self.faults = faults_of(dataset, config.data.max_bad_fraction, folder.say)
+        self.faults = faults_of(
+            dataset, config.data.max_bad_fraction, lambda text: self.folder.say(text)
+        )
         self.stateful: dict[str, Stateful] = {  # more to save and restore
             name: part
             for name, part in (
