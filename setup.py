@@ -57,6 +57,7 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "numpy",
+        "filelock",
         "ninja",
         "pybind11",
         "open_clip_torch>=3.3",

@@ -42,7 +42,7 @@ from protoclip.training.launch import OtherRank, seed_rank
 from protoclip.training.loop import Trainer
 from protoclip.training.order import EpochOrder
 from protoclip.training.phases import Phases
-from protoclip.training.plan import Plan, make_plan
+from protoclip.training.plan import Plan, learning_rate, make_plan
 from protoclip.training.resume import Resume, check_resume, find_resume
 from protoclip.training.run_folder import RunFolder, choose_folder
 from protoclip.training.saving import SaveSchedule, Stopped, StopSignals
@@ -229,6 +229,13 @@ def announce(
         f"data: {dataset.name}, {len(dataset):,} pairs; {plan.total_steps} steps of "
         f"{plan.batch_size}, {plan.steps_per_epoch} a pass over the data"
     )
+    if config.optim.warmup >= plan.total_steps:
+        folder.say(
+            f"note: --warmup {config.optim.warmup:g} steps are longer than the run's "
+            f"{plan.total_steps}: the learning rate ends at "
+            f"{learning_rate(config.optim, plan.total_steps, plan.total_steps - 1):.3g}, below "
+            f"--lr {config.optim.lr:g}; a fraction such as --warmup 0.1 follows the run"
+        )
     folder.say(
         f"model: {config.model.model} on {device}, {precision}, {torch.get_num_threads()} threads"
         + (f", {world_size()} ranks" if is_distributed() else "")

@@ -18,12 +18,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from protoclip.data.cache import cache_dir
 from protoclip.data.images import decode
 from protoclip.data.remote import fetch_ahead, is_remote, local_copy
 from protoclip.data.strings import StringTable
 from protoclip.data.tar_index import ShardIndex, is_indexed, parse_captions, shard_index
 from protoclip.data.types import DataError, Labels
+from protoclip.ops.native import cache_dir
 
 MAX_SHARDS = 1_000_000  # that one source may name; LAION-5B has 231,349
 NAMED = 5  # skipped samples named in the warning; the rest are counted
