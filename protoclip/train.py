@@ -200,7 +200,7 @@ def run(trainer: Trainer, evaluate: Evaluation, before: Results | None) -> None:
     if isinstance(folder, OtherRank):
         return
     with phases.measure("plots", on_host=True):
-        draw_plots(folder, config, trainer, trainer.dataset, evaluate, before, after)
+        draw_plots(folder, config, trainer, trainer.dataset, evaluate, after)
     report(folder, config, before, after, phases, trainer.device)
 
 
