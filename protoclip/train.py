@@ -178,6 +178,8 @@ def _train(config: TrainConfig, signals: StopSignals) -> Path:
         run(trainer, evaluate, before)
     except Stopped as stop:
         folder.say(str(stop))
+        if stop.code:
+            raise SystemExit(stop.code) from None
     except BaseException:
         folder.note(traceback.format_exc())
         raise
@@ -194,7 +196,7 @@ def run(trainer: Trainer, evaluate: Evaluation, before: Results | None) -> None:
     if isinstance(folder, OtherRank):
         return
     with phases.measure("plots", on_host=True):
-        draw_plots(folder, config, trainer, trainer.dataset, evaluate, before, after)
+        draw_plots(folder, config, trainer, trainer.dataset, evaluate, after)
     report(folder, config, before, after, phases, trainer.device)
 
 
