@@ -22,8 +22,7 @@ from torch.autograd.function import once_differentiable
 from protoclip.distributed import gather_rows, scatter_sums
 from protoclip.ops import checks, reference
 from protoclip.ops.backends import implementation, resolve
-from protoclip.ops.info_nce import LN2, info_nce
-from protoclip.ops.siglip import sigmoid_loss
+from protoclip.ops.contrastive import LN2, info_nce, sigmoid_loss
 
 Group = dist.ProcessGroup | None
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from protoclip.global_losses import global_info_nce, global_sigmoid_loss
 from protoclip.ops import checks
 from protoclip.ops.backends import resolve
-from protoclip.ops.info_nce import info_nce
-from protoclip.ops.siglip import sigmoid_loss
+from protoclip.ops.contrastive import info_nce, sigmoid_loss
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
