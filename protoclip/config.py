@@ -12,6 +12,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 PRECISIONS = ("auto", "fp32", "amp_bf16", "amp")
+DATASET_TYPES = ("auto", "webdataset", "csv", "synthetic")
 PRESETS = Path(__file__).parent / "presets"
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 Config = TypeVar("Config")
@@ -156,8 +158,15 @@ class ModelConfig:
     force_image_size: int = option(
         0, "pixels, overrides the model's image size; 0: the model's", low=0
     )
+    force_context_length: int = option(
+        0, "tokens a caption, overrides the model's context length; 0: the model's", low=0
+    )
     lock_image: bool = option(
         False, "freeze the image tower and train the text towards it (LiT); as OpenCLIP's flag"
+    )
+    lock_text: bool = option(False, "freeze the text tower; as OpenCLIP's flag")
+    grad_checkpointing: bool = option(
+        False, "compute the towers' activations again in the backward pass: less memory, more time"
     )
     add_projection_head: bool = option(
         True, "prototypes live behind a projection head, not in the embedding itself"
@@ -286,7 +295,9 @@ class RunConfig:
     seed: int = option(0, "same seed, same machine, same run", low=0, high=2**31)
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
     precision: str = option(
-        "auto", "auto: amp_bf16 on a GPU that has it, else fp32", choices=PRECISIONS
+        "auto",
+        "auto: amp_bf16 on a GPU that has it, else fp32; amp (fp16) is fp32 on a CPU",
+        choices=PRECISIONS,
     )
     dist_backend: str = option(
         "auto",
@@ -304,6 +315,9 @@ class RunConfig:
         2.0, "epochs between zero-shot evaluations on --imagenet-val; 0: none", low=0
     )
     save_frequency: int = option(0, "epochs between kept checkpoints; 0: only the last", low=0)
+    delete_previous_checkpoint: bool = option(
+        False, "of the checkpoints of --save-frequency keep the newest only"
+    )
     save_every: str = option(
         "",
         "write epoch_latest.pt every so often: 500steps, 10m, 2h; default: at the end and on "
@@ -311,9 +325,9 @@ class RunConfig:
     )
     resume: str = option(
         "",
-        "go on exactly where a run stopped: its folder, one of its checkpoints, or auto (the run "
-        "--name, else the newest unfinished one with these settings, else a new one); of a run of "
-        "OpenCLIP's trainer: a new run from its weights, optimiser and epoch",
+        "go on exactly where a run stopped: its folder, one of its checkpoints, or auto or latest "
+        "(the run --name, else the newest unfinished one with these settings, else a new one); of "
+        "a run of OpenCLIP's trainer: a new run from its weights, optimiser and epoch",
     )
     max_bad_steps: int = option(
         10, "stop after so many steps in a row with a loss or gradient that is not finite", low=1
@@ -462,6 +476,15 @@ def build_parser(prog: str, description: str) -> Parser:
     parser.add_argument(
         "--print-config", action="store_true", help="print all settings as JSON, and end"
     )
+    parser.add_argument(
+        "--dataset-type",
+        default="auto",
+        choices=DATASET_TYPES,
+        help="as OpenCLIP's flag: webdataset and csv must agree with the name of --train-data; "
+        "synthetic: builtin:shapes:N, N of --train-num-samples (default: %(default)s)",
+    )
+    for flag, (arguments, _) in NEEDLESS.items():
+        parser.add_argument(flag, dest=flag, help=argparse.SUPPRESS, **arguments)
     defaults = TrainConfig()
     hints = get_type_hints(TrainConfig)
     _add_options(parser, TrainConfig, defaults, "")
@@ -480,10 +503,23 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> TrainConfig:
         SystemExit: with code 0 after --print-config.
     """
     chosen = parser.parse_args(argv)
-    parser.set_defaults(**dict(_flat(load_preset(chosen.preset))))
+    preset = dict(_flat(load_preset(chosen.preset)))
+    parser.set_defaults(**preset)
     values = vars(parser.parse_args(argv))
+    saved = {
+        "--" + key.rpartition(".")[2].replace("_", "-"): value
+        for key, value in preset.items()
+        if value == values[key] != getattr(chosen, key)
+    }
+    check_saved(saved, chosen.preset)
     del values["preset"]
     show = values.pop("print_config")
+    for flag, (_, reason) in NEEDLESS.items():
+        if values.pop(flag):
+            print(f"{parser.prog}: note: {flag} changes nothing: {reason}", file=sys.stderr)
+    _apply_dataset_type(values.pop("dataset_type"), values)
+    if values["run.resume"] == "latest":  # OpenCLIP's word
+        values["run.resume"] = "auto"
     nested: dict[str, Any] = {}
     for key, value in values.items():
         section, _, name = key.rpartition(".")
@@ -495,6 +531,27 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> TrainConfig:
         print(json.dumps(to_dict(config), indent=2))
         raise SystemExit(0)
     return config
+
+
+def _apply_dataset_type(kind: str, values: dict[str, Any]) -> None:
+    """OpenCLIP's --dataset-type; our readers follow from the name of the data."""
+    data = values["data.train_data"]
+    if kind == "synthetic":
+        if data != DataConfig().train_data:
+            raise ValueError(
+                f"--dataset-type synthetic: expected no --train-data, got {data!r}; leave one out"
+            )
+        values["data.train_data"] = f"builtin:shapes:{values['data.train_num_samples'] or 2000}"
+        values["data.train_num_samples"] = 0
+    table = data.lower().endswith((".csv", ".tsv"))
+    if (kind == "csv" and not table) or (
+        kind == "webdataset" and (table or data.startswith("builtin:"))
+    ):
+        wanted = "a .csv or .tsv file" if kind == "csv" else "shards such as 'd/{000..012}.tar'"
+        raise ValueError(
+            f"--dataset-type {kind}: expected {wanted} in --train-data, got {data!r}; use "
+            "--dataset-type auto or other data"
+        )
 
 
 def preset_names() -> list[str]:
@@ -574,3 +631,21 @@ def check_above(path: Path, flag: str) -> None:
         )
     if not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(f"{flag}: {above} may not be written to; choose another folder")
+
+
+def check_saved(settings: Mapping[str, object], where: str) -> None:
+    """Refuse saved settings that name data elsewhere: a file may come from a stranger.
+
+    Args:
+        settings: flag -> value, those that the command line does not give again.
+        where: the file that they were read from.
+    Raises:
+        ValueError: a value is a url or a pipe; the message names the flag to give.
+    """
+    for flag, value in settings.items():
+        for one in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(one, str) and re.search(r"://|(^|::)\s*pipe:", one):
+                raise ValueError(
+                    f"{flag}: expected local data in the settings saved in {where}, got {one!r}; "
+                    f"if you trust it, give {flag} again on the command line"
+                )

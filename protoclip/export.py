@@ -68,8 +68,11 @@ def export(run: str | Path, out: str | Path, model: str = "", force_image_size: 
 
     out.mkdir(parents=True, exist_ok=True)
     save_file({key: x.contiguous() for key, x in clip.state_dict().items()}, out / WEIGHTS)
+    (out / WEIGHTS).chmod(0o644)  # safetensors makes files that only their owner can read
     if config.force_image_size:
         model_cfg["vision_cfg"]["image_size"] = config.force_image_size
+    if config.force_context_length:
+        model_cfg["text_cfg"]["context_length"] = config.force_context_length
     shown = {**preprocess(clip.visual, name, config.pretrained), **_told_preprocess(path, payload)}
     written = {"model_cfg": model_cfg, "preprocess_cfg": shown}
     (out / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")

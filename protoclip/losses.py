@@ -80,9 +80,9 @@ def global_info_nce(
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return info_nce(image_features, text_features, logit_scale, backend=backend)
     op = "global_info_nce"
-    scale = _checked(op, image_features, text_features, logit_scale)
-    name = resolve("info_nce", backend, image_features.device.type, image_features.dtype)
-    rows, columns = _Strip.apply(image_features, text_features, scale, group, name)
+    x, y, scale = _checked(op, image_features, text_features, logit_scale)
+    name = resolve("info_nce", backend, x.device.type, x.dtype)
+    rows, columns = _Strip.apply(x, y, scale, group, name)
     return (rows + columns).mean() / 2
 
 
@@ -109,15 +109,15 @@ def global_sigmoid_loss(
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return sigmoid_loss(image_features, text_features, logit_scale, logit_bias, backend=backend)
     op = "global_sigmoid_loss"
-    scale = _checked(op, image_features, text_features, logit_scale)
-    bias = checks.scalar(op, "logit_bias", logit_bias, image_features.device)
-    name = resolve("siglip", backend, image_features.device.type, image_features.dtype)
-    inputs = image_features, text_features, scale, bias
+    x, y, scale = _checked(op, image_features, text_features, logit_scale)
+    bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
+    name = resolve("siglip", backend, x.device.type, x.dtype)
+    inputs = x, y, scale, bias
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     return _Ring.apply(*inputs, group, name, wanted)
 
 
-def _checked(op: str, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+def _checked(op: str, x: Tensor, y: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
     checks.matrix(op, "image_features", x, "[B, D]")
     checks.matrix(op, "text_features", y, "[B, D]")
     checks.like(op, "text_features", y, "image_features", x)
@@ -126,7 +126,8 @@ def _checked(op: str, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
             f"{op}: expected one text per image, got image_features {tuple(x.shape)} and "
             f"text_features {tuple(y.shape)}"
         )
-    return checks.scalar(op, "logit_scale", scale, x.device)
+    x, y = checks.promoted(x, y)
+    return x, y, checks.scalar(op, "logit_scale", scale, x.device)
 
 
 class _Strip(torch.autograd.Function):
@@ -258,11 +259,6 @@ def _reference_chunk(
     return loss.detach(), *torch.autograd.grad(loss, leaves)
 
 
-def _one_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, y.dtype)
-    return x.to(dtype), y.to(dtype)
-
-
 def _gather_features(x: Tensor, rank: int, with_grad: bool, keep_own: bool) -> Tensor:
     """All ranks' rows in rank order; without ``with_grad`` a gradient reaches the own rows only
     where ``keep_own``."""
@@ -333,8 +329,7 @@ class ClipLoss(nn.Module):
         Returns:
             float32 [], nats.
         """
-        x, y = _one_dtype(image_features, text_features)
-        loss = self._loss(x, y, logit_scale)
+        loss = self._loss(image_features, text_features, logit_scale)
         if logit_bias is not None:
             loss = loss + 0 * logit_bias.sum()  # keeps the bias in the graph, as OpenCLIP's does
         return {"contrastive_loss": loss} if output_dict else loss
@@ -364,7 +359,7 @@ class ClipLoss(nn.Module):
         """The logits of both directions, whole: [N, M] each, M pairs of all ranks (N = M without
         ``local_loss``). For subclasses written for OpenCLIP's class; ``forward`` never forms them.
         """
-        x, y = _one_dtype(image_features, text_features)
+        x, y = checks.promoted(image_features, text_features)
         all_x, all_y = self._of_all_ranks(x), self._of_all_ranks(y)
         if not self.local_loss:
             x, y = all_x, all_y
@@ -378,6 +373,7 @@ class ClipLoss(nn.Module):
 
     def _one_way(self, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         """Mean cross-entropy of rows x [N, D] against all columns y [W * N, D]."""
+        x, y = checks.promoted(x, y)
         scale = checks.scalar("ClipLoss", "logit_scale", scale, x.device)
         backend = resolve("info_nce", "auto", x.device.type, x.dtype)
         offset = self.rank * len(x)
@@ -435,10 +431,9 @@ class SigLipLoss(nn.Module):
                 f"{tuple(image_features.shape)} and text_features {tuple(text_features.shape)}; "
                 "give row i of each the same pair"
             )
-        x, y = _one_dtype(image_features, text_features)
-        bias = torch.zeros((), device=x.device) if logit_bias is None else logit_bias
+        bias = 0.0 if logit_bias is None else logit_bias
         total = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss
-        loss = total(x, y, logit_scale, bias) / max(len(x), 1)
+        loss = total(image_features, text_features, logit_scale, bias) / max(len(image_features), 1)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

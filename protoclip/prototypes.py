@@ -230,7 +230,7 @@ class PrototypeSet:
         labels = None if index is None else self.clustering.labels[index]
         if labels is None or self.labels_new:
             centroids = self.clustering.centroids
-            nearest, _ = kmeans_assign(features[self.source].detach().to(centroids), centroids)
+            nearest, _ = kmeans_assign(features[self.source].detach(), centroids)
             nearest = nearest.masked_fill(nearest < 0, IGNORE)  # a row that is not finite
             labels = nearest if labels is None else torch.where(labels == IGNORE, nearest, labels)
         dtype = features[self.student].dtype

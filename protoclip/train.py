@@ -41,7 +41,7 @@ from protoclip.training.launch import OtherRank, seed_rank
 from protoclip.training.loop import Trainer
 from protoclip.training.order import EpochOrder
 from protoclip.training.phases import Phases
-from protoclip.training.plan import Plan, make_plan
+from protoclip.training.plan import Plan, learning_rate, make_plan
 from protoclip.training.resume import Resume, check_resume, find_resume
 from protoclip.training.run_folder import RunFolder, choose_folder
 from protoclip.training.saving import SaveSchedule, Stopped, StopSignals
@@ -92,7 +92,9 @@ def with_saved_config(argv: Sequence[str] | None) -> list[str]:
 
 def check(dataset: PairDataset, workers: int) -> int:
     """--check-data: the exit code is 1 where a sample is bad."""
-    with tqdm(total=len(dataset), desc="checking", unit=" samples", leave=False) as bar:
+    with tqdm(
+        total=len(dataset), desc="checking", unit=" samples", leave=False, disable=None
+    ) as bar:
         return int(check_data(dataset, tqdm.write, workers, bar.update) > 0)
 
 
@@ -179,6 +181,8 @@ def _train(config: TrainConfig, signals: StopSignals) -> Path:
         run(trainer, evaluate, before)
     except Stopped as stop:
         folder.say(str(stop))
+        if stop.code:
+            raise SystemExit(stop.code) from None
     except BaseException:
         folder.note(traceback.format_exc())
         raise
@@ -195,7 +199,7 @@ def run(trainer: Trainer, evaluate: Evaluation, before: Results | None) -> None:
     if isinstance(folder, OtherRank):
         return
     with phases.measure("plots", on_host=True):
-        draw_plots(folder, config, trainer, trainer.dataset, evaluate, before, after)
+        draw_plots(folder, config, trainer, trainer.dataset, evaluate, after)
     report(folder, config, before, after, phases, trainer.device)
 
 
@@ -227,6 +231,13 @@ def announce(
         f"data: {dataset.name}, {len(dataset):,} pairs; {plan.total_steps} steps of "
         f"{plan.batch_size}, {plan.steps_per_epoch} a pass over the data"
     )
+    if config.optim.warmup >= plan.total_steps:
+        folder.say(
+            f"note: --warmup {config.optim.warmup:g} steps are longer than the run's "
+            f"{plan.total_steps}: the learning rate ends at "
+            f"{learning_rate(config.optim, plan.total_steps, plan.total_steps - 1):.3g}, below "
+            f"--lr {config.optim.lr:g}; a fraction such as --warmup 0.1 follows the run"
+        )
     folder.say(
         f"model: {config.model.model} on {device}, {precision}, {torch.get_num_threads()} threads"
         + (f", {world_size()} ranks" if is_distributed() else "")

@@ -138,7 +138,7 @@ def test_a_wheel_holds_everything_and_works_elsewhere(tmp_path):
             if "__pycache__" not in path.parts and path.is_file():
                 assert place + path.relative_to(source).as_posix() in held, path
     code = "import protoclip, protoclip.kernels as k; print(protoclip.__file__, k.__file__)"
-    code += "; from protoclip.ops import _native; print(_native.csrc())"
+    code += "; from protoclip.ops import native; print(native.csrc())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
         env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},

@@ -16,7 +16,6 @@ from protoclip.config import (
     to_dict,
 )
 from protoclip.data import open_dataset
-from protoclip.device import choose_precision
 from protoclip.model import build_model
 from protoclip.prototypes import check_clusters
 from protoclip.teacher import MINILM, encode_sentences, load_teacher
@@ -124,10 +123,6 @@ class TestConfig:
         for flag in ("--batch-size", "--k", "--target-temperature", "--PBT", "--no-PBT"):
             assert flag in text
         assert "(default: builtin:emoji)" in text
-
-    def test_half_precision_needs_a_gpu(self):
-        with pytest.raises(ValueError, match="use amp_bf16 or fp32"):
-            choose_precision("amp", torch.device("cpu"))
 
     def test_a_tenth_of_the_episode_is_the_default_number_of_clusters(self):
         assert check_clusters(config_of().episode, 1722) == 172

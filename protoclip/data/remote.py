@@ -12,8 +12,8 @@ import os
 import threading
 from typing import Any
 
-from protoclip.data.cache import cache_dir
 from protoclip.data.types import DataError
+from protoclip.ops.native import cache_dir
 
 # What can be read, and the package that reads it. fsspec knows more, some of which start processes.
 PROTOCOLS = {

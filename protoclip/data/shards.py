@@ -18,12 +18,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from protoclip.data.cache import cache_dir
 from protoclip.data.images import decode
 from protoclip.data.remote import fetch_ahead, is_remote, local_copy
 from protoclip.data.strings import StringTable
 from protoclip.data.tar_index import ShardIndex, is_indexed, parse_captions, shard_index
 from protoclip.data.types import DataError, Labels
+from protoclip.ops.native import cache_dir
 
 MAX_SHARDS = 1_000_000  # that one source may name; LAION-5B has 231,349
 NAMED = 5  # skipped samples named in the warning; the rest are counted
@@ -57,7 +57,10 @@ class ShardDataset:
         folder = os.path.commonpath(list(map(os.path.dirname, local))) if local else ""
         new = sum(not is_indexed(shard) for shard in self.shards)
         progress = tqdm(
-            self.shards, f"reading the index of {new} new shards", unit="shard", disable=new == 0
+            self.shards,
+            f"reading the index of {new} new shards",
+            unit="shard",
+            disable=True if new == 0 else None,
         )
         keys: list[str] = []
         self.skipped: list[tuple[str, str, str]] = []

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from protoclip.data.cache import cache_dir, write_atomic
+from protoclip.data.cache import write_atomic
 from protoclip.data.remote import is_remote, local_copy
 from protoclip.data.types import DataError
+from protoclip.ops.native import cache_dir
 
 IMAGE_KINDS = ("jpg", "png", "jpeg", "webp")
 TEXT_KINDS = ("txt", "json")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from protoclip import heartbeat
 from protoclip.commands import on_all_ranks, quietly
-from protoclip.config import PRECISIONS, Parser, TrainConfig, output_file
+from protoclip.config import PRECISIONS, Parser, TrainConfig, check_saved, output_file
 from protoclip.device import choose_device, choose_precision
 from protoclip.distributed import is_main, world_size
 from protoclip.evaluate.models import Loaded, load_model
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> str:
     tasks = parse_tasks(args.tasks) if args.tasks else None
     output = output_file(args.output or _output(args, args.data), "--output")
     loaded = load_model(args.model, args.pretrained)
-    data = args.data or _own_data(loaded.config)
+    data = args.data or _own_data(loaded.config, args.model)
     settings = Settings(
         data=data,
         tasks=tasks,
@@ -102,10 +102,10 @@ def run(args: argparse.Namespace) -> str:
     loaded.model.to(device)
     took = time.perf_counter() - started
     heartbeat.enter("evaluation")
-    with tqdm(
-        desc="evaluating", unit=" rows", file=sys.stderr, leave=False, disable=not is_main()
-    ) as bar:
+    shown = None if is_main() else True  # None: where stderr is a terminal
+    with tqdm(desc="evaluating", unit=" rows", file=sys.stderr, leave=False, disable=shown) as bar:
         after, notes = evaluate_loaded(loaded, settings, device, precision, bar)
+        bar.refresh()  # the last updates may have come too fast to be drawn
     if not is_main():
         return ""
     return _written(args, output, loaded, data, after, notes, took, str(device))
@@ -147,11 +147,12 @@ def _written(
     return "\n".join(lines)
 
 
-def _own_data(config: TrainConfig | None) -> str:
+def _own_data(config: TrainConfig | None, where: str) -> str:
     """What the run was evaluated on when it was trained."""
     if config is None:
         raise ValueError("--data is missing: what to evaluate the model on; see --help")
     data = config.data
+    check_saved({"--data": data.val_data or data.train_data}, where)
     if data.val_data or data.train_data.startswith("builtin:"):
         return data.val_data or data.train_data
     raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from protoclip import checkpoint
 from protoclip.data import PairDataset
-from protoclip.data.cache import cache_dir
+from protoclip.ops.native import cache_dir
 from protoclip.teacher.encoders import (
     MINILM,
     MINILM_PACKAGE,

@@ -92,7 +92,7 @@ def open_teacher(
         desc=f"teacher {spec}",
         unit=" samples",
         leave=False,
-        disable=not is_main(),
+        disable=None if is_main() else True,
     ) as bar:
         rows = load_teacher(
             spec,

@@ -25,8 +25,9 @@ FIXED = (
 FREE = (
     "data.workers", "data.val_data", "data.train_data", "data.csv_", "model.pretrained",
     "run.name", "run.logs", "run.device", "run.log_every_n_steps", "run.val_frequency",
-    "run.save_frequency", "run.save_every", "run.report_to", "run.wandb_project_name",
-    "run.resume", "run.max_bad_steps", "data.max_bad_fraction", "data.check_data", "run.dist_",
+    "run.save_frequency", "run.delete_previous_checkpoint", "run.save_every", "run.report_to",
+    "run.wandb_project_name", "run.resume", "run.max_bad_steps", "run.dist_",
+    "data.max_bad_fraction", "data.check_data", "model.grad_checkpointing",
 )  # fmt: skip
 
 

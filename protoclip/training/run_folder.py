@@ -131,6 +131,7 @@ class RunFolder:
     def __init__(self, path: Path, config: TrainConfig, resume_step: int | None = None) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self._keeps_one = config.run.delete_previous_checkpoint
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(exist_ok=resume_step is not None)
@@ -197,6 +198,11 @@ class RunFolder:
             checkpoint.save(latest, payload, previous=previous)
         else:
             checkpoint.save(self.checkpoints / f"epoch_{epoch}.pt", payload)
+            if self._keeps_one:
+                for path in self.checkpoints.glob("epoch_*.pt"):
+                    number = path.stem.removeprefix("epoch_")
+                    if number.isdigit() and int(number) < epoch:
+                        path.unlink()
 
     def close(self) -> None:
         """Flush and close every file; the folder can be closed twice."""
