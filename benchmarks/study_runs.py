@@ -22,7 +22,7 @@ import torch
 from benchmarks.study_rows import BASE
 from protoclip.config import TrainConfig, build_parser, parse
 from protoclip.data import Subset, build_transform, open_dataset
-from protoclip.data.hashing import heldout_mask
+from protoclip.data.types import heldout_mask
 from protoclip.evaluate import Encoder, ProbeTrain, evaluate_features
 from protoclip.evaluate.sets import EMOJI_TEMPLATES, encode_set, take
 from protoclip.model import ProtoModel, build_model

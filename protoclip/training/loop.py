@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from protoclip.config import TrainConfig
 from protoclip.data import Batch, PairDataset, batches
+from protoclip.data.loader import EpochOrder
 from protoclip.device import autocast_for
 from protoclip.distributed import Agreement, is_main, mean_over_ranks, world_size
 from protoclip.losses import Losses, ProtoLoss
@@ -33,7 +34,6 @@ from protoclip.training.gradients import norms_by_part
 from protoclip.training.guard import Guard
 from protoclip.training.inputs import faults_of
 from protoclip.training.launch import OtherRank
-from protoclip.training.order import EpochOrder
 from protoclip.training.phases import Phases
 from protoclip.training.plan import Plan, draw, learning_rate, own_draws
 from protoclip.training.run_folder import RunFolder
