@@ -31,8 +31,9 @@ def load_model(spec: str, pretrained: str = "") -> Loaded:
     """Load what the command line calls MODEL.
 
     Args:
-        spec: a run folder or a checkpoint of ``protoclip.train``, an OpenCLIP name ("ViT-B-32", or "ViT-B-32,TAG" as in CLIP_benchmark), a model config
-            .json, "local-dir:PATH" or "hf-hub:ID".
+        spec: a run folder or a checkpoint of ``protoclip.train``, an OpenCLIP name ("ViT-B-32", or
+            "ViT-B-32,TAG" as in CLIP_benchmark), a model config .json, "local-dir:PATH" or
+            "hf-hub:ID".
         pretrained: OpenCLIP's tag or weights file for a name; "random": as initialised.
     Raises:
         ValueError: no such model or weights; the message says what is known.
