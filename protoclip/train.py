@@ -93,7 +93,9 @@ def with_saved_config(argv: Sequence[str] | None) -> list[str]:
 
 def check(dataset: PairDataset, workers: int) -> int:
     """--check-data: the exit code is 1 where a sample is bad."""
-    with tqdm(total=len(dataset), desc="checking", unit=" samples", leave=False) as bar:
+    with tqdm(
+        total=len(dataset), desc="checking", unit=" samples", leave=False, disable=None
+    ) as bar:
         return int(check_data(dataset, tqdm.write, workers, bar.update) > 0)
 
 
@@ -180,6 +182,8 @@ def _train(config: TrainConfig, signals: StopSignals) -> Path:
         run(trainer, evaluate, before)
     except Stopped as stop:
         folder.say(str(stop))
+        if stop.code:
+            raise SystemExit(stop.code) from None
     except BaseException:
         folder.note(traceback.format_exc())
         raise

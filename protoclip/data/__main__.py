@@ -67,7 +67,9 @@ def _open(spec: str, arguments: argparse.Namespace) -> PairDataset:
 
 def _check(arguments: argparse.Namespace) -> int:
     dataset = _open(arguments.check, arguments)
-    with tqdm(total=len(dataset), desc="checking", unit=" samples", leave=False) as bar:
+    with tqdm(
+        total=len(dataset), desc="checking", unit=" samples", leave=False, disable=None
+    ) as bar:
         return int(check_data(dataset, tqdm.write, arguments.workers, bar.update) > 0)
 
 
@@ -75,7 +77,7 @@ def _export(arguments: argparse.Namespace) -> int:
     if not arguments.out:
         raise ValueError("--export: expected a folder for the shards; add --out DIR")
     dataset = _open(arguments.export, arguments)
-    with tqdm(total=len(dataset), desc="writing", unit=" pairs") as bar:
+    with tqdm(total=len(dataset), desc="writing", unit=" pairs", disable=None) as bar:
         shards = export_shards(
             dataset,
             arguments.out,

@@ -57,7 +57,10 @@ class ShardDataset:
         folder = os.path.commonpath(list(map(os.path.dirname, local))) if local else ""
         new = sum(not is_indexed(shard) for shard in self.shards)
         progress = tqdm(
-            self.shards, f"reading the index of {new} new shards", unit="shard", disable=new == 0
+            self.shards,
+            f"reading the index of {new} new shards",
+            unit="shard",
+            disable=True if new == 0 else None,
         )
         keys: list[str] = []
         self.skipped: list[tuple[str, str, str]] = []

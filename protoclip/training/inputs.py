@@ -100,7 +100,7 @@ def open_teachers(
             desc=f"teacher {spec}",
             unit=" samples",
             leave=False,
-            disable=not is_main(),
+            disable=None if is_main() else True,
         ) as bar:
             teachers[name] = load_teacher(
                 spec,
