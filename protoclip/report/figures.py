@@ -26,7 +26,7 @@ COLOURS = dict(reversed(re.findall(r"--(ink|muted|line|c\d): (#\w{6})", CSS)))
 INK, MUTED, LINE = COLOURS["ink"], COLOURS["muted"], COLOURS["line"]
 CYCLE = [COLOURS[f"c{i}"] for i in range(8)]
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Noto Sans")
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "protoclip", "text.parse_math": False,
     "font.size": 8, "text.color": INK, "axes.edgecolor": MUTED, "axes.labelcolor": MUTED,
     "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED, "xtick.major.size": 0,
@@ -123,7 +123,8 @@ def _lines(names: Sequence[str], runs: Mapping[str, Series], drop: str = "") -> 
                 points = np.array([piece.mean(axis=0) for piece in pieces])
             label = words_of(name.replace(drop, "")) + (f" · {run}" if len(runs) > 1 else "")
             if len(points):
-                lines.append(Line(label, *points.T.tolist(), dashed=number > 0))
+                steps, values = points.T.tolist()
+                lines.append(Line(label, steps, values, number > 0))
     return lines
 
 
@@ -232,15 +233,15 @@ def plot_prototypes(snapshot: Snapshot, out_png: str | os.PathLike[str]) -> None
 
 
 @contextlib.contextmanager
-def _figure(width: float, height: float, layout: str = "none") -> Iterator[Any]:
+def _figure(width: float, height: float, layout: Any = None) -> Iterator[Any]:
     """A figure of some inches, without pyplot and its global state."""
     import matplotlib
     from matplotlib import font_manager
     from matplotlib.figure import Figure
 
     have = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = {"font.family": [name for name in FONTS if name in have] or ["sans-serif"]}
-    with matplotlib.rc_context({**STYLE, **fonts}), warnings.catch_warnings():
+    fonts: Any = {"font.family": [name for name in FONTS if name in have] or ["sans-serif"]}
+    with matplotlib.rc_context(STYLE | fonts), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # characters that no font here has
         yield Figure(figsize=(width, height), layout=layout)
 
