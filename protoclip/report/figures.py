@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from protoclip.data.cache import whole_file
+from protoclip.data.files import whole_file
 from protoclip.report.snapshot import Snapshot
 
 # The page's colours: a PNG takes the light theme's, an SVG keeps their names as CSS variables.

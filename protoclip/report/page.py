@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from protoclip.config import output_file
-from protoclip.data.cache import write_atomic
+from protoclip.data.files import write_atomic
 from protoclip.evaluate import SetResults
 from protoclip.evaluate.results import rows_of
 from protoclip.report import figures
