@@ -36,9 +36,8 @@ def steps(batch_size):
     """Build a model and an episode's tensors, and take two steps."""
     from protoclip.config import LossConfig, ModelConfig, OptimConfig
     from protoclip.data import Batch
-    from protoclip.device import autocast_for
     from protoclip.losses import ProtoLoss
-    from protoclip.model import build_model
+    from protoclip.model import autocast_for, build_model
     from protoclip.prototypes import Clustering, Episode, PrototypeSet
     from protoclip.training.engine import Optimiser
     from protoclip.training.phases import Phases
