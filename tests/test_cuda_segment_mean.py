@@ -23,8 +23,8 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-# N: below, at and past a tile of 128 sorted rows, many tiles; K: one segment over many tiles, a block
-# of 256 threads and one more, mostly empty; D: one warp, two column blocks of 128.
+# N: below, at and past a tile of 128 sorted rows, many tiles; K: one segment over many tiles, a
+# block of 256 threads and one more, mostly empty; D: one warp, two column blocks of 128.
 SHAPES = [(1, 1, 1), (127, 3, 5), (128, 1, 33), (129, 200, 64), (2048, 255, 7), (2049, 256, 31)]
 SHAPES += [(5000, 2, 130), (300, 2000, 257)]
 
