@@ -215,8 +215,7 @@ def define_gradient(
     name of the public ``op``: without a rule torch would take the tangent for zero. So is any
     gradient where ``backward`` is None: a second derivative. vmap runs the op sample by sample.
     """
-    if backward is None:
-        backward = _refuse_second(op)
+    formula = backward or _refuse_second(op)
     overload = getattr(torch.ops.protoclip, name).default
     defaults = [a.default_value for a in overload._schema.arguments]
 
@@ -237,7 +236,7 @@ def define_gradient(
         @staticmethod
         def backward(ctx, *grads):
             ctx.wanted = pytree.tree_unflatten(ctx.needs_input_grad[2:], ctx.spec)
-            return None, None, *pytree.tree_leaves(backward(ctx, *grads))[: ctx.spec.num_leaves]
+            return None, None, *pytree.tree_leaves(formula(ctx, *grads))[: ctx.spec.num_leaves]
 
     def kernel(keyset, *args):
         leaves, spec = pytree.tree_flatten(args)
