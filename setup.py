@@ -37,7 +37,6 @@ setup(
         "protoclip.openclip",
         "protoclip.ops",
         "protoclip.report",
-        "protoclip.teacher",
         "protoclip.training",
         "protoclip.kernels",
         "protoclip.csrc",
