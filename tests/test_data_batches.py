@@ -134,24 +134,9 @@ def test_a_fault_arrives_as_one_clear_message(emoji, workers):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"draws": torch.tensor([0, 10**6])}, r"positions in 0 \.\.\. 1721"),
-        ({"draws": torch.tensor([-1])}, "positions in"),
-        ({"draws": torch.rand(3)}, "int64"),
-        ({"draws": torch.zeros(2, 2, dtype=torch.int64)}, r"\(2, 2\)"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"captions": "longest"}, "random, canonical, first"),
-    ],
-)
-def test_wrong_arguments_are_refused_at_once(emoji, draws, change, words):
-    arguments = {"draws": draws, "batch_size": 4, "captions": "random", **change}
-    with pytest.raises(ValueError, match=words):
-        batches(
-            emoji, arguments["draws"], arguments["batch_size"], torch.zeros, tokenize,
-            seed=0, captions=arguments["captions"],
-        )  # fmt: skip
+def test_an_unknown_kind_of_captions_is_refused_at_once(emoji, draws):
+    with pytest.raises(ValueError, match="random, canonical, first"):
+        batches(emoji, draws, 4, torch.zeros, tokenize, seed=0, captions="longest")
 
 
 def test_subset_keeps_what_belongs_together(emoji):
@@ -203,17 +188,9 @@ def test_augmentations_differ_in_strength():
     assert spread["none"] == 0 < spread["clip"] < 0.5 * spread["paper"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ((32, MEAN, STD, "strong"), "paper, clip, none"),
-        ((0, MEAN, STD, "none"), "image_size"),
-        ((32, MEAN, (1.0, 0.0, 1.0), "none"), "std above 0"),
-    ],
-)
-def test_transform_arguments_are_checked(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        build_transform(*arguments)
+def test_an_unknown_augmentation_is_refused():
+    with pytest.raises(ValueError, match="paper, clip, none"):
+        build_transform(32, MEAN, STD, "strong")
 
 
 def test_draws_are_the_same_on_every_machine():

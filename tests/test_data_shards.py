@@ -146,7 +146,7 @@ def test_junk_samples_are_skipped_named_and_counted(tmp_path, caplog):
         reasons = {(key, reason.split("(")[0].strip()) for _, key, reason in dataset.skipped}
         assert {
             ("alone", "the caption is missing"),
-            ("mute", "no caption in its txt"),
+            ("mute", "its txt: no caption is there"),
             ("hollow", "the picture is empty"),
             ("good", "the key occurs twice"),
         } <= reasons

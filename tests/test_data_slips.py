@@ -144,7 +144,7 @@ class TestUrls:
 def test_ranges_of_millions_are_refused_before_they_are_expanded(capsys):
     for spec in (
         "x{0..99999999}.tar",
-        "{00..99}/{0000..9999}/{a,b}.tar",
+        "{00..99}/{00000..19999}.tar",
         "http://h/{0..9999999}.tar",
     ):
         assert "expected at most 1,000,000 shards" in refused(spec, capsys)

@@ -4,7 +4,6 @@ import json
 import os
 import tarfile
 
-import numpy as np
 import pytest
 import torch
 from fault_runs import prepare
@@ -13,7 +12,7 @@ from test_data_batches import MEAN, STD, assert_equal, tokenize
 from test_data_csv import encoded, picture, same
 from test_data_shards import write_shards, write_tar
 
-from protoclip.data import DataError, batches, build_transform, open_dataset
+from protoclip.data import Batch, DataError, batches, build_transform, open_dataset
 from protoclip.data.__main__ import main as data_command
 from protoclip.data.loader import Faults
 from protoclip.data.tables import MAX_CAPTION
@@ -233,10 +232,14 @@ class TestHostileInput:
 def test_the_ledger_survives_a_checkpoint(tmp_path):
     dataset = open_dataset(write_shards(tmp_path / "data", shards=2, per_shard=5))
     faults = Faults(dataset, 0.1, report=lambda text: None)
-    faults.add(4, "bad")
+
+    def noted(ledger, position, reason):
+        ledger.noted(Batch(*[torch.zeros(1)] * 3, ((position, reason),)))
+
+    noted(faults, 4, "bad")
     again = Faults(dataset, 0.1)
     again.load_state_dict(faults.state_dict())
-    again.add(4, "bad")
-    assert again.count == 1
+    noted(again, 4, "bad")
+    assert again.positions == {4}
     with pytest.raises(DataError, match="2 of 10 .*the last one: worse"):
-        again.add(np.int64(5), "worse")
+        noted(again, 5, "worse")
