@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from protoclip import checkpoint
 from protoclip.data import Subset, open_dataset
-from protoclip.teacher import MINILM, load_teacher, pca
+from protoclip.teacher import MINILM, load_teacher, minilm_missing, pca
 from protoclip.teacher.__main__ import main
 from protoclip.teacher.encoders import ClipTower, SentenceEncoder, teacher_text
 from protoclip.teacher.extract import extract_features
@@ -159,3 +160,13 @@ class TestCommand:
         code = main(["--data", "builtin:shapes:40", *flags])
         message = capsys.readouterr().err
         assert code == 2 and words in message and "Traceback" not in message
+
+
+def test_cached_teacher_features_of_another_size_are_not_used(tmp_path, own_cache):
+    if reason := minilm_missing():
+        pytest.skip(reason)
+    dataset = open_dataset("builtin:shapes:6")
+    expected = load_teacher("builtin:minilm", dataset, dim=0)
+    (path,) = (tmp_path / "cache").glob("minilm-*.pt")
+    checkpoint.save(path, {"features": expected[:5]})
+    assert torch.equal(load_teacher("builtin:minilm", dataset, dim=0), expected)
