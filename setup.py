@@ -34,7 +34,6 @@ setup(
         "protoclip.data",
         "protoclip.evaluate",
         "protoclip.metrics",
-        "protoclip.openclip",
         "protoclip.ops",
         "protoclip.report",
         "protoclip.teacher",
