@@ -57,7 +57,6 @@ setup(
         "numpy",
         "filelock",
         "ninja",
-        "pybind11",
         "open_clip_torch>=3.3",
         "webdataset>=0.2.86,<2",
         "fsspec",
