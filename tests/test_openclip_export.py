@@ -9,8 +9,8 @@ from PIL import Image
 
 from protoclip import checkpoint, export
 from protoclip.config import ModelConfig, TrainConfig, to_dict
-from protoclip.evaluate.models import load_model
-from protoclip.evaluate.sets import eval_transform
+from protoclip.evaluate.__main__ import load_model
+from protoclip.evaluate.tasks import eval_transform
 from protoclip.model import build_model, register_configs
 from protoclip.train import main as train
 

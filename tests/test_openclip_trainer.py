@@ -15,8 +15,8 @@ from protoclip.config import ModelConfig
 from protoclip.data import open_dataset
 from protoclip.data.export import export_shards
 from protoclip.data.types import Subset
+from protoclip.evaluate.__main__ import load_model
 from protoclip.evaluate.__main__ import main as evaluate
-from protoclip.evaluate.models import load_model
 from protoclip.model import build_model, register_configs
 from protoclip.openclip_runs import adamw_states
 from protoclip.train import main as protoclip_train
@@ -149,16 +149,17 @@ def test_a_run_of_open_clips_exports(alone, folder, tmp_path, capsys):
     assert "its model 'emoji-nano', which OpenCLIP does not know" in capsys.readouterr().err
     data = ["--data", "builtin:shapes:40", "--no-cache"]
     assert evaluate([str(run), *data]) == 2
-    assert "MODEL --pretrained" in capsys.readouterr().err
+    assert "as --model" in capsys.readouterr().err
+    model = str(folder / "emoji-nano.json")
+    assert evaluate([str(run), "--model", model, *data]) == 0
+    assert (run / "results-builtin_shapes_40.json").is_file()
+    loaded = load_model(str(run), model=model).model.clip.state_dict()
     register_configs(str(folder / "emoji-nano.json"))  # as one that OpenCLIP comes with
     assert export.main([str(run), "--out", str(tmp_path / "out")]) == 0
     model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}")
     weights = checkpoint.load(checkpoint.find(run))["state_dict"]
     assert "logit_bias" in weights and set(model.state_dict()) == set(weights)
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
-    assert evaluate([str(run), *data]) == 0
-    assert (run / "results-builtin_shapes_40.json").is_file()
-    loaded = load_model(str(run)).model.clip.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in loaded.items())
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from protoclip.config import TrainConfig, flag_of
 from protoclip.evaluate import Results, SetResults, read_results
+from protoclip.evaluate.metrics import Sampled, bootstrap_intervals
 from protoclip.evaluate.results import results_from_plain, results_to_plain, rows_of
-from protoclip.metrics import bootstrap_mean
 from protoclip.report.figures import Series, read_series
 from protoclip.report.snapshot import Snapshot, load_snapshot
 
@@ -206,8 +206,7 @@ def change(run: Run, other: Run, key: str, metric: str) -> Change | None:
         return None
     hits, others = (one.snapshot.hits_of(f"{key}/{metric}") for one in (run, other))
     if hits is not None and others is not None and hits.shape == others.shape:
-        both = bootstrap_mean(hits, others)
-        return Change(both.mean, both.low, both.high)
+        return Change(a - b, *bootstrap_intervals({"": Sampled(hits - others)})[""])
     half = math.inf
     if metric in mine.intervals and metric in theirs.intervals:
         half = math.hypot(_half(mine, metric), _half(theirs, metric))

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from PIL import Image, features
 from torch import Tensor
 
+from protoclip.clustering import purity
 from protoclip.data import DataError, PairDataset
 from protoclip.data.cache import write_atomic
 from protoclip.evaluate import EvalSet, Results
 from protoclip.kmeans import kmeans
-from protoclip.metrics import purity
 from protoclip.model import Encoded
 from protoclip.ops import segment_mean
 
