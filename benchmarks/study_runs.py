@@ -22,7 +22,7 @@ import torch
 from benchmarks.study_rows import BASE
 from protoclip.config import TrainConfig, build_parser, parse
 from protoclip.data import Subset, build_transform, open_dataset
-from protoclip.data.hashing import heldout_mask
+from protoclip.data.types import heldout_mask
 from protoclip.evaluate import Encoder, ProbeTrain, evaluate_features
 from protoclip.evaluate.datasets import EMOJI_TEMPLATES
 from protoclip.evaluate.tasks import encode_set, take

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from protoclip.data import PairDataset, batches
-from protoclip.data.faults import Faults
+from protoclip.data.loader import Faults
 from protoclip.distributed import (
     exchange_rows,
     gather_rows,

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from protoclip import checkpoint
 from protoclip.clustering import check_clusters
 from protoclip.commands import on_all_ranks, quietly
 from protoclip.config import TrainConfig, build_parser, parse
 from protoclip.data import PairDataset, build_transform
-from protoclip.data.check import check_data
+from protoclip.data.__main__ import check_data
+from protoclip.data.loader import EpochOrder
 from protoclip.device import choose_device, choose_precision
 from protoclip.distributed import (
     from_main,
@@ -40,7 +40,6 @@ from protoclip.training.checks import check_episodes, check_settings
 from protoclip.training.inputs import faults_of, open_teachers, open_training_data, uses_prototypes
 from protoclip.training.launch import OtherRank, seed_rank
 from protoclip.training.loop import Trainer
-from protoclip.training.order import EpochOrder
 from protoclip.training.phases import Phases
 from protoclip.training.plan import Plan, learning_rate, make_plan
 from protoclip.training.resume import Resume, check_resume, find_resume
@@ -93,8 +92,7 @@ def with_saved_config(argv: Sequence[str] | None) -> list[str]:
 
 def check(dataset: PairDataset, workers: int) -> int:
     """--check-data: the exit code is 1 where a sample is bad."""
-    with tqdm(total=len(dataset), desc="checking", unit=" samples", leave=False) as bar:
-        return int(check_data(dataset, tqdm.write, workers, bar.update) > 0)
+    return int(check_data(dataset, workers) > 0)
 
 
 def train(config: TrainConfig) -> Path:
@@ -180,6 +178,8 @@ def _train(config: TrainConfig, signals: StopSignals) -> Path:
         run(trainer, evaluate, before)
     except Stopped as stop:
         folder.say(str(stop))
+        if stop.code:
+            raise SystemExit(stop.code) from None
     except BaseException:
         folder.note(traceback.format_exc())
         raise

@@ -178,6 +178,7 @@ def run(tmp_path):
         "epoch": 1,
         "name": "run",
         "state_dict": model.clip.state_dict(),
+        "optimizer": {},
         "protoclip": {**model.extra_state(), "config": to_dict(config), "step": 1},
     }
     checkpoint.save(folder / "checkpoints" / checkpoint.LATEST, payload)

@@ -99,8 +99,9 @@ def test_table_with_a_label_column(tmp_path):
         picture.save(tmp_path / f"{i}.png")
         lines.append(f"{i}.png,{NAMES[label]},{label}")
     table = tmp_path / "pairs.csv"
-    table.write_text("\n".join(lines) + "\n")
+    table.write_text("\n".join(lines) + "\n", encoding="utf-16")
     flags = ["--csv-separator", ",", "--csv-label-key", "digit", "--tasks", "zeroshot,retrieval"]
+    flags += ["--encoding", "utf-16"]
     code, content = evaluate(tmp_path, "--data", table, *flags)
     values = content["trained"]["sets"]["ALL"]["metrics"]
     assert code == 0 and "class/acc1" in values and "text_retrieval_recall@5" in values

@@ -83,6 +83,7 @@ def build_parser() -> Parser:
     add("--csv-label-key", default="", metavar="NAME", help="column of the class in a table")
     for name, meta in (("separator", "C"), ("img-key", "NAME"), ("caption-key", "NAME")):
         add(f"--csv-{name}", default=None, metavar=meta, help="as in training")
+    add("--encoding", dest="csv_encoding", default=None, metavar="NAME", help="as in training")
     add("--output", default="", metavar="PATH",
         help="where the numbers go (default: results.json in the run folder, with the data's name "
         "for other data; for an OpenCLIP name in the working folder)")  # fmt: skip
@@ -187,7 +188,7 @@ def run(args: argparse.Namespace) -> str:
     heartbeat.enter("evaluation")
 
     columns = {}
-    for name in ("csv_separator", "csv_img_key", "csv_caption_key"):
+    for name in ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding"):
         given = getattr(args, name)
         columns[name] = getattr(config.data, name) if given is None else given
     opened: str | Layout = data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from PIL import Image
 
 from protoclip.data import DataError, Labels, PairDataset, open_dataset
 from protoclip.data.images import decode
+from protoclip.data.tables import read_table
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 SPLITS = ("test", "val", "validation")  # the first that is there is evaluated
@@ -189,7 +189,12 @@ def _labelled_table(
     open_kwargs: Mapping[str, Any],
 ) -> Layout:
     dataset: Any = open_dataset(data, **open_kwargs)
-    values = _column(data, label_key, open_kwargs.get("csv_separator", "\t"))
+    values = []
+    form = open_kwargs.get("csv_separator", "\t"), open_kwargs.get("csv_encoding", "utf-8")
+    for number, row in read_table(data, (label_key,), *form):
+        if isinstance(row, str):
+            raise DataError(f"{data}, line {number}: {row}")
+        values.append(row[0].strip())
     known = tuple(sorted(set(values))) if names is None else tuple(names)
     strange = sorted(set(values) - set(known))
     if strange:
@@ -200,17 +205,6 @@ def _labelled_table(
     position = {name: i for i, name in enumerate(known)}
     dataset.labels = {LABEL: Labels(torch.tensor([position[value] for value in values]), known)}
     return Layout(data, dataset, templates=words)
-
-
-def _column(path: str, key: str, separator: str) -> list[str]:
-    with open(path, encoding="utf-8-sig", newline="") as lines:
-        separator = "\t" if separator == "\\t" else separator
-        rows = csv.DictReader(lines, delimiter=separator)
-        if key not in (rows.fieldnames or ()):
-            raise DataError(
-                f"{path}: no column {key!r} (--csv-label-key); the columns are {rows.fieldnames}"
-            )
-        return [(row[key] or "").strip() for row in rows if any(row.values())]
 
 
 def _class_names(given: str, root: Path) -> list[str] | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from protoclip.data.cache import write_atomic
+from protoclip.data.files import write_atomic
 
 PLAIN = {
     "text_retrieval_recall@1": "image -> text R@1",

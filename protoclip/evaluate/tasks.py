@@ -30,7 +30,7 @@ from protoclip.data import (
     noto_available,
     open_dataset,
 )
-from protoclip.data.hashing import heldout_mask
+from protoclip.data.types import heldout_mask
 from protoclip.distributed import is_distributed, is_main, max_over_ranks, own_slice, world_size
 from protoclip.evaluate import metrics
 from protoclip.evaluate.datasets import (

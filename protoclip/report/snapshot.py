@@ -26,7 +26,7 @@ from torch import Tensor
 
 from protoclip.clustering import purity
 from protoclip.data import DataError, PairDataset
-from protoclip.data.cache import write_atomic
+from protoclip.data.files import write_atomic
 from protoclip.evaluate import EvalSet, Results
 from protoclip.kmeans import kmeans
 from protoclip.model import Encoded

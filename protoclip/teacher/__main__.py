@@ -71,7 +71,9 @@ def run(args: argparse.Namespace) -> str:
     )
     encoder = build_encoder(args.model, args.pretrained, args.modality, device)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(dataset), desc=args.model, unit=" samples", leave=False) as bar:
+    with tqdm(
+        total=len(dataset), desc=args.model, unit=" samples", leave=False, disable=None
+    ) as bar:
         rows, columns = extract_features(
             encoder,
             dataset,

@@ -14,7 +14,7 @@ from protoclip.data import Batch
 from protoclip.distributed import gather_objects, rank
 from protoclip.episode import Episode, PrototypeSet
 from protoclip.training.guard import describe, first_not_finite
-from protoclip.training.saving import Stopped, agree
+from protoclip.training.saving import Stopped
 from protoclip.training.state import fingerprint, pack, random_states, set_random_state, unpack
 
 if TYPE_CHECKING:
@@ -117,13 +117,16 @@ def _check_episode(episode: Episode | None, samples: int) -> None:
 
 def save_or_stop(trainer: Trainer) -> None:
     """Write the newest state where it is due, and end where a signal asks for it."""
-    timed, stop = agree(trainer.step, trainer.schedule.by_clock(), bool(trainer.signals.asked))
+    timed, stop = trainer.agreement.ask(trainer.schedule.by_clock(), trainer.signals.level)
     if stop or timed or trainer.schedule.at(trainer.step):
-        save_if_room(trainer, None, must=stop)
+        save_if_room(trainer, None, must=stop > 0)
     if stop:
+        asked = trainer.signals.asked or "a signal to another rank"
+        asked = "Ctrl-C" if asked == "SIGINT" else asked
         raise Stopped(
-            f"stopped by {trainer.signals.asked or 'a signal to another rank'} after step "
-            f"{trainer.step}; go on with --resume {trainer.folder.path}"
+            f"stopped by {asked} after step {trainer.step}; go on with "
+            f"--resume {trainer.folder.path}",
+            130 if stop > 1 else 0,
         )
 
 

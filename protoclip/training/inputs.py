@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 from protoclip.config import TrainConfig
 from protoclip.data import PairDataset, Subset, open_dataset
-from protoclip.data.faults import Faults
+from protoclip.data.loader import Faults
+from protoclip.data.shards import index_together
+from protoclip.data.sources import is_sharded
 from protoclip.distributed import is_main
 from protoclip.teacher import MINILM, load_teacher, minilm_missing
 
@@ -20,6 +22,8 @@ def open_training_data(config: TrainConfig) -> PairDataset:
     """The training pairs: the train split of built-in data, all of anything else."""
     data = config.data
     split = "train" if data.train_data.startswith("builtin:") else "all"
+    if is_sharded(data.train_data):
+        index_together(data.train_data)
     dataset = open_dataset(
         data.train_data, split, keep_going=data.check_data, **open_arguments(config)
     )
@@ -35,12 +39,7 @@ def open_training_data(config: TrainConfig) -> PairDataset:
 
 def faults_of(dataset: PairDataset, max_fraction: float, report: Callable[[str], Any]) -> Faults:
     """The ledger of bad samples, with those that were left out when the data were opened."""
-    inner: Any = dataset
-    while isinstance(inner, Subset):
-        inner = inner.dataset
-    skipped = len(getattr(inner, "skipped", ()))
-    total = len(inner) + skipped
-    return Faults(dataset.name, total, max_fraction, known=skipped, report=report)
+    return Faults(dataset, max_fraction, report)
 
 
 def open_arguments(config: TrainConfig) -> dict[str, Any]:
@@ -100,7 +99,7 @@ def open_teachers(
             desc=f"teacher {spec}",
             unit=" samples",
             leave=False,
-            disable=not is_main(),
+            disable=None if is_main() else True,
         ) as bar:
             teachers[name] = load_teacher(
                 spec,

@@ -72,7 +72,11 @@ class Evaluation:
         with (
             self.phases.measure("evaluation", on_host=True),
             tqdm(
-                desc=what, unit=" rows", unit_scale=True, leave=False, disable=not is_main()
+                desc=what,
+                unit=" rows",
+                unit_scale=True,
+                leave=False,
+                disable=None if is_main() else True,
             ) as bar,
         ):
             return evaluate_model(
