@@ -210,7 +210,7 @@ def test_results_have_a_name_that_tells(run, tmp_path):
 def test_command_refuses_in_words(run, tmp_path, capsys):
     cases = [
         ([str(tmp_path / "nothing")], "found nothing"),
-        ([str(run.folder), "--data", "builtin:cats"], "no built-in data"),
+        ([str(run.folder), "--data", "builtin:cats"], "expected one of builtin:emoji"),
         ([str(run.folder), "--data", str(tmp_path / "none.csv")], "none.csv"),
     ]
     for argv, words in cases:

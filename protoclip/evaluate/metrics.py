@@ -7,6 +7,7 @@ uniformity). Work goes by blocks of rows, so that no [N, M] matrix is ever held.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -350,7 +351,9 @@ def fit_knn(
         algorithm="brute",
         weights=lambda distance: torch.tensor(-distance / temperature).softmax(1).numpy(),
     )
-    model.fit(unit(train).cpu().numpy(), labels.cpu().numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few samples per class, which are no regression
+        model.fit(unit(train).cpu().numpy(), labels.cpu().numpy())
 
     def votes(queries: Tensor) -> Tensor:
         out = torch.zeros(len(queries), num_classes, dtype=torch.float64)
