@@ -10,9 +10,8 @@ from ranks import on_ranks
 import protoclip
 from protoclip import distributed
 from protoclip.distributed import GlobalBatchNorm1d
-from protoclip.global_losses import global_info_nce, global_sigmoid_loss
 from protoclip.launchers import find_place
-from protoclip.losses import similarity_distillation
+from protoclip.losses import global_info_nce, global_sigmoid_loss, similarity_distillation
 from protoclip.model import Encoded
 from protoclip.ops import siglip
 

@@ -37,10 +37,9 @@ def steps(batch_size, count=2):
     """Build a model and an episode's tensors, and take steps; CPU seconds of each."""
     from protoclip.config import LossConfig, ModelConfig, OptimConfig
     from protoclip.data import Batch
-    from protoclip.device import autocast_for
-    from protoclip.episode import Episode, PrototypeSet
     from protoclip.losses import ProtoLoss
-    from protoclip.model import build_model
+    from protoclip.model import autocast_for, build_model
+    from protoclip.prototypes import Clustering, Episode, PrototypeSet
     from protoclip.training.engine import Optimiser
     from protoclip.training.phases import Phases
     from protoclip.training.stepper import Stepper
@@ -53,17 +52,22 @@ def steps(batch_size, count=2):
     )
     dim = model.image_head[-1].out_features
     tables = {name: torch.randint(CLUSTERS, (SAMPLES,)) for name in ("image", "text", "teacher")}
-    held = [torch.randn(SAMPLES, TEACHER), *(torch.randn(CLUSTERS, dim) for _ in range(3))]
+    held = [torch.randn(SAMPLES, TEACHER)]
     held.append(torch.randn(SAMPLES // distributed.world_size(), 2 * dim + 2))
+    counts = torch.ones(CLUSTERS, dtype=torch.int64)
+    clusterings = {
+        name: Clustering(torch.randn(CLUSTERS, dim), labels, counts)
+        for name, labels in tables.items()
+    }
     pairs = [("text", "image"), ("image", "text"), ("teacher", "image"), ("teacher", "text")]
     sets = [
         PrototypeSet(
-            source, student, torch.randn(CLUSTERS, dim), torch.randn(CLUSTERS, dim),
-            tables[source], torch.ones(CLUSTERS, dtype=torch.int64),
+            source, student, clusterings[source], torch.randn(CLUSTERS, dim),
+            torch.randn(CLUSTERS, dim), False,
         )
         for source, student in pairs
     ]  # fmt: skip
-    episode = Episode(tuple(sets[:2]), tuple(sets[2:]))
+    episode = Episode(tuple(sets))
     took = []
     for _ in range(count):
         index = torch.randint(SAMPLES, (batch_size,))
@@ -73,7 +77,7 @@ def steps(batch_size, count=2):
         began = time.process_time()
         stepper.step([Batch(index, pixels, tokens)], episode, True)
         took.append(time.process_time() - began)
-    assert len(held) == 5  # until here
+    assert len(held) == 2  # until here
     return took
 
 

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from protoclip.clustering import check_clusters
 from protoclip.config import (
     ModelConfig,
     OptimConfig,
@@ -18,6 +17,7 @@ from protoclip.config import (
 )
 from protoclip.data import open_dataset
 from protoclip.model import build_model
+from protoclip.prototypes import check_clusters
 from protoclip.teacher import MINILM, encode_sentences, load_teacher
 from protoclip.training.engine import Optimiser, parameter_groups
 from protoclip.training.plan import draw, learning_rate, make_plan
@@ -101,7 +101,7 @@ class TestConfig:
     def test_to_json_and_back(self):
         config = config_of("--k", "7", "--no-PBT", "--lr", "0.5", "--method", "clip")
         assert from_dict(TrainConfig, to_dict(config)) == config
-        assert (config.episode.clusters, config.episode.pbt) == ((7,), False)
+        assert (config.episode.num_clusters, config.episode.pbt) == (7, False)
         with pytest.raises(ValueError, match="no \\['nonsense'\\]"):
             from_dict(TrainConfig, {"nonsense": 1})
 
@@ -125,8 +125,8 @@ class TestConfig:
         assert "(default: builtin:emoji)" in text
 
     def test_a_tenth_of_the_episode_is_the_default_number_of_clusters(self):
-        assert check_clusters(config_of().episode, 1722) == (172,)
-        assert check_clusters(config_of().episode, 5) == (1,)
+        assert check_clusters(config_of().episode, 1722) == 172
+        assert check_clusters(config_of().episode, 5) == 1
 
 
 needs_minilm = pytest.mark.skipif(

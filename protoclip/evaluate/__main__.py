@@ -28,7 +28,6 @@ from protoclip.config import (
     from_dict,
     output_file,
 )
-from protoclip.device import autocast_for, choose_device, choose_precision
 from protoclip.distributed import is_main, world_size
 from protoclip.evaluate.datasets import Layout, open_layout
 from protoclip.evaluate.results import Results, format_table, read_results, write_results
@@ -43,7 +42,14 @@ from protoclip.evaluate.tasks import (
     peak_memory_bytes,
 )
 from protoclip.launchers import find_place
-from protoclip.model import ProtoModel, build_model, register_configs
+from protoclip.model import (
+    ProtoModel,
+    autocast_for,
+    build_model,
+    choose_device,
+    choose_precision,
+    register_configs,
+)
 
 PROG = "python -m protoclip.evaluate"
 DESCRIPTION = """Evaluate a CLIP; prints a table, writes results.json and, per data set and task,
