@@ -33,7 +33,6 @@ setup(
         "protoclip",
         "protoclip.data",
         "protoclip.evaluate",
-        "protoclip.openclip",
         "protoclip.ops",
         "protoclip.report",
         "protoclip.teacher",

@@ -26,7 +26,6 @@ LAYERS = [
     ["metrics"],
     ["evaluate"],
     ["report"],
-    ["cost"],
     ["training"],
     ["train", "openclip", "export", "plan"],
 ]
