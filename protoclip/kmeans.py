@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from protoclip.ops import checks
-from protoclip.ops.backends import implementation, resolve
-from protoclip.ops.kmeans_assign import kmeans_assign
-from protoclip.ops.segment_mean import segment_mean
+from protoclip.ops.backends import resolve
+from protoclip.ops.clusters import kmeans_assign, segment_mean
+from protoclip.ops.native import CodedPoints
 
 SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as in faiss
 MAX_DRAWS = 1024  # k-means++ candidates of one pass over the points
@@ -238,7 +238,7 @@ def _assignment(points: Tensor, k: int, backend: str) -> Assign:
     op = "kmeans_assign"
     small = len(points) > 0 and k <= KEEP_CODES and points.dtype == torch.float32
     if small and resolve(op, backend, points.device.type, points.dtype) == "cpu":
-        return implementation(op, "cpu", "CodedPoints")(points).assign
+        return CodedPoints(points).assign
     return partial(kmeans_assign, points, backend=backend)
 
 

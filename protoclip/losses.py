@@ -37,8 +37,7 @@ from protoclip.distributed import (
 )
 from protoclip.ops import Bank, checks, prototype_losses, reference
 from protoclip.ops.backends import implementation, resolve
-from protoclip.ops.info_nce import LN2, info_nce
-from protoclip.ops.siglip import sigmoid_loss
+from protoclip.ops.contrastive import LN2, info_nce, sigmoid_loss
 from protoclip.prototypes import (
     IGNORE,
     Episode,
