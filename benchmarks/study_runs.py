@@ -24,7 +24,8 @@ from protoclip.config import TrainConfig, build_parser, parse
 from protoclip.data import Subset, build_transform, open_dataset
 from protoclip.data.types import heldout_mask
 from protoclip.evaluate import Encoder, ProbeTrain, evaluate_features
-from protoclip.evaluate.sets import EMOJI_TEMPLATES, encode_set, take
+from protoclip.evaluate.datasets import EMOJI_TEMPLATES
+from protoclip.evaluate.tasks import encode_set, take
 from protoclip.model import ProtoModel, build_model
 from protoclip.teacher import MINILM, load_teacher, pca
 from protoclip.training.inputs import uses_teacher

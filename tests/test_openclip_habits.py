@@ -9,13 +9,12 @@ import open_clip
 import pytest
 import torch
 
-from protoclip import checkpoint, export, openclip, plan, train
+from protoclip import checkpoint, export, openclip, plan, teacher, train
 from protoclip.config import ModelConfig
 from protoclip.data import __main__ as data
 from protoclip.evaluate import __main__ as evaluate
 from protoclip.model import build_model
 from protoclip.report import __main__ as report
-from protoclip.teacher import __main__ as teacher
 
 NANO = {
     "embed_dim": 16,
