@@ -322,7 +322,7 @@ def scan(path: str, name: str = "") -> ShardIndex:
     pairs: dict[str, tuple[int, ...]] = {}
     skipped: list[tuple[str, str]] = []
     with open(path, "rb") as file:
-        for key, members, fault in samples(path, name or path):
+        for key, members, fault in _samples(path, name or path):
             place = fault or ("the key occurs twice" if key in pairs else _pair(file, members))
             if isinstance(place, str):
                 skipped.append((key, place))
@@ -388,7 +388,7 @@ def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
     return captions
 
 
-def samples(path: str, name: str = "") -> Iterator[tuple[str, Members, str]]:
+def _samples(path: str, name: str = "") -> Iterator[tuple[str, Members, str]]:
     """Key, members and fault ("" if none) of each sample: neighbours with the same key."""
     key, members, fault = "", Members(), ""
     for file, place, fault in _headers(path, name or path):
