@@ -20,7 +20,6 @@ from protoclip.config import TrainConfig, build_parser, parse
 from protoclip.data import PairDataset, build_transform
 from protoclip.data.__main__ import check_data
 from protoclip.data.loader import EpochOrder
-from protoclip.device import choose_device, choose_precision
 from protoclip.distributed import (
     from_main,
     is_distributed,
@@ -30,7 +29,7 @@ from protoclip.distributed import (
 )
 from protoclip.evaluate import Results, format_table, peak_memory_bytes, read_results, write_results
 from protoclip.launchers import find_place
-from protoclip.model import ProtoModel, build_model
+from protoclip.model import ProtoModel, build_model, choose_device, choose_precision
 from protoclip.prototypes import check_clusters
 from protoclip.report import write_report
 from protoclip.training.adopt import OpenClipRun, adopt

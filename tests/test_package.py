@@ -17,18 +17,15 @@ ROOT = Path(protoclip.__file__).parent
 # A module imports from its own row or rows above it. The order is the data flow.
 LAYERS = [
     ["ops"],
-    ["config", "distributed", "launchers", "device", "heartbeat", "checkpoint"],
-    ["commands"],
-    ["kmeans", "faiss_kmeans"],
+    ["config", "distributed", "launchers", "heartbeat", "checkpoint"],
+    ["kmeans"],
     ["data"],
-    ["short_text"],
-    ["model", "openclip_runs"],
+    ["model", "openclip_runs", "commands"],
     ["prototypes", "teacher"],
     ["losses"],
     ["metrics"],
     ["evaluate"],
     ["report"],
-    ["cost"],
     ["training"],
     ["train", "openclip", "export", "plan"],
 ]

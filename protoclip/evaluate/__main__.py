@@ -15,7 +15,6 @@ from tqdm import tqdm
 from protoclip import heartbeat
 from protoclip.commands import on_all_ranks, quietly
 from protoclip.config import PRECISIONS, Parser, TrainConfig, check_saved, output_file
-from protoclip.device import choose_device, choose_precision
 from protoclip.distributed import is_main, world_size
 from protoclip.evaluate.models import Loaded, load_model
 from protoclip.evaluate.results import Results, format_table, read_results, write_results
@@ -23,6 +22,7 @@ from protoclip.evaluate.run import Settings, evaluate_loaded
 from protoclip.evaluate.scores import peak_memory_bytes
 from protoclip.evaluate.tasks import PROTOCOLS, TASKS, parse_tasks
 from protoclip.launchers import find_place
+from protoclip.model import choose_device, choose_precision
 
 PROG = "python -m protoclip.evaluate"
 DESCRIPTION = """Evaluate a CLIP; prints a table, writes results.json and, per data set and task,

@@ -13,7 +13,6 @@ import torch
 from protoclip import checkpoint
 from protoclip.config import ModelConfig, TrainConfig, from_dict
 from protoclip.model import ProtoModel, build_model, register_configs
-from protoclip.openclip_runs import model_config, run_preprocess
 
 RANDOM = "random"
 
@@ -32,9 +31,9 @@ def load_model(spec: str, pretrained: str = "") -> Loaded:
     """Load what the command line calls MODEL.
 
     Args:
-        spec: a run folder or a checkpoint of ``protoclip.train`` or of OpenCLIP's trainer, an
-            OpenCLIP name ("ViT-B-32", or "ViT-B-32,TAG" as in CLIP_benchmark), a model config
-            .json, "local-dir:PATH" or "hf-hub:ID".
+        spec: a run folder or a checkpoint of ``protoclip.train``, an OpenCLIP name ("ViT-B-32", or
+            "ViT-B-32,TAG" as in CLIP_benchmark), a model config .json, "local-dir:PATH" or
+            "hf-hub:ID".
         pretrained: OpenCLIP's tag or weights file for a name; "random": as initialised.
     Raises:
         ValueError: no such model or weights; the message says what is known.
@@ -54,27 +53,15 @@ def load_model(spec: str, pretrained: str = "") -> Loaded:
     payload = checkpoint.load(path)
     stored = payload.get("protoclip", {}).get("config")
     if stored is None:
-        return _from_openclip_run(path)
+        raise ValueError(
+            f"checkpoint: {path} was not written by protoclip.train and does not name its model; "
+            f"name it, or its config file, and give the checkpoint as MODEL --pretrained {path}"
+        )
     config = from_dict(TrainConfig, stored)
     # Its weights come from the checkpoint; what it once started from need not be there any more.
     model = build_model(dataclasses.replace(config.model, pretrained=""))
     model.load_state(payload)
     return Loaded(model, config.model.model, str(path), config)
-
-
-def _from_openclip_run(path: Path) -> Loaded:
-    """A checkpoint of OpenCLIP's trainer, whose params.txt names the model."""
-    try:
-        config = model_config(path)
-    except ValueError as error:
-        raise ValueError(
-            f"checkpoint: {path} was not written by protoclip.train, and no params.txt beside it "
-            "names a model that OpenCLIP knows; name the model, or its config file, and give the "
-            f"checkpoint as weights: MODEL --pretrained {path}"
-        ) from error
-    model = build_model(dataclasses.replace(config, pretrained=str(path)))
-    model.prepare_as(run_preprocess(path, model.clip.visual, config.model))
-    return Loaded(model, config.model, str(path))
 
 
 def _is_name(name: str) -> bool:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from protoclip.device import autocast_for
 from protoclip.distributed import world_size
 from protoclip.evaluate.cache import FeatureCache
 from protoclip.evaluate.encode import encode_sets
@@ -18,6 +17,7 @@ from protoclip.evaluate.results import Results
 from protoclip.evaluate.scores import evaluate_features
 from protoclip.evaluate.sets import Encoder
 from protoclip.evaluate.tasks import TASKS, impossible
+from protoclip.model import autocast_for
 
 
 @dataclass(frozen=True)

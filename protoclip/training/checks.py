@@ -10,7 +10,7 @@ from torch import Tensor
 
 from protoclip.config import TrainConfig
 from protoclip.distributed import world_size
-from protoclip.faiss_kmeans import load_faiss
+from protoclip.kmeans import load_faiss
 from protoclip.model import check_model
 from protoclip.ops.backends import why_not
 from protoclip.prototypes import check_clusters

@@ -16,10 +16,9 @@ from tqdm import tqdm
 from protoclip.config import TrainConfig
 from protoclip.data import Batch, PairDataset, batches
 from protoclip.data.loader import EpochOrder
-from protoclip.device import autocast_for
 from protoclip.distributed import Agreement, is_main, mean_over_ranks, world_size
 from protoclip.losses import Losses, ProtoLoss
-from protoclip.model import ProtoModel
+from protoclip.model import ProtoModel, autocast_for
 from protoclip.prototypes import Episode, FeatureStore
 from protoclip.training.capture import (
     Stateful,

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from protoclip.config import TrainConfig
 from protoclip.data import DataError, PairDataset, Subset, noto_available, open_dataset
-from protoclip.device import autocast_for
 from protoclip.distributed import is_distributed, is_main
 from protoclip.evaluate import (
     Encoder,
@@ -25,7 +24,7 @@ from protoclip.evaluate.layouts import Layout, open_layout
 from protoclip.evaluate.sets import EMOJI_TEMPLATES, TEMPLATES
 from protoclip.evaluate.tasks import impossible
 from protoclip.metrics import retrieval
-from protoclip.model import Encoded, ProtoModel
+from protoclip.model import Encoded, ProtoModel, autocast_for
 from protoclip.report import (
     Samples,
     plot_curves,

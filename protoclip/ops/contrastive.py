@@ -1,4 +1,4 @@
-"""InfoNCE: contract, autograd and dispatch.
+"""InfoNCE and SigLIP's sigmoid loss: contract, autograd and dispatch.
 
 All fused backends share one strip: rows x [N, D] against columns y [M, D], row i belonging to
 column i + offset. Statistics are in base-2 logits (s2 = scale * log2(e) * x.y), as a reference
@@ -17,7 +17,10 @@ from torch import Tensor
 
 from protoclip.ops import checks, reference
 from protoclip.ops.backends import (
+    accumulator,
     implementation,
+    no_second_derivative,
+    reduce,
     register_gradient,
     resolve,
     wants_gradient,
@@ -28,14 +31,6 @@ LN2 = math.log(2.0)
 FUSED_LOSS = ("triton",)  # backends whose kernels also take the loss, and weigh its gradient
 # Backends with a stash: True where it costs no bit, so that they keep it unless told not to.
 KEEP_LOGITS = {"cpu": True, "triton": False}
-# The rounding errors of so few terms do not average out, and in fp64 they cost next to nothing.
-FEW_PAIRS = 16
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    """The dtype of sums and losses: fp32, or fp64 for fp64 input (reference only)."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
 
 _lib = torch.library.Library("protoclip", "FRAGMENT")
 _lib.define(
@@ -79,8 +74,6 @@ def _bwd(
     The positive's weight is row_weight[i] + column_weight[i + offset] (the latter where given).
     ``stash`` is that of ``contrastive``; empty or None: the logits are formed again. With a
     ``reduction`` the weights are upstream gradients of ``contrastive``; they may have stride 0."""
-    if reduction is not None and _few(x, y):
-        return _few_bwd(x, y, scale, row_weight, column_weight, offset, reduction)
     run = implementation("info_nce", backend, "contrastive_bwd")
     kept = stash if stash is not None and stash.numel() else None
     options: dict[str, Any] = {} if kept is None else {"kept": kept}
@@ -100,31 +93,16 @@ def _direction_weight(reduction: str, n: int, columns: bool) -> float:
     return weight / max(n, 1) if reduction == "mean" else weight
 
 
-def _few(x: Tensor, y: Tensor) -> bool:
-    return x.shape[0] > 0 and y.shape[0] <= FEW_PAIRS
-
-
-def _few_bwd(x, y, scale, row_weight, column_weight, offset, reduction):
-    """Gradients of ``contrastive`` from the start, in fp64: fp32 statistics would round them."""
-    columns = len(column_weight) > 0
-    weight = _direction_weight(reduction, x.shape[0], columns)
-    wide = x.double(), y.double(), scale.double()
-    statistics = reference.contrastive_fwd(*wide, offset, columns)[:4]
-    weights = row_weight.double() * weight, column_weight.double() * weight
-    dx, dy, dscale = reference.contrastive_bwd(*wide, *statistics, *weights, offset)
-    return dx.to(x.dtype), dy.to(y.dtype), dscale.to(accumulator(x))
-
-
 def _stash_size(x: Tensor, y: Tensor, backend: str, stash: bool):
     """Elements, int16, of what a backend keeps of the logits where it is asked to."""
-    if not stash or backend not in KEEP_LOGITS or _few(x, y):
+    if not stash or backend not in KEEP_LOGITS:
         return 0
     return implementation("info_nce", backend, "stash_size")(x.shape[0], y.shape[0])
 
 
 def _new_stash(x: Tensor, size: int, backend: str) -> Tensor:
     if size and backend == "cpu":
-        return implementation("info_nce", backend, "new_stash")(size)
+        return implementation("info_nce", backend, "pooled")(size)
     return x.new_empty(size, dtype=torch.int16)
 
 
@@ -146,11 +124,6 @@ def _contrastive(
     kept = _new_stash(x, size, backend)
     options = {"kept": kept} if size else {}
     weight, summed = _direction_weight(reduction, x.shape[0], columns), reduction != "none"
-    if _few(x, y):
-        wide = x.double(), y.double(), scale.double()
-        stats = reference.contrastive_fwd(*wide, offset, columns)
-        loss = _pair_losses(stats, weight, summed)
-        return *(t.to(accumulator(x)) for t in (loss, *stats[:4])), kept
     if backend in FUSED_LOSS:
         fused = implementation("info_nce", backend, "contrastive")
         return *fused(x, y, scale, offset, columns, weight, summed, **options), kept
@@ -187,7 +160,7 @@ def _fake_contrastive(x, y, scale, offset, columns, reduction, backend, stash=Fa
 def _setup(ctx, inputs, output) -> None:
     x, y, scale, ctx.offset, _, ctx.reduction, ctx.backend, _ = inputs
     ctx.save_for_backward(x, y, scale, *output[1:])
-    ctx.set_materialize_grads(False)  # those of the statistics: nobody's
+    ctx.set_materialize_grads(False)  # the statistics have none
 
 
 def _autograd(ctx, grad, *_):
@@ -223,17 +196,6 @@ for _name, _impl, _fake in (
 register_gradient(_lib, "contrastive", "info_nce", _autograd, _setup)
 
 
-def no_second_derivative(op: str):
-    """The autograd formula of a backward op: a refusal, where torch would only warn."""
-
-    def refuse(ctx, *_):
-        raise RuntimeError(
-            f"{op}: its fused backends have no second derivative; use backend='reference' for it"
-        )
-
-    return refuse
-
-
 register_gradient(_lib, "contrastive_bwd", "info_nce", no_second_derivative("info_nce"))
 
 
@@ -249,8 +211,8 @@ def info_nce(
     """InfoNCE over a batch of pairs, both directions, without the [N, N] logits in memory.
 
     The fused backends save O(N) values and form the logits again, tile by tile, in the backward
-    pass, but for those that ``stash`` allows to keep. Sums are fp32; up to 16 pairs are computed in
-    fp64. Under autocast the features keep their dtype, as given.
+    pass, but for those that ``stash`` allows to keep. Sums are fp32. Under autocast the features
+    keep their dtype, as given.
 
     Args:
         image_features: [N, D], usually unit rows; float32, bfloat16, float16 (float64: reference).
@@ -299,10 +261,109 @@ def info_nce(
     return torch.ops.protoclip.contrastive(*inputs, 0, True, reduction, name, keep)[0]
 
 
-def reduce(losses: Tensor, reduction: str, count: int | Tensor) -> Tensor:
-    """Mean (0 for no rows), sum, or the rows themselves."""
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    return losses.sum() / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
+# The sigmoid loss. Its gradient needs no statistics of whole rows, so the fused backends form it in
+# the forward pass, where gradients are wanted: three products instead of four. The backward pass
+# scales it.
+_lib.define(
+    "sigmoid_loss(Tensor x, Tensor y, Tensor scale, Tensor bias, int offset, bool gradients,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _sigmoid_fwd(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, offset: int, gradients: bool, backend: str
+):
+    """-> loss (sum) fp32 [], dx, dy in the inputs' dtypes ([0, D] without gradients), dscale and
+    dbias fp32 []."""
+    run = implementation("siglip", backend, "sigmoid_loss")
+    return run(x, y, scale, bias, offset, gradients)
+
+
+def _sigmoid_fake(x, y, scale, bias, offset, gradients, backend):
+    n, m = (len(x), len(y)) if gradients else (0, 0)
+    loss, dscale, dbias = (x.new_empty((), dtype=torch.float32) for _ in range(3))
+    return loss, x.new_empty((n, x.shape[1])), y.new_empty((m, y.shape[1])), dscale, dbias
+
+
+def _sigmoid_setup(ctx, inputs, output) -> None:
+    _, _, scale, bias, *_ = inputs
+    ctx.save_for_backward(scale, bias, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _sigmoid_autograd(ctx, grad, *_):
+    scale, bias, dx, dy, dscale, dbias = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 7
+    dx, dy = (torch.ops.protoclip.sigmoid_loss_bwd(grad, g) for g in (dx, dy))
+    dscale, dbias = (
+        torch.ops.protoclip.sigmoid_loss_bwd(grad, g).to(like.dtype).reshape(like.shape)
+        for g, like in ((dscale, scale), (dbias, bias))
+    )
+    return dx, dy, dscale, dbias, None, None, None
+
+
+_lib.impl("sigmoid_loss", _sigmoid_fwd, "CompositeExplicitAutograd")
+torch.library.register_fake("protoclip::sigmoid_loss", _sigmoid_fake, lib=_lib)
+register_gradient(_lib, "sigmoid_loss", "sigmoid_loss", _sigmoid_autograd, _sigmoid_setup)
+
+# An op of its own, so that a second derivative raises instead of ignoring that ``saved`` depends on
+# the inputs.
+_lib.define("sigmoid_loss_bwd(Tensor grad, Tensor saved) -> Tensor")
+_lib.impl(
+    "sigmoid_loss_bwd",
+    lambda grad, saved: (grad.float() * saved).to(saved.dtype),
+    "CompositeExplicitAutograd",
+)
+torch.library.register_fake(
+    "protoclip::sigmoid_loss_bwd", lambda grad, saved: torch.empty_like(saved), lib=_lib
+)
+register_gradient(_lib, "sigmoid_loss_bwd", "sigmoid_loss", no_second_derivative("sigmoid_loss"))
+
+
+def sigmoid_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    offset: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Sum over all pairs (i, j) of softplus(-z_ij (scale x_i.y_j + bias)), never an [N, M] matrix.
+
+    Args:
+        image_features: [N, D], usually unit rows; float32, bfloat16, float16 (float64: reference).
+        text_features: [M, D], M >= offset + N, on the same device; different dtypes are promoted.
+        logit_scale, logit_bias: [] or [1].
+        offset: z_ij is 1 where j = i + offset, else -1.
+        backend: "auto", or one of ``protoclip.backends("siglip")``, which never falls back.
+    Returns:
+        float32 [] (float64 for float64 input), nats, the sum (SigLIP divides it by N).
+    Raises:
+        ValueError: shapes or devices disagree, or the named backend cannot run.
+        TypeError: dtypes are not floating point.
+        NotImplementedError: forward-mode differentiation of a fused backend.
+    Source:
+        Zhai et al. 2023 (SigLIP), equation 1.
+    """
+    op = "sigmoid_loss"
+    checks.matrix(op, "image_features", image_features, "[N, D]")
+    checks.matrix(op, "text_features", text_features, "[M, D]")
+    checks.like(op, "text_features", text_features, "image_features", image_features)
+    n, m = len(image_features), len(text_features)
+    if offset < 0 or offset + n > m:
+        raise ValueError(
+            f"{op}: expected image i's text at row i + offset, got {n} images, {m} texts and "
+            f"offset {offset}"
+        )
+    x, y = checks.promoted(image_features, text_features)
+    scale = checks.scalar(op, "logit_scale", logit_scale, x.device)
+    bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
+    name = resolve("siglip", backend, x.device.type, x.dtype)
+    if name == "reference":
+        with without_autocast(x.device.type):
+            return reference.sigmoid_loss(x, y, scale, bias, offset)
+    inputs = x, y, scale, bias
+    gradients = wants_gradient(*inputs)
+    return torch.ops.protoclip.sigmoid_loss(*inputs, offset, gradients, name)[0]

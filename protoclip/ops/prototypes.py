@@ -1,4 +1,4 @@
-"""Prototype cross-entropy: contract, autograd and dispatch.
+"""Prototype cross-entropy and its soft targets: contract, autograd and dispatch.
 
 L_i = LSE_k(s h_i.C_k) - s h_i.m_y: soft and hard targets are one kernel, since the target depends
 on the sample's cluster only (m is computed once per episode). With frozen prototypes one pass gives
@@ -14,16 +14,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from protoclip.ops import checks, few_logits, reference
+from protoclip.ops import checks, reference
 from protoclip.ops.backends import (
+    accumulator,
     implementation,
     in_transform,
+    no_second_derivative,
+    reduce,
     register_gradient,
     resolve,
     wants_gradient,
     without_autocast,
 )
-from protoclip.ops.info_nce import accumulator, no_second_derivative, reduce
+
+COLDEST = 1e-30  # the least temperature: fp32 logits would overflow below
 
 _lib = torch.library.Library("protoclip", "FRAGMENT")
 _lib.define(
@@ -48,8 +52,6 @@ def _fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend
     [S, 0, D] without need_grad), argmax int64 [S, N] ([S, 0] without need_nearest), row_max,
     row_sum [S, N]: statistics in the units of the backend's own backward, and h.gradient [S, N]
     ([S, 0] without need_grad), the gradient of the scale."""
-    if few_logits.applies(h, prototypes):
-        return few_logits.forward(h, prototypes, targets, labels, scale, need_grad, need_nearest)
     run = implementation("prototype_cross_entropy", backend, "prototype_ce_fwd_banks")
     return run(h, prototypes, targets, labels, scale, need_grad, need_nearest)
 
@@ -67,7 +69,7 @@ def _bwd(grad, h, scale, gradient, scale_gradient):
     """grad [S, N] -> dh in the dtype of h, dscale in that of scale: what the forward pass left is
     weighted, nothing else."""
     weighted = ((scale.reshape(()) * grad)[:, :, None] * gradient).sum(dim=0)  # [N, D]
-    dscale = (grad.double() * scale_gradient.double()).sum()  # one number: no errors average out
+    dscale = (grad * scale_gradient).sum()
     return weighted.to(h.dtype), dscale.to(scale.dtype).reshape(scale.shape)
 
 
@@ -77,8 +79,6 @@ def _fake_bwd(grad, h, scale, *_):
 
 def _bwd_prototypes(h, prototypes, labels, scale, row_max, row_sum, weight, hard, backend):
     """-> s * sum_i w_i (p_ik - [hard and y_i = k]) h_i, [K, D] in the prototypes' dtype."""
-    if few_logits.applies(h, [prototypes]):
-        return few_logits.backward_prototypes(h, prototypes, labels, scale, weight, hard)
     run = implementation("prototype_cross_entropy", backend, "prototype_ce_bwd_prototypes")
     return run(h, prototypes, labels, scale, row_max, row_sum, weight, hard)
 
@@ -159,7 +159,7 @@ def prototype_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of each sample against all prototypes, soft or hard, never [N, K] in memory.
 
-    Sums are fp32; up to 1,024 logits are computed in fp64.
+    Sums are fp32.
 
     Args:
         features: [N, D], usually unit rows; float32, bfloat16 or float16 (float64: reference).
@@ -310,3 +310,53 @@ def _reference_rows(features: Tensor, bank: Bank, scale: Tensor) -> Tensor:
 
 def _nearest(logits: Tensor) -> Tensor:
     return logits.argmax(dim=1) if logits.shape[1] else logits.new_empty(0, dtype=torch.int64)
+
+
+@torch.no_grad()
+def soft_targets(
+    source_centroids: Tensor, prototypes: Tensor, temperature: float, *, backend: str = "auto"
+) -> Tensor:
+    """The expected prototype of each cluster under its soft target: m_y = sum_k t(y)_k C_k.
+
+    t(y) = softmax_k(S_y.S_k / temperature) over the source's own centroids. One pass of K x K x D
+    work per episode, streamed: the fused backends never hold K x K.
+
+    Args:
+        source_centroids: [K, Ds], where the clusters were found; any float dtype.
+        prototypes: [K, D], the same clusters in the student's space (back translation); different
+            dtypes are promoted.
+        temperature: tau; <= 0 means hard targets, m = prototypes; taken as 1e-30 below that, where
+            fp32 logits would overflow.
+        backend: "auto" or a row of ``protoclip.backends("soft_targets")``.
+    Returns:
+        [K, D] float32 (float64 for float64 input), a constant: no gradient.
+    Raises:
+        ValueError, TypeError: shapes or devices disagree, or the named backend cannot run.
+    Source:
+        ProtoCLIP (arXiv 2206.10996), soft targets; linearity of cross-entropy in the target.
+    """
+    op = "soft_targets"
+    checks.matrix(op, "source_centroids", source_centroids, "[K, Ds]")
+    checks.matrix(op, "prototypes", prototypes, "[K, D]")
+    if len(source_centroids) != len(prototypes):
+        raise ValueError(
+            f"{op}: expected one prototype per source centroid, got source_centroids "
+            f"{tuple(source_centroids.shape)} and prototypes {tuple(prototypes.shape)}"
+        )
+    if source_centroids.device != prototypes.device:
+        raise ValueError(
+            f"{op}: expected source_centroids and prototypes on one device, got "
+            f"{source_centroids.device} and {prototypes.device}; move one with .to()"
+        )
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(
+            f"{op}: expected temperature as a Python number, got {type(temperature).__name__}; "
+            "a tensor's is .item()"
+        )
+    if temperature <= 0:
+        return (prototypes if prototypes.dtype == torch.float64 else prototypes.float()).clone()
+    source_centroids, prototypes = checks.promoted(source_centroids, prototypes)
+    name = resolve(op, backend, prototypes.device.type, prototypes.dtype)
+    with without_autocast(prototypes.device.type):
+        run = reference.soft_targets if name == "reference" else implementation(op, name, op)
+        return run(source_centroids, prototypes, max(float(temperature), COLDEST))

@@ -1,10 +1,10 @@
-// Prototype cross-entropy on the CPU: losses and gradients of several banks, and the gradient of
-// trainable prototypes. Contract: ops/prototype_cross_entropy.py.
+// Prototype cross-entropy on the CPU, losses and gradients of several banks and the gradient of
+// trainable prototypes, and soft targets. Contract: ops/prototypes.py.
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <vector>
 
+#include "cpu_ops.h"
 #include "prototype_attention.h"
 #include "strip_inputs.h"
 
@@ -82,7 +82,7 @@ class FinishRow {
                                         0. * state.logits);
     if (gradient == nullptr) return;
     float product = 0.f;
-    const float weights = static_cast<float>(state.weights);
+    const float weights = static_cast<float>(state.sum);
     for (int64_t e = 0; e < out_.d; ++e) {
       gradient[e] = acc[e] / weights - static_cast<float>(target[e]);
       product += gradient[e] * static_cast<float>(h[e]);
@@ -125,9 +125,12 @@ void forward_bank(const at::Tensor& h, const at::Tensor& prototypes, const at::T
                                  ld_targets, hard, scale, out));
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
-    const at::Tensor& h, at::TensorList prototypes, at::TensorList targets, at::TensorList labels,
-    const at::Tensor& scale, bool need_grad, bool need_nearest, c10::string_view name) {
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+prototype_ce_fwd_banks(const at::Tensor& h, at::TensorList prototypes, at::TensorList targets,
+                       at::TensorList labels, const at::Tensor& scale, bool need_grad,
+                       bool need_nearest) {
   const int64_t banks = prototypes.size(), n = h.size(0), d = h.size(1);
   const auto fp32 = at::TensorOptions(at::kFloat);
   const int64_t with_grad = need_grad ? n : 0, with_nearest = need_nearest ? n : 0;
@@ -138,13 +141,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
                                     at::empty({banks, n}, fp32),
                                     at::empty({banks, with_grad}, fp32)};
   const float s = scale.item<float>();
-  at::Tensor rows;  // the features in the arithmetic of the last bank: banks mostly share one
-  Arithmetic of_rows{};
+  const Arithmetic arithmetic = arithmetic_of(h.scalar_type());
+  const at::Tensor rows = prepare(h, arithmetic);
   for (int64_t b = 0; b < banks && n > 0; ++b) {
-    const int64_t k = prototypes[b].size(0);
-    const at::Tensor y = checked_labels(labels[b], k);
-    const Arithmetic arithmetic = pick_arithmetic(kOp, h.scalar_type(), k, name, kFewKeys);
-    if (!rows.defined() || of_rows != arithmetic) rows = prepare(h, of_rows = arithmetic);
+    const at::Tensor y = checked_labels(labels[b], prototypes[b].size(0));
     const at::Tensor c = prepare(prototypes[b], arithmetic);
     const bool hard = targets[b].size(0) == 0;
     const at::Tensor m = hard ? c : prepare(targets[b], arithmetic);
@@ -154,6 +154,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   }
   return {out[0], out[1], out[2], out[3], out[4], out[5]};
 }
+
+namespace {
 
 // Turns dot products into G = w (p - [hard and y = k]).
 class PrototypeGradient {
@@ -185,12 +187,13 @@ class PrototypeGradient {
   Base2 base2_;
 };
 
-at::Tensor backward_prototypes(const at::Tensor& h, const at::Tensor& prototypes,
-                               const at::Tensor& labels, const at::Tensor& scale,
-                               const at::Tensor& row_max, const at::Tensor& row_sum,
-                               const at::Tensor& weight, bool hard, c10::string_view name) {
-  const Arithmetic arithmetic =
-      pick_arithmetic(kOp, h.scalar_type(), prototypes.size(0), name, kFewKeys);
+}  // namespace
+
+at::Tensor prototype_ce_bwd_prototypes(const at::Tensor& h, const at::Tensor& prototypes,
+                                       const at::Tensor& labels, const at::Tensor& scale,
+                                       const at::Tensor& row_max, const at::Tensor& row_sum,
+                                       const at::Tensor& weight, bool hard) {
+  const Arithmetic arithmetic = arithmetic_of(h.scalar_type());
   const at::Tensor x = prepare(h, arithmetic), c = prepare(prototypes, arithmetic);
   const at::Tensor y = labels.contiguous(), w = weight.to(at::kFloat).contiguous();
   const at::Tensor max = row_max.contiguous(), sum = row_sum.contiguous();
@@ -209,20 +212,24 @@ at::Tensor backward_prototypes(const at::Tensor& h, const at::Tensor& prototypes
   return Gradients::finish(out, prototypes);
 }
 
-}  // namespace
+// m = softmax(S S^T / tau) C in fp32: attention with query = key = source and value = prototypes;
+// never [K, K].
+at::Tensor soft_targets(const at::Tensor& source, const at::Tensor& prototypes,
+                        double temperature) {
+  constexpr Arithmetic fp32 = Arithmetic::kFloat;
+  const at::Tensor s = prepare(source, fp32), c = prepare(prototypes, fp32);
+  at::Tensor out = at::empty(c.sizes(), c.options());
+  if (out.numel() == 0) return out;
+  float* m = out.mutable_data_ptr<float>();
+  const int64_t d = c.size(1), ld = std::max<int64_t>(c.stride(0), d);
+  const Strip<fp32> strip(s, s);
+  Attention<fp32> attention(strip, c.const_data_ptr<float>(), d, ld, nullptr,
+                            Base2(1 / temperature));
+  attention.run([&](int64_t row, const RowState& state, float, const float* acc) {
+    const float weights = static_cast<float>(state.sum);
+    for (int64_t e = 0; e < d; ++e) m[row * d + e] = acc[e] / weights;
+  });
+  return out;
+}
+
 }  // namespace protoclip
-
-TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
-  m.def(
-      "prototype_ce_fwd(Tensor h, Tensor[] prototypes, Tensor[] targets, Tensor[] labels,"
-      " Tensor scale, bool need_grad, bool need_nearest, str arithmetic)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "prototype_ce_bwd_prototypes(Tensor h, Tensor prototypes, Tensor labels, Tensor scale,"
-      " Tensor row_max, Tensor row_sum, Tensor weight, bool hard, str arithmetic) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(protoclip_native, CPU, m) {
-  m.impl("prototype_ce_fwd", protoclip::forward);
-  m.impl("prototype_ce_bwd_prototypes", protoclip::backward_prototypes);
-}

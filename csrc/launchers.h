@@ -1,9 +1,25 @@
-// Nearest centroid on CUDA: what the launcher takes.
+// The CUDA launchers and what they take from their callers. No torch headers, no device code.
 #pragma once
 
-#include "device_types.h"
+#ifdef PROTOCLIP_EMULATION
+#include "cuda_emulation.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+#include <cstddef>
+#include <cstdint>
 
 namespace protoclip {
+
+enum class Dtype { kFloat32, kBfloat16, kFloat16 };
+
+struct Matrix {
+  const void* data;                   // [rows, columns]
+  int64_t row_stride, column_stride;  // in elements
+};
+
+// ---- nearest centroid ----
 
 struct KmeansAssign {
   Matrix points, centroids;  // [N, D], [K, D]
@@ -31,5 +47,22 @@ cudaError_t plan_kmeans_assign(const KmeansAssign& call, KmeansAssignPlan* plan)
 cudaError_t launch_kmeans_assign(const KmeansAssign& call, const KmeansAssignPlan& plan,
                                  void* scratch, int64_t* labels, float* distances,
                                  cudaStream_t stream);
+
+// ---- mean of the rows of each segment ----
+
+struct SegmentMean {
+  Matrix values;          // [N, D]
+  const int64_t* labels;  // [N]; those outside [0, K) are left out
+  int64_t label_stride;
+  int64_t n;  // N < 2^31
+  int k, d;   // 1 <= K < 2^31 - 1
+  Dtype dtype;
+};
+
+size_t segment_mean_scratch_bytes(const SegmentMean& call);
+
+// Writes all of means [K, D] and counts [K]; waits for nothing. scratch: 256-byte aligned.
+cudaError_t launch_segment_mean(const SegmentMean& call, void* scratch, float* means,
+                                int64_t* counts, cudaStream_t stream);
 
 }  // namespace protoclip

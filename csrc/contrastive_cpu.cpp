@@ -1,10 +1,11 @@
-// InfoNCE on the CPU: the statistics of a strip, and its gradients. Contract: ops/info_nce.py.
+// InfoNCE and the sigmoid loss on the CPU: the statistics of a strip, and its gradients. Contract:
+// ops/contrastive.py.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <torch/library.h>
 
 #include <vector>
 
+#include "cpu_ops.h"
 #include "strip_gradient.h"
 #include "strip_inputs.h"
 #include "strip_statistics.h"
@@ -115,6 +116,8 @@ class InfoNceGradient {
   int64_t offset_;
 };
 
+constexpr int64_t kStashBytes = 64 << 20;  // of fp32 products: N = 4,096
+
 // `stash`: the room, as plain bytes, or none.
 KeptProducts kept_products(const char* op, const std::optional<at::Tensor>& stash,
                            const Inputs& in) {
@@ -135,11 +138,20 @@ std::vector<at::Tensor> forward(const Inputs& in, int64_t offset, bool columns, 
   return {rows.max, rows.sum, by_column.max, by_column.sum, positive};
 }
 
+}  // namespace
+
+int64_t stash_size(int64_t n, int64_t m) {
+  const int64_t bytes = KeptProducts::size(n, m) * static_cast<int64_t>(sizeof(float));
+  return bytes <= kStashBytes ? bytes / static_cast<int64_t>(sizeof(int16_t)) : 0;
+}
+
+at::Tensor pooled(int64_t count) { return pooled_empty({count}, at::kShort); }
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_fwd(
     const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale, int64_t offset, bool columns,
-    c10::string_view arithmetic, const std::optional<at::Tensor>& stash) {
+    const std::optional<at::Tensor>& stash) {
   const char* op = "contrastive_fwd";
-  const Inputs in(op, x, y, scale, offset, arithmetic);
+  const Inputs in(op, x, y, scale, offset);
   const KeptProducts kept = kept_products(op, stash, in);
   const auto out =
       in.dispatch([&](auto a) { return forward<decltype(a)::value>(in, offset, columns, kept); });
@@ -150,9 +162,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_bwd(
     const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale, const at::Tensor& row_max,
     const at::Tensor& row_sum, const at::Tensor& column_max, const at::Tensor& column_sum,
     const at::Tensor& row_weight, const at::Tensor& column_weight, int64_t offset,
-    c10::string_view arithmetic, const std::optional<at::Tensor>& stash) {
+    const std::optional<at::Tensor>& stash) {
   const char* op = "contrastive_bwd";
-  const Inputs in(op, x, y, scale, offset, arithmetic);
+  const Inputs in(op, x, y, scale, offset);
   const KeptProducts kept = kept_products(op, stash, in);
   const bool columns = column_max.numel() > 0;
   const at::Tensor row_w = row_weight.to(at::kFloat).contiguous();
@@ -174,20 +186,75 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_bwd(
           at::full({}, sums.g_dot, at::TensorOptions(at::kFloat))};
 }
 
+namespace {
+
+// ---- the sigmoid loss: sum of softplus(-z (scale x.y + bias)), z = 1 at positives, else -1 ----
+// No row or column statistics, so loss and gradients come from one pass: 3 products, not 4.
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// log(1 + u) for u in [0, 1], as 2 atanh(z): relative error below 1e-7.
+inline Floats log1p(Floats u) {
+  const Floats z = u / (u + 2.f), w = z * z;
+  Floats p = broadcast(1.f / 15);
+  for (int k = 13; k >= 1; k -= 2) p = p * w + 1.f / k;
+  return 2.f * z * p;
+}
+
+class SigmoidGradient {
+ public:
+  SigmoidGradient(float scale, float bias, int64_t offset)
+      : scale_(scale), bias_(bias), offset_(offset) {}
+
+  GradientSums operator()(const TileRange& range, float* s, int64_t ld) const {
+    GradientSums sums;
+    for (int64_t i = 0; i < range.rows; ++i, s += ld) {
+      Floats loss{}, g_sum{}, g_dot{};
+      for (int64_t j = 0; j < range.columns; j += kLanes) {
+        Floats dot = load(s + j), sign = broadcast(1.f), used = broadcast(1.f);
+        const int64_t positive = range.row + i + offset_ - range.column - j;
+        if (0 <= positive && positive < kLanes) sign[positive] = -1.f;
+        for (int64_t lane = range.columns - j; lane < kLanes; ++lane) dot[lane] = used[lane] = 0.f;
+        const Floats v = sign * (dot * scale_ + bias_);  // a logit that should be low
+        const Floats size = v < 0.f ? -v : v;
+        const Floats u = exp2(size * -kLog2E), inverse = 1.f / (1.f + u);
+        const Floats g = sign * used * (v < 0.f ? u * inverse : inverse);
+        loss += used * (larger(Floats{}, v) + log1p(u));
+        g_sum += g;
+        g_dot += g * dot;
+        store(s + j, g);
+      }
+      sums += {sum(g_dot), sum(g_sum), sum(loss)};
+    }
+    return sums;
+  }
+
+ private:
+  float scale_, bias_;
+  int64_t offset_;
+};
+
+at::Tensor scalar(double value) { return at::full({}, value, at::TensorOptions(at::kFloat)); }
+
 }  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_loss(
+    const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale, const at::Tensor& bias,
+    int64_t offset, bool gradients) {
+  // An offset past the last column: a chunk of another rank's texts, without positives.
+  const Inputs in("sigmoid_loss", x, y, scale, offset < y.size(0) ? offset : 0);
+  const SigmoidGradient epilogue(in.scale, bias.item<float>(), offset);
+  Gradients out(in);
+  const GradientSums sums = in.dispatch([&](auto a) {
+    const Strip<decltype(a)::value> strip(in.x, in.y);
+    using Input = typename Operands<decltype(a)::value>::Input;
+    return GradientPass<decltype(a)::value>::run(strip, epilogue, in.scale, gradients,
+                                                 out.dx.mutable_data_ptr<Input>(),
+                                                 out.dy.mutable_data_ptr<Input>());
+  });
+  if (!gradients) out.dx = out.dy = at::empty({0, in.x.size(1)}, in.x.options());
+  return {scalar(sums.loss), out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot),
+          scalar(sums.g)};
+}
+
 }  // namespace protoclip
-
-TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
-  m.def(
-      "contrastive_fwd(Tensor x, Tensor y, Tensor scale, int offset, bool columns,"
-      " str arithmetic, Tensor(a!)? stash=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "contrastive_bwd(Tensor x, Tensor y, Tensor scale, Tensor row_max, Tensor row_sum,"
-      " Tensor column_max, Tensor column_sum, Tensor row_weight, Tensor column_weight, int offset,"
-      " str arithmetic, Tensor? stash=None) -> (Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(protoclip_native, CPU, m) {
-  m.impl("contrastive_fwd", protoclip::contrastive_fwd);
-  m.impl("contrastive_bwd", protoclip::contrastive_bwd);
-}
