@@ -15,7 +15,6 @@ import json
 import shlex
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +23,7 @@ from benchmarks.machine import run_command
 from protoclip.config import ModelConfig
 from protoclip.data import open_dataset
 from protoclip.evaluate import Encoder
-from protoclip.kmeans import kmeans
-from protoclip.metrics import group_scores
+from protoclip.evaluate.metrics import group_scores
 from protoclip.model import build_model
 from protoclip.report.snapshot import environment
 
@@ -65,7 +63,7 @@ def score(checkpoint: Path, config: Path) -> dict[str, float]:
         dataset = open_dataset("builtin:emoji", split)
         features = encoder.images(dataset)
         for label, known in dataset.labels.items():
-            got = group_scores(features, known.ids, partial(kmeans, init="k-means++"))
+            got = group_scores(features, known.ids)
             out[f"{name} {label} AMI"] = got["ami"]
     return out
 

@@ -36,7 +36,8 @@ from protoclip.config import ModelConfig
 from protoclip.data import Subset, open_dataset
 from protoclip.data.types import heldout_mask
 from protoclip.evaluate import Encoder, ProbeTrain, evaluate_features
-from protoclip.evaluate.sets import EMOJI_TEMPLATES, encode_set, take
+from protoclip.evaluate.datasets import EMOJI_TEMPLATES
+from protoclip.evaluate.tasks import encode_set, take
 from protoclip.model import build_model
 
 RESULTS = Path(__file__).parent / "results" / "study"
