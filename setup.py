@@ -33,7 +33,6 @@ setup(
         "protoclip",
         "protoclip.data",
         "protoclip.evaluate",
-        "protoclip.metrics",
         "protoclip.ops",
         "protoclip.report",
         "protoclip.training",

@@ -146,18 +146,19 @@ def test_a_checkpoint_of_open_clips_exports_and_is_evaluated(alone, folder, tmp_
     assert "give the OpenCLIP name or config file" in capsys.readouterr().err
     data = ["--data", "builtin:shapes:40", "--no-cache"]
     assert evaluate([str(run), *data]) == 2
-    assert "MODEL --pretrained" in capsys.readouterr().err
+    assert "as --model" in capsys.readouterr().err
     assert export.main([str(run), "--model", model, *out]) == 0
     exported = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").state_dict()
     weights = checkpoint.load(path)["state_dict"]
     assert "logit_bias" in weights and set(exported) == set(weights)
     assert all(torch.equal(value, weights[key]) for key, value in exported.items())
     numbers = []
-    for own in ([model, "--pretrained", str(path)], [f"local-dir:{tmp_path / 'out'}"]):
+    named = [str(run), "--model", model]
+    for own in (named, [model, "--pretrained", str(path)], [f"local-dir:{tmp_path / 'out'}"]):
         results = tmp_path / f"{len(numbers)}.json"
         assert evaluate([*own, *data, "--output", str(results)]) == 0
         numbers.append(json.loads(results.read_text())["trained"]["sets"])
-    assert numbers[0] == numbers[1]
+    assert numbers[0] == numbers[1] == numbers[2]
 
 
 def test_torchcompile_changes_no_loss(alone, folder):
