@@ -307,7 +307,7 @@ def test_a_run_ends_with_its_report_and_its_path(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("spec", "words"), [("nowhere", "nowhere"), ("builtin:cats", "no built-in data")]
+    ("spec", "words"), [("nowhere", "nowhere"), ("builtin:cats", "expected one of builtin:emoji")]
 )
 def test_bad_zero_shot_data_is_refused_before_training(tmp_path, capsys, spec, words):
     flags = ["--logs", str(tmp_path), "--name", "run", "--max-steps", "2", "--imagenet-val", spec]

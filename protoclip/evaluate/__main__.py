@@ -3,128 +3,233 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import open_clip
+import torch
 from tqdm import tqdm
 
-from protoclip import heartbeat
+from protoclip import checkpoint, heartbeat
 from protoclip.commands import on_all_ranks, quietly
-from protoclip.config import PRECISIONS, Parser, TrainConfig, check_saved, output_file
+from protoclip.config import (
+    PRECISIONS,
+    ModelConfig,
+    Parser,
+    TrainConfig,
+    check_saved,
+    from_dict,
+    output_file,
+)
 from protoclip.distributed import is_main, world_size
-from protoclip.evaluate.models import Loaded, load_model
+from protoclip.evaluate.datasets import Layout, open_layout
 from protoclip.evaluate.results import Results, format_table, read_results, write_results
-from protoclip.evaluate.run import Settings, evaluate_loaded
-from protoclip.evaluate.scores import peak_memory_bytes
-from protoclip.evaluate.tasks import PROTOCOLS, TASKS, parse_tasks
+from protoclip.evaluate.tasks import (
+    PROTOCOLS,
+    TASKS,
+    Encoder,
+    EvalSet,
+    FeatureCache,
+    ProbeTrain,
+    encode_sets,
+    evaluate_features,
+    impossible,
+    peak_memory_bytes,
+)
 from protoclip.launchers import find_place
-from protoclip.model import choose_device, choose_precision
+from protoclip.model import (
+    ProtoModel,
+    autocast_for,
+    build_model,
+    choose_device,
+    choose_precision,
+    register_configs,
+)
 
 PROG = "python -m protoclip.evaluate"
 DESCRIPTION = """Evaluate a CLIP; prints a table, writes results.json and, per data set and task,
 the JSON that CLIP_benchmark writes."""
+DATA = """data: builtin:emoji | builtin:shapes[:N] | a folder of class folders (ImageFolder), also
+below train/ and test/ | a .csv or .tsv | webdataset shards with captions. Without a train split,
+probes learn from 80 % of the pictures and are judged on 20 %."""
 TIMEOUT = 3600.0  # seconds a rank waits for the slowest slice, or for a sign of life
-LAYOUTS = """data: builtin:emoji | builtin:shapes[:N] | a folder of class folders (ImageFolder),
-also below train/ and test/ | a CLIP_benchmark folder (test/0.tar, classnames.txt,
-zeroshot_classification_templates.txt, dataset_type.txt) | a .csv or .tsv | webdataset shards with
-captions. Without a train split, probes learn from 80 % of the pictures and are judged on 20 %."""
+RANDOM = "random"
+WEIGHTS = ("local-dir:", "hf-hub:")  # names that bring their weights
+COLUMNS = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")
+TEXTS = (
+    ("--model", "", "what a checkpoint of OpenCLIP's trainer is of: a name or a config .json"),
+    ("--pretrained", "", "weights of an OpenCLIP name: a tag, a file, or random"),
+    ("--data", "", "see below (default: what the run was evaluated on)"),
+    ("--tasks", "", f"some of {','.join(TASKS)}, or all (default: what the data allows)"),
+    ("--split", "auto", "folder of the split to judge (default: test or val if there)"),
+    ("--train-split", "train", "folder that probes learn from (default: %(default)s)"),
+    ("--classnames", "", "file of class names, one a line; imagenet: OpenCLIP's"),
+    ("--templates", "openai", "prompts: openai (80, the default), simple (7), or a file of them"),
+    ("--csv-label-key", "", "column of the class in a table"),
+    ("--output", "", "where the numbers go (default: results.json in the run folder, with the "
+     "data's name for other data; for an OpenCLIP name in the working folder)"),
+    ("--device", "auto", "cpu, cuda, ... (default: %(default)s)"),
+)  # fmt: skip
+CHOICES = (
+    ("--protocol", PROTOCOLS, "linear probe: L-BFGS with lambda chosen on held-out training "
+     "samples, or the authors' (SGD, unshuffled, best test epoch); default %(default)s"),
+    ("--captions", ("auto", "first", "all"),
+     "of several per picture (auto: the first on built-in data, else all)"),
+    ("--precision", ("fp32", *(p for p in PRECISIONS if p != "fp32")), "of encoding (%(default)s)"),
+)  # fmt: skip
+NUMBERS = (
+    ("--seed", None, "of splits (default: the run's, or 0)"),
+    ("--batch-size", 256, "pictures or texts encoded at once (%(default)s)"),
+    ("--workers", 0, "processes that read pictures (%(default)s)"),
+)
 
 
 def build_parser() -> Parser:
-    parser = Parser(PROG, description=DESCRIPTION, epilog=LAYOUTS)
+    parser = Parser(PROG, description=DESCRIPTION, epilog=DATA)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="run folder, checkpoint, OpenCLIP name or local-dir:PATH")
-    add("--pretrained", default="", metavar="TEXT",
-        help="weights of an OpenCLIP name: a tag, a file, or random")  # fmt: skip
-    add("--data", default="", metavar="TEXT",
-        help="see below (default: what the run was evaluated on)")  # fmt: skip
-    add("--tasks", default="", metavar="LIST",
-        help=f"some of {','.join(TASKS)}, or all (default: what the data allows)")  # fmt: skip
-    add("--split", default="auto", metavar="NAME",
-        help="folder of the split to judge (default: test or val if there)")  # fmt: skip
-    add("--train-split", default="train", metavar="NAME", help="probes learn from it (%(default)s)")
-    add("--classnames", default="", metavar="FILE",
-        help="class names, one a line; imagenet: OpenCLIP's")  # fmt: skip
-    add("--templates", default="auto", metavar="NAME",
-        help="openai (80), simple (7), a file, or auto: the data's, else openai")  # fmt: skip
-    add("--protocol", default="heldout", choices=PROTOCOLS,
-        help="linear probe: L-BFGS with lambda chosen on held-out training samples, or the "
-        "authors' (SGD, unshuffled, best test epoch)")  # fmt: skip
-    add("--captions", default="auto", choices=("auto", "first", "all"),
-        help="of several per picture (auto: the first on built-in data, else all)")  # fmt: skip
-    add("--csv-label-key", default="", metavar="NAME", help="column of the class in a table")
-    for name, meta in (("separator", "C"), ("img-key", "NAME"), ("caption-key", "NAME")):
-        add(f"--csv-{name}", default=None, metavar=meta, help="as in training")
-    add("--encoding", dest="csv_encoding", default=None, metavar="NAME", help="as in training")
-    add("--output", default="", metavar="PATH",
-        help="where the numbers go (default: results.json in the run folder, a name that tells "
-        "for other data; for an OpenCLIP name in the working folder)")  # fmt: skip
+    add("what", metavar="MODEL", help="run folder, checkpoint, OpenCLIP name or local-dir:PATH")
+    for flag, text, words in TEXTS:
+        add(flag, default=text, metavar="TEXT", help=words)
+    for flag, choices, words in CHOICES:
+        add(flag, default=choices[0], choices=choices, help=words)
+    for flag, number, words in NUMBERS:
+        add(flag, type=int, default=number, metavar="N", help=words)
+    for name in COLUMNS:  # None: as the run was trained
+        flag = "--encoding" if name == "csv_encoding" else "--" + name.replace("_", "-")
+        add(flag, dest=name, default=None, metavar="TEXT", help="as in training")
     add("--no-cache", action="store_true", help="encode again what has been encoded before")
-    add("--device", default="auto", help="cpu, cuda, ... (default: %(default)s)")
-    add("--precision", default="fp32", choices=PRECISIONS, help="of encoding (%(default)s)")
-    add("--seed", type=int, default=None, metavar="N", help="of splits (default: the run's, or 0)")
-    add("--batch-size", type=int, default=256, metavar="N")
-    add("--workers", type=int, default=0, metavar="N", help="processes that read pictures")
     return parser
 
 
-def run(args: argparse.Namespace) -> str:
-    """What the command line asks for; returns the text to print (on rank 0)."""
+def parse_tasks(text: str) -> tuple[str, ...]:
+    """ "zeroshot,knn" -> those tasks in order; "" and "all" -> all of them."""
+    wanted = {name.strip() for name in text.split(",") if name.strip()} - {"all"}
+    if unknown := sorted(wanted - set(TASKS)):
+        raise ValueError(
+            f"--tasks: expected all, or some of {','.join(TASKS)}; got {text!r}, of which "
+            f"{unknown[0]!r} is unknown"
+        )
+    return tuple(name for name in TASKS if name in wanted or not wanted)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model to evaluate, on the CPU, and where it came from."""
+
+    model: ProtoModel
+    name: str  # OpenCLIP's model name
+    pretrained: str  # checkpoint or tag
+    config: TrainConfig | None = None  # of the run that trained it
+
+
+def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
+    """Load what the command line calls MODEL.
+
+    Args:
+        what: a run folder or a checkpoint, an OpenCLIP name ("ViT-B-32", or "ViT-B-32,TAG" as in
+            CLIP_benchmark), a model config .json, "local-dir:PATH" or "hf-hub:ID".
+        pretrained: OpenCLIP's tag or weights file for a name; "random": as initialised.
+        model: the OpenCLIP name of a checkpoint that does not know its own.
+    Raises:
+        ValueError: no such model or weights; the message says what is known.
+    """
+    name, _, tag = what.partition(",")
+    register_configs()
+    named = name in open_clip.list_models() or name.startswith(WEIGHTS)
+    if (named and not os.path.exists(what)) or (name.endswith(".json") and os.path.isfile(name)):
+        return _by_name(name, pretrained or tag)
+    if not os.path.exists(what) and os.sep not in what:
+        try:
+            build_model(ModelConfig(model=what))
+        except ValueError as error:
+            reason = str(error).removeprefix("--model: ")
+            raise ValueError(
+                f"{what}: found nothing of that name, neither run nor checkpoint; {reason}"
+            ) from error
+    path = checkpoint.find(what)
+    payload = checkpoint.load(path)
+    stored = payload.get("protoclip", {}).get("config")
+    if stored is None:
+        if not model:
+            raise ValueError(
+                f"{path}: expected a checkpoint of protoclip.train, got another one, which does "
+                "not say what model it is of; give its OpenCLIP name or config file as --model"
+            )
+        return dataclasses.replace(_by_name(model, str(path)), pretrained=str(path))
+    config = from_dict(TrainConfig, stored)
+    # Its weights come from the checkpoint; what it once started from need not be there any more.
+    built = build_model(dataclasses.replace(config.model, pretrained=""))
+    built.load_state(payload)
+    return Loaded(built, config.model.model, str(path), config)
+
+
+def _by_name(name: str, pretrained: str) -> Loaded:
+    if not pretrained and not name.startswith(WEIGHTS):
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise ValueError(
+            f"{name}: --pretrained is missing: a weights file, {RANDOM} for none, or a tag "
+            f"({', '.join(tags) if tags else 'this model has none'})"
+        )
+    if pretrained == RANDOM:
+        torch.manual_seed(0)
+    weights = "" if pretrained == RANDOM or name.startswith(WEIGHTS) else pretrained
+    model = build_model(ModelConfig(model=name, pretrained=weights, add_projection_head=False))
+    return Loaded(model, name, pretrained or name)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line asks for; rank 0 writes the files and prints the table."""
     started = time.perf_counter()
-    tasks = parse_tasks(args.tasks) if args.tasks else None
-    output = output_file(args.output or _output(args, args.data), "--output")
-    loaded = load_model(args.model, args.pretrained)
-    data = args.data or _own_data(loaded.config, args.model)
-    settings = Settings(
-        data=data,
-        tasks=tasks,
-        split=args.split,
-        captions=_captions(args.captions, data),
-        protocol=args.protocol,
-        seed=args.seed if args.seed is not None else loaded.config.run.seed if loaded.config else 0,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        cached=not args.no_cache,
-        csv=_csv_columns(args, loaded.config),
-        layout={
-            "train_split": args.train_split,
-            "classnames": args.classnames,
-            "templates": args.templates,
-            "csv_label_key": args.csv_label_key,
-        },
-    )
+    tasks = parse_tasks(args.tasks)
+    output = output_file(args.output or _output(args), "--output")
+    loaded = load_model(args.what, args.pretrained, args.model)
+    data = args.data or _own_data(loaded.config, args.what)
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
     loaded.model.to(device)
     took = time.perf_counter() - started
     heartbeat.enter("evaluation")
+    cache = None
+    if not args.no_cache:
+        cache = FeatureCache(loaded.model.clip, f"{precision} {loaded.model.preprocess()}")
+    started = time.perf_counter()
     shown = None if is_main() else True  # None: where stderr is a terminal
     with tqdm(desc="evaluating", unit=" rows", file=sys.stderr, leave=False, disable=shown) as bar:
-        after, notes = evaluate_loaded(loaded, settings, device, precision, bar)
+
+        def expect(rows: int) -> None:
+            bar.total = (bar.total or 0) + rows
+            bar.refresh()
+
+        encoder = Encoder(
+            loaded.model,
+            device,
+            args.batch_size,
+            args.workers,
+            autocast_for(precision, device),
+            bar.update,
+            expect,
+            cache,
+            sharded=world_size() > 1,
+        )
+        sets, train, notes = _encode(args, encoder, loaded.config or TrainConfig(), data, tasks)
         bar.refresh()  # the last updates may have come too fast to be drawn
     if not is_main():
-        return ""
-    return _written(args, output, loaded, data, after, notes, took, str(device))
-
-
-def _written(
-    args: argparse.Namespace,
-    output: Path,
-    loaded: Loaded,
-    data: str,
-    after: Results,
-    notes: Sequence[str],
-    took: float,
-    device: str,
-) -> str:
-    """Write the files; returns the table and where they are."""
+        return
+    after = evaluate_features(sets, train, tasks=tasks, protocol=args.protocol)
+    after = dataclasses.replace(after, seconds=time.perf_counter() - started)
+    if cache is not None and cache.rows_found:
+        notes.append(f"{cache.rows_found:,} rows of features came from {cache.folder}.")
     # What training left there, for the same data, is part of the same table.
-    earlier = {} if args.tasks else _earlier(output, data)
-    before = earlier.get("untrained")
+    earlier = read_results(output) if output.is_file() and not args.tasks else {}
+    if earlier.get("data") != data:
+        earlier = {}
+    before: Results | None = earlier.get("untrained")
     timing = earlier.get("seconds") or {"loading": took, "evaluation": after.seconds}
     peak = earlier.get("peak_memory_bytes") or peak_memory_bytes(device)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -141,10 +246,44 @@ def _written(
     )
     table = format_table(before, after, timing, peak_memory_bytes=peak)
     ranks = f" on {world_size()} ranks" if world_size() > 1 else ""
-    lines = [table, *notes]
-    lines += [f"Evaluated in {after.seconds:.1f} s{ranks}, written to {output}"]
-    lines += [f"CLIP_benchmark's JSON: {output.parent / 'clip_benchmark'}"]
-    return "\n".join(lines)
+    notes.append(f"Evaluated in {after.seconds:.1f} s{ranks}, written to {output}")
+    print("\n".join([table, *notes, f"CLIP_benchmark's JSON: {output.parent / 'clip_benchmark'}"]))
+
+
+def _encode(
+    args: argparse.Namespace,
+    encoder: Encoder,
+    config: TrainConfig,
+    data: str,
+    tasks: Sequence[str],
+) -> tuple[dict[str, EvalSet], ProbeTrain | None, list[str]]:
+    """What ``encode_sets`` returns, and notes on tasks that the data does not allow."""
+    columns = {
+        name: getattr(config.data if getattr(args, name) is None else args, name)
+        for name in COLUMNS
+    }
+    seed = config.run.seed if args.seed is None else args.seed
+    builtin = data.startswith("builtin:")  # its captions differ in language and kind
+    captions = ("first" if builtin else "all") if args.captions == "auto" else args.captions
+    opened: str | Layout = data
+    notes = []
+    if not builtin:
+        words = ("split", "train_split", "classnames", "templates", "csv_label_key")
+        opened = open_layout(data, **{name: getattr(args, name) for name in words}, **columns)
+        for task, reason in impossible(tasks, opened).items():
+            if args.tasks not in ("", "all"):
+                raise ValueError(f"--tasks {task}: {reason} ({data}); leave that task out")
+            notes.append(f"Without {task}: {reason}.")
+    sets, train = encode_sets(
+        encoder,
+        opened,
+        split=args.split,
+        seed=seed,
+        captions=captions,
+        tasks=tasks,
+        open_kwargs=columns,
+    )
+    return sets, train, notes
 
 
 def _own_data(config: TrainConfig | None, where: str) -> str:
@@ -161,62 +300,33 @@ def _own_data(config: TrainConfig | None, where: str) -> str:
     )
 
 
-def _captions(asked: str, data: str) -> str:
-    """Built-in captions differ in language and kind; those of a file are equals."""
-    if asked != "auto":
-        return asked
-    return "first" if data.startswith("builtin:") else "all"
-
-
-def _csv_columns(args: argparse.Namespace, config: TrainConfig | None) -> dict[str, Any]:
-    names = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")
-    run = (config or TrainConfig()).data
-    given = {name: getattr(args, name) for name in names}
-    return {name: getattr(run, name) if value is None else value for name, value in given.items()}
-
-
-def _output(args: argparse.Namespace, other_data: str) -> Path:
-    """results.json of the run for its own evaluation, a name that tells for any other."""
-    path = Path(args.model)
-    there = path.exists()
-    stem = path.stem if path.is_file() else "" if there else args.model + "-" + args.pretrained
-    parts = [_slug(stem), "results", _slug(other_data)]
-    parts += ["all_captions" if args.captions == "all" else ""]
-    if args.tasks and there:
-        parts += [_slug(args.tasks)]
-    parts += [args.protocol if args.protocol != "heldout" else ""]
-    folder = (path.parent if path.is_file() else path) if there else Path(".")
-    return folder / ("-".join(part for part in parts if part) + ".json")
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[-60:]
-
-
-def _earlier(output: Path, data: str) -> dict[str, Any]:
-    """An earlier results.json at the same place, if it is about the same data; else {}."""
-    if not output.is_file():
-        return {}
-    content = read_results(output)
-    return content if content.get("data") == data else {}
-
-
-def show(args: argparse.Namespace) -> None:
-    """Run, and print on rank 0."""
-    if text := run(args):
-        print(text)
+def _output(args: argparse.Namespace) -> Path:
+    """results.json of the run for its own evaluation, a longer name for any other."""
+    path = Path(args.what)
+    parts = ["", "results", args.data]
+    if path.is_file():
+        parts[0] = path.stem
+    elif not path.exists():
+        parts[0] = args.what + "-" + args.pretrained
+    parts += ["all_captions"] if args.captions == "all" else []
+    parts += [args.tasks] if path.exists() else []
+    parts += [args.protocol] if args.protocol != "heldout" else []
+    slugs = [re.sub(r"[^A-Za-z0-9]+", "_", part).strip("_")[-60:] for part in parts]
+    folder = path.parent if path.is_file() else path if path.exists() else Path(".")
+    return folder / ("-".join(filter(None, slugs)) + ".json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake ends it with one line and status 2."""
+
     try:
         place = find_place()
         with quietly(place):
             args = build_parser().parse_args(argv)
         if place.world_size > 1:
             where = place, args.device, TIMEOUT, "auto"
-            return on_all_ranks(lambda: show(args), *where, PROG, "start it again")
-        show(args)
+            return on_all_ranks(lambda: run(args), *where, PROG, "start it again")
+        run(args)
     except (ValueError, OSError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2

@@ -16,8 +16,8 @@ from typing import Any
 
 from protoclip.config import TrainConfig, flag_of
 from protoclip.evaluate import Results, read_results
+from protoclip.evaluate.metrics import Sampled, bootstrap_intervals
 from protoclip.evaluate.results import results_from_plain, results_to_plain, rows_of
-from protoclip.metrics import bootstrap_mean
 from protoclip.report.figures import Series, read_series
 from protoclip.report.snapshot import Snapshot, load_snapshot
 
@@ -190,8 +190,7 @@ def change(run: Run, other: Run, key: str, metric: str) -> Change | None:
     low, high = -math.inf, math.inf
     hits, others = (one.snapshot.hits_of(f"{key}/{metric}") for one in (run, other))
     if hits is not None and others is not None and hits.shape == others.shape:
-        both = bootstrap_mean(hits, others)
-        value, low, high = both.mean, both.low, both.high
+        low, high = bootstrap_intervals({"": Sampled(hits - others)})[""]
     elif metric in mine.intervals and metric in theirs.intervals:
         (a, b), (c, d) = mine.intervals[metric], theirs.intervals[metric]
         half = math.hypot(b - a, d - c) / 2

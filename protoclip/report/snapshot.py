@@ -28,9 +28,9 @@ from protoclip.data import DataError, PairDataset
 from protoclip.data.files import write_atomic
 from protoclip.evaluate import EvalSet, Results
 from protoclip.kmeans import kmeans
-from protoclip.metrics import purity
 from protoclip.model import Encoded
 from protoclip.ops import segment_mean
+from protoclip.prototypes import purity
 
 NAME, FORMAT = "report.json", 2
 SIDE = 64  # pixels of a thumbnail

@@ -10,10 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from protoclip.config import TrainConfig
-from protoclip.data import PairDataset, Subset, open_dataset
+from protoclip.data import PairDataset, Subset, index_together, open_dataset
 from protoclip.data.loader import Faults
-from protoclip.data.shards import index_together
-from protoclip.data.sources import is_sharded
 from protoclip.distributed import is_main
 from protoclip.teacher import MINILM, load_teacher, minilm_missing
 
@@ -22,8 +20,7 @@ def open_training_data(config: TrainConfig) -> PairDataset:
     """The training pairs: the train split of built-in data, all of anything else."""
     data = config.data
     split = "train" if data.train_data.startswith("builtin:") else "all"
-    if is_sharded(data.train_data):
-        index_together(data.train_data)
+    index_together(data.train_data)
     dataset = open_dataset(
         data.train_data, split, keep_going=data.check_data, **open_arguments(config)
     )
