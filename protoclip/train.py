@@ -18,20 +18,22 @@ from tqdm import tqdm
 
 from protoclip import checkpoint
 from protoclip.clustering import check_clusters
-from protoclip.commands import on_all_ranks, quietly
 from protoclip.config import TrainConfig, build_parser, parse
 from protoclip.data import PairDataset, build_transform
 from protoclip.data.check import check_data
 from protoclip.device import choose_device, choose_precision
 from protoclip.distributed import (
+    find_rank,
     from_main,
     is_distributed,
     is_main,
+    quiet_beside_main,
+    run_command,
     seed_everything,
+    start,
     world_size,
 )
 from protoclip.evaluate import Results, format_table, peak_memory_bytes, read_results, write_results
-from protoclip.launchers import find_place
 from protoclip.model import ProtoModel, build_model
 from protoclip.report import write_report
 from protoclip.training.adopt import OpenClipRun, adopt
@@ -49,7 +51,6 @@ from protoclip.training.saving import SaveSchedule, Stopped, StopSignals
 from protoclip.training.views import Evaluation, draw_plots
 
 PROG = "python -m protoclip.train"
-REMEDY = "--resume goes on from the last checkpoint"  # where a rank is lost
 DESCRIPTION = (
     "Train ProtoCLIP (or CLIP) on image-text pairs. Without arguments: ProtoCLIP on the built-in "
     "emoji, a few minutes on two CPU cores."
@@ -57,25 +58,23 @@ DESCRIPTION = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, or 2 for a user's mistake (one message on stderr)."""
-    try:
-        place = find_place()
-        with quietly(place):
+    """Run the command; the exit code is 0, 2 for a user's mistake, 130 after Ctrl-C."""
+
+    def work() -> int:
+        info = find_rank()
+        with quiet_beside_main(info):
             config = parse(build_parser(PROG, DESCRIPTION), with_saved_config(argv))
-        if place.world_size > 1:
-            run = config.run
-            settings = run.device, run.dist_timeout, run.dist_backend
-            return on_all_ranks(lambda: train(config), place, *settings, PROG, REMEDY)
-        train(config)
-    except (ValueError, OSError) as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stop:  # before there was a run folder
-        print(f"{PROG}: {stop}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print(f"{PROG}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+            SaveSchedule(config.run.save_every)  # a mistake there should not cost minutes
+        device = choose_device(config.run.device)
+        start(info, device, config.run.dist_timeout, config.run.dist_backend)
+        with StopSignals() as signals:
+            try:
+                _train(config, signals)
+            except Stopped as stop:  # before there was a run folder
+                print(f"{PROG}: {stop}", file=sys.stderr)
+        return 0
+
+    return run_command(work, PROG)
 
 
 def with_saved_config(argv: Sequence[str] | None) -> list[str]:
@@ -97,18 +96,6 @@ def check(dataset: PairDataset, workers: int) -> int:
         total=len(dataset), desc="checking", unit=" samples", leave=False, disable=None
     ) as bar:
         return int(check_data(dataset, tqdm.write, workers, bar.update) > 0)
-
-
-def train(config: TrainConfig) -> Path:
-    """A whole run: data, model, teacher, training, evaluation, plots; returns the run folder.
-
-    Raises:
-        ValueError: something the config asks for does not exist or does not fit together; the
-            message has the remedy. Nothing is overwritten.
-    """
-    SaveSchedule(config.run.save_every)  # a mistake there should not cost the minutes before
-    with StopSignals() as signals:
-        return _train(config, signals)
 
 
 def _train(config: TrainConfig, signals: StopSignals) -> Path:

@@ -9,9 +9,8 @@ from ranks import on_ranks
 
 import protoclip
 from protoclip import distributed
-from protoclip.distributed import GlobalBatchNorm1d
+from protoclip.distributed import GlobalBatchNorm1d, find_rank
 from protoclip.global_losses import global_info_nce, global_sigmoid_loss
-from protoclip.launchers import find_place
 from protoclip.losses import similarity_distillation
 from protoclip.model import Encoded
 from protoclip.ops import siglip
@@ -51,7 +50,7 @@ def whole(dtype, backend, scale, wide=None):
 
 
 def joined():
-    distributed.start(find_place(), torch.device("cpu"), 60)
+    distributed.start(find_rank(), torch.device("cpu"), 60)
 
 
 def of_rank():
@@ -73,13 +72,21 @@ def of_rank():
             rows = [t.grad.double() / ranks for t in leaves[:2]]
             means = [distributed.mean_over_ranks(t.double()) for t in
                      (value.detach(), *(t.grad for t in leaves[2:]))]  # fmt: skip
-            rows = [distributed.gather_slices(t, G) for t in rows]
+            rows = [all_rows(t) for t in rows]
             results.append([t.numpy() for t in (means[0], *rows, *means[1:])])
     results.append(distillation(own))
     results.append(batch_norm(own))
     results.append(refusal())
     distributed.stop()
     return results
+
+
+def all_rows(rows):
+    """The rows of all ranks."""
+    parts = [rows] * distributed.world_size()
+    if distributed.is_distributed():
+        torch.distributed.all_gather_object(parts, rows)
+    return torch.cat(parts)
 
 
 def batch_norm(own):
@@ -89,7 +96,7 @@ def batch_norm(own):
     y = norm(x)
     (w[own] * y).sum().backward()
     means = [distributed.sum_over_ranks(p.grad.clone()) for p in norm.parameters()]
-    rows = [distributed.gather_slices(t, G) for t in (y.detach(), x.grad)]
+    rows = [all_rows(t) for t in (y.detach(), x.grad)]
     return [t.numpy() for t in (*rows, *means, norm.running_mean, norm.running_var)]
 
 

@@ -11,7 +11,7 @@ from ranks import on_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
 from protoclip import distributed
-from protoclip.launchers import find_place
+from protoclip.distributed import find_rank
 
 CLUSTERS, SAMPLES, TEACHER = 2000, 100_000, 32
 
@@ -19,7 +19,7 @@ CLUSTERS, SAMPLES, TEACHER = 2000, 100_000, 32
 def peak_of_steps(batch_size):
     """Bytes of all tensors at the worst moment of building a model and taking two steps, counted
     by the allocator: what is resident also depends on the kernel and on what ran before."""
-    distributed.start(find_place(), torch.device("cpu"), 60)
+    distributed.start(find_rank(), torch.device("cpu"), 60)
     steps(4)  # fills caches, which are no part of the model
     gc.collect()
     with torch.profiler.profile(
@@ -137,7 +137,7 @@ def flop_of_steps(batch_size):
     """Flop of a step, as torch counts its own operators: the reference's products. More than one
     rank pass through the towers once more before the first step."""
     os.environ["PROTOCLIP_BACKEND"] = "reference"
-    distributed.start(find_place(), torch.device("cpu"), 60)
+    distributed.start(find_rank(), torch.device("cpu"), 60)
     counted = []
     for count in (1, 2):
         with FlopCounterMode(display=False) as counter:
@@ -164,7 +164,7 @@ def test_flop_are_those_of_a_step(ranks, batch):
 
 def step_seconds(batch_size):
     """CPU seconds of a step, and flop a second of this core's matrix products."""
-    distributed.start(find_place(), torch.device("cpu"), 60)
+    distributed.start(find_rank(), torch.device("cpu"), 60)
     clock = time.process_time
     a = torch.randn(1024, 1024)
     a @ a

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ranks import on_ranks
 
 from protoclip import distributed
-from protoclip.launchers import find_place
+from protoclip.distributed import find_rank
 from protoclip.model import Encoded
 
 TINY = {
@@ -78,7 +78,7 @@ def train(folder, flags):
     from protoclip.training.phases import Phases
     from protoclip.training.plan import make_plan
 
-    distributed.start(find_place(), torch.device("cpu"), 60)
+    distributed.start(find_rank(), torch.device("cpu"), 60)
     cpu = torch.device("cpu")
 
     def trainer_for(more):
@@ -141,7 +141,7 @@ def gradients(folder, passes):
     from protoclip.training.stepper import Stepper
 
     cpu = torch.device("cpu")
-    distributed.start(find_place(), cpu, 60)
+    distributed.start(find_rank(), cpu, 60)
     torch.manual_seed(0)
     model = build_model(ModelConfig(model=str(folder / "tiny.json"))).double()
     pixels = torch.randn(BATCH, 3, 16, 16, dtype=torch.float64)
@@ -209,7 +209,7 @@ def stored(dim):
     """What this rank gets from the stores of all after two passes of three steps of 12."""
     from protoclip.features import FeatureStore
 
-    distributed.start(find_place(), torch.device("cpu"), 60)
+    distributed.start(find_rank(), torch.device("cpu"), 60)
     share = 12 // distributed.world_size()
     store = FeatureStore(3 * share, torch.device("cpu"), share)
     torch.manual_seed(0)

@@ -8,10 +8,8 @@ import resource
 import pytest
 import torch
 from fault_runs import prepare
-from tqdm import tqdm
 
 from protoclip import checkpoint
-from protoclip.commands import Screen
 from protoclip.config import RunConfig, TrainConfig
 from protoclip.train import main
 from protoclip.training.append_log import AppendLog
@@ -117,15 +115,6 @@ def test_tensorboard_gives_up_in_words_on_a_full_disk(tmp_path, capsys):
             folder.close()
         said = capsys.readouterr().err
         assert "tensorboard: File too large" in said and "Traceback" not in said
-
-
-def test_a_progress_bar_on_a_full_disk_ends_no_run(tmp_path):
-    """stderr is a file there: python -m protoclip.train 2> log."""
-    with (tmp_path / "err").open("w") as file:
-        with pytest.raises(OSError, match="too large"), full_disk(0):
-            list(tqdm(range(9), mininterval=0, file=file))
-        with contextlib.redirect_stderr(Screen(file)), full_disk(0):
-            assert list(tqdm(range(9), mininterval=0)) == list(range(9))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -139,11 +139,11 @@ def test_paper_probe_is_plain_sgd_and_takes_the_best_epoch():
 def on_a_rank():
     """Slices and flags on one of the ranks."""
     from protoclip import distributed
+    from protoclip.distributed import find_rank
     from protoclip.evaluate.ranks import all_ranks, sharded
-    from protoclip.launchers import find_place
 
     cpu = torch.device("cpu")
-    place = find_place()
+    place = find_rank()
     distributed.start(place, cpu, 60.0)
     table = torch.arange(14.0).reshape(7, 2)
     same = all(

@@ -17,8 +17,7 @@ ROOT = Path(protoclip.__file__).parent
 # A module imports from its own row or rows above it. The order is the data flow.
 LAYERS = [
     ["ops"],
-    ["config", "distributed", "launchers", "device", "heartbeat", "checkpoint"],
-    ["commands"],
+    ["config", "distributed", "device", "checkpoint"],
     ["kmeans", "faiss_kmeans", "global_losses"],
     ["data"],
     ["short_text"],

@@ -12,22 +12,26 @@ from typing import Any
 
 from tqdm import tqdm
 
-from protoclip import heartbeat
-from protoclip.commands import on_all_ranks, quietly
 from protoclip.config import PRECISIONS, Parser, TrainConfig, check_saved, output_file
 from protoclip.device import choose_device, choose_precision
-from protoclip.distributed import is_main, world_size
+from protoclip.distributed import (
+    find_rank,
+    is_main,
+    quiet_beside_main,
+    run_command,
+    start,
+    world_size,
+)
 from protoclip.evaluate.models import Loaded, load_model
 from protoclip.evaluate.results import Results, format_table, read_results, write_results
 from protoclip.evaluate.run import Settings, evaluate_loaded
 from protoclip.evaluate.scores import peak_memory_bytes
 from protoclip.evaluate.tasks import PROTOCOLS, TASKS, parse_tasks
-from protoclip.launchers import find_place
 
 PROG = "python -m protoclip.evaluate"
 DESCRIPTION = """Evaluate a CLIP; prints a table, writes results.json and, per data set and task,
 the JSON that CLIP_benchmark writes."""
-TIMEOUT = 3600.0  # seconds a rank waits for the slowest slice, or for a sign of life
+TIMEOUT = 3600.0  # seconds that a rank waits for the slowest slice
 LAYOUTS = """data: builtin:emoji | builtin:shapes[:N] | a folder of class folders (ImageFolder),
 also below train/ and test/ | a CLIP_benchmark folder (test/0.tar, classnames.txt,
 zeroshot_classification_templates.txt, dataset_type.txt) | a .csv or .tsv | webdataset shards with
@@ -101,7 +105,6 @@ def run(args: argparse.Namespace) -> str:
     precision = choose_precision(args.precision, device)
     loaded.model.to(device)
     took = time.perf_counter() - started
-    heartbeat.enter("evaluation")
     shown = None if is_main() else True  # None: where stderr is a terminal
     with tqdm(desc="evaluating", unit=" rows", file=sys.stderr, leave=False, disable=shown) as bar:
         after, notes = evaluate_loaded(loaded, settings, device, precision, bar)
@@ -209,18 +212,15 @@ def show(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake ends it with one line and status 2."""
-    try:
-        place = find_place()
-        with quietly(place):
+
+    def work() -> None:
+        info = find_rank()
+        with quiet_beside_main(info):
             args = build_parser().parse_args(argv)
-        if place.world_size > 1:
-            where = place, args.device, TIMEOUT, "auto"
-            return on_all_ranks(lambda: show(args), *where, PROG, "start it again")
+        start(info, choose_device(args.device), TIMEOUT)
         show(args)
-    except (ValueError, OSError) as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(work, PROG)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from protoclip import heartbeat
-
 
 class Phases:
     """A stopwatch per phase.
@@ -30,7 +28,6 @@ class Phases:
     @contextlib.contextmanager
     def measure(self, name: str, *, on_host: bool = False) -> Iterator[None]:
         """Add the time of the block to phase ``name``."""
-        heartbeat.enter(name)
         signs = [(name, 1.0), *((outer, -1.0) for outer in self._open[-1:])]
         self._open.append(name)
         try:
