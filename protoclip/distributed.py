@@ -158,9 +158,10 @@ def run_command(work: Callable[[], int | None], name: str) -> int:
 
 def _say_once(text: str) -> None:
     """Print what several ranks may have to say, by the first that comes."""
-    first = True
-    with contextlib.suppress(RuntimeError):  # the rank that holds the store has ended
+    try:
         first = _store is None or _store.add("said", 1) == 1
+    except RuntimeError:  # rank 0, which held the store, has spoken and ended
+        first = False
     if first:
         print(text, file=sys.stderr, flush=True)
 
