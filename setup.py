@@ -38,7 +38,6 @@ setup(
         "protoclip.ops",
         "protoclip.report",
         "protoclip.teacher",
-        "protoclip.training",
         "protoclip.kernels",
         "protoclip.csrc",
     ],

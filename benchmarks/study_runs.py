@@ -21,17 +21,16 @@ import torch
 
 from benchmarks.study_rows import BASE
 from protoclip.config import TrainConfig, build_parser, parse
-from protoclip.data import Subset, build_transform, open_dataset
-from protoclip.data.hashing import heldout_mask
+from protoclip.data import Subset, open_dataset
+from protoclip.data.loader import EpochOrder
+from protoclip.data.types import heldout_mask
 from protoclip.evaluate import Encoder, ProbeTrain, evaluate_features
 from protoclip.evaluate.sets import EMOJI_TEMPLATES, encode_set, take
 from protoclip.model import ProtoModel, build_model
+from protoclip.run_folder import RunFolder
+from protoclip.schedule import make_plan
 from protoclip.teacher import MINILM, load_teacher, pca
-from protoclip.training.inputs import uses_teachers
-from protoclip.training.loop import Trainer
-from protoclip.training.phases import Phases
-from protoclip.training.plan import make_plan
-from protoclip.training.run_folder import RunFolder
+from protoclip.train import Setup, Trainer, teacher_spec
 
 DATA = "builtin:emoji"
 SELECTION_PERCENT, SELECTION_SEED = 20, 20261125
@@ -67,30 +66,19 @@ def train(
     dataset = Subset(open_dataset(DATA, "all"), concepts)
     torch.manual_seed(config.run.seed)
     model = build_model(config.model)
-    teachers = {}
-    if uses_teachers(config) and config.episode.external_teacher != ("none",):
+    teacher = None
+    if teacher_spec(config)[0]:
         rows = load_teacher(MINILM, open_dataset(DATA, "all"), dim=0)[torch.from_numpy(concepts)]
-        teachers["external"] = pca(rows, config.episode.external_teacher_dim)
-    transform = build_transform(model.image_size, model.mean, model.std, config.data.augmentation)
-    phases, run_folder = Phases(CPU), RunFolder(folder, config)
-    plan = make_plan(config, len(dataset))
-    trainer = Trainer(
-        config,
-        plan,
-        model,
-        dataset,
-        transform,
-        teachers,
-        run_folder,
-        phases,
-        device=CPU,
-        precision="fp32",
-    )
+        teacher = pca(rows, config.episode.external_teacher_dim)
+    plan, order = make_plan(config, len(dataset)), EpochOrder(dataset, config.data)
+    setup = Setup(config, plan, dataset, order, CPU, "fp32", teacher)
+    run_folder = RunFolder(folder, config)
+    trainer = Trainer(setup, model, run_folder)
     try:
         trainer.run()
     finally:
         run_folder.close()
-    return model, phases.seconds()
+    return model, trainer.phases.seconds()
 
 
 def judge(

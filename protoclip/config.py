@@ -190,36 +190,18 @@ class EpisodeConfig:
         "auto",
         "what is clustered: 'extract', a forward pass over the episode's samples (paper), or "
         "'reuse', the projections of the last episode's training, at no cost; 'auto': reuse, but "
-        "extract with --ema-decay or without a warm-up, which need it",
+        "extract without a warm-up, which needs it",
         flag="episode-features",
         choices=("auto", "extract", "reuse"),
     )
-    ema_decay: float = option(
-        0.0, "extract with a moving average of the weights that decays so; 0: the model", low=0
+    num_clusters: int = option(
+        0, "prototypes per source; 0: a tenth of the episode", flag="k", low=0
     )
-    clusters: tuple[int, ...] = option(
-        (0,),
-        "prototypes per source; several numbers: as many sets of prototypes at once; 0: a tenth "
-        "of the episode",
-        flag="k",
-        low=0,
-    )
-    target_temperature: tuple[float, ...] = option(
-        (0.01,),
-        "of the soft targets of the internal prototypes, one for both or image's and text's; "
-        "0: hard labels",
-        low=0,
-    )
-    external_target_temperature: tuple[float, ...] = option(
-        (0.0,),
-        "the same for external teachers, one for all or one each; 0: hard labels (paper)",
-        low=0,
+    target_temperature: float = option(
+        0.01, "of the soft targets of the internal prototypes; 0: hard labels", low=0
     )
     pbt: bool = option(
         True, "prototype back translation; off: raw centroids of the other modality", flag="PBT"
-    )
-    normalize_centroids: bool = option(
-        False, "centroids and prototypes of unit length (spherical k-means); off: plain means"
     )
     keep_empty: bool = option(
         False, "keep empty clusters as prototypes at zero, as the authors do", flag="keep-empty"
@@ -234,8 +216,8 @@ class EpisodeConfig:
     )
     kmeans_init: str = option(
         "warm",
-        "start k-means from the last episode's centroids, or anew",
-        choices=("warm", "random", "k-means++"),
+        "start k-means from the last episode's centroids or from random samples",
+        choices=("warm", "random"),
     )
     kmeans_backend: str = option(
         "auto",
@@ -244,11 +226,11 @@ class EpisodeConfig:
     )
     kmeans_max_iter: int = option(20, "iterations of k-means", low=1)
     kmeans_nredo: int = option(1, "restarts of k-means when not warm (paper: 3)", low=1)
-    external_teacher: tuple[str, ...] = option(
-        ("auto",),
-        "features that tell which samples belong together, one teacher or several: .npz of "
-        "python -m protoclip.teacher, .npy or .safetensors of [dataset, d], builtin:minilm, none, "
-        "or auto (builtin:minilm on built-in data if installed)",
+    external_teacher: str = option(
+        "auto",
+        "features that tell which samples belong together: .npz of python -m protoclip.teacher, "
+        ".npy or .safetensors of [dataset, d], builtin:minilm, none, or auto (builtin:minilm on "
+        "built-in data if installed)",
     )
     external_teacher_dim: int = option(
         64, "reduce a teacher's features to this many principal components; 0: keep all", low=0
@@ -257,8 +239,7 @@ class EpisodeConfig:
     @property
     def reuses(self) -> bool:
         """Whether training's own projections are clustered."""
-        can = self.ema_decay == 0 and self.infonce_warmup >= 1
-        return self.features == "reuse" or (self.features == "auto" and can)
+        return self.features == "reuse" or (self.features == "auto" and self.infonce_warmup >= 1)
 
 
 @dataclass(frozen=True)
@@ -620,20 +601,6 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def check_together(config: TrainConfig) -> None:
     """Raise ValueError for settings that are fine one by one and contradict each other."""
     episode = config.episode
-    if len(episode.target_temperature) > 2:
-        raise ValueError(
-            "--target-temperature: expected one number, or two (image clusters, text clusters), "
-            f"got {len(episode.target_temperature)}"
-        )
-    if len(set(episode.clusters)) != len(episode.clusters):
-        raise ValueError(f"--k: expected different numbers, got {episode.clusters}")
-    if episode.ema_decay >= 1:
-        raise ValueError(f"--ema-decay: expected less than 1, got {episode.ema_decay}")
-    if episode.features == "reuse" and episode.ema_decay > 0:
-        raise ValueError(
-            "--ema-decay: a moving average needs a forward pass of its own; use "
-            "--episode-features extract"
-        )
     if episode.features == "reuse" and episode.infonce_warmup < 1:
         raise ValueError(
             "--episode-features reuse: clusters what an earlier episode left; use "

@@ -1,5 +1,6 @@
 """ClipLoss and SigLipLoss against OpenCLIP's own, alone and over two ranks."""
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -90,6 +91,29 @@ def test_mixed_dtypes_are_promoted(image, text):
             assert [g.dtype for g in grads] == [image, text, scale.dtype]
     want = protoclip.ClipLoss()(x.float(), y.float(), torch.tensor(20.0))
     assert torch.allclose(protoclip.ClipLoss()(x, y, torch.tensor(20.0)), want, rtol=1e-5)
+
+
+SCALES = [10, np.float32(10), np.int64(10), np.array([10.0]), torch.tensor(10), torch.tensor([10])]
+
+
+@pytest.mark.parametrize("loss", ["ClipLoss", "SigLipLoss", "ProtoClipLoss"])
+def test_a_scale_is_any_number(loss):
+    loss, (x, y) = getattr(protoclip, loss)().eval(), features()
+    want = loss(x, y, torch.tensor(10.0))
+    for scale in (10.0, *SCALES):
+        assert torch.equal(loss(x, y, scale).squeeze(), want), repr(scale)
+    for wrong in ("10", [10.0, 11.0], torch.ones(2)):
+        with pytest.raises((TypeError, ValueError), match="logit_scale"):
+            loss(x, y, wrong)
+
+
+@pytest.mark.parametrize("loss", ["ClipLoss", "SigLipLoss"])
+def test_meta_tensors_give_shapes(loss):
+    x, y = (t.to("meta").requires_grad_() for t in features())
+    scale = torch.ones((), device="meta", requires_grad=True)
+    value = getattr(protoclip, loss)()(x, y, scale)
+    value.backward()
+    assert value.shape == () and x.grad.shape == x.shape and scale.grad.shape == ()
 
 
 def test_refusals_name_the_flag():

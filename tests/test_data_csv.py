@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from protoclip.data import DataError, open_dataset
-from protoclip.data.strings import StringTable
+from protoclip.data.types import StringTable
 
 TEXTS = ("ein Mädchen läuft", "女の子が走る", "drapeau\u202f: Chine 🇨🇳", 'says "hi", twice')
 
@@ -83,7 +83,7 @@ def test_csv_faults_name_the_line_and_the_remedy(folder, content, words):
 
 
 def test_csv_that_is_missing_or_not_utf8(folder):
-    with pytest.raises(DataError, match="no file"):
+    with pytest.raises(DataError, match="No such file"):
         open_dataset(str(folder / "absent.csv"))
     (folder / "latin.tsv").write_bytes("filepath\ttitle\nimages/0.png\tMädchen\n".encode("latin1"))
     with pytest.raises(DataError, match="not UTF-8"):
@@ -116,13 +116,13 @@ def test_transparency_becomes_white(folder):
 @pytest.mark.parametrize(
     ("spec", "split", "words"),
     [
-        ("builtin:birds", "all", "known: builtin:emoji"),
+        ("builtin:birds", "all", "expected one of builtin:emoji"),
         ("builtin:shapes:many", "all", "whole number"),
         ("builtin:shapes:0", "all", "at least 1"),
         ("builtin:shapes:1", "heldout", "too few"),
         ("builtin:emoji", "test", "split must be one of"),
         ("builtin:shapes", "noto", "split must be all, train or heldout"),
-        ("photos.zip", "all", "is none of"),
+        ("photos.zip", "all", "expected one of"),
     ],
 )
 def test_unknown_data_lists_what_is_known(spec, split, words):

@@ -8,8 +8,7 @@ import torch
 from test_data_csv import same
 
 from protoclip.data import Subset, open_dataset
-from protoclip.data.__main__ import main
-from protoclip.data.export import export_shards
+from protoclip.data.__main__ import export_shards, main
 
 
 @pytest.fixture(autouse=True)

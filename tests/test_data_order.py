@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from protoclip.config import DataConfig
-from protoclip.training.order import EpochOrder
+from protoclip.data.loader import EpochOrder
 
 
 def dataset(shards=20, per_shard=10, first_source=15, remote=False):

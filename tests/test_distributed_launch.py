@@ -44,15 +44,15 @@ def test_a_mistake_is_said_once(tmp_path):
 
 def broken_step():
     """The third step raises what nobody expects."""
-    from protoclip.training.stepper import Stepper
+    from protoclip.step import Stepper
 
     step, calls = Stepper.step, []
 
-    def raising(self, *args):
+    def raising(self, *args, **options):
         calls.append(1)
         if len(calls) == 3:
             raise KeyError("a mistake of the program")
-        return step(self, *args)
+        return step(self, *args, **options)
 
     Stepper.step = raising
 

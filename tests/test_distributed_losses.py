@@ -10,8 +10,7 @@ from ranks import on_ranks
 import protoclip
 from protoclip import distributed
 from protoclip.distributed import GlobalBatchNorm1d, find_rank
-from protoclip.global_losses import global_info_nce, global_sigmoid_loss
-from protoclip.losses import similarity_distillation
+from protoclip.losses import global_info_nce, global_sigmoid_loss, similarity_distillation
 from protoclip.model import Encoded
 from protoclip.ops import siglip
 

@@ -37,33 +37,31 @@ def steps(batch_size, count=2):
     """Build a model and an episode's tensors, and take steps; CPU seconds of each."""
     from protoclip.config import LossConfig, ModelConfig, OptimConfig
     from protoclip.data import Batch
-    from protoclip.device import autocast_for
-    from protoclip.episode import Episode, PrototypeSet
     from protoclip.losses import ProtoLoss
     from protoclip.model import build_model
-    from protoclip.training.engine import Optimiser
-    from protoclip.training.phases import Phases
-    from protoclip.training.stepper import Stepper
+    from protoclip.prototypes import Clustering, Episode, PrototypeSet
+    from protoclip.step import Stepper
 
-    cpu = torch.device("cpu")
     model = build_model(ModelConfig())
-    optimiser = Optimiser(model, OptimConfig(), "fp32")
-    stepper = Stepper(
-        model, ProtoLoss(LossConfig()), optimiser, autocast_for("fp32", cpu), Phases(cpu), cpu
-    )
+    stepper = Stepper(model, ProtoLoss(LossConfig()), OptimConfig())
     dim = model.image_head[-1].out_features
     tables = {name: torch.randint(CLUSTERS, (SAMPLES,)) for name in ("image", "text", "teacher")}
-    held = [torch.randn(SAMPLES, TEACHER), *(torch.randn(CLUSTERS, dim) for _ in range(3))]
+    held = [torch.randn(SAMPLES, TEACHER)]
     held.append(torch.randn(SAMPLES // distributed.world_size(), 2 * dim + 2))
+    counts = torch.ones(CLUSTERS, dtype=torch.int64)
+    clusterings = {
+        name: Clustering(torch.randn(CLUSTERS, dim), labels, counts)
+        for name, labels in tables.items()
+    }
     pairs = [("text", "image"), ("image", "text"), ("teacher", "image"), ("teacher", "text")]
     sets = [
         PrototypeSet(
-            source, student, torch.randn(CLUSTERS, dim), torch.randn(CLUSTERS, dim),
-            tables[source], torch.ones(CLUSTERS, dtype=torch.int64),
+            source, student, clusterings[source], torch.randn(CLUSTERS, dim),
+            torch.randn(CLUSTERS, dim), False,
         )
         for source, student in pairs
     ]  # fmt: skip
-    episode = Episode(tuple(sets[:2]), tuple(sets[2:]))
+    episode = Episode(tuple(sets))
     took = []
     for _ in range(count):
         index = torch.randint(SAMPLES, (batch_size,))
@@ -71,9 +69,9 @@ def steps(batch_size, count=2):
         tokens = torch.randint(1, 49000, (batch_size, model.clip.context_length))
         tokens[:, -1] = 49407  # captions that fill the context, as the plan assumes
         began = time.process_time()
-        stepper.step([Batch(index, pixels, tokens)], episode, True)
+        stepper.step(0, [Batch(index, pixels, tokens)], episode, project=True, lr=1e-3)
         took.append(time.process_time() - began)
-    assert len(held) == 5  # until here
+    assert len(held) == 2  # until here
     return took
 
 

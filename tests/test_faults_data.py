@@ -15,8 +15,8 @@ from test_data_shards import write_shards, write_tar
 
 from protoclip.data import DataError, batches, build_transform, open_dataset
 from protoclip.data.__main__ import main as data_command
-from protoclip.data.faults import Faults
-from protoclip.data.tar_index import MAX_CAPTION
+from protoclip.data.loader import Faults
+from protoclip.data.tables import MAX_CAPTION
 from protoclip.train import main
 
 
@@ -77,7 +77,7 @@ class TestBadSamples:
         spoil(tmp_path / "data" / "000.tar", "sample2.png")
         said = []
         dataset = open_dataset(spec)
-        faults = Faults("data", 12, 0.5, report=said.append)
+        faults = Faults(dataset, 0.5, report=said.append)
         results = [load(dataset, faults=faults, workers=workers) for workers in (0, 1)]
         assert_equal(*results)
         assert faults.positions == {2} and len(said) == 1
@@ -103,7 +103,7 @@ class TestBadSamples:
         dataset = open_dataset(write_shards(tmp_path / "data", shards=2, per_shard=6))
         (tmp_path / "data" / "001.tar").unlink()
         with pytest.raises(DataError, match=r"max-bad-fraction 0.25; .*001.tar: No such"):
-            load(dataset, faults=Faults("data", 12, 0.25, report=lambda text: None))
+            load(dataset, faults=Faults(dataset, 0.25, report=lambda text: None))
 
     def test_too_many_stop_the_run_with_a_clear_word(self, tmp_path, capsys):
         flags = [*prepare(tmp_path), "--max-steps", "8", "--method", "clip"]
@@ -230,32 +230,13 @@ class TestHostileInput:
         assert len(dataset) == 2 and dataset.captions(1) == ("a photo",)
 
 
-def test_a_shorter_shard_than_promised_is_said(tmp_path, caplog):
-    write_shards(tmp_path / "d", shards=1)
-    (tmp_path / "d" / "sizes.json").write_text('{"000.tar": 5}')
-    open_dataset(str(tmp_path / "d"))
-    assert "sizes.json promises 5 samples, 3 are there" in caplog.text
-
-
-def test_a_total_beside_the_shards_counts_for_all_of_them(tmp_path, caplog):
-    """webdataset's __len__ says one number for the folder."""
-    write_shards(tmp_path / "d", shards=2)
-    (tmp_path / "d" / "__len__").write_text("9\n")
-    open_dataset(str(tmp_path / "d" / "000.tar"))  # one of two: nothing can be said
-    (tmp_path / "d" / "__len__").write_text("many")
-    open_dataset(str(tmp_path / "d"))
-    assert "promises" not in caplog.text
-    (tmp_path / "d" / "__len__").write_text("9\n")
-    open_dataset(str(tmp_path / "d"))
-    assert "__len__ promises 9 samples, 6 are there" in caplog.text
-
-
-def test_the_ledger_survives_a_checkpoint():
-    faults = Faults("data", 10, 0.2, known=1, report=lambda text: None)
+def test_the_ledger_survives_a_checkpoint(tmp_path):
+    dataset = open_dataset(write_shards(tmp_path / "data", shards=2, per_shard=5))
+    faults = Faults(dataset, 0.1, report=lambda text: None)
     faults.add(4, "bad")
-    again = Faults("data", 10, 0.2, known=1)
+    again = Faults(dataset, 0.1)
     again.load_state_dict(faults.state_dict())
     again.add(4, "bad")
-    assert again.count == 2
-    with pytest.raises(DataError, match="3 of 10 .*the last one: worse"):
+    assert again.count == 1
+    with pytest.raises(DataError, match="2 of 10 .*the last one: worse"):
         again.add(np.int64(5), "worse")

@@ -13,7 +13,7 @@ import torch
 from protoclip import checkpoint, export
 from protoclip.config import ModelConfig
 from protoclip.data import open_dataset
-from protoclip.data.export import export_shards
+from protoclip.data.__main__ import export_shards
 from protoclip.data.types import Subset
 from protoclip.evaluate.__main__ import main as evaluate
 from protoclip.evaluate.models import load_model

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from protoclip.data import Labels, PairDataset, noto_available, open_dataset
-from protoclip.data.hashing import heldout_mask
+from protoclip.data.types import heldout_mask
 from protoclip.evaluate.folders import LABEL
 from protoclip.evaluate.layouts import Layout, open_layout
 from protoclip.evaluate.sets import (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from protoclip.data import DataError, Labels
 from protoclip.data.images import decode
-from protoclip.data.tar_index import IMAGE_KINDS, samples
+from protoclip.data.shards import IMAGE_KINDS, samples
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 LABEL = "class"

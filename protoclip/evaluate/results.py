@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from protoclip.data.cache import write_atomic
+from protoclip.data.files import write_atomic
 from protoclip.evaluate.records import finite, finite_number, records, write_records
 
 PER_LABEL = (  # key after "LABEL/", words in the table

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from protoclip.config import flag_of
+from protoclip.losses import ProtoConfig
 from protoclip.openclip.factory import create_loss, create_task
 from protoclip.openclip.repairs import repaired
-from protoclip.proto_clip_loss import ProtoConfig
 
 PROG = "python -m protoclip.openclip"
 DESCRIPTION = (

@@ -10,8 +10,7 @@ import open_clip
 from open_clip import loss as theirs
 from torch import nn
 
-from protoclip.openclip_losses import ClipLoss, SigLipLoss
-from protoclip.proto_clip_loss import ProtoClipLoss, ProtoConfig
+from protoclip.losses import ClipLoss, ProtoClipLoss, ProtoConfig, SigLipLoss
 
 LOGGER = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ def _with_prototypes(args: Any, proto: ProtoConfig, shared: dict[str, Any]) -> P
     steps = loss.steps_to_prototypes(args.batch_size * accum_freq)
     _say(
         args,
-        f"ClipLoss and online prototypes: K = {proto.clusters} a modality from the newest "
+        f"ClipLoss and online prototypes: K = {proto.num_clusters} a modality from the newest "
         f"{proto.queue} pairs; InfoNCE alone for {steps} steps until the queue is full"
         + (" (again: a checkpoint does not hold it)" if getattr(args, "resume", None) else ""),
     )

@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from protoclip.data.cache import whole_file
+from protoclip.data.files import whole_file
 from protoclip.report.snapshot import Snapshot
 
 # The page's colours: a PNG takes the light theme's, an SVG keeps their names as CSS variables.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from protoclip.config import output_file
-from protoclip.data.cache import write_atomic
+from protoclip.data.files import write_atomic
 from protoclip.evaluate.results import rows_of
 from protoclip.report import figures
 from protoclip.report import runs as reading

@@ -25,7 +25,7 @@ from PIL import Image, features
 from torch import Tensor
 
 from protoclip.data import DataError, PairDataset
-from protoclip.data.cache import write_atomic
+from protoclip.data.files import write_atomic
 from protoclip.evaluate import EvalSet, Results
 from protoclip.kmeans import kmeans
 from protoclip.metrics import purity

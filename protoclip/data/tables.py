@@ -11,11 +11,10 @@ from pathlib import Path
 from PIL import Image
 
 from protoclip.data.images import decode
-from protoclip.data.strings import StringTable
-from protoclip.data.tar_index import MAX_CAPTION
-from protoclip.data.types import DataError, Labels
+from protoclip.data.types import DataError, Labels, StringTable
 
 CHECKED = 10_000  # files looked for at the start; beyond, a missing one is found when it is read
+MAX_CAPTION = 10_000  # characters kept of one caption; a model sees the first few hundred
 
 
 class CsvDataset:
@@ -52,28 +51,16 @@ class CsvDataset:
         self.skipped: list[tuple[str, str, str]] = []
         captions: list[str] = []
         files: list[str] = []
-        places = " nor from ".join(dict.fromkeys((os.getcwd(), self.folder)))
-        for number, file, caption, fault in _rows(
-            self.name, separator, img_key, caption_key, encoding
-        ):
-            if not fault and not caption:
-                fault = (
-                    f"the caption (column {caption_key!r}) is empty; remove the row or write a "
-                    "caption"
-                )
-            looked_for = keep_going or len(files) < CHECKED
-            if not fault and looked_for and not os.path.isfile(self._find(file)):
-                fault = (
-                    f"no picture at {file!r} as seen from {places}; correct column {img_key!r} or "
-                    "remove the row"
-                )
-            if fault and not keep_going:
-                raise DataError(f"{self.name}, line {number}: {fault}")
-            if fault:
+        for number, row in read_table(self.name, (img_key, caption_key), separator, encoding):
+            look = keep_going or len(files) < CHECKED
+            fault = row if isinstance(row, str) else self._fault(row[0], row[1], look)
+            if not fault:
+                files.append(row[0])
+                captions.append(row[1].strip()[:MAX_CAPTION])
+            elif keep_going:
                 self.skipped.append((f"{self.name}, line {number}", "", fault))
-                continue
-            files.append(file)
-            captions.append(caption)
+            else:
+                raise DataError(f"{self.name}, line {number}: {fault}")
         if not files and not self.skipped:
             raise DataError(f"{self.name}: the table has no rows below its header; add some")
         self._files = StringTable(files)
@@ -81,6 +68,17 @@ class CsvDataset:
         self.keys: Sequence[str] = (
             self._files if len(set(files)) == len(files) else StringTable(_numbered(files))
         )
+
+    def _fault(self, file: str, caption: str, look: bool) -> str:
+        """What is wrong with a row; "" if nothing."""
+        if not caption.strip():
+            return "the caption is empty; remove the row or write a caption"
+        if look and not os.path.isfile(self._find(file)):
+            places = " nor from ".join(dict.fromkeys((os.getcwd(), self.folder)))
+            return (
+                f"no picture at {file!r} as seen from {places}; correct the path or remove the row"
+            )
+        return ""
 
     def __len__(self) -> int:
         return len(self._files)
@@ -96,8 +94,7 @@ class CsvDataset:
         file = self.path(i)
         where = f"{self.name}, pair {i + 1}, {file}"
         try:
-            with open(file, "rb") as stream:
-                data = stream.read()
+            data = Path(file).read_bytes()
         except OSError as error:
             reason = error.strerror or error
             raise DataError(f"{where}: {reason}; correct the path or remove the row") from error
@@ -116,61 +113,57 @@ def _numbered(files: Sequence[str]) -> Iterator[str]:
         yield file if seen[file] == 1 else f"{file}#{seen[file]}"
 
 
-def _rows(
-    name: str, separator: str, img_key: str, caption_key: str, encoding: str
-) -> Iterator[tuple[int, str, str, str]]:
-    """Line number, path, stripped caption and fault ("" if none) of each row."""
+def read_table(
+    name: str, columns: Sequence[str], separator: str = "\t", encoding: str = "utf-8"
+) -> Iterator[tuple[int, list[str] | str]]:
+    """Line number and values of ``columns`` of each row but blank ones, or what is wrong with it.
+
+    Raises:
+        DataError: the file, its encoding, or a column of the header.
+    """
     separator = "\t" if separator == "\\t" else separator  # as a shell passes "\t"
     if len(separator) != 1:
-        raise DataError(f"--csv-separator must be one character, got {separator!r}")
+        raise DataError(f"--csv-separator: expected one character, got {separator!r}")
     try:
+        # With or without a byte order mark.
         codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
         with open(name, encoding=codec, newline="") as lines:
             reader = csv.reader(lines, delimiter=separator)
             header = next(reader, [])
-            if not header:
-                raise DataError(
-                    f"{name}: the file is empty; expected a first row with the column names"
-                )
-            image, text = (
-                _column(name, header, separator, key, flag)
-                for key, flag in ((img_key, "img"), (caption_key, "caption"))
-            )
-            for row in reader:
-                if not any(row):
-                    continue  # a blank line
-                fault = ""
-                if len(row) <= max(image, text):
-                    fault = (
-                        f"{len(row)} columns where the header has {len(header)}; complete the "
-                        "row, or quote values that contain the separator or a line break"
+            places = _places(name, header, columns, separator)
+            for row in filter(any, reader):
+                if len(row) > max(places):
+                    yield reader.line_num, [row[place] for place in places]
+                else:
+                    yield (
+                        reader.line_num,
+                        f"{len(row)} columns where the header has {len(header)}; complete the row, "
+                        "or quote values that contain the separator or a line break",
                     )
-                    row = [""] * len(header)
-                yield reader.line_num, row[image], row[text].strip()[:MAX_CAPTION], fault
-    except FileNotFoundError as error:
-        raise DataError(f"no file {name!r}; check the path") from error
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror}); check the path") from error
     except LookupError as error:
         raise DataError(
             f"--encoding: expected one that Python knows, such as utf-8, latin-1 or utf-16, got "
             f"{encoding!r}"
         ) from error
+    except OSError as error:
+        raise DataError(f"{name}: {error.strerror}; check the path") from error
     except UnicodeError as error:
         raise DataError(
             f"{name}: not {encoding.upper()} ({error}); name its encoding with --encoding, such as "
             "latin-1 or utf-16"
         ) from error
     except csv.Error as error:
-        yield reader.line_num, "", "", f"{error}; look for an unclosed quote there"
+        yield reader.line_num, f"{error}; look for an unclosed quote there"
 
 
-def _column(name: str, header: list[str], separator: str, key: str, flag: str) -> int:
-    if key in header:
-        return header.index(key)
+def _places(name: str, header: list[str], columns: Sequence[str], separator: str) -> list[int]:
+    if not header:
+        raise DataError(f"{name}: the file is empty; expected a first row with the column names")
+    if not (missing := [column for column in columns if column not in header]):
+        return [header.index(column) for column in columns]
     other = next((s for s in "\t,;|" if s != separator and any(s in h for h in header)), None)
-    hint = f"--csv-separator '{other}'" if other else f"--csv-{flag}-key NAME"
     raise DataError(
-        f"{name}: no column {key!r} when split at {separator!r}; the columns are {header}; "
-        f"perhaps {hint}"
+        f"{name}: no column {' nor '.join(map(repr, missing))} when split at {separator!r}; the "
+        f"columns are {header}; perhaps "
+        + (f"--csv-separator '{other}'" if other else "--csv-img-key or --csv-caption-key NAME")
     )

@@ -1,7 +1,8 @@
-"""Local copies of shards that are named by url, so that they too are read by position.
+"""Files that are there whole or not at all: local copies of shards from urls, and safe writes.
 
-fsspec's file cache does the work. Each copy has a folder of its own, named by the hash of its url;
-one process of a machine fetches it while the others wait. Copies stay until somebody deletes them.
+fsspec's file cache makes the copies, so that remote shards too are read by position. Each copy has
+a folder of its own, named by the hash of its url; one process of a machine fetches it while the
+others wait. Copies stay until somebody deletes them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import contextlib
 import hashlib
 import os
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from protoclip.data.types import DataError
@@ -94,3 +97,27 @@ def fetch_ahead(url: str) -> None:
         _coming.discard(url)
 
     threading.Thread(target=work, daemon=True).start()
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that then takes the place of ``path``, so that a reader sees the old
+    one or the whole new one. An OSError of the block names ``path``."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
