@@ -61,7 +61,8 @@ class Phases:
                 began = time.perf_counter()
                 yield
                 elapsed = time.perf_counter() - began
-                self.add({phase: sign * elapsed for phase, sign in reversed(signs)})
+                for phase, sign in signs:
+                    self.add({phase: sign * elapsed})
         finally:
             self._open.pop()
         self._memory[name] = max(memory_in_use(self._device), self._memory.get(name, 0))

@@ -597,7 +597,7 @@ class Trainer:
                 "step": self.step,
                 "training": {
                     "batch_size": self.plan.batch_size,
-                    "passes": world_size() * self.config.optim.accum_freq,
+                    "passes": [world_size(), self.config.optim.accum_freq],
                     "scaler": self.stepper.scaler.state_dict(),
                     "episode": checkpoint.pack(self.episode),
                     "store": None if self.store is None else self.store.state_dict(),
@@ -1064,8 +1064,8 @@ def check_resume(resume: Resume, setup: Setup, model: ProtoModel) -> list[str]:
             "start a new run with --pretrained"
         )
     notes = [f"since the checkpoint, {note}: not the same run any more" for note in notes]
-    passes = (world_size(), setup.config.optim.accum_freq)
-    if passes != tuple(training.get("passes", ())) and depends_on_passes(model):
+    passes = [world_size(), setup.config.optim.accum_freq]
+    if passes != training.get("passes") and depends_on_passes(model):
         notes.append(
             "note: another number of ranks or passes than before; this model has dropout or batch "
             "norm by rank or pass, so the losses go on but are not those of the run left alone"

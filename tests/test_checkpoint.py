@@ -67,7 +67,7 @@ def test_state_survives_packing():
     back = checkpoint.unpack(checkpoint.pack(episode), classes, torch.device("cpu"))
     assert isinstance(back, Episode) and back.metrics == {"a": 1.5}
     assert torch.equal(back.clusterings["text"].labels, labels)
-    with pytest.raises(ValueError, match="cannot take its Clustering"):
+    with pytest.raises(ValueError, match="cannot read its Clustering"):
         checkpoint.unpack(checkpoint.pack(episode), {}, torch.device("cpu"))
 
 
