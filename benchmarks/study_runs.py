@@ -25,7 +25,8 @@ from protoclip.data import Subset, open_dataset
 from protoclip.data.loader import EpochOrder
 from protoclip.data.types import heldout_mask
 from protoclip.evaluate import Encoder, ProbeTrain, evaluate_features
-from protoclip.evaluate.sets import EMOJI_TEMPLATES, encode_set, take
+from protoclip.evaluate.datasets import EMOJI_TEMPLATES
+from protoclip.evaluate.tasks import encode_set, take
 from protoclip.model import ProtoModel, build_model
 from protoclip.run_folder import RunFolder
 from protoclip.schedule import make_plan

@@ -22,8 +22,8 @@ from protoclip.ops import (
 __version__ = "0.1.0"
 
 _LAZY = {  # name -> module, loaded at first use
-    "create_loss": "protoclip.openclip.factory",
-    "create_task": "protoclip.openclip.factory",
+    "create_loss": "protoclip.openclip",
+    "create_task": "protoclip.openclip",
 }
 
 __all__ = [

@@ -368,6 +368,8 @@ RETIRED = {
     "--num-clusters": "the flag is --k",
     "--num-prototypes": "the flag is --k",
     "--imagenet-v2": "evaluate the run afterwards with python -m protoclip.evaluate RUN --data DIR",
+    "--card": "a plan is of memory, on GPUs unless --device cpu is given; leave the flag out",
+    "--teachers": "a plan takes train's flags; --external-teacher none plans without one",
     "--torchcompile": "captions differ in length, so each would compile again; "
     "python -m protoclip.openclip takes it",
     "--horovod": "start the processes with torchrun",
@@ -496,7 +498,14 @@ def build_parser(prog: str, description: str) -> Parser:
 
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> TrainConfig:
-    """Command line to a checked config; the parser ends the program for a flag it does not know.
+    """Command line to a checked config; see ``parse_more``."""
+    return parse_more(parser, argv)[0]
+
+
+def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig, dict[str, Any]]:
+    """Command line to a checked config, and the values of flags that a command added itself.
+
+    The parser ends the program for a flag that it does not know.
 
     Raises:
         ValueError: a value out of its limits, a preset that is none, or flags that contradict.
@@ -520,6 +529,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> TrainConfig:
     _apply_dataset_type(values.pop("dataset_type"), values)
     if values["run.resume"] == "latest":  # OpenCLIP's word
         values["run.resume"] = "auto"
+    own = {key: values.pop(key) for key in [*values] if "." not in key and key != "method"}
     nested: dict[str, Any] = {}
     for key, value in values.items():
         section, _, name = key.rpartition(".")
@@ -530,7 +540,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> TrainConfig:
     if show:
         print(json.dumps(to_dict(config), indent=2))
         raise SystemExit(0)
-    return config
+    return config, own
 
 
 def _apply_dataset_type(kind: str, values: dict[str, Any]) -> None:

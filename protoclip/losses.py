@@ -37,8 +37,7 @@ from protoclip.distributed import (
 )
 from protoclip.ops import Bank, checks, prototype_losses, reference
 from protoclip.ops.backends import implementation, resolve
-from protoclip.ops.info_nce import LN2, info_nce
-from protoclip.ops.siglip import sigmoid_loss
+from protoclip.ops.contrastive import LN2, info_nce, sigmoid_loss
 from protoclip.prototypes import (
     IGNORE,
     Episode,
@@ -57,7 +56,7 @@ Measure = Callable[[str], contextlib.AbstractContextManager]
 def global_info_nce(
     image_features: Tensor,
     text_features: Tensor,
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     *,
     group: Group = None,
     backend: str = "auto",
@@ -89,8 +88,8 @@ def global_info_nce(
 def global_sigmoid_loss(
     image_features: Tensor,
     text_features: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
     *,
     group: Group = None,
     backend: str = "auto",
@@ -315,7 +314,7 @@ class ClipLoss(nn.Module):
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: Tensor,
+        logit_scale: Tensor | float,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
@@ -334,7 +333,7 @@ class ClipLoss(nn.Module):
             loss = loss + 0 * logit_bias.sum()  # keeps the bias in the graph, as OpenCLIP's does
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _loss(self, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    def _loss(self, x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
         if self.world_size == 1:
             return info_nce(x, y, scale, stash=self.stash)
         if self.local_loss and self.gather_with_grad:
@@ -353,7 +352,7 @@ class ClipLoss(nn.Module):
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: Tensor,
+        logit_scale: Tensor | float,
         logit_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The logits of both directions, whole: [N, M] each, M pairs of all ranks (N = M without
@@ -371,7 +370,7 @@ class ClipLoss(nn.Module):
         first = num_logits * self.rank if self.world_size > 1 and self.local_loss else 0
         return torch.arange(first, first + num_logits, device=device)
 
-    def _one_way(self, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    def _one_way(self, x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
         """Mean cross-entropy of rows x [N, D] against all columns y [W * N, D]."""
         x, y = checks.promoted(x, y)
         scale = checks.scalar("ClipLoss", "logit_scale", scale, x.device)
@@ -411,7 +410,7 @@ class SigLipLoss(nn.Module):
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: Tensor,
+        logit_scale: Tensor | float,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
@@ -544,7 +543,7 @@ class ProtoClipLoss(ClipLoss):
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: Tensor,
+        logit_scale: Tensor | float,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
         *,
@@ -653,7 +652,7 @@ class ProtoLoss(nn.Module):
                         terms[f"{name}_loss"], hits = prototype_term(
                             features, index, sets, proto_scale, over_ranks=is_distributed()
                         )
-                        accuracy[f"{name}_accuracy"] = sum(hits.values()) / len(hits)
+                        accuracy[f"{name}_accuracy"] = torch.stack(list(hits.values())).mean()
         if self.config.w_distill > 0 and projected is not None and self.teacher is not None:
             weights["distill_loss"] = self.config.w_distill
             terms["distill_loss"] = similarity_distillation(

@@ -20,10 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from protoclip.config import OptimConfig
 from protoclip.data import Batch
 from protoclip.data.types import mix
-from protoclip.device import autocast_for
 from protoclip.distributed import GlobalBatchNorm1d, is_distributed, rank
 from protoclip.losses import Losses, ProtoLoss
-from protoclip.model import Encoded, ProtoModel
+from protoclip.model import Encoded, ProtoModel, autocast_for
 from protoclip.prototypes import Episode
 
 PARTS = ("image", "text", "heads", "scales")

@@ -41,7 +41,6 @@ from protoclip.data.__main__ import check_data
 from protoclip.data.loader import EpochOrder, Faults
 from protoclip.data.shards import index_together
 from protoclip.data.sources import is_sharded
-from protoclip.device import autocast_for, choose_device, choose_precision
 from protoclip.distributed import (
     Agreement,
     broadcast,
@@ -61,22 +60,30 @@ from protoclip.distributed import (
 from protoclip.evaluate import (
     Encoder,
     EvalSet,
+    Layout,
     Results,
+    encode_sets,
     evaluate_features,
     evaluate_model,
     format_table,
+    open_layout,
     peak_memory_bytes,
     read_results,
     write_results,
 )
-from protoclip.evaluate.encode import encode_sets
-from protoclip.evaluate.layouts import Layout, open_layout
-from protoclip.evaluate.sets import EMOJI_TEMPLATES, TEMPLATES
+from protoclip.evaluate.metrics import retrieval
 from protoclip.evaluate.tasks import impossible
-from protoclip.faiss_kmeans import load_faiss
+from protoclip.kmeans import load_faiss
 from protoclip.losses import ProtoLoss
-from protoclip.metrics import retrieval
-from protoclip.model import Encoded, ProtoModel, build_model, check_model
+from protoclip.model import (
+    Encoded,
+    ProtoModel,
+    autocast_for,
+    build_model,
+    check_model,
+    choose_device,
+    choose_precision,
+)
 from protoclip.ops.backends import why_not
 from protoclip.prototypes import (
     IGNORE,
@@ -874,11 +881,7 @@ def _zeroshot_data(spec: str, seed: int) -> Layout | None:
     """What --imagenet-val names, opened before training starts."""
     if not spec:
         return None
-    if spec.startswith("builtin:"):
-        heldout = open_dataset(spec, "heldout", seed=seed)
-        words = EMOJI_TEMPLATES if spec == "builtin:emoji" else TEMPLATES
-        return Layout(spec, heldout, captioned=False, templates=words)
-    layout = open_layout(spec)
+    layout = open_layout(spec, seed=seed)
     reasons = impossible(("zeroshot",), layout)
     if reasons:
         raise ValueError(f"--imagenet-val {spec}: {reasons['zeroshot']}")

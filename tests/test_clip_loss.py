@@ -123,7 +123,7 @@ def test_refusals_name_the_flag():
         protoclip.SigLipLoss(dist_impl="ring")
     x, y = features()
     with pytest.raises(ValueError, match="offset"):
-        protoclip.ops.siglip.sigmoid_loss(x, y[:9], torch.tensor(1.0), torch.tensor(0.0))
+        protoclip.ops.sigmoid_loss(x, y[:9], torch.tensor(1.0), torch.tensor(0.0))
     for few, many in ((x[:9], y), (x, y[:9])):  # OpenCLIP's raises too
         with pytest.raises(ValueError, match=r"SigLipLoss: expected one text per image.*\(9, 20\)"):
             protoclip.SigLipLoss()(few, many, torch.tensor(10.0), torch.tensor(-10.0))
@@ -151,7 +151,7 @@ def test_sigmoid_loss_is_within_budget(scale, bias, dtype):
             x, y = (t.to(wide).requires_grad_() for t in features(n, d, dtype))
             kind = torch.promote_types(wide, torch.float32)
             s, b = (torch.tensor(v, dtype=kind, requires_grad=True) for v in (scale, bias))
-            loss = protoclip.ops.siglip.sigmoid_loss(x, y, s, b, backend=backend)
+            loss = protoclip.ops.sigmoid_loss(x, y, s, b, backend=backend)
             (-3 * loss).backward()
             results.append([loss.detach(), x.grad, y.grad, s.grad, b.grad])
         # A scalar's error is that of its terms: each has the rounding of a logit, and a softplus

@@ -12,7 +12,7 @@ from protoclip import distributed
 from protoclip.distributed import GlobalBatchNorm1d, find_rank
 from protoclip.losses import global_info_nce, global_sigmoid_loss, similarity_distillation
 from protoclip.model import Encoded
-from protoclip.ops import siglip
+from protoclip.ops import sigmoid_loss
 
 G, D = 96, 20  # of 1, 2, 3 and 4 equal shares
 KINDS = [
@@ -39,7 +39,7 @@ def whole(dtype, backend, scale, wide=None):
     out = []
     for count, loss in (
         (1, lambda *a: protoclip.info_nce(*a, backend=backend)),
-        (2, lambda *a: siglip.sigmoid_loss(*a, backend=backend) / G),
+        (2, lambda *a: sigmoid_loss(*a, backend=backend) / G),
     ):
         leaves = [t.clone().requires_grad_() for t in (*inputs, *scalars[:count])]
         value = loss(*leaves)

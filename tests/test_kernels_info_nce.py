@@ -9,7 +9,7 @@ from budget import assert_draws_within_budget, assert_within_budget
 
 import protoclip
 from protoclip.ops import reference
-from protoclip.ops.siglip import sigmoid_loss
+from protoclip.ops.contrastive import sigmoid_loss
 
 pytestmark = [
     pytest.mark.skipif(

@@ -40,7 +40,7 @@ class Launches(TorchDispatchMode):
         if func.namespace == "protoclip":
             body = f"_{name.removeprefix('contrastive_')}"
             with self:  # look into the op
-                return getattr(sys.modules["protoclip.ops.info_nce"], body)(*args)
+                return getattr(sys.modules["protoclip.ops.contrastive"], body)(*args)
         # Without a card there is no product of half precision into fp32: the operands are widened.
         widened = name == "_to_copy" and DEVICE == "cpu"
         if not (func.is_view or name in ROOM or widened):

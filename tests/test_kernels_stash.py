@@ -7,7 +7,7 @@ from test_kernels_info_nce import DEVICE, _features
 from test_kernels_info_nce import pytestmark as needs_triton
 
 import protoclip
-from protoclip.ops.info_nce import LN2
+from protoclip.ops.contrastive import LN2
 
 pytestmark = needs_triton
 LOGIT_ERROR = 2**-10  # base 2, as info_nce's docstring promises: a probability by 0.07 %

@@ -9,14 +9,12 @@ import open_clip
 import pytest
 import torch
 
-from protoclip import checkpoint, export, plan, train
+from protoclip import checkpoint, export, openclip, plan, teacher, train
 from protoclip.config import ModelConfig
 from protoclip.data import __main__ as data
 from protoclip.evaluate import __main__ as evaluate
 from protoclip.model import build_model
-from protoclip.openclip import command as openclip
 from protoclip.report import __main__ as report
-from protoclip.teacher import __main__ as teacher
 
 NANO = {
     "embed_dim": 16,
@@ -176,8 +174,3 @@ def test_checkpointing_changes_memory_and_no_number(nano):
     (plain, much), (again, little) = results(), results(grad_checkpointing=True)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     assert little < much / 2
-
-
-def test_a_plan_of_small_episodes_needs_no_other_flag(capsys):
-    assert plan.main(["--model", "protoclip-tiny", "--episode-size", "512"]) == 0
-    assert "Memory per rank" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from protoclip.config import output_file
 from protoclip.evaluate.__main__ import main as evaluate
 from protoclip.export import main as export
 from protoclip.report.__main__ import main as report
-from protoclip.teacher.__main__ import main as teacher
+from protoclip.teacher import main as teacher
 
 COMMANDS = {
     "evaluate": (evaluate, ["protoclip-tiny", "--pretrained", "random", "--data", "builtin:none"]),

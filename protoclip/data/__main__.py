@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +21,6 @@ from protoclip.data.sources import open_dataset
 from protoclip.data.types import DataError, PairDataset
 
 PROG = "python -m protoclip.data"
-LISTED = 100  # faults printed one by one
 FORMATS = {"png": {"format": "PNG"}, "jpg": {"format": "JPEG", "quality": 95}}
 PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")  # safe as a file name of a tar, without a dot
 
@@ -77,19 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_data(dataset: PairDataset, workers: int = 1) -> int:
     """Read every sample once and print what is wrong; returns the number of bad ones."""
     count = 0
-    by_shard: Counter[str] = Counter()
     with tqdm(
         total=len(dataset), desc="checking", unit=" samples", leave=False, disable=None
     ) as bar:
         for fault in _faults_of(dataset, max(1, workers), bar.update):
             count += 1
-            by_shard[fault.split(": ", 1)[0]] += 1
-            if count <= LISTED:
-                tqdm.write(fault)
-    if count > LISTED:
-        print(f"and {count - LISTED} more, by file:")
-        for name, number in by_shard.most_common(20):
-            print(f"  {number:8,} {name}")
+            tqdm.write(fault)
     total = len(dataset) + len(getattr(dataset, "skipped", []))
     print(f"{dataset.name}: {total - count:,} of {total:,} samples are good, {count:,} are not")
     return count

@@ -24,7 +24,7 @@ STREAM_BUFFER = 10_000  # samples; the window of shard-wise orders unless --shuf
 AHEAD = 16  # batches whose shards are fetched in advance
 ATTEMPTS = 50  # pairs tried in place of a bad one
 CRASHES = 3  # deaths of a worker at the same batch that end the run
-NAMED = 20  # bad samples reported one by one; the rest are counted
+NAMED = 20  # bad samples reported one by one
 CAPTIONS = ("random", "canonical", "first")
 Tokenizer = Callable[[list[str]], Tensor]
 logger = logging.getLogger(__name__)
@@ -159,30 +159,25 @@ class Faults:
         self.positions: set[int] = set()
         self._check("")
 
-    @property
-    def count(self) -> int:
-        """Bad samples so far."""
-        return self.known + len(self.positions)
-
-    def add(self, position: int, reason: str) -> None:
-        """Note a bad sample; the same one counts once.
+    def noted(self, batch: Batch) -> Batch:
+        """The batch, after its bad samples are noted; the same one counts once.
 
         Raises:
             DataError: there are more than ``max_fraction`` allows.
         """
-        if position in self.positions:
-            return
-        self.positions.add(position)
-        if len(self.positions) <= NAMED:
-            self.report(f"skipped sample {len(self.positions)}: {reason}")
-        elif self.count % 1000 == 0:
-            self.report(f"{self.count} of {self.total} samples skipped by now")
-        self._check(f"; the last one: {reason}")
+        for position, reason in batch.bad:
+            if position not in self.positions:
+                self.positions.add(position)
+                if len(self.positions) <= NAMED:
+                    self.report(f"skipped sample {len(self.positions)}: {reason}")
+                self._check(f"; the last one: {reason}")
+        return batch
 
     def _check(self, last: str) -> None:
-        if self.count > self.max_fraction * self.total:
+        count = self.known + len(self.positions)
+        if count > self.max_fraction * self.total:
             raise DataError(
-                f"{self.name}: {self.count} of {self.total} samples cannot be used, more than "
+                f"{self.name}: {count} of {self.total} samples cannot be used, more than "
                 f"--max-bad-fraction {self.max_fraction:g}{last}; fix the data (python -m "
                 "protoclip.data --check lists what is wrong), or allow more"
             )
@@ -231,21 +226,8 @@ def batches(
             in for each. None: such a pair is an error.
     Raises:
         DataError: a pair that cannot be read, or too many of them; the message names it.
-        ValueError: arguments that make no sense.
+        ValueError: an unknown kind of ``captions``.
     """
-    draws = torch.as_tensor(draws)
-    if draws.dim() != 1 or draws.dtype != torch.int64:
-        raise ValueError(f"draws: expected int64 [M], got {draws.dtype} {tuple(draws.shape)}")
-    if len(draws) and not 0 <= int(draws.min()) <= int(draws.max()) < len(dataset):
-        raise ValueError(
-            f"draws: expected positions in 0 ... {len(dataset) - 1}, got "
-            f"{int(draws.min())} ... {int(draws.max())}"
-        )
-    if batch_size < 1 or workers < 0 or start < 0:
-        raise ValueError(
-            "batches: expected batch_size of at least 1, workers and start of at least 0, got "
-            f"{batch_size}, {workers} and {start}"
-        )
     if captions not in CAPTIONS:
         raise ValueError(f"captions: expected one of {', '.join(CAPTIONS)}, got {captions!r}")
     numbers = torch.arange(len(draws)) if numbers is None else numbers
@@ -255,14 +237,7 @@ def batches(
     )  # fmt: skip
     firsts = range(start, len(draws), batch_size)
     loaded = _in_workers(source, firsts, workers) if workers else map(source.load, firsts)
-    return loaded if faults is None else _noted(loaded, faults)
-
-
-def _noted(loaded: Iterator[Batch], faults: Faults) -> Iterator[Batch]:
-    for batch in loaded:
-        for position, reason in batch.bad:
-            faults.add(position, reason)
-        yield batch
+    return loaded if faults is None else map(faults.noted, loaded)
 
 
 @dataclass(frozen=True)

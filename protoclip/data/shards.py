@@ -8,11 +8,12 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,12 +37,8 @@ MAX_CAPTION_BYTES = 1 << 22  # a larger member is no caption; img2dataset's JSON
 MAX_HEADER_BYTES = 1 << 14  # of an extended header: a name and a few numbers
 NAMED = 5  # skipped samples named in the warning; the rest are counted
 MAX_MEMBER_BYTES = 1 << 48
-EXTENDED = (  # types of headers that say more about the next one
-    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)  # fmt: skip
-NO_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE,
-           tarfile.FIFOTYPE)  # fmt: skip
+EXTENDED = (b"x", b"g", b"X", b"L", b"K")  # headers that say more about the next: of pax, of GNU
+NO_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
 CUT = "the shard is cut off; copy it again"
 Members = dict[str, tuple[int, int]]  # of a sample: extension -> offset, size in bytes
 Extended = dict[str, str]  # of an extended header: "path", "size", ...
@@ -74,22 +71,15 @@ class ShardDataset:
         self.remote = any(map(is_remote, self.shards))
         local = [os.path.abspath(shard) for shard in self.shards if not is_remote(shard)]
         folder = os.path.commonpath(list(map(os.path.dirname, local))) if local else ""
-        new = sum(not _cached(shard).exists() for shard in self.shards)
-        keys: list[str] = []
-        self.skipped: list[tuple[str, str, str]] = []
-        indices: list[ShardIndex] = []
-        for shard in tqdm(
-            self.shards,
-            f"reading the index of {new} new shards",
-            unit="shard",
-            disable=None if new else True,
-        ):
-            index = shard_index(shard)
-            prefix = _prefix(shard, folder)
-            keys += [f"{prefix}/{key}" for key in index.keys]
-            self.skipped += [(shard, key, reason) for key, reason in index.skipped]
-            indices.append(index)
-        self.keys: Sequence[str] = StringTable(keys)
+        bar = tqdm(self.shards, "reading the shards' indices", unit="shard", delay=1, disable=None)
+        indices = [shard_index(shard) for shard in bar]
+        shards = list(zip(self.shards, indices, strict=True))
+        self.keys: Sequence[str] = StringTable(
+            f"{prefix}/{key}"
+            for prefix, index in ((_prefix(shard, folder), index) for shard, index in shards)
+            for key in index.keys
+        )
+        self.skipped = [(shard, *fault) for shard, index in shards for fault in index.skipped]
         self._sizes = [index.size for index in indices]
         self._places = np.concatenate(
             [np.array(index.places, dtype=np.int64).reshape(-1, 5) for index in indices]
@@ -100,19 +90,16 @@ class ShardDataset:
         self._report()
 
     def _report(self) -> None:
-        if not self.skipped and self.keys:
-            return
         total = len(self) + len(self.skipped)
-        named = [f"{shard}: {key!r}: {reason}" for shard, key, reason in self.skipped[:NAMED]]
-        if len(self.skipped) > NAMED:
-            named.append(f"and {len(self.skipped) - NAMED} more")
-        listing = "\n  ".join(["", *named])
+        named = [f"\n  {shard}: {key!r}: {reason}" for shard, key, reason in self.skipped[:NAMED]]
+        listing = "".join(named) + ("\n  ..." if len(self.skipped) > NAMED else "")
         if not self.keys:
             raise DataError(
                 f"{self.name}: none of {total} samples is a pair; a pair needs a picture "
-                f"(jpg, png, jpeg, webp) and a caption (txt, json) with the same key{listing}"
+                f"({', '.join(IMAGE_KINDS)}) and a caption (txt, json) with the same key{listing}"
             )
-        _warn(f"{self.name}: {len(self.skipped)} of {total} samples skipped:{listing}")
+        if self.skipped:
+            _warn(f"{self.name}: {len(self.skipped)} of {total} samples skipped:{listing}")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -128,15 +115,13 @@ class ShardDataset:
         return decode(self._read(i, 0), self._where(i))
 
     def captions(self, i: int) -> tuple[str, ...]:
-        reason = "no caption is there"
+        data = self._read(i, 2)
         try:
-            if found := parse_captions(self._read(i, 2), bool(self._places[i, 4])):
-                return found
-        except DataError:
-            raise
+            return parse_captions(data, bool(self._places[i, 4]))
         except ValueError as error:
-            reason = str(error)
-        raise DataError(f"{self._where(i)}: changed while in use ({reason}); start again")
+            raise DataError(
+                f"{self._where(i)}: changed while in use ({error}); start again"
+            ) from error
 
     def _where(self, i: int) -> str:
         return f"{self.shards[self.shard_of[i]]}: {self.keys[i]!r}"
@@ -198,7 +183,9 @@ def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
                 "give a url or a file, or train with python -m protoclip.openclip, whose pipeline "
                 "reads pipes"
             )
-        if (count := _alternatives(source)) > MAX_SHARDS:
+        ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}", source)
+        count = math.prod(abs(int(a) - int(b)) // max(1, int(c or 1)) + 1 for a, b, c in ranges)
+        if count > MAX_SHARDS:
             raise DataError(
                 f"shards {source!r}: expected at most {MAX_SHARDS:,} shards, got {count:,}; check "
                 "the range in the braces"
@@ -215,19 +202,6 @@ def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
         twice = next(shard for shard in shards if shards.count(shard) > 1)
         raise DataError(f"shards {spec!r}: {twice} is listed twice; name it once")
     return tuple(shards), tuple(sources)
-
-
-def _alternatives(source: str) -> int:
-    """How many names the braces of ``source`` stand for, at most, without making them."""
-    count = 1
-    for inside in re.findall(r"\{([^{}]*)\}", source):
-        ends = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", inside)
-        if ends:
-            first, last, step = (int(end or 1) for end in ends.groups())
-            count *= abs(last - first) // max(1, step) + 1
-        else:
-            count *= inside.count(",") + 1
-    return count
 
 
 def _files(pattern: str) -> list[str]:
@@ -267,38 +241,26 @@ def index_together(spec: str) -> None:
     """
     if not is_distributed():
         return
-
-    def missing() -> tuple[tuple[str, ...], list[int]]:
-        shards = expand(spec)[0]
-        return shards, [i for i, shard in enumerate(shards) if not _cached(shard).exists()]
-
-    found, problem = _attempt(missing)
-    shards, unknown = found or ((), [])
-    wanted = sorted({i for numbers in _everywhere(unknown, problem) for i in numbers})
-    share = wanted[rank() :: world_size()]
-    read, problem = _attempt(lambda: {i: shard_index(shards[i]) for i in share})
-    for part in _everywhere(read or {}, problem):
-        for i, index in part.items():
+    unknown = _on_all(lambda: [shard for shard in expand(spec)[0] if not _cached(shard).exists()])
+    share = list(dict.fromkeys(shard for part in unknown for shard in part))[rank() :: world_size()]
+    for part in _on_all(lambda: {shard: shard_index(shard) for shard in share}):
+        for shard in set(part).intersection(unknown[rank()]):
             # A file of the same name on another machine may be another file.
-            if i in unknown and (is_remote(shards[i]) or os.path.getsize(shards[i]) == index.size):
-                _store(shards[i], index)
+            if is_remote(shard) or os.path.getsize(shard) == part[shard].size:
+                _store(shard, part[shard])
 
 
-def _attempt(make: Any) -> tuple[Any, str]:
-    """What ``make`` returns, or what is wrong."""
+def _on_all(make: Callable[[], Any]) -> list[Any]:
+    """What ``make`` returns on each rank, for every rank; the DataError of one is that of all."""
     try:
-        return make(), ""
+        own = make(), ""
     except DataError as error:
-        return None, str(error)
-
-
-def _everywhere(value: Any, problem: str) -> list[Any]:
-    """The values of all ranks on each; their first problem as a DataError on each."""
-    gathered = gather_objects((value, problem))
+        own = None, str(error)
+    gathered = gather_objects(own)
     parts = from_main(lambda: gathered)
-    for _, found in parts:
-        if found:
-            raise DataError(found)
+    for _, problem in parts:
+        if problem:
+            raise DataError(problem)
     return [part for part, _ in parts]
 
 
@@ -311,8 +273,9 @@ def shard_index(shard: str) -> ShardIndex:
     Raises:
         DataError: the file is missing, compressed, or not a tar.
     """
+    cached = _cached(shard)
     try:
-        index = ShardIndex(**json.loads(_cached(shard).read_text(encoding="utf-8")))
+        index = ShardIndex(**json.loads(cached.read_text(encoding="utf-8")))
         if len(index.keys) == len(index.places):
             return index
     except (OSError, ValueError, TypeError, AttributeError):
@@ -353,9 +316,7 @@ def scan(path: str, name: str = "") -> ShardIndex:
     seen: set[str] = set()
     with open(path, "rb") as file:
         for key, members, fault in samples(path, name or path):
-            place = fault or _pair(file, members)
-            if not isinstance(place, str) and key in seen:
-                place = "the key occurs twice"
+            place = fault or ("the key occurs twice" if key in seen else _pair(file, members))
             if isinstance(place, str):
                 index.skipped.append((key, place))
                 continue
@@ -368,35 +329,31 @@ def scan(path: str, name: str = "") -> ShardIndex:
 def _pair(file: io.BufferedReader, members: Members) -> tuple[int, int, int, int, int] | str:
     """Where picture and captions of a sample are, as in ``ShardIndex``; else why it is no pair."""
     usable = {kind for kind, (_, size) in members.items() if size > 0}
-    faults = []
     for what, kinds in (("picture", IMAGE_KINDS), ("caption", TEXT_KINDS)):
         if not usable.intersection(kinds):
             state = "is empty (0 bytes)" if set(kinds) & set(members) else "is missing"
-            faults.append(f"the {what} {state} ({', '.join(kinds)})")
-    if faults:
-        return "; ".join(faults)
+            return f"the {what} {state} ({', '.join(kinds)})"
     image = next(kind for kind in IMAGE_KINDS if kind in usable)
-    text = next(kind for kind in TEXT_KINDS if kind in usable)
 
     def read(kind: str) -> bytes:
         offset, size = members[kind]
         if size > MAX_CAPTION_BYTES:
-            raise ValueError(f"it has {size:,} bytes, too many for captions")
+            raise ValueError(f"{size:,} bytes are too many for captions")
         file.seek(offset)
         return file.read(size)
 
-    if text == "txt" and "json" in usable:
-        try:  # the txt goes first, unless the json has a list
-            data = read("json")
-            text = "json" if b'"captions"' in data and parse_captions(data, True) else text
-        except ValueError:
-            pass
-    try:
-        if not parse_captions(read(text), text == "json"):
-            return f"no caption in its {text}"
-    except ValueError as error:
-        return f"its {text} cannot be read: {error}"
-    return *members[image], *members[text], int(text == "json")
+    order = [kind for kind in TEXT_KINDS if kind in usable]
+    short = len(order) == 2 and members["json"][1] <= MAX_CAPTION_BYTES
+    if short and b'"captions"' in read("json"):
+        order.reverse()  # a list of several goes before the one in the txt
+    reason = ""
+    for kind in order:
+        try:
+            parse_captions(read(kind), kind == "json")
+            return *members[image], *members[kind], int(kind == "json")
+        except ValueError as error:
+            reason = reason or f"its {kind}: {error}"
+    return reason
 
 
 def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
@@ -404,7 +361,7 @@ def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
     each cut to ``MAX_CAPTION`` characters.
 
     Raises:
-        ValueError: not UTF-8, or not a JSON object with captions as strings.
+        ValueError: no caption, not UTF-8, or not a JSON object with captions as strings.
     """
     text = data.decode("utf-8-sig")
     found: Any = text.splitlines()
@@ -419,7 +376,10 @@ def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
         found = [found] if isinstance(found, str) else found
         if not isinstance(found, list) or not all(isinstance(c, str) for c in found):
             raise ValueError('"captions" must be a list of strings')
-    return tuple(stripped[:MAX_CAPTION] for caption in found if (stripped := caption.strip()))
+    captions = tuple(short for caption in found if (short := caption.strip()[:MAX_CAPTION]))
+    if not captions:
+        raise ValueError("no caption is there")
+    return captions
 
 
 def samples(path: str, name: str = "") -> Iterator[tuple[str, Members, str]]:
