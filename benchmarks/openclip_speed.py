@@ -1,6 +1,6 @@
 """What ``python -m protoclip.openclip`` saves in OpenCLIP's trainer: step time and peak memory.
 
-    python benchmarks/openclip_speed.py --out benchmarks/results/openclip/speed.json
+    python -m benchmarks.openclip_speed --out benchmarks/results/openclip/speed.json
 
 Each run is the real command, plain or ours, with the same flags, on OpenCLIP's synthetic data; runs
 alternate. A model of one layer a tower leaves the loss a part of the step that can be seen, at an
@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
+import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from openclip_grouping import cpu
+from benchmarks.machine import run_command
+from protoclip.report.snapshot import environment
 
 MODEL = {
     "embed_dim": 512,
@@ -30,25 +29,22 @@ MODEL = {
 }
 MODULES = {"OpenCLIP": "open_clip_train.main", "protoclip": "protoclip.openclip"}
 STEPS, WARM = 4, 1  # the first step of a run allocates
+FLAGS = shlex.split(
+    "--dataset-type synthetic --device cpu --model speed-nano --epochs 1 --warmup 1 --lr 1e-4 "
+    "--workers 0 --log-every-n-steps 1 --save-frequency 0"
+)
 
 
 def run(module: str, folder: Path, name: str, batch: int, precision: str) -> dict[str, float]:
     """Median seconds of a step without loading, of loading, and the peak memory of one run."""
-    command = [sys.executable, "-m", module, "--dataset-type", "synthetic", "--device", "cpu"]
-    command += ["--train-num-samples", str(batch * STEPS), "--batch-size", str(batch)]
-    command += ["--model", "speed-nano", "--precision", precision, "--epochs", "1"]
-    command += ["--warmup", "1", "--lr", "1e-4", "--workers", "0", "--log-every-n-steps", "1"]
-    command += ["--logs", str(folder), "--name", name, "--save-frequency", "0"]
     register = (  # both commands alike: OpenCLIP's takes no file for a model
         "import runpy, sys, open_clip; open_clip.add_model_config(sys.argv.pop(1)); "
         f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     )
-    command[1:3] = ["-c", register, str(folder / "speed-nano.json")]
-    with open(folder / f"{name}.err", "w") as err:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=err)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{name} failed:\n{(folder / f'{name}.err').read_text()[-3000:]}")
+    command = [sys.executable, "-c", register, str(folder / "speed-nano.json"), *FLAGS]
+    command += ["--train-num-samples", str(batch * STEPS), "--batch-size", str(batch)]
+    command += ["--precision", precision, "--logs", str(folder), "--name", name]
+    usage = run_command(command, folder / f"{name}.log")
     log = (folder / name / "out.log").read_text()
     found = re.findall(r"Data \(t\): ([\d.]+) Batch \(t\): ([\d.]+)", log)
     rows = [(float(data), float(whole)) for data, whole in found][WARM:]
@@ -62,13 +58,12 @@ def run(module: str, folder: Path, name: str, batch: int, precision: str) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
-    out = Path(args.out)
-    rows = json.loads(out.read_text())["runs"] if out.is_file() else []
+    rows = json.loads(args.out.read_text())["runs"] if args.out.is_file() else []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "speed-nano.json").write_text(json.dumps(MODEL))
@@ -77,14 +72,9 @@ def main() -> None:
                 got = run(module, folder, f"{who}-{number}", args.batch, args.precision)
                 rows.append({"who": who, "batch": args.batch, "precision": args.precision, **got})
                 print(json.dumps(rows[-1]), flush=True)
-    content = {
-        "machine": f"{os.cpu_count()} cores, {cpu()}, torch {torch.__version__}",
-        "threads": torch.get_num_threads(),
-        "model": MODEL,
-        "runs": rows,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": environment(), "model": MODEL, "runs": rows}
+    args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

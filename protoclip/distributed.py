@@ -10,14 +10,12 @@ import contextlib
 import datetime
 import io
 import os
-import random
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -202,17 +200,6 @@ def all_ranks() -> Group:
 def is_main() -> bool:
     """Whether this process writes files and prints."""
     return rank() == 0
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of torch (weights, dropout; every device), NumPy and Python.
-
-    The same on every rank. protoclip draws from torch's alone; a model or a transform of somebody
-    else's may draw from the others, and a checkpoint holds all three.
-    """
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
 
 
 def generator(*stream: int) -> torch.Generator:

@@ -407,8 +407,7 @@ class Stepper:
             parameter = own[number]
             step = torch.zeros((), dtype=torch.float32)
             for name, like in (("exp_avg", parameter), ("exp_avg_sq", parameter), ("step", step)):
-                want, got = _form(like), _form(moments.get(name))
-                if got != want:
+                if (want := _form(like)) != (got := _form(moments.get(name))):
                     raise ValueError(
                         f"checkpoint: expected {name} of the optimiser's parameter {number} as "
                         f"{want}, got {got}; use an older checkpoint"

@@ -34,13 +34,12 @@ from protoclip.data import (
     Subset,
     batches,
     build_transform,
+    index_together,
     noto_available,
     open_dataset,
 )
 from protoclip.data.__main__ import check_data
 from protoclip.data.loader import EpochOrder, Faults
-from protoclip.data.shards import index_together
-from protoclip.data.sources import is_sharded
 from protoclip.distributed import (
     Agreement,
     broadcast,
@@ -277,22 +276,6 @@ class Setup:
             order=self.order.permutation,
         )
 
-    @property
-    def internal(self) -> bool:
-        """Whether the model's own features are clustered."""
-        return self.config.method == "protoclip" and self.config.loss.w_proto > 0
-
-    @property
-    def external(self) -> bool:
-        """Whether the teacher's features are clustered."""
-        return self.teacher is not None and self.config.loss.w_proto_external > 0
-
-    @property
-    def projects(self) -> bool:
-        """Whether the heads run: from step 0 on, for their running statistics."""
-        distills = self.teacher is not None and self.config.loss.w_distill > 0
-        return self.internal or self.external or distills
-
 
 class Trainer:
     """Trains a model episode by episode; the only owner of mutable state.
@@ -319,13 +302,18 @@ class Trainer:
         self.phases = phases or Phases(setup.device)
         self.config, self.plan, self.dataset = setup.config, setup.plan, setup.dataset
         self.evaluations, self.signals = evaluations, signals or StopSignals()
-        config = setup.config
+        config, weights, teacher = setup.config, setup.config.loss, setup.teacher
+        internal = config.method == "protoclip" and weights.w_proto > 0
+        external = teacher is not None and weights.w_proto_external > 0
+        self.clusters = internal or external
+        # The heads run from step 0 on, for their running statistics.
+        self.projects = self.clusters or (teacher is not None and weights.w_distill > 0)
         self.transform = build_transform(
             model.image_size, model.mean, model.std, config.data.augmentation
         )
         self.stepper = Stepper(
             model,
-            ProtoLoss(config.loss, setup.teacher),
+            ProtoLoss(weights, teacher),
             config.optim,
             precision=setup.precision,
             phases=self.phases,
@@ -334,12 +322,12 @@ class Trainer:
         self.builder = EpisodeBuilder(
             config.episode,
             self.dataset.keys,
-            teacher=setup.teacher if setup.external else None,
-            internal=setup.internal,
+            teacher=teacher if external else None,
+            internal=internal,
             classes={n: known.ids.to(setup.device) for n, known in self.dataset.labels.items()},
         )
         self.store: FeatureStore | None = None
-        if config.episode.reuses and setup.projects:
+        if config.episode.reuses and self.projects:
             self.store = FeatureStore(
                 self.plan.steps_per_episode, self.plan.batch_size, setup.device
             )
@@ -350,6 +338,7 @@ class Trainer:
         self.step = 0
         self._old_faults = 0  # of the checkpoint, known to all ranks
         self._skipped = 0  # steps, as last read from the device
+        self._loss = math.nan  # as last logged
         self.saves = SaveSchedule(config.run.save_every)
         self.agreement = Agreement()
         self._saved_at = -1
@@ -390,15 +379,10 @@ class Trainer:
         draws = self.setup.draw(number)
         bar.set_description(f"episode {number + 1}/{self.plan.episodes}")
         done = self.step - steps.start  # of this episode, before the run was interrupted
-        lit = 0 < config.episode.lit_start <= number  # the image tower is frozen, InfoNCE goes on
-        if lit:
+        if 0 < config.episode.lit_start <= number:  # LiT: InfoNCE towards a frozen image tower
             self.episode = None
             self.model.lock_image()
-        elif (
-            done == 0
-            and number >= config.episode.infonce_warmup
-            and (self.setup.internal or self.setup.external)
-        ):
+        elif done == 0 and number >= config.episode.infonce_warmup and self.clusters:
             self.episode = self._build_episode(number, draws.unique(), bar)
         self.model.train()
         own, numbers = own_draws(self.plan, draws)
@@ -407,6 +391,7 @@ class Trainer:
         stream = iter(self._batches(own, numbers, seed, start))
         for _ in steps[done:]:
             self._train_step(stream, number)
+            bar.set_postfix(loss=f"{self._loss:.3f}", refresh=False)
             bar.update(self.plan.batch_size)
             self._between_steps()
 
@@ -464,8 +449,7 @@ class Trainer:
         with self.phases.measure("data", on_host=True):
             parts = [next(stream) for _ in range(self.config.optim.accum_freq)]
         lr = learning_rate(self.config.optim, self.plan.total_steps, self.step)
-        project = self.setup.projects
-        step = self.stepper.step(self.step, parts, self.episode, project=project, lr=lr)
+        step = self.stepper.step(self.step, parts, self.episode, project=self.projects, lr=lr)
         if self.store is not None and step.projected is not None:
             index = torch.cat([part.index for part in parts]).to(self.setup.device)
             place = self.step - self.plan.steps_of(number).start
@@ -536,22 +520,18 @@ class Trainer:
         if self.episode is not None and self.step == self.plan.steps_of(number).start + 1:
             record |= self.episode.metrics
         self.folder.metrics(self.step, self.step * self.plan.batch_size, record)
-        self._say_progress(record, now)
-
-    def _say_progress(self, record: Mapping[str, float], now: float) -> None:
-        """A line in out.log; once a minute on the screen too where there is no bar."""
+        self._loss = record.get("loss", math.nan)
         began, first = self._began_at
         left = (self.plan.total_steps - self.step) * (now - began) / (self.step - first)
         line = (
-            f"step {self.step}/{self.plan.total_steps}, loss {record.get('loss', math.nan):.4f}, "
+            f"step {self.step}/{self.plan.total_steps}, loss {self._loss:.4f}, "
             f"{record['samples_per_second']:,.0f} samples/s, "
             f"ETA {datetime.timedelta(seconds=round(left))}"
         )
-        if now - self._shown_at < SHOWN_EVERY or sys.stderr.isatty():
-            self.folder.note(line)
-        else:
-            self._shown_at = now
-            self.folder.say(line)
+        # Once a minute on the screen too, where there is no bar.
+        seen = sys.stderr.isatty() or now - self._shown_at < SHOWN_EVERY
+        (self.folder.note if seen else self.folder.say)(line)
+        self._shown_at = self._shown_at if seen else now
 
     def _between_steps(self) -> None:
         """Evaluate and save where an epoch that asks for it has just ended, or a signal came."""
@@ -904,8 +884,7 @@ def open_training_data(config: TrainConfig) -> PairDataset:
     """The training pairs: the train split of built-in data, all of anything else."""
     data = config.data
     split = "train" if data.train_data.startswith("builtin:") else "all"
-    if is_sharded(data.train_data):
-        index_together(data.train_data)
+    index_together(data.train_data)
     dataset = open_dataset(
         data.train_data, split, keep_going=data.check_data, **open_arguments(config)
     )
@@ -971,15 +950,13 @@ def check_settings(config: TrainConfig, device: torch.device) -> None:
                 f"--w-clip 0: expected another loss with a weight, got none ({what}); use "
                 "--w-clip 1, or give --w-proto, or a teacher and --w-proto-external, a weight"
             )
-        for flag, value in (
-            ("infonce-warmup-epoch", episode.infonce_warmup),
-            ("lit-start", episode.lit_start),
-        ):
-            if value:
-                raise ValueError(
-                    f"--w-clip 0: expected prototypes in every step, got --{flag} {value}, whose "
-                    f"episodes have InfoNCE only; use --{flag} 0, or --w-clip 1"
-                )
+        warmup, lit = episode.infonce_warmup, episode.lit_start
+        if value := warmup or lit:
+            flag = "--infonce-warmup-epoch" if warmup else "--lit-start"
+            raise ValueError(
+                f"--w-clip 0: expected prototypes in every step, got {flag} {value}, whose "
+                f"episodes have InfoNCE only; use {flag} 0, or --w-clip 1"
+            )
     ops = ["info_nce"] if weights.w_clip > 0 else []
     if uses_prototypes(config):
         ops += ["prototype_cross_entropy", "soft_targets"]
@@ -1026,16 +1003,8 @@ def check_episodes(setup: Setup) -> None:
         first, last = first - 1, last - 1
     if not episode.num_clusters or first >= last:
         return
-
-    def check(number: int) -> int:
-        distinct = len(setup.draw(number).unique())
-        check_clusters(episode, distinct, f"episode {number + 1}")
-        return distinct
-
-    check(last - 1)  # it may be a short one
-    if 2 * episode.num_clusters > check(first):  # the others are like the first, within chance
-        for number in range(first + 1, last - 1):
-            check(number)
+    for number in {first, last - 1}:  # those between are full; with replacement, within chance
+        check_clusters(episode, len(setup.draw(number).unique()), f"episode {number + 1}")
 
 
 def check_resume(resume: Resume, setup: Setup, model: ProtoModel) -> list[str]:
@@ -1052,9 +1021,9 @@ def check_resume(resume: Resume, setup: Setup, model: ProtoModel) -> list[str]:
             wrong.append(change)
         elif not key.startswith(FREE):
             notes.append(change)
-    batch = setup.plan.batch_size
-    if training.get("batch_size") != batch:
-        wrong.append(f"the global batch_size was {training.get('batch_size')} and is {batch}")
+    then, batch = training.get("batch_size"), setup.plan.batch_size
+    if then != batch:
+        wrong.append(f"the global batch_size (all ranks and passes) was {then} and is {batch}")
     if wrong:
         raise ValueError(
             f"--resume: {resume.file} cannot go on with other settings: {'; '.join(wrong)}; give "

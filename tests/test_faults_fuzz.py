@@ -189,6 +189,6 @@ def test_the_config(field, value):
     section, key = field
     values = to_dict(TrainConfig())
     values[section][key] = value
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError):
         config = from_dict(TrainConfig, json.loads(json.dumps(values)))
         check(config)

@@ -10,13 +10,8 @@ import torch.nn.functional as F
 from protoclip import checkpoint
 from protoclip.config import (
     EpisodeConfig,
-    TrainConfig,
     build_parser,
-    from_dict,
-    load_preset,
     parse,
-    preset_names,
-    to_dict,
 )
 from protoclip.data import open_dataset
 from protoclip.data.loader import EpochOrder
@@ -209,46 +204,3 @@ def test_distillation_is_the_divergence_of_the_off_diagonal_softmaxes():
             q = torch.softmax(9 * student[others] @ student[i], dim=0)
             want += float((p * (p / q).log()).sum()) / 10
     assert float(got) == pytest.approx(want, rel=1e-5)
-
-
-class TestPresets:
-    def test_default_is_what_no_flag_does(self):
-        assert load_preset("default") == {}
-        assert config_of("--preset", "default") == TrainConfig() == config_of()
-
-    @pytest.mark.parametrize("name", preset_names())
-    def test_each_is_a_config_and_goes_to_json_and_back(self, name):
-        config = config_of("--preset", name)
-        assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
-
-    def test_flags_change_a_preset_and_paper_is_one(self):
-        config = config_of("--preset", "paper-cc3m-8gpu", "--k", "10", "--wd", "0.1")
-        assert config.episode.num_clusters == 10 and config.optim.wd == 0.1
-        assert config.optim.batch_size == 64 and config.optim.warmup == 15625
-        assert config.episode.kmeans_nredo == 3 and config.episode.replacement
-        assert config_of("--paper") == config_of("--preset", "paper")
-
-    def test_print_config_is_a_preset_itself(self, tmp_path, capsys):
-        with pytest.raises(SystemExit) as ended:
-            config_of("--paper", "--k", "3", "--print-config")
-        assert ended.value.code == 0
-        path = tmp_path / "printed.json"
-        path.write_text(capsys.readouterr().out)
-        assert config_of("--preset", str(path)) == config_of("--paper", "--k", "3")
-
-    @pytest.mark.parametrize(
-        ("flags", "words"),
-        [
-            (["--preset", "papr"], "expected one of default, paper"),
-            (["--episode-features", "reuse", "--infonce-warmup-epoch", "0"], "1 or more"),
-        ],
-    )
-    def test_contradictions_are_refused(self, flags, words):
-        with pytest.raises(ValueError, match=words):
-            config_of(*flags)
-
-    def test_an_unknown_setting_is_named(self, tmp_path):
-        path = tmp_path / "x.json"
-        path.write_text('{"episode": {"clutsers": 3}}')
-        with pytest.raises(ValueError, match="clutsers"):
-            config_of("--preset", str(path))

@@ -98,7 +98,7 @@ def test_dropout_and_another_number_of_passes_get_a_note(tmp_path, capsys):
     assert main([*argv, "--max-steps", "2"]) == 0
     again = [*argv, "--max-steps", "4", "--resume", str(tmp_path / "run")]
     assert main([*again, "--batch-size", "5"]) == 2
-    assert "global batch_size was 12 and is 5" in capsys.readouterr().err
+    assert "was 12 and is 5" in capsys.readouterr().err
     assert main([*again, "--batch-size", "6", "--accum-freq", "2"]) == 0
     assert "another number of ranks or passes" in capsys.readouterr().err
 
@@ -146,7 +146,7 @@ def test_resume_refuses_what_it_cannot_do(tmp_path, flags, capsys):
     assert main([*flags, *short]) == 0
     run = str(tmp_path / "short")
     for extra, words in (
-        (["--batch-size", "8"], "the global batch_size was 16 and is 8"),
+        (["--batch-size", "8"], "was 16 and is 8"),
         (["--seed", "4"], "run.seed"),
         (["--train-data", "builtin:shapes:150"], "not those of"),
         (["--resume", str(tmp_path / "nowhere")], "found nothing"),

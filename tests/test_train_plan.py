@@ -8,11 +8,8 @@ import torch
 
 from protoclip.config import (
     OptimConfig,
-    TrainConfig,
     build_parser,
-    from_dict,
     parse,
-    to_dict,
 )
 from protoclip.prototypes import check_clusters
 from protoclip.schedule import SaveSchedule, draw, learning_rate, make_plan
@@ -82,33 +79,6 @@ def test_save_schedules(monkeypatch):
     assert not clock.by_clock()
 
 
-class TestConfig:
-    def test_to_json_and_back(self):
-        config = config_of("--k", "7", "--no-PBT", "--lr", "0.5", "--method", "clip")
-        assert from_dict(TrainConfig, to_dict(config)) == config
-        assert (config.episode.num_clusters, config.episode.pbt) == (7, False)
-        with pytest.raises(ValueError, match="no \\['nonsense'\\]"):
-            from_dict(TrainConfig, {"nonsense": 1})
-
-    @pytest.mark.parametrize(
-        ("flags", "words"),
-        [
-            (["--lr", "-1"], "--lr: expected at least 0"),
-            (["--lr", "nan"], "--lr: expected a finite number"),
-            (["--beta2", "1.5"], "--beta2: expected at most 1"),
-            (["--batch-size", "1"], "--batch-size: expected at least 2"),
-        ],
-    )
-    def test_values_out_of_range(self, flags, words):
-        with pytest.raises(ValueError, match=words):
-            config_of(*flags)
-
-    def test_help_names_every_default(self):
-        text = " ".join(build_parser("train", "").format_help().split())
-        for flag in ("--batch-size", "--k", "--target-temperature", "--PBT", "--no-PBT"):
-            assert flag in text
-        assert "(default: builtin:emoji)" in text
-
-    def test_a_tenth_of_the_episode_is_the_default_number_of_clusters(self):
-        assert check_clusters(config_of().episode, 1722) == 172
-        assert check_clusters(config_of().episode, 5) == 1
+def test_a_tenth_of_the_episode_is_the_default_number_of_clusters():
+    assert check_clusters(config_of().episode, 1722) == 172
+    assert check_clusters(config_of().episode, 5) == 1
