@@ -219,21 +219,24 @@ class _Ring(torch.autograd.Function):
 
 
 def _pass_on(tensor: Tensor, group: Group) -> Callable[[], Tensor]:
-    """Start giving a tensor to the rank before; the result waits for that of the rank after."""
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    before, after = (rank - 1) % size, (rank + 1) % size
+    """Start sending a tensor to the previous rank; the result waits for the next rank's."""
+    size, own = dist.get_world_size(group), dist.get_rank(group)
+    peers = [(own - 1) % size, (own + 1) % size]
     if group is not None:
-        before, after = (dist.get_global_rank(group, r) for r in (before, after))
-    given = tensor.contiguous()
-    taken = torch.empty_like(given)
+        peers = [dist.get_global_rank(group, peer) for peer in peers]
+    sent = tensor.contiguous()
+    received = torch.empty_like(sent)
     works = dist.batch_isend_irecv(
-        [dist.P2POp(dist.isend, given, before, group), dist.P2POp(dist.irecv, taken, after, group)]
+        [
+            dist.P2POp(dist.isend, sent, peers[0], group),
+            dist.P2POp(dist.irecv, received, peers[1], group),
+        ]
     )
 
     def wait() -> Tensor:
         for work in works:
             work.wait()
-        return taken
+        return received
 
     return wait
 
@@ -279,7 +282,7 @@ class ClipLoss(nn.Module):
             is the choice that is exact and scales; ours, ``global_info_nce``, gathers the texts
             only. (A rank's gradient of the scale is then its strip's; the mean over the ranks is
             OpenCLIP's.)
-        cache_labels: taken for the signature's sake: there are no labels to cache.
+        cache_labels: accepted as OpenCLIP's, unused: there are no labels to cache.
         rank, world_size: of this process.
         use_horovod: must be false.
         stash: as in ``info_nce``; not OpenCLIP's. Left unused by ``local_loss`` on several ranks.
@@ -383,7 +386,7 @@ class SigLipLoss(nn.Module):
     """OpenCLIP's ``SigLipLoss`` without its [N, N] logits.
 
     Args:
-        cache_labels, chunk_size: taken for the signature's sake; nothing is cached or held whole.
+        cache_labels, chunk_size: accepted as OpenCLIP's, unused.
         rank, world_size: of this process.
         dist_impl: "bidir", "shift", "reduce" or "gather": one value and one gradient, which here
             all come from one ring exchange of the texts.
@@ -712,11 +715,11 @@ def _over_ranks(losses: Tensor, banks: Sequence[Bank]) -> Tensor:
 def similarity_distillation(
     projected: Encoded, teacher: Tensor, scale: Tensor, temperature: float
 ) -> Tensor:
-    """KL of each student's similarities within the global batch from the teacher's; in nats.
+    """KL divergence of each student's similarities within the global batch from the teacher's.
 
     Row i compares sample i with the G - 1 others: teacher softmax_j(t_i . t_j / temperature),
-    student softmax_j(scale h_i . h_j); the mean over this rank's rows and over the two students, a
-    scalar. Memory O(B G), unlike the other losses': it is a control.
+    student softmax_j(scale h_i . h_j); the mean over this rank's rows and the two students, in
+    nats. Memory O(B G), unlike the other losses: it is a control.
 
     Args:
         projected: [B, Dh] each, unit rows, G = W B >= 3.
@@ -739,8 +742,8 @@ def similarity_distillation(
 
 
 def _to_others(rows: Tensor) -> Tensor:
-    """This rank's [B, d] -> their products with the rows of all ranks but themselves, [B, G - 1],
-    the next one first."""
+    """This rank's [B, d] -> their products with all ranks' other rows, [B, G - 1], the next row
+    first."""
     products = rows @ gathered_rows(rows).T
     b, g = products.shape
     others = rank() * b + 1 + torch.arange(b, device=rows.device)[:, None]
