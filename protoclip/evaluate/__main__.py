@@ -29,7 +29,14 @@ from protoclip.config import (
 )
 from protoclip.distributed import is_main, world_size
 from protoclip.evaluate.datasets import Layout, open_layout
-from protoclip.evaluate.results import Results, format_table, read_results, write_results
+from protoclip.evaluate.results import (
+    Results,
+    format_table,
+    read_results,
+    records,
+    write_records,
+    write_results,
+)
 from protoclip.evaluate.tasks import (
     PROTOCOLS,
     TASKS,
@@ -242,12 +249,13 @@ def run(args: argparse.Namespace) -> None:
         pretrained=loaded.pretrained,
         timing=timing,
         peak_memory_bytes=peak,
-        record_folder=output.parent / "clip_benchmark",
     )
+    folder = output.parent / "clip_benchmark"
+    write_records(folder, records(after, data, loaded.name, loaded.pretrained))
     table = format_table(before, after, timing, peak_memory_bytes=peak)
     ranks = f" on {world_size()} ranks" if world_size() > 1 else ""
     notes.append(f"Evaluated in {after.seconds:.1f} s{ranks}, written to {output}")
-    print("\n".join([table, *notes, f"CLIP_benchmark's JSON: {output.parent / 'clip_benchmark'}"]))
+    print(table, *notes, f"CLIP_benchmark's JSON: {folder}", sep="\n")
 
 
 def _encode(
