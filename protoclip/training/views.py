@@ -81,12 +81,9 @@ class Evaluation:
             return evaluate_model(
                 model,
                 self.data,
+                encoder=replace(self._encoder(model), progress=bar.update),
                 seed=arguments.pop("seed"),
                 captions="first" if self.data.startswith("builtin:") else "all",
-                device=self.device,
-                workers=self.config.data.workers,
-                autocast=self.autocast,
-                progress=bar.update,
                 open_kwargs=arguments,
                 keep=self.kept,
             )
