@@ -13,7 +13,8 @@ from protoclip.config import (
     build_parser,
     parse,
 )
-from protoclip.data import build_transform, open_dataset
+from protoclip.data import open_dataset
+from protoclip.data.loader import EpochOrder
 from protoclip.losses import similarity_distillation
 from protoclip.model import Encoded, build_model
 from protoclip.prototypes import (
@@ -24,10 +25,9 @@ from protoclip.prototypes import (
     purity,
     target_entropy,
 )
-from protoclip.training.loop import Trainer
-from protoclip.training.phases import Phases
-from protoclip.training.plan import make_plan
-from protoclip.training.run_folder import RunFolder
+from protoclip.run_folder import RunFolder
+from protoclip.schedule import make_plan
+from protoclip.train import Setup, Trainer
 
 MODEL = {
     "embed_dim": 16,
@@ -60,22 +60,11 @@ def run(tmp_path, model_file):
     def run(*flags, teacher=None):
         head = ["--model", model_file, "--batch-size", "32", "--report-to", "none"]
         config = config_of(*head, "--max-steps", "6", "--infonce-warmup-epoch", "1", *flags)
-        device, folder = torch.device("cpu"), RunFolder(tmp_path / "run", config)
+        folder = RunFolder(tmp_path / "run", config)
+        plan, order = make_plan(config, len(DATASET)), EpochOrder(DATASET, config.data)
         torch.manual_seed(0)
-        model = build_model(config.model)
-        trainer = Trainer(
-            config,
-            make_plan(config, len(DATASET)),
-            model,
-            DATASET,
-            build_transform(model.image_size, model.mean, model.std, "none"),
-            teacher,
-            folder,
-            Phases(device),
-            device=device,
-            precision="fp32",
-        )
-        trainer.run()
+        setup = Setup(config, plan, DATASET, order, torch.device("cpu"), "fp32", teacher)
+        Trainer(setup, build_model(config.model), folder).run()
         folder.close()
         lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]

@@ -18,15 +18,8 @@ from typing import Any
 from protoclip.data.types import DataError
 from protoclip.ops.native import cache_dir
 
-# What can be read, and the package that reads it. fsspec knows more, some of which start processes.
-PROTOCOLS = {
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "s3": "s3fs",
-    "gs": "gcsfs",
-    "hf": "huggingface_hub",
-    "file": "fsspec",
-}
+# Of what fsspec knows; some of the rest start processes.
+PROTOCOLS = ("http", "https", "s3", "gs", "hf", "file")
 STALL_SECONDS = 60.0  # without a byte, a web server is given up
 _copies: dict[str, str] = {}  # url -> path, of what this process has asked for
 _coming: set[str] = set()
@@ -42,7 +35,7 @@ def local_copy(url: str) -> str:
     """Path of the local copy of a shard, which is fetched if it is not there.
 
     Raises:
-        DataError: an unknown kind of url, a missing package, or what kept the shard from arriving.
+        DataError: an unknown kind of url, or what kept the shard from arriving.
     """
     if url in _copies and os.path.exists(_copies[url]):
         return _copies[url]
@@ -64,16 +57,11 @@ def local_copy(url: str) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
             _copies[url] = fsspec.open_local(f"filecache::{url}", **options)
-    except ImportError as error:
-        raise DataError(
-            f"{url}: needs the package {PROTOCOLS[protocol]}, which is not installed; "
-            "pip install 'protoclip[remote]'"
-        ) from error
     except Exception as error:  # each of fsspec's file systems has its own
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(
-            f"{url}: cannot be copied to {folder} ({reason}); check the address, the network and "
-            "the room on that disk (PROTOCLIP_CACHE chooses another), or leave the shard out"
+            f"{url}: cannot be copied to {folder} ({reason}); check the address, the network, the "
+            "room on that disk (PROTOCLIP_CACHE chooses another) and pip install protoclip[remote]"
         ) from error
     return _copies[url]
 

@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from protoclip.data import (
     noto_available,
     open_dataset,
 )
+from protoclip.data.files import whole_file
 from protoclip.data.types import heldout_mask
 from protoclip.distributed import is_distributed, is_main, max_over_ranks, own_slice, world_size
 from protoclip.evaluate import metrics
@@ -114,13 +115,10 @@ class FeatureCache:
 
     def store(self, path: Path, rows: Tensor) -> None:
         """Write the file whole or not at all; a disk that cannot take it costs only time."""
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
+        with suppress(OSError, SafetensorError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"features": rows.detach().cpu().contiguous()}, temporary)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError):
-            temporary.unlink(missing_ok=True)
+            with whole_file(path) as temporary:
+                save_file({"features": rows.detach().cpu().contiguous()}, temporary)
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
@@ -236,7 +234,9 @@ class Encoder:
             path = self.cache.path(kind, content)
             found = self.cache.load(path, count)
             missing = torch.tensor([int(found is None)], device=self.device)
-            if found is not None and not (max_over_ranks(missing) if self.sharded else missing):
+            if self.sharded:
+                max_over_ranks(missing)
+            if found is not None and not missing:
                 tell(count)
                 return found.to(self.device)
         own = own_slice(count) if self.sharded else slice(0, count)
