@@ -11,22 +11,28 @@ from torch import Tensor
 
 
 def assert_within_budget(
-    got: Tensor, truth: Tensor, base: Tensor, name: str = "", magnitude: float | None = None
+    got: Tensor,
+    truth: Tensor,
+    base: Tensor,
+    name: str = "",
+    magnitude: float | None = None,
+    scale: float = 0.0,
 ) -> None:
-    """max|got - truth| <= 2 max|base - truth| + eps(dtype of got) * magnitude.
+    """max|got - truth| <= 2 max|base - truth| + (eps(dtype of got) + 2^-21 scale) * magnitude.
 
     ``magnitude``: the size of what was rounded; by default max|truth|. Where the result is a sum
-    that cancels (the gradient of one scalar), the sum of its terms' absolute values.
+    that cancels (the gradient of one scalar), the sum of its terms' absolute values. ``scale``: of
+    the logits, for what rounding one of them in fp32 is worth.
     """
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(truth.shape)}"
-    assert got.dtype == base.dtype, f"{name}: {got.dtype}, the reference has {base.dtype}"
+    assert got.dtype == base.dtype, f"{name}: {got.dtype}, the base has {base.dtype}"
     if truth.numel() == 0:
         return
     exact = truth.double()
     size = exact.abs().max().item() if magnitude is None else magnitude
     error = (got.double() - exact).abs().max().item()
     own = (base.double() - exact).abs().max().item()
-    allowed = 2 * own + torch.finfo(got.dtype).eps * size
+    allowed = 2 * own + (torch.finfo(got.dtype).eps + 2**-21 * abs(scale)) * size
     assert error <= allowed, (
         f"{name}: error {error:.3e} over the budget {allowed:.3e} (the reference's own is "
         f"{own:.3e}, magnitude {size:.3e})"
@@ -40,3 +46,48 @@ def assert_draws_within_budget(got: list, truth: list, base: list, terms: dict) 
         values = [torch.stack([draw[name] for draw in draws]) for draws in (got, truth, base)]
         size = max(values[1].abs().max().item() if values[1].numel() else 0.0, terms.get(name, 0.0))
         assert_within_budget(*values, name, size)
+
+
+def strip_gradients(x, y, scale, offset, row_weight, column_weight, dtype) -> dict[str, Tensor]:
+    """The plain formula of InfoNCE's strip, run in ``dtype`` as under autocast: the products and
+    the gradient of the logits in that dtype, cross-entropy in at least fp32. fp64 gives the truth.
+
+    ``column_weight`` [M], or [0] without columns; columns may lack a positive. ``terms``: the sum
+    of the absolute values that make up dscale, and 2^-29 of the weights, which is what fp64 itself
+    leaves of a probability of 1."""
+    wide = torch.promote_types(dtype, torch.float32)
+    x, y = (t.detach().to(dtype).requires_grad_() for t in (x, y))
+    scale = torch.tensor(scale, dtype=wide, device=x.device, requires_grad=True)
+    dots = x @ y.T
+    logits = (scale.to(dtype) * dots).to(wide)
+    rows = torch.arange(len(x), device=x.device)
+    positive, level = logits[rows, rows + offset], logits.logsumexp(1)
+    total = ((level - positive) * row_weight.to(wide)).sum()
+    column_level = logits.logsumexp(0) if len(column_weight) else logits.new_empty(0)
+    if len(column_weight):
+        weight = column_weight.to(wide)
+        total = total + (weight * column_level).sum() - (weight[rows + offset] * positive).sum()
+    dx, dy, dscale, g = torch.autograd.grad(total, (x, y, scale, logits))
+    found = {"row level": level, "column level": column_level, "positive": positive}
+    found |= {"dx": dx, "dy": dy, "dscale": dscale}
+    found["terms"] = (g * dots).abs().sum() + 2**-29 * row_weight.abs().sum()
+    return {name: value.detach() for name, value in found.items()}
+
+
+def sigmoid_gradients(x, y, scale, bias, offset, dtype) -> dict[str, Tensor]:
+    """As ``strip_gradients``, of the sigmoid loss."""
+    wide = torch.promote_types(dtype, torch.float32)
+    x, y = (t.detach().to(dtype).requires_grad_() for t in (x, y))
+    scale, bias = (
+        torch.tensor(v, dtype=wide, device=x.device, requires_grad=True) for v in (scale, bias)
+    )
+    dots = x @ y.T
+    logits = (scale.to(dtype) * dots + bias.to(dtype)).to(wide)
+    columns = torch.arange(len(y), device=x.device)
+    positive = columns == torch.arange(len(x), device=x.device)[:, None] + offset
+    loss = -torch.nn.functional.logsigmoid(torch.where(positive, logits, -logits)).sum()
+    names = "dx", "dy", "dscale", "dbias", "g"
+    grads = torch.autograd.grad(loss, (x, y, scale, bias, logits))
+    found = {"loss": loss} | dict(zip(names, grads, strict=True))
+    found["terms"] = (found.pop("g") * dots).abs().sum()
+    return {name: value.detach() for name, value in found.items()}

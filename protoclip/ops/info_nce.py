@@ -21,7 +21,7 @@ from protoclip.ops.backends import implementation, resolve
 LN2 = math.log(2.0)
 FUSED_LOSS = ("triton",)  # backends whose kernels also take the loss, and weigh its gradient
 # Backends with a stash: True where it costs no bit, so that they keep it unless told not to.
-KEEP_LOGITS = {"cpu": True, "triton": False}
+KEEP_LOGITS = {"cpu": True}
 # The rounding errors of so few terms do not average out, and in fp64 they cost next to nothing.
 FEW_PAIRS = 16
 
