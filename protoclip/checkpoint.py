@@ -133,7 +133,38 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(payload, dict):
         raise ValueError(f"checkpoint: expected a dict in {path}, got {type(payload).__name__}")
+    if "protoclip" in payload:
+        _check_form(path, payload)
     return payload
+
+
+FORM: dict[str, type] = {  # what protoclip.train writes beside OpenCLIP's entries, by dotted name
+    "epoch": int,
+    "state_dict": dict,
+    "optimizer": dict,
+    "protoclip.config": dict,
+    "protoclip.step": int,
+    "protoclip.heads": dict,
+    "protoclip.logit_scale_proto": torch.Tensor,
+}
+
+
+def _check_form(path: Path, payload: dict[str, Any]) -> None:
+    """Refuse a checkpoint of protoclip that lacks an entry, or has one of another type."""
+    for name, kind in FORM.items():
+        value: Any = payload
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"checkpoint: expected {name} in {path} as {kind.__name__}, got "
+                f"{'none' if value is None else type(value).__name__}; use an older checkpoint"
+            )
+    if (step := payload["protoclip"]["step"]) < 0:
+        raise ValueError(
+            f"checkpoint: expected a step of 0 or more in {path}, got {step}; use an older "
+            "checkpoint"
+        )
 
 
 def _check_seal(path: Path) -> None:

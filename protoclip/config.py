@@ -1,16 +1,96 @@
-"""Every setting of a run: a tree of frozen dataclasses; ``protoclip.flags`` makes the command line.
+"""Every setting of a run, and the command lines that are made from the settings.
 
-A default stands in one place, the field (``protoclip.fields``), with its meaning in the help text.
-Flags carry OpenCLIP's names where OpenCLIP has the flag, the ProtoCLIP authors' where they have it.
+A setting has one home, its field: default, meaning and limits. Flags carry OpenCLIP's names where
+OpenCLIP has the flag, the ProtoCLIP authors' where they have it.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-
-from protoclip.fields import option
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 PRECISIONS = ("auto", "fp32", "amp_bf16", "amp")
+DATASET_TYPES = ("auto", "webdataset", "csv", "synthetic")
+PRESETS = Path(__file__).parent / "presets"
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+Config = TypeVar("Config")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    flag: str = "",
+    choices: Sequence[str] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A dataclass field that is also a flag; ``low`` and ``high`` are inclusive limits."""
+    metadata = {"help": help, "flag": flag, "choices": choices, "low": low, "high": high}
+    return field(default=default, metadata=metadata)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dict of a config, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """The inverse of ``to_dict``; an unknown key is an error that names it."""
+    hints = get_type_hints(cls)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise ValueError(
+            f"config: {cls.__name__} has no {sorted(unknown)}; it knows {sorted(hints)}. "
+            "The file is from another version of protoclip, or misspelt"
+        )
+    return cls(**{key: _typed(hints[key], value) for key, value in values.items()})
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """A value of JSON as a field has it: nested configs, and tuples of one or more."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_dict(hint, value)
+    if get_origin(hint) is tuple:
+        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return value
+
+
+def flag_of(item: dataclasses.Field) -> str:
+    return "--" + (item.metadata["flag"] or item.name.replace("_", "-"))
+
+
+def check(config: Any) -> None:
+    """Raise ValueError, by flag name, for the first value out of its limits or choices."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            check(value)
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            _check_value(item, one)
+
+
+def _check_value(item: dataclasses.Field, value: Any) -> None:
+    low, high, choices = (item.metadata[key] for key in ("low", "high", "choices"))
+    if choices is not None and value not in choices:
+        raise ValueError(f"{flag_of(item)}: expected one of {', '.join(choices)}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{flag_of(item)}: expected a finite number, got {value}")
+    if low is not None and value < low:
+        raise ValueError(f"{flag_of(item)}: expected at least {low}, got {value}")
+    if high is not None and value > high:
+        raise ValueError(f"{flag_of(item)}: expected at most {high}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -20,7 +100,7 @@ class DataConfig:
     train_data: str = option(
         "builtin:emoji",
         "builtin:emoji, builtin:shapes[:N], a .csv/.tsv file, or webdataset shards such as "
-        "'d/{000..012}.tar', globs, urls, pipe:COMMAND; sources joined by '::'",
+        "'d/{000..012}.tar', globs, urls; sources joined by '::'",
     )
     val_data: str = option("", "data to evaluate on; default: the held-out part of built-in data")
     imagenet_val: str = option(
@@ -40,10 +120,9 @@ class DataConfig:
     shuffle_buffer: int = option(
         -1,
         "go shard by shard and mix over so many samples; 0: mix everything; -1: 0 for files, "
-        "10000 for urls and pipes",
+        "10000 for urls",
         low=-1,
     )
-    spool_gb: float = option(50.0, "room for copies of shards from urls and pipes", low=0)
     max_bad_fraction: float = option(
         0.05, "stop when more than this share of the samples cannot be used", low=0, high=1
     )
@@ -53,6 +132,7 @@ class DataConfig:
     csv_separator: str = option("\t", "separator of a .csv/.tsv file (default: tab)")
     csv_img_key: str = option("filepath", "column of the image path")
     csv_caption_key: str = option("title", "column of the caption")
+    csv_encoding: str = option("utf-8", "of a .csv/.tsv file: latin-1, ...", flag="encoding")
     augmentation: str = option(
         "clip",
         "training transform: 'paper' (ProtoCLIP's), 'clip' (OpenCLIP's random crop) or 'none'",
@@ -78,8 +158,15 @@ class ModelConfig:
     force_image_size: int = option(
         0, "pixels, overrides the model's image size; 0: the model's", low=0
     )
+    force_context_length: int = option(
+        0, "tokens a caption, overrides the model's context length; 0: the model's", low=0
+    )
     lock_image: bool = option(
         False, "freeze the image tower and train the text towards it (LiT); as OpenCLIP's flag"
+    )
+    lock_text: bool = option(False, "freeze the text tower; as OpenCLIP's flag")
+    grad_checkpointing: bool = option(
+        False, "compute the towers' activations again in the backward pass: less memory, more time"
     )
     add_projection_head: bool = option(
         True, "prototypes live behind a projection head, not in the embedding itself"
@@ -227,7 +314,9 @@ class RunConfig:
     seed: int = option(0, "same seed, same machine, same run", low=0, high=2**31)
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
     precision: str = option(
-        "auto", "auto: amp_bf16 on a GPU that has it, else fp32", choices=PRECISIONS
+        "auto",
+        "auto: amp_bf16 on a GPU that has it, else fp32; amp (fp16) is fp32 on a CPU",
+        choices=PRECISIONS,
     )
     dist_backend: str = option(
         "auto",
@@ -245,6 +334,9 @@ class RunConfig:
         2.0, "epochs between zero-shot evaluations on --imagenet-val; 0: none", low=0
     )
     save_frequency: int = option(0, "epochs between kept checkpoints; 0: only the last", low=0)
+    delete_previous_checkpoint: bool = option(
+        False, "of the checkpoints of --save-frequency keep the newest only"
+    )
     save_every: str = option(
         "",
         "write epoch_latest.pt every so often: 500steps, 10m, 2h; default: at the end and on "
@@ -252,9 +344,9 @@ class RunConfig:
     )
     resume: str = option(
         "",
-        "go on exactly where a run stopped: its folder, one of its checkpoints, or auto (the run "
-        "--name, else the newest unfinished one with these settings, else a new one); of a run of "
-        "OpenCLIP's trainer: a new run from its weights, optimiser and epoch",
+        "go on exactly where a run stopped: its folder, one of its checkpoints, or auto or latest "
+        "(the run --name, else the newest unfinished one with these settings, else a new one); of "
+        "a run of OpenCLIP's trainer: a new run from its weights, optimiser and epoch",
     )
     max_bad_steps: int = option(
         10, "stop after so many steps in a row with a loss or gradient that is not finite", low=1
@@ -282,3 +374,311 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+# Flags that are gone from protoclip, and names that people try: what to do instead.
+RETIRED = {
+    "--ema-decay": "extraction uses the model itself; leave the flag out",
+    "--normalize-centroids": "centroids are plain means; leave the flag out",
+    "--external-target-temperature": "external targets are hard labels; leave the flag out",
+    "--spool-gb": "remote shards are kept in the cache folder; set PROTOCLIP_CACHE to move it",
+    "--learning-rate": "the flag is --lr",
+    "--weight-decay": "the flag is --wd",
+    "--num-clusters": "the flag is --k",
+    "--num-prototypes": "the flag is --k",
+    "--imagenet-v2": "evaluate the run afterwards with python -m protoclip.evaluate RUN --data DIR",
+    "--torchcompile": "captions differ in length, so each would compile again; "
+    "python -m protoclip.openclip takes it",
+    "--horovod": "start the processes with torchrun",
+}
+# Flags of OpenCLIP's trainer with no counterpart here.
+ONLY_OPENCLIP = """
+    --aug-cfg --cache-dir --coca-caption-loss-weight --coca-contrastive-loss-weight
+    --copy-codebase --debug --distill-model --distill-pretrained --epochs-cooldown
+    --force-custom-text --force-patch-dropout --force-quick-gelu --fsdp --image-interpolation
+    --image-mean --image-resize-mode --image-std --lock-image-freeze-bn-stats
+    --lock-image-unlocked-groups --lock-text-freeze-layer-norm --lock-text-unlocked-layers
+    --log-local --loss-dist-impl --lr-cooldown-end --lr-cooldown-power --momentum
+    --pretrained-image --remote-sync --remote-sync-frequency --remote-sync-protocol --siglip
+    --skip-scheduler --torchscript --trace --use-bnb-linear --val-num-samples --wandb-notes
+"""
+# Flags of OpenCLIP's trainer that are accepted and change nothing: arguments, and the reason.
+NEEDLESS: dict[str, tuple[dict[str, Any], str]] = {
+    "--local-loss": ({"action": "store_true"}, "the loss is exact over all processes"),
+    "--gather-with-grad": ({"action": "store_true"}, "the loss is exact over all processes"),
+    "--save-most-recent": ({"action": "store_true"}, "epoch_latest.pt is always written"),
+    "--ddp-static-graph": ({"action": "store_true"}, "each step reduces its gradients once"),
+    "--no-set-device-rank": ({"action": "store_true"}, "--device says which GPU"),
+    "--dist-url": ({"metavar": "URL"}, "the launcher's variables say where processes meet"),
+    "--opt": ({"choices": ["adamw"]}, "AdamW is the only optimiser"),
+}
+
+
+def refusal(flag: str, known: Iterable[str]) -> str:
+    """Why a command has no such flag, and what to do: one line."""
+    name = flag.partition("=")[0]
+    if name in RETIRED:
+        return f"{name}: {RETIRED[name]}"
+    if name in ONLY_OPENCLIP.split():
+        return f"{name}: a flag of OpenCLIP's trainer; use python -m protoclip.openclip"
+    names = [option.removeprefix("--") for option in known]
+    near = difflib.get_close_matches(name.removeprefix("--"), names, n=1)
+    return f"{name}: no such flag; " + (f"did you mean --{near[0]}?" if near else "see --help")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers every mistake with one line that names a remedy."""
+
+    def __init__(self, prog: str, **arguments: Any) -> None:
+        super().__init__(prog=prog, allow_abbrev=False, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        options = self._option_string_actions
+        for word in words:
+            if word == "--":
+                break
+            # Before argparse looks: a misspelt flag explains a required one that is missing.
+            if word.startswith("--") and " " not in word and word.partition("=")[0] not in options:
+                self.error(refusal(word, options))
+        parsed, rest = self.parse_known_args(words, namespace)
+        if rest:
+            self.error(f"expected a flag, got {rest[0]!r}; a flag takes one value")
+        return parsed
+
+
+def _add_options(group: Any, cls: type, defaults: Any, prefix: str) -> None:
+    hints = get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        hint, default = hints[item.name], getattr(defaults, item.name)
+        if dataclasses.is_dataclass(hint):
+            continue
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else "%(default)s"
+        shown = "" if default in ("", "\t") else f" (default: {shown})"
+        arguments: dict[str, Any] = {
+            "dest": prefix + item.name,
+            "default": default,
+            "help": item.metadata["help"] + shown,
+        }
+        if hint is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        else:
+            if get_origin(hint) is tuple:
+                hint = get_args(hint)[0]
+                arguments["nargs"] = "+"
+            arguments.update(type=hint, choices=item.metadata["choices"])
+            if arguments["choices"] is None:
+                arguments["metavar"] = METAVARS[hint]
+        group.add_argument(flag_of(item), **arguments)
+
+
+def build_parser(prog: str, description: str) -> Parser:
+    """A parser with one titled group per section of ``TrainConfig``."""
+    parser = Parser(prog, usage="%(prog)s [options]", description=description)
+    parser.add_argument(
+        "--preset",
+        default="default",
+        metavar="TEXT",
+        help=f"settings to start from: {', '.join(preset_names())}, or a .json file, such as the "
+        "config.json of a run; other flags change them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--paper",
+        dest="preset",
+        action="store_const",
+        const="paper",
+        help="the ProtoCLIP authors' settings: --preset paper",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print all settings as JSON, and end"
+    )
+    parser.add_argument(
+        "--dataset-type",
+        default="auto",
+        choices=DATASET_TYPES,
+        help="as OpenCLIP's flag: webdataset and csv must agree with the name of --train-data; "
+        "synthetic: builtin:shapes:N, N of --train-num-samples (default: %(default)s)",
+    )
+    for flag, (arguments, _) in NEEDLESS.items():
+        parser.add_argument(flag, dest=flag, help=argparse.SUPPRESS, **arguments)
+    defaults = TrainConfig()
+    hints = get_type_hints(TrainConfig)
+    _add_options(parser, TrainConfig, defaults, "")
+    for name, cls in hints.items():
+        if isinstance(cls, type) and dataclasses.is_dataclass(cls):
+            group = parser.add_argument_group(str(cls.__doc__))
+            _add_options(group, cls, getattr(defaults, name), f"{name}.")
+    return parser
+
+
+def parse(parser: Parser, argv: Sequence[str] | None) -> TrainConfig:
+    """Command line to a checked config; the parser ends the program for a flag it does not know.
+
+    Raises:
+        ValueError: a value out of its limits, a preset that is none, or flags that contradict.
+        SystemExit: with code 0 after --print-config.
+    """
+    chosen = parser.parse_args(argv)
+    preset = dict(_flat(load_preset(chosen.preset)))
+    parser.set_defaults(**preset)
+    values = vars(parser.parse_args(argv))
+    saved = {
+        "--" + key.rpartition(".")[2].replace("_", "-"): value
+        for key, value in preset.items()
+        if value == values[key] != getattr(chosen, key)
+    }
+    check_saved(saved, chosen.preset)
+    del values["preset"]
+    show = values.pop("print_config")
+    for flag, (_, reason) in NEEDLESS.items():
+        if values.pop(flag):
+            print(f"{parser.prog}: note: {flag} changes nothing: {reason}", file=sys.stderr)
+    _apply_dataset_type(values.pop("dataset_type"), values)
+    if values["run.resume"] == "latest":  # OpenCLIP's word
+        values["run.resume"] = "auto"
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    config = from_dict(TrainConfig, nested)
+    check(config)
+    check_together(config)
+    if show:
+        print(json.dumps(to_dict(config), indent=2))
+        raise SystemExit(0)
+    return config
+
+
+def _apply_dataset_type(kind: str, values: dict[str, Any]) -> None:
+    """OpenCLIP's --dataset-type; our readers follow from the name of the data."""
+    data = values["data.train_data"]
+    if kind == "synthetic":
+        if data != DataConfig().train_data:
+            raise ValueError(
+                f"--dataset-type synthetic: expected no --train-data, got {data!r}; leave one out"
+            )
+        values["data.train_data"] = f"builtin:shapes:{values['data.train_num_samples'] or 2000}"
+        values["data.train_num_samples"] = 0
+    table = data.lower().endswith((".csv", ".tsv"))
+    if (kind == "csv" and not table) or (
+        kind == "webdataset" and (table or data.startswith("builtin:"))
+    ):
+        wanted = "a .csv or .tsv file" if kind == "csv" else "shards such as 'd/{000..012}.tar'"
+        raise ValueError(
+            f"--dataset-type {kind}: expected {wanted} in --train-data, got {data!r}; use "
+            "--dataset-type auto or other data"
+        )
+
+
+def preset_names() -> list[str]:
+    """The presets that come with protoclip."""
+    return sorted(path.stem for path in PRESETS.glob("*.json"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """Settings of a preset or .json file, as nested dicts; what it "extends" comes first.
+
+    Raises:
+        ValueError: no such preset, no JSON, or a setting that protoclip does not have.
+    """
+    path = Path(name) if name.endswith(".json") else PRESETS / f"{name}.json"
+    if not path.is_file():
+        raise ValueError(
+            f"--preset: expected one of {', '.join(preset_names())} or a .json file, got {name!r}"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--preset {name}: {path} is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--preset {name}: expected a JSON object in {path}")
+    values.pop("about", None)
+    merged = load_preset(values.pop("extends")) if "extends" in values else {}
+    try:
+        known = to_dict(from_dict(TrainConfig, values))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--preset {name}: {error}") from error
+    for key, value in values.items():
+        if isinstance(value, dict):
+            merged[key] = {**merged.get(key, {}), **{k: known[key][k] for k in value}}
+        else:
+            merged[key] = known[key]
+    return merged
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def check_together(config: TrainConfig) -> None:
+    """Raise ValueError for settings that are fine one by one and contradict each other."""
+    episode = config.episode
+    if len(episode.target_temperature) > 2:
+        raise ValueError(
+            "--target-temperature: expected one number, or two (image clusters, text clusters), "
+            f"got {len(episode.target_temperature)}"
+        )
+    if len(set(episode.clusters)) != len(episode.clusters):
+        raise ValueError(f"--k: expected different numbers, got {episode.clusters}")
+    if episode.ema_decay >= 1:
+        raise ValueError(f"--ema-decay: expected less than 1, got {episode.ema_decay}")
+    if episode.features == "reuse" and episode.ema_decay > 0:
+        raise ValueError(
+            "--ema-decay: a moving average needs a forward pass of its own; use "
+            "--episode-features extract"
+        )
+    if episode.features == "reuse" and episode.infonce_warmup < 1:
+        raise ValueError(
+            "--episode-features reuse: clusters what an earlier episode left; use "
+            "--infonce-warmup-epoch 1 or more"
+        )
+
+
+def output_file(path: str | os.PathLike[str], flag: str) -> Path:
+    """The path of a file that can be written; folders on the way to it may be missing yet.
+
+    Raises:
+        ValueError: it is a folder, or lies in what is none or may not be written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{flag}: expected a file, got the folder {path}; add a name to it")
+    check_above(path, flag)
+    return path
+
+
+def check_above(path: Path, flag: str) -> None:
+    """Raise ValueError where no file or folder can be made at ``path``."""
+    above = next(parent for parent in path.parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise ValueError(
+            f"{flag}: expected a path in a folder, got {path}, but {above} is a file; choose "
+            "another path"
+        )
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag}: {above} may not be written to; choose another folder")
+
+
+def check_saved(settings: Mapping[str, object], where: str) -> None:
+    """Refuse saved settings that name data elsewhere: a file may come from a stranger.
+
+    Args:
+        settings: flag -> value, those that the command line does not give again.
+        where: the file that they were read from.
+    Raises:
+        ValueError: a value is a url or a pipe; the message names the flag to give.
+    """
+    for flag, value in settings.items():
+        for one in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(one, str) and re.search(r"://|(^|::)\s*pipe:", one):
+                raise ValueError(
+                    f"{flag}: expected local data in the settings saved in {where}, got {one!r}; "
+                    f"if you trust it, give {flag} again on the command line"
+                )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -44,7 +45,10 @@ def choose_precision(name: str, device: torch.device) -> str:
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return "amp_bf16" if bf16 else "fp32"
     if name == "amp" and device.type == "cpu":
-        raise ValueError("--precision amp: fp16 needs a GPU; use amp_bf16 or fp32 on the CPU")
+        if find_place().rank == 0:
+            note = "fp16 needs a GPU; this is fp32, and amp_bf16 works on CPUs too"
+            print(f"note: --precision amp: {note}", file=sys.stderr)
+        return "fp32"
     return name
 
 

@@ -234,6 +234,35 @@ def max_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+class Agreement:
+    """What any rank wishes, known to all at the same step.
+
+    The ranks' wishes travel while the next step is computed, so with several ranks the answer is
+    that of the step before, and no rank waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._votes: Tensor | None = None
+        self._sent: Any = None
+
+    def ask(self, *wishes: float) -> list[float]:
+        """The largest of each wish over the ranks; a collective call."""
+        if not is_distributed():
+            return list(wishes)
+        answer = self.settle() or [0.0] * len(wishes)
+        self._votes = torch.tensor(wishes, dtype=torch.float32)
+        self._sent = dist.all_reduce(self._votes, dist.ReduceOp.MAX, async_op=True)
+        return answer
+
+    def settle(self) -> list[float]:
+        """The answer to the last question, as of now; [] without one."""
+        if self._votes is None:
+            return []
+        self._sent.wait()
+        answer, self._votes = self._votes.tolist(), None
+        return answer
+
+
 def broadcast(*tensors: Tensor) -> None:
     """Rank 0's values for every rank, in place."""
     if is_distributed():

@@ -6,7 +6,6 @@ protoclip. The folder can be uploaded to the Hugging Face hub as it is.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -19,12 +18,10 @@ import torch
 from torch import nn
 
 from protoclip import checkpoint
-from protoclip.config import ModelConfig, TrainConfig
+from protoclip.config import ModelConfig, Parser, TrainConfig, check_above, from_dict
 from protoclip.evaluate import format_table, read_results
-from protoclip.fields import from_dict
 from protoclip.model import build_model, register_configs
 from protoclip.openclip_runs import model_config, preprocess, state_dict, told_preprocess
-from protoclip.outputs import check_above
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -71,8 +68,11 @@ def export(run: str | Path, out: str | Path, model: str = "", force_image_size: 
 
     out.mkdir(parents=True, exist_ok=True)
     save_file({key: x.contiguous() for key, x in clip.state_dict().items()}, out / WEIGHTS)
+    (out / WEIGHTS).chmod(0o644)  # safetensors makes files that only their owner can read
     if config.force_image_size:
         model_cfg["vision_cfg"]["image_size"] = config.force_image_size
+    if config.force_context_length:
+        model_cfg["text_cfg"]["context_length"] = config.force_context_length
     shown = {**preprocess(clip.visual, name, config.pretrained), **_told_preprocess(path, payload)}
     written = {"model_cfg": model_cfg, "preprocess_cfg": shown}
     (out / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
@@ -138,11 +138,10 @@ def _validation(path: Path) -> list[str]:
     return ["", "## Validation by open_clip_train", "", "| | |", "|---|---|", *rows]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m protoclip.export",
+def build_parser() -> Parser:
+    parser = Parser(
+        "python -m protoclip.export",
         description="Write a trained model as a folder that OpenCLIP loads: local-dir:DIR.",
-        allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="run folder or a checkpoint")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")

@@ -54,9 +54,9 @@ def global_info_nce(
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return info_nce(image_features, text_features, logit_scale, backend=backend)
     op = "global_info_nce"
-    scale = _checked(op, image_features, text_features, logit_scale)
-    name = resolve("info_nce", backend, image_features.device.type, image_features.dtype)
-    rows, columns = _Strip.apply(image_features, text_features, scale, group, name)
+    x, y, scale = _checked(op, image_features, text_features, logit_scale)
+    name = resolve("info_nce", backend, x.device.type, x.dtype)
+    rows, columns = _Strip.apply(x, y, scale, group, name)
     return (rows + columns).mean() / 2
 
 
@@ -83,15 +83,15 @@ def global_sigmoid_loss(
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return sigmoid_loss(image_features, text_features, logit_scale, logit_bias, backend=backend)
     op = "global_sigmoid_loss"
-    scale = _checked(op, image_features, text_features, logit_scale)
-    bias = checks.scalar(op, "logit_bias", logit_bias, image_features.device)
-    name = resolve("siglip", backend, image_features.device.type, image_features.dtype)
-    inputs = image_features, text_features, scale, bias
+    x, y, scale = _checked(op, image_features, text_features, logit_scale)
+    bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
+    name = resolve("siglip", backend, x.device.type, x.dtype)
+    inputs = x, y, scale, bias
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     return _Ring.apply(*inputs, group, name, wanted)
 
 
-def _checked(op: str, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+def _checked(op: str, x: Tensor, y: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
     checks.matrix(op, "image_features", x, "[B, D]")
     checks.matrix(op, "text_features", y, "[B, D]")
     checks.like(op, "text_features", y, "image_features", x)
@@ -100,7 +100,8 @@ def _checked(op: str, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
             f"{op}: expected one text per image, got image_features {tuple(x.shape)} and "
             f"text_features {tuple(y.shape)}"
         )
-    return checks.scalar(op, "logit_scale", scale, x.device)
+    x, y = checks.promoted(x, y)
+    return x, y, checks.scalar(op, "logit_scale", scale, x.device)
 
 
 class _Strip(torch.autograd.Function):

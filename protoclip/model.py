@@ -18,6 +18,7 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import lock_text_tower
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -84,7 +85,7 @@ class ProtoModel(nn.Module):
         self.image_head: Projection | None = heads[0] if heads else None
         self.text_head: Projection | None = heads[1] if heads else None
         self.logit_scale_proto = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
-        self.image_locked = False
+        self.image_locked = self.text_locked = False
         visual: Any = clip.visual
         size = visual.image_size
         self.image_size: int = size[0] if isinstance(size, (tuple, list)) else size
@@ -96,10 +97,20 @@ class ProtoModel(nn.Module):
         self.image_locked = True
         self.clip.visual.requires_grad_(False).eval()
 
+    def lock_text(self) -> None:
+        """Freeze the text tower from now on."""
+        self.text_locked = True
+        if hasattr(self.clip, "text"):
+            self.clip.text.requires_grad_(False).eval()
+        else:  # the tower's parts lie beside the image tower's, and none of them is random
+            lock_text_tower(self.clip)
+
     def train(self, mode: bool = True) -> ProtoModel:
         super().train(mode)
         if self.image_locked:
             self.clip.visual.eval()
+        if self.text_locked and hasattr(self.clip, "text"):
+            self.clip.text.eval()
         return self
 
     def encode(self, image: Tensor, tokens: Tensor) -> Encoded:
@@ -160,7 +171,18 @@ class ProtoModel(nn.Module):
         return {"mean": list(self.mean), "std": list(self.std), **words}
 
     def load_state(self, payload: dict[str, Any]) -> None:
-        """Take the weights of a checkpoint that ``protoclip.train`` wrote."""
+        """Take the weights of a checkpoint that ``protoclip.train`` wrote.
+
+        Raises:
+            ValueError: they are of another model, or something is missing.
+        """
+        try:
+            self._load_state(payload)
+        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"checkpoint: it does not fit this model ({reason})") from error
+
+    def _load_state(self, payload: dict[str, Any]) -> None:
         self.clip.load_state_dict(payload["state_dict"])
         extra = payload["protoclip"]
         for name, head in (("image", self.image_head), ("text", self.text_head)):
@@ -266,6 +288,7 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
                 name,
                 pretrained=config.pretrained or None,
                 force_image_size=config.force_image_size or None,
+                force_context_length=config.force_context_length or None,
                 device=device,
                 output_dict=True,
                 **bias,
@@ -294,9 +317,13 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
         text_head = Projection(embedding_dim(clip), hidden, out, config.use_bn_sync)
         # The image head starts as a copy, as in the paper: equal features, equal projections.
         heads = (copy.deepcopy(text_head), text_head)
+    if config.grad_checkpointing:
+        clip.set_grad_checkpointing()
     model = ProtoModel(clip, tokenizer, heads)
     if config.lock_image:
         model.lock_image()
+    if config.lock_text:
+        model.lock_text()
     return model
 
 

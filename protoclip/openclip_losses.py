@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from protoclip.global_losses import global_info_nce, global_sigmoid_loss
+from protoclip.ops import checks
 from protoclip.ops.backends import resolve
 from protoclip.ops.info_nce import info_nce
 from protoclip.ops.siglip import sigmoid_loss
@@ -162,6 +163,7 @@ class ClipLoss(nn.Module):
 
     def _one_way(self, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         """Mean cross-entropy of rows x [N, D] against all columns y [W * N, D]."""
+        scale = checks.scalar("ClipLoss", "logit_scale", scale, x.device)
         backend = resolve("info_nce", "auto", x.device.type, x.dtype)
         offset = self.rank * len(x)
         return torch.ops.protoclip.contrastive(x, y, scale, offset, False, "mean", backend)[0]
@@ -212,6 +214,12 @@ class SigLipLoss(nn.Module):
         Returns:
             float32 [], nats.
         """
+        if image_features.shape[:1] != text_features.shape[:1]:
+            raise ValueError(
+                "SigLipLoss: expected one text per image, got image_features "
+                f"{tuple(image_features.shape)} and text_features {tuple(text_features.shape)}; "
+                "give row i of each the same pair"
+            )
         x, y = _one_dtype(image_features, text_features)
         bias = torch.zeros((), device=x.device) if logit_bias is None else logit_bias
         total = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss

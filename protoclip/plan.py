@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from protoclip.config import ModelConfig
+from protoclip.config import ModelConfig, Parser
 from protoclip.cost import CARDS, Card, Run, Shape, flop, measure_shape, memory, seconds, wire
 
 PROG = "python -m protoclip.plan"
@@ -40,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROG, description=__doc__, allow_abbrev=False)
+def build_parser() -> Parser:
+    parser = Parser(PROG, description=__doc__)
     for flag, default, words in (
         ("--batch-size", 256, "pairs per forward pass of a rank"),
         ("--accum-freq", 1, "forward passes a step"),
         ("--ranks", 1, "processes, a GPU each"),
-        ("--k", 20_000, "prototypes per source"),
+        ("--k", 0, "prototypes per source; 0: a tenth of the episode"),
         ("--episode-size", 200_000, "samples per episode"),
         ("--samples", 3_000_000, "pairs in the dataset"),
         ("--teachers", 1, "external teachers; 0: internal prototypes only"),
@@ -81,19 +81,20 @@ def build_parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> Run:
     values = vars(arguments)
     low = [name for name, value in values.items() if isinstance(value, int) and value < 0]
-    zero = [name for name in ("batch_size", "accum_freq", "ranks", "k") if not values[name]]
+    zero = [name for name in ("batch_size", "accum_freq", "ranks") if not values[name]]
     if low or zero:
         flag = (low or zero)[0]
         raise ValueError(
             f"--{flag.replace('_', '-')}: expected at least {1 if zero else 0}, got {values[flag]}"
         )
+    episode = arguments.episode_size or arguments.samples
     run = Run(
         batch_size=arguments.batch_size,
         accum_freq=arguments.accum_freq,
         ranks=arguments.ranks,
         samples=arguments.samples,
-        episode=arguments.episode_size or arguments.samples,
-        clusters=arguments.k,
+        episode=episode,
+        clusters=arguments.k or max(1, episode // 10),
         sources=0 if arguments.method == "clip" else 2 + arguments.teachers,
         teacher_dim=arguments.external_teacher_dim,
         iterations=arguments.kmeans_max_iter,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protoclip.fields import check, option
+from protoclip.config import check, option
 from protoclip.online_prototypes import OnlinePrototypes, PrototypeSet
 from protoclip.openclip_losses import ClipLoss
 from protoclip.ops import Bank, kmeans_assign, prototype_losses
@@ -160,7 +160,7 @@ class ProtoClipLoss(ClipLoss):
     ) -> Tensor:
         """Mean over the two directions, each against the clusters of the other modality."""
         if self.proto.logit_scale > 0:
-            scale = torch.full_like(scale, self.proto.logit_scale, requires_grad=False)
+            scale = torch.full((), self.proto.logit_scale, device=features["image"].device)
         total, hits = [], []
         for one in sets:
             x = features[one.student]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from protoclip import checkpoint
 from protoclip.clustering import check_clusters
 from protoclip.commands import on_all_ranks, quietly
-from protoclip.config import TrainConfig
+from protoclip.config import TrainConfig, build_parser, parse
 from protoclip.data import PairDataset, build_transform
 from protoclip.data.check import check_data
 from protoclip.device import choose_device, choose_precision
@@ -31,7 +31,6 @@ from protoclip.distributed import (
     world_size,
 )
 from protoclip.evaluate import Results, format_table, peak_memory_bytes, read_results, write_results
-from protoclip.flags import build_parser, parse
 from protoclip.launchers import find_place
 from protoclip.model import ProtoModel, build_model
 from protoclip.report import write_report
@@ -43,7 +42,7 @@ from protoclip.training.launch import OtherRank, seed_rank
 from protoclip.training.loop import Trainer
 from protoclip.training.order import EpochOrder
 from protoclip.training.phases import Phases
-from protoclip.training.plan import Plan, make_plan
+from protoclip.training.plan import Plan, learning_rate, make_plan
 from protoclip.training.resume import Resume, check_resume, find_resume
 from protoclip.training.run_folder import RunFolder, choose_folder
 from protoclip.training.saving import SaveSchedule, Stopped, StopSignals
@@ -94,7 +93,9 @@ def with_saved_config(argv: Sequence[str] | None) -> list[str]:
 
 def check(dataset: PairDataset, workers: int) -> int:
     """--check-data: the exit code is 1 where a sample is bad."""
-    with tqdm(total=len(dataset), desc="checking", unit=" samples", leave=False) as bar:
+    with tqdm(
+        total=len(dataset), desc="checking", unit=" samples", leave=False, disable=None
+    ) as bar:
         return int(check_data(dataset, tqdm.write, workers, bar.update) > 0)
 
 
@@ -146,43 +147,6 @@ def _train(config: TrainConfig, signals: StopSignals) -> Path:
     evaluate = Evaluation(config, phases, device, precision)
     notes = check_resume(resume, config, dataset.keys) if resume else []
     again = resume.step if resume else 0 if path.exists() else None
-    folder = RunFolder(path, config, again) if is_main() else OtherRank(path)
-    try:
-        announce(folder, config, plan, dataset, teachers, remark, device, precision)
-        if resume:
-            folder.say(f"resumed: {resume.file}, after step {resume.step} of {plan.total_steps}")
-        for note in notes:
-            folder.say(note)
-        run(
-            config, plan, model, dataset, teachers, folder, evaluate, device, precision,
-            theirs or resume, signals,
-        )  # fmt: skip
-    except Stopped as stop:
-        folder.say(str(stop))
-    except BaseException:
-        folder.note(traceback.format_exc())
-        raise
-    finally:
-        folder.close()
-    return path
-
-
-def run(
-    config: TrainConfig,
-    plan: Plan,
-    model: ProtoModel,
-    dataset: PairDataset,
-    teachers: Mapping[str, Tensor],
-    folder: RunFolder | OtherRank,
-    evaluate: Evaluation,
-    device: torch.device,
-    precision: str,
-    resume: Resume | OpenClipRun | None,
-    signals: StopSignals,
-) -> None:
-    """Evaluate, train, evaluate again, and write what is to be seen."""
-    phases = evaluate.phases
-    before = untrained(folder, evaluate, model, isinstance(resume, Resume))
     transform = build_transform(model.image_size, model.mean, model.std, config.data.augmentation)
     trainer = Trainer(
         config,
@@ -191,7 +155,7 @@ def run(
         dataset,
         transform,
         teachers,
-        folder,
+        OtherRank(path),
         phases,
         device=device,
         precision=precision,
@@ -199,28 +163,56 @@ def run(
         zeroshot=evaluate.zeroshot if evaluate.zeroshot_data else None,
         signals=signals,
     )
-    if isinstance(resume, Resume):
+    before = None
+    if resume:  # everything is checked before the folder is touched
+        before = untrained(path, evaluate, model, True)
         restore(trainer, resume.payload)
-    elif resume:
-        folder.say(adopt(trainer, resume))
+    folder = RunFolder(path, config, again) if is_main() else OtherRank(path)
+    trainer.folder = folder
+    try:
+        announce(folder, config, plan, dataset, teachers, remark, device, precision)
+        if resume:
+            folder.say(f"resumed: {resume.file}, after step {resume.step} of {plan.total_steps}")
+        for note in notes:
+            folder.say(note)
+        if not resume:
+            before = untrained(path, evaluate, model, False)
+        if theirs:
+            folder.say(adopt(trainer, theirs))
+        run(trainer, evaluate, before)
+    except Stopped as stop:
+        folder.say(str(stop))
+        if stop.code:
+            raise SystemExit(stop.code) from None
+    except BaseException:
+        folder.note(traceback.format_exc())
+        raise
+    finally:
+        folder.close()
+    return path
+
+
+def run(trainer: Trainer, evaluate: Evaluation, before: Results | None) -> None:
+    """Train, evaluate, and write tables, plots and the report."""
     trainer.run()
-    after = evaluate.full(model, "evaluating the trained model")
+    after = evaluate.full(trainer.model, "evaluating the trained model")
+    folder, config, phases = trainer.folder, trainer.config, evaluate.phases
     if isinstance(folder, OtherRank):
         return
     with phases.measure("plots", on_host=True):
-        draw_plots(folder, config, trainer, dataset, evaluate, before, after)
-    report(folder, config, before, after, phases, device)
+        draw_plots(folder, config, trainer, trainer.dataset, evaluate, after)
+    report(folder, config, before, after, phases, trainer.device)
 
 
 def untrained(
-    folder: RunFolder | OtherRank, evaluate: Evaluation, model: ProtoModel, resumed: bool
+    folder: Path, evaluate: Evaluation, model: ProtoModel, resumed: bool
 ) -> Results | None:
     """The evaluation before training; a resumed run reads what it found when it began."""
-    path = folder.path / "untrained.json"
+    path = folder / "untrained.json"
     if from_main(lambda: resumed and path.exists()):
         return read_results(path)["trained"] if is_main() else None
     before = evaluate.full(model, "evaluating the untrained model")
-    if before is not None and is_main():
+    if before is not None and is_main() and not resumed:
         write_results(path, before, None, data=evaluate.data, model="untrained", pretrained="")
     return before
 
@@ -241,6 +233,13 @@ def announce(
         f"data: {dataset.name}, {len(dataset):,} pairs; {plan.total_steps} steps of "
         f"{plan.batch_size}, {plan.steps_per_epoch} a pass over the data"
     )
+    if config.optim.warmup >= plan.total_steps:
+        folder.say(
+            f"note: --warmup {config.optim.warmup:g} steps are longer than the run's "
+            f"{plan.total_steps}: the learning rate ends at "
+            f"{learning_rate(config.optim, plan.total_steps, plan.total_steps - 1):.3g}, below "
+            f"--lr {config.optim.lr:g}; a fraction such as --warmup 0.1 follows the run"
+        )
     folder.say(
         f"model: {config.model.model} on {device}, {precision}, {torch.get_num_threads()} threads"
         + (f", {world_size()} ranks" if is_distributed() else "")

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import importlib
+import json
 import multiprocessing
 import os
 import queue
 import random
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["protoclip.train", "protoclip", "torch.distributed"])
 LIMIT = 600.0  # seconds until a group of ranks counts as hanging; a compile may come first
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+TORCHRUN = {
+    "RANK": "{rank}", "WORLD_SIZE": "{ranks}", "LOCAL_RANK": "{rank}",
+    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}",
+}  # fmt: skip
 
 
 def free_port() -> int:
@@ -66,3 +80,93 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     bad = [f"rank {number}:\n{text}" for number, fine, text in found if not fine]
     assert not bad, "\n".join(bad)
     return [value for _, _, value in sorted(found, key=lambda item: item[0])]
+
+
+def tiny_run(folder: Path, name: str, *flags: str) -> list[str]:
+    """The flags of a run of milliseconds a step, with prototypes from step 6 on."""
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    return [
+        *("--train-data", "builtin:shapes:64", "--model", "tiny.json", "--batch-size", "12"),
+        *("--projection-hidden-dim", "24", "--projection-dim", "8", "--external-teacher", "none"),
+        *("--k", "6", "--infonce-warmup-epoch", "1", "--report-to", "none", "--name", name),
+        *("--val-frequency", "0", *flags),
+    ]  # fmt: skip
+
+
+def _command(folder, argv, env, log, fault, command, plots) -> None:
+    """A rank in a session of its own, as torchrun starts it, with its output in a file."""
+    import torch
+
+    module = importlib.import_module(command)
+    torch.set_num_threads(1)
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of data workers, as outside of tests
+    os.chdir(folder)
+    handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    faulthandler.dump_traceback_later(60, repeat=True)  # in the log of a rank that hangs
+    os.environ |= env
+    if not plots:  # 3 s each, and no part of a run's state
+        module.draw_plots = lambda *_: None
+    if fault:
+        fault()
+    sys.exit(module.main(argv))
+
+
+def start_command(
+    folder: Path,
+    argv: list[str],
+    ranks: int = 2,
+    variables: dict[str, str] = TORCHRUN,
+    fault: Callable[[], None] | None = None,
+    command: str = "protoclip.train",
+    plots: bool = True,
+) -> list[Any]:
+    """The processes of a command; ``fault`` is called by the last rank before it begins."""
+    port = free_port()
+    processes = []
+    for rank in range(ranks):
+        values = {"rank": rank, "ranks": ranks, "port": port}
+        env = {key: text.format(**values) for key, text in variables.items()} if ranks > 1 else {}
+        args = folder, argv, env, f"rank{rank}.log", fault if rank == ranks - 1 else None
+        process = CONTEXT.Process(target=_command, args=(*args, command, plots))
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def ended(processes: list[Any], limit: float = LIMIT) -> list[int | None]:
+    """The exit codes; None of a process that is still there after the limit."""
+    deadline = time.monotonic() + limit
+    try:
+        for process in processes:
+            process.join(max(0.1, deadline - time.monotonic()))
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def wait_until(condition: Callable[[], bool], processes: list[Any], folder: Path) -> None:
+    """Wait for a condition that one of the processes makes true."""
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert all(map(_alive, processes)), said(folder)
+        assert time.monotonic() < deadline, said(folder)
+        time.sleep(0.02)
+
+
+def _alive(process: Any) -> bool:
+    return process.is_alive() if hasattr(process, "is_alive") else process.poll() is None
+
+
+def steps_of(folder: Path, name: str) -> int:
+    """Lines in a run's metrics.jsonl."""
+    metrics = folder / "logs" / name / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def said(folder: Path) -> list[str]:
+    """What each rank has printed."""
+    return [path.read_text() for path in sorted(folder.glob("rank*.log"))]

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import torch
 
-from protoclip.config import DataConfig, TrainConfig
-from protoclip.data import open_dataset
+from protoclip.config import DataConfig, TrainConfig, to_dict
+from protoclip.data import Subset, open_dataset
 from protoclip.evaluate import EvalSet, evaluate_features, write_results
-from protoclip.fields import to_dict
 from protoclip.model import Encoded
-from protoclip.report import save_snapshot, take_snapshot
+from protoclip.report import Samples, save_snapshot, take_snapshot
 
 
 def make_run(path: Path, method="protoclip", samples=300, noise=1.0, data="", judged=60):
@@ -52,8 +51,8 @@ def make_run(path: Path, method="protoclip", samples=300, noise=1.0, data="", ju
     encoded = Encoded(image, text)
     unit = Encoded(*(torch.nn.functional.normalize(x, dim=1) for x in (image, text)))
     snapshot = take_snapshot(
-        torch.arange(len(train)), encoded, unit, clusters, train.labels,
-        judged=("HO", one), after=after, before=before, facts={"memory_bytes": {"forward": 2**30}},
+        Samples(train, encoded, unit, clusters), (Subset(heldout, range(len(own))), one),
+        after=after, facts={"memory_bytes": {"forward": 2**30}},
     )  # fmt: skip
     save_snapshot(path, snapshot)
     write_results(

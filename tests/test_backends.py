@@ -1,9 +1,11 @@
 """Choosing an implementation: named ones never fall back, auto does, the environment stands in."""
 
+import numpy as np
 import pytest
 import torch
 
 import protoclip
+from protoclip.ops import sigmoid_loss
 from protoclip.ops.backends import TABLE, resolve
 
 OPS = sorted(TABLE)
@@ -59,10 +61,18 @@ BAD = {
     ),
     "rows": (lambda: protoclip.info_nce(X[:3], Y, S), ValueError, "one text per image"),
     "columns": (lambda: protoclip.info_nce(X[:, :3], Y, S), ValueError, "share D"),
-    "dtype": (lambda: protoclip.info_nce(X.half(), Y, S), TypeError, "one dtype"),
     "integers": (lambda: protoclip.info_nce(X.long(), Y.long(), S), TypeError, "cast it"),
     "list": (lambda: protoclip.info_nce([1.0], Y, S), TypeError, "as a Tensor, got list"),
     "scale": (lambda: protoclip.info_nce(X, Y, X), ValueError, r"shape \[\] or \[1\]"),
+    "scale's text": (lambda: protoclip.info_nce(X, Y, "10"), TypeError, "as a number or a Tensor"),
+    "no scale": (lambda: protoclip.info_nce(X, Y, None), TypeError, "as a number or a Tensor"),
+    "scales": (lambda: protoclip.info_nce(X, Y, np.ones(2)), TypeError, "as a number or a Tensor"),
+    "a truth": (lambda: protoclip.info_nce(X, Y, torch.tensor(True)), TypeError, "float tensor"),
+    "two devices": (
+        lambda: protoclip.info_nce(X, Y.to("meta"), S),
+        ValueError,
+        "on one device, got meta and cpu",
+    ),
     "reduction": (lambda: protoclip.info_nce(X, Y, S, reduction="avg"), ValueError, "reduction in"),
     "label dtype": (
         lambda: protoclip.prototype_cross_entropy(X, Y, LABELS.int(), S),
@@ -93,7 +103,6 @@ BAD = {
     ),
     "no banks": (lambda: protoclip.prototype_losses(X, [], S), ValueError, "at least one bank"),
     "soft rows": (lambda: protoclip.soft_targets(X, Y[:2], 0.1), ValueError, "one prototype per"),
-    "soft dtypes": (lambda: protoclip.soft_targets(X.half(), Y, 0.1), ValueError, "one dtype"),
     "no centroids": (lambda: protoclip.kmeans_assign(X, Y[:0]), ValueError, "K >= 1 centroids"),
     "segments": (lambda: protoclip.segment_mean(X, LABELS, -1), ValueError, "num_segments"),
     "label range": (lambda: protoclip.segment_mean(X, LABELS, 2), ValueError, "below num_segments"),
@@ -105,3 +114,65 @@ def test_bad_input_is_refused_in_words(case):
     call, error, words = BAD[case]
     with pytest.raises(error, match=words):
         call()
+
+
+SCALES = [10, 10.0, np.float32(10), np.float64(10), np.int64(10), np.array(10), np.array([10.0])]
+
+
+@pytest.mark.parametrize("scale", [*SCALES, torch.tensor(10), torch.tensor([10.0])], ids=repr)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_scale_is_any_number(backend, scale):
+    for loss in (
+        lambda s: protoclip.info_nce(X, Y, s, backend=backend),
+        lambda s: sigmoid_loss(X, Y, s, s, backend=backend),
+        lambda s: protoclip.prototype_cross_entropy(X, Y, LABELS, s, backend=backend),
+    ):
+        assert torch.equal(loss(scale), loss(S))
+
+
+B, H = torch.bfloat16, torch.float16
+PAIRS = {
+    "info_nce": lambda x, y, b: protoclip.info_nce(x, y, S, backend=b),
+    "sigmoid_loss": lambda x, y, b: sigmoid_loss(x, y, S, S, backend=b),
+    "prototype_cross_entropy": lambda x, y, b: protoclip.prototype_cross_entropy(
+        x, y, LABELS, S, backend=b
+    ),
+    "its targets": lambda x, y, b: protoclip.prototype_cross_entropy(
+        x, x.flip(0), LABELS, S, targets=y, backend=b
+    ),
+    "soft_targets": lambda x, y, b: protoclip.soft_targets(x, y, 0.1, backend=b),
+    "kmeans_assign": lambda x, y, b: protoclip.kmeans_assign(x, y, backend=b)[1],
+}
+
+
+@pytest.mark.parametrize("op", PAIRS)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_mixed_dtypes_are_promoted(backend, op):
+    """As torch does it for operands; gradients come back in each tensor's own dtype."""
+    for one, other, wide in (
+        (B, None, torch.float32),
+        (None, H, torch.float32),
+        (B, H, torch.float32),
+    ):
+        x, y = (t if dtype is None else t.to(dtype) for t, dtype in ((X, one), (Y, other)))
+        got = PAIRS[op](x, y, backend)
+        assert torch.equal(got, PAIRS[op](x.to(wide), y.to(wide), backend))
+    if got.ndim == 0:
+        x, y = (t.clone().requires_grad_() for t in (X.to(B), Y.to(H)))
+        PAIRS[op](x, y if op != "its targets" else y.detach(), backend).backward()
+        assert x.grad.dtype == B and (op == "its targets" or y.grad.dtype == H)
+
+
+def test_meta_tensors_give_shapes():
+    x, y, labels = (t.to("meta") for t in (X, Y, LABELS))
+    for loss in (
+        protoclip.info_nce(x, y, 3.0),
+        sigmoid_loss(x, y, 3.0, 1),
+        protoclip.prototype_cross_entropy(x, y, labels, 2.0),
+    ):
+        assert loss.is_meta and loss.shape == ()
+    assert protoclip.soft_targets(x, y, 0.1).shape == (4, 8)
+    assert [t.shape for t in protoclip.kmeans_assign(x, y)] == [(4,), (4,)]
+    assert [t.shape for t in protoclip.segment_mean(x, labels, 3)] == [(3, 8), (3,)]
+    with pytest.raises(ValueError, match="it runs on cpu, the tensors are on meta"):
+        protoclip.info_nce(x, y, 3.0, backend="cpu")

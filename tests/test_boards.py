@@ -17,13 +17,14 @@ def test_tensorboard_has_the_scalars_and_forgets_what_a_resumed_run_does_again(t
     config = TrainConfig(run=RunConfig(report_to="tensorboard"))
     folder = RunFolder(tmp_path / "r", config)
     for step in (1, 2, 3):
-        folder.metrics(step, step, {"loss": float(step)})
+        folder.metrics(step, step, {"loss": float(step), "val_HO_recall@1": 0.5})
     folder.close()
     folder = RunFolder(tmp_path / "r", config, resume_step=1)
     folder.metrics(2, 2, {"loss": 20.0})
     folder.close()
     events = accumulator.EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 20.0)]
+    assert [e.value for e in events.Scalars("val/HO_recall@1")] == [0.5]
 
 
 @pytest.mark.skipif(WANDB, reason="wandb is installed")

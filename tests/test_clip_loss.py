@@ -100,6 +100,9 @@ def test_refusals_name_the_flag():
     x, y = features()
     with pytest.raises(ValueError, match="offset"):
         protoclip.ops.siglip.sigmoid_loss(x, y[:9], torch.tensor(1.0), torch.tensor(0.0))
+    for few, many in ((x[:9], y), (x, y[:9])):  # OpenCLIP's raises too
+        with pytest.raises(ValueError, match=r"SigLipLoss: expected one text per image.*\(9, 20\)"):
+            protoclip.SigLipLoss()(few, many, torch.tensor(10.0), torch.tensor(-10.0))
 
 
 @pytest.mark.parametrize("n", [1, 48, 300])

@@ -69,8 +69,8 @@ def arguments(folder, *flags):
 
 def train(folder, flags):
     """The metrics of a run of the trainer, and what every rank must have the same."""
+    from protoclip.config import build_parser, parse
     from protoclip.data import build_transform
-    from protoclip.flags import build_parser, parse
     from protoclip.model import build_model
     from protoclip.training.capture import restore
     from protoclip.training.inputs import open_teachers, open_training_data

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from protoclip import checkpoint, metrics
-from protoclip.config import TrainConfig
+from protoclip.config import TrainConfig, to_dict
 from protoclip.data import Labels, Subset, noto_available, open_dataset
 from protoclip.evaluate import (
     Encoder,
@@ -20,7 +20,6 @@ from protoclip.evaluate import (
 from protoclip.evaluate.__main__ import _output, build_parser, main
 from protoclip.evaluate.encode import _emoji_sets
 from protoclip.evaluate.sets import encode_set, take
-from protoclip.fields import to_dict
 from protoclip.model import build_model
 
 CPU = torch.device("cpu")

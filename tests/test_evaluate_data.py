@@ -2,11 +2,13 @@
 
 import io
 import json
+import re
 
 import pytest
 import torch
 from evaluation_data import NAMES, clip_benchmark, digits, evaluate, image_folder, png, shard
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from protoclip.evaluate.cache import FeatureCache, dataset_hash, model_hash
 from protoclip.evaluate.folders import ClassShards, ImageFolder
@@ -175,6 +177,44 @@ def test_features_are_cached_by_model_and_data(tmp_path, capsys):
     assert first == again and "rows of features came from" in capsys.readouterr().out
     evaluate(tmp_path, *flags, "--no-cache")
     assert "rows of features came from" not in capsys.readouterr().out
+
+
+def test_cached_features_of_other_data_are_refused_by_name(tmp_path, capsys):
+    root = image_folder(tmp_path / "digits", 30)
+    flags = ["--data", root, "--tasks", "zeroshot"]
+    evaluate(tmp_path, *flags)
+    path = max(tmp_path.glob("cache/features/image-*"))
+    save_file({"features": load_file(path)["features"][1:]}, path)
+    (tmp_path / "out" / "results.json").unlink()
+    code, content = evaluate(tmp_path, *flags)
+    message = capsys.readouterr().err
+    assert code == 2 and content is None
+    assert path.name in message and "expected 15" in message and "got 14" in message
+    assert evaluate(tmp_path, *flags, "--no-cache")[0] == 0
+
+
+class Terminal(io.StringIO):
+    """A stderr that says it is a screen."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_bar_ends_at_its_total_and_is_drawn_on_terminals_only(
+    tmp_path, monkeypatch, capsys, cached
+):
+    root = image_folder(tmp_path / "digits", 30)
+    flags = ["--data", root, "--tasks", "zeroshot,knn"]
+    if cached:
+        evaluate(tmp_path, *flags)
+        assert capsys.readouterr().err == ""
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    assert evaluate(tmp_path, *flags)[0] == 0
+    shares = re.findall(r"(\d+)%\|", screen.getvalue())
+    counts = re.findall(r"(\d+)/(\d+) \[", screen.getvalue())
+    assert shares[-1] == "100" and counts[-1][0] == counts[-1][1] and int(counts[-1][0]) > 30
 
 
 def test_hashes_tell_models_and_data_apart(tmp_path):

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from test_data_csv import encoded, picture
 
 from protoclip import checkpoint
-from protoclip.config import TrainConfig
+from protoclip.config import TrainConfig, check, from_dict, to_dict
 from protoclip.data import DataError
 from protoclip.data.shards import ShardDataset
 from protoclip.data.tar_index import parse_captions
-from protoclip.fields import check, from_dict, to_dict
 
 quick = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)

@@ -9,12 +9,19 @@ import torch.nn.functional as F
 
 from protoclip import checkpoint
 from protoclip.clustering import IGNORE, purity, target_entropy
-from protoclip.config import EpisodeConfig, TrainConfig
+from protoclip.config import (
+    EpisodeConfig,
+    TrainConfig,
+    build_parser,
+    from_dict,
+    load_preset,
+    parse,
+    preset_names,
+    to_dict,
+)
 from protoclip.data import build_transform, open_dataset
 from protoclip.episode import build_episode
 from protoclip.features import Features, FeatureStore
-from protoclip.fields import from_dict, to_dict
-from protoclip.flags import build_parser, load_preset, parse, preset_names
 from protoclip.losses import similarity_distillation
 from protoclip.model import Encoded, build_model
 from protoclip.training.ema import MovingAverage

@@ -151,9 +151,14 @@ def on_a_rank():
         for n in (1, 2, 3, 7)
     )
     flags = all_ranks(True, cpu), all_ranks(place.rank == 0, cpu)
+    told = []
+    model = build_model(ModelConfig(add_projection_head=False))
+    encoder = Encoder(model, cpu, batch_size=2, progress=told.append, sharded=True)
+    encoder.texts([f"text {i}" for i in range(7)])
     distributed.stop()
-    return same, flags
+    return same, flags, sum(told)
 
 
 def test_ranks_encode_slices_and_share_the_rows():
-    assert on_ranks(2, on_a_rank) == [(True, (True, False))] * 2
+    """All have all rows, and each one's progress reaches their number."""
+    assert on_ranks(2, on_a_rank) == [(True, (True, False), 7)] * 2

@@ -8,10 +8,9 @@ import torch
 from PIL import Image
 
 from protoclip import checkpoint, export
-from protoclip.config import ModelConfig, TrainConfig
+from protoclip.config import ModelConfig, TrainConfig, to_dict
 from protoclip.evaluate.models import load_model
 from protoclip.evaluate.sets import eval_transform
-from protoclip.fields import to_dict
 from protoclip.model import build_model, register_configs
 from protoclip.train import main as train
 

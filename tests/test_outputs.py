@@ -3,9 +3,9 @@
 import pytest
 from report_run import make_run
 
+from protoclip.config import output_file
 from protoclip.evaluate.__main__ import main as evaluate
 from protoclip.export import main as export
-from protoclip.outputs import output_file
 from protoclip.report.__main__ import main as report
 from protoclip.teacher.__main__ import main as teacher
 

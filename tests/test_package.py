@@ -17,9 +17,8 @@ ROOT = Path(protoclip.__file__).parent
 # A module imports from its own row or rows above it. The order is the data flow.
 LAYERS = [
     ["ops"],
-    ["fields"],
-    ["config", "flags", "distributed", "launchers", "device", "heartbeat", "checkpoint"],
-    ["commands", "outputs"],
+    ["config", "distributed", "launchers", "device", "heartbeat", "checkpoint"],
+    ["commands"],
     ["kmeans", "faiss_kmeans", "global_losses"],
     ["data"],
     ["short_text"],
@@ -141,7 +140,7 @@ def test_a_wheel_holds_everything_and_works_elsewhere(tmp_path):
             if "__pycache__" not in path.parts and path.is_file():
                 assert place + path.relative_to(source).as_posix() in held, path
     code = "import protoclip, protoclip.kernels as k; print(protoclip.__file__, k.__file__)"
-    code += "; from protoclip.ops import _native; print(_native.csrc())"
+    code += "; from protoclip.ops import native; print(native.csrc())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
         env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},

@@ -6,23 +6,28 @@ import os
 import re
 import shutil
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from report_run import make_run
 
+from protoclip.data.shapes import ShapesDataset
 from protoclip.evaluate import Results, SetResults
-from protoclip.report import load_snapshot, svg, write_report
+from protoclip.report import figures, load_snapshot, plot_curves, plot_prototypes, write_report
+from protoclip.report import runs as reading
 from protoclip.report.__main__ import main
-from protoclip.report.headline import change, verdict
-from protoclip.report.plane import lay_out, tsne
-from protoclip.report.runs import Run, comparable, defaults_changed, find_baseline, read_run
+from protoclip.report.snapshot import lay_out, nearest_samples, spread_by_size
+from protoclip.train import main as train
 
 SECTIONS = (
     "summary curves prototypes map gap zeroshot retrieval churn cost settings".split()  # noqa: SIM905
 )
+EVIL = '</script><script>window.evil = 1</script>"><b>'
+TINY = ["--train-data", "builtin:shapes:80", "--batch-size", "16", "--report-to", "none"]
+TINY += ["--infonce-warmup-epoch", "0", "--k", "6"]
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +48,16 @@ def test_the_page_has_every_section_and_needs_no_network(runs, capsys):
     assert text.count("<img") > 50 and text.count("data:image/") > 50
     assert "python -m protoclip.train --train-data builtin:shapes:300" in text
     assert "1,024 MiB" in text and "prefers-color-scheme: dark" in text
+    written = re.compile(r"<p class=note>written .*?</p>")
+    again = write_report([runs[0]]).read_text()
+    assert written.sub("", again) == written.sub("", text)
 
 
 def test_the_page_says_who_won(runs):
     text = html.unescape(write_report([runs[0]]).read_text())  # finds the CLIP run beside it
     assert re.search(r"ours \(protoclip\) .* plain \(clip\): of \d+ headline numbers", text)
     assert "ProtoCLIP also draws" in text and "HO: Held-out pairs" in text
-    assert re.search(r"modality gap.*?>no interval<", text)  # not "within chance"
+    assert re.search(r"modality gap.*?>no interval<", text, re.S)  # not "within chance"
     assert text.index("<b>external</b>") < text.index("<b>image</b>")  # the teacher's first
     both = write_report([runs[1], runs[0]])
     assert both.name == "report-plain-vs-ours.html"
@@ -58,46 +66,64 @@ def test_the_page_says_who_won(runs):
     assert "trained without prototypes" in alone
 
 
-def test_captions_cannot_break_the_page(runs, monkeypatch):
-    from protoclip.data.shapes import ShapesDataset
+@pytest.mark.parametrize("data", ["pipe:touch MARKER; cat {0..3}.tar", "/no/such/table.csv"])
+def test_nothing_that_a_config_names_is_opened(tmp_path, monkeypatch, data):
+    """A stranger's run, and one whose data is gone: pictures and captions are all there."""
+    marker = tmp_path / "marker"
+    path = make_run(tmp_path / "run")
+    config = json.loads((path / "config.json").read_text())
+    names = ("train_data", "val_data", "imagenet_val")
+    config["data"] |= dict.fromkeys(names, data.replace("MARKER", str(marker)))
+    (path / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    text = write_report([path]).read_text()
+    assert not marker.exists()
+    assert text.count("data:image/") > 50 and "class=missing" not in text
+    assert "crescent" in text and "sample 1" not in text
 
-    evil = ('</script><script>window.evil = 1</script>"><b>',)
-    monkeypatch.setattr(ShapesDataset, "captions", lambda self, i: evil)
-    text = write_report([runs[0]]).read_text()
-    assert "<script>window.evil" not in text and "</script><script>window" not in text
+
+def test_words_of_the_data_cannot_break_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(ShapesDataset, "captions", lambda self, i: (EVIL,))
+    path = make_run(tmp_path / "<script>window.evil = 1<")
+    lines = json.dumps({"step": 1, f"{EVIL}loss": 1.0, f"val_{EVIL}/acc1": 0.5})
+    (path / "metrics.jsonl").write_text(lines)
+    text = write_report([path]).read_text()
+    assert "<script>window.evil" not in text and '"><b>' not in text and "&lt;b&gt;" in text
 
 
 def test_a_run_that_stopped_early_still_has_a_page(tmp_path):
     path = make_run(tmp_path / "torn")
-    for name in ("results.json", "report.safetensors", "metrics.jsonl"):
+    for name in ("results.json", "report.json", "metrics.jsonl"):
         (path / name).unlink()
     text = write_report([path]).read_text()
     assert "was not evaluated" in text and "No metrics yet" in text
 
 
-def test_folders_that_are_no_runs_are_refused(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 2
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", None, "expected a run folder"),
+        ("config.json", "{", "not valid JSON"),
+        ("config.json", "[]", "expected settings"),
+        ("config.json", '{"data": 3, "model": 3}', "expected files that protoclip.train wrote"),
+        ("report.json", '{"format": 2, "clusters": [3]}', "expected files that protoclip.train"),
+    ],
+)
+def test_folders_that_are_not_runs_are_refused(tmp_path, capsys, name, content, words):
+    path = make_run(tmp_path / "run")
+    (path / name).unlink() if content is None else (path / name).write_text(content)
+    assert main([str(path)]) == 2
     message = capsys.readouterr().err
-    assert "expected a run folder" in message and "Traceback" not in message
-
-
-def test_fifty_thousand_samples_are_no_matter_of_minutes(tmp_path):
-    path = make_run(tmp_path / "big", data="builtin:shapes:56000", judged=5000)
-    began = time.process_time()
-    page = write_report([path])
-    took = time.process_time() - began
-    assert len(read_run(path).snapshot.index) >= 50_000
-    assert page.stat().st_size < 10 * 2**20 and took < 60, took  # 1.2 s of one Zen 4 core
+    assert words in message and message.count("\n") == 1
+    assert not (path / "report.html").exists()
 
 
 def test_snapshot_round_trip(runs):
     snapshot = load_snapshot(runs[0])
-    assert set(snapshot.clusters) == {"image", "external"}
-    n = len(snapshot.index)
-    assert snapshot.image.shape == snapshot.text.shape == (n, 16)
-    assert snapshot.plane.shape[:2] == (2, n)
-    assert "HO/text_retrieval_recall@5" in snapshot.hits and "HO/group/acc1" in snapshot.hits
-    assert snapshot.judged.class_vectors["group"].shape[1] == 16
+    assert [block["name"] for block in snapshot.clusters] == ["external", "image"]
+    hits = snapshot.hits_of("HO/text_retrieval_recall@5")
+    assert set(hits.tolist()) <= {0, 1} and len(hits) == 32
+    assert snapshot.hits_of("HO/group/acc1") is not None and snapshot.hits_of("HO/x") is None
     assert load_snapshot(runs[0] / "nowhere") is None
 
 
@@ -108,54 +134,48 @@ def results(value, spread=0.05):
 
 
 def test_verdict_needs_intervals_that_exclude_zero():
-    clip = Run("plain", None, {"method": "clip"}, results(0.30))
+    clip = reading.Run("plain", None, {"method": "clip"}, results(0.30))
     for value, word in ((0.5, "beat"), (0.1, "lost to"), (0.32, "cannot be told apart")):
-        run = Run("ours", None, {"method": "protoclip"}, results(value))
-        assert word in verdict([run], clip)[0]
-    assert "nothing can be said" in verdict([run], None)[0]
+        run = reading.Run("ours", None, {"method": "protoclip"}, results(value))
+        assert word in reading.verdict(run, clip)
+    assert "nothing can be said" in reading.verdict(run, None)
 
 
 def test_change_is_paired_where_hits_are_kept(runs):
-    ours, plain = map(read_run, runs)
-    got = change(ours, plain, "HO", "text_retrieval_recall@5")
-    hits = [r.snapshot.hits["HO/text_retrieval_recall@5"].float().mean() for r in (ours, plain)]
+    ours, plain = map(reading.read_run, runs)
+    name = "text_retrieval_recall@5"
+    got = reading.change(ours, plain, "HO", name)
+    hits = [r.snapshot.hits_of(f"HO/{name}").mean() for r in (ours, plain)]
     assert got.value == pytest.approx(float(hits[0] - hits[1]), abs=1e-6)
     assert got.low < got.value < got.high
 
 
-def test_baseline_is_the_comparable_run(runs):
-    ours = read_run(runs[0])
-    assert find_baseline([ours]).name == "plain"
-    other = json.loads((runs[1] / "config.json").read_text())
-    assert comparable(ours.config, other)
-    other["optim"]["lr"] = 1.0
-    assert not comparable(ours.config, other)
-
-
-def test_recorded_baseline_stands_in_where_the_settings_are_its_own(runs, tmp_path, monkeypatch):
-    from protoclip.report import runs as module
-
+def test_baselines(runs, tmp_path, monkeypatch):
+    """The comparable run beside it, else the recorded one where the settings are its own."""
+    ours, plain = map(reading.read_run, runs)
+    assert reading.find_baseline([ours]).name == "plain"
     file = tmp_path / "baseline.json"
-    module.record_baseline(runs[1], file)
-    monkeypatch.setattr(module, "RECORDED", file)  # an absolute path replaces the package's
-    ours = read_run(runs[0])
-    found = module.recorded_baseline(ours)
+    reading.record_baseline(runs[1], file)
+    monkeypatch.setattr(reading, "RECORDED", file)  # an absolute path replaces the package's
+    found = reading.recorded_baseline(ours)
     assert found.method == "clip" and found.path is None and "recorded" in found.remark
-    assert found.after.metrics["HO"] == pytest.approx(
-        read_run(runs[1]).after.metrics["HO"], nan_ok=True
-    )
+    assert found.after.metrics["HO"] == pytest.approx(plain.after.metrics["HO"], nan_ok=True)
     other = json.loads(json.dumps(ours.config))
     other["optim"]["epochs"] = 1.0
-    assert module.recorded_baseline(Run("x", None, other)) is None
+    assert not reading.comparable(ours.config, other)
+    assert reading.recorded_baseline(reading.Run("x", None, other)) is None
     with pytest.raises(ValueError, match="--method clip"):
-        module.record_baseline(runs[0], file)
+        reading.record_baseline(runs[0], file)
 
 
 def test_reproduction_command_has_what_differs():
     config = {"method": "clip", "model": {"add_projection_head": False}, "optim": {"lr": 0.5}}
-    assert defaults_changed(config) == [
+    assert reading.defaults_changed(config) == [
         "--method", "clip", "--no-add-projection-head", "--lr", "0.5",
     ]  # fmt: skip
+
+
+# The parts of a snapshot
 
 
 def test_map_keeps_neighbours_together():
@@ -167,18 +187,134 @@ def test_map_keeps_neighbours_together():
     assert places.min() >= 0 and places.max() <= 1 and torch.equal(places, lay_out(points))
     near = torch.cdist(places, places).fill_diagonal_(9).topk(5, largest=False).indices
     assert (kind[near] == kind[:, None]).float().mean() > 0.9
-    assert lay_out(torch.ones(3, 12)).isfinite().all()
-    assert tsne(centre).shape == (5, 2)
 
 
-def test_charts_bear_any_numbers():
-    nothing = svg.Series("x", [1, 2], [float("nan"), float("inf")])
-    assert svg.line_chart("t", [nothing]) == ""
-    one = svg.line_chart("<t>", [svg.Series("a&b", [3], [0.0])])
-    assert "<circle" in one and "&lt;t&gt;" in one and "a&amp;b" in one
-    assert svg.histogram("t", [("a", torch.zeros(5), 0)]).count("<rect") == 1
-    assert svg.tick_labels([14.2, 14.25, 14.3]) == ["14.20", "14.25", "14.30"]
-    assert svg.tick_labels([0, 2.5e-4, 5e-4]) == ["0", "2.5e−4", "5.0e−4"]
+@pytest.mark.parametrize("shape", [(3, 12), (60, 12), (60, 1)])
+def test_map_of_equal_points(shape):
+    assert lay_out(torch.ones(shape)).isfinite().all()
+
+
+def test_spread_goes_from_the_largest_to_the_smallest():
+    counts = torch.tensor([3, 0, 9, 1, 5, 5])
+    assert spread_by_size(counts, 3) == [2, 5, 3]
+    assert spread_by_size(counts, 99) == [2, 4, 5, 0, 3]
+
+
+def test_nearest_are_members_first():
+    features = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 3], [5, 0.2]])
+    labels = torch.tensor([0, 0, 7, -1, 7])
+    got = nearest_samples(features, labels, [7, 0], 3)  # mean of rows 2 and 4: the diagonal
+    assert set(got[0, :2].tolist()) == {2, 4} and set(got[1, :2].tolist()) == {0, 1}
+    assert got[1, 2] == 4
+
+
+# Pictures
+
+
+def write_metrics(path, steps):
+    lines = []
+    for step in range(steps):
+        record = {"step": step, "samples": 8 * step, "loss": 5.0 - step / steps, "lr": 1e-3}
+        record |= {"contrastive_loss": 4.0, "logit_scale": 14.0, "note": "x", "flag": True}
+        lines.append(json.dumps(record))
+    lines.append(json.dumps({"step": steps, "val_HO_text_retrieval_recall@5": 0.5}))
+    lines.append("[1, 2]")
+    lines.append('{"step": 3, "lo')  # the run was killed here
+    path.write_text("\n".join(lines))
+
+
+def test_series_and_charts(tmp_path):
+    write_metrics(tmp_path / "metrics.jsonl", 3)
+    series = figures.read_series(tmp_path / "metrics.jsonl")
+    assert series["loss"] == ([0, 1, 2], pytest.approx([5, 5 - 1 / 3, 5 - 2 / 3]))
+    assert "note" not in series and "flag" not in series and "step" not in series
+    charts = {chart.title: chart.lines for chart in figures.curves({"a": series})}
+    assert list(charts) == ["Loss (nats)", "Recall at 5", "Logit scale", "Learning rate"]
+    # The total would flatten the terms.
+    assert [line.label for line in charts["Loss (nats)"]] == ["contrastive loss"]
+    assert [line.label for line in charts["Recall at 5"]] == ["HO image → text"]
+    two = figures.curves({"a": {"loss": ([1], [2.0])}, "b": {"loss": ([1, 2], [3.0, 4.0])}})
+    assert [(line.label, line.dashed) for line in two[0].lines] == [
+        ("loss · a", False), ("loss · b", True),
+    ]  # fmt: skip
+
+
+def test_long_series_are_thinned_and_bad_values_left_out():
+    values = [1.0, float("nan"), float("inf"), *[3.0] * 1000]
+    (chart,) = figures.curves({"a": {"loss": (list(range(1003)), values)}})
+    assert len(chart.lines[0].values) <= 240 and max(chart.lines[0].values) == 3
+    assert figures.curves({"a": {"loss": ([1, 2], [float("nan")] * 2)}}) == []
+
+
+def test_svg_has_named_colours_and_the_same_bytes_twice():
+    chart = figures.Chart("t", [figures.Line("a", [0, 1], [0.0, 2.0])])
+    svg = figures.chart_svg(chart)
+    assert svg == figures.chart_svg(chart) and svg.startswith("<svg")
+    assert "var(--c0)" in svg and "var(--muted)" in svg and "<text" in svg
+    assert not re.search(r"#\w{6}\b", svg.replace("#000000", ""))
+    assert "20" + "26" not in svg and "metadata" not in svg
+
+
+@pytest.mark.parametrize("steps", [1, 300])
+def test_curves_are_drawn_without_pyplot(tmp_path, steps, monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # another test's
+    write_metrics(tmp_path / "metrics.jsonl", steps)
+    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    picture = Image.open(tmp_path / "curves.png").convert("RGB")
+    assert picture.width > 800 and len(picture.getcolors(1 << 24)) > 50
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
+    assert "matplotlib.pyplot" not in sys.modules
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="before its first log"):
+        plot_curves(tmp_path / "metrics.jsonl", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.filterwarnings("error")  # matplotlib's "Glyph missing", among others
+def test_prototype_sheet(tmp_path, monkeypatch):
+    awkward = (
+        "price $5 and $6",
+        "猫 и кошка",
+        "grin \U0001f600 \ue000",
+        "a^b_c {x} " + "long " * 40,
+    )
+    monkeypatch.setattr(ShapesDataset, "captions", lambda self, i: (awkward[i % 4],))
+    snapshot = load_snapshot(make_run(tmp_path / "run"))
+    plot_prototypes(snapshot, tmp_path / "p.png")
+    picture = Image.open(tmp_path / "p.png").convert("RGB")
+    assert picture.width > 1000 and len(picture.getcolors(1 << 24)) > 500
+    with pytest.raises(ValueError, match="without prototypes"):
+        plot_prototypes(load_snapshot(make_run(tmp_path / "plain", "clip")), tmp_path / "q.png")
+
+
+# Whole runs
+
+
+def test_a_run_ends_with_its_report_and_its_path(tmp_path, capsys):
+    flags = ["--logs", str(tmp_path), "--name", "run", "--max-steps", "4"]
+    flags += ["--imagenet-val", "builtin:shapes:40", "--zeroshot-frequency", "0.4"]
+    assert train([*TINY, *flags]) == 0
+    page = tmp_path / "run" / "report.html"
+    assert f"report: {page}" in capsys.readouterr().err
+    text = page.read_text()
+    assert "Held-out pairs" in text and "6 prototypes" in text
+    assert text.count("data:image/") > 50 and "class=missing" not in text
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    seen = [x["step"] for x in lines if "val_zeroshot_group/acc1" in x]
+    assert seen == [2, 4]
+    snapshot = load_snapshot(tmp_path / "run")
+    assert {"image", "text"} <= {block["name"] for block in snapshot.clusters}
+    assert snapshot.facts["memory_bytes"]["forward"] > 2**20
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"), [("nowhere", "nowhere"), ("builtin:cats", "no built-in data")]
+)
+def test_bad_zero_shot_data_is_refused_before_training(tmp_path, capsys, spec, words):
+    flags = ["--logs", str(tmp_path), "--name", "run", "--max-steps", "2", "--imagenet-val", spec]
+    assert train([*TINY, *flags]) == 2
+    message = capsys.readouterr().err
+    assert words in message and "Traceback" not in message
 
 
 CHECK = """<script>

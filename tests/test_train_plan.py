@@ -7,11 +7,16 @@ import pytest
 import torch
 
 from protoclip.clustering import check_clusters
-from protoclip.config import ModelConfig, OptimConfig, TrainConfig
+from protoclip.config import (
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    build_parser,
+    from_dict,
+    parse,
+    to_dict,
+)
 from protoclip.data import open_dataset
-from protoclip.device import choose_precision
-from protoclip.fields import from_dict, to_dict
-from protoclip.flags import build_parser, parse
 from protoclip.model import build_model
 from protoclip.teacher import MINILM, encode_sentences, load_teacher
 from protoclip.training.engine import Optimiser, parameter_groups
@@ -118,10 +123,6 @@ class TestConfig:
         for flag in ("--batch-size", "--k", "--target-temperature", "--PBT", "--no-PBT"):
             assert flag in text
         assert "(default: builtin:emoji)" in text
-
-    def test_half_precision_needs_a_gpu(self):
-        with pytest.raises(ValueError, match="use amp_bf16 or fp32"):
-            choose_precision("amp", torch.device("cpu"))
 
     def test_a_tenth_of_the_episode_is_the_default_number_of_clusters(self):
         assert check_clusters(config_of().episode, 1722) == (172,)

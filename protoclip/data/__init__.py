@@ -1,6 +1,5 @@
 """Image-text pairs: built-in, from tables, from shards; and batches of them."""
 
-from protoclip.data.cache import cache_dir
 from protoclip.data.hashing import mix_seed
 from protoclip.data.loader import batches
 from protoclip.data.noto import noto_available
@@ -18,7 +17,6 @@ __all__ = [
     "Transform",
     "batches",
     "build_transform",
-    "cache_dir",
     "mix_seed",
     "noto_available",
     "open_dataset",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from protoclip.config import Parser
 from protoclip.data.check import check_data
 from protoclip.data.export import FORMATS, export_shards
 from protoclip.data.sources import open_dataset
@@ -16,8 +17,8 @@ from protoclip.data.types import PairDataset
 PROG = "python -m protoclip.data"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROG, description=__doc__, allow_abbrev=False)
+def build_parser() -> Parser:
+    parser = Parser(PROG, description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--export", metavar="DATA", help="data to write as shards, as --train-data")
     what.add_argument("--check", metavar="DATA", help="read everything once; list what is wrong")
@@ -36,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--csv-separator", default="\t", help="of a table (default: tab)")
     parser.add_argument("--csv-img-key", default="filepath", help="column (default: filepath)")
     parser.add_argument("--csv-caption-key", default="title", help="column (default: title)")
+    parser.add_argument("--encoding", default="utf-8", help="of a table (default: utf-8)")
     return parser
 
 
@@ -58,12 +60,16 @@ def _open(spec: str, arguments: argparse.Namespace) -> PairDataset:
         csv_separator=arguments.csv_separator,
         csv_img_key=arguments.csv_img_key,
         csv_caption_key=arguments.csv_caption_key,
+        csv_encoding=arguments.encoding,
+        keep_going=bool(arguments.check),
     )
 
 
 def _check(arguments: argparse.Namespace) -> int:
     dataset = _open(arguments.check, arguments)
-    with tqdm(total=len(dataset), desc="checking", unit=" samples", leave=False) as bar:
+    with tqdm(
+        total=len(dataset), desc="checking", unit=" samples", leave=False, disable=None
+    ) as bar:
         return int(check_data(dataset, tqdm.write, arguments.workers, bar.update) > 0)
 
 
@@ -71,7 +77,7 @@ def _export(arguments: argparse.Namespace) -> int:
     if not arguments.out:
         raise ValueError("--export: expected a folder for the shards; add --out DIR")
     dataset = _open(arguments.export, arguments)
-    with tqdm(total=len(dataset), desc="writing", unit=" pairs") as bar:
+    with tqdm(total=len(dataset), desc="writing", unit=" pairs", disable=None) as bar:
         shards = export_shards(
             dataset,
             arguments.out,

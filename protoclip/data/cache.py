@@ -8,14 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def cache_dir() -> Path:
-    """``$PROTOCLIP_CACHE``, else ``$XDG_CACHE_HOME/protoclip``, else ``~/.cache/protoclip``."""
-    if chosen := os.environ.get("PROTOCLIP_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "protoclip"
-
-
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Where to write a file that then takes the place of ``path``, so that a reader sees the old

@@ -19,7 +19,7 @@ def faults_of(dataset: PairDataset, workers: int = 0, progress: Any = None) -> I
     decoded by ``workers`` threads (Pillow lets go of the interpreter's lock).
     """
     for shard, key, reason in getattr(dataset, "skipped", []):
-        yield f"{shard}: {key!r}: {reason}"
+        yield f"{shard}: {key!r}: {reason}" if key else f"{shard}: {reason}"
 
     def judge(i: int) -> str:
         try:

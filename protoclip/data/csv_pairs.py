@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,11 +22,16 @@ class CsvDataset:
     """One pair per row: the path of a picture and its caption.
 
     Args:
-        path: the table, UTF-8, first row the column names.
+        path: the table, first row the column names.
         separator: between columns, one character (OpenCLIP's default: a tab).
         img_key: column of the paths; a relative path counts from the working directory (as in
             OpenCLIP) or, if nothing is there, from the table's folder.
         caption_key: column of the captions, each cut to ``MAX_CAPTION`` characters.
+        encoding: of the table, any that Python knows.
+        keep_going: note bad rows in ``skipped`` instead of raising at the first; the pictures of
+            all rows are looked for, and a table without a good row is empty.
+    Attributes:
+        skipped: (table and line, "", reason) of each row left out, with ``keep_going``.
     Raises:
         DataError: the file, a column, a caption or a picture is missing; the row is named.
     """
@@ -38,26 +44,37 @@ class CsvDataset:
         separator: str = "\t",
         img_key: str = "filepath",
         caption_key: str = "title",
+        encoding: str = "utf-8",
+        keep_going: bool = False,
     ) -> None:
         self.name = str(path)
         self.folder = os.path.dirname(os.path.abspath(path))
+        self.skipped: list[tuple[str, str, str]] = []
         captions: list[str] = []
         files: list[str] = []
-        for number, file, caption in _rows(self.name, separator, img_key, caption_key):
-            if not caption:
-                raise DataError(
-                    f"{self.name}, line {number}: the caption (column {caption_key!r}) is empty; "
-                    "remove the row or write a caption"
+        places = " nor from ".join(dict.fromkeys((os.getcwd(), self.folder)))
+        for number, file, caption, fault in _rows(
+            self.name, separator, img_key, caption_key, encoding
+        ):
+            if not fault and not caption:
+                fault = (
+                    f"the caption (column {caption_key!r}) is empty; remove the row or write a "
+                    "caption"
                 )
-            if len(files) < CHECKED and not os.path.isfile(self._find(file)):
-                places = " nor from ".join(dict.fromkeys((os.getcwd(), self.folder)))
-                raise DataError(
-                    f"{self.name}, line {number}: no picture at {file!r} as seen from {places}; "
-                    f"correct column {img_key!r} or remove the row"
+            looked_for = keep_going or len(files) < CHECKED
+            if not fault and looked_for and not os.path.isfile(self._find(file)):
+                fault = (
+                    f"no picture at {file!r} as seen from {places}; correct column {img_key!r} or "
+                    "remove the row"
                 )
+            if fault and not keep_going:
+                raise DataError(f"{self.name}, line {number}: {fault}")
+            if fault:
+                self.skipped.append((f"{self.name}, line {number}", "", fault))
+                continue
             files.append(file)
             captions.append(caption)
-        if not files:
+        if not files and not self.skipped:
             raise DataError(f"{self.name}: the table has no rows below its header; add some")
         self._files = StringTable(files)
         self._captions = StringTable(captions)
@@ -100,14 +117,15 @@ def _numbered(files: Sequence[str]) -> Iterator[str]:
 
 
 def _rows(
-    name: str, separator: str, img_key: str, caption_key: str
-) -> Iterator[tuple[int, str, str]]:
-    """Line number, path and stripped caption of each row."""
+    name: str, separator: str, img_key: str, caption_key: str, encoding: str
+) -> Iterator[tuple[int, str, str, str]]:
+    """Line number, path, stripped caption and fault ("" if none) of each row."""
     separator = "\t" if separator == "\\t" else separator  # as a shell passes "\t"
     if len(separator) != 1:
         raise DataError(f"--csv-separator must be one character, got {separator!r}")
     try:
-        with open(name, encoding="utf-8-sig", newline="") as lines:
+        codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+        with open(name, encoding=codec, newline="") as lines:
             reader = csv.reader(lines, delimiter=separator)
             header = next(reader, [])
             if not header:
@@ -121,23 +139,30 @@ def _rows(
             for row in reader:
                 if not any(row):
                     continue  # a blank line
+                fault = ""
                 if len(row) <= max(image, text):
-                    raise DataError(
-                        f"{name}, line {reader.line_num}: {len(row)} columns where the header has "
-                        f"{len(header)}; complete the row, or quote values that contain the "
-                        "separator or a line break"
+                    fault = (
+                        f"{len(row)} columns where the header has {len(header)}; complete the "
+                        "row, or quote values that contain the separator or a line break"
                     )
-                yield reader.line_num, row[image], row[text].strip()[:MAX_CAPTION]
+                    row = [""] * len(header)
+                yield reader.line_num, row[image], row[text].strip()[:MAX_CAPTION], fault
     except FileNotFoundError as error:
         raise DataError(f"no file {name!r}; check the path") from error
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: not UTF-8 ({error}); convert it, e.g. with iconv") from error
-    except csv.Error as error:
+    except LookupError as error:
         raise DataError(
-            f"{name}, line {reader.line_num}: {error}; look for an unclosed quote there"
+            f"--encoding: expected one that Python knows, such as utf-8, latin-1 or utf-16, got "
+            f"{encoding!r}"
         ) from error
+    except UnicodeError as error:
+        raise DataError(
+            f"{name}: not {encoding.upper()} ({error}); name its encoding with --encoding, such as "
+            "latin-1 or utf-16"
+        ) from error
+    except csv.Error as error:
+        yield reader.line_num, "", "", f"{error}; look for an unclosed quote there"
 
 
 def _column(name: str, header: list[str], separator: str, key: str, flag: str) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 from protoclip.data.types import DataError
 
@@ -23,6 +25,9 @@ def decode(data: bytes, where: str) -> Image.Image:
         raise DataError(f"{where}: the picture is empty (0 bytes); remove it or write it again")
     try:
         with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+            with contextlib.suppress(Exception):  # damaged EXIF says nothing about the pixels
+                ImageOps.exif_transpose(picture, in_place=True)
             return to_rgb(picture)
     except Image.DecompressionBombError as error:
         raise DataError(
@@ -36,7 +41,11 @@ def decode(data: bytes, where: str) -> Image.Image:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """RGB copy of a picture; where it is transparent, white shows."""
+    """RGB copy of a picture; where it is transparent, white shows; 16-bit greys are scaled."""
+    # Pillow would clip them at 255. Its older versions open a PNG of 16 bits as "I".
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+        greys = np.asarray(picture).astype(np.int64)
+        picture = Image.fromarray(((greys + 128) // 257).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -191,20 +195,32 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
             sampler=firsts[done:],
             num_workers=min(workers, len(firsts) - done),
             collate_fn=_as_is,
+            worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # else it draws from the caller's
         )
+        others = set(multiprocessing.active_children())
+        started: set[multiprocessing.process.BaseProcess] = set()
+        # Ends those that are stuck, here or when the program ends: they ignore SIGTERM.
+        cleanup = Finalize(None, _kill, (started,), exitpriority=1)
+        iterator: Iterator[Any] = iter(())
         try:
-            for batch in loader:
+            iterator = _started(loader)
+            started |= set(multiprocessing.active_children()) - others
+            for batch in iterator:
                 if isinstance(batch, DataError):
                     raise batch
                 yield batch
                 done, crashes = done + 1, 0
             return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            # Beside torch's own words: the connection over which a tensor was to come is gone.
+            if "DataLoader worker" not in str(error) and all(p.is_alive() for p in started):
                 raise
             crashes += 1
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        finally:
+            iterator = iter(())  # lets those go that can
+            cleanup()
         index = source.draws[firsts[done] : firsts[done] + source.batch_size]
         keys = ", ".join(source.dataset.keys[int(i)] for i in index[:8])
         if crashes == CRASHES:
@@ -213,7 +229,32 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
                 f"({reason}); one of its pictures may break the decoder or the memory may be too "
                 f"small for --workers {workers}; samples: {keys}, ..."
             )
-        logger.warning("a data worker died (%s) near %s, ...; started anew", reason, keys)
+        logger.warning("a data worker died (%s) near %s, ...; it is started again", reason, keys)
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole process group asks the training process to stop, which still needs the
+    batches of its step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _started(loader: torch.utils.data.DataLoader) -> Iterator[Any]:
+    """The loader's iterator, without the handler by which torch raises wherever the program stands
+    when a worker dies; the iterator finds out by itself within seconds."""
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _kill(processes: Iterable[multiprocessing.process.BaseProcess]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.kill()
 
 
 def _as_is(batch: Any) -> Any:

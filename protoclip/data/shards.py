@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,13 +18,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from protoclip.data.cache import cache_dir
 from protoclip.data.images import decode
-from protoclip.data.spool import Spool, is_remote
+from protoclip.data.remote import fetch_ahead, is_remote, local_copy
 from protoclip.data.strings import StringTable
 from protoclip.data.tar_index import ShardIndex, is_indexed, parse_captions, shard_index
 from protoclip.data.types import DataError, Labels
+from protoclip.ops.native import cache_dir
 
+MAX_SHARDS = 1_000_000  # that one source may name; LAION-5B has 231,349
 NAMED = 5  # skipped samples named in the warning; the rest are counted
 logger = logging.getLogger(__name__)
 
@@ -33,12 +35,11 @@ class ShardDataset:
 
     A pair is jpg | png | jpeg | webp with txt (one caption per line) or json ("caption", or a list
     "captions") under one key; txt goes first unless the json has a list. Samples that are no pair
-    are skipped with a warning. Shards from urls and pipes are copied as they are needed.
+    are skipped with a warning. Shards from urls are copied as they are needed.
 
     Args:
-        spec: path, url or pipe:COMMAND of a tar; braces "{000..012}" and globs expand, "::" joins
+        spec: path or url of a tar; braces "{000..012}" and globs expand, "::" joins
             several sources.
-        spool_bytes: room for copies of remote shards.
     Attributes:
         skipped: (shard, key, reason) of each sample left out.
         shard_of, source_of: number of each pair's shard and source, int32 and int16 [N].
@@ -48,23 +49,25 @@ class ShardDataset:
 
     labels: Mapping[str, Labels] = {}
 
-    def __init__(self, spec: str, spool_bytes: int = 50 << 30) -> None:
+    def __init__(self, spec: str) -> None:
         self.name = spec
-        self.spool = Spool(spool_bytes)
         self.shards, sources = expand(spec)
         self.remote = any(map(is_remote, self.shards))
         local = [os.path.abspath(shard) for shard in self.shards if not is_remote(shard)]
         folder = os.path.commonpath(list(map(os.path.dirname, local))) if local else ""
         new = sum(not is_indexed(shard) for shard in self.shards)
         progress = tqdm(
-            self.shards, f"reading the index of {new} new shards", unit="shard", disable=new == 0
+            self.shards,
+            f"reading the index of {new} new shards",
+            unit="shard",
+            disable=True if new == 0 else None,
         )
         keys: list[str] = []
         self.skipped: list[tuple[str, str, str]] = []
         self.sizes: list[int] = []
         columns: list[tuple[np.ndarray, ...]] = []
         for number, shard in enumerate(progress):
-            index = shard_index(shard, self.spool)
+            index = shard_index(shard)
             prefix = _prefix(shard, folder)
             keys += [f"{prefix}/{key}" for key in index.keys]
             self.skipped += [(shard, key, reason) for key, reason in index.skipped]
@@ -100,7 +103,7 @@ class ShardDataset:
         shards = self.shard_of[positions]
         for number in shards[np.sort(np.unique(shards, return_index=True)[1])]:
             if is_remote(self.shards[number]):
-                self.spool.prefetch(self.shards[number])
+                fetch_ahead(self.shards[number])
 
     def _report(self) -> None:
         if not self.skipped and self.keys:
@@ -154,19 +157,16 @@ class ShardDataset:
     def _copy(self, number: int) -> io.FileIO:
         """Open copy of a remote shard."""
         url = self.shards[number]
-        while True:
-            path = self.spool.fetch(url)
-            try:
-                file = _open_copy(str(path))
-            except FileNotFoundError:  # another process made room in between
-                continue
-            if os.fstat(file.fileno()).st_size != self.sizes[number]:
-                raise DataError(
-                    f"{url}: {self.sizes[number]:,} bytes when it was indexed, now "
-                    f"{os.fstat(file.fileno()).st_size:,}; remove {path} and the index in "
-                    f"{cache_dir() / 'shards'}, and start again"
-                )
-            return file
+        path = local_copy(url)
+        file = _open(path)
+        size = os.fstat(file.fileno()).st_size
+        if size != self.sizes[number]:
+            raise DataError(
+                f"{url}: {self.sizes[number]:,} bytes when it was indexed, now {size:,}; remove "
+                f"{os.path.dirname(path)} and the index in {cache_dir() / 'shards'}, and start "
+                "again"
+            )
+        return file
 
 
 @functools.lru_cache(maxsize=1024)
@@ -189,10 +189,6 @@ def _columns(number: int, index: ShardIndex) -> tuple[np.ndarray, ...]:
 def _open(shard: str) -> io.FileIO:
     """Open file of a shard; reads name their offset, so forked workers can share it."""
     return open(shard, "rb", buffering=0)
-
-
-# Few: a removed copy keeps its room on the disk as long as it is open.
-_open_copy = functools.lru_cache(maxsize=2)(_open.__wrapped__)
 
 
 def _prefix(shard: str, folder: str) -> str:
@@ -231,6 +227,17 @@ def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     shards: list[str] = []
     sources: list[int] = []
     for number, source in enumerate(spec.split("::")):
+        if source.startswith("pipe:"):
+            raise DataError(
+                f"data {source!r} would run a shell command, which protoclip's readers never do; "
+                "give a url or a file, or train with python -m protoclip.openclip, whose pipeline "
+                "reads pipes"
+            )
+        if (count := _alternatives(source)) > MAX_SHARDS:
+            raise DataError(
+                f"shards {source!r}: expected at most {MAX_SHARDS:,} shards, got {count:,}; check "
+                "the range in the braces"
+            )
         try:
             patterns = expand_urls(source)
         except ValueError as error:
@@ -243,6 +250,19 @@ def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
         twice = next(shard for shard in shards if shards.count(shard) > 1)
         raise DataError(f"shards {spec!r}: {twice} is listed twice; name it once")
     return tuple(shards), tuple(sources)
+
+
+def _alternatives(source: str) -> int:
+    """How many names the braces of ``source`` stand for, at most, without making them."""
+    count = 1
+    for inside in re.findall(r"\{([^{}]*)\}", source):
+        ends = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", inside)
+        if ends:
+            first, last, step = (int(end or 1) for end in ends.groups())
+            count *= abs(last - first) // max(1, step) + 1
+        else:
+            count *= inside.count(",") + 1
+    return count
 
 
 def _files(pattern: str) -> list[str]:

@@ -25,19 +25,20 @@ def open_dataset(
     csv_separator: str = "\t",
     csv_img_key: str = "filepath",
     csv_caption_key: str = "title",
-    spool_gb: float = 50.0,
+    csv_encoding: str = "utf-8",
+    keep_going: bool = False,
 ) -> PairDataset:
     """Open pairs by name.
 
     Args:
         spec: "builtin:emoji" | "builtin:shapes[:N]" | a .csv or .tsv file | webdataset shards: a
-            .tar, a folder of them, a url, pipe:COMMAND, braces and globs, sources joined by "::".
+            .tar, a folder of them, a url, braces and globs, sources joined by "::".
         split: "all" | "train" | "heldout" (10 %, of each group alike where groups are known); for
             builtin:emoji also "noto" | "noto-heldout", the same concepts in another style.
         seed: which pairs are held out.
         image_size: side of the generated pictures of builtin:shapes, in pixels.
-        csv_separator, csv_img_key, csv_caption_key: as OpenCLIP's flags; see :class:`CsvDataset`.
-        spool_gb: room for local copies of shards from urls and pipes.
+        csv_separator, csv_img_key, csv_caption_key, csv_encoding: see :class:`CsvDataset`.
+        keep_going: note the bad rows of a table in ``skipped`` instead of raising at the first.
     Returns:
         A data set with at least one pair.
     Raises:
@@ -47,10 +48,14 @@ def open_dataset(
         return open_emoji(split, seed)
     if split not in ("all", "train", "heldout"):
         raise DataError(f"{spec}: split must be all, train or heldout, got {split!r}")
-    if is_sharded(spec):
-        dataset: PairDataset = ShardDataset(spec, int(spool_gb * 2**30))
+    if spec.lower().endswith((".csv", ".tsv")):
+        dataset: PairDataset = CsvDataset(
+            spec, csv_separator, csv_img_key, csv_caption_key, csv_encoding, keep_going
+        )
+    elif is_sharded(spec):
+        dataset = ShardDataset(spec)
     else:
-        dataset = _open_all(spec, image_size, csv_separator, csv_img_key, csv_caption_key)
+        dataset = _open_all(spec, image_size)
     if split == "all":
         return dataset
     groups = dataset.labels["group"].ids.numpy() if "group" in dataset.labels else None
@@ -70,9 +75,7 @@ def is_sharded(spec: str) -> bool:
     return ".tar" in spec or spec.startswith("pipe:") or "://" in spec or os.path.isdir(spec)
 
 
-def _open_all(
-    spec: str, image_size: int, separator: str, img_key: str, caption_key: str
-) -> PairDataset:
+def _open_all(spec: str, image_size: int) -> PairDataset:
     if spec.split(":")[:2] == ["builtin", "shapes"]:
         count = spec.removeprefix("builtin:shapes").removeprefix(":") or "2000"
         if not count.isdecimal():
@@ -80,6 +83,4 @@ def _open_all(
         return ShapesDataset(int(count), image_size)
     if spec.startswith("builtin:"):
         raise DataError(f"no built-in data {spec!r}; known: {KNOWN}")
-    if spec.lower().endswith((".csv", ".tsv")):
-        return CsvDataset(spec, separator, img_key, caption_key)
     raise DataError(f"data {spec!r} is none of: {KNOWN}")

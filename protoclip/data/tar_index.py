@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from protoclip.data.cache import cache_dir, write_atomic
-from protoclip.data.spool import Spool, is_remote
+from protoclip.data.cache import write_atomic
+from protoclip.data.remote import is_remote, local_copy
 from protoclip.data.types import DataError
+from protoclip.ops.native import cache_dir
 
 IMAGE_KINDS = ("jpg", "png", "jpeg", "webp")
 TEXT_KINDS = ("txt", "json")
@@ -22,6 +23,7 @@ FORMAT = 3  # of the cached index
 MAX_CAPTION_BYTES = 1 << 22  # a larger member is no caption; img2dataset's JSON has about 1 kB
 MAX_CAPTION = 10_000  # characters kept of one caption; a model sees the first few hundred
 MAX_HEADER_BYTES = 1 << 14  # of an extended header; tarfile takes hours over megabytes of one
+MAX_MEMBER_BYTES = 1 << 48  # tarfile cannot seek to the end of a larger one
 # What tarfile lets through, beside its own errors, where a header is nonsense.
 NONSENSE = (ValueError, OverflowError, IndexError, EOFError, RecursionError)
 logger = logging.getLogger(__name__)
@@ -48,21 +50,20 @@ class ShardIndex:
     size: int  # of the tar, bytes
 
 
-def shard_index(path: str, spool: Spool | None = None) -> ShardIndex:
+def shard_index(path: str) -> ShardIndex:
     """Index of a shard: from the cache if the file is unchanged, else read from the tar's headers.
 
     Args:
-        path: a file, or with ``spool`` a url or pipe; what comes from it is taken to be the same
-            every time, so that a known one is not read again.
+        path: a file or a url; what comes from a url is taken to be the same every time, so that
+            a known one is not read again.
     Raises:
         DataError: the file is missing, compressed, or not a tar.
     """
-    remote = spool is not None and is_remote(path)
-    stamp = [FORMAT] if remote else _stamp(path)
+    stamp = [FORMAT] if is_remote(path) else _stamp(path)
     cached = _cached(path)
     if (index := _load(cached, stamp)) is not None:
         return index
-    index = scan(str(spool.fetch(path)), path) if spool is not None and remote else scan(path)
+    index = scan(local_copy(path) if is_remote(path) else path, path)
     try:
         write_atomic(cached, json.dumps({"stamp": stamp, **asdict(index)}))
     except OSError as error:
@@ -99,7 +100,9 @@ def _load(cached: Path, stamp: list[int]) -> ShardIndex | None:
         content: dict[str, Any] = json.loads(cached.read_text(encoding="utf-8"))
         if content.pop("stamp") != stamp:
             return None
-        return ShardIndex(**content)
+        index = ShardIndex(**content)
+        rows = {len(column) for column in (index.keys, index.image, index.text, index.is_json)}
+        return index if len(rows) == 1 else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # never written, or damaged: read the tar again
 
@@ -155,7 +158,7 @@ class _Header(tarfile.TarInfo):
             tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
             tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
         )  # fmt: skip
-        if header.size < 0 or (extended and header.size > MAX_HEADER_BYTES):
+        if not 0 <= header.size <= (MAX_HEADER_BYTES if extended else MAX_MEMBER_BYTES):
             raise tarfile.HeaderError(f"a header says {header.size:,} bytes")
         return header
 
@@ -175,7 +178,7 @@ def _members(tar: tarfile.TarFile, size: int) -> Iterator[tuple[str, str, tuple[
     begin = 0  # of the header to come
     try:
         for member in tar:
-            if member.size < 0:  # by an extended header: what came would be read again
+            if not 0 <= member.size <= MAX_MEMBER_BYTES:  # by an extended header
                 tar.offset = begin
                 return
             begin = tar.offset

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from protoclip import heartbeat
 from protoclip.commands import on_all_ranks, quietly
-from protoclip.config import PRECISIONS, TrainConfig
+from protoclip.config import PRECISIONS, Parser, TrainConfig, check_saved, output_file
 from protoclip.device import choose_device, choose_precision
 from protoclip.distributed import is_main, world_size
 from protoclip.evaluate.models import Loaded, load_model
@@ -23,7 +23,6 @@ from protoclip.evaluate.run import Settings, evaluate_loaded
 from protoclip.evaluate.scores import peak_memory_bytes
 from protoclip.evaluate.tasks import PROTOCOLS, TASKS, parse_tasks
 from protoclip.launchers import find_place
-from protoclip.outputs import output_file
 
 PROG = "python -m protoclip.evaluate"
 DESCRIPTION = """Evaluate a CLIP; prints a table, writes results.json and, per data set and task,
@@ -35,10 +34,8 @@ zeroshot_classification_templates.txt, dataset_type.txt) | a .csv or .tsv | webd
 captions. Without a train split, probes learn from 80 % of the pictures and are judged on 20 %."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROG, description=DESCRIPTION, epilog=LAYOUTS, allow_abbrev=False
-    )
+def build_parser() -> Parser:
+    parser = Parser(PROG, description=DESCRIPTION, epilog=LAYOUTS)
     add = parser.add_argument
     add("model", metavar="MODEL", help="run folder, checkpoint, OpenCLIP name or local-dir:PATH")
     add("--pretrained", default="", metavar="TEXT",
@@ -62,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--csv-label-key", default="", metavar="NAME", help="column of the class in a table")
     for name, meta in (("separator", "C"), ("img-key", "NAME"), ("caption-key", "NAME")):
         add(f"--csv-{name}", default=None, metavar=meta, help="as in training")
+    add("--encoding", dest="csv_encoding", default=None, metavar="NAME", help="as in training")
     add("--output", default="", metavar="PATH",
         help="where the numbers go (default: results.json in the run folder, a name that tells "
         "for other data; for an OpenCLIP name in the working folder)")  # fmt: skip
@@ -80,7 +78,7 @@ def run(args: argparse.Namespace) -> str:
     tasks = parse_tasks(args.tasks) if args.tasks else None
     output = output_file(args.output or _output(args, args.data), "--output")
     loaded = load_model(args.model, args.pretrained)
-    data = args.data or _own_data(loaded.config)
+    data = args.data or _own_data(loaded.config, args.model)
     settings = Settings(
         data=data,
         tasks=tasks,
@@ -104,10 +102,10 @@ def run(args: argparse.Namespace) -> str:
     loaded.model.to(device)
     took = time.perf_counter() - started
     heartbeat.enter("evaluation")
-    with tqdm(
-        desc="evaluating", unit=" rows", file=sys.stderr, leave=False, disable=not is_main()
-    ) as bar:
+    shown = None if is_main() else True  # None: where stderr is a terminal
+    with tqdm(desc="evaluating", unit=" rows", file=sys.stderr, leave=False, disable=shown) as bar:
         after, notes = evaluate_loaded(loaded, settings, device, precision, bar)
+        bar.refresh()  # the last updates may have come too fast to be drawn
     if not is_main():
         return ""
     return _written(args, output, loaded, data, after, notes, took, str(device))
@@ -149,11 +147,12 @@ def _written(
     return "\n".join(lines)
 
 
-def _own_data(config: TrainConfig | None) -> str:
+def _own_data(config: TrainConfig | None, where: str) -> str:
     """What the run was evaluated on when it was trained."""
     if config is None:
         raise ValueError("--data is missing: what to evaluate the model on; see --help")
     data = config.data
+    check_saved({"--data": data.val_data or data.train_data}, where)
     if data.val_data or data.train_data.startswith("builtin:"):
         return data.val_data or data.train_data
     raise ValueError(
@@ -170,7 +169,7 @@ def _captions(asked: str, data: str) -> str:
 
 
 def _csv_columns(args: argparse.Namespace, config: TrainConfig | None) -> dict[str, Any]:
-    names = ("csv_separator", "csv_img_key", "csv_caption_key")
+    names = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")
     run = (config or TrainConfig()).data
     given = {name: getattr(args, name) for name in names}
     return {name: getattr(run, name) if value is None else value for name, value in given.items()}

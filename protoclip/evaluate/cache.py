@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from protoclip.data import PairDataset, cache_dir
+from protoclip.data import PairDataset
+from protoclip.ops.native import cache_dir
 
 SAMPLED = 16  # pictures whose pixels are part of a data set's digest, where files cannot tell
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import os
 import re
@@ -151,7 +152,12 @@ def _table(
     dataset: Any = open_dataset(data, **open_kwargs)
     if not label_key:
         return Layout(data, dataset, templates=words)
-    values = _column(data, label_key, open_kwargs.get("csv_separator", "\t"))
+    values = _column(
+        data,
+        label_key,
+        open_kwargs.get("csv_separator", "\t"),
+        open_kwargs.get("csv_encoding", "utf-8"),
+    )
     known = tuple(sorted(set(values))) if names is None else tuple(names)
     strange = sorted(set(values) - set(known))
     if strange:
@@ -165,8 +171,9 @@ def _table(
     return Layout(data, dataset, templates=words)
 
 
-def _column(path: str, key: str, separator: str) -> list[str]:
-    with open(path, encoding="utf-8-sig", newline="") as lines:
+def _column(path: str, key: str, separator: str, encoding: str) -> list[str]:
+    codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+    with open(path, encoding=codec, newline="") as lines:
         separator = "\t" if separator == "\\t" else separator
         rows = csv.DictReader(lines, delimiter=separator)
         if key not in (rows.fieldnames or ()):

@@ -11,8 +11,7 @@ import open_clip
 import torch
 
 from protoclip import checkpoint
-from protoclip.config import ModelConfig, TrainConfig
-from protoclip.fields import from_dict
+from protoclip.config import ModelConfig, TrainConfig, from_dict
 from protoclip.model import ProtoModel, build_model, register_configs
 from protoclip.openclip_runs import model_config, run_preprocess
 

@@ -12,12 +12,17 @@ from torch import Tensor
 from protoclip.distributed import rank, world_size
 
 
-def sharded(encode: Callable[[range], Tensor], count: int) -> Tensor:
+def sharded(
+    encode: Callable[[range], Tensor],
+    count: int,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
     """``encode(range(count))``, every rank doing its slice; to be called by all ranks.
 
     Args:
         encode: positions -> rows [len, D] on this rank's device, at least one of them.
         count: how many rows there are, the same on every rank.
+        progress: told the number of rows that the other ranks encoded.
     Returns:
         Rows [count, D], the same on every rank.
     """
@@ -32,6 +37,8 @@ def sharded(encode: Callable[[range], Tensor], count: int) -> Tensor:
     padded[: len(own)] = own
     parts = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(parts, padded)
+    if progress is not None:
+        progress(count - len(own))
     return torch.cat(parts)[:count]
 
 

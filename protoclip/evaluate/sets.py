@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from protoclip import metrics
-from protoclip.data import Labels, PairDataset, batches, build_transform
+from protoclip.data import DataError, Labels, PairDataset, batches, build_transform
 from protoclip.distributed import is_main
 from protoclip.evaluate.cache import FeatureCache, dataset_hash, digest
 from protoclip.evaluate.folders import LABEL
@@ -131,12 +131,17 @@ class Encoder:
             self.expect(count)
         path = None if self.cache is None else self.cache.path(kind, content)
         found = None if self.cache is None or path is None else self.cache.load(path)
+        if found is not None and len(found) != count:
+            raise DataError(
+                f"{path}: expected {count} rows of {kind} features, one per {kind} of the data, "
+                f"got {len(found)}; delete the file, or use --no-cache"
+            )
         if self.cache is not None and self._everywhere(found is not None):
             if self.progress is not None:
                 self.progress(count)
             assert found is not None
             return found.to(self.device)
-        rows = sharded(encode, count) if self.sharded else encode(range(count))
+        rows = sharded(encode, count, self.progress) if self.sharded else encode(range(count))
         if self.cache is not None and path is not None and is_main():
             self.cache.store(path, rows)
         return rows

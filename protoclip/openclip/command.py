@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from protoclip.fields import flag_of
+from protoclip.config import flag_of
 from protoclip.openclip.factory import create_loss, create_task
 from protoclip.openclip.repairs import repaired
 from protoclip.proto_clip_loss import ProtoConfig

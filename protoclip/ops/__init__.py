@@ -10,6 +10,7 @@ from protoclip.ops.prototype_cross_entropy import (
     prototype_losses,
 )
 from protoclip.ops.segment_mean import segment_mean
+from protoclip.ops.siglip import sigmoid_loss
 from protoclip.ops.soft_targets import soft_targets
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "prototype_cross_entropy",
     "prototype_losses",
     "segment_mean",
+    "sigmoid_loss",
     "soft_targets",
 ]

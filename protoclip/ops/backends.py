@@ -9,11 +9,17 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ANY_FLOAT = (*FLOATS, torch.float64)
@@ -34,11 +40,11 @@ def _always() -> str | None:
 
 
 def _no_native() -> str | None:
-    return importlib.import_module("protoclip.ops._native").why_not()
+    return importlib.import_module("protoclip.ops.native").why_not()
 
 
 def _no_native_cuda() -> str | None:
-    return importlib.import_module("protoclip.ops._native").why_not_cuda()
+    return importlib.import_module("protoclip.ops.native").why_not_cuda()
 
 
 @cache
@@ -188,3 +194,89 @@ def backend_module(op: str, backend: str) -> ModuleType:
 def implementation(op: str, backend: str, function: str) -> Callable:
     """The function of a backend's module, imported at first use."""
     return getattr(backend_module(op, backend), function)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast off, on a device that knows it ("meta" does not)."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def in_transform() -> bool:
+    """Whether torch.func's grad, vmap or jvp is at work."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def wants_gradient(*inputs: Tensor) -> bool:
+    """Whether a backward pass may follow. A batch of torch.func.vmap does not say: assume it."""
+    wanted = in_transform() or any(t.requires_grad for t in inputs)
+    return torch.is_grad_enabled() and wanted
+
+
+def register_gradient(
+    lib: torch.library.Library,
+    name: str,
+    op: str,
+    backward: Callable,
+    setup_context: Callable | None = None,
+) -> None:
+    """Give ``protoclip::name`` the gradient ``backward``, for autograd and for torch.func's grad.
+
+    ``torch.library.register_autograd`` does the first only. Forward-mode AD is refused with the
+    name of the public ``op``: without a rule torch would take the tangent for zero. vmap runs the
+    op sample by sample.
+    """
+    overload = getattr(torch.ops.protoclip, name).default
+    defaults = [a.default_value for a in overload._schema.arguments]
+
+    # As autograd.Function, but one level of torch.func at a time: the dispatcher brings the others.
+    class Gradient(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(ctx, keyset, spec, *leaves):
+            ctx.spec = spec
+            args = pytree.tree_unflatten(leaves, spec)
+            # Function switches gradients off, those of the outer levels of torch.func too.
+            outer = torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True)
+            with torch._C._AutoDispatchBelowAutograd(), outer[0], outer[1]:
+                output = overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            if setup_context is not None:  # torch leaves out what equals a default
+                setup_context(ctx, (*args, *defaults[len(args) :]), output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            ctx.wanted = pytree.tree_unflatten(ctx.needs_input_grad[2:], ctx.spec)
+            return None, None, *pytree.tree_leaves(backward(ctx, *grads))[: ctx.spec.num_leaves]
+
+    def kernel(keyset, *args):
+        leaves, spec = pytree.tree_flatten(args)
+        if any(_tangent(leaf) for leaf in leaves):
+            raise NotImplementedError(
+                f"{op}: expected reverse-mode differentiation, got forward mode (jvp, jacfwd, "
+                f"hessian), which the fused backends do not have; use backend='reference' for it"
+            )
+        allowed = functorch.get_single_level_autograd_function_allowed()
+        functorch.set_single_level_autograd_function_allowed(True)
+        try:
+            return Gradient.apply(keyset, spec, *leaves)  # type: ignore[attr-defined]
+        finally:
+            functorch.set_single_level_autograd_function_allowed(allowed)
+
+    def vmap(info, in_dims, *args):
+        leaves, spec = pytree.tree_flatten(args)
+        dims = pytree.tree_leaves(in_dims)
+        results = []
+        for i in range(info.batch_size):
+            sample = [a if d is None else a.select(d, i) for a, d in zip(leaves, dims, strict=True)]
+            results.append(overload(*pytree.tree_unflatten(sample, spec)))
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    lib.impl(name, kernel, "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"protoclip::{name}", vmap, lib=lib)
+
+
+def _tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,12 +29,7 @@ def matrix(op: str, name: str, x: Tensor, letters: str) -> None:
 
 
 def like(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Same dtype, device and number of columns."""
-    if x.dtype != other.dtype:
-        raise TypeError(
-            f"{op}: expected {name} and {other_name} in one dtype, got {x.dtype} and "
-            f"{other.dtype}; cast one, e.g. {name}.to({other_name}.dtype)"
-        )
+    """Same device and number of columns."""
     if x.device != other.device:
         raise ValueError(
             f"{op}: expected {name} and {other_name} on one device, got {x.device} and "
@@ -45,16 +42,34 @@ def like(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         )
 
 
-def scalar(op: str, name: str, x: Tensor | float, device: torch.device) -> Tensor:
-    """A float tensor of one element on ``device`` (a Python number is taken too)."""
-    if isinstance(x, (int, float)):
-        return torch.full((), float(x), dtype=torch.float32, device=device)
+def promoted(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the narrowest dtype that holds all of theirs, as torch promotes operands."""
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return [x.to(dtype) for x in tensors]
+
+
+def scalar(op: str, name: str, x: Any, device: torch.device) -> Tensor:
+    """A float tensor of one element on ``device``, from such a tensor or any real number."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: expected {name} as a Tensor or float, got {type(x).__name__}")
+        # numpy's scalars and its arrays of one element among them; not a number's text
+        if isinstance(x, str) or not hasattr(x, "__float__") or getattr(x, "size", 1) != 1:
+            raise TypeError(
+                f"{op}: expected {name} as a number or a Tensor of shape [] or [1], got "
+                f"{type(x).__name__}; pass float({name})"
+            )
+        return torch.full((), float(getattr(x, "item", lambda: x)()), device=device)
     if x.shape not in ((), (1,)):
-        raise ValueError(f"{op}: expected {name} of shape [] or [1], got {tuple(x.shape)}")
+        raise ValueError(
+            f"{op}: expected {name} of shape [] or [1], got {tuple(x.shape)}; pass one number"
+        )
     if x.dtype not in ANY_FLOAT:
-        raise TypeError(f"{op}: expected {name} as a float tensor, got {x.dtype}")
+        if x.is_complex() or x.dtype == torch.bool:
+            raise TypeError(
+                f"{op}: expected {name} as a float tensor, got {x.dtype}; cast it with .float()"
+            )
+        x = x.float()
     if x.device != device:
         raise ValueError(
             f"{op}: expected {name} on {device} like the features, got {x.device}; "

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from protoclip.ops import _native
+from protoclip.ops import native
 
-_native.load("cuda")
+native.load("cuda")
 
 
 def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:

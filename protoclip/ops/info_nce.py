@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from protoclip.ops import checks, reference
-from protoclip.ops.backends import implementation, resolve
+from protoclip.ops.backends import (
+    implementation,
+    register_gradient,
+    resolve,
+    wants_gradient,
+    without_autocast,
+)
 
 LN2 = math.log(2.0)
 FUSED_LOSS = ("triton",)  # backends whose kernels also take the loss, and weigh its gradient
@@ -214,7 +220,7 @@ for _name, _impl, _fake in (
 ):
     _lib.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"protoclip::{_name}", _fake, lib=_lib)
-torch.library.register_autograd("protoclip::contrastive", _autograd, setup_context=_setup, lib=_lib)
+register_gradient(_lib, "contrastive", "info_nce", _autograd, _setup)
 
 
 def no_second_derivative(op: str):
@@ -228,15 +234,13 @@ def no_second_derivative(op: str):
     return refuse
 
 
-torch.library.register_autograd(
-    "protoclip::contrastive_bwd", no_second_derivative("info_nce"), lib=_lib
-)
+register_gradient(_lib, "contrastive_bwd", "info_nce", no_second_derivative("info_nce"))
 
 
 def info_nce(
     image_features: Tensor,
     text_features: Tensor,
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     *,
     reduction: str = "mean",
     backend: str = "auto",
@@ -250,7 +254,8 @@ def info_nce(
 
     Args:
         image_features: [N, D], usually unit rows; float32, bfloat16, float16 (float64: reference).
-        text_features: [N, D], dtype and device of ``image_features``; row i belongs to image i.
+        text_features: [N, D] on the same device; row i belongs to image i. Where the dtypes differ
+            both are promoted.
         logit_scale: [] or [1], the multiplier on the dot products (not its logarithm).
         reduction: "mean", "sum", or "none" for one value a pair.
         backend: "auto", or one of ``protoclip.backends("info_nce")``, which never falls back.
@@ -266,7 +271,8 @@ def info_nce(
         directions. N = 0 gives 0.
     Raises:
         ValueError: shapes or devices disagree, or the named backend cannot run.
-        TypeError: dtypes are not floating point or disagree.
+        TypeError: dtypes are not floating point.
+        NotImplementedError: forward-mode differentiation of a fused backend.
     Source:
         Radford et al. 2021 (CLIP), figure 3.
     """
@@ -280,15 +286,16 @@ def info_nce(
             f"and text_features {tuple(text_features.shape)}"
         )
     checks.reduction(op, reduction)
-    scale = checks.scalar(op, "logit_scale", logit_scale, image_features.device)
-    name = resolve(op, backend, image_features.device.type, image_features.dtype)
-    inputs = image_features, text_features, scale
+    x, y = checks.promoted(image_features, text_features)
+    scale = checks.scalar(op, "logit_scale", logit_scale, x.device)
+    name = resolve(op, backend, x.device.type, x.dtype)
+    inputs = x, y, scale
     if name == "reference":
-        with torch.autocast(image_features.device.type, enabled=False):
+        with without_autocast(x.device.type):
             losses = reference.info_nce(*inputs)
         return reduce(losses, reduction, len(losses))
     keep = KEEP_LOGITS.get(name, False) if stash is None else stash
-    keep = keep and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    keep = keep and wants_gradient(*inputs)
     return torch.ops.protoclip.contrastive(*inputs, 0, True, reduction, name, keep)[0]
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from protoclip.ops import checks
-from protoclip.ops.backends import implementation, resolve
+from protoclip.ops.backends import implementation, resolve, without_autocast
 
 _lib = torch.library.Library("protoclip", "FRAGMENT")
 _lib.define(
@@ -41,7 +41,7 @@ def kmeans_assign(
 
     Args:
         points: [N, D]; float32, bfloat16, float16 (float64: reference), any strides.
-        centroids: [K, D], dtype and device of ``points``; finite.
+        centroids: [K, D], finite, on the same device; different dtypes are promoted.
         precision: "exact", or "bf16" to let the scores be rounded to bf16 where that is faster (on
             a GPU; the CPU's labels are exact either way, bf16 scores would be slower there).
         backend: "auto" or a row of ``protoclip.backends("kmeans_assign")``.
@@ -49,7 +49,7 @@ def kmeans_assign(
         labels int64 [N] (ties go to the lowest index; -1 for a point with NaN) and squared
         Euclidean distances fp32 [N] (NaN there).
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices disagree, K = 0 with N > 0, an
+        ValueError, TypeError: shapes or devices disagree, K = 0 with N > 0, an
             unknown precision, or the named backend cannot run.
     """
     op = "kmeans_assign"
@@ -60,7 +60,8 @@ def kmeans_assign(
         raise ValueError(f"{op}: expected K >= 1 centroids for N = {len(points)} points, got 0")
     if precision not in PRECISIONS:
         raise ValueError(f"{op}: expected precision in {PRECISIONS}, got {precision!r}")
+    points, centroids = checks.promoted(points, centroids)
     name = resolve(op, backend, points.device.type, points.dtype)
     exact = precision == "exact"
-    with torch.autocast(points.device.type, enabled=False):
+    with without_autocast(points.device.type):
         return torch.ops.protoclip.kmeans_assign(points, centroids, name, exact)

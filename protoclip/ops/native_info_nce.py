@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from protoclip.ops import _native
+from protoclip.ops import native
 
-_native.load()
+native.load()
 
 # "auto" follows the dtype and the CPU. Tests force "float", "bf16" or "split": see gemm_tile.h.
 ARITHMETIC = "auto"

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from protoclip.ops import _native
+from protoclip.ops import native
 
-_native.load()
+native.load()
 
 # "auto" follows the dtype and the CPU. Tests force "float", "bf16" or "split": see gemm_tile.h.
 ARITHMETIC = "auto"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from protoclip.ops import _native, native_info_nce
+from protoclip.ops import native, native_info_nce
 
-_native.load()
+native.load()
 
 
 def sigmoid_loss(

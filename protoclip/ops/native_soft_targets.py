@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from protoclip.ops import _native, native_prototype_cross_entropy
+from protoclip.ops import native, native_prototype_cross_entropy
 
-_native.load()
+native.load()
 
 
 def soft_targets(source_centroids: Tensor, prototypes: Tensor, temperature: float) -> Tensor:

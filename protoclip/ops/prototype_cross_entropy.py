@@ -9,13 +9,20 @@ the backward pass only multiplies. Several prototype sets (banks) share one call
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from protoclip.ops import checks, few_logits, reference
-from protoclip.ops.backends import implementation, resolve
+from protoclip.ops.backends import (
+    implementation,
+    in_transform,
+    register_gradient,
+    resolve,
+    wants_gradient,
+    without_autocast,
+)
 from protoclip.ops.info_nce import accumulator, no_second_derivative, reduce
 
 _lib = torch.library.Library("protoclip", "FRAGMENT")
@@ -96,15 +103,14 @@ def _autograd(ctx, grad, *_):
     if grad is None:
         return None, [None] * banks, [None] * banks, [None] * banks, None, None, None, None
     dh = dscale = None
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
+    wanted_h, wanted_prototypes, _, _, wanted_scale, *_ = ctx.wanted
+    if wanted_h or wanted_scale:
         dh, dscale = torch.ops.protoclip.prototype_ce_bwd(grad, h, scale, gradient, scale_gradient)
-    wanted = ctx.needs_input_grad[1]
-    wanted = wanted if isinstance(wanted, (list, tuple)) else [wanted] * banks
     prototype_grads = [
         torch.ops.protoclip.prototype_ce_bwd_prototypes(
             h, c, y, scale, row_max[b], row_sum[b], grad[b], ctx.hard[b], ctx.backend
         )
-        if wanted[b]
+        if wanted_prototypes[b]
         else None
         for b, (c, y) in enumerate(zip(rest[:banks], rest[banks:], strict=True))
     ]
@@ -118,12 +124,10 @@ for _name, _impl, _fake in (
 ):
     _lib.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"protoclip::{_name}", _fake, lib=_lib)
-torch.library.register_autograd(
-    "protoclip::prototype_ce", _autograd, setup_context=_setup, lib=_lib
-)
+register_gradient(_lib, "prototype_ce", "prototype_cross_entropy", _autograd, _setup)
 for _name in ("prototype_ce_bwd", "prototype_ce_bwd_prototypes"):
     _refuse = no_second_derivative("prototype_cross_entropy")
-    torch.library.register_autograd(f"protoclip::{_name}", _refuse, lib=_lib)
+    register_gradient(_lib, _name, "prototype_cross_entropy", _refuse)
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def prototype_cross_entropy(
     features: Tensor,
     prototypes: Tensor,
     labels: Tensor,
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     *,
     targets: Tensor | None = None,
     reduction: str = "mean",
@@ -159,7 +163,8 @@ def prototype_cross_entropy(
 
     Args:
         features: [N, D], usually unit rows; float32, bfloat16 or float16 (float64: reference).
-        prototypes: [K, D], dtype and device of ``features``.
+        prototypes: [K, D] on the same device. Features, prototypes and targets whose dtypes differ
+            are promoted.
         labels: int64 [N], the sample's cluster in [0, K); -100 leaves the sample out. Not checked
             on a GPU, where reading them would wait for the device.
         logit_scale: [] or [1], the multiplier (not its logarithm).
@@ -171,8 +176,9 @@ def prototype_cross_entropy(
         float32 (float64 for float64 input), nats: [] or [N]. Gradients reach ``features``,
         ``logit_scale`` and, where it requires grad, ``prototypes``. No samples: 0.
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices disagree, ``targets`` requires grad, K = 0
-            with N > 0, or the named backend cannot run.
+        ValueError, TypeError: shapes or devices disagree, dtypes are not floating point,
+            ``targets`` requires grad, K = 0 with N > 0, or the named backend cannot run.
+        NotImplementedError: forward-mode differentiation of a fused backend.
     Source:
         ProtoCLIP (arXiv 2206.10996), prototype loss; collapsed by linearity in the target.
     """
@@ -183,7 +189,7 @@ def prototype_cross_entropy(
 def prototype_losses(
     features: Tensor,
     banks: Sequence[Bank],
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     *,
     reduction: str = "mean",
     backend: str = "auto",
@@ -205,7 +211,7 @@ def prototype_losses(
 def _losses(
     features: Tensor,
     banks: Sequence[Bank],
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     reduction: str,
     backend: str,
     need_nearest: bool,
@@ -218,6 +224,7 @@ def _losses(
         raise ValueError(f"{op}: expected at least one bank, got none")
     for bank in banks:
         _check_bank(op, features, bank)
+    features, banks = _promoted(features, banks)
     rows, nearest = _rows(op, features, banks, scale, backend, need_nearest)
     counts = [(bank.labels != -100).sum() for bank in banks]
     reduced = [reduce(row, reduction, count) for row, count in zip(rows, counts, strict=True)]
@@ -243,6 +250,21 @@ def _check_bank(op: str, features: Tensor, bank: Bank) -> None:
         raise ValueError(f"{op}: targets are constants, got one that requires grad; detach it")
 
 
+def _promoted(features: Tensor, banks: Sequence[Bank]) -> tuple[Tensor, list[Bank]]:
+    """All of them in one dtype."""
+    prototypes = [bank.prototypes for bank in banks]
+    targets = [
+        c if bank.targets is None else bank.targets
+        for bank, c in zip(banks, prototypes, strict=True)
+    ]
+    features, *rest = checks.promoted(features, *prototypes, *targets)
+    wide = zip(banks, rest[: len(banks)], rest[len(banks) :], strict=True)
+    return features, [
+        replace(bank, prototypes=c, targets=None if bank.targets is None else m)
+        for bank, c, m in wide
+    ]
+
+
 def _rows(
     op: str,
     features: Tensor,
@@ -254,16 +276,16 @@ def _rows(
     """-> losses [S, N], nearest [S, N] (of no use without need_nearest)."""
     name = resolve(op, backend, features.device.type, features.dtype)
     if name == "reference":
-        if features.device.type == "cpu" and not torch.compiler.is_compiling():
+        if features.device.type == "cpu" and not (torch.compiler.is_compiling() or in_transform()):
             for bank in banks:
                 checks.label_values(op, bank.labels, len(bank.prototypes))
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device.type):
             rows = [_reference_rows(features, b, scale) for b in banks]
             with torch.no_grad():
                 sign = torch.sign(scale).to(features.dtype)
                 nearest = [_nearest(sign * features @ b.prototypes.T) for b in banks]
         return torch.stack(rows), torch.stack(nearest)
-    need_grad = torch.is_grad_enabled() and (features.requires_grad or scale.requires_grad)
+    need_grad = wants_gradient(features, scale)
     losses, _, nearest, *_ = torch.ops.protoclip.prototype_ce(
         features,
         [b.prototypes for b in banks],

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from protoclip.ops import checks
-from protoclip.ops.backends import implementation, resolve
+from protoclip.ops.backends import implementation, resolve, without_autocast
 from protoclip.ops.info_nce import accumulator
 
 _lib = torch.library.Library("protoclip", "FRAGMENT")
@@ -54,5 +54,5 @@ def segment_mean(
     if not isinstance(num_segments, int) or num_segments < 0:
         raise ValueError(f"{op}: expected num_segments as an int >= 0, got {num_segments!r}")
     name = resolve(op, backend, values.device.type, values.dtype)
-    with torch.autocast(values.device.type, enabled=False):
+    with without_autocast(values.device.type):
         return torch.ops.protoclip.segment_mean(values, labels, num_segments, name)

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from protoclip.ops import checks, reference
-from protoclip.ops.backends import implementation, resolve
+from protoclip.ops.backends import (
+    implementation,
+    register_gradient,
+    resolve,
+    wants_gradient,
+    without_autocast,
+)
 from protoclip.ops.info_nce import no_second_derivative
 
 _lib = torch.library.Library("protoclip", "FRAGMENT")
@@ -55,9 +61,7 @@ def _autograd(ctx, grad, *_):
 
 _lib.impl("sigmoid_loss", _fwd, "CompositeExplicitAutograd")
 torch.library.register_fake("protoclip::sigmoid_loss", _fake, lib=_lib)
-torch.library.register_autograd(
-    "protoclip::sigmoid_loss", _autograd, setup_context=_setup, lib=_lib
-)
+register_gradient(_lib, "sigmoid_loss", "sigmoid_loss", _autograd, _setup)
 
 # An op of its own, so that a second derivative raises instead of ignoring that ``saved`` depends on
 # the inputs.
@@ -70,16 +74,14 @@ _lib.impl(
 torch.library.register_fake(
     "protoclip::sigmoid_loss_bwd", lambda grad, saved: torch.empty_like(saved), lib=_lib
 )
-torch.library.register_autograd(
-    "protoclip::sigmoid_loss_bwd", no_second_derivative("sigmoid_loss"), lib=_lib
-)
+register_gradient(_lib, "sigmoid_loss_bwd", "sigmoid_loss", no_second_derivative("sigmoid_loss"))
 
 
 def sigmoid_loss(
     image_features: Tensor,
     text_features: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
     *,
     offset: int = 0,
     backend: str = "auto",
@@ -88,7 +90,7 @@ def sigmoid_loss(
 
     Args:
         image_features: [N, D], usually unit rows; float32, bfloat16, float16 (float64: reference).
-        text_features: [M, D], M >= offset + N; dtype and device of ``image_features``.
+        text_features: [M, D], M >= offset + N, on the same device; different dtypes are promoted.
         logit_scale, logit_bias: [] or [1].
         offset: z_ij is 1 where j = i + offset, else -1.
         backend: "auto", or one of ``protoclip.backends("siglip")``, which never falls back.
@@ -96,7 +98,8 @@ def sigmoid_loss(
         float32 [] (float64 for float64 input), nats, the sum (SigLIP divides it by N).
     Raises:
         ValueError: shapes or devices disagree, or the named backend cannot run.
-        TypeError: dtypes are not floating point or disagree.
+        TypeError: dtypes are not floating point.
+        NotImplementedError: forward-mode differentiation of a fused backend.
     Source:
         Zhai et al. 2023 (SigLIP), equation 1.
     """
@@ -110,12 +113,13 @@ def sigmoid_loss(
             f"{op}: expected image i's text at row i + offset, got {n} images, {m} texts and "
             f"offset {offset}"
         )
-    scale = checks.scalar(op, "logit_scale", logit_scale, image_features.device)
-    bias = checks.scalar(op, "logit_bias", logit_bias, image_features.device)
-    name = resolve("siglip", backend, image_features.device.type, image_features.dtype)
+    x, y = checks.promoted(image_features, text_features)
+    scale = checks.scalar(op, "logit_scale", logit_scale, x.device)
+    bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
+    name = resolve("siglip", backend, x.device.type, x.dtype)
     if name == "reference":
-        with torch.autocast(image_features.device.type, enabled=False):
-            return reference.sigmoid_loss(image_features, text_features, scale, bias, offset)
-    inputs = image_features, text_features, scale, bias
-    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        with without_autocast(x.device.type):
+            return reference.sigmoid_loss(x, y, scale, bias, offset)
+    inputs = x, y, scale, bias
+    gradients = wants_gradient(*inputs)
     return torch.ops.protoclip.sigmoid_loss(*inputs, offset, gradients, name)[0]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from protoclip.ops import checks, reference
-from protoclip.ops.backends import implementation, resolve
+from protoclip.ops.backends import implementation, resolve, without_autocast
 
 COLDEST = 1e-30
 
@@ -22,14 +22,15 @@ def soft_targets(
 
     Args:
         source_centroids: [K, Ds], where the clusters were found; any float dtype.
-        prototypes: [K, D], the same clusters in the student's space (back translation); same dtype.
+        prototypes: [K, D], the same clusters in the student's space (back translation); different
+            dtypes are promoted.
         temperature: tau; <= 0 means hard targets, m = prototypes; taken as 1e-30 below that, where
             fp32 logits would overflow.
         backend: "auto" or a row of ``protoclip.backends("soft_targets")``.
     Returns:
         [K, D] float32 (float64 for float64 input), a constant: no gradient.
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices disagree, or the named backend cannot run.
+        ValueError, TypeError: shapes or devices disagree, or the named backend cannot run.
     Source:
         ProtoCLIP (arXiv 2206.10996), soft targets; linearity of cross-entropy in the target.
     """
@@ -41,10 +42,10 @@ def soft_targets(
             f"{op}: expected one prototype per source centroid, got source_centroids "
             f"{tuple(source_centroids.shape)} and prototypes {tuple(prototypes.shape)}"
         )
-    if source_centroids.dtype != prototypes.dtype or source_centroids.device != prototypes.device:
+    if source_centroids.device != prototypes.device:
         raise ValueError(
-            f"{op}: expected one dtype and device, got {source_centroids.dtype} on "
-            f"{source_centroids.device} and {prototypes.dtype} on {prototypes.device}"
+            f"{op}: expected source_centroids and prototypes on one device, got "
+            f"{source_centroids.device} and {prototypes.device}; move one with .to()"
         )
     if not isinstance(temperature, (int, float)):
         raise TypeError(
@@ -53,7 +54,8 @@ def soft_targets(
         )
     if temperature <= 0:
         return (prototypes if prototypes.dtype == torch.float64 else prototypes.float()).clone()
+    source_centroids, prototypes = checks.promoted(source_centroids, prototypes)
     name = resolve(op, backend, prototypes.device.type, prototypes.dtype)
-    with torch.autocast(prototypes.device.type, enabled=False):
+    with without_autocast(prototypes.device.type):
         run = reference.soft_targets if name == "reference" else implementation(op, name, op)
         return run(source_centroids, prototypes, max(float(temperature), COLDEST))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
+from protoclip.config import Parser
 from protoclip.report.page import write_report
 
 PROG = "python -m protoclip.report"
@@ -13,12 +13,11 @@ PROG = "python -m protoclip.report"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake ends it with one line and status 2."""
-    parser = argparse.ArgumentParser(
-        prog=PROG,
+    parser = Parser(
+        PROG,
         description="Write one self-contained HTML page about runs: numbers, curves, prototypes, "
         "a map, examples, cost and settings. Several runs stand side by side; one of --method "
         "clip is the baseline.",
-        allow_abbrev=False,
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder of protoclip.train")
     parser.add_argument(

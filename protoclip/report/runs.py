@@ -1,9 +1,10 @@
-"""What a report reads of a run folder, and which run it is compared with."""
+"""Run folders as a report reads them, the baseline they are compared with, and the verdict."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -12,21 +13,22 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from protoclip.config import TrainConfig
-from protoclip.data import DataError, PairDataset, open_dataset
-from protoclip.evaluate import Results, read_results
-from protoclip.evaluate.results import results_from_plain, results_to_plain
-from protoclip.fields import flag_of
-from protoclip.report.curves import read_series
+from protoclip.config import TrainConfig, flag_of
+from protoclip.evaluate import Results, SetResults, read_results
+from protoclip.evaluate.results import results_from_plain, results_to_plain, rows_of
+from protoclip.metrics import bootstrap_mean
+from protoclip.report.figures import Series, read_series
 from protoclip.report.snapshot import Snapshot, load_snapshot
 
-RECORDED = "clip_baseline.json"  # the plain baseline of the default run, as once recorded
+RECORDED = "clip_baseline.json"  # plain CLIP with the default settings, as once recorded
 HEADS = ("add_projection_head", "projection_hidden_dim", "projection_dim")
+HEADLINE = ("recall@1", "recall@5", "acc1", "ami")
+LOWER_IS_BETTER = ("rank", "modality_gap", "alignment", "uniformity")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder, read."""
+    """One run folder, read; what training left out stays empty."""
 
     name: str
     path: Path | None
@@ -35,8 +37,8 @@ class Run:
     before: Results | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
-    series: Mapping[str, tuple[list[float], list[float]]] = field(default_factory=dict)
-    snapshot: Snapshot | None = None
+    series: Series = field(default_factory=dict)
+    snapshot: Snapshot = field(default_factory=Snapshot)
     remark: str = ""
 
     @property
@@ -45,10 +47,10 @@ class Run:
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
-    """A run folder as training left it; what is missing stays empty.
+    """Read the files of a run folder, and nothing that they name.
 
     Raises:
-        ValueError: the folder is none, or holds no config.json.
+        ValueError: it is not a run folder, or one of its files is damaged.
     """
     path = Path(path)
     if not (path / "config.json").is_file():
@@ -58,7 +60,9 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"report: {path / 'config.json'} is no JSON: {error}") from error
+        raise ValueError(f"report: {path / 'config.json'} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"report: expected settings in {path / 'config.json'}, got {config!r:.40}")
     results: dict[str, Any] = {}
     if (path / "results.json").is_file():
         results = read_results(path / "results.json")
@@ -72,36 +76,8 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         results.get("seconds") or {},
         results.get("peak_memory_bytes"),
         read_series(metrics) if metrics.is_file() else {},
-        load_snapshot(path),
+        load_snapshot(path) or Snapshot(),
     )
-
-
-def datasets(run: Run) -> tuple[PairDataset | None, PairDataset | None, str]:
-    """Training and evaluation data of a run for its pictures, and what is missing in words."""
-    missing: list[str] = []
-
-    def opened(spec: str, split: str) -> PairDataset | None:
-        if not spec:
-            return None
-        try:
-            if not spec.startswith("builtin:") and Path(spec).is_dir():
-                from protoclip.evaluate.layouts import open_layout
-
-                return open_layout(spec).test
-            return open_dataset(spec, split, seed=seed, **columns)
-        except (DataError, OSError) as error:
-            missing.append(f"No pictures of {spec}: {error}")
-            return None
-
-    data = run.config.get("data", {})
-    seed = run.config.get("run", {}).get("seed", 0)
-    columns = {k: v for k, v in data.items() if k.startswith("csv_") and "label" not in k}
-    train_spec, judged_spec = data.get("train_data", ""), data.get("val_data", "")
-    built_in = train_spec.startswith("builtin:")
-    train = opened(train_spec, "train" if built_in else "all")
-    judged_spec = judged_spec or (train_spec if built_in else "")
-    split = "heldout" if judged_spec.startswith("builtin:") else "all"
-    return train, opened(judged_spec, split), " ".join(missing)
 
 
 def comparable(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -135,20 +111,13 @@ def find_baseline(runs: Sequence[Run]) -> Run | None:
 
 
 def recorded_baseline(run: Run) -> Run | None:
-    """The baseline that ships with protoclip, where the run is the default one."""
+    """The baseline that ships with protoclip, for a run with the default settings."""
     file = resources.files("protoclip.report").joinpath(RECORDED)
-    if not file.is_file():
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if content is None or not comparable(run.config, content["config"]):
         return None
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if not comparable(run.config, content["config"]):
-        return None
-    return Run(
-        "CLIP (recorded)",
-        None,
-        content["config"],
-        results_from_plain(content["trained"]),
-        remark=content["remark"],
-    )
+    after = results_from_plain(content["trained"])
+    return Run("CLIP (recorded)", None, content["config"], after, remark=content["remark"])
 
 
 def record_baseline(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
@@ -158,9 +127,11 @@ def record_baseline(folder: str | os.PathLike[str], output: str | os.PathLike[st
     folder and ``protoclip/report/clip_baseline.json``.
     """
     run = read_run(folder)
-    if run.method != "clip" or run.after is None or run.snapshot is None:
-        raise ValueError(f"record_baseline: expected a whole run of --method clip, got {run.name}")
     facts = run.snapshot.facts
+    if run.method != "clip" or run.after is None or not facts:
+        raise ValueError(
+            f"record_baseline: expected a finished run of --method clip, got {run.name}"
+        )
     config = {**run.config, "run": {"seed": run.config["run"]["seed"]}}
     remark = (
         f"Baseline: plain CLIP, same data, encoder, steps and seed, recorded "
@@ -195,3 +166,125 @@ def defaults_changed(config: Mapping[str, Any]) -> list[str]:
 
     walk(TrainConfig(), config)
     return words
+
+
+# Numbers beside the baseline's
+
+
+@dataclass(frozen=True)
+class Change:
+    """A metric's difference to the baseline, with the 95 % interval of the difference."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def clear(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def is_headline(metric: str) -> bool:
+    return metric.endswith(HEADLINE)
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric.endswith(LOWER_IS_BETTER)
+
+
+def change(run: Run, other: Run, key: str, metric: str) -> Change | None:
+    """The run's metric minus the other's; None where either lacks it.
+
+    Paired over the samples where both runs' hits are kept; else the intervals are taken as
+    independent, which is wider.
+    """
+    mine, theirs = (one.after.sets.get(key) if one.after else None for one in (run, other))
+    if mine is None or theirs is None:
+        return None
+    a, b = (one.metrics.get(metric, math.nan) for one in (mine, theirs))
+    if math.isnan(a) or math.isnan(b):
+        return None
+    hits, others = (one.snapshot.hits_of(f"{key}/{metric}") for one in (run, other))
+    if hits is not None and others is not None and hits.shape == others.shape:
+        both = bootstrap_mean(hits, others)
+        return Change(both.mean, both.low, both.high)
+    half = math.inf
+    if metric in mine.intervals and metric in theirs.intervals:
+        half = math.hypot(_half(mine, metric), _half(theirs, metric))
+    return Change(a - b, a - b - half, a - b + half)
+
+
+def _half(one: SetResults, metric: str) -> float:
+    low, high = one.intervals[metric]
+    return (high - low) / 2
+
+
+def share(value: float | None) -> str:
+    """A metric in three decimals; large ones in one."""
+    if value is None or math.isnan(value):
+        return "–"
+    return (f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}").replace("-", "−")
+
+
+def signed(value: float) -> str:
+    return (f"{value:+.3f}" if abs(value) < 10 else f"{value:+,.1f}").replace("-", "−")
+
+
+def learnt(run: Run) -> str:
+    """What the run learnt, in a sentence or two: first set, before and after."""
+    if run.after is None or not run.after.sets:
+        return f"{run.name} was not evaluated: it had no evaluation data (--val-data)."
+    key, one = next(iter(run.after.sets.items()))
+    old = run.before.sets[key].metrics if run.before and key in run.before.sets else {}
+    words = {
+        "text_retrieval_recall@5": "the right caption is among the first five for",
+        "image_retrieval_recall@5": "the right picture is among the first five for",
+    }
+    for metric in one.metrics:
+        if metric.endswith("/acc1") and "lp_" not in metric and "knn_" not in metric:
+            words[metric] = f"zero-shot finds the {metric.split('/')[0]} of"
+    parts = [
+        f"{text} {one.metrics[metric]:.1%}"
+        + (f" (untrained: {old[metric]:.1%})" if metric in old else "")
+        for metric, text in words.items()
+        if metric in one.metrics
+    ]
+    return f"{one.title} ({one.samples:,} images): {'; '.join(parts)}." if parts else ""
+
+
+def verdict(run: Run, baseline: Run | None) -> str:
+    """Whether the run beat the baseline, counted over the headline metrics."""
+    if baseline is None:
+        return (
+            f"{run.name}: no plain CLIP run with the same data, encoder, steps and seed was "
+            "found, so nothing can be said about ProtoCLIP against CLIP. Train one with the "
+            "same flags and --method clip, then: python -m protoclip.report RUN CLIP_RUN"
+        )
+    better: list[str] = []
+    worse: list[str] = []
+    same: list[str] = []
+    for key, one in run.after.sets.items() if run.after else ():
+        for metric, words in rows_of(one.metrics):
+            got = change(run, baseline, key, metric) if is_headline(metric) else None
+            if got is None or math.isinf(got.low):
+                continue
+            kind = same if not got.clear else better if got.value > 0 else worse
+            kind.append(f"{words} ({key}, {signed(got.value)})")
+    total = len(better) + len(worse) + len(same)
+    if not total:
+        return f"{run.name} and {baseline.name} have no metric in common."
+    head = {
+        (True, False): "beat",
+        (False, True): "lost to",
+        (True, True): "is better in some and worse in other numbers than",
+        (False, False): "cannot be told apart from",
+    }[bool(better), bool(worse)]
+    text = (
+        f"{run.name} ({run.method}) {head} {baseline.name} ({baseline.method}): of {total} "
+        f"headline numbers {len(better)} are clearly better, {len(worse)} clearly worse, "
+        f"{len(same)} within chance (95 % intervals, one seed each)."
+    )
+    for word, names in (("Better", better), ("Worse", worse)):
+        if names:
+            text += f" {word}: {', '.join(names[:6])}{' …' if len(names) > 6 else ''}."
+    return text

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from protoclip import checkpoint
 from protoclip.data import PairDataset
-from protoclip.data.cache import cache_dir
+from protoclip.ops.native import cache_dir
 from protoclip.teacher.encoders import (
     MINILM,
     MINILM_PACKAGE,
@@ -81,9 +81,12 @@ def _cached_minilm(
     path = cache_dir() / f"minilm-{digest}.pt"
     if path.is_file():
         try:
-            return checkpoint.load(path)["features"]
-        except (ValueError, KeyError):
-            pass  # torn by something else than us: compute it again and replace it
+            features = checkpoint.load(path)["features"]
+            if len(features) == len(texts):
+                return features
+        except (ValueError, KeyError, TypeError):
+            pass
+        # Torn, or with other rows than the data: compute it again and replace it.
     reason = minilm_missing()
     if reason is not None:
         raise ValueError(f"--external-teacher {MINILM}: {reason}, or --external-teacher none")

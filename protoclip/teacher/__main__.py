@@ -10,21 +10,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from protoclip.config import DataConfig
+from protoclip.config import DataConfig, Parser, check_above
 from protoclip.data import open_dataset
-from protoclip.outputs import check_above
 from protoclip.teacher.encoders import MINILM, MODALITIES, build_encoder
 from protoclip.teacher.extract import extract_features
 
 PROG = "python -m protoclip.teacher"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROG,
+def build_parser() -> Parser:
+    parser = Parser(
+        PROG,
         description="Write a frozen model's features of all pairs, by key, to a .npz that "
         "protoclip.train --external-teacher takes. A stopped run goes on where it was.",
-        allow_abbrev=False,
     )
     data = DataConfig()
     add = parser.add_argument
@@ -45,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--csv-separator", default=data.csv_separator, metavar="TEXT")
     add("--csv-img-key", default=data.csv_img_key, metavar="TEXT")
     add("--csv-caption-key", default=data.csv_caption_key, metavar="TEXT")
+    add("--encoding", default=data.csv_encoding, metavar="TEXT", help="of a table")
     return parser
 
 
@@ -68,10 +67,13 @@ def run(args: argparse.Namespace) -> str:
         csv_separator=args.csv_separator,
         csv_img_key=args.csv_img_key,
         csv_caption_key=args.csv_caption_key,
+        csv_encoding=args.encoding,
     )
     encoder = build_encoder(args.model, args.pretrained, args.modality, device)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(dataset), desc=args.model, unit=" samples", leave=False) as bar:
+    with tqdm(
+        total=len(dataset), desc=args.model, unit=" samples", leave=False, disable=None
+    ) as bar:
         rows, columns = extract_features(
             encoder,
             dataset,

@@ -9,16 +9,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from protoclip.config import TrainConfig
+from protoclip.config import TrainConfig, to_dict
 from protoclip.data.cache import write_atomic
-from protoclip.fields import to_dict
 
 
 class Board(Protocol):
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Scalars of one step, under ``train/``; OSError where it cannot be written."""
+        """Scalars of one step, by ``board_name``; OSError where it cannot be written."""
 
     def close(self) -> None: ...
+
+
+def board_name(name: str) -> str:
+    """Under ``val/`` what was measured on validation data, under ``train/`` the rest."""
+    return f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
 
 
 def check_boards(config: TrainConfig) -> None:
@@ -55,7 +59,7 @@ class TensorBoard:
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
-            self._writer.add_scalar(f"train/{name}", value, step)
+            self._writer.add_scalar(board_name(name), value, step)
 
     def close(self) -> None:
         try:
@@ -86,7 +90,7 @@ class Wandb:
         )
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._run.log({f"train/{name}": value for name, value in scalars.items()}, step=step)
+        self._run.log({board_name(name): value for name, value in scalars.items()}, step=step)
 
     def close(self) -> None:
         self._run.finish()

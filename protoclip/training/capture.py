@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from protoclip.clustering import Clustering
+from protoclip.clustering import IGNORE, Clustering
+from protoclip.config import to_dict
 from protoclip.data import Batch
 from protoclip.distributed import gather_objects, rank
 from protoclip.episode import Episode, PrototypeSet
-from protoclip.fields import to_dict
 from protoclip.training.guard import describe, first_not_finite
-from protoclip.training.saving import Stopped, agree
+from protoclip.training.saving import Stopped
 from protoclip.training.state import fingerprint, pack, random_states, set_random_state, unpack
 
 if TYPE_CHECKING:
@@ -61,40 +61,72 @@ def restore(trainer: Trainer, payload: Mapping[str, Any]) -> None:
     """Let a new trainer go on from a checkpoint of the same run.
 
     Raises:
-        ValueError: it is of another model, version or number of ranks.
+        ValueError: it is of another model, version or number of ranks, or lacks something.
     """
+    try:
+        _restore(trainer, payload)
+    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(
+            f"--resume: the checkpoint does not hold the state of this run ({reason}); use an "
+            "older checkpoint, or start a new run with --pretrained"
+        ) from error
+
+
+def _restore(trainer: Trainer, payload: Mapping[str, Any]) -> None:
     training = payload["protoclip"]["training"]
     if set(training["stateful"]) != set(trainer.stateful):
         raise ValueError(
             f"--resume: expected the state of {sorted(trainer.stateful)}, got that of "
             f"{sorted(training['stateful'])}; resume with the settings of the run"
         )
-    try:
-        trainer.model.load_state(dict(payload))
-        trainer.optimiser.load_state(payload["optimizer"], training["scaler"])
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(
-            f"--resume: the checkpoint does not fit this model: {str(error)[:300]}"
-        ) from error
+    trainer.model.load_state(dict(payload))
+    trainer.optimiser.load_state(payload["optimizer"], training["scaler"])
     trainer.episode = unpack(training["episode"], PACKED, trainer.device)
+    _check_episode(trainer.episode, len(trainer.dataset))
     others = training["stateful_of_other_ranks"]
     own = others[rank() - 1] if 0 < rank() <= len(others) else {}
     for name, part in trainer.stateful.items():
         part.load_state_dict(own.get(name, training["stateful"][name]))
     trainer.phases.restore(training["seconds"])
-    trainer.step = int(payload["protoclip"]["step"])
+    trainer.step = payload["protoclip"]["step"]
     set_random_state(training["random"], trainer.device)
+
+
+def _check_episode(episode: Episode | None, samples: int) -> None:
+    """Labels that lead outside of the prototypes would end in an IndexError, or worse on a GPU."""
+    if episode is None:
+        return
+    for one in (*episode.internal, *episode.external):
+        known = one.labels[one.labels != IGNORE]
+        shapes = {
+            one.prototypes.shape,
+            (one.prototypes if one.targets is None else one.targets).shape,
+        }
+        if (
+            one.labels.shape != (samples,)
+            or ((known < 0) | (known >= len(one.prototypes))).any()
+            or len(shapes) != 1
+        ):
+            raise ValueError(
+                f"--resume: expected the prototypes of {samples} samples, got labels "
+                f"{list(one.labels.shape)} and prototypes {list(one.prototypes.shape)} that do not "
+                "belong together; use an older checkpoint"
+            )
 
 
 def save_or_stop(trainer: Trainer) -> None:
     """Write the newest state where it is due, and end where a signal asks for it."""
-    timed, stop = agree(trainer.step, trainer.schedule.by_clock(), bool(trainer.signals.asked))
+    timed, stop = trainer.agreement.ask(trainer.schedule.by_clock(), trainer.signals.level)
     if stop or timed or trainer.schedule.at(trainer.step):
-        save_if_room(trainer, None, must=stop)
+        save_if_room(trainer, None, must=stop > 0)
     if stop:
+        asked = trainer.signals.asked or "a signal to another rank"
+        asked = "Ctrl-C" if asked == "SIGINT" else asked
         raise Stopped(
-            f"stopped by {trainer.signals.asked or 'a signal to another rank'} after step "
-            f"{trainer.step}; go on with --resume {trainer.folder.path}"
+            f"stopped by {asked} after step {trainer.step}; go on with "
+            f"--resume {trainer.folder.path}",
+            130 if stop > 1 else 0,
         )
 
 

@@ -29,6 +29,14 @@ def parameter_groups(model: ProtoModel, weight_decay: float) -> list[dict]:
     ]
 
 
+def _form(value: object) -> str:
+    """Dtype, shape and layout in words."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    dense = value.layout == torch.strided and value.is_contiguous()
+    return f"{value.dtype} {list(value.shape)}" + ("" if dense else ", not contiguous")
+
+
 class Optimiser:
     """AdamW with gradient clipping, fp16's loss scaling where due, and clamped scales."""
 
@@ -51,7 +59,12 @@ class Optimiser:
             group["lr"] = lr
 
     def load_state(self, state: dict, scaler: dict) -> None:
-        """Take the state of another optimiser; learning rate, betas and decay stay as they are."""
+        """Take the state of another optimiser; learning rate, betas and decay stay as they are.
+
+        Raises:
+            ValueError: moments of another shape or dtype, which fused AdamW would read beyond.
+        """
+        self._check_moments(state)
         settings = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self.adamw.param_groups
@@ -61,6 +74,26 @@ class Optimiser:
             group.update(own)
         if scaler:
             self.scaler.load_state_dict(scaler)
+
+    def _check_moments(self, state: dict) -> None:
+        """Refuse what ``torch.optim`` would load without a look at it."""
+        own = [p for group in self.adamw.param_groups for p in group["params"]]
+        groups = [len(group["params"]) for group in state["param_groups"]]
+        if groups != [len(group["params"]) for group in self.adamw.param_groups]:
+            raise ValueError(
+                f"checkpoint: expected the optimiser state of {len(own)} parameters, got that of "
+                f"{sum(groups)}; resume with the settings of the run"
+            )
+        for number, moments in state["state"].items():
+            parameter = own[number]
+            step = torch.zeros((), dtype=torch.float32)
+            for name, like in (("exp_avg", parameter), ("exp_avg_sq", parameter), ("step", step)):
+                want, got = _form(like), _form(moments.get(name))
+                if got != want:
+                    raise ValueError(
+                        f"checkpoint: expected {name} of the optimiser's parameter {number} as "
+                        f"{want}, got {got}; use an older checkpoint"
+                    )
 
     def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Backward pass and update; returns what ``update`` does."""

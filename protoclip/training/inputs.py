@@ -20,7 +20,9 @@ def open_training_data(config: TrainConfig) -> PairDataset:
     """The training pairs: the train split of built-in data, all of anything else."""
     data = config.data
     split = "train" if data.train_data.startswith("builtin:") else "all"
-    dataset = open_dataset(data.train_data, split, **open_arguments(config))
+    dataset = open_dataset(
+        data.train_data, split, keep_going=data.check_data, **open_arguments(config)
+    )
     if data.train_num_samples:
         if data.train_num_samples > len(dataset):
             raise ValueError(
@@ -48,7 +50,7 @@ def open_arguments(config: TrainConfig) -> dict[str, Any]:
         "csv_separator": config.data.csv_separator,
         "csv_img_key": config.data.csv_img_key,
         "csv_caption_key": config.data.csv_caption_key,
-        "spool_gb": config.data.spool_gb,
+        "csv_encoding": config.data.csv_encoding,
     }
 
 
@@ -98,7 +100,7 @@ def open_teachers(
             desc=f"teacher {spec}",
             unit=" samples",
             leave=False,
-            disable=not is_main(),
+            disable=None if is_main() else True,
         ) as bar:
             teachers[name] = load_teacher(
                 spec,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +16,7 @@ from tqdm import tqdm
 from protoclip.config import TrainConfig
 from protoclip.data import Batch, PairDataset, batches
 from protoclip.device import autocast_for
-from protoclip.distributed import is_main, mean_over_ranks, world_size
+from protoclip.distributed import Agreement, is_main, mean_over_ranks, world_size
 from protoclip.episode import Episode
 from protoclip.features import FeatureStore
 from protoclip.losses import Losses, ProtoLoss
@@ -37,10 +39,11 @@ from protoclip.training.order import EpochOrder
 from protoclip.training.phases import Phases
 from protoclip.training.plan import Plan, draw, learning_rate, own_draws
 from protoclip.training.run_folder import RunFolder
-from protoclip.training.saving import SaveSchedule, Stopped, StopSignals, agree
+from protoclip.training.saving import SaveSchedule, Stopped, StopSignals
 from protoclip.training.stepper import Stepper
 
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
+SHOWN_EVERY = 60.0  # seconds between lines of progress on a screen that is no terminal
 
 
 class Trainer:
@@ -97,7 +100,9 @@ class Trainer:
         self.step = 0
         self.guard = Guard(model, device)
         self.order = EpochOrder(dataset, config.data)
-        self.faults = faults_of(dataset, config.data.max_bad_fraction, folder.say)
+        self.faults = faults_of(
+            dataset, config.data.max_bad_fraction, lambda text: self.folder.say(text)
+        )
         self.stateful: dict[str, Stateful] = {  # more to save and restore
             name: part
             for name, part in (
@@ -110,8 +115,10 @@ class Trainer:
         }
         self.schedule = SaveSchedule(config.run.save_every)
         self.signals = signals or StopSignals()
+        self.agreement = Agreement()
         self._saved_at = -1
-        self._logged_at = (time.perf_counter(), 0)
+        self._began_at = self._logged_at = (time.perf_counter(), 0)
+        self._shown_at = time.perf_counter()
 
     def run(self) -> None:
         """Train to the end of the plan.
@@ -120,7 +127,7 @@ class Trainer:
             Stopped: a signal asked to end; the state is saved.
         """
         total, done = (n * self.plan.batch_size for n in (self.plan.total_steps, self.step))
-        self._logged_at = (time.perf_counter(), self.step)
+        self._began_at = self._logged_at = (time.perf_counter(), self.step)
         self.signals.immediate = False
         with tqdm(
             total=total,
@@ -128,15 +135,19 @@ class Trainer:
             unit=" samples",
             unit_scale=True,
             smoothing=0.1,
-            disable=not is_main(),
+            disable=None if is_main() else True,  # None: where there is no terminal
         ) as bar:
             for number in range(self.step // self.plan.steps_per_episode, self.plan.episodes):
                 self._run_episode(number, bar)
         if self._saved_at != self.step:
             self.save(None)
         self.signals.immediate = True
-        if agree(0, bool(self.signals.asked))[0]:
-            raise Stopped("stopped by a signal after the last step; --resume goes on")
+        self.agreement.settle()
+        (level,) = self.agreement.ask(self.signals.level)
+        level = (self.agreement.settle() or [level])[0]
+        if level:
+            text = "stopped by a signal after the last step; --resume goes on"
+            raise Stopped(text, 130 if level > 1 else 0)
 
     def _run_episode(self, number: int, bar: tqdm) -> None:
         steps = self.plan.steps_of(number)
@@ -263,6 +274,22 @@ class Trainer:
             record |= self.episode.metrics
         self.folder.metrics(step, step * self.plan.batch_size, record)
         bar.set_postfix(loss=f"{record.get('loss', math.nan):.3f}", refresh=False)
+        self._say_progress(record, now)
+
+    def _say_progress(self, record: Mapping[str, float], now: float) -> None:
+        """A line in out.log; once a minute on the screen too where there is no bar."""
+        began, first = self._began_at
+        left = (self.plan.total_steps - self.step) * (now - began) / (self.step - first)
+        line = (
+            f"step {self.step}/{self.plan.total_steps}, loss {record.get('loss', math.nan):.4f}, "
+            f"{record['samples_per_second']:,.0f} samples/s, "
+            f"ETA {datetime.timedelta(seconds=round(left))}"
+        )
+        if now - self._shown_at < SHOWN_EVERY or sys.stderr.isatty():
+            self.folder.note(line)
+        else:
+            self._shown_at = now
+            self.folder.say(line)
 
     def _at_border(self) -> None:
         """After a step: evaluate and save where an epoch that asks for it has just ended."""

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from protoclip import checkpoint
-from protoclip.config import TrainConfig
-from protoclip.fields import from_dict, to_dict
+from protoclip.config import TrainConfig, from_dict, to_dict
 from protoclip.training.adopt import OpenClipRun, is_openclips
-from protoclip.training.run_folder import is_locked
+from protoclip.training.run_folder import check_name, is_locked
 from protoclip.training.state import fingerprint
 
 # What decides which sample comes when, or which tensors there are: it must not change.
@@ -26,9 +25,9 @@ FIXED = (
 FREE = (
     "data.workers", "data.val_data", "data.train_data", "data.csv_", "model.pretrained",
     "run.name", "run.logs", "run.device", "run.log_every_n_steps", "run.val_frequency",
-    "run.save_frequency", "run.save_every", "run.report_to", "run.wandb_project_name",
-    "run.resume", "run.max_bad_steps", "data.max_bad_fraction", "data.spool_gb",
-    "data.check_data", "run.dist_",
+    "run.save_frequency", "run.delete_previous_checkpoint", "run.save_every", "run.report_to",
+    "run.wandb_project_name", "run.resume", "run.max_bad_steps", "run.dist_",
+    "data.max_bad_fraction", "data.check_data", "model.grad_checkpointing",
 )  # fmt: skip
 
 
@@ -62,6 +61,7 @@ def find_resume(config: TrainConfig) -> Resume | OpenClipRun | None:
     wish = config.run.resume
     if not wish:
         return None
+    check_name(config.run.name)
     if wish == "auto":
         named = Path(config.run.logs) / config.run.name if config.run.name else None
         folder = named if named is not None else _newest_unfinished(config)
@@ -82,7 +82,7 @@ def find_resume(config: TrainConfig) -> Resume | OpenClipRun | None:
 def _read(folder: Path, file: Path, payload: dict[str, Any]) -> Resume | OpenClipRun:
     if is_openclips(payload):
         return OpenClipRun(file, int(payload["epoch"]))
-    if "training" not in payload.get("protoclip", {}):
+    if not isinstance(payload.get("protoclip", {}).get("training"), dict):
         raise ValueError(
             f"--resume: {file} has weights but no state of a run (no 'protoclip' entry that "
             "protoclip.train wrote); start from its weights by --pretrained"
@@ -129,10 +129,10 @@ def check_resume(resume: Resume, config: TrainConfig, keys: Any) -> list[str]:
             f"--resume: {resume.file} cannot go on with other settings: {'; '.join(wrong)}; give "
             "the run's own, or start a new run with --pretrained"
         )
-    if (now := fingerprint(keys)) != resume.training["data"]:
+    if (now := fingerprint(keys)) != resume.training.get("data"):
         raise ValueError(
             f"--resume: the training data are not those of {resume.file} ({now} instead of "
-            f"{resume.training['data']}: size and digest of the keys); give the same data, or "
+            f"{resume.training.get('data')}: size and digest of the keys); give the same data, or "
             "start a new run with --pretrained"
         )
     return [f"since the checkpoint, {note}: not the same run any more" for note in notes]

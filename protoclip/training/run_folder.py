@@ -17,9 +17,8 @@ from typing import Any
 from tqdm import tqdm
 
 from protoclip import checkpoint
-from protoclip.config import TrainConfig
+from protoclip.config import TrainConfig, to_dict
 from protoclip.data.cache import write_atomic
-from protoclip.fields import to_dict
 from protoclip.training.append_log import AppendLog, cut_back
 from protoclip.training.boards import check_boards, open_boards
 
@@ -56,8 +55,7 @@ def choose_folder(config: TrainConfig) -> Path:
     name = config.run.name or time.strftime(
         f"%Y_%m_%d-%H_%M_%S-{config.method}-seed_{config.run.seed}"
     )
-    if name in (".", "..") or Path(name).name != name:
-        raise ValueError(f"--name: expected a plain folder name, got {name!r}")
+    check_name(name)
     path = Path(config.run.logs) / name
     if path.exists() and not (config.run.resume == "auto" and (path / "config.json").exists()):
         raise ValueError(
@@ -65,6 +63,12 @@ def choose_folder(config: TrainConfig) -> Path:
             f"{path}, choose another --name, or remove it"
         )
     return path
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError where --name would leave --logs."""
+    if name in (".", "..") or Path(name).name != name:
+        raise ValueError(f"--name: expected a plain folder name, got {name!r}")
 
 
 class FolderLock:
@@ -127,6 +131,7 @@ class RunFolder:
     def __init__(self, path: Path, config: TrainConfig, resume_step: int | None = None) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self._keeps_one = config.run.delete_previous_checkpoint
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(exist_ok=resume_step is not None)
@@ -193,6 +198,11 @@ class RunFolder:
             checkpoint.save(latest, payload, previous=previous)
         else:
             checkpoint.save(self.checkpoints / f"epoch_{epoch}.pt", payload)
+            if self._keeps_one:
+                for path in self.checkpoints.glob("epoch_*.pt"):
+                    number = path.stem.removeprefix("epoch_")
+                    if number.isdigit() and int(number) < epoch:
+                        path.unlink()
 
     def close(self) -> None:
         """Flush and close every file; the folder can be closed twice."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -10,13 +11,11 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
-
-from protoclip.distributed import max_over_ranks, world_size
+from protoclip.distributed import world_size
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
-AGREE_EVERY = 10  # steps between two questions to the other ranks whether to stop or save
-SIGNALS = ("SIGTERM", "SIGUSR1")
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+FIRST_CTRL_C = b"\nCtrl-C: finishing this step, then saving; press it again to end at once\n"
 
 
 class Stopped(BaseException):
@@ -24,7 +23,15 @@ class Stopped(BaseException):
 
     No Exception, for it may be raised anywhere: what takes any error of a decoder for a bad picture
     must let it through.
+
+    Args:
+        text: for the user.
+        code: exit code of the command: 0, or 130 after Ctrl-C.
     """
+
+    def __init__(self, text: str, code: int = 0) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class SaveSchedule:
@@ -66,7 +73,8 @@ class SaveSchedule:
 
 
 class StopSignals:
-    """While entered, SIGTERM and SIGUSR1 set ``asked`` instead of ending the process.
+    """While entered, SIGTERM, SIGUSR1 and the first Ctrl-C set ``asked`` instead of ending the
+    process; the second Ctrl-C ends it at once.
 
     Attributes:
         asked: name of the signal that came; "" for none.
@@ -98,20 +106,19 @@ class StopSignals:
         self._before = {}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number).name
-        if self.immediate and os.getpid() == self._process and world_size() == 1:
+        if os.getpid() != self._process:
+            return
+        again, self.asked = self.asked == "SIGINT", signal.Signals(number).name
+        if number == signal.SIGINT:
+            if again or self.immediate:
+                raise KeyboardInterrupt
+            with contextlib.suppress(OSError):  # print() may be interrupted by this very signal
+                os.write(2, FIRST_CTRL_C)
+        elif self.immediate and world_size() == 1:
             self.immediate = False  # a second signal does not disturb the ending
             raise Stopped(f"stopped by {self.asked}; go on with --resume")
 
-
-def agree(step: int, *wishes: bool) -> list[bool]:
-    """The wishes of any rank, known to all: what one asks for, every one does at the same step.
-
-    With several ranks the question is put every ``AGREE_EVERY`` steps; in between the answer is no.
-    """
-    if world_size() == 1:
-        return list(wishes)
-    if step % AGREE_EVERY:
-        return [False] * len(wishes)
-    votes = torch.tensor([float(wish) for wish in wishes])
-    return [bool(vote) for vote in max_over_ranks(votes).tolist()]
+    @property
+    def level(self) -> int:
+        """0: go on; 1: stop; 2: stop after Ctrl-C."""
+        return 2 if self.asked == "SIGINT" else int(bool(self.asked))

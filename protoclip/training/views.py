@@ -26,7 +26,13 @@ from protoclip.evaluate.sets import EMOJI_TEMPLATES, TEMPLATES
 from protoclip.evaluate.tasks import impossible
 from protoclip.metrics import retrieval
 from protoclip.model import Encoded, ProtoModel
-from protoclip.report import plot_curves, plot_prototypes, save_snapshot, take_snapshot
+from protoclip.report import (
+    Samples,
+    plot_curves,
+    plot_prototypes,
+    save_snapshot,
+    take_snapshot,
+)
 from protoclip.training.inputs import open_arguments
 from protoclip.training.loop import Trainer
 from protoclip.training.phases import Phases
@@ -66,7 +72,11 @@ class Evaluation:
         with (
             self.phases.measure("evaluation", on_host=True),
             tqdm(
-                desc=what, unit=" rows", unit_scale=True, leave=False, disable=not is_main()
+                desc=what,
+                unit=" rows",
+                unit_scale=True,
+                leave=False,
+                disable=None if is_main() else True,
             ) as bar,
         ):
             return evaluate_model(
@@ -146,7 +156,6 @@ def draw_plots(
     trainer: Trainer,
     dataset: PairDataset,
     evaluation: Evaluation,
-    before: Results | None = None,
     after: Results | None = None,
 ) -> None:
     """curves.png, prototypes.png where there are prototypes, and what the report needs."""
@@ -155,8 +164,7 @@ def draw_plots(
     clusters = {name: one.labels.cpu() for name, one in clusterings.items()}
     chosen = torch.arange(len(dataset))
     if clusters:  # the last is the teacher's, if there is one
-        source, labels = list(clusters.items())[-1]
-        chosen = (labels >= 0).nonzero().flatten()
+        chosen = (list(clusters.values())[-1] >= 0).nonzero().flatten()
     # Spread over the data, which may be sorted.
     chosen = chosen[torch.linspace(0, len(chosen) - 1, min(PICTURED, len(chosen))).long()]
     bad = torch.tensor(sorted(trainer.faults.positions), dtype=torch.int64)
@@ -174,27 +182,19 @@ def draw_plots(
         images = encoder.images(Subset(dataset, chosen))
     texts = [dataset.captions(i)[0] for i in chosen.tolist()]
     encoded = Encoded(images, encoder.texts(texts))
-    projected = encoder.project(encoded)
-    if clusters:
-        plot_prototypes(
-            folder.path / "prototypes.png",
-            dataset,
-            projected.image,
-            projected.text,
-            labels[chosen],
-            index=chosen,
-            classes=dataset.labels.get("group"),
-            title=f"Prototypes of the {source} clusters",
-        )
-    snapshot = take_snapshot(
-        chosen,
+    samples = Samples(
+        Subset(dataset, chosen),
         encoded,
-        projected,
-        clusters,
-        dataset.labels,
-        judged=next(iter(evaluation.kept.items()), None),
+        encoder.project(encoded),
+        {name: labels[chosen] for name, labels in clusters.items()},
+    )
+    judged = next(iter(evaluation.kept.values()), None)
+    snapshot = take_snapshot(
+        samples,
+        None if judged is None else (evaluation.quick_sets["HO"], judged),
         after=after,
-        before=before,
         facts={"memory_bytes": evaluation.phases.memory()},
     )
     save_snapshot(folder.path, snapshot)
+    if snapshot.clusters:
+        plot_prototypes(snapshot, folder.path / "prototypes.png")

@@ -2,32 +2,37 @@
 
 Two libraries, built apart so that one failing leaves the other: ``cpu`` (csrc/*.cpp) and ``cuda``
 (csrc/*.cu and csrc/cuda_*.cpp, where torch has CUDA and nvcc is there). Each lands in a folder
-named after everything that goes into it; a build that ended well leaves a stamp, and only a stamped
-library is loaded. One process builds, holding a file lock that dies with it; others wait.
+named after everything that goes into it; a build that ended well leaves a stamp with the library's
+size and hash. Only a library that matches its stamp, in folders and files that nobody but this user
+can write, is loaded; any other is built again. One process builds, holding a file lock that dies
+with it; others wait.
 
-Environment: PROTOCLIP_DISABLE_JIT=1, PROTOCLIP_BUILD_VERBOSE=1, PROTOCLIP_CACHE (default
-~/.cache/protoclip); torch's MAX_JOBS and TORCH_CUDA_ARCH_LIST are honoured.
+Environment: PROTOCLIP_DISABLE_JIT=1, PROTOCLIP_BUILD_VERBOSE=1, PROTOCLIP_CACHE; torch's MAX_JOBS
+and TORCH_CUDA_ARCH_LIST are honoured.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
 import platform
 import shutil
+import stat
 import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+LOCK = "build.lock"
 _BUILD_LOCK = threading.RLock()
 _RESULTS: dict[str, ModuleType | str] = {}  # half -> the loaded module, or why there is none
 
@@ -60,7 +65,10 @@ def csrc() -> Path:
 
 
 def cache_dir() -> Path:
-    return Path(os.environ.get("PROTOCLIP_CACHE") or Path.home() / ".cache" / "protoclip")
+    """``$PROTOCLIP_CACHE``, else ``$XDG_CACHE_HOME/protoclip``, else ``~/.cache/protoclip``."""
+    if chosen := os.environ.get("PROTOCLIP_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "protoclip"
 
 
 def load(half: str = "cpu") -> ModuleType:
@@ -106,21 +114,30 @@ def _obstacle(half: str) -> str | None:
             return "nvcc was not found; install the CUDA toolkit or set CUDA_HOME"
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None and shutil.which("g++") is None:
-        return f"no C++ compiler ({compiler!r} was not found; install g++ or set CXX)"
+        reason = f"no C++ compiler was found (looked for {compiler!r} and 'g++')"
+        _warn(
+            f"{reason}. Install one (apt install g++, dnf install gcc-c++, or conda install "
+            f"cxx-compiler) or set CXX"
+        )
+        return reason
     return None
+
+
+def _warn(problem: str) -> None:
+    warnings.warn(
+        f"protoclip: {problem}. Until then the reference backends run instead: several times "
+        f"slower, and their losses hold all logits in memory",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _build_or_reason(half: str) -> ModuleType | str:
     try:
-        return _locked_build(_plan(half))
+        return build_and_load(_plan(half))
     except Exception as error:  # whatever the toolchain throws: the reference goes on
-        reason = f"the build failed: {str(error).strip() or type(error).__name__}"
-        warnings.warn(
-            f"protoclip: {reason[:2000]}\nThe slower reference backends are used instead; "
-            f"PROTOCLIP_BUILD_VERBOSE=1 shows the compiler's output",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        reason = f"no native library: {str(error).strip() or type(error).__name__}"
+        _warn(f"{reason[:2000]}\nPROTOCLIP_BUILD_VERBOSE=1 shows the compiler's output")
         return reason.splitlines()[0]
 
 
@@ -158,16 +175,20 @@ def _cpu_flags() -> str:
     return next((line for line in lines if line.startswith("flags")), platform.processor())
 
 
-def _locked_build(build: Build) -> ModuleType:
+def build_and_load(build: Build) -> ModuleType:
     folder = cache_dir() / "native" / build.name
-    folder.mkdir(parents=True, exist_ok=True)
-    library, stamp = folder / f"{build.name}.so", folder / "built.json"
-    if not stamp.exists():
-        with open(folder / "build.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not stamp.exists():
+    library = folder / f"{build.name}.so"
+    if not _intact(library):
+        exposed = _make_private(folder)
+        with _only_builder(build, folder):
+            if exposed or not _intact(library):
+                for path in folder.iterdir():
+                    if path.name != LOCK:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
                 _compile(build, folder)
-                stamp.write_text(json.dumps(build.parameters, indent=2))
+                library.chmod(0o700)
+                _stamp(library).write_text(json.dumps(_facts(library) | build.parameters, indent=2))
+                _stamp(library).chmod(0o600)
     spec = importlib.util.spec_from_file_location(build.name, library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -175,16 +196,92 @@ def _locked_build(build: Build) -> ModuleType:
     return module
 
 
+def _stamp(library: Path) -> Path:
+    return library.with_name("built.json")
+
+
+def _facts(library: Path) -> dict[str, str]:
+    content = library.read_bytes()
+    return {"size": str(len(content)), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _intact(library: Path) -> bool:
+    """Whether the library is what a build of this user left."""
+    _check_cache()
+    stamp = _stamp(library)
+    try:
+        if any(map(_open_to_others, (library.parent.parent, library.parent, library, stamp))):
+            return False
+        expected = json.loads(stamp.read_text())
+        if str(library.stat().st_size) != expected["size"]:
+            return False
+        return _facts(library).items() <= expected.items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _open_to_others(path: Path) -> bool:
+    info = path.stat()
+    return not _own(info) or bool(info.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def _own(info: os.stat_result) -> bool:
+    return info.st_uid in (os.geteuid(), 0)  # root can do anything anyway
+
+
+def _check_cache() -> None:
+    """Refuse a cache whose folders another user can exchange."""
+    root = cache_dir()
+    if not root.exists():
+        return
+    info = root.stat()
+    if not _own(info) or (info.st_mode & stat.S_IWOTH and not info.st_mode & stat.S_ISVTX):
+        raise RuntimeError(
+            f"expected a cache that only this user can write, got {root}, which belongs to another "
+            f"user or is writable by all; run chmod o-w on it or set PROTOCLIP_CACHE"
+        )
+
+
+def _make_private(folder: Path) -> bool:
+    """Make a build's folder, for this user only; True if others could write there so far."""
+    exposed = False
+    for path in (folder.parent, folder):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _own(path.stat()):
+            raise RuntimeError(
+                f"expected a cache of this user, got {path}, which belongs to another user; set "
+                f"PROTOCLIP_CACHE to a folder of your own"
+            )
+        if _open_to_others(path):
+            path.chmod(0o700)
+            exposed = True
+    return exposed
+
+
+@contextlib.contextmanager
+def _only_builder(build: Build, folder: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        _say(f"waiting for another process that compiles the {build.half} kernels ...\n")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _say(text: str) -> None:
+    print(f"protoclip: {text}", end="", file=sys.stderr, flush=True)
+
+
 def _compile(build: Build, folder: Path) -> None:
     from torch.utils import cpp_extension
 
-    (folder / "lock").unlink(missing_ok=True)  # torch's own, left by a killed build: ours is held
-    print(
-        f"protoclip: compiling the {build.half} kernels, once (about a minute) ...",
-        end="",
-        file=sys.stderr,
-        flush=True,
-    )
+    _say(f"compiling the {build.half} kernels, once (about a minute) ...")
     start = time.perf_counter()
     path = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join(filter(None, [_ninja_dir(), path]))

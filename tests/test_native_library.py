@@ -1,0 +1,172 @@
+"""The compiled library: built once, loaded only as it was built, its absence said in words."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from torch.utils import cpp_extension
+
+from protoclip.ops import native
+
+# A module without torch's headers compiles in a second.
+SOURCE = """
+#include <Python.h>
+#define PASTE_(a, b) a##b
+#define PASTE(a, b) PASTE_(a, b)
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "module", nullptr, -1, nullptr};
+PyMODINIT_FUNC PASTE(PyInit_, TORCH_EXTENSION_NAME)() {
+  PyObject* module = PyModule_Create(&definition);
+  PyModule_AddIntConstant(module, "answer", ANSWER);
+  return module;
+}
+"""
+needs_compiler = pytest.mark.skipif(
+    "compiler" in (native._obstacle("cpu") or ""), reason="no C++ compiler"
+)
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """A small library to build in a cache of its own, by setuptools: torch's own loader builds a
+    name once in a process."""
+    pytest.importorskip("setuptools")
+    monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: False)
+    (tmp_path / "module.cpp").write_text(SOURCE)
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+    flags = ("-O1", "-DANSWER=42")
+    return native.Build("cpu", (tmp_path / "module.cpp",), flags, (), {"test": str(tmp_path)})
+
+
+@pytest.fixture
+def built(build):
+    assert native.build_and_load(build).answer == 42
+    (library,) = native.cache_dir().rglob("*.so")
+    return library
+
+
+def _run(code, **environment):
+    environment = {k: v for k, v in (os.environ | environment).items() if v is not None}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+
+
+def _flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "truncated": lambda library: os.truncate(library, library.stat().st_size // 2),
+    "empty": lambda library: library.write_bytes(b""),
+    "missing": lambda library: library.unlink(),
+    "another byte": _flip_a_byte,
+    "writable by all": lambda library: library.chmod(0o666),
+    "in a folder writable by all": lambda library: library.parent.chmod(0o777),
+    "no stamp": lambda library: (library.parent / "built.json").unlink(),
+    "a torn stamp": lambda library: (library.parent / "built.json").write_text('{"size": '),
+    "an old stamp": lambda library: (library.parent / "built.json").write_text("{}"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_library_that_is_not_as_it_was_built_is_built_again(damage, build, built):
+    copy = built.with_name("copy")
+    shutil.copy2(built, copy)
+    copy.replace(built)  # this process has the library mapped: its own file stays whole
+    DAMAGE[damage](built)
+    started = time.time_ns()
+    assert native.build_and_load(build).answer == 42
+    assert built.stat().st_mtime_ns >= started
+    for path in (built, built.parent, built.parent.parent):
+        assert not path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@needs_compiler
+def test_without_ninja_setuptools_builds_once(build, built):
+    before = built.stat().st_mtime_ns
+    assert native.build_and_load(build).answer == 42 and built.stat().st_mtime_ns == before
+
+
+@needs_compiler
+@pytest.mark.parametrize("folder", ["cache", "cache/native"])
+def test_nothing_of_another_user_is_loaded(folder, build, built, tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    os.chown(tmp_path / folder, 65534, 65534)
+    with pytest.raises(RuntimeError, match="belongs to another user.*set PROTOCLIP_CACHE"):
+        native.build_and_load(build)
+
+
+@needs_compiler
+def test_a_cache_that_all_can_write_is_refused_unless_sticky(build, built, tmp_path):
+    (tmp_path / "cache").chmod(0o777)
+    with pytest.raises(RuntimeError, match=r"writable by all; run chmod o-w .* PROTOCLIP_CACHE"):
+        native.build_and_load(build)
+    (tmp_path / "cache").chmod(0o1777)
+    assert native.build_and_load(build).answer == 42
+
+
+@needs_compiler
+def test_the_one_who_waits_for_another_build_says_so(build, built, tmp_path):
+    (built.parent / "built.json").unlink()
+    code = f"""
+from pathlib import Path
+from protoclip.ops import native
+flags = ("-O1", "-DANSWER=42")
+source = Path({str(tmp_path / "module.cpp")!r})
+build = native.Build("cpu", (source,), flags, (), {{"test": {str(tmp_path)!r}}})
+assert native.build_and_load(build).answer == 42
+"""
+    with FileLock(built.parent / native.LOCK):
+        waiting = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        assert "waiting for another process that compiles the cpu kernels" in (
+            waiting.stderr.readline()
+        )
+    assert "compiling the cpu kernels" in waiting.communicate()[1] and waiting.returncode == 0
+    assert json.loads((built.parent / "built.json").read_text())["size"]
+
+
+NO_COMPILER = """
+import torch, warnings, protoclip
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    x = torch.eye(3)
+    loss = protoclip.info_nce(x, x, 1.0)
+    protoclip.kmeans_assign(x, x)
+    assert "no C++ compiler" in protoclip.backends("info_nce")["cpu"]
+(warning,) = [str(w.message) for w in caught if "protoclip" in str(w.message)]
+print(warning)
+"""
+
+
+def test_no_compiler_is_said_once_with_the_remedy(tmp_path):
+    done = _run(NO_COMPILER, PATH=str(tmp_path), CXX=None, PROTOCLIP_CACHE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "apt install g++" in done.stdout and "several times slower" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "chosen, place",
+    [
+        ({"PROTOCLIP_CACHE": "~/mine"}, "home/mine"),
+        ({"XDG_CACHE_HOME": "xdg"}, "xdg/protoclip"),
+        ({}, "home/.cache/protoclip"),
+    ],
+)
+def test_one_cache_folder_for_everything(chosen, place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("PROTOCLIP_CACHE", "XDG_CACHE_HOME"):
+        value = chosen.get(name, "")
+        value = str(tmp_path / value) if name == "XDG_CACHE_HOME" and value else value
+        monkeypatch.setenv(name, value)
+    assert native.cache_dir() == tmp_path / place

@@ -1,0 +1,183 @@
+"""What people type out of habit: OpenCLIP's flags, slips of the fingers, and their remedies."""
+
+import contextlib
+import io
+import json
+import stat
+
+import open_clip
+import pytest
+import torch
+
+from protoclip import checkpoint, export, plan, train
+from protoclip.config import ModelConfig
+from protoclip.data import __main__ as data
+from protoclip.evaluate import __main__ as evaluate
+from protoclip.model import build_model
+from protoclip.openclip import command as openclip
+from protoclip.report import __main__ as report
+from protoclip.teacher import __main__ as teacher
+
+NANO = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+COMMANDS = {
+    "train": train.main, "evaluate": evaluate.main, "report": report.main, "data": data.main,
+    "teacher": teacher.main, "plan": plan.main, "export": export.main, "openclip": openclip.main,
+}  # fmt: skip
+
+
+def code_of(main, argv):
+    try:
+        return main(argv)
+    except SystemExit as ended:
+        return ended.code
+
+
+@pytest.mark.parametrize(
+    ("command", "argv", "words"),
+    [
+        ("train", ["--epcohs", "3"], "--epcohs: no such flag; did you mean --epochs?"),
+        ("train", ["--wieght-decay=1"], "--wieght-decay: no such flag"),
+        ("train", ["--weight-decay", "1"], "the flag is --wd"),
+        ("train", ["--xyz"], "--xyz: no such flag; see --help"),
+        ("train", ["--siglip"], "python -m protoclip.openclip"),
+        ("train", ["--distill-model", "ViT-B-32"], "python -m protoclip.openclip"),
+        ("train", ["--coca-caption-loss-weight", "2"], "python -m protoclip.openclip"),
+        ("train", ["--torchcompile"], "python -m protoclip.openclip"),
+        ("train", ["--lr", "3", "9"], "expected a flag, got '9'"),
+        ("train", ["--k", "many"], "--k: invalid int value: 'many'"),
+        ("train", ["--opt", "sgd"], "--opt: invalid choice: 'sgd'"),
+        ("train", ["--dataset-type", "csv"], "expected a .csv or .tsv file in --train-data"),
+        (
+            "train",
+            ["--dataset-type", "webdataset", "--train-data", "pairs.csv"],
+            "expected shards such as",
+        ),
+        (
+            "train",
+            ["--dataset-type", "synthetic", "--train-data", "pairs.csv"],
+            "expected no --train-data",
+        ),
+        ("evaluate", ["RUN", "--taks", "all"], "did you mean --tasks?"),
+        ("report", ["RUN", "--otuput", "x.html"], "did you mean --output?"),
+        ("data", ["--chekc", "builtin:emoji"], "did you mean --check?"),
+        ("teacher", ["--modle", "x"], "did you mean --model?"),
+        ("plan", ["--batchsize", "8"], "did you mean --batch-size?"),
+        ("export", ["RUN", "--uot", "x"], "did you mean --out?"),
+        ("openclip", ["--proto-kk", "3"], "did you mean --proto-k?"),
+    ],
+)
+def test_a_slip_ends_in_one_line_with_a_remedy(tmp_path, monkeypatch, capsys, command, argv, words):
+    monkeypatch.chdir(tmp_path)
+    assert code_of(COMMANDS[command], argv) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.startswith(f"python -m protoclip.{command}: error: ")
+    assert said.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "habits-nano.json"
+    path.write_text(json.dumps(NANO))
+    return str(path)
+
+
+HABITS = [
+    "--dataset-type", "synthetic", "--train-num-samples", "60", "--batch-size", "16",
+    "--local-loss", "--gather-with-grad", "--ddp-static-graph", "--dist-url", "env://",
+    "--opt", "adamw", "--precision", "amp", "--device", "cpu", "--lock-text",
+    "--force-context-length", "8", "--save-frequency", "1", "--save-most-recent",
+    "--delete-previous-checkpoint", "--report-to", "none", "--method", "clip",
+    "--resume", "latest", "--warmup", "10000",
+]  # fmt: skip
+
+
+def losses(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record["loss"] for line in lines if "loss" in (record := json.loads(line))]
+
+
+@pytest.fixture(scope="module")
+def run(nano, tmp_path_factory):
+    """OpenCLIP's flags train one epoch, and --resume latest another; what was said each time."""
+    logs = tmp_path_factory.mktemp("logs")
+    flags = [*HABITS, "--model", nano, "--logs", str(logs), "--name", "habits"]
+    said, states = [], []
+    for epochs in ("1", "3"):
+        with contextlib.redirect_stderr(io.StringIO()) as kept:
+            assert train.main([*flags, "--epochs", epochs]) == 0, kept.getvalue()
+        said.append(kept.getvalue())
+        states.append(checkpoint.load(logs / "habits" / "checkpoints" / "epoch_latest.pt"))
+    return logs / "habits", said, states
+
+
+def test_needless_flags_are_noted_and_the_rest_is_done(run):
+    folder, (first, second), _ = run
+    for flag in ("--local-loss", "--gather-with-grad", "--ddp-static-graph", "--dist-url",
+                 "--opt", "--save-most-recent"):  # fmt: skip
+        assert f"note: {flag} changes nothing: " in first
+    assert "--precision amp: fp16 needs a GPU" in first
+    log = (folder / "out.log").read_text()
+    assert "note: --warmup 10000 steps are longer than the run's 3" in log
+    assert (
+        "data: builtin:shapes" in log and "3 steps of 16, 3 a pass" in log and "on cpu, fp32" in log
+    )
+    assert "resumed: " in log and "after step 3 of 9" in log
+    assert len(losses(folder)) == 9
+
+
+def test_a_locked_text_tower_stays_and_the_context_is_the_wanted_one(run):
+    _, _, (before, after) = (run[0], run[1], [state["state_dict"] for state in run[2]])
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "visual.proj" in moved and "logit_scale" in moved
+    assert all(name.startswith("visual.") or name == "logit_scale" for name in moved)
+    assert after["positional_embedding"].shape[0] == 8
+
+
+def test_only_the_newest_numbered_checkpoint_is_kept(run):
+    names = {path.name for path in (run[0] / "checkpoints").glob("*.pt")}
+    assert {name for name in names if name[6:-3].isdigit()} == {"epoch_3.pt"}
+    assert "epoch_latest.pt" in names
+
+
+def test_export_keeps_the_context_and_others_can_read_it(run, tmp_path):
+    out = tmp_path / "out"
+    assert export.main([str(run[0]), "--out", str(out)]) == 0
+    model = open_clip.create_model(f"local-dir:{out}")
+    assert model.context_length == 8
+    for path in out.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) & 0o444 == 0o444, path
+
+
+def test_checkpointing_changes_memory_and_no_number(nano):
+    """The same features and gradients, with less kept for the backward pass."""
+
+    def results(**settings):
+        kept = {}
+
+        def keep(x):
+            kept[x.untyped_storage().data_ptr()] = x
+            return x
+
+        torch.manual_seed(0)
+        model = build_model(ModelConfig(model=nano, **settings)).train()
+        image, tokens = torch.randn(4, 3, 16, 16), model.short_tokenizer(["a", "b", "c d", "e"])
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            encoded = model.encode(image, tokens)
+        (encoded.image.sum() + encoded.text.sum()).backward()
+        grads = [p.grad for p in model.clip.parameters() if p.grad is not None]
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        size = sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in own)
+        return [encoded.image, encoded.text, *grads], size
+
+    (plain, much), (again, little) = results(), results(grad_checkpointing=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert little < much / 2
+
+
+def test_a_plan_of_small_episodes_needs_no_other_flag(capsys):
+    assert plan.main(["--model", "protoclip-tiny", "--episode-size", "512"]) == 0
+    assert "Memory per rank" in capsys.readouterr().out

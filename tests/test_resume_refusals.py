@@ -1,0 +1,151 @@
+"""A refused --resume changes nothing in the run's folder; the reason is a sentence."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from protoclip import checkpoint
+from protoclip.train import main
+
+NANO = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run of six steps, prototypes from the fourth on, and the flags it was made by."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "nano.json").write_text(json.dumps(NANO))
+    flags = [
+        "--train-data", "builtin:shapes:84", "--model", str(folder / "nano.json"),
+        "--batch-size", "32", "--k", "4", "--infonce-warmup-epoch", "1", "--report-to", "none",
+        "--projection-hidden-dim", "16", "--val-frequency", "0",
+    ]  # fmt: skip
+    logs = ["--logs", str(folder), "--name", "whole", "--max-steps", "5"]
+    assert main([*flags, *logs]) == 0
+    return folder / "whole", flags
+
+
+@pytest.fixture
+def run(whole, tmp_path, capsys):
+    """The folder of a copy, its newest payload, and how to resume it: (code, message, touched)."""
+    folder = shutil.copytree(whole[0], tmp_path / "logs" / "run")
+    latest = checkpoint.find(folder)
+
+    def files():
+        return {
+            path: path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file() and path.name != ".lock"
+        }
+
+    def resume(*flags, payload=None):
+        if payload is not None:
+            checkpoint.save(latest, payload)
+        before = files()
+        resumed = ["--resume", str(folder)] if "--resume" not in flags else []
+        argv = [*whole[1], "--logs", str(tmp_path / "logs"), *resumed, "--max-steps", "6", *flags]
+        capsys.readouterr()
+        code = main(argv)
+        return code, capsys.readouterr().err, files() != before
+
+    resume.payload = checkpoint.load(latest)
+    resume.folder = folder
+    return resume
+
+
+def assert_refused(outcome, *words):
+    code, message, touched = outcome
+    assert code == 2 and not touched, message
+    assert "Traceback" not in message and message.count("error:") == 1
+    for word in words:
+        assert word in message
+
+
+def test_it_resumes(run):
+    code, message, touched = run("--lr", "0.5")
+    assert code == 0 and touched, message
+    assert json.loads((run.folder / "config.json").read_text())["optim"]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lr", "0.5", "--batch-size", "16"], "batch_size"),
+        (["--lr", "0.5", "--train-data", "builtin:shapes:90"], "training data"),
+        (["--lr", "0.5", "--episode-features", "extract"], "--resume"),
+        (["--resume", "auto", "--name", "../logs/run"], "--name"),
+        (["--resume", "auto", "--name", ".."], "--name"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_settings_that_do_not_go_on(run, flags, words):
+    assert_refused(run(*flags), words)
+
+
+@pytest.mark.parametrize("step", [-5, "five", None, 1.5])
+def test_a_step_that_is_none(run, step):
+    run.payload["protoclip"]["step"] = step
+    assert_refused(run("--lr", "0.5", payload=run.payload), "step")
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "missing", "expanded", "no tensor", "count"])
+def test_optimiser_moments_of_another_form(run, change):
+    """Fused AdamW reads as many values as the parameter has, whatever the moment holds."""
+    state = run.payload["optimizer"]["state"]
+    moments = max(state.values(), key=lambda one: one["exp_avg"].numel())
+    old = moments["exp_avg_sq"]
+    if change == "missing":
+        del moments["exp_avg_sq"]
+    elif change == "count":
+        run.payload["optimizer"]["param_groups"][0]["params"].pop()
+    else:
+        moments["exp_avg_sq"] = {
+            "shape": torch.zeros(1), "dtype": old.long(), "no tensor": 0.5,
+            "expanded": torch.zeros(1).expand(old.shape),
+        }[change]  # fmt: skip
+    assert_refused(run("--lr", "0.5", payload=run.payload), "optimiser")
+
+
+def test_what_is_missing_is_named(run):
+    """Any entry of a checkpoint; the newest one only, so that there is none to fall back on."""
+    for part in (
+        run.payload["protoclip"]["training"], run.payload["protoclip"], run.payload,
+    ):  # fmt: skip
+        for name in sorted(set(part) - {"name", "preprocess", "protoclip"}):
+            value = part.pop(name)
+            assert_refused(run("--lr", "0.5", payload=run.payload), "checkpoint")
+            part[name] = value
+
+
+def test_labels_that_lead_outside_of_the_prototypes(run):
+    def spoil(value):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if key == "labels":
+                item.fill_(99)
+            elif isinstance(item, (dict, list, tuple)):
+                spoil(item)
+
+    spoil(run.payload["protoclip"]["training"]["episode"])
+    assert_refused(run("--lr", "0.5", payload=run.payload), "labels")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+@pytest.mark.parametrize("missing", ["heads", "config", "step", "all"])
+def test_other_commands_say_it_too(run, command, missing, tmp_path, capsys):
+    if missing == "all":
+        run.payload["protoclip"] = {}
+    else:
+        run.payload["protoclip"].pop(missing)
+    path = tmp_path / "stranger.pt"
+    checkpoint.save(path, run.payload)
+    module = pytest.importorskip(f"protoclip.{command}{'.__main__' * (command == 'evaluate')}")
+    rest = ["--out", str(tmp_path / "out")] if command == "export" else []
+    assert module.main([str(path), *rest]) == 2
+    message = capsys.readouterr().err
+    assert "checkpoint" in message and "Traceback" not in message

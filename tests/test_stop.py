@@ -1,0 +1,146 @@
+"""How a run is stopped, and how it goes on: signals to its processes, Ctrl-C, a killed worker.
+
+Whenever the signal comes, ``--resume`` ends in the losses of a run that was left alone.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from ranks import ended, free_port, said, start_command, steps_of, tiny_run, wait_until
+
+from protoclip.data.export import export_shards
+from protoclip.data.sources import open_dataset
+
+SIGNALS = {"SIGTERM": 0, "SIGUSR1": 0, "SIGINT": 130}
+CASES = [(name, workers, 1) for name in SIGNALS for workers in (0, 1, 2)]
+CASES += [("SIGTERM", 2, 2), ("SIGUSR1", 1, 2), ("SIGINT", 0, 2), ("killed", 2, 1)]
+# A learning rate that does not depend on how many steps there are.
+SCHEDULE = ["--lr-scheduler", "const", "--warmup", "4", "--epochs", "1000000"]
+
+
+def flags(folder, name, *more):
+    """Of data that nothing is evaluated on, so that a run is little more than its steps."""
+    return tiny_run(folder, name, "--train-data", "shards", *SCHEDULE, *more)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs")
+    export_shards(open_dataset("builtin:shapes:64"), path / "shards", per_shard=40)
+    return path
+
+
+def losses(folder, name):
+    lines = (folder / "logs" / name / "metrics.jsonl").read_text().splitlines()
+    return [(r["step"], r["loss"]) for r in map(json.loads, lines)]
+
+
+def whole_run(folder, ranks, steps):
+    """The losses of a run that was left alone, at least ``steps`` of them."""
+    name = f"whole{ranks}"
+    if steps_of(folder, name) < steps:
+        shutil.rmtree(folder / "logs" / name, ignore_errors=True)
+        argv = flags(folder, name, "--max-steps", str(2 * steps))
+        assert ended(start_command(folder, argv, ranks, plots=False)) == [0] * ranks, said(folder)
+    return losses(folder, name)
+
+
+def kill_a_worker(folder, name, process):
+    """The run goes on, with a warning."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    os.kill(int(path.read_text().split()[0]), signal.SIGKILL)
+    wait_until(lambda: "worker died" in said(folder)[0], [process], folder)
+    steps = steps_of(folder, name) + 2
+    wait_until(lambda: steps_of(folder, name) >= steps, [process], folder)
+
+
+@pytest.mark.parametrize(("what", "workers", "ranks"), CASES)
+def test_a_stopped_run_is_saved_and_goes_on_bit_for_bit(folder, what, workers, ranks):
+    for log in folder.glob("rank*.log"):
+        log.unlink()
+    name = f"{what}-{workers}-{ranks}"
+    argv = flags(folder, name, "--workers", str(workers))
+    processes = start_command(folder, argv, ranks, plots=False)
+    wait_until(lambda: steps_of(folder, name) >= 7, processes, folder)
+    if what == "killed":
+        kill_a_worker(folder, name, processes[0])
+    for process in processes:
+        os.killpg(process.pid, signal.Signals[what if what in SIGNALS else "SIGTERM"])
+    codes, printed = ended(processes), said(folder)
+    assert codes == [SIGNALS.get(what, 0)] * ranks, printed
+    assert "go on with --resume" in printed[0] and "Traceback" not in "".join(printed), printed
+
+    before = losses(folder, name)
+    total = len(before) + 6
+    argv = flags(folder, name, "--max-steps", str(total), "--resume", f"logs/{name}")
+    assert ended(start_command(folder, argv, ranks, plots=False)) == [0] * ranks, said(folder)
+    assert losses(folder, name)[: len(before)] == before
+    assert losses(folder, name) == whole_run(folder, ranks, total)[:total]
+
+
+def pictures_that_wait():
+    """No picture is read while there is a file "wait"."""
+    open_ = Image.open
+
+    def waiting(*args, **options):
+        while Path("wait").exists():
+            time.sleep(0.01)
+        return open_(*args, **options)
+
+    Image.open = waiting
+
+
+def test_the_second_ctrl_c_ends_at_once(folder):
+    (log,) = list(folder.glob("rank0.log")) or [folder / "rank0.log"]
+    log.unlink(missing_ok=True)
+    (process,) = start_command(folder, flags(folder, "twice"), 1, fault=pictures_that_wait)
+    wait_until(lambda: steps_of(folder, "twice") >= 2, [process], folder)
+    (folder / "wait").touch()
+    os.kill(process.pid, signal.SIGINT)
+    wait_until(lambda: "press it again to end at once" in log.read_text(), [process], folder)
+    os.kill(process.pid, signal.SIGINT)
+    codes = ended([process])
+    (folder / "wait").unlink()
+    assert codes == [130], said(folder)
+    assert "interrupted" in log.read_text() and "Traceback" not in log.read_text()
+    assert not list((folder / "logs" / "twice" / "checkpoints").iterdir())
+
+
+def test_torchrun_hands_sigterm_on_and_the_ranks_save(folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port()), "-m", "protoclip.train"]
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    process = subprocess.Popen(
+        [*command, *flags(folder, "torchrun", "--workers", "1")], cwd=folder, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: steps_of(folder, "torchrun") >= 2, [process], folder)
+        process.terminate()
+        printed = process.communicate(timeout=300)[0]
+    finally:
+        process.kill()
+    assert "stopped by SIGTERM after step" in printed
+    assert (folder / "logs" / "torchrun" / "checkpoints" / "epoch_latest.pt").exists()
+
+
+def test_progress_is_a_line_in_the_log_and_no_bar_in_a_redirected_stderr(folder):
+    (folder / "rank0.log").unlink(missing_ok=True)
+    argv = flags(folder, "log", "--max-steps", "6", "--log-every-n-steps", "2")
+    assert ended(start_command(folder, argv, 1, plots=False)) == [0]
+    lines = (folder / "logs" / "log" / "out.log").read_text().splitlines()
+    form = r"\d{4}-\d\d-\d\d [\d:,]+ step (\d+)/6, loss \d\.\d{4}, [\d,]+ samples/s, ETA [\d:]+"
+    matches = [match for line in lines if (match := re.fullmatch(form, line))]
+    assert [match[1] for match in matches] == ["2", "4", "6"]
+    printed = said(folder)[0]
+    assert "\r" not in printed and "%|" not in printed and "it/s" not in printed
