@@ -9,6 +9,8 @@ compiles every row without a GPU and shows what it costs in registers and shared
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -100,12 +102,63 @@ HALF_ANY: dict[str, Launch] = {
 FLOAT_ANY = Launch(64, 64, 16, warps=8, stages=1, ctas_per_sm=2)
 INTERPRETER = Launch(32, 64, 32, warps=4, stages=1, strip=32)
 
+# Prototypes, values in the pass: 16-bit rows by width, BLOCK_D columns of them at once. On Hopper
+# two CTAs of four warps share an SM, so that the softmax of one runs under the products of the
+# other: 83 % of the tensor cores' time by the model at D = 128, 45 % as one CTA of eight.
+ATTENTION: dict[int, dict[int, Launch]] = {
+    80: {
+        64: Launch(128, 64, 64, warps=8, stages=2),
+        128: Launch(64, 64, 128, warps=4, stages=2),
+        256: Launch(64, 32, 256, warps=8, stages=2),
+    },
+    90: {
+        64: Launch(64, 128, 64, warps=4, stages=2, ctas_per_sm=2),
+        128: Launch(64, 128, 128, warps=4, stages=2, ctas_per_sm=2),
+        256: Launch(64, 64, 256, warps=4, stages=2, ctas_per_sm=2),
+    },
+    100: {
+        64: Launch(128, 64, 64, warps=8, stages=2),
+        128: Launch(128, 64, 128, warps=8, stages=2),
+        256: Launch(64, 64, 256, warps=8, stages=2),
+    },
+}
+ATTENTION[89] = ATTENTION[80]
+WIDEST_ATTENTION = 256
+# Logits by chunks of D: statistics alone, and tiles of weights.
+CHUNKED: dict[int, Launch] = {
+    80: Launch(128, 64, 64, warps=8, stages=3),
+    89: Launch(128, 64, 64, warps=8, stages=3),
+    90: Launch(128, 128, 64, warps=8, stages=3),
+    100: Launch(128, 64, 64, warps=8, stages=3),
+}
+CHUNKED_FLOAT = Launch(64, 64, 16, warps=4, stages=2)
+
+
+_compiling_for: int | None = None
+
+
+@contextmanager
+def compiling_for(arch: int) -> Iterator[None]:
+    """Choose the rows of an architecture for tensors on any device: to compile, not to run."""
+    global _compiling_for
+    _compiling_for, before = arch, _compiling_for
+    try:
+        yield
+    finally:
+        _compiling_for = before
+
+
+def architecture(device: torch.device) -> int | None:
+    """The architecture whose rows serve a device; None for the interpreter's."""
+    if _compiling_for or device.type != "cuda":
+        return _compiling_for
+    return served_as(_capability(device)) or min(CARDS)
+
 
 @cache
-def architecture(device: torch.device) -> int:
-    """The architecture whose rows serve a device."""
+def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
-    return served_as(10 * major + minor) or 80
+    return 10 * major + minor
 
 
 def served_as(capability: int) -> int | None:
@@ -137,17 +190,33 @@ def cores(device: torch.device) -> int:
 
 def choose(kernel: str, x: Tensor, y: Tensor) -> Launch:
     """The row for a kernel, the features' device, width and alignment."""
-    if x.device.type != "cuda":
+    arch = architecture(x.device)
+    if arch is None:
         return INTERPRETER
     if x.dtype == torch.float32:
         return FLOAT_ANY
-    arch = architecture(x.device)
     row = HALF[kernel][arch]
     if x.shape[1] >= DEEP:
         row = HALF_DEEP.get(kernel, {}).get(arch, row)
     if x.shape[1] % row.block_d == 0 and aligned(x) and aligned(y):
         return row
     return HALF_ANY[kernel]
+
+
+def attention_row(device: torch.device, d: int) -> Launch:
+    """The row of the one-pass form for rows of ``d`` <= WIDEST_ATTENTION columns."""
+    arch = architecture(device)
+    rows = ATTENTION[arch or min(CARDS)]
+    row = rows[min(width for width in rows if width >= d)]
+    return row if arch else Launch(32, 32, row.block_d, warps=4, stages=1)
+
+
+def chunked_row(device: torch.device, dtype: torch.dtype) -> Launch:
+    """The row of kernels that walk over D."""
+    arch = architecture(device)
+    if arch is None:
+        return Launch(32, 32, 64, warps=4, stages=1)
+    return CHUNKED_FLOAT if dtype == torch.float32 else CHUNKED[arch]
 
 
 def aligned(x: Tensor) -> bool:
