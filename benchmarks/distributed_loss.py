@@ -45,7 +45,7 @@ def measure(loss, image, text, scale):
 def rank(number: int, options: argparse.Namespace, port: int) -> None:
     from open_clip.loss import ClipLoss
 
-    from protoclip.global_losses import global_info_nce
+    from protoclip.losses import global_info_nce
 
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
     torch.set_num_threads(1)

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -27,8 +26,7 @@ import torch
 from protoclip.config import ModelConfig
 from protoclip.data import open_dataset
 from protoclip.evaluate import Encoder
-from protoclip.kmeans import kmeans
-from protoclip.metrics import group_scores
+from protoclip.evaluate.metrics import group_scores
 from protoclip.model import build_model
 
 MODEL = {  # small enough for one core
@@ -90,7 +88,7 @@ def score(checkpoint: Path, config: Path) -> dict[str, float]:
         dataset = open_dataset("builtin:emoji", split)
         features = encoder.images(dataset)
         for label, known in dataset.labels.items():
-            got = group_scores(features, known.ids, partial(kmeans, init="k-means++"))
+            got = group_scores(features, known.ids)
             out[f"{name} {label} AMI"] = got["ami"]
     return out
 

@@ -27,7 +27,6 @@ PROTOCLIP_CANDIDATES = {
     "K 50": ["--k", "50"],
     "K 500": ["--k", "500"],
     "internal tau 0.1": ["--target-temperature", "0.1"],
-    "external tau 0.1": ["--external-target-temperature", "0.1"],
     "external weight 2": ["--w-proto-external", "2"],
 }
 DISTILL_CANDIDATES = {
@@ -43,7 +42,6 @@ ABLATIONS = {
     "internal only": INTERNAL,
     "internal only, no PBT": [*INTERNAL, "--no-PBT"],
     "internal targets hard": ["--target-temperature", "0"],
-    "external targets soft (0.1)": ["--external-target-temperature", "0.1"],
     "K = 50": ["--k", "50"],
     "K = 172": ["--k", "172"],
     "K = 500": ["--k", "500"],

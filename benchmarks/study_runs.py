@@ -22,12 +22,13 @@ import torch
 from benchmarks.study_rows import BASE
 from protoclip.config import TrainConfig, build_parser, parse
 from protoclip.data import Subset, build_transform, open_dataset
-from protoclip.data.hashing import heldout_mask
+from protoclip.data.types import heldout_mask
 from protoclip.evaluate import Encoder, ProbeTrain, evaluate_features
-from protoclip.evaluate.sets import EMOJI_TEMPLATES, encode_set, take
+from protoclip.evaluate.datasets import EMOJI_TEMPLATES
+from protoclip.evaluate.tasks import encode_set, take
 from protoclip.model import ProtoModel, build_model
 from protoclip.teacher import MINILM, load_teacher, pca
-from protoclip.training.inputs import uses_teachers
+from protoclip.training.inputs import uses_teacher
 from protoclip.training.loop import Trainer
 from protoclip.training.phases import Phases
 from protoclip.training.plan import make_plan
@@ -67,10 +68,10 @@ def train(
     dataset = Subset(open_dataset(DATA, "all"), concepts)
     torch.manual_seed(config.run.seed)
     model = build_model(config.model)
-    teachers = {}
-    if uses_teachers(config) and config.episode.external_teacher != ("none",):
+    teacher = None
+    if uses_teacher(config) and config.episode.external_teacher != "none":
         rows = load_teacher(MINILM, open_dataset(DATA, "all"), dim=0)[torch.from_numpy(concepts)]
-        teachers["external"] = pca(rows, config.episode.external_teacher_dim)
+        teacher = pca(rows, config.episode.external_teacher_dim)
     transform = build_transform(model.image_size, model.mean, model.std, config.data.augmentation)
     phases, run_folder = Phases(CPU), RunFolder(folder, config)
     plan = make_plan(config, len(dataset))
@@ -80,7 +81,7 @@ def train(
         model,
         dataset,
         transform,
-        teachers,
+        teacher,
         run_folder,
         phases,
         device=CPU,

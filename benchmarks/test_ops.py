@@ -10,7 +10,7 @@ import protoclip
 from benchmarks import peers, roofline
 from benchmarks.harness import Case
 from benchmarks.machine import DEVICE, DTYPES
-from protoclip.ops.siglip import sigmoid_loss
+from protoclip.ops.contrastive import sigmoid_loss
 
 
 def unit(*shape: int) -> torch.Tensor:

@@ -3,14 +3,12 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <pybind11/pybind11.h>
 #include <torch/library.h>
 
 #include <limits>
 #include <tuple>
 
-#include "kmeans_assign.h"
-#include "segment_mean.h"
+#include "launchers.h"
 
 namespace protoclip {
 namespace {
@@ -105,8 +103,4 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
 TORCH_LIBRARY_IMPL(protoclip_native, CUDA, m) {
   m.impl("kmeans_assign_cuda", &protoclip::kmeans_assign_cuda);
   m.impl("segment_mean_cuda", &protoclip::segment_mean_cuda);
-}
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "CUDA half of protoclip's native library; its ops are in torch.ops.protoclip_native.";
 }

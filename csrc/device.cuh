@@ -3,7 +3,7 @@
 // the kernels' own source runs without a GPU.
 #pragma once
 
-#include "device_types.h"
+#include "launchers.h"
 
 #ifndef PROTOCLIP_EMULATION
 

@@ -2,12 +2,9 @@
 //
 // C [m, n] = A [m, k] B [k, n], fp32 accumulators, one thread, everything in L2. A ("left") is
 // row-major. B ("right") is packed: fp32 row-major [k, ldb], bf16 in pairs of rows [k/2, ldb, 2].
-// Three arithmetics:
+// Two arithmetics:
 //   kFloat  fp32 FMA, through oneDNN's brgemm or, where that is missing, plain vector code;
-//   kBf16   bf16 operands as they are (vdpbf16ps or AMX);
-//   kSplit  fp32 operands as hi + lo bf16 terms laid along k, [hi hi lo] against [hi lo hi], so
-//           that one bf16 product three times as deep drops only lo * lo. For AMX, where three bf16
-//           products cost less than one in fp32.
+//   kBf16   bf16 operands as they are (vdpbf16ps or AMX).
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -81,14 +78,6 @@ inline void to_bf16(const float* in, int64_t n, BFloat16* out) {
   }
 #endif
   for (; i < n; ++i) out[i] = static_cast<BFloat16>(in[i]);
-}
-
-// in = hi + lo to 16 bits of mantissa.
-inline void split(const float* in, int64_t n, BFloat16* hi, BFloat16* lo) {
-  for (int64_t i = 0; i < n; ++i) {
-    hi[i] = static_cast<BFloat16>(in[i]);
-    lo[i] = static_cast<BFloat16>(in[i] - static_cast<float>(hi[i]));
-  }
 }
 
 // The right operand of X Y^T: y [n, k] -> [k/2, ldb, 2]; k is even.
@@ -219,24 +208,21 @@ inline void release_matrix_unit() {
   if (cpu_matrix_units().amx) at::native::cpublas::brgemm_release(true);
 }
 
-// ---- operands of the three arithmetics ----
+// ---- operands of the two arithmetics ----
 
-enum class Arithmetic { kFloat, kBf16, kSplit };
+enum class Arithmetic { kFloat, kBf16 };
 
-// `depth(k)` is the packed length of a reduced dimension k. `left` gives A from rows (kBf16: with
-// even k and in place), `left_tile` from an fp32 tile whose columns up to an even number are
-// written; `right_transposed` and `right_rows` pack B for X Y^T and for G Y. Each takes room for
-// its packed size and returns where the operand lies, in place where no copy is needed.
+// `depth(k)` is the packed length of a reduced dimension k. A is used in place (kBf16: k is even);
+// `left_tile` makes it from an fp32 tile whose columns up to an even number are written.
+// `right_transposed` and `right_rows` pack B for X Y^T and, unless kRightRowsInPlace, for G Y.
 template <Arithmetic>
 struct Operands;
 
 template <>
 struct Operands<Arithmetic::kFloat> {
   using Input = float;
-  using Packed = float;
-  static constexpr bool kLeftInPlace = true, kRightRowsInPlace = true;
+  static constexpr bool kRightRowsInPlace = true;
   static int64_t depth(int64_t k) { return k; }
-  static void left(const float*, int64_t, int64_t, int64_t, float*) {}
   static void left_tile(const float* g, int64_t ld, int64_t m, int64_t k, float* out) {
     for (int64_t i = 0; i < m; ++i) std::copy_n(g + i * ld, k, out + i * k);
   }
@@ -250,10 +236,8 @@ struct Operands<Arithmetic::kFloat> {
 template <>
 struct Operands<Arithmetic::kBf16> {
   using Input = BFloat16;
-  using Packed = BFloat16;
-  static constexpr bool kLeftInPlace = true, kRightRowsInPlace = false;
+  static constexpr bool kRightRowsInPlace = false;
   static int64_t depth(int64_t k) { return round_up(k, 2); }
-  static void left(const BFloat16*, int64_t, int64_t, int64_t, BFloat16*) {}
   static void left_tile(const float* g, int64_t ld, int64_t m, int64_t k, BFloat16* out) {
     for (int64_t i = 0; i < m; ++i) to_bf16(g + i * ld, depth(k), out + i * depth(k));
   }
@@ -264,48 +248,6 @@ struct Operands<Arithmetic::kBf16> {
   static void right_rows(const BFloat16* y, int64_t ld, int64_t k, int64_t n, BFloat16* out,
                          int64_t ldb) {
     pack_rows(y, ld, k, n, out, ldb);
-  }
-};
-
-template <>
-struct Operands<Arithmetic::kSplit> {
-  using Input = float;
-  using Packed = BFloat16;
-  static constexpr bool kLeftInPlace = false, kRightRowsInPlace = false;
-  static int64_t depth(int64_t k) { return 3 * round_up(k, 2); }
-  static void left(const float* x, int64_t ld, int64_t m, int64_t k, BFloat16* out) {
-    const int64_t even = round_up(k, 2);
-    for (int64_t i = 0; i < m; ++i, out += 3 * even) {
-      out[even - 1] = out[3 * even - 1] = BFloat16(0.f);
-      split(x + i * ld, k, out, out + 2 * even);
-      std::copy_n(out, even, out + even);
-    }
-  }
-  static void left_tile(const float* g, int64_t ld, int64_t m, int64_t k, BFloat16* out) {
-    left(g, ld, m, k, out);
-  }
-  static void right_transposed(const float* y, int64_t ld, int64_t n, int64_t k, BFloat16* out,
-                               int64_t ldb) {
-    const int64_t even = round_up(k, 2), plane = even * ldb;
-    Buffer<BFloat16> terms(2 * n * even);
-    BFloat16 *hi = terms.get(), *lo = hi + n * even;
-    for (int64_t j = 0; j < n; ++j) {
-      hi[(j + 1) * even - 1] = lo[(j + 1) * even - 1] = BFloat16(0.f);
-      split(y + j * ld, k, hi + j * even, lo + j * even);
-    }
-    pack_transposed(hi, even, n, even, out, ldb);
-    pack_transposed(lo, even, n, even, out + plane, ldb);
-    std::copy_n(out, plane, out + 2 * plane);
-  }
-  static void right_rows(const float* y, int64_t ld, int64_t k, int64_t n, BFloat16* out,
-                         int64_t ldb) {
-    const int64_t plane = round_up(k, 2) * ldb;
-    Buffer<BFloat16> terms(2 * k * n);
-    BFloat16 *hi = terms.get(), *lo = hi + k * n;
-    for (int64_t p = 0; p < k; ++p) split(y + p * ld, n, hi + p * n, lo + p * n);
-    pack_rows(hi, n, k, n, out, ldb);
-    pack_rows(lo, n, k, n, out + plane, ldb);
-    std::copy_n(out, plane, out + 2 * plane);
   }
 };
 

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "kmeans_assign.h"
 #include "kmeans_assign_rows.cuh"
 #include "kmeans_assign_tiles.cuh"
 

@@ -4,13 +4,15 @@
 // for a chunk of centroids; only those above the score of the best centroid measured so far are
 // measured themselves, as fp32 sums of (x - c)^2. On random data of D = 256, K = 1024 that is about
 // 4 centroids a point. Scores live in an [ROWS, chunk] scratch: never [N, K].
-#include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 
 #include <limits>
 
+#include "cpu_ops.h"
 #include "kmeans_block.h"
 
 namespace protoclip {
@@ -78,8 +80,10 @@ at::Tensor sample(const at::Tensor& points) {
   return points.slice(0, 0, points.size(0), step).to(at::kFloat).contiguous();
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor> kmeans_assign(const at::Tensor& points,
-                                                 const at::Tensor& centroids) {
+                                                 const at::Tensor& centroids, bool) {
   const at::Tensor rows = centroids.to(at::kFloat).contiguous();
   Frame frame(mean_row(rows));
   const bool finite = frame.finite();
@@ -124,19 +128,4 @@ std::tuple<at::Tensor, at::Tensor> kmeans_assign_coded(const at::Tensor& points,
   return assign_in(frame, points, rows, finite, &kept);
 }
 
-}  // namespace
 }  // namespace protoclip
-
-TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
-  m.def("kmeans_assign(Tensor points, Tensor centroids) -> (Tensor, Tensor)");
-  m.def("kmeans_encode(Tensor points) -> (Tensor, Tensor, Tensor, bool)");
-  m.def(
-      "kmeans_assign_coded(Tensor points, Tensor centroids, Tensor codes, Tensor known, "
-      "Tensor centre, bool rotated) -> (Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(protoclip_native, CPU, m) {
-  m.impl("kmeans_assign", protoclip::kmeans_assign);
-  m.impl("kmeans_encode", protoclip::kmeans_encode);
-  m.impl("kmeans_assign_coded", protoclip::kmeans_assign_coded);
-}

@@ -1,17 +1,47 @@
 // The centroids of one kmeans_assign call, centred, coded and laid out for the screening.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <limits>
+#include <new>
 #include <vector>
 
-#include "aligned_vector.h"
 #include "kmeans_screen.h"
 
 namespace protoclip {
+
+// std::vector on the boundaries of cache lines: a vector register's load or store touches one line.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+
+  LineAllocator() = default;
+  template <class U>
+  LineAllocator(const LineAllocator<U>&) {}
+
+  T* allocate(std::size_t count) {
+    return static_cast<T*>(::operator new(count * sizeof(T), kLine));
+  }
+  void deallocate(T* data, std::size_t) { ::operator delete(data, kLine); }
+
+  template <class U>
+  bool operator==(const LineAllocator<U>&) const {
+    return true;
+  }
+  template <class U>
+  bool operator!=(const LineAllocator<U>&) const {
+    return false;
+  }
+};
+
+template <class T>
+using AlignedVector = std::vector<T, LineAllocator<T>>;
 
 constexpr int64_t SAMPLE = 256;  // rows looked at to decide on the rotation
 constexpr double PEAKY = 4.5;    // normal coordinates: 2.6 at D = 64 to 3.4 at D = 1024

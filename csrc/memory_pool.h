@@ -1,9 +1,12 @@
-// Large blocks of work memory, kept for the next call of the same size.
+// Large blocks of work memory, kept for the next call of the same size; and tensors in them.
 //
 // The kernel zeroes every page it hands out and malloc returns large blocks at once, so 64 MiB that
 // come and go cost 10 ms a step in huge pages and 60 ms in small ones: more than a matrix product.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <sys/mman.h>
 
 #include <cstdint>
@@ -82,5 +85,15 @@ class MemoryPool {
   std::deque<Block> blocks_;  // the oldest first
   int64_t kept_ = 0;
 };
+
+// Uninitialised and contiguous; a large one's block goes back to the pool with the tensor.
+inline at::Tensor pooled_empty(at::IntArrayRef sizes, at::ScalarType type) {
+  int64_t bytes = static_cast<int64_t>(c10::elementSize(type));
+  for (const int64_t size : sizes) bytes *= size;
+  if (bytes < MemoryPool::kSmallest) return at::empty(sizes, type);
+  void* data = MemoryPool::instance().take(bytes);
+  const auto give = [bytes](void* p) { MemoryPool::instance().give(p, bytes); };
+  return at::from_blob(data, sizes, give, type);
+}
 
 }  // namespace protoclip

@@ -6,35 +6,130 @@
 // accumulator of its own; the groups are joined in order afterwards. Chunks and groups depend on
 // the shape alone, so the bits do not depend on the number of threads. Beyond the outputs it keeps
 // kPartRows * DV floats, and per thread a tile.
+//
+// Logits v are in base 2. The reference of a row is its exact running maximum, so the weight of
+// the maximum is exactly 1: a loss near zero keeps its digits, and so does a gradient that nearly
+// cancels, even with weights in bf16.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#include <cmath>
+#include <cstdint>
+#include <limits>
 #include <vector>
 
-#include "online_softmax.h"
 #include "strip_gradient.h"
 #include "strip_inputs.h"
 
 namespace protoclip {
 
-// So few prototypes are multiplied in fp32: weights in bf16 would show in a gradient that cancels.
-constexpr int64_t kFewKeys = 512;
+// What the keys seen so far say about one query.
+struct RowState {
+  float max = -kInfinity;  // of v
+  double sum = 0;          // of e = 2^(v - max)
+  double logits = 0;       // of e v
+  int64_t best = 0;        // the lowest index of max
+
+  // Moves the reference up to `top`; returns what earlier sums are multiplied by.
+  float rebase(float top) {
+    if (top == max) return 1.f;
+    const float factor = exp2(broadcast(max - top))[0];
+    max = top, sum *= factor, logits *= factor;
+    return factor;
+  }
+
+  // Joins the state of later keys; returns the factors of both.
+  struct Factors {
+    float mine, other;
+  };
+  Factors merge(RowState other) {
+    if (other.max > max) best = other.best;
+    const float top = other.max > max ? other.max : max;
+    const Factors factors{rebase(top), other.rebase(top)};
+    sum += other.sum, logits += other.logits;
+    return factors;
+  }
+};
+
+inline void round_to_bf16(Floats a, Floats b, BFloat16* out) {
+#ifdef __AVX512BF16__
+  const __m512bh v = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  std::memcpy(out, &v, sizeof v);
+#else
+  for (int64_t lane = 0; lane < kLanes; ++lane)
+    out[lane] = static_cast<BFloat16>(a[lane]), out[kLanes + lane] = static_cast<BFloat16>(b[lane]);
+#endif
+}
+
+class OnlineSoftmax {
+ public:
+  static constexpr int64_t kStep = 2 * kLanes;  // tiles are written up to a multiple of it
+
+  // Of one row: dot products s [columns], for the keys from `first` on, become weights e, in s
+  // itself or, rounded, in `rounded`. `positive` receives the logit of key `label`, if it is here.
+  // Returns the factor of earlier sums.
+  template <bool kRounded>
+  static float row(Base2 base2, int64_t first, int64_t columns, int64_t label, float* s,
+                   BFloat16* rounded, RowState& state, float* positive) {
+    const float top = scale(base2, columns, s);
+    if (0 <= label - first && label - first < columns) *positive = s[label - first];
+    float factor = 1.f;
+    if (!(top <= state.max)) {  // NaN too
+      const float* place = std::find(s, s + columns, top);
+      state.best = first + (place - s) % columns;
+      factor = state.rebase(top);
+    }
+    const Floats reference = broadcast(state.max);
+    Floats sums{}, more{}, logits{};
+    for (int64_t j = 0; j < columns; j += kStep) {
+      const Floats a = load(s + j), b = load(s + j + kLanes);
+      const Floats p = exp2(a - reference), q = exp2(b - reference);
+      sums += p, more += q;
+      logits += p * a + q * b;
+      if constexpr (kRounded)
+        round_to_bf16(p, q, rounded + j);
+      else
+        store(s + j, p), store(s + j + kLanes, q);
+    }
+    state.sum += protoclip::sum(sums + more);
+    state.logits += protoclip::sum(logits);
+    return factor;
+  }
+
+ private:
+  // Dot products to logits; lanes past the last become finite numbers that weigh nothing. Returns
+  // the maximum, NaN or less where a logit is NaN: its weight shows it.
+  static float scale(Base2 base2, int64_t columns, float* s) {
+    Floats top = broadcast(-kInfinity);
+    int64_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes) {
+      const Floats v = base2(load(s + j));
+      store(s + j, v);
+      top = larger(top, v);
+    }
+    float best = maximum(top);
+    for (; j < columns; ++j) {
+      s[j] = base2(broadcast(s[j]))[0];
+      best = s[j] > best ? s[j] : best;
+    }
+    std::fill(s + columns, s + round_up(columns, kStep), std::numeric_limits<float>::lowest());
+    return best;
+  }
+};
 
 // The chain of the dot products of `rows` rows against `keys` keys. MKL sums few rows or columns in
 // short ones, and the errors of few rows do not average out.
 inline int64_t dot_chain(Arithmetic arithmetic, int64_t rows, int64_t keys) {
-  constexpr int64_t few_rows = 16;
-  if (rows <= few_rows) return 16;
-  return keys <= kSmallBatch ? 32 : arithmetic == Arithmetic::kFloat ? kChain : 256;
+  if (arithmetic == Arithmetic::kBf16) return kBf16Chain;
+  return rows <= 16 ? 16 : keys <= 128 ? 32 : kChain;
 }
 
 template <Arithmetic A>
 class Attention {
   using Ops = Operands<A>;
   using Input = typename Ops::Input;
-  using Packed = typename Ops::Packed;
   static constexpr bool kRounded = A == Arithmetic::kBf16;
   static constexpr int64_t kRows = 128, kColumns = 256;  // 128 KB of fp32 logits
   static constexpr int64_t kChunkRows = 512;             // share the packing of the keys
@@ -84,12 +179,11 @@ class Attention {
 
  private:
   struct Scratch {  // of one thread
-    Buffer<Packed> key, value, left, weights;
+    Buffer<Input> key, value, weights;
     Buffer<float> s, factors;
     explicit Scratch(const Attention& a)
         : key(Ops::depth(a.strip_.d) * kColumns),
           value(Ops::kRightRowsInPlace ? 0 : Ops::depth(kColumns) * a.dv_),
-          left(Ops::kLeftInPlace ? 0 : Ops::depth(a.strip_.d) * kChunkRows),
           weights(Ops::depth(kColumns) * kRows),
           s(kRows * kColumns),
           factors(kRows) {}
@@ -101,7 +195,6 @@ class Attention {
     RowState* states = states_.get() + group * wave_ + row;
     std::fill_n(states, rows, RowState{});
     const Input* x = strip_.x + (first + row) * strip_.ld_x;
-    if constexpr (!Ops::kLeftInPlace) Ops::left(x, strip_.ld_x, rows, strip_.d, scratch.left.get());
     const int64_t begin = tiles_ * group / groups_, end = tiles_ * (group + 1) / groups_;
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t column = tile * kColumns, columns = std::min(kColumns, strip_.m - column);
@@ -112,9 +205,8 @@ class Attention {
                         scratch.value.get(), dv_);
       for (int64_t r = 0; r < rows; r += kRows) {
         const TileRange range{first + row + r, std::min(kRows, rows - r), column, columns};
-        multiply(range.rows, columns, Ops::depth(strip_.d), left_operand(x, r, scratch),
-                 left_stride(), scratch.key.get(), kColumns, scratch.s.get(), kColumns, false,
-                 dot_chain(A, strip_.n, strip_.m));
+        multiply(range.rows, columns, strip_.d, x + r * strip_.ld_x, strip_.ld_x, scratch.key.get(),
+                 kColumns, scratch.s.get(), kColumns, false, dot_chain(A, strip_.n, strip_.m));
         softmax(range, states + r, positive_.get() + row + r, scratch);
         if (dv_ > 0)
           accumulate(range, parts_.get() + (group * wave_ + row + r) * dv_, tile > begin, scratch);
@@ -122,13 +214,6 @@ class Attention {
     }
   }
 
-  int64_t left_stride() const { return Ops::kLeftInPlace ? strip_.ld_x : Ops::depth(strip_.d); }
-  const Packed* left_operand(const Input* x, int64_t r, const Scratch& scratch) const {
-    if constexpr (Ops::kLeftInPlace)
-      return x + r * strip_.ld_x;
-    else
-      return scratch.left.get() + r * left_stride();
-  }
   static BFloat16* rounded(const Scratch& scratch) {
     if constexpr (kRounded)
       return scratch.weights.get();
@@ -157,13 +242,8 @@ class Attention {
       multiply(range.rows, dv_, depth, scratch.s.get(), kColumns, values_ + column * ld_values_,
                ld_values_, part, dv_, more);
     } else {
-      int64_t ld = kColumns;
-      if constexpr (!kRounded) {
-        ld = depth;
-        Ops::left_tile(scratch.s.get(), kColumns, range.rows, range.columns, scratch.weights.get());
-      }
-      multiply(range.rows, dv_, depth, scratch.weights.get(), ld, scratch.value.get(), dv_, part,
-               dv_, more);
+      multiply(range.rows, dv_, depth, scratch.weights.get(), kColumns, scratch.value.get(), dv_,
+               part, dv_, more);
     }
   }
 

@@ -8,7 +8,6 @@
 #include <type_traits>
 
 #include "device.cuh"
-#include "segment_mean.h"
 
 namespace protoclip {
 namespace {

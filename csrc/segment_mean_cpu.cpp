@@ -4,17 +4,18 @@
 //
 // The rows lie anywhere in memory. Prefetched into the L2 cache, not the L1, many more of their
 // lines are on the way at once, and they come nearly as fast as a plain scan would read them.
-#include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <limits>
 #include <type_traits>
 #include <vector>
 
-#include "pooled_tensor.h"
+#include "cpu_ops.h"
+#include "memory_pool.h"
 #include "vector_math.h"
 
 namespace protoclip {
@@ -192,6 +193,8 @@ std::tuple<at::Tensor, at::Tensor> sorted_means(const at::Tensor& values, const 
   return {out, counts};
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor> segment_mean(const at::Tensor& values, const at::Tensor& labels,
                                                 int64_t num_segments) {
   const bool fits = values.size(0) <= std::numeric_limits<int32_t>::max();
@@ -199,11 +202,4 @@ std::tuple<at::Tensor, at::Tensor> segment_mean(const at::Tensor& values, const 
               : sorted_means<int64_t>(values, labels, num_segments);
 }
 
-}  // namespace
 }  // namespace protoclip
-
-TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
-  m.def("segment_mean(Tensor values, Tensor labels, int num_segments) -> (Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(protoclip_native, CPU, m) { m.impl("segment_mean", protoclip::segment_mean); }

@@ -76,7 +76,6 @@ template <Arithmetic A>
 class GradientPass {
   using Ops = Operands<A>;
   using Input = typename Ops::Input;
-  using Packed = typename Ops::Packed;
   static constexpr int64_t kRows = 128, kColumns = 128;  // 64 KB of fp32 logits
   static constexpr int64_t kMaxGroups = 16, kPartRows = 8192;
 
@@ -104,7 +103,7 @@ class GradientPass {
 
  private:
   struct Scratch {  // of one thread
-    Buffer<Packed> right_t, right, g, g_t;
+    Buffer<Input> right_t, right, g, g_t;
     Buffer<float> s, s_t;
     explicit Scratch(int64_t d)
         : right_t(Ops::depth(d) * kColumns),
@@ -130,7 +129,6 @@ class GradientPass {
         wave_rows_(std::min(wave_, round_up(strip.n, kRows))),
         parts_(gradients && dx != nullptr ? groups_ * wave_rows_ * strip.d : 0),
         dy_sums_(gradients && sizeof(Input) != 4 ? strip.m * strip.d : 0),
-        left_(Ops::kLeftInPlace ? 0 : wave_rows_ * Ops::depth(strip.d)),
         right_(Ops::kRightRowsInPlace ? 0 : wave_rows_ / kRows * right_block()) {
     for (int i = 0; i < at::get_num_threads(); ++i) scratch_.emplace_back(strip.d);
   }
@@ -160,17 +158,15 @@ class GradientPass {
     return total;
   }
 
-  // The wave's rows as left operand of S and as right operand of G^T x.
+  // The wave's rows as right operand of G^T x.
   void pack_wave(int64_t first, int64_t rows) {
-    if (Ops::kLeftInPlace && Ops::kRightRowsInPlace) return;
+    if (Ops::kRightRowsInPlace || !gradients_) return;
     at::parallel_for(0, blocks(rows, kRows), 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         const int64_t row = block * kRows, count = std::min(kRows, rows - row);
         const Input* x = strip_.x + (first + row) * strip_.ld_x;
-        Ops::left(x, strip_.ld_x, count, strip_.d, left_.get() + row * Ops::depth(strip_.d));
-        if (gradients_)
-          Ops::right_rows(x, strip_.ld_x, count, strip_.d, right_.get() + block * right_block(),
-                          strip_.d);
+        Ops::right_rows(x, strip_.ld_x, count, strip_.d, right_.get() + block * right_block(),
+                        strip_.d);
       }
     });
   }
@@ -188,7 +184,7 @@ class GradientPass {
     GradientSums sums;
     for (int64_t row = 0; row < rows; row += kRows) {
       const TileRange range{first + row, std::min(kRows, rows - row), column, columns};
-      products(range, first, scratch);
+      products(range, scratch);
       sums += epilogue(range, scratch.s.get(), kColumns);
       if (!gradients_) continue;
       if (dx_ != nullptr)
@@ -198,27 +194,19 @@ class GradientPass {
     return sums;
   }
 
-  void products(const TileRange& range, int64_t first, Scratch& scratch) const {
+  void products(const TileRange& range, Scratch& scratch) const {
     float* s = scratch.s.get();
     if (kept_) {
       const float* kept = kept_.tile(range.row, range.column);
       for (int64_t i = 0; i < range.rows; ++i)
         std::copy_n(kept + i * KeptProducts::kColumns, range.columns, s + i * kColumns);
     } else {
-      multiply(range.rows, range.columns, Ops::depth(strip_.d),
-               left_operand(first, range.row - first), left_stride(), scratch.right_t.get(),
-               kColumns, s, kColumns, false, chain_);
+      multiply(range.rows, range.columns, strip_.d, strip_.x + range.row * strip_.ld_x, strip_.ld_x,
+               scratch.right_t.get(), kColumns, s, kColumns, false, chain_);
     }
   }
 
-  const Packed* left_operand(int64_t first, int64_t row) const {
-    if constexpr (Ops::kLeftInPlace)
-      return strip_.x + (first + row) * strip_.ld_x;
-    else
-      return left_.get() + row * Ops::depth(strip_.d);
-  }
-  int64_t left_stride() const { return Ops::kLeftInPlace ? strip_.ld_x : Ops::depth(strip_.d); }
-  const Packed* right_operand(int64_t first, int64_t row) const {
+  const Input* right_operand(int64_t first, int64_t row) const {
     if constexpr (Ops::kRightRowsInPlace)
       return strip_.x + (first + row) * strip_.ld_x;
     else
@@ -238,7 +226,7 @@ class GradientPass {
     }
   }
 
-  void add_dy(const TileRange& range, const Packed* right, bool accumulate, Scratch& scratch) {
+  void add_dy(const TileRange& range, const Input* right, bool accumulate, Scratch& scratch) {
     const int64_t d = strip_.d, depth = Ops::depth(range.rows);
     float* s_t = scratch.s_t.get();
     float* out = dy_sums() + range.column * d;
@@ -298,7 +286,7 @@ class GradientPass {
   KeptProducts kept_;
   int64_t tiles_, groups_, wave_, wave_rows_;
   Buffer<float> parts_, dy_sums_;
-  Buffer<Packed> left_, right_;
+  Buffer<Input> right_;
   std::vector<Scratch> scratch_;
 };
 

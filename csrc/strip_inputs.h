@@ -1,7 +1,6 @@
 // From the tensors a caller gives to what the strip kernels take, and back.
 #pragma once
 
-#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
@@ -13,29 +12,10 @@
 
 namespace protoclip {
 
-// torch.set_float32_matmul_precision("high") is torch's own word for bf16 x 3. Its logits are about
-// ten times less exact than fp32's, so "highest", the default, keeps fp32.
-inline bool split_allowed() {
-  return at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST;
-}
-
-// So few columns cost nothing in fp32, and rounding G to bf16 shows where few terms nearly cancel.
-constexpr int64_t kSmallBatch = 128;
-
-// The arithmetic of x [N, D] against y [M, D] (`columns` = M; up to `few` are fp32) in one dtype.
-// name: "auto", or "float", "bf16", "split" (tests force what "auto" picks elsewhere).
-inline Arithmetic pick_arithmetic(const char* op, at::ScalarType dtype, int64_t columns,
-                                  c10::string_view name, int64_t few = kSmallBatch) {
-  const CpuMatrixUnits units = cpu_matrix_units();
-  const bool large = columns > few;
-  Arithmetic arithmetic = Arithmetic::kFloat;
-  if (name == "bf16" || (name == "auto" && units.bf16 && large && dtype == at::kBFloat16))
-    arithmetic = Arithmetic::kBf16;
-  else if (name == "split" || (name == "auto" && units.amx && split_allowed()))
-    arithmetic = Arithmetic::kSplit;
-  TORCH_CHECK(arithmetic == Arithmetic::kFloat || units.bf16, op, ": arithmetic '", name,
-              "' needs AVX-512 with bf16, which this CPU (or this build) does not have");
-  return arithmetic;
+// bf16 features are multiplied as such where the CPU can, all else in fp32.
+inline Arithmetic arithmetic_of(at::ScalarType dtype) {
+  const bool bf16 = dtype == at::kBFloat16 && cpu_matrix_units().bf16;
+  return bf16 ? Arithmetic::kBf16 : Arithmetic::kFloat;
 }
 
 // bf16 stays bf16 where it is multiplied as such, everything else becomes fp32; rows contiguous;
@@ -50,14 +30,9 @@ inline at::Tensor prepare(const at::Tensor& t, Arithmetic arithmetic) {
 
 template <typename F>
 auto dispatch_arithmetic(Arithmetic arithmetic, const F& f) {
-  switch (arithmetic) {
-    case Arithmetic::kBf16:
-      return f(std::integral_constant<Arithmetic, Arithmetic::kBf16>{});
-    case Arithmetic::kSplit:
-      return f(std::integral_constant<Arithmetic, Arithmetic::kSplit>{});
-    default:
-      return f(std::integral_constant<Arithmetic, Arithmetic::kFloat>{});
-  }
+  if (arithmetic == Arithmetic::kBf16)
+    return f(std::integral_constant<Arithmetic, Arithmetic::kBf16>{});
+  return f(std::integral_constant<Arithmetic, Arithmetic::kFloat>{});
 }
 
 struct Inputs {
@@ -66,7 +41,7 @@ struct Inputs {
   Arithmetic arithmetic;
 
   Inputs(const char* op, const at::Tensor& x_in, const at::Tensor& y_in, const at::Tensor& scale_in,
-         int64_t offset, c10::string_view name) {
+         int64_t offset) {
     TORCH_CHECK(x_in.dim() == 2 && y_in.dim() == 2 && x_in.size(1) == y_in.size(1), op,
                 ": expected x [N, D] and y [M, D], got ", x_in.sizes(), " and ", y_in.sizes());
     TORCH_CHECK(x_in.scalar_type() == y_in.scalar_type(), op, ": expected one dtype, got ",
@@ -74,7 +49,7 @@ struct Inputs {
     TORCH_CHECK(offset >= 0 && (x_in.size(0) == 0 || offset + x_in.size(0) <= y_in.size(0)), op,
                 ": expected row i's positive at column i + offset, got N=", x_in.size(0),
                 ", M=", y_in.size(0), ", offset=", offset);
-    arithmetic = pick_arithmetic(op, x_in.scalar_type(), y_in.size(0), name);
+    arithmetic = arithmetic_of(x_in.scalar_type());
     x = prepare(x_in, arithmetic);
     y = prepare(y_in, arithmetic);
     scale = scale_in.item<float>();

@@ -37,7 +37,7 @@ struct MaxAndSum {
 template <Arithmetic A>
 class Statistics {
   using Ops = Operands<A>;
-  using Packed = typename Ops::Packed;
+  using Input = typename Ops::Input;
   static constexpr int64_t kRows = KeptProducts::kRows, kColumns = KeptProducts::kColumns;
   static constexpr int64_t kGroup = 16;                         // rows of one column sum
   static constexpr int64_t kRowChunks = 4, kColumnChunks = 32;  // at most: the parallel tasks
@@ -81,11 +81,10 @@ class Statistics {
 
  private:
   struct Scratch {  // of one thread
-    Buffer<Packed> right, left;
+    Buffer<Input> right;
     Buffer<float> s, row_max, row_sum, column_max, column_sum, group_sum;
     explicit Scratch(int64_t d)
         : right(Ops::depth(d) * kColumns),
-          left(Ops::kLeftInPlace ? 0 : Ops::depth(d) * kRows),
           s(kRows * kColumns),
           row_max(kRows),
           row_sum(kRows),
@@ -129,10 +128,8 @@ class Statistics {
   void tile(const TileRange& range, float* positive, Scratch& scratch) {
     float* s = scratch.s.get();
     float* dots = kept_ ? kept_.tile(range.row, range.column) : s;
-    const auto* left = left_operand(range, scratch);
-    const int64_t stride = Ops::kLeftInPlace ? strip_.ld_x : Ops::depth(strip_.d);
-    multiply(range.rows, range.columns, Ops::depth(strip_.d), left, stride, scratch.right.get(),
-             kColumns, dots, kColumns);
+    multiply(range.rows, range.columns, strip_.d, strip_.x + range.row * strip_.ld_x, strip_.ld_x,
+             scratch.right.get(), kColumns, dots, kColumns);
     maxima(range, dots, scratch);
     const bool has_positive = range.has_positive(offset_);
     if (has_positive) {
@@ -151,16 +148,6 @@ class Statistics {
       sums_shared(range, top, scratch);
     else
       sums_exact(range, scratch);
-  }
-
-  const Packed* left_operand(const TileRange& range, Scratch& scratch) const {
-    const auto* x = strip_.x + range.row * strip_.ld_x;
-    if constexpr (Ops::kLeftInPlace) {
-      return x;
-    } else {
-      Ops::left(x, strip_.ld_x, range.rows, strip_.d, scratch.left.get());
-      return scratch.left.get();
-    }
   }
 
   // Scales the tile to base-2 logits, fills the lanes past the last column with -inf, and finds

@@ -1,4 +1,4 @@
-"""InfoNCE over tiles of the logits, which never reach memory: what ops/info_nce.py calls.
+"""InfoNCE over tiles of the logits, which never reach memory: what ops/contrastive.py calls.
 
 Base-2 logits s_ij = scale log2(e) x_i.y_j; row i is positive at column i + offset. The forward pass
 (``info_nce_forward.py``) keeps O(N) statistics, the backward pass (``info_nce_backward.py``) forms
@@ -29,7 +29,7 @@ def contrastive_fwd(
     offset: int,
     columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of the strip x [N, D] against y [M, D], as in ops/info_nce.py."""
+    """Statistics of the strip x [N, D] against y [M, D], as in ops/contrastive.py."""
     found = _statistics(x, y, scale, offset, columns, 1.0)
     return found.row_max, found.row_sum, found.column_max, found.column_sum, found.positive
 
@@ -69,7 +69,7 @@ def contrastive_bwd(
     offset: int,
     pair_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the strip, as in ops/info_nce.py, from what the forward pass kept.
+    """Gradients of the strip, as in ops/contrastive.py, from what the forward pass kept.
 
     The weights, of any stride, 0 too, are multiplied by ``pair_weight``.
     """

@@ -1,4 +1,4 @@
-"""Prototype cross-entropy on a GPU: launchers (contract: protoclip/ops/prototype_cross_entropy.py).
+"""Prototype cross-entropy on a GPU: launchers (contract: protoclip/ops/prototypes.py).
 
 16-bit rows of D <= 256: one attention pass with key = value = C gives loss and gradient, 2 products
 of [N, K, D] and O(slices N D) memory. Wider or fp32 rows: a pass for the statistics, then weights

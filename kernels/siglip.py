@@ -1,4 +1,4 @@
-"""The sigmoid loss over tiles of the logits: what ops/siglip.py calls.
+"""The sigmoid loss over tiles of the logits: what ops/contrastive.py calls.
 
 z_ij = scale x_i.y_j + bias; a pair costs softplus(z), less z where it is positive (j = i + offset),
 and its gradient is G = sigmoid(z), less 1 there. No statistics of whole rows are needed, so one

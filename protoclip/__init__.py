@@ -6,7 +6,7 @@ Importing it loads torch and nothing heavier; the rest comes in on first use.
 from typing import Any
 
 from protoclip.kmeans import Clusters, kmeans
-from protoclip.openclip_losses import ClipLoss, SigLipLoss
+from protoclip.losses import ClipLoss, ProtoClipLoss, ProtoConfig, SigLipLoss
 from protoclip.ops import (
     Bank,
     PrototypeLosses,
@@ -22,10 +22,8 @@ from protoclip.ops import (
 __version__ = "0.1.0"
 
 _LAZY = {  # name -> module, loaded at first use
-    "ProtoClipLoss": "protoclip.proto_clip_loss",
-    "ProtoConfig": "protoclip.proto_clip_loss",
-    "create_loss": "protoclip.openclip.factory",
-    "create_task": "protoclip.openclip.factory",
+    "create_loss": "protoclip.openclip",
+    "create_task": "protoclip.openclip",
 }
 
 __all__ = [

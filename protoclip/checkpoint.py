@@ -134,11 +134,12 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(payload, dict):
         raise ValueError(f"checkpoint: expected a dict in {path}, got {type(payload).__name__}")
     if "protoclip" in payload:
-        _check_form(path, payload)
+        check_form(path, payload)
     return payload
 
 
 FORM: dict[str, type] = {  # what protoclip.train writes beside OpenCLIP's entries, by dotted name
+    "protoclip": dict,
     "epoch": int,
     "state_dict": dict,
     "optimizer": dict,
@@ -149,18 +150,22 @@ FORM: dict[str, type] = {  # what protoclip.train writes beside OpenCLIP's entri
 }
 
 
-def _check_form(path: Path, payload: dict[str, Any]) -> None:
-    """Refuse a checkpoint of protoclip that lacks an entry, or has one of another type."""
+def check_form(path: Path, payload: dict[str, Any], complete: bool = False) -> None:
+    """Refuse a checkpoint of protoclip with an entry of another type; ``complete``: or without one.
+
+    Raises:
+        ValueError: names the entry.
+    """
     for name, kind in FORM.items():
         value: Any = payload
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, kind):
+        if not isinstance(value, kind) and (complete or value is not None):
             raise ValueError(
                 f"checkpoint: expected {name} in {path} as {kind.__name__}, got "
                 f"{'none' if value is None else type(value).__name__}; use an older checkpoint"
             )
-    if (step := payload["protoclip"]["step"]) < 0:
+    if (step := payload["protoclip"].get("step") or 0) < 0:
         raise ValueError(
             f"checkpoint: expected a step of 0 or more in {path}, got {step}; use an older "
             "checkpoint"

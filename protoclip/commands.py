@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any, TextIO, cast
 
 from protoclip import distributed, heartbeat
-from protoclip.device import choose_device
 from protoclip.launchers import Place
+from protoclip.model import choose_device
 
 GRACE = 60.0  # seconds by which a collective outlives the watch, whose message is the better one
 

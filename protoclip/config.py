@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar
 
 PRECISIONS = ("auto", "fp32", "amp_bf16", "amp")
 DATASET_TYPES = ("auto", "webdataset", "csv", "synthetic")
@@ -46,23 +46,29 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """The inverse of ``to_dict``; an unknown key is an error that names it."""
-    hints = get_type_hints(cls)
-    unknown = set(values) - set(hints)
-    if unknown:
+    """The inverse of ``to_dict``; settings that are left out have their defaults.
+
+    Raises:
+        ValueError: a setting that ``cls`` does not have, or a value of another type.
+    """
+    defaults: Any = cls()
+    known = {item.name: getattr(defaults, item.name) for item in dataclasses.fields(defaults)}
+    if unknown := set(values) - set(known):
         raise ValueError(
-            f"config: {cls.__name__} has no {sorted(unknown)}; it knows {sorted(hints)}. "
+            f"config: {cls.__name__} has no {sorted(unknown)}; it knows {sorted(known)}. "
             "The file is from another version of protoclip, or misspelt"
         )
-    return cls(**{key: _typed(hints[key], value) for key, value in values.items()})
+    return cls(**{key: _typed(key, known[key], value) for key, value in values.items()})
 
 
-def _typed(hint: Any, value: Any) -> Any:
-    """A value of JSON as a field has it: nested configs, and tuples of one or more."""
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_dict(hint, value)
-    if get_origin(hint) is tuple:
-        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+def _typed(name: str, default: Any, value: Any) -> Any:
+    """A value from JSON, with the type of the field's default."""
+    if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
+        return from_dict(type(default), value)
+    if type(default) is float and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        raise ValueError(f"config: expected {type(default).__name__} for {name}, got {value!r}")
     return value
 
 
@@ -77,20 +83,16 @@ def check(config: Any) -> None:
         if dataclasses.is_dataclass(value):
             check(value)
             continue
-        for one in value if isinstance(value, tuple) else (value,):
-            _check_value(item, one)
-
-
-def _check_value(item: dataclasses.Field, value: Any) -> None:
-    low, high, choices = (item.metadata[key] for key in ("low", "high", "choices"))
-    if choices is not None and value not in choices:
-        raise ValueError(f"{flag_of(item)}: expected one of {', '.join(choices)}, got {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{flag_of(item)}: expected a finite number, got {value}")
-    if low is not None and value < low:
-        raise ValueError(f"{flag_of(item)}: expected at least {low}, got {value}")
-    if high is not None and value > high:
-        raise ValueError(f"{flag_of(item)}: expected at most {high}, got {value}")
+        flag, low, high = flag_of(item), item.metadata["low"], item.metadata["high"]
+        choices = item.metadata["choices"]
+        if choices is not None and value not in choices:
+            raise ValueError(f"{flag}: expected one of {', '.join(choices)}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{flag}: expected a finite number, got {value}")
+        if low is not None and value < low:
+            raise ValueError(f"{flag}: expected at least {low}, got {value}")
+        if high is not None and value > high:
+            raise ValueError(f"{flag}: expected at most {high}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -190,36 +192,18 @@ class EpisodeConfig:
         "auto",
         "what is clustered: 'extract', a forward pass over the episode's samples (paper), or "
         "'reuse', the projections of the last episode's training, at no cost; 'auto': reuse, but "
-        "extract with --ema-decay or without a warm-up, which need it",
+        "extract without a warm-up, which needs it",
         flag="episode-features",
         choices=("auto", "extract", "reuse"),
     )
-    ema_decay: float = option(
-        0.0, "extract with a moving average of the weights that decays so; 0: the model", low=0
+    num_clusters: int = option(
+        0, "prototypes per source; 0: a tenth of the episode", flag="k", low=0
     )
-    clusters: tuple[int, ...] = option(
-        (0,),
-        "prototypes per source; several numbers: as many sets of prototypes at once; 0: a tenth "
-        "of the episode",
-        flag="k",
-        low=0,
-    )
-    target_temperature: tuple[float, ...] = option(
-        (0.01,),
-        "of the soft targets of the internal prototypes, one for both or image's and text's; "
-        "0: hard labels",
-        low=0,
-    )
-    external_target_temperature: tuple[float, ...] = option(
-        (0.0,),
-        "the same for external teachers, one for all or one each; 0: hard labels (paper)",
-        low=0,
+    target_temperature: float = option(
+        0.01, "of the soft targets of the internal prototypes; 0: hard labels", low=0
     )
     pbt: bool = option(
         True, "prototype back translation; off: raw centroids of the other modality", flag="PBT"
-    )
-    normalize_centroids: bool = option(
-        False, "centroids and prototypes of unit length (spherical k-means); off: plain means"
     )
     keep_empty: bool = option(
         False, "keep empty clusters as prototypes at zero, as the authors do", flag="keep-empty"
@@ -234,8 +218,8 @@ class EpisodeConfig:
     )
     kmeans_init: str = option(
         "warm",
-        "start k-means from the last episode's centroids, or anew",
-        choices=("warm", "random", "k-means++"),
+        "start k-means from the last episode's centroids or from random samples",
+        choices=("warm", "random"),
     )
     kmeans_backend: str = option(
         "auto",
@@ -244,11 +228,11 @@ class EpisodeConfig:
     )
     kmeans_max_iter: int = option(20, "iterations of k-means", low=1)
     kmeans_nredo: int = option(1, "restarts of k-means when not warm (paper: 3)", low=1)
-    external_teacher: tuple[str, ...] = option(
-        ("auto",),
-        "features that tell which samples belong together, one teacher or several: .npz of "
-        "python -m protoclip.teacher, .npy or .safetensors of [dataset, d], builtin:minilm, none, "
-        "or auto (builtin:minilm on built-in data if installed)",
+    external_teacher: str = option(
+        "auto",
+        "features that tell which samples belong together: .npz of python -m protoclip.teacher, "
+        ".npy or .safetensors of [dataset, d], builtin:minilm, none, or auto (builtin:minilm on "
+        "built-in data if installed)",
     )
     external_teacher_dim: int = option(
         64, "reduce a teacher's features to this many principal components; 0: keep all", low=0
@@ -257,8 +241,7 @@ class EpisodeConfig:
     @property
     def reuses(self) -> bool:
         """Whether training's own projections are clustered."""
-        can = self.ema_decay == 0 and self.infonce_warmup >= 1
-        return self.features == "reuse" or (self.features == "auto" and can)
+        return self.features == "reuse" or (self.features == "auto" and self.infonce_warmup >= 1)
 
 
 @dataclass(frozen=True)
@@ -387,6 +370,8 @@ RETIRED = {
     "--num-clusters": "the flag is --k",
     "--num-prototypes": "the flag is --k",
     "--imagenet-v2": "evaluate the run afterwards with python -m protoclip.evaluate RUN --data DIR",
+    "--card": "a plan is of memory, on GPUs unless --device cpu is given; leave the flag out",
+    "--teachers": "a plan takes train's flags; --external-teacher none plans without one",
     "--torchcompile": "captions differ in length, so each would compile again; "
     "python -m protoclip.openclip takes it",
     "--horovod": "start the processes with torchrun",
@@ -450,79 +435,69 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
 
-def _add_options(group: Any, cls: type, defaults: Any, prefix: str) -> None:
-    hints = get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        hint, default = hints[item.name], getattr(defaults, item.name)
-        if dataclasses.is_dataclass(hint):
+def _add_options(group: Any, settings: Any, prefix: str = "") -> None:
+    """A flag for each field of a section; nested sections are left out."""
+    for item in dataclasses.fields(settings):
+        default = getattr(settings, item.name)
+        if dataclasses.is_dataclass(default):
             continue
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else "%(default)s"
-        shown = "" if default in ("", "\t") else f" (default: {shown})"
-        arguments: dict[str, Any] = {
-            "dest": prefix + item.name,
-            "default": default,
-            "help": item.metadata["help"] + shown,
-        }
-        if hint is bool:
-            arguments["action"] = argparse.BooleanOptionalAction
+        words: dict[str, Any] = {"dest": prefix + item.name, "default": default}
+        shown = "" if default in ("", "\t") else " (default: %(default)s)"
+        words["help"] = item.metadata["help"] + shown
+        if isinstance(default, bool):
+            words["action"] = argparse.BooleanOptionalAction
+        elif item.metadata["choices"]:
+            words["choices"] = item.metadata["choices"]
         else:
-            if get_origin(hint) is tuple:
-                hint = get_args(hint)[0]
-                arguments["nargs"] = "+"
-            arguments.update(type=hint, choices=item.metadata["choices"])
-            if arguments["choices"] is None:
-                arguments["metavar"] = METAVARS[hint]
-        group.add_argument(flag_of(item), **arguments)
+            words |= {"type": type(default), "metavar": METAVARS[type(default)]}
+        group.add_argument(flag_of(item), **words)
 
 
 def build_parser(prog: str, description: str) -> Parser:
     """A parser with one titled group per section of ``TrainConfig``."""
     parser = Parser(prog, usage="%(prog)s [options]", description=description)
-    parser.add_argument(
-        "--preset",
-        default="default",
-        metavar="TEXT",
-        help=f"settings to start from: {', '.join(preset_names())}, or a .json file, such as the "
-        "config.json of a run; other flags change them (default: %(default)s)",
+    words = (
+        f"settings to start from: {', '.join(preset_names())}, or a .json file, such as the "
+        "config.json of a run; other flags change them (default: %(default)s)"
     )
-    parser.add_argument(
-        "--paper",
-        dest="preset",
-        action="store_const",
-        const="paper",
-        help="the ProtoCLIP authors' settings: --preset paper",
+    parser.add_argument("--preset", default="default", metavar="TEXT", help=words)
+    words = "the ProtoCLIP authors' settings: --preset paper"
+    parser.add_argument("--paper", dest="preset", action="store_const", const="paper", help=words)
+    words = "print all settings as JSON, and end"
+    parser.add_argument("--print-config", action="store_true", help=words)
+    words = (
+        "as OpenCLIP's flag: webdataset and csv must agree with the name of --train-data; "
+        "synthetic: builtin:shapes:N, N of --train-num-samples (default: %(default)s)"
     )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print all settings as JSON, and end"
-    )
-    parser.add_argument(
-        "--dataset-type",
-        default="auto",
-        choices=DATASET_TYPES,
-        help="as OpenCLIP's flag: webdataset and csv must agree with the name of --train-data; "
-        "synthetic: builtin:shapes:N, N of --train-num-samples (default: %(default)s)",
-    )
+    parser.add_argument("--dataset-type", default="auto", choices=DATASET_TYPES, help=words)
     for flag, (arguments, _) in NEEDLESS.items():
         parser.add_argument(flag, dest=flag, help=argparse.SUPPRESS, **arguments)
     defaults = TrainConfig()
-    hints = get_type_hints(TrainConfig)
-    _add_options(parser, TrainConfig, defaults, "")
-    for name, cls in hints.items():
-        if isinstance(cls, type) and dataclasses.is_dataclass(cls):
-            group = parser.add_argument_group(str(cls.__doc__))
-            _add_options(group, cls, getattr(defaults, name), f"{name}.")
+    _add_options(parser, defaults)
+    for item in dataclasses.fields(defaults):
+        section = getattr(defaults, item.name)
+        if dataclasses.is_dataclass(section):
+            group = parser.add_argument_group(str(section.__doc__))
+            _add_options(group, section, f"{item.name}.")
     return parser
 
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> TrainConfig:
-    """Command line to a checked config; the parser ends the program for a flag it does not know.
+    """Command line to a checked config; see ``parse_more``."""
+    return parse_more(parser, argv)[0]
+
+
+def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig, dict[str, Any]]:
+    """Command line to a checked config, and the values of flags that a command added itself.
+
+    The parser ends the program for a flag that it does not know.
 
     Raises:
-        ValueError: a value out of its limits, a preset that is none, or flags that contradict.
+        ValueError: a value out of its limits, no such preset, or flags that contradict each other.
         SystemExit: with code 0 after --print-config.
     """
     chosen = parser.parse_args(argv)
-    preset = dict(_flat(load_preset(chosen.preset)))
+    preset = load_preset(chosen.preset)
     parser.set_defaults(**preset)
     values = vars(parser.parse_args(argv))
     saved = {
@@ -539,6 +514,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> TrainConfig:
     _apply_dataset_type(values.pop("dataset_type"), values)
     if values["run.resume"] == "latest":  # OpenCLIP's word
         values["run.resume"] = "auto"
+    own = {key: values.pop(key) for key in [*values] if "." not in key and key != "method"}
     nested: dict[str, Any] = {}
     for key, value in values.items():
         section, _, name = key.rpartition(".")
@@ -549,28 +525,22 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> TrainConfig:
     if show:
         print(json.dumps(to_dict(config), indent=2))
         raise SystemExit(0)
-    return config
+    return config, own
 
 
 def _apply_dataset_type(kind: str, values: dict[str, Any]) -> None:
     """OpenCLIP's --dataset-type; our readers follow from the name of the data."""
     data = values["data.train_data"]
-    if kind == "synthetic":
-        if data != DataConfig().train_data:
-            raise ValueError(
-                f"--dataset-type synthetic: expected no --train-data, got {data!r}; leave one out"
-            )
-        values["data.train_data"] = f"builtin:shapes:{values['data.train_num_samples'] or 2000}"
-        values["data.train_num_samples"] = 0
-    table = data.lower().endswith((".csv", ".tsv"))
-    if (kind == "csv" and not table) or (
-        kind == "webdataset" and (table or data.startswith("builtin:"))
-    ):
-        wanted = "a .csv or .tsv file" if kind == "csv" else "shards such as 'd/{000..012}.tar'"
+    table, built_in = data.lower().endswith((".csv", ".tsv")), data.startswith("builtin:")
+    fits = {"csv": table, "webdataset": not (table or built_in), "synthetic": built_in}
+    if not fits.get(kind, True):
         raise ValueError(
-            f"--dataset-type {kind}: expected {wanted} in --train-data, got {data!r}; use "
+            f"--dataset-type {kind}: expected such data in --train-data, got {data!r}; use "
             "--dataset-type auto or other data"
         )
+    if kind == "synthetic":
+        values["data.train_data"] = f"builtin:shapes:{values['data.train_num_samples'] or 2000}"
+        values["data.train_num_samples"] = 0
 
 
 def preset_names() -> list[str]:
@@ -579,10 +549,10 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """Settings of a preset or .json file, as nested dicts; what it "extends" comes first.
+    """Settings of a preset or .json file by dotted name; what it "extends" comes first.
 
     Raises:
-        ValueError: no such preset, no JSON, or a setting that protoclip does not have.
+        ValueError: no such preset, not JSON, or a setting that protoclip does not have.
     """
     path = Path(name) if name.endswith(".json") else PRESETS / f"{name}.json"
     if not path.is_file():
@@ -591,49 +561,27 @@ def load_preset(name: str) -> dict[str, Any]:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"expected a JSON object, got {type(values).__name__}")
+        values.pop("about", None)
+        base = load_preset(values.pop("extends")) if "extends" in values else {}
+        from_dict(TrainConfig, values)
     except ValueError as error:
-        raise ValueError(f"--preset {name}: {path} is no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--preset {name}: expected a JSON object in {path}")
-    values.pop("about", None)
-    merged = load_preset(values.pop("extends")) if "extends" in values else {}
-    try:
-        known = to_dict(from_dict(TrainConfig, values))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"--preset {name}: {error}") from error
-    for key, value in values.items():
-        if isinstance(value, dict):
-            merged[key] = {**merged.get(key, {}), **{k: known[key][k] for k in value}}
-        else:
-            merged[key] = known[key]
-    return merged
+        raise ValueError(f"--preset: {path} cannot be used: {error}") from error
+    return {**base, **dict(_flat(values))}
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(nested: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in nested.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from ((f"{key}.{name}", one) for name, one in value.items())
         else:
-            yield prefix + key, value
+            yield key, value
 
 
 def check_together(config: TrainConfig) -> None:
     """Raise ValueError for settings that are fine one by one and contradict each other."""
     episode = config.episode
-    if len(episode.target_temperature) > 2:
-        raise ValueError(
-            "--target-temperature: expected one number, or two (image clusters, text clusters), "
-            f"got {len(episode.target_temperature)}"
-        )
-    if len(set(episode.clusters)) != len(episode.clusters):
-        raise ValueError(f"--k: expected different numbers, got {episode.clusters}")
-    if episode.ema_decay >= 1:
-        raise ValueError(f"--ema-decay: expected less than 1, got {episode.ema_decay}")
-    if episode.features == "reuse" and episode.ema_decay > 0:
-        raise ValueError(
-            "--ema-decay: a moving average needs a forward pass of its own; use "
-            "--episode-features extract"
-        )
     if episode.features == "reuse" and episode.infonce_warmup < 1:
         raise ValueError(
             "--episode-features reuse: clusters what an earlier episode left; use "
@@ -642,10 +590,10 @@ def check_together(config: TrainConfig) -> None:
 
 
 def output_file(path: str | os.PathLike[str], flag: str) -> Path:
-    """The path of a file that can be written; folders on the way to it may be missing yet.
+    """The path of a file that can be written; its folders need not exist yet.
 
     Raises:
-        ValueError: it is a folder, or lies in what is none or may not be written to.
+        ValueError: it is a folder, or no file can be made there.
     """
     path = Path(path)
     if path.is_dir():
@@ -676,9 +624,8 @@ def check_saved(settings: Mapping[str, object], where: str) -> None:
         ValueError: a value is a url or a pipe; the message names the flag to give.
     """
     for flag, value in settings.items():
-        for one in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(one, str) and re.search(r"://|(^|::)\s*pipe:", one):
-                raise ValueError(
-                    f"{flag}: expected local data in the settings saved in {where}, got {one!r}; "
-                    f"if you trust it, give {flag} again on the command line"
-                )
+        if isinstance(value, str) and re.search(r"://|(^|::)\s*pipe:", value):
+            raise ValueError(
+                f"{flag}: expected local data in the settings saved in {where}, got {value!r}; "
+                f"if you trust it, give {flag} again on the command line"
+            )

@@ -21,22 +21,33 @@ from protoclip import checkpoint
 from protoclip.config import ModelConfig, Parser, TrainConfig, check_above, from_dict
 from protoclip.evaluate import format_table, read_results
 from protoclip.model import build_model, register_configs
-from protoclip.openclip_runs import model_config, preprocess, state_dict, told_preprocess
 
+PROG = "python -m protoclip.export"
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 CARD = "README.md"
+PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
+LOADING = """Trained with protoclip, loads in OpenCLIP:
+
+```python
+import open_clip
+
+path = "local-dir:PATH_OF_THIS_FOLDER"
+model, _, preprocess = open_clip.create_model_and_transforms(path)
+tokenizer = open_clip.get_tokenizer(path)
+```
+"""
 
 
 def export(run: str | Path, out: str | Path, model: str = "", force_image_size: int = 0) -> Path:
     """Write config, weights and model card of a trained model.
 
     Args:
-        run: a run folder, or a checkpoint, of ``protoclip.train`` or of OpenCLIP's trainer.
+        run: a run folder or a checkpoint of ``protoclip.train``, or a checkpoint of OpenCLIP's
+            trainer.
         out: a new or empty folder.
-        model: OpenCLIP name or config file, for a checkpoint of OpenCLIP's trainer; "": what the
-            params.txt of its run says.
-        force_image_size: as in that training, in pixels; 0: the same, else the model's.
+        model: OpenCLIP name or config file, for a checkpoint of OpenCLIP's trainer.
+        force_image_size: as in that training, in pixels; 0: the model's.
     Returns:
         ``out``.
     Raises:
@@ -47,15 +58,16 @@ def export(run: str | Path, out: str | Path, model: str = "", force_image_size: 
         raise ValueError(f"--out: expected a new or empty folder, but {out} is in use")
     check_above(out, "--out")
     payload = checkpoint.load(path)
-    config = _model_config(payload, path, model, force_image_size)
+    ours = payload.get("protoclip", {})
+    config = _model_config(ours, path, model, force_image_size)
     name = register_configs(config.model)
-    # The weights come from the checkpoint; what training started from need not be there any more.
+    # The weights come from the checkpoint; what training started from may be gone.
     clip = build_model(dataclasses.replace(config, pretrained="")).clip
-    weights = state_dict(payload)
+    weights = payload.get("state_dict", payload)
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
     model_cfg = open_clip.get_model_config(name)
-    if (
-        "logit_bias" in weights and getattr(clip, "logit_bias", None) is None
-    ):  # --siglip, of a model without
+    if "logit_bias" in weights and getattr(clip, "logit_bias", None) is None:
+        # Trained with --siglip, of a model without the bias.
         clip.logit_bias = nn.Parameter(torch.zeros_like(weights["logit_bias"]))
         model_cfg["init_logit_bias"] = 0.0
     try:
@@ -73,7 +85,8 @@ def export(run: str | Path, out: str | Path, model: str = "", force_image_size: 
         model_cfg["vision_cfg"]["image_size"] = config.force_image_size
     if config.force_context_length:
         model_cfg["text_cfg"]["context_length"] = config.force_context_length
-    shown = {**preprocess(clip.visual, name, config.pretrained), **_told_preprocess(path, payload)}
+    shown = {**clip.visual.preprocess_cfg, **ours.get("preprocess", {})}
+    shown = {key: shown[key] for key in PREPROCESS}
     written = {"model_cfg": model_cfg, "preprocess_cfg": shown}
     (out / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     (out / CARD).write_text(_card(path, config, payload), encoding="utf-8")
@@ -81,92 +94,63 @@ def export(run: str | Path, out: str | Path, model: str = "", force_image_size: 
 
 
 def _model_config(
-    payload: dict[str, Any], path: Path, model: str, force_image_size: int
+    ours: dict[str, Any], path: Path, model: str, force_image_size: int
 ) -> ModelConfig:
     """What was trained: the checkpoint says, or the caller."""
-    stored = payload.get("protoclip", {}).get("config")
-    if stored is not None and model:
+    if "config" not in ours:
+        if not model:
+            raise ValueError(
+                f"--model: {path} was not written by protoclip.train and does not say what it is; "
+                "give the OpenCLIP name or config file that it was trained with"
+            )
+        return ModelConfig(model, force_image_size=force_image_size, add_projection_head=False)
+    if model:
         raise ValueError(f"--model: {path} says itself what it is; leave the flag out")
-    if stored is None:
-        return model_config(path, model, force_image_size)
-    return dataclasses.replace(from_dict(TrainConfig, stored).model, add_projection_head=False)
-
-
-def _told_preprocess(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
-    """What the run itself says about it: our checkpoint, or the flags given to OpenCLIP."""
-    if "protoclip" in payload:
-        return dict(payload["protoclip"].get("preprocess", {}))
-    return told_preprocess(path)
+    stored = from_dict(TrainConfig, ours["config"]).model
+    return dataclasses.replace(stored, add_projection_head=False)
 
 
 def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> str:
     """The model card: how to load it, what it was trained on, how good it is."""
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    stored = payload.get("protoclip", {}).get("config", {})
+    ours = payload.get("protoclip", {})
+    stored = ours.get("config", {})
     facts = {
         "architecture": config.model,
         "run": run.name,
         "epochs": payload.get("epoch"),
-        "steps": payload.get("protoclip", {}).get("step"),
+        "steps": ours.get("step"),
         "method": stored.get("method"),
         "training data": stored.get("data", {}).get("train_data"),
         "seed": stored.get("run", {}).get("seed"),
     }
     lines = ["---", "library_name: open_clip", "tags: [clip, protoclip]", "---", ""]
-    lines += [f"# {run.name}", "", "Trained with protoclip, loads in OpenCLIP:", ""]
-    lines += ["```python", "import open_clip", ""]
-    lines += ['path = "local-dir:PATH_OF_THIS_FOLDER"']
-    lines += ["model, _, preprocess = open_clip.create_model_and_transforms(path)"]
-    lines += ["tokenizer = open_clip.get_tokenizer(path)", "```", ""]
-    lines += ["| | |", "|---|---|"]
+    lines += [f"# {run.name}", "", LOADING, "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
-    results = run / "results.json"
-    if results.is_file():
-        content = read_results(results)
-        table = format_table(content["untrained"], content["trained"])
-        lines += ["", f"## Results on {content['data']}", "", "```", table, "```"]
-    lines += _validation(path.parent / "results.jsonl")
+    if (run / "results.json").is_file():
+        results = read_results(run / "results.json")
+        table = format_table(results["untrained"], results["trained"])
+        lines += ["", f"## Results on {results['data']}", "", "```", table, "```"]
     return "\n".join(lines) + "\n"
-
-
-def _validation(path: Path) -> list[str]:
-    """The last line of what OpenCLIP's trainer writes when it evaluates, as a table."""
-    if not path.is_file() or not (text := path.read_text(encoding="utf-8").strip()):
-        return []
-    last = json.loads(text.splitlines()[-1])
-    rows = [f"| {key} | {value:.4g} |" for key, value in last.items()]
-    return ["", "## Validation by open_clip_train", "", "| | |", "|---|---|", *rows]
-
-
-def build_parser() -> Parser:
-    parser = Parser(
-        "python -m protoclip.export",
-        description="Write a trained model as a folder that OpenCLIP loads: local-dir:DIR.",
-    )
-    parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="run folder or a checkpoint")
-    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
-    parser.add_argument(
-        "--model",
-        default="",
-        help="OpenCLIP name or config file; for a checkpoint of OpenCLIP's trainer",
-    )
-    parser.add_argument(
-        "--force-image-size",
-        type=int,
-        default=0,
-        metavar="N",
-        help="pixels, as in OpenCLIP's training; 0: the model's (default: %(default)s)",
-    )
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake ends it with one line and status 2."""
-    args = build_parser().parse_args(argv)
+    parser = Parser(
+        PROG, description="Write a trained model as a folder that OpenCLIP loads: local-dir:DIR."
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN_OR_CHECKPOINT", help="run folder or a checkpoint")
+    add("--out", required=True, metavar="DIR", help="a new or empty folder")
+    words = "OpenCLIP name or config file; for a checkpoint of OpenCLIP's trainer"
+    add("--model", default="", metavar="TEXT", help=words)
+    words = "pixels, as in OpenCLIP's training; 0: the model's (default: %(default)s)"
+    add("--force-image-size", type=int, default=0, metavar="N", help=words)
+    args = parser.parse_args(argv)
     try:
         out = export(args.run, args.out, args.model, args.force_image_size)
     except (ValueError, OSError) as error:
-        print(f"python -m protoclip.export: error: {error}", file=sys.stderr)
+        print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
     print(f'{out}: open_clip.create_model_and_transforms("local-dir:{out}")')
     return 0

@@ -1,4 +1,4 @@
-"""Lloyd's k-means over the ops ``kmeans_assign`` and ``segment_mean``.
+"""Lloyd's k-means over the ops ``kmeans_assign`` and ``segment_mean``, or by faiss.
 
 Nothing is read back to the host inside an iteration. With ``group`` every rank holds a slice of the
 points: assignment is local, sums and counts are all-reduced, all ranks get the same centroids.
@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from protoclip.ops import checks
-from protoclip.ops.backends import implementation, resolve
-from protoclip.ops.kmeans_assign import kmeans_assign
-from protoclip.ops.segment_mean import segment_mean
+from protoclip.ops.backends import resolve
+from protoclip.ops.clusters import kmeans_assign, segment_mean
+from protoclip.ops.native import CodedPoints
 
 SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as in faiss
 MAX_DRAWS = 1024  # k-means++ candidates of one pass over the points
@@ -105,9 +107,13 @@ def kmeans(
     ranks = Ranks(len(points), group, points.device)
     _check(op, points, num_clusters, num_iters, num_restarts, init, ranks)
     if backend == "faiss":
-        centroids, history = importlib.import_module("protoclip.faiss_kmeans").faiss_kmeans(
-            points, num_clusters, num_iters, num_restarts, init, seed, spherical, group
-        )
+        if group is not None:
+            raise ValueError(
+                "kmeans: backend 'faiss' runs in one process, got a process group; gather the "
+                "points on one rank, or use backend='auto'"
+            )
+        settings = {"niter": num_iters, "nredo": num_restarts, "seed": seed, "spherical": spherical}
+        centroids, history = _faiss(points, num_clusters, init, settings)
         return _assigned(centroids, history, ranks, partial(kmeans_assign, points))
     assign = _assignment(points, num_clusters, backend)
     best: Clusters | None = None
@@ -232,7 +238,7 @@ def _assignment(points: Tensor, k: int, backend: str) -> Assign:
     op = "kmeans_assign"
     small = len(points) > 0 and k <= KEEP_CODES and points.dtype == torch.float32
     if small and resolve(op, backend, points.device.type, points.dtype) == "cpu":
-        return implementation(op, "cpu", "CodedPoints")(points).assign
+        return CodedPoints(points).assign
     return partial(kmeans_assign, points, backend=backend)
 
 
@@ -295,3 +301,50 @@ def _split_largest(centroids: Tensor, counts: Tensor) -> Tensor:
     halved = torch.zeros_like(counts).index_add(0, source, split.long()) > 0
     shrunk = centroids.where(~halved[:, None], centroids * (2 - step))
     return torch.where(split[:, None], centroids[source] * step, shrunk)
+
+
+def load_faiss() -> ModuleType:
+    """The faiss module.
+
+    Raises:
+        ValueError: it is missing; the message has the remedy.
+    """
+    try:
+        return importlib.import_module("faiss")
+    except ImportError as error:
+        raise ValueError(
+            f"kmeans: backend 'faiss' needs faiss, which cannot be imported ({error}); "
+            "pip install faiss-cpu (or faiss-gpu-cu12), or use backend='auto'"
+        ) from error
+
+
+def _faiss(
+    points: Tensor, num_clusters: int, init: str | Tensor, settings: dict[str, Any]
+) -> tuple[Tensor, list[float]]:
+    """faiss.Kmeans, which the paper used -> centroids [K, D], inertia before each update.
+
+    All points are used: faiss's subsampling is off. It runs on the GPU where the points are on one
+    and faiss was built for it.
+    """
+    faiss = load_faiss()
+    if isinstance(init, str) and init != "random":
+        raise ValueError(
+            f"kmeans: backend 'faiss' takes init='random' or a Tensor, got {init!r}; use "
+            "backend='auto' for k-means++"
+        )
+    runner = faiss.Kmeans(
+        points.shape[1],
+        num_clusters,
+        gpu=points.is_cuda and faiss.get_num_gpus() > 0,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(points),
+        **settings,
+    )
+    start = init.detach().float().cpu().numpy() if isinstance(init, Tensor) else None
+    runner.train(points.float().cpu().contiguous().numpy(), init_centroids=start)
+    centroids = torch.from_numpy(runner.centroids).to(points).clone()
+    history = [float(x) for x in runner.obj]
+    if settings["spherical"]:  # faiss sums x.c there; |x - c|^2 = |x|^2 + 1 - 2 x.c
+        total = float(points.double().square().sum()) + len(points)
+        history = [total - 2 * x for x in history]
+    return centroids, history

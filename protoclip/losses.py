@@ -1,24 +1,588 @@
-"""The objective: InfoNCE and the prototype terms of an episode, from a batch's embeddings."""
+"""The losses: OpenCLIP's with OpenCLIP's signatures, ProtoCLIP's, and their forms over ranks.
+
+``ClipLoss``, ``SigLipLoss`` and ``ProtoClipLoss`` go into OpenCLIP's loop or your own;
+``ProtoLoss`` is the objective of ``protoclip.train``. None of them forms a matrix of logits; what
+a loss computes on one process is in ``protoclip.ops``.
+
+Over ranks each rank holds its own rows. InfoNCE: a rank owns the rows of its images in the [G, G]
+matrix of logits. It gathers the texts, sums its strip's rows and its share of every column, and
+all-reduces the 2 G column sums; backward forms the strip again and reduce-scatters the texts'
+gradient. SigLIP needs no column sums, so the texts and their gradient go round a ring of ranks.
+Neither holds a [B, G] matrix. Gradients are those of the sum of all ranks' losses; DDP's mean over
+ranks makes them those of the mean loss over the global batch.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from protoclip.clustering import IGNORE
-from protoclip.config import LossConfig
-from protoclip.distributed import gathered_rows, is_distributed, mean_over_ranks, rank
-from protoclip.episode import Episode, PrototypeSet
-from protoclip.global_losses import global_info_nce
-from protoclip.model import Encoded
-from protoclip.ops import Bank, prototype_losses
+from protoclip.config import LossConfig, check, option
+from protoclip.distributed import (
+    Group,
+    gather_rows,
+    gathered_rows,
+    is_distributed,
+    mean_over_ranks,
+    rank,
+    scatter_sums,
+)
+from protoclip.ops import Bank, checks, prototype_losses, reference
+from protoclip.ops.backends import implementation, resolve
+from protoclip.ops.contrastive import LN2, info_nce, sigmoid_loss
+from protoclip.prototypes import (
+    IGNORE,
+    Episode,
+    OnlinePrototypes,
+    PrototypeBuilder,
+    PrototypeSet,
+)
 
+if TYPE_CHECKING:  # loads open_clip, which a loss alone does not need
+    from protoclip.model import Encoded
+
+DIST_IMPLS = ("bidir", "shift", "reduce", "gather")  # OpenCLIP's ways to exchange texts
 Measure = Callable[[str], contextlib.AbstractContextManager]
+
+
+def global_info_nce(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    group: Group = None,
+    backend: str = "auto",
+) -> Tensor:
+    """InfoNCE over the pairs of all ranks: the mean loss of this rank's B pairs.
+
+    Its mean over the ranks is ``info_nce`` of the W * B pairs. Memory O(W B D); wire per rank one
+    gather and one reduce-scatter of [W B, D], and 2 W B floats.
+
+    Args:
+        image_features, text_features: [B, D], the same B on every rank; as in ``info_nce``.
+        logit_scale: [] or [1], the multiplier (not its logarithm).
+        group: of the ranks; None: all of them.
+        backend: as in ``info_nce``.
+    Returns:
+        float32 [] (float64 for float64 input), nats.
+    Raises:
+        ValueError, TypeError: as in ``info_nce``.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return info_nce(image_features, text_features, logit_scale, backend=backend)
+    op = "global_info_nce"
+    x, y, scale = _checked(op, image_features, text_features, logit_scale)
+    name = resolve("info_nce", backend, x.device.type, x.dtype)
+    rows, columns = _Strip.apply(x, y, scale, group, name)
+    return (rows + columns).mean() / 2
+
+
+def global_sigmoid_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    group: Group = None,
+    backend: str = "auto",
+) -> Tensor:
+    """SigLIP's loss of this rank's B images against the texts of all ranks, summed.
+
+    Memory O(B D): the texts are passed from rank to rank and never gathered.
+
+    Args:
+        image_features, text_features: [B, D], the same B on every rank; as in ``sigmoid_loss``.
+        logit_scale, logit_bias: [] or [1].
+        group, backend: as in ``global_info_nce``.
+    Returns:
+        float32 [] (float64 for float64 input), nats.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return sigmoid_loss(image_features, text_features, logit_scale, logit_bias, backend=backend)
+    op = "global_sigmoid_loss"
+    x, y, scale = _checked(op, image_features, text_features, logit_scale)
+    bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
+    name = resolve("siglip", backend, x.device.type, x.dtype)
+    inputs = x, y, scale, bias
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    return _Ring.apply(*inputs, group, name, wanted)
+
+
+def _checked(op: str, x: Tensor, y: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    checks.matrix(op, "image_features", x, "[B, D]")
+    checks.matrix(op, "text_features", y, "[B, D]")
+    checks.like(op, "text_features", y, "image_features", x)
+    if x.shape != y.shape:
+        raise ValueError(
+            f"{op}: expected one text per image, got image_features {tuple(x.shape)} and "
+            f"text_features {tuple(y.shape)}"
+        )
+    x, y = checks.promoted(x, y)
+    return x, y, checks.scalar(op, "logit_scale", scale, x.device)
+
+
+class _Strip(torch.autograd.Function):
+    """x, y [B, D] -> the losses of this rank's images against all texts, and of its texts against
+    all images: [B], [B]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, group: Group, backend: str):
+        all_y = gather_rows(y, group)  # [G, D]
+        offset = dist.get_rank(group) * len(x)
+        row_max, row_sum, column_max, column_sum, positive = torch.ops.protoclip.contrastive_fwd(
+            x, all_y, scale, offset, True, backend
+        )
+        top = column_max.clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+        column_sum = column_sum * torch.exp2(column_max - top)
+        dist.all_reduce(column_sum, group=group)
+        ctx.save_for_backward(x, all_y, scale, row_max, row_sum, top, column_sum)
+        ctx.offset, ctx.group, ctx.backend = offset, group, backend
+        own = slice(offset, offset + len(x))
+        rows = LN2 * (row_sum.log2() + (row_max - positive))
+        return rows, LN2 * (column_sum[own].log2() + (top[own] - positive))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, row_grad: Tensor, column_grad: Tensor):
+        x, all_y, scale, *statistics = ctx.saved_tensors
+        dx, dy, dscale = torch.ops.protoclip.contrastive_bwd(
+            x,
+            all_y,
+            scale,
+            *statistics,
+            row_grad,
+            gather_rows(column_grad, ctx.group),
+            ctx.offset,
+            ctx.backend,
+        )
+        # Summed wider than bf16, whose rounding would grow with the number of ranks.
+        dy = scatter_sums(dy.to(dscale.dtype), ctx.group).to(x.dtype)
+        return dx, dy, dscale.to(scale.dtype).reshape(scale.shape), None, None
+
+
+class _Ring(torch.autograd.Function):
+    """The sum of the sigmoid losses of x [B, D] against the texts of every rank in turn.
+
+    Loss and gradients come in one pass, as in ``sigmoid_loss``; the backward pass scales them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        group: Group,
+        backend: str,
+        wanted: bool,
+    ) -> Tensor:
+        size = dist.get_world_size(group)
+        chunk = _chunk(backend)
+        texts, travelling = y, torch.zeros_like(y)
+        totals: list[Tensor] = []
+        for hop in range(size):
+            coming = _pass_on(texts, group) if hop + 1 < size else None
+            # Row i's own text comes with the first chunk; the others hold negatives only.
+            first = 0 if hop == 0 else len(y)
+            loss, dx, dy, *scalars = chunk(x, texts, scale, bias, first, wanted)
+            parts = [loss, *(t.to(loss.dtype) for t in (dx, *scalars))]
+            totals = [a + b for a, b in zip(totals, parts, strict=True)] if hop else parts
+            if wanted:  # a chunk's gradient travels with it, and is home after the last hop
+                dy = dy.to(loss.dtype)
+                travelling = _pass_on(dy if hop == 0 else travelling + dy, group)()
+            if coming is not None:
+                texts = coming()
+        loss, dx, dscale, dbias = totals
+        if wanted:
+            ctx.save_for_backward(dx, travelling, dscale, dbias)
+        ctx.like = [(t.dtype, t.shape) for t in (x, y, scale, bias)]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        grads = [
+            (grad * saved).to(dtype).reshape(shape)
+            for saved, (dtype, shape) in zip(ctx.saved_tensors, ctx.like, strict=True)
+        ]
+        return *grads, None, None, None
+
+
+def _pass_on(tensor: Tensor, group: Group) -> Callable[[], Tensor]:
+    """Start giving a tensor to the rank before; the result waits for that of the rank after."""
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    before, after = (rank - 1) % size, (rank + 1) % size
+    if group is not None:
+        before, after = (dist.get_global_rank(group, r) for r in (before, after))
+    given = tensor.contiguous()
+    taken = torch.empty_like(given)
+    works = dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, given, before, group), dist.P2POp(dist.irecv, taken, after, group)]
+    )
+
+    def wait() -> Tensor:
+        for work in works:
+            work.wait()
+        return taken
+
+    return wait
+
+
+def _chunk(backend: str) -> Callable[..., tuple[Tensor, ...]]:
+    """(x, y, scale, bias, offset, gradients) -> loss, dx, dy, dscale, dbias."""
+    return (
+        _reference_chunk
+        if backend == "reference"
+        else implementation("siglip", backend, "sigmoid_loss")
+    )
+
+
+def _reference_chunk(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, offset: int, gradients: bool
+) -> tuple[Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in (x, y, scale, bias)]
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        loss = reference.sigmoid_loss(leaves[0], leaves[1], leaves[2], leaves[3], offset)
+    if not gradients:
+        return loss.detach(), *(torch.zeros_like(t) for t in leaves)
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+
+def _gather_features(x: Tensor, rank: int, with_grad: bool, keep_own: bool) -> Tensor:
+    """All ranks' rows in rank order; without ``with_grad`` a gradient reaches the own rows only
+    where ``keep_own``."""
+    if with_grad:
+        return gathered_rows(x)
+    every = gather_rows(x)
+    if not keep_own:
+        return every
+    start = rank * len(x)
+    return torch.cat([every[:start], x, every[start + len(x) :]])
+
+
+class ClipLoss(nn.Module):
+    """OpenCLIP's ``ClipLoss`` without its [N, N] logits.
+
+    Args:
+        local_loss: each rank's rows against all ranks' columns, instead of all against all.
+        gather_with_grad: gradients also flow to the rows of other ranks. With ``local_loss`` this
+            is the choice that is exact and scales; ours, ``global_info_nce``, gathers the texts
+            only. (A rank's gradient of the scale is then its strip's; the mean over the ranks is
+            OpenCLIP's.)
+        cache_labels: taken for the signature's sake: there are no labels to cache.
+        rank, world_size: of this process.
+        use_horovod: must be false.
+        stash: as in ``info_nce``; not OpenCLIP's. Left unused by ``local_loss`` on several ranks.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        stash: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if use_horovod:
+            raise ValueError(
+                "ClipLoss: expected use_horovod=False, got True; run with torch.distributed "
+                "(torchrun) instead of --horovod"
+            )
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
+        self.stash = stash
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Mean InfoNCE of both directions.
+
+        Args:
+            image_features, text_features: [N, D], unit rows; float dtypes, mixed ones are promoted.
+            logit_scale: [] or [1], the multiplier (not its logarithm).
+            logit_bias: [] or [1]; softmax does not see it, its gradient is zero.
+            output_dict: return ``{"contrastive_loss": loss}``.
+        Returns:
+            float32 [], nats.
+        """
+        loss = self._loss(image_features, text_features, logit_scale)
+        if logit_bias is not None:
+            loss = loss + 0 * logit_bias.sum()  # keeps the bias in the graph, as OpenCLIP's does
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _loss(self, x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
+        if self.world_size == 1:
+            return info_nce(x, y, scale, stash=self.stash)
+        if self.local_loss and self.gather_with_grad:
+            return global_info_nce(x, y, scale)
+        all_x, all_y = self._of_all_ranks(x), self._of_all_ranks(y)
+        if not self.local_loss:
+            return info_nce(all_x, all_y, scale, stash=self.stash)
+        return (self._one_way(x, all_y, scale) + self._one_way(y, all_x, scale)) / 2
+
+    def _of_all_ranks(self, x: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return x
+        return _gather_features(x, self.rank, self.gather_with_grad, not self.local_loss)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The logits of both directions, whole: [N, M] each, M pairs of all ranks (N = M without
+        ``local_loss``). For subclasses written for OpenCLIP's class; ``forward`` never forms them.
+        """
+        x, y = checks.promoted(image_features, text_features)
+        all_x, all_y = self._of_all_ranks(x), self._of_all_ranks(y)
+        if not self.local_loss:
+            x, y = all_x, all_y
+        images, texts = logit_scale * x @ all_y.T, logit_scale * y @ all_x.T
+        return (images, texts) if logit_bias is None else (images + logit_bias, texts + logit_bias)
+
+    def get_ground_truth(self, device: torch.device | str, num_logits: int) -> Tensor:
+        """int64 [num_logits]: the column of each row's positive in ``get_logits``."""
+        first = num_logits * self.rank if self.world_size > 1 and self.local_loss else 0
+        return torch.arange(first, first + num_logits, device=device)
+
+    def _one_way(self, x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
+        """Mean cross-entropy of rows x [N, D] against all columns y [W * N, D]."""
+        x, y = checks.promoted(x, y)
+        scale = checks.scalar("ClipLoss", "logit_scale", scale, x.device)
+        backend = resolve("info_nce", "auto", x.device.type, x.dtype)
+        offset = self.rank * len(x)
+        return torch.ops.protoclip.contrastive(x, y, scale, offset, False, "mean", backend)[0]
+
+
+class SigLipLoss(nn.Module):
+    """OpenCLIP's ``SigLipLoss`` without its [N, N] logits.
+
+    Args:
+        cache_labels, chunk_size: taken for the signature's sake; nothing is cached or held whole.
+        rank, world_size: of this process.
+        dist_impl: "bidir", "shift", "reduce" or "gather": one value and one gradient, which here
+            all come from one ring exchange of the texts.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+    ) -> None:
+        super().__init__()
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+        self.chunk_size = chunk_size
+        if self.dist_impl not in DIST_IMPLS:
+            raise ValueError(f"SigLipLoss: expected dist_impl in {DIST_IMPLS}, got {dist_impl!r}")
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Sum over pairs of the sigmoid loss, divided by the local batch.
+
+        Args:
+            image_features, text_features: [N, D], unit rows; float dtypes, mixed ones are promoted.
+            logit_scale: [] or [1], the multiplier (not its logarithm).
+            logit_bias: [] or [1]; None is zero.
+            output_dict: return ``{"contrastive_loss": loss}``.
+        Returns:
+            float32 [], nats.
+        """
+        if image_features.shape[:1] != text_features.shape[:1]:
+            raise ValueError(
+                "SigLipLoss: expected one text per image, got image_features "
+                f"{tuple(image_features.shape)} and text_features {tuple(text_features.shape)}; "
+                "give row i of each the same pair"
+            )
+        bias = 0.0 if logit_bias is None else logit_bias
+        total = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss
+        loss = total(image_features, text_features, logit_scale, bias) / max(len(image_features), 1)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+@dataclass(frozen=True)
+class ProtoConfig:
+    """Online prototypes (any of these switches them on)"""
+
+    weight: float = option(1.0, "of the prototype loss beside InfoNCE", flag="proto-weight", low=0)
+    queue: int = option(
+        16384, "newest pairs that are clustered, over all ranks", flag="proto-queue", low=2
+    )
+    k: int = option(0, "prototypes a modality; 0: a tenth of the queue", flag="proto-k", low=0)
+    every: int = option(
+        0, "steps between clusterings; 0: when the queue is renewed", flag="proto-every", low=0
+    )
+    warmup: int = option(
+        0,
+        "steps of InfoNCE alone before the first clustering, which also waits for a full queue",
+        flag="proto-warmup",
+        low=0,
+    )
+    target_temperature: float = option(
+        0.01, "of the soft targets; 0: hard labels", flag="proto-target-temperature", low=0
+    )
+    logit_scale: float = option(
+        0.0,
+        "multiplier of the prototype logits; 0: the model's own logit scale",
+        flag="proto-logit-scale",
+        low=0,
+    )
+    kmeans_max_iter: int = option(20, "iterations of k-means", flag="proto-kmeans-max-iter", low=1)
+    pbt: bool = option(
+        True, "back translation; off: raw centroids of the other modality", flag="proto-PBT"
+    )
+    seed: int = option(0, "of k-means' first centroids", flag="proto-seed", low=0, high=2**31)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.k > self.queue:
+            raise ValueError(
+                f"--proto-k: expected at most --proto-queue = {self.queue}, got {self.k}; "
+                f"use --proto-k {max(1, self.queue // 10)} or a longer queue"
+            )
+
+    @property
+    def num_clusters(self) -> int:
+        """Prototypes a modality."""
+        return self.k or max(1, self.queue // 10)
+
+
+class ProtoClipLoss(ClipLoss):
+    """``ClipLoss`` and the prototype loss, for OpenCLIP's loop or your own.
+
+    Until the first clustering (see ``steps_to_prototypes``) it is ``ClipLoss``. State advances once
+    per optimiser step, in training mode with gradients on, and lives on the features' device. On
+    several ranks each holds its own slice of the queue; k-means sums over ranks, so all ranks have
+    the same prototypes. Without ``gather_with_grad`` OpenCLIP scales InfoNCE's feature gradient by
+    1 / world_size; the prototype loss follows it: their balance does not depend on the flags.
+
+    Args:
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: ``ClipLoss``'s.
+        proto: settings of the prototypes.
+        accum_freq: calls per optimiser step, each with all features of the step, as OpenCLIP's
+            ``--accum-freq`` makes them.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        proto: ProtoConfig | None = None,
+        accum_freq: int = 1,
+    ) -> None:
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod)
+        self.proto = proto or ProtoConfig()
+        builder = PrototypeBuilder(
+            num_iters=self.proto.kmeans_max_iter,
+            pbt=self.proto.pbt,
+            group=dist.group.WORLD if world_size > 1 else None,
+        )
+        self.online = OnlinePrototypes(
+            builder,
+            queue=-(-self.proto.queue // world_size),
+            num_clusters=self.proto.num_clusters,
+            temperature=self.proto.target_temperature,
+            every=self.proto.every,
+            warmup=self.proto.warmup,
+            seed=self.proto.seed,
+            calls_per_step=accum_freq,
+        )
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the last step: prototype accuracy, sizes of the clusters, steps. Reads the device."""
+        return self.online.metrics()
+
+    def steps_to_prototypes(self, batch_size: int) -> int:
+        """Optimiser steps of ``batch_size`` pairs a rank before prototypes exist, from the start or
+        after a resume."""
+        return self.online.first_step(batch_size)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+        *,
+        image_projection: Tensor | None = None,
+        text_projection: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """InfoNCE plus the weighted prototype loss.
+
+        Args:
+            image_features, text_features, logit_scale, logit_bias: as in ``ClipLoss``.
+            output_dict: return the terms, ``contrastive_loss`` and (once there are prototypes)
+                ``proto_loss``, weighted: their sum is the loss.
+            image_projection, text_projection: [N, Dh], unit rows: prototypes live there, behind
+                heads that are part of the model and of its output. None: in the features.
+        Returns:
+            float32 [], nats.
+        """
+        losses: dict[str, Any] = {}
+        losses["contrastive_loss"] = super().forward(
+            image_features, text_features, logit_scale, logit_bias
+        )
+        image = image_features if image_projection is None else image_projection
+        text = text_features if text_projection is None else text_projection
+        sets = self.online.current
+        if sets is not None and self.proto.weight > 0:
+            features = {"image": self._balanced(image), "text": self._balanced(text)}
+            scale = self.proto.logit_scale or logit_scale
+            term, accuracy = prototype_term(features, None, sets, scale)
+            losses["proto_loss"] = self.proto.weight * term
+            self.online.note(accuracy)
+        if self.training and torch.is_grad_enabled():
+            self.online.observe(image.detach(), text.detach())
+        return losses if output_dict else torch.stack(list(losses.values())).sum()
+
+    def _balanced(self, x: Tensor) -> Tensor:
+        """x with 1 / world_size of its gradient where OpenCLIP's InfoNCE has it so."""
+        if self.world_size == 1 or self.gather_with_grad:
+            return x
+        return x.detach() + (x - x.detach()) / self.world_size
 
 
 @dataclass(frozen=True)
@@ -32,19 +596,19 @@ class Losses:
 
 class ProtoLoss(nn.Module):
     """w_clip * InfoNCE + w_proto * internal prototypes + w_proto_external * external ones, and
-    w_distill * the teachers' similarities, the control that does without prototypes.
+    w_distill * the teacher's similarities, the control that does without prototypes.
 
     A term of weight 0, or without prototypes (warm-up, no teacher), is not computed.
 
     Args:
         config: the weights.
-        teachers: name -> [dataset, d] on the features' device; only distillation reads them.
+        teacher: [dataset, d] on the features' device; only distillation reads it.
     """
 
-    def __init__(self, config: LossConfig, teachers: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, config: LossConfig, teacher: Tensor | None = None) -> None:
         super().__init__()
         self.config = config
-        self.teachers = dict(teachers or {})
+        self.teacher = teacher
 
     def forward(
         self,
@@ -77,6 +641,7 @@ class ProtoLoss(nn.Module):
                 _normalise(encoded.image), _normalise(encoded.text), logit_scale
             )
         if episode is not None and projected is not None:
+            features = {"image": projected.image, "text": projected.text}
             with measure("prototypes"):
                 for name, weight, sets in (
                     ("proto", self.config.w_proto, episode.internal),
@@ -84,19 +649,15 @@ class ProtoLoss(nn.Module):
                 ):
                     if weight > 0 and sets:
                         weights[f"{name}_loss"] = weight
-                        terms[f"{name}_loss"], accuracy[f"{name}_accuracy"] = prototype_term(
-                            projected, index, sets, proto_scale
+                        terms[f"{name}_loss"], hits = prototype_term(
+                            features, index, sets, proto_scale, over_ranks=is_distributed()
                         )
-        if self.config.w_distill > 0 and projected is not None and self.teachers:
+                        accuracy[f"{name}_accuracy"] = torch.stack(list(hits.values())).mean()
+        if self.config.w_distill > 0 and projected is not None and self.teacher is not None:
             weights["distill_loss"] = self.config.w_distill
-            terms["distill_loss"] = torch.stack(
-                [
-                    similarity_distillation(
-                        projected, rows[index], proto_scale, self.config.distill_temperature
-                    )
-                    for rows in self.teachers.values()
-                ]
-            ).mean()
+            terms["distill_loss"] = similarity_distillation(
+                projected, self.teacher[index], proto_scale, self.config.distill_temperature
+            )
         total = sum(weights[name] * term for name, term in terms.items())
         if not isinstance(total, Tensor):
             raise ValueError(
@@ -107,24 +668,38 @@ class ProtoLoss(nn.Module):
 
 
 def prototype_term(
-    projected: Encoded, index: Tensor, sets: Sequence[PrototypeSet], scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Mean loss over the sets, and the mean prototype accuracy: two scalars.
+    features: Mapping[str, Tensor],
+    index: Tensor | None,
+    sets: Sequence[PrototypeSet],
+    scale: Tensor | float,
+    *,
+    over_ranks: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean loss over the sets, a scalar, and the mean prototype accuracy of each student.
 
     The sets of a student share one call of the op, and so one pass over its features.
+
+    Args:
+        features: modality -> [B, Dh], unit rows.
+        index: int64 [B], positions in the dataset; None: labels are those of the nearest cluster.
+        sets: at least one.
+        scale: the multiplier.
+        over_ranks: scale so that the mean over ranks is the mean over all samples with a label.
     """
-    losses, hits = [], []
-    for student, features in (("image", projected.image), ("text", projected.text)):
-        banks = [item.bank(index, projected) for item in sets if item.student == student]
+    losses: list[Tensor] = []
+    accuracy: dict[str, Tensor] = {}
+    for student, rows in features.items():
+        banks = [one.bank(features, index) for one in sets if one.student == student]
         if banks:
-            reduction = "none" if is_distributed() else "mean"
-            result = prototype_losses(features, banks, scale, reduction=reduction)
-            losses += list(_over_ranks(result.loss, banks) if is_distributed() else result.loss)
-            hits += [
+            reduction = "none" if over_ranks else "mean"
+            result = prototype_losses(rows, banks, scale, reduction=reduction)
+            losses += list(_over_ranks(result.loss, banks) if over_ranks else result.loss)
+            hits = [
                 (nearest == bank.labels).float().mean()
                 for nearest, bank in zip(result.nearest, banks, strict=True)
             ]
-    return sum(losses[1:], losses[0]) / len(losses), sum(hits[1:], hits[0]) / len(hits)
+            accuracy[student] = sum(hits[1:], hits[0]) / len(hits)
+    return sum(losses[1:], losses[0]) / len(losses), accuracy
 
 
 def _over_ranks(losses: Tensor, banks: Sequence[Bank]) -> Tensor:

@@ -1,174 +1,211 @@
-"""Plan a run before paying for it: ``python -m protoclip.plan --model RN50 --ranks 8 --card h100``.
+"""Plan a run before paying for it: ``python -m protoclip.plan``, train's flags and ``--ranks 8``.
 
-Memory per rank, bytes on the wire, flop and predicted seconds, each by part.
+Memory of a rank, by part. Shapes are exact: the model's forward pass runs on tensors without data,
+which shows what autograd keeps. Time is not predicted.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import json
+import math
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from protoclip.config import ModelConfig, Parser
-from protoclip.cost import CARDS, Card, Run, Shape, flop, measure_shape, memory, seconds, wire
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+from protoclip.config import TrainConfig, build_parser, parse_more
+from protoclip.model import ProtoModel, build_model
 
 PROG = "python -m protoclip.plan"
+DESCRIPTION = (
+    "The memory that each process of a run with these flags of protoclip.train takes. --device cpu "
+    "plans for CPUs, anything else for GPUs."
+)
+FP32, INT64 = 4, 8
+GPU_SCRATCH, CPU_SCRATCH = 256 << 20, 64 << 20  # of the fused kernels, at most
+DDP_BUCKET = 25 << 20
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, or 2 for a user's mistake (one message on stderr)."""
-    arguments = build_parser().parse_args(argv)
-    try:
-        run = _run(arguments)
-        config = ModelConfig(
-            model=arguments.model,
-            projection_hidden_dim=arguments.projection_hidden_dim,
-            projection_dim=arguments.projection_dim,
-        )
-        shape = measure_shape(config, run.amp)
-    except ValueError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    card = CARDS[arguments.card]
-    if arguments.json:
-        print(json.dumps(plan(shape, run, card), indent=1))
-    else:
-        print(text(arguments.model, shape, run, card))
-    return 0
+@dataclass(frozen=True)
+class Run:
+    """The settings of a run, and what its memory depends on beside them."""
+
+    config: TrainConfig
+    ranks: int = 1
+    samples: int = 3_000_000  # of the dataset
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.config.run.device == "cpu"
+
+    @property
+    def amp(self) -> bool:
+        precision = self.config.run.precision
+        return precision == "amp_bf16" or (precision != "fp32" and not self.on_cpu)
+
+    @property
+    def local_batch(self) -> int:
+        return self.config.optim.batch_size * self.config.optim.accum_freq
+
+    @property
+    def global_batch(self) -> int:
+        return self.local_batch * self.ranks
+
+    @property
+    def episode(self) -> int:
+        """Samples."""
+        return self.config.episode.size or self.samples
+
+    @property
+    def num_clusters(self) -> int:
+        """K of each source."""
+        return self.config.episode.num_clusters or max(1, self.episode // 10)
+
+    @property
+    def internal(self) -> bool:
+        return self.config.method == "protoclip" and self.config.loss.w_proto > 0
+
+    @property
+    def teacher_dim(self) -> int:
+        """Width of the external teacher's features; 0: there is none."""
+        spec, weights = self.config.episode.external_teacher, self.config.loss
+        if self.config.method != "protoclip" or weights.w_proto_external + weights.w_distill == 0:
+            return 0
+        if spec == "none" or (
+            spec == "auto" and not self.config.data.train_data.startswith("builtin:")
+        ):
+            return 0
+        return self.config.episode.external_teacher_dim or 384  # MiniLM's, where all are kept
+
+    @property
+    def external(self) -> bool:
+        return self.teacher_dim > 0 and self.config.loss.w_proto_external > 0
+
+    @property
+    def prototype_sets(self) -> int:
+        """Image and text each teach the other; a teacher teaches both."""
+        return 2 * self.internal + 2 * self.external
 
 
-def build_parser() -> Parser:
-    parser = Parser(PROG, description=__doc__)
-    for flag, default, words in (
-        ("--batch-size", 256, "pairs per forward pass of a rank"),
-        ("--accum-freq", 1, "forward passes a step"),
-        ("--ranks", 1, "processes, a GPU each"),
-        ("--k", 0, "prototypes per source; 0: a tenth of the episode"),
-        ("--episode-size", 200_000, "samples per episode"),
-        ("--samples", 3_000_000, "pairs in the dataset"),
-        ("--teachers", 1, "external teachers; 0: internal prototypes only"),
-        ("--external-teacher-dim", 64, "of a teacher's features"),
-        ("--kmeans-max-iter", 20, "iterations of k-means"),
-        ("--kmeans-nredo", 1, "restarts of k-means"),
-        ("--projection-hidden-dim", 2048, "width of the projection heads"),
-        ("--projection-dim", 128, "output of the projection heads"),
-    ):
-        parser.add_argument(
-            flag,
-            *(["--batch"] if flag == "--batch-size" else []),
-            *(["--episode"] if flag == "--episode-size" else []),
-            type=int,
-            default=default,
-            metavar="N",
-            help=f"{words} (default: {default:,})",
-        )
-    for flag, word, choices, words in (
-        ("--model", "RN50", None, "an OpenCLIP name or a config .json"),
-        ("--method", "protoclip", ("protoclip", "clip"), "clip: InfoNCE alone"),
-        ("--precision", "amp_bf16", ("amp_bf16", "fp32"), "of the forward pass"),
-        ("--episode-features", "reuse", ("extract", "reuse"), "extract: a forward pass for them"),
-        ("--card", "h100", sorted(CARDS), "whose speeds are assumed"),
-    ):
-        words += " (default: %(default)s)"
-        parser.add_argument(flag, default=word, choices=choices, help=words)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    return parser
+@dataclass(frozen=True)
+class Shape:
+    """One pass of the model over a batch, by its shapes."""
+
+    weights: int  # parameters
+    trained: int  # of them, those with a gradient
+    largest_weight: int
+    embed_dim: int
+    projection_dim: int
+    buffers_bytes: int
+    batch_bytes: int  # pixels and tokens of a sample
+    saved_bytes: float  # kept for the backward pass, a sample
+    saved_fixed_bytes: float  # the same, whatever the batch: under autocast the weights' copies
 
 
-def _run(arguments: argparse.Namespace) -> Run:
-    values = vars(arguments)
-    low = [name for name, value in values.items() if isinstance(value, int) and value < 0]
-    zero = [name for name in ("batch_size", "accum_freq", "ranks") if not values[name]]
-    if low or zero:
-        flag = (low or zero)[0]
-        raise ValueError(
-            f"--{flag.replace('_', '-')}: expected at least {1 if zero else 0}, got {values[flag]}"
-        )
-    episode = arguments.episode_size or arguments.samples
-    run = Run(
-        batch_size=arguments.batch_size,
-        accum_freq=arguments.accum_freq,
-        ranks=arguments.ranks,
-        samples=arguments.samples,
-        episode=episode,
-        clusters=arguments.k or max(1, episode // 10),
-        sources=0 if arguments.method == "clip" else 2 + arguments.teachers,
-        teacher_dim=arguments.external_teacher_dim,
-        iterations=arguments.kmeans_max_iter,
-        restarts=arguments.kmeans_nredo,
-        amp=arguments.precision == "amp_bf16",
-        reuse=arguments.episode_features == "reuse",
+def measure_shape(run: Run, batch: int = 8) -> Shape:
+    """Run the forward pass at two batch sizes, without data.
+
+    Raises:
+        ValueError: no such model.
+    """
+    with torch.device("meta"):
+        model = build_model(run.config.model, "meta")
+    (small, dims), (large, _) = (_walk(model, run.amp, size) for size in (batch, 2 * batch))
+    per_sample = (large - small) / batch
+    sizes = [p.numel() for p in model.parameters()]
+    return Shape(
+        weights=sum(sizes),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        largest_weight=max(sizes),
+        embed_dim=dims[0],
+        projection_dim=dims[1],
+        buffers_bytes=sum(b.nbytes for b in model.buffers()),
+        batch_bytes=3 * model.image_size**2 * FP32 + _context_length(model) * INT64,
+        saved_bytes=per_sample,
+        saved_fixed_bytes=max(0.0, small - per_sample * batch),
     )
-    if run.sources and run.clusters > run.episode:
-        raise ValueError(f"--k: expected at most --episode-size {run.episode}, got {run.clusters}")
-    return run
 
 
-def plan(shape: Shape, run: Run, card: Card) -> dict[str, Any]:
-    """Everything the command says, as numbers: bytes, flop, seconds."""
-    step_wire, episode_wire = wire(shape, run)
-    step_flop, episode_flop = flop(shape, run)
-    return {
-        "run": {**dataclasses.asdict(run), "global_batch": run.global_batch, "steps": run.steps},
-        "card": dataclasses.asdict(card),
-        "weights": shape.weights,
-        "memory_bytes": memory(shape, run, card),
-        "wire_bytes_step": step_wire,
-        "wire_bytes_episode": episode_wire,
-        "flop_step": step_flop,
-        "flop_episode": episode_flop,
-        "seconds_episode": seconds(shape, run, card),
+def _context_length(model: ProtoModel) -> int:
+    return getattr(model.clip, "context_length", 77)
+
+
+def _walk(model: ProtoModel, amp: bool, batch: int) -> tuple[float, tuple[int, int]]:
+    """Bytes that autograd keeps beside the weights; widths of embeddings and projections."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        kept[storage._cdata] = storage
+        return x
+
+    with FakeTensorMode():
+        own = {
+            name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
+            for name, p in [*model.named_parameters(), *model.named_buffers()]
+        }
+        known = {p.untyped_storage()._cdata for p in own.values()}
+        image = torch.empty(batch, 3, model.image_size, model.image_size)
+        tokens = torch.zeros(batch, _context_length(model), dtype=torch.int64)
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            encoded, projected = functional_call(model, own, (image, tokens))
+        total = sum(s.nbytes() for cdata, s in kept.items() if cdata not in known)
+    return float(total), (encoded.image.shape[1], projected.image.shape[1])
+
+
+def memory(shape: Shape, run: Run) -> dict[str, float]:
+    """Bytes of a rank at the peak of a training step, by part, beside the process itself."""
+    rows, d, dh = run.global_batch, shape.embed_dim, shape.projection_dim
+    saved = run.config.optim.batch_size * shape.saved_bytes + shape.saved_fixed_bytes
+    # On one process the gradients replace the saved activations as backward proceeds; DDP holds
+    # both at once.
+    gradients = shape.trained * FP32 - (saved if run.ranks == 1 else 0)
+    parts = {
+        "weights": shape.weights * FP32 + shape.buffers_bytes,
+        "gradients": max(0.0, gradients),
+        "optimiser (AdamW)": 2 * shape.trained * FP32,
+        "saved for backward": saved,
+        "batch": run.local_batch * shape.batch_bytes,
     }
-
-
-def text(model: str, shape: Shape, run: Run, card: Card) -> str:
-    """The same, for people."""
-    numbers = plan(shape, run, card)
-    total = sum(numbers["memory_bytes"].values())
-    spent = sum(numbers["seconds_episode"].values())
-    epoch = run.samples / run.episode * spent
-    fits = total < card.memory_bytes
-    full = "" if fits else f" - MORE than the card's {_bytes(card.memory_bytes)}"
-    blocks = [
-        f"{model}, {shape.weights / 1e6:,.1f} M weights; {run.ranks:,} ranks of {card.name}; batch "
-        f"{run.global_batch:,}\n= {run.batch_size:,} x {run.accum_freq} passes x {run.ranks:,} "
-        f"ranks; {run.steps:,} steps an episode of {run.episode:,}",
-        _block("Memory per rank at the peak of a step" + full, numbers["memory_bytes"], _bytes),
-    ]
-    for title, key in (
-        ("Bytes a rank sends in a step", "wire_bytes_step"),
-        ("Bytes a rank sends in an episode, beside its steps", "wire_bytes_episode"),
-    ):
-        if numbers[key]:
-            blocks.append(_block(title, numbers[key], _bytes))
-    for title, key in (
-        ("Flop of a rank in a step", "flop_step"),
-        ("Flop of a rank in an episode, beside its steps", "flop_episode"),
-    ):
-        if numbers[key]:
-            blocks.append(_block(title, numbers[key], lambda f: f"{f / 1e12:,.3f} T"))
-    blocks.append(
-        _block(
-            "Predicted seconds of an episode", numbers["seconds_episode"], lambda s: f"{s:,.2f} s"
+    if run.config.optim.accum_freq > 1:
+        parts["features of the step"] = 4 * run.local_batch * d * FP32
+    if run.ranks > 1:
+        if run.on_cpu:  # gloo reduces a bucket of DDP in a buffer of its own
+            parts["all-reduce buffer"] = max(DDP_BUCKET, shape.largest_weight * FP32)
+        # The gathered texts, and their gradient in fp32 before it is scattered.
+        parts["gathered features"] = rows * d * ((2 if run.amp else FP32) + FP32)
+    parts["InfoNCE scratch"] = GPU_SCRATCH
+    if run.on_cpu:
+        parts["InfoNCE scratch"] = rows * d * FP32 + min(8192 * d * FP32, CPU_SCRATCH)
+    if run.prototype_sets:
+        widths = [dh] * (2 * run.internal) + [run.teacher_dim] * run.external  # of the sources
+        parts["prototypes and targets"] = (
+            run.num_clusters * (2 * run.prototype_sets * dh + sum(widths)) * FP32
         )
-        + f"\n  {run.episode / spent:,.0f} samples a second; {epoch:,.0f} s a pass over "
-        f"{run.samples:,} samples, if reading data keeps up"
-    )
-    blocks.append(
-        f"Assumptions: {card.source}. The all-reduce of gradients hides behind the backward pass; "
-        "nothing else overlaps. Predictions, not measurements: expect more, not less; memory is "
-        "checked by a test on CPUs."
-    )
-    return "\n\n".join(blocks)
+        parts["prototype gradients"] = run.prototype_sets * run.local_batch * dh * FP32
+        parts["labels"] = len(widths) * run.samples * INT64
+        parts["feature store"] = math.ceil(run.episode / run.ranks) * (2 * dh * FP32 + INT64)
+    parts["teacher"] = run.samples * run.teacher_dim * FP32
+    return {name: float(size) for name, size in parts.items() if size}
 
 
-def _block(title: str, parts: Mapping[str, float], show: Any) -> str:
-    lines = [f"{title}: {show(sum(parts.values()))}"]
-    lines += [f"  {name:<42}{show(value):>14}" for name, value in parts.items()]
-    return "\n".join(lines)
+def text(shape: Shape, run: Run) -> str:
+    """The plan, for people."""
+    parts, optim = memory(shape, run), run.config.optim
+    lines = [
+        f"{run.config.model.model}, {shape.weights / 1e6:,.1f} M weights; {run.ranks:,} ranks; "
+        f"batch {run.global_batch:,}",
+        f"= {optim.batch_size:,} x {optim.accum_freq} passes x {run.ranks:,} ranks; "
+        f"{math.ceil(run.episode / run.global_batch):,} steps an episode of {run.episode:,}",
+        "",
+        f"Memory per rank at the peak of a step: {_bytes(sum(parts.values()))}",
+    ]
+    return "\n".join(lines + [f"  {name:<42}{_bytes(size):>14}" for name, size in parts.items()])
 
 
 def _bytes(size: float) -> str:
@@ -177,6 +214,49 @@ def _bytes(size: float) -> str:
             return f"{size:,.1f} {unit}"
         size /= 1024
     return f"{size:,.2f} GiB"
+
+
+def build_run(argv: Sequence[str] | None) -> tuple[Run, bool]:
+    """The run that a command line describes, and whether to print JSON.
+
+    Raises:
+        ValueError: settings that no run can have.
+    """
+    parser = build_parser(PROG, DESCRIPTION)
+    group = parser.add_argument_group("Plan")
+    for flag, default, words in (
+        ("--ranks", 1, "processes, a GPU each"),
+        ("--samples", 3_000_000, "pairs in the dataset"),
+    ):
+        words += f" (default: {default:,})"
+        group.add_argument(flag, type=int, default=default, metavar="N", help=words)
+    group.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    config, own = parse_more(parser, argv)
+    for name in ("ranks", "samples"):
+        if own[name] < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {own[name]}")
+    run = Run(config, own["ranks"], own["samples"])
+    if run.prototype_sets and run.num_clusters > run.episode:
+        raise ValueError(
+            f"--k: expected at most --episode-size {run.episode}, got {run.num_clusters}"
+        )
+    return run, own["json"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is 0, or 2 for a user's mistake (one message on stderr)."""
+    try:
+        run, as_json = build_run(argv)
+        shape = measure_shape(run)
+    except ValueError as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 2
+    if as_json:
+        sizes = {"weights": shape.weights, "global_batch": run.global_batch}
+        print(json.dumps({**sizes, "memory_bytes": memory(shape, run)}, indent=1))
+    else:
+        print(text(shape, run))
+    return 0
 
 
 if __name__ == "__main__":

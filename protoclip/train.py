@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from protoclip import checkpoint
-from protoclip.clustering import check_clusters
 from protoclip.commands import on_all_ranks, quietly
 from protoclip.config import TrainConfig, build_parser, parse
 from protoclip.data import PairDataset, build_transform
-from protoclip.data.check import check_data
-from protoclip.device import choose_device, choose_precision
+from protoclip.data.__main__ import check_data
+from protoclip.data.loader import EpochOrder
 from protoclip.distributed import (
     from_main,
     is_distributed,
@@ -32,15 +29,15 @@ from protoclip.distributed import (
 )
 from protoclip.evaluate import Results, format_table, peak_memory_bytes, read_results, write_results
 from protoclip.launchers import find_place
-from protoclip.model import ProtoModel, build_model
+from protoclip.model import ProtoModel, build_model, choose_device, choose_precision
+from protoclip.prototypes import check_clusters
 from protoclip.report import write_report
 from protoclip.training.adopt import OpenClipRun, adopt
 from protoclip.training.capture import restore
 from protoclip.training.checks import check_episodes, check_settings
-from protoclip.training.inputs import faults_of, open_teachers, open_training_data, uses_prototypes
+from protoclip.training.inputs import faults_of, open_teacher, open_training_data, uses_prototypes
 from protoclip.training.launch import OtherRank, seed_rank
 from protoclip.training.loop import Trainer
-from protoclip.training.order import EpochOrder
 from protoclip.training.phases import Phases
 from protoclip.training.plan import Plan, learning_rate, make_plan
 from protoclip.training.resume import Resume, check_resume, find_resume
@@ -93,10 +90,7 @@ def with_saved_config(argv: Sequence[str] | None) -> list[str]:
 
 def check(dataset: PairDataset, workers: int) -> int:
     """--check-data: the exit code is 1 where a sample is bad."""
-    with tqdm(
-        total=len(dataset), desc="checking", unit=" samples", leave=False, disable=None
-    ) as bar:
-        return int(check_data(dataset, tqdm.write, workers, bar.update) > 0)
+    return int(check_data(dataset, workers) > 0)
 
 
 def train(config: TrainConfig) -> Path:
@@ -142,7 +136,7 @@ def _train(config: TrainConfig, signals: StopSignals) -> Path:
         theirs.prepare(model, config)
     seed_rank(config.run.seed)
     with phases.measure("teacher", on_host=True):
-        teachers, remark = from_main(lambda: open_teachers(config, dataset, device))
+        teacher, remark = from_main(lambda: open_teacher(config, dataset, device))
 
     evaluate = Evaluation(config, phases, device, precision)
     notes = check_resume(resume, config, dataset.keys) if resume else []
@@ -154,7 +148,7 @@ def _train(config: TrainConfig, signals: StopSignals) -> Path:
         model,
         dataset,
         transform,
-        teachers,
+        teacher,
         OtherRank(path),
         phases,
         device=device,
@@ -170,7 +164,7 @@ def _train(config: TrainConfig, signals: StopSignals) -> Path:
     folder = RunFolder(path, config, again) if is_main() else OtherRank(path)
     trainer.folder = folder
     try:
-        announce(folder, config, plan, dataset, teachers, remark, device, precision)
+        announce(folder, config, plan, dataset, remark, device, precision)
         if resume:
             folder.say(f"resumed: {resume.file}, after step {resume.step} of {plan.total_steps}")
         for note in notes:
@@ -222,7 +216,6 @@ def announce(
     config: TrainConfig,
     plan: Plan,
     dataset: PairDataset,
-    teachers: Mapping[str, Tensor],
     remark: str,
     device: torch.device,
     precision: str,
@@ -249,9 +242,9 @@ def announce(
         never = plan.episodes <= config.episode.infonce_warmup
         folder.say(
             f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
-            f"{' and '.join(map(str, check_clusters(config.episode, samples)))} prototypes per "
-            f"source, features {'reused' if config.episode.reuses else 'extracted'}, "
-            f"prototypes from episode {config.episode.infonce_warmup + 1} on"
+            f"{check_clusters(config.episode, samples)} prototypes per source, features "
+            f"{'reused' if config.episode.reuses else 'extracted'}, prototypes from episode "
+            f"{config.episode.infonce_warmup + 1} on"
             + (", which this run does not reach" if never else "")
         )
         folder.say(remark)

@@ -51,3 +51,8 @@ def pytest_runtest_makereport(item, call):
     report = yield
     error = call.excinfo.value if report.failed else None
     return _skip_where_bare(report, item.config, error, item.path)
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""Digits as an ImageFolder and as CLIP_benchmark's shards, and the command that evaluates them."""
+"""Digits as an ImageFolder, and the command that evaluates them."""
 
 import io
 import json
@@ -43,23 +43,6 @@ def shard(path, members):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-
-
-def clip_benchmark(root, count=120):
-    """CLIP_benchmark's layout: two test shards and a train shard of digits."""
-    pictures, ids = digits(count)
-    parts = {"test/0.tar": [], "test/1.tar": [], "train/0.tar": []}
-    for i, (picture, label) in enumerate(zip(pictures, ids, strict=True)):
-        members = parts[list(parts)[i % 3]]
-        members += [(f"s{i:07}.png", png(picture)), (f"s{i:07}.cls", str(label).encode())]
-    for name, members in parts.items():
-        shard(root / name, members)
-    (root / "test" / "nshards.txt").write_text("2\n")
-    (root / "train" / "nshards.txt").write_text("1\n")
-    (root / "classnames.txt").write_text("\n".join(NAMES) + "\n")
-    (root / "zeroshot_classification_templates.txt").write_text("a photo of {c}.\n{c}\n")
-    (root / "dataset_type.txt").write_text("classification\n")
-    return root
 
 
 def evaluate(tmp_path, *argv):

@@ -18,9 +18,8 @@ import open_clip_train.main as trainer
 import torch
 import torch.distributed as dist
 
+from protoclip import openclip as command
 from protoclip.model import register_configs
-from protoclip.openclip import command
-from protoclip.openclip.repairs import repaired
 
 # The shuffle buffer is seeded by the clock; without it two runs see the same batches.
 open_clip_train.data._SAMPLE_SHUFFLE_SIZE = 1
@@ -66,7 +65,7 @@ def run(case):
         if case["ours"]:
             code = command.main(flags)
         else:
-            with repaired():
+            with command.repaired():
                 code = trainer.main(command.registered(flags)) or 0
     finally:
         setattr(holder, name, original)

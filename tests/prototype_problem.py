@@ -2,12 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-from budget import assert_draws_within_budget
+from budget import assert_within_budget
 
 import protoclip
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-HARD, SOFT = (0.0,), (0.01, 0.1, 1.0)  # temperatures of the targets
+TEMPERATURES = (0.0, 0.01, 0.1, 1.0)  # of the targets; 0: hard
 
 
 def unit(*shape, dtype=torch.float32):
@@ -31,25 +31,51 @@ def problem(n, k, d, dtype, temperature):
     return h, c, labels, targets
 
 
-def run(h, c, labels, targets, scale, weights, dtype, backend):
+def run(h, c, labels, targets, scale, weights, backend):
     """Losses and the gradients of sum(weights * losses)."""
-    h, c = (t.to(dtype).detach().requires_grad_() for t in (h, c))
-    s = torch.tensor(scale, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
-    m = None if targets is None else targets.to(dtype)
+    h, c = (t.detach().requires_grad_() for t in (h, c))
+    s = torch.tensor(scale, requires_grad=True)
     loss = protoclip.prototype_cross_entropy(
-        h, c, labels, s, targets=m, reduction="none", backend=backend
+        h, c, labels, s, targets=targets, reduction="none", backend=backend
     )
-    (loss * weights.to(loss.dtype)).sum().backward()
+    (loss * weights).sum().backward()
     return {"loss": loss.detach(), "dh": h.grad, "dc": c.grad, "dscale": s.grad}
 
 
-def check(n, k, d, dtype, temperatures, scale, draws=1, backend="cpu"):
-    """The budget over all draws at once: the maxima of a few rows alone are a matter of luck."""
-    got, base, truth = [], [], []
-    for draw in range(draws):
-        h, c, labels, m = problem(n, k, d, dtype, temperatures[draw % len(temperatures)])
-        args = h, c, labels, m, scale, torch.rand(n) + 0.5
-        got.append(run(*args, dtype, backend))
-        base.append(run(*args, dtype, "reference"))
-        truth.append(run(*args, torch.float64, "reference"))
-    assert_draws_within_budget(got, truth, base, {})
+def plain(h, c, labels, targets, scale, weights, dtype):
+    """The plain formula, run in ``dtype`` as under autocast: the products and the gradient of the
+    logits in that dtype, cross-entropy in at least fp32. fp64 gives the truth. ``terms``: the sum
+    of the absolute values that make up dscale."""
+    wide = torch.promote_types(dtype, torch.float32)
+    h, c = (t.detach().to(dtype).requires_grad_() for t in (h, c))
+    s = torch.tensor(scale, dtype=wide, requires_grad=True)
+    dots, used = h @ c.T, labels != -100
+    logits = (s.to(dtype) * dots).to(wide)
+    if targets is None:
+        positive = logits.gather(1, labels.where(used, 0)[:, None])[:, 0]
+    else:
+        dot = (h * targets.to(dtype)[labels.where(used, 0)]).sum(dim=1)
+        positive = (s.to(dtype) * dot).to(wide)
+    loss = (logits.logsumexp(dim=1) - positive).where(used, 0)
+    total = (loss * weights.to(wide)).sum()
+    dh, dc, dscale, g = torch.autograd.grad(total, (h, c, s, logits))
+    found = {"loss": loss.detach(), "dh": dh, "dc": dc, "dscale": dscale}
+    terms = (g * dots).abs().sum() + (0 if targets is None else (dot * weights).abs().sum())
+    return found | {"terms": terms.item() + 2**-29 * weights.sum().item()}
+
+
+def check(n, k, d, dtype, temperature, scale, backend="cpu"):
+    check_case(*problem(n, k, d, dtype, temperature), scale, torch.rand(n) + 0.5, backend)
+
+
+def check_case(h, c, labels, targets, scale, weights, backend="cpu", size=0.0):
+    """``size``: of what the gradients sum, where they cancel."""
+    args = h, c, labels, targets, scale, weights
+    got = run(*args, backend)
+    truth, base = plain(*args, torch.float64), plain(*args, h.dtype)
+    for name in got:
+        magnitude = truth["terms"]
+        if name != "dscale":
+            least = 1 if name == "loss" else size
+            magnitude = max([least, *truth[name].abs().flatten().tolist()])
+        assert_within_budget(got[name], truth[name], base[name], name, magnitude, scale)

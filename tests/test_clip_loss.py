@@ -1,5 +1,6 @@
 """ClipLoss and SigLipLoss against OpenCLIP's own, alone and over two ranks."""
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -92,6 +93,29 @@ def test_mixed_dtypes_are_promoted(image, text):
     assert torch.allclose(protoclip.ClipLoss()(x, y, torch.tensor(20.0)), want, rtol=1e-5)
 
 
+SCALES = [10, np.float32(10), np.int64(10), np.array([10.0]), torch.tensor(10), torch.tensor([10])]
+
+
+@pytest.mark.parametrize("loss", ["ClipLoss", "SigLipLoss", "ProtoClipLoss"])
+def test_a_scale_is_any_number(loss):
+    loss, (x, y) = getattr(protoclip, loss)().eval(), features()
+    want = loss(x, y, torch.tensor(10.0))
+    for scale in (10.0, *SCALES):
+        assert torch.equal(loss(x, y, scale).squeeze(), want), repr(scale)
+    for wrong in ("10", [10.0, 11.0], torch.ones(2)):
+        with pytest.raises((TypeError, ValueError), match="logit_scale"):
+            loss(x, y, wrong)
+
+
+@pytest.mark.parametrize("loss", ["ClipLoss", "SigLipLoss"])
+def test_meta_tensors_give_shapes(loss):
+    x, y = (t.to("meta").requires_grad_() for t in features())
+    scale = torch.ones((), device="meta", requires_grad=True)
+    value = getattr(protoclip, loss)()(x, y, scale)
+    value.backward()
+    assert value.shape == () and x.grad.shape == x.shape and scale.grad.shape == ()
+
+
 def test_refusals_name_the_flag():
     with pytest.raises(ValueError, match="use_horovod=False"):
         protoclip.ClipLoss(use_horovod=True)
@@ -99,7 +123,7 @@ def test_refusals_name_the_flag():
         protoclip.SigLipLoss(dist_impl="ring")
     x, y = features()
     with pytest.raises(ValueError, match="offset"):
-        protoclip.ops.siglip.sigmoid_loss(x, y[:9], torch.tensor(1.0), torch.tensor(0.0))
+        protoclip.ops.sigmoid_loss(x, y[:9], torch.tensor(1.0), torch.tensor(0.0))
     for few, many in ((x[:9], y), (x, y[:9])):  # OpenCLIP's raises too
         with pytest.raises(ValueError, match=r"SigLipLoss: expected one text per image.*\(9, 20\)"):
             protoclip.SigLipLoss()(few, many, torch.tensor(10.0), torch.tensor(-10.0))
@@ -127,7 +151,7 @@ def test_sigmoid_loss_is_within_budget(scale, bias, dtype):
             x, y = (t.to(wide).requires_grad_() for t in features(n, d, dtype))
             kind = torch.promote_types(wide, torch.float32)
             s, b = (torch.tensor(v, dtype=kind, requires_grad=True) for v in (scale, bias))
-            loss = protoclip.ops.siglip.sigmoid_loss(x, y, s, b, backend=backend)
+            loss = protoclip.ops.sigmoid_loss(x, y, s, b, backend=backend)
             (-3 * loss).backward()
             results.append([loss.detach(), x.grad, y.grad, s.grad, b.grad])
         # A scalar's error is that of its terms: each has the rounding of a logit, and a softplus

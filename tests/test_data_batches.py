@@ -1,45 +1,31 @@
-"""Transforms and batches: same seed, same bits, whatever the workers and wherever it starts."""
+"""Transforms, orders and batches: same seed, same bits, whatever the workers, ranks and starts."""
 
 import io
+import os
 import subprocess
 import sys
+import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from pairs import MEAN, STD, assert_equal, load, spoil, tokenize, write_shards
 from PIL import Image
 
+from protoclip.config import DataConfig
 from protoclip.data import (
     AUGMENTATIONS,
+    Batch,
     DataError,
+    EpochOrder,
+    Faults,
     Subset,
     batches,
     build_transform,
-    mix_seed,
     open_dataset,
 )
-
-MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-
-
-def tokenize(texts: list[str]) -> torch.Tensor:
-    """Eight bytes of each text: enough to tell captions apart."""
-    rows = [list(text.encode()[-8:].rjust(8)) for text in texts]
-    return torch.tensor(rows, dtype=torch.int64)
-
-
-def load(dataset, draws, **options):
-    options = {"seed": 5, "batch_size": 8, **options}
-    transform = options.pop("transform", None) or build_transform(32, MEAN, STD, "paper")
-    batch_size = options.pop("batch_size")
-    return list(batches(dataset, draws, batch_size, transform, tokenize, **options))
-
-
-def assert_equal(got, expected):
-    assert [len(batch) for batch in got] == [len(batch) for batch in expected]
-    for one, other in zip(got, expected, strict=True):
-        for name in ("index", "image", "tokens"):
-            assert torch.equal(getattr(one, name), getattr(other, name)), name
+from protoclip.data.types import mix
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +45,6 @@ def test_batches_have_the_promised_shapes(emoji, draws):
     for batch in got:
         assert batch.image.shape == (len(batch), 3, 32, 32)
         assert (batch.image.dtype, batch.tokens.dtype) == (torch.float32, torch.int64)
-    assert [len(batch) for batch in load(emoji, draws, drop_last=True)] == [8] * 4
     assert load(emoji, draws[:0]) == []
     assert got[0].to("cpu").tokens is got[0].tokens
 
@@ -135,24 +120,9 @@ def test_a_fault_arrives_as_one_clear_message(emoji, workers):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"draws": torch.tensor([0, 10**6])}, r"positions in 0 \.\.\. 1721"),
-        ({"draws": torch.tensor([-1])}, "positions in"),
-        ({"draws": torch.rand(3)}, "int64"),
-        ({"draws": torch.zeros(2, 2, dtype=torch.int64)}, r"\(2, 2\)"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"captions": "longest"}, "random, canonical, first"),
-    ],
-)
-def test_wrong_arguments_are_refused_at_once(emoji, draws, change, words):
-    arguments = {"draws": draws, "batch_size": 4, "captions": "random", **change}
-    with pytest.raises(ValueError, match=words):
-        batches(
-            emoji, arguments["draws"], arguments["batch_size"], torch.zeros, tokenize,
-            seed=0, captions=arguments["captions"],
-        )  # fmt: skip
+def test_an_unknown_kind_of_captions_is_refused_at_once(emoji, draws):
+    with pytest.raises(ValueError, match="random, canonical, first"):
+        batches(emoji, draws, 4, torch.zeros, tokenize, seed=0, captions="longest")
 
 
 def test_subset_keeps_what_belongs_together(emoji):
@@ -204,26 +174,17 @@ def test_augmentations_differ_in_strength():
     assert spread["none"] == 0 < spread["clip"] < 0.5 * spread["paper"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ((32, MEAN, STD, "strong"), "paper, clip, none"),
-        ((0, MEAN, STD, "none"), "image_size"),
-        ((32, MEAN, (1.0, 0.0, 1.0), "none"), "std above 0"),
-    ],
-)
-def test_transform_arguments_are_checked(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        build_transform(*arguments)
+def test_an_unknown_augmentation_is_refused():
+    with pytest.raises(ValueError, match="paper, clip, none"):
+        build_transform(32, MEAN, STD, "strong")
 
 
-def test_seeds_of_episodes_do_not_meet():
-    seeds = {mix_seed(seed, episode) for seed in range(40) for episode in range(40)}
-    assert len(seeds) == 1600
-    assert mix_seed(1, 2) != mix_seed(2, 1)
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    # Recorded: a resumed run on another machine must draw the same.
-    assert mix_seed(0, 0) == 2578461411270751922
+def test_draws_are_the_same_on_every_machine():
+    """Recorded: a resumed run must draw the same."""
+    assert mix(0, np.arange(3)).tolist() == [
+        5156922822541503845, 2060580281967432337, 7733574454845426431,
+    ]  # fmt: skip
+    assert mix(1, 2) != mix(2, 1)
 
 
 def test_importing_the_data_layer_is_light():
@@ -245,7 +206,170 @@ def test_worker_processes_can_be_spawned(draws):
 
     dataset = open_dataset("builtin:emoji", "heldout")
     transform = build_transform(32, MEAN, STD, "paper")
-    source = _Source(dataset, np.arange(8), 4, transform, tokenize, 0, "random")
+    source = _Source(
+        dataset, np.arange(8), np.arange(8), 4, transform, tokenize, 0, "random", False
+    )
     buffer = io.BytesIO(pickle.dumps(source))
     assert len(buffer.getvalue()) < 2_000_000  # no decoded pictures in it
     assert_equal([pickle.load(buffer)[4]], [source.load(4)])
+
+
+def load4(dataset, **options):
+    """All pairs once, mixed, four at a time."""
+    draws = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    return load(dataset, draws, batch_size=4, **options)
+
+
+def overwrite(path, member, byte):
+    """Other data of the same size."""
+    with tarfile.open(path) as tar:
+        info = tar.getmember(member)
+    with open(path, "r+b") as shard:
+        shard.seek(info.offset_data)
+        shard.write(byte * info.size)
+
+
+@pytest.mark.usefixtures("own_cache")
+class TestBadSamples:
+    def test_they_are_replaced_counted_and_named_once(self, tmp_path):
+        spec = write_shards(tmp_path / "data", shards=2, per_shard=6)
+        good = load4(open_dataset(spec))
+        spoil(tmp_path / "data" / "000.tar", "sample2.png")
+        said = []
+        dataset = open_dataset(spec)
+        faults = Faults(dataset, 0.5, report=said.append)
+        results = [load4(dataset, faults=faults, workers=workers) for workers in (0, 1)]
+        assert_equal(*results)
+        assert faults.positions == {2} and len(said) == 1
+        assert "000.tar/sample2" in said[0] and "does not decode" in said[0]
+        got = torch.cat([batch.index for batch in results[0]]).tolist()
+        expected = torch.cat([batch.index for batch in good]).tolist()
+        changed = [(a, b) for a, b in zip(expected, got, strict=True) if a != b]
+        assert len(changed) == 1 and changed[0][0] == 2
+        assert all(len(batch.index.unique()) == 4 for batch in results[0])
+        with pytest.raises(DataError, match="sample2"):
+            load4(dataset)  # without a ledger a bad sample is an error
+
+    @pytest.mark.parametrize(("new", "words"), [(b"\xff", "utf-8"), (b" ", "no caption is there")])
+    def test_captions_that_change_while_in_use_are_named(self, tmp_path, new, words):
+        spec = write_shards(tmp_path / "data", shards=1)
+        dataset = open_dataset(spec)
+        overwrite(tmp_path / "data" / "000.tar", "sample1.txt", new)
+        with pytest.raises(DataError, match=f"000.tar.*sample1.*changed while in use .*{words}"):
+            load4(dataset, workers=1)
+
+    def test_a_shard_that_is_deleted_while_in_use_stops_the_run(self, tmp_path):
+        """All of its samples are bad: more than the share that is allowed."""
+        dataset = open_dataset(write_shards(tmp_path / "data", shards=2, per_shard=6))
+        (tmp_path / "data" / "001.tar").unlink()
+        with pytest.raises(DataError, match=r"max-bad-fraction 0.25; .*001.tar: No such"):
+            load4(dataset, faults=Faults(dataset, 0.25, report=lambda text: None))
+
+    def test_a_worker_that_dies_is_replaced(self, tmp_path, caplog):
+        dataset = open_dataset(write_shards(tmp_path / "data", shards=2, per_shard=6))
+        expected = load4(dataset)
+        mortal = _Mortal(dataset, tmp_path / "deaths", times=2)
+        assert_equal(load4(mortal, workers=2), expected)
+        assert "a data worker died" in caplog.text
+        (tmp_path / "deaths").unlink()
+        with pytest.raises(DataError, match="died 3 times at the same batch.*samples: "):
+            load4(_Mortal(dataset, tmp_path / "deaths", times=99), workers=2)
+
+
+class _Mortal:
+    """A data set that kills its reader at one sample, a number of times."""
+
+    def __init__(self, dataset, deaths, times):
+        self.dataset, self.deaths, self.times = dataset, deaths, times
+        self.name, self.keys, self.labels = dataset.name, dataset.keys, dataset.labels
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def captions(self, i):
+        return self.dataset.captions(i)
+
+    def image(self, i):
+        if i == 7:
+            with open(self.deaths, "a") as file:
+                file.write("x")
+            if self.deaths.stat().st_size <= self.times:
+                os.kill(os.getpid(), 9)
+        return self.dataset.image(i)
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_the_ledger_survives_a_checkpoint(tmp_path):
+    dataset = open_dataset(write_shards(tmp_path / "data", shards=2, per_shard=5))
+    faults = Faults(dataset, 0.1, report=lambda text: None)
+
+    def noted(ledger, position, reason):
+        ledger.noted(Batch(*[torch.zeros(1)] * 3, ((position, reason),)))
+
+    noted(faults, 4, "bad")
+    again = Faults(dataset, 0.1)
+    again.load_state_dict(faults.state_dict())
+    noted(again, 4, "bad")
+    assert again.positions == {4}
+    with pytest.raises(DataError, match="2 of 10 .*the last one: worse"):
+        noted(again, 5, "worse")
+
+
+def dataset(shards=20, per_shard=10, first_source=15, remote=False):
+    """Like shards of two sources: an object with the columns that matter."""
+    shard_of = np.repeat(np.arange(shards, dtype=np.int32), per_shard)
+
+    class Rows(SimpleNamespace):
+        def __len__(self):
+            return len(shard_of)
+
+    return Rows(shard_of=shard_of, source_of=(shard_of >= first_source) * 1, remote=remote)
+
+
+def epoch(order, seed=0):
+    return order.permutation(torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("buffer", [0, 1, 25, 10_000])
+def test_an_exact_epoch_has_every_sample_once(buffer):
+    order = EpochOrder(dataset(), DataConfig(shuffle_buffer=buffer))
+    first, other = epoch(order), epoch(order, seed=1)
+    assert order.size == 200 and torch.equal(first.sort().values, torch.arange(200))
+    assert torch.equal(first, epoch(order)) and not torch.equal(first, other)
+
+
+def test_a_small_buffer_goes_shard_by_shard():
+    positions = epoch(EpochOrder(dataset(), DataConfig(shuffle_buffer=5)))
+    changes = (positions // 10).diff().ne(0).sum()
+    assert 19 <= changes < 100  # mixed at the borders only; of a full mix about 190
+    assert not torch.equal(positions.view(20, 10)[0].sort().values, positions.view(20, 10)[0])
+    streams = EpochOrder(dataset(remote=True), DataConfig())
+    assert streams.window == 10_000 and EpochOrder(dataset(), DataConfig()).window == 0
+
+
+@pytest.mark.parametrize("buffer", [0, 25])
+def test_weights_say_how_often_a_source_is_seen(buffer):
+    config = DataConfig(train_data_upsampling_factors="0.5::2.5", shuffle_buffer=buffer)
+    order = EpochOrder(dataset(), config)
+    assert order.size == 75 + 125
+    counts = torch.bincount(epoch(order), minlength=200)
+    assert counts[:150].max() == 1 and counts[:150].sum() == 75
+    assert set(counts[150:].tolist()) == {2, 3}
+
+
+def test_resampling_takes_whole_shards_by_their_chance():
+    config = DataConfig(
+        dataset_resampled=True, train_data_upsampling_factors="1::9", shuffle_buffer=1
+    )
+    order = EpochOrder(dataset(), config)
+    drawn = torch.cat([epoch(order, seed) for seed in range(20)])
+    assert len(drawn) == 4000
+    share = (drawn >= 150).float().mean()  # 5 x 9 of 15 + 5 x 9 shards: 0.75
+    assert 0.65 < share < 0.85
+    assert len(epoch(order).unique()) < 200
+
+
+@pytest.mark.parametrize("text", ["1", "1::2::3", "1::x", "1::-1", "0::0", "1::inf"])
+def test_weights_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match="upsampling-factors: "):
+        EpochOrder(dataset(), DataConfig(train_data_upsampling_factors=text))

@@ -5,12 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from protoclip.data import DataError, noto_available, open_dataset
+from protoclip.data import emoji as module
 from protoclip.data.emoji import twemoji_files
-from protoclip.data.hashing import heldout_mask
-from protoclip.data.shapes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES
+from protoclip.data.shapes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, ShapesDataset
+from protoclip.data.types import heldout_mask
 
 needs_font = pytest.mark.skipif(not noto_available(), reason="needs fonts-noto-color-emoji")
 
@@ -95,29 +96,23 @@ def test_noto_draws_the_same_concepts_in_another_style():
 
 @needs_font
 def test_noto_leaves_out_what_does_not_compose(monkeypatch):
-    from PIL import ImageFont
-
-    from protoclip.data import noto
-
-    path = str(next(noto._candidates()))
-    plain = ImageFont.truetype(path, noto.STRIKE, layout_engine=ImageFont.Layout.BASIC)
-    monkeypatch.setattr(noto, "_font", lambda: plain)
-    pictures = noto.pictures.__wrapped__()
+    path = module._noto_font().path
+    plain = ImageFont.truetype(path, module.STRIKE, layout_engine=ImageFont.Layout.BASIC)
+    monkeypatch.setattr(module, "_noto_font", lambda: plain)
+    pictures = module.noto_pictures.__wrapped__()
     assert len(pictures) > 1200
     assert not any("200D" in key or "20E3" in key or "E007F" in key for key in pictures)
     assert pictures["2639"].getcolors(72 * 72) is not None  # written with FE0F, one glyph
 
 
 def test_noto_without_the_font_says_what_to_install(monkeypatch, tmp_path):
-    from protoclip.data import noto
-
     fake = tmp_path / "NotoColorEmoji.ttf"
     fake.write_bytes(b"not a font")
     for chosen in (fake, tmp_path / "absent.ttf"):
         monkeypatch.setenv("PROTOCLIP_NOTO_FONT", str(chosen))
-        monkeypatch.setattr(noto, "_font", noto._font.__wrapped__)
-        monkeypatch.setattr(noto, "pictures", noto.pictures.__wrapped__)
-        assert not noto.noto_available()
+        monkeypatch.setattr(module, "_noto_font", module._noto_font.__wrapped__)
+        monkeypatch.setattr(module, "noto_pictures", module.noto_pictures.__wrapped__)
+        assert not noto_available()
         with pytest.raises(DataError, match="apt-get install fonts-noto-color-emoji"):
             open_dataset("builtin:emoji", "noto")
         monkeypatch.undo()
@@ -144,7 +139,7 @@ def test_shapes_are_lazy_deterministic_and_labelled():
 
 
 def test_shapes_show_what_the_caption_says():
-    dataset = open_dataset("builtin:shapes:300", image_size=48)
+    dataset = ShapesDataset(300, image_size=48)
     seen = set()
     for i in range(len(dataset)):
         shape, colour, _, place, ground = dataset.captions(i)[-1].split(", ")

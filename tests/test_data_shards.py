@@ -1,38 +1,25 @@
-"""webdataset shards: round trips, junk samples, damaged files."""
+"""webdataset shards from files and urls: round trips, junk samples, damaged and hostile files."""
 
-import io
+import functools
+import http.server
 import json
 import logging
+import os
 import tarfile
+import threading
 
 import pytest
-import webdataset
-from test_data_csv import TEXTS, encoded, picture, same
+import torch.distributed as dist
+from pairs import TEXTS, encoded, picture, refused, same, write_shards, write_tar
+from ranks import on_ranks
 
 from protoclip.data import DataError, open_dataset
 from protoclip.data import shards as shard_module
-from protoclip.data.shards import expand
+from protoclip.data.shards import expand, index_together
+from protoclip.data.tables import MAX_CAPTION
+from protoclip.train import main as train_command
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
-
-
-def write_shards(folder, shards=2, per_shard=3):
-    folder.mkdir(exist_ok=True)
-    for shard in range(shards):
-        with webdataset.TarWriter(str(folder / f"{shard:03d}.tar")) as writer:
-            for j in range(per_shard):
-                number = shard * per_shard + j
-                writer.write(
-                    {
-                        "__key__": f"sample{number}",
-                        ("png", "webp")[j % 2]: encoded(picture(number), ("PNG", "WEBP")[j % 2]),
-                        "txt": f"{TEXTS[number % 4]}\n\n  second line {number} \n",
-                    }
-                )
-    return str(folder / f"{{000..{shards - 1:03d}}}.tar")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_shards_round_trip(tmp_path):
@@ -80,15 +67,6 @@ def test_specs_expand(tmp_path, monkeypatch):
     ):
         with pytest.raises(DataError, match=words):
             open_dataset(spec)
-
-
-def write_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
 
 
 def test_json_captions_and_other_members(tmp_path):
@@ -146,7 +124,7 @@ def test_junk_samples_are_skipped_named_and_counted(tmp_path, caplog):
         reasons = {(key, reason.split("(")[0].strip()) for _, key, reason in dataset.skipped}
         assert {
             ("alone", "the caption is missing"),
-            ("mute", "no caption in its txt"),
+            ("mute", "its txt: no caption is there"),
             ("hollow", "the picture is empty"),
             ("good", "the key occurs twice"),
         } <= reasons
@@ -193,13 +171,6 @@ def test_files_that_are_no_shards(tmp_path):
             open_dataset(str(tmp_path / name))
 
 
-def test_a_broken_picture_in_a_shard_names_shard_and_key(tmp_path):
-    path = write_tar(tmp_path / "b.tar", [("k.jpg", b"\xff\xd8 no"), ("k.txt", b"a")])
-    dataset = open_dataset(path)
-    with pytest.raises(DataError, match=r"b\.tar: 'b\.tar/k'.*does not decode"):
-        dataset.image(0)
-
-
 def test_the_cache_may_be_unwritable(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "file"))
@@ -216,3 +187,182 @@ def test_splits_of_data_without_groups(tmp_path):
     everything = open_dataset(spec)
     for i in range(2):
         assert heldout.captions(i) == everything.captions(everything.keys.index(heldout.keys[i]))
+
+
+def test_a_cached_index_with_another_number_of_captions_is_read_again(tmp_path):
+    spec = write_shards(tmp_path / "data", shards=1)
+    expected = [open_dataset(spec).captions(i) for i in range(3)]
+    (index,) = (tmp_path / "cache" / "shards").iterdir()
+    content = json.loads(index.read_text())
+    columns = [key for key, value in content.items() if isinstance(value, list) and len(value) == 3]
+    assert columns
+    for column in columns:
+        damaged = {**content, column: content[column][:2]}
+        index.write_text(json.dumps(damaged))
+        dataset = open_dataset(spec)
+        assert [dataset.captions(i) for i in range(len(dataset))] == expected
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Starts a web server on a folder; ``serve(folder, length, asked)`` is its address."""
+    servers = []
+
+    def start(folder, length=None, asked=None):
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def do_GET(self):
+                if asked is not None:
+                    asked.append(self.path)
+                super().do_GET()
+
+            def send_header(self, name, value):
+                super().send_header(name, (length or value) if name == "Content-Length" else value)
+
+            def log_message(self, *args):
+                pass
+
+        server = http.server.ThreadingHTTPServer(
+            ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))
+        )
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+
+
+def _keys_on_rank(spec, folder):
+    """The keys of the data set, or what is wrong with it."""
+    os.environ["PROTOCLIP_CACHE"] = f"{folder}/cache{os.environ['RANK']}"
+    dist.init_process_group("gloo")
+    try:
+        index_together(spec)
+        return list(open_dataset(spec).keys)
+    except DataError as error:
+        return str(error)
+    finally:
+        dist.destroy_process_group()
+
+
+class TestUrls:
+    @pytest.mark.parametrize("protocol", ["http", "file"])
+    def test_they_give_what_files_give_and_come_once(self, tmp_path, serve, protocol):
+        local = open_dataset(write_shards(tmp_path / "data"))
+        base = serve(tmp_path / "data") if protocol == "http" else f"file://{tmp_path}/data"
+        spec = f"{base}/{{000..001}}.tar"
+        for _ in range(2):  # the second start needs neither the server nor the files
+            remote = open_dataset(spec)
+            assert [key.split("/")[1] for key in remote.keys] == [f"sample{i}" for i in range(6)]
+            for i in range(6):
+                assert remote.captions(i) == local.captions(i)
+                assert remote.image(i).tobytes() == local.image(i).tobytes()
+            for path in (tmp_path / "data").glob("*.tar"):
+                path.unlink()
+            local = remote
+
+    @pytest.mark.parametrize(
+        ("spec", "words"),
+        [
+            ("http://127.0.0.1:9/a.tar", "http://127.0.0.1:9/a.tar: cannot be copied"),
+            ("file:///no/such/a.tar", "FileNotFoundError.*check the address"),
+            ("ssh://host/a.tar", "expected a url of http, https, s3, gs, hf, file, got ssh"),
+            ("pipe:touch ran; cat a.tar", "python -m protoclip.openclip"),
+            ("x.tar::pipe:touch ran # .tar", "would run a shell command"),
+        ],
+    )
+    def test_what_cannot_or_must_not_be_read_is_named(
+        self, tmp_path, monkeypatch, capsys, spec, words
+    ):
+        monkeypatch.chdir(tmp_path)
+        write_tar(tmp_path / "x.tar", [("k.png", encoded(picture(0))), ("k.txt", b"a")])
+        with pytest.raises(DataError, match=words):
+            open_dataset(spec)
+        assert spec.split("::")[-1][:20] in refused(spec, capsys)
+        assert train_command(["--train-data", spec]) == 2
+        assert "Traceback" not in capsys.readouterr().err
+        assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.parametrize("length", ["abc", "999999"])
+    def test_a_length_that_is_wrong(self, tmp_path, serve, capsys, length):
+        write_shards(tmp_path / "data", shards=1)
+        url = f"{serve(tmp_path / 'data', length)}/000.tar"
+        assert f"{url}: cannot be copied" in refused(url, capsys)
+        # Nothing of the half copy is taken for the shard.
+        with pytest.raises(DataError, match="cannot be copied"):
+            open_dataset(url)
+
+    def test_ranks_fetch_and_index_each_shard_once(self, tmp_path, serve):
+        """On machines that share nothing: each rank has a cache of its own."""
+        local = open_dataset(write_shards(tmp_path / "data", shards=5))
+        asked = []
+        base = serve(tmp_path / "data", asked=asked)
+        spec = f"{base}/{{000..004}}.tar"
+        keys = on_ranks(2, _keys_on_rank, spec, str(tmp_path))
+        assert keys[0] == keys[1] and len(keys[0]) == len(local)
+        assert sorted(asked) == [f"/{i:03d}.tar" for i in range(5)]
+        said = on_ranks(2, _keys_on_rank, f"{base}/{{000..009}}.tar", str(tmp_path))
+        assert said[0] == said[1] and "/005.tar: cannot be copied" in said[0]
+
+    def test_the_retired_room_of_copies_is_a_sentence(self, capsys):
+        with pytest.raises(SystemExit) as end:
+            train_command(["--spool-gb", "50"])
+        assert end.value.code == 2 and "set PROTOCLIP_CACHE to move it" in capsys.readouterr().err
+
+
+def test_ranges_of_millions_are_refused_before_they_are_expanded(capsys):
+    for spec in (
+        "x{0..99999999}.tar",
+        "{00..99}/{00000..19999}.tar",
+        "http://h/{0..9999999}.tar",
+    ):
+        assert "expected at most 1,000,000 shards" in refused(spec, capsys)
+    assert "no shard 'x0.tar'" in refused("x{0..99999..3}.tar", capsys)
+
+
+def test_captions_of_megabytes_are_cut_or_left_out(tmp_path):
+    png = encoded(picture(0))
+    members = [("a.png", png), ("a.txt", b"word " * 200_000)]
+    members += [("b.png", png), ("b.txt", b"x" * 5_000_000)]
+    deep = b'{"caption": ' + b"[" * 100_000
+    members += [("c.png", png), ("c.json", deep)]
+    dataset = open_dataset(write_tar(tmp_path / "t.tar", members))
+    assert list(dataset.keys) == ["t.tar/a"]
+    assert len(dataset.captions(0)[0]) == MAX_CAPTION
+    reasons = " ".join(reason for _, _, reason in dataset.skipped)
+    assert "5,000,000 bytes" in reasons and "nested" in reasons
+
+
+def test_escaping_paths_and_links_touch_nothing(tmp_path):
+    (tmp_path / "secret.png").write_bytes(encoded(picture(1)))
+    png = encoded(picture(0))
+    path = write_tar(
+        tmp_path / "e.tar",
+        [("../../x.png", png), ("../../x.txt", b"up"), ("/abs.png", png), ("/abs.txt", b"a")],
+    )
+    with tarfile.open(path, "a") as tar:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            link = tarfile.TarInfo(f"link{kind.decode()}.png")
+            link.type, link.linkname = kind, str(tmp_path / "secret.png")
+            tar.addfile(link)
+    before = sorted(tmp_path.rglob("*.png"))
+    dataset = open_dataset(path)
+    assert len(dataset) == 2 and all(same(dataset.image(i), picture(0)) for i in range(2))
+    assert sorted(tmp_path.rglob("*.png")) == before
+
+
+def test_what_img2dataset_writes_is_read(tmp_path):
+    """jpg, txt and json of one key, parquet beside the tars, a sizes.json that says more."""
+    photo = encoded(picture(3), "JPEG")
+    about = {"caption": "a photo", "url": "http://x", "status": "success", "width": 10}
+    members = []
+    for key in ("000000000", "000000001"):
+        members += [(f"{key}.jpg", photo), (f"{key}.json", json.dumps(about).encode())]
+        members += [(f"{key}.txt", b"a photo")]
+    (tmp_path / "d").mkdir()
+    write_tar(tmp_path / "d" / "00000.tar", members)
+    (tmp_path / "d" / "00000.parquet").write_bytes(b"PAR1")
+    (tmp_path / "d" / "sizes.json").write_text('{"00000.tar": 3}')
+    dataset = open_dataset(str(tmp_path / "d"))
+    assert len(dataset) == 2 and dataset.captions(1) == ("a photo",)

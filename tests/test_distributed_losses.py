@@ -10,11 +10,10 @@ from ranks import on_ranks
 import protoclip
 from protoclip import distributed
 from protoclip.distributed import GlobalBatchNorm1d
-from protoclip.global_losses import global_info_nce, global_sigmoid_loss
 from protoclip.launchers import find_place
-from protoclip.losses import similarity_distillation
+from protoclip.losses import global_info_nce, global_sigmoid_loss, similarity_distillation
 from protoclip.model import Encoded
-from protoclip.ops import siglip
+from protoclip.ops import sigmoid_loss
 
 G, D = 96, 20  # of 1, 2, 3 and 4 equal shares
 KINDS = [
@@ -41,7 +40,7 @@ def whole(dtype, backend, scale, wide=None):
     out = []
     for count, loss in (
         (1, lambda *a: protoclip.info_nce(*a, backend=backend)),
-        (2, lambda *a: siglip.sigmoid_loss(*a, backend=backend) / G),
+        (2, lambda *a: sigmoid_loss(*a, backend=backend) / G),
     ):
         leaves = [t.clone().requires_grad_() for t in (*inputs, *scalars[:count])]
         value = loss(*leaves)

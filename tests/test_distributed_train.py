@@ -73,7 +73,7 @@ def train(folder, flags):
     from protoclip.data import build_transform
     from protoclip.model import build_model
     from protoclip.training.capture import restore
-    from protoclip.training.inputs import open_teachers, open_training_data
+    from protoclip.training.inputs import open_teacher, open_training_data
     from protoclip.training.loop import Trainer
     from protoclip.training.phases import Phases
     from protoclip.training.plan import make_plan
@@ -87,9 +87,9 @@ def train(folder, flags):
         distributed.seed_everything(0)
         model = build_model(config.model)
         transform = build_transform(model.image_size, model.mean, model.std, "clip")
-        teachers, _ = open_teachers(config, data, cpu)
+        teacher, _ = open_teacher(config, data, cpu)
         return Trainer(
-            config, make_plan(config, len(data)), model, data, transform, teachers,
+            config, make_plan(config, len(data)), model, data, transform, teacher,
             Recorder(folder), Phases(cpu), device=cpu, precision="fp32",
         )  # fmt: skip
 
@@ -107,8 +107,8 @@ def train(folder, flags):
         state = [p.detach().double().sum().item() for p in model.parameters()]
         state += [b.double().sum().item() for b in model.buffers()]
         episode = trainer.episode
-        for item in (*episode.internal, *episode.external) if episode else ():
-            state += [item.prototypes.sum().item(), item.labels.sum().item()]
+        for item in episode.sets if episode else ():
+            state += [item.prototypes.sum().item(), item.clustering.labels.sum().item()]
         out.append((recorder.lines, state))
     distributed.stop()
     return out
@@ -118,13 +118,18 @@ class ExactLoss:
     """InfoNCE and prototype terms in the dtype of the features; fp64 stays fp64."""
 
     def __call__(self, encoded, projected, index, logit_scale, proto_scale, episode, measure):
-        from protoclip.global_losses import global_info_nce
-        from protoclip.losses import Losses, prototype_term
+        from protoclip.losses import Losses, global_info_nce, prototype_term
 
         unit = Encoded(F.normalize(encoded.image, dim=1), F.normalize(encoded.text, dim=1))
         terms = {
             "contrastive_loss": global_info_nce(unit.image, unit.text, logit_scale),
-            "proto_loss": prototype_term(unit, index, episode.internal, proto_scale)[0],
+            "proto_loss": prototype_term(
+                vars(unit),
+                index,
+                episode.internal,
+                proto_scale,
+                over_ranks=distributed.is_distributed(),
+            )[0],
         }
         return Losses(sum(terms.values()), terms, {})
 
@@ -133,8 +138,8 @@ def gradients(folder, passes):
     """fp64 loss and gradients of one step, for each number of passes that the batch is cut into."""
     from protoclip.config import ModelConfig, OptimConfig
     from protoclip.data import Batch
-    from protoclip.episode import Episode, PrototypeSet
     from protoclip.model import build_model
+    from protoclip.prototypes import Clustering, Episode, PrototypeSet
     from protoclip.training.engine import Optimiser
     from protoclip.training.phases import Phases
     from protoclip.training.plan import Plan, own_draws
@@ -150,8 +155,9 @@ def gradients(folder, passes):
     for source, student in (("text", "image"), ("image", "text")):
         labels = torch.randint(6, (BATCH,))
         labels[::5] = -100  # ranks have unequal numbers of samples with a label
-        tables = (torch.randn(6, 16, dtype=torch.float64) for _ in range(2))
-        sets.append(PrototypeSet(source, student, *tables, labels, torch.ones(6)))
+        tables = [torch.randn(6, 16, dtype=torch.float64) for _ in range(2)]
+        clustering = Clustering(tables[0], labels, torch.ones(6))
+        sets.append(PrototypeSet(source, student, clustering, *tables, False))
     optimiser = Optimiser(model, OptimConfig(grad_clip_norm=0, lr=0), "fp32")
     stepper = Stepper(model, ExactLoss(), optimiser, contextlib.nullcontext, Phases(cpu), cpu)
     own, _ = own_draws(Plan(BATCH, BATCH, 1, 1, 1), torch.arange(BATCH))
@@ -207,18 +213,22 @@ def alone(folder):
 
 def stored(dim):
     """What this rank gets from the stores of all after two passes of three steps of 12."""
-    from protoclip.features import FeatureStore
+    from protoclip.prototypes import FeatureStore
 
     distributed.start(find_place(), torch.device("cpu"), 60)
-    share = 12 // distributed.world_size()
-    store = FeatureStore(3 * share, torch.device("cpu"), share)
+    store = FeatureStore(3, 12, torch.device("cpu"))
     torch.manual_seed(0)
     for number in range(6):  # with repetition; the first pass is overwritten but for its last step
         index, rows = torch.randint(-1, 16, (12,)), torch.randn(12, dim)
         own = distributed.own_slice(12)
         if number != 5:
-            store.put(number % 3 * share, index[own], Encoded(rows[own], -rows[own]))
-    got = store.features()
+            store.put(number % 3, index[own], Encoded(rows[own], -rows[own]))
+    state = store.state_dict()
+    assert state["image_h"].shape == (36, dim)  # of all ranks, by draw
+    again = FeatureStore(3, 12, torch.device("cpu"))
+    again.load_state_dict(state)
+    assert torch.equal(again.text_h, store.text_h) and torch.equal(again.index, store.index)
+    got = again.features()
     distributed.stop()
     return [t.numpy() for t in (got.index, got.image_h, got.text_h)]
 

@@ -80,7 +80,7 @@ def test_json_round_trip(tmp_path):
 def test_another_file_is_refused(tmp_path, text):
     path = tmp_path / "results.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match="no results.json of protoclip"):
+    with pytest.raises(ValueError, match="expected a results.json of protoclip"):
         read_results(path)
 
 

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import protoclip
-from protoclip.ops.siglip import sigmoid_loss
+from protoclip.ops.contrastive import sigmoid_loss
 
 quick = settings(
     max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)

@@ -1,20 +1,31 @@
-"""info_nce: every back end against the reference in fp64 within its error budget, and its edges."""
+"""info_nce: each backend of the CPU within the error budget, its edges, and the products it keeps.
+
+Triton has its own tests.
+"""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_draws_within_budget, assert_within_budget
+from budget import assert_within_budget, strip_gradients
 from room import run_in_room
 
 import protoclip
 from protoclip.ops import reference
+from protoclip.ops.contrastive import LN2
 
-CPU_BACKENDS = [
-    name for name in protoclip.backends("info_nce") if name in ("reference", "cpu")
-]  # triton has its own tests
+CPU_BACKENDS = ["reference", "cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+needs_cpu = pytest.mark.skipif(
+    protoclip.backends("info_nce")["cpu"] is not None, reason="no native library"
+)
 
 
 def _backend(name: str) -> str:
@@ -43,50 +54,34 @@ def run(x, y, scale, weights, *, dtype, backend):
     return {"loss": loss.detach(), "dx": x.grad, "dy": y.grad, "dscale": s.grad}
 
 
-def check(pairs, scale, backend, weights=None, *, terms=0.0, each=()):
-    """``terms``: the size of what a row's gradient sums, where it counts, not the gradient's.
-    ``each``: the results of which every draw must pass by itself too."""
-    got, truth, base = [], [], []
-    for x, y in pairs:
-        w = torch.ones(len(x)) if weights is None else weights
-        got.append(run(x, y, scale, w, dtype=x.dtype, backend=backend))
-        wide = run(x, y, scale, w.double(), dtype=torch.float64, backend="reference")
-        truth.append(wide)
-        base.append(run(x, y, scale, w, dtype=x.dtype, backend="reference"))
-    assert_draws_within_budget(got, truth, base, {"dx": terms, "dy": terms})
-    for draws in zip(got, truth, base, strict=True):
-        for name in each:
-            assert_within_budget(*(draw[name] for draw in draws), name)
+def check(x, y, scale, backend, weights=None, terms=0.0):
+    """``terms``: the size of what a row's gradient sums, where it counts, not the gradient's."""
+    w = torch.ones(len(x)) if weights is None else weights
+    got = run(x, y, scale, w, dtype=x.dtype, backend=backend)
+    truth, base = (
+        strip_gradients(x, y, scale, 0, w / 2, w / 2, dtype) for dtype in (torch.float64, x.dtype)
+    )
+    for found in (truth, base):
+        found["loss"] = (found["row level"] + found["column level"]) / 2 - found["positive"]
+    sizes = {name: max(truth[name].abs().max().item(), terms) for name in ("dx", "dy")}
+    sizes |= {"loss": 1 + truth["loss"].abs().max().item(), "dscale": truth["terms"].item()}
+    for name, size in sizes.items():
+        assert_within_budget(got[name], truth[name], base[name], name, size, scale)
 
 
-# 1 and 2: the smallest; 63: one short of a vector multiple; 252: two ragged tiles; 1000: many.
-# D 1, 17, 123: odd, so that bf16 pairs need a zero; 64, 512, 768: as users have them.
-# Up to 16 pairs every draw must pass by itself; beyond, the gradient of the scale, one number whose
-# terms cancel, now and then comes out better in the reference than its errors are on the whole.
-DRAWS = {63: 16, 252: 8, 1000: 4, 4096: 3}
-FAST = [*itertools.product([63, 252], [1, 17, 64, 123, 512, 768]), (1000, 512)]
-
-
-def draw(n, d, dtype, draws=None):
-    return [clustered(n, d, dtype, seed) for seed in range(draws or DRAWS[n])]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_draw_of_few_pairs_is_within_budget(dtype):
-    backend = _backend("cpu")
-    for n, d in itertools.product([1, 2, 16], [1, 17, 64, 123, 512, 768]):
-        for scale, seed in itertools.product([1.0, 14.3, 100.0], range(3)):
-            pair = clustered(n, d, dtype, seed)
-            check([pair], scale, backend)
-            check([pair], scale, backend, weights=torch.rand(n) + 0.5)
+# N: the smallest, one short of a vector multiple, two ragged tiles, many tiles.
+# D: odd, so that bf16 pairs need a zero; 64, 512, 768: as users have them.
+SIZES = [*itertools.product([1, 2, 16, 63, 252], [1, 17, 64, 123, 512, 768]), (1000, 512)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
 def test_values_and_gradients_are_within_budget(scale, dtype):
     backend = _backend("cpu")
-    for n, d in FAST:
-        check(draw(n, d, dtype), scale, backend, weights=torch.rand(n) + 0.5)
+    for seed, (n, d) in enumerate(SIZES):
+        x, y = clustered(n, d, dtype, seed)
+        check(x, y, scale, backend)
+        check(x, y, scale, backend, weights=torch.rand(n) + 0.5)
 
 
 @pytest.mark.slow
@@ -95,8 +90,7 @@ def test_values_and_gradients_are_within_budget(scale, dtype):
 def test_large_shapes_are_within_budget(n, d, dtype):
     backend = _backend("cpu")
     for scale in [100.0] if n == 4096 else [1.0, 14.3, 100.0]:
-        weights = torch.rand(n) + 0.5
-        check(draw(n, d, dtype), scale, backend, weights, each=("loss", "dx", "dy"))
+        check(*clustered(n, d, dtype), scale, backend, torch.rand(n) + 0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -106,18 +100,14 @@ def test_extreme_cosines(dtype):
     Where all rows are alike too, a gradient is a sum of equal terms that cancel: bf16 products
     round each by 2^-9, so there alone the size of the terms counts."""
     backend = _backend("cpu")
-    pairs: list = [[] for _ in range(6)]
-    for seed in range(8):
-        torch.manual_seed(seed)
-        x = F.normalize(torch.randn(150, 32), dim=-1).to(dtype)
-        same = x[:1].expand(150, 32)
-        half = torch.cat([same[:75], -same[:75]])
-        kinds = ((x, x), (x, -x), (same, same), (same, -same), (half, x), (half, half.flip(0)))
-        for group, pair in zip(pairs, kinds, strict=True):
-            group.append(pair)
-    for k, group in enumerate(pairs):
+    torch.manual_seed(0)
+    x = F.normalize(torch.randn(150, 32), dim=-1).to(dtype)
+    same = x[:1].expand(150, 32)
+    half = torch.cat([same[:75], -same[:75]])
+    kinds = ((x, x), (x, -x), (same, same), (same, -same), (half, x), (half, half.flip(0)))
+    for k, pair in enumerate(kinds):
         alike = k >= 2 and dtype == torch.bfloat16
-        check(group, 100.0, backend, terms=2 * 100.0 * x.abs().max().item() if alike else 0.0)
+        check(*pair, 100.0, backend, terms=2 * 100.0 * x.abs().max().item() if alike else 0.0)
 
 
 def test_a_loss_near_zero_keeps_its_digits():
@@ -131,26 +121,23 @@ def test_a_loss_near_zero_keeps_its_digits():
         assert scale < 100 or (loss == 0).all()  # the truth is 1e-41
 
 
-@pytest.mark.parametrize("arithmetic", ["float", "split"])
-def test_other_arithmetics_of_the_cpu(arithmetic, monkeypatch):
-    """What "auto" picks on other machines: fp32 for bf16 features, split bf16 for fp32 ones."""
-    _backend("cpu")
-    from protoclip.ops import native_info_nce
+WITHOUT_BF16 = """
+import sys; sys.path.insert(0, {tests!r})
+import torch, test_info_nce, prototype_problem
+x, y = test_info_nce.clustered(300, 65, torch.bfloat16)
+test_info_nce.check(x, y, 100.0, "cpu", torch.rand(300) + 0.5)
+prototype_problem.check(90, 301, 65, torch.bfloat16, 0.1, 100.0)
+"""
 
-    monkeypatch.setattr(native_info_nce, "ARITHMETIC", arithmetic)
-    if arithmetic == "float":
-        return check(draw(300, 65, torch.bfloat16, 6), 100.0, "cpu")
-    x, y = clustered(300, 65)
-    try:
-        got = run(x, y, 100.0, torch.ones(300), dtype=x.dtype, backend="cpu")
-    except RuntimeError as error:
-        assert "AVX-512 with bf16" in str(error)
-        pytest.skip("this CPU has no bf16 products")
-    truth = run(x, y, 100.0, torch.ones(300), dtype=torch.float64, backend="reference")
-    # A product loses lo * lo and the rounding of lo, 2^-16 of it, in the positive and in the sum.
-    assert (got["loss"] - truth["loss"]).abs().max() <= 2 * 2**-16 * 100.0
-    for name in ("dx", "dy"):
-        assert (got[name] - truth[name]).abs().max() <= 2**-9 * truth[name].abs().max(), name
+
+@pytest.mark.parametrize("cpu", ["AVX512_CORE", "SSE41"])
+def test_cpus_without_bf16_products(cpu):
+    """fp32 products for bf16 features; on the second CPU oneDNN has none either, and ours run."""
+    _backend("cpu")
+    code = WITHOUT_BF16.format(tests=str(Path(__file__).parent))
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": cpu}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @pytest.mark.parametrize("columns", [True, False])
@@ -162,17 +149,17 @@ def test_rectangles(columns, dtype):
     x, offset = x[300:431], 300
     w, v = torch.rand(131), torch.rand(700) if columns else torch.empty(0)
     f, g = torch.ops.protoclip.contrastive_fwd, torch.ops.protoclip.contrastive_bwd
-    results = []
-    for wide, backend in ((dtype, "cpu"), (dtype, "reference"), (torch.float64, "reference")):
-        s = torch.tensor(40.0).to(torch.promote_types(wide, torch.float32))
-        inputs = x.to(wide), y.to(wide), s
-        stats = f(*inputs, offset, columns, backend)
-        lse = [stats[k + 1].log2() + stats[k] for k in ((0, 2) if columns else (0,))]
-        weights = w.to(s.dtype), v.to(s.dtype)
-        results.append([*lse, stats[4], *g(*inputs, *stats[:4], *weights, offset, backend)])
-    for got, base, truth in zip(*results, strict=True):
-        magnitude = 2 * (w.sum() + v.sum()).item() if truth.ndim == 0 else None
-        assert_within_budget(got, truth, base, magnitude=magnitude)
+    scale = torch.tensor(40.0)
+    stats = f(x, y, scale, offset, columns, "cpu")
+    levels = [LN2 * (stats[k + 1].log2() + stats[k]) for k in ((0, 2) if columns else (0,))]
+    got = [*levels, LN2 * stats[4], *g(x, y, scale, *stats[:4], w, v, offset, "cpu")]
+    truth, base = (
+        strip_gradients(x, y, 40.0, offset, w, v, wide) for wide in (torch.float64, dtype)
+    )
+    names = ["row level", *["column level"][: len(levels) - 1], "positive", "dx", "dy", "dscale"]
+    for name, value in zip(names, got, strict=True):
+        size = truth["terms" if name == "dscale" else name].abs().max().item()
+        assert_within_budget(value, truth[name], base[name], name, size, 40.0)
 
 
 def test_same_bits_twice_and_on_any_number_of_threads():
@@ -291,6 +278,128 @@ def test_double_backward_raises():
     (g,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="info_nce: its fused backends have no second"):
         g.sum().backward()
+
+
+# ---- products kept for the backward pass: no bit of the result ----
+
+
+def _leaves(n, d, dtype):
+    return *(t.requires_grad_() for t in clustered(n, d, dtype)), torch.tensor(
+        30.0, requires_grad=True
+    )
+
+
+def _run(inputs, weights, stash):
+    rows = protoclip.info_nce(*inputs, reduction="none", backend="cpu", stash=stash)
+    return rows.detach(), *torch.autograd.grad((rows * weights).sum(), inputs)
+
+
+def _kept(inputs, **options):
+    """Bytes of logits that the loss saves: its only int16 tensor."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        protoclip.info_nce(*inputs, **options)
+    return sum(t.nbytes for t in saved if t.dtype == torch.int16)
+
+
+# 1: one lane; 130 and 300: ragged tiles in both directions; 777: several tasks; D odd and even.
+@needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n, d", [(1, 1), (2, 3), (130, 17), (300, 64), (777, 96)])
+def test_same_bits_with_and_without_a_stash_on_any_number_of_threads(n, d, dtype):
+    inputs, weights = _leaves(n, d, dtype), torch.rand(n)
+    plain = _run(inputs, weights, False)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for stash in (None, True):
+                got = _run(inputs, weights, stash)
+                assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True)), count
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_cpu
+def test_the_backward_pass_reads_the_stash():
+    x, y, scale = _leaves(300, 20, torch.float32)
+    op, w = torch.ops.protoclip, torch.ones(300)
+    *_, a, b, c, d, kept = op.contrastive(x, y, scale, 0, True, "none", "cpu", True)
+    assert kept.nbytes == 4 * 384 * 512  # whole tiles of 128 x 256
+    rest = (x, y, scale, a, b, c, d, w, w, 0, "cpu")
+    dx, *_ = op.contrastive_bwd(*rest, kept)
+    again, *_ = op.contrastive_bwd(*rest, kept)
+    other, *_ = op.contrastive_bwd(*rest, torch.zeros_like(kept))
+    assert torch.equal(dx, again) and not torch.allclose(dx, other, rtol=1e-2)
+    with pytest.raises(RuntimeError, match="expected a stash of 196608 floats, got 8 bytes"):
+        op.contrastive_bwd(*rest, kept[:4])
+
+
+@needs_cpu
+def test_a_stash_only_for_a_gradient_and_within_64_mib():
+    inputs = _leaves(300, 20, torch.float32)
+    size = 4 * 384 * 512
+    assert _kept(inputs, backend="cpu") == _kept(inputs, backend="cpu", stash=True) == size
+    assert _kept(inputs, backend="cpu", stash=False) == 0
+    assert _kept([t.detach() for t in inputs], backend="cpu") == 0
+    with torch.no_grad():
+        assert _kept(inputs, backend="cpu") == 0
+    elements = torch.ops.protoclip_native.stash_size
+    assert 2 * elements(4096, 4096) == 64 << 20
+    assert elements(4097, 4096) == elements(16384, 16384) == elements(0, 0) == 0
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_rectangles_and_one_graph(dtype):
+    x, y, scale = _leaves(256, 6, dtype)  # whole tiles: the room around ragged ones is not written
+    op = torch.ops.protoclip.contrastive
+    torch.library.opcheck(op, (x, y, scale, 0, True, "mean", "cpu", True))
+    torch.library.opcheck(op, (x[:128], y, scale, 3, False, "none", "cpu", True))
+
+    def loss(x, y, scale):
+        return protoclip.info_nce(x, y, scale, backend="cpu")
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (256, 230):
+        got, want = (
+            torch.autograd.grad(f(x[:n], y[:n], scale), (x, y, scale)) for f in (compiled, loss)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@needs_cpu
+def test_memory_of_a_step_is_the_next_steps():
+    """Blocks are handed out once at a time, come back when their tensor dies, and can be let go."""
+    ops = torch.ops.protoclip_native
+    size = 3 << 20
+    one, two = ops.pooled(size), ops.pooled(size)
+    assert one.shape == (size,) and one.dtype == torch.int16
+    one.fill_(1), two.fill_(2)
+    assert (one == 1).all() and (two == 2).all()
+    places = {one.data_ptr(), two.data_ptr()}
+    del one, two
+    again = ops.pooled(size), ops.pooled(size)
+    assert {t.data_ptr() for t in again} == places
+    ops.release_memory()  # what is in use stays
+    again[0].fill_(3)
+    assert (again[0] == 3).all()
+
+
+@needs_cpu
+def test_freed_memory_is_kept_up_to_a_limit():
+    ops = torch.ops.protoclip_native
+    ops.release_memory()
+    assert ops.kept_memory() == 0
+    blocks = [ops.pooled(32 << 20) for _ in range(6)]  # 64 MiB each
+    assert ops.kept_memory() == 0  # in use is not kept
+    del blocks
+    assert ops.kept_memory() == 128 << 20
+    again = ops.pooled(32 << 20)
+    assert ops.kept_memory() == 64 << 20
+    del again
+    ops.release_memory()
+    assert ops.kept_memory() == 0
 
 
 @pytest.mark.slow

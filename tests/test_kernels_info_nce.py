@@ -11,8 +11,7 @@ from budget import assert_within_budget, sigmoid_gradients, strip_gradients
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import protoclip
-from protoclip.ops.info_nce import LN2
-from protoclip.ops.siglip import sigmoid_loss
+from protoclip.ops.contrastive import LN2, sigmoid_loss
 
 pytestmark = [
     pytest.mark.skipif(
@@ -303,7 +302,7 @@ class Launches(TorchDispatchMode):
         if func.namespace == "protoclip":
             body = f"_{name.removeprefix('contrastive_')}"
             with self:  # look into the op
-                return getattr(sys.modules["protoclip.ops.info_nce"], body)(*args)
+                return getattr(sys.modules["protoclip.ops.contrastive"], body)(*args)
         # Without a card there is no product of half precision into fp32: the operands are widened.
         widened = name == "_to_copy" and DEVICE == "cpu"
         if not (func.is_view or name in ROOM or widened):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from budget import assert_draws_within_budget, assert_within_budget
 
 import protoclip
-from protoclip.ops import Bank, few_logits
+from protoclip.ops import Bank
 
 pytestmark = pytest.mark.skipif(
     protoclip.backends("soft_targets")["triton"] is not None,
@@ -37,12 +37,6 @@ def _gradients(h, c, labels, scale, m, weights, backend):
         *leaves, labels, s, targets=m, reduction="none", backend=backend
     )
     return rows.detach(), *torch.autograd.grad((rows * weights).sum(), (*leaves, s))
-
-
-@pytest.fixture
-def kernels_only(monkeypatch):
-    """Few logits go to the kernels too."""
-    monkeypatch.setattr(few_logits, "FEW_LOGITS", 0)
 
 
 NAMES = ("loss", "dh", "dc", "dscale")
@@ -86,7 +80,7 @@ def test_soft_targets_within_budget(shape, dtype, temperature):
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 8), (0, 0, 8), (4, 3, 0)])
-def test_empty_input(shape, kernels_only):
+def test_empty_input(shape):
     n, k, d = shape
     h, c = torch.zeros(n, d, device=DEVICE), torch.zeros(k, d, device=DEVICE, requires_grad=True)
     labels = torch.zeros(n, dtype=torch.int64, device=DEVICE)
@@ -97,7 +91,7 @@ def test_empty_input(shape, kernels_only):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_strides_do_not_matter(dtype, kernels_only):
+def test_strides_do_not_matter(dtype):
     torch.manual_seed(0)
     h, c, m = (_unit(40, 12, dtype=dtype) for _ in range(3))
     labels = torch.randint(0, 40, (80,), device=DEVICE)[::2]
@@ -114,7 +108,7 @@ def test_strides_do_not_matter(dtype, kernels_only):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_banks_share_a_launch_and_repeat_to_the_bit(dtype, kernels_only):
+def test_banks_share_a_launch_and_repeat_to_the_bit(dtype):
     torch.manual_seed(0)
     h = _unit(50, 16, dtype=dtype).requires_grad_()
     banks = [
@@ -135,7 +129,7 @@ def test_banks_share_a_launch_and_repeat_to_the_bit(dtype, kernels_only):
 
 
 @pytest.mark.parametrize("scale", [10.0, -10.0, 0.0])
-def test_nearest_takes_the_lowest_index_of_a_tie(scale, kernels_only):
+def test_nearest_takes_the_lowest_index_of_a_tie(scale):
     c = torch.eye(2, device=DEVICE).repeat(200, 1)  # every prototype 200 times, over many tiles
     h = torch.tensor([[0.0, 1.0], [1.0, 0.0]], device=DEVICE)
     bank = Bank(c, torch.tensor([0, 1], device=DEVICE))
@@ -145,7 +139,7 @@ def test_nearest_takes_the_lowest_index_of_a_tie(scale, kernels_only):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [16, 300])
-def test_scale_of_zero_still_has_a_gradient(d, dtype, kernels_only):
+def test_scale_of_zero_still_has_a_gradient(d, dtype):
     torch.manual_seed(0)
     h, c = _unit(20, d, dtype=dtype), _unit(60, d, dtype=dtype)
     labels, weights = torch.arange(20, device=DEVICE), torch.ones(20, device=DEVICE)
@@ -166,7 +160,7 @@ def test_loss_near_zero_does_not_cancel(dtype):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bad_numbers_and_labels_stay_visible(value, dtype, kernels_only):
+def test_bad_numbers_and_labels_stay_visible(value, dtype):
     h, c = _unit(4, 3, dtype=dtype), _unit(90, 3, dtype=dtype)
     h[2, 1] = value
     labels = torch.tensor([0, -100, 2, 90], device=DEVICE)
@@ -197,7 +191,7 @@ def test_the_scratch_bound_changes_nothing(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_opcheck_and_compile(kernels_only):
+def test_opcheck_and_compile():
     torch.manual_seed(0)
     h, c = _unit(6, 8, dtype=torch.float32), _unit(5, 8, dtype=torch.float32)
     labels = torch.randint(0, 5, (6,), device=DEVICE)

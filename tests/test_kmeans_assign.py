@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import protoclip
-from protoclip.ops.backends import TABLE, implementation
+from protoclip.ops.backends import TABLE
+from protoclip.ops.native import CodedPoints
 
 HERE = Path(__file__).parent
 NATIVE_MISSING = protoclip.backends("kmeans_assign").get("cpu")
@@ -216,7 +217,7 @@ def test_kept_codes_change_no_bit(kind, shape):
     n, k, d = shape
     x, c = kind(n, k, d)
     x[3] = c[5]
-    points = implementation("kmeans_assign", "cpu", "CodedPoints")(x.T.contiguous().T)
+    points = CodedPoints(x.T.contiguous().T)
     for centroids in (c, c.T.contiguous().T * 2, c * 1e10, c[:1] - 1e-3):
         want = protoclip.kmeans_assign(x, centroids, backend="cpu")
         for got, expected in zip(points.assign(centroids), want, strict=True):

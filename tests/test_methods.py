@@ -8,23 +8,22 @@ import torch
 import torch.nn.functional as F
 
 from protoclip import checkpoint
-from protoclip.clustering import IGNORE, purity, target_entropy
 from protoclip.config import (
     EpisodeConfig,
-    TrainConfig,
     build_parser,
-    from_dict,
-    load_preset,
     parse,
-    preset_names,
-    to_dict,
 )
 from protoclip.data import build_transform, open_dataset
-from protoclip.episode import build_episode
-from protoclip.features import Features, FeatureStore
 from protoclip.losses import similarity_distillation
 from protoclip.model import Encoded, build_model
-from protoclip.training.ema import MovingAverage
+from protoclip.prototypes import (
+    IGNORE,
+    EpisodeBuilder,
+    Features,
+    FeatureStore,
+    purity,
+    target_entropy,
+)
 from protoclip.training.loop import Trainer
 from protoclip.training.phases import Phases
 from protoclip.training.plan import make_plan
@@ -36,7 +35,7 @@ MODEL = {
     "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
 DATASET = open_dataset("builtin:shapes:84")
-TEACHERS = {"a": torch.randn(84, 8), "b": torch.randn(84, 5)}
+TEACHER = torch.randn(84, 8)
 
 
 def config_of(*flags):
@@ -58,7 +57,7 @@ def model_file(tmp_path_factory):
 def run(tmp_path, model_file):
     """Trains two episodes of three steps; returns the lines of metrics.jsonl."""
 
-    def run(*flags, teachers=None):
+    def run(*flags, teacher=None):
         head = ["--model", model_file, "--batch-size", "32", "--report-to", "none"]
         config = config_of(*head, "--max-steps", "6", "--infonce-warmup-epoch", "1", *flags)
         device, folder = torch.device("cpu"), RunFolder(tmp_path / "run", config)
@@ -70,7 +69,7 @@ def run(tmp_path, model_file):
             model,
             DATASET,
             build_transform(model.image_size, model.mean, model.std, "none"),
-            teachers or {},
+            teacher,
             folder,
             Phases(device),
             device=device,
@@ -94,10 +93,6 @@ SWITCHES = {
         ["--episode-features", "reuse", "--episode-size", "32"],
         "image_inertia",
     ),
-    "several K": (["--k", "3", "9"], "text_9_inertia"),
-    "unit centroids": (["--normalize-centroids"], "image_inertia"),
-    "average": (["--ema-decay", "0.9"], "image_inertia"),
-    "soft by source": (["--target-temperature", "0", "0.1"], "text_target_entropy"),
     "all hard": (["--target-temperature", "0"], "image_inertia"),
     "no PBT": (["--no-PBT"], "image_inertia"),
     "no heads": (["--no-add-projection-head"], "image_inertia"),
@@ -112,15 +107,9 @@ def test_a_switch_trains_and_shows(run, name):
     assert shown in scalars(lines) and "proto_loss" in lines[-1]
 
 
-def test_several_teachers_at_once(run):
-    both = scalars(run("--external-target-temperature", "0", "0.1", teachers=TEACHERS))
-    assert both["a_target_entropy"] == 0 < both["b_target_entropy"]
-    assert both["external_loss"] > 0
-
-
 def test_the_control_does_without_prototypes(run):
     flags = ["--w-proto", "0", "--w-proto-external", "0", "--w-distill", "1"]
-    control = scalars(run(*flags, teachers=TEACHERS))
+    control = scalars(run(*flags, teacher=TEACHER))
     assert control["distill_loss"] > 0
     assert not any("proto_loss" in name or "inertia" in name for name in control)
 
@@ -137,7 +126,7 @@ def test_a_locked_image_tower_does_not_move(run, tmp_path, flags):
 
 class TestDiagnostics:
     def test_an_episode_says_how_it_went(self, run):
-        lines = run("--grad-clip-norm", "0.01", teachers={"external": TEACHERS["a"]})
+        lines = run("--grad-clip-norm", "0.01", teacher=TEACHER)
         told = scalars(lines)
         for source in ("image", "text", "external"):
             sizes = [told[f"{source}_size_{name}"] for name in ("min", "median", "max")]
@@ -153,42 +142,26 @@ class TestDiagnostics:
         assert math.hypot(*parts) == pytest.approx(last["grad_norm"], rel=1e-3)
 
 
-def test_the_average_follows_the_weights():
-    layer = torch.nn.BatchNorm1d(2)
-    average = MovingAverage(layer, 0.5)
-    with torch.no_grad():
-        layer.weight.fill_(3.0)
-        layer.running_mean.fill_(7.0)
-    average.update(layer, 1)  # decay (1 + 1) / (10 + 1)
-    assert average.model.weight.tolist() == pytest.approx([3 - 2 * 2 / 11] * 2)
-    average.update(layer, 100)  # decay 0.5
-    assert average.model.weight.tolist() == pytest.approx([3 - 2 / 11] * 2)
-    assert average.model.running_mean.tolist() == [7, 7] and layer.weight.tolist() == [3, 3]
-    other = MovingAverage(torch.nn.BatchNorm1d(2), 0.5)
-    other.load_state_dict(average.state_dict())
-    assert torch.equal(other.model.weight, average.model.weight)
-
-
 class TestStore:
     def test_the_newest_row_of_a_sample_counts(self):
-        store = FeatureStore(6, torch.device("cpu"))
+        store = FeatureStore(2, 3, torch.device("cpu"))
         old, new = unit(3, 4).float(), unit(3, 4).float()
         store.put(0, torch.tensor([5, 2, 7]), Encoded(old, -old))
-        store.put(3, torch.tensor([7, 1, 5]), Encoded(new, -new))
+        store.put(1, torch.tensor([7, 1, 5]), Encoded(new, -new))
         got = store.features()
         assert got.index.tolist() == [1, 2, 5, 7]
         assert torch.equal(got.image_h, torch.stack([new[1], old[1], new[2], new[0]]))
         assert torch.equal(got.text_h, -got.image_h)
 
     def test_its_state_goes_on_elsewhere(self):
-        store, other = (FeatureStore(4, torch.device("cpu")) for _ in range(2))
-        with pytest.raises(ValueError, match="no row yet"):
+        store, other = (FeatureStore(2, 2, torch.device("cpu")) for _ in range(2))
+        with pytest.raises(ValueError, match="got no row"):
             store.features()
         store.put(0, torch.tensor([1, 0]), Encoded(unit(2, 3).float(), unit(2, 3).float()))
         other.load_state_dict(store.state_dict())
         assert torch.equal(store.features().text_h, other.features().text_h)
-        with pytest.raises(ValueError, match="expected 5 rows, got 4"):
-            FeatureStore(5, torch.device("cpu")).load_state_dict(store.state_dict())
+        with pytest.raises(ValueError, match=r"expected 5 rows, got \[4\]"):
+            FeatureStore(5, 1, torch.device("cpu")).load_state_dict(store.state_dict())
 
 
 class TestNewSamples:
@@ -198,43 +171,31 @@ class TestNewSamples:
         torch.manual_seed(0)
         index, teacher = torch.randperm(12)[:8], torch.randn(12, 5)
         features = Features(index, unit(8, 4), unit(8, 4))
-        episode = build_episode(
-            features,
-            {"external": teacher},
-            EpisodeConfig(clusters=(3,)),
-            torch.Generator().manual_seed(0),
-            None,
-            keys=[str(i) for i in range(12)],
-            coming=torch.arange(12),
-        )
+        builder = EpisodeBuilder(EpisodeConfig(num_clusters=3), ["k"] * 12, teacher=teacher)
+        episode = builder.build(features, torch.Generator(), coming=torch.arange(12))
         fresh = torch.tensor([i for i in range(12) if i not in index.tolist()])
         external = episode.clusterings["external"]
         nearest = torch.cdist(teacher.double(), external.centroids.double()).argmin(dim=1)
         assert torch.equal(external.labels[fresh], nearest[fresh])
         assert torch.equal(external.counts, torch.bincount(external.labels[index], minlength=3))
         for item in episode.internal:
-            assert (item.labels[fresh] == IGNORE).all()
-            h = Encoded(unit(12, 4), unit(12, 4))
-            labels = item.bank(torch.arange(12), h).labels
-            own = getattr(h, item.source)
-            want = torch.cdist(own, episode.clusterings[item.source].centroids).argmin(dim=1)
+            assert (item.clustering.labels[fresh] == IGNORE).all()
+            h = {"image": unit(12, 4), "text": unit(12, 4)}
+            labels = item.bank(h, torch.arange(12)).labels
+            want = torch.cdist(h[item.source], item.clustering.centroids).argmin(dim=1)
             assert torch.equal(labels[fresh], want[fresh])
-            assert torch.equal(labels[index], item.labels[index])
+            assert torch.equal(labels[index], item.clustering.labels[index])
+            assert torch.equal(item.bank(h, None).labels, want)  # a queue knows no positions
 
 
 def test_purity_and_entropy_by_hand():
     labels, classes = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([4, 4, 2, 2, 2])
     assert purity(labels, classes) == pytest.approx(4 / 5)
     torch.manual_seed(0)
-    episode = build_episode(
-        Features(torch.arange(9), unit(9, 4), unit(9, 4)),
-        {},
-        EpisodeConfig(clusters=(4,)),
-        torch.Generator().manual_seed(0),
-        None,
-        keys=["k"] * 9,
-        classes={"group": torch.arange(9) % 2},
+    builder = EpisodeBuilder(
+        EpisodeConfig(num_clusters=4), ["k"] * 9, classes={"group": torch.arange(9) % 2}
     )
+    episode = builder.build(Features(torch.arange(9), unit(9, 4), unit(9, 4)), torch.Generator())
     image = episode.clusterings["image"]
     p = torch.softmax(image.centroids @ image.centroids.T / 0.01, dim=1)
     want = (torch.special.entr(p).sum(dim=1) * image.counts).sum() / 9
@@ -254,50 +215,3 @@ def test_distillation_is_the_divergence_of_the_off_diagonal_softmaxes():
             q = torch.softmax(9 * student[others] @ student[i], dim=0)
             want += float((p * (p / q).log()).sum()) / 10
     assert float(got) == pytest.approx(want, rel=1e-5)
-
-
-class TestPresets:
-    def test_default_is_what_no_flag_does(self):
-        assert load_preset("default") == {}
-        assert config_of("--preset", "default") == TrainConfig() == config_of()
-
-    @pytest.mark.parametrize("name", preset_names())
-    def test_each_is_a_config_and_goes_to_json_and_back(self, name):
-        config = config_of("--preset", name)
-        assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
-
-    def test_flags_change_a_preset_and_paper_is_one(self):
-        config = config_of("--preset", "paper-cc3m-8gpu", "--k", "10", "20", "--wd", "0.1")
-        assert config.episode.clusters == (10, 20) and config.optim.wd == 0.1
-        assert config.optim.batch_size == 64 and config.optim.warmup == 15625
-        assert config.episode.kmeans_nredo == 3 and config.episode.replacement
-        assert config_of("--paper") == config_of("--preset", "paper")
-
-    def test_print_config_is_a_preset_itself(self, tmp_path, capsys):
-        with pytest.raises(SystemExit) as ended:
-            config_of("--paper", "--k", "3", "5", "--print-config")
-        assert ended.value.code == 0
-        path = tmp_path / "printed.json"
-        path.write_text(capsys.readouterr().out)
-        assert config_of("--preset", str(path)) == config_of("--paper", "--k", "3", "5")
-
-    @pytest.mark.parametrize(
-        ("flags", "words"),
-        [
-            (["--preset", "papr"], "expected one of default, paper"),
-            (["--episode-features", "reuse", "--ema-decay", "0.9"], "--ema-decay"),
-            (["--episode-features", "reuse", "--infonce-warmup-epoch", "0"], "1 or more"),
-            (["--target-temperature", "1", "2", "3"], "--target-temperature"),
-            (["--k", "5", "5"], "--k: expected different"),
-            (["--ema-decay", "1"], "--ema-decay: expected less"),
-        ],
-    )
-    def test_contradictions_are_refused(self, flags, words):
-        with pytest.raises(ValueError, match=words):
-            config_of(*flags)
-
-    def test_an_unknown_setting_is_named(self, tmp_path):
-        path = tmp_path / "x.json"
-        path.write_text('{"episode": {"clutsers": 3}}')
-        with pytest.raises(ValueError, match="clutsers"):
-            config_of("--preset", str(path))

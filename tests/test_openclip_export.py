@@ -9,8 +9,8 @@ from PIL import Image
 
 from protoclip import checkpoint, export
 from protoclip.config import ModelConfig, TrainConfig, to_dict
-from protoclip.evaluate.models import load_model
-from protoclip.evaluate.sets import eval_transform
+from protoclip.evaluate.__main__ import load_model
+from protoclip.evaluate.tasks import eval_transform
 from protoclip.model import build_model, register_configs
 from protoclip.train import main as train
 
@@ -115,8 +115,10 @@ def test_a_checkpoint_keeps_how_pictures_are_prepared(nano, tmp_path):
     }  # fmt: skip
     config = TrainConfig(model=ModelConfig(model=str(nano)))
     payload = {
+        "epoch": 1,
         "state_dict": first.clip.state_dict(),
-        "protoclip": {**first.extra_state(), "config": to_dict(config)},
+        "optimizer": {},
+        "protoclip": {**first.extra_state(), "config": to_dict(config), "step": 1},
     }
     path = tmp_path / "epoch_1.pt"
     torch.save(payload, path)

@@ -8,7 +8,7 @@ import torch
 from open_clip import loss as theirs
 
 import protoclip
-from protoclip.openclip import command
+from protoclip import openclip as command
 
 
 def args(**changes):

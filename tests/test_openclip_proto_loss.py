@@ -1,5 +1,6 @@
 """ProtoClipLoss: its prototypes, its value, and when its state moves."""
 
+import operator
 import socket
 
 import pytest
@@ -9,7 +10,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import protoclip
-from protoclip.proto_clip_loss import ProtoClipLoss, ProtoConfig
+from protoclip.losses import ProtoClipLoss, ProtoConfig
 
 SCALE = 14.3
 
@@ -44,7 +45,7 @@ def dense(loss, image, text, scale):
     features, total = {"image": image, "text": text}, 0.0
     for one in loss.online.current:
         source, student = features[one.source].detach(), features[one.student]
-        centroids, prototypes = one.centroids.double(), one.prototypes.double()
+        centroids, prototypes = one.clustering.centroids.double(), one.prototypes.double()
         labels = torch.cdist(source, centroids).argmin(dim=1)
         if loss.proto.target_temperature > 0:
             logits = centroids @ centroids.T / loss.proto.target_temperature
@@ -86,7 +87,7 @@ def test_prototypes_are_the_students_means_over_the_sources_clusters():
     loss = filled()
     features = {"image": image, "text": text}
     for one in loss.online.current:
-        labels = torch.cdist(features[one.source], one.centroids).argmin(dim=1)
+        labels = torch.cdist(features[one.source], one.clustering.centroids).argmin(dim=1)
         for k, prototype in enumerate(one.prototypes):
             mean = features[one.student][labels == k].mean(dim=0)
             assert torch.allclose(prototype, mean, atol=1e-6)
@@ -170,7 +171,7 @@ def test_prototypes_live_behind_heads_that_the_model_owns():
         )  # fmt: skip
     terms["proto_loss"].backward()
     assert heads.weight.grad.abs().sum() > 0
-    assert loss.online.current[0].centroids.shape[1] == 4
+    assert loss.online.current[0].prototypes.shape[1] == 4
     assert not list(loss.parameters()) and not loss.state_dict()
 
 
@@ -270,9 +271,9 @@ def test_two_ranks_have_the_prototypes_and_gradients_of_one(tmp_path):
     for flags in ranks[0]:
         (terms0, grads0, sets0), (terms1, grads1, sets1) = (rank[flags] for rank in ranks)
         for mine, other, single in zip(sets0, sets1, one.online.current, strict=True):
-            for name in ("centroids", "prototypes", "targets"):
-                assert torch.equal(getattr(mine, name), getattr(other, name))
-                assert torch.allclose(getattr(mine, name), getattr(single, name), atol=1e-5)
+            for name in ("clustering.centroids", "prototypes", "targets"):
+                a, b, c = (operator.attrgetter(name)(one) for one in (mine, other, single))
+                assert torch.equal(a, b) and torch.allclose(a, c, atol=1e-5)
         mean = (terms0["proto_loss"] + terms1["proto_loss"]) / 2
         assert torch.allclose(mean, terms["proto_loss"], rtol=1e-5)
         share = 1 if flags[1] else 1 / 2  # as OpenCLIP's InfoNCE: 1 / W without gather_with_grad

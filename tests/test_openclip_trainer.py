@@ -11,15 +11,10 @@ import pytest
 import torch
 
 from protoclip import checkpoint, export
-from protoclip.config import ModelConfig
 from protoclip.data import open_dataset
-from protoclip.data.export import export_shards
+from protoclip.data.__main__ import export_shards
 from protoclip.data.types import Subset
 from protoclip.evaluate.__main__ import main as evaluate
-from protoclip.evaluate.models import load_model
-from protoclip.model import build_model, register_configs
-from protoclip.openclip_runs import adamw_states
-from protoclip.train import main as protoclip_train
 
 pytest.importorskip("open_clip_train.main")
 
@@ -142,58 +137,28 @@ def test_the_log_has_both_terms_and_the_evaluation(alone, folder):
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_a_run_of_open_clips_exports(alone, folder, tmp_path, capsys):
-    """Its params.txt names the model; the bias that --siglip adds is kept."""
-    run = folder / "logs" / "ours-siglip"
-    assert export.main([str(run), "--out", str(tmp_path / "no")]) == 2
-    assert "its model 'emoji-nano', which OpenCLIP does not know" in capsys.readouterr().err
+def test_a_checkpoint_of_open_clips_exports_and_is_evaluated(alone, folder, tmp_path, capsys):
+    """Its model has to be named; the bias that --siglip adds is kept."""
+    run, model = folder / "logs" / "ours-siglip", str(folder / "emoji-nano.json")
+    path = checkpoint.find(run)
+    out = ["--out", str(tmp_path / "out")]
+    assert export.main([str(run), *out]) == 2
+    assert "give the OpenCLIP name or config file" in capsys.readouterr().err
     data = ["--data", "builtin:shapes:40", "--no-cache"]
     assert evaluate([str(run), *data]) == 2
-    assert "MODEL --pretrained" in capsys.readouterr().err
-    register_configs(str(folder / "emoji-nano.json"))  # as one that OpenCLIP comes with
-    assert export.main([str(run), "--out", str(tmp_path / "out")]) == 0
-    model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}")
-    weights = checkpoint.load(checkpoint.find(run))["state_dict"]
-    assert "logit_bias" in weights and set(model.state_dict()) == set(weights)
-    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
-    assert evaluate([str(run), *data]) == 0
-    assert (run / "results-builtin_shapes_40.json").is_file()
-    loaded = load_model(str(run)).model.clip.state_dict()
-    assert all(torch.equal(value, weights[key]) for key, value in loaded.items())
-
-
-@pytest.mark.parametrize("run", ["ours-emoji", "theirs-emoji", "ours-siglip", "p-emoji"])
-def test_open_clips_optimiser_is_read_by_name(alone, folder, run):
-    payload = checkpoint.load(checkpoint.find(folder / "logs" / run))
-    clip = build_model(ModelConfig(model=str(folder / "emoji-nano.json"))).clip
-    states = adamw_states(payload, dict(clip.named_parameters()))
-    extra = {"logit_bias"} if run == "ours-siglip" else set()
-    assert set(states) == {name for name, _ in clip.named_parameters()} | extra
-    steps = {float(state["step"]) for state in states.values()}
-    assert steps == {2.0 * STEPS if run == "p-emoji" else STEPS}  # p-emoji: resumed, two epochs
-    assert adamw_states({**payload, "optimizer": {}}, dict(clip.named_parameters())) == {}
-
-
-def test_ours_goes_on_with_a_run_of_open_clips(alone, folder, tmp_path, capsys):
-    run, epoch = folder / "logs" / "ours-emoji", 2 * STEPS  # steps over both shards
-    flags = [
-        "--train-data", f"{folder}/shards/{{00000..00001}}.tar", "--batch-size", str(BATCH),
-        "--model", f"{folder}/emoji-nano.json", "--logs", str(tmp_path), "--name", "on", "--k", "4",
-        "--external-teacher", "none", "--report-to", "none", "--infonce-warmup-epoch", "1",
-    ]  # fmt: skip
-    assert protoclip_train([*flags, "--resume", str(run), "--epochs", "1"]) == 2
-    assert "is after epoch 1" in capsys.readouterr().err and not (tmp_path / "on").exists()
-    assert protoclip_train([*flags, "--resume", str(run), "--epochs", "2"]) == 0
-    log = (tmp_path / "on" / "out.log").read_text()
-    assert f"weights and AdamW's moments, epoch 1, so step {epoch} of {2 * epoch}" in log
-    assert "anew: the order of the data, projection heads and prototypes" in log
-    lines = (tmp_path / "on" / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    assert [record["step"] for record in records] == list(range(epoch + 1, 2 * epoch + 1))
-    assert all(record["proto_loss"] > 0 for record in records)
-    # Its own checkpoints then resume as ever.
-    assert protoclip_train(["--resume", str(tmp_path / "on"), "--epochs", "3"]) == 0
-    assert f"after step {2 * epoch}" in (tmp_path / "on" / "out.log").read_text()
+    assert "as --model" in capsys.readouterr().err
+    assert export.main([str(run), "--model", model, *out]) == 0
+    exported = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").state_dict()
+    weights = checkpoint.load(path)["state_dict"]
+    assert "logit_bias" in weights and set(exported) == set(weights)
+    assert all(torch.equal(value, weights[key]) for key, value in exported.items())
+    numbers = []
+    named = [str(run), "--model", model]
+    for own in (named, [model, "--pretrained", str(path)], [f"local-dir:{tmp_path / 'out'}"]):
+        results = tmp_path / f"{len(numbers)}.json"
+        assert evaluate([*own, *data, "--output", str(results)]) == 0
+        numbers.append(json.loads(results.read_text())["trained"]["sets"])
+    assert numbers[0] == numbers[1] == numbers[2]
 
 
 def test_torchcompile_changes_no_loss(alone, folder):

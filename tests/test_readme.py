@@ -11,13 +11,11 @@ import pytest
 import torch
 
 import protoclip
-from protoclip import export, plan, train
+from protoclip import export, openclip, plan, teacher, train
 from protoclip.data import __main__ as data
 from protoclip.evaluate import __main__ as evaluate
 from protoclip.model import register_configs
-from protoclip.openclip import command as openclip
 from protoclip.report import __main__ as report
-from protoclip.teacher import __main__ as teacher
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from protoclip import checkpoint
-from protoclip.clustering import Clustering
-from protoclip.episode import Episode, PrototypeSet
+from protoclip.prototypes import Clustering, Episode, PrototypeSet
 from protoclip.train import main
 from protoclip.training.append_log import AppendLog, cut_back
 from protoclip.training.run_folder import FolderLock
@@ -179,7 +178,8 @@ def test_auto_takes_the_newest_unfinished_run_of_these_settings(tmp_path, flags)
 def test_state_survives_packing():
     labels = torch.tensor([0, 1, -100])
     clustering = Clustering(torch.rand(2, 3), labels, torch.tensor([1, 1]))
-    episode = Episode(clusterings={"text": clustering}, metrics={"a": 1.5})
+    one = PrototypeSet("text", "image", clustering, torch.rand(2, 3), None, False)
+    episode = Episode((one,), metrics={"a": 1.5})
     classes = {cls.__name__: cls for cls in (Episode, Clustering, PrototypeSet)}
     back = unpack(pack(episode), classes, CPU)
     assert isinstance(back, Episode) and back.metrics == {"a": 1.5}

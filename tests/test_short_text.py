@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from protoclip.config import ModelConfig
-from protoclip.model import build_model
-from protoclip.short_text import ShortTokenizer, _split, can_shorten
+from protoclip.model import ShortTokenizer, _split, build_model, can_shorten
 
 SHORT = ["a cat", "", "red square on a blue one", "né"]
 LONG = " ".join(["far too many words"] * 12)

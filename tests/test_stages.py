@@ -4,21 +4,17 @@ import math
 import pickle
 import sys
 
-import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 
 from protoclip import checkpoint
-from protoclip.clustering import IGNORE
 from protoclip.config import EpisodeConfig, LossConfig, ModelConfig
-from protoclip.data import build_transform, open_dataset
-from protoclip.episode import build_episode
-from protoclip.features import Features, extract
+from protoclip.data import batches, build_transform, open_dataset
 from protoclip.losses import ProtoLoss
 from protoclip.model import Encoded, build_model, register_configs
-from protoclip.teacher import load_teacher, pca
+from protoclip.prototypes import IGNORE, EpisodeBuilder, Features, extract
 
 N, DATASET = 60, 80
 
@@ -34,11 +30,10 @@ def features():
     return Features(index, unit(N, 8), unit(N, 8))
 
 
-def episode_of(features, teachers=None, previous=None, **settings):
-    config = EpisodeConfig(clusters=(7,), **settings)
-    generator = torch.Generator().manual_seed(1)
-    keys = [f"key{i}" for i in range(DATASET)]
-    return build_episode(features, teachers or {}, config, generator, previous, keys=keys)
+def episode_of(features, teacher=None, previous=None, **settings):
+    config = EpisodeConfig(**{"num_clusters": 7, **settings})
+    builder = EpisodeBuilder(config, [f"key{i}" for i in range(DATASET)], teacher=teacher)
+    return builder.build(features, torch.Generator().manual_seed(1), previous)
 
 
 class TestEpisode:
@@ -47,6 +42,7 @@ class TestEpisode:
         pytest.importorskip("faiss")
         ours, theirs = (episode_of(features, kmeans_backend=name) for name in ("auto", "faiss"))
         for a, b in zip(ours.internal, theirs.internal, strict=True):
+            a, b = a.clustering, b.clustering
             assert not torch.equal(a.labels, b.labels)  # other random starts
             assert b.counts.sum() == N and (b.labels[features.index] >= 0).all()
         monkeypatch.setitem(sys.modules, "faiss", None)
@@ -54,25 +50,25 @@ class TestEpisode:
             episode_of(features, kmeans_backend="faiss")
 
     def test_back_translation_and_targets_are_the_authors_formulas(self, features):
-        episode = episode_of(features, {"external": torch.randn(DATASET, 5)})
+        episode = episode_of(features, torch.randn(DATASET, 5))
         assert [(s.source, s.student) for s in episode.internal] == [
             ("image", "text"),
             ("text", "image"),
         ]
-        for item in (*episode.internal, *episode.external):
+        for item in episode.sets:
             own = getattr(features, f"{item.student}_h")
-            labels = item.labels[features.index]
-            for k in range(len(item.counts)):
+            labels = item.clustering.labels[features.index]
+            for k in range(len(item.prototypes)):
                 mean = own[labels == k].mean(dim=0)
                 assert (item.prototypes[k] - mean).abs().max() < 1e-12
             if item.targets is not None:
-                centroids = episode.clusterings[item.source].centroids
+                centroids = item.clustering.centroids
                 teacher = torch.softmax(centroids @ centroids.T / 0.01, dim=1)
                 assert (item.targets - teacher @ item.prototypes).abs().max() < 1e-12
         assert all(item.targets is None for item in episode.external)
 
     def test_labels_are_found_by_position_and_no_cluster_is_empty(self, features):
-        item = episode_of(features).internal[0]
+        item = episode_of(features).internal[0].clustering
         outside = torch.ones(DATASET, dtype=torch.bool)
         outside[features.index] = False
         assert (item.labels[outside] == IGNORE).all()
@@ -82,7 +78,7 @@ class TestEpisode:
     def test_without_back_translation_the_raw_centroids_serve(self, features):
         episode = episode_of(features, pbt=False)
         for item in episode.internal:
-            assert item.prototypes is episode.clusterings[item.source].centroids
+            assert item.prototypes is item.clustering.centroids
 
     def test_a_warm_start_changes_few_labels(self, features):
         first = episode_of(features, kmeans_max_iter=50)
@@ -96,18 +92,11 @@ class TestEpisode:
 
     def test_too_many_clusters(self, features):
         with pytest.raises(ValueError, match="--k 6"):
-            build_episode(
-                features,
-                {},
-                EpisodeConfig(clusters=(N + 1,)),
-                torch.Generator(),
-                None,
-                keys=["x"] * DATASET,
-            )
+            episode_of(features, num_clusters=N + 1)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(features):
-    episode = episode_of(features, {"external": torch.randn(DATASET, 5)})
+    episode = episode_of(features, torch.randn(DATASET, 5))
     u = Encoded(unit(N, 16), unit(N, 16))
     h = Encoded(features.image_h, features.text_h)
     scale = torch.tensor(10.0, dtype=torch.float64)
@@ -177,35 +166,13 @@ class TestCheckpoint:
         assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
-class TestTeacher:
-    dataset = open_dataset("builtin:shapes:40")
-
-    def test_files_and_their_keys(self, tmp_path):
-        rows = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
-        np.save(tmp_path / "a.npy", rows)
-        np.savez(tmp_path / "b.npz", features=rows, keys=np.array(list(self.dataset.keys)))
-        for name in ("a.npy", "b.npz"):
-            got = load_teacher(str(tmp_path / name), self.dataset, dim=0)
-            assert torch.equal(got, torch.from_numpy(rows))
-        np.save(tmp_path / "d.npy", rows[:9])
-        with pytest.raises(ValueError, match="one row per sample"):
-            load_teacher(str(tmp_path / "d.npy"), self.dataset)
-
-    def test_pca_keeps_the_largest_directions(self):
-        torch.manual_seed(0)
-        x = torch.randn(200, 3) @ torch.diag(torch.tensor([5.0, 1.0, 0.01]))
-        got = pca(x, 2)
-        want = torch.pca_lowrank(x, 2, center=True, niter=8)
-        spread = (want[0] * want[1]).abs()
-        torch.testing.assert_close(got.abs(), spread, rtol=1e-3, atol=1e-3)
-
-
 def test_features_do_not_depend_on_the_training_mode():
     dataset = open_dataset("builtin:shapes:20")
     model = build_model(ModelConfig()).train()
     transform = build_transform(model.image_size, model.mean, model.std, "none")
-    settings = {"transform": transform, "batch_size": 8, "device": torch.device("cpu"), "seed": 0}
-    first = extract(model, dataset, torch.arange(20), **settings)
-    again = extract(model.eval(), dataset, torch.arange(20), **settings)
+    stream = dataset, torch.arange(20), 8, transform, model.short_tokenizer
+    cpu = torch.device("cpu")
+    first = extract(model, batches(*stream, seed=0), device=cpu)
+    again = extract(model.eval(), batches(*stream, seed=0), device=cpu)
     assert torch.equal(first.image_h, again.image_h) and not model.training
     torch.testing.assert_close(first.text_h.norm(dim=1), torch.ones(20))

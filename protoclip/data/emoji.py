@@ -1,82 +1,117 @@
-"""``builtin:emoji``: the emoji of Unicode as pictures, with names and tags as captions."""
+"""``builtin:emoji``: the emoji of Unicode as pictures, with names and tags as captions.
+
+Twemoji's drawings come from a package, those of Noto Color Emoji from its font: a style that no
+training has seen.
+"""
 
 from __future__ import annotations
 
+import csv
 import functools
 import importlib.util
+import io
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from protoclip.data import noto
-from protoclip.data.concepts import Concept, table
-from protoclip.data.hashing import heldout_mask
 from protoclip.data.images import decode
-from protoclip.data.types import DataError, Labels
+from protoclip.data.types import DataError, Labels, heldout_mask
 
 SPLITS = ("all", "train", "heldout", "noto", "noto-heldout")
+LANGUAGES = ("de", "es", "fr", "it", "pt")
+STRIKE = 109  # the only size of the font's bitmaps, in pixels per em
+SIDE = 72  # pictures as large as Twemoji's
+FONT_VARIABLE = "PROTOCLIP_NOTO_FONT"
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One row of emoji.tsv."""
+
+    key: str  # code points in hexadecimal, joined by "-"
+    text: str  # the characters themselves
+    group: str
+    subgroup: str
+    captions: tuple[str, ...]  # the English label first
+
+
+@functools.cache
+def concepts() -> tuple[Concept, ...]:
+    """All concepts in Unicode's order."""
+    file = resources.files("protoclip.data").joinpath("emoji.tsv")
+    with file.open(encoding="utf-8") as lines:
+        rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return tuple(
+            Concept(r["hexcode"], r["emoji"], r["group"], r["subgroup"], _captions(r)) for r in rows
+        )
+
+
+def _captions(row: dict[str, str]) -> tuple[str, ...]:
+    label = row["label"]
+    tags = [tag for tag in row["tags"].split("|") if tag and tag != label]
+    captions = [label, *(f"{label}, {tag}" for tag in tags)]
+    if len(tags) > 1:
+        captions.append(", ".join(tags))
+    captions += [row[f"label_{language}"] for language in LANGUAGES]
+    return tuple(dict.fromkeys(caption for caption in captions if caption))
 
 
 class EmojiDataset:
-    """Concepts drawn in one style; see :func:`open_emoji`."""
-
-    def __init__(self, name: str, concepts: Sequence[Concept], style: str) -> None:
-        self.name = name
-        self.keys = tuple(concept.key for concept in concepts)
-        self.labels: Mapping[str, Labels] = {
-            "group": _labels([c.group for c in concepts], [c.group for c in table()]),
-            "subgroup": _labels([c.subgroup for c in concepts], [c.subgroup for c in table()]),
-        }
-        self._captions = tuple(concept.captions for concept in concepts)
-        self._style = style
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def image(self, i: int) -> Image.Image:
-        if self._style == "noto":
-            return noto.pictures()[self.keys[i]]
-        return twemoji_picture(self.keys[i])
-
-    def captions(self, i: int) -> tuple[str, ...]:
-        return self._captions[i]
-
-
-def open_emoji(split: str = "all", seed: int = 0) -> EmojiDataset:
-    """The built-in emoji.
+    """Concepts drawn in one style.
 
     Args:
         split: "train" | "heldout" (10 % of the concepts, of each group alike) | "all" in Twemoji's
             drawings; "noto" (all) | "noto-heldout" in those of Noto Color Emoji.
         seed: which concepts are held out.
+    Labels:
+        "group" (9), "subgroup" (98).
     Raises:
         DataError: the pictures or the font are not on this machine, or the split is unknown.
     """
-    if split not in SPLITS:
-        raise DataError(f"builtin:emoji: split must be one of {', '.join(SPLITS)}, got {split!r}")
-    concepts = table()
-    group = _labels([c.group for c in concepts], [c.group for c in concepts])
-    heldout = heldout_mask(len(concepts), group.ids.numpy(), seed)
-    wanted = np.ones_like(heldout)
-    if split == "train":
-        wanted = ~heldout
-    elif split in ("heldout", "noto-heldout"):
-        wanted = heldout
-    if split.startswith("noto"):
-        style, drawn = "noto", set(noto.pictures())
-    else:
-        style, drawn = "twemoji", set(twemoji_files())
-    kept = [concepts[i] for i in np.flatnonzero(wanted) if concepts[i].key in drawn]
-    return EmojiDataset(f"builtin:emoji[{split}]", kept, style)
+
+    def __init__(self, split: str = "all", seed: int = 0) -> None:
+        if split not in SPLITS:
+            raise DataError(
+                f"builtin:emoji: split must be one of {', '.join(SPLITS)}, got {split!r}"
+            )
+        self.name = f"builtin:emoji[{split}]"
+        self._noto = split.startswith("noto")
+        drawn = noto_pictures() if self._noto else twemoji_files()
+        labels = {name: _labels(name) for name in ("group", "subgroup")}
+        wanted = np.ones(len(concepts()), dtype=bool)
+        if split.endswith(("train", "heldout")):
+            heldout = heldout_mask(len(wanted), labels["group"].ids.numpy(), seed)
+            wanted = ~heldout if split == "train" else heldout
+        rows = [i for i in np.flatnonzero(wanted).tolist() if concepts()[i].key in drawn]
+        self.keys = tuple(concepts()[i].key for i in rows)
+        self._captions = tuple(concepts()[i].captions for i in rows)
+        self.labels: Mapping[str, Labels] = {
+            name: Labels(full.ids[rows], full.names) for name, full in labels.items()
+        }
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def image(self, i: int) -> Image.Image:
+        key = self.keys[i]
+        return noto_pictures()[key] if self._noto else _twemoji_picture(key)
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        return self._captions[i]
 
 
-def _labels(values: Sequence[str], universe: Sequence[str]) -> Labels:
-    names = tuple(dict.fromkeys(universe))
+def _labels(field: str) -> Labels:
+    """The field "group" or "subgroup" of all concepts."""
+    values: Sequence[str] = [getattr(concept, field) for concept in concepts()]
+    names = tuple(dict.fromkeys(values))
     position = {name: i for i, name in enumerate(names)}
-    return Labels(torch.tensor([position[v] for v in values], dtype=torch.int64), names)
+    return Labels(torch.tensor([position[value] for value in values], dtype=torch.int64), names)
 
 
 @functools.cache
@@ -92,7 +127,7 @@ def twemoji_files() -> Mapping[str, Path]:
     folder = Path(spec.submodule_search_locations[0]) / "assets" / "72x72"
     present = {path.stem: path for path in folder.glob("*.png")}
     files = {}
-    for concept in table():
+    for concept in concepts():
         points = [f"{int(point, 16):x}" for point in concept.key.split("-")]
         for name in ("-".join(points), "-".join(p for p in points if p != "fe0f")):
             if name in present:
@@ -106,7 +141,75 @@ def twemoji_files() -> Mapping[str, Path]:
 
 
 @functools.cache
-def twemoji_picture(key: str) -> Image.Image:
+def _twemoji_picture(key: str) -> Image.Image:
     """72 x 72 picture on white; decoded once per process (1,914 x 15.6 kB = 30 MB)."""
     path = twemoji_files()[key]
     return decode(path.read_bytes(), str(path))
+
+
+def noto_available() -> bool:
+    """Whether the splits "noto" and "noto-heldout" of ``builtin:emoji`` can be opened here."""
+    try:
+        _noto_font()
+    except DataError:
+        return False
+    return True
+
+
+@functools.cache
+def noto_pictures() -> Mapping[str, Image.Image]:
+    """Picture by key of each concept that the font draws as one glyph, RGB, 72 x 72 on white.
+
+    All are drawn at the first call (1,914 in about 1.2 s) and kept (30 MB): only the result tells
+    which of them the font knows.
+    """
+    font = _noto_font()
+    width = font.getlength("\N{GRINNING FACE}")
+    unknown = _draw(font, "\U0010ffff").tobytes()
+    drawn = {}
+    for concept in concepts():
+        text = concept.text
+        if font.layout_engine == ImageFont.Layout.BASIC:
+            text = text.removesuffix("\ufe0f")  # takes a place of its own when nothing shapes text
+        if font.getlength(text) > 1.5 * width:
+            continue  # several glyphs side by side: not composed
+        picture = _draw(font, text)
+        if picture.tobytes() != unknown and not _tags_lost(font, text, picture):
+            drawn[concept.key] = picture
+    return drawn
+
+
+def _tags_lost(font: ImageFont.FreeTypeFont, text: str, picture: Image.Image) -> bool:
+    """Whether a flag spelt in invisible tag characters came out as its bare first character."""
+    tagged = any(0xE0020 <= ord(char) <= 0xE007F for char in text)
+    return tagged and picture.tobytes() == _draw(font, text[0]).tobytes()
+
+
+def _draw(font: ImageFont.FreeTypeFont, text: str) -> Image.Image:
+    width, height = 136, 128  # of a glyph in the strike
+    canvas = Image.new("RGB", (width, width), "white")
+    pen = ImageDraw.Draw(canvas)
+    pen.text((0, (width - height) // 2), text, font=font, embedded_color=True)
+    return canvas.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+@functools.cache
+def _noto_font() -> ImageFont.FreeTypeFont:
+    """The font, where $PROTOCLIP_NOTO_FONT says or in the system's folders, which Pillow knows."""
+    chosen = os.environ.get(FONT_VARIABLE)
+    try:
+        # The content of a chosen file, as Pillow looks for a namesake when a path does not load.
+        file = io.BytesIO(Path(chosen).expanduser().read_bytes()) if chosen else None
+        font = ImageFont.truetype(file or "NotoColorEmoji.ttf", STRIKE)
+        # Builds with vector colours (COLRv1) load as well, and draw nothing.
+        colours = _draw(font, "\N{GRINNING FACE}").getcolors(SIDE * SIDE)
+        reason = "" if colours and len(colours) > 16 else "it has no colour bitmaps (CBDT)"
+    except OSError as error:
+        reason = str(error)
+    if reason:
+        raise DataError(
+            f"the font Noto Color Emoji was not found ({chosen or 'system fonts'}: {reason}); "
+            "install it (Debian, Ubuntu: apt-get install fonts-noto-color-emoji) or set "
+            f"{FONT_VARIABLE} to the path of NotoColorEmoji.ttf"
+        )
+    return font

@@ -1,4 +1,4 @@
-"""Batches whose every random choice depends on the seed and the draw alone."""
+"""The order of an epoch and its batches; every random choice follows from the seed and the draw."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -15,17 +16,177 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from protoclip.data.faults import Faults
-from protoclip.data.hashing import mix
-from protoclip.data.transforms import Transform
-from protoclip.data.types import Batch, DataError, PairDataset
+from protoclip.config import DataConfig
+from protoclip.data.images import Transform
+from protoclip.data.types import Batch, DataError, PairDataset, Subset, mix
 
+STREAM_BUFFER = 10_000  # samples; the window of shard-wise orders unless --shuffle-buffer says
 AHEAD = 16  # batches whose shards are fetched in advance
 ATTEMPTS = 50  # pairs tried in place of a bad one
 CRASHES = 3  # deaths of a worker at the same batch that end the run
-logger = logging.getLogger(__name__)
+NAMED = 20  # bad samples reported one by one
 CAPTIONS = ("random", "canonical", "first")
 Tokenizer = Callable[[list[str]], Tensor]
+logger = logging.getLogger(__name__)
+
+
+class EpochOrder:
+    """In which order an epoch goes through the data: all mixed, shard by shard, or resampled.
+
+    Args:
+        dataset: with ``shard_of`` and ``source_of``, int [N], where it is made of shards.
+        config: weights of the sources, window of the shuffle, resampling.
+    Attributes:
+        size: positions in an epoch: N, times the weights where sources have them.
+    Raises:
+        ValueError: weights that are not numbers, or not one for each source.
+    """
+
+    def __init__(self, dataset: Any, config: DataConfig) -> None:
+        count = len(dataset)
+        shard = getattr(dataset, "shard_of", np.zeros(count))
+        source = getattr(dataset, "source_of", np.zeros(count)).astype(np.int64)
+        self.source = torch.from_numpy(source)
+        self.weights = _weights(
+            config.train_data_upsampling_factors, int(source.max(initial=0)) + 1
+        )
+        self.resampled = config.dataset_resampled
+        self.size = count
+        if self.weights and not self.resampled:
+            parts = torch.bincount(self.source, minlength=len(self.weights)).tolist()
+            self.size = sum(round(w * n) for w, n in zip(self.weights, parts, strict=True))
+        if self.size < 1:
+            raise ValueError("--train-data-upsampling-factors: no sample is left in an epoch")
+        self.window = config.shuffle_buffer
+        if self.window < 0:
+            self.window = STREAM_BUFFER if getattr(dataset, "remote", False) else 0
+        if self.resampled and self.window == 0:
+            self.window = STREAM_BUFFER
+        # Runs of neighbours in the same shard; without shards the data set is one.
+        edges = [0, *(np.flatnonzero(np.diff(shard)) + 1), count]
+        self.starts = torch.tensor(edges[:-1], dtype=torch.int64)
+        self.lengths = torch.tensor(edges[1:], dtype=torch.int64) - self.starts
+
+    def permutation(self, random: torch.Generator) -> Tensor:
+        """Positions of one epoch, int64 [size]."""
+        if self.resampled:
+            return _window(self._resampled(random), self.window, random)
+        if not self.window:
+            positions = self._repeated(torch.arange(int(self.lengths.sum())), random)
+            return positions[torch.randperm(len(positions), generator=random)]
+        shards = torch.randperm(len(self.starts), generator=random)
+        positions = self._repeated(_runs(self.starts[shards], self.lengths[shards]), random)
+        return _window(positions, self.window, random)
+
+    def _repeated(self, positions: Tensor, random: torch.Generator) -> Tensor:
+        """Each position as often as the weight of its source says; a rest is drawn each time."""
+        if not self.weights:
+            return positions
+        source = self.source[positions]
+        times = torch.zeros(len(positions), dtype=torch.int64)
+        for number, weight in enumerate(self.weights):
+            members = (source == number).nonzero().flatten()
+            times[members] = int(weight)
+            rest = round(weight * len(members)) - int(weight) * len(members)
+            times[members[torch.randperm(len(members), generator=random)[:rest]]] += 1
+        return positions.repeat_interleave(times)
+
+    def _resampled(self, random: torch.Generator) -> Tensor:
+        """Whole shards with replacement, as OpenCLIP's --dataset-resampled, cut at ``size``."""
+        chances = torch.ones(len(self.starts), dtype=torch.float64)
+        if self.weights:
+            chances = torch.tensor(self.weights, dtype=torch.float64)[self.source[self.starts]]
+        parts, left = [], self.size
+        while left > 0:
+            shards = torch.multinomial(
+                chances, len(self.starts), replacement=True, generator=random
+            )
+            parts.append(_runs(self.starts[shards], self.lengths[shards])[:left])
+            left -= len(parts[-1])
+        return torch.cat(parts)
+
+
+def _runs(starts: Tensor, lengths: Tensor) -> Tensor:
+    """start, start + 1, ... of each run, one after the other."""
+    ends = lengths.cumsum(0)
+    offsets = (starts - (ends - lengths)).repeat_interleave(lengths)
+    return torch.arange(int(lengths.sum())) + offsets
+
+
+def _window(positions: Tensor, window: int, random: torch.Generator) -> Tensor:
+    """Mix so that no sample moves by more than ``window`` places: what a shuffle buffer does."""
+    moved = torch.rand(len(positions), generator=random, dtype=torch.float64) * window
+    return positions[(torch.arange(len(positions)) + moved).argsort(stable=True)]
+
+
+def _weights(text: str, sources: int) -> list[float]:
+    try:
+        weights = [float(part) for part in text.split("::")] if text else []
+        fine = not text or (len(weights) == sources and min(weights) >= 0)
+    except ValueError:
+        fine = False
+    if not fine or not np.isfinite(weights).all():
+        raise ValueError(
+            f"--train-data-upsampling-factors: expected {sources} numbers of at least 0 joined by "
+            f"'::', one for each source of --train-data, got {text!r}"
+        )
+    return weights
+
+
+class Faults:
+    """The samples of a data set that cannot be used, as far as they are known.
+
+    Args:
+        dataset: what it skipped when it was opened counts.
+        max_fraction: share of bad samples above which to stop.
+        report: told each new one in words.
+    Raises:
+        DataError: there are more than ``max_fraction`` allows already.
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        max_fraction: float,
+        report: Callable[[str], Any] = print,
+    ) -> None:
+        whole: Any = dataset
+        while isinstance(whole, Subset):
+            whole = whole.dataset
+        self.name, self.max_fraction, self.report = dataset.name, max_fraction, report
+        self.known = len(getattr(whole, "skipped", ()))
+        self.total = len(whole) + self.known
+        self.positions: set[int] = set()
+        self._check("")
+
+    def noted(self, batch: Batch) -> Batch:
+        """The batch, after its bad samples are noted; the same one counts once.
+
+        Raises:
+            DataError: there are more than ``max_fraction`` allows.
+        """
+        for position, reason in batch.bad:
+            if position not in self.positions:
+                self.positions.add(position)
+                if len(self.positions) <= NAMED:
+                    self.report(f"skipped sample {len(self.positions)}: {reason}")
+                self._check(f"; the last one: {reason}")
+        return batch
+
+    def _check(self, last: str) -> None:
+        count = self.known + len(self.positions)
+        if count > self.max_fraction * self.total:
+            raise DataError(
+                f"{self.name}: {count} of {self.total} samples cannot be used, more than "
+                f"--max-bad-fraction {self.max_fraction:g}{last}; fix the data (python -m "
+                "protoclip.data --check lists what is wrong), or allow more"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"positions": torch.tensor(sorted(self.positions), dtype=torch.int64)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.positions = set(state["positions"].tolist())
 
 
 def batches(
@@ -38,7 +199,6 @@ def batches(
     seed: int,
     workers: int = 0,
     captions: str = "random",
-    drop_last: bool = False,
     start: int = 0,
     numbers: Tensor | None = None,
     faults: Faults | None = None,
@@ -47,8 +207,7 @@ def batches(
 
     Caption and augmentation of draw j depend on (seed, j) only, so the batches are the same
     whatever the number of workers, and a run that stopped after draw j goes on with start=j.
-    Give each episode its own seed (:func:`protoclip.data.mix_seed`). The global random state of
-    the caller is left as it was.
+    The global random state of the caller is left as it was.
 
     Args:
         dataset: where the pairs come from.
@@ -56,11 +215,10 @@ def batches(
         batch_size: pairs per batch, at least 1.
         transform: picture -> [3, H, W]; its chance must come from torch's default generator.
         tokenizer: list of B captions -> int64 [B, L].
-        seed: of captions and augmentation, any integer.
-        workers: processes beside this one; 0 loads in this one.
+        seed: of captions and augmentation, any integer; another one for each episode.
+        workers: processes besides this one; 0 loads in this one.
         captions: "random" | "first" (the canonical one) | "canonical": the first in half of the
             draws, any in the others.
-        drop_last: leave out an incomplete last batch.
         start: first draw; batches are cut from here on.
         numbers: int64 [M], the j of each draw; None: 0 ... M - 1. A rank that loads some of the
             draws of all ranks gives theirs, so that who loads a draw does not matter.
@@ -68,71 +226,38 @@ def batches(
             in for each. None: such a pair is an error.
     Raises:
         DataError: a pair that cannot be read, or too many of them; the message names it.
-        ValueError: arguments that make no sense.
+        ValueError: an unknown kind of ``captions``.
     """
-    draws = torch.as_tensor(draws)
-    if draws.dim() != 1 or draws.dtype != torch.int64:
-        raise ValueError(f"draws: expected int64 [M], got {draws.dtype} {tuple(draws.shape)}")
-    if len(draws) and not 0 <= int(draws.min()) <= int(draws.max()) < len(dataset):
-        raise ValueError(
-            f"draws: expected positions in 0 ... {len(dataset) - 1}, got "
-            f"{int(draws.min())} ... {int(draws.max())}"
-        )
-    if batch_size < 1 or workers < 0 or start < 0:
-        raise ValueError(
-            "batches: expected batch_size of at least 1, workers and start of at least 0, got "
-            f"{batch_size}, {workers} and {start}"
-        )
     if captions not in CAPTIONS:
         raise ValueError(f"captions: expected one of {', '.join(CAPTIONS)}, got {captions!r}")
+    numbers = torch.arange(len(draws)) if numbers is None else numbers
     source = _Source(
-        dataset, draws.cpu().numpy(), batch_size, transform, tokenizer, seed, captions,
-        faults is not None,
+        dataset, draws.cpu().numpy(), numbers.cpu().numpy(), batch_size, transform, tokenizer,
+        seed, captions, replace_bad=faults is not None,
     )  # fmt: skip
-    if numbers is not None:
-        source.numbers = numbers.cpu().numpy()
-    last = len(draws) - batch_size + 1 if drop_last else len(draws)
-    firsts = range(start, last, batch_size)
+    firsts = range(start, len(draws), batch_size)
     loaded = _in_workers(source, firsts, workers) if workers else map(source.load, firsts)
-    return loaded if faults is None else _noted(loaded, faults)
+    return loaded if faults is None else map(faults.noted, loaded)
 
 
-def _noted(loaded: Iterator[Batch], faults: Faults) -> Iterator[Batch]:
-    for batch in loaded:
-        for position, reason in batch.bad:
-            faults.add(position, reason)
-        yield batch
-
-
+@dataclass(frozen=True)
 class _Source:
     """Makes the batch that begins at a given draw; picklable, so that workers can have it."""
 
-    def __init__(
-        self,
-        dataset: PairDataset,
-        draws: np.ndarray,
-        batch_size: int,
-        transform: Transform | Callable[[Image.Image], Tensor],
-        tokenizer: Tokenizer,
-        seed: int,
-        captions: str,
-        replace_bad: bool = False,
-    ) -> None:
-        self.dataset = dataset
-        self.draws = draws
-        self.numbers = np.arange(len(draws))
-        self.batch_size = batch_size
-        self.transform = transform
-        self.tokenizer = tokenizer
-        self.seed = seed
-        self.captions = captions
-        self.replace_bad = replace_bad
-        self.prefetch: Callable[[np.ndarray], None] | None = getattr(dataset, "prefetch", None)
+    dataset: PairDataset
+    draws: np.ndarray
+    numbers: np.ndarray
+    batch_size: int
+    transform: Transform | Callable[[Image.Image], Tensor]
+    tokenizer: Tokenizer
+    seed: int
+    captions: str
+    replace_bad: bool
 
     def load(self, first: int) -> Batch:
         index = self.draws[first : first + self.batch_size].copy()
-        if self.prefetch is not None:
-            self.prefetch(self.draws[first : first + AHEAD * self.batch_size])
+        if (prefetch := getattr(self.dataset, "prefetch", None)) is not None:
+            prefetch(self.draws[first : first + AHEAD * self.batch_size])
         dice = mix(self.seed, self.numbers[first : first + self.batch_size])
         texts: list[str] = []
         pictures: list[Tensor] = []
@@ -141,8 +266,8 @@ class _Source:
         before = generator.get_state()
         try:
             for row, die in enumerate(dice.tolist()):
-                position = int(index[row])
                 for attempt in range(1, ATTEMPTS + 1):
+                    position = int(index[row])
                     try:
                         text, picture = self._pair(position, die)
                         break
@@ -150,8 +275,7 @@ class _Source:
                         if not self.replace_bad or attempt == ATTEMPTS:
                             raise
                         bad.append((position, str(error)))
-                        position = self._another(die, attempt, index)
-                index[row] = position
+                        index[row] = self._another(die, attempt, index)
                 texts.append(text)
                 pictures.append(picture)
         finally:

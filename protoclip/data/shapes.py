@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from typing import overload
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from protoclip.data.hashing import mix
-from protoclip.data.types import DataError, Labels
+from protoclip.data.types import DataError, Labels, Strings, mix
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -149,23 +147,14 @@ def _jitter(colour: tuple[int, int, int], dice: random.Random) -> tuple[int, int
     return red, green, blue
 
 
-class _Numbered(Sequence[str]):
+class _Numbered(Strings):
     """ "shape-0", "shape-1", ..."""
 
     def __init__(self, count: int) -> None:
-        self.range = range(count)
+        self._len = count
 
     def __len__(self) -> int:
-        return len(self.range)
+        return self._len
 
-    @overload
-    def __getitem__(self, i: int) -> str: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[str]: ...
-    def __getitem__(self, i: int | slice) -> str | list[str]:
-        if isinstance(i, slice):
-            return [f"shape-{j}" for j in self.range[i]]
-        return f"shape-{self.range[i]}"
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"shape-{j}" for j in self.range)
+    def _at(self, i: int) -> str:
+        return f"shape-{i}"

@@ -6,12 +6,11 @@ import os
 
 import numpy as np
 
-from protoclip.data.csv_pairs import CsvDataset
-from protoclip.data.emoji import open_emoji
-from protoclip.data.hashing import heldout_mask
+from protoclip.data.emoji import EmojiDataset
 from protoclip.data.shapes import ShapesDataset
 from protoclip.data.shards import ShardDataset
-from protoclip.data.types import DataError, PairDataset, Subset
+from protoclip.data.tables import CsvDataset
+from protoclip.data.types import DataError, PairDataset, Subset, heldout_mask
 
 KNOWN = 'builtin:emoji, builtin:shapes[:N], a .csv or .tsv file, or shards such as "{000..012}.tar"'
 
@@ -21,7 +20,6 @@ def open_dataset(
     split: str = "all",
     *,
     seed: int = 0,
-    image_size: int = 72,
     csv_separator: str = "\t",
     csv_img_key: str = "filepath",
     csv_caption_key: str = "title",
@@ -36,26 +34,30 @@ def open_dataset(
         split: "all" | "train" | "heldout" (10 %, of each group alike where groups are known); for
             builtin:emoji also "noto" | "noto-heldout", the same concepts in another style.
         seed: which pairs are held out.
-        image_size: side of the generated pictures of builtin:shapes, in pixels.
         csv_separator, csv_img_key, csv_caption_key, csv_encoding: see :class:`CsvDataset`.
         keep_going: note the bad rows of a table in ``skipped`` instead of raising at the first.
     Returns:
-        A data set with at least one pair.
+        A data set with at least one pair, unless ``keep_going`` finds none.
     Raises:
         DataError: what is wrong, where, and what to do.
     """
     if spec == "builtin:emoji":
-        return open_emoji(split, seed)
+        return EmojiDataset(split, seed)
     if split not in ("all", "train", "heldout"):
         raise DataError(f"{spec}: split must be all, train or heldout, got {split!r}")
-    if spec.lower().endswith((".csv", ".tsv")):
-        dataset: PairDataset = CsvDataset(
+    if is_sharded(spec):
+        dataset: PairDataset = ShardDataset(spec)
+    elif spec.lower().endswith((".csv", ".tsv")):
+        dataset = CsvDataset(
             spec, csv_separator, csv_img_key, csv_caption_key, csv_encoding, keep_going
         )
-    elif is_sharded(spec):
-        dataset = ShardDataset(spec)
+    elif spec.split(":")[:2] == ["builtin", "shapes"]:
+        count = spec.removeprefix("builtin:shapes").removeprefix(":") or "2000"
+        if not count.isdecimal():
+            raise DataError(f"{spec}: expected builtin:shapes:N with a whole number N")
+        dataset = ShapesDataset(int(count))
     else:
-        dataset = _open_all(spec, image_size)
+        raise DataError(f"data {spec!r}: expected one of {KNOWN}")
     if split == "all":
         return dataset
     groups = dataset.labels["group"].ids.numpy() if "group" in dataset.labels else None
@@ -73,14 +75,3 @@ def is_sharded(spec: str) -> bool:
     if spec.startswith("builtin:") or spec.lower().endswith((".csv", ".tsv")):
         return False
     return ".tar" in spec or spec.startswith("pipe:") or "://" in spec or os.path.isdir(spec)
-
-
-def _open_all(spec: str, image_size: int) -> PairDataset:
-    if spec.split(":")[:2] == ["builtin", "shapes"]:
-        count = spec.removeprefix("builtin:shapes").removeprefix(":") or "2000"
-        if not count.isdecimal():
-            raise DataError(f"{spec}: expected builtin:shapes:N with a whole number N")
-        return ShapesDataset(int(count), image_size)
-    if spec.startswith("builtin:"):
-        raise DataError(f"no built-in data {spec!r}; known: {KNOWN}")
-    raise DataError(f"data {spec!r} is none of: {KNOWN}")

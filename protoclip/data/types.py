@@ -1,10 +1,12 @@
-"""What the data layer hands out: pairs, labels, batches, and the one error it raises."""
+"""What the data layer hands out: pairs, labels, batches, its one error, and numbers by position."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, overload
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -50,11 +52,12 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
-        index, image, tokens = (
-            part.to(device, non_blocking=non_blocking)
-            for part in (self.index, self.image, self.tokens)
+        return Batch(
+            self.index.to(device, non_blocking=non_blocking),
+            self.image.to(device, non_blocking=non_blocking),
+            self.tokens.to(device, non_blocking=non_blocking),
+            self.bad,
         )
-        return Batch(index, image, tokens, self.bad)
 
 
 class PairDataset(Protocol):
@@ -79,6 +82,58 @@ class PairDataset(Protocol):
 
     def captions(self, i: int) -> tuple[str, ...]:
         """Captions of picture ``i``, none empty; the first is the canonical one."""
+
+
+class Strings(Sequence[str]):
+    """A read-only list of strings, each made when it is asked for."""
+
+    @abstractmethod
+    def _at(self, i: int) -> str:
+        """String ``i``, 0 <= i < len(self)."""
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self._at(j) for j in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"expected a position in 0 ... {len(self) - 1}, got {i}")
+        return self._at(i % len(self))
+
+
+class StringTable(Strings):
+    """Strings kept as one UTF-8 buffer and int64 offsets.
+
+    A list of str objects is copied page by page into every forked worker as reference counts
+    change; two arrays are not, and cost about a quarter of the memory.
+    """
+
+    def __init__(self, strings: Iterable[str] = ()) -> None:
+        data, ends = bytearray(), array("q", [0])
+        for string in strings:
+            data += string.encode("utf-8", "surrogateescape")
+            ends.append(len(data))
+        self._data = np.frombuffer(bytes(data), dtype=np.uint8)
+        self._ends = np.frombuffer(ends, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def _at(self, i: int) -> str:
+        raw = self._data[self._ends[i] : self._ends[i + 1]].tobytes()
+        return raw.decode("utf-8", "surrogateescape")
+
+
+class _Taken(Strings):
+    """``[values[i] for i in indices]``, without the list."""
+
+    def __init__(self, values: Sequence[str], indices: np.ndarray) -> None:
+        self.values = values
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def _at(self, i: int) -> str:
+        return self.values[int(self.indices[i])]
 
 
 class Subset:
@@ -106,15 +161,16 @@ class Subset:
             label: Labels(full.ids[torch.from_numpy(self.indices)], full.names)
             for label, full in dataset.labels.items()
         }
-        for name in ("shard_of", "source_of"):
-            if (full_column := getattr(dataset, name, None)) is not None:
-                setattr(self, name, full_column[self.indices])
+        self.remote = getattr(dataset, "remote", False)
+        for column in ("shard_of", "source_of"):
+            if (full_column := getattr(dataset, column, None)) is not None:
+                setattr(self, column, full_column[self.indices])
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def prefetch(self, positions: np.ndarray) -> None:
-        """Tell the data set, where it cares, which pairs, int64 [M], come next."""
+        """Tell the data set, if it cares, which pairs, int64 [M], come next."""
         if (inner := getattr(self.dataset, "prefetch", None)) is not None:
             inner(self.indices[positions])
 
@@ -125,21 +181,41 @@ class Subset:
         return self.dataset.captions(int(self.indices[i]))
 
 
-class _Taken(Sequence[str]):
-    """``[values[i] for i in indices]``, without the list."""
+def mix(*parts: int | np.ndarray) -> np.ndarray:
+    """Hash integers to uint64, the same on every machine, for any order of asking.
 
-    def __init__(self, values: Sequence[str], indices: np.ndarray) -> None:
-        self.values = values
-        self.indices = indices
+    Arrays broadcast, so ``mix(seed, np.arange(n))`` is n numbers. Each part goes through the
+    finaliser of SplitMix64 (Steele et al. 2014).
+    """
+    state: Any = np.uint64(0)
+    with np.errstate(over="ignore"):
+        for part in parts:
+            if not isinstance(part, np.ndarray):
+                part = np.array(int(part) & 0xFFFF_FFFF_FFFF_FFFF, dtype=np.uint64)
+            state = state ^ (part.astype(np.uint64) + np.uint64(0x9E37_79B9_7F4A_7C15))
+            state = state + np.uint64(0x9E37_79B9_7F4A_7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)
+            state = state ^ (state >> np.uint64(31))
+    return np.asarray(state)
 
-    def __len__(self) -> int:
-        return len(self.indices)
 
-    @overload
-    def __getitem__(self, i: int) -> str: ...
-    @overload
-    def __getitem__(self, i: slice) -> Sequence[str]: ...
-    def __getitem__(self, i: int | slice) -> str | Sequence[str]:
-        if isinstance(i, slice):
-            return _Taken(self.values, self.indices[i])
-        return self.values[int(self.indices[i])]
+def heldout_mask(count: int, groups: np.ndarray | None, seed: int, percent: int = 10) -> np.ndarray:
+    """Choose ``percent`` % of the positions, of each group alike.
+
+    Args:
+        count: number of positions.
+        groups: group of each, int64 [count]; None: all in one.
+        seed: another seed, another choice.
+        percent: share in whole percents; every group of two or more gives at least one.
+    Returns:
+        bool [count].
+    """
+    groups = np.zeros(count, dtype=np.int64) if groups is None else groups
+    mask = np.zeros(count, dtype=bool)
+    order = np.lexsort((mix(seed, np.arange(count)), groups))
+    _, starts = np.unique(groups[order], return_index=True)
+    for members in np.split(order, starts[1:]):
+        if len(members) >= 2:
+            mask[members[: max(1, (len(members) * percent + 50) // 100)]] = True
+    return mask

@@ -1,26 +1,38 @@
 """Evaluate a model: ``python -m protoclip.evaluate MODEL --data ... --tasks ...``."""
 
-from protoclip.evaluate.records import records, write_records
+from protoclip.evaluate.datasets import Layout, class_prompts, open_layout
 from protoclip.evaluate.results import (
     Results,
     SetResults,
     format_table,
     read_results,
+    records,
+    write_records,
     write_results,
 )
-from protoclip.evaluate.scores import evaluate_features, evaluate_model, peak_memory_bytes
-from protoclip.evaluate.sets import Encoder, EvalSet, ProbeTrain, class_prompts
+from protoclip.evaluate.tasks import (
+    Encoder,
+    EvalSet,
+    ProbeTrain,
+    encode_sets,
+    evaluate_features,
+    evaluate_model,
+    peak_memory_bytes,
+)
 
 __all__ = [
     "Encoder",
     "EvalSet",
+    "Layout",
     "ProbeTrain",
     "Results",
     "SetResults",
     "class_prompts",
+    "encode_sets",
     "evaluate_features",
     "evaluate_model",
     "format_table",
+    "open_layout",
     "peak_memory_bytes",
     "read_results",
     "records",

@@ -3,41 +3,71 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import open_clip
+import torch
 from tqdm import tqdm
 
-from protoclip import heartbeat
+from protoclip import checkpoint, heartbeat
 from protoclip.commands import on_all_ranks, quietly
-from protoclip.config import PRECISIONS, Parser, TrainConfig, check_saved, output_file
-from protoclip.device import choose_device, choose_precision
+from protoclip.config import (
+    PRECISIONS,
+    ModelConfig,
+    Parser,
+    TrainConfig,
+    check_saved,
+    from_dict,
+    output_file,
+)
 from protoclip.distributed import is_main, world_size
-from protoclip.evaluate.models import Loaded, load_model
+from protoclip.evaluate.datasets import Layout, open_layout
 from protoclip.evaluate.results import Results, format_table, read_results, write_results
-from protoclip.evaluate.run import Settings, evaluate_loaded
-from protoclip.evaluate.scores import peak_memory_bytes
-from protoclip.evaluate.tasks import PROTOCOLS, TASKS, parse_tasks
+from protoclip.evaluate.tasks import (
+    PROTOCOLS,
+    TASKS,
+    Encoder,
+    FeatureCache,
+    encode_sets,
+    evaluate_features,
+    impossible,
+    peak_memory_bytes,
+)
 from protoclip.launchers import find_place
+from protoclip.model import (
+    ProtoModel,
+    autocast_for,
+    build_model,
+    choose_device,
+    choose_precision,
+    register_configs,
+)
 
 PROG = "python -m protoclip.evaluate"
 DESCRIPTION = """Evaluate a CLIP; prints a table, writes results.json and, per data set and task,
 the JSON that CLIP_benchmark writes."""
+DATA = """data: builtin:emoji | builtin:shapes[:N] | a folder of class folders (ImageFolder), also
+below train/ and test/ | a .csv or .tsv | webdataset shards with captions. Without a train split,
+probes learn from 80 % of the pictures and are judged on 20 %."""
 TIMEOUT = 3600.0  # seconds a rank waits for the slowest slice, or for a sign of life
-LAYOUTS = """data: builtin:emoji | builtin:shapes[:N] | a folder of class folders (ImageFolder),
-also below train/ and test/ | a CLIP_benchmark folder (test/0.tar, classnames.txt,
-zeroshot_classification_templates.txt, dataset_type.txt) | a .csv or .tsv | webdataset shards with
-captions. Without a train split, probes learn from 80 % of the pictures and are judged on 20 %."""
+RANDOM = "random"
+WEIGHTS = ("local-dir:", "hf-hub:")  # names that bring their weights
 
 
 def build_parser() -> Parser:
-    parser = Parser(PROG, description=DESCRIPTION, epilog=LAYOUTS)
+    parser = Parser(PROG, description=DESCRIPTION, epilog=DATA)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="run folder, checkpoint, OpenCLIP name or local-dir:PATH")
+    add("what", metavar="MODEL", help="run folder, checkpoint, OpenCLIP name or local-dir:PATH")
+    add("--model", default="", metavar="NAME",
+        help="what a checkpoint of OpenCLIP's trainer is of: a name or a config .json")  # fmt: skip
     add("--pretrained", default="", metavar="TEXT",
         help="weights of an OpenCLIP name: a tag, a file, or random")  # fmt: skip
     add("--data", default="", metavar="TEXT",
@@ -49,8 +79,8 @@ def build_parser() -> Parser:
     add("--train-split", default="train", metavar="NAME", help="probes learn from it (%(default)s)")
     add("--classnames", default="", metavar="FILE",
         help="class names, one a line; imagenet: OpenCLIP's")  # fmt: skip
-    add("--templates", default="auto", metavar="NAME",
-        help="openai (80), simple (7), a file, or auto: the data's, else openai")  # fmt: skip
+    add("--templates", default="openai", metavar="NAME",
+        help="prompts: openai (80), simple (7), or a file, one a line (%(default)s)")  # fmt: skip
     add("--protocol", default="heldout", choices=PROTOCOLS,
         help="linear probe: L-BFGS with lambda chosen on held-out training samples, or the "
         "authors' (SGD, unshuffled, best test epoch)")  # fmt: skip
@@ -61,7 +91,7 @@ def build_parser() -> Parser:
         add(f"--csv-{name}", default=None, metavar=meta, help="as in training")
     add("--encoding", dest="csv_encoding", default=None, metavar="NAME", help="as in training")
     add("--output", default="", metavar="PATH",
-        help="where the numbers go (default: results.json in the run folder, a name that tells "
+        help="where the numbers go (default: results.json in the run folder, with the data's name "
         "for other data; for an OpenCLIP name in the working folder)")  # fmt: skip
     add("--no-cache", action="store_true", help="encode again what has been encoded before")
     add("--device", default="auto", help="cpu, cuda, ... (default: %(default)s)")
@@ -72,59 +102,159 @@ def build_parser() -> Parser:
     return parser
 
 
+def parse_tasks(text: str) -> tuple[str, ...]:
+    """ "zeroshot,knn" -> those tasks in order; "" and "all" -> all of them."""
+    wanted = {name.strip() for name in text.split(",") if name.strip()} - {"all"}
+    if unknown := sorted(wanted - set(TASKS)):
+        raise ValueError(
+            f"--tasks: expected all, or some of {','.join(TASKS)}; got {text!r}, of which "
+            f"{unknown[0]!r} is unknown"
+        )
+    return tuple(name for name in TASKS if name in wanted or not wanted)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model to evaluate, on the CPU, and where it came from."""
+
+    model: ProtoModel
+    name: str  # OpenCLIP's model name
+    pretrained: str  # checkpoint or tag
+    config: TrainConfig | None = None  # of the run that trained it
+
+
+def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
+    """Load what the command line calls MODEL.
+
+    Args:
+        what: a run folder or a checkpoint, an OpenCLIP name ("ViT-B-32", or "ViT-B-32,TAG" as in
+            CLIP_benchmark), a model config .json, "local-dir:PATH" or "hf-hub:ID".
+        pretrained: OpenCLIP's tag or weights file for a name; "random": as initialised.
+        model: the OpenCLIP name of a checkpoint that does not know its own.
+    Raises:
+        ValueError: no such model or weights; the message says what is known.
+    """
+    name, _, tag = what.partition(",")
+    register_configs()
+    named = name in open_clip.list_models() or name.startswith(WEIGHTS)
+    if (named and not os.path.exists(what)) or (name.endswith(".json") and os.path.isfile(name)):
+        return _by_name(name, pretrained or tag)
+    if not os.path.exists(what) and os.sep not in what:
+        try:
+            build_model(ModelConfig(model=what))
+        except ValueError as error:
+            reason = str(error).removeprefix("--model: ")
+            raise ValueError(
+                f"{what}: found nothing of that name, neither run nor checkpoint; {reason}"
+            ) from error
+    path = checkpoint.find(what)
+    payload = checkpoint.load(path)
+    stored = payload.get("protoclip", {}).get("config")
+    if stored is None:
+        if not model:
+            raise ValueError(
+                f"{path}: expected a checkpoint of protoclip.train, got another one, which does "
+                "not say what model it is of; give its OpenCLIP name or config file as --model"
+            )
+        return dataclasses.replace(_by_name(model, str(path)), pretrained=str(path))
+    config = from_dict(TrainConfig, stored)
+    # Its weights come from the checkpoint; what it once started from need not be there any more.
+    built = build_model(dataclasses.replace(config.model, pretrained=""))
+    built.load_state(payload)
+    return Loaded(built, config.model.model, str(path), config)
+
+
+def _by_name(name: str, pretrained: str) -> Loaded:
+    if not pretrained and not name.startswith(WEIGHTS):
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise ValueError(
+            f"{name}: --pretrained is missing: a weights file, {RANDOM} for none, or a tag "
+            f"({', '.join(tags) if tags else 'this model has none'})"
+        )
+    if pretrained == RANDOM:
+        torch.manual_seed(0)
+    weights = "" if pretrained == RANDOM or name.startswith(WEIGHTS) else pretrained
+    model = build_model(ModelConfig(model=name, pretrained=weights, add_projection_head=False))
+    return Loaded(model, name, pretrained or name)
+
+
 def run(args: argparse.Namespace) -> str:
-    """What the command line asks for; returns the text to print (on rank 0)."""
+    """Do what the command line asks for; returns the text to print on rank 0."""
     started = time.perf_counter()
-    tasks = parse_tasks(args.tasks) if args.tasks else None
+    tasks = parse_tasks(args.tasks)
     output = output_file(args.output or _output(args, args.data), "--output")
-    loaded = load_model(args.model, args.pretrained)
-    data = args.data or _own_data(loaded.config, args.model)
-    settings = Settings(
-        data=data,
-        tasks=tasks,
-        split=args.split,
-        captions=_captions(args.captions, data),
-        protocol=args.protocol,
-        seed=args.seed if args.seed is not None else loaded.config.run.seed if loaded.config else 0,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        cached=not args.no_cache,
-        csv=_csv_columns(args, loaded.config),
-        layout={
-            "train_split": args.train_split,
-            "classnames": args.classnames,
-            "templates": args.templates,
-            "csv_label_key": args.csv_label_key,
-        },
-    )
+    loaded = load_model(args.what, args.pretrained, args.model)
+    data = args.data or _own_data(loaded.config, args.what)
+    config = loaded.config or TrainConfig()
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
     loaded.model.to(device)
     took = time.perf_counter() - started
+    started = time.perf_counter()
     heartbeat.enter("evaluation")
+
+    columns = {}
+    for name in ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding"):
+        given = getattr(args, name)
+        columns[name] = getattr(config.data, name) if given is None else given
+    opened: str | Layout = data
+    notes = []
+    if not data.startswith("builtin:"):
+        opened = open_layout(
+            data,
+            split=args.split,
+            train_split=args.train_split,
+            classnames=args.classnames,
+            templates=args.templates,
+            csv_label_key=args.csv_label_key,
+            **columns,
+        )
+        for task, reason in impossible(tasks, opened).items():
+            if args.tasks and args.tasks != "all":
+                raise ValueError(f"--tasks {task}: {reason} ({data}); leave that task out")
+            notes.append(f"Without {task}: {reason}.")
+    builtin = data.startswith("builtin:")  # its captions differ in language and kind
+    captions = ("first" if builtin else "all") if args.captions == "auto" else args.captions
+    cache = None
+    if not args.no_cache:
+        cache = FeatureCache(loaded.model.clip, f"{precision} {loaded.model.preprocess()}")
     shown = None if is_main() else True  # None: where stderr is a terminal
     with tqdm(desc="evaluating", unit=" rows", file=sys.stderr, leave=False, disable=shown) as bar:
-        after, notes = evaluate_loaded(loaded, settings, device, precision, bar)
+
+        def expect(rows: int) -> None:
+            bar.total = (bar.total or 0) + rows
+            bar.refresh()
+
+        encoder = Encoder(
+            loaded.model,
+            device,
+            args.batch_size,
+            args.workers,
+            autocast_for(precision, device),
+            bar.update,
+            expect,
+            cache,
+            sharded=world_size() > 1,
+        )
+        sets, train = encode_sets(
+            encoder,
+            opened,
+            split=args.split,
+            seed=config.run.seed if args.seed is None else args.seed,
+            captions=captions,
+            tasks=tasks,
+            open_kwargs=columns,
+        )
         bar.refresh()  # the last updates may have come too fast to be drawn
     if not is_main():
         return ""
-    return _written(args, output, loaded, data, after, notes, took, str(device))
-
-
-def _written(
-    args: argparse.Namespace,
-    output: Path,
-    loaded: Loaded,
-    data: str,
-    after: Results,
-    notes: Sequence[str],
-    took: float,
-    device: str,
-) -> str:
-    """Write the files; returns the table and where they are."""
+    results = evaluate_features(sets, train, tasks=tasks, protocol=args.protocol)
+    after = dataclasses.replace(results, seconds=time.perf_counter() - started)
+    if cache is not None and cache.rows_found:
+        notes.append(f"{cache.rows_found:,} rows of features came from {cache.folder}.")
     # What training left there, for the same data, is part of the same table.
     earlier = {} if args.tasks else _earlier(output, data)
-    before = earlier.get("untrained")
+    before: Results | None = earlier.get("untrained")
     timing = earlier.get("seconds") or {"loading": took, "evaluation": after.seconds}
     peak = earlier.get("peak_memory_bytes") or peak_memory_bytes(device)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -139,12 +269,15 @@ def _written(
         peak_memory_bytes=peak,
         record_folder=output.parent / "clip_benchmark",
     )
-    table = format_table(before, after, timing, peak_memory_bytes=peak)
     ranks = f" on {world_size()} ranks" if world_size() > 1 else ""
-    lines = [table, *notes]
-    lines += [f"Evaluated in {after.seconds:.1f} s{ranks}, written to {output}"]
-    lines += [f"CLIP_benchmark's JSON: {output.parent / 'clip_benchmark'}"]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            format_table(before, after, timing, peak_memory_bytes=peak),
+            *notes,
+            f"Evaluated in {after.seconds:.1f} s{ranks}, written to {output}",
+            f"CLIP_benchmark's JSON: {output.parent / 'clip_benchmark'}",
+        ]
+    )
 
 
 def _own_data(config: TrainConfig | None, where: str) -> str:
@@ -161,31 +294,18 @@ def _own_data(config: TrainConfig | None, where: str) -> str:
     )
 
 
-def _captions(asked: str, data: str) -> str:
-    """Built-in captions differ in language and kind; those of a file are equals."""
-    if asked != "auto":
-        return asked
-    return "first" if data.startswith("builtin:") else "all"
-
-
-def _csv_columns(args: argparse.Namespace, config: TrainConfig | None) -> dict[str, Any]:
-    names = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")
-    run = (config or TrainConfig()).data
-    given = {name: getattr(args, name) for name in names}
-    return {name: getattr(run, name) if value is None else value for name, value in given.items()}
-
-
 def _output(args: argparse.Namespace, other_data: str) -> Path:
-    """results.json of the run for its own evaluation, a name that tells for any other."""
-    path = Path(args.model)
-    there = path.exists()
-    stem = path.stem if path.is_file() else "" if there else args.model + "-" + args.pretrained
+    """results.json of the run for its own evaluation, a longer name for any other."""
+    path = Path(args.what)
+    stem = (
+        path.stem if path.is_file() else "" if path.exists() else args.what + "-" + args.pretrained
+    )
     parts = [_slug(stem), "results", _slug(other_data)]
     parts += ["all_captions" if args.captions == "all" else ""]
-    if args.tasks and there:
+    if args.tasks and path.exists():
         parts += [_slug(args.tasks)]
     parts += [args.protocol if args.protocol != "heldout" else ""]
-    folder = (path.parent if path.is_file() else path) if there else Path(".")
+    folder = path.parent if path.is_file() else path if path.exists() else Path(".")
     return folder / ("-".join(part for part in parts if part) + ".json")
 
 
@@ -201,22 +321,21 @@ def _earlier(output: Path, data: str) -> dict[str, Any]:
     return content if content.get("data") == data else {}
 
 
-def show(args: argparse.Namespace) -> None:
-    """Run, and print on rank 0."""
-    if text := run(args):
-        print(text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake ends it with one line and status 2."""
+
+    def work() -> None:
+        if text := run(args):
+            print(text)
+
     try:
         place = find_place()
         with quietly(place):
             args = build_parser().parse_args(argv)
         if place.world_size > 1:
             where = place, args.device, TIMEOUT, "auto"
-            return on_all_ranks(lambda: show(args), *where, PROG, "start it again")
-        show(args)
+            return on_all_ranks(work, *where, PROG, "start it again")
+        work()
     except (ValueError, OSError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2

@@ -13,33 +13,35 @@ from typing import Any
 
 from torch import Tensor
 
-from protoclip.data.cache import write_atomic
-from protoclip.evaluate.records import finite, finite_number, records, write_records
+from protoclip.data.files import write_atomic
 
-PER_LABEL = (  # key after "LABEL/", words in the table
-    ("acc1", "zero-shot {}"),
-    ("lp_acc1", "linear probe {}"),
-    ("knn_acc1", "nearest neighbours {}"),
-    ("mean_average_precision", "zero-shot mAP {}"),
-    ("ari", "k-means ARI {}"),
-    ("ami", "k-means AMI {}"),
-    ("nmi", "k-means NMI {}"),
-)
-PLAIN = (
-    ("text_retrieval_recall@1", "image -> text R@1"),
-    ("text_retrieval_recall@5", "image -> text R@5"),
-    ("text_retrieval_recall@10", "image -> text R@10"),
-    ("image_retrieval_recall@1", "text -> image R@1"),
-    ("image_retrieval_recall@5", "text -> image R@5"),
-    ("image_retrieval_recall@10", "text -> image R@10"),
-    ("text_retrieval_median_rank", "image -> text median rank"),
-)
-GEOMETRY = (
-    ("modality_gap", "modality gap"),
-    ("alignment", "alignment (pairs' distance²)"),
-    ("image_uniformity", "uniformity of the images"),
-    ("text_uniformity", "uniformity of the texts"),
-)
+PLAIN = {
+    "text_retrieval_recall@1": "image -> text R@1",
+    "text_retrieval_recall@5": "image -> text R@5",
+    "text_retrieval_recall@10": "image -> text R@10",
+    "image_retrieval_recall@1": "text -> image R@1",
+    "image_retrieval_recall@5": "text -> image R@5",
+    "image_retrieval_recall@10": "text -> image R@10",
+    "text_retrieval_median_rank": "image -> text median rank",
+}
+PER_LABEL = {  # key after "LABEL/"
+    "acc1": "zero-shot {}",
+    "lp_acc1": "linear probe {}",
+    "knn_acc1": "nearest neighbours {}",
+    "ari": "k-means ARI {}",
+    "ami": "k-means AMI {}",
+    "nmi": "k-means NMI {}",
+}
+GEOMETRY = {
+    "modality_gap": "modality gap",
+    "alignment": "alignment (pairs' distance²)",
+    "image_uniformity": "uniformity of the images",
+    "text_uniformity": "uniformity of the texts",
+}
+CLASSIFIERS = {  # CLIP_benchmark's task -> the names of its metrics
+    "zeroshot_classification": ("acc1", "acc5", "mean_per_class_recall"),
+    "linear_probe": ("lp_acc1", "lp_acc5", "lp_mean_per_class_recall"),
+}
 
 
 @dataclass(frozen=True)
@@ -85,61 +87,51 @@ def format_table(
     """
     blocks = []
     for key, one in after.sets.items():
-        head = f"{one.title} ({key}): {one.samples:,} images, {one.captions:,} captions"
         columns = f"{'untrained':>11}" if before else ""
         columns += f"{'trained':>11}{'95 % interval':>20}" + (f"{'change':>11}" if before else "")
-        lines = [head, " " * 34 + columns]
+        lines = [
+            f"{one.title} ({key}): {one.samples:,} images, {one.captions:,} captions",
+            " " * 34 + columns,
+        ]
         old = before.sets[key].metrics if before and key in before.sets else {}
         for name, words in rows_of(one.metrics):
-            line = f"  {words:<32}"
+            first, last = old.get(name, math.nan), one.metrics[name]
+            low, high = one.intervals.get(name, (math.nan, math.nan))
+            line = f"  {words:<32}" + (f"{_number(first):>11}" if before else "")
+            bounds = "" if math.isnan(low) else f"{_number(low)} .. {_number(high)}"
+            line += f"{_number(last):>11}{bounds:>20}"
             if before:
-                line += f"{_number(old.get(name)):>11}"
-            line += f"{_number(one.metrics[name]):>11}{_bounds(one.intervals.get(name)):>20}"
-            if before:
-                line += f"{_change(old.get(name), one.metrics[name]):>11}"
+                line += f"{_number(last - first, '+', max(abs(first), abs(last))):>11}"
             lines.append(line.rstrip())
         blocks.append("\n".join(lines))
-    footer = _footer(timing, peak_memory_bytes)
-    return "\n\n".join(blocks + ([footer] if footer else []))
+    footer = []
+    if timing:
+        phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in timing.items())
+        text = f"Time: {phases}; together {sum(timing.values()):.1f} s"
+        footer += textwrap.wrap(text, 98, subsequent_indent=" " * 6, break_on_hyphens=False)
+    if peak_memory_bytes is not None:
+        footer.append(f"Peak memory: {peak_memory_bytes / 2**20:,.0f} MiB")
+    return "\n\n".join([*blocks, *(["\n".join(footer)] if footer else [])])
 
 
 def rows_of(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """(metric, words) of each row of a table, in its order."""
-    labels = list(dict.fromkeys(name.split("/")[0] for name in metrics if "/" in name))
-    rows = list(PLAIN)
-    for key, words in PER_LABEL:
-        rows += [(f"{label}/{key}", words.format(label)) for label in labels]
-    return [(name, words) for name, words in (*rows, *GEOMETRY) if name in metrics]
+    labels = dict.fromkeys(name.split("/")[0] for name in metrics if "/" in name)
+    of_labels = {
+        f"{label}/{key}": words.format(label)
+        for key, words in PER_LABEL.items()
+        for label in labels
+    }
+    rows = PLAIN | of_labels | GEOMETRY
+    return [(name, words) for name, words in rows.items() if name in metrics]
 
 
-def _number(value: float | None) -> str:
-    if value is None or math.isnan(value):
+def _number(value: float, sign: str = "", size: float | None = None) -> str:
+    """A value as a table shows it: three digits below 10, one above (of ``size`` if given)."""
+    if math.isnan(value):
         return "-"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
-
-
-def _bounds(bounds: tuple[float, float] | None) -> str:
-    if bounds is None or math.isnan(bounds[0]):
-        return ""
-    return f"{_number(bounds[0])} .. {_number(bounds[1])}"
-
-
-def _change(old: float | None, new: float) -> str:
-    if old is None or math.isnan(old) or math.isnan(new):
-        return "-"
-    change = new - old
-    return f"{change:+.3f}" if max(abs(old), abs(new)) < 10 else f"{change:+,.1f}"
-
-
-def _footer(timing: Mapping[str, float] | None, peak_memory_bytes: int | None) -> str:
-    lines = []
-    if timing:
-        phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in timing.items())
-        text = f"Time: {phases}; together {sum(timing.values()):.1f} s"
-        lines += textwrap.wrap(text, 98, subsequent_indent=" " * 6, break_on_hyphens=False)
-    if peak_memory_bytes is not None:
-        lines.append(f"Peak memory: {peak_memory_bytes / 2**20:,.0f} MiB")
-    return "\n".join(lines)
+    small = abs(value if size is None else size) < 10
+    return f"{value:{sign}.3f}" if small else f"{value:{sign},.1f}"
 
 
 def write_results(
@@ -173,7 +165,7 @@ def write_results(
         "untrained": None if before is None else results_to_plain(before),
         "seconds": dict(timing or {}),
         "peak_memory_bytes": peak_memory_bytes,
-        "clip_benchmark": [finite(one) for one in own],
+        "clip_benchmark": _finite(own),
     }
     write_atomic(Path(path), json.dumps(content, indent=1, allow_nan=False) + "\n")
     if record_folder is not None:
@@ -192,45 +184,93 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
             content[name] = None if content[name] is None else results_from_plain(content[name])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"results: {path} is no results.json of protoclip ({type(error).__name__}: {error}); "
-            "move it away or choose another --output"
+            f"results: expected a results.json of protoclip, got {path} ({type(error).__name__}: "
+            f"{error}); move it away or choose another --output"
         ) from error
     return content
 
 
 def results_to_plain(results: Results) -> dict[str, Any]:
     """Results as JSON can hold them, without the hits."""
-    return {
-        "seconds": finite_number(results.seconds),
-        "sets": {
-            key: {
-                "title": one.title,
-                "samples": one.samples,
-                "captions": one.captions,
-                "metrics": {name: finite_number(value) for name, value in one.metrics.items()},
-                "intervals": {
-                    name: list(map(finite_number, b)) for name, b in one.intervals.items()
-                },
-            }
-            for key, one in results.sets.items()
-        },
-    }
+    kept = ("title", "samples", "captions", "metrics", "intervals")
+    sets = {key: {name: getattr(one, name) for name in kept} for key, one in results.sets.items()}
+    return _finite({"seconds": results.seconds, "sets": sets})
 
 
 def results_from_plain(content: Mapping[str, Any]) -> Results:
+    """The inverse of ``results_to_plain``."""
+
     def number(value: float | None) -> float:
         return math.nan if value is None else float(value)
 
-    return Results(
-        {
-            key: SetResults(
-                one["title"],
-                one["samples"],
-                one["captions"],
-                {name: number(value) for name, value in one["metrics"].items()},
-                {name: (number(b[0]), number(b[1])) for name, b in one["intervals"].items()},
+    sets = {
+        key: SetResults(
+            one["title"],
+            one["samples"],
+            one["captions"],
+            {name: number(value) for name, value in one["metrics"].items()},
+            {name: (number(b[0]), number(b[1])) for name, b in one["intervals"].items()},
+        )
+        for key, one in content["sets"].items()
+    }
+    return Results(sets, number(content["seconds"]))
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for the numbers that strict JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def records(results: Results, data: str, model: str, pretrained: str) -> list[dict[str, Any]]:
+    """One record per set, label and task, as ``clip_benchmark eval --output`` writes it.
+
+    The data set is "DATA/SET/LABEL", without the parts that tell nothing (ALL, class).
+    """
+    out: list[dict[str, Any]] = []
+    for key, one in results.sets.items():
+        recalls = {name: v for name, v in one.metrics.items() if "_retrieval_recall@" in name}
+        found = [("zeroshot_retrieval", "", recalls)]
+        for label in dict.fromkeys(name.split("/")[0] for name in one.metrics if "/" in name):
+            own = {name.removeprefix(f"{label}/"): v for name, v in one.metrics.items()}
+            for task, names in CLASSIFIERS.items():
+                found.append((task, label, {name: own[name] for name in names if name in own}))
+        for task, label, values in filter(lambda item: item[2], found):
+            if task == "linear_probe":  # ours uses all samples, as they are
+                values |= {
+                    "weight_decay": one.metrics.get(f"{label}/lp_weight_decay", math.nan),
+                    "epochs": int(one.metrics.get(f"{label}/lp_epochs", 0)),
+                    "seed": 0,
+                    "fewshot_k": -1,
+                    "normalized": False,
+                }
+            parts = [data, "" if key == "ALL" else key, "" if label == "class" else label]
+            out.append(
+                {
+                    "dataset": "/".join(part for part in parts if part),
+                    "model": model,
+                    "pretrained": pretrained,
+                    "task": task,
+                    "metrics": values,
+                    "language": "en",
+                }
             )
-            for key, one in content["sets"].items()
-        },
-        number(content["seconds"]),
-    )
+    return out
+
+
+def write_records(folder: str | os.PathLike[str], content: list[dict[str, Any]]) -> None:
+    """One file per record, named as CLIP_benchmark names them; ``clip_benchmark build`` reads them.
+
+    Like CLIP_benchmark, values that do not exist (top-5 of four classes) are written as NaN.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for record in content:
+        weights = record["pretrained"]
+        weights = os.path.basename(weights) if os.path.isfile(weights) else weights
+        parts = (record["dataset"], weights, record["model"], record["language"], record["task"])
+        name = "_".join(parts).replace("/", "_").strip("_")
+        (folder / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")

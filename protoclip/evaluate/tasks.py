@@ -1,42 +1,588 @@
-"""The names of what can be measured."""
+"""From a model and data to numbers: encode pictures, captions and prompts, then score them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import hashlib
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from protoclip.evaluate.layouts import Layout
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from protoclip.data import (
+    DataError,
+    Labels,
+    PairDataset,
+    batches,
+    build_transform,
+    noto_available,
+    open_dataset,
+)
+from protoclip.data.types import heldout_mask
+from protoclip.distributed import is_distributed, is_main, max_over_ranks, own_slice, world_size
+from protoclip.evaluate import metrics
+from protoclip.evaluate.datasets import (
+    EMOJI_TEMPLATES,
+    TEMPLATES,
+    Layout,
+    class_prompts,
+    open_layout,
+)
+from protoclip.evaluate.metrics import Accuracy, Sampled
+from protoclip.evaluate.results import Results, SetResults
+from protoclip.model import Encoded, ProtoModel
+from protoclip.ops.native import cache_dir
 
 TASKS = ("zeroshot", "retrieval", "linear_probe", "knn", "grouping", "geometry")
 PROBES = frozenset(("linear_probe", "knn"))
 PROTOCOLS = ("heldout", "paper")
+RECALL_AT = (1, 5, 10)
+HELDOUT_PERCENT = 20  # of a data set without a train split: what its probes are judged on
+SAMPLED = 16  # pictures whose pixels are part of a data set's digest, where files cannot tell
+Autocast = Callable[[], AbstractContextManager]
+Judge = Callable[[Tensor, Tensor], tuple[Accuracy, dict[str, float]]]  # scores and settings
 
 
-def parse_tasks(text: str) -> tuple[str, ...]:
-    """ "zeroshot,knn" -> those tasks in order; "all" -> all of them.
+@dataclass(frozen=True)
+class EvalSet:
+    """Features of one evaluation set; rows need not be normalised."""
 
-    Raises:
-        ValueError: an unknown task, or none.
+    image: Tensor  # [N, D]
+    text: Tensor  # [M, D]
+    caption_image: Tensor | None = None  # int64 [M], image row of each caption; None: M = N
+    labels: Mapping[str, Labels] = field(default_factory=dict)
+    class_vectors: Mapping[str, Tensor] = field(default_factory=dict)  # label -> [C, D]
+    probes: bool = True  # False where the probes' training images are in the set
+    title: str = ""
+    captioned: bool = True  # False: ``text`` is empty, there is no retrieval
+    probe_rows: Tensor | None = None  # int64, the images that probes are judged on; None: all
+
+
+@dataclass(frozen=True)
+class ProbeTrain:
+    """What the linear probe and the nearest neighbours learn from."""
+
+    image: Tensor  # [N, D]
+    labels: Mapping[str, Labels]
+
+
+class FeatureCache:
+    """Features by model, data and precision, in ``cache_dir()/features``.
+
+    Args:
+        model: in the state that makes the features; what is trained later is another model.
+        settings: what else decides about the features, such as the precision.
     """
-    if text == "all":
-        return TASKS
-    wanted = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in TASKS]
-    if unknown or not wanted:
-        raise ValueError(
-            f"--tasks: expected all, or some of {','.join(TASKS)}; got {text!r}"
-            + (f", of which {unknown[0]!r} is unknown" if unknown else "")
-        )
-    return tuple(name for name in TASKS if name in wanted)
+
+    def __init__(self, model: nn.Module, settings: str = "") -> None:
+        self.folder = cache_dir() / "features"
+        self.rows_found = 0
+        self._model = model_hash(model) + settings
+
+    def path(self, kind: str, content: str) -> Path:
+        return self.folder / f"{kind}-{digest([self._model, content])[:40]}.safetensors"
+
+    def load(self, path: Path, count: int) -> Tensor | None:
+        """The stored features (CPU); None where there is no file, or a damaged one.
+
+        Raises:
+            DataError: the file has another number of rows than ``count``.
+        """
+        try:
+            rows = load_file(path)["features"]
+        except (OSError, SafetensorError, KeyError):
+            return None
+        if len(rows) != count:
+            raise DataError(
+                f"{path}: expected features of {count} rows, as many as the data has, got "
+                f"{len(rows)}; delete the file, or use --no-cache"
+            )
+        self.rows_found += len(rows)
+        return rows
+
+    def store(self, path: Path, rows: Tensor) -> None:
+        """Write the file whole or not at all; a disk that cannot take it costs only time."""
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"features": rows.detach().cpu().contiguous()}, temporary)
+            os.replace(temporary, path)
+        except (OSError, SafetensorError):
+            temporary.unlink(missing_ok=True)
+
+
+def digest(parts: Iterable[str | bytes]) -> str:
+    """SHA-256 of a sequence of texts; their borders count."""
+    total = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        total.update(len(data).to_bytes(8, "little") + data)
+    return total.hexdigest()
+
+
+def model_hash(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers, by name, type, shape and value."""
+
+    def parts() -> Iterator[str | bytes]:
+        for name, tensor in sorted(model.state_dict().items()):
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    return digest(parts())
+
+
+def dataset_hash(dataset: PairDataset) -> str:
+    """Digest of a data set's pictures: by size and time of its files, else by samples of them.
+
+    Built-in data has no files of its own; its keys and the pixels of a few pictures stand for it.
+    """
+    base: Any = dataset
+    parts: list[str | bytes] = []
+    while hasattr(base, "dataset") and hasattr(base, "indices"):  # a Subset
+        parts.append(base.indices.tobytes())
+        base = base.dataset
+    parts += [base.name, *base.keys]
+    files: Iterable[str] = getattr(base, "shards", ())
+    if hasattr(base, "path"):
+        files = (base.path(i) for i in range(len(base)))
+    elif not files:
+        step = max(1, len(base) // SAMPLED)
+        parts += [base.image(i).tobytes() for i in range(0, len(base), step)]
+    for path in files:
+        try:
+            status = os.stat(path)
+            parts.append(f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}")
+        except OSError:  # a url, or a missing file, which its reader names
+            parts.append(path)
+    return digest(parts)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How evaluation turns pictures and captions into features: eval mode, no augmentation."""
+
+    model: ProtoModel
+    device: torch.device
+    batch_size: int = 256
+    workers: int = 0
+    autocast: Autocast = nullcontext
+    progress: Callable[[int], None] | None = None  # told rows after each batch
+    expect: Callable[[int], None] | None = None  # told how many rows will follow
+    cache: FeatureCache | None = None  # None: everything is encoded
+    sharded: bool = False  # True on every rank: each encodes a slice, all get all rows
+
+    @torch.no_grad()
+    def images(self, dataset: PairDataset) -> Tensor:
+        """u of every picture, float32 [N, D] on the device."""
+        m = self.model
+
+        def encode(rows: range) -> Tensor:
+            stream = batches(
+                dataset,
+                torch.arange(rows.start, rows.stop),
+                self.batch_size,
+                eval_transform(m),
+                m.short_tokenizer,
+                seed=0,
+                workers=self.workers,
+                captions="first",
+            )
+            return self._rows(m.clip.encode_image, (batch.image for batch in stream))
+
+        content = dataset_hash(dataset) if self.cache is not None else ""
+        return self._kept("image", content, len(dataset), encode)
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """u of every text, float32 [M, D] on the device; equal texts are encoded once."""
+        position = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        unique, step = list(position), self.batch_size
+
+        def encode(rows: range) -> Tensor:
+            parts = (unique[i : min(i + step, rows.stop)] for i in rows[::step])
+            tokens = (self.model.short_tokenizer(part) for part in parts)
+            return self._rows(self.model.encode_text, tokens)
+
+        content = digest(unique) if self.cache is not None else ""
+        encoded = self._kept("text", content, len(unique), encode)
+        return encoded[torch.tensor([position[text] for text in texts], device=encoded.device)]
+
+    @torch.no_grad()
+    def project(self, encoded: Encoded) -> Encoded:
+        """h of encoded rows, unit rows [N, Dh] each, in eval mode."""
+        with _eval_mode(self.model):
+            return self.model.project(encoded)
+
+    def _kept(
+        self, kind: str, content: str, count: int, encode: Callable[[range], Tensor]
+    ) -> Tensor:
+        """Rows from the cache if every rank has them; else encoded, by all ranks together."""
+        tell = self.progress or (lambda rows: None)
+        if self.expect is not None:
+            self.expect(count)
+        if self.cache is not None:
+            path = self.cache.path(kind, content)
+            found = self.cache.load(path, count)
+            missing = torch.tensor([int(found is None)], device=self.device)
+            if found is not None and not (max_over_ranks(missing) if self.sharded else missing):
+                tell(count)
+                return found.to(self.device)
+        own = own_slice(count) if self.sharded else slice(0, count)
+        rows = encode(range(own.start, own.stop)) if own.start < own.stop else None
+        if self.sharded:
+            parts: list[Tensor | None] = [None] * world_size()
+            dist.all_gather_object(parts, None if rows is None else rows.cpu())
+            rows = torch.cat([part for part in parts if part is not None]).to(self.device)
+            tell(count - (own.stop - own.start))
+        assert rows is not None
+        if self.cache is not None and is_main():
+            self.cache.store(path, rows)
+        return rows
+
+    def _rows(self, encode: Callable[[Tensor], Tensor], parts: Iterable[Tensor]) -> Tensor:
+        rows = []
+        with _eval_mode(self.model):
+            for part in parts:
+                with self.autocast():
+                    rows.append(encode(part.to(self.device, non_blocking=True)).float())
+                if self.progress is not None:
+                    self.progress(len(part))
+        return torch.cat(rows)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def eval_transform(model: ProtoModel) -> Callable[[Any], Tensor]:
+    """The model's own transform without augmentation: resize, centre crop, normalise."""
+    own = getattr(getattr(model.clip, "visual", None), "preprocess_cfg", None) or {}
+    if own.get("resize_mode", "shortest") == "shortest" and (
+        own.get("interpolation", "bicubic") in ("bicubic", "random")
+    ):
+        return build_transform(model.image_size, model.mean, model.std, "none")
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    return image_transform_v2(PreprocessCfg(**own), is_train=False)
+
+
+def encode_set(
+    encoder: Encoder,
+    dataset: PairDataset,
+    templates: Sequence[str] = TEMPLATES,
+    captions: str = "first",
+    *,
+    captioned: bool = True,
+    prompts: bool = True,
+) -> EvalSet:
+    """Features of a data set's pictures, captions ("first" or "all") and class prompts.
+
+    Without ``captioned`` the captions stay out, without ``prompts`` the class prompts.
+    """
+    if captions not in ("first", "all"):
+        raise ValueError(f"captions: expected 'first' or 'all', got {captions!r}")
+    image = encoder.images(dataset)
+    texts: list[str] = []
+    owner: list[int] = []
+    for i in range(len(dataset) if captioned else 0):
+        own = dataset.captions(i) if captions == "all" else dataset.captions(i)[:1]
+        texts += own
+        owner += [i] * len(own)
+    return EvalSet(
+        image,
+        encoder.texts(texts) if texts else image.new_zeros(0, image.shape[1]),
+        torch.tensor(owner, dtype=torch.int64, device=encoder.device),
+        {
+            name: Labels(known.ids.to(encoder.device), known.names)
+            for name, known in dataset.labels.items()
+        },
+        {
+            name: class_features(encoder, class_prompts(name, known.names, templates))
+            for name, known in dataset.labels.items()
+            if prompts
+        },
+        title=dataset.name,
+        captioned=captioned,
+    )
+
+
+def class_features(encoder: Encoder, prompts: Sequence[Sequence[str]]) -> Tensor:
+    """Class vectors, unit rows [C, D], of the prompts of each class."""
+    rows = encoder.texts([prompt for own in prompts for prompt in own])
+    return metrics.class_vectors(rows.unflatten(0, (len(prompts), -1)))
+
+
+def take(one: EvalSet, rows: Sequence[int], **changes: Any) -> EvalSet:
+    """The set restricted to some of its images, with their captions; ``changes`` by field."""
+    images = torch.as_tensor(rows, dtype=torch.int64, device=one.image.device)
+    owner = one.caption_image
+    if owner is None:
+        owner = torch.arange(len(one.text), device=one.image.device)
+    place = torch.full((len(one.image),), -1, device=one.image.device)
+    place[images] = torch.arange(len(images), device=one.image.device)
+    kept = torch.nonzero(place[owner] >= 0)[:, 0]
+    labels = {name: Labels(known.ids[images], known.names) for name, known in one.labels.items()}
+    return dataclasses.replace(
+        one,
+        image=one.image[images],
+        text=one.text[kept],
+        caption_image=place[owner[kept]],
+        labels=labels,
+        **changes,
+    )
+
+
+def encode_sets(
+    encoder: Encoder,
+    data: str | Layout,
+    *,
+    split: str = "auto",
+    seed: int = 0,
+    captions: str = "first",
+    tasks: Collection[str] = TASKS,
+    open_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, EvalSet], ProbeTrain | None]:
+    """The evaluation sets of some data, by name, and what the probes learn from.
+
+    builtin:emoji has HO (held-out concepts), TW (all, in Twemoji style) and, with the font, NHO
+    and NOTO (the held-out ones and all in Noto style). Other built-in data has HO (its held-out
+    part), files have ALL. Probes learn from the train split, else from 80 % of the set.
+
+    Args:
+        data, split: as in ``open_layout``; or what it returned.
+        seed: of the split into train and held out, the one of the training run.
+        captions: "first" (one per image, the canonical one) or "all".
+        tasks: what the features are for, some of ``TASKS``.
+        open_kwargs: further arguments of ``open_layout``, such as the CSV columns.
+    """
+    options = {"seed": seed, **(open_kwargs or {})}
+    if data == "builtin:emoji":
+        return _emoji_sets(encoder, partial(open_dataset, data, **options), captions)
+    layout = open_layout(data, split=split, **options) if isinstance(data, str) else data
+    one = encode_set(
+        encoder,
+        layout.test,
+        layout.templates,
+        captions,
+        captioned=layout.captioned,
+        prompts="zeroshot" in tasks,
+    )
+    one = dataclasses.replace(one, title=layout.title or one.title)
+    train = None
+    if one.labels and PROBES & set(tasks):
+        if layout.train is not None:
+            train = ProbeTrain(encoder.images(layout.train), layout.train.labels)
+        else:  # a fifth of each class judges the probes, the rest teaches them
+            first = next(iter(one.labels.values())).ids.cpu().numpy()
+            mask = torch.from_numpy(heldout_mask(len(first), first, seed, HELDOUT_PERCENT))
+            judged, rest = (part.nonzero()[:, 0].to(one.image.device) for part in (mask, ~mask))
+            own = take(one, rest.tolist())
+            train = ProbeTrain(own.image, own.labels)
+            one = dataclasses.replace(one, probe_rows=judged)
+    return {layout.key: one}, train
+
+
+def _emoji_sets(
+    encoder: Encoder, opened: Callable[[str], PairDataset], captions: str
+) -> tuple[dict[str, EvalSet], ProbeTrain]:
+    """Every picture and caption is encoded once; the other sets are rows of the whole one."""
+    everything = opened("all")
+    outside = set(opened("heldout").keys)
+    whole = encode_set(encoder, everything, EMOJI_TEMPLATES, captions)
+    rows = {key: i for i, key in enumerate(everything.keys)}
+    heldout = [i for key, i in rows.items() if key in outside]
+    inside = [i for key, i in rows.items() if key not in outside]
+    sets = {
+        "HO": take(whole, heldout, title="Held-out concepts"),
+        "TW": dataclasses.replace(whole, probes=False, title="All concepts"),
+    }
+    if noto_available():
+        noto = opened("noto")  # concepts by the same keys, with the same captions and labels
+        drawn = take(whole, [rows[key] for key in noto.keys], title="All concepts in Noto style")
+        drawn = dataclasses.replace(drawn, image=encoder.images(noto))
+        heldout = [i for i, key in enumerate(noto.keys) if key in outside]
+        sets["NHO"] = take(drawn, heldout, title="Held-out concepts in Noto style")
+        sets["NOTO"] = drawn
+    train = take(whole, inside)
+    return sets, ProbeTrain(train.image, train.labels)
 
 
 def impossible(tasks: Sequence[str], layout: Layout) -> dict[str, str]:
     """Why each task that the data does not allow cannot be done, by task."""
-    labelled = bool(layout.test.labels)
-    no_label = "" if labelled else "the data has no single class per picture"
-    reasons = {task: no_label for task in ("linear_probe", "knn", "grouping")}
-    if not labelled and layout.targets is None:
-        reasons["zeroshot"] = "the data has no classes"
+    reasons = {}
+    if not layout.test.labels:
+        needs_classes = ("zeroshot", "linear_probe", "knn", "grouping")
+        reasons = dict.fromkeys(needs_classes, "the data has no classes")
     if not layout.captioned:
         reasons["retrieval"] = "the data has no captions"
-    reasons |= layout.problems
-    return {task: reasons[task] for task in tasks if reasons.get(task)}
+    return {task: reasons[task] for task in tasks if task in reasons}
+
+
+def evaluate_features(
+    sets: Mapping[str, EvalSet],
+    probe_train: ProbeTrain | None = None,
+    *,
+    tasks: Collection[str] = TASKS,
+    protocol: str = "heldout",
+    recall_at: Sequence[int] = RECALL_AT,
+) -> Results:
+    """The metrics of all sets.
+
+    Args:
+        sets: by short name.
+        probe_train: None: no linear probe and no nearest neighbours.
+        tasks: some of ``TASKS``; what a set does not allow is left out.
+        protocol: of the linear probe: "heldout" (L-BFGS, lambda chosen on a held-out part of the
+            training samples) or "paper" (the authors': SGD, best test epoch).
+        recall_at: the K of the recalls.
+    Returns:
+        ``Results``; ``.metrics`` is set -> metric -> value.
+    """
+    started = time.perf_counter()
+    learned: dict[str, dict[str, Judge]] = {}
+    if probe_train is not None and any(one.probes for one in sets.values()):
+        learned = {
+            label: _learn(probe_train.image, known, tasks, protocol)
+            for label, known in probe_train.labels.items()
+        }
+    done = {key: _score(key, one, learned, tasks, tuple(recall_at)) for key, one in sets.items()}
+    return Results(done, time.perf_counter() - started)
+
+
+def _learn(image: Tensor, known: Labels, tasks: Collection[str], protocol: str) -> dict[str, Judge]:
+    """Each probe of one label, fitted to the training images, by metric prefix."""
+    count = len(known.names)
+    out: dict[str, Judge] = {}
+
+    def paper(rows: Tensor, ids: Tensor) -> tuple[Accuracy, dict[str, float]]:
+        got, epoch = metrics.paper_linear_probe(image, known.ids, rows, ids, count)
+        return got, {"weight_decay": 1e-6, "epochs": 100.0, "best_epoch": float(epoch)}
+
+    if "linear_probe" in tasks and protocol == "paper":
+        out["lp_"] = paper
+    elif "linear_probe" in tasks and len(known.ids) >= 2:
+        logits, penalty = metrics.fit_linear_probe(image, known.ids, count)
+        settings = {"weight_decay": penalty, "epochs": float(metrics.PROBE_ITERATIONS)}
+        out["lp_"] = lambda rows, ids: (metrics.classify(rows, ids, count, logits), settings)
+    if "knn" in tasks:
+        votes = metrics.fit_knn(image, known.ids, count)
+        out["knn_"] = lambda rows, ids: (metrics.classify(rows, ids, count, votes), {})
+    return out
+
+
+def _score(
+    key: str,
+    one: EvalSet,
+    learned: Mapping[str, Mapping[str, Judge]],
+    tasks: Collection[str],
+    recall_at: tuple[int, ...],
+) -> SetResults:
+    """The metrics of one set, with their intervals."""
+    values: dict[str, float] = {}
+    hits: dict[str, Tensor] = {}
+    sampled: dict[str, Sampled] = {}
+    if one.captioned and "retrieval" in tasks:
+        ranks = metrics.retrieval(one.image, one.text, one.caption_image)
+        values |= ranks.summary(recall_at)
+        for k in recall_at:
+            for name, rows in zip(("text", "image"), ranks.hits(k), strict=True):
+                hits[f"{name}_retrieval_recall@{k}"] = rows.cpu()
+    if "geometry" in tasks:
+        if one.captioned:
+            matching = one.image if one.caption_image is None else one.image[one.caption_image]
+            values["modality_gap"] = metrics.modality_gap(one.image, one.text)
+            values["alignment"] = metrics.alignment(matching, one.text)
+            values["text_uniformity"] = metrics.uniformity(one.text)
+        values["image_uniformity"] = metrics.uniformity(one.image)
+
+    def add(name: str, got: Accuracy, ids: Tensor) -> None:
+        for score in ("acc1", "acc5", "mean_per_class_recall"):
+            values[name + score] = getattr(got, score)
+        hits[f"{name}acc1"] = got.hits.cpu()
+        sampled[f"{name}mean_per_class_recall"] = Sampled(got.hits, ids)
+        if len(got.hits5):
+            sampled[f"{name}acc5"] = Sampled(got.hits5)
+
+    for label, known in one.labels.items():
+        if "zeroshot" in tasks and label in one.class_vectors:
+            score = partial(metrics.zero_shot_logits, vectors=one.class_vectors[label])
+            got = metrics.classify(one.image, known.ids, len(known.names), score)
+            add(f"{label}/", got, known.ids)
+        judged, ids = one.image, known.ids
+        if one.probe_rows is not None:
+            judged, ids = judged[one.probe_rows], ids[one.probe_rows]
+        for prefix, judge in learned.get(label, {}).items() if one.probes else ():
+            got, settings = judge(judged, ids)
+            values |= {f"{label}/{prefix}{name}": value for name, value in settings.items()}
+            add(f"{label}/{prefix}", got, ids)
+        if "grouping" in tasks and len(known.ids) > 1:
+            for name, value in metrics.group_scores(one.image, known.ids).items():
+                values[f"{label}/{name}"] = value
+    bounds = metrics.bootstrap_intervals(sampled | {name: Sampled(x) for name, x in hits.items()})
+    return SetResults(one.title or key, len(one.image), len(one.text), values, bounds, hits)
+
+
+def evaluate_model(
+    model: ProtoModel,
+    data: str = "builtin:emoji",
+    *,
+    tasks: Collection[str] = TASKS,
+    protocol: str = "heldout",
+    device: torch.device | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    autocast: Autocast = nullcontext,
+    progress: Callable[[int], None] | None = None,
+    keep: dict[str, EvalSet] | None = None,
+    **options: Any,
+) -> Results:
+    """Encode the evaluation sets of ``data`` on all ranks and score them on rank 0.
+
+    Args:
+        model: stays as it is, where it is.
+        data, tasks: as in ``encode_sets``.
+        protocol: as in ``evaluate_features``.
+        device: where the model is; None: look.
+        batch_size, workers: of encoding.
+        autocast: makes the context of each forward pass.
+        progress: told the number of rows (images or texts) after each batch.
+        keep: takes the encoded sets, by name.
+        options: ``split``, ``seed``, ``captions`` and ``open_kwargs`` of ``encode_sets``.
+    """
+    started = time.perf_counter()
+    place = device or next(model.parameters()).device
+    several = is_distributed()
+    encoder = Encoder(model, place, batch_size, workers, autocast, progress, sharded=several)
+    sets, train = encode_sets(encoder, data, tasks=tasks, **options)
+    if keep is not None:
+        keep.update(sets)
+    results = Results({})
+    if is_main():
+        results = evaluate_features(sets, train, tasks=tasks, protocol=protocol)
+    return dataclasses.replace(results, seconds=time.perf_counter() - started)
+
+
+def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
+    """Most memory in use so far: of the card on a GPU, of the process elsewhere."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -1,17 +1,15 @@
 """The ops: contract, checks, backends and autograd of each. They know tensors, no model."""
 
 from protoclip.ops.backends import backends
-from protoclip.ops.info_nce import info_nce
-from protoclip.ops.kmeans_assign import kmeans_assign
-from protoclip.ops.prototype_cross_entropy import (
+from protoclip.ops.clusters import kmeans_assign, segment_mean
+from protoclip.ops.contrastive import info_nce, sigmoid_loss
+from protoclip.ops.prototypes import (
     Bank,
     PrototypeLosses,
     prototype_cross_entropy,
     prototype_losses,
+    soft_targets,
 )
-from protoclip.ops.segment_mean import segment_mean
-from protoclip.ops.siglip import sigmoid_loss
-from protoclip.ops.soft_targets import soft_targets
 
 __all__ = [
     "Bank",

@@ -11,8 +11,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
-from types import ModuleType
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,6 +19,8 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
+
+from protoclip.ops import native
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ANY_FLOAT = (*FLOATS, torch.float64)
@@ -29,7 +30,7 @@ ANY_FLOAT = (*FLOATS, torch.float64)
 class Backend:
     """One implementation: where its functions live, what it needs, what it takes."""
 
-    module: str  # imported at first use
+    find: Callable[[str], Callable]  # a function by its name, imported at first use
     device_types: tuple[str, ...] | None  # None: any
     dtypes: tuple[torch.dtype, ...]
     why_not: Callable[[], str | None]  # None: usable on this machine
@@ -37,14 +38,6 @@ class Backend:
 
 def _always() -> str | None:
     return None
-
-
-def _no_native() -> str | None:
-    return importlib.import_module("protoclip.ops.native").why_not()
-
-
-def _no_native_cuda() -> str | None:
-    return importlib.import_module("protoclip.ops.native").why_not_cuda()
 
 
 @cache
@@ -55,7 +48,9 @@ def _no_triton() -> str | None:
         importlib.import_module("triton")
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    return None if torch.cuda.is_available() else _no_interpreter()
+    if not torch.cuda.is_available():
+        return _no_interpreter()
+    return importlib.import_module("protoclip.kernels.launch").why_not()
 
 
 def _no_interpreter() -> str | None:
@@ -67,48 +62,32 @@ def _no_interpreter() -> str | None:
     return None
 
 
-REFERENCE = Backend("protoclip.ops.reference", None, ANY_FLOAT, _always)
-
-
-def _cpu(op: str) -> Backend:
-    return Backend(f"protoclip.ops.native_{op}", ("cpu",), FLOATS, _no_native)
-
-
-def _cuda(op: str) -> Backend:
-    return Backend(f"protoclip.ops.cuda_{op}", ("cuda",), FLOATS, _no_native_cuda)
+def _from(module: str) -> Callable[[str], Callable]:
+    return lambda name: getattr(importlib.import_module(module), name)
 
 
 def _triton(op: str) -> Backend:
-    return Backend(f"protoclip.kernels.{op}", ("cuda", "cpu"), FLOATS, _no_triton)
+    # CPU tensors are for Triton's interpreter only.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    devices = ("cuda", "cpu") if interpreted else ("cuda",)
+    return Backend(_from(f"protoclip.kernels.{op}"), devices, FLOATS, _no_triton)
 
+
+REFERENCE = Backend(_from("protoclip.ops.reference"), None, ANY_FLOAT, _always)
+CPU = Backend(partial(native.op, "cpu"), ("cpu",), FLOATS, native.why_not)
+CUDA = Backend(partial(native.op, "cuda"), ("cuda",), FLOATS, native.why_not_cuda)
 
 TABLE: dict[str, dict[str, Backend]] = {
-    "info_nce": {
-        "cpu": _cpu("info_nce"),
-        "triton": _triton("info_nce"),
-        "reference": REFERENCE,
-    },
-    "siglip": {"cpu": _cpu("siglip"), "triton": _triton("siglip"), "reference": REFERENCE},
+    "info_nce": {"cpu": CPU, "triton": _triton("info_nce"), "reference": REFERENCE},
+    "siglip": {"cpu": CPU, "triton": _triton("siglip"), "reference": REFERENCE},
     "prototype_cross_entropy": {
-        "cpu": _cpu("prototype_cross_entropy"),
+        "cpu": CPU,
         "triton": _triton("prototype_cross_entropy"),
         "reference": REFERENCE,
     },
-    "soft_targets": {
-        "cpu": _cpu("soft_targets"),
-        "triton": _triton("soft_targets"),
-        "reference": REFERENCE,
-    },
-    "kmeans_assign": {
-        "cpu": _cpu("kmeans_assign"),
-        "cuda": _cuda("kmeans_assign"),
-        "reference": REFERENCE,
-    },
-    "segment_mean": {
-        "cpu": _cpu("segment_mean"),
-        "cuda": _cuda("segment_mean"),
-        "reference": REFERENCE,
-    },
+    "soft_targets": {"cpu": CPU, "triton": _triton("soft_targets"), "reference": REFERENCE},
+    "kmeans_assign": {"cpu": CPU, "cuda": CUDA, "reference": REFERENCE},
+    "segment_mean": {"cpu": CPU, "cuda": CUDA, "reference": REFERENCE},
 }
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
@@ -185,15 +164,24 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def backend_module(op: str, backend: str) -> ModuleType:
-    """The module of a backend, imported at first use."""
-    return importlib.import_module(TABLE[op][backend].module)
-
-
 @cache
 def implementation(op: str, backend: str, function: str) -> Callable:
     """The function of a backend's module, imported at first use."""
-    return getattr(backend_module(op, backend), function)
+    return TABLE[op][backend].find(function)
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype of sums and losses: fp32, or fp64 for fp64 input (reference only)."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def reduce(losses: Tensor, reduction: str, count: int | Tensor) -> Tensor:
+    """Mean (0 for no rows), sum, or the rows themselves."""
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
@@ -280,3 +268,14 @@ def register_gradient(
 
 def _tangent(x: Any) -> bool:
     return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+
+
+def no_second_derivative(op: str) -> Callable:
+    """The gradient of a backward op: a refusal, where torch would only warn."""
+
+    def refuse(ctx, *_):
+        raise RuntimeError(
+            f"{op}: its fused backends have no second derivative; use backend='reference' for it"
+        )
+
+    return refuse

@@ -1,4 +1,4 @@
-"""Compile csrc/ at first use and load it.
+"""Compile csrc/ at first use and load it; its ops are those of torch.ops.protoclip_native.
 
 Two libraries, built apart so that one failing leaves the other: ``cpu`` (csrc/*.cpp) and ``cuda``
 (csrc/*.cu and csrc/cuda_*.cpp, where torch has CUDA and nvcc is there). Each lands in a folder
@@ -25,16 +25,16 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
+from torch import Tensor
 
 LOCK = "build.lock"
 _BUILD_LOCK = threading.RLock()
-_RESULTS: dict[str, ModuleType | str] = {}  # half -> the loaded module, or why there is none
+_REASONS: dict[str, str | None] = {}  # half -> None: it is loaded, else why it is not
 
 
 @dataclass(frozen=True)
@@ -71,33 +71,43 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "protoclip"
 
 
-def load(half: str = "cpu") -> ModuleType:
-    """The native library's module; its ops are in torch.ops.protoclip_native.
+def op(half: str, name: str) -> Callable:
+    """An op of the native library, which is built and loaded if need be.
 
     Raises:
-        RuntimeError: it cannot be had here; the message says why.
+        RuntimeError: the library cannot be had here; the message says why.
     """
-    result = _result(half)
-    if isinstance(result, str):
-        raise RuntimeError(f"protoclip's {half} library is not available: {result}")
-    return result
+    if reason := why_not(half):
+        raise RuntimeError(f"protoclip's {half} library is not available: {reason}")
+    suffix = "_cuda" if half == "cuda" else ""
+    return getattr(torch.ops.protoclip_native, f"{name}{suffix}").default
 
 
 def why_not(half: str = "cpu") -> str | None:
     """None where the native library works here (building it if need be), else the reason."""
-    result = _result(half)
-    return result if isinstance(result, str) else None
+    with _BUILD_LOCK:
+        if half not in _REASONS:
+            _REASONS[half] = _obstacle(half) or _failure(half)
+        return _REASONS[half]
 
 
 def why_not_cuda() -> str | None:
     return why_not("cuda")
 
 
-def _result(half: str) -> ModuleType | str:
-    with _BUILD_LOCK:
-        if half not in _RESULTS:
-            _RESULTS[half] = _obstacle(half) or _build_or_reason(half)
-        return _RESULTS[half]
+class CodedPoints:
+    """Points [N, D] fp32, finite, with their 8-bit codes, N (D + 16) bytes, for many assignments.
+
+    Labels and distances have the bits of ``kmeans_assign`` on the CPU (unless squares leave fp32).
+    """
+
+    def __init__(self, points: Tensor) -> None:
+        self.points = points.contiguous()
+        self.codes = op("cpu", "kmeans_encode")(self.points)
+
+    def assign(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
+        """[K, D] fp32 -> labels int64 [N], squared distances fp32 [N]."""
+        return op("cpu", "kmeans_assign_coded")(self.points, centroids, *self.codes)
 
 
 def _obstacle(half: str) -> str | None:
@@ -132,9 +142,10 @@ def _warn(problem: str) -> None:
     )
 
 
-def _build_or_reason(half: str) -> ModuleType | str:
+def _failure(half: str) -> str | None:
     try:
-        return build_and_load(_plan(half))
+        torch.ops.load_library(build(_plan(half)))
+        return None
     except Exception as error:  # whatever the toolchain throws: the reference goes on
         reason = f"no native library: {str(error).strip() or type(error).__name__}"
         _warn(f"{reason[:2000]}\nPROTOCLIP_BUILD_VERBOSE=1 shows the compiler's output")
@@ -175,25 +186,22 @@ def _cpu_flags() -> str:
     return next((line for line in lines if line.startswith("flags")), platform.processor())
 
 
-def build_and_load(build: Build) -> ModuleType:
-    folder = cache_dir() / "native" / build.name
-    library = folder / f"{build.name}.so"
+def build(plan: Build) -> Path:
+    """The library's path, compiled unless it is there as it was compiled."""
+    folder = cache_dir() / "native" / plan.name
+    library = folder / f"{plan.name}.so"
     if not _intact(library):
         exposed = _make_private(folder)
-        with _only_builder(build, folder):
+        with _only_builder(plan, folder):
             if exposed or not _intact(library):
                 for path in folder.iterdir():
                     if path.name != LOCK:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
-                _compile(build, folder)
+                _compile(plan, folder)
                 library.chmod(0o700)
-                _stamp(library).write_text(json.dumps(_facts(library) | build.parameters, indent=2))
+                _stamp(library).write_text(json.dumps(_facts(library) | plan.parameters, indent=2))
                 _stamp(library).chmod(0o600)
-    spec = importlib.util.spec_from_file_location(build.name, library)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return library
 
 
 def _stamp(library: Path) -> Path:
@@ -281,7 +289,7 @@ def _say(text: str) -> None:
 def _compile(build: Build, folder: Path) -> None:
     from torch.utils import cpp_extension
 
-    _say(f"compiling the {build.half} kernels, once (about a minute) ...")
+    _say(f"compiling the {build.half} kernels, once (about half a minute) ...")
     start = time.perf_counter()
     path = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join(filter(None, [_ninja_dir(), path]))
@@ -294,6 +302,7 @@ def _compile(build: Build, folder: Path) -> None:
                 extra_cuda_cflags=list(build.cuda_cflags),
                 extra_ldflags=_ldflags(build),
                 build_directory=str(folder),
+                is_python_module=False,
                 verbose=os.environ.get("PROTOCLIP_BUILD_VERBOSE") == "1",
             )
         else:

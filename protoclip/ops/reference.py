@@ -31,7 +31,7 @@ def info_nce(image_features: Tensor, text_features: Tensor, logit_scale: Tensor)
 def contrastive_fwd(
     x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of the strip x [N, D] against y [M, D], as in ops/info_nce.py."""
+    """Statistics of the strip x [N, D] against y [M, D], as in ops/contrastive.py."""
     logits = _base2_logits(x, y, scale)  # [N, M]
     rows = torch.arange(len(x), device=x.device)
     positive = logits[rows, rows + offset]
@@ -56,7 +56,7 @@ def contrastive_bwd(
     column_weight: Tensor,
     offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the strip, as in ops/info_nce.py."""
+    """Gradients of the strip, as in ops/contrastive.py."""
     logits = _base2_logits(x, y, scale)
     rows = torch.arange(len(x), device=x.device)
     g = torch.exp2(logits - row_max[:, None]) * (row_weight / row_sum)[:, None]
@@ -105,7 +105,7 @@ def prototype_cross_entropy(
 def prototype_ce_fwd(
     h: Tensor, prototypes: Tensor, targets: Tensor, labels: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One bank, as in ops/prototype_cross_entropy.py -> loss [N], gradient [N, D], argmax [N],
+    """One bank, as in ops/prototypes.py -> loss [N], gradient [N, D], argmax [N],
     gradient of the scale [N]. A label out of range gives a NaN loss."""
     k = len(prototypes)
     known = (labels >= 0) & (labels < k)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from protoclip.config import output_file
-from protoclip.data.cache import write_atomic
+from protoclip.data.files import write_atomic
+from protoclip.evaluate import SetResults
 from protoclip.evaluate.results import rows_of
 from protoclip.report import figures
 from protoclip.report import runs as reading
@@ -81,15 +79,17 @@ def render(runs: Sequence[Run]) -> str:
         histogram=figures.histogram_svg,
         colour=lambda i: f"var(--c{i % len(figures.CYCLE)})",
         pretty=lambda value: json.dumps(value, indent=2),
+        command=reading.command_of,
+        rows=lambda one: rows_of(one.metrics),
     )
     baseline = reading.find_baseline(runs)
-    judged = [run for run in runs if run is not baseline or len(runs) == 1]
-    said = [reading.learnt(run) for run in judged]
-    said += [reading.verdict(run, baseline) for run in runs if run is not baseline]
-    keys = list(dict.fromkeys(key for run in runs if run.after for key in run.after.sets))
-    titles = {key: one.title for run in runs if run.after for key, one in run.after.sets.items()}
-    columns = ([baseline] if baseline else []) + [run for run in runs if run is not baseline]
+    own = [run for run in runs if run is not baseline]
+    said = [reading.learnt(run) for run in own or runs]
+    said += [reading.verdict(run, baseline) for run in own]
     series = {run.name: run.series for run in runs}
+    sets: dict[str, SetResults] = {}
+    for run in ([baseline] if baseline else []) + own:
+        sets = {**(run.after.sets if run.after else {}), **sets}
     try:
         return environment.from_string(_asset("page.html.j2")).render(
             title="protoclip: " + " and ".join(run.name for run in runs),
@@ -98,14 +98,14 @@ def render(runs: Sequence[Run]) -> str:
             written=time.strftime("%Y-%m-%d %H:%M"),
             runs=runs,
             baseline=baseline,
-            columns=columns,
+            columns=[baseline, *own] if baseline else own,
             said=said,
-            titles=titles,
-            untrained=len(runs) == 1 and runs[0].before is not None,
-            sets={key: _rows(key, runs, columns, baseline) for key in keys},
+            sets=sets,
+            before=runs[0].before if len(runs) == 1 else None,
+            change=reading.change,
+            headline=reading.HEADLINE,
             curves=figures.curves(series),
             churn=figures.churn(series),
-            commands={run.name: _command(run) for run in runs},
         )
     except jinja2.TemplateError as error:
         raise TypeError(str(error)) from error
@@ -113,46 +113,3 @@ def render(runs: Sequence[Run]) -> str:
 
 def _asset(name: str) -> str:
     return resources.files("protoclip.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _command(run: Run) -> str:
-    return shlex.join(["python", "-m", "protoclip.train", *reading.defaults_changed(run.config)])
-
-
-def _rows(
-    key: str, runs: Sequence[Run], columns: Sequence[Run], baseline: Run | None
-) -> Mapping[str, Any]:
-    """One evaluation set as rows of cells, a cell for each column."""
-    one = next(run.after.sets[key] for run in columns if run.after and key in run.after.sets)
-    old = runs[0].before.sets.get(key) if runs[0].before else None
-    rows = [
-        {
-            "words": words,
-            "headline": reading.is_headline(metric),
-            "untrained": old.metrics.get(metric) if old else None,
-            "cells": [_cell(run, baseline, key, metric) for run in columns],
-        }
-        for metric, words in rows_of(one.metrics)
-    ]
-    return {"title": one.title, "samples": one.samples, "rows": rows}
-
-
-def _cell(run: Run, baseline: Run | None, key: str, metric: str) -> Mapping[str, Any] | None:
-    """Value, interval, and difference to the baseline; None without a value."""
-    one = run.after.sets.get(key) if run.after else None
-    value = one.metrics.get(metric, math.nan) if one else math.nan
-    if one is None or math.isnan(value):
-        return None
-    interval = one.intervals.get(metric, (math.nan, math.nan))
-    compared = baseline is not None and run is not baseline
-    got = reading.change(run, baseline, key, metric) if baseline and compared else None
-    kind = "same"
-    if got and got.clear:
-        kind = "up" if (got.value < 0) == reading.lower_is_better(metric) else "down"
-    return {
-        "value": value,
-        "interval": None if math.isnan(interval[0]) else interval,
-        "change": got.value if got else None,
-        "kind": kind,
-        "chance": got is None or math.isfinite(got.low),
-    }

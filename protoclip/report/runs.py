@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from protoclip.config import TrainConfig, flag_of
-from protoclip.evaluate import Results, SetResults, read_results
+from protoclip.evaluate import Results, read_results
+from protoclip.evaluate.metrics import Sampled, bootstrap_intervals
 from protoclip.evaluate.results import results_from_plain, results_to_plain, rows_of
-from protoclip.metrics import bootstrap_mean
 from protoclip.report.figures import Series, read_series
 from protoclip.report.snapshot import Snapshot, load_snapshot
 
@@ -129,43 +130,36 @@ def record_baseline(folder: str | os.PathLike[str], output: str | os.PathLike[st
     run = read_run(folder)
     facts = run.snapshot.facts
     if run.method != "clip" or run.after is None or not facts:
-        raise ValueError(
-            f"record_baseline: expected a finished run of --method clip, got {run.name}"
-        )
-    config = {**run.config, "run": {"seed": run.config["run"]["seed"]}}
+        raise ValueError(f"record_baseline: expected a finished run of --method clip, got {folder}")
     remark = (
         f"Baseline: plain CLIP, same data, encoder, steps and seed, recorded "
         f"{time.strftime('%Y-%m-%d')} ({facts['cpu']}, torch {facts['torch']}, commit "
         f"{facts['commit']}). For your own: --method clip, then protoclip.report RUN CLIP_RUN."
     )
+    config = {**run.config, "run": {"seed": run.config["run"]["seed"]}}
     content = {"remark": remark, "config": config, "trained": results_to_plain(run.after)}
     text = json.dumps(content, indent=1, allow_nan=False)
     Path(output).write_text(text + "\n", encoding="utf-8")
 
 
-def defaults_changed(config: Mapping[str, Any]) -> list[str]:
-    """The flags that make this config out of the default one, as words of a command line."""
-    words: list[str] = []
-
-    def walk(default: Any, values: Mapping[str, Any]) -> None:
-        for item in dataclasses.fields(default):
-            own, value = getattr(default, item.name), values.get(item.name)
-            if dataclasses.is_dataclass(own):
-                walk(own, value or {})
-            elif item.name in values and item.name not in ("name", "logs"):
-                flag = flag_of(item)
-                value = tuple(value) if isinstance(value, list) else value
-                if value == own:
-                    continue
-                if isinstance(value, tuple):
-                    words.extend((flag, *map(str, value)))
-                elif isinstance(value, bool):
-                    words.append(flag if value else "--no-" + flag[2:])
-                else:
-                    words.extend((flag, str(value)))
-
-    walk(TrainConfig(), config)
-    return words
+def command_of(config: Mapping[str, Any]) -> str:
+    """The command line that trains with this config: its flags that are not the default."""
+    words = ["python", "-m", "protoclip.train"]
+    default = TrainConfig()
+    sections = {name: own for name, own in vars(default).items() if dataclasses.is_dataclass(own)}
+    parts = [(default, config), *((own, config.get(key, {})) for key, own in sections.items())]
+    for own, values in parts:
+        for item in dataclasses.fields(own):
+            value = values.get(item.name, getattr(own, item.name))
+            value = tuple(value) if isinstance(value, list) else value
+            if item.name in (*sections, "name", "logs") or value == getattr(own, item.name):
+                continue
+            flag = flag_of(item)
+            if isinstance(value, bool):
+                words.append(flag if value else "--no-" + flag[2:])
+            else:
+                words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
 
 
 # Numbers beside the baseline's
@@ -178,18 +172,7 @@ class Change:
     value: float
     low: float
     high: float
-
-    @property
-    def clear(self) -> bool:
-        return self.low > 0 or self.high < 0
-
-
-def is_headline(metric: str) -> bool:
-    return metric.endswith(HEADLINE)
-
-
-def lower_is_better(metric: str) -> bool:
-    return metric.endswith(LOWER_IS_BETTER)
+    kind: str  # "up": clearly better, "down": clearly worse, "same"
 
 
 def change(run: Run, other: Run, key: str, metric: str) -> Change | None:
@@ -201,22 +184,21 @@ def change(run: Run, other: Run, key: str, metric: str) -> Change | None:
     mine, theirs = (one.after.sets.get(key) if one.after else None for one in (run, other))
     if mine is None or theirs is None:
         return None
-    a, b = (one.metrics.get(metric, math.nan) for one in (mine, theirs))
-    if math.isnan(a) or math.isnan(b):
+    value = mine.metrics.get(metric, math.nan) - theirs.metrics.get(metric, math.nan)
+    if math.isnan(value):
         return None
+    low, high = -math.inf, math.inf
     hits, others = (one.snapshot.hits_of(f"{key}/{metric}") for one in (run, other))
     if hits is not None and others is not None and hits.shape == others.shape:
-        both = bootstrap_mean(hits, others)
-        return Change(both.mean, both.low, both.high)
-    half = math.inf
-    if metric in mine.intervals and metric in theirs.intervals:
-        half = math.hypot(_half(mine, metric), _half(theirs, metric))
-    return Change(a - b, a - b - half, a - b + half)
-
-
-def _half(one: SetResults, metric: str) -> float:
-    low, high = one.intervals[metric]
-    return (high - low) / 2
+        low, high = bootstrap_intervals({"": Sampled(hits - others)})[""]
+    elif metric in mine.intervals and metric in theirs.intervals:
+        (a, b), (c, d) = mine.intervals[metric], theirs.intervals[metric]
+        half = math.hypot(b - a, d - c) / 2
+        low, high = value - half, value + half
+    kind = "same"
+    if low > 0 or high < 0:
+        kind = "up" if (value < 0) == metric.endswith(LOWER_IS_BETTER) else "down"
+    return Change(value, low, high, kind)
 
 
 def share(value: float | None) -> str:
@@ -260,16 +242,13 @@ def verdict(run: Run, baseline: Run | None) -> str:
             "found, so nothing can be said about ProtoCLIP against CLIP. Train one with the "
             "same flags and --method clip, then: python -m protoclip.report RUN CLIP_RUN"
         )
-    better: list[str] = []
-    worse: list[str] = []
-    same: list[str] = []
+    found: dict[str, list[str]] = {"up": [], "down": [], "same": []}
     for key, one in run.after.sets.items() if run.after else ():
         for metric, words in rows_of(one.metrics):
-            got = change(run, baseline, key, metric) if is_headline(metric) else None
-            if got is None or math.isinf(got.low):
-                continue
-            kind = same if not got.clear else better if got.value > 0 else worse
-            kind.append(f"{words} ({key}, {signed(got.value)})")
+            got = change(run, baseline, key, metric) if metric.endswith(HEADLINE) else None
+            if got is not None and math.isfinite(got.low):
+                found[got.kind].append(f"{words} ({key}, {signed(got.value)})")
+    better, worse, same = found.values()
     total = len(better) + len(worse) + len(same)
     if not total:
         return f"{run.name} and {baseline.name} have no metric in common."

@@ -25,21 +25,19 @@ from PIL import Image, features
 from torch import Tensor
 
 from protoclip.data import DataError, PairDataset
-from protoclip.data.cache import write_atomic
+from protoclip.data.files import write_atomic
 from protoclip.evaluate import EvalSet, Results
 from protoclip.kmeans import kmeans
-from protoclip.metrics import purity
 from protoclip.model import Encoded
 from protoclip.ops import segment_mean
+from protoclip.prototypes import purity
 
-NAME = "report.json"
-FORMAT = 2
+NAME, FORMAT = "report.json", 2
 SIDE = 64  # pixels of a thumbnail
 CARDS, IMAGES, CAPTIONS = 12, 8, 5  # prototypes of each source, and their nearest neighbours
 ASKED, SHOWN = 400, 4  # queries that are looked at, and those that are shown of each kind
 CELLS, WORST = 14, 12  # classes of a full confusion table; else its largest entries
-BINS = 48
-LANDMARKS, NEAREST = 300, 4
+LANDMARKS = 300
 SOURCES = {"image": "the image features", "text": "the caption features"}
 
 
@@ -79,45 +77,9 @@ class Snapshot:
         return torch.from_numpy(np.unpackbits(raw, count=int(count))).float()
 
 
-class Thumbnails:
-    """Small pictures, each encoded once, and short captions; bad samples give None and ""."""
-
-    def __init__(self) -> None:
-        self.kind = "webp" if features.check("webp") else "jpeg"
-        self.made: list[str] = []
-        self._known: dict[tuple[int, int], int | None] = {}
-
-    def item(self, dataset: PairDataset, i: int, *, hit: bool = False) -> dict[str, Any]:
-        picture = self._number(dataset, i)
-        return {"picture": picture, "caption": caption_of(dataset, i), "hit": bool(hit)}
-
-    def _number(self, dataset: PairDataset, i: int) -> int | None:
-        key = (id(dataset), i)
-        if key not in self._known:
-            self._known[key] = None
-            with contextlib.suppress(DataError, OSError, IndexError):
-                picture = dataset.image(i).convert("RGB")
-                picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-                stream = io.BytesIO()
-                picture.save(stream, self.kind, quality=78)
-                self._known[key] = len(self.made)
-                self.made.append(base64.b64encode(stream.getvalue()).decode("ascii"))
-        return self._known[key]
-
-
-def caption_of(dataset: PairDataset, i: int, k: int = 0) -> str:
-    """Caption ``k`` of sample ``i``, at most 90 characters."""
-    with contextlib.suppress(DataError, OSError, IndexError):
-        texts = dataset.captions(i)
-        text = texts[min(k, len(texts) - 1)]
-        return text if len(text) <= 90 else text[:89].rstrip() + "…"
-    return f"sample {i}"
-
-
 def take_snapshot(
     samples: Samples,
     judged: tuple[PairDataset, EvalSet] | None = None,
-    *,
     after: Results | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Snapshot:
@@ -130,18 +92,18 @@ def take_snapshot(
         facts: about the run: anything JSON can hold.
     """
     thumbs = Thumbnails()
-    clusters = gallery(samples, thumbs)
     captioned = judged and judged[1].captioned and len(judged[1].text) > 1
+    sets = after.sets.items() if after else ()
     return Snapshot(
-        thumbs.kind,
-        thumbs.made,  # filled by the parts below too
-        clusters,
-        plane(samples),
-        geometry(judged[1]) if judged and captioned else {},
-        confusions(judged[1]) if judged else (),
-        retrieval(*judged, thumbs) if judged and captioned else (),
-        _hits(after),
-        {**environment(), **(facts or {})},
+        kind=thumbs.kind,
+        pictures=thumbs.made,  # the parts below fill it
+        clusters=gallery(samples, thumbs),
+        plane=plane(samples),
+        geometry=geometry(judged[1]) if judged and captioned else {},
+        confusions=confusions(judged[1]) if judged else (),
+        retrieval=retrieval(*judged, thumbs) if judged and captioned else (),
+        hits={f"{key}/{name}": _bits(x) for key, one in sets for name, x in one.hits.items()},
+        facts={**environment(), **(facts or {})},
     )
 
 
@@ -162,68 +124,96 @@ def load_snapshot(folder: str | os.PathLike[str]) -> Snapshot | None:
         return None
 
 
-def _hits(results: Results | None) -> dict[str, str]:
-    packed = {}
-    for key, one in results.sets.items() if results else ():
-        for name, hits in one.hits.items():
-            bits = np.packbits(hits.cpu().numpy().astype(bool))
-            packed[f"{key}/{name}"] = f"{len(hits)}:{_base64(bits)}"
-    return packed
-
-
 def _base64(array: np.ndarray) -> str:
     return base64.b64encode(array.tobytes()).decode("ascii")
 
 
-# Prototypes
+def _bits(hits: Tensor) -> str:
+    return f"{len(hits)}:{_base64(np.packbits(hits.cpu().numpy().astype(bool)))}"
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Unit rows on the CPU; a model that diverged gives zeros."""
+    return F.normalize(rows.detach().float().cpu().nan_to_num(0, 0, 0), dim=1)
+
+
+def every(values: Tensor, count: int) -> Tensor:
+    """At most ``count`` of the values, evenly spaced."""
+    return values[torch.linspace(0, len(values) - 1, min(count, len(values))).round().long()]
+
+
+class Thumbnails:
+    """Small pictures, each encoded once; None stands for one that cannot be read."""
+
+    def __init__(self) -> None:
+        self.kind = "webp" if features.check("webp") else "jpeg"
+        self.made: list[str] = []
+        self._known: dict[tuple[int, int], int | None] = {}
+
+    def item(self, dataset: PairDataset, i: int, hit: bool = False) -> dict[str, Any]:
+        key = (id(dataset), i)
+        if key not in self._known:
+            self._known[key] = None
+            with contextlib.suppress(DataError, OSError, IndexError):
+                picture = dataset.image(i).convert("RGB")
+                picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+                stream = io.BytesIO()
+                picture.save(stream, self.kind, quality=78)
+                self._known[key] = len(self.made)
+                self.made.append(base64.b64encode(stream.getvalue()).decode("ascii"))
+        return {"picture": self._known[key], "caption": caption_of(dataset, i), "hit": hit}
+
+
+def caption_of(dataset: PairDataset, i: int, k: int = 0) -> str:
+    """Caption ``k`` of sample ``i``, at most 90 characters."""
+    with contextlib.suppress(DataError, OSError, IndexError):
+        texts = dataset.captions(i)
+        text = texts[min(k, len(texts) - 1)]
+        return text if len(text) <= 90 else text[:89].rstrip() + "…"
+    return f"sample {i}"
 
 
 def gallery(samples: Samples, thumbs: Thumbnails) -> list[dict[str, Any]]:
     """One block per source of clusters, the teacher's first, with its nearest neighbours."""
     blocks = []
+    known = samples.dataset.labels
     for name in sorted(samples.clusters, key=lambda name: (name in SOURCES, name)):
         labels = samples.clusters[name].cpu()
-        if not bool((labels >= 0).any()):
-            continue
-        counts = torch.bincount(labels[labels >= 0])
-        used = counts[counts > 0]
-        known = samples.dataset.labels
         kept = labels >= 0
-        blocks.append(
-            {
-                "name": name,
-                "of": SOURCES.get(name, "the external teacher's features"),
-                "prototypes": len(used),
-                "smallest": int(used.min()),
-                "largest": int(used.max()),
-                "purity": {key: purity(labels[kept], own.ids[kept]) for key, own in known.items()},
-                "cards": _cards(samples, labels, spread_by_size(counts, CARDS), thumbs),
-            }
-        )
+        if not bool(kept.any()):
+            continue
+        counts = torch.bincount(labels[kept])
+        used = counts[counts > 0]
+        block = {
+            "name": name,
+            "of": SOURCES.get(name, "the external teacher's features"),
+            "prototypes": len(used),
+            "smallest": int(used.min()),
+            "largest": int(used.max()),
+            "purity": {key: purity(labels[kept], own.ids[kept]) for key, own in known.items()},
+        }
+        chosen = spread_by_size(counts, CARDS)
+        blocks.append({**block, "cards": _cards(samples, labels, chosen, thumbs)})
     return blocks
 
 
 def _cards(
     samples: Samples, labels: Tensor, chosen: Sequence[int], thumbs: Thumbnails
 ) -> list[dict[str, Any]]:
-    near_image = nearest_samples(samples.projected.image, labels, chosen, IMAGES)
-    near_text = nearest_samples(samples.projected.text, labels, chosen, CAPTIONS)
+    near_image = nearest_samples(samples.projected.image, labels, chosen, IMAGES).tolist()
+    near_text = nearest_samples(samples.projected.text, labels, chosen, CAPTIONS).tolist()
     first = next(iter(samples.dataset.labels.values()), None)
     cards = []
-    for row, prototype in enumerate(chosen):
+    for prototype, images, texts in zip(chosen, near_image, near_text, strict=True):
         members = labels == prototype
         card: dict[str, Any] = {"prototype": prototype, "samples": int(members.sum())}
         if first is not None:
-            kinds, times = torch.unique(first.ids[members], return_counts=True)
-            best = int(times.argmax())
-            card["class"] = first.names[int(kinds[best])]
-            card["share"] = float(times[best] / times.sum())
-        card["images"] = [
-            thumbs.item(samples.dataset, i, hit=bool(members[i])) for i in near_image[row].tolist()
-        ]
+            times = torch.bincount(first.ids[members])
+            card["class"] = first.names[int(times.argmax())]
+            card["share"] = float(times.max() / times.sum())
+        card["images"] = [thumbs.item(samples.dataset, i, bool(members[i])) for i in images]
         card["captions"] = [
-            {"caption": caption_of(samples.dataset, i), "hit": bool(members[i])}
-            for i in near_text[row].tolist()
+            {"caption": caption_of(samples.dataset, i), "hit": bool(members[i])} for i in texts
         ]
         cards.append(card)
     return cards
@@ -235,17 +225,12 @@ def spread_by_size(counts: Tensor, rows: int) -> list[int]:
     return every(order[counts[order] > 0], rows).tolist()
 
 
-def every(values: Tensor, count: int) -> Tensor:
-    """At most ``count`` of the values, evenly spaced."""
-    return values[torch.linspace(0, len(values) - 1, min(count, len(values))).round().long()]
-
-
 def nearest_samples(features: Tensor, labels: Tensor, chosen: Sequence[int], count: int) -> Tensor:
     """Rows of the samples nearest to the mean of each chosen prototype, int64 [R, <= count].
 
     A prototype is the mean of its members' unit features. Members come before all others.
     """
-    unit = F.normalize(features.detach().float().cpu(), dim=1)
+    unit = _unit(features)
     renumbered = torch.full((int(labels.max()) + 1,), -1)
     renumbered[torch.tensor(chosen)] = torch.arange(len(chosen))
     own = torch.where(labels >= 0, renumbered[labels.clamp_min(0)], -1)
@@ -253,92 +238,54 @@ def nearest_samples(features: Tensor, labels: Tensor, chosen: Sequence[int], cou
     means, _ = segment_mean(unit[kept], own[kept], len(chosen))
     scores = F.normalize(means, dim=1) @ unit.T  # [R, N]
     scores[own[kept], kept.nonzero().flatten()] += 3  # cosines differ by 2 at most
-    return scores.topk(min(count, unit.shape[0]), dim=1).indices
-
-
-# The map
+    return scores.topk(min(count, len(unit)), dim=1).indices
 
 
 def plane(samples: Samples) -> dict[str, Any]:
-    """Places of images, then captions, in 16 bits, and the colourings of the samples."""
+    """The map: places of images, then captions, in 16 bits, and the classes to colour them by."""
     n = len(samples.dataset)
-    if n < 2:
+    if n < 8:
         return {}
-    both = principal(samples.encoded.image.cpu(), samples.encoded.text.cpu())
-    places = (lay_out(both.flatten(0, 1)) * 65535).round()  # [2N, 2]
+    # Without centring, the modality gap would be all that a map shows.
+    parts = [_unit(rows) for rows in (samples.encoded.image, samples.encoded.text)]
+    places = lay_out(torch.cat([part - part.mean(0) for part in parts]))  # [2N, 2]
+    labels = {key: (own.ids, list(own.names)) for key, own in samples.dataset.labels.items()}
+    labels |= {f"prototype ({key})": (ids, []) for key, ids in samples.clusters.items()}
     colours = {
-        name: {"ids": _ids(known.ids), "names": list(known.names)}
-        for name, known in samples.dataset.labels.items()
+        key: {"ids": _base64(ids.cpu().numpy().clip(-1, 32767).astype("<i2")), "names": names}
+        for key, (ids, names) in labels.items()
     }
-    for name, labels in samples.clusters.items():
-        colours[f"prototype ({name})"] = {"ids": _ids(labels), "names": []}
-    words = [caption_of(samples.dataset, i)[:60] for i in range(n)] if n <= 5000 else []
-    return {"n": n, "xy": _base64(places.numpy().astype("<u2")), "by": colours, "words": words}
-
-
-def _ids(ids: Tensor) -> str:
-    return _base64(ids.cpu().numpy().clip(-1, 32767).astype("<i2"))
-
-
-def principal(image: Tensor, text: Tensor, dim: int = 24) -> Tensor:
-    """Common principal components of unit features, each modality centred: [2, N, <= dim].
-
-    Centring takes out the modality gap, which would otherwise be all that a map shows.
-    """
-    parts = [F.normalize(x.float(), dim=1) for x in (image, text)]
-    both = torch.stack([part - part.mean(0) for part in parts])  # [2, N, D]
-    flat = both.flatten(0, 1)
-    _, vectors = torch.linalg.eigh((flat.T @ flat).double())  # ascending
-    return both @ vectors.flip(1)[:, :dim].float()
+    words = [caption_of(samples.dataset, i)[:60] for i in range(n)]
+    xy = (places * 65535).round().numpy().astype("<u2")
+    return {"n": n, "xy": _base64(xy), "by": colours, "words": words}
 
 
 def lay_out(points: Tensor, seed: int = 0) -> Tensor:
-    """Places in 0 ... 1 of [N, P] points whose first columns vary most, float32 [N, 2].
+    """Places in 0 ... 1 of at least 15 points [N, P], float32 [N, 2].
 
-    t-SNE of k-means centroids costs a second however many points there are; a point lies between
-    its nearest centroids.
+    t-SNE of k-means centroids takes a second however many points there are; a point lies between
+    its four nearest centroids.
     """
-    count = min(LANDMARKS, max(1, len(points) // 3))
-    fitted = points[:: max(1, len(points) // 20_000)]
-    landmarks = kmeans(fitted, count, num_iters=8, seed=seed).centroids.float()  # [L, P]
-    if len(landmarks) < 5:
-        places = F.pad(points[:, :2].float(), (0, max(0, 2 - points.shape[1])))
-    else:
-        from sklearn.manifold import TSNE
+    from sklearn.manifold import TSNE
 
-        start = F.pad(landmarks[:, :2], (0, max(0, 2 - points.shape[1])))
-        start = 1e-4 * start / start.std().clamp_min(1e-9)
-        perplexity = min(12.0, (len(landmarks) - 1) / 3)
-        tsne = TSNE(
-            perplexity=perplexity,
-            init=start.numpy(),
-            method="exact",
-            random_state=seed,
-            max_iter=500,
-        )
-        fitted_places = torch.from_numpy(tsne.fit_transform(landmarks.numpy())).float()  # [L, 2]
-        places = torch.cat(
-            [_between(block, landmarks, fitted_places) for block in points.float().split(4096)]
-        )
+    count = min(LANDMARKS, len(points) // 3)
+    landmarks = kmeans(points, count, num_iters=8, seed=seed).centroids.float()  # [L, P]
+    # Equal points would leave t-SNE's start without a scale.
+    landmarks += 1e-6 * torch.randn(landmarks.shape, generator=torch.Generator().manual_seed(seed))
+    options: dict[str, Any] = {"method": "exact", "max_iter": 500, "random_state": seed}
+    tsne = TSNE(perplexity=min(12.0, (count - 1) / 3), **options)
+    fixed = torch.from_numpy(tsne.fit_transform(landmarks.numpy())).float()  # [L, 2]
+    squared, near = torch.cdist(points, landmarks).square().topk(4, dim=1, largest=False)
+    # The farthest of the four hardly counts.
+    weight = torch.softmax(-3 * squared / squared[:, -1:].clamp_min(1e-12), dim=1)
+    places = (weight[:, :, None] * fixed[near]).sum(1)
     low, high = places.amin(0), places.amax(0)
     return (places - low) / (high - low).clamp_min(1e-9)
 
 
-def _between(points: Tensor, landmarks: Tensor, places: Tensor) -> Tensor:
-    """Each point at the weighted mean of the places of its nearest landmarks."""
-    squared, near = (
-        torch.cdist(points, landmarks).square().topk(NEAREST, dim=1, largest=False)
-    )  # [B, NEAREST]
-    width = squared[:, -1:].clamp_min(1e-12)  # the farthest of them hardly counts
-    return (torch.softmax(-3 * squared / width, dim=1)[:, :, None] * places[near]).sum(1)
-
-
-# The evaluation set
-
-
 def geometry(one: EvalSet) -> dict[str, Any]:
     """The modality gap and two histograms: cosines, and features along the gap."""
-    image, text = F.normalize(one.image.cpu(), dim=1), F.normalize(one.text.cpu(), dim=1)
+    image, text = _unit(one.image), _unit(one.text)
     matching = image[_owner(one)]
     others = text.roll(max(1, len(text) // 3), 0)
     gap = image.mean(0) - text.mean(0)
@@ -354,113 +301,89 @@ def _owner(one: EvalSet) -> Tensor:
     return torch.arange(len(one.text)) if one.caption_image is None else one.caption_image.cpu()
 
 
-def _histogram(first: Tensor, second: Tensor) -> dict[str, Any]:
-    """Both over the same bins, each as shares of its own total."""
-    parts = [values[values.isfinite()] for values in (first, second)]
-    together = torch.cat(parts)
-    if not len(together):
-        return {}
-    low, high = float(together.min()), float(together.max())
-    high = high if high > low else low + 1
-    shares = [torch.histc(part, BINS, low, high) / max(len(part), 1) for part in parts]
-    edges = torch.linspace(low, high, BINS + 1)
-    return {"edges": edges.tolist(), "shares": [share.tolist() for share in shares]}
+def _histogram(*parts: Tensor) -> dict[str, Any]:
+    """All over the same bins, each as shares of its own total."""
+    edges = np.histogram_bin_edges(torch.cat(parts).numpy(), 48)
+    shares = [(np.histogram(part.numpy(), edges)[0] / len(part)).tolist() for part in parts]
+    return {"edges": edges.tolist(), "shares": shares}
 
 
 def confusions(one: EvalSet) -> list[dict[str, Any]]:
     """Zero-shot: what each class was taken for, for every label with class vectors."""
     found = []
-    for label, known in one.labels.items():
-        if (vectors := one.class_vectors.get(label)) is None:
+    for label, vectors in one.class_vectors.items():
+        if label not in one.labels:
             continue
-        count, ids = len(known.names), known.ids.cpu()
-        vectors = F.normalize(vectors.cpu(), dim=1)
-        guesses = torch.cat([(x @ vectors.T).argmax(1) for x in one.image.cpu().split(4096)])
-        table = torch.bincount(ids * count + guesses, minlength=count**2).view(count, count)
-        entry: dict[str, Any] = {"label": label, "classes": count}
-        entry["right"] = float((ids == guesses).float().mean())
-        if count <= CELLS:
-            entry |= {"names": list(known.names), "table": table.tolist()}
+        ids, names = one.labels[label].ids.cpu(), list(one.labels[label].names)
+        scores = (x @ _unit(vectors).T for x in _unit(one.image).split(4096))
+        guesses = torch.cat([block.argmax(1) for block in scores])
+        table = torch.bincount(ids * len(names) + guesses, minlength=len(names) ** 2)
+        table = table.view(len(names), len(names))
+        entry = {"label": label, "right": float((ids == guesses).float().mean()), "names": names}
+        if len(names) <= CELLS:
+            entry["table"] = table.tolist()
         else:
-            times, places = table.clone().fill_diagonal_(0).flatten().topk(WORST)
-            entry["worst"] = [
-                [known.names[place // count], known.names[place % count], n]
-                for n, place in zip(times.tolist(), places.tolist(), strict=True)
-                if n
-            ]
+            times, places = table.fill_diagonal_(0).flatten().topk(WORST)
+            pairs = zip(times.tolist(), places.tolist(), strict=True)
+            entry["worst"] = [(p // len(names), p % len(names), n) for n, p in pairs if n]
         found.append(entry)
     return found
 
 
 def retrieval(dataset: PairDataset, one: EvalSet, thumbs: Thumbnails) -> list[dict[str, Any]]:
     """Right and wrong answers in both directions, spread evenly over the evaluation set."""
-    owner = _owner(one)
-    image, text = F.normalize(one.image.cpu(), dim=1), F.normalize(one.text.cpu(), dim=1)
+    owner, image, text = _owner(one), _unit(one.image), _unit(one.text)
 
     def caption(j: int, asked: int) -> dict[str, Any]:
         """Text row ``j``; the k-th row of a picture is its k-th caption."""
         i = int(owner[j])
         return {"caption": caption_of(dataset, i, int((owner[:j] == i).sum())), "hit": i == asked}
 
+    def picture(i: int, asked: int) -> dict[str, Any]:
+        return thumbs.item(dataset, i, i == asked)
+
     groups = []
-    for to_text, queries, answers in ((True, image, text), (False, text, image)):
+    for to, queries, answers in (("caption", image, text), ("image", text, image)):
         asked = every(torch.arange(len(queries)), ASKED)
         best = (queries[asked] @ answers.T).topk(min(5, len(answers)), dim=1).indices  # [Q, 5]
-        wanted = asked if to_text else owner[asked]
-        found = owner[best] if to_text else best  # pictures
+        wanted, found = (asked, owner[best]) if to == "caption" else (owner[asked], best)
+        ask, answer = (picture, caption) if to == "caption" else (caption, picture)
         right = found[:, 0] == wanted
-        for correct, rows in ((True, right.nonzero()), (False, (~right).nonzero())):
+        for correct in (True, False):
+            rows = (right == correct).nonzero().flatten()
             shown = []
-            for row in every(rows.flatten(), SHOWN).tolist():
-                query, own = int(asked[row]), int(wanted[row])
-                hit = bool((found[row] == own).any())
+            for row in every(rows, SHOWN).tolist():
+                own = int(wanted[row])
+                missed = not bool((found[row] == own).any())
                 shown.append(
                     {
-                        "query": thumbs.item(dataset, own) if to_text else caption(query, own),
-                        "answers": [
-                            caption(j, own) if to_text else thumbs.item(dataset, j, hit=j == own)
-                            for j in best[row].tolist()
-                        ],
-                        "right": None if hit else thumbs.item(dataset, own),
+                        "query": ask(int(asked[row]), own),
+                        "answers": [answer(j, own) for j in best[row].tolist()],
+                        "right": picture(own, own) if missed else None,
                     }
                 )
-            groups.append(
-                {
-                    "to": "caption" if to_text else "image",
-                    "correct": correct,
-                    "share": len(rows) / len(asked),
-                    "asked": len(asked),
-                    "queries": shown,
-                }
-            )
+            group = {"to": to, "correct": correct, "share": len(rows) / len(asked)}
+            groups.append({**group, "asked": len(asked), "queries": shown})
     return groups
-
-
-# The machine
 
 
 def environment() -> dict[str, Any]:
     """Machine and versions, for those who want the same numbers."""
     import protoclip
 
-    cpu = platform.processor() or platform.machine()
+    cpu, commit = platform.processor() or platform.machine(), ""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(x for x in lines if x.startswith("model name")).split(":", 1)[1].strip()
+    root = str(Path(protoclip.__file__).parents[1])
+    command = ["git", "-C", root, "rev-parse", "--short=12", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return {
         "protoclip": getattr(protoclip, "__version__", ""),
-        "commit": _commit(Path(protoclip.__file__).parents[1]),
+        "commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": f"{cpu}, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }
-
-
-def _commit(root: Path) -> str:
-    """Commit of a checkout; "" where there is none."""
-    command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""

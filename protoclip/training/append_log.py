@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from protoclip.data.cache import write_atomic
+from protoclip.data.files import write_atomic
 
 SHOWN = 5  # lines that are said where they cannot be written
 

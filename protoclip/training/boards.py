@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from protoclip.config import TrainConfig, to_dict
-from protoclip.data.cache import write_atomic
+from protoclip.data.files import write_atomic
 
 
 class Board(Protocol):

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from protoclip.clustering import IGNORE, Clustering
 from protoclip.config import to_dict
 from protoclip.data import Batch
 from protoclip.distributed import gather_objects, rank
-from protoclip.episode import Episode, PrototypeSet
+from protoclip.prototypes import IGNORE, Clustering, Episode, PrototypeSet
 from protoclip.training.guard import describe, first_not_finite
 from protoclip.training.saving import Stopped
 from protoclip.training.state import fingerprint, pack, random_states, set_random_state, unpack
@@ -20,7 +19,7 @@ from protoclip.training.state import fingerprint, pack, random_states, set_rando
 if TYPE_CHECKING:
     from protoclip.training.loop import Trainer
 
-PER_RANK = ("store", "faults")  # what each rank knows of its own samples; the rest is common
+PER_RANK = ("faults",)  # what each rank knows of its own samples; the rest is common
 PACKED = {cls.__name__: cls for cls in (Episode, Clustering, PrototypeSet)}
 
 
@@ -97,20 +96,21 @@ def _check_episode(episode: Episode | None, samples: int) -> None:
     """Labels that lead outside of the prototypes would end in an IndexError, or worse on a GPU."""
     if episode is None:
         return
-    for one in (*episode.internal, *episode.external):
-        known = one.labels[one.labels != IGNORE]
+    for one in episode.sets:
+        labels = one.clustering.labels
+        known = labels[labels != IGNORE]
         shapes = {
             one.prototypes.shape,
             (one.prototypes if one.targets is None else one.targets).shape,
         }
         if (
-            one.labels.shape != (samples,)
+            labels.shape != (samples,)
             or ((known < 0) | (known >= len(one.prototypes))).any()
             or len(shapes) != 1
         ):
             raise ValueError(
                 f"--resume: expected the prototypes of {samples} samples, got labels "
-                f"{list(one.labels.shape)} and prototypes {list(one.prototypes.shape)} that do not "
+                f"{list(labels.shape)} and prototypes {list(one.prototypes.shape)} that do not "
                 "belong together; use an older checkpoint"
             )
 

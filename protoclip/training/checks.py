@@ -8,13 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from protoclip.clustering import check_clusters
 from protoclip.config import TrainConfig
 from protoclip.distributed import world_size
-from protoclip.faiss_kmeans import load_faiss
+from protoclip.kmeans import load_faiss
 from protoclip.model import check_model
 from protoclip.ops.backends import why_not
-from protoclip.training.inputs import teacher_specs, uses_prototypes
+from protoclip.prototypes import check_clusters
+from protoclip.training.inputs import teacher_spec, uses_prototypes
 from protoclip.training.plan import Plan, draw
 
 
@@ -34,12 +34,12 @@ def check_settings(config: TrainConfig, device: torch.device) -> None:
 def _check_terms(config: TrainConfig) -> None:
     """Each step of the run needs a loss."""
     weights, episode = config.loss, config.episode
-    teachers = bool(teacher_specs(config)[0])
-    if weights.w_clip > 0 or (teachers and weights.w_distill > 0):
+    teacher = bool(teacher_spec(config)[0])
+    if weights.w_clip > 0 or (teacher and weights.w_distill > 0):
         return
     internal = config.method == "protoclip" and weights.w_proto > 0
-    if not internal and not (teachers and weights.w_proto_external > 0):
-        what = f"--method {config.method}" + ("" if teachers else ", no external teacher")
+    if not internal and not (teacher and weights.w_proto_external > 0):
+        what = f"--method {config.method}" + ("" if teacher else ", no external teacher")
         raise ValueError(
             f"--w-clip 0: expected another loss with a weight, got none ({what}); use --w-clip 1, "
             "or give --w-proto, or a teacher and --w-proto-external, a weight"
@@ -59,8 +59,6 @@ def _check_kmeans(config: TrainConfig, device: torch.device) -> None:
         load_faiss()
         if world_size() > 1:
             reason = "it runs in one process only"
-        elif episode.kmeans_init == "k-means++":
-            reason = "it knows no --kmeans-init k-means++"
     elif episode.kmeans_backend != "auto":
         for op in ("kmeans_assign", "segment_mean"):
             reason = reason or why_not(op, episode.kmeans_backend, device.type, torch.float32)
@@ -104,8 +102,8 @@ def check_episodes(
         last = min(last, config.episode.lit_start)
     if config.episode.reuses:  # what the episode before has trained on
         first, last = first - 1, last - 1
-    largest = max(config.episode.clusters)
-    if not largest or first >= last:
+    num_clusters = config.episode.num_clusters
+    if not num_clusters or first >= last:
         return
 
     def check(number: int) -> int:
@@ -116,6 +114,6 @@ def check_episodes(
         return distinct
 
     check(last - 1)  # it may be a short one
-    if 2 * largest > check(first):  # the others are like the first, within chance
+    if 2 * num_clusters > check(first):  # the others are like the first, within chance
         for number in range(first + 1, last - 1):
             check(number)

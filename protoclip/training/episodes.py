@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from protoclip.data import batches
 from protoclip.distributed import broadcast, generator, own_slice, world_size
-from protoclip.episode import Episode, build_episode
-from protoclip.features import Features, extract
+from protoclip.prototypes import Episode, EpisodeBuilder, Features, extract
 from protoclip.training.capture import save_or_stop
 from protoclip.training.plan import EPISODES
 
@@ -36,24 +36,26 @@ def rebuild_episode(trainer: Trainer, number: int, draws: Tensor, bar: tqdm, hea
             features = _extract(trainer, indices, number, bar, head)
     bar.set_description(f"{head} clusters")
     with trainer.phases.measure("clusters"):
-        return build_episode(
-            features,
-            trainer.teachers,
+        builder = EpisodeBuilder(
             trainer.config.episode,
-            generator(trainer.config.run.seed, EPISODES, number, 2),
-            trainer.episode,
-            keys=trainer.dataset.keys,
+            trainer.dataset.keys,
+            teacher=trainer.teacher,
             internal=trainer.internal,
-            coming=None if reused is None else indices,
             classes={
                 name: known.ids.to(trainer.device) for name, known in trainer.dataset.labels.items()
             },
+        )
+        return builder.build(
+            features,
+            generator(trainer.config.run.seed, EPISODES, number, 2),
+            trainer.episode,
+            coming=None if reused is None else indices,
         )
 
 
 def _extract(trainer: Trainer, indices: Tensor, number: int, bar: tqdm, head: str) -> Features:
     """A forward pass over this rank's slice of the episode's samples."""
-    model = trainer.model if trainer.average is None else trainer.average.model
+    model = trainer.model
     broadcast(*model.buffers())  # running statistics, where each rank has its own
     numbers = torch.arange(len(indices))[own_slice(len(indices))]
     indices = indices[numbers]
@@ -67,18 +69,16 @@ def _extract(trainer: Trainer, indices: Tensor, number: int, bar: tqdm, head: st
         bar.set_description(f"{head} features {100 * done // len(indices)}%")
 
     show(0)
-    return extract(
-        model,
+    stream = batches(
         trainer.dataset,
         indices,
-        transform=trainer.transform,
-        batch_size=trainer.config.optim.batch_size,
-        device=trainer.device,
+        trainer.config.optim.batch_size,
+        trainer.transform,
+        model.short_tokenizer,
         seed=episode_seed(trainer.config.run.seed, number, 1),
         workers=trainer.config.data.workers,
         captions=trainer.config.data.captions,
         numbers=numbers,
-        autocast=trainer.autocast,
-        progress=show,
         faults=trainer.faults,
     )
+    return extract(model, stream, device=trainer.device, autocast=trainer.autocast, progress=show)

@@ -15,12 +15,11 @@ from tqdm import tqdm
 
 from protoclip.config import TrainConfig
 from protoclip.data import Batch, PairDataset, batches
-from protoclip.device import autocast_for
+from protoclip.data.loader import EpochOrder
 from protoclip.distributed import Agreement, is_main, mean_over_ranks, world_size
-from protoclip.episode import Episode
-from protoclip.features import FeatureStore
 from protoclip.losses import Losses, ProtoLoss
-from protoclip.model import ProtoModel
+from protoclip.model import ProtoModel, autocast_for
+from protoclip.prototypes import Episode, FeatureStore
 from protoclip.training.capture import (
     Stateful,
     capture,
@@ -28,14 +27,12 @@ from protoclip.training.capture import (
     save_if_room,
     save_or_stop,
 )
-from protoclip.training.ema import MovingAverage
 from protoclip.training.engine import Optimiser
 from protoclip.training.episodes import episode_seed, rebuild_episode
 from protoclip.training.gradients import norms_by_part
 from protoclip.training.guard import Guard
 from protoclip.training.inputs import faults_of
 from protoclip.training.launch import OtherRank
-from protoclip.training.order import EpochOrder
 from protoclip.training.phases import Phases
 from protoclip.training.plan import Plan, draw, learning_rate, own_draws
 from protoclip.training.run_folder import RunFolder
@@ -55,7 +52,7 @@ class Trainer:
         model: on ``device``.
         dataset: the pairs to train on.
         transform: PIL image -> float32 [3, H, W], with augmentation.
-        teachers: name -> float32 [dataset, d].
+        teacher: float32 [dataset, d], or None.
         folder: where metrics and checkpoints go.
         phases: the stopwatch.
         device, precision: of the forward passes.
@@ -71,7 +68,7 @@ class Trainer:
         model: ProtoModel,
         dataset: PairDataset,
         transform: Callable[[Any], Tensor],
-        teachers: Mapping[str, Tensor],
+        teacher: Tensor | None,
         folder: RunFolder | OtherRank,
         phases: Phases,
         *,
@@ -83,20 +80,17 @@ class Trainer:
     ) -> None:
         self.config, self.plan, self.model, self.dataset = config, plan, model, dataset
         self.transform, self.folder, self.phases = transform, folder, phases
-        self.teachers = {name: rows.to(device) for name, rows in teachers.items()}
+        self.teacher = None if teacher is None else teacher.to(device)
         self.device, self.evaluate, self.zeroshot = device, evaluate, zeroshot
         self.autocast = autocast_for(precision, device)
         self.optimiser = Optimiser(model, config.optim, precision)
-        loss = ProtoLoss(config.loss, self.teachers)
+        loss = ProtoLoss(config.loss, self.teacher)
         self.stepper = Stepper(model, loss, self.optimiser, self.autocast, phases, device)
         self.share = plan.batch_size // world_size()  # of a step's samples, this rank's
         self.episode: Episode | None = None
         self.store: FeatureStore | None = None
         if config.episode.reuses and self._projects:
-            self.store = FeatureStore(plan.steps_per_episode * self.share, device, self.share)
-        self.average: MovingAverage | None = None
-        if config.episode.ema_decay > 0 and self._projects:
-            self.average = MovingAverage(model, config.episode.ema_decay)
+            self.store = FeatureStore(plan.steps_per_episode, plan.batch_size, device)
         self.step = 0
         self.guard = Guard(model, device)
         self.order = EpochOrder(dataset, config.data)
@@ -109,7 +103,6 @@ class Trainer:
                 ("guard", self.guard),
                 ("faults", self.faults),
                 ("store", self.store),
-                ("average", self.average),
             )
             if part is not None
         }
@@ -186,12 +179,12 @@ class Trainer:
     @property
     def _projects(self) -> bool:
         """Whether the heads will be needed: their running statistics are kept from step 0."""
-        distills = bool(self.teachers) and self.config.loss.w_distill > 0
+        distills = self.teacher is not None and self.config.loss.w_distill > 0
         return self.internal or self._external or distills
 
     @property
     def _external(self) -> bool:
-        return bool(self.teachers) and self.config.loss.w_proto_external > 0
+        return self.teacher is not None and self.config.loss.w_proto_external > 0
 
     @property
     def internal(self) -> bool:
@@ -223,10 +216,7 @@ class Trainer:
             with self.phases.measure("forward"):
                 done = self.step - self.plan.steps_of(number).start
                 known = torch.where(finite, index.to(self.device), -1)  # -1: no such row
-                self.store.put(done * self.share, known, projected)
-        if self.average is not None:
-            with self.phases.measure("backward"):
-                self.average.update(self.model, self.step + 1)
+                self.store.put(done, known, projected)
         self.step += 1
         bar.update(self.plan.batch_size)
         if self.step % self.config.run.log_every_n_steps == 0 or self.step == self.plan.total_steps:

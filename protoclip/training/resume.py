@@ -87,6 +87,7 @@ def _read(folder: Path, file: Path, payload: dict[str, Any]) -> Resume | OpenCli
             f"--resume: {file} has weights but no state of a run (no 'protoclip' entry that "
             "protoclip.train wrote); start from its weights by --pretrained"
         )
+    checkpoint.check_form(file, payload, complete=True)
     return Resume(folder, file, payload)
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from protoclip import checkpoint
 from protoclip.config import TrainConfig, to_dict
-from protoclip.data.cache import write_atomic
+from protoclip.data.files import write_atomic
 from protoclip.training.append_log import AppendLog, cut_back
 from protoclip.training.boards import check_boards, open_boards
 

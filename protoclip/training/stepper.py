@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from protoclip.data import Batch
 from protoclip.distributed import is_distributed
-from protoclip.episode import Episode
 from protoclip.losses import Losses, ProtoLoss
 from protoclip.model import Encoded, ProtoModel
+from protoclip.prototypes import Episode
 from protoclip.training.engine import Optimiser
 from protoclip.training.phases import Phases
 

@@ -11,21 +11,20 @@ from tqdm import tqdm
 
 from protoclip.config import TrainConfig
 from protoclip.data import DataError, PairDataset, Subset, noto_available, open_dataset
-from protoclip.device import autocast_for
 from protoclip.distributed import is_distributed, is_main
 from protoclip.evaluate import (
     Encoder,
     EvalSet,
+    Layout,
     Results,
+    encode_sets,
     evaluate_features,
     evaluate_model,
+    open_layout,
 )
-from protoclip.evaluate.encode import encode_sets
-from protoclip.evaluate.layouts import Layout, open_layout
-from protoclip.evaluate.sets import EMOJI_TEMPLATES, TEMPLATES
+from protoclip.evaluate.metrics import retrieval
 from protoclip.evaluate.tasks import impossible
-from protoclip.metrics import retrieval
-from protoclip.model import Encoded, ProtoModel
+from protoclip.model import Encoded, ProtoModel, autocast_for
 from protoclip.report import (
     Samples,
     plot_curves,
@@ -129,11 +128,7 @@ def _zeroshot_data(spec: str, seed: int) -> Layout | None:
     """
     if not spec:
         return None
-    if spec.startswith("builtin:"):
-        heldout = open_dataset(spec, "heldout", seed=seed)
-        words = EMOJI_TEMPLATES if spec == "builtin:emoji" else TEMPLATES
-        return Layout(spec, heldout, captioned=False, templates=words)
-    layout = open_layout(spec)
+    layout = open_layout(spec, seed=seed)
     reasons = impossible(("zeroshot",), layout)
     if reasons:
         raise ValueError(f"--imagenet-val {spec}: {reasons['zeroshot']}")

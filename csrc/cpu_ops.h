@@ -1,0 +1,49 @@
+// The CPU's ops, as bindings.cpp registers them. Contracts: protoclip/ops.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace protoclip {
+
+using at::Tensor;
+
+// int16 elements that the products of N rows and M columns take; 0 where they are too many to keep.
+int64_t stash_size(int64_t n, int64_t m);
+// int16 [count], uninitialised, in memory that the next step gets again (memory_pool.h).
+Tensor pooled(int64_t count);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
+    const Tensor& x, const Tensor& y, const Tensor& scale, int64_t offset, bool columns,
+    const std::optional<Tensor>& stash);
+std::tuple<Tensor, Tensor, Tensor> contrastive_bwd(const Tensor& x, const Tensor& y,
+                                                   const Tensor& scale, const Tensor& row_max,
+                                                   const Tensor& row_sum, const Tensor& column_max,
+                                                   const Tensor& column_sum,
+                                                   const Tensor& row_weight,
+                                                   const Tensor& column_weight, int64_t offset,
+                                                   const std::optional<Tensor>& stash);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(const Tensor& x, const Tensor& y,
+                                                                const Tensor& scale,
+                                                                const Tensor& bias, int64_t offset,
+                                                                bool gradients);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_ce_fwd_banks(
+    const Tensor& h, at::TensorList prototypes, at::TensorList targets, at::TensorList labels,
+    const Tensor& scale, bool need_grad, bool need_nearest);
+Tensor prototype_ce_bwd_prototypes(const Tensor& h, const Tensor& prototypes, const Tensor& labels,
+                                   const Tensor& scale, const Tensor& row_max,
+                                   const Tensor& row_sum, const Tensor& weight, bool hard);
+Tensor soft_targets(const Tensor& source, const Tensor& prototypes, double temperature);
+
+// Exact whatever is asked: the 8-bit screening is faster than bf16 scores.
+std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& centroids, bool exact);
+std::tuple<Tensor, Tensor, Tensor, bool> kmeans_encode(const Tensor& points);
+std::tuple<Tensor, Tensor> kmeans_assign_coded(const Tensor& points, const Tensor& centroids,
+                                               const Tensor& codes, const Tensor& known,
+                                               const Tensor& centre, bool rotated);
+std::tuple<Tensor, Tensor> segment_mean(const Tensor& values, const Tensor& labels,
+                                        int64_t num_segments);
+
+}  // namespace protoclip

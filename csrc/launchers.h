@@ -1,0 +1,68 @@
+// The CUDA launchers and what they take from their callers. No torch headers, no device code.
+#pragma once
+
+#ifdef PROTOCLIP_EMULATION
+#include "cuda_emulation.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+#include <cstddef>
+#include <cstdint>
+
+namespace protoclip {
+
+enum class Dtype { kFloat32, kBfloat16, kFloat16 };
+
+struct Matrix {
+  const void* data;                   // [rows, columns]
+  int64_t row_stride, column_stride;  // in elements
+};
+
+// ---- nearest centroid ----
+
+struct KmeansAssign {
+  Matrix points, centroids;  // [N, D], [K, D]
+  int64_t n;                 // 1 <= N < 2^31
+  int k, d;                  // K >= 1, D >= 0
+  Dtype dtype;
+  bool exact;  // decide again the rows whose margin is under the rounding bound
+};
+
+struct KmeansAssignPlan {
+  int parts;             // 2: rows are split into bf16 hi + lo; 1: bf16 or fp16 as they are
+  int terms;             // products of parts in a score: 3 = hi.hi + lo.hi + hi.lo, or 1
+  int packed_d;          // D rounded up to 16 bytes
+  bool pack_points;      // false: the tile kernel reads the points where they are
+  bool resident;         // a block keeps its points in shared memory for all centroids
+  int splits;            // of K, each with its own partial result
+  int tiles_per_split;   // of kTileK centroids
+  size_t shared_bytes;   // of the tile kernel
+  size_t scratch_bytes;  // of device memory for launch_kmeans_assign, 256-byte aligned
+};
+
+cudaError_t plan_kmeans_assign(const KmeansAssign& call, KmeansAssignPlan* plan);
+
+// Writes all of labels [N] and distances [N]; waits for nothing.
+cudaError_t launch_kmeans_assign(const KmeansAssign& call, const KmeansAssignPlan& plan,
+                                 void* scratch, int64_t* labels, float* distances,
+                                 cudaStream_t stream);
+
+// ---- mean of the rows of each segment ----
+
+struct SegmentMean {
+  Matrix values;          // [N, D]
+  const int64_t* labels;  // [N]; those outside [0, K) are left out
+  int64_t label_stride;
+  int64_t n;  // N < 2^31
+  int k, d;   // 1 <= K < 2^31 - 1
+  Dtype dtype;
+};
+
+size_t segment_mean_scratch_bytes(const SegmentMean& call);
+
+// Writes all of means [K, D] and counts [K]; waits for nothing. scratch: 256-byte aligned.
+cudaError_t launch_segment_mean(const SegmentMean& call, void* scratch, float* means,
+                                int64_t* counts, cudaStream_t stream);
+
+}  // namespace protoclip

@@ -1,0 +1,235 @@
+// Prototype cross-entropy on the CPU, losses and gradients of several banks and the gradient of
+// trainable prototypes, and soft targets. Contract: ops/prototypes.py.
+#include <ATen/ops/empty.h>
+
+#include <vector>
+
+#include "cpu_ops.h"
+#include "prototype_attention.h"
+#include "strip_inputs.h"
+
+namespace protoclip {
+namespace {
+
+constexpr const char* kOp = "prototype_cross_entropy";
+constexpr int64_t kIgnored = -100;
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// What is written for each sample; gradient and scale are null where not asked for, as is nearest.
+struct RowOutputs {
+  float *loss, *max, *sum, *gradient, *scale;
+  int64_t* nearest;
+  int64_t d;  // width of gradient
+
+  RowOutputs(const std::vector<at::Tensor>& out, int64_t bank)
+      : loss(at_bank(out[0], bank)),
+        max(at_bank(out[3], bank)),
+        sum(at_bank(out[4], bank)),
+        gradient(at_bank(out[1], bank)),
+        scale(at_bank(out[5], bank)),
+        nearest(out[2].size(1) == 0 ? nullptr
+                                    : out[2].mutable_data_ptr<int64_t>() + bank * out[2].size(1)),
+        d(out[1].size(2)) {}
+
+ private:
+  static float* at_bank(const at::Tensor& t, int64_t bank) {
+    return t.size(1) == 0 ? nullptr : t.mutable_data_ptr<float>() + bank * t.stride(0);
+  }
+};
+
+template <typename Input>
+float dot(const Input* a, const Input* b, int64_t n) {
+  Floats total{};
+  int64_t e = 0;
+  for (; e + kLanes <= n; e += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane)
+      total[lane] += static_cast<float>(a[e + lane]) * static_cast<float>(b[e + lane]);
+  float rest = 0.f;
+  for (; e < n; ++e) rest += static_cast<float>(a[e]) * static_cast<float>(b[e]);
+  return sum(total) + rest;
+}
+
+// Turns the attention of a row into its loss and gradients, by the row m_y of its target.
+template <typename Input>
+class FinishRow {
+ public:
+  FinishRow(const Input* features, int64_t ld, const int64_t* labels, const Input* targets,
+            int64_t ld_targets, bool hard, float scale, const RowOutputs& out)
+      : features_(features),
+        targets_(targets),
+        labels_(labels),
+        ld_(ld),
+        ld_targets_(ld_targets),
+        hard_(hard),
+        scale_(scale),
+        out_(out) {}
+
+  void operator()(int64_t row, const RowState& state, float positive, const float* acc) const {
+    out_.max[row] = state.max;
+    out_.sum[row] = static_cast<float>(state.sum);
+    if (out_.nearest != nullptr) out_.nearest[row] = state.best;
+    float* gradient = out_.gradient == nullptr ? nullptr : out_.gradient + row * out_.d;
+    if (labels_[row] == kIgnored) {
+      out_.loss[row] = 0.f;
+      if (out_.scale != nullptr) out_.scale[row] = 0.f;
+      if (gradient != nullptr) std::fill_n(gradient, out_.d, 0.f);
+      return;
+    }
+    const Input *h = features_ + row * ld_, *target = targets_ + labels_[row] * ld_targets_;
+    if (!hard_) positive = Base2(scale_)(broadcast(dot(h, target, out_.d)))[0];
+    // A logit of -inf weighs nothing, but 0 * -inf in `logits` keeps it visible.
+    out_.loss[row] = static_cast<float>(kLn2 * (std::log2(state.sum) + (state.max - positive)) +
+                                        0. * state.logits);
+    if (gradient == nullptr) return;
+    float product = 0.f;
+    const float weights = static_cast<float>(state.sum);
+    for (int64_t e = 0; e < out_.d; ++e) {
+      gradient[e] = acc[e] / weights - static_cast<float>(target[e]);
+      product += gradient[e] * static_cast<float>(h[e]);
+    }
+    // From the logits, which no rounding of the weights touches; a scale of 0 leaves none.
+    const double difference = state.logits / state.sum - positive;
+    out_.scale[row] =
+        std::abs(scale_) < 1e-30f ? product : static_cast<float>(difference / (scale_ * kLog2E));
+  }
+
+ private:
+  const Input *features_, *targets_;
+  const int64_t* labels_;
+  int64_t ld_, ld_targets_;
+  bool hard_;
+  float scale_;
+  RowOutputs out_;
+};
+
+at::Tensor checked_labels(const at::Tensor& labels, int64_t k) {
+  at::Tensor out = labels.contiguous();
+  const int64_t* y = out.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < out.numel(); ++i)
+    TORCH_CHECK_VALUE(y[i] == kIgnored || (0 <= y[i] && y[i] < k), kOp,
+                      ": expected labels in [0, K) or -100, got ", y[i], " at row ", i,
+                      " for K = ", k);
+  return out;
+}
+
+template <Arithmetic A>
+void forward_bank(const at::Tensor& h, const at::Tensor& prototypes, const at::Tensor& targets,
+                  const at::Tensor& labels, bool hard, float scale, const RowOutputs& out) {
+  using Input = typename Operands<A>::Input;
+  const Strip<A> strip(h, prototypes);
+  const int64_t* y = labels.const_data_ptr<int64_t>();
+  const Input* values = out.gradient == nullptr ? nullptr : strip.y;
+  Attention<A> attention(strip, values, strip.d, strip.ld_y, hard ? y : nullptr, Base2(scale));
+  const int64_t ld_targets = std::max<int64_t>(targets.stride(0), strip.d);
+  attention.run(FinishRow<Input>(strip.x, strip.ld_x, y, targets.const_data_ptr<Input>(),
+                                 ld_targets, hard, scale, out));
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+prototype_ce_fwd_banks(const at::Tensor& h, at::TensorList prototypes, at::TensorList targets,
+                       at::TensorList labels, const at::Tensor& scale, bool need_grad,
+                       bool need_nearest) {
+  const int64_t banks = prototypes.size(), n = h.size(0), d = h.size(1);
+  const auto fp32 = at::TensorOptions(at::kFloat);
+  const int64_t with_grad = need_grad ? n : 0, with_nearest = need_nearest ? n : 0;
+  const std::vector<at::Tensor> out{at::empty({banks, n}, fp32),
+                                    at::empty({banks, with_grad, d}, fp32),
+                                    at::empty({banks, with_nearest}, at::kLong),
+                                    at::empty({banks, n}, fp32),
+                                    at::empty({banks, n}, fp32),
+                                    at::empty({banks, with_grad}, fp32)};
+  const float s = scale.item<float>();
+  const Arithmetic arithmetic = arithmetic_of(h.scalar_type());
+  const at::Tensor rows = prepare(h, arithmetic);
+  for (int64_t b = 0; b < banks && n > 0; ++b) {
+    const at::Tensor y = checked_labels(labels[b], prototypes[b].size(0));
+    const at::Tensor c = prepare(prototypes[b], arithmetic);
+    const bool hard = targets[b].size(0) == 0;
+    const at::Tensor m = hard ? c : prepare(targets[b], arithmetic);
+    dispatch_arithmetic(arithmetic, [&](auto a) {
+      forward_bank<decltype(a)::value>(rows, c, m, y, hard, s, RowOutputs(out, b));
+    });
+  }
+  return {out[0], out[1], out[2], out[3], out[4], out[5]};
+}
+
+namespace {
+
+// Turns dot products into G = w (p - [hard and y = k]).
+class PrototypeGradient {
+ public:
+  PrototypeGradient(const int64_t* labels, const float* max, const float* sum, const float* weight,
+                    bool hard, Base2 base2)
+      : labels_(labels), max_(max), sum_(sum), weight_(weight), hard_(hard), base2_(base2) {}
+
+  GradientSums operator()(const TileRange& range, float* s, int64_t ld) const {
+    for (int64_t i = range.row; i < range.row + range.rows; ++i, s += ld) {
+      const int64_t label = labels_[i] - range.column, width = round_up(range.columns, kLanes);
+      if (labels_[i] == kIgnored) {
+        std::fill_n(s, width, 0.f);
+        continue;
+      }
+      const Floats reference = broadcast(max_[i]), factor = broadcast(weight_[i] / sum_[i]);
+      for (int64_t j = 0; j < width; j += kLanes)
+        store(s + j, exp2(base2_(load(s + j)) - reference) * factor);
+      std::fill(s + range.columns, s + width, 0.f);
+      if (hard_ && 0 <= label && label < range.columns) s[label] -= weight_[i];
+    }
+    return {};
+  }
+
+ private:
+  const int64_t* labels_;
+  const float *max_, *sum_, *weight_;
+  bool hard_;
+  Base2 base2_;
+};
+
+}  // namespace
+
+at::Tensor prototype_ce_bwd_prototypes(const at::Tensor& h, const at::Tensor& prototypes,
+                                       const at::Tensor& labels, const at::Tensor& scale,
+                                       const at::Tensor& row_max, const at::Tensor& row_sum,
+                                       const at::Tensor& weight, bool hard) {
+  const Arithmetic arithmetic = arithmetic_of(h.scalar_type());
+  const at::Tensor x = prepare(h, arithmetic), c = prepare(prototypes, arithmetic);
+  const at::Tensor y = labels.contiguous(), w = weight.to(at::kFloat).contiguous();
+  const at::Tensor max = row_max.contiguous(), sum = row_sum.contiguous();
+  const float s = scale.item<float>();
+  const PrototypeGradient epilogue(y.const_data_ptr<int64_t>(), max.const_data_ptr<float>(),
+                                   sum.const_data_ptr<float>(), w.const_data_ptr<float>(), hard,
+                                   Base2(s));
+  at::Tensor out = at::empty(c.sizes(), c.options());
+  dispatch_arithmetic(arithmetic, [&](auto a) {
+    using Input = typename Operands<decltype(a)::value>::Input;
+    const Strip<decltype(a)::value> strip(x, c);
+    GradientPass<decltype(a)::value>::run(strip, epilogue, s, true, nullptr,
+                                          out.mutable_data_ptr<Input>(),
+                                          dot_chain(arithmetic, strip.n, strip.m));
+  });
+  return Gradients::finish(out, prototypes);
+}
+
+// m = softmax(S S^T / tau) C in fp32: attention with query = key = source and value = prototypes;
+// never [K, K].
+at::Tensor soft_targets(const at::Tensor& source, const at::Tensor& prototypes,
+                        double temperature) {
+  constexpr Arithmetic fp32 = Arithmetic::kFloat;
+  const at::Tensor s = prepare(source, fp32), c = prepare(prototypes, fp32);
+  at::Tensor out = at::empty(c.sizes(), c.options());
+  if (out.numel() == 0) return out;
+  float* m = out.mutable_data_ptr<float>();
+  const int64_t d = c.size(1), ld = std::max<int64_t>(c.stride(0), d);
+  const Strip<fp32> strip(s, s);
+  Attention<fp32> attention(strip, c.const_data_ptr<float>(), d, ld, nullptr,
+                            Base2(1 / temperature));
+  attention.run([&](int64_t row, const RowState& state, float, const float* acc) {
+    const float weights = static_cast<float>(state.sum);
+    for (int64_t e = 0; e < d; ++e) m[row * d + e] = acc[e] / weights;
+  });
+  return out;
+}
+
+}  // namespace protoclip

@@ -1,0 +1,123 @@
+"""Files that are there whole or not at all: local copies of shards from urls, and safe writes.
+
+fsspec's file cache makes the copies, so that remote shards too are read by position. Each copy has
+a folder of its own, named by the hash of its url; one process of a machine fetches it while the
+others wait. Copies stay until somebody deletes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from protoclip.data.types import DataError
+from protoclip.ops.native import cache_dir
+
+# What can be read, and the package that reads it. fsspec knows more, some of which start processes.
+PROTOCOLS = {
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "hf": "huggingface_hub",
+    "file": "fsspec",
+}
+STALL_SECONDS = 60.0  # without a byte, a web server is given up
+_copies: dict[str, str] = {}  # url -> path, of what this process has asked for
+_coming: set[str] = set()
+os.register_at_fork(after_in_child=_coming.clear)  # a child has none of its parent's threads
+
+
+def is_remote(shard: str) -> bool:
+    """Whether a shard is a url rather than a path."""
+    return "://" in shard
+
+
+def local_copy(url: str) -> str:
+    """Path of the local copy of a shard, which is fetched if it is not there.
+
+    Raises:
+        DataError: an unknown kind of url, a missing package, or what kept the shard from arriving.
+    """
+    if url in _copies and os.path.exists(_copies[url]):
+        return _copies[url]
+    import fsspec
+    from filelock import FileLock
+
+    protocol = url.partition("://")[0]
+    if protocol not in PROTOCOLS:
+        raise DataError(
+            f"{url}: expected a url of {', '.join(PROTOCOLS)}, got {protocol}; copy the shard to "
+            "a disk, or train with python -m protoclip.openclip, whose pipeline reads more"
+        )
+    digest = hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()
+    folder = cache_dir() / "remote" / digest[:32]
+    options: dict[str, Any] = {"filecache": {"cache_storage": str(folder), "expiry_time": False}}
+    try:
+        if protocol in ("http", "https"):
+            options[protocol] = {"client_kwargs": {"timeout": _patience()}}
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            _copies[url] = fsspec.open_local(f"filecache::{url}", **options)
+    except ImportError as error:
+        raise DataError(
+            f"{url}: needs the package {PROTOCOLS[protocol]}, which is not installed; "
+            "pip install 'protoclip[remote]'"
+        ) from error
+    except Exception as error:  # each of fsspec's file systems has its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f"{url}: cannot be copied to {folder} ({reason}); check the address, the network and "
+            "the room on that disk (PROTOCLIP_CACHE chooses another), or leave the shard out"
+        ) from error
+    return _copies[url]
+
+
+def _patience() -> Any:
+    """For silence, not for size: by itself aiohttp ends every download after five minutes."""
+    import aiohttp
+
+    return aiohttp.ClientTimeout(total=None, sock_connect=STALL_SECONDS, sock_read=STALL_SECONDS)
+
+
+def fetch_ahead(url: str) -> None:
+    """Begin a copy in the background; what goes wrong is left to ``local_copy``."""
+    if url in _copies or url in _coming or len(_coming) >= 2:
+        return
+    _coming.add(url)
+
+    def work() -> None:
+        with contextlib.suppress(DataError):
+            local_copy(url)
+        _coming.discard(url)
+
+    threading.Thread(target=work, daemon=True).start()
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that then takes the place of ``path``, so that a reader sees the old
+    one or the whole new one. An OSError of the block names ``path``."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

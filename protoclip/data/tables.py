@@ -1,0 +1,169 @@
+"""Pairs listed in a CSV or TSV file, with OpenCLIP's three options."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from protoclip.data.images import decode
+from protoclip.data.types import DataError, Labels, StringTable
+
+CHECKED = 10_000  # files looked for at the start; beyond, a missing one is found when it is read
+MAX_CAPTION = 10_000  # characters kept of one caption; a model sees the first few hundred
+
+
+class CsvDataset:
+    """One pair per row: the path of a picture and its caption.
+
+    Args:
+        path: the table, first row the column names.
+        separator: between columns, one character (OpenCLIP's default: a tab).
+        img_key: column of the paths; a relative path counts from the working directory (as in
+            OpenCLIP) or, if nothing is there, from the table's folder.
+        caption_key: column of the captions, each cut to ``MAX_CAPTION`` characters.
+        encoding: of the table, any that Python knows.
+        keep_going: note bad rows in ``skipped`` instead of raising at the first; the pictures of
+            all rows are looked for, and a table without a good row is empty.
+    Attributes:
+        skipped: (table and line, "", reason) of each row left out, with ``keep_going``.
+    Raises:
+        DataError: the file, a column, a caption or a picture is missing; the row is named.
+    """
+
+    labels: Mapping[str, Labels] = {}
+
+    def __init__(
+        self,
+        path: str | Path,
+        separator: str = "\t",
+        img_key: str = "filepath",
+        caption_key: str = "title",
+        encoding: str = "utf-8",
+        keep_going: bool = False,
+    ) -> None:
+        self.name = str(path)
+        self.folder = os.path.dirname(os.path.abspath(path))
+        self.skipped: list[tuple[str, str, str]] = []
+        captions: list[str] = []
+        files: list[str] = []
+        for number, row in read_table(self.name, (img_key, caption_key), separator, encoding):
+            look = keep_going or len(files) < CHECKED
+            fault = row if isinstance(row, str) else self._fault(row[0], row[1], look)
+            if not fault:
+                files.append(row[0])
+                captions.append(row[1].strip()[:MAX_CAPTION])
+            elif keep_going:
+                self.skipped.append((f"{self.name}, line {number}", "", fault))
+            else:
+                raise DataError(f"{self.name}, line {number}: {fault}")
+        if not files and not self.skipped:
+            raise DataError(f"{self.name}: the table has no rows below its header; add some")
+        self._files = StringTable(files)
+        self._captions = StringTable(captions)
+        self.keys: Sequence[str] = (
+            self._files if len(set(files)) == len(files) else StringTable(_numbered(files))
+        )
+
+    def _fault(self, file: str, caption: str, look: bool) -> str:
+        """What is wrong with a row; "" if nothing."""
+        if not caption.strip():
+            return "the caption is empty; remove the row or write a caption"
+        if look and not os.path.isfile(self._find(file)):
+            places = " nor from ".join(dict.fromkeys((os.getcwd(), self.folder)))
+            return (
+                f"no picture at {file!r} as seen from {places}; correct the path or remove the row"
+            )
+        return ""
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        return (self._captions[i],)
+
+    def path(self, i: int) -> str:
+        """Where picture ``i`` is."""
+        return self._find(self._files[i])
+
+    def image(self, i: int) -> Image.Image:
+        file = self.path(i)
+        where = f"{self.name}, pair {i + 1}, {file}"
+        try:
+            data = Path(file).read_bytes()
+        except OSError as error:
+            reason = error.strerror or error
+            raise DataError(f"{where}: {reason}; correct the path or remove the row") from error
+        return decode(data, where)
+
+    def _find(self, file: str) -> str:
+        beside = os.path.join(self.folder, file)  # an absolute path stays as it is
+        return file if beside == file or os.path.exists(file) else beside
+
+
+def _numbered(files: Sequence[str]) -> Iterator[str]:
+    """Keys for pictures that are listed several times: the second is "path#2"."""
+    seen: dict[str, int] = {}
+    for file in files:
+        seen[file] = seen.get(file, 0) + 1
+        yield file if seen[file] == 1 else f"{file}#{seen[file]}"
+
+
+def read_table(
+    name: str, columns: Sequence[str], separator: str = "\t", encoding: str = "utf-8"
+) -> Iterator[tuple[int, list[str] | str]]:
+    """Line number and values of ``columns`` of each row but blank ones, or what is wrong with it.
+
+    Raises:
+        DataError: the file, its encoding, or a column of the header.
+    """
+    separator = "\t" if separator == "\\t" else separator  # as a shell passes "\t"
+    if len(separator) != 1:
+        raise DataError(f"--csv-separator: expected one character, got {separator!r}")
+    try:
+        # With or without a byte order mark.
+        codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+        with open(name, encoding=codec, newline="") as lines:
+            reader = csv.reader(lines, delimiter=separator)
+            header = next(reader, [])
+            places = _places(name, header, columns, separator)
+            for row in filter(any, reader):
+                if len(row) > max(places):
+                    yield reader.line_num, [row[place] for place in places]
+                else:
+                    yield (
+                        reader.line_num,
+                        f"{len(row)} columns where the header has {len(header)}; complete the row, "
+                        "or quote values that contain the separator or a line break",
+                    )
+    except LookupError as error:
+        raise DataError(
+            f"--encoding: expected one that Python knows, such as utf-8, latin-1 or utf-16, got "
+            f"{encoding!r}"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{name}: {error.strerror}; check the path") from error
+    except UnicodeError as error:
+        raise DataError(
+            f"{name}: not {encoding.upper()} ({error}); name its encoding with --encoding, such as "
+            "latin-1 or utf-16"
+        ) from error
+    except csv.Error as error:
+        yield reader.line_num, f"{error}; look for an unclosed quote there"
+
+
+def _places(name: str, header: list[str], columns: Sequence[str], separator: str) -> list[int]:
+    if not header:
+        raise DataError(f"{name}: the file is empty; expected a first row with the column names")
+    if not (missing := [column for column in columns if column not in header]):
+        return [header.index(column) for column in columns]
+    other = next((s for s in "\t,;|" if s != separator and any(s in h for h in header)), None)
+    raise DataError(
+        f"{name}: no column {' nor '.join(map(repr, missing))} when split at {separator!r}; the "
+        f"columns are {header}; perhaps "
+        + (f"--csv-separator '{other}'" if other else "--csv-img-key or --csv-caption-key NAME")
+    )

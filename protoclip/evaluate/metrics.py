@@ -1,0 +1,482 @@
+"""What a CLIP is judged by: pure functions on features, for scores that scikit-learn does not have.
+
+Definitions follow CLIP_benchmark (retrieval, zero-shot, probes) and Wang & Isola 2020 (alignment,
+uniformity). Work goes by blocks of rows, so that no [N, M] matrix is ever held.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from protoclip.kmeans import kmeans
+
+BLOCK_ELEMENTS = 1 << 24  # one block of scores: 64 MiB in float32
+DRAWS_AT_ONCE = 1 << 22  # bootstrap draws in memory: 32 MiB
+LAMBDAS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+PROBE_ITERATIONS = 100
+Score = Callable[[Tensor], Tensor]  # features [b, D] -> logits [b, C], each row by itself
+
+
+def check(name: str, rows: Tensor, labels: Tensor, classes: int) -> None:
+    """Raise unless ``rows`` is [N, D] and ``labels`` int64 [N] in 0 .. classes - 1."""
+    if rows.ndim != 2 or not rows.is_floating_point():
+        raise ValueError(
+            f"{name}: expected a floating-point matrix, got {rows.dtype} {tuple(rows.shape)}"
+        )
+    if labels.ndim != 1 or labels.is_floating_point() or len(labels) != len(rows):
+        raise ValueError(
+            f"{name}: expected one label per row, an integer vector [{len(rows)}], got "
+            f"{labels.dtype} {tuple(labels.shape)}"
+        )
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"{name}: expected labels in 0..{classes - 1}, "
+            f"found {int(labels.min())}..{int(labels.max())}"
+        )
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of ``x`` at length 1, in at least float32; a zero row stays zero."""
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
+
+
+def rows_per_block(columns: int) -> int:
+    """How many rows of scores with this many columns fit one block."""
+    return max(1, BLOCK_ELEMENTS // max(columns, 1))
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Ranks of the best positive, from 1; a negative with the same score counts one half."""
+
+    image_to_text: Tensor  # float32 [N], one query per image: text retrieval
+    text_to_image: Tensor  # float32 [M], one query per caption: image retrieval
+
+    def hits(self, k: int) -> tuple[Tensor, Tensor]:
+        """1.0 where a positive is among the first ``k``: image->text [N], text->image [M]."""
+        return (self.image_to_text <= k).float(), (self.text_to_image <= k).float()
+
+    def summary(self, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+        """CLIP_benchmark's ``text_retrieval_recall@K`` (image -> text) and
+        ``image_retrieval_recall@K`` (text -> image), with mean and median ranks. Empty: NaN."""
+        out: dict[str, float] = {}
+        for name, ranks in (("text", self.image_to_text), ("image", self.text_to_image)):
+            for k in ks:
+                out[f"{name}_retrieval_recall@{k}"] = float((ranks <= k).double().mean())
+            out[f"{name}_retrieval_mean_rank"] = float(ranks.double().mean())
+            median = ranks.double().quantile(0.5) if len(ranks) else math.nan
+            out[f"{name}_retrieval_median_rank"] = float(median)
+        return out
+
+
+def retrieval(image: Tensor, text: Tensor, caption_image: Tensor | None = None) -> Retrieval:
+    """Ranks of the best positive by cosine, in both directions.
+
+    Ties cost half a place each, so that a model which maps everything to one point scores at
+    chance and not at 100 %.
+
+    Args:
+        image: features [N, D], any length.
+        text: features [M, D], any length.
+        caption_image: int64 [M], the image row each caption belongs to; None: caption i to image i.
+    Returns:
+        Ranks on the features' device. An image without a caption gets rank infinity.
+    Raises:
+        ValueError: shapes disagree, or ``caption_image`` points outside the images.
+    """
+    images = torch.arange(len(image), device=image.device)
+    if caption_image is None:
+        if len(image) != len(text):
+            raise ValueError(
+                f"retrieval: {len(image)} images and {len(text)} captions; "
+                "pass caption_image to say which caption belongs to which image"
+            )
+        caption_image = images
+    check("retrieval: captions", text, caption_image, len(image))
+    owner, z_image, z_text = caption_image.to(image.device), unit(image), unit(text)
+    return Retrieval(
+        image_to_text=_ranks(z_image, z_text, images, owner),
+        text_to_image=_ranks(z_text, z_image, owner, images),
+    )
+
+
+def _ranks(queries: Tensor, items: Tensor, query_id: Tensor, item_id: Tensor) -> Tensor:
+    """Rank of the best item with the query's id; queries [Q, D], items [P, D] -> float32 [Q]."""
+    ranks = queries.new_full((len(queries),), torch.inf, dtype=torch.float32)
+    if len(items) == 0:
+        return ranks
+    step = rows_per_block(len(items))
+    for start in range(0, len(queries), step):
+        scores = queries[start : start + step] @ items.T  # [b, P]
+        positive = query_id[start : start + step, None] == item_id  # [b, P]
+        best = scores.masked_fill(~positive, -torch.inf).amax(1)
+        scores.masked_fill_(positive, torch.nan)  # a positive never stands before a positive
+        ahead = (scores > best[:, None]).sum(1) + 0.5 * (scores == best[:, None]).sum(1)
+        ranks[start : start + step] = torch.where(best.isinf() | best.isnan(), torch.inf, ahead + 1)
+    return ranks
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Scores of one classifier on one set, as shares of 1."""
+
+    acc1: float
+    acc5: float  # NaN with fewer than five classes
+    mean_per_class_recall: float  # over the classes that occur
+    hits: Tensor  # float32 [N], 1.0 where the first guess is right
+    hits5: Tensor  # float32 [N], 1.0 where the class is among the first five; [0] without top-5
+
+
+def class_vectors(prompts: Tensor) -> Tensor:
+    """The renormalised mean of the unit features of each class's prompts: [C, P, D] -> [C, D]."""
+    return unit(unit(prompts.flatten(0, 1)).reshape(prompts.shape).mean(1))
+
+
+def zero_shot_logits(image: Tensor, vectors: Tensor) -> Tensor:
+    """Cosines between images [N, D] and class vectors [C, D] -> [N, C]."""
+    return unit(image) @ unit(vectors).T
+
+
+def classify(features: Tensor, labels: Tensor, num_classes: int, score: Score) -> Accuracy:
+    """Scores of the classifier ``score``, a block of rows at a time: [N, C] is never held.
+
+    Ties go to the other classes, half a place each. No samples: NaN; fewer than five classes: no
+    top-5 (NaN), as in CLIP_benchmark.
+
+    Args:
+        features: [N, D].
+        labels: int64 [N] in 0 .. C - 1.
+        num_classes: C.
+        score: the classifier.
+    """
+    check("classify", features, labels, num_classes)
+    if len(features) == 0:
+        none = features.new_zeros(0)
+        return Accuracy(math.nan, math.nan, math.nan, none, none)
+    labels = labels.to(features.device)
+    ranks, step = [], rows_per_block(num_classes)
+    for rows, ids in zip(features.split(step), labels.split(step), strict=True):
+        logits = score(rows)  # [b, C]
+        own = logits.gather(1, ids[:, None])  # [b, 1]
+        rank = 1 + (logits > own).sum(1) + 0.5 * ((logits == own).sum(1) - 1)
+        ranks.append(torch.where(own[:, 0].isnan(), torch.inf, rank))
+    rank = torch.cat(ranks)
+    hits = (rank <= 1).double()
+    support = torch.bincount(labels, minlength=num_classes)
+    right = hits.new_zeros(num_classes).index_add_(0, labels, hits)
+    recall = (right / support)[support > 0].mean()
+    hits5 = (rank <= 5).float() if num_classes >= 5 else rank.new_zeros(0, dtype=torch.float32)
+    acc5 = float(hits5.double().mean())  # of none: NaN
+    return Accuracy(float(hits.mean()), acc5, float(recall), hits.float(), hits5)
+
+
+def fit_linear_probe(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    penalties: tuple[float, ...] = LAMBDAS,
+    heldout: float = 0.2,
+    max_iter: int = PROBE_ITERATIONS,
+    seed: int = 0,
+) -> tuple[Score, float]:
+    """Multinomial logistic regression on standardised features, by full-batch L-BFGS.
+
+    Minimises mean cross-entropy + lambda/2 |W|^2 (bias free). Lambda is the one with the lowest
+    cross-entropy on a random part of the given (training) samples; the path runs from strong to
+    weak, each fit starting from the last, and stops once two weaker ones in a row are worse. Then
+    all samples are fitted with it. In scikit-learn's terms C = 1 / (lambda N).
+
+    Args:
+        features: [N, D], any length; columns are standardised, constant ones become 0.
+        labels: int64 [N] in 0 .. num_classes - 1.
+        num_classes: C.
+        penalties: the lambdas to choose from; a single one is used as it is.
+        heldout: share of the samples that choose lambda.
+        max_iter: L-BFGS iterations per fit.
+        seed: draws the held-out part.
+    Returns:
+        features [N, D] -> logits [N, C], and the lambda.
+    Raises:
+        ValueError: shapes disagree, labels out of range, non-finite features, fewer than 2 samples.
+    """
+    check("fit_linear_probe", features, labels, num_classes)
+    n = len(features)
+    if n < 2 or not penalties:
+        raise ValueError(
+            f"fit_linear_probe: expected at least 2 samples and 1 penalty, got {n} and {penalties}"
+        )
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError("fit_linear_probe: features hold NaN or infinity; check the model first")
+    x = features.detach().float()
+    mean, std = x.mean(0), x.std(0, correction=0)
+    # Columns that are constant up to rounding would be noise blown up to unit variance.
+    std = torch.where(std > 1e-6 * x.abs().amax(0), std, torch.inf)
+    x, y = (x - mean) / std, labels.to(x.device)
+    start = x.new_zeros(num_classes, x.shape[1] + 1)
+    path = sorted(penalties, reverse=True)
+    if len(path) > 1:
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(x.device)
+        judge, train = order.split([cut := min(n - 1, max(1, round(heldout * n))), n - cut])
+        best, best_loss, parameters = 0, math.inf, start
+        for i, penalty in enumerate(path):
+            parameters = _fit(x[train], y[train], penalty, parameters, max_iter)
+            logits = torch.addmm(parameters[:, -1], x[judge], parameters[:, :-1].T)
+            loss = float(F.cross_entropy(logits, y[judge]))
+            if loss < best_loss:
+                best, best_loss = i, loss
+            elif i - best >= 2:
+                break
+        path = path[: best + 1]
+    parameters = _fit(x, y, path[-1], start, max_iter)
+    weight, bias = parameters[:, :-1], parameters[:, -1]
+    return lambda rows: torch.addmm(bias, (rows.float() - mean) / std, weight.T), path[-1]
+
+
+def _fit(x: Tensor, y: Tensor, penalty: float, start: Tensor, max_iter: int) -> Tensor:
+    """Parameters [C, D + 1] (weights, then bias) at the minimum, from ``start``."""
+    parameters = start.clone()
+    n = len(x)
+    blocks = torch.arange(n, device=x.device).split(rows_per_block(len(start)))
+    optimizer = torch.optim.LBFGS(
+        [parameters],
+        max_iter=max_iter,
+        history_size=10,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-8,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        # The gradient by hand: autograd costs more than the two matrix products on small data,
+        # and by blocks of rows [N, C] is never held.
+        weight, bias = parameters[:, :-1], parameters[:, -1]
+        loss = 0.5 * penalty * weight.square().sum()
+        gradient = torch.cat([penalty * weight, torch.zeros_like(bias)[:, None]], dim=1)
+        for rows in blocks:
+            inputs, own = x[rows], y[rows]
+            log_p = torch.addmm(bias, inputs, weight.T).log_softmax(1)  # [b, C]
+            each = torch.arange(len(rows), device=x.device)
+            loss = loss - log_p[each, own].sum() / n
+            error = log_p.exp_()
+            error[each, own] -= 1
+            gradient[:, :-1] += error.T @ inputs / n  # [C, D]
+            gradient[:, -1] += error.sum(0) / n
+        parameters.grad = gradient
+        return loss
+
+    optimizer.step(closure)
+    return parameters
+
+
+def paper_linear_probe(
+    features: Tensor,
+    labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    num_classes: int,
+    *,
+    epochs: int = 100,
+    batch_size: int = 1024,
+    lr: float = 0.1,
+    seed: int = 0,
+) -> tuple[Accuracy, int]:
+    """The linear probe of ProtoCLIP's authors: SGD on the features, the *best test epoch* counts.
+
+    Momentum 0.9, weight decay 1e-6, cosine to 0 by epoch, batches in the given order (the authors'
+    loader does not shuffle, so data sorted by class arrives class by class). Choosing the epoch on
+    the test set flatters: use ``fit_linear_probe`` for numbers of your own.
+
+    Args:
+        features, test_features: [N, D] and [M, D], not normalised.
+        labels, test_labels: int64 [N] and [M] in 0 .. num_classes - 1.
+        num_classes: C.
+        seed: of the initial weights, N(0, 0.01).
+    Returns:
+        Scores of the best epoch, and its number from 1.
+    Source:
+        megvii-research/protoclip, evaluations/linear_eval.py, logistic_regression_pytorch.
+    """
+    check("paper_linear_probe", features, labels, num_classes)
+    x, y = features.detach().float(), labels.to(features.device)
+    random = torch.Generator().manual_seed(seed)
+    weight = (0.01 * torch.randn(num_classes, x.shape[1], generator=random)).to(x.device)
+    bias = torch.zeros(num_classes, device=x.device)
+    optimizer = torch.optim.SGD(
+        [weight.requires_grad_(), bias.requires_grad_()], lr=lr, momentum=0.9, weight_decay=1e-6
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=0)
+    best: tuple[Accuracy, int] | None = None
+    for epoch in range(1, epochs + 1):
+        for rows in torch.arange(len(x), device=x.device).split(batch_size):
+            loss = F.cross_entropy(F.linear(x[rows], weight, bias), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            got = classify(
+                test_features.float(), test_labels, num_classes, lambda z: F.linear(z, weight, bias)
+            )
+        if best is None or got.acc1 > best[0].acc1:
+            best = got, epoch
+    assert best is not None
+    return best
+
+
+def fit_knn(
+    train: Tensor, labels: Tensor, num_classes: int, *, k: int = 10, temperature: float = 0.07
+) -> Score:
+    """scikit-learn's k-NN by cosine, where a vote weighs exp(cosine / temperature).
+
+    Args:
+        train: [N, D]; labels: int64 [N] in 0 .. num_classes - 1; num_classes: C.
+        k: neighbours, at most N are used.
+    Returns:
+        queries [Q, D] -> shares of the votes, float64 [Q, C].
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+
+    check("fit_knn", train, labels, num_classes)
+    model = KNeighborsClassifier(
+        min(k, len(train)),
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distance: torch.tensor(-distance / temperature).softmax(1).numpy(),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few samples per class, which are no regression
+        model.fit(unit(train).cpu().numpy(), labels.cpu().numpy())
+
+    def votes(queries: Tensor) -> Tensor:
+        out = torch.zeros(len(queries), num_classes, dtype=torch.float64)
+        if len(queries):
+            shares = model.predict_proba(unit(queries).cpu().numpy())  # of the classes that occur
+            out[:, torch.from_numpy(model.classes_)] = torch.from_numpy(shares).double()
+        return out.to(queries.device)
+
+    return votes
+
+
+def group_scores(
+    features: Tensor, labels: Tensor, *, seeds: tuple[int, ...] = (0, 1, 2)
+) -> dict[str, float]:
+    """ARI, AMI and NMI of k-means clusters of unit features against known labels.
+
+    Args:
+        features: [N, D], any length; clustered on the unit sphere into as many clusters as there
+            are different labels.
+        labels: int64 [N].
+        seeds: the scores are means over one k-means each; one alone moves by a few hundredths.
+    Returns:
+        ``{"ari", "ami", "nmi"}``, by scikit-learn.
+    """
+    from sklearn import metrics
+
+    scores = {
+        "ari": metrics.adjusted_rand_score,
+        "ami": metrics.adjusted_mutual_info_score,
+        "nmi": metrics.normalized_mutual_info_score,
+    }
+    points, truth = unit(features), labels.cpu().numpy()
+    k = len(labels.unique())
+    out = dict.fromkeys(scores, 0.0)
+    for seed in seeds:
+        found = kmeans(points, k, seed=seed, init="k-means++").labels.cpu().numpy()
+        for name, score in scores.items():
+            out[name] += float(score(truth, found)) / len(seeds)
+    return out
+
+
+def modality_gap(image: Tensor, text: Tensor) -> float:
+    """Distance between the mean unit image [N, D] and the mean unit text [M, D]; 0 .. 2."""
+    return float((unit(image).double().mean(0) - unit(text).double().mean(0)).norm())
+
+
+def alignment(image: Tensor, text: Tensor) -> float:
+    """Mean squared distance of the unit vectors of matching rows, [N, D] each; 0 .. 4."""
+    return float((unit(image) - unit(text)).double().square().sum(1).mean())
+
+
+def uniformity(features: Tensor, t: float = 2.0) -> float:
+    """log of the mean of exp(-t |x - y|^2) over pairs of different rows [N, D], in nats.
+
+    0 when all rows are one point; lower is more spread out. Fewer than two rows: NaN.
+    Source: Wang & Isola 2020, equation 3.
+    """
+    n = len(features)
+    if n < 2:
+        return math.nan
+    z = unit(features)
+    step = rows_per_block(n)
+    total = torch.zeros((), dtype=torch.float64, device=z.device)
+    for start in range(0, n, step):
+        squared = (2 - 2 * z[start : start + step] @ z.T).clamp_min_(0)  # [b, N]
+        squared[:, start : start + step].fill_diagonal_(torch.inf)  # a row is no pair with itself
+        total += torch.exp(-t * squared).sum(dtype=torch.float64)
+    return float(torch.log(total / (n * (n - 1))))
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One value per sample, whose mean is wanted; with ``classes`` the mean over the classes that
+    occur of each one's mean, as in the mean per class recall."""
+
+    values: Tensor  # [N]
+    classes: Tensor | None = None  # int64 [N], from 0
+
+    def means(self, counts: Tensor) -> Tensor:
+        """The mean in each resample, float64 [r]; counts [N, r] say how often a sample is in it."""
+        values = self.values.detach().cpu().double()
+        if self.classes is None:
+            return values @ counts / len(values)
+        labels = self.classes.detach().cpu()
+        empty = counts.new_zeros(int(labels.max()) + 1, counts.shape[1])
+        size = empty.index_add(0, labels, counts)  # [C, r]
+        total = empty.index_add(0, labels, counts * values[:, None])
+        return (total / size.clamp_min(1)).sum(0) / (size > 0).sum(0)
+
+
+def bootstrap_intervals(
+    samples: Mapping[str, Sampled], *, resamples: int = 1000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap 95 % interval of each mean: low, high; NaN where there are no samples.
+
+    Args:
+        samples: by name; those of one length share their resamples, so that more cost little. Of
+            two models on the same samples, the interval of the difference of their values is
+            narrower than two intervals side by side.
+        resamples: draws of N samples with replacement.
+        seed: the same seed, the same intervals.
+    """
+    means: dict[str, list[Tensor]] = {name: [] for name in samples}
+    for n in {len(one.values) for one in samples.values()}:
+        for counts in _counts(n, resamples, seed):  # [N, r]
+            for name, one in samples.items():
+                if len(one.values) == n:
+                    means[name].append(one.means(counts))
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    out = dict.fromkeys(samples, (math.nan, math.nan))
+    for name, parts in means.items():
+        if parts:
+            low, high = torch.cat(parts).quantile(ends).tolist()
+            out[name] = low, high
+    return out
+
+
+def _counts(n: int, resamples: int, seed: int) -> Iterator[Tensor]:
+    """How often each sample is in each resample, float64 [N, r], some resamples at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    step = max(1, DRAWS_AT_ONCE // max(n, 1))
+    for start in range(0, resamples if n else 0, step):
+        r = min(step, resamples - start)
+        draws = torch.randint(n, (r, n), generator=generator)
+        places = draws * r + torch.arange(r)[:, None]  # in the flat [N, r]
+        yield torch.bincount(places.flatten(), minlength=n * r).double().reshape(n, r)

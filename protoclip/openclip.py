@@ -1,0 +1,287 @@
+"""OpenCLIP's trainer with our losses: ``python -m protoclip.openclip <open_clip_train flags>``.
+
+The command takes our flags out, puts our losses in the place of OpenCLIP's, and runs its ``main``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import open_clip
+import torch
+from open_clip import loss as theirs
+from torch import nn
+
+from protoclip.config import flag_of, refusal
+from protoclip.losses import ClipLoss, ProtoClipLoss, ProtoConfig, SigLipLoss
+from protoclip.model import register_configs
+
+PROG = "python -m protoclip.openclip"
+DESCRIPTION = (
+    "OpenCLIP's own training (open_clip_train) with protoclip's losses. Every flag of "
+    "open_clip_train works as it does there; without a --proto-* flag the losses are the same, in "
+    "less memory. Runs under torchrun as OpenCLIP does."
+)
+LOGGER = logging.getLogger(__name__)
+DistributedDataParallel = nn.parallel.DistributedDataParallel
+
+
+def create_loss(args: Any, proto: ProtoConfig | None = None) -> nn.Module:
+    """OpenCLIP's ``create_loss`` with fused losses.
+
+    To patch by hand: ``open_clip_train.main.create_loss = protoclip.create_loss``; with prototypes,
+    a ``functools.partial`` that sets ``proto``.
+
+    Args:
+        args: what OpenCLIP's parser returns.
+        proto: settings of the prototypes; None: no prototypes.
+    Returns:
+        ``ClipLoss``, ``SigLipLoss`` or ``ProtoClipLoss``; for CoCa, distillation and Horovod
+        OpenCLIP's own loss, with a line in the log.
+    Raises:
+        ValueError: prototypes for a loss that has none.
+    """
+    own = open_clip.create_loss(args)
+    return _fused(own, args, proto) or own
+
+
+def create_task(
+    args: Any,
+    model: nn.Module,
+    dist_model: nn.Module | None = None,
+    naflex_data_config: Any = None,
+    proto: ProtoConfig | None = None,
+) -> nn.Module:
+    """OpenCLIP 4's ``create_task`` with fused losses; patch it in as ``create_loss``.
+
+    Args:
+        args, model, dist_model, naflex_data_config: what OpenCLIP's ``main`` passes.
+        proto: settings of the prototypes; None: no prototypes.
+    Returns:
+        OpenCLIP's task; its ``loss`` is ours where ``create_loss`` would give ours.
+    Raises:
+        ValueError: prototypes for a loss that has none, or an OpenCLIP without tasks.
+    """
+    if not hasattr(open_clip, "create_task"):
+        raise ValueError(
+            f"create_task: expected OpenCLIP 4, got {open_clip.__version__}, which has no tasks; "
+            "use protoclip.create_loss"
+        )
+    task = open_clip.create_task(
+        args, model=model, dist_model=dist_model, naflex_data_config=naflex_data_config
+    )
+    contrastive = type(task).__name__ in ("CLIPTask", "SigLIPTask")
+    fused = _fused(task.loss if contrastive else task, args, proto)
+    if fused is not None:
+        task.loss = fused
+    return task
+
+
+def _fused(own: nn.Module, args: Any, proto: ProtoConfig | None) -> nn.Module | None:
+    """Our loss for OpenCLIP's plain ClipLoss or SigLipLoss; None: OpenCLIP's stays."""
+    shared: dict[str, Any] = {"rank": args.rank, "world_size": args.world_size}
+    if type(own) is theirs.ClipLoss and not getattr(args, "horovod", False):
+        shared |= {"local_loss": args.local_loss, "gather_with_grad": args.gather_with_grad}
+        if proto is not None:
+            return _with_prototypes(args, proto, shared)
+        _say(args, "OpenCLIP's ClipLoss without its matrix of logits")
+        return ClipLoss(**shared)
+    if proto is not None:
+        raise ValueError(
+            "--proto-*: prototypes go with the plain contrastive loss only, not with --siglip, "
+            "CoCa, distillation or Horovod; leave the --proto-* flags out, or those"
+        )
+    if type(own) is theirs.SigLipLoss:
+        _say(args, "OpenCLIP's SigLipLoss without its matrix of logits")
+        return SigLipLoss(dist_impl=args.loss_dist_impl, **shared)
+    _say(args, f"OpenCLIP's own {type(own).__name__} stays: protoclip has no other for it")
+    return None
+
+
+def _with_prototypes(args: Any, proto: ProtoConfig, shared: dict[str, Any]) -> ProtoClipLoss:
+    accum_freq = getattr(args, "accum_freq", 1)
+    resumed = bool(getattr(args, "resume", None))
+    if resumed:
+        # The warm-up was in the part that is resumed; only the queue has to fill again.
+        proto = dataclasses.replace(proto, warmup=0)
+    loss = ProtoClipLoss(**shared, proto=proto, accum_freq=accum_freq)
+    steps = loss.steps_to_prototypes(args.batch_size * accum_freq)
+    _say(
+        args,
+        f"ClipLoss and online prototypes: K = {proto.num_clusters} a modality from the newest "
+        f"{proto.queue} pairs; InfoNCE alone for {steps} steps until the queue is full"
+        + (" (again: a checkpoint does not hold it)" if resumed else ""),
+    )
+    return loss
+
+
+def _say(args: Any, text: str) -> None:
+    if args.rank == 0:
+        LOGGER.info("protoclip: %s", text)
+
+
+class _DdpAnywhere(DistributedDataParallel):
+    """DistributedDataParallel that takes OpenCLIP's ``device_ids=[device]`` for a CPU too."""
+
+    def __init__(self, module: nn.Module, device_ids: Any = None, **kwargs: Any) -> None:
+        if device_ids and all(torch.device(device).type == "cpu" for device in device_ids):
+            device_ids = None
+        super().__init__(module, device_ids=device_ids, **kwargs)
+
+
+@contextlib.contextmanager
+def repaired() -> Iterator[None]:
+    """For the time of the block shards are read with webdataset 1.x, and ranks may be CPUs.
+
+    webdataset 1.x ends each shard with an empty sample, on which OpenCLIP 3.3's reader dies with
+    ``KeyError: 'fname'`` (open_clip #935); this asks webdataset not to.
+    """
+    data: Any = importlib.import_module("open_clip_train.data")
+    expander = getattr(data, "tar_file_expander", None)
+    parallel: Any = nn.parallel
+    parallel.DistributedDataParallel = _DdpAnywhere
+    if expander is not None and "eof_value" in inspect.signature(expander).parameters:
+        data.tar_file_expander = functools.partial(expander, eof_value=None)
+    try:
+        yield
+    finally:
+        parallel.DistributedDataParallel = DistributedDataParallel
+        if expander is not None:
+            data.tar_file_expander = expander
+
+
+@contextlib.contextmanager
+def patched(trainer: Any, proto: ProtoConfig | None) -> Iterator[None]:
+    """For the time of the block the trainer takes its loss from us.
+
+    Raises:
+        ValueError: the trainer has neither of OpenCLIP's factories.
+    """
+    ours: dict[str, Callable[..., Any]] = {"create_task": create_task, "create_loss": create_loss}
+    name = next((name for name in ours if hasattr(trainer, name)), None)
+    if name is None:
+        raise ValueError(
+            "expected an open_clip_train.main with create_loss (3.x) or create_task (4.x), found "
+            "neither; install open_clip_torch 3.3 or 4"
+        )
+    original = getattr(trainer, name)
+    setattr(trainer, name, functools.partial(ours[name], proto=proto))
+    try:
+        with repaired():
+            yield
+    finally:
+        setattr(trainer, name, original)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Our flags alone."""
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        usage="%(prog)s <open_clip_train flags> [--proto-* flags]",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,  # tells a flag that was given from one that was not
+    )
+    group = parser.add_argument_group(str(ProtoConfig.__doc__))
+    for item in dataclasses.fields(ProtoConfig):
+        words: dict[str, Any] = {"help": f"{item.metadata['help']} (default: {item.default})"}
+        if isinstance(item.default, bool):
+            words["action"] = argparse.BooleanOptionalAction
+        else:
+            words.update(type=type(item.default), metavar="N")
+        group.add_argument(flag_of(item), dest=item.name, **words)
+    return parser
+
+
+def split_flags(argv: Sequence[str]) -> tuple[ProtoConfig | None, list[str]]:
+    """Our settings (None: no --proto-* flag) and OpenCLIP's part of the command line.
+
+    Raises:
+        ValueError: a --proto-* flag that does not exist, or a value out of range.
+    """
+    given, rest = build_parser().parse_known_args(list(argv))
+    for word in rest:
+        if word.startswith(("--proto", "--no-proto")):
+            raise ValueError(
+                refusal(word, [flag_of(item) for item in dataclasses.fields(ProtoConfig)])
+            )
+    return (ProtoConfig(**vars(given)) if vars(given) else None), rest
+
+
+def load_trainer() -> Any:
+    """The module ``open_clip_train.main``.
+
+    Raises:
+        ValueError: it, or something it needs, is not installed.
+    """
+    try:
+        return importlib.import_module("open_clip_train.main")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"OpenCLIP's trainer cannot be imported ({error}); pip install 'protoclip[openclip]'"
+        ) from error
+
+
+def registered(rest: list[str]) -> list[str]:
+    """The command line, with our models and a --model that is a config file known to OpenCLIP."""
+    parser = argparse.ArgumentParser(PROG, add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", default="")
+    given, others = parser.parse_known_args(rest)
+    name = register_configs(given.model)
+    return [*others, "--model", name] if name else rest
+
+
+def _their_help(trainer: Any) -> str:
+    """What open_clip_train says about its flags, without its usage, which is not this command's."""
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        trainer.parse_args(["--help"])
+    return "open_clip_train's " + text.getvalue().partition("\n\n")[2].rstrip()
+
+
+def _check(trainer: Any, proto: ProtoConfig | None, rest: list[str]) -> None:
+    """Say now what the factories would say after minutes of loading."""
+    args = trainer.parse_args(list(rest))
+    if proto is None:
+        return
+    other = {
+        "--siglip": args.siglip,
+        "a CoCa model": "coca" in args.model.lower(),
+        "--distill-model": bool(args.distill_model),
+        "--horovod": getattr(args, "horovod", False),
+    }
+    for name, is_on in other.items():
+        if is_on:
+            raise ValueError(f"--proto-* do not go with {name}: leave one of them out")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; a user's mistake in our flags ends it with one line and status 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        proto, rest = split_flags(argv)
+        trainer = load_trainer()
+        if {"-h", "--help"} & set(rest):
+            print(build_parser().format_help() + "\n" + _their_help(trainer))
+            return 0
+        rest = registered(rest)
+        _check(trainer, proto, rest)
+    except ValueError as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 2
+    with patched(trainer, proto):
+        return 1 if trainer.main(rest) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

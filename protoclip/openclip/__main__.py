@@ -1,8 +1,0 @@
-"""``python -m protoclip.openclip``."""
-
-import sys
-
-from protoclip.openclip.command import main
-
-if __name__ == "__main__":
-    sys.exit(main())

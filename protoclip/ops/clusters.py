@@ -1,0 +1,115 @@
+"""Nearest centroid and mean of the rows of each segment: contract and dispatch. No gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from protoclip.ops import checks
+from protoclip.ops.backends import accumulator, implementation, resolve, without_autocast
+
+_lib = torch.library.Library("protoclip", "FRAGMENT")
+_lib.define(
+    "kmeans_assign(Tensor points, Tensor centroids, str backend, bool exact) -> (Tensor, Tensor)"
+)
+
+PRECISIONS = ("exact", "bf16")
+
+
+def _assign(points: Tensor, centroids: Tensor, backend: str, exact: bool) -> tuple[Tensor, Tensor]:
+    run = implementation("kmeans_assign", backend, "kmeans_assign")
+    return run(points, centroids, exact=exact)
+
+
+def _fake_assign(points, centroids, backend, exact):
+    n = points.shape[0]
+    return points.new_empty(n, dtype=torch.int64), points.new_empty(n, dtype=torch.float32)
+
+
+_lib.impl("kmeans_assign", _assign, "CompositeExplicitAutograd")
+torch.library.register_fake("protoclip::kmeans_assign", _fake_assign, lib=_lib)
+
+
+@torch.no_grad()
+def kmeans_assign(
+    points: Tensor, centroids: Tensor, *, precision: str = "exact", backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The nearest centroid of each point, exactly, without the [N, K] distances in memory.
+
+    A label differs from the one in fp64 only where the squared distances to both centroids agree
+    to fp32 rounding.
+
+    Args:
+        points: [N, D]; float32, bfloat16, float16 (float64: reference), any strides.
+        centroids: [K, D], finite, on the same device; different dtypes are promoted.
+        precision: "exact", or "bf16" to let the scores be rounded to bf16 where that is faster (on
+            a GPU; the CPU's labels are exact either way, bf16 scores would be slower there).
+        backend: "auto" or a row of ``protoclip.backends("kmeans_assign")``.
+    Returns:
+        labels int64 [N] (ties go to the lowest index; -1 for a point with NaN) and squared
+        Euclidean distances fp32 [N] (NaN there).
+    Raises:
+        ValueError, TypeError: shapes or devices disagree, K = 0 with N > 0, an
+            unknown precision, or the named backend cannot run.
+    """
+    op = "kmeans_assign"
+    checks.matrix(op, "points", points, "[N, D]")
+    checks.matrix(op, "centroids", centroids, "[K, D]")
+    checks.like(op, "centroids", centroids, "points", points)
+    if len(points) and not len(centroids):
+        raise ValueError(f"{op}: expected K >= 1 centroids for N = {len(points)} points, got 0")
+    if precision not in PRECISIONS:
+        raise ValueError(f"{op}: expected precision in {PRECISIONS}, got {precision!r}")
+    points, centroids = checks.promoted(points, centroids)
+    name = resolve(op, backend, points.device.type, points.dtype)
+    exact = precision == "exact"
+    with without_autocast(points.device.type):
+        return torch.ops.protoclip.kmeans_assign(points, centroids, name, exact)
+
+
+_lib.define(
+    "segment_mean(Tensor values, Tensor labels, int num_segments, str backend) -> (Tensor, Tensor)"
+)
+
+
+def _mean(values: Tensor, labels: Tensor, num_segments: int, backend: str):
+    run = implementation("segment_mean", backend, "segment_mean")
+    return run(values, labels, num_segments)
+
+
+def _fake_mean(values, labels, num_segments, backend):
+    means = values.new_empty((num_segments, values.shape[1]), dtype=accumulator(values))
+    return means, values.new_empty(num_segments, dtype=torch.int64)
+
+
+_lib.impl("segment_mean", _mean, "CompositeExplicitAutograd")
+torch.library.register_fake("protoclip::segment_mean", _fake_mean, lib=_lib)
+
+
+@torch.no_grad()
+def segment_mean(
+    values: Tensor, labels: Tensor, num_segments: int, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Mean of the rows that share a label: the k-means update and back translation (PBT).
+
+    Deterministic: rows are summed in a fixed order, without atomics.
+
+    Args:
+        values: [N, D]; float32, bfloat16, float16 (float64: reference), any strides.
+        labels: int64 [N] in [0, num_segments); negative labels are left out.
+        num_segments: K >= 0.
+        backend: "auto" or a row of ``protoclip.backends("segment_mean")``.
+    Returns:
+        means fp32 [K, D] (fp64 for fp64 values; zeros where empty) and counts int64 [K].
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices disagree, a label is >= num_segments
+            (checked on the CPU; a precondition on a GPU), or the named backend cannot run.
+    """
+    op = "segment_mean"
+    checks.matrix(op, "values", values, "[N, D]")
+    checks.labels(op, labels, "values", values)
+    if not isinstance(num_segments, int) or num_segments < 0:
+        raise ValueError(f"{op}: expected num_segments as an int >= 0, got {num_segments!r}")
+    name = resolve(op, backend, values.device.type, values.dtype)
+    with without_autocast(values.device.type):
+        return torch.ops.protoclip.segment_mean(values, labels, num_segments, name)

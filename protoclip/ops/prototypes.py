@@ -1,0 +1,366 @@
+"""Prototype cross-entropy and its soft targets: contract, autograd and dispatch.
+
+L_i = LSE_k(s h_i.C_k) - s h_i.m_y: soft and hard targets are one kernel, since the target depends
+on the sample's cluster only (m is computed once per episode). With frozen prototypes one pass gives
+loss and gradient, dL_i/dh_i = s (sum_k p_ik C_k - m_y), an attention output with key = value = C;
+the backward pass only multiplies. Several prototype sets (banks) share one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from protoclip.ops import checks, reference
+from protoclip.ops.backends import (
+    accumulator,
+    implementation,
+    in_transform,
+    no_second_derivative,
+    reduce,
+    register_gradient,
+    resolve,
+    wants_gradient,
+    without_autocast,
+)
+
+COLDEST = 1e-30  # the least temperature: fp32 logits would overflow below
+
+_lib = torch.library.Library("protoclip", "FRAGMENT")
+_lib.define(
+    "prototype_ce(Tensor h, Tensor[] prototypes, Tensor[] targets, Tensor[] labels, Tensor scale,"
+    " bool need_grad, bool need_nearest, str backend, bool need_dscale=True)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_lib.define(
+    "prototype_ce_bwd(Tensor grad, Tensor h, Tensor scale, Tensor gradient, Tensor scale_gradient)"
+    " -> (Tensor, Tensor)"
+)
+_lib.define(
+    "prototype_ce_bwd_prototypes(Tensor h, Tensor prototypes, Tensor labels, Tensor scale,"
+    " Tensor row_max, Tensor row_sum, Tensor weight, bool hard, str backend) -> Tensor"
+)
+
+
+def _fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend, need_dscale=True):
+    """S banks; ``targets[b]`` is [0, D] for hard labels.
+
+    -> loss [S, N] (0 where ignored), gradient sum_k p_k C_k - m_y [S, N, D] (0 where ignored;
+    [S, 0, D] without need_grad), argmax int64 [S, N] ([S, 0] without need_nearest), row_max,
+    row_sum [S, N]: statistics in the units of the backend's own backward, and h.gradient [S, N]
+    ([S, 0] without need_grad), the gradient of the scale (rounded without need_dscale)."""
+    run = implementation("prototype_cross_entropy", backend, "prototype_ce_fwd_banks")
+    options = {"need_dscale": need_dscale} if backend == "triton" else {}
+    return run(h, prototypes, targets, labels, scale, need_grad, need_nearest, **options)
+
+
+def _fake_fwd(
+    h, prototypes, targets, labels, scale, need_grad, need_nearest, backend, need_dscale=True
+):
+    (n, d), s = h.shape, len(prototypes)
+    wide = accumulator(h)
+    row = h.new_empty((s, n), dtype=wide)
+    gradient = h.new_empty((s, n if need_grad else 0, d), dtype=wide)
+    nearest = row.new_empty((s, n if need_nearest else 0), dtype=torch.int64)
+    return row, gradient, nearest, row.clone(), row.clone(), gradient.new_empty(gradient.shape[:2])
+
+
+def _bwd(grad, h, scale, gradient, scale_gradient):
+    """grad [S, N] -> dh in the dtype of h, dscale in that of scale: what the forward pass left is
+    weighted, nothing else."""
+    weighted = ((scale.reshape(()) * grad)[:, :, None] * gradient).sum(dim=0)  # [N, D]
+    dscale = (grad * scale_gradient).sum()
+    return weighted.to(h.dtype), dscale.to(scale.dtype).reshape(scale.shape)
+
+
+def _fake_bwd(grad, h, scale, *_):
+    return h.new_empty(h.shape), scale.new_empty(scale.shape)
+
+
+def _bwd_prototypes(h, prototypes, labels, scale, row_max, row_sum, weight, hard, backend):
+    """-> s * sum_i w_i (p_ik - [hard and y_i = k]) h_i, [K, D] in the prototypes' dtype."""
+    run = implementation("prototype_cross_entropy", backend, "prototype_ce_bwd_prototypes")
+    return run(h, prototypes, labels, scale, row_max, row_sum, weight, hard)
+
+
+def _fake_bwd_prototypes(h, prototypes, *_):
+    return prototypes.new_empty(prototypes.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    h, prototypes, targets, labels, scale, ctx.need_grad, _, ctx.backend, _ = inputs
+    _, gradient, _, row_max, row_sum, scale_gradient = output
+    ctx.set_materialize_grads(False)  # only the loss has a gradient: no zeros [S, N, D]
+    ctx.hard = [len(m) == 0 for m in targets]
+    ctx.save_for_backward(
+        h, scale, gradient, row_max, row_sum, scale_gradient, *prototypes, *labels
+    )
+
+
+def _autograd(ctx, grad, *_):
+    h, scale, gradient, row_max, row_sum, scale_gradient, *rest = ctx.saved_tensors
+    banks = len(ctx.hard)
+    if grad is None:
+        return None, [None] * banks, [None] * banks, [None] * banks, *(None,) * 5
+    dh = dscale = None
+    wanted_h, wanted_prototypes, _, _, wanted_scale, *_ = ctx.wanted
+    if wanted_h or wanted_scale:
+        dh, dscale = torch.ops.protoclip.prototype_ce_bwd(grad, h, scale, gradient, scale_gradient)
+    prototype_grads = [
+        torch.ops.protoclip.prototype_ce_bwd_prototypes(
+            h, c, y, scale, row_max[b], row_sum[b], grad[b], ctx.hard[b], ctx.backend
+        )
+        if wanted_prototypes[b]
+        else None
+        for b, (c, y) in enumerate(zip(rest[:banks], rest[banks:], strict=True))
+    ]
+    return dh, prototype_grads, [None] * banks, [None] * banks, dscale, *(None,) * 4
+
+
+for _name, _impl, _fake in (
+    ("prototype_ce", _fwd, _fake_fwd),
+    ("prototype_ce_bwd", _bwd, _fake_bwd),
+    ("prototype_ce_bwd_prototypes", _bwd_prototypes, _fake_bwd_prototypes),
+):
+    _lib.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"protoclip::{_name}", _fake, lib=_lib)
+register_gradient(_lib, "prototype_ce", "prototype_cross_entropy", _autograd, _setup)
+for _name in ("prototype_ce_bwd", "prototype_ce_bwd_prototypes"):
+    _refuse = no_second_derivative("prototype_cross_entropy")
+    register_gradient(_lib, _name, "prototype_cross_entropy", _refuse)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """A set of prototypes and who belongs to them."""
+
+    prototypes: Tensor  # [K, D]
+    labels: Tensor  # int64 [N], -100 = ignore
+    targets: Tensor | None = None  # [K, D], rows m_y; None: hard labels
+
+
+@dataclass(frozen=True)
+class PrototypeLosses:
+    """Results per bank."""
+
+    loss: Tensor  # [S], or [S, N] for reduction "none"; nats
+    nearest: Tensor  # int64 [S, N]: the prototype with the largest logit
+
+
+def prototype_cross_entropy(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    targets: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of each sample against all prototypes, soft or hard, never [N, K] in memory.
+
+    Sums are fp32.
+
+    Args:
+        features: [N, D], usually unit rows; float32, bfloat16 or float16 (float64: reference).
+        prototypes: [K, D] on the same device. Features, prototypes and targets whose dtypes differ
+            are promoted.
+        labels: int64 [N], the sample's cluster in [0, K); -100 leaves the sample out. Not checked
+            on a GPU, where reading them would wait for the device.
+        logit_scale: [] or [1], the multiplier (not its logarithm).
+        targets: [K, D], rows m_y = sum_k t(y)_k C_k for target distributions t(y) that depend on
+            the cluster (``protoclip.soft_targets``); constants. None: hard labels, m = prototypes.
+        reduction: "mean" (over the samples with a label), "sum", or "none".
+        backend: "auto" or a row of ``protoclip.backends("prototype_cross_entropy")``.
+    Returns:
+        float32 (float64 for float64 input), nats: [] or [N]. Gradients reach ``features``,
+        ``logit_scale`` and, where it requires grad, ``prototypes``. No samples: 0.
+    Raises:
+        ValueError, TypeError: shapes or devices disagree, dtypes are not floating point,
+            ``targets`` requires grad, K = 0 with N > 0, or the named backend cannot run.
+        NotImplementedError: forward-mode differentiation of a fused backend.
+    Source:
+        ProtoCLIP (arXiv 2206.10996), prototype loss; collapsed by linearity in the target.
+    """
+    banks = [Bank(prototypes, labels, targets)]
+    return _losses(features, banks, logit_scale, reduction, backend, need_nearest=False).loss[0]
+
+
+def prototype_losses(
+    features: Tensor,
+    banks: Sequence[Bank],
+    logit_scale: Tensor | float,
+    *,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> PrototypeLosses:
+    """``prototype_cross_entropy`` against several banks of prototypes, in one call.
+
+    Args:
+        features: [N, D], as in ``prototype_cross_entropy``.
+        banks: S >= 1 banks, each with its own K.
+        logit_scale, reduction, backend: as in ``prototype_cross_entropy``.
+    Returns:
+        The losses per bank, and per sample the nearest prototype (for prototype accuracy).
+    Raises:
+        ValueError, TypeError: as in ``prototype_cross_entropy``.
+    """
+    return _losses(features, banks, logit_scale, reduction, backend, need_nearest=True)
+
+
+def _losses(
+    features: Tensor,
+    banks: Sequence[Bank],
+    logit_scale: Tensor | float,
+    reduction: str,
+    backend: str,
+    need_nearest: bool,
+) -> PrototypeLosses:
+    op = "prototype_cross_entropy"
+    checks.matrix(op, "features", features, "[N, D]")
+    checks.reduction(op, reduction)
+    scale = checks.scalar(op, "logit_scale", logit_scale, features.device)
+    if not banks:
+        raise ValueError(f"{op}: expected at least one bank, got none")
+    for bank in banks:
+        _check_bank(op, features, bank)
+    features, banks = _promoted(features, banks)
+    rows, nearest = _rows(op, features, banks, scale, backend, need_nearest)
+    counts = [(bank.labels != -100).sum() for bank in banks]
+    reduced = [reduce(row, reduction, count) for row, count in zip(rows, counts, strict=True)]
+    return PrototypeLosses(torch.stack(reduced), nearest)
+
+
+def _check_bank(op: str, features: Tensor, bank: Bank) -> None:
+    checks.matrix(op, "prototypes", bank.prototypes, "[K, D]")
+    checks.like(op, "prototypes", bank.prototypes, "features", features)
+    checks.labels(op, bank.labels, "features", features)
+    if len(features) and not len(bank.prototypes):
+        raise ValueError(f"{op}: expected K >= 1 prototypes for N = {len(features)} samples, got 0")
+    if bank.targets is None:
+        return
+    checks.matrix(op, "targets", bank.targets, "[K, D]")
+    checks.like(op, "targets", bank.targets, "prototypes", bank.prototypes)
+    if bank.targets.shape != bank.prototypes.shape:
+        raise ValueError(
+            f"{op}: expected targets of the prototypes' shape {tuple(bank.prototypes.shape)}, got "
+            f"{tuple(bank.targets.shape)}"
+        )
+    if bank.targets.requires_grad:
+        raise ValueError(f"{op}: targets are constants, got one that requires grad; detach it")
+
+
+def _promoted(features: Tensor, banks: Sequence[Bank]) -> tuple[Tensor, list[Bank]]:
+    """All of them in one dtype."""
+    prototypes = [bank.prototypes for bank in banks]
+    targets = [
+        c if bank.targets is None else bank.targets
+        for bank, c in zip(banks, prototypes, strict=True)
+    ]
+    features, *rest = checks.promoted(features, *prototypes, *targets)
+    wide = zip(banks, rest[: len(banks)], rest[len(banks) :], strict=True)
+    return features, [
+        replace(bank, prototypes=c, targets=None if bank.targets is None else m)
+        for bank, c, m in wide
+    ]
+
+
+def _rows(
+    op: str,
+    features: Tensor,
+    banks: Sequence[Bank],
+    scale: Tensor,
+    backend: str,
+    need_nearest: bool,
+) -> tuple[Tensor, Tensor]:
+    """-> losses [S, N], nearest [S, N] (of no use without need_nearest)."""
+    name = resolve(op, backend, features.device.type, features.dtype)
+    if name == "reference":
+        if features.device.type == "cpu" and not (torch.compiler.is_compiling() or in_transform()):
+            for bank in banks:
+                checks.label_values(op, bank.labels, len(bank.prototypes))
+        with without_autocast(features.device.type):
+            rows = [_reference_rows(features, b, scale) for b in banks]
+            with torch.no_grad():
+                sign = torch.sign(scale).to(features.dtype)
+                nearest = [_nearest(sign * features @ b.prototypes.T) for b in banks]
+        return torch.stack(rows), torch.stack(nearest)
+    need_grad = wants_gradient(features, scale)
+    losses, _, nearest, *_ = torch.ops.protoclip.prototype_ce(
+        features,
+        [b.prototypes for b in banks],
+        [
+            features.new_empty((0, features.shape[1])) if b.targets is None else b.targets
+            for b in banks
+        ],
+        [b.labels for b in banks],
+        scale,
+        need_grad,
+        need_nearest,
+        name,
+        wants_gradient(scale),
+    )
+    return losses, nearest
+
+
+def _reference_rows(features: Tensor, bank: Bank, scale: Tensor) -> Tensor:
+    return reference.prototype_cross_entropy(
+        features, bank.prototypes, bank.labels, scale, bank.targets
+    )
+
+
+def _nearest(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=1) if logits.shape[1] else logits.new_empty(0, dtype=torch.int64)
+
+
+@torch.no_grad()
+def soft_targets(
+    source_centroids: Tensor, prototypes: Tensor, temperature: float, *, backend: str = "auto"
+) -> Tensor:
+    """The expected prototype of each cluster under its soft target: m_y = sum_k t(y)_k C_k.
+
+    t(y) = softmax_k(S_y.S_k / temperature) over the source's own centroids. One pass of K x K x D
+    work per episode, streamed: the fused backends never hold K x K.
+
+    Args:
+        source_centroids: [K, Ds], where the clusters were found; any float dtype.
+        prototypes: [K, D], the same clusters in the student's space (back translation); different
+            dtypes are promoted.
+        temperature: tau; <= 0 means hard targets, m = prototypes; taken as 1e-30 below that, where
+            fp32 logits would overflow.
+        backend: "auto" or a row of ``protoclip.backends("soft_targets")``.
+    Returns:
+        [K, D] float32 (float64 for float64 input), a constant: no gradient.
+    Raises:
+        ValueError, TypeError: shapes or devices disagree, or the named backend cannot run.
+    Source:
+        ProtoCLIP (arXiv 2206.10996), soft targets; linearity of cross-entropy in the target.
+    """
+    op = "soft_targets"
+    checks.matrix(op, "source_centroids", source_centroids, "[K, Ds]")
+    checks.matrix(op, "prototypes", prototypes, "[K, D]")
+    if len(source_centroids) != len(prototypes):
+        raise ValueError(
+            f"{op}: expected one prototype per source centroid, got source_centroids "
+            f"{tuple(source_centroids.shape)} and prototypes {tuple(prototypes.shape)}"
+        )
+    if source_centroids.device != prototypes.device:
+        raise ValueError(
+            f"{op}: expected source_centroids and prototypes on one device, got "
+            f"{source_centroids.device} and {prototypes.device}; move one with .to()"
+        )
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(
+            f"{op}: expected temperature as a Python number, got {type(temperature).__name__}; "
+            "a tensor's is .item()"
+        )
+    if temperature <= 0:
+        return (prototypes if prototypes.dtype == torch.float64 else prototypes.float()).clone()
+    source_centroids, prototypes = checks.promoted(source_centroids, prototypes)
+    name = resolve(op, backend, prototypes.device.type, prototypes.dtype)
+    with without_autocast(prototypes.device.type):
+        run = reference.soft_targets if name == "reference" else implementation(op, name, op)
+        return run(source_centroids, prototypes, max(float(temperature), COLDEST))

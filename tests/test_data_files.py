@@ -1,0 +1,276 @@
+"""Tables, pictures and the data command: every fault with its place and remedy."""
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from pairs import TEXTS, encoded, picture, refused, same, write_table
+from PIL import Image
+
+from protoclip.data import DataError, Subset, open_dataset
+from protoclip.data.__main__ import export_shards
+from protoclip.data.__main__ import main as data_command
+from protoclip.data.tables import MAX_CAPTION
+from protoclip.data.types import StringTable
+from protoclip.train import main as train_command
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        picture(i).save(tmp_path / "images" / f"{i}.png")
+    return tmp_path
+
+
+def test_csv_round_trip_with_unicode_and_paths_beside_the_table(folder):
+    texts = [text.replace('"', "") for text in TEXTS]
+    path = write_table(folder, [(f"images/{i}.png", text) for i, text in enumerate(texts)])
+    dataset = open_dataset(path)
+    assert [dataset.captions(i) for i in range(4)] == [(text,) for text in texts]
+    assert list(dataset.keys) == [f"images/{i}.png" for i in range(4)]
+    assert all(same(dataset.image(i), picture(i)) for i in range(4))
+    assert dataset.labels == {}
+
+
+def test_csv_flags_quotes_byte_order_mark_and_repeats(folder, monkeypatch):
+    content = '\ufeffid,pic,text\n1,0.png,\'a\'\n2,0.png,"a, b"\n\n3,1.png,"two\nlines"\n'
+    (folder / "t.csv").write_text(content, encoding="utf-8")
+    monkeypatch.chdir(folder / "images")  # paths from the working directory, as in OpenCLIP
+    keys = {"csv_separator": ",", "csv_img_key": "pic", "csv_caption_key": "text"}
+    dataset = open_dataset(str(folder / "t.csv"), **keys)
+    assert [dataset.captions(i)[0] for i in range(3)] == ["'a'", "a, b", "two\nlines"]
+    assert list(dataset.keys) == ["0.png", "0.png#2", "1.png"]
+    assert same(dataset.image(2), picture(1))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("filepath\ttitle\nimages/0.png\ta\nimages/1.png\t  \n", "line 3.*empty.*remove the row"),
+        ("filepath\ttitle\nimages/9.png\ta\n", "line 2.*no picture at 'images/9.png'"),
+        ("filepath\ttitle\nimages/0.png\n", "line 2.*1 columns where the header has 2"),
+        ("filepath\tcaption\nimages/0.png\ta\n", "no column 'title'.*--csv-caption-key"),
+        ("filepath,title\nimages/0.png,a\n", "no column 'filepath'.*--csv-separator ','"),
+        ("filepath\ttitle\n", "no rows"),
+        ("", "the file is empty"),
+        (None, "No such file"),
+        ('filepath\ttitle\nimages/0.png\t"' + "x" * 200_000, "unclosed quote"),
+    ],
+    ids=[
+        "caption",
+        "picture",
+        "short-row",
+        "column",
+        "separator",
+        "no-rows",
+        "empty",
+        "no-file",
+        "quote",
+    ],
+)
+def test_csv_faults_name_the_line_and_the_remedy(folder, content, words):
+    if content is not None:
+        (folder / "bad.tsv").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=words):
+        open_dataset(str(folder / "bad.tsv"))
+
+
+@pytest.mark.parametrize("damage", ["text", "cut", "empty"])
+def test_a_picture_that_does_not_decode_is_named(folder, damage):
+    whole = encoded(picture(0))
+    content = {"text": b"<html>", "cut": whole[: len(whole) // 2], "empty": b""}[damage]
+    (folder / "images" / "0.png").write_bytes(content)
+    dataset = open_dataset(write_table(folder, [("images/0.png", "a"), ("images/1.png", "b")]))
+    with pytest.raises(DataError, match=r"pair 1, .*images/0\.png: the picture"):
+        dataset.image(0)
+    assert same(dataset.image(1), picture(1))
+
+
+def test_transparency_becomes_white(folder):
+    clear = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    clear.save(folder / "images" / "0.png")
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([200, 0, 0, 0, 0, 200])
+    palette.save(folder / "images" / "1.png", transparency=0)
+    picture(2, "LA").save(folder / "images" / "2.png")
+    dataset = open_dataset(write_table(folder, [(f"images/{i}.png", "a") for i in range(3)]))
+    assert dataset.image(0).getcolors() == dataset.image(1).getcolors() == [(16, (255,) * 3)]
+    assert dataset.image(2).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("spec", "split", "words"),
+    [
+        ("builtin:birds", "all", "expected one of builtin:emoji"),
+        ("builtin:shapes:many", "all", "whole number"),
+        ("builtin:shapes:0", "all", "at least 1"),
+        ("builtin:shapes:1", "heldout", "too few"),
+        ("builtin:emoji", "test", "split must be one of"),
+        ("builtin:shapes", "noto", "split must be all, train or heldout"),
+        ("photos.zip", "all", "expected one of"),
+    ],
+)
+def test_unknown_data_lists_what_is_known(spec, split, words):
+    with pytest.raises(DataError, match=words):
+        open_dataset(spec, split)
+
+
+def test_string_table():
+    strings = ["", *TEXTS, "caf\udce9"]  # the last: a file name that is not UTF-8
+    table = StringTable(strings)
+    assert list(table) == strings and table[-1] == strings[-1] and table[1:3] == strings[1:3]
+    assert len(StringTable()) == 0
+    with pytest.raises(IndexError):
+        table[len(strings)]
+
+
+class TestPictures:
+    def opened(self, tmp_path, image, kind="PNG", **options):
+        (tmp_path / "a.bin").unlink(missing_ok=True)
+        image.save(tmp_path / "a.bin", kind, **options)
+        return open_dataset(write_table(tmp_path, [("a.bin", "x")])).image(0)
+
+    def test_16_bits_are_scaled_not_clipped(self, tmp_path):
+        ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
+        got = np.asarray(self.opened(tmp_path, Image.fromarray(ramp)))
+        assert got.shape == (4, 256, 3)
+        assert np.abs(got[0, :, 0].astype(int) - np.arange(256)).max() <= 1
+        dark = self.opened(tmp_path, Image.fromarray((ramp // 256).astype(np.uint16)))
+        assert np.asarray(dark).max() <= 1  # 255 of 65,535 is nearly black
+
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+    def test_a_camera_held_sideways(self, tmp_path, kind):
+        pixels = np.zeros((16, 32, 3), dtype=np.uint8)
+        pixels[:, :16] = 255  # the left half is white
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+        got = self.opened(tmp_path, Image.fromarray(pixels), kind, exif=exif)
+        assert got.size == (16, 32)
+        got = np.asarray(got).astype(int)
+        assert got[:16].min() > 200 and got[16:].max() < 50  # now the upper half
+
+    @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+    def test_damaged_exif_does_not_cost_the_picture(self, tmp_path):
+        got = self.opened(tmp_path, picture(0), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
+        assert got.size == (10, 12)
+
+
+class TestCheck:
+    def test_all_that_is_wrong_with_a_table_is_listed(self, tmp_path, capsys):
+        picture(0).save(tmp_path / "0.png")
+        (tmp_path / "1.png").write_bytes(b"<html>")
+        rows = [
+            ("0.png", "good"),
+            ("0.png", " "),
+            ("9.png", "missing"),
+            ("1.png", "web"),
+            ("0.png",),
+        ]
+        table = write_table(tmp_path, [*rows, ("8.png", "missing too")])
+        assert data_command(["--check", table]) == 1
+        said = capsys.readouterr().out
+        for words in (
+            "line 3: the caption is empty",
+            "line 4: no picture at '9.png'",
+            "line 6: 1 columns where the header has 2",
+            "line 7: no picture at '8.png'",
+            "1.png: the picture does not decode",
+            "1 of 6 samples are good, 5 are not",
+        ):
+            assert words in said
+        with pytest.raises(SystemExit) as end:
+            train_command(["--train-data", table, "--check-data"])
+        assert end.value.code == 1 and "5 are not" in capsys.readouterr().out
+        with pytest.raises(DataError, match="line 3"):  # training itself stops at the first
+            open_dataset(table)
+
+    def test_a_table_without_a_good_row(self, tmp_path, capsys):
+        assert data_command(["--check", write_table(tmp_path, [("9.png", "a")] * 3)]) == 1
+        assert "0 of 3 samples are good" in capsys.readouterr().out
+
+
+class TestEncoding:
+    @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "UTF8", "cp1252"])
+    def test_a_table_in_any_encoding(self, tmp_path, capsys, encoding):
+        picture(0).save(tmp_path / "0.png")
+        table = tmp_path / "t.tsv"
+        table.write_bytes("filepath\ttitle\n0.png\tein Mädchen läuft\n".encode(encoding))
+        assert data_command(["--check", str(table), "--encoding", encoding]) == 0
+        assert "1 of 1 samples are good" in capsys.readouterr().out
+        shards = str(tmp_path / "out")
+        export = ["--export", str(table), "--encoding", encoding, "--out", shards]
+        assert data_command(export) == 0
+        assert open_dataset(shards).captions(0) == ("ein Mädchen läuft",)
+
+    def test_the_remedy_is_named(self, tmp_path, capsys):
+        picture(0).save(tmp_path / "0.png")
+        table = tmp_path / "t.tsv"
+        table.write_bytes("filepath\ttitle\n0.png\tMädchen\n".encode("latin-1"))
+        assert "--encoding, such as latin-1" in refused(str(table), capsys)
+        assert train_command(["--train-data", str(table)]) == 2
+        assert "--encoding, such as latin-1" in capsys.readouterr().err
+        assert data_command(["--check", str(table), "--encoding", "klingon"]) == 2
+        assert "--encoding: expected one that Python knows" in capsys.readouterr().err
+
+    def test_training_reads_such_a_table(self, tmp_path, capsys):
+        picture(0).save(tmp_path / "0.png")
+        table = tmp_path / "t.tsv"
+        rows = "".join(f"0.png\tMädchen {i}\n" for i in range(4))
+        table.write_bytes(f"filepath\ttitle\n{rows}".encode("latin-1"))
+        arguments = ["--train-data", str(table), "--encoding", "latin-1", "--check-data"]
+        with pytest.raises(SystemExit) as end:
+            train_command(arguments)
+        assert end.value.code == 0 and "4 of 4 samples are good" in capsys.readouterr().out
+
+
+def test_long_captions_of_a_table(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(picture(0)))
+    table = tmp_path / "t.csv"
+    table.write_text("filepath\ttitle\na.png\t" + "word " * 20_000)
+    assert len(open_dataset(str(table)).captions(0)[0]) == MAX_CAPTION
+    table.write_text("filepath\ttitle\na.png\t" + "word " * 200_000)
+    with pytest.raises(DataError, match="line 2: field larger than"):
+        open_dataset(str(table))
+
+
+def test_image_bombs_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    (tmp_path / "a.png").write_bytes(encoded(picture(0)))
+    dataset = open_dataset(write_table(tmp_path, [("a.png", "x")]))
+    with pytest.raises(DataError, match=r"a.png: .*decompression bomb.*MAX_IMAGE_PIXELS"):
+        dataset.image(0)
+
+
+def test_emoji_come_back_from_their_shards(tmp_path):
+    emoji = Subset(open_dataset("builtin:emoji"), torch.arange(25))
+    export_shards(emoji, tmp_path / "out", per_shard=10)
+    assert json.loads((tmp_path / "out" / "sizes.json").read_text()) == {
+        "00000.tar": 10, "00001.tar": 10, "00002.tar": 5,
+    }  # fmt: skip
+    back = open_dataset(str(tmp_path / "out" / "{00000..00002}.tar"))
+    assert len(back) == 25
+    for i in (0, 9, 10, 24):
+        assert back.captions(i) == emoji.captions(i)
+        assert same(back.image(i), emoji.image(i))
+        assert back.keys[i].endswith("/" + emoji.keys[i])
+
+
+def test_the_command_writes_and_refuses(tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["--export", "builtin:shapes:5", "--out", str(out), "--image-format", "jpg"]
+    assert data_command(command) == 0
+    assert "--train-data" in capsys.readouterr().out
+    with tarfile.open(out / "00000.tar") as tar:
+        assert len([name for name in tar.getnames() if name.endswith(".jpg")]) == 5
+    first = (out / "00000.tar").read_bytes()
+    assert data_command([*command[:3], str(tmp_path / "again"), *command[4:]]) == 0
+    assert (tmp_path / "again" / "00000.tar").read_bytes() == first
+    assert data_command(command) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert data_command(["--export", "builtin:shapes:5"]) == 2
+    assert "--out" in capsys.readouterr().err

@@ -1,0 +1,369 @@
+"""Metrics against hand-computed cases, plain definitions, scikit-learn and OpenCLIP."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import on_ranks
+
+from protoclip.config import ModelConfig
+from protoclip.evaluate import Encoder, EvalSet, class_prompts, evaluate_features, metrics
+from protoclip.evaluate.datasets import read_templates
+from protoclip.evaluate.tasks import class_features
+from protoclip.model import build_model
+
+linear_model = pytest.importorskip("sklearn.linear_model")
+scores = pytest.importorskip("sklearn.metrics")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def blobs(n=400, d=16, c=6, spread=1.5, seed=0):
+    g = generator(seed)
+    centre = torch.randn(c, d, generator=g)
+    labels = torch.randint(0, c, (n,), generator=g)
+    scale = torch.logspace(-3, 3, d)  # standardising matters
+    return (centre[labels] + spread * torch.randn(n, d, generator=g)) * scale, labels
+
+
+def plain_recall(image, text, caption_image, k):
+    """CLIP_benchmark's definition on the full matrix: a positive among the top k."""
+    scores = F.normalize(text) @ F.normalize(image).T  # [M, N]
+    positive = torch.zeros_like(scores, dtype=torch.bool)
+    positive[torch.arange(len(text)), caption_image] = True
+
+    def share(scores, positive):
+        top = scores.topk(min(k, scores.shape[1]), dim=1).indices
+        return positive.gather(1, top).any(1).double().mean().item()
+
+    return share(scores.T, positive.T), share(scores, positive)
+
+
+def test_retrieval_by_hand():
+    image = torch.eye(3)
+    # Caption 0 and 1 belong to image 0; 2 belongs to image 1 but looks like 2; 3 belongs to 2.
+    text = torch.tensor([[0.0, 1, 0], [1, 0, 0], [0, 0.6, 0.8], [0, 0, 1]])
+    got = metrics.retrieval(image, text, torch.tensor([0, 0, 1, 2]))
+    assert got.image_to_text.tolist() == [1, 2, 1]  # image 1: caption 0 stands before its own
+    assert got.text_to_image.tolist() == [2.5, 1, 2, 1]  # caption 0: image 1, then a tie 0 = 2
+    summary = got.summary(ks=(1, 2))
+    assert summary["text_retrieval_recall@1"] == pytest.approx(2 / 3)
+    assert summary["image_retrieval_recall@1"] == pytest.approx(2 / 4)
+    assert summary["image_retrieval_recall@2"] == pytest.approx(3 / 4)
+    assert summary["text_retrieval_mean_rank"] == pytest.approx(4 / 3)
+    assert summary["text_retrieval_median_rank"] == 1
+
+
+@pytest.mark.parametrize("k", [1, 5, 10, 100])  # 100: more than there are images
+@pytest.mark.parametrize("block", [1, 64, 1 << 24])  # one query at a time, ragged, all at once
+def test_retrieval_equals_definition(monkeypatch, k, block):
+    monkeypatch.setattr(metrics, "BLOCK_ELEMENTS", block)
+    g = generator()
+    image = torch.randn(37, 8, generator=g)
+    owner = torch.cat([torch.arange(37), torch.randint(37, (50,), generator=g)])
+    text = image[owner] + 0.8 * torch.randn(87, 8, generator=g)
+    ranks = metrics.retrieval(image, text, owner)
+    got = ranks.summary(ks=(k,))
+    want = plain_recall(image, text, owner, k)
+    assert got[f"text_retrieval_recall@{k}"] == pytest.approx(want[0], abs=1e-6)
+    assert got[f"image_retrieval_recall@{k}"] == pytest.approx(want[1], abs=1e-6)
+    hits = ranks.hits(k)
+    assert hits[0].mean().item() == pytest.approx(want[0], abs=1e-6)
+    assert hits[1].mean().item() == pytest.approx(want[1], abs=1e-6)
+
+
+def test_retrieval_is_openclips():
+    theirs = pytest.importorskip("open_clip_train.train").get_clip_metrics
+    image, text = torch.randn(2, 90, 16, generator=generator())
+    image, text = F.normalize(image, dim=1), F.normalize(image + 2 * text, dim=1)
+    want = theirs(image, text, torch.tensor(100.0))
+    got = evaluate_features({"A": EvalSet(image, text)}, tasks=("retrieval",)).metrics["A"]
+    for k in (1, 5, 10):
+        ours = got[f"text_retrieval_recall@{k}"], got[f"image_retrieval_recall@{k}"]
+        assert ours[0] == pytest.approx(want[f"image_to_text_R@{k}"], abs=1e-6)
+        assert ours[1] == pytest.approx(want[f"text_to_image_R@{k}"], abs=1e-6)
+
+
+def test_retrieval_edges():
+    same = metrics.retrieval(torch.ones(100, 4), torch.ones(100, 4)).summary()
+    assert same["text_retrieval_recall@10"] == 0  # one point for everything is chance
+    assert same["text_retrieval_median_rank"] == pytest.approx(50.5)
+    empty = metrics.retrieval(torch.zeros(0, 4), torch.zeros(0, 4)).summary()
+    assert all(math.isnan(x) for x in empty.values())
+    one = metrics.retrieval(torch.ones(1, 4), torch.ones(1, 4)).summary()
+    assert one["text_retrieval_recall@1"] == one["image_retrieval_recall@1"] == 1
+    # Image 1 has no caption: found by none.
+    lonely = metrics.retrieval(torch.eye(2), torch.eye(2)[:1], torch.tensor([0]))
+    assert lonely.image_to_text.tolist() == [1, math.inf]
+    broken = torch.eye(2)
+    broken[0] = torch.nan
+    assert metrics.retrieval(broken, torch.eye(2)).image_to_text[0] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "owner", "words"),
+    [
+        (torch.ones(3, 4), torch.ones(6, 4), None, "pass caption_image"),
+        (torch.ones(3, 4), torch.ones(2, 4), torch.tensor([0, 3]), "0..2"),
+        (torch.ones(3, 4), torch.ones(2, 4), torch.tensor([0]), "one label per row"),
+        (torch.ones(3, 4), torch.ones(3, 4).long(), None, "floating-point"),
+    ],
+)
+def test_retrieval_refuses(image, text, owner, words):
+    with pytest.raises(ValueError, match=words):
+        metrics.retrieval(image, text, owner)
+
+
+def test_class_vectors_are_the_renormalised_mean():
+    prompts = torch.tensor([[[2.0, 0], [0, 5.0]], [[0, 1.0], [0, 3.0]]])
+    root = 0.5**0.5
+    torch.testing.assert_close(
+        metrics.class_vectors(prompts), torch.tensor([[root, root], [0, 1.0]])
+    )
+
+
+def test_zero_shot_classifier_is_openclips():
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(add_projection_head=False)).eval()
+    names = ["tench", "great white shark", "toilet paper"]
+    theirs = open_clip.build_zero_shot_classifier(
+        model.clip, model.tokenizer, names, open_clip.OPENAI_IMAGENET_TEMPLATES
+    )  # [D, C]
+    ours = class_features(
+        Encoder(model, torch.device("cpu")),
+        class_prompts("class", names, read_templates("openai")),
+    )
+    torch.testing.assert_close(ours, theirs.T, atol=1e-6, rtol=0)
+    image = torch.randn(20, len(theirs), generator=generator(1))
+    torch.testing.assert_close(metrics.zero_shot_logits(image, ours), F.normalize(image) @ theirs)
+
+
+def test_accuracy_against_sklearn(monkeypatch):
+    g = generator(2)
+    logits = torch.randn(300, 12, generator=g)
+    labels = torch.randint(0, 11, (300,), generator=g)  # class 11 does not occur
+    got = metrics.classify(logits, labels, 12, lambda rows: rows)
+    guess = logits.argmax(1)
+    assert got.acc1 == pytest.approx(scores.accuracy_score(labels, guess))
+    top5 = scores.top_k_accuracy_score(labels, logits, k=5, labels=range(12))
+    assert got.acc5 == pytest.approx(top5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sklearn notes that class 11 is guessed, never true
+        want = scores.balanced_accuracy_score(labels, guess)
+    assert got.mean_per_class_recall == pytest.approx(want)
+    assert got.hits.tolist() == (guess == labels).float().tolist()
+    monkeypatch.setattr(metrics, "BLOCK_ELEMENTS", 64)
+    blocks = metrics.classify(logits, labels, 12, lambda rows: rows)
+    assert torch.equal(blocks.hits, got.hits) and torch.equal(blocks.hits5, got.hits5)
+
+
+def test_accuracy_edges():
+    def accuracy(logits, labels):
+        return metrics.classify(logits, labels, logits.shape[1], lambda rows: rows)
+
+    flat = accuracy(torch.zeros(4, 9), torch.tensor([0, 1, 2, 3]))
+    assert flat.acc1 == 0  # a classifier that cannot tell scores no point for class 0
+    assert math.isnan(accuracy(torch.zeros(0, 9), torch.zeros(0, dtype=torch.long)).acc1)
+    assert math.isnan(accuracy(torch.eye(3), torch.arange(3)).acc5)
+    assert accuracy(torch.full((1, 6), torch.nan), torch.tensor([0])).acc5 == 0
+    with pytest.raises(ValueError, match=r"0..2, found 0..3"):
+        accuracy(torch.eye(3), torch.tensor([0, 1, 3]))
+
+
+@pytest.mark.parametrize("penalty", [1.0, 0.03])
+@pytest.mark.parametrize("block", [64, 1 << 24])
+def test_linear_probe_is_sklearns_minimum(monkeypatch, penalty, block):
+    monkeypatch.setattr(metrics, "BLOCK_ELEMENTS", block)
+    x, y = blobs()
+    logits, chosen = metrics.fit_linear_probe(x, y, 6, penalties=(penalty,))
+    assert chosen == penalty
+    scaled = ((x - x.mean(0)) / x.std(0, correction=0)).double().numpy()
+    want = linear_model.LogisticRegression(C=1 / (penalty * len(x)), tol=1e-10, max_iter=5000)
+    want.fit(scaled, y.numpy())
+    got = torch.softmax(logits(x), dim=1)
+    torch.testing.assert_close(
+        got.double(), torch.from_numpy(want.predict_proba(scaled)), atol=2e-3, rtol=0
+    )
+    assert (got.argmax(1).numpy() == want.predict(scaled)).mean() > 0.995
+
+
+def test_linear_probe_chooses_lambda():
+    x, y = blobs(n=300, d=64, spread=4.0)  # nearly noise: a weak penalty overfits
+    test_x, test_y = x[200:], y[200:]
+    x, y = x[:200], y[:200]
+    chosen, penalty = metrics.fit_linear_probe(x, y, 6)
+    weakest, _ = metrics.fit_linear_probe(x, y, 6, penalties=(1e-4,))
+    assert penalty >= 0.1
+    assert F.cross_entropy(chosen(test_x), test_y) < F.cross_entropy(weakest(test_x), test_y)
+    again, _ = metrics.fit_linear_probe(x, y, 6)
+    assert torch.equal(chosen(test_x), again(test_x))
+
+
+def test_linear_probe_edges():
+    x, y = blobs()
+    x = torch.cat([x, torch.full((len(x), 1), 1e6)], dim=1)
+    logits, _ = metrics.fit_linear_probe(x, y, 8)  # classes 6 and 7 do not occur
+    assert metrics.classify(x, y, 8, logits).acc1 > 0.8
+    assert torch.isfinite(logits(x + 1.0)).all()
+    for rows, labels, classes, words in (
+        (x.masked_fill(x > 0, torch.nan), y, 6, "NaN or infinity"),
+        (x, y, 3, r"0..2"),
+        (x[:1], y[:1], 6, "at least 2 samples"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            metrics.fit_linear_probe(rows, labels, classes)
+
+
+def test_paper_probe_is_plain_sgd_and_takes_the_best_epoch():
+    """Two epochs by hand: torch's SGD on batches in order, the better epoch counts."""
+    image = torch.randn(60, 16, generator=generator())
+    ids = (image[:, 0] > 0).long()
+    got, epoch = metrics.paper_linear_probe(
+        image, ids, image, ids, 2, epochs=2, batch_size=40, seed=3
+    )
+    layer = torch.nn.Linear(16, 2)
+    with torch.no_grad():
+        layer.weight.copy_(0.01 * torch.randn(2, 16, generator=generator(3)))
+        layer.bias.zero_()
+    sgd = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-6)
+    shares = []
+    for lr in (0.1, 0.05):  # half a cosine over two epochs
+        sgd.param_groups[0]["lr"] = lr
+        for rows in torch.arange(60).split(40):
+            sgd.zero_grad()
+            F.cross_entropy(layer(image[rows]), ids[rows]).backward()
+            sgd.step()
+        shares.append(float((layer(image).argmax(1) == ids).double().mean()))
+    assert got.acc1 == pytest.approx(max(shares), abs=1e-6)
+    assert epoch == int(np.argmax(shares)) + 1
+
+
+def test_knn_is_the_weighted_vote_by_cosine():
+    x, y = blobs(n=330, spread=0.7)
+    x = x / torch.logspace(-3, 3, 16)
+    train, query = x[:300], x[300:]
+    got = metrics.fit_knn(train, y[:300], 7, k=7, temperature=0.1)(query)  # class 6 does not occur
+    cosine, nearest = (F.normalize(query) @ F.normalize(train).T).topk(7, dim=1)
+    want = torch.zeros(30, 7).scatter_add_(1, y[nearest], torch.softmax(cosine / 0.1, dim=1))
+    torch.testing.assert_close(got.float(), want, atol=1e-5, rtol=0)
+
+
+def test_knn_edges():
+    x, y = torch.eye(3), torch.arange(3)
+    vote = metrics.fit_knn(x, y, 4, k=50)  # fewer samples than neighbours
+    assert vote(x).argmax(1).tolist() == [0, 1, 2] and vote(x).shape == (3, 4)
+    assert vote(x[:0]).shape == (0, 4)
+    with pytest.raises(ValueError, match=r"0..1"):
+        metrics.fit_knn(x, y, 2)
+
+
+def test_group_scores_are_means_over_seeds_on_the_sphere():
+    g = generator(5)
+    labels = torch.arange(120) % 3
+    length = torch.logspace(-2, 2, 120)[:, None]  # only directions tell the groups apart
+    x = length * (torch.eye(8)[labels] + 0.05 * torch.randn(120, 8, generator=g))
+    assert metrics.group_scores(x, labels + 4) == pytest.approx(dict(ari=1, ami=1, nmi=1))
+    noise = torch.randn(120, 8, generator=g)
+    each = [metrics.group_scores(noise, labels, seeds=(seed,)) for seed in (0, 1, 2)]
+    mean = {name: sum(one[name] for one in each) / 3 for name in each[0]}
+    got = metrics.group_scores(noise, labels)
+    assert got == pytest.approx(mean) and abs(got["ari"]) < 0.1 and abs(got["ami"]) < 0.1
+
+
+def test_geometry_by_hand():
+    image = torch.tensor([[2.0, 0], [0, 3.0]])
+    text = torch.tensor([[0, 1.0], [0, 1.0]])
+    # means (.5, .5) and (0, 1); distances sqrt(2) and 0
+    assert metrics.modality_gap(image, text) == pytest.approx(0.5**0.5)
+    assert metrics.alignment(image, text) == pytest.approx(1.0)
+    assert metrics.uniformity(image) == pytest.approx(-4.0)  # |x - y|^2 = 2, t = 2
+    assert metrics.uniformity(text) == pytest.approx(0.0, abs=1e-6)
+    assert math.isnan(metrics.uniformity(text[:1]))
+
+
+def test_uniformity_by_blocks(monkeypatch):
+    x = torch.randn(53, 6, generator=generator(3), dtype=torch.float64)
+    want = torch.nn.functional.pdist(F.normalize(x)).square().mul(-2).exp().mean().log()
+    assert metrics.uniformity(x) == pytest.approx(float(want), abs=1e-12)
+    monkeypatch.setattr(metrics, "BLOCK_ELEMENTS", 53 * 7)  # 7 rows at a time, 53 = 7 * 7 + 4
+    assert metrics.uniformity(x) == pytest.approx(float(want), abs=1e-12)
+
+
+def bootstrap(values, classes=None, **options):
+    return metrics.bootstrap_intervals({"": metrics.Sampled(values, classes)}, **options)[""]
+
+
+def test_bootstrap():
+    g = generator(4)
+    x = (torch.rand(400, generator=g) < 0.3).float()
+    low, high = bootstrap(x)
+    assert (low, high) == bootstrap(x)
+    spread = 1.96 * (x.var() / 400).sqrt().item()  # what the normal approximation says
+    assert x.mean().item() - low == pytest.approx(spread, rel=0.15)
+    assert high - x.mean().item() == pytest.approx(spread, rel=0.15)
+    # The same samples, a few of them better: pairing sees it, separate intervals would not.
+    y = torch.maximum(x, (torch.rand(400, generator=g) < 0.05).float())
+    paired = bootstrap(y - x)
+    assert paired[0] > 0 and paired[1] - paired[0] < (high - low) / 2
+    assert all(map(math.isnan, bootstrap(torch.zeros(0))))
+
+
+def test_bootstrap_of_a_mean_per_class_recall(monkeypatch):
+    """Against scikit-learn on each resample; in blocks of resamples as at once."""
+    g = generator(6)
+    labels = torch.randint(0, 7, (60,), generator=g)
+    labels[labels == 6] = 5  # a class that does not occur, and a rare one
+    labels[:2] = 6
+    guesses = torch.where(torch.rand(60, generator=g) < 0.6, labels, (labels + 1) % 7)
+    hits = (guesses == labels).float()
+    samples = {"recall": metrics.Sampled(hits, labels), "acc": metrics.Sampled(hits)}
+    got = metrics.bootstrap_intervals(samples, resamples=40, seed=3)
+    draws = torch.randint(60, (40, 60), generator=generator(3))
+
+    def recall(rows):
+        y = labels[rows]
+        return scores.recall_score(y, guesses[rows], labels=y.unique(), average="macro")
+
+    means = torch.tensor([recall(rows) for rows in draws])
+    ends = means.double().quantile(torch.tensor([0.025, 0.975]).double())
+    assert got["recall"] == pytest.approx(tuple(ends.tolist()))
+    assert got["acc"] == bootstrap(hits, resamples=40, seed=3)
+    monkeypatch.setattr(metrics, "DRAWS_AT_ONCE", 60 * 7)
+    again = metrics.bootstrap_intervals(samples, resamples=40, seed=3)
+    assert again["recall"] == pytest.approx(got["recall"])
+
+
+def on_a_rank():
+    """Encode texts on one of the ranks; returns them and the progress it was told."""
+    from protoclip import distributed
+    from protoclip.launchers import find_place
+
+    cpu = torch.device("cpu")
+    distributed.start(find_place(), cpu, 60.0)
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(add_projection_head=False))
+    found = []
+    for count in (1, 2, 7):
+        told = []
+        encoder = Encoder(model, cpu, batch_size=2, progress=told.append, sharded=True)
+        rows = encoder.texts([f"text {i}" for i in range(count)])
+        found.append((rows.numpy(), sum(told)))
+    distributed.stop()
+    return found
+
+
+def test_ranks_encode_slices_and_share_the_rows():
+    """All have all rows, and each one's progress reaches their number."""
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(add_projection_head=False))
+    whole = Encoder(model, torch.device("cpu")).texts([f"text {i}" for i in range(7)])
+    for one in on_ranks(2, on_a_rank):
+        assert [told for _, told in one] == [1, 2, 7]
+        for rows, told in one:
+            torch.testing.assert_close(torch.from_numpy(rows), whole[:told])

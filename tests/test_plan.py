@@ -1,0 +1,150 @@
+"""The plan beside processes that take real steps, and its sums by hand."""
+
+import gc
+import itertools
+import json
+
+import pytest
+import torch
+from ranks import on_ranks
+
+from protoclip import distributed
+from protoclip.launchers import find_place
+from protoclip.plan import Shape, build_run, main, measure_shape, memory
+
+CLUSTERS, SAMPLES, TEACHER = 2000, 100_000, 32
+
+
+def peak_of_steps(batch_size):
+    """Bytes of all tensors at the worst moment of building a model and taking two steps, counted
+    by the allocator: what is resident also depends on the kernel and on what ran before."""
+    distributed.start(find_place(), torch.device("cpu"), 60)
+    steps(4)  # fills caches, which are no part of the model
+    gc.collect()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        steps(batch_size)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    distributed.barrier()
+    distributed.stop()
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+def steps(batch_size):
+    """Build a model and an episode's tensors, and take two steps."""
+    from protoclip.config import LossConfig, ModelConfig, OptimConfig
+    from protoclip.data import Batch
+    from protoclip.losses import ProtoLoss
+    from protoclip.model import autocast_for, build_model
+    from protoclip.prototypes import Clustering, Episode, PrototypeSet
+    from protoclip.training.engine import Optimiser
+    from protoclip.training.phases import Phases
+    from protoclip.training.stepper import Stepper
+
+    cpu = torch.device("cpu")
+    model = build_model(ModelConfig())
+    optimiser = Optimiser(model, OptimConfig(), "fp32")
+    stepper = Stepper(
+        model, ProtoLoss(LossConfig()), optimiser, autocast_for("fp32", cpu), Phases(cpu), cpu
+    )
+    dim = model.image_head[-1].out_features
+    tables = {name: torch.randint(CLUSTERS, (SAMPLES,)) for name in ("image", "text", "teacher")}
+    held = [torch.randn(SAMPLES, TEACHER)]
+    held.append(torch.randn(SAMPLES // distributed.world_size(), 2 * dim + 2))
+    counts = torch.ones(CLUSTERS, dtype=torch.int64)
+    clusterings = {
+        name: Clustering(torch.randn(CLUSTERS, dim), labels, counts)
+        for name, labels in tables.items()
+    }
+    pairs = [("text", "image"), ("image", "text"), ("teacher", "image"), ("teacher", "text")]
+    sets = [
+        PrototypeSet(
+            source, student, clusterings[source], torch.randn(CLUSTERS, dim),
+            torch.randn(CLUSTERS, dim), False,
+        )
+        for source, student in pairs
+    ]  # fmt: skip
+    episode = Episode(tuple(sets))
+    for _ in range(2):
+        index = torch.randint(SAMPLES, (batch_size,))
+        pixels = torch.randn(batch_size, 3, model.image_size, model.image_size)
+        tokens = torch.randint(1, 49000, (batch_size, model.clip.context_length))
+        tokens[:, -1] = 49407  # captions that fill the context, as the plan assumes
+        stepper.step([Batch(index, pixels, tokens)], episode, True)
+    assert len(held) == 2  # until here
+
+
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 64), (2, 32), (4, 16)])
+def test_memory_is_within_15_percent(ranks, batch):
+    run = run_of(
+        "--device", "cpu", "--batch-size", batch, "--ranks", ranks, "--samples", SAMPLES,
+        "--k", CLUSTERS, "--external-teacher", "f.npy", "--external-teacher-dim", TEACHER,
+    )  # fmt: skip
+    parts = memory(measure_shape(run), run)
+    predicted = sum(parts.values())
+    for measured in on_ranks(ranks, peak_of_steps, batch):
+        print(
+            f"{ranks} ranks: predicted {predicted / 2**20:.1f} MiB, measured {measured / 2**20:.1f}"
+        )
+        assert predicted == pytest.approx(measured, rel=0.15), parts
+
+
+def run_of(*flags):
+    return build_run([str(flag) for flag in flags])[0]
+
+
+def saved(*flags):
+    run = run_of("--device", "cpu", "--method", "clip", *flags)
+    return memory(measure_shape(run), run)["saved for backward"]
+
+
+def test_settings_of_the_towers_count():
+    plain = saved()
+    assert saved("--grad-checkpointing") < 0.6 * plain
+    assert 0.4 * plain < saved("--precision", "amp_bf16") < 0.7 * plain
+    assert saved("--lock-image") < plain
+
+
+def test_parts_by_hand():
+    run = run_of(
+        "--batch-size", 6, "--accum-freq", 2, "--ranks", 4, "--samples", 1000, "--k", 10,
+        "--episode-size", 240, "--external-teacher-dim", 5, "--precision", "amp_bf16",
+    )  # fmt: skip
+    assert (run.local_batch, run.global_batch, run.prototype_sets) == (12, 48, 4)
+    shape = Shape(
+        weights=1000, trained=800, largest_weight=9, embed_dim=8, projection_dim=4,
+        buffers_bytes=32, batch_bytes=10, saved_bytes=100, saved_fixed_bytes=7,
+    )  # fmt: skip
+    assert memory(shape, run) == {
+        "weights": 4032,
+        "gradients": 3200,
+        "optimiser (AdamW)": 6400,
+        "saved for backward": 607,
+        "batch": 120,
+        "features of the step": 4 * 12 * 8 * 4,
+        "gathered features": 48 * 8 * (2 + 4),
+        "InfoNCE scratch": 256 << 20,
+        "prototypes and targets": 10 * (2 * 4 * 4 + 4 + 4 + 5) * 4,
+        "prototype gradients": 4 * 12 * 4 * 4,
+        "labels": 3 * 1000 * 8,
+        "feature store": 60 * (2 * 4 * 4 + 8),
+        "teacher": 1000 * 5 * 4,
+    }
+
+
+def test_the_command_takes_trains_flags(capsys):
+    assert main(["--preset", "paper-cc3m-8gpu", "--ranks", "8", "--samples", "2500000"]) == 0
+    said = capsys.readouterr().out
+    assert "64 x 1 passes x 8 ranks; 391 steps an episode of 200,000" in said
+    assert main(["--episode-size", "512", "--json"]) == 0
+    sizes = json.loads(capsys.readouterr().out)
+    assert sizes["global_batch"] == 256 and sizes["memory_bytes"]["weights"] > 1e6
+    for flags, words in (
+        (["--ranks", "0"], "--ranks: expected at least 1"),
+        (["--k", "600", "--episode-size", "512"], "--k: expected at most --episode-size 512"),
+        (["--model", "no-such"], "--model: OpenCLIP knows no model 'no-such'"),
+    ):
+        assert main(flags) == 2
+        assert words in capsys.readouterr().err
