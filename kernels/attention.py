@@ -130,7 +130,7 @@ def attend(
     stride_q_n, stride_q_d, stride_k_n, stride_k_d, stride_v_n, stride_v_d,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, VALUES: tl.constexpr, BEST: tl.constexpr,
-    EXPECT: tl.constexpr, HARD: tl.constexpr,
+    EXPECT: tl.constexpr, HARD: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows against one slice of one bank. VALUES: "none", "keys" (v = k) or "own"."""
     first_row = row_block.to(tl.int64) * BLOCK_N
@@ -147,15 +147,17 @@ def attend(
     per_slice = tl.cdiv(tl.cdiv(k_count, BLOCK_K), slices) * BLOCK_K
     begin = slice_index * per_slice
     end = tl.minimum(begin + per_slice, k_count)
-    whole = tl.maximum(begin, begin + (end - begin) // BLOCK_K * BLOCK_K)
+    whole = end
+    if PEEL:
+        whole = tl.maximum(begin, begin + (end - begin) // BLOCK_K * BLOCK_K)
     for start in range(begin, whole, BLOCK_K):
         row_max, row_sum, best, expected, acc = _step(
             q, q_ptr, i, used, stride_q_n, stride_q_d, k_ptr, stride_k_n, stride_k_d,
             v_ptr, v_columns, stride_v_n, stride_v_d, start, k_count, d, dv, sign, step,
             row_max, row_sum, best, expected, acc,
-            BLOCK_K, BLOCK_D, WHOLE_D, EVEN_D, VALUES, BEST, EXPECT, False,
+            BLOCK_K, BLOCK_D, WHOLE_D, EVEN_D, VALUES, BEST, EXPECT, not PEEL,
         )  # fmt: skip
-    if whole < end:  # only the last tile has keys to mask
+    if PEEL and whole < end:  # only the last tile has keys to mask
         row_max, row_sum, best, expected, acc = _step(
             q, q_ptr, i, used, stride_q_n, stride_q_d, k_ptr, stride_k_n, stride_k_d,
             v_ptr, v_columns, stride_v_n, stride_v_d, whole, k_count, d, dv, sign, step,
@@ -197,7 +199,7 @@ def attention_kernel(
     BANKS: tl.constexpr, HARD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, VALUES: tl.constexpr, BEST: tl.constexpr,
-    EXPECT: tl.constexpr,
+    EXPECT: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles, slices, banks); HARD: bit b set where bank b has hard labels."""
     slice_index = tl.program_id(1)
@@ -214,5 +216,5 @@ def attention_kernel(
                 stride_q_n, stride_q_d, strides_k_n[b], strides_k_d[b],
                 strides_v_n[b], strides_v_d[b],
                 BLOCK_N, BLOCK_K, BLOCK_D, BLOCK_DV,
-                WHOLE_D, EVEN_D, VALUES, BEST, EXPECT, (HARD >> b) & 1,
+                WHOLE_D, EVEN_D, VALUES, BEST, EXPECT, (HARD >> b) & 1, PEEL,
             )  # fmt: skip

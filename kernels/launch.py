@@ -123,6 +123,11 @@ ATTENTION: dict[int, dict[int, Launch]] = {
     },
 }
 ATTENTION[89] = ATTENTION[80]
+# With the nearest prototype and the gradient of the scale the larger tile does not fit.
+ATTENTION_FULL = {
+    (90, 128): Launch(64, 64, 128, warps=4, stages=3, ctas_per_sm=2),
+    (90, 256): Launch(64, 32, 256, warps=4, stages=3, ctas_per_sm=2),
+}
 WIDEST_ATTENTION = 256
 # Logits by chunks of D: statistics alone, and tiles of weights.
 CHUNKED: dict[int, Launch] = {
@@ -203,11 +208,15 @@ def choose(kernel: str, x: Tensor, y: Tensor) -> Launch:
     return HALF_ANY[kernel]
 
 
-def attention_row(device: torch.device, d: int) -> Launch:
-    """The row of the one-pass form for rows of ``d`` <= WIDEST_ATTENTION columns."""
+def attention_row(device: torch.device, d: int, full: bool) -> Launch:
+    """The row of the one-pass form for rows of ``d`` <= WIDEST_ATTENTION columns; ``full`` where
+    the nearest key and the gradient of the scale are asked for."""
     arch = architecture(device)
     rows = ATTENTION[arch or min(CARDS)]
-    row = rows[min(width for width in rows if width >= d)]
+    width = min(width for width in rows if width >= d)
+    row = rows[width]
+    if full:
+        row = ATTENTION_FULL.get((arch or 0, width), row)
     return row if arch else Launch(32, 32, row.block_d, warps=4, stages=1)
 
 

@@ -194,11 +194,13 @@ def attend(
     dv = values[0].shape[1] if values else 0
     widest = max(d, dv)
     if values:
-        tile = launch.attention_row(q.device, widest)
+        tile = launch.attention_row(q.device, widest, best and expect)
     else:
         tile = launch.chunked_row(q.device, q.dtype)
     row_tiles = triton.cdiv(n, tile.block_n)
     key_tiles = triton.cdiv(max(len(k) for k in keys), tile.block_m)
+    # A tail of its own costs registers, which only Hopper's one-pass rows have to spare.
+    peel = bool(values) and launch.architecture(q.device) in (None, 90)
     slots = launch.cores(q.device) * tile.ctas_per_sm
     slices = key_slices(row_tiles * banks, key_tiles, slots)
     row = q.new_empty((banks, slices, n), dtype=torch.float32)
@@ -220,7 +222,8 @@ def attend(
             BANKS=banks, HARD=hard,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_m, BLOCK_D=tile.block_d,
             BLOCK_DV=tile.block_d if values else 16, WHOLE_D=bool(values),
-            EVEN_D=bool(values) and d == tile.block_d, VALUES=which, BEST=best, EXPECT=expect,
+            EVEN_D=bool(values) and d == tile.block_d, VALUES=which,
+            BEST=best, EXPECT=expect, PEEL=peel,
             **tile.options,
         )  # fmt: skip
     return parts
