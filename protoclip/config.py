@@ -307,7 +307,7 @@ class RunConfig:
         choices=("auto", "nccl", "gloo"),
     )
     dist_timeout: float = option(
-        1800.0, "seconds to wait for another process before naming it and ending", low=1
+        1800.0, "seconds that a process waits for another before it ends with an error", low=1
     )
     log_every_n_steps: int = option(1, "lines of metrics.jsonl, points of the curves", low=1)
     val_frequency: float = option(

@@ -342,10 +342,10 @@ def test_bootstrap_of_a_mean_per_class_recall(monkeypatch):
 def on_a_rank(folder):
     """Encode texts on one of the ranks; returns them and the progress it was told."""
     from protoclip import distributed
-    from protoclip.launchers import find_place
+    from protoclip.distributed import find_rank
 
     cpu = torch.device("cpu")
-    distributed.start(find_place(), cpu, 60.0)
+    distributed.start(find_rank(), cpu, 60.0)
     torch.manual_seed(0)
     model = build_model(ModelConfig(add_projection_head=False))
     cache = FeatureCache(model.clip)

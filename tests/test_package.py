@@ -17,16 +17,17 @@ ROOT = Path(protoclip.__file__).parent
 # A module imports from its own row or rows above it. The order is the data flow.
 LAYERS = [
     ["ops"],
-    ["config", "distributed", "launchers", "heartbeat", "checkpoint"],
+    ["config", "distributed", "checkpoint"],
     ["kmeans"],
     ["data"],
-    ["model", "openclip_runs", "commands"],
+    ["model", "openclip_runs"],
     ["prototypes", "teacher"],
     ["losses"],
-    ["metrics"],
+    ["step"],
     ["evaluate"],
     ["report"],
-    ["training"],
+    ["run_folder"],
+    ["schedule"],
     ["train", "openclip", "export", "plan"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -222,31 +222,30 @@ def write_metrics(path, steps):
     path.write_text("\n".join(lines))
 
 
+def drawn(**runs):
+    return {chart.title: chart.lines for chart in figures.charts(figures.CURVES, runs)}
+
+
 def test_series_and_charts(tmp_path):
     write_metrics(tmp_path / "metrics.jsonl", 3)
     series = figures.read_series(tmp_path / "metrics.jsonl")
     assert series["loss"] == ([0, 1, 2], pytest.approx([5, 5 - 1 / 3, 5 - 2 / 3]))
     assert "note" not in series and "flag" not in series and "step" not in series
-    charts = {chart.title: chart.lines for chart in figures.curves({"a": series})}
+    charts = drawn(a=series)
     assert list(charts) == ["Loss (nats)", "Recall at 5", "Logit scale", "Learning rate"]
     # The total would flatten the terms.
     assert [line.label for line in charts["Loss (nats)"]] == ["contrastive loss"]
     assert [line.label for line in charts["Recall at 5"]] == ["HO image → text"]
-    two = figures.curves({"a": {"loss": ([1], [2.0])}, "b": {"loss": ([1, 2], [3.0, 4.0])}})
-    assert [(line.label, line.dashed) for line in two[0].lines] == [
-        ("loss · a", False), ("loss · b", True),
-    ]  # fmt: skip
-
-
-def test_long_series_are_thinned_and_bad_values_left_out():
-    values = [1.0, float("nan"), float("inf"), *[3.0] * 1000]
-    (chart,) = figures.curves({"a": {"loss": (list(range(1003)), values)}})
-    assert len(chart.lines[0].values) <= 240 and max(chart.lines[0].values) == 3
-    assert figures.curves({"a": {"loss": ([1, 2], [float("nan")] * 2)}}) == []
+    values = [1.0, float("nan"), float("inf"), *[3.0] * 1000]  # thinned, bad values left out
+    two = drawn(a={"a_loss": ([1], [2.0])}, b={"a_loss": (list(range(1003)), values)})
+    first, second = two["Loss (nats)"]
+    assert (first.label, first.dashed) == ("a loss · a", False) and second.dashed
+    assert len(second.values) <= 240 and max(second.values) == 3
+    assert drawn(a={"a_loss": ([1, 2], [float("nan")] * 2)}) == {}
 
 
 def test_svg_has_named_colours_and_the_same_bytes_twice():
-    chart = figures.Chart("t", [figures.Line("a", [0, 1], [0.0, 2.0])])
+    chart = figures.Chart("t", "a", lines=[figures.Line("a", [0, 1], [0.0, 2.0])])
     svg = figures.chart_svg(chart)
     assert svg == figures.chart_svg(chart) and svg.startswith("<svg")
     assert "var(--c0)" in svg and "var(--muted)" in svg and "<text" in svg

@@ -10,8 +10,8 @@ from PIL import Image
 
 from protoclip import checkpoint
 from protoclip.config import ModelConfig
-from protoclip.distributed import seed_everything
 from protoclip.model import build_model
+from protoclip.step import seed_everything
 from protoclip.train import main
 
 SMALL = ["--train-data", "builtin:shapes:600", "--batch-size", "64", "--report-to", "none"]

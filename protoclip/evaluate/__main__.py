@@ -16,8 +16,7 @@ import open_clip
 import torch
 from tqdm import tqdm
 
-from protoclip import checkpoint, heartbeat
-from protoclip.commands import on_all_ranks, quietly
+from protoclip import checkpoint
 from protoclip.config import (
     PRECISIONS,
     ModelConfig,
@@ -27,7 +26,14 @@ from protoclip.config import (
     from_dict,
     output_file,
 )
-from protoclip.distributed import is_main, world_size
+from protoclip.distributed import (
+    find_rank,
+    is_main,
+    quiet_beside_main,
+    run_command,
+    start,
+    world_size,
+)
 from protoclip.evaluate.datasets import Layout, open_layout
 from protoclip.evaluate.results import Results, format_table, read_results, write_results
 from protoclip.evaluate.tasks import (
@@ -42,7 +48,6 @@ from protoclip.evaluate.tasks import (
     impossible,
     peak_memory_bytes,
 )
-from protoclip.launchers import find_place
 from protoclip.model import (
     ProtoModel,
     autocast_for,
@@ -58,7 +63,7 @@ the JSON that CLIP_benchmark writes."""
 DATA = """data: builtin:emoji | builtin:shapes[:N] | a folder of class folders (ImageFolder), also
 below train/ and test/ | a .csv or .tsv | webdataset shards with captions. Without a train split,
 probes learn from 80 % of the pictures and are judged on 20 %."""
-TIMEOUT = 3600.0  # seconds a rank waits for the slowest slice, or for a sign of life
+TIMEOUT = 3600.0  # seconds that a rank waits for the slowest slice
 RANDOM = "random"
 WEIGHTS = ("local-dir:", "hf-hub:")  # names that bring their weights
 COLUMNS = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")
@@ -194,7 +199,6 @@ def run(args: argparse.Namespace) -> None:
     precision = choose_precision(args.precision, device)
     loaded.model.to(device)
     took = time.perf_counter() - started
-    heartbeat.enter("evaluation")
     cache = None
     if not args.no_cache:
         cache = FeatureCache(loaded.model.clip, f"{precision} {loaded.model.preprocess()}")
@@ -319,18 +323,14 @@ def _output(args: argparse.Namespace) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake ends it with one line and status 2."""
 
-    try:
-        place = find_place()
-        with quietly(place):
+    def work() -> None:
+        info = find_rank()
+        with quiet_beside_main(info):
             args = build_parser().parse_args(argv)
-        if place.world_size > 1:
-            where = place, args.device, TIMEOUT, "auto"
-            return on_all_ranks(lambda: run(args), *where, PROG, "start it again")
+        start(info, choose_device(args.device), TIMEOUT)
         run(args)
-    except (ValueError, OSError) as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(work, PROG)
 
 
 if __name__ == "__main__":

@@ -104,8 +104,8 @@ def render(runs: Sequence[Run]) -> str:
             before=runs[0].before if len(runs) == 1 else None,
             change=reading.change,
             headline=reading.HEADLINE,
-            curves=figures.curves(series),
-            churn=figures.churn(series),
+            curves=figures.charts(figures.CURVES, series),
+            churn=figures.charts(figures.CHURN, series),
         )
     except jinja2.TemplateError as error:
         raise TypeError(str(error)) from error
