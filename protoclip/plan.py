@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from protoclip.config import TrainConfig, build_parser, parse_more
 from protoclip.model import ProtoModel, build_model
+from protoclip.train import teacher_spec
 
 PROG = "python -m protoclip.plan"
 DESCRIPTION = (
@@ -28,6 +29,7 @@ DESCRIPTION = (
 FP32, INT64 = 4, 8
 GPU_SCRATCH, CPU_SCRATCH = 256 << 20, 64 << 20  # of the fused kernels, at most
 DDP_BUCKET = 25 << 20
+MINILM_DIM = 384  # of a teacher whose features are all kept
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,8 @@ class PlannedRun:
     @property
     def teacher_dim(self) -> int:
         """Width of the external teacher's features; 0: there is none."""
-        spec, weights = self.config.episode.external_teacher, self.config.loss
-        if self.config.method != "protoclip" or weights.w_proto_external + weights.w_distill == 0:
-            return 0
-        if spec == "none" or (
-            spec == "auto" and not self.config.data.train_data.startswith("builtin:")
-        ):
-            return 0
-        return self.config.episode.external_teacher_dim or 384  # MiniLM's, where all are kept
+        spec, _ = teacher_spec(self.config)
+        return (self.config.episode.external_teacher_dim or MINILM_DIM) if spec else 0
 
     @property
     def external(self) -> bool:

@@ -35,7 +35,13 @@ from protoclip.distributed import (
     world_size,
 )
 from protoclip.evaluate.datasets import Layout, open_layout
-from protoclip.evaluate.results import Results, format_table, read_results, write_results
+from protoclip.evaluate.results import (
+    Results,
+    format_table,
+    read_results,
+    write_records,
+    write_results,
+)
 from protoclip.evaluate.tasks import (
     PROTOCOLS,
     TASKS,
@@ -237,7 +243,7 @@ def run(args: argparse.Namespace) -> None:
     timing = earlier.get("seconds") or {"loading": took, "evaluation": after.seconds}
     peak = earlier.get("peak_memory_bytes") or peak_memory_bytes(device)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_results(
+    own = write_results(
         output,
         after,
         before,
@@ -246,8 +252,8 @@ def run(args: argparse.Namespace) -> None:
         pretrained=loaded.pretrained,
         timing=timing,
         peak_memory_bytes=peak,
-        record_folder=output.parent / "clip_benchmark",
     )
+    write_records(output.parent / "clip_benchmark", own)
     table = format_table(before, after, timing, peak_memory_bytes=peak)
     ranks = f" on {world_size()} ranks" if world_size() > 1 else ""
     notes.append(f"Evaluated in {after.seconds:.1f} s{ranks}, written to {output}")

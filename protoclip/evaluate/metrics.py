@@ -285,12 +285,11 @@ def paper_linear_probe(
     *,
     epochs: int = 100,
     batch_size: int = 1024,
-    lr: float = 0.1,
     seed: int = 0,
 ) -> tuple[Accuracy, int]:
     """The linear probe of ProtoCLIP's authors: SGD on the features, the *best test epoch* counts.
 
-    Momentum 0.9, weight decay 1e-6, cosine to 0 by epoch, batches in the given order (the authors'
+    Rate 0.1, momentum 0.9, weight decay 1e-6, cosine to 0 by epoch, batches in the given order (the authors'
     loader does not shuffle, so data sorted by class arrives class by class). Choosing the epoch on
     the test set flatters: use ``fit_linear_probe`` for numbers of your own.
 
@@ -310,7 +309,7 @@ def paper_linear_probe(
     weight = (0.01 * torch.randn(num_classes, x.shape[1], generator=random)).to(x.device)
     bias = torch.zeros(num_classes, device=x.device)
     optimizer = torch.optim.SGD(
-        [weight.requires_grad_(), bias.requires_grad_()], lr=lr, momentum=0.9, weight_decay=1e-6
+        [weight.requires_grad_(), bias.requires_grad_()], lr=0.1, momentum=0.9, weight_decay=1e-6
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=0)
     best: tuple[Accuracy, int] | None = None

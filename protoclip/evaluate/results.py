@@ -144,8 +144,7 @@ def write_results(
     pretrained: str,
     timing: Mapping[str, float] | None = None,
     peak_memory_bytes: int | None = None,
-    record_folder: str | os.PathLike[str] | None = None,
-) -> None:
+) -> list[dict[str, Any]]:
     """Write ``results.json``, whole or not at all; values that are not finite become null.
 
     Args:
@@ -154,7 +153,8 @@ def write_results(
         data: the evaluated data, e.g. "builtin:emoji".
         model: OpenCLIP's model name.
         pretrained: the checkpoint.
-        record_folder: where CLIP_benchmark's own files go; None: nowhere.
+    Returns:
+        CLIP_benchmark's records, which are part of the file.
     """
     own = records(after, data, model, pretrained)
     content = {
@@ -168,8 +168,7 @@ def write_results(
         "clip_benchmark": _finite(own),
     }
     write_atomic(Path(path), json.dumps(content, indent=1, allow_nan=False) + "\n")
-    if record_folder is not None:
-        write_records(record_folder, own)
+    return own
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:

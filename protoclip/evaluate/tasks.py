@@ -545,9 +545,7 @@ def evaluate_model(
     data: str = "builtin:emoji",
     *,
     tasks: Collection[str] = TASKS,
-    protocol: str = "heldout",
     device: torch.device | None = None,
-    batch_size: int = 256,
     workers: int = 0,
     autocast: Autocast = nullcontext,
     progress: Callable[[int], None] | None = None,
@@ -559,9 +557,8 @@ def evaluate_model(
     Args:
         model: stays as it is, where it is.
         data, tasks: as in ``encode_sets``.
-        protocol: as in ``evaluate_features``.
         device: where the model is; None: look.
-        batch_size, workers: of encoding.
+        workers: processes that read pictures.
         autocast: makes the context of each forward pass.
         progress: told the number of rows (images or texts) after each batch.
         keep: takes the encoded sets, by name.
@@ -570,13 +567,15 @@ def evaluate_model(
     started = time.perf_counter()
     place = device or next(model.parameters()).device
     several = is_distributed()
-    encoder = Encoder(model, place, batch_size, workers, autocast, progress, sharded=several)
+    encoder = Encoder(
+        model, place, workers=workers, autocast=autocast, progress=progress, sharded=several
+    )
     sets, train = encode_sets(encoder, data, tasks=tasks, **options)
     if keep is not None:
         keep.update(sets)
     results = Results({})
     if is_main():
-        results = evaluate_features(sets, train, tasks=tasks, protocol=protocol)
+        results = evaluate_features(sets, train, tasks=tasks)
     return dataclasses.replace(results, seconds=time.perf_counter() - started)
 
 
