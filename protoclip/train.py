@@ -30,6 +30,7 @@ from protoclip.config import TrainConfig, build_parser, parse, to_dict
 from protoclip.data import (
     Batch,
     DataError,
+    Draws,
     PairDataset,
     Subset,
     batches,
@@ -399,16 +400,13 @@ class Trainer:
         data = self.config.data
         return batches(
             self.dataset,
-            draws,
+            Draws(draws, seed, start, numbers),
             self.config.optim.batch_size,
             self.transform,
             self.model.short_tokenizer,
-            seed=seed,
             workers=data.workers,
             captions=data.captions,
-            start=start,
             faults=self.faults,
-            numbers=numbers,
         )
 
     def _build_episode(self, number: int, samples: Tensor, bar: tqdm) -> Episode:
@@ -827,12 +825,9 @@ class Evaluation:
             return evaluate_model(
                 model,
                 self.data,
+                encoder=replace(self.encoder(model, is_distributed()), progress=bar.update),
                 seed=arguments.pop("seed"),
                 captions="first" if self.data.startswith("builtin:") else "all",
-                device=self.setup.device,
-                workers=self.setup.config.data.workers,
-                autocast=autocast_for(self.setup.precision, self.setup.device),
-                progress=bar.update,
                 open_kwargs=arguments,
                 keep=self.kept,
             )

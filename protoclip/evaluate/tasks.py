@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from protoclip.data import (
     DataError,
+    Draws,
     Labels,
     PairDataset,
     batches,
@@ -189,11 +190,10 @@ class Encoder:
         def encode(rows: range) -> Tensor:
             stream = batches(
                 dataset,
-                torch.arange(rows.start, rows.stop),
+                Draws(torch.arange(rows.start, rows.stop), seed=0),
                 self.batch_size,
                 eval_transform(m),
                 m.short_tokenizer,
-                seed=0,
                 workers=self.workers,
                 captions="first",
             )
@@ -542,13 +542,11 @@ def _score(
 
 def evaluate_model(
     model: ProtoModel,
-    data: str = "builtin:emoji",
+    data: str | Layout = "builtin:emoji",
     *,
+    encoder: Encoder | None = None,
     tasks: Collection[str] = TASKS,
-    device: torch.device | None = None,
-    workers: int = 0,
-    autocast: Autocast = nullcontext,
-    progress: Callable[[int], None] | None = None,
+    protocol: str = "heldout",
     keep: dict[str, EvalSet] | None = None,
     **options: Any,
 ) -> Results:
@@ -557,25 +555,22 @@ def evaluate_model(
     Args:
         model: stays as it is, where it is.
         data, tasks: as in ``encode_sets``.
-        device: where the model is; None: look.
-        workers: processes that read pictures.
-        autocast: makes the context of each forward pass.
-        progress: told the number of rows (images or texts) after each batch.
+        encoder: of the model; None: in fp32, on all ranks, where the model is.
+        protocol: as in ``evaluate_features``.
         keep: takes the encoded sets, by name.
         options: ``split``, ``seed``, ``captions`` and ``open_kwargs`` of ``encode_sets``.
+    Returns:
+        The results; on other ranks than 0 without sets.
     """
     started = time.perf_counter()
-    place = device or next(model.parameters()).device
-    several = is_distributed()
-    encoder = Encoder(
-        model, place, workers=workers, autocast=autocast, progress=progress, sharded=several
-    )
+    if encoder is None:
+        encoder = Encoder(model, next(model.parameters()).device, sharded=is_distributed())
     sets, train = encode_sets(encoder, data, tasks=tasks, **options)
     if keep is not None:
         keep.update(sets)
     results = Results({})
     if is_main():
-        results = evaluate_features(sets, train, tasks=tasks)
+        results = evaluate_features(sets, train, tasks=tasks, protocol=protocol)
     return dataclasses.replace(results, seconds=time.perf_counter() - started)
 
 

@@ -46,7 +46,7 @@ def write_report(
     path = output_file(output or _default(runs), "--output")
     try:
         text = render(runs)
-    except (TypeError, KeyError, IndexError, AttributeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         names = ", ".join(str(run.path) for run in runs)
         raise ValueError(
             f"report: expected files that protoclip.train wrote in {names}, got others "
