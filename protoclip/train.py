@@ -99,7 +99,6 @@ from protoclip.prototypes import (
 from protoclip.report import (
     Samples,
     plot_curves,
-    plot_prototypes,
     save_snapshot,
     take_snapshot,
     write_report,
@@ -681,7 +680,7 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
 
 
 def draw_plots(trainer: Trainer, evaluation: Evaluation, after: Results | None) -> None:
-    """curves.png, prototypes.png where there are prototypes, and what the report needs."""
+    """curves.png, and what the report needs."""
     folder, dataset = trainer.folder.path, trainer.dataset
     plot_curves(folder / "metrics.jsonl", folder / "curves.png")
     known = trainer.episode.clusterings if trainer.episode else {}
@@ -714,8 +713,6 @@ def draw_plots(trainer: Trainer, evaluation: Evaluation, after: Results | None) 
         facts={"memory_bytes": trainer.phases.memory()},
     )
     save_snapshot(folder, snapshot)
-    if snapshot.clusters:
-        plot_prototypes(snapshot, folder / "prototypes.png")
 
 
 def _readable(dataset: PairDataset, chosen: Tensor) -> Tensor:

@@ -136,11 +136,8 @@ class ShardDataset:
         except OSError as error:
             raise DataError(f"{shard}: {error.strerror}; check that the disk is there") from error
         if len(data) != size or now != self._sizes[number]:
-            remedy = f"remove {cache_dir()}/shards and /remote and " if is_remote(shard) else ""
-            raise DataError(
-                f"{shard}: changed while in use: {self._sizes[number]:,} bytes when it was "
-                f"indexed, now {now:,}; {remedy}start again"
-            )
+            copies = f" without its copy in {cache_dir()}" if is_remote(shard) else ""
+            raise DataError(f"{shard}: changed while in use; start again{copies}")
         return data
 
 
