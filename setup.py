@@ -35,7 +35,6 @@ setup(
         "protoclip.evaluate",
         "protoclip.ops",
         "protoclip.report",
-        "protoclip.training",
         "protoclip.kernels",
         "protoclip.csrc",
     ],

@@ -20,11 +20,10 @@ import pytest
 import torch
 
 from benchmarks.machine import DEVICE, DTYPES, ceilings, describe, sync
-from benchmarks.records import Record, case_of
+from benchmarks.records import Record, Row
+from benchmarks.report import OURS, cases, label, sizes
 from benchmarks.roofline import Work
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-OURS = "protoclip"
 SLOW = 5.0  # seconds; beyond, one round is timed
 
 
@@ -156,23 +155,19 @@ def line(row: dict[str, Any], case: Case) -> str:
     )
 
 
-def ratios(rows: list[dict[str, Any]]) -> list[str]:
-    """One line a case: our time, and every peer's as a multiple of it."""
-    cases: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        cases.setdefault(case_of(row), []).append(row)
+def ratios(rows: list[Row]) -> list[str]:
+    """One line a case: every peer's time as a multiple of ours."""
     lines = []
-    for group in cases.values():
-        peers = sorted((r["ratio"], r["variant"]) for r in group if r["ratio"] is not None)
-        first = group[0]
-        sizes = " ".join(f"{letter}={size}" for letter, size in first["shape"].items())
-        if peers:
-            listed = ", ".join(
-                f"{name} {ratio:.2f}x{' (faster than ours)' if ratio < 1 else ''}"
-                for ratio, name in peers
+    for group in cases(rows):
+        listed = [
+            f"{row['variant']} {row['ratio']:.2f}x" + (" (faster than ours)" * (row["ratio"] < 1))
+            for row in group
+            if row["ratio"] is not None
+        ]
+        if listed:
+            lines.append(
+                f"{label(group[0])} {sizes(group[0])} {group[0]['dtype']}: {', '.join(listed)}"
             )
-            head = f"{first['op']} {first['phase']}".strip()
-            lines.append(f"{head} {sizes} {first['dtype']}: {listed}")
     return lines
 
 

@@ -33,6 +33,26 @@ def load(path: str | Path) -> dict[str, Any]:
     return record
 
 
+def between(path: Path, begin: str, end: str) -> tuple[str, str, str]:
+    """What stands before, between and after two marks of a page.
+
+    Raises:
+        ValueError: the marks are not there once each.
+    """
+    text = path.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{path}: expected the lines {begin!r} and {end!r} once each")
+    before, rest = text.split(begin)
+    middle, after = rest.split(end)
+    return before, middle.strip(), after
+
+
+def write_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two marks of a page."""
+    before, _, after = between(path, begin, end)
+    path.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}")
+
+
 def identity(row: Row) -> str:
     """What makes two rows the same case and variant."""
     return json.dumps([row.get(key) for key in IDENTITY])

@@ -1,7 +1,7 @@
-"""Records into pages.
+"""Records into docs/speed.md and its plots.
 
-    python -m benchmarks.report RESULTS.json …            print the performance section
-    python -m benchmarks.report RESULTS.json … --write    update README, roofline page and plots
+    python -m benchmarks.report RESULTS.json …            print the tables
+    python -m benchmarks.report RESULTS.json … --write    update docs/speed.md and the plots
     python -m benchmarks.report --compare OLD.json NEW.json
 
 Of each machine the newest record counts.
@@ -10,93 +10,263 @@ Of each machine the newest record counts.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks import records, tables
+import numpy as np
 
+from benchmarks.records import Row, between, case_of, identity, load, write_between
+
+Record = dict[str, Any]
+OURS = "protoclip"
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = {ROOT / "README.md": tables.section, ROOT / "benchmarks" / "README.md": tables.roofline}
+PAGE = ROOT / "docs" / "speed.md"
 BEGIN = "<!-- record: begin (python -m benchmarks.report writes this) -->"
 END = "<!-- record: end -->"
+PLOTS = {("info_nce", "N"): "info-nce", ("kmeans_assign", "K"): "kmeans"}
+COLOURS = ("#0b62a4", "#c8501e", "#3c8d40", "#7b5aa6", "#8a6d1d")
+STYLE = {
+    "svg.hashsalt": "protoclip", "svg.fonttype": "none", "font.size": 9, "axes.grid": True,
+    "axes.spines.top": False, "axes.spines.right": False, "grid.color": "#dddddd",
+    "legend.frameon": False,
+}  # fmt: skip
 
 
-def between(text: str, path: Path) -> tuple[str, str, str]:
-    """What stands before, between and after the markers of a page.
-
-    Raises:
-        ValueError: the markers are not there once each.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{path}: expected the lines {BEGIN!r} and {END!r} once each")
-    before, rest = text.split(BEGIN)
-    middle, after = rest.split(END)
-    return before, middle.strip(), after
+def newest_per_machine(records: Iterable[Record]) -> list[Record]:
+    """Of each machine the record whose last run is the latest; machines by name."""
+    dated = sorted(records, key=lambda record: max(run["date"] for run in record["runs"]))
+    newest = {record["runs"][-1]["machine"]: record for record in dated}
+    return [newest[name] for name in sorted(newest)]
 
 
-def stale(found: list[dict]) -> list[Path]:
-    """The pages that do not say what the records say."""
+def cases(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows by case, the fastest of our backends first, peers from fast to slow."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(case_of(row), []).append(row)
+    return [sorted(g, key=lambda r: (not is_ours(r), r["median_ms"])) for g in groups.values()]
+
+
+def is_ours(row: Row) -> bool:
+    return row["variant"].startswith(OURS)
+
+
+def label(row: Row) -> str:
+    return " ".join(filter(None, (row["op"], row["phase"])))
+
+
+def sizes(row: Row) -> str:
+    return " ".join(f"{letter}={size}" for letter, size in row["shape"].items())
+
+
+def digits(value: float, significant: int = 3) -> str:
+    """``value`` to a few significant digits, never in scientific notation."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = significant - 1 - math.floor(math.log10(abs(value)))
+    return f"{value:.{max(decimals, 0)}f}"
+
+
+def mib(row: Row) -> str:
+    return "?" if row["peak_mib"] is None else f"{digits(row['peak_mib'], 2)} MiB"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def section(records: Iterable[Record]) -> str:
+    """Everything between the page's marks."""
+    parts = [_machine(record) for record in newest_per_machine(records)]
+    return "\n\n".join(parts) if parts else "No record yet."
+
+
+def _machine(record: Record) -> str:
+    groups = cases(row for row in record["rows"] if row["sweep"] is None)
+    head = ["op", "shape", "dtype", "ours, median [p20, p80]", "rate (share of ceiling)"]
+    head += ["extra memory", "peers: time as a multiple of ours, extra memory"]
+    whole = [g for g in groups if is_ours(g[0]) and g[0]["phase"] not in ("forward", "backward")]
+    plots = [f"![{name[:-4]}](../benchmarks/results/{name})" for name in plot_names(record)]
+    parts = [_head(record), table(head, map(_case, whole)), _slower(cases(record["rows"]))]
+    return "\n\n".join(filter(None, [*parts, _growth(record["rows"]), "\n".join(plots)]))
+
+
+def _head(record: Record) -> str:
+    run, rates = record["runs"][-1], dict(record["runs"][-1]["ceilings"])
+    copy = rates.pop("copy")
+    versions = run["versions"]
+    named = [f"{name} {versions[name]}" for name in ("torch", "triton") if versions.get(name)]
+    days = sorted({r["date"][:10] for r in record["runs"]})
+    commits = dict.fromkeys(r["commit"] or "unknown" for r in record["runs"])
+    ceilings = [f"{name} GEMM {digits(rate)} TFLOP/s" for name, rate in rates.items()]
+    notes = dict.fromkeys(r["note"] for r in record["runs"] if r.get("note"))
+    return (
+        f"**{run['machine']}**, {run['threads']} threads, {', '.join(named)}; recorded "
+        f"{' and '.join(days)} at {', '.join(commits)}. Ceilings of the same run: "
+        f"{', '.join(ceilings)}, copy {digits(copy)} GB/s."
+    ) + "".join(f" **{note}**" for note in notes)
+
+
+def _case(group: list[Row]) -> list[str]:
+    ours = group[0]
+    unit = "TFLOP/s" if ours["bound"] == "gemm" else "GB/s"
+    peers = [
+        f"{r['variant']} {digits(r['ratio'])}× ({mib(r)})" for r in group if r["ratio"] is not None
+    ]
+    low, middle, high = (digits(ours[key]) for key in ("p20_ms", "median_ms", "p80_ms"))
     return [
-        path
-        for path, render in PAGES.items()
-        if between(path.read_text(), path)[1] != render(found).strip()
+        f"`{label(ours)}` ({ours['variant'].removeprefix(OURS + '-')})",
+        sizes(ours),
+        ours["dtype"],
+        f"{middle} ms [{low}, {high}]",
+        f"{digits(ours['rate'])} {unit} ({ours['share']:.0%})",
+        mib(ours),
+        ", ".join(peers) or "–",
     ]
 
 
-def write(found: list[dict]) -> None:
-    """Put tables into the pages and the plots beside the records."""
-    for path, render in PAGES.items():
-        before, _, after = between(path.read_text(), path)
-        path.write_text(f"{before}{BEGIN}\n{render(found).strip()}\n{END}{after}")
-    from benchmarks import plots
+def _slower(groups: Iterable[list[Row]]) -> str:
+    """Where a peer took less time than we did, in words."""
+    lines = [
+        f"- `{label(row)}` {sizes(row)} {row['dtype']}: {row['variant']} takes "
+        f"{digits(row['ratio'], 2)} of our time" + (f" ({row['note']})" if row["note"] else "")
+        for group in groups
+        for row in group
+        if row["ratio"] is not None and row["ratio"] < 1
+    ]
+    if not lines:
+        return "Slower than a peer: nowhere in this record."
+    return "Slower than a peer:\n\n" + "\n".join(lines)
 
-    for record in tables.newest_per_machine(found):
-        plots.draw(record, RESULTS)
+
+def exponent(x: Iterable[float], y: Iterable[float]) -> float:
+    """Slope of log y over log x, by least squares."""
+    return float(np.polyfit(np.log(list(x)), np.log(list(y)), 1)[0])
 
 
-def compare(old: dict, new: dict, tolerance: float) -> list[str]:
-    """One line for each case that both records have, the most slowed first."""
-    before = {records.identity(row): row for row in old["rows"]}
-    changes = []
-    for row in new["rows"]:
-        if (past := before.get(records.identity(row))) is not None:
-            changes.append((row["median_ms"] / past["median_ms"], past, row))
+def sweeps(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """(op, letter, variant) -> its points in order of size."""
+    lines: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row["sweep"] is not None:
+            lines.setdefault((row["op"], row["sweep"], row["variant"]), []).append(row)
+    return {key: sorted(own, key=lambda r: r["shape"][key[1]]) for key, own in lines.items()}
+
+
+def _growth(rows: list[Row]) -> str:
+    """Fitted on the upper half of each sweep: below, fixed costs hide the growth."""
     lines = []
-    for factor, past, row in sorted(changes, key=lambda change: -change[0]):
+    for (op, letter, variant), points in sweeps(rows).items():
+        if len(points) < 3:
+            continue
+        upper = points[len(points) // 2 - (len(points) == 3) :]
+        x = [row["shape"][letter] for row in upper]
+        time, flop = (exponent(x, [row[key] for row in upper]) for key in ("min_ms", "flop"))
+        memory = [row["peak_mib"] for row in upper]
+        large = all(m is not None and m > 1 for m in memory)
+        grown = f"{letter}^{exponent(x, memory):.2f}" if large else "under 1 MiB"
+        span = f"{points[0]['shape'][letter]}, {x[-1]}"
+        top = f"{digits(points[-1]['median_ms'])} ms, {mib(points[-1])}"
+        exponents = [f"{letter}^{time:.2f}", f"{letter}^{flop:.2f}", grown]
+        lines.append([f"`{op}` in {letter}, {variant}", span, *exponents, top])
+    head = ["growth", "from, to", "time grows as", "flop count", "extra memory grows as"]
+    return table([*head, "at the top"], lines) if lines else ""
+
+
+def plot_names(record: Record) -> list[str]:
+    """File names of the plots that a record has the rows for."""
+    have = {(op, letter) for op, letter, _ in sweeps(record["rows"])}
+    slug = record["runs"][-1].get("slug", "record")
+    return [f"{slug}-{name}.svg" for key, name in PLOTS.items() if key in have]
+
+
+def draw(record: Record, folder: Path) -> list[Path]:
+    """Write the plots of a record, time and memory of each sweep; same record, same bytes."""
+    import matplotlib
+
+    names = plot_names(record)
+    with matplotlib.rc_context(STYLE):
+        for name in names:
+            key = next(key for key, own in PLOTS.items() if name.endswith(f"{own}.svg"))
+            figure = _figure(record, *key)
+            figure.savefig(folder / name, format="svg", metadata={"Date": None})
+    return [folder / name for name in names]
+
+
+def _figure(record: Record, op: str, letter: str) -> Any:
+    from matplotlib.figure import Figure
+
+    found = sweeps(record["rows"])
+    lines = {key[2]: points for key, points in found.items() if key[:2] == (op, letter)}
+    figure = Figure(figsize=(8.4, 3.1), layout="constrained")
+    panels = (("median_ms", "time, ms"), ("peak_mib", "extra memory, MiB"))
+    for axis, (field, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        for index, variant in enumerate(sorted(lines, key=lambda v: (not v.startswith(OURS), v))):
+            points = [row for row in lines[variant] if row[field]]
+            axis.plot(
+                [row["shape"][letter] for row in points], [row[field] for row in points],
+                label=variant, color=COLOURS[index % len(COLOURS)], marker="osD^v"[index % 5],
+                markersize=4, linewidth=2 if variant.startswith(OURS) else 1.2,
+            )  # fmt: skip
+        axis.set(xscale="log", yscale="log", xlabel=letter, ylabel=title)
+        axis.legend()
+    first = next(iter(lines.values()))[0]
+    fixed = " ".join(f"{k}={v}" for k, v in first["shape"].items() if k != letter)
+    machine = record["runs"][-1]["machine"]
+    figure.suptitle(f"{op} against {letter} ({fixed}, {first['dtype']}), {machine}", fontsize=9)
+    return figure
+
+
+def stale(found: list[Record]) -> bool:
+    """Whether the page says something else than the records."""
+    return between(PAGE, BEGIN, END)[1] != section(found).strip()
+
+
+def compare(old: Record, new: Record, tolerance: float) -> list[str]:
+    """One line for each case that both records have, the most slowed first."""
+    before = {identity(row): row for row in old["rows"]}
+    both = [(before[identity(row)], row) for row in new["rows"] if identity(row) in before]
+    lines = []
+    for past, row in sorted(both, key=lambda pair: pair[0]["median_ms"] / pair[1]["median_ms"]):
+        factor = row["median_ms"] / past["median_ms"]
         verdict = "as before"
         if abs(factor - 1) > tolerance:
             verdict = "slower" if factor > 1 else "faster"
-        case = f"{tables.label(row)} {tables.sizes(row)} {row['dtype']} {row['variant']}"
-        times = [tables.digits(r["median_ms"]) for r in (past, row)]
-        lines.append(f"{verdict:9s} {factor:5.2f}x  {case}: {' -> '.join(times)} ms")
+        times = " -> ".join(digits(r["median_ms"]) for r in (past, row))
+        case = f"{label(row)} {sizes(row)} {row['dtype']} {row['variant']}"
+        lines.append(f"{verdict:9s} {factor:5.2f}x  {case}: {times} ms")
     return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description=__doc__.split("\n\n")[0]
+        prog="python -m benchmarks.report", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("results", nargs="*", type=Path, help="records written by --record")
-    parser.add_argument("--write", action="store_true", help="update README, roofline and plots")
+    parser.add_argument("--write", action="store_true", help="update docs/speed.md and the plots")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
     parser.add_argument("--tolerance", type=float, default=0.1, help="a change this small is noise")
     options = parser.parse_args(arguments)
     if not options.compare and not options.results:
         parser.error("expected records, e.g. benchmarks/results/*.json, or --compare OLD NEW")
     try:
+        found = [load(path) for path in options.compare or options.results]
         if options.compare:
-            old, new = map(records.load, options.compare)
-            machines = [record["runs"][-1]["machine"] for record in (old, new)]
+            machines = [record["runs"][-1]["machine"] for record in found]
             if machines[0] != machines[1]:
                 print(f"different machines: {machines[0]} and {machines[1]}")
-            print("\n".join(compare(old, new, options.tolerance)) or "no case in common")
-            return 0
-        found = [records.load(path) for path in options.results]
-        if options.write:
-            write(found)
+            print("\n".join(compare(*found, options.tolerance)) or "no case in common")
+        elif options.write:
+            write_between(PAGE, BEGIN, END, section(found))
+            for record in newest_per_machine(found):
+                draw(record, RESULTS)
         else:
-            print(tables.section(found))
+            print(section(found))
     except (OSError, ValueError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 1

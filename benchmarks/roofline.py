@@ -1,4 +1,4 @@
-"""What each op has to do, counted by hand, and the time no machine can beat for it.
+"""What each op has to do, counted by hand.
 
 A GEMM-equivalent is one N x M x D product, 2 N M D flop. Counts are the *useful* work of a form
 that stores no logits; every variant of a case is rated against the same count, so rates compare as
@@ -53,45 +53,3 @@ def kmeans(n: int, k: int, d: int, iterations: int) -> Work:
     one, update = kmeans_assign(n, k, d, "fp32"), segment_mean(n, k, d, "fp32")
     flop = (iterations + 1) * one.flop + iterations * update.flop
     return Work(flop, (iterations + 1) * one.bytes + iterations * update.bytes)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A ceiling: TFLOP/s by dtype, copy bandwidth in GB/s, and where the numbers come from."""
-
-    name: str
-    tflops: dict[str, float]
-    gbps: float
-    source: str
-
-
-# fp32 is the rate without TF32. Data sheets: dense tensor-core rates with fp32 accumulation.
-MACHINES = (
-    Machine("H100 SXM", {"bf16": 790, "fp32": 60}, 3000, "measured by others"),
-    Machine("A100 SXM", {"bf16": 312, "fp32": 19.5}, 2039, "data sheet"),
-    Machine("RTX 4090", {"bf16": 165, "fp32": 82.6}, 1008, "data sheet"),
-    Machine("2 AMX cores", {"bf16": 3.0, "fp32": 0.4}, 12, "measured, Sapphire Rapids VM"),
-)
-
-
-def floor_ms(work: Work, dtype: str, machine: Machine) -> float:
-    """The larger of arithmetic at the GEMM rate and traffic at the copy rate."""
-    arithmetic = 0.0 if work.bound == "copy" else work.flop / (machine.tflops[dtype] * 1e12)
-    return 1e3 * max(arithmetic, work.bytes / (machine.gbps * 1e9))
-
-
-def large() -> list[tuple[str, dict[str, int], str, Work]]:
-    """The sizes a card is bought for, whether or not one has been seen: op, shape, dtype, work."""
-    n, k, d = 200_000, 20_000, 128
-    clusters = {"N": n, "K": k, "D": d}
-    return [
-        ("info_nce", {"N": 32768, "D": 512}, "bf16", info_nce(32768, 512, "bf16")),
-        (
-            "prototype_cross_entropy",
-            {"N": 4096, "K": k, "D": d},
-            "bf16",
-            prototype_cross_entropy(4096, k, d, "bf16"),
-        ),
-        ("kmeans_assign", clusters, "bf16", kmeans_assign(n, k, d, "bf16")),
-        ("segment_mean", clusters, "bf16", segment_mean(n, k, d, "bf16")),
-    ]

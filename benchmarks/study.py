@@ -1,255 +1,267 @@
 """What each design of ProtoCLIP is worth on the built-in pairs, over seeds: ``make study``.
 
-Four stages, each resumable; a finished run is one line of ``runs.jsonl``:
-select    settings of ProtoCLIP and of the control, judged on concepts of their own
-overhead  cost of a ProtoCLIP epoch beside a CLIP epoch, by phase, in one process
-main      every row of the table, seed by seed
-report    table.md, summary.json and plot.png from whatever is finished, and the README's section
+Three stages; a finished run is one line of ``runs.jsonl`` and is not done again:
+select  settings of ProtoCLIP and of the control, judged on concepts of their own
+main    every row of the table, seed by seed
+report  summary.json, plot.png and docs/evidence.md from whatever is finished
+
+The concepts are cut three ways. A fifth is for selection: every setting is chosen by its scores
+there. Of the rest, an eighth is held out, another one for each seed; the table's numbers come from
+these and from the Noto drawings of all concepts but the selection's. A row is a set of flags of
+``python -m protoclip.train``, which does the training.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import csv
+import dataclasses
 import json
-import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Mapping, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-from benchmarks import study_rows
+import numpy as np
+import torch
 
-ROOT = Path(__file__).parent
-RESULTS = ROOT / "results" / "study"
+from benchmarks.machine import run_command
+from benchmarks.study_report import BASELINE, EQUAL_TIME, write_report
+from protoclip.config import ModelConfig
+from protoclip.data import Subset, open_dataset
+from protoclip.data.types import heldout_mask
+from protoclip.evaluate import Encoder, ProbeTrain, evaluate_features
+from protoclip.evaluate.datasets import EMOJI_TEMPLATES
+from protoclip.evaluate.tasks import encode_set, take
+from protoclip.model import build_model
+
+RESULTS = Path(__file__).parent / "results" / "study"
+DATA = "builtin:emoji"
+SELECTION_PERCENT, SELECTION_SEED = 20, 20261125
 SELECTION_SEEDS = (1000, 1001)
+EPOCHS, QUICK_EPOCHS = 12, 4
+COST = 1.11  # CPU time of ProtoCLIP's training beside CLIP's: ten seeds, Zen 4, 2026-11-25
 SCORED = ("group/lp_acc1", "subgroup/lp_acc1", "group/ami", "subgroup/ami")
 SCORED += ("text_retrieval_recall@5", "image_retrieval_recall@5")
-STAGES = ("select", "overhead", "main", "report")
-# Flags and threads: the study's model and chosen settings as in its runs, and the built-in run
-# as shipped, with all cores.
-OVERHEAD = {"study": ([], 1), "protoclip-tiny": (["--model", "protoclip-tiny"], 0)}
+
+# The same for all rows: model, data, augmentation, captions, optimiser, number of samples.
+MODEL = Path(__file__).with_name("study_model.json")
+BASE = ["--model", str(MODEL), "--batch-size", "128", "--augmentation", "clip"]
+BASE += ["--external-teacher", "builtin:minilm", "--val-frequency", "0", "--report-to", "none"]
+BASE += ["--log-every-n-steps", "1", "--device", "cpu", "--precision", "fp32"]
+BASE += ["--csv-separator", ","]
+INTERNAL = ["--w-proto-external", "0", "--external-teacher", "none"]
+DISTILL = ["--w-proto", "0", "--w-proto-external", "0", "--w-distill"]
+CLIP = ["--method", "clip"]
+# Settings of ProtoCLIP, and of the control, that are tried on the selection concepts. The best
+# mean score there becomes the row "ProtoCLIP" (or "CLIP + distilled similarities").
+CANDIDATES: dict[str, dict[str, list[str]]] = {
+    "ProtoCLIP": {
+        "shipped default": [],
+        "K 50": ["--k", "50"],
+        "K 500": ["--k", "500"],
+        "tau 0.1": ["--target-temperature", "0.1"],
+        "external weight 2": ["--w-proto-external", "2"],
+    },
+    "distillation": {
+        "tau 0.1": [*DISTILL, "1", "--distill-temperature", "0.1"],
+        "tau 0.05": [*DISTILL, "1", "--distill-temperature", "0.05"],
+        "tau 0.1, weight 3": [*DISTILL, "3", "--distill-temperature", "0.1"],
+    },
+}
+# One change each to the chosen settings; one that they have already is left out.
+ABLATIONS = {
+    "external only": ["--w-proto", "0"],
+    "internal only": INTERNAL,
+    "internal only, no PBT": [*INTERNAL, "--no-PBT"],
+    "internal targets hard": ["--target-temperature", "0"],
+    "K = 50": ["--k", "50"],
+    "K = 172": ["--k", "172"],
+    "K = 500": ["--k", "500"],
+    "no heads": ["--no-add-projection-head"],
+    "fresh k-means": ["--kmeans-init", "random"],
+}
+VERDICT_ROWS = (BASELINE, "ProtoCLIP", EQUAL_TIME)  # the verdict rests on these: twice the seeds
+QUICK_ROWS = (BASELINE, "ProtoCLIP", "CLIP + distilled similarities", "external only")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.study",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
-    parser.add_argument(
-        "--seeds", type=int, default=5,
-        help="of each row, and twice as many of the rows that the verdict rests on (default: "
-        "%(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
-    parser.add_argument(
-        "--quick", action="store_true", help="four rows, two seeds, four epochs: a minute or two"
-    )
-    return parser
+def main_rows(chosen: list[str], distill: list[str]) -> dict[str, list[str]]:
+    """Rows of the table, in order."""
+    rows = {
+        BASELINE: CLIP,
+        "ProtoCLIP": chosen,
+        "ProtoCLIP, features extracted": [*chosen, "--episode-features", "extract"],
+        EQUAL_TIME: CLIP,
+        "CLIP + distilled similarities": distill,
+    }
+    return rows | {
+        name: [*chosen, *change] for name, change in ABLATIONS.items() if change != chosen
+    }
+
+
+# One run
+
+
+def split_concepts(stage: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions of concepts: trained on, judged in Twemoji's style, judged in Noto's style."""
+    groups = open_dataset(DATA, "all").labels["group"].ids.numpy()
+    selection = heldout_mask(len(groups), groups, SELECTION_SEED, SELECTION_PERCENT)
+    rest = np.flatnonzero(~selection)
+    if stage == "select":
+        judged = np.flatnonzero(selection)
+        return rest, judged, judged
+    # Half of a quarter: heldout_mask takes whole percents.
+    quarter = np.flatnonzero(heldout_mask(len(rest), groups[rest], seed, 25))
+    half = heldout_mask(len(quarter), groups[rest][quarter], seed + 1, 50)
+    heldout = rest[quarter[half]]
+    return np.setdiff1d(np.arange(len(groups)), heldout), heldout, rest
+
+
+def arguments(flags: Sequence[str], seed: int, epochs: float) -> list[str]:
+    """The row's words for ``protoclip.train``, but for the data and the folder."""
+    return [*BASE, "--seed", str(seed), "--epochs", str(epochs), *flags]
+
+
+def train(words: Sequence[str], concepts: np.ndarray, folder: Path) -> float:
+    """Train on some concepts, written as a table; CPU seconds of the command."""
+    everything = open_dataset(DATA, "all")
+    with open(folder / "pairs.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(("filepath", "title"))
+        for i in concepts.tolist():
+            everything.image(i).save(folder / f"{i}.png")
+            table.writerow((f"{i}.png", everything.captions(i)[0]))
+    command = [sys.executable, "-m", "protoclip.train", *words, "--logs", str(folder)]
+    command += ["--train-data", str(folder / "pairs.csv"), "--name", "run"]
+    settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    usage = run_command(command, folder / "train.log", **settings)
+    return usage.ru_utime + usage.ru_stime
+
+
+def judge(
+    checkpoint: Path, trained: np.ndarray, twemoji: np.ndarray, noto: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """Metrics of the concepts ``twemoji`` (set HO) and of ``noto`` in that style (set NOTO)."""
+    settings = ModelConfig(model=str(MODEL), pretrained=str(checkpoint), add_projection_head=False)
+    encoder = Encoder(build_model(settings), torch.device("cpu"))
+    everything, other_style = open_dataset(DATA, "all"), open_dataset(DATA, "noto")
+    whole = encode_set(encoder, everything, EMOJI_TEMPLATES)
+    place = {key: i for i, key in enumerate(other_style.keys)}
+    drawn = [int(i) for i in noto if everything.keys[i] in place]
+    pictures = encoder.images(Subset(other_style, [place[everything.keys[i]] for i in drawn]))
+    sets = {
+        "HO": take(whole, twemoji.tolist()),
+        "NOTO": dataclasses.replace(take(whole, drawn), image=pictures),
+    }
+    own = take(whole, trained.tolist())
+    return evaluate_features(sets, ProbeTrain(own.image, own.labels)).metrics
+
+
+def run(task: Mapping[str, Any]) -> dict[str, Any]:
+    """One finished run, ready for JSON; ``task``: stage, row, seed, epochs, flags."""
+    trained, twemoji, noto = split_concepts(task["stage"], task["seed"])
+    with tempfile.TemporaryDirectory() as folder:
+        words = arguments(task["flags"], task["seed"], task["epochs"])
+        seconds = train(words, trained, Path(folder))
+        checkpoint = Path(folder) / "run" / "checkpoints" / "epoch_latest.pt"
+        metrics = judge(checkpoint, trained, twemoji, noto)
+    return {**task, "metrics": metrics, "cpu_seconds": seconds}
+
+
+# Many runs
 
 
 def task(stage: str, row: str, seed: int, epochs: float, flags: Sequence[str]) -> dict[str, Any]:
-    """A run to be done, and the key under which it is known when it is done."""
+    """A run to be done; these five are the key under which it is known when it is done."""
     return {"stage": stage, "row": row, "seed": seed, "epochs": epochs, "flags": list(flags)}
 
 
-def finished(path: Path) -> list[dict[str, Any]]:
-    """The runs of a runs.jsonl; a line torn by a crash is left out."""
-    runs = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            runs.append(json.loads(line))
-        except ValueError:
-            continue
-    return runs
-
-
 def key_of(run: Mapping[str, Any]) -> str:
-    names = ("stage", "row", "seed", "epochs", "flags")
-    return json.dumps([run[name] for name in names])
+    return json.dumps([run[name] for name in ("stage", "row", "seed", "epochs", "flags")])
 
 
-def _start_worker() -> None:
-    os.environ.update(TQDM_DISABLE="1")
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    import torch
-
-    torch.set_num_threads(1)
-
-
-def _do(one: dict[str, Any]) -> dict[str, Any]:
-    from benchmarks.study_runs import run
-
-    try:
-        return run(one)
-    except Exception as error:
-        return {**one, "error": f"{type(error).__name__}: {error}"}
+def finished(path: Path) -> dict[str, dict[str, Any]]:
+    """The runs of a runs.jsonl by key; a line torn by a crash is left out."""
+    runs = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            one = json.loads(line)
+            runs[key_of(one)] = one
+    return runs
 
 
 def do_all(tasks: Sequence[dict[str, Any]], out: Path, jobs: int) -> list[dict[str, Any]]:
     """Do what is not done yet; returns all runs of ``tasks`` that are finished."""
+
+    def attempt(one: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return run(one)
+        except (RuntimeError, ValueError, OSError) as error:
+            return {**one, "error": str(error)}
+
     path = out / "runs.jsonl"
-    done = {key_of(run): run for run in finished(path)}
+    done = finished(path)
     missing = [one for one in tasks if key_of(one) not in done]
-    started = time.monotonic()
     print(f"{len(tasks)} runs, {len(tasks) - len(missing)} already there", flush=True)
-    if missing:
-        os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(min(jobs, len(missing)), initializer=_start_worker) as pool:
-            for number, run in enumerate(pool.imap_unordered(_do, missing), start=1):
-                label = f"{run['stage']}: {run['row']}, seed {run['seed']}"
-                if "error" in run:
-                    print(f"FAILED {label}: {run['error']}", flush=True)
-                    continue
-                with path.open("a") as file:
-                    file.write(json.dumps(run) + "\n")
-                done[key_of(run)] = run
-                left = (time.monotonic() - started) / number * (len(missing) - number)
-                print(
-                    f"[{number}/{len(missing)}, about {left / 60:.0f} min left] {label}: "
-                    f"{run['training_cpu_seconds']:.0f} s of CPU",
-                    flush=True,
-                )
+    with ThreadPool(jobs) as pool:
+        for number, one in enumerate(pool.imap_unordered(attempt, missing), start=1):
+            label = f"[{number}/{len(missing)}] {one['stage']}: {one['row']}, seed {one['seed']}"
+            if "error" in one:
+                print(f"FAILED {label}: {one['error']}", flush=True)
+                continue
+            with path.open("a") as file:
+                file.write(json.dumps(one) + "\n")
+            done[key_of(one)] = one
+            print(f"{label}: {one['cpu_seconds']:.0f} s of CPU", flush=True)
     return [done[key_of(one)] for one in tasks if key_of(one) in done]
 
 
-def score(run: Mapping[str, Any]) -> float:
-    """What settings are chosen by: the mean of probe, AMI and R@5 on the selection concepts."""
-    sets = run["metrics"].values()
-    return statistics.fmean(one[name] for one in sets for name in SCORED)
+def select(out: Path, jobs: int) -> None:
+    """Try the candidates; write selection.json with every score and the two choices.
 
-
-def select(out: Path, jobs: int, epochs: float, seeds: Sequence[int]) -> dict[str, Any]:
-    """Try the candidates; write selection.json with every score and the two choices."""
-    families = {
-        "ProtoCLIP": study_rows.PROTOCLIP_CANDIDATES,
-        "distillation": study_rows.DISTILL_CANDIDATES,
-    }
+    A score is the mean of probe, AMI and R@5 on the selection concepts.
+    """
     tasks = [
-        task("select", f"{family}: {name}", seed, epochs, flags)
-        for seed in seeds
-        for family, candidates in families.items()
+        task("select", f"{family}: {name}", seed, EPOCHS, flags)
+        for seed in SELECTION_SEEDS
+        for family, candidates in CANDIDATES.items()
         for name, flags in candidates.items()
     ]
-    runs = do_all(tasks, out, jobs)
-    record: dict[str, Any] = {"seeds": list(seeds), "epochs": epochs, "scored": SCORED}
-    for family, candidates in families.items():
-        scores = {
-            name: [score(run) for run in runs if run["row"] == f"{family}: {name}"]
-            for name in candidates
-        }
-        means = {name: statistics.fmean(values) for name, values in scores.items() if values}
-        best = max(means, key=lambda name: means[name])
-        record[family] = {"scores": scores, "chosen": best, "flags": candidates[best]}
-        print(f"{family}: chose '{best}'; " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
+    scores: dict[str, list[float]] = {}
+    for one in do_all(tasks, out, jobs):
+        values = [found[name] for found in one["metrics"].values() for name in SCORED]
+        scores.setdefault(one["row"], []).append(statistics.fmean(values))
+    record: dict[str, Any] = {"seeds": SELECTION_SEEDS, "epochs": EPOCHS, "scored": SCORED}
+    for family, candidates in CANDIDATES.items():
+        own = {name: scores.get(f"{family}: {name}", []) for name in candidates}
+        best = max(own, key=lambda name: statistics.fmean(own[name] or [0.0]))
+        record[family] = {"scores": own, "chosen": best, "flags": candidates[best]}
+        print(f"{family}: chose '{best}' of {own}")
     _write(out / "selection.json", record)
-    return record
-
-
-def measure_overhead(
-    out: Path, chosen: Sequence[str], model: str, repeats: int = 3
-) -> dict[str, Any]:
-    """Cost of an epoch by phase, variants interleaved, fastest steps; adds to overhead.json."""
-    import torch
-
-    from benchmarks.study_runs import episode_seconds, epoch_seconds
-
-    flags, threads = OVERHEAD[model]
-    torch.set_num_threads(threads or os.cpu_count() or 1)
-    variants = {
-        "CLIP": study_rows.CLIP,
-        "extract": [*chosen, "--episode-features", "extract"],
-        "reuse": [*chosen, "--episode-features", "reuse"],
-    }
-    rounds: dict[str, list[dict[str, list[float]]]] = {name: [] for name in variants}
-    for _ in range(repeats):
-        for name, own in variants.items():
-            rounds[name].append(episode_seconds([*flags, *own]))
-    steps = max(len(one["forward"]) for one in rounds["CLIP"]) // 2
-    phases = {name: epoch_seconds(measured, steps) for name, measured in rounds.items()}
-    totals = {name: sum(values.values()) for name, values in phases.items()}
-    ratios = {name: total / totals["CLIP"] for name, total in totals.items()}
-    for name, values in phases.items():
-        shown = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in values.items())
-        print(f"{model} {name}: {totals[name]:.2f} s an epoch, {ratios[name]:.3f}x ({shown})")
-    path = out / "overhead.json"
-    record = json.loads(path.read_text()) if path.is_file() else {}
-    record[model] = {
-        "threads": torch.get_num_threads(),
-        "machine": machine(),
-        "seconds": phases,
-        "total": totals,
-        "ratio": ratios,
-    }
-    _write(path, record)
-    return record
-
-
-def machine() -> dict[str, str]:
-    import torch
-
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []:
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
-    got = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-    )
-    return {
-        "cpu": model,
-        "simd": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "commit": got.stdout.strip(),
-    }
 
 
 def main_tasks(
     out: Path, seeds: Sequence[int], epochs: float, only: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Seed by seed, so that whatever is finished can be compared in pairs."""
-    selection = json.loads((out / "selection.json").read_text())
-    chosen, distill = (selection[name]["flags"] for name in ("ProtoCLIP", "distillation"))
-    rows = study_rows.main_rows(chosen, distill)
-    longer = _equal_time(out, chosen, epochs)
-    if longer is None:
-        print(f"'{study_rows.EQUAL_TIME}' waits for --stage overhead", flush=True)
-        del rows[study_rows.EQUAL_TIME]
+    selection = _read(out / "selection.json")
+    chosen, distill = (selection[name]["flags"] for name in CANDIDATES)
+    longer = round(epochs * COST, 2)
     return [
-        task("main", row, seed, (longer if row == study_rows.EQUAL_TIME else 0) or epochs, flags)
+        task("main", row, seed, longer if row == EQUAL_TIME else epochs, flags)
         for seed in seeds
-        for row, flags in rows.items()
+        for row, flags in main_rows(chosen, distill).items()
         if not only or row in only
     ]
 
 
-def _equal_time(out: Path, chosen: Sequence[str], epochs: float) -> float | None:
-    """Epochs of CLIP that take as long as ProtoCLIP's; None: the cost has not been measured.
-
-    Settled at the first asking, so that measuring again does not ask for other runs.
-    """
-    path = out / "overhead.json"
-    record = json.loads(path.read_text()) if path.is_file() else {}
-    if "equal_time" not in record:
-        if "study" not in record:
-            return None
-        ratio = record["study"]["ratio"]["extract" if "extract" in chosen else "reuse"]
-        _write(path, {"equal_time": {"ratio": ratio}, **record})
-    else:
-        ratio = record["equal_time"]["ratio"]
-    # The first two episodes have no prototypes, so a run costs less than the ratio says.
-    return round(epochs + (epochs - 2) * (ratio - 1), 2)
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
@@ -257,36 +269,39 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    more = "of each row, and twice as many of the rows that the verdict rests on (default: 5)"
+    parser.add_argument("--report", action="store_true", help="only report what is finished")
+    parser.add_argument("--seeds", type=int, default=5, help=more)
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="four rows, two seeds, four epochs")
+    args = parser.parse_args(argv)
     out = args.out / "quick" if args.quick else args.out
     out.mkdir(parents=True, exist_ok=True)
-    epochs = study_rows.QUICK_EPOCHS if args.quick else study_rows.EPOCHS
-    stages = STAGES if args.stage == "all" else (args.stage,)
-    seeds = range(2 if args.quick else args.seeds)
-    for name in ("selection.json", "overhead.json") if args.quick else ():
-        # The quick form spends its time on runs; settings and costs are the whole study's.
-        (out / name).write_text((RESULTS / name).read_text())
-    if "select" in stages and not args.quick:
-        select(out, args.jobs, epochs, SELECTION_SEEDS)
-    if "overhead" in stages and not args.quick:
-        flags = json.loads((out / "selection.json").read_text())["ProtoCLIP"]["flags"]
-        path = out / "overhead.json"
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        for model in OVERHEAD:
-            if args.stage == "overhead" or model not in known:
-                measure_overhead(out, flags if model == "study" else [], model)
-    tasks = main_tasks(out, seeds, epochs, study_rows.QUICK_ROWS if args.quick else ())
-    if not args.quick:
-        more = range(args.seeds, 2 * args.seeds)
-        tasks += main_tasks(out, more, epochs, study_rows.VERDICT_ROWS)
-    if "main" in stages:
-        do_all(tasks, out, args.jobs)
-    if "report" in stages:
-        from benchmarks.study_report import write_report
 
-        done = {key_of(run): run for run in finished(out / "runs.jsonl")}
-        runs = [done[key_of(one)] for one in tasks if key_of(one) in done]
-        write_report(runs, list(dict.fromkeys(one["row"] for one in tasks)), out, args.quick)
+    def tasks() -> list[dict[str, Any]]:
+        if args.quick:
+            return main_tasks(out, range(2), QUICK_EPOCHS, QUICK_ROWS)
+        more = range(args.seeds, 2 * args.seeds)
+        few = main_tasks(out, range(args.seeds), EPOCHS)
+        return few + main_tasks(out, more, EPOCHS, VERDICT_ROWS)
+
+    if args.quick:  # its time goes into runs; the settings are the whole study's
+        (out / "selection.json").write_text((RESULTS / "selection.json").read_text())
+    elif not args.report:
+        select(out, args.jobs)
+    if not args.report:
+        do_all(tasks(), out, args.jobs)
+    done = finished(out / "runs.jsonl")
+    runs = [done[key_of(one)] for one in tasks() if key_of(one) in done]
+    write_report(runs, list(dict.fromkeys(one["row"] for one in tasks())), out, args.quick)
     return 0
 
 

@@ -1,7 +1,8 @@
 """InfoNCE, forward, backward and both, beside everything people use instead.
 
 Parity with fp64 is asserted before a variant is timed. Rates count four products for every variant
-(the useful work of a loss that stores no logits), so they compare as times do.
+(the useful work of a loss that stores no logits), so they compare as times do. A sweep over N shows
+how time and memory grow.
 """
 
 from functools import cache, partial
@@ -28,6 +29,9 @@ SIZES = {
     },
 }[DEVICE]
 APART = {"tiny": SIZES["tiny"][0], "quick": SIZES["quick"][-1], "full": SIZES["quick"][-1]}
+SWEEP = {"tiny": [32, 64], "quick": [1024 << i for i in range(4)]}
+SWEEP["full"] = [1024 << i for i in range(7 if DEVICE == "cpu" else 8)]
+LOGITS = 2**27 if DEVICE == "cpu" else 2**30  # what a form that stores them may store
 SCALE = 14.3  # where CLIP starts
 PARITY_ROWS = 4096  # the truth stores N x N doubles: beyond, parity is shown on the first rows
 
@@ -135,24 +139,38 @@ def step(loss, phase):
     return run, prepare
 
 
+def _rows(sizes):
+    """phase, (N, D), dtype, variant, sweep"""
+    rows = [
+        (phase, shape, dtype, variant, None)
+        for shape in SIZES[sizes]
+        for phase in ("forward", "backward", "both")
+        if phase == "both" or shape == APART[sizes]
+        for dtype in ("fp32", "bf16")
+        for variant in VARIANTS
+        if phase == "both" or variant not in ONE_PASS
+    ]
+    d = 16 if sizes == "tiny" else 128 if DEVICE == "cpu" else 512
+    # Compiling takes longer than the quick sweep.
+    swept = ["open_clip", *(["torch.compile"] if sizes == "full" else [])]
+    rows += [
+        ("both", (n, d), "bf16", variant, "N")
+        for n in SWEEP[sizes]
+        for variant in (*peers.ours("info_nce"), *(swept if n * n <= LOGITS else []))
+    ]
+    return rows
+
+
 def pytest_generate_tests(metafunc):
-    if "shape" in metafunc.fixturenames:
-        sizes = metafunc.config.getoption("--sizes")
-        rows = [
-            (phase, shape)
-            for shape in SIZES[sizes]
-            for phase in ("forward", "backward", "both")
-            if phase == "both" or shape == APART[sizes]
-        ]
-        names = [f"{phase}-N{n}-D{d}" for phase, (n, d) in rows]
-        metafunc.parametrize(("phase", "shape"), rows, ids=names)
+    rows = _rows(metafunc.config.getoption("--sizes"))
+    names = [
+        f"{sweep or ''}{phase}-N{n}-D{d}-{dtype}-{name}"
+        for phase, (n, d), dtype, name, sweep in rows
+    ]
+    metafunc.parametrize(("phase", "shape", "dtype", "variant", "sweep"), rows, ids=names)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_info_nce(bench, phase, shape, dtype, variant):
-    if variant in ONE_PASS and phase != "both":
-        pytest.skip("its forward makes the gradients")
+def test_info_nce(bench, phase, shape, dtype, variant, sweep):
     n, d = shape
     loss = _loss(variant)
     _assert_parity(loss, n, d, DTYPES[dtype])
@@ -165,5 +183,5 @@ def test_info_nce(bench, phase, shape, dtype, variant):
         if phase == "backward":
             rival = None  # its forward would be on the clock; ratios come from "both"
     work = roofline.info_nce(n, d, dtype, phase)
-    case = Case("info_nce", {"N": n, "D": d}, dtype, work, phase)
+    case = Case("info_nce", {"N": n, "D": d}, dtype, work, phase, sweep)
     bench.time(case, variant, run, prepare=lambda: prepare(inputs), rival=rival)

@@ -2,7 +2,7 @@
 
 Parity with fp64 is asserted before a variant is timed. Rates count two products for every variant
 (the useful work of a pass that gives loss and gradient), so they compare as times do. Targets are
-soft, of temperature 0.01; the last rows take hard ones.
+soft, of temperature 0.01; the last rows take hard ones, and sweep over K.
 """
 
 from functools import cache, partial
@@ -22,6 +22,9 @@ SIZES = {
     "quick": [(4096, 20_000, 128)],
     "full": [(n, 20_000, d) for n in (512, 4096, 16384) for d in (64, 128, 256)],
 }
+SWEEP = {"tiny": [8, 32], "quick": [1000, 4000, 16_000, 64_000]}
+SWEEP["full"] = [*SWEEP["quick"], 256_000, 1_000_000]
+LOGITS = 2**28 if DEVICE == "cpu" else 2**31  # what a form that stores them may store
 PARITY_ROWS, PARITY_KEYS = 64, 500  # the truth stores their doubles several times
 
 
@@ -40,16 +43,8 @@ def linear_cross_entropy(h, s, c, labels, source, m):
     return loss(h * s.to(h.dtype), c, _teacher(labels, source))
 
 
-def cut_cross_entropy(h, s, c, labels, source, m):
-    peers.optional("cut_cross_entropy", "linear_cross_entropy")
-    pytest.skip("cut-cross-entropy takes class indices only")
-
-
-def liger(h, s, c, labels, source, m):
-    if DEVICE == "cpu":
-        pytest.skip("liger-kernel runs on GPUs only")
-    peers.optional("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
-    pytest.skip("liger-kernel's fused loss takes class indices only")
+def stored_logits(h, s, c, labels, source, m):
+    return F.cross_entropy(s * h @ c.T, labels)
 
 
 def ours(h, s, c, labels, source, m, backend="auto"):
@@ -85,13 +80,13 @@ PEERS = {
     "authors, compiled": lambda: _autograd(peers.compiled(authors)),
     "linear_cross_entropy": lambda: _autograd(linear_cross_entropy),
     "attention+gather": lambda: attention_and_gather,
-    "cut_cross_entropy": lambda: _autograd(cut_cross_entropy),
-    "liger": lambda: _autograd(liger),
 }
 OURS = peers.ours("prototype_cross_entropy")
 
 
 def _variant(variant):
+    if variant == "matmul+cross_entropy":
+        return _autograd(stored_logits)
     if not peers.is_ours(variant):
         return PEERS[variant]()
     return _autograd(partial(ours, backend=peers.backend("prototype_cross_entropy", variant)))
@@ -100,7 +95,8 @@ def _variant(variant):
 def _inputs(n, k, d, dtype, soft):
     torch.manual_seed(0)
     h, c, source = (
-        F.normalize(torch.randn(rows, d, device=DEVICE), dim=-1).to(dtype) for rows in (n, k, k)
+        F.normalize(torch.randn(rows, d, device=DEVICE), dim=-1).to(dtype)
+        for rows in (n, k, k if soft else 0)
     )
     labels = torch.randint(0, k, (n,), device=DEVICE)
     m = protoclip.soft_targets(source, c, TAU).to(dtype) if soft else None
@@ -125,32 +121,40 @@ def _assert_parity(run, n, k, d, dtype, soft):
         assert (got - want).abs().max() <= eps * want.abs().max().clamp_min(0.1)
 
 
+def _rows(sizes):
+    """(N, K, D), dtype, variant, soft targets or hard ones, sweep"""
+    soft = [(name, True) for name in (*OURS, *PEERS)]
+    rows = [
+        (shape, dtype, *variant, None)
+        for shape in SIZES[sizes]
+        for dtype in ("fp32", "bf16")
+        for variant in (*soft, *((name, False) for name in OURS))
+    ]
+    n = 16 if sizes == "tiny" else 256 if DEVICE == "cpu" else 4096
+    rows += [
+        ((n, k, 128), "fp32", variant, False, "K")
+        for k in SWEEP[sizes]
+        for variant in (*OURS, *(["matmul+cross_entropy"] if n * k <= LOGITS else []))
+    ]
+    return rows
+
+
 def pytest_generate_tests(metafunc):
-    if "shape" in metafunc.fixturenames:
-        shapes = SIZES[metafunc.config.getoption("--sizes")]
-        metafunc.parametrize("shape", shapes, ids=lambda s: "N{}-K{}-D{}".format(*s))
+    rows = _rows(metafunc.config.getoption("--sizes"))
+    names = [
+        "N{}-K{}-D{}".format(*shape) + f"-{dtype}-{name}-{'soft' if soft else 'hard'}"
+        for shape, dtype, name, soft, _ in rows
+    ]
+    metafunc.parametrize(("shape", "dtype", "variant", "soft", "sweep"), rows, ids=names)
 
 
-def _time(bench, shape, dtype, variant, soft):
+def test_prototype_cross_entropy(bench, shape, dtype, variant, soft, sweep):
     run = _variant(variant)
     _assert_parity(run, *shape, DTYPES[dtype], soft)
     inputs = _inputs(*shape, DTYPES[dtype], soft)
     work = roofline.prototype_cross_entropy(*shape, dtype)
-    case = Case(
-        "prototype_cross_entropy",
-        dict(zip("NKD", shape, strict=True)), dtype, work, "soft" if soft else "hard",
-    )  # fmt: skip
+    letters = dict(zip("NKD", shape, strict=True))
+    phase = "both" if sweep else "soft" if soft else "hard"
+    case = Case("prototype_cross_entropy", letters, dtype, work, phase, sweep)
     rival = None if peers.is_ours(variant) else partial(_autograd(ours), *inputs)
     bench.time(case, variant, partial(run, *inputs), rival=rival)
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("variant", [*OURS, *PEERS])
-def test_soft(bench, shape, dtype, variant):
-    _time(bench, shape, dtype, variant, soft=True)
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("variant", OURS)
-def test_hard(bench, shape, dtype, variant):
-    _time(bench, shape, dtype, variant, soft=False)

@@ -81,9 +81,15 @@ std::tuple<at::Tensor, at::Tensor> segment_mean_cuda(const at::Tensor& values,
   at::Tensor counts = at::empty({k}, labels.options());
   if (k == 0) return {means, counts};
 
-  const SegmentMean call{matrix_of(values),   labels.const_data_ptr<int64_t>(),
-                         labels.stride(0),    n,
-                         static_cast<int>(k), static_cast<int>(d),
+  const at::Tensor used = labels.ge(0).logical_and_(labels.lt(k));
+  const auto [keys, rows] =
+      at::where(used, labels, k).to(at::kInt).sort(/*stable=*/true, /*dim=*/0);
+  const SegmentMean call{matrix_of(values),
+                         keys.const_data_ptr<int>(),
+                         rows.const_data_ptr<int64_t>(),
+                         n,
+                         static_cast<int>(k),
+                         static_cast<int>(d),
                          dtype_of(op, values)};
   const at::Tensor scratch = scratch_on(values, segment_mean_scratch_bytes(call));
   C10_CUDA_CHECK(

@@ -51,11 +51,11 @@ cudaError_t launch_kmeans_assign(const KmeansAssign& call, const KmeansAssignPla
 // ---- mean of the rows of each segment ----
 
 struct SegmentMean {
-  Matrix values;          // [N, D]
-  const int64_t* labels;  // [N]; those outside [0, K) are left out
-  int64_t label_stride;
-  int64_t n;  // N < 2^31
-  int k, d;   // 1 <= K < 2^31 - 1
+  Matrix values;        // [N, D]
+  const int* keys;      // [N] labels in rising order; K: left out
+  const int64_t* rows;  // [N], the rows they are of, rising where the label is the same
+  int64_t n;            // N < 2^31
+  int k, d;             // 1 <= K < 2^31 - 1
   Dtype dtype;
 };
 

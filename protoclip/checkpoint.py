@@ -1,4 +1,4 @@
-"""Checkpoints: tensors in a dict, written so that a crash leaves the old file or the new one.
+"""Checkpoints: values in, values out, written so that a crash leaves the old file or the new one.
 
 A file is what ``torch.save`` writes, with its SHA-256 in the zip comment at its end: torch and
 OpenCLIP read it as ever, and ``load`` tells a torn or altered file from a whole one.
@@ -7,21 +7,26 @@ OpenCLIP read it as ever, and ``load`` tells a torn or altered file from a whole
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import os
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+FORMAT = 2  # of the entries below "protoclip"
 LATEST = "epoch_latest.pt"
 PREVIOUS = "epoch_previous.pt"  # the one before: what there is when the latest is torn
 SEAL = b"protoclip sha256 "
+CLASS = "__class__"  # key that marks a packed dataclass
 logger = logging.getLogger(__name__)
 
 
@@ -139,14 +144,15 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 FORM: dict[str, type] = {  # what protoclip.train writes beside OpenCLIP's entries, by dotted name
-    "protoclip": dict,
     "epoch": int,
     "state_dict": dict,
     "optimizer": dict,
+    "protoclip": dict,
+    "protoclip.format": int,
     "protoclip.config": dict,
     "protoclip.step": int,
     "protoclip.heads": dict,
-    "protoclip.logit_scale_proto": torch.Tensor,
+    "protoclip.logit_scale_proto": Tensor,
 }
 
 
@@ -165,7 +171,13 @@ def check_form(path: Path, payload: dict[str, Any], complete: bool = False) -> N
                 f"checkpoint: expected {name} in {path} as {kind.__name__}, got "
                 f"{'none' if value is None else type(value).__name__}; use an older checkpoint"
             )
-    if (step := payload["protoclip"].get("step") or 0) < 0:
+    own = payload["protoclip"]
+    if (found := own.get("format", FORMAT)) != FORMAT:
+        raise ValueError(
+            f"checkpoint: expected format {FORMAT} in {path}, got {found}; use the version of "
+            "protoclip that wrote it"
+        )
+    if (step := own.get("step") or 0) < 0:
         raise ValueError(
             f"checkpoint: expected a step of 0 or more in {path}, got {step}; use an older "
             "checkpoint"
@@ -184,15 +196,21 @@ def _check_seal(path: Path) -> None:
 
 
 def candidates(run: str | os.PathLike[str]) -> list[Path]:
-    """Checkpoints of a run folder from the newest to the oldest; [] where there are none."""
+    """Checkpoints of a run folder, or of a folder of them, newest first; [] if there are none."""
     folder = Path(run) / "checkpoints"
-    numbered = {
+    folder = folder if folder.is_dir() else Path(run)
+    first = [path for name in (LATEST, PREVIOUS) if (path := folder / name).is_file()]
+    return first + numbered(folder)
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The epoch_N.pt of a folder, newest first."""
+    found = {
         int(number): path
         for path in folder.glob("epoch_*.pt")
         if (number := path.stem.removeprefix("epoch_")).isdigit()
     }
-    first = [path for name in (LATEST, PREVIOUS) if (path := folder / name).is_file()]
-    return first + [numbered[number] for number in sorted(numbered, reverse=True)]
+    return [found[number] for number in sorted(found, reverse=True)]
 
 
 def load_newest(run: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
@@ -201,19 +219,15 @@ def load_newest(run: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     Raises:
         ValueError: there is none, or none is whole.
     """
-    paths = candidates(run)
-    if not paths:
-        raise ValueError(
-            f"checkpoint: {run} holds no epoch_N.pt; the run ended before its first checkpoint"
-        )
+    paths = _some(run)
     for path in paths:
         try:
             return path, load(path)
         except ValueError as error:
             logger.warning("%s; trying the one before", error)
     raise ValueError(
-        f"checkpoint: none of the {len(paths)} checkpoints of {run} can be read; start anew "
-        "with another --name"
+        f"checkpoint: none of the {len(paths)} checkpoints of {run} can be read; start "
+        "again with another --name"
     )
 
 
@@ -222,21 +236,62 @@ def find(run: str | os.PathLike[str]) -> Path:
     run = Path(run)
     if run.is_file():
         return run
-    folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
-    if not folder.is_dir():
+    if not run.is_dir():
         raise ValueError(
             f"checkpoint: expected a run folder or a checkpoint, found nothing at {run}"
         )
-    for name in (LATEST, PREVIOUS):
-        if (folder / name).is_file():
-            return folder / name
-    numbered = {
-        int(number): path
-        for path in folder.glob("epoch_*.pt")
-        if (number := path.stem.removeprefix("epoch_")).isdigit()
-    }
-    if not numbered:
-        raise ValueError(
-            f"checkpoint: {run} holds no epoch_N.pt; the run ended before its first checkpoint"
-        )
-    return numbered[max(numbered)]
+    return _some(run)[0]
+
+
+def _some(run: str | os.PathLike[str]) -> list[Path]:
+    if paths := candidates(run):
+        return paths
+    raise ValueError(
+        f"checkpoint: {run} holds no epoch_N.pt; the run ended before its first checkpoint"
+    )
+
+
+def pack(value: Any) -> Any:
+    """Dataclasses, mappings and sequences of tensors, numbers and strings -> what
+    ``torch.load(weights_only=True)`` reads. Tensors stay themselves, so shared ones stay shared."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: pack(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {CLASS: type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {key: pack(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(pack(item) for item in value)
+    return value
+
+
+def unpack(value: Any, classes: Mapping[str, type], device: torch.device) -> Any:
+    """The inverse of ``pack``; only the named classes are made.
+
+    Raises:
+        ValueError: another class is asked for, or one with other fields.
+    """
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict) and CLASS in value:
+        name = value[CLASS]
+        fields = {k: unpack(v, classes, device) for k, v in value.items() if k != CLASS}
+        try:
+            return classes[name](**fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"checkpoint: this protoclip cannot read its {name} ({error}); resume with the "
+                "version that wrote it"
+            ) from error
+    if isinstance(value, dict):
+        return {key: unpack(item, classes, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(unpack(item, classes, device) for item in value)
+    return value
+
+
+def fingerprint(keys: Sequence[str], samples: int = 1000) -> str:
+    """A short name of a data set: its size and a digest of up to ``samples`` of its keys."""
+    digest = hashlib.sha256(str(len(keys)).encode())
+    for i in np.linspace(0, max(0, len(keys) - 1), min(samples, len(keys)), dtype=np.int64):
+        digest.update(keys[int(i)].encode("utf-8", "surrogateescape") + b"\0")
+    return f"{len(keys)}:{digest.hexdigest()[:16]}"

@@ -108,7 +108,7 @@ class DataConfig:
     imagenet_val: str = option(
         "",
         "pictures with classes for zero-shot evaluation during training: a folder of class "
-        "folders, a CLIP_benchmark folder, or built-in data",
+        "folders, or built-in data",
     )
     train_num_samples: int = option(0, "use only the first N samples; 0: all", low=0)
     train_data_upsampling_factors: str = option(
@@ -307,7 +307,7 @@ class RunConfig:
         choices=("auto", "nccl", "gloo"),
     )
     dist_timeout: float = option(
-        1800.0, "seconds to wait for another process before naming it and ending", low=1
+        1800.0, "seconds that a process waits for another before it ends with an error", low=1
     )
     log_every_n_steps: int = option(1, "lines of metrics.jsonl, points of the curves", low=1)
     val_frequency: float = option(

@@ -1,28 +1,180 @@
-"""The one place that knows about ranks: who this process is, and what ranks do together.
+"""Ranks: who this process is, and what the processes of a run do together.
 
-Everything here works in one process too, where it does nothing.
+Everything here works in one process too, where it does nothing. A rank that dies is the launcher's
+business (torchrun names it and ends the others), one that hangs the process group's time-out's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
 import os
-import random
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from protoclip.launchers import Place
 
 Result = TypeVar("Result")
 Group = dist.ProcessGroup | None
 # torch 2.13 gives them new names, and warns of the old ones.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    # Of the step, not of the allocation: a plain python in a batch script is alone.
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
+_store: dist.Store | None = None  # of all processes, once they have met
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """A process among those that a launcher started."""
+
+    rank: int
+    world_size: int
+    local_rank: int = 0  # on its machine: the number of its GPU
+    master: tuple[str, int] = ("127.0.0.1", 0)  # where the processes meet
+
+
+def find_rank(env: Mapping[str, str] = os.environ) -> RankInfo:
+    """What torchrun, SLURM's srun or OpenMPI's mpirun say about this process; alone without them.
+
+    Raises:
+        ValueError: a launcher's variables contradict each other.
+    """
+    for by_rank, by_size, by_local in LAUNCHERS:
+        if by_rank in env and by_size in env:
+            try:
+                number, size = int(env[by_rank]), int(env[by_size])
+                local, master = int(env.get(by_local, 0)), (_host(env, size), _port(env))
+            except ValueError as error:
+                raise ValueError(f"distributed: {by_rank}, {by_size}: {error}") from error
+            if not 0 <= number < size:
+                raise ValueError(
+                    f"distributed: expected 0 <= {by_rank} < {by_size}, got {number} and {size}; "
+                    "start the processes with torchrun or srun"
+                )
+            return RankInfo(number, size, local, master)
+    return RankInfo(0, 1)
+
+
+def _host(env: Mapping[str, str], ranks: int) -> str:
+    """Of rank 0."""
+    if "MASTER_ADDR" in env:
+        return env["MASTER_ADDR"]
+    if int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", ranks)) < ranks:
+        raise ValueError(
+            "mpirun does not say on which of several machines rank 0 is; give mpirun "
+            "-x MASTER_ADDR=HOST, the first machine's name"
+        )
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", "")
+    # "gpu[03-05,9],big1" -> gpu03
+    first = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
+    return first.group(1) + (first.group(2) or "") if first else "127.0.0.1"
+
+
+def _port(env: Mapping[str, str]) -> int:
+    """A different one for each job, below those that outgoing connections get."""
+    if "MASTER_PORT" in env:
+        return int(env["MASTER_PORT"])
+    job = env.get("SLURM_JOB_ID") or env.get("PMIX_NAMESPACE", "")
+    step = int(re.sub(r"\D", "", env.get("SLURM_STEP_ID", "")) or 0)
+    return 20000 + (int(re.sub(r"\D", "", job) or 0) + step) % 12000
+
+
+def start(info: RankInfo, device: torch.device, timeout: float, backend: str = "auto") -> None:
+    """Join the other processes; nothing to do alone.
+
+    Args:
+        info: who this process is.
+        device: of this process: NCCL for CUDA (and gloo for CPU tensors), gloo for the CPU.
+        timeout: seconds that a rank waits for another in a collective call before it fails.
+        backend: "auto", "nccl" or "gloo".
+    Raises:
+        ValueError: the processes cannot meet.
+    """
+    global _store
+    if info.world_size == 1:
+        return
+    if backend == "nccl" or (backend == "auto" and device.type == "cuda"):
+        backend = "cpu:gloo,cuda:nccl"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    host, port = info.master
+    os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
+    wait = datetime.timedelta(seconds=timeout)
+    try:
+        _store, *_ = next(dist.rendezvous("env://", info.rank, info.world_size, timeout=wait))
+    except RuntimeError as error:
+        raise ValueError(
+            f"distributed: rank {info.rank} of {info.world_size} cannot meet the others at "
+            f"{host}:{port} ({str(error).splitlines()[0]}); start all ranks, or set MASTER_ADDR to "
+            "the machine of rank 0 and MASTER_PORT to a free port there"
+        ) from error
+    dist.init_process_group(
+        "gloo" if backend == "auto" else backend,
+        store=dist.PrefixStore("group", _store),
+        rank=info.rank,
+        world_size=info.world_size,
+        timeout=wait,
+    )
+
+
+def stop() -> None:
+    """Leave the other processes; can be called twice."""
+    global _store
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    _store = None
+
+
+def run_command(work: Callable[[], int | None], name: str) -> int:
+    """Do a command's work on this rank and return the exit code.
+
+    ValueError and OSError are a user's mistake: one sentence, said once for all ranks, and code 2.
+    Ctrl-C is 130. Any other error keeps its traceback, and Python's code 1.
+    """
+    try:
+        code = work()
+    except (ValueError, OSError) as error:
+        _say_once(f"{name}: error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        _say_once(f"{name}: interrupted")
+        return 130
+    stop()
+    return code or 0
+
+
+def _say_once(text: str) -> None:
+    """Print what several ranks may have to say, by the first that comes."""
+    try:
+        first = _store is None or _store.add("said", 1) == 1
+    except RuntimeError:  # rank 0, which held the store, has spoken and ended
+        first = False
+    if first:
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def quiet_beside_main(info: RankInfo) -> Iterator[None]:
+    """Only the first process prints what all would print alike: --help, a wrong flag."""
+    if info.rank == 0:
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            yield
+        except ValueError:
+            raise SystemExit(2) from None
 
 
 def is_distributed() -> bool:
@@ -50,17 +202,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of torch (weights, dropout; every device), NumPy and Python.
-
-    The same on every rank. protoclip draws from torch's alone; a model or a transform of somebody
-    else's may draw from the others, and a checkpoint holds all three.
-    """
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
 def generator(*stream: int) -> torch.Generator:
     """A CPU generator for one purpose: equal ``stream`` numbers give equal draws on every rank.
 
@@ -71,69 +212,6 @@ def generator(*stream: int) -> torch.Generator:
         # A multiply-and-add over the odd constant of splitmix64 keeps (1, 2) and (2, 1) apart.
         state = (state * 0x9E3779B97F4A7C15 + number + 1) % 2**63
     return torch.Generator().manual_seed(state)
-
-
-def hosts_store(place: Place) -> bool:
-    """Whether the store of all processes is in this one, and not in a launcher's."""
-    return place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-
-
-def open_store(place: Place, name: str, timeout: float = 300.0) -> dist.Store:
-    """A new connection to the store of all processes, for keys of one purpose.
-
-    Raises:
-        ValueError: there is none within ``timeout`` seconds, or its port is taken.
-    """
-    host, port = place.master
-    try:
-        store = dist.TCPStore(
-            host,
-            port,
-            place.world_size,
-            is_master=hosts_store(place),
-            wait_for_workers=False,
-            timeout=datetime.timedelta(seconds=timeout),
-            multi_tenant=True,
-        )
-    except RuntimeError as error:
-        raise ValueError(
-            f"distributed: rank {place.rank} of {place.world_size} cannot meet the others at "
-            f"{host}:{port} ({str(error).splitlines()[0]}); start all ranks, or set MASTER_ADDR to "
-            "the machine of rank 0 and MASTER_PORT to a free port there"
-        ) from error
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"protoclip/{attempt}/{name}", store)
-
-
-def start(place: Place, device: torch.device, timeout: float, backend: str = "auto") -> None:
-    """Join the other processes; nothing to do alone.
-
-    Args:
-        device: of this process: NCCL for CUDA (and gloo for CPU tensors), gloo for the CPU.
-        timeout: seconds a rank waits for another in a collective.
-        backend: "auto", "nccl" or "gloo".
-    """
-    if place.world_size == 1:
-        return
-    if backend == "auto":
-        backend = "nccl" if device.type == "cuda" else "gloo"
-    if backend == "nccl":
-        backend = "cpu:gloo,cuda:nccl"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        backend,
-        store=open_store(place, "group"),
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=datetime.timedelta(seconds=timeout),
-    )
-
-
-def stop() -> None:
-    """Leave the other processes; can be called twice."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def barrier() -> None:
@@ -172,18 +250,6 @@ def own_slice(total: int, number: int | None = None) -> slice:
     differ by one at most."""
     number, ranks = rank() if number is None else number, world_size()
     return slice(total * number // ranks, total * (number + 1) // ranks)
-
-
-def gather_slices(rows: Tensor, total: int) -> Tensor:
-    """The whole [total, ...] of which this rank holds its ``own_slice`` rows, on every rank."""
-    if not is_distributed():
-        return rows
-    ranks = world_size()
-    padded = rows.new_zeros((-(-total // ranks), *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    every = gather_rows(padded).unflatten(0, (ranks, len(padded)))
-    slices = [own_slice(total, number) for number in range(ranks)]
-    return torch.cat([part[: s.stop - s.start] for part, s in zip(every, slices, strict=True)])
 
 
 def gather_rows(rows: Tensor, group: Group = None) -> Tensor:

@@ -31,8 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from protoclip.config import ModelConfig
-from protoclip.distributed import GlobalBatchNorm1d
-from protoclip.launchers import find_place
+from protoclip.distributed import GlobalBatchNorm1d, find_rank
 
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 MAX_LOG_SCALE = math.log(100)
@@ -454,9 +453,9 @@ def choose_device(name: str) -> torch.device:
         ValueError: no such device on this machine.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        place = find_place()  # several processes of a machine have a GPU each
+        info = find_rank()  # several processes of a machine have a GPU each
         return (
-            torch.device("cuda", place.local_rank) if place.world_size > 1 else torch.device("cuda")
+            torch.device("cuda", info.local_rank) if info.world_size > 1 else torch.device("cuda")
         )
     if name == "auto":
         return torch.device("cpu")
@@ -480,7 +479,7 @@ def choose_precision(name: str, device: torch.device) -> str:
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return "amp_bf16" if bf16 else "fp32"
     if name == "amp" and device.type == "cpu":
-        if find_place().rank == 0:
+        if find_rank().rank == 0:
             note = "fp16 needs a GPU; this is fp32, and amp_bf16 works on CPUs too"
             print(f"note: --precision amp: {note}", file=sys.stderr)
         return "fp32"

@@ -138,32 +138,26 @@ def _arrays(path: Path) -> tuple[np.ndarray, list[str] | None]:
     if path.suffix == ".npy":
         return np.load(path, allow_pickle=False), None
     if path.suffix == ".safetensors":
-        return _the_one({name: x.float().numpy() for name, x in load_file(path).items()}), None
-    with np.load(path, allow_pickle=False) as file:
-        keys = [str(key) for key in file["keys"]] if "keys" in file.files else None
-        return _the_one({name: file[name] for name in file.files if name != "keys"}), keys
-
-
-def _the_one(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    if "features" in arrays:
-        return arrays["features"]
-    if len(arrays) != 1:
+        arrays = {name: rows.float().numpy() for name, rows in load_file(path).items()}
+    else:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    keys = [str(key) for key in arrays.pop("keys")] if "keys" in arrays else None
+    if "features" not in arrays and len(arrays) != 1:
         raise ValueError(f"expected one array, or one named 'features', got {sorted(arrays)}")
-    return next(iter(arrays.values()))
+    return arrays.get("features", next(iter(arrays.values()))), keys
 
 
 def _rows_by_key(
     keys: Sequence[str], array: np.ndarray, dataset: PairDataset, path: Path
 ) -> np.ndarray:
     """Row of each sample, int64 [dataset]."""
-    if len(keys) != len(array):
-        raise ValueError(
-            f"--external-teacher: expected a key for each row in {path}, got {len(keys)} keys for "
-            f"{len(array)} rows"
-        )
     rows = {key: row for row, key in enumerate(keys)}
-    if len(rows) != len(keys):
-        raise ValueError(f"--external-teacher: {path} has keys that occur twice; compute it again")
+    if not len(rows) == len(keys) == len(array):
+        raise ValueError(
+            f"--external-teacher: expected one key for each row in {path}, got {len(keys)} keys, "
+            f"{len(rows)} different ones, for {len(array)} rows; compute it again"
+        )
     missing = [key for key in dataset.keys if key not in rows]
     if missing:
         raise ValueError(

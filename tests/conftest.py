@@ -5,6 +5,7 @@ anything imports triton.
 is a skip with its reason. ``--nan-empties`` shows what a kernel forgot to write.
 """
 
+import json
 import os
 
 import pytest
@@ -56,3 +57,17 @@ def pytest_runtest_makereport(item, call):
 @pytest.fixture
 def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def nano(tmp_path_factory):
+    """The config file of a model that trains in no time."""
+    tower = {"layers": 1, "width": 32}
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {**tower, "image_size": 16, "head_width": 16, "patch_size": 8},
+        "text_cfg": {**tower, "context_length": 12, "vocab_size": 49408, "heads": 2},
+    }
+    path = tmp_path_factory.mktemp("model") / "nano.json"
+    path.write_text(json.dumps(config))
+    return path

@@ -272,21 +272,6 @@ T __shfl_sync(unsigned mask, T value, int source) {
   return emulation::exchange(value, source,
                              [](auto** all, int i) { return all[all[i]->argument & 31]->value; });
 }
-template <typename T>
-T __shfl_up_sync(unsigned mask, T value, int lanes) {
-  check_mask(mask);
-  return emulation::exchange(value, lanes, [](auto** all, int i) {
-    return i < all[i]->argument ? all[i]->value : all[i - all[i]->argument]->value;
-  });
-}
-inline unsigned __match_any_sync(unsigned mask, unsigned value) {
-  check_mask(mask);
-  return emulation::exchange(value, 0, [](auto** all, int i) {
-    unsigned same = 0;
-    for (int j = 0; j < 32; ++j) same |= (all[j]->value == all[i]->value ? 1u : 0u) << j;
-    return same;
-  });
-}
 inline unsigned __ballot_sync(unsigned mask, bool value) {
   check_mask(mask);
   return emulation::exchange(value ? 1u : 0u, 0, [](auto** all, int) {
@@ -300,8 +285,6 @@ inline bool __all_sync(unsigned mask, bool value) {
   return __ballot_sync(mask, value) == 0xffffffffu;
 }
 inline void __syncwarp() { __ballot_sync(0xffffffffu, true); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 template <typename T>
 T atomicAdd(T* to, T value) {

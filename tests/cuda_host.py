@@ -71,8 +71,10 @@ def kmeans_assign(
 def segment_mean(values: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n, d = values.shape
     means, counts = torch.full((k, d), float("nan")), torch.full((k,), -7)
+    used = (labels >= 0) & (labels < k)  # as csrc/cuda_bindings.cpp
+    keys, rows = torch.where(used, labels, k).int().sort(stable=True)
     error = library("segment_mean").segment_mean(
-        *(_pointer(values), _strides(values), _pointer(labels), ctypes.c_int64(labels.stride(0))),
+        *(_pointer(values), _strides(values), _pointer(keys), _pointer(rows)),
         *(ctypes.c_int64(n), k, d, DTYPES[values.dtype], _pointer(means), _pointer(counts)),
     )
     assert error == 0, f"launch failed with {error}"

@@ -2,11 +2,11 @@
 #define PROTOCLIP_EMULATION
 #include "../csrc/segment_mean.cu"
 
-extern "C" int segment_mean(const void* values, int64_t strides[2], const int64_t* labels,
-                            int64_t label_stride, int64_t n, int k, int d, int dtype, float* means,
+extern "C" int segment_mean(const void* values, int64_t strides[2], const int* keys,
+                            const int64_t* rows, int64_t n, int k, int d, int dtype, float* means,
                             int64_t* counts) {
   using namespace protoclip;
-  const SegmentMean call{{values, strides[0], strides[1]}, labels, label_stride, n, k, d,
+  const SegmentMean call{{values, strides[0], strides[1]}, keys, rows, n, k, d,
                          static_cast<Dtype>(dtype)};
   const size_t bytes = segment_mean_scratch_bytes(call);
   std::vector<unsigned char> memory(bytes + 512, 0xff);

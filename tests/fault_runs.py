@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a pool of threads does not surv
 import protoclip.train as command
 from protoclip.data.__main__ import export_shards
 from protoclip.data.sources import open_dataset
-from protoclip.training.loop import Trainer
+from protoclip.step import Stepper
 
 NANO = {
     "embed_dim": 32,
@@ -81,14 +81,14 @@ def _train(flags: list[str], folder: Path, name: str, rank: int) -> None:
         os.dup2(out, 1)
         os.dup2(out, 2)
         seen = open(folder / f"{name}.seen.{rank}", "a", buffering=1)  # noqa: SIM115
-        train_step = Trainer._train_step
+        step = Stepper.step
 
-        def recorded(self, parts, *rest):
-            index = [i for part in parts for i in part.index.tolist()]
-            print(json.dumps([self.step, index]), file=seen)
-            return train_step(self, parts, *rest)
+        def recorded(self, number, batches, *rest, **options):
+            index = [i for batch in batches for i in batch.index.tolist()]
+            print(json.dumps([number, index]), file=seen)
+            return step(self, number, batches, *rest, **options)
 
-        Trainer._train_step = recorded  # type: ignore[method-assign]
+        Stepper.step = recorded  # type: ignore[method-assign]
         command.draw_plots = lambda *_: None  # 3 s each, and no part of a run's state
         code = command.main([*flags, "--name", name, "--resume", "auto"])
     except BaseException:

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from budget import assert_within_budget
 from open_clip import loss as open_clip_loss
+from ranks import on_ranks
 
 import protoclip
 from protoclip.ops import reference
@@ -179,9 +179,11 @@ def test_siglip_op_is_sound():
     assert protoclip.SigLipLoss()(x, y, scale, bias).isnan()
 
 
-def _rank(rank, port, results):
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def of_rank():
+    """Of each case: value and gradients of ours and of OpenCLIP's, as arrays."""
+    dist.init_process_group("gloo")
     x, y = features(40, 12)
+    rank = dist.get_rank()
     own = slice(20 * rank, 20 * rank + 20)
     scale, bias = torch.tensor(14.3), torch.tensor(-10.0)
     out = []
@@ -198,13 +200,15 @@ def _rank(rank, port, results):
         flags = dict(rank=rank, world_size=2, dist_impl=impl)
         pair = protoclip.SigLipLoss(**flags), open_clip_loss.SigLipLoss(**flags)
         out.append([gradients(loss, x[own], y[own], scale, bias) for loss in pair])
-    torch.save(out, f"{results}/{rank}.pt")
     dist.destroy_process_group()
+    return [[(value.numpy(), [g.numpy() for g in grads]) for value, grads in pair] for pair in out]
 
 
-def test_two_ranks_give_open_clips_values_and_gradients(tmp_path, unused_tcp_port):
-    mp.spawn(_rank, (unused_tcp_port, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+def test_two_ranks_give_open_clips_values_and_gradients():
+    ranks = [
+        [[(value, list(map(torch.from_numpy, grads))) for value, grads in pair] for pair in rank]
+        for rank in on_ranks(2, of_rank)
+    ]
     for case, pairs in enumerate(zip(*ranks, strict=True)):
         if case == 3:  # local_loss and gather_with_grad: the scale's gradient is that of a strip
             for which in (0, 1):
@@ -213,15 +217,6 @@ def test_two_ranks_give_open_clips_values_and_gradients(tmp_path, unused_tcp_por
                 pairs[1][which][1].append((scales[0] + scales[1]) / 2)
         for ours, theirs in pairs:
             assert_same(ours, theirs)
-
-
-@pytest.fixture
-def unused_tcp_port():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def test_swapped_into_open_clips_training_code(monkeypatch):

@@ -15,7 +15,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
 # Registers a thread may use so that as many blocks share an SM as the kernel's comment counts on.
-REGISTERS = {"assign_kernel": 255, "decide_kernel": 64, "runs_kernel": 64, "scatter_kernel": 64}
+REGISTERS = {"assign_kernel": 255, "decide_kernel": 64, "runs_kernel": 64}
 
 
 def _cuobjdump() -> str | None:

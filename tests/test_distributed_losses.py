@@ -9,8 +9,7 @@ from ranks import on_ranks
 
 import protoclip
 from protoclip import distributed
-from protoclip.distributed import GlobalBatchNorm1d
-from protoclip.launchers import find_place
+from protoclip.distributed import GlobalBatchNorm1d, find_rank
 from protoclip.losses import global_info_nce, global_sigmoid_loss, similarity_distillation
 from protoclip.model import Encoded
 from protoclip.ops import sigmoid_loss
@@ -50,7 +49,7 @@ def whole(dtype, backend, scale, wide=None):
 
 
 def joined():
-    distributed.start(find_place(), torch.device("cpu"), 60)
+    distributed.start(find_rank(), torch.device("cpu"), 60)
 
 
 def of_rank():
@@ -72,13 +71,21 @@ def of_rank():
             rows = [t.grad.double() / ranks for t in leaves[:2]]
             means = [distributed.mean_over_ranks(t.double()) for t in
                      (value.detach(), *(t.grad for t in leaves[2:]))]  # fmt: skip
-            rows = [distributed.gather_slices(t, G) for t in rows]
+            rows = [all_rows(t) for t in rows]
             results.append([t.numpy() for t in (means[0], *rows, *means[1:])])
     results.append(distillation(own))
     results.append(batch_norm(own))
     results.append(refusal())
     distributed.stop()
     return results
+
+
+def all_rows(rows):
+    """The rows of all ranks."""
+    parts = [rows] * distributed.world_size()
+    if distributed.is_distributed():
+        torch.distributed.all_gather_object(parts, rows)
+    return torch.cat(parts)
 
 
 def batch_norm(own):
@@ -88,7 +95,7 @@ def batch_norm(own):
     y = norm(x)
     (w[own] * y).sum().backward()
     means = [distributed.sum_over_ranks(p.grad.clone()) for p in norm.parameters()]
-    rows = [distributed.gather_slices(t, G) for t in (y.detach(), x.grad)]
+    rows = [all_rows(t) for t in (y.detach(), x.grad)]
     return [t.numpy() for t in (*rows, *means, norm.running_mean, norm.running_var)]
 
 
@@ -100,7 +107,7 @@ def distillation(own):
     loss = similarity_distillation(Encoded(*students), teacher, scale, 0.2)
     loss.backward()
     ranks = distributed.world_size()
-    rows = [distributed.gather_slices(t.grad / ranks, G) for t in students]
+    rows = [all_rows(t.grad / ranks) for t in students]
     means = [distributed.mean_over_ranks(t) for t in (loss.detach(), scale.grad)]
     return [t.numpy() for t in (*means, *rows)]
 

@@ -1,7 +1,6 @@
 """Training on several ranks: the losses of one rank, the same state everywhere, and a clean end
 when a rank is lost."""
 
-import contextlib
 import io
 import json
 
@@ -9,45 +8,32 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import on_ranks
+from ranks import TINY, on_ranks
 
 from protoclip import distributed
-from protoclip.launchers import find_place
+from protoclip.distributed import find_rank
 from protoclip.model import Encoded
+from protoclip.run_folder import NullRunFolder
 
-TINY = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
 STEPS, BATCH = 5, 24
 
 
-class Recorder:
-    """A run folder that keeps the metrics."""
+class Recorder(NullRunFolder):
+    """A run folder that keeps the metrics, and the first checkpoint as a resumed run reads it."""
 
     def __init__(self, path):
-        self.path, self.checkpoints, self.lines, self.saved = path, path, [], []
+        super().__init__(path)
+        self.lines, self.kept = [], None
 
     def metrics(self, step, samples, scalars):
         self.lines.append({"step": step, **scalars})
 
-    def say(self, text): ...
-    def note(self, text): ...
-
     def checkpoint(self, payload, epoch):
-        buffer = io.BytesIO()
-        torch.save(payload, buffer)
-        self.saved.append(buffer)
-
-    def kept(self):
-        """The first checkpoint, as a resumed run reads it."""
-        self.saved[0].seek(0)
-        return torch.load(self.saved[0], weights_only=True)
-
-
-def payload_step(payload):
-    return payload["protoclip"]["step"]
+        if self.kept is None:
+            buffer = io.BytesIO()
+            torch.save(payload, buffer)
+            buffer.seek(0)
+            self.kept = torch.load(buffer, weights_only=True)
 
 
 def stripped(lines):
@@ -70,28 +56,23 @@ def arguments(folder, *flags):
 def train(folder, flags):
     """The metrics of a run of the trainer, and what every rank must have the same."""
     from protoclip.config import build_parser, parse
-    from protoclip.data import build_transform
+    from protoclip.data.loader import EpochOrder
     from protoclip.model import build_model
-    from protoclip.training.capture import restore
-    from protoclip.training.inputs import open_teacher, open_training_data
-    from protoclip.training.loop import Trainer
-    from protoclip.training.phases import Phases
-    from protoclip.training.plan import make_plan
+    from protoclip.schedule import make_plan
+    from protoclip.step import seed_everything
+    from protoclip.train import Setup, Trainer, open_teacher, open_training_data
 
-    distributed.start(find_place(), torch.device("cpu"), 60)
     cpu = torch.device("cpu")
+    distributed.start(find_rank(), cpu, 60)
 
     def trainer_for(more):
         config = parse(build_parser("train", ""), arguments(folder, *more))
         data = open_training_data(config)
-        distributed.seed_everything(0)
+        seed_everything(0)
         model = build_model(config.model)
-        transform = build_transform(model.image_size, model.mean, model.std, "clip")
-        teacher, _ = open_teacher(config, data, cpu)
-        return Trainer(
-            config, make_plan(config, len(data)), model, data, transform, teacher,
-            Recorder(folder), Phases(cpu), device=cpu, precision="fp32",
-        )  # fmt: skip
+        plan, order = make_plan(config, len(data)), EpochOrder(data, config.data)
+        setup = Setup(config, plan, data, order, cpu, "fp32", open_teacher(config, data, cpu)[0])
+        return Trainer(setup, model, Recorder(folder))
 
     out = []
     for more in flags:
@@ -99,11 +80,12 @@ def train(folder, flags):
         trainer.run()
         model, recorder = trainer.model, trainer.folder
         if "--save-every" in more:
-            payload = distributed.from_main(recorder.kept)
+            payload = distributed.from_main(lambda kept=recorder.kept: kept)
             again = trainer_for(more)
-            restore(again, payload)
+            again.restore(payload)
+            done = again.step
             again.run()
-            assert stripped(again.folder.lines) == stripped(recorder.lines[payload_step(payload) :])
+            assert stripped(again.folder.lines) == stripped(recorder.lines[done:])
         state = [p.detach().double().sum().item() for p in model.parameters()]
         state += [b.double().sum().item() for b in model.buffers()]
         episode = trainer.episode
@@ -140,13 +122,10 @@ def gradients(folder, passes):
     from protoclip.data import Batch
     from protoclip.model import build_model
     from protoclip.prototypes import Clustering, Episode, PrototypeSet
-    from protoclip.training.engine import Optimiser
-    from protoclip.training.phases import Phases
-    from protoclip.training.plan import Plan, own_draws
-    from protoclip.training.stepper import Stepper
+    from protoclip.schedule import Plan, own_draws
+    from protoclip.step import Stepper
 
-    cpu = torch.device("cpu")
-    distributed.start(find_place(), cpu, 60)
+    distributed.start(find_rank(), torch.device("cpu"), 60)
     torch.manual_seed(0)
     model = build_model(ModelConfig(model=str(folder / "tiny.json"))).double()
     pixels = torch.randn(BATCH, 3, 16, 16, dtype=torch.float64)
@@ -158,14 +137,13 @@ def gradients(folder, passes):
         tables = [torch.randn(6, 16, dtype=torch.float64) for _ in range(2)]
         clustering = Clustering(tables[0], labels, torch.ones(6))
         sets.append(PrototypeSet(source, student, clustering, *tables, False))
-    optimiser = Optimiser(model, OptimConfig(grad_clip_norm=0, lr=0), "fp32")
-    stepper = Stepper(model, ExactLoss(), optimiser, contextlib.nullcontext, Phases(cpu), cpu)
+    stepper = Stepper(model, ExactLoss(), OptimConfig(grad_clip_norm=0))
     own, _ = own_draws(Plan(BATCH, BATCH, 1, 1, 1), torch.arange(BATCH))
     found = []
     for number in passes:
         parts = [Batch(i, pixels[i], tokens[i]) for i in own.chunk(number)]
-        losses, *_ = stepper.step(parts, Episode(tuple(sets)), False)
-        loss = distributed.mean_over_ranks(losses.total.detach().clone())
+        step = stepper.step(0, parts, Episode(tuple(sets)), project=False, lr=0.0)
+        loss = distributed.mean_over_ranks(step.losses.total.detach().clone())
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         embedding = grads.pop("clip.token_embedding.weight")
         flat = [embedding[tokens.unique()], *grads.values()]
@@ -215,7 +193,7 @@ def stored(dim):
     """What this rank gets from the stores of all after two passes of three steps of 12."""
     from protoclip.prototypes import FeatureStore
 
-    distributed.start(find_place(), torch.device("cpu"), 60)
+    distributed.start(find_rank(), torch.device("cpu"), 60)
     store = FeatureStore(3, 12, torch.device("cpu"))
     torch.manual_seed(0)
     for number in range(6):  # with repetition; the first pass is overwritten but for its last step

@@ -197,13 +197,13 @@ def test_command_gives_the_numbers_of_the_stored_model(run, capsys):
 
 
 def test_results_have_a_name_that_tells(run, tmp_path):
-    def name(*argv, data=""):
-        return _output(build_parser().parse_args([str(a) for a in argv]), data).name
+    def name(*argv):
+        return _output(build_parser().parse_args([str(a) for a in argv])).name
 
     path = run.folder / "checkpoints" / checkpoint.LATEST
     assert name(run.folder) == "results.json"  # the run's own, next to what training wrote
     assert name(run.folder, "--captions", "all") == "results-all_captions.json"
-    assert name(run.folder, data="/data/a b.csv") == "results-data_a_b_csv.json"
+    assert name(run.folder, "--data", "/data/a b.csv") == "results-data_a_b_csv.json"
     assert name(path) == "epoch_latest-results.json"
 
 

@@ -12,7 +12,7 @@ from ranks import on_ranks
 from protoclip.config import ModelConfig
 from protoclip.evaluate import Encoder, EvalSet, class_prompts, evaluate_features, metrics
 from protoclip.evaluate.datasets import read_templates
-from protoclip.evaluate.tasks import class_features
+from protoclip.evaluate.tasks import FeatureCache, class_features
 from protoclip.model import build_model
 
 linear_model = pytest.importorskip("sklearn.linear_model")
@@ -339,31 +339,35 @@ def test_bootstrap_of_a_mean_per_class_recall(monkeypatch):
     assert again["recall"] == pytest.approx(got["recall"])
 
 
-def on_a_rank():
+def on_a_rank(folder):
     """Encode texts on one of the ranks; returns them and the progress it was told."""
     from protoclip import distributed
-    from protoclip.launchers import find_place
+    from protoclip.distributed import find_rank
 
     cpu = torch.device("cpu")
-    distributed.start(find_place(), cpu, 60.0)
+    distributed.start(find_rank(), cpu, 60.0)
     torch.manual_seed(0)
     model = build_model(ModelConfig(add_projection_head=False))
+    cache = FeatureCache(model.clip)
+    cache.folder = folder / str(distributed.rank())  # as on two machines: rank 0 knows the texts
+    if distributed.is_main():
+        Encoder(model, cpu, cache=cache).texts(["text 0", "text 1"])
     found = []
     for count in (1, 2, 7):
         told = []
-        encoder = Encoder(model, cpu, batch_size=2, progress=told.append, sharded=True)
+        encoder = Encoder(model, cpu, 2, progress=told.append, cache=cache, sharded=True)
         rows = encoder.texts([f"text {i}" for i in range(count)])
         found.append((rows.numpy(), sum(told)))
     distributed.stop()
     return found
 
 
-def test_ranks_encode_slices_and_share_the_rows():
+def test_ranks_encode_slices_and_share_the_rows(tmp_path):
     """All have all rows, and each one's progress reaches their number."""
     torch.manual_seed(0)
     model = build_model(ModelConfig(add_projection_head=False))
     whole = Encoder(model, torch.device("cpu")).texts([f"text {i}" for i in range(7)])
-    for one in on_ranks(2, on_a_rank):
+    for one in on_ranks(2, on_a_rank, tmp_path):
         assert [told for _, told in one] == [1, 2, 7]
         for rows, told in one:
             torch.testing.assert_close(torch.from_numpy(rows), whole[:told])

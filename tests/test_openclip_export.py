@@ -1,7 +1,5 @@
 """Checkpoints both ways: ours in OpenCLIP, OpenCLIP's in ours, and the exported folder."""
 
-import json
-
 import open_clip
 import pytest
 import torch
@@ -14,24 +12,11 @@ from protoclip.evaluate.tasks import eval_transform
 from protoclip.model import build_model, register_configs
 from protoclip.train import main as train
 
-NANO = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
-
-
-@pytest.fixture(scope="module")
-def nano(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "export-nano.json"
-    path.write_text(json.dumps(NANO))
-    register_configs(str(path))
-    return path
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, nano):
     """A short run of protoclip.train."""
+    register_configs(str(nano))
     logs = tmp_path_factory.mktemp("logs")
     flags = ["--train-data", "builtin:shapes:64", "--batch-size", "16", "--max-steps", "3"]
     flags += ["--infonce-warmup-epoch", "0", "--k", "4", "--external-teacher", "none"]
@@ -79,8 +64,8 @@ def test_the_exported_folder_gives_the_same_bits(run, nano, tmp_path, capsys):
 
 def test_our_checkpoint_loads_in_open_clip(run, nano):
     path = str(run / "checkpoints" / checkpoint.LATEST)
-    model, _, _ = open_clip.create_model_and_transforms("export-nano", pretrained=path)
-    got = features(model, open_clip.get_tokenizer("export-nano"))
+    model, _, _ = open_clip.create_model_and_transforms("nano", pretrained=path)
+    got = features(model, open_clip.get_tokenizer("nano"))
     assert same(got, trained(run, ModelConfig(model=str(nano))))
 
 
@@ -88,12 +73,13 @@ def test_our_checkpoint_loads_in_open_clip(run, nano):
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_open_clips_checkpoint_loads_in_ours(nano, tmp_path, capsys, prefix, wrapped):
     """As open_clip_train writes it, under DDP too, and a bare state dict."""
+    register_configs(str(nano))
     torch.manual_seed(7)
-    theirs = open_clip.create_model("export-nano")
+    theirs = open_clip.create_model("nano")
     weights = {prefix + key: value for key, value in theirs.state_dict().items()}
     path = tmp_path / "epoch_2.pt"
     torch.save({"epoch": 2, "name": "x", "state_dict": weights} if wrapped else weights, path)
-    want = features(theirs, open_clip.get_tokenizer("export-nano"))
+    want = features(theirs, open_clip.get_tokenizer("nano"))
 
     ours = build_model(ModelConfig(model=str(nano), pretrained=str(path)))
     assert same(features(ours.clip, ours.tokenizer), want)
@@ -133,12 +119,13 @@ def test_a_checkpoint_keeps_how_pictures_are_prepared(nano, tmp_path):
 
 
 def test_weights_trained_with_siglip_load(nano, tmp_path):
+    register_configs(str(nano))
     torch.manual_seed(8)
-    theirs = open_clip.create_model("export-nano", init_logit_bias=-10)
+    theirs = open_clip.create_model("nano", init_logit_bias=-10)
     path = tmp_path / "epoch_1.pt"
     torch.save({"state_dict": theirs.state_dict()}, path)
     ours = build_model(ModelConfig(model=str(nano), pretrained=str(path)))
-    want = features(theirs, open_clip.get_tokenizer("export-nano"))
+    want = features(theirs, open_clip.get_tokenizer("nano"))
     assert same(features(ours.clip, ours.tokenizer), want)
     assert "logit_bias" not in ours.clip.state_dict()  # so that its own checkpoints load
 

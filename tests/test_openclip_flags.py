@@ -1,4 +1,4 @@
-"""The command's own part: flags, refusals, help, and the factories for those who patch by hand."""
+"""The command's own part: flags, help, and the factories for those who patch by hand."""
 
 from types import SimpleNamespace
 
@@ -27,24 +27,6 @@ def test_our_flags_are_popped_and_theirs_stay():
     assert rest == ["--model", "x", "--local-loss"]
     assert proto == protoclip.ProtoConfig(k=7, weight=0.5, pbt=False)
     assert command.split_flags(["--lr", "1e-3"]) == (None, ["--lr", "1e-3"])
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--proto-wieght", "1"], "did you mean --proto-weight"),
-        (["--proto-k", "50", "--proto-queue", "20"], "--proto-k"),
-        (["--proto-k", "5", "--siglip"], "--siglip"),
-        (["--proto-k", "5", "--model", "coca_ViT-B-32"], "CoCa"),
-        (["--proto-k", "5", "--distill-model", "x"], "--distill-model"),
-        (["--model", "no/such.json"], "no/such.json"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_mistakes_end_in_one_line(capsys, flags, words):
-    assert command.main(flags) == 2
-    message = capsys.readouterr().err
-    assert words in message and message.count("\n") == 1
 
 
 def test_help_shows_both_sides(capsys):

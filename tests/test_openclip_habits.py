@@ -16,11 +16,6 @@ from protoclip.evaluate import __main__ as evaluate
 from protoclip.model import build_model
 from protoclip.report import __main__ as report
 
-NANO = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-}
 COMMANDS = {
     "train": train.main, "evaluate": evaluate.main, "report": report.main, "data": data.main,
     "teacher": teacher.main, "plan": plan.main, "export": export.main, "openclip": openclip.main,
@@ -58,7 +53,12 @@ def code_of(main, argv):
         ("teacher", ["--modle", "x"], "did you mean --model?"),
         ("plan", ["--batchsize", "8"], "did you mean --batch-size?"),
         ("export", ["RUN", "--uot", "x"], "did you mean --out?"),
-        ("openclip", ["--proto-kk", "3"], "did you mean --proto-k?"),
+        ("openclip", ["--proto-wieght", "1"], "did you mean --proto-weight?"),
+        ("openclip", ["--proto-k", "50", "--proto-queue", "20"], "--proto-k"),
+        ("openclip", ["--proto-k", "5", "--siglip"], "--siglip"),
+        ("openclip", ["--proto-k", "5", "--model", "coca_ViT-B-32"], "CoCa"),
+        ("openclip", ["--proto-k", "5", "--distill-model", "x"], "--distill-model"),
+        ("openclip", ["--model", "no/such.json"], "no/such.json"),
     ],
 )
 def test_a_slip_ends_in_one_line_with_a_remedy(tmp_path, monkeypatch, capsys, command, argv, words):
@@ -67,13 +67,6 @@ def test_a_slip_ends_in_one_line_with_a_remedy(tmp_path, monkeypatch, capsys, co
     said = capsys.readouterr().err
     assert words in said and said.startswith(f"python -m protoclip.{command}: error: ")
     assert said.count("\n") == 1
-
-
-@pytest.fixture(scope="module")
-def nano(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "habits-nano.json"
-    path.write_text(json.dumps(NANO))
-    return str(path)
 
 
 HABITS = [
@@ -95,7 +88,7 @@ def losses(folder):
 def run(nano, tmp_path_factory):
     """OpenCLIP's flags train one epoch, and --resume latest another; what was said each time."""
     logs = tmp_path_factory.mktemp("logs")
-    flags = [*HABITS, "--model", nano, "--logs", str(logs), "--name", "habits"]
+    flags = [*HABITS, "--model", str(nano), "--logs", str(logs), "--name", "habits"]
     said, states = [], []
     for epochs in ("1", "3"):
         with contextlib.redirect_stderr(io.StringIO()) as kept:
@@ -154,7 +147,7 @@ def test_checkpointing_changes_memory_and_no_number(nano):
             return x
 
         torch.manual_seed(0)
-        model = build_model(ModelConfig(model=nano, **settings)).train()
+        model = build_model(ModelConfig(model=str(nano), **settings)).train()
         image, tokens = torch.randn(4, 3, 16, 16), model.short_tokenizer(["a", "b", "c d", "e"])
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             encoded = model.encode(image, tokens)

@@ -1,13 +1,12 @@
 """ProtoClipLoss: its prototypes, its value, and when its state moves."""
 
 import operator
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from ranks import on_ranks
 
 import protoclip
 from protoclip.losses import ProtoClipLoss, ProtoConfig
@@ -236,8 +235,10 @@ def test_settings_are_checked_by_flag_name(options, words):
         ProtoConfig(**options)
 
 
-def _rank(rank, port, folder):
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def of_rank(folder):
+    """Terms, gradients of the prototype term, and prototypes, by the flags of ClipLoss."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     own = slice(20 * rank, 20 * rank + 20)
     out = {}
     for local in (False, True):
@@ -257,10 +258,7 @@ def _rank(rank, port, folder):
 
 
 def test_two_ranks_have_the_prototypes_and_gradients_of_one(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    on_ranks(2, of_rank, str(tmp_path))
     one = ProtoClipLoss(proto=ProtoConfig(queue=40, k=5, every=2))
     for step in range(4):
         image, text = pairs(40, seed=step)

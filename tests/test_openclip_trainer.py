@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,20 +19,15 @@ from protoclip.evaluate.__main__ import main as evaluate
 
 pytest.importorskip("open_clip_train.main")
 
-MODEL = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
 BATCH, STEPS = 16, 4
 PROTO = ["--proto-queue", "32", "--proto-k", "4"]  # prototypes from the third step
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, nano):
     """Model config, and two shards of builtin:emoji with enough pairs for an epoch of two ranks."""
     folder = tmp_path_factory.mktemp("openclip")
-    (folder / "emoji-nano.json").write_text(json.dumps(MODEL))
+    shutil.copy(nano, folder)
     pairs = Subset(open_dataset("builtin:emoji"), range(0, 2 * BATCH * STEPS))
     export_shards(pairs, folder / "shards", per_shard=BATCH * STEPS)
     return folder
@@ -42,7 +38,7 @@ def flags(folder, name, *more, data="emoji", precision="fp32", batch=BATCH):
     source = shards if data == "emoji" else ["--dataset-type", "synthetic"]
     return [
         *source, "--train-num-samples", str(BATCH * STEPS), "--batch-size", str(batch),
-        "--model", f"{folder}/emoji-nano.json", "--precision", precision, "--device", "cpu",
+        "--model", f"{folder}/nano.json", "--precision", precision, "--device", "cpu",
         "--epochs", "1", "--warmup", "1", "--lr", "1e-3", "--workers", "0",
         "--log-every-n-steps", "1", "--logs", f"{folder}/logs", "--name", name, *more,
     ]  # fmt: skip
@@ -139,7 +135,7 @@ def test_the_log_has_both_terms_and_the_evaluation(alone, folder):
 
 def test_a_checkpoint_of_open_clips_exports_and_is_evaluated(alone, folder, tmp_path, capsys):
     """Its model has to be named; the bias that --siglip adds is kept."""
-    run, model = folder / "logs" / "ours-siglip", str(folder / "emoji-nano.json")
+    run, model = folder / "logs" / "ours-siglip", str(folder / "nano.json")
     path = checkpoint.find(run)
     out = ["--out", str(tmp_path / "out")]
     assert export.main([str(run), *out]) == 2

@@ -9,7 +9,7 @@ import torch
 from ranks import on_ranks
 
 from protoclip import distributed
-from protoclip.launchers import find_place
+from protoclip.distributed import find_rank
 from protoclip.plan import Shape, build_run, main, measure_shape, memory
 
 CLUSTERS, SAMPLES, TEACHER = 2000, 100_000, 32
@@ -18,7 +18,7 @@ CLUSTERS, SAMPLES, TEACHER = 2000, 100_000, 32
 def peak_of_steps(batch_size):
     """Bytes of all tensors at the worst moment of building a model and taking two steps, counted
     by the allocator: what is resident also depends on the kernel and on what ran before."""
-    distributed.start(find_place(), torch.device("cpu"), 60)
+    distributed.start(find_rank(), torch.device("cpu"), 60)
     steps(4)  # fills caches, which are no part of the model
     gc.collect()
     with torch.profiler.profile(
@@ -37,18 +37,12 @@ def steps(batch_size):
     from protoclip.config import LossConfig, ModelConfig, OptimConfig
     from protoclip.data import Batch
     from protoclip.losses import ProtoLoss
-    from protoclip.model import autocast_for, build_model
+    from protoclip.model import build_model
     from protoclip.prototypes import Clustering, Episode, PrototypeSet
-    from protoclip.training.engine import Optimiser
-    from protoclip.training.phases import Phases
-    from protoclip.training.stepper import Stepper
+    from protoclip.step import Stepper
 
-    cpu = torch.device("cpu")
     model = build_model(ModelConfig())
-    optimiser = Optimiser(model, OptimConfig(), "fp32")
-    stepper = Stepper(
-        model, ProtoLoss(LossConfig()), optimiser, autocast_for("fp32", cpu), Phases(cpu), cpu
-    )
+    stepper = Stepper(model, ProtoLoss(LossConfig()), OptimConfig())
     dim = model.image_head[-1].out_features
     tables = {name: torch.randint(CLUSTERS, (SAMPLES,)) for name in ("image", "text", "teacher")}
     held = [torch.randn(SAMPLES, TEACHER)]
@@ -72,7 +66,7 @@ def steps(batch_size):
         pixels = torch.randn(batch_size, 3, model.image_size, model.image_size)
         tokens = torch.randint(1, 49000, (batch_size, model.clip.context_length))
         tokens[:, -1] = 49407  # captions that fill the context, as the plan assumes
-        stepper.step([Batch(index, pixels, tokens)], episode, True)
+        stepper.step(0, [Batch(index, pixels, tokens)], episode, project=True, lr=1e-3)
     assert len(held) == 2  # until here
 
 

@@ -10,17 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from ranks import TINY, ended, said, start_command, tiny_run
 
 from protoclip import checkpoint
-from protoclip.prototypes import Clustering, Episode, PrototypeSet
+from protoclip.schedule import Stopped, StopSignals
 from protoclip.train import main
-from protoclip.training.append_log import AppendLog, cut_back
-from protoclip.training.run_folder import FolderLock
-from protoclip.training.saving import SaveSchedule, Stopped, StopSignals
-from protoclip.training.state import pack, random_states, set_random_state, unpack
 
 HERE = Path(__file__).parent
-CPU = torch.device("cpu")
 
 
 def test_kill_minus_nine_changes_no_bit_and_loses_no_sample():
@@ -54,24 +51,12 @@ def losses(folder):
     return [(r["step"], r["loss"]) for r in lines(folder) if "loss" in r]
 
 
-def test_a_signal_saves_and_ends_well_and_resume_is_exact(tmp_path, flags, monkeypatch):
-    flags = [*flags, "--logs", str(tmp_path)]
+def test_resume_ends_in_the_same_bits(tmp_path, flags):
+    """Stopped within the second episode, which has prototypes; moments and heads included."""
+    flags = [*flags, "--logs", str(tmp_path), "--lr-scheduler", "const", "--warmup", "2"]
     assert main([*flags, "--name", "whole"]) == 0
-    from protoclip.training.loop import Trainer
-
-    log = Trainer._log
-
-    def then_signal(self, *rest):
-        log(self, *rest)
-        if self.step == 6:  # in the second episode, which has prototypes
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-    monkeypatch.setattr(Trainer, "_log", then_signal)
-    assert main([*flags, "--name", "cut", "--workers", "1"]) == 0
-    assert [step for step, _ in losses(tmp_path / "cut")] == list(range(1, 7))
-    monkeypatch.undo()
-    monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
-    assert main([*flags, "--resume", str(tmp_path / "cut")]) == 0
+    assert main([*flags, "--name", "cut", "--max-steps", "6"]) == 0
+    assert main([*flags, "--resume", str(tmp_path / "cut"), "--workers", "1"]) == 0
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     ends = [checkpoint.load_newest(tmp_path / n)[1] for n in ("cut", "whole")]
     for one, other in ((e["state_dict"] for e in ends), (e["protoclip"]["heads"] for e in ends)):
@@ -80,8 +65,42 @@ def test_a_signal_saves_and_ends_well_and_resume_is_exact(tmp_path, flags, monke
     assert all(
         torch.equal(moments[0][i][k], moments[1][i][k]) for i in moments[1] for k in moments[1][i]
     )
-    assert main([*flags, "--name", "cut", "--resume", "auto"]) == 0  # nothing left to do
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4)])
+def test_a_run_goes_on_on_another_number_of_ranks(tmp_path, before, after):
+    """Within an episode, whose prototypes are of features that other ranks have computed."""
+    folder = tmp_path
+    more = "--lr-scheduler", "const", "--warmup", "2", "--epochs", "100"
+
+    def run(name, ranks, steps, *resume):
+        size = "--batch-size", str(24 // ranks), "--max-steps", str(steps)
+        argv = [*tiny_run(folder, name, *more, *size), *resume]
+        assert ended(start_command(folder, argv, ranks, plots=False)) == [0] * ranks, said(folder)
+
+    run("whole", 1, 10)
+    run("moved", before, 5)
+    run("moved", after, 10, "--resume", "logs/moved")
+    whole, moved = (dict(losses(folder / "logs" / name)) for name in ("whole", "moved"))
+    assert list(moved) == list(range(1, 11)) and "another number of ranks" not in said(folder)[0]
+    for step, loss in whole.items():
+        assert moved[step] == pytest.approx(loss, rel=3e-4), step
+
+
+def test_dropout_and_another_number_of_passes_get_a_note(tmp_path, capsys):
+    model = {**TINY, "vision_cfg": {**TINY["vision_cfg"], "patch_dropout": 0.5}}
+    argv = tiny_run(
+        tmp_path, "run", "--logs", str(tmp_path), "--warmup", "2", "--val-frequency", "0"
+    )
+    path = tmp_path / "drop.json"
+    path.write_text(json.dumps(model))
+    argv += ["--model", str(path)]
+    assert main([*argv, "--max-steps", "2"]) == 0
+    again = [*argv, "--max-steps", "4", "--resume", str(tmp_path / "run")]
+    assert main([*again, "--batch-size", "5"]) == 2
+    assert "was 12 and is 5" in capsys.readouterr().err
+    assert main([*again, "--batch-size", "6", "--accum-freq", "2"]) == 0
+    assert "another number of ranks or passes" in capsys.readouterr().err
 
 
 def test_signals_are_heard_and_handed_back():
@@ -127,7 +146,7 @@ def test_resume_refuses_what_it_cannot_do(tmp_path, flags, capsys):
     assert main([*flags, *short]) == 0
     run = str(tmp_path / "short")
     for extra, words in (
-        (["--batch-size", "8"], "optim.batch_size was 16 and is 8"),
+        (["--batch-size", "8"], "was 16 and is 8"),
         (["--seed", "4"], "run.seed"),
         (["--train-data", "builtin:shapes:150"], "not those of"),
         (["--resume", str(tmp_path / "nowhere")], "found nothing"),
@@ -137,9 +156,10 @@ def test_resume_refuses_what_it_cannot_do(tmp_path, flags, capsys):
         assert main([*flags, *short, "--resume", run, *extra]) == 2, extra
         message = capsys.readouterr().err
         assert words in message and "Traceback" not in message
-    lock = FolderLock(tmp_path / "short")
+    lock = FileLock(tmp_path / "short" / ".lock")
+    lock.acquire()
     assert main([*flags, *short, "--resume", run]) == 2
-    assert f"in use by process {os.getpid()}" in capsys.readouterr().err
+    assert "in use by another process" in capsys.readouterr().err
     lock.release()
     assert main([*flags, "--resume", run, "--lr", "1e-4"]) == 0  # longer, and another rate: said
     assert "lr was 0.003" in (tmp_path / "short" / "out.log").read_text()
@@ -173,54 +193,3 @@ def test_auto_takes_the_newest_unfinished_run_of_these_settings(tmp_path, flags)
     assert {path.name for path in tmp_path.iterdir()} == runs
     assert "resumed" in (tmp_path / "new" / "out.log").read_text()
     assert "resumed" not in (tmp_path / "old" / "out.log").read_text()
-
-
-def test_state_survives_packing():
-    labels = torch.tensor([0, 1, -100])
-    clustering = Clustering(torch.rand(2, 3), labels, torch.tensor([1, 1]))
-    one = PrototypeSet("text", "image", clustering, torch.rand(2, 3), None, False)
-    episode = Episode((one,), metrics={"a": 1.5})
-    classes = {cls.__name__: cls for cls in (Episode, Clustering, PrototypeSet)}
-    back = unpack(pack(episode), classes, CPU)
-    assert isinstance(back, Episode) and back.metrics == {"a": 1.5}
-    assert torch.equal(back.clusterings["text"].labels, labels)
-    with pytest.raises(ValueError, match="cannot take its Clustering"):
-        unpack(pack(episode), {}, CPU)
-
-
-def test_random_states_come_back():
-    import random
-
-    import numpy as np
-
-    def draw():
-        return torch.rand(2).tolist(), random.random(), np.random.rand()
-
-    state = random_states(CPU)
-    first = draw()
-    set_random_state(state, CPU)
-    assert draw() == first
-    with pytest.raises(ValueError, match="of 2 ranks, this run has 1"):
-        set_random_state(state * 2, CPU)
-
-
-def test_save_schedules(monkeypatch):
-    assert [SaveSchedule("5steps").at(step) for step in (4, 5, 10)] == [False, True, True]
-    clock = SaveSchedule("2m")
-    assert not clock.by_clock()
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + 121)
-    assert clock.by_clock() and not SaveSchedule("").by_clock()
-    clock.saved()
-    assert not clock.by_clock()
-
-
-def test_a_metrics_file_is_cut_back_and_keeps_whole_lines(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    log = AppendLog(path, print)
-    for step in range(1, 5):
-        log.write(json.dumps({"step": step}))
-    log.close()
-    path.write_text(path.read_text() + '{"step": 1, "lo')
-    assert cut_back(path, 2) == 3
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]

@@ -59,8 +59,8 @@ class TestFiles:
         ("keys", "words"),
         [
             (["other", *DATASET.keys[1:]], f"first {DATASET.keys[0]!r}"),
-            ([DATASET.keys[1], *DATASET.keys[1:]], "occur twice"),
-            (DATASET.keys[1:], "39 keys for 40 rows"),
+            ([DATASET.keys[1], *DATASET.keys[1:]], "40 keys, 39 different ones"),
+            (DATASET.keys[1:], "39 keys, 39 different ones, for 40 rows"),
         ],
     )
     def test_a_mismatch_is_an_error(self, tmp_path, keys, words):

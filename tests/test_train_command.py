@@ -10,8 +10,8 @@ from PIL import Image
 
 from protoclip import checkpoint
 from protoclip.config import ModelConfig
-from protoclip.distributed import seed_everything
 from protoclip.model import build_model
+from protoclip.step import seed_everything
 from protoclip.train import main
 
 SMALL = ["--train-data", "builtin:shapes:600", "--batch-size", "64", "--report-to", "none"]
@@ -54,7 +54,7 @@ def test_it_learns_and_leaves_a_whole_run_folder(tmp_path):
     last = [r for r in lines(folder) if "loss" in r][-1]
     names = {"step", "samples", "contrastive_loss", "proto_loss", "logit_scale", "lr"}
     assert names <= set(last)
-    for name in ("config.json", "out.log", "curves.png", "prototypes.png"):
+    for name in ("config.json", "out.log", "curves.png", "report.html"):
         assert (folder / name).stat().st_size > 100, name
 
 

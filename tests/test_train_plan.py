@@ -1,20 +1,18 @@
 """Which samples when, which learning rate, which parameters decay, which flags are refused."""
 
 import math
+import time
 
 import pytest
 import torch
 
 from protoclip.config import (
-    ModelConfig,
     OptimConfig,
     build_parser,
     parse,
 )
-from protoclip.model import build_model
 from protoclip.prototypes import check_clusters
-from protoclip.training.engine import Optimiser, parameter_groups
-from protoclip.training.plan import draw, learning_rate, make_plan
+from protoclip.schedule import SaveSchedule, draw, learning_rate, make_plan
 
 
 def config_of(*flags):
@@ -70,25 +68,15 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing():
     assert [learning_rate(in_steps, 100, s) for s in (0, 3, 50)] == [0.5, 2.0, 2.0]
 
 
-def test_vectors_scalars_and_heads_do_not_decay():
-    model = build_model(ModelConfig())
-    decaying, plain = parameter_groups(model, 0.5)
-    assert decaying["weight_decay"] == 0.5 and plain["weight_decay"] == 0
-    assert all(p.ndim >= 2 for p in decaying["params"])
-    kept = {id(p) for p in plain["params"]}
-    assert {id(p) for p in model.text_head.parameters()} <= kept
-    assert id(model.logit_scale_proto) in kept and id(model.clip.logit_scale) in kept
-    assert len(decaying["params"]) + len(kept) == len(list(model.parameters()))
-
-
-def test_gradients_are_clipped_and_scales_clamped():
-    model = build_model(ModelConfig())
-    optimiser = Optimiser(model, OptimConfig(grad_clip_norm=0.5), "fp32")
-    loss = 1e3 * model.clip.text_projection.sum() - 1e6 * model.logit_scale_proto
-    norm, finite = optimiser.step(loss)
-    after = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
-    assert finite and norm > 1e6 and after == pytest.approx(0.5, rel=1e-4)
-    assert 1 <= model.proto_scale <= 100.0001
+def test_save_schedules(monkeypatch):
+    assert [SaveSchedule("5steps").at(step) for step in (4, 5, 10)] == [False, True, True]
+    clock = SaveSchedule("2m")
+    assert not clock.by_clock()
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 121)
+    assert clock.by_clock() and not SaveSchedule("").by_clock()
+    clock.saved()
+    assert not clock.by_clock()
 
 
 def test_a_tenth_of_the_episode_is_the_default_number_of_clusters():

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,22 +30,22 @@ def build_parser() -> Parser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--export", metavar="DATA", help="data to write as shards, as --train-data")
     what.add_argument("--check", metavar="DATA", help="read everything once; list what is wrong")
-    parser.add_argument("--workers", type=int, default=1, help="threads of --check (default: 1)")
     parser.add_argument("--out", metavar="DIR", help="an empty or new folder for the shards")
-    parser.add_argument(
-        "--split", default="all", help="all, train, heldout; noto for builtin:emoji (default: all)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="which pairs are held out (default: 0)")
-    parser.add_argument(
-        "--per-shard", type=int, default=1000, metavar="N", help="pairs a shard (default: 1000)"
-    )
     parser.add_argument(
         "--image-format", default="png", choices=FORMATS, help="of the pictures (default: png)"
     )
-    parser.add_argument("--csv-separator", default="\t", help="of a table (default: tab)")
-    parser.add_argument("--csv-img-key", default="filepath", help="column (default: filepath)")
-    parser.add_argument("--csv-caption-key", default="title", help="column (default: title)")
-    parser.add_argument("--encoding", default="utf-8", help="of a table (default: utf-8)")
+    for flag, default, text in (
+        ("--split", "all", "all, train, heldout; noto for builtin:emoji"),
+        ("--seed", 0, "which pairs are held out"),
+        ("--workers", 1, "threads of --check"),
+        ("--per-shard", 1000, "pairs a shard"),
+        ("--csv-separator", "\t", "of a table"),
+        ("--csv-img-key", "filepath", "column of the pictures' paths"),
+        ("--csv-caption-key", "title", "column of the captions"),
+        ("--encoding", "utf-8", "of a table"),
+    ):
+        text += f" (default: {str(default).replace(chr(9), 'tab')})"
+        parser.add_argument(flag, type=type(default), default=default, help=text)
     return parser
 
 
@@ -73,24 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_data(dataset: PairDataset, workers: int = 1) -> int:
-    """Read every sample once and print what is wrong; returns the number of bad ones."""
-    count = 0
-    with tqdm(
-        total=len(dataset), desc="checking", unit=" samples", leave=False, disable=None
-    ) as bar:
-        for fault in _faults_of(dataset, max(1, workers), bar.update):
-            count += 1
-            tqdm.write(fault)
-    total = len(dataset) + len(getattr(dataset, "skipped", []))
-    print(f"{dataset.name}: {total - count:,} of {total:,} samples are good, {count:,} are not")
-    return count
-
-
-def _faults_of(dataset: PairDataset, workers: int, progress: Callable[[int], Any]) -> Iterator[str]:
-    """What is wrong with each sample that cannot be used, in the order of the data; pictures are
-    decoded by threads (Pillow lets go of the interpreter's lock)."""
-    for shard, key, reason in getattr(dataset, "skipped", []):
-        yield f"{shard}: {key!r}: {reason}" if key else f"{shard}: {reason}"
+    """Read every sample once and print what is wrong with each bad one; returns their number."""
+    skipped = getattr(dataset, "skipped", [])
+    for shard, key, reason in skipped:
+        print(f"{shard}: {key!r}: {reason}" if key else f"{shard}: {reason}")
+    count, total = len(skipped), len(skipped) + len(dataset)
 
     def judge(i: int) -> str:
         try:
@@ -100,13 +87,22 @@ def _faults_of(dataset: PairDataset, workers: int, progress: Callable[[int], Any
         except DataError as error:
             return str(error)
 
-    with ThreadPoolExecutor(workers) as pool:
-        block = 256 * workers  # samples in flight: one block, whatever the size of the data
+    block = 256 * max(1, workers)  # samples in flight: one block, whatever the size of the data
+    # Threads, as Pillow releases the interpreter's lock while it decodes.
+    with (
+        ThreadPoolExecutor(max(1, workers)) as pool,
+        tqdm(
+            total=len(dataset), desc="checking", unit=" samples", leave=False, disable=None
+        ) as bar,
+    ):
         for start in range(0, len(dataset), block):
             for fault in pool.map(judge, range(start, min(start + block, len(dataset)))):
-                progress(1)
+                bar.update()
                 if fault:
-                    yield fault
+                    tqdm.write(fault)
+                    count += 1
+    print(f"{dataset.name}: {total - count:,} of {total:,} samples are good, {count:,} are not")
+    return count
 
 
 def _export(dataset: PairDataset, arguments: argparse.Namespace) -> int:

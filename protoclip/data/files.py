@@ -18,16 +18,9 @@ from typing import Any
 from protoclip.data.types import DataError
 from protoclip.ops.native import cache_dir
 
-# What can be read, and the package that reads it. fsspec knows more, some of which start processes.
-PROTOCOLS = {
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "s3": "s3fs",
-    "gs": "gcsfs",
-    "hf": "huggingface_hub",
-    "file": "fsspec",
-}
-STALL_SECONDS = 60.0  # without a byte, a web server is given up
+# Of what fsspec knows; some of the rest start processes.
+PROTOCOLS = ("http", "https", "s3", "gs", "hf", "file")
+STALL = 60.0  # seconds without a byte, a web server is given up
 _copies: dict[str, str] = {}  # url -> path, of what this process has asked for
 _coming: set[str] = set()
 os.register_at_fork(after_in_child=_coming.clear)  # a child has none of its parent's threads
@@ -42,7 +35,7 @@ def local_copy(url: str) -> str:
     """Path of the local copy of a shard, which is fetched if it is not there.
 
     Raises:
-        DataError: an unknown kind of url, a missing package, or what kept the shard from arriving.
+        DataError: an unknown kind of url, or what kept the shard from arriving.
     """
     if url in _copies and os.path.exists(_copies[url]):
         return _copies[url]
@@ -60,29 +53,20 @@ def local_copy(url: str) -> str:
     options: dict[str, Any] = {"filecache": {"cache_storage": str(folder), "expiry_time": False}}
     try:
         if protocol in ("http", "https"):
-            options[protocol] = {"client_kwargs": {"timeout": _patience()}}
+            import aiohttp  # which by itself ends every download after five minutes
+
+            silence = aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)
+            options[protocol] = {"client_kwargs": {"timeout": silence}}
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
             _copies[url] = fsspec.open_local(f"filecache::{url}", **options)
-    except ImportError as error:
-        raise DataError(
-            f"{url}: needs the package {PROTOCOLS[protocol]}, which is not installed; "
-            "pip install 'protoclip[remote]'"
-        ) from error
     except Exception as error:  # each of fsspec's file systems has its own
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(
-            f"{url}: cannot be copied to {folder} ({reason}); check the address, the network and "
-            "the room on that disk (PROTOCLIP_CACHE chooses another), or leave the shard out"
+            f"{url}: cannot be copied to {folder} ({reason}); check the address, the network, the "
+            "room on that disk (PROTOCLIP_CACHE chooses another) and pip install protoclip[remote]"
         ) from error
     return _copies[url]
-
-
-def _patience() -> Any:
-    """For silence, not for size: by itself aiohttp ends every download after five minutes."""
-    import aiohttp
-
-    return aiohttp.ClientTimeout(total=None, sock_connect=STALL_SECONDS, sock_read=STALL_SECONDS)
 
 
 def fetch_ahead(url: str) -> None:

@@ -182,25 +182,28 @@ class Faults:
                 "protoclip.data --check lists what is wrong), or allow more"
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"positions": torch.tensor(sorted(self.positions), dtype=torch.int64)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.positions = set(state["positions"].tolist())
+@dataclass(frozen=True)
+class Draws:
+    """Which pairs come when, and what their random choices follow from."""
+
+    positions: Tensor  # in the data set, int64 [M], repeats allowed
+    seed: int  # of captions and augmentation; another one for each episode
+    start: int = 0  # first draw; batches are cut from here on
+    # int64 [M], the number of each draw; None: 0 ... M - 1. A rank that loads some of the draws of
+    # all ranks gives theirs, so that who loads a draw does not matter.
+    numbers: Tensor | None = None
 
 
 def batches(
     dataset: PairDataset,
-    draws: Tensor,
+    draws: Draws,
     batch_size: int,
     transform: Transform | Callable[[Image.Image], Tensor],
     tokenizer: Tokenizer,
     *,
-    seed: int,
     workers: int = 0,
     captions: str = "random",
-    start: int = 0,
-    numbers: Tensor | None = None,
     faults: Faults | None = None,
 ) -> Iterator[Batch]:
     """Load pairs in the given order.
@@ -211,17 +214,13 @@ def batches(
 
     Args:
         dataset: where the pairs come from.
-        draws: positions in ``dataset``, int64 [M], repeats allowed.
+        draws: which of them, in which order.
         batch_size: pairs per batch, at least 1.
         transform: picture -> [3, H, W]; its chance must come from torch's default generator.
         tokenizer: list of B captions -> int64 [B, L].
-        seed: of captions and augmentation, any integer; another one for each episode.
         workers: processes besides this one; 0 loads in this one.
         captions: "random" | "first" (the canonical one) | "canonical": the first in half of the
             draws, any in the others.
-        start: first draw; batches are cut from here on.
-        numbers: int64 [M], the j of each draw; None: 0 ... M - 1. A rank that loads some of the
-            draws of all ranks gives theirs, so that who loads a draw does not matter.
         faults: notes pairs that cannot be read; another of the draws, chosen by (seed, j), stands
             in for each. None: such a pair is an error.
     Raises:
@@ -230,12 +229,13 @@ def batches(
     """
     if captions not in CAPTIONS:
         raise ValueError(f"captions: expected one of {', '.join(CAPTIONS)}, got {captions!r}")
-    numbers = torch.arange(len(draws)) if numbers is None else numbers
+    count = len(draws.positions)
+    numbers = torch.arange(count) if draws.numbers is None else draws.numbers
     source = _Source(
-        dataset, draws.cpu().numpy(), numbers.cpu().numpy(), batch_size, transform, tokenizer,
-        seed, captions, replace_bad=faults is not None,
+        dataset, draws.positions.cpu().numpy(), numbers.cpu().numpy(), batch_size, transform,
+        tokenizer, draws.seed, captions, replace_bad=faults is not None,
     )  # fmt: skip
-    firsts = range(start, len(draws), batch_size)
+    firsts = range(draws.start, count, batch_size)
     loaded = _in_workers(source, firsts, workers) if workers else map(source.load, firsts)
     return loaded if faults is None else map(faults.noted, loaded)
 

@@ -14,7 +14,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,7 +31,7 @@ from protoclip.ops.native import cache_dir
 
 IMAGE_KINDS = ("jpg", "png", "jpeg", "webp")
 TEXT_KINDS = ("txt", "json")
-FORMAT = 4  # of the cached index
+FORMAT = 5  # of the cached index
 MAX_SHARDS = 1_000_000  # that one source may name; LAION-5B has 231,349
 MAX_CAPTION_BYTES = 1 << 22  # a larger member is no caption; img2dataset's JSON has about 1 kB
 MAX_HEADER_BYTES = 1 << 14  # of an extended header: a name and a few numbers
@@ -81,9 +81,7 @@ class ShardDataset:
         )
         self.skipped = [(shard, *fault) for shard, index in shards for fault in index.skipped]
         self._sizes = [index.size for index in indices]
-        self._places = np.concatenate(
-            [np.array(index.places, dtype=np.int64).reshape(-1, 5) for index in indices]
-        )
+        self._places = np.concatenate([index.places for index in indices])
         counts = [len(index.keys) for index in indices]
         self.shard_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         self.source_of = np.asarray(sources, dtype=np.int16)[self.shard_of]
@@ -138,11 +136,8 @@ class ShardDataset:
         except OSError as error:
             raise DataError(f"{shard}: {error.strerror}; check that the disk is there") from error
         if len(data) != size or now != self._sizes[number]:
-            remedy = f"remove {cache_dir()}/shards and /remote and " if is_remote(shard) else ""
-            raise DataError(
-                f"{shard}: changed while in use: {self._sizes[number]:,} bytes when it was "
-                f"indexed, now {now:,}; {remedy}start again"
-            )
+            copies = f" without its copy in {cache_dir()}" if is_remote(shard) else ""
+            raise DataError(f"{shard}: changed while in use; start again{copies}")
         return data
 
 
@@ -163,6 +158,13 @@ def _prefix(shard: str, folder: str) -> str:
     if not is_remote(shard):
         return os.path.relpath(os.path.abspath(shard), folder)
     return f"{PurePosixPath(shard).name.split()[-1]}@{zlib.crc32(shard.encode()):08x}"
+
+
+def is_sharded(spec: str) -> bool:
+    """Whether a name of data means webdataset shards."""
+    if spec.startswith("builtin:") or spec.lower().endswith((".csv", ".tsv")):
+        return False
+    return ".tar" in spec or spec.startswith("pipe:") or "://" in spec or os.path.isdir(spec)
 
 
 def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -213,7 +215,7 @@ def _files(pattern: str) -> list[str]:
     return found
 
 
-@dataclass
+@dataclass(frozen=True)
 class ShardIndex:
     """The pairs of one shard, in the order of the tar.
 
@@ -221,14 +223,14 @@ class ShardIndex:
         size: of the tar, bytes.
         keys: of each pair, the name of its members without the extension.
         places: of each pair, offset and size of the picture and of the captions, in bytes, and
-            whether the captions are JSON rather than plain lines.
+            whether the captions are JSON rather than plain lines; int64 [N, 5].
         skipped: (key, reason) of each sample that is not a usable pair.
     """
 
     size: int
-    keys: list[str] = field(default_factory=list)
-    places: list[tuple[int, int, int, int, int]] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    keys: list[str]
+    places: np.ndarray
+    skipped: list[tuple[str, str]]
 
 
 def index_together(spec: str) -> None:
@@ -239,7 +241,7 @@ def index_together(spec: str) -> None:
     Raises:
         DataError: on every rank, what one of them found wrong.
     """
-    if not is_distributed():
+    if not is_distributed() or not is_sharded(spec):
         return
     unknown = _on_all(lambda: [shard for shard in expand(spec)[0] if not _cached(shard).exists()])
     share = list(dict.fromkeys(shard for part in unknown for shard in part))[rank() :: world_size()]
@@ -275,10 +277,11 @@ def shard_index(shard: str) -> ShardIndex:
     """
     cached = _cached(shard)
     try:
-        index = ShardIndex(**json.loads(cached.read_text(encoding="utf-8")))
-        if len(index.keys) == len(index.places):
-            return index
-    except (OSError, ValueError, TypeError, AttributeError):
+        size, keys, places, skipped = json.loads(cached.read_text(encoding="utf-8"))
+        return ShardIndex(
+            size, keys, np.array(places, dtype=np.int64).reshape(len(keys), 5), skipped
+        )
+    except (OSError, ValueError, TypeError):
         pass  # never written, or damaged
     index = scan(local_copy(shard) if is_remote(shard) else shard, shard)
     _store(shard, index)
@@ -300,7 +303,8 @@ def _cached(shard: str) -> Path:
 
 def _store(shard: str, index: ShardIndex) -> None:
     try:
-        write_atomic(_cached(shard), json.dumps(asdict(index)))
+        parts = [index.size, index.keys, index.places.tolist(), index.skipped]
+        write_atomic(_cached(shard), json.dumps(parts))
     except OSError as error:
         logger.warning(
             "the index of %s is not kept (%s): the shard is read again at the next start; set "
@@ -312,21 +316,20 @@ def _store(shard: str, index: ShardIndex) -> None:
 
 def scan(path: str, name: str = "") -> ShardIndex:
     """Read the headers and captions of a tar; pictures are not touched. ``name`` is for errors."""
-    index = ShardIndex(os.path.getsize(path))
-    seen: set[str] = set()
+    pairs: dict[str, tuple[int, ...]] = {}
+    skipped: list[tuple[str, str]] = []
     with open(path, "rb") as file:
-        for key, members, fault in samples(path, name or path):
-            place = fault or ("the key occurs twice" if key in seen else _pair(file, members))
+        for key, members, fault in _samples(path, name or path):
+            place = fault or ("the key occurs twice" if key in pairs else _pair(file, members))
             if isinstance(place, str):
-                index.skipped.append((key, place))
-                continue
-            seen.add(key)
-            index.keys.append(key)
-            index.places.append(place)
-    return index
+                skipped.append((key, place))
+            else:
+                pairs[key] = place
+    places = np.array(list(pairs.values()), dtype=np.int64).reshape(-1, 5)
+    return ShardIndex(os.path.getsize(path), list(pairs), places, skipped)
 
 
-def _pair(file: io.BufferedReader, members: Members) -> tuple[int, int, int, int, int] | str:
+def _pair(file: io.BufferedReader, members: Members) -> tuple[int, ...] | str:
     """Where picture and captions of a sample are, as in ``ShardIndex``; else why it is no pair."""
     usable = {kind for kind, (_, size) in members.items() if size > 0}
     for what, kinds in (("picture", IMAGE_KINDS), ("caption", TEXT_KINDS)):
@@ -382,7 +385,7 @@ def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
     return captions
 
 
-def samples(path: str, name: str = "") -> Iterator[tuple[str, Members, str]]:
+def _samples(path: str, name: str = "") -> Iterator[tuple[str, Members, str]]:
     """Key, members and fault ("" if none) of each sample: neighbours with the same key."""
     key, members, fault = "", Members(), ""
     for file, place, fault in _headers(path, name or path):

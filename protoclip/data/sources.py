@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 
 from protoclip.data.emoji import EmojiDataset
 from protoclip.data.shapes import ShapesDataset
-from protoclip.data.shards import ShardDataset
+from protoclip.data.shards import ShardDataset, is_sharded
 from protoclip.data.tables import CsvDataset
 from protoclip.data.types import DataError, PairDataset, Subset, heldout_mask
 
@@ -68,10 +66,3 @@ def open_dataset(
             f"{spec}: {len(dataset)} pairs are too few for the split {split!r}; use split all"
         )
     return Subset(dataset, chosen, f"{dataset.name}[{split}]")
-
-
-def is_sharded(spec: str) -> bool:
-    """Whether a name of data means webdataset shards."""
-    if spec.startswith("builtin:") or spec.lower().endswith((".csv", ".tsv")):
-        return False
-    return ".tar" in spec or spec.startswith("pipe:") or "://" in spec or os.path.isdir(spec)

@@ -17,8 +17,7 @@ import open_clip
 import torch
 from tqdm import tqdm
 
-from protoclip import checkpoint, heartbeat
-from protoclip.commands import on_all_ranks, quietly
+from protoclip import checkpoint
 from protoclip.config import (
     PRECISIONS,
     ModelConfig,
@@ -28,20 +27,32 @@ from protoclip.config import (
     from_dict,
     output_file,
 )
-from protoclip.distributed import is_main, world_size
+from protoclip.distributed import (
+    find_rank,
+    is_main,
+    quiet_beside_main,
+    run_command,
+    start,
+    world_size,
+)
 from protoclip.evaluate.datasets import Layout, open_layout
-from protoclip.evaluate.results import Results, format_table, read_results, write_results
+from protoclip.evaluate.results import (
+    Results,
+    format_table,
+    read_results,
+    records,
+    write_records,
+    write_results,
+)
 from protoclip.evaluate.tasks import (
     PROTOCOLS,
     TASKS,
     Encoder,
     FeatureCache,
-    encode_sets,
-    evaluate_features,
+    evaluate_model,
     impossible,
     peak_memory_bytes,
 )
-from protoclip.launchers import find_place
 from protoclip.model import (
     ProtoModel,
     autocast_for,
@@ -57,48 +68,52 @@ the JSON that CLIP_benchmark writes."""
 DATA = """data: builtin:emoji | builtin:shapes[:N] | a folder of class folders (ImageFolder), also
 below train/ and test/ | a .csv or .tsv | webdataset shards with captions. Without a train split,
 probes learn from 80 % of the pictures and are judged on 20 %."""
-TIMEOUT = 3600.0  # seconds a rank waits for the slowest slice, or for a sign of life
+TIMEOUT = 3600.0  # seconds that a rank waits for the slowest slice
 RANDOM = "random"
 WEIGHTS = ("local-dir:", "hf-hub:")  # names that bring their weights
+COLUMNS = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")
+TEXTS = (
+    ("--model", "", "what a checkpoint of OpenCLIP's trainer is of: a name or a config .json"),
+    ("--pretrained", "", "weights of an OpenCLIP name: a tag, a file, or random"),
+    ("--data", "", "see below (default: what the run was evaluated on)"),
+    ("--tasks", "", f"some of {','.join(TASKS)}, or all (default: what the data allows)"),
+    ("--split", "auto", "folder of the split to judge (default: test or val if there)"),
+    ("--train-split", "train", "folder that probes learn from (default: %(default)s)"),
+    ("--classnames", "", "file of class names, one a line; imagenet: OpenCLIP's"),
+    ("--templates", "openai", "prompts: openai (80, the default), simple (7), or a file of them"),
+    ("--csv-label-key", "", "column of the class in a table"),
+    ("--output", "", "where the numbers go (default: results.json in the run folder, with the "
+     "data's name for other data; for an OpenCLIP name in the working folder)"),
+    ("--device", "auto", "cpu, cuda, ... (default: %(default)s)"),
+)  # fmt: skip
+CHOICES = (
+    ("--protocol", PROTOCOLS, "linear probe: L-BFGS with lambda chosen on held-out training "
+     "samples, or the authors' (SGD, unshuffled, best test epoch); default %(default)s"),
+    ("--captions", ("auto", "first", "all"),
+     "of several per picture (auto: the first on built-in data, else all)"),
+    ("--precision", ("fp32", *(p for p in PRECISIONS if p != "fp32")), "of encoding (%(default)s)"),
+)  # fmt: skip
+NUMBERS = (
+    ("--seed", None, "of splits (default: the run's, or 0)"),
+    ("--batch-size", 256, "pictures or texts encoded at once (%(default)s)"),
+    ("--workers", 0, "processes that read pictures (%(default)s)"),
+)
 
 
 def build_parser() -> Parser:
     parser = Parser(PROG, description=DESCRIPTION, epilog=DATA)
     add = parser.add_argument
     add("what", metavar="MODEL", help="run folder, checkpoint, OpenCLIP name or local-dir:PATH")
-    add("--model", default="", metavar="NAME",
-        help="what a checkpoint of OpenCLIP's trainer is of: a name or a config .json")  # fmt: skip
-    add("--pretrained", default="", metavar="TEXT",
-        help="weights of an OpenCLIP name: a tag, a file, or random")  # fmt: skip
-    add("--data", default="", metavar="TEXT",
-        help="see below (default: what the run was evaluated on)")  # fmt: skip
-    add("--tasks", default="", metavar="LIST",
-        help=f"some of {','.join(TASKS)}, or all (default: what the data allows)")  # fmt: skip
-    add("--split", default="auto", metavar="NAME",
-        help="folder of the split to judge (default: test or val if there)")  # fmt: skip
-    add("--train-split", default="train", metavar="NAME", help="probes learn from it (%(default)s)")
-    add("--classnames", default="", metavar="FILE",
-        help="class names, one a line; imagenet: OpenCLIP's")  # fmt: skip
-    add("--templates", default="openai", metavar="NAME",
-        help="prompts: openai (80), simple (7), or a file, one a line (%(default)s)")  # fmt: skip
-    add("--protocol", default="heldout", choices=PROTOCOLS,
-        help="linear probe: L-BFGS with lambda chosen on held-out training samples, or the "
-        "authors' (SGD, unshuffled, best test epoch)")  # fmt: skip
-    add("--captions", default="auto", choices=("auto", "first", "all"),
-        help="of several per picture (auto: the first on built-in data, else all)")  # fmt: skip
-    add("--csv-label-key", default="", metavar="NAME", help="column of the class in a table")
-    for name, meta in (("separator", "C"), ("img-key", "NAME"), ("caption-key", "NAME")):
-        add(f"--csv-{name}", default=None, metavar=meta, help="as in training")
-    add("--encoding", dest="csv_encoding", default=None, metavar="NAME", help="as in training")
-    add("--output", default="", metavar="PATH",
-        help="where the numbers go (default: results.json in the run folder, with the data's name "
-        "for other data; for an OpenCLIP name in the working folder)")  # fmt: skip
+    for flag, text, words in TEXTS:
+        add(flag, default=text, metavar="TEXT", help=words)
+    for flag, choices, words in CHOICES:
+        add(flag, default=choices[0], choices=choices, help=words)
+    for flag, number, words in NUMBERS:
+        add(flag, type=int, default=number, metavar="N", help=words)
+    for name in COLUMNS:  # None: as the run was trained
+        flag = "--encoding" if name == "csv_encoding" else "--" + name.replace("_", "-")
+        add(flag, dest=name, default=None, metavar="TEXT", help="as in training")
     add("--no-cache", action="store_true", help="encode again what has been encoded before")
-    add("--device", default="auto", help="cpu, cuda, ... (default: %(default)s)")
-    add("--precision", default="fp32", choices=PRECISIONS, help="of encoding (%(default)s)")
-    add("--seed", type=int, default=None, metavar="N", help="of splits (default: the run's, or 0)")
-    add("--batch-size", type=int, default=256, metavar="N")
-    add("--workers", type=int, default=0, metavar="N", help="processes that read pictures")
     return parser
 
 
@@ -178,46 +193,21 @@ def _by_name(name: str, pretrained: str) -> Loaded:
     return Loaded(model, name, pretrained or name)
 
 
-def run(args: argparse.Namespace) -> str:
-    """Do what the command line asks for; returns the text to print on rank 0."""
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line asks for; rank 0 writes the files and prints the table."""
     started = time.perf_counter()
     tasks = parse_tasks(args.tasks)
-    output = output_file(args.output or _output(args, args.data), "--output")
+    output = output_file(args.output or _output(args), "--output")
     loaded = load_model(args.what, args.pretrained, args.model)
     data = args.data or _own_data(loaded.config, args.what)
-    config = loaded.config or TrainConfig()
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
     loaded.model.to(device)
     took = time.perf_counter() - started
-    started = time.perf_counter()
-    heartbeat.enter("evaluation")
-
-    columns = {}
-    for name in ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding"):
-        given = getattr(args, name)
-        columns[name] = getattr(config.data, name) if given is None else given
-    opened: str | Layout = data
-    notes = []
-    if not data.startswith("builtin:"):
-        opened = open_layout(
-            data,
-            split=args.split,
-            train_split=args.train_split,
-            classnames=args.classnames,
-            templates=args.templates,
-            csv_label_key=args.csv_label_key,
-            **columns,
-        )
-        for task, reason in impossible(tasks, opened).items():
-            if args.tasks and args.tasks != "all":
-                raise ValueError(f"--tasks {task}: {reason} ({data}); leave that task out")
-            notes.append(f"Without {task}: {reason}.")
-    builtin = data.startswith("builtin:")  # its captions differ in language and kind
-    captions = ("first" if builtin else "all") if args.captions == "auto" else args.captions
     cache = None
     if not args.no_cache:
         cache = FeatureCache(loaded.model.clip, f"{precision} {loaded.model.preprocess()}")
+    opened, options, notes = _open(args, data, tasks, loaded.config or TrainConfig())
     shown = None if is_main() else True  # None: where stderr is a terminal
     with tqdm(desc="evaluating", unit=" rows", file=sys.stderr, leave=False, disable=shown) as bar:
 
@@ -236,24 +226,18 @@ def run(args: argparse.Namespace) -> str:
             cache,
             sharded=world_size() > 1,
         )
-        sets, train = encode_sets(
-            encoder,
-            opened,
-            split=args.split,
-            seed=config.run.seed if args.seed is None else args.seed,
-            captions=captions,
-            tasks=tasks,
-            open_kwargs=columns,
+        after = evaluate_model(
+            loaded.model, opened, encoder=encoder, tasks=tasks, protocol=args.protocol, **options
         )
         bar.refresh()  # the last updates may have come too fast to be drawn
     if not is_main():
-        return ""
-    results = evaluate_features(sets, train, tasks=tasks, protocol=args.protocol)
-    after = dataclasses.replace(results, seconds=time.perf_counter() - started)
+        return
     if cache is not None and cache.rows_found:
         notes.append(f"{cache.rows_found:,} rows of features came from {cache.folder}.")
     # What training left there, for the same data, is part of the same table.
-    earlier = {} if args.tasks else _earlier(output, data)
+    earlier = read_results(output) if output.is_file() and not args.tasks else {}
+    if earlier.get("data") != data:
+        earlier = {}
     before: Results | None = earlier.get("untrained")
     timing = earlier.get("seconds") or {"loading": took, "evaluation": after.seconds}
     peak = earlier.get("peak_memory_bytes") or peak_memory_bytes(device)
@@ -267,17 +251,42 @@ def run(args: argparse.Namespace) -> str:
         pretrained=loaded.pretrained,
         timing=timing,
         peak_memory_bytes=peak,
-        record_folder=output.parent / "clip_benchmark",
     )
+    folder = output.parent / "clip_benchmark"
+    write_records(folder, records(after, data, loaded.name, loaded.pretrained))
+    table = format_table(before, after, timing, peak_memory_bytes=peak)
     ranks = f" on {world_size()} ranks" if world_size() > 1 else ""
-    return "\n".join(
-        [
-            format_table(before, after, timing, peak_memory_bytes=peak),
-            *notes,
-            f"Evaluated in {after.seconds:.1f} s{ranks}, written to {output}",
-            f"CLIP_benchmark's JSON: {output.parent / 'clip_benchmark'}",
-        ]
-    )
+    notes.append(f"Evaluated in {after.seconds:.1f} s{ranks}, written to {output}")
+    print(table, *notes, f"CLIP_benchmark's JSON: {folder}", sep="\n")
+
+
+def _open(
+    args: argparse.Namespace, data: str, tasks: Sequence[str], config: TrainConfig
+) -> tuple[str | Layout, dict[str, Any], list[str]]:
+    """The data, further arguments of ``evaluate_model``, and notes on tasks left out."""
+    columns = {
+        name: getattr(config.data if getattr(args, name) is None else args, name)
+        for name in COLUMNS
+    }
+    builtin = data.startswith("builtin:")  # its captions differ in language and kind
+    options = {
+        "split": args.split,
+        "seed": config.run.seed if args.seed is None else args.seed,
+        "captions": args.captions,
+        "open_kwargs": columns,
+    }
+    if args.captions == "auto":
+        options["captions"] = "first" if builtin else "all"
+    if builtin:
+        return data, options, []
+    words = ("split", "train_split", "classnames", "templates", "csv_label_key")
+    opened = open_layout(data, **{name: getattr(args, name) for name in words}, **columns)
+    notes = []
+    for task, reason in impossible(tasks, opened).items():
+        if args.tasks not in ("", "all"):
+            raise ValueError(f"--tasks {task}: {reason} ({data}); leave that task out")
+        notes.append(f"Without {task}: {reason}.")
+    return opened, options, notes
 
 
 def _own_data(config: TrainConfig | None, where: str) -> str:
@@ -294,52 +303,33 @@ def _own_data(config: TrainConfig | None, where: str) -> str:
     )
 
 
-def _output(args: argparse.Namespace, other_data: str) -> Path:
+def _output(args: argparse.Namespace) -> Path:
     """results.json of the run for its own evaluation, a longer name for any other."""
     path = Path(args.what)
-    stem = (
-        path.stem if path.is_file() else "" if path.exists() else args.what + "-" + args.pretrained
-    )
-    parts = [_slug(stem), "results", _slug(other_data)]
-    parts += ["all_captions" if args.captions == "all" else ""]
-    if args.tasks and path.exists():
-        parts += [_slug(args.tasks)]
-    parts += [args.protocol if args.protocol != "heldout" else ""]
+    parts = ["", "results", args.data]
+    if path.is_file():
+        parts[0] = path.stem
+    elif not path.exists():
+        parts[0] = args.what + "-" + args.pretrained
+    parts += ["all_captions"] if args.captions == "all" else []
+    parts += [args.tasks] if path.exists() else []
+    parts += [args.protocol] if args.protocol != "heldout" else []
+    slugs = [re.sub(r"[^A-Za-z0-9]+", "_", part).strip("_")[-60:] for part in parts]
     folder = path.parent if path.is_file() else path if path.exists() else Path(".")
-    return folder / ("-".join(part for part in parts if part) + ".json")
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[-60:]
-
-
-def _earlier(output: Path, data: str) -> dict[str, Any]:
-    """An earlier results.json at the same place, if it is about the same data; else {}."""
-    if not output.is_file():
-        return {}
-    content = read_results(output)
-    return content if content.get("data") == data else {}
+    return folder / ("-".join(filter(None, slugs)) + ".json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake ends it with one line and status 2."""
 
     def work() -> None:
-        if text := run(args):
-            print(text)
-
-    try:
-        place = find_place()
-        with quietly(place):
+        info = find_rank()
+        with quiet_beside_main(info):
             args = build_parser().parse_args(argv)
-        if place.world_size > 1:
-            where = place, args.device, TIMEOUT, "auto"
-            return on_all_ranks(work, *where, PROG, "start it again")
-        work()
-    except (ValueError, OSError) as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        start(info, choose_device(args.device), TIMEOUT)
+        run(args)
+
+    return run_command(work, PROG)
 
 
 if __name__ == "__main__":

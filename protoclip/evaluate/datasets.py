@@ -14,9 +14,10 @@ from PIL import Image
 
 from protoclip.data import DataError, Labels, PairDataset, open_dataset
 from protoclip.data.images import decode
+from protoclip.data.shards import index_together
+from protoclip.data.sources import is_sharded
 from protoclip.data.tables import read_table
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 SPLITS = ("test", "val", "validation")  # the first that is there is evaluated
 LABEL = "class"
 EMOJI_TEMPLATES = ("{}", "an emoji of {}", "a picture of {}", "{} symbol")
@@ -47,7 +48,7 @@ def open_layout(
     csv_label_key: str = "",
     **open_kwargs: Any,
 ) -> Layout:
-    """Open data of any kind; see ``python -m protoclip.evaluate --help``.
+    """Open data of any kind, on all ranks; see ``python -m protoclip.evaluate --help``.
 
     Args:
         data: built-in data; a folder of class folders, or of split folders with class folders in
@@ -71,6 +72,8 @@ def open_layout(
     if data.lower().endswith((".csv", ".tsv")) and csv_label_key:
         return _labelled_table(data, names, words, csv_label_key, open_kwargs)
     if not root.is_dir() or any(root.glob("*.tar")):
+        if is_sharded(data):
+            index_together(data)
         return Layout(data, open_dataset(data, **open_kwargs), templates=words)
     return _image_folder(root, _split_folder(root, split), root / train_split, names, words)
 
@@ -130,27 +133,21 @@ class ImageFolder:
         DataError: no picture in any class folder.
     """
 
-    def __init__(
-        self, root: str | os.PathLike[str], folders: Sequence[str], names: Sequence[str]
-    ) -> None:
+    def __init__(self, root: Path, folders: Sequence[str], names: Sequence[str]) -> None:
+        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
         self.name = str(root)
-        self.files: list[str] = []
-        ids: list[int] = []
-        for number, folder in enumerate(folders):
-            found = sorted(
-                str(path.relative_to(root))
-                for path in (Path(root) / folder).rglob("*")
-                if path.suffix.lower() in SUFFIXES and path.is_file()
-            )
-            self.files += found
-            ids += [number] * len(found)
-        if not self.files:
+        ids = {folder: i for i, folder in enumerate(folders)}
+        found = make_dataset(self.name, ids, IMG_EXTENSIONS, allow_empty=True)
+        if not found:
             raise DataError(
-                f"{self.name}: no pictures in its {len(folders)} class folders; expected "
-                f"{self.name}/CLASS/picture.png (or another of {', '.join(SUFFIXES)})"
+                f"{root}: no pictures in its {len(folders)} class folders; expected "
+                f"{root}/CLASS/picture.png (or another of {', '.join(IMG_EXTENSIONS)})"
             )
-        self.keys: Sequence[str] = self.files
-        self.labels: Mapping[str, Labels] = {LABEL: Labels(torch.tensor(ids), tuple(names))}
+        self.files = [path for path, _ in found]
+        self.keys: Sequence[str] = [os.path.relpath(path, root) for path in self.files]
+        labels = Labels(torch.tensor([label for _, label in found]), tuple(names))
+        self.labels: Mapping[str, Labels] = {LABEL: labels}
 
     def __len__(self) -> int:
         return len(self.files)
@@ -162,15 +159,14 @@ class ImageFolder:
 
     def path(self, i: int) -> str:
         """Where picture ``i`` is."""
-        return os.path.join(self.name, self.files[i])
+        return self.files[i]
 
     def image(self, i: int) -> Image.Image:
-        path = self.path(i)
+        path = self.files[i]
         try:
-            data = Path(path).read_bytes()
+            return decode(Path(path).read_bytes(), path)
         except OSError as error:
             raise DataError(f"{path}: {error.strerror or error}; fix the file") from error
-        return decode(data, path)
 
 
 def _class_folders(root: Path) -> list[str]:
@@ -234,11 +230,8 @@ def read_templates(given: str) -> tuple[str, ...]:
     if given in ("auto", "openai", "simple"):
         import open_clip
 
-        simple = given == "simple"
-        made = (
-            open_clip.SIMPLE_IMAGENET_TEMPLATES if simple else open_clip.OPENAI_IMAGENET_TEMPLATES
-        )
-        return tuple(template("{}") for template in made)
+        many, few = open_clip.OPENAI_IMAGENET_TEMPLATES, open_clip.SIMPLE_IMAGENET_TEMPLATES
+        return tuple(template("{}") for template in (few if given == "simple" else many))
     if not os.path.isfile(given):
         raise DataError(f"--templates: expected openai, simple or a file, found no file {given!r}")
     lines = Path(given).read_text(encoding="utf-8").splitlines()

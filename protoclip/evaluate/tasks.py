@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from protoclip.data import (
     DataError,
+    Draws,
     Labels,
     PairDataset,
     batches,
@@ -30,6 +31,7 @@ from protoclip.data import (
     noto_available,
     open_dataset,
 )
+from protoclip.data.files import whole_file
 from protoclip.data.types import heldout_mask
 from protoclip.distributed import is_distributed, is_main, max_over_ranks, own_slice, world_size
 from protoclip.evaluate import metrics
@@ -114,13 +116,10 @@ class FeatureCache:
 
     def store(self, path: Path, rows: Tensor) -> None:
         """Write the file whole or not at all; a disk that cannot take it costs only time."""
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
+        with suppress(OSError, SafetensorError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"features": rows.detach().cpu().contiguous()}, temporary)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError):
-            temporary.unlink(missing_ok=True)
+            with whole_file(path) as temporary:
+                save_file({"features": rows.detach().cpu().contiguous()}, temporary)
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
@@ -191,11 +190,10 @@ class Encoder:
         def encode(rows: range) -> Tensor:
             stream = batches(
                 dataset,
-                torch.arange(rows.start, rows.stop),
+                Draws(torch.arange(rows.start, rows.stop), seed=0),
                 self.batch_size,
                 eval_transform(m),
                 m.short_tokenizer,
-                seed=0,
                 workers=self.workers,
                 captions="first",
             )
@@ -236,7 +234,9 @@ class Encoder:
             path = self.cache.path(kind, content)
             found = self.cache.load(path, count)
             missing = torch.tensor([int(found is None)], device=self.device)
-            if found is not None and not (max_over_ranks(missing) if self.sharded else missing):
+            if self.sharded:
+                max_over_ranks(missing)
+            if found is not None and not missing:
                 tell(count)
                 return found.to(self.device)
         own = own_slice(count) if self.sharded else slice(0, count)
@@ -542,15 +542,11 @@ def _score(
 
 def evaluate_model(
     model: ProtoModel,
-    data: str = "builtin:emoji",
+    data: str | Layout = "builtin:emoji",
     *,
+    encoder: Encoder | None = None,
     tasks: Collection[str] = TASKS,
     protocol: str = "heldout",
-    device: torch.device | None = None,
-    batch_size: int = 256,
-    workers: int = 0,
-    autocast: Autocast = nullcontext,
-    progress: Callable[[int], None] | None = None,
     keep: dict[str, EvalSet] | None = None,
     **options: Any,
 ) -> Results:
@@ -559,18 +555,16 @@ def evaluate_model(
     Args:
         model: stays as it is, where it is.
         data, tasks: as in ``encode_sets``.
+        encoder: of the model; None: in fp32, on all ranks, where the model is.
         protocol: as in ``evaluate_features``.
-        device: where the model is; None: look.
-        batch_size, workers: of encoding.
-        autocast: makes the context of each forward pass.
-        progress: told the number of rows (images or texts) after each batch.
         keep: takes the encoded sets, by name.
         options: ``split``, ``seed``, ``captions`` and ``open_kwargs`` of ``encode_sets``.
+    Returns:
+        The results; on other ranks than 0 without sets.
     """
     started = time.perf_counter()
-    place = device or next(model.parameters()).device
-    several = is_distributed()
-    encoder = Encoder(model, place, batch_size, workers, autocast, progress, sharded=several)
+    if encoder is None:
+        encoder = Encoder(model, next(model.parameters()).device, sharded=is_distributed())
     sets, train = encode_sets(encoder, data, tasks=tasks, **options)
     if keep is not None:
         keep.update(sets)

@@ -24,6 +24,7 @@ from protoclip.ops import native
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ANY_FLOAT = (*FLOATS, torch.float64)
+_LIBRARY = torch.library.Library("protoclip", "FRAGMENT")
 
 
 @dataclass(frozen=True)
@@ -202,19 +203,24 @@ def wants_gradient(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and wanted
 
 
-def register_gradient(
-    lib: torch.library.Library,
-    name: str,
-    op: str,
-    backward: Callable,
-    setup_context: Callable | None = None,
+def define(schema: str, run: Callable, fake: Callable) -> None:
+    """Add an op to ``torch.ops.protoclip``: what it runs, and the shapes of what it returns."""
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"protoclip::{name}", fake, lib=_LIBRARY)
+
+
+def define_gradient(
+    name: str, op: str, backward: Callable | None = None, setup_context: Callable | None = None
 ) -> None:
     """Give ``protoclip::name`` the gradient ``backward``, for autograd and for torch.func's grad.
 
     ``torch.library.register_autograd`` does the first only. Forward-mode AD is refused with the
-    name of the public ``op``: without a rule torch would take the tangent for zero. vmap runs the
-    op sample by sample.
+    name of the public ``op``: without a rule torch would take the tangent for zero. So is any
+    gradient where ``backward`` is None: a second derivative. vmap runs the op sample by sample.
     """
+    formula = backward or _refuse_second(op)
     overload = getattr(torch.ops.protoclip, name).default
     defaults = [a.default_value for a in overload._schema.arguments]
 
@@ -235,15 +241,18 @@ def register_gradient(
         @staticmethod
         def backward(ctx, *grads):
             ctx.wanted = pytree.tree_unflatten(ctx.needs_input_grad[2:], ctx.spec)
-            return None, None, *pytree.tree_leaves(backward(ctx, *grads))[: ctx.spec.num_leaves]
+            return None, None, *pytree.tree_leaves(formula(ctx, *grads))[: ctx.spec.num_leaves]
 
     def kernel(keyset, *args):
-        leaves, spec = pytree.tree_flatten(args)
-        if any(_tangent(leaf) for leaf in leaves):
+        if forward_ad._current_level >= 0 and any(map(_tangent, pytree.tree_leaves(args))):
             raise NotImplementedError(
                 f"{op}: expected reverse-mode differentiation, got forward mode (jvp, jacfwd, "
                 f"hessian), which the fused backends do not have; use backend='reference' for it"
             )
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        leaves, spec = pytree.tree_flatten(args)
         allowed = functorch.get_single_level_autograd_function_allowed()
         functorch.set_single_level_autograd_function_allowed(True)
         try:
@@ -262,17 +271,15 @@ def register_gradient(
             return torch.stack(results), 0
         return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
-    lib.impl(name, kernel, "Autograd", with_keyset=True)
-    torch.library.register_vmap(f"protoclip::{name}", vmap, lib=lib)
+    _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"protoclip::{name}", vmap, lib=_LIBRARY)
 
 
 def _tangent(x: Any) -> bool:
     return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
-def no_second_derivative(op: str) -> Callable:
-    """The gradient of a backward op: a refusal, where torch would only warn."""
-
+def _refuse_second(op: str) -> Callable:
     def refuse(ctx, *_):
         raise RuntimeError(
             f"{op}: its fused backends have no second derivative; use backend='reference' for it"

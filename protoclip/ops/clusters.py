@@ -6,12 +6,7 @@ import torch
 from torch import Tensor
 
 from protoclip.ops import checks
-from protoclip.ops.backends import accumulator, implementation, resolve, without_autocast
-
-_lib = torch.library.Library("protoclip", "FRAGMENT")
-_lib.define(
-    "kmeans_assign(Tensor points, Tensor centroids, str backend, bool exact) -> (Tensor, Tensor)"
-)
+from protoclip.ops.backends import accumulator, define, implementation, resolve, without_autocast
 
 PRECISIONS = ("exact", "bf16")
 
@@ -26,8 +21,11 @@ def _fake_assign(points, centroids, backend, exact):
     return points.new_empty(n, dtype=torch.int64), points.new_empty(n, dtype=torch.float32)
 
 
-_lib.impl("kmeans_assign", _assign, "CompositeExplicitAutograd")
-torch.library.register_fake("protoclip::kmeans_assign", _fake_assign, lib=_lib)
+define(
+    "kmeans_assign(Tensor points, Tensor centroids, str backend, bool exact) -> (Tensor, Tensor)",
+    _assign,
+    _fake_assign,
+)
 
 
 @torch.no_grad()
@@ -67,11 +65,6 @@ def kmeans_assign(
         return torch.ops.protoclip.kmeans_assign(points, centroids, name, exact)
 
 
-_lib.define(
-    "segment_mean(Tensor values, Tensor labels, int num_segments, str backend) -> (Tensor, Tensor)"
-)
-
-
 def _mean(values: Tensor, labels: Tensor, num_segments: int, backend: str):
     run = implementation("segment_mean", backend, "segment_mean")
     return run(values, labels, num_segments)
@@ -82,8 +75,11 @@ def _fake_mean(values, labels, num_segments, backend):
     return means, values.new_empty(num_segments, dtype=torch.int64)
 
 
-_lib.impl("segment_mean", _mean, "CompositeExplicitAutograd")
-torch.library.register_fake("protoclip::segment_mean", _fake_mean, lib=_lib)
+define(
+    "segment_mean(Tensor values, Tensor labels, int num_segments, str backend) -> (Tensor, Tensor)",
+    _mean,
+    _fake_mean,
+)
 
 
 @torch.no_grad()

@@ -18,10 +18,10 @@ from torch import Tensor
 from protoclip.ops import checks, reference
 from protoclip.ops.backends import (
     accumulator,
+    define,
+    define_gradient,
     implementation,
-    no_second_derivative,
     reduce,
-    register_gradient,
     resolve,
     wants_gradient,
     without_autocast,
@@ -30,21 +30,6 @@ from protoclip.ops.backends import (
 LN2 = math.log(2.0)
 FUSED_LOSS = ("triton",)  # backends whose kernels also take the loss, and weigh its gradient
 
-_lib = torch.library.Library("protoclip", "FRAGMENT")
-_lib.define(
-    "contrastive_fwd(Tensor x, Tensor y, Tensor scale, int offset, bool columns, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_lib.define(
-    "contrastive_bwd(Tensor x, Tensor y, Tensor scale, Tensor row_max, Tensor row_sum,"
-    " Tensor column_max, Tensor column_sum, Tensor row_weight, Tensor column_weight, int offset,"
-    " str backend, Tensor? stash=None, str? reduction=None) -> (Tensor, Tensor, Tensor)"
-)
-_lib.define(
-    "contrastive(Tensor x, Tensor y, Tensor scale, int offset, bool columns, str reduction,"
-    " str backend, bool stash=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
 
 def _fwd(x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool, backend: str):
     """-> row_max [N], row_sum [N], column_max [M], column_sum [M] (both [0] without columns),
@@ -52,36 +37,23 @@ def _fwd(x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool, backen
     return implementation("info_nce", backend, "contrastive_fwd")(x, y, scale, offset, columns)
 
 
-def _bwd(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    row_max: Tensor,
-    row_sum: Tensor,
-    column_max: Tensor,
-    column_sum: Tensor,
-    row_weight: Tensor,
-    column_weight: Tensor,
-    offset: int,
-    backend: str,
-    stash: Tensor | None = None,
-    reduction: str | None = None,
-):
+def _bwd(x: Tensor, y: Tensor, scale: Tensor, *rest):
     """-> dx, dy in the inputs' dtypes, dscale fp32 []. ``column_*`` are [0] without columns.
 
     The positive's weight is row_weight[i] + column_weight[i + offset] (the latter where given).
     ``stash`` is that of ``contrastive``; empty or None: the logits are formed again. With a
     ``reduction`` the weights are upstream gradients of ``contrastive``; they may have stride 0."""
+    *statistics, row_weight, column_weight, offset, backend = rest[:8]
+    stash, reduction = (*rest[8:], None, None)[:2]
     run = implementation("info_nce", backend, "contrastive_bwd")
     kept = stash if stash is not None and stash.numel() else None
     options: dict[str, Any] = {} if kept is None else {"kept": kept}
     if reduction is not None:
-        weight = _direction_weight(reduction, x.shape[0], len(column_max) > 0)
+        weight = _direction_weight(reduction, x.shape[0], len(column_weight) > 0)
         if backend in FUSED_LOSS:
             options["pair_weight"] = weight
         else:
             row_weight, column_weight = row_weight * weight, column_weight * weight
-    statistics = row_max, row_sum, column_max, column_sum
     return run(x, y, scale, *statistics, row_weight, column_weight, offset, **options)
 
 
@@ -160,37 +132,40 @@ def _setup(ctx, inputs, output) -> None:
 def _autograd(ctx, grad, *_):
     if grad is None:
         return (None,) * 8
-    x, y, scale, row_max, row_sum, column_max, column_sum, stash = ctx.saved_tensors
-    dx, dy, dscale = torch.ops.protoclip.contrastive_bwd(
-        x,
-        y,
-        scale,
-        row_max,
-        row_sum,
-        column_max,
-        column_sum,
+    x, y, scale, *statistics, stash = ctx.saved_tensors
+    row_max, _, column_max, _ = statistics
+    weights = (
         grad.expand(row_max.shape),
-        grad.expand(column_max.shape) if column_max.shape[0] else column_max,
-        ctx.offset,
-        ctx.backend,
-        stash,
-        ctx.reduction,
+        grad.expand(column_max.shape) if len(column_max) else column_max,
+    )
+    dx, dy, dscale = torch.ops.protoclip.contrastive_bwd(
+        x, y, scale, *statistics, *weights, ctx.offset, ctx.backend, stash, ctx.reduction
     )
     dscale = dscale.to(scale.dtype).reshape(scale.shape)
     return dx, dy, dscale, None, None, None, None, None
 
 
-for _name, _impl, _fake in (
-    ("contrastive_fwd", _fwd, _fake_fwd),
-    ("contrastive_bwd", _bwd, _fake_bwd),
-    ("contrastive", _contrastive, _fake_contrastive),
-):
-    _lib.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"protoclip::{_name}", _fake, lib=_lib)
-register_gradient(_lib, "contrastive", "info_nce", _autograd, _setup)
-
-
-register_gradient(_lib, "contrastive_bwd", "info_nce", no_second_derivative("info_nce"))
+define(
+    "contrastive_fwd(Tensor x, Tensor y, Tensor scale, int offset, bool columns, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fwd,
+    _fake_fwd,
+)
+define(
+    "contrastive_bwd(Tensor x, Tensor y, Tensor scale, Tensor row_max, Tensor row_sum,"
+    " Tensor column_max, Tensor column_sum, Tensor row_weight, Tensor column_weight, int offset,"
+    " str backend, Tensor? stash=None, str? reduction=None) -> (Tensor, Tensor, Tensor)",
+    _bwd,
+    _fake_bwd,
+)
+define(
+    "contrastive(Tensor x, Tensor y, Tensor scale, int offset, bool columns, str reduction,"
+    " str backend, bool stash=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _contrastive,
+    _fake_contrastive,
+)
+define_gradient("contrastive", "info_nce", _autograd, _setup)
+define_gradient("contrastive_bwd", "info_nce")
 
 
 def info_nce(
@@ -254,19 +229,11 @@ def info_nce(
 # The sigmoid loss. Its gradient needs no statistics of whole rows, so the fused backends form it in
 # the forward pass, where gradients are wanted: three products instead of four. The backward pass
 # scales it.
-_lib.define(
-    "sigmoid_loss(Tensor x, Tensor y, Tensor scale, Tensor bias, int offset, bool gradients,"
-    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-def _sigmoid_fwd(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, offset: int, gradients: bool, backend: str
-):
+def _sigmoid_fwd(x: Tensor, y: Tensor, *rest):
     """-> loss (sum) fp32 [], dx, dy in the inputs' dtypes ([0, D] without gradients), dscale and
     dbias fp32 []."""
-    run = implementation("siglip", backend, "sigmoid_loss")
-    return run(x, y, scale, bias, offset, gradients)
+    *arguments, backend = rest
+    return implementation("siglip", backend, "sigmoid_loss")(x, y, *arguments)
 
 
 def _sigmoid_fake(x, y, scale, bias, offset, gradients, backend):
@@ -293,22 +260,21 @@ def _sigmoid_autograd(ctx, grad, *_):
     return dx, dy, dscale, dbias, None, None, None
 
 
-_lib.impl("sigmoid_loss", _sigmoid_fwd, "CompositeExplicitAutograd")
-torch.library.register_fake("protoclip::sigmoid_loss", _sigmoid_fake, lib=_lib)
-register_gradient(_lib, "sigmoid_loss", "sigmoid_loss", _sigmoid_autograd, _sigmoid_setup)
-
+define(
+    "sigmoid_loss(Tensor x, Tensor y, Tensor scale, Tensor bias, int offset, bool gradients,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _sigmoid_fwd,
+    _sigmoid_fake,
+)
+define_gradient("sigmoid_loss", "sigmoid_loss", _sigmoid_autograd, _sigmoid_setup)
 # An op of its own, so that a second derivative raises instead of ignoring that ``saved`` depends on
 # the inputs.
-_lib.define("sigmoid_loss_bwd(Tensor grad, Tensor saved) -> Tensor")
-_lib.impl(
-    "sigmoid_loss_bwd",
+define(
+    "sigmoid_loss_bwd(Tensor grad, Tensor saved) -> Tensor",
     lambda grad, saved: (grad.float() * saved).to(saved.dtype),
-    "CompositeExplicitAutograd",
+    lambda grad, saved: torch.empty_like(saved),
 )
-torch.library.register_fake(
-    "protoclip::sigmoid_loss_bwd", lambda grad, saved: torch.empty_like(saved), lib=_lib
-)
-register_gradient(_lib, "sigmoid_loss_bwd", "sigmoid_loss", no_second_derivative("sigmoid_loss"))
+define_gradient("sigmoid_loss_bwd", "sigmoid_loss")
 
 
 def sigmoid_loss(

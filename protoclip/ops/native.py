@@ -294,51 +294,22 @@ def _compile(build: Build, folder: Path) -> None:
     path = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join(filter(None, [_ninja_dir(), path]))
     try:
-        if cpp_extension.is_ninja_available():
-            cpp_extension.load(
-                name=build.name,
-                sources=[str(p) for p in build.sources],
-                extra_cflags=list(build.cflags),
-                extra_cuda_cflags=list(build.cuda_cflags),
-                extra_ldflags=_ldflags(build),
-                build_directory=str(folder),
-                is_python_module=False,
-                verbose=os.environ.get("PROTOCLIP_BUILD_VERBOSE") == "1",
-            )
-        else:
-            _compile_without_ninja(build, folder)
+        cpp_extension.load(
+            name=build.name,
+            sources=[str(p) for p in build.sources],
+            extra_cflags=list(build.cflags),
+            extra_cuda_cflags=list(build.cuda_cflags),
+            extra_ldflags=["-fopenmp"] if build.half == "cpu" else [],
+            build_directory=str(folder),
+            is_python_module=False,
+            verbose=os.environ.get("PROTOCLIP_BUILD_VERBOSE") == "1",
+        )
     except BaseException:
         print(" failed", file=sys.stderr, flush=True)
         raise
     finally:
         os.environ["PATH"] = path
     print(f" done in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-
-
-def _ldflags(build: Build) -> list[str]:
-    return ["-fopenmp"] if build.half == "cpu" else []
-
-
-def _compile_without_ninja(build: Build, folder: Path) -> None:
-    """Torch's loader insists on ninja; its setuptools command does not, one file at a time."""
-    from setuptools import Distribution
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
-
-    kind = CppExtension if build.half == "cpu" else CUDAExtension
-    extension = kind(
-        build.name,
-        [str(p) for p in build.sources],
-        extra_compile_args={"cxx": list(build.cflags), "nvcc": list(build.cuda_cflags)},
-        extra_link_args=_ldflags(build),
-    )
-    command = BuildExtension(
-        Distribution({"name": build.name, "ext_modules": [extension]}),
-        use_ninja=False,
-        no_python_abi_suffix=True,
-    )
-    command.build_lib, command.build_temp = str(folder), str(folder / "objects")
-    command.ensure_finalized()
-    command.run()
 
 
 def _ninja_dir() -> str | None:

@@ -17,32 +17,17 @@ from torch import Tensor
 from protoclip.ops import checks, reference
 from protoclip.ops.backends import (
     accumulator,
+    define,
+    define_gradient,
     implementation,
     in_transform,
-    no_second_derivative,
     reduce,
-    register_gradient,
     resolve,
     wants_gradient,
     without_autocast,
 )
 
 COLDEST = 1e-30  # the least temperature: fp32 logits would overflow below
-
-_lib = torch.library.Library("protoclip", "FRAGMENT")
-_lib.define(
-    "prototype_ce(Tensor h, Tensor[] prototypes, Tensor[] targets, Tensor[] labels, Tensor scale,"
-    " bool need_grad, bool need_nearest, str backend, bool need_dscale=True)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_lib.define(
-    "prototype_ce_bwd(Tensor grad, Tensor h, Tensor scale, Tensor gradient, Tensor scale_gradient)"
-    " -> (Tensor, Tensor)"
-)
-_lib.define(
-    "prototype_ce_bwd_prototypes(Tensor h, Tensor prototypes, Tensor labels, Tensor scale,"
-    " Tensor row_max, Tensor row_sum, Tensor weight, bool hard, str backend) -> Tensor"
-)
 
 
 def _fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend, need_dscale=True):
@@ -80,10 +65,11 @@ def _fake_bwd(grad, h, scale, *_):
     return h.new_empty(h.shape), scale.new_empty(scale.shape)
 
 
-def _bwd_prototypes(h, prototypes, labels, scale, row_max, row_sum, weight, hard, backend):
+def _bwd_prototypes(h, prototypes, *rest):
     """-> s * sum_i w_i (p_ik - [hard and y_i = k]) h_i, [K, D] in the prototypes' dtype."""
+    *arguments, backend = rest
     run = implementation("prototype_cross_entropy", backend, "prototype_ce_bwd_prototypes")
-    return run(h, prototypes, labels, scale, row_max, row_sum, weight, hard)
+    return run(h, prototypes, *arguments)
 
 
 def _fake_bwd_prototypes(h, prototypes, *_):
@@ -120,17 +106,28 @@ def _autograd(ctx, grad, *_):
     return dh, prototype_grads, [None] * banks, [None] * banks, dscale, *(None,) * 4
 
 
-for _name, _impl, _fake in (
-    ("prototype_ce", _fwd, _fake_fwd),
-    ("prototype_ce_bwd", _bwd, _fake_bwd),
-    ("prototype_ce_bwd_prototypes", _bwd_prototypes, _fake_bwd_prototypes),
-):
-    _lib.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"protoclip::{_name}", _fake, lib=_lib)
-register_gradient(_lib, "prototype_ce", "prototype_cross_entropy", _autograd, _setup)
-for _name in ("prototype_ce_bwd", "prototype_ce_bwd_prototypes"):
-    _refuse = no_second_derivative("prototype_cross_entropy")
-    register_gradient(_lib, _name, "prototype_cross_entropy", _refuse)
+define(
+    "prototype_ce(Tensor h, Tensor[] prototypes, Tensor[] targets, Tensor[] labels, Tensor scale,"
+    " bool need_grad, bool need_nearest, str backend, bool need_dscale=True)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fwd,
+    _fake_fwd,
+)
+define(
+    "prototype_ce_bwd(Tensor grad, Tensor h, Tensor scale, Tensor gradient, Tensor scale_gradient)"
+    " -> (Tensor, Tensor)",
+    _bwd,
+    _fake_bwd,
+)
+define(
+    "prototype_ce_bwd_prototypes(Tensor h, Tensor prototypes, Tensor labels, Tensor scale,"
+    " Tensor row_max, Tensor row_sum, Tensor weight, bool hard, str backend) -> Tensor",
+    _bwd_prototypes,
+    _fake_bwd_prototypes,
+)
+define_gradient("prototype_ce", "prototype_cross_entropy", _autograd, _setup)
+define_gradient("prototype_ce_bwd", "prototype_cross_entropy")
+define_gradient("prototype_ce_bwd_prototypes", "prototype_cross_entropy")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""Every picture of a run, drawn once for two uses: PNG in the run folder, SVG in the page."""
+"""The charts of runs: SVG in the page, PNG in the run folder."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import io
 import json
@@ -18,14 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from protoclip.data.files import whole_file
-from protoclip.report.snapshot import Snapshot
 
 # The page's colours: a PNG takes the light theme's, an SVG keeps their names as CSS variables.
 CSS = resources.files("protoclip.report").joinpath("page.css").read_text(encoding="utf-8")
 COLOURS = dict(reversed(re.findall(r"--(ink|muted|line|c\d): (#\w{6})", CSS)))
 INK, MUTED, LINE = COLOURS["ink"], COLOURS["muted"], COLOURS["line"]
 CYCLE = [COLOURS[f"c{i}"] for i in range(8)]
-FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Noto Sans")
 STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "protoclip", "text.parse_math": False,
     "font.size": 8, "text.color": INK, "axes.edgecolor": MUTED, "axes.labelcolor": MUTED,
@@ -51,13 +48,34 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Lines that share their axes; ``least`` is the smallest span of the y axis."""
+    """Lines that share their axes: the scalars whose names match ``pattern``."""
 
     title: str
-    lines: Sequence[Line]
+    pattern: str
     note: str = ""
     zero: bool = True  # whether the y axis starts at 0
-    least: float = 0.0
+    least: float = 0.0  # its smallest span
+    lines: Sequence[Line] = ()
+
+
+CURVES = (
+    Chart("Loss (nats)", "(.+)[Ll]oss", zero=False),  # the total would flatten its terms
+    Chart("Recall at 5", ".*recall@5"),
+    Chart("Zero-shot accuracy", ".*/acc1"),
+    # A drift in the second decimal is no curve.
+    Chart("Logit scale", "(?!.*_raw).*logit_scale.*", zero=False, least=2.0),
+    Chart("Learning rate", "lr"),
+)
+CHURN = tuple(
+    Chart(title, f"(?!seconds_).*{ending}.*", note)
+    for title, ending, note in (
+        ("Churn", "_churn", "Share of samples that changed company since the last episode."),
+        ("Imbalance", "_imbalance", "Largest cluster over the mean size."),
+        ("Clusters in use", "_clusters", "Empty ones are dropped."),
+        ("Inertia", "_inertia", "Mean squared distance to the centroid."),
+        ("Purity", "_purity", "Share of samples of their cluster's commonest class."),
+    )
+)
 
 
 def read_series(path: str | os.PathLike[str]) -> dict[str, tuple[list[float], list[float]]]:
@@ -78,54 +96,28 @@ def read_series(path: str | os.PathLike[str]) -> dict[str, tuple[list[float], li
     return series
 
 
-def curves(runs: Mapping[str, Series]) -> list[Chart]:
-    """Losses, recalls, accuracies, scales and learning rate of runs by name; none is empty."""
-    names = list(dict.fromkeys(name for series in runs.values() for name in series))
-    losses = [name for name in names if name.lower().endswith("loss")]
-    terms = [name for name in losses if name != "loss"]  # the total would flatten its terms
-    scales = [n for n in names if "logit_scale" in n and not n.endswith("_raw")]
-    charts = [
-        Chart("Loss (nats)", _lines(terms or losses, runs), zero=False),
-        Chart("Recall at 5", _lines([n for n in names if "recall@5" in n], runs)),
-        Chart("Zero-shot accuracy", _lines([n for n in names if n.endswith("/acc1")], runs)),
-        # A drift in the second decimal is no curve.
-        Chart("Logit scale", _lines(scales, runs), zero=False, least=2.0),
-        Chart("Learning rate", _lines([n for n in names if n == "lr"], runs)),
-    ]
-    return [chart for chart in charts if chart.lines]
+def charts(kinds: Sequence[Chart], runs: Mapping[str, Series]) -> list[Chart]:
+    """The charts with the lines of runs by name, without those that have none.
 
-
-def churn(runs: Mapping[str, Series]) -> list[Chart]:
-    """How the clusters change from episode to episode; no chart is empty."""
+    A line has the finite points of a scalar; of many points, the means of successive pieces.
+    """
     names = dict.fromkeys(name for series in runs.values() for name in series)
-    charts = []
-    for title, ending, note in (
-        ("Churn", "_churn", "Share of samples that changed company since the last episode."),
-        ("Imbalance", "_imbalance", "Largest cluster over the mean size."),
-        ("Clusters in use", "_clusters", "Empty ones are dropped."),
-        ("Inertia", "_inertia", "Mean squared distance to the centroid."),
-        ("Purity", "_purity", "Share of samples of their cluster's commonest class."),
-    ):
-        own = [n for n in names if ending in n and not n.startswith("seconds_")]
-        charts.append(Chart(title, _lines(own, runs, ending), note))
-    return [chart for chart in charts if chart.lines]
-
-
-def _lines(names: Sequence[str], runs: Mapping[str, Series], drop: str = "") -> list[Line]:
-    """Each scalar of each run: finite points, as the means of pieces where there are many."""
-    lines = []
-    for name in names:
-        for number, (run, series) in enumerate(runs.items()):
-            points = np.array(series.get(name, ([], []))).T  # [P, 2]
-            points = points[np.isfinite(points).all(axis=1)]
-            if len(points) > POINTS:
-                pieces = np.array_split(points, POINTS)
-                points = np.array([piece.mean(axis=0) for piece in pieces])
-            label = words_of(name.replace(drop, "")) + (f" · {run}" if len(runs) > 1 else "")
-            if len(points):
-                steps, values = points.T.tolist()
-                lines.append(Line(label, steps, values, number > 0))
-    return lines
+    filled = []
+    for kind in kinds:
+        lines = []
+        for name in (name for name in names if re.fullmatch(kind.pattern, name)):
+            for number, (run, series) in enumerate(runs.items()):
+                points = np.array(series.get(name, ([], []))).T  # [P, 2]
+                points = points[np.isfinite(points).all(axis=1)]
+                if len(points) > POINTS:
+                    pieces = np.array_split(points, POINTS)
+                    points = np.array([piece.mean(axis=0) for piece in pieces])
+                label = words_of(name) + (f" · {run}" if len(runs) > 1 else "")
+                if len(points):
+                    steps, values = points.T.tolist()
+                    lines.append(Line(label, steps, values, number > 0))
+        filled += [kind._replace(lines=lines)] if lines else []
+    return filled
 
 
 def words_of(name: str) -> str:
@@ -144,21 +136,22 @@ def plot_curves(metrics: str | os.PathLike[str], out_png: str | os.PathLike[str]
     Raises:
         ValueError: no line has a step and a scalar that is drawn.
     """
-    charts = curves({"": read_series(metrics)})
-    if not charts:
+    shown = charts(CURVES, {"": read_series(metrics)})
+    if not shown:
         raise ValueError(
             f"plot_curves: {metrics} holds no line with 'step' and a loss, scale, lr or recall; "
             "the run stopped before its first log"
         )
-    columns = min(2, len(charts))
-    rows = math.ceil(len(charts) / columns)
+    columns = min(2, len(shown))
+    rows = math.ceil(len(shown) / columns)
     with _figure(5.2 * columns, 3.1 * rows, layout="constrained") as figure:
-        for place, chart in enumerate(charts):
+        for place, chart in enumerate(shown):
             axes = figure.add_subplot(rows, columns, place + 1, title=chart.title, xlabel="step")
             _draw(axes, chart)
             if len(chart.lines) > 1:
                 axes.legend()
-        _save(figure, out_png)
+        with whole_file(Path(out_png)) as temporary:
+            figure.savefig(temporary, format="png", dpi=130, facecolor="white")
 
 
 def chart_svg(chart: Chart) -> str:
@@ -189,66 +182,15 @@ def _draw(axes: Any, chart: Chart) -> None:
     axes.set_ylim(min(0.0, low) if chart.zero else low - spare, high + spare)
 
 
-def plot_prototypes(snapshot: Snapshot, out_png: str | os.PathLike[str]) -> None:
-    """A contact sheet of the first source's prototypes: nearest images and captions in rows.
-
-    A neighbour that is not a member has an orange frame, or orange text.
-
-    Raises:
-        ValueError: the snapshot has no clusters.
-    """
-    from matplotlib.patches import Rectangle
-    from PIL import Image
-
-    if not snapshot.clusters:
-        raise ValueError("plot_prototypes: expected clusters, got a snapshot without prototypes")
-    block = snapshot.clusters[0]
-    width, height = 10.9, 0.6 + 0.85 * len(block["cards"])  # inches, the unit of all places
-    hint = "nearest images and captions; orange: not in the prototype"
-    with _figure(width, height) as figure:
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.axis("off")
-        axes.text(0.1, 0.3, f"Prototypes of the {block['name']} clusters", size=12, weight="bold")
-        axes.text(width - 0.1, 0.3, hint, color=MUTED, ha="right")
-        for row, card in enumerate(block["cards"]):
-            y = 0.55 + 0.85 * row
-            axes.text(0.1, y + 0.14, f"#{card['prototype']}", size=10, weight="bold")
-            axes.text(0.1, y + 0.36, f"{card['samples']:,} samples", color=MUTED)
-            if "class" in card:
-                words = f"{card['share']:.0%} {card['class'][:18]}"
-                axes.text(0.1, y + 0.52, words, color=MUTED)
-            for column, item in enumerate(card["images"]):
-                x = 1.6 + 0.76 * column
-                if item["picture"] is not None:
-                    raw = base64.b64decode(snapshot.pictures[item["picture"]])
-                    picture, extent = Image.open(io.BytesIO(raw)), (x, x + 0.7, y + 0.7, y)
-                    axes.imshow(picture, extent=extent, aspect="auto")
-                colour = LINE if item["hit"] else CYCLE[1]
-                axes.add_patch(Rectangle((x, y), 0.7, 0.7, fill=False, color=colour))
-            for number, item in enumerate(card["captions"]):
-                colour = INK if item["hit"] else CYCLE[1]
-                axes.text(7.8, y + 0.1 + 0.15 * number, item["caption"][:52], color=colour)
-        axes.set(xlim=(0, width), ylim=(height, 0))
-        _save(figure, out_png)
-
-
 @contextlib.contextmanager
 def _figure(width: float, height: float, layout: Any = None) -> Iterator[Any]:
     """A figure of some inches, without pyplot and its global state."""
     import matplotlib
-    from matplotlib import font_manager
     from matplotlib.figure import Figure
 
-    have = {font.name for font in font_manager.fontManager.ttflist}
-    fonts: Any = {"font.family": [name for name in FONTS if name in have] or ["sans-serif"]}
-    with matplotlib.rc_context(STYLE | fonts), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # characters that no font here has
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # characters that the font lacks
         yield Figure(figsize=(width, height), layout=layout)
-
-
-def _save(figure: Any, out_png: str | os.PathLike[str]) -> None:
-    with whole_file(Path(out_png)) as temporary:
-        figure.savefig(temporary, format="png", dpi=130, facecolor="white")
 
 
 def _svg(figure: Any) -> str:

@@ -1,0 +1,240 @@
+"""What happens when in a run: steps, episodes, samples, learning rate, checkpoints, and its stop.
+
+Everything but the clock and the signals follows from (seed, step): nothing here remembers what was
+asked before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from protoclip.config import OptimConfig, TrainConfig
+from protoclip.distributed import generator, own_slice, world_size
+
+DRAWS, EPISODES = 1, 2  # streams of random numbers: of samples, of what an episode draws
+FIRST_CTRL_C = b"\nCtrl-C: finishing this step, then saving; press it again to end at once\n"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a data set is cut into steps; batches are full, an epoch sees every sample."""
+
+    samples: int
+    batch_size: int  # of a step, over all ranks
+    steps_per_epoch: int
+    steps_per_episode: int
+    total_steps: int
+
+    @property
+    def episodes(self) -> int:
+        return math.ceil(self.total_steps / self.steps_per_episode)
+
+    def steps_of(self, episode: int) -> range:
+        """The steps of an episode; the run may end inside the last one."""
+        start = episode * self.steps_per_episode
+        return range(start, min(start + self.steps_per_episode, self.total_steps))
+
+
+def make_plan(config: TrainConfig, samples: int) -> Plan:
+    """The plan for a data set of ``samples``.
+
+    Raises:
+        ValueError: fewer samples than a batch, an episode shorter than a batch, or no steps at all.
+    """
+    times = config.optim.accum_freq * world_size()
+    batch, episode = config.optim.batch_size * times, config.episode.size
+    if samples < batch:
+        fewer = samples // (4 * times)
+        made_of = f" ({config.optim.batch_size} x {times})" if times > 1 else ""
+        raise ValueError(
+            f"--batch-size: expected at most the number of samples, got {batch}{made_of} for "
+            f"{samples}; "
+            + (f"use --batch-size {max(2, fewer)} or more data" if samples > 1 else "add data")
+        )
+    if episode and episode < batch:
+        raise ValueError(
+            f"--episode-size: expected at least one batch of {batch}, got {episode}; "
+            "use 0 for one epoch, or a smaller --batch-size"
+        )
+    per_epoch = math.ceil(samples / batch)
+    total = math.ceil(config.optim.epochs * samples / batch)
+    if config.optim.max_steps:
+        total = min(total, config.optim.max_steps)
+    if total == 0:
+        raise ValueError("--epochs: expected more than 0, got 0; nothing would be trained")
+    per_episode = math.ceil(min(episode, samples) / batch) if episode else per_epoch
+    return Plan(samples, batch, per_epoch, per_episode, total)
+
+
+def draw(
+    plan: Plan,
+    seed: int,
+    steps: range,
+    *,
+    replacement: bool = False,
+    order: Callable[[torch.Generator], Tensor] | None = None,
+) -> Tensor:
+    """Positions of the samples of ``steps``, int64 [len(steps) * batch_size].
+
+    Without replacement each epoch is one permutation; its last batch is filled from its beginning,
+    so that no batch holds a sample twice. ``order`` makes the epoch, int64 [plan.samples], in
+    another way.
+    """
+    parts = []
+    first, last = steps.start // plan.steps_per_epoch, (steps.stop - 1) // plan.steps_per_epoch
+    per_epoch = plan.steps_per_epoch * plan.batch_size
+    for epoch in range(first, last + 1):
+        random = generator(seed, DRAWS, epoch)
+        if replacement:
+            parts.append(torch.randint(plan.samples, (per_epoch,), generator=random))
+        else:
+            permutation = order(random) if order else torch.randperm(plan.samples, generator=random)
+            parts.append(torch.cat([permutation, permutation[: per_epoch - plan.samples]]))
+    start = (steps.start - first * plan.steps_per_epoch) * plan.batch_size
+    return torch.cat(parts)[start : start + len(steps) * plan.batch_size]
+
+
+def learning_rate(config: OptimConfig, total_steps: int, step: int) -> float:
+    """Of step 0, 1, ...: linear warm-up to ``lr``, then half a cosine to 0, or constant."""
+    warmup = config.warmup if config.warmup >= 1 else config.warmup * total_steps
+    if step < warmup:
+        return config.lr * (step + 1) / math.ceil(warmup)
+    if config.lr_scheduler == "const":
+        return config.lr
+    progress = (step - warmup) / max(1.0, total_steps - warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def own_draws(plan: Plan, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's share of each step's draws, and their numbers in ``draws``: int64 [M] each.
+
+    Ranks' shares of a step are contiguous and, by ``make_plan``, equal.
+    """
+    numbers = torch.arange(len(draws)).view(-1, plan.batch_size)[:, own_slice(plan.batch_size)]
+    return draws[numbers.flatten()], numbers.flatten()
+
+
+def episode_seed(seed: int, number: int, purpose: int) -> int:
+    """Of one purpose (0 training, 1 features) in episode ``number``."""
+    random = generator(seed, EPISODES, number, purpose)
+    return int(torch.randint(2**31, (), generator=random))
+
+
+class Stopped(BaseException):
+    """The run was asked to end, and has saved: not a failure.
+
+    No Exception, for it may be raised anywhere: what takes any error of a decoder for a bad picture
+    must let it through.
+
+    Args:
+        text: for the user.
+        code: exit code of the command: 0, or 130 after Ctrl-C.
+    """
+
+    def __init__(self, text: str, code: int = 0) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class SaveSchedule:
+    """Whether a checkpoint is due.
+
+    Args:
+        text: "500steps", "90s", "10m", "2h", or "" for never.
+    Raises:
+        ValueError: anything else.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.steps, self.seconds = 0, 0.0
+        seconds = {"s": 1, "m": 60, "h": 3600}
+        if text:
+            match = re.fullmatch(r"([1-9][0-9]*) ?(steps?|s|m|h)", text.strip())
+            if match is None:
+                raise ValueError(
+                    f"--save-every: expected a number with steps, s, m or h, such as 500steps or "
+                    f"10m, got {text!r}"
+                )
+            number, unit = int(match[1]), match[2]
+            if unit in seconds:
+                self.seconds = float(number * seconds[unit])
+            else:
+                self.steps = number
+        self._last = time.monotonic()
+
+    def at(self, step: int) -> bool:
+        """Whether the number of steps asks for it: the same on every rank."""
+        return bool(self.steps) and step % self.steps == 0
+
+    def by_clock(self) -> bool:
+        """Whether the time since the last one asks for it: each rank has its own clock."""
+        return bool(self.seconds) and time.monotonic() - self._last >= self.seconds
+
+    def saved(self) -> None:
+        """Start the clock again."""
+        self._last = time.monotonic()
+
+
+class StopSignals:
+    """While entered, SIGTERM, SIGUSR1 and the first Ctrl-C set ``asked`` instead of ending the
+    process; the second Ctrl-C ends it at once.
+
+    Attributes:
+        asked: name of the signal that came; "" for none.
+        immediate: raise ``Stopped`` where the program stands, as nothing is to be saved there. Only
+            in a process alone: others would wait for it, and all end at the next step agreed on.
+    """
+
+    def __init__(self) -> None:
+        self.asked = ""
+        self.immediate = True
+        self._process = os.getpid()  # data workers inherit the handler
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+                number = signal.Signals[name]
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return
+        again, self.asked = self.asked == "SIGINT", signal.Signals(number).name
+        if number == signal.SIGINT:
+            if again or self.immediate:
+                raise KeyboardInterrupt
+            with contextlib.suppress(OSError):  # print() may be interrupted by this very signal
+                os.write(2, FIRST_CTRL_C)
+        elif self.immediate and world_size() == 1:
+            self.immediate = False  # a second signal does not disturb the ending
+            raise Stopped(f"stopped by {self.asked}; go on with --resume")
+
+    @property
+    def level(self) -> int:
+        """0: go on; 1: stop; 2: stop after Ctrl-C."""
+        return 2 if self.asked == "SIGINT" else int(bool(self.asked))

@@ -1,1 +1,0 @@
-"""The parts of a training run; ``protoclip.train`` puts them together."""

@@ -1,0 +1,88 @@
+"""Checkpoints: whole or not at all, told from torn ones, read without running their code."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from full_disk import full_disk
+
+from protoclip import checkpoint
+from protoclip.prototypes import Clustering, Episode, PrototypeSet
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_rest(tmp_path):
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, {"a": torch.ones(3)})
+    with full_disk(100_000), pytest.raises(OSError, match="(too large|No space).*c.pt"):
+        checkpoint.save(path, {"a": torch.zeros(1_000_000)})
+    assert torch.equal(checkpoint.load(path)["a"], torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+@pytest.mark.parametrize("how", ["cut", "bit", "comment", "empty", "text"])
+def test_a_torn_checkpoint_is_told_from_a_whole_one(tmp_path, how):
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, {"a": torch.arange(1000), "n": 3})
+    data = path.read_bytes()
+    middle = len(data) // 2
+    path.write_bytes(
+        {
+            "cut": data[:middle],
+            "bit": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
+            "comment": data[:-1] + b"?",
+            "empty": b"",
+            "text": b"not a checkpoint at all\n" * 50,
+        }[how]
+    )
+    with pytest.raises(ValueError, match="torn or no checkpoint"):
+        checkpoint.load(path)
+
+
+def test_a_pickle_of_a_stranger_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        checkpoint.load(tmp_path / "evil.pt")
+    assert not (tmp_path / "made").exists()
+
+
+def test_torch_and_open_clip_read_a_sealed_file(tmp_path):
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, {"state_dict": {"w": torch.ones(2)}})
+    for options in ({}, {"mmap": True}):
+        assert torch.equal(torch.load(path, **options)["state_dict"]["w"], torch.ones(2))
+    torch.save({"w": torch.ones(2)}, tmp_path / "plain.pt")  # no seal: OpenCLIP's
+    assert torch.equal(checkpoint.load(tmp_path / "plain.pt")["w"], torch.ones(2))
+
+
+def test_state_survives_packing():
+    labels = torch.tensor([0, 1, -100])
+    clustering = Clustering(torch.rand(2, 3), labels, torch.tensor([1, 1]))
+    one = PrototypeSet("text", "image", clustering, torch.rand(2, 3), None, False)
+    episode = Episode((one,), metrics={"a": 1.5})
+    classes = {cls.__name__: cls for cls in (Episode, Clustering, PrototypeSet)}
+    back = checkpoint.unpack(checkpoint.pack(episode), classes, torch.device("cpu"))
+    assert isinstance(back, Episode) and back.metrics == {"a": 1.5}
+    assert torch.equal(back.clusterings["text"].labels, labels)
+    with pytest.raises(ValueError, match="cannot read its Clustering"):
+        checkpoint.unpack(checkpoint.pack(episode), {}, torch.device("cpu"))
+
+
+def test_another_format_is_refused_in_words(tmp_path):
+    checkpoint.save(tmp_path / "c.pt", {"epoch": 1, "protoclip": {"format": 1}})
+    with pytest.raises(ValueError, match="expected format 2 in .*, got 1"):
+        checkpoint.load(tmp_path / "c.pt")
+
+
+def test_a_failed_write_leaves_the_old_file_and_a_missing_one_is_named(tmp_path):
+    checkpoint.save(tmp_path / "x.pt", {"a": 1})
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        checkpoint.save(tmp_path / "x.pt", {"a": lambda: 0})
+    assert checkpoint.load(tmp_path / "x.pt") == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+    with pytest.raises(ValueError, match="y.pt"):
+        checkpoint.load(tmp_path / "y.pt")

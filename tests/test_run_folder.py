@@ -1,0 +1,132 @@
+"""What a run writes and where: metrics, boards, full disks, folders that cannot be written."""
+
+import importlib.util
+import json
+import os
+
+import pytest
+from fault_runs import prepare
+from full_disk import full_disk
+
+from protoclip import checkpoint
+from protoclip.config import RunConfig, TrainConfig
+from protoclip.run_folder import RunFolder, choose_folder
+from protoclip.train import Trainer, main
+
+WANDB = importlib.util.find_spec("wandb") is not None
+
+
+def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(tmp_path, monkeypatch, capsys):
+    """At the second checkpoint; the first one stays whole."""
+    monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
+    flags = [*prepare(tmp_path), "--max-steps", "9", "--k", "4", "--name", "run"]
+    run, save = tmp_path / "logs" / "run", Trainer.save
+
+    def on_full_disk(self, epoch):
+        if self.step != 6:
+            return save(self, epoch)
+        with full_disk(1_000_000):
+            save(self, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", on_full_disk)
+        assert main([*flags, "--save-every", "3steps"]) == 2
+    message = capsys.readouterr().err
+    assert "epoch_latest.pt: " in message and "--resume" in message and "Traceback" not in message
+    assert checkpoint.load(run / "checkpoints" / checkpoint.LATEST)["protoclip"]["step"] == 3
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [checkpoint.LATEST]
+    assert main([*flags, "--resume", str(run)]) == 0
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 10))
+
+
+def test_a_full_disk_under_the_logs_names_the_file(tmp_path):
+    folder = RunFolder(tmp_path / "run", TrainConfig(run=RunConfig(report_to="none")))
+    folder.metrics(1, 16, {"loss": 5.0})
+    with full_disk(0):
+        with pytest.raises(OSError, match=r"metrics\.jsonl"):
+            folder.metrics(2, 32, {"loss": 4.0})
+        folder.close()
+        folder.close()
+
+
+def test_a_resumed_run_drops_later_and_torn_lines(tmp_path):
+    config, path = TrainConfig(run=RunConfig(report_to="none")), tmp_path / "run"
+    folder = RunFolder(path, config)
+    for step in range(1, 5):
+        folder.metrics(step, step, {"loss": 1.0})
+    folder.close()
+    metrics = path / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 1, "lo')
+    RunFolder(path, config, resume_step=2).close()
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    """Root may write anywhere, so a child process gives that up first."""
+    folder = tmp_path / "logs"
+    (folder / "run").mkdir(parents=True)
+    for path in (folder / "run", folder):
+        path.chmod(0o555)
+    tmp_path.chmod(0o755)
+    for path in tmp_path.parents:
+        if path.name.startswith(("pytest-", "popen-")):  # the latter: pytest-xdist's
+            path.chmod(0o755)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        words = []
+        if os.getuid() == 0:
+            os.setuid(65534)
+        for name, resume in (("new", None), ("run", 0)):
+            try:
+                RunFolder(folder / name, TrainConfig(), resume)
+            except ValueError as error:
+                words.append(str(error))
+            except BaseException as error:
+                words.append(repr(error))
+        os.write(write, json.dumps(words).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    words = json.loads(os.read(read, 10_000))
+    assert len(words) == 2 and all("Permission denied" in w and "folder" in w for w in words), words
+    assert "logs/new" in words[0] and "logs/run" in words[1]
+
+
+def test_tensorboard_has_the_scalars_and_forgets_what_a_resumed_run_does_again(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = TrainConfig(run=RunConfig(report_to="tensorboard"))
+    folder = RunFolder(tmp_path / "r", config)
+    for step in (1, 2, 3):
+        folder.metrics(step, step, {"loss": float(step), "val_HO_recall@1": 0.5})
+    folder.close()
+    folder = RunFolder(tmp_path / "r", config, resume_step=1)
+    folder.metrics(2, 2, {"loss": 20.0})
+    folder.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 20.0)]
+    assert [e.value for e in events.Scalars("val/HO_recall@1")] == [0.5]
+
+
+@pytest.mark.skipif(WANDB, reason="wandb is installed")
+def test_a_board_that_is_not_installed_is_refused_before_anything_is_made(tmp_path, capsys):
+    flags = ["--report-to", "wandb", "--train-data", "builtin:shapes:64", "--logs", str(tmp_path)]
+    assert main([*flags, "--external-teacher", "none"]) != 0
+    assert "pip install wandb" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not WANDB, reason="wandb is not installed")
+def test_wandb_offline_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = TrainConfig(run=RunConfig(report_to="tensorboard,wandb", name="r", logs=str(tmp_path)))
+    ids = []
+    for resume_step in (None, 1):
+        folder = RunFolder(choose_folder(config) if resume_step is None else tmp_path / "r", config,
+                           resume_step)  # fmt: skip
+        folder.metrics(2, 2, {"loss": 0.5})
+        folder.close()
+        ids.append((tmp_path / "r" / "wandb_id").read_text())
+    assert ids[0] == ids[1] and (tmp_path / "r" / "tensorboard").is_dir()
+    runs = [p for p in (tmp_path / "r" / "wandb").glob("offline-run-*") if ids[0] in p.name]
+    assert runs and json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[0])

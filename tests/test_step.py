@@ -1,0 +1,157 @@
+"""One training step: what moves, what is skipped, and where its time goes."""
+
+import json
+import time
+
+import pytest
+import torch
+from fault_runs import prepare
+from torch import nn
+
+from protoclip import checkpoint
+from protoclip.config import ModelConfig, OptimConfig
+from protoclip.data import Batch
+from protoclip.losses import Losses
+from protoclip.model import build_model
+from protoclip.step import Phases, Stepper, depends_on_passes, parameter_groups
+from protoclip.train import main
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch):
+    monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
+
+
+@pytest.fixture
+def flags(tmp_path):
+    return [*prepare(tmp_path), "--max-steps", "12", "--k", "4", "--name", "run"]
+
+
+def poison(monkeypatch, steps):
+    """Let the batches of some steps hold one picture of NaN."""
+    step = Stepper.step
+
+    def poisoned(self, number, batches, *rest, **options):
+        if number in steps:
+            batches[0].image[3] = float("nan")
+        return step(self, number, batches, *rest, **options)
+
+    monkeypatch.setattr(Stepper, "step", poisoned)
+
+
+@pytest.mark.parametrize("features", ["extract", "reuse"])
+def test_a_bad_step_is_skipped_and_counted(tmp_path, flags, monkeypatch, features):
+    poison(monkeypatch, {2, 6})  # warm-up, and with prototypes
+    assert main([*flags, "--episode-features", features]) == 0
+    lines = (tmp_path / "logs" / "run" / "metrics.jsonl").read_text().splitlines()
+    records = {r["step"]: r for r in map(json.loads, lines)}
+    assert sorted(records) == list(range(1, 13))
+    assert [s for s in records if "loss" not in records[s]] == [3, 7]
+    assert records[12]["bad_steps"] == 2 and "bad_steps" not in records[2]
+    state = checkpoint.load_newest(tmp_path / "logs" / "run")[1]
+    tensors = [*state["state_dict"].values(), *state["protoclip"]["heads"].values()]
+    assert all(t.isfinite().all() for t in tensors if t.is_floating_point())
+    log = (tmp_path / "logs" / "run" / "out.log").read_text()
+    assert "step 3 skipped" in log and ".tar/" in log
+
+
+@pytest.mark.parametrize("log_every", ["1", "50"])
+def test_too_many_in_a_row_save_and_stop(tmp_path, flags, monkeypatch, capsys, log_every):
+    poison(monkeypatch, set(range(4, 99)))
+    assert main([*flags, "--max-bad-steps", "3", "--log-every-n-steps", log_every]) == 2
+    message = capsys.readouterr().err
+    assert "not finite in 3 steps in a row, the last one step 7" in message
+    assert "detect_anomaly" in message and ".tar/" in message and "Traceback" not in message
+    state = checkpoint.load_newest(tmp_path / "logs" / "run")[1]
+    assert state["protoclip"]["step"] == 7
+    assert state["protoclip"]["training"]["skipped"] == [3, 3]
+
+
+def test_the_fused_optimiser_skips_by_itself():
+    """What a GPU relies on, tried on the CPU's fused AdamW."""
+    weight = nn.Parameter(torch.ones(3))
+    adamw = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    weight.grad = torch.full((3,), float("nan"))
+    adamw.found_inf = torch.tensor(1.0)
+    adamw.step()
+    assert torch.equal(weight.detach(), torch.ones(3)) and adamw.state[weight]["step"] == 0
+    weight.grad = torch.ones(3)
+    adamw.found_inf = torch.tensor(0.0)
+    adamw.step()
+    assert (weight < 1).all() and adamw.state[weight]["step"] == 1
+
+
+def test_vectors_scalars_and_heads_do_not_decay():
+    model = build_model(ModelConfig())
+    decaying, plain = parameter_groups(model, 0.5)
+    assert decaying["weight_decay"] == 0.5 and plain["weight_decay"] == 0
+    assert all(p.ndim >= 2 for p in decaying["params"])
+    kept = {id(p) for p in plain["params"]}
+    assert {id(p) for p in model.text_head.parameters()} <= kept
+    assert id(model.logit_scale_proto) in kept and id(model.clip.logit_scale) in kept
+    assert len(decaying["params"]) + len(kept) == len(list(model.parameters()))
+
+
+class Given:
+    """A loss that is given, whatever the model says."""
+
+    def __init__(self):
+        self.value = None
+
+    def __call__(self, *_):
+        return Losses(self.value, {}, {})
+
+
+def stepper_of(model, **settings):
+    given = Given()
+    stepper = Stepper(model, given, OptimConfig(**settings))
+    pixels = torch.zeros(2, 3, model.image_size, model.image_size)
+    batch = Batch(torch.arange(2), pixels, model.tokenizer(["a", "b"]))
+
+    def step(value):
+        given.value = value
+        return stepper.step(0, [batch], None, project=False, lr=1e-3)
+
+    return stepper, step
+
+
+def test_gradients_are_clipped_and_scales_clamped():
+    model = build_model(ModelConfig())
+    stepper, step = stepper_of(model, grad_clip_norm=0.5)
+    taken = step(1e3 * model.clip.text_projection.sum() - 1e6 * model.logit_scale_proto)
+    after = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert taken.finite and taken.norm > 1e6 and after == pytest.approx(0.5, rel=1e-4)
+    assert 1 <= model.proto_scale <= 100.0001 and stepper.bad.tolist() == [0, 0]
+
+
+def test_a_skipped_step_leaves_optimiser_and_weights_alone():
+    model = build_model(ModelConfig())
+    stepper, step = stepper_of(model)
+    before = model.clip.text_projection.detach().clone()
+    taken = step(float("nan") * model.clip.text_projection.sum())
+    assert not taken.finite and torch.equal(model.clip.text_projection.detach(), before)
+    assert not stepper.adamw.state and stepper.bad.tolist() == [1, 1]
+    assert step(model.clip.text_projection.sum()).finite and stepper.bad.tolist() == [1, 0]
+    assert not torch.equal(model.clip.text_projection.detach(), before)
+
+
+def test_what_depends_on_how_a_batch_is_split():
+    model = build_model(ModelConfig())
+    assert not depends_on_passes(model)  # the heads' batch norm is over all ranks
+    assert depends_on_passes(build_model(ModelConfig(use_bn_sync=False)))
+    assert depends_on_passes(nn.Sequential(nn.Dropout(0.1)))
+    assert not depends_on_passes(nn.Sequential(nn.Dropout(0.0)))
+
+
+def test_a_phase_inside_another_is_counted_once(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    phases = Phases(torch.device("cpu"))
+    with phases.measure("forward"):
+        now[0] += 2
+        with phases.measure("prototypes"):
+            now[0] += 4
+            with phases.measure("prototypes"):
+                now[0] += 1
+        now[0] += 8
+    assert phases.seconds() == {"prototypes": 5, "forward": 10}
