@@ -1,6 +1,6 @@
 """What a run looks like: an HTML page about one or several runs, and two plain pictures."""
 
-from protoclip.report.figures import plot_curves, plot_prototypes, read_series
+from protoclip.report.figures import plot_curves, plot_prototypes
 from protoclip.report.page import write_report
 from protoclip.report.snapshot import (
     Samples,
@@ -16,7 +16,6 @@ __all__ = [
     "load_snapshot",
     "plot_curves",
     "plot_prototypes",
-    "read_series",
     "save_snapshot",
     "take_snapshot",
     "write_report",
