@@ -30,6 +30,7 @@ from protoclip.config import TrainConfig, build_parser, parse, to_dict
 from protoclip.data import (
     Batch,
     DataError,
+    Draws,
     PairDataset,
     Subset,
     batches,
@@ -398,16 +399,13 @@ class Trainer:
         data = self.config.data
         return batches(
             self.dataset,
-            draws,
+            Draws(draws, seed, start, numbers),
             self.config.optim.batch_size,
             self.transform,
             self.model.short_tokenizer,
-            seed=seed,
             workers=data.workers,
             captions=data.captions,
-            start=start,
             faults=self.faults,
-            numbers=numbers,
         )
 
     def _build_episode(self, number: int, samples: Tensor, bar: tqdm) -> Episode:
@@ -634,7 +632,7 @@ class Trainer:
 
 
 def _check_set(one: PrototypeSet, samples: int) -> None:
-    """Labels that lead outside of the prototypes would end in an IndexError, or worse on a GPU."""
+    """Refuse labels out of range: an IndexError on a CPU, worse on a GPU."""
     labels, shape = one.clustering.labels, one.prototypes.shape
     known = labels[labels != IGNORE]
     fits = one.targets is None or one.targets.shape == shape
