@@ -632,7 +632,7 @@ class Trainer:
 
 
 def _check_set(one: PrototypeSet, samples: int) -> None:
-    """Labels that lead outside of the prototypes would end in an IndexError, or worse on a GPU."""
+    """Refuse labels out of range: an IndexError on a CPU, worse on a GPU."""
     labels, shape = one.clustering.labels, one.prototypes.shape
     known = labels[labels != IGNORE]
     fits = one.targets is None or one.targets.shape == shape

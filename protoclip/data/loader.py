@@ -79,7 +79,7 @@ class EpochOrder:
         return _window(positions, self.window, random)
 
     def _repeated(self, positions: Tensor, random: torch.Generator) -> Tensor:
-        """Each position as often as the weight of its source says; a rest is drawn each time."""
+        """Repeat each position by the weight of its source; the fraction is drawn each time."""
         if not self.weights:
             return positions
         source = self.source[positions]
@@ -324,7 +324,7 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
         )
         others = set(multiprocessing.active_children())
         started: set[multiprocessing.process.BaseProcess] = set()
-        # Ends those that are stuck, here or when the program ends: they ignore SIGTERM.
+        # Kill workers that are stuck, here or at exit: they ignore SIGTERM.
         cleanup = Finalize(None, _kill, (started,), exitpriority=1)
         iterator: Iterator[Any] = iter(())
         try:
@@ -337,13 +337,13 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
                 done, crashes = done + 1, 0
             return
         except (RuntimeError, OSError, EOFError) as error:
-            # Beside torch's own words: the connection over which a tensor was to come is gone.
+            # Besides torch's own messages: the connection that carries a tensor is gone.
             if "DataLoader worker" not in str(error) and all(p.is_alive() for p in started):
                 raise
             crashes += 1
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         finally:
-            iterator = iter(())  # lets those go that can
+            iterator = iter(())  # stops the workers that still answer
             cleanup()
         index = source.draws[firsts[done] : firsts[done] + source.batch_size]
         keys = ", ".join(source.dataset.keys[int(i)] for i in index[:8])

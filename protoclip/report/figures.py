@@ -69,7 +69,7 @@ CURVES = (
 CHURN = tuple(
     Chart(title, f"(?!seconds_).*{ending}.*", note)
     for title, ending, note in (
-        ("Churn", "_churn", "Share of samples that changed company since the last episode."),
+        ("Churn", "_churn", "Share of samples whose cluster changed since the last episode."),
         ("Imbalance", "_imbalance", "Largest cluster over the mean size."),
         ("Clusters in use", "_clusters", "Empty ones are dropped."),
         ("Inertia", "_inertia", "Mean squared distance to the centroid."),
