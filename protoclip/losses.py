@@ -474,13 +474,13 @@ class ProtoClipLoss(ClipLoss):
         builder = PrototypeBuilder(
             num_iters=self.proto.kmeans_max_iter,
             pbt=self.proto.pbt,
+            temperature=self.proto.target_temperature,
             group=dist.group.WORLD if world_size > 1 else None,
         )
         self.online = OnlinePrototypes(
             builder,
             queue=-(-self.proto.queue // world_size),
             num_clusters=self.proto.num_clusters,
-            temperature=self.proto.target_temperature,
             every=self.proto.every,
             warmup=self.proto.warmup,
             seed=self.proto.seed,
