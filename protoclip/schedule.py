@@ -136,8 +136,8 @@ def episode_seed(seed: int, number: int, purpose: int) -> int:
 class Stopped(BaseException):
     """The run was asked to end, and has saved: not a failure.
 
-    No Exception, for it may be raised anywhere: what takes any error of a decoder for a bad picture
-    must let it through.
+    Not an Exception: it may be raised anywhere, and code that takes any error of a decoder for a
+    bad picture must let it through.
 
     Args:
         text: for the user.

@@ -30,6 +30,7 @@ from protoclip.config import TrainConfig, build_parser, parse, to_dict
 from protoclip.data import (
     Batch,
     DataError,
+    Draws,
     PairDataset,
     Subset,
     batches,
@@ -98,7 +99,6 @@ from protoclip.prototypes import (
 from protoclip.report import (
     Samples,
     plot_curves,
-    plot_prototypes,
     save_snapshot,
     take_snapshot,
     write_report,
@@ -399,16 +399,13 @@ class Trainer:
         data = self.config.data
         return batches(
             self.dataset,
-            draws,
+            Draws(draws, seed, start, numbers),
             self.config.optim.batch_size,
             self.transform,
             self.model.short_tokenizer,
-            seed=seed,
             workers=data.workers,
             captions=data.captions,
-            start=start,
             faults=self.faults,
-            numbers=numbers,
         )
 
     def _build_episode(self, number: int, samples: Tensor, bar: tqdm) -> Episode:
@@ -635,7 +632,7 @@ class Trainer:
 
 
 def _check_set(one: PrototypeSet, samples: int) -> None:
-    """Labels that lead outside of the prototypes would end in an IndexError, or worse on a GPU."""
+    """Refuse labels out of range: an IndexError on a CPU, worse on a GPU."""
     labels, shape = one.clustering.labels, one.prototypes.shape
     known = labels[labels != IGNORE]
     fits = one.targets is None or one.targets.shape == shape
@@ -683,7 +680,7 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
 
 
 def draw_plots(trainer: Trainer, evaluation: Evaluation, after: Results | None) -> None:
-    """curves.png, prototypes.png where there are prototypes, and what the report needs."""
+    """curves.png, and what the report needs."""
     folder, dataset = trainer.folder.path, trainer.dataset
     plot_curves(folder / "metrics.jsonl", folder / "curves.png")
     known = trainer.episode.clusterings if trainer.episode else {}
@@ -716,8 +713,6 @@ def draw_plots(trainer: Trainer, evaluation: Evaluation, after: Results | None) 
         facts={"memory_bytes": trainer.phases.memory()},
     )
     save_snapshot(folder, snapshot)
-    if snapshot.clusters:
-        plot_prototypes(snapshot, folder / "prototypes.png")
 
 
 def _readable(dataset: PairDataset, chosen: Tensor) -> Tensor:

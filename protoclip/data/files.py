@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: local copies of shards from urls, and safe writes.
+"""Files that appear whole or not at all: local copies of shards from urls, and safe writes.
 
 fsspec's file cache makes the copies, so that remote shards too are read by position. Each copy has
 a folder of its own, named by the hash of its url; one process of a machine fetches it while the
@@ -23,7 +23,7 @@ PROTOCOLS = ("http", "https", "s3", "gs", "hf", "file")
 STALL = 60.0  # seconds without a byte, a web server is given up
 _copies: dict[str, str] = {}  # url -> path, of what this process has asked for
 _coming: set[str] = set()
-os.register_at_fork(after_in_child=_coming.clear)  # a child has none of its parent's threads
+os.register_at_fork(after_in_child=_coming.clear)  # threads do not survive a fork
 
 
 def is_remote(shard: str) -> bool:
