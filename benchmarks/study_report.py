@@ -15,7 +15,7 @@ from benchmarks.report import table
 PAGE = Path(__file__).parent.parent / "docs" / "evidence.md"
 BEGIN, END = "<!-- study: begin, written by make study -->", "<!-- study: end -->"
 BASELINE = "CLIP"
-EQUAL_TIME = "CLIP, time of ProtoCLIP"  # its epochs follow from the measured overhead
+EQUAL_TIME = "CLIP, time of ProtoCLIP"
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of 1, 2, ... degrees
 SHOWN = {  # in the page and the plot: set and metric -> heading
     "HO group/lp_acc1": "probe, held out",

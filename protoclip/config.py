@@ -108,7 +108,7 @@ class DataConfig:
     imagenet_val: str = option(
         "",
         "pictures with classes for zero-shot evaluation during training: a folder of class "
-        "folders, a CLIP_benchmark folder, or built-in data",
+        "folders, or built-in data",
     )
     train_num_samples: int = option(0, "use only the first N samples; 0: all", low=0)
     train_data_upsampling_factors: str = option(

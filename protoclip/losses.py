@@ -27,16 +27,16 @@ from torch.autograd.function import once_differentiable
 
 from protoclip.config import LossConfig, check, option
 from protoclip.distributed import (
-    Group,
     gather_rows,
     gathered_rows,
     is_distributed,
     mean_over_ranks,
     rank,
     scatter_sums,
+    world_size,
 )
-from protoclip.ops import Bank, checks, prototype_losses, reference
-from protoclip.ops.backends import implementation, resolve
+from protoclip.ops import Bank, checks, prototype_losses
+from protoclip.ops.backends import resolve
 from protoclip.ops.contrastive import LN2, info_nce, sigmoid_loss
 from protoclip.prototypes import (
     IGNORE,
@@ -58,7 +58,6 @@ def global_info_nce(
     text_features: Tensor,
     logit_scale: Tensor | float,
     *,
-    group: Group = None,
     backend: str = "auto",
 ) -> Tensor:
     """InfoNCE over the pairs of all ranks: the mean loss of this rank's B pairs.
@@ -69,19 +68,18 @@ def global_info_nce(
     Args:
         image_features, text_features: [B, D], the same B on every rank; as in ``info_nce``.
         logit_scale: [] or [1], the multiplier (not its logarithm).
-        group: of the ranks; None: all of them.
         backend: as in ``info_nce``.
     Returns:
         float32 [] (float64 for float64 input), nats.
     Raises:
         ValueError, TypeError: as in ``info_nce``.
     """
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+    if not is_distributed():
         return info_nce(image_features, text_features, logit_scale, backend=backend)
     op = "global_info_nce"
     x, y, scale = _checked(op, image_features, text_features, logit_scale)
     name = resolve("info_nce", backend, x.device.type, x.dtype)
-    rows, columns = _Strip.apply(x, y, scale, group, name)
+    rows, columns = _Strip.apply(x, y, scale, name)
     return (rows + columns).mean() / 2
 
 
@@ -91,7 +89,6 @@ def global_sigmoid_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float,
     *,
-    group: Group = None,
     backend: str = "auto",
 ) -> Tensor:
     """SigLIP's loss of this rank's B images against the texts of all ranks, summed.
@@ -101,19 +98,22 @@ def global_sigmoid_loss(
     Args:
         image_features, text_features: [B, D], the same B on every rank; as in ``sigmoid_loss``.
         logit_scale, logit_bias: [] or [1].
-        group, backend: as in ``global_info_nce``.
+        backend: as in ``sigmoid_loss``; "reference" gathers the texts.
     Returns:
         float32 [] (float64 for float64 input), nats.
     """
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+    if not is_distributed():
         return sigmoid_loss(image_features, text_features, logit_scale, logit_bias, backend=backend)
     op = "global_sigmoid_loss"
     x, y, scale = _checked(op, image_features, text_features, logit_scale)
     bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
     name = resolve("siglip", backend, x.device.type, x.dtype)
+    if name == "reference":
+        own = rank() * len(x)
+        return sigmoid_loss(x, gathered_rows(y), scale, bias, offset=own, backend=name)
     inputs = x, y, scale, bias
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    return _Ring.apply(*inputs, group, name, wanted)
+    return _Ring.apply(*inputs, name, wanted)
 
 
 def _checked(op: str, x: Tensor, y: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,18 +134,18 @@ class _Strip(torch.autograd.Function):
     all images: [B], [B]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, group: Group, backend: str):
-        all_y = gather_rows(y, group)  # [G, D]
-        offset = dist.get_rank(group) * len(x)
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, backend: str):
+        all_y = gather_rows(y)  # [G, D]
+        offset = rank() * len(x)
         row_max, row_sum, column_max, column_sum, positive = torch.ops.protoclip.contrastive_fwd(
             x, all_y, scale, offset, True, backend
         )
         top = column_max.clone()
-        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(top, dist.ReduceOp.MAX)
         column_sum = column_sum * torch.exp2(column_max - top)
-        dist.all_reduce(column_sum, group=group)
+        dist.all_reduce(column_sum)
         ctx.save_for_backward(x, all_y, scale, row_max, row_sum, top, column_sum)
-        ctx.offset, ctx.group, ctx.backend = offset, group, backend
+        ctx.offset, ctx.backend = offset, backend
         own = slice(offset, offset + len(x))
         rows = LN2 * (row_sum.log2() + (row_max - positive))
         return rows, LN2 * (column_sum[own].log2() + (top[own] - positive))
@@ -160,13 +160,13 @@ class _Strip(torch.autograd.Function):
             scale,
             *statistics,
             row_grad,
-            gather_rows(column_grad, ctx.group),
+            gather_rows(column_grad),
             ctx.offset,
             ctx.backend,
         )
         # Summed wider than bf16, whose rounding would grow with the number of ranks.
-        dy = scatter_sums(dy.to(dscale.dtype), ctx.group).to(x.dtype)
-        return dx, dy, dscale.to(scale.dtype).reshape(scale.shape), None, None
+        dy = scatter_sums(dy.to(dscale.dtype)).to(x.dtype)
+        return dx, dy, dscale.to(scale.dtype).reshape(scale.shape), None
 
 
 class _Ring(torch.autograd.Function):
@@ -182,24 +182,24 @@ class _Ring(torch.autograd.Function):
         y: Tensor,
         scale: Tensor,
         bias: Tensor,
-        group: Group,
         backend: str,
         wanted: bool,
     ) -> Tensor:
-        size = dist.get_world_size(group)
-        chunk = _chunk(backend)
+        size = world_size()
         texts, travelling = y, torch.zeros_like(y)
         totals: list[Tensor] = []
         for hop in range(size):
-            coming = _pass_on(texts, group) if hop + 1 < size else None
+            coming = _pass_on(texts) if hop + 1 < size else None
             # Row i's own text comes with the first chunk; the others hold negatives only.
             first = 0 if hop == 0 else len(y)
-            loss, dx, dy, *scalars = chunk(x, texts, scale, bias, first, wanted)
+            loss, dx, dy, *scalars = torch.ops.protoclip.sigmoid_loss(
+                x, texts, scale, bias, first, wanted, backend
+            )
             parts = [loss, *(t.to(loss.dtype) for t in (dx, *scalars))]
             totals = [a + b for a, b in zip(totals, parts, strict=True)] if hop else parts
             if wanted:  # a chunk's gradient travels with it, and is home after the last hop
                 dy = dy.to(loss.dtype)
-                travelling = _pass_on(dy if hop == 0 else travelling + dy, group)()
+                travelling = _pass_on(dy if hop == 0 else travelling + dy)()
             if coming is not None:
                 texts = coming()
         loss, dx, dscale, dbias = totals
@@ -215,22 +215,16 @@ class _Ring(torch.autograd.Function):
             (grad * saved).to(dtype).reshape(shape)
             for saved, (dtype, shape) in zip(ctx.saved_tensors, ctx.like, strict=True)
         ]
-        return *grads, None, None, None
+        return *grads, None, None
 
 
-def _pass_on(tensor: Tensor, group: Group) -> Callable[[], Tensor]:
+def _pass_on(tensor: Tensor) -> Callable[[], Tensor]:
     """Start sending a tensor to the previous rank; the result waits for the next rank's."""
-    size, own = dist.get_world_size(group), dist.get_rank(group)
-    peers = [(own - 1) % size, (own + 1) % size]
-    if group is not None:
-        peers = [dist.get_global_rank(group, peer) for peer in peers]
+    previous, following = (rank() - 1) % world_size(), (rank() + 1) % world_size()
     sent = tensor.contiguous()
     received = torch.empty_like(sent)
     works = dist.batch_isend_irecv(
-        [
-            dist.P2POp(dist.isend, sent, peers[0], group),
-            dist.P2POp(dist.irecv, received, peers[1], group),
-        ]
+        [dist.P2POp(dist.isend, sent, previous), dist.P2POp(dist.irecv, received, following)]
     )
 
     def wait() -> Tensor:
@@ -239,26 +233,6 @@ def _pass_on(tensor: Tensor, group: Group) -> Callable[[], Tensor]:
         return received
 
     return wait
-
-
-def _chunk(backend: str) -> Callable[..., tuple[Tensor, ...]]:
-    """(x, y, scale, bias, offset, gradients) -> loss, dx, dy, dscale, dbias."""
-    return (
-        _reference_chunk
-        if backend == "reference"
-        else implementation("siglip", backend, "sigmoid_loss")
-    )
-
-
-def _reference_chunk(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, offset: int, gradients: bool
-) -> tuple[Tensor, ...]:
-    leaves = [t.detach().requires_grad_() for t in (x, y, scale, bias)]
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        loss = reference.sigmoid_loss(leaves[0], leaves[1], leaves[2], leaves[3], offset)
-    if not gradients:
-        return loss.detach(), *(torch.zeros_like(t) for t in leaves)
-    return loss.detach(), *torch.autograd.grad(loss, leaves)
 
 
 def _gather_features(x: Tensor, rank: int, with_grad: bool, keep_own: bool) -> Tensor:

@@ -189,11 +189,15 @@ class FeatureStore:
             ValueError: the rows are of another number of draws.
         """
         draws = len(self.index) * world_size()
-        if any(len(rows) != draws for rows in state.values()):
+        found = {name: list(state[name].shape) for name in sorted(state)}
+        dim = found.get("image_h", [0, 0])[1:]
+        expected = {"index": [draws]}
+        if len(state) > 1:
+            expected = {"image_h": [draws, *dim], **expected, "text_h": [draws, *dim]}
+        if found != expected:
             raise ValueError(
-                f"FeatureStore: expected {draws} rows, got "
-                f"{sorted({len(rows) for rows in state.values()})}; the checkpoint is of a run "
-                "with another --episode-size, global batch or data"
+                f"FeatureStore: expected {expected}, got {found}; the checkpoint is of a run with "
+                "another --episode-size, global batch or data"
             )
         for name, rows in state.items():
             own = rows.unflatten(0, (-1, world_size(), self.share))[:, rank()].flatten(0, 1)

@@ -775,12 +775,9 @@ class Evaluation:
             return evaluate.evaluate_model(
                 model,
                 self.data,
+                encoder=replace(self.encoder(model, is_distributed()), progress=bar.update),
                 seed=arguments.pop("seed"),
                 captions="first" if self.data.startswith("builtin:") else "all",
-                device=self.setup.device,
-                workers=self.setup.config.data.workers,
-                autocast=autocast_for(self.setup.precision, self.setup.device),
-                progress=bar.update,
                 open_kwargs=arguments,
                 keep=self.kept,
             )

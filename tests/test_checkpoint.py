@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, told from torn ones, read without running their code."""
 
 import os
+import pickle
 
 import pytest
 import torch
@@ -75,3 +76,13 @@ def test_another_format_is_refused_in_words(tmp_path):
     checkpoint.save(tmp_path / "c.pt", {"epoch": 1, "protoclip": {"format": 1}})
     with pytest.raises(ValueError, match="expected format 2 in .*, got 1"):
         checkpoint.load(tmp_path / "c.pt")
+
+
+def test_a_failed_write_leaves_the_old_file_and_a_missing_one_is_named(tmp_path):
+    checkpoint.save(tmp_path / "x.pt", {"a": 1})
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        checkpoint.save(tmp_path / "x.pt", {"a": lambda: 0})
+    assert checkpoint.load(tmp_path / "x.pt") == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+    with pytest.raises(ValueError, match="y.pt"):
+        checkpoint.load(tmp_path / "y.pt")

@@ -107,7 +107,7 @@ def distillation(own):
     loss = similarity_distillation(Encoded(*students), teacher, scale, 0.2)
     loss.backward()
     ranks = distributed.world_size()
-    rows = [distributed.gather_slices(t.grad / ranks, G) for t in students]
+    rows = [all_rows(t.grad / ranks) for t in students]
     means = [distributed.mean_over_ranks(t) for t in (loss.detach(), scale.grad)]
     return [t.numpy() for t in (*means, *rows)]
 

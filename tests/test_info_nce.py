@@ -162,21 +162,6 @@ def test_rectangles(columns, dtype):
         assert_within_budget(value, truth[name], base[name], name, size, 40.0)
 
 
-def test_same_bits_twice_and_on_any_number_of_threads():
-    backend = _backend("cpu")
-    threads = torch.get_num_threads()
-    for dtype in DTYPES:
-        x, y = clustered(777, 96, dtype)
-        first = run(x, y, 20.0, torch.ones(777), dtype=dtype, backend=backend)
-        try:
-            for count in (threads, 1, 3):
-                torch.set_num_threads(count)
-                again = run(x, y, 20.0, torch.ones(777), dtype=dtype, backend=backend)
-                assert all(torch.equal(first[k], again[k]) for k in first), count
-        finally:
-            torch.set_num_threads(threads)
-
-
 def test_strides_and_offsets_do_not_matter():
     backend = _backend("cpu")
     for dtype in DTYPES:
@@ -231,34 +216,6 @@ def test_reductions_and_upstream_gradients(backend):
             factor * torch.autograd.grad(reference.info_nce(x, y, torch.tensor(9.0)).mean(), x)[0]
         )
         assert torch.allclose(g, want, rtol=1e-4, atol=1e-7)
-
-
-def test_torch_library_opcheck():
-    _backend("cpu")
-    for dtype in (torch.float32, torch.bfloat16):
-        x, y = (t.requires_grad_() for t in clustered(12, 6, dtype))
-        scale = torch.tensor(5.0, requires_grad=True)
-        for arguments in (
-            (x, y, scale, 0, True, "mean", "cpu"),
-            (x[:5], y, scale, 3, False, "none", "cpu"),
-        ):
-            torch.library.opcheck(torch.ops.protoclip.contrastive, arguments)
-
-
-def test_compiles_into_one_graph():
-    backend = _backend("cpu")
-    x, y = clustered(24, 10)
-    x.requires_grad_()
-    scale = torch.tensor([5.0], requires_grad=True)
-
-    def loss(x, y, scale):
-        return 2 * protoclip.info_nce(x, y, scale, backend=backend)
-
-    want = torch.autograd.grad(loss(x, y, scale), (x, scale))
-    got = torch.autograd.grad(
-        torch.compile(loss, fullgraph=True, backend="aot_eager")(x, y, scale), (x, scale)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -341,24 +298,29 @@ def test_a_stash_only_for_a_gradient_and_within_64_mib():
     size = 4 * 384 * 512
     assert _kept(inputs, backend="cpu") == _kept(inputs, backend="cpu", stash=True) == size
     assert _kept(inputs, backend="cpu", stash=False) == 0
-    assert _kept([t.detach() for t in inputs], backend="cpu") == 0
-    with torch.no_grad():
-        assert _kept(inputs, backend="cpu") == 0
-    elements = torch.ops.protoclip_native.stash_size
+    native = torch.ops.protoclip_native
+    inputs = _leaves(1024, 20, torch.float32)  # 4 MiB, which go back to the pool
+    for wanted in (False, True):
+        native.release_memory()
+        with torch.set_grad_enabled(wanted):
+            protoclip.info_nce(*inputs, backend="cpu")
+        assert (native.kept_memory() >= 4 << 20) == wanted
+    elements = native.stash_size
     assert 2 * elements(4096, 4096) == 64 << 20
     assert elements(4097, 4096) == elements(16384, 16384) == elements(0, 0) == 0
 
 
 @needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_rectangles_and_one_graph(dtype):
+def test_opcheck_and_one_graph(dtype):
     x, y, scale = _leaves(256, 6, dtype)  # whole tiles: the room around ragged ones is not written
     op = torch.ops.protoclip.contrastive
-    torch.library.opcheck(op, (x, y, scale, 0, True, "mean", "cpu", True))
+    for options in ((0, True, "mean", "cpu", True), (0, True, "none", "cpu", False)):
+        torch.library.opcheck(op, (x, y, scale, *options))
     torch.library.opcheck(op, (x[:128], y, scale, 3, False, "none", "cpu", True))
 
     def loss(x, y, scale):
-        return protoclip.info_nce(x, y, scale, backend="cpu")
+        return 2 * protoclip.info_nce(x, y, scale, backend="cpu")
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
     for n in (256, 230):

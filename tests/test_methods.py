@@ -5,26 +5,12 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from protoclip import checkpoint
-from protoclip.config import (
-    EpisodeConfig,
-    build_parser,
-    parse,
-)
+from protoclip.config import build_parser, parse
 from protoclip.data import open_dataset
 from protoclip.data.loader import EpochOrder
-from protoclip.losses import similarity_distillation
-from protoclip.model import Encoded, build_model
-from protoclip.prototypes import (
-    IGNORE,
-    EpisodeBuilder,
-    Features,
-    FeatureStore,
-    purity,
-    target_entropy,
-)
+from protoclip.model import build_model
 from protoclip.run_folder import RunFolder
 from protoclip.schedule import make_plan
 from protoclip.train import Setup, Trainer
@@ -40,10 +26,6 @@ TEACHER = torch.randn(84, 8)
 
 def config_of(*flags):
     return parse(build_parser("train", ""), list(flags))
-
-
-def unit(*shape):
-    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=1)
 
 
 @pytest.fixture(scope="module")
@@ -129,78 +111,3 @@ class TestDiagnostics:
         last = lines[-1]
         parts = [last[f"grad_norm_{part}"] for part in ("image", "text", "heads", "scales")]
         assert math.hypot(*parts) == pytest.approx(last["grad_norm"], rel=1e-3)
-
-
-class TestStore:
-    def test_the_newest_row_of_a_sample_counts(self):
-        store = FeatureStore(2, 3, torch.device("cpu"))
-        old, new = unit(3, 4).float(), unit(3, 4).float()
-        store.put(0, torch.tensor([5, 2, 7]), Encoded(old, -old))
-        store.put(1, torch.tensor([7, 1, 5]), Encoded(new, -new))
-        got = store.features()
-        assert got.index.tolist() == [1, 2, 5, 7]
-        assert torch.equal(got.image_h, torch.stack([new[1], old[1], new[2], new[0]]))
-        assert torch.equal(got.text_h, -got.image_h)
-
-    def test_its_state_goes_on_elsewhere(self):
-        store, other = (FeatureStore(2, 2, torch.device("cpu")) for _ in range(2))
-        with pytest.raises(ValueError, match="got no row"):
-            store.features()
-        store.put(0, torch.tensor([1, 0]), Encoded(unit(2, 3).float(), unit(2, 3).float()))
-        other.load_state_dict(store.state_dict())
-        assert torch.equal(store.features().text_h, other.features().text_h)
-        with pytest.raises(ValueError, match=r"expected 5 rows, got \[4\]"):
-            FeatureStore(5, 1, torch.device("cpu")).load_state_dict(store.state_dict())
-
-
-class TestNewSamples:
-    """Episodes of 8 known samples of 12, then trained on with all 12."""
-
-    def test_they_get_the_nearest_prototype(self):
-        torch.manual_seed(0)
-        index, teacher = torch.randperm(12)[:8], torch.randn(12, 5)
-        features = Features(index, unit(8, 4), unit(8, 4))
-        builder = EpisodeBuilder(EpisodeConfig(num_clusters=3), ["k"] * 12, teacher=teacher)
-        episode = builder.build(features, torch.Generator(), coming=torch.arange(12))
-        fresh = torch.tensor([i for i in range(12) if i not in index.tolist()])
-        external = episode.clusterings["external"]
-        nearest = torch.cdist(teacher.double(), external.centroids.double()).argmin(dim=1)
-        assert torch.equal(external.labels[fresh], nearest[fresh])
-        assert torch.equal(external.counts, torch.bincount(external.labels[index], minlength=3))
-        for item in episode.internal:
-            assert (item.clustering.labels[fresh] == IGNORE).all()
-            h = {"image": unit(12, 4), "text": unit(12, 4)}
-            labels = item.bank(h, torch.arange(12)).labels
-            want = torch.cdist(h[item.source], item.clustering.centroids).argmin(dim=1)
-            assert torch.equal(labels[fresh], want[fresh])
-            assert torch.equal(labels[index], item.clustering.labels[index])
-            assert torch.equal(item.bank(h, None).labels, want)  # a queue knows no positions
-
-
-def test_purity_and_entropy_by_hand():
-    labels, classes = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([4, 4, 2, 2, 2])
-    assert purity(labels, classes) == pytest.approx(4 / 5)
-    torch.manual_seed(0)
-    builder = EpisodeBuilder(
-        EpisodeConfig(num_clusters=4), ["k"] * 9, classes={"group": torch.arange(9) % 2}
-    )
-    episode = builder.build(Features(torch.arange(9), unit(9, 4), unit(9, 4)), torch.Generator())
-    image = episode.clusterings["image"]
-    p = torch.softmax(image.centroids @ image.centroids.T / 0.01, dim=1)
-    want = (torch.special.entr(p).sum(dim=1) * image.counts).sum() / 9
-    assert target_entropy(image, 0.01) == pytest.approx(float(want), abs=1e-6)
-    assert episode.metrics["image_purity_group"] == purity(image.labels, torch.arange(9) % 2)
-
-
-def test_distillation_is_the_divergence_of_the_off_diagonal_softmaxes():
-    torch.manual_seed(0)
-    h, teacher = Encoded(unit(5, 3), unit(5, 3)), torch.randn(5, 7)
-    got = similarity_distillation(h, teacher, torch.tensor(9.0), 0.2)
-    t, want = F.normalize(teacher, dim=1).double(), 0.0
-    for student in (h.image, h.text):
-        for i in range(5):
-            others = [j for j in range(5) if j != i]
-            p = torch.softmax(t[others] @ t[i] / 0.2, dim=0)
-            q = torch.softmax(9 * student[others] @ student[i], dim=0)
-            want += float((p * (p / q).log()).sum()) / 10
-    assert float(got) == pytest.approx(want, rel=1e-5)

@@ -41,15 +41,6 @@ class TestInfoNCE:
         x = F.normalize(torch.ones(9, 4), dim=1)
         assert protoclip.info_nce(x, x, 50.0, backend=backend).item() == pytest.approx(math.log(9))
 
-    def test_reductions_agree(self, backend):
-        x, y = torch.randn(7, 4), torch.randn(7, 4)
-        rows = protoclip.info_nce(x, y, 3.0, reduction="none", backend=backend)
-        total = protoclip.info_nce(x, y, 3.0, reduction="sum", backend=backend)
-        mean = protoclip.info_nce(x, y, 3.0, backend=backend)
-        assert rows.shape == (7,)
-        torch.testing.assert_close(total, rows.sum())
-        torch.testing.assert_close(mean, rows.mean())
-
     def test_gradients_equal_autograd_of_the_formula(self, backend):
         torch.manual_seed(0)
         x, y = (F.normalize(torch.randn(33, 20), dim=1).requires_grad_() for _ in range(2))
@@ -64,12 +55,6 @@ class TestInfoNCE:
             torch.autograd.grad(got, (x, y, s)), torch.autograd.grad(want, (x, y, s)), strict=True
         ):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-    def test_bad_numbers_stay_visible(self, backend):
-        for value in (math.nan, math.inf):
-            x, y = torch.randn(6, 5), torch.randn(6, 5)
-            x[3, 2] = value
-            assert not torch.isfinite(protoclip.info_nce(x, y, 10.0, backend=backend))
 
 
 @pytest.mark.parametrize("offset", [0, 3])
@@ -89,14 +74,6 @@ def test_the_strip_is_cross_entropy_of_its_rows(offset):
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-def test_opcheck_of_the_strip():
-    x, y = (torch.randn(5, 4, requires_grad=True) for _ in range(2))
-    s = torch.tensor(2.0, requires_grad=True)
-    for reduction in ("none", "sum", "mean"):
-        arguments = x, y, s, 0, True, reduction, "reference"
-        torch.library.opcheck(torch.ops.protoclip.contrastive.default, arguments)
 
 
 @pytest.mark.parametrize("backend", usable("kmeans_assign"))

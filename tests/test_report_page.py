@@ -2,12 +2,10 @@
 
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +105,7 @@ def test_a_run_that_stopped_early_still_has_a_page(tmp_path):
         ("config.json", "[]", "expected settings"),
         ("config.json", '{"data": 3, "model": 3}', "expected files that protoclip.train wrote"),
         ("report.json", '{"format": 2, "clusters": [3]}', "expected files that protoclip.train"),
+        ("report.json", '{"format": 2, "facts": {"memory_bytes": 3}}', "expected files that"),
     ],
 )
 def test_folders_that_are_not_runs_are_refused(tmp_path, capsys, name, content, words):
@@ -116,15 +115,6 @@ def test_folders_that_are_not_runs_are_refused(tmp_path, capsys, name, content, 
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1
     assert not (path / "report.html").exists()
-
-
-def test_snapshot_round_trip(runs):
-    snapshot = load_snapshot(runs[0])
-    assert [block["name"] for block in snapshot.clusters] == ["external", "image"]
-    hits = snapshot.hits_of("HO/text_retrieval_recall@5")
-    assert set(hits.tolist()) <= {0, 1} and len(hits) == 32
-    assert snapshot.hits_of("HO/group/acc1") is not None and snapshot.hits_of("HO/x") is None
-    assert load_snapshot(runs[0] / "nowhere") is None
 
 
 def results(value, spread=0.05):
@@ -146,6 +136,7 @@ def test_change_is_paired_where_hits_are_kept(runs):
     name = "text_retrieval_recall@5"
     got = reading.change(ours, plain, "HO", name)
     hits = [r.snapshot.hits_of(f"HO/{name}").mean() for r in (ours, plain)]
+    assert ours.snapshot.hits_of("HO/nothing") is None
     assert got.value == pytest.approx(float(hits[0] - hits[1]), abs=1e-6)
     assert got.low < got.value < got.high
 
@@ -222,31 +213,30 @@ def write_metrics(path, steps):
     path.write_text("\n".join(lines))
 
 
+def drawn(**runs):
+    return {chart.title: chart.lines for chart in figures.charts(figures.CURVES, runs)}
+
+
 def test_series_and_charts(tmp_path):
     write_metrics(tmp_path / "metrics.jsonl", 3)
     series = figures.read_series(tmp_path / "metrics.jsonl")
     assert series["loss"] == ([0, 1, 2], pytest.approx([5, 5 - 1 / 3, 5 - 2 / 3]))
     assert "note" not in series and "flag" not in series and "step" not in series
-    charts = {chart.title: chart.lines for chart in figures.curves({"a": series})}
+    charts = drawn(a=series)
     assert list(charts) == ["Loss (nats)", "Recall at 5", "Logit scale", "Learning rate"]
     # The total would flatten the terms.
     assert [line.label for line in charts["Loss (nats)"]] == ["contrastive loss"]
     assert [line.label for line in charts["Recall at 5"]] == ["HO image → text"]
-    two = figures.curves({"a": {"loss": ([1], [2.0])}, "b": {"loss": ([1, 2], [3.0, 4.0])}})
-    assert [(line.label, line.dashed) for line in two[0].lines] == [
-        ("loss · a", False), ("loss · b", True),
-    ]  # fmt: skip
-
-
-def test_long_series_are_thinned_and_bad_values_left_out():
-    values = [1.0, float("nan"), float("inf"), *[3.0] * 1000]
-    (chart,) = figures.curves({"a": {"loss": (list(range(1003)), values)}})
-    assert len(chart.lines[0].values) <= 240 and max(chart.lines[0].values) == 3
-    assert figures.curves({"a": {"loss": ([1, 2], [float("nan")] * 2)}}) == []
+    values = [1.0, float("nan"), float("inf"), *[3.0] * 1000]  # thinned, bad values left out
+    two = drawn(a={"a_loss": ([1], [2.0])}, b={"a_loss": (list(range(1003)), values)})
+    first, second = two["Loss (nats)"]
+    assert (first.label, first.dashed) == ("a loss · a", False) and second.dashed
+    assert len(second.values) <= 240 and max(second.values) == 3
+    assert drawn(a={"a_loss": ([1, 2], [float("nan")] * 2)}) == {}
 
 
 def test_svg_has_named_colours_and_the_same_bytes_twice():
-    chart = figures.Chart("t", [figures.Line("a", [0, 1], [0.0, 2.0])])
+    chart = figures.Chart("t", "a", lines=[figures.Line("a", [0, 1], [0.0, 2.0])])
     svg = figures.chart_svg(chart)
     assert svg == figures.chart_svg(chart) and svg.startswith("<svg")
     assert "var(--c0)" in svg and "var(--muted)" in svg and "<text" in svg
@@ -355,23 +345,13 @@ def chromium(tmp_path, page, *flags):
     )  # fmt: skip
 
 
-def artefact(name):
-    """Where a picture of the page is kept: $PROTOCLIP_ARTEFACTS, else build/report, ignored."""
-    folder = Path(
-        os.environ.get("PROTOCLIP_ARTEFACTS") or Path(__file__).parents[1] / "build" / "report"
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / name
-
-
 @pytest.mark.skipif(browser() is None, reason="no Chromium here; Debian: apt-get install chromium")
 def test_a_real_browser_shows_it(runs, tmp_path):
     page = write_report([runs[1], runs[0]], tmp_path / "page.html")
     text = page.read_text().replace("<head>", "<head>" + LISTEN)
     page.write_text(text.replace("</body>", CHECK + "</body>"))
     for width, scheme in ((1180, 1), (500, 0)):  # light and wide; dark and as narrow as it gets
-        shot = artefact(f"report-{width}.png")
-        shot.unlink(missing_ok=True)
+        shot = tmp_path / f"report-{width}.png"
         look = [f"--window-size={width},2400", f"--blink-settings=preferredColorScheme={scheme}"]
         seen = chromium(tmp_path, page, "--dump-dom", *look)
         found = re.search(r'<pre id="state">(.*?)</pre>', seen.stdout, re.S)

@@ -30,22 +30,22 @@ def build_parser() -> Parser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--export", metavar="DATA", help="data to write as shards, as --train-data")
     what.add_argument("--check", metavar="DATA", help="read everything once; list what is wrong")
-    parser.add_argument("--workers", type=int, default=1, help="threads of --check (default: 1)")
     parser.add_argument("--out", metavar="DIR", help="an empty or new folder for the shards")
-    parser.add_argument(
-        "--split", default="all", help="all, train, heldout; noto for builtin:emoji (default: all)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="which pairs are held out (default: 0)")
-    parser.add_argument(
-        "--per-shard", type=int, default=1000, metavar="N", help="pairs a shard (default: 1000)"
-    )
     parser.add_argument(
         "--image-format", default="png", choices=FORMATS, help="of the pictures (default: png)"
     )
-    parser.add_argument("--csv-separator", default="\t", help="of a table (default: tab)")
-    parser.add_argument("--csv-img-key", default="filepath", help="column (default: filepath)")
-    parser.add_argument("--csv-caption-key", default="title", help="column (default: title)")
-    parser.add_argument("--encoding", default="utf-8", help="of a table (default: utf-8)")
+    for flag, default, text in (
+        ("--split", "all", "all, train, heldout; noto for builtin:emoji"),
+        ("--seed", 0, "which pairs are held out"),
+        ("--workers", 1, "threads of --check"),
+        ("--per-shard", 1000, "pairs a shard"),
+        ("--csv-separator", "\t", "of a table"),
+        ("--csv-img-key", "filepath", "column of the pictures' paths"),
+        ("--csv-caption-key", "title", "column of the captions"),
+        ("--encoding", "utf-8", "of a table"),
+    ):
+        text += f" (default: {str(default).replace(chr(9), 'tab')})"
+        parser.add_argument(flag, type=type(default), default=default, help=text)
     return parser
 
 

@@ -182,12 +182,6 @@ class Faults:
                 "protoclip.data --check lists what is wrong), or allow more"
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"positions": torch.tensor(sorted(self.positions), dtype=torch.int64)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.positions = set(state["positions"].tolist())
-
 
 def batches(
     dataset: PairDataset,

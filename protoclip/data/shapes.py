@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from protoclip.data.types import DataError, Labels, Strings, mix
+from protoclip.data.types import DataError, Labels, StringTable, mix
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -82,7 +82,7 @@ _FIELDS: tuple[tuple[str, ...], ...] = (
 
 
 class ShapesDataset:
-    """``count`` pictures of one shape each; nothing is stored, picture i is drawn when asked for.
+    """``count`` pictures of one shape each; picture i is drawn when it is asked for.
 
     Args:
         count: number of pairs, at least 1.
@@ -95,7 +95,7 @@ class ShapesDataset:
         if count < 1:
             raise DataError(f"builtin:shapes:N needs N of at least 1, got {count}")
         self.name = f"builtin:shapes:{count}"
-        self.keys: Sequence[str] = _Numbered(count)
+        self.keys: Sequence[str] = StringTable(f"shape-{i}" for i in range(count))
         self.image_size = image_size
         shape, colour = (self._field(f, np.arange(count)) for f in (0, 1))
         pairs = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
@@ -145,16 +145,3 @@ class ShapesDataset:
 def _jitter(colour: tuple[int, int, int], dice: random.Random) -> tuple[int, int, int]:
     red, green, blue = (min(255, max(0, value + dice.randint(-12, 12))) for value in colour)
     return red, green, blue
-
-
-class _Numbered(Strings):
-    """ "shape-0", "shape-1", ..."""
-
-    def __init__(self, count: int) -> None:
-        self._len = count
-
-    def __len__(self) -> int:
-        return self._len
-
-    def _at(self, i: int) -> str:
-        return f"shape-{i}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,29 +83,14 @@ class PairDataset(Protocol):
         """Captions of picture ``i``, none empty; the first is the canonical one."""
 
 
-class Strings(Sequence[str]):
-    """A read-only list of strings, each made when it is asked for."""
-
-    @abstractmethod
-    def _at(self, i: int) -> str:
-        """String ``i``, 0 <= i < len(self)."""
-
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice):
-            return [self._at(j) for j in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"expected a position in 0 ... {len(self) - 1}, got {i}")
-        return self._at(i % len(self))
-
-
-class StringTable(Strings):
-    """Strings kept as one UTF-8 buffer and int64 offsets.
+class StringTable(Sequence[str]):
+    """A read-only list of strings, kept as one UTF-8 buffer and int64 offsets.
 
     A list of str objects is copied page by page into every forked worker as reference counts
     change; two arrays are not, and cost about a quarter of the memory.
     """
 
-    def __init__(self, strings: Iterable[str] = ()) -> None:
+    def __init__(self, strings: Iterable[str]) -> None:
         data, ends = bytearray(), array("q", [0])
         for string in strings:
             data += string.encode("utf-8", "surrogateescape")
@@ -117,23 +101,12 @@ class StringTable(Strings):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def _at(self, i: int) -> str:
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
         raw = self._data[self._ends[i] : self._ends[i + 1]].tobytes()
         return raw.decode("utf-8", "surrogateescape")
-
-
-class _Taken(Strings):
-    """``[values[i] for i in indices]``, without the list."""
-
-    def __init__(self, values: Sequence[str], indices: np.ndarray) -> None:
-        self.values = values
-        self.indices = indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def _at(self, i: int) -> str:
-        return self.values[int(self.indices[i])]
 
 
 class Subset:
@@ -156,7 +129,7 @@ class Subset:
                 f"{self.indices.min()} ... {self.indices.max()}"
             )
         self.name = name or dataset.name
-        self.keys: Sequence[str] = _Taken(dataset.keys, self.indices)
+        self.keys: Sequence[str] = StringTable(dataset.keys[i] for i in self.indices.tolist())
         self.labels: Mapping[str, Labels] = {
             label: Labels(full.ids[torch.from_numpy(self.indices)], full.names)
             for label, full in dataset.labels.items()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -35,16 +36,20 @@ from protoclip.distributed import (
     world_size,
 )
 from protoclip.evaluate.datasets import Layout, open_layout
-from protoclip.evaluate.results import Results, format_table, read_results, write_results
+from protoclip.evaluate.results import (
+    Results,
+    format_table,
+    read_results,
+    records,
+    write_records,
+    write_results,
+)
 from protoclip.evaluate.tasks import (
     PROTOCOLS,
     TASKS,
     Encoder,
-    EvalSet,
     FeatureCache,
-    ProbeTrain,
-    encode_sets,
-    evaluate_features,
+    evaluate_model,
     impossible,
     peak_memory_bytes,
 )
@@ -202,7 +207,7 @@ def run(args: argparse.Namespace) -> None:
     cache = None
     if not args.no_cache:
         cache = FeatureCache(loaded.model.clip, f"{precision} {loaded.model.preprocess()}")
-    started = time.perf_counter()
+    opened, options, notes = _open(args, data, tasks, loaded.config or TrainConfig())
     shown = None if is_main() else True  # None: where stderr is a terminal
     with tqdm(desc="evaluating", unit=" rows", file=sys.stderr, leave=False, disable=shown) as bar:
 
@@ -221,12 +226,12 @@ def run(args: argparse.Namespace) -> None:
             cache,
             sharded=world_size() > 1,
         )
-        sets, train, notes = _encode(args, encoder, loaded.config or TrainConfig(), data, tasks)
+        after = evaluate_model(
+            loaded.model, opened, encoder=encoder, tasks=tasks, protocol=args.protocol, **options
+        )
         bar.refresh()  # the last updates may have come too fast to be drawn
     if not is_main():
         return
-    after = evaluate_features(sets, train, tasks=tasks, protocol=args.protocol)
-    after = dataclasses.replace(after, seconds=time.perf_counter() - started)
     if cache is not None and cache.rows_found:
         notes.append(f"{cache.rows_found:,} rows of features came from {cache.folder}.")
     # What training left there, for the same data, is part of the same table.
@@ -246,48 +251,42 @@ def run(args: argparse.Namespace) -> None:
         pretrained=loaded.pretrained,
         timing=timing,
         peak_memory_bytes=peak,
-        record_folder=output.parent / "clip_benchmark",
     )
+    folder = output.parent / "clip_benchmark"
+    write_records(folder, records(after, data, loaded.name, loaded.pretrained))
     table = format_table(before, after, timing, peak_memory_bytes=peak)
     ranks = f" on {world_size()} ranks" if world_size() > 1 else ""
     notes.append(f"Evaluated in {after.seconds:.1f} s{ranks}, written to {output}")
-    print("\n".join([table, *notes, f"CLIP_benchmark's JSON: {output.parent / 'clip_benchmark'}"]))
+    print(table, *notes, f"CLIP_benchmark's JSON: {folder}", sep="\n")
 
 
-def _encode(
-    args: argparse.Namespace,
-    encoder: Encoder,
-    config: TrainConfig,
-    data: str,
-    tasks: Sequence[str],
-) -> tuple[dict[str, EvalSet], ProbeTrain | None, list[str]]:
-    """What ``encode_sets`` returns, and notes on tasks that the data does not allow."""
+def _open(
+    args: argparse.Namespace, data: str, tasks: Sequence[str], config: TrainConfig
+) -> tuple[str | Layout, dict[str, Any], list[str]]:
+    """The data, further arguments of ``evaluate_model``, and notes on tasks left out."""
     columns = {
         name: getattr(config.data if getattr(args, name) is None else args, name)
         for name in COLUMNS
     }
-    seed = config.run.seed if args.seed is None else args.seed
     builtin = data.startswith("builtin:")  # its captions differ in language and kind
-    captions = ("first" if builtin else "all") if args.captions == "auto" else args.captions
-    opened: str | Layout = data
+    options = {
+        "split": args.split,
+        "seed": config.run.seed if args.seed is None else args.seed,
+        "captions": args.captions,
+        "open_kwargs": columns,
+    }
+    if args.captions == "auto":
+        options["captions"] = "first" if builtin else "all"
+    if builtin:
+        return data, options, []
+    words = ("split", "train_split", "classnames", "templates", "csv_label_key")
+    opened = open_layout(data, **{name: getattr(args, name) for name in words}, **columns)
     notes = []
-    if not builtin:
-        words = ("split", "train_split", "classnames", "templates", "csv_label_key")
-        opened = open_layout(data, **{name: getattr(args, name) for name in words}, **columns)
-        for task, reason in impossible(tasks, opened).items():
-            if args.tasks not in ("", "all"):
-                raise ValueError(f"--tasks {task}: {reason} ({data}); leave that task out")
-            notes.append(f"Without {task}: {reason}.")
-    sets, train = encode_sets(
-        encoder,
-        opened,
-        split=args.split,
-        seed=seed,
-        captions=captions,
-        tasks=tasks,
-        open_kwargs=columns,
-    )
-    return sets, train, notes
+    for task, reason in impossible(tasks, opened).items():
+        if args.tasks not in ("", "all"):
+            raise ValueError(f"--tasks {task}: {reason} ({data}); leave that task out")
+        notes.append(f"Without {task}: {reason}.")
+    return opened, options, notes
 
 
 def _own_data(config: TrainConfig | None, where: str) -> str:

@@ -230,11 +230,8 @@ def read_templates(given: str) -> tuple[str, ...]:
     if given in ("auto", "openai", "simple"):
         import open_clip
 
-        simple = given == "simple"
-        made = (
-            open_clip.SIMPLE_IMAGENET_TEMPLATES if simple else open_clip.OPENAI_IMAGENET_TEMPLATES
-        )
-        return tuple(template("{}") for template in made)
+        many, few = open_clip.OPENAI_IMAGENET_TEMPLATES, open_clip.SIMPLE_IMAGENET_TEMPLATES
+        return tuple(template("{}") for template in (few if given == "simple" else many))
     if not os.path.isfile(given):
         raise DataError(f"--templates: expected openai, simple or a file, found no file {given!r}")
     lines = Path(given).read_text(encoding="utf-8").splitlines()

@@ -183,14 +183,12 @@ def fit_linear_probe(
     num_classes: int,
     *,
     penalties: tuple[float, ...] = LAMBDAS,
-    heldout: float = 0.2,
-    max_iter: int = PROBE_ITERATIONS,
     seed: int = 0,
 ) -> tuple[Score, float]:
     """Multinomial logistic regression on standardised features, by full-batch L-BFGS.
 
     Minimises mean cross-entropy + lambda/2 |W|^2 (bias free). Lambda is the one with the lowest
-    cross-entropy on a random part of the given (training) samples; the path runs from strong to
+    cross-entropy on a random fifth of the given (training) samples; the path runs from strong to
     weak, each fit starting from the last, and stops once two weaker ones in a row are worse. Then
     all samples are fitted with it. In scikit-learn's terms C = 1 / (lambda N).
 
@@ -199,9 +197,7 @@ def fit_linear_probe(
         labels: int64 [N] in 0 .. num_classes - 1.
         num_classes: C.
         penalties: the lambdas to choose from; a single one is used as it is.
-        heldout: share of the samples that choose lambda.
-        max_iter: L-BFGS iterations per fit.
-        seed: draws the held-out part.
+        seed: draws the fifth of the samples that chooses lambda.
     Returns:
         features [N, D] -> logits [N, C], and the lambda.
     Raises:
@@ -224,10 +220,10 @@ def fit_linear_probe(
     path = sorted(penalties, reverse=True)
     if len(path) > 1:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(x.device)
-        judge, train = order.split([cut := min(n - 1, max(1, round(heldout * n))), n - cut])
+        judge, train = order.split([cut := min(n - 1, max(1, round(0.2 * n))), n - cut])
         best, best_loss, parameters = 0, math.inf, start
         for i, penalty in enumerate(path):
-            parameters = _fit(x[train], y[train], penalty, parameters, max_iter)
+            parameters = _fit(x[train], y[train], penalty, parameters)
             logits = torch.addmm(parameters[:, -1], x[judge], parameters[:, :-1].T)
             loss = float(F.cross_entropy(logits, y[judge]))
             if loss < best_loss:
@@ -235,19 +231,19 @@ def fit_linear_probe(
             elif i - best >= 2:
                 break
         path = path[: best + 1]
-    parameters = _fit(x, y, path[-1], start, max_iter)
+    parameters = _fit(x, y, path[-1], start)
     weight, bias = parameters[:, :-1], parameters[:, -1]
     return lambda rows: torch.addmm(bias, (rows.float() - mean) / std, weight.T), path[-1]
 
 
-def _fit(x: Tensor, y: Tensor, penalty: float, start: Tensor, max_iter: int) -> Tensor:
+def _fit(x: Tensor, y: Tensor, penalty: float, start: Tensor) -> Tensor:
     """Parameters [C, D + 1] (weights, then bias) at the minimum, from ``start``."""
     parameters = start.clone()
     n = len(x)
     blocks = torch.arange(n, device=x.device).split(rows_per_block(len(start)))
     optimizer = torch.optim.LBFGS(
         [parameters],
-        max_iter=max_iter,
+        max_iter=PROBE_ITERATIONS,
         history_size=10,
         tolerance_grad=1e-5,
         tolerance_change=1e-8,
@@ -285,7 +281,6 @@ def paper_linear_probe(
     *,
     epochs: int = 100,
     batch_size: int = 1024,
-    lr: float = 0.1,
     seed: int = 0,
 ) -> tuple[Accuracy, int]:
     """The linear probe of ProtoCLIP's authors: SGD on the features, the *best test epoch* counts.
@@ -310,7 +305,7 @@ def paper_linear_probe(
     weight = (0.01 * torch.randn(num_classes, x.shape[1], generator=random)).to(x.device)
     bias = torch.zeros(num_classes, device=x.device)
     optimizer = torch.optim.SGD(
-        [weight.requires_grad_(), bias.requires_grad_()], lr=lr, momentum=0.9, weight_decay=1e-6
+        [weight.requires_grad_(), bias.requires_grad_()], lr=0.1, momentum=0.9, weight_decay=1e-6
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=0)
     best: tuple[Accuracy, int] | None = None

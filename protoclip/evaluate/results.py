@@ -144,7 +144,6 @@ def write_results(
     pretrained: str,
     timing: Mapping[str, float] | None = None,
     peak_memory_bytes: int | None = None,
-    record_folder: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write ``results.json``, whole or not at all; values that are not finite become null.
 
@@ -154,9 +153,7 @@ def write_results(
         data: the evaluated data, e.g. "builtin:emoji".
         model: OpenCLIP's model name.
         pretrained: the checkpoint.
-        record_folder: where CLIP_benchmark's own files go; None: nowhere.
     """
-    own = records(after, data, model, pretrained)
     content = {
         "data": data,
         "model": model,
@@ -165,11 +162,9 @@ def write_results(
         "untrained": None if before is None else results_to_plain(before),
         "seconds": dict(timing or {}),
         "peak_memory_bytes": peak_memory_bytes,
-        "clip_benchmark": _finite(own),
+        "clip_benchmark": _finite(records(after, data, model, pretrained)),
     }
     write_atomic(Path(path), json.dumps(content, indent=1, allow_nan=False) + "\n")
-    if record_folder is not None:
-        write_records(record_folder, own)
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:

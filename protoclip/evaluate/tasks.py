@@ -542,15 +542,11 @@ def _score(
 
 def evaluate_model(
     model: ProtoModel,
-    data: str = "builtin:emoji",
+    data: str | Layout = "builtin:emoji",
     *,
+    encoder: Encoder | None = None,
     tasks: Collection[str] = TASKS,
     protocol: str = "heldout",
-    device: torch.device | None = None,
-    batch_size: int = 256,
-    workers: int = 0,
-    autocast: Autocast = nullcontext,
-    progress: Callable[[int], None] | None = None,
     keep: dict[str, EvalSet] | None = None,
     **options: Any,
 ) -> Results:
@@ -559,18 +555,16 @@ def evaluate_model(
     Args:
         model: stays as it is, where it is.
         data, tasks: as in ``encode_sets``.
+        encoder: of the model; None: in fp32, on all ranks, where the model is.
         protocol: as in ``evaluate_features``.
-        device: where the model is; None: look.
-        batch_size, workers: of encoding.
-        autocast: makes the context of each forward pass.
-        progress: told the number of rows (images or texts) after each batch.
         keep: takes the encoded sets, by name.
         options: ``split``, ``seed``, ``captions`` and ``open_kwargs`` of ``encode_sets``.
+    Returns:
+        The results; on other ranks than 0 without sets.
     """
     started = time.perf_counter()
-    place = device or next(model.parameters()).device
-    several = is_distributed()
-    encoder = Encoder(model, place, batch_size, workers, autocast, progress, sharded=several)
+    if encoder is None:
+        encoder = Encoder(model, next(model.parameters()).device, sharded=is_distributed())
     sets, train = encode_sets(encoder, data, tasks=tasks, **options)
     if keep is not None:
         keep.update(sets)

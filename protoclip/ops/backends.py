@@ -239,12 +239,15 @@ def define_gradient(
             return None, None, *pytree.tree_leaves(formula(ctx, *grads))[: ctx.spec.num_leaves]
 
     def kernel(keyset, *args):
-        leaves, spec = pytree.tree_flatten(args)
-        if any(_tangent(leaf) for leaf in leaves):
+        if forward_ad._current_level >= 0 and any(map(_tangent, pytree.tree_leaves(args))):
             raise NotImplementedError(
                 f"{op}: expected reverse-mode differentiation, got forward mode (jvp, jacfwd, "
                 f"hessian), which the fused backends do not have; use backend='reference' for it"
             )
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        leaves, spec = pytree.tree_flatten(args)
         allowed = functorch.get_single_level_autograd_function_allowed()
         functorch.set_single_level_autograd_function_allowed(True)
         try:

@@ -51,13 +51,34 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Lines that share their axes; ``least`` is the smallest span of the y axis."""
+    """Lines that share their axes: the scalars whose names match ``pattern``."""
 
     title: str
-    lines: Sequence[Line]
+    pattern: str
     note: str = ""
     zero: bool = True  # whether the y axis starts at 0
-    least: float = 0.0
+    least: float = 0.0  # its smallest span
+    lines: Sequence[Line] = ()
+
+
+CURVES = (
+    Chart("Loss (nats)", "(.+)[Ll]oss", zero=False),  # the total would flatten its terms
+    Chart("Recall at 5", ".*recall@5"),
+    Chart("Zero-shot accuracy", ".*/acc1"),
+    # A drift in the second decimal is no curve.
+    Chart("Logit scale", "(?!.*_raw).*logit_scale.*", zero=False, least=2.0),
+    Chart("Learning rate", "lr"),
+)
+CHURN = tuple(
+    Chart(title, f"(?!seconds_).*{ending}.*", note)
+    for title, ending, note in (
+        ("Churn", "_churn", "Share of samples that changed company since the last episode."),
+        ("Imbalance", "_imbalance", "Largest cluster over the mean size."),
+        ("Clusters in use", "_clusters", "Empty ones are dropped."),
+        ("Inertia", "_inertia", "Mean squared distance to the centroid."),
+        ("Purity", "_purity", "Share of samples of their cluster's commonest class."),
+    )
+)
 
 
 def read_series(path: str | os.PathLike[str]) -> dict[str, tuple[list[float], list[float]]]:
@@ -78,54 +99,28 @@ def read_series(path: str | os.PathLike[str]) -> dict[str, tuple[list[float], li
     return series
 
 
-def curves(runs: Mapping[str, Series]) -> list[Chart]:
-    """Losses, recalls, accuracies, scales and learning rate of runs by name; none is empty."""
-    names = list(dict.fromkeys(name for series in runs.values() for name in series))
-    losses = [name for name in names if name.lower().endswith("loss")]
-    terms = [name for name in losses if name != "loss"]  # the total would flatten its terms
-    scales = [n for n in names if "logit_scale" in n and not n.endswith("_raw")]
-    charts = [
-        Chart("Loss (nats)", _lines(terms or losses, runs), zero=False),
-        Chart("Recall at 5", _lines([n for n in names if "recall@5" in n], runs)),
-        Chart("Zero-shot accuracy", _lines([n for n in names if n.endswith("/acc1")], runs)),
-        # A drift in the second decimal is no curve.
-        Chart("Logit scale", _lines(scales, runs), zero=False, least=2.0),
-        Chart("Learning rate", _lines([n for n in names if n == "lr"], runs)),
-    ]
-    return [chart for chart in charts if chart.lines]
+def charts(kinds: Sequence[Chart], runs: Mapping[str, Series]) -> list[Chart]:
+    """The charts with the lines of runs by name, without those that have none.
 
-
-def churn(runs: Mapping[str, Series]) -> list[Chart]:
-    """How the clusters change from episode to episode; no chart is empty."""
+    A line has the finite points of a scalar; of many points, the means of successive pieces.
+    """
     names = dict.fromkeys(name for series in runs.values() for name in series)
-    charts = []
-    for title, ending, note in (
-        ("Churn", "_churn", "Share of samples that changed company since the last episode."),
-        ("Imbalance", "_imbalance", "Largest cluster over the mean size."),
-        ("Clusters in use", "_clusters", "Empty ones are dropped."),
-        ("Inertia", "_inertia", "Mean squared distance to the centroid."),
-        ("Purity", "_purity", "Share of samples of their cluster's commonest class."),
-    ):
-        own = [n for n in names if ending in n and not n.startswith("seconds_")]
-        charts.append(Chart(title, _lines(own, runs, ending), note))
-    return [chart for chart in charts if chart.lines]
-
-
-def _lines(names: Sequence[str], runs: Mapping[str, Series], drop: str = "") -> list[Line]:
-    """Each scalar of each run: finite points, as the means of pieces where there are many."""
-    lines = []
-    for name in names:
-        for number, (run, series) in enumerate(runs.items()):
-            points = np.array(series.get(name, ([], []))).T  # [P, 2]
-            points = points[np.isfinite(points).all(axis=1)]
-            if len(points) > POINTS:
-                pieces = np.array_split(points, POINTS)
-                points = np.array([piece.mean(axis=0) for piece in pieces])
-            label = words_of(name.replace(drop, "")) + (f" · {run}" if len(runs) > 1 else "")
-            if len(points):
-                steps, values = points.T.tolist()
-                lines.append(Line(label, steps, values, number > 0))
-    return lines
+    filled = []
+    for kind in kinds:
+        lines = []
+        for name in (name for name in names if re.fullmatch(kind.pattern, name)):
+            for number, (run, series) in enumerate(runs.items()):
+                points = np.array(series.get(name, ([], []))).T  # [P, 2]
+                points = points[np.isfinite(points).all(axis=1)]
+                if len(points) > POINTS:
+                    pieces = np.array_split(points, POINTS)
+                    points = np.array([piece.mean(axis=0) for piece in pieces])
+                label = words_of(name) + (f" · {run}" if len(runs) > 1 else "")
+                if len(points):
+                    steps, values = points.T.tolist()
+                    lines.append(Line(label, steps, values, number > 0))
+        filled += [kind._replace(lines=lines)] if lines else []
+    return filled
 
 
 def words_of(name: str) -> str:
@@ -144,16 +139,16 @@ def plot_curves(metrics: str | os.PathLike[str], out_png: str | os.PathLike[str]
     Raises:
         ValueError: no line has a step and a scalar that is drawn.
     """
-    charts = curves({"": read_series(metrics)})
-    if not charts:
+    shown = charts(CURVES, {"": read_series(metrics)})
+    if not shown:
         raise ValueError(
             f"plot_curves: {metrics} holds no line with 'step' and a loss, scale, lr or recall; "
             "the run stopped before its first log"
         )
-    columns = min(2, len(charts))
-    rows = math.ceil(len(charts) / columns)
+    columns = min(2, len(shown))
+    rows = math.ceil(len(shown) / columns)
     with _figure(5.2 * columns, 3.1 * rows, layout="constrained") as figure:
-        for place, chart in enumerate(charts):
+        for place, chart in enumerate(shown):
             axes = figure.add_subplot(rows, columns, place + 1, title=chart.title, xlabel="step")
             _draw(axes, chart)
             if len(chart.lines) > 1:

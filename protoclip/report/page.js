@@ -1,5 +1,4 @@
 // The maps: dots on a canvas, coloured by a known class or by prototype.
-"use strict";
 const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer;
 const dark = matchMedia("(prefers-color-scheme: dark)");
 

@@ -46,7 +46,7 @@ def write_report(
     path = output_file(output or _default(runs), "--output")
     try:
         text = render(runs)
-    except (TypeError, KeyError, IndexError, AttributeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         names = ", ".join(str(run.path) for run in runs)
         raise ValueError(
             f"report: expected files that protoclip.train wrote in {names}, got others "
@@ -104,8 +104,8 @@ def render(runs: Sequence[Run]) -> str:
             before=runs[0].before if len(runs) == 1 else None,
             change=reading.change,
             headline=reading.HEADLINE,
-            curves=figures.curves(series),
-            churn=figures.churn(series),
+            curves=figures.charts(figures.CURVES, series),
+            churn=figures.charts(figures.CHURN, series),
         )
     except jinja2.TemplateError as error:
         raise TypeError(str(error)) from error

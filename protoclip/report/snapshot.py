@@ -65,16 +65,13 @@ class Snapshot:
     geometry: Mapping[str, Any] = field(default_factory=dict)  # histograms: edges and shares
     confusions: Sequence[Mapping[str, Any]] = ()
     retrieval: Sequence[Mapping[str, Any]] = ()
-    hits: Mapping[str, str] = field(default_factory=dict)  # "SET/metric" -> packed bits
+    hits: Mapping[str, str] = field(default_factory=dict)  # "SET/metric" -> "0110..."
     facts: Mapping[str, Any] = field(default_factory=dict)  # environment, memory, ...
 
     def hits_of(self, name: str) -> Tensor | None:
         """Hit or miss of each query, float32 [Q]; None where they were not kept."""
-        if name not in self.hits:
-            return None
-        count, _, bits = self.hits[name].partition(":")
-        raw = np.frombuffer(base64.b64decode(bits), np.uint8)
-        return torch.from_numpy(np.unpackbits(raw, count=int(count))).float()
+        hits = self.hits.get(name)
+        return None if hits is None else torch.tensor([float(hit) for hit in hits])
 
 
 def take_snapshot(
@@ -102,7 +99,11 @@ def take_snapshot(
         geometry=geometry(judged[1]) if judged and captioned else {},
         confusions=confusions(judged[1]) if judged else (),
         retrieval=retrieval(*judged, thumbs) if judged and captioned else (),
-        hits={f"{key}/{name}": _bits(x) for key, one in sets for name, x in one.hits.items()},
+        hits={
+            f"{key}/{name}": "".join(map(str, hits.int().tolist()))
+            for key, one in sets
+            for name, hits in one.hits.items()
+        },
         facts={**environment(), **(facts or {})},
     )
 
@@ -126,10 +127,6 @@ def load_snapshot(folder: str | os.PathLike[str]) -> Snapshot | None:
 
 def _base64(array: np.ndarray) -> str:
     return base64.b64encode(array.tobytes()).decode("ascii")
-
-
-def _bits(hits: Tensor) -> str:
-    return f"{len(hits)}:{_base64(np.packbits(hits.cpu().numpy().astype(bool)))}"
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Captions without their padding give OpenCLIP's own features and gradients."""
+"""The model beside OpenCLIP's own: its state, its heads, captions without their padding."""
 
 import copy
 import pickle
@@ -7,8 +7,9 @@ import open_clip
 import pytest
 import torch
 
+from protoclip import checkpoint
 from protoclip.config import ModelConfig
-from protoclip.model import ShortTokenizer, _split, build_model, can_shorten
+from protoclip.model import ShortTokenizer, build_model, can_shorten, register_configs
 
 SHORT = ["a cat", "", "red square on a blue one", "né"]
 LONG = " ".join(["far too many words"] * 12)
@@ -82,9 +83,34 @@ def test_tokenizer_pickles_and_takes_nothing(model):
     assert torch.equal(tokenizer(SHORT), model.short_tokenizer(SHORT))
 
 
-@pytest.mark.parametrize(
-    "lengths, few",
-    [([8], 0), ([8] * 5, 0), ([8] * 9 + [24], 9), ([8, 24, 24], 1), ([16] * 20 + [24], 20)],
-)
-def test_split(lengths, few):
-    assert _split(torch.tensor(lengths)) == few
+class TestModel:
+    def test_heads_start_equal_and_stay_outside_openclips_state(self):
+        model = build_model(ModelConfig())
+        for a, b in zip(model.image_head.parameters(), model.text_head.parameters(), strict=True):
+            assert torch.equal(a, b) and a is not b
+        fresh = open_clip.create_model(register_configs("protoclip-tiny"))
+        fresh.load_state_dict(model.clip.state_dict(), strict=True)
+
+    def test_a_round_trip_through_a_checkpoint(self, tmp_path):
+        model, other = build_model(ModelConfig()), build_model(ModelConfig())
+        payload = {"state_dict": model.clip.state_dict(), "protoclip": model.extra_state()}
+        checkpoint.save(tmp_path / "x.pt", payload)
+        other.load_state(checkpoint.load(tmp_path / "x.pt"))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+        )
+        clip = open_clip.create_model("protoclip-tiny", pretrained=str(tmp_path / "x.pt"))
+        assert torch.equal(clip.logit_scale, model.clip.logit_scale)
+
+    def test_scales_are_clamped(self):
+        model = build_model(ModelConfig())
+        with torch.no_grad():
+            model.logit_scale_proto.fill_(9.0)
+            model.clip.logit_scale.fill_(-1.0)
+        model.clamp_scales()
+        assert model.proto_scale.item() == pytest.approx(100) and model.logit_scale == 1
+
+    def test_a_misspelt_name_gets_a_hint(self):
+        with pytest.raises(ValueError, match="ViT-B-32"):
+            build_model(ModelConfig(model="ViT-B32"))
