@@ -735,15 +735,15 @@ class Evaluation:
             chosen.append((self.zeroshot, run.zeroshot_frequency))
         return chosen
 
-    def encoder(self, model: ProtoModel, sharded: bool) -> evaluate.Encoder:
-        """Encodes with the model as it is, on all ranks if ``sharded``."""
+    def encoder(self, model: ProtoModel, sharded: bool | None = None) -> evaluate.Encoder:
+        """Encodes with the model as it is, on all ranks unless ``sharded`` is False."""
         setup = self.setup
         return evaluate.Encoder(
             model,
             setup.device,
             workers=setup.config.data.workers,
             autocast=autocast_for(setup.precision, setup.device),
-            sharded=sharded,
+            sharded=distributed.is_distributed() if sharded is None else sharded,
         )
 
     def untrained(self, folder: Path, model: ProtoModel, resumed: bool) -> Results | None:
@@ -775,7 +775,7 @@ class Evaluation:
             return evaluate.evaluate_model(
                 model,
                 self.data,
-                encoder=replace(self.encoder(model, is_distributed()), progress=bar.update),
+                encoder=replace(self.encoder(model), progress=bar.update),
                 seed=arguments.pop("seed"),
                 captions="first" if self.data.startswith("builtin:") else "all",
                 open_kwargs=arguments,
@@ -784,7 +784,7 @@ class Evaluation:
 
     def quick(self, model: ProtoModel) -> dict[str, float]:
         """Recalls on the small sets, for the curves."""
-        encoder = self.encoder(model, distributed.is_distributed())
+        encoder = self.encoder(model)
         scalars: dict[str, float] = {}
         for name, dataset in self.quick_sets.items():
             texts = [dataset.captions(i)[0] for i in range(len(dataset))]
@@ -795,11 +795,9 @@ class Evaluation:
     def zeroshot(self, model: ProtoModel) -> dict[str, float]:
         """Zero-shot accuracies on --imagenet-val."""
         assert self.zeroshot_data is not None
-        encoder = self.encoder(model, distributed.is_distributed())
-        sets, _ = evaluate.encode_sets(encoder, self.zeroshot_data, tasks=("zeroshot",))
-        results = evaluate.evaluate_features(sets, tasks=("zeroshot",))
-        values = next(iter(results.sets.values())).metrics
-        return {f"val_zeroshot_{name}": value for name, value in values.items()}
+        encoder, tasks = self.encoder(model), ("zeroshot",)
+        sets = evaluate.evaluate_model(model, self.zeroshot_data, encoder=encoder, tasks=tasks).sets
+        return {f"val_zeroshot_{n}": x for one in sets.values() for n, x in one.metrics.items()}
 
 
 def _zeroshot_data(spec: str, seed: int) -> evaluate.Layout | None:
