@@ -13,7 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("PIL")
-from protoclip.data import batches, build_transform, open_dataset
+from protoclip.data import Draws, batches, build_transform, open_dataset
 
 SHARDS, BATCH, SIDE, WORKERS = 6, 64, 224, 2
 
@@ -57,8 +57,8 @@ def _protoclip(spec, count, open_clip):
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
 
     def epoch():
-        draws = torch.randperm(len(dataset))
-        loaded = batches(dataset, draws, BATCH, transform, tokenizer, seed=0, workers=WORKERS)
+        draws = Draws(torch.randperm(len(dataset)), seed=0)
+        loaded = batches(dataset, draws, BATCH, transform, tokenizer, workers=WORKERS)
         return sum(len(batch.image) for batch in loaded)
 
     return epoch

@@ -1,7 +1,7 @@
 """Checkpoints: values in, values out, written so that a crash leaves the old file or the new one.
 
 A file is what ``torch.save`` writes, with its SHA-256 in the zip comment at its end: torch and
-OpenCLIP read it as ever, and ``load`` tells a torn or altered file from a whole one.
+OpenCLIP read it as usual, and ``load`` tells a torn or altered file from a whole one.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _digest(path: str | os.PathLike[str], size: int) -> bytes:
 
 
 def _keep(path: Path, previous: Path) -> None:
-    """Give the file at ``path`` the name ``previous`` too; there is no moment without a file."""
+    """Give the file at ``path`` the name ``previous`` too; one of the two always exists."""
     link = previous.with_name(previous.name + ".tmp")
     link.unlink(missing_ok=True)
     try:
@@ -130,7 +130,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         ImportError, zipfile.BadZipFile,
     ) as error:  # fmt: skip
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "weights_only" in reason:  # torch advises to run what the file says; we do not
+        if "weights_only" in reason:  # torch's advice is to run the file's code; ours is not
             reason = "it holds no tensors, or code beside them"
         raise ValueError(
             f"checkpoint: {path} cannot be read ({reason}); it is torn or no checkpoint, "

@@ -155,10 +155,10 @@ def run_command(work: Callable[[], int | None], name: str) -> int:
 
 
 def _say_once(text: str) -> None:
-    """Print what several ranks may have to say, by the first that comes."""
+    """Print a message once, although several ranks may have it."""
     try:
         first = _store is None or _store.add("said", 1) == 1
-    except RuntimeError:  # rank 0, which held the store, has spoken and ended
+    except RuntimeError:  # rank 0 held the store; it has printed and exited
         first = False
     if first:
         print(text, file=sys.stderr, flush=True)

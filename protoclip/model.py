@@ -1,7 +1,7 @@
 """Any OpenCLIP model with ProtoCLIP's projection heads and second temperature.
 
 OpenCLIP pads every caption to the whole context, 77 tokens for a dozen words, and runs the text
-tower over all of it. Under a causal mask nothing behind a caption's end reaches its feature, so
+tower over all of it. Under a causal mask nothing after a caption's end reaches its feature, so
 ``encode_text`` leaves those positions out: the same feature up to rounding, in a fraction of the
 time.
 """
@@ -110,7 +110,7 @@ class ProtoModel(nn.Module):
         self.text_locked = True
         if hasattr(self.clip, "text"):
             self.clip.text.requires_grad_(False).eval()
-        else:  # the tower's parts lie beside the image tower's, and none of them is random
+        else:  # OpenCLIP's CLIP keeps the parts of its text tower itself; none of them is random
             lock_text_tower(self.clip)
 
     def train(self, mode: bool = True) -> ProtoModel:
@@ -204,7 +204,7 @@ class ProtoModel(nn.Module):
         self.prepare_as(extra.get("preprocess", {}))
 
     def prepare_as(self, prepared: Mapping[str, Any]) -> None:
-        """Prepare pictures as ``preprocess`` of another model says; what it leaves out stays."""
+        """Prepare pictures as another model's ``preprocess`` says; keep what it leaves out."""
         self.mean = tuple(prepared.get("mean", self.mean))
         self.std = tuple(prepared.get("std", self.std))
         self.clip.visual.preprocess_cfg = {
@@ -316,7 +316,7 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
         ) from error
     if min(getattr(clip.visual, "grid_size", (1,))) < 1:
         raise ValueError("--force-image-size: expected at least one patch of the model in pixels")
-    if bias:  # read and dropped: features know nothing of it, nor does InfoNCE
+    if bias:  # loaded and dropped: neither features nor InfoNCE use it
         clip.logit_bias = None
     heads = None
     if config.add_projection_head:
@@ -345,7 +345,7 @@ def embedding_dim(clip: Any) -> int:
 
 
 def can_shorten(clip: nn.Module) -> bool:
-    """Whether ``clip``'s text feature depends on nothing behind the caption's end."""
+    """Whether ``clip``'s text feature depends on nothing after the caption's end."""
     return (
         type(clip) is open_clip.CLIP
         and isinstance(clip.attn_mask, Tensor)  # causal: OpenCLIP has no other there

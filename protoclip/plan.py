@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from protoclip.config import TrainConfig, build_parser, parse_more
 from protoclip.model import ProtoModel, build_model
+from protoclip.train import teacher_spec
 
 PROG = "python -m protoclip.plan"
 DESCRIPTION = (
@@ -28,10 +29,11 @@ DESCRIPTION = (
 FP32, INT64 = 4, 8
 GPU_SCRATCH, CPU_SCRATCH = 256 << 20, 64 << 20  # of the fused kernels, at most
 DDP_BUCKET = 25 << 20
+MINILM_DIM = 384  # of a teacher whose features are all kept
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """The settings of a run, and what its memory depends on beside them."""
 
     config: TrainConfig
@@ -72,14 +74,8 @@ class Run:
     @property
     def teacher_dim(self) -> int:
         """Width of the external teacher's features; 0: there is none."""
-        spec, weights = self.config.episode.external_teacher, self.config.loss
-        if self.config.method != "protoclip" or weights.w_proto_external + weights.w_distill == 0:
-            return 0
-        if spec == "none" or (
-            spec == "auto" and not self.config.data.train_data.startswith("builtin:")
-        ):
-            return 0
-        return self.config.episode.external_teacher_dim or 384  # MiniLM's, where all are kept
+        spec, _ = teacher_spec(self.config)
+        return (self.config.episode.external_teacher_dim or MINILM_DIM) if spec else 0
 
     @property
     def external(self) -> bool:
@@ -106,7 +102,7 @@ class Shape:
     saved_fixed_bytes: float  # the same, whatever the batch: under autocast the weights' copies
 
 
-def measure_shape(run: Run, batch: int = 8) -> Shape:
+def measure_shape(run: PlannedRun, batch: int = 8) -> Shape:
     """Run the forward pass at two batch sizes, without data.
 
     Raises:
@@ -158,7 +154,7 @@ def _walk(model: ProtoModel, amp: bool, batch: int) -> tuple[float, tuple[int, i
     return float(total), (encoded.image.shape[1], projected.image.shape[1])
 
 
-def memory(shape: Shape, run: Run) -> dict[str, float]:
+def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
     """Bytes of a rank at the peak of a training step, by part, beside the process itself."""
     rows, d, dh = run.global_batch, shape.embed_dim, shape.projection_dim
     saved = run.config.optim.batch_size * shape.saved_bytes + shape.saved_fixed_bytes
@@ -194,7 +190,7 @@ def memory(shape: Shape, run: Run) -> dict[str, float]:
     return {name: float(size) for name, size in parts.items() if size}
 
 
-def text(shape: Shape, run: Run) -> str:
+def text(shape: Shape, run: PlannedRun) -> str:
     """The plan, for people."""
     parts, optim = memory(shape, run), run.config.optim
     lines = [
@@ -216,7 +212,7 @@ def _bytes(size: float) -> str:
     return f"{size:,.2f} GiB"
 
 
-def build_run(argv: Sequence[str] | None) -> tuple[Run, bool]:
+def build_run(argv: Sequence[str] | None) -> tuple[PlannedRun, bool]:
     """The run that a command line describes, and whether to print JSON.
 
     Raises:
@@ -235,7 +231,7 @@ def build_run(argv: Sequence[str] | None) -> tuple[Run, bool]:
     for name in ("ranks", "samples"):
         if own[name] < 1:
             raise ValueError(f"--{name}: expected at least 1, got {own[name]}")
-    run = Run(config, own["ranks"], own["samples"])
+    run = PlannedRun(config, own["ranks"], own["samples"])
     if run.prototype_sets and run.num_clusters > run.episode:
         raise ValueError(
             f"--k: expected at most --episode-size {run.episode}, got {run.num_clusters}"

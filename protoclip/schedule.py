@@ -135,7 +135,7 @@ def episode_seed(seed: int, number: int, purpose: int) -> int:
 class Stopped(BaseException):
     """The run was asked to end, and has saved: not a failure. ``code`` is the command's exit code.
 
-    No Exception, because it may be raised anywhere: code that takes any error of a decoder for a
+    Not an Exception: it may be raised anywhere, and code that takes any error of a decoder for a
     bad picture must let it through.
     """
 

@@ -11,6 +11,7 @@ import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -289,7 +290,7 @@ class Stepper:
 
     def _pass_down(self, batch: Batch, grads: Sequence[Tensor], *, last: bool) -> None:
         """Encode again and pass the gradients [B, D] down; with the last batch, to all ranks."""
-        replica = self._replica
+        replica: Any = self._replica
         ddp = isinstance(replica, DistributedDataParallel)
         with replica.no_sync() if ddp and not last else contextlib.nullcontext():
             with self.autocast():
@@ -395,7 +396,7 @@ class Stepper:
             self.scaler.load_state_dict(dict(scaler))
 
     def _check_moments(self, state: Mapping) -> None:
-        """Refuse what ``torch.optim`` would load without a look at it."""
+        """Refuse what ``torch.optim`` would load unchecked."""
         own = [p for group in self.adamw.param_groups for p in group["params"]]
         groups = [len(group["params"]) for group in state["param_groups"]]
         if groups != [len(group["params"]) for group in self.adamw.param_groups]:

@@ -30,6 +30,7 @@ from protoclip.config import TrainConfig, build_parser, parse, to_dict
 from protoclip.data import (
     Batch,
     DataError,
+    Draws,
     PairDataset,
     Subset,
     batches,
@@ -339,16 +340,13 @@ class Trainer:
         data = self.config.data
         return batches(
             self.dataset,
-            draws,
+            Draws(draws, seed, first, numbers),
             self.config.optim.batch_size,
             self.transform,
             self.model.short_tokenizer,
-            seed=seed,
             workers=data.workers,
             captions=data.captions,
-            start=first,
             faults=self.faults,
-            numbers=numbers,
         )
 
     def _build_episode(self, number: int, samples: Tensor, bar: tqdm) -> prototypes.Episode:
@@ -582,7 +580,7 @@ class Trainer:
 
 
 def _check_set(one: prototypes.PrototypeSet, samples: int) -> None:
-    """Labels that lead outside of the prototypes would end in an IndexError, or worse on a GPU."""
+    """Refuse labels out of range: an IndexError on a CPU, worse on a GPU."""
     labels, shape = one.clustering.labels, one.prototypes.shape
     known = labels[labels != prototypes.IGNORE]
     fits = one.targets is None or one.targets.shape == shape
@@ -630,7 +628,7 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
 
 
 def draw_plots(trainer: Trainer, evaluation: Evaluation, after: Results | None) -> None:
-    """curves.png, prototypes.png where there are prototypes, and what the report needs."""
+    """curves.png, and what the report needs."""
     folder, dataset = trainer.folder.path, trainer.dataset
     report.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
     known = trainer.episode.clusterings if trainer.episode else {}
@@ -663,8 +661,6 @@ def draw_plots(trainer: Trainer, evaluation: Evaluation, after: Results | None) 
         facts={"memory_bytes": trainer.phases.memory()},
     )
     report.save_snapshot(folder, snapshot)
-    if snapshot.clusters:
-        report.plot_prototypes(snapshot, folder / "prototypes.png")
 
 
 def _readable(dataset: PairDataset, chosen: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from protoclip.data import batches, build_transform
+from protoclip.data import Draws, batches, build_transform
 from protoclip.data.__main__ import main as data_command
 
 TEXTS = ("ein Mädchen läuft", "女の子が走る", "drapeau\u202f: Chine 🇨🇳", 'says "hi", twice')
@@ -91,7 +91,8 @@ def load(dataset, draws, **options):
     options = {"seed": 5, "batch_size": 8, **options}
     transform = options.pop("transform", None) or build_transform(32, MEAN, STD, "paper")
     batch_size = options.pop("batch_size")
-    return list(batches(dataset, draws, batch_size, transform, tokenize, **options))
+    own = {name: options.pop(name) for name in ("seed", "start", "numbers") if name in options}
+    return list(batches(dataset, Draws(draws, **own), batch_size, transform, tokenize, **options))
 
 
 def assert_equal(got, expected):

@@ -128,11 +128,6 @@ def test_wide_sweep(generator):
         assert_nearest((x * scale).to(dtype), (c * scale).to(dtype), rescored=1)
 
 
-@pytest.mark.parametrize("spread", [1e-3, 0.3, 3.0])
-def test_clustered_points(spread, generator):
-    assert_nearest(*clustered(1000, 200, 48, spread, generator))
-
-
 def test_more_centroids_than_points_and_zero_columns(generator):
     c = torch.randn(500, 12, generator=generator)
     labels, _ = assert_nearest(c[200:203].clone(), c)
@@ -185,7 +180,9 @@ def test_strides(generator):
     assert_nearest(wide[:, :90].T.float(), torch.randn(300, 70, generator=generator).T)
 
 
-def test_same_bits_twice(generator):
-    x, c = clustered(500, 60, 30, 1.0, generator)
+@pytest.mark.parametrize("spread", [1e-3, 0.3, 3.0])
+def test_clustered_points_and_the_same_bits_twice(spread, generator):
+    x, c = clustered(1000, 200, 48, spread, generator)
+    assert_nearest(x, c)
     first, second = kmeans_assign(x, c), kmeans_assign(x, c)
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])

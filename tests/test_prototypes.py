@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from protoclip.config import EpisodeConfig, LossConfig, ModelConfig
-from protoclip.data import batches, build_transform, open_dataset
+from protoclip.data import Draws, batches, build_transform, open_dataset
 from protoclip.losses import ProtoLoss, similarity_distillation
 from protoclip.model import Encoded, build_model
 from protoclip.prototypes import (
@@ -154,9 +154,9 @@ def test_features_do_not_depend_on_the_training_mode():
     dataset = open_dataset("builtin:shapes:20")
     model = build_model(ModelConfig()).train()
     transform = build_transform(model.image_size, model.mean, model.std, "none")
-    stream = dataset, torch.arange(20), 8, transform, model.short_tokenizer
-    first = extract(model, batches(*stream, seed=0), device=CPU)
-    again = extract(model.eval(), batches(*stream, seed=0), device=CPU)
+    stream = dataset, Draws(torch.arange(20), 0), 8, transform, model.short_tokenizer
+    first = extract(model, batches(*stream), device=CPU)
+    again = extract(model.eval(), batches(*stream), device=CPU)
     assert torch.equal(first.image_h, again.image_h) and not model.training
     torch.testing.assert_close(first.text_h.norm(dim=1), torch.ones(20))
 

@@ -14,7 +14,7 @@ from report_run import make_run
 
 from protoclip.data.shapes import ShapesDataset
 from protoclip.evaluate import Results, SetResults
-from protoclip.report import figures, load_snapshot, plot_curves, plot_prototypes, write_report
+from protoclip.report import figures, load_snapshot, plot_curves, write_report
 from protoclip.report import runs as reading
 from protoclip.report.__main__ import main
 from protoclip.report.snapshot import lay_out, nearest_samples, spread_by_size
@@ -257,23 +257,6 @@ def test_curves_are_drawn_without_pyplot(tmp_path, steps, monkeypatch):
     with pytest.raises(ValueError, match="before its first log"):
         plot_curves(tmp_path / "metrics.jsonl", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
-
-
-@pytest.mark.filterwarnings("error")  # matplotlib's "Glyph missing", among others
-def test_prototype_sheet(tmp_path, monkeypatch):
-    awkward = (
-        "price $5 and $6",
-        "猫 и кошка",
-        "grin \U0001f600 \ue000",
-        "a^b_c {x} " + "long " * 40,
-    )
-    monkeypatch.setattr(ShapesDataset, "captions", lambda self, i: (awkward[i % 4],))
-    snapshot = load_snapshot(make_run(tmp_path / "run"))
-    plot_prototypes(snapshot, tmp_path / "p.png")
-    picture = Image.open(tmp_path / "p.png").convert("RGB")
-    assert picture.width > 1000 and len(picture.getcolors(1 << 24)) > 500
-    with pytest.raises(ValueError, match="without prototypes"):
-        plot_prototypes(load_snapshot(make_run(tmp_path / "plain", "clip")), tmp_path / "q.png")
 
 
 # Whole runs

@@ -2,7 +2,7 @@
 
 from protoclip.data.emoji import noto_available
 from protoclip.data.images import AUGMENTATIONS, Transform, build_transform
-from protoclip.data.loader import EpochOrder, Faults, batches
+from protoclip.data.loader import Draws, EpochOrder, Faults, batches
 from protoclip.data.shards import index_together
 from protoclip.data.sources import open_dataset
 from protoclip.data.types import Batch, DataError, Labels, PairDataset, Subset
@@ -11,6 +11,7 @@ __all__ = [
     "AUGMENTATIONS",
     "Batch",
     "DataError",
+    "Draws",
     "EpochOrder",
     "Faults",
     "Labels",

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -73,24 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_data(dataset: PairDataset, workers: int = 1) -> int:
-    """Read every sample once and print what is wrong; returns the number of bad ones."""
-    count = 0
-    with tqdm(
-        total=len(dataset), desc="checking", unit=" samples", leave=False, disable=None
-    ) as bar:
-        for fault in _faults_of(dataset, max(1, workers), bar.update):
-            count += 1
-            tqdm.write(fault)
-    total = len(dataset) + len(getattr(dataset, "skipped", []))
-    print(f"{dataset.name}: {total - count:,} of {total:,} samples are good, {count:,} are not")
-    return count
-
-
-def _faults_of(dataset: PairDataset, workers: int, progress: Callable[[int], Any]) -> Iterator[str]:
-    """What is wrong with each sample that cannot be used, in the order of the data; pictures are
-    decoded by threads (Pillow lets go of the interpreter's lock)."""
-    for shard, key, reason in getattr(dataset, "skipped", []):
-        yield f"{shard}: {key!r}: {reason}" if key else f"{shard}: {reason}"
+    """Read every sample once and print what is wrong with each bad one; returns their number."""
+    skipped = getattr(dataset, "skipped", [])
+    for shard, key, reason in skipped:
+        print(f"{shard}: {key!r}: {reason}" if key else f"{shard}: {reason}")
+    count, total = len(skipped), len(skipped) + len(dataset)
 
     def judge(i: int) -> str:
         try:
@@ -100,13 +87,22 @@ def _faults_of(dataset: PairDataset, workers: int, progress: Callable[[int], Any
         except DataError as error:
             return str(error)
 
-    with ThreadPoolExecutor(workers) as pool:
-        block = 256 * workers  # samples in flight: one block, whatever the size of the data
+    block = 256 * max(1, workers)  # samples in flight: one block, whatever the size of the data
+    # Threads, as Pillow releases the interpreter's lock while it decodes.
+    with (
+        ThreadPoolExecutor(max(1, workers)) as pool,
+        tqdm(
+            total=len(dataset), desc="checking", unit=" samples", leave=False, disable=None
+        ) as bar,
+    ):
         for start in range(0, len(dataset), block):
             for fault in pool.map(judge, range(start, min(start + block, len(dataset)))):
-                progress(1)
+                bar.update()
                 if fault:
-                    yield fault
+                    tqdm.write(fault)
+                    count += 1
+    print(f"{dataset.name}: {total - count:,} of {total:,} samples are good, {count:,} are not")
+    return count
 
 
 def _export(dataset: PairDataset, arguments: argparse.Namespace) -> int:

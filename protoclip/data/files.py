@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: local copies of shards from urls, and safe writes.
+"""Files that appear whole or not at all: local copies of shards from urls, and safe writes.
 
 fsspec's file cache makes the copies, so that remote shards too are read by position. Each copy has
 a folder of its own, named by the hash of its url; one process of a machine fetches it while the
@@ -20,10 +20,10 @@ from protoclip.ops.native import cache_dir
 
 # Of what fsspec knows; some of the rest start processes.
 PROTOCOLS = ("http", "https", "s3", "gs", "hf", "file")
-STALL_SECONDS = 60.0  # without a byte, a web server is given up
+STALL = 60.0  # seconds without a byte, a web server is given up
 _copies: dict[str, str] = {}  # url -> path, of what this process has asked for
 _coming: set[str] = set()
-os.register_at_fork(after_in_child=_coming.clear)  # a child has none of its parent's threads
+os.register_at_fork(after_in_child=_coming.clear)  # threads do not survive a fork
 
 
 def is_remote(shard: str) -> bool:
@@ -53,7 +53,10 @@ def local_copy(url: str) -> str:
     options: dict[str, Any] = {"filecache": {"cache_storage": str(folder), "expiry_time": False}}
     try:
         if protocol in ("http", "https"):
-            options[protocol] = {"client_kwargs": {"timeout": _patience()}}
+            import aiohttp  # which by itself ends every download after five minutes
+
+            silence = aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)
+            options[protocol] = {"client_kwargs": {"timeout": silence}}
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
             _copies[url] = fsspec.open_local(f"filecache::{url}", **options)
@@ -64,13 +67,6 @@ def local_copy(url: str) -> str:
             "room on that disk (PROTOCLIP_CACHE chooses another) and pip install protoclip[remote]"
         ) from error
     return _copies[url]
-
-
-def _patience() -> Any:
-    """For silence, not for size: by itself aiohttp ends every download after five minutes."""
-    import aiohttp
-
-    return aiohttp.ClientTimeout(total=None, sock_connect=STALL_SECONDS, sock_read=STALL_SECONDS)
 
 
 def fetch_ahead(url: str) -> None:

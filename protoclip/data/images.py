@@ -40,7 +40,7 @@ def decode(data: bytes, where: str) -> Image.Image:
             f"{where}: {error}; resize the picture, or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
-        reason = re.sub(r" <_io\..*>", "", str(error))  # an address says nothing to anybody
+        reason = re.sub(r" <_io\..*>", "", str(error))  # a memory address helps nobody
         raise DataError(
             f"{where}: the picture does not decode ({reason}); remove the pair or replace the file"
         ) from error

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -23,6 +24,7 @@ from protoclip.data.types import Batch, DataError, PairDataset, Subset, mix
 STREAM_BUFFER = 10_000  # samples; the window of shard-wise orders unless --shuffle-buffer says
 AHEAD = 16  # batches whose shards are fetched in advance
 ATTEMPTS = 50  # pairs tried in place of a bad one
+PATIENCE = 2.0  # seconds by which a worker's death may be known later than its silence
 CRASHES = 3  # deaths of a worker at the same batch that end the run
 NAMED = 20  # bad samples reported one by one
 CAPTIONS = ("random", "canonical", "first")
@@ -79,7 +81,7 @@ class EpochOrder:
         return _window(positions, self.window, random)
 
     def _repeated(self, positions: Tensor, random: torch.Generator) -> Tensor:
-        """Each position as often as the weight of its source says; a rest is drawn each time."""
+        """Repeat each position by the weight of its source; the fraction is drawn each time."""
         if not self.weights:
             return positions
         source = self.source[positions]
@@ -183,18 +185,27 @@ class Faults:
             )
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Which pairs come when, and what their random choices follow from."""
+
+    positions: Tensor  # in the data set, int64 [M], repeats allowed
+    seed: int  # of captions and augmentation; another one for each episode
+    start: int = 0  # first draw; batches are cut from here on
+    # int64 [M], the number of each draw; None: 0 ... M - 1. A rank that loads some of the draws of
+    # all ranks gives theirs, so that who loads a draw does not matter.
+    numbers: Tensor | None = None
+
+
 def batches(
     dataset: PairDataset,
-    draws: Tensor,
+    draws: Draws,
     batch_size: int,
     transform: Transform | Callable[[Image.Image], Tensor],
     tokenizer: Tokenizer,
     *,
-    seed: int,
     workers: int = 0,
     captions: str = "random",
-    start: int = 0,
-    numbers: Tensor | None = None,
     faults: Faults | None = None,
 ) -> Iterator[Batch]:
     """Load pairs in the given order.
@@ -205,17 +216,13 @@ def batches(
 
     Args:
         dataset: where the pairs come from.
-        draws: positions in ``dataset``, int64 [M], repeats allowed.
+        draws: which of them, in which order.
         batch_size: pairs per batch, at least 1.
         transform: picture -> [3, H, W]; its chance must come from torch's default generator.
         tokenizer: list of B captions -> int64 [B, L].
-        seed: of captions and augmentation, any integer; another one for each episode.
         workers: processes besides this one; 0 loads in this one.
         captions: "random" | "first" (the canonical one) | "canonical": the first in half of the
             draws, any in the others.
-        start: first draw; batches are cut from here on.
-        numbers: int64 [M], the j of each draw; None: 0 ... M - 1. A rank that loads some of the
-            draws of all ranks gives theirs, so that who loads a draw does not matter.
         faults: notes pairs that cannot be read; another of the draws, chosen by (seed, j), stands
             in for each. None: such a pair is an error.
     Raises:
@@ -224,12 +231,13 @@ def batches(
     """
     if captions not in CAPTIONS:
         raise ValueError(f"captions: expected one of {', '.join(CAPTIONS)}, got {captions!r}")
-    numbers = torch.arange(len(draws)) if numbers is None else numbers
+    count = len(draws.positions)
+    numbers = torch.arange(count) if draws.numbers is None else draws.numbers
     source = _Source(
-        dataset, draws.cpu().numpy(), numbers.cpu().numpy(), batch_size, transform, tokenizer,
-        seed, captions, replace_bad=faults is not None,
+        dataset, draws.positions.cpu().numpy(), numbers.cpu().numpy(), batch_size, transform,
+        tokenizer, draws.seed, captions, replace_bad=faults is not None,
     )  # fmt: skip
-    firsts = range(start, len(draws), batch_size)
+    firsts = range(draws.start, count, batch_size)
     loaded = _in_workers(source, firsts, workers) if workers else map(source.load, firsts)
     return loaded if faults is None else map(faults.noted, loaded)
 
@@ -318,7 +326,7 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
         )
         others = set(multiprocessing.active_children())
         started: set[multiprocessing.process.BaseProcess] = set()
-        # Ends those that are stuck, here or when the program ends: they ignore SIGTERM.
+        # Kill workers that are stuck, here or at exit: they ignore SIGTERM.
         cleanup = Finalize(None, _kill, (started,), exitpriority=1)
         iterator: Iterator[Any] = iter(())
         try:
@@ -331,13 +339,14 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
                 done, crashes = done + 1, 0
             return
         except (RuntimeError, OSError, EOFError) as error:
-            # Beside torch's own words: the connection over which a tensor was to come is gone.
-            if "DataLoader worker" not in str(error) and all(p.is_alive() for p in started):
+            # Besides torch's own messages: the connection that carries a tensor is gone.
+            dead = wait([process.sentinel for process in started], timeout=PATIENCE)
+            if "DataLoader worker" not in str(error) and not dead:
                 raise
             crashes += 1
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         finally:
-            iterator = iter(())  # lets those go that can
+            iterator = iter(())  # stops the workers that still answer
             cleanup()
         index = source.draws[firsts[done] : firsts[done] + source.batch_size]
         keys = ", ".join(source.dataset.keys[int(i)] for i in index[:8])

@@ -37,7 +37,7 @@ MAX_CAPTION_BYTES = 1 << 22  # a larger member is no caption; img2dataset's JSON
 MAX_HEADER_BYTES = 1 << 14  # of an extended header: a name and a few numbers
 NAMED = 5  # skipped samples named in the warning; the rest are counted
 MAX_MEMBER_BYTES = 1 << 48
-EXTENDED = (b"x", b"g", b"X", b"L", b"K")  # headers that say more about the next: of pax, of GNU
+EXTENDED = (b"x", b"g", b"X", b"L", b"K")  # headers of pax and GNU that describe the next member
 NO_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
 CUT = "the shard is cut off; copy it again"
 Members = dict[str, tuple[int, int]]  # of a sample: extension -> offset, size in bytes
@@ -136,11 +136,8 @@ class ShardDataset:
         except OSError as error:
             raise DataError(f"{shard}: {error.strerror}; check that the disk is there") from error
         if len(data) != size or now != self._sizes[number]:
-            remedy = f"remove {cache_dir()}/shards and /remote and " if is_remote(shard) else ""
-            raise DataError(
-                f"{shard}: changed while in use: {self._sizes[number]:,} bytes when it was "
-                f"indexed, now {now:,}; {remedy}start again"
-            )
+            copies = f" without its copy in {cache_dir()}" if is_remote(shard) else ""
+            raise DataError(f"{shard}: changed while in use; start again{copies}")
         return data
 
 

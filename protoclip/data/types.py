@@ -123,11 +123,6 @@ class Subset:
     ) -> None:
         self.dataset = dataset
         self.indices = np.asarray(indices, dtype=np.int64)
-        if self.indices.size and not 0 <= self.indices.min() <= self.indices.max() < len(dataset):
-            raise ValueError(
-                f"Subset: indices must lie in 0 ... {len(dataset) - 1}, got "
-                f"{self.indices.min()} ... {self.indices.max()}"
-            )
         self.name = name or dataset.name
         self.keys: Sequence[str] = StringTable(dataset.keys[i] for i in self.indices.tolist())
         self.labels: Mapping[str, Labels] = {

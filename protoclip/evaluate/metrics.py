@@ -414,7 +414,7 @@ def uniformity(features: Tensor, t: float = 2.0) -> float:
     total = torch.zeros((), dtype=torch.float64, device=z.device)
     for start in range(0, n, step):
         squared = (2 - 2 * z[start : start + step] @ z.T).clamp_min_(0)  # [b, N]
-        squared[:, start : start + step].fill_diagonal_(torch.inf)  # a row is no pair with itself
+        squared[:, start : start + step].fill_diagonal_(torch.inf)  # a row is not its own pair
         total += torch.exp(-t * squared).sum(dtype=torch.float64)
     return float(torch.log(total / (n * (n - 1))))
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from protoclip.data import (
     DataError,
+    Draws,
     Labels,
     PairDataset,
     batches,
@@ -189,11 +190,10 @@ class Encoder:
         def encode(rows: range) -> Tensor:
             stream = batches(
                 dataset,
-                torch.arange(rows.start, rows.stop),
+                Draws(torch.arange(rows.start, rows.stop), seed=0),
                 self.batch_size,
                 eval_transform(m),
                 m.short_tokenizer,
-                seed=0,
                 workers=self.workers,
                 captions="first",
             )

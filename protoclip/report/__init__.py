@@ -1,6 +1,6 @@
-"""What a run looks like: an HTML page about one or several runs, and two plain pictures."""
+"""What a run looks like: an HTML page about one or several runs, and a picture of its curves."""
 
-from protoclip.report.figures import plot_curves, plot_prototypes, read_series
+from protoclip.report.figures import plot_curves
 from protoclip.report.page import write_report
 from protoclip.report.snapshot import (
     Samples,
@@ -15,8 +15,6 @@ __all__ = [
     "Snapshot",
     "load_snapshot",
     "plot_curves",
-    "plot_prototypes",
-    "read_series",
     "save_snapshot",
     "take_snapshot",
     "write_report",

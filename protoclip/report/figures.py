@@ -1,8 +1,7 @@
-"""Every picture of a run, drawn once for two uses: PNG in the run folder, SVG in the page."""
+"""The charts of runs: SVG in the page, PNG in the run folder."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import io
 import json
@@ -18,14 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from protoclip.data.files import whole_file
-from protoclip.report.snapshot import Snapshot
 
 # The page's colours: a PNG takes the light theme's, an SVG keeps their names as CSS variables.
 CSS = resources.files("protoclip.report").joinpath("page.css").read_text(encoding="utf-8")
 COLOURS = dict(reversed(re.findall(r"--(ink|muted|line|c\d): (#\w{6})", CSS)))
 INK, MUTED, LINE = COLOURS["ink"], COLOURS["muted"], COLOURS["line"]
 CYCLE = [COLOURS[f"c{i}"] for i in range(8)]
-FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Noto Sans")
 STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "protoclip", "text.parse_math": False,
     "font.size": 8, "text.color": INK, "axes.edgecolor": MUTED, "axes.labelcolor": MUTED,
@@ -72,7 +69,7 @@ CURVES = (
 CHURN = tuple(
     Chart(title, f"(?!seconds_).*{ending}.*", note)
     for title, ending, note in (
-        ("Churn", "_churn", "Share of samples that changed company since the last episode."),
+        ("Churn", "_churn", "Share of samples whose cluster changed since the last episode."),
         ("Imbalance", "_imbalance", "Largest cluster over the mean size."),
         ("Clusters in use", "_clusters", "Empty ones are dropped."),
         ("Inertia", "_inertia", "Mean squared distance to the centroid."),
@@ -153,7 +150,8 @@ def plot_curves(metrics: str | os.PathLike[str], out_png: str | os.PathLike[str]
             _draw(axes, chart)
             if len(chart.lines) > 1:
                 axes.legend()
-        _save(figure, out_png)
+        with whole_file(Path(out_png)) as temporary:
+            figure.savefig(temporary, format="png", dpi=130, facecolor="white")
 
 
 def chart_svg(chart: Chart) -> str:
@@ -184,66 +182,15 @@ def _draw(axes: Any, chart: Chart) -> None:
     axes.set_ylim(min(0.0, low) if chart.zero else low - spare, high + spare)
 
 
-def plot_prototypes(snapshot: Snapshot, out_png: str | os.PathLike[str]) -> None:
-    """A contact sheet of the first source's prototypes: nearest images and captions in rows.
-
-    A neighbour that is not a member has an orange frame, or orange text.
-
-    Raises:
-        ValueError: the snapshot has no clusters.
-    """
-    from matplotlib.patches import Rectangle
-    from PIL import Image
-
-    if not snapshot.clusters:
-        raise ValueError("plot_prototypes: expected clusters, got a snapshot without prototypes")
-    block = snapshot.clusters[0]
-    width, height = 10.9, 0.6 + 0.85 * len(block["cards"])  # inches, the unit of all places
-    hint = "nearest images and captions; orange: not in the prototype"
-    with _figure(width, height) as figure:
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.axis("off")
-        axes.text(0.1, 0.3, f"Prototypes of the {block['name']} clusters", size=12, weight="bold")
-        axes.text(width - 0.1, 0.3, hint, color=MUTED, ha="right")
-        for row, card in enumerate(block["cards"]):
-            y = 0.55 + 0.85 * row
-            axes.text(0.1, y + 0.14, f"#{card['prototype']}", size=10, weight="bold")
-            axes.text(0.1, y + 0.36, f"{card['samples']:,} samples", color=MUTED)
-            if "class" in card:
-                words = f"{card['share']:.0%} {card['class'][:18]}"
-                axes.text(0.1, y + 0.52, words, color=MUTED)
-            for column, item in enumerate(card["images"]):
-                x = 1.6 + 0.76 * column
-                if item["picture"] is not None:
-                    raw = base64.b64decode(snapshot.pictures[item["picture"]])
-                    picture, extent = Image.open(io.BytesIO(raw)), (x, x + 0.7, y + 0.7, y)
-                    axes.imshow(picture, extent=extent, aspect="auto")
-                colour = LINE if item["hit"] else CYCLE[1]
-                axes.add_patch(Rectangle((x, y), 0.7, 0.7, fill=False, color=colour))
-            for number, item in enumerate(card["captions"]):
-                colour = INK if item["hit"] else CYCLE[1]
-                axes.text(7.8, y + 0.1 + 0.15 * number, item["caption"][:52], color=colour)
-        axes.set(xlim=(0, width), ylim=(height, 0))
-        _save(figure, out_png)
-
-
 @contextlib.contextmanager
 def _figure(width: float, height: float, layout: Any = None) -> Iterator[Any]:
     """A figure of some inches, without pyplot and its global state."""
     import matplotlib
-    from matplotlib import font_manager
     from matplotlib.figure import Figure
 
-    have = {font.name for font in font_manager.fontManager.ttflist}
-    fonts: Any = {"font.family": [name for name in FONTS if name in have] or ["sans-serif"]}
-    with matplotlib.rc_context(STYLE | fonts), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # characters that no font here has
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # characters that the font lacks
         yield Figure(figsize=(width, height), layout=layout)
-
-
-def _save(figure: Any, out_png: str | os.PathLike[str]) -> None:
-    with whole_file(Path(out_png)) as temporary:
-        figure.savefig(temporary, format="png", dpi=130, facecolor="white")
 
 
 def _svg(figure: Any) -> str:

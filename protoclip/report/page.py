@@ -43,7 +43,11 @@ def write_report(
         raise ValueError("report: expected at least one run folder")
     if len({run.name for run in runs}) < len(runs):
         runs = [replace(run, name=str(run.path)) for run in runs]
-    path = output_file(output or _default(runs), "--output")
+    default = Path(folders[-1]) / NAME
+    if len(runs) > 1:
+        names = "-vs-".join(Path(run.name).name for run in runs)[:120]
+        default = Path(folders[-1]).resolve().parent / f"report-{names}.html"
+    path = output_file(output or default, "--output")
     try:
         text = render(runs)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -56,15 +60,6 @@ def write_report(
     return path
 
 
-def _default(runs: Sequence[Run]) -> Path:
-    last = runs[-1].path
-    assert last is not None
-    if len(runs) == 1:
-        return last / NAME
-    names = "-vs-".join(Path(run.name).name for run in runs)[:120]
-    return last.resolve().parent / f"report-{names}.html"
-
-
 def render(runs: Sequence[Run]) -> str:
     """The page as text."""
     import jinja2
@@ -73,8 +68,7 @@ def render(runs: Sequence[Run]) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters.update(
-        share=reading.share,
-        signed=reading.signed,
+        number=reading.number,
         chart=figures.chart_svg,
         histogram=figures.histogram_svg,
         colour=lambda i: f"var(--c{i % len(figures.CYCLE)})",

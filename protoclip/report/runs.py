@@ -201,15 +201,12 @@ def change(run: Run, other: Run, key: str, metric: str) -> Change | None:
     return Change(value, low, high, kind)
 
 
-def share(value: float | None) -> str:
-    """A metric in three decimals; large ones in one."""
+def number(value: float | None, sign: str = "") -> str:
+    """A metric in three decimals, a large one in one; with ``sign="+"`` a difference."""
     if value is None or math.isnan(value):
         return "–"
-    return (f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}").replace("-", "−")
-
-
-def signed(value: float) -> str:
-    return (f"{value:+.3f}" if abs(value) < 10 else f"{value:+,.1f}").replace("-", "−")
+    text = f"{value:{sign}.3f}" if abs(value) < 10 else f"{value:{sign},.1f}"
+    return text.replace("-", "−")
 
 
 def learnt(run: Run) -> str:
@@ -247,17 +244,15 @@ def verdict(run: Run, baseline: Run | None) -> str:
         for metric, words in rows_of(one.metrics):
             got = change(run, baseline, key, metric) if metric.endswith(HEADLINE) else None
             if got is not None and math.isfinite(got.low):
-                found[got.kind].append(f"{words} ({key}, {signed(got.value)})")
+                found[got.kind].append(f"{words} ({key}, {number(got.value, '+')})")
     better, worse, same = found.values()
     total = len(better) + len(worse) + len(same)
     if not total:
         return f"{run.name} and {baseline.name} have no metric in common."
-    head = {
-        (True, False): "beat",
-        (False, True): "lost to",
-        (True, True): "is better in some and worse in other numbers than",
-        (False, False): "cannot be told apart from",
-    }[bool(better), bool(worse)]
+    if better and worse:
+        head = "is better in some and worse in other numbers than"
+    else:
+        head = "beat" if better else "lost to" if worse else "cannot be told apart from"
     text = (
         f"{run.name} ({run.method}) {head} {baseline.name} ({baseline.method}): of {total} "
         f"headline numbers {len(better)} are clearly better, {len(worse)} clearly worse, "

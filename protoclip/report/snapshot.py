@@ -117,7 +117,7 @@ def save_snapshot(folder: str | os.PathLike[str], snapshot: Snapshot) -> Path:
 
 
 def load_snapshot(folder: str | os.PathLike[str]) -> Snapshot | None:
-    """The snapshot of a run folder; None where there is none that this version reads."""
+    """The snapshot of a run folder; None if it is missing or of another format."""
     try:
         content = json.loads((Path(folder) / NAME).read_text(encoding="utf-8"))
         return Snapshot(**content) if content.pop("format") == FORMAT else None
