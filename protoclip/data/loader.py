@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -23,6 +24,7 @@ from protoclip.data.types import Batch, DataError, PairDataset, Subset, mix
 STREAM_BUFFER = 10_000  # samples; the window of shard-wise orders unless --shuffle-buffer says
 AHEAD = 16  # batches whose shards are fetched in advance
 ATTEMPTS = 50  # pairs tried in place of a bad one
+PATIENCE = 2.0  # seconds by which a worker's death may be known later than its silence
 CRASHES = 3  # deaths of a worker at the same batch that end the run
 NAMED = 20  # bad samples reported one by one
 CAPTIONS = ("random", "canonical", "first")
@@ -338,7 +340,8 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
             return
         except (RuntimeError, OSError, EOFError) as error:
             # Besides torch's own messages: the connection that carries a tensor is gone.
-            if "DataLoader worker" not in str(error) and all(p.is_alive() for p in started):
+            dead = wait([process.sentinel for process in started], timeout=PATIENCE)
+            if "DataLoader worker" not in str(error) and not dead:
                 raise
             crashes += 1
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
