@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from filelock import FileLock
 
 from protoclip import checkpoint
 from protoclip.train import main
@@ -81,11 +82,19 @@ def test_it_resumes(run):
         (["--lr", "0.5", "--episode-features", "extract"], "--resume"),
         (["--resume", "auto", "--name", "../logs/run"], "--name"),
         (["--resume", "auto", "--name", ".."], "--name"),
+        (["--lr", "0.5", "--seed", "4"], "run.seed"),
+        (["--lr", "0.5", "--save-every", "often"], "500steps"),
+        (["--resume", "nowhere"], "found nothing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_settings_that_do_not_go_on(run, flags, words):
     assert_refused(run(*flags), words)
+
+
+def test_a_run_that_goes_on_elsewhere(run):
+    with FileLock(run.folder / ".lock"):
+        assert_refused(run("--lr", "0.5"), "in use by another process")
 
 
 @pytest.mark.parametrize("step", [-5, "five", None, 1.5])
@@ -117,7 +126,8 @@ def test_what_is_missing_is_named(run):
     for part in (
         run.payload["protoclip"]["training"], run.payload["protoclip"], run.payload,
     ):  # fmt: skip
-        for name in sorted(set(part) - {"name", "preprocess", "protoclip"}):
+        # What only a note or evaluation reads may be missing.
+        for name in sorted(set(part) - {"name", "preprocess", "protoclip", "passes"}):
             value = part.pop(name)
             assert_refused(run("--lr", "0.5", payload=run.payload), "checkpoint")
             part[name] = value
