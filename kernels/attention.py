@@ -42,11 +42,17 @@ def split_scale(scale_ptr):
 
 
 @triton.jit
-def load_tile(ptr, rows, used, columns, d, stride_n, stride_d, EVEN_D: tl.constexpr):
-    """[rows, columns] of a matrix; zero past d and where ``used`` [rows] is false."""
+def load_tile(
+    ptr, rows, used, columns, d, stride_n, stride_d, EVEN_D: tl.constexpr, MASK: tl.constexpr = True
+):
+    """[rows, columns] of a matrix; zero past d and, with MASK, where ``used`` [rows] is false."""
     pointers = ptr + rows[:, None] * stride_n + columns[None, :] * stride_d
+    if EVEN_D and not MASK:
+        return tl.load(pointers)
     if EVEN_D:
         return tl.load(pointers, mask=used[:, None], other=0.0)
+    if not MASK:
+        return tl.load(pointers, mask=(columns < d)[None, :], other=0.0)
     return tl.load(pointers, mask=used[:, None] & (columns < d)[None, :], other=0.0)
 
 
@@ -54,36 +60,65 @@ def load_tile(ptr, rows, used, columns, d, stride_n, stride_d, EVEN_D: tl.conste
 def products_tile(
     q, q_ptr, q_rows, q_used, stride_q_n, stride_q_d,
     k_ptr, k_rows, k_used, stride_k_n, stride_k_d,
-    d, sign,
-    BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr,
+    d,
+    BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """-> s [q_rows, k_rows], the keys [k_rows, BLOCK_D] (a chunk when not WHOLE_D)."""
     columns = tl.arange(0, BLOCK_D)
-    k = load_tile(k_ptr, k_rows, k_used, columns, d, stride_k_n, stride_k_d, EVEN_D)
+    k = load_tile(k_ptr, k_rows, k_used, columns, d, stride_k_n, stride_k_d, EVEN_D, MASK)
     s = dot(q, tl.trans(k))
     if not WHOLE_D:
         for start in range(BLOCK_D, d, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
             q_chunk = load_tile(q_ptr, q_rows, q_used, columns, d, stride_q_n, stride_q_d, False)
-            k_chunk = load_tile(k_ptr, k_rows, k_used, columns, d, stride_k_n, stride_k_d, False)
+            k_chunk = load_tile(
+                k_ptr, k_rows, k_used, columns, d, stride_k_n, stride_k_d, False, MASK
+            )
             s += dot(q_chunk, tl.trans(k_chunk))
-    # Not on q: q would then stay in registers, and the loop spills.
-    return s * sign, k
+    return s, k
 
 
 @triton.jit
-def softmax_step(s, step, start, row_max, row_sum, best, BLOCK_K: tl.constexpr, BEST: tl.constexpr):
-    """Add a tile of products -> new statistics, the tile's weights p, the old sums' factor."""
+def _step(
+    q, q_ptr, i, used, stride_q_n, stride_q_d, k_ptr, stride_k_n, stride_k_d,
+    v_ptr, v_columns, stride_v_n, stride_v_d, start, k_count, d, dv, sign, step,
+    row_max, row_sum, best, expected, acc,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr,
+    VALUES: tl.constexpr, BEST: tl.constexpr, EXPECT: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Add the keys from ``start`` on to the statistics and the sums of the rows."""
+    j = tl.arange(0, BLOCK_K)
+    first_key = tl.cast(start, tl.int64)
+    k_used = j < k_count - start
+    s, k = products_tile(
+        q, q_ptr, i, used, stride_q_n, stride_q_d,
+        k_ptr + first_key * stride_k_n, j, k_used, stride_k_n, stride_k_d,
+        d, BLOCK_D, WHOLE_D, EVEN_D, TAIL,
+    )  # fmt: skip
+    s *= sign
+    if TAIL:
+        s = tl.where(k_used[None, :], s, -float("inf"))
     tile_max = tl.max(s, 1)
     if BEST:
-        columns = tl.arange(0, BLOCK_K)
-        first = tl.min(tl.where(s == tile_max[:, None], columns[None, :], BLOCK_K), 1)
+        first = tl.min(tl.where(s == tile_max[:, None], j[None, :], BLOCK_K), 1)
         # Strictly larger: an equal logit in a later tile has a higher index.
-        best = tl.where(tile_max > row_max, start + first, best)
+        best = tl.where(tile_max > row_max, first_key + first, best)
     new_max = tl.maximum(row_max, tile_max)
-    p = tl.exp2((s - new_max[:, None]) * step)
     factor = tl.exp2((row_max - new_max) * step)
-    return new_max, row_sum * factor + tl.sum(p, 1), best, p, factor
+    p = tl.exp2((s - new_max[:, None]) * step)
+    row_sum = row_sum * factor + tl.sum(p, 1)
+    if EXPECT:
+        finite = tl.maximum(s, LOWEST) if TAIL else s  # choosing by a mask would spill
+        expected = expected * factor + tl.sum(p * finite, 1)
+    if VALUES == "keys":
+        acc = acc * factor[:, None] + dot(p.to(k.dtype), k)
+    if VALUES == "own":
+        v = load_tile(
+            v_ptr + first_key * stride_v_n, j, k_used, v_columns, dv, stride_v_n, stride_v_d,
+            False, TAIL,
+        )  # fmt: skip
+        acc = acc * factor[:, None] + dot(p.to(v.dtype), v)
+    return new_max, row_sum, best, expected, acc
 
 
 @triton.jit
@@ -95,7 +130,7 @@ def attend(
     stride_q_n, stride_q_d, stride_k_n, stride_k_d, stride_v_n, stride_v_d,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, VALUES: tl.constexpr, BEST: tl.constexpr,
-    EXPECT: tl.constexpr, HARD: tl.constexpr,
+    EXPECT: tl.constexpr, HARD: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows against one slice of one bank. VALUES: "none", "keys" (v = k) or "own"."""
     first_row = row_block.to(tl.int64) * BLOCK_N
@@ -103,20 +138,6 @@ def attend(
     used = i < n - first_row
     q_ptr += first_row * stride_q_n
     q = load_tile(q_ptr, i, used, tl.arange(0, BLOCK_D), d, stride_q_n, stride_q_d, EVEN_D)
-    if HARD:  # noqa: SIM102 (a compile-time and a run-time condition)
-        if slice_index == 0:
-            # The label's product is the diagonal of one more tile of the same dot: the same bits as
-            # in the sum below, so that a loss near zero does not cancel.
-            label = tl.load(labels_ptr + first_row + i, mask=used, other=-100)
-            s, _ = products_tile(
-                q, q_ptr, i, used, stride_q_n, stride_q_d,
-                k_ptr, label, (label >= 0) & (label < k_count), stride_k_n, stride_k_d,
-                d, sign, BLOCK_D, WHOLE_D, EVEN_D,
-            )  # fmt: skip
-            diagonal = tl.sum(tl.where(i[:, None] == i[None, :], s, 0.0), 1)
-            tl.store(positive_ptr + first_row + i, diagonal, mask=used)
-
-    j = tl.arange(0, BLOCK_K)
     v_columns = tl.arange(0, BLOCK_DV)
     row_max = tl.full([BLOCK_N], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_N], tl.float32)
@@ -126,29 +147,23 @@ def attend(
     per_slice = tl.cdiv(tl.cdiv(k_count, BLOCK_K), slices) * BLOCK_K
     begin = slice_index * per_slice
     end = tl.minimum(begin + per_slice, k_count)
-    for start in range(begin, end, BLOCK_K):
-        k_used = j < end - start
-        first_key = tl.cast(start, tl.int64)
-        s, k = products_tile(
-            q, q_ptr, i, used, stride_q_n, stride_q_d,
-            k_ptr + first_key * stride_k_n, j, k_used, stride_k_n, stride_k_d,
-            d, sign, BLOCK_D, WHOLE_D, EVEN_D,
+    whole = end
+    if PEEL:
+        whole = tl.maximum(begin, begin + (end - begin) // BLOCK_K * BLOCK_K)
+    for start in range(begin, whole, BLOCK_K):
+        row_max, row_sum, best, expected, acc = _step(
+            q, q_ptr, i, used, stride_q_n, stride_q_d, k_ptr, stride_k_n, stride_k_d,
+            v_ptr, v_columns, stride_v_n, stride_v_d, start, k_count, d, dv, sign, step,
+            row_max, row_sum, best, expected, acc,
+            BLOCK_K, BLOCK_D, WHOLE_D, EVEN_D, VALUES, BEST, EXPECT, not PEEL,
         )  # fmt: skip
-        s = tl.where(k_used[None, :], s, -float("inf"))
-        row_max, row_sum, best, p, factor = softmax_step(
-            s, step, first_key, row_max, row_sum, best, BLOCK_K, BEST
-        )
-        if EXPECT:
-            # Keys past the last have s = -inf; choosing them by a mask would spill.
-            expected = expected * factor + tl.sum(p * tl.maximum(s, LOWEST), 1)
-        if VALUES == "keys":
-            acc = acc * factor[:, None] + dot(p.to(k.dtype), k)
-        if VALUES == "own":
-            v = load_tile(
-                v_ptr + first_key * stride_v_n, j, k_used, v_columns, dv,
-                stride_v_n, stride_v_d, False,
-            )  # fmt: skip
-            acc = acc * factor[:, None] + dot(p.to(v.dtype), v)
+    if PEEL and whole < end:  # only the last tile has keys to mask
+        row_max, row_sum, best, expected, acc = _step(
+            q, q_ptr, i, used, stride_q_n, stride_q_d, k_ptr, stride_k_n, stride_k_d,
+            v_ptr, v_columns, stride_v_n, stride_v_d, whole, k_count, d, dv, sign, step,
+            row_max, row_sum, best, expected, acc,
+            BLOCK_K, BLOCK_D, WHOLE_D, EVEN_D, VALUES, BEST, EXPECT, True,
+        )  # fmt: skip
 
     tl.store(max_ptr + first_row + i, row_max, mask=used)
     tl.store(sum_ptr + first_row + i, row_sum, mask=used)
@@ -159,9 +174,21 @@ def attend(
     if VALUES != "none":
         pointers = acc_ptr + first_row * dv + i[:, None] * dv + v_columns[None, :]
         tl.store(pointers, acc, mask=used[:, None] & (v_columns < dv)[None, :])
+    if HARD:  # noqa: SIM102 (a compile-time and a run-time condition)
+        if slice_index == 0:
+            # The label's product is the diagonal of one more tile of the same dot: the same bits as
+            # in the sum below, so that a loss near zero does not cancel.
+            label = tl.load(labels_ptr + first_row + i, mask=used, other=-100)
+            s, _ = products_tile(
+                q, q_ptr, i, used, stride_q_n, stride_q_d,
+                k_ptr, label, (label >= 0) & (label < k_count), stride_k_n, stride_k_d,
+                d, BLOCK_D, WHOLE_D, EVEN_D, True,
+            )  # fmt: skip
+            diagonal = sign * tl.sum(tl.where(i[:, None] == i[None, :], s, 0.0), 1)
+            tl.store(positive_ptr + first_row + i, diagonal, mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices"])
 def attention_kernel(
     q_ptr, scale_ptr,  # [N, D], []
     k_ptrs, v_ptrs, labels_ptrs,  # per bank: [K, D], [K, DV], [N]
@@ -172,7 +199,7 @@ def attention_kernel(
     BANKS: tl.constexpr, HARD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, VALUES: tl.constexpr, BEST: tl.constexpr,
-    EXPECT: tl.constexpr,
+    EXPECT: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles, slices, banks); HARD: bit b set where bank b has hard labels."""
     slice_index = tl.program_id(1)
@@ -189,5 +216,5 @@ def attention_kernel(
                 stride_q_n, stride_q_d, strides_k_n[b], strides_k_d[b],
                 strides_v_n[b], strides_v_d[b],
                 BLOCK_N, BLOCK_K, BLOCK_D, BLOCK_DV,
-                WHOLE_D, EVEN_D, VALUES, BEST, EXPECT, (HARD >> b) & 1,
+                WHOLE_D, EVEN_D, VALUES, BEST, EXPECT, (HARD >> b) & 1, PEEL,
             )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Base-2 logits s_ij = scale log2(e) x_i.y_j; row i is positive at column i + offset. The forward pass
 (``info_nce_forward.py``) keeps O(N) statistics, the backward pass (``info_nce_backward.py``) forms
-the logits again: four matrix products in all, three with a stash (``stash.py``).
+the logits again: four matrix products in all.
 
 Up to ``info_nce_forward.ONE_PROGRAM`` pairs a step is six launches: forward, merge (which takes the
 loss); gradient, two products, finish (with the scale's gradient); and no torch op around them. More
@@ -19,9 +19,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from protoclip.kernels import info_nce_backward, info_nce_forward, stash
-
-stash_size = stash.size
+from protoclip.kernels import info_nce_backward, info_nce_forward
 
 
 def contrastive_fwd(
@@ -30,13 +28,9 @@ def contrastive_fwd(
     scale: Tensor,
     offset: int,
     columns: bool,
-    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of the strip x [N, D] against y [M, D], as in ops/contrastive.py.
-
-    ``kept``, int16 of ``stash_size(N, M)`` elements, is filled for the backward pass.
-    """
-    found = _statistics(x, y, scale, offset, columns, 1.0, kept)
+    """Statistics of the strip x [N, D] against y [M, D], as in ops/contrastive.py."""
+    found = _statistics(x, y, scale, offset, columns, 1.0)
     return found.row_max, found.row_sum, found.column_max, found.column_sum, found.positive
 
 
@@ -48,22 +42,18 @@ def contrastive(
     columns: bool,
     pair_weight: float,
     summed: bool,
-    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The losses [N], or their sum [], and the statistics that their gradient needs."""
-    found = _statistics(x, y, scale, offset, columns, pair_weight, kept)
+    found = _statistics(x, y, scale, offset, columns, pair_weight)
     loss = found.loss
     if summed:
         loss = found.shares.sum() if len(found.shares) > 1 else found.shares.view(())
     return loss, found.row_max, found.row_sum, found.column_max, found.column_sum
 
 
-def _statistics(x, y, scale, offset, columns, weight, kept) -> info_nce_forward.Statistics:
+def _statistics(x, y, scale, offset, columns, weight) -> info_nce_forward.Statistics:
     _check_strip(len(x), len(y), offset)
-    if kept is not None:
-        x, y = stash.aligned_copies(x, y)
-    kept = stash.view(kept, len(x), len(y))
-    return info_nce_forward.statistics(x, y, scale, offset, columns, kept, weight)
+    return info_nce_forward.statistics(x, y, scale, offset, columns, weight)
 
 
 def contrastive_bwd(
@@ -77,7 +67,6 @@ def contrastive_bwd(
     row_weight: Tensor,
     column_weight: Tensor,
     offset: int,
-    kept: Tensor | None = None,
     pair_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the strip, as in ops/contrastive.py, from what the forward pass kept.
@@ -87,11 +76,7 @@ def contrastive_bwd(
     _check_strip(len(x), len(y), offset)
     rows = (row_max, row_sum, row_weight)
     columns = (column_max, column_sum, column_weight)
-    if kept is not None:
-        x, y = stash.aligned_copies(x, y)
-    return info_nce_backward.gradients(
-        x, y, scale, rows, columns, offset, stash.view(kept, len(x), len(y)), pair_weight
-    )
+    return info_nce_backward.gradients(x, y, scale, rows, columns, offset, pair_weight)
 
 
 def _check_strip(n: int, m: int, offset: int) -> None:

@@ -1,43 +1,37 @@
-"""Backward of InfoNCE: G = P_row w_row + P_column w_column - (weights at the positives), by chunks.
+"""Backward of InfoNCE: G = w_row P_row + w_column P_column without the positives, by chunks.
 
 A chunk's logits are formed again and G is written in the features' dtype; ``waves.py`` multiplies
-it. One exponential an element serves both probabilities, 2^(s - h) (a_row + a_column), unless a
-tile's references lie too far apart; edges and the diagonal take two.
-
-The gradient of the scale is sum G x.y = sum G (x.y - center) for any center, because G sums to
-zero over all pairs; with the center near the logits, a common part of the features cannot magnify
-the rounding of G. Each program finds the center, and the lift of fp16, from a few numbers: that is
-cheaper than a launch. Where all pairs weigh the same, as in a mean, their weight is one number with
-stride 0.
+it and adds the positives' entries, w_row (P_row - 1) + w_column (P_column - 1), in fp32. Where the
+references of a tile's rows and columns lie within fp32's range of the largest of them, h, one
+exponential an element serves both probabilities, 2^(s - h) (a_row + a_column): a vector of factors
+for the rows and one for the columns, nothing to load or divide after the product. Large batches
+find the extremes of the references before, once for each block. Edges, the diagonal and tiles of
+wide range take two exponentials.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from protoclip.kernels import launch, stash, waves
-from protoclip.kernels.stash import Stash, kept
+from protoclip.kernels import launch, waves
+from protoclip.kernels.info_nce_forward import ONE_PROGRAM
 from protoclip.kernels.tiles import LOG2E, SPREAD, is_general, operands, products, tile_origin
-from protoclip.kernels.waves import store_gradient
+from protoclip.kernels.waves import gradient_operands, store_entries, store_gradient
 
 # What differs from chunk to chunk, or between one weight for all and one for each.
-GRADIENT_SIZES = ["n", "m", "offset", "count", "stride_row_weight", "stride_column_weight"]
-
-
-@triton.jit
-def _center(max_ptr, sum_ptr, count, log2_m, c):
-    """-> a product near the others: the mean, over the first 16 rows, of the log of the mean
-    exponential; 0 where the scale is so small that it would be the logarithm's rounding."""
-    some = tl.arange(0, 16)
-    level = tl.load(max_ptr + some, mask=some < count, other=0.0) - log2_m
-    level += tl.log2(tl.load(sum_ptr + some, mask=some < count, other=1.0))
-    center = tl.sum(tl.where(some < count, level, 0.0)) / (tl.minimum(count, 16) * c)
-    return tl.where((tl.abs(c) > 0.01) & (tl.abs(center) < float("inf")), center, 0.0)
+GRADIENT_SIZES = [
+    *("n", "m", "offset", "first_tile", "first_row_block", "first_column_block"),
+    *("stride_row_weight", "stride_column_weight"),
+]
+# Slices of vectors begin anywhere; another alignment would compile the kernel again.
+GRADIENT_VECTORS = [
+    *("row_max_ptr", "row_sum_ptr", "row_weight_ptr"),
+    *("column_max_ptr", "column_sum_ptr", "column_weight_ptr"),
+    *("entry_ptr", "share_ptr", "row_peak_ptr", "column_peak_ptr"),
+]
 
 
 @triton.jit
@@ -48,40 +42,70 @@ def _lift(peak):
 
 
 @triton.jit
-def _probabilities(s, reference, coefficient, positive):
-    """2^(s - reference) * coefficient, the positive's exponent snapped to 0 where the forward used
-    it as the reference: an fma rounds c x.y otherwise than the product stored then."""
+def _exponential(s, reference, positive):
+    """2^(s - reference), the positive's exponent snapped to 0 where the forward used it as the
+    reference: an fma rounds c x.y otherwise than the product stored then."""
     exponent = s - reference
     snap = positive & (tl.abs(exponent) <= tl.abs(reference) * 2.4e-7)  # 4 units in the last place
-    return tl.exp2(tl.where(snap, 0.0, exponent)) * coefficient
+    return tl.exp2(tl.where(snap, 0.0, exponent))
 
 
 @triton.jit
 def _side(max_ptr, sum_ptr, weight_ptr, stride_weight, position, length, unit):
-    """-> reference, weight, weight / sum of rows or columns; 0 past the end."""
+    """-> reference, sum, weight / sum of rows or columns; 0 past the end."""
     inside = position < length
     weight = tl.load(weight_ptr + position * stride_weight, mask=inside, other=0.0) * unit
-    coefficient = weight / tl.load(sum_ptr + position, mask=inside, other=1.0)
-    return tl.load(max_ptr + position, mask=inside, other=0.0), weight, coefficient
+    total = tl.load(sum_ptr + position, mask=inside, other=1.0)
+    return tl.load(max_ptr + position, mask=inside, other=0.0), total, weight / total
 
 
-@triton.jit(do_not_specialize=GRADIENT_SIZES)
+@triton.jit
+def pinned(v):
+    """v, computed once for each element: Triton would else repeat a vector's loads and arithmetic
+    in every thread that needs an element, after the product; it does not repeat a reduction."""
+    return tl.sum(tl.join(v, tl.zeros_like(v)), 1)
+
+
+@triton.jit
+def _extremes(max_ptr, position, length):
+    """-> the smallest and the largest reference of a block."""
+    reference = tl.load(max_ptr + tl.minimum(position, length - 1))
+    return tl.min(reference), tl.max(reference)
+
+
+@triton.jit(do_not_specialize=["n", "m"])
+def extremes_kernel(
+    row_max_ptr, column_max_ptr, n, m, out_ptr,  # [N], [M], [row and column blocks, 2]
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The extremes of the references of each block of rows and of columns of G."""
+    program, blocks_n = tl.program_id(0), tl.cdiv(n, BLOCK_N)
+    if program < blocks_n:
+        rows = program * BLOCK_N + tl.arange(0, BLOCK_N)
+        low, high = _extremes(row_max_ptr, rows, n)
+    else:
+        cols = (program - blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+        low, high = _extremes(column_max_ptr, cols, m)
+    tl.store(out_ptr + 2 * program, low)
+    tl.store(out_ptr + 2 * program + 1, high)
+
+
+@triton.jit(do_not_specialize=GRADIENT_SIZES, do_not_specialize_on_alignment=GRADIENT_VECTORS)
 def gradient_kernel(
-    x, y, x_ptr, y_ptr,  # [N, D], [M, D] for tiles, the same for strips
-    scale_ptr, prepared_ptr,  # [], [2] for later kernels: center, scale / lift
-    first_max_ptr, first_sum_ptr, count, log2_m,  # [count] rows of all; log2 of all columns
+    x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for strips
+    scale_ptr, factor_ptr,  # [], [] for the finish: scale / lift
     row_peak_ptr, column_peak_ptr, pair_weight,  # the largest |weight|, read with LIFT
+    extremes_ptr, first_row_block, first_column_block,  # [blocks, 2], or None
     row_max_ptr, row_sum_ptr, row_weight_ptr, stride_row_weight,  # [N]
     column_max_ptr, column_sum_ptr, column_weight_ptr, stride_column_weight,  # [M] with COLUMNS
-    g_ptr, row_lost_ptr, column_lost_ptr, share_ptr,  # as in waves.Target, [tiles]
+    entry_ptr, share_ptr, first_tile,  # [N], [tiles]
     n, m, d, offset, stride_g,
     stride_x_n, stride_x_d, stride_y_m, stride_y_d,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr,
     EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
-    codes_ptr, anchors_ptr, stash_tiles_m,  # of stash.py, read with STASH
-    COLUMNS: tl.constexpr, HALF: tl.constexpr, LIFT: tl.constexpr, STASH: tl.constexpr,
+    COLUMNS: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
-    """G of one tile, and its share of sum G (x.y - center) before G is rounded."""
+    """G of one tile, and its share of sum G x.y / scale before G is rounded."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
     scale = tl.load(scale_ptr).to(tl.float32)
     c = scale * LOG2E
@@ -92,77 +116,68 @@ def gradient_kernel(
             peak += tl.abs(tl.load(column_peak_ptr))
         lift = _lift(peak * pair_weight)
     unit = pair_weight * lift
-    if tl.program_id(0) == 0:
-        tl.store(prepared_ptr, _center(first_max_ptr, first_sum_ptr, count, log2_m, c))
-        tl.store(prepared_ptr + 1, scale / lift)
     rows = row0 + tl.arange(0, BLOCK_N)
-    row_max, row_weight, row_coef = _side(
+    row_max, row_sum, row_coef = _side(
         row_max_ptr, row_sum_ptr, row_weight_ptr, stride_row_weight, rows, n, unit
     )
-    at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
-    columns_at = (row0 // BLOCK_N).to(tl.int64) * m
-    general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
-    if not general:
-        cols = col0 + tl.arange(0, BLOCK_M)
-        high, low = tl.max(row_max), tl.min(row_max)
+    # All loads come before any use of one: their latencies pass together.
+    cols = col0 + tl.arange(0, BLOCK_M)
+    if COLUMNS:
+        column_max, _, column_coef = _side(
+            column_max_ptr, column_sum_ptr, column_weight_ptr, stride_column_weight, cols, m, unit
+        )
+    if extremes_ptr is None:
+        low, high = tl.min(row_max), tl.max(row_max)
         if COLUMNS:
-            column_max = tl.load(column_max_ptr + cols)
-            high = tl.maximum(high, tl.max(column_max))
-            low = tl.minimum(low, tl.min(column_max))
-        general = (high - low < SPREAD) == 0
-        if not general:
-            if STASH:
-                acc = kept(row0, col0, codes_ptr, anchors_ptr, stash_tiles_m, BLOCK_N, BLOCK_M)
-            else:
-                acc = products(
-                    x, y, row0, col0, n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-                    BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
-                )  # fmt: skip
-            # One exponential for both probabilities: 2^(s - high) (a_row + a_column).
-            factor = (row_coef * tl.exp2(high - row_max))[:, None]
-            if COLUMNS:
-                column_max, _, column_coef = _side(
-                    column_max_ptr, column_sum_ptr, column_weight_ptr, stride_column_weight,
-                    cols, m, unit,
-                )  # fmt: skip
-                factor += (column_coef * tl.exp2(high - column_max))[None, :]
-            g = tl.exp2(acc * c - high) * factor
-            center = _center(first_max_ptr, first_sum_ptr, count, log2_m, c)
-            tl.store(share_ptr + tl.program_id(0), tl.sum(g * (acc - center)) / lift)
-            row_lost = store_gradient(
-                g, rows, cols, m, g_ptr, column_lost_ptr + columns_at, stride_g, HALF
-            )
-            if HALF:
-                tl.store(row_lost_ptr + at_row, row_lost)
-    if general:
+            low, high = tl.minimum(low, tl.min(column_max)), tl.maximum(high, tl.max(column_max))
+    else:
+        at = extremes_ptr + 2 * (first_row_block + row0 // BLOCK_N)
+        low, high = tl.load(at), tl.load(at + 1)
+        if COLUMNS:
+            at = extremes_ptr + 2 * (first_column_block + col0 // BLOCK_M)
+            low, high = tl.minimum(low, tl.load(at)), tl.maximum(high, tl.load(at + 1))
+    general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
+    fast = (general == 0) & (high - low < SPREAD)
+    if fast:
+        factor = (row_coef * tl.exp2(high - row_max))[:, None]
+        if COLUMNS:
+            column_factor = column_coef * tl.exp2(high - column_max)
+        acc = products(
+            x, y, row0, col0, n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
+            BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
+        )  # fmt: skip
+        if COLUMNS:
+            factor += pinned(column_factor)[None, :]
+        p = tl.exp2(acc * c - high) * factor
+        tl.store(share_ptr + first_tile + tl.program_id(0), tl.sum(p * acc) / lift)
+        store_gradient(p, row0, col0, g, stride_g, DESCRIPTORS)
+    else:
         share = 0.0
-        center = _center(first_max_ptr, first_sum_ptr, count, log2_m, c)
-        row_lost = tl.zeros((BLOCK_N,), tl.float32)
         for strip in range(0, BLOCK_M, STRIP):
-            cols = col0 + strip + tl.arange(0, STRIP)
+            strip_cols = col0 + strip + tl.arange(0, STRIP)
             acc = products(
                 x_ptr, y_ptr, row0, col0 + strip, n, m, d,
                 stride_x_n, stride_x_d, stride_y_m, stride_y_d,
                 BLOCK_N, STRIP, BLOCK_D, EVEN_D, False, WIDEN,
             )  # fmt: skip
-            positive = cols[None, :] == rows[:, None] + offset
-            g = _probabilities(acc * c, row_max[:, None], row_coef[:, None], positive)
-            g -= tl.where(positive, row_weight[:, None], 0.0)
+            positive = strip_cols[None, :] == rows[:, None] + offset
+            e = _exponential(acc * c, row_max[:, None], positive)
+            p = (e - tl.where(positive, row_sum[:, None], 0.0)) * row_coef[:, None]
             if COLUMNS:
-                column_max, column_weight, column_coef = _side(
+                top, total, coef = _side(
                     column_max_ptr, column_sum_ptr, column_weight_ptr, stride_column_weight,
-                    cols, m, unit,
+                    strip_cols, m, unit,
                 )  # fmt: skip
-                p = _probabilities(acc * c, column_max[None, :], column_coef[None, :], positive)
-                g += p - tl.where(positive, column_weight[None, :], 0.0)
-            g = tl.where((rows[:, None] < n) & (cols[None, :] < m), g, 0.0)
-            share += tl.sum(g * (acc - center))
-            row_lost += store_gradient(
-                g, rows, cols, m, g_ptr, column_lost_ptr + columns_at, stride_g, HALF
-            )
-        tl.store(share_ptr + tl.program_id(0), share / lift)
-        if HALF:
-            tl.store(row_lost_ptr + at_row, row_lost, mask=rows < n)
+                e = _exponential(acc * c, top[None, :], positive)
+                p += (e - tl.where(positive, total[None, :], 0.0)) * coef[None, :]
+            p = tl.where((rows[:, None] < n) & (strip_cols[None, :] < m), p, 0.0)
+            share += tl.sum(p * acc)
+            store_entries(p, rows, positive, offset - col0 - strip, n, m - col0 - strip, entry_ptr)
+            p = tl.where(positive, 0.0, p)
+            store_gradient(p, row0, col0 + strip, g_ptr, stride_g, False)
+        tl.store(share_ptr + first_tile + tl.program_id(0), share / lift)
+    if tl.program_id(0) == 0:  # not earlier: the store waits for the scale
+        tl.store(factor_ptr, scale / lift)
 
 
 Stats = tuple[Tensor, Tensor, Tensor]  # reference, sum, weight, each [N] or [M]
@@ -175,41 +190,45 @@ def gradients(
     rows: Stats,
     columns: Stats,
     offset: int,
-    stashed: Stash | None,
     pair_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dy, dscale, as ``contrastive_bwd``; ``columns`` are [0] where there are none."""
     if min(x.numel(), y.numel()) == 0:
         return torch.zeros_like(x), torch.zeros_like(y), x.new_zeros((), dtype=torch.float32)
-    n, m, d, has_columns = len(x), len(y), x.shape[1], len(columns[0]) > 0
-    row = launch.choose("gradient" if stashed is None else "stashed", x, y)
-    plan = waves.plan(x, y, row)
-    shares = x.new_empty(plan.tiles, dtype=torch.float32)
-    prepared = x.new_empty(2, dtype=torch.float32)
+    n, m, has_columns = len(x), len(y), len(columns[0]) > 0
+    row = launch.choose("gradient", x, y)
+    factor = x.new_empty((), dtype=torch.float32)
     lifted = x.dtype == torch.float16
     peaks = [_peak(weight) if lifted else weight for *_, weight in (rows, columns)]
+    extremes, blocks_n = None, triton.cdiv(n, row.block_n)
+    if max(n, m) > ONE_PROGRAM:  # below, a launch would cost more than the exponentials
+        blocks = blocks_n + triton.cdiv(len(columns[0]), row.block_m)
+        extremes = x.new_empty((blocks, 2), dtype=torch.float32)
+        with torch.cuda.device_of(x):
+            extremes_kernel[(blocks,)](
+                rows[0], columns[0], n, len(columns[0]), extremes,
+                BLOCK_N=row.block_n, BLOCK_M=row.block_m, num_warps=1,
+            )  # fmt: skip
 
-    def fill(chunk: waves.Chunk, to: waves.Target) -> None:
+    plan = waves.plan(x, y, row)
+    shares = x.new_empty(plan.tiles, dtype=torch.float32)
+
+    def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
         features, options = operands(part_x, part_y, row)
-        kept_tiles = stash.arguments(stashed, chunk.rows.start, chunk.cols.start, row)
         gradient_kernel[(chunk.tiles,)](
-            *features, scale, prepared, *rows[:2], n, math.log2(m), *peaks, pair_weight,
+            *features, *gradient_operands(g, row, options["DESCRIPTORS"]),
+            scale, factor, *peaks, pair_weight,
+            extremes, chunk.rows.start // row.block_n, blocks_n + chunk.cols.start // row.block_m,
             *(t[chunk.rows] for t in rows), rows[2].stride(0),
             *(t[chunk.cols] for t in columns), columns[2].stride(0),
-            to.g, to.row_lost, to.column_lost, shares[chunk.first_tile :],
-            len(part_x), len(part_y), d, offset + chunk.rows.start - chunk.cols.start,
-            to.g.stride(0), *x.stride(), *y.stride(),
-            COLUMNS=has_columns, HALF=x.dtype != torch.float32, LIFT=lifted,
-            **kept_tiles, **options,
+            entries[chunk.rows], shares, chunk.first_tile,
+            len(part_x), len(part_y), x.shape[1], offset + chunk.rows.start - chunk.cols.start,
+            g.stride(0), *x.stride(), *y.stride(),
+            COLUMNS=has_columns, LIFT=lifted, **options,
         )  # fmt: skip
 
-    dscale = x.new_empty((), dtype=torch.float32)
-    dx, dy = waves.products(x, y, prepared[1], offset, plan, fill, (shares, dscale))
-    if has_columns and m > n:  # columns without a positive: their G sums to their weight
-        unpaired = columns[2].sum() - columns[2][offset : offset + n].sum()
-        dscale = dscale + prepared[0] * (pair_weight * unpaired)
-    return dx, dy, dscale
+    return waves.products(x, y, factor, offset, plan, fill, shares)
 
 
 def _peak(weight: Tensor) -> Tensor:

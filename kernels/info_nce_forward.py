@@ -3,11 +3,12 @@
 Each tile leaves, for its rows and for its columns, a reference r and sum 2^(s - r) *without the
 positives*; a second small kernel merges them, adds the positive, and takes the losses and, up to
 ``ONE_PROGRAM`` pairs, their sum: two launches in all. A loss near zero is then log2(1 + little),
-not a difference of large numbers. All rows and columns of a tile share one
-reference, the tile's maximum, hence one exponential an element; where that would underflow for some
-row or column, and on the edges and the diagonal, the tile takes one reference for each and a
-second exponential. Bytes: the features, once a tile row and column; 16 of partial sums for each
-row and column of a tile.
+not a difference of large numbers. All rows and columns of a tile share one reference, the tile's
+maximum, hence one exponential an element; where that would underflow for some row or column, and on
+the edges and the diagonal, the tile takes one reference for each and a second exponential. Columns
+are summed over 16 rows only, those of one warp: summing over warps costs barriers in every tile,
+and the merge does it on the way. Bytes: the features, once a tile row and column; 8 of partial sums
+for each row of a tile, 4 for each column and 16 rows.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from protoclip.kernels import launch, stash
-from protoclip.kernels.stash import Stash, keep
+from protoclip.kernels import launch
 from protoclip.kernels.tiles import LOG2E, SPREAD, is_general, operands, products, tile_origin
 
 LN2 = math.log(2.0)
 PARTIAL_BYTES = 64 << 20
+PART = 16  # rows of a warp, over which it sums columns by itself
 # Up to so many rows or columns one program merges all, and its sum of the losses is the whole.
 ONE_PROGRAM = 1024
 # (pairs a program merges at a time, partials of each it reads at a time, warps)
 MERGE_ALL = (256, 8, 8)
-MERGE = (64, 32, 4)
+MERGE = (64, 8, 4)
 
 
 @triton.jit
@@ -43,31 +44,42 @@ def _join(reference_a, sum_a, reference_b, sum_b):
 
 @triton.jit
 def _exact(s, AXIS: tl.constexpr):
-    """-> the maxima along an axis and the sums of 2^(s - maximum); -inf and 0 where empty."""
+    """-> the maxima along an axis and 2^(s - maximum); -inf and 0 where empty."""
     top = tl.max(s, AXIS)
     zero = tl.where(top == -float("inf"), 0.0, top)
-    return top, tl.sum(tl.exp2(s - tl.expand_dims(zero, AXIS)), AXIS)
+    return top, tl.exp2(s - tl.expand_dims(zero, AXIS))
+
+
+@triton.jit
+def _store_columns(max_ptr, sum_ptr, block, cols, m, top, e, PART: tl.constexpr):
+    """Write the columns of a tile: their references and the sums of e over PART rows each."""
+    inside = cols < m
+    parts: tl.constexpr = e.shape[0] // PART
+    tl.store(max_ptr + block.to(tl.int64) * m + cols, top, mask=inside)
+    part = block.to(tl.int64) * parts + tl.arange(0, parts)
+    total = tl.sum(e.reshape(parts, PART, e.shape[1]), 1)
+    tl.store(sum_ptr + part[:, None] * m + cols[None, :], total, mask=inside[None, :])
+    return total
 
 
 @triton.jit(do_not_specialize=["n", "m", "offset"])
 def forward_kernel(
     x, y, x_ptr, y_ptr, scale_ptr,  # [N, D], [M, D] for tiles, the same for strips, []
     row_max_ptr, row_sum_ptr,  # [column blocks, N]
-    column_max_ptr, column_sum_ptr,  # [row blocks, M]
+    column_max_ptr, column_sum_ptr,  # [row blocks, M], [row blocks * BLOCK_N / PART, M]
     positive_ptr,  # [N]
     n, m, d, offset,
     stride_x_n, stride_x_d, stride_y_m, stride_y_d,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr,
     EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
-    codes_ptr, anchors_ptr, stash_tiles_m,  # of stash.py, written with STASH
-    COLUMNS: tl.constexpr, STASH: tl.constexpr,
+    COLUMNS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of one tile."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
     c = tl.load(scale_ptr).to(tl.float32) * LOG2E
     rows = row0 + tl.arange(0, BLOCK_N)
     at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
-    columns_at = (row0 // BLOCK_N).to(tl.int64) * m
+    block = row0 // BLOCK_N
     general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
     if not general:
         acc = products(
@@ -76,16 +88,15 @@ def forward_kernel(
         )  # fmt: skip
         top = c * tl.min(acc) if c < 0 else c * tl.max(acc)
         e = tl.exp2(acc * c - top)
-        row_sum, column_sum = tl.sum(e, 1), tl.sum(e, 0)
+        row_sum = tl.sum(e, 1)
         tl.store(row_max_ptr + at_row, tl.full((BLOCK_N,), 0.0, tl.float32) + top)
         tl.store(row_sum_ptr + at_row, row_sum)
+        smallest = tl.min(row_sum)
         if COLUMNS:
-            at = columns_at + col0 + tl.arange(0, BLOCK_M)
-            tl.store(column_max_ptr + at, tl.full((BLOCK_M,), 0.0, tl.float32) + top)
-            tl.store(column_sum_ptr + at, column_sum)
-        if STASH:
-            keep(acc, c, row0, col0, codes_ptr, anchors_ptr, stash_tiles_m, BLOCK_N, BLOCK_M)
-        general = tl.minimum(tl.min(row_sum), tl.min(column_sum)) < tl.exp2(-SPREAD)
+            cols, tops = col0 + tl.arange(0, BLOCK_M), tl.full((BLOCK_M,), 0.0, tl.float32) + top
+            total = _store_columns(column_max_ptr, column_sum_ptr, block, cols, m, tops, e, PART)
+            smallest = tl.minimum(smallest, tl.min(total))
+        general = smallest < tl.exp2(-SPREAD)
     if general:
         row_max = tl.full((BLOCK_N,), -float("inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_N,), tl.float32)
@@ -102,12 +113,11 @@ def forward_kernel(
             tl.store(positive_ptr + rows, tl.sum(tl.where(positive, s, 0.0), 1), mask=held)
             negative = (rows[:, None] < n) & (cols[None, :] < m) & (positive == 0)
             s = tl.where(negative, s, -float("inf"))
-            top, total = _exact(s, 1)
-            row_max, row_sum = _join(row_max, row_sum, top, total)
+            top, e = _exact(s, 1)
+            row_max, row_sum = _join(row_max, row_sum, top, tl.sum(e, 1))
             if COLUMNS:
-                top, total = _exact(s, 0)
-                tl.store(column_max_ptr + columns_at + cols, top, mask=cols < m)
-                tl.store(column_sum_ptr + columns_at + cols, total, mask=cols < m)
+                top, e = _exact(s, 0)
+                _store_columns(column_max_ptr, column_sum_ptr, block, cols, m, top, e, PART)
         tl.store(row_max_ptr + at_row, row_max, mask=rows < n)
         tl.store(row_sum_ptr + at_row, row_sum, mask=rows < n)
 
@@ -126,17 +136,20 @@ def _add_positive(reference, total, positive):
 
 @triton.jit
 def _merge_blocks(
-    max_ptr, sum_ptr,  # [blocks, length]
+    max_ptr, sum_ptr,  # [blocks, length], [blocks * PARTS, length]
     position, inside, length, blocks, reference, total,
-    DEPTH: tl.constexpr,
+    DEPTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """-> the statistics of positions from those given and their partials."""
     for first in range(0, blocks, DEPTH):
         block = first + tl.arange(0, DEPTH)
-        at = block[:, None].to(tl.int64) * length + position[None, :]
+        at = block[:, None].to(tl.int64) * length
         mask = (block[:, None] < blocks) & inside[None, :]
-        r = tl.load(max_ptr + at, mask=mask, other=-float("inf"))  # [DEPTH, BLOCK]
-        t = tl.load(sum_ptr + at, mask=mask, other=0.0)
+        r = tl.load(max_ptr + at + position[None, :], mask=mask, other=-float("inf"))
+        t = tl.zeros((DEPTH, position.shape[0]), tl.float32)
+        for part in tl.static_range(PARTS):
+            part_ptr = sum_ptr + at * PARTS + part * length + position[None, :]
+            t += tl.load(part_ptr, mask=mask, other=0.0)
         top = tl.max(r, 0)
         zero = tl.where(top == -float("inf"), 0.0, top)
         t = tl.sum(t * tl.exp2(r - zero[None, :]), 0)
@@ -147,13 +160,13 @@ def _merge_blocks(
 @triton.jit(do_not_specialize=["blocks_m", "n", "blocks_n", "m", "first", "height", "offset"])
 def merge_kernel(
     row_part_max_ptr, row_part_sum_ptr, blocks_m, height,  # [blocks_m, height] of this wave's rows
-    column_part_max_ptr, column_part_sum_ptr, blocks_n, m,  # [blocks_n, M]
+    column_part_max_ptr, column_part_sum_ptr, blocks_n, m,  # [blocks_n, M], [blocks_n * PARTS, M]
     positive_ptr, row_max_ptr, row_sum_ptr,  # [N]
     column_max_ptr, column_sum_ptr,  # [M]
     loss_ptr, share_ptr,  # [N], [programs]
     n, first, offset, pair_weight,
     COLUMNS: tl.constexpr, HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr,
-    BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Merge the partials of a wave, rows ``first`` to ``first + height``, pair by pair.
 
@@ -175,7 +188,7 @@ def merge_kernel(
         here = paired & (row >= first) & (row < first + height)
         reference, total = _merge_blocks(
             row_part_max_ptr, row_part_sum_ptr, row - first, here, height, blocks_m,
-            empty, tl.zeros((BLOCK,), tl.float32), DEPTH,
+            empty, tl.zeros((BLOCK,), tl.float32), DEPTH, 1,
         )  # fmt: skip
         reference, total = _add_positive(reference, total, positive)
         tl.store(row_max_ptr + row, reference, mask=here)
@@ -191,7 +204,7 @@ def merge_kernel(
                 total = tl.load(column_sum_ptr + column, mask=inside, other=0.0)
             reference, total = _merge_blocks(
                 column_part_max_ptr, column_part_sum_ptr, column, inside, m, blocks_n,
-                reference, total, DEPTH,
+                reference, total, DEPTH, PARTS,
             )  # fmt: skip
             if IS_LAST:
                 reference, total = _add_positive(reference, total, positive)
@@ -223,10 +236,9 @@ def statistics(
     scale: Tensor,
     offset: int,
     columns: bool,
-    kept: Stash | None,
     pair_weight: float = 1.0,
 ) -> Statistics:
-    """Statistics of the strip x [N, D] against y [M, D], as ``contrastive_fwd``; fills ``kept``.
+    """Statistics of the strip x [N, D] against y [M, D], as ``contrastive_fwd``.
 
     The losses, of each direction, are multiplied by ``pair_weight``.
     """
@@ -240,34 +252,35 @@ def statistics(
         out.column_max.fill_(-torch.inf)
         out.column_sum.zero_()
         out.shares.zero_()
-    row = launch.choose("stashing" if kept is not None else "forward", x, y)
-    wave = _wave_rows(n, m, row)
-    blocks_m = triton.cdiv(m, row.block_m)
-    row_part = x.new_empty((2, blocks_m * wave), dtype=torch.float32)
+    row = launch.choose("forward", x, y)
+    wave, parts = _wave_rows(n, m, row), row.block_n // PART
+    row_part = x.new_empty((2, triton.cdiv(m, row.block_m) * wave), dtype=torch.float32)
     blocks_n = triton.cdiv(wave, row.block_n) if columns else 0
-    column_part = x.new_empty((2, max(1, blocks_n * m)), dtype=torch.float32)
+    column_part = [
+        x.new_empty(rows * m, dtype=torch.float32) for rows in (blocks_n, blocks_n * parts)
+    ]
     with torch.cuda.device_of(x):
         for first in range(0, n, wave):
             part, last = x[first : first + wave], min(first + wave, n)
             features, options = operands(part, y, row)
-            blocks_n = triton.cdiv(len(part), row.block_n)
+            blocks_n, blocks_m = triton.cdiv(len(part), row.block_n), triton.cdiv(m, row.block_m)
             forward_kernel[(blocks_n * blocks_m,)](
                 *features, scale, *row_part, *column_part, out.positive[first:last],
                 len(part), m, x.shape[1], offset + first, *x.stride(), *y.stride(),
-                COLUMNS=columns, **stash.arguments(kept, first, 0, row), **options,
+                COLUMNS=columns, PART=PART, **options,
             )  # fmt: skip
             merge_kernel[(programs,)](
                 *row_part, blocks_m, len(part), *column_part, blocks_n, m,
                 out.positive, out.row_max, out.row_sum, out.column_max, out.column_sum,
                 out.loss, out.shares, n, first, offset, pair_weight * LN2,
                 COLUMNS=columns, HAS_BEFORE=first > 0, IS_LAST=last == n,
-                BLOCK=block, DEPTH=depth, num_warps=warps,
+                BLOCK=block, DEPTH=depth, PARTS=parts, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     return out
 
 
 def _wave_rows(n: int, m: int, row: launch.Launch) -> int:
     """Rows a wave, in whole tiles where there are several, so that partials stay bounded."""
-    bytes_per_block = 8 * (row.block_n * triton.cdiv(m, row.block_m) + m)
-    blocks = max(1, PARTIAL_BYTES // max(1, bytes_per_block))
+    rows, columns = 8 * row.block_n * triton.cdiv(m, row.block_m), 4 * (1 + row.block_n // PART) * m
+    blocks = max(1, PARTIAL_BYTES // max(1, rows + columns))
     return max(1, min(n, blocks * row.block_n))

@@ -2,12 +2,15 @@
 
 There is no autotuner: a search would time kernels inside the user's first steps, and its choice
 would change the bits of a result between runs. ``python -m protoclip.kernels.compile_report``
-compiles every row without a GPU and shows what it costs in registers and shared memory.
+compiles every row without a GPU and shows what it costs in registers and shared memory;
+``benchmarks/launch_sweep.py`` times rows on a card and prints the one to paste here.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED_CORES = 8  # stands for the number of multiprocessors where there is no card
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,16 @@ class Launch:
     block_d: int
     warps: int
     stages: int
-    ctas_per_sm: int  # promised: registers and shared memory must leave room for so many
+    ctas_per_sm: int = 1  # promised: registers and shared memory must leave room for so many
     strip: int = 64  # columns at a time in tiles on the edge or the diagonal
     descriptors: bool = False  # load by TMA where base and row stride are multiples of 16 bytes
+    registers: int | None = None  # at most, a thread: what ``ctas_per_sm`` allows
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What Triton itself takes; it stops fusing multiplies and adds by default in 3.10."""
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
 @dataclass(frozen=True)
@@ -47,73 +58,174 @@ CARDS: dict[int, Card] = {
     90: Card(228 << 10, 227 << 10, "wgmma"),
     100: Card(228 << 10, 227 << 10, "tcgen05.mma"),
 }
+# Cards without rows of their own -> those with the same instructions and no more shared memory.
+SERVED_AS = {86: 89, 87: 89, 103: 100, 110: 100, 120: 89, 121: 89}
+
+_MMA = Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32)
+_SMALL = Launch(64, 64, 32, warps=4, stages=4, ctas_per_sm=2)
 
 # Kernel -> architecture -> row, for half precision and rows that are aligned to whole BLOCK_D.
-# "forward" keeps two CTAs on an SM, so that the exponentials of one run under the products of the
-# other. "gradient" holds too much for that at 128 x 128, and smaller tiles would read L2 too often.
 HALF: dict[str, dict[int, Launch]] = {
     "forward": {
-        80: Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32),
-        89: Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32),
+        80: _MMA,
+        89: _MMA,
         90: Launch(128, 128, 64, warps=8, stages=3, ctas_per_sm=2, strip=32, descriptors=True),
         100: Launch(128, 128, 64, warps=4, stages=3, ctas_per_sm=2, strip=32, descriptors=True),
     },
     "gradient": {
-        80: Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32),
-        89: Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32),
-        90: Launch(128, 128, 64, warps=8, stages=3, ctas_per_sm=1, strip=32, descriptors=True),
-        100: Launch(128, 128, 64, warps=8, stages=3, ctas_per_sm=1, strip=32, descriptors=True),
-    },
-    # With a stash: the forward that writes it and the gradient that reads it cut the same tiles.
-    "stashing": {
-        80: Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32),
-        89: Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32),
-        90: Launch(128, 64, 64, warps=8, stages=3, ctas_per_sm=2, strip=32, descriptors=True),
-        100: Launch(128, 64, 64, warps=4, stages=3, ctas_per_sm=2, strip=32, descriptors=True),
-    },
-    "stashed": {
-        80: Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32),
-        89: Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32),
-        90: Launch(128, 64, 64, warps=4, stages=3, ctas_per_sm=2, strip=16),
-        100: Launch(128, 64, 64, warps=8, stages=3, ctas_per_sm=2, strip=16),
+        80: _MMA,
+        89: _MMA,
+        90: Launch(128, 128, 64, 8, 3, ctas_per_sm=2, strip=32, descriptors=True, registers=128),
+        100: Launch(128, 128, 64, 8, 3, ctas_per_sm=1, strip=32, descriptors=True),
     },
     "sigmoid": {  # loss and gradient at once: larger tiles spill
-        80: Launch(64, 64, 32, warps=4, stages=4, ctas_per_sm=2),
-        89: Launch(64, 64, 32, warps=4, stages=4, ctas_per_sm=2),
+        80: _SMALL,
+        89: _SMALL,
         90: Launch(128, 64, 64, warps=8, stages=3, ctas_per_sm=1, strip=32, descriptors=True),
         100: Launch(128, 64, 64, warps=8, stages=3, ctas_per_sm=1, strip=32, descriptors=True),
     },
+}
+# From D = DEEP on the products hide the rest of a tile on one CTA too, and a larger tile reads L2
+# less: 85 flop a byte, not 64, of which 8 TB/s feed 56 % of an H100.
+DEEP = 512
+HALF_DEEP: dict[str, dict[int, Launch]] = {
+    "gradient": {90: Launch(128, 256, 64, warps=8, stages=3, strip=32, descriptors=True)},
 }
 # Any card, any D, any strides.
 HALF_ANY: dict[str, Launch] = {
     "forward": Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2),
     "gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
-    "stashing": Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2),
-    "stashed": Launch(64, 64, 32, warps=8, stages=2, ctas_per_sm=2, strip=16),
     "sigmoid": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
 }
 # fp32 runs on FMA units: three-term tf32 would meet the error budget only if tensor cores rounded
 # their accumulators, and they truncate (simulated at D = 512: 6 to 10 times the error of sgemm).
 FLOAT_ANY = Launch(64, 64, 16, warps=8, stages=1, ctas_per_sm=2)
-INTERPRETER = Launch(32, 64, 32, warps=4, stages=1, ctas_per_sm=1, strip=32)
+INTERPRETER = Launch(32, 64, 32, warps=4, stages=1, strip=32)
+
+# Prototypes, values in the pass: 16-bit rows by width, BLOCK_D columns of them at once. On Hopper
+# two CTAs of four warps share an SM, so that the softmax of one runs under the products of the
+# other: 83 % of the tensor cores' time by the model at D = 128, 45 % as one CTA of eight.
+ATTENTION: dict[int, dict[int, Launch]] = {
+    80: {
+        64: Launch(128, 64, 64, warps=8, stages=2),
+        128: Launch(64, 64, 128, warps=4, stages=2),
+        256: Launch(64, 32, 256, warps=8, stages=2),
+    },
+    90: {
+        64: Launch(64, 128, 64, warps=4, stages=2, ctas_per_sm=2),
+        128: Launch(64, 128, 128, warps=4, stages=2, ctas_per_sm=2),
+        256: Launch(64, 64, 256, warps=4, stages=2, ctas_per_sm=2),
+    },
+    100: {
+        64: Launch(128, 64, 64, warps=8, stages=2),
+        128: Launch(128, 64, 128, warps=8, stages=2),
+        256: Launch(64, 64, 256, warps=8, stages=2),
+    },
+}
+ATTENTION[89] = ATTENTION[80]
+# With the nearest prototype and the gradient of the scale the larger tile does not fit.
+ATTENTION_FULL = {
+    (90, 128): Launch(64, 64, 128, warps=4, stages=3, ctas_per_sm=2),
+    (90, 256): Launch(64, 32, 256, warps=4, stages=3, ctas_per_sm=2),
+}
+WIDEST_ATTENTION = 256
+# Logits by chunks of D: statistics alone, and tiles of weights.
+CHUNKED: dict[int, Launch] = {
+    80: Launch(128, 64, 64, warps=8, stages=3),
+    89: Launch(128, 64, 64, warps=8, stages=3),
+    90: Launch(128, 128, 64, warps=8, stages=3),
+    100: Launch(128, 64, 64, warps=8, stages=3),
+}
+CHUNKED_FLOAT = Launch(64, 64, 16, warps=4, stages=2)
+
+
+_compiling_for: int | None = None
+
+
+@contextmanager
+def compiling_for(arch: int) -> Iterator[None]:
+    """Choose the rows of an architecture for tensors on any device: to compile, not to run."""
+    global _compiling_for
+    _compiling_for, before = arch, _compiling_for
+    try:
+        yield
+    finally:
+        _compiling_for = before
+
+
+def architecture(device: torch.device) -> int | None:
+    """The architecture whose rows serve a device; None for the interpreter's."""
+    if _compiling_for or device.type != "cuda":
+        return _compiling_for
+    return served_as(_capability(device)) or min(CARDS)
 
 
 @cache
-def _architecture(device: torch.device) -> int:
+def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
+def served_as(capability: int) -> int | None:
+    """The architecture in the tables for a capability such as 86; None before 80."""
+    if capability in CARDS:
+        return capability
+    if capability in SERVED_AS:
+        return SERVED_AS[capability]
+    return None if capability < 80 else 89  # unknown and newer: mma.sync, the least shared memory
+
+
+def why_not(capability: tuple[int, int] | None = None, hip: str | None = None) -> str | None:
+    """Why these kernels cannot run on the current card, in words; None where they can."""
+    hip = hip or torch.version.hip
+    if hip:
+        return f"the Triton kernels have no launch rows for AMD GPUs (ROCm {hip})"
+    major, minor = capability or torch.cuda.get_device_capability()
+    if served_as(10 * major + minor) is None:
+        return f"the Triton kernels need compute capability 8.0, this card has {major}.{minor}"
+    return None
+
+
+def cores(device: torch.device) -> int:
+    """Multiprocessors of the device."""
+    if device.type != "cuda":
+        return INTERPRETED_CORES
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def choose(kernel: str, x: Tensor, y: Tensor) -> Launch:
     """The row for a kernel, the features' device, width and alignment."""
-    if x.device.type != "cuda":
+    arch = architecture(x.device)
+    if arch is None:
         return INTERPRETER
     if x.dtype == torch.float32:
         return FLOAT_ANY
-    row = HALF[kernel].get(_architecture(x.device))
-    if row and x.shape[1] % row.block_d == 0 and aligned(x) and aligned(y):
+    row = HALF[kernel][arch]
+    if x.shape[1] >= DEEP:
+        row = HALF_DEEP.get(kernel, {}).get(arch, row)
+    if x.shape[1] % row.block_d == 0 and aligned(x) and aligned(y):
         return row
     return HALF_ANY[kernel]
+
+
+def attention_row(device: torch.device, d: int, full: bool) -> Launch:
+    """The row of the one-pass form for rows of ``d`` <= WIDEST_ATTENTION columns; ``full`` where
+    the nearest key and the gradient of the scale are asked for."""
+    arch = architecture(device)
+    rows = ATTENTION[arch or min(CARDS)]
+    width = min(width for width in rows if width >= d)
+    row = rows[width]
+    if full:
+        row = ATTENTION_FULL.get((arch or 0, width), row)
+    return row if arch else Launch(32, 32, row.block_d, warps=4, stages=1)
+
+
+def chunked_row(device: torch.device, dtype: torch.dtype) -> Launch:
+    """The row of kernels that walk over D."""
+    arch = architecture(device)
+    if arch is None:
+        return Launch(32, 32, 64, warps=4, stages=1)
+    return CHUNKED_FLOAT if dtype == torch.float32 else CHUNKED[arch]
 
 
 def aligned(x: Tensor) -> bool:
@@ -125,18 +237,3 @@ def aligned(x: Tensor) -> bool:
         and x.data_ptr() % 16 == 0
         and x.stride(0) >= x.shape[1] > 0
     )
-
-
-def rows() -> list[tuple[str, int, torch.dtype, str, Launch]]:
-    """Every (kernel, architecture, operand dtype, operands, row) that ``choose`` can lead to;
-    operands are "pointers", "descriptors" or "ragged" (any alignment)."""
-    found = []
-    for kernel, table in HALF.items():
-        for arch, row in table.items():
-            operands = ["descriptors", "pointers"] if row.descriptors else ["pointers"]
-            found += [(kernel, arch, torch.bfloat16, how, row) for how in operands]
-            found += [(kernel, arch, torch.float16, "ragged", HALF_ANY[kernel])]
-            found += [
-                (kernel, arch, torch.float32, how, FLOAT_ANY) for how in ("pointers", "ragged")
-            ]
-    return found

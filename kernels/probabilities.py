@@ -12,14 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels.attention import dot, load_tile, products_tile, split_scale
-from protoclip.kernels.prototype_tiles import chunked_tile
+from protoclip.kernels.launch import Launch, chunked_row
 
 SCRATCH_BYTES = 256 << 20
 # G is at most 1 after dividing by the largest weight; this keeps small entries normal in fp16.
 G_UNIT = 4096.0
+PRODUCT = Launch(64, 64, 16, warps=4, stages=2)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n", "k_count", "first_key"],
+    do_not_specialize_on_alignment=["labels_ptr", "max_ptr", "sum_ptr", "weight_ptr"],
+)
 def weights_kernel(
     q_ptr, scale_ptr, k_ptr,  # [N, D], [], [K, D]
     labels_ptr, max_ptr, sum_ptr, weight_ptr,  # [N]
@@ -44,8 +48,9 @@ def weights_kernel(
     s, _ = products_tile(
         q, q_ptr, i, used, stride_q_n, stride_q_d,
         k_ptr + first_column * stride_k_n, j, k_used, stride_k_n, stride_k_d,
-        d, sign, BLOCK_D, False, False,
+        d, BLOCK_D, False, False, True,
     )  # fmt: skip
+    s *= sign
     s = tl.where(k_used[None, :], s, -float("inf"))
     w = tl.exp2((s - tl.load(max_ptr + rows, mask=used, other=0.0)[:, None]) * step)
     if GRADIENT:
@@ -91,10 +96,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     m, d = a.shape[0], b.shape[1]
     out = a.new_empty((m, d), dtype=torch.float32)
     if out.numel():
-        product_kernel[(triton.cdiv(m, 64), triton.cdiv(d, 64))](
-            a, b, out, m, a.shape[1], d, *a.stride(), *b.stride(),
-            BLOCK_M=64, BLOCK_D=64, BLOCK_K=16, num_warps=4, num_stages=2,
-        )  # fmt: skip
+        tile = PRODUCT
+        with torch.cuda.device_of(a):
+            product_kernel[(triton.cdiv(m, tile.block_n), triton.cdiv(d, tile.block_m))](
+                a, b, out, m, a.shape[1], d, *a.stride(), *b.stride(),
+                BLOCK_M=tile.block_n, BLOCK_D=tile.block_m, BLOCK_K=tile.block_d, **tile.options,
+            )  # fmt: skip
     return out
 
 
@@ -103,12 +110,14 @@ def weights(q, keys, scale, row_max, *, first_key=0, gradient=None) -> Tensor:
     (n, d), k = q.shape, len(keys)
     out = q.new_empty((n, k))
     labels, row_sum, weight, hard = gradient or (row_max, row_max, row_max, False)
-    tile = chunked_tile(q.device, q.dtype)
-    weights_kernel[(triton.cdiv(n, tile.n), triton.cdiv(k, tile.k))](
-        q, scale, keys, labels, row_max, row_sum, weight, out, n, k, d, first_key,
-        *q.stride(), *keys.stride(), UNIT=G_UNIT, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_D=tile.d,
-        GRADIENT=gradient is not None, HARD=hard, **tile.options,
-    )  # fmt: skip
+    tile = chunked_row(q.device, q.dtype)
+    with torch.cuda.device_of(q):
+        weights_kernel[(triton.cdiv(n, tile.block_n), triton.cdiv(k, tile.block_m))](
+            q, scale, keys, labels, row_max, row_sum, weight, out, n, k, d, first_key,
+            *q.stride(), *keys.stride(),
+            UNIT=G_UNIT, BLOCK_N=tile.block_n, BLOCK_K=tile.block_m, BLOCK_D=tile.block_d,
+            GRADIENT=gradient is not None, HARD=hard, **tile.options,
+        )  # fmt: skip
     return out
 
 

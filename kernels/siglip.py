@@ -2,7 +2,8 @@
 
 z_ij = scale x_i.y_j + bias; a pair costs softplus(z), less z where it is positive (j = i + offset),
 and its gradient is G = sigmoid(z), less 1 there. No statistics of whole rows are needed, so one
-pass over the tiles gives the loss and, chunk by chunk, G for the products of ``waves.py``.
+pass over the tiles gives the loss and, chunk by chunk, G for the products of ``waves.py``, which
+take the positives' entries apart.
 
 With u = e^-|z|: sigmoid is 1 / (1 + u) or u / (1 + u), and log(1 + u) = 2 artanh(u / (2 + u)), a
 short series, as the card's logarithm is good to 2^-22 absolute only and softplus(-10) is 4.5e-5.
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from protoclip.kernels import launch, waves
 from protoclip.kernels.tiles import LOG2E, is_general, operands, products, tile_origin
-from protoclip.kernels.waves import store_gradient
+from protoclip.kernels.waves import gradient_operands, store_entries, store_gradient
 
 LIFT = 16384.0  # of G in fp16, whose normal numbers end at 6e-5
 
@@ -34,41 +35,35 @@ def _softplus_sigmoid(z):
     return softplus, tl.where(z >= 0, 1.0, u) / (1.0 + u)
 
 
-@triton.jit(do_not_specialize=["n", "m", "offset", "tiles"])
+@triton.jit(
+    do_not_specialize=["n", "m", "offset", "tiles", "first_tile"],
+    do_not_specialize_on_alignment=["entry_ptr"],
+)
 def sigmoid_kernel(
-    x, y, x_ptr, y_ptr,  # [N, D], [M, D] for tiles, the same for strips
+    x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for strips
     scale_ptr, bias_ptr,  # [], []
-    share_ptr, tiles,  # [3, tiles]: loss, dscale, dbias
-    g_ptr, row_lost_ptr, column_lost_ptr,  # as in waves.Target, not read without GRADIENTS
+    entry_ptr, share_ptr, tiles, first_tile,  # [N], [3, tiles]: dscale, loss, dbias
     n, m, d, offset, stride_g,
     stride_x_n, stride_x_d, stride_y_m, stride_y_d,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr,
     EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
-    GRADIENTS: tl.constexpr, LIFTED: tl.constexpr, HALF: tl.constexpr,
+    GRADIENTS: tl.constexpr, LIFTED: tl.constexpr,
 ):  # fmt: skip
-    """Loss and, with GRADIENTS, lifted G of one tile."""
+    """Loss and, with GRADIENTS, lifted G and entries of one tile."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
     scale, bias = tl.load(scale_ptr).to(tl.float32), tl.load(bias_ptr).to(tl.float32)
     rows = row0 + tl.arange(0, BLOCK_N)
-    at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
-    columns_at = (row0 // BLOCK_N).to(tl.int64) * m
     if not is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M):
-        cols = col0 + tl.arange(0, BLOCK_M)
         acc = products(
             x, y, row0, col0, n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
             BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
         )  # fmt: skip
-        pair_loss, g = _softplus_sigmoid(acc * scale + bias)
-        loss, dscale, dbias = tl.sum(pair_loss), tl.sum(g * acc), tl.sum(g)
+        pair_loss, p = _softplus_sigmoid(acc * scale + bias)
+        loss, dscale, dbias = tl.sum(pair_loss), tl.sum(p * acc), tl.sum(p)
         if GRADIENTS:
-            row_lost = store_gradient(
-                g * LIFTED, rows, cols, m, g_ptr, column_lost_ptr + columns_at, stride_g, HALF
-            )
-            if HALF:
-                tl.store(row_lost_ptr + at_row, row_lost)
+            store_gradient(p * LIFTED, row0, col0, g, stride_g, DESCRIPTORS)
     else:
         loss, dscale, dbias = 0.0, 0.0, 0.0
-        row_lost = tl.zeros((BLOCK_N,), tl.float32)
         for strip in range(0, BLOCK_M, STRIP):
             cols = col0 + strip + tl.arange(0, STRIP)
             acc = products(
@@ -80,20 +75,26 @@ def sigmoid_kernel(
             inside = (rows[:, None] < n) & (cols[None, :] < m)
             z = acc * scale + bias
             # A positive costs softplus(-z): softplus(z) - z would cancel.
-            pair_loss, g = _softplus_sigmoid(tl.where(positive, -z, z))
-            g = tl.where(inside, tl.where(positive, -g, g), 0.0)
+            pair_loss, p = _softplus_sigmoid(tl.where(positive, -z, z))
+            p = tl.where(inside, tl.where(positive, -p, p), 0.0)
             loss += tl.sum(tl.where(inside, pair_loss, 0.0))
-            dscale += tl.sum(g * acc)
-            dbias += tl.sum(g)
+            dscale += tl.sum(p * acc)
+            dbias += tl.sum(p)
             if GRADIENTS:
-                row_lost += store_gradient(
-                    g * LIFTED, rows, cols, m, g_ptr, column_lost_ptr + columns_at, stride_g, HALF
+                store_entries(
+                    p * LIFTED,
+                    rows,
+                    positive,
+                    offset - col0 - strip,
+                    n,
+                    m - col0 - strip,
+                    entry_ptr,
                 )
-        if GRADIENTS and HALF:
-            tl.store(row_lost_ptr + at_row, row_lost, mask=rows < n)
-    at = share_ptr + tl.program_id(0)
-    tl.store(at, loss)
-    tl.store(at + tiles, dscale)
+                p = tl.where(positive, 0.0, p)
+                store_gradient(p * LIFTED, row0, col0 + strip, g_ptr, stride_g, False)
+    at = share_ptr + first_tile + tl.program_id(0)
+    tl.store(at, dscale)
+    tl.store(at + tiles, loss)
     tl.store(at + 2 * tl.cast(tiles, tl.int64), dbias)
 
 
@@ -102,34 +103,33 @@ def sigmoid_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss [], then dx, dy, dscale, dbias of the strip x [N, D] against y [M, D]."""
     row = launch.choose("sigmoid", x, y)
+    empty = min(x.numel(), y.numel()) == 0
     plan = waves.plan(x, y, row)
-    whole = not gradients or min(x.numel(), y.numel()) == 0
-    if whole:  # no G to keep: one chunk
+    if empty or not gradients:  # no G to keep: one chunk
         plan = waves.Plan(len(x), len(y), len(x) or 1, len(y) or 1, row.block_n, row.block_m)
     shares = x.new_empty((3, plan.tiles), dtype=torch.float32)
     lift = LIFT if x.dtype == torch.float16 else 1.0
 
-    def fill(chunk: waves.Chunk, to: waves.Target) -> None:
+    def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor, keep: bool = True) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
         features, options = operands(part_x, part_y, row)
         sigmoid_kernel[(chunk.tiles,)](
-            *features, scale, bias,
-            shares[0, chunk.first_tile :], plan.tiles,
-            to.g, to.row_lost, to.column_lost,
+            *features, *gradient_operands(g, row, options["DESCRIPTORS"] and keep), scale, bias,
+            entries[chunk.rows], shares, plan.tiles, chunk.first_tile,
             len(part_x), len(part_y), x.shape[1], offset + chunk.rows.start - chunk.cols.start,
-            to.g.stride(0), *x.stride(), *y.stride(),
-            GRADIENTS=not whole, LIFTED=lift, HALF=x.dtype != torch.float32, **options,
+            g.stride(0), *x.stride(), *y.stride(),
+            GRADIENTS=keep, LIFTED=lift, **options,
         )  # fmt: skip
 
-    if whole:
+    if empty or not gradients:
         with torch.cuda.device_of(x):
             for chunk in plan.chunks():
-                fill(chunk, waves.Target(x.new_empty((1, 1)), shares, shares))
+                fill(chunk, x.new_empty((1, 1)), shares[0], keep=False)
         dx, dy = (
             torch.zeros_like(t) if gradients else t.new_empty((0, t.shape[1])) for t in (x, y)
         )
     else:
         factor = scale.reshape(()) if lift == 1.0 else scale.reshape(()).float() / lift
-        dx, dy = waves.products(x, y, factor, offset, plan, fill)
-    loss, dscale, dbias = (share.sum() for share in shares)  # an op's outputs must not alias
+        dx, dy, _ = waves.products(x, y, factor, offset, plan, fill, shares[0])
+    dscale, loss, dbias = (share.sum() for share in shares)  # an op's outputs must not alias
     return loss, dx, dy, dscale, dbias

@@ -83,7 +83,7 @@ def products(
 def operands(x: Tensor, y: Tensor, launch: Launch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """-> x and y for whole tiles, x and y for strips, and the keyword arguments of a kernel."""
     descriptors = launch.descriptors and aligned(x) and aligned(y)
-    options = {
+    options = launch.options | {
         "BLOCK_N": launch.block_n,
         "BLOCK_M": launch.block_m,
         "BLOCK_D": launch.block_d,
@@ -92,9 +92,6 @@ def operands(x: Tensor, y: Tensor, launch: Launch) -> tuple[tuple[Any, ...], dic
         "DESCRIPTORS": descriptors,
         # The interpreter multiplies bf16 bit patterns as integers.
         "WIDEN": INTERPRETED and x.dtype == torch.bfloat16,
-        "num_warps": launch.warps,
-        "num_stages": launch.stages,
-        "enable_fp_fusion": True,
     }
     if not descriptors:
         return (x, y, x, y), options

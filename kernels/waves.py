@@ -1,29 +1,32 @@
-"""Gradients of a loss over logits, dx = f G y and dy = f G^T x, in bounded chunks of G.
+"""Gradients of a loss over logits, dx = f (G y + e y_partner) and dy = f (G^T x + e x_partner), in
+bounded chunks of G.
 
 A kernel fills a chunk of G, [rows, cols] in the features' dtype, and two ordinary matrix products
-with fp32 output consume it. Rounding G to half precision would show where the features share a
-large common part, since the gradient is then a small difference of its terms; so the sums of what
-rounding lost along each row and column are kept, and given to the partner: what remains is lost
-(y_j - y_partner), not lost y_j. Chunks are as square as they can be: each product then has
-thousands of output rows, enough tiles to fill a card, and 512-deep features read G about as long as
-they multiply it. Adding tiles to dy with atomics instead would be bound by memory traffic.
+with fp32 output consume it. The entry e of a positive pair is the difference of nearly equal
+numbers where the loss is small, so it stays out of G, is kept in fp32 and added at the end:
+rounding the others costs less than the last rounding of dx. Chunks are as square as they can be:
+each product then has thousands of output rows, enough tiles to fill a card, and 512-deep features
+read G about as long as they multiply it. Adding tiles to dy with atomics instead would be bound by
+memory traffic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from protoclip.kernels.launch import Launch
-from protoclip.kernels.wave_finish import finish_kernel, lost_kernel
 
 SCRATCH_BYTES = 128 << 20
 SIDE = 8192  # rows of a chunk where there are more columns than this
+FINISH = Launch(16, 0, 128, warps=4, stages=1)
 
 
 @dataclass(frozen=True)
@@ -81,28 +84,31 @@ def plan(x: Tensor, y: Tensor, launch: Launch) -> Plan:
     return Plan(n, m, rows, cols, launch.block_n, launch.block_m)
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where a kernel writes a chunk of G, and what rounding it lost (empty for fp32)."""
-
-    g: Tensor  # [whole tiles of rows, whole tiles of cols]
-    row_lost: Tensor  # fp32 [column blocks, rows]
-    column_lost: Tensor  # fp32 [row blocks, cols]
+@triton.jit
+def store_gradient(g, row0, col0, g_ptr, stride_g, DESCRIPTORS: tl.constexpr):
+    """Write a part of G. The scratch holds whole tiles: no mask, which would split the stores."""
+    if DESCRIPTORS:
+        g_ptr.store([row0, col0], g.to(g_ptr.dtype))
+    else:
+        rows, cols = row0 + tl.arange(0, g.shape[0]), col0 + tl.arange(0, g.shape[1])
+        at = rows.to(tl.int64)[:, None] * stride_g + cols[None, :]
+        tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty))
 
 
 @triton.jit
-def store_gradient(g, rows, cols, m, g_ptr, column_lost_ptr, stride_g, HALF: tl.constexpr):
-    """Write a part of G, 0 past its end, and what rounding lost of each column's sum.
+def store_entries(g, rows, positive, shift, n, width, entry_ptr):
+    """Write the entries of the positives that a part of G holds, one a row: row i's is in column
+    i + shift, if that is one of the part's and below ``width``."""
+    partner = rows + shift
+    held = (rows < n) & (partner >= 0) & (partner < tl.minimum(g.shape[1], width))
+    tl.store(entry_ptr + rows, tl.sum(tl.where(positive, g, 0.0), 1), mask=held)
 
-    -> what it lost of each row's sum."""
-    # The scratch holds whole tiles: no mask, which would split the stores into elements.
-    at = rows.to(tl.int64)[:, None] * stride_g + cols[None, :]
-    rounded = g.to(g_ptr.dtype.element_ty)
-    tl.store(g_ptr + at, rounded)
-    lost = g - rounded.to(tl.float32)
-    if HALF:
-        tl.store(column_lost_ptr + cols, tl.sum(lost, 0), mask=cols < m)
-    return tl.sum(lost, 1)
+
+def gradient_operands(g: Tensor, launch: Launch, descriptors: bool) -> tuple[Any, Tensor]:
+    """-> a chunk of G for whole tiles and for strips."""
+    if not descriptors:
+        return g, g
+    return TensorDescriptor.from_tensor(g, [launch.block_n, launch.block_m]), g
 
 
 def products(
@@ -111,109 +117,56 @@ def products(
     factor: Tensor,
     offset: int,
     plan: Plan,
-    fill: Callable[[Chunk, Target], None],
-    total: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+    fill: Callable[[Chunk, Tensor, Tensor], None],
+    shares: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Let ``fill`` write each chunk of G and accumulate both products.
 
     Where one chunk holds all of G that is four launches: ``fill``, two products, the finish.
 
     Args:
-        x, y: features [N, D], [M, D].
+        x, y: features [N, D], [M, D], neither empty.
         factor: scalar on their device, applied to the fp32 sums before they are rounded.
         offset: row i's partner is column i + offset.
         plan: from ``plan(x, y, launch)``.
-        fill: ``fill(chunk, target)`` launches a kernel that ends in ``store_gradient``.
-        total: values [tiles] that ``fill`` writes and a scalar [] that takes their sum, both fp32.
+        fill: ``fill(chunk, g, entries)`` launches a kernel that writes a chunk of G (whole tiles; 0
+            past the end and at the positives), and the entries [N] of the positives it holds.
+        shares: fp32 [tiles], written by ``fill``.
     Returns:
-        dx [N, D], dy [M, D] in the features' dtype.
+        dx [N, D], dy [M, D] in the features' dtype, and the sum of the shares, fp32 [].
     """
+    (n, d), m = x.shape, len(y)
     dx, dy = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, y))
-    if dx.numel() == 0 or dy.numel() == 0:
-        return dx.zero_(), dy.zero_()
-    scratch = _Scratch(x, y, plan)
+    wide = {"dtype": torch.float32, "device": x.device}
+    entries, total = torch.empty(n, **wide), torch.empty((), **wide)
+    scratch = x.new_empty(plan.rows * plan.cols)
+    sum_x, sum_y = torch.empty((min(plan.rows, n), d), **wide), torch.empty((m, d), **wide)
     # Where a caller runs the backward pass under autocast, fp32 products must stay fp32.
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         for chunk in plan.chunks():
             rows, cols = chunk.rows, chunk.cols
-            target = scratch.target(chunk)
-            fill(chunk, target)
-            scratch.keep_lost(chunk, target)
-            height = rows.stop - rows.start
-            g = target.g[:height, : cols.stop - cols.start]
-            _multiply(scratch.sum_x[:height], g, y[cols], accumulate=cols.start > 0)
-            _multiply(scratch.sum_y[cols], g.T, x[rows], accumulate=rows.start > 0)
-            if cols.stop == plan.m:
-                _finish(scratch, rows, (dx, dy), (x, y), factor, offset, total)
-    return dx, dy
-
-
-class _Scratch:
-    """The buffers of one backward pass, used again by each chunk.
-
-    ``lost_x``, ``lost_y`` [blocks, N], [blocks, M]: what rounding lost, still to be summed over
-    blocks. Those of a single chunk are as its kernel wrote them.
-    """
-
-    def __init__(self, x: Tensor, y: Tensor, plan: Plan) -> None:
-        self.plan, self.half = plan, x.dtype != torch.float32
-        n, m, d = plan.n, plan.m, x.shape[1]
-        tall, wide = plan.rows // plan.block_n, plan.cols // plan.block_m
-        self.whole = plan.rows >= n and plan.cols >= m
-        lost = (wide * min(plan.rows, n), tall * min(plan.cols, m)) if self.half else (0, 0)
-        self.g = x.new_empty(plan.rows * plan.cols)
-        self.sum_x, self.sum_y, self.row_lost, self.column_lost = (
-            x.new_empty(shape, dtype=torch.float32)
-            for shape in ((min(plan.rows, n), d), (m, d), *lost)
-        )
-        if self.whole and self.half:
-            self.lost_x, self.lost_y = self.row_lost.view(wide, n), self.column_lost.view(tall, m)
-        else:
-            self.lost_x, self.lost_y = (x.new_empty((1, k), dtype=torch.float32) for k in (n, m))
-
-    def target(self, chunk: Chunk) -> Target:
-        height = triton.cdiv(chunk.rows.stop - chunk.rows.start, self.plan.block_n)
-        width = triton.cdiv(chunk.cols.stop - chunk.cols.start, self.plan.block_m)
-        shape = height * self.plan.block_n, width * self.plan.block_m
-        g = self.g[: shape[0] * shape[1]].view(shape)
-        return Target(g, self.row_lost, self.column_lost)
-
-    def keep_lost(self, chunk: Chunk, target: Target) -> None:
-        """Sum a chunk's ``lost`` before the next one overwrites it."""
-        if self.whole or not self.half:
-            return
-        rows, cols, block = chunk.rows, chunk.cols, 64
-        height, width = rows.stop - rows.start, cols.stop - cols.start
-        lost_kernel[(triton.cdiv(height, block) + triton.cdiv(width, block),)](
-            target.row_lost, self.lost_x[0, rows], target.g.shape[1] // self.plan.block_m, height,
-            target.column_lost, self.lost_y[0, cols], target.g.shape[0] // self.plan.block_n, width,
-            ADD_ROWS=cols.start > 0, ADD_COLUMNS=rows.start > 0, BLOCK=block,
-        )  # fmt: skip
-
-
-def _finish(
-    scratch: _Scratch,
-    rows: slice,
-    grads: tuple[Tensor, Tensor],
-    features: tuple[Tensor, Tensor],
-    factor: Tensor,
-    offset: int,
-    total: tuple[Tensor, Tensor] | None,
-) -> None:
-    """Finish dx of these rows and, where they are the last, dy and the total."""
-    (dx, dy), (x, y), block_n, block_d = grads, features, 16, 128
-    height, (m, d) = rows.stop - rows.start, dy.shape
-    shares, out = total or (None, None)
-    programs = triton.cdiv(height, block_n)
-    if rows.stop == scratch.plan.n:
-        programs += triton.cdiv(m, block_n) + (total is not None)
-    finish_kernel[(programs, triton.cdiv(d, block_d))](
-        scratch.sum_x, scratch.lost_x[:, rows], len(scratch.lost_x), dx[rows], height,
-        scratch.sum_y, scratch.lost_y, len(scratch.lost_y), dy, m,
-        x, y, factor, shares, out, 0 if shares is None else len(shares),
-        len(x), d, rows.start, offset, *x.stride(), *y.stride(),
-        HALF=scratch.half, BLOCK_N=block_n, BLOCK_D=block_d,
-    )  # fmt: skip
+            height, width = rows.stop - rows.start, cols.stop - cols.start
+            shape = [
+                triton.cdiv(size, block) * block
+                for size, block in ((height, plan.block_n), (width, plan.block_m))
+            ]
+            g = scratch[: shape[0] * shape[1]].view(shape)
+            fill(chunk, g, entries)
+            g = g[:height, :width]
+            _multiply(sum_x[:height], g, y[cols], accumulate=cols.start > 0)
+            _multiply(sum_y[cols], g.T, x[rows], accumulate=rows.start > 0)
+            if cols.stop < m:
+                continue
+            programs = triton.cdiv(height, FINISH.block_n)
+            if rows.stop == n:  # dy and the total too
+                programs += triton.cdiv(m, FINISH.block_n) + 1
+            finish_kernel[(programs, triton.cdiv(d, FINISH.block_d))](
+                sum_x, dx[rows], height, sum_y, dy, m,
+                x, y, factor, entries, shares, len(shares), total,
+                n, d, rows.start, offset, *x.stride(), *y.stride(),
+                BLOCK_N=FINISH.block_n, BLOCK_D=FINISH.block_d, **FINISH.options,
+            )  # fmt: skip
+    return dx, dy, total
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
@@ -223,3 +176,63 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
     else:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+
+
+@triton.jit
+def _finish_side(
+    program, sum_ptr, other_ptr, entry_ptr, factor, grad_ptr,
+    n, m, d, first, offset, shift,
+    stride_other_m, stride_other_d,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows first + [0, n) of one gradient; the partner of row i is row i + offset of [M, D], their
+    entry is at i + shift."""
+    rows = program * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (rows[:, None] < n) & (depth[None, :] < d)
+    at = rows.to(tl.int64)[:, None] * d + depth[None, :]
+    partner = rows.to(tl.int64) + first + offset
+    paired = (rows < n) & (partner >= 0) & (partner < m)
+    other_at = partner[:, None] * stride_other_m + depth[None, :].to(tl.int64) * stride_other_d
+    other = tl.load(other_ptr + other_at, mask=paired[:, None] & mask, other=0.0)
+    entry = tl.load(entry_ptr + rows + first + shift, mask=paired, other=0.0)
+    value = tl.load(sum_ptr + at, mask=mask, other=0.0) + entry[:, None] * other.to(tl.float32)
+    tl.store(grad_ptr + at, (value * factor).to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+FINISH_SIZES = ["rows", "cols", "tiles", "n", "first", "offset"]
+
+
+@triton.jit(do_not_specialize=FINISH_SIZES, do_not_specialize_on_alignment=["dx_ptr"])
+def finish_kernel(
+    sum_x_ptr, dx_ptr, rows,  # [rows, D]
+    sum_y_ptr, dy_ptr, cols,  # [M, D]
+    x_ptr, y_ptr, factor_ptr, entry_ptr,  # [N, D], [M, D], [], [N]
+    share_ptr, tiles, total_ptr,  # [tiles], []
+    n, d, first, offset,  # row i of dx is row first + i of x
+    stride_x_n, stride_x_d, stride_y_m, stride_y_d,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """grad = factor (sum + entry * the partner's features), rounded once; total = sum of shares.
+
+    The grid says how much of it: rows of dx, then of dy, then the total, by tiles of D.
+    """
+    program = tl.program_id(0)
+    programs_x, programs_y = tl.cdiv(rows, BLOCK_N), tl.cdiv(cols, BLOCK_N)
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if program < programs_x:
+        _finish_side(
+            program, sum_x_ptr, y_ptr, entry_ptr, factor, dx_ptr,
+            rows, cols, d, first, offset, 0, stride_y_m, stride_y_d, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    elif program < programs_x + programs_y:
+        _finish_side(
+            program - programs_x, sum_y_ptr, x_ptr, entry_ptr, factor, dy_ptr,
+            cols, n, d, 0, -offset, -offset, stride_x_n, stride_x_d, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    elif tl.program_id(1) == 0:
+        total = tl.zeros((1024,), tl.float32)
+        for start in range(0, tiles, 1024):
+            at = start + tl.arange(0, 1024)
+            total += tl.load(share_ptr + at, mask=at < tiles, other=0.0)
+        tl.store(total_ptr, tl.sum(total))

@@ -1,5 +1,5 @@
-"""Every row of the launch table compiles without a GPU and keeps its promise: no spills, the
-tensor core, shared memory and registers for the CTAs it counts on."""
+"""Facts of the compiled kernels, without a GPU: every row of the launch table keeps its promise,
+and the hot paths on Hopper spend their time as ``make kernels`` says."""
 
 import json
 import os
@@ -9,36 +9,79 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
+# In fresh processes: kernels of the interpreter do not compile.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
 
-def _report(*arguments):
-    # In a fresh process: kernels of the interpreter do not compile.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "protoclip.kernels.compile_report", "--json", *arguments]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def costs():
+    """What ``make kernels`` finds, every architecture."""
+    command = [sys.executable, "-m", "protoclip.kernels.compile_report", "--json"]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert run.stdout, run.stderr
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("kernel", ["forward", "gradient", "stashing", "stashed", "sigmoid"])
-def test_every_row_keeps_its_promise(kernel):
-    from protoclip.kernels import launch
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+def test_every_row_keeps_its_promise(costs, arch):
+    """No spills, the tensor core, shared memory and registers for the CTAs it counts on."""
+    found = [c for c in costs if c["case"]["arch"] == arch]
+    kernels = {c["kernel"].removesuffix("_kernel") for c in found}
+    tiled = {"forward", "gradient", "sigmoid", "attention", "weights"}
+    assert kernels >= tiled | {"merge", "extremes", "finish", "product"}
+    assert [c for c in found if c["problems"]] == []
+    for c in found:
+        assert c["registers"] <= 255
+        if c["kernel"] in ("forward_kernel", "gradient_kernel", "sigmoid_kernel"):
+            assert c["local_bytes"] == 0, c  # of the others, none in a loop
 
-    costs = _report("--kernel", kernel)
-    assert {c["case"]["arch"] for c in costs} == set(launch.CARDS)
-    assert sum(c["case"]["whole"] for c in costs) == sum(row[0] == kernel for row in launch.rows())
-    assert [c for c in costs if c["problems"]] == []
-    for c in costs:
-        assert c["local_bytes"] == 0 and c["registers"] <= 255
-        half = c["case"]["dtype"] != "fp32"
-        assert c["instruction"] == (launch.CARDS[c["case"]["arch"]].tensor_core if half else "fma")
+
+# Hopper. depth, kernel -> form, exponentials a thread, least busy share of the tensor cores,
+# most barriers of a tile (8 are the aim; what is above are Triton's own, for vectors that change
+# their layout), most shared memory and shuffle time as a share of the products'.
+HOT = {
+    (512, "forward_kernel"): ("large", 64, 0.85, 11, 0.30),
+    (512, "gradient_kernel"): ("large", 128, 0.60, 8, 0.25),
+    (128, "forward_kernel"): ("large", 64, 0, 11, None),
+    (128, "gradient_kernel"): ("large", 64, 0, 9, None),
+    (128, "attention_kernel"): ("soft", 64, 0.60, 8, 0.25),
+    (256, "attention_kernel"): ("soft", 32, 0.60, 8, 0.25),
+}
 
 
-def test_the_small_kernels_compile():
-    names = "merge", "merge_all", "lost", "finish"
-    costs = _report(*(word for name in names for word in ("--kernel", name)))
-    assert len(costs) == 4 * 4
-    assert [c for c in costs if c["problems"]] == []
+@pytest.mark.parametrize("depth, kernel", HOT)
+def test_hot_paths_on_hopper(costs, depth, kernel):
+    import triton
+
+    if not triton.__version__.startswith("3.9"):
+        pytest.skip(f"the counts are those of Triton 3.9, this is {triton.__version__}")
+    form, exponentials, busy, barriers, shared = HOT[depth, kernel]
+    case = {"form": form, "arch": 90, "dtype": "bf16", "depth": depth}
+    (cost,) = (c for c in costs if c["kernel"] == kernel and case.items() <= c["case"].items())
+    path, counts = cost["path"], cost["path"]["counts"]
+    assert exponentials <= counts["MUFU"] <= 1.05 * exponentials
+    assert counts["LDG"] == 0 and counts["F2F"] == 0 and path["local_in_loops"] == 0
+    assert counts["BAR"] <= barriers
+    assert cost["busy"] >= busy
+    if shared is not None:
+        port_clk = 4 * (counts["SHFL"] + counts["LDS"] + counts["STS"]) * cost["warps"] / 4
+        assert port_clk <= shared * path["product_clk"]
+
+
+def test_the_model_meets_public_measurements(costs):
+    """Plain products: 498 TFLOP/s at 128 x 128, where L2 is the bound, 704 at 128 x 256."""
+    tiles = {c["case"]["form"]: c["path"] for c in costs if c["kernel"] == "gemm_kernel"}
+    for path in tiles.values():
+        assert path["prologue_clk"] + path["epilogue_clk"] < 0.05 * path["product_clk"]
+    code = (
+        "from protoclip.kernels import compile_report as r\n"
+        "for form in r.MEASURED:\n"
+        "    (cost,) = r.costs(r.Case('gemm', form, 90, 'bf16', 8192))\n"
+        "    print(r.bound(cost, 8192, 8192, 8192).tflops / r.MEASURED[form][1])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True)
+    ratios = [float(line) for line in run.stdout.split()]
+    assert len(ratios) == 2 and all(abs(ratio - 1) < 0.3 for ratio in ratios), run.stderr
 
 
 def test_a_row_that_breaks_its_promise_is_named():
@@ -46,11 +89,47 @@ def test_a_row_that_breaks_its_promise_is_named():
     code = (
         "from protoclip.kernels import compile_report as r, launch\n"
         "row = launch.Launch(256, 128, 64, warps=4, stages=3, ctas_per_sm=2)\n"
-        "print('; '.join(r.cost(r.Case('forward', 90, 'bf16', 'pointers', row)).problems))"
+        "launch.HALF['forward'][90] = row\n"
+        "costs = r.costs(r.Case('info_nce', 'small', 90, 'bf16', 128))\n"
+        "print(next('; '.join(c.problems) for c in costs if c.kernel == 'forward_kernel'))"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True
     )
     assert "bytes of local memory a thread" in run.stdout, run.stderr
     assert "the row promises 2" in run.stdout
+
+
+def test_cards_without_rows_of_their_own():
+    """Relatives' rows serve them; what cannot run is refused in words."""
+    from protoclip.kernels import launch
+
+    relatives = {86: 89, 87: 89, 103: 100, 120: 89, 121: 89, 90: 90, 70: None, 75: None}
+    assert {arch: launch.served_as(arch) for arch in relatives} == relatives
+    assert launch.why_not((8, 6)) is None
+    assert "compute capability 8.0, this card has 7.5" in launch.why_not((7, 5))
+    assert "AMD" in launch.why_not((9, 4), hip="6.4")
+    for table in (*launch.HALF.values(), launch.ATTENTION, launch.CHUNKED):
+        assert set(table) == set(launch.CARDS)
+
+
+def test_no_slice_compiles_again():
+    """Another alignment of a vector, another first tile or chunk: the same compiled kernel."""
+    code = (
+        "import torch\n"
+        "from protoclip.kernels import compile_report as r, info_nce, waves\n"
+        "waves.SIDE, waves.SCRATCH_BYTES = 256, 256 * 256 * 2\n"
+        "n, x = 1027, torch.zeros(1031, 64, dtype=torch.bfloat16)\n"
+        "w = torch.ones(1031)\n"
+        "with r.recording(90) as found:\n"
+        "    for offset in (0, 3):\n"
+        "        info_nce.contrastive_bwd(\n"
+        "            x[:n], x, w[0], w[1:1028], w[:n], w, w, w[:n], w, offset)\n"
+        "kernels = [k for name, k, _ in found if name == 'gradient_kernel']\n"
+        "print(len(kernels), len({id(k) for k in kernels}))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    launches, compiled = map(int, run.stdout.split()) if run.stdout else (0, 0)
+    assert launches > 20 and compiled == 1, run.stderr

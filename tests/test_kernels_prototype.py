@@ -212,7 +212,7 @@ def test_opcheck_and_compile():
 
 @pytest.mark.parametrize("row_tiles", [1, 4, 131, 157, 5000])
 def test_key_slices_fill_the_card_and_keep_four_tiles_each(row_tiles):
-    from protoclip.kernels.prototype_tiles import key_slices
+    from protoclip.kernels.prototype_cross_entropy import key_slices
 
     assert key_slices(row_tiles, 3, 132) == 1
     slices = key_slices(row_tiles, 157, 132)

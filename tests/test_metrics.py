@@ -149,29 +149,30 @@ def test_accuracy_against_sklearn(monkeypatch):
     logits = torch.randn(300, 12, generator=g)
     labels = torch.randint(0, 11, (300,), generator=g)  # class 11 does not occur
     got = metrics.classify(logits, labels, 12, lambda rows: rows)
-    guess = logits.argmax(1)
-    assert got.acc1 == pytest.approx(scores.accuracy_score(labels, guess))
+    found, guess = got.summary(), logits.argmax(1)
+    assert found["acc1"] == pytest.approx(scores.accuracy_score(labels, guess))
     top5 = scores.top_k_accuracy_score(labels, logits, k=5, labels=range(12))
-    assert got.acc5 == pytest.approx(top5)
+    assert found["acc5"] == pytest.approx(top5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sklearn notes that class 11 is guessed, never true
         want = scores.balanced_accuracy_score(labels, guess)
-    assert got.mean_per_class_recall == pytest.approx(want)
-    assert got.hits.tolist() == (guess == labels).float().tolist()
+    assert found["mean_per_class_recall"] == pytest.approx(want)
+    assert got.hits(1).tolist() == (guess == labels).float().tolist()
     monkeypatch.setattr(metrics, "BLOCK_ELEMENTS", 64)
     blocks = metrics.classify(logits, labels, 12, lambda rows: rows)
-    assert torch.equal(blocks.hits, got.hits) and torch.equal(blocks.hits5, got.hits5)
+    assert torch.equal(blocks.rank, got.rank)
 
 
 def test_accuracy_edges():
     def accuracy(logits, labels):
-        return metrics.classify(logits, labels, logits.shape[1], lambda rows: rows)
+        return metrics.classify(logits, labels, logits.shape[1], lambda rows: rows).summary()
 
     flat = accuracy(torch.zeros(4, 9), torch.tensor([0, 1, 2, 3]))
-    assert flat.acc1 == 0  # a classifier that cannot tell scores no point for class 0
-    assert math.isnan(accuracy(torch.zeros(0, 9), torch.zeros(0, dtype=torch.long)).acc1)
-    assert math.isnan(accuracy(torch.eye(3), torch.arange(3)).acc5)
-    assert accuracy(torch.full((1, 6), torch.nan), torch.tensor([0])).acc5 == 0
+    assert flat["acc1"] == 0  # a classifier that cannot tell scores no point for class 0
+    none = accuracy(torch.zeros(0, 9), torch.zeros(0, dtype=torch.long))
+    assert all(map(math.isnan, none.values()))
+    assert math.isnan(accuracy(torch.eye(3), torch.arange(3))["acc5"])
+    assert accuracy(torch.full((1, 6), torch.nan), torch.tensor([0]))["acc5"] == 0
     with pytest.raises(ValueError, match=r"0..2, found 0..3"):
         accuracy(torch.eye(3), torch.tensor([0, 1, 3]))
 
@@ -209,7 +210,7 @@ def test_linear_probe_edges():
     x, y = blobs()
     x = torch.cat([x, torch.full((len(x), 1), 1e6)], dim=1)
     logits, _ = metrics.fit_linear_probe(x, y, 8)  # classes 6 and 7 do not occur
-    assert metrics.classify(x, y, 8, logits).acc1 > 0.8
+    assert metrics.classify(x, y, 8, logits).summary()["acc1"] > 0.8
     assert torch.isfinite(logits(x + 1.0)).all()
     for rows, labels, classes, words in (
         (x.masked_fill(x > 0, torch.nan), y, 6, "NaN or infinity"),
@@ -240,7 +241,7 @@ def test_paper_probe_is_plain_sgd_and_takes_the_best_epoch():
             F.cross_entropy(layer(image[rows]), ids[rows]).backward()
             sgd.step()
         shares.append(float((layer(image).argmax(1) == ids).double().mean()))
-    assert got.acc1 == pytest.approx(max(shares), abs=1e-6)
+    assert got.summary()["acc1"] == pytest.approx(max(shares), abs=1e-6)
     assert epoch == int(np.argmax(shares)) + 1
 
 

@@ -75,7 +75,6 @@ def test_it_learns_and_leaves_a_whole_run_folder(tmp_path):
         # Before the batch size, which 5 samples do not fill.
         (["--train-data", "builtin:shapes:5", "--model", "no-such-model"], "no-such-model"),
         (["--kmeans-backend", "cuda"], "--kmeans-backend auto"),
-        (["--kmeans-backend", "faiss", "--kmeans-init", "k-means++"], "--kmeans-init k-means++"),
         ([*CLIP, "--w-clip", "0"], "another loss with a weight"),
         (["--w-clip", "0", "--w-proto", "0", "--w-proto-external", "0"], "another loss"),
         (["--w-clip", "0", "--w-proto", "0", "--external-teacher", "none"], "no external teacher"),

@@ -102,36 +102,50 @@ def retrieval(image: Tensor, text: Tensor, caption_image: Tensor | None = None) 
     check("retrieval: captions", text, caption_image, len(image))
     owner, z_image, z_text = caption_image.to(image.device), unit(image), unit(text)
     return Retrieval(
-        image_to_text=_ranks(z_image, z_text, images, owner),
-        text_to_image=_ranks(z_text, z_image, owner, images),
+        image_to_text=_ranks(z_image, lambda rows: rows @ z_text.T, images, owner),
+        text_to_image=_ranks(z_text, lambda rows: rows @ z_image.T, owner, images),
     )
 
 
-def _ranks(queries: Tensor, items: Tensor, query_id: Tensor, item_id: Tensor) -> Tensor:
-    """Rank of the best item with the query's id; queries [Q, D], items [P, D] -> float32 [Q]."""
+def _ranks(queries: Tensor, score: Score, query_id: Tensor, item_id: Tensor) -> Tensor:
+    """Rank of the best item with the query's id, float32 [Q]; items [P] are known by their score.
+
+    A tie costs half a place. Rank infinity: no such item, or a score that is not finite.
+    """
     ranks = queries.new_full((len(queries),), torch.inf, dtype=torch.float32)
-    if len(items) == 0:
-        return ranks
-    step = rows_per_block(len(items))
-    for start in range(0, len(queries), step):
-        scores = queries[start : start + step] @ items.T  # [b, P]
+    step = rows_per_block(len(item_id))
+    for start in range(0, len(queries) if len(item_id) else 0, step):
+        scores = score(queries[start : start + step])  # [b, P]
         positive = query_id[start : start + step, None] == item_id  # [b, P]
         best = scores.masked_fill(~positive, -torch.inf).amax(1)
-        scores.masked_fill_(positive, torch.nan)  # a positive never stands before a positive
+        scores = scores.masked_fill(positive, torch.nan)  # never stands before a positive
         ahead = (scores > best[:, None]).sum(1) + 0.5 * (scores == best[:, None]).sum(1)
-        ranks[start : start + step] = torch.where(best.isinf() | best.isnan(), torch.inf, ahead + 1)
+        ranks[start : start + step] = torch.where(best.isfinite(), ahead + 1, torch.inf)
     return ranks
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Scores of one classifier on one set, as shares of 1."""
+    """How one classifier did on one set."""
 
-    acc1: float
-    acc5: float  # NaN with fewer than five classes
-    mean_per_class_recall: float  # over the classes that occur
-    hits: Tensor  # float32 [N], 1.0 where the first guess is right
-    hits5: Tensor  # float32 [N], 1.0 where the class is among the first five; [0] without top-5
+    rank: Tensor  # float32 [N], of each sample's own class, from 1; a tie costs half a place
+    labels: Tensor  # int64 [N]
+    num_classes: int
+
+    def hits(self, k: int) -> Tensor:
+        """1.0 where the class is among the first ``k``, float32 [N]."""
+        return (self.rank <= k).float()
+
+    def summary(self) -> dict[str, float]:
+        """Shares of 1 under CLIP_benchmark's names. No samples: NaN; fewer than five classes: no
+        top-5 (NaN); the mean per class recall is over the classes that occur."""
+        hits, size = self.hits(1).double(), torch.bincount(self.labels, minlength=self.num_classes)
+        recall = hits.new_zeros(self.num_classes).index_add_(0, self.labels, hits) / size
+        return {
+            "acc1": float(hits.mean()),
+            "acc5": float(self.hits(5).double().mean()) if self.num_classes >= 5 else math.nan,
+            "mean_per_class_recall": float(recall[size > 0].mean()),
+        }
 
 
 def class_vectors(prompts: Tensor) -> Tensor:
@@ -145,36 +159,11 @@ def zero_shot_logits(image: Tensor, vectors: Tensor) -> Tensor:
 
 
 def classify(features: Tensor, labels: Tensor, num_classes: int, score: Score) -> Accuracy:
-    """Scores of the classifier ``score``, a block of rows at a time: [N, C] is never held.
-
-    Ties go to the other classes, half a place each. No samples: NaN; fewer than five classes: no
-    top-5 (NaN), as in CLIP_benchmark.
-
-    Args:
-        features: [N, D].
-        labels: int64 [N] in 0 .. C - 1.
-        num_classes: C.
-        score: the classifier.
-    """
+    """Judge the classifier ``score`` on features [N, D] with labels int64 [N] in 0 .. C - 1."""
     check("classify", features, labels, num_classes)
-    if len(features) == 0:
-        none = features.new_zeros(0)
-        return Accuracy(math.nan, math.nan, math.nan, none, none)
     labels = labels.to(features.device)
-    ranks, step = [], rows_per_block(num_classes)
-    for rows, ids in zip(features.split(step), labels.split(step), strict=True):
-        logits = score(rows)  # [b, C]
-        own = logits.gather(1, ids[:, None])  # [b, 1]
-        rank = 1 + (logits > own).sum(1) + 0.5 * ((logits == own).sum(1) - 1)
-        ranks.append(torch.where(own[:, 0].isnan(), torch.inf, rank))
-    rank = torch.cat(ranks)
-    hits = (rank <= 1).double()
-    support = torch.bincount(labels, minlength=num_classes)
-    right = hits.new_zeros(num_classes).index_add_(0, labels, hits)
-    recall = (right / support)[support > 0].mean()
-    hits5 = (rank <= 5).float() if num_classes >= 5 else rank.new_zeros(0, dtype=torch.float32)
-    acc5 = float(hits5.double().mean())  # of none: NaN
-    return Accuracy(float(hits.mean()), acc5, float(recall), hits.float(), hits5)
+    classes = torch.arange(num_classes, device=features.device)
+    return Accuracy(_ranks(features, score, labels, classes), labels, num_classes)
 
 
 def fit_linear_probe(
@@ -320,7 +309,7 @@ def paper_linear_probe(
             got = classify(
                 test_features.float(), test_labels, num_classes, lambda z: F.linear(z, weight, bias)
             )
-        if best is None or got.acc1 > best[0].acc1:
+        if best is None or got.hits(1).sum() > best[0].hits(1).sum():
             best = got, epoch
     assert best is not None
     return best

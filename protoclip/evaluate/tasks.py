@@ -513,26 +513,25 @@ def _score(
             values["text_uniformity"] = metrics.uniformity(one.text)
         values["image_uniformity"] = metrics.uniformity(one.image)
 
-    def add(name: str, got: Accuracy, ids: Tensor) -> None:
-        for score in ("acc1", "acc5", "mean_per_class_recall"):
-            values[name + score] = getattr(got, score)
-        hits[f"{name}acc1"] = got.hits.cpu()
-        sampled[f"{name}mean_per_class_recall"] = Sampled(got.hits, ids)
-        if len(got.hits5):
-            sampled[f"{name}acc5"] = Sampled(got.hits5)
+    def add(name: str, got: Accuracy) -> None:
+        for score, value in got.summary().items():
+            values[name + score] = value
+        hits[f"{name}acc1"] = got.hits(1).cpu()
+        sampled[f"{name}mean_per_class_recall"] = Sampled(got.hits(1), got.labels)
+        if got.num_classes >= 5:
+            sampled[f"{name}acc5"] = Sampled(got.hits(5))
 
     for label, known in one.labels.items():
         if "zeroshot" in tasks and label in one.class_vectors:
             score = partial(metrics.zero_shot_logits, vectors=one.class_vectors[label])
-            got = metrics.classify(one.image, known.ids, len(known.names), score)
-            add(f"{label}/", got, known.ids)
+            add(f"{label}/", metrics.classify(one.image, known.ids, len(known.names), score))
         judged, ids = one.image, known.ids
         if one.probe_rows is not None:
             judged, ids = judged[one.probe_rows], ids[one.probe_rows]
         for prefix, judge in learned.get(label, {}).items() if one.probes else ():
             got, settings = judge(judged, ids)
             values |= {f"{label}/{prefix}{name}": value for name, value in settings.items()}
-            add(f"{label}/{prefix}", got, ids)
+            add(f"{label}/{prefix}", got)
         if "grouping" in tasks and len(known.ids) > 1:
             for name, value in metrics.group_scores(one.image, known.ids).items():
                 values[f"{label}/{name}"] = value

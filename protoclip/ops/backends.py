@@ -49,7 +49,9 @@ def _no_triton() -> str | None:
         importlib.import_module("triton")
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    return None if torch.cuda.is_available() else _no_interpreter()
+    if not torch.cuda.is_available():
+        return _no_interpreter()
+    return importlib.import_module("protoclip.kernels.launch").why_not()
 
 
 def _no_interpreter() -> str | None:
@@ -66,7 +68,10 @@ def _from(module: str) -> Callable[[str], Callable]:
 
 
 def _triton(op: str) -> Backend:
-    return Backend(_from(f"protoclip.kernels.{op}"), ("cuda", "cpu"), FLOATS, _no_triton)
+    # CPU tensors are for Triton's interpreter only.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    devices = ("cuda", "cpu") if interpreted else ("cuda",)
+    return Backend(_from(f"protoclip.kernels.{op}"), devices, FLOATS, _no_triton)
 
 
 REFERENCE = Backend(_from("protoclip.ops.reference"), None, ANY_FLOAT, _always)

@@ -29,8 +29,6 @@ from protoclip.ops.backends import (
 
 LN2 = math.log(2.0)
 FUSED_LOSS = ("triton",)  # backends whose kernels also take the loss, and weigh its gradient
-# Backends with a stash: True where it costs no bit, so that they keep it unless told not to.
-KEEP_LOGITS = {"cpu": True, "triton": False}
 
 
 def _fwd(x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool, backend: str):
@@ -67,15 +65,9 @@ def _direction_weight(reduction: str, n: int, columns: bool) -> float:
 
 def _stash_size(x: Tensor, y: Tensor, backend: str, stash: bool):
     """Elements, int16, of what a backend keeps of the logits where it is asked to."""
-    if not stash or backend not in KEEP_LOGITS:
+    if not stash or backend != "cpu":
         return 0
     return implementation("info_nce", backend, "stash_size")(x.shape[0], y.shape[0])
-
-
-def _new_stash(x: Tensor, size: int, backend: str) -> Tensor:
-    if size and backend == "cpu":
-        return implementation("info_nce", backend, "pooled")(size)
-    return x.new_empty(size, dtype=torch.int16)
 
 
 def _contrastive(
@@ -93,12 +85,14 @@ def _contrastive(
     The loss of a row; with columns, which takes as many as rows, half the sum of both directions.
     [N], or [] for "mean" and "sum"."""
     size = _stash_size(x, y, backend, stash)
-    kept = _new_stash(x, size, backend)
+    kept = x.new_empty(0, dtype=torch.int16)
+    if size:
+        kept = implementation("info_nce", backend, "pooled")(size)
     options = {"kept": kept} if size else {}
     weight, summed = _direction_weight(reduction, x.shape[0], columns), reduction != "none"
     if backend in FUSED_LOSS:
         fused = implementation("info_nce", backend, "contrastive")
-        return *fused(x, y, scale, offset, columns, weight, summed, **options), kept
+        return *fused(x, y, scale, offset, columns, weight, summed), kept
     run = implementation("info_nce", backend, "contrastive_fwd")
     stats = run(x, y, scale, offset, columns, **options)
     return _pair_losses(stats, weight, summed), *stats[:4], kept
@@ -197,12 +191,9 @@ def info_nce(
         reduction: "mean", "sum", or "none" for one value a pair.
         backend: "auto", or one of ``protoclip.backends("info_nce")``, which never falls back.
         stash: whether the forward pass may keep logits, so that the backward pass need not form
-            them again: 3 matrix products in all, not 4. None: only where gradients keep their
-            bits, which is "cpu", in fp32 and at most 64 MiB (N = 4,096; beyond, nothing is kept).
-            True: "triton" too, in 2 bytes each and at most 2 GiB (N = 32,768); in the gradients
-            each negative's probability is off by up to 0.07 % at any scale (its base-2 logit by
-            2^-10), a third of what bf16 features round anyway, but far more than float32 features
-            do. False: never, the least memory. The loss is the same in all cases.
+            them again: 3 matrix products in all, not 4. Only "cpu" does, in fp32 and at most 64 MiB
+            (N = 4,096; beyond, nothing is kept), where gradients keep their bits. None or True:
+            where that is possible. False: never, the least memory.
     Returns:
         float32 (float64 for float64 input), nats: [] or, for "none", [N], half the sum of the two
         directions. N = 0 gives 0.
@@ -222,8 +213,7 @@ def info_nce(
         with without_autocast(x.device.type):
             losses = reference.info_nce(*inputs)
         return reduce(losses, reduction, len(losses))
-    keep = KEEP_LOGITS.get(name, False) if stash is None else stash
-    keep = keep and wants_gradient(*inputs)
+    keep = stash is not False and wants_gradient(*inputs)
     return torch.ops.protoclip.contrastive(*inputs, 0, True, reduction, name, keep)[0]
 
 

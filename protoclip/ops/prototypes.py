@@ -30,18 +30,21 @@ from protoclip.ops.backends import (
 COLDEST = 1e-30  # the least temperature: fp32 logits would overflow below
 
 
-def _fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend):
+def _fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend, need_dscale=True):
     """S banks; ``targets[b]`` is [0, D] for hard labels.
 
     -> loss [S, N] (0 where ignored), gradient sum_k p_k C_k - m_y [S, N, D] (0 where ignored;
     [S, 0, D] without need_grad), argmax int64 [S, N] ([S, 0] without need_nearest), row_max,
     row_sum [S, N]: statistics in the units of the backend's own backward, and h.gradient [S, N]
-    ([S, 0] without need_grad), the gradient of the scale."""
+    ([S, 0] without need_grad), the gradient of the scale (rounded without need_dscale)."""
     run = implementation("prototype_cross_entropy", backend, "prototype_ce_fwd_banks")
-    return run(h, prototypes, targets, labels, scale, need_grad, need_nearest)
+    options = {"need_dscale": need_dscale} if backend == "triton" else {}
+    return run(h, prototypes, targets, labels, scale, need_grad, need_nearest, **options)
 
 
-def _fake_fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend):
+def _fake_fwd(
+    h, prototypes, targets, labels, scale, need_grad, need_nearest, backend, need_dscale=True
+):
     (n, d), s = h.shape, len(prototypes)
     wide = accumulator(h)
     row = h.new_empty((s, n), dtype=wide)
@@ -74,7 +77,7 @@ def _fake_bwd_prototypes(h, prototypes, *_):
 
 
 def _setup(ctx, inputs, output) -> None:
-    h, prototypes, targets, labels, scale, ctx.need_grad, _, ctx.backend = inputs
+    h, prototypes, targets, labels, scale, ctx.need_grad, _, ctx.backend, _ = inputs
     _, gradient, _, row_max, row_sum, scale_gradient = output
     ctx.set_materialize_grads(False)  # only the loss has a gradient: no zeros [S, N, D]
     ctx.hard = [len(m) == 0 for m in targets]
@@ -87,7 +90,7 @@ def _autograd(ctx, grad, *_):
     h, scale, gradient, row_max, row_sum, scale_gradient, *rest = ctx.saved_tensors
     banks = len(ctx.hard)
     if grad is None:
-        return None, [None] * banks, [None] * banks, [None] * banks, None, None, None, None
+        return None, [None] * banks, [None] * banks, [None] * banks, *(None,) * 5
     dh = dscale = None
     wanted_h, wanted_prototypes, _, _, wanted_scale, *_ = ctx.wanted
     if wanted_h or wanted_scale:
@@ -100,12 +103,12 @@ def _autograd(ctx, grad, *_):
         else None
         for b, (c, y) in enumerate(zip(rest[:banks], rest[banks:], strict=True))
     ]
-    return dh, prototype_grads, [None] * banks, [None] * banks, dscale, None, None, None
+    return dh, prototype_grads, [None] * banks, [None] * banks, dscale, *(None,) * 4
 
 
 define(
     "prototype_ce(Tensor h, Tensor[] prototypes, Tensor[] targets, Tensor[] labels, Tensor scale,"
-    " bool need_grad, bool need_nearest, str backend)"
+    " bool need_grad, bool need_nearest, str backend, bool need_dscale=True)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd,
     _fake_fwd,
@@ -295,6 +298,7 @@ def _rows(
         need_grad,
         need_nearest,
         name,
+        wants_gradient(scale),
     )
     return losses, nearest
 
