@@ -771,7 +771,7 @@ class Evaluation:
             return evaluate.evaluate_model(
                 model,
                 self.data,
-                encoder=replace(self.encoder(model), progress=bar.update),
+                encoder=replace(self.encoder(model), bar=bar),
                 seed=arguments.pop("seed"),
                 captions="first" if self.data.startswith("builtin:") else "all",
                 open_kwargs=arguments,

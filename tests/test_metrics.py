@@ -1,5 +1,6 @@
 """Metrics against hand-computed cases, plain definitions, scikit-learn and OpenCLIP."""
 
+import io
 import math
 import warnings
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import on_ranks
+from tqdm import tqdm
 
 from protoclip.config import ModelConfig
 from protoclip.evaluate import Encoder, EvalSet, class_prompts, evaluate_features, metrics
@@ -332,10 +334,10 @@ def on_a_rank(folder):
         Encoder(model, cpu, cache=cache).texts(["text 0", "text 1"])
     found = []
     for count in (1, 2, 7):
-        told = []
-        encoder = Encoder(model, cpu, 2, progress=told.append, cache=cache, sharded=True)
+        bar = tqdm(file=io.StringIO())
+        encoder = Encoder(model, cpu, 2, bar=bar, cache=cache, sharded=True)
         rows = encoder.texts([f"text {i}" for i in range(count)])
-        found.append((rows.numpy(), sum(told)))
+        found.append((rows.numpy(), bar.n))
     distributed.stop()
     return found
 
