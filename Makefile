@@ -25,7 +25,7 @@ parity:  ## every benchmark of `make bench` once: checked against fp64, not time
 
 faults:  ## kill a run twenty times and fill its disk, compare with one left alone; then every other fault
 	$(PYTHON) tests/fault_runs.py --kills 20 --ranks 1 2 --full-disk
-	$(PYTHON) -m pytest tests/test_faults_*.py
+	$(PYTHON) -m pytest tests/test_faults_*.py tests/test_checkpoint.py tests/test_run_folder.py tests/test_step.py
 
 bench:  ## parity, then speed; under six minutes on two cores
 	$(PYTHON) -m pytest benchmarks --benchmark-only $(if $(RECORD),--record $(RECORD))

@@ -10,6 +10,15 @@ namespace protoclip {
 
 using at::Tensor;
 
+// Calls f with a value of the element type, for the three types that the ops take.
+template <typename F>
+void with_dtype(at::ScalarType dtype, const F& f) {
+  if (dtype == at::kFloat) return f(float{});
+  if (dtype == at::kBFloat16) return f(at::BFloat16{});
+  TORCH_CHECK(dtype == at::kHalf, "expected float32, bfloat16 or float16, got ", dtype);
+  f(at::Half{});
+}
+
 // int16 elements that the products of N rows and M columns take; 0 where they are too many to keep.
 int64_t stash_size(int64_t n, int64_t m);
 // int16 [count], uninitialised, in memory that the next step gets again (memory_pool.h).

@@ -4,7 +4,6 @@
 // for a chunk of centroids; only those above the score of the best centroid measured so far are
 // measured themselves, as fp32 sums of (x - c)^2. On random data of D = 256, K = 1024 that is about
 // 4 centroids a point. Scores live in an [ROWS, chunk] scratch: never [N, K].
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -67,11 +66,11 @@ std::tuple<at::Tensor, at::Tensor> assign_in(const Frame& frame, const at::Tenso
       at::full({n}, std::numeric_limits<float>::quiet_NaN(), points.options().dtype(at::kFloat));
   if (n == 0 || !finite) return {labels, distances};
   const Centroids prepared(centroids, frame);
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, points.scalar_type(), "kmeans_assign", [&] {
-        assign<scalar_t>(points, prepared, codes, labels.mutable_data_ptr<int64_t>(),
-                         distances.mutable_data_ptr<float>());
-      });
+  const auto run = [&](auto type) {
+    assign<decltype(type)>(points, prepared, codes, labels.mutable_data_ptr<int64_t>(),
+                           distances.mutable_data_ptr<float>());
+  };
+  with_dtype(points.scalar_type(), run);
   return {labels, distances};
 }
 

@@ -20,7 +20,7 @@ namespace protoclip {
 class MemoryPool {
  public:
   static constexpr int64_t kSmallest = 1 << 20;  // below, malloc's own lists serve
-  static constexpr int64_t kAtMost = 128 << 20;  // bytes kept while nobody uses them
+  static constexpr int64_t kAtMost = 128 << 20;  // unused bytes that are kept
 
   static MemoryPool& instance() {
     static MemoryPool* pool = new MemoryPool;  // never destroyed: tensors may outlive statics

@@ -4,7 +4,6 @@
 //
 // The rows lie anywhere in memory. Prefetched into the L2 cache, not the L1, many more of their
 // lines are on the way at once, and they come nearly as fast as a plain scan would read them.
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -185,11 +184,10 @@ std::tuple<at::Tensor, at::Tensor> sorted_means(const at::Tensor& values, const 
   auto counts = at::empty({k}, labels.options());
   int64_t* count = counts.mutable_data_ptr<int64_t>();
   for (int64_t i = 0; i < k; ++i) count[i] = sorted.begin[i + 1] - sorted.begin[i];
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, values.scalar_type(), "segment_mean",
-                                  [&] {
-                                    means(Rows<scalar_t, Index>(values, sorted.order), sorted, k,
-                                          out.mutable_data_ptr<float>());
-                                  });
+  with_dtype(values.scalar_type(), [&](auto type) {
+    means(Rows<decltype(type), Index>(values, sorted.order), sorted, k,
+          out.mutable_data_ptr<float>());
+  });
   return {out, counts};
 }
 

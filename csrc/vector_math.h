@@ -26,7 +26,7 @@ inline Floats load(const float* p) {
   return v;
 }
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
-// To a multiple of 64 bytes that nobody reads soon; then `wait_for_stores` before others may.
+// To a multiple of 64 bytes that is not read soon; then `wait_for_stores` before others may.
 inline void store_past_caches(float* p, Floats v) {
 #ifdef __AVX512F__
   _mm512_stream_ps(p, (__m512)v);

@@ -264,8 +264,8 @@ def pack(value: Any) -> Any:
     return value
 
 
-def unpack(value: Any, classes: Mapping[str, type], device: torch.device) -> Any:
-    """The inverse of ``pack``; only the named classes are made.
+def unpack(value: Any, classes: Sequence[type], device: torch.device) -> Any:
+    """The inverse of ``pack``; no class is made but ``classes``.
 
     Raises:
         ValueError: another class is asked for, or one with other fields.
@@ -276,7 +276,7 @@ def unpack(value: Any, classes: Mapping[str, type], device: torch.device) -> Any
         name = value[CLASS]
         fields = {k: unpack(v, classes, device) for k, v in value.items() if k != CLASS}
         try:
-            return classes[name](**fields)
+            return {cls.__name__: cls for cls in classes}[name](**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"checkpoint: this protoclip cannot read its {name} ({error}); resume with the "

@@ -12,10 +12,9 @@ import os
 import re
 import signal
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -134,14 +133,10 @@ def episode_seed(seed: int, number: int, purpose: int) -> int:
 
 
 class Stopped(BaseException):
-    """The run was asked to end, and has saved: not a failure.
+    """The run was asked to end, and has saved: not a failure. ``code`` is the command's exit code.
 
     Not an Exception: it may be raised anywhere, and code that takes any error of a decoder for a
     bad picture must let it through.
-
-    Args:
-        text: for the user.
-        code: exit code of the command: 0, or 130 after Ctrl-C.
     """
 
     def __init__(self, text: str, code: int = 0) -> None:
@@ -149,43 +144,23 @@ class Stopped(BaseException):
         self.code = code
 
 
-class SaveSchedule:
-    """Whether a checkpoint is due.
+def parse_interval(text: str) -> tuple[int, float]:
+    """--save-every's "500steps", "90s", "10m" or "2h" as steps and seconds; 0 for the other, and
+    both 0 for "".
 
-    Args:
-        text: "500steps", "90s", "10m", "2h", or "" for never.
     Raises:
         ValueError: anything else.
     """
-
-    def __init__(self, text: str) -> None:
-        self.steps, self.seconds = 0, 0.0
-        seconds = {"s": 1, "m": 60, "h": 3600}
-        if text:
-            match = re.fullmatch(r"([1-9][0-9]*) ?(steps?|s|m|h)", text.strip())
-            if match is None:
-                raise ValueError(
-                    f"--save-every: expected a number with steps, s, m or h, such as 500steps or "
-                    f"10m, got {text!r}"
-                )
-            number, unit = int(match[1]), match[2]
-            if unit in seconds:
-                self.seconds = float(number * seconds[unit])
-            else:
-                self.steps = number
-        self._last = time.monotonic()
-
-    def at(self, step: int) -> bool:
-        """Whether the number of steps asks for it: the same on every rank."""
-        return bool(self.steps) and step % self.steps == 0
-
-    def by_clock(self) -> bool:
-        """Whether the time since the last one asks for it: each rank has its own clock."""
-        return bool(self.seconds) and time.monotonic() - self._last >= self.seconds
-
-    def saved(self) -> None:
-        """Start the clock again."""
-        self._last = time.monotonic()
+    if not text:
+        return 0, 0.0
+    match = re.fullmatch(r"([1-9][0-9]*) ?(steps?|s|m|h)", text.strip())
+    if match is None:
+        raise ValueError(
+            "--save-every: expected a number with steps, s, m or h, such as 500steps or 10m, got "
+            f"{text!r}"
+        )
+    seconds = {"s": 1, "m": 60, "h": 3600}.get(match[2], 0)
+    return (0, float(int(match[1]) * seconds)) if seconds else (int(match[1]), 0.0)
 
 
 class StopSignals:
@@ -211,12 +186,7 @@ class StopSignals:
                 self._before[number] = signal.signal(number, self._ask)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip import checkpoint
+from protoclip import checkpoint, distributed, evaluate, prototypes, report, schedule
 from protoclip.config import TrainConfig, build_parser, parse, to_dict
 from protoclip.data import (
     Batch,
@@ -41,36 +41,7 @@ from protoclip.data import (
 )
 from protoclip.data.__main__ import check_data
 from protoclip.data.loader import EpochOrder, Faults
-from protoclip.distributed import (
-    Agreement,
-    broadcast,
-    find_rank,
-    from_main,
-    gather_objects,
-    generator,
-    is_distributed,
-    is_main,
-    mean_over_ranks,
-    own_slice,
-    quiet_beside_main,
-    run_command,
-    start,
-    world_size,
-)
-from protoclip.evaluate import (
-    Encoder,
-    EvalSet,
-    Layout,
-    Results,
-    encode_sets,
-    evaluate_features,
-    evaluate_model,
-    format_table,
-    open_layout,
-    peak_memory_bytes,
-    read_results,
-    write_results,
-)
+from protoclip.evaluate import Results
 from protoclip.evaluate.metrics import retrieval
 from protoclip.evaluate.tasks import impossible
 from protoclip.kmeans import load_faiss
@@ -85,24 +56,6 @@ from protoclip.model import (
     choose_precision,
 )
 from protoclip.ops.backends import why_not
-from protoclip.prototypes import (
-    IGNORE,
-    Clustering,
-    Episode,
-    EpisodeBuilder,
-    Features,
-    FeatureStore,
-    PrototypeSet,
-    check_clusters,
-    extract,
-)
-from protoclip.report import (
-    Samples,
-    plot_curves,
-    save_snapshot,
-    take_snapshot,
-    write_report,
-)
 from protoclip.run_folder import (
     NullRunFolder,
     Resume,
@@ -111,23 +64,11 @@ from protoclip.run_folder import (
     choose_folder,
     find_resume,
 )
-from protoclip.schedule import (
-    EPISODES,
-    Plan,
-    SaveSchedule,
-    Stopped,
-    StopSignals,
-    draw,
-    episode_seed,
-    learning_rate,
-    make_plan,
-    own_draws,
-)
 from protoclip.step import Phases, Step, Stepper, depends_on_passes, seed_everything
 from protoclip.teacher import MINILM, load_teacher, minilm_missing
 
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
-PACKED = {cls.__name__: cls for cls in (Episode, Clustering, PrototypeSet)}
+STATE = (prototypes.Episode, prototypes.Clustering, prototypes.PrototypeSet)  # in a checkpoint
 PROG = "python -m protoclip.train"
 DESCRIPTION = (
     "Train ProtoCLIP (or CLIP) on image-text pairs. Without arguments: ProtoCLIP on the built-in "
@@ -152,20 +93,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 2 for a user's mistake, 130 after Ctrl-C."""
 
     def work() -> int:
-        info = find_rank()
-        with quiet_beside_main(info):
+        info = distributed.find_rank()
+        with distributed.quiet_beside_main(info):
             config = parse(build_parser(PROG, DESCRIPTION), with_saved_config(argv))
-            SaveSchedule(config.run.save_every)  # a mistake there should not cost minutes
+            schedule.parse_interval(config.run.save_every)  # not after minutes of work
         device = choose_device(config.run.device)
-        start(info, device, config.run.dist_timeout, config.run.dist_backend)
-        with StopSignals() as signals:
+        distributed.start(info, device, config.run.dist_timeout, config.run.dist_backend)
+        with schedule.StopSignals() as signals:
             try:
                 return train(config, device, signals)
-            except Stopped as stop:  # before there was a run folder
+            except schedule.Stopped as stop:  # before there was a run folder
                 print(f"{PROG}: {stop}", file=sys.stderr)
                 return stop.code
 
-    return run_command(work, PROG)
+    return distributed.run_command(work, PROG)
 
 
 def with_saved_config(argv: Sequence[str] | None) -> list[str]:
@@ -181,7 +122,7 @@ def with_saved_config(argv: Sequence[str] | None) -> list[str]:
     return words
 
 
-def train(config: TrainConfig, device: torch.device, signals: StopSignals) -> int:
+def train(config: TrainConfig, device: torch.device, signals: schedule.StopSignals) -> int:
     """A whole run: data, model, teacher, training, evaluation, plots; returns the exit code.
 
     Raises:
@@ -190,14 +131,14 @@ def train(config: TrainConfig, device: torch.device, signals: StopSignals) -> in
         OSError: the disk is full; the last checkpoint is whole.
     """
     check_settings(config, device)
-    resume = from_main(lambda: find_resume(config))
-    path = from_main(lambda: resume.folder if resume else choose_folder(config))
+    resume = distributed.from_main(lambda: find_resume(config))
+    path = distributed.from_main(lambda: resume.folder if resume else choose_folder(config))
     dataset = open_training_data(config)
     if config.data.check_data:
-        return from_main(lambda: int(check_data(dataset, config.data.workers) > 0))
+        return distributed.from_main(lambda: int(check_data(dataset, config.data.workers) > 0))
     Faults(dataset, config.data.max_bad_fraction, print)  # stops where too many are known
     order = EpochOrder(dataset, config.data)
-    plan = make_plan(config, order.size)
+    plan = schedule.make_plan(config, order.size)
     if resume and resume.step >= plan.total_steps and (path / "results.json").exists():
         print(f"{path} is complete: {resume.step} steps and its results", file=sys.stderr)
         return 0
@@ -209,18 +150,18 @@ def train(config: TrainConfig, device: torch.device, signals: StopSignals) -> in
     model = build_model(config.model).to(device)
     phases = Phases(device)
     with phases.measure("teacher", on_host=True):
-        teacher, remark = from_main(lambda: open_teacher(config, dataset, device))
+        teacher, remark = distributed.from_main(lambda: open_teacher(config, dataset, device))
     if teacher is not None:
         setup = replace(setup, teacher=teacher.to(device))
     evaluation = Evaluation(setup, phases)
-    notes = check_resume(resume, setup, model) if resume else []
+    notes = check_resume(resume, setup) if resume else []
     trainer = Trainer(setup, model, NullRunFolder(path), phases, evaluation.during(), signals)
     before = None
     if resume:  # everything is checked before the folder is touched
         before = evaluation.untrained(path, model, resumed=True)
-        trainer.restore(resume.payload)
+        notes += trainer.restore(resume.payload)
     folder = NullRunFolder(path)
-    if is_main():
+    if distributed.is_main():
         folder = RunFolder(path, config, resume.step if resume else 0 if path.exists() else None)
     trainer.folder = folder
     try:
@@ -233,11 +174,11 @@ def train(config: TrainConfig, device: torch.device, signals: StopSignals) -> in
             before = evaluation.untrained(path, model, resumed=False)
         trainer.run()
         after = evaluation.full(model, "evaluating the trained model")
-        if is_main():
+        if distributed.is_main():
             with phases.measure("plots", on_host=True):
                 draw_plots(trainer, evaluation, after)
-            report(trainer, evaluation, before, after)
-    except Stopped as stop:
+            conclude(trainer, evaluation, before, after)
+    except schedule.Stopped as stop:
         folder.say(str(stop))
         return stop.code
     except BaseException as error:
@@ -259,7 +200,7 @@ class Setup:
     """What a run works with once everything is open."""
 
     config: TrainConfig
-    plan: Plan
+    plan: schedule.Plan
     dataset: PairDataset
     order: EpochOrder
     device: torch.device
@@ -268,7 +209,7 @@ class Setup:
 
     def draw(self, episode: int) -> Tensor:
         """Positions of the samples of an episode, in the order of training."""
-        return draw(
+        return schedule.draw(
             self.plan,
             self.config.run.seed,
             self.plan.steps_of(episode),
@@ -296,12 +237,12 @@ class Trainer:
         folder: NullRunFolder,
         phases: Phases | None = None,
         evaluations: Sequence[tuple[Evaluate, float]] = (),
-        signals: StopSignals | None = None,
+        signals: schedule.StopSignals | None = None,
     ) -> None:
         self.setup, self.model, self.folder = setup, model, folder
         self.phases = phases or Phases(setup.device)
         self.config, self.plan, self.dataset = setup.config, setup.plan, setup.dataset
-        self.evaluations, self.signals = evaluations, signals or StopSignals()
+        self.evaluations, self.signals = evaluations, signals or schedule.StopSignals()
         config, weights, teacher = setup.config, setup.config.loss, setup.teacher
         internal = config.method == "protoclip" and weights.w_proto > 0
         external = teacher is not None and weights.w_proto_external > 0
@@ -319,29 +260,29 @@ class Trainer:
             phases=self.phases,
             seed=config.run.seed,
         )
-        self.builder = EpisodeBuilder(
+        self.builder = prototypes.EpisodeBuilder(
             config.episode,
             self.dataset.keys,
             teacher=teacher if external else None,
             internal=internal,
             classes={n: known.ids.to(setup.device) for n, known in self.dataset.labels.items()},
         )
-        self.store: FeatureStore | None = None
+        self.store: prototypes.FeatureStore | None = None
         if config.episode.reuses and self.projects:
-            self.store = FeatureStore(
+            self.store = prototypes.FeatureStore(
                 self.plan.steps_per_episode, self.plan.batch_size, setup.device
             )
         self.faults = Faults(
             self.dataset, config.data.max_bad_fraction, lambda text: self.folder.say(text)
         )
-        self.episode: Episode | None = None
+        self.episode: prototypes.Episode | None = None
         self.step = 0
         self._old_faults = 0  # of the checkpoint, known to all ranks
         self._skipped = 0  # steps, as last read from the device
         self._loss = math.nan  # as last logged
-        self.saves = SaveSchedule(config.run.save_every)
-        self.agreement = Agreement()
-        self._saved_at = -1
+        self._every_steps, self._every_seconds = schedule.parse_interval(config.run.save_every)
+        self.agreement = distributed.Agreement()
+        self._saved_at = (time.monotonic(), -1)
         self._began_at = self._logged_at = (time.perf_counter(), 0)
         self._shown_at = time.perf_counter()
 
@@ -360,18 +301,18 @@ class Trainer:
             unit=" samples",
             unit_scale=True,
             smoothing=0.1,
-            disable=None if is_main() else True,  # None: where there is no terminal
+            disable=None if distributed.is_main() else True,  # None: where there is no terminal
         ) as bar:
             for number in range(self.step // self.plan.steps_per_episode, self.plan.episodes):
                 self._run_episode(number, bar)
-        if self._saved_at != self.step:
+        if self._saved_at[1] != self.step:
             self.save(None)
         self.signals.immediate = True
         self.agreement.settle()
         asked = self.agreement.ask(self.signals.level)
         if level := (self.agreement.settle() or asked)[0]:
             text = "stopped by a signal after the last step; --resume goes on"
-            raise Stopped(text, 130 if level > 1 else 0)
+            raise schedule.Stopped(text, 130 if level > 1 else 0)
 
     def _run_episode(self, number: int, bar: tqdm) -> None:
         """New prototypes where they are due, then the episode's steps."""
@@ -385,21 +326,21 @@ class Trainer:
         elif done == 0 and number >= config.episode.infonce_warmup and self.clusters:
             self.episode = self._build_episode(number, draws.unique(), bar)
         self.model.train()
-        own, numbers = own_draws(self.plan, draws)
-        seed = episode_seed(config.run.seed, number, 0)
-        start = done * self.plan.batch_size // world_size()
-        stream = iter(self._batches(own, numbers, seed, start))
+        own, numbers = schedule.own_draws(self.plan, draws)
+        seed = schedule.episode_seed(config.run.seed, number, 0)
+        first = done * self.plan.batch_size // distributed.world_size()
+        stream = iter(self._batches(own, numbers, seed, first))
         for _ in steps[done:]:
             self._train_step(stream, number)
             bar.set_postfix(loss=f"{self._loss:.3f}", refresh=False)
             bar.update(self.plan.batch_size)
             self._between_steps()
 
-    def _batches(self, draws: Tensor, numbers: Tensor, seed: int, start: int = 0) -> Any:
+    def _batches(self, draws: Tensor, numbers: Tensor, seed: int, first: int = 0) -> Any:
         data = self.config.data
         return batches(
             self.dataset,
-            Draws(draws, seed, start, numbers),
+            Draws(draws, seed, first, numbers),
             self.config.optim.batch_size,
             self.transform,
             self.model.short_tokenizer,
@@ -408,7 +349,7 @@ class Trainer:
             faults=self.faults,
         )
 
-    def _build_episode(self, number: int, samples: Tensor, bar: tqdm) -> Episode:
+    def _build_episode(self, number: int, samples: Tensor, bar: tqdm) -> prototypes.Episode:
         """The prototypes of an episode that trains on ``samples``, int64 [M] positions."""
         seed = self.config.run.seed
         with self.phases.measure("features"):
@@ -417,24 +358,24 @@ class Trainer:
             else:
                 features, coming = self._extract(number, samples, bar), None
         with self.phases.measure("clusters"):
-            random = generator(seed, EPISODES, number, 2)
+            random = distributed.generator(seed, schedule.EPISODES, number, 2)
             return self.builder.build(features, random, self.episode, coming)
 
-    def _extract(self, number: int, samples: Tensor, bar: tqdm) -> Features:
+    def _extract(self, number: int, samples: Tensor, bar: tqdm) -> prototypes.Features:
         """A forward pass over this rank's slice of the samples."""
-        broadcast(*self.model.buffers())  # running statistics, where each rank has its own
-        numbers = torch.arange(len(samples))[own_slice(len(samples))]
+        distributed.broadcast(*self.model.buffers())  # running statistics differ by rank
+        numbers = torch.arange(len(samples))[distributed.own_slice(len(samples))]
         own, done = samples[numbers], 0
 
         def show(rows: int) -> None:
             nonlocal done
             done += rows
-            if self.signals.asked and world_size() == 1:
+            if self.signals.asked and distributed.world_size() == 1:
                 self._save_or_stop()  # nothing has changed since the last step
             bar.set_postfix_str(f"features {100 * done // len(own)} %")
 
-        seed = episode_seed(self.config.run.seed, number, 1)
-        return extract(
+        seed = schedule.episode_seed(self.config.run.seed, number, 1)
+        return prototypes.extract(
             self.model,
             self._batches(own, numbers, seed),
             device=self.setup.device,
@@ -445,7 +386,7 @@ class Trainer:
     def _train_step(self, stream: Iterator[Batch], number: int) -> None:
         with self.phases.measure("data", on_host=True):
             parts = [next(stream) for _ in range(self.config.optim.accum_freq)]
-        lr = learning_rate(self.config.optim, self.plan.total_steps, self.step)
+        lr = schedule.learning_rate(self.config.optim, self.plan.total_steps, self.step)
         step = self.stepper.step(self.step, parts, self.episode, project=self.projects, lr=lr)
         if self.store is not None and step.projected is not None:
             index = torch.cat([part.index for part in parts]).to(self.setup.device)
@@ -499,11 +440,11 @@ class Trainer:
             "bad_samples": torch.tensor(faults, device=self.setup.device),
         }
         values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()])
-        means = mean_over_ranks(values).tolist()
+        means = distributed.mean_over_ranks(values).tolist()
         record = {k: v for k, v in zip(scalars, means, strict=True) if math.isfinite(v)}
         # Each rank has met its own bad samples since the run began or was resumed.
-        bad_samples = self.faults.known + self._old_faults + world_size() * record["bad_samples"]
-        record |= {"bad_steps": round(record["bad_steps"]), "bad_samples": round(bad_samples)}
+        own = distributed.world_size() * record["bad_samples"]
+        record["bad_samples"] = round(self.faults.known + self._old_faults + own)
         record = {k: v for k, v in record.items() if v or not k.startswith("bad_")}
         now, (then, logged) = time.perf_counter(), self._logged_at
         self._logged_at = (now, self.step)
@@ -533,11 +474,11 @@ class Trainer:
     def _between_steps(self) -> None:
         """Evaluate and save where an epoch that asks for it has just ended, or a signal came."""
         per_epoch = self.plan.steps_per_epoch
-        for evaluate, frequency in self.evaluations:
+        for measured, frequency in self.evaluations:
             last = self.step == self.plan.total_steps
             if last or self.step % max(1, round(frequency * per_epoch)) == 0:
                 with self.phases.measure("evaluation", on_host=True):
-                    scalars = evaluate(self.model)
+                    scalars = measured(self.model)
                 self.folder.metrics(self.step, self.step * self.plan.batch_size, scalars)
                 self._logged_at = (time.perf_counter(), self.step)
         epochs = self.config.run.save_frequency
@@ -547,12 +488,13 @@ class Trainer:
 
     def _save_or_stop(self) -> None:
         """Write the newest state where it is due, and end where a signal asks for it."""
-        timed, stop = self.agreement.ask(self.saves.by_clock(), self.signals.level)
-        if stop or timed or self.saves.at(self.step):
+        timed = 0 < self._every_seconds <= time.monotonic() - self._saved_at[0]
+        timed, stop = self.agreement.ask(timed, self.signals.level)  # each rank has its own clock
+        if stop or timed or (self._every_steps and self.step % self._every_steps == 0):
             self.save(None)
         if stop:
             asked = self.signals.asked or "a signal to another rank"
-            raise Stopped(
+            raise schedule.Stopped(
                 f"stopped by {'Ctrl-C' if asked == 'SIGINT' else asked} after step {self.step}; "
                 f"go on with --resume {self.folder.path}",
                 130 if stop > 1 else 0,
@@ -563,12 +505,11 @@ class Trainer:
         with self.phases.measure("checkpoint", on_host=True):
             self.folder.checkpoint(self.state(epoch), epoch)
         if epoch is None:
-            self._saved_at = self.step
-            self.saves.saved()
+            self._saved_at = (time.monotonic(), self.step)
 
     def state(self, epoch: int | None) -> dict[str, Any]:
         """The content of a checkpoint, the same for any number of ranks; a collective call."""
-        faults = gather_objects(sorted(self.faults.positions))
+        faults = distributed.gather_objects(sorted(self.faults.positions))
         return {
             "epoch": epoch or math.ceil(self.step / self.plan.steps_per_epoch),
             "name": self.folder.path.name,
@@ -581,7 +522,7 @@ class Trainer:
                 "step": self.step,
                 "training": {
                     "batch_size": self.plan.batch_size,
-                    "passes": [world_size(), self.config.optim.accum_freq],
+                    "passes": [distributed.world_size(), self.config.optim.accum_freq],
                     "scaler": self.stepper.scaler.state_dict(),
                     "episode": checkpoint.pack(self.episode),
                     "store": None if self.store is None else self.store.state_dict(),
@@ -593,14 +534,14 @@ class Trainer:
             },
         }
 
-    def restore(self, payload: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint of the same run.
+    def restore(self, payload: Mapping[str, Any]) -> list[str]:
+        """Go on from a checkpoint of the same run; notes on what will differ.
 
         Raises:
             ValueError: it is of other settings, or something is missing.
         """
         try:
-            self._restore(payload, payload["protoclip"]["training"])
+            return self._restore(payload, payload["protoclip"]["training"])
         except (RuntimeError, LookupError, TypeError, AttributeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ValueError(
@@ -608,13 +549,13 @@ class Trainer:
                 "older checkpoint, or start a new run with --pretrained"
             ) from error
 
-    def _restore(self, payload: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+    def _restore(self, payload: Mapping[str, Any], training: Mapping[str, Any]) -> list[str]:
         device = self.setup.device
         self.model.load_state(dict(payload))
         self.stepper.load_state(payload["optimizer"], training["scaler"])
         self.stepper.bad = torch.tensor(training["skipped"], device=device)
         self._skipped = int(self.stepper.bad[0])
-        self.episode = checkpoint.unpack(training["episode"], PACKED, device)
+        self.episode = checkpoint.unpack(training["episode"], STATE, device)
         for one in self.episode.sets if self.episode else ():
             _check_set(one, len(self.dataset))
         if (training["store"] is None) != (self.store is None):
@@ -629,12 +570,19 @@ class Trainer:
         self._old_faults = len(self.faults.positions)
         self.phases.add(training["seconds"])
         self.step = payload["protoclip"]["step"]
+        passes = [distributed.world_size(), self.config.optim.accum_freq]
+        if training["passes"] == passes or not depends_on_passes(self.model):
+            return []
+        return [
+            "note: another number of ranks or passes than before; this model has dropout or batch "
+            "norm by rank or pass, so the losses go on but are not those of the run left alone"
+        ]
 
 
-def _check_set(one: PrototypeSet, samples: int) -> None:
+def _check_set(one: prototypes.PrototypeSet, samples: int) -> None:
     """Refuse labels out of range: an IndexError on a CPU, worse on a GPU."""
     labels, shape = one.clustering.labels, one.prototypes.shape
-    known = labels[labels != IGNORE]
+    known = labels[labels != prototypes.IGNORE]
     fits = one.targets is None or one.targets.shape == shape
     if labels.shape != (samples,) or not fits or ((known < 0) | (known >= shape[0])).any():
         raise ValueError(
@@ -653,7 +601,7 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
         f"{plan.batch_size}, {plan.steps_per_epoch} a pass over the data"
     )
     if config.optim.warmup >= plan.total_steps:
-        last = learning_rate(config.optim, plan.total_steps, plan.total_steps - 1)
+        last = schedule.learning_rate(config.optim, plan.total_steps, plan.total_steps - 1)
         folder.say(
             f"note: --warmup {config.optim.warmup:g} steps are longer than the run's "
             f"{plan.total_steps}: the learning rate ends at {last:.3g}, below --lr "
@@ -662,7 +610,7 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
     folder.say(
         f"model: {config.model.model} on {setup.device}, {setup.precision}, "
         f"{torch.get_num_threads()} threads"
-        + (f", {world_size()} ranks" if is_distributed() else "")
+        + (f", {distributed.world_size()} ranks" if distributed.is_distributed() else "")
     )
     if not uses_prototypes(config):
         folder.say("method: clip, InfoNCE only")
@@ -671,7 +619,7 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
     samples = min(len(setup.dataset), plan.steps_per_episode * plan.batch_size)
     folder.say(
         f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
-        f"{check_clusters(episode, samples)} prototypes per source, features "
+        f"{prototypes.check_clusters(episode, samples)} prototypes per source, features "
         f"{'reused' if episode.reuses else 'extracted'}, prototypes from episode "
         f"{episode.infonce_warmup + 1} on"
         + (", which this run does not reach" if plan.episodes <= episode.infonce_warmup else "")
@@ -682,7 +630,7 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
 def draw_plots(trainer: Trainer, evaluation: Evaluation, after: Results | None) -> None:
     """curves.png, and what the report needs."""
     folder, dataset = trainer.folder.path, trainer.dataset
-    plot_curves(folder / "metrics.jsonl", folder / "curves.png")
+    report.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
     known = trainer.episode.clusterings if trainer.episode else {}
     clusters = {name: one.labels.cpu() for name, one in known.items()}
     chosen = torch.arange(len(dataset))
@@ -699,20 +647,20 @@ def draw_plots(trainer: Trainer, evaluation: Evaluation, after: Results | None) 
         chosen = _readable(dataset, chosen)
         images = encoder.images(Subset(dataset, chosen))
     encoded = Encoded(images, encoder.texts([dataset.captions(i)[0] for i in chosen.tolist()]))
-    samples = Samples(
+    samples = report.Samples(
         Subset(dataset, chosen),
         encoded,
         encoder.project(encoded),
         {name: labels[chosen] for name, labels in clusters.items()},
     )
     judged = next(iter(evaluation.kept.values()), None)
-    snapshot = take_snapshot(
+    snapshot = report.take_snapshot(
         samples,
         None if judged is None else (evaluation.quick_sets["HO"], judged),
         after=after,
         facts={"memory_bytes": trainer.phases.memory()},
     )
-    save_snapshot(folder, snapshot)
+    report.save_snapshot(folder, snapshot)
 
 
 def _readable(dataset: PairDataset, chosen: Tensor) -> Tensor:
@@ -725,19 +673,19 @@ def _readable(dataset: PairDataset, chosen: Tensor) -> Tensor:
     return torch.tensor(good) if good else chosen
 
 
-def report(
+def conclude(
     trainer: Trainer, evaluation: Evaluation, before: Results | None, after: Results | None
 ) -> None:
     """Print the table, the time per phase and the peak memory; write results.json."""
     folder, config, timing = trainer.folder, trainer.config, trainer.phases.seconds()
-    peak = peak_memory_bytes(trainer.setup.device)
+    peak = evaluate.peak_memory_bytes(trainer.setup.device)
     if after is None:
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in timing.items())
         folder.say(f"time: {times}\npeak memory: {peak / 2**20:,.0f} MiB")
         folder.say("no evaluation: give --val-data")
     else:
-        folder.say("\n" + format_table(before, after, timing, peak_memory_bytes=peak))
-        write_results(
+        folder.say("\n" + evaluate.format_table(before, after, timing, peak_memory_bytes=peak))
+        evaluate.write_results(
             folder.path / "results.json",
             after,
             before,
@@ -747,7 +695,7 @@ def report(
             timing=timing,
             peak_memory_bytes=peak,
         )
-    folder.say(f"report: {write_report([folder.path])}")
+    folder.say(f"report: {report.write_report([folder.path])}")
     folder.say(f"done: {folder.path}")
 
 
@@ -764,7 +712,7 @@ class Evaluation:
         builtin = data.train_data.startswith("builtin:")
         self.data = data.val_data or (data.train_data if builtin else "")
         self.quick_sets: dict[str, PairDataset] = {}
-        self.kept: dict[str, EvalSet] = {}  # of the last full evaluation
+        self.kept: dict[str, evaluate.EvalSet] = {}  # of the last full evaluation
         self.zeroshot_data = _zeroshot_data(data.imagenet_val, setup.config.run.seed)
         if self.data:
             split = "heldout" if self.data.startswith("builtin:") else "all"
@@ -783,25 +731,26 @@ class Evaluation:
             chosen.append((self.zeroshot, run.zeroshot_frequency))
         return chosen
 
-    def encoder(self, model: ProtoModel, sharded: bool) -> Encoder:
-        """Encodes with the model as it is, on all ranks if ``sharded``."""
+    def encoder(self, model: ProtoModel, sharded: bool | None = None) -> evaluate.Encoder:
+        """Encodes with the model as it is, on all ranks unless ``sharded`` is False."""
         setup = self.setup
-        return Encoder(
+        return evaluate.Encoder(
             model,
             setup.device,
             workers=setup.config.data.workers,
             autocast=autocast_for(setup.precision, setup.device),
-            sharded=sharded,
+            sharded=distributed.is_distributed() if sharded is None else sharded,
         )
 
     def untrained(self, folder: Path, model: ProtoModel, resumed: bool) -> Results | None:
         """The evaluation before training; a resumed run reads what it found when it began."""
         path = folder / "untrained.json"
-        if from_main(lambda: resumed and path.exists()):
-            return read_results(path)["trained"] if is_main() else None
+        if distributed.from_main(lambda: resumed and path.exists()):
+            return evaluate.read_results(path)["trained"] if distributed.is_main() else None
         before = self.full(model, "evaluating the untrained model")
-        if before is not None and is_main() and not resumed:
-            write_results(path, before, None, data=self.data, model="untrained", pretrained="")
+        if before is not None and distributed.is_main() and not resumed:
+            about = {"data": self.data, "model": "untrained", "pretrained": ""}
+            evaluate.write_results(path, before, None, **about)
         return before
 
     def full(self, model: ProtoModel, what: str) -> Results | None:
@@ -816,13 +765,13 @@ class Evaluation:
                 unit=" rows",
                 unit_scale=True,
                 leave=False,
-                disable=None if is_main() else True,
+                disable=None if distributed.is_main() else True,
             ) as bar,
         ):
-            return evaluate_model(
+            return evaluate.evaluate_model(
                 model,
                 self.data,
-                encoder=replace(self.encoder(model, is_distributed()), progress=bar.update),
+                encoder=replace(self.encoder(model), progress=bar.update),
                 seed=arguments.pop("seed"),
                 captions="first" if self.data.startswith("builtin:") else "all",
                 open_kwargs=arguments,
@@ -831,7 +780,7 @@ class Evaluation:
 
     def quick(self, model: ProtoModel) -> dict[str, float]:
         """Recalls on the small sets, for the curves."""
-        encoder = self.encoder(model, is_distributed())
+        encoder = self.encoder(model)
         scalars: dict[str, float] = {}
         for name, dataset in self.quick_sets.items():
             texts = [dataset.captions(i)[0] for i in range(len(dataset))]
@@ -842,18 +791,16 @@ class Evaluation:
     def zeroshot(self, model: ProtoModel) -> dict[str, float]:
         """Zero-shot accuracies on --imagenet-val."""
         assert self.zeroshot_data is not None
-        encoder = self.encoder(model, is_distributed())
-        sets, _ = encode_sets(encoder, self.zeroshot_data, tasks=("zeroshot",))
-        results = evaluate_features(sets, tasks=("zeroshot",))
-        values = next(iter(results.sets.values())).metrics
-        return {f"val_zeroshot_{name}": value for name, value in values.items()}
+        encoder, tasks = self.encoder(model), ("zeroshot",)
+        sets = evaluate.evaluate_model(model, self.zeroshot_data, encoder=encoder, tasks=tasks).sets
+        return {f"val_zeroshot_{n}": x for one in sets.values() for n, x in one.metrics.items()}
 
 
-def _zeroshot_data(spec: str, seed: int) -> Layout | None:
+def _zeroshot_data(spec: str, seed: int) -> evaluate.Layout | None:
     """What --imagenet-val names, opened before training starts."""
     if not spec:
         return None
-    layout = open_layout(spec, seed=seed)
+    layout = evaluate.open_layout(spec, seed=seed)
     reasons = impossible(("zeroshot",), layout)
     if reasons:
         raise ValueError(f"--imagenet-val {spec}: {reasons['zeroshot']}")
@@ -952,30 +899,28 @@ def check_settings(config: TrainConfig, device: torch.device) -> None:
     ops = ["info_nce"] if weights.w_clip > 0 else []
     if uses_prototypes(config):
         ops += ["prototype_cross_entropy", "soft_targets"]
-        _check_kmeans(episode.kmeans_backend, device)
-        ops += ["kmeans_assign", "segment_mean"] * (episode.kmeans_backend == "auto")
-    backend = os.environ.get("PROTOCLIP_BACKEND", "") or "auto"
-    for op in ops if backend != "auto" else ():
+        clustering, backend = ["kmeans_assign", "segment_mean"], episode.kmeans_backend
+        if backend == "faiss":
+            load_faiss()
+            if distributed.world_size() > 1:
+                raise ValueError(
+                    "--kmeans-backend faiss: expected one process, got "
+                    f"{distributed.world_size()} ranks; use --kmeans-backend auto"
+                )
+        elif backend == "auto":
+            ops += clustering
+        else:
+            _check_backend("--kmeans-backend", backend, clustering, device)
+    _check_backend("PROTOCLIP_BACKEND", os.environ.get("PROTOCLIP_BACKEND", ""), ops, device)
+
+
+def _check_backend(name: str, backend: str, ops: Sequence[str], device: torch.device) -> None:
+    for op in ops if backend not in ("", "auto") else ():
         if reason := why_not(op, backend, device.type, torch.float32):
             raise ValueError(
-                f"PROTOCLIP_BACKEND: expected one that can run all of this, got {backend}: "
-                f"{reason}; unset it, or see protoclip.backends({op!r})"
+                f"{name}: expected one that can run all of this, got {backend}: {reason}; use "
+                f"{name} auto, or see protoclip.backends({op!r})"
             )
-
-
-def _check_kmeans(backend: str, device: torch.device) -> None:
-    reason = None
-    if backend == "faiss":
-        load_faiss()
-        reason = "it runs in one process only" if world_size() > 1 else None
-    elif backend != "auto":
-        for op in ("kmeans_assign", "segment_mean"):
-            reason = reason or why_not(op, backend, device.type, torch.float32)
-    if reason:
-        raise ValueError(
-            f"--kmeans-backend: expected one that can run here, got {backend}: {reason}; use "
-            "--kmeans-backend auto"
-        )
 
 
 def check_episodes(setup: Setup) -> None:
@@ -987,7 +932,7 @@ def check_episodes(setup: Setup) -> None:
     config, plan = setup.config, setup.plan
     episode = config.episode
     samples = min(len(setup.dataset), plan.steps_per_episode * plan.batch_size)
-    check_clusters(episode, samples)
+    prototypes.check_clusters(episode, samples)
     first, last = episode.infonce_warmup, plan.episodes
     if episode.lit_start:
         last = min(last, episode.lit_start)
@@ -996,10 +941,11 @@ def check_episodes(setup: Setup) -> None:
     if not episode.num_clusters or first >= last:
         return
     for number in {first, last - 1}:  # those between are full; with replacement, within chance
-        check_clusters(episode, len(setup.draw(number).unique()), f"episode {number + 1}")
+        distinct = len(setup.draw(number).unique())
+        prototypes.check_clusters(episode, distinct, f"episode {number + 1}")
 
 
-def check_resume(resume: Resume, setup: Setup, model: ProtoModel) -> list[str]:
+def check_resume(resume: Resume, setup: Setup) -> list[str]:
     """Notes on what differs from the run that is resumed.
 
     Raises:
@@ -1027,14 +973,7 @@ def check_resume(resume: Resume, setup: Setup, model: ProtoModel) -> list[str]:
             f"{training.get('data')}: size and digest of the keys); give the same data, or "
             "start a new run with --pretrained"
         )
-    notes = [f"since the checkpoint, {note}: not the same run any more" for note in notes]
-    passes = [world_size(), setup.config.optim.accum_freq]
-    if passes != training.get("passes") and depends_on_passes(model):
-        notes.append(
-            "note: another number of ranks or passes than before; this model has dropout or batch "
-            "norm by rank or pass, so the losses go on but are not those of the run left alone"
-        )
-    return notes
+    return [f"since the checkpoint, {note}: not the same run any more" for note in notes]
 
 
 if __name__ == "__main__":

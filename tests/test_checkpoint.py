@@ -64,12 +64,12 @@ def test_state_survives_packing():
     clustering = Clustering(torch.rand(2, 3), labels, torch.tensor([1, 1]))
     one = PrototypeSet("text", "image", clustering, torch.rand(2, 3), None, False)
     episode = Episode((one,), metrics={"a": 1.5})
-    classes = {cls.__name__: cls for cls in (Episode, Clustering, PrototypeSet)}
+    classes = (Episode, Clustering, PrototypeSet)
     back = checkpoint.unpack(checkpoint.pack(episode), classes, torch.device("cpu"))
     assert isinstance(back, Episode) and back.metrics == {"a": 1.5}
     assert torch.equal(back.clusterings["text"].labels, labels)
     with pytest.raises(ValueError, match="cannot read its Clustering"):
-        checkpoint.unpack(checkpoint.pack(episode), {}, torch.device("cpu"))
+        checkpoint.unpack(checkpoint.pack(episode), (), torch.device("cpu"))
 
 
 def test_another_format_is_refused_in_words(tmp_path):

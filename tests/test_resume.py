@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from ranks import TINY, ended, said, start_command, tiny_run
 
 from protoclip import checkpoint
@@ -140,28 +139,10 @@ def test_a_signal_stops_at_once_where_nothing_is_to_be_saved(tmp_path, flags, ca
     assert len(losses(tmp_path / "run")) == 3
 
 
-def test_resume_refuses_what_it_cannot_do(tmp_path, flags, capsys):
+def test_a_longer_run_at_another_rate_goes_on_with_a_note(tmp_path, flags):
     flags = [*flags, "--logs", str(tmp_path)]
-    short = ["--max-steps", "3", "--name", "short"]
-    assert main([*flags, *short]) == 0
-    run = str(tmp_path / "short")
-    for extra, words in (
-        (["--batch-size", "8"], "was 16 and is 8"),
-        (["--seed", "4"], "run.seed"),
-        (["--train-data", "builtin:shapes:150"], "not those of"),
-        (["--resume", str(tmp_path / "nowhere")], "found nothing"),
-        (["--resume", ""], "--resume"),  # the folder is taken
-        (["--save-every", "often"], "500steps"),
-    ):
-        assert main([*flags, *short, "--resume", run, *extra]) == 2, extra
-        message = capsys.readouterr().err
-        assert words in message and "Traceback" not in message
-    lock = FileLock(tmp_path / "short" / ".lock")
-    lock.acquire()
-    assert main([*flags, *short, "--resume", run]) == 2
-    assert "in use by another process" in capsys.readouterr().err
-    lock.release()
-    assert main([*flags, "--resume", run, "--lr", "1e-4"]) == 0  # longer, and another rate: said
+    assert main([*flags, "--max-steps", "3", "--name", "short"]) == 0
+    assert main([*flags, "--resume", str(tmp_path / "short"), "--lr", "1e-4"]) == 0
     assert "lr was 0.003" in (tmp_path / "short" / "out.log").read_text()
     assert len(losses(tmp_path / "short")) == 14
 

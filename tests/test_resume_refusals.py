@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from filelock import FileLock
 
 from protoclip import checkpoint
 from protoclip.train import main
@@ -81,11 +82,19 @@ def test_it_resumes(run):
         (["--lr", "0.5", "--episode-features", "extract"], "--resume"),
         (["--resume", "auto", "--name", "../logs/run"], "--name"),
         (["--resume", "auto", "--name", ".."], "--name"),
+        (["--lr", "0.5", "--seed", "4"], "run.seed"),
+        (["--lr", "0.5", "--save-every", "often"], "500steps"),
+        (["--resume", "nowhere"], "found nothing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_settings_that_do_not_go_on(run, flags, words):
     assert_refused(run(*flags), words)
+
+
+def test_a_run_that_goes_on_elsewhere(run):
+    with FileLock(run.folder / ".lock"):
+        assert_refused(run("--lr", "0.5"), "in use by another process")
 
 
 @pytest.mark.parametrize("step", [-5, "five", None, 1.5])

@@ -1,7 +1,6 @@
 """Which samples when, which learning rate, which parameters decay, which flags are refused."""
 
 import math
-import time
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from protoclip.config import (
     parse,
 )
 from protoclip.prototypes import check_clusters
-from protoclip.schedule import SaveSchedule, draw, learning_rate, make_plan
+from protoclip.schedule import draw, learning_rate, make_plan, parse_interval
 
 
 def config_of(*flags):
@@ -68,15 +67,11 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing():
     assert [learning_rate(in_steps, 100, s) for s in (0, 3, 50)] == [0.5, 2.0, 2.0]
 
 
-def test_save_schedules(monkeypatch):
-    assert [SaveSchedule("5steps").at(step) for step in (4, 5, 10)] == [False, True, True]
-    clock = SaveSchedule("2m")
-    assert not clock.by_clock()
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + 121)
-    assert clock.by_clock() and not SaveSchedule("").by_clock()
-    clock.saved()
-    assert not clock.by_clock()
+def test_intervals_of_steps_or_time():
+    texts = ("", "5steps", "1 step", "90s", "2m", "1h")
+    assert [parse_interval(text) for text in texts] == [
+        (0, 0.0), (5, 0.0), (1, 0.0), (0, 90.0), (0, 120.0), (0, 3600.0),
+    ]  # fmt: skip
 
 
 def test_a_tenth_of_the_episode_is_the_default_number_of_clusters():
