@@ -76,8 +76,7 @@ def global_info_nce(
     """
     if not is_distributed():
         return info_nce(image_features, text_features, logit_scale, backend=backend)
-    op = "global_info_nce"
-    x, y, scale = _checked(op, image_features, text_features, logit_scale)
+    x, y, scale = checks.pairs("global_info_nce", image_features, text_features, logit_scale)
     name = resolve("info_nce", backend, x.device.type, x.dtype)
     rows, columns = _Strip.apply(x, y, scale, name)
     return (rows + columns).mean() / 2
@@ -105,7 +104,7 @@ def global_sigmoid_loss(
     if not is_distributed():
         return sigmoid_loss(image_features, text_features, logit_scale, logit_bias, backend=backend)
     op = "global_sigmoid_loss"
-    x, y, scale = _checked(op, image_features, text_features, logit_scale)
+    x, y, scale = checks.pairs(op, image_features, text_features, logit_scale)
     bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
     name = resolve("siglip", backend, x.device.type, x.dtype)
     if name == "reference":
@@ -114,19 +113,6 @@ def global_sigmoid_loss(
     inputs = x, y, scale, bias
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     return _Ring.apply(*inputs, name, wanted)
-
-
-def _checked(op: str, x: Tensor, y: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-    checks.matrix(op, "image_features", x, "[B, D]")
-    checks.matrix(op, "text_features", y, "[B, D]")
-    checks.like(op, "text_features", y, "image_features", x)
-    if x.shape != y.shape:
-        raise ValueError(
-            f"{op}: expected one text per image, got image_features {tuple(x.shape)} and "
-            f"text_features {tuple(y.shape)}"
-        )
-    x, y = checks.promoted(x, y)
-    return x, y, checks.scalar(op, "logit_scale", scale, x.device)
 
 
 class _Strip(torch.autograd.Function):
@@ -401,15 +387,10 @@ class SigLipLoss(nn.Module):
         Returns:
             float32 [], nats.
         """
-        if image_features.shape[:1] != text_features.shape[:1]:
-            raise ValueError(
-                "SigLipLoss: expected one text per image, got image_features "
-                f"{tuple(image_features.shape)} and text_features {tuple(text_features.shape)}; "
-                "give row i of each the same pair"
-            )
+        x, y, scale = checks.pairs("SigLipLoss", image_features, text_features, logit_scale)
         bias = 0.0 if logit_bias is None else logit_bias
         total = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss
-        loss = total(image_features, text_features, logit_scale, bias) / max(len(image_features), 1)
+        loss = total(x, y, scale, bias) / max(len(x), 1)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -493,13 +474,13 @@ class ProtoClipLoss(ClipLoss):
         builder = PrototypeBuilder(
             num_iters=self.proto.kmeans_max_iter,
             pbt=self.proto.pbt,
+            temperature=self.proto.target_temperature,
             group=dist.group.WORLD if world_size > 1 else None,
         )
         self.online = OnlinePrototypes(
             builder,
             queue=-(-self.proto.queue // world_size),
             num_clusters=self.proto.num_clusters,
-            temperature=self.proto.target_temperature,
             every=self.proto.every,
             warmup=self.proto.warmup,
             seed=self.proto.seed,

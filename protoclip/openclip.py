@@ -13,6 +13,7 @@ import importlib
 import inspect
 import io
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -250,7 +251,12 @@ def _their_help(trainer: Any) -> str:
 
 
 def _check(trainer: Any, proto: ProtoConfig | None, rest: list[str]) -> None:
-    """Say now what the factories would say after minutes of loading."""
+    """Say now what OpenCLIP would say in a page, or the factories after minutes of loading."""
+    known = set(re.findall(r"--[\w-]+", _their_help(trainer)))
+    for word in rest:
+        name = word.partition("=")[0]  # which OpenCLIP lets people abbreviate
+        if name.startswith("--") and not any(flag.startswith(name) for flag in known):
+            raise ValueError(refusal(name, known))
     args = trainer.parse_args(list(rest))
     if proto is None:
         return

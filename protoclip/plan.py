@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from protoclip.config import TrainConfig, build_parser, parse_more
 from protoclip.model import ProtoModel, build_model
+from protoclip.prototypes import check_clusters
 from protoclip.train import teacher_spec
 
 PROG = "python -m protoclip.plan"
@@ -63,28 +64,10 @@ class PlannedRun:
         return self.config.episode.size or self.samples
 
     @property
-    def num_clusters(self) -> int:
-        """K of each source."""
-        return self.config.episode.num_clusters or max(1, self.episode // 10)
-
-    @property
-    def internal(self) -> bool:
-        return self.config.method == "protoclip" and self.config.loss.w_proto > 0
-
-    @property
     def teacher_dim(self) -> int:
         """Width of the external teacher's features; 0: there is none."""
         spec, _ = teacher_spec(self.config)
         return (self.config.episode.external_teacher_dim or MINILM_DIM) if spec else 0
-
-    @property
-    def external(self) -> bool:
-        return self.teacher_dim > 0 and self.config.loss.w_proto_external > 0
-
-    @property
-    def prototype_sets(self) -> int:
-        """Image and text each teach the other; a teacher teaches both."""
-        return 2 * self.internal + 2 * self.external
 
 
 @dataclass(frozen=True)
@@ -155,7 +138,11 @@ def _walk(model: ProtoModel, amp: bool, batch: int) -> tuple[float, tuple[int, i
 
 
 def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
-    """Bytes of a rank at the peak of a training step, by part, beside the process itself."""
+    """Bytes of a rank at the peak of a training step, by part, beside the process itself.
+
+    Raises:
+        ValueError: more clusters than samples in an episode.
+    """
     rows, d, dh = run.global_batch, shape.embed_dim, shape.projection_dim
     saved = run.config.optim.batch_size * shape.saved_bytes + shape.saved_fixed_bytes
     # On one process the gradients replace the saved activations as backward proceeds; DDP holds
@@ -178,21 +165,25 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
     parts["InfoNCE scratch"] = GPU_SCRATCH
     if run.on_cpu:
         parts["InfoNCE scratch"] = rows * d * FP32 + min(8192 * d * FP32, CPU_SCRATCH)
-    if run.prototype_sets:
-        widths = [dh] * (2 * run.internal) + [run.teacher_dim] * run.external  # of the sources
-        parts["prototypes and targets"] = (
-            run.num_clusters * (2 * run.prototype_sets * dh + sum(widths)) * FP32
-        )
-        parts["prototype gradients"] = run.prototype_sets * run.local_batch * dh * FP32
+    weights = run.config.loss
+    internal = run.config.method == "protoclip" and weights.w_proto > 0
+    external = run.teacher_dim > 0 and weights.w_proto_external > 0
+    if internal or external:
+        # Image and text each teach the other; a teacher teaches both.
+        sets = 2 * internal + 2 * external
+        widths = [dh] * (2 * internal) + [run.teacher_dim] * external  # of the sources
+        num_clusters = check_clusters(run.config.episode, run.episode)
+        parts["prototypes and targets"] = num_clusters * (2 * sets * dh + sum(widths)) * FP32
+        parts["prototype gradients"] = sets * run.local_batch * dh * FP32
         parts["labels"] = len(widths) * run.samples * INT64
         parts["feature store"] = math.ceil(run.episode / run.ranks) * (2 * dh * FP32 + INT64)
     parts["teacher"] = run.samples * run.teacher_dim * FP32
     return {name: float(size) for name, size in parts.items() if size}
 
 
-def text(shape: Shape, run: PlannedRun) -> str:
+def text(shape: Shape, run: PlannedRun, parts: dict[str, float]) -> str:
     """The plan, for people."""
-    parts, optim = memory(shape, run), run.config.optim
+    optim = run.config.optim
     lines = [
         f"{run.config.model.model}, {shape.weights / 1e6:,.1f} M weights; {run.ranks:,} ranks; "
         f"batch {run.global_batch:,}",
@@ -231,12 +222,7 @@ def build_run(argv: Sequence[str] | None) -> tuple[PlannedRun, bool]:
     for name in ("ranks", "samples"):
         if own[name] < 1:
             raise ValueError(f"--{name}: expected at least 1, got {own[name]}")
-    run = PlannedRun(config, own["ranks"], own["samples"])
-    if run.prototype_sets and run.num_clusters > run.episode:
-        raise ValueError(
-            f"--k: expected at most --episode-size {run.episode}, got {run.num_clusters}"
-        )
-    return run, own["json"]
+    return PlannedRun(config, own["ranks"], own["samples"]), own["json"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -244,14 +230,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run, as_json = build_run(argv)
         shape = measure_shape(run)
+        parts = memory(shape, run)
     except ValueError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
-    if as_json:
-        sizes = {"weights": shape.weights, "global_batch": run.global_batch}
-        print(json.dumps({**sizes, "memory_bytes": memory(shape, run)}, indent=1))
-    else:
-        print(text(shape, run))
+    sizes = {"weights": shape.weights, "global_batch": run.global_batch, "memory_bytes": parts}
+    print(json.dumps(sizes, indent=1) if as_json else text(shape, run, parts))
     return 0
 
 

@@ -255,6 +255,7 @@ class PrototypeBuilder:
     backend: str = "auto"  # of k-means
     keep_empty: bool = False  # keep empty clusters as zero vectors, as in the authors' code
     pbt: bool = True  # back translation; else internal prototypes are the source's centroids
+    temperature: float = 0.01  # of the internal soft targets; 0: hard labels
     group: Group = None
 
     def cluster(
@@ -296,7 +297,6 @@ class PrototypeBuilder:
         clustering: Clustering,
         rows: Tensor,
         students: Mapping[str, Tensor],
-        temperature: float,
         labels_new: bool = False,
     ) -> list[PrototypeSet]:
         """Prototypes and targets of one source in the space of each of its students.
@@ -306,7 +306,6 @@ class PrototypeBuilder:
             clustering: of the source's points.
             rows: int64 [N], the students' rows in ``clustering.labels``.
             students: modality -> [N, Dh].
-            temperature: of the soft targets; 0: hard labels.
             labels_new: as in ``PrototypeSet``.
         """
         centroids, labels = clustering.centroids, clustering.labels[rows]
@@ -319,8 +318,8 @@ class PrototypeBuilder:
             else:
                 prototypes = centroids
             targets = None
-            if temperature > 0:
-                targets = soft_targets(centroids.to(prototypes), prototypes, temperature)
+            if source in INTERNAL and self.temperature > 0:
+                targets = soft_targets(centroids.to(prototypes), prototypes, self.temperature)
             if self.group is not None:
                 # The same bits everywhere, whatever the ranks' machines make of the same sums.
                 broadcast(prototypes, *([] if targets is None else [targets]))
@@ -421,6 +420,7 @@ class EpisodeBuilder:
             backend=config.kmeans_backend,
             keep_empty=config.keep_empty,
             pbt=config.pbt,
+            temperature=config.target_temperature,
             group=all_ranks(),
         )
         new = self._without_features(features.index, coming)
@@ -438,9 +438,7 @@ class EpisodeBuilder:
             values["target_entropy"] = target_entropy(found, temperature)
             metrics |= {f"{source}_{name}": value for name, value in values.items()}
             labels_new = source in INTERNAL and len(new) > 0
-            sets += builder.translate(
-                source, found, features.index, students, temperature, labels_new
-            )
+            sets += builder.translate(source, found, features.index, students, labels_new)
         return Episode(tuple(sets), metrics)
 
     def _of_dataset(self, local: Clustering, index: Tensor) -> Clustering:
@@ -543,7 +541,6 @@ class OnlinePrototypes:
         builder: of the prototypes; its group is that of the ranks.
         queue: pairs that this rank keeps.
         num_clusters: k-means' K, over all ranks.
-        temperature: of the soft targets; 0: hard labels.
         every: steps between clusterings; 0: as many as renew the queue.
         warmup: steps before the first clustering, at least.
         seed: of the first centroids; later ones start from the last.
@@ -556,7 +553,6 @@ class OnlinePrototypes:
         *,
         queue: int,
         num_clusters: int,
-        temperature: float,
         every: int = 0,
         warmup: int = 0,
         seed: int = 0,
@@ -564,8 +560,8 @@ class OnlinePrototypes:
     ) -> None:
         _keep_out_of_graphs()
         self.builder, self.queue, self.num_clusters = builder, queue, num_clusters
-        self.temperature, self.seed = temperature, seed
-        self.every, self.warmup, self.calls_per_step = every, warmup, calls_per_step
+        self.every, self.warmup, self.seed = every, warmup, seed
+        self.calls_per_step = calls_per_step
         self.current: list[PrototypeSet] | None = None
         self.steps = 0
         self._calls = 0
@@ -628,7 +624,7 @@ class OnlinePrototypes:
                     "if they are not finite, training has diverged: lower --lr or lengthen --warmup"
                 ) from error
             rows = torch.arange(self._filled, device=found.labels.device)
-            current += self.builder.translate(source, found, rows, points, self.temperature)
+            current += self.builder.translate(source, found, rows, points)
             self._sizes[f"{source}_clusters"] = float(len(found.counts))
             self._sizes[f"{source}_size_max"] = float(found.counts.max())
         self.current = current

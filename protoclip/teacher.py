@@ -7,6 +7,7 @@ its features are cached.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -89,20 +90,15 @@ def _cached_minilm(
     texts = [teacher_text(dataset.captions(i)) for i in range(len(dataset))]
     digest = hashlib.sha256(repr((MINILM_PACKAGE, texts)).encode()).hexdigest()[:16]
     path = cache_dir() / f"minilm-{digest}.npz"
-    if path.is_file():
-        try:
-            return _read_features(path, dataset)
-        except ValueError:  # torn, or of other rows: compute it again and replace it
-            pass
+    with contextlib.suppress(ValueError):  # missing, torn, or of other rows: compute it
+        return _read_features(path, dataset)
     reason = minilm_missing()
     if reason is not None:
         raise ValueError(f"--external-teacher {MINILM}: {reason}, or --external-teacher none")
     features = minilm(device).encode(texts, progress=progress)
-    try:
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_features(path, features.numpy(), dataset.keys)
-    except OSError:
-        pass  # a cache that cannot be written costs time, not the run
     return features
 
 

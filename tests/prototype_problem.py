@@ -34,7 +34,7 @@ def problem(n, k, d, dtype, temperature):
 def run(h, c, labels, targets, scale, weights, backend):
     """Losses and the gradients of sum(weights * losses)."""
     h, c = (t.detach().requires_grad_() for t in (h, c))
-    s = torch.tensor(scale, requires_grad=True)
+    s = torch.tensor(scale, requires_grad=True, device=h.device)
     loss = protoclip.prototype_cross_entropy(
         h, c, labels, s, targets=targets, reduction="none", backend=backend
     )
@@ -48,7 +48,7 @@ def plain(h, c, labels, targets, scale, weights, dtype):
     of the absolute values that make up dscale."""
     wide = torch.promote_types(dtype, torch.float32)
     h, c = (t.detach().to(dtype).requires_grad_() for t in (h, c))
-    s = torch.tensor(scale, dtype=wide, requires_grad=True)
+    s = torch.tensor(scale, dtype=wide, requires_grad=True, device=h.device)
     dots, used = h @ c.T, labels != -100
     logits = (s.to(dtype) * dots).to(wide)
     if targets is None:
@@ -72,6 +72,7 @@ def check_case(h, c, labels, targets, scale, weights, backend="cpu", size=0.0):
     """``size``: of what the gradients sum, where they cancel."""
     args = h, c, labels, targets, scale, weights
     got = run(*args, backend)
+    assert [x.dtype for x in got.values()] == [torch.float32, h.dtype, h.dtype, torch.float32]
     truth, base = plain(*args, torch.float64), plain(*args, h.dtype)
     for name in got:
         magnitude = truth["terms"]

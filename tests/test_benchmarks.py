@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 
@@ -43,6 +44,12 @@ def test_the_page_shows_the_newest_records():
     for one in changed[-1]["rows"]:
         one["median_ms"] *= 3
     assert report.stale(changed)
+
+
+@pytest.mark.parametrize("script", ["benchmarks/gpu.sh", "Makefile"])
+def test_scripts_name_files_that_are_there(script):
+    named = set(re.findall(r"(?:tests|benchmarks)/\w+\.py", (report.ROOT / script).read_text()))
+    assert named and [name for name in named if not (report.ROOT / name).is_file()] == []
 
 
 def test_the_newest_record_of_a_machine_counts():

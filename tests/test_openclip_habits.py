@@ -59,6 +59,8 @@ def code_of(main, argv):
         ("openclip", ["--proto-k", "5", "--model", "coca_ViT-B-32"], "CoCa"),
         ("openclip", ["--proto-k", "5", "--distill-model", "x"], "--distill-model"),
         ("openclip", ["--model", "no/such.json"], "no/such.json"),
+        ("openclip", ["--batch", "8", "--epcohs", "3"], "did you mean --epochs?"),
+        ("openclip", ["--w-proto", "1"], "--w-proto: no such flag"),
     ],
 )
 def test_a_slip_ends_in_one_line_with_a_remedy(tmp_path, monkeypatch, capsys, command, argv, words):

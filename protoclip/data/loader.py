@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class EpochOrder:
-    """In which order an epoch goes through the data: all mixed, shard by shard, or resampled.
+    """The order in which an epoch visits the data: fully mixed, shard by shard, or resampled.
 
     Args:
         dataset: with ``shard_of`` and ``source_of``, int [N], where it is made of shards.
@@ -298,7 +298,7 @@ class _Source:
         return choices[0 if first else choice % len(choices)], one(self.dataset.image(position))
 
     def _another(self, die: int, attempt: int, batch: np.ndarray) -> int:
-        """A pair to stand in for a bad one, if possible none that is in the batch already."""
+        """A pair to replace a bad one, preferably one that is not in the batch already."""
         candidates = self.draws[(mix(die, attempt, np.arange(64)) % len(self.draws)).astype(int)]
         fresh = candidates[~np.isin(candidates, batch)]
         return int((fresh if len(fresh) else candidates)[0])
@@ -360,15 +360,15 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
 
 
 def _ignore_signals(worker: int) -> None:
-    """A signal to the whole process group asks the training process to stop, which still needs the
-    batches of its step."""
+    """A signal to the process group means the training process, which still needs the batches of
+    its step."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _started(loader: torch.utils.data.DataLoader) -> Iterator[Any]:
-    """The loader's iterator, without the handler by which torch raises wherever the program stands
-    when a worker dies; the iterator finds out by itself within seconds."""
+    """The loader's iterator, without torch's SIGCHLD handler, which raises wherever the program is
+    when a worker dies; the iterator notices by itself within seconds."""
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)
     before = signal.getsignal(signal.SIGCHLD)

@@ -49,8 +49,8 @@ class ShardDataset:
     """Pictures with captions from tar files in webdataset's layout.
 
     A pair is jpg | png | jpeg | webp with txt (one caption per line) or json ("caption", or a list
-    "captions") under one key; txt goes first unless the json has a list. Samples that are no pair
-    are skipped with a warning. Shards from urls are copied as they are needed.
+    "captions") under one key; txt goes first unless the json has a list. Other samples are
+    skipped with a warning. Shards from urls are copied as they are needed.
 
     Args:
         spec: path or url of a tar; braces "{000..012}" and globs expand, "::" joins several
@@ -330,7 +330,7 @@ def scan(path: str, name: str = "") -> ShardIndex:
 
 
 def _pair(file: io.BufferedReader, members: Members) -> tuple[int, ...] | str:
-    """Where picture and captions of a sample are, as in ``ShardIndex``; else why it is no pair."""
+    """Where picture and captions of a sample are, as in ``ShardIndex``; or why it is not a pair."""
     usable = {kind for kind, (_, size) in members.items() if size > 0}
     for what, kinds in (("picture", IMAGE_KINDS), ("caption", TEXT_KINDS)):
         if not usable.intersection(kinds):

@@ -42,6 +42,22 @@ def like(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         )
 
 
+def pairs(
+    op: str, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, D] and [N, D] of one device, in one dtype, and the scale as a tensor."""
+    matrix(op, "image_features", image_features, "[N, D]")
+    matrix(op, "text_features", text_features, "[N, D]")
+    like(op, "text_features", text_features, "image_features", image_features)
+    if len(image_features) != len(text_features):
+        raise ValueError(
+            f"{op}: expected one text per image, got image_features {tuple(image_features.shape)} "
+            f"and text_features {tuple(text_features.shape)}; give row i of each the same pair"
+        )
+    x, y = promoted(image_features, text_features)
+    return x, y, scalar(op, "logit_scale", logit_scale, x.device)
+
+
 def promoted(*tensors: Tensor) -> list[Tensor]:
     """The tensors in the narrowest dtype that holds all of theirs, as torch promotes operands."""
     dtype = tensors[0].dtype

@@ -205,17 +205,8 @@ def info_nce(
         Radford et al. 2021 (CLIP), figure 3.
     """
     op = "info_nce"
-    checks.matrix(op, "image_features", image_features, "[N, D]")
-    checks.matrix(op, "text_features", text_features, "[N, D]")
-    checks.like(op, "text_features", text_features, "image_features", image_features)
-    if len(image_features) != len(text_features):
-        raise ValueError(
-            f"{op}: expected one text per image, got image_features {tuple(image_features.shape)} "
-            f"and text_features {tuple(text_features.shape)}"
-        )
+    x, y, scale = checks.pairs(op, image_features, text_features, logit_scale)
     checks.reduction(op, reduction)
-    x, y = checks.promoted(image_features, text_features)
-    scale = checks.scalar(op, "logit_scale", logit_scale, x.device)
     name = resolve(op, backend, x.device.type, x.dtype)
     inputs = x, y, scale
     if name == "reference":
