@@ -483,14 +483,13 @@ def _score(
 ) -> SetResults:
     """The metrics of one set, with their intervals."""
     values: dict[str, float] = {}
-    hits: dict[str, Tensor] = {}
     sampled: dict[str, Sampled] = {}
     if len(one.text) and "retrieval" in tasks:
         ranks = metrics.retrieval(one.image, one.text, one.owner)
         values |= ranks.summary(RECALL_AT)
         for k in RECALL_AT:
             for name, rows in zip(("text", "image"), ranks.hits(k), strict=True):
-                hits[f"{name}_retrieval_recall@{k}"] = rows.cpu()
+                sampled[f"{name}_retrieval_recall@{k}"] = Sampled(rows)
     if "geometry" in tasks:
         if len(one.text):
             values["modality_gap"] = metrics.modality_gap(one.image, one.text)
@@ -498,13 +497,9 @@ def _score(
             values["text_uniformity"] = metrics.uniformity(one.text)
         values["image_uniformity"] = metrics.uniformity(one.image)
 
-    def add(name: str, got: Accuracy) -> None:
-        for score, value in got.summary().items():
-            values[name + score] = value
-        hits[f"{name}acc1"] = got.hits(1).cpu()
-        sampled[f"{name}mean_per_class_recall"] = Sampled(got.hits(1), got.labels)
-        if got.num_classes >= 5:
-            sampled[f"{name}acc5"] = Sampled(got.hits(5))
+    def add(prefix: str, got: Accuracy) -> None:
+        sampled.update({prefix + name: one for name, one in got.scores().items()})
+        values.update({prefix + name: value for name, value in got.summary().items()})
 
     for label, known in one.labels.items():
         if "zeroshot" in tasks and label in one.class_vectors:
@@ -520,7 +515,8 @@ def _score(
         if "grouping" in tasks and len(known.ids) > 1:
             for name, value in metrics.group_scores(one.image, known.ids).items():
                 values[f"{label}/{name}"] = value
-    bounds = metrics.bootstrap_intervals(sampled | {name: Sampled(x) for name, x in hits.items()})
+    bounds = metrics.bootstrap_intervals(sampled)
+    hits = {name: one.values.cpu() for name, one in sampled.items() if one.classes is None}
     return SetResults(one.title or key, len(one.image), len(one.text), values, bounds, hits)
 
 
