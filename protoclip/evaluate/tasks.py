@@ -94,7 +94,7 @@ class FeatureCache:
         self._model = model_hash(model) + settings
 
     def path(self, kind: str, content: str) -> Path:
-        return self.folder / f"{kind}-{digest([self._model, content])[:40]}.safetensors"
+        return self.folder / f"{kind}-{digest(self._model, content)[:40]}.safetensors"
 
     def load(self, path: Path, count: int) -> Tensor | None:
         """The stored features (CPU); None where there is no file, or a damaged one.
@@ -122,24 +122,19 @@ class FeatureCache:
                 save_file({"features": rows.detach().cpu().contiguous()}, temporary)
 
 
-def digest(parts: Iterable[str | bytes]) -> str:
+def digest(*parts: str) -> str:
     """SHA-256 of a sequence of texts; their borders count."""
-    total = hashlib.sha256()
-    for part in parts:
-        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
-        total.update(len(data).to_bytes(8, "little") + data)
-    return total.hexdigest()
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def model_hash(model: nn.Module) -> str:
     """SHA-256 of a model's parameters and buffers, by name, type, shape and value."""
-
-    def parts() -> Iterator[str | bytes]:
-        for name, tensor in sorted(model.state_dict().items()):
-            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-    return digest(parts())
+    parts = []
+    for name, tensor in sorted(model.state_dict().items()):
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        known = hashlib.sha256(content).hexdigest()
+        parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {known}")
+    return digest(*parts)
 
 
 def dataset_hash(dataset: PairDataset) -> str:
@@ -148,9 +143,9 @@ def dataset_hash(dataset: PairDataset) -> str:
     Built-in data has no files of its own; its keys and the pixels of a few pictures stand for it.
     """
     base: Any = dataset
-    parts: list[str | bytes] = []
+    parts: list[str] = []
     while isinstance(base, Subset):
-        parts.append(base.indices.tobytes())
+        parts.append(base.indices.tobytes().hex())
         base = base.dataset
     parts += [base.name, *base.keys]
     files: Iterable[str] = getattr(base, "shards", ())
@@ -158,14 +153,14 @@ def dataset_hash(dataset: PairDataset) -> str:
         files = (base.path(i) for i in range(len(base)))
     elif not files:
         step = max(1, len(base) // SAMPLED)
-        parts += [base.image(i).tobytes() for i in range(0, len(base), step)]
+        parts += [base.image(i).tobytes().hex() for i in range(0, len(base), step)]
     for path in files:
         try:
             status = os.stat(path)
             parts.append(f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}")
         except OSError:  # a url, or a missing file, which its reader names
             parts.append(path)
-    return digest(parts)
+    return digest(*parts)
 
 
 @dataclass(frozen=True)
@@ -212,7 +207,7 @@ class Encoder:
             tokens = (self.model.short_tokenizer(part) for part in parts)
             return self._rows(self.model.encode_text, tokens)
 
-        content = digest(unique) if self.cache is not None else ""
+        content = digest(*unique) if self.cache is not None else ""
         encoded = self._kept("text", content, len(unique), encode)
         return encoded[torch.tensor([position[text] for text in texts], device=encoded.device)]
 
