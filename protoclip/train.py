@@ -488,8 +488,8 @@ class Trainer:
 
     def _save_or_stop(self) -> None:
         """Write the newest state where it is due, and end where a signal asks for it."""
-        timed = 0 < self._every_seconds <= time.monotonic() - self._saved_at[0]
-        timed, stop = self.agreement.ask(timed, self.signals.level)  # each rank has its own clock
+        due = 0 < self._every_seconds <= time.monotonic() - self._saved_at[0]  # by its own clock
+        timed, stop = self.agreement.ask(due, self.signals.level)
         if stop or timed or (self._every_steps and self.step % self._every_steps == 0):
             self.save(None)
         if stop:
@@ -749,8 +749,9 @@ class Evaluation:
             return evaluate.read_results(path)["trained"] if distributed.is_main() else None
         before = self.full(model, "evaluating the untrained model")
         if before is not None and distributed.is_main() and not resumed:
-            about = {"data": self.data, "model": "untrained", "pretrained": ""}
-            evaluate.write_results(path, before, None, **about)
+            evaluate.write_results(
+                path, before, None, data=self.data, model="untrained", pretrained=""
+            )
         return before
 
     def full(self, model: ProtoModel, what: str) -> Results | None:
@@ -771,7 +772,7 @@ class Evaluation:
             return evaluate.evaluate_model(
                 model,
                 self.data,
-                encoder=replace(self.encoder(model), progress=bar.update),
+                encoder=replace(self.encoder(model), bar=bar),
                 seed=arguments.pop("seed"),
                 captions="first" if self.data.startswith("builtin:") else "all",
                 open_kwargs=arguments,

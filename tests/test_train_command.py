@@ -81,7 +81,7 @@ def test_it_learns_and_leaves_a_whole_run_folder(tmp_path):
         (["--w-clip", "0"], "--infonce-warmup-epoch 0"),
         (["--w-clip", "0", "--infonce-warmup-epoch", "0", "--lit-start", "1"], "--lit-start 0"),
         # Of 540 samples an episode sees two thirds; the last of 10 steps is an episode of 64.
-        (["--episode-replacement", "--k", "400"], "samples of episode 3"),
+        (["--episode-replacement", "--k", "400"], "samples of episode 2"),
         (
             ["--max-steps", "10", "--k", "65", "--infonce-warmup-epoch", "0"],
             "64 samples of episode 2",
@@ -134,7 +134,7 @@ def test_a_bad_picture_is_skipped_to_the_end(tmp_path, capsys):
 def test_validation_data_are_opened_before_the_folder_is_made(tmp_path, capsys):
     flags = [*SMALL, "--val-data", "no/such.csv"]
     assert main(["--logs", str(tmp_path), "--name", "bad", *flags]) == 2
-    assert "no file 'no/such.csv'" in capsys.readouterr().err
+    assert "no/such.csv: No such file" in capsys.readouterr().err
     assert not (tmp_path / "bad").exists()
 
 
