@@ -776,7 +776,7 @@ class Evaluation:
             return evaluate.evaluate_model(
                 model,
                 self.data,
-                encoder=replace(self.encoder(model), progress=bar.update),
+                encoder=replace(self.encoder(model), bar=bar),
                 seed=arguments.pop("seed"),
                 captions="first" if self.data.startswith("builtin:") else "all",
                 open_kwargs=arguments,
@@ -864,16 +864,7 @@ def open_teacher(
     spec, remark = teacher_spec(config)
     if not spec:
         return None, remark
-    with tqdm(
-        total=len(dataset), desc=f"teacher {spec}", unit=" samples", leave=False, disable=None
-    ) as bar:
-        rows = load_teacher(
-            spec,
-            dataset,
-            dim=config.episode.external_teacher_dim,
-            device=device,
-            progress=bar.update,
-        )
+    rows = load_teacher(spec, dataset, dim=config.episode.external_teacher_dim, device=device)
     return rows, f"external teacher: {spec}, {rows.shape[1]} dimensions"
 
 

@@ -213,19 +213,13 @@ def run(args: argparse.Namespace) -> None:
     opened, options, notes = _open(args, data, tasks, loaded.config or TrainConfig())
     shown = None if is_main() else True  # None: where stderr is a terminal
     with tqdm(desc="evaluating", unit=" rows", file=sys.stderr, leave=False, disable=shown) as bar:
-
-        def expect(rows: int) -> None:
-            bar.total = (bar.total or 0) + rows
-            bar.refresh()
-
         encoder = Encoder(
             loaded.model,
             device,
             args.batch_size,
             args.workers,
             autocast_for(precision, device),
-            bar.update,
-            expect,
+            bar,
             cache,
             sharded=world_size() > 1,
         )
