@@ -112,7 +112,7 @@ def _at_the_first_picture(number):
     ("fault", "data", "codes", "words"),
     [
         (killed_at_a_picture, "builtin:shapes:64", [1, -signal.SIGKILL], ""),
-        (None, "builtin:cats", [2, 2], "no built-in data"),
+        (None, "builtin:cats", [2, 2], "expected one of builtin:emoji"),
         (None, "builtin:shapes:64", [0, 0], "Evaluated in"),
     ],
     ids=["a rank is killed", "a mistake", "all goes well"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -67,11 +68,11 @@ def _from(module: str) -> Callable[[str], Callable]:
     return lambda name: getattr(importlib.import_module(module), name)
 
 
-def _triton(op: str) -> Backend:
+def _triton(module: str) -> Backend:
     # CPU tensors are for Triton's interpreter only.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     devices = ("cuda", "cpu") if interpreted else ("cuda",)
-    return Backend(_from(f"protoclip.kernels.{op}"), devices, FLOATS, _no_triton)
+    return Backend(_from(f"protoclip.kernels.{module}"), devices, FLOATS, _no_triton)
 
 
 REFERENCE = Backend(_from("protoclip.ops.reference"), None, ANY_FLOAT, _always)
@@ -87,8 +88,18 @@ TABLE: dict[str, dict[str, Backend]] = {
         "reference": REFERENCE,
     },
     "soft_targets": {"cpu": CPU, "triton": _triton("soft_targets"), "reference": REFERENCE},
-    "kmeans_assign": {"cpu": CPU, "cuda": CUDA, "reference": REFERENCE},
-    "segment_mean": {"cpu": CPU, "cuda": CUDA, "reference": REFERENCE},
+    "kmeans_assign": {
+        "cpu": CPU,
+        "cuda": CUDA,
+        "triton": _triton("clusters"),
+        "reference": REFERENCE,
+    },
+    "segment_mean": {
+        "cpu": CPU,
+        "cuda": CUDA,
+        "triton": _triton("clusters"),
+        "reference": REFERENCE,
+    },
 }
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
@@ -157,8 +168,20 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
         return backend
     for name in AUTO_ORDER.get(device_type, ("reference",)):
         if name in rows and _refusal(rows[name], device_type, dtype) is None:
+            if name == "reference" and device_type == "cuda" and dtype in FLOATS:
+                _warn_slow(op)
             return name
     return "reference"
+
+
+@cache  # once for each op
+def _warn_slow(op: str) -> None:
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in backends(op).items() if reason)
+    warnings.warn(
+        f"{op}: expected a fast backend on this GPU, got none ({reasons}), so plain torch runs, "
+        "many times slower; install what is missing, or pass backend='reference' to accept it",
+        stacklevel=4,
+    )
 
 
 # As torch.compiler.assume_constant_result, whose import loads dynamo and triton (1.8 s).

@@ -1,0 +1,197 @@
+"""k-means assignment and segment means on a GPU without nvcc: what ops/clusters.py calls.
+
+Assignment: scores x.c - |c|^2 / 2 from 16-bit products (fp32 points are rounded to bf16 first), the
+best two kept beside the product. Rows whose margin is within what the rounding can change are
+collected, without waiting for the device, and take the least |x - c|^2 in fp32: labels are exact.
+Segment mean: rows sorted by label, in pieces of at most PIECE rows, each summed in order and then
+joined in order: no atomics, the same bits every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from protoclip.kernels.attention import dot, load_tile
+from protoclip.kernels.launch import Launch
+
+ASSIGN = Launch(128, 64, 64, warps=8, stages=3)
+RESCORE = Launch(64, 64, 16, warps=8, stages=1)
+MEAN = Launch(32, 0, 128, warps=4, stages=1)
+PIECE = 1024  # rows of a piece of a segment
+
+
+@triton.jit(do_not_specialize=["n", "k_count"])
+def assign_kernel(
+    x_ptr, c_ptr, half_norm_ptr, reach_ptr,  # [N, D], [K, D], [K], [N]: of the rounding
+    rows_ptr, count_ptr,  # [N], []: which rows, or None for all
+    label_ptr, near_ptr,  # [N], [N]: whether the margin is within reach; None for rescored rows
+    n, k_count, d, stride_x_n, stride_x_d, stride_c_k, stride_c_d,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ROUND: tl.constexpr,
+    DIRECT: tl.constexpr,
+):  # fmt: skip
+    """Best centroid of a tile of rows. ROUND: fp32 rows as bf16. DIRECT: by -|x - c|^2 itself."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if rows_ptr is not None:
+        n = tl.load(count_ptr).to(tl.int32)
+    used, rows = at < n, at
+    if tl.program_id(0) * BLOCK_N < n:
+        if rows_ptr is not None:
+            rows = tl.load(rows_ptr + at, mask=used, other=0)
+        best = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+        second = best
+        label = tl.full((BLOCK_N,), -1, tl.int64)
+        keys = tl.arange(0, BLOCK_K)
+        for start in range(0, k_count, BLOCK_K):
+            some = start + keys
+            inside = some < k_count
+            s = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+            if DIRECT:
+                for column in range(0, d):
+                    x_at = x_ptr + rows * stride_x_n + column * stride_x_d
+                    c_at = c_ptr + some.to(tl.int64) * stride_c_k + column * stride_c_d
+                    x = tl.load(x_at, mask=used, other=0.0).to(tl.float32)
+                    c = tl.load(c_at, mask=inside, other=0.0).to(tl.float32)
+                    difference = x[:, None] - c[None, :]
+                    s -= difference * difference
+            else:
+                for first in range(0, d, BLOCK_D):
+                    depth = first + tl.arange(0, BLOCK_D)
+                    x = load_tile(x_ptr, rows, used, depth, d, stride_x_n, stride_x_d, False)
+                    c = load_tile(
+                        c_ptr, some.to(tl.int64), inside, depth, d, stride_c_k, stride_c_d, False
+                    )
+                    if ROUND:
+                        x, c = x.to(tl.bfloat16), c.to(tl.bfloat16)
+                    s += dot(x, tl.trans(c))
+                s -= tl.load(half_norm_ptr + some, mask=inside, other=0.0)[None, :]
+            s = tl.where(inside[None, :], s, -float("inf"))
+            top = tl.max(s, 1)
+            index = tl.min(tl.where(s == top[:, None], keys[None, :], BLOCK_K), 1)
+            runner_up = tl.max(tl.where(keys[None, :] == index[:, None], -float("inf"), s), 1)
+            better = top > best  # not where equal: the lowest index wins
+            second = tl.maximum(tl.where(better, best, second), tl.where(better, runner_up, top))
+            best = tl.where(better, top, best)
+            label = tl.where(better, start + index, label)
+        tl.store(label_ptr + rows, label, mask=used)
+        if near_ptr is not None:
+            reach = tl.load(reach_ptr + at, mask=used, other=0.0)
+            tl.store(near_ptr + at, ((best - second) <= reach).to(tl.int64), mask=used)
+
+
+@triton.jit(do_not_specialize=["n"])
+def distance_kernel(
+    x_ptr, c_ptr, label_ptr, out_ptr, n, d, stride_x_n, stride_x_d, stride_c_k, stride_c_d,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """|x - c|^2 of each row and its centroid; a row with NaN loses its label."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    used = rows < n
+    label = tl.load(label_ptr + rows, mask=used, other=0)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, d, BLOCK_D):
+        depth = first + tl.arange(0, BLOCK_D)
+        x = load_tile(x_ptr, rows, used, depth, d, stride_x_n, stride_x_d, False).to(tl.float32)
+        known = tl.maximum(label, 0)
+        c = load_tile(c_ptr, known, used, depth, d, stride_c_k, stride_c_d, False).to(tl.float32)
+        total += tl.sum((x - c) * (x - c), 1)
+    tl.store(out_ptr + rows, total, mask=used)
+    tl.store(label_ptr + rows, tl.where(total == total, label, -1), mask=used)
+
+
+def kmeans_assign(
+    points: Tensor, centroids: Tensor, *, exact: bool = True
+) -> tuple[Tensor, Tensor]:
+    """[N, D], [K, D] -> labels int64 [N], squared distances fp32 [N]; without ``exact`` near ties
+    stay as the rounded products score them."""
+    (n, d), k = points.shape, len(centroids)
+    labels = torch.zeros(n, dtype=torch.int64, device=points.device)
+    distances = torch.zeros(n, dtype=torch.float32, device=points.device)
+    if not n:
+        return labels, distances
+    norms = torch.linalg.vector_norm(centroids, dim=1, dtype=torch.float32)  # [K]
+    largest = norms.amax()
+    wide = points.dtype == torch.float32
+    # What rounding both operands to bf16, or summing in fp32, can change in a difference of scores.
+    relative = (2.0**-7 if wide else 0.0) * 1.01 + (d + 16) * 2.0**-22
+    reach = torch.linalg.vector_norm(points, dim=1, dtype=torch.float32) * largest * relative
+    reach += largest.square() * 2.0**-21
+    near = torch.empty_like(labels)
+    half_norms = norms.square() / 2
+    strides = *points.stride(), *centroids.stride()
+    with torch.cuda.device_of(points):
+        assign_kernel[(triton.cdiv(n, ASSIGN.block_n),)](
+            points, centroids, half_norms, reach, None, None, labels, near, n, k, d, *strides,
+            BLOCK_N=ASSIGN.block_n, BLOCK_K=ASSIGN.block_m, BLOCK_D=ASSIGN.block_d,
+            ROUND=wide, DIRECT=False, **ASSIGN.options,
+        )  # fmt: skip
+        if exact:
+            ends = near.cumsum(0)
+            rows = torch.empty(n + 1, dtype=torch.int64, device=points.device)
+            rows.scatter_(
+                0, torch.where(near > 0, ends - 1, n), torch.arange(n, device=rows.device)
+            )
+            assign_kernel[(triton.cdiv(n, RESCORE.block_n),)](
+                points, centroids, half_norms, reach, rows, ends[-1:],
+                labels, None, n, k, d, *strides,
+                BLOCK_N=RESCORE.block_n, BLOCK_K=RESCORE.block_m, BLOCK_D=RESCORE.block_d,
+                ROUND=False, DIRECT=True, **RESCORE.options,
+            )  # fmt: skip
+        distance_kernel[(triton.cdiv(n, MEAN.block_n),)](
+            points, centroids, labels, distances, n, d, *strides,
+            BLOCK_N=MEAN.block_n, BLOCK_D=MEAN.block_d, **MEAN.options,
+        )  # fmt: skip
+    return labels, distances
+
+
+@triton.jit(do_not_specialize=["n"])
+def sum_kernel(
+    values_ptr, rows_ptr, first_ptr, last_ptr, count_ptr, out_ptr,  # [., D], [.], [N] x 3, [N, D]
+    n, d, stride_n, stride_d,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sums of consecutive rows first to last, in order, over their count where given; ``rows``
+    may say which rows those are."""
+    part = tl.program_id(0).to(tl.int64)
+    depth = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    first, last = tl.load(first_ptr + part), tl.load(last_ptr + part)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(first, last, BLOCK_N):
+        at = start + tl.arange(0, BLOCK_N)
+        used, rows = at < last, at
+        if rows_ptr is not None:
+            rows = tl.load(rows_ptr + at, mask=used, other=0)
+        v = load_tile(values_ptr, rows, used, depth, d, stride_n, stride_d, False)
+        total += tl.sum(v.to(tl.float32), 0)
+    if count_ptr is not None:
+        total /= tl.maximum(tl.load(count_ptr + part), 1).to(tl.float32)
+    tl.store(out_ptr + part * d + depth, total, mask=depth < d)
+
+
+def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+    """[N, D], [N], K -> means fp32 [K, D], counts int64 [K]; other labels are left out."""
+    (n, d), k, device = values.shape, num_segments, values.device
+    means = torch.zeros((k, d), dtype=torch.float32, device=device)
+    order, rows = labels.sort(stable=True)
+    edges = torch.searchsorted(order, torch.arange(k + 1, device=device))  # [K + 1]
+    counts = edges[1:] - edges[:-1]
+    if not means.numel() or not n:
+        return means, counts
+    ends = ((counts + PIECE - 1) // PIECE).cumsum(0)  # pieces up to each segment
+    pieces = torch.arange(k + n // PIECE, device=device)  # at least as many as there are
+    owner = torch.searchsorted(ends, pieces, right=True).clamp_max(k - 1)
+    begins = ends - (counts + PIECE - 1) // PIECE
+    first = edges[owner] + (pieces - begins[owner]) * PIECE
+    last = torch.minimum(first + PIECE, edges[owner + 1])
+    sums = torch.empty((len(pieces), d), dtype=torch.float32, device=device)
+    tiles, block = triton.cdiv(d, MEAN.block_d), {"BLOCK_N": MEAN.block_n, "BLOCK_D": MEAN.block_d}
+    with torch.cuda.device_of(values):
+        sum_kernel[(len(pieces), tiles)](
+            values, rows, first, last, None, sums, n, d, *values.stride(), **block, **MEAN.options
+        )
+        sum_kernel[(k, tiles)](
+            sums, None, begins, ends, counts, means, n, d, *sums.stride(), **block, **MEAN.options
+        )
+    return means, counts
