@@ -35,7 +35,7 @@ from benchmarks.study_report import BASELINE, EQUAL_TIME, write_report
 from protoclip.config import ModelConfig
 from protoclip.data import Subset, open_dataset
 from protoclip.data.types import heldout_mask
-from protoclip.evaluate import Encoder, ProbeTrain, evaluate_features
+from protoclip.evaluate import Encoder, evaluate_features
 from protoclip.evaluate.datasets import EMOJI_TEMPLATES
 from protoclip.evaluate.tasks import encode_set, take
 from protoclip.model import build_model
@@ -158,8 +158,7 @@ def judge(
         "HO": take(whole, twemoji.tolist()),
         "NOTO": dataclasses.replace(take(whole, drawn), image=pictures),
     }
-    own = take(whole, trained.tolist())
-    return evaluate_features(sets, ProbeTrain(own.image, own.labels)).metrics
+    return evaluate_features(sets, take(whole, trained.tolist())).metrics
 
 
 def run(task: Mapping[str, Any]) -> dict[str, Any]:

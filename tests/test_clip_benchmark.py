@@ -58,7 +58,6 @@ def test_zero_shot(image, classes):
         image[:0],
         labels={"class": Labels(ids, tuple(names))},
         class_vectors={"class": vectors},
-        captioned=False,
     )
     ours = evaluate_features({"A": one}, tasks=("zeroshot",)).metrics["A"]
     assert set(theirs) == {"acc1", "acc5", "mean_per_class_recall"}

@@ -1,5 +1,6 @@
 """Metrics against hand-computed cases, plain definitions, scikit-learn and OpenCLIP."""
 
+import io
 import math
 import warnings
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import on_ranks
+from tqdm import tqdm
 
 from protoclip.config import ModelConfig
 from protoclip.evaluate import Encoder, EvalSet, class_prompts, evaluate_features, metrics
@@ -105,20 +107,6 @@ def test_retrieval_edges():
     assert metrics.retrieval(broken, torch.eye(2)).image_to_text[0] == math.inf
 
 
-@pytest.mark.parametrize(
-    ("image", "text", "owner", "words"),
-    [
-        (torch.ones(3, 4), torch.ones(6, 4), None, "pass caption_image"),
-        (torch.ones(3, 4), torch.ones(2, 4), torch.tensor([0, 3]), "0..2"),
-        (torch.ones(3, 4), torch.ones(2, 4), torch.tensor([0]), "one label per row"),
-        (torch.ones(3, 4), torch.ones(3, 4).long(), None, "floating-point"),
-    ],
-)
-def test_retrieval_refuses(image, text, owner, words):
-    with pytest.raises(ValueError, match=words):
-        metrics.retrieval(image, text, owner)
-
-
 def test_class_vectors_are_the_renormalised_mean():
     prompts = torch.tensor([[[2.0, 0], [0, 5.0]], [[0, 1.0], [0, 3.0]]])
     root = 0.5**0.5
@@ -173,8 +161,6 @@ def test_accuracy_edges():
     assert all(map(math.isnan, none.values()))
     assert math.isnan(accuracy(torch.eye(3), torch.arange(3))["acc5"])
     assert accuracy(torch.full((1, 6), torch.nan), torch.tensor([0]))["acc5"] == 0
-    with pytest.raises(ValueError, match=r"0..2, found 0..3"):
-        accuracy(torch.eye(3), torch.tensor([0, 1, 3]))
 
 
 @pytest.mark.parametrize("penalty", [1.0, 0.03])
@@ -212,13 +198,8 @@ def test_linear_probe_edges():
     logits, _ = metrics.fit_linear_probe(x, y, 8)  # classes 6 and 7 do not occur
     assert metrics.classify(x, y, 8, logits).summary()["acc1"] > 0.8
     assert torch.isfinite(logits(x + 1.0)).all()
-    for rows, labels, classes, words in (
-        (x.masked_fill(x > 0, torch.nan), y, 6, "NaN or infinity"),
-        (x, y, 3, r"0..2"),
-        (x[:1], y[:1], 6, "at least 2 samples"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            metrics.fit_linear_probe(rows, labels, classes)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        metrics.fit_linear_probe(x.masked_fill(x > 0, torch.nan), y, 6)
 
 
 def test_paper_probe_is_plain_sgd_and_takes_the_best_epoch():
@@ -260,8 +241,6 @@ def test_knn_edges():
     vote = metrics.fit_knn(x, y, 4, k=50)  # fewer samples than neighbours
     assert vote(x).argmax(1).tolist() == [0, 1, 2] and vote(x).shape == (3, 4)
     assert vote(x[:0]).shape == (0, 4)
-    with pytest.raises(ValueError, match=r"0..1"):
-        metrics.fit_knn(x, y, 2)
 
 
 def test_group_scores_are_means_over_seeds_on_the_sphere():
@@ -355,10 +334,10 @@ def on_a_rank(folder):
         Encoder(model, cpu, cache=cache).texts(["text 0", "text 1"])
     found = []
     for count in (1, 2, 7):
-        told = []
-        encoder = Encoder(model, cpu, 2, progress=told.append, cache=cache, sharded=True)
+        bar = tqdm(file=io.StringIO())
+        encoder = Encoder(model, cpu, 2, bar=bar, cache=cache, sharded=True)
         rows = encoder.texts([f"text {i}" for i in range(count)])
-        found.append((rows.numpy(), sum(told)))
+        found.append((rows.numpy(), bar.n))
     distributed.stop()
     return found
 

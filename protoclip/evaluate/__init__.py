@@ -13,7 +13,6 @@ from protoclip.evaluate.results import (
 from protoclip.evaluate.tasks import (
     Encoder,
     EvalSet,
-    ProbeTrain,
     encode_sets,
     evaluate_features,
     evaluate_model,
@@ -24,7 +23,6 @@ __all__ = [
     "Encoder",
     "EvalSet",
     "Layout",
-    "ProbeTrain",
     "Results",
     "SetResults",
     "class_prompts",

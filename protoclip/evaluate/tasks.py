@@ -20,12 +20,14 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from protoclip.data import (
     DataError,
     Draws,
     Labels,
     PairDataset,
+    Subset,
     batches,
     build_transform,
     noto_available,
@@ -62,22 +64,20 @@ class EvalSet:
     """Features of one evaluation set; rows need not be normalised."""
 
     image: Tensor  # [N, D]
-    text: Tensor  # [M, D]
+    text: Tensor  # [M, D]; M = 0: no retrieval
     caption_image: Tensor | None = None  # int64 [M], image row of each caption; None: M = N
     labels: Mapping[str, Labels] = field(default_factory=dict)
     class_vectors: Mapping[str, Tensor] = field(default_factory=dict)  # label -> [C, D]
     probes: bool = True  # False where the probes' training images are in the set
     title: str = ""
-    captioned: bool = True  # False: ``text`` is empty, there is no retrieval
     probe_rows: Tensor | None = None  # int64, the images that probes are judged on; None: all
 
-
-@dataclass(frozen=True)
-class ProbeTrain:
-    """What the linear probe and the nearest neighbours learn from."""
-
-    image: Tensor  # [N, D]
-    labels: Mapping[str, Labels]
+    @property
+    def owner(self) -> Tensor:
+        """int64 [M], the image row of each caption."""
+        if self.caption_image is not None:
+            return self.caption_image
+        return torch.arange(len(self.text), device=self.text.device)
 
 
 class FeatureCache:
@@ -149,7 +149,7 @@ def dataset_hash(dataset: PairDataset) -> str:
     """
     base: Any = dataset
     parts: list[str | bytes] = []
-    while hasattr(base, "dataset") and hasattr(base, "indices"):  # a Subset
+    while isinstance(base, Subset):
         parts.append(base.indices.tobytes())
         base = base.dataset
     parts += [base.name, *base.keys]
@@ -177,8 +177,7 @@ class Encoder:
     batch_size: int = 256
     workers: int = 0
     autocast: Autocast = nullcontext
-    progress: Callable[[int], None] | None = None  # told rows after each batch
-    expect: Callable[[int], None] | None = None  # told how many rows will follow
+    bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # counts the rows
     cache: FeatureCache | None = None  # None: everything is encoded
     sharded: bool = False  # True on every rank: each encodes a slice, all get all rows
 
@@ -227,9 +226,7 @@ class Encoder:
         self, kind: str, content: str, count: int, encode: Callable[[range], Tensor]
     ) -> Tensor:
         """Rows from the cache if every rank has them; else encoded, by all ranks together."""
-        tell = self.progress or (lambda rows: None)
-        if self.expect is not None:
-            self.expect(count)
+        self.bar.total = (self.bar.total or 0) + count
         if self.cache is not None:
             path = self.cache.path(kind, content)
             found = self.cache.load(path, count)
@@ -237,7 +234,7 @@ class Encoder:
             if self.sharded:
                 max_over_ranks(missing)
             if found is not None and not missing:
-                tell(count)
+                self.bar.update(count)
                 return found.to(self.device)
         own = own_slice(count) if self.sharded else slice(0, count)
         rows = encode(range(own.start, own.stop)) if own.start < own.stop else None
@@ -245,7 +242,7 @@ class Encoder:
             parts: list[Tensor | None] = [None] * world_size()
             dist.all_gather_object(parts, None if rows is None else rows.cpu())
             rows = torch.cat([part for part in parts if part is not None]).to(self.device)
-            tell(count - (own.stop - own.start))
+            self.bar.update(count - (own.stop - own.start))
         assert rows is not None
         if self.cache is not None and is_main():
             self.cache.store(path, rows)
@@ -257,8 +254,7 @@ class Encoder:
             for part in parts:
                 with self.autocast():
                     rows.append(encode(part.to(self.device, non_blocking=True)).float())
-                if self.progress is not None:
-                    self.progress(len(part))
+                self.bar.update(len(part))
         return torch.cat(rows)
 
 
@@ -297,8 +293,6 @@ def encode_set(
 
     Without ``captioned`` the captions stay out, without ``prompts`` the class prompts.
     """
-    if captions not in ("first", "all"):
-        raise ValueError(f"captions: expected 'first' or 'all', got {captions!r}")
     image = encoder.images(dataset)
     texts: list[str] = []
     owner: list[int] = []
@@ -320,7 +314,6 @@ def encode_set(
             if prompts
         },
         title=dataset.name,
-        captioned=captioned,
     )
 
 
@@ -333,18 +326,15 @@ def class_features(encoder: Encoder, prompts: Sequence[Sequence[str]]) -> Tensor
 def take(one: EvalSet, rows: Sequence[int], **changes: Any) -> EvalSet:
     """The set restricted to some of its images, with their captions; ``changes`` by field."""
     images = torch.as_tensor(rows, dtype=torch.int64, device=one.image.device)
-    owner = one.caption_image
-    if owner is None:
-        owner = torch.arange(len(one.text), device=one.image.device)
     place = torch.full((len(one.image),), -1, device=one.image.device)
     place[images] = torch.arange(len(images), device=one.image.device)
-    kept = torch.nonzero(place[owner] >= 0)[:, 0]
+    kept = torch.nonzero(place[one.owner] >= 0)[:, 0]
     labels = {name: Labels(known.ids[images], known.names) for name, known in one.labels.items()}
     return dataclasses.replace(
         one,
         image=one.image[images],
         text=one.text[kept],
-        caption_image=place[owner[kept]],
+        caption_image=place[one.owner[kept]],
         labels=labels,
         **changes,
     )
@@ -359,7 +349,7 @@ def encode_sets(
     captions: str = "first",
     tasks: Collection[str] = TASKS,
     open_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[dict[str, EvalSet], ProbeTrain | None]:
+) -> tuple[dict[str, EvalSet], EvalSet | None]:
     """The evaluation sets of some data, by name, and what the probes learn from.
 
     builtin:emoji has HO (held-out concepts), TW (all, in Twemoji style) and, with the font, NHO
@@ -389,20 +379,20 @@ def encode_sets(
     train = None
     if one.labels and PROBES & set(tasks):
         if layout.train is not None:
-            train = ProbeTrain(encoder.images(layout.train), layout.train.labels)
+            image = encoder.images(layout.train)
+            train = EvalSet(image, image[:0], labels=layout.train.labels)
         else:  # a fifth of each class judges the probes, the rest teaches them
             first = next(iter(one.labels.values())).ids.cpu().numpy()
             mask = torch.from_numpy(heldout_mask(len(first), first, seed, HELDOUT_PERCENT))
             judged, rest = (part.nonzero()[:, 0].to(one.image.device) for part in (mask, ~mask))
-            own = take(one, rest.tolist())
-            train = ProbeTrain(own.image, own.labels)
+            train = take(one, rest.tolist())
             one = dataclasses.replace(one, probe_rows=judged)
     return {layout.key: one}, train
 
 
 def _emoji_sets(
     encoder: Encoder, opened: Callable[[str], PairDataset], captions: str
-) -> tuple[dict[str, EvalSet], ProbeTrain]:
+) -> tuple[dict[str, EvalSet], EvalSet]:
     """Every picture and caption is encoded once; the other sets are rows of the whole one."""
     everything = opened("all")
     outside = set(opened("heldout").keys)
@@ -421,8 +411,7 @@ def _emoji_sets(
         heldout = [i for i, key in enumerate(noto.keys) if key in outside]
         sets["NHO"] = take(drawn, heldout, title="Held-out concepts in Noto style")
         sets["NOTO"] = drawn
-    train = take(whole, inside)
-    return sets, ProbeTrain(train.image, train.labels)
+    return sets, take(whole, inside)
 
 
 def impossible(tasks: Sequence[str], layout: Layout) -> dict[str, str]:
@@ -438,21 +427,19 @@ def impossible(tasks: Sequence[str], layout: Layout) -> dict[str, str]:
 
 def evaluate_features(
     sets: Mapping[str, EvalSet],
-    probe_train: ProbeTrain | None = None,
+    probe_train: EvalSet | None = None,
     *,
     tasks: Collection[str] = TASKS,
     protocol: str = "heldout",
-    recall_at: Sequence[int] = RECALL_AT,
 ) -> Results:
     """The metrics of all sets.
 
     Args:
         sets: by short name.
-        probe_train: None: no linear probe and no nearest neighbours.
+        probe_train: what the linear probe and the nearest neighbours learn from; None: no probes.
         tasks: some of ``TASKS``; what a set does not allow is left out.
         protocol: of the linear probe: "heldout" (L-BFGS, lambda chosen on a held-out part of the
             training samples) or "paper" (the authors': SGD, best test epoch).
-        recall_at: the K of the recalls.
     Returns:
         ``Results``; ``.metrics`` is set -> metric -> value.
     """
@@ -463,7 +450,7 @@ def evaluate_features(
             label: _learn(probe_train.image, known, tasks, protocol)
             for label, known in probe_train.labels.items()
         }
-    done = {key: _score(key, one, learned, tasks, tuple(recall_at)) for key, one in sets.items()}
+    done = {key: _score(key, one, learned, tasks) for key, one in sets.items()}
     return Results(done, time.perf_counter() - started)
 
 
@@ -493,23 +480,21 @@ def _score(
     one: EvalSet,
     learned: Mapping[str, Mapping[str, Judge]],
     tasks: Collection[str],
-    recall_at: tuple[int, ...],
 ) -> SetResults:
     """The metrics of one set, with their intervals."""
     values: dict[str, float] = {}
     hits: dict[str, Tensor] = {}
     sampled: dict[str, Sampled] = {}
-    if one.captioned and "retrieval" in tasks:
-        ranks = metrics.retrieval(one.image, one.text, one.caption_image)
-        values |= ranks.summary(recall_at)
-        for k in recall_at:
+    if len(one.text) and "retrieval" in tasks:
+        ranks = metrics.retrieval(one.image, one.text, one.owner)
+        values |= ranks.summary(RECALL_AT)
+        for k in RECALL_AT:
             for name, rows in zip(("text", "image"), ranks.hits(k), strict=True):
                 hits[f"{name}_retrieval_recall@{k}"] = rows.cpu()
     if "geometry" in tasks:
-        if one.captioned:
-            matching = one.image if one.caption_image is None else one.image[one.caption_image]
+        if len(one.text):
             values["modality_gap"] = metrics.modality_gap(one.image, one.text)
-            values["alignment"] = metrics.alignment(matching, one.text)
+            values["alignment"] = metrics.alignment(one.image[one.owner], one.text)
             values["text_uniformity"] = metrics.uniformity(one.text)
         values["image_uniformity"] = metrics.uniformity(one.image)
 

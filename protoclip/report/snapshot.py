@@ -89,7 +89,7 @@ def take_snapshot(
         facts: about the run: anything JSON can hold.
     """
     thumbs = Thumbnails()
-    captioned = judged and judged[1].captioned and len(judged[1].text) > 1
+    captioned = judged and len(judged[1].text) > 1
     sets = after.sets.items() if after else ()
     return Snapshot(
         kind=thumbs.kind,
@@ -283,7 +283,7 @@ def lay_out(points: Tensor, seed: int = 0) -> Tensor:
 def geometry(one: EvalSet) -> dict[str, Any]:
     """The modality gap and two histograms: cosines, and features along the gap."""
     image, text = _unit(one.image), _unit(one.text)
-    matching = image[_owner(one)]
+    matching = image[one.owner.cpu()]
     others = text.roll(max(1, len(text) // 3), 0)
     gap = image.mean(0) - text.mean(0)
     direction = F.normalize(gap, dim=0)
@@ -292,10 +292,6 @@ def geometry(one: EvalSet) -> dict[str, Any]:
         "cosines": _histogram((matching * text).sum(1), (matching * others).sum(1)),
         "along": _histogram(image @ direction, text @ direction),
     }
-
-
-def _owner(one: EvalSet) -> Tensor:
-    return torch.arange(len(one.text)) if one.caption_image is None else one.caption_image.cpu()
 
 
 def _histogram(*parts: Tensor) -> dict[str, Any]:
@@ -329,7 +325,7 @@ def confusions(one: EvalSet) -> list[dict[str, Any]]:
 
 def retrieval(dataset: PairDataset, one: EvalSet, thumbs: Thumbnails) -> list[dict[str, Any]]:
     """Right and wrong answers in both directions, spread evenly over the evaluation set."""
-    owner, image, text = _owner(one), _unit(one.image), _unit(one.text)
+    owner, image, text = one.owner.cpu(), _unit(one.image), _unit(one.text)
 
     def caption(j: int, asked: int) -> dict[str, Any]:
         """Text row ``j``; the k-th row of a picture is its k-th caption."""
