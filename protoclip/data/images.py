@@ -6,7 +6,6 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +26,6 @@ def decode(data: bytes, where: str) -> Image.Image:
     Raises:
         DataError: empty, truncated, not a picture, or larger than Pillow's safety limit.
     """
-    if not data:
-        raise DataError(f"{where}: the picture is empty (0 bytes); remove it or write it again")
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()
@@ -102,24 +99,20 @@ def build_transform(
     if augmentation not in AUGMENTATIONS:
         known = ", ".join(AUGMENTATIONS)
         raise ValueError(f"augmentation: expected one of {known}, got {augmentation!r}")
-    from torchvision import transforms
+    from torchvision import transforms as t
 
-    steps = [*_steps(transforms, image_size, augmentation), transforms.PILToTensor()]
-    return Transform(transforms.Compose(steps), mean, std)
-
-
-def _steps(t: Any, side: int, augmentation: str) -> list[Any]:
-    """Steps from picture to picture; ``t`` is torchvision.transforms."""
     cubic = t.InterpolationMode.BICUBIC
     if augmentation == "none":
-        return [t.Resize(side, interpolation=cubic), t.CenterCrop(side)]
-    if augmentation == "clip":
-        return [t.RandomResizedCrop(side, scale=(0.9, 1.0), interpolation=cubic)]
-    kernel = side // 10 | 1  # SimCLR: a tenth of the side, odd
-    return [
-        t.RandomResizedCrop(side, scale=(0.5, 1.0), interpolation=cubic),
-        t.RandomHorizontalFlip(),
-        t.RandomApply([t.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.2),
-        t.RandomGrayscale(p=0.2),
-        t.RandomApply([t.GaussianBlur(kernel, sigma=(0.1, 2.0))], p=0.2),
-    ]
+        steps = [t.Resize(image_size, interpolation=cubic), t.CenterCrop(image_size)]
+    elif augmentation == "clip":
+        steps = [t.RandomResizedCrop(image_size, scale=(0.9, 1.0), interpolation=cubic)]
+    else:
+        kernel = image_size // 10 | 1  # SimCLR: a tenth of the side, odd
+        steps = [
+            t.RandomResizedCrop(image_size, scale=(0.5, 1.0), interpolation=cubic),
+            t.RandomHorizontalFlip(),
+            t.RandomApply([t.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.2),
+            t.RandomGrayscale(p=0.2),
+            t.RandomApply([t.GaussianBlur(kernel, sigma=(0.1, 2.0))], p=0.2),
+        ]
+    return Transform(t.Compose([*steps, t.PILToTensor()]), mean, std)

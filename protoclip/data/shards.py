@@ -34,14 +34,8 @@ TEXT_KINDS = ("txt", "json")
 FORMAT = 5  # of the cached index
 MAX_SHARDS = 1_000_000  # that one source may name; LAION-5B has 231,349
 MAX_CAPTION_BYTES = 1 << 22  # a larger member is no caption; img2dataset's JSON has about 1 kB
-MAX_HEADER_BYTES = 1 << 14  # of an extended header: a name and a few numbers
 NAMED = 5  # skipped samples named in the warning; the rest are counted
-MAX_MEMBER_BYTES = 1 << 48
-EXTENDED = (b"x", b"g", b"X", b"L", b"K")  # headers of pax and GNU that describe the next member
-NO_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
-CUT = "the shard is cut off; copy it again"
 Members = dict[str, tuple[int, int]]  # of a sample: extension -> offset, size in bytes
-Extended = dict[str, str]  # of an extended header: "path", "size", ...
 logger = logging.getLogger(__name__)
 
 
@@ -75,12 +69,9 @@ class ShardDataset:
         indices = [shard_index(shard) for shard in bar]
         shards = list(zip(self.shards, indices, strict=True))
         self.keys: Sequence[str] = StringTable(
-            f"{prefix}/{key}"
-            for prefix, index in ((_prefix(shard, folder), index) for shard, index in shards)
-            for key in index.keys
+            f"{_prefix(shard, folder)}/{key}" for shard, index in shards for key in index.keys
         )
         self.skipped = [(shard, *fault) for shard, index in shards for fault in index.skipped]
-        self._sizes = [index.size for index in indices]
         self._places = np.concatenate([index.places for index in indices])
         counts = [len(index.keys) for index in indices]
         self.shard_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
@@ -126,16 +117,14 @@ class ShardDataset:
 
     def _read(self, i: int, column: int) -> bytes:
         """The member whose offset and size are in ``column`` and the next."""
-        number = int(self.shard_of[i])
-        shard = self.shards[number]
+        shard = self.shards[self.shard_of[i]]
         offset, size = self._places[i, column : column + 2].tolist()
         try:
             file = _open(local_copy(shard) if is_remote(shard) else shard)
-            now = os.fstat(file.fileno()).st_size
             data = os.pread(file.fileno(), size, offset)
         except OSError as error:
             raise DataError(f"{shard}: {error.strerror}; check that the disk is there") from error
-        if len(data) != size or now != self._sizes[number]:
+        if len(data) != size:
             copies = f" without its copy in {cache_dir()}" if is_remote(shard) else ""
             raise DataError(f"{shard}: changed while in use; start again{copies}")
         return data
@@ -283,7 +272,7 @@ def shard_index(shard: str) -> ShardIndex:
         )
     except (OSError, ValueError, TypeError):
         pass  # never written, or damaged
-    index = scan(local_copy(shard) if is_remote(shard) else shard, shard)
+    index = _scan(local_copy(shard) if is_remote(shard) else shard, shard)
     _store(shard, index)
     return index
 
@@ -302,24 +291,19 @@ def _cached(shard: str) -> Path:
 
 
 def _store(shard: str, index: ShardIndex) -> None:
+    parts = [index.size, index.keys, index.places.tolist(), index.skipped]
     try:
-        parts = [index.size, index.keys, index.places.tolist(), index.skipped]
         write_atomic(_cached(shard), json.dumps(parts))
     except OSError as error:
-        logger.warning(
-            "the index of %s is not kept (%s): the shard is read again at the next start; set "
-            "PROTOCLIP_CACHE to a folder that can be written",
-            shard,
-            error,
-        )
+        logger.warning("an index of shards is not kept (%s); set PROTOCLIP_CACHE", error)
 
 
-def scan(path: str, name: str = "") -> ShardIndex:
+def _scan(path: str, name: str) -> ShardIndex:
     """Read the headers and captions of a tar; pictures are not touched. ``name`` is for errors."""
     pairs: dict[str, tuple[int, ...]] = {}
     skipped: list[tuple[str, str]] = []
     with open(path, "rb") as file:
-        for key, members, fault in _samples(path, name or path):
+        for key, members, fault in _samples(path, name):
             place = fault or ("the key occurs twice" if key in pairs else _pair(file, members))
             if isinstance(place, str):
                 skipped.append((key, place))
@@ -331,32 +315,30 @@ def scan(path: str, name: str = "") -> ShardIndex:
 
 def _pair(file: io.BufferedReader, members: Members) -> tuple[int, ...] | str:
     """Where picture and captions of a sample are, as in ``ShardIndex``; or why it is not a pair."""
-    usable = {kind for kind, (_, size) in members.items() if size > 0}
+    usable = {kind: place for kind, place in members.items() if place[1] > 0}
     for what, kinds in (("picture", IMAGE_KINDS), ("caption", TEXT_KINDS)):
-        if not usable.intersection(kinds):
+        if not set(usable) & set(kinds):
             state = "is empty (0 bytes)" if set(kinds) & set(members) else "is missing"
             return f"the {what} {state} ({', '.join(kinds)})"
-    image = next(kind for kind in IMAGE_KINDS if kind in usable)
-
-    def read(kind: str) -> bytes:
-        offset, size = members[kind]
-        if size > MAX_CAPTION_BYTES:
-            raise ValueError(f"{size:,} bytes are too many for captions")
+    image = next(usable[kind] for kind in IMAGE_KINDS if kind in usable)
+    reasons, found = [], []
+    for kind in TEXT_KINDS:
+        offset, size = usable.get(kind, (0, 0))
         file.seek(offset)
-        return file.read(size)
-
-    order = [kind for kind in TEXT_KINDS if kind in usable]
-    short = len(order) == 2 and members["json"][1] <= MAX_CAPTION_BYTES
-    if short and b'"captions"' in read("json"):
-        order.reverse()  # a list of several goes before the one in the txt
-    reason = ""
-    for kind in order:
         try:
-            parse_captions(read(kind), kind == "json")
-            return *members[image], *members[kind], int(kind == "json")
+            if size > MAX_CAPTION_BYTES:
+                raise ValueError(f"{size:,} bytes are too many for captions")
+            if size:
+                data = file.read(size)
+                parse_captions(data, kind == "json")
+                found.append((kind, data))
         except ValueError as error:
-            reason = reason or f"its {kind}: {error}"
-    return reason
+            reasons.append(f"its {kind}: {error}")
+    if not found:
+        return reasons[0]
+    # A list of several goes before the one in the txt.
+    kind = next((kind for kind, data in found[1:] if b'"captions"' in data), found[0][0])
+    return *image, *usable[kind], int(kind == "json")
 
 
 def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
@@ -385,10 +367,10 @@ def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
     return captions
 
 
-def _samples(path: str, name: str = "") -> Iterator[tuple[str, Members, str]]:
+def _samples(path: str, name: str) -> Iterator[tuple[str, Members, str]]:
     """Key, members and fault ("" if none) of each sample: neighbours with the same key."""
     key, members, fault = "", Members(), ""
-    for file, place, fault in _headers(path, name or path):
+    for file, place, fault in _files_of(path, name):
         folder, _, base = file.removeprefix("./").rpartition("/")
         stem, dot, extension = base.partition(".")
         if fault or not stem or not dot:
@@ -405,56 +387,34 @@ def _samples(path: str, name: str = "") -> Iterator[tuple[str, Members, str]]:
         yield f"what follows {key}", Members(), fault
 
 
-def _headers(path: str, name: str) -> Iterator[tuple[str, tuple[int, int], str]]:
-    """Name and (offset, size) of each whole file of a tar, then what is wrong with the rest.
-
-    The walk only goes forward and reads 512 bytes a member, whatever the headers say; tarfile's own
-    can be sent in circles (CVE-2025-8194), kept busy for hours, and made to seek past any disk.
-    """
-    size, offset, known = os.path.getsize(path), 0, Extended()
+def _files_of(path: str, name: str) -> Iterator[tuple[str, tuple[int, int], str]]:
+    """Name and (offset, size) of each whole file of a tar, then what is wrong with the rest."""
+    size, offset = os.path.getsize(path), 0
     with open(path, "rb") as file:
-        while True:
-            file.seek(offset)
-            block = file.read(tarfile.BLOCKSIZE)
-            if len(block) == tarfile.BLOCKSIZE and not any(block):
-                return
-            try:
-                header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-                found = _extended(file, header) if header.type in EXTENDED else None
-                length = int(known.get("size", header.size)) if found is None else header.size
-                if not 0 <= length <= MAX_MEMBER_BYTES or header.size < 0:
-                    raise ValueError(f"a header says {length:,} bytes")
-            except (tarfile.HeaderError, ValueError) as error:
-                if offset == 0:
-                    raise DataError(
-                        f"{name}: not an uncompressed tar ({error}); unpack .gz files, and check "
-                        "that the copy is complete"
-                    ) from error
-                cut = len(block) < tarfile.BLOCKSIZE
-                yield "", (0, 0), CUT if cut else f"the shard is damaged at byte {offset}"
-                return
-            begin = offset + tarfile.BLOCKSIZE
-            length = 0 if header.type in NO_DATA else length
-            if begin + length > size:
-                yield "", (0, 0), CUT
-                return
-            offset = begin + -(-length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            if found is not None:
-                known |= found
-                continue
-            if header.isreg() and not header.issparse() and "GNU.sparse.major" not in known:
-                yield known.get("path") or header.name, (begin, length), ""
-            known = Extended()
-
-
-def _extended(file: io.BufferedReader, header: tarfile.TarInfo) -> Extended:
-    """What a header of pax or GNU says about the member that follows it."""
-    if header.size > MAX_HEADER_BYTES:
-        raise ValueError(f"an extended header says {header.size:,} bytes")
-    content = file.read(max(0, header.size))
-    if header.type == tarfile.GNUTYPE_LONGNAME:
-        return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
-    if header.type != tarfile.XHDTYPE:
-        return {}
-    records = re.findall(rb"\d+ ([^=\n]+)=([^\n]*)\n", content)
-    return {k.decode("latin-1"): v.decode("utf-8", "surrogateescape") for k, v in records}
+        try:
+            tar = tarfile.TarFile(fileobj=file, encoding="utf-8")
+            while (member := tar.next()) is not None:
+                cut = member.isreg() and member.offset_data + member.size > size
+                if cut or not offset < tar.offset < size + tarfile.BLOCKSIZE:  # damaged sizes
+                    break
+                offset, tar.members = tar.offset, []
+                if member.isreg() and not member.issparse():
+                    yield member.name, (member.offset_data, member.size), ""
+            else:
+                file.seek(offset)
+                if file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE):
+                    return
+        # Damaged headers make tarfile raise all of these.
+        except (
+            tarfile.TarError,
+            ValueError,
+            ArithmeticError,
+            MemoryError,
+            RecursionError,
+        ) as error:
+            if offset == 0:
+                raise DataError(
+                    f"{name}: not an uncompressed tar ({error}); unpack .gz files, and check that "
+                    "the copy is complete"
+                ) from error
+    yield "", (0, 0), f"the shard is cut off or damaged at byte {offset}; copy it again"

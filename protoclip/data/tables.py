@@ -52,8 +52,14 @@ class CsvDataset:
         captions: list[str] = []
         files: list[str] = []
         for number, row in read_table(self.name, (img_key, caption_key), separator, encoding):
-            look = keep_going or len(files) < CHECKED
-            fault = row if isinstance(row, str) else self._fault(row[0], row[1], look)
+            look, fault = keep_going or len(files) < CHECKED, ""
+            if isinstance(row, str):
+                fault = row
+            elif not row[1].strip():
+                fault = "the caption is empty; remove the row or write a caption"
+            elif look and not os.path.isfile(self._find(row[0])):
+                places = " nor from ".join(dict.fromkeys((os.getcwd(), self.folder)))
+                fault = f"no picture at {row[0]!r} as seen from {places}; correct the path"
             if not fault:
                 files.append(row[0])
                 captions.append(row[1].strip()[:MAX_CAPTION])
@@ -65,20 +71,8 @@ class CsvDataset:
             raise DataError(f"{self.name}: the table has no rows below its header; add some")
         self._files = StringTable(files)
         self._captions = StringTable(captions)
-        self.keys: Sequence[str] = (
-            self._files if len(set(files)) == len(files) else StringTable(_numbered(files))
-        )
-
-    def _fault(self, file: str, caption: str, look: bool) -> str:
-        """What is wrong with a row; "" if nothing."""
-        if not caption.strip():
-            return "the caption is empty; remove the row or write a caption"
-        if look and not os.path.isfile(self._find(file)):
-            places = " nor from ".join(dict.fromkeys((os.getcwd(), self.folder)))
-            return (
-                f"no picture at {file!r} as seen from {places}; correct the path or remove the row"
-            )
-        return ""
+        repeated = len(set(files)) < len(files)
+        self.keys: Sequence[str] = StringTable(_numbered(files)) if repeated else self._files
 
     def __len__(self) -> int:
         return len(self._files)
