@@ -121,11 +121,6 @@ def test_a_fault_arrives_as_one_clear_message(emoji, workers):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_an_unknown_kind_of_captions_is_refused_at_once(emoji, draws):
-    with pytest.raises(ValueError, match="random, canonical, first"):
-        batches(emoji, Draws(draws, 0), 4, torch.zeros, tokenize, captions="longest")
-
-
 def test_subset_keeps_what_belongs_together(emoji):
     part = Subset(emoji, torch.tensor([30, 2, 700]), "three")
     assert (part.name, len(part)) == ("three", 3)

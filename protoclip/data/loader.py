@@ -27,7 +27,6 @@ ATTEMPTS = 50  # bad samples, beyond the size of a batch, that a batch may meet
 PATIENCE = 2.0  # seconds by which a worker's death may be known later than its silence
 CRASHES = 3  # deaths of a worker at the same batch that end the run
 NAMED = 20  # bad samples reported one by one
-CAPTIONS = ("random", "canonical", "first")
 Tokenizer = Callable[[list[str]], Tensor]
 logger = logging.getLogger(__name__)
 
@@ -220,10 +219,7 @@ def batches(
             in for each. None: such a pair is an error.
     Raises:
         DataError: a pair that cannot be read, or too many of them; the message names it.
-        ValueError: an unknown kind of ``captions``.
     """
-    if captions not in CAPTIONS:
-        raise ValueError(f"captions: expected one of {', '.join(CAPTIONS)}, got {captions!r}")
     count = len(draws.positions)
     if draws.numbers is None:
         draws = replace(draws, numbers=torch.arange(count))
