@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from protoclip.ops import native
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGES = (
@@ -63,6 +65,7 @@ def describe() -> dict[str, object]:
         "machine": name(),
         "slug": slug(),
         "device": DEVICE,
+        "native": native.cpu_features() if native.why_not("cpu") is None else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),

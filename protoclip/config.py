@@ -548,7 +548,7 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
-def load_preset(name: str) -> dict[str, Any]:
+def load_preset(name: str, extended: Sequence[str] = ()) -> dict[str, Any]:
     """Settings of a preset or .json file by dotted name; what it "extends" comes first.
 
     Raises:
@@ -564,7 +564,10 @@ def load_preset(name: str) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError(f"expected a JSON object, got {type(values).__name__}")
         values.pop("about", None)
-        base = load_preset(values.pop("extends")) if "extends" in values else {}
+        parent = values.pop("extends", None)
+        if not isinstance(parent, str | None) or parent in (name, *extended):
+            raise ValueError(f"expected another preset in 'extends', got {parent!r}")
+        base = load_preset(parent, (name, *extended)) if parent else {}
         from_dict(TrainConfig, values)
     except ValueError as error:
         raise ValueError(f"--preset: {path} cannot be used: {error}") from error
@@ -621,10 +624,10 @@ def check_saved(settings: Mapping[str, object], where: str) -> None:
         settings: flag -> value, those that the command line does not give again.
         where: the file that they were read from.
     Raises:
-        ValueError: a value is a url or a pipe; the message names the flag to give.
+        ValueError: a value is a url, a pipe or hf-hub:ID; the message names the flag to give.
     """
     for flag, value in settings.items():
-        if isinstance(value, str) and re.search(r"://|(^|::)\s*pipe:", value):
+        if isinstance(value, str) and re.search(r"://|(^|::)\s*pipe:|^hf-hub:", value):
             raise ValueError(
                 f"{flag}: expected local data in the settings saved in {where}, got {value!r}; "
                 f"if you trust it, give {flag} again on the command line"

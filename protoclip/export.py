@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from protoclip import checkpoint
-from protoclip.config import ModelConfig, Parser, TrainConfig, check_above, from_dict
+from protoclip.config import ModelConfig, Parser, TrainConfig, check_above, check_saved, from_dict
 from protoclip.evaluate import format_table, read_results
 from protoclip.model import build_model, register_configs
 
@@ -104,9 +104,11 @@ def _model_config(
                 "give the OpenCLIP name or config file that it was trained with"
             )
         return ModelConfig(model, force_image_size=force_image_size, add_projection_head=False)
-    if model:
-        raise ValueError(f"--model: {path} says itself what it is; leave the flag out")
     stored = from_dict(TrainConfig, ours["config"]).model
+    if model not in ("", stored.model):
+        raise ValueError(f"--model: {path} says itself what it is; leave the flag out")
+    if not model:
+        check_saved({"--model": stored.model}, str(path))
     return dataclasses.replace(stored, add_projection_head=False)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import secrets
@@ -27,10 +26,8 @@ def choose_folder(config: TrainConfig) -> Path:
     checkpoint yet starts again.
 
     Raises:
-        ValueError: the folder exists, the name would leave --logs, or a board is not installed.
+        ValueError: the folder exists, or the name would leave --logs.
     """
-    if "wandb" in config.run.report_to and importlib.util.find_spec("wandb") is None:
-        raise ValueError("--report-to wandb: wandb is not installed; pip install wandb")
     name = config.run.name or time.strftime(
         f"%Y_%m_%d-%H_%M_%S-{config.method}-seed_{config.run.seed}"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import importlib.util
 import math
 import os
 import sys
@@ -553,7 +554,10 @@ class Trainer:
         device = self.setup.device
         self.model.load_state(dict(payload))
         self.stepper.load_state(payload["optimizer"], training["scaler"])
-        self.stepper.bad = torch.tensor(training["skipped"], device=device)
+        skipped, faults = training["skipped"], training["faults"]
+        if len(skipped) != 2 or not all(type(one) is int for one in (*skipped, *faults)):
+            raise TypeError("its counts of skipped steps, or its bad samples, are no whole numbers")
+        self.stepper.bad = torch.tensor(skipped, device=device)
         self._skipped = int(self.stepper.bad[0])
         self.episode = checkpoint.unpack(training["episode"], STATE, device)
         for one in self.episode.sets if self.episode else ():
@@ -566,7 +570,7 @@ class Trainer:
             )
         if self.store is not None:
             self.store.load_state_dict(training["store"])
-        self.faults.positions = set(training["faults"])
+        self.faults.positions = set(faults)
         self._old_faults = len(self.faults.positions)
         self.phases.add(training["seconds"])
         self.step = payload["protoclip"]["step"]
@@ -868,9 +872,12 @@ def check_settings(config: TrainConfig, device: torch.device) -> None:
     """Validate settings that need neither data nor model.
 
     Raises:
-        ValueError: no such model, a step without a loss, or k-means that cannot run.
+        ValueError: no such model, a step without a loss, k-means that cannot run, or a board that
+            is not installed.
     """
     check_model(config.model)
+    if "wandb" in config.run.report_to and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--report-to wandb: wandb is not installed; pip install wandb")
     weights, episode = config.loss, config.episode
     teacher = bool(teacher_spec(config)[0])
     internal = config.method == "protoclip" and weights.w_proto > 0

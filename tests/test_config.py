@@ -82,13 +82,16 @@ def test_bad_values_are_refused(flags, words):
         ("[]", "expected a JSON object, got list"),
         ("{", "x.json cannot be used"),
         ('{"extends": "nothing"}', "expected one of default"),
+        ('{"extends": "x.json"}', "expected another preset in 'extends'"),
+        ('{"extends": 3}', "expected another preset in 'extends', got 3"),
         ('{"run": {"seed": -1}}', "--seed: expected at least 0"),
     ],
 )
-def test_bad_files_are_refused(tmp_path, text, words):
+def test_bad_files_are_refused(tmp_path, monkeypatch, text, words):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=words):
-        config_of("--preset", str(tmp_path / "x.json"))
+        config_of("--preset", "x.json")
 
 
 def test_help_names_every_default():

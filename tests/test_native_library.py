@@ -165,3 +165,10 @@ def test_one_cache_folder_for_everything(chosen, place, tmp_path, monkeypatch):
         value = str(tmp_path / value) if name == "XDG_CACHE_HOME" and value else value
         monkeypatch.setenv(name, value)
     assert native.cache_dir() == tmp_path / place
+
+
+def test_host_utilities_come_with_the_library():
+    if reason := native.why_not("cpu"):
+        pytest.skip(reason)
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert set(native.cpu_features()) <= set(flags)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from protoclip.evaluate.__main__ import main as evaluate
+from protoclip.export import main as export
 from protoclip.report.__main__ import main as report
 from protoclip.train import main as train
 
@@ -65,7 +66,7 @@ def stranger(honest, server, tmp_path):
     }
     server.asked.clear()
 
-    def make(kind, fields=FIELDS):
+    def make(kind, fields=FIELDS, model=""):
         folder = tmp_path / "run"
         (folder / "checkpoints").mkdir(parents=True)
         for path in honest.rglob("*"):
@@ -75,6 +76,7 @@ def stranger(honest, server, tmp_path):
                 copy.write_bytes(path.read_bytes())
         settings = json.loads((folder / "config.json").read_text())
         settings["data"] |= dict.fromkeys(fields, words[kind])
+        settings["model"]["model"] = model or settings["model"]["model"]
         (folder / "config.json").write_text(json.dumps(settings))
         for path in (folder / "checkpoints").glob("*.pt"):
             payload = torch.load(path, weights_only=True)
@@ -136,6 +138,19 @@ def test_evaluate_takes_what_the_command_line_says(stranger, server, capsys):
     url = f"http://127.0.0.1:{server.server_port}/asked.tar"
     assert evaluate([str(folder), "--data", url, *flags]) == 2 and "/asked.tar" in server.asked
     assert "command line" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
+def test_a_saved_model_of_the_hub_is_not_fetched(stranger, server, capsys, monkeypatch, command):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = str(stranger("url", (), model="hf-hub:stranger/model"))
+    main, argv = {
+        "train": (train, ["--resume", folder, "--device", "cpu"]),
+        "evaluate": (evaluate, [folder, "--data", DATA, "--device", "cpu"]),
+        "export": (export, [folder, "--out", folder + "/out"]),
+    }[command]
+    assert main(argv) == 2
+    refused(capsys, server, "--model")
 
 
 @pytest.mark.parametrize("kind", KINDS)

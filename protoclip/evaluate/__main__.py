@@ -145,7 +145,7 @@ def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
         what: a run folder or a checkpoint, an OpenCLIP name ("ViT-B-32", or "ViT-B-32,TAG" as in
             CLIP_benchmark), a model config .json, "local-dir:PATH" or "hf-hub:ID".
         pretrained: OpenCLIP's tag or weights file for a name; "random": as initialised.
-        model: the OpenCLIP name of a checkpoint that does not know its own.
+        model: the OpenCLIP name of a checkpoint, where it does not know its own or is not trusted.
     Raises:
         ValueError: no such model or weights; the message says what is known.
     """
@@ -174,7 +174,10 @@ def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
         return dataclasses.replace(_by_name(model, str(path)), pretrained=str(path))
     config = from_dict(TrainConfig, stored)
     # Its weights come from the checkpoint; what it once started from need not be there any more.
-    built = build_model(dataclasses.replace(config.model, pretrained=""))
+    if not model:
+        check_saved({"--model": config.model.model}, str(path))
+    architecture = model or config.model.model
+    built = build_model(dataclasses.replace(config.model, model=architecture, pretrained=""))
     built.load_state(payload)
     return Loaded(built, config.model.model, str(path), config)
 

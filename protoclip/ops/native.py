@@ -95,6 +95,22 @@ def why_not_cuda() -> str | None:
     return why_not("cuda")
 
 
+def cpu_features() -> list[str]:
+    """The processor's units that the CPU library was compiled for, such as "avx512_bf16".
+
+    Raises:
+        RuntimeError: the library cannot be had here; the message says why.
+    """
+    if reason := why_not("cpu"):
+        raise RuntimeError(f"protoclip's cpu library is not available: {reason}")
+    path = build(_plan("cpu"))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return list(module.cpu_features())
+
+
 class CodedPoints:
     """Points [N, D] fp32, finite, with their 8-bit codes, N (D + 16) bytes, for many assignments.
 
