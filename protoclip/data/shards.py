@@ -391,7 +391,8 @@ def _files_of(path: str, name: str) -> Iterator[tuple[str, tuple[int, int], str]
                 cut = member.isreg() and member.offset_data + member.size > size
                 if cut or not offset < tar.offset < size + tarfile.BLOCKSIZE:  # damaged sizes
                     break
-                offset, tar.members = tar.offset, []
+                offset = tar.offset
+                tar.members = []  # type: ignore[attr-defined]  # else it keeps all of them
                 if member.isreg() and not member.issparse():
                     yield member.name, (member.offset_data, member.size), ""
             else:
