@@ -381,7 +381,13 @@ def build_parser() -> Parser:
     add("--csv-separator", default=data.csv_separator, metavar="TEXT")
     add("--csv-img-key", default=data.csv_img_key, metavar="TEXT")
     add("--csv-caption-key", default=data.csv_caption_key, metavar="TEXT")
-    add("--encoding", default=data.csv_encoding, metavar="TEXT", help="of a table")
+    add(
+        "--encoding",
+        dest="csv_encoding",
+        default=data.csv_encoding,
+        metavar="TEXT",
+        help="of a table",
+    )
     return parser
 
 
@@ -398,23 +404,13 @@ def run(args: Any) -> str:
             "expected --dim of at least 0 and --batch-size of at least 1, got "
             f"{args.dim} and {args.batch_size}"
         )
-    dataset = open_dataset(
-        args.data,
-        "all",
-        csv_separator=args.csv_separator,
-        csv_img_key=args.csv_img_key,
-        csv_caption_key=args.csv_caption_key,
-        csv_encoding=args.encoding,
-    )
+    table = {name: value for name, value in vars(args).items() if name.startswith("csv_")}
+    dataset = open_dataset(args.data, **table)
     encoder = build_encoder(args.model, args.pretrained, args.modality, choose_device(args.device))
     out.parent.mkdir(parents=True, exist_ok=True)
+    teacher = f"{args.model} {args.pretrained} {args.modality}"
     columns = extract_features(
-        encoder,
-        dataset,
-        out,
-        teacher=f"{args.model} {args.pretrained} {args.modality}",
-        dim=args.dim,
-        batch_size=args.batch_size,
+        encoder, dataset, out, teacher=teacher, dim=args.dim, batch_size=args.batch_size
     )
     return f"{out}: {len(dataset):,} samples of {dataset.name}, {columns} columns, by key"
 

@@ -88,10 +88,8 @@ def _builtin(data: str, split: str, open_kwargs: Mapping[str, Any]) -> Layout:
 
 
 def _split_folder(root: Path, split: str) -> Path:
-    if split in ("auto", ""):
+    if split == "auto":
         return next((root / name for name in SPLITS if (root / name).is_dir()), root)
-    if split == "all":
-        return root
     if not (root / split).is_dir():
         have = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:8]) or "none"
         raise DataError(f"--split {split}: no folder {root / split}; folders there: {have}")

@@ -110,14 +110,16 @@ class Accuracy:
         return (self.rank <= k).float()
 
     def summary(self) -> dict[str, float]:
-        """Shares of 1 under CLIP_benchmark's names. No samples: NaN; fewer than five classes: no
-        top-5 (NaN); the mean per class recall is over the classes that occur."""
-        hits, size = self.hits(1).double(), torch.bincount(self.labels, minlength=self.num_classes)
-        recall = hits.new_zeros(self.num_classes).index_add_(0, self.labels, hits) / size
+        """Shares of 1 under CLIP_benchmark's names; no samples: NaN."""
+        return {name: one.mean() for name, one in self.scores().items()}
+
+    def scores(self) -> dict[str, Sampled]:
+        """What each score is the mean of; fewer than five classes have no top-5."""
+        first, five = self.hits(1), self.hits(5)
         return {
-            "acc1": float(hits.mean()),
-            "acc5": float(self.hits(5).double().mean()) if self.num_classes >= 5 else math.nan,
-            "mean_per_class_recall": float(recall[size > 0].mean()),
+            "acc1": Sampled(first),
+            "acc5": Sampled(five if self.num_classes >= 5 else five[:0]),
+            "mean_per_class_recall": Sampled(first, self.labels),
         }
 
 
@@ -378,6 +380,11 @@ class Sampled:
 
     values: Tensor  # [N]
     classes: Tensor | None = None  # int64 [N], from 0
+
+    def mean(self) -> float:
+        """The mean itself; NaN without samples."""
+        n = len(self.values)
+        return float(self.means(torch.ones(n, 1, dtype=torch.float64))) if n else math.nan
 
     def means(self, counts: Tensor) -> Tensor:
         """The mean in each resample, float64 [r]; counts [N, r] say how often a sample is in it."""

@@ -160,7 +160,7 @@ def write_results(
         "pretrained": pretrained,
         "trained": results_to_plain(after),
         "untrained": None if before is None else results_to_plain(before),
-        "seconds": dict(timing or {}),
+        "seconds": timing or {},
         "peak_memory_bytes": peak_memory_bytes,
         "clip_benchmark": _finite(records(after, data, model, pretrained)),
     }
@@ -198,26 +198,19 @@ def results_from_plain(content: Mapping[str, Any]) -> Results:
     def number(value: float | None) -> float:
         return math.nan if value is None else float(value)
 
-    sets = {
-        key: SetResults(
-            one["title"],
-            one["samples"],
-            one["captions"],
-            {name: number(value) for name, value in one["metrics"].items()},
-            {name: (number(b[0]), number(b[1])) for name, b in one["intervals"].items()},
-        )
-        for key, one in content["sets"].items()
-    }
+    sets = {}
+    for key, one in content["sets"].items():
+        metrics = {name: number(value) for name, value in one["metrics"].items()}
+        bounds = {
+            name: (number(low), number(high)) for name, (low, high) in one["intervals"].items()
+        }
+        sets[key] = SetResults(one["title"], one["samples"], one["captions"], metrics, bounds)
     return Results(sets, number(content["seconds"]))
 
 
 def _finite(value: Any) -> Any:
     """The same with None for the numbers that strict JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def records(results: Results, data: str, model: str, pretrained: str) -> list[dict[str, Any]]:

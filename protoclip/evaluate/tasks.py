@@ -94,7 +94,7 @@ class FeatureCache:
         self._model = model_hash(model) + settings
 
     def path(self, kind: str, content: str) -> Path:
-        return self.folder / f"{kind}-{digest([self._model, content])[:40]}.safetensors"
+        return self.folder / f"{kind}-{digest(self._model, content)[:40]}.safetensors"
 
     def load(self, path: Path, count: int) -> Tensor | None:
         """The stored features (CPU); None where there is no file, or a damaged one.
@@ -122,24 +122,19 @@ class FeatureCache:
                 save_file({"features": rows.detach().cpu().contiguous()}, temporary)
 
 
-def digest(parts: Iterable[str | bytes]) -> str:
+def digest(*parts: str) -> str:
     """SHA-256 of a sequence of texts; their borders count."""
-    total = hashlib.sha256()
-    for part in parts:
-        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
-        total.update(len(data).to_bytes(8, "little") + data)
-    return total.hexdigest()
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def model_hash(model: nn.Module) -> str:
     """SHA-256 of a model's parameters and buffers, by name, type, shape and value."""
-
-    def parts() -> Iterator[str | bytes]:
-        for name, tensor in sorted(model.state_dict().items()):
-            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-    return digest(parts())
+    parts = []
+    for name, tensor in sorted(model.state_dict().items()):
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        known = hashlib.sha256(content).hexdigest()
+        parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {known}")
+    return digest(*parts)
 
 
 def dataset_hash(dataset: PairDataset) -> str:
@@ -148,9 +143,9 @@ def dataset_hash(dataset: PairDataset) -> str:
     Built-in data has no files of its own; its keys and the pixels of a few pictures stand for it.
     """
     base: Any = dataset
-    parts: list[str | bytes] = []
+    parts: list[str] = []
     while isinstance(base, Subset):
-        parts.append(base.indices.tobytes())
+        parts.append(base.indices.tobytes().hex())
         base = base.dataset
     parts += [base.name, *base.keys]
     files: Iterable[str] = getattr(base, "shards", ())
@@ -158,14 +153,14 @@ def dataset_hash(dataset: PairDataset) -> str:
         files = (base.path(i) for i in range(len(base)))
     elif not files:
         step = max(1, len(base) // SAMPLED)
-        parts += [base.image(i).tobytes() for i in range(0, len(base), step)]
+        parts += [base.image(i).tobytes().hex() for i in range(0, len(base), step)]
     for path in files:
         try:
             status = os.stat(path)
             parts.append(f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}")
         except OSError:  # a url, or a missing file, which its reader names
             parts.append(path)
-    return digest(parts)
+    return digest(*parts)
 
 
 @dataclass(frozen=True)
@@ -212,7 +207,7 @@ class Encoder:
             tokens = (self.model.short_tokenizer(part) for part in parts)
             return self._rows(self.model.encode_text, tokens)
 
-        content = digest(unique) if self.cache is not None else ""
+        content = digest(*unique) if self.cache is not None else ""
         encoded = self._kept("text", content, len(unique), encode)
         return encoded[torch.tensor([position[text] for text in texts], device=encoded.device)]
 
@@ -483,14 +478,13 @@ def _score(
 ) -> SetResults:
     """The metrics of one set, with their intervals."""
     values: dict[str, float] = {}
-    hits: dict[str, Tensor] = {}
     sampled: dict[str, Sampled] = {}
     if len(one.text) and "retrieval" in tasks:
         ranks = metrics.retrieval(one.image, one.text, one.owner)
         values |= ranks.summary(RECALL_AT)
         for k in RECALL_AT:
             for name, rows in zip(("text", "image"), ranks.hits(k), strict=True):
-                hits[f"{name}_retrieval_recall@{k}"] = rows.cpu()
+                sampled[f"{name}_retrieval_recall@{k}"] = Sampled(rows)
     if "geometry" in tasks:
         if len(one.text):
             values["modality_gap"] = metrics.modality_gap(one.image, one.text)
@@ -498,13 +492,9 @@ def _score(
             values["text_uniformity"] = metrics.uniformity(one.text)
         values["image_uniformity"] = metrics.uniformity(one.image)
 
-    def add(name: str, got: Accuracy) -> None:
-        for score, value in got.summary().items():
-            values[name + score] = value
-        hits[f"{name}acc1"] = got.hits(1).cpu()
-        sampled[f"{name}mean_per_class_recall"] = Sampled(got.hits(1), got.labels)
-        if got.num_classes >= 5:
-            sampled[f"{name}acc5"] = Sampled(got.hits(5))
+    def add(prefix: str, got: Accuracy) -> None:
+        sampled.update({prefix + name: one for name, one in got.scores().items()})
+        values.update({prefix + name: value for name, value in got.summary().items()})
 
     for label, known in one.labels.items():
         if "zeroshot" in tasks and label in one.class_vectors:
@@ -520,7 +510,8 @@ def _score(
         if "grouping" in tasks and len(known.ids) > 1:
             for name, value in metrics.group_scores(one.image, known.ids).items():
                 values[f"{label}/{name}"] = value
-    bounds = metrics.bootstrap_intervals(sampled | {name: Sampled(x) for name, x in hits.items()})
+    bounds = metrics.bootstrap_intervals(sampled)
+    hits = {name: one.values.cpu() for name, one in sampled.items() if one.classes is None}
     return SetResults(one.title or key, len(one.image), len(one.text), values, bounds, hits)
 
 

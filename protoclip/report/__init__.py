@@ -2,17 +2,10 @@
 
 from protoclip.report.figures import plot_curves
 from protoclip.report.page import write_report
-from protoclip.report.snapshot import (
-    Samples,
-    Snapshot,
-    load_snapshot,
-    save_snapshot,
-    take_snapshot,
-)
+from protoclip.report.snapshot import Samples, load_snapshot, save_snapshot, take_snapshot
 
 __all__ = [
     "Samples",
-    "Snapshot",
     "load_snapshot",
     "plot_curves",
     "save_snapshot",

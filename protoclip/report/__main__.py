@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from protoclip.config import Parser
+from protoclip.distributed import run_command
 from protoclip.report.page import write_report
 
 PROG = "python -m protoclip.report"
@@ -23,14 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", default="", metavar="PATH", help="the file (default: report.html in the run)"
     )
-    args = parser.parse_args(argv)
-    try:
-        path = write_report(args.runs, args.output or None)
-    except (ValueError, OSError) as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    print(f"report: {path}")
-    return 0
+
+    def work() -> None:
+        args = parser.parse_args(argv)
+        print(f"report: {write_report(args.runs, args.output)}")
+
+    return run_command(work, PROG)
 
 
 if __name__ == "__main__":

@@ -82,17 +82,13 @@ def read_series(path: str | os.PathLike[str]) -> dict[str, tuple[list[float], li
     """Scalar -> its steps and values, from ``metrics.jsonl``; torn lines are skipped."""
     series: dict[str, tuple[list[float], list[float]]] = {}
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             record = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(record, dict) or type(record.get("step")) not in (int, float):
-            continue
-        for name, value in record.items():
-            if name != "step" and type(value) in (int, float):
+            step = float(record.pop("step"))
+            for name, value in record.items():
                 steps, values = series.setdefault(name, ([], []))
-                steps.append(float(record["step"]))
                 values.append(float(value))
+                steps.append(step)
     return series
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, features
+from PIL import Image
 from torch import Tensor
 
-from protoclip.data import DataError, PairDataset
+from protoclip.data import PairDataset
 from protoclip.data.files import write_atomic
 from protoclip.evaluate import EvalSet, Results
 from protoclip.kmeans import kmeans
@@ -53,12 +53,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A page's content as JSON holds it; ``pictures`` are base64, other parts name them by number.
+    """A page's content as JSON holds it; ``pictures`` are WebP in base64, items name their number.
 
-    An item is ``{"picture": number or None, "caption": text, "hit": bool}``; some have no picture.
+    An item is ``{"picture": number, "caption": text, "hit": bool}``; captions have no picture.
     """
 
-    kind: str = "webp"  # format of the pictures
     pictures: Sequence[str] = ()
     clusters: Sequence[Mapping[str, Any]] = ()  # one block a source: numbers and cards of items
     plane: Mapping[str, Any] = field(default_factory=dict)  # the map, arrays packed in base64
@@ -67,11 +66,6 @@ class Snapshot:
     retrieval: Sequence[Mapping[str, Any]] = ()
     hits: Mapping[str, str] = field(default_factory=dict)  # "SET/metric" -> "0110..."
     facts: Mapping[str, Any] = field(default_factory=dict)  # environment, memory, ...
-
-    def hits_of(self, name: str) -> Tensor | None:
-        """Hit or miss of each query, float32 [Q]; None where they were not kept."""
-        hits = self.hits.get(name)
-        return None if hits is None else torch.tensor([float(hit) for hit in hits])
 
 
 def take_snapshot(
@@ -92,7 +86,6 @@ def take_snapshot(
     captioned = judged and len(judged[1].text) > 1
     sets = after.sets.items() if after else ()
     return Snapshot(
-        kind=thumbs.kind,
         pictures=thumbs.made,  # the parts below fill it
         clusters=gallery(samples, thumbs),
         plane=plane(samples),
@@ -140,34 +133,28 @@ def every(values: Tensor, count: int) -> Tensor:
 
 
 class Thumbnails:
-    """Small pictures, each encoded once; None stands for one that cannot be read."""
+    """Small pictures, each encoded once."""
 
     def __init__(self) -> None:
-        self.kind = "webp" if features.check("webp") else "jpeg"
         self.made: list[str] = []
-        self._known: dict[tuple[int, int], int | None] = {}
+        self._known: dict[tuple[int, int], int] = {}
 
     def item(self, dataset: PairDataset, i: int, hit: bool = False) -> dict[str, Any]:
         key = (id(dataset), i)
         if key not in self._known:
-            self._known[key] = None
-            with contextlib.suppress(DataError, OSError, IndexError):
-                picture = dataset.image(i).convert("RGB")
-                picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-                stream = io.BytesIO()
-                picture.save(stream, self.kind, quality=78)
-                self._known[key] = len(self.made)
-                self.made.append(base64.b64encode(stream.getvalue()).decode("ascii"))
+            picture = dataset.image(i).convert("RGB")
+            picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+            stream = io.BytesIO()
+            picture.save(stream, "webp", quality=78)
+            self._known[key] = len(self.made)
+            self.made.append(base64.b64encode(stream.getvalue()).decode("ascii"))
         return {"picture": self._known[key], "caption": caption_of(dataset, i), "hit": hit}
 
 
 def caption_of(dataset: PairDataset, i: int, k: int = 0) -> str:
     """Caption ``k`` of sample ``i``, at most 90 characters."""
-    with contextlib.suppress(DataError, OSError, IndexError):
-        texts = dataset.captions(i)
-        text = texts[min(k, len(texts) - 1)]
-        return text if len(text) <= 90 else text[:89].rstrip() + "…"
-    return f"sample {i}"
+    text = dataset.captions(i)[k]
+    return text if len(text) <= 90 else text[:89].rstrip() + "…"
 
 
 def gallery(samples: Samples, thumbs: Thumbnails) -> list[dict[str, Any]]:
