@@ -18,7 +18,7 @@ fix:
 	$(if $(NATIVE),clang-format -i $(NATIVE))
 
 test:
-	$(PYTHON) -m pytest tests
+	$(PYTHON) -m pytest tests -n auto --dist loadfile
 
 parity:  ## every benchmark of `make bench` once: checked against fp64, not timed
 	$(PYTHON) -m pytest benchmarks --benchmark-disable

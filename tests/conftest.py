@@ -8,6 +8,10 @@ is a skip with its reason. ``--nan-empties`` shows what a kernel forgot to write
 import json
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core, so have the runs it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

@@ -96,34 +96,29 @@ def test_the_callers_random_state_is_untouched(emoji, draws, workers):
     assert torch.equal(torch.cat(got), expected)
 
 
-class Broken:
-    """The emoji, one of which does not decode."""
+class Faulty(Subset):
+    """A data set in which something happens before one picture is read."""
 
-    def __init__(self, dataset):
-        self.name, self.keys, self.labels = dataset.name, dataset.keys, dataset.labels
-        self.dataset, self.captions = dataset, dataset.captions
-
-    def __len__(self):
-        return len(self.dataset)
+    def __init__(self, dataset, at, act):
+        super().__init__(dataset, range(len(dataset)))
+        self.at, self.act = at, act
 
     def image(self, i):
-        if i == 3:
-            raise DataError("shard 7: 'x': the picture does not decode")
-        return self.dataset.image(i)
+        if i == self.at:
+            self.act()
+        return super().image(i)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_fault_arrives_as_one_clear_message(emoji, workers):
+    def broken():
+        raise DataError("shard 7: 'x': the picture does not decode")
+
     before = torch.random.get_rng_state()
     with pytest.raises(DataError) as caught:
-        load(Broken(emoji), torch.arange(16), workers=workers)
+        load(Faulty(emoji, 3, broken), torch.arange(16), workers=workers)
     assert str(caught.value) == "shard 7: 'x': the picture does not decode"
     assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_an_unknown_kind_of_captions_is_refused_at_once(emoji, draws):
-    with pytest.raises(ValueError, match="random, canonical, first"):
-        batches(emoji, Draws(draws, 0), 4, torch.zeros, tokenize, captions="longest")
 
 
 def test_subset_keeps_what_belongs_together(emoji):
@@ -199,7 +194,7 @@ def test_importing_the_data_layer_is_light():
     assert output.stdout.strip() == "[]"
 
 
-def test_worker_processes_can_be_spawned(draws):
+def test_worker_processes_can_be_spawned():
     """Everything a worker needs survives pickling: macOS, and Python 3.14's default."""
     import pickle
 
@@ -207,9 +202,8 @@ def test_worker_processes_can_be_spawned(draws):
 
     dataset = open_dataset("builtin:emoji", "heldout")
     transform = build_transform(32, MEAN, STD, "paper")
-    source = _Source(
-        dataset, np.arange(8), np.arange(8), 4, transform, tokenize, 0, "random", False
-    )
+    draws = Draws(torch.arange(8), 0, numbers=torch.arange(8))
+    source = _Source(dataset, draws, 4, transform, tokenize, "random", False)
     buffer = io.BytesIO(pickle.dumps(source))
     assert len(buffer.getvalue()) < 2_000_000  # no decoded pictures in it
     assert_equal([pickle.load(buffer)[4]], [source.load(4)])
@@ -268,35 +262,19 @@ class TestBadSamples:
 
     def test_a_worker_that_dies_is_replaced(self, tmp_path, caplog):
         dataset = open_dataset(write_shards(tmp_path / "data", shards=2, per_shard=6))
-        expected = load4(dataset)
-        mortal = _Mortal(dataset, tmp_path / "deaths", times=2)
-        assert_equal(load4(mortal, workers=2), expected)
-        assert "a data worker died" in caplog.text
-        (tmp_path / "deaths").unlink()
-        with pytest.raises(DataError, match="died 3 times at the same batch.*samples: "):
-            load4(_Mortal(dataset, tmp_path / "deaths", times=99), workers=2)
+        expected, deaths = load4(dataset), tmp_path / "deaths"
 
-
-class _Mortal:
-    """A data set that kills its reader at one sample, a number of times."""
-
-    def __init__(self, dataset, deaths, times):
-        self.dataset, self.deaths, self.times = dataset, deaths, times
-        self.name, self.keys, self.labels = dataset.name, dataset.keys, dataset.labels
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def captions(self, i):
-        return self.dataset.captions(i)
-
-    def image(self, i):
-        if i == 7:
-            with open(self.deaths, "a") as file:
+        def die(times=2):
+            with open(deaths, "a") as file:
                 file.write("x")
-            if self.deaths.stat().st_size <= self.times:
+            if deaths.stat().st_size <= times:
                 os.kill(os.getpid(), 9)
-        return self.dataset.image(i)
+
+        assert_equal(load4(Faulty(dataset, 7, die), workers=2), expected)
+        assert "a data worker died" in caplog.text
+        deaths.unlink()
+        with pytest.raises(DataError, match="died 3 times at the same batch.*samples: "):
+            load4(Faulty(dataset, 7, lambda: die(99)), workers=2)
 
 
 @pytest.mark.usefixtures("own_cache")

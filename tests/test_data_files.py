@@ -47,31 +47,23 @@ def test_csv_flags_quotes_byte_order_mark_and_repeats(folder, monkeypatch):
     assert same(dataset.image(2), picture(1))
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("filepath\ttitle\nimages/0.png\ta\nimages/1.png\t  \n", "line 3.*empty.*remove the row"),
-        ("filepath\ttitle\nimages/9.png\ta\n", "line 2.*no picture at 'images/9.png'"),
-        ("filepath\ttitle\nimages/0.png\n", "line 2.*1 columns where the header has 2"),
-        ("filepath\tcaption\nimages/0.png\ta\n", "no column 'title'.*--csv-caption-key"),
-        ("filepath,title\nimages/0.png,a\n", "no column 'filepath'.*--csv-separator ','"),
-        ("filepath\ttitle\n", "no rows"),
-        ("", "the file is empty"),
-        (None, "No such file"),
-        ('filepath\ttitle\nimages/0.png\t"' + "x" * 200_000, "unclosed quote"),
-    ],
-    ids=[
-        "caption",
-        "picture",
-        "short-row",
-        "column",
-        "separator",
-        "no-rows",
-        "empty",
-        "no-file",
-        "quote",
-    ],
-)
+TABLE_FAULTS = {
+    "caption": (
+        "filepath\ttitle\nimages/0.png\ta\nimages/1.png\t  \n",
+        "line 3.*empty.*remove the row",
+    ),
+    "picture": ("filepath\ttitle\nimages/9.png\ta\n", "line 2.*no picture at 'images/9.png'"),
+    "short row": ("filepath\ttitle\nimages/0.png\n", "line 2.*1 columns where the header has 2"),
+    "column": ("filepath\tcaption\nimages/0.png\ta\n", "no column 'title'.*--csv-caption-key"),
+    "separator": ("filepath,title\nimages/0.png,a\n", "no column 'filepath'.*--csv-separator ','"),
+    "no rows": ("filepath\ttitle\n", "no rows"),
+    "empty": ("", "the file is empty"),
+    "no file": (None, "No such file"),
+    "quote": ('filepath\ttitle\nimages/0.png\t"' + "x" * 200_000, "unclosed quote"),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), TABLE_FAULTS.values(), ids=TABLE_FAULTS)
 def test_csv_faults_name_the_line_and_the_remedy(folder, content, words):
     if content is not None:
         (folder / "bad.tsv").write_text(content, encoding="utf-8")

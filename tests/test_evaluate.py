@@ -201,19 +201,6 @@ def test_results_have_a_name_that_tells(run, tmp_path):
     assert name(path) == "epoch_latest-results.json"
 
 
-def test_command_refuses_in_words(run, tmp_path, capsys):
-    cases = [
-        ([str(tmp_path / "nothing")], "found nothing"),
-        ([str(run.folder), "--data", "builtin:cats"], "expected one of builtin:emoji"),
-        ([str(run.folder), "--data", str(tmp_path / "none.csv")], "none.csv"),
-    ]
-    for argv, words in cases:
-        assert main(argv) == 2
-        message = capsys.readouterr().err
-        assert words in message and "Traceback" not in message
-    assert not list(run.folder.glob("*.json"))
-
-
 def test_command_asks_for_data_where_the_run_has_none(run, capsys):
     values = to_dict(run.config)
     values["data"]["train_data"] = "pairs.csv"

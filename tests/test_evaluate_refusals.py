@@ -20,13 +20,15 @@ def cache(tmp_path, monkeypatch):
         (["--tasks", "zeroshot,cooking"], "'cooking' is unknown"),
         (["--tasks", "retrieval"], "no captions"),
         (["--device", "cuda:9"], "not on this machine"),
+        (["--data", "builtin:cats"], "expected one of builtin:emoji"),
+        (["--data", "none.csv"], "none.csv"),
     ],
 )
 def test_wrong_flags_are_refused_in_words(tmp_path, capsys, flags, words):
     root = image_folder(tmp_path / "digits", 20)
-    code, _ = evaluate(tmp_path, "--data", root, *flags)
+    code, content = evaluate(tmp_path, "--data", root, *flags)
     message = capsys.readouterr().err
-    assert code == 2 and words in message and "Traceback" not in message
+    assert code == 2 and words in message and "Traceback" not in message and content is None
 
 
 def test_folders_are_refused_in_words(tmp_path, capsys):

@@ -43,8 +43,9 @@ def build_parser() -> Parser:
         ("--csv-caption-key", "title", "column of the captions"),
         ("--encoding", "utf-8", "of a table"),
     ):
+        dest = "csv_encoding" if flag == "--encoding" else None
         text += f" (default: {str(default).replace(chr(9), 'tab')})"
-        parser.add_argument(flag, type=type(default), default=default, help=text)
+        parser.add_argument(flag, dest=dest, type=type(default), default=default, help=text)
     return parser
 
 
@@ -57,22 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.check or arguments.export,
             arguments.split,
             seed=arguments.seed,
-            csv_separator=arguments.csv_separator,
-            csv_img_key=arguments.csv_img_key,
-            csv_caption_key=arguments.csv_caption_key,
-            csv_encoding=arguments.encoding,
             keep_going=bool(arguments.check),
+            **{name: value for name, value in vars(arguments).items() if name.startswith("csv_")},
         )
         if arguments.check:
             return int(check_data(dataset, arguments.workers) > 0)
         if not arguments.out:
             raise ValueError("--export: expected a folder for the shards; add --out DIR")
-        shards = export_shards(
-            dataset,
-            arguments.out,
-            per_shard=arguments.per_shard,
-            image_format=arguments.image_format,
-        )
+        form = {"per_shard": arguments.per_shard, "image_format": arguments.image_format}
+        shards = export_shards(dataset, arguments.out, **form)
         names = f"{shards[0].stem}..{shards[-1].stem}"
         print(f"{len(dataset):,} pairs: --train-data '{arguments.out}/{{{names}}}.tar'")
         return 0

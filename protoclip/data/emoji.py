@@ -6,6 +6,7 @@ training has seen.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import importlib.util
@@ -129,11 +130,9 @@ def _twemoji_picture(key: str) -> Image.Image:
 
 def noto_available() -> bool:
     """Whether the splits "noto" and "noto-heldout" of ``builtin:emoji`` can be opened here."""
-    try:
-        _noto_font()
-    except DataError:
-        return False
-    return True
+    with contextlib.suppress(DataError):
+        return bool(_noto_font())
+    return False
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.util import Finalize
 from typing import Any
@@ -23,11 +23,10 @@ from protoclip.data.types import Batch, DataError, PairDataset, Subset, mix
 
 STREAM_BUFFER = 10_000  # samples; the window of shard-wise orders unless --shuffle-buffer says
 AHEAD = 16  # batches whose shards are fetched in advance
-ATTEMPTS = 50  # pairs tried in place of a bad one
+ATTEMPTS = 50  # bad samples, beyond the size of a batch, that a batch may meet
 PATIENCE = 2.0  # seconds by which a worker's death may be known later than its silence
 CRASHES = 3  # deaths of a worker at the same batch that end the run
 NAMED = 20  # bad samples reported one by one
-CAPTIONS = ("random", "canonical", "first")
 Tokenizer = Callable[[list[str]], Tensor]
 logger = logging.getLogger(__name__)
 
@@ -60,10 +59,9 @@ class EpochOrder:
         if self.size < 1:
             raise ValueError("--train-data-upsampling-factors: no sample is left in an epoch")
         self.window = config.shuffle_buffer
-        if self.window < 0:
-            self.window = STREAM_BUFFER if getattr(dataset, "remote", False) else 0
-        if self.resampled and self.window == 0:
-            self.window = STREAM_BUFFER
+        if self.window <= 0:
+            remote = self.window < 0 and getattr(dataset, "remote", False)
+            self.window = STREAM_BUFFER if remote or self.resampled else 0
         # Runs of neighbours in the same shard; without shards the data set is one.
         edges = [0, *(np.flatnonzero(np.diff(shard)) + 1), count]
         self.starts = torch.tensor(edges[:-1], dtype=torch.int64)
@@ -98,14 +96,11 @@ class EpochOrder:
         chances = torch.ones(len(self.starts), dtype=torch.float64)
         if self.weights:
             chances = torch.tensor(self.weights, dtype=torch.float64)[self.source[self.starts]]
-        parts, left = [], self.size
-        while left > 0:
-            shards = torch.multinomial(
-                chances, len(self.starts), replacement=True, generator=random
-            )
-            parts.append(_runs(self.starts[shards], self.lengths[shards])[:left])
-            left -= len(parts[-1])
-        return torch.cat(parts)
+        found = torch.empty(0, dtype=torch.int64)
+        while len(found) < self.size:
+            shards = torch.multinomial(chances, len(chances), replacement=True, generator=random)
+            found = torch.cat([found, _runs(self.starts[shards], self.lengths[shards])])
+        return found[: self.size]
 
 
 def _runs(starts: Tensor, lengths: Tensor) -> Tensor:
@@ -147,10 +142,7 @@ class Faults:
     """
 
     def __init__(
-        self,
-        dataset: PairDataset,
-        max_fraction: float,
-        report: Callable[[str], Any] = print,
+        self, dataset: PairDataset, max_fraction: float, report: Callable[[str], Any] = print
     ) -> None:
         whole: Any = dataset
         while isinstance(whole, Subset):
@@ -227,16 +219,13 @@ def batches(
             in for each. None: such a pair is an error.
     Raises:
         DataError: a pair that cannot be read, or too many of them; the message names it.
-        ValueError: an unknown kind of ``captions``.
     """
-    if captions not in CAPTIONS:
-        raise ValueError(f"captions: expected one of {', '.join(CAPTIONS)}, got {captions!r}")
     count = len(draws.positions)
-    numbers = torch.arange(count) if draws.numbers is None else draws.numbers
+    if draws.numbers is None:
+        draws = replace(draws, numbers=torch.arange(count))
     source = _Source(
-        dataset, draws.positions.cpu().numpy(), numbers.cpu().numpy(), batch_size, transform,
-        tokenizer, draws.seed, captions, replace_bad=faults is not None,
-    )  # fmt: skip
+        dataset, draws, batch_size, transform, tokenizer, captions, replace_bad=faults is not None
+    )
     firsts = range(draws.start, count, batch_size)
     loaded = _in_workers(source, firsts, workers) if workers else map(source.load, firsts)
     return loaded if faults is None else map(faults.noted, loaded)
@@ -247,45 +236,41 @@ class _Source:
     """Makes the batch that begins at a given draw; picklable, so that workers can have it."""
 
     dataset: PairDataset
-    draws: np.ndarray
-    numbers: np.ndarray
+    draws: Draws
     batch_size: int
     transform: Transform | Callable[[Image.Image], Tensor]
     tokenizer: Tokenizer
-    seed: int
     captions: str
     replace_bad: bool
 
     def load(self, first: int) -> Batch:
-        index = self.draws[first : first + self.batch_size].copy()
+        positions, end = self.draws.positions.numpy(), first + self.batch_size
+        index = positions[first:end].copy()
         if (prefetch := getattr(self.dataset, "prefetch", None)) is not None:
-            prefetch(self.draws[first : first + AHEAD * self.batch_size])
-        dice = mix(self.seed, self.numbers[first : first + self.batch_size])
-        texts: list[str] = []
-        pictures: list[Tensor] = []
+            prefetch(positions[first : first + AHEAD * self.batch_size])
+        assert self.draws.numbers is not None
+        dice = mix(self.draws.seed, self.draws.numbers[first:end].numpy())
+        pairs: list[tuple[str, Tensor]] = []
         bad: list[tuple[int, str]] = []
         generator = torch.default_generator
         before = generator.get_state()
         try:
             for row, die in enumerate(dice.tolist()):
-                for attempt in range(1, ATTEMPTS + 1):
-                    position = int(index[row])
+                while len(pairs) == row:
                     try:
-                        text, picture = self._pair(position, die)
-                        break
+                        pairs.append(self._pair(int(index[row]), die))
                     except DataError as error:
-                        if not self.replace_bad or attempt == ATTEMPTS:
+                        if not self.replace_bad or len(bad) == ATTEMPTS + self.batch_size:
                             raise
-                        bad.append((position, str(error)))
-                        index[row] = self._another(die, attempt, index)
-                texts.append(text)
-                pictures.append(picture)
+                        bad.append((int(index[row]), str(error)))
+                        index[row] = self._another(die, len(bad), index)
         finally:
             generator.set_state(before)
+        texts, pictures = zip(*pairs, strict=True)
         images = torch.stack(pictures)
         if isinstance(self.transform, Transform):
             images = self.transform.normalise(images)
-        return Batch(torch.from_numpy(index), images, self.tokenizer(texts), tuple(bad))
+        return Batch(torch.from_numpy(index), images, self.tokenizer(list(texts)), tuple(bad))
 
     def _pair(self, position: int, die: int) -> tuple[str, Tensor]:
         """Caption and transformed picture, drawn by the given number."""
@@ -299,7 +284,8 @@ class _Source:
 
     def _another(self, die: int, attempt: int, batch: np.ndarray) -> int:
         """A pair to replace a bad one, preferably one that is not in the batch already."""
-        candidates = self.draws[(mix(die, attempt, np.arange(64)) % len(self.draws)).astype(int)]
+        positions = self.draws.positions.numpy()
+        candidates = positions[(mix(die, attempt, np.arange(64)) % len(positions)).astype(int)]
         fresh = candidates[~np.isin(candidates, batch)]
         return int((fresh if len(fresh) else candidates)[0])
 
@@ -320,7 +306,6 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
             batch_size=None,
             sampler=firsts[done:],
             num_workers=min(workers, len(firsts) - done),
-            collate_fn=_as_is,
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # else it draws from the caller's
         )
@@ -348,8 +333,8 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
         finally:
             iterator = iter(())  # stops the workers that still answer
             cleanup()
-        index = source.draws[firsts[done] : firsts[done] + source.batch_size]
-        keys = ", ".join(source.dataset.keys[int(i)] for i in index[:8])
+        index = source.draws.positions[firsts[done] :][: source.batch_size].tolist()
+        keys = ", ".join(source.dataset.keys[i] for i in index[:8])
         if crashes == CRASHES:
             raise DataError(
                 f"{source.dataset.name}: a data worker died {CRASHES} times at the same batch "
@@ -360,8 +345,7 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
 
 
 def _ignore_signals(worker: int) -> None:
-    """A signal to the process group means the training process, which still needs the batches of
-    its step."""
+    """A signal to the group means the training process, which still needs its step's batches."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -382,7 +366,3 @@ def _kill(processes: Iterable[multiprocessing.process.BaseProcess]) -> None:
     for process in processes:
         if process.is_alive():
             process.kill()
-
-
-def _as_is(batch: Any) -> Any:
-    return batch

@@ -80,8 +80,7 @@ class ShardDataset:
 
     def _report(self) -> None:
         total = len(self) + len(self.skipped)
-        named = [f"\n  {shard}: {key!r}: {reason}" for shard, key, reason in self.skipped[:NAMED]]
-        listing = "".join(named) + ("\n  ..." if len(self.skipped) > NAMED else "")
+        listing = "".join(f"\n  {s}: {key!r}: {reason}" for s, key, reason in self.skipped[:NAMED])
         if not self.keys:
             raise DataError(
                 f"{self.name}: none of {total} samples is a pair; a pair needs a picture "
@@ -258,18 +257,16 @@ def _on_all(make: Callable[[], Any]) -> list[Any]:
 def shard_index(shard: str) -> ShardIndex:
     """Index of a shard: from the cache if the file is unchanged, else read from the tar's headers.
 
-    Args:
-        shard: a file or a url; what comes from a url is taken to be the same every time, so that a
-            known one is not read again.
+    What comes from a url is taken to be the same every time, so that a known one is not read again.
+
     Raises:
-        DataError: the file is missing, compressed, or not a tar.
+        DataError: the file is compressed, or not a tar.
     """
     cached = _cached(shard)
     try:
         size, keys, places, skipped = json.loads(cached.read_text(encoding="utf-8"))
-        return ShardIndex(
-            size, keys, np.array(places, dtype=np.int64).reshape(len(keys), 5), skipped
-        )
+        table = np.array(places, dtype=np.int64).reshape(len(keys), 5)
+        return ShardIndex(size, keys, table, skipped)
     except (OSError, ValueError, TypeError):
         pass  # never written, or damaged
     index = _scan(local_copy(shard) if is_remote(shard) else shard, shard)
@@ -281,10 +278,7 @@ def _cached(shard: str) -> Path:
     """Where the index of a shard is kept, of the file as it is now."""
     state: list[Any] = [FORMAT, shard]
     if not is_remote(shard):
-        try:
-            status = os.stat(shard)
-        except OSError as error:
-            raise DataError(f"{shard}: {error.strerror}; check the path") from error
+        status = os.stat(shard)
         state = [FORMAT, os.path.abspath(shard), status.st_size, status.st_mtime_ns]
     digest = hashlib.sha256(repr(state).encode("utf-8", "surrogateescape")).hexdigest()
     return cache_dir() / "shards" / f"{digest[:32]}.json"
@@ -397,7 +391,8 @@ def _files_of(path: str, name: str) -> Iterator[tuple[str, tuple[int, int], str]
                 cut = member.isreg() and member.offset_data + member.size > size
                 if cut or not offset < tar.offset < size + tarfile.BLOCKSIZE:  # damaged sizes
                     break
-                offset, tar.members = tar.offset, []
+                offset = tar.offset
+                tar.members = []  # type: ignore[attr-defined]  # else it keeps all of them
                 if member.isreg() and not member.issparse():
                     yield member.name, (member.offset_data, member.size), ""
             else:

@@ -51,12 +51,9 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
-        return Batch(
-            self.index.to(device, non_blocking=non_blocking),
-            self.image.to(device, non_blocking=non_blocking),
-            self.tokens.to(device, non_blocking=non_blocking),
-            self.bad,
-        )
+        parts = (self.index, self.image, self.tokens)
+        index, image, tokens = (part.to(device, non_blocking=non_blocking) for part in parts)
+        return Batch(index, image, tokens, self.bad)
 
 
 class PairDataset(Protocol):

@@ -7,13 +7,11 @@ from protoclip.evaluate.results import (
     format_table,
     read_results,
     records,
-    write_records,
     write_results,
 )
 from protoclip.evaluate.tasks import (
     Encoder,
     EvalSet,
-    encode_sets,
     evaluate_features,
     evaluate_model,
     peak_memory_bytes,
@@ -26,7 +24,6 @@ __all__ = [
     "Results",
     "SetResults",
     "class_prompts",
-    "encode_sets",
     "evaluate_features",
     "evaluate_model",
     "format_table",
@@ -34,6 +31,5 @@ __all__ = [
     "peak_memory_bytes",
     "read_results",
     "records",
-    "write_records",
     "write_results",
 ]

@@ -57,9 +57,9 @@ from protoclip.model import (
     ProtoModel,
     autocast_for,
     build_model,
+    check_model,
     choose_device,
     choose_precision,
-    register_configs,
 )
 
 PROG = "python -m protoclip.evaluate"
@@ -150,18 +150,15 @@ def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
         ValueError: no such model or weights; the message says what is known.
     """
     name, _, tag = what.partition(",")
-    register_configs()
-    named = name in open_clip.list_models() or name.startswith(WEIGHTS)
-    if (named and not os.path.exists(what)) or (name.endswith(".json") and os.path.isfile(name)):
+    if name.startswith(WEIGHTS) or name.endswith(".json"):
         return _by_name(name, pretrained or tag)
     if not os.path.exists(what) and os.sep not in what:
         try:
-            build_model(ModelConfig(model=what))
+            check_model(ModelConfig(model=name))
         except ValueError as error:
             reason = str(error).removeprefix("--model: ")
-            raise ValueError(
-                f"{what}: found nothing of that name, neither run nor checkpoint; {reason}"
-            ) from error
+            raise ValueError(f"{what}: found no run and no checkpoint there; {reason}") from error
+        return _by_name(name, pretrained or tag)
     path = checkpoint.find(what)
     payload = checkpoint.load(path)
     stored = payload.get("protoclip", {}).get("config")

@@ -29,7 +29,6 @@ ABBREVIATIONS = {"alphanum": "letters and numbers", "av-symbol": "audio and vide
 class Layout:
     """Opened data: what is judged, what probes learn from, and the words for its classes."""
 
-    name: str
     test: PairDataset
     train: PairDataset | None = None
     captioned: bool = True  # False: pictures with classes only, no retrieval
@@ -74,7 +73,7 @@ def open_layout(
     if not root.is_dir() or any(root.glob("*.tar")):
         if is_sharded(data):
             index_together(data)
-        return Layout(data, open_dataset(data, **open_kwargs), templates=words)
+        return Layout(open_dataset(data, **open_kwargs), templates=words)
     return _image_folder(root, _split_folder(root, split), root / train_split, names, words)
 
 
@@ -82,9 +81,9 @@ def _builtin(data: str, split: str, open_kwargs: Mapping[str, Any]) -> Layout:
     test = open_dataset(data, split, **open_kwargs)
     words = EMOJI_TEMPLATES if data == "builtin:emoji" else TEMPLATES
     if split != "heldout":
-        return Layout(data, test, templates=words)
+        return Layout(test, templates=words)
     train = open_dataset(data, "train", **open_kwargs)
-    return Layout(data, test, train, templates=words, key="HO", title="Held-out pairs")
+    return Layout(test, train, templates=words, key="HO", title="Held-out pairs")
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -117,7 +116,7 @@ def _image_folder(
         )
     test = ImageFolder(chosen, folders, names)
     rest = ImageFolder(train, folders, names) if with_train else None
-    return Layout(str(root), test, rest, captioned=False, templates=words)
+    return Layout(test, rest, captioned=False, templates=words)
 
 
 class ImageFolder:
@@ -198,7 +197,7 @@ def _labelled_table(
         )
     position = {name: i for i, name in enumerate(known)}
     dataset.labels = {LABEL: Labels(torch.tensor([position[value] for value in values]), known)}
-    return Layout(data, dataset, templates=words)
+    return Layout(dataset, templates=words)
 
 
 def _class_names(given: str, root: Path) -> list[str] | None:

@@ -263,8 +263,8 @@ def paper_linear_probe(
         [weight.requires_grad_(), bias.requires_grad_()], lr=0.1, momentum=0.9, weight_decay=1e-6
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=0)
-    best: tuple[Accuracy, int] | None = None
-    for epoch in range(1, epochs + 1):
+    found: list[Accuracy] = []
+    for _ in range(epochs):
         for rows in torch.arange(len(x), device=x.device).split(batch_size):
             loss = F.cross_entropy(F.linear(x[rows], weight, bias), y[rows])
             optimizer.zero_grad()
@@ -272,13 +272,16 @@ def paper_linear_probe(
             optimizer.step()
         schedule.step()
         with torch.no_grad():
-            got = classify(
-                test_features.float(), test_labels, num_classes, lambda z: F.linear(z, weight, bias)
+            found.append(
+                classify(
+                    test_features.float(),
+                    test_labels,
+                    num_classes,
+                    lambda z: F.linear(z, weight, bias),
+                )
             )
-        if best is None or got.hits(1).sum() > best[0].hits(1).sum():
-            best = got, epoch
-    assert best is not None
-    return best
+    best = max(range(epochs), key=lambda epoch: float(found[epoch].hits(1).sum()))
+    return found[best], best + 1
 
 
 def fit_knn(

@@ -360,7 +360,7 @@ def environment() -> dict[str, Any]:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return {
-        "protoclip": getattr(protoclip, "__version__", ""),
+        "protoclip": protoclip.__version__,
         "commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
