@@ -1,8 +1,9 @@
 """k-means assignment and segment means on a GPU without nvcc: what ops/clusters.py calls.
 
 Assignment: scores x.c - |c|^2 / 2 from 16-bit products (fp32 points are rounded to bf16 first), the
-best two kept beside the product. Rows whose margin is within what the rounding can change are
-collected, without waiting for the device, and take the least |x - c|^2 in fp32: labels are exact.
+best two kept beside the product. Rows whose margin is within what rounding can change, or is not a
+number that says anything, are collected, without waiting for the device, and take the least
+|x - c|^2 in fp32: labels are exact.
 Segment mean: rows sorted by label, in pieces of at most PIECE rows, each summed in order and then
 joined in order: no atomics, the same bits every run.
 """
@@ -15,10 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels.attention import dot, load_tile
-from protoclip.kernels.launch import Launch
+from protoclip.kernels.launch import INTERPRETED, Launch
+from protoclip.ops import checks
 
 ASSIGN = Launch(128, 64, 64, warps=8, stages=3)
-RESCORE = Launch(64, 64, 16, warps=8, stages=1)
+RESCORE = Launch(*((128, 256) if INTERPRETED else (64, 64)), 16, warps=8, stages=1)
 MEAN = Launch(32, 0, 128, warps=4, stages=1)
 PIECE = 1024  # rows of a piece of a segment
 
@@ -32,7 +34,8 @@ def assign_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ROUND: tl.constexpr,
     DIRECT: tl.constexpr,
 ):  # fmt: skip
-    """Best centroid of a tile of rows. ROUND: fp32 rows as bf16. DIRECT: by -|x - c|^2 itself."""
+    """Best centroid of a tile of rows. ROUND: fp32 rows as bf16. DIRECT: by -|x - c|^2 itself, in
+    units of the distance to the label so far where its square would leave fp32."""
     at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     if rows_ptr is not None:
         n = tl.load(count_ptr).to(tl.int32)
@@ -42,20 +45,32 @@ def assign_kernel(
             rows = tl.load(rows_ptr + at, mask=used, other=0)
         best = tl.full((BLOCK_N,), -float("inf"), tl.float32)
         second = best
-        label = tl.full((BLOCK_N,), -1, tl.int64)
+        label = tl.zeros((BLOCK_N,), tl.int64)
         keys = tl.arange(0, BLOCK_K)
+        if DIRECT:
+            known = c_ptr + tl.load(label_ptr + rows, mask=used, other=0) * stride_c_k
+            widest = tl.zeros((BLOCK_N,), tl.float32)
+            for column in range(0, d):
+                x = tl.load(x_ptr + rows * stride_x_n + column * stride_x_d, mask=used, other=0.0)
+                c = tl.load(known + column * stride_c_d, mask=used, other=0.0)
+                widest = tl.maximum(widest, tl.abs(x.to(tl.float32) - c.to(tl.float32)))
+            usual = (widest > 1e-10) & (widest < 1e10)
+            unit = tl.where(usual, 1.0, 1.0 / tl.maximum(widest, 1e-37))[:, None]
         for start in range(0, k_count, BLOCK_K):
             some = start + keys
             inside = some < k_count
             s = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
             if DIRECT:
-                for column in range(0, d):
-                    x_at = x_ptr + rows * stride_x_n + column * stride_x_d
-                    c_at = c_ptr + some.to(tl.int64) * stride_c_k + column * stride_c_d
-                    x = tl.load(x_at, mask=used, other=0.0).to(tl.float32)
-                    c = tl.load(c_at, mask=inside, other=0.0).to(tl.float32)
-                    difference = x[:, None] - c[None, :]
-                    s -= difference * difference
+                for first in range(0, d, BLOCK_D):  # sums of sums round less
+                    part = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+                    for column in range(first, min(first + BLOCK_D, d)):
+                        x_at = x_ptr + rows * stride_x_n + column * stride_x_d
+                        c_at = c_ptr + some.to(tl.int64) * stride_c_k + column * stride_c_d
+                        x = tl.load(x_at, mask=used, other=0.0).to(tl.float32)
+                        c = tl.load(c_at, mask=inside, other=0.0).to(tl.float32)
+                        difference = (x[:, None] - c[None, :]) * unit
+                        part += difference * difference
+                    s -= part
             else:
                 for first in range(0, d, BLOCK_D):
                     depth = first + tl.arange(0, BLOCK_D)
@@ -78,7 +93,9 @@ def assign_kernel(
         tl.store(label_ptr + rows, label, mask=used)
         if near_ptr is not None:
             reach = tl.load(reach_ptr + at, mask=used, other=0.0)
-            tl.store(near_ptr + at, ((best - second) <= reach).to(tl.int64), mask=used)
+            margin = best - second  # NaN and infinite after an overflow
+            clear = (margin > reach) & (margin < float("inf"))
+            tl.store(near_ptr + at, tl.where(clear, 0, 1).to(tl.int64), mask=used)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -111,14 +128,19 @@ def kmeans_assign(
     distances = torch.zeros(n, dtype=torch.float32, device=points.device)
     if not n:
         return labels, distances
+    # At most what their squares lose below the normal numbers is missing from the norms.
+    lost = d**0.5 * 2.0**-62
     norms = torch.linalg.vector_norm(centroids, dim=1, dtype=torch.float32)  # [K]
-    largest = norms.amax()
-    wide = points.dtype == torch.float32
+    size = torch.linalg.vector_norm(points, dim=1, dtype=torch.float32) + lost  # [N]
+    largest = norms.amax() + lost
     # What rounding both operands to bf16, or summing in fp32, can change in a difference of scores.
-    relative = (2.0**-7 if wide else 0.0) * 1.01 + (d + 16) * 2.0**-22
-    reach = torch.linalg.vector_norm(points, dim=1, dtype=torch.float32) * largest * relative
-    reach += largest.square() * 2.0**-21
-    near = torch.empty_like(labels)
+    wide = points.dtype == torch.float32
+    # To nearest is 2^-9 of a number; the interpreter cuts off, 2^-8.
+    rounding = 4 * 1.01 * 2.0 ** (-8 if INTERPRETED else -9) if wide else 0.0
+    sums = (d + 16) * 2.0**-22
+    reach = largest * (size * (rounding + sums) + largest * sums)
+    reach += (size + largest + 1) * (d + 16) * 2.0**-125  # below the normal numbers
+    near = torch.zeros_like(labels)
     half_norms = norms.square() / 2
     strides = *points.stride(), *centroids.stride()
     with torch.cuda.device_of(points):
@@ -175,6 +197,8 @@ def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> tuple[Ten
     (n, d), k, device = values.shape, num_segments, values.device
     means = torch.zeros((k, d), dtype=torch.float32, device=device)
     order, rows = labels.sort(stable=True)
+    if n and device.type == "cpu":
+        checks.segments("segment_mean", int(order[-1]) + 1, k)
     edges = torch.searchsorted(order, torch.arange(k + 1, device=device))  # [K + 1]
     counts = edges[1:] - edges[:-1]
     if not means.numel() or not n:

@@ -1,6 +1,6 @@
 """Compile every kernel without a GPU and read from its machine code what it costs.
 
-    python -m protoclip.kernels.compile_report [--json] [--arch 90] [--case info_nce] [--depth 512]
+    python -m protoclip.kernels.compile_report [--json] [--arch 90] [--op info_nce] [--depth 512]
 
 The launchers themselves are called, on small CPU tensors, with a driver that compiles for an
 architecture and launches nothing: what is shown is what a card would run. Registers and local
@@ -32,7 +32,14 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from protoclip.kernels import info_nce, launch, prototype_cross_entropy, siglip, soft_targets
+from protoclip.kernels import (
+    clusters,
+    info_nce,
+    launch,
+    prototype_cross_entropy,
+    siglip,
+    soft_targets,
+)
 from protoclip.kernels.tiles import products
 
 NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -117,10 +124,11 @@ def cases() -> Iterator[Case]:
         for dtype, depth in (("bf16", 64), ("fp16", 128), ("bf16", 256), ("fp32", 512)):
             yield Case("prototypes", "banks", arch, dtype, depth)
         yield Case("soft_targets", "own", arch, "fp32", 512)
+        for dtype in ("bf16", "fp32"):
+            yield Case("clusters", "own", arch, dtype, 512)
     for op, form in (("info_nce", "small"), ("info_nce", "rows"), ("sigmoid", "loss")):
         yield Case(op, form, 90, "bf16", 512)
-    for depth in (128, 256):
-        yield Case("prototypes", "hard", 90, "bf16", depth)
+    yield Case("prototypes", "hard", 90, "bf16", 128)
     for form in MEASURED:
         yield Case("gemm", form, 90, "bf16", 8192)
 
@@ -162,11 +170,18 @@ def _soft_targets(case: Case) -> None:
     soft_targets.soft_targets(source, c, 0.1)
 
 
+def _clusters(case: Case) -> None:
+    x, c = _features(case, 512, 256)
+    labels, _ = clusters.kmeans_assign(x, c)
+    clusters.segment_mean(x, labels, len(c))
+
+
 OPS: dict[str, dict[str, Callable[[Case], None]]] = {
     "info_nce": dict.fromkeys(("large", "small", "rows"), _info_nce),
     "sigmoid": dict.fromkeys(("gradients", "loss"), _sigmoid),
     "prototypes": dict.fromkeys(("soft", "hard", "banks"), _prototypes),
     "soft_targets": {"own": _soft_targets},
+    "clusters": {"own": _clusters},
 }
 
 
@@ -302,6 +317,26 @@ def blocks(sass: str) -> dict[str, list[Instruction]]:
     return found
 
 
+def looping(code: dict[str, list[Instruction]]) -> list[str]:
+    """Labels of the blocks that control can come back to: those of every loop."""
+    leads: dict[str, set[str]] = {}
+    for (label, block), following in zip(code.items(), [*list(code)[1:], ""], strict=True):
+        leads[label] = {to for i in block for to in re.findall(r"`\((\.L_x_\d+)\)", i.text)}
+        if not block or not re.match(r"BRA(\.\w+)* `|EXIT$|RET\b|BRX\b", block[-1].text):
+            leads[label].add(following)
+
+    def comes_back(label: str) -> bool:
+        seen: set[str] = set()
+        todo = [label]
+        while todo:
+            new = leads.get(todo.pop(), set()) - seen
+            seen |= new
+            todo += new
+        return label in seen
+
+    return [label for label in code if comes_back(label)]
+
+
 def issue_clk(instructions: list[Instruction], warps: int) -> int:
     """Clk until ``warps`` warps of one scheduler, in step, have issued a block."""
     clk, last, steps = 0, 0, len(instructions)
@@ -352,8 +387,7 @@ def hot_path(
     listed = list(code.values())
     products = [_mma_clk(block, warps) for block in listed]
     exponentials = [sum(i.name == "MUFU" for i in block) for block in listed]
-    loops = [block for label, block in code.items() if any(f"`({label})" in i.text for i in block)]
-    local = sum(i.name in ("LDL", "STL") for block in loops for i in block)
+    local = sum(i.name in ("LDL", "STL") for label in looping(code) for i in code[label])
     hot = products.index(max(products))
     if not products[hot]:
         return Path(0, 0, 0, {}, local)
@@ -474,9 +508,11 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
     parser.add_argument("--arch", type=int, action="append", help="only this one, e.g. 90")
     parser.add_argument("--op", choices=sorted(OPS), action="append", help="only this one")
+    parser.add_argument("--depth", type=int, help="only this one")
     args = parser.parse_args()
     archs, ops = args.arch or launch.CARDS, args.op or OPS
     chosen = [case for case in cases() if case.arch in archs and case.op in ops]
+    chosen = [case for case in chosen if args.depth in (None, case.depth)]
     with ProcessPoolExecutor() as pool:
         found = [cost for costs_of in pool.map(costs, chosen) for cost in costs_of]
     if args.json:

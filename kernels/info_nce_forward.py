@@ -30,7 +30,7 @@ PART = 16  # rows of a warp, over which it sums columns by itself
 # Up to so many rows or columns one program merges all, and its sum of the losses is the whole.
 ONE_PROGRAM = 1024
 # (pairs a program merges at a time, partials of each it reads at a time, warps)
-MERGE_ALL = (256, 8, 8)
+MERGE_ALL = (256, 8, 16)  # of 8 warps each thread would spill in the loop
 MERGE = (64, 8, 4)
 
 

@@ -2,8 +2,7 @@
 
 There is no autotuner: a search would time kernels inside the user's first steps, and its choice
 would change the bits of a result between runs. ``python -m protoclip.kernels.compile_report``
-compiles every row without a GPU and shows what it costs in registers and shared memory;
-``benchmarks/launch_sweep.py`` times rows on a card and prints the one to paste here.
+compiles every row without a GPU and shows what it costs in registers and shared memory.
 """
 
 from __future__ import annotations
@@ -136,7 +135,7 @@ CHUNKED: dict[int, Launch] = {
     90: Launch(128, 128, 64, warps=8, stages=3),
     100: Launch(128, 64, 64, warps=8, stages=3),
 }
-CHUNKED_FLOAT = Launch(64, 64, 16, warps=4, stages=2)
+CHUNKED_FLOAT = Launch(64, 64, 16, warps=8, stages=2)  # four warps spill in the loop over keys
 
 
 _compiling_for: int | None = None

@@ -11,24 +11,31 @@ import pytest
 pytest.importorskip("triton")
 # In fresh processes: kernels of the interpreter do not compile.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+OTHERS = [80, 89, 100]
 
 
 @pytest.fixture(scope="module")
 def costs():
-    """What ``make kernels`` finds, every architecture."""
-    command = [sys.executable, "-m", "protoclip.kernels.compile_report", "--json"]
-    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    assert run.stdout, run.stderr
-    return json.loads(run.stdout)
+    """What ``make kernels`` finds: every row on Hopper, one kernel on the others, which take
+    minutes."""
+    others = [word for arch in OTHERS for word in ("--arch", str(arch))]
+    found = []
+    for chosen in (["--arch", "90"], [*others, "--op", "sigmoid", "--depth", "128"]):
+        command = [sys.executable, "-m", "protoclip.kernels.compile_report", "--json", *chosen]
+        run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+        assert run.stdout, run.stderr
+        found += json.loads(run.stdout)
+    return found
 
 
-@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+@pytest.mark.parametrize("arch", [90, *OTHERS])
 def test_every_row_keeps_its_promise(costs, arch):
     """No spills, the tensor core, shared memory and registers for the CTAs it counts on."""
     found = [c for c in costs if c["case"]["arch"] == arch]
     kernels = {c["kernel"].removesuffix("_kernel") for c in found}
     tiled = {"forward", "gradient", "sigmoid", "attention", "weights"}
-    assert kernels >= tiled | {"merge", "extremes", "finish", "product"}
+    rest = {"merge", "extremes", "finish", "product", "assign", "distance", "sum"}
+    assert kernels >= (tiled | rest if arch == 90 else {"sigmoid"})
     assert [c for c in found if c["problems"]] == []
     for c in found:
         assert c["registers"] <= 255
@@ -85,13 +92,13 @@ def test_the_model_meets_public_measurements(costs):
 
 
 def test_a_row_that_breaks_its_promise_is_named():
-    """A forward tile of 256 x 128 on four warps cannot hold two CTAs, nor avoid spills."""
+    """A tile of 256 x 128 on four warps cannot hold two CTAs, nor avoid spills."""
     code = (
         "from protoclip.kernels import compile_report as r, launch\n"
         "row = launch.Launch(256, 128, 64, warps=4, stages=3, ctas_per_sm=2)\n"
-        "launch.HALF['forward'][90] = row\n"
-        "costs = r.costs(r.Case('info_nce', 'small', 90, 'bf16', 128))\n"
-        "print(next('; '.join(c.problems) for c in costs if c.kernel == 'forward_kernel'))"
+        "launch.HALF['sigmoid'][90] = row\n"
+        "costs = r.costs(r.Case('sigmoid', 'loss', 90, 'bf16', 128))\n"
+        "print(next('; '.join(c.problems) for c in costs if c.kernel == 'sigmoid_kernel'))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True

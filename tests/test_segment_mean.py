@@ -18,9 +18,7 @@ def usable():
     return [
         name
         for name, reason in protoclip.backends("segment_mean").items()
-        if reason is None
-        and "cpu" in (rows[name].device_types or ("cpu",))
-        and name != "triton"  # slow in its interpreter: tests/test_kernels_clusters.py
+        if reason is None and "cpu" in (rows[name].device_types or ("cpu",))
     ]
 
 

@@ -34,7 +34,7 @@ def decode(data: bytes, where: str) -> Image.Image:
             return to_rgb(picture)
     except Image.DecompressionBombError as error:
         raise DataError(
-            f"{where}: {error}; resize the picture, or raise PIL.Image.MAX_IMAGE_PIXELS"
+            f"{where}: {error}; resize it or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
         reason = re.sub(r" <_io\..*>", "", str(error))  # a memory address helps nobody

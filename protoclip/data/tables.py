@@ -85,14 +85,11 @@ class CsvDataset:
         return self._find(self._files[i])
 
     def image(self, i: int) -> Image.Image:
-        file = self.path(i)
-        where = f"{self.name}, pair {i + 1}, {file}"
+        where = f"{self.name}, pair {i + 1}, {self.path(i)}"
         try:
-            data = Path(file).read_bytes()
+            return decode(Path(self.path(i)).read_bytes(), where)
         except OSError as error:
-            reason = error.strerror or error
-            raise DataError(f"{where}: {reason}; correct the path or remove the row") from error
-        return decode(data, where)
+            raise DataError(f"{where}: {error}; correct the path or remove the row") from error
 
     def _find(self, file: str) -> str:
         beside = os.path.join(self.folder, file)  # an absolute path stays as it is

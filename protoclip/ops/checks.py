@@ -123,6 +123,15 @@ def label_values(op: str, x: Tensor, count: int) -> None:
         )
 
 
+def segments(op: str, used: int, num_segments: int) -> None:
+    """Raise ValueError where labels go up to ``used`` - 1 and there are fewer segments."""
+    if used > num_segments:
+        raise ValueError(
+            f"{op}: expected labels below num_segments={num_segments}, got {used - 1}; pass a "
+            "larger num_segments or renumber the labels"
+        )
+
+
 def reduction(op: str, x: str) -> None:
     if x not in REDUCTIONS:
         raise ValueError(f"{op}: expected reduction in {REDUCTIONS}, got {x!r}")

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from protoclip.ops import checks
+
 LOG2E = math.log2(math.e)
 _CHUNK_ELEMENTS = 1 << 24  # 128 MB of fp64 scores at a time
 
@@ -184,11 +186,7 @@ def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> tuple[Ten
     order = labels.argsort(stable=True)
     order = order[(labels < 0).sum() :]
     counts = torch.bincount(labels[order], minlength=num_segments)
-    if len(counts) > num_segments:
-        raise ValueError(
-            f"segment_mean: expected labels below num_segments={num_segments}, got "
-            f"{len(counts) - 1}; pass a larger num_segments or renumber the labels"
-        )
+    checks.segments("segment_mean", len(counts), num_segments)
     if not num_segments:
         wide = torch.float64 if values.dtype == torch.float64 else torch.float32
         return values.new_empty((0, values.shape[1]), dtype=wide), counts
