@@ -144,12 +144,17 @@ def run_command(work: Callable[[], int | None], name: str) -> int:
     """
     try:
         code = work()
-    except (ValueError, OSError) as error:
-        _say_once(f"{name}: error: {error}")
-        return 2
     except KeyboardInterrupt:
         _say_once(f"{name}: interrupted")
         return 130
+    except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # torch.save raises again on its way
+            _say_once(f"{name}: interrupted")
+            return 130
+        if not isinstance(error, (ValueError, OSError)):
+            raise
+        _say_once(f"{name}: error: {error}")
+        return 2
     stop()
     return code or 0
 

@@ -19,6 +19,7 @@ from ranks import ended, free_port, said, start_command, steps_of, tiny_run, wai
 
 from protoclip.data.__main__ import export_shards
 from protoclip.data.sources import open_dataset
+from protoclip.distributed import run_command
 
 SIGNALS = {"SIGTERM": 0, "SIGUSR1": 0, "SIGINT": 130}
 CASES = [(name, workers, 1) for name in SIGNALS for workers in (0, 1, 2)]
@@ -144,3 +145,16 @@ def test_progress_is_a_line_in_the_log_and_no_bar_in_a_redirected_stderr(folder)
     assert [match[1] for match in matches] == ["2", "4", "6"]
     printed = said(folder)[0]
     assert "\r" not in printed and "%|" not in printed and "it/s" not in printed
+
+
+def test_an_error_on_the_way_out_of_ctrl_c_is_still_130(capsys):
+    """torch.save, interrupted, ends in a RuntimeError of its own."""
+
+    def work():
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 157568 vs 157456")
+
+    assert run_command(work, "protoclip.train") == 130
+    assert "interrupted" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_mistakes_end_in_one_message(tmp_path, capsys, flags, words):
     assert not (tmp_path / "bad").exists()
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton", "fastest"])
+@pytest.mark.parametrize("backend", ["cuda", "fastest"])
 def test_a_backend_that_cannot_run_all_is_refused(tmp_path, capsys, monkeypatch, backend):
     monkeypatch.setenv("PROTOCLIP_BACKEND", backend)
     assert main(["--logs", str(tmp_path), "--name", "bad", *SMALL]) == 2

@@ -67,6 +67,8 @@ def kmeans_assign(
 
 def _mean(values: Tensor, labels: Tensor, num_segments: int, backend: str):
     run = implementation("segment_mean", backend, "segment_mean")
+    if backend == "triton" and not values.is_cuda and len(labels):  # the interpreter
+        checks.segments("segment_mean", int(labels.max()) + 1, num_segments)
     return run(values, labels, num_segments)
 
 
