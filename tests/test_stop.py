@@ -3,6 +3,7 @@
 Whenever the signal comes, ``--resume`` ends in the losses of a run that was left alone.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -56,10 +57,17 @@ def whole_run(folder, ranks, steps):
 
 
 def kill_a_worker(folder, name, process):
-    """The run goes on, with a warning."""
-    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    os.kill(int(path.read_text().split()[0]), signal.SIGKILL)
-    wait_until(lambda: "worker died" in said(folder)[0], [process], folder)
+    """The run goes on, with a warning; a worker that has loaded its last batch is not missed."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while "worker died" not in said(folder)[0]:
+        for worker in children.read_text().split()[:1]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(worker), signal.SIGKILL)
+        steps = steps_of(folder, name) + 8
+        wait_until(
+            lambda: "worker died" in said(folder)[0] or steps_of(folder, name) >= steps,
+            [process], folder,
+        )  # fmt: skip
     steps = steps_of(folder, name) + 2
     wait_until(lambda: steps_of(folder, name) >= steps, [process], folder)
 
