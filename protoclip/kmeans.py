@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -24,6 +24,7 @@ from protoclip.ops.backends import resolve
 from protoclip.ops.clusters import kmeans_assign, segment_mean
 from protoclip.ops.native import CodedPoints
 
+INITS = ("random", "k-means++")
 SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as in faiss
 MAX_DRAWS = 1024  # k-means++ candidates of one pass over the points
 KEEP_CODES = 1024  # up to this K, coding the points is 4 % of an assignment or more
@@ -43,7 +44,7 @@ class Clusters:
 
 
 class Ranks:
-    """The slices of one data set on the ranks of a group (or the whole of it on one)."""
+    """The slices of one data set on the ranks of a group, or the whole of it on one."""
 
     def __init__(self, local: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self.group = group
@@ -100,92 +101,69 @@ def kmeans(
         ValueError, TypeError: shapes or dtypes are wrong, K is out of range, points are not finite,
             or the named backend cannot run, "faiss" without faiss included.
     """
-    op = "kmeans"
-    checks.matrix(op, "points", points, "[N, D]")
+    checks.matrix("kmeans", "points", points, "[N, D]")
     points = points.detach()
     points = points if points.dtype == torch.float64 else points.float()
     ranks = Ranks(len(points), group, points.device)
-    _check(op, points, num_clusters, num_iters, num_restarts, init, ranks)
-    if backend == "faiss":
-        if group is not None:
-            raise ValueError(
-                "kmeans: backend 'faiss' runs in one process, got a process group; gather the "
-                "points on one rank, or use backend='auto'"
-            )
-        settings = {"niter": num_iters, "nredo": num_restarts, "seed": seed, "spherical": spherical}
-        centroids, history = _faiss(points, num_clusters, init, settings)
-        return _assigned(centroids, history, ranks, partial(kmeans_assign, points))
-    assign = _assignment(points, num_clusters, backend)
-    best: Clusters | None = None
-    for restart in range(num_restarts):
-        start = _initial(points, num_clusters, init, seed + restart, ranks)
-        clusters = _lloyd(points, start, num_iters, spherical, ranks, backend, assign)
-        if best is None or clusters.inertia < best.inertia:
-            best = clusters
-        if isinstance(init, Tensor):
-            break  # every restart would be this one
-    assert best is not None
-    return best
-
-
-def _check(
-    op: str,
-    points: Tensor,
-    k: int,
-    num_iters: int,
-    num_restarts: int,
-    init: str | Tensor,
-    ranks: Ranks,
-) -> None:
-    if not 1 <= k <= ranks.total:
+    if not 1 <= num_clusters <= ranks.total:
         raise ValueError(
-            f"{op}: expected 1 <= num_clusters <= N = {ranks.total} points, got {k}; "
+            f"kmeans: expected 1 <= num_clusters <= N = {ranks.total} points, got {num_clusters}; "
             f"lower num_clusters or give more points"
         )
     if num_iters < 0 or num_restarts < 1:
         raise ValueError(
-            f"{op}: expected num_iters >= 0 and num_restarts >= 1, got {num_iters}, {num_restarts}"
+            f"kmeans: expected num_iters >= 0 and num_restarts >= 1, got {num_iters}, "
+            f"{num_restarts}"
         )
+    _check_values(points, num_clusters, init, ranks)
+    if backend == "faiss":
+        settings = {"niter": num_iters, "nredo": num_restarts, "seed": seed, "spherical": spherical}
+        centroids, history = _faiss(points, num_clusters, init, group, settings)
+        return _assigned(centroids, history, ranks, partial(kmeans_assign, points))
+    assign = _assignment(points, num_clusters, backend)
+
+    def run(restart: int) -> Clusters:
+        if isinstance(init, Tensor):
+            start = init.detach().to(points).clone()
+        else:
+            generator = torch.Generator().manual_seed(seed + restart)
+            start = _first_centroids(points, num_clusters, init, generator, ranks)
+        return _lloyd(points, start, num_iters, spherical, ranks, backend, assign)
+
+    restarts = 1 if isinstance(init, Tensor) else num_restarts
+    return min(map(run, range(restarts)), key=lambda clusters: clusters.inertia)
+
+
+def _check_values(points: Tensor, k: int, init: str | Tensor, ranks: Ranks) -> None:
+    shape = (k, points.shape[1])
     if isinstance(init, Tensor):
-        if init.shape != (k, points.shape[1]):
+        if init.shape != shape:
             raise ValueError(
-                f"{op}: expected init centroids [K, D] = {(k, points.shape[1])}, got "
-                f"{tuple(init.shape)}"
+                f"kmeans: expected init centroids [K, D] = {shape}, got {tuple(init.shape)}"
             )
     elif init not in INITS:
-        raise ValueError(f"{op}: expected init in {sorted(INITS)} or a Tensor [K, D], got {init!r}")
+        raise ValueError(f"kmeans: expected init in {INITS} or a Tensor [K, D], got {init!r}")
     bad = ~torch.isfinite(points).all(dim=1)
-    total_bad = int(ranks.sum(bad.sum()))
-    if total_bad:
+    if total := int(ranks.sum(bad.sum())):
         where = f"; the first is row {int(bad.int().argmax())}" if bad.any() else ""
-        raise ValueError(
-            f"{op}: expected finite points, got {total_bad} rows with NaN or inf{where}"
-        )
+        raise ValueError(f"kmeans: expected finite points, got {total} rows with NaN or inf{where}")
 
 
-def _initial(points: Tensor, k: int, init: str | Tensor, seed: int, ranks: Ranks) -> Tensor:
-    if isinstance(init, Tensor):
-        return init.detach().to(points).clone()
-    return INITS[init](points, k, torch.Generator().manual_seed(seed), ranks)
-
-
-def _random_init(points: Tensor, k: int, generator: torch.Generator, ranks: Ranks) -> Tensor:
-    return ranks.rows(points, torch.randperm(ranks.total, generator=generator)[:k])
-
-
-def _plus_plus_init(points: Tensor, k: int, generator: torch.Generator, ranks: Ranks) -> Tensor:
-    """k-means++ (Arthur and Vassilvitskii 2007), many centroids per pass over the points.
+def _first_centroids(
+    points: Tensor, k: int, init: str, generator: torch.Generator, ranks: Ranks
+) -> Tensor:
+    """Random points, or k-means++ (Arthur and Vassilvitskii 2007), many a pass over the points.
 
     Candidates are drawn together by their squared distance at the start of the pass. One after the
     other, each is kept with the probability by which the ones kept before it in this pass have
     lowered that distance: rejection sampling, so the distribution is that of the sequential method.
     """
-    first = torch.randint(ranks.total, (1,), generator=generator)
-    centroids = ranks.rows(points, first)
+    if init == "random":
+        return ranks.rows(points, torch.randperm(ranks.total, generator=generator)[:k])
+    centroids = ranks.rows(points, torch.randint(ranks.total, (1,), generator=generator))
     squared = points.new_full((len(points),), math.inf, dtype=torch.float64)
     fresh = centroids
     while len(centroids) < k:
-        # In one dtype with the points; the op itself is exact.
         squared = torch.minimum(squared, kmeans_assign(points, fresh)[1].double())
         draws = min(MAX_DRAWS, max(8, len(centroids)))
         uniform = torch.rand(2, draws, generator=generator, dtype=torch.float64)
@@ -227,12 +205,6 @@ def _draw(points: Tensor, weights: Tensor, uniform: Tensor, ranks: Ranks) -> tup
     return ranks.sum(picked), ranks.sum(torch.where(mine, weights[row], 0.0))
 
 
-INITS: dict[str, Callable[[Tensor, int, torch.Generator, Ranks], Tensor]] = {
-    "random": _random_init,
-    "k-means++": _plus_plus_init,
-}
-
-
 def _assignment(points: Tensor, k: int, backend: str) -> Assign:
     """``kmeans_assign`` of the same points again and again; the C++ backend keeps their codes."""
     op = "kmeans_assign"
@@ -254,23 +226,24 @@ def _lloyd(
     k = len(centroids)
     if spherical:
         centroids = torch.nn.functional.normalize(centroids, dim=1)
-    inertias = []
+    history = []
     for _ in range(num_iters):
         labels, distances = assign(centroids)
-        inertias.append(ranks.sum(distances.double().sum()))
+        history.append(ranks.sum(distances.double().sum()))
         means, counts = global_segment_mean(points, labels, k, ranks.group, backend)
         centroids = _split_largest(means.where(counts[:, None] > 0, centroids), counts)
         if spherical:
             centroids = torch.nn.functional.normalize(centroids, dim=1)
-    history = torch.stack(inertias).tolist() if inertias else []
     return _assigned(centroids, history, ranks, assign)
 
 
-def _assigned(centroids: Tensor, history: list[float], ranks: Ranks, assign: Assign) -> Clusters:
+def _assigned(
+    centroids: Tensor, history: Sequence[Tensor | float], ranks: Ranks, assign: Assign
+) -> Clusters:
     labels, distances = assign(centroids)
     counts = ranks.sum(torch.bincount(labels, minlength=len(centroids)))
     inertia = float(ranks.sum(distances.double().sum()))
-    return Clusters(centroids, labels, counts, inertia, (*history, inertia))
+    return Clusters(centroids, labels, counts, inertia, (*map(float, history), inertia))
 
 
 def global_segment_mean(
@@ -304,11 +277,7 @@ def _split_largest(centroids: Tensor, counts: Tensor) -> Tensor:
 
 
 def load_faiss() -> ModuleType:
-    """The faiss module.
-
-    Raises:
-        ValueError: it is missing; the message has the remedy.
-    """
+    """The faiss module, or ValueError with the remedy."""
     try:
         return importlib.import_module("faiss")
     except ImportError as error:
@@ -319,32 +288,34 @@ def load_faiss() -> ModuleType:
 
 
 def _faiss(
-    points: Tensor, num_clusters: int, init: str | Tensor, settings: dict[str, Any]
+    points: Tensor,
+    num_clusters: int,
+    init: str | Tensor,
+    group: dist.ProcessGroup | None,
+    settings: dict[str, Any],
 ) -> tuple[Tensor, list[float]]:
-    """faiss.Kmeans, which the paper used -> centroids [K, D], inertia before each update.
+    """faiss.Kmeans on all points -> centroids [K, D], inertia before each update.
 
-    All points are used: faiss's subsampling is off. It runs on the GPU where the points are on one
-    and faiss was built for it.
+    It runs on the GPU where the points are on one and faiss was built for it.
     """
     faiss = load_faiss()
-    if isinstance(init, str) and init != "random":
+    if group is not None or (isinstance(init, str) and init != "random"):
         raise ValueError(
-            f"kmeans: backend 'faiss' takes init='random' or a Tensor, got {init!r}; use "
-            "backend='auto' for k-means++"
+            "kmeans: backend 'faiss' takes init='random' or a Tensor and no group, got "
+            f"init={init!r} and group={group}; use backend='auto'"
         )
     runner = faiss.Kmeans(
         points.shape[1],
         num_clusters,
         gpu=points.is_cuda and faiss.get_num_gpus() > 0,
         min_points_per_centroid=1,
-        max_points_per_centroid=len(points),
+        max_points_per_centroid=len(points),  # no subsampling
         **settings,
     )
     start = init.detach().float().cpu().numpy() if isinstance(init, Tensor) else None
     runner.train(points.float().cpu().contiguous().numpy(), init_centroids=start)
     centroids = torch.from_numpy(runner.centroids).to(points).clone()
-    history = [float(x) for x in runner.obj]
-    if settings["spherical"]:  # faiss sums x.c there; |x - c|^2 = |x|^2 + 1 - 2 x.c
-        total = float(points.double().square().sum()) + len(points)
-        history = [total - 2 * x for x in history]
-    return centroids, history
+    if not settings["spherical"]:
+        return centroids, list(runner.obj)
+    total = float(points.double().square().sum()) + len(points)
+    return centroids, [total - 2 * x for x in runner.obj]  # faiss sums x.c there
