@@ -63,13 +63,15 @@ def kill_a_worker(folder, name, process):
         for worker in children.read_text().split()[:1]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(worker), signal.SIGKILL)
-        steps = steps_of(folder, name) + 8
-        wait_until(
-            lambda: "worker died" in said(folder)[0] or steps_of(folder, name) >= steps,
-            [process], folder,
-        )  # fmt: skip
-    steps = steps_of(folder, name) + 2
-    wait_until(lambda: steps_of(folder, name) >= steps, [process], folder)
+        wait_for_steps(folder, name, 8, process, or_until="worker died")
+    wait_for_steps(folder, name, 2, process)
+
+
+def wait_for_steps(folder, name, more, process, or_until="never printed"):
+    steps = steps_of(folder, name) + more
+    wait_until(
+        lambda: or_until in said(folder)[0] or steps_of(folder, name) >= steps, [process], folder
+    )
 
 
 @pytest.mark.parametrize(("what", "workers", "ranks"), CASES)
