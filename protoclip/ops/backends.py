@@ -81,6 +81,7 @@ CUDA = Backend(partial(native.op, "cuda"), ("cuda",), FLOATS, native.why_not_cud
 
 TABLE: dict[str, dict[str, Backend]] = {
     "info_nce": {"cpu": CPU, "triton": _triton("info_nce"), "reference": REFERENCE},
+    "contrastive": {"reference": REFERENCE},
     "siglip": {"cpu": CPU, "triton": _triton("siglip"), "reference": REFERENCE},
     "prototype_cross_entropy": {
         "cpu": CPU,
