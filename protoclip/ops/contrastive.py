@@ -436,15 +436,13 @@ def contrastive(
 
 
 def _weighted(loss: Tensor, counted: Tensor | None, weights: Tensor | None, reduction: str):
+    size = torch.ones_like(loss) if counted is None else counted.to(loss.dtype)
     if weights is not None:
-        weights = weights.to(loss.dtype)
-        loss = loss * weights
-        size = weights.sum() if counted is None else weights.where(counted, 0).sum()
-    else:
-        size = counted.sum()
+        loss, size = loss * weights.to(loss.dtype), size * weights.to(loss.dtype)
     if reduction != "mean":
         return reduce(loss, reduction, 0)
-    return loss.sum() / size.where(size > 0, 1)
+    total = size.sum()
+    return loss.sum() / total.where(total > 0, 1)
 
 
 def contrastive_parts(

@@ -94,7 +94,7 @@ def pairs_of(
         )
     else:
         own = torch.arange(n, device=device)
-    codes = (None, None)
+    codes: tuple[Tensor | None, Tensor | None] = None, None
     if ids[0] is not None or ids[1] is not None:
         has_own = positives is not None or not same_positive
         codes = _codes(op, *ids, own if has_own else None, n, m, device)

@@ -73,8 +73,7 @@ def contrastive_bwd(
 
 
 def relations(
-    n: int,
-    m: int,
+    logits: Tensor,
     own: Tensor,
     exclude: Tensor | None,
     query_ids: Tensor | None,
@@ -82,9 +81,9 @@ def relations(
     key_bias: Tensor | None,
     same_positive: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The keys that each query sees and those that are its positives, bool [N, M] each, from what
-    ``pairs.Pairs`` holds."""
-    keys = torch.arange(m, device=own.device)
+    """The keys that each query sees and those that are its positives, bool as the logits [N, M],
+    from what ``pairs.Pairs`` holds."""
+    keys = torch.arange(logits.shape[1], device=own.device)
     positive = keys == own[:, None]
     seen = torch.ones_like(positive)
     if query_ids is not None and key_ids is not None:
@@ -110,7 +109,7 @@ def matched(
     logits = _wide(scale).reshape(()) * (_wide(x) @ _wide(y).T)
     if rest[3] is not None:
         logits = logits + rest[3]
-    seen, positive = relations(*logits.shape, own, *rest)
+    seen, positive = relations(logits, own, *rest)
     found = _gaps(logits, seen, positive)
     return (*found, *_gaps(logits.T, seen.T, positive.T)) if columns else found
 
@@ -134,7 +133,7 @@ def matched_fwd(x: Tensor, y: Tensor, scale: Tensor, own: Tensor, *rest) -> tupl
     logits = _base2_logits(x, y, scale)
     if relation[3] is not None:
         logits = logits + LOG2E * relation[3]
-    seen, positive = relations(*logits.shape, own, *relation)
+    seen, positive = relations(logits, own, *relation)
     rows = _matched_statistics(logits, seen, positive)
     if columns:
         return rows, _matched_statistics(logits.T, seen.T, positive.T)
@@ -159,7 +158,7 @@ def matched_bwd(
     logits = _base2_logits(x, y, scale)
     if relation[3] is not None:
         logits = logits + LOG2E * relation[3]
-    seen, positive = relations(*logits.shape, own, *relation)
+    seen, positive = relations(logits, own, *relation)
     g = _matched_gradient(logits, seen, positive, rows, row_weights)
     if columns.shape[1]:
         g = g + _matched_gradient(logits.T, seen.T, positive.T, columns, column_weights).T
