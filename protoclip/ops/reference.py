@@ -203,57 +203,13 @@ def prototype_cross_entropy(
     if targets is None:
         return F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
     used = labels != -100
-    m = _wide(targets)[labels.where(used, 0)] if len(targets) else torch.zeros_like(h)  # [N, D]
+    m = _wide(targets)[labels.where(used, 0)]  # [N, D]
     loss = torch.logsumexp(logits, dim=1) - scale.reshape(()) * (h * m).sum(dim=1)
     return loss.where(used, torch.zeros_like(loss))
 
 
-def prototype_ce_fwd(
-    h: Tensor, prototypes: Tensor, targets: Tensor, labels: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One bank, as in ops/prototypes.py -> loss [N], gradient [N, D], argmax [N],
-    gradient of the scale [N]. A label out of range gives a NaN loss."""
-    k = len(prototypes)
-    known = (labels >= 0) & (labels < k)
-    y = labels.where(known, 0)
-    hard = not len(targets)
-    loss = prototype_cross_entropy(h, prototypes, y, scale, None if hard else targets)
-    dots = h @ prototypes.T  # [N, K]
-    g = torch.softmax(scale.reshape(()) * dots, dim=1)
-    if hard:
-        g = g - _one_hot(y, g)
-    gradient, dscale = g @ prototypes, (g * dots).sum(dim=1)
-    if not hard:
-        gradient, dscale = gradient - targets[y], dscale - (h * targets[y]).sum(dim=1)
-    nearest = (torch.sign(scale.reshape(())) * dots).argmax(dim=1)
-    loss = loss + 0 * dots.sum(dim=1)  # a logit of -inf weighs nothing, but stays visible
-    loss = torch.where(known, loss, torch.where(labels == -100, 0.0, torch.nan))
-    used = labels != -100
-    zero = gradient.new_zeros(())
-    return loss, gradient.where(used[:, None], zero), nearest, dscale.where(used, zero)
-
-
-def prototype_ce_bwd_prototypes(
-    h: Tensor, prototypes: Tensor, labels: Tensor, scale: Tensor, weight: Tensor, hard: bool
-) -> Tensor:
-    """-> s * sum_i w_i (p_ik - [hard and y_i = k]) h_i, [K, D]."""
-    s = scale.reshape(())
-    g = torch.softmax(s * h @ prototypes.T, dim=1)
-    if hard:
-        g = g - _one_hot(labels, g)
-    weight = weight.where(labels != -100, weight.new_zeros(()))
-    return s * ((weight[:, None] * g).T @ h)
-
-
-def _one_hot(labels: Tensor, like: Tensor) -> Tensor:
-    """[N] -> [N, K] as ``like``; zero where a label is out of range."""
-    return (labels[:, None] == torch.arange(like.shape[1], device=like.device)).to(like.dtype)
-
-
 def soft_targets(source_centroids: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
-    """[K, Ds], [K, D], tau -> [K, D]: m_y = sum_k softmax_k(S_y.S_k / tau) C_k; tau <= 0: C."""
-    if temperature <= 0:
-        return _wide(prototypes).clone()
+    """[K, Ds], [K, D], tau > 0 -> [K, D]: m_y = sum_k softmax_k(S_y.S_k / tau) C_k."""
     source = _wide(source_centroids)
     return torch.softmax(source @ source.T / temperature, dim=1) @ _wide(prototypes)
 
