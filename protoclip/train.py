@@ -40,7 +40,6 @@ from protoclip.data import (
     noto_available,
     open_dataset,
 )
-from protoclip.data.__main__ import check_data
 from protoclip.data.loader import EpochOrder, Faults
 from protoclip.evaluate import Results
 from protoclip.evaluate.metrics import retrieval
@@ -135,8 +134,6 @@ def train(config: TrainConfig, device: torch.device, signals: schedule.StopSigna
     resume = distributed.from_main(lambda: find_resume(config))
     path = distributed.from_main(lambda: resume.folder if resume else choose_folder(config))
     dataset = open_training_data(config)
-    if config.data.check_data:
-        return distributed.from_main(lambda: int(check_data(dataset, config.data.workers) > 0))
     Faults(dataset, config.data.max_bad_fraction, print)  # stops where too many are known
     order = EpochOrder(dataset, config.data)
     plan = schedule.make_plan(config, order.size)
@@ -829,9 +826,7 @@ def open_training_data(config: TrainConfig) -> PairDataset:
     data = config.data
     split = "train" if data.train_data.startswith("builtin:") else "all"
     index_together(data.train_data)
-    dataset = open_dataset(
-        data.train_data, split, keep_going=data.check_data, **open_arguments(config)
-    )
+    dataset = open_dataset(data.train_data, split, **open_arguments(config))
     if data.train_num_samples > len(dataset):
         raise ValueError(
             f"--train-num-samples: expected at most {len(dataset)}, the size of {dataset.name}, "
