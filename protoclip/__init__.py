@@ -12,12 +12,16 @@ from protoclip.ops import (
     Bank,
     PrototypeLosses,
     backends,
+    contrastive,
+    contrastive_parts,
     info_nce,
     kmeans_assign,
+    nt_xent,
     prototype_cross_entropy,
     prototype_losses,
     segment_mean,
     soft_targets,
+    sup_con,
 )
 
 __version__ = "0.1.0"
@@ -36,16 +40,20 @@ __all__ = [
     "PrototypeLosses",
     "SigLipLoss",
     "backends",
+    "contrastive",
+    "contrastive_parts",
     "create_loss",
     "create_task",
     "grad_cache",
     "info_nce",
     "kmeans",
     "kmeans_assign",
+    "nt_xent",
     "prototype_cross_entropy",
     "prototype_losses",
     "segment_mean",
     "soft_targets",
+    "sup_con",
 ]
 
 
