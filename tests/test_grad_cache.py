@@ -210,7 +210,6 @@ def reductions(module, **options):
 
 def on_two_ranks(case):
     """Gradients and numbers of reductions of grad_cache; the gradients of one graph, averaged."""
-    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
     torch.manual_seed(0)
     model = TwoTowers().double()
     model.text.requires_grad_(case != "frozen")
@@ -247,7 +246,6 @@ def on_two_ranks(case):
                 )
                 global_loss(x, y, early if case == "used directly" else scale).backward()
     got = gradients(model)
-    distributed.stop()
     got, want = ([0.0 if g is None else g.tolist() for g in grads] for grads in (got, want))
     return got, want, [count for _, (count,) in replicas]
 
@@ -257,15 +255,27 @@ def global_loss(x, y, log_scale):
     return global_info_nce(x, y, log_scale.exp(), backend="reference")
 
 
-@pytest.mark.parametrize(
-    "case", ["lambdas", "used directly", "find unused", "towers", "accumulate", "frozen"]
-)
-def test_ranks_reduce_once(case):
+CASES = ["lambdas", "used directly", "find unused", "towers", "accumulate", "frozen"]
+
+
+def every_case():
+    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
+    found = {case: on_two_ranks(case) for case in CASES}
+    distributed.stop()
+    return found
+
+
+@pytest.fixture(scope="module")
+def found():
+    return on_ranks(2, every_case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_reduce_once(found, case):
     """Ranks with four and with two chunks: the gradients of one graph, after one reduction."""
-    found = on_ranks(2, on_two_ranks, case)
-    for got, want, counts in found:
+    for got, want, counts in (of_rank[case] for of_rank in found):
         assert set(counts) == {1}
         for one, other in zip(got, want, strict=True):
             # A parameter that nothing uses is left alone, or has a gradient of zero.
             torch.testing.assert_close(torch.tensor(one), torch.tensor(other), **BOUND)
-    assert found[0][0] == found[1][0]
+    assert found[0][case][0] == found[1][case][0]
