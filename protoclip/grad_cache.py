@@ -205,7 +205,7 @@ class _Replay:
                     pairs += [(p, p.new_zeros(()).expand_as(p)) for p in rest]
             pairs = [(leaf, grad) for leaf, grad in pairs if leaf.requires_grad]
             if pairs:
-                torch.autograd.backward(*zip(*pairs, strict=True))
+                torch.autograd.backward([leaf for leaf, _ in pairs], [grad for _, grad in pairs])
 
 
 def reached_leaves(roots: Sequence[Tensor]) -> set[int]:
@@ -270,7 +270,7 @@ def _rows(leaves: Sequence[Any], expected: set[int]) -> int:
     return lengths.pop()
 
 
-def _whole(parts: Sequence[Any]) -> Any:
+def _whole(parts: tuple[Any, ...]) -> Any:
     """An output over the whole batch; of 0-dim ones the last, never a parameter itself."""
     last = parts[-1]
     return torch.cat(parts) if _has_rows(last) else last.clone() if _differentiable(last) else last
