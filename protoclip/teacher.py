@@ -97,16 +97,7 @@ def _cached_minilm(dataset: PairDataset, device: torch.device | str) -> Tensor:
 
 def _read_features(path: Path, dataset: PairDataset) -> Tensor:
     """float32 [dataset, d] from a file; rows by key where the file has keys."""
-    try:
-        arrays = _arrays(path)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
-        raise ValueError(
-            f"--external-teacher: {path} cannot be read ({error}); is the file whole?"
-        ) from error
-    keys = list(map(str, arrays.pop("keys"))) if "keys" in arrays else None
-    array = arrays.get("features", next(iter(arrays.values())))
-    if array.ndim != 2:
-        raise ValueError(f"--external-teacher: expected [N, d] in {path}, got {list(array.shape)}")
+    array, keys = read_rows(path, "--external-teacher")
     if keys is not None:
         rows = {key: row for row, key in enumerate(keys)}
         if not len(rows) == len(keys) == len(array):
@@ -126,6 +117,23 @@ def _read_features(path: Path, dataset: PairDataset) -> Tensor:
             f"{dataset.name}, got {list(array.shape)} in {path}; compute it from the same data"
         )
     return torch.from_numpy(array.astype(np.float32))
+
+
+def read_rows(path: Path, flag: str) -> tuple[np.ndarray, list[str] | None]:
+    """Features [N, d] of a .npy, .npz or .safetensors, and their keys where it has them.
+
+    Raises:
+        ValueError: the file that ``flag`` names cannot be read, or holds something else.
+    """
+    try:
+        arrays = _arrays(path)
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
+        raise ValueError(f"{flag}: {path} cannot be read ({error}); is the file whole?") from error
+    keys = list(map(str, arrays.pop("keys"))) if "keys" in arrays else None
+    array = arrays.get("features", next(iter(arrays.values())))
+    if array.ndim != 2:
+        raise ValueError(f"{flag}: expected [N, d] in {path}, got {list(array.shape)}")
+    return array, keys
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
