@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.commands import CLUSTER, cluster_parser
+from protoclip.commands import cluster_parser
 from protoclip.config import check_above
 from protoclip.data import DataError, Labels, PairDataset, Subset, open_dataset
 from protoclip.data.files import whole_file, write_atomic
@@ -37,6 +37,7 @@ from protoclip.model import Encoded, autocast_for, choose_device, choose_precisi
 from protoclip.report import page, snapshot
 from protoclip.teacher import SUFFIXES, read_rows
 
+PROG = "protoclip cluster"
 MODEL, WEIGHTS = "ViT-B-32", "laion2b_s34b_b79k"  # OpenCLIP's own example
 MAPPED = 2000  # samples on the page's map
 JUDGED, LARGEST = 3000, 300  # --k auto: rows that judge, and the largest K
@@ -319,7 +320,7 @@ def write_page(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake ends it with one line and status 2."""
-    return run_command(lambda: run(cluster_parser().parse_args(argv)), CLUSTER)
+    return run_command(lambda: run(cluster_parser().parse_args(argv)), PROG)
 
 
 if __name__ == "__main__":
