@@ -57,7 +57,9 @@ def _one_graph(model, columns, chunk):
 
 def _sentence_transformers(model, columns, chunk):
     package = peers.optional("sentence_transformers")
-    kind = package.losses.CachedMultipleNegativesRankingLoss
+    kind = peers.optional(
+        "sentence_transformers.sentence_transformer.losses", "CachedMultipleNegativesRankingLoss"
+    )
     loss = kind(package.SentenceTransformer(modules=[model], device=DEVICE), mini_batch_size=chunk)
     return loss([{"input_ids": ids} for ids in columns], None)
 

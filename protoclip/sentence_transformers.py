@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sentence_transformers import losses as theirs
+from sentence_transformers.sentence_transformer import losses as theirs
 from sentence_transformers.util import (
     all_gather,
     all_gather_with_grad,
@@ -43,7 +43,7 @@ class _Fused(nn.Module):
                 stacklevel=2,
             )
 
-    def _fuses(self) -> bool:
+    def _fuses(self: Any) -> bool:
         hard = self.hardness_mode is not None and self.hardness_strength > 0
         return self.similarity_fct in (cos_sim, dot_score) and not hard
 
@@ -56,7 +56,7 @@ class _Fused(nn.Module):
         finally:
             self._ids = ()
 
-    def _loss(self, columns: Sequence[Tensor]) -> Tensor:
+    def _loss(self: Any, columns: list[Tensor]) -> Tensor:
         """Mean loss of this rank's rows, from the embeddings of each column: [B, D]."""
         if self.similarity_fct is cos_sim:
             columns = [F.normalize(column, dim=1) for column in columns]

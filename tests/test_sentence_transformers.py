@@ -10,7 +10,8 @@ import torch
 from ranks import on_ranks
 
 pytest.importorskip("sentence_transformers")
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, losses, models
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, models
+from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.training_args import SentenceTransformerTrainingArguments
 from sentence_transformers.util import cos_sim, dot_score
 
