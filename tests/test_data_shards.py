@@ -1,12 +1,9 @@
 """webdataset shards from files and urls: round trips, junk samples, damaged and hostile files."""
 
-import functools
-import http.server
 import json
 import logging
 import os
 import tarfile
-import threading
 
 import pytest
 import torch.distributed as dist
@@ -157,35 +154,6 @@ def test_splits_of_data_without_groups(tmp_path):
     assert not set(train.keys) & set(heldout.keys)
     place = everything.keys.index(heldout.keys[1])
     assert heldout.captions(1) == everything.captions(place)
-
-
-@pytest.fixture
-def serve(tmp_path):
-    """Starts a web server on a folder; ``serve(folder, length, asked)`` is its address."""
-    servers = []
-
-    def start(folder, length=None, asked=None):
-        class Handler(http.server.SimpleHTTPRequestHandler):
-            def do_GET(self):
-                if asked is not None:
-                    asked.append(self.path)
-                super().do_GET()
-
-            def send_header(self, name, value):
-                super().send_header(name, (length or value) if name == "Content-Length" else value)
-
-            def log_message(self, *args):
-                pass
-
-        handler = functools.partial(Handler, directory=str(folder))
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_address[1]}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
 
 
 def _keys_on_rank(spec, folder):

@@ -1,9 +1,8 @@
 """Saved settings of a stranger's run or checkpoint neither start commands nor reach the network."""
 
-import http.server
 import json
 import shutil
-import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,25 +17,11 @@ FIELDS = ("train_data", "val_data", "imagenet_val")
 KINDS = ("pipe", "url", "second source")
 
 
-@pytest.fixture(scope="module")
-def server():
-    """A web server of this machine; what was asked of it is in ``.asked``."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.server.asked.append(self.path)
-            self.send_error(404)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *args):
-            pass
-
-    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found.asked = []
-    threading.Thread(target=found.serve_forever, daemon=True).start()
-    yield found
-    found.shutdown()
+@pytest.fixture
+def server(serve, tmp_path):
+    """A web server of this machine, and what was asked of it."""
+    asked = []
+    return SimpleNamespace(asked=asked, url=serve(tmp_path / "nothing", asked=asked))
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +38,12 @@ def honest(nano, tmp_path_factory):
 def stranger(honest, server, tmp_path):
     """Makes of the run one whose saved settings name data elsewhere."""
     marker = tmp_path / "marker"
-    url = f"http://127.0.0.1:{server.server_port}/{{000..001}}.tar"
+    url = f"{server.url}/{{000..001}}.tar"
     words = {
         "pipe": f"pipe:touch {marker}; cat {tmp_path}/none.tar",
         "url": url,
         "second source": f"{tmp_path}/none.tar::{url}",
     }
-    server.asked.clear()
 
     def make(kind, fields=FIELDS, model=""):
         folder = shutil.copytree(honest, tmp_path / "run")
@@ -121,7 +105,7 @@ def test_evaluate_takes_what_the_command_line_says(stranger, server, capsys):
     flags += ["--output", str(folder / "new.json")]
     assert evaluate([str(folder), "--data", DATA, *flags]) == 0 and (folder / "new.json").exists()
     assert not server.asked
-    url = f"http://127.0.0.1:{server.server_port}/asked.tar"
+    url = f"{server.url}/asked.tar"
     assert evaluate([str(folder), "--data", url, *flags]) == 2 and "/asked.tar" in server.asked
     assert "command line" not in capsys.readouterr().err
 
