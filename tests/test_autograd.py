@@ -19,6 +19,17 @@ LOSSES = {
     "info_nce of each pair": lambda x, s, b: (
         protoclip.info_nce(x, Y, s, reduction="none", backend=b).square().sum()
     ),
+    "contrastive": lambda x, s, b: protoclip.contrastive(
+        x,
+        C,
+        s,
+        key_ids=LABELS.roll(1).repeat(2)[:70],
+        exclude=LABELS.roll(1),
+        positives=LABELS,
+        same_id="positive",
+        key_bias=C[:, 0] * x.mean(),
+        backend=b,
+    ),
     "sigmoid_loss": lambda x, s, b: sigmoid_loss(x, Y, s, torch.tensor(-1.0), backend=b),
     "prototype_cross_entropy": lambda x, s, b: protoclip.prototype_cross_entropy(
         x, C, LABELS, s, targets=C.flip(0), backend=b
@@ -40,6 +51,14 @@ CALLS = {
 
 def usable():
     return [n for n in ("cpu", "triton") if protoclip.backends("info_nce").get(n, "") is None]
+
+
+@pytest.fixture(autouse=True)
+def _has_the_backend(request):
+    given = getattr(request.node, "callspec", None) and request.node.callspec.params
+    if given and given["loss"] == "contrastive" and "backend" in given:
+        if given["backend"] not in protoclip.backends("contrastive"):
+            pytest.skip("contrastive has no such backend")
 
 
 @pytest.mark.parametrize("loss", LOSSES)
