@@ -109,9 +109,7 @@ class DataConfig:
     imagenet_val: str = option("", "class folders, or built-in data, for zero-shot evaluation")
     train_num_samples: int = option(0, "use only the first N samples; 0: all")
     train_data_upsampling_factors: str = option(
-        "",
-        "weight of each source of --train-data, joined by '::'; with --dataset-resampled a "
-        "chance of its shards, else how often an epoch sees it",
+        "", "weight of each source, joined by '::', for --dataset-resampled"
     )
     dataset_resampled: bool = option(False, "draw shards with replacement, as OpenCLIP does")
     shuffle_buffer: int = option(

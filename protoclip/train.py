@@ -558,7 +558,7 @@ class Trainer:
         self._skipped = int(self.stepper.bad[0])
         self.episode = checkpoint.unpack(training["episode"], STATE, device)
         for one in self.episode.sets if self.episode else ():
-            _check_set(one, len(self.dataset))
+            one.check(len(self.dataset))
         if (training["store"] is None) != (self.store is None):
             raise ValueError(
                 "--resume: expected a checkpoint of the same --episode-features, got one "
@@ -578,19 +578,6 @@ class Trainer:
             "note: another number of ranks or passes than before; this model has dropout or batch "
             "norm by rank or pass, so the losses go on but are not those of the run left alone"
         ]
-
-
-def _check_set(one: prototypes.PrototypeSet, samples: int) -> None:
-    """Refuse labels out of range: an IndexError on a CPU, worse on a GPU."""
-    labels, shape = one.clustering.labels, one.prototypes.shape
-    known = labels[labels != prototypes.IGNORE]
-    fits = one.targets is None or one.targets.shape == shape
-    if labels.shape != (samples,) or not fits or ((known < 0) | (known >= shape[0])).any():
-        raise ValueError(
-            f"--resume: expected the prototypes of {samples} samples, got labels "
-            f"{list(labels.shape)} and prototypes {list(shape)} that do not belong together in "
-            "the checkpoint; use an older one"
-        )
 
 
 def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
