@@ -152,7 +152,6 @@ FORM: dict[str, type] = {  # what protoclip.train writes beside OpenCLIP's entri
     "protoclip.config": dict,
     "protoclip.step": int,
     "protoclip.heads": dict,
-    "protoclip.logit_scale_proto": Tensor,
 }
 
 

@@ -40,7 +40,6 @@ from protoclip.data import (
     noto_available,
     open_dataset,
 )
-from protoclip.data.__main__ import check_data
 from protoclip.data.loader import EpochOrder, Faults
 from protoclip.evaluate import Results
 from protoclip.evaluate.metrics import retrieval
@@ -135,8 +134,6 @@ def train(config: TrainConfig, device: torch.device, signals: schedule.StopSigna
     resume = distributed.from_main(lambda: find_resume(config))
     path = distributed.from_main(lambda: resume.folder if resume else choose_folder(config))
     dataset = open_training_data(config)
-    if config.data.check_data:
-        return distributed.from_main(lambda: int(check_data(dataset, config.data.workers) > 0))
     Faults(dataset, config.data.max_bad_fraction, print)  # stops where too many are known
     order = EpochOrder(dataset, config.data)
     plan = schedule.make_plan(config, order.size)
@@ -561,7 +558,7 @@ class Trainer:
         self._skipped = int(self.stepper.bad[0])
         self.episode = checkpoint.unpack(training["episode"], STATE, device)
         for one in self.episode.sets if self.episode else ():
-            _check_set(one, len(self.dataset))
+            one.check(len(self.dataset))
         if (training["store"] is None) != (self.store is None):
             raise ValueError(
                 "--resume: expected a checkpoint of the same --episode-features, got one "
@@ -581,19 +578,6 @@ class Trainer:
             "note: another number of ranks or passes than before; this model has dropout or batch "
             "norm by rank or pass, so the losses go on but are not those of the run left alone"
         ]
-
-
-def _check_set(one: prototypes.PrototypeSet, samples: int) -> None:
-    """Refuse labels out of range: an IndexError on a CPU, worse on a GPU."""
-    labels, shape = one.clustering.labels, one.prototypes.shape
-    known = labels[labels != prototypes.IGNORE]
-    fits = one.targets is None or one.targets.shape == shape
-    if labels.shape != (samples,) or not fits or ((known < 0) | (known >= shape[0])).any():
-        raise ValueError(
-            f"--resume: expected the prototypes of {samples} samples, got labels "
-            f"{list(labels.shape)} and prototypes {list(shape)} that do not belong together in "
-            "the checkpoint; use an older one"
-        )
 
 
 def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
@@ -815,9 +799,7 @@ def open_training_data(config: TrainConfig) -> PairDataset:
     data = config.data
     split = "train" if data.train_data.startswith("builtin:") else "all"
     index_together(data.train_data)
-    dataset = open_dataset(
-        data.train_data, split, keep_going=data.check_data, **open_arguments(config)
-    )
+    dataset = open_dataset(data.train_data, split, **open_arguments(config))
     if data.train_num_samples > len(dataset):
         raise ValueError(
             f"--train-num-samples: expected at most {len(dataset)}, the size of {dataset.name}, "

@@ -236,8 +236,9 @@ def run(args: argparse.Namespace) -> None:
         earlier = read_results(output)
         if earlier.data == data and earlier.untrained is not None:
             # What training left there belongs to the same table.
-            names = {"model": loaded.name, "pretrained": loaded.pretrained}
-            outcome = dataclasses.replace(earlier, trained=results, **names)
+            outcome = dataclasses.replace(
+                earlier, trained=results, model=loaded.name, pretrained=loaded.pretrained
+            )
     output.parent.mkdir(parents=True, exist_ok=True)
     write_results(output, outcome)
     folder = output.parent / "clip_benchmark"

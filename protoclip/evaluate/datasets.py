@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,10 @@ def open_layout(
         DataError: what is missing or does not fit together, and what to do.
     """
     if data.startswith("builtin:"):
-        opened = partial(open_dataset, data, **open_kwargs)
+
+        def opened(split: str) -> PairDataset:
+            return open_dataset(data, split, **open_kwargs)
+
         emoji = opened if data == "builtin:emoji" else None
         words: Sequence[str] = EMOJI_TEMPLATES if emoji else TEMPLATES
         test, train = opened("heldout"), opened("train")

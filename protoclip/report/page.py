@@ -40,7 +40,7 @@ class Run:
     """One run folder, read; what training left out stays empty."""
 
     name: str
-    path: Path
+    path: Path | None
     config: Mapping[str, Any]
     outcome: Outcome = Outcome("", "", "", {})
     series: Series = field(default_factory=dict)
@@ -93,8 +93,9 @@ def find_baseline(runs: Sequence[Run]) -> Run | None:
     for run in runs:
         if run.method == "clip":
             return run
-    beside = sorted(path.parent for path in runs[-1].path.resolve().parent.glob("*/results.json"))
-    for folder in (*beside, RECORDED):
+    path = runs[-1].path
+    beside = path.resolve().parent.glob("*/results.json") if path else ()
+    for folder in (*sorted(file.parent for file in beside), RECORDED):
         with contextlib.suppress(ValueError, OSError):  # another's folder
             other = read_run(folder)
             if other.method == "clip" and comparable(runs[-1].config, other.config):
@@ -141,7 +142,7 @@ def verdict(run: Run, baseline: Run | None) -> str:
         for metric, words in rows_of(one.metrics):
             got = change(run, baseline, key, metric) if metric.endswith(HEADLINE) else None
             if got is not None and got.half < math.inf:
-                found[got.kind].append(f"{words} ({key}, {number(got.value, '+')})")
+                found[got.kind].append(f"{words} ({one.title}, {number(got.value, '+')})")
     better, worse, same = found.values()
     if not (better or worse or same):
         return f"{run.name} and {baseline.name} have no metric in common."
@@ -199,8 +200,8 @@ def write_report(
     return path
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The page as text."""
+def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
+    """The page as text; ``said``: its first paragraphs, where no run was trained."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -228,7 +229,7 @@ def render(runs: Sequence[Run]) -> str:
         baseline=baseline,
         recorded=baseline if baseline and baseline.path == RECORDED else None,
         columns=columns,
-        verdicts=[verdict(run, baseline) for run in own],
+        said=said or [verdict(run, baseline) for run in own],
         sets=sets,
         before=runs[0].outcome.untrained if len(runs) == 1 else None,
         change=change,
