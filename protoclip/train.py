@@ -27,7 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from protoclip import checkpoint, distributed, evaluate, prototypes, report, schedule
-from protoclip.config import TrainConfig, build_parser, parse, to_dict
+from protoclip.commands import train_parser
+from protoclip.config import TrainConfig, parse, to_dict
 from protoclip.data import (
     Batch,
     DataError,
@@ -63,6 +64,7 @@ from protoclip.run_folder import (
     changes,
     choose_folder,
     find_resume,
+    write_clusters,
 )
 from protoclip.step import Phases, Step, Stepper, depends_on_passes, seed_everything
 from protoclip.teacher import MINILM, load_teacher, minilm_missing
@@ -70,10 +72,6 @@ from protoclip.teacher import MINILM, load_teacher, minilm_missing
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
 STATE = (prototypes.Episode, prototypes.Clustering, prototypes.PrototypeSet)  # in a checkpoint
 PROG = "python -m protoclip.train"
-DESCRIPTION = (
-    "Train ProtoCLIP (or CLIP) on image-text pairs. Without arguments: ProtoCLIP on the built-in "
-    "emoji, a few minutes on two CPU cores."
-)
 PICTURED = 4096  # samples in which the run's pictures look for neighbours
 SHOWN_EVERY = 60.0  # seconds between lines of progress on a screen that is no terminal
 NAMED = 8  # sample keys in the message about bad steps; all of them are in out.log
@@ -95,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         info = distributed.find_rank()
         with distributed.quiet_beside_main(info):
-            config = parse(build_parser(PROG, DESCRIPTION), with_saved_config(argv))
+            config = parse(train_parser(), with_saved_config(argv))
             schedule.parse_interval(config.run.save_every)  # not after minutes of work
         device = choose_device(config.run.device)
         distributed.start(info, device, config.run.dist_timeout, config.run.dist_backend)
@@ -621,6 +619,8 @@ def draw_plots(trainer: Trainer, evaluation: Evaluation) -> None:
     report.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
     known = trainer.episode.clusterings if trainer.episode else {}
     clusters = {name: one.labels.cpu() for name, one in known.items()}
+    if clusters:
+        write_clusters(folder / "clusters.csv", trainer.dataset.keys, clusters)
     chosen = torch.arange(len(dataset))
     if clusters:  # the last is the teacher's, if there is one
         chosen = (list(clusters.values())[-1] >= 0).nonzero().flatten()

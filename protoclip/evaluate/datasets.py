@@ -14,10 +14,15 @@ import open_clip
 import torch
 from PIL import Image
 
-from protoclip.data import DataError, Labels, PairDataset, open_dataset
+from protoclip.data import (
+    DataError,
+    Labels,
+    PairDataset,
+    index_together,
+    is_sharded,
+    open_dataset,
+)
 from protoclip.data.images import decode
-from protoclip.data.shards import index_together
-from protoclip.data.sources import is_sharded
 from protoclip.data.tables import read_table
 
 SPLITS = ("test", "val", "validation")  # the first that is there is evaluated
@@ -79,9 +84,9 @@ def open_layout(
     if csv_label_key and data.lower().endswith((".csv", ".tsv")):
         form = open_kwargs.get("csv_separator", "\t"), open_kwargs.get("csv_encoding", "utf-8")
         values = []
-        for line, row in read_table(data, (csv_label_key,), *form):
-            if isinstance(row, str):
-                raise DataError(f"{data}, line {line}: {row}")
+        for line, row, fault in read_table(data, (csv_label_key,), *form):
+            if fault:
+                raise DataError(f"{data}, line {line}: {fault}")
             values.append(row[0].strip())
         names, ids = np.unique(values, return_inverse=True)
         labels = Labels(torch.from_numpy(ids), tuple(names.tolist()))
