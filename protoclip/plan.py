@@ -29,7 +29,6 @@ DESCRIPTION = (
 )
 FP32, INT64 = 4, 8
 GPU_SCRATCH, CPU_SCRATCH = 256 << 20, 64 << 20  # of the fused kernels, at most
-DDP_BUCKET = 25 << 20
 MINILM_DIM = 384  # of a teacher whose features are all kept
 
 
@@ -76,7 +75,6 @@ class Shape:
 
     weights: int  # parameters
     trained: int  # of them, those with a gradient
-    largest_weight: int
     embed_dim: int
     projection_dim: int
     buffers_bytes: int
@@ -99,7 +97,6 @@ def measure_shape(run: PlannedRun, batch: int = 8) -> Shape:
     return Shape(
         weights=sum(sizes),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        largest_weight=max(sizes),
         embed_dim=dims[0],
         projection_dim=dims[1],
         buffers_bytes=sum(b.nbytes for b in model.buffers()),
@@ -145,9 +142,8 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
     """
     rows, d, dh = run.global_batch, shape.embed_dim, shape.projection_dim
     saved = run.config.optim.batch_size * shape.saved_bytes + shape.saved_fixed_bytes
-    # On one process the gradients replace the saved activations as backward proceeds; DDP holds
-    # both at once.
-    gradients = shape.trained * FP32 - (saved if run.ranks == 1 else 0)
+    # The gradients replace the saved activations as backward proceeds.
+    gradients = shape.trained * FP32 - saved
     parts = {
         "weights": shape.weights * FP32 + shape.buffers_bytes,
         "gradients": max(0.0, gradients),
@@ -158,8 +154,6 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
     if run.config.optim.accum_freq > 1:
         parts["features of the step"] = 4 * run.local_batch * d * FP32
     if run.ranks > 1:
-        if run.on_cpu:  # gloo reduces a bucket of DDP in a buffer of its own
-            parts["all-reduce buffer"] = max(DDP_BUCKET, shape.largest_weight * FP32)
         # The gathered texts, and their gradient in fp32 before it is scattered.
         parts["gathered features"] = rows * d * ((2 if run.amp else FP32) + FP32)
     parts["InfoNCE scratch"] = GPU_SCRATCH

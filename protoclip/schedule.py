@@ -132,14 +132,10 @@ def episode_seed(seed: int, number: int, purpose: int) -> int:
     return int(torch.randint(2**31, (), generator=random))
 
 
-class Stopped(BaseException):
-    """The run was asked to end, and has saved: not a failure. ``code`` is the command's exit code.
+class Stopped(Exception):
+    """The run was asked to end, and has saved: not a failure. ``code`` is the command's exit code."""
 
-    Not an Exception: it may be raised anywhere, and code that takes any error of a decoder for a
-    bad picture must let it through.
-    """
-
-    def __init__(self, text: str, code: int = 0) -> None:
+    def __init__(self, text: str, code: int) -> None:
         super().__init__(text)
         self.code = code
 
@@ -164,45 +160,30 @@ def parse_interval(text: str) -> tuple[int, float]:
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGUSR1 and the first Ctrl-C set ``asked`` instead of ending the
-    process; the second Ctrl-C ends it at once.
-
-    Attributes:
-        asked: name of the signal that came; "" for none.
-        immediate: raise ``Stopped`` where the program stands, as nothing is to be saved there. Only
-            in a process alone: others would wait for it, and all end at the next step agreed on.
-    """
+    """While entered, SIGTERM, SIGUSR1 and the first Ctrl-C set ``asked``, the signal's name, instead
+    of ending the process; the second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
         self.asked = ""
-        self.immediate = True
-        self._process = os.getpid()  # data workers inherit the handler
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-                number = signal.Signals[name]
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            return
         again, self.asked = self.asked == "SIGINT", signal.Signals(number).name
         if number == signal.SIGINT:
-            if again or self.immediate:
+            if again:
                 raise KeyboardInterrupt
             with contextlib.suppress(OSError):  # print() may be interrupted by this very signal
                 os.write(2, FIRST_CTRL_C)
-        elif self.immediate and world_size() == 1:
-            self.immediate = False  # a second signal does not disturb the ending
-            raise Stopped(f"stopped by {self.asked}; go on with --resume")
 
     @property
     def level(self) -> int:

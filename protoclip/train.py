@@ -12,11 +12,10 @@ import datetime
 import errno
 import importlib.util
 import math
-import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +29,6 @@ from protoclip import checkpoint, distributed, evaluate, prototypes, report, sch
 from protoclip.config import TrainConfig, build_parser, parse, to_dict
 from protoclip.data import (
     Batch,
-    DataError,
     Draws,
     PairDataset,
     Subset,
@@ -40,11 +38,10 @@ from protoclip.data import (
     noto_available,
     open_dataset,
 )
-from protoclip.data.__main__ import check_data
 from protoclip.data.loader import EpochOrder, Faults
 from protoclip.evaluate import Results
 from protoclip.evaluate.metrics import retrieval
-from protoclip.evaluate.tasks import impossible
+from protoclip.evaluate.tasks import eval_transform, impossible
 from protoclip.kmeans import load_faiss
 from protoclip.losses import ProtoLoss
 from protoclip.model import (
@@ -57,26 +54,19 @@ from protoclip.model import (
     choose_precision,
 )
 from protoclip.ops.backends import why_not
-from protoclip.run_folder import (
-    NullRunFolder,
-    Resume,
-    RunFolder,
-    changes,
-    choose_folder,
-    find_resume,
-)
+from protoclip.prototypes import Clustering, Episode, PrototypeSet
+from protoclip.report.snapshot import every
+from protoclip.run_folder import NullRunFolder, Resume, RunFolder, choose_folder, find_resume
 from protoclip.step import Phases, Step, Stepper, depends_on_passes, seed_everything
 from protoclip.teacher import MINILM, load_teacher, minilm_missing
 
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
-STATE = (prototypes.Episode, prototypes.Clustering, prototypes.PrototypeSet)  # in a checkpoint
 PROG = "python -m protoclip.train"
 DESCRIPTION = (
     "Train ProtoCLIP (or CLIP) on image-text pairs. Without arguments: ProtoCLIP on the built-in "
     "emoji, a few minutes on two CPU cores."
 )
 PICTURED = 4096  # samples in which the run's pictures look for neighbours
-SHOWN_EVERY = 60.0  # seconds between lines of progress on a screen that is no terminal
 NAMED = 8  # sample keys in the message about bad steps; all of them are in out.log
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What decides which sample comes when, or which tensors there are: it must not change.
@@ -97,15 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         info = distributed.find_rank()
         with distributed.quiet_beside_main(info):
             config = parse(build_parser(PROG, DESCRIPTION), with_saved_config(argv))
-            schedule.parse_interval(config.run.save_every)  # not after minutes of work
         device = choose_device(config.run.device)
         distributed.start(info, device, config.run.dist_timeout, config.run.dist_backend)
-        with schedule.StopSignals() as signals:
-            try:
-                return train(config, device, signals)
-            except schedule.Stopped as stop:  # before there was a run folder
-                print(f"{PROG}: {stop}", file=sys.stderr)
-                return stop.code
+        return train(config, device)
 
     return distributed.run_command(work, PROG)
 
@@ -123,7 +107,7 @@ def with_saved_config(argv: Sequence[str] | None) -> list[str]:
     return words
 
 
-def train(config: TrainConfig, device: torch.device, signals: schedule.StopSignals) -> int:
+def train(config: TrainConfig, device: torch.device) -> int:
     """A whole run: data, model, teacher, training, evaluation, plots; returns the exit code.
 
     Raises:
@@ -135,9 +119,6 @@ def train(config: TrainConfig, device: torch.device, signals: schedule.StopSigna
     resume = distributed.from_main(lambda: find_resume(config))
     path = distributed.from_main(lambda: resume.folder if resume else choose_folder(config))
     dataset = open_training_data(config)
-    if config.data.check_data:
-        return distributed.from_main(lambda: int(check_data(dataset, config.data.workers) > 0))
-    Faults(dataset, config.data.max_bad_fraction, print)  # stops where too many are known
     order = EpochOrder(dataset, config.data)
     plan = schedule.make_plan(config, order.size)
     if resume and resume.step >= plan.total_steps and (path / "results.json").exists():
@@ -146,7 +127,7 @@ def train(config: TrainConfig, device: torch.device, signals: schedule.StopSigna
     precision = choose_precision(config.run.precision, device)
     setup = Setup(config, plan, dataset, order, device, precision)
     if uses_prototypes(config):
-        check_episodes(setup)
+        prototypes.check_clusters(config.episode, setup.episode_samples)
     seed_everything(config.run.seed)
     model = build_model(config.model).to(device)
     phases = Phases(device)
@@ -155,24 +136,21 @@ def train(config: TrainConfig, device: torch.device, signals: schedule.StopSigna
     if teacher is not None:
         setup = replace(setup, teacher=teacher.to(device))
     evaluation = Evaluation(setup, phases)
-    notes = check_resume(resume, setup) if resume else []
-    trainer = Trainer(setup, model, NullRunFolder(path), phases, evaluation.during(), signals)
-    before = None
+    trainer = Trainer(setup, model, NullRunFolder(path), phases, evaluation.during())
+    notes = []
     if resume:  # everything is checked before the folder is touched
-        before = evaluation.untrained(path, model, resumed=True)
-        notes += trainer.restore(resume.payload)
-    folder = NullRunFolder(path)
+        notes = check_resume(resume, setup) + trainer.restore(resume.payload)
     if distributed.is_main():
-        folder = RunFolder(path, config, resume.step if resume else 0 if path.exists() else None)
-    trainer.folder = folder
+        step = resume.step if resume else 0 if path.exists() else None
+        trainer.folder = RunFolder(path, config, step)
+    folder = trainer.folder
     try:
         announce(folder, setup, remark)
         if resume:
             folder.say(f"resumed: {resume.file}, after step {resume.step} of {plan.total_steps}")
-            for note in notes:
-                folder.say(note)
-        else:
-            before = evaluation.untrained(path, model, resumed=False)
+        for note in notes:
+            folder.say(note)
+        before = evaluation.untrained(path, model, resumed=resume is not None)
         trainer.run()
         after = evaluation.full(model, "evaluating the trained model")
         if distributed.is_main():
@@ -208,6 +186,11 @@ class Setup:
     precision: str  # "fp32", "amp_bf16" or "amp"
     teacher: Tensor | None = None  # [dataset, d] fp32, on the device
 
+    @property
+    def episode_samples(self) -> int:
+        """At most; the last episode may be shorter."""
+        return min(len(self.dataset), self.plan.steps_per_episode * self.plan.batch_size)
+
     def draw(self, episode: int) -> Tensor:
         """Positions of the samples of an episode, in the order of training."""
         return schedule.draw(
@@ -228,7 +211,6 @@ class Trainer:
         folder: where metrics and checkpoints go.
         phases: the stopwatch.
         evaluations: pairs of a function, model -> scalars by name, and its frequency in epochs.
-        signals: that ask the run to save and end.
     """
 
     def __init__(
@@ -238,12 +220,10 @@ class Trainer:
         folder: NullRunFolder,
         phases: Phases | None = None,
         evaluations: Sequence[tuple[Evaluate, float]] = (),
-        signals: schedule.StopSignals | None = None,
     ) -> None:
         self.setup, self.model, self.folder = setup, model, folder
-        self.phases = phases or Phases(setup.device)
         self.config, self.plan, self.dataset = setup.config, setup.plan, setup.dataset
-        self.evaluations, self.signals = evaluations, signals or schedule.StopSignals()
+        self.phases, self.evaluations = phases or Phases(setup.device), evaluations
         config, weights, teacher = setup.config, setup.config.loss, setup.teacher
         internal = config.method == "protoclip" and weights.w_proto > 0
         external = teacher is not None and weights.w_proto_external > 0
@@ -276,16 +256,14 @@ class Trainer:
         self.faults = Faults(
             self.dataset, config.data.max_bad_fraction, lambda text: self.folder.say(text)
         )
-        self.episode: prototypes.Episode | None = None
+        self.episode: Episode | None = None
         self.step = 0
-        self._old_faults = 0  # of the checkpoint, known to all ranks
+        self.signals, self.agreement = schedule.StopSignals(), distributed.Agreement()
         self._skipped = 0  # steps, as last read from the device
         self._loss = math.nan  # as last logged
         self._every_steps, self._every_seconds = schedule.parse_interval(config.run.save_every)
-        self.agreement = distributed.Agreement()
         self._saved_at = (time.monotonic(), -1)
         self._began_at = self._logged_at = (time.perf_counter(), 0)
-        self._shown_at = time.perf_counter()
 
     def run(self) -> None:
         """Train to the end of the plan.
@@ -295,25 +273,22 @@ class Trainer:
         """
         batch = self.plan.batch_size
         self._began_at = self._logged_at = (time.perf_counter(), self.step)
-        self.signals.immediate = False
-        with tqdm(
-            total=self.plan.total_steps * batch,
-            initial=self.step * batch,
-            unit=" samples",
-            unit_scale=True,
-            smoothing=0.1,
-            disable=None if distributed.is_main() else True,  # None: where there is no terminal
-        ) as bar:
+        with (
+            self.signals,
+            tqdm(
+                total=self.plan.total_steps * batch,
+                initial=self.step * batch,
+                unit=" samples",
+                unit_scale=True,
+                smoothing=0.1,
+                disable=None if distributed.is_main() else True,  # None: without a terminal
+            ) as bar,
+        ):
             for number in range(self.step // self.plan.steps_per_episode, self.plan.episodes):
                 self._run_episode(number, bar)
-        if self._saved_at[1] != self.step:
-            self.save(None)
-        self.signals.immediate = True
+            if self._saved_at[1] != self.step:
+                self.save(None)
         self.agreement.settle()
-        asked = self.agreement.ask(self.signals.level)
-        if level := (self.agreement.settle() or asked)[0]:
-            text = "stopped by a signal after the last step; --resume goes on"
-            raise schedule.Stopped(text, 130 if level > 1 else 0)
 
     def _run_episode(self, number: int, bar: tqdm) -> None:
         """New prototypes where they are due, then the episode's steps."""
@@ -325,23 +300,23 @@ class Trainer:
             self.episode = None
             self.model.lock_image()
         elif done == 0 and number >= config.episode.infonce_warmup and self.clusters:
-            self.episode = self._build_episode(number, draws.unique(), bar)
+            self.episode = self._build_episode(number, draws.unique())
         self.model.train()
         own, numbers = schedule.own_draws(self.plan, draws)
         seed = schedule.episode_seed(config.run.seed, number, 0)
         first = done * self.plan.batch_size // distributed.world_size()
-        stream = iter(self._batches(own, numbers, seed, first))
+        stream = iter(self._batches(Draws(own, seed, first, numbers)))
         for _ in steps[done:]:
             self._train_step(stream, number)
             bar.set_postfix(loss=f"{self._loss:.3f}", refresh=False)
             bar.update(self.plan.batch_size)
             self._between_steps()
 
-    def _batches(self, draws: Tensor, numbers: Tensor, seed: int, first: int = 0) -> Any:
+    def _batches(self, draws: Draws) -> Iterator[Batch]:
         data = self.config.data
         return batches(
             self.dataset,
-            Draws(draws, seed, first, numbers),
+            draws,
             self.config.optim.batch_size,
             self.transform,
             self.model.short_tokenizer,
@@ -350,39 +325,34 @@ class Trainer:
             faults=self.faults,
         )
 
-    def _build_episode(self, number: int, samples: Tensor, bar: tqdm) -> prototypes.Episode:
+    def _build_episode(self, number: int, samples: Tensor) -> Episode:
         """The prototypes of an episode that trains on ``samples``, int64 [M] positions."""
-        seed = self.config.run.seed
+        seed, coming = self.config.run.seed, None
         with self.phases.measure("features"):
             if self.store is not None:
                 features, coming = self.store.features(), samples
             else:
-                features, coming = self._extract(number, samples, bar), None
+                numbers = torch.arange(len(samples))[distributed.own_slice(len(samples))]
+                drawn = schedule.episode_seed(seed, number, 1)
+                stream = self._batches(Draws(samples[numbers], drawn, 0, numbers))
+                features = prototypes.extract(
+                    self.model,
+                    self._stoppable(stream, len(numbers)),
+                    device=self.setup.device,
+                    autocast=self.stepper.autocast,
+                )
         with self.phases.measure("clusters"):
             random = distributed.generator(seed, schedule.EPISODES, number, 2)
             return self.builder.build(features, random, self.episode, coming)
 
-    def _extract(self, number: int, samples: Tensor, bar: tqdm) -> prototypes.Features:
-        """A forward pass over this rank's slice of the samples."""
-        distributed.broadcast(*self.model.buffers())  # running statistics differ by rank
-        numbers = torch.arange(len(samples))[distributed.own_slice(len(samples))]
-        own, done = samples[numbers], 0
-
-        def show(rows: int) -> None:
-            nonlocal done
-            done += rows
-            if self.signals.asked and distributed.world_size() == 1:
-                self._save_or_stop()  # nothing has changed since the last step
-            bar.set_postfix_str(f"features {100 * done // len(own)} %")
-
-        seed = schedule.episode_seed(self.config.run.seed, number, 1)
-        return prototypes.extract(
-            self.model,
-            self._batches(own, numbers, seed),
-            device=self.setup.device,
-            autocast=self.stepper.autocast,
-            progress=show,
-        )
+    def _stoppable(self, stream: Iterable[Batch], rows: int) -> Iterator[Batch]:
+        """The stream with its progress; minutes, in which a signal may ask the run to end."""
+        with tqdm(desc="features", total=rows, leave=False, disable=None) as bar:
+            for batch in stream:
+                yield batch
+                bar.update(len(batch))
+                if self.signals.asked and not distributed.is_distributed():
+                    self._save_or_stop()  # nothing has changed since the last step
 
     def _train_step(self, stream: Iterator[Batch], number: int) -> None:
         with self.phases.measure("data", on_host=True):
@@ -394,8 +364,8 @@ class Trainer:
             place = self.step - self.plan.steps_of(number).start
             self.store.put(place, index.where(step.finite, -1), step.projected)
         self.step += 1
-        last = self.step == self.plan.total_steps
-        if self.step % self.config.run.log_every_n_steps == 0 or last:
+        logs = self.step % self.config.run.log_every_n_steps == 0
+        if logs or self.step == self.plan.total_steps:
             self._log(step, lr, number)
             self._check_skipped(parts)
         elif self.setup.device.type == "cpu":  # where reading a number waits for nothing
@@ -408,44 +378,38 @@ class Trainer:
         if new == 0:
             return
         keys = [self.dataset.keys[i] for part in parts for i in part.index.tolist()]
-        which = f"step {self.step}" if new == 1 else f"{new} steps up to {self.step}"
         self.folder.note(
-            f"{which} skipped, loss or gradient not finite; samples of step {self.step}: {keys}"
+            f"step {self.step} skipped, the last of {total}: loss or gradient not finite; samples: "
+            f"{keys}"
         )
-        if in_a_row < self.config.run.max_bad_steps:
-            return
-        self.save(None)
-        shown = ", ".join(map(repr, keys[:NAMED])) + (", ..." if len(keys) > NAMED else "")
-        raise ValueError(
-            f"training: loss or gradient was not finite in {in_a_row} steps in a row, the last one "
-            f"step {self.step}, samples {shown} (all in out.log). The weights are those before, "
-            f"saved in {self.folder.path}. Lower --lr, lengthen --warmup, use --precision fp32, "
-            "look at these samples, or let torch.autograd.set_detect_anomaly(True) name the "
-            "operation"
-        )
+        if in_a_row >= self.config.run.max_bad_steps:
+            self.save(None)
+            raise ValueError(
+                f"training: loss or gradient was not finite in {in_a_row} steps in a row, the last "
+                f"one step {self.step}, samples {keys[:NAMED]} ... (all in out.log); the weights "
+                f"before them are in {self.folder.path}. Lower --lr, lengthen --warmup, use "
+                "--precision fp32, look at these samples, or let "
+                "torch.autograd.set_detect_anomaly(True) name the operation"
+            )
 
     def _log(self, step: Step, lr: float, number: int) -> None:
         """Read the device once, write one line of metrics and one of progress."""
-        losses, faults = step.losses, len(self.faults.positions) - self._old_faults
+        losses = step.losses
+        faults = torch.tensor(len(self.faults.positions), device=self.setup.device)
         scalars = {
             **losses.terms,
             **losses.accuracy,
             "loss": losses.total,
             "logit_scale": self.model.logit_scale,
             "logit_scale_proto": self.model.proto_scale,
-            "logit_scale_raw": self.model.clip.logit_scale,
-            "logit_scale_proto_raw": self.model.logit_scale_proto,
             "grad_norm": step.norm,
-            **self.stepper.norms_by_part(step.norm),
             "bad_steps": self.stepper.bad[0],
-            "bad_samples": torch.tensor(faults, device=self.setup.device),
+            "bad_samples": faults * distributed.world_size(),  # each rank has met its own
         }
         values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()])
         means = distributed.mean_over_ranks(values).tolist()
         record = {k: v for k, v in zip(scalars, means, strict=True) if math.isfinite(v)}
-        # Each rank has met its own bad samples since the run began or was resumed.
-        own = distributed.world_size() * record["bad_samples"]
-        record["bad_samples"] = round(self.faults.known + self._old_faults + own)
+        record["bad_samples"] += self.faults.known
         record = {k: v for k, v in record.items() if v or not k.startswith("bad_")}
         now, (then, logged) = time.perf_counter(), self._logged_at
         self._logged_at = (now, self.step)
@@ -462,21 +426,16 @@ class Trainer:
         self._loss = record.get("loss", math.nan)
         began, first = self._began_at
         left = (self.plan.total_steps - self.step) * (now - began) / (self.step - first)
-        line = (
+        self.folder.note(
             f"step {self.step}/{self.plan.total_steps}, loss {self._loss:.4f}, "
             f"{record['samples_per_second']:,.0f} samples/s, "
             f"ETA {datetime.timedelta(seconds=round(left))}"
         )
-        # Once a minute on the screen too, where there is no bar.
-        seen = sys.stderr.isatty() or now - self._shown_at < SHOWN_EVERY
-        (self.folder.note if seen else self.folder.say)(line)
-        self._shown_at = self._shown_at if seen else now
 
     def _between_steps(self) -> None:
         """Evaluate and save where an epoch that asks for it has just ended, or a signal came."""
-        per_epoch = self.plan.steps_per_epoch
+        per_epoch, last = self.plan.steps_per_epoch, self.step == self.plan.total_steps
         for measured, frequency in self.evaluations:
-            last = self.step == self.plan.total_steps
             if last or self.step % max(1, round(frequency * per_epoch)) == 0:
                 with self.phases.measure("evaluation", on_host=True):
                     scalars = measured(self.model)
@@ -525,7 +484,7 @@ class Trainer:
                     "batch_size": self.plan.batch_size,
                     "passes": [distributed.world_size(), self.config.optim.accum_freq],
                     "scaler": self.stepper.scaler.state_dict(),
-                    "episode": checkpoint.pack(self.episode),
+                    "episode": pack_episode(self.episode),
                     "store": None if self.store is None else self.store.state_dict(),
                     "skipped": self.stepper.bad.tolist(),
                     "faults": sorted({position for one in faults for position in one}),
@@ -559,9 +518,7 @@ class Trainer:
             raise TypeError("its counts of skipped steps, or its bad samples, are no whole numbers")
         self.stepper.bad = torch.tensor(skipped, device=device)
         self._skipped = int(self.stepper.bad[0])
-        self.episode = checkpoint.unpack(training["episode"], STATE, device)
-        for one in self.episode.sets if self.episode else ():
-            _check_set(one, len(self.dataset))
+        self.episode = unpack_episode(training["episode"], device, len(self.dataset))
         if (training["store"] is None) != (self.store is None):
             raise ValueError(
                 "--resume: expected a checkpoint of the same --episode-features, got one "
@@ -570,8 +527,7 @@ class Trainer:
             )
         if self.store is not None:
             self.store.load_state_dict(training["store"])
-        self.faults.positions = set(faults)
-        self._old_faults = len(self.faults.positions)
+        self.faults.positions = set(faults) if distributed.is_main() else set()
         self.phases.add(training["seconds"])
         self.step = payload["protoclip"]["step"]
         passes = [distributed.world_size(), self.config.optim.accum_freq]
@@ -583,83 +539,113 @@ class Trainer:
         ]
 
 
-def _check_set(one: prototypes.PrototypeSet, samples: int) -> None:
-    """Refuse labels out of range: an IndexError on a CPU, worse on a GPU."""
-    labels, shape = one.clustering.labels, one.prototypes.shape
-    known = labels[labels != prototypes.IGNORE]
-    fits = one.targets is None or one.targets.shape == shape
-    if labels.shape != (samples,) or not fits or ((known < 0) | (known >= shape[0])).any():
-        raise ValueError(
-            f"--resume: expected the prototypes of {samples} samples, got labels "
-            f"{list(labels.shape)} and prototypes {list(shape)} that do not belong together in "
-            "the checkpoint; use an older one"
-        )
+def pack_episode(episode: Episode | None) -> dict[str, Any] | None:
+    """For a checkpoint, which holds tensors, numbers and names."""
+    if episode is None:
+        return None
+    return {
+        "clusterings": {name: vars(one) for name, one in episode.clusterings.items()},
+        "sets": [{**vars(one), "clustering": one.source} for one in episode.sets],
+        "metrics": dict(episode.metrics),
+    }
+
+
+def unpack_episode(state: Any, device: torch.device, samples: int) -> Episode | None:
+    """The inverse.
+
+    Raises:
+        ValueError: labels out of range: an IndexError on a CPU, worse on a GPU.
+    """
+    if state is None:
+        return None
+
+    def moved(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: x.to(device) if isinstance(x, Tensor) else x for k, x in values.items()}
+
+    known = {name: Clustering(**moved(one)) for name, one in state["clusterings"].items()}
+    sets = tuple(
+        PrototypeSet(**{**moved(one), "clustering": known[one["clustering"]]})
+        for one in state["sets"]
+    )
+    for one in sets:
+        labels, shape = one.clustering.labels, one.prototypes.shape
+        ids = labels[labels != prototypes.IGNORE]
+        fits = one.targets is None or one.targets.shape == shape
+        if labels.shape != (samples,) or not fits or ((ids < 0) | (ids >= shape[0])).any():
+            raise ValueError(
+                f"--resume: expected the prototypes of {samples} samples, got labels "
+                f"{list(labels.shape)} and prototypes {list(shape)} that do not belong together in "
+                "the checkpoint; use an older one"
+            )
+    return Episode(sets, state["metrics"])
 
 
 def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
     """Say what will be done, in the user's units."""
-    config, plan = setup.config, setup.plan
-    folder.say(f"run folder: {folder.path}")
+    config, plan, episode = setup.config, setup.plan, setup.config.episode
+    ranks = distributed.world_size()
     folder.say(
+        f"run folder: {folder.path}\n"
         f"data: {setup.dataset.name}, {len(setup.dataset):,} pairs; {plan.total_steps} steps of "
-        f"{plan.batch_size}, {plan.steps_per_epoch} a pass over the data"
+        f"{plan.batch_size}, {plan.steps_per_epoch} a pass over the data\n"
+        f"model: {config.model.model} on {setup.device}, {setup.precision}, "
+        f"{torch.get_num_threads()} threads" + (f", {ranks} ranks" if ranks > 1 else "")
     )
     if config.optim.warmup >= plan.total_steps:
-        last = schedule.learning_rate(config.optim, plan.total_steps, plan.total_steps - 1)
         folder.say(
             f"note: --warmup {config.optim.warmup:g} steps are longer than the run's "
-            f"{plan.total_steps}: the learning rate ends at {last:.3g}, below --lr "
-            f"{config.optim.lr:g}; a fraction such as --warmup 0.1 follows the run"
+            f"{plan.total_steps}, which never gets to --lr; a fraction such as 0.1 follows the run"
         )
-    folder.say(
-        f"model: {config.model.model} on {setup.device}, {setup.precision}, "
-        f"{torch.get_num_threads()} threads"
-        + (f", {distributed.world_size()} ranks" if distributed.is_distributed() else "")
-    )
     if not uses_prototypes(config):
         folder.say("method: clip, InfoNCE only")
         return
-    episode = config.episode
-    samples = min(len(setup.dataset), plan.steps_per_episode * plan.batch_size)
+    unreached = ", which this run does not reach" * (plan.episodes <= episode.infonce_warmup)
     folder.say(
         f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
-        f"{prototypes.check_clusters(episode, samples)} prototypes per source, features "
-        f"{'reused' if episode.reuses else 'extracted'}, prototypes from episode "
-        f"{episode.infonce_warmup + 1} on"
-        + (", which this run does not reach" if plan.episodes <= episode.infonce_warmup else "")
+        f"{prototypes.check_clusters(episode, setup.episode_samples)} prototypes per source, "
+        f"features {'reused' if episode.reuses else 'extracted'}, prototypes from episode "
+        f"{episode.infonce_warmup + 1} on{unreached}\n{remark}"
     )
-    folder.say(remark)
 
 
+@torch.no_grad()
 def draw_plots(trainer: Trainer, evaluation: Evaluation, after: Results | None) -> None:
     """curves.png, and what the report needs."""
-    folder, dataset = trainer.folder.path, trainer.dataset
+    folder, model, device = trainer.folder.path, trainer.model.eval(), trainer.setup.device
     report.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
     known = trainer.episode.clusterings if trainer.episode else {}
     clusters = {name: one.labels.cpu() for name, one in known.items()}
-    chosen = torch.arange(len(dataset))
+    chosen = torch.arange(len(trainer.dataset))
     if clusters:  # the last is the teacher's, if there is one
         chosen = (list(clusters.values())[-1] >= 0).nonzero().flatten()
-    # Spread over the data, which may be sorted.
-    chosen = chosen[torch.linspace(0, len(chosen) - 1, min(PICTURED, len(chosen))).long()]
-    bad = torch.tensor(sorted(trainer.faults.positions), dtype=torch.int64)
-    chosen = chosen[~torch.isin(chosen, bad)]
-    encoder = evaluation.encoder(trainer.model, sharded=False)
-    try:
-        images = encoder.images(Subset(dataset, chosen))
-    except DataError:  # a bad sample that training has not met
-        chosen = _readable(dataset, chosen)
-        images = encoder.images(Subset(dataset, chosen))
-    encoded = Encoded(images, encoder.texts([dataset.captions(i)[0] for i in chosen.tolist()]))
-    samples = report.Samples(
-        Subset(dataset, chosen),
-        encoded,
-        encoder.project(encoded),
-        {name: labels[chosen] for name, labels in clusters.items()},
+    stream = batches(
+        trainer.dataset,
+        Draws(every(chosen, PICTURED), seed=0),
+        trainer.config.optim.batch_size,
+        eval_transform(model),
+        model.short_tokenizer,
+        workers=trainer.config.data.workers,
+        captions="first",
+        faults=Faults(trainer.dataset, 1.0, lambda _: None),  # another stands in for a bad one
+    )
+    parts = []
+    for batch in stream:
+        with trainer.stepper.autocast():
+            parts.append((batch.index, *model(batch.image.to(device), batch.tokens.to(device))))
+    index, encoded, projected = zip(*parts, strict=True)
+    shown = torch.cat(index)
+    encoded, projected = (
+        Encoded(torch.cat([one.image for one in rows]), torch.cat([one.text for one in rows]))
+        for rows in (encoded, projected)
     )
     judged = next(iter(evaluation.kept.values()), None)
     snapshot = report.take_snapshot(
-        samples,
+        report.Samples(
+            Subset(trainer.dataset, shown),
+            encoded,
+            projected,
+            {name: labels[shown] for name, labels in clusters.items()},
+        ),
         None if judged is None else (evaluation.quick_sets["HO"], judged),
         after=after,
         facts={"memory_bytes": trainer.phases.memory()},
@@ -667,21 +653,11 @@ def draw_plots(trainer: Trainer, evaluation: Evaluation, after: Results | None) 
     report.save_snapshot(folder, snapshot)
 
 
-def _readable(dataset: PairDataset, chosen: Tensor) -> Tensor:
-    """Those of the positions whose pictures can be read; all of them if none can."""
-    good = []
-    for position in chosen.tolist():
-        with contextlib.suppress(DataError):
-            dataset.image(position)
-            good.append(position)
-    return torch.tensor(good) if good else chosen
-
-
 def conclude(
     trainer: Trainer, evaluation: Evaluation, before: Results | None, after: Results | None
 ) -> None:
     """Print the table, the time per phase and the peak memory; write results.json."""
-    folder, config, timing = trainer.folder, trainer.config, trainer.phases.seconds()
+    folder, timing = trainer.folder, trainer.phases.seconds()
     peak = evaluate.peak_memory_bytes(trainer.setup.device)
     if after is None:
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in timing.items())
@@ -694,13 +670,12 @@ def conclude(
             after,
             before,
             data=evaluation.data,
-            model=config.model.model,
+            model=trainer.config.model.model,
             pretrained=str(checkpoint.find(folder.path)),
             timing=timing,
             peak_memory_bytes=peak,
         )
-    folder.say(f"report: {report.write_report([folder.path])}")
-    folder.say(f"done: {folder.path}")
+    folder.say(f"report: {report.write_report([folder.path])}\ndone: {folder.path}")
 
 
 class Evaluation:
@@ -712,18 +687,22 @@ class Evaluation:
 
     def __init__(self, setup: Setup, phases: Phases) -> None:
         self.setup, self.phases = setup, phases
-        data = setup.config.data
+        data, self.arguments = setup.config.data, open_arguments(setup.config)
         builtin = data.train_data.startswith("builtin:")
         self.data = data.val_data or (data.train_data if builtin else "")
         self.quick_sets: dict[str, PairDataset] = {}
         self.kept: dict[str, evaluate.EvalSet] = {}  # of the last full evaluation
-        self.zeroshot_data = _zeroshot_data(data.imagenet_val, setup.config.run.seed)
         if self.data:
             split = "heldout" if self.data.startswith("builtin:") else "all"
-            arguments = open_arguments(setup.config)
-            self.quick_sets["HO"] = open_dataset(self.data, split, **arguments)
+            self.quick_sets["HO"] = open_dataset(self.data, split, **self.arguments)
             if self.data == "builtin:emoji" and noto_available():
-                self.quick_sets["NHO"] = open_dataset(self.data, "noto-heldout", **arguments)
+                self.quick_sets["NHO"] = open_dataset(self.data, "noto-heldout", **self.arguments)
+        self.zeroshot_data: evaluate.Layout | None = None
+        if data.imagenet_val:
+            layout = evaluate.open_layout(data.imagenet_val, seed=setup.config.run.seed)
+            if reasons := impossible(("zeroshot",), layout):
+                raise ValueError(f"--imagenet-val {data.imagenet_val}: {reasons['zeroshot']}")
+            self.zeroshot_data = replace(layout, captioned=False, train=None)
 
     def during(self) -> list[tuple[Evaluate, float]]:
         """The evaluations between steps, each with its frequency in epochs."""
@@ -735,24 +714,25 @@ class Evaluation:
             chosen.append((self.zeroshot, run.zeroshot_frequency))
         return chosen
 
-    def encoder(self, model: ProtoModel, sharded: bool | None = None) -> evaluate.Encoder:
-        """Encodes with the model as it is, on all ranks unless ``sharded`` is False."""
+    def encoder(self, model: ProtoModel) -> evaluate.Encoder:
+        """Encodes with the model as it is, on all ranks."""
         setup = self.setup
         return evaluate.Encoder(
             model,
             setup.device,
             workers=setup.config.data.workers,
             autocast=autocast_for(setup.precision, setup.device),
-            sharded=distributed.is_distributed() if sharded is None else sharded,
+            sharded=distributed.is_distributed(),
         )
 
     def untrained(self, folder: Path, model: ProtoModel, resumed: bool) -> Results | None:
         """The evaluation before training; a resumed run reads what it found when it began."""
         path = folder / "untrained.json"
-        if distributed.from_main(lambda: resumed and path.exists()):
-            return evaluate.read_results(path)["trained"] if distributed.is_main() else None
+        if resumed:
+            found = distributed.is_main() and path.exists()
+            return evaluate.read_results(path)["trained"] if found else None
         before = self.full(model, "evaluating the untrained model")
-        if before is not None and distributed.is_main() and not resumed:
+        if before is not None and distributed.is_main():
             evaluate.write_results(
                 path, before, None, data=self.data, model="untrained", pretrained=""
             )
@@ -762,24 +742,17 @@ class Evaluation:
         """All metrics of all evaluation sets; None where there is nothing to evaluate on."""
         if not self.data:
             return None
-        arguments = open_arguments(self.setup.config)
+        hidden = None if distributed.is_main() else True
         with (
             self.phases.measure("evaluation", on_host=True),
-            tqdm(
-                desc=what,
-                unit=" rows",
-                unit_scale=True,
-                leave=False,
-                disable=None if distributed.is_main() else True,
-            ) as bar,
+            tqdm(desc=what, unit=" rows", unit_scale=True, leave=False, disable=hidden) as bar,
         ):
             return evaluate.evaluate_model(
                 model,
                 self.data,
                 encoder=replace(self.encoder(model), bar=bar),
-                seed=arguments.pop("seed"),
                 captions="first" if self.data.startswith("builtin:") else "all",
-                open_kwargs=arguments,
+                open_kwargs=self.arguments,
                 keep=self.kept,
             )
 
@@ -801,17 +774,6 @@ class Evaluation:
         return {f"val_zeroshot_{n}": x for one in sets.values() for n, x in one.metrics.items()}
 
 
-def _zeroshot_data(spec: str, seed: int) -> evaluate.Layout | None:
-    """What --imagenet-val names, opened before training starts."""
-    if not spec:
-        return None
-    layout = evaluate.open_layout(spec, seed=seed)
-    reasons = impossible(("zeroshot",), layout)
-    if reasons:
-        raise ValueError(f"--imagenet-val {spec}: {reasons['zeroshot']}")
-    return replace(layout, captioned=False, train=None)
-
-
 def uses_prototypes(config: TrainConfig) -> bool:
     """Whether a prototype term has a weight."""
     weights = config.loss
@@ -829,9 +791,7 @@ def open_training_data(config: TrainConfig) -> PairDataset:
     data = config.data
     split = "train" if data.train_data.startswith("builtin:") else "all"
     index_together(data.train_data)
-    dataset = open_dataset(
-        data.train_data, split, keep_going=data.check_data, **open_arguments(config)
-    )
+    dataset = open_dataset(data.train_data, split, **open_arguments(config))
     if data.train_num_samples > len(dataset):
         raise ValueError(
             f"--train-num-samples: expected at most {len(dataset)}, the size of {dataset.name}, "
@@ -876,72 +836,32 @@ def check_settings(config: TrainConfig, device: torch.device) -> None:
             is not installed.
     """
     check_model(config.model)
+    schedule.parse_interval(config.run.save_every)
     if "wandb" in config.run.report_to and importlib.util.find_spec("wandb") is None:
         raise ValueError("--report-to wandb: wandb is not installed; pip install wandb")
-    weights, episode = config.loss, config.episode
+    weights, episode, backend = config.loss, config.episode, config.episode.kmeans_backend
     teacher = bool(teacher_spec(config)[0])
     internal = config.method == "protoclip" and weights.w_proto > 0
     if weights.w_clip == 0 and not (teacher and weights.w_distill > 0):
         if not internal and not (teacher and weights.w_proto_external > 0):
-            what = f"--method {config.method}" + ("" if teacher else ", no external teacher")
             raise ValueError(
-                f"--w-clip 0: expected another loss with a weight, got none ({what}); use "
-                "--w-clip 1, or give --w-proto, or a teacher and --w-proto-external, a weight"
+                "--w-clip 0: expected another loss with a weight, got none with --method "
+                f"{config.method} and {'a' if teacher else 'no'} teacher; use --w-clip 1, or give "
+                "--w-proto, or a teacher and --w-proto-external, a weight"
             )
-        warmup, lit = episode.infonce_warmup, episode.lit_start
-        if value := warmup or lit:
-            flag = "--infonce-warmup-epoch" if warmup else "--lit-start"
+        if episode.infonce_warmup or episode.lit_start:
             raise ValueError(
-                f"--w-clip 0: expected prototypes in every step, got {flag} {value}, whose "
-                f"episodes have InfoNCE only; use {flag} 0, or --w-clip 1"
+                "--w-clip 0: expected prototypes in every step; use --infonce-warmup-epoch 0 and "
+                "--lit-start 0, or --w-clip 1"
             )
-    ops = ["info_nce"] if weights.w_clip > 0 else []
-    if uses_prototypes(config):
-        ops += ["prototype_cross_entropy", "soft_targets"]
-        clustering, backend = ["kmeans_assign", "segment_mean"], episode.kmeans_backend
-        if backend == "faiss":
-            load_faiss()
-            if distributed.world_size() > 1:
-                raise ValueError(
-                    "--kmeans-backend faiss: expected one process, got "
-                    f"{distributed.world_size()} ranks; use --kmeans-backend auto"
-                )
-        elif backend == "auto":
-            ops += clustering
-        else:
-            _check_backend("--kmeans-backend", backend, clustering, device)
-    _check_backend("PROTOCLIP_BACKEND", os.environ.get("PROTOCLIP_BACKEND", ""), ops, device)
-
-
-def _check_backend(name: str, backend: str, ops: Sequence[str], device: torch.device) -> None:
-    for op in ops if backend not in ("", "auto") else ():
-        if reason := why_not(op, backend, device.type, torch.float32):
-            raise ValueError(
-                f"{name}: expected one that can run all of this, got {backend}: {reason}; use "
-                f"{name} auto, or see protoclip.backends({op!r})"
-            )
-
-
-def check_episodes(setup: Setup) -> None:
-    """Check that each episode that is clustered has a sample for each cluster.
-
-    Raises:
-        ValueError: one has too few: a run may end early in it, or draw samples several times.
-    """
-    config, plan = setup.config, setup.plan
-    episode = config.episode
-    samples = min(len(setup.dataset), plan.steps_per_episode * plan.batch_size)
-    prototypes.check_clusters(episode, samples)
-    first, last = episode.infonce_warmup, plan.episodes
-    if episode.lit_start:
-        last = min(last, episode.lit_start)
-    if episode.reuses:  # what the episode before has trained on
-        first, last = first - 1, last - 1
-    if not episode.num_clusters or first >= last:
-        return
-    for number in {first, last - 1}:  # those between are full; with replacement, within chance
-        distinct = len(setup.draw(number).unique())
-        prototypes.check_clusters(episode, distinct, f"episode {number + 1}")
+    if backend == "faiss":
+        load_faiss()
+        if distributed.is_distributed():
+            raise ValueError("--kmeans-backend faiss: expected one process; use auto")
+    elif backend != "auto":
+        for op in ("kmeans_assign", "segment_mean"):
+            if reason := why_not(op, backend, device.type, torch.float32):
+                raise ValueError(f"--kmeans-backend {backend}: {reason}; use --kmeans-backend auto")
 
 
 def check_resume(resume: Resume, setup: Setup) -> list[str]:
@@ -952,8 +872,9 @@ def check_resume(resume: Resume, setup: Setup) -> list[str]:
     """
     saved = resume.payload["protoclip"]
     training, notes, wrong = saved["training"], [], []
-    for key, before, now in changes(saved["config"], to_dict(setup.config)):
-        change = f"{key} was {before!r} and is {now!r}"
+    old, new = flat(saved["config"]), flat(to_dict(setup.config))
+    for key in sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
+        change = f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
         if key.startswith(FIXED):
             wrong.append(change)
         elif not key.startswith(FREE):
@@ -973,6 +894,13 @@ def check_resume(resume: Resume, setup: Setup) -> list[str]:
             "start a new run with --pretrained"
         )
     return [f"since the checkpoint, {note}: not the same run any more" for note in notes]
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted name."""
+    sections = {key: value for key, value in config.items() if isinstance(value, dict)}
+    named = {f"{key}.{name}": x for key, section in sections.items() for name, x in section.items()}
+    return named | {key: value for key, value in config.items() if key not in sections}
 
 
 if __name__ == "__main__":
