@@ -11,12 +11,16 @@ from protoclip.ops import (
     Bank,
     PrototypeLosses,
     backends,
+    contrastive,
+    contrastive_parts,
     info_nce,
     kmeans_assign,
+    nt_xent,
     prototype_cross_entropy,
     prototype_losses,
     segment_mean,
     soft_targets,
+    sup_con,
 )
 
 __version__ = "0.1.0"
@@ -35,15 +39,19 @@ __all__ = [
     "PrototypeLosses",
     "SigLipLoss",
     "backends",
+    "contrastive",
+    "contrastive_parts",
     "create_loss",
     "create_task",
     "info_nce",
     "kmeans",
     "kmeans_assign",
+    "nt_xent",
     "prototype_cross_entropy",
     "prototype_losses",
     "segment_mean",
     "soft_targets",
+    "sup_con",
 ]
 
 

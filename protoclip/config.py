@@ -14,15 +14,14 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 PRECISIONS = ("auto", "fp32", "amp_bf16", "amp")
-DATASET_TYPES = ("auto", "webdataset", "csv", "synthetic")
 PRESETS = Path(__file__).parent / "presets"
-METAVARS = {int: "N", float: "X", str: "TEXT"}
+TABLE = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")  # how to read a table
 Config = TypeVar("Config")
 
 
@@ -31,11 +30,11 @@ def option(
     help: str,
     *,
     flag: str = "",
-    choices: Sequence[str] | None = None,
-    low: float | None = None,
-    high: float | None = None,
+    choices: Any = None,
+    low: Any = 0,
+    high: Any = None,
 ) -> Any:
-    """A dataclass field that is also a flag; ``low`` and ``high`` are inclusive limits."""
+    """A dataclass field that is also a flag; ``low`` and ``high`` limit numbers, inclusively."""
     metadata = {"help": help, "flag": flag, "choices": choices, "low": low, "high": high}
     return field(default=default, metadata=metadata)
 
@@ -51,8 +50,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: a setting that ``cls`` does not have, or a value of another type.
     """
-    defaults: Any = cls()
-    known = {item.name: getattr(defaults, item.name) for item in dataclasses.fields(defaults)}
+    known = vars(cls())
     if unknown := set(values) - set(known):
         raise ValueError(
             f"config: {cls.__name__} has no {sorted(unknown)}; it knows {sorted(known)}. "
@@ -73,6 +71,7 @@ def _typed(name: str, default: Any, value: Any) -> Any:
 
 
 def flag_of(item: dataclasses.Field) -> str:
+    """The flag of a setting."""
     return "--" + (item.metadata["flag"] or item.name.replace("_", "-"))
 
 
@@ -83,16 +82,18 @@ def check(config: Any) -> None:
         if dataclasses.is_dataclass(value):
             check(value)
             continue
-        flag, low, high = flag_of(item), item.metadata["low"], item.metadata["high"]
-        choices = item.metadata["choices"]
+        low, high, choices = (item.metadata[name] for name in ("low", "high", "choices"))
+        wanted = ""
         if choices is not None and value not in choices:
-            raise ValueError(f"{flag}: expected one of {', '.join(choices)}, got {value!r}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{flag}: expected a finite number, got {value}")
-        if low is not None and value < low:
-            raise ValueError(f"{flag}: expected at least {low}, got {value}")
-        if high is not None and value > high:
-            raise ValueError(f"{flag}: expected at most {high}, got {value}")
+            wanted = f"one of {', '.join(choices)}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            wanted = "a finite number"
+        elif isinstance(value, int | float) and value < low:
+            wanted = f"at least {low}"
+        elif high is not None and value > high:
+            wanted = f"at most {high}"
+        if wanted:
+            raise ValueError(f"{flag_of(item)}: expected {wanted}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -105,48 +106,31 @@ class DataConfig:
         "'d/{000..012}.tar', globs, urls; sources joined by '::'",
     )
     val_data: str = option("", "data to evaluate on; default: the held-out part of built-in data")
-    imagenet_val: str = option(
-        "",
-        "pictures with classes for zero-shot evaluation during training: a folder of class "
-        "folders, or built-in data",
-    )
-    train_num_samples: int = option(0, "use only the first N samples; 0: all", low=0)
+    imagenet_val: str = option("", "class folders, or built-in data, for zero-shot evaluation")
+    train_num_samples: int = option(0, "use only the first N samples; 0: all")
     train_data_upsampling_factors: str = option(
         "",
         "weight of each source of --train-data, joined by '::'; with --dataset-resampled a "
         "chance of its shards, else how often an epoch sees it",
     )
-    dataset_resampled: bool = option(
-        False, "draw whole shards with replacement, as OpenCLIP does; else every sample once"
-    )
+    dataset_resampled: bool = option(False, "draw shards with replacement, as OpenCLIP does")
     shuffle_buffer: int = option(
-        -1,
-        "go shard by shard and mix over so many samples; 0: mix everything; -1: 0 for files, "
-        "10000 for urls",
-        low=-1,
+        -1, "mix over N samples, shard by shard; 0: all; -1: 0 for files, 10000 for urls", low=-1
     )
-    max_bad_fraction: float = option(
-        0.05, "stop when more than this share of the samples cannot be used", low=0, high=1
-    )
-    check_data: bool = option(
-        False, "read all of --train-data once, list what is wrong, and end without training"
-    )
+    max_bad_fraction: float = option(0.05, "stop when more of the samples cannot be used", high=1)
     csv_separator: str = option("\t", "separator of a .csv/.tsv file (default: tab)")
     csv_img_key: str = option("filepath", "column of the image path")
     csv_caption_key: str = option("title", "column of the caption")
     csv_encoding: str = option("utf-8", "of a .csv/.tsv file: latin-1, ...", flag="encoding")
     augmentation: str = option(
-        "clip",
-        "training transform: 'paper' (ProtoCLIP's), 'clip' (OpenCLIP's random crop) or 'none'",
-        choices=("paper", "clip", "none"),
+        "clip", "of pictures: ProtoCLIP's, OpenCLIP's crop, none", choices=("paper", "clip", "none")
     )
     captions: str = option(
         "canonical",
-        "of several captions: any ('random'), the first ('first'), or the first in half of the "
-        "draws ('canonical')",
+        "of several: any ('random'), the first, or the first in half of the draws ('canonical')",
         choices=("random", "canonical", "first"),
     )
-    workers: int = option(0, "processes that read images; 0: in the training process", low=0)
+    workers: int = option(0, "processes that read images; 0: in the training process")
 
 
 @dataclass(frozen=True)
@@ -157,26 +141,14 @@ class ModelConfig:
         "protoclip-tiny", "an OpenCLIP model name, a config .json, local-dir:PATH or hf-hub:ID"
     )
     pretrained: str = option("", "weights to start from: an OpenCLIP tag or a checkpoint file")
-    force_image_size: int = option(
-        0, "pixels, overrides the model's image size; 0: the model's", low=0
-    )
-    force_context_length: int = option(
-        0, "tokens a caption, overrides the model's context length; 0: the model's", low=0
-    )
-    lock_image: bool = option(
-        False, "freeze the image tower and train the text towards it (LiT); as OpenCLIP's flag"
-    )
-    lock_text: bool = option(False, "freeze the text tower; as OpenCLIP's flag")
-    grad_checkpointing: bool = option(
-        False, "compute the towers' activations again in the backward pass: less memory, more time"
-    )
-    add_projection_head: bool = option(
-        True, "prototypes live behind a projection head, not in the embedding itself"
-    )
+    force_image_size: int = option(0, "pixels of an image's side; 0: the model's")
+    force_context_length: int = option(0, "tokens of a caption; 0: the model's")
+    lock_image: bool = option(False, "freeze the image tower, train the text towards it (LiT)")
+    lock_text: bool = option(False, "freeze the text tower")
+    grad_checkpointing: bool = option(False, "compute activations twice: less memory, more time")
+    add_projection_head: bool = option(True, "prototypes live behind projection heads")
     projection_hidden_dim: int = option(512, "width of the projection heads (paper: 2048)", low=1)
-    use_bn_sync: bool = option(
-        True, "batch norm of the projection heads over the samples of all ranks"
-    )
+    use_bn_sync: bool = option(True, "batch norm of the projection heads over all ranks' samples")
     projection_dim: int = option(64, "output of the projection heads (paper: 128)", low=1)
 
 
@@ -184,46 +156,29 @@ class ModelConfig:
 class EpisodeConfig:
     """Episodes and prototypes"""
 
-    size: int = option(0, "samples per episode; 0: one epoch", flag="episode-size", low=0)
-    replacement: bool = option(
-        False, "draw samples with replacement, as the authors do", flag="episode-replacement"
-    )
+    size: int = option(0, "samples per episode; 0: one epoch", flag="episode-size")
+    replacement: bool = option(False, "draw with replacement (paper)", flag="episode-replacement")
     features: str = option(
         "auto",
-        "what is clustered: 'extract', a forward pass over the episode's samples (paper), or "
-        "'reuse', the projections of the last episode's training, at no cost; 'auto': reuse, but "
-        "extract without a warm-up, which needs it",
+        "what is clustered: 'extract', a forward pass over the episode's samples (paper); 'reuse', "
+        "the last episode's projections, at no cost; 'auto': reuse, but extract without a warm-up",
         flag="episode-features",
         choices=("auto", "extract", "reuse"),
     )
-    num_clusters: int = option(
-        0, "prototypes per source; 0: a tenth of the episode", flag="k", low=0
-    )
-    target_temperature: float = option(
-        0.01, "of the soft targets of the internal prototypes; 0: hard labels", low=0
-    )
-    pbt: bool = option(
-        True, "prototype back translation; off: raw centroids of the other modality", flag="PBT"
-    )
-    keep_empty: bool = option(
-        False, "keep empty clusters as prototypes at zero, as the authors do", flag="keep-empty"
-    )
+    num_clusters: int = option(0, "prototypes per source; 0: a tenth of the episode", flag="k")
+    target_temperature: float = option(0.01, "of the internal soft targets; 0: hard labels")
+    pbt: bool = option(True, "back translation; off: the other modality's centroids", flag="PBT")
+    keep_empty: bool = option(False, "keep empty clusters as prototypes at zero (paper)")
     infonce_warmup: int = option(
-        2, "first episodes without prototypes (paper: 1)", flag="infonce-warmup-epoch", low=0
+        2, "first episodes without prototypes (paper: 1)", flag="infonce-warmup-epoch"
     )
-    lit_start: int = option(
-        0,
-        "episodes after which the image tower is frozen and only InfoNCE goes on (LiT); 0: never",
-        low=0,
-    )
+    lit_start: int = option(0, "freeze the image tower after N episodes, InfoNCE only; 0: never")
     kmeans_init: str = option(
-        "warm",
-        "start k-means from the last episode's centroids or from random samples",
-        choices=("warm", "random"),
+        "warm", "from the last episode's centroids or random samples", choices=("warm", "random")
     )
     kmeans_backend: str = option(
         "auto",
-        "who runs k-means: protoclip's fastest usable backend, one by name, or faiss (the paper's)",
+        "protoclip's fastest usable backend, one by name, or faiss (the paper's)",
         choices=("auto", "reference", "cpu", "cuda", "faiss"),
     )
     kmeans_max_iter: int = option(20, "iterations of k-means", low=1)
@@ -234,9 +189,7 @@ class EpisodeConfig:
         ".npy or .safetensors of [dataset, d], builtin:minilm, none, or auto (builtin:minilm on "
         "built-in data if installed)",
     )
-    external_teacher_dim: int = option(
-        64, "reduce a teacher's features to this many principal components; 0: keep all", low=0
-    )
+    external_teacher_dim: int = option(64, "principal components of its features; 0: all")
 
     @property
     def reuses(self) -> bool:
@@ -248,15 +201,10 @@ class EpisodeConfig:
 class LossConfig:
     """Losses"""
 
-    w_clip: float = option(1.0, "weight of InfoNCE", low=0)
-    w_proto: float = option(1.0, "weight of the internal prototype loss", low=0)
-    w_proto_external: float = option(1.0, "weight of the external prototype loss", low=0)
-    w_distill: float = option(
-        0.0,
-        "weight of distilling the teacher's similarities within the batch, without prototypes "
-        "(the control experiment; with --w-proto 0 --w-proto-external 0)",
-        low=0,
-    )
+    w_clip: float = option(1.0, "weight of InfoNCE")
+    w_proto: float = option(1.0, "weight of the internal prototype loss")
+    w_proto_external: float = option(1.0, "weight of the external prototype loss")
+    w_distill: float = option(0.0, "weight of distilling the teacher's similarities (control)")
     distill_temperature: float = option(0.1, "of the teacher's similarities", low=1e-6)
 
 
@@ -264,28 +212,20 @@ class LossConfig:
 class OptimConfig:
     """Optimisation"""
 
-    epochs: float = option(33.0, "passes over the data", low=0)
-    max_steps: int = option(
-        0, "stop after this many steps; the schedule shrinks with it; 0: no limit", low=0
-    )
+    epochs: float = option(33.0, "passes over the data")
+    max_steps: int = option(0, "shorten the run and its schedule to N steps; 0: no limit")
     batch_size: int = option(256, "pairs per forward pass of a process", low=2)
-    accum_freq: int = option(
-        1, "forward passes per step: the batch is batch size x this x processes", low=1
-    )
-    lr: float = option(1e-3, "peak learning rate", low=0)
-    beta1: float = option(0.9, "AdamW", low=0, high=1)
-    beta2: float = option(0.98, "AdamW", low=0, high=1)
-    eps: float = option(1e-6, "AdamW", low=0)
-    wd: float = option(
-        0.2, "weight decay; none on vectors, scalars and projection heads (paper: 0.5)", low=0
-    )
+    accum_freq: int = option(1, "passes a step: the batch is batch size x this x processes", low=1)
+    lr: float = option(1e-3, "peak learning rate")
+    beta1: float = option(0.9, "AdamW", high=1)
+    beta2: float = option(0.98, "AdamW", high=1)
+    eps: float = option(1e-6, "AdamW")
+    wd: float = option(0.2, "weight decay; none on vectors and projection heads (paper: 0.5)")
     warmup: float = option(
-        0.1,
-        "linear warm-up of the learning rate: a fraction of the run, or steps if 1 or more",
-        low=0,
+        0.1, "of the learning rate: a fraction of the run, or steps if 1 or more"
     )
     lr_scheduler: str = option("cosine", "after the warm-up", choices=("cosine", "const"))
-    grad_clip_norm: float = option(10.0, "largest norm of the gradient; 0: no clipping", low=0)
+    grad_clip_norm: float = option(10.0, "largest norm of the gradient; 0: no clipping")
 
 
 @dataclass(frozen=True)
@@ -294,46 +234,29 @@ class RunConfig:
 
     name: str = option("", "folder under --logs; default: date and time, method, seed")
     logs: str = option("logs", "where run folders go")
-    seed: int = option(0, "same seed, same machine, same run", low=0, high=2**31)
+    seed: int = option(0, "same seed, same machine, same run", high=2**31)
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
     precision: str = option(
-        "auto",
-        "auto: amp_bf16 on a GPU that has it, else fp32; amp (fp16) is fp32 on a CPU",
-        choices=PRECISIONS,
+        "auto", "auto: amp_bf16 on a GPU that has it, else fp32; amp: fp16", choices=PRECISIONS
     )
     dist_backend: str = option(
-        "auto",
-        "of torchrun or srun processes; auto: nccl on GPUs, gloo on CPUs",
-        choices=("auto", "nccl", "gloo"),
+        "auto", "of several processes; auto: nccl on GPUs", choices=("auto", "nccl", "gloo")
     )
-    dist_timeout: float = option(
-        1800.0, "seconds that a process waits for another before it ends with an error", low=1
-    )
+    dist_timeout: float = option(1800.0, "seconds that a process waits for another", low=1)
     log_every_n_steps: int = option(1, "lines of metrics.jsonl, points of the curves", low=1)
-    val_frequency: float = option(
-        5.0, "epochs between quick evaluations; 0: only at the end", low=0
-    )
-    zeroshot_frequency: float = option(
-        2.0, "epochs between zero-shot evaluations on --imagenet-val; 0: none", low=0
-    )
-    save_frequency: int = option(0, "epochs between kept checkpoints; 0: only the last", low=0)
-    delete_previous_checkpoint: bool = option(
-        False, "of the checkpoints of --save-frequency keep the newest only"
-    )
+    val_frequency: float = option(5.0, "epochs between quick evaluations; 0: only at the end")
+    zeroshot_frequency: float = option(2.0, "epochs between evaluations on --imagenet-val; 0: none")
+    save_frequency: int = option(0, "epochs between kept checkpoints; 0: only the last")
+    delete_previous_checkpoint: bool = option(False, "keep the newest of --save-frequency only")
     save_every: str = option(
-        "",
-        "write epoch_latest.pt every so often: 500steps, 10m, 2h; default: at the end and on "
-        "SIGTERM or SIGUSR1",
+        "", "also save every 500steps, 10m or 2h; default: at the end and when stopped"
     )
     resume: str = option(
         "",
         "go on exactly where a run stopped: its folder, one of its checkpoints, or auto or latest "
-        "(the run --name, else the newest unfinished one with these settings, else a new one); of "
-        "a run of OpenCLIP's trainer: a new run from its weights, optimiser and epoch",
+        "(the run --name, which starts if it has not)",
     )
-    max_bad_steps: int = option(
-        10, "stop after so many steps in a row with a loss or gradient that is not finite", low=1
-    )
+    max_bad_steps: int = option(10, "stop after N steps in a row that are not finite", low=1)
     report_to: str = option(
         "tensorboard",
         "where scalars go besides metrics.jsonl",
@@ -347,9 +270,7 @@ class TrainConfig:
     """All of a run; written to config.json, read back by ``from_dict``."""
 
     method: str = option(
-        "protoclip",
-        "protoclip, or clip: InfoNCE only, same everything else",
-        choices=("protoclip", "clip"),
+        "protoclip", "clip: InfoNCE only, same everything else", choices=("protoclip", "clip")
     )
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -365,27 +286,25 @@ RETIRED = {
     "--normalize-centroids": "centroids are plain means; leave the flag out",
     "--external-target-temperature": "external targets are hard labels; leave the flag out",
     "--spool-gb": "remote shards are kept in the cache folder; set PROTOCLIP_CACHE to move it",
+    "--check-data": "python -m protoclip.data --check DATA lists all that is wrong",
     "--learning-rate": "the flag is --lr",
     "--weight-decay": "the flag is --wd",
     "--num-clusters": "the flag is --k",
     "--num-prototypes": "the flag is --k",
     "--imagenet-v2": "evaluate the run afterwards with python -m protoclip.evaluate RUN --data DIR",
-    "--card": "a plan is of memory, on GPUs unless --device cpu is given; leave the flag out",
-    "--teachers": "a plan takes train's flags; --external-teacher none plans without one",
     "--torchcompile": "captions differ in length, so each would compile again; "
     "python -m protoclip.openclip takes it",
-    "--horovod": "start the processes with torchrun",
 }
 # Flags of OpenCLIP's trainer with no counterpart here.
 ONLY_OPENCLIP = """
     --aug-cfg --cache-dir --coca-caption-loss-weight --coca-contrastive-loss-weight
     --copy-codebase --debug --distill-model --distill-pretrained --epochs-cooldown
-    --force-custom-text --force-patch-dropout --force-quick-gelu --fsdp --image-interpolation
-    --image-mean --image-resize-mode --image-std --lock-image-freeze-bn-stats
-    --lock-image-unlocked-groups --lock-text-freeze-layer-norm --lock-text-unlocked-layers
-    --log-local --loss-dist-impl --lr-cooldown-end --lr-cooldown-power --momentum
-    --pretrained-image --remote-sync --remote-sync-frequency --remote-sync-protocol --siglip
-    --skip-scheduler --torchscript --trace --use-bnb-linear --val-num-samples --wandb-notes
+    --force-custom-text --force-patch-dropout --force-quick-gelu --fsdp --horovod
+    --image-interpolation --image-mean --image-resize-mode --image-std
+    --lock-image-freeze-bn-stats --lock-image-unlocked-groups --lock-text-freeze-layer-norm
+    --lock-text-unlocked-layers --log-local --loss-dist-impl --lr-cooldown-end --lr-cooldown-power
+    --momentum --pretrained-image --remote-sync --remote-sync-frequency --remote-sync-protocol
+    --siglip --skip-scheduler --torchscript --trace --use-bnb-linear --val-num-samples --wandb-notes
 """
 # Flags of OpenCLIP's trainer that are accepted and change nothing: arguments, and the reason.
 NEEDLESS: dict[str, tuple[dict[str, Any], str]] = {
@@ -435,21 +354,22 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
 
-def _add_options(group: Any, settings: Any, prefix: str = "") -> None:
-    """A flag for each field of a section; nested sections are left out."""
+def add_options(group: Any, settings: Any, prefix: str = "", only: Iterable[str] = ()) -> None:
+    """Add a flag for each field of a section, or for those named; parsing tells which are given."""
     for item in dataclasses.fields(settings):
         default = getattr(settings, item.name)
-        if dataclasses.is_dataclass(default):
+        if dataclasses.is_dataclass(default) or (only and item.name not in only):
             continue
-        words: dict[str, Any] = {"dest": prefix + item.name, "default": default}
-        shown = "" if default in ("", "\t") else " (default: %(default)s)"
+        shown = "" if default in ("", "\t") else f" (default: {default})"
+        words: dict[str, Any] = {"dest": prefix + item.name, "default": argparse.SUPPRESS}
         words["help"] = item.metadata["help"] + shown
         if isinstance(default, bool):
             words["action"] = argparse.BooleanOptionalAction
         elif item.metadata["choices"]:
             words["choices"] = item.metadata["choices"]
         else:
-            words |= {"type": type(default), "metavar": METAVARS[type(default)]}
+            metavar = {int: "N", float: "X", str: "TEXT"}[type(default)]
+            words |= {"type": type(default), "metavar": metavar}
         group.add_argument(flag_of(item), **words)
 
 
@@ -469,16 +389,15 @@ def build_parser(prog: str, description: str) -> Parser:
         "as OpenCLIP's flag: webdataset and csv must agree with the name of --train-data; "
         "synthetic: builtin:shapes:N, N of --train-num-samples (default: %(default)s)"
     )
-    parser.add_argument("--dataset-type", default="auto", choices=DATASET_TYPES, help=words)
+    kinds = ("auto", "webdataset", "csv", "synthetic")
+    parser.add_argument("--dataset-type", default="auto", choices=kinds, help=words)
     for flag, (arguments, _) in NEEDLESS.items():
         parser.add_argument(flag, dest=flag, help=argparse.SUPPRESS, **arguments)
     defaults = TrainConfig()
-    _add_options(parser, defaults)
-    for item in dataclasses.fields(defaults):
-        section = getattr(defaults, item.name)
+    add_options(parser, defaults)
+    for name, section in vars(defaults).items():
         if dataclasses.is_dataclass(section):
-            group = parser.add_argument_group(str(section.__doc__))
-            _add_options(group, section, f"{item.name}.")
+            add_options(parser.add_argument_group(str(section.__doc__)), section, f"{name}.")
     return parser
 
 
@@ -496,41 +415,42 @@ def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig,
         ValueError: a value out of its limits, no such preset, or flags that contradict each other.
         SystemExit: with code 0 after --print-config.
     """
-    chosen = parser.parse_args(argv)
-    preset = load_preset(chosen.preset)
-    parser.set_defaults(**preset)
-    values = vars(parser.parse_args(argv))
-    saved = {
-        "--" + key.rpartition(".")[2].replace("_", "-"): value
-        for key, value in preset.items()
-        if value == values[key] != getattr(chosen, key)
-    }
-    check_saved(saved, chosen.preset)
-    del values["preset"]
-    show = values.pop("print_config")
+    given = vars(parser.parse_args(argv))  # settings only where the command line has them
+    kind, name, show = (given.pop(key) for key in ("dataset_type", "preset", "print_config"))
     for flag, (_, reason) in NEEDLESS.items():
-        if values.pop(flag):
+        if given.pop(flag):
             print(f"{parser.prog}: note: {flag} changes nothing: {reason}", file=sys.stderr)
-    _apply_dataset_type(values.pop("dataset_type"), values)
-    if values["run.resume"] == "latest":  # OpenCLIP's word
-        values["run.resume"] = "auto"
-    own = {key: values.pop(key) for key in [*values] if "." not in key and key != "method"}
+    own = {key: given.pop(key) for key in [*given] if "." not in key and key != "method"}
+    preset = load_preset(name)
+    check_saved(
+        {
+            "--" + key.rpartition(".")[2].replace("_", "-"): preset[key]
+            for key in preset.keys() - given
+        },
+        name,
+    )
     nested: dict[str, Any] = {}
-    for key, value in values.items():
-        section, _, name = key.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[name] = value
-    config = from_dict(TrainConfig, nested)
+    for key, value in (preset | given).items():
+        section, _, setting = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[setting] = value
+    config = _of_type(kind, from_dict(TrainConfig, nested))
+    if config.run.resume == "latest":  # OpenCLIP's word
+        config = replace(config, run=replace(config.run, resume="auto"))
     check(config)
-    check_together(config)
+    if config.episode.features == "reuse" and config.episode.infonce_warmup < 1:
+        raise ValueError(
+            "--episode-features reuse: clusters what an earlier episode left; use "
+            "--infonce-warmup-epoch 1 or more"
+        )
     if show:
         print(json.dumps(to_dict(config), indent=2))
         raise SystemExit(0)
     return config, own
 
 
-def _apply_dataset_type(kind: str, values: dict[str, Any]) -> None:
+def _of_type(kind: str, config: TrainConfig) -> TrainConfig:
     """OpenCLIP's --dataset-type; our readers follow from the name of the data."""
-    data = values["data.train_data"]
+    data = config.data.train_data
     table, built_in = data.lower().endswith((".csv", ".tsv")), data.startswith("builtin:")
     fits = {"csv": table, "webdataset": not (table or built_in), "synthetic": built_in}
     if not fits.get(kind, True):
@@ -538,9 +458,10 @@ def _apply_dataset_type(kind: str, values: dict[str, Any]) -> None:
             f"--dataset-type {kind}: expected such data in --train-data, got {data!r}; use "
             "--dataset-type auto or other data"
         )
-    if kind == "synthetic":
-        values["data.train_data"] = f"builtin:shapes:{values['data.train_num_samples'] or 2000}"
-        values["data.train_num_samples"] = 0
+    if kind != "synthetic":
+        return config
+    spec = f"builtin:shapes:{config.data.train_num_samples or 2000}"
+    return replace(config, data=replace(config.data, train_data=spec, train_num_samples=0))
 
 
 def preset_names() -> list[str]:
@@ -548,8 +469,8 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
-def load_preset(name: str, extended: Sequence[str] = ()) -> dict[str, Any]:
-    """Settings of a preset or .json file by dotted name; what it "extends" comes first.
+def load_preset(name: str) -> dict[str, Any]:
+    """Settings of a preset or .json file by dotted name; the preset it "extends" comes first.
 
     Raises:
         ValueError: no such preset, not JSON, or a setting that protoclip does not have.
@@ -564,32 +485,19 @@ def load_preset(name: str, extended: Sequence[str] = ()) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError(f"expected a JSON object, got {type(values).__name__}")
         values.pop("about", None)
-        parent = values.pop("extends", None)
-        if not isinstance(parent, str | None) or parent in (name, *extended):
-            raise ValueError(f"expected another preset in 'extends', got {parent!r}")
-        base = load_preset(parent, (name, *extended)) if parent else {}
+        parent = values.pop("extends", "default")
+        if parent not in preset_names():
+            raise ValueError(
+                f"expected one of {', '.join(preset_names())} in 'extends', got {parent!r}"
+            )
         from_dict(TrainConfig, values)
     except ValueError as error:
         raise ValueError(f"--preset: {path} cannot be used: {error}") from error
-    return {**base, **dict(_flat(values))}
-
-
-def _flat(nested: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            yield from ((f"{key}.{name}", one) for name, one in value.items())
-        else:
-            yield key, value
-
-
-def check_together(config: TrainConfig) -> None:
-    """Raise ValueError for settings that are fine one by one and contradict each other."""
-    episode = config.episode
-    if episode.features == "reuse" and episode.infonce_warmup < 1:
-        raise ValueError(
-            "--episode-features reuse: clusters what an earlier episode left; use "
-            "--infonce-warmup-epoch 1 or more"
-        )
+    settings = {} if parent == "default" else load_preset(parent)
+    for key, value in values.items():
+        sections = isinstance(value, dict)
+        settings |= {f"{key}.{one}": v for one, v in value.items()} if sections else {key: value}
+    return settings
 
 
 def output_file(path: str | os.PathLike[str], flag: str) -> Path:
@@ -598,21 +506,17 @@ def output_file(path: str | os.PathLike[str], flag: str) -> Path:
     Raises:
         ValueError: it is a folder, or no file can be made there.
     """
-    path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"{flag}: expected a file, got the folder {path}; add a name to it")
-    check_above(path, flag)
-    return path
+    check_above(Path(path), flag)
+    return Path(path)
 
 
 def check_above(path: Path, flag: str) -> None:
     """Raise ValueError where no file or folder can be made at ``path``."""
     above = next(parent for parent in path.parents if os.path.lexists(parent))
     if not above.is_dir():
-        raise ValueError(
-            f"{flag}: expected a path in a folder, got {path}, but {above} is a file; choose "
-            "another path"
-        )
+        raise ValueError(f"{flag}: expected a path in a folder, got {path}, but {above} is a file")
     if not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(f"{flag}: {above} may not be written to; choose another folder")
 

@@ -7,8 +7,10 @@ points: assignment is local, sums and counts are all-reduced, all ranks get the 
 from __future__ import annotations
 
 import importlib
+import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -24,14 +26,16 @@ from protoclip.ops.backends import resolve
 from protoclip.ops.clusters import kmeans_assign, segment_mean
 from protoclip.ops.native import CodedPoints
 
+INITS = ("random", "k-means++")
 SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as in faiss
 MAX_DRAWS = 1024  # k-means++ candidates of one pass over the points
 KEEP_CODES = 1024  # up to this K, coding the points is 4 % of an assignment or more
 
 Assign = Callable[[Tensor], tuple[Tensor, Tensor]]  # centroids -> labels, squared distances
+Progress = Callable[[int, Tensor], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Clusters:
     """A clustering; labels, counts and inertia belong to the returned centroids."""
 
@@ -41,9 +45,48 @@ class Clusters:
     inertia: float  # sum of squared distances, over all ranks
     history: tuple[float, ...]  # inertia before each iteration's update, and the final one
 
+    def __repr__(self) -> str:
+        (k, d), counts = self.centroids.shape, self.counts
+        return (
+            f"Clusters(K={k:,}, D={d}, N={int(counts.sum()):,}, sizes {int(counts.min())} to "
+            f"{int(counts.max())}, inertia {self.inertia:.4g}, {len(self.history) - 1} iterations)"
+        )
+
+    def predict(self, points: Tensor) -> Tensor:
+        """The nearest cluster of each of some points [M, D] -> int64 [M]."""
+        return kmeans_assign(points, self.centroids.to(points.device))[0]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a .safetensors file: centroids, labels and counts, the numbers as metadata."""
+        from safetensors.torch import save_file
+
+        names = ("centroids", "labels", "counts")
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in names}
+        numbers = {"inertia": self.inertia, "history": self.history}
+        save_file(tensors, path, {key: json.dumps(value) for key, value in numbers.items()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Clusters:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: it is no such file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt", str(device)) as file:
+                numbers = {key: json.loads(text) for key, text in file.metadata().items()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls(**tensors, inertia=numbers["inertia"], history=tuple(numbers["history"]))
+        except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"Clusters.load: expected a file that Clusters.save wrote, got {path} ({error})"
+            ) from error
+
 
 class Ranks:
-    """The slices of one data set on the ranks of a group (or the whole of it on one)."""
+    """The slices of one data set on the ranks of a group, or the whole of it on one."""
 
     def __init__(self, local: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self.group = group
@@ -67,6 +110,36 @@ class Ranks:
         return self.sum(torch.where(mine[:, None], picked, 0.0).expand(-1, points.shape[1]).clone())
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """This rank's points, and what each of them counts."""
+
+    points: Tensor  # [N, D]
+    weights: Tensor | None  # fp64 [N]; None: 1 each
+    ranks: Ranks
+    backend: str
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a value a row [N], by weight, over all ranks."""
+        values = values.double() if self.weights is None else values.double() * self.weights
+        return self.ranks.sum(values.sum())
+
+    def values(self) -> Tensor:
+        """What is averaged: the points, or weight x point and weight, [N, D + 1]."""
+        if self.weights is None:
+            return self.points
+        weights = self.weights.to(self.points.dtype)[:, None]
+        return torch.cat([self.points * weights, weights], dim=1)
+
+    def means(self, values: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Means [K, D] and numbers of rows [K] of the clusters; one without weight is empty."""
+        means, counts = global_segment_mean(values, labels, k, self.ranks.group, self.backend)
+        if self.weights is None:
+            return means, counts
+        mass = means[:, -1:]
+        return means[:, :-1] / mass.where(mass > 0, 1), counts * (mass[:, 0] > 0)
+
+
 def kmeans(
     points: Tensor,
     num_clusters: int,
@@ -76,8 +149,10 @@ def kmeans(
     init: str | Tensor = "random",
     seed: int = 0,
     spherical: bool = False,
+    weights: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
+    progress: Progress | None = None,
 ) -> Clusters:
     """Cluster points by Lloyd's algorithm; the same seed gives the same clusters.
 
@@ -91,146 +166,151 @@ def kmeans(
         init: "random" (K distinct points), "k-means++", or centroids [K, D] (a warm start).
         seed: of the initial centroids; restart r uses seed + r.
         spherical: keep centroids at unit length (for unit points: cosine k-means).
+        weights: [N], >= 0, what each point counts in means, inertia and initial draws; None: 1.
         group: a process group whose ranks each hold a slice of the points; N counts all slices.
         backend: "auto", one of the backends of both ops, e.g. "reference", or "faiss": faiss.Kmeans
-            on all points, the paper's own clustering (no group, no "k-means++").
+            on all points, the paper's own clustering (no group, no weights, no "k-means++").
+        progress: called in each iteration with its number and the inertia before its update, a
+            scalar tensor; not by faiss.
     Returns:
         Clusters.
     Raises:
-        ValueError, TypeError: shapes or dtypes are wrong, K is out of range, points are not finite,
-            or the named backend cannot run, "faiss" without faiss included.
+        ValueError, TypeError: shapes or dtypes are wrong, K is out of range, points or weights are
+            not finite, or the named backend cannot run, "faiss" without faiss included.
     """
-    op = "kmeans"
-    checks.matrix(op, "points", points, "[N, D]")
+    checks.matrix("kmeans", "points", points, "[N, D]")
     points = points.detach()
     points = points if points.dtype == torch.float64 else points.float()
     ranks = Ranks(len(points), group, points.device)
-    _check(op, points, num_clusters, num_iters, num_restarts, init, ranks)
-    if backend == "faiss":
-        if group is not None:
-            raise ValueError(
-                "kmeans: backend 'faiss' runs in one process, got a process group; gather the "
-                "points on one rank, or use backend='auto'"
-            )
-        settings = {"niter": num_iters, "nredo": num_restarts, "seed": seed, "spherical": spherical}
-        centroids, history = _faiss(points, num_clusters, init, settings)
-        return _assigned(centroids, history, ranks, partial(kmeans_assign, points))
-    assign = _assignment(points, num_clusters, backend)
-    best: Clusters | None = None
-    for restart in range(num_restarts):
-        start = _initial(points, num_clusters, init, seed + restart, ranks)
-        clusters = _lloyd(points, start, num_iters, spherical, ranks, backend, assign)
-        if best is None or clusters.inertia < best.inertia:
-            best = clusters
-        if isinstance(init, Tensor):
-            break  # every restart would be this one
-    assert best is not None
-    return best
-
-
-def _check(
-    op: str,
-    points: Tensor,
-    k: int,
-    num_iters: int,
-    num_restarts: int,
-    init: str | Tensor,
-    ranks: Ranks,
-) -> None:
-    if not 1 <= k <= ranks.total:
+    if not 1 <= num_clusters <= ranks.total:
         raise ValueError(
-            f"{op}: expected 1 <= num_clusters <= N = {ranks.total} points, got {k}; "
+            f"kmeans: expected 1 <= num_clusters <= N = {ranks.total} points, got {num_clusters}; "
             f"lower num_clusters or give more points"
         )
     if num_iters < 0 or num_restarts < 1:
         raise ValueError(
-            f"{op}: expected num_iters >= 0 and num_restarts >= 1, got {num_iters}, {num_restarts}"
+            f"kmeans: expected num_iters >= 0 and num_restarts >= 1, got {num_iters}, "
+            f"{num_restarts}"
         )
+    _check_values(points, num_clusters, init, ranks)
+    rows = _Rows(points, _checked_weights(weights, points, ranks), ranks, backend)
+    if backend == "faiss":
+        settings = {"niter": num_iters, "nredo": num_restarts, "seed": seed, "spherical": spherical}
+        if weights is not None:
+            raise ValueError("kmeans: backend 'faiss' takes no weights; use backend='auto'")
+        centroids, history = _faiss(points, num_clusters, init, group, settings)
+        return _assigned(centroids, history, rows, partial(kmeans_assign, points))
+    assign = _assignment(points, num_clusters, backend)
+
+    def run(restart: int) -> Clusters:
+        if isinstance(init, Tensor):
+            start = init.detach().to(points).clone()
+        else:
+            generator = torch.Generator().manual_seed(seed + restart)
+            start = _first_centroids(rows, num_clusters, init, generator)
+        return _lloyd(rows, start, num_iters, spherical, assign, progress)
+
+    restarts = 1 if isinstance(init, Tensor) else num_restarts
+    return min(map(run, range(restarts)), key=lambda clusters: clusters.inertia)
+
+
+def _check_values(points: Tensor, k: int, init: str | Tensor, ranks: Ranks) -> None:
+    shape = (k, points.shape[1])
     if isinstance(init, Tensor):
-        if init.shape != (k, points.shape[1]):
+        if init.shape != shape:
             raise ValueError(
-                f"{op}: expected init centroids [K, D] = {(k, points.shape[1])}, got "
-                f"{tuple(init.shape)}"
+                f"kmeans: expected init centroids [K, D] = {shape}, got {tuple(init.shape)}"
             )
     elif init not in INITS:
-        raise ValueError(f"{op}: expected init in {sorted(INITS)} or a Tensor [K, D], got {init!r}")
+        raise ValueError(f"kmeans: expected init in {INITS} or a Tensor [K, D], got {init!r}")
     bad = ~torch.isfinite(points).all(dim=1)
-    total_bad = int(ranks.sum(bad.sum()))
-    if total_bad:
+    if total := int(ranks.sum(bad.sum())):
         where = f"; the first is row {int(bad.int().argmax())}" if bad.any() else ""
+        raise ValueError(f"kmeans: expected finite points, got {total} rows with NaN or inf{where}")
+
+
+def _checked_weights(weights: Tensor | None, points: Tensor, ranks: Ranks) -> Tensor | None:
+    """As fp64, where the points are."""
+    if weights is None:
+        return None
+    if weights.shape != points.shape[:1]:
         raise ValueError(
-            f"{op}: expected finite points, got {total_bad} rows with NaN or inf{where}"
+            f"kmeans: expected weights [N] = {list(points.shape[:1])}, got {list(weights.shape)}"
         )
+    weights = weights.detach().to(points.device, torch.float64)
+    bad = ~(torch.isfinite(weights) & (weights >= 0))
+    if total := int(ranks.sum(bad.sum())):
+        raise ValueError(f"kmeans: expected finite weights of at least 0, got {total} others")
+    if not ranks.sum(weights.sum()):
+        raise ValueError("kmeans: expected a weight above 0, got zeros only")
+    return weights
 
 
-def _initial(points: Tensor, k: int, init: str | Tensor, seed: int, ranks: Ranks) -> Tensor:
-    if isinstance(init, Tensor):
-        return init.detach().to(points).clone()
-    return INITS[init](points, k, torch.Generator().manual_seed(seed), ranks)
-
-
-def _random_init(points: Tensor, k: int, generator: torch.Generator, ranks: Ranks) -> Tensor:
-    return ranks.rows(points, torch.randperm(ranks.total, generator=generator)[:k])
-
-
-def _plus_plus_init(points: Tensor, k: int, generator: torch.Generator, ranks: Ranks) -> Tensor:
-    """k-means++ (Arthur and Vassilvitskii 2007), many centroids per pass over the points.
+def _first_centroids(rows: _Rows, k: int, init: str, generator: torch.Generator) -> Tensor:
+    """Random points, or k-means++ (Arthur and Vassilvitskii 2007), many a pass over the points.
 
     Candidates are drawn together by their squared distance at the start of the pass. One after the
     other, each is kept with the probability by which the ones kept before it in this pass have
     lowered that distance: rejection sampling, so the distribution is that of the sequential method.
     """
-    first = torch.randint(ranks.total, (1,), generator=generator)
-    centroids = ranks.rows(points, first)
+    points, ranks = rows.points, rows.ranks
+    chosen = k if init == "random" else 1
+    if rows.weights is None and init == "random":
+        index = torch.randperm(ranks.total, generator=generator)[:k]
+    elif rows.weights is None:
+        index = torch.randint(ranks.total, (1,), generator=generator)
+    else:
+        # By weight, without replacement: the largest log(u) / w (Efraimidis and Spirakis 2006).
+        uniform = torch.rand(ranks.total, generator=generator, dtype=torch.float64)
+        keys = torch.zeros_like(uniform, device=points.device)
+        own = slice(ranks.start, ranks.start + len(points))
+        keys[own] = uniform[own].to(points.device).log() / rows.weights
+        index = ranks.sum(keys).topk(chosen).indices
+    centroids = ranks.rows(points, index)
     squared = points.new_full((len(points),), math.inf, dtype=torch.float64)
     fresh = centroids
     while len(centroids) < k:
-        # In one dtype with the points; the op itself is exact.
         squared = torch.minimum(squared, kmeans_assign(points, fresh)[1].double())
         draws = min(MAX_DRAWS, max(8, len(centroids)))
         uniform = torch.rand(2, draws, generator=generator, dtype=torch.float64)
-        candidates, weights = _draw(points, squared, uniform[0].to(points.device), ranks)
-        fresh = candidates[_keep(candidates, weights, uniform[1])]
+        candidates, apart = _draw(rows, squared, uniform[0].to(points.device))
+        fresh = candidates[_keep(candidates, apart, uniform[1])]
         fresh = fresh[: k - len(centroids)]
         centroids = torch.cat([centroids, fresh])
     return centroids
 
 
-def _keep(candidates: Tensor, weights: Tensor, uniform: Tensor) -> Tensor:
-    """Which candidates [M, D], drawn by weights [M], survive those kept before them -> index."""
+def _keep(candidates: Tensor, squared: Tensor, uniform: Tensor) -> Tensor:
+    """Which candidates [M, D], drawn by squared distance [M], survive those kept before them."""
     apart = torch.cdist(candidates, candidates, compute_mode="donot_use_mm_for_euclid_dist")
-    between, start = apart.double().square().cpu().numpy(), weights.cpu().numpy()
+    between, start = apart.double().square().cpu().numpy(), squared.cpu().numpy()
     now, kept = start.copy(), []
     for j, u in enumerate(uniform.tolist()):
-        # Only duplicates are left when all weights are 0: any point is as good.
+        # Only duplicates are left when all distances are 0: any point is as good.
         if now[j] >= u * start[j] and (now[j] > 0 or start[j] == 0):
             kept.append(j)
             np.minimum(now, between[j], out=now)
     return torch.tensor(kept, device=candidates.device)
 
 
-def _draw(points: Tensor, weights: Tensor, uniform: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Rows [M, D] at which the running sum of the weights (over all ranks) passes uniform [M] times
-    the total, and their weights [M]."""
-    sums = weights.new_zeros(len(ranks.sizes))
-    sums[ranks.rank] = weights.sum()
+def _draw(rows: _Rows, squared: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Points [M, D] at which the running sum of weight x squared distance (over all ranks) passes
+    uniform [M] times the total, and their squared distances [M]."""
+    points, ranks = rows.points, rows.ranks
+    mass = squared if rows.weights is None else squared * rows.weights
+    sums = mass.new_zeros(len(ranks.sizes))
+    sums[ranks.rank] = mass.sum()
     bounds = ranks.sum(sums).cumsum(0)
     aim = uniform * bounds[-1]
     owner = torch.searchsorted(bounds, aim, right=True).clamp_max(len(bounds) - 1)
     local = aim - (bounds - sums)[ranks.rank]
-    row = torch.searchsorted(weights.cumsum(0), local, right=True)
+    row = torch.searchsorted(mass.cumsum(0), local, right=True)
     row = row.clamp_max(max(0, len(points) - 1))
     mine = owner == ranks.rank
     if not len(points):
-        points, weights = points.new_zeros(1, points.shape[1]), weights.new_zeros(1)
+        points, squared = points.new_zeros(1, points.shape[1]), squared.new_zeros(1)
     picked = torch.where(mine[:, None], points[row], 0.0)
-    return ranks.sum(picked), ranks.sum(torch.where(mine, weights[row], 0.0))
-
-
-INITS: dict[str, Callable[[Tensor, int, torch.Generator, Ranks], Tensor]] = {
-    "random": _random_init,
-    "k-means++": _plus_plus_init,
-}
+    return ranks.sum(picked), ranks.sum(torch.where(mine, squared[row], 0.0))
 
 
 def _assignment(points: Tensor, k: int, backend: str) -> Assign:
@@ -243,34 +323,35 @@ def _assignment(points: Tensor, k: int, backend: str) -> Assign:
 
 
 def _lloyd(
-    points: Tensor,
+    rows: _Rows,
     centroids: Tensor,
     num_iters: int,
     spherical: bool,
-    ranks: Ranks,
-    backend: str,
     assign: Assign,
+    progress: Progress | None,
 ) -> Clusters:
-    k = len(centroids)
     if spherical:
         centroids = torch.nn.functional.normalize(centroids, dim=1)
-    inertias = []
-    for _ in range(num_iters):
+    values, history = rows.values(), []
+    for iteration in range(num_iters):
         labels, distances = assign(centroids)
-        inertias.append(ranks.sum(distances.double().sum()))
-        means, counts = global_segment_mean(points, labels, k, ranks.group, backend)
+        history.append(rows.total(distances))
+        means, counts = rows.means(values, labels, len(centroids))
         centroids = _split_largest(means.where(counts[:, None] > 0, centroids), counts)
         if spherical:
             centroids = torch.nn.functional.normalize(centroids, dim=1)
-    history = torch.stack(inertias).tolist() if inertias else []
-    return _assigned(centroids, history, ranks, assign)
+        if progress is not None:
+            progress(iteration, history[-1])
+    return _assigned(centroids, history, rows, assign)
 
 
-def _assigned(centroids: Tensor, history: list[float], ranks: Ranks, assign: Assign) -> Clusters:
+def _assigned(
+    centroids: Tensor, history: Sequence[Tensor | float], rows: _Rows, assign: Assign
+) -> Clusters:
     labels, distances = assign(centroids)
-    counts = ranks.sum(torch.bincount(labels, minlength=len(centroids)))
-    inertia = float(ranks.sum(distances.double().sum()))
-    return Clusters(centroids, labels, counts, inertia, (*history, inertia))
+    counts = rows.ranks.sum(torch.bincount(labels, minlength=len(centroids)))
+    inertia = float(rows.total(distances))
+    return Clusters(centroids, labels, counts, inertia, (*map(float, history), inertia))
 
 
 def global_segment_mean(
@@ -304,11 +385,7 @@ def _split_largest(centroids: Tensor, counts: Tensor) -> Tensor:
 
 
 def load_faiss() -> ModuleType:
-    """The faiss module.
-
-    Raises:
-        ValueError: it is missing; the message has the remedy.
-    """
+    """The faiss module, or ValueError with the remedy."""
     try:
         return importlib.import_module("faiss")
     except ImportError as error:
@@ -319,32 +396,34 @@ def load_faiss() -> ModuleType:
 
 
 def _faiss(
-    points: Tensor, num_clusters: int, init: str | Tensor, settings: dict[str, Any]
+    points: Tensor,
+    num_clusters: int,
+    init: str | Tensor,
+    group: dist.ProcessGroup | None,
+    settings: dict[str, Any],
 ) -> tuple[Tensor, list[float]]:
-    """faiss.Kmeans, which the paper used -> centroids [K, D], inertia before each update.
+    """faiss.Kmeans on all points -> centroids [K, D], inertia before each update.
 
-    All points are used: faiss's subsampling is off. It runs on the GPU where the points are on one
-    and faiss was built for it.
+    It runs on the GPU where the points are on one and faiss was built for it.
     """
     faiss = load_faiss()
-    if isinstance(init, str) and init != "random":
+    if group is not None or (isinstance(init, str) and init != "random"):
         raise ValueError(
-            f"kmeans: backend 'faiss' takes init='random' or a Tensor, got {init!r}; use "
-            "backend='auto' for k-means++"
+            "kmeans: backend 'faiss' takes init='random' or a Tensor and no group, got "
+            f"init={init!r} and group={group}; use backend='auto'"
         )
     runner = faiss.Kmeans(
         points.shape[1],
         num_clusters,
         gpu=points.is_cuda and faiss.get_num_gpus() > 0,
         min_points_per_centroid=1,
-        max_points_per_centroid=len(points),
+        max_points_per_centroid=len(points),  # no subsampling
         **settings,
     )
     start = init.detach().float().cpu().numpy() if isinstance(init, Tensor) else None
     runner.train(points.float().cpu().contiguous().numpy(), init_centroids=start)
     centroids = torch.from_numpy(runner.centroids).to(points).clone()
-    history = [float(x) for x in runner.obj]
-    if settings["spherical"]:  # faiss sums x.c there; |x - c|^2 = |x|^2 + 1 - 2 x.c
-        total = float(points.double().square().sum()) + len(points)
-        history = [total - 2 * x for x in history]
-    return centroids, history
+    if not settings["spherical"]:
+        return centroids, list(runner.obj)
+    total = float(points.double().square().sum()) + len(points)
+    return centroids, [total - 2 * x for x in runner.obj]  # faiss sums x.c there

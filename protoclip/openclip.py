@@ -23,7 +23,7 @@ import torch
 from open_clip import loss as theirs
 from torch import nn
 
-from protoclip.config import flag_of, refusal
+from protoclip.config import add_options, flag_of, refusal
 from protoclip.losses import ClipLoss, ProtoClipLoss, ProtoConfig, SigLipLoss
 from protoclip.model import register_configs
 
@@ -192,16 +192,8 @@ def build_parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         allow_abbrev=False,
         add_help=False,
-        argument_default=argparse.SUPPRESS,  # tells a flag that was given from one that was not
     )
-    group = parser.add_argument_group(str(ProtoConfig.__doc__))
-    for item in dataclasses.fields(ProtoConfig):
-        words: dict[str, Any] = {"help": f"{item.metadata['help']} (default: {item.default})"}
-        if isinstance(item.default, bool):
-            words["action"] = argparse.BooleanOptionalAction
-        else:
-            words.update(type=type(item.default), metavar="N")
-        group.add_argument(flag_of(item), dest=item.name, **words)
+    add_options(parser.add_argument_group(str(ProtoConfig.__doc__)), ProtoConfig())
     return parser
 
 

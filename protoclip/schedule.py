@@ -133,7 +133,7 @@ def episode_seed(seed: int, number: int, purpose: int) -> int:
 
 
 class Stopped(Exception):
-    """The run was asked to end, and has saved: not a failure. ``code`` is the command's exit code."""
+    """The run was asked to end, and has saved; ``code`` is the exit code."""
 
     def __init__(self, text: str, code: int) -> None:
         super().__init__(text)
@@ -160,8 +160,8 @@ def parse_interval(text: str) -> tuple[int, float]:
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGUSR1 and the first Ctrl-C set ``asked``, the signal's name, instead
-    of ending the process; the second Ctrl-C ends it at once."""
+    """While entered, SIGTERM, SIGUSR1 and the first Ctrl-C set ``asked``, the signal's name, and do
+    not end the process; a second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
         self.asked = ""

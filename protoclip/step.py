@@ -163,10 +163,10 @@ class GradientMean:
 
     def finish(self) -> None:
         """After the last backward pass of a step; a collective call."""
-        reached = [p for p in self._parameters if p.grad is not None]
+        reached: list[Any] = [p for p in self._parameters if p.grad is not None]
         if not is_distributed() or not reached:
             return
-        small: list[Any] = [p.grad for p in reached if p not in self._sent]
+        small = [p.grad for p in reached if p not in self._sent]
         together = torch.cat([grad.flatten() for grad in small])
         dist.all_reduce(together)
         for grad, mean in zip(small, together.split([g.numel() for g in small]), strict=True):
@@ -174,7 +174,8 @@ class GradientMean:
         for work in self._sent.values():
             work.wait()
         self._sent.clear()
-        torch._foreach_div_([p.grad for p in reached], world_size())
+        for parameter in reached:
+            parameter.grad.div_(world_size())
 
 
 @dataclass(frozen=True)

@@ -632,11 +632,11 @@ def draw_plots(trainer: Trainer, evaluation: Evaluation, after: Results | None) 
     for batch in stream:
         with trainer.stepper.autocast():
             parts.append((batch.index, *model(batch.image.to(device), batch.tokens.to(device))))
-    index, encoded, projected = zip(*parts, strict=True)
+    index, *features = zip(*parts, strict=True)
     shown = torch.cat(index)
     encoded, projected = (
         Encoded(torch.cat([one.image for one in rows]), torch.cat([one.text for one in rows]))
-        for rows in (encoded, projected)
+        for rows in features
     )
     judged = next(iter(evaluation.kept.values()), None)
     snapshot = report.take_snapshot(

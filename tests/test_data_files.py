@@ -165,8 +165,6 @@ class TestCheck:
             "1 of 6 samples are good, 5 are not",
         ):
             assert words in said
-        assert train_command(["--train-data", table, "--check-data"]) == 1
-        assert "5 are not" in capsys.readouterr().out
         with pytest.raises(DataError, match="line 3"):  # training itself stops at the first
             open_dataset(table)
 
@@ -182,10 +180,7 @@ class TestEncoding:
         table = tmp_path / "t.tsv"
         table.write_bytes("filepath\ttitle\n0.png\tein Mädchen läuft\n".encode(encoding))
         assert data_command(["--check", str(table), "--encoding", encoding]) == 0
-        assert (
-            train_command(["--train-data", str(table), "--encoding", encoding, "--check-data"]) == 0
-        )
-        assert capsys.readouterr().out.count("1 of 1 samples are good") == 2
+        assert "1 of 1 samples are good" in capsys.readouterr().out
         shards = str(tmp_path / "out")
         export = ["--export", str(table), "--encoding", encoding, "--out", shards]
         assert data_command(export) == 0

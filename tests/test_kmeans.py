@@ -1,6 +1,7 @@
 """k-means as a whole: restarts and starts, two processes, faiss as a backend and as a peer."""
 
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -141,28 +142,91 @@ def test_faiss_missing_or_asked_too_much(monkeypatch):
         protoclip.kmeans(points, 3, backend="faiss", init="k-means++")
 
 
+def test_a_weight_counts_as_so_many_copies():
+    points = mixture(n=600).double()
+    times = torch.arange(600) % 4  # some points count nothing
+    start = points[times > 0][:12]
+    weighted = protoclip.kmeans(points, 12, init=start, weights=times.float(), num_iters=5)
+    copied = protoclip.kmeans(points.repeat_interleave(times, 0), 12, init=start, num_iters=5)
+    torch.testing.assert_close(weighted.centroids, copied.centroids)
+    assert weighted.history == pytest.approx(copied.history)
+    assert torch.equal(weighted.labels.repeat_interleave(times), copied.labels)
+    ones = protoclip.kmeans(points, 12, init=start, weights=torch.ones(600), num_iters=5)
+    assert torch.equal(
+        ones.centroids, protoclip.kmeans(points, 12, init=start, num_iters=5).centroids
+    )
+
+
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+def test_starts_are_drawn_by_weight(init):
+    points = torch.cat([torch.zeros(500, 1) + torch.arange(500.0)[:, None], torch.rand(500, 1) - 9])
+    weights = torch.cat([torch.full((500,), 1e-9), torch.ones(500)])
+    drawn = [
+        protoclip.kmeans(points, 3, init=init, weights=weights, num_iters=0, seed=seed).centroids
+        for seed in range(20)
+    ]
+    assert sum(int((c < -7).sum()) for c in drawn) >= 58  # of 60; without weights about half or few
+    none = protoclip.kmeans(points, 3, init=init, weights=weights * (points[:, 0] < 0), seed=1)
+    assert (none.centroids < -7).all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        (torch.ones(29), r"expected weights \[N\] = \[30\], got \[29\]"),
+        (torch.tensor([-1.0, torch.nan] + [1.0] * 28), "at least 0, got 2 others"),
+        (torch.zeros(30), "a weight above 0"),
+    ],
+)
+def test_wrong_weights_are_refused(weights, words):
+    with pytest.raises(ValueError, match=words):
+        protoclip.kmeans(torch.randn(30, 4), 3, weights=weights)
+
+
+def test_clusters_predict_are_saved_and_say_what_they_are(tmp_path):
+    points = mixture(n=500)
+    seen = []
+    note = lambda i, inertia: seen.append(float(inertia))  # noqa: E731
+    clusters = protoclip.kmeans(points, 9, num_iters=4, progress=note)
+    assert tuple(seen) == clusters.history[:-1]
+    assert torch.equal(clusters.predict(points), clusters.labels)
+    assert (
+        repr(clusters).startswith("Clusters(K=9, D=16, N=500, sizes ") and len(repr(clusters)) < 99
+    )
+    clusters.save(tmp_path / "c.safetensors")
+    again = protoclip.Clusters.load(tmp_path / "c.safetensors")
+    assert torch.equal(again.centroids, clusters.centroids)
+    assert torch.equal(again.labels, clusters.labels) and again.history == clusters.history
+    (tmp_path / "other.safetensors").write_text("no")
+    with pytest.raises(ValueError, match="a file that Clusters.save wrote"):
+        protoclip.Clusters.load(tmp_path / "other.safetensors")
+
+
 INITS = "random", "k-means++"
 
 
 def of_rank():
     """Clusters of this rank's slice of the points, as arrays."""
     dist.init_process_group("gloo")
-    points = mixture(n=400)
-    mine = points[:130] if dist.get_rank() == 0 else points[130:]  # unequal slices
+    points, weights = mixture(n=400), torch.rand(400)
+    mine = slice(0, 130) if dist.get_rank() == 0 else slice(130, 400)  # unequal slices
     found = []
-    for init in INITS:
-        c = protoclip.kmeans(mine, 20, num_iters=6, init=init, group=dist.group.WORLD)
+    for init, weight in product(INITS, (None, weights[mine])):
+        options = {"init": init, "weights": weight, "group": dist.group.WORLD}
+        c = protoclip.kmeans(points[mine], 20, num_iters=6, **options)
         found.append((c.centroids.numpy(), c.labels.numpy(), c.counts.numpy(), c.history))
     dist.destroy_process_group()
     return found
 
 
 def test_two_processes_equal_one():
-    for init, *ranks in zip(INITS, *on_ranks(2, of_rank), strict=True):
-        alone = protoclip.kmeans(mixture(n=400), 20, num_iters=6, init=init)
-        for centroids, _, counts, history in ranks:
+    ranks = on_ranks(2, of_rank)
+    points, weights = mixture(n=400), torch.rand(400)
+    for (init, weight), *of_ranks in zip(product(INITS, (None, weights)), *ranks, strict=True):
+        alone = protoclip.kmeans(points, 20, num_iters=6, init=init, weights=weight)
+        for centroids, _, counts, history in of_ranks:
             torch.testing.assert_close(torch.from_numpy(centroids), alone.centroids)
             assert counts.tolist() == alone.counts.tolist()
             assert history == pytest.approx(alone.history, rel=1e-6)
-        assert [*ranks[0][1], *ranks[1][1]] == alone.labels.tolist()
-        assert (ranks[0][0] == ranks[1][0]).all()
+        assert [*of_ranks[0][1], *of_ranks[1][1]] == alone.labels.tolist()
+        assert (of_ranks[0][0] == of_ranks[1][0]).all()

@@ -1,11 +1,8 @@
 """A run that was stopped goes on as if nothing had happened: the same losses, bit for bit."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,6 @@ import torch
 from ranks import TINY, ended, said, start_command, tiny_run
 
 from protoclip import checkpoint
-from protoclip.schedule import Stopped, StopSignals
 from protoclip.train import main
 
 HERE = Path(__file__).parent
@@ -102,43 +98,6 @@ def test_dropout_and_another_number_of_passes_get_a_note(tmp_path, capsys):
     assert "another number of ranks or passes" in capsys.readouterr().err
 
 
-def test_signals_are_heard_and_handed_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignals() as signals:
-        signals.immediate = False
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.asked == "SIGTERM"
-        signals.immediate = True  # nothing to save here: end where the program stands
-        with pytest.raises(Stopped):
-            os.kill(os.getpid(), signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_signal_stops_at_once_where_nothing_is_to_be_saved(tmp_path, flags, capsys):
-    """While data are opened; within the decoding of a picture, where any error means a bad one."""
-    from protoclip import train as command
-    from protoclip.data import images
-
-    shards = flags[flags.index("--train-data") + 1]
-    flags = [*flags, "--logs", str(tmp_path), "--max-steps", "3", "--name", "run"]
-    flags += ["--val-data", shards]
-    for module, name in ((command, "open_training_data"), (images, "to_rgb")):
-        original = getattr(module, name)
-
-        def then_signal(*args, original=original):
-            os.kill(os.getpid(), signal.SIGUSR1)
-            return original(*args)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, name, then_signal)
-            assert main(flags) == 0
-        assert "stopped by SIGUSR1" in capsys.readouterr().err
-        assert (tmp_path / "run").exists() == (module is images)
-    assert not losses(tmp_path / "run")
-    assert main([*flags, "--resume", "auto"]) == 0
-    assert len(losses(tmp_path / "run")) == 3
-
-
 def test_a_longer_run_at_another_rate_goes_on_with_a_note(tmp_path, flags):
     flags = [*flags, "--logs", str(tmp_path)]
     assert main([*flags, "--max-steps", "3", "--name", "short"]) == 0
@@ -155,22 +114,18 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(tmp_path, flags, caplog)
     data = bytearray(latest.read_bytes())
     data[len(data) // 2] ^= 1  # one bit
     latest.write_bytes(data)
-    (tmp_path / "run" / "results.json").unlink(missing_ok=True)
     assert main([*flags, "--resume", str(tmp_path / "run")]) == 0
     assert "checksum is wrong" in caplog.text and "the one before" in caplog.text
     assert "after step 6" in (tmp_path / "run" / "out.log").read_text()
     assert losses(tmp_path / "run") == whole
 
 
-def test_auto_takes_the_newest_unfinished_run_of_these_settings(tmp_path, flags):
-    flags = [*flags, "--logs", str(tmp_path), "--max-steps", "4"]
-    for name, extra in (("old", []), ("other", ["--lr", "0.5"]), ("new", [])):
-        assert main([*flags, "--name", name, *extra]) == 0
-        (tmp_path / name / "results.json").unlink(missing_ok=True)
-        (tmp_path / name / "done").unlink(missing_ok=True)
-        time.sleep(0.02)
-    runs = {path.name for path in tmp_path.iterdir()}
-    assert main([*flags, "--resume", "auto"]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == runs
-    assert "resumed" in (tmp_path / "new" / "out.log").read_text()
-    assert "resumed" not in (tmp_path / "old" / "out.log").read_text()
+def test_auto_starts_a_named_run_and_goes_on_with_it(tmp_path, flags, capsys):
+    flags = [*flags, "--logs", str(tmp_path), "--resume", "auto"]
+    assert main(flags) == 2
+    assert "--resume auto: expected --name" in capsys.readouterr().err and not any(
+        tmp_path.iterdir()
+    )
+    for steps in (2, 4):
+        assert main([*flags, "--name", "run", "--max-steps", str(steps)]) == 0
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4]

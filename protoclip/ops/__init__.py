@@ -2,7 +2,14 @@
 
 from protoclip.ops.backends import backends
 from protoclip.ops.clusters import kmeans_assign, segment_mean
-from protoclip.ops.contrastive import info_nce, sigmoid_loss
+from protoclip.ops.contrastive import (
+    contrastive,
+    contrastive_parts,
+    info_nce,
+    nt_xent,
+    sigmoid_loss,
+    sup_con,
+)
 from protoclip.ops.prototypes import (
     Bank,
     PrototypeLosses,
@@ -15,11 +22,15 @@ __all__ = [
     "Bank",
     "PrototypeLosses",
     "backends",
+    "contrastive",
+    "contrastive_parts",
     "info_nce",
     "kmeans_assign",
+    "nt_xent",
     "prototype_cross_entropy",
     "prototype_losses",
     "segment_mean",
     "sigmoid_loss",
     "soft_targets",
+    "sup_con",
 ]

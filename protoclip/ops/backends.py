@@ -38,10 +38,6 @@ class Backend:
     why_not: Callable[[], str | None]  # None: usable on this machine
 
 
-def _always() -> str | None:
-    return None
-
-
 @cache
 def _no_triton() -> str | None:
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -75,37 +71,21 @@ def _triton(module: str) -> Backend:
     return Backend(_from(f"protoclip.kernels.{module}"), devices, FLOATS, _no_triton)
 
 
-REFERENCE = Backend(_from("protoclip.ops.reference"), None, ANY_FLOAT, _always)
-CPU = Backend(partial(native.op, "cpu"), ("cpu",), FLOATS, native.why_not)
-CUDA = Backend(partial(native.op, "cuda"), ("cuda",), FLOATS, native.why_not_cuda)
-
+REFERENCE = Backend(_from("protoclip.ops.reference"), None, ANY_FLOAT, lambda: None)
+CPU = Backend(partial(native.op, "cpu"), ("cpu",), FLOATS, partial(native.why_not, "cpu"))
+CUDA = Backend(partial(native.op, "cuda"), ("cuda",), FLOATS, partial(native.why_not, "cuda"))
+ANYWHERE = {"cpu": CPU, "reference": REFERENCE}
+CLUSTERS = ANYWHERE | {"cuda": CUDA, "triton": _triton("clusters")}
 TABLE: dict[str, dict[str, Backend]] = {
-    "info_nce": {"cpu": CPU, "triton": _triton("info_nce"), "reference": REFERENCE},
-    "siglip": {"cpu": CPU, "triton": _triton("siglip"), "reference": REFERENCE},
-    "prototype_cross_entropy": {
-        "cpu": CPU,
-        "triton": _triton("prototype_cross_entropy"),
-        "reference": REFERENCE,
-    },
-    "soft_targets": {"cpu": CPU, "triton": _triton("soft_targets"), "reference": REFERENCE},
-    "kmeans_assign": {
-        "cpu": CPU,
-        "cuda": CUDA,
-        "triton": _triton("clusters"),
-        "reference": REFERENCE,
-    },
-    "segment_mean": {
-        "cpu": CPU,
-        "cuda": CUDA,
-        "triton": _triton("clusters"),
-        "reference": REFERENCE,
-    },
+    "info_nce": ANYWHERE | {"triton": _triton("info_nce")},
+    "contrastive": {"reference": REFERENCE},
+    "siglip": ANYWHERE | {"triton": _triton("siglip")},
+    "prototype_cross_entropy": ANYWHERE | {"triton": _triton("prototype_cross_entropy")},
+    "soft_targets": ANYWHERE | {"triton": _triton("soft_targets")},
+    "kmeans_assign": CLUSTERS,
+    "segment_mean": CLUSTERS,
 }
-
-AUTO_ORDER: dict[str, tuple[str, ...]] = {
-    "cuda": ("cuda", "triton", "reference"),
-    "cpu": ("cpu", "reference"),
-}
+AUTO_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}  # then the reference
 
 
 def backends(op: str) -> dict[str, str | None]:
@@ -119,16 +99,16 @@ def backends(op: str) -> dict[str, str | None]:
     Raises:
         ValueError: no such op.
     """
-    return {name: row.why_not() for name, row in _rows(op).items()}
-
-
-def _rows(op: str) -> dict[str, Backend]:
     if op not in TABLE:
         raise ValueError(f"backends: expected one of {sorted(TABLE)}, got {op!r}")
-    return TABLE[op]
+    return {name: row.why_not() for name, row in TABLE[op].items()}
 
 
-def _refusal(row: Backend, device_type: str, dtype: torch.dtype) -> str | None:
+def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run an op on such tensors, in words; None where it can."""
+    row = TABLE[op].get(backend)
+    if row is None:
+        return f"{op} has {', '.join(sorted(TABLE[op]))}"
     if row.device_types is not None and device_type not in row.device_types:
         return f"it runs on {' or '.join(row.device_types)}, the tensors are on {device_type}"
     if dtype not in row.dtypes:
@@ -137,40 +117,26 @@ def _refusal(row: Backend, device_type: str, dtype: torch.dtype) -> str | None:
     return row.why_not()
 
 
-def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot run an op on such tensors, in words; None where it can."""
-    rows = _rows(op)
-    if backend not in rows:
-        return f"{op} has {', '.join(sorted(rows))}"
-    return _refusal(rows[backend], device_type, dtype)
-
-
 def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     """Name the backend that will run ``op``; a constant to torch.compile.
 
     Raises:
         ValueError: no such backend, or the named one cannot run here (the message says why).
     """
-    rows = _rows(op)
     if backend == "auto":
-        backend = os.environ.get("PROTOCLIP_BACKEND", "auto") or "auto"
+        backend = os.environ.get("PROTOCLIP_BACKEND") or "auto"
     if backend != "auto":
-        if backend not in rows:
-            raise ValueError(
-                f"{op}: expected backend 'auto' or one of {sorted(rows)}, got {backend!r}"
-            )
-        reason = _refusal(rows[backend], device_type, dtype)
-        if reason is not None:
+        if reason := why_not(op, backend, device_type, dtype):
             raise ValueError(
                 f"{op}: backend {backend!r} cannot run: {reason}. Use backend='auto' to let "
                 f"protoclip choose; protoclip.backends({op!r}) lists what works here"
             )
         return backend
-    for name in AUTO_ORDER.get(device_type, ("reference",)):
-        if name in rows and _refusal(rows[name], device_type, dtype) is None:
-            if name == "reference" and device_type == "cuda" and dtype in FLOATS:
-                _warn_slow(op)
+    for name in AUTO_ORDER.get(device_type, ()):
+        if name in TABLE[op] and why_not(op, name, device_type, dtype) is None:
             return name
+    if device_type == "cuda" and dtype in FLOATS:
+        _warn_slow(op)
     return "reference"
 
 
@@ -243,7 +209,6 @@ def define_gradient(
     name of the public ``op``: without a rule torch would take the tangent for zero. So is any
     gradient where ``backward`` is None: a second derivative. vmap runs the op sample by sample.
     """
-    formula = backward or _refuse_second(op)
     overload = getattr(torch.ops.protoclip, name).default
     defaults = [a.default_value for a in overload._schema.arguments]
 
@@ -263,8 +228,13 @@ def define_gradient(
 
         @staticmethod
         def backward(ctx, *grads):
+            if backward is None:
+                raise RuntimeError(
+                    f"{op}: its fused backends have no second derivative; use backend='reference' "
+                    "for it"
+                )
             ctx.wanted = pytree.tree_unflatten(ctx.needs_input_grad[2:], ctx.spec)
-            return None, None, *pytree.tree_leaves(formula(ctx, *grads))[: ctx.spec.num_leaves]
+            return None, None, *pytree.tree_leaves(backward(ctx, *grads))[: ctx.spec.num_leaves]
 
     def kernel(keyset, *args):
         if forward_ad._current_level >= 0 and any(map(_tangent, pytree.tree_leaves(args))):
@@ -300,12 +270,3 @@ def define_gradient(
 
 def _tangent(x: Any) -> bool:
     return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
-
-
-def _refuse_second(op: str) -> Callable:
-    def refuse(ctx, *_):
-        raise RuntimeError(
-            f"{op}: its fused backends have no second derivative; use backend='reference' for it"
-        )
-
-    return refuse

@@ -76,39 +76,29 @@ def scalar(op: str, name: str, x: Any, device: torch.device) -> Tensor:
                 f"{type(x).__name__}; pass float({name})"
             )
         return torch.full((), float(getattr(x, "item", lambda: x)()), device=device)
-    if x.shape not in ((), (1,)):
+    if x.shape not in ((), (1,)) or x.device != device:
         raise ValueError(
-            f"{op}: expected {name} of shape [] or [1], got {tuple(x.shape)}; pass one number"
+            f"{op}: expected {name} of shape [] or [1] on {device}, got {tuple(x.shape)} on "
+            f"{x.device}"
         )
-    if x.dtype not in ANY_FLOAT:
-        if x.is_complex() or x.dtype == torch.bool:
-            raise TypeError(
-                f"{op}: expected {name} as a float tensor, got {x.dtype}; cast it with .float()"
-            )
-        x = x.float()
-    if x.device != device:
-        raise ValueError(
-            f"{op}: expected {name} on {device} like the features, got {x.device}; "
-            f"move it with .to()"
+    if x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(
+            f"{op}: expected {name} as a float tensor, got {x.dtype}; cast it with .float()"
         )
-    return x
+    return x if x.dtype in ANY_FLOAT else x.float()
 
 
 def labels(op: str, x: Tensor, rows_name: str, rows: Tensor) -> None:
     """int64 [N] beside the [N, D] rows."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: expected labels [N] as a Tensor, got {type(x).__name__}")
-    if x.dtype != torch.int64:
-        raise TypeError(f"{op}: expected labels as int64, got {x.dtype}; use labels.long()")
-    if x.shape != rows.shape[:1]:
-        raise ValueError(
-            f"{op}: expected labels of shape [N] for {rows_name} {tuple(rows.shape)}, got "
-            f"{tuple(x.shape)}"
+    if not isinstance(x, Tensor) or x.dtype != torch.int64:
+        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(
+            f"{op}: expected labels as a Tensor of int64, got {found}; use labels.long()"
         )
-    if x.device != rows.device:
+    if x.shape != rows.shape[:1] or x.device != rows.device:
         raise ValueError(
-            f"{op}: expected labels on {rows.device} like {rows_name}, got {x.device}; "
-            f"move them with .to()"
+            f"{op}: expected labels of shape [N] on {rows.device} for {rows_name} "
+            f"{tuple(rows.shape)}, got {tuple(x.shape)} on {x.device}"
         )
 
 

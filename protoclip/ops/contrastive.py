@@ -5,17 +5,22 @@ column i + offset. Statistics are in base-2 logits (s2 = scale * log2(e) * x.y),
 value ``max`` and ``sum`` of 2^(s2 - max), so that a loss near zero does not cancel. The backward of
 any loss built on the strip is G = row_weight * P_row + column_weight * P_column - (weights at the
 positives), dx = scale * G y, dy = scale * G^T x, dscale = sum G * (x.y).
+
+A matched strip is one whose positives and negatives are not those of the diagonal (``Pairs``). Its
+statistics, [4, N] and [4, M], are max and sum over the keys seen, then sum and count of the
+positives' logits. It gives ``gap`` = LSE - mean positive, and ``mean``; with weights w_l of the LSE
+and w_m of the mean, G = w_l P [seen] + w_m [positive] / count and dbias_j = sum_i G_ij.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from protoclip.ops import checks, reference
+from protoclip.ops import checks, pairs, reference
 from protoclip.ops.backends import (
     accumulator,
     define,
@@ -28,6 +33,7 @@ from protoclip.ops.backends import (
 )
 
 LN2 = math.log(2.0)
+SameId = Literal["exclude", "positive"]
 FUSED_LOSS = ("triton",)  # backends whose kernels also take the loss, and weigh its gradient
 
 
@@ -84,11 +90,8 @@ def _contrastive(
 
     The loss of a row; with columns, which takes as many as rows, half the sum of both directions.
     [N], or [] for "mean" and "sum"."""
-    size = _stash_size(x, y, backend, stash)
-    kept = x.new_empty(0, dtype=torch.int16)
-    if size:
-        kept = implementation("info_nce", backend, "pooled")(size)
-    options = {"kept": kept} if size else {}
+    kept = _kept(x, y, backend, stash)
+    options = {"kept": kept} if len(kept) else {}
     weight, summed = _direction_weight(reduction, x.shape[0], columns), reduction != "none"
     if backend in FUSED_LOSS:
         fused = implementation("info_nce", backend, "contrastive")
@@ -145,6 +148,98 @@ def _autograd(ctx, grad, *_):
     return dx, dy, dscale, None, None, None, None, None
 
 
+def _kept(x: Tensor, y: Tensor, backend: str, stash: bool) -> Tensor:
+    """Room for the logits that the forward pass may leave to the backward pass."""
+    size = _stash_size(x, y, backend, stash)
+    if not size:
+        return x.new_empty(0, dtype=torch.int16)
+    return implementation("info_nce", backend, "pooled")(size)
+
+
+def _matched_fwd(x: Tensor, y: Tensor, scale: Tensor, *rest):
+    """-> statistics of rows [4, N] and columns [4, M] ([4, 0] without), fp32, base-2 logits."""
+    *arguments, backend = rest
+    return implementation("contrastive", backend, "matched_fwd")(x, y, scale, *arguments)
+
+
+def _matched(x: Tensor, y: Tensor, scale: Tensor, *rest):
+    """-> gap and mean of the rows, gap and mean of the columns ([0] without), then what is kept for
+    backward: the statistics of both and the stash."""
+    *arguments, backend, stash = rest
+    kept = _kept(x, y, backend, stash)
+    options = {"kept": kept} if len(kept) else {}
+    run = implementation("contrastive", backend, "matched_fwd")
+    rows, columns = run(x, y, scale, *arguments, **options)
+    return *gap_and_mean(rows), *gap_and_mean(columns), rows, columns, kept
+
+
+def gap_and_mean(statistics: Tensor) -> tuple[Tensor, Tensor]:
+    """[4, N] of base-2 logits -> LSE - mean positive and mean positive, [N] each, in nats."""
+    top, total, positives, count = statistics
+    mean = positives / count.clamp_min(1)
+    return LN2 * (total.log2() + (top - mean)), LN2 * mean
+
+
+def _matched_bwd(x: Tensor, y: Tensor, scale: Tensor, *rest):
+    """-> dx, dy in the inputs' dtypes, dscale [] and dbias [M] in fp32."""
+    *arguments, backend, stash = rest
+    options = {} if stash is None or not len(stash) else {"kept": stash}
+    run = implementation("contrastive", backend, "matched_bwd")
+    return run(x, y, scale, *arguments, **options)
+
+
+def _fake_matched_fwd(x, y, scale, *rest):
+    *_, columns, _ = rest
+    sizes = len(x), len(y) if columns else 0
+    return tuple(x.new_empty((4, size), dtype=accumulator(x)) for size in sizes)
+
+
+def _fake_matched(x, y, scale, *rest):
+    *_, columns, backend, stash = rest
+    n, m = len(x), len(y) if columns else 0
+    found = [x.new_empty(s, dtype=accumulator(x)) for s in (n, n, m, m, (4, n), (4, m))]
+    return *found, x.new_empty(_stash_size(x, y, backend, stash), dtype=torch.int16)
+
+
+def _fake_matched_bwd(x, y, scale, *_):
+    dx, dy = (t.new_empty(t.shape) for t in (x, y))
+    return dx, dy, *(x.new_empty(s, dtype=accumulator(x)) for s in ((), len(y)))
+
+
+def _matched_setup(ctx, inputs, output) -> None:
+    *tensors, ctx.same_positive, _, ctx.backend, _ = inputs
+    ctx.save_for_backward(*tensors, *output[4:])
+    ctx.set_materialize_grads(False)
+
+
+def _matched_autograd(ctx, *grads):
+    x, y, scale, *relation, rows, columns, stash = ctx.saved_tensors
+    weights = [
+        side_weights(gap, mean, statistics)
+        for gap, mean, statistics in ((*grads[:2], rows), (*grads[2:4], columns))
+    ]
+    if all(grad is None for grad in grads[:4]):
+        return (None,) * 12
+    dx, dy, dscale, dbias = torch.ops.protoclip.matched_bwd(
+        x, y, scale, *relation, ctx.same_positive, rows, columns, *weights, ctx.backend, stash
+    )
+    bias = relation[3]
+    dbias = None if bias is None else dbias.to(bias.dtype)
+    dscale = dscale.to(scale.dtype).reshape(scale.shape)
+    return dx, dy, dscale, None, None, None, None, dbias, None, None, None, None
+
+
+def side_weights(gap: Tensor | None, mean: Tensor | None, statistics: Tensor) -> Tensor:
+    """Upstream gradients of gap and mean -> those of the LSE and of the mean positive, [2, N]."""
+    zero = statistics.new_zeros(statistics.shape[1])
+    gap, mean = (zero if grad is None else grad for grad in (gap, mean))
+    return torch.stack([gap, mean - gap])
+
+
+_RELATION = (
+    "Tensor own, Tensor? exclude, Tensor? query_ids, Tensor? key_ids, Tensor? key_bias,"
+    " bool same_positive"
+)
 define(
     "contrastive_fwd(Tensor x, Tensor y, Tensor scale, int offset, bool columns, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -166,6 +261,27 @@ define(
 )
 define_gradient("contrastive", "info_nce", _autograd, _setup)
 define_gradient("contrastive_bwd", "info_nce")
+define(
+    f"matched_fwd(Tensor x, Tensor y, Tensor scale, {_RELATION}, bool columns, str backend)"
+    " -> (Tensor, Tensor)",
+    _matched_fwd,
+    _fake_matched_fwd,
+)
+define(
+    f"matched_bwd(Tensor x, Tensor y, Tensor scale, {_RELATION}, Tensor rows, Tensor columns,"
+    " Tensor row_weights, Tensor column_weights, str backend, Tensor? stash)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _matched_bwd,
+    _fake_matched_bwd,
+)
+define(
+    f"matched(Tensor x, Tensor y, Tensor scale, {_RELATION}, bool columns, str backend,"
+    " bool stash) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _matched,
+    _fake_matched,
+)
+define_gradient("matched", "contrastive", _matched_autograd, _matched_setup)
+define_gradient("matched_bwd", "contrastive")
 
 
 def info_nce(
@@ -173,6 +289,8 @@ def info_nce(
     text_features: Tensor,
     logit_scale: Tensor | float,
     *,
+    ids: Tensor | None = None,
+    same_id: SameId = "exclude",
     reduction: str = "mean",
     backend: str = "auto",
     stash: bool | None = None,
@@ -188,8 +306,13 @@ def info_nce(
         text_features: [N, D] on the same device; row i belongs to image i. Where the dtypes differ
             both are promoted.
         logit_scale: [] or [1], the multiplier on the dot products (not its logarithm).
+        ids: int64 [N] or [N, R], R <= 2: pairs with an equal id in any column are the same thing,
+            such as images with one caption. Give those without an id unique ones. None: all differ.
+        same_id: "exclude": pairs of the same id are no negatives of one another; "positive": each
+            is a positive of the other, and the loss is against the mean of their logits.
         reduction: "mean", "sum", or "none" for one value a pair.
-        backend: "auto", or one of ``protoclip.backends("info_nce")``, which never falls back.
+        backend: "auto", or one of ``protoclip.backends("info_nce")``, with ids of
+            ``protoclip.backends("contrastive")``; a named one never falls back.
         stash: whether the forward pass may keep logits, so that the backward pass need not form
             them again: 3 matrix products in all, not 4. Only "cpu" does, in fp32 and at most 64 MiB
             (N = 4,096; beyond, nothing is kept), where gradients keep their bits. None or True:
@@ -207,14 +330,234 @@ def info_nce(
     op = "info_nce"
     x, y, scale = checks.pairs(op, image_features, text_features, logit_scale)
     checks.reduction(op, reduction)
-    name = resolve(op, backend, x.device.type, x.dtype)
     inputs = x, y, scale
+    if ids is not None:
+        relation = pairs.same_pairs(op, ids, same_id, x, len(x))
+        row, _, _, column, *_ = _match(op, inputs, relation, True, backend, stash)
+        return reduce((row + column) / 2, reduction, len(x))
+    name = resolve(op, backend, x.device.type, x.dtype)
     if name == "reference":
         with without_autocast(x.device.type):
             losses = reference.info_nce(*inputs)
         return reduce(losses, reduction, len(losses))
     keep = stash is not False and wants_gradient(*inputs)
     return torch.ops.protoclip.contrastive(*inputs, 0, True, reduction, name, keep)[0]
+
+
+def _match(op, inputs, relation: pairs.Pairs, columns: bool, backend: str, stash: bool | None):
+    """-> gap, mean positive and count of positives of the rows, then those of the columns."""
+    x, y, scale = inputs
+    name = resolve("contrastive", backend, x.device.type, x.dtype)
+    if name == "reference":
+        pairs.refuse_wrong(op, relation, len(y))
+        with without_autocast(x.device.type):
+            return reference.matched(*inputs, *relation.arguments, columns=columns)
+    bias = [relation.key_bias] if relation.key_bias is not None else []
+    keep = stash is not False and wants_gradient(*inputs, *bias)
+    gap, mean, column_gap, column_mean, rows, by_column, _ = torch.ops.protoclip.matched(
+        *inputs, *relation.arguments, columns, name, keep
+    )
+    if relation.wrong is not None:
+        gap = gap.masked_fill(relation.wrong, torch.nan)
+    return gap, mean, rows[3], column_gap, column_mean, by_column[3]
+
+
+def contrastive(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    positives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    same_id: SameId = "exclude",
+    exclude: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+    stash: bool | None = None,
+) -> Tensor:
+    """Cross-entropy of queries against keys, without the [N, M] logits in memory.
+
+    The logits are l_ij = logit_scale q_i.k_j + key_bias_j. A query's loss is the log-sum-exp over
+    the keys that it sees minus the mean logit of its positives. It sees every key but those of its
+    own id (unless they are positives) and the one that it excludes. Sums are fp32, and O(N + M)
+    values are saved.
+
+    Args:
+        queries: [N, D], usually unit rows; float32, bfloat16, float16 (float64: reference).
+        keys: [M, D] on the same device; where the dtypes differ both are promoted. More keys than
+            queries, such as hard negatives or a queue, are negatives.
+        logit_scale: [] or [1], the multiplier on the dot products (not its logarithm).
+        positives: int64 [N], the position of each query's own key; -100: the query is left out.
+            None: query i's is key i, but none with ids and same_id="positive".
+        query_ids, key_ids: int64 [N] or [N, R] and [M] or [M, R], R <= 2: equal in any column is
+            the same thing. query_ids=None: those of the own keys. Unknown ids: give unique ones.
+        same_id: "exclude": keys of the same id are no negatives; "positive": they are positives.
+        exclude: int64 [N], one key that a query never sees, such as itself; negative: none.
+        key_bias: float32 [M], added to the logits of each key, with a gradient. -inf: the key is
+            absent.
+        weights: float32 [N] >= 0, of the queries, without a gradient.
+        reduction: "mean", sum of weighted losses over the sum of the weights of the queries that
+            have a positive, 0 if none has; "sum"; or "none": weighted losses, 0 where left out.
+        backend: "auto", or one of ``protoclip.backends("contrastive")``, which never falls back.
+        stash: as in ``info_nce``.
+    Returns:
+        float32 (float64 for float64 input), nats: [] or, for "none", [N]. A position out of range
+        gives NaN; the reference raises.
+    Raises:
+        ValueError: shapes or devices disagree, ids or positives are missing, or the named backend
+            cannot run.
+        TypeError: features are not floating point, ids or positions not int64.
+        NotImplementedError: forward-mode differentiation of a fused backend.
+    """
+    op = "contrastive"
+    checks.reduction(op, reduction)
+    x, y, scale = _checked(op, queries, keys, logit_scale)
+    given = positives, query_ids, key_ids, exclude, key_bias
+    if weights is not None:
+        _check_weights(op, weights, x)
+    if all(argument is None for argument in given) and len(x) <= len(y):
+        name = resolve("info_nce", backend, x.device.type, x.dtype)
+        if name != "reference":
+            inner = "none" if weights is not None else reduction
+            keep = stash is not False and wants_gradient(x, y, scale)
+            loss = torch.ops.protoclip.contrastive(x, y, scale, 0, False, inner, name, keep)[0]
+            return loss if weights is None else _weighted(loss, None, weights, reduction)
+    relation = pairs.pairs_of(op, x, y, positives, (query_ids, key_ids), same_id, exclude, key_bias)
+    gap, _, count, *_ = _match(op, (x, y, scale), relation, False, backend, stash)
+    counted = count > 0
+    if relation.left_out is not None:
+        counted = counted & ~relation.left_out
+    if relation.wrong is not None:
+        counted = counted | relation.wrong
+    return _weighted(gap.where(counted, 0), counted, weights, reduction)
+
+
+def _weighted(loss: Tensor, counted: Tensor | None, weights: Tensor | None, reduction: str):
+    size = torch.ones_like(loss) if counted is None else counted.to(loss.dtype)
+    if weights is not None:
+        loss, size = loss * weights.to(loss.dtype), size * weights.to(loss.dtype)
+    if reduction != "mean":
+        return reduce(loss, reduction, 0)
+    total = size.sum()
+    return loss.sum() / total.where(total > 0, 1)
+
+
+def contrastive_parts(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    positives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    same_id: SameId = "exclude",
+    exclude: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    backend: str = "auto",
+    stash: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two parts of ``contrastive``, to compose a loss of your own.
+
+    Several sets of keys, such as the batch and negatives of each query, are one by ``logaddexp`` of
+    their log-sum-exps.
+
+    Args:
+        queries, keys, logit_scale, positives, query_ids, key_ids, same_id, exclude, key_bias,
+        backend, stash: as in ``contrastive``.
+    Returns:
+        Log-sum-exp over the keys that each query sees (-inf: none), also where positives is -100,
+        and mean logit of its positives (0: none); float32 [N] (float64 for float64 input). Both
+        have gradients.
+    Raises:
+        ValueError, TypeError, NotImplementedError: as in ``contrastive``.
+    """
+    op = "contrastive_parts"
+    inputs = _checked(op, queries, keys, logit_scale)
+    relation = pairs.pairs_of(
+        op, *inputs[:2], positives, (query_ids, key_ids), same_id, exclude, key_bias
+    )
+    gap, mean, *_ = _match(op, inputs, relation, False, backend, stash)
+    return gap + mean, mean
+
+
+def nt_xent(
+    views_a: Tensor,
+    views_b: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """SimCLR's loss: each view against the other 2N - 1, the other view of its sample is positive.
+
+    Args:
+        views_a, views_b: [N, D], unit rows; row i of each is a view of sample i.
+        logit_scale, reduction, backend: as in ``contrastive``; "none" gives [2N], a's first.
+    Returns:
+        float32 [], nats a view.
+    Source:
+        Chen et al. 2020 (SimCLR), equation 1.
+    """
+    x, y, scale = checks.pairs("nt_xent", views_a, views_b, logit_scale)
+    both, own = torch.cat([x, y]), torch.arange(2 * len(x), device=x.device)
+    options: dict[str, Any] = {"positives": own.roll(len(x)), "exclude": own}
+    return contrastive(both, both, scale, **options, reduction=reduction, backend=backend)
+
+
+def sup_con(
+    features: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """The supervised contrastive loss: all other rows with a row's label are its positives.
+
+    Args:
+        features: [N, D], unit rows, several views of a sample one below the other.
+        labels: int64 [N]; a row whose label no other has is left out.
+        logit_scale, reduction, backend: as in ``contrastive``.
+    Returns:
+        float32 [], nats a row.
+    Source:
+        Khosla et al. 2020 (SupCon), equation 2, without the factor temperature / base temperature.
+    """
+    checks.matrix("sup_con", "features", features, "[N, D]")
+    itself = torch.arange(len(features), device=features.device)
+    options: dict[str, Any] = {"key_ids": labels, "query_ids": labels, "exclude": itself}
+    return contrastive(
+        features, features, logit_scale, same_id="positive", **options,
+        reduction=reduction, backend=backend,
+    )  # fmt: skip
+
+
+def _checked(
+    op: str, queries: Tensor, keys: Tensor, logit_scale: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.matrix(op, "queries", queries, "[N, D]")
+    checks.matrix(op, "keys", keys, "[M, D]")
+    checks.like(op, "keys", keys, "queries", queries)
+    x, y = checks.promoted(queries, keys)
+    return x, y, checks.scalar(op, "logit_scale", logit_scale, x.device)
+
+
+def _check_weights(op: str, weights: Any, queries: Tensor) -> None:
+    if not isinstance(weights, Tensor) or not weights.dtype.is_floating_point:
+        kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"{op}: expected weights as a float Tensor, got {kind}")
+    if weights.shape != queries.shape[:1] or weights.device != queries.device:
+        raise ValueError(
+            f"{op}: expected weights of shape [{len(queries)}] on {queries.device}, got "
+            f"{list(weights.shape)} on {weights.device}"
+        )
+    if weights.requires_grad:
+        raise ValueError(
+            f"{op}: expected weights without a gradient, got some that require one; detach them"
+        )
 
 
 # The sigmoid loss. Its gradient needs no statistics of whole rows, so the fused backends form it in

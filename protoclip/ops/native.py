@@ -22,19 +22,17 @@ import platform
 import shutil
 import stat
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-LOCK = "build.lock"
-_BUILD_LOCK = threading.RLock()
-_REASONS: dict[str, str | None] = {}  # half -> None: it is loaded, else why it is not
+LOCK, STAMP = "build.lock", "built.json"
 
 
 @dataclass(frozen=True)
@@ -77,32 +75,25 @@ def op(half: str, name: str) -> Callable:
     Raises:
         RuntimeError: the library cannot be had here; the message says why.
     """
-    if reason := why_not(half):
-        raise RuntimeError(f"protoclip's {half} library is not available: {reason}")
+    _load(half)
     suffix = "_cuda" if half == "cuda" else ""
     return getattr(torch.ops.protoclip_native, f"{name}{suffix}").default
 
 
-def why_not(half: str = "cpu") -> str | None:
+def _load(half: str) -> None:
+    if reason := why_not(half):
+        raise RuntimeError(f"protoclip's {half} library is not available: {reason}")
+
+
+@cache
+def why_not(half: str) -> str | None:
     """None where the native library works here (building it if need be), else the reason."""
-    with _BUILD_LOCK:
-        if half not in _REASONS:
-            _REASONS[half] = _obstacle(half) or _failure(half)
-        return _REASONS[half]
-
-
-def why_not_cuda() -> str | None:
-    return why_not("cuda")
+    return _obstacle(half) or _failure(half)
 
 
 def cpu_features() -> list[str]:
-    """The processor's units that the CPU library was compiled for, such as "avx512_bf16".
-
-    Raises:
-        RuntimeError: the library cannot be had here; the message says why.
-    """
-    if reason := why_not("cpu"):
-        raise RuntimeError(f"protoclip's cpu library is not available: {reason}")
+    """The processor's units that the CPU library was compiled for, such as "avx512_bf16"."""
+    _load("cpu")
     path = build(_plan("cpu"))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
@@ -132,30 +123,23 @@ def _obstacle(half: str) -> str | None:
     if half == "cuda":
         from torch.utils.cpp_extension import CUDA_HOME
 
-        if torch.version.cuda is None:
-            return "this torch was built without CUDA"
         if not torch.cuda.is_available():
-            return "no CUDA device"
+            return "no CUDA device, or this torch was built without CUDA"
         if CUDA_HOME is None:
             return "nvcc was not found; install the CUDA toolkit or set CUDA_HOME"
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None and shutil.which("g++") is None:
         reason = f"no C++ compiler was found (looked for {compiler!r} and 'g++')"
-        _warn(
-            f"{reason}. Install one (apt install g++, dnf install gcc-c++, or conda install "
-            f"cxx-compiler) or set CXX"
-        )
+        remedy = "apt install g++, dnf install gcc-c++, or conda install cxx-compiler"
+        _warn(f"{reason}. Install one ({remedy}) or set CXX")
         return reason
     return None
 
 
 def _warn(problem: str) -> None:
-    warnings.warn(
-        f"protoclip: {problem}. Until then the reference backends run instead: several times "
-        f"slower, and their losses hold all logits in memory",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    consequence = "several times slower, and their losses hold all logits in memory"
+    message = f"protoclip: {problem}. Until then the reference backends run instead: {consequence}"
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _failure(half: str) -> str | None:
@@ -176,16 +160,10 @@ def _plan(half: str) -> Build:
         sources = [p for p in sorted(folder.glob("*.cpp")) if not p.name.startswith("cuda_")]
         capability = torch.backends.cpu.get_cpu_capability()
         parameters |= {"capability": capability, "cpu": _cpu_flags()}
-        cflags: tuple[str, ...] = (
-            "-O3",
-            "-march=native",
-            "-fopenmp",
-            "-fno-math-errno",
-            "-Wno-unknown-pragmas",
-        )
+        flags = "-O3 -march=native -fopenmp -fno-math-errno -Wno-unknown-pragmas"
         if capability in ("AVX2", "AVX512"):
-            cflags += (f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}")
-        return Build(half, tuple(sources), cflags, (), parameters)
+            flags += f" -DCPU_CAPABILITY={capability} -DCPU_CAPABILITY_{capability}"
+        return Build(half, tuple(sources), tuple(flags.split()), (), parameters)
     sources = [*sorted(folder.glob("*.cu")), *sorted(folder.glob("cuda_*.cpp"))]
     major, minor = torch.cuda.get_device_capability()
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}{'a' if major >= 9 else ''}")
@@ -204,44 +182,73 @@ def _cpu_flags() -> str:
 
 def build(plan: Build) -> Path:
     """The library's path, compiled unless it is there as it was compiled."""
+    from filelock import FileLock, Timeout
+
     folder = cache_dir() / "native" / plan.name
     library = folder / f"{plan.name}.so"
-    if not _intact(library):
-        exposed = _make_private(folder)
-        with _only_builder(plan, folder):
-            if exposed or not _intact(library):
-                for path in folder.iterdir():
-                    if path.name != LOCK:
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
-                _compile(plan, folder)
-                library.chmod(0o700)
-                _stamp(library).write_text(json.dumps(_facts(library) | plan.parameters, indent=2))
-                _stamp(library).chmod(0o600)
+    exposed = _make_private(folder)
+    if not exposed and _intact(library):
+        return library
+    lock = FileLock(folder / LOCK)
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        _say(f"waiting for another process that compiles the {plan.half} kernels ...\n")
+        held = lock.acquire()
+    with held:
+        if exposed or not _intact(library):
+            for path in folder.iterdir():
+                if path.name != LOCK:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _compile(plan, folder)
+            library.chmod(0o700)
+            stamp = library.with_name(STAMP)
+            stamp.write_text(json.dumps(_facts(library) | plan.parameters, indent=2))
+            stamp.chmod(0o600)
     return library
 
 
-def _stamp(library: Path) -> Path:
-    return library.with_name("built.json")
+def _make_private(folder: Path) -> bool:
+    """Make a build's folder, for this user only; True if others could write there so far.
+
+    Raises:
+        RuntimeError: another user can exchange the folder.
+    """
+    root, exposed = cache_dir(), False
+    root.mkdir(parents=True, exist_ok=True)
+    mode = root.stat().st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        raise RuntimeError(
+            f"expected a cache that only this user can write, got {root}, which is writable by "
+            "all; run chmod o-w on it or set PROTOCLIP_CACHE"
+        )
+    for path in (root, folder.parent, folder):
+        path.mkdir(mode=0o700, exist_ok=True)
+        if not _own(path.stat()):
+            raise RuntimeError(
+                f"expected a cache of this user, got {path}, which belongs to another user; set "
+                "PROTOCLIP_CACHE to a folder of your own"
+            )
+        if path != root and _open_to_others(path):
+            path.chmod(0o700)
+            exposed = True
+    return exposed
+
+
+def _intact(library: Path) -> bool:
+    """Whether the library is what a build of this user left."""
+    stamp = library.with_name(STAMP)
+    try:
+        if _open_to_others(library) or _open_to_others(stamp):
+            return False
+        return _facts(library).items() <= json.loads(stamp.read_text()).items()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _facts(library: Path) -> dict[str, str]:
     content = library.read_bytes()
     return {"size": str(len(content)), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _intact(library: Path) -> bool:
-    """Whether the library is what a build of this user left."""
-    _check_cache()
-    stamp = _stamp(library)
-    try:
-        if any(map(_open_to_others, (library.parent.parent, library.parent, library, stamp))):
-            return False
-        expected = json.loads(stamp.read_text())
-        if str(library.stat().st_size) != expected["size"]:
-            return False
-        return _facts(library).items() <= expected.items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
 
 
 def _open_to_others(path: Path) -> bool:
@@ -251,51 +258,6 @@ def _open_to_others(path: Path) -> bool:
 
 def _own(info: os.stat_result) -> bool:
     return info.st_uid in (os.geteuid(), 0)  # root can do anything anyway
-
-
-def _check_cache() -> None:
-    """Refuse a cache whose folders another user can exchange."""
-    root = cache_dir()
-    if not root.exists():
-        return
-    info = root.stat()
-    if not _own(info) or (info.st_mode & stat.S_IWOTH and not info.st_mode & stat.S_ISVTX):
-        raise RuntimeError(
-            f"expected a cache that only this user can write, got {root}, which belongs to another "
-            f"user or is writable by all; run chmod o-w on it or set PROTOCLIP_CACHE"
-        )
-
-
-def _make_private(folder: Path) -> bool:
-    """Make a build's folder, for this user only; True if others could write there so far."""
-    exposed = False
-    for path in (folder.parent, folder):
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _own(path.stat()):
-            raise RuntimeError(
-                f"expected a cache of this user, got {path}, which belongs to another user; set "
-                f"PROTOCLIP_CACHE to a folder of your own"
-            )
-        if _open_to_others(path):
-            path.chmod(0o700)
-            exposed = True
-    return exposed
-
-
-@contextlib.contextmanager
-def _only_builder(build: Build, folder: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        _say(f"waiting for another process that compiles the {build.half} kernels ...\n")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _say(text: str) -> None:
@@ -308,7 +270,8 @@ def _compile(build: Build, folder: Path) -> None:
     _say(f"compiling the {build.half} kernels, once (about half a minute) ...")
     start = time.perf_counter()
     path = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join(filter(None, [_ninja_dir(), path]))
+    with contextlib.suppress(ImportError):  # pip's ninja need not be on PATH
+        os.environ["PATH"] = f"{importlib.import_module('ninja').BIN_DIR}{os.pathsep}{path}"
     try:
         cpp_extension.load(
             name=build.name,
@@ -326,11 +289,3 @@ def _compile(build: Build, folder: Path) -> None:
     finally:
         os.environ["PATH"] = path
     print(f" done in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-
-
-def _ninja_dir() -> str | None:
-    """pip puts ninja beside python, which need not be on PATH."""
-    try:
-        return str(importlib.import_module("ninja").BIN_DIR)
-    except (ImportError, AttributeError):
-        return None

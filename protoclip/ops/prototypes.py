@@ -9,7 +9,7 @@ the backward pass only multiplies. Several prototype sets (banks) share one call
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,18 +33,15 @@ COLDEST = 1e-30  # the least temperature: fp32 logits would overflow below
 def _fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend, need_dscale=True):
     """S banks; ``targets[b]`` is [0, D] for hard labels.
 
-    -> loss [S, N] (0 where ignored), gradient sum_k p_k C_k - m_y [S, N, D] (0 where ignored;
-    [S, 0, D] without need_grad), argmax int64 [S, N] ([S, 0] without need_nearest), row_max,
-    row_sum [S, N]: statistics in the units of the backend's own backward, and h.gradient [S, N]
-    ([S, 0] without need_grad), the gradient of the scale (rounded without need_dscale)."""
+    -> loss [S, N], gradient sum_k p_k C_k - m_y [S, N, D] (both 0 where ignored), argmax int64
+    [S, N], row_max, row_sum [S, N] in the units of the backend's own backward, and the gradient of
+    the scale h.gradient [S, N] (rounded without need_dscale). Not asked for: no rows, [S, 0]."""
     run = implementation("prototype_cross_entropy", backend, "prototype_ce_fwd_banks")
     options = {"need_dscale": need_dscale} if backend == "triton" else {}
     return run(h, prototypes, targets, labels, scale, need_grad, need_nearest, **options)
 
 
-def _fake_fwd(
-    h, prototypes, targets, labels, scale, need_grad, need_nearest, backend, need_dscale=True
-):
+def _fake_fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, *_):
     (n, d), s = h.shape, len(prototypes)
     wide = accumulator(h)
     row = h.new_empty((s, n), dtype=wide)
@@ -54,8 +51,7 @@ def _fake_fwd(
 
 
 def _bwd(grad, h, scale, gradient, scale_gradient):
-    """grad [S, N] -> dh in the dtype of h, dscale in that of scale: what the forward pass left is
-    weighted, nothing else."""
+    """grad [S, N] -> dh, dscale in the dtypes of h and scale: weighs what the forward pass left."""
     weighted = ((scale.reshape(()) * grad)[:, :, None] * gradient).sum(dim=0)  # [N, D]
     dscale = (grad * scale_gradient).sum()
     return weighted.to(h.dtype), dscale.to(scale.dtype).reshape(scale.shape)
@@ -77,7 +73,7 @@ def _fake_bwd_prototypes(h, prototypes, *_):
 
 
 def _setup(ctx, inputs, output) -> None:
-    h, prototypes, targets, labels, scale, ctx.need_grad, _, ctx.backend, _ = inputs
+    h, prototypes, targets, labels, scale, _, _, ctx.backend, _ = inputs
     _, gradient, _, row_max, row_sum, scale_gradient = output
     ctx.set_materialize_grads(False)  # only the loss has a gradient: no zeros [S, N, D]
     ctx.hard = [len(m) == 0 for m in targets]
@@ -224,9 +220,28 @@ def _losses(
         raise ValueError(f"{op}: expected at least one bank, got none")
     for bank in banks:
         _check_bank(op, features, bank)
-    features, banks = _promoted(features, banks)
-    rows, nearest = _rows(op, features, banks, scale, backend, need_nearest)
-    counts = [(bank.labels != -100).sum() for bank in banks]
+    labels = [bank.labels for bank in banks]
+    hard = features.new_empty((0, features.shape[1]))
+    targets = [hard if bank.targets is None else bank.targets for bank in banks]
+    prototypes = [bank.prototypes for bank in banks]
+    features, *rest = checks.promoted(features, *prototypes, *targets)
+    prototypes, targets = rest[: len(banks)], rest[len(banks) :]
+    name = resolve(op, backend, features.device.type, features.dtype)
+    if name == "reference":
+        rows, nearest = _reference(op, features, prototypes, targets, labels, scale)
+    else:
+        rows, _, nearest, *_ = torch.ops.protoclip.prototype_ce(
+            features,
+            prototypes,
+            targets,
+            labels,
+            scale,
+            wants_gradient(features, scale),
+            need_nearest,
+            name,
+            wants_gradient(scale),
+        )
+    counts = [(y != -100).sum() for y in labels]
     reduced = [reduce(row, reduction, count) for row, count in zip(rows, counts, strict=True)]
     return PrototypeLosses(torch.stack(reduced), nearest)
 
@@ -237,80 +252,39 @@ def _check_bank(op: str, features: Tensor, bank: Bank) -> None:
     checks.labels(op, bank.labels, "features", features)
     if len(features) and not len(bank.prototypes):
         raise ValueError(f"{op}: expected K >= 1 prototypes for N = {len(features)} samples, got 0")
-    if bank.targets is None:
-        return
-    checks.matrix(op, "targets", bank.targets, "[K, D]")
-    checks.like(op, "targets", bank.targets, "prototypes", bank.prototypes)
-    if bank.targets.shape != bank.prototypes.shape:
-        raise ValueError(
-            f"{op}: expected targets of the prototypes' shape {tuple(bank.prototypes.shape)}, got "
-            f"{tuple(bank.targets.shape)}"
-        )
-    if bank.targets.requires_grad:
-        raise ValueError(f"{op}: targets are constants, got one that requires grad; detach it")
+    if bank.targets is not None:
+        checks.matrix(op, "targets", bank.targets, "[K, D]")
+        checks.like(op, "targets", bank.targets, "prototypes", bank.prototypes)
+        if bank.targets.shape != bank.prototypes.shape:
+            raise ValueError(
+                f"{op}: expected targets of the prototypes' shape {tuple(bank.prototypes.shape)}, "
+                f"got {tuple(bank.targets.shape)}"
+            )
+        if bank.targets.requires_grad:
+            raise ValueError(f"{op}: targets are constants, got one that requires grad; detach it")
 
 
-def _promoted(features: Tensor, banks: Sequence[Bank]) -> tuple[Tensor, list[Bank]]:
-    """All of them in one dtype."""
-    prototypes = [bank.prototypes for bank in banks]
-    targets = [
-        c if bank.targets is None else bank.targets
-        for bank, c in zip(banks, prototypes, strict=True)
-    ]
-    features, *rest = checks.promoted(features, *prototypes, *targets)
-    wide = zip(banks, rest[: len(banks)], rest[len(banks) :], strict=True)
-    return features, [
-        replace(bank, prototypes=c, targets=None if bank.targets is None else m)
-        for bank, c, m in wide
-    ]
-
-
-def _rows(
+def _reference(
     op: str,
-    features: Tensor,
-    banks: Sequence[Bank],
+    h: Tensor,
+    prototypes: list[Tensor],
+    targets: list[Tensor],
+    labels: list[Tensor],
     scale: Tensor,
-    backend: str,
-    need_nearest: bool,
 ) -> tuple[Tensor, Tensor]:
-    """-> losses [S, N], nearest [S, N] (of no use without need_nearest)."""
-    name = resolve(op, backend, features.device.type, features.dtype)
-    if name == "reference":
-        if features.device.type == "cpu" and not (torch.compiler.is_compiling() or in_transform()):
-            for bank in banks:
-                checks.label_values(op, bank.labels, len(bank.prototypes))
-        with without_autocast(features.device.type):
-            rows = [_reference_rows(features, b, scale) for b in banks]
+    """-> losses [S, N], nearest [S, N]."""
+    may_read = h.device.type == "cpu" and not (torch.compiler.is_compiling() or in_transform())
+    rows, nearest = [], []
+    for c, m, y in zip(prototypes, targets, labels, strict=True):
+        if may_read:
+            checks.label_values(op, y, len(c))
+        with without_autocast(h.device.type):
+            soft = m if len(m) else None
+            rows.append(reference.prototype_cross_entropy(h, c, y, scale, soft))
             with torch.no_grad():
-                sign = torch.sign(scale).to(features.dtype)
-                nearest = [_nearest(sign * features @ b.prototypes.T) for b in banks]
-        return torch.stack(rows), torch.stack(nearest)
-    need_grad = wants_gradient(features, scale)
-    losses, _, nearest, *_ = torch.ops.protoclip.prototype_ce(
-        features,
-        [b.prototypes for b in banks],
-        [
-            features.new_empty((0, features.shape[1])) if b.targets is None else b.targets
-            for b in banks
-        ],
-        [b.labels for b in banks],
-        scale,
-        need_grad,
-        need_nearest,
-        name,
-        wants_gradient(scale),
-    )
-    return losses, nearest
-
-
-def _reference_rows(features: Tensor, bank: Bank, scale: Tensor) -> Tensor:
-    return reference.prototype_cross_entropy(
-        features, bank.prototypes, bank.labels, scale, bank.targets
-    )
-
-
-def _nearest(logits: Tensor) -> Tensor:
-    return logits.argmax(dim=1) if logits.shape[1] else logits.new_empty(0, dtype=torch.int64)
+                logits = torch.sign(scale).to(h.dtype) * h @ c.T
+                nearest.append(logits.argmax(dim=1) if len(c) else torch.zeros_like(y))
+    return torch.stack(rows), torch.stack(nearest)
 
 
 @torch.no_grad()
@@ -339,21 +313,16 @@ def soft_targets(
     op = "soft_targets"
     checks.matrix(op, "source_centroids", source_centroids, "[K, Ds]")
     checks.matrix(op, "prototypes", prototypes, "[K, D]")
-    if len(source_centroids) != len(prototypes):
+    here, there = source_centroids.device, prototypes.device
+    if len(source_centroids) != len(prototypes) or here != there:
         raise ValueError(
-            f"{op}: expected one prototype per source centroid, got source_centroids "
-            f"{tuple(source_centroids.shape)} and prototypes {tuple(prototypes.shape)}"
-        )
-    if source_centroids.device != prototypes.device:
-        raise ValueError(
-            f"{op}: expected source_centroids and prototypes on one device, got "
-            f"{source_centroids.device} and {prototypes.device}; move one with .to()"
+            f"{op}: expected one prototype per source centroid, on one device, got "
+            f"source_centroids {tuple(source_centroids.shape)} on {here} and prototypes "
+            f"{tuple(prototypes.shape)} on {there}"
         )
     if not isinstance(temperature, (int, float)):
-        raise TypeError(
-            f"{op}: expected temperature as a Python number, got {type(temperature).__name__}; "
-            "a tensor's is .item()"
-        )
+        kind = type(temperature).__name__
+        raise TypeError(f"{op}: expected temperature as a Python number, got {kind}; use .item()")
     if temperature <= 0:
         return (prototypes if prototypes.dtype == torch.float64 else prototypes.float()).clone()
     source_centroids, prototypes = checks.promoted(source_centroids, prototypes)

@@ -72,6 +72,110 @@ def contrastive_bwd(
     return dx.to(x.dtype), dy.to(y.dtype), (_wide(x) * g_y).sum()
 
 
+def relations(
+    logits: Tensor,
+    own: Tensor,
+    exclude: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    key_bias: Tensor | None,
+    same_positive: bool,
+) -> tuple[Tensor, Tensor]:
+    """The keys that each query sees and those that are its positives, bool as the logits [N, M],
+    from what ``pairs.Pairs`` holds."""
+    keys = torch.arange(logits.shape[1], device=own.device)
+    positive = keys == own[:, None]
+    seen = torch.ones_like(positive)
+    if query_ids is not None and key_ids is not None:
+        equal = query_ids[:, :, None] == key_ids[:, None, :]  # [R, N, M]
+        same = (equal & (query_ids >= 0)[:, :, None]).any(dim=0)
+        if same_positive:
+            positive = positive | same
+        else:
+            seen = positive | ~same
+    if exclude is not None:
+        seen = seen & (keys != exclude[:, None])
+    if key_bias is not None:
+        seen = seen & (key_bias != -torch.inf)
+    return seen, positive & seen
+
+
+def matched(
+    x: Tensor, y: Tensor, scale: Tensor, own: Tensor, *rest, columns: bool = False
+) -> tuple[Tensor, ...]:
+    """[N, D], [M, D] and what ``relations`` takes -> gap, mean positive and count of positives of
+    each row, [N] each; with ``columns`` then of each column, [M]. gap = LSE over the keys seen -
+    mean positive, which is 0 where there is none."""
+    logits = _wide(scale).reshape(()) * (_wide(x) @ _wide(y).T)
+    if rest[3] is not None:
+        logits = logits + rest[3]
+    seen, positive = relations(logits, own, *rest)
+    found = _gaps(logits, seen, positive)
+    return (*found, *_gaps(logits.T, seen.T, positive.T)) if columns else found
+
+
+def _gaps(logits: Tensor, seen: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    count = positive.sum(dim=1)
+    mean = logits.where(positive, 0).sum(dim=1) / count.clamp_min(1)
+    visible = logits.where(seen, -torch.inf)
+    if logits.shape[1] == 0:
+        return visible.sum(dim=1) - torch.inf, mean, count
+    top = visible.detach().amax(dim=1)
+    top = top.where(top != -torch.inf, 0)
+    total = (visible - top[:, None]).exp().sum(dim=1)
+    level = total.where(total != 0, 1).log() + (top - mean)
+    return level.where(total != 0, -torch.inf), mean, count
+
+
+def matched_fwd(x: Tensor, y: Tensor, scale: Tensor, own: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """Statistics of a strip whose pairs are matched, as in ops/contrastive.py."""
+    *relation, columns = rest
+    logits = _base2_logits(x, y, scale)
+    if relation[3] is not None:
+        logits = logits + LOG2E * relation[3]
+    seen, positive = relations(logits, own, *relation)
+    rows = _matched_statistics(logits, seen, positive)
+    if columns:
+        return rows, _matched_statistics(logits.T, seen.T, positive.T)
+    return rows, rows.new_empty((4, 0))
+
+
+def _matched_statistics(logits: Tensor, seen: Tensor, positive: Tensor) -> Tensor:
+    visible = torch.cat(
+        [logits.where(seen, -torch.inf), logits.new_full((len(seen), 1), -torch.inf)], 1
+    )
+    top = visible.amax(dim=1)
+    total = (visible - top.where(top != -torch.inf, 0)[:, None]).exp2().sum(dim=1)
+    sums = logits.where(positive, 0).sum(dim=1)
+    return torch.stack([top, total, sums, positive.sum(dim=1).to(total.dtype)])
+
+
+def matched_bwd(
+    x: Tensor, y: Tensor, scale: Tensor, own: Tensor, *rest
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the strip, as in ops/contrastive.py."""
+    *relation, rows, columns, row_weights, column_weights = rest
+    logits = _base2_logits(x, y, scale)
+    if relation[3] is not None:
+        logits = logits + LOG2E * relation[3]
+    seen, positive = relations(logits, own, *relation)
+    g = _matched_gradient(logits, seen, positive, rows, row_weights)
+    if columns.shape[1]:
+        g = g + _matched_gradient(logits.T, seen.T, positive.T, columns, column_weights).T
+    g_y, s = g @ _wide(y), _wide(scale).reshape(())
+    dx, dy = s * g_y, s * (g.T @ _wide(x))
+    return dx.to(x.dtype), dy.to(y.dtype), (_wide(x) * g_y).sum(), g.sum(dim=0)
+
+
+def _matched_gradient(
+    logits: Tensor, seen: Tensor, positive: Tensor, statistics: Tensor, weights: Tensor
+) -> Tensor:
+    top, total, _, count = statistics
+    level = (weights[0] / total).where(total > 0, 0)[:, None]
+    p = torch.exp2(logits.where(seen, -torch.inf) - top.where(total > 0, 0)[:, None])
+    return p * level + positive * (weights[1] / count.clamp_min(1))[:, None]
+
+
 def _base2_logits(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     return (_wide(scale).reshape(()) * LOG2E) * (_wide(x) @ _wide(y).T)
 
@@ -99,57 +203,13 @@ def prototype_cross_entropy(
     if targets is None:
         return F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
     used = labels != -100
-    m = _wide(targets)[labels.where(used, 0)] if len(targets) else torch.zeros_like(h)  # [N, D]
+    m = _wide(targets)[labels.where(used, 0)]  # [N, D]
     loss = torch.logsumexp(logits, dim=1) - scale.reshape(()) * (h * m).sum(dim=1)
     return loss.where(used, torch.zeros_like(loss))
 
 
-def prototype_ce_fwd(
-    h: Tensor, prototypes: Tensor, targets: Tensor, labels: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One bank, as in ops/prototypes.py -> loss [N], gradient [N, D], argmax [N],
-    gradient of the scale [N]. A label out of range gives a NaN loss."""
-    k = len(prototypes)
-    known = (labels >= 0) & (labels < k)
-    y = labels.where(known, 0)
-    hard = not len(targets)
-    loss = prototype_cross_entropy(h, prototypes, y, scale, None if hard else targets)
-    dots = h @ prototypes.T  # [N, K]
-    g = torch.softmax(scale.reshape(()) * dots, dim=1)
-    if hard:
-        g = g - _one_hot(y, g)
-    gradient, dscale = g @ prototypes, (g * dots).sum(dim=1)
-    if not hard:
-        gradient, dscale = gradient - targets[y], dscale - (h * targets[y]).sum(dim=1)
-    nearest = (torch.sign(scale.reshape(())) * dots).argmax(dim=1)
-    loss = loss + 0 * dots.sum(dim=1)  # a logit of -inf weighs nothing, but stays visible
-    loss = torch.where(known, loss, torch.where(labels == -100, 0.0, torch.nan))
-    used = labels != -100
-    zero = gradient.new_zeros(())
-    return loss, gradient.where(used[:, None], zero), nearest, dscale.where(used, zero)
-
-
-def prototype_ce_bwd_prototypes(
-    h: Tensor, prototypes: Tensor, labels: Tensor, scale: Tensor, weight: Tensor, hard: bool
-) -> Tensor:
-    """-> s * sum_i w_i (p_ik - [hard and y_i = k]) h_i, [K, D]."""
-    s = scale.reshape(())
-    g = torch.softmax(s * h @ prototypes.T, dim=1)
-    if hard:
-        g = g - _one_hot(labels, g)
-    weight = weight.where(labels != -100, weight.new_zeros(()))
-    return s * ((weight[:, None] * g).T @ h)
-
-
-def _one_hot(labels: Tensor, like: Tensor) -> Tensor:
-    """[N] -> [N, K] as ``like``; zero where a label is out of range."""
-    return (labels[:, None] == torch.arange(like.shape[1], device=like.device)).to(like.dtype)
-
-
 def soft_targets(source_centroids: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
-    """[K, Ds], [K, D], tau -> [K, D]: m_y = sum_k softmax_k(S_y.S_k / tau) C_k; tau <= 0: C."""
-    if temperature <= 0:
-        return _wide(prototypes).clone()
+    """[K, Ds], [K, D], tau > 0 -> [K, D]: m_y = sum_k softmax_k(S_y.S_k / tau) C_k."""
     source = _wide(source_centroids)
     return torch.softmax(source @ source.T / temperature, dim=1) @ _wide(prototypes)
 

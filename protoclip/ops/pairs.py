@@ -1,0 +1,218 @@
+"""Which keys a query is compared with: its positives, the ids, exclusions and biases.
+
+N queries q_i and M keys k_j have the logits l_ij = s q_i.k_j + b_j. Own_i is the query's own key,
+Same_i the keys with its id, E_i the key it never sees:
+
+    ids          positives P_i              seen S_i
+    none         Own - E                    all - E
+    "exclude"    Own - E                    ((all - Same) + Own) - E
+    "positive"   (Own + Same) - E           all - E
+
+A key whose bias is -inf is in neither. The loss of a query is its gap, LSE over S_i minus the mean
+over P_i; a query without positives has none. Here arguments become the form that every backend
+takes (``Pairs``); the sets are written out in ``reference.relations``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from protoclip.ops.backends import in_transform
+
+SAME_ID = ("exclude", "positive")
+LEFT_OUT = -100
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What the backends are told about N queries and M keys.
+
+    Attributes:
+        own: position of each query's own key, int32 [N]; -1: it has none.
+        exclude: position of the key that a query never sees, int32 [N]; -1: none. Or None.
+        query_ids, key_ids: int32 [R, N], [R, M]: the same number >= 0 in any row is the same
+            thing. Or None.
+        key_bias: [M], or None.
+        same_positive: keys of the same id are positives; else they are not seen.
+        left_out: queries that have no loss, bool [N], or None.
+        wrong: queries with a position out of range, bool [N], or None.
+    """
+
+    own: Tensor
+    exclude: Tensor | None = None
+    query_ids: Tensor | None = None
+    key_ids: Tensor | None = None
+    key_bias: Tensor | None = None
+    same_positive: bool = False
+    left_out: Tensor | None = None
+    wrong: Tensor | None = None
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """In the order of the backends' functions."""
+        ids = self.query_ids, self.key_ids
+        return self.own, self.exclude, *ids, self.key_bias, self.same_positive
+
+
+def pairs_of(
+    op: str,
+    queries: Tensor,
+    keys: Tensor,
+    positives: Tensor | None,
+    ids: tuple[Tensor | None, Tensor | None],
+    same_id: str,
+    exclude: Tensor | None,
+    key_bias: Tensor | None,
+) -> Pairs:
+    """Check the arguments of ``contrastive`` and give them the backends' form."""
+    n, m = len(queries), len(keys)
+    device = queries.device
+    _check_same_id(op, same_id)
+    if key_bias is not None:
+        _check_bias(op, key_bias, keys)
+    if exclude is not None:
+        _check_integers(op, "exclude", exclude, ((n,),), device)
+    same_positive = ids[1] is not None and same_id == "positive"
+    wrong = left_out = None
+    if positives is not None:
+        _check_integers(op, "positives", positives, ((n,),), device)
+        left_out = positives == LEFT_OUT
+        inside = (positives >= 0) & (positives < m)
+        own, wrong = positives.where(inside, -1), ~(inside | left_out)
+    elif same_positive:
+        own = torch.full((n,), -1, dtype=torch.int64, device=device)
+    elif exclude is not None or n > m:
+        raise ValueError(
+            f"{op}: expected positives, the position of each query's own key, got none with "
+            + ("exclude" if exclude is not None else f"{n} queries and {m} keys")
+            + "; without them query i's own key is key i"
+        )
+    else:
+        own = torch.arange(n, device=device)
+    codes: tuple[Tensor | None, Tensor | None] = None, None
+    if ids[0] is not None or ids[1] is not None:
+        has_own = positives is not None or not same_positive
+        codes = _codes(op, *ids, own if has_own else None, n, m, device)
+    if exclude is not None:
+        beyond = exclude >= m
+        wrong = beyond if wrong is None else wrong | beyond
+        exclude = exclude.where(~beyond, -1).clamp_min(-1).int()
+    return Pairs(own.int(), exclude, *codes, key_bias, same_positive, left_out, wrong)
+
+
+def refuse_wrong(op: str, pairs: Pairs, num_keys: int) -> None:
+    """Raise where a position is out of range; for the reference, which may read values."""
+    wrong = pairs.wrong
+    if wrong is None or wrong.is_meta or torch.compiler.is_compiling() or in_transform():
+        return
+    if wrong.any():
+        raise ValueError(
+            f"{op}: expected positives in [0, {num_keys}) or {LEFT_OUT} and exclude below "
+            f"{num_keys}, got another at query {int(wrong.nonzero()[0])}; count the keys from 0"
+        )
+
+
+def same_pairs(
+    op: str, ids: Tensor, same_id: str, features: Tensor, keys: int, first: int = 0
+) -> Pairs:
+    """Row i of the features has key first + i of ``keys`` as its own; ids are the keys', int64 [M]
+    or [M, R]."""
+    _check_same_id(op, same_id)
+    check_ids(op, "ids", ids, keys, features.device)
+    own = torch.arange(first, first + len(features), device=features.device)
+    codes = _codes(op, None, ids, own, len(features), keys, features.device)
+    return Pairs(own.int(), None, *codes, None, same_id == "positive")
+
+
+def check_ids(op: str, name: str, ids: Any, count: int, device: torch.device) -> None:
+    """int64 [count] or [count, R], R <= 2."""
+    _check_integers(op, name, ids, ((count,), (count, 1), (count, 2)), device)
+
+
+def _codes(
+    op: str,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    own: Tensor | None,
+    n: int,
+    m: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Ids as small numbers: the first position of a key's id among all in order, or -1 for the id
+    of a query that no key has."""
+    if key_ids is None:
+        raise ValueError(
+            f"{op}: expected key_ids with query_ids, got none; without key_ids no key has an id"
+        )
+    check_ids(op, "key_ids", key_ids, m, device)
+    key_columns = _by_column(key_ids)  # [R, M]
+    ordered = key_columns.sort(dim=1).values
+    key_codes = torch.searchsorted(ordered, key_columns)
+    if query_ids is not None:
+        shapes = ((n,), (n, 1)) if len(key_columns) == 1 else ((n, 2),)
+        _check_integers(op, "query_ids", query_ids, shapes, device)
+        columns = _by_column(query_ids)
+        if not m:
+            return torch.full_like(columns, -1).int(), key_codes.int()
+        found = torch.searchsorted(ordered, columns).clamp_max(m - 1)
+        query_codes = found.where(ordered.gather(1, found) == columns, -1)
+    elif own is not None:  # the last is for those without a key of their own
+        query_codes = F.pad(key_codes, (0, 1), value=-1)[:, own]
+    else:
+        raise ValueError(
+            f"{op}: expected query_ids, got none without positives, which would say whose ids to "
+            "take; pass one of the two"
+        )
+    return query_codes.int(), key_codes.int()
+
+
+def _by_column(ids: Tensor) -> Tensor:
+    return (ids[:, None] if ids.ndim == 1 else ids).T.contiguous()
+
+
+def _check_same_id(op: str, same_id: str) -> None:
+    if same_id not in SAME_ID:
+        raise ValueError(f"{op}: expected same_id in {SAME_ID}, got {same_id!r}")
+
+
+def _check_integers(
+    op: str, name: str, x: Any, shapes: tuple[tuple[int, ...], ...], device: torch.device
+) -> None:
+    """int64 of one of the shapes, beside the features."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: expected {name} as a Tensor, got {type(x).__name__}")
+    if x.dtype != torch.int64:
+        raise TypeError(f"{op}: expected {name} as int64, got {x.dtype}; use {name}.long()")
+    if tuple(x.shape) not in shapes:
+        words = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{op}: expected {name} of shape {words}, got {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(
+            f"{op}: expected {name} on {device} like the features, got {x.device}; move them "
+            "with .to()"
+        )
+
+
+def _check_bias(op: str, bias: Any, keys: Tensor) -> None:
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{op}: expected key_bias as a Tensor, got {type(bias).__name__}")
+    wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    if bias.dtype not in (torch.float32, wide):
+        raise TypeError(
+            f"{op}: expected key_bias in float32, got {bias.dtype}; use key_bias.float()"
+        )
+    if bias.shape != keys.shape[:1]:
+        raise ValueError(
+            f"{op}: expected key_bias of shape [M] for keys {tuple(keys.shape)}, got "
+            f"{tuple(bias.shape)}"
+        )
+    if bias.device != keys.device:
+        raise ValueError(
+            f"{op}: expected key_bias on {keys.device} like the keys, got {bias.device}; move it "
+            "with .to()"
+        )
