@@ -174,8 +174,7 @@ class GradientMean:
         for work in self._sent.values():
             work.wait()
         self._sent.clear()
-        for parameter in reached:
-            parameter.grad.div_(world_size())
+        torch._foreach_div_([p.grad for p in reached], world_size())
 
 
 @dataclass(frozen=True)

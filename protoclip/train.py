@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ FIXED = (
     "method", "data.train_num_samples", "data.captions", "data.augmentation",
     "data.dataset_resampled", "data.train_data_upsampling_factors", "data.shuffle_buffer",
     "model.model", "model.force_", "model.lock_", "model.add_", "model.projection_", "model.use_",
-    "episode.size", "episode.replacement", "run.seed", "run.precision",
+    "episode.size", "episode.replacement", "episode.features", "run.seed", "run.precision",
 )  # fmt: skip
 # What else may change without a note: the global batch is compared as a whole.
 FREE = ("data.", "model.", "optim.batch_size", "optim.accum_freq", "run.")
@@ -281,7 +282,7 @@ class Trainer:
                 unit=" samples",
                 unit_scale=True,
                 smoothing=0.1,
-                disable=None if distributed.is_main() else True,  # None: without a terminal
+                disable=hidden(),
             ) as bar,
         ):
             for number in range(self.step // self.plan.steps_per_episode, self.plan.episodes):
@@ -337,7 +338,7 @@ class Trainer:
                 stream = self._batches(Draws(samples[numbers], drawn, 0, numbers))
                 features = prototypes.extract(
                     self.model,
-                    self._stoppable(stream, len(numbers)),
+                    self._stoppable(stream),
                     device=self.setup.device,
                     autocast=self.stepper.autocast,
                 )
@@ -345,14 +346,12 @@ class Trainer:
             random = distributed.generator(seed, schedule.EPISODES, number, 2)
             return self.builder.build(features, random, self.episode, coming)
 
-    def _stoppable(self, stream: Iterable[Batch], rows: int) -> Iterator[Batch]:
-        """The stream with its progress; minutes, in which a signal may ask the run to end."""
-        with tqdm(desc="features", total=rows, leave=False, disable=None) as bar:
-            for batch in stream:
-                yield batch
-                bar.update(len(batch))
-                if self.signals.asked and not distributed.is_distributed():
-                    self._save_or_stop()  # nothing has changed since the last step
+    def _stoppable(self, stream: Iterable[Batch]) -> Iterator[Batch]:
+        """The stream, which may take minutes; a process alone can stop within it."""
+        for batch in tqdm(stream, "features", unit=" batches", leave=False, disable=hidden()):
+            yield batch
+            if self.signals.asked and not distributed.is_distributed():
+                self._save_or_stop()  # nothing has changed since the last step
 
     def _train_step(self, stream: Iterator[Batch], number: int) -> None:
         with self.phases.measure("data", on_host=True):
@@ -360,9 +359,9 @@ class Trainer:
         lr = schedule.learning_rate(self.config.optim, self.plan.total_steps, self.step)
         step = self.stepper.step(self.step, parts, self.episode, project=self.projects, lr=lr)
         if self.store is not None and step.projected is not None:
-            index = torch.cat([part.index for part in parts]).to(self.setup.device)
+            rows = torch.cat([part.index for part in parts]).to(self.setup.device)
             place = self.step - self.plan.steps_of(number).start
-            self.store.put(place, index.where(step.finite, -1), step.projected)
+            self.store.put(place, rows.where(step.finite, -1), step.projected)
         self.step += 1
         logs = self.step % self.config.run.log_every_n_steps == 0
         if logs or self.step == self.plan.total_steps:
@@ -500,38 +499,28 @@ class Trainer:
         Raises:
             ValueError: it is of other settings, or something is missing.
         """
+        passes = [distributed.world_size(), self.config.optim.accum_freq]
         try:
-            return self._restore(payload, payload["protoclip"]["training"])
+            training = payload["protoclip"]["training"]
+            self.model.load_state(dict(payload))
+            self.stepper.load_state(payload["optimizer"], training["scaler"])
+            skipped = torch.tensor([*map(index, training["skipped"])]).reshape(2)
+            self.stepper.bad, self._skipped = skipped.to(self.setup.device), int(skipped[0])
+            self.episode = unpack_episode(training["episode"], self.setup.device, len(self.dataset))
+            if self.store is not None:
+                self.store.load_state_dict(training["store"])
+            faults = set(map(index, training["faults"]))
+            self.faults.positions = faults if distributed.is_main() else set()
+            self.phases.add(training["seconds"])
+            self.step = payload["protoclip"]["step"]
+            same = training["passes"] == passes
         except (RuntimeError, LookupError, TypeError, AttributeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ValueError(
                 f"--resume: the checkpoint does not hold the state of this run ({reason}); use an "
                 "older checkpoint, or start a new run with --pretrained"
             ) from error
-
-    def _restore(self, payload: Mapping[str, Any], training: Mapping[str, Any]) -> list[str]:
-        device = self.setup.device
-        self.model.load_state(dict(payload))
-        self.stepper.load_state(payload["optimizer"], training["scaler"])
-        skipped, faults = training["skipped"], training["faults"]
-        if len(skipped) != 2 or not all(type(one) is int for one in (*skipped, *faults)):
-            raise TypeError("its counts of skipped steps, or its bad samples, are no whole numbers")
-        self.stepper.bad = torch.tensor(skipped, device=device)
-        self._skipped = int(self.stepper.bad[0])
-        self.episode = unpack_episode(training["episode"], device, len(self.dataset))
-        if (training["store"] is None) != (self.store is None):
-            raise ValueError(
-                "--resume: expected a checkpoint of the same --episode-features, got one "
-                + ("with" if self.store is None else "without")
-                + " the features of training; resume with the settings of the run"
-            )
-        if self.store is not None:
-            self.store.load_state_dict(training["store"])
-        self.faults.positions = set(faults) if distributed.is_main() else set()
-        self.phases.add(training["seconds"])
-        self.step = payload["protoclip"]["step"]
-        passes = [distributed.world_size(), self.config.optim.accum_freq]
-        if training["passes"] == passes or not depends_on_passes(self.model):
+        if same or not depends_on_passes(self.model):
             return []
         return [
             "note: another number of ranks or passes than before; this model has dropout or batch "
@@ -563,49 +552,47 @@ def unpack_episode(state: Any, device: torch.device, samples: int) -> Episode | 
         return {k: x.to(device) if isinstance(x, Tensor) else x for k, x in values.items()}
 
     known = {name: Clustering(**moved(one)) for name, one in state["clusterings"].items()}
-    sets = tuple(
-        PrototypeSet(**{**moved(one), "clustering": known[one["clustering"]]})
-        for one in state["sets"]
-    )
-    for one in sets:
-        labels, shape = one.clustering.labels, one.prototypes.shape
-        ids = labels[labels != prototypes.IGNORE]
-        fits = one.targets is None or one.targets.shape == shape
-        if labels.shape != (samples,) or not fits or ((ids < 0) | (ids >= shape[0])).any():
+    sets = []
+    for one in state["sets"]:
+        made = PrototypeSet(**{**moved(one), "clustering": known[one["clustering"]]})
+        labels, shape = made.clustering.labels, made.prototypes.shape
+        ids = labels.where(labels != prototypes.IGNORE, 0)
+        fits = made.targets is None or made.targets.shape == shape
+        if len(labels) != samples or not fits or ((ids < 0) | (ids >= len(made.prototypes))).any():
             raise ValueError(
-                f"--resume: expected the prototypes of {samples} samples, got labels "
-                f"{list(labels.shape)} and prototypes {list(shape)} that do not belong together in "
-                "the checkpoint; use an older one"
+                f"--resume: expected prototypes for {samples} samples, got {len(labels)} labels "
+                f"that do not fit the checkpoint's {list(shape)} prototypes; use an older one"
             )
-    return Episode(sets, state["metrics"])
+        sets.append(made)
+    return Episode(tuple(sets), state["metrics"])
 
 
 def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
     """Say what will be done, in the user's units."""
     config, plan, episode = setup.config, setup.plan, setup.config.episode
-    ranks = distributed.world_size()
     folder.say(
         f"run folder: {folder.path}\n"
         f"data: {setup.dataset.name}, {len(setup.dataset):,} pairs; {plan.total_steps} steps of "
         f"{plan.batch_size}, {plan.steps_per_epoch} a pass over the data\n"
         f"model: {config.model.model} on {setup.device}, {setup.precision}, "
-        f"{torch.get_num_threads()} threads" + (f", {ranks} ranks" if ranks > 1 else "")
+        f"{torch.get_num_threads()} threads, {distributed.world_size()} ranks"
     )
     if config.optim.warmup >= plan.total_steps:
         folder.say(
             f"note: --warmup {config.optim.warmup:g} steps are longer than the run's "
             f"{plan.total_steps}, which never gets to --lr; a fraction such as 0.1 follows the run"
         )
-    if not uses_prototypes(config):
-        folder.say("method: clip, InfoNCE only")
-        return
-    unreached = ", which this run does not reach" * (plan.episodes <= episode.infonce_warmup)
-    folder.say(
-        f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
-        f"{prototypes.check_clusters(episode, setup.episode_samples)} prototypes per source, "
-        f"features {'reused' if episode.reuses else 'extracted'}, prototypes from episode "
-        f"{episode.infonce_warmup + 1} on{unreached}\n{remark}"
-    )
+    words = "method: clip, InfoNCE only"
+    if uses_prototypes(config):
+        words = (
+            f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
+            f"{prototypes.check_clusters(episode, setup.episode_samples)} prototypes per source, "
+            f"features {'reused' if episode.reuses else 'extracted'}, prototypes from episode "
+            f"{episode.infonce_warmup + 1} on"
+            + ", which this run does not reach" * (plan.episodes <= episode.infonce_warmup)
+            + f"\n{remark}"
+        )
+    folder.say(words)
 
 
 @torch.no_grad()
@@ -632,8 +619,8 @@ def draw_plots(trainer: Trainer, evaluation: Evaluation, after: Results | None) 
     for batch in stream:
         with trainer.stepper.autocast():
             parts.append((batch.index, *model(batch.image.to(device), batch.tokens.to(device))))
-    index, *features = zip(*parts, strict=True)
-    shown = torch.cat(index)
+    positions, *features = zip(*parts, strict=True)
+    shown = torch.cat(positions)
     encoded, projected = (
         Encoded(torch.cat([one.image for one in rows]), torch.cat([one.text for one in rows]))
         for rows in features
@@ -742,10 +729,9 @@ class Evaluation:
         """All metrics of all evaluation sets; None where there is nothing to evaluate on."""
         if not self.data:
             return None
-        hidden = None if distributed.is_main() else True
         with (
             self.phases.measure("evaluation", on_host=True),
-            tqdm(desc=what, unit=" rows", unit_scale=True, leave=False, disable=hidden) as bar,
+            tqdm(desc=what, unit=" rows", unit_scale=True, leave=False, disable=hidden()) as bar,
         ):
             return evaluate.evaluate_model(
                 model,
@@ -772,6 +758,11 @@ class Evaluation:
         encoder, tasks = self.encoder(model), ("zeroshot",)
         sets = evaluate.evaluate_model(model, self.zeroshot_data, encoder=encoder, tasks=tasks).sets
         return {f"val_zeroshot_{n}": x for one in sets.values() for n, x in one.metrics.items()}
+
+
+def hidden() -> bool | None:
+    """Of a progress bar: shown by the main process if its screen is a terminal."""
+    return None if distributed.is_main() else True
 
 
 def uses_prototypes(config: TrainConfig) -> bool:

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from full_disk import full_disk
+from ranks import full_disk
 
 from protoclip import checkpoint
 

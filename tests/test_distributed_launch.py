@@ -4,12 +4,10 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from ranks import ended, free_port, said, start_command, steps_of, tiny_run, wait_until
+from ranks import ended, free_port, said, start_command, steps_of, tiny_run, torchrun, wait_until
 
 from protoclip.distributed import find_rank
 
@@ -130,20 +128,6 @@ def test_other_launchers_variables_are_enough(tmp_path, launcher):
     assert ended(processes) == [0, 0], logs(tmp_path)
     said = logs(tmp_path)
     assert "2 steps of 24" in said[0] and "2 ranks" in said[0] and "done: " not in said[1]
-
-
-def environment():
-    """One thread, and the sources of this checkout wherever the command runs."""
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-
-
-def torchrun(folder, argv, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "protoclip.train"]
-    return subprocess.Popen(
-        [*command, *argv], cwd=folder, env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
 
 
 def test_torchrun_names_a_rank_that_is_killed(tmp_path):

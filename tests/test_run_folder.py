@@ -5,8 +5,7 @@ import json
 import os
 
 import pytest
-from fault_runs import prepare
-from full_disk import full_disk
+from ranks import bare_run, full_disk
 
 from protoclip import checkpoint
 from protoclip.config import RunConfig, TrainConfig
@@ -19,7 +18,7 @@ WANDB = importlib.util.find_spec("wandb") is not None
 def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(tmp_path, monkeypatch, capsys):
     """At the second checkpoint; the first one stays whole."""
     monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
-    flags = [*prepare(tmp_path), "--max-steps", "9", "--k", "4", "--name", "run"]
+    flags = bare_run(tmp_path, "--max-steps", "9")
     run, save = tmp_path / "logs" / "run", Trainer.save
 
     def on_full_disk(self, epoch):

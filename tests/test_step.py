@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from fault_runs import prepare
+from ranks import bare_run
 from torch import nn
 
 from protoclip import checkpoint
@@ -24,7 +24,7 @@ def _no_plots(monkeypatch):
 
 @pytest.fixture
 def flags(tmp_path):
-    return [*prepare(tmp_path), "--max-steps", "12", "--k", "4", "--name", "run"]
+    return bare_run(tmp_path, "--max-steps", "12")
 
 
 def poison(monkeypatch, steps):
