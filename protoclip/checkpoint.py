@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from protoclip.data.files import whole_file
 
@@ -114,7 +113,6 @@ FORM: dict[str, type] = {  # what protoclip.train writes beside OpenCLIP's entri
     "protoclip.config": dict,
     "protoclip.step": int,
     "protoclip.heads": dict,
-    "protoclip.logit_scale_proto": Tensor,
 }
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from protoclip.config import LossConfig, check, option
+from protoclip.config import EpisodeConfig, LossConfig, check, option
 from protoclip.distributed import (
     gather_rows,
     gathered_rows,
@@ -36,7 +36,7 @@ from protoclip.distributed import (
     world_size,
 )
 from protoclip.ops import Bank, checks, prototype_losses
-from protoclip.ops.backends import resolve
+from protoclip.ops.backends import resolve, wants_gradient
 from protoclip.ops.contrastive import LN2, info_nce, sigmoid_loss
 from protoclip.prototypes import (
     IGNORE,
@@ -110,9 +110,7 @@ def global_sigmoid_loss(
     if name == "reference":
         own = rank() * len(x)
         return sigmoid_loss(x, gathered_rows(y), scale, bias, offset=own, backend=name)
-    inputs = x, y, scale, bias
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    return _Ring.apply(*inputs, name, wanted)
+    return _Ring.apply(x, y, scale, bias, name, wants_gradient(x, y, scale, bias))
 
 
 class _Strip(torch.autograd.Function):
@@ -140,15 +138,9 @@ class _Strip(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, row_grad: Tensor, column_grad: Tensor):
         x, all_y, scale, *statistics = ctx.saved_tensors
+        weights = row_grad, gather_rows(column_grad)
         dx, dy, dscale = torch.ops.protoclip.contrastive_bwd(
-            x,
-            all_y,
-            scale,
-            *statistics,
-            row_grad,
-            gather_rows(column_grad),
-            ctx.offset,
-            ctx.backend,
+            x, all_y, scale, *statistics, *weights, ctx.offset, ctx.backend
         )
         # Summed wider than bf16, whose rounding would grow with the number of ranks.
         dy = scatter_sums(dy.to(dscale.dtype)).to(x.dtype)
@@ -162,20 +154,11 @@ class _Ring(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        y: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        backend: str,
-        wanted: bool,
-    ) -> Tensor:
-        size = world_size()
+    def forward(ctx: Any, x, y, scale, bias, backend: str, wanted: bool) -> Tensor:
         texts, travelling = y, torch.zeros_like(y)
         totals: list[Tensor] = []
-        for hop in range(size):
-            coming = _pass_on(texts) if hop + 1 < size else None
+        for hop in range(world_size()):
+            coming = _pass_on(texts) if hop + 1 < world_size() else None
             # Row i's own text comes with the first chunk; the others hold negatives only.
             first = 0 if hop == 0 else len(y)
             loss, dx, dy, *scalars = torch.ops.protoclip.sigmoid_loss(
@@ -221,18 +204,6 @@ def _pass_on(tensor: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
-def _gather_features(x: Tensor, rank: int, with_grad: bool, keep_own: bool) -> Tensor:
-    """All ranks' rows in rank order; without ``with_grad`` a gradient reaches the own rows only
-    where ``keep_own``."""
-    if with_grad:
-        return gathered_rows(x)
-    every = gather_rows(x)
-    if not keep_own:
-        return every
-    start = rank * len(x)
-    return torch.cat([every[:start], x, every[start + len(x) :]])
-
-
 class ClipLoss(nn.Module):
     """OpenCLIP's ``ClipLoss`` without its [N, N] logits.
 
@@ -261,16 +232,9 @@ class ClipLoss(nn.Module):
     ) -> None:
         super().__init__()
         if use_horovod:
-            raise ValueError(
-                "ClipLoss: expected use_horovod=False, got True; run with torch.distributed "
-                "(torchrun) instead of --horovod"
-            )
-        self.local_loss = local_loss
-        self.gather_with_grad = gather_with_grad
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
-        self.use_horovod = use_horovod
+            raise ValueError("ClipLoss: expected use_horovod=False, got True; run with torchrun")
+        self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
+        self.rank, self.world_size = rank, world_size
         self.stash = stash
 
     def forward(
@@ -307,9 +271,17 @@ class ClipLoss(nn.Module):
         return (self._one_way(x, all_y, scale) + self._one_way(y, all_x, scale)) / 2
 
     def _of_all_ranks(self, x: Tensor) -> Tensor:
+        """All rows in rank order. Without ``gather_with_grad`` only the own ones have a gradient,
+        and none has with ``local_loss``."""
         if self.world_size == 1:
             return x
-        return _gather_features(x, self.rank, self.gather_with_grad, not self.local_loss)
+        if self.gather_with_grad:
+            return gathered_rows(x)
+        every = gather_rows(x)
+        if self.local_loss:
+            return every
+        start = self.rank * len(x)
+        return torch.cat([every[:start], x, every[start + len(x) :]])
 
     def get_logits(
         self,
@@ -361,13 +333,9 @@ class SigLipLoss(nn.Module):
         chunk_size: int = 0,
     ) -> None:
         super().__init__()
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
-        self.dist_impl = dist_impl or "bidir"
-        self.chunk_size = chunk_size
-        if self.dist_impl not in DIST_IMPLS:
+        if dist_impl is not None and dist_impl not in DIST_IMPLS:
             raise ValueError(f"SigLipLoss: expected dist_impl in {DIST_IMPLS}, got {dist_impl!r}")
+        self.rank, self.world_size = rank, world_size
 
     def forward(
         self,
@@ -377,15 +345,9 @@ class SigLipLoss(nn.Module):
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """Sum over pairs of the sigmoid loss, divided by the local batch.
+        """Sum over pairs of the sigmoid loss, divided by the local batch: float32 [], nats.
 
-        Args:
-            image_features, text_features: [N, D], unit rows; float dtypes, mixed ones are promoted.
-            logit_scale: [] or [1], the multiplier (not its logarithm).
-            logit_bias: [] or [1]; None is zero.
-            output_dict: return ``{"contrastive_loss": loss}``.
-        Returns:
-            float32 [], nats.
+        Args: those of ``ClipLoss.forward``, but that a ``logit_bias`` of None is zero.
         """
         x, y, scale = checks.pairs("SigLipLoss", image_features, text_features, logit_scale)
         bias = 0.0 if logit_bias is None else logit_bias
@@ -471,14 +433,10 @@ class ProtoClipLoss(ClipLoss):
     ) -> None:
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod)
         self.proto = proto or ProtoConfig()
-        builder = PrototypeBuilder(
-            num_iters=self.proto.kmeans_max_iter,
-            pbt=self.proto.pbt,
-            temperature=self.proto.target_temperature,
-            group=dist.group.WORLD if world_size > 1 else None,
-        )
+        names = "kmeans_max_iter", "pbt", "target_temperature"
+        of_online = EpisodeConfig(**{name: getattr(self.proto, name) for name in names})
         self.online = OnlinePrototypes(
-            builder,
+            PrototypeBuilder(of_online, dist.group.WORLD if world_size > 1 else None),
             queue=-(-self.proto.queue // world_size),
             num_clusters=self.proto.num_clusters,
             every=self.proto.every,
@@ -519,10 +477,8 @@ class ProtoClipLoss(ClipLoss):
         Returns:
             float32 [], nats.
         """
-        losses: dict[str, Any] = {}
-        losses["contrastive_loss"] = super().forward(
-            image_features, text_features, logit_scale, logit_bias
-        )
+        contrastive = super().forward(image_features, text_features, logit_scale, logit_bias)
+        losses: dict[str, Any] = {"contrastive_loss": contrastive}
         image = image_features if image_projection is None else image_projection
         text = text_features if text_projection is None else text_projection
         sets = self.online.current
@@ -590,11 +546,10 @@ class ProtoLoss(nn.Module):
             episode: prototypes; None: InfoNCE only.
             measure: times the block of a phase, here "prototypes".
         """
+        config = self.config
         terms: dict[str, Tensor] = {}
-        weights: dict[str, float] = {}
         accuracy: dict[str, Tensor] = {}
-        if self.config.w_clip > 0:
-            weights["contrastive_loss"] = self.config.w_clip
+        if config.w_clip > 0:
             terms["contrastive_loss"] = global_info_nce(
                 _normalise(encoded.image), _normalise(encoded.text), logit_scale
             )
@@ -602,20 +557,24 @@ class ProtoLoss(nn.Module):
             features = {"image": projected.image, "text": projected.text}
             with measure("prototypes"):
                 for name, weight, sets in (
-                    ("proto", self.config.w_proto, episode.internal),
-                    ("external", self.config.w_proto_external, episode.external),
+                    ("proto", config.w_proto, episode.internal),
+                    ("external", config.w_proto_external, episode.external),
                 ):
                     if weight > 0 and sets:
-                        weights[f"{name}_loss"] = weight
                         terms[f"{name}_loss"], hits = prototype_term(
                             features, index, sets, proto_scale, over_ranks=is_distributed()
                         )
                         accuracy[f"{name}_accuracy"] = torch.stack(list(hits.values())).mean()
-        if self.config.w_distill > 0 and projected is not None and self.teacher is not None:
-            weights["distill_loss"] = self.config.w_distill
+        if config.w_distill > 0 and projected is not None and self.teacher is not None:
             terms["distill_loss"] = similarity_distillation(
-                projected, self.teacher[index], proto_scale, self.config.distill_temperature
+                projected, self.teacher[index], proto_scale, config.distill_temperature
             )
+        weights = {
+            "contrastive_loss": config.w_clip,
+            "proto_loss": config.w_proto,
+            "external_loss": config.w_proto_external,
+            "distill_loss": config.w_distill,
+        }
         total = sum(weights[name] * term for name, term in terms.items())
         if not isinstance(total, Tensor):
             raise ValueError(
@@ -652,18 +611,16 @@ def prototype_term(
             reduction = "none" if over_ranks else "mean"
             result = prototype_losses(rows, banks, scale, reduction=reduction)
             losses += list(_over_ranks(result.loss, banks) if over_ranks else result.loss)
-            hits = [
-                (nearest == bank.labels).float().mean()
-                for nearest, bank in zip(result.nearest, banks, strict=True)
-            ]
+            pairs = zip(result.nearest, banks, strict=True)
+            hits = [(nearest == bank.labels).float().mean() for nearest, bank in pairs]
             accuracy[student] = sum(hits[1:], hits[0]) / len(hits)
     return sum(losses[1:], losses[0]) / len(losses), accuracy
 
 
 def _over_ranks(losses: Tensor, banks: Sequence[Bank]) -> Tensor:
     """[S, B] -> [S], whose means over the ranks are the means over all samples with a label."""
-    counts = torch.stack([(bank.labels != IGNORE).sum() for bank in banks]).to(losses.dtype)
-    mean_over_ranks(counts)
+    counts = torch.stack([(bank.labels != IGNORE).sum() for bank in banks])
+    counts = mean_over_ranks(counts.to(losses.dtype))
     return losses.sum(dim=1) / counts.where(counts > 0, 1.0)
 
 
@@ -684,15 +641,10 @@ def similarity_distillation(
     """
     t = F.normalize(teacher.float(), dim=1)
     target = F.log_softmax(_to_others(t) / temperature, dim=1)
-    losses = [
-        F.kl_div(
-            F.log_softmax(scale * _to_others(h), dim=1),
-            target.to(h),
-            reduction="batchmean",
-            log_target=True,
-        )
-        for h in (projected.image, projected.text)
-    ]
+    losses = []
+    for h in (projected.image, projected.text):
+        student = F.log_softmax(scale * _to_others(h), dim=1)
+        losses.append(F.kl_div(student, target.to(h), reduction="batchmean", log_target=True))
     return (losses[0] + losses[1]) / 2
 
 

@@ -8,7 +8,6 @@ time.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import difflib
 import json
@@ -17,7 +16,7 @@ import math
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import lock_text_tower
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from protoclip.config import ModelConfig
@@ -37,18 +36,6 @@ CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 MAX_LOG_SCALE = math.log(100)
 INITIAL_LOG_SCALE = math.log(1 / 0.07)
 STEP = 8  # lengths of token tensors are multiples of it: kernels and memory see few shapes
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence OpenCLIP, which logs every step of building a model on the root logger."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
 
 
 @dataclass(frozen=True)
@@ -89,7 +76,9 @@ class ProtoModel(nn.Module):
         super().__init__()
         self.clip: Any = clip
         self.tokenizer = tokenizer  # OpenCLIP's own
-        self.short_tokenizer = short_tokenizer(clip, tokenizer)  # for encode and encode_text
+        self.short_tokenizer = tokenizer  # for encode and encode_text
+        if can_shorten(clip):
+            self.short_tokenizer = ShortTokenizer(tokenizer, _end_id(clip))
         self.image_head: Projection | None = heads[0] if heads else None
         self.text_head: Projection | None = heads[1] if heads else None
         self.logit_scale_proto = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
@@ -159,18 +148,9 @@ class ProtoModel(nn.Module):
         self.logit_scale_proto.clamp_(0, MAX_LOG_SCALE)
 
     def extra_state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside OpenCLIP's state dict."""
-        heads = {
-            f"{name}.{key}": value
-            for name, head in (("image", self.image_head), ("text", self.text_head))
-            if head is not None
-            for key, value in head.state_dict().items()
-        }
-        return {
-            "heads": heads,
-            "logit_scale_proto": self.logit_scale_proto.detach().clone(),
-            "preprocess": self.preprocess(),
-        }
+        """What a checkpoint holds beside OpenCLIP's state dict; "heads" has their scale too."""
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
+        return {"heads": own, "preprocess": self.preprocess()}
 
     def preprocess(self) -> dict[str, Any]:
         """How pictures are prepared for the model, with OpenCLIP's words for it."""
@@ -185,54 +165,38 @@ class ProtoModel(nn.Module):
             ValueError: they are of another model, or something is missing.
         """
         try:
-            self._load_state(payload)
+            clip = {f"clip.{key}": value for key, value in payload["state_dict"].items()}
+            self.load_state_dict(clip | payload["protoclip"]["heads"])
+            # The weights it started from may have had their own.
+            prepared = payload["protoclip"].get("preprocess", {})
+            self.mean = tuple(prepared.get("mean", self.mean))
+            self.std = tuple(prepared.get("std", self.std))
+            own = getattr(self.clip.visual, "preprocess_cfg", None) or {}
+            self.clip.visual.preprocess_cfg = {**own, **prepared}
         except (RuntimeError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"checkpoint: it does not fit this model ({reason})") from error
 
-    def _load_state(self, payload: dict[str, Any]) -> None:
-        self.clip.load_state_dict(payload["state_dict"])
-        extra = payload["protoclip"]
-        for name, head in (("image", self.image_head), ("text", self.text_head)):
-            if head is not None:
-                prefix = name + "."
-                own = {k: v for k, v in extra["heads"].items() if k.startswith(prefix)}
-                head.load_state_dict({k.removeprefix(prefix): v for k, v in own.items()})
-        with torch.no_grad():
-            self.logit_scale_proto.copy_(extra["logit_scale_proto"])
-        # The weights it started from may have had their own.
-        self.prepare_as(extra.get("preprocess", {}))
-
-    def prepare_as(self, prepared: Mapping[str, Any]) -> None:
-        """Prepare pictures as another model's ``preprocess`` says; keep what it leaves out."""
-        self.mean = tuple(prepared.get("mean", self.mean))
-        self.std = tuple(prepared.get("std", self.std))
-        self.clip.visual.preprocess_cfg = {
-            **(getattr(self.clip.visual, "preprocess_cfg", None) or {}),
-            **prepared,
-        }
-
 
 def register_configs(model: str = "") -> str:
-    """Make protoclip's models and the config file ``model`` known to OpenCLIP; returns the name."""
+    """Make protoclip's models and the config file ``model`` known to OpenCLIP; returns the name.
+
+    Raises:
+        ValueError: not a config file: OpenCLIP skips it silently, or fails for good.
+    """
     if "protoclip-tiny" not in open_clip.list_models():
         open_clip.add_model_config(CONFIG_FOLDER)
-    if model.endswith(".json"):
-        _check_config(Path(model))
-        open_clip.add_model_config(Path(model))
-        return Path(model).stem
-    return model
-
-
-def _check_config(path: Path) -> None:
-    """Refuse a bad config file: OpenCLIP skips it silently, or fails for good if it is no JSON."""
+    if not model.endswith(".json"):
+        return model
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(Path(model).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model: expected an OpenCLIP config in {path}: {error}") from error
+        raise ValueError(f"--model: expected an OpenCLIP config in {model}: {error}") from error
     keys = {"embed_dim", "vision_cfg", "text_cfg"}
     if missing := sorted(keys - set(config if isinstance(config, dict) else ())):
-        raise ValueError(f"--model: the OpenCLIP config {path} lacks {', '.join(missing)}")
+        raise ValueError(f"--model: the OpenCLIP config {model} lacks {', '.join(missing)}")
+    open_clip.add_model_config(Path(model))
+    return Path(model).stem
 
 
 def check_model(config: ModelConfig) -> str:
@@ -241,42 +205,35 @@ def check_model(config: ModelConfig) -> str:
     Raises:
         ValueError: no such model, or no such weights.
     """
-    name = register_configs(config.model)
-    _check_name(name)
-    _check_pretrained(name, config.pretrained)
+    name, pretrained = register_configs(config.model), config.pretrained
+    known = open_clip.list_models()
+    if not name.startswith(("local-dir:", "hf-hub:")) and name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
+        raise ValueError(f"--model: OpenCLIP knows no model {name!r}; {hint}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained and not Path(pretrained).is_file() and pretrained.lower() not in tags:
+        have = f"its tags are {', '.join(tags)}" if tags else "this model has no tags"
+        raise ValueError(f"--pretrained: {pretrained!r} is no file and no tag of {name}; {have}")
     return name
 
 
-def _check_name(name: str) -> None:
-    if name.startswith(("local-dir:", "hf-hub:")) or name in open_clip.list_models():
-        return
-    near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
-    raise ValueError(f"--model: OpenCLIP knows no model {name!r}; {hint}")
-
-
-def _check_pretrained(name: str, pretrained: str) -> None:
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained and not Path(pretrained).is_file() and pretrained.lower() not in tags:
-        known = f"its tags are {', '.join(tags)}" if tags else "this model has no tags"
-        raise ValueError(f"--pretrained: {pretrained!r} is no file and no tag of {name}; {known}")
-
-
-def _bias(name: str, pretrained: str) -> dict[str, float]:
-    """Arguments that add a logit_bias parameter if the weights have one (OpenCLIP's --siglip) but
-    the model config does not; {} otherwise."""
-    if "init_logit_bias" in (open_clip.get_model_config(name) or {}):
-        return {}
+def _create(name: str, config: ModelConfig, device: str) -> Any:
+    """OpenCLIP's model with its weights, without the logit_bias that only the weights have."""
+    arguments: dict[str, Any] = {
+        "pretrained": config.pretrained or None,
+        "force_image_size": config.force_image_size or None,
+        "force_context_length": config.force_context_length or None,
+        "device": device,
+        "output_dict": True,
+    }
     try:
-        if pretrained.endswith(".safetensors"):
-            with safe_open(pretrained, "pt") as file:
-                keys = set(file.keys())
-        else:
-            content = torch.load(pretrained, "cpu", mmap=True, weights_only=True)
-            keys = set(content.get("state_dict", content))
-    except Exception:  # a tag, or a file that cannot be read: left to OpenCLIP, or loaded whole
-        return {}
-    return {"init_logit_bias": 0.0} if {"logit_bias", "module.logit_bias"} & keys else {}
+        return open_clip.create_model(name, **arguments)
+    except (AttributeError, RuntimeError):
+        # Weights of OpenCLIP's --siglip? Neither features nor InfoNCE use the bias.
+        clip = open_clip.create_model(name, **arguments, init_logit_bias=0.0)
+    clip.logit_bias = None
+    return clip
 
 
 def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
@@ -288,21 +245,11 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
         ValueError: no such model, config, checkpoint or tag.
     """
     name = check_model(config)
-    bias = _bias(name, config.pretrained)
+    logging.disable(logging.WARNING)  # OpenCLIP logs every step of building a model
     try:
-        with _quiet():
-            clip = open_clip.create_model(
-                name,
-                pretrained=config.pretrained or None,
-                force_image_size=config.force_image_size or None,
-                force_context_length=config.force_context_length or None,
-                device=device,
-                output_dict=True,
-                **bias,
-            )
-            tokenizer = open_clip.get_tokenizer(
-                name, context_length=getattr(clip, "context_length", None)
-            )
+        clip = _create(name, config, device)
+        length = getattr(clip, "context_length", None)
+        tokenizer = open_clip.get_tokenizer(name, context_length=length)
     # What torch and safetensors raise on a torn file, and OpenCLIP on a config it does not like.
     except (
         RuntimeError, OSError, EOFError, pickle.UnpicklingError, SafetensorError, TypeError,
@@ -314,14 +261,16 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
         raise ValueError(
             f"--model {config.model} --pretrained {config.pretrained!r}: {reason}"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
     if min(getattr(clip.visual, "grid_size", (1,))) < 1:
         raise ValueError("--force-image-size: expected at least one patch of the model in pixels")
-    if bias:  # loaded and dropped: neither features nor InfoNCE use it
-        clip.logit_bias = None
     heads = None
     if config.add_projection_head:
+        with torch.no_grad():
+            width = clip.encode_text(torch.zeros(1, length or 77, dtype=torch.long)).shape[-1]
         hidden, out = config.projection_hidden_dim, config.projection_dim
-        text_head = Projection(embedding_dim(clip), hidden, out, config.use_bn_sync)
+        text_head = Projection(width, hidden, out, config.use_bn_sync)
         # The image head starts as a copy, as in the paper: equal features, equal projections.
         heads = (copy.deepcopy(text_head), text_head)
     if config.grad_checkpointing:
@@ -332,16 +281,6 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
     if config.lock_text:
         model.lock_text()
     return model
-
-
-def embedding_dim(clip: Any) -> int:
-    """D, the width of both towers' output, found by encoding one empty caption."""
-    length = getattr(clip, "context_length", 77)
-    with torch.no_grad():
-        was_training = clip.training
-        features = clip.eval().encode_text(torch.zeros(1, length, dtype=torch.long))
-        clip.train(was_training)
-    return features.shape[-1]
 
 
 def can_shorten(clip: nn.Module) -> bool:
@@ -376,15 +315,8 @@ class ShortTokenizer:
     def __call__(self, texts: list[str]) -> Tensor:
         """-> int64 [B, L], L a multiple of ``STEP`` or the whole context."""
         tokens = self.tokenizer(texts)
-        if not len(tokens):
-            return tokens
         length = int(_ends(tokens, self.end_id).max()) + 1
         return tokens[:, : -(-length // STEP) * STEP]
-
-
-def short_tokenizer(clip: Any, tokenizer: Callable) -> Callable[[list[str]], Tensor]:
-    """A tokenizer for ``encode_text``: shorter where the tower allows, else the one given."""
-    return ShortTokenizer(tokenizer, _end_id(clip)) if can_shorten(clip) else tokenizer
 
 
 def encode_text(clip: Any, tokens: Tensor) -> Tensor:
@@ -395,7 +327,8 @@ def encode_text(clip: Any, tokens: Tensor) -> Tensor:
     """
     if not can_shorten(clip):
         return clip.encode_text(tokens)
-    if not len(tokens) or not _readable(tokens):
+    tracing = type(tokens) is not Tensor or torch.compiler.is_compiling()
+    if not len(tokens) or tokens.device.type != "cpu" or tracing:
         return _encode(clip, tokens)
     lengths = (_ends(tokens, _end_id(clip)) // STEP + 1) * STEP
     order = lengths.argsort(stable=True)
@@ -405,16 +338,7 @@ def encode_text(clip: Any, tokens: Tensor) -> Tensor:
         for rows in (order[:few], order[few:])
         if len(rows)
     ]
-    if len(parts) == 1 and bool((lengths == lengths[0]).all()):
-        return parts[0]
     return torch.cat(parts)[order.argsort()]
-
-
-def _readable(tokens: Tensor) -> bool:
-    """Whether reading values costs nothing: on the CPU, not while torch traces shapes."""
-    return (
-        type(tokens) is Tensor and tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-    )
 
 
 def _split(lengths: Tensor) -> int:
@@ -439,11 +363,10 @@ def _encode(clip: Any, tokens: Tensor) -> Tensor:
     x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
     x = clip.ln_final(x)
     x = x[torch.arange(len(x), device=x.device), _ends(tokens, _end_id(clip))]
-    if clip.text_projection is None:
+    projection = clip.text_projection
+    if projection is None:
         return x
-    if isinstance(clip.text_projection, nn.Linear):
-        return clip.text_projection(x)
-    return x @ clip.text_projection
+    return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
 
 def choose_device(name: str) -> torch.device:
@@ -454,22 +377,18 @@ def choose_device(name: str) -> torch.device:
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         info = find_rank()  # several processes of a machine have a GPU each
-        return (
-            torch.device("cuda", info.local_rank) if info.world_size > 1 else torch.device("cuda")
-        )
-    if name == "auto":
-        return torch.device("cpu")
+        return torch.device("cuda", info.local_rank if info.world_size > 1 else None)
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from error
+        device = torch.device("cpu" if name == "auto" else name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"--device: {name} is not on this machine, which has {torch.cuda.device_count()} CUDA "
             "devices that torch can use; use --device auto"
         )
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected cpu or cuda, got {name!r}")
     return device
 
 
@@ -488,7 +407,5 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
     """A function that makes the context of a forward pass."""
-    if precision == "fp32":
-        return contextlib.nullcontext
-    dtype = torch.bfloat16 if precision == "amp_bf16" else torch.float16
-    return lambda: torch.autocast(device.type, dtype=dtype)
+    dtype = torch.float16 if precision == "amp" else torch.bfloat16
+    return lambda: torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")

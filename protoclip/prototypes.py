@@ -79,15 +79,13 @@ def extract(
     was_training = model.training
     model.eval()
     parts: list[tuple[Tensor, Encoded]] = []
-    try:
-        for batch in batches:
-            image = batch.image.to(device, non_blocking=True)
-            tokens = batch.tokens.to(device, non_blocking=True)
-            with autocast():
-                _, projected = model(image, tokens)
-            parts.append((batch.index, projected))
-    finally:
-        model.train(was_training)
+    for batch in batches:
+        image = batch.image.to(device, non_blocking=True)
+        tokens = batch.tokens.to(device, non_blocking=True)
+        with autocast():
+            _, projected = model(image, tokens)
+        parts.append((batch.index, projected))
+    model.train(was_training)
     return Features(
         index=torch.cat([index for index, _ in parts]).to(device),
         image_h=torch.cat([h.image for _, h in parts]),
@@ -157,11 +155,8 @@ class FeatureStore:
         slices = [own_slice(len(order), number) for number in range(world_size())]
         wanted = [row[part][owner[part] == rank()] for part in slices]
         own = slices[rank()]
-        arrived = owner[own].argsort(stable=True)  # rank by rank, each in order
-        image_h, text_h = (
-            torch.empty_like(got).index_copy_(0, arrived, got)
-            for got in (exchange_rows(rows, wanted) for rows in (self.image_h, self.text_h))
-        )
+        place = owner[own].argsort(stable=True).argsort()  # they arrive rank by rank
+        image_h, text_h = (exchange_rows(x, wanted)[place] for x in (self.image_h, self.text_h))
         return Features(index[own], image_h, text_h)
 
     def _by_draw(self, rows: Tensor) -> Tensor:
@@ -185,15 +180,12 @@ class FeatureStore:
             ValueError: the rows are of another number of draws.
         """
         draws = len(self.index) * world_size()
-        found = {name: list(state[name].shape) for name in sorted(state)}
-        dim = found.get("image_h", [0, 0])[1:]
-        expected = {"index": [draws]}
-        if len(state) > 1:
-            expected = {"image_h": [draws, *dim], **expected, "text_h": [draws, *dim]}
-        if found != expected:
+        found = {name: list(rows.shape) for name, rows in state.items()}
+        names = sorted(found) in (["index"], ["image_h", "index", "text_h"])
+        if not names or any(shape[:1] != [draws] for shape in found.values()):
             raise ValueError(
-                f"FeatureStore: expected {expected}, got {found}; the checkpoint is of a run with "
-                "another --episode-size, global batch or data"
+                f"FeatureStore: expected the features of {draws} draws, got {found}; the "
+                "checkpoint is of a run with another --episode-size, global batch or data"
             )
         for name, rows in state.items():
             own = rows.unflatten(0, (-1, world_size(), self.share))[:, rank()].flatten(0, 1)
@@ -237,6 +229,18 @@ class PrototypeSet:
         targets = None if self.targets is None else self.targets.to(dtype)
         return Bank(self.prototypes.to(dtype), labels, targets)
 
+    def check(self, samples: int) -> None:
+        """Raise ValueError for labels out of range: an IndexError on a CPU, worse on a GPU."""
+        labels, shape = self.clustering.labels, self.prototypes.shape
+        known = labels[labels != IGNORE]
+        fits = self.targets is None or self.targets.shape == shape
+        if labels.shape != (samples,) or not fits or ((known < 0) | (known >= shape[0])).any():
+            raise ValueError(
+                f"--resume: expected the prototypes of {samples} samples, got labels "
+                f"{list(labels.shape)} and prototypes {list(shape)} that do not belong together in "
+                "the checkpoint; use an older one"
+            )
+
 
 @dataclass(frozen=True)
 class PrototypeBuilder:
@@ -245,13 +249,7 @@ class PrototypeBuilder:
     With a group, each rank holds a slice of the rows; all get the same clusters and prototypes.
     """
 
-    num_iters: int = 20  # of k-means
-    num_restarts: int = 1  # of k-means, where the start is random
-    warm: bool = True  # start from the last centroids
-    backend: str = "auto"  # of k-means
-    keep_empty: bool = False  # keep empty clusters as zero vectors, as in the authors' code
-    pbt: bool = True  # back translation; else internal prototypes are the source's centroids
-    temperature: float = 0.01  # of the internal soft targets; 0: hard labels
+    config: EpisodeConfig  # of k-means, back translation and the internal targets
     group: Group = None
 
     def cluster(
@@ -262,27 +260,25 @@ class PrototypeBuilder:
         last: Clustering | None,
     ) -> tuple[Clustering, dict[str, float]]:
         """k-means on [N, Ds] points -> clusters with the labels of these rows; inertia, empties."""
-        seed = int(torch.randint(2**31, (), generator=random))
+        seed, config = int(torch.randint(2**31, (), generator=random)), self.config
         ranks = Ranks(len(points), self.group, points.device)
-        start = None
-        if self.warm and last is not None:
-            start = _refilled(last.centroids, points, num_clusters, random, ranks)
+        init: str | Tensor = "random"
+        if config.kmeans_init == "warm" and last is not None:
+            init = _refilled(last.centroids, points, num_clusters, random, ranks)
         found = kmeans(
             points,
             num_clusters,
-            num_iters=self.num_iters,
-            num_restarts=1 if start is not None else self.num_restarts,
-            init="random" if start is None else start,
+            num_iters=config.kmeans_max_iter,
+            num_restarts=config.kmeans_nredo,
+            init=init,
             seed=seed,
             group=self.group,
-            backend=self.backend,
+            backend=config.kmeans_backend,
         )
         filled = found.counts > 0
-        metrics = {
-            "inertia": found.inertia / ranks.total,
-            "empty": float(num_clusters - filled.sum()),
-        }
-        kept = torch.ones_like(filled) if self.keep_empty else filled
+        empty = float(num_clusters - filled.sum())
+        metrics = {"inertia": found.inertia / ranks.total, "empty": empty}
+        kept = torch.ones_like(filled) if config.keep_empty else filled
         centroids = found.centroids.where(filled[:, None], 0.0)[kept]
         labels = (kept.cumsum(0) - 1)[found.labels]
         return Clustering(centroids, labels, found.counts[kept]), metrics
@@ -305,17 +301,15 @@ class PrototypeBuilder:
             labels_new: as in ``PrototypeSet``.
         """
         centroids, labels = clustering.centroids, clustering.labels[rows]
+        internal, temperature = source in INTERNAL, self.config.target_temperature
         sets = []
-        for student in [INTERNAL[source]] if source in INTERNAL else list(students):
-            if self.pbt or source not in INTERNAL:
-                prototypes, _ = global_segment_mean(
-                    students[student], labels, len(centroids), self.group
-                )
-            else:
-                prototypes = centroids
-            targets = None
-            if source in INTERNAL and self.temperature > 0:
-                targets = soft_targets(centroids.to(prototypes), prototypes, self.temperature)
+        for student in [INTERNAL[source]] if internal else list(students):
+            prototypes, targets = centroids, None
+            if self.config.pbt or not internal:
+                values = students[student]
+                prototypes, _ = global_segment_mean(values, labels, len(centroids), self.group)
+            if internal and temperature > 0:
+                targets = soft_targets(centroids.to(prototypes), prototypes, temperature)
             if self.group is not None:
                 # The same bits everywhere, whatever the ranks' machines make of the same sums.
                 broadcast(prototypes, *([] if targets is None else [targets]))
@@ -357,28 +351,15 @@ class Episode:
         return {one.source: one.clustering for one in self.sets}
 
 
+@dataclass(frozen=True)
 class EpisodeBuilder:
-    """Makes the prototypes of every episode of a run.
+    """Makes the prototypes of every episode of a run."""
 
-    Args:
-        config: K, temperature, k-means' settings.
-        keys: of the whole dataset, to name a sample whose features are not finite.
-        teacher: [dataset, d], rows by position in the dataset; None: no teacher.
-        internal: whether to cluster the model's own features; False: the teacher's only.
-        classes: name -> int64 [dataset], known classes, for the clusters' purity.
-    """
-
-    def __init__(
-        self,
-        config: EpisodeConfig,
-        keys: Sequence[str],
-        *,
-        teacher: Tensor | None = None,
-        internal: bool = True,
-        classes: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self.config, self.keys, self.internal = config, keys, internal
-        self.teacher, self.classes = teacher, dict(classes or {})
+    config: EpisodeConfig
+    keys: Sequence[str]  # of the whole dataset, to name a sample whose features are not finite
+    teacher: Tensor | None = None  # [dataset, d], rows by position in the dataset
+    internal: bool = True  # whether to cluster the model's own features too
+    classes: Mapping[str, Tensor] = field(default_factory=dict)  # int64 [dataset], for purity
 
     def build(
         self,
@@ -411,17 +392,7 @@ class EpisodeBuilder:
             sources[EXTERNAL] = teacher[features.index]
         self._check_finite(sources, features.index)
 
-        builder = PrototypeBuilder(
-            num_iters=config.kmeans_max_iter,
-            num_restarts=config.kmeans_nredo,
-            warm=config.kmeans_init == "warm",
-            backend=config.kmeans_backend,
-            keep_empty=config.keep_empty,
-            pbt=config.pbt,
-            temperature=config.target_temperature,
-            group=all_ranks(),
-        )
-        new = self._without_features(features.index, coming)
+        builder = PrototypeBuilder(config, all_ranks())
         before = previous.clusterings if previous else {}
         sets: list[PrototypeSet] = []
         metrics: dict[str, float] = {}
@@ -429,6 +400,8 @@ class EpisodeBuilder:
             last = before.get(source)
             local, values = builder.cluster(points, num_clusters, random, last)
             found = self._of_dataset(local, features.index)
+            new = features.index[:0] if coming is None else coming.to(found.labels.device)
+            new = new[found.labels[new] == IGNORE].unique()
             if source == EXTERNAL and teacher is not None and len(new):
                 found.labels[new] = kmeans_assign(teacher[new], found.centroids)[0]
             temperature = config.target_temperature if source in INTERNAL else 0.0
@@ -446,26 +419,13 @@ class EpisodeBuilder:
         max_over_ranks(labels)  # each rank knows those of its own samples
         return Clustering(local.centroids, labels, local.counts)
 
-    def _without_features(self, index: Tensor, coming: Tensor | None) -> Tensor:
-        """Positions among the coming ones that no rank has features of."""
-        if coming is None:
-            return index[:0]
-        known = torch.zeros(len(self.keys), dtype=torch.int32, device=index.device)
-        known[index] = 1
-        max_over_ranks(known)
-        coming = coming.to(index.device)
-        return coming[known[coming] == 0].unique()
-
     def _check_finite(self, sources: Mapping[str, Tensor], index: Tensor) -> None:
         """Refuse NaN and infinity, by the key of the first sample that has them."""
         for name, points in sources.items():
             bad = ~torch.isfinite(points).all(dim=1)
             if bad.any():
-                remedy = (
-                    "fix the teacher's file"
-                    if name == EXTERNAL
-                    else "lower --lr or use --precision fp32"
-                )
+                own = "lower --lr or use --precision fp32"
+                remedy = "fix the teacher's file" if name == EXTERNAL else own
                 raise ValueError(
                     f"episode: expected finite {name} features, got NaN or infinity in "
                     f"{int(bad.sum())} of {len(points)} samples, first in "
@@ -532,44 +492,26 @@ def target_entropy(clustering: Clustering, temperature: float) -> float:
     return total / max(1, int(clustering.counts.sum()))
 
 
+@dataclass(eq=False)
 class OnlinePrototypes:
-    """The newest features of each rank, and prototypes over all ranks.
+    """The newest features of each rank, and prototypes over all ranks."""
 
-    Args:
-        builder: of the prototypes; its group is that of the ranks.
-        queue: pairs that this rank keeps.
-        num_clusters: k-means' K, over all ranks.
-        every: steps between clusterings; 0: as many as renew the queue.
-        warmup: steps before the first clustering, at least.
-        seed: of the first centroids; later ones start from the last.
-        calls_per_step: calls of ``observe`` with the rows of one and the same step.
-    """
+    builder: PrototypeBuilder  # its group is that of the ranks
+    queue: int  # pairs that this rank keeps
+    num_clusters: int  # of k-means, over all ranks
+    every: int = 0  # steps between clusterings; 0: as many as renew the queue
+    warmup: int = 0  # steps before the first clustering, at least
+    seed: int = 0  # of the first centroids; later ones start from the last
+    calls_per_step: int = 1  # calls of ``observe`` with the rows of one and the same step
+    current: list[PrototypeSet] | None = field(default=None, init=False)
+    steps: int = field(default=0, init=False)
 
-    def __init__(
-        self,
-        builder: PrototypeBuilder,
-        *,
-        queue: int,
-        num_clusters: int,
-        every: int = 0,
-        warmup: int = 0,
-        seed: int = 0,
-        calls_per_step: int = 1,
-    ) -> None:
+    def __post_init__(self) -> None:
         _keep_out_of_graphs()
-        self.builder, self.queue, self.num_clusters = builder, queue, num_clusters
-        self.every, self.warmup, self.seed = every, warmup, seed
-        self.calls_per_step = calls_per_step
-        self.current: list[PrototypeSet] | None = None
-        self.steps = 0
-        self._calls = 0
-        self._clusterings = 0
+        self._calls = self._clusterings = self._filled = self._cursor = self._next = 0
         self._rows: dict[str, Tensor] = {}  # modality -> [queue, D], the first _filled are in use
-        self._filled = 0
-        self._cursor = 0
         self._sizes: dict[str, float] = {}
         self._accuracy: dict[str, Tensor] = {}
-        self._next = 0
 
     def first_step(self, rows: int) -> int:
         """Steps of ``rows`` pairs on this rank before the first clustering."""
@@ -637,11 +579,9 @@ class OnlinePrototypes:
 
     def metrics(self) -> dict[str, float]:
         """Plain numbers; waits for the device."""
-        values = {"steps": float(self.steps), "clusterings": float(self._clusterings)}
-        values |= self._sizes
-        return values | {
-            f"{student}_proto_accuracy": float(hit) for student, hit in self._accuracy.items()
-        }
+        accuracy = {f"{name}_proto_accuracy": float(hit) for name, hit in self._accuracy.items()}
+        counts = {"steps": float(self.steps), "clusterings": float(self._clusterings)}
+        return counts | self._sizes | accuracy
 
 
 @functools.cache

@@ -25,9 +25,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.config import DataConfig, ModelConfig, Parser, check_above
+from protoclip.config import TABLE, DataConfig, ModelConfig, Parser, add_options, check_above
 from protoclip.data import PairDataset, build_transform, open_dataset
 from protoclip.data.files import whole_file
+from protoclip.distributed import run_command
 from protoclip.model import build_model, choose_device, register_configs
 from protoclip.ops.native import cache_dir
 
@@ -40,11 +41,7 @@ PART_ROWS = 4096  # rows that a stop of the command costs at most
 
 
 def load_teacher(
-    spec: str,
-    dataset: PairDataset,
-    *,
-    dim: int = 64,
-    device: torch.device | str = "cpu",
+    spec: str, dataset: PairDataset, *, dim: int = 64, device: torch.device | str = "cpu"
 ) -> Tensor:
     """A teacher's features of every sample of a dataset.
 
@@ -56,7 +53,7 @@ def load_teacher(
         dim: reduce to that many principal components where d is larger; 0: keep all.
         device: where the sentence encoder runs.
     Returns:
-        float32 [N, min(d, dim)] on the CPU.
+        float32 [N, min(d, dim, N)] on the CPU.
     Raises:
         ValueError: no such file or teacher, a sample without a row, another number of rows than the
             dataset's, values that are not finite, or a teacher that is not installed.
@@ -76,7 +73,13 @@ def load_teacher(
             f"--external-teacher {spec}: expected finite features, got NaN or infinity in "
             f"{len(bad)} rows, first in that of {dataset.keys[bad[0]]!r}"
         )
-    return pca(features, dim) if dim else features
+    if not 0 < dim < features.shape[1]:
+        return features
+    from sklearn.decomposition import PCA
+
+    # Exact, and deterministic in its signs too.
+    reduced = PCA(min(dim, len(features)), svd_solver="covariance_eigh")
+    return torch.from_numpy(reduced.fit_transform(features.numpy()))
 
 
 def _cached_minilm(dataset: PairDataset, device: torch.device | str) -> Tensor:
@@ -94,14 +97,14 @@ def _cached_minilm(dataset: PairDataset, device: torch.device | str) -> Tensor:
 
 def _read_features(path: Path, dataset: PairDataset) -> Tensor:
     """float32 [dataset, d] from a file; rows by key where the file has keys."""
-    if not path.is_file():
-        raise ValueError(f"--external-teacher: found no file at {path}")
     try:
-        array, keys = _arrays(path)
+        arrays = _arrays(path)
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
         raise ValueError(
             f"--external-teacher: {path} cannot be read ({error}); is the file whole?"
         ) from error
+    keys = list(map(str, arrays.pop("keys"))) if "keys" in arrays else None
+    array = arrays.get("features", next(iter(arrays.values())))
     if array.ndim != 2:
         raise ValueError(f"--external-teacher: expected [N, d] in {path}, got {list(array.shape)}")
     if keys is not None:
@@ -113,57 +116,34 @@ def _read_features(path: Path, dataset: PairDataset) -> Tensor:
             )
         if missing := [key for key in dataset.keys if key not in rows]:
             raise ValueError(
-                f"--external-teacher: the keys of {path} are not the dataset's: {len(missing)} of "
-                f"{len(dataset)} samples of {dataset.name} have no row, first {missing[0]!r}; "
-                "compute it from the same data"
+                f"--external-teacher: {len(missing)} of {len(dataset)} samples of {dataset.name} "
+                f"have no row in {path}, first {missing[0]!r}; compute it from the same data"
             )
         array = array[[rows[key] for key in dataset.keys]]
     elif len(array) != len(dataset):
         raise ValueError(
             f"--external-teacher: expected [{len(dataset)}, d], one row per sample of "
-            f"{dataset.name}, got {list(array.shape)} in {path}; compute it from the same data "
-            f"({PROG} writes keys, which need no order)"
+            f"{dataset.name}, got {list(array.shape)} in {path}; compute it from the same data"
         )
     return torch.from_numpy(array.astype(np.float32))
 
 
-def _arrays(path: Path) -> tuple[np.ndarray, list[str] | None]:
-    """Features, and keys where the file has them; no code of the file runs."""
-    if path.suffix == ".npy":
-        return np.load(path, allow_pickle=False), None
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """What a file of features holds, by name; no code of the file runs."""
     if path.suffix == ".safetensors":
         arrays = {name: rows.float().numpy() for name, rows in load_file(path).items()}
     else:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    keys = list(map(str, arrays.pop("keys"))) if "keys" in arrays else None
+        content = np.load(path, allow_pickle=False)
+        arrays = dict(content) if path.suffix == ".npz" else {"features": content}
     if "features" not in arrays and len(arrays) != 1:
         raise ValueError(f"expected one array, or one named 'features', got {sorted(arrays)}")
-    return arrays.get("features", next(iter(arrays.values()))), keys
+    return arrays
 
 
 def _write_features(path: Path, features: np.ndarray, keys: Sequence[str]) -> None:
     """Write a .npz of ``features`` [N, d] and ``keys``, whole or not at all."""
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, features=features, keys=np.array(list(keys)))
-
-
-def pca(features: Tensor, dim: int) -> Tensor:
-    """[N, d] -> [N, min(d, dim)] float32: the rows on their first principal components, centred.
-
-    Deterministic: each direction's largest entry is positive. Needs the memory of its result only;
-    ``features`` may lie on a disk.
-    """
-    if features.shape[1] <= dim:
-        return features.float()
-    parts = features.split(PART_ROWS)
-    mean = sum(rows.double().sum(dim=0) for rows in parts) / len(features)
-    centred = (rows.double() - mean for rows in parts)
-    _, vectors = torch.linalg.eigh(sum(rows.T @ rows for rows in centred))
-    directions = vectors[:, -dim:].flip(1)  # largest variance first
-    largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
-    directions *= largest.sign()
-    return torch.cat([((rows.double() - mean) @ directions).float() for rows in parts])
 
 
 def minilm_missing() -> str:
@@ -200,20 +180,18 @@ class SentenceEncoder:
     """
 
     def __init__(self, name: str, device: torch.device | str) -> None:
-        if importlib.util.find_spec("transformers") is None:
-            raise ValueError(f"--model {name}: needs transformers; pip install transformers")
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
         try:
+            from transformers import AutoModel, AutoTokenizer
+            from transformers.utils import logging as transformers_logging
+
+            transformers_logging.disable_progress_bar()
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModel.from_pretrained(name).to(device).eval()
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"--model {name}: expected {MINILM}, a model that OpenCLIP lists, or a text model "
-                f"of Hugging Face; {reason}"
+                f"of Hugging Face, with transformers installed; {reason}"
             ) from error
         self.device = device
         limit = getattr(self.model.config, "max_position_embeddings", 256)
@@ -222,7 +200,7 @@ class SentenceEncoder:
     @torch.no_grad()
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Texts -> unit rows, float32 [N, d] on the CPU."""
-        # Batches of equal length waste no work on padding.
+        # Neighbours of equal length waste no work on padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         rows = torch.empty(len(texts), self.model.config.hidden_size)
         starts = range(0, len(order), batch_size)
@@ -282,13 +260,8 @@ class ClipTower:
 def build_encoder(
     model: str, pretrained: str, modality: str, device: torch.device | str
 ) -> SentenceEncoder | ClipTower:
-    """The frozen model that a command line asks for.
+    """The frozen model that a command line asks for; see ``build_parser``.
 
-    Args:
-        model: "builtin:minilm", an OpenCLIP model (or config .json, or local-dir:PATH), or a text
-            model of Hugging Face, by name or folder.
-        pretrained: of an OpenCLIP model.
-        modality: "text" or "image"; pictures need an OpenCLIP model.
     Raises:
         ValueError: no such model here, or one that cannot read pictures.
     """
@@ -307,24 +280,13 @@ def extract_features(
     encoder: SentenceEncoder | ClipTower,
     dataset: PairDataset,
     out: Path,
-    *,
     teacher: str,
-    dim: int = 0,
     batch_size: int = 64,
 ) -> int:
     """Write the features of every sample, with its key, to ``out``; go on where a stop left off.
 
-    Until it is done the rows stand in a file beside ``out`` that is named by teacher and data.
-
-    Args:
-        encoder: gives the rows.
-        dataset: N samples.
-        out: the .npz to write.
-        teacher: a description of the encoder.
-        dim: principal components to keep; 0: all.
-        batch_size: samples per forward pass.
-    Returns:
-        The number of columns written.
+    Until it is done the rows stand in a file beside ``out`` that is named by the data and
+    ``teacher``, a description of the encoder. Returns the number of columns.
     """
     digest = hashlib.sha256(repr((teacher, list(dataset.keys))).encode()).hexdigest()[:12]
     partial = out.with_name(f"{out.stem}.{digest}.partial.npy")
@@ -339,12 +301,10 @@ def extract_features(
                 shape = (len(dataset), rows.shape[1])
                 table = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
             table[start : part.stop] = rows
-    if table is None:
-        raise ValueError(f"--data: expected samples, got none in {dataset.name}")
-    features = pca(torch.from_numpy(table), dim).numpy() if dim else table
-    _write_features(out, features, dataset.keys)
+    assert table is not None  # a data set is never empty
+    _write_features(out, table, dataset.keys)
     partial.unlink()
-    return features.shape[1]
+    return table.shape[1]
 
 
 def build_parser() -> Parser:
@@ -353,9 +313,8 @@ def build_parser() -> Parser:
         description="Write a frozen model's features of all pairs, by key, to a .npz that "
         "protoclip.train --external-teacher takes. A stopped run goes on where it was.",
     )
-    data = DataConfig()
     add = parser.add_argument
-    add("--data", default=data.train_data, metavar="TEXT", help="as protoclip.train --train-data")
+    add("--data", default="builtin:emoji", metavar="TEXT", help="as protoclip.train --train-data")
     add(
         "--model",
         default=MINILM,
@@ -366,58 +325,35 @@ def build_parser() -> Parser:
     add("--pretrained", default="", metavar="TEXT", help="weights of an OpenCLIP model")
     add("--modality", default="text", choices=("text", "image"), help="default: %(default)s")
     add("--out", required=True, metavar="PATH", help="the .npz to write")
-    add("--dim", type=int, default=0, metavar="N", help="principal components to keep; 0: all")
     add("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
     add("--device", default="auto", metavar="TEXT", help="cpu, cuda, ...; auto: cuda if there")
-    add("--csv-separator", default=data.csv_separator, metavar="TEXT")
-    add("--csv-img-key", default=data.csv_img_key, metavar="TEXT")
-    add("--csv-caption-key", default=data.csv_caption_key, metavar="TEXT")
-    add(
-        "--encoding",
-        dest="csv_encoding",
-        default=data.csv_encoding,
-        metavar="TEXT",
-        help="of a table",
-    )
+    add_options(parser, DataConfig(), only=TABLE)
     return parser
 
 
-def run(args: Any) -> str:
-    """What the command line asks for; returns the text to print."""
+def run(args: Any) -> None:
+    """Do what the command line asks for, and say what was written."""
     out = Path(args.out)
     check_above(out, "--out")
     if out.suffix != ".npz":
         raise ValueError(f"--out: expected a name that ends in .npz, got {out}")
     if out.exists():
         raise ValueError(f"--out: {out} exists; choose another name or remove it")
-    if args.dim < 0 or args.batch_size < 1:
-        raise ValueError(
-            "expected --dim of at least 0 and --batch-size of at least 1, got "
-            f"{args.dim} and {args.batch_size}"
-        )
-    table = {name: value for name, value in vars(args).items() if name.startswith("csv_")}
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
+    table = {name: value for name, value in vars(args).items() if name in TABLE}
     dataset = open_dataset(args.data, **table)
     encoder = build_encoder(args.model, args.pretrained, args.modality, choose_device(args.device))
     out.parent.mkdir(parents=True, exist_ok=True)
     teacher = f"{args.model} {args.pretrained} {args.modality}"
-    columns = extract_features(
-        encoder, dataset, out, teacher=teacher, dim=args.dim, batch_size=args.batch_size
-    )
-    return f"{out}: {len(dataset):,} samples of {dataset.name}, {columns} columns, by key"
+    columns = extract_features(encoder, dataset, out, teacher, args.batch_size)
+    print(f"{out}: {len(dataset):,} samples of {dataset.name}, {columns} columns, by key")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; a user's mistake ends it with one line and status 2."""
+    """Run the command; the exit code is 0, 2 for a user's mistake, 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
-    try:
-        print(run(args))
-    except (ValueError, OSError) as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{PROG}: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(lambda: run(args), PROG)
 
 
 if __name__ == "__main__":

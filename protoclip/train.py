@@ -552,19 +552,13 @@ def unpack_episode(state: Any, device: torch.device, samples: int) -> Episode | 
         return {k: x.to(device) if isinstance(x, Tensor) else x for k, x in values.items()}
 
     known = {name: Clustering(**moved(one)) for name, one in state["clusterings"].items()}
-    sets = []
-    for one in state["sets"]:
-        made = PrototypeSet(**{**moved(one), "clustering": known[one["clustering"]]})
-        labels, shape = made.clustering.labels, made.prototypes.shape
-        ids = labels.where(labels != prototypes.IGNORE, 0)
-        fits = made.targets is None or made.targets.shape == shape
-        if len(labels) != samples or not fits or ((ids < 0) | (ids >= len(made.prototypes))).any():
-            raise ValueError(
-                f"--resume: expected prototypes for {samples} samples, got {len(labels)} labels "
-                f"that do not fit the checkpoint's {list(shape)} prototypes; use an older one"
-            )
-        sets.append(made)
-    return Episode(tuple(sets), state["metrics"])
+    sets = tuple(
+        PrototypeSet(**{**moved(one), "clustering": known[one["clustering"]]})
+        for one in state["sets"]
+    )
+    for one in sets:
+        one.check(samples)
+    return Episode(sets, state["metrics"])
 
 
 def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:

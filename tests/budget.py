@@ -1,4 +1,4 @@
-"""The error budget of the op tests, FlashAttention's own: no tolerance is invented.
+"""What the op tests share: the error budget, FlashAttention's own: no tolerance is invented.
 
 truth: the plain PyTorch formula in fp64 on the same rounded inputs; base: that formula run in the
 tested dtype, as users have it; got: the backend under test.
@@ -6,8 +6,35 @@ tested dtype, as users have it; got: the backend under test.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+import protoclip
+from protoclip.ops.backends import TABLE
+
+
+def usable(op: str) -> list[str]:
+    """The backends of an op that run on CPU tensors here."""
+    return [
+        name
+        for name, reason in protoclip.backends(op).items()
+        if reason is None and "cpu" in (TABLE[op][name].device_types or ("cpu",))
+    ]
+
+
+def on_threads(run: Callable[[], Any], counts: Sequence[int] = (1, 2, 2)) -> list[Any]:
+    """What ``run`` returns with each number of threads."""
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    return results
 
 
 def assert_within_budget(

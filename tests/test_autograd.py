@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from budget import usable
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
@@ -38,19 +39,18 @@ CALLS = {
 }
 
 
-def usable():
-    return [n for n in ("cpu", "triton") if protoclip.backends("info_nce").get(n, "") is None]
+losses = pytest.mark.parametrize("loss", LOSSES)
+fused = pytest.mark.parametrize("backend", [b for b in usable("info_nce") if b != "reference"])
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@losses
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("backend", usable())
+@fused
 def test_reverse_mode_transforms_are_those_of_the_reference(backend, call, loss):
     if backend == "triton" and not torch.cuda.is_available() and call != "grad":
         pytest.skip("the interpreter is slow; grad is tried there")
     got, want = (CALLS[call](LOSSES[loss], b) for b in (backend, "reference"))
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def _dual(f):
@@ -69,16 +69,16 @@ FORWARD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@losses
 @pytest.mark.parametrize("mode", FORWARD)
-@pytest.mark.parametrize("backend", usable())
+@fused
 def test_forward_mode_is_refused_by_name(backend, mode, loss):
     name = loss.split()[0]
     with pytest.raises(NotImplementedError, match=rf"{name}: .*use backend='reference'"):
         FORWARD[mode](lambda x: LOSSES[loss](x, torch.tensor(3.0), backend))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@losses
 @pytest.mark.parametrize("mode", ["jvp", "dual numbers"])
 def test_forward_mode_of_the_reference_is_the_derivative(mode, loss):
     f = LOSSES[loss]
@@ -87,8 +87,8 @@ def test_forward_mode_of_the_reference_is_the_derivative(mode, loss):
     torch.testing.assert_close(tangent, (gradient * Y).sum(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("backend", usable())
+@losses
+@fused
 def test_a_second_derivative_is_refused_by_name(backend, loss):
     def first(x):
         return grad(lambda x: LOSSES[loss](x, torch.tensor(3.0), backend))(x).sum()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import protoclip
-from protoclip.ops import sigmoid_loss
+from protoclip.ops import info_nce, sigmoid_loss
+from protoclip.ops import prototype_cross_entropy as cross_entropy
 from protoclip.ops.backends import TABLE, resolve
 
 OPS = sorted(TABLE)
@@ -56,66 +57,48 @@ def test_auto_gives_fp64_to_the_reference(op, monkeypatch):
 
 X, Y, S = torch.randn(4, 8), torch.randn(4, 8), torch.tensor(10.0)
 LABELS = torch.tensor([0, 1, 2, 3])
-BAD = {
-    "rank": (
-        lambda: protoclip.info_nce(X[0], Y, S),
-        ValueError,
-        r"image_features of shape \[N, D\]",
-    ),
-    "rows": (lambda: protoclip.info_nce(X[:3], Y, S), ValueError, "one text per image"),
-    "columns": (lambda: protoclip.info_nce(X[:, :3], Y, S), ValueError, "share D"),
-    "integers": (lambda: protoclip.info_nce(X.long(), Y.long(), S), TypeError, "cast it"),
-    "list": (lambda: protoclip.info_nce([1.0], Y, S), TypeError, "as a Tensor, got list"),
-    "scale": (lambda: protoclip.info_nce(X, Y, X), ValueError, r"shape \[\] or \[1\]"),
-    "scale's text": (lambda: protoclip.info_nce(X, Y, "10"), TypeError, "as a number or a Tensor"),
-    "no scale": (lambda: protoclip.info_nce(X, Y, None), TypeError, "as a number or a Tensor"),
-    "scales": (lambda: protoclip.info_nce(X, Y, np.ones(2)), TypeError, "as a number or a Tensor"),
-    "a truth": (lambda: protoclip.info_nce(X, Y, torch.tensor(True)), TypeError, "float tensor"),
-    "two devices": (
-        lambda: protoclip.info_nce(X, Y.to("meta"), S),
-        ValueError,
-        "on one device, got meta and cpu",
-    ),
-    "reduction": (lambda: protoclip.info_nce(X, Y, S, reduction="avg"), ValueError, "reduction in"),
+BAD = {  # the call, and what is wrong in words
+    "rank": (lambda: info_nce(X[0], Y, S), r"image_features of shape \[N, D\]"),
+    "rows": (lambda: info_nce(X[:3], Y, S), "one text per image"),
+    "columns": (lambda: info_nce(X[:, :3], Y, S), "share D"),
+    "integers": (lambda: info_nce(X.long(), Y.long(), S), "cast it"),
+    "list": (lambda: info_nce([1.0], Y, S), "as a Tensor, got list"),
+    "scale": (lambda: info_nce(X, Y, X), r"shape \[\] or \[1\]"),
+    "scale's text": (lambda: info_nce(X, Y, "10"), "as a number or a Tensor"),
+    "no scale": (lambda: info_nce(X, Y, None), "as a number or a Tensor"),
+    "scales": (lambda: info_nce(X, Y, np.ones(2)), "as a number or a Tensor"),
+    "a truth": (lambda: info_nce(X, Y, torch.tensor(True)), "float tensor"),
+    "two devices": (lambda: info_nce(X, Y.to("meta"), S), "on one device, got meta and cpu"),
+    "reduction": (lambda: info_nce(X, Y, S, reduction="avg"), "reduction in"),
     "label dtype": (
-        lambda: protoclip.prototype_cross_entropy(X, Y, LABELS.int(), S),
-        TypeError,
+        lambda: cross_entropy(X, Y, LABELS.int(), S),
         r"int64, got torch.int32; use labels.long\(\)",
     ),
-    "label shape": (
-        lambda: protoclip.prototype_cross_entropy(X, Y, LABELS[:2], S),
-        ValueError,
-        "labels of shape",
-    ),
-    "no prototypes": (
-        lambda: protoclip.prototype_cross_entropy(X, Y[:0], LABELS, S),
-        ValueError,
-        "K >= 1 prototypes",
-    ),
+    "label shape": (lambda: cross_entropy(X, Y, LABELS[:2], S), "labels of shape"),
+    "no prototypes": (lambda: cross_entropy(X, Y[:0], LABELS, S), "K >= 1 prototypes"),
     "target shape": (
-        lambda: protoclip.prototype_cross_entropy(X, Y, LABELS, S, targets=Y[:2]),
-        ValueError,
+        lambda: cross_entropy(X, Y, LABELS, S, targets=Y[:2]),
         "targets of the prototypes' shape",
     ),
     "target grad": (
-        lambda: protoclip.prototype_cross_entropy(
-            X, Y, LABELS, S, targets=Y.clone().requires_grad_()
-        ),
-        ValueError,
+        lambda: cross_entropy(X, Y, LABELS, S, targets=Y.clone().requires_grad_()),
         "detach it",
     ),
-    "no banks": (lambda: protoclip.prototype_losses(X, [], S), ValueError, "at least one bank"),
-    "soft rows": (lambda: protoclip.soft_targets(X, Y[:2], 0.1), ValueError, "one prototype per"),
-    "no centroids": (lambda: protoclip.kmeans_assign(X, Y[:0]), ValueError, "K >= 1 centroids"),
-    "segments": (lambda: protoclip.segment_mean(X, LABELS, -1), ValueError, "num_segments"),
-    "label range": (lambda: protoclip.segment_mean(X, LABELS, 2), ValueError, "below num_segments"),
+    "no banks": (lambda: protoclip.prototype_losses(X, [], S), "at least one bank"),
+    "soft rows": (lambda: protoclip.soft_targets(X, Y[:2], 0.1), "one prototype per"),
+    "no centroids": (lambda: protoclip.kmeans_assign(X, Y[:0]), "K >= 1 centroids"),
+    "segments": (lambda: protoclip.segment_mean(X, LABELS, -1), "num_segments"),
+    "label range": (lambda: protoclip.segment_mean(X, LABELS, 2), "below num_segments"),
 }
+TYPE_ERRORS = {
+    "integers", "list", "scale's text", "no scale", "scales", "a truth", "label dtype",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_refused_in_words(case):
-    call, error, words = BAD[case]
-    with pytest.raises(error, match=words):
+    call, words = BAD[case]
+    with pytest.raises(TypeError if case in TYPE_ERRORS else ValueError, match=words):
         call()
 
 
@@ -126,23 +109,19 @@ SCALES = [10, 10.0, np.float32(10), np.float64(10), np.int64(10), np.array(10), 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_a_scale_is_any_number(backend, scale):
     for loss in (
-        lambda s: protoclip.info_nce(X, Y, s, backend=backend),
+        lambda s: info_nce(X, Y, s, backend=backend),
         lambda s: sigmoid_loss(X, Y, s, s, backend=backend),
-        lambda s: protoclip.prototype_cross_entropy(X, Y, LABELS, s, backend=backend),
+        lambda s: cross_entropy(X, Y, LABELS, s, backend=backend),
     ):
         assert torch.equal(loss(scale), loss(S))
 
 
 B, H = torch.bfloat16, torch.float16
 PAIRS = {
-    "info_nce": lambda x, y, b: protoclip.info_nce(x, y, S, backend=b),
+    "info_nce": lambda x, y, b: info_nce(x, y, S, backend=b),
     "sigmoid_loss": lambda x, y, b: sigmoid_loss(x, y, S, S, backend=b),
-    "prototype_cross_entropy": lambda x, y, b: protoclip.prototype_cross_entropy(
-        x, y, LABELS, S, backend=b
-    ),
-    "its targets": lambda x, y, b: protoclip.prototype_cross_entropy(
-        x, x.flip(0), LABELS, S, targets=y, backend=b
-    ),
+    "prototype_cross_entropy": lambda x, y, b: cross_entropy(x, y, LABELS, S, backend=b),
+    "its targets": lambda x, y, b: cross_entropy(x, x.flip(0), LABELS, S, targets=y, backend=b),
     "soft_targets": lambda x, y, b: protoclip.soft_targets(x, y, 0.1, backend=b),
     "kmeans_assign": lambda x, y, b: protoclip.kmeans_assign(x, y, backend=b)[1],
 }
@@ -152,14 +131,9 @@ PAIRS = {
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_mixed_dtypes_are_promoted(backend, op):
     """As torch does it for operands; gradients come back in each tensor's own dtype."""
-    for one, other, wide in (
-        (B, None, torch.float32),
-        (None, H, torch.float32),
-        (B, H, torch.float32),
-    ):
-        x, y = (t if dtype is None else t.to(dtype) for t, dtype in ((X, one), (Y, other)))
+    for x, y in ((X.to(B), Y), (X, Y.to(H)), (X.to(B), Y.to(H))):
         got = PAIRS[op](x, y, backend)
-        assert torch.equal(got, PAIRS[op](x.to(wide), y.to(wide), backend))
+        assert torch.equal(got, PAIRS[op](x.float(), y.float(), backend))
     if got.ndim == 0:
         x, y = (t.clone().requires_grad_() for t in (X.to(B), Y.to(H)))
         PAIRS[op](x, y if op != "its targets" else y.detach(), backend).backward()
@@ -169,9 +143,9 @@ def test_mixed_dtypes_are_promoted(backend, op):
 def test_meta_tensors_give_shapes():
     x, y, labels = (t.to("meta") for t in (X, Y, LABELS))
     for loss in (
-        protoclip.info_nce(x, y, 3.0),
+        info_nce(x, y, 3.0),
         sigmoid_loss(x, y, 3.0, 1),
-        protoclip.prototype_cross_entropy(x, y, labels, 2.0),
+        cross_entropy(x, y, labels, 2.0),
     ):
         assert loss.is_meta and loss.shape == ()
     assert protoclip.soft_targets(x, y, 0.1).shape == (4, 8)

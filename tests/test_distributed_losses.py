@@ -48,13 +48,9 @@ def whole(dtype, backend, scale, wide=None):
     return out
 
 
-def joined():
-    distributed.start(find_rank(), torch.device("cpu"), 60)
-
-
 def of_rank():
     """What ``whole`` returns, as DDP's mean over ranks makes it, for every kind."""
-    joined()
+    distributed.start(find_rank(), torch.device("cpu"), 60)
     ranks, own = distributed.world_size(), distributed.own_slice(G)
     results = []
     for dtype, backend, scale in KINDS:
@@ -68,24 +64,18 @@ def of_rank():
             leaves = [t.requires_grad_() for t in (x, y, *(s.clone() for s in scalars[:count]))]
             value = loss(*leaves)
             value.backward()
-            rows = [t.grad.double() / ranks for t in leaves[:2]]
-            means = [distributed.mean_over_ranks(t.double()) for t in
-                     (value.detach(), *(t.grad for t in leaves[2:]))]  # fmt: skip
-            rows = [all_rows(t) for t in rows]
+            rows = [all_rows(t.grad.double() / ranks) for t in leaves[:2]]
+            scalars_of = value.detach(), *(t.grad for t in leaves[2:])
+            means = [distributed.mean_over_ranks(t.double()) for t in scalars_of]
             results.append([t.numpy() for t in (means[0], *rows, *means[1:])])
-    results.append(distillation(own))
-    results.append(batch_norm(own))
-    results.append(refusal())
+    results += [distillation(own), batch_norm(own), refusal()]
     distributed.stop()
     return results
 
 
 def all_rows(rows):
     """The rows of all ranks."""
-    parts = [rows] * distributed.world_size()
-    if distributed.is_distributed():
-        torch.distributed.all_gather_object(parts, rows)
-    return torch.cat(parts)
+    return distributed.gather_rows(rows) if distributed.is_distributed() else rows
 
 
 def batch_norm(own):

@@ -83,6 +83,14 @@ def test_loss_and_gradients_within_budget(shape, dtype, kind):
     _assert_info_nce(x, y, 100.0 if n != 63 else 14.3, torch.rand(n) / n)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_logits_far_above_the_columns_that_a_tile_looks_at(dtype):
+    """The first columns of each tile are 280 binary orders below the others."""
+    x, y = _features(161, 43, "cones", dtype)
+    y[torch.arange(161, device=DEVICE) % 64 < 8] *= -1
+    _assert_info_nce(x, y, 100.0, torch.rand(161) / 161)
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.0, -20.0])
 def test_any_scale(scale):
     _assert_info_nce(*_features(100, 20, "alike", torch.float32), scale, torch.rand(100) - 0.5)

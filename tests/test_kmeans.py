@@ -1,5 +1,6 @@
 """k-means as a whole: restarts and starts, two processes, faiss as a backend and as a peer."""
 
+import math
 import sys
 from itertools import product
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from budget import on_threads
 from ranks import on_ranks
 
 import protoclip
@@ -48,12 +50,79 @@ def test_plus_plus_picks_distinct_points_then_any():
     assert sorted(clusters.centroids[:, 0].tolist()) == list(range(12)) and clusters.inertia == 0
     twins = torch.tensor([[0.0], [1.0]]).repeat(5, 1)
     assert protoclip.kmeans(twins, 7, init="k-means++", num_iters=0).inertia == 0
+    clusters = protoclip.kmeans(twins, 4, num_iters=3)
+    assert clusters.inertia == pytest.approx(0, abs=1e-4) and clusters.counts.sum() == 10
 
 
 @pytest.mark.parametrize("init", ["random", "k-means++"])
-def test_history_falls(init):
-    history = protoclip.kmeans(mixture(), 50, num_iters=12, init=init).history
+def test_history_falls_and_labels_belong_to_the_centroids(init):
+    points = mixture()
+    clusters = protoclip.kmeans(points, 50, num_iters=12, init=init)
+    history = clusters.history
     assert len(history) == 13 and list(history) == sorted(history, reverse=True)
+    labels, squared = protoclip.kmeans_assign(points, clusters.centroids)
+    assert torch.equal(labels, clusters.labels)
+    assert torch.equal(clusters.counts, torch.bincount(labels, minlength=50))
+    assert history[-1] == clusters.inertia == pytest.approx(squared.double().sum().item(), 1e-12)
+
+
+def blobs(k, each):
+    torch.manual_seed(0)
+    truth = torch.arange(k).repeat_interleave(each)
+    return (10 * torch.randn(k, 4))[truth] + 0.1 * torch.randn(k * each, 4), truth
+
+
+def test_well_separated_blobs_are_found():
+    points, truth = blobs(6, 40)
+    clusters = protoclip.kmeans(points, 6, init="k-means++", num_restarts=3)
+    assert len(torch.stack([truth, clusters.labels]).unique(dim=1).T) == 6
+    assert clusters.counts.tolist() == [40] * 6
+
+
+def test_restarts_keep_the_best_and_another_seed_gives_others():
+    points = torch.randn(200, 3)
+    each = [protoclip.kmeans(points, 12, seed=s).inertia for s in range(4)]
+    assert len(set(each)) > 1
+    assert protoclip.kmeans(points, 12, num_restarts=4).inertia == min(each)
+
+
+def test_a_warm_start_goes_on_where_it_was():
+    points = torch.randn(200, 3)
+    first = protoclip.kmeans(points, 12, num_iters=5)
+    more = protoclip.kmeans(points, 12, num_iters=5, init=first.centroids)
+    assert torch.equal(more.centroids, protoclip.kmeans(points, 12, num_iters=10).centroids)
+
+
+def test_empty_clusters_take_half_of_the_largest():
+    points, _ = blobs(2, 100)
+    far = torch.cat([points[:1], points[-1:], torch.full((2, 4), 1e4)])
+    assert (protoclip.kmeans(points, 4, init=far, num_iters=3).counts > 0).all()
+
+
+def test_spherical_centroids_have_unit_length():
+    clusters = protoclip.kmeans(F.normalize(mixture(100), dim=1), 8, spherical=True)
+    torch.testing.assert_close(clusters.centroids.norm(dim=1), torch.ones(8))
+
+
+BAD = {
+    "lower num_clusters": {"num_clusters": 11},
+    "1 <= num_clusters": {"num_clusters": 0},
+    "expected init in": {"init": "best"},
+    "init centroids": {"init": torch.randn(3, 2)},
+    "num_restarts >= 1": {"num_restarts": 0},
+    "1 rows with NaN or inf; the first is row 4": {
+        "points": torch.randn(10, 2).index_fill_(0, torch.tensor(4), math.inf)
+    },
+    r"expected weights \[N\] = \[10\], got \[9\]": {"weights": torch.ones(9)},
+    "at least 0, got 2 others": {"weights": torch.tensor([-1.0, torch.nan] + [1.0] * 8)},
+    "a weight above 0": {"weights": torch.zeros(10)},
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_arguments(words):
+    with pytest.raises(ValueError, match=words):
+        protoclip.kmeans(**{"points": torch.randn(10, 2), "num_clusters": 2, **BAD[words]})
 
 
 def test_backends_walk_the_same_way():
@@ -65,14 +134,7 @@ def test_backends_walk_the_same_way():
 
 def test_same_bits_with_one_thread_and_two():
     points = mixture()
-    threads = torch.get_num_threads()
-    try:
-        runs = []
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            runs.append(protoclip.kmeans(points, 60, num_iters=6, num_restarts=2))
-    finally:
-        torch.set_num_threads(threads)
+    runs = on_threads(lambda: protoclip.kmeans(points, 60, num_iters=6, num_restarts=2), (1, 2))
     assert torch.equal(runs[0].labels, runs[1].labels)
     if protoclip.backends("kmeans_assign").get("cpu", "missing") is None:
         assert torch.equal(runs[0].centroids, runs[1].centroids)
@@ -168,19 +230,6 @@ def test_starts_are_drawn_by_weight(init):
     assert sum(int((c < -7).sum()) for c in drawn) >= 58  # of 60; without weights about half or few
     none = protoclip.kmeans(points, 3, init=init, weights=weights * (points[:, 0] < 0), seed=1)
     assert (none.centroids < -7).all()
-
-
-@pytest.mark.parametrize(
-    ("weights", "words"),
-    [
-        (torch.ones(29), r"expected weights \[N\] = \[30\], got \[29\]"),
-        (torch.tensor([-1.0, torch.nan] + [1.0] * 28), "at least 0, got 2 others"),
-        (torch.zeros(30), "a weight above 0"),
-    ],
-)
-def test_wrong_weights_are_refused(weights, words):
-    with pytest.raises(ValueError, match=words):
-        protoclip.kmeans(torch.randn(30, 4), 3, weights=weights)
 
 
 def test_clusters_predict_are_saved_and_say_what_they_are(tmp_path):

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from budget import on_threads, usable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import protoclip
-from protoclip.ops.backends import TABLE
 from protoclip.ops.native import CodedPoints
 
 HERE = Path(__file__).parent
@@ -24,13 +24,7 @@ native = pytest.mark.skipif(NATIVE_MISSING is not None, reason=str(NATIVE_MISSIN
 ROUNDING = 8 * torch.finfo(torch.float32).eps  # relative, of an fp32 sum of (x - c)^2, D <= 1024
 
 
-def usable():
-    rows = TABLE["kmeans_assign"]
-    return [
-        name
-        for name, reason in protoclip.backends("kmeans_assign").items()
-        if reason is None and "cpu" in (rows[name].device_types or ("cpu",))
-    ]
+backends = pytest.mark.parametrize("backend", usable("kmeans_assign"))
 
 
 def log_uniform(n):
@@ -90,17 +84,10 @@ def integers(n, k, d):
 
 
 KINDS = [
-    random,
-    clustered,
-    norms,
-    far_from_zero,
-    near_ties,
-    on_the_border,
-    sparse,
-    outlying_dimensions,
-    duplicates,
-    integers,
-]
+    random, clustered, norms, far_from_zero, near_ties, on_the_border, sparse, outlying_dimensions,
+    duplicates, integers,
+]  # fmt: skip
+kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda f: f.__name__)
 
 
 def squared_distances(x, c):
@@ -120,7 +107,7 @@ def assert_nearest(x, c, labels, squared):
 
 
 @native
-@pytest.mark.parametrize("kind", KINDS, ids=lambda f: f.__name__)
+@kinds
 def test_a_million_labels_against_fp64(kind):
     torch.manual_seed(0)
     x, c = kind(100_000, 67, 24)  # ten kinds; K past one panel of 48, D past one vector
@@ -129,8 +116,8 @@ def test_a_million_labels_against_fp64(kind):
 
 # D: below and past a vector and a transform, the widths of the models; K: a panel, chunks of panels
 @pytest.mark.parametrize("shape", [(70, 600, 3), (300, 49, 128), (130, 1300, 97), (65, 130, 768)])
-@pytest.mark.parametrize("kind", KINDS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("backend", usable())
+@kinds
+@backends
 def test_shapes(backend, kind, shape):
     torch.manual_seed(1)
     n, k, d = shape
@@ -139,14 +126,14 @@ def test_shapes(backend, kind, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", usable())
+@backends
 def test_half_precision_with_large_norms(backend, dtype):
     torch.manual_seed(2)
     x, c = (2000 * z.to(dtype) for z in random(500, 90, 200))
     assert_nearest(x, c, *protoclip.kmeans_assign(x, c, backend=backend))
 
 
-@pytest.mark.parametrize("backend", usable())
+@backends
 @settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -159,14 +146,14 @@ def test_any_shape_and_stride(backend, n, k, d, seed):
     assert_nearest(x, c, *protoclip.kmeans_assign(x, c, backend=backend))
 
 
-@pytest.mark.parametrize("backend", usable())
+@backends
 def test_equal_centroids_give_the_lowest_index(backend):
     x, c = torch.randn(200, 40), torch.randn(7, 40)
     labels, _ = protoclip.kmeans_assign(x, c.repeat(30, 1), backend=backend)
     assert torch.equal(labels, protoclip.kmeans_assign(x, c, backend="reference")[0])
 
 
-@pytest.mark.parametrize("backend", usable())
+@backends
 @pytest.mark.parametrize("size", [1e-25, 1e18, 1e25])
 def test_sizes_whose_squares_leave_fp32(backend, size):
     torch.manual_seed(3)
@@ -177,7 +164,7 @@ def test_sizes_whose_squares_leave_fp32(backend, size):
     assert (squared == (0 if size < 1 else math.inf)).all() or size == 1e18
 
 
-@pytest.mark.parametrize("backend", usable())
+@backends
 def test_a_bad_row_spoils_no_other(backend):
     torch.manual_seed(4)
     x, c = random(50, 20, 30)
@@ -194,23 +181,16 @@ def test_a_bad_row_spoils_no_other(backend):
 def test_same_bits_with_one_thread_and_two_and_alone():
     torch.manual_seed(5)
     x, c = near_ties(3000, 500, 64)
-    threads = torch.get_num_threads()
-    try:
-        runs = []
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            runs.append(protoclip.kmeans_assign(x, c, backend="cpu"))
-    finally:
-        torch.set_num_threads(threads)
+    runs = on_threads(lambda: protoclip.kmeans_assign(x, c, backend="cpu"))
     runs.append(protoclip.kmeans_assign(x[1001:2000], c, backend="cpu"))
     runs[-1] = tuple(torch.cat([a[:1001], b, a[2000:]]) for a, b in zip(*runs[::3], strict=True))
-    for labels, squared in runs[1:]:
-        assert torch.equal(labels, runs[0][0]) and torch.equal(squared, runs[0][1])
+    for run in runs[1:]:
+        torch.testing.assert_close(run, runs[0], rtol=0, atol=0)
 
 
 @native
 @pytest.mark.parametrize("shape", [(300, 49, 128), (130, 97, 7), (200, 150, 130)])
-@pytest.mark.parametrize("kind", KINDS, ids=lambda f: f.__name__)
+@kinds
 def test_kept_codes_change_no_bit(kind, shape):
     """Codes around the points' centre, of points that meet centroids near and far."""
     torch.manual_seed(6)
@@ -220,13 +200,12 @@ def test_kept_codes_change_no_bit(kind, shape):
     points = CodedPoints(x.T.contiguous().T)
     for centroids in (c, c.T.contiguous().T * 2, c * 1e10, c[:1] - 1e-3):
         want = protoclip.kmeans_assign(x, centroids, backend="cpu")
-        for got, expected in zip(points.assign(centroids), want, strict=True):
-            assert torch.equal(got, expected)
+        torch.testing.assert_close(points.assign(centroids), want, rtol=0, atol=0)
     c[0, 0] = math.nan
     assert (points.assign(c)[0] == -1).all()
 
 
-@pytest.mark.parametrize("backend", usable())
+@backends
 def test_operator_contract(backend):
     x, c = torch.randn(9, 5), torch.randn(4, 5)
     torch.library.opcheck(torch.ops.protoclip.kmeans_assign.default, (x, c, backend, True))
@@ -235,13 +214,12 @@ def test_operator_contract(backend):
         fullgraph=True,
         backend="aot_eager",
     )
-    for got, want in zip(
-        compiled(x, c), protoclip.kmeans_assign(x, c, backend=backend), strict=True
-    ):
-        assert torch.equal(got, want)
+    torch.testing.assert_close(
+        compiled(x, c), protoclip.kmeans_assign(x, c, backend=backend), rtol=0, atol=0
+    )
 
 
-@pytest.mark.parametrize("backend", usable())
+@backends
 def test_precision_is_a_permission(backend):
     x, c = random(300, 50, 33)
     labels, squared = protoclip.kmeans_assign(x, c, precision="bf16", backend=backend)

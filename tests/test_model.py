@@ -64,53 +64,41 @@ def test_autocast(model):
 
 
 def test_a_tower_that_looks_ahead_keeps_its_padding():
-    config = {**open_clip.get_model_config("ViT-B-32")}
-    config["vision_cfg"] = {**config["vision_cfg"], "layers": 1, "width": 64}
-    config["text_cfg"] = {**config["text_cfg"], "layers": 1, "width": 64, "no_causal_mask": True}
-    clip = open_clip.CLIP(
-        embed_dim=32, vision_cfg=config["vision_cfg"], text_cfg=config["text_cfg"]
-    )
-    assert not can_shorten(clip)
+    config = open_clip.get_model_config(register_configs("protoclip-tiny"))
+    config["text_cfg"]["no_causal_mask"] = True
+    assert not can_shorten(open_clip.CLIP(**config))
 
 
-def test_pools_at_a_token_of_its_own():
+def test_tokenizers_pickle_and_know_the_end(model):
+    tokenizer = pickle.loads(pickle.dumps(model.short_tokenizer))
+    assert torch.equal(tokenizer(SHORT), model.short_tokenizer(SHORT))
     tokenizer = ShortTokenizer(lambda texts: torch.tensor([[5, 9, 2, 9, 0, 0, 0, 0, 0, 0]]), 2)
     assert tokenizer(["x"]).shape == (1, 8)
 
 
-def test_tokenizer_pickles_and_takes_nothing(model):
-    tokenizer = pickle.loads(pickle.dumps(model.short_tokenizer))
-    assert torch.equal(tokenizer(SHORT), model.short_tokenizer(SHORT))
+def test_a_round_trip_through_a_checkpoint_that_open_clip_reads(tmp_path):
+    model, other = build_model(ModelConfig()), build_model(ModelConfig())
+    for a, b in zip(model.image_head.parameters(), model.text_head.parameters(), strict=True):
+        assert torch.equal(a, b) and a is not b  # the heads start equal
+    payload = {"state_dict": model.clip.state_dict(), "protoclip": model.extra_state()}
+    checkpoint.save(tmp_path / "x.pt", payload)
+    other.load_state(checkpoint.load(tmp_path / "x.pt"))
+    states = model.state_dict().values(), other.state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    clip = open_clip.create_model("protoclip-tiny", pretrained=str(tmp_path / "x.pt"))
+    assert torch.equal(clip.logit_scale, model.clip.logit_scale)
+    clip.load_state_dict(model.clip.state_dict(), strict=True)
 
 
-class TestModel:
-    def test_heads_start_equal_and_stay_outside_openclips_state(self):
-        model = build_model(ModelConfig())
-        for a, b in zip(model.image_head.parameters(), model.text_head.parameters(), strict=True):
-            assert torch.equal(a, b) and a is not b
-        fresh = open_clip.create_model(register_configs("protoclip-tiny"))
-        fresh.load_state_dict(model.clip.state_dict(), strict=True)
+def test_scales_are_clamped(model):
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.logit_scale_proto.fill_(9.0)
+        model.clip.logit_scale.fill_(-1.0)
+    model.clamp_scales()
+    assert model.proto_scale.item() == pytest.approx(100) and model.logit_scale == 1
 
-    def test_a_round_trip_through_a_checkpoint(self, tmp_path):
-        model, other = build_model(ModelConfig()), build_model(ModelConfig())
-        payload = {"state_dict": model.clip.state_dict(), "protoclip": model.extra_state()}
-        checkpoint.save(tmp_path / "x.pt", payload)
-        other.load_state(checkpoint.load(tmp_path / "x.pt"))
-        assert all(
-            torch.equal(a, b)
-            for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
-        )
-        clip = open_clip.create_model("protoclip-tiny", pretrained=str(tmp_path / "x.pt"))
-        assert torch.equal(clip.logit_scale, model.clip.logit_scale)
 
-    def test_scales_are_clamped(self):
-        model = build_model(ModelConfig())
-        with torch.no_grad():
-            model.logit_scale_proto.fill_(9.0)
-            model.clip.logit_scale.fill_(-1.0)
-        model.clamp_scales()
-        assert model.proto_scale.item() == pytest.approx(100) and model.logit_scale == 1
-
-    def test_a_misspelt_name_gets_a_hint(self):
-        with pytest.raises(ValueError, match="ViT-B-32"):
-            build_model(ModelConfig(model="ViT-B32"))
+def test_a_misspelt_name_gets_a_hint():
+    with pytest.raises(ValueError, match="ViT-B-32"):
+        build_model(ModelConfig(model="ViT-B32"))

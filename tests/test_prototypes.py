@@ -38,7 +38,7 @@ def features():
 def episode_of(features, teacher=None, previous=None, coming=None, classes=None, **settings):
     config = EpisodeConfig(**{"num_clusters": 7, **settings})
     keys = [f"key{i}" for i in range(DATASET)]
-    builder = EpisodeBuilder(config, keys, teacher=teacher, classes=classes)
+    builder = EpisodeBuilder(config, keys, teacher=teacher, classes=classes or {})
     return builder.build(features, torch.Generator().manual_seed(1), previous, coming)
 
 
@@ -146,7 +146,7 @@ class TestStore:
         store.put(0, torch.tensor([1, 0]), Encoded(unit(2, 3).float(), unit(2, 3).float()))
         other.load_state_dict(store.state_dict())
         assert torch.equal(store.features().text_h, other.features().text_h)
-        with pytest.raises(ValueError, match=r"'index': \[5\].*'index': \[4\]"):
+        with pytest.raises(ValueError, match=r"5 draws.*'index': \[4\]"):
             FeatureStore(5, 1, CPU).load_state_dict(store.state_dict())
 
 

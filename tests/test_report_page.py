@@ -1,6 +1,8 @@
 """The page about runs: what it says, shows and weighs; in a browser, where there is one."""
 
+import base64
 import html
+import io
 import json
 import re
 import shutil
@@ -17,7 +19,7 @@ from protoclip.evaluate import Results, SetResults
 from protoclip.report import figures, load_snapshot, plot_curves, write_report
 from protoclip.report import page as reading
 from protoclip.report.__main__ import main
-from protoclip.report.snapshot import lay_out, nearest_samples, spread_by_size
+from protoclip.report.snapshot import Thumbnails, cluster_block, lay_out, nearness
 from protoclip.train import main as train
 
 SECTIONS = (
@@ -26,6 +28,18 @@ SECTIONS = (
 EVIL = '</script><script>window.evil = 1</script>"><b>'
 TINY = ["--train-data", "builtin:shapes:80", "--batch-size", "16", "--report-to", "none"]
 TINY += ["--infonce-warmup-epoch", "0", "--k", "6"]
+
+
+def pictures_in(text):
+    """The thumbnails of galleries and maps; the browser puts them where they belong."""
+    found = [
+        picture
+        for held in re.findall(r'id="pictures of [^"]*">(.*?)</script>', text, re.S)
+        for picture in json.loads(held)
+    ]
+    for picture in found[:3]:
+        assert Image.open(io.BytesIO(base64.b64decode(picture))).format == "WEBP"
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +57,7 @@ def test_the_page_has_every_section_and_needs_no_network(runs, capsys):
     for name in SECTIONS:
         assert f'<section id="{name}">' in text
     assert not re.search(r'(src|href)="(?!data:|#)', text) and "@import" not in text
-    assert text.count("<img") > 50 and text.count("data:image/") > 50
+    assert text.count("<img") > 20 and len(pictures_in(text)) > 50
     assert "python -m protoclip.train --train-data builtin:shapes:300" in text
     assert "1,024 MiB" in text and "prefers-color-scheme: dark" in text
     written = re.compile(r"<p class=note>written .*?</p>")
@@ -54,14 +68,15 @@ def test_the_page_has_every_section_and_needs_no_network(runs, capsys):
 def test_the_page_says_who_won(runs):
     text = html.unescape(write_report([runs[0]]).read_text())  # finds the CLIP run beside it
     assert re.search(r"ours \(protoclip\) .* plain \(clip\): of \d+ headline numbers", text)
-    assert "ProtoCLIP also draws" in text and "HO: Held-out pairs" in text
+    assert "ProtoCLIP also draws" in text and "Held-out pairs" in text
+    assert not re.search(r"\bN?HO\b", re.sub(r"<(script|style).*?</\1>", "", text, flags=re.S))
     assert re.search(r"modality gap.*?>no interval<", text, re.S)  # not "within chance"
     assert text.index("<b>external</b>") < text.index("<b>image</b>")  # the teacher's first
     both = write_report([runs[1], runs[0]])
     assert both.name == "report-plain-vs-ours.html"
     assert both.read_text().count("<h3>ours</h3>") >= 4
-    alone = write_report([runs[1]]).read_text()
-    assert "trained without prototypes" in alone
+    alone = write_report([runs[1]]).read_text()  # trained without prototypes
+    assert 'id="prototypes"' not in alone and 'href="#prototypes"' not in alone
 
 
 @pytest.mark.parametrize("data", ["pipe:touch MARKER; cat {0..3}.tar", "/no/such/table.csv"])
@@ -76,7 +91,7 @@ def test_nothing_that_a_config_names_is_opened(tmp_path, monkeypatch, data):
     monkeypatch.chdir(tmp_path)
     text = write_report([path]).read_text()
     assert not marker.exists()
-    assert text.count("data:image/") > 50
+    assert len(pictures_in(text)) > 50
     assert "crescent" in text
 
 
@@ -94,7 +109,11 @@ def test_a_run_that_stopped_early_still_has_a_page(tmp_path):
     for name in ("results.json", "report.json", "metrics.jsonl"):
         (path / name).unlink()
     text = write_report([path]).read_text()
-    assert "was not evaluated" in text and "No metrics yet" in text
+    assert "was not evaluated" in text
+    assert re.findall(r'<section id="(\w+)"', text) == [
+        "summary",
+        "settings",
+    ]  # the others are empty
 
 
 @pytest.mark.parametrize(
@@ -104,8 +123,8 @@ def test_a_run_that_stopped_early_still_has_a_page(tmp_path):
         ("config.json", "{", "not valid JSON"),
         ("config.json", "[]", "expected settings"),
         ("config.json", '{"data": 3, "model": 3}', "expected files that protoclip.train wrote"),
-        ("report.json", '{"format": 2, "clusters": [3]}', "expected files that protoclip.train"),
-        ("report.json", '{"format": 2, "facts": {"memory_bytes": 3}}', "expected files that"),
+        ("report.json", '{"format": 3, "clusters": [3]}', "expected files that protoclip.train"),
+        ("report.json", '{"format": 3, "facts": {"memory_bytes": 3}}', "expected files that"),
     ],
 )
 def test_folders_that_are_not_runs_are_refused(tmp_path, capsys, name, content, words):
@@ -182,18 +201,37 @@ def test_a_model_that_diverged_still_has_a_page(tmp_path):
     assert "<canvas" in write_report([path]).read_text()
 
 
-def test_spread_goes_from_the_largest_to_the_smallest():
-    counts = torch.tensor([3, 0, 9, 1, 5, 5])
-    assert spread_by_size(counts, 3) == [2, 5, 3]
-    assert spread_by_size(counts, 99) == [2, 4, 5, 0, 3]
+def test_every_cluster_has_a_card_with_its_nearest_samples_and_words():
+    words = {0: "a red ball", 1: "the red car", 2: "a blue car", 3: "a green leaf"}
 
+    class Data:
+        labels, keys = {}, [f"k{i}" for i in range(9)]
 
-def test_nearest_are_members_first():
-    features = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 3], [5, 0.2]])
-    labels = torch.tensor([0, 0, 7, -1, 7])
-    got = nearest_samples(features, labels, [7, 0], 3)  # mean of rows 2 and 4: the diagonal
-    assert set(got[0, :2].tolist()) == {2, 4} and set(got[1, :2].tolist()) == {0, 1}
-    assert got[1, 2] == 4
+        def captions(self, i):
+            return (words[max(0, labels[i].item())],)
+
+        def image(self, i):
+            return Image.new("RGB", (90, 60), (i, 0, 0))
+
+    labels = torch.tensor([0, 0, 2, -1, 2, 2, 3, 3, 3])
+    near = {
+        "images": torch.tensor([0.1, 0.9, 0.5, 9, 0.7, 0.2, 0, 1, 2]),
+        "captions": torch.arange(9),
+    }
+    thumbs = Thumbnails()
+    block = cluster_block(Data(), labels, near, thumbs)
+    assert (block["clusters"], block["smallest"], block["largest"]) == (3, 2, 3)
+    assert [card["cluster"] for card in block["cards"]] == [2, 3, 0]
+    assert [card["words"].split(", ")[0] for card in block["cards"]] == ["blue", "green", "ball"]
+    images = [[thumbs.made[item["picture"]] for item in card["images"]] for card in block["cards"]]
+    again = Thumbnails()
+    assert images[0] == [again.made[again.item(Data(), i)["picture"]] for i in (4, 2, 5)]
+    assert list(map(len, images)) == [3, 3, 2] and len(thumbs.made) == 8  # not of the row without
+    rows = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 3], [5, 0.2]])
+    close = nearness(rows, torch.tensor([0, 0, 1, -1, 1]))
+    assert close[:2] == pytest.approx([1, 1], abs=0.01) and close[2] == pytest.approx(
+        0.5**0.5, abs=0.03
+    )
 
 
 # Pictures
@@ -224,7 +262,7 @@ def test_series_and_charts(tmp_path):
     assert list(charts) == ["Loss (nats)", "Recall at 5", "Logit scale", "Learning rate"]
     # The total would flatten the terms.
     assert [line.label for line in charts["Loss (nats)"]] == ["contrastive loss"]
-    assert [line.label for line in charts["Recall at 5"]] == ["HO image → text"]
+    assert [line.label for line in charts["Recall at 5"]] == ["held out, image → text"]
     values = [1.0, float("nan"), float("inf"), *[3.0] * 1000]  # thinned, bad values left out
     two = drawn(a={"a_loss": ([1], [2.0])}, b={"a_loss": (list(range(1003)), values)})
     first, second = two["Loss (nats)"]
@@ -267,8 +305,8 @@ def test_a_run_ends_with_its_report_and_its_path(tmp_path, capsys):
     page = tmp_path / "run" / "report.html"
     assert f"report: {page}" in capsys.readouterr().err
     text = page.read_text()
-    assert "Held-out pairs" in text and "6 prototypes" in text
-    assert text.count("data:image/") > 50
+    assert "Held-out pairs" in text and "6 of " in text
+    assert len(pictures_in(text)) > 50
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     seen = [x["step"] for x in lines if "val_zeroshot_group/acc1" in x]
     assert seen == [2, 4]
@@ -292,6 +330,7 @@ addEventListener("load", () => {
   const state = {
     errors: window.failures,
     sections: [...document.querySelectorAll("section")].map(s => s.id),
+    cards: document.querySelectorAll(".proto").length,
     images: document.images.length,
     broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).length,
     wide: document.scrollingElement.scrollWidth - innerWidth,
@@ -340,7 +379,7 @@ def test_a_real_browser_shows_it(runs, tmp_path):
         state = json.loads(html.unescape(found[1]))
         assert state["errors"] == [] and "CONSOLE" not in seen.stderr
         assert state["sections"] == list(SECTIONS)
-        assert state["images"] > 50 and state["broken"] == 0
+        assert state["images"] > 50 and state["broken"] == 0 and state["cards"] > 0
         assert state["wide"] <= 0  # nothing sticks out on a narrow screen
         assert state["inked"] == [True, True]
         chromium(tmp_path, page, f"--screenshot={shot}", *look)

@@ -2,24 +2,18 @@
 
 import pytest
 import torch
+from budget import on_threads, usable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import protoclip
-from protoclip.ops.backends import TABLE
 
 NATIVE_MISSING = protoclip.backends("segment_mean").get("cpu")
 native = pytest.mark.skipif(NATIVE_MISSING is not None, reason=str(NATIVE_MISSING))
 EPS = torch.finfo(torch.float32).eps
 
 
-def usable():
-    rows = TABLE["segment_mean"]
-    return [
-        name
-        for name, reason in protoclip.backends("segment_mean").items()
-        if reason is None and "cpu" in (rows[name].device_types or ("cpu",))
-    ]
+backends = pytest.mark.parametrize("backend", usable("segment_mean"))
 
 
 def truth(values, labels, k):
@@ -43,7 +37,7 @@ def assert_means(values, labels, k, backend, pieces=256):
 # One segment; far more than rows; one huge among small ones; a piece's edge at 256 and 257
 @pytest.mark.parametrize("shape", [(1000, 1, 16), (50, 400, 7), (3000, 20, 130), (513, 2, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", usable())
+@backends
 def test_within_the_rounding_of_fp32_sums(backend, dtype, shape):
     torch.manual_seed(0)
     n, k, d = shape
@@ -52,7 +46,7 @@ def test_within_the_rounding_of_fp32_sums(backend, dtype, shape):
     assert_means(torch.randn(n, d).to(dtype) + 3, labels, k, backend)
 
 
-@pytest.mark.parametrize("backend", usable())
+@backends
 @settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -78,14 +72,7 @@ def test_same_bits_with_one_thread_and_two(k, d, dtype):
     labels[:3000] = 7  # in pieces
     labels[labels == 11] = 12  # empty
     values[5000, d - 1] = torch.nan
-    threads = torch.get_num_threads()
-    try:
-        runs = []
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            runs.append(protoclip.segment_mean(values, labels, k, backend="cpu")[0])
-    finally:
-        torch.set_num_threads(threads)
+    runs = on_threads(lambda: protoclip.segment_mean(values, labels, k, backend="cpu")[0])
     for run in runs[1:]:
         assert torch.equal(runs[0].view(torch.int32), run.view(torch.int32))
     assert torch.equal(runs[0][11], torch.zeros(d))
@@ -111,13 +98,13 @@ def test_means_in_kept_memory_stay_while_anyone_holds_them():
     assert place in [mean.data_ptr() for mean in [run(values), run(values)]]
 
 
-@pytest.mark.parametrize("backend", usable())
+@backends
 def test_a_label_past_the_end_is_refused(backend):
     with pytest.raises(ValueError, match="labels below num_segments=3, got 3"):
         protoclip.segment_mean(torch.randn(4, 2), torch.tensor([0, 3, 1, 2]), 3, backend=backend)
 
 
-@pytest.mark.parametrize("backend", usable())
+@backends
 def test_not_a_number_stays_in_its_segment(backend):
     values = torch.ones(6, 3)
     values[2, 1] = torch.nan
@@ -125,7 +112,7 @@ def test_not_a_number_stays_in_its_segment(backend):
     assert means[1, 1].isnan() and means.isnan().sum() == 1
 
 
-@pytest.mark.parametrize("backend", usable())
+@backends
 def test_operator_contract(backend):
     args = (torch.randn(9, 5), torch.randint(0, 4, (9,)), 4, backend)
     torch.library.opcheck(torch.ops.protoclip.segment_mean.default, args)

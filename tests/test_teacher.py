@@ -16,7 +16,6 @@ from protoclip.teacher import (
     load_teacher,
     main,
     minilm,
-    pca,
     teacher_text,
 )
 
@@ -49,12 +48,6 @@ class TestFiles:
         assert torch.equal(load_teacher(path, DATASET, dim=0), TABLE)
         assert torch.equal(load_teacher(path, Subset(DATASET, [7, 3]), dim=0), TABLE[[7, 3]])
 
-    @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.safetensors"])
-    def test_without_keys_they_are_the_datasets(self, tmp_path, name):
-        assert torch.equal(load_teacher(write(tmp_path / name, self.rows), DATASET, dim=0), TABLE)
-        with pytest.raises(ValueError, match="one row per sample"):
-            load_teacher(write(tmp_path / name, self.rows[:9]), DATASET)
-
     @pytest.mark.parametrize(
         ("keys", "words"),
         [
@@ -68,17 +61,27 @@ class TestFiles:
             load_teacher(write(tmp_path / "a.npz", self.rows, list(keys)), DATASET)
 
     @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.safetensors"])
-    def test_a_torn_file_and_one_with_nan_are_refused_in_words(self, tmp_path, name):
+    def test_without_keys_they_are_the_datasets_whole_and_finite(self, tmp_path, name):
         path, rows = tmp_path / name, self.rows.copy()
+        assert torch.equal(load_teacher(write(path, rows), DATASET, dim=0), TABLE)
         rows[3, 1] = np.nan
-        write(path, rows)
-        with pytest.raises(ValueError, match=f"NaN or infinity in 1 rows.*{DATASET.keys[3]!r}"):
-            load_teacher(str(path), DATASET)
+        for wrong, words in (
+            (rows[:9], "one row per sample"),
+            (rows, f"NaN or infinity in 1 rows.*{DATASET.keys[3]!r}"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                load_teacher(write(path, wrong), DATASET)
         whole = path.read_bytes()
         for size in (0, 40, len(whole) // 2):
             path.write_bytes(whole[:size])
             with pytest.raises(ValueError, match="cannot be read.*is the file whole"):
                 load_teacher(str(path), DATASET)
+
+    def test_the_largest_directions_are_kept(self, tmp_path):
+        x = TABLE @ torch.diag(torch.tensor([5.0, 1.0, *[0.01] * 4]))
+        want = torch.pca_lowrank(x, 2, center=True, niter=8)
+        got = load_teacher(write(tmp_path / "a.npy", x.numpy()), DATASET, dim=2)
+        torch.testing.assert_close(got.abs(), (want[0] * want[1]).abs(), rtol=1e-3, atol=1e-3)
 
 
 class Rows:
@@ -116,19 +119,6 @@ class TestParts:
                 extract_features(Rows(stop_after=10), dataset, out, teacher=teacher)
         extract_features(Rows(table=-TABLE), DATASET, out, teacher="u")
         assert torch.equal(load_teacher(str(out), DATASET, dim=0), -TABLE)
-
-    def test_components_of_parts_are_those_of_the_whole(self, tmp_path, monkeypatch):
-        assert extract_features(Rows(), DATASET, tmp_path / "f.npz", teacher="t", dim=3) == 3
-        got = load_teacher(str(tmp_path / "f.npz"), DATASET)
-        monkeypatch.undo()
-        torch.testing.assert_close(got, pca(TABLE, 3))
-
-
-def test_pca_keeps_the_largest_directions():
-    torch.manual_seed(0)
-    x = torch.randn(200, 3) @ torch.diag(torch.tensor([5.0, 1.0, 0.01]))
-    want = torch.pca_lowrank(x, 2, center=True, niter=8)
-    torch.testing.assert_close(pca(x, 2).abs(), (want[0] * want[1]).abs(), rtol=1e-3, atol=1e-3)
 
 
 class TestEncoders:
@@ -176,14 +166,13 @@ class TestCommand:
     @needs_minilm
     def test_the_file_trains(self, tmp_path, capsys):
         out = tmp_path / "new" / "f.npz"
-        argv = ["--data", "builtin:shapes:40", "--out", str(out), "--dim", "5", "--device", "cpu"]
+        argv = ["--data", "builtin:shapes:40", "--out", str(out), "--device", "cpu"]
         assert main(argv) == 0
-        assert "40 samples of builtin:shapes:40, 5 columns" in capsys.readouterr().out
+        assert "40 samples of builtin:shapes:40, 384 columns" in capsys.readouterr().out
         train = open_dataset("builtin:shapes:40", "train")
-        direct = load_teacher(MINILM, DATASET, dim=5)
-        place = {key: i for i, key in enumerate(DATASET.keys)}
-        want = direct[[place[key] for key in train.keys]]
-        torch.testing.assert_close(load_teacher(str(out), train), want, atol=1e-5, rtol=0)
+        direct = load_teacher(MINILM, DATASET, dim=0)
+        want = direct[[DATASET.keys.index(key) for key in train.keys]]
+        torch.testing.assert_close(load_teacher(str(out), train, dim=0), want, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize(
         ("flags", "words"),
@@ -192,7 +181,7 @@ class TestCommand:
             (["--out", "x.npz", "--model", "empty"], "--model empty: expected builtin:minilm"),
             (["--out", "x.npz", "--data", "builtin:nothing"], "builtin:nothing"),
             (["--out", "x.npz", "--modality", "image"], "reads text only"),
-            (["--out", "x.npz", "--dim", "-1"], "--dim"),
+            (["--out", "x.npz", "--batch-size", "0"], "--batch-size"),
         ],
     )
     def test_mistakes_end_in_one_message(self, tmp_path, monkeypatch, capsys, flags, words):

@@ -35,6 +35,12 @@ STYLE: Any = {
 }  # fmt: skip
 SIZE, PANEL = (4.6, 2.3), (0.12, 0.12, 0.86, 0.84)  # inches of an SVG; its axes: left, bottom, ...
 POINTS = 240  # a longer series is drawn as means of that many pieces
+LEGEND = (
+    ("text_retrieval_recall@5", "image → text"),
+    ("image_retrieval_recall@5", "text → image"),
+    ("val_NHO_", "held out in Noto style, "),
+    ("val_HO_", "held out, "),
+)
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # scalar -> steps and values
 
 
@@ -117,9 +123,9 @@ def charts(kinds: Sequence[Chart], runs: Mapping[str, Series]) -> list[Chart]:
 
 
 def words_of(name: str) -> str:
-    """A legend a reader understands: "val_HO_text_retrieval_recall@5" -> "HO image → text"."""
-    for key, words in (("text_retr", "image → text"), ("image_retr", "text → image")):
-        name = name.replace(f"{key}ieval_recall@5", words)
+    """A legend a reader understands: val_HO_text_retrieval_recall@5 is "held out, image → text"."""
+    for key, words in LEGEND:
+        name = name.replace(key, words)
     return name.removeprefix("val_").removesuffix("/acc1").replace("_", " ")
 
 

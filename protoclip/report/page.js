@@ -1,4 +1,38 @@
-// The maps: dots on a canvas, coloured by a known class or by prototype.
+// Galleries that fill as they are scrolled, and maps: dots on a canvas, coloured by class or cluster.
+const parsed = script => JSON.parse(script.textContent);
+const pictures = {};  // run -> its thumbnails
+const thumbs = run => pictures[run] ??= parsed(document.getElementById("pictures of " + run));
+const make = (tag, fields = {}) => Object.assign(document.createElement(tag), fields);
+const image = (run, number, words) =>
+  make("img", { src: "data:image/webp;base64," + thumbs(run)[number], alt: words, title: words });
+
+function gallery(box) {
+  const cards = parsed(box.querySelector("script")), list = box.querySelector(".protos");
+  const end = make("div");
+  let shown = 0;
+  const card = one => {
+    const head = make("p"), row = make("div", { className: "thumbs" }), words = make("ul");
+    head.append(make("b", { textContent: "#" + one.cluster }), ` ${one.samples.toLocaleString()} samples`);
+    for (const more of [one.class, one.words]) if (more) head.append(" · " + more);
+    row.append(...(one.images ?? []).map(item => image(box.dataset.run, item.picture, item.caption)));
+    words.append(...(one.captions ?? one.names ?? []).map(text => make("li", { textContent: text })));
+    const whole = make("div", { className: "proto" });
+    whole.append(head, row, words);
+    return whole;
+  };
+  const more = () => list.append(...cards.slice(shown, shown += 24).map(card));
+  const watch = new IntersectionObserver(seen => {
+    if (!seen.some(one => one.isIntersecting)) return;
+    more();
+    watch.unobserve(end);
+    if (shown < cards.length) watch.observe(end);  // again, as it may still be in view
+  }, { rootMargin: "600px" });
+  if (box.open) more();
+  list.after(end);
+  watch.observe(end);
+}
+document.querySelectorAll(".gallery").forEach(gallery);
+
 const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer;
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
@@ -12,15 +46,14 @@ function hue(id, total, named) {
 }
 
 function map(box) {
-  const data = JSON.parse(box.querySelector("script").textContent);
-  const xy = new Uint16Array(bytes(data.xy)), n = data.n;
+  const data = parsed(box.querySelector("script"));
+  const xy = new Uint16Array(bytes(data.xy)), n = data.n, dots = xy.length / 2;
   const canvas = box.querySelector("canvas"), pen = canvas.getContext("2d");
   const tools = box.querySelector(".tools"), hint = box.querySelector("[data-hint]");
-  const key = document.createElement("div");
-  key.className = "legend";
+  const key = make("div", { className: "legend" });
   canvas.after(key);
   const state = { by: Object.keys(data.by)[0], only: -1, shown: [true, true] };
-  const ids = {};
+  const ids = {}, faces = {};  // the pictures of a cluster that is seen alone
   for (const name in data.by) ids[name] = new Int16Array(bytes(data.by[name].ids));
   const at = i => [14 + (xy[2 * i] / 65535) * (canvas.width - 28),
                    14 + (xy[2 * i + 1] / 65535) * (canvas.height - 28)];
@@ -31,7 +64,7 @@ function map(box) {
     pen.clearRect(0, 0, canvas.width, canvas.height);
     const size = n > 20000 ? 1.6 : n > 4000 ? 2.4 : 3.4;
     for (const faint of [true, false]) {
-      for (let i = 0; i < 2 * n; i++) {
+      for (let i = 0; i < dots; i++) {
         const text = i >= n;
         if (!state.shown[+text]) continue;
         const id = own ? own[i % n] : 0;
@@ -44,11 +77,13 @@ function map(box) {
         if (text) pen.rect(x - size * 0.8, y - size * 0.8, size * 1.6, size * 1.6);
         else pen.arc(x, y, size, 0, 7);
         pen.fill();
+        if (text || faint || state.only < 0 || !data.pictures.length) continue;
+        const face = faces[i] ??= Object.assign(image(box.dataset.run, data.pictures[i], ""), { onload: draw });
+        if (face.complete) pen.drawImage(face, x - face.width / 4, y - face.height / 4, face.width / 2, face.height / 2);
       }
     }
     key.replaceChildren(...names.slice(0, 40).map((name, id) => {
-      const item = document.createElement("button");
-      const mark = document.createElement("i");
+      const item = make("button"), mark = make("i");
       mark.style.background = hue(id, total, true);
       item.append(mark, name);
       item.setAttribute("aria-pressed", state.only < 0 || state.only === id);
@@ -56,8 +91,8 @@ function map(box) {
       return item;
     }));
     hint.textContent = names.length
-      ? "Choose a name to see it alone." + (data.words.length ? " Point at a dot to read it." : "")
-      : `${total.toLocaleString()} prototypes, each in its colour; click a dot to see its prototype alone.`;
+      ? "Choose a name to see it alone. Point at a dot to see what it is."
+      : `${total.toLocaleString()} clusters, each in its colour; click a dot to see its cluster alone.`;
   }
 
   const choice = document.createElement("select");
@@ -65,9 +100,8 @@ function map(box) {
   for (const name in data.by) choice.add(new Option("colour by " + name, name));
   choice.onchange = () => { state.by = choice.value; state.only = -1; draw(); };
   if (choice.length) tools.append(choice);
-  ["images ●", "captions ■"].forEach((word, i) => {
-    const item = document.createElement("button");
-    item.textContent = word;
+  (dots > n ? ["images ●", "captions ■"] : []).forEach((word, i) => {
+    const item = make("button", { textContent: word });
     item.setAttribute("aria-pressed", "true");
     item.onclick = () => {
       state.shown[i] = !state.shown[i];
@@ -81,7 +115,7 @@ function map(box) {
     const r = canvas.getBoundingClientRect(), s = canvas.width / r.width;
     const x = (event.clientX - r.left) * s, y = (event.clientY - r.top) * s;
     let best = -1, least = 200;
-    for (let i = 0; i < 2 * n; i++) {
+    for (let i = 0; i < dots; i++) {
       if (!state.shown[+(i >= n)]) continue;
       const [a, b] = at(i), d = (a - x) ** 2 + (b - y) ** 2;
       if (d < least) { least = d; best = i; }
@@ -90,8 +124,10 @@ function map(box) {
   }
   canvas.onpointermove = event => {
     const i = nearest(event);
-    if (i < 0 || !data.words.length) return;
-    hint.textContent = (i >= n ? "caption: " : "image of: ") + data.words[i % n];
+    if (i < 0) return;
+    const words = data.words[i % n], seen = data.pictures.length;
+    hint.replaceChildren((i >= n ? "caption: " : seen ? "image of: " : "") + words);
+    if (seen) hint.prepend(image(box.dataset.run, data.pictures[i % n], words));
   };
   canvas.onclick = event => {
     const i = nearest(event), own = ids[state.by];

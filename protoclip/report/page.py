@@ -254,7 +254,7 @@ def verdict(run: Run, baseline: Run | None) -> str:
         for metric, words in rows_of(one.metrics):
             got = change(run, baseline, key, metric) if metric.endswith(HEADLINE) else None
             if got is not None and math.isfinite(got.low):
-                found[got.kind].append(f"{words} ({key}, {number(got.value, '+')})")
+                found[got.kind].append(f"{words} ({one.title}, {number(got.value, '+')})")
     better, worse, same = found.values()
     total = len(better) + len(worse) + len(same)
     if not total:
@@ -313,8 +313,8 @@ def write_report(
     return path
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The page as text."""
+def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
+    """The page as text; ``said``: its first paragraphs, where no run was trained."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -329,8 +329,8 @@ def render(runs: Sequence[Run]) -> str:
     )
     baseline = find_baseline(runs)
     own = [run for run in runs if run is not baseline]
-    said = [learnt(run) for run in own or runs]
-    said += [verdict(run, baseline) for run in own]
+    if not said:
+        said = [learnt(run) for run in own or runs] + [verdict(run, baseline) for run in own]
     series = {run.name: run.series for run in runs}
     sets: dict[str, SetResults] = {}
     for run in ([baseline] if baseline else []) + own:

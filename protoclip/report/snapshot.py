@@ -15,6 +15,7 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ from protoclip.model import Encoded
 from protoclip.ops import segment_mean
 from protoclip.prototypes import purity
 
-NAME, FORMAT = "report.json", 2
+NAME, FORMAT = "report.json", 3
 SIDE = 64  # pixels of a thumbnail
-CARDS, IMAGES, CAPTIONS = 12, 8, 5  # prototypes of each source, and their nearest neighbours
+CARDS, IMAGES, CAPTIONS = 20_000, 8, 5  # clusters of each source, and the nearest of each
+PICTURES = 4000  # of the cards of a source: they and the map's make a page that fits into a mail
+WORDS, VOCABULARY = 5, 20_000  # of a cluster, and of all captions
 ASKED, SHOWN = 400, 4  # queries that are looked at, and those that are shown of each kind
 CELLS, WORST = 14, 12  # classes of a full confusion table; else its largest entries
 LANDMARKS = 300
@@ -43,7 +46,8 @@ SOURCES = {"image": "the image features", "text": "the caption features"}
 
 @dataclass(frozen=True)
 class Samples:
-    """Training samples that a page shows: N of them, and what the model makes of them."""
+    """N samples that a page shows, and what the model makes of them; a modality that they do not
+    have has no rows."""
 
     dataset: PairDataset  # of length N
     encoded: Encoded  # u, [N, D] each, for the map
@@ -59,7 +63,7 @@ class Snapshot:
     """
 
     pictures: Sequence[str] = ()
-    clusters: Sequence[Mapping[str, Any]] = ()  # one block a source: numbers and cards of items
+    clusters: Sequence[Mapping[str, Any]] = ()  # one block a source: numbers, a card a cluster
     plane: Mapping[str, Any] = field(default_factory=dict)  # the map, arrays packed in base64
     geometry: Mapping[str, Any] = field(default_factory=dict)  # histograms: edges and shares
     confusions: Sequence[Mapping[str, Any]] = ()
@@ -88,7 +92,7 @@ def take_snapshot(
     return Snapshot(
         pictures=thumbs.made,  # the parts below fill it
         clusters=gallery(samples, thumbs),
-        plane=plane(samples),
+        plane=plane(samples, thumbs),
         geometry=geometry(judged[1]) if judged and captioned else {},
         confusions=confusions(judged[1]) if judged else (),
         retrieval=retrieval(*judged, thumbs) if judged and captioned else (),
@@ -158,90 +162,114 @@ def caption_of(dataset: PairDataset, i: int, k: int = 0) -> str:
 
 
 def gallery(samples: Samples, thumbs: Thumbnails) -> list[dict[str, Any]]:
-    """One block per source of clusters, the teacher's first, with its nearest neighbours."""
+    """The clusters of each source, the teacher's first, with the samples nearest to their means."""
     blocks = []
-    known = samples.dataset.labels
+    rows = {"images": samples.projected.image, "captions": samples.projected.text}
     for name in sorted(samples.clusters, key=lambda name: (name in SOURCES, name)):
         labels = samples.clusters[name].cpu()
-        kept = labels >= 0
-        if not bool(kept.any()):
-            continue
-        counts = torch.bincount(labels[kept])
-        used = counts[counts > 0]
-        block = {
-            "name": name,
-            "of": SOURCES.get(name, "the external teacher's features"),
-            "prototypes": len(used),
-            "smallest": int(used.min()),
-            "largest": int(used.max()),
-            "purity": {key: purity(labels[kept], own.ids[kept]) for key, own in known.items()},
-        }
-        chosen = spread_by_size(counts, CARDS)
-        blocks.append({**block, "cards": _cards(samples, labels, chosen, thumbs)})
+        if bool((labels >= 0).any()):
+            near = {kind: nearness(own, labels) for kind, own in rows.items() if len(own)}
+            of = SOURCES.get(name, "the external teacher's features")
+            about = {"name": name, "of": of}
+            blocks.append(about | cluster_block(samples.dataset, labels, near, thumbs))
     return blocks
 
 
-def _cards(
-    samples: Samples, labels: Tensor, chosen: Sequence[int], thumbs: Thumbnails
-) -> list[dict[str, Any]]:
-    near_image = nearest_samples(samples.projected.image, labels, chosen, IMAGES).tolist()
-    near_text = nearest_samples(samples.projected.text, labels, chosen, CAPTIONS).tolist()
-    first = next(iter(samples.dataset.labels.values()), None)
-    cards = []
-    for prototype, images, texts in zip(chosen, near_image, near_text, strict=True):
-        members = labels == prototype
-        card: dict[str, Any] = {"prototype": prototype, "samples": int(members.sum())}
-        if first is not None:
-            times = torch.bincount(first.ids[members])
-            card["class"] = first.names[int(times.argmax())]
-            card["share"] = float(times.max() / times.sum())
-        card["images"] = [thumbs.item(samples.dataset, i, bool(members[i])) for i in images]
-        card["captions"] = [
-            {"caption": caption_of(samples.dataset, i), "hit": bool(members[i])} for i in texts
-        ]
-        cards.append(card)
-    return cards
-
-
-def spread_by_size(counts: Tensor, rows: int) -> list[int]:
-    """Prototypes with members, evenly over the order from the largest to the smallest."""
-    order = torch.argsort(counts, descending=True, stable=True)
-    return every(order[counts[order] > 0], rows).tolist()
-
-
-def nearest_samples(features: Tensor, labels: Tensor, chosen: Sequence[int], count: int) -> Tensor:
-    """Rows of the samples nearest to the mean of each chosen prototype, int64 [R, <= count].
-
-    A prototype is the mean of its members' unit features. Members come before all others.
-    """
+def nearness(features: Tensor, labels: Tensor) -> Tensor:
+    """Cosine of each sample with the mean of its cluster's unit rows: [N]."""
     unit = _unit(features)
-    renumbered = torch.full((int(labels.max()) + 1,), -1)
-    renumbered[torch.tensor(chosen)] = torch.arange(len(chosen))
-    own = torch.where(labels >= 0, renumbered[labels.clamp_min(0)], -1)
-    kept = own >= 0
-    means, _ = segment_mean(unit[kept], own[kept], len(chosen))
-    scores = F.normalize(means, dim=1) @ unit.T  # [R, N]
-    scores[own[kept], kept.nonzero().flatten()] += 3  # cosines differ by 2 at most
-    return scores.topk(min(count, len(unit)), dim=1).indices
+    means, _ = segment_mean(unit, labels, int(labels.max()) + 1)
+    return (F.normalize(means, dim=1)[labels.clamp_min(0)] * unit).sum(1)
 
 
-def plane(samples: Samples) -> dict[str, Any]:
-    """The map: places of images, then captions, in 16 bits, and the classes to colour them by."""
-    n = len(samples.dataset)
-    if n < 8:
+def cluster_block(
+    dataset: PairDataset, labels: Tensor, near: Mapping[str, Tensor], thumbs: Thumbnails
+) -> dict[str, Any]:
+    """Numbers of a clustering, and a card for each cluster, from the largest to the smallest.
+
+    Args:
+        dataset: N samples.
+        labels: int64 [N], negative: in no cluster.
+        near: what to show, of "images", "captions" and "names" -> [N], larger: nearer.
+        thumbs: where the pictures go.
+    """
+    kept = labels >= 0
+    counts = torch.bincount(labels[kept])
+    order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
+    first = len(labels) - int(kept.sum()) + counts.cumsum(0) - counts  # row in the sorted samples
+    ranked = {kind: np.lexsort((-x.numpy(), labels.numpy())) for kind, x in near.items()}
+    words = words_of_clusters(dataset, labels) if "captions" in near else {}
+    images = min(IMAGES, max(1, PICTURES // len(order)))
+    known = next(iter(dataset.labels.values()), None)
+    cards = []
+    for number, cluster in enumerate(order[:CARDS].tolist()):
+        own = slice(int(first[cluster]), int(first[cluster] + counts[cluster]))
+        card: dict[str, Any] = {"cluster": cluster, "samples": int(counts[cluster])}
+        card["words"] = words.get(cluster, "")
+        if known is not None:
+            times = torch.bincount(known.ids[next(iter(ranked.values()))[own]])
+            card["class"] = f"{times.max() / times.sum():.0%} {known.names[int(times.argmax())]}"
+        for kind, rows in ranked.items():
+            if kind == "images":
+                nearest = rows[own][: images if (number + 1) * images <= PICTURES else 0]
+                card[kind] = [thumbs.item(dataset, i) for i in nearest.tolist()]
+            else:
+                show = dataset.keys.__getitem__ if kind == "names" else partial(caption_of, dataset)
+                card[kind] = [show(i) for i in rows[own][:CAPTIONS].tolist()]
+        cards.append(card)
+    return {
+        "clusters": len(order),
+        "smallest": int(counts[order[-1]]),
+        "largest": int(counts[order[0]]),
+        "purity": {key: purity(labels[kept], own.ids[kept]) for key, own in dataset.labels.items()},
+        "cards": cards,
+    }
+
+
+def words_of_clusters(dataset: PairDataset, labels: Tensor) -> dict[int, str]:
+    """The words that set each cluster apart, by c-TF-IDF: frequent in it, rare elsewhere."""
+    from scipy.sparse import csr_matrix
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    counter = CountVectorizer(
+        stop_words="english", token_pattern=r"[^\W\d_]{2,}", max_features=VOCABULARY
+    )
+    kept = (labels >= 0).nonzero().flatten().numpy()
+    try:
+        times = counter.fit_transform(dataset.captions(i)[0] for i in kept.tolist())
+    except ValueError:  # stop words only
         return {}
+    member = csr_matrix((np.ones(len(kept)), (labels.numpy()[kept], np.arange(len(kept)))))
+    own = (member @ times).tocsr()  # [K, words]
+    rarity = np.log1p(own.sum() / own.shape[0] / np.asarray(own.sum(axis=0)).ravel())
+    names, found = counter.get_feature_names_out(), {}
+    for cluster in np.flatnonzero(np.diff(own.indptr)).tolist():
+        row = slice(own.indptr[cluster], own.indptr[cluster + 1])
+        score = own.data[row] * rarity[own.indices[row]]
+        best = own.indices[row][np.argsort(-score, kind="stable")[:WORDS]]
+        found[cluster] = ", ".join(names[best])
+    return found
+
+
+def plane(samples: Samples, thumbs: Thumbnails | None = None) -> dict[str, Any]:
+    """The map: places of images, then captions, in 16 bits, and the classes to colour them by;
+    with ``thumbs`` their pictures."""
+    n = len(samples.dataset)
     # Without centring, the modality gap would be all that a map shows.
-    parts = [_unit(rows) for rows in (samples.encoded.image, samples.encoded.text)]
-    places = lay_out(torch.cat([part - part.mean(0) for part in parts]))  # [2N, 2]
+    parts = [_unit(rows) for rows in (samples.encoded.image, samples.encoded.text) if len(rows)]
+    if sum(map(len, parts)) < 15:
+        return {}
+    places = lay_out(torch.cat([part - part.mean(0) for part in parts]))  # [N or 2N, 2]
     labels = {key: (own.ids, list(own.names)) for key, own in samples.dataset.labels.items()}
-    labels |= {f"prototype ({key})": (ids, []) for key, ids in samples.clusters.items()}
+    labels |= {f"cluster ({key})": (ids, []) for key, ids in samples.clusters.items()}
     colours = {
         key: {"ids": _base64(ids.cpu().numpy().clip(-1, 32767).astype("<i2")), "names": names}
         for key, (ids, names) in labels.items()
     }
     words = [caption_of(samples.dataset, i)[:60] for i in range(n)]
+    pictures = [thumbs.item(samples.dataset, i)["picture"] for i in range(n)] if thumbs else []
     xy = (places * 65535).round().numpy().astype("<u2")
-    return {"n": n, "xy": _base64(xy), "by": colours, "words": words}
+    return {"n": n, "xy": _base64(xy), "by": colours, "words": words, "pictures": pictures}
 
 
 def lay_out(points: Tensor, seed: int = 0) -> Tensor:
