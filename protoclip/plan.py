@@ -46,8 +46,7 @@ class PlannedRun:
 
     @property
     def amp(self) -> bool:
-        precision = self.config.run.precision
-        return precision == "amp_bf16" or (precision != "fp32" and not self.on_cpu)
+        return self.config.run.precision in ("amp_bf16", *(() if self.on_cpu else ("amp", "auto")))
 
     @property
     def local_batch(self) -> int:
@@ -100,14 +99,10 @@ def measure_shape(run: PlannedRun, batch: int = 8) -> Shape:
         embed_dim=dims[0],
         projection_dim=dims[1],
         buffers_bytes=sum(b.nbytes for b in model.buffers()),
-        batch_bytes=3 * model.image_size**2 * FP32 + _context_length(model) * INT64,
+        batch_bytes=3 * model.image_size**2 * FP32 + model.clip.context_length * INT64,
         saved_bytes=per_sample,
-        saved_fixed_bytes=max(0.0, small - per_sample * batch),
+        saved_fixed_bytes=small - per_sample * batch,
     )
-
-
-def _context_length(model: ProtoModel) -> int:
-    return getattr(model.clip, "context_length", 77)
 
 
 def _walk(model: ProtoModel, amp: bool, batch: int) -> tuple[float, tuple[int, int]]:
@@ -126,7 +121,7 @@ def _walk(model: ProtoModel, amp: bool, batch: int) -> tuple[float, tuple[int, i
         }
         known = {p.untyped_storage()._cdata for p in own.values()}
         image = torch.empty(batch, 3, model.image_size, model.image_size)
-        tokens = torch.zeros(batch, _context_length(model), dtype=torch.int64)
+        tokens = torch.zeros(batch, model.clip.context_length, dtype=torch.int64)
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=amp):
             encoded, projected = functional_call(model, own, (image, tokens))
@@ -142,11 +137,10 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
     """
     rows, d, dh = run.global_batch, shape.embed_dim, shape.projection_dim
     saved = run.config.optim.batch_size * shape.saved_bytes + shape.saved_fixed_bytes
-    # The gradients replace the saved activations as backward proceeds.
-    gradients = shape.trained * FP32 - saved
     parts = {
         "weights": shape.weights * FP32 + shape.buffers_bytes,
-        "gradients": max(0.0, gradients),
+        # They replace the saved activations as backward proceeds.
+        "gradients": max(0.0, shape.trained * FP32 - saved),
         "optimiser (AdamW)": 2 * shape.trained * FP32,
         "saved for backward": saved,
         "batch": run.local_batch * shape.batch_bytes,
@@ -205,12 +199,10 @@ def build_run(argv: Sequence[str] | None) -> tuple[PlannedRun, bool]:
     """
     parser = build_parser(PROG, DESCRIPTION)
     group = parser.add_argument_group("Plan")
-    for flag, default, words in (
-        ("--ranks", 1, "processes, a GPU each"),
-        ("--samples", 3_000_000, "pairs in the dataset"),
-    ):
-        words += f" (default: {default:,})"
-        group.add_argument(flag, type=int, default=default, metavar="N", help=words)
+    words = "processes, a GPU each (default: %(default)s)"
+    group.add_argument("--ranks", type=int, default=1, metavar="N", help=words)
+    words = "pairs in the dataset (default: %(default)s)"
+    group.add_argument("--samples", type=int, default=3_000_000, metavar="N", help=words)
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
     config, own = parse_more(parser, argv)
     for name in ("ranks", "samples"):

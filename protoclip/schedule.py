@@ -56,12 +56,10 @@ def make_plan(config: TrainConfig, samples: int) -> Plan:
     times = config.optim.accum_freq * world_size()
     batch, episode = config.optim.batch_size * times, config.episode.size
     if samples < batch:
-        fewer = samples // (4 * times)
-        made_of = f" ({config.optim.batch_size} x {times})" if times > 1 else ""
         raise ValueError(
-            f"--batch-size: expected at most the number of samples, got {batch}{made_of} for "
-            f"{samples}; "
-            + (f"use --batch-size {max(2, fewer)} or more data" if samples > 1 else "add data")
+            f"--batch-size: expected at most the number of samples, got {config.optim.batch_size} "
+            f"x {times} passes and ranks for {samples}; use --batch-size "
+            f"{max(2, samples // (4 * times))} or more data"
         )
     if episode and episode < batch:
         raise ValueError(
@@ -73,7 +71,7 @@ def make_plan(config: TrainConfig, samples: int) -> Plan:
     if config.optim.max_steps:
         total = min(total, config.optim.max_steps)
     if total == 0:
-        raise ValueError("--epochs: expected more than 0, got 0; nothing would be trained")
+        raise ValueError("--epochs: expected more than 0, got 0")
     per_episode = math.ceil(min(episode, samples) / batch) if episode else per_epoch
     return Plan(samples, batch, per_epoch, per_episode, total)
 
@@ -128,8 +126,7 @@ def own_draws(plan: Plan, draws: Tensor) -> tuple[Tensor, Tensor]:
 
 def episode_seed(seed: int, number: int, purpose: int) -> int:
     """Of one purpose (0 training, 1 features) in episode ``number``."""
-    random = generator(seed, EPISODES, number, purpose)
-    return int(torch.randint(2**31, (), generator=random))
+    return int(torch.randint(2**31, (), generator=generator(seed, EPISODES, number, purpose)))
 
 
 class Stopped(Exception):
@@ -141,22 +138,18 @@ class Stopped(Exception):
 
 
 def parse_interval(text: str) -> tuple[int, float]:
-    """--save-every's "500steps", "90s", "10m" or "2h" as steps and seconds; 0 for the other, and
-    both 0 for "".
+    """--save-every's "500steps", "90s", "10m" or "2h" as steps and seconds, 0 for the other.
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else but "", which is 0 of both.
     """
-    if not text:
-        return 0, 0.0
-    match = re.fullmatch(r"([1-9][0-9]*) ?(steps?|s|m|h)", text.strip())
+    match = re.fullmatch(r"([1-9]\d*) ?(steps?|s|m|h)|", text.strip())
     if match is None:
         raise ValueError(
-            "--save-every: expected a number with steps, s, m or h, such as 500steps or 10m, got "
-            f"{text!r}"
+            f"--save-every: expected a number with steps, s, m or h, such as 10m, got {text!r}"
         )
-    seconds = {"s": 1, "m": 60, "h": 3600}.get(match[2], 0)
-    return (0, float(int(match[1]) * seconds)) if seconds else (int(match[1]), 0.0)
+    number, seconds = int(match[1] or 0), {"s": 1.0, "m": 60.0, "h": 3600.0}.get(match[2])
+    return (0, number * seconds) if seconds else (number, 0.0)
 
 
 class StopSignals:

@@ -564,12 +564,13 @@ def unpack_episode(state: Any, device: torch.device, samples: int) -> Episode | 
 def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
     """Say what will be done, in the user's units."""
     config, plan, episode = setup.config, setup.plan, setup.config.episode
+    ranks = distributed.world_size()
     folder.say(
         f"run folder: {folder.path}\n"
         f"data: {setup.dataset.name}, {len(setup.dataset):,} pairs; {plan.total_steps} steps of "
         f"{plan.batch_size}, {plan.steps_per_epoch} a pass over the data\n"
         f"model: {config.model.model} on {setup.device}, {setup.precision}, "
-        f"{torch.get_num_threads()} threads, {distributed.world_size()} ranks"
+        f"{torch.get_num_threads()} threads" + f", {ranks} ranks" * (ranks > 1)
     )
     if config.optim.warmup >= plan.total_steps:
         folder.say(

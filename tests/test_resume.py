@@ -143,7 +143,7 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(tmp_path, flags, caplog)
 
 def test_auto_starts_a_named_run_and_goes_on_with_it(tmp_path, flags, capsys):
     flags = [*flags, "--logs", str(tmp_path), "--resume", "auto"]
-    assert main(flags) == 2
+    assert main([*flags, "--name", ""]) == 2
     assert "--resume auto: expected --name" in capsys.readouterr().err and not any(
         tmp_path.iterdir()
     )
