@@ -146,7 +146,7 @@ def parse_interval(text: str) -> tuple[int, float]:
     match = re.fullmatch(r"([1-9]\d*) ?(steps?|s|m|h)|", text.strip())
     if match is None:
         raise ValueError(
-            f"--save-every: expected a number with steps, s, m or h, such as 10m, got {text!r}"
+            f"--save-every: expected a number with steps, s, m or h (500steps, 10m), got {text!r}"
         )
     number, seconds = int(match[1] or 0), {"s": 1.0, "m": 60.0, "h": 3600.0}.get(match[2])
     return (0, number * seconds) if seconds else (number, 0.0)

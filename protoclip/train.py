@@ -137,7 +137,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
     if teacher is not None:
         setup = replace(setup, teacher=teacher.to(device))
     evaluation = Evaluation(setup, phases)
-    trainer = Trainer(setup, model, NullRunFolder(path), phases, evaluation.during())
+    trainer = Trainer(setup, model, NullRunFolder(path), phases, evaluation.during)
     notes = []
     if resume:  # everything is checked before the folder is touched
         notes = check_resume(resume, setup) + trainer.restore(resume.payload)
@@ -192,26 +192,11 @@ class Setup:
         """At most; the last episode may be shorter."""
         return min(len(self.dataset), self.plan.steps_per_episode * self.plan.batch_size)
 
-    def draw(self, episode: int) -> Tensor:
-        """Positions of the samples of an episode, in the order of training."""
-        return schedule.draw(
-            self.plan,
-            self.config.run.seed,
-            self.plan.steps_of(episode),
-            replacement=self.config.episode.replacement,
-            order=self.order.permutation,
-        )
-
 
 class Trainer:
-    """Trains a model episode by episode; the only owner of mutable state.
+    """Trains a model, on the setup's device, episode by episode; the only owner of mutable state.
 
-    Args:
-        setup: of the run.
-        model: on the setup's device.
-        folder: where metrics and checkpoints go.
-        phases: the stopwatch.
-        evaluations: pairs of a function, model -> scalars by name, and its frequency in epochs.
+    ``evaluations`` are pairs of a function, model -> scalars by name, and its frequency in epochs.
     """
 
     def __init__(
@@ -293,8 +278,9 @@ class Trainer:
 
     def _run_episode(self, number: int, bar: tqdm) -> None:
         """New prototypes where they are due, then the episode's steps."""
-        config, steps = self.config, self.plan.steps_of(number)
-        draws = self.setup.draw(number)
+        config, steps, seed = self.config, self.plan.steps_of(number), self.config.run.seed
+        order, replacement = self.setup.order.permutation, config.episode.replacement
+        draws = schedule.draw(self.plan, seed, steps, replacement=replacement, order=order)
         bar.set_description(f"episode {number + 1}/{self.plan.episodes}")
         done = self.step - steps.start  # of this episode, before the run was interrupted
         if 0 < config.episode.lit_start <= number:  # LiT: InfoNCE towards a frozen image tower
@@ -304,9 +290,9 @@ class Trainer:
             self.episode = self._build_episode(number, draws.unique())
         self.model.train()
         own, numbers = schedule.own_draws(self.plan, draws)
-        seed = schedule.episode_seed(config.run.seed, number, 0)
         first = done * self.plan.batch_size // distributed.world_size()
-        stream = iter(self._batches(Draws(own, seed, first, numbers)))
+        drawn = Draws(own, schedule.episode_seed(seed, number, 0), first, numbers)
+        stream = iter(self._batches(drawn))
         for _ in steps[done:]:
             self._train_step(stream, number)
             bar.set_postfix(loss=f"{self._loss:.3f}", refresh=False)
@@ -363,19 +349,19 @@ class Trainer:
             place = self.step - self.plan.steps_of(number).start
             self.store.put(place, rows.where(step.finite, -1), step.projected)
         self.step += 1
-        logs = self.step % self.config.run.log_every_n_steps == 0
-        if logs or self.step == self.plan.total_steps:
+        last = self.step == self.plan.total_steps
+        logs = last or self.step % self.config.run.log_every_n_steps == 0
+        if logs:
             self._log(step, lr, number)
-            self._check_skipped(parts)
-        elif self.setup.device.type == "cpu":  # where reading a number waits for nothing
+        if logs or self.setup.device.type == "cpu":  # where reading a number waits for nothing
             self._check_skipped(parts)
 
     def _check_skipped(self, parts: Sequence[Batch]) -> None:
         """Note skipped steps; after --max-bad-steps in a row save and stop."""
         total, in_a_row = self.stepper.bad.tolist()
-        new, self._skipped = total - self._skipped, total
-        if new == 0:
+        if total == self._skipped:
             return
+        self._skipped = total
         keys = [self.dataset.keys[i] for part in parts for i in part.index.tolist()]
         self.folder.note(
             f"step {self.step} skipped, the last of {total}: loss or gradient not finite; samples: "
@@ -393,17 +379,17 @@ class Trainer:
 
     def _log(self, step: Step, lr: float, number: int) -> None:
         """Read the device once, write one line of metrics and one of progress."""
-        losses = step.losses
-        faults = torch.tensor(len(self.faults.positions), device=self.setup.device)
+        # Each rank has met its own bad samples; the mean of this is their sum.
+        faults = torch.tensor(float(len(self.faults.positions)) * distributed.world_size())
         scalars = {
-            **losses.terms,
-            **losses.accuracy,
-            "loss": losses.total,
+            **step.losses.terms,
+            **step.losses.accuracy,
+            "loss": step.losses.total,
             "logit_scale": self.model.logit_scale,
             "logit_scale_proto": self.model.proto_scale,
             "grad_norm": step.norm,
             "bad_steps": self.stepper.bad[0],
-            "bad_samples": faults * distributed.world_size(),  # each rank has met its own
+            "bad_samples": faults.to(self.setup.device),
         }
         values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()])
         means = distributed.mean_over_ranks(values).tolist()
@@ -643,8 +629,9 @@ def conclude(
     peak = evaluate.peak_memory_bytes(trainer.setup.device)
     if after is None:
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in timing.items())
-        folder.say(f"time: {times}\npeak memory: {peak / 2**20:,.0f} MiB")
-        folder.say("no evaluation: give --val-data")
+        folder.say(
+            f"time: {times}\npeak memory: {peak / 2**20:,.0f} MiB\nno evaluation: give --val-data"
+        )
     else:
         folder.say("\n" + evaluate.format_table(before, after, timing, peak_memory_bytes=peak))
         evaluate.write_results(
@@ -685,16 +672,12 @@ class Evaluation:
             if reasons := impossible(("zeroshot",), layout):
                 raise ValueError(f"--imagenet-val {data.imagenet_val}: {reasons['zeroshot']}")
             self.zeroshot_data = replace(layout, captioned=False, train=None)
-
-    def during(self) -> list[tuple[Evaluate, float]]:
-        """The evaluations between steps, each with its frequency in epochs."""
-        run = self.setup.config.run
-        chosen: list[tuple[Evaluate, float]] = []
+        run = setup.config.run  # evaluations between steps, and their frequencies in epochs
+        self.during: list[tuple[Evaluate, float]] = []
         if self.quick_sets and run.val_frequency > 0:
-            chosen.append((self.quick, run.val_frequency))
+            self.during.append((self.quick, run.val_frequency))
         if self.zeroshot_data and run.zeroshot_frequency > 0:
-            chosen.append((self.zeroshot, run.zeroshot_frequency))
-        return chosen
+            self.during.append((self.zeroshot, run.zeroshot_frequency))
 
     def encoder(self, model: ProtoModel) -> evaluate.Encoder:
         """Encodes with the model as it is, on all ranks."""
@@ -832,8 +815,8 @@ def check_settings(config: TrainConfig, device: torch.device) -> None:
         if not internal and not (teacher and weights.w_proto_external > 0):
             raise ValueError(
                 "--w-clip 0: expected another loss with a weight, got none with --method "
-                f"{config.method} and {'a' if teacher else 'no'} teacher; use --w-clip 1, or give "
-                "--w-proto, or a teacher and --w-proto-external, a weight"
+                f"{config.method} and {'an' if teacher else 'no'} external teacher; use --w-clip "
+                "1, or give --w-proto, or a teacher and --w-proto-external, a weight"
             )
         if episode.infonce_warmup or episode.lit_start:
             raise ValueError(

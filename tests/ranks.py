@@ -92,7 +92,7 @@ def tiny_run(folder: Path, name: str, *flags: str) -> list[str]:
     (folder / "tiny.json").write_text(json.dumps(TINY))
     return [
         *("--train-data", "builtin:shapes:64", "--model", str(folder / "tiny.json")),
-        *("--batch-size", "12", "--logs", str(folder / "logs")),
+        *("--batch-size", "12"),  # no --logs: torchrun takes it for one of its own
         *("--projection-hidden-dim", "24", "--projection-dim", "8", "--external-teacher", "none"),
         *("--k", "6", "--infonce-warmup-epoch", "1", "--report-to", "none", "--name", name),
         *("--val-frequency", "0", *flags),

@@ -7,7 +7,17 @@ import signal
 from pathlib import Path
 
 import pytest
-from ranks import ended, free_port, said, start_command, steps_of, tiny_run, torchrun, wait_until
+from ranks import (
+    bare_run,
+    ended,
+    free_port,
+    said,
+    start_command,
+    steps_of,
+    tiny_run,
+    torchrun,
+    wait_until,
+)
 
 from protoclip.distributed import find_rank
 
@@ -23,9 +33,9 @@ def wait_for_steps(folder, name, processes):
 )
 def test_a_lost_rank_ends_the_others(tmp_path, victim, kind):
     """One that is killed at once, one that hangs after --dist-timeout seconds."""
-    flags = "--max-steps", "100000", "--epochs", "100000", "--dist-timeout", "8"
-    processes = start_command(tmp_path, tiny_run(tmp_path, "lost", *flags))
-    wait_for_steps(tmp_path, "lost", processes)
+    flags = "--max-steps", "100000", "--epochs", "100000", "--dist-timeout", "15"
+    processes = start_command(tmp_path, bare_run(tmp_path, *flags))
+    wait_for_steps(tmp_path, "run", processes)
     os.kill(processes[victim].pid, kind)
     codes = ended([processes[1 - victim]])
     processes[victim].kill()
@@ -131,9 +141,9 @@ def test_other_launchers_variables_are_enough(tmp_path, launcher):
 
 def test_torchrun_names_a_rank_that_is_killed(tmp_path):
     flags = "--max-steps", "100000", "--epochs", "100000", "--dist-timeout", "60"
-    process = torchrun(tmp_path, tiny_run(tmp_path, "lost", *flags), "--nproc-per-node", "2")
+    process = torchrun(tmp_path, bare_run(tmp_path, *flags), "--nproc-per-node", "2")
     try:
-        wait_for_steps(tmp_path, "lost", [process])
+        wait_for_steps(tmp_path, "run", [process])
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         environments = {c: Path(f"/proc/{c}/environ").read_text() for c in children}
         os.kill(next(int(c) for c, env in environments.items() if "\0RANK=1\0" in env), 9)

@@ -14,6 +14,7 @@ from protoclip.train import main
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PROTOCLIP_BACKEND", "reference")  # the cache has no compiled library
     monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)

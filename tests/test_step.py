@@ -17,13 +17,10 @@ from protoclip.step import Phases, Stepper, depends_on_passes, parameter_groups
 from protoclip.train import main
 
 
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch):
-    monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
-
-
 @pytest.fixture
-def flags(tmp_path):
+def flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
     return bare_run(tmp_path, "--max-steps", "12")
 
 
