@@ -77,6 +77,7 @@ setup(
         "remote": ["fsspec[http]", "s3fs", "gcsfs", "huggingface_hub"],
         "dev": DEV,
     },
+    entry_points={"console_scripts": ["protoclip = protoclip.__main__:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

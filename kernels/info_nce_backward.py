@@ -210,8 +210,8 @@ def gradients(
                 BLOCK_N=row.block_n, BLOCK_M=row.block_m, num_warps=1,
             )  # fmt: skip
 
-    plan = waves.plan(x, y, row)
-    shares = x.new_empty(plan.tiles, dtype=torch.float32)
+    plan = waves.chunks(x, y, row)
+    shares = x.new_empty(waves.tiles(plan), dtype=torch.float32)
 
     def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]

@@ -33,13 +33,11 @@ class Launch:
     strip: int = 64  # columns at a time in tiles on the edge or the diagonal
     descriptors: bool = False  # load by TMA where base and row stride are multiples of 16 bytes
     part: int = 16  # consecutive rows of a product that are one warp's
-    registers: int | None = None  # at most, a thread: what ``ctas_per_sm`` allows
 
     @property
     def options(self) -> dict[str, int | bool]:
         """What Triton itself takes; it stops fusing multiplies and adds by default in 3.10."""
-        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-        return options | ({"maxnreg": self.registers} if self.registers else {})
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ HALF: dict[str, dict[int, Launch]] = {
     "gradient": {
         80: _MMA,
         89: _MMA,
-        90: Launch(128, 128, 64, 8, 3, ctas_per_sm=2, strip=32, descriptors=True, registers=128),
+        90: Launch(128, 128, 64, warps=4, stages=3, ctas_per_sm=2, strip=32, descriptors=True),
         100: Launch(128, 128, 64, 8, 3, ctas_per_sm=1, strip=32, descriptors=True),
     },
     "sigmoid": {  # loss and gradient at once: larger tiles spill

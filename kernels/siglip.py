@@ -81,17 +81,10 @@ def sigmoid_kernel(
             dscale += tl.sum(p * acc)
             dbias += tl.sum(p)
             if GRADIENTS:
-                store_entries(
-                    p * LIFTED,
-                    rows,
-                    positive,
-                    offset - col0 - strip,
-                    n,
-                    m - col0 - strip,
-                    entry_ptr,
-                )
-                p = tl.where(positive, 0.0, p)
-                store_gradient(p * LIFTED, row0, col0 + strip, g_ptr, stride_g, False)
+                g_part, first = p * LIFTED, col0 + strip
+                store_entries(g_part, rows, positive, offset - first, n, m - first, entry_ptr)
+                g_part = tl.where(positive, 0.0, g_part)
+                store_gradient(g_part, row0, first, g_ptr, stride_g, False)
     at = share_ptr + first_tile + tl.program_id(0)
     tl.store(at, dscale)
     tl.store(at + tiles, loss)
@@ -103,33 +96,30 @@ def sigmoid_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss [], then dx, dy, dscale, dbias of the strip x [N, D] against y [M, D]."""
     row = launch.choose("sigmoid", x, y)
-    empty = min(x.numel(), y.numel()) == 0
-    plan = waves.plan(x, y, row)
-    if empty or not gradients:  # no G to keep: one chunk
-        plan = waves.Plan(len(x), len(y), len(x) or 1, len(y) or 1, row.block_n, row.block_m)
-    shares = x.new_empty((3, plan.tiles), dtype=torch.float32)
+    keep = gradients and min(x.numel(), y.numel()) > 0
+    plan = waves.chunks(x, y, row, bounded=keep)  # no G to keep: one chunk
+    tiles = waves.tiles(plan)
+    shares = x.new_empty((3, tiles), dtype=torch.float32)
     lift = LIFT if x.dtype == torch.float16 else 1.0
 
-    def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor, keep: bool = True) -> None:
+    def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
         features, options = operands(part_x, part_y, row)
         sigmoid_kernel[(chunk.tiles,)](
             *features, *gradient_operands(g, row, options["DESCRIPTORS"] and keep), scale, bias,
-            entries[chunk.rows], shares, plan.tiles, chunk.first_tile,
+            entries[chunk.rows], shares, tiles, chunk.first_tile,
             len(part_x), len(part_y), x.shape[1], offset + chunk.rows.start - chunk.cols.start,
             g.stride(0), *x.stride(), *y.stride(),
             GRADIENTS=keep, LIFTED=lift, **options,
         )  # fmt: skip
 
-    if empty or not gradients:
-        with torch.cuda.device_of(x):
-            for chunk in plan.chunks():
-                fill(chunk, x.new_empty((1, 1)), shares[0], keep=False)
-        dx, dy = (
-            torch.zeros_like(t) if gradients else t.new_empty((0, t.shape[1])) for t in (x, y)
-        )
-    else:
+    if keep:
         factor = scale.reshape(()) if lift == 1.0 else scale.reshape(()).float() / lift
         dx, dy, _ = waves.products(x, y, factor, offset, plan, fill, shares[0])
+    else:
+        dx, dy = (t.new_zeros(t.shape if gradients else (0, t.shape[1])) for t in (x, y))
+        with torch.cuda.device_of(x):
+            for chunk in plan:
+                fill(chunk, x.new_empty((1, 1)), shares[0])
     dscale, loss, dbias = (share.sum() for share in shares)  # an op's outputs must not alias
     return loss, dx, dy, dscale, dbias

@@ -12,7 +12,7 @@ memory traffic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,57 +31,43 @@ FINISH = Launch(16, 0, 128, warps=4, stages=1)
 
 @dataclass(frozen=True)
 class Chunk:
-    """A rectangle of the logits and the tiles that cover it."""
+    """A rectangle of the logits and the whole tiles that cover it."""
 
     rows: slice
     cols: slice
+    shape: tuple[int, int]  # of its tiles together
     first_tile: int
     tiles: int
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Chunk sizes for n x m logits, in whole tiles."""
-
-    n: int
-    m: int
-    rows: int
-    cols: int
-    block_n: int
-    block_m: int
-
-    @property
-    def tiles(self) -> int:
-        return sum(chunk.tiles for chunk in self.chunks())
-
-    def chunks(self) -> Iterator[Chunk]:
-        """Row by row of chunks."""
-        tile = 0
-        for i in range(0, self.n, self.rows):
-            for j in range(0, self.m, self.cols):
-                rows = slice(i, min(i + self.rows, self.n))
-                cols = slice(j, min(j + self.cols, self.m))
-                tiles = triton.cdiv(rows.stop - i, self.block_n)
-                tiles *= triton.cdiv(cols.stop - j, self.block_m)
-                yield Chunk(rows, cols, tile, tiles)
-                tile += tiles
+def chunks(x: Tensor, y: Tensor, launch: Launch, *, bounded: bool = True) -> list[Chunk]:
+    """Row by row, chunks whose G fits ``SCRATCH_BYTES`` (but one tile always may); one chunk where
+    no G is kept."""
+    n, m, block_n, block_m = len(x), len(y), launch.block_n, launch.block_m
+    rows, cols = triton.cdiv(n, block_n), triton.cdiv(m, block_m)  # in tiles
+    if bounded:
+        budget = SCRATCH_BYTES // x.element_size() // (block_n * block_m)
+        if m <= SIDE:
+            rows = min(rows, max(1, budget // max(1, cols)))
+        else:
+            rows = min(rows, max(1, SIDE // block_n))
+            cols = min(cols, max(1, budget // max(1, rows)))
+    found, tile = [], 0
+    for i in range(0, n, max(1, rows) * block_n):
+        for j in range(0, m, max(1, cols) * block_m):
+            high, wide = min(rows * block_n, n - i), min(cols * block_m, m - j)
+            tiles = triton.cdiv(high, block_n), triton.cdiv(wide, block_m)
+            shape = tiles[0] * block_n, tiles[1] * block_m
+            found.append(
+                Chunk(slice(i, i + high), slice(j, j + wide), shape, tile, tiles[0] * tiles[1])
+            )
+            tile += found[-1].tiles
+    return found
 
 
-def plan(x: Tensor, y: Tensor, launch: Launch) -> Plan:
-    """Chunks whose G fits ``SCRATCH_BYTES`` (but one tile always may)."""
-    n, m, budget = len(x), len(y), SCRATCH_BYTES // x.element_size()
-
-    def whole(size: int, block: int) -> int:
-        return max(1, size // block) * block
-
-    if m <= SIDE:
-        cols = triton.cdiv(max(m, 1), launch.block_m) * launch.block_m
-        rows = min(whole(n + launch.block_n - 1, launch.block_n), budget // cols)
-    else:
-        rows = whole(min(n + launch.block_n - 1, SIDE), launch.block_n)
-        cols = min(whole(m + launch.block_m - 1, launch.block_m), budget // rows)
-    rows, cols = whole(rows, launch.block_n), whole(cols, launch.block_m)
-    return Plan(n, m, rows, cols, launch.block_n, launch.block_m)
+def tiles(plan: list[Chunk]) -> int:
+    """Tiles of all chunks."""
+    return sum(chunk.tiles for chunk in plan)
 
 
 @triton.jit
@@ -116,7 +102,7 @@ def products(
     y: Tensor,
     factor: Tensor,
     offset: int,
-    plan: Plan,
+    plan: list[Chunk],
     fill: Callable[[Chunk, Tensor, Tensor], None],
     shares: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +114,7 @@ def products(
         x, y: features [N, D], [M, D], neither empty.
         factor: scalar on their device, applied to the fp32 sums before they are rounded.
         offset: row i's partner is column i + offset.
-        plan: from ``plan(x, y, launch)``.
+        plan: of ``chunks(x, y, launch)``.
         fill: ``fill(chunk, g, entries)`` launches a kernel that writes a chunk of G (whole tiles; 0
             past the end and at the positives), and the entries [N] of the positives it holds.
         shares: fp32 [tiles], written by ``fill``.
@@ -139,18 +125,14 @@ def products(
     dx, dy = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, y))
     wide = {"dtype": torch.float32, "device": x.device}
     entries, total = torch.empty(n, **wide), torch.empty((), **wide)
-    scratch = x.new_empty(plan.rows * plan.cols)
-    sum_x, sum_y = torch.empty((min(plan.rows, n), d), **wide), torch.empty((m, d), **wide)
+    scratch = x.new_empty(max(c.shape[0] * c.shape[1] for c in plan))
+    sum_x, sum_y = torch.empty((plan[0].rows.stop, d), **wide), torch.empty((m, d), **wide)
     # Where a caller runs the backward pass under autocast, fp32 products must stay fp32.
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-        for chunk in plan.chunks():
+        for chunk in plan:
             rows, cols = chunk.rows, chunk.cols
             height, width = rows.stop - rows.start, cols.stop - cols.start
-            shape = [
-                triton.cdiv(size, block) * block
-                for size, block in ((height, plan.block_n), (width, plan.block_m))
-            ]
-            g = scratch[: shape[0] * shape[1]].view(shape)
+            g = scratch[: chunk.shape[0] * chunk.shape[1]].view(chunk.shape)
             fill(chunk, g, entries)
             g = g[:height, :width]
             _multiply(sum_x[:height], g, y[cols], accumulate=cols.start > 0)

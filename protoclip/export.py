@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from protoclip import checkpoint
-from protoclip.config import ModelConfig, Parser, TrainConfig, check_above, check_saved, from_dict
+from protoclip.commands import export_parser
+from protoclip.config import ModelConfig, TrainConfig, check_above, check_saved, from_dict
 from protoclip.evaluate import format_table, read_results
 from protoclip.model import build_model, register_configs
 
@@ -130,15 +131,7 @@ def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake ends it with one line and status 2."""
-    parser = Parser(
-        PROG, description="Write a trained model as a folder that OpenCLIP loads: local-dir:DIR."
-    )
-    add = parser.add_argument
-    add("run", metavar="RUN_OR_CHECKPOINT", help="run folder or a checkpoint")
-    add("--out", required=True, metavar="DIR", help="a new or empty folder")
-    words = "OpenCLIP name or config file; for a checkpoint of OpenCLIP's trainer"
-    add("--model", default="", metavar="TEXT", help=words)
-    args = parser.parse_args(argv)
+    args = export_parser().parse_args(argv)
     try:
         out = export(args.run, args.out, args.model)
     except (ValueError, OSError) as error:

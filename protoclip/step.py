@@ -28,6 +28,7 @@ from protoclip.distributed import (
     rank,
     world_size,
 )
+from protoclip.grad_cache import grad_cache
 from protoclip.losses import Losses, ProtoLoss
 from protoclip.model import Encoded, ProtoModel, autocast_for
 from protoclip.prototypes import Episode
@@ -149,7 +150,7 @@ class GradientMean:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.complete = True  # False: another backward pass adds to the gradients of this one
+        self.early = True  # False: a gradient may not be whole when it is there
         self._parameters = list(model.parameters())
         self._sent: dict[nn.Parameter, dist.Work] = {}
         if is_distributed():
@@ -158,7 +159,7 @@ class GradientMean:
                 parameter.register_post_accumulate_grad_hook(self._send)
 
     def _send(self, parameter: Any) -> None:
-        if self.complete and parameter.numel() >= LARGE:
+        if self.early and parameter.numel() >= LARGE:
             self._sent[parameter] = dist.all_reduce(parameter.grad, async_op=True)
 
     def finish(self) -> None:
@@ -166,6 +167,10 @@ class GradientMean:
         reached: list[Any] = [p for p in self._parameters if p.grad is not None]
         if not is_distributed() or not reached:
             return
+        self.early = True
+        for parameter in reached:
+            if parameter not in self._sent:
+                self._send(parameter)
         small = [p.grad for p in reached if p not in self._sent]
         together = torch.cat([grad.flatten() for grad in small])
         dist.all_reduce(together)
@@ -260,6 +265,7 @@ class Stepper:
             group["lr"] = lr
         statistics = [buffer.clone() for buffer in self._statistics]
         moved = [batch.to(self.device, non_blocking=True) for batch in batches]
+        self.mean.early = len(moved) == 1
         if len(moved) == 1:
             losses, projected = self._in_one_pass(number, moved[0], episode, project)
         else:
@@ -294,33 +300,22 @@ class Stepper:
     def _in_passes(
         self, number: int, batches: Sequence[Batch], episode: Episode | None, project: bool
     ) -> tuple[Losses, Encoded | None]:
+        def encode(part: int, batch: Batch) -> tuple[Tensor, Tensor]:
+            seed_everything(self.seed, number, rank(), part)
+            with self.autocast():
+                encoded = self.model.encode(batch.image, batch.tokens)
+            return encoded.image, encoded.text
+
         with self.phases.measure("forward"):
-            parts = []
-            for part, batch in enumerate(batches):
-                seed_everything(self.seed, number, rank(), part)
-                with torch.no_grad(), self.autocast():
-                    parts.append(self.model.encode(batch.image, batch.tokens))
-            encoded = Encoded(
-                torch.cat([part.image for part in parts]).requires_grad_(),
-                torch.cat([part.text for part in parts]).requires_grad_(),
-            )
+            parts = list(enumerate(batches))
+            ((image, text),) = grad_cache([encode], [parts], 1, split=lambda p, _: p)
+            encoded = Encoded(image, text)
             with self.autocast():
                 projected = self.model.project(encoded) if project else None
             index = torch.cat([batch.index for batch in batches])
             losses = self._losses(encoded, projected, index, episode)
         with self.phases.measure("backward"):
-            self.mean.complete = False
             self.scaler.scale(losses.total).backward()
-            size = len(batches[0].index)
-            for part, batch in enumerate(batches):
-                own = slice(part * size, part * size + len(batch.index))
-                seed_everything(self.seed, number, rank(), part)
-                self.mean.complete = part + 1 == len(batches)
-                with self.autocast():
-                    again = self.model.encode(batch.image, batch.tokens)
-                both = (again.image, encoded.image.grad), (again.text, encoded.text.grad)
-                pairs = [(u, g[own]) for u, g in both if u.requires_grad and g is not None]
-                torch.autograd.backward([u for u, _ in pairs], [g for _, g in pairs])
         return losses, projected
 
     def _update(self, losses: Losses) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from protoclip import checkpoint, distributed, evaluate, prototypes, report, schedule
-from protoclip.config import TrainConfig, build_parser, parse, to_dict
+from protoclip.commands import train_parser
+from protoclip.config import TrainConfig, parse, to_dict
 from protoclip.data import (
     Batch,
     Draws,
@@ -57,16 +58,19 @@ from protoclip.model import (
 from protoclip.ops.backends import why_not
 from protoclip.prototypes import Clustering, Episode, PrototypeSet
 from protoclip.report.snapshot import every
-from protoclip.run_folder import NullRunFolder, Resume, RunFolder, choose_folder, find_resume
+from protoclip.run_folder import (
+    NullRunFolder,
+    Resume,
+    RunFolder,
+    choose_folder,
+    find_resume,
+    write_clusters,
+)
 from protoclip.step import Phases, Step, Stepper, depends_on_passes, seed_everything
 from protoclip.teacher import MINILM, load_teacher, minilm_missing
 
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
 PROG = "python -m protoclip.train"
-DESCRIPTION = (
-    "Train ProtoCLIP (or CLIP) on image-text pairs. Without arguments: ProtoCLIP on the built-in "
-    "emoji, a few minutes on two CPU cores."
-)
 PICTURED = 4096  # samples in which the run's pictures look for neighbours
 NAMED = 8  # sample keys in the message about bad steps; all of them are in out.log
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -87,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         info = distributed.find_rank()
         with distributed.quiet_beside_main(info):
-            config = parse(build_parser(PROG, DESCRIPTION), with_saved_config(argv))
+            config = parse(train_parser(), with_saved_config(argv))
         device = choose_device(config.run.device)
         distributed.start(info, device, config.run.dist_timeout, config.run.dist_backend)
         return train(config, device)
@@ -585,6 +589,7 @@ def draw_plots(trainer: Trainer, evaluation: Evaluation, after: Results | None) 
     clusters = {name: one.labels.cpu() for name, one in known.items()}
     chosen = torch.arange(len(trainer.dataset))
     if clusters:  # the last is the teacher's, if there is one
+        write_clusters(folder / "clusters.csv", trainer.dataset.keys, clusters)
         chosen = (list(clusters.values())[-1] >= 0).nonzero().flatten()
     stream = batches(
         trainer.dataset,

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from protoclip.data import open_dataset
 from protoclip.data.__main__ import export_shards
-from protoclip.data.sources import open_dataset
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["protoclip.train", "protoclip", "torch.distributed"])

@@ -43,17 +43,17 @@ def test_every_row_keeps_its_promise(costs, arch):
             assert c["local_bytes"] == 0, c  # of the others, none in a loop
 
 
-# Hopper. depth, kernel -> form, exponentials a thread, least busy share of the tensor cores,
-# most barriers of a tile (8 are the aim; what is above are Triton's own, for vectors that change
-# their layout), most shared memory and shuffle time as a share of the products'.
+# Hopper. depth, kernel -> form, exponentials a thread, least busy share of the tensor cores, most
+# shared memory and shuffle time as a share of the products'.
 HOT = {
-    (512, "forward_kernel"): ("large", 64, 0.85, 11, 0.30),
-    (512, "gradient_kernel"): ("large", 128, 0.60, 8, 0.25),
-    (128, "forward_kernel"): ("large", 64, 0, 11, None),
-    (128, "gradient_kernel"): ("large", 64, 0, 9, None),
-    (128, "attention_kernel"): ("soft", 66, 0.60, 8, 0.25),  # two to rescale its rows
-    (256, "attention_kernel"): ("soft", 34, 0.60, 8, 0.25),
+    (512, "forward_kernel"): ("large", 128, 0.95, 0.25),
+    (512, "gradient_kernel"): ("large", 128, 0.60, 0.25),
+    (128, "forward_kernel"): ("large", 128, 0, None),
+    (128, "gradient_kernel"): ("large", 128, 0, None),
+    (128, "attention_kernel"): ("soft", 66, 0.60, 0.25),  # two to rescale its rows
+    (256, "attention_kernel"): ("soft", 34, 0.60, 0.25),
 }
+BARRIERS = 8
 
 
 @pytest.mark.parametrize("depth, kernel", HOT)
@@ -62,13 +62,13 @@ def test_hot_paths_on_hopper(costs, depth, kernel):
 
     if not triton.__version__.startswith("3.9"):
         pytest.skip(f"the counts are those of Triton 3.9, this is {triton.__version__}")
-    form, exponentials, busy, barriers, shared = HOT[depth, kernel]
+    form, exponentials, busy, shared = HOT[depth, kernel]
     case = {"form": form, "arch": 90, "dtype": "bf16", "depth": depth}
     (cost,) = (c for c in costs if c["kernel"] == kernel and case.items() <= c["case"].items())
     path, counts = cost["path"], cost["path"]["counts"]
     assert exponentials <= counts["MUFU"] <= 1.05 * exponentials
     assert counts["LDG"] == 0 and counts["F2F"] == 0 and path["local_in_loops"] == 0
-    assert counts["BAR"] <= barriers
+    assert counts["BAR"] <= BARRIERS
     assert cost["busy"] >= busy
     if shared is not None:
         port_clk = 4 * (counts["SHFL"] + counts["LDS"] + counts["STS"]) * cost["warps"] / 4

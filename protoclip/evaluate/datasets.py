@@ -12,10 +12,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from protoclip.data import DataError, Labels, PairDataset, open_dataset
+from protoclip.data import (
+    DataError,
+    Labels,
+    PairDataset,
+    index_together,
+    is_sharded,
+    open_dataset,
+)
 from protoclip.data.images import decode
-from protoclip.data.shards import index_together
-from protoclip.data.sources import is_sharded
 from protoclip.data.tables import read_table
 
 SPLITS = ("test", "val", "validation")  # the first that is there is evaluated
@@ -184,9 +189,9 @@ def _labelled_table(
     dataset: Any = open_dataset(data, **open_kwargs)
     values = []
     form = open_kwargs.get("csv_separator", "\t"), open_kwargs.get("csv_encoding", "utf-8")
-    for number, row in read_table(data, (label_key,), *form):
-        if isinstance(row, str):
-            raise DataError(f"{data}, line {number}: {row}")
+    for number, row, fault in read_table(data, (label_key,), *form):
+        if fault:
+            raise DataError(f"{data}, line {number}: {fault}")
         values.append(row[0].strip())
     known = tuple(sorted(set(values))) if names is None else tuple(names)
     strange = sorted(set(values) - set(known))
