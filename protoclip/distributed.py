@@ -43,11 +43,8 @@ class RankInfo(NamedTuple):
 
 
 def find_rank(env: Mapping[str, str] = os.environ) -> RankInfo:
-    """What torchrun, SLURM's srun or OpenMPI's mpirun say about this process; alone without them.
-
-    Raises:
-        ValueError: a launcher's variables contradict each other.
-    """
+    """What torchrun, SLURM's srun or OpenMPI's mpirun say about this process; alone without them,
+    ValueError where they contradict each other."""
     for by_rank, by_size, by_local in LAUNCHERS:
         if by_rank in env and by_size in env:
             number, size, local = (int(env.get(name, 0)) for name in (by_rank, by_size, by_local))

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from protoclip import checkpoint, distributed, evaluate, prototypes, report, schedule
 from protoclip.commands import train_parser
-from protoclip.config import TrainConfig, parse, to_dict
+from protoclip.config import TABLE, TrainConfig, parse, to_dict
 from protoclip.data import (
     Batch,
     Draws,
@@ -249,6 +249,7 @@ class Trainer:
         self.episode: Episode | None = None
         self.step = 0
         self.signals, self.agreement = schedule.StopSignals(), distributed.Agreement()
+        self._passes = [distributed.world_size(), config.optim.accum_freq]
         self._skipped = 0  # steps, as last read from the device
         self._loss = math.nan  # as last logged
         self._every_steps, self._every_seconds = schedule.parse_interval(config.run.save_every)
@@ -471,7 +472,7 @@ class Trainer:
                 "step": self.step,
                 "training": {
                     "batch_size": self.plan.batch_size,
-                    "passes": [distributed.world_size(), self.config.optim.accum_freq],
+                    "passes": self._passes,
                     "scaler": self.stepper.scaler.state_dict(),
                     "episode": pack_episode(self.episode),
                     "store": None if self.store is None else self.store.state_dict(),
@@ -489,7 +490,6 @@ class Trainer:
         Raises:
             ValueError: it is of other settings, or something is missing.
         """
-        passes = [distributed.world_size(), self.config.optim.accum_freq]
         try:
             training = payload["protoclip"]["training"]
             self.model.load_state(dict(payload))
@@ -503,7 +503,7 @@ class Trainer:
             self.faults.positions = faults if distributed.is_main() else set()
             self.phases.add(training["seconds"])
             self.step = payload["protoclip"]["step"]
-            same = training["passes"] == passes
+            same = training["passes"] == self._passes
         except (RuntimeError, LookupError, TypeError, AttributeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ValueError(
@@ -530,11 +530,7 @@ def pack_episode(episode: Episode | None) -> dict[str, Any] | None:
 
 
 def unpack_episode(state: Any, device: torch.device, samples: int) -> Episode | None:
-    """The inverse.
-
-    Raises:
-        ValueError: labels out of range: an IndexError on a CPU, worse on a GPU.
-    """
+    """The inverse, for a data set of ``samples``."""
     if state is None:
         return None
 
@@ -653,11 +649,7 @@ def conclude(
 
 
 class Evaluation:
-    """The evaluations of a run: full tables before and after, quick recalls in between.
-
-    Raises:
-        ValueError: --val-data or --imagenet-val cannot be opened or used.
-    """
+    """The evaluations of a run: full tables before and after, quick recalls in between."""
 
     def __init__(self, setup: Setup, phases: Phases) -> None:
         self.setup, self.phases = setup, phases
@@ -756,8 +748,7 @@ def uses_prototypes(config: TrainConfig) -> bool:
 
 def open_arguments(config: TrainConfig) -> dict[str, Any]:
     """How ``open_dataset`` is called, for training and evaluation alike."""
-    names = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")
-    return {"seed": config.run.seed, **{name: getattr(config.data, name) for name in names}}
+    return {"seed": config.run.seed, **{name: getattr(config.data, name) for name in TABLE}}
 
 
 def open_training_data(config: TrainConfig) -> PairDataset:
@@ -803,12 +794,7 @@ def open_teacher(
 
 
 def check_settings(config: TrainConfig, device: torch.device) -> None:
-    """Validate settings that need neither data nor model.
-
-    Raises:
-        ValueError: no such model, a step without a loss, k-means that cannot run, or a board that
-            is not installed.
-    """
+    """Raise ValueError for settings that cannot work, whatever the data."""
     check_model(config.model)
     schedule.parse_interval(config.run.save_every)
     if "wandb" in config.run.report_to and importlib.util.find_spec("wandb") is None:
@@ -839,11 +825,7 @@ def check_settings(config: TrainConfig, device: torch.device) -> None:
 
 
 def check_resume(resume: Resume, setup: Setup) -> list[str]:
-    """Notes on what differs from the run that is resumed.
-
-    Raises:
-        ValueError: a setting, or the data, that the run cannot go on with.
-    """
+    """Notes on what differs from the run that is resumed; ValueError for what must not."""
     saved = resume.payload["protoclip"]
     training, notes, wrong = saved["training"], [], []
     old, new = flat(saved["config"]), flat(to_dict(setup.config))
