@@ -45,7 +45,7 @@ setup(
     },
     package_data={
         "protoclip.data": ["*.tsv", "*.md"],
-        "protoclip.report": ["*.css", "*.j2", "*.js", "*.json"],
+        "protoclip.report": ["*.css", "*.j2", "*.js", "clip_baseline/*.json"],
         "protoclip.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
         "protoclip": ["py.typed", "model_configs/*.json", "presets/*.json"],
     },

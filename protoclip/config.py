@@ -454,13 +454,9 @@ def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig,
             print(f"{parser.prog}: note: {flag} changes nothing: {reason}", file=sys.stderr)
     own = {key: given.pop(key) for key in [*given] if "." not in key and key != "method"}
     preset = load_preset(name)
-    check_saved(
-        {
-            "--" + key.rpartition(".")[2].replace("_", "-"): preset[key]
-            for key in preset.keys() - given
-        },
-        name,
-    )
+    saved = {key: value for key, value in preset.items() if key not in given}
+    flags = {"--" + key.rpartition(".")[2].replace("_", "-"): saved[key] for key in saved}
+    check_saved(flags, name)
     nested: dict[str, Any] = {}
     for key, value in (preset | given).items():
         section, _, setting = key.rpartition(".")

@@ -123,9 +123,8 @@ def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> str:
     lines += [f"# {run.name}", "", LOADING, "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
     if (run / "results.json").is_file():
-        results = read_results(run / "results.json")
-        table = format_table(results["untrained"], results["trained"])
-        lines += ["", f"## Results on {results['data']}", "", "```", table, "```"]
+        outcome = read_results(run / "results.json")
+        lines += ["", f"## Results on {outcome.data}", "", "```", format_table(outcome), "```"]
     return "\n".join(lines) + "\n"
 
 

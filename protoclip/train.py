@@ -160,7 +160,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
         after = evaluation.full(model, "evaluating the trained model")
         if distributed.is_main():
             with phases.measure("plots", on_host=True):
-                draw_plots(trainer, evaluation, after)
+                draw_plots(trainer, evaluation)
             conclude(trainer, evaluation, before, after)
     except schedule.Stopped as stop:
         folder.say(str(stop))
@@ -577,7 +577,7 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
 
 
 @torch.no_grad()
-def draw_plots(trainer: Trainer, evaluation: Evaluation, after: Results | None) -> None:
+def draw_plots(trainer: Trainer, evaluation: Evaluation) -> None:
     """curves.png, and what the report needs."""
     folder, model, device = trainer.folder.path, trainer.model.eval(), trainer.setup.device
     report.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
@@ -616,7 +616,6 @@ def draw_plots(trainer: Trainer, evaluation: Evaluation, after: Results | None) 
             {name: labels[shown] for name, labels in clusters.items()},
         ),
         None if judged is None else (evaluation.quick_sets["HO"], judged),
-        after=after,
         facts={"memory_bytes": trainer.phases.memory()},
     )
     report.save_snapshot(folder, snapshot)
@@ -634,17 +633,10 @@ def conclude(
             f"time: {times}\npeak memory: {peak / 2**20:,.0f} MiB\nno evaluation: give --val-data"
         )
     else:
-        folder.say("\n" + evaluate.format_table(before, after, timing, peak_memory_bytes=peak))
-        evaluate.write_results(
-            folder.path / "results.json",
-            after,
-            before,
-            data=evaluation.data,
-            model=trainer.config.model.model,
-            pretrained=str(checkpoint.find(folder.path)),
-            timing=timing,
-            peak_memory_bytes=peak,
-        )
+        name, weights = trainer.config.model.model, str(checkpoint.find(folder.path))
+        outcome = evaluate.Outcome(evaluation.data, name, weights, after, before, timing, peak)
+        folder.say("\n" + evaluate.format_table(outcome))
+        evaluate.write_results(folder.path / "results.json", outcome)
     folder.say(f"report: {report.write_report([folder.path])}\ndone: {folder.path}")
 
 
@@ -668,7 +660,7 @@ class Evaluation:
             layout = evaluate.open_layout(data.imagenet_val, seed=setup.config.run.seed)
             if reasons := impossible(("zeroshot",), layout):
                 raise ValueError(f"--imagenet-val {data.imagenet_val}: {reasons['zeroshot']}")
-            self.zeroshot_data = replace(layout, captioned=False, train=None)
+            self.zeroshot_data = replace(layout, captions=0, train=None, emoji=None)
         run = setup.config.run  # evaluations between steps, and their frequencies in epochs
         self.during: list[tuple[Evaluate, float]] = []
         if self.quick_sets and run.val_frequency > 0:
@@ -692,12 +684,11 @@ class Evaluation:
         path = folder / "untrained.json"
         if resumed:
             found = distributed.is_main() and path.exists()
-            return evaluate.read_results(path)["trained"] if found else None
+            return evaluate.read_results(path).trained if found else None
         before = self.full(model, "evaluating the untrained model")
         if before is not None and distributed.is_main():
-            evaluate.write_results(
-                path, before, None, data=self.data, model="untrained", pretrained=""
-            )
+            outcome = evaluate.Outcome(self.data, "untrained", "", before)
+            evaluate.write_results(path, outcome)
         return before
 
     def full(self, model: ProtoModel, what: str) -> Results | None:
@@ -708,14 +699,10 @@ class Evaluation:
             self.phases.measure("evaluation", on_host=True),
             tqdm(desc=what, unit=" rows", unit_scale=True, leave=False, disable=hidden()) as bar,
         ):
-            return evaluate.evaluate_model(
-                model,
-                self.data,
-                encoder=replace(self.encoder(model), bar=bar),
-                captions="first" if self.data.startswith("builtin:") else "all",
-                open_kwargs=self.arguments,
-                keep=self.kept,
-            )
+            layout = evaluate.open_layout(self.data, **self.arguments)
+            encoder = replace(self.encoder(model), bar=bar)
+            self.kept, probe_train = evaluate.encode_sets(encoder, layout)
+            return evaluate.evaluate_features(self.kept, probe_train)
 
     def quick(self, model: ProtoModel) -> dict[str, float]:
         """Recalls on the small sets, for the curves."""
@@ -730,9 +717,10 @@ class Evaluation:
     def zeroshot(self, model: ProtoModel) -> dict[str, float]:
         """Zero-shot accuracies on --imagenet-val."""
         assert self.zeroshot_data is not None
-        encoder, tasks = self.encoder(model), ("zeroshot",)
-        sets = evaluate.evaluate_model(model, self.zeroshot_data, encoder=encoder, tasks=tasks).sets
-        return {f"val_zeroshot_{n}": x for one in sets.values() for n, x in one.metrics.items()}
+        tasks = ("zeroshot",)
+        sets, _ = evaluate.encode_sets(self.encoder(model), self.zeroshot_data, tasks)
+        found = evaluate.evaluate_features(sets, tasks=tasks)
+        return {f"val_zeroshot_{n}": x for one in found.values() for n, x in one.metrics.items()}
 
 
 def hidden() -> bool | None:

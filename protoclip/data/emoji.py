@@ -133,8 +133,7 @@ def noto_available() -> bool:
 def noto_pictures() -> Mapping[str, Image.Image]:
     """Picture by key of each concept that the font draws as one glyph, RGB, 72 x 72 on white.
 
-    All are drawn at the first call (1,914 in about 1.2 s) and kept (30 MB): only the result tells
-    which of them the font knows.
+    All are drawn at the first call (1.2 s) and kept (30 MB): only the result tells which it knows.
     """
     font = _noto_font()
     width = font.getlength("\N{GRINNING FACE}")

@@ -16,11 +16,8 @@ from protoclip.data.types import DataError
 
 
 def decode(data: bytes, where: str) -> Image.Image:
-    """Decode a picture to RGB.
+    """A file's content to RGB, in any format that Pillow reads; ``where`` is for the error message.
 
-    Args:
-        data: the file's content, any format that Pillow reads.
-        where: file, row or key for the error message.
     Raises:
         DataError: empty, truncated, not a picture, or larger than Pillow's safety limit.
     """
@@ -31,9 +28,7 @@ def decode(data: bytes, where: str) -> Image.Image:
                 ImageOps.exif_transpose(picture, in_place=True)
             return to_rgb(picture)
     except Image.DecompressionBombError as error:
-        raise DataError(
-            f"{where}: {error}; resize it or raise PIL.Image.MAX_IMAGE_PIXELS"
-        ) from error
+        raise DataError(f"{where}: {error}; resize it or raise Image.MAX_IMAGE_PIXELS") from error
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
         reason = re.sub(r" <_io\..*>", "", str(error))  # a memory address helps nobody
         raise DataError(

@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.util import Finalize
 from typing import Any
@@ -96,12 +96,8 @@ def _weights(config: DataConfig, sources: int) -> list[float]:
 class Faults:
     """The samples of a data set that cannot be used, as far as they are known.
 
-    Args:
-        dataset: what it skipped when it was opened counts.
-        max_fraction: share of bad samples above which to stop.
-        report: told each new one in words.
-    Raises:
-        DataError: there are more than ``max_fraction`` allows already.
+    What it skipped when it was opened counts. A share of bad samples above ``max_fraction`` is a
+    DataError; ``report`` is told each new one in words.
     """
 
     def __init__(
@@ -114,11 +110,7 @@ class Faults:
         self._check("")
 
     def noted(self, batch: Batch) -> Batch:
-        """The batch, after its bad samples are noted; the same one counts once.
-
-        Raises:
-            DataError: there are more than ``max_fraction`` allows.
-        """
+        """The batch, after its bad samples are noted; the same one counts once."""
         for position, reason in batch.bad:
             if position not in self.positions:
                 self.positions.add(position)
@@ -167,9 +159,7 @@ def batches(
     The global random state of the caller is left as it was.
 
     Args:
-        dataset: where the pairs come from.
-        draws: which of them, in which order.
-        batch_size: pairs per batch, at least 1.
+        dataset, draws, batch_size: which pairs, in which order and parts.
         transform: picture -> [3, H, W]; its chance must come from torch's default generator.
         tokenizer: list of B captions -> int64 [B, L].
         workers: processes besides this one; 0 loads in this one.
@@ -180,11 +170,8 @@ def batches(
     Raises:
         DataError: a pair that cannot be read, or too many of them; the message names it.
     """
-    count = len(draws.positions)
-    if draws.numbers is None:
-        draws = replace(draws, numbers=torch.arange(count))
     source = _Source(dataset, draws, batch_size, transform, tokenizer, captions, faults is not None)
-    firsts = range(draws.start, count, batch_size)
+    firsts = range(draws.start, len(draws.positions), batch_size)
     loaded = _in_workers(source, firsts, workers) if workers else map(source.load, firsts)
     return loaded if faults is None else map(faults.noted, loaded)
 
@@ -202,19 +189,19 @@ class _Source:
     replace_bad: bool
 
     def load(self, first: int) -> Batch:
-        positions, end = self.draws.positions.numpy(), first + self.batch_size
-        index = positions[first:end].copy()
+        positions, numbers = self.draws.positions.numpy(), self.draws.numbers
+        index = positions[first : first + self.batch_size].copy()
+        own = slice(first, first + len(index))
         if (prefetch := getattr(self.dataset, "prefetch", None)) is not None:
             prefetch(positions[first : first + AHEAD * self.batch_size])
-        assert self.draws.numbers is not None
-        dice = mix(self.draws.seed, self.draws.numbers[first:end].numpy())
+        draws = np.arange(own.start, own.stop) if numbers is None else numbers[own].numpy()
         texts: list[str] = []
         pictures: list[Tensor] = []
         bad: list[tuple[int, str]] = []
         whole = self.transform
         one = whole.pixels if isinstance(whole, Transform) else whole
         with torch.random.fork_rng(devices=[]):
-            for row, die in enumerate(dice.tolist()):
+            for row, die in enumerate(mix(self.draws.seed, draws).tolist()):
                 while len(pictures) == row:
                     try:
                         captions = self.dataset.captions(int(index[row]))

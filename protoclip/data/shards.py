@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import math
-import operator
 import os
 import re
 import tarfile
@@ -104,9 +103,8 @@ class ShardDataset:
         data = self._read(i, 2)
         try:
             return parse_captions(data, bool(self._places[i, 4]))
-        except ValueError as error:
-            reason = f"changed while in use ({error}); start again"
-            raise DataError(f"{self._where(i)}: {reason}") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self._where(i)}: changed while in use ({error})") from error
 
     def _where(self, i: int) -> str:
         return f"{self.shards[self.shard_of[i]]}: {self.keys[i]!r}"
@@ -119,7 +117,7 @@ class ShardDataset:
             file = _open(local_copy(shard) if is_remote(shard) else shard)
             data = os.pread(file.fileno(), size, offset)
         except OSError as error:
-            raise DataError(f"{shard}: {error.strerror}; check that the disk is there") from error
+            raise DataError(f"{shard}: {error.strerror}; check the disk") from error
         if len(data) != size:
             copies = f" without its copy in {cache_dir()}" if is_remote(shard) else ""
             raise DataError(f"{shard}: changed while in use; start again{copies}")
@@ -171,10 +169,8 @@ def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
         ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}", source)
         count = math.prod(abs(int(a) - int(b)) // max(1, int(c or 1)) + 1 for a, b, c in ranges)
         if count > MAX_SHARDS:
-            raise DataError(
-                f"shards {source!r}: expected at most {MAX_SHARDS:,} shards, got {count:,}; check "
-                "the range in the braces"
-            )
+            limit = f"expected at most {MAX_SHARDS:,} shards, got {count:,}"
+            raise DataError(f"shards {source!r}: {limit}; check the range in the braces")
         try:
             patterns = expand_urls(source)
         except ValueError as error:
@@ -212,10 +208,7 @@ class ShardIndex:
 def index_together(spec: str) -> None:
     """Read the new shards of ``spec``, each rank its share, and give all ranks all indices.
 
-    Every rank calls it before it opens the data; without it each would read all shards by itself.
-
-    Raises:
-        DataError: on every rank, what one of them found wrong.
+    Every rank calls it before it opens the data. What one finds wrong is every rank's DataError.
     """
     if not is_distributed() or not is_sharded(spec):
         return
@@ -246,13 +239,9 @@ def shard_index(shard: str) -> ShardIndex:
     """Index of a shard: from the cache if the file is unchanged, else read from the tar's headers.
 
     What comes from a url is taken to be the same every time, so that a known one is not read again.
-
-    Raises:
-        DataError: the file is compressed, or not a tar.
     """
-    cached = _cached(shard)
     try:
-        size, keys, places, skipped = json.loads(cached.read_text(encoding="utf-8"))
+        size, keys, places, skipped = json.loads(_cached(shard).read_text(encoding="utf-8"))
         table = np.array(places, dtype=np.int64).reshape(len(keys), 5)
         return ShardIndex(size, keys, table, skipped)
     except (OSError, ValueError, TypeError):
@@ -286,7 +275,7 @@ def _scan(path: str, name: str) -> ShardIndex:
     skipped: list[tuple[str, str]] = []
     last = ""
     with open(path, "rb") as file:
-        for key, members in itertools.groupby(_members(file, name), operator.itemgetter(0)):
+        for key, members in itertools.groupby(_members(file, name), lambda member: member[0]):
             found = {kind: place for _, kind, place in members}
             if not key:
                 skipped.append((f"what follows {last}", next(iter(found))))
@@ -320,25 +309,20 @@ def _pair(file: io.BufferedReader, members: Mapping[str, Place]) -> tuple[int, .
             parse_captions(data, kind == "json")
             if not chosen or b'"captions"' in data:  # a list goes before the one in the txt
                 chosen = kind
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             reason = reason or f"its {kind}: {error}"
     return (*image, *usable[chosen], int(chosen == "json")) if chosen else reason
 
 
 def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
-    """Captions without the empty ones: the lines of a text, or "captions" / "caption" of a JSON;
-    each cut to ``MAX_CAPTION`` characters.
+    """Captions without the empty ones, each cut to ``MAX_CAPTION`` characters.
 
-    Raises:
-        ValueError: no caption, not UTF-8, or not a JSON object with captions as strings.
+    They are the lines of a text, or "captions" or "caption" of a JSON; else it is a ValueError.
     """
     text = data.decode("utf-8-sig")
     found: Any = text.splitlines()
     if is_json:
-        try:
-            content = json.loads(text)
-        except RecursionError as error:
-            raise ValueError("the JSON is nested too deeply") from error
+        content = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError(f"expected a JSON object, got {type(content).__name__}")
         found = content.get("captions") or content.get("caption") or []

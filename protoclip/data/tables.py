@@ -104,12 +104,7 @@ def _numbered(files: Iterator[str]) -> Iterator[str]:
 def read_table(
     name: str, columns: Sequence[str], separator: str = "\t", encoding: str = "utf-8"
 ) -> Iterator[tuple[int, list[str], str]]:
-    """Line number, values of ``columns``, and what is wrong ("" if nothing) of each row but blank
-    ones.
-
-    Raises:
-        DataError: the file, its encoding, or a column of the header.
-    """
+    """Line number, values of ``columns``, and what is wrong (or "") of each row but blank ones."""
     separator = "\t" if separator == "\\t" else separator  # as a shell passes "\t"
     if len(separator) != 1:
         raise DataError(f"--csv-separator: expected one character, got {separator!r}")
@@ -128,17 +123,13 @@ def read_table(
                     fault += "row, or quote values that contain the separator or a line break"
                     yield reader.line_num, [], fault
     except LookupError as error:
-        raise DataError(
-            f"--encoding: expected one that Python knows, such as utf-8, latin-1 or utf-16, got "
-            f"{encoding!r}"
-        ) from error
+        known = "expected one that Python knows, such as latin-1 or utf-16"
+        raise DataError(f"--encoding: {known}, got {encoding!r}") from error
     except OSError as error:
         raise DataError(f"{name}: {error.strerror}; check the path") from error
     except UnicodeError as error:
-        raise DataError(
-            f"{name}: not {encoding.upper()} ({error}); name its encoding with --encoding, such as "
-            "latin-1 or utf-16"
-        ) from error
+        remedy = "name its encoding with --encoding, such as latin-1 or utf-16"
+        raise DataError(f"{name}: not {encoding.upper()} ({error}); {remedy}") from error
     except csv.Error as error:
         yield reader.line_num, [], f"{error}; look for an unclosed quote there"
 
