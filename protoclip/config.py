@@ -252,7 +252,7 @@ class RunConfig:
     resume: str = option(
         "",
         "go on exactly where a run stopped: its folder, one of its checkpoints, or auto or latest "
-        "(the run --name, else the newest unfinished one with these settings, else a new one)",
+        "(the run --name, which starts if it has not)",
     )
     max_bad_steps: int = option(10, "stop after N steps in a row that are not finite", low=1)
     report_to: str = option(
