@@ -19,6 +19,8 @@ DEV = [
     "mypy==2.4.1",
     "clang-format==23.1.5",
     "fsspec[http]",
+    "sentence-transformers",  # the peers of test_contrastive
+    "pytorch-metric-learning",
 ]
 
 setup(

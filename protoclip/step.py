@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,7 +23,7 @@ from protoclip.data import Batch
 from protoclip.data.types import mix
 from protoclip.distributed import GlobalBatchNorm1d, is_distributed, rank
 from protoclip.grad_cache import grad_cache, reached_leaves
-from protoclip.losses import Losses, ProtoLoss
+from protoclip.losses import Losses, ProtoLoss, caption_ids
 from protoclip.model import Encoded, ProtoModel, autocast_for
 from protoclip.prototypes import Episode
 
@@ -143,6 +144,7 @@ class Step:
     projected: Encoded | None  # [B, Dh] of all batches
     norm: Tensor  # of the gradient before clipping
     finite: Tensor  # bool: whether the step was taken
+    same_caption: Tensor  # pairs of this rank's batch whose caption another one has
 
 
 class Stepper:
@@ -233,7 +235,7 @@ class Stepper:
             torch.where(finite, buffer, old, out=buffer)
         skipped = (~finite).long()
         self.bad = torch.stack([self.bad[0] + skipped, (self.bad[1] + 1) * skipped])
-        return Step(losses, projected, norm, finite)
+        return Step(losses, projected, norm, finite, repeated(_captions(moved)))
 
     def _in_one_pass(
         self, number: int, batch: Batch, episode: Episode | None, project: bool
@@ -242,17 +244,23 @@ class Stepper:
             seed_everything(self.seed, number, rank(), 0)
             with self.autocast():
                 encoded, projected = self._replica(batch.image, batch.tokens, project=project)
-            losses = self._losses(encoded, projected, batch.index, episode)
+            losses = self._losses(encoded, projected, [batch], episode)
         with self.phases.measure("backward"):
             zero = _zero(self._without_gradient(losses))
             self.scaler.scale(losses.total + zero).backward()
         return losses, projected
 
     def _losses(
-        self, encoded: Encoded, projected: Encoded | None, index: Tensor, episode: Episode | None
+        self,
+        encoded: Encoded,
+        projected: Encoded | None,
+        batches: Sequence[Batch],
+        episode: Episode | None,
     ) -> Losses:
         scales = self.model.logit_scale, self.model.proto_scale
-        return self.loss(encoded, projected, index, *scales, episode, self.phases.measure)
+        index, dedup = torch.cat([batch.index for batch in batches]), self.loss.config.dedup
+        ids = {"id": index, "caption": _captions(batches)}.get(dedup)
+        return self.loss(encoded, projected, index, *scales, episode, ids, self.phases.measure)
 
     def _in_passes(
         self, number: int, batches: Sequence[Batch], episode: Episode | None, project: bool
@@ -270,8 +278,7 @@ class Stepper:
             encoded = Encoded(image, text)
             with self.autocast():
                 projected = self.model.project(encoded) if project else None
-            index = torch.cat([batch.index for batch in batches])
-            losses = self._losses(encoded, projected, index, episode)
+            losses = self._losses(encoded, projected, batches, episode)
         with self.phases.measure("backward"):
             clip = self.model.clip
             towers = (p for p in clip.parameters() if p is not clip.logit_scale)
@@ -405,6 +412,17 @@ def _part_of(name: str) -> str:
     if name.startswith(("image_head.", "text_head.")):
         return "heads"
     return "scales" if "logit_" in name else "text"
+
+
+def _captions(batches: Sequence[Batch]) -> Tensor:
+    return torch.cat([caption_ids(batch.tokens) for batch in batches])
+
+
+def repeated(ids: Tensor) -> Tensor:
+    """How many of the ids [B] are not alone."""
+    ordered = ids.sort().values
+    same = F.pad(ordered[1:] == ordered[:-1], (1, 1))
+    return (same[1:] | same[:-1]).sum()
 
 
 def _zero(parameters: Sequence[nn.Parameter]) -> Tensor | float:

@@ -430,6 +430,7 @@ class Trainer:
             "logit_scale_proto": self.model.proto_scale,
             "logit_scale_raw": self.model.clip.logit_scale,
             "logit_scale_proto_raw": self.model.logit_scale_proto,
+            "same_caption": step.same_caption,
             "grad_norm": step.norm,
             **self.stepper.norms_by_part(step.norm),
             "bad_steps": self.stepper.bad[0],
@@ -454,6 +455,12 @@ class Trainer:
         if self.episode is not None and self.step == self.plan.steps_of(number).start + 1:
             record |= self.episode.metrics
         self.folder.metrics(self.step, self.step * self.plan.batch_size, record)
+        if self.step == self.config.run.log_every_n_steps:
+            self.folder.note(
+                f"{record['same_caption']:g} of {self.plan.batch_size // distributed.world_size()} "
+                f"pairs of a process share their caption with another (same_caption in "
+                f"metrics.jsonl, the mean over processes); --dedup {self.config.loss.dedup}"
+            )
         self._loss = record.get("loss", math.nan)
         began, first = self._began_at
         left = (self.plan.total_steps - self.step) * (now - began) / (self.step - first)

@@ -24,6 +24,18 @@ KINDS = [
 ]
 
 
+IDS = torch.randint(30, (G, 2), generator=torch.Generator().manual_seed(0))
+# scalars beside x and y, the loss of one process and over ranks, what both are told
+LOSSES = [
+    (1, protoclip.info_nce, global_info_nce, {}),
+    (2, sigmoid_loss, global_sigmoid_loss, {}),
+    (1, protoclip.info_nce, global_info_nce, {"same_id": "exclude"}),
+    (1, protoclip.info_nce, global_info_nce, {"same_id": "positive"}),
+    (2, sigmoid_loss, global_sigmoid_loss, {"same_id": "positive"}),
+    (2, sigmoid_loss, global_sigmoid_loss, {"same_id": "exclude"}),
+]
+
+
 def features(dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
     x = F.normalize(torch.randn(G, D, dtype=torch.float64), dim=-1)
@@ -37,12 +49,10 @@ def whole(dtype, backend, scale, wide=None):
     kind = torch.promote_types(wide or dtype, torch.float32)
     scalars = [torch.tensor(v, dtype=kind) for v in (scale, -10.0)]
     out = []
-    for count, loss in (
-        (1, lambda *a: protoclip.info_nce(*a, backend=backend)),
-        (2, lambda *a: sigmoid_loss(*a, backend=backend) / G),
-    ):
+    for count, loss, _, options in LOSSES:
+        options = options | {"backend": backend} | ({"ids": IDS} if options else {})
         leaves = [t.clone().requires_grad_() for t in (*inputs, *scalars[:count])]
-        value = loss(*leaves)
+        value = loss(*leaves, **options) / (1 if count == 1 else G)
         value.backward()
         out.append([value.detach(), *(t.grad for t in leaves)])
     return out
@@ -56,13 +66,11 @@ def of_rank():
     for dtype, backend, scale in KINDS:
         kind = torch.promote_types(dtype, torch.float32)
         scalars = [torch.tensor(v, dtype=kind) for v in (scale, -10.0)]
-        for count, loss in (
-            (1, lambda *a, b=backend: global_info_nce(*a, backend=b)),
-            (2, lambda *a, b=backend: global_sigmoid_loss(*a, backend=b) / len(a[0])),
-        ):
+        for count, _, loss, options in LOSSES:
+            options = options | {"backend": backend} | ({"ids": IDS[own]} if options else {})
             x, y = (t[own].clone() for t in features(dtype))
             leaves = [t.requires_grad_() for t in (x, y, *(s.clone() for s in scalars[:count]))]
-            value = loss(*leaves)
+            value = loss(*leaves, **options) / (1 if count == 1 else len(x))
             value.backward()
             rows = [all_rows(t.grad.double() / ranks) for t in leaves[:2]]
             scalars_of = value.detach(), *(t.grad for t in leaves[2:])
@@ -124,17 +132,18 @@ def test_ranks_give_the_loss_and_gradients_of_the_whole_batch(ranks):
     for got, want in zip(distilled, distillation(slice(None)), strict=True):
         assert np.abs(got - want).max() <= 1e-12 * max(1, np.abs(want).max())
     results = [[torch.from_numpy(a) for a in r] for r in results]
-    pairs = zip(results[::2], results[1::2], strict=True)
-    for (dtype, _, scale), pair in zip(KINDS, pairs, strict=True):
+    size = len(LOSSES)
+    kinds = [results[first : first + size] for first in range(0, len(results), size)]
+    for (dtype, _, scale), pair in zip(KINDS, kinds, strict=True):
         truths = whole(dtype, "reference", scale, torch.float64)
         bases = whole(dtype, "reference", scale)
-        for got, truth, base in zip(pair, truths, bases, strict=True):
+        for case, (got, truth, base) in enumerate(zip(pair, truths, bases, strict=True)):
             for number, (a, t, b) in enumerate(zip(got, truth, base, strict=True)):
-                where = f"{dtype} {scale} result {number}"
+                where = f"{dtype} {scale} loss {case} result {number} of {t.flatten()[0]:.3g}"
                 if dtype == torch.float64:
                     assert (a - t).abs().max() <= 1e-12 * max(1, t.abs().max()), where
                 else:  # a scalar's error is that of the logits it is made of
-                    size = (10 + scale) if a.ndim == 0 else None
+                    size = max(10 + scale, t.abs().item()) if a.ndim == 0 else None
                     assert_within_budget(a.to(b.dtype), t, b, where, magnitude=size)
     norm, x, w = norm_and_input(torch.nn.BatchNorm1d)
     x.requires_grad_()
