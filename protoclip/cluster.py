@@ -28,7 +28,7 @@ from protoclip.config import check_above
 from protoclip.data import DataError, Labels, PairDataset, Subset, open_dataset
 from protoclip.data.files import whole_file, write_atomic
 from protoclip.distributed import run_command
-from protoclip.evaluate import Encoder
+from protoclip.evaluate import Encoder, Outcome
 from protoclip.evaluate.__main__ import load_model
 from protoclip.evaluate.datasets import ImageFolder
 from protoclip.evaluate.tasks import FeatureCache
@@ -315,7 +315,8 @@ def write_page(
         facts={**snapshot.environment(), "command": shlex.join(["protoclip", *sys.argv[1:]])},
     )
     name = Path(dataset.name).name or dataset.name
-    return page.render([page.Run(name, None, {}, seconds=seconds, snapshot=taken)], text)
+    outcome = Outcome(dataset.name, "", "", {}, seconds=seconds)
+    return page.render([page.Run(name, None, {}, outcome, snapshot=taken)], text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -115,8 +115,6 @@ def export_parser() -> Parser:
     add("--out", required=True, metavar="DIR", help="a new or empty folder")
     words = "OpenCLIP name or config file; for a checkpoint of OpenCLIP's trainer"
     add("--model", default="", metavar="TEXT", help=words)
-    words = "pixels, as in OpenCLIP's training; 0: the model's (default: %(default)s)"
-    add("--force-image-size", type=int, default=0, metavar="N", help=words)
     return parser
 
 

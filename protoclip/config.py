@@ -258,7 +258,7 @@ class RunConfig:
     resume: str = option(
         "",
         "go on exactly where a run stopped: its folder, one of its checkpoints, or auto or latest "
-        "(the run --name, else the newest unfinished one with these settings, else a new one)",
+        "(the run --name, which starts if it has not)",
     )
     max_bad_steps: int = option(10, "stop after N steps in a row that are not finite", low=1)
     report_to: str = option(
@@ -460,13 +460,9 @@ def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig,
             print(f"{parser.prog}: note: {flag} changes nothing: {reason}", file=sys.stderr)
     own = {key: given.pop(key) for key in [*given] if "." not in key and key != "method"}
     preset = load_preset(name)
-    check_saved(
-        {
-            "--" + key.rpartition(".")[2].replace("_", "-"): preset[key]
-            for key in preset.keys() - given
-        },
-        name,
-    )
+    saved = {key: value for key, value in preset.items() if key not in given}
+    flags = {"--" + key.rpartition(".")[2].replace("_", "-"): saved[key] for key in saved}
+    check_saved(flags, name)
     nested: dict[str, Any] = {}
     for key, value in (preset | given).items():
         section, _, setting = key.rpartition(".")

@@ -32,27 +32,26 @@ def grad_cache(
 ) -> list[Any]:
     """Features of whole batches for the memory of one chunk; ``loss.backward()`` does the rest.
 
-    Gradients are those of the same chunks in one graph, dropout included, at the price of a second
-    forward pass. Batch norm inside an encoder is inexact: it sees one chunk at a time and updates
-    its running statistics twice. Under DDP gradients are reduced once, with the last chunk of each
-    DDP module over all encoders, also those of parameters which that chunk does not use; a
-    ``no_sync`` around it all is respected.
+    Gradients are those of the same chunks in one graph, dropout included; each chunk runs twice.
+    Batch norm in an encoder is inexact: it sees one chunk at a time and updates its statistics
+    twice. Under DDP each module reduces its gradients once, with its last chunk over all encoders;
+    a ``no_sync`` around it all is respected.
 
     Args:
-        encoders: all encoders of the loss, in one call; a shared one is listed twice. Each returns
-            a tensor, a tuple or a dict, with a row of features for each row of its chunk.
+        encoders: all of the loss, in one call; a shared one twice. They return a tensor, a tuple
+            or a dict, with a row of features for each row of their chunk.
         inputs: a batch for each encoder: a tensor is one argument, a tuple several, a dict
             keywords. Tensors are cut along their first dimension and may not require gradients;
-            0-dim tensors and other values in a tuple or dict are passed to every chunk.
+            0-dim tensors and other values in a tuple or dict are passed through.
         chunk_size: rows of a chunk: one number, or one for each encoder.
         split: ``split(batch, chunk_size)`` returns the chunks of any other kind of batch.
         ddp: DDP modules called inside functions; those that are encoders themselves are found.
     Returns:
-        What each encoder returns, with the features of its whole batch; without a graph under
-        ``torch.no_grad()``. None, numbers and 0-dim tensors, such as a logit scale, are those of
-        the last chunk, which also takes the gradient of a 0-dim tensor.
+        What each encoder returns, for its whole batch; no graph under ``torch.no_grad()``. None,
+        numbers and 0-dim tensors, such as a logit scale, are those of the last chunk, which also
+        takes the gradient of a 0-dim tensor.
     Raises:
-        ValueError: arguments that do not fit together, or outputs that do not fit their chunk.
+        ValueError: arguments that do not fit together, or outputs with another number of rows.
         RuntimeError: ``torch.autograd.grad``, or ``backward(inputs=...)``.
     Source:
         Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup.
@@ -74,7 +73,10 @@ def grad_cache(
     replay = _Replay([*ddp, *(m for m in modules if isinstance(m, DistributedDataParallel))])
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for replica in replay.last:
-            stack.callback(replica.register_forward_pre_hook(replay.saw).remove)
+            mark = replica.register_forward_pre_hook(
+                lambda replica, _: replay.last.update({replica: len(replay.chunks)})
+            )
+            stack.callback(mark.remove)
         results = [
             replay.encode(encoder, (split or _split)(batch, size), exact=split is None)
             for encoder, batch, size in zip(encoders, inputs, sizes, strict=True)
@@ -143,38 +145,26 @@ class _Replay:
             for d in ("cpu", "cuda")
         ]
 
-    def saw(self, replica: Any, _: Any) -> None:
-        """The chunk that runs now calls a DDP module."""
-        self.last[replica] = len(self.chunks)
-
     def encode(self, encoder: Callable[..., Any], chunks: Sequence[Any], *, exact: bool) -> Any:
-        """Run an encoder for the first time: its output over the whole batch.
-
-        ``exact``: tensors in a chunk have a row for each row of the output.
-        """
-        parts, forms, start = [], [], 0
+        """Its output over the whole batch. ``exact``: tensors of a chunk have its output's rows."""
+        parts, start = [], 0
         for number, chunk in enumerate(chunks):
             call = partial(_call, encoder, chunk)
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
             random = [torch.get_rng_state(), *cuda]
-            leaves, form = self._run(call)
+            output = self._run(call)
+            leaves = pytree.tree_leaves(output)
             rows = slice(start, start + _rows(leaves, _lengths(chunk) if exact else set()))
             own = slice(self.features, self.features + sum(map(_differentiable, leaves)))
             self.chunks.append(_Chunk(call, random, own, rows, number + 1 == len(chunks)))
-            parts.append(leaves)
-            forms.append(form)
+            parts.append(output)
             start = rows.stop
-        if not forms or any(form != forms[0] for form in forms):
-            raise ValueError(
-                f"grad_cache: expected outputs of one form from all chunks, got {forms}; return "
-                "the same keys for every chunk"
-            )
         self.features = own.stop
-        return pytree.tree_unflatten(map(_whole, zip(*parts, strict=True)), form)
+        return pytree.tree_map(lambda *column: _whole(column), *parts)
 
-    def _run(self, call: Callable[[], Any]) -> tuple[list[Any], pytree.TreeSpec]:
+    def _run(self, call: Callable[[], Any]) -> Any:
         with self.autocast[0], self.autocast[1]:
-            return pytree.tree_flatten(call())
+            return call()
 
     def run(self, grads: Sequence[Tensor | None]) -> None:
         """Run every chunk again and pass its share of the features' gradients down."""
@@ -191,7 +181,8 @@ class _Replay:
                 stack.enter_context(torch.random.fork_rng(range(len(cuda)), device_type="cuda"))
                 torch.set_rng_state(cpu)
                 torch.cuda.set_rng_state_all(cuda)
-                leaves = list(filter(_differentiable, self._run(chunk.call)[0]))
+                output = self._run(chunk.call)
+            leaves = list(filter(_differentiable, pytree.tree_leaves(output)))
             pairs = [
                 (leaf, grad[chunk.rows] if leaf.ndim else grad)
                 for leaf, grad in zip(leaves, own, strict=True)
@@ -263,9 +254,8 @@ def _rows(leaves: Sequence[Any], expected: set[int]) -> int:
     if not known or not lengths or len(lengths | expected) > 1:
         shown = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in leaves]
         raise ValueError(
-            "grad_cache: expected an encoder to return tensors, alone or in a tuple or dict, with "
-            f"the rows of its chunk{sorted(expected) or ''}, got {shown}; return a row of features "
-            "for each"
+            "grad_cache: expected a tensor, tuple or dict from an encoder, with the rows of its "
+            f"chunk{sorted(expected) or ''}, got {shown}; return a row of features for each"
         )
     return lengths.pop()
 

@@ -25,14 +25,14 @@ KINDS = [
 
 
 IDS = torch.randint(30, (G, 2), generator=torch.Generator().manual_seed(0))
-# scalars beside x and y, the loss of one process and over ranks, what both are told
+# the loss of one process and over ranks, what both are told beside the ids
 LOSSES = [
-    (1, protoclip.info_nce, global_info_nce, {}),
-    (2, sigmoid_loss, global_sigmoid_loss, {}),
-    (1, protoclip.info_nce, global_info_nce, {"same_id": "exclude"}),
-    (1, protoclip.info_nce, global_info_nce, {"same_id": "positive"}),
-    (2, sigmoid_loss, global_sigmoid_loss, {"same_id": "positive"}),
-    (2, sigmoid_loss, global_sigmoid_loss, {"same_id": "exclude"}),
+    (protoclip.info_nce, global_info_nce, {}),
+    (sigmoid_loss, global_sigmoid_loss, {}),
+    (protoclip.info_nce, global_info_nce, {"same_id": "exclude"}),
+    (protoclip.info_nce, global_info_nce, {"same_id": "positive"}),
+    (sigmoid_loss, global_sigmoid_loss, {"same_id": "positive"}),
+    (sigmoid_loss, global_sigmoid_loss, {"same_id": "exclude"}),
 ]
 
 
@@ -43,38 +43,32 @@ def features(dtype=torch.float64, seed=0):
     return x.to(dtype), y.to(dtype)
 
 
-def whole(dtype, backend, scale, wide=None):
-    """One process: InfoNCE and SigLIP, each loss and gradients of x, y and the scalars."""
-    inputs = [t.to(wide or dtype) for t in features(dtype)]
-    kind = torch.promote_types(wide or dtype, torch.float32)
-    scalars = [torch.tensor(v, dtype=kind) for v in (scale, -10.0)]
-    out = []
-    for count, loss, _, options in LOSSES:
-        options = options | {"backend": backend} | ({"ids": IDS} if options else {})
-        leaves = [t.clone().requires_grad_() for t in (*inputs, *scalars[:count])]
-        value = loss(*leaves, **options) / (1 if count == 1 else G)
+def losses_and_gradients(kind, over_ranks, own=slice(None), wide=None):
+    """Of each loss: it, and the gradients of x, y and the scalars."""
+    dtype, backend, scale = kind
+    for one, of_ranks, more in LOSSES:
+        options = more | {"backend": backend} | ({"ids": IDS[own]} if more else {})
+        values = [scale] if one is protoclip.info_nce else [scale, -10.0]
+        inputs = [t[own].to(wide or dtype) for t in features(dtype)]
+        scalar = torch.promote_types(wide or dtype, torch.float32)
+        inputs += [torch.tensor(value, dtype=scalar) for value in values]
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        value = (of_ranks if over_ranks else one)(*leaves, **options)
+        value = value / (1 if len(values) == 1 else len(inputs[0]))
         value.backward()
-        out.append([value.detach(), *(t.grad for t in leaves)])
-    return out
+        yield value.detach(), *(t.grad for t in leaves)
 
 
 def of_rank():
-    """What ``whole`` returns, as DDP's mean over ranks makes it, for every kind."""
+    """All kinds, as DDP's mean over ranks makes them."""
     distributed.start(find_rank(), torch.device("cpu"), 60)
     ranks, own = distributed.world_size(), distributed.own_slice(G)
     results = []
-    for dtype, backend, scale in KINDS:
-        kind = torch.promote_types(dtype, torch.float32)
-        scalars = [torch.tensor(v, dtype=kind) for v in (scale, -10.0)]
-        for count, _, loss, options in LOSSES:
-            options = options | {"backend": backend} | ({"ids": IDS[own]} if options else {})
-            x, y = (t[own].clone() for t in features(dtype))
-            leaves = [t.requires_grad_() for t in (x, y, *(s.clone() for s in scalars[:count]))]
-            value = loss(*leaves, **options) / (1 if count == 1 else len(x))
-            value.backward()
-            rows = [all_rows(t.grad.double() / ranks) for t in leaves[:2]]
-            scalars_of = value.detach(), *(t.grad for t in leaves[2:])
-            means = [distributed.mean_over_ranks(t.double()) for t in scalars_of]
+    for kind in KINDS:
+        found = losses_and_gradients(kind, True, own)
+        for value, dx, dy, *scalars in found:
+            rows = [all_rows(t.double() / ranks) for t in (dx, dy)]
+            means = [distributed.mean_over_ranks(t.double()) for t in (value, *scalars)]
             results.append([t.numpy() for t in (means[0], *rows, *means[1:])])
     results += [distillation(own), batch_norm(own), refusal()]
     distributed.stop()
@@ -134,10 +128,10 @@ def test_ranks_give_the_loss_and_gradients_of_the_whole_batch(ranks):
     results = [[torch.from_numpy(a) for a in r] for r in results]
     size = len(LOSSES)
     kinds = [results[first : first + size] for first in range(0, len(results), size)]
-    for (dtype, _, scale), pair in zip(KINDS, kinds, strict=True):
-        truths = whole(dtype, "reference", scale, torch.float64)
-        bases = whole(dtype, "reference", scale)
-        for case, (got, truth, base) in enumerate(zip(pair, truths, bases, strict=True)):
+    for (dtype, _, scale), found in zip(KINDS, kinds, strict=True):
+        truths = losses_and_gradients((dtype, "reference", scale), False, wide=torch.float64)
+        bases = losses_and_gradients((dtype, "reference", scale), False)
+        for case, (got, truth, base) in enumerate(zip(found, truths, bases, strict=True)):
             for number, (a, t, b) in enumerate(zip(got, truth, base, strict=True)):
                 where = f"{dtype} {scale} loss {case} result {number} of {t.flatten()[0]:.3g}"
                 if dtype == torch.float64:
