@@ -90,7 +90,7 @@ def global_info_nce(
         ValueError, TypeError: as in ``info_nce``.
     """
     if not is_distributed():
-        options = {"ids": ids, "same_id": same_id, "backend": backend}
+        options: dict[str, Any] = {"ids": ids, "same_id": same_id, "backend": backend}
         return info_nce(image_features, text_features, logit_scale, **options)
     op = "global_info_nce"
     x, y, scale = checks.pairs(op, image_features, text_features, logit_scale)
@@ -126,7 +126,7 @@ def global_sigmoid_loss(
         float32 [] (float64 for float64 input), nats.
     """
     if not is_distributed():
-        options = {"ids": ids, "same_id": same_id, "backend": backend}
+        options: dict[str, Any] = {"ids": ids, "same_id": same_id, "backend": backend}
         return sigmoid_loss(image_features, text_features, logit_scale, logit_bias, **options)
     op = "global_sigmoid_loss"
     x, y, scale = checks.pairs(op, image_features, text_features, logit_scale)

@@ -9,7 +9,7 @@ from ranks import bare_run
 from torch import nn
 
 from protoclip import checkpoint
-from protoclip.config import ModelConfig, OptimConfig
+from protoclip.config import LossConfig, ModelConfig, OptimConfig
 from protoclip.data import Batch
 from protoclip.losses import Losses
 from protoclip.model import build_model
@@ -91,6 +91,8 @@ def test_vectors_scalars_and_heads_do_not_decay():
 
 class Given:
     """A loss that is given, whatever the model says."""
+
+    config = LossConfig()
 
     def __init__(self):
         self.value = None

@@ -669,13 +669,14 @@ def sigmoid_sum(
     inputs: tuple[Tensor, ...], relation: pairs.Pairs | None, offset: int, backend: str
 ) -> Tensor:
     """``sigmoid_loss`` of checked arguments."""
-    device, dtype = inputs[0].device.type, inputs[0].dtype
+    x, y, scale, bias = inputs
+    device, dtype = x.device.type, x.dtype
     name = resolve("siglip" if relation is None else "siglip with ids", backend, device, dtype)
     ids: tuple[Any, ...] = (None, None, True)
     if relation is not None:
         ids = relation.query_ids, relation.key_ids, relation.same_positive
     if name == "reference":
         with without_autocast(device):
-            return reference.sigmoid_loss(*inputs, offset, *ids)
+            return reference.sigmoid_loss(x, y, scale, bias, offset, *ids)
     gradients = wants_gradient(*inputs)
     return torch.ops.protoclip.sigmoid_loss(*inputs, offset, gradients, name, *ids)[0]
