@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -143,29 +144,8 @@ OPS: dict[str, Callable[[Case], Any]] = {
 }
 
 
-class _Compiler:
-    """A driver that has an architecture and no device."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-
-class Compiled(NamedTuple):
-    """A kernel that a launcher asked for: its name, code, keywords and row of the launch table."""
-
-    name: str
-    code: Any
-    options: dict[str, Any]
-    row: launch.Launch
+# A kernel that a launcher asked for: name, compiled code, keywords, row of the launch table.
+Compiled = tuple[str, Any, dict[str, Any], launch.Launch]
 
 
 @contextmanager
@@ -173,26 +153,32 @@ def recording(arch: int | None = None) -> Iterator[list[Compiled]]:
     """Compile the kernels that are launched inside, launch none of them; for an architecture, or,
     with None, for the card that is here."""
     found: list[Compiled] = []
-    run, options = JITFunction.run, launch.Launch.options
-    rows = [launch.INTERPRETER]
+    run, options, row = JITFunction.run, launch.Launch.options, launch.INTERPRETER
 
     def compile_only(kernel, *args, grid, warmup, **keywords):
         compiled = run(kernel, *args, grid=grid, warmup=True, **keywords)
-        found.append(Compiled(kernel.__name__, compiled, keywords, rows[0]))
+        found.append((kernel.__name__, compiled, keywords, row))
         return compiled
 
-    def remembered(row: launch.Launch) -> dict[str, Any]:
-        rows[0] = row
-        return options.fget(row)  # type: ignore[attr-defined]
+    def remembered(asked: launch.Launch) -> dict[str, Any]:
+        nonlocal row
+        row = asked
+        return options.fget(asked)  # type: ignore[attr-defined]
 
     if arch is not None:
-        driver.set_active(_Compiler(arch))  # type: ignore[arg-type]
+        target = GPUTarget("cuda", arch, 32)
+        compiler = SimpleNamespace(
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: target,
+        )
+        driver.set_active(compiler)  # type: ignore[arg-type]
     JITFunction.run, launch.Launch.options = compile_only, property(remembered)
+    launch.compiling_for = arch
     try:
-        with launch.compiling_for(arch):
-            yield found
+        yield found
     finally:
-        JITFunction.run, launch.Launch.options = run, options
+        JITFunction.run, launch.Launch.options, launch.compiling_for = run, options, None
 
 
 # The model of one H100. Latencies and widths are from public micro-benchmarks.
@@ -286,12 +272,16 @@ def _mma_clk(instructions: list[Instruction], warps: int) -> int:
 
 
 def _local_in_loops(code: dict[str, list[Instruction]]) -> int:
-    """Loads and stores of local memory in blocks that a branch goes back over."""
-    labels, looping = list(code), set[int]()
-    for here, block in enumerate(code.values()):
-        for to in re.findall(r"`\((\.L_x_\d+)\)", " ".join(i.text for i in block)):
-            looping |= set(range(labels.index(to), here + 1))
-    return sum(i.name in ("LDL", "STL") for b in looping for i in code[labels[b]])
+    """Loads and stores of local memory in blocks that control can come back to."""
+    leads: dict[str, set[str]] = {}
+    for (label, block), following in zip(code.items(), [*list(code)[1:], ""], strict=True):
+        leads[label] = {to for i in block for to in re.findall(r"`\((\.L_x_\d+)\)", i.text)}
+        if not block or not re.match(r"BRA(\.\w+)* `|EXIT$|RET\b|BRX\b", block[-1].text):
+            leads[label].add(following)
+    for _ in code:  # until every block that can be reached is in
+        leads = {a: to.union(*(leads.get(b, set()) for b in to)) for a, to in leads.items()}
+    looping = [block for label, block in code.items() if label in leads[label]]
+    return sum(i.name in ("LDL", "STL") for block in looping for i in block)
 
 
 @dataclass(frozen=True)
@@ -361,7 +351,7 @@ def costs(case: Case) -> list[Cost]:
     """Compile the kernels of one case."""
     with recording(case.arch) as launched:
         OPS[case.op](case)
-    unique = {id(compiled.code): compiled for compiled in launched}
+    unique = {id(compiled[1]): compiled for compiled in launched}
     return [_cost(case, compiled) for compiled in unique.values()]
 
 
@@ -381,7 +371,7 @@ def _cost(case: Case, compiled: Compiled) -> Cost:
     instruction = re.search(r"tcgen05\.mma|wgmma(?=\.mma)|mma\.sync", code.asm["ptx"])
     card = launch.CARDS[case.arch]
     allocated = -(-used["REG"] * 32 // 256) * 256 * warps  # registers are given to warps by 256
-    ctas = min(card.registers // allocated, card.shared_bytes // (shared + 1024))
+    ctas = min(launch.REGISTERS // allocated, card.shared_bytes // (shared + 1024))
     tile = options.get("BLOCK_N", 0), options.get("BLOCK_M", options.get("BLOCK_K", 0))
     body = blocks(sass)
     path = _hot_path(list(body.values()), warps, case.depth, options)

@@ -2,9 +2,10 @@
 
 16-bit rows of D <= 256: one attention pass with key = value = C gives loss and gradient, 2 products
 of [N, K, D] and O(slices N D) memory. Wider or fp32 rows: a pass for the statistics, then weights
-in waves and a GEMM, 3 products (one-pass fp32 tiles spill). Products are exact to fp32, but
-weights are rounded to the inputs' dtype before they meet the values. Each bank has its own two
-launches; the scale is read on the device.
+in waves and a GEMM, 3 products (one-pass fp32 tiles spill). Logits are exact to fp32; weights are
+rounded to the inputs' dtype before they meet the values, and fp32 ones meet them as
+``torch.backends.cuda.matmul`` says. Each bank has its own two launches; the scale is read on the
+device.
 
 The finish joins the slices of attention.py:
     loss_i = ln 2 (log2 sum_i + step (max_i - s_iy)),   gradient_i = acc_i / sum_i - t_y,
