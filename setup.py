@@ -45,7 +45,7 @@ setup(
     },
     package_data={
         "protoclip.data": ["*.tsv", "*.md"],
-        "protoclip.report": ["*.css", "*.j2", "*.js", "*.json"],
+        "protoclip.report": ["*.css", "*.j2", "*.js", "clip_baseline/*.json"],
         "protoclip.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
         "protoclip": ["py.typed", "model_configs/*.json", "presets/*.json"],
     },
@@ -77,6 +77,7 @@ setup(
         "remote": ["fsspec[http]", "s3fs", "gcsfs", "huggingface_hub"],
         "dev": DEV,
     },
+    entry_points={"console_scripts": ["protoclip = protoclip.__main__:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

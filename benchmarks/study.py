@@ -35,7 +35,7 @@ from benchmarks.study_report import BASELINE, EQUAL_TIME, write_report
 from protoclip.config import ModelConfig
 from protoclip.data import Subset, open_dataset
 from protoclip.data.types import heldout_mask
-from protoclip.evaluate import Encoder, evaluate_features
+from protoclip.evaluate import Encoder, Layout, evaluate_features
 from protoclip.evaluate.datasets import EMOJI_TEMPLATES
 from protoclip.evaluate.tasks import encode_set, take
 from protoclip.model import build_model
@@ -150,7 +150,7 @@ def judge(
     settings = ModelConfig(model=str(MODEL), pretrained=str(checkpoint), add_projection_head=False)
     encoder = Encoder(build_model(settings), torch.device("cpu"))
     everything, other_style = open_dataset(DATA, "all"), open_dataset(DATA, "noto")
-    whole = encode_set(encoder, everything, EMOJI_TEMPLATES)
+    whole = encode_set(encoder, Layout(everything, None, EMOJI_TEMPLATES, captions=1))
     place = {key: i for i, key in enumerate(other_style.keys)}
     drawn = [int(i) for i in noto if everything.keys[i] in place]
     pictures = encoder.images(Subset(other_style, [place[everything.keys[i]] for i in drawn]))
@@ -158,7 +158,8 @@ def judge(
         "HO": take(whole, twemoji.tolist()),
         "NOTO": dataclasses.replace(take(whole, drawn), image=pictures),
     }
-    return evaluate_features(sets, take(whole, trained.tolist())).metrics
+    found = evaluate_features(sets, take(whole, trained.tolist()))
+    return {key: dict(one.metrics) for key, one in found.items()}
 
 
 def run(task: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,15 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
       " Tensor column_max, Tensor column_sum, Tensor row_weight, Tensor column_weight, int offset,"
       " Tensor? kept=None) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "matched_fwd(Tensor x, Tensor y, Tensor scale, Tensor own, Tensor? exclude,"
+      " Tensor? query_ids, Tensor? key_ids, Tensor? key_bias, bool same_positive, bool columns,"
+      " Tensor(a!)? kept=None) -> (Tensor, Tensor)");
+  m.def(
+      "matched_bwd(Tensor x, Tensor y, Tensor scale, Tensor own, Tensor? exclude,"
+      " Tensor? query_ids, Tensor? key_ids, Tensor? key_bias, bool same_positive, Tensor rows,"
+      " Tensor by_column, Tensor row_weights, Tensor column_weights, Tensor? kept=None)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "sigmoid_loss(Tensor x, Tensor y, Tensor scale, Tensor bias, int offset, bool gradients)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -49,6 +58,8 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
 TORCH_LIBRARY_IMPL(protoclip_native, CPU, m) {
   m.impl("contrastive_fwd", &protoclip::contrastive_fwd);
   m.impl("contrastive_bwd", &protoclip::contrastive_bwd);
+  m.impl("matched_fwd", &protoclip::matched_fwd);
+  m.impl("matched_bwd", &protoclip::matched_bwd);
   m.impl("sigmoid_loss", &protoclip::sigmoid_loss);
   m.impl("prototype_ce_fwd_banks", &protoclip::prototype_ce_fwd_banks);
   m.impl("prototype_ce_bwd_prototypes", &protoclip::prototype_ce_bwd_prototypes);

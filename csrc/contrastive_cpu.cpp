@@ -2,6 +2,8 @@
 // ops/contrastive.py.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
 
 #include <vector>
 
@@ -13,11 +15,12 @@
 namespace protoclip {
 namespace {
 
-// What a row or a column brings into G: its reference and its weight over its sum.
+// What a row or a column brings into G: its reference and its weight over its sum; of matched pairs
+// also the weight of each of its positives.
 struct Side {
-  Buffer<float> reference, weight;
+  Buffer<float> reference, weight, positive;
   Side(const at::Tensor& max, const at::Tensor& sum, const at::Tensor& weight_, int64_t count)
-      : reference(round_up(count, kLanes)), weight(round_up(count, kLanes)) {
+      : reference(round_up(count, kLanes)), weight(round_up(count, kLanes)), positive(0) {
     const bool given = max.numel() > 0;
     for (int64_t i = 0; i < round_up(count, kLanes); ++i) {
       const bool used = given && i < count;
@@ -26,26 +29,46 @@ struct Side {
           used ? weight_.const_data_ptr<float>()[i] / sum.const_data_ptr<float>()[i] : 0.f;
     }
   }
+  // Statistics [4, count] and weights [2, count], fp32 and contiguous, or [4, 0] and [2, 0].
+  Side(const at::Tensor& statistics, const at::Tensor& weights, int64_t count)
+      : reference(round_up(count, kLanes)),
+        weight(round_up(count, kLanes)),
+        positive(round_up(count, kLanes)) {
+    const float *max = statistics.const_data_ptr<float>(), *sum = max + count,
+                *positives = max + 3 * count, *w = weights.const_data_ptr<float>();
+    for (int64_t i = 0; i < round_up(count, kLanes); ++i) {
+      const bool used = statistics.numel() > 0 && i < count, seen = used && sum[i] != 0.f;
+      reference.get()[i] = seen ? max[i] : 0.f;
+      weight.get()[i] = seen ? w[i] / sum[i] : 0.f;
+      positive.get()[i] = used ? w[count + i] / std::max(positives[i], 1.f) : 0.f;
+    }
+  }
 };
 
-// Turns dot products into G = row_weight P_row + column_weight P_column - weights at positives.
+// Turns dot products into G = row_weight P_row + column_weight P_column - weights at positives, for
+// matched pairs + their weights. `weights`: of the rows and of the columns (null: there are none);
+// `dbias`: [M], to which the column sums of G are added, or null.
+template <typename Pairs>
 class InfoNceGradient {
  public:
   InfoNceGradient(const Side& row, const Side& column, const float* row_weight,
-                  const float* column_weight, Base2 base2, int64_t offset)
+                  const float* column_weight, bool columns, Base2 base2, const Pairs& pairs,
+                  float* dbias = nullptr)
       : row_(row),
         column_(column),
         row_weight_(row_weight),
         column_weight_(column_weight),
+        columns_(columns),
         base2_(base2),
-        offset_(offset) {}
+        pairs_(pairs),
+        dbias_(dbias) {}
 
   GradientSums operator()(const TileRange& range, float* s, int64_t ld) const {
-    if (range.has_positive(offset_)) return exact(range, s, ld);
+    if (pairs_.has_positive(range)) return exact(range, s, ld);
     const float* row = row_.reference.get() + range.row;
     const auto rows = std::minmax_element(row, row + range.rows);
     float low = *rows.first, high = *rows.second;
-    if (column_weight_ != nullptr) {
+    if (columns_) {
       const float* column = column_.reference.get() + range.column;
       const auto columns = std::minmax_element(column, column + range.columns);
       low = std::min(low, *columns.first), high = std::max(high, *columns.second);
@@ -58,19 +81,34 @@ class InfoNceGradient {
   template <typename Weigh>
   GradientSums each(const TileRange& range, float* s, int64_t ld, const Weigh& weigh) const {
     GradientSums sums;
+    alignas(64) float by_column[256];
+    if (Pairs::kMatched && dbias_ != nullptr) std::fill_n(by_column, 256, 0.f);
     for (int64_t i = 0; i < range.rows; ++i, s += ld) {
       Floats row{};
       for (int64_t j = 0; j < range.columns; j += kLanes) {
         Floats dot = load(s + j);
         const int64_t used = range.columns - j;
         for (int64_t lane = used; lane < kLanes; ++lane) dot[lane] = 0.f;
-        Floats g = weigh(i, j, base2_(dot));
+        Floats g;
+        if constexpr (Pairs::kMatched) {
+          g = weigh(i, j, pairs_.biased(base2_(dot), range.column + j));
+          const auto lanes = pairs_.at(range.row + i, range.column + j);
+          const Floats positive =
+              row_.positive.get()[range.row + i] + load(column_.positive.get() + range.column + j);
+          g = (lanes.unseen ? Floats{} : g) + (lanes.positive ? positive : Floats{});
+        } else {
+          g = weigh(i, j, base2_(dot));
+        }
         for (int64_t lane = used; lane < kLanes; ++lane) g[lane] = 0.f;
         row += g * dot;
         store(s + j, g);
+        if (Pairs::kMatched && dbias_ != nullptr) store(by_column + j, load(by_column + j) + g);
       }
       sums.g_dot += sum(row);
     }
+    // A column belongs to one thread, and its rows come in order.
+    for (int64_t j = 0; Pairs::kMatched && dbias_ != nullptr && j < range.columns; ++j)
+      dbias_[range.column + j] += by_column[j];
     return sums;
   }
 
@@ -78,7 +116,10 @@ class InfoNceGradient {
     const Floats reference = broadcast(low);
     alignas(64) float rows[256], columns[256];
     factors(row_, range.row, range.rows, reference, rows);
-    factors(column_, range.column, range.columns, reference, columns);
+    if (columns_)  // without, 0 times what may be infinite
+      factors(column_, range.column, range.columns, reference, columns);
+    else
+      std::fill_n(columns, 256, 0.f);
     return each(range, s, ld, [&](int64_t i, int64_t j, Floats v) {
       return exp2(v - reference) * (load(columns + j) + rows[i]);
     });
@@ -98,22 +139,25 @@ class InfoNceGradient {
                 *column_factor = column_.weight.get() + range.column;
     return each(range, s, ld, [&](int64_t i, int64_t j, Floats v) {
       Floats g = exp2(v - row_reference[i]) * row_factor[i];
-      if (column_weight_ != nullptr)
-        g += exp2(v - load(column_reference + j)) * load(column_factor + j);
-      const int64_t p = range.row + i + offset_ - range.column - j;  // the positive's lane
-      if (0 <= p && p < kLanes) g[p] -= positive_weight(range.row + i);
+      if (columns_) g += exp2(v - load(column_reference + j)) * load(column_factor + j);
+      if constexpr (!Pairs::kMatched) {
+        const int64_t p = range.row + i + pairs_.offset - range.column - j;  // the positive's lane
+        if (0 <= p && p < kLanes) g[p] -= positive_weight(range.row + i);
+      }
       return g;
     });
   }
 
   float positive_weight(int64_t i) const {
-    return row_weight_[i] + (column_weight_ != nullptr ? column_weight_[i + offset_] : 0.f);
+    return row_weight_[i] + (columns_ ? column_weight_[i + pairs_.offset] : 0.f);
   }
 
   const Side &row_, &column_;
   const float *row_weight_, *column_weight_;
+  bool columns_;
   Base2 base2_;
-  int64_t offset_;
+  const Pairs& pairs_;
+  float* dbias_;
 };
 
 constexpr int64_t kStashBytes = 64 << 20;  // of fp32 products: N = 4,096
@@ -128,15 +172,32 @@ KeptProducts kept_products(const char* op, const std::optional<at::Tensor>& stas
   return {static_cast<float*>(stash->mutable_data_ptr()), in.y.size(0)};
 }
 
-template <Arithmetic A>
-std::vector<at::Tensor> forward(const Inputs& in, int64_t offset, bool columns, KeptProducts kept) {
-  const Strip<A> strip(in.x, in.y);
-  Statistics<A> statistics(strip, Base2(in.scale), offset, columns, kept);
-  at::Tensor positive = at::empty({strip.n}, at::kFloat);
-  statistics.run(positive.mutable_data_ptr<float>());
-  const auto rows = statistics.rows(), by_column = statistics.columns();
-  return {rows.max, rows.sum, by_column.max, by_column.sum, positive};
+// The statistics of rows and of columns, and the positives' logits where that is not null.
+template <typename Pairs>
+std::pair<SideStatistics, SideStatistics> forward(const Inputs& in, const Pairs& pairs,
+                                                  bool columns, KeptProducts kept,
+                                                  float* positive = nullptr) {
+  return in.dispatch([&](auto a) {
+    const Strip<decltype(a)::value> strip(in.x, in.y);
+    Statistics<decltype(a)::value, Pairs> statistics(strip, Base2(in.scale), pairs, columns, kept);
+    statistics.run(positive);
+    return std::make_pair(statistics.rows(), statistics.columns());
+  });
 }
+
+template <typename Pairs>
+GradientSums backward(const Inputs& in, const InfoNceGradient<Pairs>& epilogue, KeptProducts kept,
+                      Gradients& out) {
+  return in.dispatch([&](auto a) {
+    const Strip<decltype(a)::value> strip(in.x, in.y);
+    using Pass = GradientPass<decltype(a)::value>;
+    using Input = typename Operands<decltype(a)::value>::Input;
+    return Pass::run(strip, epilogue, in.scale, true, out.dx.mutable_data_ptr<Input>(),
+                     out.dy.mutable_data_ptr<Input>(), Pass::kDefaultChain, kept);
+  });
+}
+
+at::Tensor scalar(double value) { return at::full({}, value, at::TensorOptions(at::kFloat)); }
 
 }  // namespace
 
@@ -153,9 +214,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrasti
   const char* op = "contrastive_fwd";
   const Inputs in(op, x, y, scale, offset);
   const KeptProducts kept = kept_products(op, stash, in);
-  const auto out =
-      in.dispatch([&](auto a) { return forward<decltype(a)::value>(in, offset, columns, kept); });
-  return {out[0], out[1], out[2], out[3], out[4]};
+  at::Tensor positive = at::empty({in.x.size(0)}, at::kFloat);
+  const auto [rows, by_column] =
+      forward(in, DiagonalPairs{offset}, columns, kept, positive.mutable_data_ptr<float>());
+  return {rows.max, rows.sum, by_column.max, by_column.sum, positive};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_bwd(
@@ -171,19 +233,51 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_bwd(
   const at::Tensor column_w = column_weight.to(at::kFloat).contiguous();
   const Side row(row_max.contiguous(), row_sum.contiguous(), row_w, in.x.size(0));
   const Side column(column_max.contiguous(), column_sum.contiguous(), column_w, in.y.size(0));
-  const InfoNceGradient epilogue(row, column, row_w.const_data_ptr<float>(),
-                                 columns ? column_w.const_data_ptr<float>() : nullptr,
-                                 Base2(in.scale), offset);
+  const DiagonalPairs pairs{offset};
+  const InfoNceGradient<DiagonalPairs> epilogue(row, column, row_w.const_data_ptr<float>(),
+                                                column_w.const_data_ptr<float>(), columns,
+                                                Base2(in.scale), pairs);
   Gradients out(in);
-  const GradientSums sums = in.dispatch([&](auto a) {
-    const Strip<decltype(a)::value> strip(in.x, in.y);
-    using Pass = GradientPass<decltype(a)::value>;
-    using Input = typename Operands<decltype(a)::value>::Input;
-    return Pass::run(strip, epilogue, in.scale, true, out.dx.mutable_data_ptr<Input>(),
-                     out.dy.mutable_data_ptr<Input>(), Pass::kDefaultChain, kept);
-  });
-  return {out.finish(out.dx, x), out.finish(out.dy, y),
-          at::full({}, sums.g_dot, at::TensorOptions(at::kFloat))};
+  const GradientSums sums = backward(in, epilogue, kept, out);
+  return {out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot)};
+}
+
+std::tuple<at::Tensor, at::Tensor> matched_fwd(const at::Tensor& x, const at::Tensor& y,
+                                               const at::Tensor& scale, const at::Tensor& own,
+                                               const Optional& exclude, const Optional& query_ids,
+                                               const Optional& key_ids, const Optional& key_bias,
+                                               bool same_positive, bool columns,
+                                               const Optional& stash) {
+  const char* op = "matched_fwd";
+  const Inputs in(op, x, y, scale);
+  const MatchedPairs pairs(op, x.size(0), y.size(0), own, exclude, query_ids, key_ids, key_bias,
+                           same_positive);
+  const auto [rows, by_column] = forward(in, pairs, columns, kept_products(op, stash, in));
+  const auto stacked = [](const SideStatistics& side) {
+    return at::stack({side.max, side.sum, side.positives, side.count});
+  };
+  return {stacked(rows), stacked(by_column)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> matched_bwd(
+    const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale, const at::Tensor& own,
+    const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
+    const Optional& key_bias, bool same_positive, const at::Tensor& rows,
+    const at::Tensor& by_column, const at::Tensor& row_weights, const at::Tensor& column_weights,
+    const Optional& stash) {
+  const char* op = "matched_bwd";
+  const Inputs in(op, x, y, scale);
+  const MatchedPairs pairs(op, x.size(0), y.size(0), own, exclude, query_ids, key_ids, key_bias,
+                           same_positive);
+  const Side row(rows.contiguous(), row_weights.contiguous(), x.size(0));
+  const Side column(by_column.contiguous(), column_weights.contiguous(), y.size(0));
+  at::Tensor dbias = at::zeros({y.size(0)}, at::TensorOptions(at::kFloat));
+  const InfoNceGradient<MatchedPairs> epilogue(
+      row, column, nullptr, nullptr, by_column.numel() > 0, Base2(in.scale), pairs,
+      pairs.has_bias() ? dbias.mutable_data_ptr<float>() : nullptr);
+  Gradients out(in);
+  const GradientSums sums = backward(in, epilogue, kept_products(op, stash, in), out);
+  return {out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot), dbias};
 }
 
 namespace {
@@ -233,8 +327,6 @@ class SigmoidGradient {
   float scale_, bias_;
   int64_t offset_;
 };
-
-at::Tensor scalar(double value) { return at::full({}, value, at::TensorOptions(at::kFloat)); }
 
 }  // namespace
 

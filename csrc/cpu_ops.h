@@ -9,6 +9,7 @@
 namespace protoclip {
 
 using at::Tensor;
+using Optional = std::optional<Tensor>;
 
 // Calls f with a value of the element type, for the three types that the ops take.
 template <typename F>
@@ -33,6 +34,16 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_bwd(const Tensor& x, const Tensor
                                                    const Tensor& row_weight,
                                                    const Tensor& column_weight, int64_t offset,
                                                    const std::optional<Tensor>& stash);
+std::tuple<Tensor, Tensor> matched_fwd(const Tensor& x, const Tensor& y, const Tensor& scale,
+                                       const Tensor& own, const Optional& exclude,
+                                       const Optional& query_ids, const Optional& key_ids,
+                                       const Optional& key_bias, bool same_positive, bool columns,
+                                       const Optional& stash);
+std::tuple<Tensor, Tensor, Tensor, Tensor> matched_bwd(
+    const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& own,
+    const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
+    const Optional& key_bias, bool same_positive, const Tensor& rows, const Tensor& by_column,
+    const Tensor& row_weights, const Tensor& column_weights, const Optional& stash);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(const Tensor& x, const Tensor& y,
                                                                 const Tensor& scale,
                                                                 const Tensor& bias, int64_t offset,

@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 
+#include <optional>
 #include <type_traits>
 
 #include "gemm_tile.h"
@@ -40,15 +41,18 @@ struct Inputs {
   float scale;
   Arithmetic arithmetic;
 
+  // With an offset row i belongs to column i + offset.
   Inputs(const char* op, const at::Tensor& x_in, const at::Tensor& y_in, const at::Tensor& scale_in,
-         int64_t offset) {
+         std::optional<int64_t> row_offset = {}) {
+    const int64_t offset = row_offset.value_or(0);
     TORCH_CHECK(x_in.dim() == 2 && y_in.dim() == 2 && x_in.size(1) == y_in.size(1), op,
                 ": expected x [N, D] and y [M, D], got ", x_in.sizes(), " and ", y_in.sizes());
     TORCH_CHECK(x_in.scalar_type() == y_in.scalar_type(), op, ": expected one dtype, got ",
                 x_in.scalar_type(), " and ", y_in.scalar_type());
-    TORCH_CHECK(offset >= 0 && (x_in.size(0) == 0 || offset + x_in.size(0) <= y_in.size(0)), op,
-                ": expected row i's positive at column i + offset, got N=", x_in.size(0),
-                ", M=", y_in.size(0), ", offset=", offset);
+    TORCH_CHECK(
+        !row_offset || offset >= 0 && (x_in.size(0) == 0 || offset + x_in.size(0) <= y_in.size(0)),
+        op, ": expected row i's positive at column i + offset, got N=", x_in.size(0),
+        ", M=", y_in.size(0), ", offset=", offset);
     arithmetic = arithmetic_of(x_in.scalar_type());
     x = prepare(x_in, arithmetic);
     y = prepare(y_in, arithmetic);

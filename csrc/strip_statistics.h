@@ -1,5 +1,6 @@
 // The statistics of a strip, x [N, D] against y [M, D]: for each row and each column of its base-2
-// logits the maximum and the sum of 2^(s - maximum), in one pass over the tiles.
+// logits the maximum and the sum of 2^(s - maximum), in one pass over the tiles; of matched pairs
+// (pairs.h) over the logits that are seen, and the sum and count of the positives' logits.
 //
 // The parallel tasks are chunks of rows by chunks of columns; their partial statistics, at most
 // kColumnChunks a row and kRowChunks a column, are merged in order. Chunks depend on the shape
@@ -9,10 +10,12 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
 
 #include <vector>
 
-#include "strip_gradient.h"
+#include "pairs.h"
 
 namespace protoclip {
 
@@ -30,11 +33,12 @@ inline void merge(float* max, float* sum, const float* other_max, const float* o
   }
 }
 
-struct MaxAndSum {
-  at::Tensor max, sum;
+// [count] each; the positives' of matched pairs only.
+struct SideStatistics {
+  at::Tensor max, sum, positives, count;
 };
 
-template <Arithmetic A>
+template <Arithmetic A, typename Pairs>
 class Statistics {
   using Ops = Operands<A>;
   using Input = typename Ops::Input;
@@ -44,10 +48,11 @@ class Statistics {
 
  public:
   // Where `kept` is not empty, the dot products stay there for the backward pass.
-  Statistics(const Strip<A>& strip, Base2 base2, int64_t offset, bool columns, KeptProducts kept)
+  Statistics(const Strip<A>& strip, Base2 base2, const Pairs& pairs, bool columns,
+             KeptProducts kept)
       : strip_(strip),
         base2_(base2),
-        offset_(offset),
+        pairs_(pairs),
         columns_(columns),
         kept_(kept),
         row_chunk_(kRows * blocks(strip.n, kRows * kRowChunks)),
@@ -56,10 +61,8 @@ class Statistics {
         column_chunks_(blocks(strip.m, std::max<int64_t>(column_chunk_, 1))),
         row_stride_(round_up(strip.n, kRows)),
         column_stride_(round_up(strip.m, kColumns)),
-        row_max_(column_chunks_ * row_stride_),
-        row_sum_(column_chunks_ * row_stride_),
-        column_max_(row_chunks_ * column_stride_),
-        column_sum_(row_chunks_ * column_stride_) {
+        rows_(column_chunks_, row_stride_),
+        by_column_(row_chunks_, column_stride_) {
     for (int i = 0; i < at::get_num_threads(); ++i) scratch_.emplace_back(strip.d);
   }
 
@@ -71,18 +74,18 @@ class Statistics {
     });
   }
 
-  MaxAndSum rows() const {
-    return total(row_max_, row_sum_, column_chunks_, row_stride_, strip_.n);
-  }
-  MaxAndSum columns() const {
-    if (!columns_) return {at::empty({0}, at::kFloat), at::empty({0}, at::kFloat)};
-    return total(column_max_, column_sum_, row_chunks_, column_stride_, strip_.m);
+  SideStatistics rows() const { return rows_.total(strip_.n); }
+  SideStatistics columns() const {
+    if (columns_) return by_column_.total(strip_.m);
+    return {at::empty({0}, at::kFloat), at::empty({0}, at::kFloat), at::empty({0}, at::kFloat),
+            at::empty({0}, at::kFloat)};
   }
 
  private:
   struct Scratch {  // of one thread
     Buffer<Input> right;
     Buffer<float> s, row_max, row_sum, column_max, column_sum, group_sum;
+    Buffer<float> row_positives, row_count, column_positives, column_count;
     explicit Scratch(int64_t d)
         : right(Ops::depth(d) * kColumns),
           s(kRows * kColumns),
@@ -90,7 +93,59 @@ class Statistics {
           row_sum(kRows),
           column_max(kColumns),
           column_sum(kColumns),
-          group_sum(kColumns) {}
+          group_sum(kColumns),
+          row_positives(Pairs::kMatched ? kRows : 0),
+          row_count(Pairs::kMatched ? kRows : 0),
+          column_positives(Pairs::kMatched ? kColumns : 0),
+          column_count(Pairs::kMatched ? kColumns : 0) {}
+  };
+
+  // Partial statistics of the rows or of the columns, [chunks, stride].
+  struct Partials {
+    int64_t chunks, stride;
+    Buffer<float> max, sum, positives, count;
+    Partials(int64_t chunks, int64_t stride)
+        : chunks(chunks),
+          stride(stride),
+          max(chunks * stride),
+          sum(chunks * stride),
+          positives(Pairs::kMatched ? chunks * stride : 0),
+          count(Pairs::kMatched ? chunks * stride : 0) {}
+
+    void clear(int64_t chunk, int64_t begin, int64_t end) const {
+      const int64_t at = chunk * stride + begin, size = end - begin;
+      std::fill_n(max.get() + at, size, -kInfinity);
+      std::fill_n(sum.get() + at, size, 0.f);
+      if constexpr (Pairs::kMatched) {
+        std::fill_n(positives.get() + at, size, 0.f);
+        std::fill_n(count.get() + at, size, 0.f);
+      }
+    }
+
+    SideStatistics total(int64_t size) const {
+      const auto options = at::TensorOptions(at::kFloat);
+      SideStatistics out{at::full({size}, -kInfinity, options), at::zeros({size}, options)};
+      if constexpr (Pairs::kMatched) {
+        out.positives = sum_of(positives, size);
+        out.count = sum_of(count, size);
+      }
+      if (chunks == 0) return out;
+      for (int64_t c = 1; c < chunks; ++c)
+        merge(max.get(), sum.get(), max.get() + c * stride, sum.get() + c * stride, size);
+      for (int64_t i = 0; Pairs::kMatched && i < size; ++i)
+        if (max.get()[i] <= kUnseen) max.get()[i] = -kInfinity, sum.get()[i] = 0.f;
+      std::copy_n(max.get(), size, out.max.mutable_data_ptr<float>());
+      std::copy_n(sum.get(), size, out.sum.mutable_data_ptr<float>());
+      return out;
+    }
+
+    at::Tensor sum_of(const Buffer<float>& parts, int64_t size) const {
+      at::Tensor out = at::zeros({size}, at::TensorOptions(at::kFloat));
+      float* sums = out.mutable_data_ptr<float>();
+      for (int64_t c = 0; c < chunks; ++c)
+        for (int64_t i = 0; i < size; ++i) sums[i] += parts.get()[c * stride + i];
+      return out;
+    }
   };
 
   void chunk(int64_t row_chunk, int64_t column_chunk, float* positive) {
@@ -98,43 +153,50 @@ class Statistics {
     const int64_t row_begin = row_chunk * row_chunk_, column_begin = column_chunk * column_chunk_;
     const int64_t row_end = std::min(row_begin + row_chunk_, strip_.n);
     const int64_t column_end = std::min(column_begin + column_chunk_, strip_.m);
-    float* row_max = row_max_.get() + column_chunk * row_stride_;
-    float* row_sum = row_sum_.get() + column_chunk * row_stride_;
-    float* column_max = column_max_.get() + row_chunk * column_stride_;
-    float* column_sum = column_sum_.get() + row_chunk * column_stride_;
-    clear(row_max, row_sum, row_begin, round_up(row_end, kRows));
-    clear(column_max, column_sum, column_begin, round_up(column_end, kColumns));
+    const int64_t rows = column_chunk * row_stride_, by_column = row_chunk * column_stride_;
+    rows_.clear(column_chunk, row_begin, round_up(row_end, kRows));
+    by_column_.clear(row_chunk, column_begin, round_up(column_end, kColumns));
     for (int64_t column = column_begin; column < column_end; column += kColumns) {
       const int64_t columns = std::min(kColumns, column_end - column);
       Ops::right_transposed(strip_.y + column * strip_.ld_y, strip_.ld_y, columns, strip_.d,
                             scratch.right.get(), kColumns);
       for (int64_t row = row_begin; row < row_end; row += kRows) {
         const TileRange range{row, std::min(kRows, row_end - row), column, columns};
-        tile(range, positive, scratch);
-        merge(row_max + row, row_sum + row, scratch.row_max.get(), scratch.row_sum.get(),
-              range.rows);
+        const bool has_positive = tile(range, positive, scratch);
+        merge(rows_.max.get() + rows + row, rows_.sum.get() + rows + row, scratch.row_max.get(),
+              scratch.row_sum.get(), range.rows);
         if (columns_)
-          merge(column_max + column, column_sum + column, scratch.column_max.get(),
+          merge(by_column_.max.get() + by_column + column,
+                by_column_.sum.get() + by_column + column, scratch.column_max.get(),
                 scratch.column_sum.get(), range.columns);
+        if (Pairs::kMatched && has_positive) {
+          add(rows_, rows + row, scratch.row_positives, scratch.row_count, range.rows);
+          add(by_column_, by_column + column, scratch.column_positives, scratch.column_count,
+              range.columns);
+        }
       }
     }
   }
 
-  static void clear(float* max, float* sum, int64_t begin, int64_t end) {
-    std::fill(max + begin, max + end, -kInfinity);
-    std::fill(sum + begin, sum + end, 0.f);
+  static void add(const Partials& to, int64_t at, const Buffer<float>& positives,
+                  const Buffer<float>& count, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) {
+      to.positives.get()[at + i] += positives.get()[i];
+      to.count.get()[at + i] += count.get()[i];
+    }
   }
 
-  void tile(const TileRange& range, float* positive, Scratch& scratch) {
+  // Whether the tile may hold positives.
+  bool tile(const TileRange& range, float* positive, Scratch& scratch) {
     float* s = scratch.s.get();
     float* dots = kept_ ? kept_.tile(range.row, range.column) : s;
     multiply(range.rows, range.columns, strip_.d, strip_.x + range.row * strip_.ld_x, strip_.ld_x,
              scratch.right.get(), kColumns, dots, kColumns);
-    maxima(range, dots, scratch);
-    const bool has_positive = range.has_positive(offset_);
-    if (has_positive) {
-      for (int64_t i = 0; i < range.rows; ++i) {
-        const int64_t j = range.row + i + offset_ - range.column;
+    const bool has_positive = pairs_.has_positive(range);
+    maxima(range, dots, has_positive, scratch);
+    if constexpr (!Pairs::kMatched) {
+      for (int64_t i = 0; has_positive && i < range.rows; ++i) {
+        const int64_t j = range.row + i + pairs_.offset - range.column;
         if (0 <= j && j < range.columns) positive[range.row + i] = s[i * kColumns + j];
       }
     }
@@ -148,19 +210,39 @@ class Statistics {
       sums_shared(range, top, scratch);
     else
       sums_exact(range, scratch);
+    return has_positive;
   }
 
   // Scales the tile to base-2 logits, fills the lanes past the last column with -inf, and finds
   // the maxima of rows and columns.
-  void maxima(const TileRange& range, const float* dots, Scratch& scratch) const {
+  void maxima(const TileRange& range, const float* dots, bool has_positive,
+              Scratch& scratch) const {
     const int64_t width = round_up(range.columns, kLanes);
     const Floats lowest = broadcast(-kInfinity);
+    if (Pairs::kMatched && has_positive) {
+      std::fill_n(scratch.column_positives.get(), width, 0.f);
+      std::fill_n(scratch.column_count.get(), width, 0.f);
+    }
     for (int64_t j = 0; j < width; j += kLanes) store(scratch.column_max.get() + j, lowest);
     for (int64_t i = 0; i < range.rows; ++i) {
       float* s = scratch.s.get() + i * kColumns;
-      Floats row = lowest;
+      Floats row = lowest, positives{}, count{};
       for (int64_t j = 0; j < width; j += kLanes) {
         Floats v = base2_(load(dots + i * kColumns + j));
+        if constexpr (Pairs::kMatched) {
+          v = pairs_.biased(v, range.column + j);
+          const auto lanes = pairs_.at(range.row + i, range.column + j);
+          v = lanes.unseen ? broadcast(kUnseen) : v;
+          if (has_positive) {
+            const Floats positive = lanes.positive ? v : Floats{};
+            const Floats one = lanes.positive ? broadcast(1.f) : Floats{};
+            float* by_column = scratch.column_positives.get() + j;
+            float* column_count = scratch.column_count.get() + j;
+            store(by_column, load(by_column) + positive);
+            store(column_count, load(column_count) + one);
+            positives += positive, count += one;
+          }
+        }
         if (j + kLanes > range.columns)
           for (int64_t lane = range.columns - j; lane < kLanes; ++lane) v[lane] = -kInfinity;
         store(s + j, v);
@@ -169,6 +251,10 @@ class Statistics {
         store(column, larger(load(column), v));
       }
       scratch.row_max.get()[i] = maximum(row);
+      if (Pairs::kMatched && has_positive) {
+        scratch.row_positives.get()[i] = sum(positives);
+        scratch.row_count.get()[i] = sum(count);
+      }
     }
   }
 
@@ -225,28 +311,13 @@ class Statistics {
     }
   }
 
-  static MaxAndSum total(const Buffer<float>& max, const Buffer<float>& sum, int64_t chunks,
-                         int64_t stride, int64_t count) {
-    MaxAndSum out{at::empty({count}, at::kFloat), at::empty({count}, at::kFloat)};
-    if (chunks == 0) {
-      out.max.fill_(-kInfinity);
-      out.sum.zero_();
-      return out;
-    }
-    for (int64_t c = 1; c < chunks; ++c)
-      merge(max.get(), sum.get(), max.get() + c * stride, sum.get() + c * stride, count);
-    std::copy_n(max.get(), count, out.max.mutable_data_ptr<float>());
-    std::copy_n(sum.get(), count, out.sum.mutable_data_ptr<float>());
-    return out;
-  }
-
   const Strip<A>& strip_;
   Base2 base2_;
-  int64_t offset_;
+  const Pairs& pairs_;
   bool columns_;
   KeptProducts kept_;
   int64_t row_chunk_, column_chunk_, row_chunks_, column_chunks_, row_stride_, column_stride_;
-  Buffer<float> row_max_, row_sum_, column_max_, column_sum_;  // [chunks, stride]
+  Partials rows_, by_column_;
   std::vector<Scratch> scratch_;
 };
 

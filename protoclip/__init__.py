@@ -5,6 +5,7 @@ Importing it loads torch and nothing heavier; the rest comes in on first use.
 
 from typing import Any
 
+from protoclip.grad_cache import grad_cache
 from protoclip.kmeans import Clusters, kmeans
 from protoclip.losses import ClipLoss, ProtoClipLoss, ProtoConfig, SigLipLoss
 from protoclip.ops import (
@@ -43,6 +44,7 @@ __all__ = [
     "contrastive_parts",
     "create_loss",
     "create_task",
+    "grad_cache",
     "info_nce",
     "kmeans",
     "kmeans_assign",

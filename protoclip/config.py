@@ -109,9 +109,7 @@ class DataConfig:
     imagenet_val: str = option("", "class folders, or built-in data, for zero-shot evaluation")
     train_num_samples: int = option(0, "use only the first N samples; 0: all")
     train_data_upsampling_factors: str = option(
-        "",
-        "weight of each source of --train-data, joined by '::'; with --dataset-resampled a "
-        "chance of its shards, else how often an epoch sees it",
+        "", "weight of each source, joined by '::', for --dataset-resampled"
     )
     dataset_resampled: bool = option(False, "draw shards with replacement, as OpenCLIP does")
     shuffle_buffer: int = option(
@@ -331,16 +329,47 @@ def refusal(flag: str, known: Iterable[str]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that answers every mistake with one line that names a remedy."""
+    """An argument parser that answers every mistake with one line that names a remedy.
 
-    def __init__(self, prog: str, **arguments: Any) -> None:
-        super().__init__(prog=prog, allow_abbrev=False, **arguments)
+    Args:
+        prog: the command.
+        everyday: the flags that --help shows; --help-all shows the rest too. None: all.
+        example: a command line, for the end of --help.
+        arguments: of argparse.
+    """
+
+    def __init__(
+        self, prog: str, everyday: Sequence[str] = (), example: str = "", **arguments: Any
+    ) -> None:
+        epilog = f"example: {example}" if example else None
+        super().__init__(**{"prog": prog, "allow_abbrev": False, "epilog": epilog} | arguments)
+        words = "show the other flags too" if everyday else argparse.SUPPRESS
+        self.add_argument("--help-all", action="help", help=words)
+        self.everyday = {*everyday, "--help", "--help-all"} if everyday else set()
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        for group in self._action_groups:
+            shown = [
+                action
+                for action in group._group_actions
+                if not self.everyday.isdisjoint(action.option_strings or self.everyday)
+                or not self.everyday
+            ]
+            formatter.start_section(group.title)
+            formatter.add_arguments(shown)
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
+        self.everyday = set() if "--help-all" in words else self.everyday
         options = self._option_string_actions
         for word in words:
             if word == "--":
@@ -373,9 +402,12 @@ def add_options(group: Any, settings: Any, prefix: str = "", only: Iterable[str]
         group.add_argument(flag_of(item), **words)
 
 
-def build_parser(prog: str, description: str) -> Parser:
+def build_parser(
+    prog: str, description: str, everyday: Sequence[str] = (), example: str = ""
+) -> Parser:
     """A parser with one titled group per section of ``TrainConfig``."""
-    parser = Parser(prog, usage="%(prog)s [options]", description=description)
+    usage = "%(prog)s [options]"
+    parser = Parser(prog, everyday, example, usage=usage, description=description)
     words = (
         f"settings to start from: {', '.join(preset_names())}, or a .json file, such as the "
         "config.json of a run; other flags change them (default: %(default)s)"
@@ -422,13 +454,9 @@ def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig,
             print(f"{parser.prog}: note: {flag} changes nothing: {reason}", file=sys.stderr)
     own = {key: given.pop(key) for key in [*given] if "." not in key and key != "method"}
     preset = load_preset(name)
-    check_saved(
-        {
-            "--" + key.rpartition(".")[2].replace("_", "-"): preset[key]
-            for key in preset.keys() - given
-        },
-        name,
-    )
+    saved = {key: value for key, value in preset.items() if key not in given}
+    flags = {"--" + key.rpartition(".")[2].replace("_", "-"): saved[key] for key in saved}
+    check_saved(flags, name)
     nested: dict[str, Any] = {}
     for key, value in (preset | given).items():
         section, _, setting = key.rpartition(".")

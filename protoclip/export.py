@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from protoclip import checkpoint
-from protoclip.config import ModelConfig, Parser, TrainConfig, check_above, check_saved, from_dict
+from protoclip.commands import export_parser
+from protoclip.config import ModelConfig, TrainConfig, check_above, check_saved, from_dict
 from protoclip.evaluate import format_table, read_results
 from protoclip.model import build_model, register_configs
 
@@ -130,25 +131,14 @@ def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> str:
     lines += [f"# {run.name}", "", LOADING, "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
     if (run / "results.json").is_file():
-        results = read_results(run / "results.json")
-        table = format_table(results["untrained"], results["trained"])
-        lines += ["", f"## Results on {results['data']}", "", "```", table, "```"]
+        outcome = read_results(run / "results.json")
+        lines += ["", f"## Results on {outcome.data}", "", "```", format_table(outcome), "```"]
     return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake ends it with one line and status 2."""
-    parser = Parser(
-        PROG, description="Write a trained model as a folder that OpenCLIP loads: local-dir:DIR."
-    )
-    add = parser.add_argument
-    add("run", metavar="RUN_OR_CHECKPOINT", help="run folder or a checkpoint")
-    add("--out", required=True, metavar="DIR", help="a new or empty folder")
-    words = "OpenCLIP name or config file; for a checkpoint of OpenCLIP's trainer"
-    add("--model", default="", metavar="TEXT", help=words)
-    words = "pixels, as in OpenCLIP's training; 0: the model's (default: %(default)s)"
-    add("--force-image-size", type=int, default=0, metavar="N", help=words)
-    args = parser.parse_args(argv)
+    args = export_parser().parse_args(argv)
     try:
         out = export(args.run, args.out, args.model, args.force_image_size)
     except (ValueError, OSError) as error:

@@ -64,6 +64,7 @@ class Clusters:
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in names}
         numbers = {"inertia": self.inertia, "history": self.history}
         save_file(tensors, path, {key: json.dumps(value) for key, value in numbers.items()})
+        os.chmod(path, 0o644)  # safetensors makes files that only their owner can read
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Clusters:

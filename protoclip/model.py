@@ -377,7 +377,7 @@ def choose_device(name: str) -> torch.device:
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         info = find_rank()  # several processes of a machine have a GPU each
-        return torch.device("cuda", info.local_rank if info.world_size > 1 else None)
+        return torch.device(f"cuda:{info.local_rank}" if info.world_size > 1 else "cuda")
     try:
         device = torch.device("cpu" if name == "auto" else name)
     except RuntimeError:

@@ -17,16 +17,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from protoclip.config import TrainConfig, build_parser, parse_more
+from protoclip.commands import plan_parser
+from protoclip.config import TrainConfig, parse_more
 from protoclip.model import ProtoModel, build_model
 from protoclip.prototypes import check_clusters
 from protoclip.train import teacher_spec
 
 PROG = "python -m protoclip.plan"
-DESCRIPTION = (
-    "The memory that each process of a run with these flags of protoclip.train takes. --device cpu "
-    "plans for CPUs, anything else for GPUs."
-)
 FP32, INT64 = 4, 8
 GPU_SCRATCH, CPU_SCRATCH = 256 << 20, 64 << 20  # of the fused kernels, at most
 DDP_BUCKET = 25 << 20
@@ -209,16 +206,7 @@ def build_run(argv: Sequence[str] | None) -> tuple[PlannedRun, bool]:
     Raises:
         ValueError: settings that no run can have.
     """
-    parser = build_parser(PROG, DESCRIPTION)
-    group = parser.add_argument_group("Plan")
-    for flag, default, words in (
-        ("--ranks", 1, "processes, a GPU each"),
-        ("--samples", 3_000_000, "pairs in the dataset"),
-    ):
-        words += f" (default: {default:,})"
-        group.add_argument(flag, type=int, default=default, metavar="N", help=words)
-    group.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    config, own = parse_more(parser, argv)
+    config, own = parse_more(plan_parser(), argv)
     for name in ("ranks", "samples"):
         if own[name] < 1:
             raise ValueError(f"--{name}: expected at least 1, got {own[name]}")

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from protoclip.config import EpisodeConfig
@@ -47,7 +46,6 @@ if TYPE_CHECKING:  # both load open_clip, which a loss alone does not need
 IGNORE = -100  # label of a sample that belongs to no cluster, as in torch's cross-entropy
 INTERNAL = {"image": "text", "text": "image"}  # source -> its student
 EXTERNAL = "external"  # the source that is a teacher
-ENTROPY_ROWS = 1024  # clusters whose targets are held at once
 LOGGER = logging.getLogger(__name__)
 
 
@@ -406,9 +404,7 @@ class EpisodeBuilder:
             new = new[found.labels[new] == IGNORE].unique()
             if source == EXTERNAL and teacher is not None and len(new):
                 found.labels[new] = kmeans_assign(teacher[new], found.centroids)[0]
-            temperature = config.target_temperature if source in INTERNAL else 0.0
             values |= health(found, last, self.classes)
-            values["target_entropy"] = target_entropy(found, temperature)
             metrics |= {f"{source}_{name}": value for name, value in values.items()}
             labels_new = source in INTERNAL and len(new) > 0
             sets += builder.translate(source, found, features.index, students, labels_new)
@@ -479,19 +475,6 @@ def purity(labels: Tensor, classes: Tensor) -> float:
     largest = torch.zeros(int(labels.max()) + 1, dtype=sizes.dtype, device=sizes.device)
     largest.scatter_reduce_(0, pairs[0], sizes, "amax")
     return float(largest.sum()) / len(labels)
-
-
-def target_entropy(clustering: Clustering, temperature: float) -> float:
-    """Mean entropy in nats of the samples' soft targets; 0: all mass on one prototype."""
-    if temperature <= 0:
-        return 0.0
-    centroids, total = clustering.centroids.float(), 0.0
-    for rows, counts in zip(
-        centroids.split(ENTROPY_ROWS), clustering.counts.split(ENTROPY_ROWS), strict=True
-    ):
-        log_p = F.log_softmax(rows @ centroids.T / temperature, dim=1)
-        total += float((-(log_p.exp() * log_p).sum(dim=1) * counts).sum())
-    return total / max(1, int(clustering.counts.sum()))
 
 
 @dataclass(eq=False)

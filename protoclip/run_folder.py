@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from torch import Tensor
 from tqdm import tqdm
 
 from protoclip import checkpoint
 from protoclip.config import TrainConfig, from_dict, to_dict
-from protoclip.data.files import write_atomic
+from protoclip.data.files import whole_file, write_atomic
 
 
 def choose_folder(config: TrainConfig) -> Path:
@@ -190,6 +192,21 @@ class RunFolder(NullRunFolder):
                 file.close()
         if self._lock:
             self._lock.release()
+
+
+def write_clusters(path: Path, keys: Sequence[str], clusters: Mapping[str, Tensor]) -> None:
+    """Which sample is in which cluster: a line a sample, a column a source, empty where unknown.
+
+    Args:
+        path: the .csv.
+        keys: of the N samples.
+        clusters: source -> int64 [N], negative: in no cluster.
+    """
+    columns = [["" if k < 0 else k for k in labels.tolist()] for labels in clusters.values()]
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["key", *clusters])
+        writer.writerows(zip(keys, *columns, strict=True))
 
 
 def _cut_back(path: Path, step: int) -> None:

@@ -11,7 +11,6 @@ import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from protoclip.config import OptimConfig
 from protoclip.data import Batch
 from protoclip.data.types import mix
 from protoclip.distributed import GlobalBatchNorm1d, is_distributed, rank
+from protoclip.grad_cache import grad_cache, reached_leaves
 from protoclip.losses import Losses, ProtoLoss
 from protoclip.model import Encoded, ProtoModel, autocast_for
 from protoclip.prototypes import Episode
@@ -257,16 +257,17 @@ class Stepper:
     def _in_passes(
         self, number: int, batches: Sequence[Batch], episode: Episode | None, project: bool
     ) -> tuple[Losses, Encoded | None]:
+        def encode(part: int, batch: Batch) -> tuple[Tensor, Tensor]:
+            seed_everything(self.seed, number, rank(), part)
+            with self.autocast():
+                encoded, _ = self._replica(batch.image, batch.tokens, project=False)
+            return encoded.image, encoded.text
+
+        ddp = [self._replica] if isinstance(self._replica, DistributedDataParallel) else []
         with self.phases.measure("forward"):
-            parts = []
-            for part, batch in enumerate(batches):
-                seed_everything(self.seed, number, rank(), part)
-                with torch.no_grad(), self.autocast():
-                    parts.append(self.model.encode(batch.image, batch.tokens))
-            encoded = Encoded(
-                torch.cat([part.image for part in parts]).requires_grad_(),
-                torch.cat([part.text for part in parts]).requires_grad_(),
-            )
+            parts = list(enumerate(batches))
+            ((image, text),) = grad_cache([encode], [parts], 1, split=lambda p, _: p, ddp=ddp)
+            encoded = Encoded(image, text)
             with self.autocast():
                 projected = self.model.project(encoded) if project else None
             index = torch.cat([batch.index for batch in batches])
@@ -275,34 +276,8 @@ class Stepper:
             clip = self.model.clip
             towers = (p for p in clip.parameters() if p is not clip.logit_scale)
             self._without_gradient(losses, *towers)
-            # Outside of a forward pass of DDP: heads and scales keep their own rank's sums.
             self.scaler.scale(losses.total).backward()
-            size = len(batches[0].index)
-            grads = [
-                torch.zeros_like(u) if u.grad is None else u.grad
-                for u in (encoded.image, encoded.text)
-            ]
-            for part, batch in enumerate(batches):
-                own = slice(part * size, part * size + len(batch.index))
-                seed_everything(self.seed, number, rank(), part)
-                self._pass_down(batch, [g[own] for g in grads], last=part + 1 == len(batches))
         return losses, projected
-
-    def _pass_down(self, batch: Batch, grads: Sequence[Tensor], *, last: bool) -> None:
-        """Encode again and pass the gradients [B, D] down; with the last batch, to all ranks."""
-        replica: Any = self._replica
-        ddp = isinstance(replica, DistributedDataParallel)
-        with replica.no_sync() if ddp and not last else contextlib.nullcontext():
-            with self.autocast():
-                encoded, _ = replica(batch.image, batch.tokens, project=False)
-            roots = [encoded.image, encoded.text]
-            pairs = [(u, g) for u, g in zip(roots, grads, strict=True) if u.requires_grad]
-            if last and is_distributed():
-                reached = _reached(roots)
-                zero = _zero([p for p in self._trained if id(p) not in reached])
-                if isinstance(zero, Tensor):
-                    pairs.append((zero, torch.ones_like(zero)))
-            torch.autograd.backward([u for u, _ in pairs], [g for _, g in pairs])
 
     def _update(self, losses: Losses) -> tuple[Tensor, Tensor]:
         """Clip and take the step unless loss or gradient is not finite: norm, and whether it was
@@ -342,7 +317,7 @@ class Stepper:
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         with self.autocast():
             encoded, _ = self._replica(batch.image, batch.tokens, project=False)
-        reached = _reached([encoded.image, encoded.text])
+        reached = reached_leaves([encoded.image, encoded.text])
         rest = _zero([p for p in trained if id(p) not in reached])
         (encoded.image.sum() + encoded.text.sum() + rest).backward()
         self.adamw.zero_grad(set_to_none=True)
@@ -356,7 +331,7 @@ class Stepper:
             return []
         terms = frozenset(losses.terms)
         if terms not in self._unused:
-            known = _reached([losses.total]) | {id(p) for p in reached}
+            known = reached_leaves([losses.total]) | {id(p) for p in reached}
             self._unused[terms] = [p for p in self._trained if id(p) not in known]
         return self._unused[terms]
 
@@ -430,21 +405,6 @@ def _part_of(name: str) -> str:
     if name.startswith(("image_head.", "text_head.")):
         return "heads"
     return "scales" if "logit_" in name else "text"
-
-
-def _reached(roots: Sequence[Tensor]) -> set[int]:
-    """The ids of the leaves that a backward pass from ``roots`` gives a gradient."""
-    seen, leaves = set(), set()
-    waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
-        waiting += [following for following, _ in node.next_functions if following is not None]
-    return leaves
 
 
 def _zero(parameters: Sequence[nn.Parameter]) -> Tensor | float:

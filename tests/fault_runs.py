@@ -23,8 +23,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a pool of threads does not survive a fork
 
 import protoclip.train as command
+from protoclip.data import open_dataset
 from protoclip.data.__main__ import export_shards
-from protoclip.data.sources import open_dataset
 from protoclip.step import Stepper
 
 NANO = {

@@ -7,7 +7,7 @@ import torch
 
 from protoclip.config import DataConfig, TrainConfig, to_dict
 from protoclip.data import Subset, open_dataset
-from protoclip.evaluate import EvalSet, evaluate_features, write_results
+from protoclip.evaluate import EvalSet, Outcome, evaluate_features, write_results
 from protoclip.model import Encoded
 from protoclip.report import Samples, save_snapshot, take_snapshot
 
@@ -52,11 +52,10 @@ def make_run(path: Path, method="protoclip", samples=300, noise=1.0, data="", ju
     unit = Encoded(*(torch.nn.functional.normalize(x, dim=1) for x in (image, text)))
     snapshot = take_snapshot(
         Samples(train, encoded, unit, clusters), (Subset(heldout, range(len(own))), one),
-        after=after, facts={"memory_bytes": {"forward": 2**30}},
+        facts={"memory_bytes": {"forward": 2**30}},
     )  # fmt: skip
     save_snapshot(path, snapshot)
-    write_results(
-        path / "results.json", after, before, data=data, model="m", pretrained="p",
-        timing={"forward": 10.0, "data": 2.0}, peak_memory_bytes=2**30,
-    )  # fmt: skip
+    seconds = {"forward": 10.0, "data": 2.0}
+    outcome = Outcome(data, "m", "p", after, before, seconds, peak_memory_bytes=2**30)
+    write_results(path / "results.json", outcome)
     return path

@@ -20,6 +20,17 @@ LOSSES = {
     "info_nce of each pair": lambda x, s, b: (
         protoclip.info_nce(x, Y, s, reduction="none", backend=b).square().sum()
     ),
+    "contrastive": lambda x, s, b: protoclip.contrastive(
+        x,
+        C,
+        s,
+        key_ids=LABELS.roll(1).repeat(2)[:70],
+        exclude=LABELS.roll(1),
+        positives=LABELS,
+        same_id="positive",
+        key_bias=C[:, 0] * x.mean(),
+        backend=b,
+    ),
     "sigmoid_loss": lambda x, s, b: sigmoid_loss(x, Y, s, torch.tensor(-1.0), backend=b),
     "prototype_cross_entropy": lambda x, s, b: protoclip.prototype_cross_entropy(
         x, C, LABELS, s, targets=C.flip(0), backend=b
@@ -41,6 +52,14 @@ CALLS = {
 
 losses = pytest.mark.parametrize("loss", LOSSES)
 fused = pytest.mark.parametrize("backend", [b for b in usable("info_nce") if b != "reference"])
+
+
+@pytest.fixture(autouse=True)
+def _has_the_backend(request):
+    given = getattr(request.node, "callspec", None) and request.node.callspec.params
+    one = bool(given) and given["loss"] == "contrastive" and given.get("backend", "reference")
+    if one and one not in protoclip.backends("contrastive"):
+        pytest.skip("contrastive has no such backend")
 
 
 @losses

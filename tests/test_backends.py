@@ -85,6 +85,7 @@ BAD = {  # the call, and what is wrong in words
         "detach it",
     ),
     "no banks": (lambda: protoclip.prototype_losses(X, [], S), "at least one bank"),
+    "a tensor's temperature": (lambda: protoclip.soft_targets(X, Y, S), "as a Python number"),
     "soft rows": (lambda: protoclip.soft_targets(X, Y[:2], 0.1), "one prototype per"),
     "no centroids": (lambda: protoclip.kmeans_assign(X, Y[:0]), "K >= 1 centroids"),
     "segments": (lambda: protoclip.segment_mean(X, LABELS, -1), "num_segments"),
@@ -92,6 +93,7 @@ BAD = {  # the call, and what is wrong in words
 }
 TYPE_ERRORS = {
     "integers", "list", "scale's text", "no scale", "scales", "a truth", "label dtype",
+    "a tensor's temperature",
 }  # fmt: skip
 
 

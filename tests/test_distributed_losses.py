@@ -31,42 +31,32 @@ def features(dtype=torch.float64, seed=0):
     return x.to(dtype), y.to(dtype)
 
 
-def whole(dtype, backend, scale, wide=None):
-    """One process: InfoNCE and SigLIP, each loss and gradients of x, y and the scalars."""
-    inputs = [t.to(wide or dtype) for t in features(dtype)]
-    kind = torch.promote_types(wide or dtype, torch.float32)
-    scalars = [torch.tensor(v, dtype=kind) for v in (scale, -10.0)]
-    out = []
-    for count, loss in (
-        (1, lambda *a: protoclip.info_nce(*a, backend=backend)),
-        (2, lambda *a: sigmoid_loss(*a, backend=backend) / G),
+def losses_and_gradients(kind, info_nce, sigmoid, own=slice(None), wide=None):
+    """Of InfoNCE and of SigLIP: the loss, and the gradients of x, y and the scalars."""
+    dtype, backend, scale = kind
+    for loss, values in (
+        (lambda *a: info_nce(*a, backend=backend), [scale]),
+        (lambda *a: sigmoid(*a, backend=backend) / len(a[0]), [scale, -10.0]),
     ):
-        leaves = [t.clone().requires_grad_() for t in (*inputs, *scalars[:count])]
+        inputs = [t[own].to(wide or dtype) for t in features(dtype)]
+        scalar = torch.promote_types(wide or dtype, torch.float32)
+        inputs += [torch.tensor(value, dtype=scalar) for value in values]
+        leaves = [t.clone().requires_grad_() for t in inputs]
         value = loss(*leaves)
         value.backward()
-        out.append([value.detach(), *(t.grad for t in leaves)])
-    return out
+        yield value.detach(), *(t.grad for t in leaves)
 
 
 def of_rank():
-    """What ``whole`` returns, as DDP's mean over ranks makes it, for every kind."""
+    """All kinds, as DDP's mean over ranks makes them."""
     distributed.start(find_rank(), torch.device("cpu"), 60)
     ranks, own = distributed.world_size(), distributed.own_slice(G)
     results = []
-    for dtype, backend, scale in KINDS:
-        kind = torch.promote_types(dtype, torch.float32)
-        scalars = [torch.tensor(v, dtype=kind) for v in (scale, -10.0)]
-        for count, loss in (
-            (1, lambda *a, b=backend: global_info_nce(*a, backend=b)),
-            (2, lambda *a, b=backend: global_sigmoid_loss(*a, backend=b) / len(a[0])),
-        ):
-            x, y = (t[own].clone() for t in features(dtype))
-            leaves = [t.requires_grad_() for t in (x, y, *(s.clone() for s in scalars[:count]))]
-            value = loss(*leaves)
-            value.backward()
-            rows = [all_rows(t.grad.double() / ranks) for t in leaves[:2]]
-            scalars_of = value.detach(), *(t.grad for t in leaves[2:])
-            means = [distributed.mean_over_ranks(t.double()) for t in scalars_of]
+    for kind in KINDS:
+        found = losses_and_gradients(kind, global_info_nce, global_sigmoid_loss, own)
+        for value, dx, dy, *scalars in found:
+            rows = [all_rows(t.double() / ranks) for t in (dx, dy)]
+            means = [distributed.mean_over_ranks(t.double()) for t in (value, *scalars)]
             results.append([t.numpy() for t in (means[0], *rows, *means[1:])])
     results += [distillation(own), batch_norm(own), refusal()]
     distributed.stop()
@@ -126,8 +116,9 @@ def test_ranks_give_the_loss_and_gradients_of_the_whole_batch(ranks):
     results = [[torch.from_numpy(a) for a in r] for r in results]
     pairs = zip(results[::2], results[1::2], strict=True)
     for (dtype, _, scale), pair in zip(KINDS, pairs, strict=True):
-        truths = whole(dtype, "reference", scale, torch.float64)
-        bases = whole(dtype, "reference", scale)
+        whole = (dtype, "reference", scale), protoclip.info_nce, sigmoid_loss
+        truths = losses_and_gradients(*whole, wide=torch.float64)
+        bases = losses_and_gradients(*whole)
         for got, truth, base in zip(pair, truths, bases, strict=True):
             for number, (a, t, b) in enumerate(zip(got, truth, base, strict=True)):
                 where = f"{dtype} {scale} result {number}"

@@ -1,8 +1,11 @@
-"""Evaluation sets, their scores, and the command."""
+"""Evaluation sets, their scores, the command, the table people read and the JSON programs read."""
 
+import dataclasses
 import json
+import math
 import types
 
+import open_clip
 import pytest
 import torch
 
@@ -12,21 +15,27 @@ from protoclip.data import Labels, Subset, noto_available, open_dataset
 from protoclip.evaluate import (
     Encoder,
     EvalSet,
-    class_prompts,
+    Layout,
+    Outcome,
+    SetResults,
+    encode_sets,
     evaluate_features,
-    evaluate_model,
+    format_table,
     metrics,
+    open_layout,
+    read_results,
+    write_results,
 )
 from protoclip.evaluate.__main__ import _output, build_parser, main
-from protoclip.evaluate.tasks import _emoji_sets, encode_set, take
+from protoclip.evaluate.datasets import class_prompts
+from protoclip.evaluate.results import records
+from protoclip.evaluate.tasks import encode_set, take
 from protoclip.model import build_model
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("protoclip.evaluate.tasks.cache_dir", lambda: tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 class Towers(torch.nn.Module):
@@ -49,7 +58,6 @@ class Towers(torch.nn.Module):
 
 @pytest.fixture
 def model():
-    open_clip = pytest.importorskip("open_clip")
     torch.manual_seed(0)
     out = torch.nn.Module()
     out.clip = Towers()
@@ -70,7 +78,7 @@ def test_scores_are_those_of_the_metrics():
     train = take(one, range(119, -1, -1))
     seen = EvalSet(image, text, None, labels, {"group": centre}, probes=False, title="Seen")
     results = evaluate_features({"A": one, "B": seen}, train)
-    got = results.metrics["A"]
+    got = results["A"].metrics
     ranks = metrics.retrieval(image, text)
     for name, value in ranks.summary().items():
         assert got[name] == value
@@ -79,38 +87,25 @@ def test_scores_are_those_of_the_metrics():
     assert got["group/lp_acc1"] == got["group/knn_acc1"] == 1
     assert got["group/ami"] > 0.9  # three k-means, one start each: not always the best one
     assert got["modality_gap"] == metrics.modality_gap(image, text)
-    low, high = results.sets["A"].intervals["text_retrieval_recall@5"]
+    low, high = results["A"].intervals["text_retrieval_recall@5"]
     assert low < got["text_retrieval_recall@5"] < high
     # B holds the probes' training images: a probe's score there would say nothing.
-    assert not [name for name in results.metrics["B"] if "lp_" in name or "knn_" in name]
-    assert results.sets["B"].title == "Seen"
+    assert not [name for name in results["B"].metrics if "lp_" in name or "knn_" in name]
+    assert results["B"].title == "Seen"
 
 
 def test_without_labels_there_is_retrieval_and_geometry():
-    results = evaluate_features({"A": EvalSet(torch.eye(4), torch.eye(4))})
-    assert results.metrics["A"]["image_retrieval_recall@1"] == 1
-    assert not [name for name in results.metrics["A"] if "/" in name]
+    got = evaluate_features({"A": EvalSet(torch.eye(4), torch.eye(4))})["A"].metrics
+    assert got["image_retrieval_recall@1"] == 1
+    assert not [name for name in got if "/" in name]
 
 
 def test_class_prompts_are_readable():
     groups = class_prompts("group", ["smileys-emotion", "flags"], ("an emoji of {}", "{}"))
     assert groups[0] == ["an emoji of smileys and emotion", "smileys and emotion"]
     assert groups[1] == ["an emoji of flags", "flags"]
-    assert class_prompts("subgroup", ["animal-bird", "av-symbol"], ("{}",)) == [
-        ["animal bird"],
-        ["audio and video symbol"],
-    ]
-
-
-def test_take_keeps_captions_with_their_images():
-    owner = torch.tensor([0, 2, 1, 2, 0])
-    labels = {"kind": Labels(torch.tensor([5, 6, 7]), tuple("01234567"))}
-    one = EvalSet(torch.eye(3), torch.arange(5.0)[:, None].expand(5, 3), owner, labels)
-    got = take(one, [2, 0], title="two")
-    assert got.image.argmax(1).tolist() == [2, 0]
-    assert got.text[:, 0].tolist() == [0, 1, 3, 4]
-    assert got.caption_image.tolist() == [1, 0, 0, 1]
-    assert got.labels["kind"].ids.tolist() == [7, 5] and got.title == "two"
+    kinds = class_prompts("subgroup", ["animal-bird", "av-symbol"], ("{}",))
+    assert kinds == [["animal bird"], ["audio and video symbol"]]
 
 
 def test_encoder_encodes_equal_texts_once_and_restores_the_mode(model):
@@ -122,14 +117,13 @@ def test_encoder_encodes_equal_texts_once_and_restores_the_mode(model):
     assert model.training and not rows.requires_grad
 
 
-@pytest.mark.parametrize("captions", ["first", "all"])
-def test_encode_set_takes_one_or_all_captions(model, captions):
+@pytest.mark.parametrize("most", [0, 1, None])
+def test_encode_set_takes_no_caption_or_one_or_all(model, most):
     dataset = open_dataset("builtin:shapes:30")
-    one = encode_set(Encoder(model, CPU, batch_size=7), dataset, captions=captions)
-    wanted = [dataset.captions(i) for i in range(30)]
-    sizes = [1 if captions == "first" else len(own) for own in wanted]
-    assert torch.bincount(one.caption_image).tolist() == sizes
-    assert len(one.text) == sum(sizes) and one.image.shape == (30, 12)
+    one = encode_set(Encoder(model, CPU, batch_size=7), Layout(dataset, captions=most))
+    sizes = [len(dataset.captions(i)[:most]) for i in range(30)]
+    assert torch.bincount(one.caption_image, minlength=30).tolist() == sizes
+    assert one.text.shape == (sum(sizes), 12) and one.image.shape == (30, 12)
     assert one.class_vectors["group"].shape == (len(dataset.labels["group"].names), 12)
 
 
@@ -142,7 +136,9 @@ def test_emoji_sets_are_the_splits(model):
         dataset = open_dataset("builtin:emoji", split, seed=3)
         return Subset(dataset, [i for i, key in enumerate(dataset.keys) if hash_of(key) == 0])
 
-    sets, train = _emoji_sets(encoder, opened, "first")
+    layout = open_layout("builtin:emoji", seed=3)
+    layout = dataclasses.replace(layout, test=opened("heldout"), emoji=opened)
+    sets, train = encode_sets(encoder, layout)
     splits = {"HO": "heldout", "TW": "all", "NHO": "noto-heldout", "NOTO": "noto"}
     assert list(sets) == ["HO", "TW"] + (["NHO", "NOTO"] if noto_available() else [])
     for key, one in sets.items():
@@ -183,11 +179,23 @@ def test_command_gives_the_numbers_of_the_stored_model(run, capsys):
     assert main([str(run.folder), "--data", "builtin:shapes:100", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "Held-out pairs (HO)" in printed and "image -> text R@5" in printed
-    content = json.loads((run.folder / "results-builtin_shapes_100.json").read_text())
-    want = evaluate_model(run.model, "builtin:shapes:100")
-    got = content["trained"]["sets"]["HO"]["metrics"]
-    assert got["text_retrieval_recall@5"] == want.metrics["HO"]["text_retrieval_recall@5"]
-    assert content["untrained"] is None
+    outcome = read_results(run.folder / "results-builtin_shapes_100.json")
+    sets, train = encode_sets(Encoder(run.model, CPU), open_layout("builtin:shapes:100"))
+    want = evaluate_features(sets, train)["HO"].metrics["text_retrieval_recall@5"]
+    assert outcome.trained["HO"].metrics["text_retrieval_recall@5"] == want
+    assert outcome.untrained is None
+
+
+def test_command_renews_what_training_left(run, capsys):
+    sets = {"HO": SetResults("Held-out pairs", 1, 1, {"text_retrieval_recall@5": 0.25})}
+    data, path = "builtin:shapes:100", run.folder / "results.json"
+    write_results(path, Outcome(data, "tiny", "old.pt", sets, sets, {"training": 60.0}, 2**30))
+    flags = ["--data", data, "--output", str(path), "--device", "cpu"]
+    assert main([str(run.folder), *flags]) == 0
+    printed, outcome = capsys.readouterr().out, read_results(path)
+    assert "untrained" in printed and "training 60.0 s" in printed and "1,024 MiB" in printed
+    assert outcome.trained["HO"].samples == 12 and outcome.untrained == sets
+    assert outcome.pretrained.endswith(checkpoint.LATEST)
 
 
 def test_results_have_a_name_that_tells(run, tmp_path):
@@ -196,7 +204,7 @@ def test_results_have_a_name_that_tells(run, tmp_path):
 
     path = run.folder / "checkpoints" / checkpoint.LATEST
     assert name(run.folder) == "results.json"  # the run's own, next to what training wrote
-    assert name(run.folder, "--captions", "all") == "results-all_captions.json"
+    assert name(run.folder, "--protocol", "paper") == "results-paper.json"
     assert name(run.folder, "--data", "/data/a b.csv") == "results-data_a_b_csv.json"
     assert name(path) == "epoch_latest-results.json"
 
@@ -210,3 +218,86 @@ def test_command_asks_for_data_where_the_run_has_none(run, capsys):
     checkpoint.save(path, payload)
     assert main([str(run.folder)]) == 2
     assert "give --data" in capsys.readouterr().err
+
+
+# Results
+
+
+def outcome(recall=0.25, rank=120.0, untrained=None, **more):
+    values = {
+        "text_retrieval_recall@5": recall,
+        "image_retrieval_recall@5": math.nan,
+        "text_retrieval_median_rank": rank,
+        "group/acc1": 0.5,
+        "group/acc5": math.nan,
+        "group/lp_acc1": 0.75,
+        "group/lp_weight_decay": 0.1,
+        "group/lp_epochs": 100.0,
+        "group/ami": 0.125,
+        "modality_gap": 1.0,
+    }
+    bounds = {"text_retrieval_recall@5": (recall - 0.1, recall + 0.1)}
+    sets = {"HO": SetResults("Held-out", 1190, 1190, values, bounds)}
+    return Outcome("builtin:emoji", "tiny", "x.pt", sets, untrained, **more)
+
+
+def test_table_has_a_row_per_metric_and_the_change():
+    timing = {f"phase {i}": 10.0 * i for i in range(9)}
+    before = outcome(0.01, 900).trained
+    text = format_table(
+        outcome(untrained=before, seconds=timing, peak_memory_bytes=3 * 2**30)
+    ).splitlines()
+    assert max(map(len, text)) <= 100
+    assert text[0] == "Held-out (HO): 1,190 images, 1,190 captions"
+    assert text[1].split() == ["untrained", "trained", "95", "%", "interval", "change"]
+    row = next(line for line in text if "image -> text R@5" in line)
+    assert row.split()[-6:] == ["0.010", "0.250", "0.150", "..", "0.350", "+0.240"]
+    assert len({len(line) for line in text[1:6]}) == 1  # aligned
+    row = next(line for line in text if "median rank" in line)
+    assert row.split()[-3:] == ["900.0", "120.0", "-780.0"]
+    row = next(line for line in text if "text -> image R@5" in line)
+    assert row.split()[-3:] == ["-", "-", "-"]
+    assert any("linear probe group" in line for line in text)
+    assert text[-1] == "Peak memory: 3,072 MiB"
+    assert "together 360.0 s" in " ".join(text)
+
+
+def test_table_without_the_untrained_model():
+    text = format_table(outcome())
+    assert "untrained" not in text and "change" not in text and "0.150 .. 0.350" in text
+    other = {"XX": outcome().trained["HO"]}  # a set that only one of the two has
+    assert "0.250" in format_table(outcome(untrained=other))
+
+
+def test_json_round_trip(tmp_path):
+    path = tmp_path / "results.json"
+    before = outcome(0.01).trained
+    written = outcome(untrained=before, seconds={"training": 1.5}, peak_memory_bytes=7)
+    write_results(path, written)
+    raw = json.loads(path.read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
+    assert raw["trained"]["HO"]["metrics"]["group/acc5"] is None
+    content = read_results(path)
+    assert content.seconds == {"training": 1.5} and content.peak_memory_bytes == 7
+    assert content.untrained["HO"].metrics["text_retrieval_recall@5"] == 0.01
+    assert math.isnan(content.trained["HO"].metrics["group/acc5"])
+    assert format_table(content) == format_table(written)
+    assert [path] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"trained": 3}', '{"trained": null}'])
+def test_another_file_is_refused(tmp_path, text):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="expected a results.json of protoclip"):
+        read_results(path)
+
+
+def test_records_are_clip_benchmarks():
+    got = records(outcome())
+    assert [(r["dataset"], r["task"]) for r in got] == [
+        ("builtin:emoji/HO", "zeroshot_retrieval"),
+        ("builtin:emoji/HO/group", "zeroshot_classification"),
+        ("builtin:emoji/HO/group", "linear_probe"),
+    ]
+    assert got[1]["metrics"]["acc1"] == 0.5 and math.isnan(got[1]["metrics"]["acc5"])
+    assert got[2]["metrics"]["lp_acc1"] == 0.75

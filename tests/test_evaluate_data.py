@@ -1,31 +1,60 @@
-"""Folders, tables and shards of pictures, end to end."""
+"""Folders, tables and shards of pictures, end to end; what is wrong with them is said in words."""
 
 import io
 import json
 import re
+import tarfile
 
 import pytest
 import torch
-from evaluation_data import NAMES, digits, evaluate, image_folder, png, shard
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
 
+from protoclip.evaluate import __main__ as command
 from protoclip.evaluate import open_layout
-from protoclip.evaluate.__main__ import load_model
 from protoclip.evaluate.datasets import read_templates
-from protoclip.evaluate.tasks import dataset_hash, model_hash
+from protoclip.evaluate.tasks import model_hash
+from protoclip.model import CONFIG_FOLDER
+
+WORDS = "zero one two three four five six seven eight nine"
+NAMES = [f"the digit {word}" for word in WORDS.split(" ")]
+MODEL = ["protoclip-tiny", "--pretrained", "random", "--device", "cpu"]
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("protoclip.evaluate.tasks.cache_dir", lambda: tmp_path / "cache")
+def digits(count):
+    """scikit-learn's digits, as grey pictures and classes."""
+    data = load_digits()
+    pictures = (data.images[:count] * 15.9).astype("uint8")
+    return list(zip(map(Image.fromarray, pictures), data.target[:count].tolist(), strict=True))
+
+
+def image_folder(root, count=120, parts=("train", "test")):
+    for i, (picture, label) in enumerate(digits(count)):
+        folder = root / (parts[i % len(parts)] if parts else "") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{i:04}.png")
+    return root
+
+
+def evaluate(tmp_path, *argv):
+    """The exit code, and what was written to results.json."""
+    output = tmp_path / "out" / "results.json"
+    code = command.main([*MODEL, "--output", str(output), *map(str, argv)])
+    return code, json.loads(output.read_text()) if output.exists() else None
+
+
+def evaluated(tmp_path, *argv):
+    """The results of a command that works, of its one set."""
+    code, content = evaluate(tmp_path, *argv)
+    assert code == 0
+    return content["trained"]["ALL"]
 
 
 def test_image_folder_of_digits(tmp_path, capsys):
-    root = image_folder(tmp_path / "digits")
-    code, content = evaluate(tmp_path, "--data", root, "--templates", "simple")
-    assert code == 0
-    got = content["trained"]["sets"]["ALL"]
+    got = evaluated(tmp_path, "--data", image_folder(tmp_path / "digits"), "--templates", "simple")
     values = got["metrics"]
     assert got["samples"] == 60 and not [name for name in values if "retrieval" in name]
     assert values["class/lp_acc1"] > 0.4 and values["class/knn_acc1"] > 0.2  # chance: 0.1
@@ -42,9 +71,7 @@ def test_image_folder_of_digits(tmp_path, capsys):
 
 def test_folder_without_splits_teaches_probes_on_four_fifths(tmp_path):
     root = image_folder(tmp_path / "digits", parts=())
-    code, content = evaluate(tmp_path, "--data", root, "--tasks", "knn,zeroshot")
-    assert code == 0
-    assert content["trained"]["sets"]["ALL"]["samples"] == 120
+    assert evaluated(tmp_path, "--data", root, "--tasks", "knn,zeroshot")["samples"] == 120
     layout = open_layout(str(root))
     assert layout.train is None and layout.test.labels["class"].names == tuple("0123456789")
 
@@ -52,11 +79,8 @@ def test_folder_without_splits_teaches_probes_on_four_fifths(tmp_path):
 def test_paper_protocol_reports_its_best_test_epoch(tmp_path):
     root = image_folder(tmp_path / "digits")
     flags = ["--tasks", "linear_probe", "--protocol", "paper"]
-    code, content = evaluate(tmp_path, "--data", root, *flags)
-    values = content["trained"]["sets"]["ALL"]["metrics"]
-    assert (
-        code == 0 and 1 <= values["class/lp_best_epoch"] <= 100 and values["class/lp_acc1"] > 0.15
-    )
+    values = evaluated(tmp_path, "--data", root, *flags)["metrics"]
+    assert 1 <= values["class/lp_best_epoch"] <= 100 and values["class/lp_acc1"] > 0.15
 
 
 def test_records_of_clip_benchmark_stand_beside_the_results(tmp_path):
@@ -76,35 +100,34 @@ def test_records_of_clip_benchmark_stand_beside_the_results(tmp_path):
 
 
 def test_retrieval_shards_with_several_captions(tmp_path):
-    pictures, ids = digits(30)
-    members = []
-    for i, (picture, label) in enumerate(zip(pictures, ids, strict=True)):
-        captions = f"{NAMES[label]}\na drawing of {label}, number {i}\n"
-        members += [(f"s{i:07}.png", png(picture)), (f"s{i:07}.txt", captions.encode())]
     root = tmp_path / "wds"
-    shard(root / "0.tar", members)
+    root.mkdir()
+    with tarfile.open(root / "0.tar", "w") as tar:
+        for i, (picture, label) in enumerate(digits(30)):
+            stream = io.BytesIO()
+            picture.save(stream, "png")
+            captions = f"{NAMES[label]}\na drawing of {label}, number {i}\n"
+            for ending, data in (("png", stream.getvalue()), ("txt", captions.encode())):
+                info = tarfile.TarInfo(f"s{i:07}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
     code, content = evaluate(tmp_path, "--data", root)
-    got = content["trained"]["sets"]["ALL"]
+    got = content["trained"]["ALL"]
     assert code == 0 and (got["samples"], got["captions"]) == (30, 60)
-    records = [r["task"] for r in content["clip_benchmark"]]
-    assert records == ["zeroshot_retrieval"]
-    code, _ = evaluate(tmp_path, "--data", root, "--tasks", "zeroshot")
-    assert code == 2
+    assert [r["task"] for r in content["clip_benchmark"]] == ["zeroshot_retrieval"]
+    assert evaluate(tmp_path, "--data", root, "--tasks", "zeroshot")[0] == 2
 
 
 def test_table_with_a_label_column(tmp_path):
-    pictures, ids = digits(40)
     lines = ["filepath,title,digit"]
-    for i, (picture, label) in enumerate(zip(pictures, ids, strict=True)):
+    for i, (picture, label) in enumerate(digits(40)):
         picture.save(tmp_path / f"{i}.png")
         lines.append(f"{i}.png,{NAMES[label]},{label}")
     table = tmp_path / "pairs.csv"
     table.write_text("\n".join(lines) + "\n", encoding="utf-16")
     flags = ["--csv-separator", ",", "--csv-label-key", "digit", "--tasks", "zeroshot,retrieval"]
-    flags += ["--encoding", "utf-16"]
-    code, content = evaluate(tmp_path, "--data", table, *flags)
-    values = content["trained"]["sets"]["ALL"]["metrics"]
-    assert code == 0 and "class/acc1" in values and "text_retrieval_recall@5" in values
+    values = evaluated(tmp_path, "--data", table, *flags, "--encoding", "utf-16")["metrics"]
+    assert "class/acc1" in values and "text_retrieval_recall@5" in values
 
 
 def test_grey_transparent_and_one_pixel_pictures(tmp_path):
@@ -113,47 +136,42 @@ def test_grey_transparent_and_one_pixel_pictures(tmp_path):
         folder.mkdir(parents=True)
         Image.new(mode, size).save(folder / "a.png")
         Image.new(mode, size, 3).save(folder / "b.png")
-    code, content = evaluate(tmp_path, "--data", tmp_path / "odd", "--tasks", "zeroshot,geometry")
-    assert code == 0 and content["trained"]["sets"]["ALL"]["samples"] == 8
+    tasks = ["--tasks", "zeroshot,geometry"]
+    assert evaluated(tmp_path, "--data", tmp_path / "odd", *tasks)["samples"] == 8
 
 
 def test_local_dir_is_the_model_that_was_saved(tmp_path):
-    model = load_model("protoclip-tiny", "random").model
+    model = command.load_model("protoclip-tiny", "random").model
     config = {
-        "model_cfg": json.loads(_tiny_config().read_text()),
+        "model_cfg": json.loads((CONFIG_FOLDER / "protoclip-tiny.json").read_text()),
         "preprocess_cfg": {"mean": list(model.mean), "std": list(model.std)},
     }
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "open_clip_config.json").write_text(json.dumps(config))
-    torch.save(model.clip.state_dict(), tmp_path / "m" / "open_clip_pytorch_model.bin")
-    again = load_model(f"local-dir:{tmp_path / 'm'}").model
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    torch.save(model.clip.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    again = command.load_model(f"local-dir:{tmp_path}").model
     assert model_hash(again.clip) == model_hash(model.clip)
 
 
-def _tiny_config():
-    from protoclip.model import CONFIG_FOLDER
-
-    return CONFIG_FOLDER / "protoclip-tiny.json"
-
-
 def test_features_are_cached_by_model_and_data(tmp_path, capsys):
-    root = image_folder(tmp_path / "digits", 30)
-    flags = ["--data", root, "--tasks", "zeroshot,knn"]
-    first = evaluate(tmp_path, *flags)[1]["trained"]["sets"]["ALL"]["metrics"]
+    flags = ["--data", image_folder(tmp_path / "digits", 30), "--tasks", "zeroshot,knn"]
+    first = evaluated(tmp_path, *flags)
     assert "rows of features came from" not in capsys.readouterr().out
-    again = evaluate(tmp_path, *flags)[1]["trained"]["sets"]["ALL"]["metrics"]
-    assert first == again and "rows of features came from" in capsys.readouterr().out
-    evaluate(tmp_path, *flags, "--no-cache")
+    assert first == evaluated(tmp_path, *flags)
+    assert "rows of features came from" in capsys.readouterr().out
+    evaluated(tmp_path, *flags, "--no-cache")
     assert "rows of features came from" not in capsys.readouterr().out
     for path in tmp_path.glob("cache/features/*"):
         path.write_bytes(b"damaged")
-    assert evaluate(tmp_path, *flags)[1]["trained"]["sets"]["ALL"]["metrics"] == first
+    assert evaluated(tmp_path, *flags) == first
+    Image.new("L", (4, 4)).save(next(flags[1].glob("train/*/*.png")))
+    capsys.readouterr()
+    evaluated(tmp_path, *flags)
+    assert "\n815 rows of features came from" in capsys.readouterr().out
 
 
 def test_cached_features_of_other_data_are_refused_by_name(tmp_path, capsys):
-    root = image_folder(tmp_path / "digits", 30)
-    flags = ["--data", root, "--tasks", "zeroshot"]
-    evaluate(tmp_path, *flags)
+    flags = ["--data", image_folder(tmp_path / "digits", 30), "--tasks", "zeroshot"]
+    evaluated(tmp_path, *flags)
     path = max(tmp_path.glob("cache/features/image-*"))
     save_file({"features": load_file(path)["features"][1:]}, path)
     (tmp_path / "out" / "results.json").unlink()
@@ -175,8 +193,7 @@ class Terminal(io.StringIO):
 def test_the_bar_ends_at_its_total_and_is_drawn_on_terminals_only(
     tmp_path, monkeypatch, capsys, cached
 ):
-    root = image_folder(tmp_path / "digits", 30)
-    flags = ["--data", root, "--tasks", "zeroshot,knn"]
+    flags = ["--data", image_folder(tmp_path / "digits", 30), "--tasks", "zeroshot,knn"]
     if cached:
         evaluate(tmp_path, *flags)
         assert capsys.readouterr().err == ""
@@ -186,20 +203,6 @@ def test_the_bar_ends_at_its_total_and_is_drawn_on_terminals_only(
     shares = re.findall(r"(\d+)%\|", screen.getvalue())
     counts = re.findall(r"(\d+)/(\d+) \[", screen.getvalue())
     assert shares[-1] == "100" and counts[-1][0] == counts[-1][1] and int(counts[-1][0]) > 30
-
-
-def test_hashes_tell_models_and_data_apart(tmp_path):
-    a, b = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    b.load_state_dict(a.state_dict())
-    assert model_hash(a) == model_hash(b)
-    with torch.no_grad():
-        b.bias[0] += 1e-6
-    assert model_hash(a) != model_hash(b)
-    root = image_folder(tmp_path / "digits", 20, parts=())
-    before = dataset_hash(open_layout(str(root)).test)
-    assert before == dataset_hash(open_layout(str(root)).test)
-    next(root.rglob("*.png")).write_bytes(png(Image.new("L", (4, 4))))
-    assert before != dataset_hash(open_layout(str(root)).test)
 
 
 def test_templates_and_imagenet_names(tmp_path):
@@ -213,3 +216,54 @@ def test_templates_and_imagenet_names(tmp_path):
     Image.new("L", (2, 2)).save(tmp_path / "imagenet" / "n00000001" / "a.png")
     names = open_layout(str(tmp_path / "imagenet")).test.labels["class"].names
     assert names[:2] == ("tench", "goldfish")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--templates", "nowhere.txt"], "--templates: expected openai, simple or a file"),
+        (["--split", "holdout"], "--split holdout: no folder"),
+        (["--tasks", "zeroshot,cooking"], "'cooking' is unknown"),
+        (["--tasks", "retrieval"], "no captions"),
+        (["--device", "cuda:9"], "not on this machine"),
+        (["--data", "builtin:cats"], "expected one of builtin:emoji"),
+        (["--data", "none.csv"], "none.csv"),
+    ],
+)
+def test_wrong_flags_are_refused_in_words(tmp_path, capsys, flags, words):
+    root = image_folder(tmp_path / "digits", 20)
+    code, content = evaluate(tmp_path, "--data", root, *flags)
+    message = capsys.readouterr().err
+    assert code == 2 and words in message and "Traceback" not in message and content is None
+
+
+def test_folders_are_refused_in_words(tmp_path, capsys):
+    (tmp_path / "empty" / "test" / "cat").mkdir(parents=True)
+    (tmp_path / "flat").mkdir()
+    names = image_folder(tmp_path / "ten", 20) / "classnames.txt"
+    names.write_text("zero\none\n")
+    cases = {"empty": "no pictures in", "flat": "no class folders", "ten": "the 10 class folders"}
+    for name, words in cases.items():
+        assert evaluate(tmp_path, "--data", tmp_path / name)[0] == 2
+        assert words in capsys.readouterr().err
+    names.unlink()
+    (tmp_path / "ten" / "test" / "1" / "torn.png").write_bytes(b"no picture")
+    assert evaluate(tmp_path, "--data", tmp_path / "ten")[0] == 2
+    assert "torn.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["ViT-B-23"], "did you mean"),
+        (["ViT-B-32"], "--pretrained is missing"),
+        (["ViT-B-32", "--pretrained", "nothing"], "no tag of ViT-B-32"),
+        (["no/such/run"], "found nothing"),
+    ],
+)
+def test_models_are_refused_in_words(capsys, argv, words):
+    assert command.main([*argv, "--data", "builtin:shapes:40"]) == 2
+    assert words in capsys.readouterr().err

@@ -6,9 +6,8 @@ import tarfile
 
 import pytest
 from fault_runs import prepare
-from pairs import spoil, write_shards
+from pairs import spoil
 
-from protoclip.data.__main__ import main as data_command
 from protoclip.train import main
 
 
@@ -54,15 +53,3 @@ def test_too_many_stop_the_run_with_a_clear_word(tmp_path, capsys):
     assert main([*flags, "--name", "goes-on", "--max-bad-fraction", "0.1"]) == 0
     lines = (tmp_path / "logs" / "goes-on" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["bad_samples"] > 0
-
-
-def test_check_data_reads_all_and_lists_what_is_wrong(tmp_path, capsys):
-    spec = write_shards(tmp_path / "data", shards=2, per_shard=6)
-    assert data_command(["--check", spec]) == 0
-    assert "12 of 12 samples are good" in capsys.readouterr().out
-    spoil(tmp_path / "data" / "000.tar", "sample2.png")
-    with tarfile.open(tmp_path / "data" / "001.tar", "a") as tar:
-        tar.addfile(tarfile.TarInfo("hollow.png"))
-    assert data_command(["--check", spec, "--workers", "2"]) == 1
-    said = capsys.readouterr().out
-    assert "sample2" in said and "'hollow'" in said and "11 of 13 samples are good" in said

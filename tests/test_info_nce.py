@@ -140,26 +140,27 @@ def test_cpus_without_bf16_products(cpu):
     assert done.returncode == 0, done.stderr.decode()
 
 
+@pytest.mark.parametrize("scale", [40.0, 100.0])
 @pytest.mark.parametrize("columns", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rectangles(columns, dtype):
+def test_rectangles(columns, dtype, scale):
     """Rows of one rank against the columns of all, as local_loss asks for."""
     _backend("cpu")
     x, y = clustered(700, 48, dtype)
     x, offset = x[300:431], 300
     w, v = torch.rand(131), torch.rand(700) if columns else torch.empty(0)
     f, g = torch.ops.protoclip.contrastive_fwd, torch.ops.protoclip.contrastive_bwd
-    scale = torch.tensor(40.0)
-    stats = f(x, y, scale, offset, columns, "cpu")
+    s = torch.tensor(scale)
+    stats = f(x, y, s, offset, columns, "cpu")
     levels = [LN2 * (stats[k + 1].log2() + stats[k]) for k in ((0, 2) if columns else (0,))]
-    got = [*levels, LN2 * stats[4], *g(x, y, scale, *stats[:4], w, v, offset, "cpu")]
+    got = [*levels, LN2 * stats[4], *g(x, y, s, *stats[:4], w, v, offset, "cpu")]
     truth, base = (
-        strip_gradients(x, y, 40.0, offset, w, v, wide) for wide in (torch.float64, dtype)
+        strip_gradients(x, y, scale, offset, w, v, wide) for wide in (torch.float64, dtype)
     )
     names = ["row level", *["column level"][: len(levels) - 1], "positive", "dx", "dy", "dscale"]
     for name, value in zip(names, got, strict=True):
         size = truth["terms" if name == "dscale" else name].abs().max().item()
-        assert_within_budget(value, truth[name], base[name], name, size, 40.0)
+        assert_within_budget(value, truth[name], base[name], name, size, scale)
 
 
 def test_strides_and_offsets_do_not_matter():

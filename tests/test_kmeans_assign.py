@@ -35,11 +35,6 @@ def random(n, k, d):
     return torch.randn(n, d), torch.randn(k, d)
 
 
-def clustered(n, k, d):
-    centres = torch.randn(k, d)
-    return centres[torch.randint(k, (n,))] + 0.3 * torch.randn(n, d), centres
-
-
 def norms(n, k, d):
     """Of points and of centroids, from 1e-3 to 1e3."""
     return torch.randn(n, d) * log_uniform(n), torch.randn(k, d) * log_uniform(k)
@@ -74,18 +69,13 @@ def outlying_dimensions(n, k, d):
     return torch.randn(n, d) * scale, torch.randn(k, d) * scale
 
 
-def duplicates(n, k, d):
-    return torch.randn(n, d), torch.randn(k // 3 + 1, d).repeat(3, 1)[:k]
-
-
 def integers(n, k, d):
     """Exact ties in abundance."""
     return torch.randint(-3, 4, (n, d)).float(), torch.randint(-3, 4, (k, d)).float()
 
 
 KINDS = [
-    random, clustered, norms, far_from_zero, near_ties, on_the_border, sparse, outlying_dimensions,
-    duplicates, integers,
+    random, norms, far_from_zero, near_ties, on_the_border, sparse, outlying_dimensions, integers,
 ]  # fmt: skip
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda f: f.__name__)
 
@@ -108,9 +98,9 @@ def assert_nearest(x, c, labels, squared):
 
 @native
 @kinds
-def test_a_million_labels_against_fp64(kind):
+def test_many_labels_against_fp64(kind):
     torch.manual_seed(0)
-    x, c = kind(100_000, 67, 24)  # ten kinds; K past one panel of 48, D past one vector
+    x, c = kind(100_000, 67, 24)  # K past one panel of 48, D past one vector
     assert_nearest(x, c, *protoclip.kmeans_assign(x, c, backend="cpu"))
 
 

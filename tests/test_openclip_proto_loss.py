@@ -81,15 +81,6 @@ def test_value_and_gradient_are_the_dense_ones(options):
     assert total.shape == () and total.dtype == torch.float32
 
 
-def test_prototypes_are_the_students_means_over_the_sources_clusters():
-    features, loss = dict(zip(("image", "text"), pairs(), strict=True)), filled()
-    assert [one.student for one in loss.online.current] == ["text", "image"]
-    for one in loss.online.current:
-        labels = torch.cdist(features[one.source], one.clustering.centroids).argmin(dim=1)
-        means, _ = protoclip.segment_mean(features[one.student], labels, len(one.prototypes))
-        assert torch.allclose(one.prototypes, means, atol=1e-6)
-
-
 def test_it_is_clip_loss_until_the_stated_step():
     loss = ProtoClipLoss(proto=ProtoConfig(queue=64, k=4))
     assert loss.steps_to_prototypes(20) == 4
@@ -105,18 +96,18 @@ def test_it_is_clip_loss_until_the_stated_step():
     assert late.steps_to_prototypes(20) == 7
 
 
-def test_the_queue_keeps_the_newest_and_clusters_start_warm():
+def test_prototypes_are_the_students_means_over_the_sources_clusters_of_the_newest_rows():
     loss = ProtoClipLoss(proto=ProtoConfig(queue=50, k=3, every=1))
-    batches = [pairs(20, seed=step) for step in range(4)]
-    for batch in batches:
+    batches = [*(pairs(20, seed=step) for step in range(4)), pairs(80, seed=9)]
+    for count, batch in enumerate(batches, 1):
         call(loss, *batch)
-    newest = torch.cat([image for image, _ in batches])[-50:]
-    held = loss.online._rows["image"]
-    assert torch.equal(held.sort(dim=0).values, newest.sort(dim=0).values)
-    assert loss.metrics["clusterings"] == 2
-    big = pairs(80, seed=9)
-    call(loss, *big)  # more than the queue holds: its end
-    assert torch.equal(loss.online._rows["text"].sort(dim=0).values, big[1][-50:].sort(0).values)
+        newest = [torch.cat(side)[-50:] for side in zip(*batches[:count], strict=True)]
+        features = dict(zip(("image", "text"), newest, strict=True))
+        for one in loss.online.current or []:
+            labels = torch.cdist(features[one.source], one.clustering.centroids).argmin(dim=1)
+            means, _ = protoclip.segment_mean(features[one.student], labels, len(one.prototypes))
+            assert one.source != one.student and torch.allclose(one.prototypes, means, atol=1e-6)
+    assert loss.metrics["clusterings"] == 3 and len(loss.online.current) == 2
 
 
 def test_evaluation_and_no_grad_leave_the_state_alone():
@@ -144,9 +135,7 @@ def test_accumulated_calls_are_one_step():
             leaves = [t.detach().clone().requires_grad_() for t in (image, text)]
             mixed = [t * own + t.detach() * (1 - own) for t in leaves]
             again = parts(*mixed, torch.tensor(SCALE), output_dict=True)
-            assert {k: float(v) for k, v in again.items()} == {
-                k: float(v) for k, v in terms.items()
-            }
+            torch.testing.assert_close(again, terms, rtol=0, atol=0)
             sum(again.values()).backward()
             got.append([t.grad for t in leaves])
         for side in range(2):
@@ -198,16 +187,12 @@ def test_compiled_with_the_model_it_is_the_same(backend):
             return loss(x, y, torch.tensor(SCALE), output_dict=True)
 
         run = torch.compile(step, backend=backend) if compiled else step
-        values = []
-        for number in range(5):
-            terms = run(*pairs(20, seed=number))
-            sum(terms.values()).backward()
-            values.append({key: float(value) for key, value in terms.items()})
-        results.append((values, tower.weight.grad, loss.metrics))
-    for want, got in zip(results[0][0], results[1][0], strict=True):
-        assert got == pytest.approx(want, rel=1e-5)
-    assert torch.allclose(results[0][1], results[1][1], rtol=1e-4, atol=1e-5)
-    assert results[1][2]["steps"] == 5 and results[1][2]["clusterings"] == 2
+        terms = [run(*pairs(20, seed=number)) for number in range(5)]
+        sum(value for one in terms for value in one.values()).backward()
+        results.append((terms, tower.weight.grad))
+    assert loss.metrics["steps"] == 5 and loss.metrics["clusterings"] == 2
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-5)
 
 
 def test_diverged_features_are_refused_in_words():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import protoclip
-from protoclip import export, openclip, plan, teacher, train
+from protoclip import cluster, export, openclip, plan, teacher, train
 from protoclip.data import __main__ as data
 from protoclip.evaluate import __main__ as evaluate
 from protoclip.model import register_configs
@@ -21,8 +21,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 COMMANDS = {
-    "data": data, "evaluate": evaluate, "export": export, "openclip": openclip, "plan": plan,
-    "report": report, "teacher": teacher, "train": train,
+    "cluster": cluster, "data": data, "evaluate": evaluate, "export": export, "openclip": openclip,
+    "plan": plan, "report": report, "teacher": teacher, "train": train,
 }  # fmt: skip
 
 
@@ -31,10 +31,10 @@ def blocks(language: str) -> list[str]:
 
 
 def shown() -> list[tuple[str, list[str]]]:
-    """(NAME, the words after it) of each "-m protoclip.NAME ..." in a block or in backquotes."""
+    """(NAME, the words after it) of each "-m protoclip.NAME ..." or "protoclip NAME ..."."""
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     lines += [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", FENCED.sub("", README))]
-    found = (re.search(r"-m (?:-- )?protoclip\.(\w+)(.*)", line) for line in lines)
+    found = (re.search(r"(?:-m (?:-- )?protoclip\.|^protoclip )(\w+)(.*)", line) for line in lines)
     return [(match[1], shlex.split(match[2], comments=True)) for match in found if match]
 
 
@@ -57,7 +57,7 @@ def test_python_examples_run():
 def test_flags_exist(name):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        COMMANDS[name].main(["--help"])
+        COMMANDS[name].main(["--help" if name == "openclip" else "--help-all"])
     known = set(re.findall(r"--[\w-]+", printed.getvalue()))
     uses = [words for command, words in shown() if command == name]
     assert uses, f"README does not show protoclip.{name}"

@@ -15,7 +15,7 @@ from PIL import Image
 from report_run import make_run
 
 from protoclip.data.shapes import ShapesDataset
-from protoclip.evaluate import Results, SetResults
+from protoclip.evaluate import Outcome, SetResults
 from protoclip.report import figures, load_snapshot, plot_curves, write_report
 from protoclip.report import page as reading
 from protoclip.report.__main__ import main
@@ -58,7 +58,7 @@ def test_the_page_has_every_section_and_needs_no_network(runs, capsys):
         assert f'<section id="{name}">' in text
     assert not re.search(r'(src|href)="(?!data:|#)', text) and "@import" not in text
     assert text.count("<img") > 20 and len(pictures_in(text)) > 50
-    assert "python -m protoclip.train --train-data builtin:shapes:300" in text
+    assert "builtin:shapes:300" in text and "--preset run.json" in text
     assert "1,024 MiB" in text and "prefers-color-scheme: dark" in text
     written = re.compile(r"<p class=note>written .*?</p>")
     again = write_report([runs[0]]).read_text()
@@ -123,8 +123,8 @@ def test_a_run_that_stopped_early_still_has_a_page(tmp_path):
         ("config.json", "{", "not valid JSON"),
         ("config.json", "[]", "expected settings"),
         ("config.json", '{"data": 3, "model": 3}', "expected files that protoclip.train wrote"),
-        ("report.json", '{"format": 3, "clusters": [3]}', "expected files that protoclip.train"),
-        ("report.json", '{"format": 3, "facts": {"memory_bytes": 3}}', "expected files that"),
+        ("report.json", '{"format": 4, "clusters": [3]}', "expected files that protoclip.train"),
+        ("report.json", '{"format": 4, "facts": {"memory_bytes": 3}}', "expected files that"),
     ],
 )
 def test_folders_that_are_not_runs_are_refused(tmp_path, capsys, name, content, words):
@@ -136,50 +136,35 @@ def test_folders_that_are_not_runs_are_refused(tmp_path, capsys, name, content, 
     assert not (path / "report.html").exists()
 
 
-def results(value, spread=0.05):
+def run_of(name, value, spread=0.05):
     metric = "text_retrieval_recall@5"
     one = SetResults("Held out", 9, 9, {metric: value}, {metric: (value - spread, value + spread)})
-    return Results({"HO": one})
+    method = "clip" if name == "plain" else "protoclip"
+    return reading.Run(name, None, {"method": method}, Outcome("", "", "", {"HO": one}))
 
 
 def test_verdict_needs_intervals_that_exclude_zero():
-    clip = reading.Run("plain", None, {"method": "clip"}, results(0.30))
     for value, word in ((0.5, "beat"), (0.1, "lost to"), (0.32, "cannot be told apart")):
-        run = reading.Run("ours", None, {"method": "protoclip"}, results(value))
-        assert word in reading.verdict(run, clip)
-    assert "nothing can be said" in reading.verdict(run, None)
-
-
-def test_change_is_paired_where_hits_are_kept(runs):
-    ours, plain = map(reading.read_run, runs)
-    name = "text_retrieval_recall@5"
-    got = reading.change(ours, plain, "HO", name)
-    hits = [r.snapshot.hits[f"HO/{name}"] for r in (ours, plain)]
-    shares = [kept.count("1") / len(kept) for kept in hits]
-    assert got.value == pytest.approx(shares[0] - shares[1], abs=1e-6)
-    assert got.low < got.value < got.high
+        assert word in reading.verdict(run_of("ours", value), run_of("plain", 0.30))
+    assert "nothing can be said" in reading.verdict(run_of("ours", 0.5), None)
 
 
 def test_baselines(runs, tmp_path, monkeypatch):
     """The comparable run beside it, else the recorded one where the settings are its own."""
-    ours, plain = map(reading.read_run, runs)
-    assert reading.find_baseline([ours]).name == "plain"
-    file = tmp_path / "baseline.json"
-    reading.record_baseline(runs[1], file)
-    monkeypatch.setattr(reading, "RECORDED", file)  # an absolute path replaces the package's
-    found = reading.recorded_baseline(ours)
-    assert found.method == "clip" and found.path is None and "recorded" in found.remark
-    assert found.after.metrics["HO"] == pytest.approx(plain.after.metrics["HO"], nan_ok=True)
-    other = json.loads(json.dumps(ours.config))
-    other["optim"]["epochs"] = 1.0
-    assert not reading.comparable(ours.config, other)
-    assert reading.recorded_baseline(reading.Run("x", None, other)) is None
+    assert reading.find_baseline([reading.read_run(runs[0])]).name == "plain"
+    ours = reading.read_run(shutil.copytree(runs[0], tmp_path / "logs" / "ours"))
+    assert reading.find_baseline([ours]) is None  # protoclip's own is of other data
+    monkeypatch.setattr(reading, "RECORDED", runs[1])
+    found = reading.find_baseline([ours])
+    assert found.name == "CLIP (recorded)" and found.outcome.trained["HO"].samples == 32
+    assert "The baseline is recorded" in reading.render([ours])
+    ours.config["optim"]["epochs"] = 1.0
+    assert reading.find_baseline([ours]) is None
 
 
-def test_reproduction_command_has_what_differs():
-    config = {"method": "clip", "model": {"add_projection_head": False}, "optim": {"lr": 0.5}}
-    command = "python -m protoclip.train --method clip --no-add-projection-head --lr 0.5"
-    assert reading.command_of(config) == command
+def test_the_recorded_baseline_is_of_the_default_settings():
+    recorded = reading.read_run(reading.RECORDED)
+    assert recorded.method == "clip" and {"HO", "TW"} <= set(recorded.outcome.trained)
 
 
 # The parts of a snapshot

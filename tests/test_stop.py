@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 from ranks import ended, free_port, said, start_command, steps_of, tiny_run, wait_until
 
+from protoclip.data import open_dataset
 from protoclip.data.__main__ import export_shards
-from protoclip.data.sources import open_dataset
 from protoclip.distributed import run_command
 
 SIGNALS = {"SIGTERM": 0, "SIGUSR1": 0, "SIGINT": 130}

@@ -1,8 +1,8 @@
 """Saved settings of a stranger's run or checkpoint neither start commands nor reach the network."""
 
-import http.server
 import json
-import threading
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,44 +13,24 @@ from protoclip.report.__main__ import main as report
 from protoclip.train import main as train
 
 DATA = "builtin:shapes:64"
-NANO = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
 FIELDS = ("train_data", "val_data", "imagenet_val")
 KINDS = ("pipe", "url", "second source")
 
 
-@pytest.fixture(scope="module")
-def server():
-    """A web server of this machine; what was asked of it is in ``.asked``."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.server.asked.append(self.path)
-            self.send_error(404)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *args):
-            pass
-
-    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found.asked = []
-    threading.Thread(target=found.serve_forever, daemon=True).start()
-    yield found
-    found.shutdown()
+@pytest.fixture
+def server(serve, tmp_path):
+    """A web server of this machine, and what was asked of it."""
+    asked = []
+    return SimpleNamespace(asked=asked, url=serve(tmp_path / "nothing", asked=asked))
 
 
 @pytest.fixture(scope="module")
-def honest(tmp_path_factory):
+def honest(nano, tmp_path_factory):
     """A finished run of two steps."""
     folder = tmp_path_factory.mktemp("honest")
-    (folder / "strangers-nano.json").write_text(json.dumps(NANO))
     flags = ["--train-data", DATA, "--batch-size", "16", "--max-steps", "2", "--method", "clip"]
-    flags += ["--model", str(folder / "strangers-nano.json"), "--report-to", "none"]
-    assert train([*flags, "--device", "cpu", "--logs", str(folder), "--name", "run"]) == 0
+    flags += ["--model", str(nano), "--report-to", "none", "--device", "cpu"]
+    assert train([*flags, "--logs", str(folder), "--name", "run"]) == 0
     return folder / "run"
 
 
@@ -58,22 +38,15 @@ def honest(tmp_path_factory):
 def stranger(honest, server, tmp_path):
     """Makes of the run one whose saved settings name data elsewhere."""
     marker = tmp_path / "marker"
-    url = f"http://127.0.0.1:{server.server_port}/{{000..001}}.tar"
+    url = f"{server.url}/{{000..001}}.tar"
     words = {
         "pipe": f"pipe:touch {marker}; cat {tmp_path}/none.tar",
         "url": url,
         "second source": f"{tmp_path}/none.tar::{url}",
     }
-    server.asked.clear()
 
     def make(kind, fields=FIELDS, model=""):
-        folder = tmp_path / "run"
-        (folder / "checkpoints").mkdir(parents=True)
-        for path in honest.rglob("*"):
-            if path.is_file():
-                copy = folder / path.relative_to(honest)
-                copy.parent.mkdir(exist_ok=True, parents=True)
-                copy.write_bytes(path.read_bytes())
+        folder = shutil.copytree(honest, tmp_path / "run")
         settings = json.loads((folder / "config.json").read_text())
         settings["data"] |= dict.fromkeys(fields, words[kind])
         settings["model"]["model"] = model or settings["model"]["model"]
@@ -105,28 +78,25 @@ def test_resume_opens_local_data_only(stranger, server, capsys, kind, field):
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_resume_takes_a_preset_no_further(stranger, server, capsys):
-    folder = stranger("url")
+def test_a_preset_goes_no_further_and_data_given_again_do(stranger, server, capsys):
+    folder = stranger("pipe")
     assert train(["--preset", str(folder / "config.json"), "--logs", str(folder / "logs")]) == 2
     refused(capsys, server, "--train-data")
     assert not (folder / "logs").exists()
-
-
-def test_resume_goes_on_with_data_given_again(stranger, server):
-    folder = stranger("pipe")
     flags = ["--train-data", DATA, "--val-data", "", "--imagenet-val", "", "--device", "cpu"]
     assert train(["--resume", str(folder), *flags]) == 0
     assert not server.asked
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("which", ["folder", "checkpoint"])
-def test_evaluate_opens_local_data_only(stranger, server, capsys, kind, which):
+def test_evaluate_and_report_open_local_data_only(stranger, server, capsys, kind):
     folder = stranger(kind)
-    model = folder if which == "folder" else next((folder / "checkpoints").glob("*.pt"))
-    assert evaluate([str(model), "--device", "cpu", "--output", str(folder / "new.json")]) == 2
-    refused(capsys, server, "--data")
+    for model in (folder, next((folder / "checkpoints").glob("*.pt"))):
+        assert evaluate([str(model), "--device", "cpu", "--output", str(folder / "new.json")]) == 2
+        refused(capsys, server, "--data")
     assert not (folder / "new.json").exists()
+    assert report([str(folder), "--output", str(folder / "page.html")]) == 0
+    assert (folder / "page.html").stat().st_size > 1000 and not server.asked
 
 
 def test_evaluate_takes_what_the_command_line_says(stranger, server, capsys):
@@ -135,26 +105,18 @@ def test_evaluate_takes_what_the_command_line_says(stranger, server, capsys):
     flags += ["--output", str(folder / "new.json")]
     assert evaluate([str(folder), "--data", DATA, *flags]) == 0 and (folder / "new.json").exists()
     assert not server.asked
-    url = f"http://127.0.0.1:{server.server_port}/asked.tar"
+    url = f"{server.url}/asked.tar"
     assert evaluate([str(folder), "--data", url, *flags]) == 2 and "/asked.tar" in server.asked
     assert "command line" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
-def test_a_saved_model_of_the_hub_is_not_fetched(stranger, server, capsys, monkeypatch, command):
+def test_a_saved_model_of_the_hub_is_not_fetched(stranger, server, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = str(stranger("url", (), model="hf-hub:stranger/model"))
-    main, argv = {
-        "train": (train, ["--resume", folder, "--device", "cpu"]),
-        "evaluate": (evaluate, [folder, "--data", DATA, "--device", "cpu"]),
-        "export": (export, [folder, "--out", folder + "/out"]),
-    }[command]
-    assert main(argv) == 2
-    refused(capsys, server, "--model")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_report_opens_no_data(stranger, server, kind):
-    folder = stranger(kind)
-    assert report([str(folder), "--output", str(folder / "page.html")]) == 0
-    assert (folder / "page.html").stat().st_size > 1000 and not server.asked
+    for main, argv in (
+        (train, ["--resume", folder, "--device", "cpu"]),
+        (evaluate, [folder, "--data", DATA, "--device", "cpu"]),
+        (export, [folder, "--out", folder + "/out"]),
+    ):
+        assert main(argv) == 2
+        refused(capsys, server, "--model")

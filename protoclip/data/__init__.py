@@ -1,26 +1,69 @@
 """Image-text pairs: built-in, from tables, from shards; and batches of them."""
 
-from protoclip.data.emoji import noto_available
-from protoclip.data.images import AUGMENTATIONS, Transform, build_transform
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from protoclip.data.emoji import EmojiDataset, noto_available
+from protoclip.data.images import Transform, build_transform
 from protoclip.data.loader import Draws, EpochOrder, Faults, batches
-from protoclip.data.shards import index_together
-from protoclip.data.sources import open_dataset
-from protoclip.data.types import Batch, DataError, Labels, PairDataset, Subset
+from protoclip.data.shapes import ShapesDataset
+from protoclip.data.shards import ShardDataset, index_together, is_sharded
+from protoclip.data.tables import CsvDataset
+from protoclip.data.types import Batch, DataError, Labels, PairDataset, Subset, heldout_mask
 
 __all__ = [
-    "AUGMENTATIONS",
-    "Batch",
-    "DataError",
-    "Draws",
-    "EpochOrder",
-    "Faults",
-    "Labels",
-    "PairDataset",
-    "Subset",
-    "Transform",
-    "batches",
-    "build_transform",
-    "index_together",
-    "noto_available",
+    "Batch", "DataError", "Draws", "EpochOrder", "Faults", "Labels", "PairDataset", "Subset",
+    "Transform", "batches", "build_transform", "index_together", "is_sharded", "noto_available",
     "open_dataset",
-]
+]  # fmt: skip
+
+
+def open_dataset(
+    spec: str, split: str = "all", *, seed: int = 0, keep_going: bool = False, **table: Any
+) -> PairDataset:
+    """Open pairs by name.
+
+    Args:
+        spec: "builtin:emoji" | "builtin:shapes[:N]" | a .csv or .tsv file | webdataset shards: a
+            .tar, a folder of them, a url, braces and globs, sources joined by "::".
+        split: "all" | "train" | "heldout" (10 %, of each group alike where groups are known); for
+            builtin:emoji also "noto" | "noto-heldout", the same concepts in another style.
+        seed: which pairs are held out.
+        keep_going: note the bad rows of a table in ``skipped`` instead of raising at the first.
+        table: csv_separator, csv_img_key, csv_caption_key, csv_encoding of :class:`CsvDataset`.
+    Returns:
+        A data set with at least one pair, unless ``keep_going`` finds none.
+    Raises:
+        DataError: what is wrong, where, and what to do.
+    """
+    if spec == "builtin:emoji":
+        return EmojiDataset(split, seed)
+    if split not in ("all", "train", "heldout"):
+        raise DataError(f"{spec}: split must be all, train or heldout, got {split!r}")
+    if is_sharded(spec):
+        dataset: PairDataset = ShardDataset(spec)
+    elif spec.lower().endswith((".csv", ".tsv")):
+        dataset = CsvDataset(spec, keep_going=keep_going, **table)
+    elif spec.split(":")[:2] == ["builtin", "shapes"]:
+        count = spec.removeprefix("builtin:shapes").removeprefix(":") or "2000"
+        if not count.isdecimal():
+            raise DataError(f"{spec}: expected builtin:shapes:N with a whole number N")
+        dataset = ShapesDataset(int(count))
+    else:
+        raise DataError(
+            f"data {spec!r}: expected one of builtin:emoji, builtin:shapes[:N], a .csv or .tsv "
+            'file, or shards such as "{000..012}.tar"'
+        )
+    if split == "all":
+        return dataset
+    groups = dataset.labels["group"].ids.numpy() if "group" in dataset.labels else None
+    heldout = heldout_mask(len(dataset), groups, seed)
+    chosen = np.flatnonzero(heldout if split == "heldout" else ~heldout)
+    if not len(chosen):
+        raise DataError(
+            f"{spec}: {len(dataset)} pairs are too few for the split {split!r}; use split all"
+        )
+    return Subset(dataset, chosen, f"{dataset.name}[{split}]")

@@ -14,68 +14,55 @@ from typing import Any
 
 from tqdm import tqdm
 
-from protoclip.config import Parser
+from protoclip.config import TABLE, DataConfig, Parser, add_options
+from protoclip.data import DataError, PairDataset, open_dataset
 from protoclip.data.files import whole_file, write_atomic
-from protoclip.data.sources import open_dataset
-from protoclip.data.types import DataError, PairDataset
+from protoclip.distributed import run_command
 
 PROG = "python -m protoclip.data"
-FORMATS = {"png": {"format": "PNG"}, "jpg": {"format": "JPEG", "quality": 95}}
+FORMATS = {"png": "PNG", "jpg": "JPEG"}
+BLOCK = 4096  # samples that are checked at a time
 PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")  # safe as a file name of a tar, without a dot
 
 
 def build_parser() -> Parser:
     parser = Parser(PROG, description=__doc__)
+    add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--export", metavar="DATA", help="data to write as shards, as --train-data")
     what.add_argument("--check", metavar="DATA", help="read everything once; list what is wrong")
-    parser.add_argument("--out", metavar="DIR", help="an empty or new folder for the shards")
-    parser.add_argument(
-        "--image-format", default="png", choices=FORMATS, help="of the pictures (default: png)"
-    )
-    for flag, default, text in (
-        ("--split", "all", "all, train, heldout; noto for builtin:emoji"),
-        ("--seed", 0, "which pairs are held out"),
-        ("--workers", 1, "threads of --check"),
-        ("--per-shard", 1000, "pairs a shard"),
-        ("--csv-separator", "\t", "of a table"),
-        ("--csv-img-key", "filepath", "column of the pictures' paths"),
-        ("--csv-caption-key", "title", "column of the captions"),
-        ("--encoding", "utf-8", "of a table"),
-    ):
-        dest = "csv_encoding" if flag == "--encoding" else None
-        text += f" (default: {str(default).replace(chr(9), 'tab')})"
-        parser.add_argument(flag, dest=dest, type=type(default), default=default, help=text)
+    add("--out", metavar="DIR", help="an empty or new folder for the shards")
+    add("--image-format", default="png", choices=FORMATS, help="of the pictures")
+    add("--per-shard", type=int, default=1000, metavar="N", help="pairs a shard (%(default)s)")
+    add("--split", default="all", help="all, train, heldout; noto for builtin:emoji (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="which pairs are held out (%(default)s)")
+    add_options(parser, DataConfig(), only=TABLE)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 1 where --check finds faults, or 2 for a user's mistake
     (one message on stderr)."""
-    arguments = build_parser().parse_args(argv)
-    try:
-        dataset = open_dataset(
-            arguments.check or arguments.export,
-            arguments.split,
-            seed=arguments.seed,
-            keep_going=bool(arguments.check),
-            **{name: value for name, value in vars(arguments).items() if name.startswith("csv_")},
-        )
-        if arguments.check:
-            return int(check_data(dataset, arguments.workers) > 0)
-        if not arguments.out:
-            raise ValueError("--export: expected a folder for the shards; add --out DIR")
-        form = {"per_shard": arguments.per_shard, "image_format": arguments.image_format}
-        shards = export_shards(dataset, arguments.out, **form)
-        names = f"{shards[0].stem}..{shards[-1].stem}"
-        print(f"{len(dataset):,} pairs: --train-data '{arguments.out}/{{{names}}}.tar'")
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
+    args = build_parser().parse_args(argv)
+    return run_command(lambda: run(args), PROG)
 
 
-def check_data(dataset: PairDataset, workers: int = 1) -> int:
+def run(args: Any) -> int:
+    """Check or export, as the command line asks; returns the exit code."""
+    table = {name: value for name, value in vars(args).items() if name in TABLE}
+    data, check = args.check or args.export, bool(args.check)
+    dataset = open_dataset(data, args.split, seed=args.seed, keep_going=check, **table)
+    if check:
+        return int(check_data(dataset) > 0)
+    if not args.out:
+        raise ValueError("--export: expected a folder for the shards; add --out DIR")
+    shards = export_shards(dataset, args.out, args.per_shard, args.image_format)
+    names = f"{shards[0].stem}..{shards[-1].stem}"
+    print(f"{len(dataset):,} pairs: --train-data '{args.out}/{{{names}}}.tar'")
+    return 0
+
+
+def check_data(dataset: PairDataset) -> int:
     """Read every sample once and print what is wrong with each bad one; returns their number."""
     skipped = getattr(dataset, "skipped", [])
     for shard, key, reason in skipped:
@@ -90,11 +77,10 @@ def check_data(dataset: PairDataset, workers: int = 1) -> int:
         except DataError as error:
             return str(error)
 
-    block = 256 * max(1, workers)  # samples in flight
     # Threads, as Pillow releases the interpreter's lock while it decodes.
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for start in tqdm(range(0, len(dataset), block), "checking", leave=False, disable=None):
-            for fault in pool.map(judge, range(start, min(start + block, len(dataset)))):
+    with ThreadPoolExecutor() as pool:
+        for start in tqdm(range(0, len(dataset), BLOCK), "checking", leave=False, disable=None):
+            for fault in pool.map(judge, range(start, min(start + BLOCK, len(dataset)))):
                 if fault:
                     tqdm.write(fault)
                     count += 1
@@ -103,11 +89,7 @@ def check_data(dataset: PairDataset, workers: int = 1) -> int:
 
 
 def export_shards(
-    dataset: PairDataset,
-    out: str | os.PathLike[str],
-    *,
-    per_shard: int = 1000,
-    image_format: str = "png",
+    dataset: PairDataset, out: str | os.PathLike[str], per_shard: int = 1000, kind: str = "png"
 ) -> list[Path]:
     """Write 00000.tar, 00001.tar, ... and sizes.json into a new or empty folder.
 
@@ -119,25 +101,17 @@ def export_shards(
         dataset: what to write.
         out: folder for the shards.
         per_shard: pairs in each tar but the last.
-        image_format: "png" (lossless) or "jpg" (quality 95).
+        kind: of the pictures, "png" (lossless) or "jpg" (quality 95).
     Raises:
-        DataError: the folder holds something, or a pair cannot be read.
-        ValueError: per_shard or image_format make no sense.
+        ValueError: the folder holds something, a pair cannot be read, or per_shard is below 1.
     """
     from webdataset import TarWriter
 
-    if per_shard < 1 or image_format not in FORMATS:
-        raise ValueError(
-            f"export: expected at least 1 pair per shard and a format of {', '.join(FORMATS)}, got "
-            f"{per_shard} and {image_format!r}"
-        )
+    if per_shard < 1:
+        raise ValueError(f"--per-shard: expected at least 1, got {per_shard}")
     folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        occupied = any(folder.iterdir())
-    except OSError as error:
-        raise DataError(f"--out {folder}: {error.strerror}; choose another folder") from error
-    if occupied:
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
         raise DataError(f"--out {folder}: the folder is not empty; choose a new one")
     sizes: dict[str, int] = {}
     for start in tqdm(range(0, len(dataset), per_shard), "writing", unit="shard", disable=None):
@@ -150,26 +124,24 @@ def export_shards(
             TarWriter(file, encoder=False, mtime=0) as tar,
         ):
             for i in part:
-                tar.write(_members_of(dataset, i, image_format))
+                tar.write(_members_of(dataset, i, kind))
         sizes[path.name] = len(part)
     write_atomic(folder / "sizes.json", json.dumps(sizes, indent=1) + "\n")
     return [folder / name for name in sizes]
 
 
-def _members_of(dataset: PairDataset, i: int, image_format: str) -> dict[str, str | bytes]:
+def _members_of(dataset: PairDataset, i: int, kind: str) -> dict[str, str | bytes]:
     """A pair as webdataset's writer takes it."""
     captions, key = dataset.captions(i), dataset.keys[i]
     picture = io.BytesIO()
-    dataset.image(i).save(picture, **FORMATS[image_format])  # type: ignore[arg-type]
+    dataset.image(i).save(picture, FORMATS[kind], quality=95)
     about: dict[str, Any] = {"caption": captions[0], "captions": list(captions), "key": key}
-    about |= {
-        name: labels.names[int(labels.ids[i])]
-        for name, labels in dataset.labels.items()
-        if labels.ids[i] >= 0
-    }
+    for name, labels in dataset.labels.items():
+        if labels.ids[i] >= 0:
+            about[name] = labels.names[int(labels.ids[i])]
     return {
         "__key__": key if PLAIN_KEY.fullmatch(key) else f"{i:09d}",
-        image_format: picture.getvalue(),
+        kind: picture.getvalue(),
         "txt": captions[0].encode("utf-8", "surrogateescape"),
         "json": json.dumps(about, ensure_ascii=False).encode("utf-8", "surrogateescape"),
     }

@@ -10,9 +10,7 @@ import contextlib
 import csv
 import functools
 import importlib.util
-import io
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -27,7 +25,6 @@ SPLITS = ("all", "train", "heldout", "noto", "noto-heldout")
 LANGUAGES = ("de", "es", "fr", "it", "pt")
 STRIKE = 109  # the only size of the font's bitmaps, in pixels per em
 SIDE = 72  # pictures as large as Twemoji's
-FONT_VARIABLE = "PROTOCLIP_NOTO_FONT"
 
 
 @functools.cache
@@ -43,21 +40,18 @@ def _captions(row: Mapping[str, str]) -> tuple[str, ...]:
     label = row["label"]
     tags = [tag for tag in row["tags"].split("|") if tag and tag != label]
     captions = [label, *(f"{label}, {tag}" for tag in tags)]
-    if len(tags) > 1:
-        captions.append(", ".join(tags))
+    captions.append(", ".join(tags) if len(tags) > 1 else "")
     captions += [row[f"label_{language}"] for language in LANGUAGES]
-    return tuple(dict.fromkeys(caption for caption in captions if caption))
+    return tuple(dict.fromkeys(filter(None, captions)))
 
 
 class EmojiDataset:
-    """Concepts drawn in one style.
+    """Concepts drawn in one style, with the labels "group" (9) and "subgroup" (98).
 
     Args:
         split: "train" | "heldout" (10 % of the concepts, of each group alike) | "all" in Twemoji's
             drawings; "noto" (all) | "noto-heldout" in those of Noto Color Emoji.
         seed: which concepts are held out.
-    Labels:
-        "group" (9), "subgroup" (98).
     Raises:
         DataError: the pictures or the font are not on this machine, or the split is unknown.
     """
@@ -76,7 +70,7 @@ class EmojiDataset:
             heldout = heldout_mask(len(wanted), labels["group"].ids.numpy(), seed)
             wanted = ~heldout if split == "train" else heldout
         rows = [i for i in np.flatnonzero(wanted).tolist() if concepts()[i]["hexcode"] in drawn]
-        self.keys = tuple(concepts()[i]["hexcode"] for i in rows)
+        self.keys: Sequence[str] = tuple(concepts()[i]["hexcode"] for i in rows)
         self._captions = tuple(_captions(concepts()[i]) for i in rows)
         self.labels: Mapping[str, Labels] = {
             name: Labels(full.ids[rows], full.names) for name, full in labels.items()
@@ -139,8 +133,7 @@ def noto_available() -> bool:
 def noto_pictures() -> Mapping[str, Image.Image]:
     """Picture by key of each concept that the font draws as one glyph, RGB, 72 x 72 on white.
 
-    All are drawn at the first call (1,914 in about 1.2 s) and kept (30 MB): only the result tells
-    which of them the font knows.
+    All are drawn at the first call (1.2 s) and kept (30 MB): only the result tells which it knows.
     """
     font = _noto_font()
     width = font.getlength("\N{GRINNING FACE}")
@@ -170,12 +163,9 @@ def _draw(font: ImageFont.FreeTypeFont, text: str) -> Image.Image:
 
 @functools.cache
 def _noto_font() -> ImageFont.FreeTypeFont:
-    """The font, where $PROTOCLIP_NOTO_FONT says or in the system's folders, which Pillow knows."""
-    chosen = os.environ.get(FONT_VARIABLE)
+    """The font, from the folders where Pillow looks for fonts."""
     try:
-        # The content of a chosen file, as Pillow looks for a namesake when a path does not load.
-        file = io.BytesIO(Path(chosen).expanduser().read_bytes()) if chosen else None
-        font = ImageFont.truetype(file or "NotoColorEmoji.ttf", STRIKE)
+        font = ImageFont.truetype("NotoColorEmoji.ttf", STRIKE)
         # Builds with vector colours (COLRv1) load as well, and draw nothing.
         colours = _draw(font, "\N{GRINNING FACE}").getcolors(SIDE * SIDE)
         reason = "" if colours and len(colours) > 16 else "it has no colour bitmaps (CBDT)"
@@ -183,8 +173,8 @@ def _noto_font() -> ImageFont.FreeTypeFont:
         reason = str(error)
     if reason:
         raise DataError(
-            f"the font Noto Color Emoji was not found ({chosen or 'system fonts'}: {reason}); "
-            "install it (Debian, Ubuntu: apt-get install fonts-noto-color-emoji) or set "
-            f"{FONT_VARIABLE} to the path of NotoColorEmoji.ttf"
+            f"the font Noto Color Emoji was not found ({reason}); install it (Debian, Ubuntu: "
+            "apt-get install fonts-noto-color-emoji), or put NotoColorEmoji.ttf into a folder of "
+            "fonts, such as ~/.local/share/fonts"
         )
     return font

@@ -32,12 +32,8 @@ def is_remote(shard: str) -> bool:
 
 
 def local_copy(url: str) -> str:
-    """Path of the local copy of a shard, which is fetched if it is not there.
-
-    Raises:
-        DataError: an unknown kind of url, or what kept the shard from arriving.
-    """
-    if url in _copies and os.path.exists(_copies[url]):
+    """Path of the local copy of a shard, which is fetched if it is not there."""
+    if os.path.exists(_copies.get(url, "")):
         return _copies[url]
     import fsspec
     from filelock import FileLock

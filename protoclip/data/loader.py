@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.util import Finalize
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from protoclip.config import DataConfig
 from protoclip.data.images import Transform
-from protoclip.data.types import Batch, DataError, PairDataset, Subset, mix
+from protoclip.data.types import Batch, DataError, PairDataset, mix
 
 STREAM_BUFFER = 10_000  # samples; the window of shard-wise orders unless --shuffle-buffer says
 AHEAD = 16  # batches whose shards are fetched in advance
@@ -35,97 +34,61 @@ class EpochOrder:
     """The order in which an epoch visits the data: fully mixed, shard by shard, or resampled.
 
     Args:
-        dataset: with ``shard_of`` and ``source_of``, int [N], where it is made of shards.
+        dataset: N pairs, with ``shard_of`` and ``source_of``, int [N], where it is of shards.
         config: weights of the sources, window of the shuffle, resampling.
-    Attributes:
-        size: positions in an epoch: N, times the weights where sources have them.
     Raises:
         ValueError: weights that are not numbers, or not one for each source.
     """
 
     def __init__(self, dataset: Any, config: DataConfig) -> None:
-        count = len(dataset)
+        self.size = count = len(dataset)
         shard = getattr(dataset, "shard_of", np.zeros(count))
-        source = getattr(dataset, "source_of", np.zeros(count)).astype(np.int64)
-        self.source = torch.from_numpy(source)
-        self.weights = _weights(
-            config.train_data_upsampling_factors, int(source.max(initial=0)) + 1
-        )
-        self.resampled = config.dataset_resampled
-        self.size = count
-        if self.weights and not self.resampled:
-            parts = torch.bincount(self.source, minlength=len(self.weights)).tolist()
-            self.size = sum(round(w * n) for w, n in zip(self.weights, parts, strict=True))
-        if self.size < 1:
-            raise ValueError("--train-data-upsampling-factors: no sample is left in an epoch")
-        self.window = config.shuffle_buffer
-        if self.window <= 0:
-            remote = self.window < 0 and getattr(dataset, "remote", False)
-            self.window = STREAM_BUFFER if remote or self.resampled else 0
         # Runs of neighbours in the same shard; without shards the data set is one.
         edges = [0, *(np.flatnonzero(np.diff(shard)) + 1), count]
         self.starts = torch.tensor(edges[:-1], dtype=torch.int64)
         self.lengths = torch.tensor(edges[1:], dtype=torch.int64) - self.starts
+        source = getattr(dataset, "source_of", np.zeros(count)).astype(np.int64)
+        weights = _weights(config, int(source.max()) + 1)
+        self.chances = torch.tensor(weights, dtype=torch.float64)[source[edges[:-1]]]
+        self.resampled = config.dataset_resampled
+        self.window = max(0, config.shuffle_buffer)
+        remote = config.shuffle_buffer < 0 and getattr(dataset, "remote", False)
+        if not self.window and (remote or self.resampled):
+            self.window = STREAM_BUFFER
 
     def permutation(self, random: torch.Generator) -> Tensor:
-        """Positions of one epoch, int64 [size]."""
-        if self.resampled:
-            return _window(self._resampled(random), self.window, random)
+        """Positions of one epoch, int64 [N]."""
         if not self.window:
-            positions = self._repeated(torch.arange(int(self.lengths.sum())), random)
-            return positions[torch.randperm(len(positions), generator=random)]
-        shards = torch.randperm(len(self.starts), generator=random)
-        positions = self._repeated(_runs(self.starts[shards], self.lengths[shards]), random)
-        return _window(positions, self.window, random)
-
-    def _repeated(self, positions: Tensor, random: torch.Generator) -> Tensor:
-        """Repeat each position by the weight of its source; the fraction is drawn each time."""
-        if not self.weights:
-            return positions
-        source = self.source[positions]
-        times = torch.zeros(len(positions), dtype=torch.int64)
-        for number, weight in enumerate(self.weights):
-            members = (source == number).nonzero().flatten()
-            times[members] = int(weight)
-            rest = round(weight * len(members)) - int(weight) * len(members)
-            times[members[torch.randperm(len(members), generator=random)[:rest]]] += 1
-        return positions.repeat_interleave(times)
-
-    def _resampled(self, random: torch.Generator) -> Tensor:
-        """Whole shards with replacement, as OpenCLIP's --dataset-resampled, cut at ``size``."""
-        chances = torch.ones(len(self.starts), dtype=torch.float64)
-        if self.weights:
-            chances = torch.tensor(self.weights, dtype=torch.float64)[self.source[self.starts]]
-        found = torch.empty(0, dtype=torch.int64)
-        while len(found) < self.size:
-            shards = torch.multinomial(chances, len(chances), replacement=True, generator=random)
-            found = torch.cat([found, _runs(self.starts[shards], self.lengths[shards])])
-        return found[: self.size]
+            return torch.randperm(self.size, generator=random)
+        count = len(self.starts)
+        shards = torch.randperm(count, generator=random)
+        positions = torch.empty(0, dtype=torch.int64)
+        while len(positions) < self.size:  # once, unless resampled
+            if self.resampled:  # as OpenCLIP does
+                shards = torch.multinomial(self.chances, count, True, generator=random)
+            starts, lengths = self.starts[shards], self.lengths[shards]
+            offsets = (starts - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
+            positions = torch.cat([positions, torch.arange(int(lengths.sum())) + offsets])
+        positions = positions[: self.size]
+        # No sample moves by more than the window: what a shuffle buffer does.
+        moved = torch.rand(self.size, generator=random, dtype=torch.float64) * self.window
+        return positions[(torch.arange(self.size) + moved).argsort(stable=True)]
 
 
-def _runs(starts: Tensor, lengths: Tensor) -> Tensor:
-    """start, start + 1, ... of each run, one after the other."""
-    ends = lengths.cumsum(0)
-    offsets = (starts - (ends - lengths)).repeat_interleave(lengths)
-    return torch.arange(int(lengths.sum())) + offsets
-
-
-def _window(positions: Tensor, window: int, random: torch.Generator) -> Tensor:
-    """Mix so that no sample moves by more than ``window`` places: what a shuffle buffer does."""
-    moved = torch.rand(len(positions), generator=random, dtype=torch.float64) * window
-    return positions[(torch.arange(len(positions)) + moved).argsort(stable=True)]
-
-
-def _weights(text: str, sources: int) -> list[float]:
+def _weights(config: DataConfig, sources: int) -> list[float]:
+    """Of each source, for resampling."""
+    text = config.train_data_upsampling_factors
+    if not text:
+        return [1.0] * sources
     try:
-        weights = [float(part) for part in text.split("::")] if text else []
-        fine = not text or (len(weights) == sources and min(weights) >= 0)
+        weights = [float(part) for part in text.split("::")]
     except ValueError:
-        fine = False
-    if not fine or not np.isfinite(weights).all():
+        weights = []
+    finite = np.isfinite(weights).all() and min(weights, default=-1) >= 0 and sum(weights) > 0
+    if not finite or len(weights) != sources or not config.dataset_resampled:
         raise ValueError(
-            f"--train-data-upsampling-factors: expected {sources} numbers of at least 0 joined by "
-            f"'::', one for each source of --train-data, got {text!r}"
+            f"--train-data-upsampling-factors: expected --dataset-resampled and {sources} numbers "
+            f"of at least 0 joined by '::', one for each source of --train-data, got {text!r}"
         )
     return weights
 
@@ -133,32 +96,21 @@ def _weights(text: str, sources: int) -> list[float]:
 class Faults:
     """The samples of a data set that cannot be used, as far as they are known.
 
-    Args:
-        dataset: what it skipped when it was opened counts.
-        max_fraction: share of bad samples above which to stop.
-        report: told each new one in words.
-    Raises:
-        DataError: there are more than ``max_fraction`` allows already.
+    What it skipped when it was opened counts. A share of bad samples above ``max_fraction`` is a
+    DataError; ``report`` is told each new one in words.
     """
 
     def __init__(
         self, dataset: PairDataset, max_fraction: float, report: Callable[[str], Any] = print
     ) -> None:
-        whole: Any = dataset
-        while isinstance(whole, Subset):
-            whole = whole.dataset
         self.name, self.max_fraction, self.report = dataset.name, max_fraction, report
-        self.known = len(getattr(whole, "skipped", ()))
-        self.total = len(whole) + self.known
+        self.known = len(getattr(dataset, "skipped", ()))
+        self.total = len(dataset) + self.known
         self.positions: set[int] = set()
         self._check("")
 
     def noted(self, batch: Batch) -> Batch:
-        """The batch, after its bad samples are noted; the same one counts once.
-
-        Raises:
-            DataError: there are more than ``max_fraction`` allows.
-        """
+        """The batch, after its bad samples are noted; the same one counts once."""
         for position, reason in batch.bad:
             if position not in self.positions:
                 self.positions.add(position)
@@ -207,9 +159,7 @@ def batches(
     The global random state of the caller is left as it was.
 
     Args:
-        dataset: where the pairs come from.
-        draws: which of them, in which order.
-        batch_size: pairs per batch, at least 1.
+        dataset, draws, batch_size: which pairs, in which order and parts.
         transform: picture -> [3, H, W]; its chance must come from torch's default generator.
         tokenizer: list of B captions -> int64 [B, L].
         workers: processes besides this one; 0 loads in this one.
@@ -220,13 +170,8 @@ def batches(
     Raises:
         DataError: a pair that cannot be read, or too many of them; the message names it.
     """
-    count = len(draws.positions)
-    if draws.numbers is None:
-        draws = replace(draws, numbers=torch.arange(count))
-    source = _Source(
-        dataset, draws, batch_size, transform, tokenizer, captions, replace_bad=faults is not None
-    )
-    firsts = range(draws.start, count, batch_size)
+    source = _Source(dataset, draws, batch_size, transform, tokenizer, captions, faults is not None)
+    firsts = range(draws.start, len(draws.positions), batch_size)
     loaded = _in_workers(source, firsts, workers) if workers else map(source.load, firsts)
     return loaded if faults is None else map(faults.noted, loaded)
 
@@ -244,43 +189,40 @@ class _Source:
     replace_bad: bool
 
     def load(self, first: int) -> Batch:
-        positions, end = self.draws.positions.numpy(), first + self.batch_size
-        index = positions[first:end].copy()
+        positions, numbers = self.draws.positions.numpy(), self.draws.numbers
+        index = positions[first : first + self.batch_size].copy()
+        own = slice(first, first + len(index))
         if (prefetch := getattr(self.dataset, "prefetch", None)) is not None:
             prefetch(positions[first : first + AHEAD * self.batch_size])
-        assert self.draws.numbers is not None
-        dice = mix(self.draws.seed, self.draws.numbers[first:end].numpy())
-        pairs: list[tuple[str, Tensor]] = []
+        draws = np.arange(own.start, own.stop) if numbers is None else numbers[own].numpy()
+        texts: list[str] = []
+        pictures: list[Tensor] = []
         bad: list[tuple[int, str]] = []
-        generator = torch.default_generator
-        before = generator.get_state()
-        try:
-            for row, die in enumerate(dice.tolist()):
-                while len(pairs) == row:
+        whole = self.transform
+        one = whole.pixels if isinstance(whole, Transform) else whole
+        with torch.random.fork_rng(devices=[]):
+            for row, die in enumerate(mix(self.draws.seed, draws).tolist()):
+                while len(pictures) == row:
                     try:
-                        pairs.append(self._pair(int(index[row]), die))
+                        captions = self.dataset.captions(int(index[row]))
+                        torch.default_generator.manual_seed(die)
+                        pictures.append(one(self.dataset.image(int(index[row]))))
+                        texts.append(self._choose(captions, die))
                     except DataError as error:
                         if not self.replace_bad or len(bad) == ATTEMPTS + self.batch_size:
                             raise
                         bad.append((int(index[row]), str(error)))
                         index[row] = self._another(die, len(bad), index)
-        finally:
-            generator.set_state(before)
-        texts, pictures = zip(*pairs, strict=True)
         images = torch.stack(pictures)
-        if isinstance(self.transform, Transform):
-            images = self.transform.normalise(images)
-        return Batch(torch.from_numpy(index), images, self.tokenizer(list(texts)), tuple(bad))
+        if isinstance(whole, Transform):
+            images = whole.normalise(images)
+        return Batch(torch.from_numpy(index), images, self.tokenizer(texts), tuple(bad))
 
-    def _pair(self, position: int, die: int) -> tuple[str, Tensor]:
-        """Caption and transformed picture, drawn by the given number."""
-        choices = self.dataset.captions(position)
+    def _choose(self, captions: Sequence[str], die: int) -> str:
+        """One of the captions, drawn by the given number."""
         choice = int(mix(0, die))
         first = self.captions == "first" or (self.captions == "canonical" and choice >> 40 & 1)
-        whole = self.transform
-        one = whole.pixels if isinstance(whole, Transform) else whole
-        torch.default_generator.manual_seed(die)
-        return choices[0 if first else choice % len(choices)], one(self.dataset.image(position))
+        return captions[0 if first else choice % len(captions)]
 
     def _another(self, die: int, attempt: int, batch: np.ndarray) -> int:
         """A pair to replace a bad one, preferably one that is not in the batch already."""
@@ -309,14 +251,17 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # else it draws from the caller's
         )
-        others = set(multiprocessing.active_children())
-        started: set[multiprocessing.process.BaseProcess] = set()
+        started: list[multiprocessing.process.BaseProcess] = []
         # Kill workers that are stuck, here or at exit: they ignore SIGTERM.
         cleanup = Finalize(None, _kill, (started,), exitpriority=1)
-        iterator: Iterator[Any] = iter(())
+        iterator: Any = iter(())
+        handler = signal.getsignal(signal.SIGCHLD)
         try:
-            iterator = _started(loader)
-            started |= set(multiprocessing.active_children()) - others
+            iterator = iter(loader)
+            # Torch's handler raises wherever the program is when a worker dies; the iterator
+            # notices by itself within seconds.
+            signal.signal(signal.SIGCHLD, handler)
+            started += iterator._workers
             for batch in iterator:
                 if isinstance(batch, DataError):
                     raise batch
@@ -329,7 +274,7 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
             if "DataLoader worker" not in str(error) and not dead:
                 raise
             crashes += 1
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = (str(error) or type(error).__name__).splitlines()[0]
         finally:
             iterator = iter(())  # stops the workers that still answer
             cleanup()
@@ -338,8 +283,8 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
         if crashes == CRASHES:
             raise DataError(
                 f"{source.dataset.name}: a data worker died {CRASHES} times at the same batch "
-                f"({reason}); one of its pictures may break the decoder or the memory may be too "
-                f"small for --workers {workers}; samples: {keys}, ..."
+                f"({reason}); a picture may break the decoder, or memory is too small for "
+                f"--workers {workers}; samples: {keys}, ..."
             )
         logger.warning("a data worker died (%s) near %s, ...; it is started again", reason, keys)
 
@@ -350,19 +295,6 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _started(loader: torch.utils.data.DataLoader) -> Iterator[Any]:
-    """The loader's iterator, without torch's SIGCHLD handler, which raises wherever the program is
-    when a worker dies; the iterator notices by itself within seconds."""
-    if threading.current_thread() is not threading.main_thread():
-        return iter(loader)
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        return iter(loader)
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-
-
 def _kill(processes: Iterable[multiprocessing.process.BaseProcess]) -> None:
     for process in processes:
-        if process.is_alive():
-            process.kill()
+        process.kill()

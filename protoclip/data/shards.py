@@ -6,6 +6,7 @@ import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -13,6 +14,7 @@ import os
 import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -35,7 +37,7 @@ FORMAT = 5  # of the cached index
 MAX_SHARDS = 1_000_000  # that one source may name; LAION-5B has 231,349
 MAX_CAPTION_BYTES = 1 << 22  # a larger member is no caption; img2dataset's JSON has about 1 kB
 NAMED = 5  # skipped samples named in the warning; the rest are counted
-Members = dict[str, tuple[int, int]]  # of a sample: extension -> offset, size in bytes
+Place = tuple[int, int]  # offset and size in bytes
 logger = logging.getLogger(__name__)
 
 
@@ -47,8 +49,7 @@ class ShardDataset:
     skipped with a warning. Shards from urls are copied as they are needed.
 
     Args:
-        spec: path or url of a tar; braces "{000..012}" and globs expand, "::" joins several
-            sources.
+        spec: path or url of a tar; braces "{000..012}" and globs expand, "::" joins sources.
     Attributes:
         skipped: (shard, key, reason) of each sample left out.
         shard_of, source_of: number of each pair's shard and source, int32 and int16 [N].
@@ -76,10 +77,7 @@ class ShardDataset:
         counts = [len(index.keys) for index in indices]
         self.shard_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         self.source_of = np.asarray(sources, dtype=np.int16)[self.shard_of]
-        self._report()
-
-    def _report(self) -> None:
-        total = len(self) + len(self.skipped)
+        total = len(self.keys) + len(self.skipped)
         listing = "".join(f"\n  {s}: {key!r}: {reason}" for s, key, reason in self.skipped[:NAMED])
         if not self.keys:
             raise DataError(
@@ -94,10 +92,9 @@ class ShardDataset:
 
     def prefetch(self, positions: np.ndarray) -> None:
         """Begin copies of the remote shards that these pairs, int64 [M], will need."""
-        shards = self.shard_of[positions] if self.remote else np.empty(0, dtype=np.int32)
-        for number in dict.fromkeys(shards.tolist()):
-            if is_remote(self.shards[number]):
-                fetch_ahead(self.shards[number])
+        numbers = dict.fromkeys(self.shard_of[positions].tolist() if self.remote else ())
+        for shard in filter(is_remote, (self.shards[number] for number in numbers)):
+            fetch_ahead(shard)
 
     def image(self, i: int) -> Image.Image:
         return decode(self._read(i, 0), self._where(i))
@@ -106,10 +103,8 @@ class ShardDataset:
         data = self._read(i, 2)
         try:
             return parse_captions(data, bool(self._places[i, 4]))
-        except ValueError as error:
-            raise DataError(
-                f"{self._where(i)}: changed while in use ({error}); start again"
-            ) from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self._where(i)}: changed while in use ({error})") from error
 
     def _where(self, i: int) -> str:
         return f"{self.shards[self.shard_of[i]]}: {self.keys[i]!r}"
@@ -122,7 +117,7 @@ class ShardDataset:
             file = _open(local_copy(shard) if is_remote(shard) else shard)
             data = os.pread(file.fileno(), size, offset)
         except OSError as error:
-            raise DataError(f"{shard}: {error.strerror}; check that the disk is there") from error
+            raise DataError(f"{shard}: {error.strerror}; check the disk") from error
         if len(data) != size:
             copies = f" without its copy in {cache_dir()}" if is_remote(shard) else ""
             raise DataError(f"{shard}: changed while in use; start again{copies}")
@@ -159,8 +154,7 @@ def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The shards that ``spec`` names, in the given order (globs sorted), and the source of each.
 
     Raises:
-        DataError: a path or glob without a file, unbalanced braces, far too many shards, a shell
-            command, or a shard named twice.
+        DataError: what names no shard, too many, a command to run, or one shard twice.
     """
     from webdataset.shardlists import expand_urls
 
@@ -169,17 +163,14 @@ def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     for number, source in enumerate(spec.split("::")):
         if source.startswith("pipe:"):
             raise DataError(
-                f"data {source!r} would run a shell command, which protoclip's readers never do; "
-                "give a url or a file, or train with python -m protoclip.openclip, whose pipeline "
-                "reads pipes"
+                f"data {source!r} would run a shell command; give a url or a file, or train with "
+                "python -m protoclip.openclip, whose pipeline reads pipes"
             )
         ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}", source)
         count = math.prod(abs(int(a) - int(b)) // max(1, int(c or 1)) + 1 for a, b, c in ranges)
         if count > MAX_SHARDS:
-            raise DataError(
-                f"shards {source!r}: expected at most {MAX_SHARDS:,} shards, got {count:,}; check "
-                "the range in the braces"
-            )
+            limit = f"expected at most {MAX_SHARDS:,} shards, got {count:,}"
+            raise DataError(f"shards {source!r}: {limit}; check the range in the braces")
         try:
             patterns = expand_urls(source)
         except ValueError as error:
@@ -188,9 +179,8 @@ def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
             found = [pattern] if is_remote(pattern) else _files(pattern)
             shards += found
             sources += [number] * len(found)
-    if len(set(shards)) < len(shards):
-        twice = next(shard for shard in shards if shards.count(shard) > 1)
-        raise DataError(f"shards {spec!r}: {twice} is listed twice; name it once")
+    if twice := [shard for shard, count in Counter(shards).items() if count > 1]:
+        raise DataError(f"shards {spec!r}: {twice[0]} is listed twice; name it once")
     return tuple(shards), tuple(sources)
 
 
@@ -205,29 +195,20 @@ def _files(pattern: str) -> list[str]:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The pairs of one shard, in the order of the tar.
+    """The pairs of one shard, in the order of the tar."""
 
-    Attributes:
-        size: of the tar, bytes.
-        keys: of each pair, the name of its members without the extension.
-        places: of each pair, offset and size of the picture and of the captions, in bytes, and
-            whether the captions are JSON rather than plain lines; int64 [N, 5].
-        skipped: (key, reason) of each sample that is not a usable pair.
-    """
-
-    size: int
-    keys: list[str]
+    size: int  # of the tar, bytes
+    keys: list[str]  # of each pair, the name of its members without the extension
+    # Of each pair, offset and size of the picture and of the captions in bytes, and whether the
+    # captions are JSON rather than plain lines: int64 [N, 5].
     places: np.ndarray
-    skipped: list[tuple[str, str]]
+    skipped: list[tuple[str, str]]  # (key, reason) of each sample that is not a usable pair
 
 
 def index_together(spec: str) -> None:
     """Read the new shards of ``spec``, each rank its share, and give all ranks all indices.
 
-    Every rank calls it before it opens the data; without it each would read all shards by itself.
-
-    Raises:
-        DataError: on every rank, what one of them found wrong.
+    Every rank calls it before it opens the data. What one finds wrong is every rank's DataError.
     """
     if not is_distributed() or not is_sharded(spec):
         return
@@ -243,28 +224,24 @@ def index_together(spec: str) -> None:
 def _on_all(make: Callable[[], Any]) -> list[Any]:
     """What ``make`` returns on each rank, for every rank; the DataError of one is that of all."""
     try:
-        own = make(), ""
+        own = make()
     except DataError as error:
-        own = None, str(error)
+        own = error
     gathered = gather_objects(own)
     parts = from_main(lambda: gathered)
-    for _, problem in parts:
-        if problem:
-            raise DataError(problem)
-    return [part for part, _ in parts]
+    for part in parts:
+        if isinstance(part, DataError):
+            raise part
+    return parts
 
 
 def shard_index(shard: str) -> ShardIndex:
     """Index of a shard: from the cache if the file is unchanged, else read from the tar's headers.
 
     What comes from a url is taken to be the same every time, so that a known one is not read again.
-
-    Raises:
-        DataError: the file is compressed, or not a tar.
     """
-    cached = _cached(shard)
     try:
-        size, keys, places, skipped = json.loads(cached.read_text(encoding="utf-8"))
+        size, keys, places, skipped = json.loads(_cached(shard).read_text(encoding="utf-8"))
         table = np.array(places, dtype=np.int64).reshape(len(keys), 5)
         return ShardIndex(size, keys, table, skipped)
     except (OSError, ValueError, TypeError):
@@ -296,18 +273,24 @@ def _scan(path: str, name: str) -> ShardIndex:
     """Read the headers and captions of a tar; pictures are not touched. ``name`` is for errors."""
     pairs: dict[str, tuple[int, ...]] = {}
     skipped: list[tuple[str, str]] = []
+    last = ""
     with open(path, "rb") as file:
-        for key, members, fault in _samples(path, name):
-            place = fault or ("the key occurs twice" if key in pairs else _pair(file, members))
-            if isinstance(place, str):
-                skipped.append((key, place))
+        for key, members in itertools.groupby(_members(file, name), lambda member: member[0]):
+            found = {kind: place for _, kind, place in members}
+            if not key:
+                skipped.append((f"what follows {last}", next(iter(found))))
+                continue
+            pair = "the key occurs twice" if key in pairs else _pair(file, found)
+            if isinstance(pair, str):
+                skipped.append((key, pair))
             else:
-                pairs[key] = place
+                pairs[key] = pair
+            last = key
     places = np.array(list(pairs.values()), dtype=np.int64).reshape(-1, 5)
     return ShardIndex(os.path.getsize(path), list(pairs), places, skipped)
 
 
-def _pair(file: io.BufferedReader, members: Members) -> tuple[int, ...] | str:
+def _pair(file: io.BufferedReader, members: Mapping[str, Place]) -> tuple[int, ...] | str:
     """Where picture and captions of a sample are, as in ``ShardIndex``; or why it is not a pair."""
     usable = {kind: place for kind, place in members.items() if place[1] > 0}
     for what, kinds in (("picture", IMAGE_KINDS), ("caption", TEXT_KINDS)):
@@ -315,40 +298,31 @@ def _pair(file: io.BufferedReader, members: Members) -> tuple[int, ...] | str:
             state = "is empty (0 bytes)" if set(kinds) & set(members) else "is missing"
             return f"the {what} {state} ({', '.join(kinds)})"
     image = next(usable[kind] for kind in IMAGE_KINDS if kind in usable)
-    reasons, found = [], []
-    for kind in TEXT_KINDS:
-        offset, size = usable.get(kind, (0, 0))
+    reason, chosen = "", ""
+    for kind in filter(usable.get, TEXT_KINDS):
+        offset, size = usable[kind]
         file.seek(offset)
         try:
             if size > MAX_CAPTION_BYTES:
                 raise ValueError(f"{size:,} bytes are too many for captions")
-            if size:
-                data = file.read(size)
-                parse_captions(data, kind == "json")
-                found.append((kind, data))
-        except ValueError as error:
-            reasons.append(f"its {kind}: {error}")
-    if not found:
-        return reasons[0]
-    # A list of several goes before the one in the txt.
-    kind = next((kind for kind, data in found[1:] if b'"captions"' in data), found[0][0])
-    return *image, *usable[kind], int(kind == "json")
+            data = file.read(size)
+            parse_captions(data, kind == "json")
+            if not chosen or b'"captions"' in data:  # a list goes before the one in the txt
+                chosen = kind
+        except (ValueError, RecursionError) as error:
+            reason = reason or f"its {kind}: {error}"
+    return (*image, *usable[chosen], int(chosen == "json")) if chosen else reason
 
 
 def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
-    """Captions without the empty ones: the lines of a text, or "captions" / "caption" of a JSON;
-    each cut to ``MAX_CAPTION`` characters.
+    """Captions without the empty ones, each cut to ``MAX_CAPTION`` characters.
 
-    Raises:
-        ValueError: no caption, not UTF-8, or not a JSON object with captions as strings.
+    They are the lines of a text, or "captions" or "caption" of a JSON; else it is a ValueError.
     """
     text = data.decode("utf-8-sig")
     found: Any = text.splitlines()
     if is_json:
-        try:
-            content = json.loads(text)
-        except RecursionError as error:
-            raise ValueError("the JSON is nested too deeply") from error
+        content = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError(f"expected a JSON object, got {type(content).__name__}")
         found = content.get("captions") or content.get("caption") or []
@@ -361,55 +335,31 @@ def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
     return captions
 
 
-def _samples(path: str, name: str) -> Iterator[tuple[str, Members, str]]:
-    """Key, members and fault ("" if none) of each sample: neighbours with the same key."""
-    key, members, fault = "", Members(), ""
-    for file, place, fault in _files_of(path, name):
-        folder, _, base = file.removeprefix("./").rpartition("/")
-        stem, dot, extension = base.partition(".")
-        if fault or not stem or not dot:
-            continue
-        new = f"{folder}/{stem}" if folder else stem
-        if new != key:
-            if members:
-                yield key, members, ""
-            key, members = new, Members()
-        members[extension.lower()] = place
-    if members:
-        yield key, members, ""
-    if fault:
-        yield f"what follows {key}", Members(), fault
-
-
-def _files_of(path: str, name: str) -> Iterator[tuple[str, tuple[int, int], str]]:
-    """Name and (offset, size) of each whole file of a tar, then what is wrong with the rest."""
-    size, offset = os.path.getsize(path), 0
-    with open(path, "rb") as file:
-        try:
-            tar = tarfile.TarFile(fileobj=file, encoding="utf-8")
-            while (member := tar.next()) is not None:
-                cut = member.isreg() and member.offset_data + member.size > size
-                if cut or not offset < tar.offset < size + tarfile.BLOCKSIZE:  # damaged sizes
-                    break
-                offset = tar.offset
-                tar.members = []  # type: ignore[attr-defined]  # else it keeps all of them
-                if member.isreg() and not member.issparse():
-                    yield member.name, (member.offset_data, member.size), ""
-            else:
-                file.seek(offset)
-                if file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE):
-                    return
-        # Damaged headers make tarfile raise all of these.
-        except (
-            tarfile.TarError,
-            ValueError,
-            ArithmeticError,
-            MemoryError,
-            RecursionError,
-        ) as error:
-            if offset == 0:
-                raise DataError(
-                    f"{name}: not an uncompressed tar ({error}); unpack .gz files, and check that "
-                    "the copy is complete"
-                ) from error
-    yield "", (0, 0), f"the shard is cut off or damaged at byte {offset}; copy it again"
+def _members(file: io.BufferedReader, name: str) -> Iterator[tuple[str, str, Place]]:
+    """Key, extension and place of each whole file of a tar; "" and the damage, where it ends."""
+    size, offset = os.path.getsize(file.name), 0
+    try:
+        tar = tarfile.TarFile(fileobj=file, encoding="utf-8")
+        while (member := tar.next()) is not None:
+            cut = member.isreg() and member.offset_data + member.size > size
+            if cut or not offset < tar.offset < size + tarfile.BLOCKSIZE:  # damaged sizes
+                break
+            offset = tar.offset
+            tar.members = []  # type: ignore[attr-defined]  # else it keeps all of them
+            folder, _, base = member.name.removeprefix("./").rpartition("/")
+            stem, dot, extension = base.partition(".")
+            if stem and dot and member.isreg() and not member.issparse():
+                place = (member.offset_data, member.size)
+                yield f"{folder}/{stem}" if folder else stem, extension.lower(), place
+        else:
+            file.seek(offset)
+            if file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE):
+                return
+    # Damaged headers make tarfile raise all of these.
+    except (tarfile.TarError, ValueError, ArithmeticError, MemoryError, RecursionError) as error:
+        if offset == 0:
+            raise DataError(
+                f"{name}: not an uncompressed tar ({error}); unpack .gz files, and check that the "
+                "copy is complete"
+            ) from error
+    yield "", f"the shard is cut off or damaged at byte {offset}; copy it again", (0, 0)

@@ -22,13 +22,13 @@ class CsvDataset:
 
     Args:
         path: the table, first row the column names.
-        separator: between columns, one character (OpenCLIP's default: a tab).
-        img_key: column of the paths; a relative path counts from the working directory (as in
-            OpenCLIP) or, if nothing is there, from the table's folder.
-        caption_key: column of the captions, each cut to ``MAX_CAPTION`` characters.
-        encoding: of the table, any that Python knows.
         keep_going: note bad rows in ``skipped`` instead of raising at the first; the pictures of
             all rows are looked for, and a table without a good row is empty.
+        csv_separator: between columns, one character (OpenCLIP's default: a tab).
+        csv_img_key: column of the paths; a relative path counts from the working directory (as in
+            OpenCLIP) or, if nothing is there, from the table's folder.
+        csv_caption_key: column of the captions, each cut to ``MAX_CAPTION`` characters.
+        csv_encoding: of the table, any that Python knows.
     Attributes:
         skipped: (table and line, "", reason) of each row left out, with ``keep_going``.
     Raises:
@@ -40,39 +40,36 @@ class CsvDataset:
     def __init__(
         self,
         path: str | Path,
-        separator: str = "\t",
-        img_key: str = "filepath",
-        caption_key: str = "title",
-        encoding: str = "utf-8",
+        *,
         keep_going: bool = False,
+        csv_separator: str = "\t",
+        csv_img_key: str = "filepath",
+        csv_caption_key: str = "title",
+        csv_encoding: str = "utf-8",
     ) -> None:
         self.name = str(path)
         self.folder = os.path.dirname(os.path.abspath(path))
         self.skipped: list[tuple[str, str, str]] = []
-        captions: list[str] = []
-        files: list[str] = []
-        for number, row in read_table(self.name, (img_key, caption_key), separator, encoding):
-            look, fault = keep_going or len(files) < CHECKED, ""
-            if isinstance(row, str):
-                fault = row
-            elif not row[1].strip():
+        rows: list[list[str]] = []
+        columns = (csv_img_key, csv_caption_key)
+        for number, row, fault in read_table(self.name, columns, csv_separator, csv_encoding):
+            if not fault and not row[1].strip():
                 fault = "the caption is empty; remove the row or write a caption"
-            elif look and not os.path.isfile(self._find(row[0])):
+            look = keep_going or len(rows) < CHECKED
+            if not fault and look and not os.path.isfile(self._find(row[0])):
                 places = " nor from ".join(dict.fromkeys((os.getcwd(), self.folder)))
                 fault = f"no picture at {row[0]!r} as seen from {places}; correct the path"
             if not fault:
-                files.append(row[0])
-                captions.append(row[1].strip()[:MAX_CAPTION])
+                rows.append(row)
             elif keep_going:
                 self.skipped.append((f"{self.name}, line {number}", "", fault))
             else:
                 raise DataError(f"{self.name}, line {number}: {fault}")
-        if not files and not self.skipped:
+        if not rows and not self.skipped:
             raise DataError(f"{self.name}: the table has no rows below its header; add some")
-        self._files = StringTable(files)
-        self._captions = StringTable(captions)
-        repeated = len(set(files)) < len(files)
-        self.keys: Sequence[str] = StringTable(_numbered(files)) if repeated else self._files
+        self._files = StringTable(file for file, _ in rows)
+        self._captions = StringTable(text.strip()[:MAX_CAPTION] for _, text in rows)
+        self.keys: Sequence[str] = StringTable(_numbered(file for file, _ in rows))
 
     def __len__(self) -> int:
         return len(self._files)
@@ -96,7 +93,7 @@ class CsvDataset:
         return file if beside == file or os.path.exists(file) else beside
 
 
-def _numbered(files: Sequence[str]) -> Iterator[str]:
+def _numbered(files: Iterator[str]) -> Iterator[str]:
     """Keys for pictures that are listed several times: the second is "path#2"."""
     seen: dict[str, int] = {}
     for file in files:
@@ -106,12 +103,8 @@ def _numbered(files: Sequence[str]) -> Iterator[str]:
 
 def read_table(
     name: str, columns: Sequence[str], separator: str = "\t", encoding: str = "utf-8"
-) -> Iterator[tuple[int, list[str] | str]]:
-    """Line number and values of ``columns`` of each row but blank ones, or what is wrong with it.
-
-    Raises:
-        DataError: the file, its encoding, or a column of the header.
-    """
+) -> Iterator[tuple[int, list[str], str]]:
+    """Line number, values of ``columns``, and what is wrong (or "") of each row but blank ones."""
     separator = "\t" if separator == "\\t" else separator  # as a shell passes "\t"
     if len(separator) != 1:
         raise DataError(f"--csv-separator: expected one character, got {separator!r}")
@@ -124,37 +117,30 @@ def read_table(
             places = _places(name, header, columns, separator)
             for row in filter(any, reader):
                 if len(row) > max(places):
-                    yield reader.line_num, [row[place] for place in places]
+                    yield reader.line_num, [row[place] for place in places], ""
                 else:
-                    yield (
-                        reader.line_num,
-                        f"{len(row)} columns where the header has {len(header)}; complete the row, "
-                        "or quote values that contain the separator or a line break",
-                    )
+                    fault = f"{len(row)} columns where the header has {len(header)}; complete the "
+                    fault += "row, or quote values that contain the separator or a line break"
+                    yield reader.line_num, [], fault
     except LookupError as error:
-        raise DataError(
-            f"--encoding: expected one that Python knows, such as utf-8, latin-1 or utf-16, got "
-            f"{encoding!r}"
-        ) from error
+        known = "expected one that Python knows, such as latin-1 or utf-16"
+        raise DataError(f"--encoding: {known}, got {encoding!r}") from error
     except OSError as error:
         raise DataError(f"{name}: {error.strerror}; check the path") from error
     except UnicodeError as error:
-        raise DataError(
-            f"{name}: not {encoding.upper()} ({error}); name its encoding with --encoding, such as "
-            "latin-1 or utf-16"
-        ) from error
+        remedy = "name its encoding with --encoding, such as latin-1 or utf-16"
+        raise DataError(f"{name}: not {encoding.upper()} ({error}); {remedy}") from error
     except csv.Error as error:
-        yield reader.line_num, f"{error}; look for an unclosed quote there"
+        yield reader.line_num, [], f"{error}; look for an unclosed quote there"
 
 
 def _places(name: str, header: list[str], columns: Sequence[str], separator: str) -> list[int]:
-    if not header:
-        raise DataError(f"{name}: the file is empty; expected a first row with the column names")
-    if not (missing := [column for column in columns if column not in header]):
-        return [header.index(column) for column in columns]
-    other = next((s for s in "\t,;|" if s != separator and any(s in h for h in header)), None)
-    raise DataError(
-        f"{name}: no column {' nor '.join(map(repr, missing))} when split at {separator!r}; the "
-        f"columns are {header}; perhaps "
-        + (f"--csv-separator '{other}'" if other else "--csv-img-key or --csv-caption-key NAME")
-    )
+    """Where the columns are."""
+    if missing := [column for column in columns if column not in header]:
+        other = next((s for s in "\t,;|" if s != separator and any(s in h for h in header)), None)
+        flag = f"separator '{other}'" if other else "img-key or --csv-caption-key NAME"
+        raise DataError(
+            f"{name}: no column {' nor '.join(map(repr, missing))} when split at {separator!r}; "
+            f"the columns are {header}; perhaps --csv-{flag}"
+        )
+    return [header.index(column) for column in columns]

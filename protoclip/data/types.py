@@ -19,31 +19,20 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """One classification of a data set.
+    """One classification of a data set."""
 
-    Attributes:
-        ids: class of each pair, int64 [N], positions in ``names``.
-        names: class names; a class may have no pair (in a subset).
-    """
-
-    ids: Tensor
-    names: tuple[str, ...]
+    ids: Tensor  # class of each pair, int64 [N], positions in ``names``
+    names: tuple[str, ...]  # a class may have no pair (in a subset)
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Pairs ready for the model.
+    """Pairs ready for the model."""
 
-    Attributes:
-        index: position in the data set, int64 [B].
-        image: normalised pictures, float32 [B, 3, H, W].
-        tokens: one tokenised caption per picture, int64 [B, L].
-        bad: position and reason of each sample that another one stands in for.
-    """
-
-    index: Tensor
-    image: Tensor
-    tokens: Tensor
+    index: Tensor  # position in the data set, int64 [B]
+    image: Tensor  # normalised pictures, float32 [B, 3, H, W]
+    tokens: Tensor  # one tokenised caption per picture, int64 [B, L]
+    # Position and reason of each sample that another one stands in for.
     bad: tuple[tuple[int, str], ...] = ()
 
     def __len__(self) -> int:
@@ -57,20 +46,11 @@ class Batch:
 
 
 class PairDataset(Protocol):
-    """Pictures, each with at least one caption, by position.
+    """Pictures, each with at least one caption, by position."""
 
-    Attributes:
-        name: for messages and tables.
-        keys: one per pair, unique and stable between runs.
-        labels: classifications by name, such as "group"; {} when unknown.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def keys(self) -> Sequence[str]: ...
-    @property
-    def labels(self) -> Mapping[str, Labels]: ...
+    name: str  # for messages and tables
+    keys: Sequence[str]  # one per pair, unique and stable between runs
+    labels: Mapping[str, Labels]  # classifications, such as "group"; {} when unknown
 
     def __len__(self) -> int: ...
     def image(self, i: int) -> Image.Image:
@@ -107,13 +87,7 @@ class StringTable(Sequence[str]):
 
 
 class Subset:
-    """Some pairs of a data set, in the given order, with their keys and labels.
-
-    Args:
-        dataset: where the pairs come from.
-        indices: positions in ``dataset``, int64 [M].
-        name: for messages and tables; default the name of ``dataset``.
-    """
+    """The pairs of a data set at ``indices``, int64 [M], in that order, with keys and labels."""
 
     def __init__(
         self, dataset: PairDataset, indices: Tensor | Sequence[int] | np.ndarray, name: str = ""
@@ -127,9 +101,10 @@ class Subset:
             for label, full in dataset.labels.items()
         }
         self.remote = getattr(dataset, "remote", False)
+        self.skipped = getattr(dataset, "skipped", ())
         for column in ("shard_of", "source_of"):
-            if (full_column := getattr(dataset, column, None)) is not None:
-                setattr(self, column, full_column[self.indices])
+            if hasattr(dataset, column):
+                setattr(self, column, getattr(dataset, column)[self.indices])
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -152,13 +127,13 @@ def mix(*parts: int | np.ndarray) -> np.ndarray:
     Arrays broadcast, so ``mix(seed, np.arange(n))`` is n numbers. Each part goes through the
     finaliser of SplitMix64 (Steele et al. 2014).
     """
+    golden = np.uint64(0x9E37_79B9_7F4A_7C15)
     state: Any = np.uint64(0)
     with np.errstate(over="ignore"):
         for part in parts:
             if not isinstance(part, np.ndarray):
                 part = np.array(int(part) & 0xFFFF_FFFF_FFFF_FFFF, dtype=np.uint64)
-            state = state ^ (part.astype(np.uint64) + np.uint64(0x9E37_79B9_7F4A_7C15))
-            state = state + np.uint64(0x9E37_79B9_7F4A_7C15)
+            state = (state ^ (part.astype(np.uint64) + golden)) + golden
             state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)
             state = state ^ (state >> np.uint64(31))
@@ -166,15 +141,9 @@ def mix(*parts: int | np.ndarray) -> np.ndarray:
 
 
 def heldout_mask(count: int, groups: np.ndarray | None, seed: int, percent: int = 10) -> np.ndarray:
-    """Choose ``percent`` % of the positions, of each group alike.
+    """Choose ``percent`` % of ``count`` positions, of each group alike: bool [count].
 
-    Args:
-        count: number of positions.
-        groups: group of each, int64 [count]; None: all in one.
-        seed: another seed, another choice.
-        percent: share in whole percents; every group of two or more gives at least one.
-    Returns:
-        bool [count].
+    ``groups`` is int64 [count], None for one group; each of two or more gives at least one.
     """
     groups = np.zeros(count, dtype=np.int64) if groups is None else groups
     mask = np.zeros(count, dtype=bool)

@@ -1,19 +1,19 @@
 """Evaluate a model: ``python -m protoclip.evaluate MODEL --data ... --tasks ...``."""
 
-from protoclip.evaluate.datasets import Layout, class_prompts, open_layout
+from protoclip.evaluate.datasets import Layout, open_layout
 from protoclip.evaluate.results import (
+    Outcome,
     Results,
     SetResults,
     format_table,
     read_results,
-    records,
     write_results,
 )
 from protoclip.evaluate.tasks import (
     Encoder,
     EvalSet,
+    encode_sets,
     evaluate_features,
-    evaluate_model,
     peak_memory_bytes,
 )
 
@@ -21,15 +21,14 @@ __all__ = [
     "Encoder",
     "EvalSet",
     "Layout",
+    "Outcome",
     "Results",
     "SetResults",
-    "class_prompts",
+    "encode_sets",
     "evaluate_features",
-    "evaluate_model",
     "format_table",
     "open_layout",
     "peak_memory_bytes",
     "read_results",
-    "records",
     "write_results",
 ]

@@ -11,13 +11,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
 from tqdm import tqdm
 
-from protoclip import checkpoint
+from protoclip import checkpoint, distributed
 from protoclip.config import (
     PRECISIONS,
     ModelConfig,
@@ -27,17 +26,9 @@ from protoclip.config import (
     from_dict,
     output_file,
 )
-from protoclip.distributed import (
-    find_rank,
-    is_main,
-    quiet_beside_main,
-    run_command,
-    start,
-    world_size,
-)
-from protoclip.evaluate.datasets import Layout, open_layout
+from protoclip.evaluate.datasets import open_layout
 from protoclip.evaluate.results import (
-    Results,
+    Outcome,
     format_table,
     read_results,
     records,
@@ -49,7 +40,8 @@ from protoclip.evaluate.tasks import (
     TASKS,
     Encoder,
     FeatureCache,
-    evaluate_model,
+    encode_sets,
+    evaluate_features,
     impossible,
     peak_memory_bytes,
 )
@@ -77,24 +69,15 @@ TEXTS = (
     ("--pretrained", "", "weights of an OpenCLIP name: a tag, a file, or random"),
     ("--data", "", "see below (default: what the run was evaluated on)"),
     ("--tasks", "", f"some of {','.join(TASKS)}, or all (default: what the data allows)"),
-    ("--split", "auto", "folder of the split to judge (default: test or val if there)"),
-    ("--train-split", "train", "folder that probes learn from (default: %(default)s)"),
-    ("--classnames", "", "file of class names, one a line; imagenet: OpenCLIP's"),
+    ("--split", "", "folder of the split to judge (default: test or val if there)"),
     ("--templates", "openai", "prompts: openai (80, the default), simple (7), or a file of them"),
     ("--csv-label-key", "", "column of the class in a table"),
     ("--output", "", "where the numbers go (default: results.json in the run folder, with the "
      "data's name for other data; for an OpenCLIP name in the working folder)"),
     ("--device", "auto", "cpu, cuda, ... (default: %(default)s)"),
 )  # fmt: skip
-CHOICES = (
-    ("--protocol", PROTOCOLS, "linear probe: L-BFGS with lambda chosen on held-out training "
-     "samples, or the authors' (SGD, unshuffled, best test epoch); default %(default)s"),
-    ("--captions", ("auto", "first", "all"),
-     "of several per picture (auto: the first on built-in data, else all)"),
-    ("--precision", ("fp32", *(p for p in PRECISIONS if p != "fp32")), "of encoding (%(default)s)"),
-)  # fmt: skip
 NUMBERS = (
-    ("--seed", None, "of splits (default: the run's, or 0)"),
+    ("--seed", None, "of what built-in data holds out (default: the run's, or 0)"),
     ("--batch-size", 256, "pictures or texts encoded at once (%(default)s)"),
     ("--workers", 0, "processes that read pictures (%(default)s)"),
 )
@@ -106,13 +89,15 @@ def build_parser() -> Parser:
     add("what", metavar="MODEL", help="run folder, checkpoint, OpenCLIP name or local-dir:PATH")
     for flag, text, words in TEXTS:
         add(flag, default=text, metavar="TEXT", help=words)
-    for flag, choices, words in CHOICES:
-        add(flag, default=choices[0], choices=choices, help=words)
     for flag, number, words in NUMBERS:
         add(flag, type=int, default=number, metavar="N", help=words)
-    for name in COLUMNS:  # None: as the run was trained
+    words = "linear probe: L-BFGS, lambda chosen on held-out training samples (%(default)s), or "
+    words += "the authors' (SGD, unshuffled, best test epoch)"
+    add("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help=words)
+    add("--precision", choices=PRECISIONS, default="fp32", help="of encoding (%(default)s)")
+    for name in COLUMNS:
         flag = "--encoding" if name == "csv_encoding" else "--" + name.replace("_", "-")
-        add(flag, dest=name, default=None, metavar="TEXT", help="as in training")
+        add(flag, dest=name, metavar="TEXT", help="as in training (default: as the run's)")
     add("--no-cache", action="store_true", help="encode again what has been encoded before")
     return parser
 
@@ -199,17 +184,30 @@ def run(args: argparse.Namespace) -> None:
     tasks = parse_tasks(args.tasks)
     output = output_file(args.output or _output(args), "--output")
     loaded = load_model(args.what, args.pretrained, args.model)
+    config = loaded.config or TrainConfig()
     data = args.data or _own_data(loaded.config, args.what)
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
     loaded.model.to(device)
-    took = time.perf_counter() - started
-    cache = None
+    loading = time.perf_counter() - started
+    columns = {
+        name: getattr(config.data if getattr(args, name) is None else args, name)
+        for name in COLUMNS
+    }
+    columns["seed"] = config.run.seed if args.seed is None else args.seed
+    chosen = {"split": args.split, "templates": args.templates}
+    layout = open_layout(data, **chosen, csv_label_key=args.csv_label_key, **columns)
+    notes = []
+    for task, reason in impossible(tasks, layout).items():
+        if args.tasks not in ("", "all"):
+            raise ValueError(f"--tasks {task}: {reason} ({data}); leave that task out")
+        notes.append(f"Without {task}: {reason}.")
+    started, cache = time.perf_counter(), None
     if not args.no_cache:
         cache = FeatureCache(loaded.model.clip, f"{precision} {loaded.model.preprocess()}")
-    opened, options, notes = _open(args, data, tasks, loaded.config or TrainConfig())
-    shown = None if is_main() else True  # None: where stderr is a terminal
-    with tqdm(desc="evaluating", unit=" rows", file=sys.stderr, leave=False, disable=shown) as bar:
+    ranks = distributed.world_size()
+    shown = None if distributed.is_main() else True  # None: where stderr is a terminal
+    with tqdm(desc="evaluating", unit=" rows", leave=False, disable=shown) as bar:
         encoder = Encoder(
             loaded.model,
             device,
@@ -218,69 +216,38 @@ def run(args: argparse.Namespace) -> None:
             autocast_for(precision, device),
             bar,
             cache,
-            sharded=world_size() > 1,
+            sharded=ranks > 1,
         )
-        after = evaluate_model(
-            loaded.model, opened, encoder=encoder, tasks=tasks, protocol=args.protocol, **options
-        )
+        sets, train = encode_sets(encoder, layout, tasks)
+        results = evaluate_features(sets, train, tasks=tasks, protocol=args.protocol)
         bar.refresh()  # the last updates may have come too fast to be drawn
-    if not is_main():
+    if not distributed.is_main():
         return
+    took = time.perf_counter() - started
+    outcome = Outcome(
+        data,
+        loaded.name,
+        loaded.pretrained,
+        results,
+        seconds={"loading": loading, "evaluation": took},
+        peak_memory_bytes=peak_memory_bytes(device),
+    )
+    if output.is_file() and not args.tasks:
+        earlier = read_results(output)
+        if earlier.data == data and earlier.untrained is not None:
+            # What training left there belongs to the same table.
+            outcome = dataclasses.replace(
+                earlier, trained=results, model=loaded.name, pretrained=loaded.pretrained
+            )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_results(output, outcome)
+    folder = output.parent / "clip_benchmark"
+    write_records(folder, records(outcome))
     if cache is not None and cache.rows_found:
         notes.append(f"{cache.rows_found:,} rows of features came from {cache.folder}.")
-    # What training left there, for the same data, is part of the same table.
-    earlier = read_results(output) if output.is_file() and not args.tasks else {}
-    if earlier.get("data") != data:
-        earlier = {}
-    before: Results | None = earlier.get("untrained")
-    timing = earlier.get("seconds") or {"loading": took, "evaluation": after.seconds}
-    peak = earlier.get("peak_memory_bytes") or peak_memory_bytes(device)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_results(
-        output,
-        after,
-        before,
-        data=data,
-        model=loaded.name,
-        pretrained=loaded.pretrained,
-        timing=timing,
-        peak_memory_bytes=peak,
-    )
-    folder = output.parent / "clip_benchmark"
-    write_records(folder, records(after, data, loaded.name, loaded.pretrained))
-    table = format_table(before, after, timing, peak_memory_bytes=peak)
-    ranks = f" on {world_size()} ranks" if world_size() > 1 else ""
-    notes.append(f"Evaluated in {after.seconds:.1f} s{ranks}, written to {output}")
-    print(table, *notes, f"CLIP_benchmark's JSON: {folder}", sep="\n")
-
-
-def _open(
-    args: argparse.Namespace, data: str, tasks: Sequence[str], config: TrainConfig
-) -> tuple[str | Layout, dict[str, Any], list[str]]:
-    """The data, further arguments of ``evaluate_model``, and notes on tasks left out."""
-    columns = {
-        name: getattr(config.data if getattr(args, name) is None else args, name)
-        for name in COLUMNS
-    }
-    builtin = data.startswith("builtin:")  # its captions differ in language and kind
-    options = {
-        "split": args.split,
-        "seed": config.run.seed if args.seed is None else args.seed,
-        "captions": args.captions,
-        "open_kwargs": columns,
-    }
-    if args.captions == "auto":
-        options["captions"] = "first" if builtin else "all"
-    if builtin:
-        return data, options, []
-    words = ("split", "train_split", "classnames", "templates", "csv_label_key")
-    opened = open_layout(data, **{name: getattr(args, name) for name in words}, **columns)
-    notes = []
-    for task, reason in impossible(tasks, opened).items():
-        if args.tasks not in ("", "all"):
-            raise ValueError(f"--tasks {task}: {reason} ({data}); leave that task out")
-        notes.append(f"Without {task}: {reason}.")
-    return opened, options, notes
+    words = f" on {ranks} ranks" if ranks > 1 else ""
+    notes.append(f"Evaluated in {took:.1f} s{words}, written to {output}")
+    print(format_table(outcome), *notes, f"CLIP_benchmark's JSON: {folder}", sep="\n")
 
 
 def _own_data(config: TrainConfig | None, where: str) -> str:
@@ -299,17 +266,15 @@ def _own_data(config: TrainConfig | None, where: str) -> str:
 
 def _output(args: argparse.Namespace) -> Path:
     """results.json of the run for its own evaluation, a longer name for any other."""
-    path = Path(args.what)
-    parts = ["", "results", args.data]
-    if path.is_file():
-        parts[0] = path.stem
-    elif not path.exists():
-        parts[0] = args.what + "-" + args.pretrained
-    parts += ["all_captions"] if args.captions == "all" else []
-    parts += [args.tasks] if path.exists() else []
-    parts += [args.protocol] if args.protocol != "heldout" else []
+    path, protocol = Path(args.what), args.protocol.replace(PROTOCOLS[0], "")
+    if path.is_dir():
+        folder, model = path, ""
+    elif path.is_file():
+        folder, model = path.parent, path.stem
+    else:
+        folder, model = Path("."), f"{args.what}-{args.pretrained}"
+    parts = [model, "results", args.data, args.tasks, protocol]
     slugs = [re.sub(r"[^A-Za-z0-9]+", "_", part).strip("_")[-60:] for part in parts]
-    folder = path.parent if path.is_file() else path if path.exists() else Path(".")
     return folder / ("-".join(filter(None, slugs)) + ".json")
 
 
@@ -317,13 +282,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake ends it with one line and status 2."""
 
     def work() -> None:
-        info = find_rank()
-        with quiet_beside_main(info):
+        info = distributed.find_rank()
+        with distributed.quiet_beside_main(info):
             args = build_parser().parse_args(argv)
-        start(info, choose_device(args.device), TIMEOUT)
+        distributed.start(info, choose_device(args.device), TIMEOUT)
         run(args)
 
-    return run_command(work, PROG)
+    return distributed.run_command(work, PROG)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ uniformity). Work goes by blocks of rows, so that no [N, M] matrix is ever held.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from protoclip.kmeans import kmeans
 
@@ -35,27 +36,52 @@ def rows_per_block(columns: int) -> int:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """One value per sample, whose mean is wanted; with ``classes`` the mean over the classes that
+    occur of each one's mean, as in the mean per class recall."""
+
+    values: Tensor  # [N]
+    classes: Tensor | None = None  # int64 [N], from 0
+
+    def mean(self) -> float:
+        """The mean; NaN without samples."""
+        n = len(self.values)
+        return float(self.means(torch.arange(n)[None])) if n else math.nan
+
+    def means(self, rows: Tensor) -> Tensor:
+        """The mean over each row of sample numbers, int64 [R, n] -> float64 [R]."""
+        values = self.values.cpu().double()[rows]
+        if self.classes is None:
+            return values.mean(1)
+        classes = self.classes.cpu()[rows]
+        total = values.new_zeros(len(rows), int(classes.max()) + 1)  # [R, C]
+        size = total.scatter_add(1, classes, torch.ones_like(values))
+        total.scatter_add_(1, classes, values)
+        return (total / size.clamp_min(1)).sum(1) / (size > 0).sum(1)
+
+
+@dataclass(frozen=True)
 class Retrieval:
     """Ranks of the best positive, from 1; a negative with the same score counts one half."""
 
     image_to_text: Tensor  # float32 [N], one query per image: text retrieval
     text_to_image: Tensor  # float32 [M], one query per caption: image retrieval
 
-    def hits(self, k: int) -> tuple[Tensor, Tensor]:
-        """1.0 where a positive is among the first ``k``: image->text [N], text->image [M]."""
-        return (self.image_to_text <= k).float(), (self.text_to_image <= k).float()
+    def scores(self, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, Sampled]:
+        """What CLIP_benchmark's ``text_retrieval_recall@K`` (image -> text) and
+        ``image_retrieval_recall@K`` (text -> image) are the means of."""
+        return {
+            f"{name}_retrieval_recall@{k}": Sampled((ranks <= k).float())
+            for name, ranks in (("text", self.image_to_text), ("image", self.text_to_image))
+            for k in ks
+        }
 
     def summary(self, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-        """CLIP_benchmark's ``text_retrieval_recall@K`` (image -> text) and
-        ``image_retrieval_recall@K`` (text -> image), with mean and median ranks. Empty: NaN."""
-        out: dict[str, float] = {}
-        for name, ranks in (("text", self.image_to_text), ("image", self.text_to_image)):
-            for k in ks:
-                out[f"{name}_retrieval_recall@{k}"] = float((ranks <= k).double().mean())
-            out[f"{name}_retrieval_mean_rank"] = float(ranks.double().mean())
-            median = ranks.double().quantile(0.5) if len(ranks) else math.nan
-            out[f"{name}_retrieval_median_rank"] = float(median)
-        return out
+        """The recalls and the median rank of image -> text. Empty: NaN."""
+        recalls = {name: one.mean() for name, one in self.scores(ks).items()}
+        ranks = self.image_to_text.double()
+        median = float(ranks.quantile(0.5)) if len(ranks) else math.nan
+        return {**recalls, "text_retrieval_median_rank": median}
 
 
 def retrieval(image: Tensor, text: Tensor, caption_image: Tensor | None = None) -> Retrieval:
@@ -97,32 +123,6 @@ def _ranks(queries: Tensor, score: Score, query_id: Tensor, item_id: Tensor) -> 
     return ranks
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """How one classifier did on one set."""
-
-    rank: Tensor  # float32 [N], of each sample's own class, from 1; a tie costs half a place
-    labels: Tensor  # int64 [N]
-    num_classes: int
-
-    def hits(self, k: int) -> Tensor:
-        """1.0 where the class is among the first ``k``, float32 [N]."""
-        return (self.rank <= k).float()
-
-    def summary(self) -> dict[str, float]:
-        """Shares of 1 under CLIP_benchmark's names; no samples: NaN."""
-        return {name: one.mean() for name, one in self.scores().items()}
-
-    def scores(self) -> dict[str, Sampled]:
-        """What each score is the mean of; fewer than five classes have no top-5."""
-        first, five = self.hits(1), self.hits(5)
-        return {
-            "acc1": Sampled(first),
-            "acc5": Sampled(five if self.num_classes >= 5 else five[:0]),
-            "mean_per_class_recall": Sampled(first, self.labels),
-        }
-
-
 def class_vectors(prompts: Tensor) -> Tensor:
     """The renormalised mean of the unit features of each class's prompts: [C, P, D] -> [C, D]."""
     return unit(unit(prompts.flatten(0, 1)).reshape(prompts.shape).mean(1))
@@ -133,19 +133,27 @@ def zero_shot_logits(image: Tensor, vectors: Tensor) -> Tensor:
     return unit(image) @ unit(vectors).T
 
 
-def classify(features: Tensor, labels: Tensor, num_classes: int, score: Score) -> Accuracy:
-    """Judge the classifier ``score`` on features [N, D] with labels int64 [N] in 0 .. C - 1."""
+def classify(
+    features: Tensor, labels: Tensor, num_classes: int, score: Score
+) -> dict[str, Sampled]:
+    """Judge the classifier ``score`` on features [N, D] with labels int64 [N] in 0 .. C - 1.
+
+    Returns:
+        What each of CLIP_benchmark's scores is the mean of. A tie costs half a place; fewer than
+        five classes have no top-5.
+    """
     labels = labels.to(features.device)
-    classes = torch.arange(num_classes, device=features.device)
-    return Accuracy(_ranks(features, score, labels, classes), labels, num_classes)
+    ranks = _ranks(features, score, labels, torch.arange(num_classes, device=features.device))
+    first, five = (ranks <= 1).float(), (ranks <= 5).float()
+    return {
+        "acc1": Sampled(first),
+        "acc5": Sampled(five if num_classes >= 5 else five[:0]),
+        "mean_per_class_recall": Sampled(first, labels),
+    }
 
 
 def fit_linear_probe(
-    features: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    *,
-    penalties: tuple[float, ...] = LAMBDAS,
+    features: Tensor, labels: Tensor, num_classes: int, penalties: tuple[float, ...] = LAMBDAS
 ) -> tuple[Score, float]:
     """Multinomial logistic regression on standardised features, by full-batch L-BFGS.
 
@@ -158,7 +166,7 @@ def fit_linear_probe(
         features: [N, D], N > 1, any length; columns are standardised, constant ones become 0.
         labels: int64 [N] in 0 .. num_classes - 1.
         num_classes: C.
-        penalties: the lambdas to choose from; a single one is used as it is.
+        penalties: the lambdas to choose from.
     Returns:
         features [N, D] -> logits [N, C], and the lambda.
     Raises:
@@ -166,79 +174,63 @@ def fit_linear_probe(
     """
     if not bool(torch.isfinite(features).all()):
         raise ValueError("fit_linear_probe: features hold NaN or infinity; check the model first")
-    x = features.detach().float()
+    x = features.float()
     mean, std = x.mean(0), x.std(0, correction=0)
     # Columns that are constant up to rounding would be noise blown up to unit variance.
     std = torch.where(std > 1e-6 * x.abs().amax(0), std, torch.inf)
     x, y = (x - mean) / std, labels.to(x.device)
-    start = x.new_zeros(num_classes, x.shape[1] + 1)
-    path = sorted(penalties, reverse=True)
-    if len(path) > 1:
-        n = len(x)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(x.device)
-        judge, train = order.split([cut := max(1, round(0.2 * n)), n - cut])
-        best, best_loss, parameters = 0, math.inf, start
-        for i, penalty in enumerate(path):
-            parameters = _fit(x[train], y[train], penalty, parameters)
-            logits = torch.addmm(parameters[:, -1], x[judge], parameters[:, :-1].T)
-            loss = float(F.cross_entropy(logits, y[judge]))
-            if loss < best_loss:
-                best, best_loss = i, loss
-            elif i - best >= 2:
-                break
-        path = path[: best + 1]
-    parameters = _fit(x, y, path[-1], start)
-    weight, bias = parameters[:, :-1], parameters[:, -1]
-    return lambda rows: torch.addmm(bias, (rows.float() - mean) / std, weight.T), path[-1]
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+    judge, train = order.tensor_split([max(1, round(0.2 * len(x)))])
+    layer = zero = nn.Linear(x.shape[1], num_classes, device=x.device)
+    for tensor in zero.parameters():
+        nn.init.zeros_(tensor)
+    path, losses = sorted(penalties, reverse=True), []
+    for penalty in path:
+        layer = _fit(x[train], y[train], penalty, layer)
+        losses.append(float(F.cross_entropy(layer(x[judge]), y[judge])))
+        best = losses.index(min(losses))
+        if len(losses) - best > 2:
+            break
+    fitted = _fit(x, y, path[best], zero)
+    return lambda rows: fitted((rows.float() - mean) / std), path[best]
 
 
-def _fit(x: Tensor, y: Tensor, penalty: float, start: Tensor) -> Tensor:
-    """Parameters [C, D + 1] (weights, then bias) at the minimum, from ``start``."""
-    parameters = start.clone()
-    n = len(x)
-    blocks = torch.arange(n, device=x.device).split(rows_per_block(len(start)))
+def _fit(x: Tensor, y: Tensor, penalty: float, start: nn.Linear) -> nn.Linear:
+    """The layer at the minimum, from ``start``; by blocks of rows, so [N, C] is never held."""
+    layer = copy.deepcopy(start).requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [parameters],
+        layer.parameters(),
         max_iter=PROBE_ITERATIONS,
         history_size=10,
         tolerance_grad=1e-5,
         tolerance_change=1e-8,
         line_search_fn="strong_wolfe",
     )
+    step = rows_per_block(layer.out_features)
 
     def closure() -> Tensor:
-        # The gradient by hand: autograd costs more than the two matrix products on small data,
-        # and by blocks of rows [N, C] is never held.
-        weight, bias = parameters[:, :-1], parameters[:, -1]
-        loss = 0.5 * penalty * weight.square().sum()
-        gradient = torch.cat([penalty * weight, torch.zeros_like(bias)[:, None]], dim=1)
-        for rows in blocks:
-            inputs, own = x[rows], y[rows]
-            log_p = torch.addmm(bias, inputs, weight.T).log_softmax(1)  # [b, C]
-            each = torch.arange(len(rows), device=x.device)
-            loss = loss - log_p[each, own].sum() / n
-            error = log_p.exp_()
-            error[each, own] -= 1
-            gradient[:, :-1] += error.T @ inputs / n  # [C, D]
-            gradient[:, -1] += error.sum(0) / n
-        parameters.grad = gradient
+        optimizer.zero_grad()
+        loss = 0.5 * penalty * layer.weight.square().sum()
+        loss.backward()
+        for rows, own in zip(x.split(step), y.split(step), strict=True):
+            part = F.cross_entropy(layer(rows), own, reduction="sum") / len(x)
+            part.backward()
+            loss = loss.detach() + part.detach()
         return loss
 
     optimizer.step(closure)
-    return parameters
+    return layer.requires_grad_(False)
 
 
 def paper_linear_probe(
-    features: Tensor,
-    labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
     num_classes: int,
     *,
     epochs: int = 100,
     batch_size: int = 1024,
     seed: int = 0,
-) -> tuple[Accuracy, int]:
+) -> tuple[dict[str, Sampled], int]:
     """The linear probe of ProtoCLIP's authors: SGD on the features, the *best test epoch* counts.
 
     Momentum 0.9, weight decay 1e-6, cosine to 0 by epoch, batches in the given order (the authors'
@@ -246,41 +238,32 @@ def paper_linear_probe(
     the test set flatters: use ``fit_linear_probe`` for numbers of your own.
 
     Args:
-        features, test_features: [N, D] and [M, D], not normalised.
-        labels, test_labels: int64 [N] and [M] in 0 .. num_classes - 1.
+        train, test: features [N, D], not normalised, and labels int64 [N] in 0 .. num_classes - 1.
         num_classes: C.
         seed: of the initial weights, N(0, 0.01).
     Returns:
-        Scores of the best epoch, and its number from 1.
+        ``classify`` of the best epoch, and its number from 1.
     Source:
         megvii-research/protoclip, evaluations/linear_eval.py, logistic_regression_pytorch.
     """
-    x, y = features.detach().float(), labels.to(features.device)
+    x, y = train[0].float(), train[1].to(train[0].device)
+    layer = nn.Linear(x.shape[1], num_classes)
     random = torch.Generator().manual_seed(seed)
-    weight = (0.01 * torch.randn(num_classes, x.shape[1], generator=random)).to(x.device)
-    bias = torch.zeros(num_classes, device=x.device)
-    optimizer = torch.optim.SGD(
-        [weight.requires_grad_(), bias.requires_grad_()], lr=0.1, momentum=0.9, weight_decay=1e-6
-    )
+    layer.weight.data = 0.01 * torch.randn(layer.weight.shape, generator=random)
+    nn.init.zeros_(layer.bias)
+    layer.to(x.device)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-6)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=0)
-    found: list[Accuracy] = []
+    found: list[dict[str, Sampled]] = []
     for _ in range(epochs):
-        for rows in torch.arange(len(x), device=x.device).split(batch_size):
-            loss = F.cross_entropy(F.linear(x[rows], weight, bias), y[rows])
+        for rows, own in zip(x.split(batch_size), y.split(batch_size), strict=True):
             optimizer.zero_grad()
-            loss.backward()
+            F.cross_entropy(layer(rows), own).backward()
             optimizer.step()
         schedule.step()
         with torch.no_grad():
-            found.append(
-                classify(
-                    test_features.float(),
-                    test_labels,
-                    num_classes,
-                    lambda z: F.linear(z, weight, bias),
-                )
-            )
-    best = max(range(epochs), key=lambda epoch: float(found[epoch].hits(1).sum()))
+            found.append(classify(test[0].float(), test[1], num_classes, layer))
+    best = max(range(epochs), key=lambda epoch: float(found[epoch]["acc1"].values.sum()))
     return found[best], best + 1
 
 
@@ -293,7 +276,7 @@ def fit_knn(
         train: [N, D]; labels: int64 [N] in 0 .. num_classes - 1; num_classes: C.
         k: neighbours, at most N are used.
     Returns:
-        queries [Q, D] -> shares of the votes, float64 [Q, C].
+        queries [Q, D], Q > 0 -> shares of the votes, float64 [Q, C].
     """
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -308,10 +291,9 @@ def fit_knn(
         model.fit(unit(train).cpu().numpy(), labels.cpu().numpy())
 
     def votes(queries: Tensor) -> Tensor:
+        shares = model.predict_proba(unit(queries).cpu().numpy())  # of the classes that occur
         out = torch.zeros(len(queries), num_classes, dtype=torch.float64)
-        if len(queries):
-            shares = model.predict_proba(unit(queries).cpu().numpy())  # of the classes that occur
-            out[:, torch.from_numpy(model.classes_)] = torch.from_numpy(shares).double()
+        out[:, torch.from_numpy(model.classes_)] = torch.from_numpy(shares).double()
         return out.to(queries.device)
 
     return votes
@@ -320,31 +302,28 @@ def fit_knn(
 def group_scores(
     features: Tensor, labels: Tensor, *, seeds: tuple[int, ...] = (0, 1, 2)
 ) -> dict[str, float]:
-    """ARI, AMI and NMI of k-means clusters of unit features against known labels.
+    """scikit-learn's ARI, AMI and NMI of k-means clusters of unit features against known labels.
 
     Args:
-        features: [N, D], any length; clustered on the unit sphere into as many clusters as there
-            are different labels.
+        features: [N, D], any length; clustered into as many clusters as there are labels.
         labels: int64 [N].
         seeds: the scores are means over one k-means each; one alone moves by a few hundredths.
     Returns:
-        ``{"ari", "ami", "nmi"}``, by scikit-learn.
+        ``{"ari", "ami", "nmi"}``.
     """
     from sklearn import metrics
 
+    points, truth, k = unit(features), labels.cpu().numpy(), len(labels.unique())
+    found = [kmeans(points, k, seed=seed, init="k-means++").labels.cpu().numpy() for seed in seeds]
     scores = {
         "ari": metrics.adjusted_rand_score,
         "ami": metrics.adjusted_mutual_info_score,
         "nmi": metrics.normalized_mutual_info_score,
     }
-    points, truth = unit(features), labels.cpu().numpy()
-    k = len(labels.unique())
-    out = dict.fromkeys(scores, 0.0)
-    for seed in seeds:
-        found = kmeans(points, k, seed=seed, init="k-means++").labels.cpu().numpy()
-        for name, score in scores.items():
-            out[name] += float(score(truth, found)) / len(seeds)
-    return out
+    return {
+        name: sum(float(score(truth, one)) for one in found) / len(seeds)
+        for name, score in scores.items()
+    }
 
 
 def modality_gap(image: Tensor, text: Tensor) -> float:
@@ -376,57 +355,25 @@ def uniformity(features: Tensor) -> float:
     return float(torch.log(total / (n * (n - 1))))
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """One value per sample, whose mean is wanted; with ``classes`` the mean over the classes that
-    occur of each one's mean, as in the mean per class recall."""
-
-    values: Tensor  # [N]
-    classes: Tensor | None = None  # int64 [N], from 0
-
-    def mean(self) -> float:
-        """The mean itself; NaN without samples."""
-        n = len(self.values)
-        return float(self.means(torch.ones(n, 1, dtype=torch.float64))) if n else math.nan
-
-    def means(self, counts: Tensor) -> Tensor:
-        """The mean in each resample, float64 [r]; counts [N, r] say how often a sample is in it."""
-        values = self.values.detach().cpu().double()
-        if self.classes is None:
-            return values @ counts / len(values)
-        labels = self.classes.detach().cpu()
-        empty = counts.new_zeros(int(labels.max()) + 1, counts.shape[1])
-        size = empty.index_add(0, labels, counts)  # [C, r]
-        total = empty.index_add(0, labels, counts * values[:, None])
-        return (total / size.clamp_min(1)).sum(0) / (size > 0).sum(0)
-
-
 def bootstrap_intervals(
     samples: Mapping[str, Sampled], *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap 95 % interval of each mean: low, high; NaN where there are no samples.
+    """Percentile bootstrap 95 % interval of each mean, low and high; none without samples.
 
     Args:
-        samples: by name; those of one length share their resamples, so that more cost little. Of
-            two models on the same samples, the interval of the difference of their values is
-            narrower than two intervals side by side.
+        samples: by name; those of one length share their resamples.
         resamples: draws of N samples with replacement.
         seed: the same seed, the same intervals.
     """
-    out = dict.fromkeys(samples, (math.nan, math.nan))
+    out = {}
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     for n in {len(one.values) for one in samples.values()} - {0}:
-        means: dict[str, list[Tensor]] = {
-            x: [] for x, one in samples.items() if len(one.values) == n
-        }
+        means: dict[str, list[Tensor]] = {x: [] for x in samples if len(samples[x].values) == n}
         generator = torch.Generator().manual_seed(seed)
         for part in torch.arange(resamples).split(max(1, DRAWS_AT_ONCE // n)):
-            r = len(part)
-            draws = torch.randint(n, (r, n), generator=generator)
-            places = draws * r + torch.arange(r)[:, None]  # in the flat [N, r]
-            counts = torch.bincount(places.flatten(), minlength=n * r).double().reshape(n, r)
+            rows = torch.randint(n, (len(part), n), generator=generator)
             for name, parts in means.items():
-                parts.append(samples[name].means(counts))
+                parts.append(samples[name].means(rows))
         for name, parts in means.items():
             low, high = torch.cat(parts).quantile(ends).tolist()
             out[name] = low, high

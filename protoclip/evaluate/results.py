@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -11,11 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from protoclip.data.files import write_atomic
 
-PLAIN = {
+ROWS = {  # metric -> its row in a table; {}: the label that stands before it
     "text_retrieval_recall@1": "image -> text R@1",
     "text_retrieval_recall@5": "image -> text R@5",
     "text_retrieval_recall@10": "image -> text R@10",
@@ -23,22 +22,19 @@ PLAIN = {
     "image_retrieval_recall@5": "text -> image R@5",
     "image_retrieval_recall@10": "text -> image R@10",
     "text_retrieval_median_rank": "image -> text median rank",
-}
-PER_LABEL = {  # key after "LABEL/"
     "acc1": "zero-shot {}",
     "lp_acc1": "linear probe {}",
     "knn_acc1": "nearest neighbours {}",
     "ari": "k-means ARI {}",
     "ami": "k-means AMI {}",
     "nmi": "k-means NMI {}",
-}
-GEOMETRY = {
     "modality_gap": "modality gap",
     "alignment": "alignment (pairs' distance²)",
     "image_uniformity": "uniformity of the images",
     "text_uniformity": "uniformity of the texts",
 }
-CLASSIFIERS = {  # CLIP_benchmark's task -> the names of its metrics
+RECORDS = {  # CLIP_benchmark's task -> the names of its metrics
+    "zeroshot_retrieval": tuple(name for name in ROWS if "recall" in name),
     "zeroshot_classification": ("acc1", "acc5", "mean_per_class_recall"),
     "linear_probe": ("lp_acc1", "lp_acc5", "lp_mean_per_class_recall"),
 }
@@ -54,207 +50,138 @@ class SetResults:
     captions: int
     metrics: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # 95 %
-    hits: Mapping[str, Tensor] = field(default_factory=dict)  # per sample; not kept on disk
+
+
+Results = Mapping[str, SetResults]  # one model on all evaluation sets, by short name
 
 
 @dataclass(frozen=True)
-class Results:
-    """One model on all evaluation sets."""
+class Outcome:
+    """What ``results.json`` holds."""
 
-    sets: Mapping[str, SetResults]
-    seconds: float = math.nan
+    data: str  # e.g. "builtin:emoji"
+    model: str  # OpenCLIP's name
+    pretrained: str  # the checkpoint or tag
+    trained: Results
+    untrained: Results | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by phase, in the order to show
+    peak_memory_bytes: int | None = None
 
-    @property
-    def metrics(self) -> dict[str, dict[str, float]]:
-        """Set -> metric -> value."""
-        return {name: dict(one.metrics) for name, one in self.sets.items()}
 
-
-def format_table(
-    before: Results | None,
-    after: Results,
-    timing: Mapping[str, float] | None = None,
-    *,
-    peak_memory_bytes: int | None = None,
-) -> str:
-    """The table at the end of a run, at most 100 columns: one block per set, one row per metric.
-
-    Args:
-        before: the untrained model; None: those columns stay out.
-        after: the trained model.
-        timing: phase -> seconds, in the order to be shown.
-        peak_memory_bytes: of the process.
-    """
+def format_table(outcome: Outcome) -> str:
+    """The table at the end of a run, at most 100 columns: one block per set, one row per metric,
+    with the untrained model beside it if its results are known."""
     blocks = []
-    for key, one in after.sets.items():
-        columns = f"{'untrained':>11}" if before else ""
-        columns += f"{'trained':>11}{'95 % interval':>20}" + (f"{'change':>11}" if before else "")
-        lines = [
-            f"{one.title} ({key}): {one.samples:,} images, {one.captions:,} captions",
-            " " * 34 + columns,
-        ]
-        old = before.sets[key].metrics if before and key in before.sets else {}
+    row = "  {0:<32}{2:>11}{3:>20}"
+    if outcome.untrained is not None:
+        row = "  {0:<32}{1:>11}{2:>11}{3:>20}{4:>11}"
+    for key, one in outcome.trained.items():
+        head = row.format("", "untrained", "trained", "95 % interval", "change")
+        lines = [f"{one.title} ({key}): {one.samples:,} images, {one.captions:,} captions", head]
+        old = (outcome.untrained or {}).get(key)
         for name, words in rows_of(one.metrics):
-            first, last = old.get(name, math.nan), one.metrics[name]
-            low, high = one.intervals.get(name, (math.nan, math.nan))
-            line = f"  {words:<32}" + (f"{_number(first):>11}" if before else "")
-            bounds = "" if math.isnan(low) else f"{_number(low)} .. {_number(high)}"
-            line += f"{_number(last):>11}{bounds:>20}"
-            if before:
-                line += f"{_number(last - first, '+', max(abs(first), abs(last))):>11}"
-            lines.append(line.rstrip())
+            first, last = old.metrics.get(name, math.nan) if old else math.nan, one.metrics[name]
+            bounds = " .. ".join(map(number, one.intervals.get(name, ())))
+            cells = number(first), number(last), bounds, number(last - first, "+")
+            lines.append(row.format(words, *cells).rstrip())
         blocks.append("\n".join(lines))
     footer = []
-    if timing:
-        phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in timing.items())
-        text = f"Time: {phases}; together {sum(timing.values()):.1f} s"
+    if outcome.seconds:
+        phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in outcome.seconds.items())
+        text = f"Time: {phases}; together {sum(outcome.seconds.values()):.1f} s"
         footer += textwrap.wrap(text, 98, subsequent_indent=" " * 6, break_on_hyphens=False)
-    if peak_memory_bytes is not None:
-        footer.append(f"Peak memory: {peak_memory_bytes / 2**20:,.0f} MiB")
+    if outcome.peak_memory_bytes is not None:
+        footer.append(f"Peak memory: {outcome.peak_memory_bytes / 2**20:,.0f} MiB")
     return "\n\n".join([*blocks, *(["\n".join(footer)] if footer else [])])
 
 
 def rows_of(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """(metric, words) of each row of a table, in its order."""
-    labels = dict.fromkeys(name.split("/")[0] for name in metrics if "/" in name)
-    of_labels = {
-        f"{label}/{key}": words.format(label)
-        for key, words in PER_LABEL.items()
-        for label in labels
-    }
-    rows = PLAIN | of_labels | GEOMETRY
-    return [(name, words) for name, words in rows.items() if name in metrics]
+    """(metric, words) of each row of a table."""
+    parts = [(name, *name.rpartition("/")[::2]) for name in metrics]
+    return [(name, ROWS[key].format(label)) for name, label, key in parts if key in ROWS]
 
 
-def _number(value: float, sign: str = "", size: float | None = None) -> str:
-    """A value as a table shows it: three digits below 10, one above (of ``size`` if given)."""
+def number(value: float, sign: str = "") -> str:
+    """A metric in three decimals, a large one in one; with ``sign="+"`` a difference."""
     if math.isnan(value):
         return "-"
-    small = abs(value if size is None else size) < 10
-    return f"{value:{sign}.3f}" if small else f"{value:{sign},.1f}"
+    return f"{value:{sign}.3f}" if abs(value) < 10 else f"{value:{sign},.1f}"
 
 
-def write_results(
-    path: str | os.PathLike[str],
-    after: Results,
-    before: Results | None = None,
-    *,
-    data: str,
-    model: str,
-    pretrained: str,
-    timing: Mapping[str, float] | None = None,
-    peak_memory_bytes: int | None = None,
-) -> None:
-    """Write ``results.json``, whole or not at all; values that are not finite become null.
-
-    Args:
-        path: the file; an older one is replaced.
-        after, before, timing, peak_memory_bytes: as in ``format_table``.
-        data: the evaluated data, e.g. "builtin:emoji".
-        model: OpenCLIP's model name.
-        pretrained: the checkpoint.
-    """
-    content = {
-        "data": data,
-        "model": model,
-        "pretrained": pretrained,
-        "trained": results_to_plain(after),
-        "untrained": None if before is None else results_to_plain(before),
-        "seconds": timing or {},
-        "peak_memory_bytes": peak_memory_bytes,
-        "clip_benchmark": _finite(records(after, data, model, pretrained)),
-    }
-    write_atomic(Path(path), json.dumps(content, indent=1, allow_nan=False) + "\n")
+def write_results(path: str | os.PathLike[str], outcome: Outcome) -> None:
+    """Write ``results.json``, whole or not at all; values that are not finite become null."""
+    content = {**dataclasses.asdict(outcome), "clip_benchmark": records(outcome)}
+    # Strict JSON has neither NaN nor infinity.
+    strict = json.loads(json.dumps(content), parse_constant=lambda name: None)
+    write_atomic(Path(path), json.dumps(strict, indent=1) + "\n")
 
 
-def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """``results.json`` as written, "trained" and "untrained" as ``Results`` (or None).
+def read_results(path: str | os.PathLike[str]) -> Outcome:
+    """The outcome as written, but for infinity, which comes back as NaN.
 
     Raises:
-        ValueError: the file is no results.json.
+        ValueError: the file is not a results.json.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
+        del content["clip_benchmark"]
         for name in ("trained", "untrained"):
-            content[name] = None if content[name] is None else results_from_plain(content[name])
+            if name == "trained" or content[name] is not None:
+                content[name] = {key: _read_set(one) for key, one in content[name].items()}
+        return Outcome(**content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"results: expected a results.json of protoclip, got {path} ({type(error).__name__}: "
             f"{error}); move it away or choose another --output"
         ) from error
-    return content
 
 
-def results_to_plain(results: Results) -> dict[str, Any]:
-    """Results as JSON can hold them, without the hits."""
-    kept = ("title", "samples", "captions", "metrics", "intervals")
-    sets = {key: {name: getattr(one, name) for name in kept} for key, one in results.sets.items()}
-    return _finite({"seconds": results.seconds, "sets": sets})
+def _read_set(content: Mapping[str, Any]) -> SetResults:
+    metrics = {
+        name: math.nan if value is None else float(value)
+        for name, value in content["metrics"].items()
+    }
+    return SetResults(**{**content, "metrics": metrics})
 
 
-def results_from_plain(content: Mapping[str, Any]) -> Results:
-    """The inverse of ``results_to_plain``."""
-
-    def number(value: float | None) -> float:
-        return math.nan if value is None else float(value)
-
-    sets = {}
-    for key, one in content["sets"].items():
-        metrics = {name: number(value) for name, value in one["metrics"].items()}
-        bounds = {
-            name: (number(low), number(high)) for name, (low, high) in one["intervals"].items()
-        }
-        sets[key] = SetResults(one["title"], one["samples"], one["captions"], metrics, bounds)
-    return Results(sets, number(content["seconds"]))
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for the numbers that strict JSON does not have."""
-    return json.loads(json.dumps(value), parse_constant=lambda name: None)
-
-
-def records(results: Results, data: str, model: str, pretrained: str) -> list[dict[str, Any]]:
+def records(outcome: Outcome) -> list[dict[str, Any]]:
     """One record per set, label and task, as ``clip_benchmark eval --output`` writes it.
 
     The data set is "DATA/SET/LABEL", without the parts that tell nothing (ALL, class).
     """
     out: list[dict[str, Any]] = []
-    for key, one in results.sets.items():
-        recalls = {name: v for name, v in one.metrics.items() if "_retrieval_recall@" in name}
-        found = [("zeroshot_retrieval", "", recalls)]
-        for label in dict.fromkeys(name.split("/")[0] for name in one.metrics if "/" in name):
-            own = {name.removeprefix(f"{label}/"): v for name, v in one.metrics.items()}
-            for task, names in CLASSIFIERS.items():
-                found.append((task, label, {name: own[name] for name in names if name in own}))
-        for task, label, values in filter(lambda item: item[2], found):
-            if task == "linear_probe":  # ours uses all samples, as they are
-                values |= {
-                    "weight_decay": one.metrics.get(f"{label}/lp_weight_decay", math.nan),
-                    "epochs": int(one.metrics.get(f"{label}/lp_epochs", 0)),
-                    "seed": 0,
-                    "fewshot_k": -1,
-                    "normalized": False,
+    for key, one in outcome.trained.items():
+        for label in dict.fromkeys(name.rpartition("/")[0] for name in one.metrics):
+            own = f"{label}/" if label else ""
+            for task, names in RECORDS.items():
+                values: dict[str, Any] = {
+                    name: one.metrics[own + name] for name in names if own + name in one.metrics
                 }
-            parts = [data, "" if key == "ALL" else key, "" if label == "class" else label]
-            out.append(
-                {
-                    "dataset": "/".join(part for part in parts if part),
-                    "model": model,
-                    "pretrained": pretrained,
-                    "task": task,
-                    "metrics": values,
-                    "language": "en",
-                }
-            )
+                if not values:
+                    continue
+                if task == "linear_probe":  # ours uses all samples, as they are
+                    for name in ("weight_decay", "epochs"):
+                        values[name] = one.metrics[f"{own}lp_{name}"]
+                    values |= {"seed": 0, "fewshot_k": -1, "normalized": False}
+                parts = [outcome.data, *(x for x in (key, label) if x not in ("ALL", "class"))]
+                out.append(
+                    {
+                        "dataset": "/".join(part for part in parts if part),
+                        "model": outcome.model,
+                        "pretrained": outcome.pretrained,
+                        "task": task,
+                        "metrics": values,
+                        "language": "en",
+                    }
+                )
     return out
 
 
-def write_records(folder: str | os.PathLike[str], content: list[dict[str, Any]]) -> None:
+def write_records(folder: Path, content: list[dict[str, Any]]) -> None:
     """One file per record, named as CLIP_benchmark names them; ``clip_benchmark build`` reads them.
 
     Like CLIP_benchmark, values that do not exist (top-5 of four classes) are written as NaN.
     """
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for record in content:
         weights = record["pretrained"]

@@ -7,7 +7,6 @@ import hashlib
 import os
 import resource
 import sys
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -31,20 +30,13 @@ from protoclip.data import (
     batches,
     build_transform,
     noto_available,
-    open_dataset,
 )
 from protoclip.data.files import whole_file
 from protoclip.data.types import heldout_mask
-from protoclip.distributed import is_distributed, is_main, max_over_ranks, own_slice, world_size
+from protoclip.distributed import is_main, max_over_ranks, own_slice, world_size
 from protoclip.evaluate import metrics
-from protoclip.evaluate.datasets import (
-    EMOJI_TEMPLATES,
-    TEMPLATES,
-    Layout,
-    class_prompts,
-    open_layout,
-)
-from protoclip.evaluate.metrics import Accuracy, Sampled
+from protoclip.evaluate.datasets import Layout, class_prompts
+from protoclip.evaluate.metrics import Sampled
 from protoclip.evaluate.results import Results, SetResults
 from protoclip.model import Encoded, ProtoModel
 from protoclip.ops.native import cache_dir
@@ -52,11 +44,10 @@ from protoclip.ops.native import cache_dir
 TASKS = ("zeroshot", "retrieval", "linear_probe", "knn", "grouping", "geometry")
 PROBES = frozenset(("linear_probe", "knn"))
 PROTOCOLS = ("heldout", "paper")
-RECALL_AT = (1, 5, 10)
 HELDOUT_PERCENT = 20  # of a data set without a train split: what its probes are judged on
 SAMPLED = 16  # pictures whose pixels are part of a data set's digest, where files cannot tell
-Autocast = Callable[[], AbstractContextManager]
-Judge = Callable[[Tensor, Tensor], tuple[Accuracy, dict[str, float]]]  # scores and settings
+# A fitted probe: features [N, D] and labels [N] -> its scores, and its settings.
+Probe = Callable[[Tensor, Tensor], tuple[Mapping[str, Sampled], Mapping[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -119,7 +110,7 @@ class FeatureCache:
         with suppress(OSError, SafetensorError):
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as temporary:
-                save_file({"features": rows.detach().cpu().contiguous()}, temporary)
+                save_file({"features": rows.cpu().contiguous()}, temporary)
 
 
 def digest(*parts: str) -> str:
@@ -129,12 +120,11 @@ def digest(*parts: str) -> str:
 
 def model_hash(model: nn.Module) -> str:
     """SHA-256 of a model's parameters and buffers, by name, type, shape and value."""
-    parts = []
-    for name, tensor in sorted(model.state_dict().items()):
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        known = hashlib.sha256(content).hexdigest()
-        parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {known}")
-    return digest(*parts)
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def dataset_hash(dataset: PairDataset) -> str:
@@ -143,23 +133,20 @@ def dataset_hash(dataset: PairDataset) -> str:
     Built-in data has no files of its own; its keys and the pixels of a few pictures stand for it.
     """
     base: Any = dataset
-    parts: list[str] = []
+    parts = [base.name, *base.keys]
     while isinstance(base, Subset):
-        parts.append(base.indices.tobytes().hex())
         base = base.dataset
-    parts += [base.name, *base.keys]
     files: Iterable[str] = getattr(base, "shards", ())
     if hasattr(base, "path"):
-        files = (base.path(i) for i in range(len(base)))
+        files = map(base.path, range(len(base)))
     elif not files:
-        step = max(1, len(base) // SAMPLED)
-        parts += [base.image(i).tobytes().hex() for i in range(0, len(base), step)]
+        chosen = range(0, len(base), max(1, len(base) // SAMPLED))
+        parts += [base.image(i).tobytes().hex() for i in chosen]
     for path in files:
-        try:
+        parts.append(path)
+        with suppress(OSError):  # a url, or a missing file, which its reader names
             status = os.stat(path)
-            parts.append(f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}")
-        except OSError:  # a url, or a missing file, which its reader names
-            parts.append(path)
+            parts.append(f"{status.st_size} {status.st_mtime_ns}")
     return digest(*parts)
 
 
@@ -171,7 +158,7 @@ class Encoder:
     device: torch.device
     batch_size: int = 256
     workers: int = 0
-    autocast: Autocast = nullcontext
+    autocast: Callable[[], AbstractContextManager] = nullcontext
     bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # counts the rows
     cache: FeatureCache | None = None  # None: everything is encoded
     sharded: bool = False  # True on every rank: each encodes a slice, all get all rows
@@ -181,7 +168,7 @@ class Encoder:
         """u of every picture, float32 [N, D] on the device."""
         m = self.model
 
-        def encode(rows: range) -> Tensor:
+        def encode(rows: slice) -> Tensor:
             stream = batches(
                 dataset,
                 Draws(torch.arange(rows.start, rows.stop), seed=0),
@@ -193,8 +180,7 @@ class Encoder:
             )
             return self._rows(m.clip.encode_image, (batch.image for batch in stream))
 
-        content = dataset_hash(dataset) if self.cache is not None else ""
-        return self._kept("image", content, len(dataset), encode)
+        return self._kept("image", lambda: dataset_hash(dataset), len(dataset), encode)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -202,13 +188,14 @@ class Encoder:
         position = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         unique, step = list(position), self.batch_size
 
-        def encode(rows: range) -> Tensor:
-            parts = (unique[i : min(i + step, rows.stop)] for i in rows[::step])
-            tokens = (self.model.short_tokenizer(part) for part in parts)
+        def encode(rows: slice) -> Tensor:
+            own = unique[rows]
+            tokens = (
+                self.model.short_tokenizer(own[i : i + step]) for i in range(0, len(own), step)
+            )
             return self._rows(self.model.encode_text, tokens)
 
-        content = digest(*unique) if self.cache is not None else ""
-        encoded = self._kept("text", content, len(unique), encode)
+        encoded = self._kept("text", lambda: digest(*unique), len(unique), encode)
         return encoded[torch.tensor([position[text] for text in texts], device=encoded.device)]
 
     @torch.no_grad()
@@ -218,12 +205,12 @@ class Encoder:
             return self.model.project(encoded)
 
     def _kept(
-        self, kind: str, content: str, count: int, encode: Callable[[range], Tensor]
+        self, kind: str, content: Callable[[], str], count: int, encode: Callable[[slice], Tensor]
     ) -> Tensor:
         """Rows from the cache if every rank has them; else encoded, by all ranks together."""
         self.bar.total = (self.bar.total or 0) + count
         if self.cache is not None:
-            path = self.cache.path(kind, content)
+            path = self.cache.path(kind, content())
             found = self.cache.load(path, count)
             missing = torch.tensor([int(found is None)], device=self.device)
             if self.sharded:
@@ -232,13 +219,12 @@ class Encoder:
                 self.bar.update(count)
                 return found.to(self.device)
         own = own_slice(count) if self.sharded else slice(0, count)
-        rows = encode(range(own.start, own.stop)) if own.start < own.stop else None
+        rows = encode(own) if own.start < own.stop else torch.empty(0, device=self.device)
         if self.sharded:
-            parts: list[Tensor | None] = [None] * world_size()
-            dist.all_gather_object(parts, None if rows is None else rows.cpu())
-            rows = torch.cat([part for part in parts if part is not None]).to(self.device)
+            parts: list[Any] = [None] * world_size()
+            dist.all_gather_object(parts, rows.cpu())
+            rows = torch.cat([part for part in parts if len(part)]).to(self.device)
             self.bar.update(count - (own.stop - own.start))
-        assert rows is not None
         if self.cache is not None and is_main():
             self.cache.store(path, rows)
         return rows
@@ -275,126 +261,38 @@ def eval_transform(model: ProtoModel) -> Callable[[Any], Tensor]:
     return image_transform_v2(PreprocessCfg(**own), is_train=False)
 
 
-def encode_set(
-    encoder: Encoder,
-    dataset: PairDataset,
-    templates: Sequence[str] = TEMPLATES,
-    captions: str = "first",
-    *,
-    captioned: bool = True,
-    prompts: bool = True,
-) -> EvalSet:
-    """Features of a data set's pictures, captions ("first" or "all") and class prompts.
-
-    Without ``captioned`` the captions stay out, without ``prompts`` the class prompts.
-    """
-    image = encoder.images(dataset)
-    texts: list[str] = []
-    owner: list[int] = []
-    for i in range(len(dataset) if captioned else 0):
-        own = dataset.captions(i) if captions == "all" else dataset.captions(i)[:1]
-        texts += own
-        owner += [i] * len(own)
-    return EvalSet(
-        image,
-        encoder.texts(texts) if texts else image.new_zeros(0, image.shape[1]),
-        torch.tensor(owner, dtype=torch.int64, device=encoder.device),
-        {
-            name: Labels(known.ids.to(encoder.device), known.names)
-            for name, known in dataset.labels.items()
-        },
-        {
-            name: class_features(encoder, class_prompts(name, known.names, templates))
-            for name, known in dataset.labels.items()
-            if prompts
-        },
-        title=dataset.name,
-    )
-
-
-def class_features(encoder: Encoder, prompts: Sequence[Sequence[str]]) -> Tensor:
-    """Class vectors, unit rows [C, D], of the prompts of each class."""
-    rows = encoder.texts([prompt for own in prompts for prompt in own])
-    return metrics.class_vectors(rows.unflatten(0, (len(prompts), -1)))
-
-
-def take(one: EvalSet, rows: Sequence[int], **changes: Any) -> EvalSet:
-    """The set restricted to some of its images, with their captions; ``changes`` by field."""
-    images = torch.as_tensor(rows, dtype=torch.int64, device=one.image.device)
-    place = torch.full((len(one.image),), -1, device=one.image.device)
-    place[images] = torch.arange(len(images), device=one.image.device)
-    kept = torch.nonzero(place[one.owner] >= 0)[:, 0]
-    labels = {name: Labels(known.ids[images], known.names) for name, known in one.labels.items()}
-    return dataclasses.replace(
-        one,
-        image=one.image[images],
-        text=one.text[kept],
-        caption_image=place[one.owner[kept]],
-        labels=labels,
-        **changes,
-    )
-
-
 def encode_sets(
-    encoder: Encoder,
-    data: str | Layout,
-    *,
-    split: str = "auto",
-    seed: int = 0,
-    captions: str = "first",
-    tasks: Collection[str] = TASKS,
-    open_kwargs: Mapping[str, Any] | None = None,
+    encoder: Encoder, layout: Layout, tasks: Collection[str] = TASKS
 ) -> tuple[dict[str, EvalSet], EvalSet | None]:
-    """The evaluation sets of some data, by name, and what the probes learn from.
+    """The evaluation sets of some data, by name, and what the probes learn from; by all ranks.
 
     builtin:emoji has HO (held-out concepts), TW (all, in Twemoji style) and, with the font, NHO
     and NOTO (the held-out ones and all in Noto style). Other built-in data has HO (its held-out
     part), files have ALL. Probes learn from the train split, else from 80 % of the set.
-
-    Args:
-        data, split: as in ``open_layout``; or what it returned.
-        seed: of the split into train and held out, the one of the training run.
-        captions: "first" (one per image, the canonical one) or "all".
-        tasks: what the features are for, some of ``TASKS``.
-        open_kwargs: further arguments of ``open_layout``, such as the CSV columns.
     """
-    options = {"seed": seed, **(open_kwargs or {})}
-    if data == "builtin:emoji":
-        return _emoji_sets(encoder, partial(open_dataset, data, **options), captions)
-    layout = open_layout(data, split=split, **options) if isinstance(data, str) else data
-    one = encode_set(
-        encoder,
-        layout.test,
-        layout.templates,
-        captions,
-        captioned=layout.captioned,
-        prompts="zeroshot" in tasks,
-    )
-    one = dataclasses.replace(one, title=layout.title or one.title)
-    train = None
-    if one.labels and PROBES & set(tasks):
-        if layout.train is not None:
-            image = encoder.images(layout.train)
-            train = EvalSet(image, image[:0], labels=layout.train.labels)
-        else:  # a fifth of each class judges the probes, the rest teaches them
-            first = next(iter(one.labels.values())).ids.cpu().numpy()
-            mask = torch.from_numpy(heldout_mask(len(first), first, seed, HELDOUT_PERCENT))
-            judged, rest = (part.nonzero()[:, 0].to(one.image.device) for part in (mask, ~mask))
-            train = take(one, rest.tolist())
-            one = dataclasses.replace(one, probe_rows=judged)
-    return {layout.key: one}, train
+    if layout.emoji is not None:
+        return _emoji_sets(encoder, layout, layout.emoji)
+    one = encode_set(encoder, layout, prompts="zeroshot" in tasks)
+    if not one.labels or not PROBES & set(tasks):
+        return {layout.key: one}, None
+    if layout.train is not None:
+        image = encoder.images(layout.train)
+        return {layout.key: one}, EvalSet(image, image[:0], labels=layout.train.labels)
+    # A fifth of each class judges the probes, the rest teaches them.
+    first = next(iter(one.labels.values())).ids.cpu().numpy()
+    mask = torch.from_numpy(heldout_mask(len(first), first, seed=0, percent=HELDOUT_PERCENT))
+    judged, rest = (part.nonzero()[:, 0].to(one.image.device) for part in (mask, ~mask))
+    return {layout.key: dataclasses.replace(one, probe_rows=judged)}, take(one, rest)
 
 
 def _emoji_sets(
-    encoder: Encoder, opened: Callable[[str], PairDataset], captions: str
+    encoder: Encoder, layout: Layout, opened: Callable[[str], PairDataset]
 ) -> tuple[dict[str, EvalSet], EvalSet]:
     """Every picture and caption is encoded once; the other sets are rows of the whole one."""
-    everything = opened("all")
-    outside = set(opened("heldout").keys)
-    whole = encode_set(encoder, everything, EMOJI_TEMPLATES, captions)
+    everything, outside = opened("all"), set(layout.test.keys)
+    whole = encode_set(encoder, dataclasses.replace(layout, test=everything))
     rows = {key: i for i, key in enumerate(everything.keys)}
     heldout = [i for key, i in rows.items() if key in outside]
-    inside = [i for key, i in rows.items() if key not in outside]
     sets = {
         "HO": take(whole, heldout, title="Held-out concepts"),
         "TW": dataclasses.replace(whole, probes=False, title="All concepts"),
@@ -406,16 +304,63 @@ def _emoji_sets(
         heldout = [i for i, key in enumerate(noto.keys) if key in outside]
         sets["NHO"] = take(drawn, heldout, title="Held-out concepts in Noto style")
         sets["NOTO"] = drawn
-    return sets, take(whole, inside)
+    return sets, take(whole, [i for key, i in rows.items() if key not in outside])
 
 
-def impossible(tasks: Sequence[str], layout: Layout) -> dict[str, str]:
+def encode_set(encoder: Encoder, layout: Layout, *, prompts: bool = True) -> EvalSet:
+    """Features of the pictures to judge, of their captions, and (``prompts``) of their classes."""
+    dataset = layout.test
+    image = encoder.images(dataset)
+    captions = [dataset.captions(i)[: layout.captions] for i in range(len(dataset))]
+    texts = [text for own in captions for text in own]
+    owner = [i for i, own in enumerate(captions) for _ in own]
+    labels = {
+        name: Labels(known.ids.to(encoder.device), known.names)
+        for name, known in dataset.labels.items()
+    }
+    return EvalSet(
+        image,
+        encoder.texts(texts) if texts else image[:0],
+        torch.tensor(owner, dtype=torch.int64, device=encoder.device),
+        labels,
+        {
+            name: class_features(encoder, class_prompts(name, known.names, layout.templates))
+            for name, known in labels.items()
+            if prompts
+        },
+        title=layout.title or dataset.name,
+    )
+
+
+def class_features(encoder: Encoder, prompts: Sequence[Sequence[str]]) -> Tensor:
+    """Class vectors, unit rows [C, D], of the prompts of each class."""
+    rows = encoder.texts([prompt for own in prompts for prompt in own])
+    return metrics.class_vectors(rows.unflatten(0, (len(prompts), -1)))
+
+
+def take(one: EvalSet, rows: Sequence[int] | Tensor, title: str = "") -> EvalSet:
+    """The set restricted to some of its images, with their captions."""
+    images = torch.as_tensor(rows, dtype=torch.int64, device=one.image.device)
+    place = torch.full((len(one.image),), -1, device=one.image.device)
+    place[images] = torch.arange(len(images), device=one.image.device)
+    kept = torch.nonzero(place[one.owner] >= 0)[:, 0]
+    return dataclasses.replace(
+        one,
+        image=one.image[images],
+        text=one.text[kept],
+        caption_image=place[one.owner[kept]],
+        labels={name: Labels(known.ids[images], known.names) for name, known in one.labels.items()},
+        title=title or one.title,
+    )
+
+
+def impossible(tasks: Collection[str], layout: Layout) -> dict[str, str]:
     """Why each task that the data does not allow cannot be done, by task."""
     reasons = {}
     if not layout.test.labels:
         needs_classes = ("zeroshot", "linear_probe", "knn", "grouping")
         reasons = dict.fromkeys(needs_classes, "the data has no classes")
-    if not layout.captioned:
+    if layout.captions == 0:
         reasons["retrieval"] = "the data has no captions"
     return {task: reasons[task] for task in tasks if task in reasons}
 
@@ -427,7 +372,7 @@ def evaluate_features(
     tasks: Collection[str] = TASKS,
     protocol: str = "heldout",
 ) -> Results:
-    """The metrics of all sets.
+    """The metrics of all sets; nothing on other ranks than 0, which only help to encode.
 
     Args:
         sets: by short name.
@@ -435,27 +380,25 @@ def evaluate_features(
         tasks: some of ``TASKS``; what a set does not allow is left out.
         protocol: of the linear probe: "heldout" (L-BFGS, lambda chosen on a held-out part of the
             training samples) or "paper" (the authors': SGD, best test epoch).
-    Returns:
-        ``Results``; ``.metrics`` is set -> metric -> value.
     """
-    started = time.perf_counter()
-    learned: dict[str, dict[str, Judge]] = {}
+    if not is_main():
+        return {}
+    learned: dict[str, dict[str, Probe]] = {}
     if probe_train is not None and any(one.probes for one in sets.values()):
         learned = {
             label: _learn(probe_train.image, known, tasks, protocol)
             for label, known in probe_train.labels.items()
         }
-    done = {key: _score(key, one, learned, tasks) for key, one in sets.items()}
-    return Results(done, time.perf_counter() - started)
+    return {key: _score(one, learned if one.probes else {}, tasks) for key, one in sets.items()}
 
 
-def _learn(image: Tensor, known: Labels, tasks: Collection[str], protocol: str) -> dict[str, Judge]:
+def _learn(image: Tensor, known: Labels, tasks: Collection[str], protocol: str) -> dict[str, Probe]:
     """Each probe of one label, fitted to the training images, by metric prefix."""
     count = len(known.names)
-    out: dict[str, Judge] = {}
+    out: dict[str, Probe] = {}
 
-    def paper(rows: Tensor, ids: Tensor) -> tuple[Accuracy, dict[str, float]]:
-        got, epoch = metrics.paper_linear_probe(image, known.ids, rows, ids, count)
+    def paper(rows: Tensor, ids: Tensor) -> tuple[dict[str, Sampled], dict[str, float]]:
+        got, epoch = metrics.paper_linear_probe((image, known.ids), (rows, ids), count)
         return got, {"weight_decay": 1e-6, "epochs": 100.0, "best_epoch": float(epoch)}
 
     if "linear_probe" in tasks and protocol == "paper":
@@ -471,87 +414,45 @@ def _learn(image: Tensor, known: Labels, tasks: Collection[str], protocol: str) 
 
 
 def _score(
-    key: str,
-    one: EvalSet,
-    learned: Mapping[str, Mapping[str, Judge]],
-    tasks: Collection[str],
+    one: EvalSet, learned: Mapping[str, Mapping[str, Probe]], tasks: Collection[str]
 ) -> SetResults:
     """The metrics of one set, with their intervals."""
     values: dict[str, float] = {}
     sampled: dict[str, Sampled] = {}
+
+    def add(prefix: str, scores: Mapping[str, Sampled]) -> None:
+        sampled.update({prefix + name: score for name, score in scores.items()})
+        values.update({prefix + name: score.mean() for name, score in scores.items()})
+
     if len(one.text) and "retrieval" in tasks:
         ranks = metrics.retrieval(one.image, one.text, one.owner)
-        values |= ranks.summary(RECALL_AT)
-        for k in RECALL_AT:
-            for name, rows in zip(("text", "image"), ranks.hits(k), strict=True):
-                sampled[f"{name}_retrieval_recall@{k}"] = Sampled(rows)
+        add("", ranks.scores())
+        values |= ranks.summary()
+    for label, known in one.labels.items():
+        if "zeroshot" in tasks and label in one.class_vectors:
+            score = partial(metrics.zero_shot_logits, vectors=one.class_vectors[label])
+            add(f"{label}/", metrics.classify(one.image, known.ids, len(known.names), score))
+        rows = slice(None) if one.probe_rows is None else one.probe_rows
+        for prefix, probe in learned.get(label, {}).items():
+            scores, settings = probe(one.image[rows], known.ids[rows])
+            add(f"{label}/{prefix}", scores)
+            values |= {f"{label}/{prefix}{name}": value for name, value in settings.items()}
+        if "grouping" in tasks and len(known.ids) > 1:
+            found = metrics.group_scores(one.image, known.ids)
+            values |= {f"{label}/{name}": value for name, value in found.items()}
     if "geometry" in tasks:
         if len(one.text):
             values["modality_gap"] = metrics.modality_gap(one.image, one.text)
             values["alignment"] = metrics.alignment(one.image[one.owner], one.text)
             values["text_uniformity"] = metrics.uniformity(one.text)
         values["image_uniformity"] = metrics.uniformity(one.image)
-
-    def add(prefix: str, got: Accuracy) -> None:
-        sampled.update({prefix + name: one for name, one in got.scores().items()})
-        values.update({prefix + name: value for name, value in got.summary().items()})
-
-    for label, known in one.labels.items():
-        if "zeroshot" in tasks and label in one.class_vectors:
-            score = partial(metrics.zero_shot_logits, vectors=one.class_vectors[label])
-            add(f"{label}/", metrics.classify(one.image, known.ids, len(known.names), score))
-        judged, ids = one.image, known.ids
-        if one.probe_rows is not None:
-            judged, ids = judged[one.probe_rows], ids[one.probe_rows]
-        for prefix, judge in learned.get(label, {}).items() if one.probes else ():
-            got, settings = judge(judged, ids)
-            values |= {f"{label}/{prefix}{name}": value for name, value in settings.items()}
-            add(f"{label}/{prefix}", got)
-        if "grouping" in tasks and len(known.ids) > 1:
-            for name, value in metrics.group_scores(one.image, known.ids).items():
-                values[f"{label}/{name}"] = value
-    bounds = metrics.bootstrap_intervals(sampled)
-    hits = {name: one.values.cpu() for name, one in sampled.items() if one.classes is None}
-    return SetResults(one.title or key, len(one.image), len(one.text), values, bounds, hits)
+    intervals = metrics.bootstrap_intervals(sampled)
+    return SetResults(one.title, len(one.image), len(one.text), values, intervals)
 
 
-def evaluate_model(
-    model: ProtoModel,
-    data: str | Layout = "builtin:emoji",
-    *,
-    encoder: Encoder | None = None,
-    tasks: Collection[str] = TASKS,
-    protocol: str = "heldout",
-    keep: dict[str, EvalSet] | None = None,
-    **options: Any,
-) -> Results:
-    """Encode the evaluation sets of ``data`` on all ranks and score them on rank 0.
-
-    Args:
-        model: stays as it is, where it is.
-        data, tasks: as in ``encode_sets``.
-        encoder: of the model; None: in fp32, on all ranks, where the model is.
-        protocol: as in ``evaluate_features``.
-        keep: takes the encoded sets, by name.
-        options: ``split``, ``seed``, ``captions`` and ``open_kwargs`` of ``encode_sets``.
-    Returns:
-        The results; on other ranks than 0 without sets.
-    """
-    started = time.perf_counter()
-    if encoder is None:
-        encoder = Encoder(model, next(model.parameters()).device, sharded=is_distributed())
-    sets, train = encode_sets(encoder, data, tasks=tasks, **options)
-    if keep is not None:
-        keep.update(sets)
-    results = Results({})
-    if is_main():
-        results = evaluate_features(sets, train, tasks=tasks, protocol=protocol)
-    return dataclasses.replace(results, seconds=time.perf_counter() - started)
-
-
-def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     """Most memory in use so far: of the card on a GPU, of the process elsewhere."""
-    if torch.device(device).type == "cuda":
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

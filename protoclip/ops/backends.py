@@ -78,7 +78,7 @@ ANYWHERE = {"cpu": CPU, "reference": REFERENCE}
 CLUSTERS = ANYWHERE | {"cuda": CUDA, "triton": _triton("clusters")}
 TABLE: dict[str, dict[str, Backend]] = {
     "info_nce": ANYWHERE | {"triton": _triton("info_nce")},
-    "contrastive": {"reference": REFERENCE},
+    "contrastive": ANYWHERE,
     "siglip": ANYWHERE | {"triton": _triton("siglip")},
     "prototype_cross_entropy": ANYWHERE | {"triton": _triton("prototype_cross_entropy")},
     "soft_targets": ANYWHERE | {"triton": _triton("prototype_cross_entropy")},

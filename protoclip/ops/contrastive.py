@@ -213,7 +213,7 @@ def _matched_setup(ctx, inputs, output) -> None:
 
 
 def _matched_autograd(ctx, *grads):
-    x, y, scale, *relation, rows, columns, stash = ctx.saved_tensors
+    x, y, scale, *relation, bias, rows, columns, stash = ctx.saved_tensors
     weights = [
         side_weights(gap, mean, statistics)
         for gap, mean, statistics in ((*grads[:2], rows), (*grads[2:4], columns))
@@ -221,9 +221,8 @@ def _matched_autograd(ctx, *grads):
     if all(grad is None for grad in grads[:4]):
         return (None,) * 12
     dx, dy, dscale, dbias = torch.ops.protoclip.matched_bwd(
-        x, y, scale, *relation, ctx.same_positive, rows, columns, *weights, ctx.backend, stash
+        x, y, scale, *relation, bias, ctx.same_positive, rows, columns, *weights, ctx.backend, stash
     )
-    bias = relation[3]
     dbias = None if bias is None else dbias.to(bias.dtype)
     dscale = dscale.to(scale.dtype).reshape(scale.shape)
     return dx, dy, dscale, None, None, None, None, dbias, None, None, None, None

@@ -53,7 +53,7 @@ function map(box) {
   const key = make("div", { className: "legend" });
   canvas.after(key);
   const state = { by: Object.keys(data.by)[0], only: -1, shown: [true, true] };
-  const ids = {}, faces = {};  // the pictures of a cluster that is seen alone
+  const ids = {}, faces = {};  // pictures in place of few dots, or of a cluster's that is alone
   for (const name in data.by) ids[name] = new Int16Array(bytes(data.by[name].ids));
   const at = i => [14 + (xy[2 * i] / 65535) * (canvas.width - 28),
                    14 + (xy[2 * i + 1] / 65535) * (canvas.height - 28)];
@@ -77,7 +77,7 @@ function map(box) {
         if (text) pen.rect(x - size * 0.8, y - size * 0.8, size * 1.6, size * 1.6);
         else pen.arc(x, y, size, 0, 7);
         pen.fill();
-        if (text || faint || state.only < 0 || !data.pictures.length) continue;
+        if (text || faint || !data.pictures.length || (state.only < 0 && n > 400)) continue;
         const face = faces[i] ??= Object.assign(image(box.dataset.run, data.pictures[i], ""), { onload: draw });
         if (face.complete) pen.drawImage(face, x - face.width / 4, y - face.height / 4, face.width / 2, face.height / 2);
       }

@@ -5,32 +5,31 @@ Run folders are read here, compared with a baseline, and put into the template.
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
 import math
 import os
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
-import torch
 
-from protoclip.config import TrainConfig, flag_of, output_file
+from protoclip.config import output_file
 from protoclip.data.files import write_atomic
-from protoclip.evaluate import Results, SetResults, read_results
-from protoclip.evaluate.metrics import Sampled, bootstrap_intervals
-from protoclip.evaluate.results import results_from_plain, results_to_plain, rows_of
+from protoclip.evaluate import Outcome, SetResults, read_results
+from protoclip.evaluate.results import number, rows_of
 from protoclip.report import figures
 from protoclip.report.figures import Series, read_series
 from protoclip.report.snapshot import Snapshot, load_snapshot
 
 NAME = "report.html"
-RECORDED = "clip_baseline.json"  # plain CLIP with the default settings, as once recorded
+ASSETS = Path(__file__).parent
+# Plain CLIP with the default settings: config.json and results.json of a run whose --name is the
+# remark. After a change of the defaults, train it again and copy the two files.
+RECORDED = ASSETS / "clip_baseline"
 HEADS = ("add_projection_head", "projection_hidden_dim", "projection_dim")
 HEADLINE = ("recall@1", "recall@5", "acc1", "ami")
 LOWER_IS_BETTER = ("rank", "modality_gap", "alignment", "uniformity")
@@ -43,13 +42,9 @@ class Run:
     name: str
     path: Path | None
     config: Mapping[str, Any]
-    after: Results | None = None
-    before: Results | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    peak_memory_bytes: int | None = None
+    outcome: Outcome = Outcome("", "", "", {})
     series: Series = field(default_factory=dict)
     snapshot: Snapshot = field(default_factory=Snapshot)
-    remark: str = ""
 
     @property
     def method(self) -> str:
@@ -63,31 +58,21 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         ValueError: it is not a run folder, or one of its files is damaged.
     """
     path = Path(path)
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"report: expected a run folder of protoclip.train, found no {path / 'config.json'}"
-        )
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"report: expected a run folder of protoclip.train, found no {file}")
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"report: {path / 'config.json'} is not valid JSON: {error}") from error
+        raise ValueError(f"report: {file} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"report: expected settings in {path / 'config.json'}, got {config!r:.40}")
-    results: dict[str, Any] = {}
+        raise ValueError(f"report: expected settings in {file}, got {config!r:.40}")
+    run = Run(path.resolve().name, path, config, snapshot=load_snapshot(path))
     if (path / "results.json").is_file():
-        results = read_results(path / "results.json")
-    metrics = path / "metrics.jsonl"
-    return Run(
-        path.resolve().name,
-        path,
-        config,
-        results.get("trained"),
-        results.get("untrained"),
-        results.get("seconds") or {},
-        results.get("peak_memory_bytes"),
-        read_series(metrics) if metrics.is_file() else {},
-        load_snapshot(path) or Snapshot(),
-    )
+        run = replace(run, outcome=read_results(path / "results.json"))
+    if (path / "metrics.jsonl").is_file():
+        run = replace(run, series=read_series(path / "metrics.jsonl"))
+    return run
 
 
 def comparable(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -105,140 +90,43 @@ def comparable(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def find_baseline(runs: Sequence[Run]) -> Run | None:
     """The plain CLIP to compare with: among ``runs``, beside the last one, or as recorded."""
-    given = next((run for run in runs if run.method == "clip"), None)
-    if given is not None:
-        return given
-    run = runs[-1]
-    for folder in sorted(run.path.resolve().parent.iterdir()) if run.path else ():
-        if (folder / "config.json").is_file() and (folder / "results.json").is_file():
-            try:
-                other = read_run(folder)
-            except (ValueError, OSError):
-                continue
-            if other.method == "clip" and comparable(run.config, other.config):
-                return other
-    return recorded_baseline(run)
+    for run in runs:
+        if run.method == "clip":
+            return run
+    path = runs[-1].path
+    beside = path.resolve().parent.glob("*/results.json") if path else ()
+    for folder in (*sorted(file.parent for file in beside), RECORDED):
+        with contextlib.suppress(ValueError, OSError):  # another's folder
+            other = read_run(folder)
+            if other.method == "clip" and comparable(runs[-1].config, other.config):
+                return replace(other, name="CLIP (recorded)") if folder == RECORDED else other
+    return None
 
 
-def recorded_baseline(run: Run) -> Run | None:
-    """The baseline that ships with protoclip, for a run with the default settings."""
-    file = resources.files("protoclip.report").joinpath(RECORDED)
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if not comparable(run.config, content["config"]):
-        return None
-    after = results_from_plain(content["trained"])
-    return Run("CLIP (recorded)", None, content["config"], after, remark=content["remark"])
-
-
-def record_baseline(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
-    """Keep a plain run's numbers as the baseline that ships with protoclip.
-
-    After a change of the defaults: train with ``--method clip``, then call this with the run
-    folder and ``protoclip/report/clip_baseline.json``.
-    """
-    run = read_run(folder)
-    facts = run.snapshot.facts
-    assert run.method == "clip" and run.after is not None
-    remark = (
-        f"Baseline: plain CLIP, same data, encoder, steps and seed, recorded "
-        f"{time.strftime('%Y-%m-%d')} ({facts['cpu']}, torch {facts['torch']}, commit "
-        f"{facts['commit']}). For your own: --method clip, then protoclip.report RUN CLIP_RUN."
-    )
-    config = {**run.config, "run": {"seed": run.config["run"]["seed"]}}
-    content = {"remark": remark, "config": config, "trained": results_to_plain(run.after)}
-    text = json.dumps(content, indent=1, allow_nan=False)
-    Path(output).write_text(text + "\n", encoding="utf-8")
-
-
-def command_of(config: Mapping[str, Any]) -> str:
-    """The command line that trains with this config: its flags that are not the default."""
-    words = ["python", "-m", "protoclip.train"]
-    default = TrainConfig()
-    sections = {name: own for name, own in vars(default).items() if dataclasses.is_dataclass(own)}
-    parts = [(default, config), *((own, config.get(key, {})) for key, own in sections.items())]
-    for own, values in parts:
-        for item in dataclasses.fields(own):
-            value = values.get(item.name, getattr(own, item.name))
-            value = tuple(value) if isinstance(value, list) else value
-            if item.name in (*sections, "name", "logs") or value == getattr(own, item.name):
-                continue
-            flag = flag_of(item)
-            if isinstance(value, bool):
-                words.append(flag if value else "--no-" + flag[2:])
-            else:
-                words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
-    return shlex.join(words)
-
-
-# Numbers beside the baseline's
-
-
-@dataclass(frozen=True)
-class Change:
-    """A metric's difference to the baseline, with the 95 % interval of the difference."""
+class Change(NamedTuple):
+    """A metric's difference to the baseline, and half its 95 % interval."""
 
     value: float
-    low: float
-    high: float
+    half: float  # infinite where the metric has no interval
     kind: str  # "up": clearly better, "down": clearly worse, "same"
 
 
 def change(run: Run, other: Run, key: str, metric: str) -> Change | None:
-    """The run's metric minus the other's; None where either lacks it.
-
-    Paired over the samples where both runs' hits are kept; else the intervals are taken as
-    independent, which is wider.
-    """
-    mine, theirs = (one.after.sets.get(key) if one.after else None for one in (run, other))
+    """The run's metric minus the other's, as of independent samples; None where either lacks it."""
+    mine, theirs = (one.outcome.trained.get(key) for one in (run, other))
     if mine is None or theirs is None:
         return None
     value = mine.metrics.get(metric, math.nan) - theirs.metrics.get(metric, math.nan)
     if math.isnan(value):
         return None
-    low, high = -math.inf, math.inf
-    hits, others = (one.snapshot.hits.get(f"{key}/{metric}", "") for one in (run, other))
-    if hits and len(hits) == len(others):
-        pairs = zip(hits, others, strict=True)
-        differences = torch.tensor([float(hit) - float(theirs) for hit, theirs in pairs])
-        low, high = bootstrap_intervals({"": Sampled(differences)})[""]
-    elif metric in mine.intervals and metric in theirs.intervals:
+    half = math.inf
+    if metric in mine.intervals and metric in theirs.intervals:
         (a, b), (c, d) = mine.intervals[metric], theirs.intervals[metric]
         half = math.hypot(b - a, d - c) / 2
-        low, high = value - half, value + half
     kind = "same"
-    if low > 0 or high < 0:
+    if abs(value) > half:
         kind = "up" if (value < 0) == metric.endswith(LOWER_IS_BETTER) else "down"
-    return Change(value, low, high, kind)
-
-
-def number(value: float | None, sign: str = "") -> str:
-    """A metric in three decimals, a large one in one; with ``sign="+"`` a difference."""
-    if value is None or math.isnan(value):
-        return "–"
-    text = f"{value:{sign}.3f}" if abs(value) < 10 else f"{value:{sign},.1f}"
-    return text.replace("-", "−")
-
-
-def learnt(run: Run) -> str:
-    """What the run learnt, in a sentence or two: first set, before and after."""
-    if run.after is None or not run.after.sets:
-        return f"{run.name} was not evaluated: it had no evaluation data (--val-data)."
-    key, one = next(iter(run.after.sets.items()))
-    old = run.before.sets[key].metrics if run.before and key in run.before.sets else {}
-    words = {
-        "text_retrieval_recall@5": "the right caption is among the first five for",
-        "image_retrieval_recall@5": "the right picture is among the first five for",
-    }
-    for metric in one.metrics:
-        if metric.endswith("/acc1") and "lp_" not in metric and "knn_" not in metric:
-            words[metric] = f"zero-shot finds the {metric.split('/')[0]} of"
-    parts = [
-        f"{text} {one.metrics[metric]:.1%}"
-        + (f" (untrained: {old[metric]:.1%})" if metric in old else "")
-        for metric, text in words.items()
-        if metric in one.metrics
-    ]
-    return f"{one.title} ({one.samples:,} images): {'; '.join(parts)}." if parts else ""
+    return Change(value, half, kind)
 
 
 def verdict(run: Run, baseline: Run | None) -> str:
@@ -250,23 +138,22 @@ def verdict(run: Run, baseline: Run | None) -> str:
             "same flags and --method clip, then: python -m protoclip.report RUN CLIP_RUN"
         )
     found: dict[str, list[str]] = {"up": [], "down": [], "same": []}
-    for key, one in run.after.sets.items() if run.after else ():
+    for key, one in run.outcome.trained.items():
         for metric, words in rows_of(one.metrics):
             got = change(run, baseline, key, metric) if metric.endswith(HEADLINE) else None
-            if got is not None and math.isfinite(got.low):
+            if got is not None and got.half < math.inf:
                 found[got.kind].append(f"{words} ({one.title}, {number(got.value, '+')})")
     better, worse, same = found.values()
-    total = len(better) + len(worse) + len(same)
-    if not total:
+    if not (better or worse or same):
         return f"{run.name} and {baseline.name} have no metric in common."
     if better and worse:
         head = "is better in some and worse in other numbers than"
     else:
         head = "beat" if better else "lost to" if worse else "cannot be told apart from"
     text = (
-        f"{run.name} ({run.method}) {head} {baseline.name} ({baseline.method}): of {total} "
-        f"headline numbers {len(better)} are clearly better, {len(worse)} clearly worse, "
-        f"{len(same)} within chance (95 % intervals, one seed each)."
+        f"{run.name} ({run.method}) {head} {baseline.name} ({baseline.method}): of "
+        f"{len(better + worse + same)} headline numbers {len(better)} are clearly better, "
+        f"{len(worse)} clearly worse, {len(same)} within chance (95 % intervals, one seed each)."
     )
     for word, names in (("Better", better), ("Worse", worse)):
         if names:
@@ -319,22 +206,20 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters.update(
-        number=number,
+        number=lambda value, sign="": number(value, sign).replace("-", "−"),
         chart=figures.chart_svg,
         histogram=figures.histogram_svg,
         colour=lambda i: f"var(--c{i % len(figures.CYCLE)})",
         pretty=lambda value: json.dumps(value, indent=2),
-        command=command_of,
         rows=lambda one: rows_of(one.metrics),
     )
     baseline = find_baseline(runs)
     own = [run for run in runs if run is not baseline]
-    if not said:
-        said = [learnt(run) for run in own or runs] + [verdict(run, baseline) for run in own]
+    columns = [baseline, *own] if baseline else own
     series = {run.name: run.series for run in runs}
     sets: dict[str, SetResults] = {}
-    for run in ([baseline] if baseline else []) + own:
-        sets = {**(run.after.sets if run.after else {}), **sets}
+    for run in columns:
+        sets = {**run.outcome.trained, **sets}
     return environment.from_string(_asset("page.html.j2")).render(
         title="protoclip: " + " and ".join(run.name for run in runs),
         css=figures.CSS,
@@ -342,10 +227,11 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
         written=time.strftime("%Y-%m-%d %H:%M"),
         runs=runs,
         baseline=baseline,
-        columns=[baseline, *own] if baseline else own,
-        said=said,
+        recorded=baseline if baseline and baseline.path == RECORDED else None,
+        columns=columns,
+        said=said or [verdict(run, baseline) for run in own],
         sets=sets,
-        before=runs[0].before if len(runs) == 1 else None,
+        before=runs[0].outcome.untrained if len(runs) == 1 else None,
         change=change,
         headline=HEADLINE,
         curves=figures.charts(figures.CURVES, series),
@@ -354,4 +240,4 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files("protoclip.report").joinpath(name).read_text(encoding="utf-8")
+    return (ASSETS / name).read_text(encoding="utf-8")

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,13 +28,13 @@ from torch import Tensor
 
 from protoclip.data import PairDataset
 from protoclip.data.files import write_atomic
-from protoclip.evaluate import EvalSet, Results
+from protoclip.evaluate import EvalSet
 from protoclip.kmeans import kmeans
 from protoclip.model import Encoded
 from protoclip.ops import segment_mean
 from protoclip.prototypes import purity
 
-NAME, FORMAT = "report.json", 3
+NAME, FORMAT = "report.json", 4
 SIDE = 64  # pixels of a thumbnail
 CARDS, IMAGES, CAPTIONS = 20_000, 8, 5  # clusters of each source, and the nearest of each
 PICTURES = 4000  # of the cards of a source: they and the map's make a page that fits into a mail
@@ -68,14 +69,12 @@ class Snapshot:
     geometry: Mapping[str, Any] = field(default_factory=dict)  # histograms: edges and shares
     confusions: Sequence[Mapping[str, Any]] = ()
     retrieval: Sequence[Mapping[str, Any]] = ()
-    hits: Mapping[str, str] = field(default_factory=dict)  # "SET/metric" -> "0110..."
     facts: Mapping[str, Any] = field(default_factory=dict)  # environment, memory, ...
 
 
 def take_snapshot(
     samples: Samples,
     judged: tuple[PairDataset, EvalSet] | None = None,
-    after: Results | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Snapshot:
     """Work out what a page shows.
@@ -83,43 +82,35 @@ def take_snapshot(
     Args:
         samples: of the training data.
         judged: the evaluation set that examples come from, and its features.
-        after: results of the trained model, for their hits.
         facts: about the run: anything JSON can hold.
     """
     thumbs = Thumbnails()
-    captioned = judged and len(judged[1].text) > 1
-    sets = after.sets.items() if after else ()
+    captioned = judged if judged and len(judged[1].text) > 1 else None
     return Snapshot(
         pictures=thumbs.made,  # the parts below fill it
         clusters=gallery(samples, thumbs),
         plane=plane(samples, thumbs),
-        geometry=geometry(judged[1]) if judged and captioned else {},
+        geometry=geometry(captioned[1]) if captioned else {},
         confusions=confusions(judged[1]) if judged else (),
-        retrieval=retrieval(*judged, thumbs) if judged and captioned else (),
-        hits={
-            f"{key}/{name}": "".join(map(str, hits.int().tolist()))
-            for key, one in sets
-            for name, hits in one.hits.items()
-        },
+        retrieval=retrieval(*captioned, thumbs) if captioned else (),
         facts={**environment(), **(facts or {})},
     )
 
 
-def save_snapshot(folder: str | os.PathLike[str], snapshot: Snapshot) -> Path:
+def save_snapshot(folder: str | os.PathLike[str], snapshot: Snapshot) -> None:
     """Write ``report.json`` into a run folder, whole or not at all."""
-    path = Path(folder) / NAME
     content = {"format": FORMAT, **asdict(snapshot)}
-    write_atomic(path, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
-    return path
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    write_atomic(Path(folder) / NAME, text + "\n")
 
 
-def load_snapshot(folder: str | os.PathLike[str]) -> Snapshot | None:
-    """The snapshot of a run folder; None if it is missing or of another format."""
-    try:
+def load_snapshot(folder: str | os.PathLike[str]) -> Snapshot:
+    """The snapshot of a run folder; an empty one if it is missing or of another format."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = json.loads((Path(folder) / NAME).read_text(encoding="utf-8"))
-        return Snapshot(**content) if content.pop("format") == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        if content.pop("format") == FORMAT:
+            return Snapshot(**content)
+    return Snapshot()
 
 
 def _base64(array: np.ndarray) -> str:
@@ -320,20 +311,17 @@ def confusions(one: EvalSet) -> list[dict[str, Any]]:
     """Zero-shot: what each class was taken for, for every label with class vectors."""
     found = []
     for label, vectors in one.class_vectors.items():
-        if label not in one.labels:
-            continue
         ids, names = one.labels[label].ids.cpu(), list(one.labels[label].names)
-        scores = (x @ _unit(vectors).T for x in _unit(one.image).split(4096))
-        guesses = torch.cat([block.argmax(1) for block in scores])
-        table = torch.bincount(ids * len(names) + guesses, minlength=len(names) ** 2)
-        table = table.view(len(names), len(names))
+        z, count = _unit(vectors), len(names)
+        guesses = torch.cat([(x @ z.T).argmax(1) for x in _unit(one.image).split(4096)])
+        table = torch.bincount(ids * count + guesses, minlength=count**2).view(count, count)
         entry = {"label": label, "right": float((ids == guesses).float().mean()), "names": names}
-        if len(names) <= CELLS:
+        if count <= CELLS:
             entry["table"] = table.tolist()
         else:
             times, places = table.fill_diagonal_(0).flatten().topk(WORST)
             pairs = zip(times.tolist(), places.tolist(), strict=True)
-            entry["worst"] = [(p // len(names), p % len(names), n) for n, p in pairs if n]
+            entry["worst"] = [(*divmod(place, count), n) for n, place in pairs if n]
         found.append(entry)
     return found
 
@@ -362,16 +350,12 @@ def retrieval(dataset: PairDataset, one: EvalSet, thumbs: Thumbnails) -> list[di
             shown = []
             for row in every(rows, SHOWN).tolist():
                 own = int(wanted[row])
-                missed = not bool((found[row] == own).any())
-                shown.append(
-                    {
-                        "query": ask(int(asked[row]), own),
-                        "answers": [answer(j, own) for j in best[row].tolist()],
-                        "right": picture(own, own) if missed else None,
-                    }
-                )
-            group = {"to": to, "correct": correct, "share": len(rows) / len(asked)}
-            groups.append({**group, "asked": len(asked), "queries": shown})
+                answered = [answer(j, own) for j in best[row].tolist()]
+                missed = not any(item["hit"] for item in answered)
+                query, pair = ask(int(asked[row]), own), picture(own, own) if missed else None
+                shown.append({"query": query, "answers": answered, "right": pair})
+            numbers = {"share": len(rows) / len(asked), "asked": len(asked)}
+            groups.append({"to": to, "correct": correct, **numbers, "queries": shown})
     return groups
 
 
@@ -379,14 +363,14 @@ def environment() -> dict[str, Any]:
     """Machine and versions, for those who want the same numbers."""
     import protoclip
 
-    cpu, commit = platform.processor() or platform.machine(), ""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(x for x in lines if x.startswith("model name")).split(":", 1)[1].strip()
-    root = str(Path(protoclip.__file__).parents[1])
-    command = ["git", "-C", root, "rev-parse", "--short=12", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    cpu, commit = platform.machine(), ""
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        cpu = found[1] if found else cpu
+    with contextlib.suppress(OSError):
+        root = str(Path(protoclip.__file__).parents[1])
+        command = ["git", "-C", root, "rev-parse", "--short=12", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {
         "protoclip": protoclip.__version__,
         "commit": commit,

@@ -1,0 +1,58 @@
+"""``protoclip COMMAND ...``, or ``python -m protoclip COMMAND ...``: every command by one name.
+
+Only the command that is asked for is loaded, and for its --help only its flags.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from protoclip import __version__
+from protoclip.commands import PARSERS
+
+MODULES = {
+    "train": "protoclip.train",
+    "cluster": "protoclip.cluster",
+    "evaluate": "protoclip.evaluate.__main__",
+    "report": "protoclip.report.__main__",
+    "export": "protoclip.export",
+    "plan": "protoclip.plan",
+    "data": "protoclip.data.__main__",
+    "teacher": "protoclip.teacher",
+    "openclip": "protoclip.openclip",
+}
+HELP = """protoclip trains CLIP with prototypes, and shows which pictures belong together.
+
+  protoclip train                       a small ProtoCLIP on built-in emoji, minutes on a CPU
+  protoclip cluster photos/ --k 50      pictures, or rows of features, in groups
+  protoclip evaluate logs/RUN           the numbers of a run, or of any CLIP on your data
+  protoclip report logs/RUN             one page about a run, or about several side by side
+  protoclip export logs/RUN --out DIR   the model, as OpenCLIP and CLIP_benchmark load it
+
+More commands: plan, data, teacher, openclip. The flags of one: protoclip COMMAND --help"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is the command's, 2 where there is no such command."""
+    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(HELP)
+        return 0
+    if command == "--version":
+        print(f"protoclip {__version__}")
+        return 0
+    if command not in MODULES:
+        near = difflib.get_close_matches(command, MODULES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(MODULES)}"
+        print(f"protoclip: error: {command!r} is no command; {hint}", file=sys.stderr)
+        return 2
+    if command in PARSERS and {"-h", "--help", "--help-all"} & set(rest):
+        PARSERS[command]().parse_args(rest)
+    return importlib.import_module(MODULES[command]).main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

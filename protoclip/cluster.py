@@ -1,0 +1,328 @@
+"""``protoclip cluster DATA --k 50``: which pictures, or rows of features, belong together.
+
+Writes clusters.csv (file, cluster, squared distance to its centroid, rank within it),
+centroids.safetensors (``protoclip.Clusters.load`` reads it) and report.html into a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from protoclip.commands import cluster_parser
+from protoclip.config import check_above
+from protoclip.data import DataError, Labels, PairDataset, Subset, open_dataset
+from protoclip.data.files import whole_file, write_atomic
+from protoclip.distributed import run_command
+from protoclip.evaluate import Encoder, Outcome
+from protoclip.evaluate.__main__ import load_model
+from protoclip.evaluate.datasets import ImageFolder
+from protoclip.evaluate.tasks import FeatureCache
+from protoclip.kmeans import Clusters, kmeans
+from protoclip.model import Encoded, autocast_for, choose_device, choose_precision
+from protoclip.report import page, snapshot
+from protoclip.teacher import SUFFIXES, read_rows
+
+PROG = "protoclip cluster"
+MODEL, WEIGHTS = "ViT-B-32", "laion2b_s34b_b79k"  # OpenCLIP's own example
+MAPPED = 2000  # samples on the page's map
+JUDGED, LARGEST = 3000, 300  # --k auto: rows that judge, and the largest K
+PLUS_PLUS = 1024  # up to this K, the best of three starts by k-means++
+
+
+class PictureFolder(ImageFolder):
+    """All pictures in a folder and in the folders in it; they have no captions.
+
+    Raises:
+        DataError: there is none.
+    """
+
+    labels: Mapping[str, Labels]
+
+    def __init__(self, root: Path) -> None:
+        try:
+            super().__init__(root, [""], [""])
+        except DataError as error:
+            raise DataError(f"{root}: expected pictures in it (.jpg, .png, .webp, ...)") from error
+        self.labels = {}
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        """The file's name."""
+        return (self.keys[i],)
+
+
+class FeatureRows:
+    """Rows of a file of features, as a data set without pictures."""
+
+    def __init__(self, name: str, keys: Sequence[str], captions: Sequence[str]) -> None:
+        self.name, self.keys, self._captions = name, keys, captions or keys
+        self.labels: Mapping[str, Labels] = {}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        """The row's text, or its key."""
+        return (self._captions[i],)
+
+    def image(self, i: int) -> Any:
+        raise DataError(f"{self.name}: features have no pictures")
+
+
+@dataclass(frozen=True)
+class Points:
+    """What is clustered."""
+
+    dataset: PairDataset  # of length N
+    rows: Tensor  # [N, D]
+    of: str  # what the rows are, for the page
+    shown: tuple[str, ...]  # what the dataset has: images, captions or names
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    out, began = Path(args.out), time.perf_counter()
+    check_above(out / "clusters.csv", "--out")
+    out.mkdir(parents=True, exist_ok=True)
+    device = choose_device(args.device)
+    is_file = Path(args.data).suffix in SUFFIXES
+    points = read_features(args) if is_file else encode_pictures(args, device)
+    rows, encoded = points.rows.to(device), time.perf_counter()
+    weights = read_weights(args.weights, len(rows))
+    k, why = choose_k(args.k, rows, args.seed)
+    size = rows.nbytes + 4 * k * rows.shape[1] * 4 + 32 * len(rows)
+    print(
+        f"{len(rows):,} rows of {rows.shape[1]} numbers into {k:,} groups{why}; k-means holds "
+        f"{size / 2**20:,.0f} MiB",
+        file=sys.stderr,
+    )
+    small = k <= PLUS_PLUS
+    restarts = 3 if small else 1
+    with tqdm(total=restarts * args.iters, desc="k-means", unit=" iterations", disable=None) as bar:
+
+        def progress(iteration: int, inertia: Tensor) -> None:
+            bar.update()
+            bar.set_postfix_str(f"inertia {float(inertia):.6g}")
+
+        clusters = kmeans(
+            rows,
+            k,
+            num_iters=args.iters,
+            num_restarts=restarts,
+            init="k-means++" if small else "random",
+            seed=args.seed,
+            weights=weights,
+            progress=progress,
+        )
+    squared = (rows - clusters.centroids[clusters.labels]).square().sum(1).cpu()
+    labels = clusters.labels.cpu()
+    write_table(out / "clusters.csv", points.dataset.keys, labels, squared)
+    clusters.save(out / "centroids.safetensors")
+    seconds = {"features": encoded - began, "k-means": time.perf_counter() - encoded}
+    text = write_page(points, labels, squared, seconds, said(points, clusters, why))
+    write_atomic(out / page.NAME, text)
+    print(f"{clusters}\n{out}/clusters.csv, centroids.safetensors and {page.NAME}")
+
+
+def encode_pictures(args: argparse.Namespace, device: torch.device) -> Points:
+    """Unit features of the pictures by the model that the command line asks for.
+
+    Raises:
+        ValueError: data, model or weights cannot be had.
+    """
+    if args.captions or args.normalize:
+        raise ValueError(
+            f"--captions, --normalize: expected a file of features ({', '.join(SUFFIXES)}), got "
+            f"{args.data}; a .csv of pictures has a column of captions"
+        )
+    path = Path(args.data)
+    folder = path.is_dir() and not any(path.glob("*.tar"))
+    columns = {name: value for name, value in vars(args).items() if name.startswith("csv_")}
+    dataset = PictureFolder(path) if folder else open_dataset(args.data, **columns)
+    name, pretrained = args.run or args.model or MODEL, args.pretrained
+    if name == MODEL and not pretrained:
+        pretrained = WEIGHTS
+    try:
+        loaded = load_model(name, pretrained)
+    except ValueError as error:
+        if args.run or args.model or args.pretrained:
+            raise
+        raise ValueError(
+            f"the weights {WEIGHTS} of {MODEL} cannot be downloaded here; give --run logs/NAME, "
+            "--model NAME --pretrained FILE, or a file of features as DATA"
+        ) from error
+    precision = choose_precision(args.precision, device)
+    model = loaded.model.to(device)
+    cache = FeatureCache(model.clip, f"{precision} {model.preprocess()}")
+    with tqdm(desc="encoding", unit=" pictures", leave=False, disable=None) as bar:
+        autocast = autocast_for(precision, device)
+        encoder = Encoder(model, device, args.batch_size, args.workers, autocast, bar, cache)
+        try:
+            rows = encoder.images(dataset)
+        except DataError:
+            dataset = _readable(dataset)
+            rows = encoder.images(dataset)
+    of = f"the pictures' features by {loaded.name}"
+    shown = ("images",) if folder else ("images", "captions")
+    return Points(dataset, F.normalize(rows, dim=1), of, shown)
+
+
+def _readable(dataset: PairDataset) -> PairDataset:
+    """Without the pictures that cannot be read.
+
+    Raises:
+        DataError: fewer than two can.
+    """
+    good, bad = [], []
+    for i in tqdm(range(len(dataset)), "checking", leave=False, disable=None):
+        try:
+            dataset.image(i)
+            good.append(i)
+        except DataError as error:
+            bad.append(str(error))
+    if len(good) < 2:
+        raise DataError(f"{dataset.name}: expected pictures that can be read; {bad[0]}")
+    print(f"left out {len(bad):,} of {len(dataset):,} pictures; {bad[0]}", file=sys.stderr)
+    return Subset(dataset, good)
+
+
+def read_features(args: argparse.Namespace) -> Points:
+    """The rows of a file.
+
+    Raises:
+        ValueError: it cannot be read, or the captions are not as many.
+    """
+    if args.run or args.model or args.pretrained:
+        raise ValueError("--run, --model, --pretrained: features need none; leave the flags out")
+    array, keys = read_rows(Path(args.data), "DATA")
+    captions: list[str] = []
+    if args.captions:
+        captions = Path(args.captions).read_text(encoding="utf-8").splitlines()
+    for name, found in (("captions", captions), ("keys", keys or ())):
+        if found and len(found) != len(array):
+            raise ValueError(
+                f"--{name}: expected one for each of the {len(array):,} rows of {args.data}, got "
+                f"{len(found):,}"
+            )
+    rows = torch.from_numpy(array.astype(np.float32, copy=False))
+    rows = F.normalize(rows, dim=1) if args.normalize else rows
+    keys = keys or [str(i) for i in range(len(rows))]
+    dataset = FeatureRows(args.data, keys, captions)
+    shown = "captions" if captions else "names"
+    return Points(dataset, rows, f"the rows of {args.data}", (shown,))
+
+
+def read_weights(path: str, count: int) -> Tensor | None:
+    """Weights [N] of a file; None without one."""
+    if not path:
+        return None
+    try:
+        found = np.load(path, allow_pickle=False) if path.endswith(".npy") else np.loadtxt(path)
+    except ValueError as error:
+        raise ValueError(f"--weights: expected .npy, or one number a line, in {path}") from error
+    if found.shape != (count,):
+        raise ValueError(
+            f"--weights: expected {count:,} numbers, got {list(found.shape)} in {path}"
+        )
+    return torch.from_numpy(found.astype(np.float64))
+
+
+def choose_k(given: str, rows: Tensor, seed: int) -> tuple[int, str]:
+    """K, and why.
+
+    "auto" takes the K with the largest mean silhouette (Rousseeuw 1987) of at most ``JUDGED`` rows:
+    of 2 ... 16 and then steps of a fifth up to ``LARGEST``, or a third of the rows.
+    """
+    if given.isdecimal() and 2 <= int(given) <= len(rows):
+        return int(given), ""
+    if given != "auto" or len(rows) < 6:
+        raise ValueError(f"--k: expected auto or 2 to N = {len(rows):,} groups, got {given}")
+    from sklearn.metrics import silhouette_score
+
+    some = snapshot.every(torch.arange(len(rows)), JUDGED).to(rows.device)
+    points = rows[some].float()
+    apart = torch.cdist(points, points).cpu().numpy()
+    np.fill_diagonal(apart, 0)
+    most = min(LARGEST, len(points) // 3)
+    grid = sorted({*range(2, 17), *(int(16 * 1.2**i) for i in range(1, 17))})
+    best, chosen = -math.inf, 2
+    for k in tqdm([k for k in grid if k <= most], "choosing K", leave=False, disable=None):
+        found = kmeans(points, k, num_iters=10, num_restarts=3, init="k-means++", seed=seed)
+        score = silhouette_score(apart, found.labels.cpu().numpy(), metric="precomputed")
+        if score > best:
+            best, chosen = score, k
+    return chosen, f" (of 2 ... {most} the largest mean silhouette, {best:.3f})"
+
+
+def write_table(path: Path, keys: Sequence[str], labels: Tensor, squared: Tensor) -> None:
+    """clusters.csv: rank 1 is nearest to the centroid."""
+    order = np.lexsort((squared.numpy(), labels.numpy()))
+    rank = np.empty(len(order), dtype=np.int64)
+    counts = np.bincount(labels.numpy())
+    rank[order] = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts) + 1
+    rows = zip(keys, labels.tolist(), squared.tolist(), rank.tolist(), strict=True)
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("file", "cluster", "squared_distance", "rank"))
+        writer.writerows((key, k, f"{d:.7g}", r) for key, k, d, r in rows)
+
+
+def said(points: Points, clusters: Clusters, why: str) -> list[str]:
+    """What was done, for the top of the page."""
+    counts = clusters.counts[clusters.counts > 0]
+    total = float((points.rows - points.rows.mean(0)).square().sum())
+    return [
+        f"{len(points.dataset):,} of {points.dataset.name} in {len(counts):,} groups{why}, from "
+        f"{int(counts.min()):,} to {int(counts.max()):,} each, {int(counts.median()):,} in the "
+        "middle one.",
+        f"Grouped by k-means on {points.of}. The groups account for "
+        f"{1 - clusters.inertia / max(total, 1e-30):.0%} of the variance.",
+    ]
+
+
+def write_page(
+    points: Points,
+    labels: Tensor,
+    squared: Tensor,
+    seconds: Mapping[str, float],
+    text: Sequence[str],
+) -> str:
+    """The report page with every group, and the map."""
+    thumbs, dataset = snapshot.Thumbnails(), points.dataset
+    block = snapshot.cluster_block(dataset, labels, dict.fromkeys(points.shown, -squared), thumbs)
+    some = snapshot.every(torch.arange(len(labels)), MAPPED)
+    rows = points.rows[some.to(points.rows.device)].cpu()
+    both = Encoded(rows, rows[:0])
+    samples = snapshot.Samples(Subset(dataset, some), both, both, {"k-means": labels[some]})
+    taken = snapshot.Snapshot(
+        pictures=thumbs.made,
+        clusters=[{"name": "k-means", "of": points.of, **block}],
+        plane=snapshot.plane(samples, thumbs if "images" in points.shown else None),
+        facts={**snapshot.environment(), "command": shlex.join(["protoclip", *sys.argv[1:]])},
+    )
+    name = Path(dataset.name).name or dataset.name
+    outcome = Outcome(dataset.name, "", "", {}, seconds=seconds)
+    return page.render([page.Run(name, None, {}, outcome, snapshot=taken)], text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; a user's mistake ends it with one line and status 2."""
+    return run_command(lambda: run(cluster_parser().parse_args(argv)), PROG)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

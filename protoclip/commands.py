@@ -1,0 +1,152 @@
+"""The flags of the commands, apart from what they work with, so that --help loads none of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from protoclip.config import PRECISIONS, TABLE, DataConfig, Parser, add_options, build_parser
+
+EVERYDAY = """
+    --preset --method --train-data --val-data --workers --model --pretrained --k --external-teacher
+    --epochs --batch-size --accum-freq --lr --warmup --name --resume --save-every --seed --device
+    --precision
+"""
+PLANNED = """
+    --ranks --samples --json --model --grad-checkpointing --k --episode-size --external-teacher
+    --batch-size --accum-freq --device --precision
+"""
+MINILM = "builtin:minilm"
+
+
+def train_parser() -> Parser:
+    """Flags of ``protoclip train``."""
+    return build_parser(
+        "python -m protoclip.train",
+        "Train ProtoCLIP (or CLIP) on image-text pairs. Without flags: ProtoCLIP on the built-in "
+        "emoji, a few minutes on two CPU cores.",
+        EVERYDAY.split(),
+        "protoclip train --train-data 'shards/{00000..00099}.tar' --model ViT-B-32 --epochs 32",
+    )
+
+
+def plan_parser() -> Parser:
+    """Flags of ``protoclip plan``: those of train, and three of its own."""
+    parser = build_parser(
+        "python -m protoclip.plan",
+        "The memory that each process of a run with these flags of protoclip train takes. --device "
+        "cpu plans for CPUs, anything else for GPUs.",
+        PLANNED.split(),
+        "protoclip plan --model ViT-B-32 --batch-size 256 --ranks 64 --samples 30000000 --k 20000",
+    )
+    group = parser.add_argument_group("Plan")
+    for flag, default, words in (
+        ("--ranks", 1, "processes, a GPU each"),
+        ("--samples", 3_000_000, "pairs in the dataset"),
+    ):
+        words += f" (default: {default:,})"
+        group.add_argument(flag, type=int, default=default, metavar="N", help=words)
+    group.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def cluster_parser() -> Parser:
+    """Flags of ``protoclip cluster``."""
+    parser = Parser(
+        "protoclip cluster",
+        usage="%(prog)s DATA [options]",
+        description="Put pictures, or rows of features, into groups by k-means. Writes "
+        "clusters.csv, centroids.safetensors and report.html, a page that shows every group.",
+        example="protoclip cluster photos/ --k 50 --out groups/",
+    )
+    add = parser.add_argument
+    words = "a folder of pictures, a .csv or .tsv, webdataset shards, built-in data, or features "
+    add("data", metavar="DATA", help=words + "[N, D]: .npy, .npz (with keys) or .safetensors")
+    words = "groups, 2 to N; auto (default): of 2 ... 300 the one with the largest mean silhouette "
+    add("--k", default="auto", metavar="N", help=words + "on 3,000 rows")
+    words = "a run or checkpoint of protoclip train that sees the pictures; else --model"
+    add("--run", default="", metavar="PATH", help=words)
+    add("--model", default="", metavar="TEXT", help="an OpenCLIP model (default: ViT-B-32)")
+    add("--pretrained", default="", metavar="TEXT", help="its weights: a file or OpenCLIP's tag")
+    words = "texts of a features file's rows, one a line; a table and shards have their own"
+    add("--captions", default="", metavar="FILE", help=words)
+    words = "what each picture or row counts: .npy, or one number a line"
+    add("--weights", default="", metavar="FILE", help=words)
+    words = "scale a features file's rows to length 1, as those of pictures are"
+    add("--normalize", action="store_true", help=words)
+    add("--out", default="groups", metavar="DIR", help="where to write (default: %(default)s)")
+    for flag, number, words in (
+        ("--iters", 20, "iterations of k-means"),
+        ("--seed", 0, "the same seed, the same groups"),
+        ("--batch-size", 256, "pictures encoded at once"),
+        ("--workers", 0, "processes that read pictures"),
+    ):
+        words += " (default: %(default)s)"
+        add(flag, type=int, default=number, metavar="N", help=words)
+    add("--device", default="auto", metavar="TEXT", help="cpu, cuda, ... (default: %(default)s)")
+    add("--precision", default="auto", choices=PRECISIONS, help="of encoding")
+    add_options(parser, DataConfig(), only=TABLE)
+    return parser
+
+
+def report_parser() -> Parser:
+    """Flags of ``protoclip report``."""
+    parser = Parser(
+        "python -m protoclip.report",
+        description="Write one self-contained HTML page about runs: numbers, curves, prototypes, "
+        "a map, examples, cost and settings. Several runs stand side by side; one of --method "
+        "clip is the baseline.",
+        example="protoclip report logs/CLIP_RUN logs/RUN",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder of protoclip train")
+    words = "the file (default: report.html in the run)"
+    parser.add_argument("--output", default="", metavar="PATH", help=words)
+    return parser
+
+
+def export_parser() -> Parser:
+    """Flags of ``protoclip export``."""
+    parser = Parser(
+        "python -m protoclip.export",
+        description="Write a trained model as a folder that OpenCLIP loads: local-dir:DIR.",
+        example="protoclip export logs/RUN --out my-clip",
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN_OR_CHECKPOINT", help="run folder or a checkpoint")
+    add("--out", required=True, metavar="DIR", help="a new or empty folder")
+    words = "OpenCLIP name or config file; for a checkpoint of OpenCLIP's trainer"
+    add("--model", default="", metavar="TEXT", help=words)
+    words = "pixels, as in OpenCLIP's training; 0: the model's (default: %(default)s)"
+    add("--force-image-size", type=int, default=0, metavar="N", help=words)
+    return parser
+
+
+def teacher_parser() -> Parser:
+    """Flags of ``protoclip teacher``."""
+    parser = Parser(
+        "python -m protoclip.teacher",
+        description="Write a frozen model's features of all pairs, by key, to a .npz that "
+        "protoclip train --external-teacher takes. A stopped run goes on where it was.",
+        example="protoclip teacher --data 'shards/{00000..00099}.tar' --out features.npz",
+    )
+    add = parser.add_argument
+    add("--data", default="builtin:emoji", metavar="TEXT", help="as protoclip train --train-data")
+    words = f"{MINILM}, a model that OpenCLIP lists, or a text model of Hugging Face such as "
+    words += "roberta-large, by name or folder (default: %(default)s)"
+    add("--model", default=MINILM, metavar="TEXT", help=words)
+    add("--pretrained", default="", metavar="TEXT", help="weights of an OpenCLIP model")
+    add("--modality", default="text", choices=("text", "image"), help="default: %(default)s")
+    add("--out", required=True, metavar="PATH", help="the .npz to write")
+    add("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
+    add("--device", default="auto", metavar="TEXT", help="cpu, cuda, ...; auto: cuda if there")
+    add_options(parser, DataConfig(), only=TABLE)
+    return parser
+
+
+PARSERS: dict[str, Callable[[], Parser]] = {
+    "train": train_parser,
+    "plan": plan_parser,
+    "cluster": cluster_parser,
+    "report": report_parser,
+    "export": export_parser,
+    "teacher": teacher_parser,
+}

@@ -1,0 +1,196 @@
+"""``protoclip`` and ``protoclip cluster``: light help, groups of features and of pictures."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import protoclip
+from protoclip.__main__ import MODULES, main
+from protoclip.cluster import main as cluster
+from protoclip.commands import EVERYDAY, PARSERS
+from protoclip.config import ModelConfig
+from protoclip.data import open_dataset
+from protoclip.model import build_model
+from protoclip.prototypes import purity
+from protoclip.train import main as train
+
+HEAVY = {"open_clip", "torchvision", "PIL", "matplotlib", "sklearn", "transformers", "tensorboard"}
+
+
+def table(folder):
+    with open(folder / "clusters.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# The command
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], *([name, "--help"] for name in PARSERS)])
+def test_help_loads_nothing_heavy(words):
+    code = f"""
+import sys, torch
+before = {{name.split(".")[0] for name in sys.modules}}
+from protoclip.__main__ import main
+try: main({words!r})
+except SystemExit as end: assert end.code == 0
+print("loaded", *{{name.split(".")[0] for name in sys.modules}} - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *lines, last = done.stdout.splitlines()
+    assert set(last.split()) - {"loaded", "protoclip"} <= sys.stdlib_module_names, last
+    if len(words) < 2:
+        assert len(lines) == 9 and lines[-1].startswith("More commands")
+        first = [line.split()[1] for line in lines[2:7]]
+        assert first == ["train", "cluster", "evaluate", "report", "export"]
+    else:
+        assert f"example: protoclip {words[0]} " in done.stdout
+
+
+def test_help_has_the_everyday_flags_and_help_all_the_rest(capsys):
+    shown = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            main(["train", flag])
+        shown[flag] = set(capsys.readouterr().out.replace(",", " ").replace("]", " ").split())
+    assert len(EVERYDAY.split()) == 20 and set(EVERYDAY.split()) <= shown["--help"]
+    assert "--w-proto" not in shown["--help"] and "--w-proto" in shown["--help-all"]
+
+
+def test_commands_are_found_or_refused(capsys):
+    assert main(["trian"]) == 2
+    assert (
+        capsys.readouterr().err == "protoclip: error: 'trian' is no command; did you mean train?\n"
+    )
+    assert main(["report", "nowhere"]) == 2 and "found no nowhere" in capsys.readouterr().err
+    done = subprocess.run([sys.executable, "-m", "protoclip", "--version"], capture_output=True)
+    assert done.stdout.decode() == f"protoclip {protoclip.__version__}\n" and len(MODULES) == 9
+
+
+# Features
+
+
+@pytest.fixture
+def features(tmp_path):
+    """900 rows around 12 centres, in a file, with a text each."""
+    torch.manual_seed(0)
+    kind = torch.arange(900) % 12
+    rows = 3 * torch.randn(12, 16)[kind] + 0.5 * torch.randn(900, 16)
+    np.save(tmp_path / "x.npy", rows.numpy())
+    animals = ["cat", "dog", "cow", "pig", "wolf", "bear", "fox", "owl", "ant", "bee", "fly", "rat"]
+    (tmp_path / "x.txt").write_text("\n".join(f"the {animals[i]}, number {i}" for i in kind))
+    return tmp_path, rows, kind
+
+
+def test_features_in_groups_by_auto(features, capsys):
+    path, rows, kind = features
+    words = [str(path / "x.npy"), "--captions", str(path / "x.txt"), "--out"]
+    assert cluster([*words, str(path / "a")]) == 0
+    said = capsys.readouterr()
+    assert "900 rows of 16 numbers into 12 groups" in said.err and "mean silhouette" in said.err
+    clusters = protoclip.Clusters.load(path / "a" / "centroids.safetensors")
+    lines = table(path / "a")
+    assert [line["file"] for line in lines] == [str(i) for i in range(900)]
+    labels = torch.tensor([int(line["cluster"]) for line in lines])
+    assert torch.equal(labels, clusters.predict(rows)) and purity(labels, kind) == 1
+    squared = torch.tensor([float(line["squared_distance"]) for line in lines])
+    torch.testing.assert_close(squared, (rows - clusters.centroids[labels]).square().sum(1))
+    rank = torch.tensor([int(line["rank"]) for line in lines])
+    for own in (labels == k for k in range(12)):
+        assert rank[own][squared[own].argsort()].tolist() == list(range(1, 76))
+    page = (path / "a" / "report.html").read_text()
+    assert page.count('"wolf, number"') == 1
+    assert 'id="map"' in page and 'id="curves"' not in page and "<img" not in page
+    assert cluster([*words, str(path / "b"), "--k", "12"]) == 0
+    assert (path / "a" / "clusters.csv").read_bytes() == (path / "b" / "clusters.csv").read_bytes()
+
+
+def test_weights_and_keys(features):
+    path, rows, _ = features
+    weights = torch.ones(900)
+    weights[:450] = 0
+    np.savez(path / "x.npz", features=rows.half(), keys=[f"row {i}" for i in range(900)])
+    np.savetxt(path / "w.txt", weights)
+    flags = ["--weights", f"{path}/w.txt", "--k", "2", "--out", f"{path}/o"]
+    assert cluster([f"{path}/x.npz", *flags]) == 0
+    found = protoclip.Clusters.load(path / "o" / "centroids.safetensors")
+    half = rows.half().float()
+    means, _ = protoclip.segment_mean(half[450:], found.labels[450:], 2)
+    torch.testing.assert_close(found.centroids, means)
+    assert table(path / "o")[5]["file"] == "row 5"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["x.npy", "--k", "901"], "--k: expected auto or 2 to N = 900"),
+        (["x.npy", "--k", "some"], "--k: expected auto or 2 to N = 900"),
+        (["x.npy", "--run", "logs/x"], "features need none"),
+        (["x.npy", "--captions", "w.txt"], "--captions: expected one for each of the 900 rows"),
+        (["x.npy", "--weights", "w.txt", "--k", "3"], "--weights: expected 900 numbers, got [2]"),
+        (["no.npy"], "cannot be read"),
+        (["empty"], "expected pictures in it"),
+        (["pictures", "--captions", "w.txt"], "expected a file of features"),
+        (["pictures", "--model", "nano.json"], "--pretrained is missing"),
+        (["pictures"], "--run logs/NAME, --model NAME --pretrained FILE, or a file of features"),
+    ],
+)  # fmt: skip
+def test_refusals_are_one_line(features, nano, monkeypatch, capfd, flags, words):
+    path, _, _ = features
+    monkeypatch.chdir(path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # weights cannot be had
+    monkeypatch.setenv("HF_HUB_CACHE", str(path))
+    (path / "w.txt").write_text("1\n2\n")
+    (path / "nano.json").write_text(nano.read_text())
+    for name in ("empty", "pictures"):
+        (path / name).mkdir()
+    Image.new("RGB", (9, 9)).save(path / "pictures" / "a.png")
+    assert cluster(flags) == 2
+    message = capfd.readouterr().err
+    assert words in message and message.count("\n") == 1
+
+
+# Pictures
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of drawings in folders, one of them broken."""
+    folder, shapes = tmp_path_factory.mktemp("photos"), open_dataset("builtin:shapes:60")
+    for i in range(60):
+        (folder / f"{i % 3}").mkdir(exist_ok=True)
+        shapes.image(i).save(folder / f"{i % 3}" / f"{i}.png")
+    (folder / "torn.jpg").write_bytes(b"no picture")
+    return folder
+
+
+def test_pictures_by_weights_and_by_a_run(pictures, nano, tmp_path, own_cache, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = build_model(ModelConfig(model=str(nano), add_projection_head=False))
+    torch.save(model.clip.state_dict(), "weights.pt")
+    flags = ["--model", str(nano), "--pretrained", "weights.pt", "--k", "5", "--out", "a"]
+    assert cluster([str(pictures), *flags]) == 0
+    assert "left out 1 of 61 pictures" in capsys.readouterr().err
+    lines = table(tmp_path / "a")
+    assert {line["file"] for line in lines} == {f"{i % 3}/{i}.png" for i in range(60)}
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert page.count("gallery data-run") == 1 and len(page) < 500_000
+
+    flags = ["--train-data", "builtin:shapes:80", "--model", str(nano), "--batch-size", "16"]
+    flags += ["--infonce-warmup-epoch", "0", "--k", "6", "--max-steps", "2", "--name", "run"]
+    assert train([*flags, "--report-to", "none"]) == 0
+    run = tmp_path / "logs" / "run"
+    trained = [line for line in table(run) if line["image"]]
+    keys = set(open_dataset("builtin:shapes:80", "train").keys)
+    assert {line["key"] for line in table(run)} == keys and len(trained) >= 32
+    assert {line["image"] for line in trained} <= set("012345") and "text" in trained[0]
+    assert cluster(["builtin:shapes:80", "--run", str(run), "--k", "4", "--out", "b"]) == 0
+    page = (tmp_path / "b" / "report.html").read_text()
+    cards = json.loads(page.split('<script type="application/json">')[1].split("</script>")[0])
+    assert len(cards) == 4 and sum(card["samples"] for card in cards) == 80
+    assert all(card["words"] and card["captions"] and card["images"] for card in cards)

@@ -1,0 +1,281 @@
+"""Cached gradients equal those of the same chunks in one graph, on one process and under DDP."""
+
+import contextlib
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ranks import on_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import protoclip
+from protoclip import distributed
+from protoclip.losses import global_info_nce
+
+ROWS, WIDTH = 10, 6
+BOUND = {"rtol": 1e-10, "atol": 1e-12}  # of fp64
+
+
+class Tower(nn.Module):
+    """Dropout, a mask that is passed through, and outputs of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(WIDTH, 16), nn.Dropout(0.5), nn.Tanh())
+        self.head = nn.Linear(16, 4)
+        self.log_scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x, *, mask=None, form="tensor"):
+        x = self.head(self.body(x if mask is None else x * mask[:, None]))
+        scale = self.log_scale  # the parameter itself, 0-dim
+        values = {"features": x, "text": None, "scale": scale, "index": x.argmax(1)}
+        return {"tensor": x, "tuple": (x, None, scale), "dict": values}[form]
+
+
+def loss_of(x, y, scale):
+    scale = torch.as_tensor(scale).exp()
+    return protoclip.info_nce(F.normalize(x), F.normalize(y), scale, backend="reference")
+
+
+def data(dtype=torch.float64, rows=ROWS):
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(rows, WIDTH, generator=generator).to(dtype) for _ in range(2)]
+
+
+@pytest.fixture
+def tower():
+    torch.manual_seed(0)
+    return Tower().double()
+
+
+def gradients(module):
+    return [p.grad for p in module.parameters()]
+
+
+def assert_same(got, want):
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, **BOUND)
+
+
+def in_one_graph(tower, chunks_of_x, chunks_of_y):
+    """Loss, features and gradients of the chunks without a cache; the scale is the last chunk's."""
+    torch.manual_seed(1)
+    x, y = (torch.cat([tower(c) for c in chunks]) for chunks in (chunks_of_x, chunks_of_y))
+    loss = loss_of(x, y, tower.log_scale)
+    return x, y, torch.autograd.grad(loss, list(tower.parameters()))
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "dict"])
+def test_gradients_are_those_of_the_chunks_in_one_graph(tower, form):
+    """A shared encoder, dropout, chunks that do not divide the batch, a hook on a parameter."""
+    a, b = data()
+    want_x, want_y, want = in_one_graph(tower, a.split(4), b.split(3))
+    tower.head.weight.register_hook(lambda grad: grad * 1.0)  # fails where it is given no gradient
+    ones = torch.ones(ROWS, dtype=torch.float64)
+    inputs = {"tensor": [a, b], "tuple": [(a,), (b,)]}.get(
+        form, [{"x": a, "mask": ones, "form": form}, {"x": b, "mask": None, "form": form}]
+    )
+    encoder = partial(tower, form=form) if form == "tuple" else tower
+    torch.manual_seed(1)
+    one, two = protoclip.grad_cache([encoder, encoder], inputs, [4, 3])
+    if form == "dict":
+        assert set(one) == {"features", "text", "scale", "index"} and one["text"] is None
+        assert torch.equal(one["index"], one["features"].argmax(1))
+        x, y, scale = one["features"], two["features"], two["scale"]
+    elif form == "tuple":
+        (x, nothing, _), (y, _, scale) = one, two
+        assert nothing is None
+    else:
+        x, y, scale = one, two, tower.log_scale
+    assert torch.equal(x, want_x) and torch.equal(y, want_y)
+    state = torch.get_rng_state()
+    loss_of(x, y, scale).backward()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert tower.log_scale.is_leaf
+    assert_same(gradients(tower), want)
+
+
+def test_autocast_is_that_of_the_first_pass(tower):
+    tower.float()
+    a, b = data(torch.float32)
+    weights = [p for name, p in tower.named_parameters() if name != "log_scale"]
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        x, y = protoclip.grad_cache([tower.forward] * 2, [a, b], 4)
+        # Casts of the weights that the first pass made without gradients do not reach others.
+        torch.autograd.grad(tower.body[0](a).sum(), weights[0])
+    assert x.dtype == y.dtype == torch.bfloat16
+    (8 * loss_of(x, y, 1.0)).backward()
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        x, y = (torch.cat([tower(c) for c in batch.split(4)]) for batch in (a, b))
+    want = torch.autograd.grad(8 * loss_of(x, y, 1.0), weights)
+    for weight, other in zip(weights, want, strict=True):
+        torch.testing.assert_close(weight.grad, other, rtol=1e-5, atol=1e-5)
+
+
+def test_without_gradients_there_is_no_graph(tower):
+    a, _ = data()
+    with torch.no_grad():
+        (x,) = protoclip.grad_cache([tower.eval()], [a], 4)
+    assert not x.requires_grad
+    torch.testing.assert_close(x, tower(a).detach())
+
+
+def test_split_cuts_what_is_no_tensor(tower):
+    """An encoder whose batch is a list of words; only one of its outputs reaches the loss."""
+    rows, words = data()[0], ["a", "bcd", "ef", "ghij", "k"]
+
+    def encode(chunk):
+        pooled = torch.stack(
+            [tower.head.weight @ tower.body[0](rows[: len(w)]).mean(0) for w in chunk]
+        )
+        return pooled, 2 * pooled
+
+    def split(batch, size):
+        return [batch[i : i + size] for i in range(0, len(batch), size)]
+
+    (x, _), _ = protoclip.grad_cache([encode] * 2, [words, words], 2, split=split)
+    x.square().sum().backward()
+    want = torch.autograd.grad(encode(words)[0].square().sum(), tower.head.weight)
+    assert_same([tower.head.weight.grad], want)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda t, x: protoclip.grad_cache([t], [x], 0), "chunk_size >= 1"),
+        (lambda t, x: protoclip.grad_cache([t, t], [x], 4), "got 1 batches"),
+        (
+            lambda t, x: protoclip.grad_cache([lambda c: t(c)[1:]], [x], 4),
+            r"rows of its chunk\[4\]",
+        ),
+        (lambda t, x: protoclip.grad_cache([lambda c: t(c).sum()], [x], 4), r"got \[\(\)\]"),
+        (lambda t, x: protoclip.grad_cache([lambda c: {1: {t(c)}}], [x], 4), "got .'set'"),
+        (lambda t, x: protoclip.grad_cache([t], [(x, x[1:])], 4), r"lengths \[9, 10\]"),
+        (lambda t, x: protoclip.grad_cache([t], [["a", "b"]], 4), "split="),
+        (lambda t, x: protoclip.grad_cache([t], [x], 4, split=lambda *_: []), "got .."),
+        (lambda t, x: protoclip.grad_cache([t], [x.requires_grad_()], 4), "requires one"),
+    ],
+)
+def test_bad_input_is_a_sentence(tower, call, words):
+    with pytest.raises(ValueError, match=f"grad_cache: expected .*{words}"):
+        call(tower, data()[0])
+
+
+def test_only_backward(tower):
+    x, y = protoclip.grad_cache([tower, tower.forward], data(), 4)
+    loss = loss_of(x, y, 1.0)
+    for wrong in (
+        lambda: torch.autograd.grad(loss, list(tower.parameters()), retain_graph=True),
+        lambda: loss.backward(inputs=list(tower.parameters()), retain_graph=True),
+    ):
+        with pytest.raises(RuntimeError, match=r"expected loss.backward\(\), got"):
+            wrong()
+    loss.backward()
+
+
+class TwoTowers(nn.Module):
+    """As OpenCLIP's model: takes one side or both, and owns the logit scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.visual, self.text = Tower(), Tower()
+        self.log_scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, image=None, text=None):
+        one = None if image is None else self.visual(image)
+        two = None if text is None else self.text(text)
+        return one, two, self.log_scale * 1.0
+
+
+def reductions(module, **options):
+    """A module in DDP that counts how often its gradients are reduced."""
+    replica = DistributedDataParallel(module, **options)
+    count = [0]
+
+    def hook(_, bucket):
+        count[0] += bucket.is_last()
+        dist.all_reduce(bucket.buffer().div_(dist.get_world_size()))
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    replica.register_comm_hook(None, hook)
+    return replica, count
+
+
+def on_two_ranks(case):
+    """Gradients and numbers of reductions of grad_cache; the gradients of one graph, averaged."""
+    torch.manual_seed(0)
+    model = TwoTowers().double()
+    model.text.requires_grad_(case != "frozen")
+    model.log_scale.requires_grad_(case != "towers")
+    own = dist.get_rank()
+    image, text = (batch[own * ROWS : (own + 1) * ROWS] for batch in data(rows=2 * ROWS))
+    size = 3 + 2 * own  # four chunks, and two
+    steps = 2 if case == "accumulate" else 1
+    torch.manual_seed(1 + own)
+    for _ in range(steps):
+        x = torch.cat([model(image=c)[0] for c in image.split(size)])
+        y = torch.cat([model(text=c)[1] for c in text.split(size)])
+        global_loss(x, y, model.log_scale).backward()
+    want = gradients(model)
+    for grad in want:
+        if grad is not None:
+            dist.all_reduce(grad.div_(2))
+    model.zero_grad()
+    torch.manual_seed(1 + own)
+    if case == "towers":
+        replicas = [reductions(tower) for tower in (model.visual, model.text)]
+        x, y = protoclip.grad_cache([r for r, _ in replicas], [image, text], size)
+        global_loss(x, y, model.log_scale).backward()
+    else:
+        replicas = [reductions(model, find_unused_parameters=case == "find unused")]
+        replica = replicas[0][0]
+        encoders = [lambda i: replica(image=i), lambda t: replica(text=t)]
+        for step in range(steps):
+            early = model.log_scale * 1.0  # of a node before those of the features
+            waits = step + 1 < steps
+            with replica.no_sync() if waits else contextlib.nullcontext():
+                (x, _, scale), (_, y, _) = protoclip.grad_cache(
+                    encoders, [image, text], size, ddp=[replica]
+                )
+                global_loss(x, y, early if case == "used directly" else scale).backward()
+    got = gradients(model)
+    got, want = ([0.0 if g is None else g.tolist() for g in grads] for grads in (got, want))
+    return got, want, [count for _, (count,) in replicas]
+
+
+def global_loss(x, y, log_scale):
+    x, y = F.normalize(x), F.normalize(y)
+    return global_info_nce(x, y, log_scale.exp(), backend="reference")
+
+
+CASES = ["lambdas", "used directly", "find unused", "towers", "accumulate", "frozen"]
+
+
+def every_case():
+    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
+    found = {case: on_two_ranks(case) for case in CASES}
+    distributed.stop()
+    return found
+
+
+@pytest.fixture(scope="module")
+def found():
+    return on_ranks(2, every_case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_reduce_once(found, case):
+    """Ranks with four and with two chunks: the gradients of one graph, after one reduction."""
+    for got, want, counts in (of_rank[case] for of_rank in found):
+        assert set(counts) == {1}
+        for one, other in zip(got, want, strict=True):
+            # A parameter that nothing uses is left alone, or has a gradient of zero.
+            torch.testing.assert_close(torch.tensor(one), torch.tensor(other), **BOUND)
+    assert found[0][case][0] == found[1][case][0]
