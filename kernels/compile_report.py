@@ -168,7 +168,7 @@ def recording(arch: int | None = None) -> Iterator[list[Compiled]]:
     if arch is not None:
         target = GPUTarget("cuda", arch, 32)
         compiler = SimpleNamespace(
-            get_current_device=lambda: 0,
+            get_current_device=lambda: arch,  # each has its own compiled kernels
             get_current_stream=lambda device: 0,
             get_current_target=lambda: target,
         )
