@@ -61,7 +61,7 @@ setup(
         "webdataset>=0.2.86,<2",
         "fsspec",
         "filelock",
-        "Pillow",
+        "Pillow>=10.1",
         "tqdm",
         "tensorboard",
         "matplotlib",
