@@ -23,9 +23,9 @@ test:
 parity:  ## every benchmark of `make bench` once: checked against fp64, not timed
 	$(PYTHON) -m pytest benchmarks --benchmark-disable
 
-faults:  ## kill a run twenty times and fill its disk, compare with one left alone; then every other fault
-	$(PYTHON) tests/fault_runs.py --kills 20 --ranks 1 2 --full-disk
-	$(PYTHON) -m pytest tests/test_faults_*.py tests/test_checkpoint.py tests/test_run_folder.py tests/test_step.py
+faults:  ## kill a run twenty times, compare with one left alone; then every other fault
+	PROTOCLIP_KILLS=20 $(PYTHON) -m pytest tests/test_faults_*.py tests/test_checkpoint.py \
+		tests/test_run_folder.py tests/test_step.py tests/test_resume.py
 
 bench:  ## parity, then speed; under six minutes on two cores
 	$(PYTHON) -m pytest benchmarks --benchmark-only $(if $(RECORD),--record $(RECORD))

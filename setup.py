@@ -11,10 +11,12 @@ GPU_PEERS = [  # what `make gpu` compares with
     *("flash-kmeans", "faiss-gpu-cu12"),
 ]
 OPENCLIP = ["pandas", "braceexpand", "fsspec"]  # what open_clip_train needs beside open_clip_torch
+SENTENCE_TRANSFORMERS = ["sentence-transformers>=6", "accelerate", "datasets"]  # and its trainer
 DEV = [
     *TEACHER,
     *FAISS,
     *OPENCLIP,
+    *SENTENCE_TRANSFORMERS,
     "pytest",
     "pytest-benchmark",
     "pytest-xdist",
@@ -63,7 +65,7 @@ setup(
         "webdataset>=0.2.86,<2",
         "fsspec",
         "filelock",
-        "Pillow",
+        "Pillow>=10.1",
         "tqdm",
         "tensorboard",
         "matplotlib",
@@ -78,6 +80,7 @@ setup(
         "faiss-gpu": ["faiss-gpu-cu12"],
         "gpu-peers": GPU_PEERS,
         "openclip": OPENCLIP,
+        "sentence-transformers": SENTENCE_TRANSFORMERS,
         "wandb": ["wandb"],
         "remote": ["fsspec[http]", "s3fs", "gcsfs", "huggingface_hub"],
         "dev": DEV,

@@ -6,27 +6,22 @@ OpenCLIP read it as usual, and ``load`` tells a torn or altered file from a whol
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import hashlib
 import logging
 import os
-import pickle
-import tempfile
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-FORMAT = 2  # of the entries below "protoclip"
+from protoclip.data.files import whole_file
+
+FORMAT = 3  # of the entries below "protoclip"
 LATEST = "epoch_latest.pt"
 PREVIOUS = "epoch_previous.pt"  # the one before: what there is when the latest is torn
 SEAL = b"protoclip sha256 "
-CLASS = "__class__"  # key that marks a packed dataclass
 logger = logging.getLogger(__name__)
 
 
@@ -45,36 +40,29 @@ def save(
         OSError: the folder is missing, read-only or full; an older file at ``path`` is untouched.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(dict(payload), file)
-            file.flush()
+        with whole_file(path) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(dict(payload), file)
             _seal(temporary)
-            os.fsync(file.fileno())
-        # mkstemp makes files only their owner can read; a checkpoint is like any other output.
-        os.chmod(temporary, 0o644)
-        if previous is not None and path.exists():
-            _keep(path, Path(previous))
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        # torch's writer hides what the file said behind a RuntimeError of its own.
-        full = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(full, OSError) and (full is not error or full.filename is None):
+            if previous is not None and path.exists():
+                os.replace(path, previous)
+    except RuntimeError as error:
+        # torch's writer hides what the file said behind an error of its own.
+        if isinstance(full := error.__context__, OSError):
             raise OSError(full.errno, full.strerror, str(path)) from error
         raise
-    _sync_folder(path.parent)
 
 
-def _seal(path: str) -> None:
+def _seal(path: Path) -> None:
     """Append the digest of a zip file as its comment; two bytes before it hold its length."""
     with open(path, "r+b") as file:
         size = file.seek(0, os.SEEK_END)
         comment = SEAL + _digest(path, size - 2)
         file.seek(size - 2)
         file.write(len(comment).to_bytes(2, "little") + comment)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _digest(path: str | os.PathLike[str], size: int) -> bytes:
@@ -85,28 +73,6 @@ def _digest(path: str | os.PathLike[str], size: int) -> bytes:
             digest.update(block)
             size -= len(block)
     return digest.hexdigest().encode()
-
-
-def _keep(path: Path, previous: Path) -> None:
-    """Give the file at ``path`` the name ``previous`` too; one of the two always exists."""
-    link = previous.with_name(previous.name + ".tmp")
-    link.unlink(missing_ok=True)
-    try:
-        os.link(path, link)
-    except OSError:  # a file system without hard links
-        os.replace(path, previous)
-        return
-    os.replace(link, previous)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the file system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -123,12 +89,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         _check_seal(path)
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    # What torch's unpickler and zip reader raise on damaged or hostile bytes.
-    except (
-        RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, IndexError,
-        AttributeError, TypeError, AssertionError, OverflowError, MemoryError, OSError,
-        ImportError, zipfile.BadZipFile,
-    ) as error:  # fmt: skip
+    except Exception as error:  # torch's readers raise nearly anything on damaged or hostile bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "weights_only" in reason:  # torch's advice is to run the file's code; ours is not
             reason = "it holds no tensors, or code beside them"
@@ -248,44 +209,6 @@ def _some(run: str | os.PathLike[str]) -> list[Path]:
     raise ValueError(
         f"checkpoint: {run} holds no epoch_N.pt; the run ended before its first checkpoint"
     )
-
-
-def pack(value: Any) -> Any:
-    """Dataclasses, mappings and sequences of tensors, numbers and strings -> what
-    ``torch.load(weights_only=True)`` reads. Tensors stay themselves, so shared ones stay shared."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: pack(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {CLASS: type(value).__name__, **fields}
-    if isinstance(value, Mapping):
-        return {key: pack(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(pack(item) for item in value)
-    return value
-
-
-def unpack(value: Any, classes: Sequence[type], device: torch.device) -> Any:
-    """The inverse of ``pack``; no class is made but ``classes``.
-
-    Raises:
-        ValueError: another class is asked for, or one with other fields.
-    """
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict) and CLASS in value:
-        name = value[CLASS]
-        fields = {k: unpack(v, classes, device) for k, v in value.items() if k != CLASS}
-        try:
-            return {cls.__name__: cls for cls in classes}[name](**fields)
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"checkpoint: this protoclip cannot read its {name} ({error}); resume with the "
-                "version that wrote it"
-            ) from error
-    if isinstance(value, dict):
-        return {key: unpack(item, classes, device) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(unpack(item, classes, device) for item in value)
-    return value
 
 
 def fingerprint(keys: Sequence[str], samples: int = 1000) -> str:

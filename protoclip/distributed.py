@@ -13,8 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,36 +33,28 @@ LAUNCHERS = (
 _store: dist.Store | None = None  # of all processes, once they have met
 
 
-@dataclass(frozen=True)
-class RankInfo:
+class RankInfo(NamedTuple):
     """A process among those that a launcher started."""
 
-    rank: int
-    world_size: int
+    rank: int = 0
+    world_size: int = 1
     local_rank: int = 0  # on its machine: the number of its GPU
     master: tuple[str, int] = ("127.0.0.1", 0)  # where the processes meet
 
 
 def find_rank(env: Mapping[str, str] = os.environ) -> RankInfo:
-    """What torchrun, SLURM's srun or OpenMPI's mpirun say about this process; alone without them.
-
-    Raises:
-        ValueError: a launcher's variables contradict each other.
-    """
+    """What torchrun, SLURM's srun or OpenMPI's mpirun say about this process; alone without them,
+    ValueError where they contradict each other."""
     for by_rank, by_size, by_local in LAUNCHERS:
         if by_rank in env and by_size in env:
-            try:
-                number, size = int(env[by_rank]), int(env[by_size])
-                local, master = int(env.get(by_local, 0)), (_host(env, size), _port(env))
-            except ValueError as error:
-                raise ValueError(f"distributed: {by_rank}, {by_size}: {error}") from error
+            number, size, local = (int(env.get(name, 0)) for name in (by_rank, by_size, by_local))
             if not 0 <= number < size:
                 raise ValueError(
                     f"distributed: expected 0 <= {by_rank} < {by_size}, got {number} and {size}; "
                     "start the processes with torchrun or srun"
                 )
-            return RankInfo(number, size, local, master)
-    return RankInfo(0, 1)
+            return RankInfo(number, size, local, (_host(env, size), _port(env)))
+    return RankInfo()
 
 
 def _host(env: Mapping[str, str], ranks: int) -> str:
@@ -75,10 +66,9 @@ def _host(env: Mapping[str, str], ranks: int) -> str:
             "mpirun does not say on which of several machines rank 0 is; give mpirun "
             "-x MASTER_ADDR=HOST, the first machine's name"
         )
-    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", "")
     # "gpu[03-05,9],big1" -> gpu03
-    first = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
-    return first.group(1) + (first.group(2) or "") if first else "127.0.0.1"
+    first = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    return "".join(part or "" for part in first.groups()) if first else ""
 
 
 def _port(env: Mapping[str, str]) -> int:
@@ -86,18 +76,16 @@ def _port(env: Mapping[str, str]) -> int:
     if "MASTER_PORT" in env:
         return int(env["MASTER_PORT"])
     job = env.get("SLURM_JOB_ID") or env.get("PMIX_NAMESPACE", "")
-    step = int(re.sub(r"\D", "", env.get("SLURM_STEP_ID", "")) or 0)
-    return 20000 + (int(re.sub(r"\D", "", job) or 0) + step) % 12000
+    numbers = (re.sub(r"\D", "", text) for text in (job, env.get("SLURM_STEP_ID", "")))
+    return 20000 + sum(int(number or 0) for number in numbers) % 12000
 
 
 def start(info: RankInfo, device: torch.device, timeout: float, backend: str = "auto") -> None:
     """Join the other processes; nothing to do alone.
 
-    Args:
-        info: who this process is.
-        device: of this process: NCCL for CUDA (and gloo for CPU tensors), gloo for the CPU.
-        timeout: seconds that a rank waits for another in a collective call before it fails.
-        backend: "auto", "nccl" or "gloo".
+    ``backend`` is "nccl", "gloo", or "auto": NCCL for CUDA tensors, gloo for those of the CPU. A
+    rank that waits ``timeout`` seconds for another in a collective call fails.
+
     Raises:
         ValueError: the processes cannot meet.
     """
@@ -131,7 +119,7 @@ def start(info: RankInfo, device: torch.device, timeout: float, backend: str = "
 def stop() -> None:
     """Leave the other processes; can be called twice."""
     global _store
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()
     _store = None
 
@@ -144,11 +132,9 @@ def run_command(work: Callable[[], int | None], name: str) -> int:
     """
     try:
         code = work()
-    except KeyboardInterrupt:
-        _say_once(f"{name}: interrupted")
-        return 130
-    except Exception as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # torch.save raises again on its way
+    except BaseException as error:
+        # torch.save, when it is interrupted, raises an error of its own on its way out.
+        if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
             _say_once(f"{name}: interrupted")
             return 130
         if not isinstance(error, (ValueError, OSError)):
@@ -189,12 +175,12 @@ def is_distributed() -> bool:
 
 def rank() -> int:
     """This process's number, 0 without torch.distributed."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
     """How many processes train together, 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def all_ranks() -> Group:
@@ -217,12 +203,6 @@ def generator(*stream: int) -> torch.Generator:
         # A multiply-and-add over the odd constant of splitmix64 keeps (1, 2) and (2, 1) apart.
         state = (state * 0x9E3779B97F4A7C15 + number + 1) % 2**63
     return torch.Generator().manual_seed(state)
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if is_distributed():
-        dist.barrier()
 
 
 def from_main(make: Callable[[], Result]) -> Result:
@@ -257,26 +237,24 @@ def own_slice(total: int, number: int | None = None) -> slice:
     return slice(total * number // ranks, total * (number + 1) // ranks)
 
 
-def gather_rows(rows: Tensor, group: Group = None) -> Tensor:
+def gather_rows(rows: Tensor) -> Tensor:
     """[B, ...] of each rank -> [W * B, ...], in rank order; no gradient."""
-    every = rows.new_empty((dist.get_world_size(group) * len(rows), *rows.shape[1:]))
-    _all_gather(every, rows.detach().contiguous(), group=group)
+    every = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
+    _all_gather(every, rows.detach().contiguous())
     return every
 
 
-def scatter_sums(rows: Tensor, group: Group = None) -> Tensor:
+def scatter_sums(rows: Tensor) -> Tensor:
     """[W * B, ...] of each rank -> this rank's [B, ...] of their sum over ranks."""
-    own = rows.new_empty((len(rows) // dist.get_world_size(group), *rows.shape[1:]))
-    _reduce_scatter(own, rows.contiguous(), group=group)
+    own = rows.new_empty((len(rows) // world_size(), *rows.shape[1:]))
+    _reduce_scatter(own, rows.contiguous())
     return own
 
 
 def exchange_rows(rows: Tensor, wanted: list[Tensor]) -> Tensor:
-    """Move rows between ranks: [N, D] of each -> [M, D], the rows ``wanted[r]`` of rank r, by r.
+    """Move rows between ranks: [N, D] of each -> [M, D], those that every rank sends here, by rank.
 
-    Args:
-        rows: this rank's.
-        wanted: for each rank, its own rows' numbers that go to rank r: int64 [m_r].
+    ``wanted[r]``, int64 [m_r], are the numbers of this rank's rows that go to rank r.
     """
     counts = torch.tensor([len(part) for part in wanted], device=rows.device)
     taken = gather_rows(counts).view(len(wanted), -1)[:, rank()].tolist()
@@ -306,32 +284,31 @@ def max_over_ranks(values: Tensor) -> Tensor:
 
 
 class Agreement:
-    """What any rank wishes, known to all at the same step.
+    """The largest of each wish over the ranks, with no rank waiting for it.
 
-    The ranks' wishes travel while the next step is computed, so with several ranks the answer is
-    that of the step before, and no rank waits for it.
+    With several ranks the answer is that of the step before: wishes travel during a step.
     """
 
     def __init__(self) -> None:
-        self._votes: Tensor | None = None
-        self._sent: Any = None
+        self._sent: tuple[Any, Tensor] | None = None
 
     def ask(self, *wishes: float) -> list[float]:
-        """The largest of each wish over the ranks; a collective call."""
+        """A collective call, with as many wishes on every rank."""
         if not is_distributed():
             return list(wishes)
         answer = self.settle() or [0.0] * len(wishes)
-        self._votes = torch.tensor(wishes, dtype=torch.float32)
-        self._sent = dist.all_reduce(self._votes, dist.ReduceOp.MAX, async_op=True)
+        votes = torch.tensor(wishes, dtype=torch.float32)
+        self._sent = dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True), votes
         return answer
 
     def settle(self) -> list[float]:
         """The answer to the last question, as of now; [] without one."""
-        if self._votes is None:
+        if self._sent is None:
             return []
-        self._sent.wait()
-        answer, self._votes = self._votes.tolist(), None
-        return answer
+        work, votes = self._sent
+        work.wait()
+        self._sent = None
+        return votes.tolist()
 
 
 def broadcast(*tensors: Tensor) -> None:
@@ -356,16 +333,6 @@ def gathered_rows(rows: Tensor) -> Tensor:
     return _Gather.apply(rows) if is_distributed() else rows
 
 
-class _Mean(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return mean_over_ranks(x.clone())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return mean_over_ranks(grad.clone())
-
-
 class GlobalBatchNorm1d(nn.BatchNorm1d):
     """BatchNorm1d over the rows of all ranks, which must have equally many.
 
@@ -375,18 +342,15 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or not is_distributed():
             return super().forward(input)
+        own: Any = self
         x = input if input.dtype == torch.float64 else input.float()
-        mean = _Mean.apply(x.mean(dim=0))
+        mean = gathered_rows(x.mean(dim=0, keepdim=True)).mean(dim=0)
         centred = x - mean
-        variance = _Mean.apply(centred.square().mean(dim=0))
-        self._track(mean.detach(), variance.detach(), len(x) * world_size())
+        variance = gathered_rows(centred.square().mean(dim=0, keepdim=True)).mean(dim=0)
+        count = len(x) * world_size()
+        with torch.no_grad():
+            own.num_batches_tracked += 1
+            own.running_mean.lerp_(mean, own.momentum)
+            own.running_var.lerp_(variance * (count / max(count - 1, 1)), own.momentum)
         y = centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias
         return y.to(input.dtype)
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        assert self.running_mean is not None and self.running_var is not None
-        assert self.num_batches_tracked is not None and self.momentum is not None
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)

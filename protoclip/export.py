@@ -24,9 +24,6 @@ from protoclip.evaluate import format_table, read_results
 from protoclip.model import build_model, register_configs
 
 PROG = "python -m protoclip.export"
-CONFIG = "open_clip_config.json"
-WEIGHTS = "open_clip_model.safetensors"
-CARD = "README.md"
 PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 LOADING = """Trained with protoclip, loads in OpenCLIP:
 
@@ -40,17 +37,14 @@ tokenizer = open_clip.get_tokenizer(path)
 """
 
 
-def export(run: str | Path, out: str | Path, model: str = "", force_image_size: int = 0) -> Path:
-    """Write config, weights and model card of a trained model.
+def export(run: str | Path, out: str | Path, model: str = "") -> Path:
+    """Write config, weights and model card of a trained model; returns ``out``.
 
     Args:
         run: a run folder or a checkpoint of ``protoclip.train``, or a checkpoint of OpenCLIP's
             trainer.
         out: a new or empty folder.
         model: OpenCLIP name or config file, for a checkpoint of OpenCLIP's trainer.
-        force_image_size: as in that training, in pixels; 0: the model's.
-    Returns:
-        ``out``.
     Raises:
         ValueError: no such run, ``out`` is in use, or the checkpoint does not fit the model.
     """
@@ -60,7 +54,7 @@ def export(run: str | Path, out: str | Path, model: str = "", force_image_size: 
     check_above(out, "--out")
     payload = checkpoint.load(path)
     ours = payload.get("protoclip", {})
-    config = _model_config(ours, path, model, force_image_size)
+    config = _model_config(ours, path, model)
     name = register_configs(config.model)
     # The weights come from the checkpoint; what training started from may be gone.
     clip = build_model(dataclasses.replace(config, pretrained="")).clip
@@ -80,23 +74,22 @@ def export(run: str | Path, out: str | Path, model: str = "", force_image_size: 
     from safetensors.torch import save_file
 
     out.mkdir(parents=True, exist_ok=True)
-    save_file({key: x.contiguous() for key, x in clip.state_dict().items()}, out / WEIGHTS)
-    (out / WEIGHTS).chmod(0o644)  # safetensors makes files that only their owner can read
+    file = out / "open_clip_model.safetensors"
+    save_file({key: x.contiguous() for key, x in clip.state_dict().items()}, file)
+    file.chmod(0o644)  # safetensors makes files that only their owner can read
     if config.force_image_size:
         model_cfg["vision_cfg"]["image_size"] = config.force_image_size
     if config.force_context_length:
         model_cfg["text_cfg"]["context_length"] = config.force_context_length
     shown = {**clip.visual.preprocess_cfg, **ours.get("preprocess", {})}
     shown = {key: shown[key] for key in PREPROCESS}
-    written = {"model_cfg": model_cfg, "preprocess_cfg": shown}
-    (out / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    (out / CARD).write_text(_card(path, config, payload), encoding="utf-8")
+    written = json.dumps({"model_cfg": model_cfg, "preprocess_cfg": shown}, indent=2)
+    (out / "open_clip_config.json").write_text(written + "\n", encoding="utf-8")
+    (out / "README.md").write_text(_card(path, config, payload), encoding="utf-8")
     return out
 
 
-def _model_config(
-    ours: dict[str, Any], path: Path, model: str, force_image_size: int
-) -> ModelConfig:
+def _model_config(ours: dict[str, Any], path: Path, model: str) -> ModelConfig:
     """What was trained: the checkpoint says, or the caller."""
     if "config" not in ours:
         if not model:
@@ -104,7 +97,7 @@ def _model_config(
                 f"--model: {path} was not written by protoclip.train and does not say what it is; "
                 "give the OpenCLIP name or config file that it was trained with"
             )
-        return ModelConfig(model, force_image_size=force_image_size, add_projection_head=False)
+        return ModelConfig(model, add_projection_head=False)
     stored = from_dict(TrainConfig, ours["config"]).model
     if model not in ("", stored.model):
         raise ValueError(f"--model: {path} says itself what it is; leave the flag out")
@@ -120,7 +113,6 @@ def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> str:
     stored = ours.get("config", {})
     facts = {
         "architecture": config.model,
-        "run": run.name,
         "epochs": payload.get("epoch"),
         "steps": ours.get("step"),
         "method": stored.get("method"),
@@ -140,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake ends it with one line and status 2."""
     args = export_parser().parse_args(argv)
     try:
-        out = export(args.run, args.out, args.model, args.force_image_size)
+        out = export(args.run, args.out, args.model)
     except (ValueError, OSError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2

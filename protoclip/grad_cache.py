@@ -8,8 +8,8 @@ Gao et al. 2021).
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,27 +32,26 @@ def grad_cache(
 ) -> list[Any]:
     """Features of whole batches for the memory of one chunk; ``loss.backward()`` does the rest.
 
-    Gradients are those of the same chunks in one graph, dropout included, at the price of a second
-    forward pass. Batch norm inside an encoder is inexact: it sees one chunk at a time and updates
-    its running statistics twice. Under DDP gradients are reduced once, with the last chunk of each
-    DDP module over all encoders, also those of parameters which that chunk does not use; a
-    ``no_sync`` around it all is respected.
+    Gradients are those of the same chunks in one graph, dropout included; each chunk runs twice.
+    Batch norm in an encoder is inexact: it sees one chunk at a time and updates its statistics
+    twice. Under DDP each module reduces its gradients once, with its last chunk over all encoders;
+    a ``no_sync`` around it all is respected.
 
     Args:
-        encoders: all encoders of the loss, in one call; a shared one is listed twice. Each returns
-            a tensor, a tuple or a dict, with a row of features for each row of its chunk.
+        encoders: all of the loss, in one call; a shared one twice. They return a tensor, a tuple
+            or a dict, with a row of features for each row of their chunk.
         inputs: a batch for each encoder: a tensor is one argument, a tuple several, a dict
             keywords. Tensors are cut along their first dimension and may not require gradients;
-            0-dim tensors and other values in a tuple or dict are passed to every chunk.
+            0-dim tensors and other values in a tuple or dict are passed through.
         chunk_size: rows of a chunk: one number, or one for each encoder.
         split: ``split(batch, chunk_size)`` returns the chunks of any other kind of batch.
         ddp: DDP modules called inside functions; those that are encoders themselves are found.
     Returns:
-        What each encoder returns, with the features of its whole batch; without a graph under
-        ``torch.no_grad()``. None, numbers and 0-dim tensors, such as a logit scale, are those of
-        the last chunk, which also takes the gradient of a 0-dim tensor.
+        What each encoder returns, for its whole batch; no graph under ``torch.no_grad()``. None,
+        numbers and 0-dim tensors, such as a logit scale, are those of the last chunk, which also
+        takes the gradient of a 0-dim tensor.
     Raises:
-        ValueError: arguments that do not fit together, or outputs that do not fit their chunk.
+        ValueError: arguments that do not fit together, or outputs with another number of rows.
         RuntimeError: ``torch.autograd.grad``, or ``backward(inputs=...)``.
     Source:
         Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup.
@@ -74,22 +73,26 @@ def grad_cache(
     replay = _Replay([*ddp, *(m for m in modules if isinstance(m, DistributedDataParallel))])
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for replica in replay.last:
-            stack.callback(replica.register_forward_pre_hook(replay.saw).remove)
-        results = [
+            mark = replica.register_forward_pre_hook(
+                lambda replica, _: replay.last.update({replica: len(replay.chunks)})
+            )
+            stack.callback(mark.remove)
+        outputs = [
             replay.encode(encoder, (split or _split)(batch, size), exact=split is None)
             for encoder, batch, size in zip(encoders, inputs, sizes, strict=True)
         ]
-    leaves, spec = pytree.tree_flatten(results)
     if torch.is_grad_enabled():
         # With an edge to the parameters autograd.grad reaches the node, which can then refuse.
         # Their hooks would be called without a gradient there, so those with hooks have no edge.
         trained = {p: None for m in modules for p in m.parameters(recurse=False)}
         edges = [p for p in trained if not (p._backward_hooks or p._post_accumulate_grad_hooks)]
         trigger = torch.zeros((), requires_grad=True)
-        features = filter(_differentiable, leaves)
-        cached = iter(_Features.apply(list(features), replay, trigger, *edges))
+        leaves, spec = pytree.tree_flatten(outputs)
+        features = [leaf.clone() for leaf in leaves if _differentiable(leaf)]
+        cached = iter(_Features.apply(features, replay, trigger, *edges))
         leaves = [next(cached) if _differentiable(leaf) else leaf for leaf in leaves]
-    return pytree.tree_unflatten(leaves, spec)
+        outputs = pytree.tree_unflatten(leaves, spec)
+    return [pytree.tree_map(_whole, *parts) for parts in outputs]
 
 
 class _Features(torch.autograd.Function):
@@ -116,25 +119,15 @@ class _Features(torch.autograd.Function):
         return None, None, *(None,) * ctx.edges
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """One call of an encoder, and which part of the features' gradients belongs to it."""
-
-    call: Callable[[], Any]
-    random: list[Tensor]  # states before the call: of the CPU's generator, then of each GPU's
-    features: slice  # its encoder's, among all features
-    rows: slice  # its own, in each of them
-    last: bool  # whether 0-dim outputs are its own
-
-
 class _Replay:
     """The chunks of all encoders, and the state in which they ran."""
 
     def __init__(self, replicas: Sequence[DistributedDataParallel]) -> None:
         if any(replica.static_graph for replica in replicas):
             raise ValueError("grad_cache: expected DDP without static_graph, got it; leave it out")
-        self.chunks: list[_Chunk] = []
-        self.features = 0
+        # For each chunk the call, the random states before it (CPU, then each GPU), and how many
+        # features it returned.
+        self.chunks: list[tuple[Callable[[], Any], list[Tensor], int]] = []
         self.last = dict.fromkeys(replicas, -1)  # the number of the last chunk that calls it
         self.syncs = {replica: replica.require_backward_grad_sync for replica in replicas}
         # No cache: casts made without gradients would be found by later code that wants them.
@@ -143,69 +136,46 @@ class _Replay:
             for d in ("cpu", "cuda")
         ]
 
-    def saw(self, replica: Any, _: Any) -> None:
-        """The chunk that runs now calls a DDP module."""
-        self.last[replica] = len(self.chunks)
-
-    def encode(self, encoder: Callable[..., Any], chunks: Sequence[Any], *, exact: bool) -> Any:
-        """Run an encoder for the first time: its output over the whole batch.
-
-        ``exact``: tensors in a chunk have a row for each row of the output.
-        """
-        parts, forms, start = [], [], 0
-        for number, chunk in enumerate(chunks):
-            call = partial(_call, encoder, chunk)
+    def encode(self, encoder: Callable[..., Any], chunks: Sequence[Any], *, exact: bool) -> list:
+        """Its output for each chunk. ``exact``: a row for each row of the chunk's tensors."""
+        outputs = []
+        for chunk in chunks:
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-            random = [torch.get_rng_state(), *cuda]
-            leaves, form = self._run(call)
-            rows = slice(start, start + _rows(leaves, _lengths(chunk) if exact else set()))
-            own = slice(self.features, self.features + sum(map(_differentiable, leaves)))
-            self.chunks.append(_Chunk(call, random, own, rows, number + 1 == len(chunks)))
-            parts.append(leaves)
-            forms.append(form)
-            start = rows.stop
-        if not forms or any(form != forms[0] for form in forms):
-            raise ValueError(
-                f"grad_cache: expected outputs of one form from all chunks, got {forms}; return "
-                "the same keys for every chunk"
-            )
-        self.features = own.stop
-        return pytree.tree_unflatten(map(_whole, zip(*parts, strict=True)), form)
-
-    def _run(self, call: Callable[[], Any]) -> tuple[list[Any], pytree.TreeSpec]:
-        with self.autocast[0], self.autocast[1]:
-            return pytree.tree_flatten(call())
+            call, random = partial(_call, encoder, chunk), [torch.get_rng_state(), *cuda]
+            with self.autocast[0], self.autocast[1]:
+                outputs.append(call())
+            leaves = pytree.tree_leaves(outputs[-1])
+            _check_rows(leaves, _lengths(chunk) if exact else set())
+            self.chunks.append((call, random, sum(map(_differentiable, leaves))))
+        return outputs
 
     def run(self, grads: Sequence[Tensor | None]) -> None:
-        """Run every chunk again and pass its share of the features' gradients down."""
-        for number, chunk in enumerate(self.chunks):
+        """Run every chunk again and pass the gradients of its features down."""
+        waiting = iter(grads)
+        for number, (call, (cpu, *cuda), count) in enumerate(self.chunks):
+            own = list(itertools.islice(waiting, count))
             ends = (number, number - len(self.chunks))
             syncing = [m for m, last in self.last.items() if last in ends and self.syncs[m]]
-            own = grads[chunk.features]
             if not syncing and all(grad is None for grad in own):
                 continue
-            cpu, *cuda = chunk.random
             with torch.enable_grad(), contextlib.ExitStack() as stack:
                 for replica in self.last.keys() - syncing:
                     stack.enter_context(replica.no_sync())
                 stack.enter_context(torch.random.fork_rng(range(len(cuda)), device_type="cuda"))
                 torch.set_rng_state(cpu)
                 torch.cuda.set_rng_state_all(cuda)
-                leaves = list(filter(_differentiable, self._run(chunk.call)[0]))
-            pairs = [
-                (leaf, grad[chunk.rows] if leaf.ndim else grad)
-                for leaf, grad in zip(leaves, own, strict=True)
-                if grad is not None and (leaf.ndim or chunk.last)
-            ]
+                with self.autocast[0], self.autocast[1]:
+                    leaves = list(filter(_differentiable, pytree.tree_leaves(call())))
+            pairs = [(x, g) for x, g in zip(leaves, own, strict=True) if g is not None]
             for replica in syncing:  # DDP waits for every parameter
                 pairs += [(leaf, torch.zeros_like(leaf)) for leaf in leaves]
                 if not replica.find_unused_parameters:
                     reached = reached_leaves(leaves)
                     rest = [p for p in replica.parameters() if id(p) not in reached]
                     pairs += [(p, p.new_zeros(()).expand_as(p)) for p in rest]
-            pairs = [(leaf, grad) for leaf, grad in pairs if leaf.requires_grad]
+            pairs = [(x, g) for x, g in pairs if x.requires_grad]
             if pairs:
-                torch.autograd.backward([leaf for leaf, _ in pairs], [grad for _, grad in pairs])
+                torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
 
 
 def reached_leaves(roots: Sequence[Tensor]) -> set[int]:
@@ -256,21 +226,17 @@ def _call(encoder: Callable[..., Any], chunk: Any) -> Any:
     return encoder(*chunk) if isinstance(chunk, tuple) else encoder(chunk)
 
 
-def _rows(leaves: Sequence[Any], expected: set[int]) -> int:
-    """Rows of a chunk's outputs."""
+def _check_rows(leaves: Sequence[Any], expected: set[int]) -> None:
     lengths = _lengths(leaves)
     known = all(x is None or isinstance(x, (Tensor, bool, int, float, str)) for x in leaves)
     if not known or not lengths or len(lengths | expected) > 1:
         shown = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in leaves]
         raise ValueError(
-            "grad_cache: expected an encoder to return tensors, alone or in a tuple or dict, with "
-            f"the rows of its chunk{sorted(expected) or ''}, got {shown}; return a row of features "
-            "for each"
+            "grad_cache: expected a tensor, tuple or dict from an encoder, with the rows of its "
+            f"chunk{sorted(expected) or ''}, got {shown}; return a row of features for each"
         )
-    return lengths.pop()
 
 
-def _whole(parts: tuple[Any, ...]) -> Any:
-    """An output over the whole batch; of 0-dim ones the last, never a parameter itself."""
-    last = parts[-1]
-    return torch.cat(parts) if _has_rows(last) else last.clone() if _differentiable(last) else last
+def _whole(*parts: Any) -> Any:
+    """An output for the whole batch, from those for its chunks."""
+    return torch.cat(parts) if _has_rows(parts[-1]) else parts[-1]

@@ -26,7 +26,6 @@ from protoclip.train import teacher_spec
 PROG = "python -m protoclip.plan"
 FP32, INT64 = 4, 8
 GPU_SCRATCH, CPU_SCRATCH = 256 << 20, 64 << 20  # of the fused kernels, at most
-DDP_BUCKET = 25 << 20
 MINILM_DIM = 384  # of a teacher whose features are all kept
 
 
@@ -44,8 +43,7 @@ class PlannedRun:
 
     @property
     def amp(self) -> bool:
-        precision = self.config.run.precision
-        return precision == "amp_bf16" or (precision != "fp32" and not self.on_cpu)
+        return self.config.run.precision in ("amp_bf16", *(() if self.on_cpu else ("amp", "auto")))
 
     @property
     def local_batch(self) -> int:
@@ -73,7 +71,6 @@ class Shape:
 
     weights: int  # parameters
     trained: int  # of them, those with a gradient
-    largest_weight: int
     embed_dim: int
     projection_dim: int
     buffers_bytes: int
@@ -96,18 +93,13 @@ def measure_shape(run: PlannedRun, batch: int = 8) -> Shape:
     return Shape(
         weights=sum(sizes),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        largest_weight=max(sizes),
         embed_dim=dims[0],
         projection_dim=dims[1],
         buffers_bytes=sum(b.nbytes for b in model.buffers()),
-        batch_bytes=3 * model.image_size**2 * FP32 + _context_length(model) * INT64,
+        batch_bytes=3 * model.image_size**2 * FP32 + model.clip.context_length * INT64,
         saved_bytes=per_sample,
-        saved_fixed_bytes=max(0.0, small - per_sample * batch),
+        saved_fixed_bytes=small - per_sample * batch,
     )
-
-
-def _context_length(model: ProtoModel) -> int:
-    return getattr(model.clip, "context_length", 77)
 
 
 def _walk(model: ProtoModel, amp: bool, batch: int) -> tuple[float, tuple[int, int]]:
@@ -126,7 +118,7 @@ def _walk(model: ProtoModel, amp: bool, batch: int) -> tuple[float, tuple[int, i
         }
         known = {p.untyped_storage()._cdata for p in own.values()}
         image = torch.empty(batch, 3, model.image_size, model.image_size)
-        tokens = torch.zeros(batch, _context_length(model), dtype=torch.int64)
+        tokens = torch.zeros(batch, model.clip.context_length, dtype=torch.int64)
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=amp):
             encoded, projected = functional_call(model, own, (image, tokens))
@@ -142,12 +134,10 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
     """
     rows, d, dh = run.global_batch, shape.embed_dim, shape.projection_dim
     saved = run.config.optim.batch_size * shape.saved_bytes + shape.saved_fixed_bytes
-    # On one process the gradients replace the saved activations as backward proceeds; DDP holds
-    # both at once.
-    gradients = shape.trained * FP32 - (saved if run.ranks == 1 else 0)
     parts = {
         "weights": shape.weights * FP32 + shape.buffers_bytes,
-        "gradients": max(0.0, gradients),
+        # They replace the saved activations as backward proceeds.
+        "gradients": max(0.0, shape.trained * FP32 - saved),
         "optimiser (AdamW)": 2 * shape.trained * FP32,
         "saved for backward": saved,
         "batch": run.local_batch * shape.batch_bytes,
@@ -155,8 +145,6 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
     if run.config.optim.accum_freq > 1:
         parts["features of the step"] = 4 * run.local_batch * d * FP32
     if run.ranks > 1:
-        if run.on_cpu:  # gloo reduces a bucket of DDP in a buffer of its own
-            parts["all-reduce buffer"] = max(DDP_BUCKET, shape.largest_weight * FP32)
         # The gathered texts, and their gradient in fp32 before it is scattered.
         parts["gathered features"] = rows * d * ((2 if run.amp else FP32) + FP32)
     parts["InfoNCE scratch"] = GPU_SCRATCH

@@ -65,7 +65,6 @@ def extract(
     *,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
-    progress: Callable[[int], None] | None = None,
 ) -> Features:
     """One forward pass over ``batches``: eval mode, no gradient.
 
@@ -74,7 +73,6 @@ def extract(
         batches: of distinct samples; the result depends on their size in the last bits only.
         device: where the model is and the features stay, 2 x N x Dh x 4 bytes.
         autocast: makes the context of each forward pass.
-        progress: told the number of rows after each batch.
     """
     was_training = model.training
     model.eval()
@@ -85,8 +83,6 @@ def extract(
         with autocast():
             _, projected = model(image, tokens)
         parts.append((batch.index, projected))
-        if progress is not None:
-            progress(len(batch.index))
     model.train(was_training)
     return Features(
         index=torch.cat([index for index, _ in parts]).to(device),
@@ -383,8 +379,10 @@ class EpisodeBuilder:
             ValueError: features that are not finite, or more clusters than samples.
         """
         config = self.config
-        samples = sum_over_ranks(torch.tensor(len(features.index), device=features.index.device))
-        num_clusters = check_clusters(config, int(samples))
+        count = torch.tensor(len(features.index), device=features.index.device)
+        samples = int(sum_over_ranks(count))
+        # The last episode of a run may have fewer samples than the others.
+        num_clusters = min(config.num_clusters, samples) or max(1, samples // 10)
         students = {"image": features.image_h, "text": features.text_h}
         sources = dict(students) if self.internal else {}
         teacher = None if self.teacher is None else self.teacher.to(features.image_h)
@@ -431,7 +429,7 @@ class EpisodeBuilder:
                 )
 
 
-def check_clusters(config: EpisodeConfig, samples: int, episode: str = "an episode") -> int:
+def check_clusters(config: EpisodeConfig, samples: int) -> int:
     """K of an episode of ``samples``.
 
     Raises:
@@ -441,7 +439,7 @@ def check_clusters(config: EpisodeConfig, samples: int, episode: str = "an episo
     if num_clusters > samples:
         raise ValueError(
             f"--k: expected at most one cluster per sample, got k={num_clusters} for the {samples} "
-            f"samples of {episode}; use --k {max(1, samples // 10)}, a larger --episode-size, or "
+            f"samples of an episode; use --k {max(1, samples // 10)}, a larger --episode-size, or "
             "more data"
         )
     return num_clusters

@@ -9,7 +9,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,64 +19,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from protoclip import checkpoint
-from protoclip.config import TrainConfig, from_dict, to_dict
+from protoclip.config import TrainConfig, check_above, to_dict
 from protoclip.data.files import whole_file, write_atomic
 
 
 def choose_folder(config: TrainConfig) -> Path:
-    """Where a new run will go; not made yet. Under --resume auto a run of that name that has no
-    checkpoint yet starts again.
+    """Where a run will go; not made yet. Under --resume auto it may exist.
 
     Raises:
-        ValueError: the folder exists, or the name would leave --logs.
+        ValueError: the folder exists or cannot be made, or the name would leave --logs.
     """
-    name = config.run.name or time.strftime(
-        f"%Y_%m_%d-%H_%M_%S-{config.method}-seed_{config.run.seed}"
-    )
-    check_name(name)
-    path = Path(config.run.logs) / name
-    if path.exists() and not (config.run.resume == "auto" and (path / "config.json").exists()):
+    run, stamp = config.run, time.strftime("%Y_%m_%d-%H_%M_%S")
+    if run.resume == "auto" and not run.name:
+        raise ValueError("--resume auto: expected --name, the run to start or to go on with")
+    name = run.name or f"{stamp}-{config.method}-seed_{run.seed}"
+    if name in (".", "..") or Path(name).name != name:
+        raise ValueError(f"--name: expected a plain folder name, got {name!r}")
+    path = Path(run.logs) / name
+    check_above(path, "--logs")
+    if path.exists() and not (run.resume == "auto" and (path / "config.json").exists()):
         raise ValueError(
             f"--name: expected a new run folder, but {path} exists; go on with it by --resume "
             f"{path}, choose another --name, or remove it"
         )
     return path
-
-
-def check_name(name: str) -> None:
-    """Raise ValueError where --name would leave --logs."""
-    if name in (".", "..") or Path(name).name != name:
-        raise ValueError(f"--name: expected a plain folder name, got {name!r}")
-
-
-def _lock(path: Path) -> FileLock | None:
-    """Keep a second process out of a run folder; the system releases the lock with this process.
-
-    Raises:
-        ValueError: another process holds it, or the folder cannot be written.
-    """
-    lock = FileLock(path / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(
-            f"--name: {path} is in use by another process; wait for it, stop it, or choose "
-            "another --name"
-        ) from error
-    except NotImplementedError:  # a file system without locks
-        return None
-    return lock
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a run is going on in a folder."""
-    try:
-        lock = _lock(path)
-    except (ValueError, OSError):
-        return True
-    if lock:
-        lock.release()
-    return False
 
 
 class NullRunFolder:
@@ -100,36 +66,43 @@ class RunFolder(NullRunFolder):
         config: of the run.
         resume_step: step to go on after: what was logged later is removed; None: a new run.
     Raises:
-        ValueError: the folder cannot be made or written, or a run is going on in it.
+        ValueError: a run is going on in it.
+        OSError: the folder cannot be made or written.
     """
 
     def __init__(self, path: Path, config: TrainConfig, resume_step: int | None = None) -> None:
         super().__init__(path)
         self._checkpoints = path / "checkpoints"
         self._keeps_one = config.run.delete_previous_checkpoint
+        self._open = contextlib.ExitStack()
+        path.mkdir(parents=True, exist_ok=resume_step is not None)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir(exist_ok=resume_step is not None)
-            self._lock = _lock(path)
-            self._checkpoints.mkdir(exist_ok=True)
-            for rest in self._checkpoints.glob("*.tmp"):  # of a write that was killed
-                rest.unlink(missing_ok=True)
-            _cut_back(path / "metrics.jsonl", resume_step or 0)
-            write_atomic(path / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
-            self._metrics = open(path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-            self._log = open(path / "out.log", "a", encoding="utf-8")  # noqa: SIM115
-        except FileExistsError as error:
-            if not path.parent.is_dir():
-                raise ValueError(f"--logs: expected a folder, got {path.parent}") from error
-            raise ValueError(f"--name: {path} exists; choose another --name") from error
-        except OSError as error:
+            self._open.enter_context(FileLock(path / ".lock", timeout=0))
+        except Timeout as error:
             raise ValueError(
-                f"--logs: cannot write {error.filename or path}: {error.strerror}; a run needs a "
-                "folder it can write to, on a disk with room"
+                f"--name: {path} is in use by another process; wait for it, stop it, or choose "
+                "another --name"
             ) from error
+        self._checkpoints.mkdir(exist_ok=True)
+        for rest in self._checkpoints.glob("*.tmp"):  # of a write that was killed
+            rest.unlink()
+        _cut_back(path / "metrics.jsonl", resume_step or 0)
+        write_atomic(path / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+        self._metrics, self._log = (
+            self._open.enter_context((path / name).open("a", encoding="utf-8", buffering=1))
+            for name in ("metrics.jsonl", "out.log")
+        )
         boards = config.run.report_to.split(",")
-        self._tensorboard = _open_tensorboard(path, resume_step, "tensorboard" in boards)
-        self._wandb = _open_wandb(path, config) if "wandb" in boards else None
+        self._tensorboard = self._wandb = None
+        if "tensorboard" in boards:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = None if resume_step is None else resume_step + 1
+            self._tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=purge)
+            self._open.callback(self._tensorboard.close)
+        if "wandb" in boards:
+            self._wandb = _open_wandb(path, config)
+            self._open.callback(self._wandb.finish)
 
     def say(self, text: str) -> None:
         """One message, on the screen and in out.log."""
@@ -139,12 +112,12 @@ class RunFolder(NullRunFolder):
     def note(self, text: str) -> None:
         """One message in out.log only."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._write(self._log, "".join(f"{stamp} {line}\n" for line in text.splitlines()))
+        self._log.write("".join(f"{stamp} {line}\n" for line in text.splitlines()))
 
     def metrics(self, step: int, samples: int, scalars: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same scalars for the boards: those of validation data
         under val/, the others under train/."""
-        self._write(self._metrics, json.dumps({"step": step, "samples": samples, **scalars}) + "\n")
+        self._metrics.write(json.dumps({"step": step, "samples": samples, **scalars}) + "\n")
         shown = {
             f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}": x
             for name, x in scalars.items()
@@ -154,13 +127,6 @@ class RunFolder(NullRunFolder):
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(shown, step=step)
-
-    def _write(self, file: Any, text: str) -> None:
-        try:
-            file.write(text)
-            file.flush()
-        except OSError as error:  # a full disk: say which file
-            raise OSError(error.errno, error.strerror, file.name) from error
 
     def checkpoint(self, payload: Mapping[str, Any], epoch: int | None) -> None:
         """Write epoch_latest.pt, or with ``epoch`` a numbered one that is kept.
@@ -172,35 +138,23 @@ class RunFolder(NullRunFolder):
         if epoch is None:
             latest = self._checkpoints / checkpoint.LATEST
             checkpoint.save(latest, payload, previous=self._checkpoints / checkpoint.PREVIOUS)
-        else:
-            path = self._checkpoints / f"epoch_{epoch}.pt"
-            checkpoint.save(path, payload)
-            for other in checkpoint.numbered(self._checkpoints) if self._keeps_one else ():
-                if other != path:
-                    other.unlink()
+            return
+        path = self._checkpoints / f"epoch_{epoch}.pt"
+        checkpoint.save(path, payload)
+        for other in checkpoint.numbered(self._checkpoints) if self._keeps_one else ():
+            if other != path:
+                other.unlink()
 
     def close(self) -> None:
-        """Flush and close every file; the folder can be closed twice."""
+        """Flush and close every file."""
         with contextlib.suppress(OSError):  # a full disk, which ended the run
-            if self._tensorboard is not None:
-                self._tensorboard.close()
-            if self._wandb is not None:
-                self._wandb.finish()
-            self._tensorboard = self._wandb = None
-        for file in (self._metrics, self._log):
-            with contextlib.suppress(OSError):
-                file.close()
-        if self._lock:
-            self._lock.release()
+            self._open.close()
 
 
 def write_clusters(path: Path, keys: Sequence[str], clusters: Mapping[str, Tensor]) -> None:
     """Which sample is in which cluster: a line a sample, a column a source, empty where unknown.
 
-    Args:
-        path: the .csv.
-        keys: of the N samples.
-        clusters: source -> int64 [N], negative: in no cluster.
+    ``clusters`` are int64 [N] by source, negative where a sample is in no cluster.
     """
     columns = [["" if k < 0 else k for k in labels.tolist()] for labels in clusters.values()]
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
@@ -211,24 +165,13 @@ def write_clusters(path: Path, keys: Sequence[str], clusters: Mapping[str, Tenso
 
 def _cut_back(path: Path, step: int) -> None:
     """Remove the records after ``step``, and a torn one, from a metrics.jsonl."""
-    if not path.exists():
-        return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    write_atomic(path, "".join(kept))
-
-
-def _open_tensorboard(path: Path, resume_step: int | None, wanted: bool) -> Any:
-    """tensorboard/ in the run folder; points after ``resume_step`` are purged."""
-    if not wanted:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    purge = None if resume_step is None else resume_step + 1
-    return SummaryWriter(str(path / "tensorboard"), purge_step=purge)
+    if path.exists():
+        write_atomic(path, "".join(kept))
 
 
 def _open_wandb(path: Path, config: TrainConfig) -> Any:
@@ -265,26 +208,16 @@ class Resume:
 
 
 def find_resume(config: TrainConfig) -> Resume | None:
-    """The run that ``--resume`` means; None: start a new one.
-
-    "auto" takes logs/NAME, or without --name the newest unfinished run of the same settings under
-    --logs, if it has a checkpoint that can be read.
+    """The run that ``--resume`` means; None: start a new one, as "auto" does without a checkpoint.
 
     Raises:
         ValueError: the named run has no checkpoint that can be read, or no state to go on from.
     """
     wish = config.run.resume
-    if not wish:
+    path = choose_folder(config) if wish == "auto" else Path(wish)
+    if not wish or (wish == "auto" and not checkpoint.candidates(path)):
         return None
-    check_name(config.run.name)
-    path = Path(wish)
-    if wish == "auto":
-        named = Path(config.run.logs) / config.run.name if config.run.name else None
-        folder = named or _newest_unfinished(config)
-        if folder is None or not checkpoint.candidates(folder):
-            return None
-        file, payload = checkpoint.load_newest(folder)
-    elif path.is_file():
+    if path.is_file():
         folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
         file, payload = path, checkpoint.load(path)
     elif path.is_dir():
@@ -300,31 +233,3 @@ def find_resume(config: TrainConfig) -> Resume | None:
         )
     checkpoint.check_form(file, payload, complete=True)
     return Resume(folder, file, payload)
-
-
-def _newest_unfinished(config: TrainConfig) -> Path | None:
-    """The run under --logs that was written last and has the same settings and no results yet."""
-    found: list[tuple[float, Path]] = []
-    for path in Path(config.run.logs).glob("*/config.json"):
-        folder, files = path.parent, checkpoint.candidates(path.parent)
-        if not files or (folder / "results.json").exists() or is_locked(folder):
-            continue
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            from_dict(TrainConfig, saved)
-        except (OSError, ValueError, TypeError):
-            continue
-        changed = [key for key, _, _ in changes(saved, to_dict(config))]
-        if all(key.startswith("run.") for key in changed):
-            found.append((files[0].stat().st_mtime, folder))
-    return max(found)[1] if found else None
-
-
-def changes(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted names, old and new values of the settings that differ."""
-    for key in {**before, **now}:
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from changes(old, new, f"{prefix}{key}.")
-        elif old != new:
-            yield prefix + key, old, new

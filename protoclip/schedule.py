@@ -56,12 +56,10 @@ def make_plan(config: TrainConfig, samples: int) -> Plan:
     times = config.optim.accum_freq * world_size()
     batch, episode = config.optim.batch_size * times, config.episode.size
     if samples < batch:
-        fewer = samples // (4 * times)
-        made_of = f" ({config.optim.batch_size} x {times})" if times > 1 else ""
         raise ValueError(
-            f"--batch-size: expected at most the number of samples, got {batch}{made_of} for "
-            f"{samples}; "
-            + (f"use --batch-size {max(2, fewer)} or more data" if samples > 1 else "add data")
+            f"--batch-size: expected at most the number of samples, got {config.optim.batch_size} "
+            f"x {times} passes and ranks for {samples}; use --batch-size "
+            f"{max(2, samples // (4 * times))} or more data"
         )
     if episode and episode < batch:
         raise ValueError(
@@ -73,7 +71,7 @@ def make_plan(config: TrainConfig, samples: int) -> Plan:
     if config.optim.max_steps:
         total = min(total, config.optim.max_steps)
     if total == 0:
-        raise ValueError("--epochs: expected more than 0, got 0; nothing would be trained")
+        raise ValueError("--epochs: expected more than 0, got 0")
     per_episode = math.ceil(min(episode, samples) / batch) if episode else per_epoch
     return Plan(samples, batch, per_epoch, per_episode, total)
 
@@ -128,81 +126,57 @@ def own_draws(plan: Plan, draws: Tensor) -> tuple[Tensor, Tensor]:
 
 def episode_seed(seed: int, number: int, purpose: int) -> int:
     """Of one purpose (0 training, 1 features) in episode ``number``."""
-    random = generator(seed, EPISODES, number, purpose)
-    return int(torch.randint(2**31, (), generator=random))
+    return int(torch.randint(2**31, (), generator=generator(seed, EPISODES, number, purpose)))
 
 
-class Stopped(BaseException):
-    """The run was asked to end, and has saved: not a failure. ``code`` is the command's exit code.
+class Stopped(Exception):
+    """The run was asked to end, and has saved; ``code`` is the exit code."""
 
-    Not an Exception: it may be raised anywhere, and code that takes any error of a decoder for a
-    bad picture must let it through.
-    """
-
-    def __init__(self, text: str, code: int = 0) -> None:
+    def __init__(self, text: str, code: int) -> None:
         super().__init__(text)
         self.code = code
 
 
 def parse_interval(text: str) -> tuple[int, float]:
-    """--save-every's "500steps", "90s", "10m" or "2h" as steps and seconds; 0 for the other, and
-    both 0 for "".
+    """--save-every's "500steps", "90s", "10m" or "2h" as steps and seconds, 0 for the other.
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else but "", which is 0 of both.
     """
-    if not text:
-        return 0, 0.0
-    match = re.fullmatch(r"([1-9][0-9]*) ?(steps?|s|m|h)", text.strip())
+    match = re.fullmatch(r"([1-9]\d*) ?(steps?|s|m|h)|", text.strip())
     if match is None:
         raise ValueError(
-            "--save-every: expected a number with steps, s, m or h, such as 500steps or 10m, got "
-            f"{text!r}"
+            f"--save-every: expected a number with steps, s, m or h (500steps, 10m), got {text!r}"
         )
-    seconds = {"s": 1, "m": 60, "h": 3600}.get(match[2], 0)
-    return (0, float(int(match[1]) * seconds)) if seconds else (int(match[1]), 0.0)
+    number, seconds = int(match[1] or 0), {"s": 1.0, "m": 60.0, "h": 3600.0}.get(match[2])
+    return (0, number * seconds) if seconds else (number, 0.0)
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGUSR1 and the first Ctrl-C set ``asked`` instead of ending the
-    process; the second Ctrl-C ends it at once.
-
-    Attributes:
-        asked: name of the signal that came; "" for none.
-        immediate: raise ``Stopped`` where the program stands, as nothing is to be saved there. Only
-            in a process alone: others would wait for it, and all end at the next step agreed on.
-    """
+    """While entered, SIGTERM, SIGUSR1 and the first Ctrl-C set ``asked``, the signal's name, and do
+    not end the process; a second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
         self.asked = ""
-        self.immediate = True
-        self._process = os.getpid()  # data workers inherit the handler
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-                number = signal.Signals[name]
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            return
         again, self.asked = self.asked == "SIGINT", signal.Signals(number).name
         if number == signal.SIGINT:
-            if again or self.immediate:
+            if again:
                 raise KeyboardInterrupt
             with contextlib.suppress(OSError):  # print() may be interrupted by this very signal
                 os.write(2, FIRST_CTRL_C)
-        elif self.immediate and world_size() == 1:
-            self.immediate = False  # a second signal does not disturb the ending
-            raise Stopped(f"stopped by {self.asked}; go on with --resume")
 
     @property
     def level(self) -> int:

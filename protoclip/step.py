@@ -1,4 +1,4 @@
-"""One training step: forward, losses, gradient, update; DDP over ranks, several passes a step.
+"""One training step: forward, losses, gradient, update; several ranks, several passes a step.
 
 A step whose loss or gradient is not finite is skipped and counted.
 """
@@ -11,22 +11,29 @@ import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from protoclip.config import OptimConfig
 from protoclip.data import Batch
 from protoclip.data.types import mix
-from protoclip.distributed import GlobalBatchNorm1d, is_distributed, rank
-from protoclip.grad_cache import grad_cache, reached_leaves
+from protoclip.distributed import (
+    GlobalBatchNorm1d,
+    broadcast,
+    is_distributed,
+    rank,
+    world_size,
+)
+from protoclip.grad_cache import grad_cache
 from protoclip.losses import Losses, ProtoLoss
 from protoclip.model import Encoded, ProtoModel, autocast_for
 from protoclip.prototypes import Episode
 
-PARTS = ("image", "text", "heads", "scales")
+LARGE = 1 << 16  # numbers of a gradient that travels alone
 
 
 class Phases:
@@ -135,6 +142,46 @@ def parameter_groups(model: ProtoModel, weight_decay: float) -> list[dict]:
     ]
 
 
+class GradientMean:
+    """Makes gradients their mean over the ranks, as DistributedDataParallel would.
+
+    The large ones travel while backward goes on, the others together at the end. On every rank the
+    same parameters must get a gradient; those that get none are left alone.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.early = True  # False: a gradient may not be whole when it is there
+        self._parameters = list(model.parameters())
+        self._sent: dict[nn.Parameter, dist.Work] = {}
+        if is_distributed():
+            broadcast(*(p.detach() for p in self._parameters), *model.buffers())
+            for parameter in self._parameters:
+                parameter.register_post_accumulate_grad_hook(self._send)
+
+    def _send(self, parameter: Any) -> None:
+        if self.early and parameter.numel() >= LARGE:
+            self._sent[parameter] = dist.all_reduce(parameter.grad, async_op=True)
+
+    def finish(self) -> None:
+        """After the last backward pass of a step; a collective call."""
+        reached: list[Any] = [p for p in self._parameters if p.grad is not None]
+        if not is_distributed() or not reached:
+            return
+        self.early = True
+        for parameter in reached:
+            if parameter not in self._sent:
+                self._send(parameter)
+        small = [p.grad for p in reached if p not in self._sent]
+        together = torch.cat([grad.flatten() for grad in small])
+        dist.all_reduce(together)
+        for grad, mean in zip(small, together.split([g.numel() for g in small]), strict=True):
+            grad.copy_(mean.view_as(grad))
+        for work in self._sent.values():
+            work.wait()
+        self._sent.clear()
+        torch._foreach_div_([p.grad for p in reached], world_size())
+
+
 @dataclass(frozen=True)
 class Step:
     """What a step was; tensors on the device, for which the host has not waited."""
@@ -189,15 +236,11 @@ class Stepper:
         )
         self.scaler = torch.amp.GradScaler(enabled=precision == "amp")
         self.bad = torch.zeros(2, dtype=torch.int64, device=self.device)
-        self._statistics = [
-            buffer
-            for module in model.modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)
-            for buffer in module.buffers(recurse=False)
-        ]
-        self._replica: nn.Module = model
-        self._trained: list[nn.Parameter] = []
-        self._unused: dict[frozenset[str], list[nn.Parameter]] = {}
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        of_rank = [norm for norm in norms if not isinstance(norm, GlobalBatchNorm1d)]
+        self._of_rank = [buffer for norm in of_rank for buffer in norm.buffers()]
+        self.mean = GradientMean(model)
 
     def step(
         self,
@@ -222,7 +265,7 @@ class Stepper:
             group["lr"] = lr
         statistics = [buffer.clone() for buffer in self._statistics]
         moved = [batch.to(self.device, non_blocking=True) for batch in batches]
-        self._replicate(moved[0])
+        self.mean.early = len(moved) == 1
         if len(moved) == 1:
             losses, projected = self._in_one_pass(number, moved[0], episode, project)
         else:
@@ -231,6 +274,7 @@ class Stepper:
             norm, finite = self._update(losses)
         for buffer, old in zip(self._statistics, statistics, strict=True):
             torch.where(finite, buffer, old, out=buffer)
+        broadcast(*self._of_rank)  # what evaluation reads is the same on all ranks
         skipped = (~finite).long()
         self.bad = torch.stack([self.bad[0] + skipped, (self.bad[1] + 1) * skipped])
         return Step(losses, projected, norm, finite)
@@ -241,11 +285,10 @@ class Stepper:
         with self.phases.measure("forward"):
             seed_everything(self.seed, number, rank(), 0)
             with self.autocast():
-                encoded, projected = self._replica(batch.image, batch.tokens, project=project)
+                encoded, projected = self.model(batch.image, batch.tokens, project=project)
             losses = self._losses(encoded, projected, batch.index, episode)
         with self.phases.measure("backward"):
-            zero = _zero(self._without_gradient(losses))
-            self.scaler.scale(losses.total + zero).backward()
+            self.scaler.scale(losses.total).backward()
         return losses, projected
 
     def _losses(
@@ -260,31 +303,25 @@ class Stepper:
         def encode(part: int, batch: Batch) -> tuple[Tensor, Tensor]:
             seed_everything(self.seed, number, rank(), part)
             with self.autocast():
-                encoded, _ = self._replica(batch.image, batch.tokens, project=False)
+                encoded = self.model.encode(batch.image, batch.tokens)
             return encoded.image, encoded.text
 
-        ddp = [self._replica] if isinstance(self._replica, DistributedDataParallel) else []
         with self.phases.measure("forward"):
             parts = list(enumerate(batches))
-            ((image, text),) = grad_cache([encode], [parts], 1, split=lambda p, _: p, ddp=ddp)
+            ((image, text),) = grad_cache([encode], [parts], 1, split=lambda p, _: p)
             encoded = Encoded(image, text)
             with self.autocast():
                 projected = self.model.project(encoded) if project else None
             index = torch.cat([batch.index for batch in batches])
             losses = self._losses(encoded, projected, index, episode)
         with self.phases.measure("backward"):
-            clip = self.model.clip
-            towers = (p for p in clip.parameters() if p is not clip.logit_scale)
-            self._without_gradient(losses, *towers)
             self.scaler.scale(losses.total).backward()
         return losses, projected
 
     def _update(self, losses: Losses) -> tuple[Tensor, Tensor]:
         """Clip and take the step unless loss or gradient is not finite: norm, and whether it was
         taken. On a GPU the host waits for neither."""
-        # Parameters that have a gradient of zero for DDP's sake are left alone.
-        for parameter in self._unused.get(frozenset(losses.terms), ()):
-            parameter.grad = None
+        self.mean.finish()
         self.scaler.unscale_(self.adamw)
         norm = nn.utils.clip_grad_norm_(
             self.model.parameters(), self.clip_norm if self.clip_norm > 0 else float("inf")
@@ -302,92 +339,32 @@ class Stepper:
         self.model.clamp_scales()
         return norm, finite
 
-    def _replicate(self, batch: Batch) -> None:
-        """Wrap the model in DDP again where it trains other parameters than before."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        if not is_distributed() or list(map(id, trained)) == list(map(id, self._trained)):
-            return
-        self._trained, self._unused = trained, {}
-        devices = [self.device] if self.device.type == "cuda" else None
-        self._replica = DistributedDataParallel(
-            self.model, device_ids=devices, gradient_as_bucket_view=True
-        )
-        # DDP orders its buckets once, after its first backward pass. An idle pass that is always
-        # the same lets a resumed run sum in the order of the run that it resumes.
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        with self.autocast():
-            encoded, _ = self._replica(batch.image, batch.tokens, project=False)
-        reached = reached_leaves([encoded.image, encoded.text])
-        rest = _zero([p for p in trained if id(p) not in reached])
-        (encoded.image.sum() + encoded.text.sum() + rest).backward()
-        self.adamw.zero_grad(set_to_none=True)
-        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-
-    def _without_gradient(self, losses: Losses, *reached: nn.Parameter) -> list[nn.Parameter]:
-        """Parameters that this loss does not reach: DDP waits for all, the optimiser must not move
-        them. The walk over the graph is done once for each set of terms."""
-        if not is_distributed():
-            return []
-        terms = frozenset(losses.terms)
-        if terms not in self._unused:
-            known = reached_leaves([losses.total]) | {id(p) for p in reached}
-            self._unused[terms] = [p for p in self._trained if id(p) not in known]
-        return self._unused[terms]
-
-    @torch.no_grad()
-    def norms_by_part(self, norm: Tensor) -> dict[str, Tensor]:
-        """``grad_norm_image``, ``_text``, ``_heads`` and ``_scales`` of the last step: scalars.
-
-        ``norm`` is that of all gradients before clipping.
-        """
-        grads: dict[str, list[Tensor]] = {part: [] for part in PARTS}
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None:
-                grads[_part_of(name)].append(parameter.grad)
-        # Clipping multiplied all of them by one factor; undone here.
-        factor = (norm / self.clip_norm).clamp_min(1.0) if self.clip_norm > 0 else 1.0
-        return {
-            f"grad_norm_{part}": torch.stack(torch._foreach_norm(own)).norm() * factor
-            for part, own in grads.items()
-            if own
-        }
-
     def load_state(self, optimiser: Mapping, scaler: Mapping) -> None:
         """Take an optimiser's state; learning rate, betas and decay stay as they are.
 
         Raises:
             ValueError: moments of another shape or dtype, which fused AdamW would read beyond.
         """
-        self._check_moments(optimiser)
-        settings = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self.adamw.param_groups
-        ]
-        self.adamw.load_state_dict(dict(optimiser))
-        for group, own in zip(self.adamw.param_groups, settings, strict=True):
-            group.update(own)
-        if scaler:
-            self.scaler.load_state_dict(dict(scaler))
-
-    def _check_moments(self, state: Mapping) -> None:
-        """Refuse what ``torch.optim`` would load unchecked."""
         own = [p for group in self.adamw.param_groups for p in group["params"]]
-        groups = [len(group["params"]) for group in state["param_groups"]]
+        groups = [len(group["params"]) for group in optimiser["param_groups"]]
         if groups != [len(group["params"]) for group in self.adamw.param_groups]:
             raise ValueError(
                 f"checkpoint: expected the optimiser state of {len(own)} parameters, got that of "
                 f"{sum(groups)}; resume with the settings of the run"
             )
-        for number, moments in state["state"].items():
-            parameter = own[number]
-            step = torch.zeros((), dtype=torch.float32)
-            for name, like in (("exp_avg", parameter), ("exp_avg_sq", parameter), ("step", step)):
-                if (want := _form(like)) != (got := _form(moments.get(name))):
+        for number, moments in optimiser["state"].items():
+            like = {"exp_avg": own[number], "exp_avg_sq": own[number], "step": torch.zeros(())}
+            for name, tensor in like.items():
+                if (want := _form(tensor)) != (got := _form(moments.get(name))):
                     raise ValueError(
                         f"checkpoint: expected {name} of the optimiser's parameter {number} as "
                         f"{want}, got {got}; use an older checkpoint"
                     )
+        # With the groups of this run, whose settings count.
+        groups_now = self.adamw.state_dict()["param_groups"]
+        self.adamw.load_state_dict({"state": optimiser["state"], "param_groups": groups_now})
+        if scaler:
+            self.scaler.load_state_dict(dict(scaler))
 
 
 def _form(value: object) -> str:
@@ -396,17 +373,3 @@ def _form(value: object) -> str:
         return type(value).__name__
     dense = value.layout == torch.strided and value.is_contiguous()
     return f"{value.dtype} {list(value.shape)}" + ("" if dense else ", not contiguous")
-
-
-def _part_of(name: str) -> str:
-    """The part of a parameter of ``ProtoModel``, by its name."""
-    if name.startswith("clip.visual."):
-        return "image"
-    if name.startswith(("image_head.", "text_head.")):
-        return "heads"
-    return "scales" if "logit_" in name else "text"
-
-
-def _zero(parameters: Sequence[nn.Parameter]) -> Tensor | float:
-    """0, with a gradient of 0 for each parameter."""
-    return sum((0.0 * p.sum() for p in parameters), 0.0)

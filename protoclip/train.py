@@ -12,13 +12,13 @@ import datetime
 import errno
 import importlib.util
 import math
-import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,9 @@ from tqdm import tqdm
 
 from protoclip import checkpoint, distributed, evaluate, prototypes, report, schedule
 from protoclip.commands import train_parser
-from protoclip.config import TrainConfig, parse, to_dict
+from protoclip.config import TABLE, TrainConfig, parse, to_dict
 from protoclip.data import (
     Batch,
-    DataError,
     Draws,
     PairDataset,
     Subset,
@@ -44,7 +43,7 @@ from protoclip.data import (
 from protoclip.data.loader import EpochOrder, Faults
 from protoclip.evaluate import Results
 from protoclip.evaluate.metrics import retrieval
-from protoclip.evaluate.tasks import impossible
+from protoclip.evaluate.tasks import eval_transform, impossible
 from protoclip.kmeans import load_faiss
 from protoclip.losses import ProtoLoss
 from protoclip.model import (
@@ -57,11 +56,12 @@ from protoclip.model import (
     choose_precision,
 )
 from protoclip.ops.backends import why_not
+from protoclip.prototypes import Clustering, Episode, PrototypeSet
+from protoclip.report.snapshot import every
 from protoclip.run_folder import (
     NullRunFolder,
     Resume,
     RunFolder,
-    changes,
     choose_folder,
     find_resume,
     write_clusters,
@@ -70,10 +70,8 @@ from protoclip.step import Phases, Step, Stepper, depends_on_passes, seed_everyt
 from protoclip.teacher import MINILM, load_teacher, minilm_missing
 
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
-STATE = (prototypes.Episode, prototypes.Clustering, prototypes.PrototypeSet)  # in a checkpoint
 PROG = "python -m protoclip.train"
 PICTURED = 4096  # samples in which the run's pictures look for neighbours
-SHOWN_EVERY = 60.0  # seconds between lines of progress on a screen that is no terminal
 NAMED = 8  # sample keys in the message about bad steps; all of them are in out.log
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What decides which sample comes when, or which tensors there are: it must not change.
@@ -81,7 +79,7 @@ FIXED = (
     "method", "data.train_num_samples", "data.captions", "data.augmentation",
     "data.dataset_resampled", "data.train_data_upsampling_factors", "data.shuffle_buffer",
     "model.model", "model.force_", "model.lock_", "model.add_", "model.projection_", "model.use_",
-    "episode.size", "episode.replacement", "run.seed", "run.precision",
+    "episode.size", "episode.replacement", "episode.features", "run.seed", "run.precision",
 )  # fmt: skip
 # What else may change without a note: the global batch is compared as a whole.
 FREE = ("data.", "model.", "optim.batch_size", "optim.accum_freq", "run.")
@@ -94,15 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         info = distributed.find_rank()
         with distributed.quiet_beside_main(info):
             config = parse(train_parser(), with_saved_config(argv))
-            schedule.parse_interval(config.run.save_every)  # not after minutes of work
         device = choose_device(config.run.device)
         distributed.start(info, device, config.run.dist_timeout, config.run.dist_backend)
-        with schedule.StopSignals() as signals:
-            try:
-                return train(config, device, signals)
-            except schedule.Stopped as stop:  # before there was a run folder
-                print(f"{PROG}: {stop}", file=sys.stderr)
-                return stop.code
+        return train(config, device)
 
     return distributed.run_command(work, PROG)
 
@@ -120,7 +112,7 @@ def with_saved_config(argv: Sequence[str] | None) -> list[str]:
     return words
 
 
-def train(config: TrainConfig, device: torch.device, signals: schedule.StopSignals) -> int:
+def train(config: TrainConfig, device: torch.device) -> int:
     """A whole run: data, model, teacher, training, evaluation, plots; returns the exit code.
 
     Raises:
@@ -132,7 +124,6 @@ def train(config: TrainConfig, device: torch.device, signals: schedule.StopSigna
     resume = distributed.from_main(lambda: find_resume(config))
     path = distributed.from_main(lambda: resume.folder if resume else choose_folder(config))
     dataset = open_training_data(config)
-    Faults(dataset, config.data.max_bad_fraction, print)  # stops where too many are known
     order = EpochOrder(dataset, config.data)
     plan = schedule.make_plan(config, order.size)
     if resume and resume.step >= plan.total_steps and (path / "results.json").exists():
@@ -141,7 +132,7 @@ def train(config: TrainConfig, device: torch.device, signals: schedule.StopSigna
     precision = choose_precision(config.run.precision, device)
     setup = Setup(config, plan, dataset, order, device, precision)
     if uses_prototypes(config):
-        check_episodes(setup)
+        prototypes.check_clusters(config.episode, setup.episode_samples)
     seed_everything(config.run.seed)
     model = build_model(config.model).to(device)
     phases = Phases(device)
@@ -150,24 +141,21 @@ def train(config: TrainConfig, device: torch.device, signals: schedule.StopSigna
     if teacher is not None:
         setup = replace(setup, teacher=teacher.to(device))
     evaluation = Evaluation(setup, phases)
-    notes = check_resume(resume, setup) if resume else []
-    trainer = Trainer(setup, model, NullRunFolder(path), phases, evaluation.during(), signals)
-    before = None
+    trainer = Trainer(setup, model, NullRunFolder(path), phases, evaluation.during)
+    notes = []
     if resume:  # everything is checked before the folder is touched
-        before = evaluation.untrained(path, model, resumed=True)
-        notes += trainer.restore(resume.payload)
-    folder = NullRunFolder(path)
+        notes = check_resume(resume, setup) + trainer.restore(resume.payload)
     if distributed.is_main():
-        folder = RunFolder(path, config, resume.step if resume else 0 if path.exists() else None)
-    trainer.folder = folder
+        step = resume.step if resume else 0 if path.exists() else None
+        trainer.folder = RunFolder(path, config, step)
+    folder = trainer.folder
     try:
         announce(folder, setup, remark)
         if resume:
             folder.say(f"resumed: {resume.file}, after step {resume.step} of {plan.total_steps}")
-            for note in notes:
-                folder.say(note)
-        else:
-            before = evaluation.untrained(path, model, resumed=False)
+        for note in notes:
+            folder.say(note)
+        before = evaluation.untrained(path, model, resumed=resume is not None)
         trainer.run()
         after = evaluation.full(model, "evaluating the trained model")
         if distributed.is_main():
@@ -203,27 +191,16 @@ class Setup:
     precision: str  # "fp32", "amp_bf16" or "amp"
     teacher: Tensor | None = None  # [dataset, d] fp32, on the device
 
-    def draw(self, episode: int) -> Tensor:
-        """Positions of the samples of an episode, in the order of training."""
-        return schedule.draw(
-            self.plan,
-            self.config.run.seed,
-            self.plan.steps_of(episode),
-            replacement=self.config.episode.replacement,
-            order=self.order.permutation,
-        )
+    @property
+    def episode_samples(self) -> int:
+        """At most; the last episode may be shorter."""
+        return min(len(self.dataset), self.plan.steps_per_episode * self.plan.batch_size)
 
 
 class Trainer:
-    """Trains a model episode by episode; the only owner of mutable state.
+    """Trains a model, on the setup's device, episode by episode; the only owner of mutable state.
 
-    Args:
-        setup: of the run.
-        model: on the setup's device.
-        folder: where metrics and checkpoints go.
-        phases: the stopwatch.
-        evaluations: pairs of a function, model -> scalars by name, and its frequency in epochs.
-        signals: that ask the run to save and end.
+    ``evaluations`` are pairs of a function, model -> scalars by name, and its frequency in epochs.
     """
 
     def __init__(
@@ -233,12 +210,10 @@ class Trainer:
         folder: NullRunFolder,
         phases: Phases | None = None,
         evaluations: Sequence[tuple[Evaluate, float]] = (),
-        signals: schedule.StopSignals | None = None,
     ) -> None:
         self.setup, self.model, self.folder = setup, model, folder
-        self.phases = phases or Phases(setup.device)
         self.config, self.plan, self.dataset = setup.config, setup.plan, setup.dataset
-        self.evaluations, self.signals = evaluations, signals or schedule.StopSignals()
+        self.phases, self.evaluations = phases or Phases(setup.device), evaluations
         config, weights, teacher = setup.config, setup.config.loss, setup.teacher
         internal = config.method == "protoclip" and weights.w_proto > 0
         external = teacher is not None and weights.w_proto_external > 0
@@ -271,16 +246,15 @@ class Trainer:
         self.faults = Faults(
             self.dataset, config.data.max_bad_fraction, lambda text: self.folder.say(text)
         )
-        self.episode: prototypes.Episode | None = None
+        self.episode: Episode | None = None
         self.step = 0
-        self._old_faults = 0  # of the checkpoint, known to all ranks
+        self.signals, self.agreement = schedule.StopSignals(), distributed.Agreement()
+        self._passes = [distributed.world_size(), config.optim.accum_freq]
         self._skipped = 0  # steps, as last read from the device
         self._loss = math.nan  # as last logged
         self._every_steps, self._every_seconds = schedule.parse_interval(config.run.save_every)
-        self.agreement = distributed.Agreement()
         self._saved_at = (time.monotonic(), -1)
         self._began_at = self._logged_at = (time.perf_counter(), 0)
-        self._shown_at = time.perf_counter()
 
     def run(self) -> None:
         """Train to the end of the plan.
@@ -290,53 +264,51 @@ class Trainer:
         """
         batch = self.plan.batch_size
         self._began_at = self._logged_at = (time.perf_counter(), self.step)
-        self.signals.immediate = False
-        with tqdm(
-            total=self.plan.total_steps * batch,
-            initial=self.step * batch,
-            unit=" samples",
-            unit_scale=True,
-            smoothing=0.1,
-            disable=None if distributed.is_main() else True,  # None: where there is no terminal
-        ) as bar:
+        with (
+            self.signals,
+            tqdm(
+                total=self.plan.total_steps * batch,
+                initial=self.step * batch,
+                unit=" samples",
+                unit_scale=True,
+                smoothing=0.1,
+                disable=hidden(),
+            ) as bar,
+        ):
             for number in range(self.step // self.plan.steps_per_episode, self.plan.episodes):
                 self._run_episode(number, bar)
-        if self._saved_at[1] != self.step:
-            self.save(None)
-        self.signals.immediate = True
+            if self._saved_at[1] != self.step:
+                self.save(None)
         self.agreement.settle()
-        asked = self.agreement.ask(self.signals.level)
-        if level := (self.agreement.settle() or asked)[0]:
-            text = "stopped by a signal after the last step; --resume goes on"
-            raise schedule.Stopped(text, 130 if level > 1 else 0)
 
     def _run_episode(self, number: int, bar: tqdm) -> None:
         """New prototypes where they are due, then the episode's steps."""
-        config, steps = self.config, self.plan.steps_of(number)
-        draws = self.setup.draw(number)
+        config, steps, seed = self.config, self.plan.steps_of(number), self.config.run.seed
+        order, replacement = self.setup.order.permutation, config.episode.replacement
+        draws = schedule.draw(self.plan, seed, steps, replacement=replacement, order=order)
         bar.set_description(f"episode {number + 1}/{self.plan.episodes}")
         done = self.step - steps.start  # of this episode, before the run was interrupted
         if 0 < config.episode.lit_start <= number:  # LiT: InfoNCE towards a frozen image tower
             self.episode = None
             self.model.lock_image()
         elif done == 0 and number >= config.episode.infonce_warmup and self.clusters:
-            self.episode = self._build_episode(number, draws.unique(), bar)
+            self.episode = self._build_episode(number, draws.unique())
         self.model.train()
         own, numbers = schedule.own_draws(self.plan, draws)
-        seed = schedule.episode_seed(config.run.seed, number, 0)
         first = done * self.plan.batch_size // distributed.world_size()
-        stream = iter(self._batches(own, numbers, seed, first))
+        drawn = Draws(own, schedule.episode_seed(seed, number, 0), first, numbers)
+        stream = iter(self._batches(drawn))
         for _ in steps[done:]:
             self._train_step(stream, number)
             bar.set_postfix(loss=f"{self._loss:.3f}", refresh=False)
             bar.update(self.plan.batch_size)
             self._between_steps()
 
-    def _batches(self, draws: Tensor, numbers: Tensor, seed: int, first: int = 0) -> Any:
+    def _batches(self, draws: Draws) -> Iterator[Batch]:
         data = self.config.data
         return batches(
             self.dataset,
-            Draws(draws, seed, first, numbers),
+            draws,
             self.config.optim.batch_size,
             self.transform,
             self.model.short_tokenizer,
@@ -345,39 +317,32 @@ class Trainer:
             faults=self.faults,
         )
 
-    def _build_episode(self, number: int, samples: Tensor, bar: tqdm) -> prototypes.Episode:
+    def _build_episode(self, number: int, samples: Tensor) -> Episode:
         """The prototypes of an episode that trains on ``samples``, int64 [M] positions."""
-        seed = self.config.run.seed
+        seed, coming = self.config.run.seed, None
         with self.phases.measure("features"):
             if self.store is not None:
                 features, coming = self.store.features(), samples
             else:
-                features, coming = self._extract(number, samples, bar), None
+                numbers = torch.arange(len(samples))[distributed.own_slice(len(samples))]
+                drawn = schedule.episode_seed(seed, number, 1)
+                stream = self._batches(Draws(samples[numbers], drawn, 0, numbers))
+                features = prototypes.extract(
+                    self.model,
+                    self._stoppable(stream),
+                    device=self.setup.device,
+                    autocast=self.stepper.autocast,
+                )
         with self.phases.measure("clusters"):
             random = distributed.generator(seed, schedule.EPISODES, number, 2)
             return self.builder.build(features, random, self.episode, coming)
 
-    def _extract(self, number: int, samples: Tensor, bar: tqdm) -> prototypes.Features:
-        """A forward pass over this rank's slice of the samples."""
-        distributed.broadcast(*self.model.buffers())  # running statistics differ by rank
-        numbers = torch.arange(len(samples))[distributed.own_slice(len(samples))]
-        own, done = samples[numbers], 0
-
-        def show(rows: int) -> None:
-            nonlocal done
-            done += rows
-            if self.signals.asked and distributed.world_size() == 1:
+    def _stoppable(self, stream: Iterable[Batch]) -> Iterator[Batch]:
+        """The stream, which may take minutes; a process alone can stop within it."""
+        for batch in tqdm(stream, "features", unit=" batches", leave=False, disable=hidden()):
+            yield batch
+            if self.signals.asked and not distributed.is_distributed():
                 self._save_or_stop()  # nothing has changed since the last step
-            bar.set_postfix_str(f"features {100 * done // len(own)} %")
-
-        seed = schedule.episode_seed(self.config.run.seed, number, 1)
-        return prototypes.extract(
-            self.model,
-            self._batches(own, numbers, seed),
-            device=self.setup.device,
-            autocast=self.stepper.autocast,
-            progress=show,
-        )
 
     def _train_step(self, stream: Iterator[Batch], number: int) -> None:
         with self.phases.measure("data", on_host=True):
@@ -385,62 +350,56 @@ class Trainer:
         lr = schedule.learning_rate(self.config.optim, self.plan.total_steps, self.step)
         step = self.stepper.step(self.step, parts, self.episode, project=self.projects, lr=lr)
         if self.store is not None and step.projected is not None:
-            index = torch.cat([part.index for part in parts]).to(self.setup.device)
+            rows = torch.cat([part.index for part in parts]).to(self.setup.device)
             place = self.step - self.plan.steps_of(number).start
-            self.store.put(place, index.where(step.finite, -1), step.projected)
+            self.store.put(place, rows.where(step.finite, -1), step.projected)
         self.step += 1
         last = self.step == self.plan.total_steps
-        if self.step % self.config.run.log_every_n_steps == 0 or last:
+        logs = last or self.step % self.config.run.log_every_n_steps == 0
+        if logs:
             self._log(step, lr, number)
-            self._check_skipped(parts)
-        elif self.setup.device.type == "cpu":  # where reading a number waits for nothing
+        if logs or self.setup.device.type == "cpu":  # where reading a number waits for nothing
             self._check_skipped(parts)
 
     def _check_skipped(self, parts: Sequence[Batch]) -> None:
         """Note skipped steps; after --max-bad-steps in a row save and stop."""
         total, in_a_row = self.stepper.bad.tolist()
-        new, self._skipped = total - self._skipped, total
-        if new == 0:
+        if total == self._skipped:
             return
+        self._skipped = total
         keys = [self.dataset.keys[i] for part in parts for i in part.index.tolist()]
-        which = f"step {self.step}" if new == 1 else f"{new} steps up to {self.step}"
         self.folder.note(
-            f"{which} skipped, loss or gradient not finite; samples of step {self.step}: {keys}"
+            f"step {self.step} skipped, the last of {total}: loss or gradient not finite; samples: "
+            f"{keys}"
         )
-        if in_a_row < self.config.run.max_bad_steps:
-            return
-        self.save(None)
-        shown = ", ".join(map(repr, keys[:NAMED])) + (", ..." if len(keys) > NAMED else "")
-        raise ValueError(
-            f"training: loss or gradient was not finite in {in_a_row} steps in a row, the last one "
-            f"step {self.step}, samples {shown} (all in out.log). The weights are those before, "
-            f"saved in {self.folder.path}. Lower --lr, lengthen --warmup, use --precision fp32, "
-            "look at these samples, or let torch.autograd.set_detect_anomaly(True) name the "
-            "operation"
-        )
+        if in_a_row >= self.config.run.max_bad_steps:
+            self.save(None)
+            raise ValueError(
+                f"training: loss or gradient was not finite in {in_a_row} steps in a row, the last "
+                f"one step {self.step}, samples {keys[:NAMED]} ... (all in out.log); the weights "
+                f"before them are in {self.folder.path}. Lower --lr, lengthen --warmup, use "
+                "--precision fp32, look at these samples, or let "
+                "torch.autograd.set_detect_anomaly(True) name the operation"
+            )
 
     def _log(self, step: Step, lr: float, number: int) -> None:
         """Read the device once, write one line of metrics and one of progress."""
-        losses, faults = step.losses, len(self.faults.positions) - self._old_faults
+        # Each rank has met its own bad samples; the mean of this is their sum.
+        faults = torch.tensor(float(len(self.faults.positions)) * distributed.world_size())
         scalars = {
-            **losses.terms,
-            **losses.accuracy,
-            "loss": losses.total,
+            **step.losses.terms,
+            **step.losses.accuracy,
+            "loss": step.losses.total,
             "logit_scale": self.model.logit_scale,
             "logit_scale_proto": self.model.proto_scale,
-            "logit_scale_raw": self.model.clip.logit_scale,
-            "logit_scale_proto_raw": self.model.logit_scale_proto,
             "grad_norm": step.norm,
-            **self.stepper.norms_by_part(step.norm),
             "bad_steps": self.stepper.bad[0],
-            "bad_samples": torch.tensor(faults, device=self.setup.device),
+            "bad_samples": faults.to(self.setup.device),
         }
         values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()])
         means = distributed.mean_over_ranks(values).tolist()
         record = {k: v for k, v in zip(scalars, means, strict=True) if math.isfinite(v)}
-        # Each rank has met its own bad samples since the run began or was resumed.
-        own = distributed.world_size() * record["bad_samples"]
-        record["bad_samples"] = round(self.faults.known + self._old_faults + own)
+        record["bad_samples"] += self.faults.known
         record = {k: v for k, v in record.items() if v or not k.startswith("bad_")}
         now, (then, logged) = time.perf_counter(), self._logged_at
         self._logged_at = (now, self.step)
@@ -457,21 +416,16 @@ class Trainer:
         self._loss = record.get("loss", math.nan)
         began, first = self._began_at
         left = (self.plan.total_steps - self.step) * (now - began) / (self.step - first)
-        line = (
+        self.folder.note(
             f"step {self.step}/{self.plan.total_steps}, loss {self._loss:.4f}, "
             f"{record['samples_per_second']:,.0f} samples/s, "
             f"ETA {datetime.timedelta(seconds=round(left))}"
         )
-        # Once a minute on the screen too, where there is no bar.
-        seen = sys.stderr.isatty() or now - self._shown_at < SHOWN_EVERY
-        (self.folder.note if seen else self.folder.say)(line)
-        self._shown_at = self._shown_at if seen else now
 
     def _between_steps(self) -> None:
         """Evaluate and save where an epoch that asks for it has just ended, or a signal came."""
-        per_epoch = self.plan.steps_per_epoch
+        per_epoch, last = self.plan.steps_per_epoch, self.step == self.plan.total_steps
         for measured, frequency in self.evaluations:
-            last = self.step == self.plan.total_steps
             if last or self.step % max(1, round(frequency * per_epoch)) == 0:
                 with self.phases.measure("evaluation", on_host=True):
                     scalars = measured(self.model)
@@ -518,9 +472,9 @@ class Trainer:
                 "step": self.step,
                 "training": {
                     "batch_size": self.plan.batch_size,
-                    "passes": [distributed.world_size(), self.config.optim.accum_freq],
+                    "passes": self._passes,
                     "scaler": self.stepper.scaler.state_dict(),
-                    "episode": checkpoint.pack(self.episode),
+                    "episode": pack_episode(self.episode),
                     "store": None if self.store is None else self.store.state_dict(),
                     "skipped": self.stepper.bad.tolist(),
                     "faults": sorted({position for one in faults for position in one}),
@@ -537,40 +491,26 @@ class Trainer:
             ValueError: it is of other settings, or something is missing.
         """
         try:
-            return self._restore(payload, payload["protoclip"]["training"])
+            training = payload["protoclip"]["training"]
+            self.model.load_state(dict(payload))
+            self.stepper.load_state(payload["optimizer"], training["scaler"])
+            skipped = torch.tensor([*map(index, training["skipped"])]).reshape(2)
+            self.stepper.bad, self._skipped = skipped.to(self.setup.device), int(skipped[0])
+            self.episode = unpack_episode(training["episode"], self.setup.device, len(self.dataset))
+            if self.store is not None:
+                self.store.load_state_dict(training["store"])
+            faults = set(map(index, training["faults"]))
+            self.faults.positions = faults if distributed.is_main() else set()
+            self.phases.add(training["seconds"])
+            self.step = payload["protoclip"]["step"]
+            same = training["passes"] == self._passes
         except (RuntimeError, LookupError, TypeError, AttributeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ValueError(
                 f"--resume: the checkpoint does not hold the state of this run ({reason}); use an "
                 "older checkpoint, or start a new run with --pretrained"
             ) from error
-
-    def _restore(self, payload: Mapping[str, Any], training: Mapping[str, Any]) -> list[str]:
-        device = self.setup.device
-        self.model.load_state(dict(payload))
-        self.stepper.load_state(payload["optimizer"], training["scaler"])
-        skipped, faults = training["skipped"], training["faults"]
-        if len(skipped) != 2 or not all(type(one) is int for one in (*skipped, *faults)):
-            raise TypeError("its counts of skipped steps, or its bad samples, are no whole numbers")
-        self.stepper.bad = torch.tensor(skipped, device=device)
-        self._skipped = int(self.stepper.bad[0])
-        self.episode = checkpoint.unpack(training["episode"], STATE, device)
-        for one in self.episode.sets if self.episode else ():
-            one.check(len(self.dataset))
-        if (training["store"] is None) != (self.store is None):
-            raise ValueError(
-                "--resume: expected a checkpoint of the same --episode-features, got one "
-                + ("with" if self.store is None else "without")
-                + " the features of training; resume with the settings of the run"
-            )
-        if self.store is not None:
-            self.store.load_state_dict(training["store"])
-        self.faults.positions = set(faults)
-        self._old_faults = len(self.faults.positions)
-        self.phases.add(training["seconds"])
-        self.step = payload["protoclip"]["step"]
-        passes = [distributed.world_size(), self.config.optim.accum_freq]
-        if training["passes"] == passes or not depends_on_passes(self.model):
+        if same or not depends_on_passes(self.model):
             return []
         return [
             "note: another number of ranks or passes than before; this model has dropout or batch "
@@ -578,157 +518,175 @@ class Trainer:
         ]
 
 
+def pack_episode(episode: Episode | None) -> dict[str, Any] | None:
+    """For a checkpoint, which holds tensors, numbers and names."""
+    if episode is None:
+        return None
+    return {
+        "clusterings": {name: vars(one) for name, one in episode.clusterings.items()},
+        "sets": [{**vars(one), "clustering": one.source} for one in episode.sets],
+        "metrics": dict(episode.metrics),
+    }
+
+
+def unpack_episode(state: Any, device: torch.device, samples: int) -> Episode | None:
+    """The inverse, for a data set of ``samples``."""
+    if state is None:
+        return None
+
+    def moved(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: x.to(device) if isinstance(x, Tensor) else x for k, x in values.items()}
+
+    known = {name: Clustering(**moved(one)) for name, one in state["clusterings"].items()}
+    sets = tuple(
+        PrototypeSet(**{**moved(one), "clustering": known[one["clustering"]]})
+        for one in state["sets"]
+    )
+    for one in sets:
+        one.check(samples)
+    return Episode(sets, state["metrics"])
+
+
 def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
     """Say what will be done, in the user's units."""
-    config, plan = setup.config, setup.plan
-    folder.say(f"run folder: {folder.path}")
+    config, plan, episode = setup.config, setup.plan, setup.config.episode
+    ranks = distributed.world_size()
     folder.say(
+        f"run folder: {folder.path}\n"
         f"data: {setup.dataset.name}, {len(setup.dataset):,} pairs; {plan.total_steps} steps of "
-        f"{plan.batch_size}, {plan.steps_per_epoch} a pass over the data"
+        f"{plan.batch_size}, {plan.steps_per_epoch} a pass over the data\n"
+        f"model: {config.model.model} on {setup.device}, {setup.precision}, "
+        f"{torch.get_num_threads()} threads" + f", {ranks} ranks" * (ranks > 1)
     )
     if config.optim.warmup >= plan.total_steps:
-        last = schedule.learning_rate(config.optim, plan.total_steps, plan.total_steps - 1)
         folder.say(
             f"note: --warmup {config.optim.warmup:g} steps are longer than the run's "
-            f"{plan.total_steps}: the learning rate ends at {last:.3g}, below --lr "
-            f"{config.optim.lr:g}; a fraction such as --warmup 0.1 follows the run"
+            f"{plan.total_steps}, which never gets to --lr; a fraction such as 0.1 follows the run"
         )
-    folder.say(
-        f"model: {config.model.model} on {setup.device}, {setup.precision}, "
-        f"{torch.get_num_threads()} threads"
-        + (f", {distributed.world_size()} ranks" if distributed.is_distributed() else "")
-    )
-    if not uses_prototypes(config):
-        folder.say("method: clip, InfoNCE only")
-        return
-    episode = config.episode
-    samples = min(len(setup.dataset), plan.steps_per_episode * plan.batch_size)
-    folder.say(
-        f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
-        f"{prototypes.check_clusters(episode, samples)} prototypes per source, features "
-        f"{'reused' if episode.reuses else 'extracted'}, prototypes from episode "
-        f"{episode.infonce_warmup + 1} on"
-        + (", which this run does not reach" if plan.episodes <= episode.infonce_warmup else "")
-    )
-    folder.say(remark)
+    words = "method: clip, InfoNCE only"
+    if uses_prototypes(config):
+        words = (
+            f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
+            f"{prototypes.check_clusters(episode, setup.episode_samples)} prototypes per source, "
+            f"features {'reused' if episode.reuses else 'extracted'}, prototypes from episode "
+            f"{episode.infonce_warmup + 1} on"
+            + ", which this run does not reach" * (plan.episodes <= episode.infonce_warmup)
+            + f"\n{remark}"
+        )
+    folder.say(words)
 
 
+@torch.no_grad()
 def draw_plots(trainer: Trainer, evaluation: Evaluation) -> None:
     """curves.png, and what the report needs."""
-    folder, dataset = trainer.folder.path, trainer.dataset
+    folder, model, device = trainer.folder.path, trainer.model.eval(), trainer.setup.device
     report.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
     known = trainer.episode.clusterings if trainer.episode else {}
     clusters = {name: one.labels.cpu() for name, one in known.items()}
-    if clusters:
-        write_clusters(folder / "clusters.csv", trainer.dataset.keys, clusters)
-    chosen = torch.arange(len(dataset))
+    chosen = torch.arange(len(trainer.dataset))
     if clusters:  # the last is the teacher's, if there is one
+        write_clusters(folder / "clusters.csv", trainer.dataset.keys, clusters)
         chosen = (list(clusters.values())[-1] >= 0).nonzero().flatten()
-    # Spread over the data, which may be sorted.
-    chosen = chosen[torch.linspace(0, len(chosen) - 1, min(PICTURED, len(chosen))).long()]
-    bad = torch.tensor(sorted(trainer.faults.positions), dtype=torch.int64)
-    chosen = chosen[~torch.isin(chosen, bad)]
-    encoder = evaluation.encoder(trainer.model, sharded=False)
-    try:
-        images = encoder.images(Subset(dataset, chosen))
-    except DataError:  # a bad sample that training has not met
-        chosen = _readable(dataset, chosen)
-        images = encoder.images(Subset(dataset, chosen))
-    encoded = Encoded(images, encoder.texts([dataset.captions(i)[0] for i in chosen.tolist()]))
-    samples = report.Samples(
-        Subset(dataset, chosen),
-        encoded,
-        encoder.project(encoded),
-        {name: labels[chosen] for name, labels in clusters.items()},
+    stream = batches(
+        trainer.dataset,
+        Draws(every(chosen, PICTURED), seed=0),
+        trainer.config.optim.batch_size,
+        eval_transform(model),
+        model.short_tokenizer,
+        workers=trainer.config.data.workers,
+        captions="first",
+        faults=Faults(trainer.dataset, 1.0, lambda _: None),  # another stands in for a bad one
+    )
+    parts = []
+    for batch in stream:
+        with trainer.stepper.autocast():
+            parts.append((batch.index, *model(batch.image.to(device), batch.tokens.to(device))))
+    positions, *features = zip(*parts, strict=True)
+    shown = torch.cat(positions)
+    encoded, projected = (
+        Encoded(torch.cat([one.image for one in rows]), torch.cat([one.text for one in rows]))
+        for rows in features
     )
     judged = next(iter(evaluation.kept.values()), None)
     snapshot = report.take_snapshot(
-        samples,
+        report.Samples(
+            Subset(trainer.dataset, shown),
+            encoded,
+            projected,
+            {name: labels[shown] for name, labels in clusters.items()},
+        ),
         None if judged is None else (evaluation.quick_sets["HO"], judged),
         facts={"memory_bytes": trainer.phases.memory()},
     )
     report.save_snapshot(folder, snapshot)
 
 
-def _readable(dataset: PairDataset, chosen: Tensor) -> Tensor:
-    """Those of the positions whose pictures can be read; all of them if none can."""
-    good = []
-    for position in chosen.tolist():
-        with contextlib.suppress(DataError):
-            dataset.image(position)
-            good.append(position)
-    return torch.tensor(good) if good else chosen
-
-
 def conclude(
     trainer: Trainer, evaluation: Evaluation, before: Results | None, after: Results | None
 ) -> None:
     """Print the table, the time per phase and the peak memory; write results.json."""
-    folder, config, timing = trainer.folder, trainer.config, trainer.phases.seconds()
+    folder, timing = trainer.folder, trainer.phases.seconds()
     peak = evaluate.peak_memory_bytes(trainer.setup.device)
     if after is None:
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in timing.items())
-        folder.say(f"time: {times}\npeak memory: {peak / 2**20:,.0f} MiB")
-        folder.say("no evaluation: give --val-data")
+        folder.say(
+            f"time: {times}\npeak memory: {peak / 2**20:,.0f} MiB\nno evaluation: give --val-data"
+        )
     else:
-        name, weights = config.model.model, str(checkpoint.find(folder.path))
+        name, weights = trainer.config.model.model, str(checkpoint.find(folder.path))
         outcome = evaluate.Outcome(evaluation.data, name, weights, after, before, timing, peak)
         folder.say("\n" + evaluate.format_table(outcome))
         evaluate.write_results(folder.path / "results.json", outcome)
-    folder.say(f"report: {report.write_report([folder.path])}")
-    folder.say(f"done: {folder.path}")
+    folder.say(f"report: {report.write_report([folder.path])}\ndone: {folder.path}")
 
 
 class Evaluation:
-    """The evaluations of a run: full tables before and after, quick recalls in between.
-
-    Raises:
-        ValueError: --val-data or --imagenet-val cannot be opened or used.
-    """
+    """The evaluations of a run: full tables before and after, quick recalls in between."""
 
     def __init__(self, setup: Setup, phases: Phases) -> None:
         self.setup, self.phases = setup, phases
-        data = setup.config.data
+        data, self.arguments = setup.config.data, open_arguments(setup.config)
         builtin = data.train_data.startswith("builtin:")
         self.data = data.val_data or (data.train_data if builtin else "")
         self.quick_sets: dict[str, PairDataset] = {}
         self.kept: dict[str, evaluate.EvalSet] = {}  # of the last full evaluation
-        self.zeroshot_data = _zeroshot_data(data.imagenet_val, setup.config.run.seed)
         if self.data:
             split = "heldout" if self.data.startswith("builtin:") else "all"
-            arguments = open_arguments(setup.config)
-            self.quick_sets["HO"] = open_dataset(self.data, split, **arguments)
+            self.quick_sets["HO"] = open_dataset(self.data, split, **self.arguments)
             if self.data == "builtin:emoji" and noto_available():
-                self.quick_sets["NHO"] = open_dataset(self.data, "noto-heldout", **arguments)
-
-    def during(self) -> list[tuple[Evaluate, float]]:
-        """The evaluations between steps, each with its frequency in epochs."""
-        run = self.setup.config.run
-        chosen: list[tuple[Evaluate, float]] = []
+                self.quick_sets["NHO"] = open_dataset(self.data, "noto-heldout", **self.arguments)
+        self.zeroshot_data: evaluate.Layout | None = None
+        if data.imagenet_val:
+            layout = evaluate.open_layout(data.imagenet_val, seed=setup.config.run.seed)
+            if reasons := impossible(("zeroshot",), layout):
+                raise ValueError(f"--imagenet-val {data.imagenet_val}: {reasons['zeroshot']}")
+            self.zeroshot_data = replace(layout, captions=0, train=None, emoji=None)
+        run = setup.config.run  # evaluations between steps, and their frequencies in epochs
+        self.during: list[tuple[Evaluate, float]] = []
         if self.quick_sets and run.val_frequency > 0:
-            chosen.append((self.quick, run.val_frequency))
+            self.during.append((self.quick, run.val_frequency))
         if self.zeroshot_data and run.zeroshot_frequency > 0:
-            chosen.append((self.zeroshot, run.zeroshot_frequency))
-        return chosen
+            self.during.append((self.zeroshot, run.zeroshot_frequency))
 
-    def encoder(self, model: ProtoModel, sharded: bool | None = None) -> evaluate.Encoder:
-        """Encodes with the model as it is, on all ranks unless ``sharded`` is False."""
+    def encoder(self, model: ProtoModel) -> evaluate.Encoder:
+        """Encodes with the model as it is, on all ranks."""
         setup = self.setup
         return evaluate.Encoder(
             model,
             setup.device,
             workers=setup.config.data.workers,
             autocast=autocast_for(setup.precision, setup.device),
-            sharded=distributed.is_distributed() if sharded is None else sharded,
+            sharded=distributed.is_distributed(),
         )
 
     def untrained(self, folder: Path, model: ProtoModel, resumed: bool) -> Results | None:
         """The evaluation before training; a resumed run reads what it found when it began."""
         path = folder / "untrained.json"
-        if distributed.from_main(lambda: resumed and path.exists()):
-            return evaluate.read_results(path).trained if distributed.is_main() else None
+        if resumed:
+            found = distributed.is_main() and path.exists()
+            return evaluate.read_results(path).trained if found else None
         before = self.full(model, "evaluating the untrained model")
-        if before is not None and distributed.is_main() and not resumed:
+        if before is not None and distributed.is_main():
             outcome = evaluate.Outcome(self.data, "untrained", "", before)
             evaluate.write_results(path, outcome)
         return before
@@ -739,15 +697,9 @@ class Evaluation:
             return None
         with (
             self.phases.measure("evaluation", on_host=True),
-            tqdm(
-                desc=what,
-                unit=" rows",
-                unit_scale=True,
-                leave=False,
-                disable=None if distributed.is_main() else True,
-            ) as bar,
+            tqdm(desc=what, unit=" rows", unit_scale=True, leave=False, disable=hidden()) as bar,
         ):
-            layout = evaluate.open_layout(self.data, **open_arguments(self.setup.config))
+            layout = evaluate.open_layout(self.data, **self.arguments)
             encoder = replace(self.encoder(model), bar=bar)
             self.kept, probe_train = evaluate.encode_sets(encoder, layout)
             return evaluate.evaluate_features(self.kept, probe_train)
@@ -771,15 +723,9 @@ class Evaluation:
         return {f"val_zeroshot_{n}": x for one in found.values() for n, x in one.metrics.items()}
 
 
-def _zeroshot_data(spec: str, seed: int) -> evaluate.Layout | None:
-    """What --imagenet-val names, opened before training starts."""
-    if not spec:
-        return None
-    layout = evaluate.open_layout(spec, seed=seed)
-    reasons = impossible(("zeroshot",), layout)
-    if reasons:
-        raise ValueError(f"--imagenet-val {spec}: {reasons['zeroshot']}")
-    return replace(layout, captions=0, train=None, emoji=None)
+def hidden() -> bool | None:
+    """Of a progress bar: shown by the main process if its screen is a terminal."""
+    return None if distributed.is_main() else True
 
 
 def uses_prototypes(config: TrainConfig) -> bool:
@@ -790,8 +736,7 @@ def uses_prototypes(config: TrainConfig) -> bool:
 
 def open_arguments(config: TrainConfig) -> dict[str, Any]:
     """How ``open_dataset`` is called, for training and evaluation alike."""
-    names = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")
-    return {"seed": config.run.seed, **{name: getattr(config.data, name) for name in names}}
+    return {"seed": config.run.seed, **{name: getattr(config.data, name) for name in TABLE}}
 
 
 def open_training_data(config: TrainConfig) -> PairDataset:
@@ -837,91 +782,43 @@ def open_teacher(
 
 
 def check_settings(config: TrainConfig, device: torch.device) -> None:
-    """Validate settings that need neither data nor model.
-
-    Raises:
-        ValueError: no such model, a step without a loss, k-means that cannot run, or a board that
-            is not installed.
-    """
+    """Raise ValueError for settings that cannot work, whatever the data."""
     check_model(config.model)
+    schedule.parse_interval(config.run.save_every)
     if "wandb" in config.run.report_to and importlib.util.find_spec("wandb") is None:
         raise ValueError("--report-to wandb: wandb is not installed; pip install wandb")
-    weights, episode = config.loss, config.episode
+    weights, episode, backend = config.loss, config.episode, config.episode.kmeans_backend
     teacher = bool(teacher_spec(config)[0])
     internal = config.method == "protoclip" and weights.w_proto > 0
     if weights.w_clip == 0 and not (teacher and weights.w_distill > 0):
         if not internal and not (teacher and weights.w_proto_external > 0):
-            what = f"--method {config.method}" + ("" if teacher else ", no external teacher")
             raise ValueError(
-                f"--w-clip 0: expected another loss with a weight, got none ({what}); use "
-                "--w-clip 1, or give --w-proto, or a teacher and --w-proto-external, a weight"
+                "--w-clip 0: expected another loss with a weight, got none with --method "
+                f"{config.method} and {'an' if teacher else 'no'} external teacher; use --w-clip "
+                "1, or give --w-proto, or a teacher and --w-proto-external, a weight"
             )
-        warmup, lit = episode.infonce_warmup, episode.lit_start
-        if value := warmup or lit:
-            flag = "--infonce-warmup-epoch" if warmup else "--lit-start"
+        if episode.infonce_warmup or episode.lit_start:
             raise ValueError(
-                f"--w-clip 0: expected prototypes in every step, got {flag} {value}, whose "
-                f"episodes have InfoNCE only; use {flag} 0, or --w-clip 1"
+                "--w-clip 0: expected prototypes in every step; use --infonce-warmup-epoch 0 and "
+                "--lit-start 0, or --w-clip 1"
             )
-    ops = ["info_nce"] if weights.w_clip > 0 else []
-    if uses_prototypes(config):
-        ops += ["prototype_cross_entropy", "soft_targets"]
-        clustering, backend = ["kmeans_assign", "segment_mean"], episode.kmeans_backend
-        if backend == "faiss":
-            load_faiss()
-            if distributed.world_size() > 1:
-                raise ValueError(
-                    "--kmeans-backend faiss: expected one process, got "
-                    f"{distributed.world_size()} ranks; use --kmeans-backend auto"
-                )
-        elif backend == "auto":
-            ops += clustering
-        else:
-            _check_backend("--kmeans-backend", backend, clustering, device)
-    _check_backend("PROTOCLIP_BACKEND", os.environ.get("PROTOCLIP_BACKEND", ""), ops, device)
-
-
-def _check_backend(name: str, backend: str, ops: Sequence[str], device: torch.device) -> None:
-    for op in ops if backend not in ("", "auto") else ():
-        if reason := why_not(op, backend, device.type, torch.float32):
-            raise ValueError(
-                f"{name}: expected one that can run all of this, got {backend}: {reason}; use "
-                f"{name} auto, or see protoclip.backends({op!r})"
-            )
-
-
-def check_episodes(setup: Setup) -> None:
-    """Check that each episode that is clustered has a sample for each cluster.
-
-    Raises:
-        ValueError: one has too few: a run may end early in it, or draw samples several times.
-    """
-    config, plan = setup.config, setup.plan
-    episode = config.episode
-    samples = min(len(setup.dataset), plan.steps_per_episode * plan.batch_size)
-    prototypes.check_clusters(episode, samples)
-    first, last = episode.infonce_warmup, plan.episodes
-    if episode.lit_start:
-        last = min(last, episode.lit_start)
-    if episode.reuses:  # what the episode before has trained on
-        first, last = first - 1, last - 1
-    if not episode.num_clusters or first >= last:
-        return
-    for number in {first, last - 1}:  # those between are full; with replacement, within chance
-        distinct = len(setup.draw(number).unique())
-        prototypes.check_clusters(episode, distinct, f"episode {number + 1}")
+    if backend == "faiss":
+        load_faiss()
+        if distributed.is_distributed():
+            raise ValueError("--kmeans-backend faiss: expected one process; use auto")
+    elif backend != "auto":
+        for op in ("kmeans_assign", "segment_mean"):
+            if reason := why_not(op, backend, device.type, torch.float32):
+                raise ValueError(f"--kmeans-backend {backend}: {reason}; use --kmeans-backend auto")
 
 
 def check_resume(resume: Resume, setup: Setup) -> list[str]:
-    """Notes on what differs from the run that is resumed.
-
-    Raises:
-        ValueError: a setting, or the data, that the run cannot go on with.
-    """
+    """Notes on what differs from the run that is resumed; ValueError for what must not."""
     saved = resume.payload["protoclip"]
     training, notes, wrong = saved["training"], [], []
-    for key, before, now in changes(saved["config"], to_dict(setup.config)):
-        change = f"{key} was {before!r} and is {now!r}"
+    old, new = flat(saved["config"]), flat(to_dict(setup.config))
+    for key in sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
+        change = f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
         if key.startswith(FIXED):
             wrong.append(change)
         elif not key.startswith(FREE):
@@ -941,6 +838,13 @@ def check_resume(resume: Resume, setup: Setup) -> list[str]:
             "start a new run with --pretrained"
         )
     return [f"since the checkpoint, {note}: not the same run any more" for note in notes]
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted name."""
+    sections = {key: value for key, value in config.items() if isinstance(value, dict)}
+    named = {f"{key}.{name}": x for key, section in sections.items() for name, x in section.items()}
+    return named | {key: value for key, value in config.items() if key not in sections}
 
 
 if __name__ == "__main__":

@@ -10,13 +10,18 @@ import multiprocessing
 import os
 import queue
 import random
+import resource
 import socket
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from protoclip.data import open_dataset
+from protoclip.data.__main__ import export_shards
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["protoclip.train", "protoclip", "torch.distributed"])
@@ -86,11 +91,21 @@ def tiny_run(folder: Path, name: str, *flags: str) -> list[str]:
     """The flags of a run of milliseconds a step, with prototypes from step 6 on."""
     (folder / "tiny.json").write_text(json.dumps(TINY))
     return [
-        *("--train-data", "builtin:shapes:64", "--model", "tiny.json", "--batch-size", "12"),
+        *("--train-data", "builtin:shapes:64", "--model", str(folder / "tiny.json")),
+        *("--batch-size", "12"),  # no --logs: torchrun takes it for one of its own
         *("--projection-hidden-dim", "24", "--projection-dim", "8", "--external-teacher", "none"),
         *("--k", "6", "--infonce-warmup-epoch", "1", "--report-to", "none", "--name", name),
         *("--val-frequency", "0", *flags),
     ]  # fmt: skip
+
+
+def bare_run(folder: Path, *flags: str) -> list[str]:
+    """The same on 150 pairs in shards, ten steps of which nothing is evaluated, in episodes of
+    four."""
+    if not (folder / "shards").exists():
+        export_shards(open_dataset("builtin:shapes:150"), folder / "shards", per_shard=40)
+    data = "--train-data", str(folder / "shards"), "--batch-size", "16", "--episode-size", "64"
+    return tiny_run(folder, "run", *data, "--k", "4", "--lr", "0.003", *flags)
 
 
 def _command(folder, argv, env, log, fault, command, plots) -> None:
@@ -136,6 +151,17 @@ def start_command(
     return processes
 
 
+def torchrun(folder: Path, argv: list[str], *flags: str) -> subprocess.Popen[str]:
+    """protoclip.train under torchrun: one thread a rank, from the sources of this checkout."""
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    command = [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "protoclip.train"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.Popen(
+        [*command, *argv], cwd=folder, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
 def ended(processes: list[Any], limit: float = LIMIT) -> list[int | None]:
     """The exit codes; None of a process that is still there after the limit."""
     deadline = time.monotonic() + limit
@@ -148,17 +174,28 @@ def ended(processes: list[Any], limit: float = LIMIT) -> list[int | None]:
             process.kill()
 
 
-def wait_until(condition: Callable[[], bool], processes: list[Any], folder: Path) -> None:
+def wait_until(condition: Callable[[], Any], processes: list[Any], folder: Path) -> None:
     """Wait for a condition that one of the processes makes true."""
     deadline = time.monotonic() + LIMIT
     while not condition():
         assert all(map(_alive, processes)), said(folder)
         assert time.monotonic() < deadline, said(folder)
-        time.sleep(0.02)
+        time.sleep(0.001)
 
 
 def _alive(process: Any) -> bool:
     return process.is_alive() if hasattr(process, "is_alive") else process.poll() is None
+
+
+@contextlib.contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """Files cannot grow past ``room`` bytes: the system refuses the write as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def steps_of(folder: Path, name: str) -> int:

@@ -5,10 +5,9 @@ import pickle
 
 import pytest
 import torch
-from full_disk import full_disk
+from ranks import full_disk
 
 from protoclip import checkpoint
-from protoclip.prototypes import Clustering, Episode, PrototypeSet
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_no_rest(tmp_path):
@@ -59,22 +58,9 @@ def test_torch_and_open_clip_read_a_sealed_file(tmp_path):
     assert torch.equal(checkpoint.load(tmp_path / "plain.pt")["w"], torch.ones(2))
 
 
-def test_state_survives_packing():
-    labels = torch.tensor([0, 1, -100])
-    clustering = Clustering(torch.rand(2, 3), labels, torch.tensor([1, 1]))
-    one = PrototypeSet("text", "image", clustering, torch.rand(2, 3), None, False)
-    episode = Episode((one,), metrics={"a": 1.5})
-    classes = (Episode, Clustering, PrototypeSet)
-    back = checkpoint.unpack(checkpoint.pack(episode), classes, torch.device("cpu"))
-    assert isinstance(back, Episode) and back.metrics == {"a": 1.5}
-    assert torch.equal(back.clusterings["text"].labels, labels)
-    with pytest.raises(ValueError, match="cannot read its Clustering"):
-        checkpoint.unpack(checkpoint.pack(episode), (), torch.device("cpu"))
-
-
 def test_another_format_is_refused_in_words(tmp_path):
     checkpoint.save(tmp_path / "c.pt", {"epoch": 1, "protoclip": {"format": 1}})
-    with pytest.raises(ValueError, match="expected format 2 in .*, got 1"):
+    with pytest.raises(ValueError, match="expected format 3 in .*, got 1"):
         checkpoint.load(tmp_path / "c.pt")
 
 

@@ -5,21 +5,22 @@ import os
 import tarfile
 
 import pytest
-from fault_runs import prepare
 from pairs import spoil
+from ranks import bare_run
 
 from protoclip.train import main
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PROTOCLIP_BACKEND", "reference")  # the cache has no compiled library
     monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
 
 
 def test_training_on_urls_resumes_exactly(tmp_path):
-    flags = [*prepare(tmp_path), "--max-steps", "6", "--k", "4", "--shuffle-buffer", "20"]
+    flags = bare_run(tmp_path, "--max-steps", "6", "--k", "4", "--shuffle-buffer", "20")
     flags += ["--train-data", f"file://{tmp_path}/shards/{{00000..00003}}.tar"]
     assert main([*flags, "--name", "whole"]) == 0
     run = tmp_path / "logs"
@@ -43,7 +44,7 @@ def _name(folder, i):
 
 
 def test_too_many_stop_the_run_with_a_clear_word(tmp_path, capsys):
-    flags = [*prepare(tmp_path), "--max-steps", "8", "--method", "clip"]
+    flags = bare_run(tmp_path, "--max-steps", "8", "--method", "clip")
     for i in range(40, 49):
         spoil(tmp_path / "shards" / "00001.tar", _name(tmp_path, i))
     assert main([*flags, "--name", "stops"]) == 2

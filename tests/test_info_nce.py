@@ -12,27 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget, strip_gradients
+from budget import assert_within_budget, on_threads, strip_gradients, usable
 from room import run_in_room
 
 import protoclip
 from protoclip.ops import reference
 from protoclip.ops.contrastive import LN2
 
-CPU_BACKENDS = ["reference", "cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
+both = pytest.mark.parametrize("backend", [b for b in usable("info_nce") if b != "triton"])
 needs_cpu = pytest.mark.skipif(
     protoclip.backends("info_nce")["cpu"] is not None, reason="no native library"
 )
-
-
-def _backend(name: str) -> str:
-    reason = protoclip.backends("info_nce")[name]
-    if reason is not None:
-        pytest.skip(reason)
-    return name
 
 
 def clustered(n: int, d: int, dtype=torch.float32, seed: int = 0, noise: float = 0.25):
@@ -74,32 +65,32 @@ def check(x, y, scale, backend, weights=None, terms=0.0):
 SIZES = [*itertools.product([1, 2, 16, 63, 252], [1, 17, 64, 123, 512, 768]), (1000, 512)]
 
 
+@needs_cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
 def test_values_and_gradients_are_within_budget(scale, dtype):
-    backend = _backend("cpu")
     for seed, (n, d) in enumerate(SIZES):
         x, y = clustered(n, d, dtype, seed)
-        check(x, y, scale, backend)
-        check(x, y, scale, backend, weights=torch.rand(n) + 0.5)
+        check(x, y, scale, "cpu")
+        check(x, y, scale, "cpu", weights=torch.rand(n) + 0.5)
 
 
+@needs_cpu
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n, d", [(1000, 1), (1000, 123), (1000, 768), (4096, 17), (4096, 512)])
 def test_large_shapes_are_within_budget(n, d, dtype):
-    backend = _backend("cpu")
     for scale in [100.0] if n == 4096 else [1.0, 14.3, 100.0]:
-        check(*clustered(n, d, dtype), scale, backend, torch.rand(n) + 0.5)
+        check(*clustered(n, d, dtype), scale, "cpu", torch.rand(n) + 0.5)
 
 
+@needs_cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_cosines(dtype):
     """cos +1 and -1 at scale 100: losses near zero, and logits 289 powers of two apart.
 
     Where all rows are alike too, a gradient is a sum of equal terms that cancel: bf16 products
     round each by 2^-9, so there alone the size of the terms counts."""
-    backend = _backend("cpu")
     torch.manual_seed(0)
     x = F.normalize(torch.randn(150, 32), dim=-1).to(dtype)
     same = x[:1].expand(150, 32)
@@ -107,15 +98,15 @@ def test_extreme_cosines(dtype):
     kinds = ((x, x), (x, -x), (same, same), (same, -same), (half, x), (half, half.flip(0)))
     for k, pair in enumerate(kinds):
         alike = k >= 2 and dtype == torch.bfloat16
-        check(*pair, 100.0, backend, terms=2 * 100.0 * x.abs().max().item() if alike else 0.0)
+        check(*pair, 100.0, "cpu", terms=2 * 100.0 * x.abs().max().item() if alike else 0.0)
 
 
+@needs_cpu
 def test_a_loss_near_zero_keeps_its_digits():
     """The positive's own weight is exactly one: no 1e-7 of a rounded reference remains."""
-    backend = _backend("cpu")
     x = torch.eye(256)
     for scale in (14.0, 100.0):
-        loss = protoclip.info_nce(x, x, scale, reduction="none", backend=backend)
+        loss = protoclip.info_nce(x, x, scale, reduction="none", backend="cpu")
         want = reference.info_nce(x.double(), x.double(), torch.tensor(scale).double())
         assert (loss.double() - want).abs().max() <= 2**-21
         assert scale < 100 or (loss == 0).all()  # the truth is 1e-41
@@ -130,22 +121,22 @@ prototype_problem.check(90, 301, 65, torch.bfloat16, 0.1, 100.0)
 """
 
 
+@needs_cpu
 @pytest.mark.parametrize("cpu", ["AVX512_CORE", "SSE41"])
 def test_cpus_without_bf16_products(cpu):
     """fp32 products for bf16 features; on the second CPU oneDNN has none either, and ours run."""
-    _backend("cpu")
     code = WITHOUT_BF16.format(tests=str(Path(__file__).parent))
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": cpu}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
 
 
+@needs_cpu
 @pytest.mark.parametrize("scale", [40.0, 100.0])
 @pytest.mark.parametrize("columns", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rectangles(columns, dtype, scale):
     """Rows of one rank against the columns of all, as local_loss asks for."""
-    _backend("cpu")
     x, y = clustered(700, 48, dtype)
     x, offset = x[300:431], 300
     w, v = torch.rand(131), torch.rand(700) if columns else torch.empty(0)
@@ -163,21 +154,20 @@ def test_rectangles(columns, dtype, scale):
         assert_within_budget(value, truth[name], base[name], name, size, scale)
 
 
+@needs_cpu
 def test_strides_and_offsets_do_not_matter():
-    backend = _backend("cpu")
     for dtype in DTYPES:
         x, y = clustered(70, 34, dtype)
-        want = run(x, y, 20.0, torch.ones(70), dtype=dtype, backend=backend)
+        want = run(x, y, 20.0, torch.ones(70), dtype=dtype, backend="cpu")
         wide = torch.full((70, 73), 9.0, dtype=dtype)
         wide[:, 5:39] = x
         for view in (wide[:, 5:39], x.T.contiguous().T, x.repeat_interleave(2, 0)[::2]):
-            got = protoclip.info_nce(view, y, 20.0, reduction="none", backend=backend)
+            got = protoclip.info_nce(view, y, 20.0, reduction="none", backend="cpu")
             assert torch.equal(got, want["loss"])
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@both
 def test_empty_and_single(backend):
-    backend = _backend(backend)
     for n, d in ((0, 8), (1, 8), (3, 0), (1, 0), (0, 0)):
         x, y = (torch.ones(n, d, requires_grad=True) for _ in range(2))
         scale = torch.tensor(5.0, requires_grad=True)
@@ -187,10 +177,9 @@ def test_empty_and_single(backend):
         assert x.grad.shape == x.shape and (x.grad == 0).all() and scale.grad == 0
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@both
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_input_gives_a_non_finite_loss(backend, bad):
-    backend = _backend(backend)
     for dtype in DTYPES:
         for row in (0, 150, 299):
             x, y = clustered(300, 20, dtype)
@@ -201,9 +190,8 @@ def test_non_finite_input_gives_a_non_finite_loss(backend, bad):
     assert not protoclip.info_nce(x, y, bad, backend=backend).isfinite()
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@both
 def test_reductions_and_upstream_gradients(backend):
-    backend = _backend(backend)
     x, y = clustered(40, 16)
     rows = protoclip.info_nce(x, y, 9.0, reduction="none", backend=backend)
     assert rows.shape == (40,) and rows.dtype == torch.float32
@@ -219,9 +207,8 @@ def test_reductions_and_upstream_gradients(backend):
         assert torch.allclose(g, want, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@both
 def test_autocast_keeps_the_features_dtype(backend):
-    backend = _backend(backend)
     x, y = clustered(24, 10)
     want = protoclip.info_nce(x, y, 5.0, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -229,10 +216,10 @@ def test_autocast_keeps_the_features_dtype(backend):
     assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
+@needs_cpu
 def test_double_backward_raises():
-    backend = _backend("cpu")
     x, y = (t.requires_grad_() for t in clustered(8, 4))
-    loss = protoclip.info_nce(x, y, 5.0, backend=backend)
+    loss = protoclip.info_nce(x, y, 5.0, backend="cpu")
     (g,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="info_nce: its fused backends have no second"):
         g.sum().backward()
@@ -267,15 +254,9 @@ def _kept(inputs, **options):
 def test_same_bits_with_and_without_a_stash_on_any_number_of_threads(n, d, dtype):
     inputs, weights = _leaves(n, d, dtype), torch.rand(n)
     plain = _run(inputs, weights, False)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            for stash in (None, True):
-                got = _run(inputs, weights, stash)
-                assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True)), count
-    finally:
-        torch.set_num_threads(threads)
+    for stash in (None, True):
+        for got in on_threads(lambda stash=stash: _run(inputs, weights, stash), (1, 2, 3)):
+            assert all(map(torch.equal, got, plain))
 
 
 @needs_cpu
@@ -365,10 +346,10 @@ def test_freed_memory_is_kept_up_to_a_limit():
     assert ops.kept_memory() == 0
 
 
+@needs_cpu
 @pytest.mark.slow
 def test_more_than_two_to_the_31_logits():
     """50,000 rows of five kinds: the truth follows from a 5 x 5 table."""
-    backend = _backend("cpu")
     n, kinds = 50_000, 5
     a, b = (t.double() for t in clustered(kinds, 4, noise=1.0))
     s = torch.tensor(10.0, dtype=torch.float64)
@@ -380,7 +361,7 @@ def test_more_than_two_to_the_31_logits():
     da = s * ((rows + columns) / 2 * count @ b - b)  # of the sum over pairs, for one row of a kind
     kind = torch.arange(n) % kinds
     x, y = a.float()[kind].requires_grad_(), b.float()[kind]
-    loss = protoclip.info_nce(x, y, 10.0, reduction="none", backend=backend)
+    loss = protoclip.info_nce(x, y, 10.0, reduction="none", backend="cpu")
     loss.sum().backward()
     assert (loss.detach() - want[kind]).abs().max() < 1e-5
     assert (x.grad - da[kind]).abs().max() < 1e-4 * da.abs().max()
@@ -401,11 +382,11 @@ with pytest.raises(RuntimeError, match="memory"):
 """
 
 
+@needs_cpu
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float", "bfloat16"])
 def test_memory_does_not_grow_with_the_square(dtype):
     """64 MiB beside the gradients hold it, and 8 of mere addresses: blocks are whole huge pages.
 
     A matrix of fp32 logits would be 1,024."""
-    _backend("cpu")
     run_in_room(MEMORY.replace("{dtype}", dtype))

@@ -118,18 +118,6 @@ def test_a_checkpoint_keeps_how_pictures_are_prepared(nano, tmp_path):
     torch.testing.assert_close(theirs(picture), ours)
 
 
-def test_weights_trained_with_siglip_load(nano, tmp_path):
-    register_configs(str(nano))
-    torch.manual_seed(8)
-    theirs = open_clip.create_model("nano", init_logit_bias=-10)
-    path = tmp_path / "epoch_1.pt"
-    torch.save({"state_dict": theirs.state_dict()}, path)
-    ours = build_model(ModelConfig(model=str(nano), pretrained=str(path)))
-    want = features(theirs, open_clip.get_tokenizer("nano"))
-    assert same(features(ours.clip, ours.tokenizer), want)
-    assert "logit_bias" not in ours.clip.state_dict()  # so that its own checkpoints load
-
-
 def test_export_refuses_what_does_not_fit(run, tmp_path, nano, capsys):
     path = tmp_path / "x.pt"
     torch.save({"state_dict": {"weight": torch.zeros(2)}}, path)

@@ -53,16 +53,6 @@ def test_create_loss_gives_ours_and_keeps_what_is_not_ours(caplog):
         protoclip.create_loss(args(distill=True), proto=protoclip.ProtoConfig())
 
 
-def test_patched_by_hand_in_open_clips_trainer(monkeypatch):
-    trainer = pytest.importorskip("open_clip_train.main")
-    name = "create_task" if hasattr(trainer, "create_task") else "create_loss"
-    monkeypatch.setattr(trainer, name, getattr(protoclip, name))
-    before = getattr(trainer, name)
-    with command.patched(trainer, protoclip.ProtoConfig(queue=64)):
-        assert getattr(trainer, name) is not before
-    assert getattr(trainer, name) is before
-
-
 def test_create_task():
     if not hasattr(open_clip, "create_task"):
         with pytest.raises(ValueError, match=r"use protoclip\.create_loss"):

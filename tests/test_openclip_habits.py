@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from protoclip import checkpoint, export, openclip, plan, teacher, train
-from protoclip.config import ModelConfig
 from protoclip.data import __main__ as data
 from protoclip.evaluate import __main__ as evaluate
-from protoclip.model import build_model
 from protoclip.report import __main__ as report
 
 COMMANDS = {
@@ -137,29 +135,3 @@ def test_export_keeps_the_context_and_others_can_read_it(run, tmp_path):
     assert model.context_length == 8
     for path in out.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) & 0o444 == 0o444, path
-
-
-def test_checkpointing_changes_memory_and_no_number(nano):
-    """The same features and gradients, with less kept for the backward pass."""
-
-    def results(**settings):
-        kept = {}
-
-        def keep(x):
-            kept[x.untyped_storage().data_ptr()] = x
-            return x
-
-        torch.manual_seed(0)
-        model = build_model(ModelConfig(model=str(nano), **settings)).train()
-        image, tokens = torch.randn(4, 3, 16, 16), model.short_tokenizer(["a", "b", "c d", "e"])
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            encoded = model.encode(image, tokens)
-        (encoded.image.sum() + encoded.text.sum()).backward()
-        grads = [p.grad for p in model.clip.parameters() if p.grad is not None]
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        size = sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in own)
-        return [encoded.image, encoded.text, *grads], size
-
-    (plain, much), (again, little) = results(), results(grad_checkpointing=True)
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
-    assert little < much / 2

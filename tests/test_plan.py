@@ -27,7 +27,7 @@ def peak_of_steps(batch_size):
         steps(batch_size)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    distributed.barrier()
+    distributed.sum_over_ranks(torch.zeros(1))  # all have come as far
     distributed.stop()
     return max(itertools.accumulate(event.nbytes() for event in events))
 
@@ -107,12 +107,12 @@ def test_parts_by_hand():
         "--episode-size", 240, "--external-teacher-dim", 5, "--precision", "amp_bf16",
     )  # fmt: skip
     shape = Shape(
-        weights=1000, trained=800, largest_weight=9, embed_dim=8, projection_dim=4,
+        weights=1000, trained=800, embed_dim=8, projection_dim=4,
         buffers_bytes=32, batch_bytes=10, saved_bytes=100, saved_fixed_bytes=7,
     )  # fmt: skip
     assert memory(shape, run) == {
         "weights": 4032,
-        "gradients": 3200,
+        "gradients": 3200 - 607,
         "optimiser (AdamW)": 6400,
         "saved for backward": 607,
         "batch": 120,

@@ -5,8 +5,7 @@ import json
 import os
 
 import pytest
-from fault_runs import prepare
-from full_disk import full_disk
+from ranks import bare_run, full_disk
 
 from protoclip import checkpoint
 from protoclip.config import RunConfig, TrainConfig
@@ -18,8 +17,9 @@ WANDB = importlib.util.find_spec("wandb") is not None
 
 def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(tmp_path, monkeypatch, capsys):
     """At the second checkpoint; the first one stays whole."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
-    flags = [*prepare(tmp_path), "--max-steps", "9", "--k", "4", "--name", "run"]
+    flags = bare_run(tmp_path, "--max-steps", "9")
     run, save = tmp_path / "logs" / "run", Trainer.save
 
     def on_full_disk(self, epoch):
@@ -40,16 +40,6 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(tmp_path, mon
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 10))
 
 
-def test_a_full_disk_under_the_logs_names_the_file(tmp_path):
-    folder = RunFolder(tmp_path / "run", TrainConfig(run=RunConfig(report_to="none")))
-    folder.metrics(1, 16, {"loss": 5.0})
-    with full_disk(0):
-        with pytest.raises(OSError, match=r"metrics\.jsonl"):
-            folder.metrics(2, 32, {"loss": 4.0})
-        folder.close()
-        folder.close()
-
-
 def test_a_resumed_run_drops_later_and_torn_lines(tmp_path):
     config, path = TrainConfig(run=RunConfig(report_to="none")), tmp_path / "run"
     folder = RunFolder(path, config)
@@ -64,13 +54,12 @@ def test_a_resumed_run_drops_later_and_torn_lines(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     """Root may write anywhere, so a child process gives that up first."""
-    folder = tmp_path / "logs"
-    (folder / "run").mkdir(parents=True)
-    for path in (folder / "run", folder):
+    logs = tmp_path / "logs"
+    (logs / "old").mkdir(parents=True)
+    for path in (logs / "old", logs):
         path.chmod(0o555)
-    tmp_path.chmod(0o755)
-    for path in tmp_path.parents:
-        if path.name.startswith(("pytest-", "popen-")):  # the latter: pytest-xdist's
+    for path in (tmp_path, *tmp_path.parents):
+        if path.name.startswith((tmp_path.name, "pytest-", "popen-")):  # the latter: pytest-xdist's
             path.chmod(0o755)
     read, write = os.pipe()
     child = os.fork()
@@ -78,19 +67,18 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         words = []
         if os.getuid() == 0:
             os.setuid(65534)
-        for name, resume in (("new", None), ("run", 0)):
+        new = TrainConfig(run=RunConfig(logs=str(logs), name="new"))
+        for make in (lambda: choose_folder(new), lambda: RunFolder(logs / "old", new, 0)):
             try:
-                RunFolder(folder / name, TrainConfig(), resume)
-            except ValueError as error:
+                make()
+            except Exception as error:
                 words.append(str(error))
-            except BaseException as error:
-                words.append(repr(error))
         os.write(write, json.dumps(words).encode())
         os._exit(0)
     os.waitpid(child, 0)
     words = json.loads(os.read(read, 10_000))
-    assert len(words) == 2 and all("Permission denied" in w and "folder" in w for w in words), words
-    assert "logs/new" in words[0] and "logs/run" in words[1]
+    assert "--logs: " in words[0] and "may not be written to" in words[0]
+    assert "Permission denied" in words[1] and "logs/old" in words[1]
 
 
 def test_tensorboard_has_the_scalars_and_forgets_what_a_resumed_run_does_again(tmp_path):

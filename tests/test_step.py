@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from fault_runs import prepare
+from ranks import bare_run
 from torch import nn
 
 from protoclip import checkpoint
@@ -17,14 +17,11 @@ from protoclip.step import Phases, Stepper, depends_on_passes, parameter_groups
 from protoclip.train import main
 
 
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch):
-    monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
-
-
 @pytest.fixture
-def flags(tmp_path):
-    return [*prepare(tmp_path), "--max-steps", "12", "--k", "4", "--name", "run"]
+def flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
+    return bare_run(tmp_path, "--max-steps", "12")
 
 
 def poison(monkeypatch, steps):

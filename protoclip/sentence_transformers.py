@@ -1,0 +1,155 @@
+"""sentence-transformers' in-batch losses, fused, and with known duplicates left out.
+
+For its trainer (``pip install 'protoclip[sentence-transformers]'``): subclasses that take the same
+arguments. Equal texts of a batch are not each other's negatives, and no matrix of similarities is
+stored. Without duplicates the losses are theirs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sentence_transformers.sentence_transformer import losses as theirs
+from sentence_transformers.util import (
+    all_gather,
+    all_gather_with_grad,
+    cos_sim,
+    dot_score,
+    get_rank,
+)
+from torch import Tensor, nn
+
+from protoclip.ops import contrastive, contrastive_parts
+
+NO_ANCHOR = -(2**63)  # the anchor id of hard negatives, equal to that of no query
+
+
+class _Fused(nn.Module):
+    """What both losses share: the ids of their texts, and the loss of the columns' embeddings."""
+
+    _ids: Sequence[Tensor | None] = ()  # int64 [B] by column, while ``forward`` runs
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if not self._fuses():
+            warnings.warn(
+                f"{type(self).__name__}: expected cos_sim or dot_score without hardness, got "
+                f"{self.similarity_fct} and {self.hardness_mode}; their loss runs, in which "
+                "duplicates are negatives",
+                stacklevel=2,
+            )
+
+    def _fuses(self: Any) -> bool:
+        hard = self.hardness_mode is not None and self.hardness_strength > 0
+        return self.similarity_fct in (cos_sim, dot_score) and not hard
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """Loss of a batch of columns: anchors, positives, and any hard negatives."""
+        columns = list(sentence_features)
+        self._ids = [_text_ids(column) for column in columns]  # the model may change the columns
+        try:
+            return super().forward(columns, labels)
+        finally:
+            self._ids = ()
+
+    def _loss(self: Any, columns: list[Tensor]) -> Tensor:
+        """Mean loss of this rank's rows, from the embeddings of each column: [B, D]."""
+        if self.similarity_fct is cos_sim:
+            columns = [F.normalize(column, dim=1) for column in columns]
+        size = len(columns[0])
+        first = get_rank() * size if self.gather_across_devices else 0
+        own = torch.arange(first, first + size, device=columns[0].device)
+        # A text that is not known differs from all others.
+        known = self._ids or [None] * len(columns)
+        ids = [own + (number << 40) if i is None else i for number, i in enumerate(known)]
+        anchors, positives = columns[:2]  # of this rank
+        if self.gather_across_devices:
+            columns = [all_gather_with_grad(column) for column in columns]
+            ids = [all_gather(column) for column in ids]
+        pairs = torch.stack(ids[:2], dim=1)  # [G, 2], of a row's anchor and its positive
+        by_row = [torch.stack([ids[0], i], dim=1) for i in ids[1:]]
+        # Hard negatives of an anchor are negatives of the same anchor in other rows too.
+        by_text = [pairs, *(torch.stack([i.new_full(i.shape, NO_ANCHOR), i], 1) for i in ids[2:])]
+        documents = torch.cat(columns[1:])
+        # Of each direction the queries, the keys and their ids, and the key that a query must not
+        # see; its own key is the positive elsewhere.
+        sides = {
+            "query_to_doc": (anchors, documents, torch.cat(by_text), None),
+            "query_to_query": (anchors, columns[0], pairs, own),
+            "doc_to_query": (positives, columns[0], pairs, None),
+            "doc_to_doc": (positives, documents, torch.cat(by_row), own),
+        }
+
+        def compare(run: Callable[..., Any], direction: str) -> Any:
+            queries, keys, key_ids, exclude = sides[direction]
+            relation = {"positives": own, "query_ids": pairs[own], "key_ids": key_ids}
+            return run(queries, keys, self.scale, exclude=exclude, **relation)
+
+        if self.directions == ("query_to_doc",):
+            return compare(contrastive, "query_to_doc")
+        found = {name: compare(contrastive_parts, name) for name in self.directions}
+        every = torch.stack([sums for sums, _ in found.values()])
+        total = every.logsumexp(0) if self.partition_mode == "joint" else every.mean(0)
+        return (total - found["query_to_doc"][1]).mean()
+
+
+class MultipleNegativesRankingLoss(_Fused, theirs.MultipleNegativesRankingLoss):
+    """In-batch negatives: sentence-transformers' class and arguments, fused.
+
+    Texts are the same where their tokens are. An anchor's negatives are neither documents equal to
+    its own positive nor positives of an equal anchor. Inputs that are more than text count as
+    different. ``hardness_mode`` and other similarities than ``cos_sim`` and ``dot_score`` run
+    sentence-transformers' own loss, with a warning.
+    """
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        """Loss of the columns' embeddings, [B, D] each."""
+        if not self._fuses() or len(embeddings) < 2:
+            return super().compute_loss_from_embeddings(embeddings, labels)
+        return self._loss(embeddings)
+
+
+class CachedMultipleNegativesRankingLoss(_Fused, theirs.CachedMultipleNegativesRankingLoss):
+    """``MultipleNegativesRankingLoss`` for big batches: gradients are cached by mini-batch.
+
+    sentence-transformers' class and arguments; the loss itself is fused and sees the whole batch.
+    """
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """Loss of the mini-batches' embeddings by column, with its backward pass where asked."""
+        if not self._fuses():
+            return super().calculate_loss(reps, labels, with_backward=with_backward)
+        loss = self._loss([torch.cat(column) for column in reps])
+        if with_backward:
+            loss.backward()
+        return loss.detach() if with_backward else loss
+
+
+def _text_ids(features: Mapping[str, Any]) -> Tensor | None:
+    """A hash of each text's tokens, int64 [B]; None if they are not all that a model is given."""
+    tokens = features.get("input_ids")
+    more = any(isinstance(x, Tensor) and x.is_floating_point() for x in features.values())
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or more:
+        return None
+    if "cu_seq_lens_q" in features:  # texts in one row, one after the other
+        ends = features["cu_seq_lens_q"].long()
+        text = torch.repeat_interleave(ends.diff(), output_size=tokens.shape[1])
+        place = torch.arange(tokens.shape[1], device=tokens.device) - ends[text]
+        return ends.new_zeros(len(ends) - 1).index_add_(0, text, _mixed(tokens[0], place))
+    mask = features.get("attention_mask", torch.ones_like(tokens)).long()
+    return (_mixed(tokens, mask.cumsum(1) - 1) * mask).sum(1)  # padding on either side is no place
+
+
+def _mixed(tokens: Tensor, place: Tensor) -> Tensor:
+    """64 well mixed bits of each token and its place in the text (splitmix64)."""
+    x = tokens.long() + (place << 32) + 1
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+        logical = (x >> shift) & ((1 << (64 - shift)) - 1)
+        x = (x ^ logical) * factor
+    return x
