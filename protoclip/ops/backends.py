@@ -81,7 +81,7 @@ TABLE: dict[str, dict[str, Backend]] = {
     "contrastive": ANYWHERE,
     "siglip": ANYWHERE | {"triton": _triton("siglip")},
     "prototype_cross_entropy": ANYWHERE | {"triton": _triton("prototype_cross_entropy")},
-    "soft_targets": ANYWHERE | {"triton": _triton("soft_targets")},
+    "soft_targets": ANYWHERE | {"triton": _triton("prototype_cross_entropy")},
     "kmeans_assign": CLUSTERS,
     "segment_mean": CLUSTERS,
 }
