@@ -32,7 +32,7 @@ from protoclip.evaluate import Encoder, Outcome
 from protoclip.evaluate.__main__ import load_model
 from protoclip.evaluate.datasets import ImageFolder
 from protoclip.evaluate.tasks import FeatureCache
-from protoclip.kmeans import Clusters, kmeans
+from protoclip.kmeans import kmeans
 from protoclip.model import Encoded, autocast_for, choose_device, choose_precision
 from protoclip.report import page, snapshot
 from protoclip.teacher import SUFFIXES, read_rows
@@ -41,6 +41,7 @@ PROG = "protoclip cluster"
 MODEL, WEIGHTS = "ViT-B-32", "laion2b_s34b_b79k"  # OpenCLIP's own example
 MAPPED = 2000  # samples on the page's map
 JUDGED, LARGEST = 3000, 300  # --k auto: rows that judge, and the largest K
+BLOCK = 65_536  # rows whose distances are computed at once
 PLUS_PLUS = 1024  # up to this K, the best of three starts by k-means++
 
 
@@ -97,7 +98,6 @@ def run(args: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     out, began = Path(args.out), time.perf_counter()
     check_above(out / "clusters.csv", "--out")
-    out.mkdir(parents=True, exist_ok=True)
     device = choose_device(args.device)
     is_file = Path(args.data).suffix in SUFFIXES
     points = read_features(args) if is_file else encode_pictures(args, device)
@@ -128,12 +128,14 @@ def run(args: argparse.Namespace) -> None:
             weights=weights,
             progress=progress,
         )
-    squared = (rows - clusters.centroids[clusters.labels]).square().sum(1).cpu()
+    parts = zip(rows.split(BLOCK), clusters.labels.split(BLOCK), strict=True)
+    squared = torch.cat([(x - clusters.centroids[own]).square().sum(1) for x, own in parts]).cpu()
     labels = clusters.labels.cpu()
+    out.mkdir(parents=True, exist_ok=True)
     write_table(out / "clusters.csv", points.dataset.keys, labels, squared)
     clusters.save(out / "centroids.safetensors")
     seconds = {"features": encoded - began, "k-means": time.perf_counter() - encoded}
-    text = write_page(points, labels, squared, seconds, said(points, clusters, why))
+    text = write_page(points, labels, squared, seconds, said(points, clusters.counts, squared, why))
     write_atomic(out / page.NAME, text)
     print(f"{clusters}\n{out}/clusters.csv, centroids.safetensors and {page.NAME}")
 
@@ -281,16 +283,16 @@ def write_table(path: Path, keys: Sequence[str], labels: Tensor, squared: Tensor
         writer.writerows((key, k, f"{d:.7g}", r) for key, k, d, r in rows)
 
 
-def said(points: Points, clusters: Clusters, why: str) -> list[str]:
+def said(points: Points, counts: Tensor, squared: Tensor, why: str) -> list[str]:
     """What was done, for the top of the page."""
-    counts = clusters.counts[clusters.counts > 0]
-    total = float((points.rows - points.rows.mean(0)).square().sum())
+    counts = counts[counts > 0]
+    left = float(squared.sum()) / max(float(points.rows.var(0).sum()) * len(squared), 1e-30)
     return [
         f"{len(points.dataset):,} of {points.dataset.name} in {len(counts):,} groups{why}, from "
         f"{int(counts.min()):,} to {int(counts.max()):,} each, {int(counts.median()):,} in the "
         "middle one.",
         f"Grouped by k-means on {points.of}. The groups account for "
-        f"{1 - clusters.inertia / max(total, 1e-30):.0%} of the variance.",
+        f"{1 - left:.0%} of the variance.",
     ]
 
 

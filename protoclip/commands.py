@@ -16,6 +16,8 @@ PLANNED = """
     --batch-size --accum-freq --device --precision
 """
 MINILM = "builtin:minilm"
+TASKS = ("zeroshot", "retrieval", "linear_probe", "knn", "grouping", "geometry")
+PROTOCOLS = ("heldout", "paper")
 
 
 def train_parser() -> Parser:
@@ -88,6 +90,50 @@ def cluster_parser() -> Parser:
     return parser
 
 
+def evaluate_parser() -> Parser:
+    """Flags of ``protoclip evaluate``."""
+    parser = Parser(
+        "python -m protoclip.evaluate",
+        usage="%(prog)s MODEL [options]",
+        description="Evaluate a CLIP; prints a table, writes results.json and, per data set and "
+        "task, the JSON that CLIP_benchmark writes.",
+        epilog="data: builtin:emoji | builtin:shapes[:N] | class folders (ImageFolder), "
+        "also below train/ and test/ | a .csv or .tsv | webdataset shards with captions. Without a "
+        "train split, probes learn from 80 % of the pictures and are judged on 20 %.",
+        example="protoclip evaluate ViT-B-32 --pretrained laion2b_s34b_b79k --data imagenet/",
+    )
+    add = parser.add_argument
+    add("what", metavar="MODEL", help="run folder, checkpoint, OpenCLIP name or local-dir:PATH")
+    for flag, text, words in (
+        ("--data", "", "see below (default: what the run was evaluated on)"),
+        ("--tasks", "", f"some of {','.join(TASKS)}, or all (default: what the data allows)"),
+        ("--model", "", "what a checkpoint of OpenCLIP's trainer is of: a name or a config .json"),
+        ("--pretrained", "", "weights of an OpenCLIP name: a tag, a file, or random"),
+        ("--split", "", "folder of the split to judge (default: test or val if there)"),
+        ("--templates", "openai", "prompts: openai (80), simple (7), or a file (%(default)s)"),
+        ("--csv-label-key", "", "column of the class in a table"),
+        ("--output", "", "where the numbers go (default: results.json in the run folder, with the "
+         "data's name for other data; for an OpenCLIP name in the working folder)"),
+        ("--device", "auto", "cpu, cuda, ... (%(default)s)"),
+    ):  # fmt: skip
+        add(flag, default=text, metavar="TEXT", help=words)
+    for flag, number, words in (
+        ("--seed", None, "of what built-in data holds out (default: the run's, or 0)"),
+        ("--batch-size", 256, "pictures or texts encoded at once (%(default)s)"),
+        ("--workers", 0, "processes that read pictures (%(default)s)"),
+    ):
+        add(flag, type=int, default=number, metavar="N", help=words)
+    words = "linear probe: L-BFGS, lambda chosen on held-out training samples (%(default)s), or "
+    words += "the authors' (SGD, unshuffled, best test epoch)"
+    add("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help=words)
+    add("--precision", choices=PRECISIONS, default="fp32", help="of encoding (%(default)s)")
+    for name in TABLE:
+        flag = "--encoding" if name == "csv_encoding" else "--" + name.replace("_", "-")
+        add(flag, dest=name, metavar="TEXT", help="as in training (default: as the run's)")
+    add("--no-cache", action="store_true", help="encode again what has been encoded before")
+    return parser
+
+
 def report_parser() -> Parser:
     """Flags of ``protoclip report``."""
     parser = Parser(
@@ -133,6 +179,8 @@ def teacher_parser() -> Parser:
     add("--model", default=MINILM, metavar="TEXT", help=words)
     add("--pretrained", default="", metavar="TEXT", help="weights of an OpenCLIP model")
     add("--modality", default="text", choices=("text", "image"), help="default: %(default)s")
+    words = "the mean over 77 tokens, padding included, as the authors took that of roberta-large"
+    add("--paper", action="store_true", help=words)
     add("--out", required=True, metavar="PATH", help="the .npz to write")
     add("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
     add("--device", default="auto", metavar="TEXT", help="cpu, cuda, ...; auto: cuda if there")
@@ -144,6 +192,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "train": train_parser,
     "plan": plan_parser,
     "cluster": cluster_parser,
+    "evaluate": evaluate_parser,
     "report": report_parser,
     "export": export_parser,
     "teacher": teacher_parser,

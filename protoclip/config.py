@@ -347,8 +347,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(
         self, prog: str, everyday: Sequence[str] = (), example: str = "", **arguments: Any
     ) -> None:
-        epilog = f"example: {example}" if example else None
-        super().__init__(**{"prog": prog, "allow_abbrev": False, "epilog": epilog} | arguments)
+        super().__init__(prog=prog, allow_abbrev=False, **arguments)
+        self.example = f"example: {example}" if example else ""
         words = "show the other flags too" if everyday else argparse.SUPPRESS
         self.add_argument("--help-all", action="help", help=words)
         self.everyday = {*everyday, "--help", "--help-all"} if everyday else set()
@@ -368,6 +368,7 @@ class Parser(argparse.ArgumentParser):
             formatter.add_arguments(shown)
             formatter.end_section()
         formatter.add_text(self.epilog)
+        formatter.add_text(self.example)
         return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:

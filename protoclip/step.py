@@ -129,17 +129,21 @@ def depends_on_passes(model: nn.Module) -> bool:
 
 
 def parameter_groups(model: ProtoModel, weight_decay: float) -> list[dict]:
-    """Weights decay; vectors, scalars and the projection heads do not (algorithm.md §4)."""
+    """Weights decay; vectors, scalars and the projection heads do not (algorithm.md §4).
+
+    The image tower has groups of its own, for its own schedule.
+    """
     heads = [head for head in (model.image_head, model.text_head) if head is not None]
     in_heads = {id(parameter) for head in heads for parameter in head.parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decays = [p.ndim >= 2 and id(p) not in in_heads for p in trained]
+    in_image = {id(parameter) for parameter in model.clip.visual.parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for p in model.parameters():
+        if p.requires_grad:
+            decays = p.ndim >= 2 and id(p) not in in_heads
+            groups.setdefault((id(p) in in_image, decays), []).append(p)
     return [
-        {
-            "params": [p for p, own in zip(trained, decays, strict=True) if own is wanted],
-            "weight_decay": weight_decay if wanted else 0.0,
-        }
-        for wanted in (True, False)
+        {"params": own, "weight_decay": weight_decay if decays else 0.0, "image": image}
+        for (image, decays), own in groups.items()
     ]
 
 
@@ -252,6 +256,7 @@ class Stepper:
         *,
         project: bool,
         lr: float,
+        image_lr: float | None = None,
     ) -> Step:
         """One update from this rank's batches.
 
@@ -261,10 +266,11 @@ class Stepper:
             episode: prototypes, or None.
             project: whether the heads run.
             lr: learning rate.
+            image_lr: that of the image tower, where it is another.
         """
         self.adamw.zero_grad(set_to_none=True)  # before the forward pass needs the memory
         for group in self.adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = image_lr if group["image"] and image_lr is not None else lr
         statistics = [buffer.clone() for buffer in self._statistics]
         moved = [batch.to(self.device, non_blocking=True) for batch in batches]
         self.mean.early = len(moved) == 1

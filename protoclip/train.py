@@ -347,8 +347,14 @@ class Trainer:
     def _train_step(self, stream: Iterator[Batch], number: int) -> None:
         with self.phases.measure("data", on_host=True):
             parts = [next(stream) for _ in range(self.config.optim.accum_freq)]
-        lr = schedule.learning_rate(self.config.optim, self.plan.total_steps, self.step)
-        step = self.stepper.step(self.step, parts, self.episode, project=self.projects, lr=lr)
+        optim, total, lit = self.config.optim, self.plan.total_steps, self.config.episode.lit_start
+        lr = schedule.learning_rate(optim, total, self.step)
+        # The image tower's cosine ends where the tower is locked (LiT).
+        end = min(total, lit * self.plan.steps_per_episode) if lit else total
+        image_lr = schedule.learning_rate(optim, total, self.step, end)
+        step = self.stepper.step(
+            self.step, parts, self.episode, project=self.projects, lr=lr, image_lr=image_lr
+        )
         if self.store is not None and step.projected is not None:
             rows = torch.cat([part.index for part in parts]).to(self.setup.device)
             place = self.step - self.plan.steps_of(number).start

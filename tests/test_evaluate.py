@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from protoclip import checkpoint
+from protoclip.commands import evaluate_parser
 from protoclip.config import TrainConfig, to_dict
 from protoclip.data import Labels, Subset, noto_available, open_dataset
 from protoclip.evaluate import (
@@ -26,7 +27,7 @@ from protoclip.evaluate import (
     read_results,
     write_results,
 )
-from protoclip.evaluate.__main__ import _output, build_parser, main
+from protoclip.evaluate.__main__ import _output, main
 from protoclip.evaluate.datasets import class_prompts
 from protoclip.evaluate.results import records
 from protoclip.evaluate.tasks import encode_set, take
@@ -200,7 +201,7 @@ def test_command_renews_what_training_left(run, capsys):
 
 def test_results_have_a_name_that_tells(run, tmp_path):
     def name(*argv):
-        return _output(build_parser().parse_args([str(a) for a in argv])).name
+        return _output(evaluate_parser().parse_args([str(a) for a in argv])).name
 
     path = run.folder / "checkpoints" / checkpoint.LATEST
     assert name(run.folder) == "results.json"  # the run's own, next to what training wrote

@@ -17,15 +17,8 @@ import torch
 from tqdm import tqdm
 
 from protoclip import checkpoint, distributed
-from protoclip.config import (
-    PRECISIONS,
-    ModelConfig,
-    Parser,
-    TrainConfig,
-    check_saved,
-    from_dict,
-    output_file,
-)
+from protoclip.commands import PROTOCOLS, TASKS, evaluate_parser
+from protoclip.config import TABLE, ModelConfig, TrainConfig, check_saved, from_dict, output_file
 from protoclip.evaluate.datasets import open_layout
 from protoclip.evaluate.results import (
     Outcome,
@@ -36,8 +29,6 @@ from protoclip.evaluate.results import (
     write_results,
 )
 from protoclip.evaluate.tasks import (
-    PROTOCOLS,
-    TASKS,
     Encoder,
     FeatureCache,
     encode_sets,
@@ -55,51 +46,9 @@ from protoclip.model import (
 )
 
 PROG = "python -m protoclip.evaluate"
-DESCRIPTION = """Evaluate a CLIP; prints a table, writes results.json and, per data set and task,
-the JSON that CLIP_benchmark writes."""
-DATA = """data: builtin:emoji | builtin:shapes[:N] | a folder of class folders (ImageFolder), also
-below train/ and test/ | a .csv or .tsv | webdataset shards with captions. Without a train split,
-probes learn from 80 % of the pictures and are judged on 20 %."""
 TIMEOUT = 3600.0  # seconds that a rank waits for the slowest slice
 RANDOM = "random"
 WEIGHTS = ("local-dir:", "hf-hub:")  # names that bring their weights
-COLUMNS = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")
-TEXTS = (
-    ("--model", "", "what a checkpoint of OpenCLIP's trainer is of: a name or a config .json"),
-    ("--pretrained", "", "weights of an OpenCLIP name: a tag, a file, or random"),
-    ("--data", "", "see below (default: what the run was evaluated on)"),
-    ("--tasks", "", f"some of {','.join(TASKS)}, or all (default: what the data allows)"),
-    ("--split", "", "folder of the split to judge (default: test or val if there)"),
-    ("--templates", "openai", "prompts: openai (80, the default), simple (7), or a file of them"),
-    ("--csv-label-key", "", "column of the class in a table"),
-    ("--output", "", "where the numbers go (default: results.json in the run folder, with the "
-     "data's name for other data; for an OpenCLIP name in the working folder)"),
-    ("--device", "auto", "cpu, cuda, ... (default: %(default)s)"),
-)  # fmt: skip
-NUMBERS = (
-    ("--seed", None, "of what built-in data holds out (default: the run's, or 0)"),
-    ("--batch-size", 256, "pictures or texts encoded at once (%(default)s)"),
-    ("--workers", 0, "processes that read pictures (%(default)s)"),
-)
-
-
-def build_parser() -> Parser:
-    parser = Parser(PROG, description=DESCRIPTION, epilog=DATA)
-    add = parser.add_argument
-    add("what", metavar="MODEL", help="run folder, checkpoint, OpenCLIP name or local-dir:PATH")
-    for flag, text, words in TEXTS:
-        add(flag, default=text, metavar="TEXT", help=words)
-    for flag, number, words in NUMBERS:
-        add(flag, type=int, default=number, metavar="N", help=words)
-    words = "linear probe: L-BFGS, lambda chosen on held-out training samples (%(default)s), or "
-    words += "the authors' (SGD, unshuffled, best test epoch)"
-    add("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help=words)
-    add("--precision", choices=PRECISIONS, default="fp32", help="of encoding (%(default)s)")
-    for name in COLUMNS:
-        flag = "--encoding" if name == "csv_encoding" else "--" + name.replace("_", "-")
-        add(flag, dest=name, metavar="TEXT", help="as in training (default: as the run's)")
-    add("--no-cache", action="store_true", help="encode again what has been encoded before")
-    return parser
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
@@ -191,8 +140,7 @@ def run(args: argparse.Namespace) -> None:
     loaded.model.to(device)
     loading = time.perf_counter() - started
     columns = {
-        name: getattr(config.data if getattr(args, name) is None else args, name)
-        for name in COLUMNS
+        name: getattr(config.data if getattr(args, name) is None else args, name) for name in TABLE
     }
     columns["seed"] = config.run.seed if args.seed is None else args.seed
     chosen = {"split": args.split, "templates": args.templates}
@@ -284,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         info = distributed.find_rank()
         with distributed.quiet_beside_main(info):
-            args = build_parser().parse_args(argv)
+            args = evaluate_parser().parse_args(argv)
         distributed.start(info, choose_device(args.device), TIMEOUT)
         run(args)
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from protoclip.commands import TASKS
 from protoclip.data import (
     DataError,
     Draws,
@@ -41,9 +42,7 @@ from protoclip.evaluate.results import Results, SetResults
 from protoclip.model import Encoded, ProtoModel
 from protoclip.ops.native import cache_dir
 
-TASKS = ("zeroshot", "retrieval", "linear_probe", "knn", "grouping", "geometry")
 PROBES = frozenset(("linear_probe", "knn"))
-PROTOCOLS = ("heldout", "paper")
 HELDOUT_PERCENT = 20  # of a data set without a train split: what its probes are judged on
 SAMPLED = 16  # pictures whose pixels are part of a data set's digest, where files cannot tell
 # A fitted probe: features [N, D] and labels [N] -> its scores, and its settings.
