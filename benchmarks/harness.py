@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.machine import DEVICE, DTYPES, ceilings, describe, sync
+from benchmarks.machine import DEVICE, DTYPES, card_state, ceilings, describe, sync
 from benchmarks.records import Record, Row
 from benchmarks.report import OURS, cases, label, sizes
 from benchmarks.roofline import Work
@@ -135,6 +135,7 @@ class Bench:
         row |= {"rate": rate / min(times), "share": rate / min(times) / ceiling}
         row["peak_mib"] = None if memory != memory else memory
         row["ratio"] = float(middle / np.median(ours)) if ours else None
+        row |= {"card": card_state()}
         row = {key: float(f"{v:.5g}") if isinstance(v, float) else v for key, v in row.items()}
         self.session.rows.append(row)
         self.session.record.add(row)
@@ -148,6 +149,7 @@ def line(row: dict[str, Any], case: Case) -> str:
     memory = "memory unknown" if row["peak_mib"] is None else f"+{row['peak_mib']:.0f} MiB"
     ratio = "" if row["ratio"] is None else f" | {row['ratio']:.2f}x the time of {OURS}"
     note = f" | {row['note']}" if row["note"] else ""
+    note += "".join(f" | {value}" for value in row.get("card", {}).values())
     return (
         f"{str(case):46s} {row['variant']:21s} | {row['median_ms']:9.3f} ms [{row['p20_ms']:.3f}, "
         f"{row['p80_ms']:.3f}] min {row['min_ms']:.3f} | {row['rate']:.3f} {unit} "

@@ -20,7 +20,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGES = (
     "torch", "triton", "numpy", "open_clip_torch", "faiss-cpu", "scikit-learn", "scipy",
-    "cut-cross-entropy", "liger-kernel", "flash-kmeans", "fastkmeans", "superkmeans",
+    "cut-cross-entropy", "liger-kernel", "memeff", "siglip-kernel", "flash-kmeans", "fastkmeans",
+    "superkmeans", "faiss-gpu-cu12",
 )  # fmt: skip
 SOURCES = ("protoclip", "kernels", "csrc")
 
@@ -85,6 +86,16 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip() or None
+
+
+def card_state() -> dict[str, str]:
+    """What the card is at now: SM clock, power, temperature, reasons to throttle; empty without."""
+    if DEVICE != "cuda":
+        return {}
+    asked = "clocks.sm,power.draw,temperature.gpu,clocks_throttle_reasons.active"
+    found = _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader", "--id=0")
+    names = ("sm_clock", "power", "temperature", "throttle")
+    return dict(zip(names, (found or "").split(", "), strict=False))
 
 
 def run_command(command: Sequence[str], log: Path, **environment: str) -> resource.struct_rusage:

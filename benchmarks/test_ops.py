@@ -23,15 +23,25 @@ def _open_clip_siglip(x, y, scale, bias):
         return loss(x, y, scale, bias) * len(x)  # it is a mean over the pairs, ours a sum
 
 
+def _siglip_kernel(x, y, scale, bias):
+    if DEVICE == "cpu":
+        pytest.skip("siglip-kernel runs on GPUs only")
+    loss = peers.optional("siglip_kernel", "fused_siglip_loss")
+    return loss(x, y, scale.log(), bias) * len(x)
+
+
+SIGLIP_PEERS = {"open_clip": _open_clip_siglip, "siglip-kernel": _siglip_kernel}
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("variant", [*peers.ours("siglip"), "open_clip"])
+@pytest.mark.parametrize("variant", [*peers.ours("siglip"), *SIGLIP_PEERS])
 def test_siglip(bench, dtype, variant):
     n, d = {"tiny": (48, 16)}.get(bench.sizes, (4096, 512) if DEVICE == "cpu" else (16384, 512))
     torch.manual_seed(0)
     x, y = (unit(n, d).to(DTYPES[dtype]).requires_grad_() for _ in range(2))
     scale, bias = (torch.tensor(v, device=DEVICE, requires_grad=True) for v in (10.0, -10.0))
     leaves = (x, y, scale, bias)
-    loss = _open_clip_siglip
+    loss = SIGLIP_PEERS.get(variant)
     if peers.is_ours(variant):
         loss = partial(sigmoid_loss, backend=peers.backend("siglip", variant))
 

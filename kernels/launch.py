@@ -8,8 +8,6 @@ compiles every row without a GPU and shows what it costs in registers and shared
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -47,9 +45,9 @@ class Card:
     shared_bytes: int  # for all CTAs of an SM, 1 KiB of it reserved for each
     shared_bytes_per_cta: int
     tensor_core: str  # the PTX instruction that half-precision tiles must use
-    registers: int = 65536
 
 
+REGISTERS = 65536  # of an SM
 CARDS: dict[int, Card] = {
     80: Card(164 << 10, 163 << 10, "mma.sync"),
     89: Card(100 << 10, 99 << 10, "mma.sync"),
@@ -137,24 +135,15 @@ CHUNKED: dict[int, Launch] = {
 CHUNKED_FLOAT = Launch(64, 64, 16, warps=8, stages=2)  # four warps spill in the loop over keys
 
 
-_compiling_for: int | None = None
-
-
-@contextmanager
-def compiling_for(arch: int) -> Iterator[None]:
-    """Choose the rows of an architecture for tensors on any device: to compile, not to run."""
-    global _compiling_for
-    _compiling_for, before = arch, _compiling_for
-    try:
-        yield
-    finally:
-        _compiling_for = before
+compiling_for: int | None = (
+    None  # an architecture for tensors on any device: to compile, not to run
+)
 
 
 def architecture(device: torch.device) -> int | None:
     """The architecture whose rows serve a device; None for the interpreter's."""
-    if _compiling_for or device.type != "cuda":
-        return _compiling_for
+    if compiling_for or device.type != "cuda":
+        return compiling_for
     return served_as(_capability(device)) or min(CARDS)
 
 

@@ -11,13 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from protoclip.kernels.attention import dot, load_tile, products_tile, split_scale
-from protoclip.kernels.launch import Launch, chunked_row
+from protoclip.kernels.attention import load_tile, products_tile, split_scale
+from protoclip.kernels.launch import chunked_row
 
 SCRATCH_BYTES = 256 << 20
 # G is at most 1 after dividing by the largest weight; this keeps small entries normal in fp16.
 G_UNIT = 4096.0
-PRODUCT = Launch(64, 64, 16, warps=4, stages=2)
 
 
 @triton.jit(
@@ -65,44 +64,12 @@ def weights_kernel(
     tl.store(pointers, w.to(out_ptr.dtype.element_ty), mask=used[:, None] & k_used[None, :])
 
 
-@triton.jit
-def product_kernel(
-    a_ptr, b_ptr, out_ptr,  # [M, K], [K, D], [M, D] contiguous
-    m, k_count, d,
-    stride_a_m, stride_a_k, stride_b_k, stride_b_d,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """fp32 a @ b, grid (row tiles, tiles of D)."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, k_count, BLOCK_K):
-        inner = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_K)
-        a = load_tile(a_ptr, rows, rows < m, inner, k_count, stride_a_m, stride_a_k, False)
-        b = load_tile(b_ptr, inner, inner < k_count, columns, d, stride_b_k, stride_b_d, False)
-        acc += dot(a, b)
-    mask = (rows < m)[:, None] & (columns < d)[None, :]
-    tl.store(out_ptr + rows[:, None] * d + columns[None, :], acc, mask=mask)
-
-
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] @ b [K, D] -> fp32 [M, D], no fp32 operand rounded to TF32.
-
-    16-bit operands go to cuBLAS; fp32 ones do not, since the caller's TF32 setting rules there.
-    """
-    if a.dtype != torch.float32 and a.is_cuda:
-        with torch.autocast("cuda", enabled=False):
+    """a [M, K] @ b [K, D] -> fp32 [M, D]; fp32 operands as ``torch.backends.cuda.matmul`` says."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda and a.dtype != torch.float32:
             return torch.mm(a, b, out_dtype=torch.float32)
-    m, d = a.shape[0], b.shape[1]
-    out = a.new_empty((m, d), dtype=torch.float32)
-    if out.numel():
-        tile = PRODUCT
-        with torch.cuda.device_of(a):
-            product_kernel[(triton.cdiv(m, tile.block_n), triton.cdiv(d, tile.block_m))](
-                a, b, out, m, a.shape[1], d, *a.stride(), *b.stride(),
-                BLOCK_M=tile.block_n, BLOCK_D=tile.block_m, BLOCK_K=tile.block_d, **tile.options,
-            )  # fmt: skip
-    return out
+        return a.float() @ b.float()  # the CPU, under the interpreter, has no mixed form
 
 
 def weights(q, keys, scale, row_max, *, first_key=0, gradient=None) -> Tensor:

@@ -2,9 +2,10 @@
 
 16-bit rows of D <= 256: one attention pass with key = value = C gives loss and gradient, 2 products
 of [N, K, D] and O(slices N D) memory. Wider or fp32 rows: a pass for the statistics, then weights
-in waves and a GEMM, 3 products (one-pass fp32 tiles spill). Products are exact to fp32, but
-weights are rounded to the inputs' dtype before they meet the values. Banks share the launches; the
-scale is read on the device.
+in waves and a GEMM, 3 products (one-pass fp32 tiles spill). Logits are exact to fp32; weights are
+rounded to the inputs' dtype before they meet the values, and fp32 ones meet them as
+``torch.backends.cuda.matmul`` says. Each bank has its own two launches; the scale is read on the
+device.
 
 The finish joins the slices of attention.py:
     loss_i = ln 2 (log2 sum_i + step (max_i - s_iy)),   gradient_i = acc_i / sum_i - t_y,
@@ -30,44 +31,55 @@ LN2 = tl.constexpr(0.6931471805599453)
 FINISH = launch.Launch(32, 0, 64, warps=4, stages=1)
 
 
-@triton.jit
-def _finish_rows(
-    q_ptr, target_ptr, labels_ptr,  # [N, D], [K, D], [N]
-    max_ptr, sum_ptr, best_ptr, expected_ptr, positive_ptr, acc_ptr,  # this bank's [slices, N], ...
-    loss_ptr, gradient_ptr, nearest_ptr, row_max_ptr, row_sum_ptr, dscale_ptr,  # this bank's rows
-    row_block, n, d, slices, k_count, sign, step,
+@triton.jit(
+    do_not_specialize=["slices"],
+    do_not_specialize_on_alignment=[
+        *("labels_ptr", "loss_ptr", "nearest_ptr", "row_max_ptr", "row_sum_ptr", "dscale_ptr")
+    ],
+)
+def finish_kernel(
+    q_ptr, scale_ptr, target_ptr, labels_ptr,  # [N, D], [], [K, D], [N]
+    max_ptr, sum_ptr, best_ptr, expected_ptr,  # [slices, N]
+    positive_ptr, acc_ptr,  # [N], [slices, N, D]; with one slice acc may be the gradient
+    loss_ptr, gradient_ptr, nearest_ptr, row_max_ptr, row_sum_ptr, dscale_ptr,  # [N], [N, D], ...
+    n, d, slices, k_count,
     stride_q_n, stride_q_d, stride_t_k, stride_t_d,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HARD: tl.constexpr,
     STATISTICS: tl.constexpr, LOSS: tl.constexpr, GRADIENT: tl.constexpr,
     TARGET: tl.constexpr, BEST: tl.constexpr, EXPECT: tl.constexpr, DSCALE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows of one bank."""
-    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Join the slices of a tile of rows."""
+    sign, step = split_scale(scale_ptr)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     used = rows < n
     row_max = tl.full([BLOCK_N], -float("inf"), tl.float32)
     best = tl.zeros([BLOCK_N], tl.int64)
     for j in range(slices):
-        part_max = tl.load(max_ptr + tl.cast(j, tl.int64) * n + rows, mask=used, other=0.0)
+        part = tl.cast(j, tl.int64) * n + rows
+        part_max = tl.load(max_ptr + part, mask=used, other=0.0)
         if BEST:
-            part_best = tl.load(best_ptr + tl.cast(j, tl.int64) * n + rows, mask=used, other=0)
+            part_best = tl.load(best_ptr + part, mask=used, other=0)
             best = tl.where(part_max > row_max, part_best, best)
         row_max = tl.maximum(row_max, part_max)
     row_sum = tl.zeros([BLOCK_N], tl.float32)
+    expected = tl.zeros([BLOCK_N], tl.float32)
     for j in range(slices):
         part = tl.cast(j, tl.int64) * n + rows
-        difference = tl.load(max_ptr + part, mask=used, other=0.0) - row_max
-        row_sum += tl.load(sum_ptr + part, mask=used, other=1.0) * tl.exp2(difference * step)
+        factor = tl.exp2((tl.load(max_ptr + part, mask=used, other=0.0) - row_max) * step)
+        row_sum += tl.load(sum_ptr + part, mask=used, other=1.0) * factor
+        if LOSS and EXPECT:
+            expected += tl.load(expected_ptr + part, mask=used, other=0.0) * factor
     if BEST:
         tl.store(nearest_ptr + rows, best, mask=used)
-
+    if STATISTICS:
+        tl.store(row_max_ptr + rows, row_max, mask=used)
+        tl.store(row_sum_ptr + rows, row_sum, mask=used)
     label = tl.zeros([BLOCK_N], tl.int64)
     known = used
     if TARGET:
         label = tl.load(labels_ptr + rows, mask=used, other=-100)
         known = (label >= 0) & (label < k_count)
-    if STATISTICS:
-        tl.store(row_max_ptr + rows, row_max, mask=used)
-        tl.store(row_sum_ptr + rows, row_sum, mask=used)
+    dscale = tl.zeros([BLOCK_N], tl.float32)
     if LOSS:
         if HARD:
             positive = tl.load(positive_ptr + rows, mask=used, other=0.0)
@@ -82,16 +94,8 @@ def _finish_rows(
         loss = LN2 * (tl.log2(row_sum) + step * (row_max - positive))
         absent = tl.where(label == -100, 0.0, float("nan"))
         tl.store(loss_ptr + rows, tl.where(known, loss, absent), mask=used)
-    dscale = tl.zeros([BLOCK_N], tl.float32)
-    if LOSS and EXPECT:
-        expected = tl.zeros([BLOCK_N], tl.float32)
-        for j in range(slices):
-            part = tl.cast(j, tl.int64) * n + rows
-            difference = tl.load(max_ptr + part, mask=used, other=0.0) - row_max
-            expected += tl.load(expected_ptr + part, mask=used, other=0.0) * tl.exp2(
-                difference * step
-            )
-        dscale = tl.where(known, sign * (expected / row_sum - positive), 0.0)
+        if EXPECT:
+            dscale = tl.where(known, sign * (expected / row_sum - positive), 0.0)
     if GRADIENT:
         product = tl.zeros([BLOCK_N], tl.float32)
         for start in range(0, d, BLOCK_D):
@@ -100,9 +104,9 @@ def _finish_rows(
             acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             for j in range(slices):
                 part = tl.cast(j, tl.int64) * n + rows
-                difference = tl.load(max_ptr + part, mask=used, other=0.0) - row_max
+                factor = tl.exp2((tl.load(max_ptr + part, mask=used, other=0.0) - row_max) * step)
                 pointers = acc_ptr + part[:, None] * d + columns[None, :]
-                acc += tl.load(pointers, mask=mask, other=0.0) * tl.exp2(difference * step)[:, None]
+                acc += tl.load(pointers, mask=mask, other=0.0) * factor[:, None]
             acc /= row_sum[:, None]
             if TARGET:
                 t = load_tile(target_ptr, label, known, columns, d, stride_t_k, stride_t_d, False)
@@ -118,48 +122,16 @@ def _finish_rows(
             tl.store(dscale_ptr + rows, dscale, mask=rows < tl.where(sign == 0, n, 0))
 
 
-@triton.jit(do_not_specialize=["slices"])
-def finish_kernel(
-    q_ptr, scale_ptr,
-    target_ptrs, labels_ptrs,  # per bank
-    max_ptr, sum_ptr, best_ptr, expected_ptr, positive_ptr, acc_ptr,  # [S, slices, N], ..., [S, N]
-    loss_ptr, gradient_ptr, nearest_ptr, row_max_ptr, row_sum_ptr, dscale_ptr,  # [S, N], ...
-    n, d, slices, counts,
-    stride_q_n, stride_q_d, strides_t_k, strides_t_d,
-    BANKS: tl.constexpr, HARD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    STATISTICS: tl.constexpr, LOSS: tl.constexpr, GRADIENT: tl.constexpr,
-    TARGET: tl.constexpr, BEST: tl.constexpr, EXPECT: tl.constexpr, DSCALE: tl.constexpr,
-):  # fmt: skip
-    """Grid (row tiles, banks). ``gradient_ptr`` may be ``acc_ptr`` when there is one slice."""
-    bank = tl.program_id(1)
-    sign, step = split_scale(scale_ptr)
-    row = bank.to(tl.int64) * n
-    part = row * slices
-    for b in tl.static_range(BANKS):
-        if bank == b:
-            _finish_rows(
-                q_ptr, target_ptrs[b], labels_ptrs[b],
-                max_ptr + part, sum_ptr + part, best_ptr + part, expected_ptr + part,
-                positive_ptr + row, acc_ptr + part * d,
-                loss_ptr + row, gradient_ptr + row * d, nearest_ptr + row,
-                row_max_ptr + row, row_sum_ptr + row, dscale_ptr + row,
-                tl.program_id(0), n, d, slices, counts[b], sign, step,
-                stride_q_n, stride_q_d, strides_t_k[b], strides_t_d[b],
-                BLOCK_N, BLOCK_D, (HARD >> b) & 1, STATISTICS, LOSS, GRADIENT, TARGET, BEST,
-                EXPECT, DSCALE,
-            )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Parts:
-    """Softmax statistics of S banks by slices of the keys, not yet joined (attention.py)."""
+    """Softmax statistics by slices of the keys, not yet joined (attention.py)."""
 
-    row_max: Tensor  # fp32 [S, slices, N]
-    row_sum: Tensor  # fp32 [S, slices, N]
-    best: Tensor  # int64 [S, slices, N] (empty when not asked)
-    expected: Tensor  # fp32 [S, slices, N] (empty when not asked)
-    positive: Tensor  # fp32 [S, N], the label's product where labels are hard
-    acc: Tensor  # fp32 [S, slices, N, DV] (empty without values)
+    row_max: Tensor  # fp32 [slices, N]
+    row_sum: Tensor  # fp32 [slices, N]
+    best: Tensor  # int64 [slices, N] (empty when not asked)
+    expected: Tensor  # fp32 [slices, N] (empty when not asked)
+    positive: Tensor  # fp32 [N], the label's product where labels are hard
+    acc: Tensor  # fp32 [slices, N, D] (empty without values)
 
 
 def addressable(x: Tensor) -> Tensor:
@@ -173,57 +145,45 @@ def fits_attention(x: Tensor) -> bool:
     return x.dtype != torch.float32 and x.shape[1] <= launch.WIDEST_ATTENTION
 
 
-def _strides(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return tuple(t.stride(0) for t in tensors), tuple(t.stride(1) for t in tensors)
-
-
 def attend(
     q: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor] | None,
-    labels: Sequence[Tensor],
+    keys: Tensor,
+    labels: Tensor,
     scale: Tensor,
     *,
-    hard: int = 0,
+    values: bool = False,
+    hard: bool = False,
     best: bool = False,
     expect: bool = False,
 ) -> Parts:
-    """One pass over all banks. values: None, ``keys`` itself, or as many others of one width.
-    hard: bit b set where ``labels[b]`` are hard; without any, labels may be any tensors."""
-    (n, d), banks = q.shape, len(keys)
-    dv = values[0].shape[1] if values else 0
-    widest = max(d, dv)
+    """One pass over the keys, which are the values too; labels are read where they are hard."""
+    (n, d), k = q.shape, len(keys)
     if values:
-        tile = launch.attention_row(q.device, widest, best and expect)
+        tile = launch.attention_row(q.device, d, best and expect)
     else:
         tile = launch.chunked_row(q.device, q.dtype)
     row_tiles = triton.cdiv(n, tile.block_n)
-    key_tiles = triton.cdiv(max(len(k) for k in keys), tile.block_m)
     # A tail of its own costs registers, which only Hopper's one-pass rows have to spare.
-    peel = bool(values) and launch.architecture(q.device) in (None, 90)
+    peel = values and launch.architecture(q.device) in (None, 90)
     slots = launch.cores(q.device) * tile.ctas_per_sm
-    slices = key_slices(row_tiles * banks, key_tiles, slots)
-    row = q.new_empty((banks, slices, n), dtype=torch.float32)
+    slices = key_slices(row_tiles, triton.cdiv(k, tile.block_m), slots)
+    row = q.new_empty((slices, n), dtype=torch.float32)
     parts = Parts(
         row,
         torch.empty_like(row),
-        row.new_empty((banks, slices, n if best else 0), dtype=torch.int64),
-        row.new_empty((banks, slices, n if expect else 0)),
-        row.new_empty((banks, n)),
-        row.new_empty((banks, slices, n, dv)),
+        row.new_empty((slices, n if best else 0), dtype=torch.int64),
+        row.new_empty((slices, n if expect else 0)),
+        row.new_empty(n),
+        row.new_empty((slices, n, d if values else 0)),
     )
-    which = "none" if not values else "keys" if values is keys else "own"
     with torch.cuda.device_of(q):
-        attention_kernel[(row_tiles, slices, banks)](
-            q, scale, tuple(keys), tuple(values or keys), tuple(labels),
+        attention_kernel[(row_tiles, slices)](
+            q, scale, keys, labels,
             parts.row_max, parts.row_sum, parts.best, parts.expected, parts.positive, parts.acc,
-            n, d, dv, slices, tuple(len(k) for k in keys),
-            *q.stride(), *_strides(keys), *_strides(values or keys),
-            BANKS=banks, HARD=hard,
+            n, k, d, slices, *q.stride(), *keys.stride(),
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_m, BLOCK_D=tile.block_d,
-            BLOCK_DV=tile.block_d if values else 16, WHOLE_D=bool(values),
-            EVEN_D=bool(values) and d == tile.block_d, VALUES=which,
-            BEST=best, EXPECT=expect, PEEL=peel,
+            WHOLE_D=values, EVEN_D=values and d == tile.block_d, VALUES=values,
+            BEST=best, EXPECT=expect, HARD=hard, PEEL=int(peel),
             **tile.options,
         )  # fmt: skip
     return parts
@@ -232,12 +192,12 @@ def attend(
 def finish(
     q: Tensor,
     scale: Tensor,
-    targets: Sequence[Tensor],
-    labels: Sequence[Tensor],
+    targets: Tensor,
+    labels: Tensor,
     parts: Parts,
     out: Sequence[Tensor],
     *,
-    hard: int = 0,
+    hard: bool = False,
     statistics: bool = False,
     gradient: bool = False,
     targeted: bool = True,
@@ -247,14 +207,13 @@ def finish(
     Written are: with ``statistics`` all but the gradient, with ``gradient`` the gradient (at scale
     0 dscale too); without ``targeted`` no loss, and acc / sum with nothing subtracted; dscale only
     where there is one."""
-    banks, slices, n = parts.row_max.shape
-    d = targets[0].shape[1]
+    slices, n = parts.row_max.shape
     with torch.cuda.device_of(q):
-        finish_kernel[(triton.cdiv(n, FINISH.block_n), banks)](
-            q, scale, tuple(targets), tuple(labels),
+        finish_kernel[(triton.cdiv(n, FINISH.block_n),)](
+            q, scale, targets, labels,
             parts.row_max, parts.row_sum, parts.best, parts.expected, parts.positive, parts.acc,
-            *out, n, d, slices, tuple(len(t) for t in targets), *q.stride(), *_strides(targets),
-            BANKS=banks, HARD=hard, BLOCK_N=FINISH.block_n, BLOCK_D=FINISH.block_d,
+            *out, n, targets.shape[1], slices, len(targets), *q.stride(), *targets.stride(),
+            BLOCK_N=FINISH.block_n, BLOCK_D=FINISH.block_d, HARD=hard,
             STATISTICS=statistics, LOSS=statistics and targeted, GRADIENT=gradient, TARGET=targeted,
             BEST=statistics and parts.best.numel() > 0, EXPECT=parts.expected.numel() > 0,
             DSCALE=out[5].numel() > 0,
@@ -298,25 +257,23 @@ def prototype_ce_fwd_banks(
     out = (loss, gradient, nearest, row_max, row_sum, dscale)
     if not n:
         return out
-    h, keys = addressable(h), [addressable(c) for c in prototypes]
-    hard = sum(1 << b for b, m in enumerate(targets) if not len(m))
-    t = [addressable(m) if len(m) else c for m, c in zip(targets, keys, strict=True)]
-    labels = [y.contiguous() for y in labels]
-    scale = scale.reshape(()).float()
+    h, scale = addressable(h), scale.reshape(()).float()
     one_pass = need_grad and fits_attention(h)
-    values = keys if one_pass else None
     # fp32 weights are not rounded, so the gradient gives that of the scale.
     expect = need_grad and need_dscale and h.dtype != torch.float32
-    asked = {"hard": hard, "best": need_nearest, "expect": expect}
-    parts = attend(h, keys, values, labels, scale, **asked)
-    finish(h, scale, t, labels, parts, out, hard=hard, statistics=True, gradient=one_pass)
-    if need_grad and not one_pass:
-        for b, c in enumerate(keys):
+    for b, (c, m, y) in enumerate(zip(prototypes, targets, labels, strict=True)):
+        c, y, hard = addressable(c), y.contiguous(), len(m) == 0
+        t = c if hard else addressable(m)
+        found = tuple(part[b] for part in out)
+        asked = {"hard": hard, "best": need_nearest, "expect": expect}
+        parts = attend(h, c, y, scale, values=one_pass, **asked)
+        finish(h, scale, t, y, parts, found, hard=hard, statistics=True, gradient=one_pass)
+        if need_grad and not one_pass:
             weighted_values(h, c, c, scale, row_max[b], gradient[b])
-        statistics = row_max[:, None], row_sum[:, None]
-        expected = dscale if expect else dscale[:, :0]
-        joined = Parts(*statistics, nearest, expected, loss, gradient[:, None])
-        finish(h, scale, t, labels, joined, out, gradient=True)
+            expected = dscale[b][None] if expect else dscale[:0]
+            statistics = row_max[b][None], row_sum[b][None]
+            joined = Parts(*statistics, nearest[b], expected, loss[b], gradient[b][None])
+            finish(h, scale, t, y, joined, found, gradient=True)
     return out
 
 
@@ -335,3 +292,26 @@ def prototype_ce_bwd_prototypes(
         addressable(h), addressable(prototypes), labels.contiguous(), scale.reshape(()).float(),
         row_max.contiguous(), row_sum.contiguous(), weight.contiguous(), hard,
     )  # fmt: skip
+
+
+def soft_targets(source_centroids: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+    """softmax(S S^T / tau) C: [K, Ds], [K, D], tau > 0 -> fp32 [K, D]; never K x K in memory.
+
+    A pass for the statistics, then weights in waves and a GEMM. Once an episode, and what students
+    are trained on: all in fp32, whatever the input.
+    """
+    k, d = prototypes.shape
+    out = prototypes.new_empty((k, d), dtype=torch.float32)
+    if not out.numel():
+        return out
+    source, values = (addressable(t.float()) for t in (source_centroids, prototypes))
+    scale = torch.full((), 1 / temperature, dtype=torch.float32, device=out.device)
+    labels = torch.empty(0, dtype=torch.int64, device=out.device)  # there are none
+    row_max, row_sum, none = out.new_empty(k), out.new_empty(k), out.new_empty(0)
+    results = (row_max, out, labels, row_max, row_sum, none)
+    parts = attend(source, source, labels, scale)
+    finish(source, scale, values, labels, parts, results, statistics=True, targeted=False)
+    weighted_values(source, source, values, scale, row_max, out)
+    parts = Parts(row_max[None], row_sum[None], labels, none, row_max, out[None])
+    finish(source, scale, values, labels, parts, results, gradient=True, targeted=False)
+    return out

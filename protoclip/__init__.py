@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 _LAZY = {  # name -> module, loaded at first use
     "create_loss": "protoclip.openclip",
     "create_task": "protoclip.openclip",
+    "sentence_transformers": "protoclip.sentence_transformers",  # the module itself
 }
 
 __all__ = [
@@ -62,4 +63,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'protoclip' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    module = importlib.import_module(_LAZY[name])
+    return getattr(module, name, module)

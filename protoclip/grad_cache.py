@@ -8,8 +8,8 @@ Gao et al. 2021).
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -77,21 +77,22 @@ def grad_cache(
                 lambda replica, _: replay.last.update({replica: len(replay.chunks)})
             )
             stack.callback(mark.remove)
-        results = [
+        outputs = [
             replay.encode(encoder, (split or _split)(batch, size), exact=split is None)
             for encoder, batch, size in zip(encoders, inputs, sizes, strict=True)
         ]
-    leaves, spec = pytree.tree_flatten(results)
     if torch.is_grad_enabled():
         # With an edge to the parameters autograd.grad reaches the node, which can then refuse.
         # Their hooks would be called without a gradient there, so those with hooks have no edge.
         trained = {p: None for m in modules for p in m.parameters(recurse=False)}
         edges = [p for p in trained if not (p._backward_hooks or p._post_accumulate_grad_hooks)]
         trigger = torch.zeros((), requires_grad=True)
-        features = filter(_differentiable, leaves)
-        cached = iter(_Features.apply(list(features), replay, trigger, *edges))
+        leaves, spec = pytree.tree_flatten(outputs)
+        features = [leaf.clone() for leaf in leaves if _differentiable(leaf)]
+        cached = iter(_Features.apply(features, replay, trigger, *edges))
         leaves = [next(cached) if _differentiable(leaf) else leaf for leaf in leaves]
-    return pytree.tree_unflatten(leaves, spec)
+        outputs = pytree.tree_unflatten(leaves, spec)
+    return [pytree.tree_map(_whole, *parts) for parts in outputs]
 
 
 class _Features(torch.autograd.Function):
@@ -118,25 +119,15 @@ class _Features(torch.autograd.Function):
         return None, None, *(None,) * ctx.edges
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """One call of an encoder, and which part of the features' gradients belongs to it."""
-
-    call: Callable[[], Any]
-    random: list[Tensor]  # states before the call: of the CPU's generator, then of each GPU's
-    features: slice  # its encoder's, among all features
-    rows: slice  # its own, in each of them
-    last: bool  # whether 0-dim outputs are its own
-
-
 class _Replay:
     """The chunks of all encoders, and the state in which they ran."""
 
     def __init__(self, replicas: Sequence[DistributedDataParallel]) -> None:
         if any(replica.static_graph for replica in replicas):
             raise ValueError("grad_cache: expected DDP without static_graph, got it; leave it out")
-        self.chunks: list[_Chunk] = []
-        self.features = 0
+        # For each chunk the call, the random states before it (CPU, then each GPU), and how many
+        # features it returned.
+        self.chunks: list[tuple[Callable[[], Any], list[Tensor], int]] = []
         self.last = dict.fromkeys(replicas, -1)  # the number of the last chunk that calls it
         self.syncs = {replica: replica.require_backward_grad_sync for replica in replicas}
         # No cache: casts made without gradients would be found by later code that wants them.
@@ -145,58 +136,46 @@ class _Replay:
             for d in ("cpu", "cuda")
         ]
 
-    def encode(self, encoder: Callable[..., Any], chunks: Sequence[Any], *, exact: bool) -> Any:
-        """Its output over the whole batch. ``exact``: tensors of a chunk have its output's rows."""
-        parts, start = [], 0
-        for number, chunk in enumerate(chunks):
-            call = partial(_call, encoder, chunk)
+    def encode(self, encoder: Callable[..., Any], chunks: Sequence[Any], *, exact: bool) -> list:
+        """Its output for each chunk. ``exact``: a row for each row of the chunk's tensors."""
+        outputs = []
+        for chunk in chunks:
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-            random = [torch.get_rng_state(), *cuda]
-            output = self._run(call)
-            leaves = pytree.tree_leaves(output)
-            rows = slice(start, start + _rows(leaves, _lengths(chunk) if exact else set()))
-            own = slice(self.features, self.features + sum(map(_differentiable, leaves)))
-            self.chunks.append(_Chunk(call, random, own, rows, number + 1 == len(chunks)))
-            parts.append(output)
-            start = rows.stop
-        self.features = own.stop
-        return pytree.tree_map(lambda *column: _whole(column), *parts)
-
-    def _run(self, call: Callable[[], Any]) -> Any:
-        with self.autocast[0], self.autocast[1]:
-            return call()
+            call, random = partial(_call, encoder, chunk), [torch.get_rng_state(), *cuda]
+            with self.autocast[0], self.autocast[1]:
+                outputs.append(call())
+            leaves = pytree.tree_leaves(outputs[-1])
+            _check_rows(leaves, _lengths(chunk) if exact else set())
+            self.chunks.append((call, random, sum(map(_differentiable, leaves))))
+        return outputs
 
     def run(self, grads: Sequence[Tensor | None]) -> None:
-        """Run every chunk again and pass its share of the features' gradients down."""
-        for number, chunk in enumerate(self.chunks):
+        """Run every chunk again and pass the gradients of its features down."""
+        waiting = iter(grads)
+        for number, (call, (cpu, *cuda), count) in enumerate(self.chunks):
+            own = list(itertools.islice(waiting, count))
             ends = (number, number - len(self.chunks))
             syncing = [m for m, last in self.last.items() if last in ends and self.syncs[m]]
-            own = grads[chunk.features]
             if not syncing and all(grad is None for grad in own):
                 continue
-            cpu, *cuda = chunk.random
             with torch.enable_grad(), contextlib.ExitStack() as stack:
                 for replica in self.last.keys() - syncing:
                     stack.enter_context(replica.no_sync())
                 stack.enter_context(torch.random.fork_rng(range(len(cuda)), device_type="cuda"))
                 torch.set_rng_state(cpu)
                 torch.cuda.set_rng_state_all(cuda)
-                output = self._run(chunk.call)
-            leaves = list(filter(_differentiable, pytree.tree_leaves(output)))
-            pairs = [
-                (leaf, grad[chunk.rows] if leaf.ndim else grad)
-                for leaf, grad in zip(leaves, own, strict=True)
-                if grad is not None and (leaf.ndim or chunk.last)
-            ]
+                with self.autocast[0], self.autocast[1]:
+                    leaves = list(filter(_differentiable, pytree.tree_leaves(call())))
+            pairs = [(x, g) for x, g in zip(leaves, own, strict=True) if g is not None]
             for replica in syncing:  # DDP waits for every parameter
                 pairs += [(leaf, torch.zeros_like(leaf)) for leaf in leaves]
                 if not replica.find_unused_parameters:
                     reached = reached_leaves(leaves)
                     rest = [p for p in replica.parameters() if id(p) not in reached]
                     pairs += [(p, p.new_zeros(()).expand_as(p)) for p in rest]
-            pairs = [(leaf, grad) for leaf, grad in pairs if leaf.requires_grad]
+            pairs = [(x, g) for x, g in pairs if x.requires_grad]
             if pairs:
-                torch.autograd.backward([leaf for leaf, _ in pairs], [grad for _, grad in pairs])
+                torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
 
 
 def reached_leaves(roots: Sequence[Tensor]) -> set[int]:
@@ -247,8 +226,7 @@ def _call(encoder: Callable[..., Any], chunk: Any) -> Any:
     return encoder(*chunk) if isinstance(chunk, tuple) else encoder(chunk)
 
 
-def _rows(leaves: Sequence[Any], expected: set[int]) -> int:
-    """Rows of a chunk's outputs."""
+def _check_rows(leaves: Sequence[Any], expected: set[int]) -> None:
     lengths = _lengths(leaves)
     known = all(x is None or isinstance(x, (Tensor, bool, int, float, str)) for x in leaves)
     if not known or not lengths or len(lengths | expected) > 1:
@@ -257,10 +235,8 @@ def _rows(leaves: Sequence[Any], expected: set[int]) -> int:
             "grad_cache: expected a tensor, tuple or dict from an encoder, with the rows of its "
             f"chunk{sorted(expected) or ''}, got {shown}; return a row of features for each"
         )
-    return lengths.pop()
 
 
-def _whole(parts: tuple[Any, ...]) -> Any:
-    """An output over the whole batch; of 0-dim ones the last, never a parameter itself."""
-    last = parts[-1]
-    return torch.cat(parts) if _has_rows(last) else last.clone() if _differentiable(last) else last
+def _whole(*parts: Any) -> Any:
+    """An output for the whole batch, from those for its chunks."""
+    return torch.cat(parts) if _has_rows(parts[-1]) else parts[-1]

@@ -10,6 +10,7 @@ import http.server
 import json
 import os
 import threading
+from contextlib import ExitStack
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core, so have the runs it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,12 +31,26 @@ MAY_MISS = {
 def pytest_addoption(parser):
     parser.addoption("--bare", action="store_true", help="a missing optional package is a skip")
     parser.addoption("--nan-empties", action="store_true", help="torch.empty holds NaN at first")
+    share = "I/K: only compile the kernels of every K-th test from I on (make gpu)"
+    parser.addoption("--compile-share", help=share)
 
 
 def pytest_configure(config):
     if config.getoption("--nan-empties"):  # in C++ too: at::empty fills in this mode
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True
+    if config.getoption("--compile-share") and torch.cuda.is_available():
+        from protoclip.kernels.compile_report import recording
+
+        stack = ExitStack()
+        stack.enter_context(recording())  # the outputs are garbage, the compiler's cache is full
+        config.add_cleanup(stack.close)
+
+
+def pytest_collection_modifyitems(config, items):
+    if share := config.getoption("--compile-share"):
+        first, step = map(int, share.split("/"))
+        items[:] = items[first::step]
 
 
 def _skip_where_bare(report, config, error, path):

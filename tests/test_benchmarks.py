@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -50,6 +53,33 @@ def test_the_page_shows_the_newest_records():
 def test_scripts_name_files_that_are_there(script):
     named = set(re.findall(r"(?:tests|benchmarks)/\w+\.py", (report.ROOT / script).read_text()))
     assert named and [name for name in named if not (report.ROOT / name).is_file()] == []
+
+
+def _rehearse(*arguments):
+    environment = os.environ | {"PROTOCLIP_REHEARSE": "1", "TRITON_INTERPRET": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=report.ROOT, capture_output=True,
+        text=True, check=True,
+    ).stdout  # fmt: skip
+
+
+def test_one_headline_of_each_op_comes_first():
+    told = _rehearse("-m", "pytest", "benchmarks", "--collect-only", "--sizes", "tiny")
+    found = [line for line in told.splitlines() if "::" in line]
+    functions = [line.split("::")[1].split("[")[0] for line in found]
+    first = dict.fromkeys(functions[: next(i for i, f in enumerate(found) if "liger" in f)])
+    assert {"test_info_nce", "test_siglip", "test_prototype_cross_entropy"} <= set(first)
+    assert {"test_assign", "test_update", "test_lloyd", "test_soft_targets"} <= set(first)
+    kept = _rehearse(*("-m", "pytest", "benchmarks", "--collect-only", "--headline"))
+    assert "memeff" in kept and "siglip-kernel" in kept and "Nboth-" not in kept
+
+
+def test_a_card_is_asked_for_kernels_graphs_and_rows():
+    pytest.importorskip("triton")
+    told = _rehearse("-m", "benchmarks.gpu", "--seconds", "1")
+    assert "info_nce" in told and "protoclip::contrastive_bwd" in told
+    assert "expected a CUDA device, got none" in told
+    assert re.search(r"INTERPRETER: paste\n.*Launch\(block_n=.*ms before, of \d+ rows", told)
 
 
 def test_the_newest_record_of_a_machine_counts():

@@ -130,16 +130,6 @@ def test_table_with_a_label_column(tmp_path):
     assert "class/acc1" in values and "text_retrieval_recall@5" in values
 
 
-def test_grey_transparent_and_one_pixel_pictures(tmp_path):
-    for mode, size in (("L", (9, 7)), ("RGBA", (5, 5)), ("RGB", (1, 1)), ("P", (1, 3))):
-        folder = tmp_path / "odd" / mode
-        folder.mkdir(parents=True)
-        Image.new(mode, size).save(folder / "a.png")
-        Image.new(mode, size, 3).save(folder / "b.png")
-    tasks = ["--tasks", "zeroshot,geometry"]
-    assert evaluated(tmp_path, "--data", tmp_path / "odd", *tasks)["samples"] == 8
-
-
 def test_local_dir_is_the_model_that_was_saved(tmp_path):
     model = command.load_model("protoclip-tiny", "random").model
     config = {

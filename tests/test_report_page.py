@@ -162,11 +162,6 @@ def test_baselines(runs, tmp_path, monkeypatch):
     assert reading.find_baseline([ours]) is None
 
 
-def test_the_recorded_baseline_is_of_the_default_settings():
-    recorded = reading.read_run(reading.RECORDED)
-    assert recorded.method == "clip" and {"HO", "TW"} <= set(recorded.outcome.trained)
-
-
 # The parts of a snapshot
 
 

@@ -15,9 +15,10 @@ from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.training_args import SentenceTransformerTrainingArguments
 from sentence_transformers.util import cos_sim, dot_score
 
+import protoclip
 from protoclip import distributed
-from protoclip import sentence_transformers as ours
 
+ours = protoclip.sentence_transformers  # loaded at first use
 NAMES = ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"]
 WORDS = [f"w{i}" for i in range(60)]
 GTE = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")

@@ -53,17 +53,15 @@ def open_dataset(
             raise DataError(f"{spec}: expected builtin:shapes:N with a whole number N")
         dataset = ShapesDataset(int(count))
     else:
-        raise DataError(
-            f"data {spec!r}: expected one of builtin:emoji, builtin:shapes[:N], a .csv or .tsv "
-            'file, or shards such as "{000..012}.tar"'
+        known = (
+            'builtin:emoji, builtin:shapes[:N], a .csv or .tsv file, or shards such as "d/*.tar"'
         )
+        raise DataError(f"data {spec!r}: expected one of {known}")
     if split == "all":
         return dataset
     groups = dataset.labels["group"].ids.numpy() if "group" in dataset.labels else None
     heldout = heldout_mask(len(dataset), groups, seed)
     chosen = np.flatnonzero(heldout if split == "heldout" else ~heldout)
     if not len(chosen):
-        raise DataError(
-            f"{spec}: {len(dataset)} pairs are too few for the split {split!r}; use split all"
-        )
+        raise DataError(f"{spec}: too few pairs for the split {split!r}; use split all")
     return Subset(dataset, chosen, f"{dataset.name}[{split}]")

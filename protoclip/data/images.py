@@ -42,7 +42,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
         greys = np.asarray(picture).astype(np.int64)
         picture = Image.fromarray(((greys + 128) // 257).astype(np.uint8))
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+    if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         white.alpha_composite(picture)

@@ -77,20 +77,18 @@ class EpochOrder:
 
 def _weights(config: DataConfig, sources: int) -> list[float]:
     """Of each source, for resampling."""
-    text = config.train_data_upsampling_factors
-    if not text:
-        return [1.0] * sources
+    text = config.train_data_upsampling_factors or "::".join("1" * sources)
     try:
-        weights = [float(part) for part in text.split("::")]
+        weights = np.array(text.split("::"), dtype=float)
+        fine = len(weights) == sources and weights.min() >= 0 < weights.sum() < np.inf
     except ValueError:
-        weights = []
-    finite = np.isfinite(weights).all() and min(weights, default=-1) >= 0 and sum(weights) > 0
-    if not finite or len(weights) != sources or not config.dataset_resampled:
+        fine = False
+    if not fine or (config.train_data_upsampling_factors and not config.dataset_resampled):
         raise ValueError(
             f"--train-data-upsampling-factors: expected --dataset-resampled and {sources} numbers "
             f"of at least 0 joined by '::', one for each source of --train-data, got {text!r}"
         )
-    return weights
+    return weights.tolist()
 
 
 class Faults:

@@ -54,8 +54,6 @@ class ShardDataset:
         skipped: (shard, key, reason) of each sample left out.
         shard_of, source_of: number of each pair's shard and source, int32 and int16 [N].
         remote: whether a shard comes from a url.
-    Raises:
-        DataError: a shard is missing or no tar, or no shard holds a pair.
     """
 
     labels: Mapping[str, Labels] = {}
@@ -162,10 +160,8 @@ def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     sources: list[int] = []
     for number, source in enumerate(spec.split("::")):
         if source.startswith("pipe:"):
-            raise DataError(
-                f"data {source!r} would run a shell command; give a url or a file, or train with "
-                "python -m protoclip.openclip, whose pipeline reads pipes"
-            )
+            remedy = "give a url or a file, or train with python -m protoclip.openclip"
+            raise DataError(f"data {source!r} would run a shell command; {remedy}")
         ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}", source)
         count = math.prod(abs(int(a) - int(b)) // max(1, int(c or 1)) + 1 for a, b, c in ranges)
         if count > MAX_SHARDS:

@@ -22,8 +22,8 @@ class CsvDataset:
 
     Args:
         path: the table, first row the column names.
-        keep_going: note bad rows in ``skipped`` instead of raising at the first; the pictures of
-            all rows are looked for, and a table without a good row is empty.
+        keep_going: note bad rows in ``skipped`` instead of raising at the first, and look for all
+            pictures at once.
         csv_separator: between columns, one character (OpenCLIP's default: a tab).
         csv_img_key: column of the paths; a relative path counts from the working directory (as in
             OpenCLIP) or, if nothing is there, from the table's folder.
@@ -31,8 +31,6 @@ class CsvDataset:
         csv_encoding: of the table, any that Python knows.
     Attributes:
         skipped: (table and line, "", reason) of each row left out, with ``keep_going``.
-    Raises:
-        DataError: the file, a column, a caption or a picture is missing; the row is named.
     """
 
     labels: Mapping[str, Labels] = {}

@@ -80,8 +80,9 @@ TABLE: dict[str, dict[str, Backend]] = {
     "info_nce": ANYWHERE | {"triton": _triton("info_nce")},
     "contrastive": ANYWHERE,
     "siglip": ANYWHERE | {"triton": _triton("siglip")},
+    "siglip with ids": ANYWHERE,
     "prototype_cross_entropy": ANYWHERE | {"triton": _triton("prototype_cross_entropy")},
-    "soft_targets": ANYWHERE | {"triton": _triton("soft_targets")},
+    "soft_targets": ANYWHERE | {"triton": _triton("prototype_cross_entropy")},
     "kmeans_assign": CLUSTERS,
     "segment_mean": CLUSTERS,
 }

@@ -30,7 +30,8 @@ ASSETS = Path(__file__).parent
 # Plain CLIP with the default settings: config.json and results.json of a run whose --name is the
 # remark. After a change of the defaults, train it again and copy the two files.
 RECORDED = ASSETS / "clip_baseline"
-HEADS = ("add_projection_head", "projection_hidden_dim", "projection_dim")
+# Settings in which a run and its baseline may differ, beside the method's own.
+FREE = ("workers", "imagenet_val", "add_projection_head", "projection_hidden_dim", "projection_dim")
 HEADLINE = ("recall@1", "recall@5", "acc1", "ami")
 LOWER_IS_BETTER = ("rank", "modality_gap", "alignment", "uniformity")
 
@@ -79,11 +80,9 @@ def comparable(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two runs differ in nothing but the method: same data, encoder, steps and seed."""
 
     def common(one: Mapping[str, Any]) -> Any:
-        model = {k: v for k, v in one.get("model", {}).items() if k not in HEADS}
-        data = {
-            k: v for k, v in one.get("data", {}).items() if k not in ("workers", "imagenet_val")
-        }
-        return data, model, one.get("optim"), one.get("run", {}).get("seed")
+        parts = [one.get(section, {}).items() for section in ("data", "model", "optim")]
+        kept = [{key: value for key, value in part if key not in FREE} for part in parts]
+        return kept, one.get("run", {}).get("seed")
 
     return common(config) == common(other)
 
