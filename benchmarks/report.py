@@ -30,14 +30,14 @@ FIGURE = ROOT / "docs" / "speed.svg"
 BEGIN = "<!-- record: begin (python -m benchmarks.report writes this) -->"
 END = "<!-- record: end -->"
 PLOTS = {("info_nce", "N"): "info-nce", ("kmeans_assign", "K"): "kmeans"}
-HEADLINES = [  # README's rows: a name, then op, phase, dtype, and what the sizes begin with
-    ("InfoNCE and gradient", "info_nce", "both", "bf16", "N=4096 D=512"),
-    ("InfoNCE and gradient", "info_nce", "both", "fp32", "N=4096 D=512"),
-    ("SigLIP and gradient", "siglip", "both", "bf16", "N=4096"),
-    ("prototype loss and gradient", "prototype_cross_entropy", "soft", "bf16", "N=4096"),
-    ("nearest centroid", "kmeans_assign", "", "fp32", "N=32768 K=1024 D=256"),
-    ("k-means, 20 iterations", "kmeans", "20 iterations", "fp32", "N=20000"),
-]
+HEADLINES = {  # README's rows: a name, and which case it is
+    "InfoNCE and gradient, bf16": "info_nce both bf16 N=4096 D=512",
+    "InfoNCE and gradient, fp32": "info_nce both fp32 N=4096 D=512",
+    "SigLIP and gradient, bf16": "siglip both bf16 N=4096 D=512",
+    "prototype loss and gradient, bf16": "prototype_cross_entropy soft bf16 N=4096 K=20000 D=128",
+    "nearest centroid, fp32": "kmeans_assign fp32 N=32768 K=1024 D=256",
+    "k-means, 20 iterations, fp32": "kmeans 20 iterations fp32 N=20000 K=1000 D=128",
+}
 COLOURS = ("#0b62a4", "#c8501e", "#3c8d40", "#7b5aa6", "#8a6d1d")
 STYLE = {
     "svg.hashsalt": "protoclip", "svg.fonttype": "none", "font.size": 9, "axes.grid": True,
@@ -103,15 +103,10 @@ def newest_cpu(records: Iterable[Record]) -> Record | None:
 
 
 def headline_cases(record: Record) -> dict[str, list[Row]]:
-    """README's cases by what a row says of them; those that the record lacks are left out."""
-    found = [g for g in cases(r for r in record["rows"] if r["sweep"] is None) if is_ours(g[0])]
-    return {
-        f"{name}, {dtype}, {sizes(group[0])}": group
-        for name, op, phase, dtype, start in HEADLINES
-        for group in found
-        if (group[0]["op"], group[0]["phase"], group[0]["dtype"]) == (op, phase, dtype)
-        and sizes(group[0]).startswith(start)
-    }
+    """README's cases by name; those that the record lacks are left out."""
+    groups = cases(row for row in record["rows"] if row["sweep"] is None)
+    found = {f"{label(g[0])} {g[0]['dtype']} {sizes(g[0])}": g for g in groups if is_ours(g[0])}
+    return {name: found[case] for name, case in HEADLINES.items() if case in found}
 
 
 def headlines(records: Iterable[Record]) -> str:
@@ -119,18 +114,17 @@ def headlines(records: Iterable[Record]) -> str:
     record = newest_cpu(records)
     if record is None:
         return "No record yet."
-    run, rows = record["runs"][-1], record["rows"]
-    compared = [row for row in rows if row["ratio"] is not None]
-    lost = sum(row["ratio"] < 1 for row in compared)
+    run = record["runs"][-1]
+    ratios = [row["ratio"] for row in record["rows"] if row["ratio"] is not None]
     lines = [
-        [name, f"{digits(group[0]['median_ms'])} ms", mib(group[0]), ", ".join(_peers(group))]
-        for name, group in headline_cases(record).items()
+        [f"{name}, {sizes(g[0])}", f"{digits(g[0]['median_ms'])} ms", mib(g[0]), _peers(g)]
+        for name, g in headline_cases(record).items()
     ]
     head = ["", "protoclip", "extra memory", "others: time as a multiple of ours (extra memory)"]
     return (
         f"{run['machine']}, torch {run['versions']['torch']}, recorded {run['date'][:10]} at "
-        f"{run['commit'] or 'an unknown commit'}. Of the {len(compared)} comparisons in this "
-        f"record the other is faster in {lost}.\n\n{table(head, lines)}"
+        f"{run['commit'] or 'an unknown commit'}. Of the {len(ratios)} comparisons in this record "
+        f"the other is faster in {sum(r < 1 for r in ratios)}.\n\n{table(head, lines)}"
     )
 
 
@@ -174,13 +168,17 @@ def _case(group: list[Row]) -> list[str]:
         f"{middle} ms [{low}, {high}]",
         f"{digits(ours['rate'])} {unit} ({ours['share']:.0%})",
         mib(ours),
-        ", ".join(_peers(group)) or "–",
+        _peers(group) or "–",
     ]
 
 
-def _peers(group: list[Row]) -> list[str]:
-    found = sorted((r for r in group if r["ratio"] is not None), key=lambda r: r["ratio"])
-    return [f"{row['variant']} {digits(row['ratio'])}× ({mib(row)})" for row in found]
+def _compared(group: list[Row]) -> list[Row]:
+    """A case's peers, from fast to slow."""
+    return sorted((r for r in group if r["ratio"] is not None), key=lambda r: r["ratio"])
+
+
+def _peers(group: list[Row]) -> str:
+    return ", ".join(f"{r['variant']} {digits(r['ratio'])}× ({mib(r)})" for r in _compared(group))
 
 
 def _slower(groups: Iterable[list[Row]]) -> str:
@@ -280,33 +278,31 @@ def draw_headlines(record: Record, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    found = headline_cases(record)
-    peers = {name: [r for r in group if r["ratio"] is not None] for name, group in found.items()}
+    found, run = headline_cases(record), record["runs"][-1]
+    bars = sum(len(_compared(group)) for group in found.values())
     with matplotlib.rc_context(STYLE | {"axes.grid": False, "axes.spines.left": False}):
-        height = 1.0 + sum(0.19 * len(rows) + 0.13 for rows in peers.values())
-        figure = Figure(figsize=(8.4, height), layout="constrained")
-        axis = figure.subplots()
-        place, ticks = 0.0, []
-        for rows in peers.values():
-            ticks.append(place + (len(rows) - 1) / 2)
-            for row in sorted(rows, key=lambda r: r["ratio"]):
+        figure = Figure(figsize=(8.4, 1 + 0.19 * bars + 0.13 * len(found)), layout="constrained")
+        axis, place, ticks = figure.subplots(), 0.0, {}
+        for name, group in found.items():
+            peers = _compared(group)
+            words = f"{name}\n{sizes(group[0])}, ours {mib(group[0])}"
+            ticks[place + (len(peers) - 1) / 2] = words
+            for row in peers:
                 axis.barh(place, row["ratio"] - 1, left=1, height=0.8, color=COLOURS[0])
                 words = f"{row['variant']}  {digits(row['ratio'])}×, {mib(row)}"
                 axis.text(max(row["ratio"], 1) * 1.05, place, words, va="center", fontsize=8)
                 place += 1
             place += 0.7
-        own = [mib(group[0]) for group in found.values()]
-        names = [f"{name.replace(', N', chr(10) + 'N')}, ours {m}" for name, m in zip(found, own)]
-        axis.set_yticks(ticks, names, fontsize=8)
         axis.axvline(1, color=COLOURS[1], linewidth=2)
+        axis.set_yticks([*ticks], [*ticks.values()], fontsize=8)
         axis.tick_params(axis="y", length=0)
-        axis.set(xscale="log", ylim=(place - 0.9, -0.7), xlabel="time, protoclip = 1")
-        axis.set_xlim(0.8, 4 * max((r["ratio"] for rows in peers.values() for r in rows), default=1))
+        top = max((r["ratio"] for g in found.values() for r in _compared(g)), default=1.0)
+        axis.set(xscale="log", xlim=(0.8, 6 * top), ylim=(place - 0.9, -0.7))
         axis.set_xticks([1, 2, 5, 10, 20], ["1", "2×", "5×", "10×", "20×"])
         axis.minorticks_off()
-        run = record["runs"][-1]
-        title = "Time beside protoclip's (the line), and extra memory"
-        figure.suptitle(f"{title}. {run['machine']}, {run['date'][:10]}", fontsize=9)
+        axis.set_xlabel("time, protoclip = 1")
+        title = f"Time beside protoclip's (the line), and extra memory. {run['machine']}"
+        figure.suptitle(f"{title}, {run['date'][:10]}", fontsize=9)
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
