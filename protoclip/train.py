@@ -64,6 +64,7 @@ from protoclip.run_folder import (
     RunFolder,
     choose_folder,
     find_resume,
+    sum_up,
     write_clusters,
 )
 from protoclip.step import Phases, Step, Stepper, depends_on_passes, seed_everything
@@ -650,6 +651,14 @@ def conclude(
         outcome = evaluate.Outcome(evaluation.data, name, weights, after, before, timing, peak)
         folder.say("\n" + evaluate.format_table(outcome))
         evaluate.write_results(folder.path / "results.json", outcome)
+    if "tensorboard" in trainer.config.run.report_to:
+        scores = {
+            f"{one.title}/{name}": value
+            for one in (after or {}).values()
+            for name, value in one.metrics.items()
+        }
+        snapshot = report.load_snapshot(folder.path) or report.Snapshot()
+        sum_up(folder.path, trainer.config, report.contact_sheet(snapshot), scores)
     folder.say(f"report: {report.write_report([folder.path])}\ndone: {folder.path}")
 
 
