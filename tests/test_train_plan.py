@@ -63,6 +63,8 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing():
     rates = [learning_rate(config, 100, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == max(rates) == 2.0
     assert rates[55] == pytest.approx(1 + math.cos(math.pi * 45 / 90)) and rates[-1] < 1e-3
+    locked = [learning_rate(config, 100, step, 40) for step in range(100)]
+    assert locked[:10] == rates[:10] and locked[25] == pytest.approx(1.0) and not any(locked[40:])
     in_steps = OptimConfig(lr=2.0, warmup=4, lr_scheduler="const")
     assert [learning_rate(in_steps, 100, s) for s in (0, 3, 50)] == [0.5, 2.0, 2.0]
 

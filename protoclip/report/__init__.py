@@ -2,10 +2,19 @@
 
 from protoclip.report.figures import plot_curves
 from protoclip.report.page import write_report
-from protoclip.report.snapshot import Samples, load_snapshot, save_snapshot, take_snapshot
+from protoclip.report.snapshot import (
+    Samples,
+    Snapshot,
+    contact_sheet,
+    load_snapshot,
+    save_snapshot,
+    take_snapshot,
+)
 
 __all__ = [
     "Samples",
+    "Snapshot",
+    "contact_sheet",
     "load_snapshot",
     "plot_curves",
     "save_snapshot",
