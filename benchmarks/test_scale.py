@@ -87,7 +87,8 @@ def index(spec: str) -> None:
 
 def test_evaluation_of_50_000_pictures(bench) -> None:
     from protoclip.config import ModelConfig
-    from protoclip.evaluate import evaluate_model, open_layout
+    from protoclip.evaluate import evaluate_model
+    from protoclip.evaluate.datasets import open_layout
     from protoclip.evaluate.tasks import TASKS
     from protoclip.model import build_model
 

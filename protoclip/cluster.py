@@ -28,10 +28,10 @@ from protoclip.config import check_above
 from protoclip.data import DataError, Labels, PairDataset, Subset, open_dataset
 from protoclip.data.files import whole_file, write_atomic
 from protoclip.distributed import run_command
-from protoclip.evaluate import Encoder, Outcome
 from protoclip.evaluate.__main__ import load_model
 from protoclip.evaluate.datasets import ImageFolder
-from protoclip.evaluate.tasks import FeatureCache
+from protoclip.evaluate.results import Outcome
+from protoclip.evaluate.tasks import Encoder, FeatureCache
 from protoclip.kmeans import kmeans
 from protoclip.model import Encoded, autocast_for, choose_device, choose_precision
 from protoclip.report import page, snapshot

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from protoclip import checkpoint
-from protoclip.config import TrainConfig, check_above, to_dict
+from protoclip.config import TrainConfig, check_above, flat, to_dict
 from protoclip.data.files import whole_file, write_atomic
 
 
@@ -171,15 +171,10 @@ def sum_up(
     hparams with the final scores."""
     from torch.utils.tensorboard import SummaryWriter
 
-    settings = {
-        f"{section}.{name}": value
-        for section, values in to_dict(config).items()
-        for name, value in (values if isinstance(values, dict) else {"": values}).items()
-    }
     with SummaryWriter(str(folder / "tensorboard")) as board:
         if sheet is not None:
             board.add_image("clusters", sheet, dataformats="HWC")
-        board.add_hparams(settings, dict(scores), run_name=".")
+        board.add_hparams(flat(to_dict(config)), dict(scores), run_name=".")
 
 
 def _cut_back(path: Path, step: int) -> None:
