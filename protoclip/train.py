@@ -40,6 +40,7 @@ from protoclip.data import (
     noto_available,
     open_dataset,
 )
+from protoclip.data.files import write_csv
 from protoclip.data.loader import EpochOrder, Faults
 from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import Layout, open_layout
@@ -67,7 +68,6 @@ from protoclip.run_folder import (
     choose_folder,
     find_resume,
     sum_up,
-    write_clusters,
 )
 from protoclip.step import Phases, Step, Stepper, depends_on_passes, seed_everything
 from protoclip.teacher import MINILM, load_teacher, minilm_missing
@@ -601,7 +601,9 @@ def draw_plots(trainer: Trainer, evaluation: Evaluation) -> None:
     clusters = {name: one.labels.cpu() for name, one in known.items()}
     chosen = torch.arange(len(trainer.dataset))
     if clusters:  # the last is the teacher's, if there is one
-        write_clusters(folder / "clusters.csv", trainer.dataset.keys, clusters)
+        columns = [["" if k < 0 else k for k in own.tolist()] for own in clusters.values()]
+        lines = zip(trainer.dataset.keys, *columns, strict=True)
+        write_csv(folder / "clusters.csv", ("key", *clusters), lines)
         chosen = (list(clusters.values())[-1] >= 0).nonzero().flatten()
     stream = batches(
         trainer.dataset,
