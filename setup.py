@@ -67,6 +67,7 @@ setup(
         "webdataset>=0.2.86,<2",
         "fsspec",
         "filelock",
+        "huggingface_hub",
         "Pillow>=10.1",
         "tqdm",
         "tensorboard",

@@ -11,23 +11,24 @@ import torch
 from protoclip import checkpoint
 from protoclip.config import ModelConfig, TrainConfig, to_dict
 from protoclip.data import Labels, Subset, noto_available, open_dataset
-from protoclip.evaluate import (
-    Encoder,
-    EvalSet,
-    Layout,
+from protoclip.evaluate import metrics
+from protoclip.evaluate.__main__ import main
+from protoclip.evaluate.datasets import Layout, class_prompts, open_layout
+from protoclip.evaluate.results import (
     Outcome,
     SetResults,
-    encode_sets,
-    evaluate_features,
     format_table,
-    metrics,
-    open_layout,
     read_results,
     write_results,
 )
-from protoclip.evaluate.__main__ import main
-from protoclip.evaluate.datasets import class_prompts
-from protoclip.evaluate.tasks import encode_set, take
+from protoclip.evaluate.tasks import (
+    Encoder,
+    EvalSet,
+    encode_set,
+    encode_sets,
+    evaluate_features,
+    take,
+)
 from protoclip.model import build_model
 
 CPU = torch.device("cpu")
