@@ -49,6 +49,15 @@ def test_the_page_shows_the_newest_records():
     assert report.stale(changed)
 
 
+def test_the_figure_shows_the_newest_record(tmp_path):
+    report.draw_headlines(report.newest_cpu(FOUND), tmp_path / "fresh.svg")
+    words = [
+        re.findall(r"<text[^>]*>([^<]+)<", path.read_text(encoding="utf-8"))
+        for path in (report.FIGURE, tmp_path / "fresh.svg")
+    ]
+    assert words[0] == words[1] and any("open_clip" in word for word in words[0])
+
+
 @pytest.mark.parametrize("script", ["benchmarks/gpu.sh", "Makefile"])
 def test_scripts_name_files_that_are_there(script):
     named = set(re.findall(r"(?:tests|benchmarks)/\w+\.py", (report.ROOT / script).read_text()))
