@@ -13,24 +13,25 @@ from protoclip import checkpoint
 from protoclip.commands import evaluate_parser
 from protoclip.config import TrainConfig, to_dict
 from protoclip.data import Labels, Subset, noto_available, open_dataset
-from protoclip.evaluate import (
-    Encoder,
-    EvalSet,
-    Layout,
+from protoclip.evaluate import metrics
+from protoclip.evaluate.__main__ import _output, main
+from protoclip.evaluate.datasets import Layout, class_prompts, open_layout
+from protoclip.evaluate.results import (
     Outcome,
     SetResults,
-    encode_sets,
-    evaluate_features,
     format_table,
-    metrics,
-    open_layout,
     read_results,
+    records,
     write_results,
 )
-from protoclip.evaluate.__main__ import _output, main
-from protoclip.evaluate.datasets import class_prompts
-from protoclip.evaluate.results import records
-from protoclip.evaluate.tasks import encode_set, take
+from protoclip.evaluate.tasks import (
+    Encoder,
+    EvalSet,
+    encode_set,
+    encode_sets,
+    evaluate_features,
+    take,
+)
 from protoclip.model import build_model
 
 CPU = torch.device("cpu")

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 from protoclip.evaluate import __main__ as command
-from protoclip.evaluate import open_layout
-from protoclip.evaluate.datasets import read_templates
+from protoclip.evaluate.datasets import open_layout, read_templates
 from protoclip.evaluate.tasks import model_hash
 from protoclip.model import CONFIG_FOLDER
 

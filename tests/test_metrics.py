@@ -20,9 +20,15 @@ from tqdm import tqdm
 
 from protoclip.config import ModelConfig
 from protoclip.data import Labels
-from protoclip.evaluate import Encoder, EvalSet, evaluate_features, metrics
+from protoclip.evaluate import metrics
 from protoclip.evaluate.datasets import class_prompts, read_templates
-from protoclip.evaluate.tasks import FeatureCache, class_features
+from protoclip.evaluate.tasks import (
+    Encoder,
+    EvalSet,
+    FeatureCache,
+    class_features,
+    evaluate_features,
+)
 from protoclip.model import build_model
 
 linear_model = pytest.importorskip("sklearn.linear_model")

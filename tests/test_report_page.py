@@ -15,11 +15,13 @@ from PIL import Image
 from report_run import make_run
 
 from protoclip.data.shapes import ShapesDataset
-from protoclip.evaluate import Outcome, SetResults
-from protoclip.report import figures, load_snapshot, plot_curves, write_report
+from protoclip.evaluate.results import Outcome, SetResults
+from protoclip.report import figures
 from protoclip.report import page as reading
 from protoclip.report.__main__ import main
-from protoclip.report.snapshot import Thumbnails, cluster_block, lay_out, nearness
+from protoclip.report.figures import plot_curves
+from protoclip.report.page import write_report
+from protoclip.report.snapshot import Thumbnails, cluster_block, lay_out, load_snapshot, nearness
 from protoclip.train import main as train
 
 SECTIONS = (
