@@ -222,12 +222,11 @@ def from_main(make: Callable[[], Result]) -> Result:
 
 
 def gather_objects(value: Result) -> list[Result]:
-    """Every rank's value (picklable, small), in rank order, on rank 0; [] on the others."""
-    if not is_distributed():
-        return [value]
-    found: list[Any] | None = [None] * world_size() if is_main() else None
-    dist.gather_object(value, found)
-    return found or []
+    """Every rank's value (picklable, small), in rank order."""
+    found: list[Any] = [value] * world_size()
+    if is_distributed():
+        dist.all_gather_object(found, value)
+    return found
 
 
 def own_slice(total: int, number: int | None = None) -> slice:

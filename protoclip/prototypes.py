@@ -142,9 +142,8 @@ class FeatureStore:
         index, order = index[last], order[last]
         if not len(order):
             raise ValueError(
-                "FeatureStore: expected the features of a training step, got no row: all steps so "
-                "far were skipped because their loss or gradient was not finite; lower --lr, use "
-                "--precision fp32, or check the initial weights"
+                "FeatureStore: expected the features of a training step, got no row: the gradient"
+                " was not finite in all of them; lower --lr, or use --precision fp32"
             )
         if not is_distributed():
             return Features(index, self.image_h[order], self.text_h[order])
@@ -235,8 +234,7 @@ class PrototypeSet:
         if labels.shape != (samples,) or not fits or ((known < 0) | (known >= shape[0])).any():
             raise ValueError(
                 f"--resume: expected the prototypes of {samples} samples, got labels "
-                f"{list(labels.shape)} and prototypes {list(shape)} that do not belong together in "
-                "the checkpoint; use an older one"
+                f"{list(labels.shape)} and prototypes {list(shape)}; use an older checkpoint"
             )
 
 
@@ -439,8 +437,7 @@ def check_clusters(config: EpisodeConfig, samples: int) -> int:
     if num_clusters > samples:
         raise ValueError(
             f"--k: expected at most one cluster per sample, got k={num_clusters} for the {samples} "
-            f"samples of an episode; use --k {max(1, samples // 10)}, a larger --episode-size, or "
-            "more data"
+            f"samples of an episode; use --k {max(1, samples // 10)}, or a larger --episode-size"
         )
     return num_clusters
 
