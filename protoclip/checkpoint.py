@@ -189,7 +189,9 @@ def load_newest(run: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
             if path == paths[-1]:
                 raise
             logger.warning("%s; trying the one before", error)
-    raise ValueError(f"checkpoint: expected a checkpoint or a run folder with one, got {run}")
+    raise ValueError(
+        f"checkpoint: expected a checkpoint or a run folder with one, found nothing at {run}"
+    )
 
 
 def fingerprint(keys: Sequence[str], samples: int = 1000) -> str:
