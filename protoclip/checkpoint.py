@@ -167,12 +167,8 @@ def candidates(run: str | os.PathLike[str]) -> list[Path]:
 
 def numbered(folder: Path) -> list[Path]:
     """The epoch_N.pt of a folder, newest first."""
-    found = {
-        int(number): path
-        for path in folder.glob("epoch_*.pt")
-        if (number := path.stem.removeprefix("epoch_")).isdigit()
-    }
-    return [found[number] for number in sorted(found, reverse=True)]
+    found = [path for path in folder.glob("epoch_*.pt") if path.stem[6:].isdigit()]
+    return sorted(found, key=lambda path: int(path.stem[6:]), reverse=True)
 
 
 def load_newest(run: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:

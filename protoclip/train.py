@@ -645,15 +645,12 @@ def conclude(
     """Print the table, the time per phase and the peak memory; write results.json."""
     folder, timing = trainer.folder, trainer.phases.seconds()
     peak = tasks.peak_memory_bytes(trainer.setup.device)
+    name, weights = trainer.config.model.model, str(checkpoint.candidates(folder.path)[0])
+    outcome = Outcome(evaluation.data, name, weights, after or {}, before, timing, peak)
+    folder.say("\n" + results.format_table(outcome))
     if after is None:
-        times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in timing.items())
-        folder.say(
-            f"time: {times}\npeak memory: {peak / 2**20:,.0f} MiB\nno evaluation: give --val-data"
-        )
+        folder.say("no evaluation: give --val-data")
     else:
-        name, weights = trainer.config.model.model, str(checkpoint.candidates(folder.path)[0])
-        outcome = Outcome(evaluation.data, name, weights, after, before, timing, peak)
-        folder.say("\n" + results.format_table(outcome))
         results.write_results(folder.path / "results.json", outcome)
     if "tensorboard" in trainer.config.run.report_to:
         scores = {
