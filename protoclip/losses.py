@@ -93,12 +93,11 @@ def global_info_nce(
         return info_nce(image_features, text_features, logit_scale, **options)
     op = "global_info_nce"
     x, y, scale = checks.pairs(op, image_features, text_features, logit_scale)
-    if ids is not None:
-        name = resolve("contrastive", backend, x.device.type, x.dtype)
+    name = resolve("info_nce" if ids is None else "contrastive", backend, x.device.type, x.dtype)
+    if ids is None:
+        rows, columns = _Strip.apply(x, y, scale, name)
+    else:
         rows, columns = _MatchedStrip.apply(x, y, scale, _global_pairs(op, ids, same_id, x), name)
-        return (rows + columns).mean() / 2
-    name = resolve("info_nce", backend, x.device.type, x.dtype)
-    rows, columns = _Strip.apply(x, y, scale, name)
     return (rows + columns).mean() / 2
 
 

@@ -57,8 +57,8 @@ def make_plan(config: TrainConfig, samples: int) -> Plan:
     batch, episode = config.optim.batch_size * times, config.episode.size
     if samples < batch:
         raise ValueError(
-            f"--batch-size: expected at most {samples} samples, got {config.optim.batch_size} x "
-            f"{times} passes and ranks; use {max(2, samples // (4 * times))} or more data"
+            f"--batch-size: expected at most {samples} in all, got {config.optim.batch_size} x "
+            f"{times} passes and ranks; use --batch-size {max(2, samples // (4 * times))}"
         )
     if episode and episode < batch:
         raise ValueError(

@@ -62,9 +62,11 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     if not file.is_file():
         raise ValueError(f"report: expected a run folder of protoclip.train, found no {file}")
     try:
-        config = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"report: {file} is not valid JSON with settings: {error}") from error
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"report: {file} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"report: expected settings in {file}, got {config!r:.40}")
     run = Run(path.resolve().name, path, config, snapshot=load_snapshot(path))
     if (path / "results.json").is_file():
         run = replace(run, outcome=read_results(path / "results.json"))
