@@ -631,7 +631,8 @@ def conclude(
     trainer: Trainer, evaluation: Evaluation, before: Results | None, after: Results | None
 ) -> None:
     """Print the table, the time per phase and the peak memory; write results.json."""
-    folder, timing = trainer.folder, trainer.phases.seconds()
+    folder, floor = trainer.folder, evaluation.floor(trainer.model)
+    timing = trainer.phases.seconds()
     peak = evaluate.peak_memory_bytes(trainer.setup.device)
     if after is None:
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in timing.items())
@@ -640,8 +641,12 @@ def conclude(
         )
     else:
         name, weights = trainer.config.model.model, str(checkpoint.find(folder.path))
-        outcome = evaluate.Outcome(evaluation.data, name, weights, after, before, timing, peak)
-        folder.say("\n" + evaluate.format_table(outcome))
+        outcome = evaluate.Outcome(
+            evaluation.data, name, weights, after, before, timing, peak, floor
+        )
+        recorded = report.recorded_baseline(to_dict(trainer.config))
+        baseline = recorded.outcome if recorded else None
+        folder.say("\n" + evaluate.format_table(outcome, baseline))
         evaluate.write_results(folder.path / "results.json", outcome)
     folder.say(f"report: {report.write_report([folder.path])}\ndone: {folder.path}")
 
@@ -709,6 +714,14 @@ class Evaluation:
             encoder = replace(self.encoder(model), bar=bar)
             self.kept, probe_train = evaluate.encode_sets(encoder, layout)
             return evaluate.evaluate_features(self.kept, probe_train)
+
+    def floor(self, model: ProtoModel) -> Results | None:
+        """What built-in data gives without training; others may be too large for it."""
+        if not self.data.startswith("builtin:"):
+            return None
+        with self.phases.measure("evaluation", on_host=True):
+            layout = evaluate.open_layout(self.data, **self.arguments)
+            return evaluate.floors(self.encoder(model), layout)
 
     def quick(self, model: ProtoModel) -> dict[str, float]:
         """Recalls on the small sets, for the curves."""

@@ -14,6 +14,7 @@ from protoclip.evaluate.tasks import (
     EvalSet,
     encode_sets,
     evaluate_features,
+    floors,
     peak_memory_bytes,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "SetResults",
     "encode_sets",
     "evaluate_features",
+    "floors",
     "format_table",
     "open_layout",
     "peak_memory_bytes",
