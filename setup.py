@@ -25,6 +25,8 @@ DEV = [
     "mypy==2.4.1",
     "clang-format==23.1.5",
     "fsspec[http]",
+    "sentence-transformers",  # the peers of test_contrastive
+    "pytorch-metric-learning",
 ]
 
 setup(
@@ -65,6 +67,7 @@ setup(
         "webdataset>=0.2.86,<2",
         "fsspec",
         "filelock",
+        "huggingface_hub",
         "Pillow>=10.1",
         "tqdm",
         "tensorboard",

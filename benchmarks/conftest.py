@@ -67,7 +67,8 @@ def pytest_collection_modifyitems(config, items):
         cases = [{k: v for k, v in _params(item).items() if k not in VARIANT} for item in group]
         named = [any(h in item.name for h in HEADLINES) for item in group]
         for item, case, is_named in zip(group, cases, named, strict=True):
-            headline = is_named if any(named) else case == cases[0]
+            compared = case.keys() != _params(item).keys()  # with others
+            headline = compared and (is_named if any(named) else case == cases[0])
             ours = any(str(v).startswith(harness.OURS) for v in _params(item).values())
             rank[item] = (1 - ours) if headline else 3 if case.get("sweep") else 2
     items.sort(key=rank.__getitem__)

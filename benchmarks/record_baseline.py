@@ -21,7 +21,7 @@ from scipy import stats
 
 from benchmarks import machine
 from protoclip.config import TrainConfig, to_dict
-from protoclip.evaluate import Outcome, SetResults, write_results
+from protoclip.evaluate.results import Outcome, SetResults, write_results
 from protoclip.report.page import RECORDED, Run, comparable, read_run
 
 

@@ -1,10 +1,10 @@
-"""Records into docs/speed.md and its plots.
+"""Records into docs/speed.md, its plots, and README's table and figure.
 
     python -m benchmarks.report RESULTS.json …            print the tables
-    python -m benchmarks.report RESULTS.json … --write    update docs/speed.md and the plots
+    python -m benchmarks.report RESULTS.json … --write    update the pages, plots and figure
     python -m benchmarks.report --compare OLD.json NEW.json
 
-Of each machine the newest record counts.
+Of each machine the newest record counts; README shows the newest of a CPU.
 """
 
 from __future__ import annotations
@@ -25,9 +25,19 @@ OURS = "protoclip"
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "speed.md"
+README = ROOT / "README.md"
+FIGURE = ROOT / "docs" / "speed.svg"
 BEGIN = "<!-- record: begin (python -m benchmarks.report writes this) -->"
 END = "<!-- record: end -->"
 PLOTS = {("info_nce", "N"): "info-nce", ("kmeans_assign", "K"): "kmeans"}
+HEADLINES = {  # README's rows: a name, and which case it is
+    "InfoNCE and gradient, bf16": "info_nce both bf16 N=4096 D=512",
+    "InfoNCE and gradient, fp32": "info_nce both fp32 N=4096 D=512",
+    "SigLIP and gradient, bf16": "siglip both bf16 N=4096 D=512",
+    "prototype loss and gradient, bf16": "prototype_cross_entropy soft bf16 N=4096 K=20000 D=128",
+    "nearest centroid, fp32": "kmeans_assign fp32 N=32768 K=1024 D=256",
+    "k-means, 20 iterations, fp32": "kmeans 20 iterations fp32 N=20000 K=1000 D=128",
+}
 COLOURS = ("#0b62a4", "#c8501e", "#3c8d40", "#7b5aa6", "#8a6d1d")
 STYLE = {
     "svg.hashsalt": "protoclip", "svg.fonttype": "none", "font.size": 9, "axes.grid": True,
@@ -86,6 +96,41 @@ def section(records: Iterable[Record]) -> str:
     return "\n\n".join(parts) if parts else "No record yet."
 
 
+def newest_cpu(records: Iterable[Record]) -> Record | None:
+    """The latest record of a CPU, whichever machine it is of."""
+    own = [r for r in records if r["runs"][-1].get("device", "cpu") == "cpu"]
+    return max(own, key=lambda r: max(run["date"] for run in r["runs"]), default=None)
+
+
+def headline_cases(record: Record) -> dict[str, list[Row]]:
+    """README's cases by name; those that the record lacks are left out."""
+    groups = cases(row for row in record["rows"] if row["sweep"] is None)
+    found = {f"{label(g[0])} {g[0]['dtype']} {sizes(g[0])}": g for g in groups if is_ours(g[0])}
+    return {name: found[case] for name, case in HEADLINES.items() if case in found}
+
+
+def headlines(records: Iterable[Record]) -> str:
+    """Everything between README's marks."""
+    record = newest_cpu(records)
+    if record is None:
+        return "No record yet."
+    run = record["runs"][-1]
+    ratios = [row["ratio"] for row in record["rows"] if row["ratio"] is not None]
+    lines = [
+        [f"{name}, {sizes(g[0])}", f"{digits(g[0]['median_ms'])} ms", mib(g[0]), _peers(g)]
+        for name, g in headline_cases(record).items()
+    ]
+    head = ["", "protoclip", "extra memory", "others: time as a multiple of ours (extra memory)"]
+    return (
+        f"{run['machine']}, torch {run['versions']['torch']}, recorded {run['date'][:10]} at "
+        f"{run['commit'] or 'an unknown commit'}. Of the {len(ratios)} comparisons in this record "
+        f"the other is faster in {sum(r < 1 for r in ratios)}.\n\n{table(head, lines)}"
+    )
+
+
+PAGES = {PAGE: section, README: headlines}
+
+
 def _machine(record: Record) -> str:
     groups = cases(row for row in record["rows"] if row["sweep"] is None)
     head = ["op", "shape", "dtype", "ours, median [p20, p80]", "rate (share of ceiling)"]
@@ -115,9 +160,6 @@ def _head(record: Record) -> str:
 def _case(group: list[Row]) -> list[str]:
     ours = group[0]
     unit = "TFLOP/s" if ours["bound"] == "gemm" else "GB/s"
-    peers = [
-        f"{r['variant']} {digits(r['ratio'])}× ({mib(r)})" for r in group if r["ratio"] is not None
-    ]
     low, middle, high = (digits(ours[key]) for key in ("p20_ms", "median_ms", "p80_ms"))
     return [
         f"`{label(ours)}` ({ours['variant'].removeprefix(OURS + '-')})",
@@ -126,8 +168,17 @@ def _case(group: list[Row]) -> list[str]:
         f"{middle} ms [{low}, {high}]",
         f"{digits(ours['rate'])} {unit} ({ours['share']:.0%})",
         mib(ours),
-        ", ".join(peers) or "–",
+        _peers(group) or "–",
     ]
+
+
+def _compared(group: list[Row]) -> list[Row]:
+    """A case's peers, from fast to slow."""
+    return sorted((r for r in group if r["ratio"] is not None), key=lambda r: r["ratio"])
+
+
+def _peers(group: list[Row]) -> str:
+    return ", ".join(f"{r['variant']} {digits(r['ratio'])}× ({mib(r)})" for r in _compared(group))
 
 
 def _slower(groups: Iterable[list[Row]]) -> str:
@@ -222,9 +273,44 @@ def _figure(record: Record, op: str, letter: str) -> Any:
     return figure
 
 
+def draw_headlines(record: Record, path: Path) -> None:
+    """README's figure: the time of each peer as a multiple of ours."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    found, run = headline_cases(record), record["runs"][-1]
+    bars = sum(len(_compared(group)) for group in found.values())
+    with matplotlib.rc_context(STYLE | {"axes.grid": False, "axes.spines.left": False}):
+        figure = Figure(figsize=(8.4, 1 + 0.19 * bars + 0.13 * len(found)), layout="constrained")
+        axis, place, ticks = figure.subplots(), 0.0, {}
+        for name, group in found.items():
+            peers = _compared(group)
+            words = f"{name}\n{sizes(group[0])}, ours {mib(group[0])}"
+            ticks[place + (len(peers) - 1) / 2] = words
+            for row in peers:
+                axis.barh(place, row["ratio"] - 1, left=1, height=0.8, color=COLOURS[0])
+                words = f"{row['variant']}  {digits(row['ratio'])}×, {mib(row)}"
+                axis.text(max(row["ratio"], 1) * 1.05, place, words, va="center", fontsize=8)
+                place += 1
+            place += 0.7
+        axis.axvline(1, color=COLOURS[1], linewidth=2)
+        axis.set_yticks([*ticks], [*ticks.values()], fontsize=8)
+        axis.tick_params(axis="y", length=0)
+        top = max((r["ratio"] for g in found.values() for r in _compared(g)), default=1.0)
+        axis.set(xscale="log", xlim=(0.8, 6 * top), ylim=(place - 0.9, -0.7))
+        axis.set_xticks([1, 2, 5, 10, 20], ["1", "2×", "5×", "10×", "20×"])
+        axis.minorticks_off()
+        axis.set_xlabel("time, protoclip = 1")
+        title = f"Time beside protoclip's (the line), and extra memory. {run['machine']}"
+        figure.suptitle(f"{title}, {run['date'][:10]}", fontsize=9)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
 def stale(found: list[Record]) -> bool:
-    """Whether the page says something else than the records."""
-    return between(PAGE, BEGIN, END)[1] != section(found).strip()
+    """Whether a page says something else than the records."""
+    return any(
+        between(page, BEGIN, END)[1] != write(found).strip() for page, write in PAGES.items()
+    )
 
 
 def compare(old: Record, new: Record, tolerance: float) -> list[str]:
@@ -248,7 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks.report", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("results", nargs="*", type=Path, help="records written by --record")
-    parser.add_argument("--write", action="store_true", help="update docs/speed.md and the plots")
+    parser.add_argument("--write", action="store_true", help="update the pages and plots")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
     parser.add_argument("--tolerance", type=float, default=0.1, help="a change this small is noise")
     options = parser.parse_args(arguments)
@@ -262,7 +348,10 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"different machines: {machines[0]} and {machines[1]}")
             print("\n".join(compare(*found, options.tolerance)) or "no case in common")
         elif options.write:
-            write_between(PAGE, BEGIN, END, section(found))
+            for page, write in PAGES.items():
+                write_between(page, BEGIN, END, write(found))
+            if newest := newest_cpu(found):
+                draw_headlines(newest, FIGURE)
             for record in newest_per_machine(found):
                 draw(record, RESULTS)
         else:

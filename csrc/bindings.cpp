@@ -37,7 +37,8 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
       " Tensor by_column, Tensor row_weights, Tensor column_weights, Tensor? kept=None)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "sigmoid_loss(Tensor x, Tensor y, Tensor scale, Tensor bias, int offset, bool gradients)"
+      "sigmoid_loss(Tensor x, Tensor y, Tensor scale, Tensor bias, int offset, bool gradients,"
+      " Tensor? query_ids=None, Tensor? key_ids=None, bool same_positive=True)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "prototype_ce_fwd_banks(Tensor h, Tensor[] prototypes, Tensor[] targets, Tensor[] labels,"

@@ -1,5 +1,6 @@
 // InfoNCE and the sigmoid loss on the CPU: the statistics of a strip, and its gradients. Contract:
 // ops/contrastive.py.
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/stack.h>
@@ -64,7 +65,7 @@ class InfoNceGradient {
         dbias_(dbias) {}
 
   GradientSums operator()(const TileRange& range, float* s, int64_t ld) const {
-    if (pairs_.has_positive(range)) return exact(range, s, ld);
+    if (pairs_.has_own(range)) return exact(range, s, ld);
     const float* row = row_.reference.get() + range.row;
     const auto rows = std::minmax_element(row, row + range.rows);
     float low = *rows.first, high = *rows.second;
@@ -295,10 +296,11 @@ inline Floats log1p(Floats u) {
   return 2.f * z * p;
 }
 
+template <typename Pairs>
 class SigmoidGradient {
  public:
-  SigmoidGradient(float scale, float bias, int64_t offset)
-      : scale_(scale), bias_(bias), offset_(offset) {}
+  SigmoidGradient(float scale, float bias, const Pairs& pairs)
+      : scale_(scale), bias_(bias), pairs_(pairs) {}
 
   GradientSums operator()(const TileRange& range, float* s, int64_t ld) const {
     GradientSums sums;
@@ -306,8 +308,14 @@ class SigmoidGradient {
       Floats loss{}, g_sum{}, g_dot{};
       for (int64_t j = 0; j < range.columns; j += kLanes) {
         Floats dot = load(s + j), sign = broadcast(1.f), used = broadcast(1.f);
-        const int64_t positive = range.row + i + offset_ - range.column - j;
-        if (0 <= positive && positive < kLanes) sign[positive] = -1.f;
+        if constexpr (Pairs::kMatched) {
+          const auto lanes = pairs_.at(range.row + i, range.column + j);
+          sign = lanes.positive ? broadcast(-1.f) : sign;
+          used = lanes.unseen ? Floats{} : used;
+        } else {
+          const int64_t positive = range.row + i + pairs_.offset - range.column - j;
+          if (0 <= positive && positive < kLanes) sign[positive] = -1.f;
+        }
         for (int64_t lane = range.columns - j; lane < kLanes; ++lane) dot[lane] = used[lane] = 0.f;
         const Floats v = sign * (dot * scale_ + bias_);  // a logit that should be low
         const Floats size = v < 0.f ? -v : v;
@@ -325,25 +333,41 @@ class SigmoidGradient {
 
  private:
   float scale_, bias_;
-  int64_t offset_;
+  const Pairs& pairs_;
 };
 
-}  // namespace
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_loss(
-    const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale, const at::Tensor& bias,
-    int64_t offset, bool gradients) {
-  // An offset past the last column: a chunk of another rank's texts, without positives.
-  const Inputs in("sigmoid_loss", x, y, scale, offset < y.size(0) ? offset : 0);
-  const SigmoidGradient epilogue(in.scale, bias.item<float>(), offset);
-  Gradients out(in);
-  const GradientSums sums = in.dispatch([&](auto a) {
+template <typename Pairs>
+GradientSums sigmoid(const Inputs& in, float bias, const Pairs& pairs, bool gradients,
+                     Gradients& out) {
+  const SigmoidGradient<Pairs> epilogue(in.scale, bias, pairs);
+  return in.dispatch([&](auto a) {
     const Strip<decltype(a)::value> strip(in.x, in.y);
     using Input = typename Operands<decltype(a)::value>::Input;
     return GradientPass<decltype(a)::value>::run(strip, epilogue, in.scale, gradients,
                                                  out.dx.mutable_data_ptr<Input>(),
                                                  out.dy.mutable_data_ptr<Input>());
   });
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_loss(
+    const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale, const at::Tensor& bias,
+    int64_t offset, bool gradients, const Optional& query_ids, const Optional& key_ids,
+    bool same_positive) {
+  const char* op = "sigmoid_loss";
+  // An offset past the last column: a chunk of another rank's texts, without positives.
+  const Inputs in(op, x, y, scale, offset < y.size(0) ? offset : 0);
+  Gradients out(in);
+  GradientSums sums;
+  if (key_ids.has_value()) {
+    const at::Tensor own = at::arange(offset, offset + x.size(0), at::TensorOptions(at::kInt));
+    const MatchedPairs pairs(op, x.size(0), y.size(0), own, {}, query_ids, key_ids, {},
+                             same_positive);
+    sums = sigmoid(in, bias.item<float>(), pairs, gradients, out);
+  } else {
+    sums = sigmoid(in, bias.item<float>(), DiagonalPairs{offset}, gradients, out);
+  }
   if (!gradients) out.dx = out.dy = at::empty({0, in.x.size(1)}, in.x.options());
   return {scalar(sums.loss), out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot),
           scalar(sums.g)};

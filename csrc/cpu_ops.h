@@ -44,10 +44,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matched_bwd(
     const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
     const Optional& key_bias, bool same_positive, const Tensor& rows, const Tensor& by_column,
     const Tensor& row_weights, const Tensor& column_weights, const Optional& stash);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(const Tensor& x, const Tensor& y,
-                                                                const Tensor& scale,
-                                                                const Tensor& bias, int64_t offset,
-                                                                bool gradients);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(
+    const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& bias, int64_t offset,
+    bool gradients, const Optional& query_ids, const Optional& key_ids, bool same_positive);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_ce_fwd_banks(
     const Tensor& h, at::TensorList prototypes, at::TensorList targets, at::TensorList labels,

@@ -1,8 +1,11 @@
 // Nearest centroid: argmax_k x.c_k - |c_k|^2 / 2 fused into the matrix product, never [N, K].
 //
 // pack (kmeans_assign_rows.cuh) -> assign_kernel (kmeans_assign_tiles.cuh), a partial Best for each
-// split of K -> decide -> rescore. Bytes: points two or three times (read to pack, in the tiles, to
-// decide), centroids once per 128 points (from L2), 20 N a split, distances and labels once.
+// split of K -> decide -> rescore. fp32 rows take one term first and all three, from pack on, where
+// that cannot decide: nowhere in clustered points, for a quarter of points without any structure
+// (D = 128, K = 4096), so 1 to 1.9 products in place of 3. Bytes: points two or three times (read
+// to pack, in the tiles, to decide), centroids once per 128 points (from L2), 20 N a split,
+// distances and labels once.
 #include <algorithm>
 #include <type_traits>
 
@@ -16,7 +19,7 @@ struct Buffers {
   uint16_t *packed_points, *packed_centroids;  // [N, parts, packed_d], [K, parts, packed_d]
   float *bias, *centre;                        // [K rounded up to kTileK], [D]
   Best* partial;                               // [splits, N]
-  int* open_rows;                              // [N], the first tally->open_rows of them
+  int *screened_rows, *open_rows;              // [N], the first of which tally counts
   Tally* tally;
   size_t bytes;
 
@@ -28,6 +31,7 @@ struct Buffers {
     bias = arena.take<float>(static_cast<size_t>(ceil_div(call.k, kTileK)) * kTileK);
     centre = arena.take<float>(call.d);
     partial = arena.take<Best>(static_cast<size_t>(call.n) * plan.splits);
+    screened_rows = arena.take<int>(plan.screen ? call.n : 0);
     open_rows = arena.take<int>(call.n);
     tally = arena.take<Tally>(1);
     bytes = arena.used;
@@ -60,34 +64,38 @@ unsigned row_blocks(int64_t rows) {
   return static_cast<unsigned>(ceil_div<int64_t>(rows, kRowsPerBlock));
 }
 
-template <typename T>
-cudaError_t launch_pack(const KmeansAssign& call, const KmeansAssignPlan& plan, const Buffers& at,
-                        const Rows<T>& points, const Rows<T>& centroids, cudaStream_t stream) {
-  const int64_t bias_rows = static_cast<int64_t>(ceil_div(call.k, kTileK)) * kTileK;
-  PROTOCLIP_TRY(launch(pack_kernel<T>, dim3(row_blocks(bias_rows)), kRowThreads, 0, stream,
-                       centroids, call.k, call.d, plan.parts, plan.packed_d, at.packed_centroids,
-                       at.bias, bias_rows, at.tally));
-  if (!plan.pack_points) return cudaSuccess;
-  return launch(pack_kernel<T>, dim3(row_blocks(call.n)), kRowThreads, 0, stream, points, call.n,
-                call.d, plan.parts, plan.packed_d, at.packed_points, nullptr, 0, nullptr);
-}
+// One pass over chosen points: how they are packed, and into how many products.
+struct Pass {
+  Chosen chosen;
+  int parts, terms;
+  double representation;
+  int *open_rows, *open_count;
+};
 
-cudaError_t launch_tiles(const KmeansAssign& call, const KmeansAssignPlan& plan, const Buffers& at,
-                         cudaStream_t stream) {
-  const int64_t packed_stride = static_cast<int64_t>(plan.parts) * plan.packed_d;
+template <typename T>
+cudaError_t launch_pass(const KmeansAssign& call, const KmeansAssignPlan& plan, const Buffers& at,
+                        const Pass& pass, const Rows<T>& points, const Rows<T>& centroids,
+                        int64_t* labels, float* distances, cudaStream_t stream) {
+  if (plan.pack_points) {
+    PROTOCLIP_TRY(launch(pack_kernel<T>, dim3(row_blocks(call.n)), kRowThreads, 0, stream, points,
+                         pass.chosen, call.d, pass.parts, plan.packed_d, at.packed_points, nullptr,
+                         0, nullptr));
+  }
   Tiles tiles;
   tiles.points =
       plan.pack_points ? at.packed_points : static_cast<const uint16_t*>(call.points.data);
   tiles.centroids = at.packed_centroids;
-  tiles.point_stride = plan.pack_points ? packed_stride : call.points.row_stride;
+  tiles.point_stride =
+      plan.pack_points ? static_cast<int64_t>(pass.parts) * plan.packed_d : call.points.row_stride;
   tiles.n = call.n;
-  tiles.centroid_stride = packed_stride;
+  tiles.centroid_stride = static_cast<int64_t>(plan.parts) * plan.packed_d;
+  tiles.count = pass.chosen.count;
   tiles.bias = at.bias;
   tiles.partial = at.partial;
   tiles.k = call.k;
   tiles.packed_d = plan.packed_d;
   tiles.blocks_d = ceil_div(plan.packed_d, kTileD);
-  tiles.terms = plan.terms;
+  tiles.terms = pass.terms;
   tiles.tiles_per_split = plan.tiles_per_split;
   tiles.tiles = ceil_div(call.k, kTileK);
   tiles.resident = plan.resident;
@@ -95,21 +103,11 @@ cudaError_t launch_tiles(const KmeansAssign& call, const KmeansAssignPlan& plan,
   PROTOCLIP_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      static_cast<int>(plan.shared_bytes)));
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(call.n, kTileN)), plan.splits);
-  return launch(kernel, grid, kThreads, plan.shared_bytes, stream, tiles);
-}
-
-template <typename T>
-cudaError_t launch_decide(const KmeansAssign& call, const KmeansAssignPlan& plan, const Buffers& at,
-                          const Rows<T>& points, const Rows<T>& centroids, int64_t* labels,
-                          float* distances, cudaStream_t stream) {
-  PROTOCLIP_TRY(launch(decide_kernel<T>, dim3(row_blocks(call.n)), kRowThreads, 0, stream, points,
-                       centroids, call.n, call.d, plan.splits, at.partial,
-                       Bound{plan.parts, plan.terms, plan.packed_d}, call.exact, at.tally,
-                       at.open_rows, labels, distances));
-  if (!call.exact) return cudaSuccess;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(call.n, 1024));
-  return launch(rescore_kernel<T>, dim3(blocks), kRowThreads, 0, stream, points, centroids, call.k,
-                call.d, at.tally, at.open_rows, labels, distances);
+  PROTOCLIP_TRY(launch(kernel, grid, kThreads, plan.shared_bytes, stream, tiles));
+  return launch(decide_kernel<T>, dim3(row_blocks(call.n)), kRowThreads, 0, stream, points,
+                centroids, pass.chosen, call.n, call.d, plan.splits, at.partial,
+                Bound{pass.representation, pass.terms, plan.packed_d}, call.exact, at.tally,
+                pass.open_rows, pass.open_count, labels, distances);
 }
 
 }  // namespace
@@ -127,6 +125,7 @@ cudaError_t plan_kmeans_assign(const KmeansAssign& call, KmeansAssignPlan* plan)
   const bool split_parts = call.dtype == Dtype::kFloat32 && call.exact;
   plan->parts = split_parts ? 2 : 1;
   plan->terms = split_parts ? 3 : 1;
+  plan->screen = split_parts;
   plan->packed_d = std::max(8, ceil_div(call.d, 8) * 8);
   plan->pack_points = !aligned_rows(call);
 
@@ -163,9 +162,23 @@ cudaError_t launch_kmeans_assign(const KmeansAssign& call, const KmeansAssignPla
   return with_dtype(call.dtype, [&](auto* type) -> cudaError_t {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     const Rows<T> points(call.points, centre), centroids(call.centroids, centre);
-    PROTOCLIP_TRY(launch_pack(call, plan, at, points, centroids, stream));
-    PROTOCLIP_TRY(launch_tiles(call, plan, at, stream));
-    return launch_decide(call, plan, at, points, centroids, labels, distances, stream);
+    const int64_t bias_rows = static_cast<int64_t>(ceil_div(call.k, kTileK)) * kTileK;
+    PROTOCLIP_TRY(launch(pack_kernel<T>, dim3(row_blocks(bias_rows)), kRowThreads, 0, stream,
+                         centroids, Chosen{nullptr, nullptr, call.k}, call.d, plan.parts,
+                         plan.packed_d, at.packed_centroids, at.bias, bias_rows, at.tally));
+    Pass pass{{nullptr, nullptr, call.n},        plan.parts,   plan.terms,
+              plan.parts == 2 ? kSplitError : 0, at.open_rows, &at.tally->open_rows};
+    if (plan.screen) {
+      const Pass screen{pass.chosen, 1, 1, kScreenError, at.screened_rows, &at.tally->screened};
+      PROTOCLIP_TRY(
+          launch_pass(call, plan, at, screen, points, centroids, labels, distances, stream));
+      pass.chosen = {at.screened_rows, &at.tally->screened, call.n};
+    }
+    PROTOCLIP_TRY(launch_pass(call, plan, at, pass, points, centroids, labels, distances, stream));
+    if (!call.exact) return cudaSuccess;
+    const auto blocks = static_cast<unsigned>(std::min<int64_t>(call.n, 1024));
+    return launch(rescore_kernel<T>, dim3(blocks), kRowThreads, 0, stream, points, centroids,
+                  call.k, call.d, at.tally, at.open_rows, labels, distances);
   });
 }
 

@@ -5,6 +5,7 @@
 //   accumulation: products of 8- or 11-bit significands are exact in fp32. A tensor core adds 16
 //     of them to the accumulator after cutting each to 2^-23 of the largest, and cuts the sum: at
 //     most 18 errors of 2^-23 S for every 16 products of every term; 20 of 16 covers |c|^2 / 2 too.
+//   screen: hi alone is off by at most 2^-8 of |x| and of |c|, together 2^-7 |x||c| and 3 %.
 //   split (parts = 2): hi = bf16(x) is off by at most 2^-8 |x|, lo = bf16(x - hi) by 2^-17 |x|;
 //     the dropped lo.lo is at most 2^-16 |x||c|, the two representations 2^-17 |x||c| each, and
 //     the centring x - m rounds by 2^-24 |x - m|: together 2^-15 |x||c| and 3 % for the cross
@@ -51,7 +52,17 @@ __device__ inline Best merge(Best a, Best b) {
 // Device-side results that later kernels of the same call read.
 struct Tally {
   unsigned largest;  // bits of max |c|^2 in fp32; NaN if a centroid is not finite
+  int screened;      // length of the list that the screen leaves open
   int open_rows;     // length of the list for rescore_kernel
+};
+
+// The rows of a matrix [N, D] that a kernel looks at: all, or those of a list made on the device.
+struct Chosen {
+  const int *list, *count;
+  int64_t n;
+
+  __device__ int64_t size() const { return list == nullptr ? n : *count; }
+  __device__ int64_t row(int64_t entry) const { return list == nullptr ? entry : list[entry]; }
 };
 
 template <typename T>
@@ -101,18 +112,19 @@ __device__ inline uint16_t bits_of(__nv_bfloat16 x) { return __bfloat16_as_ushor
 __device__ inline uint16_t bits_of(__half x) { return __half_as_ushort(x); }
 __device__ inline uint16_t bits_of(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 
-// packed [rows, parts, packed_d]: the rows in 16-bit parts, padded with zeros. With bias (for the
-// centroids): bias [bias_rows] = -|row|^2 / 2, -inf past the last row, and tally->largest.
+// packed [entries, parts, packed_d]: the chosen rows in 16-bit parts, padded with zeros. With bias
+// (for the centroids): bias [bias_rows] = -|row|^2 / 2, -inf past the last row, and tally->largest.
 template <typename T>
-__global__ void pack_kernel(Rows<T> matrix, int64_t rows, int d, int parts, int packed_d,
+__global__ void pack_kernel(Rows<T> matrix, Chosen chosen, int d, int parts, int packed_d,
                             uint16_t* packed, float* bias, int64_t bias_rows, Tally* tally) {
-  const int64_t row = warp_row();
+  const int64_t entry = warp_row();
   const int lane = threadIdx.x % 32;
-  if (row >= rows) {
-    if (bias != nullptr && row < bias_rows && lane == 0) bias[row] = -INFINITY;
+  if (entry >= chosen.size()) {
+    if (bias != nullptr && entry < bias_rows && lane == 0) bias[entry] = -INFINITY;
     return;
   }
-  uint16_t* out = packed + row * parts * packed_d;
+  const int64_t row = chosen.row(entry);
+  uint16_t* out = packed + entry * parts * packed_d;
   double square = 0;
   bool finite = true;
   for (int i = lane; i < packed_d; i += 32) {
@@ -140,8 +152,13 @@ __global__ void pack_kernel(Rows<T> matrix, int64_t rows, int d, int parts, int 
   atomicMax(&tally->largest, finite ? __float_as_uint(static_cast<float>(square)) : nan);
 }
 
+// What the representation of both sides can change in a product, as a share of |x| |c|.
+constexpr double kSplitError = 1.03 * 0x1p-15;  // hi and lo
+constexpr double kScreenError = 1.03 * 0x1p-7;  // hi alone, 2^-8 of each side
+
 struct Bound {
-  int parts, terms, packed_d;
+  double representation;
+  int terms, packed_d;
 
   __device__ double operator()(float point_square, float centroid_square) const {
     const double underflow = packed_d * 0x1p-125;
@@ -149,8 +166,7 @@ struct Bound {
     const double c = sqrt(centroid_square + underflow) * 1.001;
     const double products = terms * (packed_d + 32.0) + 16;  // the last k-block is padded
     const double accumulation = products * (20.0 / 16) * 0x1p-23 * (x * c * 1.04 + c * c / 2);
-    const double split = parts == 2 ? 1.03 * 0x1p-15 * x * c : 0;
-    return accumulation + split + products * 0x1p-124 * (1 + x + c);
+    return accumulation + representation * x * c + products * 0x1p-124 * (1 + x + c);
   }
 };
 
@@ -165,17 +181,19 @@ __device__ inline double exact_distance(const Rows<T>& points, const Rows<T>& ce
   return warp_sum(sum);
 }
 
-// Merges the partial results of a row and decides it: at once if the margin is above the bound,
-// between two candidates in fp64, or by rescore_kernel if a third one is in reach.
+// Merges the partial results [splits, stride] of a row and decides it: at once if the margin is
+// above the bound, between two candidates in fp64, or later if a third one is in reach.
 template <typename T>
-__global__ void decide_kernel(Rows<T> points, Rows<T> centroids, int64_t n, int d, int splits,
-                              const Best* partial, Bound bound, bool exact, Tally* tally,
-                              int* open_rows, int64_t* labels, float* distances) {
-  const int64_t row = warp_row();
-  if (row >= n) return;
+__global__ void decide_kernel(Rows<T> points, Rows<T> centroids, Chosen chosen, int64_t stride,
+                              int d, int splits, const Best* partial, Bound bound, bool exact,
+                              const Tally* tally, int* open_rows, int* open_count, int64_t* labels,
+                              float* distances) {
+  const int64_t entry = warp_row();
+  if (entry >= chosen.size()) return;
+  const int64_t row = chosen.row(entry);
   const int lane = threadIdx.x % 32;
-  Best best = partial[row];
-  for (int split = 1; split < splits; ++split) best = merge(best, partial[split * n + row]);
+  Best best = partial[entry];
+  for (int i = 1; i < splits; ++i) best = merge(best, partial[i * stride + entry]);
 
   float square = 0;
   bool finite = true;
@@ -191,7 +209,7 @@ __global__ void decide_kernel(Rows<T> points, Rows<T> centroids, int64_t n, int 
   if (defined && exact) {
     const double reach = 2 * bound(square, largest);
     if (!(best.first - best.third > reach)) {  // also where either is NaN or infinite
-      if (lane == 0) open_rows[atomicAdd(&tally->open_rows, 1)] = static_cast<int>(row);
+      if (lane == 0) open_rows[atomicAdd(open_count, 1)] = static_cast<int>(row);
       return;
     }
     if (!(best.first - best.second > reach)) {

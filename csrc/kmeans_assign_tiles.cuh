@@ -24,6 +24,7 @@ constexpr int kStateBytes = 2 * kTileN * static_cast<int>(sizeof(Best));
 struct Tiles {
   const uint16_t *points, *centroids;        // [N, parts, packed_d], [K, parts, packed_d]
   int64_t point_stride, n, centroid_stride;  // strides in elements
+  const int* count;                          // the first *count points; null: all N
   const float* bias;                         // [tiles x kTileK]
   Best* partial;                             // [splits, N]
   int k, packed_d, blocks_d, terms, tiles_per_split, tiles;
@@ -49,13 +50,33 @@ __device__ inline int chunk_offset(int row, int chunk) {
   return row * 64 + ((chunk ^ ((row >> 1) & 3)) << 4);
 }
 
-__device__ inline void load_tile(unsigned char* tile, const uint16_t* source, int64_t stride,
-                                 int rows, int columns) {
+// What a thread copies of each tile: rows row, row + 32, ... of one chunk. All of it that does not
+// change from step to step is worked out once for a block.
+struct Copier {
+  int row, column, offset;  // offset: in a tile's shared memory
+  int64_t rows;             // from the thread's first point on
+  const uint16_t *point, *centroid;
+  int64_t point_step, centroid_step;  // 32 rows on
+
+  __device__ explicit Copier(const Tiles& t)
+      : row(threadIdx.x / 4), column(threadIdx.x % 4 * 8), offset(chunk_offset(row, column / 8)) {
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileN + row;
+    rows = (t.count == nullptr ? t.n : *t.count) - first;
+    point = t.points + first * t.point_stride + column;
+    centroid = t.centroids + row * t.centroid_stride + column;
+    point_step = kThreads / 4 * t.point_stride;
+    centroid_step = kThreads / 4 * t.centroid_stride;
+  }
+};
+
+// rows, columns: how many of the thread's first row and chunk on are there.
+__device__ inline void load_tile(unsigned char* to, const uint16_t* from, int64_t step, int rows,
+                                 int columns) {
+  if (columns <= 0) rows = 0;
+#pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int row = threadIdx.x / 4 + i * (kThreads / 4), chunk = threadIdx.x % 4;
-    const bool inside = row < rows && chunk * 8 < columns;
-    const uint16_t* from = inside ? source + row * stride + chunk * 8 : source;
-    copy_async_16(tile + chunk_offset(row, chunk), from, inside ? 16 : 0);
+    copy_async_16(to + i * (kThreads / 4 * 64), from, i * (kThreads / 4) < rows ? 16 : 0);
+    from += step;
   }
 }
 
@@ -74,19 +95,18 @@ struct Shared {
   }
 };
 
-__device__ inline void load_step(const Tiles& t, const Shared& shared, const Step& s, int stage,
-                                 int first_tile) {
-  const int column = s.block * kTileD, columns = t.packed_d - column;
-  const int64_t centroid = static_cast<int64_t>(s.tile) * kTileK;
-  load_tile(shared.centroids + stage * kTileBytes,
-            t.centroids + centroid * t.centroid_stride + s.centroid_part() * t.packed_d + column,
-            t.centroid_stride, static_cast<int>(t.k - centroid), columns);
+__device__ inline void load_step(const Tiles& t, const Shared& shared, const Copier& copier,
+                                 const Step& s, int stage, int first_tile) {
+  const int column = s.block * kTileD, columns = t.packed_d - column - copier.column;
+  const int centroid = s.tile * kTileK;
+  load_tile(
+      shared.centroids + stage * kTileBytes + copier.offset,
+      copier.centroid + centroid * t.centroid_stride + s.centroid_part() * t.packed_d + column,
+      copier.centroid_step, t.k - centroid - copier.row, columns);
   if (t.resident && (s.tile != first_tile || s.term == 2)) return;  // already there
-  const int64_t point = static_cast<int64_t>(blockIdx.x) * kTileN;
-  const int64_t rows = t.n - point;
-  load_tile(shared.point_tile(t, s, stage),
-            t.points + point * t.point_stride + s.point_part() * t.packed_d + column,
-            t.point_stride, rows < kTileN ? static_cast<int>(rows) : kTileN, columns);
+  load_tile(shared.point_tile(t, s, stage) + copier.offset,
+            copier.point + s.point_part() * t.packed_d + column, copier.point_step,
+            copier.rows < kTileN ? static_cast<int>(copier.rows) : kTileN, columns);
 }
 
 using Accumulators = float[4][8][4];  // 64 points x 64 centroids of a warp, m16n8 fragments
@@ -180,7 +200,10 @@ __device__ inline void select(const Accumulators& acc, float (&threshold)[8], Be
 
 template <bool kHalf>
 __global__ void __launch_bounds__(kThreads, 2) assign_kernel(Tiles t) {
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileN;
+  if (t.count != nullptr && first_row >= *t.count) return;
   const Shared shared(t);
+  const Copier copier(t);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_tile = blockIdx.y * t.tiles_per_split;
   const int tiles = min(t.tiles_per_split, t.tiles - first_tile);
@@ -190,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 2) assign_kernel(Tiles t) {
   Step load, use;
   load.tile = use.tile = first_tile;
   for (int i = 0; i < kStages - 1; ++i) {
-    if (i < steps) load_step(t, shared, load, i, first_tile);
+    if (i < steps) load_step(t, shared, copier, load, i, first_tile);
     load.advance(t);
     copy_async_commit();
   }
@@ -207,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, 2) assign_kernel(Tiles t) {
       copy_async_wait<kStages - 2>();
       __syncthreads();  // this step's tiles are there, and all warps are done with the last step's
       if (step + kStages - 1 < steps) {
-        load_step(t, shared, load, (step + kStages - 1) % kStages, first_tile);
+        load_step(t, shared, copier, load, (step + kStages - 1) % kStages, first_tile);
       }
       load.advance(t);
       copy_async_commit();
@@ -218,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, 2) assign_kernel(Tiles t) {
     select(acc, threshold, state, column);
   }
   __syncthreads();
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kTileN + threadIdx.x;
+  const int64_t row = first_row + threadIdx.x;
   if (row < t.n) {
     t.partial[blockIdx.y * t.n + row] =
         merge(shared.state[threadIdx.x], shared.state[kTileN + threadIdx.x]);

@@ -33,6 +33,7 @@ struct KmeansAssignPlan {
   int parts;             // 2: rows are split into bf16 hi + lo; 1: bf16 or fp16 as they are
   int terms;             // products of parts in a score: 3 = hi.hi + lo.hi + hi.lo, or 1
   int packed_d;          // D rounded up to 16 bytes
+  bool screen;           // hi.hi alone first, all terms for the rows that it leaves open
   bool pack_points;      // false: the tile kernel reads the points where they are
   bool resident;         // a block keeps its points in shared memory for all centroids
   int splits;            // of K, each with its own partial result

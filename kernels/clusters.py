@@ -134,8 +134,8 @@ def kmeans_assign(
     largest = norms.amax() + lost
     # What rounding both operands to bf16, or summing in fp32, can change in a difference of scores.
     wide = points.dtype == torch.float32
-    # To nearest is 2^-9 of a number; the interpreter cuts off, 2^-8.
-    rounding = 4 * 1.01 * 2.0 ** (-8 if INTERPRETED else -9) if wide else 0.0
+    # To nearest is 2^-8 of a number; the interpreter cuts off, 2^-7.
+    rounding = 4 * 1.01 * 2.0 ** (-7 if INTERPRETED else -8) if wide else 0.0
     sums = (d + 16) * 2.0**-22
     reach = largest * (size * (rounding + sums) + largest * sums)
     reach += (size + largest + 1) * (d + 16) * 2.0**-125  # below the normal numbers

@@ -34,7 +34,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from protoclip.kernels import clusters, info_nce, launch, siglip, tiles
+from protoclip.kernels import clusters, info_nce, launch, matched, siglip, tiles
 from protoclip.kernels import prototype_cross_entropy as prototypes
 
 NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,6 +63,8 @@ def cases() -> Iterator[Case]:
         for dtype, depth in (("bf16", 128), ("bf16", 512), ("fp32", 512), ("fp16", 43)):
             yield Case("info_nce", "large", arch, dtype, depth)
             yield Case("sigmoid", "gradients", arch, dtype, depth)
+        for form, dtype in (("ids", "bf16"), ("ids", "fp32"), ("own", "fp16")):
+            yield Case("matched", form, arch, dtype, 43 if dtype == "fp16" else 512)
         for dtype, depth in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("bf16", 512)):
             yield Case("prototypes", "soft", arch, dtype, depth)
         for dtype, depth in (("bf16", 64), ("fp16", 128), ("bf16", 256), ("fp32", 512)):
@@ -84,6 +86,18 @@ def _info_nce(case: Case) -> None:
     columns, weight, scale = case.form != "rows", torch.ones(()).expand(n), torch.ones(())
     found = info_nce.contrastive(x, y, scale, 0, columns, 1.0, True)[1:]
     info_nce.contrastive_bwd(x, y, scale, *found, weight, weight[: n * columns], 0)
+
+
+def _matched(case: Case) -> None:
+    """All that can be said about pairs, in both directions; or each row's own column."""
+    x, y = case.features(512, 512)
+    vector, ids = torch.zeros(512, dtype=torch.int32), torch.zeros(2, 512, dtype=torch.int32)
+    relation: tuple[Any, ...] = vector, None, None, None, None, False
+    if case.form == "ids":
+        relation = vector, vector, ids, ids, torch.zeros(512), True
+    rows, columns = matched.matched_fwd(x, y, torch.ones(()), *relation, case.form == "ids")
+    weights = torch.ones(2, rows.shape[1]), torch.ones(2, columns.shape[1])
+    matched.matched_bwd(x, y, torch.ones(()), *relation, rows, columns, *weights)
 
 
 def _sigmoid(case: Case) -> None:
@@ -136,6 +150,7 @@ def _gemm(case: Case) -> None:
 
 OPS: dict[str, Callable[[Case], Any]] = {
     "info_nce": _info_nce,
+    "matched": _matched,
     "sigmoid": _sigmoid,
     "prototypes": _prototypes,
     "soft_targets": lambda case: prototypes.soft_targets(*case.features(2048, 2048), 0.1),

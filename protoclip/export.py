@@ -15,15 +15,18 @@ from typing import Any
 
 import open_clip
 import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from protoclip import checkpoint
 from protoclip.commands import export_parser
 from protoclip.config import ModelConfig, TrainConfig, check_above, check_saved, from_dict
-from protoclip.evaluate import format_table, read_results
+from protoclip.distributed import run_command
+from protoclip.evaluate.results import format_table, read_results
 from protoclip.model import build_model, register_configs
 
 PROG = "python -m protoclip.export"
+TASK = "zero-shot-image-classification"  # as the hub calls it
 PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 LOADING = """Trained with protoclip, loads in OpenCLIP:
 
@@ -85,7 +88,7 @@ def export(run: str | Path, out: str | Path, model: str = "") -> Path:
     shown = {key: shown[key] for key in PREPROCESS}
     written = json.dumps({"model_cfg": model_cfg, "preprocess_cfg": shown}, indent=2)
     (out / "open_clip_config.json").write_text(written + "\n", encoding="utf-8")
-    (out / "README.md").write_text(_card(path, config, payload), encoding="utf-8")
+    _card(path, config, payload).save(out / "README.md")
     return out
 
 
@@ -106,8 +109,8 @@ def _model_config(ours: dict[str, Any], path: Path, model: str) -> ModelConfig:
     return dataclasses.replace(stored, add_projection_head=False)
 
 
-def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> str:
-    """The model card: how to load it, what it was trained on, how good it is."""
+def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> ModelCard:
+    """How to load the model, what it was trained on, how good it is; ready for the hub."""
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     ours = payload.get("protoclip", {})
     stored = ours.get("config", {})
@@ -119,25 +122,37 @@ def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> str:
         "training data": stored.get("data", {}).get("train_data"),
         "seed": stored.get("run", {}).get("seed"),
     }
-    lines = ["---", "library_name: open_clip", "tags: [clip, protoclip]", "---", ""]
-    lines += [f"# {run.name}", "", LOADING, "| | |", "|---|---|"]
+    lines = [f"# {run.name}", "", LOADING, "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
+    found: list[EvalResult] = []
     if (run / "results.json").is_file():
         outcome = read_results(run / "results.json")
         lines += ["", f"## Results on {outcome.data}", "", "```", format_table(outcome), "```"]
-    return "\n".join(lines) + "\n"
+        found = [
+            EvalResult(TASK, outcome.data, one.title, name, value)
+            for one in outcome.trained.values()
+            for name, value in one.metrics.items()
+            if name.endswith(("/acc1", "recall@5"))
+        ]
+    head = ModelCardData(
+        library_name="open_clip",
+        pipeline_tag=TASK,
+        tags=["clip", "protoclip"],
+        model_name=run.name,
+        eval_results=found or None,
+    )
+    return ModelCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake ends it with one line and status 2."""
     args = export_parser().parse_args(argv)
-    try:
+
+    def work() -> None:
         out = export(args.run, args.out, args.model)
-    except (ValueError, OSError) as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    print(f'{out}: open_clip.create_model_and_transforms("local-dir:{out}")')
-    return 0
+        print(f'{out}: open_clip.create_model_and_transforms("local-dir:{out}")')
+
+    return run_command(work, PROG)
 
 
 if __name__ == "__main__":

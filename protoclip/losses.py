@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -37,7 +38,17 @@ from protoclip.distributed import (
 )
 from protoclip.ops import Bank, checks, prototype_losses
 from protoclip.ops.backends import resolve, wants_gradient
-from protoclip.ops.contrastive import LN2, info_nce, sigmoid_loss
+from protoclip.ops.contrastive import (
+    LN2,
+    SameId,
+    contrastive,
+    gap_and_mean,
+    info_nce,
+    side_weights,
+    sigmoid_loss,
+    sigmoid_sum,
+)
+from protoclip.ops.pairs import Pairs, check_ids, same_pairs
 from protoclip.prototypes import (
     IGNORE,
     Episode,
@@ -58,16 +69,19 @@ def global_info_nce(
     text_features: Tensor,
     logit_scale: Tensor | float,
     *,
+    ids: Tensor | None = None,
+    same_id: SameId = "exclude",
     backend: str = "auto",
 ) -> Tensor:
     """InfoNCE over the pairs of all ranks: the mean loss of this rank's B pairs.
 
     Its mean over the ranks is ``info_nce`` of the W * B pairs. Memory O(W B D); wire per rank one
-    gather and one reduce-scatter of [W B, D], and 2 W B floats.
+    gather and one reduce-scatter of [W B, D], and 2 W B floats, with ids 4 and the ids.
 
     Args:
         image_features, text_features: [B, D], the same B on every rank; as in ``info_nce``.
         logit_scale: [] or [1], the multiplier (not its logarithm).
+        ids, same_id: as in ``info_nce``, int64 [B] or [B, R], of this rank's pairs.
         backend: as in ``info_nce``.
     Returns:
         float32 [] (float64 for float64 input), nats.
@@ -75,8 +89,14 @@ def global_info_nce(
         ValueError, TypeError: as in ``info_nce``.
     """
     if not is_distributed():
-        return info_nce(image_features, text_features, logit_scale, backend=backend)
-    x, y, scale = checks.pairs("global_info_nce", image_features, text_features, logit_scale)
+        options: dict[str, Any] = {"ids": ids, "same_id": same_id, "backend": backend}
+        return info_nce(image_features, text_features, logit_scale, **options)
+    op = "global_info_nce"
+    x, y, scale = checks.pairs(op, image_features, text_features, logit_scale)
+    if ids is not None:
+        name = resolve("contrastive", backend, x.device.type, x.dtype)
+        rows, columns = _MatchedStrip.apply(x, y, scale, _global_pairs(op, ids, same_id, x), name)
+        return (rows + columns).mean() / 2
     name = resolve("info_nce", backend, x.device.type, x.dtype)
     rows, columns = _Strip.apply(x, y, scale, name)
     return (rows + columns).mean() / 2
@@ -88,6 +108,8 @@ def global_sigmoid_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float,
     *,
+    ids: Tensor | None = None,
+    same_id: SameId = "positive",
     backend: str = "auto",
 ) -> Tensor:
     """SigLIP's loss of this rank's B images against the texts of all ranks, summed.
@@ -97,20 +119,30 @@ def global_sigmoid_loss(
     Args:
         image_features, text_features: [B, D], the same B on every rank; as in ``sigmoid_loss``.
         logit_scale, logit_bias: [] or [1].
+        ids, same_id: as in ``sigmoid_loss``, int64 [B] or [B, R], of this rank's pairs.
         backend: as in ``sigmoid_loss``; "reference" gathers the texts.
     Returns:
         float32 [] (float64 for float64 input), nats.
     """
     if not is_distributed():
-        return sigmoid_loss(image_features, text_features, logit_scale, logit_bias, backend=backend)
+        options: dict[str, Any] = {"ids": ids, "same_id": same_id, "backend": backend}
+        return sigmoid_loss(image_features, text_features, logit_scale, logit_bias, **options)
     op = "global_sigmoid_loss"
     x, y, scale = checks.pairs(op, image_features, text_features, logit_scale)
     bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
-    name = resolve("siglip", backend, x.device.type, x.dtype)
+    relation = None if ids is None else _global_pairs(op, ids, same_id, x)
+    kind = "siglip" if ids is None else "siglip with ids"
+    name = resolve(kind, backend, x.device.type, x.dtype)
     if name == "reference":
-        own = rank() * len(x)
-        return sigmoid_loss(x, gathered_rows(y), scale, bias, offset=own, backend=name)
-    return _Ring.apply(x, y, scale, bias, name, wants_gradient(x, y, scale, bias))
+        return sigmoid_sum((x, gathered_rows(y), scale, bias), relation, rank() * len(x), name)
+    return _Ring.apply(x, y, scale, bias, name, wants_gradient(x, y, scale, bias), relation)
+
+
+def _global_pairs(op: str, ids: Tensor, same_id: str, rows: Tensor) -> Pairs:
+    """This rank's rows against those of all ranks, by the ids of all."""
+    check_ids(op, "ids", ids, len(rows), rows.device)
+    every = gather_rows(ids)
+    return same_pairs(op, every, same_id, rows, len(every), rank() * len(rows))
 
 
 class _Strip(torch.autograd.Function):
@@ -147,6 +179,41 @@ class _Strip(torch.autograd.Function):
         return dx, dy, dscale.to(scale.dtype).reshape(scale.shape), None
 
 
+class _MatchedStrip(torch.autograd.Function):
+    """``_Strip`` with ids: the losses of the rows and of the own columns, [B] each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, relation: Pairs, backend: str):
+        all_y = gather_rows(y)
+        ctx.arguments = relation.arguments
+        rows, columns = torch.ops.protoclip.matched_fwd(
+            x, all_y, scale, *relation.arguments, True, backend
+        )
+        top = columns[0].clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX)
+        sums = torch.cat([columns[1:2] * torch.exp2(columns[0] - top), columns[2:]])
+        dist.all_reduce(sums)
+        columns = torch.cat([top[None], sums])
+        ctx.save_for_backward(x, all_y, scale, rows, columns)
+        ctx.backend = backend
+        own = slice(rank() * len(x), (rank() + 1) * len(x))
+        return gap_and_mean(rows)[0], gap_and_mean(columns[:, own])[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, row_grad: Tensor, column_grad: Tensor):
+        x, all_y, scale, rows, columns = ctx.saved_tensors
+        weights = [
+            side_weights(grad, None, statistics)
+            for grad, statistics in ((row_grad, rows), (gather_rows(column_grad), columns))
+        ]
+        dx, dy, dscale, _ = torch.ops.protoclip.matched_bwd(
+            x, all_y, scale, *ctx.arguments, rows, columns, *weights, ctx.backend, None
+        )
+        dy = scatter_sums(dy.to(dscale.dtype)).to(x.dtype)
+        return dx, dy, dscale.to(scale.dtype).reshape(scale.shape), None, None
+
+
 class _Ring(torch.autograd.Function):
     """The sum of the sigmoid losses of x [B, D] against the texts of every rank in turn.
 
@@ -154,7 +221,9 @@ class _Ring(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x, y, scale, bias, backend: str, wanted: bool) -> Tensor:
+    def forward(
+        ctx: Any, x, y, scale, bias, backend: str, wanted: bool, relation: Pairs | None
+    ) -> Tensor:
         texts, travelling = y, torch.zeros_like(y)
         totals: list[Tensor] = []
         for hop in range(world_size()):
@@ -162,7 +231,7 @@ class _Ring(torch.autograd.Function):
             # Row i's own text comes with the first chunk; the others hold negatives only.
             first = 0 if hop == 0 else len(y)
             loss, dx, dy, *scalars = torch.ops.protoclip.sigmoid_loss(
-                x, texts, scale, bias, first, wanted, backend
+                x, texts, scale, bias, first, wanted, backend, *_chunk(relation, len(y), hop)
             )
             parts = [loss, *(t.to(loss.dtype) for t in (dx, *scalars))]
             totals = [a + b for a, b in zip(totals, parts, strict=True)] if hop else parts
@@ -184,7 +253,16 @@ class _Ring(torch.autograd.Function):
             (grad * saved).to(dtype).reshape(shape)
             for saved, (dtype, shape) in zip(ctx.saved_tensors, ctx.like, strict=True)
         ]
-        return *grads, None, None
+        return *grads, None, None, None
+
+
+def _chunk(relation: Pairs | None, size: int, hop: int) -> tuple[Any, ...]:
+    """What ``sigmoid_loss`` is told about the ids of the texts that come at a hop."""
+    if relation is None or relation.key_ids is None:
+        return ()
+    first = (rank() + hop) % world_size() * size
+    ids = relation.key_ids[:, first : first + size]
+    return relation.query_ids, ids, relation.same_positive
 
 
 def _pass_on(tensor: Tensor) -> Callable[[], Tensor]:
@@ -244,6 +322,7 @@ class ClipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
+        ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Mean InfoNCE of both directions.
 
@@ -252,23 +331,28 @@ class ClipLoss(nn.Module):
             logit_scale: [] or [1], the multiplier (not its logarithm).
             logit_bias: [] or [1]; softmax does not see it, its gradient is zero.
             output_dict: return ``{"contrastive_loss": loss}``.
+            ids: int64 [N] or [N, R], R <= 2: pairs with an equal id, on any rank, are no negatives
+                of one another. Not OpenCLIP's.
         Returns:
             float32 [], nats.
         """
-        loss = self._loss(image_features, text_features, logit_scale)
+        loss = self._loss(image_features, text_features, logit_scale, ids)
         if logit_bias is not None:
             loss = loss + 0 * logit_bias.sum()  # keeps the bias in the graph, as OpenCLIP's does
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _loss(self, x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
+    def _loss(self, x: Tensor, y: Tensor, scale: Tensor | float, ids: Tensor | None) -> Tensor:
         if self.world_size == 1:
-            return info_nce(x, y, scale, stash=self.stash)
+            return info_nce(x, y, scale, ids=ids, stash=self.stash)
         if self.local_loss and self.gather_with_grad:
-            return global_info_nce(x, y, scale)
+            return global_info_nce(x, y, scale, ids=ids)
         all_x, all_y = self._of_all_ranks(x), self._of_all_ranks(y)
+        if ids is not None:
+            check_ids("ClipLoss", "ids", ids, len(x), x.device)
+            ids = gather_rows(ids)
         if not self.local_loss:
-            return info_nce(all_x, all_y, scale, stash=self.stash)
-        return (self._one_way(x, all_y, scale) + self._one_way(y, all_x, scale)) / 2
+            return info_nce(all_x, all_y, scale, ids=ids, stash=self.stash)
+        return (self._one_way(x, all_y, scale, ids) + self._one_way(y, all_x, scale, ids)) / 2
 
     def _of_all_ranks(self, x: Tensor) -> Tensor:
         """All rows in rank order. Without ``gather_with_grad`` only the own ones have a gradient,
@@ -305,12 +389,15 @@ class ClipLoss(nn.Module):
         first = num_logits * self.rank if self.world_size > 1 and self.local_loss else 0
         return torch.arange(first, first + num_logits, device=device)
 
-    def _one_way(self, x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
+    def _one_way(self, x: Tensor, y: Tensor, scale: Tensor | float, ids: Tensor | None) -> Tensor:
         """Mean cross-entropy of rows x [N, D] against all columns y [W * N, D]."""
+        offset = self.rank * len(x)
+        if ids is not None:
+            own = torch.arange(offset, offset + len(x), device=x.device)
+            return contrastive(x, y, scale, positives=own, key_ids=ids)
         x, y = checks.promoted(x, y)
         scale = checks.scalar("ClipLoss", "logit_scale", scale, x.device)
         backend = resolve("info_nce", "auto", x.device.type, x.dtype)
-        offset = self.rank * len(x)
         return torch.ops.protoclip.contrastive(x, y, scale, offset, False, "mean", backend)[0]
 
 
@@ -344,15 +431,18 @@ class SigLipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
+        ids: Tensor | None = None,
+        same_id: SameId = "positive",
     ) -> Tensor | dict[str, Tensor]:
         """Sum over pairs of the sigmoid loss, divided by the local batch: float32 [], nats.
 
-        Args: those of ``ClipLoss.forward``, but that a ``logit_bias`` of None is zero.
+        Args: those of ``ClipLoss.forward``, but that a ``logit_bias`` of None is zero, and pairs
+        of the same id are "positive" too, or left out where ``same_id`` is "exclude".
         """
         x, y, scale = checks.pairs("SigLipLoss", image_features, text_features, logit_scale)
         bias = 0.0 if logit_bias is None else logit_bias
         total = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss
-        loss = total(x, y, scale, bias) / max(len(x), 1)
+        loss = total(x, y, scale, bias, ids=ids, same_id=same_id) / max(len(x), 1)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -462,6 +552,7 @@ class ProtoClipLoss(ClipLoss):
         logit_scale: Tensor | float,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
+        ids: Tensor | None = None,
         *,
         image_projection: Tensor | None = None,
         text_projection: Tensor | None = None,
@@ -469,7 +560,7 @@ class ProtoClipLoss(ClipLoss):
         """InfoNCE plus the weighted prototype loss.
 
         Args:
-            image_features, text_features, logit_scale, logit_bias: as in ``ClipLoss``.
+            image_features, text_features, logit_scale, logit_bias, ids: as in ``ClipLoss``.
             output_dict: return the terms, ``contrastive_loss`` and (once there are prototypes)
                 ``proto_loss``, weighted: their sum is the loss.
             image_projection, text_projection: [N, Dh], unit rows: prototypes live there, behind
@@ -477,8 +568,8 @@ class ProtoClipLoss(ClipLoss):
         Returns:
             float32 [], nats.
         """
-        contrastive = super().forward(image_features, text_features, logit_scale, logit_bias)
-        losses: dict[str, Any] = {"contrastive_loss": contrastive}
+        plain = image_features, text_features, logit_scale, logit_bias
+        losses: dict[str, Any] = {"contrastive_loss": super().forward(*plain, ids=ids)}
         image = image_features if image_projection is None else image_projection
         text = text_features if text_projection is None else text_projection
         sets = self.online.current
@@ -532,6 +623,7 @@ class ProtoLoss(nn.Module):
         logit_scale: Tensor,
         proto_scale: Tensor,
         episode: Episode | None,
+        ids: Tensor | None = None,
         measure: Measure = contextlib.nullcontext,
     ) -> Losses:
         """The losses of a batch of B pairs; with several ranks, of each one's share.
@@ -544,6 +636,7 @@ class ProtoLoss(nn.Module):
             index: int64 [B], positions in the dataset, to look up the cluster labels.
             logit_scale, proto_scale: scalars, the multipliers (not their logarithms).
             episode: prototypes; None: InfoNCE only.
+            ids: int64 [B], of pairs that are no negatives of one another where equal; None: none.
             measure: times the block of a phase, here "prototypes".
         """
         config = self.config
@@ -551,7 +644,7 @@ class ProtoLoss(nn.Module):
         accuracy: dict[str, Tensor] = {}
         if config.w_clip > 0:
             terms["contrastive_loss"] = global_info_nce(
-                _normalise(encoded.image), _normalise(encoded.text), logit_scale
+                _normalise(encoded.image), _normalise(encoded.text), logit_scale, ids=ids
             )
         if episode is not None and projected is not None:
             features = {"image": projected.image, "text": projected.text}
@@ -582,6 +675,14 @@ class ProtoLoss(nn.Module):
                 "prototypes from the first step: --infonce-warmup-epoch 0"
             )
         return Losses(total, terms, accuracy)
+
+
+def caption_ids(tokens: Tensor) -> Tensor:
+    """int64 [B], equal where the captions' tokens [B, L] are; others meet once in 2^47 pairs."""
+    from protoclip.data.types import mix  # loads Pillow, which import protoclip must not
+
+    factors = torch.from_numpy(mix(0, np.arange(tokens.shape[1])).view(np.int64))
+    return (tokens.long() * factors.to(tokens.device)).sum(dim=1)
 
 
 def prototype_term(

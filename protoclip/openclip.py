@@ -24,7 +24,7 @@ from open_clip import loss as theirs
 from torch import nn
 
 from protoclip.config import add_options, flag_of, refusal
-from protoclip.losses import ClipLoss, ProtoClipLoss, ProtoConfig, SigLipLoss
+from protoclip.losses import ClipLoss, ProtoClipLoss, ProtoConfig, SigLipLoss, caption_ids
 from protoclip.model import register_configs
 
 PROG = "python -m protoclip.openclip"
@@ -32,6 +32,10 @@ DESCRIPTION = (
     "OpenCLIP's own training (open_clip_train) with protoclip's losses. Every flag of "
     "open_clip_train works as it does there; without a --proto-* flag the losses are the same, in "
     "less memory. Runs under torchrun as OpenCLIP does."
+)
+DEDUP = (
+    "caption: pairs of a batch that share their caption are no negatives of one another (default: "
+    "off, CLIP's loss as published)"
 )
 LOGGER = logging.getLogger(__name__)
 DistributedDataParallel = nn.parallel.DistributedDataParallel
@@ -161,9 +165,34 @@ def repaired() -> Iterator[None]:
             data.tar_file_expander = expander
 
 
+class CaptionLoss(nn.Module):
+    """A loss that is told which pairs share a caption, from the tokens that the model was given."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+        self.tokens: torch.Tensor | None = None
+        self.watch = nn.modules.module.register_module_forward_pre_hook(self._see)
+
+    def _see(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if hasattr(module, "encode_image") and hasattr(module, "encode_text") and len(inputs) == 2:
+            self.tokens = inputs[1]
+
+    def forward(self, image_features: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        tokens, self.tokens = self.tokens, None
+        if tokens is None or len(tokens) != len(image_features):
+            raise ValueError(
+                "--dedup caption: expected a loop that gives the model images and tokens, and the "
+                "loss their features, as OpenCLIP 3's does; leave the flag out"
+            )
+        return self.loss(image_features, *args, ids=caption_ids(tokens), **kwargs)
+
+
 @contextlib.contextmanager
-def patched(trainer: Any, proto: ProtoConfig | None) -> Iterator[None]:
+def patched(trainer: Any, proto: ProtoConfig | None, dedup: bool = False) -> Iterator[None]:
     """For the time of the block the trainer takes its loss from us.
+
+    With ``dedup`` pairs that share their caption are no negatives of one another.
 
     Raises:
         ValueError: the trainer has neither of OpenCLIP's factories.
@@ -176,40 +205,64 @@ def patched(trainer: Any, proto: ProtoConfig | None) -> Iterator[None]:
             "neither; install open_clip_torch 3.3 or 4"
         )
     original = getattr(trainer, name)
-    setattr(trainer, name, functools.partial(ours[name], proto=proto))
+    watches = []
+
+    def factory(*args: Any, **kwargs: Any) -> nn.Module:
+        made = ours[name](*args, proto=proto, **kwargs)
+        if not dedup:
+            return made
+        loss = CaptionLoss(made if name == "create_loss" else made.loss)
+        watches.append(loss.watch)
+        if name == "create_loss":
+            return loss
+        made.loss = loss
+        return made
+
+    setattr(trainer, name, factory)
     try:
         with repaired():
             yield
     finally:
         setattr(trainer, name, original)
+        for watch in watches:
+            watch.remove()
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Our flags alone."""
     parser = argparse.ArgumentParser(
-        prog=PROG,
-        usage="%(prog)s <open_clip_train flags> [--proto-* flags]",
-        description=DESCRIPTION,
+        PROG,
+        "%(prog)s <open_clip_train flags> [--dedup caption] [--proto-* flags]",
+        DESCRIPTION,
         allow_abbrev=False,
         add_help=False,
+    )
+    parser.add_argument_group("Loss").add_argument(
+        "--dedup", choices=("off", "caption"), default="off", help=DEDUP
     )
     add_options(parser.add_argument_group(str(ProtoConfig.__doc__)), ProtoConfig())
     return parser
 
 
-def split_flags(argv: Sequence[str]) -> tuple[ProtoConfig | None, list[str]]:
-    """Our settings (None: no --proto-* flag) and OpenCLIP's part of the command line.
+def split_flags(argv: Sequence[str]) -> tuple[ProtoConfig | None, bool, list[str]]:
+    """Our settings (None: no --proto-* flag), whether --dedup caption is given, and OpenCLIP's part
+    of the command line, with our models and a --model that is a config file known to OpenCLIP.
 
     Raises:
         ValueError: a --proto-* flag that does not exist, or a value out of range.
     """
-    given, rest = build_parser().parse_known_args(list(argv))
+    parser = build_parser()
+    parser.add_argument("--model", default="", help=argparse.SUPPRESS)
+    given, rest = parser.parse_known_args(list(argv))
     for word in rest:
         if word.startswith(("--proto", "--no-proto")):
             raise ValueError(
                 refusal(word, [flag_of(item) for item in dataclasses.fields(ProtoConfig)])
             )
-    return (ProtoConfig(**vars(given)) if vars(given) else None), rest
+    settings = vars(given)
+    dedup, model = settings.pop("dedup") == "caption", register_configs(settings.pop("model"))
+    proto = ProtoConfig(**settings) if settings else None
+    return proto, dedup, [*rest, "--model", model] if model else rest
 
 
 def load_trainer() -> Any:
@@ -226,15 +279,6 @@ def load_trainer() -> Any:
         ) from error
 
 
-def registered(rest: list[str]) -> list[str]:
-    """The command line, with our models and a --model that is a config file known to OpenCLIP."""
-    parser = argparse.ArgumentParser(PROG, add_help=False, allow_abbrev=False)
-    parser.add_argument("--model", default="")
-    given, others = parser.parse_known_args(rest)
-    name = register_configs(given.model)
-    return [*others, "--model", name] if name else rest
-
-
 def _their_help(trainer: Any) -> str:
     """What open_clip_train says about its flags, without its usage, which is not this command's."""
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
@@ -242,7 +286,7 @@ def _their_help(trainer: Any) -> str:
     return "open_clip_train's " + text.getvalue().partition("\n\n")[2].rstrip()
 
 
-def _check(trainer: Any, proto: ProtoConfig | None, rest: list[str]) -> None:
+def _check(trainer: Any, proto: ProtoConfig | None, dedup: bool, rest: list[str]) -> None:
     """Say now what OpenCLIP would say in a page, or the factories after minutes of loading."""
     known = set(re.findall(r"--[\w-]+", _their_help(trainer)))
     for word in rest:
@@ -250,34 +294,38 @@ def _check(trainer: Any, proto: ProtoConfig | None, rest: list[str]) -> None:
         if name.startswith("--") and not any(flag.startswith(name) for flag in known):
             raise ValueError(refusal(name, known))
     args = trainer.parse_args(list(rest))
-    if proto is None:
-        return
     other = {
-        "--siglip": args.siglip,
         "a CoCa model": "coca" in args.model.lower(),
         "--distill-model": bool(args.distill_model),
         "--horovod": getattr(args, "horovod", False),
     }
-    for name, is_on in other.items():
-        if is_on:
-            raise ValueError(f"--proto-* do not go with {name}: leave one of them out")
+    passes = {
+        "--accum-freq": getattr(args, "accum_freq", 1) > 1,
+        "--torchcompile": getattr(args, "torchcompile", False),
+    }
+    for flag, refused in (
+        ("--proto-*", other | {"--siglip": args.siglip} if proto is not None else {}),
+        ("--dedup caption", other | passes if dedup else {}),
+    ):
+        for name, is_on in refused.items():
+            if is_on:
+                raise ValueError(f"{flag} does not go with {name}: leave one of them out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake in our flags ends it with one line and status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        proto, rest = split_flags(argv)
+        proto, dedup, rest = split_flags(argv)
         trainer = load_trainer()
         if {"-h", "--help"} & set(rest):
             print(build_parser().format_help() + "\n" + _their_help(trainer))
             return 0
-        rest = registered(rest)
-        _check(trainer, proto, rest)
+        _check(trainer, proto, dedup, rest)
     except ValueError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
-    with patched(trainer, proto):
+    with patched(trainer, proto, dedup):
         return 1 if trainer.main(rest) else 0
 
 

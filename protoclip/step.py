@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoclip.config import OptimConfig
@@ -29,7 +30,7 @@ from protoclip.distributed import (
     world_size,
 )
 from protoclip.grad_cache import grad_cache
-from protoclip.losses import Losses, ProtoLoss
+from protoclip.losses import Losses, ProtoLoss, caption_ids
 from protoclip.model import Encoded, ProtoModel, autocast_for
 from protoclip.prototypes import Episode
 
@@ -194,6 +195,7 @@ class Step:
     projected: Encoded | None  # [B, Dh] of all batches
     norm: Tensor  # of the gradient before clipping
     finite: Tensor  # bool: whether the step was taken
+    same_caption: Tensor  # pairs of this rank's batch whose caption another one has
 
 
 class Stepper:
@@ -283,7 +285,7 @@ class Stepper:
         broadcast(*self._of_rank)  # what evaluation reads is the same on all ranks
         skipped = (~finite).long()
         self.bad = torch.stack([self.bad[0] + skipped, (self.bad[1] + 1) * skipped])
-        return Step(losses, projected, norm, finite)
+        return Step(losses, projected, norm, finite, repeated(_captions(moved)))
 
     def _in_one_pass(
         self, number: int, batch: Batch, episode: Episode | None, project: bool
@@ -292,16 +294,22 @@ class Stepper:
             seed_everything(self.seed, number, rank(), 0)
             with self.autocast():
                 encoded, projected = self.model(batch.image, batch.tokens, project=project)
-            losses = self._losses(encoded, projected, batch.index, episode)
+            losses = self._losses(encoded, projected, [batch], episode)
         with self.phases.measure("backward"):
             self.scaler.scale(losses.total).backward()
         return losses, projected
 
     def _losses(
-        self, encoded: Encoded, projected: Encoded | None, index: Tensor, episode: Episode | None
+        self,
+        encoded: Encoded,
+        projected: Encoded | None,
+        batches: Sequence[Batch],
+        episode: Episode | None,
     ) -> Losses:
         scales = self.model.logit_scale, self.model.proto_scale
-        return self.loss(encoded, projected, index, *scales, episode, self.phases.measure)
+        index, dedup = torch.cat([batch.index for batch in batches]), self.loss.config.dedup
+        ids = {"id": index, "caption": _captions(batches)}.get(dedup)
+        return self.loss(encoded, projected, index, *scales, episode, ids, self.phases.measure)
 
     def _in_passes(
         self, number: int, batches: Sequence[Batch], episode: Episode | None, project: bool
@@ -318,8 +326,7 @@ class Stepper:
             encoded = Encoded(image, text)
             with self.autocast():
                 projected = self.model.project(encoded) if project else None
-            index = torch.cat([batch.index for batch in batches])
-            losses = self._losses(encoded, projected, index, episode)
+            losses = self._losses(encoded, projected, batches, episode)
         with self.phases.measure("backward"):
             self.scaler.scale(losses.total).backward()
         return losses, projected
@@ -379,3 +386,14 @@ def _form(value: object) -> str:
         return type(value).__name__
     dense = value.layout == torch.strided and value.is_contiguous()
     return f"{value.dtype} {list(value.shape)}" + ("" if dense else ", not contiguous")
+
+
+def _captions(batches: Sequence[Batch]) -> Tensor:
+    return torch.cat([caption_ids(batch.tokens) for batch in batches])
+
+
+def repeated(ids: Tensor) -> Tensor:
+    """How many of the ids [B] are not alone."""
+    ordered = ids.sort().values
+    same = F.pad(ordered[1:] == ordered[:-1], (1, 1))
+    return (same[1:] | same[:-1]).sum()

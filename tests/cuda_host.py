@@ -55,7 +55,7 @@ def kmeans_assign(
     """Labels, distances and what the plan chose; outputs start as garbage, to see all written."""
     n, d = points.shape
     labels, distances = torch.full((n,), -7), torch.full((n,), -7.0)
-    report = (ctypes.c_int64 * 5)()
+    report = (ctypes.c_int64 * 6)()
     native = library("kmeans_assign")
     native.set_device(*device)
     error = native.kmeans_assign(
@@ -64,7 +64,7 @@ def kmeans_assign(
         *(_pointer(labels), _pointer(distances), report),
     )
     assert error == 0, f"launch failed with {error}"
-    names = ("parts", "pack_points", "resident", "splits", "rescored")
+    names = ("parts", "pack_points", "resident", "splits", "rescored", "screened")
     return labels, distances, dict(zip(names, report, strict=True))
 
 

@@ -54,14 +54,6 @@ losses = pytest.mark.parametrize("loss", LOSSES)
 fused = pytest.mark.parametrize("backend", [b for b in usable("info_nce") if b != "reference"])
 
 
-@pytest.fixture(autouse=True)
-def _has_the_backend(request):
-    given = getattr(request.node, "callspec", None) and request.node.callspec.params
-    one = bool(given) and given["loss"] == "contrastive" and given.get("backend", "reference")
-    if one and one not in protoclip.backends("contrastive"):
-        pytest.skip("contrastive has no such backend")
-
-
 @losses
 @pytest.mark.parametrize("call", CALLS)
 @fused

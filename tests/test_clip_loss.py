@@ -179,6 +179,59 @@ def test_siglip_op_is_sound():
     assert protoclip.SigLipLoss()(x, y, scale, bias).isnan()
 
 
+def _of_every_loss_with_ids(x, y, ids, flags):
+    """ClipLoss and SigLipLoss: value and gradients of ours with ids, as arrays."""
+    scale, bias, local = torch.tensor(14.3), torch.tensor(-10.0), flags.pop("local_loss", False)
+    for loss, scalars in (
+        (protoclip.ClipLoss(local_loss=local, gather_with_grad=True, **flags), (scale,)),
+        (protoclip.SigLipLoss(**flags), (scale, bias)),
+    ):
+        value, grads = gradients(lambda *a, f=loss: f(*a, ids=ids), x, y, *scalars)
+        yield value.numpy(), [g.numpy() for g in grads[:2]]
+
+
+def ids_of_rank(local):
+    dist.init_process_group("gloo")
+    (x, y), rank, ids = features(40, 12), dist.get_rank(), torch.arange(40) % 13
+    own = slice(20 * rank, 20 * rank + 20)
+    flags = dict(local_loss=local, rank=rank, world_size=2)
+    found = list(_of_every_loss_with_ids(x[own], y[own], ids[own], flags))
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_ids_over_two_ranks_are_those_of_one_process(local):
+    ranks = on_ranks(2, ids_of_rank, local)
+    whole = list(_of_every_loss_with_ids(*features(40, 12), torch.arange(40) % 13, {}))
+    plain = protoclip.ClipLoss()(*features(40, 12), torch.tensor(14.3))
+    assert abs(whole[0][0] - plain.item()) > 0.01
+    for one, (value, grads) in enumerate(whole):
+        assert abs(sum(found[one][0] for found in ranks) / 2 - value) <= 2e-5 * abs(value)
+        for k, want in enumerate(grads):
+            got = np.concatenate([found[one][1][k] for found in ranks]) / 2
+            assert np.abs(got - want).max() <= 2e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("same_id", ["positive", "exclude"])
+def test_siglip_with_ids(same_id):
+    """Every logit is a positive, a negative or left out."""
+    x, y = features()
+    ids = torch.arange(48)[:, None] // torch.tensor([2, 12]) % torch.tensor([99, 2])
+    scale, bias = torch.tensor(10.0), torch.tensor(-8.0)
+    same, own = (ids[:, None] == ids).any(dim=2), torch.eye(48, dtype=torch.bool)
+
+    def written_out(x, y, scale, bias):
+        logits = scale * x @ y.T + bias
+        positive = same if same_id == "positive" else own
+        losses = F.softplus(torch.where(positive, -logits, logits))
+        return losses.where(own | ~same if same_id == "exclude" else ~own | own, 0).sum() / 48
+
+    ours = protoclip.SigLipLoss()
+    got = gradients(lambda *a: ours(*a, ids=ids, same_id=same_id), x, y, scale, bias)
+    assert_same(got, gradients(written_out, x, y, scale, bias))
+
+
 def of_rank():
     """Of each case: value and gradients of ours and of OpenCLIP's, as arrays."""
     dist.init_process_group("gloo")

@@ -103,6 +103,15 @@ def test_many_candidates_within_rounding(dtype, generator):
     assert dtype == FP32 or report["rescored"] > 0
 
 
+@pytest.mark.parametrize("spread, left", [(0.1, 0), (1.5, 0.3), (30.0, 0.9)])
+def test_fp32_points_take_one_term_where_that_decides(spread, left, generator):
+    """Rows that hi.hi cannot decide, several tiles of them, take all three terms."""
+    x, c = clustered(1200, 300, 64, spread, generator)
+    _, report = assert_nearest(x, c)
+    assert report["screened"] <= left * 1200 and (report["screened"] > 128) == (left == 0.9)
+    assert kmeans_assign(x.bfloat16(), c.bfloat16())[2]["screened"] == 0
+
+
 def test_ties_go_to_the_lowest_index(generator):
     c = torch.randn(50, 24, generator=generator).repeat(4, 1)  # every centroid four times
     x = c[torch.randint(200, (300,), generator=generator)] + 0.01

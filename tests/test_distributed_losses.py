@@ -24,6 +24,18 @@ KINDS = [
 ]
 
 
+IDS = torch.randint(30, (G, 2), generator=torch.Generator().manual_seed(0))
+# the loss of one process and over ranks, what both are told beside the ids
+LOSSES = [
+    (protoclip.info_nce, global_info_nce, {}),
+    (sigmoid_loss, global_sigmoid_loss, {}),
+    (protoclip.info_nce, global_info_nce, {"same_id": "exclude"}),
+    (protoclip.info_nce, global_info_nce, {"same_id": "positive"}),
+    (sigmoid_loss, global_sigmoid_loss, {"same_id": "positive"}),
+    (sigmoid_loss, global_sigmoid_loss, {"same_id": "exclude"}),
+]
+
+
 def features(dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
     x = F.normalize(torch.randn(G, D, dtype=torch.float64), dim=-1)
@@ -31,18 +43,18 @@ def features(dtype=torch.float64, seed=0):
     return x.to(dtype), y.to(dtype)
 
 
-def losses_and_gradients(kind, info_nce, sigmoid, own=slice(None), wide=None):
-    """Of InfoNCE and of SigLIP: the loss, and the gradients of x, y and the scalars."""
+def losses_and_gradients(kind, over_ranks, own=slice(None), wide=None):
+    """Of each loss: it, and the gradients of x, y and the scalars."""
     dtype, backend, scale = kind
-    for loss, values in (
-        (lambda *a: info_nce(*a, backend=backend), [scale]),
-        (lambda *a: sigmoid(*a, backend=backend) / len(a[0]), [scale, -10.0]),
-    ):
+    for one, of_ranks, more in LOSSES:
+        options = more | {"backend": backend} | ({"ids": IDS[own]} if more else {})
+        values = [scale] if one is protoclip.info_nce else [scale, -10.0]
         inputs = [t[own].to(wide or dtype) for t in features(dtype)]
         scalar = torch.promote_types(wide or dtype, torch.float32)
         inputs += [torch.tensor(value, dtype=scalar) for value in values]
         leaves = [t.clone().requires_grad_() for t in inputs]
-        value = loss(*leaves)
+        value = (of_ranks if over_ranks else one)(*leaves, **options)
+        value = value / (1 if len(values) == 1 else len(inputs[0]))
         value.backward()
         yield value.detach(), *(t.grad for t in leaves)
 
@@ -53,7 +65,7 @@ def of_rank():
     ranks, own = distributed.world_size(), distributed.own_slice(G)
     results = []
     for kind in KINDS:
-        found = losses_and_gradients(kind, global_info_nce, global_sigmoid_loss, own)
+        found = losses_and_gradients(kind, True, own)
         for value, dx, dy, *scalars in found:
             rows = [all_rows(t.double() / ranks) for t in (dx, dy)]
             means = [distributed.mean_over_ranks(t.double()) for t in (value, *scalars)]
@@ -114,18 +126,18 @@ def test_ranks_give_the_loss_and_gradients_of_the_whole_batch(ranks):
     for got, want in zip(distilled, distillation(slice(None)), strict=True):
         assert np.abs(got - want).max() <= 1e-12 * max(1, np.abs(want).max())
     results = [[torch.from_numpy(a) for a in r] for r in results]
-    pairs = zip(results[::2], results[1::2], strict=True)
-    for (dtype, _, scale), pair in zip(KINDS, pairs, strict=True):
-        whole = (dtype, "reference", scale), protoclip.info_nce, sigmoid_loss
-        truths = losses_and_gradients(*whole, wide=torch.float64)
-        bases = losses_and_gradients(*whole)
-        for got, truth, base in zip(pair, truths, bases, strict=True):
+    size = len(LOSSES)
+    kinds = [results[first : first + size] for first in range(0, len(results), size)]
+    for (dtype, _, scale), found in zip(KINDS, kinds, strict=True):
+        truths = losses_and_gradients((dtype, "reference", scale), False, wide=torch.float64)
+        bases = losses_and_gradients((dtype, "reference", scale), False)
+        for case, (got, truth, base) in enumerate(zip(found, truths, bases, strict=True)):
             for number, (a, t, b) in enumerate(zip(got, truth, base, strict=True)):
-                where = f"{dtype} {scale} result {number}"
+                where = f"{dtype} {scale} loss {case} result {number} of {t.flatten()[0]:.3g}"
                 if dtype == torch.float64:
                     assert (a - t).abs().max() <= 1e-12 * max(1, t.abs().max()), where
                 else:  # a scalar's error is that of the logits it is made of
-                    size = (10 + scale) if a.ndim == 0 else None
+                    size = max(10 + scale, t.abs().item()) if a.ndim == 0 else None
                     assert_within_budget(a.to(b.dtype), t, b, where, magnitude=size)
     norm, x, w = norm_and_input(torch.nn.BatchNorm1d)
     x.requires_grad_()

@@ -22,6 +22,9 @@ def _python(*arguments: str) -> str:
     return run.stdout
 
 
+MATCHED = {"matched_forward", "matched_gradient"}
+
+
 @pytest.fixture(scope="module")
 def costs():
     """What ``make kernels`` finds: every row on Hopper, one kernel on the others, which take
@@ -33,13 +36,13 @@ def costs():
 def test_every_row_keeps_its_promise(costs):
     """No spills, the tensor core, shared memory and registers for the CTAs it counts on."""
     kernels = {c["kernel"].removesuffix("_kernel") for c in costs}
-    assert kernels >= {"forward", "gradient", "sigmoid", "attention", "weights"}
+    assert kernels >= {"forward", "gradient", "sigmoid", "attention", "weights"} | MATCHED
     assert kernels >= {"merge", "extremes", "finish", "assign", "distance", "sum"}
     assert {c["case"]["arch"] for c in costs} == {80, 89, 90, 100}
     assert [c for c in costs if c["problems"]] == []
     for c in costs:
         assert c["registers"] <= 255
-        if c["kernel"] in ("forward_kernel", "gradient_kernel", "sigmoid_kernel"):
+        if c["kernel"].removesuffix("_kernel") in {"forward", "gradient", "sigmoid"} | MATCHED:
             assert c["local_bytes"] == 0, c  # of the others, none in a loop
 
 

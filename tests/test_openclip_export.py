@@ -3,6 +3,7 @@
 import open_clip
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from protoclip import checkpoint, export
@@ -55,6 +56,11 @@ def test_the_exported_folder_gives_the_same_bits(run, nano, tmp_path, capsys):
     got = features(model, open_clip.get_tokenizer(f"local-dir:{out}"))
     assert same(got, trained(run, ModelConfig(model=str(nano), projection_hidden_dim=512)))
     assert "Resize(size=16" in str(preprocess)
+    held = ModelCard.load(out / "README.md").data  # as HfApi().upload_folder takes it
+    assert held.library_name == "open_clip" and held.model_name == "r"
+    assert {"text_retrieval_recall@5", "group/acc1"} <= {
+        one.metric_type for one in held.eval_results
+    }
     card = (out / "README.md").read_text()
     for words in ("builtin:shapes:64", "| steps | 3 |", "image -> text R@1", "local-dir"):
         assert words in card

@@ -1,7 +1,8 @@
-"""What README shows works when pasted: its Python runs, its commands know their flags."""
+"""README and docs/: snippets run, commands know their flags, links lead somewhere."""
 
 import contextlib
 import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -15,42 +16,59 @@ from protoclip import cluster, export, openclip, plan, teacher, train
 from protoclip.data import __main__ as data
 from protoclip.evaluate import __main__ as evaluate
 from protoclip.model import register_configs
+from protoclip.ops.backends import TABLE
 from protoclip.report import __main__ as report
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-FENCED = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in (README, *DOCS)}
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 COMMANDS = {
     "cluster": cluster, "data": data, "evaluate": evaluate, "export": export, "openclip": openclip,
     "plan": plan, "report": report, "teacher": teacher, "train": train,
 }  # fmt: skip
 
 
-def blocks(language: str) -> list[str]:
-    return [text for kind, text in FENCED.findall(README) if kind == language]
+def blocks(text: str, language: str) -> list[str]:
+    return [block for kind, block in FENCED.findall(text) if kind == language]
 
 
-def shown() -> list[tuple[str, list[str]]]:
+def shown(text: str) -> list[tuple[str, list[str]]]:
     """(NAME, the words after it) of each "-m protoclip.NAME ..." or "protoclip NAME ..."."""
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
-    lines += [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", FENCED.sub("", README))]
-    found = (re.search(r"(?:-m (?:-- )?protoclip\.|^protoclip )(\w+)(.*)", line) for line in lines)
+    lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
+    lines += [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", FENCED.sub("", text))]
+    command = r"(?:-m (?:-- )?protoclip\.(?!kernels)|(?:^|&& )protoclip )(\w+)(.*)"
+    found = (re.search(command, line) for line in lines)
     return [(match[1], shlex.split(match[2], comments=True)) for match in found if match]
 
 
-def test_python_examples_run():
+SHOWN = [use for text in PAGES.values() for use in shown(text)]
+
+
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if "```python" in text])
+def test_python_examples_run(page):
+    """A page's snippets run one after the other; where one makes a loss, it has a gradient."""
     torch.manual_seed(0)
-    pieces, loop = blocks("python")
-    exec(compile(pieces, "README: use a piece", "exec"), {})
-    name = register_configs("protoclip-tiny")  # the second stands in a loop with model and batch
-    scope = {
+    name = register_configs("protoclip-tiny")
+    scope = {  # the loop that README's first snippet stands in
         "protoclip": protoclip,
         "model": open_clip.create_model(name, output_dict=True),
         "images": torch.randn(2, 3, 48, 48),
         "texts": open_clip.get_tokenizer(name)(["a cat", "two dogs"]),
     }
-    exec(compile(loop, "README: your own loop", "exec"), scope)
-    assert torch.isfinite(scope["total"])
+    for snippet in blocks(PAGES[page], "python"):
+        scope.pop("loss", None)
+        exec(compile(snippet, page, "exec"), scope)
+        if isinstance(loss := scope.get("loss"), torch.Tensor):
+            loss.backward()
+            assert loss.isfinite() and loss > 0
+    assert page != README.name or scope["total"].isfinite()
+
+
+def test_the_page_of_losses_has_a_snippet_for_each():
+    page = PAGES["which-loss.md"]
+    assert len(blocks(page, "python")) == page.count("\n## ") + 1
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
@@ -59,15 +77,73 @@ def test_flags_exist(name):
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         COMMANDS[name].main(["--help" if name == "openclip" else "--help-all"])
     known = set(re.findall(r"--[\w-]+", printed.getvalue()))
-    uses = [words for command, words in shown() if command == name]
-    assert uses, f"README does not show protoclip.{name}"
+    uses = [words for command, words in SHOWN if command == name]
+    assert uses, f"no page shows protoclip {name}"
     for words in uses:
         flags = {word.split("=")[0] for word in words if word.startswith("--")}
-        assert flags <= known, f"protoclip.{name} has no {sorted(flags - known)}"
+        assert flags <= known, f"protoclip {name} has no {sorted(flags - known)}"
 
 
 def test_commands_and_make_targets_exist():
-    assert {name for name, _ in shown()} <= set(COMMANDS)
+    assert {name for name, _ in SHOWN} <= set(COMMANDS)
     rules = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`make ([\w-]+)`", README):
+    for target in re.findall(r"(?:`|^)make ([\w-]+)", "\n".join(PAGES.values()), re.MULTILINE):
         assert re.search(rf"^{target}:", rules, re.MULTILINE), target
+
+
+def anchors(text: str) -> set[str]:
+    """GitHub's names of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", (README, *DOCS), ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)]+)\)", FENCED.sub("", PAGES[path.name])):
+        if not link.startswith("https://"):
+            file, _, anchor = link.partition("#")
+            target = path.parent / file if file else path
+            assert target.is_file(), link
+            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_readme_is_short_and_leads_to_every_page():
+    text = PAGES[README.name]
+    assert text.count("\n") <= 170
+    assert [page.name for page in DOCS if f"](docs/{page.name}" not in text] == []
+
+
+def test_pages_name_no_numbers_of_a_tracker():
+    for name, text in PAGES.items():
+        assert not re.search(r"\bissues? \d|\(#\d", text, re.IGNORECASE), name
+
+
+def test_readme_says_which_backends_an_op_has():
+    rows = [line.split("|")[1:-1] for line in PAGES[README.name].splitlines() if "✓" in line]
+    ops = {"SigLipLoss": "siglip"} | {op: op for op in TABLE if op != "siglip"}
+    told = {
+        ops[name]: {
+            b for b, cell in zip(("cpu", "triton", "cuda"), row[2:], strict=True) if cell.strip()
+        }
+        for row in rows
+        for name in re.findall(r"`(\w+)`", row[0])
+        if name in ops
+    }
+    assert told == {op: set(TABLE[op]) - {"reference"} for op in ops.values() if "ids" not in op}
+
+
+def test_the_page_of_many_gpus_says_what_plan_says(capsys):
+    page = PAGES["many-gpus.md"]
+    (command,) = (words for name, words in shown(page) if name == "plan" and words)
+    for row in re.findall(r"^\|((?: [\d.,]+ \|){6})$", page, re.MULTILINE):
+        gpus, batch, k, steps, *gib = (
+            cell.strip().replace(",", "") for cell in row.split("|")[:-1]
+        )
+        size = int(steps) * int(batch)
+        own = ["--ranks", gpus, "--k", k, "--episode-size", str(size), "--json"]
+        assert plan.main([*command, *own]) == 0
+        planned = json.loads(capsys.readouterr().out)
+        memory = planned["memory_bytes"]
+        loss = memory["gathered features"] + memory["InfoNCE scratch"]
+        assert planned["global_batch"] == int(batch)
+        assert [f"{sum(memory.values()) / 2**30:.1f}", f"{loss / 2**30:.2f}"] == gib

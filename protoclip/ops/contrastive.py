@@ -562,14 +562,18 @@ def _check_weights(op: str, weights: Any, queries: Tensor) -> None:
 # The sigmoid loss. Its gradient needs no statistics of whole rows, so the fused backends form it in
 # the forward pass, where gradients are wanted: three products instead of four. The backward pass
 # scales it.
-def _sigmoid_fwd(x: Tensor, y: Tensor, *rest):
+def _sigmoid_fwd(
+    x: Tensor, y: Tensor, scale, bias, offset, gradients, backend,
+    query_ids=None, key_ids=None, same_positive=True,
+):  # fmt: skip
     """-> loss (sum) fp32 [], dx, dy in the inputs' dtypes ([0, D] without gradients), dscale and
     dbias fp32 []."""
-    *arguments, backend = rest
-    return implementation("siglip", backend, "sigmoid_loss")(x, y, *arguments)
+    ids = () if key_ids is None else (query_ids, key_ids, same_positive)
+    run = implementation("siglip", backend, "sigmoid_loss")
+    return run(x, y, scale, bias, offset, gradients, *ids)
 
 
-def _sigmoid_fake(x, y, scale, bias, offset, gradients, backend):
+def _sigmoid_fake(x, y, scale, bias, offset, gradients, *_):
     n, m = (len(x), len(y)) if gradients else (0, 0)
     loss, dscale, dbias = (x.new_empty((), dtype=torch.float32) for _ in range(3))
     return loss, x.new_empty((n, x.shape[1])), y.new_empty((m, y.shape[1])), dscale, dbias
@@ -584,18 +588,19 @@ def _sigmoid_setup(ctx, inputs, output) -> None:
 def _sigmoid_autograd(ctx, grad, *_):
     scale, bias, dx, dy, dscale, dbias = ctx.saved_tensors
     if grad is None:
-        return (None,) * 7
+        return (None,) * 10
     dx, dy = (torch.ops.protoclip.sigmoid_loss_bwd(grad, g) for g in (dx, dy))
     dscale, dbias = (
         torch.ops.protoclip.sigmoid_loss_bwd(grad, g).to(like.dtype).reshape(like.shape)
         for g, like in ((dscale, scale), (dbias, bias))
     )
-    return dx, dy, dscale, dbias, None, None, None
+    return dx, dy, dscale, dbias, *(None,) * 6
 
 
 define(
     "sigmoid_loss(Tensor x, Tensor y, Tensor scale, Tensor bias, int offset, bool gradients,"
-    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " str backend, Tensor? query_ids=None, Tensor? key_ids=None, bool same_positive=True)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _sigmoid_fwd,
     _sigmoid_fake,
 )
@@ -616,6 +621,8 @@ def sigmoid_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float,
     *,
+    ids: Tensor | None = None,
+    same_id: SameId = "positive",
     offset: int = 0,
     backend: str = "auto",
 ) -> Tensor:
@@ -625,6 +632,9 @@ def sigmoid_loss(
         image_features: [N, D], usually unit rows; float32, bfloat16, float16 (float64: reference).
         text_features: [M, D], M >= offset + N, on the same device; different dtypes are promoted.
         logit_scale, logit_bias: [] or [1].
+        ids: int64 [M] or [M, R], R <= 2, of the texts; image i has that of its own text.
+        same_id: "positive": z_ij is 1 for all texts of the image's id; "exclude": the pair is left
+            out unless the text is the image's own.
         offset: z_ij is 1 where j = i + offset, else -1.
         backend: "auto", or one of ``protoclip.backends("siglip")``, which never falls back.
     Returns:
@@ -649,10 +659,24 @@ def sigmoid_loss(
     x, y = checks.promoted(image_features, text_features)
     scale = checks.scalar(op, "logit_scale", logit_scale, x.device)
     bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
-    name = resolve("siglip", backend, x.device.type, x.dtype)
+    relation = None
+    if ids is not None:
+        relation = pairs.same_pairs(op, ids, same_id, x, m, offset)
+    return sigmoid_sum((x, y, scale, bias), relation, offset, backend)
+
+
+def sigmoid_sum(
+    inputs: tuple[Tensor, ...], relation: pairs.Pairs | None, offset: int, backend: str
+) -> Tensor:
+    """``sigmoid_loss`` of checked arguments."""
+    x, y, scale, bias = inputs
+    device, dtype = x.device.type, x.dtype
+    name = resolve("siglip" if relation is None else "siglip with ids", backend, device, dtype)
+    ids: tuple[Any, ...] = (None, None, True)
+    if relation is not None:
+        ids = relation.query_ids, relation.key_ids, relation.same_positive
     if name == "reference":
-        with without_autocast(x.device.type):
-            return reference.sigmoid_loss(x, y, scale, bias, offset)
-    inputs = x, y, scale, bias
+        with without_autocast(device):
+            return reference.sigmoid_loss(x, y, scale, bias, offset, *ids)
     gradients = wants_gradient(*inputs)
-    return torch.ops.protoclip.sigmoid_loss(*inputs, offset, gradients, name)[0]
+    return torch.ops.protoclip.sigmoid_loss(*inputs, offset, gradients, name, *ids)[0]

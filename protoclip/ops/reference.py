@@ -180,14 +180,24 @@ def _base2_logits(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     return (_wide(scale).reshape(()) * LOG2E) * (_wide(x) @ _wide(y).T)
 
 
-def sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, offset: int) -> Tensor:
-    """[N, D], [M, D], scalars -> []: sum of softplus(-z (scale x.y + bias)), z = 1 at
-    j = i + offset and -1 elsewhere."""
+def sigmoid_loss(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    offset: int,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    same_positive: bool = True,
+) -> Tensor:
+    """[N, D], [M, D], scalars -> []: sum of softplus(-z (scale x.y + bias)) over the pairs seen,
+    z = 1 at positives, such as j = i + offset, and -1 elsewhere."""
     logits = _wide(scale).reshape(()) * _wide(x) @ _wide(y).T + _wide(bias).reshape(())  # [N, M]
-    columns = torch.arange(len(y), device=y.device)
-    positive = columns == torch.arange(len(x), device=x.device)[:, None] + offset
+    own = torch.arange(len(x), device=x.device) + offset
+    seen, positive = relations(logits, own, None, query_ids, key_ids, None, same_positive)
     # Not softplus, whose exponential overflows in fp32 from a logit of 89 on.
-    return -F.logsigmoid(torch.where(positive, logits, -logits)).sum()
+    losses = -F.logsigmoid(torch.where(positive, logits, -logits))
+    return losses.where(seen, 0).sum()
 
 
 def prototype_cross_entropy(

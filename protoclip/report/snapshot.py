@@ -28,7 +28,7 @@ from torch import Tensor
 
 from protoclip.data import PairDataset
 from protoclip.data.files import write_atomic
-from protoclip.evaluate import EvalSet
+from protoclip.evaluate.tasks import EvalSet
 from protoclip.kmeans import kmeans
 from protoclip.model import Encoded
 from protoclip.ops import segment_mean
@@ -38,6 +38,7 @@ NAME, FORMAT = "report.json", 4
 SIDE = 64  # pixels of a thumbnail
 CARDS, IMAGES, CAPTIONS = 20_000, 8, 5  # clusters of each source, and the nearest of each
 PICTURES = 4000  # of the cards of a source: they and the map's make a page that fits into a mail
+SHEET = 16  # clusters on the contact sheet
 WORDS, VOCABULARY = 5, 20_000  # of a cluster, and of all captions
 ASKED, SHOWN = 400, 4  # queries that are looked at, and those that are shown of each kind
 CELLS, WORST = 14, 12  # classes of a full confusion table; else its largest entries
@@ -215,6 +216,20 @@ def cluster_block(
         "purity": {key: purity(labels[kept], own.ids[kept]) for key, own in dataset.labels.items()},
         "cards": cards,
     }
+
+
+def contact_sheet(snapshot: Snapshot) -> np.ndarray | None:
+    """The largest clusters of the first source, a row of pictures each: uint8 [H, W, 3]; None
+    without clusters."""
+    rows = [card["images"] for block in snapshot.clusters[:1] for card in block["cards"][:SHEET]]
+    if not rows:
+        return None
+    sheet = Image.new("RGB", (IMAGES * SIDE, len(rows) * SIDE), "white")
+    for row, items in enumerate(rows):
+        for column, item in enumerate(items):
+            held = io.BytesIO(base64.b64decode(snapshot.pictures[item["picture"]]))
+            sheet.paste(Image.open(held), (column * SIDE, row * SIDE))
+    return np.asarray(sheet)
 
 
 def words_of_clusters(dataset: PairDataset, labels: Tensor) -> dict[int, str]:

@@ -1,0 +1,299 @@
+"""InfoNCE whose positives and negatives are matched by ids and positions (protoclip/ops/pairs.py).
+
+Every tile masks its logits: a row and a column of ids, positions and biases against each other. The
+forward pass leaves, for the rows and the columns of each tile, the maximum and the sum of the
+logits seen and the sum and count of the positives'; torch merges them. The backward pass forms the
+logits again and writes G, positives and all, in chunks that ``waves.py`` multiplies. It is apart
+from ``info_nce*.py``, whose tiles without positives need no masks. Sums are fp32 in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from protoclip.kernels import launch, waves
+from protoclip.kernels.tiles import LOG2E, operands, products, tile_origin
+from protoclip.kernels.waves import store_gradient
+
+PARTIAL_BYTES = 64 << 20
+
+
+@triton.jit
+def _logits(
+    acc, c, row, col, inside,
+    own_ptr, exclude_ptr, query_ptr, key_ptr, bias_ptr, stride_query, stride_key,
+    IDS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
+):  # fmt: skip
+    """-> base-2 logits of a tile, the keys seen, and the positives."""
+    s = acc * c
+    own = tl.load(own_ptr + row)
+    positive = own[:, None] == col[None, :]
+    seen = inside
+    if IDS > 0:
+        same = tl.load(query_ptr + row)[:, None] == tl.load(key_ptr + col)[None, :]
+        if IDS > 1:
+            query, key = (
+                tl.load(query_ptr + stride_query + row),
+                tl.load(key_ptr + stride_key + col),
+            )
+            same = same | (query[:, None] == key[None, :])
+        if SAME_POSITIVE:
+            positive = positive | same
+        else:
+            seen = seen & (positive | (same == 0))
+    if exclude_ptr is not None:
+        seen = seen & (tl.load(exclude_ptr + row)[:, None] != col[None, :])
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + col)
+        s += (bias * LOG2E)[None, :]
+        seen = seen & (bias != -float("inf"))[None, :]
+    return s, seen, positive & seen
+
+
+@triton.jit
+def _exponential(s, reference, positive):
+    """2^(s - reference); a positive that is the reference gives exactly 1, though an fma rounds its
+    logit otherwise than the product before."""
+    exponent = s - reference
+    snap = positive & (tl.abs(exponent) <= tl.abs(reference) * 2.4e-7)  # 4 units in the last place
+    return tl.exp2(tl.where(snap, 0.0, exponent))
+
+
+@triton.jit
+def _store_side(ptr, at, mask, length, s, seen, positive, AXIS: tl.constexpr):
+    """Write the four statistics of the rows or columns of a tile, ``length`` apart."""
+    visible = tl.where(seen, s, -float("inf"))
+    top = tl.max(visible, AXIS)
+    zero = tl.where(top == -float("inf"), 0.0, top)
+    total = tl.sum(_exponential(visible, tl.expand_dims(zero, AXIS), positive), AXIS)
+    tl.store(ptr + at, top, mask=mask)
+    tl.store(ptr + length + at, total, mask=mask)
+    tl.store(ptr + 2 * length + at, tl.sum(tl.where(positive, s, 0.0), AXIS), mask=mask)
+    tl.store(ptr + 3 * length + at, tl.sum(tl.where(positive, 1.0, 0.0), AXIS), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n", "m", "first_row", "stride_query", "stride_key"])
+def matched_forward_kernel(
+    x, y, scale_ptr, row_ptr, column_ptr,  # [N, D], [M, D], [], [4, blocks, N], [4, blocks, M]
+    own_ptr, exclude_ptr, query_ptr, key_ptr, bias_ptr, stride_query, stride_key,
+    n, m, d, first_row,
+    stride_x_n, stride_x_d, stride_y_m, stride_y_d,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
+    COLUMNS: tl.constexpr, IDS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
+):  # fmt: skip
+    """Partial statistics of one tile."""
+    row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
+    c = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    acc = products(
+        x, y, row0, col0, n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
+        BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
+    )  # fmt: skip
+    rows, cols = row0 + tl.arange(0, BLOCK_N), col0 + tl.arange(0, BLOCK_M)
+    inside = (rows < n)[:, None] & (cols < m)[None, :]
+    s, seen, positive = _logits(
+        acc, c, first_row + tl.minimum(rows, n - 1), tl.minimum(cols, m - 1), inside,
+        own_ptr, exclude_ptr, query_ptr, key_ptr, bias_ptr, stride_query, stride_key,
+        IDS, SAME_POSITIVE,
+    )  # fmt: skip
+    blocks_n, blocks_m = tl.cdiv(n, BLOCK_N).to(tl.int64), tl.cdiv(m, BLOCK_M).to(tl.int64)
+    at = (col0 // BLOCK_M).to(tl.int64) * n + rows
+    _store_side(row_ptr, at, rows < n, blocks_m * n, s, seen, positive, 1)
+    if COLUMNS:
+        at = (row0 // BLOCK_N).to(tl.int64) * m + cols
+        _store_side(column_ptr, at, cols < m, blocks_n * m, s, seen, positive, 0)
+
+
+SIZES = ["n", "m", "first_row", "first_col", "first_tile", "stride_query", "stride_key"]
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["share_ptr", "dbias_ptr"])
+def matched_gradient_kernel(
+    x, y, g_ptr, scale_ptr, lift_ptr,  # [N, D], [M, D], [N, M], [], []
+    row_ptr, column_ptr, stride_row, stride_column,  # [3, N], [3, M]: reference and weights
+    share_ptr, dbias_ptr, first_tile,  # [tiles], [row blocks, M] or None
+    own_ptr, exclude_ptr, query_ptr, key_ptr, bias_ptr, stride_query, stride_key,
+    n, m, d, first_row, first_col, stride_g,
+    stride_x_n, stride_x_d, stride_y_m, stride_y_d,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
+    COLUMNS: tl.constexpr, IDS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
+):  # fmt: skip
+    """G of one tile times the lift, its share of sum G x.y, and its column sums."""
+    row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
+    c = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    acc = products(
+        x, y, row0, col0, n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
+        BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
+    )  # fmt: skip
+    rows, cols = row0 + tl.arange(0, BLOCK_N), col0 + tl.arange(0, BLOCK_M)
+    row, col = first_row + tl.minimum(rows, n - 1), first_col + tl.minimum(cols, m - 1)
+    s, seen, positive = _logits(
+        acc, c, row, col, (rows < n)[:, None] & (cols < m)[None, :],
+        own_ptr, exclude_ptr, query_ptr, key_ptr, bias_ptr, stride_query, stride_key,
+        IDS, SAME_POSITIVE,
+    )  # fmt: skip
+    p = _exponential(s, tl.load(row_ptr + row)[:, None], positive)
+    g = p * tl.load(row_ptr + stride_row + row)[:, None]
+    at_positive = tl.load(row_ptr + 2 * stride_row + row)[:, None]
+    if COLUMNS:
+        p = _exponential(s, tl.load(column_ptr + col)[None, :], positive)
+        g += p * tl.load(column_ptr + stride_column + col)[None, :]
+        at_positive += tl.load(column_ptr + 2 * stride_column + col)[None, :]
+    g = tl.where(seen, tl.where(positive, g + at_positive, g), 0.0)
+    tl.store(share_ptr + first_tile + tl.program_id(0), tl.sum(g * acc) / tl.load(lift_ptr))
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + (row0 // BLOCK_N) * m + cols, tl.sum(g, 0), mask=cols < m)
+    store_gradient(g, row0, col0, g_ptr, stride_g, False)
+
+
+def matched_fwd(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    own: Tensor,
+    exclude: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    key_bias: Tensor | None,
+    same_positive: bool,
+    columns: bool,
+) -> tuple[Tensor, Tensor]:
+    """Statistics of a matched strip, as in ops/contrastive.py: [4, N] and [4, M] or [4, 0]."""
+    n, m, row = len(x), len(y), _row(x)
+    relation, options = _relation(own, exclude, query_ids, key_ids, key_bias, same_positive)
+    blocks_m = triton.cdiv(m, row.block_m)
+    wave = max(1, PARTIAL_BYTES // (16 * max(1, blocks_m * row.block_n + m))) * row.block_n
+    rows = [x.new_empty((4, 0), dtype=torch.float32)]
+    by_column = [_nothing(x, m if columns else 0)]
+    with torch.cuda.device_of(x):
+        for first in range(0, n if m else 0, wave):
+            part = x[first : first + wave]
+            blocks_n = triton.cdiv(len(part), row.block_n)
+            row_part = x.new_empty((4, blocks_m, len(part)), dtype=torch.float32)
+            column_part = x.new_empty((4, blocks_n, m if columns else 0), dtype=torch.float32)
+            features, tile = _operands(part, y, row)
+            matched_forward_kernel[(blocks_n * blocks_m,)](
+                *features, scale, row_part, column_part, *relation,
+                len(part), m, x.shape[1], first, *x.stride(), *y.stride(),
+                COLUMNS=columns, **options, **tile,
+            )  # fmt: skip
+            rows.append(_merged(row_part))
+            if columns:
+                by_column.append(_merged(column_part))
+    if not m:
+        rows.append(_nothing(x, n))
+    return torch.cat(rows, dim=1), _merged(torch.stack(by_column, dim=1))
+
+
+def matched_bwd(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    own: Tensor,
+    exclude: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    key_bias: Tensor | None,
+    same_positive: bool,
+    rows: Tensor,
+    columns: Tensor,
+    row_weights: Tensor,
+    column_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the strip, as in ops/contrastive.py: dx, dy, dscale, dbias."""
+    given = own, exclude, query_ids, key_ids, key_bias, same_positive
+    dbias = x.new_zeros(len(y), dtype=torch.float32)
+    if min(len(x), len(y)) == 0:
+        zero = x.new_zeros((), dtype=torch.float32)
+        return torch.zeros_like(x), torch.zeros_like(y), zero, dbias
+    if x.shape[1] == 0:  # the bias has a gradient all the same
+        wide, sides = [F.pad(t, (0, 1)) for t in (x, y)], (rows, columns)
+        found = matched_bwd(*wide, scale, *given, *sides, row_weights, column_weights)
+        return torch.zeros_like(x), torch.zeros_like(y), *found[2:]
+    row = _row(x)
+    relation, options = _relation(*given)
+    lift = torch.ones((), dtype=torch.float32, device=x.device)
+    if x.dtype == torch.float16:  # weights are about 1/N: let G fill its range
+        peak = sum(w.abs().amax(1).sum() for w in (row_weights, column_weights) if w.numel())
+        power = (14 - torch.as_tensor(peak).log2().ceil()).clamp(-80, 80).exp2()
+        lift = power.where(power.isfinite(), 1.0).float()
+    sides = [
+        _side(statistics, weights, lift)
+        for statistics, weights in ((rows, row_weights), (columns, column_weights))
+    ]
+    plan = waves.chunks(x, y, row)
+    shares = x.new_empty(waves.tiles(plan), dtype=torch.float32)
+
+    def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
+        part_x, part_y = x[chunk.rows], y[chunk.cols]
+        entries[chunk.rows].zero_()  # the positives are in G
+        sums = None
+        if key_bias is not None:
+            blocks = chunk.shape[0] // row.block_n
+            sums = x.new_empty((blocks, len(part_y)), dtype=torch.float32)
+        features, tile = _operands(part_x, part_y, row)
+        matched_gradient_kernel[(chunk.tiles,)](
+            *features, g, scale, lift, *sides, len(x), columns.shape[1],
+            shares, sums, chunk.first_tile, *relation,
+            len(part_x), len(part_y), x.shape[1], chunk.rows.start, chunk.cols.start,
+            g.stride(0), *x.stride(), *y.stride(),
+            COLUMNS=columns.shape[1] > 0, **options, **tile,
+        )  # fmt: skip
+        if sums is not None:
+            dbias[chunk.cols] += sums.sum(dim=0)
+
+    factor = scale.reshape(()).float() / lift
+    dx, dy, dscale = waves.products(x, y, factor, 0, plan, fill, shares)
+    return dx, dy, dscale, dbias / lift
+
+
+def _row(x: Tensor) -> launch.Launch:
+    """64 x 64 logits: the masks need registers that larger tiles do not leave."""
+    if launch.architecture(x.device) is None:
+        return launch.INTERPRETER
+    return launch.FLOAT_ANY if x.dtype == torch.float32 else launch.HALF_ANY["forward"]
+
+
+def _operands(x: Tensor, y: Tensor, row: launch.Launch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    features, options = operands(x, y, row)
+    del options["STRIP"]
+    return features[:2], options
+
+
+def _relation(own, exclude, query_ids, key_ids, bias, same_positive):
+    """-> what the kernels are told, and their constants."""
+    count = 0 if key_ids is None else len(key_ids)
+    strides = (0, 0) if key_ids is None else (query_ids.stride(0), key_ids.stride(0))
+    bias = None if bias is None else bias.float()
+    constants = {"IDS": count, "SAME_POSITIVE": same_positive}
+    return (own, exclude, query_ids, key_ids, bias, *strides), constants
+
+
+def _nothing(x: Tensor, count: int) -> Tensor:
+    """The statistics of no logits."""
+    out = x.new_zeros((4, count), dtype=torch.float32)
+    out[0] = -torch.inf
+    return out
+
+
+def _merged(parts: Tensor) -> Tensor:
+    """[4, blocks, length] -> [4, length]."""
+    top = parts[0].amax(dim=0)
+    factor = (parts[0] - top.where(top != -torch.inf, 0)).exp2()
+    return torch.stack([top, (parts[1] * factor).sum(0), parts[2].sum(0), parts[3].sum(0)])
+
+
+def _side(statistics: Tensor, weights: Tensor, lift: Tensor) -> Tensor:
+    """-> reference, weight of a probability and weight of a positive, [3, length]."""
+    top, total, _, count = statistics
+    used = total != 0
+    level = (weights[0] / total).where(used, 0) * lift
+    mean = weights[1] / count.clamp_min(1) * lift
+    return torch.stack([top.where(used, 0), level, mean])

@@ -1,0 +1,89 @@
+"""--dedup: pairs that share a caption are no negatives of one another, in both trainers."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from pairs import picture, write_table
+
+import protoclip
+from protoclip import openclip as command
+from protoclip.config import LossConfig
+from protoclip.losses import ProtoLoss, caption_ids
+from protoclip.model import Encoded, register_configs
+from protoclip.step import repeated
+from protoclip.train import main
+
+
+def test_captions_are_told_apart_by_their_tokens():
+    torch.manual_seed(0)
+    tokens = torch.randint(49408, (500, 12))
+    tokens[100:130], tokens[7] = tokens[:30], tokens[8]
+    ids = caption_ids(tokens)
+    same = (tokens[:, None] == tokens).all(dim=2)
+    assert torch.equal(ids[:, None] == ids, same)
+    assert repeated(ids) == (same.sum(dim=1) > 1).sum() == 59
+    assert repeated(ids[:0]) == repeated(ids[:1]) == 0
+
+
+def test_the_training_loss_takes_ids():
+    x, y = torch.randn(20, 8), torch.randn(20, 8)
+    ids, index, scale = torch.arange(20) % 6, torch.arange(20), torch.tensor(9.0)
+    loss = ProtoLoss(LossConfig(dedup="caption"))
+    got = loss(Encoded(x, y), None, index, scale, scale, None, ids).total
+    unit = F.normalize(x, dim=1), F.normalize(y, dim=1)
+    torch.testing.assert_close(got, protoclip.info_nce(*unit, scale, ids=ids))
+    assert not torch.allclose(got, protoclip.info_nce(*unit, scale))
+
+
+def test_train_counts_shared_captions_and_leaves_them_out(tmp_path):
+    """With a seed the first batch is the same."""
+    found, rows = {}, []
+    for number in range(64):
+        picture(number).save(tmp_path / f"{number}.png")
+        rows.append([f"{number}.png", f"a picture of kind {number % 48}"])
+    table = write_table(tmp_path, rows)
+    for choice in ("off", "caption", "id"):
+        flags = ["--train-data", table, "--batch-size", "32", "--report-to", "none"]
+        flags += ["--method", "clip", "--max-steps", "2", "--val-frequency", "0"]
+        where = ["--logs", str(tmp_path), "--name", choice, "--dedup", choice]
+        assert main([*where, *flags]) == 0
+        lines = (tmp_path / choice / "metrics.jsonl").read_text().splitlines()
+        found[choice] = json.loads(lines[0])
+        log = (tmp_path / choice / "out.log").read_text()
+        shared = found[choice]["same_caption"]
+        assert f"{shared:g} of 32 pairs of a process share their caption" in log
+        assert f"--dedup {choice}" in log
+    assert found["off"]["same_caption"] == found["caption"]["same_caption"] > 0
+    assert found["id"]["loss"] == pytest.approx(found["off"]["loss"], rel=1e-5)
+    assert found["caption"]["loss"] < found["off"]["loss"] - 0.01
+
+
+def test_open_clips_loop_shows_the_tokens():
+    """The model is called with pictures and tokens, the loss with what it gave, as OpenCLIP 3's."""
+    name = register_configs("protoclip-tiny")
+    model = open_clip.create_model(name, output_dict=True)
+    texts = open_clip.get_tokenizer(name)(["a cat", "two dogs", "a cat", "a bird"])
+    trainer = type("trainer", (), {"create_loss": None})
+    args = dict(distill=False, model=name, siglip=False, local_loss=False, gather_with_grad=False)
+    args |= dict(rank=0, world_size=1, horovod=False, loss_dist_impl=None, accum_freq=1)
+    with command.patched(trainer, None, dedup=True):
+        loss = trainer.create_loss(type("args", (), args))
+        out = model(torch.randn(4, 3, 48, 48), texts)
+        got = loss(**out, output_dict=True)["contrastive_loss"]
+        with pytest.raises(ValueError, match="--dedup caption: expected a loop that gives"):
+            loss(**out)
+    features = out["image_features"], out["text_features"], out["logit_scale"]
+    want = protoclip.info_nce(*features, ids=torch.tensor([0, 1, 0, 2]))
+    torch.testing.assert_close(got, want)
+    assert not torch.allclose(want, protoclip.info_nce(*features))
+
+
+@pytest.mark.parametrize("flags", [["--accum-freq", "2"], ["--torchcompile"]])
+def test_what_does_not_show_them_is_refused(capsys, flags):
+    pytest.importorskip("open_clip_train.main")
+    given = ["--model", "ViT-B-32", "--train-data", "x", "--dedup", "caption", *flags]
+    assert command.main(given) == 2
+    assert f"--dedup caption does not go with {flags[0]}" in capsys.readouterr().err

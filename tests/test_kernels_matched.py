@@ -1,0 +1,79 @@
+"""Triton's matched strip against the sets written out, on a card or in the interpreter."""
+
+import pytest
+import torch
+from test_contrastive import DTYPES, KINDS, check, computed, problem
+
+import protoclip
+
+REASON = protoclip.backends("contrastive")["triton"]
+pytestmark = [
+    pytest.mark.skipif(REASON is not None or torch.cuda.is_available(), reason=str(REASON)),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's, of inf and NaN
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_and_gradients_are_those_of_the_sets(dtype, kind):
+    """Tiles are 32 x 64: one pair, less than a tile, ragged tiles."""
+    for n, m, d, scale in ((1, 1, 1, 14.3), (17, 33, 20, 100.0), (70, 150, 17, 100.0)):
+        torch.manual_seed(n)
+        check(problem(kind, n, m, d, dtype, scale), "triton")
+
+
+def test_waves_and_chunks_are_the_whole(monkeypatch):
+    from protoclip.kernels import matched, waves
+
+    one = problem("groups", 100, 150, 12)
+    weights = torch.rand(100), torch.rand(100)
+    whole = computed(one, weights, "triton")
+    monkeypatch.setattr(matched, "PARTIAL_BYTES", 1)
+    monkeypatch.setattr(waves, "SCRATCH_BYTES", 64 * 128 * 4)
+    for name, value in computed(one, weights, "triton").items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_fp16_keeps_small_weights():
+    one = problem("positive", 40, 70, 16, torch.float16, 30.0)
+    counted = torch.tensor([float(len(p) > 0) for p, _ in one.sets()])
+    check(one, "triton", (1e-6 * torch.rand(40) * counted, torch.zeros(40)))
+
+
+@pytest.mark.parametrize("same_id", ["exclude", "positive"])
+def test_both_directions_and_a_query_alone_with_its_key(same_id):
+    one = problem("own", 70, 70, 20)
+    x, y = (t.requires_grad_() for t in (one.queries, one.keys))
+    ids = torch.arange(70)[:, None] // torch.tensor([2, 9])
+    found = []
+    for backend in ("triton", "reference"):
+        loss = protoclip.info_nce(x, y, 20.0, ids=ids, same_id=same_id, backend=backend)
+        found.append([loss, *torch.autograd.grad(loss, (x, y))])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6)
+    loss = protoclip.info_nce(x, y, 100.0, ids=0 * ids, backend="triton")
+    assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (x, y)))
+
+
+def test_no_features_rows_or_keys():
+    for n, m, d in ((0, 5, 4), (5, 0, 4), (3, 7, 0)):
+        bias = torch.zeros(m, requires_grad=True)
+        x, y = (torch.randn(k, d, requires_grad=True) for k in (n, m))
+        own = torch.full((n,), 0 if m else -100)
+        given = {"positives": own, "key_bias": bias}
+        found = []
+        for backend in ("triton", "reference"):
+            loss = protoclip.contrastive(x, y, 3.0, **given, backend=backend)
+            found.append([loss, *torch.autograd.grad(loss, (x, y, bias))])
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_opcheck():
+    one = problem("groups", 20, 40, 6)
+    leaves = [t.requires_grad_() for t in (one.queries, one.keys, one.key_bias)]
+    own, ids = torch.arange(20).int(), torch.randint(9, (1, 40)).int()
+    relation = own, own.roll(1), ids[:, :20].contiguous(), ids, leaves[2], True
+    arguments = *leaves[:2], torch.tensor(9.0, requires_grad=True), *relation, True, "triton", False
+    checks = "test_schema", "test_autograd_registration", "test_faketensor"
+    torch.library.opcheck(torch.ops.protoclip.matched, arguments, test_utils=checks)
