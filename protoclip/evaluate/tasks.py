@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -35,7 +34,7 @@ from protoclip.data import (
 )
 from protoclip.data.files import whole_file
 from protoclip.data.types import heldout_mask
-from protoclip.distributed import is_main, max_over_ranks, own_slice, world_size
+from protoclip.distributed import gather_objects, is_main, max_over_ranks, own_slice
 from protoclip.evaluate import metrics
 from protoclip.evaluate.datasets import Layout, class_prompts
 from protoclip.evaluate.metrics import Sampled
@@ -221,9 +220,8 @@ class Encoder:
         own = own_slice(count) if self.sharded else slice(0, count)
         rows = encode(own) if own.start < own.stop else torch.empty(0, device=self.device)
         if self.sharded:
-            parts: list[Any] = [None] * world_size()
-            dist.all_gather_object(parts, rows.cpu())
-            rows = torch.cat([part for part in parts if len(part)]).to(self.device)
+            parts = [part for part in gather_objects(rows.cpu()) if len(part)]
+            rows = torch.cat(parts).to(self.device)
             self.bar.update(count - (own.stop - own.start))
         if self.cache is not None and is_main():
             self.cache.store(path, rows)
