@@ -429,27 +429,19 @@ class ProtoConfig:
     """Online prototypes (any of these switches them on)"""
 
     weight: float = option(1.0, "of the prototype loss beside InfoNCE", flag="proto-weight", low=0)
-    queue: int = option(
-        16384, "newest pairs that are clustered, over all ranks", flag="proto-queue", low=2
-    )
+    queue: int = option(16384, "newest pairs to cluster, over all ranks", flag="proto-queue", low=2)
     k: int = option(0, "prototypes a modality; 0: a tenth of the queue", flag="proto-k", low=0)
     every: int = option(
         0, "steps between clusterings; 0: when the queue is renewed", flag="proto-every", low=0
     )
     warmup: int = option(
-        0,
-        "steps of InfoNCE alone before the first clustering, which also waits for a full queue",
-        flag="proto-warmup",
-        low=0,
+        0, "least steps before the first clustering, of a full queue", flag="proto-warmup", low=0
     )
     target_temperature: float = option(
         0.01, "of the soft targets; 0: hard labels", flag="proto-target-temperature", low=0
     )
     logit_scale: float = option(
-        0.0,
-        "multiplier of the prototype logits; 0: the model's own logit scale",
-        flag="proto-logit-scale",
-        low=0,
+        0.0, "multiplier of the prototype logits; 0: the model's", flag="proto-logit-scale", low=0
     )
     kmeans_max_iter: int = option(20, "iterations of k-means", flag="proto-kmeans-max-iter", low=1)
     pbt: bool = option(
