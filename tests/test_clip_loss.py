@@ -160,31 +160,28 @@ def test_siglip_op_is_sound():
     assert protoclip.SigLipLoss()(x, y, scale, bias).isnan()
 
 
-def _of_every_loss_with_ids(x, y, ids, flags):
-    """ClipLoss and SigLipLoss: value and gradients of ours with ids, as arrays."""
-    scale, bias, local = torch.tensor(14.3), torch.tensor(-10.0), flags.pop("local_loss", False)
+def _with_ids(own, **ranks):
+    """ClipLoss and SigLipLoss of some of 40 pairs: value and gradients, as arrays."""
+    (x, y), ids = features(40, 12), torch.arange(40) % 13
     for loss, scalars in (
-        (protoclip.ClipLoss(local_loss=local, gather_with_grad=True, **flags), (scale,)),
-        (protoclip.SigLipLoss(**flags), (scale, bias)),
+        (protoclip.ClipLoss(gather_with_grad=True, **ranks), (torch.tensor(14.3),)),
+        (protoclip.SigLipLoss(**ranks), (torch.tensor(14.3), torch.tensor(-10.0))),
     ):
-        value, grads = gradients(lambda *a, f=loss: f(*a, ids=ids), x, y, *scalars)
+        value, grads = gradients(lambda *a, f=loss: f(*a, ids=ids[own]), x[own], y[own], *scalars)
         yield value.numpy(), [g.numpy() for g in grads[:2]]
 
 
-def ids_of_rank(local):
+def ids_of_rank():
     dist.init_process_group("gloo")
-    (x, y), rank, ids = features(40, 12), dist.get_rank(), torch.arange(40) % 13
-    own = slice(20 * rank, 20 * rank + 20)
-    flags = dict(local_loss=local, rank=rank, world_size=2)
-    found = list(_of_every_loss_with_ids(x[own], y[own], ids[own], flags))
+    rank = dist.get_rank()
+    found = list(_with_ids(slice(20 * rank, 20 * rank + 20), rank=rank, world_size=2))
     dist.destroy_process_group()
     return found
 
 
-@pytest.mark.parametrize("local", [False, True])
-def test_ids_over_two_ranks_are_those_of_one_process(local):
-    ranks = on_ranks(2, ids_of_rank, local)
-    whole = list(_of_every_loss_with_ids(*features(40, 12), torch.arange(40) % 13, {}))
+def test_ids_over_two_ranks_are_those_of_one_process():
+    ranks = on_ranks(2, ids_of_rank)
+    whole = list(_with_ids(slice(None)))
     plain = protoclip.ClipLoss()(*features(40, 12), torch.tensor(14.3))
     assert abs(whole[0][0] - plain.item()) > 0.01
     for one, (value, grads) in enumerate(whole):
