@@ -15,6 +15,7 @@ from protoclip.prototypes import (
     EpisodeBuilder,
     Features,
     FeatureStore,
+    check_clusters,
     extract,
     purity,
 )
@@ -98,7 +99,7 @@ class TestEpisode:
 
     def test_mistakes_are_refused_by_key_and_flag(self, features):
         with pytest.raises(ValueError, match="--k 6"):
-            episode_of(features, num_clusters=N + 1)
+            check_clusters(EpisodeConfig(num_clusters=N + 1), N)
         features.image_h[3, 2] = math.nan
         with pytest.raises(ValueError, match=f"'key{int(features.index[3])}'; lower --lr"):
             episode_of(features)
