@@ -30,8 +30,8 @@ import torch
 from benchmarks.machine import run_command
 from protoclip.config import ModelConfig
 from protoclip.data import open_dataset
-from protoclip.evaluate import Encoder
 from protoclip.evaluate.metrics import group_scores
+from protoclip.evaluate.tasks import Encoder
 from protoclip.model import build_model
 from protoclip.report.snapshot import environment
 

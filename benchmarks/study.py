@@ -35,9 +35,8 @@ from benchmarks.study_report import BASELINE, EQUAL_TIME, write_report
 from protoclip.config import ModelConfig
 from protoclip.data import Subset, open_dataset
 from protoclip.data.types import heldout_mask
-from protoclip.evaluate import Encoder, Layout, evaluate_features
-from protoclip.evaluate.datasets import EMOJI_TEMPLATES
-from protoclip.evaluate.tasks import encode_set, take
+from protoclip.evaluate.datasets import EMOJI_TEMPLATES, Layout
+from protoclip.evaluate.tasks import Encoder, encode_set, evaluate_features, take
 from protoclip.model import build_model
 
 RESULTS = Path(__file__).parent / "results" / "study"

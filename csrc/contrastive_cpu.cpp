@@ -65,7 +65,7 @@ class InfoNceGradient {
         dbias_(dbias) {}
 
   GradientSums operator()(const TileRange& range, float* s, int64_t ld) const {
-    if (pairs_.has_positive(range)) return exact(range, s, ld);
+    if (pairs_.has_own(range)) return exact(range, s, ld);
     const float* row = row_.reference.get() + range.row;
     const auto rows = std::minmax_element(row, row + range.rows);
     float low = *rows.first, high = *rows.second;

@@ -14,7 +14,7 @@ namespace protoclip {
 struct DiagonalPairs {
   static constexpr bool kMatched = false;
   int64_t offset;
-  bool has_positive(const TileRange& range) const { return range.has_positive(offset); }
+  bool has_own(const TileRange& range) const { return range.has_positive(offset); }
 };
 
 // The logit of a column that a row does not see. It is finite, so that a tile without any other
@@ -80,18 +80,13 @@ class MatchedPairs {
     return out;
   }
 
-  // Whether the tile may hold a positive.
-  bool has_positive(const TileRange& range) const {
-    Ints any{};
+  // Whether the tile holds a row's own column.
+  bool has_own(const TileRange& range) const {
     for (int64_t i = range.row; i < range.row + range.rows; ++i) {
       const int64_t own = own_.get()[i] - range.column;
       if (0 <= own && own < range.columns) return true;
-      if (!same_positive_) continue;
-      for (int64_t j = 0; j < range.columns; j += kLanes) any |= same_ids(i, range.column + j);
     }
-    int32_t found = 0;
-    for (int64_t lane = 0; lane < kLanes; ++lane) found |= any[lane];
-    return found != 0;
+    return false;
   }
 
  private:

@@ -162,14 +162,14 @@ class Statistics {
                             scratch.right.get(), kColumns);
       for (int64_t row = row_begin; row < row_end; row += kRows) {
         const TileRange range{row, std::min(kRows, row_end - row), column, columns};
-        const bool has_positive = tile(range, positive, scratch);
+        tile(range, positive, scratch);
         merge(rows_.max.get() + rows + row, rows_.sum.get() + rows + row, scratch.row_max.get(),
               scratch.row_sum.get(), range.rows);
         if (columns_)
           merge(by_column_.max.get() + by_column + column,
                 by_column_.sum.get() + by_column + column, scratch.column_max.get(),
                 scratch.column_sum.get(), range.columns);
-        if (Pairs::kMatched && has_positive) {
+        if (Pairs::kMatched) {
           add(rows_, rows + row, scratch.row_positives, scratch.row_count, range.rows);
           add(by_column_, by_column + column, scratch.column_positives, scratch.column_count,
               range.columns);
@@ -186,16 +186,15 @@ class Statistics {
     }
   }
 
-  // Whether the tile may hold positives.
-  bool tile(const TileRange& range, float* positive, Scratch& scratch) {
+  void tile(const TileRange& range, float* positive, Scratch& scratch) {
     float* s = scratch.s.get();
     float* dots = kept_ ? kept_.tile(range.row, range.column) : s;
     multiply(range.rows, range.columns, strip_.d, strip_.x + range.row * strip_.ld_x, strip_.ld_x,
              scratch.right.get(), kColumns, dots, kColumns);
-    const bool has_positive = pairs_.has_positive(range);
-    maxima(range, dots, has_positive, scratch);
+    const bool has_own = pairs_.has_own(range);
+    maxima(range, dots, scratch);
     if constexpr (!Pairs::kMatched) {
-      for (int64_t i = 0; has_positive && i < range.rows; ++i) {
+      for (int64_t i = 0; has_own && i < range.rows; ++i) {
         const int64_t j = range.row + i + pairs_.offset - range.column;
         if (0 <= j && j < range.columns) positive[range.row + i] = s[i * kColumns + j];
       }
@@ -206,20 +205,18 @@ class Statistics {
     const float low = std::min(
         *std::min_element(scratch.row_max.get(), scratch.row_max.get() + range.rows),
         *std::min_element(scratch.column_max.get(), scratch.column_max.get() + range.columns));
-    if (!has_positive && top - low <= kSharedSpread)
+    if (!has_own && top - low <= kSharedSpread)
       sums_shared(range, top, scratch);
     else
       sums_exact(range, scratch);
-    return has_positive;
   }
 
   // Scales the tile to base-2 logits, fills the lanes past the last column with -inf, and finds
   // the maxima of rows and columns.
-  void maxima(const TileRange& range, const float* dots, bool has_positive,
-              Scratch& scratch) const {
+  void maxima(const TileRange& range, const float* dots, Scratch& scratch) const {
     const int64_t width = round_up(range.columns, kLanes);
     const Floats lowest = broadcast(-kInfinity);
-    if (Pairs::kMatched && has_positive) {
+    if (Pairs::kMatched) {
       std::fill_n(scratch.column_positives.get(), width, 0.f);
       std::fill_n(scratch.column_count.get(), width, 0.f);
     }
@@ -233,7 +230,7 @@ class Statistics {
           v = pairs_.biased(v, range.column + j);
           const auto lanes = pairs_.at(range.row + i, range.column + j);
           v = lanes.unseen ? broadcast(kUnseen) : v;
-          if (has_positive) {
+          if (any(lanes.positive)) {
             const Floats positive = lanes.positive ? v : Floats{};
             const Floats one = lanes.positive ? broadcast(1.f) : Floats{};
             float* by_column = scratch.column_positives.get() + j;
@@ -251,7 +248,7 @@ class Statistics {
         store(column, larger(load(column), v));
       }
       scratch.row_max.get()[i] = maximum(row);
-      if (Pairs::kMatched && has_positive) {
+      if (Pairs::kMatched) {
         scratch.row_positives.get()[i] = sum(positives);
         scratch.row_count.get()[i] = sum(count);
       }

@@ -60,6 +60,16 @@ inline float sum(Floats v) {
 #endif
 }
 
+inline bool any(Ints v) {
+#ifdef __AVX512F__
+  return _mm512_test_epi32_mask((__m512i)v, (__m512i)v) != 0;
+#else
+  int32_t found = 0;
+  for (int64_t i = 0; i < kLanes; ++i) found |= v[i];
+  return found != 0;
+#endif
+}
+
 inline float maximum(Floats v) {
 #ifdef __AVX512F__
   return _mm512_reduce_max_ps((__m512)v);

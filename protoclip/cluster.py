@@ -7,7 +7,6 @@ centroids.safetensors (``protoclip.Clusters.load`` reads it) and report.html int
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import shlex
 import sys
@@ -26,12 +25,12 @@ from tqdm import tqdm
 from protoclip.commands import cluster_parser
 from protoclip.config import check_above
 from protoclip.data import DataError, Labels, PairDataset, Subset, open_dataset
-from protoclip.data.files import whole_file, write_atomic
+from protoclip.data.files import write_atomic, write_csv
 from protoclip.distributed import run_command
-from protoclip.evaluate import Encoder, Outcome
 from protoclip.evaluate.__main__ import load_model
 from protoclip.evaluate.datasets import ImageFolder
-from protoclip.evaluate.tasks import FeatureCache
+from protoclip.evaluate.results import Outcome
+from protoclip.evaluate.tasks import Encoder, FeatureCache
 from protoclip.kmeans import kmeans
 from protoclip.model import Encoded, autocast_for, choose_device, choose_precision
 from protoclip.report import page, snapshot
@@ -43,27 +42,6 @@ MAPPED = 2000  # samples on the page's map
 JUDGED, LARGEST = 3000, 300  # --k auto: rows that judge, and the largest K
 BLOCK = 65_536  # rows whose distances are computed at once
 PLUS_PLUS = 1024  # up to this K, the best of three starts by k-means++
-
-
-class PictureFolder(ImageFolder):
-    """All pictures in a folder and in the folders in it; they have no captions.
-
-    Raises:
-        DataError: there is none.
-    """
-
-    labels: Mapping[str, Labels]
-
-    def __init__(self, root: Path) -> None:
-        try:
-            super().__init__(root, [""], [""])
-        except DataError as error:
-            raise DataError(f"{root}: expected pictures in it (.jpg, .png, .webp, ...)") from error
-        self.labels = {}
-
-    def captions(self, i: int) -> tuple[str, ...]:
-        """The file's name."""
-        return (self.keys[i],)
 
 
 class FeatureRows:
@@ -102,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     is_file = Path(args.data).suffix in SUFFIXES
     points = read_features(args) if is_file else encode_pictures(args, device)
     rows, encoded = points.rows.to(device), time.perf_counter()
-    weights = read_weights(args.weights, len(rows))
+    weights = torch.from_numpy(np.loadtxt(args.weights, ndmin=1)) if args.weights else None
     k, why = choose_k(args.k, rows, args.seed)
     size = rows.nbytes + 4 * k * rows.shape[1] * 4 + 32 * len(rows)
     print(
@@ -154,7 +132,7 @@ def encode_pictures(args: argparse.Namespace, device: torch.device) -> Points:
     path = Path(args.data)
     folder = path.is_dir() and not any(path.glob("*.tar"))
     columns = {name: value for name, value in vars(args).items() if name.startswith("csv_")}
-    dataset = PictureFolder(path) if folder else open_dataset(args.data, **columns)
+    dataset = ImageFolder(path, [""], ()) if folder else open_dataset(args.data, **columns)
     name, pretrained = args.run or args.model or MODEL, args.pretrained
     if name == MODEL and not pretrained:
         pretrained = WEIGHTS
@@ -175,29 +153,25 @@ def encode_pictures(args: argparse.Namespace, device: torch.device) -> Points:
         encoder = Encoder(model, device, args.batch_size, args.workers, autocast, bar, cache)
         try:
             rows = encoder.images(dataset)
-        except DataError:
-            dataset = _readable(dataset)
+        except DataError as error:
+            dataset = _readable(dataset, error)
             rows = encoder.images(dataset)
     of = f"the pictures' features by {loaded.name}"
     shown = ("images",) if folder else ("images", "captions")
     return Points(dataset, F.normalize(rows, dim=1), of, shown)
 
 
-def _readable(dataset: PairDataset) -> PairDataset:
-    """Without the pictures that cannot be read.
-
-    Raises:
-        DataError: fewer than two can.
-    """
+def _readable(dataset: PairDataset, error: DataError) -> PairDataset:
+    """Without the pictures that cannot be read; ``error`` again where that does not help."""
     good, bad = [], []
     for i in tqdm(range(len(dataset)), "checking", leave=False, disable=None):
         try:
             dataset.image(i)
             good.append(i)
-        except DataError as error:
-            bad.append(str(error))
-    if len(good) < 2:
-        raise DataError(f"{dataset.name}: expected pictures that can be read; {bad[0]}")
+        except DataError as reason:
+            bad.append(str(reason))
+    if len(good) < 2 or not bad:
+        raise error
     print(f"left out {len(bad):,} of {len(dataset):,} pictures; {bad[0]}", file=sys.stderr)
     return Subset(dataset, good)
 
@@ -226,21 +200,6 @@ def read_features(args: argparse.Namespace) -> Points:
     dataset = FeatureRows(args.data, keys, captions)
     shown = "captions" if captions else "names"
     return Points(dataset, rows, f"the rows of {args.data}", (shown,))
-
-
-def read_weights(path: str, count: int) -> Tensor | None:
-    """Weights [N] of a file; None without one."""
-    if not path:
-        return None
-    try:
-        found = np.load(path, allow_pickle=False) if path.endswith(".npy") else np.loadtxt(path)
-    except ValueError as error:
-        raise ValueError(f"--weights: expected .npy, or one number a line, in {path}") from error
-    if found.shape != (count,):
-        raise ValueError(
-            f"--weights: expected {count:,} numbers, got {list(found.shape)} in {path}"
-        )
-    return torch.from_numpy(found.astype(np.float64))
 
 
 def choose_k(given: str, rows: Tensor, seed: int) -> tuple[int, str]:
@@ -277,10 +236,8 @@ def write_table(path: Path, keys: Sequence[str], labels: Tensor, squared: Tensor
     counts = np.bincount(labels.numpy())
     rank[order] = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts) + 1
     rows = zip(keys, labels.tolist(), squared.tolist(), rank.tolist(), strict=True)
-    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("file", "cluster", "squared_distance", "rank"))
-        writer.writerows((key, k, f"{d:.7g}", r) for key, k, d, r in rows)
+    header = ("file", "cluster", "squared_distance", "rank")
+    write_csv(path, header, ((key, k, f"{d:.7g}", r) for key, k, d, r in rows))
 
 
 def said(points: Points, counts: Tensor, squared: Tensor, why: str) -> list[str]:

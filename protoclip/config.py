@@ -44,6 +44,13 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested dict of settings by dotted name."""
+    sections = {key: value for key, value in settings.items() if isinstance(value, dict)}
+    named = {f"{key}.{name}": x for key, section in sections.items() for name, x in section.items()}
+    return named | {key: value for key, value in settings.items() if key not in sections}
+
+
 def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     """The inverse of ``to_dict``; settings that are left out have their defaults.
 
@@ -528,11 +535,7 @@ def load_preset(name: str) -> dict[str, Any]:
         from_dict(TrainConfig, values)
     except ValueError as error:
         raise ValueError(f"--preset: {path} cannot be used: {error}") from error
-    settings = {} if parent == "default" else load_preset(parent)
-    for key, value in values.items():
-        sections = isinstance(value, dict)
-        settings |= {f"{key}.{one}": v for one, v in value.items()} if sections else {key: value}
-    return settings
+    return ({} if parent == "default" else load_preset(parent)) | flat(values)
 
 
 def output_file(path: str | os.PathLike[str], flag: str) -> Path:

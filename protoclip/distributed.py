@@ -283,34 +283,6 @@ def max_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-class Agreement:
-    """The largest of each wish over the ranks, with no rank waiting for it.
-
-    With several ranks the answer is that of the step before: wishes travel during a step.
-    """
-
-    def __init__(self) -> None:
-        self._sent: tuple[Any, Tensor] | None = None
-
-    def ask(self, *wishes: float) -> list[float]:
-        """A collective call, with as many wishes on every rank."""
-        if not is_distributed():
-            return list(wishes)
-        answer = self.settle() or [0.0] * len(wishes)
-        votes = torch.tensor(wishes, dtype=torch.float32)
-        self._sent = dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True), votes
-        return answer
-
-    def settle(self) -> list[float]:
-        """The answer to the last question, as of now; [] without one."""
-        if self._sent is None:
-            return []
-        work, votes = self._sent
-        work.wait()
-        self._sent = None
-        return votes.tolist()
-
-
 def broadcast(*tensors: Tensor) -> None:
     """Rank 0's values for every rank, in place."""
     if is_distributed():

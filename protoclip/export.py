@@ -21,7 +21,8 @@ from torch import nn
 from protoclip import checkpoint
 from protoclip.commands import export_parser
 from protoclip.config import ModelConfig, TrainConfig, check_above, check_saved, from_dict
-from protoclip.evaluate import format_table, read_results
+from protoclip.distributed import run_command
+from protoclip.evaluate.results import format_table, read_results
 from protoclip.model import build_model, register_configs
 
 PROG = "python -m protoclip.export"
@@ -146,13 +147,12 @@ def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> ModelCard
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake ends it with one line and status 2."""
     args = export_parser().parse_args(argv)
-    try:
+
+    def work() -> None:
         out = export(args.run, args.out, args.model)
-    except (ValueError, OSError) as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    print(f'{out}: open_clip.create_model_and_transforms("local-dir:{out}")')
-    return 0
+        print(f'{out}: open_clip.create_model_and_transforms("local-dir:{out}")')
+
+    return run_command(work, PROG)
 
 
 if __name__ == "__main__":

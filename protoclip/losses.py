@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from protoclip.config import EpisodeConfig, LossConfig, check, option
-from protoclip.data.types import mix
 from protoclip.distributed import (
     gather_rows,
     gathered_rows,
@@ -680,6 +679,8 @@ class ProtoLoss(nn.Module):
 
 def caption_ids(tokens: Tensor) -> Tensor:
     """int64 [B], equal where the captions' tokens [B, L] are; others meet once in 2^47 pairs."""
+    from protoclip.data.types import mix  # loads Pillow, which import protoclip must not
+
     factors = torch.from_numpy(mix(0, np.arange(tokens.shape[1])).view(np.int64))
     return (tokens.long() * factors.to(tokens.device)).sum(dim=1)
 

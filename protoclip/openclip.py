@@ -231,40 +231,38 @@ def patched(trainer: Any, proto: ProtoConfig | None, dedup: bool = False) -> Ite
 def build_parser() -> argparse.ArgumentParser:
     """Our flags alone."""
     parser = argparse.ArgumentParser(
-        prog=PROG,
-        usage="%(prog)s <open_clip_train flags> [--dedup caption] [--proto-* flags]",
-        description=DESCRIPTION,
+        PROG,
+        "%(prog)s <open_clip_train flags> [--dedup caption] [--proto-* flags]",
+        DESCRIPTION,
         allow_abbrev=False,
         add_help=False,
     )
     parser.add_argument_group("Loss").add_argument(
-        "--dedup", metavar="off|caption", default=argparse.SUPPRESS, help=DEDUP
+        "--dedup", choices=("off", "caption"), default="off", help=DEDUP
     )
     add_options(parser.add_argument_group(str(ProtoConfig.__doc__)), ProtoConfig())
     return parser
 
 
-def split_dedup(argv: Sequence[str]) -> tuple[bool, list[str]]:
-    """Whether --dedup caption is given, and the rest of the command line."""
-    parser = argparse.ArgumentParser(PROG, add_help=False, allow_abbrev=False)
-    parser.add_argument("--dedup", choices=("off", "caption"), default="off", help=DEDUP)
-    given, rest = parser.parse_known_args(list(argv))
-    return given.dedup == "caption", rest
-
-
-def split_flags(argv: Sequence[str]) -> tuple[ProtoConfig | None, list[str]]:
-    """Our settings (None: no --proto-* flag) and OpenCLIP's part of the command line.
+def split_flags(argv: Sequence[str]) -> tuple[ProtoConfig | None, bool, list[str]]:
+    """Our settings (None: no --proto-* flag), whether --dedup caption is given, and OpenCLIP's part
+    of the command line, with our models and a --model that is a config file known to OpenCLIP.
 
     Raises:
         ValueError: a --proto-* flag that does not exist, or a value out of range.
     """
-    given, rest = build_parser().parse_known_args(list(argv))
+    parser = build_parser()
+    parser.add_argument("--model", default="", help=argparse.SUPPRESS)
+    given, rest = parser.parse_known_args(list(argv))
     for word in rest:
         if word.startswith(("--proto", "--no-proto")):
             raise ValueError(
                 refusal(word, [flag_of(item) for item in dataclasses.fields(ProtoConfig)])
             )
-    return (ProtoConfig(**vars(given)) if vars(given) else None), rest
+    settings = vars(given)
+    dedup, model = settings.pop("dedup") == "caption", register_configs(settings.pop("model"))
+    proto = ProtoConfig(**settings) if settings else None
+    return proto, dedup, [*rest, "--model", model] if model else rest
 
 
 def load_trainer() -> Any:
@@ -279,15 +277,6 @@ def load_trainer() -> Any:
         raise ValueError(
             f"OpenCLIP's trainer cannot be imported ({error}); pip install 'protoclip[openclip]'"
         ) from error
-
-
-def registered(rest: list[str]) -> list[str]:
-    """The command line, with our models and a --model that is a config file known to OpenCLIP."""
-    parser = argparse.ArgumentParser(PROG, add_help=False, allow_abbrev=False)
-    parser.add_argument("--model", default="")
-    given, others = parser.parse_known_args(rest)
-    name = register_configs(given.model)
-    return [*others, "--model", name] if name else rest
 
 
 def _their_help(trainer: Any) -> str:
@@ -327,13 +316,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake in our flags ends it with one line and status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        dedup, rest = split_dedup(argv)
-        proto, rest = split_flags(rest)
+        proto, dedup, rest = split_flags(argv)
         trainer = load_trainer()
         if {"-h", "--help"} & set(rest):
             print(build_parser().format_help() + "\n" + _their_help(trainer))
             return 0
-        rest = registered(rest)
         _check(trainer, proto, dedup, rest)
     except ValueError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)

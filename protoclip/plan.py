@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from protoclip.commands import plan_parser
 from protoclip.config import TrainConfig, parse_more
+from protoclip.distributed import run_command
 from protoclip.model import ProtoModel, build_model
 from protoclip.prototypes import check_clusters
 from protoclip.train import teacher_spec
@@ -203,16 +204,15 @@ def build_run(argv: Sequence[str] | None) -> tuple[PlannedRun, bool]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or 2 for a user's mistake (one message on stderr)."""
-    try:
+
+    def work() -> None:
         run, as_json = build_run(argv)
         shape = measure_shape(run)
         parts = memory(shape, run)
-    except ValueError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    sizes = {"weights": shape.weights, "global_batch": run.global_batch, "memory_bytes": parts}
-    print(json.dumps(sizes, indent=1) if as_json else text(shape, run, parts))
-    return 0
+        sizes = {"weights": shape.weights, "global_batch": run.global_batch, "memory_bytes": parts}
+        print(json.dumps(sizes, indent=1) if as_json else text(shape, run, parts))
+
+    return run_command(work, PROG)
 
 
 if __name__ == "__main__":

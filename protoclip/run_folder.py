@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from torch import Tensor
 from tqdm import tqdm
 
 from protoclip import checkpoint
-from protoclip.config import TrainConfig, check_above, to_dict
-from protoclip.data.files import whole_file, write_atomic
+from protoclip.config import TrainConfig, check_above, flat, to_dict
+from protoclip.data.files import write_atomic
 
 
 def choose_folder(config: TrainConfig) -> Path:
@@ -152,18 +150,6 @@ class RunFolder(NullRunFolder):
             self._open.close()
 
 
-def write_clusters(path: Path, keys: Sequence[str], clusters: Mapping[str, Tensor]) -> None:
-    """Which sample is in which cluster: a line a sample, a column a source, empty where unknown.
-
-    ``clusters`` are int64 [N] by source, negative where a sample is in no cluster.
-    """
-    columns = [["" if k < 0 else k for k in labels.tolist()] for labels in clusters.values()]
-    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["key", *clusters])
-        writer.writerows(zip(keys, *columns, strict=True))
-
-
 def sum_up(
     folder: Path, config: TrainConfig, sheet: np.ndarray | None, scores: Mapping[str, float]
 ) -> None:
@@ -171,15 +157,10 @@ def sum_up(
     hparams with the final scores."""
     from torch.utils.tensorboard import SummaryWriter
 
-    settings = {
-        f"{section}.{name}": value
-        for section, values in to_dict(config).items()
-        for name, value in (values if isinstance(values, dict) else {"": values}).items()
-    }
     with SummaryWriter(str(folder / "tensorboard")) as board:
         if sheet is not None:
             board.add_image("clusters", sheet, dataformats="HWC")
-        board.add_hparams(settings, dict(scores), run_name=".")
+        board.add_hparams(flat(to_dict(config)), dict(scores), run_name=".")
 
 
 def _cut_back(path: Path, step: int) -> None:

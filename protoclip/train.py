@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip import checkpoint, distributed, evaluate, prototypes, report, schedule
+from protoclip import checkpoint, distributed, prototypes, schedule
 from protoclip.commands import train_parser
-from protoclip.config import TABLE, TrainConfig, parse, to_dict
+from protoclip.config import TABLE, TrainConfig, flat, parse, to_dict
 from protoclip.data import (
     Batch,
     Draws,
@@ -40,10 +40,12 @@ from protoclip.data import (
     noto_available,
     open_dataset,
 )
+from protoclip.data.files import write_csv
 from protoclip.data.loader import EpochOrder, Faults
-from protoclip.evaluate import Results
+from protoclip.evaluate import results, tasks
+from protoclip.evaluate.datasets import Layout, open_layout
 from protoclip.evaluate.metrics import retrieval
-from protoclip.evaluate.tasks import eval_transform, impossible
+from protoclip.evaluate.results import Outcome, Results
 from protoclip.kmeans import load_faiss
 from protoclip.losses import ProtoLoss
 from protoclip.model import (
@@ -57,7 +59,8 @@ from protoclip.model import (
 )
 from protoclip.ops.backends import why_not
 from protoclip.prototypes import Clustering, Episode, PrototypeSet
-from protoclip.report.snapshot import every
+from protoclip.report import figures, page
+from protoclip.report import snapshot as looks
 from protoclip.run_folder import (
     NullRunFolder,
     Resume,
@@ -65,7 +68,6 @@ from protoclip.run_folder import (
     choose_folder,
     find_resume,
     sum_up,
-    write_clusters,
 )
 from protoclip.step import Phases, Step, Stepper, depends_on_passes, seed_everything
 from protoclip.teacher import MINILM, load_teacher, minilm_missing
@@ -249,7 +251,7 @@ class Trainer:
         )
         self.episode: Episode | None = None
         self.step = 0
-        self.signals, self.agreement = schedule.StopSignals(), distributed.Agreement()
+        self.signals = schedule.StopSignals()
         self._passes = [distributed.world_size(), config.optim.accum_freq]
         self._skipped = 0  # steps, as last read from the device
         self._loss = math.nan  # as last logged
@@ -280,7 +282,6 @@ class Trainer:
                 self._run_episode(number, bar)
             if self._saved_at[1] != self.step:
                 self.save(None)
-        self.agreement.settle()
 
     def _run_episode(self, number: int, bar: tqdm) -> None:
         """New prototypes where they are due, then the episode's steps."""
@@ -453,7 +454,8 @@ class Trainer:
     def _save_or_stop(self) -> None:
         """Write the newest state where it is due, and end where a signal asks for it."""
         due = 0 < self._every_seconds <= time.monotonic() - self._saved_at[0]  # by its own clock
-        timed, stop = self.agreement.ask(due, self.signals.level)
+        wishes = torch.tensor([float(due), self.signals.level])
+        timed, stop = distributed.max_over_ranks(wishes).tolist()
         if stop or timed or (self._every_steps and self.step % self._every_steps == 0):
             self.save(None)
         if stop:
@@ -594,18 +596,20 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
 def draw_plots(trainer: Trainer, evaluation: Evaluation) -> None:
     """curves.png, and what the report needs."""
     folder, model, device = trainer.folder.path, trainer.model.eval(), trainer.setup.device
-    report.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
+    figures.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
     known = trainer.episode.clusterings if trainer.episode else {}
     clusters = {name: one.labels.cpu() for name, one in known.items()}
     chosen = torch.arange(len(trainer.dataset))
     if clusters:  # the last is the teacher's, if there is one
-        write_clusters(folder / "clusters.csv", trainer.dataset.keys, clusters)
+        columns = [["" if k < 0 else k for k in own.tolist()] for own in clusters.values()]
+        lines = zip(trainer.dataset.keys, *columns, strict=True)
+        write_csv(folder / "clusters.csv", ("key", *clusters), lines)
         chosen = (list(clusters.values())[-1] >= 0).nonzero().flatten()
     stream = batches(
         trainer.dataset,
-        Draws(every(chosen, PICTURED), seed=0),
+        Draws(looks.every(chosen, PICTURED), seed=0),
         trainer.config.optim.batch_size,
-        eval_transform(model),
+        tasks.eval_transform(model),
         model.short_tokenizer,
         workers=trainer.config.data.workers,
         captions="first",
@@ -622,8 +626,8 @@ def draw_plots(trainer: Trainer, evaluation: Evaluation) -> None:
         for rows in features
     )
     judged = next(iter(evaluation.kept.values()), None)
-    snapshot = report.take_snapshot(
-        report.Samples(
+    snapshot = looks.take_snapshot(
+        looks.Samples(
             Subset(trainer.dataset, shown),
             encoded,
             projected,
@@ -632,7 +636,7 @@ def draw_plots(trainer: Trainer, evaluation: Evaluation) -> None:
         None if judged is None else (evaluation.quick_sets["HO"], judged),
         facts={"memory_bytes": trainer.phases.memory()},
     )
-    report.save_snapshot(folder, snapshot)
+    looks.save_snapshot(folder, snapshot)
 
 
 def conclude(
@@ -640,7 +644,7 @@ def conclude(
 ) -> None:
     """Print the table, the time per phase and the peak memory; write results.json."""
     folder, timing = trainer.folder, trainer.phases.seconds()
-    peak = evaluate.peak_memory_bytes(trainer.setup.device)
+    peak = tasks.peak_memory_bytes(trainer.setup.device)
     if after is None:
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in timing.items())
         folder.say(
@@ -648,18 +652,18 @@ def conclude(
         )
     else:
         name, weights = trainer.config.model.model, str(checkpoint.find(folder.path))
-        outcome = evaluate.Outcome(evaluation.data, name, weights, after, before, timing, peak)
-        folder.say("\n" + evaluate.format_table(outcome))
-        evaluate.write_results(folder.path / "results.json", outcome)
+        outcome = Outcome(evaluation.data, name, weights, after, before, timing, peak)
+        folder.say("\n" + results.format_table(outcome))
+        results.write_results(folder.path / "results.json", outcome)
     if "tensorboard" in trainer.config.run.report_to:
         scores = {
             f"{one.title}/{name}": value
             for one in (after or {}).values()
             for name, value in one.metrics.items()
         }
-        snapshot = report.load_snapshot(folder.path) or report.Snapshot()
-        sum_up(folder.path, trainer.config, report.contact_sheet(snapshot), scores)
-    folder.say(f"report: {report.write_report([folder.path])}\ndone: {folder.path}")
+        snapshot = looks.load_snapshot(folder.path) or looks.Snapshot()
+        sum_up(folder.path, trainer.config, looks.contact_sheet(snapshot), scores)
+    folder.say(f"report: {page.write_report([folder.path])}\ndone: {folder.path}")
 
 
 class Evaluation:
@@ -671,16 +675,16 @@ class Evaluation:
         builtin = data.train_data.startswith("builtin:")
         self.data = data.val_data or (data.train_data if builtin else "")
         self.quick_sets: dict[str, PairDataset] = {}
-        self.kept: dict[str, evaluate.EvalSet] = {}  # of the last full evaluation
+        self.kept: dict[str, tasks.EvalSet] = {}  # of the last full evaluation
         if self.data:
             split = "heldout" if self.data.startswith("builtin:") else "all"
             self.quick_sets["HO"] = open_dataset(self.data, split, **self.arguments)
             if self.data == "builtin:emoji" and noto_available():
                 self.quick_sets["NHO"] = open_dataset(self.data, "noto-heldout", **self.arguments)
-        self.zeroshot_data: evaluate.Layout | None = None
+        self.zeroshot_data: Layout | None = None
         if data.imagenet_val:
-            layout = evaluate.open_layout(data.imagenet_val, seed=setup.config.run.seed)
-            if reasons := impossible(("zeroshot",), layout):
+            layout = open_layout(data.imagenet_val, seed=setup.config.run.seed)
+            if reasons := tasks.impossible(("zeroshot",), layout):
                 raise ValueError(f"--imagenet-val {data.imagenet_val}: {reasons['zeroshot']}")
             self.zeroshot_data = replace(layout, captions=0, train=None, emoji=None)
         run = setup.config.run  # evaluations between steps, and their frequencies in epochs
@@ -690,10 +694,10 @@ class Evaluation:
         if self.zeroshot_data and run.zeroshot_frequency > 0:
             self.during.append((self.zeroshot, run.zeroshot_frequency))
 
-    def encoder(self, model: ProtoModel) -> evaluate.Encoder:
+    def encoder(self, model: ProtoModel) -> tasks.Encoder:
         """Encodes with the model as it is, on all ranks."""
         setup = self.setup
-        return evaluate.Encoder(
+        return tasks.Encoder(
             model,
             setup.device,
             workers=setup.config.data.workers,
@@ -706,11 +710,11 @@ class Evaluation:
         path = folder / "untrained.json"
         if resumed:
             found = distributed.is_main() and path.exists()
-            return evaluate.read_results(path).trained if found else None
+            return results.read_results(path).trained if found else None
         before = self.full(model, "evaluating the untrained model")
         if before is not None and distributed.is_main():
-            outcome = evaluate.Outcome(self.data, "untrained", "", before)
-            evaluate.write_results(path, outcome)
+            outcome = Outcome(self.data, "untrained", "", before)
+            results.write_results(path, outcome)
         return before
 
     def full(self, model: ProtoModel, what: str) -> Results | None:
@@ -721,10 +725,10 @@ class Evaluation:
             self.phases.measure("evaluation", on_host=True),
             tqdm(desc=what, unit=" rows", unit_scale=True, leave=False, disable=hidden()) as bar,
         ):
-            layout = evaluate.open_layout(self.data, **self.arguments)
+            layout = open_layout(self.data, **self.arguments)
             encoder = replace(self.encoder(model), bar=bar)
-            self.kept, probe_train = evaluate.encode_sets(encoder, layout)
-            return evaluate.evaluate_features(self.kept, probe_train)
+            self.kept, probe_train = tasks.encode_sets(encoder, layout)
+            return tasks.evaluate_features(self.kept, probe_train)
 
     def quick(self, model: ProtoModel) -> dict[str, float]:
         """Recalls on the small sets, for the curves."""
@@ -739,9 +743,8 @@ class Evaluation:
     def zeroshot(self, model: ProtoModel) -> dict[str, float]:
         """Zero-shot accuracies on --imagenet-val."""
         assert self.zeroshot_data is not None
-        tasks = ("zeroshot",)
-        sets, _ = evaluate.encode_sets(self.encoder(model), self.zeroshot_data, tasks)
-        found = evaluate.evaluate_features(sets, tasks=tasks)
+        sets, _ = tasks.encode_sets(self.encoder(model), self.zeroshot_data, ("zeroshot",))
+        found = tasks.evaluate_features(sets, tasks=("zeroshot",))
         return {f"val_zeroshot_{n}": x for one in found.values() for n, x in one.metrics.items()}
 
 
@@ -860,13 +863,6 @@ def check_resume(resume: Resume, setup: Setup) -> list[str]:
             "start a new run with --pretrained"
         )
     return [f"since the checkpoint, {note}: not the same run any more" for note in notes]
-
-
-def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by dotted name."""
-    sections = {key: value for key, value in config.items() if isinstance(value, dict)}
-    named = {f"{key}.{name}": x for key, section in sections.items() for name, x in section.items()}
-    return named | {key: value for key, value in config.items() if key not in sections}
 
 
 if __name__ == "__main__":

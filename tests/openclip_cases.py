@@ -66,7 +66,7 @@ def run(case):
             code = command.main(flags)
         else:
             with command.repaired():
-                code = trainer.main(command.registered(flags)) or 0
+                code = trainer.main(command.split_flags(flags)[2]) or 0
     finally:
         setattr(holder, name, original)
     return {"calls": calls, "code": code}

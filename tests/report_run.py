@@ -7,9 +7,10 @@ import torch
 
 from protoclip.config import DataConfig, TrainConfig, to_dict
 from protoclip.data import Subset, open_dataset
-from protoclip.evaluate import EvalSet, Outcome, evaluate_features, write_results
+from protoclip.evaluate.results import Outcome, write_results
+from protoclip.evaluate.tasks import EvalSet, evaluate_features
 from protoclip.model import Encoded
-from protoclip.report import Samples, save_snapshot, take_snapshot
+from protoclip.report.snapshot import Samples, save_snapshot, take_snapshot
 
 
 def make_run(path: Path, method="protoclip", samples=300, noise=1.0, data="", judged=60):

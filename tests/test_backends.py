@@ -1,8 +1,5 @@
 """Choosing an implementation: named ones never fall back, auto does, the environment stands in."""
 
-import sys
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -155,26 +152,3 @@ def test_meta_tensors_give_shapes():
     assert [t.shape for t in protoclip.segment_mean(x, labels, 3)] == [(3, 8), (3,)]
     with pytest.raises(ValueError, match="it runs on cpu, the tensors are on meta"):
         protoclip.info_nce(x, y, 3.0, backend="cpu")
-
-
-def test_auto_warns_once_where_a_gpu_has_no_fast_backend(monkeypatch):
-    backends = sys.modules["protoclip.ops.backends"]
-
-    row = {"reference": backends.REFERENCE}
-    monkeypatch.setitem(backends.TABLE, "kmeans_assign", row)
-    backends._warn_slow.cache_clear()
-    with pytest.warns(UserWarning, match="kmeans_assign: expected a fast backend on this GPU"):
-        assert backends.resolve("kmeans_assign", "auto", "cuda", torch.float32) == "reference"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        backends.resolve("kmeans_assign", "auto", "cuda", torch.float32)
-        backends.resolve("kmeans_assign", "auto", "cpu", torch.float32)
-
-
-def test_triton_refuses_cpu_tensors_outside_its_interpreter(monkeypatch):
-    backends = sys.modules["protoclip.ops.backends"]
-
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setitem(backends.TABLE, "info_nce", {"triton": backends._triton("info_nce")})
-    with pytest.raises(ValueError, match="it runs on cuda, the tensors are on cpu"):
-        backends.resolve("info_nce", "triton", "cpu", torch.float32)

@@ -10,7 +10,6 @@ from protoclip.config import (
     TrainConfig,
     build_parser,
     from_dict,
-    output_file,
     parse,
     preset_names,
     to_dict,
@@ -121,11 +120,6 @@ def test_mistaken_outputs_are_refused_first(tmp_path, monkeypatch, capsys, comma
             said = capsys.readouterr().err
             assert said.count("\n") == 1 and f"error: {flag}: " in said and words in said
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_missing_folders_will_be_made(tmp_path):
-    path = tmp_path / "a" / "b" / "c.json"
-    assert output_file(path, "--output") == path and not path.parent.exists()
 
 
 @pytest.mark.parametrize(("gpus", "lit_start"), [("8gpu", 398), ("1gpu", 98)])

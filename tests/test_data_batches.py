@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +13,6 @@ from torchvision import transforms
 
 from protoclip.config import DataConfig
 from protoclip.data import (
-    Batch,
     DataError,
     Draws,
     EpochOrder,
@@ -36,17 +33,6 @@ def emoji():
 @pytest.fixture(scope="module")
 def draws():
     return torch.randperm(1700, generator=torch.Generator().manual_seed(0))[:37]
-
-
-def test_batches_have_the_promised_shapes(emoji, draws):
-    got = load(emoji, draws)
-    assert [len(batch) for batch in got] == [8, 8, 8, 8, 5]
-    assert torch.equal(torch.cat([batch.index for batch in got]), draws)
-    for batch in got:
-        assert batch.image.shape == (len(batch), 3, 32, 32)
-        assert (batch.image.dtype, batch.tokens.dtype) == (torch.float32, torch.int64)
-    assert load(emoji, draws[:0]) == []
-    assert got[0].to("cpu").tokens is got[0].tokens
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -111,18 +97,6 @@ def test_a_fault_arrives_as_one_clear_message(emoji, workers):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_subset_keeps_what_belongs_together(emoji):
-    part = Subset(emoji, torch.tensor([30, 2, 700]), "three")
-    assert (part.name, len(part)) == ("three", 3)
-    assert list(part.keys) == [emoji.keys[i] for i in (30, 2, 700)]
-    assert part.keys[1:][0] == emoji.keys[2]
-    assert part.captions(2) == emoji.captions(700)
-    assert part.image(0).tobytes() == emoji.image(30).tobytes()
-    assert part.labels["group"].ids[2] == emoji.labels["group"].ids[700]
-    with pytest.raises(IndexError):
-        Subset(emoji, [0, len(emoji)])
-
-
 def gradient_picture(width=90, height=60):
     red = np.linspace(0, 255, width).astype(np.uint8)
     return Image.fromarray(np.broadcast_to(red[None, :, None], (height, width, 3)).copy())
@@ -152,14 +126,6 @@ def test_draws_are_the_same_on_every_machine():
         5156922822541503845, 2060580281967432337, 7733574454845426431,
     ]  # fmt: skip
     assert mix(1, 2) != mix(2, 1)
-
-
-def test_importing_the_data_layer_is_light():
-    code = (
-        "import sys, protoclip.data; heavy = {'torchvision', 'open_clip', 'webdataset', "
-        "'matplotlib', 'triton'} & set(sys.modules); print(sorted(heavy))"
-    )
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 def test_worker_processes_can_be_spawned():
@@ -231,13 +197,6 @@ class TestBadSamples:
         deaths.unlink()
         with pytest.raises(DataError, match="died 3 times at the same batch.*samples: "):
             load4(Faulty(dataset, 7, lambda: die(99)), workers=2)
-
-    def test_the_same_bad_sample_counts_once(self, tmp_path):
-        faults = Faults(open_dataset(write_shards(tmp_path / "data", shards=2, per_shard=5)), 0.1)
-        for _ in range(2):
-            faults.noted(Batch(*[torch.zeros(1)] * 3, ((4, "bad"),)))
-        with pytest.raises(DataError, match="2 of 10 .*the last one: worse"):
-            faults.noted(Batch(*[torch.zeros(1)] * 3, ((5, "worse"),)))
 
 
 def dataset(shards=20, per_shard=10, first_source=15, remote=False):

@@ -262,17 +262,3 @@ def test_escaping_paths_and_links_touch_nothing(tmp_path):
     dataset = open_dataset(path)
     assert len(dataset) == 2 and all(same(dataset.image(i), picture(0)) for i in range(2))
     assert sorted(tmp_path.rglob("*.png")) == before
-
-
-def test_what_img2dataset_writes_is_read(tmp_path):
-    """jpg, txt and json of one key, parquet beside the tars, a sizes.json that says more."""
-    photo, members = encoded(picture(3), "JPEG"), []
-    about = b'{"caption": "a photo", "url": "http://x", "status": "success", "width": 10}'
-    for key in ("000000000", "000000001"):
-        members += [(f"{key}.jpg", photo), (f"{key}.json", about), (f"{key}.txt", b"a photo")]
-    (tmp_path / "d").mkdir()
-    write_tar(tmp_path / "d" / "00000.tar", members)
-    (tmp_path / "d" / "00000.parquet").write_bytes(b"PAR1")
-    (tmp_path / "d" / "sizes.json").write_text('{"00000.tar": 3}')
-    dataset = open_dataset(str(tmp_path / "d"))
-    assert len(dataset) == 2 and dataset.captions(1) == ("a photo",)

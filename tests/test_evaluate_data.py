@@ -6,16 +6,12 @@ import re
 import tarfile
 
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 from protoclip.evaluate import __main__ as command
-from protoclip.evaluate import open_layout
-from protoclip.evaluate.datasets import read_templates
-from protoclip.evaluate.tasks import model_hash
-from protoclip.model import CONFIG_FOLDER
+from protoclip.evaluate.datasets import open_layout, read_templates
 
 WORDS = "zero one two three four five six seven eight nine"
 NAMES = [f"the digit {word}" for word in WORDS.split(" ")]
@@ -128,18 +124,6 @@ def test_table_with_a_label_column(tmp_path):
     flags = ["--csv-separator", ",", "--csv-label-key", "digit", "--tasks", "zeroshot,retrieval"]
     values = evaluated(tmp_path, "--data", table, *flags, "--encoding", "utf-16")["metrics"]
     assert "class/acc1" in values and "text_retrieval_recall@5" in values
-
-
-def test_local_dir_is_the_model_that_was_saved(tmp_path):
-    model = command.load_model("protoclip-tiny", "random").model
-    config = {
-        "model_cfg": json.loads((CONFIG_FOLDER / "protoclip-tiny.json").read_text()),
-        "preprocess_cfg": {"mean": list(model.mean), "std": list(model.std)},
-    }
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    torch.save(model.clip.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
-    again = command.load_model(f"local-dir:{tmp_path}").model
-    assert model_hash(again.clip) == model_hash(model.clip)
 
 
 def test_features_are_cached_by_model_and_data(tmp_path, capsys):

@@ -1,7 +1,6 @@
 """Bad data, urls, workers that die: each ends in its stated outcome."""
 
 import json
-import os
 import tarfile
 
 import pytest
@@ -25,11 +24,11 @@ def test_training_on_urls_resumes_exactly(tmp_path):
     assert main([*flags, "--name", "whole"]) == 0
     run = tmp_path / "logs"
     assert main([*flags, "--name", "cut", "--save-every", "5steps"]) == 0
-    checkpoints = run / "cut" / "checkpoints"
-    os.replace(checkpoints / "epoch_previous.pt", checkpoints / "epoch_latest.pt")
+    # As a kill between the two renames of a save leaves it.
+    (run / "cut" / "checkpoints" / "epoch_latest.pt").unlink()
     for copy in (tmp_path / "cache" / "remote").glob("*/*"):
         copy.unlink()  # as after somebody has made room
-    assert main([*flags, "--resume", str(run / "cut"), "--workers", "1"]) == 0
+    assert main([*flags, "--resume", "auto", "--name", "cut", "--workers", "1"]) == 0
     assert "after step 5" in (run / "cut" / "out.log").read_text()
     losses = [
         [json.loads(line)["loss"] for line in (run / n / "metrics.jsonl").open()]

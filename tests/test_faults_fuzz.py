@@ -9,15 +9,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pairs import encoded, picture, write_tar
 
-from protoclip import checkpoint
 from protoclip.config import TrainConfig, check, from_dict, to_dict
 from protoclip.data import DataError
-from protoclip.data.shards import ShardDataset, parse_captions
+from protoclip.data.shards import ShardDataset
 
 quick = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
@@ -41,14 +39,7 @@ def _tar() -> bytes:
         return Path(write_tar(f"{folder}/s.tar", members)).read_bytes()
 
 
-def _checkpoint() -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "c.pt"
-        checkpoint.save(path, {"a": torch.arange(20), "b": {"c": "text", "d": [1, 2.5, None]}})
-        return path.read_bytes()
-
-
-TAR, CHECKPOINT = _tar(), _checkpoint()
+TAR = _tar()
 with tarfile.open(fileobj=io.BytesIO(TAR)) as _opened:
     SECOND = _opened.getmembers()[3].offset  # of the second sample
     END = _opened.offset  # of its members
@@ -137,37 +128,6 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=8,
 )
-
-
-texts = st.binary(max_size=200) | st.text(max_size=100).map(str.encode)
-objects = st.builds(
-    lambda a, b: json.dumps({"caption": a, "captions": b}).encode(), json_values, json_values
-)
-
-
-@quick
-@given(st.tuples(texts, st.booleans()) | st.tuples(objects, st.just(True)))
-def test_captions(case):
-    with contextlib.suppress(ValueError):
-        assert all(c and c == c.strip() for c in parse_captions(*case))
-
-
-@quick
-@given(changes, st.one_of(st.just(1.0), st.floats(0, 1)))
-def test_the_checkpoint_loader(edits, keep):
-    """What is not the file that was written is refused: no damage passes the checksum."""
-    data = _damaged(CHECKPOINT, edits, keep)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "c.pt"
-        path.write_bytes(data)
-        if data == CHECKPOINT:
-            assert checkpoint.load(path)["b"] == {"c": "text", "d": [1, 2.5, None]}
-        elif data[-81:] == CHECKPOINT[-81:]:  # the seal is there, and does not fit
-            with pytest.raises(ValueError, match="checkpoint"):
-                checkpoint.load(path)
-        else:
-            with contextlib.suppress(ValueError):
-                checkpoint.load(path)
 
 
 FIELDS = [(s, k) for s, own in to_dict(TrainConfig()).items() if s != "method" for k in own]

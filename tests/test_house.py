@@ -1,7 +1,6 @@
 """The house as design.md draws it: rooms in one order, no circles, few parameters."""
 
 import ast
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -104,14 +103,3 @@ def test_functions_have_few_parameters():
     """Values that belong together are a frozen dataclass."""
     rooms = [path for path in SOURCES if module_of(path).split(".")[1] != "ops"]
     assert not [found for path in rooms for found in many_parameters(path)]
-
-
-def test_a_class_has_one_home():
-    """Two classes of one name, in two rooms, are two names for a reader to keep apart."""
-    homes = Counter(
-        node.name
-        for path in SOURCES
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef)
-    )
-    assert not [name for name, count in homes.items() if count > 1]

@@ -148,10 +148,3 @@ def test_one_cache_folder_for_everything(chosen, place, tmp_path, monkeypatch):
     for name in ("PROTOCLIP_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, chosen.get(name, "").replace("TMP", str(tmp_path)))
     assert native.cache_dir() == tmp_path / place
-
-
-def test_host_utilities_come_with_the_library():
-    if reason := native.why_not("cpu"):
-        pytest.skip(reason)
-    flags = Path("/proc/cpuinfo").read_text().split()
-    assert set(native.cpu_features()) <= set(flags)

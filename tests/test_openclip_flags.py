@@ -21,12 +21,12 @@ def args(**changes):
 
 
 def test_our_flags_are_popped_and_theirs_stay():
-    proto, rest = command.split_flags(
+    proto, dedup, rest = command.split_flags(
         ["--model", "x", "--proto-k", "7", "--local-loss", "--proto-weight=0.5", "--no-proto-PBT"]
     )
-    assert rest == ["--model", "x", "--local-loss"]
+    assert rest == ["--local-loss", "--model", "x"] and not dedup
     assert proto == protoclip.ProtoConfig(k=7, weight=0.5, pbt=False)
-    assert command.split_flags(["--lr", "1e-3"]) == (None, ["--lr", "1e-3"])
+    assert command.split_flags(["--lr", "1e-3"]) == (None, False, ["--lr", "1e-3"])
 
 
 def test_help_shows_both_sides(capsys):

@@ -172,29 +172,6 @@ def test_half_precision_and_one_element_scales():
         assert x.grad.dtype == dtypes[0]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_with_the_model_it_is_the_same(backend):
-    """What OpenCLIP 4's --torchcompile does: model and loss in one compiled function."""
-    torch._dynamo.reset()
-    results = []
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        tower = torch.nn.Linear(12, 8)
-        loss = ProtoClipLoss(proto=ProtoConfig(queue=40, k=5))
-
-        def step(image, text, tower=tower, loss=loss):
-            x, y = (F.normalize(tower(t), dim=1) for t in (image, text))
-            return loss(x, y, torch.tensor(SCALE), output_dict=True)
-
-        run = torch.compile(step, backend=backend) if compiled else step
-        terms = [run(*pairs(20, seed=number)) for number in range(5)]
-        sum(value for one in terms for value in one.values()).backward()
-        results.append((terms, tower.weight.grad))
-    assert loss.metrics["steps"] == 5 and loss.metrics["clusterings"] == 2
-    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=0)
-    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-5)
-
-
 def test_diverged_features_are_refused_in_words():
     loss = ProtoClipLoss(proto=ProtoConfig(queue=40, k=5))
     image, text = pairs()

@@ -31,26 +31,9 @@ def test_import_is_light():
     assert others <= set(sys.stdlib_module_names) and len(own) < 30, loaded
 
 
-def test_import_costs_little():
-    """Beside that of torch: 0.03 of it on an idle core. CPU time; the best of three processes."""
-    code = (
-        "import time\nclock = time.process_time\nbegan = clock()\nimport torch\nthen = clock()\n"
-        "import protoclip\nprint((clock() - then) / (then - began))"
-    )
-    shares = sorted(float(_fresh(code)) for _ in range(3))
-    assert shares[0] < 0.3, shares
-
-
 def test_public_names_exist_and_are_documented():
     for name in protoclip.__all__:
         assert getattr(protoclip, name).__doc__, name
-
-
-def test_every_package_is_shipped():
-    shipped = (ROOT.parent / "setup.py").read_text()
-    for init in ROOT.rglob("__init__.py"):
-        name = ".".join(["protoclip", *init.relative_to(ROOT).parts[:-1]])
-        assert f'"{name}"' in shipped, f"setup.py does not list {name}"
 
 
 def test_a_wheel_holds_everything_and_works_elsewhere(tmp_path):

@@ -10,7 +10,7 @@ from ranks import on_ranks
 
 from protoclip import distributed
 from protoclip.distributed import find_rank
-from protoclip.plan import Shape, build_run, main, measure_shape, memory
+from protoclip.plan import build_run, main, measure_shape, memory
 
 CLUSTERS, SAMPLES, TEACHER = 2000, 100_000, 32
 
@@ -99,32 +99,6 @@ def test_settings_of_the_towers_count():
     assert saved("--grad-checkpointing") < 0.6 * plain
     assert 0.4 * plain < saved("--precision", "amp_bf16") < 0.7 * plain
     assert saved("--lock-image") < plain
-
-
-def test_parts_by_hand():
-    run = run_of(
-        "--batch-size", 6, "--accum-freq", 2, "--ranks", 4, "--samples", 1000, "--k", 10,
-        "--episode-size", 240, "--external-teacher-dim", 5, "--precision", "amp_bf16",
-    )  # fmt: skip
-    shape = Shape(
-        weights=1000, trained=800, embed_dim=8, projection_dim=4,
-        buffers_bytes=32, batch_bytes=10, saved_bytes=100, saved_fixed_bytes=7,
-    )  # fmt: skip
-    assert memory(shape, run) == {
-        "weights": 4032,
-        "gradients": 3200 - 607,
-        "optimiser (AdamW)": 6400,
-        "saved for backward": 607,
-        "batch": 120,
-        "features of the step": 4 * 12 * 8 * 4,
-        "gathered features": 48 * 8 * (2 + 4),
-        "InfoNCE scratch": 256 << 20,
-        "prototypes and targets": 10 * (2 * 4 * 4 + 4 + 4 + 5) * 4,
-        "prototype gradients": 4 * 12 * 4 * 4,
-        "labels": 3 * 1000 * 8,
-        "feature store": 60 * (2 * 4 * 4 + 8),
-        "teacher": 1000 * 5 * 4,
-    }
 
 
 def test_the_command_takes_trains_flags(capsys):

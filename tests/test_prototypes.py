@@ -126,16 +126,6 @@ class TestStore:
         assert torch.equal(got.image_h, torch.stack([new[1], old[1], new[2], new[0]]))
         assert torch.equal(got.text_h, -got.image_h)
 
-    def test_its_state_goes_on_elsewhere(self):
-        store, other = FeatureStore(2, 2, CPU), FeatureStore(2, 2, CPU)
-        other.load_state_dict(store.state_dict())
-        assert other.is_empty
-        store.put(0, torch.tensor([1, 0]), Encoded(unit(2, 3).float(), unit(2, 3).float()))
-        other.load_state_dict(store.state_dict())
-        assert torch.equal(store.features().text_h, other.features().text_h)
-        with pytest.raises(ValueError, match=r"5 draws.*'index': \[4\]"):
-            FeatureStore(5, 1, CPU).load_state_dict(store.state_dict())
-
 
 def test_features_do_not_depend_on_the_training_mode():
     dataset = open_dataset("builtin:shapes:20")

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -129,3 +130,20 @@ def test_readme_says_which_backends_an_op_has():
         if name in ops
     }
     assert told == {op: set(TABLE[op]) - {"reference"} for op in ops.values() if "ids" not in op}
+
+
+def test_the_page_of_many_gpus_says_what_plan_says(capsys):
+    page = PAGES["many-gpus.md"]
+    (command,) = (words for name, words in shown(page) if name == "plan" and words)
+    for row in re.findall(r"^\|((?: [\d.,]+ \|){6})$", page, re.MULTILINE):
+        gpus, batch, k, steps, *gib = (
+            cell.strip().replace(",", "") for cell in row.split("|")[:-1]
+        )
+        size = int(steps) * int(batch)
+        own = ["--ranks", gpus, "--k", k, "--episode-size", str(size), "--json"]
+        assert plan.main([*command, *own]) == 0
+        planned = json.loads(capsys.readouterr().out)
+        memory = planned["memory_bytes"]
+        loss = memory["gathered features"] + memory["InfoNCE scratch"]
+        assert planned["global_batch"] == int(batch)
+        assert [f"{sum(memory.values()) / 2**30:.1f}", f"{loss / 2**30:.2f}"] == gib

@@ -1,6 +1,5 @@
 """A refused --resume changes nothing in the run's folder; the reason is a sentence."""
 
-import importlib.util
 import json
 import shutil
 
@@ -121,19 +120,6 @@ def test_what_is_missing_is_named(run):
             value = part.pop(name)
             assert_refused(run("--lr", "0.5", payload=run.payload), "checkpoint")
             part[name] = value
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("skipped", [1]), ("skipped", ["x", 0]), ("faults", ["x"])]
-)
-def test_counts_of_another_form(run, name, value):
-    run.payload["protoclip"]["training"][name] = value
-    assert_refused(run("--lr", "0.5", payload=run.payload))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
-def test_a_board_that_is_not_installed(run):
-    assert_refused(run("--lr", "0.5", "--report-to", "wandb"), "pip install wandb")
 
 
 def test_labels_that_lead_outside_of_the_prototypes(run):

@@ -1,19 +1,17 @@
 """One training step: what moves, what is skipped, and where its time goes."""
 
 import json
-import time
 
 import pytest
 import torch
 from ranks import bare_run
-from torch import nn
 
 from protoclip import checkpoint
 from protoclip.config import LossConfig, ModelConfig, OptimConfig
 from protoclip.data import Batch
 from protoclip.losses import Losses
 from protoclip.model import build_model
-from protoclip.step import Phases, Stepper, depends_on_passes, parameter_groups
+from protoclip.step import Stepper, parameter_groups
 from protoclip.train import main
 
 
@@ -64,20 +62,6 @@ def test_too_many_in_a_row_save_and_stop(tmp_path, flags, monkeypatch, capsys, l
     assert state["protoclip"]["training"]["skipped"] == [3, 3]
 
 
-def test_the_fused_optimiser_skips_by_itself():
-    """What a GPU relies on, tried on the CPU's fused AdamW."""
-    weight = nn.Parameter(torch.ones(3))
-    adamw = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    weight.grad = torch.full((3,), float("nan"))
-    adamw.found_inf = torch.tensor(1.0)
-    adamw.step()
-    assert torch.equal(weight.detach(), torch.ones(3)) and adamw.state[weight]["step"] == 0
-    weight.grad = torch.ones(3)
-    adamw.found_inf = torch.tensor(0.0)
-    adamw.step()
-    assert (weight < 1).all() and adamw.state[weight]["step"] == 1
-
-
 def test_vectors_scalars_and_heads_do_not_decay():
     model = build_model(ModelConfig())
     groups = parameter_groups(model, 0.5)
@@ -121,36 +105,3 @@ def test_gradients_are_clipped_and_scales_clamped():
     after = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     assert taken.finite and taken.norm > 1e6 and after == pytest.approx(0.5, rel=1e-4)
     assert 1 <= model.proto_scale <= 100.0001 and stepper.bad.tolist() == [0, 0]
-
-
-def test_a_skipped_step_leaves_optimiser_and_weights_alone():
-    model = build_model(ModelConfig())
-    stepper, step = stepper_of(model)
-    before = model.clip.text_projection.detach().clone()
-    taken = step(float("nan") * model.clip.text_projection.sum())
-    assert not taken.finite and torch.equal(model.clip.text_projection.detach(), before)
-    assert not stepper.adamw.state and stepper.bad.tolist() == [1, 1]
-    assert step(model.clip.text_projection.sum()).finite and stepper.bad.tolist() == [1, 0]
-    assert not torch.equal(model.clip.text_projection.detach(), before)
-
-
-def test_what_depends_on_how_a_batch_is_split():
-    model = build_model(ModelConfig())
-    assert not depends_on_passes(model)  # the heads' batch norm is over all ranks
-    assert depends_on_passes(build_model(ModelConfig(use_bn_sync=False)))
-    assert depends_on_passes(nn.Sequential(nn.Dropout(0.1)))
-    assert not depends_on_passes(nn.Sequential(nn.Dropout(0.0)))
-
-
-def test_a_phase_inside_another_is_counted_once(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    phases = Phases(torch.device("cpu"))
-    with phases.measure("forward"):
-        now[0] += 2
-        with phases.measure("prototypes"):
-            now[0] += 4
-            with phases.measure("prototypes"):
-                now[0] += 1
-        now[0] += 8
-    assert phases.seconds() == {"prototypes": 5, "forward": 10}

@@ -1,9 +1,7 @@
 """``python -m protoclip.train`` as a user runs it: it learns, repeats, and refuses in words."""
 
 import json
-import random
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +9,6 @@ from PIL import Image
 from protoclip import checkpoint
 from protoclip.config import ModelConfig
 from protoclip.model import build_model
-from protoclip.step import seed_everything
 from protoclip.train import main
 
 SMALL = ["--train-data", "builtin:shapes:600", "--batch-size", "64", "--report-to", "none"]
@@ -69,6 +66,8 @@ def test_it_learns_and_leaves_a_whole_run_folder(tmp_path):
         (["--train-data", "builtin:nothing"], "builtin:nothing"),
         (["--k", "100000"], "--k"),
         (["--val-data", "no/such.csv"], "no/such.csv: No such file"),
+        (["--imagenet-val", "nowhere"], "nowhere"),
+        (["--imagenet-val", "builtin:cats"], "expected one of builtin:emoji"),
         (["--batch-size", "5000"], "--batch-size"),
         (["--external-teacher", "missing.npy"], "missing.npy"),
         (["--device", "cuda:9"], "cuda:9"),
@@ -127,14 +126,6 @@ def test_a_short_last_episode_has_as_many_prototypes_as_samples(tmp_path, nano):
 def test_a_run_too_short_for_prototypes_says_so(tmp_path, nano, capsys):
     run(tmp_path, "short", "--max-steps", "1", "--model", str(nano))
     assert "prototypes from episode 3 on, which this run does not reach" in capsys.readouterr().err
-
-
-def test_the_seed_reaches_every_global_generator():
-    drawn = []
-    for _ in range(2):
-        seed_everything(3)
-        drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
-    assert drawn[0] == drawn[1]
 
 
 @pytest.mark.parametrize("name", ["torn.pt", "torn.safetensors"])

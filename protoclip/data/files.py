@@ -7,10 +7,12 @@ a machine fetches it while the others wait. Copies stay until somebody deletes t
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
+import itertools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a table whole or not at all."""
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(itertools.chain([header], rows))
 
 
 def write_atomic(path: Path, text: str) -> None:

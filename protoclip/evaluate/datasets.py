@@ -138,9 +138,9 @@ class ImageFolder:
     Args:
         root: the folder of class folders.
         folders: class folders by id, where another split may have more.
-        names: what each class is called, by id.
+        names: what each class is called, by id; (): no classes, the path stands in for a caption.
     Raises:
-        DataError: no picture in any class folder.
+        DataError: no picture in any of the folders.
     """
 
     def __init__(self, root: Path, folders: Sequence[str], names: Sequence[str]) -> None:
@@ -151,18 +151,19 @@ class ImageFolder:
         self._found = make_dataset(self.name, ids, IMG_EXTENSIONS, allow_empty=True)
         if not self._found:
             raise DataError(
-                f"{root}: no pictures in its {len(folders)} class folders; expected "
-                f"{root}/CLASS/picture.png (or another of {', '.join(IMG_EXTENSIONS)})"
+                f"{root}: no pictures in its folders; expected {root}/CLASS/picture.png (or "
+                f"another of {', '.join(IMG_EXTENSIONS)})"
             )
         self.keys: Sequence[str] = [os.path.relpath(path, root) for path, _ in self._found]
         labels = Labels(torch.tensor([label for _, label in self._found]), tuple(names))
-        self.labels: Mapping[str, Labels] = {LABEL: labels}
+        self.labels: Mapping[str, Labels] = {LABEL: labels} if names else {}
 
     def __len__(self) -> int:
         return len(self._found)
 
     def captions(self, i: int) -> tuple[str, ...]:
-        return (self.labels[LABEL].names[self._found[i][1]],)
+        known = self.labels.get(LABEL)
+        return (known.names[self._found[i][1]] if known else self.keys[i],)
 
     def path(self, i: int) -> str:
         """Where picture ``i`` is."""

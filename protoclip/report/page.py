@@ -19,8 +19,7 @@ import jinja2
 
 from protoclip.config import output_file
 from protoclip.data.files import write_atomic
-from protoclip.evaluate import Outcome, SetResults, read_results
-from protoclip.evaluate.results import number, rows_of
+from protoclip.evaluate.results import Outcome, SetResults, number, read_results, rows_of
 from protoclip.report import figures
 from protoclip.report.figures import Series, read_series
 from protoclip.report.snapshot import Snapshot, load_snapshot

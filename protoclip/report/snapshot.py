@@ -28,7 +28,7 @@ from torch import Tensor
 
 from protoclip.data import PairDataset
 from protoclip.data.files import write_atomic
-from protoclip.evaluate import EvalSet
+from protoclip.evaluate.tasks import EvalSet
 from protoclip.kmeans import kmeans
 from protoclip.model import Encoded
 from protoclip.ops import segment_mean
