@@ -329,6 +329,10 @@ def test_six_launches(monkeypatch, dtype):
     assert names == (FORWARD, BACKWARD) and len(FORWARD + BACKWARD) == 6
 
 
+def _info_nce(**options):
+    return lambda *leaves: protoclip.info_nce(*leaves, backend="triton", **options)
+
+
 @pytest.mark.parametrize(
     "options, dtype, more",
     [
@@ -341,10 +345,8 @@ def test_six_launches(monkeypatch, dtype):
     ids=str,
 )
 def test_other_calls(monkeypatch, options, dtype, more):
-    def loss(*leaves):
-        return protoclip.info_nce(*leaves, backend="triton", **options)
-
-    assert _launches(monkeypatch, loss, 70, 16, dtype) == (FORWARD, more + BACKWARD)
+    found = _launches(monkeypatch, _info_nce(**options), 70, 16, dtype)
+    assert found == (FORWARD, more + BACKWARD)
 
 
 def test_larger_batches(monkeypatch):
@@ -354,11 +356,7 @@ def test_larger_batches(monkeypatch):
 
     monkeypatch.setattr(info_nce, "ONE_PROGRAM", 64)
     monkeypatch.setattr(waves, "SCRATCH_BYTES", 64 * 128 * 2)
-
-    def loss(*leaves):
-        return protoclip.info_nce(*leaves, backend="triton")
-
-    forward, backward = _launches(monkeypatch, loss, 100, 16, torch.bfloat16)
+    forward, backward = _launches(monkeypatch, _info_nce(), 100, 16, torch.bfloat16)
     assert forward == [*FORWARD, "sum"] and backward == ["extremes_kernel", *2 * BACKWARD]
 
 
