@@ -156,7 +156,9 @@ def _check_seal(path: Path) -> None:
 
 
 def candidates(run: str | os.PathLike[str]) -> list[Path]:
-    """Checkpoints of a run folder, or of a folder of them, newest first; [] if there are none."""
+    """Checkpoints of a run folder, or of a folder of them, newest first; of a file it alone."""
+    if Path(run).is_file():
+        return [Path(run)]
     folder = Path(run) / "checkpoints"
     folder = folder if folder.is_dir() else Path(run)
     first = [path for name in (LATEST, PREVIOUS) if (path := folder / name).is_file()]
@@ -165,49 +167,26 @@ def candidates(run: str | os.PathLike[str]) -> list[Path]:
 
 def numbered(folder: Path) -> list[Path]:
     """The epoch_N.pt of a folder, newest first."""
-    found = {
-        int(number): path
-        for path in folder.glob("epoch_*.pt")
-        if (number := path.stem.removeprefix("epoch_")).isdigit()
-    }
-    return [found[number] for number in sorted(found, reverse=True)]
+    found = [path for path in folder.glob("epoch_*.pt") if path.stem[6:].isdigit()]
+    return sorted(found, key=lambda path: int(path.stem[6:]), reverse=True)
 
 
 def load_newest(run: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint of a run folder that is whole; a warning for each that is not.
+    """A checkpoint file, or the newest whole one of a run folder; a warning for each that is not.
 
     Raises:
         ValueError: there is none, or none is whole.
     """
-    paths = _some(run)
+    paths = candidates(run)
     for path in paths:
         try:
             return path, load(path)
         except ValueError as error:
+            if path == paths[-1]:
+                raise
             logger.warning("%s; trying the one before", error)
     raise ValueError(
-        f"checkpoint: none of the {len(paths)} checkpoints of {run} can be read; start "
-        "again with another --name"
-    )
-
-
-def find(run: str | os.PathLike[str]) -> Path:
-    """The newest checkpoint of a run folder, or ``run`` itself when it is a file."""
-    run = Path(run)
-    if run.is_file():
-        return run
-    if not run.is_dir():
-        raise ValueError(
-            f"checkpoint: expected a run folder or a checkpoint, found nothing at {run}"
-        )
-    return _some(run)[0]
-
-
-def _some(run: str | os.PathLike[str]) -> list[Path]:
-    if paths := candidates(run):
-        return paths
-    raise ValueError(
-        f"checkpoint: {run} holds no epoch_N.pt; the run ended before its first checkpoint"
+        f"checkpoint: expected a checkpoint or a run folder with one, found nothing at {run}"
     )
 
 

@@ -355,28 +355,16 @@ class Parser(argparse.ArgumentParser):
         self, prog: str, everyday: Sequence[str] = (), example: str = "", **arguments: Any
     ) -> None:
         super().__init__(prog=prog, allow_abbrev=False, **arguments)
-        self.example = f"example: {example}" if example else ""
+        self.example = f"\nexample: {example}\n" if example else ""
         words = "show the other flags too" if everyday else argparse.SUPPRESS
         self.add_argument("--help-all", action="help", help=words)
         self.everyday = {*everyday, "--help", "--help-all"} if everyday else set()
 
     def format_help(self) -> str:
-        formatter = self._get_formatter()
-        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
-        formatter.add_text(self.description)
-        for group in self._action_groups:
-            shown = [
-                action
-                for action in group._group_actions
-                if not self.everyday.isdisjoint(action.option_strings or self.everyday)
-                or not self.everyday
-            ]
-            formatter.start_section(group.title)
-            formatter.add_arguments(shown)
-            formatter.end_section()
-        formatter.add_text(self.epilog)
-        formatter.add_text(self.example)
-        return formatter.format_help()
+        for action in self._actions if self.everyday else ():
+            if action.option_strings and self.everyday.isdisjoint(action.option_strings):
+                action.help = argparse.SUPPRESS
+        return super().format_help() + self.example
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")

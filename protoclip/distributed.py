@@ -30,7 +30,6 @@ LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
 )
-_store: dist.Store | None = None  # of all processes, once they have met
 
 
 class RankInfo(NamedTuple):
@@ -89,7 +88,6 @@ def start(info: RankInfo, device: torch.device, timeout: float, backend: str = "
     Raises:
         ValueError: the processes cannot meet.
     """
-    global _store
     if info.world_size == 1:
         return
     if backend == "nccl" or (backend == "auto" and device.type == "cuda"):
@@ -100,28 +98,24 @@ def start(info: RankInfo, device: torch.device, timeout: float, backend: str = "
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
     wait = datetime.timedelta(seconds=timeout)
     try:
-        _store, *_ = next(dist.rendezvous("env://", info.rank, info.world_size, timeout=wait))
+        dist.init_process_group(
+            "gloo" if backend == "auto" else backend,
+            rank=info.rank,
+            world_size=info.world_size,
+            timeout=wait,
+        )
     except RuntimeError as error:
         raise ValueError(
             f"distributed: rank {info.rank} of {info.world_size} cannot meet the others at "
             f"{host}:{port} ({str(error).splitlines()[0]}); start all ranks, or set MASTER_ADDR to "
             "the machine of rank 0 and MASTER_PORT to a free port there"
         ) from error
-    dist.init_process_group(
-        "gloo" if backend == "auto" else backend,
-        store=dist.PrefixStore("group", _store),
-        rank=info.rank,
-        world_size=info.world_size,
-        timeout=wait,
-    )
 
 
 def stop() -> None:
     """Leave the other processes; can be called twice."""
-    global _store
     if dist.is_initialized():
         dist.destroy_process_group()
-    _store = None
 
 
 def run_command(work: Callable[[], int | None], name: str) -> int:
@@ -148,7 +142,8 @@ def run_command(work: Callable[[], int | None], name: str) -> int:
 def _say_once(text: str) -> None:
     """Print a message once, although several ranks may have it."""
     try:
-        first = _store is None or _store.add("said", 1) == 1
+        alone = not dist.is_initialized()
+        first = alone or dist.distributed_c10d._get_default_store().add("said", 1) == 1
     except RuntimeError:  # rank 0 held the store; it has printed and exited
         first = False
     if first:
@@ -222,12 +217,11 @@ def from_main(make: Callable[[], Result]) -> Result:
 
 
 def gather_objects(value: Result) -> list[Result]:
-    """Every rank's value (picklable, small), in rank order, on rank 0; [] on the others."""
-    if not is_distributed():
-        return [value]
-    found: list[Any] | None = [None] * world_size() if is_main() else None
-    dist.gather_object(value, found)
-    return found or []
+    """Every rank's value (picklable, small), in rank order."""
+    found: list[Any] = [value] * world_size()
+    if is_distributed():
+        dist.all_gather_object(found, value)
+    return found
 
 
 def own_slice(total: int, number: int | None = None) -> slice:

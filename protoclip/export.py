@@ -51,11 +51,11 @@ def export(run: str | Path, out: str | Path, model: str = "") -> Path:
     Raises:
         ValueError: no such run, ``out`` is in use, or the checkpoint does not fit the model.
     """
-    out, path = Path(out), checkpoint.find(run)
+    out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: expected a new or empty folder, but {out} is in use")
     check_above(out, "--out")
-    payload = checkpoint.load(path)
+    path, payload = checkpoint.load_newest(run)
     ours = payload.get("protoclip", {})
     config = _model_config(ours, path, model)
     name = register_configs(config.model)

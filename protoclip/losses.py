@@ -93,12 +93,11 @@ def global_info_nce(
         return info_nce(image_features, text_features, logit_scale, **options)
     op = "global_info_nce"
     x, y, scale = checks.pairs(op, image_features, text_features, logit_scale)
-    if ids is not None:
-        name = resolve("contrastive", backend, x.device.type, x.dtype)
+    name = resolve("info_nce" if ids is None else "contrastive", backend, x.device.type, x.dtype)
+    if ids is None:
+        rows, columns = _Strip.apply(x, y, scale, name)
+    else:
         rows, columns = _MatchedStrip.apply(x, y, scale, _global_pairs(op, ids, same_id, x), name)
-        return (rows + columns).mean() / 2
-    name = resolve("info_nce", backend, x.device.type, x.dtype)
-    rows, columns = _Strip.apply(x, y, scale, name)
     return (rows + columns).mean() / 2
 
 
@@ -450,34 +449,28 @@ class SigLipLoss(nn.Module):
 class ProtoConfig:
     """Online prototypes (any of these switches them on)"""
 
-    weight: float = option(1.0, "of the prototype loss beside InfoNCE", flag="proto-weight", low=0)
+    weight: float = option(1.0, "of the prototype loss beside InfoNCE", flag="proto-weight")
     queue: int = option(
         16384, "newest pairs that are clustered, over all ranks", flag="proto-queue", low=2
     )
-    k: int = option(0, "prototypes a modality; 0: a tenth of the queue", flag="proto-k", low=0)
+    k: int = option(0, "prototypes a modality; 0: a tenth of the queue", flag="proto-k")
     every: int = option(
-        0, "steps between clusterings; 0: when the queue is renewed", flag="proto-every", low=0
+        0, "steps between clusterings; 0: when the queue is renewed", flag="proto-every"
     )
     warmup: int = option(
-        0,
-        "steps of InfoNCE alone before the first clustering, which also waits for a full queue",
-        flag="proto-warmup",
-        low=0,
+        0, "steps of InfoNCE alone, at least until the queue is full", flag="proto-warmup"
     )
     target_temperature: float = option(
-        0.01, "of the soft targets; 0: hard labels", flag="proto-target-temperature", low=0
+        0.01, "of the soft targets; 0: hard labels", flag="proto-target-temperature"
     )
     logit_scale: float = option(
-        0.0,
-        "multiplier of the prototype logits; 0: the model's own logit scale",
-        flag="proto-logit-scale",
-        low=0,
+        0.0, "of the prototype logits; 0: the model's own logit scale", flag="proto-logit-scale"
     )
     kmeans_max_iter: int = option(20, "iterations of k-means", flag="proto-kmeans-max-iter", low=1)
     pbt: bool = option(
         True, "back translation; off: raw centroids of the other modality", flag="proto-PBT"
     )
-    seed: int = option(0, "of k-means' first centroids", flag="proto-seed", low=0, high=2**31)
+    seed: int = option(0, "of k-means' first centroids", flag="proto-seed", high=2**31)
 
     def __post_init__(self) -> None:
         check(self)
@@ -639,8 +632,7 @@ class ProtoLoss(nn.Module):
             ids: int64 [B], of pairs that are no negatives of one another where equal; None: none.
             measure: times the block of a phase, here "prototypes".
         """
-        config = self.config
-        terms: dict[str, Tensor] = {}
+        config, terms = self.config, dict[str, Tensor]()
         accuracy: dict[str, Tensor] = {}
         if config.w_clip > 0:
             terms["contrastive_loss"] = global_info_nce(

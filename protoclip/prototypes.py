@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -142,9 +142,8 @@ class FeatureStore:
         index, order = index[last], order[last]
         if not len(order):
             raise ValueError(
-                "FeatureStore: expected the features of a training step, got no row: all steps so "
-                "far were skipped because their loss or gradient was not finite; lower --lr, use "
-                "--precision fp32, or check the initial weights"
+                "FeatureStore: expected the features of a training step, got no row: the gradient"
+                " was not finite in all of them; lower --lr, or use --precision fp32"
             )
         if not is_distributed():
             return Features(index, self.image_h[order], self.text_h[order])
@@ -235,8 +234,7 @@ class PrototypeSet:
         if labels.shape != (samples,) or not fits or ((known < 0) | (known >= shape[0])).any():
             raise ValueError(
                 f"--resume: expected the prototypes of {samples} samples, got labels "
-                f"{list(labels.shape)} and prototypes {list(shape)} that do not belong together in "
-                "the checkpoint; use an older one"
+                f"{list(labels.shape)} and prototypes {list(shape)}; use an older checkpoint"
             )
 
 
@@ -397,23 +395,19 @@ class EpisodeBuilder:
         for source, points in sources.items():
             last = before.get(source)
             local, values = builder.cluster(points, num_clusters, random, last)
-            found = self._of_dataset(local, features.index)
-            new = features.index[:0] if coming is None else coming.to(found.labels.device)
-            new = new[found.labels[new] == IGNORE].unique()
+            labels = torch.full((len(self.keys),), IGNORE, device=points.device)
+            labels[features.index] = local.labels
+            max_over_ranks(labels)  # each rank knows those of its own samples
+            found = replace(local, labels=labels)
+            new = features.index[:0] if coming is None else coming.to(labels.device)
+            new = new[labels[new] == IGNORE].unique()
             if source == EXTERNAL and teacher is not None and len(new):
-                found.labels[new] = kmeans_assign(teacher[new], found.centroids)[0]
+                labels[new] = kmeans_assign(teacher[new], found.centroids)[0]
             values |= health(found, last, self.classes)
             metrics |= {f"{source}_{name}": value for name, value in values.items()}
             labels_new = source in INTERNAL and len(new) > 0
             sets += builder.translate(source, found, features.index, students, labels_new)
         return Episode(tuple(sets), metrics)
-
-    def _of_dataset(self, local: Clustering, index: Tensor) -> Clustering:
-        """With the labels of the whole dataset instead of this rank's rows."""
-        labels = torch.full((len(self.keys),), IGNORE, device=index.device)
-        labels[index] = local.labels
-        max_over_ranks(labels)  # each rank knows those of its own samples
-        return Clustering(local.centroids, labels, local.counts)
 
     def _check_finite(self, sources: Mapping[str, Tensor], index: Tensor) -> None:
         """Refuse NaN and infinity, by the key of the first sample that has them."""
@@ -439,8 +433,7 @@ def check_clusters(config: EpisodeConfig, samples: int) -> int:
     if num_clusters > samples:
         raise ValueError(
             f"--k: expected at most one cluster per sample, got k={num_clusters} for the {samples} "
-            f"samples of an episode; use --k {max(1, samples // 10)}, a larger --episode-size, or "
-            "more data"
+            f"samples of an episode; use --k {max(1, samples // 10)}, or a larger --episode-size"
         )
     return num_clusters
 

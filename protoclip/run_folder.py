@@ -217,15 +217,8 @@ def find_resume(config: TrainConfig) -> Resume | None:
     path = choose_folder(config) if wish == "auto" else Path(wish)
     if not wish or (wish == "auto" and not checkpoint.candidates(path)):
         return None
-    if path.is_file():
-        folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-        file, payload = path, checkpoint.load(path)
-    elif path.is_dir():
-        folder, (file, payload) = path, checkpoint.load_newest(path)
-    else:
-        raise ValueError(
-            f"--resume: expected a run folder, a checkpoint or auto, found nothing at {path}"
-        )
+    file, payload = checkpoint.load_newest(path)
+    folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
     if not isinstance(payload.get("protoclip", {}).get("training"), dict):
         raise ValueError(
             f"--resume: {file} has weights but no state of a run (no 'protoclip' entry that "

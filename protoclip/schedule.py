@@ -57,9 +57,8 @@ def make_plan(config: TrainConfig, samples: int) -> Plan:
     batch, episode = config.optim.batch_size * times, config.episode.size
     if samples < batch:
         raise ValueError(
-            f"--batch-size: expected at most the number of samples, got {config.optim.batch_size} "
-            f"x {times} passes and ranks for {samples}; use --batch-size "
-            f"{max(2, samples // (4 * times))} or more data"
+            f"--batch-size: expected at most {samples} in all, got {config.optim.batch_size} x "
+            f"{times} passes and ranks; use --batch-size {max(2, samples // (4 * times))}"
         )
     if episode and episode < batch:
         raise ValueError(
@@ -135,11 +134,7 @@ def episode_seed(seed: int, number: int, purpose: int) -> int:
 
 
 class Stopped(Exception):
-    """The run was asked to end, and has saved; ``code`` is the exit code."""
-
-    def __init__(self, text: str, code: int) -> None:
-        super().__init__(text)
-        self.code = code
+    """The run was asked to end, and has saved: what to say, and the exit code."""
 
 
 def parse_interval(text: str) -> tuple[int, float]:

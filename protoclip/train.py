@@ -166,8 +166,9 @@ def train(config: TrainConfig, device: torch.device) -> int:
                 draw_plots(trainer, evaluation)
             conclude(trainer, evaluation, before, after)
     except schedule.Stopped as stop:
-        folder.say(str(stop))
-        return stop.code
+        words, code = stop.args
+        folder.say(words)
+        return code
     except BaseException as error:
         with contextlib.suppress(OSError):
             folder.note(traceback.format_exc())
@@ -384,10 +385,9 @@ class Trainer:
             self.save(None)
             raise ValueError(
                 f"training: loss or gradient was not finite in {in_a_row} steps in a row, the last "
-                f"one step {self.step}, samples {keys[:NAMED]} ... (all in out.log); the weights "
-                f"before them are in {self.folder.path}. Lower --lr, lengthen --warmup, use "
-                "--precision fp32, look at these samples, or let "
-                "torch.autograd.set_detect_anomaly(True) name the operation"
+                f"one step {self.step}, samples {keys[:NAMED]} ... (all in out.log); lower --lr, "
+                f"use --precision fp32, or let torch.autograd.set_detect_anomaly(True) name the "
+                f"operation; the weights before them are in {self.folder.path}"
             )
 
     def _log(self, step: Step, lr: float, number: int) -> None:
@@ -643,17 +643,17 @@ def conclude(
     trainer: Trainer, evaluation: Evaluation, before: Results | None, after: Results | None
 ) -> None:
     """Print the table, the time per phase and the peak memory; write results.json."""
-    folder, timing = trainer.folder, trainer.phases.seconds()
+    folder, floor = trainer.folder, evaluation.floor(trainer.model)
+    timing = trainer.phases.seconds()
     peak = tasks.peak_memory_bytes(trainer.setup.device)
+    name, weights = trainer.config.model.model, str(checkpoint.candidates(folder.path)[0])
+    outcome = Outcome(evaluation.data, name, weights, after or {}, before, timing, peak, floor)
+    recorded = page.recorded_baseline(to_dict(trainer.config)) if after else None
+    baseline = recorded.outcome if recorded else None
+    folder.say("\n" + results.format_table(outcome, baseline))
     if after is None:
-        times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in timing.items())
-        folder.say(
-            f"time: {times}\npeak memory: {peak / 2**20:,.0f} MiB\nno evaluation: give --val-data"
-        )
+        folder.say("no evaluation: give --val-data")
     else:
-        name, weights = trainer.config.model.model, str(checkpoint.find(folder.path))
-        outcome = Outcome(evaluation.data, name, weights, after, before, timing, peak)
-        folder.say("\n" + results.format_table(outcome))
         results.write_results(folder.path / "results.json", outcome)
     if "tensorboard" in trainer.config.run.report_to:
         scores = {
@@ -729,6 +729,14 @@ class Evaluation:
             encoder = replace(self.encoder(model), bar=bar)
             self.kept, probe_train = tasks.encode_sets(encoder, layout)
             return tasks.evaluate_features(self.kept, probe_train)
+
+    def floor(self, model: ProtoModel) -> Results | None:
+        """What built-in data gives without training; others may be too large for it."""
+        if not self.data.startswith("builtin:"):
+            return None
+        with self.phases.measure("evaluation", on_host=True):
+            layout = open_layout(self.data, **self.arguments)
+            return tasks.floors(self.encoder(model), layout)
 
     def quick(self, model: ProtoModel) -> dict[str, float]:
         """Recalls on the small sets, for the curves."""
@@ -858,9 +866,8 @@ def check_resume(resume: Resume, setup: Setup) -> list[str]:
         )
     if (data := checkpoint.fingerprint(setup.dataset.keys)) != training.get("data"):
         raise ValueError(
-            f"--resume: the training data are not those of {resume.file} ({data} instead of "
-            f"{training.get('data')}: size and digest of the keys); give the same data, or "
-            "start a new run with --pretrained"
+            f"--resume: the training data are not those of {resume.file} ({data}, not "
+            f"{training.get('data')}); give the same data, or start a new run with --pretrained"
         )
     return [f"since the checkpoint, {note}: not the same run any more" for note in notes]
 

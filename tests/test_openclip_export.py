@@ -41,7 +41,7 @@ def same(left, right):
 def trained(run, config):
     """The model as protoclip itself loads it."""
     model = build_model(config)
-    model.load_state(checkpoint.load(checkpoint.find(run)))
+    model.load_state(checkpoint.load(checkpoint.candidates(run)[0]))
     return features(model.clip, model.tokenizer)
 
 

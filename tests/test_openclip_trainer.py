@@ -136,7 +136,7 @@ def test_the_log_has_both_terms_and_the_evaluation(alone, folder):
 def test_a_checkpoint_of_open_clips_exports_and_is_evaluated(alone, folder, tmp_path, capsys):
     """Its model has to be named; the bias that --siglip adds is kept."""
     run, model = folder / "logs" / "ours-siglip", str(folder / "nano.json")
-    path = checkpoint.find(run)
+    path = checkpoint.candidates(run)[0]
     out = ["--out", str(tmp_path / "out")]
     assert export.main([str(run), *out]) == 2
     assert "give the OpenCLIP name or config file" in capsys.readouterr().err

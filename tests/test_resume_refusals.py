@@ -25,7 +25,7 @@ def whole(tmp_path_factory):
 def run(whole, tmp_path, capsys):
     """The folder of a copy, its newest payload, and how to resume it: (code, message, touched)."""
     folder = shutil.copytree(whole[0], tmp_path / "logs" / "run")
-    latest = checkpoint.find(folder)
+    latest = checkpoint.candidates(folder)[0]
 
     def files():
         return {

@@ -172,8 +172,7 @@ def _noto_font() -> ImageFont.FreeTypeFont:
         reason = str(error)
     if reason:
         raise DataError(
-            f"the font Noto Color Emoji was not found ({reason}); install it (Debian, Ubuntu: "
-            "apt-get install fonts-noto-color-emoji), or put NotoColorEmoji.ttf into a folder of "
-            "fonts, such as ~/.local/share/fonts"
+            f"the font Noto Color Emoji was not found ({reason}); put NotoColorEmoji.ttf into a "
+            "folder of fonts (Debian, Ubuntu: apt-get install fonts-noto-color-emoji)"
         )
     return font

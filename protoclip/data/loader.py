@@ -281,8 +281,7 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
         if crashes == CRASHES:
             raise DataError(
                 f"{source.dataset.name}: a data worker died {CRASHES} times at the same batch "
-                f"({reason}); a picture may break the decoder, or memory is too small for "
-                f"--workers {workers}; samples: {keys}, ..."
+                f"({reason}); use fewer --workers, or look at the samples: {keys}, ..."
             )
         logger.warning("a data worker died (%s) near %s, ...; it is started again", reason, keys)
 

@@ -28,7 +28,7 @@ from protoclip.data.files import fetch_ahead, is_remote, local_copy, write_atomi
 from protoclip.data.images import decode
 from protoclip.data.tables import MAX_CAPTION
 from protoclip.data.types import DataError, Labels, StringTable
-from protoclip.distributed import from_main, gather_objects, is_distributed, rank, world_size
+from protoclip.distributed import gather_objects, is_distributed, rank, world_size
 from protoclip.ops.native import cache_dir
 
 IMAGE_KINDS = ("jpg", "png", "jpeg", "webp")
@@ -223,8 +223,7 @@ def _on_all(make: Callable[[], Any]) -> list[Any]:
         own = make()
     except DataError as error:
         own = error
-    gathered = gather_objects(own)
-    parts = from_main(lambda: gathered)
+    parts = gather_objects(own)
     for part in parts:
         if isinstance(part, DataError):
             raise part

@@ -93,8 +93,7 @@ def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
             reason = str(error).removeprefix("--model: ")
             raise ValueError(f"{what}: found no run and no checkpoint there; {reason}") from error
         return _by_name(name, pretrained or tag)
-    path = checkpoint.find(what)
-    payload = checkpoint.load(path)
+    path, payload = checkpoint.load_newest(what)
     stored = payload.get("protoclip", {}).get("config")
     if stored is None:
         if not model:

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from protoclip.data import (
 )
 from protoclip.data.files import whole_file
 from protoclip.data.types import heldout_mask
-from protoclip.distributed import is_main, max_over_ranks, own_slice, world_size
+from protoclip.distributed import gather_objects, is_main, max_over_ranks, own_slice
 from protoclip.evaluate import metrics
 from protoclip.evaluate.datasets import Layout, class_prompts
 from protoclip.evaluate.metrics import Sampled
@@ -220,9 +220,8 @@ class Encoder:
         own = own_slice(count) if self.sharded else slice(0, count)
         rows = encode(own) if own.start < own.stop else torch.empty(0, device=self.device)
         if self.sharded:
-            parts: list[Any] = [None] * world_size()
-            dist.all_gather_object(parts, rows.cpu())
-            rows = torch.cat([part for part in parts if len(part)]).to(self.device)
+            parts = [part for part in gather_objects(rows.cpu()) if len(part)]
+            rows = torch.cat(parts).to(self.device)
             self.bar.update(count - (own.stop - own.start))
         if self.cache is not None and is_main():
             self.cache.store(path, rows)
@@ -236,6 +235,31 @@ class Encoder:
                     rows.append(encode(part.to(self.device, non_blocking=True)).float())
                 self.bar.update(len(part))
         return torch.cat(rows)
+
+
+class PixelEncoder(Encoder):
+    """Without a model: a picture's feature is itself at 12 x 12 pixels, all texts are one."""
+
+    def images(self, dataset: PairDataset) -> Tensor:
+        pictures = [np.array(dataset.image(i).resize((12, 12))) for i in range(len(dataset))]
+        return torch.from_numpy(np.stack(pictures)).flatten(1).to(self.device) / 255 - 0.5
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        return torch.zeros(len(texts), 1, device=self.device)
+
+
+def floors(encoder: Encoder, layout: Layout) -> Results:
+    """k-NN and clusters of ``PixelEncoder``; accuracies are at least the largest class's share."""
+    sets, train = encode_sets(PixelEncoder(encoder.model, encoder.device), layout)
+    found = dict(evaluate_features(sets, train, tasks=("knn", "grouping")))
+    for key, one in found.items():
+        values = dict(one.metrics)
+        for label, known in sets[key].labels.items():
+            share = float(known.ids.bincount().max()) / len(known.ids)
+            for name in (f"{label}/{kind}acc1" for kind in ("", "lp_", "knn_")):
+                values[name] = max(share, values.get(name, share))
+        found[key] = dataclasses.replace(one, metrics=values, intervals={})
+    return found
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import subprocess
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -149,8 +150,7 @@ class Thumbnails:
 
 def caption_of(dataset: PairDataset, i: int, k: int = 0) -> str:
     """Caption ``k`` of sample ``i``, at most 90 characters."""
-    text = dataset.captions(i)[k]
-    return text if len(text) <= 90 else text[:89].rstrip() + "…"
+    return textwrap.shorten(dataset.captions(i)[k], 90, placeholder="…")
 
 
 def gallery(samples: Samples, thumbs: Thumbnails) -> list[dict[str, Any]]:
