@@ -84,14 +84,10 @@ def own_cache(monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory):
     """The config file of a model that trains in no time."""
-    tower = {"layers": 1, "width": 32}
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {**tower, "image_size": 16, "head_width": 16, "patch_size": 8},
-        "text_cfg": {**tower, "context_length": 12, "vocab_size": 49408, "heads": 2},
-    }
+    from ranks import TINY
+
     path = tmp_path_factory.mktemp("model") / "nano.json"
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(TINY))
     return path
 
 

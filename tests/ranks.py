@@ -204,6 +204,12 @@ def steps_of(folder: Path, name: str) -> int:
     return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
+def losses(run: Path) -> list[tuple[int, float]]:
+    """Step and loss of the lines of a run's metrics.jsonl."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [(line["step"], line["loss"]) for line in map(json.loads, lines) if "loss" in line]
+
+
 def said(folder: Path) -> list[str]:
     """What each rank has printed."""
     return [path.read_text() for path in sorted(folder.glob("rank*.log"))]

@@ -1,6 +1,5 @@
 """Transforms, orders and batches: same seed, same bits, whatever the workers, ranks and starts."""
 
-import os
 import pickle
 from types import SimpleNamespace
 
@@ -17,7 +16,6 @@ from protoclip.data import (
     Draws,
     EpochOrder,
     Faults,
-    Subset,
     batches,
     build_transform,
     open_dataset,
@@ -70,31 +68,6 @@ def test_the_callers_random_state_is_untouched(emoji, draws, workers):
     for _ in batches(emoji, Draws(draws, 0), 16, transform, tokenize, workers=workers):
         got.append(torch.rand(1))
     assert torch.equal(torch.cat(got), expected)
-
-
-class Faulty(Subset):
-    """A data set in which something happens before one picture is read."""
-
-    def __init__(self, dataset, at, act):
-        super().__init__(dataset, range(len(dataset)))
-        self.at, self.act = at, act
-
-    def image(self, i):
-        if i == self.at:
-            self.act()
-        return super().image(i)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_fault_arrives_as_one_clear_message(emoji, workers):
-    def broken():
-        raise DataError("shard 7: 'x': the picture does not decode")
-
-    before = torch.random.get_rng_state()
-    with pytest.raises(DataError) as caught:
-        load(Faulty(emoji, 3, broken), torch.arange(16), workers=workers)
-    assert str(caught.value) == "shard 7: 'x': the picture does not decode"
-    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def gradient_picture(width=90, height=60):
@@ -166,37 +139,6 @@ class TestBadSamples:
         assert all(len(batch.index.unique()) == 4 for batch in first)
         with pytest.raises(DataError, match="sample2"):
             load4(dataset)  # without a ledger a bad sample is an error
-
-    @pytest.mark.parametrize(("new", "words"), [(b"\xff", "utf-8"), (b" ", "no caption is there")])
-    def test_captions_that_change_while_in_use_are_named(self, tmp_path, new, words):
-        spec = write_shards(tmp_path / "data", shards=1)
-        dataset = open_dataset(spec)
-        spoil(tmp_path / "data" / "000.tar", "sample1.txt", new, skip=0)
-        with pytest.raises(DataError, match=f"000.tar.*sample1.*changed while in use .*{words}"):
-            load4(dataset, workers=1)
-
-    def test_a_shard_that_is_deleted_while_in_use_stops_the_run(self, tmp_path):
-        """All of its samples are bad: more than the share that is allowed."""
-        dataset = open_dataset(write_shards(tmp_path / "data", shards=2, per_shard=6))
-        (tmp_path / "data" / "001.tar").unlink()
-        with pytest.raises(DataError, match=r"max-bad-fraction 0.25; .*001.tar: No such"):
-            load4(dataset, faults=Faults(dataset, 0.25, report=lambda text: None))
-
-    def test_a_worker_that_dies_is_replaced(self, tmp_path, caplog):
-        dataset = open_dataset(write_shards(tmp_path / "data", shards=2, per_shard=6))
-        expected, deaths = load4(dataset), tmp_path / "deaths"
-
-        def die(times=2):
-            with open(deaths, "a") as file:
-                file.write("x")
-            if deaths.stat().st_size <= times:
-                os.kill(os.getpid(), 9)
-
-        assert_equal(load4(Faulty(dataset, 7, die), workers=2), expected)
-        assert "a data worker died" in caplog.text
-        deaths.unlink()
-        with pytest.raises(DataError, match="died 3 times at the same batch.*samples: "):
-            load4(Faulty(dataset, 7, lambda: die(99)), workers=2)
 
 
 def dataset(shards=20, per_shard=10, first_source=15, remote=False):

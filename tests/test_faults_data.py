@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 from pairs import spoil
-from ranks import bare_run
+from ranks import bare_run, losses
 
 from protoclip.train import main
 
@@ -30,11 +30,7 @@ def test_training_on_urls_resumes_exactly(tmp_path):
         copy.unlink()  # as after somebody has made room
     assert main([*flags, "--resume", "auto", "--name", "cut", "--workers", "1"]) == 0
     assert "after step 5" in (run / "cut" / "out.log").read_text()
-    losses = [
-        [json.loads(line)["loss"] for line in (run / n / "metrics.jsonl").open()]
-        for n in ("whole", "cut")
-    ]
-    assert losses[0] == losses[1] and len(losses[0]) == 6
+    assert losses(run / "whole") == losses(run / "cut") and len(losses(run / "cut")) == 6
 
 
 def _name(folder, i):

@@ -234,7 +234,7 @@ VECTORS = {
 
 @pytest.mark.parametrize("vectors", VECTORS)
 def test_tiles_of_every_vector_width(vectors, tmp_path):
-    """Each width of csrc/int8_tile.h, and the codes' bounds, against scalar loops."""
+    """Each width of csrc/int8_tile.h against scalar loops."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     needs = {"avx512": "avx512_vnni", "avx2": "avx2", "plain": ""}[vectors]
     if shutil.which("g++") is None or needs not in flags:

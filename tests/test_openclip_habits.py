@@ -2,12 +2,12 @@
 
 import contextlib
 import io
-import json
 import stat
 
 import open_clip
 import pytest
 import torch
+from ranks import losses
 
 from protoclip import checkpoint, export, openclip, plan, teacher, train
 from protoclip.data import __main__ as data
@@ -78,11 +78,6 @@ HABITS = [
     "--delete-previous-checkpoint", "--report-to", "none", "--method", "clip",
     "--resume", "latest", "--warmup", "10000",
 ]  # fmt: skip
-
-
-def losses(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record["loss"] for line in lines if "loss" in (record := json.loads(line))]
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from report_run import make_run
 
+from benchmarks.record_baseline import main as record_baseline
+from protoclip.data import open_dataset
 from protoclip.data.shapes import ShapesDataset
 from protoclip.evaluate.results import Outcome, SetResults
-from protoclip.report import figures
 from protoclip.report import page as reading
 from protoclip.report.__main__ import main
 from protoclip.report.figures import plot_curves
@@ -61,6 +62,8 @@ def test_the_page_has_every_section_and_needs_no_network(runs, capsys):
     assert not re.search(r'(src|href)="(?!data:|#)', text) and "@import" not in text
     assert text.count("<img") > 20 and len(pictures_in(text)) > 50
     assert "builtin:shapes:300" in text and "--preset run.json" in text
+    for title in ("Loss (nats)", "Recall at 5", "Logit scale", "Learning rate"):
+        assert title in text
     assert "1,024 MiB" in text and "prefers-color-scheme: dark" in text
     drawn = re.findall(r"<svg.*?</svg>", text, re.S)
     assert "var(--c0)" in drawn[0] and not re.search(r"#(?!000000)[0-9a-f]{6}\b", drawn[0])
@@ -166,6 +169,26 @@ def test_baselines(runs, tmp_path, monkeypatch):
     assert reading.find_baseline([ours]) is None
 
 
+def test_recorded_seeds_are_a_baseline_of_any_seed(tmp_path, monkeypatch):
+    """Of n seeds the interval is where one more is expected: t, and sqrt(1 + 1 / n)."""
+    paths = [make_run(tmp_path / name, "clip", noise=n) for n, name in ((1.0, "one"), (2.0, "two"))]
+    for seed, path in enumerate(paths):
+        config = json.loads((path / "config.json").read_text())
+        config["run"]["seed"] = seed
+        (path / "config.json").write_text(json.dumps(config))
+    recorded, metric = tmp_path / "recorded", "text_retrieval_recall@5"
+    assert record_baseline([*map(str, paths), "--out", str(recorded)]) == 0
+    monkeypatch.setattr(reading, "RECORDED", recorded)
+    values = [reading.read_run(path).outcome.trained["HO"].metrics[metric] for path in paths]
+    config["run"]["seed"], config["method"] = 7, "protoclip"
+    one = reading.recorded_baseline(config).outcome.trained["HO"]
+    assert one.metrics[metric] == pytest.approx(sum(values) / 2)
+    half = 12.706 * abs(values[0] - values[1]) / 2**0.5 * 1.5**0.5
+    assert one.intervals[metric][1] - one.metrics[metric] == pytest.approx(half, rel=1e-3)
+    with pytest.raises(SystemExit):
+        record_baseline([str(paths[0]), str(paths[0]), "--out", str(recorded)])
+
+
 # The parts of a snapshot
 
 
@@ -175,36 +198,22 @@ def test_a_model_that_diverged_still_has_a_page(tmp_path):
 
 
 def test_every_cluster_has_a_card_with_its_nearest_samples_and_words():
-    words = {0: "a red ball", 1: "the red car", 2: "a blue car", 3: "a green leaf"}
-
-    class Data:
-        labels, keys = {}, [f"k{i}" for i in range(9)]
-
-        def captions(self, i):
-            return (words[max(0, labels[i].item())],)
-
-        def image(self, i):
-            return Image.new("RGB", (90, 60), (i, 0, 0))
-
-    labels = torch.tensor([0, 0, 2, -1, 2, 2, 3, 3, 3])
-    near = {
-        "images": torch.tensor([0.1, 0.9, 0.5, 9, 0.7, 0.2, 0, 1, 2]),
-        "captions": torch.arange(9),
-    }
-    thumbs = Thumbnails()
-    block = cluster_block(Data(), labels, near, thumbs)
-    assert (block["clusters"], block["smallest"], block["largest"]) == (3, 2, 3)
-    assert [card["cluster"] for card in block["cards"]] == [2, 3, 0]
-    assert [card["words"].split(", ")[0] for card in block["cards"]] == ["blue", "green", "ball"]
-    images = [[thumbs.made[item["picture"]] for item in card["images"]] for card in block["cards"]]
-    again = Thumbnails()
-    assert images[0] == [again.made[again.item(Data(), i)["picture"]] for i in (4, 2, 5)]
-    assert list(map(len, images)) == [3, 3, 2] and len(thumbs.made) == 8  # not of the row without
+    data, near = open_dataset("builtin:shapes:60"), torch.rand(60)
+    labels, names = data.labels["group"].ids.clone(), data.labels["group"].names
+    labels[7] = -1
+    thumbs, again = Thumbnails(), Thumbnails()
+    block = cluster_block(data, labels, {"images": near, "captions": near}, thumbs)
+    assert block["clusters"] == len(block["cards"]) == len(labels[labels >= 0].unique())
+    for card in block["cards"]:
+        rows = (labels == card["cluster"]).nonzero()[:, 0]
+        rows = rows[near[rows].argsort(descending=True)].tolist()
+        assert card["samples"] == len(rows) and names[card["cluster"]] in card["words"]
+        want = [again.made[again.item(data, i)["picture"]] for i in rows[: len(card["images"])]]
+        assert [thumbs.made[item["picture"]] for item in card["images"]] == want != []
     rows = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 3], [5, 0.2]])
     close = nearness(rows, torch.tensor([0, 0, 1, -1, 1]))
-    assert close[:2] == pytest.approx([1, 1], abs=0.01) and close[2] == pytest.approx(
-        0.5**0.5, abs=0.03
-    )
+    assert close[:2] == pytest.approx([1, 1], abs=0.01)
+    assert close[2] == pytest.approx(0.5**0.5, abs=0.03)
 
 
 # Pictures
@@ -220,28 +229,6 @@ def write_metrics(path, steps):
     lines.append("[1, 2]")
     lines.append('{"step": 3, "lo')  # the run was killed here
     path.write_text("\n".join(lines))
-
-
-def drawn(**runs):
-    return {chart.title: chart.lines for chart in figures.charts(figures.CURVES, runs)}
-
-
-def test_series_and_charts(tmp_path):
-    write_metrics(tmp_path / "metrics.jsonl", 3)
-    series = figures.read_series(tmp_path / "metrics.jsonl")
-    assert series["loss"] == ([0, 1, 2], pytest.approx([5, 5 - 1 / 3, 5 - 2 / 3]))
-    assert "step" not in series
-    charts = drawn(a=series)
-    assert list(charts) == ["Loss (nats)", "Recall at 5", "Logit scale", "Learning rate"]
-    # The total would flatten the terms.
-    assert [line.label for line in charts["Loss (nats)"]] == ["contrastive loss"]
-    assert [line.label for line in charts["Recall at 5"]] == ["held out, image → text"]
-    values = [1.0, float("nan"), float("inf"), *[3.0] * 1000]  # thinned, bad values left out
-    two = drawn(a={"a_loss": ([1], [2.0])}, b={"a_loss": (list(range(1003)), values)})
-    first, second = two["Loss (nats)"]
-    assert (first.label, first.dashed) == ("a loss · a", False) and second.dashed
-    assert len(second.values) <= 240 and max(second.values) == 3
-    assert drawn(a={"a_loss": ([1, 2], [float("nan")] * 2)}) == {}
 
 
 @pytest.mark.parametrize("steps", [1, 300])

@@ -11,6 +11,7 @@ from ranks import (
     TINY,
     bare_run,
     ended,
+    losses,
     said,
     start_command,
     steps_of,
@@ -60,11 +61,6 @@ def flags(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch):
     monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
-
-
-def losses(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [(r["step"], r["loss"]) for r in map(json.loads, lines) if "loss" in r]
 
 
 @pytest.mark.parametrize("lit", ["0", "1", "2"])

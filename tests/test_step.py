@@ -73,35 +73,18 @@ def test_vectors_scalars_and_heads_do_not_decay():
     assert len(decaying) + len(kept) == len(list(model.parameters()))
 
 
-class Given:
-    """A loss that is given, whatever the model says."""
-
-    config = LossConfig()
-
-    def __init__(self):
-        self.value = None
-
-    def __call__(self, *_):
-        return Losses(self.value, {}, {})
-
-
-def stepper_of(model, **settings):
-    given = Given()
-    stepper = Stepper(model, given, OptimConfig(**settings))
-    pixels = torch.zeros(2, 3, model.image_size, model.image_size)
-    batch = Batch(torch.arange(2), pixels, model.tokenizer(["a", "b"]))
-
-    def step(value):
-        given.value = value
-        return stepper.step(0, [batch], None, project=False, lr=1e-3)
-
-    return stepper, step
-
-
 def test_gradients_are_clipped_and_scales_clamped():
     model = build_model(ModelConfig())
-    stepper, step = stepper_of(model, grad_clip_norm=0.5)
-    taken = step(1e3 * model.clip.text_projection.sum() - 1e6 * model.logit_scale_proto)
+
+    def steep(*_):
+        total = 1e3 * model.clip.text_projection.sum() - 1e6 * model.logit_scale_proto
+        return Losses(total, {}, {})
+
+    steep.config = LossConfig()
+    stepper = Stepper(model, steep, OptimConfig(grad_clip_norm=0.5))
+    pixels = torch.zeros(2, 3, model.image_size, model.image_size)
+    batch = Batch(torch.arange(2), pixels, model.tokenizer(["a", "b"]))
+    taken = stepper.step(0, [batch], None, project=False, lr=1e-3)
     after = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     assert taken.finite and taken.norm > 1e6 and after == pytest.approx(0.5, rel=1e-4)
     assert 1 <= model.proto_scale <= 100.0001 and stepper.bad.tolist() == [0, 0]

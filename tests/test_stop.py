@@ -4,7 +4,6 @@ Whenever the signal comes, ``--resume`` ends in the losses of a run that was lef
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,17 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from ranks import bare_run, ended, free_port, said, start_command, steps_of, torchrun, wait_until
+from ranks import (
+    bare_run,
+    ended,
+    free_port,
+    losses,
+    said,
+    start_command,
+    steps_of,
+    torchrun,
+    wait_until,
+)
 
 from protoclip.distributed import run_command
 
@@ -34,11 +43,6 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-def losses(folder, name):
-    lines = (folder / "logs" / name / "metrics.jsonl").read_text().splitlines()
-    return [(r["step"], r["loss"]) for r in map(json.loads, lines)]
-
-
 def whole_run(folder, ranks, steps):
     """The losses of a run that was left alone, at least ``steps`` of them."""
     name = f"whole{ranks}"
@@ -46,7 +50,7 @@ def whole_run(folder, ranks, steps):
         shutil.rmtree(folder / "logs" / name, ignore_errors=True)
         argv = flags(folder, name, "--max-steps", str(2 * steps))
         assert ended(start_command(folder, argv, ranks, plots=False)) == [0] * ranks, said(folder)
-    return losses(folder, name)
+    return losses(folder / "logs" / name)
 
 
 def kill_a_worker(folder, name, process):
@@ -83,12 +87,12 @@ def test_a_stopped_run_is_saved_and_goes_on_bit_for_bit(folder, what, workers, r
     assert codes == [SIGNALS.get(what, 0)] * ranks, printed
     assert "go on with --resume" in printed[0] and "Traceback" not in "".join(printed), printed
 
-    before = losses(folder, name)
+    before = losses(folder / "logs" / name)
     total = len(before) + 4
     argv = flags(folder, name, "--max-steps", str(total), "--resume", f"logs/{name}")
     assert ended(start_command(folder, argv, ranks, plots=False)) == [0] * ranks, said(folder)
-    assert losses(folder, name)[: len(before)] == before
-    assert losses(folder, name) == whole_run(folder, ranks, total)[:total]
+    assert losses(folder / "logs" / name)[: len(before)] == before
+    assert losses(folder / "logs" / name) == whole_run(folder, ranks, total)[:total]
 
 
 def pictures_that_wait():

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from ranks import losses
 
 from protoclip import checkpoint
 from protoclip.config import ModelConfig
@@ -22,10 +23,6 @@ def run(tmp_path, name, *flags):
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    return [(r["step"], r["loss"]) for r in lines(folder) if "loss" in r]
 
 
 @pytest.mark.parametrize("method", ["clip", "protoclip"])
