@@ -206,7 +206,8 @@ def _matched_autograd(ctx, *grads):
     x, y, scale, *relation, bias, rows, columns, stash = ctx.saved_tensors
     if all(grad is None for grad in grads[:4]):
         return (None,) * 12
-    weights = side_weights(*grads[:2], rows), side_weights(*grads[2:4], columns)
+    gap, mean, column_gap, column_mean = grads[:4]
+    weights = side_weights(gap, mean, rows), side_weights(column_gap, column_mean, columns)
     dx, dy, dscale, dbias = torch.ops.protoclip.matched_bwd(
         x, y, scale, *relation, bias, ctx.same_positive, rows, columns, *weights, ctx.backend, stash
     )
