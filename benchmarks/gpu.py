@@ -36,35 +36,36 @@ def unit(*shape: int) -> torch.Tensor:
 
 
 def _info_nce(n: int, d: int, phase: str = "both") -> Step:
-    leaves = [t.requires_grad_() for t in (unit(n, d), unit(n, d))]
-    scale = torch.tensor(14.3, device=DEVICE, requires_grad=True)
-    loss = partial(protoclip.info_nce, *leaves, scale, backend="triton")
+    leaves = unit(n, d).requires_grad_(), unit(n, d).requires_grad_(), _scale().requires_grad_()
+    loss = partial(protoclip.info_nce, *leaves, backend="triton")
     if phase == "forward":
         return loss
     if phase == "both":
-        return lambda: torch.autograd.grad(loss(), (*leaves, scale))
+        return lambda: torch.autograd.grad(loss(), leaves)
     kept = loss()
-    return lambda: torch.autograd.grad(kept, (*leaves, scale), retain_graph=True)
+    return lambda: torch.autograd.grad(kept, leaves, retain_graph=True)
 
 
 def _sigmoid(n: int, d: int) -> Step:
-    leaves = [t.requires_grad_() for t in (unit(n, d), unit(n, d))]
-    scale, bias = (torch.tensor(v, device=DEVICE) for v in (10.0, -10.0))
-    run = partial(sigmoid_loss, *leaves, scale, bias, backend="triton")
+    leaves = unit(n, d).requires_grad_(), unit(n, d).requires_grad_()
+    run = partial(sigmoid_loss, *leaves, _scale(), -_scale(), backend="triton")
     return lambda: torch.autograd.grad(run(), leaves)
 
 
 def _prototypes(n: int, k: int, d: int) -> Step:
-    h, c = unit(n, d).requires_grad_(), unit(k, d)
-    labels = torch.randint(k, (n,), device=DEVICE)
-    scale = torch.tensor(14.3, device=DEVICE)
-    run = partial(protoclip.prototype_cross_entropy, h, c, labels, scale, backend="triton")
+    h, labels = unit(n, d).requires_grad_(), torch.randint(k, (n,), device=DEVICE)
+    loss = protoclip.prototype_cross_entropy
+    run = partial(loss, h, unit(k, d), labels, _scale(), backend="triton")
     return lambda: torch.autograd.grad(run(), h)
 
 
 def _kmeans(n: int, k: int, d: int) -> Step:
     x = torch.randn(n, d, device=DEVICE)
     return partial(protoclip.kmeans, x, k, num_iters=2, init=x[:k].clone())
+
+
+def _scale() -> torch.Tensor:
+    return torch.tensor(14.3, device=DEVICE)
 
 
 def steps() -> dict[str, Step]:
@@ -81,13 +82,10 @@ def steps() -> dict[str, Step]:
 
 def profile(seconds: float) -> None:
     """A table of device time by kernel for each operation."""
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if DEVICE == "cuda":
-        kinds.append(torch.profiler.ProfilerActivity.CUDA)
     key = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
     for title, step in steps().items():
         step()
-        with torch.profiler.profile(activities=kinds) as found:
+        with torch.profiler.profile() as found:
             step()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
@@ -126,19 +124,13 @@ def _tables() -> dict[str, tuple[dict, object, Step]]:
         return {"INTERPRETER": (vars(launch), "INTERPRETER", _info_nce(64, 16))}
     arch = launch.architecture(torch.device(DEVICE))
     launch.HALF_DEEP.setdefault("forward", {}).setdefault(arch, launch.HALF["forward"][arch])
-    n = 16_384
-    found: dict[str, tuple[dict, object, Step]] = {
-        f'HALF["{kernel}"]': (launch.HALF[kernel], arch, step)
-        for kernel, step in (
-            ("forward", _info_nce(n, 256, "forward")),
-            ("gradient", _info_nce(n, 256, "backward")),
-            ("sigmoid", _sigmoid(n, 512)),
-        )
-    }
+    n, found = 16_384, {}
     for kernel, phase in (("forward", "forward"), ("gradient", "backward")):
+        found[f'HALF["{kernel}"]'] = launch.HALF[kernel], arch, _info_nce(n, 256, phase)
         if arch in launch.HALF_DEEP.get(kernel, {}):
             step = _info_nce(n, 512, phase)
             found[f'HALF_DEEP["{kernel}"]'] = launch.HALF_DEEP[kernel], arch, step
+    found['HALF["sigmoid"]'] = launch.HALF["sigmoid"], arch, _sigmoid(n, 512)
     step = _prototypes(4096, 20_000, 128)
     return found | {f"ATTENTION[{arch}]": (launch.ATTENTION[arch], 128, step)}
 
@@ -169,9 +161,8 @@ def sweep(seconds: float) -> None:
         table[key] = before
         best = min(times, key=times.__getitem__)
         told = f"{times[best]:.3f} ms, {times[before]:.3f} ms before, of {len(times)} rows"
-        print(
-            f"{title}: paste\n    {key!r}: {best},  # {name()}, {time.strftime('%Y-%m-%d')}: {told}"
-        )
+        print(f"{title}: paste")
+        print(f"    {key!r}: {best},  # {name()}, {time.strftime('%Y-%m-%d')}: {told}")
 
 
 COMMANDS = {"profile": profile, "graph": graph, "sweep": sweep}
@@ -179,15 +170,13 @@ COMMANDS = {"profile": profile, "graph": graph, "sweep": sweep}
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("commands", nargs="*", default=[*COMMANDS], help=" ".join(COMMANDS))
+    parser.add_argument("commands", nargs="*", choices=[*COMMANDS, "all"], default="all")
     parser.add_argument("--seconds", type=float, default=60, help="for the whole sweep")
     args = parser.parse_args()
-    if unknown := set(args.commands) - set(COMMANDS):
-        parser.error(f"expected {', '.join(COMMANDS)}, got {', '.join(sorted(unknown))}")
     if reason := protoclip.backends("info_nce")["triton"]:
         print(f"benchmarks.gpu: expected Triton on a card, got {reason}; nothing is timed")
         return 0
-    for command in args.commands:
+    for command in COMMANDS if "all" in args.commands else args.commands:
         COMMANDS[command](args.seconds)
     return 0
 

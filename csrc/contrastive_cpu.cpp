@@ -10,7 +10,6 @@
 
 #include "cpu_ops.h"
 #include "strip_gradient.h"
-#include "strip_inputs.h"
 #include "strip_statistics.h"
 
 namespace protoclip {
@@ -20,7 +19,7 @@ namespace {
 // also the weight of each of its positives.
 struct Side {
   Buffer<float> reference, weight, positive;
-  Side(const at::Tensor& max, const at::Tensor& sum, const at::Tensor& weight_, int64_t count)
+  Side(const Tensor& max, const Tensor& sum, const Tensor& weight_, int64_t count)
       : reference(round_up(count, kLanes)), weight(round_up(count, kLanes)), positive(0) {
     const bool given = max.numel() > 0;
     for (int64_t i = 0; i < round_up(count, kLanes); ++i) {
@@ -31,7 +30,7 @@ struct Side {
     }
   }
   // Statistics [4, count] and weights [2, count], fp32 and contiguous, or [4, 0] and [2, 0].
-  Side(const at::Tensor& statistics, const at::Tensor& weights, int64_t count)
+  Side(const Tensor& statistics, const Tensor& weights, int64_t count)
       : reference(round_up(count, kLanes)),
         weight(round_up(count, kLanes)),
         positive(round_up(count, kLanes)) {
@@ -164,8 +163,7 @@ class InfoNceGradient {
 constexpr int64_t kStashBytes = 64 << 20;  // of fp32 products: N = 4,096
 
 // `stash`: the room, as plain bytes, or none.
-KeptProducts kept_products(const char* op, const std::optional<at::Tensor>& stash,
-                           const Inputs& in) {
+KeptProducts kept_products(const char* op, const Optional& stash, const Inputs& in) {
   if (!stash.has_value()) return {};
   const int64_t size = KeptProducts::size(in.x.size(0), in.y.size(0));
   TORCH_CHECK(stash->is_contiguous() && stash->nbytes() == size * sizeof(float), op,
@@ -198,7 +196,7 @@ GradientSums backward(const Inputs& in, const InfoNceGradient<Pairs>& epilogue, 
   });
 }
 
-at::Tensor scalar(double value) { return at::full({}, value, at::TensorOptions(at::kFloat)); }
+Tensor scalar(double value) { return at::full({}, value, at::TensorOptions(at::kFloat)); }
 
 }  // namespace
 
@@ -207,31 +205,31 @@ int64_t stash_size(int64_t n, int64_t m) {
   return bytes <= kStashBytes ? bytes / static_cast<int64_t>(sizeof(int16_t)) : 0;
 }
 
-at::Tensor pooled(int64_t count) { return pooled_empty({count}, at::kShort); }
+Tensor pooled(int64_t count) { return pooled_empty({count}, at::kShort); }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_fwd(
-    const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale, int64_t offset, bool columns,
-    const std::optional<at::Tensor>& stash) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_fwd(const Tensor& x, const Tensor& y,
+                                                                   const Tensor& scale,
+                                                                   int64_t offset, bool columns,
+                                                                   const Optional& stash) {
   const char* op = "contrastive_fwd";
   const Inputs in(op, x, y, scale, offset);
   const KeptProducts kept = kept_products(op, stash, in);
-  at::Tensor positive = at::empty({in.x.size(0)}, at::kFloat);
+  Tensor positive = at::empty({in.x.size(0)}, at::kFloat);
   const auto [rows, by_column] =
       forward(in, DiagonalPairs{offset}, columns, kept, positive.mutable_data_ptr<float>());
   return {rows.max, rows.sum, by_column.max, by_column.sum, positive};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_bwd(
-    const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale, const at::Tensor& row_max,
-    const at::Tensor& row_sum, const at::Tensor& column_max, const at::Tensor& column_sum,
-    const at::Tensor& row_weight, const at::Tensor& column_weight, int64_t offset,
-    const std::optional<at::Tensor>& stash) {
+std::tuple<Tensor, Tensor, Tensor> contrastive_bwd(
+    const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& row_max,
+    const Tensor& row_sum, const Tensor& column_max, const Tensor& column_sum,
+    const Tensor& row_weight, const Tensor& column_weight, int64_t offset, const Optional& stash) {
   const char* op = "contrastive_bwd";
   const Inputs in(op, x, y, scale, offset);
   const KeptProducts kept = kept_products(op, stash, in);
   const bool columns = column_max.numel() > 0;
-  const at::Tensor row_w = row_weight.to(at::kFloat).contiguous();
-  const at::Tensor column_w = column_weight.to(at::kFloat).contiguous();
+  const Tensor row_w = row_weight.to(at::kFloat).contiguous();
+  const Tensor column_w = column_weight.to(at::kFloat).contiguous();
   const Side row(row_max.contiguous(), row_sum.contiguous(), row_w, in.x.size(0));
   const Side column(column_max.contiguous(), column_sum.contiguous(), column_w, in.y.size(0));
   const DiagonalPairs pairs{offset};
@@ -243,12 +241,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_bwd(
   return {out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot)};
 }
 
-std::tuple<at::Tensor, at::Tensor> matched_fwd(const at::Tensor& x, const at::Tensor& y,
-                                               const at::Tensor& scale, const at::Tensor& own,
-                                               const Optional& exclude, const Optional& query_ids,
-                                               const Optional& key_ids, const Optional& key_bias,
-                                               bool same_positive, bool columns,
-                                               const Optional& stash) {
+std::tuple<Tensor, Tensor> matched_fwd(const Tensor& x, const Tensor& y, const Tensor& scale,
+                                       const Tensor& own, const Optional& exclude,
+                                       const Optional& query_ids, const Optional& key_ids,
+                                       const Optional& key_bias, bool same_positive, bool columns,
+                                       const Optional& stash) {
   const char* op = "matched_fwd";
   const Inputs in(op, x, y, scale);
   const MatchedPairs pairs(op, x.size(0), y.size(0), own, exclude, query_ids, key_ids, key_bias,
@@ -260,19 +257,18 @@ std::tuple<at::Tensor, at::Tensor> matched_fwd(const at::Tensor& x, const at::Te
   return {stacked(rows), stacked(by_column)};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> matched_bwd(
-    const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale, const at::Tensor& own,
+std::tuple<Tensor, Tensor, Tensor, Tensor> matched_bwd(
+    const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& own,
     const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
-    const Optional& key_bias, bool same_positive, const at::Tensor& rows,
-    const at::Tensor& by_column, const at::Tensor& row_weights, const at::Tensor& column_weights,
-    const Optional& stash) {
+    const Optional& key_bias, bool same_positive, const Tensor& rows, const Tensor& by_column,
+    const Tensor& row_weights, const Tensor& column_weights, const Optional& stash) {
   const char* op = "matched_bwd";
   const Inputs in(op, x, y, scale);
   const MatchedPairs pairs(op, x.size(0), y.size(0), own, exclude, query_ids, key_ids, key_bias,
                            same_positive);
   const Side row(rows.contiguous(), row_weights.contiguous(), x.size(0));
   const Side column(by_column.contiguous(), column_weights.contiguous(), y.size(0));
-  at::Tensor dbias = at::zeros({y.size(0)}, at::TensorOptions(at::kFloat));
+  Tensor dbias = at::zeros({y.size(0)}, at::TensorOptions(at::kFloat));
   const InfoNceGradient<MatchedPairs> epilogue(
       row, column, nullptr, nullptr, by_column.numel() > 0, Base2(in.scale), pairs,
       pairs.has_bias() ? dbias.mutable_data_ptr<float>() : nullptr);
@@ -285,8 +281,6 @@ namespace {
 
 // ---- the sigmoid loss: sum of softplus(-z (scale x.y + bias)), z = 1 at positives, else -1 ----
 // No row or column statistics, so loss and gradients come from one pass: 3 products, not 4.
-
-constexpr float kLog2E = 1.4426950408889634f;
 
 // log(1 + u) for u in [0, 1], as 2 atanh(z): relative error below 1e-7.
 inline Floats log1p(Floats u) {
@@ -351,17 +345,16 @@ GradientSums sigmoid(const Inputs& in, float bias, const Pairs& pairs, bool grad
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_loss(
-    const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale, const at::Tensor& bias,
-    int64_t offset, bool gradients, const Optional& query_ids, const Optional& key_ids,
-    bool same_positive) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(
+    const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& bias, int64_t offset,
+    bool gradients, const Optional& query_ids, const Optional& key_ids, bool same_positive) {
   const char* op = "sigmoid_loss";
   // An offset past the last column: a chunk of another rank's texts, without positives.
   const Inputs in(op, x, y, scale, offset < y.size(0) ? offset : 0);
   Gradients out(in);
   GradientSums sums;
   if (key_ids.has_value()) {
-    const at::Tensor own = at::arange(offset, offset + x.size(0), at::TensorOptions(at::kInt));
+    const Tensor own = at::arange(offset, offset + x.size(0), at::TensorOptions(at::kInt));
     const MatchedPairs pairs(op, x.size(0), y.size(0), own, {}, query_ids, key_ids, {},
                              same_positive);
     sums = sigmoid(in, bias.item<float>(), pairs, gradients, out);

@@ -24,16 +24,14 @@ void with_dtype(at::ScalarType dtype, const F& f) {
 int64_t stash_size(int64_t n, int64_t m);
 // int16 [count], uninitialised, in memory that the next step gets again (memory_pool.h).
 Tensor pooled(int64_t count);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
-    const Tensor& x, const Tensor& y, const Tensor& scale, int64_t offset, bool columns,
-    const std::optional<Tensor>& stash);
-std::tuple<Tensor, Tensor, Tensor> contrastive_bwd(const Tensor& x, const Tensor& y,
-                                                   const Tensor& scale, const Tensor& row_max,
-                                                   const Tensor& row_sum, const Tensor& column_max,
-                                                   const Tensor& column_sum,
-                                                   const Tensor& row_weight,
-                                                   const Tensor& column_weight, int64_t offset,
-                                                   const std::optional<Tensor>& stash);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_fwd(const Tensor& x, const Tensor& y,
+                                                                   const Tensor& scale,
+                                                                   int64_t offset, bool columns,
+                                                                   const Optional& stash);
+std::tuple<Tensor, Tensor, Tensor> contrastive_bwd(
+    const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& row_max,
+    const Tensor& row_sum, const Tensor& column_max, const Tensor& column_sum,
+    const Tensor& row_weight, const Tensor& column_weight, int64_t offset, const Optional& stash);
 std::tuple<Tensor, Tensor> matched_fwd(const Tensor& x, const Tensor& y, const Tensor& scale,
                                        const Tensor& own, const Optional& exclude,
                                        const Optional& query_ids, const Optional& key_ids,

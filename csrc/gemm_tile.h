@@ -27,9 +27,6 @@ using BFloat16 = c10::BFloat16;
 
 // ---- memory ----
 
-constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-constexpr int64_t blocks(int64_t n, int64_t step) { return (n + step - 1) / step; }
-
 // Uninitialised memory on cache lines, with a vector's width to spare at the end.
 template <typename T>
 class Buffer {

@@ -46,8 +46,6 @@ using AlignedVector = std::vector<T, LineAllocator<T>>;
 constexpr int64_t SAMPLE = 256;  // rows looked at to decide on the rotation
 constexpr double PEAKY = 4.5;    // normal coordinates: 2.6 at D = 64 to 3.4 at D = 1024
 
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // The coordinates in which points and centroids are coded: from a centre, rotated where peaky.
 struct Frame {
   explicit Frame(const at::Tensor& centre);  // fp32 [D]

@@ -36,6 +36,7 @@ class MatchedPairs {
         has_bias_(key_bias.has_value()),
         ids_(key_ids.has_value() ? key_ids->size(0) : 0),
         stride_(round_up(m, kLanes)),
+        queries_(n),
         own_(n),
         exclude_(n),
         query_ids_(ids_ * n),
@@ -57,7 +58,6 @@ class MatchedPairs {
       copy<float>(*key_bias, bias_.get(), m);
       for (int64_t j = 0; j < m; ++j) bias_.get()[j] *= kLog2E;
     }
-    queries_ = n;
   }
 
   bool has_bias() const { return has_bias_; }
@@ -90,8 +90,6 @@ class MatchedPairs {
   }
 
  private:
-  static constexpr float kLog2E = 1.4426950408889634f;
-
   template <typename T>
   static void copy(const at::Tensor& from, T* to, int64_t count) {
     std::copy_n(from.contiguous().const_data_ptr<T>(), count, to);
@@ -108,7 +106,7 @@ class MatchedPairs {
   }
 
   bool same_positive_, has_bias_;
-  int64_t ids_, stride_, queries_ = 0;
+  int64_t ids_, stride_, queries_;
   Buffer<int32_t> own_, exclude_, query_ids_, key_ids_;
   Buffer<float> bias_;
 };

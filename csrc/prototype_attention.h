@@ -21,7 +21,6 @@
 #include <vector>
 
 #include "strip_gradient.h"
-#include "strip_inputs.h"
 
 namespace protoclip {
 

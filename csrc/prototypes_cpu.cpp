@@ -6,7 +6,6 @@
 
 #include "cpu_ops.h"
 #include "prototype_attention.h"
-#include "strip_inputs.h"
 
 namespace protoclip {
 namespace {

@@ -75,42 +75,45 @@ class Statistics {
   }
 
   SideStatistics rows() const { return rows_.total(strip_.n); }
-  SideStatistics columns() const {
-    if (columns_) return by_column_.total(strip_.m);
-    return {at::empty({0}, at::kFloat), at::empty({0}, at::kFloat), at::empty({0}, at::kFloat),
-            at::empty({0}, at::kFloat)};
-  }
+  SideStatistics columns() const { return by_column_.total(columns_ ? strip_.m : 0); }
 
  private:
-  struct Scratch {  // of one thread
+  struct Side {  // rows or columns
+    Buffer<float> max, sum, positives, count;
+    explicit Side(int64_t size)
+        : max(size),
+          sum(size),
+          positives(Pairs::kMatched ? size : 0),
+          count(Pairs::kMatched ? size : 0) {}
+  };
+
+  struct Scratch {  // of one thread and tile
     Buffer<Input> right;
-    Buffer<float> s, row_max, row_sum, column_max, column_sum, group_sum;
-    Buffer<float> row_positives, row_count, column_positives, column_count;
+    Buffer<float> s, group_sum;
+    Side row, column;
     explicit Scratch(int64_t d)
         : right(Ops::depth(d) * kColumns),
           s(kRows * kColumns),
-          row_max(kRows),
-          row_sum(kRows),
-          column_max(kColumns),
-          column_sum(kColumns),
           group_sum(kColumns),
-          row_positives(Pairs::kMatched ? kRows : 0),
-          row_count(Pairs::kMatched ? kRows : 0),
-          column_positives(Pairs::kMatched ? kColumns : 0),
-          column_count(Pairs::kMatched ? kColumns : 0) {}
+          row(kRows),
+          column(kColumns) {}
   };
 
-  // Partial statistics of the rows or of the columns, [chunks, stride].
-  struct Partials {
+  // Partial statistics, [chunks, stride].
+  struct Partials : Side {
+    using Side::count, Side::max, Side::positives, Side::sum;
     int64_t chunks, stride;
-    Buffer<float> max, sum, positives, count;
     Partials(int64_t chunks, int64_t stride)
-        : chunks(chunks),
-          stride(stride),
-          max(chunks * stride),
-          sum(chunks * stride),
-          positives(Pairs::kMatched ? chunks * stride : 0),
-          count(Pairs::kMatched ? chunks * stride : 0) {}
+        : Side(chunks * stride), chunks(chunks), stride(stride) {}
+
+    // Merges those of a tile into the `size` from `at` on.
+    void add(int64_t at, const Side& tile, int64_t size) const {
+      merge(max.get() + at, sum.get() + at, tile.max.get(), tile.sum.get(), size);
+      for (int64_t i = 0; Pairs::kMatched && i < size; ++i) {
+        positives.get()[at + i] += tile.positives.get()[i];
+        count.get()[at + i] += tile.count.get()[i];
+      }
+    }
 
     void clear(int64_t chunk, int64_t begin, int64_t end) const {
       const int64_t at = chunk * stride + begin, size = end - begin;
@@ -163,26 +166,9 @@ class Statistics {
       for (int64_t row = row_begin; row < row_end; row += kRows) {
         const TileRange range{row, std::min(kRows, row_end - row), column, columns};
         tile(range, positive, scratch);
-        merge(rows_.max.get() + rows + row, rows_.sum.get() + rows + row, scratch.row_max.get(),
-              scratch.row_sum.get(), range.rows);
-        if (columns_)
-          merge(by_column_.max.get() + by_column + column,
-                by_column_.sum.get() + by_column + column, scratch.column_max.get(),
-                scratch.column_sum.get(), range.columns);
-        if (Pairs::kMatched) {
-          add(rows_, rows + row, scratch.row_positives, scratch.row_count, range.rows);
-          add(by_column_, by_column + column, scratch.column_positives, scratch.column_count,
-              range.columns);
-        }
+        rows_.add(rows + row, scratch.row, range.rows);
+        if (columns_) by_column_.add(by_column + column, scratch.column, range.columns);
       }
-    }
-  }
-
-  static void add(const Partials& to, int64_t at, const Buffer<float>& positives,
-                  const Buffer<float>& count, int64_t size) {
-    for (int64_t i = 0; i < size; ++i) {
-      to.positives.get()[at + i] += positives.get()[i];
-      to.count.get()[at + i] += count.get()[i];
     }
   }
 
@@ -201,10 +187,10 @@ class Statistics {
     }
     // One exponential a logit, where a shared reference loses nothing. Not at the positives: a loss
     // near zero needs the maximum's own weight to be exactly one.
-    const float top = *std::max_element(scratch.row_max.get(), scratch.row_max.get() + range.rows);
+    const float top = *std::max_element(scratch.row.max.get(), scratch.row.max.get() + range.rows);
     const float low = std::min(
-        *std::min_element(scratch.row_max.get(), scratch.row_max.get() + range.rows),
-        *std::min_element(scratch.column_max.get(), scratch.column_max.get() + range.columns));
+        *std::min_element(scratch.row.max.get(), scratch.row.max.get() + range.rows),
+        *std::min_element(scratch.column.max.get(), scratch.column.max.get() + range.columns));
     if (!has_own && top - low <= kSharedSpread)
       sums_shared(range, top, scratch);
     else
@@ -217,10 +203,10 @@ class Statistics {
     const int64_t width = round_up(range.columns, kLanes);
     const Floats lowest = broadcast(-kInfinity);
     if (Pairs::kMatched) {
-      std::fill_n(scratch.column_positives.get(), width, 0.f);
-      std::fill_n(scratch.column_count.get(), width, 0.f);
+      std::fill_n(scratch.column.positives.get(), width, 0.f);
+      std::fill_n(scratch.column.count.get(), width, 0.f);
     }
-    for (int64_t j = 0; j < width; j += kLanes) store(scratch.column_max.get() + j, lowest);
+    for (int64_t j = 0; j < width; j += kLanes) store(scratch.column.max.get() + j, lowest);
     for (int64_t i = 0; i < range.rows; ++i) {
       float* s = scratch.s.get() + i * kColumns;
       Floats row = lowest, positives{}, count{};
@@ -233,8 +219,8 @@ class Statistics {
           if (any(lanes.positive)) {
             const Floats positive = lanes.positive ? v : Floats{};
             const Floats one = lanes.positive ? broadcast(1.f) : Floats{};
-            float* by_column = scratch.column_positives.get() + j;
-            float* column_count = scratch.column_count.get() + j;
+            float* by_column = scratch.column.positives.get() + j;
+            float* column_count = scratch.column.count.get() + j;
             store(by_column, load(by_column) + positive);
             store(column_count, load(column_count) + one);
             positives += positive, count += one;
@@ -244,13 +230,13 @@ class Statistics {
           for (int64_t lane = range.columns - j; lane < kLanes; ++lane) v[lane] = -kInfinity;
         store(s + j, v);
         row = larger(row, v);
-        float* column = scratch.column_max.get() + j;
+        float* column = scratch.column.max.get() + j;
         store(column, larger(load(column), v));
       }
-      scratch.row_max.get()[i] = maximum(row);
+      scratch.row.max.get()[i] = maximum(row);
       if (Pairs::kMatched) {
-        scratch.row_positives.get()[i] = sum(positives);
-        scratch.row_count.get()[i] = sum(count);
+        scratch.row.positives.get()[i] = sum(positives);
+        scratch.row.count.get()[i] = sum(count);
       }
     }
   }
@@ -258,7 +244,7 @@ class Statistics {
   void sums_shared(const TileRange& range, float top, Scratch& scratch) const {
     const int64_t width = round_up(range.columns, kLanes);
     const Floats reference = broadcast(top);
-    float *row_sum = scratch.row_sum.get(), *column_sum = scratch.column_sum.get();
+    float *row_sum = scratch.row.sum.get(), *column_sum = scratch.column.sum.get();
     by_row_groups(range, width, scratch, [&](int64_t i, const float* s, float* group_sum) {
       Floats row{};
       for (int64_t j = 0; j < width; j += kLanes) {
@@ -268,8 +254,8 @@ class Statistics {
       }
       row_sum[i] = sum(row);
     });
-    rebase(row_sum, scratch.row_max.get(), reference, range.rows);
-    rebase(column_sum, scratch.column_max.get(), reference, range.columns);
+    rebase(row_sum, scratch.row.max.get(), reference, range.rows);
+    rebase(column_sum, scratch.column.max.get(), reference, range.columns);
   }
 
   static void rebase(float* sum, const float* max, Floats reference, int64_t count) {
@@ -279,7 +265,7 @@ class Statistics {
 
   void sums_exact(const TileRange& range, Scratch& scratch) const {
     const int64_t width = round_up(range.columns, kLanes);
-    const float *row_max = scratch.row_max.get(), *column_max = scratch.column_max.get();
+    const float *row_max = scratch.row.max.get(), *column_max = scratch.column.max.get();
     by_row_groups(range, width, scratch, [&](int64_t i, const float* s, float* group_sum) {
       const Floats reference = broadcast(row_max[i]);
       Floats row{};
@@ -288,7 +274,7 @@ class Statistics {
         row += exp2(v - reference);
         store(group_sum + j, load(group_sum + j) + exp2(v - load(column_max + j)));
       }
-      scratch.row_sum.get()[i] = sum(row);
+      scratch.row.sum.get()[i] = sum(row);
     });
   }
 
@@ -297,7 +283,7 @@ class Statistics {
   template <typename Add>
   static void by_row_groups(const TileRange& range, int64_t width, Scratch& scratch,
                             const Add& add) {
-    float *column_sum = scratch.column_sum.get(), *group_sum = scratch.group_sum.get();
+    float *column_sum = scratch.column.sum.get(), *group_sum = scratch.group_sum.get();
     std::fill_n(column_sum, width, 0.f);
     for (int64_t first = 0; first < range.rows; first += kGroup) {
       std::fill_n(group_sum, width, 0.f);

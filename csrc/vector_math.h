@@ -19,6 +19,10 @@ typedef float Floats __attribute__((vector_size(64)));  // AVX2 and NEON split i
 typedef int32_t Ints __attribute__((vector_size(64)));
 constexpr int64_t kLanes = 16;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLog2E = 1.4426950408889634f;
+
+constexpr int64_t blocks(int64_t n, int64_t step) { return (n + step - 1) / step; }
+constexpr int64_t round_up(int64_t n, int64_t step) { return blocks(n, step) * step; }
 
 inline Floats load(const float* p) {
   Floats v;

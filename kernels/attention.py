@@ -10,7 +10,7 @@ meet 16-bit values would cost it five digits.
 One program owns a tile of rows and a slice of the keys (so that few rows still fill the card). A
 finishing kernel joins the slices in a fixed order: no atomics, same bits every run. With values,
 which are the keys, 2 products of [N, K, D] are done and nothing of size N x K exists; rows wider
-than one tile form their logits by chunks of D and take no values (probabilities.py does that).
+than one tile form their logits by chunks of D and take no values here.
 """
 
 import triton
@@ -129,9 +129,8 @@ def attention_kernel(
             p = tl.exp2((s - new_max[:, None]) * step)
             row_sum = row_sum * factor + tl.sum(p, 1)
             if EXPECT:
-                finite = (
-                    tl.maximum(s, LOWEST) if part == PEEL else s
-                )  # choosing by a mask would spill
+                # Choosing by a mask would spill.
+                finite = tl.maximum(s, LOWEST) if part == PEEL else s
                 expected = expected * factor + tl.sum(p * finite, 1)
             if VALUES:
                 acc = acc * factor[:, None] + dot(p.to(k.dtype), k)

@@ -19,10 +19,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -41,7 +41,8 @@ NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TILED = {f"{name}_kernel" for name in ("forward", "gradient", "sigmoid", "attention", "weights")}
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class Case:
     """One call of a launcher: ``form`` says which; ``depth`` is D, 43 one that no tile fits."""
 
     op: str
@@ -59,14 +60,14 @@ class Case(NamedTuple):
 
 def cases() -> Iterator[Case]:
     """Calls that lead to every row of the launch table; more forms of them on Hopper."""
-    for arch in launch.CARDS:
+    for arch in launch.ARCHITECTURES:
         for dtype, depth in (("bf16", 128), ("bf16", 512), ("fp32", 512), ("fp16", 43)):
             yield Case("info_nce", "large", arch, dtype, depth)
             yield Case("sigmoid", "gradients", arch, dtype, depth)
         for form, dtype in (("ids", "bf16"), ("ids", "fp32"), ("own", "fp16")):
             yield Case("matched", form, arch, dtype, 43 if dtype == "fp16" else 512)
-        for dtype, depth in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("bf16", 512)):
-            yield Case("prototypes", "soft", arch, dtype, depth)
+        for depth in (64, 128, 256, 512):
+            yield Case("prototypes", "soft", arch, "bf16", depth)
         for dtype, depth in (("bf16", 64), ("fp16", 128), ("bf16", 256), ("fp32", 512)):
             yield Case("prototypes", "banks", arch, dtype, depth)
         yield Case("soft_targets", "own", arch, "fp32", 512)
@@ -80,48 +81,52 @@ def cases() -> Iterator[Case]:
         yield Case("gemm", form, 90, "bf16", 8192)
 
 
-def _info_nce(case: Case) -> None:
-    n = 512 if case.form == "small" else 2048
-    x, y = case.features(n, n)
-    columns, weight, scale = case.form != "rows", torch.ones(()).expand(n), torch.ones(())
-    found = info_nce.contrastive(x, y, scale, 0, columns, 1.0, True)[1:]
-    info_nce.contrastive_bwd(x, y, scale, *found, weight, weight[: n * columns], 0)
-
-
-def _matched(case: Case) -> None:
-    """All that can be said about pairs, in both directions; or each row's own column."""
-    x, y = case.features(512, 512)
-    vector, ids = torch.zeros(512, dtype=torch.int32), torch.zeros(2, 512, dtype=torch.int32)
-    relation: tuple[Any, ...] = vector, None, None, None, None, False
-    if case.form == "ids":
-        relation = vector, vector, ids, ids, torch.zeros(512), True
-    rows, columns = matched.matched_fwd(x, y, torch.ones(()), *relation, case.form == "ids")
-    weights = torch.ones(2, rows.shape[1]), torch.ones(2, columns.shape[1])
-    matched.matched_bwd(x, y, torch.ones(()), *relation, rows, columns, *weights)
-
-
-def _sigmoid(case: Case) -> None:
-    x, y = case.features(512, 512)
-    siglip.sigmoid_loss(x, y, torch.ones(()), torch.ones(()), 0, case.form == "gradients")
-
-
-def _prototypes(case: Case) -> None:
-    """One bank as the trainer calls it; two of them with all that can be asked for."""
-    h, c, m = case.features(256, 2048, 2048)
-    labels, scale, two = torch.zeros(256, dtype=torch.int64), torch.ones(()), case.form == "banks"
-    targets = [m[:0] if case.form == "hard" else m] + [m[:0]] * two
-    banks = [c] * (1 + two), targets, [labels] * (1 + two)
-    found = prototypes.prototype_ce_fwd_banks(h, *banks, scale, True, two, two)
-    if not two:
-        prototypes.prototype_ce_bwd_prototypes(
-            h, c, labels, scale, *(t[0] for t in found[3:5]), found[0][0], case.form == "hard"
+def call(case: Case) -> None:
+    """The launchers as the trainer calls them, forward and backward."""
+    op, form, one = case.op, case.form, torch.ones(())
+    if op == "info_nce":
+        n = 512 if form == "small" else 2048
+        x, y = case.features(n, n)
+        weight, columns = one.expand(n), form != "rows"
+        found = info_nce.contrastive(x, y, one, 0, columns, 1.0, True)[1:]
+        info_nce.contrastive_bwd(x, y, one, *found, weight, weight[: n * columns], 0)
+    elif op == "matched":  # all that can be said about pairs; or each row's own column
+        x, y = case.features(512, 512)
+        vector, ids = torch.zeros(512, dtype=torch.int32), torch.zeros(2, 512, dtype=torch.int32)
+        relation: tuple[Any, ...] = vector, None, None, None, None, False
+        if form == "ids":
+            relation = vector, vector, ids, ids, torch.zeros(512), True
+        rows, columns = matched.matched_fwd(x, y, one, *relation, form == "ids")
+        weights = torch.ones(2, rows.shape[1]), torch.ones(2, columns.shape[1])
+        matched.matched_bwd(x, y, one, *relation, rows, columns, *weights)
+    elif op == "sigmoid":
+        siglip.sigmoid_loss(*case.features(512, 512), one, one, 0, form == "gradients")
+    elif op == "prototypes":  # one bank; or two with all that can be asked for
+        h, c, m = case.features(256, 2048, 2048)
+        labels, two = torch.zeros(256, dtype=torch.int64), form == "banks"
+        targets = [m[:0] if form == "hard" else m] + [m[:0]] * two
+        banks = [c] * (1 + two), targets, [labels] * (1 + two)
+        loss, *_, row_max, row_sum, _ = prototypes.prototype_ce_fwd_banks(
+            h, *banks, one, True, two, two
         )
-
-
-def _clusters(case: Case) -> None:
-    x, c = case.features(512, 256)
-    labels, _ = clusters.kmeans_assign(x, c)
-    clusters.segment_mean(x, labels, len(c))
+        if not two:
+            prototypes.prototype_ce_bwd_prototypes(
+                h, c, labels, one, row_max[0], row_sum[0], loss[0], form == "hard"
+            )
+    elif op == "soft_targets":
+        prototypes.soft_targets(*case.features(2048, 2048), 0.1)
+    elif op == "clusters":
+        x, c = case.features(512, 256)
+        clusters.segment_mean(x, clusters.kmeans_assign(x, c)[0], len(c))
+    else:
+        x, y = case.features(512, 512)
+        row = launch.Launch(128, int(form), 64, warps=8, stages=3)
+        out = TensorDescriptor.from_tensor(x.new_empty(512, 512), [row.block_n, row.block_m])
+        x, y = (TensorDescriptor.from_tensor(t, [b, 64]) for t, b in ((x, 128), (y, row.block_m)))
+        gemm_kernel[(1, 1)](
+            x, y, out, 512, 512, case.depth,
+            BLOCK_N=row.block_n, BLOCK_M=row.block_m, BLOCK_D=row.block_d, **row.options,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -135,28 +140,6 @@ def gemm_kernel(
         x, y, row0, col0, n, m, d, 0, 0, 0, 0, BLOCK_N, BLOCK_M, BLOCK_D, True, True, False
     )
     out.store([row0, col0], acc.to(out.dtype))
-
-
-def _gemm(case: Case) -> None:
-    x, y = case.features(512, 512)
-    row = launch.Launch(128, int(case.form), 64, warps=8, stages=3)
-    out = TensorDescriptor.from_tensor(x.new_empty(512, 512), [row.block_n, row.block_m])
-    x, y = (TensorDescriptor.from_tensor(t, [b, 64]) for t, b in ((x, 128), (y, row.block_m)))
-    gemm_kernel[(1, 1)](
-        x, y, out, 512, 512, case.depth,
-        BLOCK_N=row.block_n, BLOCK_M=row.block_m, BLOCK_D=row.block_d, **row.options,
-    )  # fmt: skip
-
-
-OPS: dict[str, Callable[[Case], Any]] = {
-    "info_nce": _info_nce,
-    "matched": _matched,
-    "sigmoid": _sigmoid,
-    "prototypes": _prototypes,
-    "soft_targets": lambda case: prototypes.soft_targets(*case.features(2048, 2048), 0.1),
-    "clusters": _clusters,
-    "gemm": _gemm,
-}
 
 
 # A kernel that a launcher asked for: name, compiled code, keywords, row of the launch table.
@@ -208,6 +191,9 @@ PIPES = {n: (p, c) for p, c, s in (("XU", 8, XU), ("MIO", 4, MIO), ("ALU", 2, AL
 BARRIER = 30  # clk from the last warp's arrival to the first one's next issue
 COUNTED = ("MUFU", "F2F", "SHFL", "LDS", "STS", "LDG", "STG", "BAR", "LDL", "STL")
 MEASURED = {"128": (423, 498), "256": (631, 704)}  # TFLOP/s of public H100 products by tile
+REGISTERS = 65536  # of an SM
+SHARED = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10}  # 1 KiB a CTA is reserved
+TENSOR_CORE = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 SHAPES = {  # of the GPU table: op, depth -> rows, columns
     ("info_nce", 128): (32_768, 32_768),
     ("info_nce", 512): (32_768, 32_768),
@@ -280,98 +266,24 @@ def issue_clk(instructions: list[Instruction], warps: int) -> int:
     return clk
 
 
-def _mma_clk(instructions: list[Instruction], warps: int) -> int:
-    """Clk of the SM's tensor cores: m64 nN k16 of 16-bit operands takes N / 2."""
-    found = (re.search(r"HGMMA\.64x(\d+)x16", i.text) for i in instructions)
-    return sum(int(m[1]) // 2 for m in found if m) * warps // 4
-
-
 def _local_in_loops(code: dict[str, list[Instruction]]) -> int:
-    """Loads and stores of local memory in blocks that control can come back to."""
-    leads: dict[str, set[str]] = {}
-    for (label, block), following in zip(code.items(), [*list(code)[1:], ""], strict=True):
-        leads[label] = {to for i in block for to in re.findall(r"`\((\.L_x_\d+)\)", i.text)}
-        if not block or not re.match(r"BRA(\.\w+)* `|EXIT$|RET\b|BRX\b", block[-1].text):
-            leads[label].add(following)
-    for _ in code:  # until every block that can be reached is in
-        leads = {a: to.union(*(leads.get(b, set()) for b in to)) for a, to in leads.items()}
-    looping = [block for label, block in code.items() if label in leads[label]]
-    return sum(i.name in ("LDL", "STL") for block in looping for i in block)
+    """Loads and stores of local memory between a branch back and its target."""
+    labels, listed, looping = list(code), list(code.values()), set[int]()
+    for index, block in enumerate(listed):
+        for target in re.findall(r"`\((\.L_x_\d+)\)", " ".join(i.text for i in block)):
+            looping.update(range(labels.index(target), index + 1))
+    return sum(i.name in ("LDL", "STL") for index in looping for i in listed[index])
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a kernel takes; ``local_bytes`` is stack and spills a thread. The last five are of the
-    path of whole tiles on Hopper: one tile, or one step of attention's loop."""
-
-    case: Case
-    kernel: str
-    tile: tuple[int, int]
-    warps: int
-    registers: int
-    local_bytes: int
-    local_in_loops: int  # loads and stores
-    shared_bytes: int
-    instruction: str
-    ctas_per_sm: int
-    promised_ctas: int
-    prologue_clk: int  # issue time
-    epilogue_clk: int  # after the products
-    product_clk: int  # of the tensor cores
-    counts: dict[str, int]  # instructions a warp of the epilogue
-
-    @property
-    def busy(self) -> float | None:
-        """Share of the time that the tensor cores work, by the model."""
-        if not self.product_clk:
-            return None
-        tile = self.prologue_clk + self.product_clk * 1.05 + self.epilogue_clk
-        return self.product_clk / max(self.product_clk * 1.03, tile / self.ctas_per_sm)
-
-    @property
-    def problems(self) -> list[str]:
-        """What breaks the promise of a row of the launch table."""
-        card, found = launch.CARDS[self.case.arch], []
-        if self.local_in_loops:
-            found.append(f"{self.local_bytes} bytes of local memory a thread")
-        if self.shared_bytes > card.shared_bytes_per_cta:
-            have = card.shared_bytes_per_cta
-            found.append(f"{self.shared_bytes} bytes of shared memory, the card has {have}")
-        wanted = "fma" if self.case.dtype == "fp32" else card.tensor_core
-        if self.kernel in TILED and self.instruction != wanted:
-            found.append(f"{self.instruction} where {wanted} was expected")
-        if self.ctas_per_sm < self.promised_ctas:
-            promised = self.promised_ctas
-            found.append(f"{self.ctas_per_sm} CTAs an SM, the row promises {promised}")
-        return found
-
-    def bound(self) -> tuple[float, float, str] | None:
-        """-> predicted ms, TFLOP/s and what bounds them, where the GPU table has a shape."""
-        n, m = SHAPES.get((self.case.op, self.case.depth), (0, 0))
-        if self.busy is None or not n:
-            return None
-        (block_n, block_m), depth = self.tile, self.case.depth
-        count, slots = -(-n // block_n) * -(-m // block_m), SMS * self.ctas_per_sm
-        issue = -(-count // slots) * self.ctas_per_sm * self.product_clk / self.busy / CLOCK
-        attention = self.kernel == "attention_kernel"  # keys stream past the rows
-        read = 2 * depth * (block_m if attention else block_n + block_m)
-        written = 2 * block_n * block_m if self.kernel == "gradient_kernel" else 0
-        traffic = count * (read + written) / L2_RATE
-        seconds = max(issue, traffic)
-        tflops = 2 * (1 + attention) * n * m * depth / seconds / 1e12
-        return seconds * 1e3, tflops, "issue" if issue >= traffic else "L2"
-
-
-def costs(case: Case) -> list[Cost]:
-    """Compile the kernels of one case."""
+def costs(case: Case) -> list[dict[str, Any]]:
+    """Compile the kernels of one case: what each takes, and what its hot path costs."""
     with recording(case.arch) as launched:
-        OPS[case.op](case)
+        call(case)
     unique = {id(compiled[1]): compiled for compiled in launched}
-    return [_cost(case, compiled) for compiled in unique.values()]
+    return [_cost(case, *compiled) for compiled in unique.values()]
 
 
-def _cost(case: Case, compiled: Compiled) -> Cost:
-    name, code, options, row = compiled
+def _cost(case: Case, name: str, code: Any, options: dict, row: launch.Launch) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code.asm["cubin"])
         file.flush()
@@ -383,28 +295,79 @@ def _cost(case: Case, compiled: Compiled) -> Cost:
         )
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     warps, shared = code.metadata.num_warps, code.metadata.shared
-    instruction = re.search(r"tcgen05\.mma|wgmma(?=\.mma)|mma\.sync", code.asm["ptx"])
-    card = launch.CARDS[case.arch]
+    found = re.search(r"tcgen05\.mma|wgmma(?=\.mma)|mma\.sync", code.asm["ptx"])
+    instruction, local = found[0] if found else "fma", used["STACK"] + used["LOCAL"]
     allocated = -(-used["REG"] * 32 // 256) * 256 * warps  # registers are given to warps by 256
-    ctas = min(launch.REGISTERS // allocated, card.shared_bytes // (shared + 1024))
+    ctas = min(REGISTERS // allocated, SHARED[case.arch] // (shared + 1024))
     tile = options.get("BLOCK_N", 0), options.get("BLOCK_M", options.get("BLOCK_K", 0))
     body = blocks(sass)
-    path = _hot_path(list(body.values()), warps, case.depth, options)
-    return Cost(
-        case, name, tile, warps, used["REG"], used["STACK"] + used["LOCAL"], _local_in_loops(body),
-        shared, instruction[0] if instruction else "fma", ctas,
-        row.ctas_per_sm if name in TILED else 1, *path,
-    )  # fmt: skip
+    in_loops = _local_in_loops(body)
+    problems = [f"{local} bytes of local memory a thread"] if in_loops else []
+    if ctas < 1:
+        problems.append(f"{shared} bytes of shared memory, more than the card has")
+    if name in TILED:
+        wanted = "fma" if case.dtype == "fp32" else TENSOR_CORE[case.arch]
+        if instruction != wanted:
+            problems.append(f"{instruction} where {wanted} was expected")
+        if ctas < row.ctas_per_sm:
+            problems.append(f"{ctas} CTAs an SM, the row promises {row.ctas_per_sm}")
+    prologue, epilogue, products, counts = _hot_path(list(body.values()), warps, case, options)
+    busy = bound = None
+    if products:
+        taken = (prologue + products * 1.05 + epilogue) / max(1, ctas)
+        busy = products / max(products * 1.03, taken)
+        bound = _bound(case, name, tile, max(1, ctas), products / busy)
+    return {
+        "case": vars(case),
+        "kernel": name,
+        "tile": tile,
+        "warps": warps,
+        "registers": used["REG"],
+        "local_bytes": local,  # stack and spills a thread
+        "local_in_loops": in_loops,  # loads and stores
+        "shared_bytes": shared,
+        "ctas_per_sm": ctas,
+        "instruction": instruction,
+        "problems": problems,  # what breaks the promise of a row of the launch table
+        # The path of whole tiles on Hopper: one tile, or one step of attention's loop.
+        "prologue_clk": prologue,  # issue time
+        "product_clk": products,  # of the tensor cores
+        "epilogue_clk": epilogue,  # after the products
+        "counts": counts,  # instructions a warp of the epilogue
+        "busy": busy,  # share of the time that the tensor cores work
+        "bound": bound,  # ms, TFLOP/s, what bounds them at the GPU table's shape
+    }
+
+
+def _bound(
+    case: Case, name: str, tile: tuple[int, int], ctas: int, tile_clk: float
+) -> tuple[float, float, str] | None:
+    """-> predicted ms, TFLOP/s and what bounds them, where the GPU table has a shape."""
+    if (case.op, case.depth) not in SHAPES:
+        return None
+    (n, m), (block_n, block_m), depth = SHAPES[case.op, case.depth], tile, case.depth
+    count = -(-n // block_n) * -(-m // block_m)
+    issue = -(-count // (SMS * ctas)) * ctas * tile_clk / CLOCK
+    attention = name == "attention_kernel"  # keys stream past the rows
+    read = 2 * depth * (block_m if attention else block_n + block_m)
+    written = 2 * block_n * block_m if name == "gradient_kernel" else 0
+    traffic = count * (read + written) / L2_RATE
+    seconds = max(issue, traffic)
+    tflops = 2 * (1 + attention) * n * m * depth / seconds / 1e12
+    return seconds * 1e3, tflops, "issue" if issue >= traffic else "L2"
 
 
 def _hot_path(
-    listed: list[list[Instruction]], warps: int, depth: int, options: dict[str, Any]
+    listed: list[list[Instruction]], warps: int, case: Case, options: dict[str, Any]
 ) -> tuple[int, int, int, dict[str, int]]:
     """The path of whole tiles, by the order of the blocks: what leads to the one with the most
     products, its steps, and what follows up to the most exponentials.
 
     Where a block holds both (attention) it is the whole path, and one step counts."""
-    products = [_mma_clk(block, warps) for block in listed]
+    texts = ("\n".join(i.text for i in block) for block in listed)
+    # m64 nN k16 of 16-bit operands takes the SM's tensor cores N / 2 clk.
+    widths = (re.findall(r"HGMMA\.64x(\d+)x16", text) for text in texts)
+    products = [sum(int(n) // 2 for n in found) * warps // 4 for found in widths]
     exponentials = [sum(i.name == "MUFU" for i in block) for block in listed]
     product = max(products)
     hot = products.index(product)
@@ -413,7 +376,7 @@ def _hot_path(
     if exponentials[hot] > 16:
         before, after = [], [listed[hot]]
     else:
-        product *= -(-depth // options.get("BLOCK_D", depth))
+        product *= -(-case.depth // options["BLOCK_D"])
         start = hot  # other paths that are listed first end in products or exponentials
         while start > 1 and not products[start - 1] and exponentials[start - 1] <= 16:
             start -= 1
@@ -427,24 +390,21 @@ def _hot_path(
     return prologue, epilogue, product, {k: counts[k] for k in COUNTED}
 
 
-def _line(cost: Cost) -> str:
-    tile = "x".join(map(str, cost.tile)) if cost.kernel in TILED else ""
+def _line(cost: dict[str, Any]) -> str:
+    case = Case(**cost["case"])
     text = (
-        f"{cost.case!s:34} {cost.kernel.removesuffix('_kernel'):10} {tile:8} {cost.warps:2} warps, "
-        f"{cost.registers:3} registers, {cost.local_bytes} B local, {cost.shared_bytes} B shared, "
-        f"{cost.ctas_per_sm} CTAs, {cost.instruction}"
-    )
-    if cost.busy is not None:
-        counts = " ".join(f"{k} {v}" for k, v in cost.counts.items() if v)
-        clk = f"{cost.prologue_clk} + {cost.product_clk} + {cost.epilogue_clk}"
-        text += f"\n      clk {clk}, busy {cost.busy:.0%}; {counts}"
-    if bound := cost.bound():
-        n, m = SHAPES[cost.case.op, cost.case.depth]
-        text += f"\n      {n} x {m}: {bound[0]:.2f} ms, {bound[1]:.0f} TFLOP/s by {bound[2]}"
-        if cost.case.op == "gemm":
-            low, high = MEASURED[cost.case.form]
-            text += f" (measured by others: {low} to {high})"
-    return "".join([text, *(f"\n      PROBLEM: {problem}" for problem in cost.problems)])
+        "{case!s:34} {kernel}: tile {tile}, {warps} warps, {registers} registers, {local_bytes} B "
+        "local, {shared_bytes} B shared, {ctas_per_sm} CTAs, {instruction}"
+    ).format(**cost | {"case": case})
+    if cost["busy"]:
+        text += "\n      clk {prologue_clk} + {product_clk} + {epilogue_clk}, busy {busy:.0%};"
+        text = text.format(**cost) + "".join(f" {k} {v}" for k, v in cost["counts"].items() if v)
+    if cost["bound"]:
+        n, m = SHAPES[case.op, case.depth]
+        text += "\n      {} x {}: {:.2f} ms, {:.0f} TFLOP/s by {}".format(n, m, *cost["bound"])
+    if case.op == "gemm":
+        text += " (measured by others: {} to {})".format(*MEASURED[case.form])
+    return "".join([text, *(f"\n      PROBLEM: {problem}" for problem in cost["problems"])])
 
 
 def main() -> int:
@@ -458,17 +418,11 @@ def main() -> int:
     with ProcessPoolExecutor() as pool:
         found = [cost for costs_of in pool.map(costs, chosen) for cost in costs_of]
     if args.json:
-        extra = [
-            {"case": c.case._asdict(), "busy": c.busy, "problems": c.problems, "bound": c.bound()}
-            for c in found
-        ]
-        print(json.dumps([asdict(c) | more for c, more in zip(found, extra, strict=True)]))
+        print(json.dumps(found))
     else:
-        print(
-            f"clk, busy, TFLOP/s: predicted bound from machine code, not measured ({CLOCK:.2g} Hz)"
-        )
+        print("predicted bound from machine code, not measured:")
         print("\n".join(map(_line, found)))
-    return int(any(c.problems for c in found))
+    return int(any(cost["problems"] for cost in found))
 
 
 if __name__ == "__main__":

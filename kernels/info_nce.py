@@ -1,12 +1,27 @@
 """InfoNCE over tiles of the logits, which never reach memory: what ops/contrastive.py calls.
 
 Base-2 logits s_ij = scale log2(e) x_i.y_j; row i is positive at column i + offset. The forward pass
-(``info_nce_forward.py``) keeps O(N) statistics, the backward pass (``info_nce_backward.py``) forms
-the logits again: four matrix products in all.
+keeps O(N) statistics, the backward pass forms the logits again: four matrix products in all. Up to
+``ONE_PROGRAM`` pairs a step is six launches: forward, merge (which takes the loss); gradient, two
+products, finish (with the scale's gradient); and no torch op around them. More pairs take a ``sum``
+of the losses, many more pairs waves and chunks.
 
-Up to ``info_nce_forward.ONE_PROGRAM`` pairs a step is six launches: forward, merge (which takes the
-loss); gradient, two products, finish (with the scale's gradient); and no torch op around them. More
-pairs take a ``sum`` of the losses, many more pairs waves and chunks.
+**Forward.** Each tile leaves, for its rows and for its columns, a reference r and sum 2^(s - r)
+*without the positives*; a second small kernel merges them, adds the positive, and takes the losses:
+one near zero is then log2(1 + little), not a difference of large numbers. A warp refers all its
+logits to the largest of a few columns: one exponential an element, and fp32 is as exact far from
+its reference as near. Where a sum still leaves 2^-SPREAD to 2^SPREAD, and on the edges and the
+diagonal, the tile takes the largest of each row and of each column and a second exponential.
+Columns are summed over the rows of one warp only: summing over warps costs barriers in every tile,
+and the merge does it on the way.
+
+**Backward.** G = w_row P_row + w_column P_column without the positives is written by chunks in the
+features' dtype; ``waves.py`` multiplies it and adds the positives' entries, w_row (P_row - 1) +
+w_column (P_column - 1), in fp32. Where the references of a tile's rows and columns lie within
+fp32's range of the largest of them, h, one exponential an element serves both probabilities,
+2^(s - h) (a_row + a_column), with nothing to load or divide after the product. Large batches find
+the extremes of the references before, once for each block. Edges, the diagonal and tiles of wide
+range take two exponentials.
 
 Sums are fp32 and in a fixed order: no atomics, the same bits each time. Nothing is read back from
 the device, so both passes can be captured in a CUDA graph. Extra memory: 64 MiB of partial sums
@@ -17,71 +32,484 @@ products.
 
 from __future__ import annotations
 
+import math
+
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from protoclip.kernels import info_nce_backward, info_nce_forward
+from protoclip.kernels import launch, waves
+from protoclip.kernels.tiles import LOG2E, SPREAD, is_general, operands, products, tile_origin
+from protoclip.kernels.waves import gradient_operands, store_entries, store_gradient
+
+LN2 = math.log(2.0)
+PARTIAL_BYTES = 64 << 20
+# Up to so many rows or columns one program merges all, and its sum of the losses is the whole.
+ONE_PROGRAM = 1024
+# (pairs a program merges at a time, partials of each it reads at a time, warps)
+MERGE_ALL = (256, 8, 16)  # of 8 warps each thread would spill in the loop
+MERGE = (64, 8, 4)
+
+
+@triton.jit
+def _join(reference_a, sum_a, reference_b, sum_b):
+    """-> the statistics of two sets of logits together."""
+    reference = tl.maximum(reference_a, reference_b)
+    zero = tl.where(reference == -float("inf"), 0.0, reference)
+    return reference, sum_a * tl.exp2(reference_a - zero) + sum_b * tl.exp2(reference_b - zero)
+
+
+@triton.jit
+def _exact(s, AXIS: tl.constexpr):
+    """-> the maxima along an axis and 2^(s - maximum); -inf and 0 where empty."""
+    top = tl.max(s, AXIS)
+    zero = tl.where(top == -float("inf"), 0.0, top)
+    return top, tl.exp2(s - tl.expand_dims(zero, AXIS))
+
+
+@triton.jit
+def _store_columns(ptr, block, col0, m, top, e, PARTS: tl.constexpr, MASK: tl.constexpr):
+    """Write the columns of a tile: for each part of its rows the reference and the sum of e, which
+    is [repeats, PARTS, rows, columns]."""
+    total = tl.sum(tl.sum(e, 0), 1)  # [PARTS, columns]
+    cols, first = tl.arange(0, e.shape[3]), block.to(tl.int64) * PARTS * m + col0
+    at = 2 * (tl.arange(0, PARTS)[:, None] * m + cols[None, :])
+    pointers = (ptr + 2 * first) + (at[:, :, None] + tl.arange(0, 2)[None, None, :])
+    both = tl.join(tl.broadcast_to(top, total.shape), total)
+    tl.store(pointers, both, mask=(cols < m - col0)[None, :, None] if MASK else None)
+    return total
+
+
+@triton.jit
+def _some_columns(acc):
+    """-> eight columns of a tile, some in each thread."""
+    for _ in tl.static_range(6):
+        if acc.shape[1] > 8:
+            acc, _others = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
+    return acc
+
+
+@triton.jit(do_not_specialize=["n", "m", "offset"])
+def forward_kernel(
+    x, y, x_ptr, y_ptr, scale_ptr,  # [N, D], [M, D] for tiles, the same for strips, []
+    row_ptr, column_ptr, positive_ptr,  # [column blocks, N, 2], [row blocks * PARTS, M, 2], [N]
+    n, m, d, offset,
+    stride_x_n, stride_x_d, stride_y_m, stride_y_d,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr,
+    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
+    COLUMNS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Partial statistics of one tile."""
+    row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
+    c = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    rows = row0 + tl.arange(0, BLOCK_N)
+    at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
+    block = row0 // BLOCK_N
+    REPEATS: tl.constexpr = BLOCK_N // PARTS // PART
+    general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
+    if not general:
+        acc = products(
+            x, y, row0, col0, n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
+            BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
+        )  # fmt: skip
+        some = (c * _some_columns(acc)).reshape(REPEATS, PARTS, PART, 8)
+        top = tl.max(tl.max(tl.max(some, 3), 2), 0)  # [PARTS]
+        row_top = tl.broadcast_to(top[None, :, None], (REPEATS, PARTS, PART)).reshape(BLOCK_N)
+        e = tl.exp2(acc * c - row_top[:, None])
+        row_sum = tl.sum(e, 1)
+        pointers = row_ptr + 2 * at_row[:, None] + tl.arange(0, 2)[None, :]
+        tl.store(pointers, tl.join(row_top, row_sum))
+        least = tl.where(row_sum <= tl.exp2(SPREAD), row_sum, 0.0)  # 0 for NaN too
+        least = tl.min(tl.min(least.reshape(REPEATS, PARTS, PART), 2), 0)
+        if COLUMNS:
+            e = e.reshape(REPEATS, PARTS, PART, BLOCK_M)
+            total = _store_columns(column_ptr, block, col0, m, top[:, None], e, PARTS, False)
+            least = tl.minimum(least, tl.min(total, 1))
+        general = tl.min(least) < tl.exp2(-SPREAD)
+    if general:
+        row_max = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+        row_sum = tl.zeros((BLOCK_N,), tl.float32)
+        for strip in range(0, BLOCK_M, STRIP):
+            cols = col0 + strip + tl.arange(0, STRIP)
+            s = c * products(
+                x_ptr, y_ptr, row0, col0 + strip, n, m, d,
+                stride_x_n, stride_x_d, stride_y_m, stride_y_d,
+                BLOCK_N, STRIP, BLOCK_D, EVEN_D, False, WIDEN,
+            )  # fmt: skip
+            positive = cols[None, :] == rows[:, None] + offset
+            partner = rows + offset - col0 - strip
+            held = (rows < n) & (partner >= 0) & (partner < tl.minimum(STRIP, m - col0 - strip))
+            tl.store(positive_ptr + rows, tl.sum(tl.where(positive, s, 0.0), 1), mask=held)
+            negative = (rows[:, None] < n) & (cols[None, :] < m) & (positive == 0)
+            s = tl.where(negative, s, -float("inf"))
+            top, e = _exact(s, 1)
+            row_max, row_sum = _join(row_max, row_sum, top, tl.sum(e, 1))
+            if COLUMNS:
+                top, e = _exact(s, 0)
+                e = e.reshape(REPEATS, PARTS, PART, STRIP)
+                _store_columns(column_ptr, block, col0 + strip, m, top[None, :], e, PARTS, True)
+        tl.store(row_ptr + 2 * at_row, row_max, mask=rows < n)
+        tl.store(row_ptr + 2 * at_row + 1, row_sum, mask=rows < n)
+
+
+@triton.jit
+def _add_positive(reference, total, positive):
+    """Refer the sum to the positive where that is the largest term, so that its own is exactly 1;
+    elsewhere to a whole number near the log of the sum."""
+    level = reference + tl.log2(total)
+    leads = positive >= level
+    base = tl.where(leads, positive, tl.floor(level))
+    others = total * tl.exp2(reference - base)
+    others = tl.where(total == 0, total, others)
+    return base, others + tl.where(leads, 1.0, tl.exp2(positive - base))
+
+
+@triton.jit
+def _merge_blocks(
+    part_ptr, position, inside, length, blocks, reference, total, DEPTH: tl.constexpr
+):
+    """-> the statistics of positions from those given and their partials, [blocks, length, 2]."""
+    for first in range(0, blocks, DEPTH):
+        block = first + tl.arange(0, DEPTH)
+        at = part_ptr + 2 * (block[:, None].to(tl.int64) * length + position[None, :])
+        mask = (block[:, None] < blocks) & inside[None, :]
+        r = tl.load(at, mask=mask, other=-float("inf"))
+        t = tl.load(at + 1, mask=mask, other=0.0)
+        top = tl.max(r, 0)
+        zero = tl.where(top == -float("inf"), 0.0, top)
+        t = tl.sum(t * tl.exp2(r - zero[None, :]), 0)
+        reference, total = _join(reference, total, top, t)
+    return reference, total
+
+
+@triton.jit(do_not_specialize=["blocks_m", "n", "blocks_n", "m", "first", "height", "offset"])
+def merge_kernel(
+    row_part_ptr, blocks_m, height,  # [blocks_m, height, 2] of this wave's rows
+    column_part_ptr, blocks_n, m,  # [blocks_n, M, 2]
+    positive_ptr, row_max_ptr, row_sum_ptr,  # [N]
+    column_max_ptr, column_sum_ptr,  # [M]
+    loss_ptr, share_ptr,  # [N], [programs]
+    n, first, offset, pair_weight,
+    COLUMNS: tl.constexpr, HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Merge the partials of a wave, rows ``first`` to ``first + height``, pair by pair.
+
+    Rows are then done; columns are merged with what earlier waves left, and done after the last,
+    which completes the pairs' losses and sums those of each program.
+    """
+    # Without columns the positions are those that rows have their positives at.
+    shift = offset if COLUMNS else 0
+    length = m if COLUMNS else n
+    share = tl.zeros((BLOCK,), tl.float32)
+    empty = tl.full((BLOCK,), -float("inf"), tl.float32)
+    for start in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        row = column - shift
+        paired = (row >= 0) & (row < n)
+        positive = tl.load(
+            positive_ptr + row, mask=paired & (row < first + height), other=-float("inf")
+        )
+        here = paired & (row >= first) & (row < first + height)
+        reference, total = _merge_blocks(
+            row_part_ptr, row - first, here, height, blocks_m,
+            empty, tl.zeros((BLOCK,), tl.float32), DEPTH,
+        )  # fmt: skip
+        reference, total = _add_positive(reference, total, positive)
+        tl.store(row_max_ptr + row, reference, mask=here)
+        tl.store(row_sum_ptr + row, total, mask=here)
+        loss = pair_weight * (tl.log2(total) + (reference - positive))
+        if HAS_BEFORE:
+            loss = tl.where(here, loss, tl.load(loss_ptr + row, mask=paired & (row < first)))
+        if COLUMNS:
+            inside = column < m
+            reference, total = empty, tl.zeros((BLOCK,), tl.float32)
+            if HAS_BEFORE:
+                reference = tl.load(column_max_ptr + column, mask=inside, other=0.0)
+                total = tl.load(column_sum_ptr + column, mask=inside, other=0.0)
+            reference, total = _merge_blocks(
+                column_part_ptr, column, inside, m, blocks_n, reference, total, DEPTH
+            )
+            if IS_LAST:
+                reference, total = _add_positive(reference, total, positive)
+                loss += pair_weight * (tl.log2(total) + (reference - positive))
+            tl.store(column_max_ptr + column, reference, mask=inside)
+            tl.store(column_sum_ptr + column, total, mask=inside)
+        tl.store(loss_ptr + row, loss, mask=paired & (row < first + height))
+        share += tl.where(paired, loss, 0.0)
+    if IS_LAST:
+        tl.store(share_ptr + tl.program_id(0), tl.sum(share))
+
+
+@triton.jit
+def _lift(peak):
+    """-> a power of two that lets |G| <= peak fill fp16's range; weights are about 1/N."""
+    exponent = tl.minimum(tl.maximum(14.0 - tl.ceil(tl.log2(peak)), -80.0), 80.0)
+    return tl.where((peak > 0) & (peak < float("inf")), tl.exp2(exponent), 1.0)
+
+
+@triton.jit
+def exponential(s, reference, positive):
+    """2^(s - reference), the positive's exponent snapped to 0 where the forward used it as the
+    reference: an fma rounds c x.y otherwise than the product stored then."""
+    exponent = s - reference
+    snap = positive & (tl.abs(exponent) <= tl.abs(reference) * 2.4e-7)  # 4 units in the last place
+    return tl.exp2(tl.where(snap, 0.0, exponent))
+
+
+@triton.jit
+def _side(max_ptr, sum_ptr, weight_ptr, stride_weight, position, length, unit):
+    """-> reference, sum, weight / sum of rows or columns; 0 past the end."""
+    inside = position < length
+    weight = tl.load(weight_ptr + position * stride_weight, mask=inside, other=0.0) * unit
+    total = tl.load(sum_ptr + position, mask=inside, other=1.0)
+    return tl.load(max_ptr + position, mask=inside, other=0.0), total, weight / total
+
+
+@triton.jit
+def pinned(v):
+    """v, computed once for each element: Triton would else repeat a vector's loads and arithmetic
+    in every thread that needs an element, after the product; it does not repeat a reduction."""
+    return tl.sum(tl.join(v, tl.zeros_like(v)), 1)
+
+
+@triton.jit
+def _extremes(max_ptr, position, length):
+    """-> the smallest and the largest reference of a block."""
+    reference = tl.load(max_ptr + tl.minimum(position, length - 1))
+    return tl.min(reference), tl.max(reference)
+
+
+@triton.jit(do_not_specialize=["n", "m"])
+def extremes_kernel(
+    row_max_ptr, column_max_ptr, n, m, out_ptr,  # [N], [M], [row and column blocks, 2]
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The extremes of the references of each block of rows and of columns of G."""
+    program, blocks_n = tl.program_id(0), tl.cdiv(n, BLOCK_N)
+    if program < blocks_n:
+        rows = program * BLOCK_N + tl.arange(0, BLOCK_N)
+        low, high = _extremes(row_max_ptr, rows, n)
+    else:
+        cols = (program - blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+        low, high = _extremes(column_max_ptr, cols, m)
+    tl.store(out_ptr + 2 * program, low)
+    tl.store(out_ptr + 2 * program + 1, high)
+
+
+# What differs from chunk to chunk, or between one weight for all and one for each.
+GRADIENT_SIZES = [
+    *("n", "m", "offset", "first_tile", "first_row_block", "first_column_block"),
+    *("stride_row_weight", "stride_column_weight"),
+]
+# Slices of vectors begin anywhere; another alignment would compile the kernel again.
+GRADIENT_VECTORS = [
+    *("row_max_ptr", "row_sum_ptr", "row_weight_ptr"),
+    *("column_max_ptr", "column_sum_ptr", "column_weight_ptr"),
+    *("entry_ptr", "share_ptr", "row_peak_ptr", "column_peak_ptr"),
+]
+
+
+@triton.jit(do_not_specialize=GRADIENT_SIZES, do_not_specialize_on_alignment=GRADIENT_VECTORS)
+def gradient_kernel(
+    x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for strips
+    scale_ptr, factor_ptr,  # [], [] for the finish: scale / lift
+    row_peak_ptr, column_peak_ptr, pair_weight,  # the largest |weight|, read with LIFT
+    extremes_ptr, first_row_block, first_column_block,  # [blocks, 2], or None
+    row_max_ptr, row_sum_ptr, row_weight_ptr, stride_row_weight,  # [N]
+    column_max_ptr, column_sum_ptr, column_weight_ptr, stride_column_weight,  # [M] with COLUMNS
+    entry_ptr, share_ptr, first_tile,  # [N], [tiles]
+    n, m, d, offset, stride_g,
+    stride_x_n, stride_x_d, stride_y_m, stride_y_d,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr,
+    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
+    COLUMNS: tl.constexpr, LIFT: tl.constexpr,
+):  # fmt: skip
+    """G of one tile, and its share of sum G x.y / scale before G is rounded."""
+    row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    c = scale * LOG2E
+    lift = tl.full((), 1.0, tl.float32)
+    if LIFT:
+        peak = tl.abs(tl.load(row_peak_ptr))
+        if COLUMNS:
+            peak += tl.abs(tl.load(column_peak_ptr))
+        lift = _lift(peak * pair_weight)
+    unit = pair_weight * lift
+    rows = row0 + tl.arange(0, BLOCK_N)
+    row_max, row_sum, row_coef = _side(
+        row_max_ptr, row_sum_ptr, row_weight_ptr, stride_row_weight, rows, n, unit
+    )
+    # All loads come before any use of one: their latencies pass together.
+    cols = col0 + tl.arange(0, BLOCK_M)
+    if COLUMNS:
+        column_max, _, column_coef = _side(
+            column_max_ptr, column_sum_ptr, column_weight_ptr, stride_column_weight, cols, m, unit
+        )
+    if extremes_ptr is None:
+        low, high = tl.min(row_max), tl.max(row_max)
+        if COLUMNS:
+            low, high = tl.minimum(low, tl.min(column_max)), tl.maximum(high, tl.max(column_max))
+    else:
+        at = extremes_ptr + 2 * (first_row_block + row0 // BLOCK_N)
+        low, high = tl.load(at), tl.load(at + 1)
+        if COLUMNS:
+            at = extremes_ptr + 2 * (first_column_block + col0 // BLOCK_M)
+            low, high = tl.minimum(low, tl.load(at)), tl.maximum(high, tl.load(at + 1))
+    general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
+    fast = (general == 0) & (high - low < SPREAD)
+    if fast:
+        factor = (row_coef * tl.exp2(high - row_max))[:, None]
+        if COLUMNS:
+            column_factor = column_coef * tl.exp2(high - column_max)
+        acc = products(
+            x, y, row0, col0, n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
+            BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
+        )  # fmt: skip
+        if COLUMNS:
+            factor += pinned(column_factor)[None, :]
+        p = tl.exp2(acc * c - high) * factor
+        tl.store(share_ptr + first_tile + tl.program_id(0), tl.sum(p * acc) / lift)
+        store_gradient(p, row0, col0, g, stride_g, DESCRIPTORS)
+    else:
+        share = 0.0
+        for strip in range(0, BLOCK_M, STRIP):
+            strip_cols = col0 + strip + tl.arange(0, STRIP)
+            acc = products(
+                x_ptr, y_ptr, row0, col0 + strip, n, m, d,
+                stride_x_n, stride_x_d, stride_y_m, stride_y_d,
+                BLOCK_N, STRIP, BLOCK_D, EVEN_D, False, WIDEN,
+            )  # fmt: skip
+            positive = strip_cols[None, :] == rows[:, None] + offset
+            e = exponential(acc * c, row_max[:, None], positive)
+            p = (e - tl.where(positive, row_sum[:, None], 0.0)) * row_coef[:, None]
+            if COLUMNS:
+                top, total, coef = _side(
+                    column_max_ptr, column_sum_ptr, column_weight_ptr, stride_column_weight,
+                    strip_cols, m, unit,
+                )  # fmt: skip
+                e = exponential(acc * c, top[None, :], positive)
+                p += (e - tl.where(positive, total[None, :], 0.0)) * coef[None, :]
+            p = tl.where((rows[:, None] < n) & (strip_cols[None, :] < m), p, 0.0)
+            share += tl.sum(p * acc)
+            store_entries(p, rows, positive, offset - col0 - strip, n, m - col0 - strip, entry_ptr)
+            p = tl.where(positive, 0.0, p)
+            store_gradient(p, row0, col0 + strip, g_ptr, stride_g, False)
+        tl.store(share_ptr + first_tile + tl.program_id(0), share / lift)
+    if tl.program_id(0) == 0:  # not earlier: the store waits for the scale
+        tl.store(factor_ptr, scale / lift)
 
 
 def contrastive_fwd(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    offset: int,
-    columns: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool
+) -> tuple[Tensor, ...]:
     """Statistics of the strip x [N, D] against y [M, D], as in ops/contrastive.py."""
-    found = _statistics(x, y, scale, offset, columns, 1.0)
-    return found.row_max, found.row_sum, found.column_max, found.column_sum, found.positive
+    return _statistics(x, y, scale, offset, columns, 1.0)[:5]
 
 
 def contrastive(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    offset: int,
-    columns: bool,
-    pair_weight: float,
-    summed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, y: Tensor, scale: Tensor,
+    offset: int, columns: bool, pair_weight: float, summed: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The losses [N], or their sum [], and the statistics that their gradient needs."""
-    found = _statistics(x, y, scale, offset, columns, pair_weight)
-    loss = found.loss
+    *statistics, _, loss, shares = _statistics(x, y, scale, offset, columns, pair_weight)
     if summed:
-        loss = found.shares.sum() if len(found.shares) > 1 else found.shares.view(())
-    return loss, found.row_max, found.row_sum, found.column_max, found.column_sum
+        loss = shares.sum() if len(shares) > 1 else shares.view(())
+    return loss, *statistics
 
 
-def _statistics(x, y, scale, offset, columns, weight) -> info_nce_forward.Statistics:
-    _check_strip(len(x), len(y), offset)
-    return info_nce_forward.statistics(x, y, scale, offset, columns, weight)
+def _statistics(x, y, scale, offset, columns, pair_weight) -> tuple[Tensor, ...]:
+    """-> row_max, row_sum [N], column_max, column_sum [M] ([0] without columns), positive [N], then
+    the losses [N], times ``pair_weight`` in each direction, and parts of their sum [programs]."""
+    n, m = len(x), len(y)
+    length, kept = (m, m) if columns else (n, 0)
+    block, depth, warps = MERGE if length > ONE_PROGRAM else MERGE_ALL
+    programs = 1 if length <= ONE_PROGRAM else triton.cdiv(length, block)
+    sizes = n, n, kept, kept, n, n, programs
+    out = tuple(x.new_empty(size, dtype=torch.float32) for size in sizes)
+    row_max, row_sum, column_max, column_sum, positive, loss, shares = out
+    if n == 0:
+        column_max.fill_(-torch.inf)
+        column_sum.zero_()
+        shares.zero_()
+    row = launch.choose("forward", x, y)
+    parts = min(row.warps, row.block_n // row.part)
+    # Rows a wave, in whole tiles where there are several, so that partials stay bounded.
+    block_bytes = 8 * (row.block_n * triton.cdiv(m, row.block_m) + parts * m)
+    wave = max(1, min(n, max(1, PARTIAL_BYTES // max(1, block_bytes)) * row.block_n))
+    row_part = x.new_empty(2 * triton.cdiv(m, row.block_m) * wave, dtype=torch.float32)
+    blocks_n = triton.cdiv(wave, row.block_n)
+    column_part = x.new_empty(2 * blocks_n * parts * kept, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        for first in range(0, n, wave):
+            part, last = x[first : first + wave], min(first + wave, n)
+            features, options = operands(part, y, row)
+            blocks_n, blocks_m = triton.cdiv(len(part), row.block_n), triton.cdiv(m, row.block_m)
+            forward_kernel[(blocks_n * blocks_m,)](
+                *features, scale, row_part, column_part, positive[first:last],
+                len(part), m, x.shape[1], offset + first, *x.stride(), *y.stride(),
+                COLUMNS=columns, PARTS=parts, PART=row.part, STRIP=row.strip, **options,
+            )  # fmt: skip
+            merge_kernel[(programs,)](
+                row_part, blocks_m, len(part), column_part, blocks_n * parts, m,
+                positive, row_max, row_sum, column_max, column_sum,
+                loss, shares, n, first, offset, pair_weight * LN2,
+                COLUMNS=columns, HAS_BEFORE=first > 0, IS_LAST=last == n,
+                BLOCK=block, DEPTH=depth, num_warps=warps, enable_fp_fusion=True,
+            )  # fmt: skip
+    return out
 
 
 def contrastive_bwd(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    row_max: Tensor,
-    row_sum: Tensor,
-    column_max: Tensor,
-    column_sum: Tensor,
-    row_weight: Tensor,
-    column_weight: Tensor,
-    offset: int,
-    pair_weight: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the strip, as in ops/contrastive.py, from what the forward pass kept.
+    x: Tensor, y: Tensor, scale: Tensor,
+    row_max: Tensor, row_sum: Tensor, column_max: Tensor, column_sum: Tensor,
+    row_weight: Tensor, column_weight: Tensor, offset: int, pair_weight: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dy, dscale of the strip, as in ops/contrastive.py, from what the forward pass kept.
 
     The weights, of any stride, 0 too, are multiplied by ``pair_weight``.
     """
-    _check_strip(len(x), len(y), offset)
-    rows = (row_max, row_sum, row_weight)
-    columns = (column_max, column_sum, column_weight)
-    return info_nce_backward.gradients(x, y, scale, rows, columns, offset, pair_weight)
+    if min(x.numel(), y.numel()) == 0:
+        return torch.zeros_like(x), torch.zeros_like(y), x.new_zeros((), dtype=torch.float32)
+    rows, columns = (row_max, row_sum, row_weight), (column_max, column_sum, column_weight)
+    n, m = len(x), len(column_max)
+    row = launch.choose("gradient", x, y)
+    factor = x.new_empty((), dtype=torch.float32)
+    lifted = x.dtype == torch.float16
+    peaks = [_peak(weight) if lifted else weight for weight in (row_weight, column_weight)]
+    extremes, blocks_n = None, triton.cdiv(n, row.block_n)
+    if max(n, len(y)) > ONE_PROGRAM:  # below, a launch would cost more than the exponentials
+        blocks = blocks_n + triton.cdiv(m, row.block_m)
+        extremes = x.new_empty((blocks, 2), dtype=torch.float32)
+        with torch.cuda.device_of(x):
+            extremes_kernel[(blocks,)](
+                row_max, column_max, n, m, extremes,
+                BLOCK_N=row.block_n, BLOCK_M=row.block_m, num_warps=1,
+            )  # fmt: skip
+    plan = waves.chunks(x, y, row)
+    shares = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)
+
+    def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
+        part_x, part_y = x[chunk.rows], y[chunk.cols]
+        features, options = operands(part_x, part_y, row)
+        gradient_kernel[(chunk.tiles,)](
+            *features, *gradient_operands(g, row, options["DESCRIPTORS"]),
+            scale, factor, *peaks, pair_weight,
+            extremes, chunk.rows.start // row.block_n, blocks_n + chunk.cols.start // row.block_m,
+            *(t[chunk.rows] for t in rows), row_weight.stride(0),
+            *(t[chunk.cols] for t in columns), column_weight.stride(0),
+            entries[chunk.rows], shares, chunk.first_tile,
+            len(part_x), len(part_y), x.shape[1], offset + chunk.rows.start - chunk.cols.start,
+            g.stride(0), *x.stride(), *y.stride(),
+            COLUMNS=m > 0, LIFT=lifted, STRIP=row.strip, **options,
+        )  # fmt: skip
+
+    return waves.products(x, y, factor, offset, plan, fill, shares)
 
 
-def _check_strip(n: int, m: int, offset: int) -> None:
-    if n and not 0 <= offset <= m - n:
-        raise ValueError(
-            f"info_nce: expected the positives of {n} rows, columns {offset} to {offset + n - 1}, "
-            f"among the {m} columns; pass offset between 0 and M - N"
-        )
+def _peak(weight: Tensor) -> Tensor:
+    """The largest |weight|; one number expanded, as of a mean, is its own."""
+    if len(weight) == 0 or weight.stride(0) == 0:
+        return weight
+    return torch.linalg.vector_norm(weight, torch.inf)

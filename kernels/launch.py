@@ -8,14 +8,12 @@ compiles every row without a GPU and shows what it costs in registers and shared
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-INTERPRETED_CORES = 8  # stands for the number of multiprocessors where there is no card
 
 
 @dataclass(frozen=True)
@@ -38,48 +36,22 @@ class Launch:
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
-@dataclass(frozen=True)
-class Card:
-    """What one SM of an architecture has to give."""
-
-    shared_bytes: int  # for all CTAs of an SM, 1 KiB of it reserved for each
-    shared_bytes_per_cta: int
-    tensor_core: str  # the PTX instruction that half-precision tiles must use
-
-
-REGISTERS = 65536  # of an SM
-CARDS: dict[int, Card] = {
-    80: Card(164 << 10, 163 << 10, "mma.sync"),
-    89: Card(100 << 10, 99 << 10, "mma.sync"),
-    90: Card(228 << 10, 227 << 10, "wgmma"),
-    100: Card(228 << 10, 227 << 10, "tcgen05.mma"),
-}
-# Cards without rows of their own -> those with the same instructions and no more shared memory.
-SERVED_AS = {86: 89, 87: 89, 103: 100, 110: 100, 120: 89, 121: 89}
+ARCHITECTURES = (80, 89, 90, 100)  # with rows of their own
+# Other cards -> those with the same instructions and no more shared memory; unknown and newer ones
+# take 89's: mma.sync, the least shared memory.
+SERVED_AS = {80: 80, 90: 90, 100: 100, 103: 100, 110: 100}
 
 _MMA = Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32)
 _SMALL = Launch(64, 64, 32, warps=4, stages=4, ctas_per_sm=2)
+_HOPPER = Launch(128, 128, 64, warps=4, stages=3, ctas_per_sm=2, strip=32, descriptors=True)
+_NARROW = Launch(128, 64, 64, warps=8, stages=3, strip=32, descriptors=True)
 
 # Kernel -> architecture -> row, for half precision and rows that are aligned to whole BLOCK_D.
 HALF: dict[str, dict[int, Launch]] = {
-    "forward": {
-        80: _MMA,
-        89: _MMA,
-        90: Launch(128, 128, 64, warps=4, stages=3, ctas_per_sm=2, strip=32, descriptors=True),
-        100: Launch(128, 128, 64, 4, 3, ctas_per_sm=2, strip=32, descriptors=True, part=32),
-    },
-    "gradient": {
-        80: _MMA,
-        89: _MMA,
-        90: Launch(128, 128, 64, warps=4, stages=3, ctas_per_sm=2, strip=32, descriptors=True),
-        100: Launch(128, 128, 64, 8, 3, ctas_per_sm=1, strip=32, descriptors=True),
-    },
-    "sigmoid": {  # loss and gradient at once: larger tiles spill
-        80: _SMALL,
-        89: _SMALL,
-        90: Launch(128, 64, 64, warps=8, stages=3, ctas_per_sm=1, strip=32, descriptors=True),
-        100: Launch(128, 64, 64, warps=8, stages=3, ctas_per_sm=1, strip=32, descriptors=True),
-    },
+    "forward": {80: _MMA, 89: _MMA, 90: _HOPPER, 100: replace(_HOPPER, part=32)},
+    "gradient": {80: _MMA, 89: _MMA, 90: _HOPPER, 100: replace(_HOPPER, warps=8, ctas_per_sm=1)},
+    # Loss and gradient at once: larger tiles spill.
+    "sigmoid": {80: _SMALL, 89: _SMALL, 90: _NARROW, 100: _NARROW},
 }
 # From D = DEEP on the products hide the rest of a tile on one CTA too, and a larger tile reads L2
 # less: 85 flop a byte, not 64, of which 8 TB/s feed 56 % of an H100.
@@ -126,40 +98,25 @@ ATTENTION_FULL = {
 }
 WIDEST_ATTENTION = 256
 # Logits by chunks of D: statistics alone, and tiles of weights.
-CHUNKED: dict[int, Launch] = {
-    80: Launch(128, 64, 64, warps=8, stages=3),
-    89: Launch(128, 64, 64, warps=8, stages=3),
-    90: Launch(128, 128, 64, warps=8, stages=3),
-    100: Launch(128, 64, 64, warps=8, stages=3),
-}
+CHUNKED = dict.fromkeys(ARCHITECTURES, Launch(128, 64, 64, warps=8, stages=3))
+CHUNKED[90] = replace(CHUNKED[90], block_m=128)
 CHUNKED_FLOAT = Launch(64, 64, 16, warps=8, stages=2)  # four warps spill in the loop over keys
 
-
-compiling_for: int | None = (
-    None  # an architecture for tensors on any device: to compile, not to run
-)
+# An architecture for tensors on any device: to compile, not to run.
+compiling_for: int | None = None
 
 
 def architecture(device: torch.device) -> int | None:
     """The architecture whose rows serve a device; None for the interpreter's."""
     if compiling_for or device.type != "cuda":
         return compiling_for
-    return served_as(_capability(device)) or min(CARDS)
-
-
-@cache
-def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return served_as(10 * major + minor)
 
 
 def served_as(capability: int) -> int | None:
     """The architecture in the tables for a capability such as 86; None before 80."""
-    if capability in CARDS:
-        return capability
-    if capability in SERVED_AS:
-        return SERVED_AS[capability]
-    return None if capability < 80 else 89  # unknown and newer: mma.sync, the least shared memory
+    return None if capability < 80 else SERVED_AS.get(capability, 89)
 
 
 def why_not(capability: tuple[int, int] | None = None, hip: str | None = None) -> str | None:
@@ -176,7 +133,7 @@ def why_not(capability: tuple[int, int] | None = None, hip: str | None = None) -
 def cores(device: torch.device) -> int:
     """Multiprocessors of the device."""
     if device.type != "cuda":
-        return INTERPRETED_CORES
+        return 8  # the interpreter's, so that keys are cut into slices
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -199,12 +156,11 @@ def attention_row(device: torch.device, d: int, full: bool) -> Launch:
     """The row of the one-pass form for rows of ``d`` <= WIDEST_ATTENTION columns; ``full`` where
     the nearest key and the gradient of the scale are asked for."""
     arch = architecture(device)
-    rows = ATTENTION[arch or min(CARDS)]
-    width = min(width for width in rows if width >= d)
-    row = rows[width]
-    if full:
-        row = ATTENTION_FULL.get((arch or 0, width), row)
-    return row if arch else Launch(32, 32, row.block_d, warps=4, stages=1)
+    width = min(width for width in ATTENTION[80] if width >= d)
+    if arch is None:
+        return Launch(32, 32, width, warps=4, stages=1)
+    row = ATTENTION[arch][width]
+    return ATTENTION_FULL.get((arch, width), row) if full else row
 
 
 def chunked_row(device: torch.device, dtype: torch.dtype) -> Launch:
@@ -217,10 +173,5 @@ def chunked_row(device: torch.device, dtype: torch.dtype) -> Launch:
 
 def aligned(x: Tensor) -> bool:
     """Whether every row starts on 16 bytes and is contiguous: wide loads, or a TMA descriptor."""
-    row_bytes = x.stride(0) * x.element_size()
-    return (
-        x.stride(1) == 1
-        and row_bytes % 16 == 0
-        and x.data_ptr() % 16 == 0
-        and x.stride(0) >= x.shape[1] > 0
-    )
+    starts = x.data_ptr() | x.stride(0) * x.element_size()
+    return x.stride(1) == 1 and starts % 16 == 0 and x.stride(0) >= x.shape[1] > 0

@@ -4,7 +4,7 @@ Every tile masks its logits: a row and a column of ids, positions and biases aga
 forward pass leaves, for the rows and the columns of each tile, the maximum and the sum of the
 logits seen and the sum and count of the positives'; torch merges them. The backward pass forms the
 logits again and writes G, positives and all, in chunks that ``waves.py`` multiplies. It is apart
-from ``info_nce*.py``, whose tiles without positives need no masks. Sums are fp32 in a fixed order.
+from ``info_nce.py``, whose tiles without positives need no masks. Sums are fp32 in a fixed order.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels import launch, waves
+from protoclip.kernels.info_nce import exponential
 from protoclip.kernels.tiles import LOG2E, operands, products, tile_origin
 from protoclip.kernels.waves import store_gradient
 
@@ -38,10 +39,8 @@ def _logits(
     if IDS > 0:
         same = tl.load(query_ptr + row)[:, None] == tl.load(key_ptr + col)[None, :]
         if IDS > 1:
-            query, key = (
-                tl.load(query_ptr + stride_query + row),
-                tl.load(key_ptr + stride_key + col),
-            )
+            query = tl.load(query_ptr + stride_query + row)
+            key = tl.load(key_ptr + stride_key + col)
             same = same | (query[:, None] == key[None, :])
         if SAME_POSITIVE:
             positive = positive | same
@@ -57,21 +56,12 @@ def _logits(
 
 
 @triton.jit
-def _exponential(s, reference, positive):
-    """2^(s - reference); a positive that is the reference gives exactly 1, though an fma rounds its
-    logit otherwise than the product before."""
-    exponent = s - reference
-    snap = positive & (tl.abs(exponent) <= tl.abs(reference) * 2.4e-7)  # 4 units in the last place
-    return tl.exp2(tl.where(snap, 0.0, exponent))
-
-
-@triton.jit
 def _store_side(ptr, at, mask, length, s, seen, positive, AXIS: tl.constexpr):
     """Write the four statistics of the rows or columns of a tile, ``length`` apart."""
     visible = tl.where(seen, s, -float("inf"))
     top = tl.max(visible, AXIS)
     zero = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.sum(_exponential(visible, tl.expand_dims(zero, AXIS), positive), AXIS)
+    total = tl.sum(exponential(visible, tl.expand_dims(zero, AXIS), positive), AXIS)
     tl.store(ptr + at, top, mask=mask)
     tl.store(ptr + length + at, total, mask=mask)
     tl.store(ptr + 2 * length + at, tl.sum(tl.where(positive, s, 0.0), AXIS), mask=mask)
@@ -139,11 +129,11 @@ def matched_gradient_kernel(
         own_ptr, exclude_ptr, query_ptr, key_ptr, bias_ptr, stride_query, stride_key,
         IDS, SAME_POSITIVE,
     )  # fmt: skip
-    p = _exponential(s, tl.load(row_ptr + row)[:, None], positive)
+    p = exponential(s, tl.load(row_ptr + row)[:, None], positive)
     g = p * tl.load(row_ptr + stride_row + row)[:, None]
     at_positive = tl.load(row_ptr + 2 * stride_row + row)[:, None]
     if COLUMNS:
-        p = _exponential(s, tl.load(column_ptr + col)[None, :], positive)
+        p = exponential(s, tl.load(column_ptr + col)[None, :], positive)
         g += p * tl.load(column_ptr + stride_column + col)[None, :]
         at_positive += tl.load(column_ptr + 2 * stride_column + col)[None, :]
     g = tl.where(seen, tl.where(positive, g + at_positive, g), 0.0)
@@ -153,21 +143,13 @@ def matched_gradient_kernel(
     store_gradient(g, row0, col0, g_ptr, stride_g, False)
 
 
-def matched_fwd(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    own: Tensor,
-    exclude: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    key_bias: Tensor | None,
-    same_positive: bool,
-    columns: bool,
-) -> tuple[Tensor, Tensor]:
-    """Statistics of a matched strip, as in ops/contrastive.py: [4, N] and [4, M] or [4, 0]."""
+def matched_fwd(x: Tensor, y: Tensor, scale: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    """Statistics of a matched strip, as in ops/contrastive.py: [4, N] and [4, M] or [4, 0].
+
+    Given are own, exclude, query_ids, key_ids, key_bias, same_positive, columns."""
+    *pairs, columns = given
     n, m, row = len(x), len(y), _row(x)
-    relation, options = _relation(own, exclude, query_ids, key_ids, key_bias, same_positive)
+    relation, options = _relation(*pairs)
     blocks_m = triton.cdiv(m, row.block_m)
     wave = max(1, PARTIAL_BYTES // (16 * max(1, blocks_m * row.block_n + m))) * row.block_n
     rows = [x.new_empty((4, 0), dtype=torch.float32)]
@@ -178,9 +160,9 @@ def matched_fwd(
             blocks_n = triton.cdiv(len(part), row.block_n)
             row_part = x.new_empty((4, blocks_m, len(part)), dtype=torch.float32)
             column_part = x.new_empty((4, blocks_n, m if columns else 0), dtype=torch.float32)
-            features, tile = _operands(part, y, row)
+            features, tile = operands(part, y, row)
             matched_forward_kernel[(blocks_n * blocks_m,)](
-                *features, scale, row_part, column_part, *relation,
+                *features[:2], scale, row_part, column_part, *relation,
                 len(part), m, x.shape[1], first, *x.stride(), *y.stride(),
                 COLUMNS=columns, **options, **tile,
             )  # fmt: skip
@@ -192,55 +174,40 @@ def matched_fwd(
     return torch.cat(rows, dim=1), _merged(torch.stack(by_column, dim=1))
 
 
-def matched_bwd(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    own: Tensor,
-    exclude: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    key_bias: Tensor | None,
-    same_positive: bool,
-    rows: Tensor,
-    columns: Tensor,
-    row_weights: Tensor,
-    column_weights: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the strip, as in ops/contrastive.py: dx, dy, dscale, dbias."""
-    given = own, exclude, query_ids, key_ids, key_bias, same_positive
+def matched_bwd(x: Tensor, y: Tensor, scale: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    """Gradients of the strip, as in ops/contrastive.py: dx, dy, dscale, dbias.
+
+    Given are what ``matched_fwd`` takes but for ``columns``, then rows, columns (the statistics),
+    row_weights and column_weights."""
+    *pairs, rows, columns, row_weights, column_weights = given
     dbias = x.new_zeros(len(y), dtype=torch.float32)
     if min(len(x), len(y)) == 0:
         zero = x.new_zeros((), dtype=torch.float32)
         return torch.zeros_like(x), torch.zeros_like(y), zero, dbias
     if x.shape[1] == 0:  # the bias has a gradient all the same
-        wide, sides = [F.pad(t, (0, 1)) for t in (x, y)], (rows, columns)
-        found = matched_bwd(*wide, scale, *given, *sides, row_weights, column_weights)
+        found = matched_bwd(*(F.pad(t, (0, 1)) for t in (x, y)), scale, *given)
         return torch.zeros_like(x), torch.zeros_like(y), *found[2:]
     row = _row(x)
-    relation, options = _relation(*given)
+    relation, options = _relation(*pairs)
     lift = torch.ones((), dtype=torch.float32, device=x.device)
     if x.dtype == torch.float16:  # weights are about 1/N: let G fill its range
         peak = sum(w.abs().amax(1).sum() for w in (row_weights, column_weights) if w.numel())
         power = (14 - torch.as_tensor(peak).log2().ceil()).clamp(-80, 80).exp2()
         lift = power.where(power.isfinite(), 1.0).float()
-    sides = [
-        _side(statistics, weights, lift)
-        for statistics, weights in ((rows, row_weights), (columns, column_weights))
-    ]
+    sides = _side(rows, row_weights, lift), _side(columns, column_weights, lift)
     plan = waves.chunks(x, y, row)
-    shares = x.new_empty(waves.tiles(plan), dtype=torch.float32)
+    shares = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)
 
     def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
         entries[chunk.rows].zero_()  # the positives are in G
         sums = None
-        if key_bias is not None:
+        if relation[4] is not None:  # the bias
             blocks = chunk.shape[0] // row.block_n
             sums = x.new_empty((blocks, len(part_y)), dtype=torch.float32)
-        features, tile = _operands(part_x, part_y, row)
+        features, tile = operands(part_x, part_y, row)
         matched_gradient_kernel[(chunk.tiles,)](
-            *features, g, scale, lift, *sides, len(x), columns.shape[1],
+            *features[:2], g, scale, lift, *sides, len(x), columns.shape[1],
             shares, sums, chunk.first_tile, *relation,
             len(part_x), len(part_y), x.shape[1], chunk.rows.start, chunk.cols.start,
             g.stride(0), *x.stride(), *y.stride(),
@@ -259,12 +226,6 @@ def _row(x: Tensor) -> launch.Launch:
     if launch.architecture(x.device) is None:
         return launch.INTERPRETER
     return launch.FLOAT_ANY if x.dtype == torch.float32 else launch.HALF_ANY["forward"]
-
-
-def _operands(x: Tensor, y: Tensor, row: launch.Launch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    features, options = operands(x, y, row)
-    del options["STRIP"]
-    return features[:2], options
 
 
 def _relation(own, exclude, query_ids, key_ids, bias, same_positive):

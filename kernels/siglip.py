@@ -98,7 +98,7 @@ def sigmoid_loss(
     row = launch.choose("sigmoid", x, y)
     keep = gradients and min(x.numel(), y.numel()) > 0
     plan = waves.chunks(x, y, row, bounded=keep)  # no G to keep: one chunk
-    tiles = waves.tiles(plan)
+    tiles = sum(chunk.tiles for chunk in plan)
     shares = x.new_empty((3, tiles), dtype=torch.float32)
     lift = LIFT if x.dtype == torch.float16 else 1.0
 
@@ -110,7 +110,7 @@ def sigmoid_loss(
             entries[chunk.rows], shares, tiles, chunk.first_tile,
             len(part_x), len(part_y), x.shape[1], offset + chunk.rows.start - chunk.cols.start,
             g.stride(0), *x.stride(), *y.stride(),
-            GRADIENTS=keep, LIFTED=lift, **options,
+            GRADIENTS=keep, LIFTED=lift, STRIP=row.strip, **options,
         )  # fmt: skip
 
     if keep:

@@ -87,7 +87,6 @@ def operands(x: Tensor, y: Tensor, launch: Launch) -> tuple[tuple[Any, ...], dic
         "BLOCK_N": launch.block_n,
         "BLOCK_M": launch.block_m,
         "BLOCK_D": launch.block_d,
-        "STRIP": launch.strip,
         "EVEN_D": x.shape[1] % launch.block_d == 0,
         "DESCRIPTORS": descriptors,
         # The interpreter multiplies bf16 bit patterns as integers.

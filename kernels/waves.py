@@ -58,16 +58,10 @@ def chunks(x: Tensor, y: Tensor, launch: Launch, *, bounded: bool = True) -> lis
             high, wide = min(rows * block_n, n - i), min(cols * block_m, m - j)
             tiles = triton.cdiv(high, block_n), triton.cdiv(wide, block_m)
             shape = tiles[0] * block_n, tiles[1] * block_m
-            found.append(
-                Chunk(slice(i, i + high), slice(j, j + wide), shape, tile, tiles[0] * tiles[1])
-            )
-            tile += found[-1].tiles
+            count = tiles[0] * tiles[1]
+            found.append(Chunk(slice(i, i + high), slice(j, j + wide), shape, tile, count))
+            tile += count
     return found
-
-
-def tiles(plan: list[Chunk]) -> int:
-    """Tiles of all chunks."""
-    return sum(chunk.tiles for chunk in plan)
 
 
 @triton.jit
@@ -98,28 +92,15 @@ def gradient_operands(g: Tensor, launch: Launch, descriptors: bool) -> tuple[Any
 
 
 def products(
-    x: Tensor,
-    y: Tensor,
-    factor: Tensor,
-    offset: int,
-    plan: list[Chunk],
-    fill: Callable[[Chunk, Tensor, Tensor], None],
-    shares: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Let ``fill`` write each chunk of G and accumulate both products.
+    x: Tensor, y: Tensor, factor: Tensor, offset: int,
+    plan: list[Chunk], fill: Callable[[Chunk, Tensor, Tensor], None], shares: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx [N, D], dy [M, D] in the features' dtype, neither empty, and the sum of the shares, fp32.
 
-    Where one chunk holds all of G that is four launches: ``fill``, two products, the finish.
-
-    Args:
-        x, y: features [N, D], [M, D], neither empty.
-        factor: scalar on their device, applied to the fp32 sums before they are rounded.
-        offset: row i's partner is column i + offset.
-        plan: of ``chunks(x, y, launch)``.
-        fill: ``fill(chunk, g, entries)`` launches a kernel that writes a chunk of G (whole tiles; 0
-            past the end and at the positives), and the entries [N] of the positives it holds.
-        shares: fp32 [tiles], written by ``fill``.
-    Returns:
-        dx [N, D], dy [M, D] in the features' dtype, and the sum of the shares, fp32 [].
+    ``fill(chunk, g, entries)`` launches a kernel that writes a chunk of G (whole tiles; 0 past the
+    end and at the positives), the entries [N] of the positives it holds, row i's at column
+    i + offset, and ``shares`` [tiles]. ``factor`` [] is applied to the fp32 sums. Where one chunk
+    holds all of G this is four launches: ``fill``, two products, the finish.
     """
     (n, d), m = x.shape, len(y)
     dx, dy = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, y))

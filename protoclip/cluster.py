@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     is_file = Path(args.data).suffix in SUFFIXES
     points = read_features(args) if is_file else encode_pictures(args, device)
     rows, encoded = points.rows.to(device), time.perf_counter()
-    weights = torch.from_numpy(np.loadtxt(args.weights, ndmin=1)) if args.weights else None
+    weights = read_weights(args.weights, len(rows)) if args.weights else None
     k, why = choose_k(args.k, rows, args.seed)
     size = rows.nbytes + 4 * k * rows.shape[1] * 4 + 32 * len(rows)
     print(
@@ -187,7 +187,10 @@ def read_features(args: argparse.Namespace) -> Points:
     array, keys = read_rows(Path(args.data), "DATA")
     captions: list[str] = []
     if args.captions:
-        captions = Path(args.captions).read_text(encoding="utf-8").splitlines()
+        try:
+            captions = Path(args.captions).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--captions: expected a text file in UTF-8, got {error}") from error
     for name, found in (("captions", captions), ("keys", keys or ())):
         if found and len(found) != len(array):
             raise ValueError(
@@ -200,6 +203,20 @@ def read_features(args: argparse.Namespace) -> Points:
     dataset = FeatureRows(args.data, keys, captions)
     shown = "captions" if captions else "names"
     return Points(dataset, rows, f"the rows of {args.data}", (shown,))
+
+
+def read_weights(path: str, n: int) -> Tensor:
+    """A file of one number a line, for n rows."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split()
+        weights = torch.tensor([float(line) for line in lines], dtype=torch.float64)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--weights: expected one number a line in {path}, got {error}") from error
+    if len(weights) != n:
+        raise ValueError(
+            f"--weights: expected a number for each of the {n:,} rows, got {len(weights):,}"
+        )
+    return weights
 
 
 def choose_k(given: str, rows: Tensor, seed: int) -> tuple[int, str]:
@@ -216,6 +233,8 @@ def choose_k(given: str, rows: Tensor, seed: int) -> tuple[int, str]:
 
     some = snapshot.every(torch.arange(len(rows)), JUDGED).to(rows.device)
     points = rows[some].float()
+    if bool((points == points[0]).all()):
+        raise ValueError("--k auto: expected rows that differ, got equal ones; give a number")
     apart = torch.cdist(points, points).cpu().numpy()
     np.fill_diagonal(apart, 0)
     most = min(LARGEST, len(points) // 3)

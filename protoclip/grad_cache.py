@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -56,10 +57,17 @@ def grad_cache(
     Source:
         Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup.
     """
-    sizes = list(chunk_size) if isinstance(chunk_size, Sequence) else [chunk_size] * len(encoders)
-    if not len(encoders) == len(inputs) == len(sizes) or min(sizes, default=0) < 1:
+    if not isinstance(encoders, Sized) or not isinstance(inputs, Sized):
         raise ValueError(
-            f"grad_cache: expected a batch and a chunk_size >= 1 for each of {len(encoders)} "
+            "grad_cache: expected a list of encoders and a list of their batches, got "
+            f"{type(encoders).__name__} and {type(inputs).__name__}; put even one into a list"
+        )
+    sizes = list(chunk_size) if isinstance(chunk_size, Sequence) else [chunk_size] * len(encoders)
+    if not len(encoders) == len(inputs) == len(sizes) or not all(
+        isinstance(size, Integral) and size >= 1 for size in sizes or [0]
+    ):
+        raise ValueError(
+            f"grad_cache: expected a batch and a whole chunk_size >= 1 for each of {len(encoders)} "
             f"encoders, got {len(inputs)} batches and sizes {sizes}; list a shared encoder twice"
         )
     if any(isinstance(x, Tensor) and x.requires_grad for x in pytree.tree_leaves(inputs)):

@@ -39,7 +39,6 @@ from protoclip.distributed import (
 from protoclip.ops import Bank, checks, prototype_losses
 from protoclip.ops.backends import resolve, wants_gradient
 from protoclip.ops.contrastive import (
-    LN2,
     SameId,
     contrastive,
     gap_and_mean,
@@ -93,11 +92,10 @@ def global_info_nce(
         return info_nce(image_features, text_features, logit_scale, **options)
     op = "global_info_nce"
     x, y, scale = checks.pairs(op, image_features, text_features, logit_scale)
-    name = resolve("info_nce" if ids is None else "contrastive", backend, x.device.type, x.dtype)
-    if ids is None:
-        rows, columns = _Strip.apply(x, y, scale, name)
-    else:
-        rows, columns = _MatchedStrip.apply(x, y, scale, _global_pairs(op, ids, same_id, x), name)
+    relation = None if ids is None else _global_pairs(op, ids, same_id, x)
+    kind = "info_nce" if ids is None else "contrastive"
+    name = resolve(kind, backend, x.device.type, x.dtype)
+    rows, columns = _Strip.apply(x, y, scale, relation, name)
     return (rows + columns).mean() / 2
 
 
@@ -146,69 +144,50 @@ def _global_pairs(op: str, ids: Tensor, same_id: str, rows: Tensor) -> Pairs:
 
 class _Strip(torch.autograd.Function):
     """x, y [B, D] -> the losses of this rank's images against all texts, and of its texts against
-    all images: [B], [B]."""
+    all images: [B], [B]. With a relation pairs of the same id count as it says."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, backend: str):
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, relation: Pairs | None, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        ops = torch.ops.protoclip
         all_y = gather_rows(y)  # [G, D]
         offset = rank() * len(x)
-        row_max, row_sum, column_max, column_sum, positive = torch.ops.protoclip.contrastive_fwd(
-            x, all_y, scale, offset, True, backend
-        )
-        top = column_max.clone()
-        dist.all_reduce(top, dist.ReduceOp.MAX)
-        column_sum = column_sum * torch.exp2(column_max - top)
-        dist.all_reduce(column_sum)
-        ctx.save_for_backward(x, all_y, scale, row_max, row_sum, top, column_sum)
-        ctx.offset, ctx.backend = offset, backend
-        own = slice(offset, offset + len(x))
-        rows = LN2 * (row_sum.log2() + (row_max - positive))
-        return rows, LN2 * (column_sum[own].log2() + (top[own] - positive))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, row_grad: Tensor, column_grad: Tensor):
-        x, all_y, scale, *statistics = ctx.saved_tensors
-        weights = row_grad, gather_rows(column_grad)
-        dx, dy, dscale = torch.ops.protoclip.contrastive_bwd(
-            x, all_y, scale, *statistics, *weights, ctx.offset, ctx.backend
-        )
-        # Summed wider than bf16, whose rounding would grow with the number of ranks.
-        dy = scatter_sums(dy.to(dscale.dtype)).to(x.dtype)
-        return dx, dy, dscale.to(scale.dtype).reshape(scale.shape), None
-
-
-class _MatchedStrip(torch.autograd.Function):
-    """``_Strip`` with ids: the losses of the rows and of the own columns, [B] each."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, relation: Pairs, backend: str):
-        all_y = gather_rows(y)
-        ctx.arguments = relation.arguments
-        rows, columns = torch.ops.protoclip.matched_fwd(
-            x, all_y, scale, *relation.arguments, True, backend
-        )
+        if relation is None:
+            *found, positive = ops.contrastive_fwd(x, all_y, scale, offset, True, backend)
+            own_pair = torch.stack([positive, torch.ones_like(positive)])
+            rows, columns = torch.cat([torch.stack(found[:2]), own_pair]), torch.stack(found[2:])
+        else:
+            *_, rows, columns, _ = ops.matched(
+                x, all_y, scale, *relation.arguments, True, backend, False
+            )
         top = columns[0].clone()
         dist.all_reduce(top, dist.ReduceOp.MAX)
         sums = torch.cat([columns[1:2] * torch.exp2(columns[0] - top), columns[2:]])
         dist.all_reduce(sums)
         columns = torch.cat([top[None], sums])
         ctx.save_for_backward(x, all_y, scale, rows, columns)
-        ctx.backend = backend
-        own = slice(rank() * len(x), (rank() + 1) * len(x))
-        return gap_and_mean(rows)[0], gap_and_mean(columns[:, own])[0]
+        ctx.relation, ctx.offset, ctx.backend = relation, offset, backend
+        own = columns[:, offset : offset + len(x)]
+        if relation is None:
+            own = torch.cat([own, own_pair])
+        return gap_and_mean(rows)[0], gap_and_mean(own)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, row_grad: Tensor, column_grad: Tensor):
-        x, all_y, scale, rows, columns = ctx.saved_tensors
-        weights = [
-            side_weights(grad, None, statistics)
-            for grad, statistics in ((row_grad, rows), (gather_rows(column_grad), columns))
-        ]
-        dx, dy, dscale, _ = torch.ops.protoclip.matched_bwd(
-            x, all_y, scale, *ctx.arguments, rows, columns, *weights, ctx.backend, None
-        )
+        ops, (x, all_y, scale, rows, columns) = torch.ops.protoclip, ctx.saved_tensors
+        grads = row_grad, gather_rows(column_grad)
+        if ctx.relation is None:
+            dx, dy, dscale = ops.contrastive_bwd(
+                x, all_y, scale, *rows[:2], *columns, *grads, ctx.offset, ctx.backend
+            )
+        else:
+            weights = side_weights(grads[0], None, rows), side_weights(grads[1], None, columns)
+            dx, dy, dscale, _ = ops.matched_bwd(
+                x, all_y, scale, *ctx.relation.arguments, rows, columns, *weights, ctx.backend, None
+            )
+        # Summed wider than bf16, whose rounding would grow with the number of ranks.
         dy = scatter_sums(dy.to(dscale.dtype)).to(x.dtype)
         return dx, dy, dscale.to(scale.dtype).reshape(scale.shape), None, None
 

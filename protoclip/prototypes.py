@@ -374,7 +374,7 @@ class EpisodeBuilder:
                 ones get the label of the nearest centroid: a teacher's here, the model's own as
                 they come.
         Raises:
-            ValueError: features that are not finite, or more clusters than samples.
+            ValueError: features that are not finite.
         """
         config = self.config
         count = torch.tensor(len(features.index), device=features.index.device)

@@ -132,8 +132,9 @@ def read_rows(path: Path, flag: str) -> tuple[np.ndarray, list[str] | None]:
         raise ValueError(f"{flag}: {path} cannot be read ({error}); is the file whole?") from error
     keys = list(map(str, arrays.pop("keys"))) if "keys" in arrays else None
     array = arrays.get("features", next(iter(arrays.values())))
-    if array.ndim != 2:
-        raise ValueError(f"{flag}: expected [N, d] in {path}, got {list(array.shape)}")
+    if array.ndim != 2 or not array.shape[1] or array.dtype.kind not in "fiu":
+        found = f"{array.dtype} {list(array.shape)}"
+        raise ValueError(f"{flag}: expected numbers [N, d] with d >= 1 in {path}, got {found}")
     return array, keys
 
 

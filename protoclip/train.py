@@ -643,11 +643,14 @@ def conclude(
     trainer: Trainer, evaluation: Evaluation, before: Results | None, after: Results | None
 ) -> None:
     """Print the table, the time per phase and the peak memory; write results.json."""
-    folder, timing = trainer.folder, trainer.phases.seconds()
+    folder, floor = trainer.folder, evaluation.floor(trainer.model)
+    timing = trainer.phases.seconds()
     peak = tasks.peak_memory_bytes(trainer.setup.device)
     name, weights = trainer.config.model.model, str(checkpoint.candidates(folder.path)[0])
-    outcome = Outcome(evaluation.data, name, weights, after or {}, before, timing, peak)
-    folder.say("\n" + results.format_table(outcome))
+    outcome = Outcome(evaluation.data, name, weights, after or {}, before, timing, peak, floor)
+    recorded = page.recorded_baseline(to_dict(trainer.config)) if after else None
+    baseline = recorded.outcome if recorded else None
+    folder.say("\n" + results.format_table(outcome, baseline))
     if after is None:
         folder.say("no evaluation: give --val-data")
     else:
@@ -726,6 +729,14 @@ class Evaluation:
             encoder = replace(self.encoder(model), bar=bar)
             self.kept, probe_train = tasks.encode_sets(encoder, layout)
             return tasks.evaluate_features(self.kept, probe_train)
+
+    def floor(self, model: ProtoModel) -> Results | None:
+        """What built-in data gives without training; others may be too large for it."""
+        if not self.data.startswith("builtin:"):
+            return None
+        with self.phases.measure("evaluation", on_host=True):
+            layout = open_layout(self.data, **self.arguments)
+            return tasks.floors(self.encoder(model), layout)
 
     def quick(self, model: ProtoModel) -> dict[str, float]:
         """Recalls on the small sets, for the curves."""

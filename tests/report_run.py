@@ -13,9 +13,9 @@ from protoclip.model import Encoded
 from protoclip.report.snapshot import Samples, save_snapshot, take_snapshot
 
 
-def make_run(path: Path, method="protoclip", samples=300, noise=1.0, data="", judged=60):
+def make_run(path: Path, method="protoclip", noise=1.0):
     """A folder for the report: features around the groups of builtin:shapes, not trained ones."""
-    data = data or f"builtin:shapes:{samples}"
+    data, judged = "builtin:shapes:300", 60
     path.mkdir(parents=True)
     config = TrainConfig(method=method, data=DataConfig(train_data=data))
     (path / "config.json").write_text(json.dumps(to_dict(config)))

@@ -133,7 +133,11 @@ def test_weights_and_keys(features):
         (["x.npy", "--k", "some"], "--k: expected auto or 2 to N = 900"),
         (["x.npy", "--run", "logs/x"], "features need none"),
         (["x.npy", "--captions", "w.txt"], "--captions: expected one for each of the 900 rows"),
-        (["x.npy", "--weights", "w.txt", "--k", "3"], "expected weights [N] = [900], got [2]"),
+        (["x.npy", "--weights", "w.txt", "--k", "3"], "expected a number for each of the 900"),
+        (["x.npy", "--weights", "bad.txt"], "--weights: expected one number a line in bad.txt"),
+        (["x.npy", "--captions", "no.txt"], "--captions: expected a text file in UTF-8"),
+        (["same.npy"], "--k auto: expected rows that differ"),
+        (["words.npy", "--k", "2"], "expected numbers [N, d] with d >= 1 in words.npy"),
         (["no.npy"], "cannot be read"),
         (["empty"], "no pictures in its folders"),
         (["pictures", "--captions", "w.txt"], "expected a file of features"),
@@ -147,6 +151,9 @@ def test_refusals_are_one_line(features, nano, monkeypatch, capfd, flags, words)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # weights cannot be had
     monkeypatch.setenv("HF_HUB_CACHE", str(path))
     (path / "w.txt").write_text("1\n2\n")
+    (path / "bad.txt").write_text("1\nx\n")
+    np.save(path / "same.npy", np.zeros((9, 2)))
+    np.save(path / "words.npy", np.array([["a", "b"]] * 9))
     (path / "nano.json").write_text(nano.read_text())
     for name in ("empty", "pictures"):
         (path / name).mkdir()

@@ -7,16 +7,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget
+from budget import assert_within_budget, on_threads, usable
 
 import protoclip
-from protoclip.ops.backends import TABLE
 
-BACKENDS = [
-    name
-    for name, row in TABLE["contrastive"].items()
-    if name != "triton" and "cpu" in (row.device_types or ("cpu",)) and row.why_not() is None
-]
+BACKENDS = [name for name in usable("contrastive") if name != "triton"]
 FUSED = [name for name in BACKENDS if name != "reference"]
 both = pytest.mark.parametrize("backend", BACKENDS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -50,16 +45,10 @@ class Problem:
                 own = set()
             same = set()
             if self.key_ids is not None:
-                mine = (
-                    [self.key_ids[j] for j in own]
-                    if self.query_ids is None
-                    else [self.query_ids[i]]
-                )
-                same = {
-                    j
-                    for j, ids in itertools.product(range(m), mine)
-                    if (self.key_ids[j] == ids).any()
-                }
+                taken = self.query_ids is None
+                mine = [self.key_ids[j] for j in own] if taken else [self.query_ids[i]]
+                pairs = itertools.product(range(m), mine)
+                same = {j for j, ids in pairs if (self.key_ids[j] == ids).any()}
             gone = {int(self.exclude[i])} if self.exclude is not None else set()
             if self.key_bias is not None:
                 gone |= set((self.key_bias == -torch.inf).nonzero().flatten().tolist())
@@ -185,30 +174,28 @@ def test_values_and_gradients_are_those_of_the_sets(kind, backend):
 
 @both
 def test_reductions_weights_and_rows_left_out(backend):
-    one = problem("groups", 40, 60, 8)
-    given = (one.queries, one.keys, one.scale), one.options | {"backend": backend}
-    level, mean = protoclip.contrastive_parts(*given[0], **given[1])
+    def computing(kind):
+        one = problem(kind, 40, 60, 8)
+        given, options = (one.queries, one.keys, one.scale), one.options | {"backend": backend}
+        level, mean = protoclip.contrastive_parts(*given, **options)
+        return one, level, mean, lambda **more: protoclip.contrastive(*given, **options, **more)
+
+    one, level, mean, loss = computing("groups")
     counted = torch.tensor([len(p) > 0 for p, _ in one.sets()])
     assert 0 < counted.sum() < 40 and (mean[~counted] == 0).all()
-    rows = protoclip.contrastive(*given[0], **given[1], reduction="none")
+    rows = loss(reduction="none")
     torch.testing.assert_close(rows, (level - mean).where(counted, 0), rtol=1e-5, atol=1e-5)
     weights = torch.rand(40)
     for w in (None, weights, 0 * weights):
         size = counted if w is None else w * counted
-        found = {
-            name: protoclip.contrastive(*given[0], **given[1], weights=w, reduction=name)
-            for name in ("none", "sum", "mean")
-        }
         want = rows * (1 if w is None else w)
-        torch.testing.assert_close(found["none"], want)
-        torch.testing.assert_close(found["sum"], want.sum())
-        torch.testing.assert_close(found["mean"], want.sum() / size.sum().clamp_min(1e-9))
+        torch.testing.assert_close(loss(weights=w, reduction="none"), want)
+        torch.testing.assert_close(loss(weights=w, reduction="sum"), want.sum())
+        torch.testing.assert_close(loss(weights=w), want.sum() / size.sum().clamp_min(1e-9))
     # Left out by -100, though other keys share its id; its log-sum-exp is known all the same.
-    one = problem("positive", 40, 60, 8)
-    given = (one.queries, one.keys, one.scale), one.options | {"backend": backend}
-    rows = protoclip.contrastive(*given[0], **given[1], reduction="none")
-    assert (rows[::7] == 0).all() and (rows[1::7] != 0).all()
-    assert protoclip.contrastive_parts(*given[0], **given[1])[0].isfinite().all()
+    _, level, _, loss = computing("positive")
+    rows = loss(reduction="none")
+    assert (rows[::7] == 0).all() and (rows[1::7] != 0).all() and level.isfinite().all()
 
 
 @both
@@ -281,13 +268,8 @@ def test_opcheck_and_one_graph(backend, dtype):
 def test_same_bits_with_and_without_a_stash_on_any_number_of_threads(backend):
     one = problem("groups", 300, 500, 17)
     weights = torch.rand(300), torch.rand(300)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count, stash in ((1, True), (2, None), (3, False)):
-            torch.set_num_threads(count)
-            found.append(computed(one, weights, backend, stash=stash))
-    finally:
-        torch.set_num_threads(threads)
+    stashes = iter((True, None, False))
+    found = on_threads(lambda: computed(one, weights, backend, stash=next(stashes)), (1, 2, 3))
     assert all(torch.equal(found[0][name], f[name]) for f in found for name in found[0])
 
 
@@ -337,11 +319,7 @@ BAD = {
     "positives' shape": (dict(positives=IDS), ValueError, r"positives of shape \[4\], got \[6\]"),
     "a list": (dict(exclude=[1, 2]), TypeError, "exclude as a Tensor"),
     "floating ids": (dict(key_ids=IDS.float()), TypeError, r"key_ids as int64.*key_ids.long\(\)"),
-    "three ids": (
-        dict(key_ids=IDS[:, None].expand(6, 3)),
-        ValueError,
-        r"\[6\] or \[6, 1\] or \[6, 2\]",
-    ),
+    "three ids": (dict(key_ids=IDS[:, None].expand(6, 3)), ValueError, r"\[6\] or .*\[6, 2\]"),
     "other ids": (dict(key_ids=IDS, query_ids=torch.ones(4, 2).long()), ValueError, "query_ids of"),
     "device": (dict(key_ids=IDS.to("meta")), ValueError, "key_ids on cpu"),
     "query ids alone": (dict(query_ids=IDS[:4]), ValueError, "key_ids with query_ids"),
@@ -350,16 +328,12 @@ BAD = {
     "exclude alone": (dict(exclude=IDS[:4]), ValueError, "expected positives.*got none with exc"),
     "few keys": (dict(keys=Y[:3]), ValueError, "got none with 4 queries and 3 keys"),
     "bias dtype": (dict(key_bias=torch.zeros(6).half()), TypeError, r"key_bias.float\(\)"),
-    "bias shape": (dict(key_bias=torch.zeros(4)), ValueError, r"key_bias of shape \[M\]"),
+    "bias shape": (dict(key_bias=torch.zeros(4)), ValueError, r"key_bias of shape \[6\]"),
     "weights": (dict(weights=torch.ones(6)), ValueError, r"weights of shape \[4\]"),
-    "whole weights": (dict(weights=torch.ones(4).long()), TypeError, "weights as a float"),
+    "whole weights": (dict(weights=torch.ones(4).long()), TypeError, r"weights.float\(\)"),
     "weights' gradient": (dict(weights=torch.ones(4, requires_grad=True)), ValueError, "detach"),
     "reduction": (dict(reduction="avg"), ValueError, "reduction in"),
-    "backend": (
-        dict(positives=IDS[:4], backend="cuda"),
-        ValueError,
-        "backend 'cuda' cannot run: contr",
-    ),
+    "backend": (dict(positives=IDS[:4], backend="cuda"), ValueError, "'cuda' cannot run: contr"),
 }
 
 

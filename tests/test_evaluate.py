@@ -27,6 +27,7 @@ from protoclip.evaluate.tasks import (
     encode_set,
     encode_sets,
     evaluate_features,
+    floors,
     take,
 )
 from protoclip.model import build_model
@@ -218,16 +219,43 @@ def test_table_has_a_row_per_metric_and_the_change():
     assert "together 360.0 s" in " ".join(text)
 
 
+def test_the_table_against_several_seeds_of_clip():
+    """Floor, untrained and CLIP side by side; what one more CLIP run may give is in brackets."""
+    ours, clip = outcome(0.3), outcome(0.25, seeds=5)
+    floor = {"HO": dataclasses.replace(clip.trained["HO"], metrics={"group/ami": 0.11})}
+    bounds = {"text_retrieval_recall@5": (0.15, 0.35), "group/ami": (0.12, 0.13)}
+    wide = dataclasses.replace(clip.trained["HO"], intervals=bounds)
+    ours = dataclasses.replace(ours, floor=floor, untrained=outcome(0.01).trained)
+    ours.trained["HO"].metrics["group/ami"] = 0.2
+    text = format_table(ours, dataclasses.replace(clip, trained={"HO": wide})).splitlines()
+    assert max(map(len, text)) <= 100 and "5 recorded seeds" in " ".join(text)
+    assert " ".join(text[1].split()) == "floor untrained CLIP trained 95 % interval to CLIP"
+    assert text[2].split()[3:] == ["0.110", "0.125", "0.125", "0.200", "+0.075"]  # AMI is first
+    row = next(line for line in text if "image -> text R@5" in line)
+    assert row.split()[-6:] == ["0.250", "0.300", "0.200", "..", "0.400", "(+0.050)"]
+
+
+def test_floors_are_of_pixels_and_of_the_largest_class():
+    layout = open_layout("builtin:shapes:200")
+    found = floors(Encoder(build_model(ModelConfig()), CPU), layout)["HO"].metrics
+    ids = open_dataset("builtin:shapes:200", "heldout").labels["group"].ids
+    assert found["group/acc1"] == pytest.approx(ids.bincount().max() / len(ids))
+    assert found["group/knn_acc1"] >= found["group/acc1"] and found["group/ami"] > 0.05
+
+
 def test_json_round_trip(tmp_path):
     path = tmp_path / "results.json"
     before = outcome(0.01).trained
-    written = outcome(untrained=before, seconds={"training": 1.5}, peak_memory_bytes=7)
+    written = outcome(
+        untrained=before, seconds={"training": 1.5}, peak_memory_bytes=7, floor=before
+    )
     write_results(path, written)
     raw = json.loads(path.read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
     assert raw["trained"]["HO"]["metrics"]["group/acc5"] is None
     content = read_results(path)
     assert content.seconds == {"training": 1.5} and content.peak_memory_bytes == 7
-    assert content.untrained["HO"].metrics["text_retrieval_recall@5"] == 0.01
+    for old in (content.untrained, content.floor):
+        assert old["HO"].metrics["text_retrieval_recall@5"] == 0.01
     assert math.isnan(content.trained["HO"].metrics["group/acc5"])
     assert format_table(content) == format_table(written)
     assert [path] == list(tmp_path.iterdir())

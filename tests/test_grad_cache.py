@@ -111,6 +111,8 @@ def test_without_gradients_there_is_no_graph(tower):
     ("call", "words"),
     [
         (lambda t, x: protoclip.grad_cache([t], [x], 0), "chunk_size >= 1"),
+        (lambda t, x: protoclip.grad_cache([t], [x], 4.0), r"sizes \[4.0\]"),
+        (lambda t, x: protoclip.grad_cache(t, x, 4), "a list of encoders"),
         (lambda t, x: protoclip.grad_cache([t, t], [x], 4), "got 1 batches"),
         (
             lambda t, x: protoclip.grad_cache([lambda c: t(c)[1:]], [x], 4),

@@ -36,19 +36,23 @@ def clustered(n: int, d: int, dtype=torch.float32, seed: int = 0, noise: float =
     return x.to(dtype), y.to(dtype)
 
 
-def run(x, y, scale, weights, *, dtype, backend):
+def leaves(n, d, dtype=torch.float32, scale=30.0):
+    pair = (t.requires_grad_() for t in clustered(n, d, dtype))
+    return *pair, torch.tensor(scale, requires_grad=True)
+
+
+def run(inputs, weights, **options):
     """Losses of the pairs and the gradients of sum(weights * losses)."""
-    x, y = (t.to(dtype).detach().requires_grad_() for t in (x, y))
-    s = torch.tensor(scale, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
-    loss = protoclip.info_nce(x, y, s, reduction="none", backend=backend)
-    (loss * weights).sum().backward()
-    return {"loss": loss.detach(), "dx": x.grad, "dy": y.grad, "dscale": s.grad}
+    loss = protoclip.info_nce(*inputs, reduction="none", **options)
+    grads = torch.autograd.grad((loss * weights).sum(), inputs)
+    return dict(zip(("loss", "dx", "dy", "dscale"), (loss.detach(), *grads), strict=True))
 
 
 def check(x, y, scale, backend, weights=None, terms=0.0):
     """``terms``: the size of what a row's gradient sums, where it counts, not the gradient's."""
     w = torch.ones(len(x)) if weights is None else weights
-    got = run(x, y, scale, w, dtype=x.dtype, backend=backend)
+    inputs = [t.detach().requires_grad_() for t in (x, y, torch.tensor(scale))]
+    got = run(inputs, w, backend=backend)
     truth, base = (
         strip_gradients(x, y, scale, 0, w / 2, w / 2, dtype) for dtype in (torch.float64, x.dtype)
     )
@@ -158,12 +162,12 @@ def test_rectangles(columns, dtype, scale):
 def test_strides_and_offsets_do_not_matter():
     for dtype in DTYPES:
         x, y = clustered(70, 34, dtype)
-        want = run(x, y, 20.0, torch.ones(70), dtype=dtype, backend="cpu")
+        want = protoclip.info_nce(x, y, 20.0, reduction="none", backend="cpu")
         wide = torch.full((70, 73), 9.0, dtype=dtype)
         wide[:, 5:39] = x
         for view in (wide[:, 5:39], x.T.contiguous().T, x.repeat_interleave(2, 0)[::2]):
             got = protoclip.info_nce(view, y, 20.0, reduction="none", backend="cpu")
-            assert torch.equal(got, want["loss"])
+            assert torch.equal(got, want)
 
 
 @both
@@ -199,12 +203,10 @@ def test_reductions_and_upstream_gradients(backend):
     mean = protoclip.info_nce(x, y, 9.0, backend=backend)
     assert torch.allclose(total, rows.sum()) and torch.allclose(mean, rows.mean())
     x.requires_grad_()
+    (want,) = torch.autograd.grad(reference.info_nce(x, y, torch.tensor(9.0)).mean(), x)
     for factor in (1.0, -3.5):
         (g,) = torch.autograd.grad(factor * protoclip.info_nce(x, y, 9.0, backend=backend), x)
-        want = (
-            factor * torch.autograd.grad(reference.info_nce(x, y, torch.tensor(9.0)).mean(), x)[0]
-        )
-        assert torch.allclose(g, want, rtol=1e-4, atol=1e-7)
+        assert torch.allclose(g, factor * want, rtol=1e-4, atol=1e-7)
 
 
 @both
@@ -216,27 +218,7 @@ def test_autocast_keeps_the_features_dtype(backend):
     assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
-@needs_cpu
-def test_double_backward_raises():
-    x, y = (t.requires_grad_() for t in clustered(8, 4))
-    loss = protoclip.info_nce(x, y, 5.0, backend="cpu")
-    (g,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="info_nce: its fused backends have no second"):
-        g.sum().backward()
-
-
 # ---- products kept for the backward pass: no bit of the result ----
-
-
-def _leaves(n, d, dtype):
-    return *(t.requires_grad_() for t in clustered(n, d, dtype)), torch.tensor(
-        30.0, requires_grad=True
-    )
-
-
-def _run(inputs, weights, stash):
-    rows = protoclip.info_nce(*inputs, reduction="none", backend="cpu", stash=stash)
-    return rows.detach(), *torch.autograd.grad((rows * weights).sum(), inputs)
 
 
 def _kept(inputs, **options):
@@ -252,36 +234,22 @@ def _kept(inputs, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n, d", [(1, 1), (2, 3), (130, 17), (300, 64), (777, 96)])
 def test_same_bits_with_and_without_a_stash_on_any_number_of_threads(n, d, dtype):
-    inputs, weights = _leaves(n, d, dtype), torch.rand(n)
-    plain = _run(inputs, weights, False)
-    for stash in (None, True):
-        for got in on_threads(lambda stash=stash: _run(inputs, weights, stash), (1, 2, 3)):
-            assert all(map(torch.equal, got, plain))
-
-
-@needs_cpu
-def test_the_backward_pass_reads_the_stash():
-    x, y, scale = _leaves(300, 20, torch.float32)
-    op, w = torch.ops.protoclip, torch.ones(300)
-    *_, a, b, c, d, kept = op.contrastive(x, y, scale, 0, True, "none", "cpu", True)
-    assert kept.nbytes == 4 * 384 * 512  # whole tiles of 128 x 256
-    rest = (x, y, scale, a, b, c, d, w, w, 0, "cpu")
-    dx, *_ = op.contrastive_bwd(*rest, kept)
-    again, *_ = op.contrastive_bwd(*rest, kept)
-    other, *_ = op.contrastive_bwd(*rest, torch.zeros_like(kept))
-    assert torch.equal(dx, again) and not torch.allclose(dx, other, rtol=1e-2)
-    with pytest.raises(RuntimeError, match="expected a stash of 196608 floats, got 8 bytes"):
-        op.contrastive_bwd(*rest, kept[:4])
+    inputs, weights = leaves(n, d, dtype), torch.rand(n)
+    plain = run(inputs, weights, stash=False, backend="cpu")
+    for options in ({}, {"stash": True}):
+        options["backend"] = "cpu"
+        for got in on_threads(lambda more=options: run(inputs, weights, **more), (1, 2, 3)):
+            assert all(torch.equal(got[name], plain[name]) for name in plain)
 
 
 @needs_cpu
 def test_a_stash_only_for_a_gradient_and_within_64_mib():
-    inputs = _leaves(300, 20, torch.float32)
-    size = 4 * 384 * 512
+    inputs = leaves(300, 20)
+    size = 4 * 384 * 512  # whole tiles of 128 x 256
     assert _kept(inputs, backend="cpu") == _kept(inputs, backend="cpu", stash=True) == size
     assert _kept(inputs, backend="cpu", stash=False) == 0
     native = torch.ops.protoclip_native
-    inputs = _leaves(1024, 20, torch.float32)  # 4 MiB, which go back to the pool
+    inputs = leaves(1024, 20)  # 4 MiB, which go back to the pool
     for wanted in (False, True):
         native.release_memory()
         with torch.set_grad_enabled(wanted):
@@ -295,7 +263,7 @@ def test_a_stash_only_for_a_gradient_and_within_64_mib():
 @needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_and_one_graph(dtype):
-    x, y, scale = _leaves(256, 6, dtype)  # whole tiles: the room around ragged ones is not written
+    x, y, scale = leaves(256, 6, dtype)  # whole tiles: the room around ragged ones is not written
     op = torch.ops.protoclip.contrastive
     for options in ((0, True, "mean", "cpu", True), (0, True, "none", "cpu", False)):
         torch.library.opcheck(op, (x, y, scale, *options))
@@ -313,37 +281,21 @@ def test_opcheck_and_one_graph(dtype):
 
 
 @needs_cpu
-def test_memory_of_a_step_is_the_next_steps():
+def test_memory_of_a_step_is_the_next_steps_up_to_a_limit():
     """Blocks are handed out once at a time, come back when their tensor dies, and can be let go."""
     ops = torch.ops.protoclip_native
-    size = 3 << 20
-    one, two = ops.pooled(size), ops.pooled(size)
-    assert one.shape == (size,) and one.dtype == torch.int16
-    one.fill_(1), two.fill_(2)
-    assert (one == 1).all() and (two == 2).all()
-    places = {one.data_ptr(), two.data_ptr()}
-    del one, two
-    again = ops.pooled(size), ops.pooled(size)
-    assert {t.data_ptr() for t in again} == places
-    ops.release_memory()  # what is in use stays
-    again[0].fill_(3)
-    assert (again[0] == 3).all()
-
-
-@needs_cpu
-def test_freed_memory_is_kept_up_to_a_limit():
-    ops = torch.ops.protoclip_native
     ops.release_memory()
-    assert ops.kept_memory() == 0
     blocks = [ops.pooled(32 << 20) for _ in range(6)]  # 64 MiB each
+    assert len({block.data_ptr() for block in blocks}) == 6
     assert ops.kept_memory() == 0  # in use is not kept
+    places = {block.data_ptr() for block in blocks}
     del blocks
     assert ops.kept_memory() == 128 << 20
     again = ops.pooled(32 << 20)
+    assert again.data_ptr() in places and again.dtype == torch.int16
     assert ops.kept_memory() == 64 << 20
-    del again
-    ops.release_memory()
-    assert ops.kept_memory() == 0
+    ops.release_memory()  # what is in use stays
+    assert (again.fill_(3) == 3).all() and ops.kept_memory() == 0
 
 
 @needs_cpu

@@ -93,7 +93,7 @@ def test_a_row_that_breaks_its_promise_is_named():
         f"from {REPORT} import Case, costs, launch\n"
         "row = launch.Launch(256, 128, 64, warps=4, stages=3, ctas_per_sm=2)\n"
         "launch.HALF['sigmoid'][90] = row\n"
-        "print([c.problems for c in costs(Case('sigmoid', 'loss', 90, 'bf16', 128))])"
+        "print([c['problems'] for c in costs(Case('sigmoid', 'loss', 90, 'bf16', 128))])"
     )
     found = _python("-c", code)
     assert "bytes of local memory a thread" in found and "the row promises 2" in found
@@ -109,7 +109,7 @@ def test_cards_without_rows_of_their_own():
     assert "compute capability 8.0, this card has 7.5" in launch.why_not((7, 5))
     assert "AMD" in launch.why_not((9, 4), hip="6.4")
     for table in (*launch.HALF.values(), launch.ATTENTION, launch.CHUNKED):
-        assert set(table) == set(launch.CARDS)
+        assert set(table) == set(launch.ARCHITECTURES)
 
 
 def test_no_slice_compiles_again():

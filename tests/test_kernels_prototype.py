@@ -168,14 +168,14 @@ def test_bad_numbers_and_labels_stay_visible(value, dtype):
 
 
 def test_the_scratch_bound_changes_nothing(monkeypatch):
-    from protoclip.kernels import probabilities
+    from protoclip.kernels import prototype_cross_entropy
 
     torch.manual_seed(0)
     args = (_unit(70, 12, dtype=torch.float32), _unit(90, 12, dtype=torch.float32))
     labels = torch.randint(0, 90, (70,), device=DEVICE)
     weights = torch.rand(70, device=DEVICE)
     whole = _gradients(*args, labels, 20.0, None, weights, "triton")
-    monkeypatch.setattr(probabilities, "SCRATCH_BYTES", 4 * 70 * 20)
+    monkeypatch.setattr(prototype_cross_entropy, "SCRATCH_BYTES", 4 * 70 * 20)
     for a, b in zip(whole, _gradients(*args, labels, 20.0, None, weights, "triton"), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 

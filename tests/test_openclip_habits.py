@@ -54,6 +54,7 @@ def code_of(main, argv):
         ("export", ["RUN", "--uot", "x"], "did you mean --out?"),
         ("openclip", ["--proto-wieght", "1"], "did you mean --proto-weight?"),
         ("openclip", ["--proto-k", "50", "--proto-queue", "20"], "--proto-k"),
+        ("openclip", ["--proto-weight=-1"], "--proto-weight"),
         ("openclip", ["--proto-k", "5", "--siglip"], "--siglip"),
         ("openclip", ["--proto-k", "5", "--model", "coca_ViT-B-32"], "CoCa"),
         ("openclip", ["--proto-k", "5", "--distill-model", "x"], "--distill-model"),

@@ -180,16 +180,6 @@ def test_diverged_features_are_refused_in_words():
         call(loss, image, text)
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [({"queue": 20, "k": 30}, "--proto-k"), ({"weight": -1.0}, "--proto-weight")],
-    ids=str,
-)
-def test_settings_are_checked_by_flag_name(options, words):
-    with pytest.raises(ValueError, match=words):
-        ProtoConfig(**options)
-
-
 def of_rank(folder):
     """Terms, gradients of the prototype term, and prototypes, by the flags of ClipLoss."""
     dist.init_process_group("gloo")

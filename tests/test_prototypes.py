@@ -96,9 +96,7 @@ class TestEpisode:
             assert not torch.equal(a.labels, b.labels)  # other random starts
             assert b.counts.sum() == N and (b.labels[features.index] >= 0).all()
 
-    def test_mistakes_are_refused_by_key_and_flag(self, features):
-        with pytest.raises(ValueError, match="--k 6"):
-            episode_of(features, num_clusters=N + 1)
+    def test_features_that_are_not_finite_are_refused_by_key(self, features):
         features.image_h[3, 2] = math.nan
         with pytest.raises(ValueError, match=f"'key{int(features.index[3])}'; lower --lr"):
             episode_of(features)

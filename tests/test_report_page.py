@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from report_run import make_run
 
+from benchmarks.record_baseline import main as record_baseline
 from protoclip.data import open_dataset
 from protoclip.data.shapes import ShapesDataset
 from protoclip.evaluate.results import Outcome, SetResults
@@ -166,6 +167,26 @@ def test_baselines(runs, tmp_path, monkeypatch):
     assert "The baseline is recorded" in reading.render([ours])
     ours.config["optim"]["epochs"] = 1.0
     assert reading.find_baseline([ours]) is None
+
+
+def test_recorded_seeds_are_a_baseline_of_any_seed(tmp_path, monkeypatch):
+    """Of n seeds the interval is where one more is expected: t, and sqrt(1 + 1 / n)."""
+    paths = [make_run(tmp_path / name, "clip", noise=n) for n, name in ((1.0, "one"), (2.0, "two"))]
+    for seed, path in enumerate(paths):
+        config = json.loads((path / "config.json").read_text())
+        config["run"]["seed"] = seed
+        (path / "config.json").write_text(json.dumps(config))
+    recorded, metric = tmp_path / "recorded", "text_retrieval_recall@5"
+    assert record_baseline([*map(str, paths), "--out", str(recorded)]) == 0
+    monkeypatch.setattr(reading, "RECORDED", recorded)
+    values = [reading.read_run(path).outcome.trained["HO"].metrics[metric] for path in paths]
+    config["run"]["seed"], config["method"] = 7, "protoclip"
+    one = reading.recorded_baseline(config).outcome.trained["HO"]
+    assert one.metrics[metric] == pytest.approx(sum(values) / 2)
+    half = 12.706 * abs(values[0] - values[1]) / 2**0.5 * 1.5**0.5
+    assert one.intervals[metric][1] - one.metrics[metric] == pytest.approx(half, rel=1e-3)
+    with pytest.raises(SystemExit):
+        record_baseline([str(paths[0]), str(paths[0]), "--out", str(recorded)])
 
 
 # The parts of a snapshot

@@ -33,6 +33,7 @@ ROWS = {  # metric -> its row in a table; {}: the label that stands before it
     "image_uniformity": "uniformity of the images",
     "text_uniformity": "uniformity of the texts",
 }
+FIRST = ("knn_acc1", "ami")  # the rows at the top of a table
 RECORDS = {  # CLIP_benchmark's task -> the names of its metrics
     "zeroshot_retrieval": tuple(name for name in ROWS if "recall" in name),
     "zeroshot_classification": ("acc1", "acc5", "mean_per_class_recall"),
@@ -52,6 +53,7 @@ class SetResults:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # 95 %
 
 
+NOTHING = SetResults("", 0, 0, {})
 Results = Mapping[str, SetResults]  # one model on all evaluation sets, by short name
 
 
@@ -66,26 +68,41 @@ class Outcome:
     untrained: Results | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)  # by phase, in the order to show
     peak_memory_bytes: int | None = None
+    floor: Results | None = None  # without a model; see ``floors`` of evaluate/tasks.py
+    seeds: int = 1  # if more: means over as many runs, intervals of what one run more may give
 
 
-def format_table(outcome: Outcome) -> str:
-    """The table at the end of a run, at most 100 columns: one block per set, one row per metric,
-    with the untrained model beside it if its results are known."""
+def format_table(outcome: Outcome, baseline: Outcome | None = None) -> str:
+    """The table at the end of a run, at most 100 columns: one block per set, one row per metric.
+
+    Beside the trained model stand the floor, the untrained model and the baseline, if known.
+    """
+    beside = {"floor": outcome.floor, "untrained": outcome.untrained}
+    beside["CLIP"] = baseline.trained if baseline else None
+    known = {name: results for name, results in beside.items() if results is not None}
+    heads = [*known, "trained", "95 % interval"]
+    heads += ["to CLIP" if baseline else "change"] * bool(known)  # to what stands last
+    row = "  {:<30}" + "{:>10}" * (len(known) + 1) + "{:>18}" + "{:>10}" * bool(known)
     blocks = []
-    row = "  {0:<32}{2:>11}{3:>20}"
-    if outcome.untrained is not None:
-        row = "  {0:<32}{1:>11}{2:>11}{3:>20}{4:>11}"
     for key, one in outcome.trained.items():
-        head = row.format("", "untrained", "trained", "95 % interval", "change")
-        lines = [f"{one.title} ({key}): {one.samples:,} images, {one.captions:,} captions", head]
-        old = (outcome.untrained or {}).get(key)
+        lines = [f"{one.title} ({key}): {one.samples:,} images, {one.captions:,} captions"]
+        lines.append(row.format("", *heads))
+        others = [results.get(key, NOTHING) for results in known.values()]
         for name, words in rows_of(one.metrics):
-            first, last = old.metrics.get(name, math.nan) if old else math.nan, one.metrics[name]
+            last, values = one.metrics[name], [o.metrics.get(name, math.nan) for o in others]
             bounds = " .. ".join(map(number, one.intervals.get(name, ())))
-            cells = number(first), number(last), bounds, number(last - first, "+")
+            cells = [*map(number, [*values, last]), bounds]
+            for value in values[-1:]:
+                chance = -1.0 if baseline is None else half_width(one, others[-1], name, baseline)
+                change = number(last - value, "+")
+                cells.append(f"({change})" if abs(last - value) <= chance else change)
             lines.append(row.format(words, *cells).rstrip())
         blocks.append("\n".join(lines))
     footer = []
+    if outcome.floor is not None:
+        footer.append("floor: 12 x 12 pixels as features, or the most frequent class if it is more")
+    if baseline is not None:
+        footer.append(f"CLIP: {baseline.seeds} recorded seeds; in brackets: within chance (95 %)")
     if outcome.seconds:
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in outcome.seconds.items())
         text = f"Time: {phases}; together {sum(outcome.seconds.values()):.1f} s"
@@ -95,9 +112,20 @@ def format_table(outcome: Outcome) -> str:
     return "\n\n".join([*blocks, *(["\n".join(footer)] if footer else [])])
 
 
+def half_width(mine: SetResults, theirs: SetResults, metric: str, baseline: Outcome) -> float:
+    """Half the 95 % interval of a difference to a baseline; infinity where nothing is known.
+
+    One seed each: as of independent samples; several of the baseline: of one more run like it.
+    """
+    sets = [theirs] if baseline.seeds > 1 else [mine, theirs]
+    bounds = [one.intervals.get(metric, (0.0, math.inf)) for one in sets]
+    return math.hypot(*(high - low for low, high in bounds)) / 2
+
+
 def rows_of(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """(metric, words) of each row of a table."""
-    parts = [(name, *name.rpartition("/")[::2]) for name in metrics]
+    names = sorted(metrics, key=lambda name: not name.endswith(FIRST))  # the rest as it was
+    parts = [(name, *name.rpartition("/")[::2]) for name in names]
     return [(name, ROWS[key].format(label)) for name, label, key in parts if key in ROWS]
 
 
@@ -125,8 +153,8 @@ def read_results(path: str | os.PathLike[str]) -> Outcome:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         del content["clip_benchmark"]
-        for name in ("trained", "untrained"):
-            if name == "trained" or content[name] is not None:
+        for name in ("trained", "untrained", "floor"):
+            if name == "trained" or content.get(name) is not None:
                 content[name] = {key: _read_set(one) for key, one in content[name].items()}
         return Outcome(**content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -234,6 +235,31 @@ class Encoder:
                     rows.append(encode(part.to(self.device, non_blocking=True)).float())
                 self.bar.update(len(part))
         return torch.cat(rows)
+
+
+class PixelEncoder(Encoder):
+    """Without a model: a picture's feature is itself at 12 x 12 pixels, all texts are one."""
+
+    def images(self, dataset: PairDataset) -> Tensor:
+        pictures = [np.array(dataset.image(i).resize((12, 12))) for i in range(len(dataset))]
+        return torch.from_numpy(np.stack(pictures)).flatten(1).to(self.device) / 255 - 0.5
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        return torch.zeros(len(texts), 1, device=self.device)
+
+
+def floors(encoder: Encoder, layout: Layout) -> Results:
+    """k-NN and clusters of ``PixelEncoder``; accuracies are at least the largest class's share."""
+    sets, train = encode_sets(PixelEncoder(encoder.model, encoder.device), layout)
+    found = dict(evaluate_features(sets, train, tasks=("knn", "grouping")))
+    for key, one in found.items():
+        values = dict(one.metrics)
+        for label, known in sets[key].labels.items():
+            share = float(known.ids.bincount().max()) / len(known.ids)
+            for name in (f"{label}/{kind}acc1" for kind in ("", "lp_", "knn_")):
+                values[name] = max(share, values.get(name, share))
+        found[key] = dataclasses.replace(one, metrics=values, intervals={})
+    return found
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,20 +43,29 @@ def like(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         )
 
 
+def strip(
+    op: str, x_name: str, x: Tensor, y_name: str, y: Tensor, logit_scale: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, D] and [M, D] of one device, in one dtype, and the scale as a tensor."""
+    matrix(op, x_name, x, "[N, D]")
+    matrix(op, y_name, y, "[M, D]")
+    like(op, y_name, y, x_name, x)
+    x, y = promoted(x, y)
+    return x, y, scalar(op, "logit_scale", logit_scale, x.device)
+
+
 def pairs(
     op: str, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, D] and [N, D] of one device, in one dtype, and the scale as a tensor."""
-    matrix(op, "image_features", image_features, "[N, D]")
-    matrix(op, "text_features", text_features, "[N, D]")
-    like(op, "text_features", text_features, "image_features", image_features)
-    if len(image_features) != len(text_features):
+    """``strip`` of as many texts as images."""
+    names = "image_features", "text_features"
+    x, y, scale = strip(op, names[0], image_features, names[1], text_features, logit_scale)
+    if len(x) != len(y):
         raise ValueError(
-            f"{op}: expected one text per image, got image_features {tuple(image_features.shape)} "
-            f"and text_features {tuple(text_features.shape)}; give row i of each the same pair"
+            f"{op}: expected one text per image, got image_features {tuple(x.shape)} "
+            f"and text_features {tuple(y.shape)}; give row i of each the same pair"
         )
-    x, y = promoted(image_features, text_features)
-    return x, y, scalar(op, "logit_scale", logit_scale, x.device)
+    return x, y, scale
 
 
 def promoted(*tensors: Tensor) -> list[Tensor]:
@@ -86,6 +96,25 @@ def scalar(op: str, name: str, x: Any, device: torch.device) -> Tensor:
             f"{op}: expected {name} as a float tensor, got {x.dtype}; cast it with .float()"
         )
     return x if x.dtype in ANY_FLOAT else x.float()
+
+
+def vector(
+    op: str, name: str, x: Any, dtypes: Sequence[torch.dtype], shapes: Sequence[tuple[int, ...]],
+    device: torch.device,
+) -> None:  # fmt: skip
+    """A tensor in one of the dtypes and shapes, beside the features."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: expected {name} as a Tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        kind, cast = ("int64", "long") if torch.int64 in dtypes else ("float32", "float")
+        raise TypeError(f"{op}: expected {name} as {kind}, got {x.dtype}; use {name}.{cast}()")
+    if tuple(x.shape) not in shapes:
+        words = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{op}: expected {name} of shape {words}, got {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(
+            f"{op}: expected {name} on {device} like the features, got {x.device}; use .to()"
+        )
 
 
 def labels(op: str, x: Tensor, rows_name: str, rows: Tensor) -> None:

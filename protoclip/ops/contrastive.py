@@ -22,6 +22,7 @@ from torch import Tensor
 
 from protoclip.ops import checks, pairs, reference
 from protoclip.ops.backends import (
+    ANY_FLOAT,
     accumulator,
     define,
     define_gradient,
@@ -52,8 +53,7 @@ def _bwd(x: Tensor, y: Tensor, scale: Tensor, *rest):
     *statistics, row_weight, column_weight, offset, backend = rest[:8]
     stash, reduction = (*rest[8:], None, None)[:2]
     run = implementation("info_nce", backend, "contrastive_bwd")
-    kept = stash if stash is not None and stash.numel() else None
-    options: dict[str, Any] = {} if kept is None else {"kept": kept}
+    options = _kept_option(stash)
     if reduction is not None:
         weight = _direction_weight(reduction, x.shape[0], len(column_weight) > 0)
         if backend in FUSED_LOSS:
@@ -91,13 +91,12 @@ def _contrastive(
     The loss of a row; with columns, which takes as many as rows, half the sum of both directions.
     [N], or [] for "mean" and "sum"."""
     kept = _kept(x, y, backend, stash)
-    options = {"kept": kept} if len(kept) else {}
     weight, summed = _direction_weight(reduction, x.shape[0], columns), reduction != "none"
     if backend in FUSED_LOSS:
         fused = implementation("info_nce", backend, "contrastive")
         return *fused(x, y, scale, offset, columns, weight, summed), kept
     run = implementation("info_nce", backend, "contrastive_fwd")
-    stats = run(x, y, scale, offset, columns, **options)
+    stats = run(x, y, scale, offset, columns, **_kept_option(kept))
     return _pair_losses(stats, weight, summed), *stats[:4], kept
 
 
@@ -109,21 +108,23 @@ def _pair_losses(statistics, weight, summed):
     return (loss.sum() if summed else loss) * (LN2 * weight)
 
 
+def _empty(x, *shapes):
+    return tuple(x.new_empty(shape, dtype=accumulator(x)) for shape in shapes)
+
+
 def _fake_fwd(x, y, scale, offset, columns, backend):
-    n, m = x.shape[0], y.shape[0] if columns else 0
-    return tuple(x.new_empty(s, dtype=accumulator(x)) for s in (n, n, m, m, n))
+    n, m = len(x), len(y) if columns else 0
+    return _empty(x, n, n, m, m, n)
 
 
-def _fake_bwd(x, y, scale, *_):
-    dx, dy = (t.new_empty(t.shape) for t in (x, y))
-    return dx, dy, x.new_empty((), dtype=accumulator(x))
+def _fake_bwd(x, y, *_):
+    return x.new_empty(x.shape), y.new_empty(y.shape), *_empty(x, ())
 
 
 def _fake_contrastive(x, y, scale, offset, columns, reduction, backend, stash=False):
-    n, m = x.shape[0], y.shape[0] if columns else 0
-    shapes = (n if reduction == "none" else ()), n, n, m, m
+    n, m = len(x), len(y) if columns else 0
     kept = x.new_empty(_stash_size(x, y, backend, stash), dtype=torch.int16)
-    return *(x.new_empty(s, dtype=accumulator(x)) for s in shapes), kept
+    return *_empty(x, n if reduction == "none" else (), n, n, m, m), kept
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -138,8 +139,8 @@ def _autograd(ctx, grad, *_):
     x, y, scale, *statistics, stash = ctx.saved_tensors
     row_max, _, column_max, _ = statistics
     weights = (
-        grad.expand(row_max.shape),
-        grad.expand(column_max.shape) if len(column_max) else column_max,
+        grad.expand(len(row_max)),
+        grad.expand(len(column_max)) if len(column_max) else column_max,
     )
     dx, dy, dscale = torch.ops.protoclip.contrastive_bwd(
         x, y, scale, *statistics, *weights, ctx.offset, ctx.backend, stash, ctx.reduction
@@ -156,10 +157,8 @@ def _kept(x: Tensor, y: Tensor, backend: str, stash: bool) -> Tensor:
     return implementation("info_nce", backend, "pooled")(size)
 
 
-def _matched_fwd(x: Tensor, y: Tensor, scale: Tensor, *rest):
-    """-> statistics of rows [4, N] and columns [4, M] ([4, 0] without), fp32, base-2 logits."""
-    *arguments, backend = rest
-    return implementation("contrastive", backend, "matched_fwd")(x, y, scale, *arguments)
+def _kept_option(stash: Tensor | None) -> dict[str, Any]:
+    return {} if stash is None or not stash.numel() else {"kept": stash}
 
 
 def _matched(x: Tensor, y: Tensor, scale: Tensor, *rest):
@@ -167,9 +166,8 @@ def _matched(x: Tensor, y: Tensor, scale: Tensor, *rest):
     backward: the statistics of both and the stash."""
     *arguments, backend, stash = rest
     kept = _kept(x, y, backend, stash)
-    options = {"kept": kept} if len(kept) else {}
     run = implementation("contrastive", backend, "matched_fwd")
-    rows, columns = run(x, y, scale, *arguments, **options)
+    rows, columns = run(x, y, scale, *arguments, **_kept_option(kept))
     return *gap_and_mean(rows), *gap_and_mean(columns), rows, columns, kept
 
 
@@ -183,27 +181,19 @@ def gap_and_mean(statistics: Tensor) -> tuple[Tensor, Tensor]:
 def _matched_bwd(x: Tensor, y: Tensor, scale: Tensor, *rest):
     """-> dx, dy in the inputs' dtypes, dscale [] and dbias [M] in fp32."""
     *arguments, backend, stash = rest
-    options = {} if stash is None or not len(stash) else {"kept": stash}
     run = implementation("contrastive", backend, "matched_bwd")
-    return run(x, y, scale, *arguments, **options)
-
-
-def _fake_matched_fwd(x, y, scale, *rest):
-    *_, columns, _ = rest
-    sizes = len(x), len(y) if columns else 0
-    return tuple(x.new_empty((4, size), dtype=accumulator(x)) for size in sizes)
+    return run(x, y, scale, *arguments, **_kept_option(stash))
 
 
 def _fake_matched(x, y, scale, *rest):
     *_, columns, backend, stash = rest
     n, m = len(x), len(y) if columns else 0
-    found = [x.new_empty(s, dtype=accumulator(x)) for s in (n, n, m, m, (4, n), (4, m))]
-    return *found, x.new_empty(_stash_size(x, y, backend, stash), dtype=torch.int16)
+    kept = x.new_empty(_stash_size(x, y, backend, stash), dtype=torch.int16)
+    return *_empty(x, n, n, m, m, (4, n), (4, m)), kept
 
 
-def _fake_matched_bwd(x, y, scale, *_):
-    dx, dy = (t.new_empty(t.shape) for t in (x, y))
-    return dx, dy, *(x.new_empty(s, dtype=accumulator(x)) for s in ((), len(y)))
+def _fake_matched_bwd(x, y, *_):
+    return *_fake_bwd(x, y), *_empty(x, len(y))
 
 
 def _matched_setup(ctx, inputs, output) -> None:
@@ -214,12 +204,10 @@ def _matched_setup(ctx, inputs, output) -> None:
 
 def _matched_autograd(ctx, *grads):
     x, y, scale, *relation, bias, rows, columns, stash = ctx.saved_tensors
-    weights = [
-        side_weights(gap, mean, statistics)
-        for gap, mean, statistics in ((*grads[:2], rows), (*grads[2:4], columns))
-    ]
     if all(grad is None for grad in grads[:4]):
         return (None,) * 12
+    gap, mean, column_gap, column_mean = grads[:4]
+    weights = side_weights(gap, mean, rows), side_weights(column_gap, column_mean, columns)
     dx, dy, dscale, dbias = torch.ops.protoclip.matched_bwd(
         x, y, scale, *relation, bias, ctx.same_positive, rows, columns, *weights, ctx.backend, stash
     )
@@ -260,12 +248,6 @@ define(
 )
 define_gradient("contrastive", "info_nce", _autograd, _setup)
 define_gradient("contrastive_bwd", "info_nce")
-define(
-    f"matched_fwd(Tensor x, Tensor y, Tensor scale, {_RELATION}, bool columns, str backend)"
-    " -> (Tensor, Tensor)",
-    _matched_fwd,
-    _fake_matched_fwd,
-)
 define(
     f"matched_bwd(Tensor x, Tensor y, Tensor scale, {_RELATION}, Tensor rows, Tensor columns,"
     " Tensor row_weights, Tensor column_weights, str backend, Tensor? stash)"
@@ -413,10 +395,12 @@ def contrastive(
     """
     op = "contrastive"
     checks.reduction(op, reduction)
-    x, y, scale = _checked(op, queries, keys, logit_scale)
+    x, y, scale = checks.strip(op, "queries", queries, "keys", keys, logit_scale)
     given = positives, query_ids, key_ids, exclude, key_bias
     if weights is not None:
-        _check_weights(op, weights, x)
+        checks.vector(op, "weights", weights, ANY_FLOAT, [(len(x),)], x.device)
+        if weights.requires_grad:
+            raise ValueError(f"{op}: expected weights without a gradient, got some; detach them")
     if all(argument is None for argument in given) and len(x) <= len(y):
         name = resolve("info_nce", backend, x.device.type, x.dtype)
         if name != "reference":
@@ -474,7 +458,7 @@ def contrastive_parts(
         ValueError, TypeError, NotImplementedError: as in ``contrastive``.
     """
     op = "contrastive_parts"
-    inputs = _checked(op, queries, keys, logit_scale)
+    inputs = checks.strip(op, "queries", queries, "keys", keys, logit_scale)
     relation = pairs.pairs_of(
         op, *inputs[:2], positives, (query_ids, key_ids), same_id, exclude, key_bias
     )
@@ -534,31 +518,6 @@ def sup_con(
     )  # fmt: skip
 
 
-def _checked(
-    op: str, queries: Tensor, keys: Tensor, logit_scale: Tensor | float
-) -> tuple[Tensor, Tensor, Tensor]:
-    checks.matrix(op, "queries", queries, "[N, D]")
-    checks.matrix(op, "keys", keys, "[M, D]")
-    checks.like(op, "keys", keys, "queries", queries)
-    x, y = checks.promoted(queries, keys)
-    return x, y, checks.scalar(op, "logit_scale", logit_scale, x.device)
-
-
-def _check_weights(op: str, weights: Any, queries: Tensor) -> None:
-    if not isinstance(weights, Tensor) or not weights.dtype.is_floating_point:
-        kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-        raise TypeError(f"{op}: expected weights as a float Tensor, got {kind}")
-    if weights.shape != queries.shape[:1] or weights.device != queries.device:
-        raise ValueError(
-            f"{op}: expected weights of shape [{len(queries)}] on {queries.device}, got "
-            f"{list(weights.shape)} on {weights.device}"
-        )
-    if weights.requires_grad:
-        raise ValueError(
-            f"{op}: expected weights without a gradient, got some that require one; detach them"
-        )
-
-
 # The sigmoid loss. Its gradient needs no statistics of whole rows, so the fused backends form it in
 # the forward pass, where gradients are wanted: three products instead of four. The backward pass
 # scales it.
@@ -589,12 +548,9 @@ def _sigmoid_autograd(ctx, grad, *_):
     scale, bias, dx, dy, dscale, dbias = ctx.saved_tensors
     if grad is None:
         return (None,) * 10
-    dx, dy = (torch.ops.protoclip.sigmoid_loss_bwd(grad, g) for g in (dx, dy))
-    dscale, dbias = (
-        torch.ops.protoclip.sigmoid_loss_bwd(grad, g).to(like.dtype).reshape(like.shape)
-        for g, like in ((dscale, scale), (dbias, bias))
-    )
-    return dx, dy, dscale, dbias, *(None,) * 6
+    scaled = [torch.ops.protoclip.sigmoid_loss_bwd(grad, g) for g in (dx, dy, dscale, dbias)]
+    scalars = zip(scaled[2:], (scale, bias), strict=True)
+    return *scaled[:2], *(g.to(t.dtype).reshape(t.shape) for g, t in scalars), *(None,) * 6
 
 
 define(
@@ -647,21 +603,16 @@ def sigmoid_loss(
         Zhai et al. 2023 (SigLIP), equation 1.
     """
     op = "sigmoid_loss"
-    checks.matrix(op, "image_features", image_features, "[N, D]")
-    checks.matrix(op, "text_features", text_features, "[M, D]")
-    checks.like(op, "text_features", text_features, "image_features", image_features)
-    n, m = len(image_features), len(text_features)
+    names = "image_features", "text_features"
+    x, y, scale = checks.strip(op, names[0], image_features, names[1], text_features, logit_scale)
+    n, m = len(x), len(y)
     if offset < 0 or offset + n > m:
         raise ValueError(
             f"{op}: expected image i's text at row i + offset, got {n} images, {m} texts and "
             f"offset {offset}"
         )
-    x, y = checks.promoted(image_features, text_features)
-    scale = checks.scalar(op, "logit_scale", logit_scale, x.device)
     bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
-    relation = None
-    if ids is not None:
-        relation = pairs.same_pairs(op, ids, same_id, x, m, offset)
+    relation = None if ids is None else pairs.same_pairs(op, ids, same_id, x, m, offset)
     return sigmoid_sum((x, y, scale, bias), relation, offset, backend)
 
 

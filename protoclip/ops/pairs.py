@@ -22,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from protoclip.ops import checks
 from protoclip.ops.backends import in_transform
 
 SAME_ID = ("exclude", "positive")
 LEFT_OUT = -100
+INTEGERS = (torch.int64,)
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,14 @@ def pairs_of(
     device = queries.device
     _check_same_id(op, same_id)
     if key_bias is not None:
-        _check_bias(op, key_bias, keys)
+        kinds = torch.float32, torch.promote_types(keys.dtype, torch.float32)
+        checks.vector(op, "key_bias", key_bias, kinds, [(m,)], device)
     if exclude is not None:
-        _check_integers(op, "exclude", exclude, ((n,),), device)
+        checks.vector(op, "exclude", exclude, INTEGERS, [(n,)], device)
     same_positive = ids[1] is not None and same_id == "positive"
     wrong = left_out = None
     if positives is not None:
-        _check_integers(op, "positives", positives, ((n,),), device)
+        checks.vector(op, "positives", positives, INTEGERS, [(n,)], device)
         left_out = positives == LEFT_OUT
         inside = (positives >= 0) & (positives < m)
         own, wrong = positives.where(inside, -1), ~(inside | left_out)
@@ -131,7 +134,7 @@ def same_pairs(
 
 def check_ids(op: str, name: str, ids: Any, count: int, device: torch.device) -> None:
     """int64 [count] or [count, R], R <= 2."""
-    _check_integers(op, name, ids, ((count,), (count, 1), (count, 2)), device)
+    checks.vector(op, name, ids, INTEGERS, [(count,), (count, 1), (count, 2)], device)
 
 
 def _codes(
@@ -154,8 +157,8 @@ def _codes(
     ordered = key_columns.sort(dim=1).values
     key_codes = torch.searchsorted(ordered, key_columns)
     if query_ids is not None:
-        shapes = ((n,), (n, 1)) if len(key_columns) == 1 else ((n, 2),)
-        _check_integers(op, "query_ids", query_ids, shapes, device)
+        shapes = [(n,), (n, 1)] if len(key_columns) == 1 else [(n, 2)]
+        checks.vector(op, "query_ids", query_ids, INTEGERS, shapes, device)
         columns = _by_column(query_ids)
         if not m:
             return torch.full_like(columns, -1).int(), key_codes.int()
@@ -178,41 +181,3 @@ def _by_column(ids: Tensor) -> Tensor:
 def _check_same_id(op: str, same_id: str) -> None:
     if same_id not in SAME_ID:
         raise ValueError(f"{op}: expected same_id in {SAME_ID}, got {same_id!r}")
-
-
-def _check_integers(
-    op: str, name: str, x: Any, shapes: tuple[tuple[int, ...], ...], device: torch.device
-) -> None:
-    """int64 of one of the shapes, beside the features."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: expected {name} as a Tensor, got {type(x).__name__}")
-    if x.dtype != torch.int64:
-        raise TypeError(f"{op}: expected {name} as int64, got {x.dtype}; use {name}.long()")
-    if tuple(x.shape) not in shapes:
-        words = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"{op}: expected {name} of shape {words}, got {list(x.shape)}")
-    if x.device != device:
-        raise ValueError(
-            f"{op}: expected {name} on {device} like the features, got {x.device}; move them "
-            "with .to()"
-        )
-
-
-def _check_bias(op: str, bias: Any, keys: Tensor) -> None:
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"{op}: expected key_bias as a Tensor, got {type(bias).__name__}")
-    wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
-    if bias.dtype not in (torch.float32, wide):
-        raise TypeError(
-            f"{op}: expected key_bias in float32, got {bias.dtype}; use key_bias.float()"
-        )
-    if bias.shape != keys.shape[:1]:
-        raise ValueError(
-            f"{op}: expected key_bias of shape [M] for keys {tuple(keys.shape)}, got "
-            f"{tuple(bias.shape)}"
-        )
-    if bias.device != keys.device:
-        raise ValueError(
-            f"{op}: expected key_bias on {keys.device} like the keys, got {bias.device}; move it "
-            "with .to()"
-        )

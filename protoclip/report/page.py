@@ -19,15 +19,22 @@ import jinja2
 
 from protoclip.config import output_file
 from protoclip.data.files import write_atomic
-from protoclip.evaluate.results import Outcome, SetResults, number, read_results, rows_of
+from protoclip.evaluate.results import (
+    Outcome,
+    SetResults,
+    half_width,
+    number,
+    read_results,
+    rows_of,
+)
 from protoclip.report import figures
 from protoclip.report.figures import Series, read_series
 from protoclip.report.snapshot import Snapshot, load_snapshot
 
 NAME = "report.html"
 ASSETS = Path(__file__).parent
-# Plain CLIP with the default settings: config.json and results.json of a run whose --name is the
-# remark. After a change of the defaults, train it again and copy the two files.
+# Plain CLIP with the default settings, the mean of some seeds; after a change of the defaults,
+# train them again: python -m benchmarks.record_baseline RUN ...
 RECORDED = ASSETS / "clip_baseline"
 # Settings in which a run and its baseline may differ, beside the method's own.
 FREE = ("workers", "imagenet_val", "add_projection_head", "projection_hidden_dim", "projection_dim")
@@ -76,14 +83,24 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 
 
 def comparable(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two runs differ in nothing but the method: same data, encoder, steps and seed."""
+    """Whether two runs differ in nothing but the method: same data, encoder, steps and seed (any
+    seed where the other is of several)."""
 
     def common(one: Mapping[str, Any]) -> Any:
         parts = [one.get(section, {}).items() for section in ("data", "model", "optim")]
-        kept = [{key: value for key, value in part if key not in FREE} for part in parts]
-        return kept, one.get("run", {}).get("seed")
+        return [{key: value for key, value in part if key not in FREE} for part in parts]
 
-    return common(config) == common(other)
+    seed, run = config.get("run", {}).get("seed"), other.get("run", {})
+    return common(config) == common(other) and ("seeds" in run or run.get("seed") == seed)
+
+
+def recorded_baseline(config: Mapping[str, Any]) -> Run | None:
+    """The plain CLIP that comes with protoclip, for a run with its settings."""
+    with contextlib.suppress(ValueError, OSError):
+        run = read_run(RECORDED)
+        if comparable(config, run.config):
+            return replace(run, name="CLIP (recorded)")
+    return None
 
 
 def find_baseline(runs: Sequence[Run]) -> Run | None:
@@ -93,12 +110,12 @@ def find_baseline(runs: Sequence[Run]) -> Run | None:
             return run
     path = runs[-1].path
     beside = path.resolve().parent.glob("*/results.json") if path else ()
-    for folder in (*sorted(file.parent for file in beside), RECORDED):
+    for folder in sorted(file.parent for file in beside):
         with contextlib.suppress(ValueError, OSError):  # another's folder
             other = read_run(folder)
             if other.method == "clip" and comparable(runs[-1].config, other.config):
-                return replace(other, name="CLIP (recorded)") if folder == RECORDED else other
-    return None
+                return other
+    return recorded_baseline(runs[-1].config)
 
 
 class Change(NamedTuple):
@@ -110,17 +127,14 @@ class Change(NamedTuple):
 
 
 def change(run: Run, other: Run, key: str, metric: str) -> Change | None:
-    """The run's metric minus the other's, as of independent samples; None where either lacks it."""
+    """The run's metric minus the other's; None where either lacks it."""
     mine, theirs = (one.outcome.trained.get(key) for one in (run, other))
     if mine is None or theirs is None:
         return None
     value = mine.metrics.get(metric, math.nan) - theirs.metrics.get(metric, math.nan)
     if math.isnan(value):
         return None
-    half = math.inf
-    if metric in mine.intervals and metric in theirs.intervals:
-        (a, b), (c, d) = mine.intervals[metric], theirs.intervals[metric]
-        half = math.hypot(b - a, d - c) / 2
+    half = half_width(mine, theirs, metric, other.outcome)
     kind = "same"
     if abs(value) > half:
         kind = "up" if (value < 0) == metric.endswith(LOWER_IS_BETTER) else "down"
@@ -151,7 +165,8 @@ def verdict(run: Run, baseline: Run | None) -> str:
     text = (
         f"{run.name} ({run.method}) {head} {baseline.name} ({baseline.method}): of "
         f"{len(better + worse + same)} headline numbers {len(better)} are clearly better, "
-        f"{len(worse)} clearly worse, {len(same)} within chance (95 % intervals, one seed each)."
+        f"{len(worse)} clearly worse, {len(same)} within chance (95 % intervals, one seed of the "
+        f"run, {baseline.outcome.seeds} of the baseline)."
     )
     for word, names in (("Better", better), ("Worse", worse)):
         if names:
@@ -212,7 +227,7 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
         rows=lambda one: rows_of(one.metrics),
     )
     baseline = find_baseline(runs)
-    own = [run for run in runs if run is not baseline]
+    own, one = [run for run in runs if run is not baseline], runs[0].outcome
     columns = [baseline, *own] if baseline else own
     series = {run.name: run.series for run in runs}
     sets: dict[str, SetResults] = {}
@@ -229,7 +244,11 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
         columns=columns,
         said=said or [verdict(run, baseline) for run in own],
         sets=sets,
-        before=runs[0].outcome.untrained if len(runs) == 1 else None,
+        beside={
+            name: results
+            for name, results in (("floor", one.floor), ("untrained", one.untrained))
+            if results and len(runs) == 1
+        },
         change=change,
         headline=HEADLINE,
         curves=figures.charts(figures.CURVES, series),

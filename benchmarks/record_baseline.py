@@ -1,0 +1,87 @@
+"""Record plain CLIP for the report: ``python -m benchmarks.record_baseline RUN ...``.
+
+The runs are of ``python -m protoclip.train --method clip --seed N``, one a seed, five or more.
+What is kept of each metric is the mean over them and where 95 % of further runs fall (a t
+prediction interval); of a single run, the run as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from scipy import stats
+
+from benchmarks import machine
+from protoclip.config import TrainConfig, to_dict
+from protoclip.evaluate.results import Outcome, SetResults, write_results
+from protoclip.report.page import RECORDED, Run, comparable, read_run
+
+
+def mean_of(sets: Sequence[SetResults]) -> SetResults:
+    """One evaluation set over several seeds."""
+    metrics, intervals = {}, {}
+    factor = stats.t.ppf(0.975, len(sets) - 1) * math.sqrt(1 + 1 / len(sets))
+    for name in sets[0].metrics:
+        values = [one.metrics[name] for one in sets if name in one.metrics]
+        if len(values) == len(sets):
+            metrics[name] = mean = statistics.fmean(values)
+            half = factor * statistics.stdev(values)
+            intervals[name] = (mean - half, mean + half)
+    return dataclasses.replace(sets[0], metrics=metrics, intervals=intervals)
+
+
+def record(runs: Sequence[Run], folder: Path) -> Outcome:
+    """Write config.json and results.json of the runs' mean.
+
+    Raises:
+        ValueError: the runs are not of plain CLIP, of one setting, of one seed each.
+    """
+    seeds = [run.config["run"]["seed"] for run in runs]
+    first = {**runs[0].config, "run": {"seeds": seeds}}
+    for run in runs:
+        if run.method != "clip" or not run.outcome.trained or not comparable(run.config, first):
+            raise ValueError(f"{run.path}: expected a finished run of CLIP, all of one setting")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"expected one run a seed, got seeds {seeds}")
+    outcome = runs[0].outcome
+    if len(runs) > 1:
+        sets = {key: mean_of([r.outcome.trained[key] for r in runs]) for key in outcome.trained}
+        outcome = dataclasses.replace(outcome, trained=sets, seeds=len(runs))
+    commit, date = machine.describe()["commit"], time.strftime("%Y-%m-%d")
+    words = f"plain CLIP, {len(runs)} seeds, {date}, {machine.name()}, commit {commit}"
+    config = {}  # settings that are gone, or have come since, are not what a run differs in
+    for name, known in to_dict(TrainConfig()).items():
+        old = first.get(name, known)
+        if isinstance(known, dict):
+            old = {key: old.get(key, default) for key, default in known.items()}
+        config[name] = old
+    config["run"] = {"name": words, **({"seeds": seeds} if len(runs) > 1 else {"seed": seeds[0]})}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_results(folder / "results.json", dataclasses.replace(outcome, untrained=None))
+    return outcome
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.record_baseline", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of --method clip")
+    parser.add_argument("--out", type=Path, default=RECORDED, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    try:
+        record([read_run(path) for path in args.runs], args.out)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{args.out}: {len(args.runs)} seeds")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
