@@ -267,6 +267,12 @@ def weighted_values(q, keys, values, scale, row_max, out: Tensor) -> None:
         out[part] = product(weights(q[part], keys, scale, row_max[part]), values)
 
 
+def addressable(x: Tensor) -> Tensor:
+    """x, copied where an offset inside a tile (up to 256 rows) would pass int32."""
+    reach = 256 * x.stride(0) + x.shape[1] * x.stride(1)
+    return x if reach < 2**31 else x.contiguous()
+
+
 def prototype_ce_fwd_banks(
     h: Tensor, prototypes: Sequence[Tensor], targets: Sequence[Tensor], labels: Sequence[Tensor],
     scale: Tensor, need_grad: bool, need_nearest: bool, need_dscale: bool = True,
@@ -286,9 +292,10 @@ def prototype_ce_fwd_banks(
     one_pass = need_grad and h.dtype != torch.float32 and d <= launch.WIDEST_ATTENTION
     # fp32 weights are not rounded, so the gradient gives that of the scale.
     expect = need_grad and need_dscale and h.dtype != torch.float32
+    h = addressable(h)
     for b, (c, m, y) in enumerate(zip(prototypes, targets, labels, strict=True)):
-        hard = len(m) == 0
-        y, t = y.contiguous(), c if hard else m
+        hard, c = len(m) == 0, addressable(c)
+        y, t = y.contiguous(), c if hard else addressable(m)
         found = tuple(part[b] for part in out)
         parts = attend(h, c, y, scale, values=one_pass, hard=hard, best=need_nearest, expect=expect)
         finish(h, scale, t, y, parts, found, hard=hard, statistics=True, gradient=one_pass)
@@ -309,6 +316,7 @@ def prototype_ce_bwd_prototypes(
     out = torch.zeros_like(prototypes, memory_format=torch.contiguous_format)
     if not len(h) or not out.numel():
         return out
+    h, prototypes = addressable(h), addressable(prototypes)
     scale = scale.reshape(()).float()
     largest = weight.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     weight, factor = (weight / largest).contiguous(), scale * largest / G_UNIT
@@ -332,7 +340,7 @@ def soft_targets(source_centroids: Tensor, prototypes: Tensor, temperature: floa
     out = prototypes.new_empty((k, d), dtype=torch.float32)
     if not out.numel():
         return out
-    source, values = source_centroids.float(), prototypes.float()
+    source, values = (addressable(t.float()) for t in (source_centroids, prototypes))
     scale = torch.full((), 1 / temperature, dtype=torch.float32, device=out.device)
     labels = torch.empty(0, dtype=torch.int64, device=out.device)  # there are none
     tops, sums, *_ = attend(source, source, labels, scale)
