@@ -8,6 +8,7 @@ what ids cost. Parity with fp64 comes before the clock.
 
 from functools import partial
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -24,6 +25,8 @@ SCALE = 14.3
 
 def _metric_learning(name, x, labels, scale):
     loss = peers.optional("pytorch_metric_learning.losses", name)(temperature=1 / SCALE)
+    if name == "NTXentLoss" and len(x) ** 3 > 2**32:  # bytes of its mask
+        pytest.skip(f"NTXentLoss holds N^3 bytes: {len(x) ** 3 / 2**30:.0f} GiB at N = {len(x)}")
     return loss(x, labels)
 
 
