@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from types import ModuleType
 from typing import Any
 
@@ -72,6 +73,7 @@ class Clusters:
 
         Raises:
             ValueError: it is no such file.
+            OSError: it cannot be read.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -183,7 +185,7 @@ def kmeans(
     points = points.detach()
     points = points if points.dtype == torch.float64 else points.float()
     ranks = Ranks(len(points), group, points.device)
-    if not 1 <= num_clusters <= ranks.total:
+    if not isinstance(num_clusters, Integral) or not 1 <= num_clusters <= ranks.total:
         raise ValueError(
             f"kmeans: expected 1 <= num_clusters <= N = {ranks.total} points, got {num_clusters}; "
             f"lower num_clusters or give more points"
@@ -234,10 +236,9 @@ def _checked_weights(weights: Tensor | None, points: Tensor, ranks: Ranks) -> Te
     """As fp64, where the points are."""
     if weights is None:
         return None
-    if weights.shape != points.shape[:1]:
-        raise ValueError(
-            f"kmeans: expected weights [N] = {list(points.shape[:1])}, got {list(weights.shape)}"
-        )
+    if not isinstance(weights, Tensor) or weights.shape != points.shape[:1]:
+        got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"kmeans: expected weights [N] = {list(points.shape[:1])}, got {got}")
     weights = weights.detach().to(points.device, torch.float64)
     bad = ~(torch.isfinite(weights) & (weights >= 0))
     if total := int(ranks.sum(bad.sum())):

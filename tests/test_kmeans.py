@@ -107,6 +107,7 @@ def test_spherical_centroids_have_unit_length():
 BAD = {
     "lower num_clusters": {"num_clusters": 11},
     "1 <= num_clusters": {"num_clusters": 0},
+    "got 2.5": {"num_clusters": 2.5},
     "expected init in": {"init": "best"},
     "init centroids": {"init": torch.randn(3, 2)},
     "num_restarts >= 1": {"num_restarts": 0},
@@ -114,6 +115,7 @@ BAD = {
         "points": torch.randn(10, 2).index_fill_(0, torch.tensor(4), math.inf)
     },
     r"expected weights \[N\] = \[10\], got \[9\]": {"weights": torch.ones(9)},
+    "got list": {"weights": [1.0] * 10},
     "at least 0, got 2 others": {"weights": torch.tensor([-1.0, torch.nan] + [1.0] * 8)},
     "a weight above 0": {"weights": torch.zeros(10)},
 }
