@@ -130,6 +130,8 @@ def encode_pictures(args: argparse.Namespace, device: torch.device) -> Points:
             f"{args.data}; a .csv of pictures has a column of captions"
         )
     path = Path(args.data)
+    if not path.suffix and not set(":*?[{") & set(args.data) and not path.exists():
+        raise ValueError(f"DATA: expected a folder of pictures, got {args.data}: there is none")
     folder = path.is_dir() and not any(path.glob("*.tar"))
     columns = {name: value for name, value in vars(args).items() if name.startswith("csv_")}
     dataset = ImageFolder(path, [""], ()) if folder else open_dataset(args.data, **columns)

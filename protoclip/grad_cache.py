@@ -147,6 +147,8 @@ class _Replay:
     def encode(self, encoder: Callable[..., Any], chunks: Sequence[Any], *, exact: bool) -> list:
         """Its output for each chunk. ``exact``: a row for each row of the chunk's tensors."""
         outputs = []
+        if not len(chunks):
+            raise ValueError("grad_cache: expected at least one chunk of split=, got none")
         for chunk in chunks:
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
             call, random = partial(_call, encoder, chunk), [torch.get_rng_state(), *cuda]

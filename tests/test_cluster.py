@@ -139,6 +139,7 @@ def test_weights_and_keys(features):
         (["same.npy"], "--k auto: expected rows that differ"),
         (["words.npy", "--k", "2"], "expected numbers [N, d] with d >= 1 in words.npy"),
         (["no.npy"], "cannot be read"),
+        (["photoz"], "expected a folder of pictures, got photoz"),
         (["empty"], "no pictures in its folders"),
         (["pictures", "--captions", "w.txt"], "expected a file of features"),
         (["pictures", "--model", "nano.json"], "--pretrained is missing"),

@@ -122,6 +122,10 @@ def test_without_gradients_there_is_no_graph(tower):
         (lambda t, x: protoclip.grad_cache([lambda c: {1: {t(c)}}], [x], 4), "got .'set'"),
         (lambda t, x: protoclip.grad_cache([t], [(x, x[1:])], 4), r"lengths \[9, 10\]"),
         (lambda t, x: protoclip.grad_cache([t], [["a", "b"]], 4), "split="),
+        (
+            lambda t, x: protoclip.grad_cache([t], [x], 4, split=lambda batch, n: []),
+            "one chunk of split=",
+        ),
         (lambda t, x: protoclip.grad_cache([t], [x.requires_grad_()], 4), "requires one"),
     ],
 )
