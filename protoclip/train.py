@@ -680,7 +680,7 @@ class Evaluation:
             split = "heldout" if self.data.startswith("builtin:") else "all"
             self.quick_sets["HO"] = open_dataset(self.data, split, **self.arguments)
             if self.data == "builtin:emoji" and noto_available():
-                self.quick_sets["NHO"] = open_dataset(self.data, "noto-heldout", **self.arguments)
+                self.quick_sets["NHO"] = open_dataset("builtin:emoji:noto", split, **self.arguments)
         self.zeroshot_data: Layout | None = None
         if data.imagenet_val:
             layout = open_layout(data.imagenet_val, seed=setup.config.run.seed)
