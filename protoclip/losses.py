@@ -128,8 +128,7 @@ def global_sigmoid_loss(
     x, y, scale = checks.pairs(op, image_features, text_features, logit_scale)
     bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
     relation = None if ids is None else _global_pairs(op, ids, same_id, x)
-    kind = "siglip" if ids is None else "siglip with ids"
-    name = resolve(kind, backend, x.device.type, x.dtype)
+    name = resolve("siglip", backend, x.device.type, x.dtype)
     if name == "reference":
         return sigmoid_sum((x, gathered_rows(y), scale, bias), relation, rank() * len(x), name)
     return _Ring.apply(x, y, scale, bias, name, wants_gradient(x, y, scale, bias), relation)
