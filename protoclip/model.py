@@ -255,7 +255,7 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
         ValueError: no such model, config, checkpoint or tag.
     """
     name = check_model(config)
-    logging.disable(logging.WARNING)  # OpenCLIP logs every step of building a model
+    logging.disable(logging.ERROR)  # OpenCLIP logs every step, and what it raises
     try:
         clip = _create(name, config, device)
         length = getattr(clip, "context_length", None)
