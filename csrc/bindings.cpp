@@ -48,7 +48,7 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
       "prototype_ce_bwd_prototypes(Tensor h, Tensor prototypes, Tensor labels, Tensor scale,"
       " Tensor row_max, Tensor row_sum, Tensor weight, bool hard) -> Tensor");
   m.def("soft_targets(Tensor source, Tensor prototypes, float temperature) -> Tensor");
-  m.def("kmeans_assign(Tensor points, Tensor centroids, bool exact) -> (Tensor, Tensor)");
+  m.def("kmeans_assign(Tensor points, Tensor centroids) -> (Tensor, Tensor)");
   m.def("kmeans_encode(Tensor points) -> (Tensor, Tensor, Tensor, bool)");
   m.def(
       "kmeans_assign_coded(Tensor points, Tensor centroids, Tensor codes, Tensor known, "

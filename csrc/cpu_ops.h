@@ -54,8 +54,7 @@ Tensor prototype_ce_bwd_prototypes(const Tensor& h, const Tensor& prototypes, co
                                    const Tensor& row_sum, const Tensor& weight, bool hard);
 Tensor soft_targets(const Tensor& source, const Tensor& prototypes, double temperature);
 
-// Exact whatever is asked: the 8-bit screening is faster than bf16 scores.
-std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& centroids, bool exact);
+std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& centroids);
 std::tuple<Tensor, Tensor, Tensor, bool> kmeans_encode(const Tensor& points);
 std::tuple<Tensor, Tensor> kmeans_assign_coded(const Tensor& points, const Tensor& centroids,
                                                const Tensor& codes, const Tensor& known,

@@ -35,7 +35,7 @@ at::Tensor scratch_on(const at::Tensor& x, size_t bytes) {  // torch aligns to 5
 }
 
 std::tuple<at::Tensor, at::Tensor> kmeans_assign_cuda(const at::Tensor& points,
-                                                      const at::Tensor& centroids, bool exact) {
+                                                      const at::Tensor& centroids) {
   const char* op = "kmeans_assign";
   TORCH_CHECK(points.dim() == 2 && centroids.dim() == 2 && points.size(1) == centroids.size(1), op,
               ": expected points [N, D] and centroids [K, D], got ", points.sizes(), " and ",
@@ -53,8 +53,8 @@ std::tuple<at::Tensor, at::Tensor> kmeans_assign_cuda(const at::Tensor& points,
   at::Tensor distances = at::empty({n}, points.options().dtype(at::kFloat));
   if (n == 0) return {labels, distances};
 
-  const KmeansAssign call{matrix_of(points),   matrix_of(centroids), n,    static_cast<int>(k),
-                          static_cast<int>(d), dtype_of(op, points), exact};
+  const KmeansAssign call{matrix_of(points),   matrix_of(centroids), n,
+                          static_cast<int>(k), static_cast<int>(d),  dtype_of(op, points)};
   KmeansAssignPlan plan;
   C10_CUDA_CHECK(plan_kmeans_assign(call, &plan));
   const at::Tensor scratch = scratch_on(points, plan.scratch_bytes);
@@ -102,7 +102,7 @@ std::tuple<at::Tensor, at::Tensor> segment_mean_cuda(const at::Tensor& values,
 }  // namespace protoclip
 
 TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
-  m.def("kmeans_assign_cuda(Tensor points, Tensor centroids, bool exact) -> (Tensor, Tensor)");
+  m.def("kmeans_assign_cuda(Tensor points, Tensor centroids) -> (Tensor, Tensor)");
   m.def("segment_mean_cuda(Tensor values, Tensor labels, int num_segments) -> (Tensor, Tensor)");
 }
 

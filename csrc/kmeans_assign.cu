@@ -106,8 +106,8 @@ cudaError_t launch_pass(const KmeansAssign& call, const KmeansAssignPlan& plan, 
   PROTOCLIP_TRY(launch(kernel, grid, kThreads, plan.shared_bytes, stream, tiles));
   return launch(decide_kernel<T>, dim3(row_blocks(call.n)), kRowThreads, 0, stream, points,
                 centroids, pass.chosen, call.n, call.d, plan.splits, at.partial,
-                Bound{pass.representation, pass.terms, plan.packed_d}, call.exact, at.tally,
-                pass.open_rows, pass.open_count, labels, distances);
+                Bound{pass.representation, pass.terms, plan.packed_d}, at.tally, pass.open_rows,
+                pass.open_count, labels, distances);
 }
 
 }  // namespace
@@ -122,7 +122,7 @@ cudaError_t plan_kmeans_assign(const KmeansAssign& call, KmeansAssignPlan* plan)
   PROTOCLIP_TRY(query(&shared_per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor));
   PROTOCLIP_TRY(query(&shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin));
 
-  const bool split_parts = call.dtype == Dtype::kFloat32 && call.exact;
+  const bool split_parts = call.dtype == Dtype::kFloat32;
   plan->parts = split_parts ? 2 : 1;
   plan->terms = split_parts ? 3 : 1;
   plan->screen = split_parts;
@@ -175,7 +175,6 @@ cudaError_t launch_kmeans_assign(const KmeansAssign& call, const KmeansAssignPla
       pass.chosen = {at.screened_rows, &at.tally->screened, call.n};
     }
     PROTOCLIP_TRY(launch_pass(call, plan, at, pass, points, centroids, labels, distances, stream));
-    if (!call.exact) return cudaSuccess;
     const auto blocks = static_cast<unsigned>(std::min<int64_t>(call.n, 1024));
     return launch(rescore_kernel<T>, dim3(blocks), kRowThreads, 0, stream, points, centroids,
                   call.k, call.d, at.tally, at.open_rows, labels, distances);

@@ -82,7 +82,7 @@ at::Tensor sample(const at::Tensor& points) {
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> kmeans_assign(const at::Tensor& points,
-                                                 const at::Tensor& centroids, bool) {
+                                                 const at::Tensor& centroids) {
   const at::Tensor rows = centroids.to(at::kFloat).contiguous();
   Frame frame(mean_row(rows));
   const bool finite = frame.finite();

@@ -185,7 +185,7 @@ __device__ inline double exact_distance(const Rows<T>& points, const Rows<T>& ce
 // above the bound, between two candidates in fp64, or later if a third one is in reach.
 template <typename T>
 __global__ void decide_kernel(Rows<T> points, Rows<T> centroids, Chosen chosen, int64_t stride,
-                              int d, int splits, const Best* partial, Bound bound, bool exact,
+                              int d, int splits, const Best* partial, Bound bound,
                               const Tally* tally, int* open_rows, int* open_count, int64_t* labels,
                               float* distances) {
   const int64_t entry = warp_row();
@@ -206,7 +206,7 @@ __global__ void decide_kernel(Rows<T> points, Rows<T> centroids, Chosen chosen, 
   const float largest = __uint_as_float(tally->largest);
   const bool defined = __all_sync(kFullWarp, finite) && !isnan(largest);
 
-  if (defined && exact) {
+  if (defined) {
     const double reach = 2 * bound(square, largest);
     if (!(best.first - best.third > reach)) {  // also where either is NaN or infinite
       if (lane == 0) open_rows[atomicAdd(open_count, 1)] = static_cast<int>(row);

@@ -26,7 +26,6 @@ struct KmeansAssign {
   int64_t n;                 // 1 <= N < 2^31
   int k, d;                  // K >= 1, D >= 0
   Dtype dtype;
-  bool exact;  // decide again the rows whose margin is under the rounding bound
 };
 
 struct KmeansAssignPlan {

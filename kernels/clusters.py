@@ -117,11 +117,8 @@ def distance_kernel(
     tl.store(label_ptr + rows, tl.where(total == total, label, -1), mask=used)
 
 
-def kmeans_assign(
-    points: Tensor, centroids: Tensor, *, exact: bool = True
-) -> tuple[Tensor, Tensor]:
-    """[N, D], [K, D] -> labels int64 [N], squared distances fp32 [N]; without ``exact`` near ties
-    stay as the rounded products score them."""
+def kmeans_assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, D], [K, D] -> labels int64 [N], squared distances fp32 [N]."""
     (n, d), k = points.shape, len(centroids)
     labels = torch.zeros(n, dtype=torch.int64, device=points.device)
     distances = torch.zeros(n, dtype=torch.float32, device=points.device)
@@ -148,18 +145,15 @@ def kmeans_assign(
             BLOCK_N=ASSIGN.block_n, BLOCK_K=ASSIGN.block_m, BLOCK_D=ASSIGN.block_d,
             ROUND=wide, DIRECT=False, **ASSIGN.options,
         )  # fmt: skip
-        if exact:
-            ends = near.cumsum(0)
-            rows = torch.empty(n + 1, dtype=torch.int64, device=points.device)
-            rows.scatter_(
-                0, torch.where(near > 0, ends - 1, n), torch.arange(n, device=rows.device)
-            )
-            assign_kernel[(triton.cdiv(n, RESCORE.block_n),)](
-                points, centroids, half_norms, reach, rows, ends[-1:],
-                labels, None, n, k, d, *strides,
-                BLOCK_N=RESCORE.block_n, BLOCK_K=RESCORE.block_m, BLOCK_D=RESCORE.block_d,
-                ROUND=False, DIRECT=True, **RESCORE.options,
-            )  # fmt: skip
+        ends = near.cumsum(0)
+        rows = torch.empty(n + 1, dtype=torch.int64, device=points.device)
+        rows.scatter_(0, torch.where(near > 0, ends - 1, n), torch.arange(n, device=rows.device))
+        assign_kernel[(triton.cdiv(n, RESCORE.block_n),)](
+            points, centroids, half_norms, reach, rows, ends[-1:],
+            labels, None, n, k, d, *strides,
+            BLOCK_N=RESCORE.block_n, BLOCK_K=RESCORE.block_m, BLOCK_D=RESCORE.block_d,
+            ROUND=False, DIRECT=True, **RESCORE.options,
+        )  # fmt: skip
         distance_kernel[(triton.cdiv(n, MEAN.block_n),)](
             points, centroids, labels, distances, n, d, *strides,
             BLOCK_N=MEAN.block_n, BLOCK_D=MEAN.block_d, **MEAN.options,

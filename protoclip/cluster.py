@@ -70,6 +70,7 @@ class Points:
     rows: Tensor  # [N, D]
     of: str  # what the rows are, for the page
     shown: tuple[str, ...]  # what the dataset has: images, captions or names
+    weights: Tensor | None  # float64 [N]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -80,7 +81,6 @@ def run(args: argparse.Namespace) -> None:
     is_file = Path(args.data).suffix in SUFFIXES
     points = read_features(args) if is_file else encode_pictures(args, device)
     rows, encoded = points.rows.to(device), time.perf_counter()
-    weights = read_weights(args.weights, len(rows)) if args.weights else None
     k, why = choose_k(args.k, rows, args.seed)
     size = rows.nbytes + 4 * k * rows.shape[1] * 4 + 32 * len(rows)
     print(
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
             num_restarts=restarts,
             init="k-means++" if small else "random",
             seed=args.seed,
-            weights=weights,
+            weights=points.weights,
             progress=progress,
         )
     parts = zip(rows.split(BLOCK), clusters.labels.split(BLOCK), strict=True)
@@ -135,6 +135,7 @@ def encode_pictures(args: argparse.Namespace, device: torch.device) -> Points:
     folder = path.is_dir() and not any(path.glob("*.tar"))
     columns = {name: value for name, value in vars(args).items() if name.startswith("csv_")}
     dataset = ImageFolder(path, [""], ()) if folder else open_dataset(args.data, **columns)
+    weights = read_weights(args.weights, len(dataset))
     name, pretrained = args.run or args.model or MODEL, args.pretrained
     if name == MODEL and not pretrained:
         pretrained = WEIGHTS
@@ -156,15 +157,17 @@ def encode_pictures(args: argparse.Namespace, device: torch.device) -> Points:
         try:
             rows = encoder.images(dataset)
         except DataError as error:
-            dataset = _readable(dataset, error)
+            good = _readable(dataset, error)
+            weights = None if weights is None else weights[good]
+            dataset = Subset(dataset, good)
             rows = encoder.images(dataset)
     of = f"the pictures' features by {loaded.name}"
     shown = ("images",) if folder else ("images", "captions")
-    return Points(dataset, F.normalize(rows, dim=1), of, shown)
+    return Points(dataset, F.normalize(rows, dim=1), of, shown, weights)
 
 
-def _readable(dataset: PairDataset, error: DataError) -> PairDataset:
-    """Without the pictures that cannot be read; ``error`` again where that does not help."""
+def _readable(dataset: PairDataset, error: DataError) -> list[int]:
+    """The pictures that can be read; ``error`` again where that does not help."""
     good, bad = [], []
     for i in tqdm(range(len(dataset)), "checking", leave=False, disable=None):
         try:
@@ -175,7 +178,7 @@ def _readable(dataset: PairDataset, error: DataError) -> PairDataset:
     if len(good) < 2 or not bad:
         raise error
     print(f"left out {len(bad):,} of {len(dataset):,} pictures; {bad[0]}", file=sys.stderr)
-    return Subset(dataset, good)
+    return good
 
 
 def read_features(args: argparse.Namespace) -> Points:
@@ -204,11 +207,14 @@ def read_features(args: argparse.Namespace) -> Points:
     keys = keys or [str(i) for i in range(len(rows))]
     dataset = FeatureRows(args.data, keys, captions)
     shown = "captions" if captions else "names"
-    return Points(dataset, rows, f"the rows of {args.data}", (shown,))
+    weights = read_weights(args.weights, len(rows))
+    return Points(dataset, rows, f"the rows of {args.data}", (shown,), weights)
 
 
-def read_weights(path: str, n: int) -> Tensor:
-    """A file of one number a line, for n rows."""
+def read_weights(path: str, n: int) -> Tensor | None:
+    """A file of one number a line, for n pictures or rows, unreadable ones included."""
+    if not path:
+        return None
     try:
         lines = Path(path).read_text(encoding="utf-8").split()
         weights = torch.tensor([float(line) for line in lines], dtype=torch.float64)
@@ -216,7 +222,8 @@ def read_weights(path: str, n: int) -> Tensor:
         raise ValueError(f"--weights: expected one number a line in {path}, got {error}") from error
     if len(weights) != n:
         raise ValueError(
-            f"--weights: expected a number for each of the {n:,} rows, got {len(weights):,}"
+            f"--weights: expected a number for each of the {n:,} pictures or rows in {path}, got "
+            f"{len(weights):,}"
         )
     return weights
 

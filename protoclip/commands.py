@@ -71,7 +71,7 @@ def cluster_parser() -> Parser:
     add("--pretrained", default="", metavar="TEXT", help="its weights: a file or OpenCLIP's tag")
     words = "texts of a features file's rows, one a line; a table and shards have their own"
     add("--captions", default="", metavar="FILE", help=words)
-    words = "what each picture or row counts, one number a line"
+    words = "what each picture or row counts, one number a line; unreadable pictures have theirs"
     add("--weights", default="", metavar="FILE", help=words)
     words = "scale a features file's rows to length 1, as those of pictures are"
     add("--normalize", action="store_true", help=words)
@@ -97,9 +97,10 @@ def evaluate_parser() -> Parser:
         usage="%(prog)s MODEL [options]",
         description="Evaluate a CLIP; prints a table, writes results.json and, per data set and "
         "task, the JSON that CLIP_benchmark writes.",
-        epilog="data: builtin:emoji | builtin:shapes[:N] | class folders (ImageFolder), "
-        "also below train/ and test/ | a .csv or .tsv | webdataset shards with captions. Without a "
-        "train split, probes learn from 80 % of the pictures and are judged on 20 %.",
+        epilog="data: builtin:emoji[:STYLE] | builtin:openclipart | builtin:shapes[:N] | class "
+        "folders (ImageFolder), also below train/ and test/ | a .csv or .tsv | webdataset shards "
+        "with captions. Without a train split, probes learn from 80 % of the pictures and are "
+        "judged on 20 %.",
         example="protoclip evaluate ViT-B-32 --pretrained laion2b_s34b_b79k --data imagenet/",
     )
     add = parser.add_argument

@@ -168,22 +168,25 @@ def repaired() -> Iterator[None]:
 class CaptionLoss(nn.Module):
     """A loss that is told which pairs share a caption, from the tokens that the model was given."""
 
-    def __init__(self, loss: nn.Module) -> None:
+    def __init__(self, loss: nn.Module, model: nn.Module | None = None) -> None:
         super().__init__()
         self.loss = loss
         self.tokens: torch.Tensor | None = None
-        self.watch = nn.modules.module.register_module_forward_pre_hook(self._see)
+        if model is None:  # OpenCLIP 3 makes the loss without its model, and calls it by position
+            self.watch = nn.modules.module.register_module_forward_pre_hook(self._see)
+        else:
+            self.watch = model.register_forward_pre_hook(self._see, with_kwargs=True)
 
-    def _see(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if hasattr(module, "encode_image") and hasattr(module, "encode_text") and len(inputs) == 2:
-            self.tokens = inputs[1]
+    def _see(self, model: nn.Module, inputs: tuple[Any, ...], named: Any = None) -> None:
+        if hasattr(model, "encode_image") and hasattr(model, "encode_text"):
+            self.tokens = inputs[1] if len(inputs) == 2 else (named or {}).get("text")
 
     def forward(self, image_features: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         tokens, self.tokens = self.tokens, None
         if tokens is None or len(tokens) != len(image_features):
             raise ValueError(
                 "--dedup caption: expected a loop that gives the model images and tokens, and the "
-                "loss their features, as OpenCLIP 3's does; leave the flag out"
+                "loss their features, as OpenCLIP's does; leave the flag out"
             )
         return self.loss(image_features, *args, ids=caption_ids(tokens), **kwargs)
 
@@ -211,12 +214,13 @@ def patched(trainer: Any, proto: ProtoConfig | None, dedup: bool = False) -> Ite
         made = ours[name](*args, proto=proto, **kwargs)
         if not dedup:
             return made
-        loss = CaptionLoss(made if name == "create_loss" else made.loss)
-        watches.append(loss.watch)
         if name == "create_loss":
-            return loss
-        made.loss = loss
-        return made
+            loss = own = CaptionLoss(made)
+        else:
+            loss = made.loss = CaptionLoss(made.loss, made.trainable_module)
+            own = made
+        watches.append(loss.watch)
+        return own
 
     setattr(trainer, name, factory)
     try:

@@ -50,7 +50,7 @@ def _strides(x: Tensor):
 
 
 def kmeans_assign(
-    points: Tensor, centroids: Tensor, *, exact: bool = True, device=SM_90
+    points: Tensor, centroids: Tensor, *, device=SM_90
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Labels, distances and what the plan chose; outputs start as garbage, to see all written."""
     n, d = points.shape
@@ -60,7 +60,7 @@ def kmeans_assign(
     native.set_device(*device)
     error = native.kmeans_assign(
         *(_pointer(points), _strides(points), _pointer(centroids), _strides(centroids)),
-        *(ctypes.c_int64(n), len(centroids), d, DTYPES[points.dtype], int(exact)),
+        *(ctypes.c_int64(n), len(centroids), d, DTYPES[points.dtype]),
         *(_pointer(labels), _pointer(distances), report),
     )
     assert error == 0, f"launch failed with {error}"

@@ -13,7 +13,7 @@ void set_device(int processors, int shared_per_processor, int shared_per_block) 
 // report: parts, pack_points, resident, splits, rows that went to rescore_kernel, that the screen
 // left
 int kmeans_assign(const void* points, int64_t point_strides[2], const void* centroids,
-                  int64_t centroid_strides[2], int64_t n, int k, int d, int dtype, int exact,
+                  int64_t centroid_strides[2], int64_t n, int k, int d, int dtype,
                   int64_t* labels, float* distances, int64_t report[6]) {
   using namespace protoclip;
   const KmeansAssign call{{points, point_strides[0], point_strides[1]},
@@ -21,8 +21,7 @@ int kmeans_assign(const void* points, int64_t point_strides[2], const void* cent
                           n,
                           k,
                           d,
-                          static_cast<Dtype>(dtype),
-                          exact != 0};
+                          static_cast<Dtype>(dtype)};
   KmeansAssignPlan plan;
   if (const cudaError_t error = plan_kmeans_assign(call, &plan)) return error;
   std::vector<unsigned char> memory(plan.scratch_bytes + 512, 0xff);

@@ -146,7 +146,7 @@ def test_weights_and_keys(features):
         (["pictures"], "--run logs/NAME, --model NAME --pretrained FILE, or a file of features"),
     ],
 )  # fmt: skip
-def test_refusals_are_one_line(features, nano, monkeypatch, capfd, flags, words):
+def test_refusals_are_one_line(features, nano, monkeypatch, capfd, caplog, flags, words):
     path, _, _ = features
     monkeypatch.chdir(path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # weights cannot be had
@@ -161,7 +161,7 @@ def test_refusals_are_one_line(features, nano, monkeypatch, capfd, flags, words)
     Image.new("RGB", (9, 9)).save(path / "pictures" / "a.png")
     assert cluster(flags) == 2
     message = capfd.readouterr().err.split("MiB\n")[-1]  # after the memory, where it got so far
-    assert words in message and message.count("\n") == 1
+    assert words in message and message.count("\n") == 1 and not caplog.records  # OpenCLIP's
 
 
 # Pictures
@@ -183,10 +183,16 @@ def test_pictures_by_weights_and_by_a_run(pictures, nano, tmp_path, own_cache, m
     model = build_model(ModelConfig(model=str(nano), add_projection_head=False))
     torch.save(model.clip.state_dict(), "weights.pt")
     flags = ["--model", str(nano), "--pretrained", "weights.pt", "--k", "5", "--out", "a"]
-    assert cluster([str(pictures), *flags]) == 0
+    listed = sorted(pictures.rglob("*.*"), key=lambda path: (str(path.parent), path.name))
+    counted = {str(path.relative_to(pictures)) for path in listed[3::12]}
+    weights = [str(int(i % 12 == 3)) for i in range(61)]  # of torn.jpg too
+    (tmp_path / "w.txt").write_text("\n".join(weights))
+    assert cluster([str(pictures), *flags, "--weights", "w.txt"]) == 0
     assert "left out 1 of 61 pictures" in capsys.readouterr().err
     lines = table(tmp_path / "a")
     assert {line["file"] for line in lines} == {f"{i % 3}/{i}.png" for i in range(60)}
+    # Each of the five pictures that count is a centroid.
+    assert {x["file"] for x in lines if float(x["squared_distance"]) < 1e-9} == counted
     page = (tmp_path / "a" / "report.html").read_text()
     assert page.count("gallery data-run") == 1 and len(page) < 500_000
 

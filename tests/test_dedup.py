@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.loss import ClipLoss
 from pairs import picture, write_table
 
 import protoclip
@@ -36,6 +37,13 @@ def test_the_training_loss_takes_ids():
     unit = F.normalize(x, dim=1), F.normalize(y, dim=1)
     torch.testing.assert_close(got, protoclip.info_nce(*unit, scale, ids=ids))
     assert not torch.allclose(got, protoclip.info_nce(*unit, scale))
+    bias, theirs = torch.tensor(-3.0), open_clip.loss.SigLipLoss()
+    for same, want in (
+        (None, theirs(*unit, scale, bias)),
+        (ids, protoclip.SigLipLoss()(*unit, scale, bias, ids=ids)),
+    ):
+        got = loss(Encoded(x, y), None, index, scale, scale, None, same, bias).total
+        torch.testing.assert_close(got, want)
 
 
 def test_train_counts_shared_captions_and_leaves_them_out(tmp_path):
@@ -61,23 +69,45 @@ def test_train_counts_shared_captions_and_leaves_them_out(tmp_path):
     assert found["caption"]["loss"] < found["off"]["loss"] - 0.01
 
 
-def test_open_clips_loop_shows_the_tokens():
-    """The model is called with pictures and tokens, the loss with what it gave, as OpenCLIP 3's."""
+class CLIPTask(torch.nn.Module):
+    """As OpenCLIP 4's: it holds model and loss, and calls both by name."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.trainable_module, self.loss = model, ClipLoss()
+
+    def training_forward(self, batch):
+        out = self.trainable_module(image=batch["image"], text=batch["text"])
+        return self.loss(**out, output_dict=True), out
+
+
+@pytest.mark.parametrize("factory", ["create_loss", "create_task"])
+def test_open_clips_loops_show_the_tokens(factory, monkeypatch):
+    """3.3 calls the model by position and the loss apart from it; 4 has tasks."""
     name = register_configs("protoclip-tiny")
     model = open_clip.create_model(name, output_dict=True)
     texts = open_clip.get_tokenizer(name)(["a cat", "two dogs", "a cat", "a bird"])
-    trainer = type("trainer", (), {"create_loss": None})
     args = dict(distill=False, model=name, siglip=False, local_loss=False, gather_with_grad=False)
     args |= dict(rank=0, world_size=1, horovod=False, loss_dist_impl=None, accum_freq=1)
+    given, image = type("args", (), args), torch.randn(4, 3, 48, 48)
+    monkeypatch.setattr(
+        open_clip, "create_task", lambda args, model, **more: CLIPTask(model), raising=False
+    )
+    trainer = type("trainer", (), {factory: None})
     with command.patched(trainer, None, dedup=True):
-        loss = trainer.create_loss(type("args", (), args))
-        out = model(torch.randn(4, 3, 48, 48), texts)
-        got = loss(**out, output_dict=True)["contrastive_loss"]
+        if factory == "create_loss":
+            loss = trainer.create_loss(given)
+            out = model(image, texts)
+            terms = loss(**out, output_dict=True)
+        else:
+            task = trainer.create_task(given, model=model)
+            terms, out = task.training_forward({"image": image, "text": texts})
+            loss = task.loss
         with pytest.raises(ValueError, match="--dedup caption: expected a loop that gives"):
             loss(**out)
     features = out["image_features"], out["text_features"], out["logit_scale"]
     want = protoclip.info_nce(*features, ids=torch.tensor([0, 1, 0, 2]))
-    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(terms["contrastive_loss"], want)
     assert not torch.allclose(want, protoclip.info_nce(*features))
 
 

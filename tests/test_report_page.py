@@ -130,8 +130,8 @@ def test_a_run_that_stopped_early_still_has_a_page(tmp_path):
         ("config.json", "{", "not valid JSON"),
         ("config.json", "[]", "expected settings"),
         ("config.json", '{"data": 3, "model": 3}', "expected files that protoclip.train wrote"),
-        ("report.json", '{"format": 4, "clusters": [3]}', "expected files that protoclip.train"),
-        ("report.json", '{"format": 4, "facts": {"memory_bytes": 3}}', "expected files that"),
+        ("report.json", '{"format": 5, "clusters": [3]}', "expected files that protoclip.train"),
+        ("report.json", '{"format": 5, "facts": {"memory_bytes": 3}}', "expected files that"),
     ],
 )
 def test_folders_that_are_not_runs_are_refused(tmp_path, capsys, name, content, words):

@@ -8,21 +8,18 @@ from torch import Tensor
 from protoclip.ops import checks
 from protoclip.ops.backends import accumulator, define, implementation, resolve, without_autocast
 
-PRECISIONS = ("exact", "bf16")
+
+def _assign(points: Tensor, centroids: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return implementation("kmeans_assign", backend, "kmeans_assign")(points, centroids)
 
 
-def _assign(points: Tensor, centroids: Tensor, backend: str, exact: bool) -> tuple[Tensor, Tensor]:
-    run = implementation("kmeans_assign", backend, "kmeans_assign")
-    return run(points, centroids, exact=exact)
-
-
-def _fake_assign(points, centroids, backend, exact):
+def _fake_assign(points, centroids, backend):
     n = points.shape[0]
     return points.new_empty(n, dtype=torch.int64), points.new_empty(n, dtype=torch.float32)
 
 
 define(
-    "kmeans_assign(Tensor points, Tensor centroids, str backend, bool exact) -> (Tensor, Tensor)",
+    "kmeans_assign(Tensor points, Tensor centroids, str backend) -> (Tensor, Tensor)",
     _assign,
     _fake_assign,
 )
@@ -30,7 +27,7 @@ define(
 
 @torch.no_grad()
 def kmeans_assign(
-    points: Tensor, centroids: Tensor, *, precision: str = "exact", backend: str = "auto"
+    points: Tensor, centroids: Tensor, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """The nearest centroid of each point, exactly, without the [N, K] distances in memory.
 
@@ -40,15 +37,13 @@ def kmeans_assign(
     Args:
         points: [N, D]; float32, bfloat16, float16 (float64: reference), any strides.
         centroids: [K, D], finite, on the same device; different dtypes are promoted.
-        precision: "exact", or "bf16" to let the scores be rounded to bf16 where that is faster (on
-            a GPU; the CPU's labels are exact either way, bf16 scores would be slower there).
         backend: "auto" or a row of ``protoclip.backends("kmeans_assign")``.
     Returns:
         labels int64 [N] (ties go to the lowest index; -1 for a point with NaN) and squared
         Euclidean distances fp32 [N] (NaN there).
     Raises:
-        ValueError, TypeError: shapes or devices disagree, K = 0 with N > 0, an
-            unknown precision, or the named backend cannot run.
+        ValueError, TypeError: shapes or devices disagree, K = 0 with N > 0, or the named backend
+            cannot run.
     """
     op = "kmeans_assign"
     checks.matrix(op, "points", points, "[N, D]")
@@ -56,13 +51,10 @@ def kmeans_assign(
     checks.like(op, "centroids", centroids, "points", points)
     if len(points) and not len(centroids):
         raise ValueError(f"{op}: expected K >= 1 centroids for N = {len(points)} points, got 0")
-    if precision not in PRECISIONS:
-        raise ValueError(f"{op}: expected precision in {PRECISIONS}, got {precision!r}")
     points, centroids = checks.promoted(points, centroids)
     name = resolve(op, backend, points.device.type, points.dtype)
-    exact = precision == "exact"
     with without_autocast(points.device.type):
-        return torch.ops.protoclip.kmeans_assign(points, centroids, name, exact)
+        return torch.ops.protoclip.kmeans_assign(points, centroids, name)
 
 
 def _mean(values: Tensor, labels: Tensor, num_segments: int, backend: str):

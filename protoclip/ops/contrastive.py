@@ -637,8 +637,7 @@ def sigmoid_loss(
     if ids is not None:
         relation = pairs.same_pairs(op, ids, same_id, x, m, offset)
         of_ids = relation.query_ids, relation.key_ids, relation.same_positive
-    kind = "siglip" if ids is None else "siglip with ids"
-    name = resolve(kind, backend, x.device.type, x.dtype)
+    name = resolve("siglip", backend, x.device.type, x.dtype)
     if name == "reference":
         with without_autocast(x.device.type):
             return reference.sigmoid_loss(*inputs, offset, *of_ids)

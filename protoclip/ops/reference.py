@@ -126,13 +126,8 @@ def soft_targets(source_centroids: Tensor, prototypes: Tensor, temperature: floa
     return torch.softmax(source @ source.T / temperature, dim=1) @ _wide(prototypes)
 
 
-def kmeans_assign(
-    points: Tensor, centroids: Tensor, *, exact: bool = True
-) -> tuple[Tensor, Tensor]:
-    """[N, D], [K, D] -> labels int64 [N] (-1 for a NaN row), squared distances fp32 [N].
-
-    Exact whatever is asked.
-    """
+def kmeans_assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, D], [K, D] -> labels int64 [N] (-1 for a NaN row), squared distances fp32 [N]."""
     x, c = points.double(), centroids.double()
     if not len(x):
         return x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=torch.float32)

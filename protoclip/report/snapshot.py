@@ -35,7 +35,7 @@ from protoclip.model import Encoded
 from protoclip.ops import segment_mean
 from protoclip.prototypes import purity
 
-NAME, FORMAT = "report.json", 4
+NAME, FORMAT = "report.json", 5
 SIDE = 64  # pixels of a thumbnail
 CARDS, IMAGES, CAPTIONS = 20_000, 8, 5  # clusters of each source, and the nearest of each
 PICTURES = 4000  # of the cards of a source: they and the map's make a page that fits into a mail
@@ -269,7 +269,7 @@ def plane(samples: Samples, thumbs: Thumbnails | None = None) -> dict[str, Any]:
     labels = {key: (own.ids, list(own.names)) for key, own in samples.dataset.labels.items()}
     labels |= {f"cluster ({key})": (ids, []) for key, ids in samples.clusters.items()}
     colours = {
-        key: {"ids": _base64(ids.cpu().numpy().clip(-1, 32767).astype("<i2")), "names": names}
+        key: {"ids": _base64(ids.cpu().numpy().astype("<i4")), "names": names}
         for key, (ids, names) in labels.items()
     }
     words = [caption_of(samples.dataset, i)[:60] for i in range(n)]
