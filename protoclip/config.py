@@ -109,8 +109,9 @@ class DataConfig:
 
     train_data: str = option(
         "builtin:emoji",
-        "builtin:emoji, builtin:shapes[:N], a .csv/.tsv file, or webdataset shards such as "
-        "'d/{000..012}.tar', globs, urls; sources joined by '::'",
+        "builtin:emoji[:STYLE+...] (twemoji, openmoji, noto), builtin:openclipart, "
+        "builtin:shapes[:N], a .csv/.tsv file, or webdataset shards such as 'd/{000..012}.tar', "
+        "globs, urls; sources joined by '::'",
     )
     val_data: str = option("", "data to evaluate on; default: the held-out part of built-in data")
     imagenet_val: str = option("", "class folders, or built-in data, for zero-shot evaluation")
@@ -150,6 +151,9 @@ class ModelConfig:
     force_context_length: int = option(0, "tokens of a caption; 0: the model's")
     lock_image: bool = option(False, "freeze the image tower, train the text towards it (LiT)")
     lock_text: bool = option(False, "freeze the text tower")
+    siglip: bool = option(
+        False, "SigLIP's sigmoid loss, and a bias on its logits, in the place of InfoNCE"
+    )
     grad_checkpointing: bool = option(False, "compute activations twice: less memory, more time")
     add_projection_head: bool = option(True, "prototypes live behind projection heads")
     projection_hidden_dim: int = option(512, "width of the projection heads (paper: 2048)", low=1)
@@ -213,8 +217,8 @@ class LossConfig:
     distill_temperature: float = option(0.1, "of the teacher's similarities", low=1e-6)
     dedup: str = option(
         "off",
-        "which pairs of a batch are no negatives in InfoNCE: those with the same caption, or the "
-        "same sample drawn twice; off: CLIP's loss as published",
+        "which pairs of a batch are no negatives in InfoNCE, and positives in SigLIP: those with "
+        "the same caption, or the same sample drawn twice; off: the loss as published",
         choices=("off", "caption", "id"),
     )
 
@@ -315,7 +319,7 @@ ONLY_OPENCLIP = """
     --lock-image-freeze-bn-stats --lock-image-unlocked-groups --lock-text-freeze-layer-norm
     --lock-text-unlocked-layers --log-local --loss-dist-impl --lr-cooldown-end --lr-cooldown-power
     --momentum --pretrained-image --remote-sync --remote-sync-frequency --remote-sync-protocol
-    --siglip --skip-scheduler --torchscript --trace --use-bnb-linear --val-num-samples --wandb-notes
+    --skip-scheduler --torchscript --trace --use-bnb-linear --val-num-samples --wandb-notes
 """
 # Flags of OpenCLIP's trainer that are accepted and change nothing: arguments, and the reason.
 NEEDLESS: dict[str, tuple[dict[str, Any], str]] = {

@@ -64,8 +64,7 @@ def export(run: str | Path, out: str | Path, model: str = "") -> Path:
     weights = payload.get("state_dict", payload)
     weights = {key.removeprefix("module."): value for key, value in weights.items()}
     model_cfg = open_clip.get_model_config(name)
-    if "logit_bias" in weights and getattr(clip, "logit_bias", None) is None:
-        # Trained with --siglip, of a model without the bias.
+    if "logit_bias" in weights:  # trained with --siglip, of a model that may have none itself
         clip.logit_bias = nn.Parameter(torch.zeros_like(weights["logit_bias"]))
         model_cfg["init_logit_bias"] = 0.0
     try:

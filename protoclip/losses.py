@@ -128,8 +128,7 @@ def global_sigmoid_loss(
     x, y, scale = checks.pairs(op, image_features, text_features, logit_scale)
     bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
     relation = None if ids is None else _global_pairs(op, ids, same_id, x)
-    kind = "siglip" if ids is None else "siglip with ids"
-    name = resolve(kind, backend, x.device.type, x.dtype)
+    name = resolve("siglip", backend, x.device.type, x.dtype)
     if name == "reference":
         return sigmoid_sum((x, gathered_rows(y), scale, bias), relation, rank() * len(x), name)
     return _Ring.apply(x, y, scale, bias, name, wants_gradient(x, y, scale, bias), relation)
@@ -572,20 +571,25 @@ class Losses:
 
 
 class ProtoLoss(nn.Module):
-    """w_clip * InfoNCE + w_proto * internal prototypes + w_proto_external * external ones, and
-    w_distill * the teacher's similarities, the control that does without prototypes.
+    """w_clip * InfoNCE, or SigLIP's loss, + w_proto * internal prototypes + w_proto_external *
+    external ones, and w_distill * the teacher's similarities, the control without prototypes.
 
     A term of weight 0, or without prototypes (warm-up, no teacher), is not computed.
 
     Args:
         config: the weights.
         teacher: [dataset, d] on the features' device; only distillation reads it.
+        measure: times the block of a phase, here "prototypes".
     """
 
-    def __init__(self, config: LossConfig, teacher: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        config: LossConfig,
+        teacher: Tensor | None = None,
+        measure: Measure = contextlib.nullcontext,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.teacher = teacher
+        self.config, self.teacher, self.measure = config, teacher, measure
 
     def forward(
         self,
@@ -596,7 +600,7 @@ class ProtoLoss(nn.Module):
         proto_scale: Tensor,
         episode: Episode | None,
         ids: Tensor | None = None,
-        measure: Measure = contextlib.nullcontext,
+        logit_bias: Tensor | None = None,
     ) -> Losses:
         """The losses of a batch of B pairs; with several ranks, of each one's share.
 
@@ -608,18 +612,22 @@ class ProtoLoss(nn.Module):
             index: int64 [B], positions in the dataset, to look up the cluster labels.
             logit_scale, proto_scale: scalars, the multipliers (not their logarithms).
             episode: prototypes; None: InfoNCE only.
-            ids: int64 [B], of pairs that are no negatives of one another where equal; None: none.
-            measure: times the block of a phase, here "prototypes".
+            ids: int64 [B], of pairs that are no negatives of one another where equal (with
+                SigLIP's loss: that are positives); None: none.
+            logit_bias: scalar, for SigLIP's loss in the place of InfoNCE; None: InfoNCE.
         """
         config, terms = self.config, dict[str, Tensor]()
         accuracy: dict[str, Tensor] = {}
         if config.w_clip > 0:
-            terms["contrastive_loss"] = global_info_nce(
-                _normalise(encoded.image), _normalise(encoded.text), logit_scale, ids=ids
-            )
+            pairs = _normalise(encoded.image), _normalise(encoded.text), logit_scale
+            if logit_bias is None:
+                terms["contrastive_loss"] = global_info_nce(*pairs, ids=ids)
+            else:
+                total = global_sigmoid_loss(*pairs, logit_bias, ids=ids)
+                terms["contrastive_loss"] = total / len(index)
         if episode is not None and projected is not None:
             features = {"image": projected.image, "text": projected.text}
-            with measure("prototypes"):
+            with self.measure("prototypes"):
                 for name, weight, sets in (
                     ("proto", config.w_proto, episode.internal),
                     ("external", config.w_proto_external, episode.external),

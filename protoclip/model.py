@@ -35,6 +35,7 @@ from protoclip.distributed import GlobalBatchNorm1d, find_rank
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 MAX_LOG_SCALE = math.log(100)
 INITIAL_LOG_SCALE = math.log(1 / 0.07)
+SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # OpenCLIP's --siglip
 STEP = 8  # lengths of token tensors are multiples of it: kernels and memory see few shapes
 
 
@@ -72,9 +73,11 @@ class ProtoModel(nn.Module):
         clip: nn.Module,
         tokenizer: Callable[[list[str]], Tensor],
         heads: tuple[Projection, Projection] | None,
+        siglip: bool = False,
     ) -> None:
         super().__init__()
         self.clip: Any = clip
+        self.siglip = siglip
         self.tokenizer = tokenizer  # OpenCLIP's own
         self.short_tokenizer = tokenizer  # for encode and encode_text
         if can_shorten(clip):
@@ -135,6 +138,11 @@ class ProtoModel(nn.Module):
     def logit_scale(self) -> Tensor:
         """InfoNCE's multiplier, exp of the parameter."""
         return self.clip.logit_scale.exp()
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """What SigLIP's loss adds to every logit; None: InfoNCE is due."""
+        return self.clip.logit_bias if self.siglip else None
 
     @property
     def proto_scale(self) -> Tensor:
@@ -227,6 +235,8 @@ def _create(name: str, config: ModelConfig, device: str) -> Any:
         "device": device,
         "output_dict": True,
     }
+    if config.siglip:
+        return open_clip.create_model(name, **arguments, **SIGLIP)
     try:
         return open_clip.create_model(name, **arguments)
     except (AttributeError, RuntimeError):
@@ -275,7 +285,7 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
         heads = (copy.deepcopy(text_head), text_head)
     if config.grad_checkpointing:
         clip.set_grad_checkpointing()
-    model = ProtoModel(clip, tokenizer, heads)
+    model = ProtoModel(clip, tokenizer, heads, config.siglip)
     if config.lock_image:
         model.lock_image()
     if config.lock_text:

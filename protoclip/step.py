@@ -306,10 +306,11 @@ class Stepper:
         batches: Sequence[Batch],
         episode: Episode | None,
     ) -> Losses:
-        scales = self.model.logit_scale, self.model.proto_scale
+        model = self.model
         index, dedup = torch.cat([batch.index for batch in batches]), self.loss.config.dedup
         ids = {"id": index, "caption": _captions(batches)}.get(dedup)
-        return self.loss(encoded, projected, index, *scales, episode, ids, self.phases.measure)
+        scales = model.logit_scale, model.proto_scale
+        return self.loss(encoded, projected, index, *scales, episode, ids, model.logit_bias)
 
     def _in_passes(
         self, number: int, batches: Sequence[Batch], episode: Episode | None, project: bool

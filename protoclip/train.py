@@ -82,7 +82,8 @@ FIXED = (
     "method", "data.train_num_samples", "data.captions", "data.augmentation",
     "data.dataset_resampled", "data.train_data_upsampling_factors", "data.shuffle_buffer",
     "model.model", "model.force_", "model.lock_", "model.add_", "model.projection_", "model.use_",
-    "episode.size", "episode.replacement", "episode.features", "run.seed", "run.precision",
+    "model.siglip", "episode.size", "episode.replacement", "episode.features", "run.seed",
+    "run.precision",
 )  # fmt: skip
 # What else may change without a note: the global batch is compared as a whole.
 FREE = ("data.", "model.", "optim.batch_size", "optim.accum_freq", "run.")
@@ -229,7 +230,7 @@ class Trainer:
         )
         self.stepper = Stepper(
             model,
-            ProtoLoss(weights, teacher),
+            ProtoLoss(weights, teacher, self.phases.measure),
             config.optim,
             precision=setup.precision,
             phases=self.phases,
@@ -405,6 +406,8 @@ class Trainer:
             "bad_steps": self.stepper.bad[0],
             "bad_samples": faults.to(self.setup.device),
         }
+        if self.model.logit_bias is not None:
+            scalars["logit_bias"] = self.model.logit_bias
         values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()])
         means = distributed.mean_over_ranks(values).tolist()
         record = {k: v for k, v in zip(scalars, means, strict=True) if math.isfinite(v)}
@@ -579,7 +582,7 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
             f"note: --warmup {config.optim.warmup:g} steps are longer than the run's "
             f"{plan.total_steps}, which never gets to --lr; a fraction such as 0.1 follows the run"
         )
-    words = "method: clip, InfoNCE only"
+    words = f"method: clip, {'SigLIP' if config.model.siglip else 'InfoNCE'} only"
     if uses_prototypes(config):
         words = (
             f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
@@ -680,7 +683,7 @@ class Evaluation:
             split = "heldout" if self.data.startswith("builtin:") else "all"
             self.quick_sets["HO"] = open_dataset(self.data, split, **self.arguments)
             if self.data == "builtin:emoji" and noto_available():
-                self.quick_sets["NHO"] = open_dataset(self.data, "noto-heldout", **self.arguments)
+                self.quick_sets["NHO"] = open_dataset("builtin:emoji:noto", split, **self.arguments)
         self.zeroshot_data: Layout | None = None
         if data.imagenet_val:
             layout = open_layout(data.imagenet_val, seed=setup.config.run.seed)

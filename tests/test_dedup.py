@@ -37,6 +37,13 @@ def test_the_training_loss_takes_ids():
     unit = F.normalize(x, dim=1), F.normalize(y, dim=1)
     torch.testing.assert_close(got, protoclip.info_nce(*unit, scale, ids=ids))
     assert not torch.allclose(got, protoclip.info_nce(*unit, scale))
+    bias, theirs = torch.tensor(-3.0), open_clip.loss.SigLipLoss()
+    for same, want in (
+        (None, theirs(*unit, scale, bias)),
+        (ids, protoclip.SigLipLoss()(*unit, scale, bias, ids=ids)),
+    ):
+        got = loss(Encoded(x, y), None, index, scale, scale, None, same, bias).total
+        torch.testing.assert_close(got, want)
 
 
 def test_train_counts_shared_captions_and_leaves_them_out(tmp_path):

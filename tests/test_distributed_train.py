@@ -55,7 +55,17 @@ def test_any_number_of_ranks_and_passes_gives_the_losses_of_one(
     assert {"external_loss", "proto_loss", "image_inertia"} <= names
 
 
-def test_clip_on_three_ranks(folder):
-    lines, alone = (metrics_of(folder, ranks, 1, "--method", "clip") for ranks in (3, 1))
-    losses, want = ([line["loss"] for line in own] for own in (lines, alone))
-    assert len(losses) == STEPS and losses == pytest.approx(want, rel=3e-4)
+SIGLIP = "--siglip", "--dedup", "caption"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "passes", "flags"),
+    [(3, 1, ["--method", "clip"]), (3, 1, ["--method", "clip", *SIGLIP]), (2, 3, SIGLIP)],
+)
+def test_clip_and_siglip_on_ranks(folder, ranks, passes, flags):
+    lines, alone = (metrics_of(folder, *split, *flags) for split in ((ranks, passes), (1, 1)))
+    names = ("loss", "logit_bias") if "--siglip" in flags else ("loss",)
+    for name in names:
+        got, want = ([line[name] for line in own] for own in (lines, alone))
+        assert len(got) == STEPS and got == pytest.approx(want, rel=3e-4)
+    assert ("proto_loss" in lines[-1]) == ("clip" not in flags)

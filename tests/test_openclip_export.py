@@ -1,5 +1,7 @@
 """Checkpoints both ways: ours in OpenCLIP, OpenCLIP's in ours, and the exported folder."""
 
+import json
+
 import open_clip
 import pytest
 import torch
@@ -66,6 +68,23 @@ def test_the_exported_folder_gives_the_same_bits(run, nano, tmp_path, capsys):
         assert words in card
     assert export.main([str(run), "--out", str(out)]) == 2
     assert "in use" in capsys.readouterr().err
+
+
+def test_the_bias_of_siglip_is_trained_evaluated_and_exported(nano, tmp_path):
+    """From OpenCLIP's first values on."""
+    flags = ["--train-data", "builtin:shapes:64", "--batch-size", "16", "--max-steps", "2"]
+    flags += ["--siglip", "--method", "clip", "--report-to", "none", "--model", str(nano)]
+    assert train([*flags, "--logs", str(tmp_path), "--name", "s", "--lr", "0.01"]) == 0
+    run = tmp_path / "s"
+    first, *_ = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert first["logit_bias"] == pytest.approx(-10, abs=0.02)
+    assert first["logit_scale"] == pytest.approx(10, rel=0.02)
+    export.export(run, tmp_path / "out")
+    model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}")
+    bias = checkpoint.load_newest(run)[1]["state_dict"]["logit_bias"]
+    assert torch.equal(model.logit_bias, bias) and bias != -10
+    ours = load_model(str(run)).model
+    assert same(features(ours.clip, ours.tokenizer), features(model, ours.tokenizer))
 
 
 def test_our_checkpoint_loads_in_open_clip(run, nano):

@@ -36,7 +36,6 @@ def code_of(main, argv):
         ("train", ["--xyz"], "--xyz: no such flag; see --help"),
         ("train", ["--ema-decay", "0.9"], "--ema-decay: extraction uses the model itself"),
         ("train", ["--check-data"], "python -m protoclip.data --check DATA"),
-        ("train", ["--siglip"], "python -m protoclip.openclip"),
         ("train", ["--distill-model", "ViT-B-32"], "python -m protoclip.openclip"),
         ("train", ["--coca-caption-loss-weight", "2"], "python -m protoclip.openclip"),
         ("train", ["--torchcompile"], "python -m protoclip.openclip"),

@@ -63,12 +63,14 @@ def _no_plots(monkeypatch):
     monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
 
 
-@pytest.mark.parametrize("lit", ["0", "1", "2"])
-def test_resume_ends_in_the_same_bits(tmp_path, flags, lit):
+@pytest.mark.parametrize(
+    "more", [[], ["--lit-start", "1"], ["--lit-start", "2"], ["--siglip"]], ids=" ".join
+)
+def test_resume_ends_in_the_same_bits(tmp_path, flags, more):
     """Stopped within the second episode, which has prototypes or, after --lit-start 1, a locked
     image tower; moments and heads included."""
     flags = [*flags, "--logs", str(tmp_path), "--lr-scheduler", "const", "--warmup", "2"]
-    flags += ["--lit-start", lit]
+    flags += more
     assert main([*flags, "--name", "whole"]) == 0
     assert main([*flags, "--name", "cut", "--max-steps", "6"]) == 0
     assert main([*flags, "--resume", str(tmp_path / "cut"), "--workers", "1"]) == 0

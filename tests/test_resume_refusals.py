@@ -72,6 +72,7 @@ def test_it_resumes(run):
         (["--resume", "auto", "--name", "../logs/run"], "--name"),
         (["--resume", "auto", "--name", ".."], "--name"),
         (["--lr", "0.5", "--seed", "4"], "run.seed"),
+        (["--lr", "0.5", "--siglip"], "model.siglip"),
         (["--lr", "0.5", "--save-every", "often"], "500steps"),
         (["--resume", "nowhere"], "found nothing"),
     ],

@@ -284,7 +284,7 @@ def encode_sets(
 
 
 def _emoji_sets(
-    encoder: Encoder, layout: Layout, opened: Callable[[str], PairDataset]
+    encoder: Encoder, layout: Layout, opened: Callable[..., PairDataset]
 ) -> tuple[dict[str, EvalSet], EvalSet]:
     """Every picture and caption is encoded once; the other sets are rows of the whole one."""
     everything, outside = opened("all"), set(layout.test.keys)
@@ -296,7 +296,9 @@ def _emoji_sets(
         "TW": dataclasses.replace(whole, probes=False, title="All concepts"),
     }
     if noto_available():
-        noto = opened("noto")  # concepts by the same keys, with the same captions and labels
+        noto = opened(
+            "all", "builtin:emoji:noto"
+        )  # concepts by the same keys, with the same captions and labels
         drawn = take(whole, [rows[key] for key in noto.keys], title="All concepts in Noto style")
         drawn = dataclasses.replace(drawn, image=encoder.images(noto))
         heldout = [i for i, key in enumerate(noto.keys) if key in outside]

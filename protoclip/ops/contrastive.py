@@ -621,8 +621,8 @@ def sigmoid_sum(
 ) -> Tensor:
     """``sigmoid_loss`` of checked arguments."""
     x, y, scale, bias = inputs
-    device, dtype = x.device.type, x.dtype
-    name = resolve("siglip" if relation is None else "siglip with ids", backend, device, dtype)
+    device = x.device.type
+    name = resolve("siglip", backend, device, x.dtype)
     ids: tuple[Any, ...] = (None, None, True)
     if relation is not None:
         ids = relation.query_ids, relation.key_ids, relation.same_positive
