@@ -37,12 +37,12 @@ from protoclip.distributed import (
     world_size,
 )
 from protoclip.ops import Bank, checks, prototype_losses
-from protoclip.ops.backends import ANY_FLOAT, resolve, wants_gradient
+from protoclip.ops.backends import ANY_FLOAT, implementation, resolve, wants_gradient
 from protoclip.ops.contrastive import (
     gap_and_mean,
     info_nce,
     one_way,
-    parts,
+    one_way_parts,
     side_weights,
     sigmoid_loss,
 )
@@ -76,29 +76,21 @@ def global_info_nce(
     Its mean over the ranks is ``info_nce`` of the W * B pairs. Memory O(W B D); wire per rank one
     gather and one reduce-scatter of [W B, D], and 2 W B floats, with ids 4 and the ids.
 
-    Args:
-        image_features, text_features: [B, D], the same B on every rank; as in ``info_nce``.
-        logit_scale: [] or [1], the multiplier (not its logarithm).
-        ids, same_id: as in ``info_nce``, int64 [B] or [B, R], of this rank's pairs.
-        backend: as in ``info_nce``.
-    Returns:
-        float32 [] (float64 for float64 input), nats.
-    Raises:
-        ValueError, TypeError: as in ``info_nce``.
+    Args: those of ``info_nce``, of this rank's pairs; B is the same on every rank. The reference
+    gathers the images too.
     """
+    inputs = image_features, text_features, logit_scale
     if not is_distributed():
-        options: dict[str, Any] = {"ids": ids, "same_id": same_id, "backend": backend}
-        return info_nce(image_features, text_features, logit_scale, **options)
+        return info_nce(*inputs, ids=ids, same_id=same_id, backend=backend)
     op, first = "global_info_nce", rank() * len(image_features)
-    x, y, scale = checks.pairs(op, image_features, text_features, logit_scale)
+    x, y, scale = checks.pairs(op, *inputs)
     every = _all_ids(op, ids, x)
     kind = "info_nce" if ids is None else "contrastive"
     name = resolve(kind, backend, x.device.type, x.dtype)
     if name == "reference":
         given = Given(None, ids, every, same_id, first=first)
-        pair = (x, gathered_rows(y), scale), (y, gathered_rows(x), scale)
-        losses = [one_way(op, inputs, given, backend=name) for inputs in pair]
-        return (losses[0] + losses[1]) / 2
+        images = one_way(op, (x, gathered_rows(y), scale), given, backend=name)
+        return (images + one_way(op, (y, gathered_rows(x), scale), given, backend=name)) / 2
     relation = None if every is None else same_pairs(op, every, same_id, x, len(every), first)
     rows, columns = _Strip.apply(x, y, scale, relation, name)
     return (rows + columns).mean() / 2
@@ -171,7 +163,7 @@ def global_contrastive_parts(
     op = "global_contrastive_parts"
     given = Given(positives, query_ids, key_ids, same_id, exclude, key_bias)
     every, given = _keys_of_all_ranks(op, keys, given)
-    return parts(op, (queries, every, logit_scale), given, backend, stash)
+    return one_way_parts(op, (queries, every, logit_scale), given, backend, stash)
 
 
 def _keys_of_all_ranks(op: str, keys: Tensor, given: Given) -> tuple[Tensor, Given]:
@@ -210,25 +202,20 @@ def global_sigmoid_loss(
 
     Memory O(B D): the texts are passed from rank to rank and never gathered.
 
-    Args:
-        image_features, text_features: [B, D], the same B on every rank; as in ``sigmoid_loss``.
-        logit_scale, logit_bias: [] or [1].
-        ids, same_id: as in ``sigmoid_loss``, int64 [B] or [B, R], of this rank's pairs.
-        backend: as in ``sigmoid_loss``; "reference" gathers the texts.
-    Returns:
-        float32 [] (float64 for float64 input), nats.
+    Args: those of ``sigmoid_loss``, of this rank's pairs; B is the same on every rank. The
+    reference gathers the texts.
     """
+    inputs = image_features, text_features, logit_scale
     if not is_distributed():
-        options: dict[str, Any] = {"ids": ids, "same_id": same_id, "backend": backend}
-        return sigmoid_loss(image_features, text_features, logit_scale, logit_bias, **options)
+        return sigmoid_loss(*inputs, logit_bias, ids=ids, same_id=same_id, backend=backend)
     op, first = "global_sigmoid_loss", rank() * len(image_features)
-    x, y, scale = checks.pairs(op, image_features, text_features, logit_scale)
+    x, y, scale = checks.pairs(op, *inputs)
     bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
     every = _all_ids(op, ids, x)
     name = resolve("siglip", backend, x.device.type, x.dtype)
     if name == "reference":
-        inputs = x, gathered_rows(y), scale, bias
-        return sigmoid_loss(*inputs, ids=every, same_id=same_id, offset=first, backend=name)
+        told: dict[str, Any] = {"ids": every, "same_id": same_id, "offset": first, "backend": name}
+        return sigmoid_loss(x, gathered_rows(y), scale, bias, **told)
     relation = None if every is None else same_pairs(op, every, same_id, x, len(every), first)
     return _Ring.apply(x, y, scale, bias, name, wants_gradient(x, y, scale, bias), relation)
 
@@ -241,17 +228,15 @@ class _Strip(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, relation: Pairs | None, backend: str
     ) -> tuple[Tensor, Tensor]:
-        ops = torch.ops.protoclip
-        all_y = gather_rows(y)  # [G, D]
-        offset = rank() * len(x)
+        all_y, offset = gather_rows(y), rank() * len(x)
         if relation is None:
-            *found, positive = ops.contrastive_fwd(x, all_y, scale, offset, True, backend)
-            own_pair = torch.stack([positive, torch.ones_like(positive)])
-            rows, columns = torch.cat([torch.stack(found[:2]), own_pair]), torch.stack(found[2:])
+            run = implementation("info_nce", backend, "contrastive_fwd")
+            row_max, row_sum, *by_column, positive = run(x, all_y, scale, offset, True)
+            pair = positive, torch.ones_like(positive)
+            rows, columns = torch.stack([row_max, row_sum, *pair]), torch.stack(by_column)
         else:
-            *_, rows, columns, _ = ops.matched(
-                x, all_y, scale, *relation.arguments, True, backend, False
-            )
+            told = *relation.arguments, True, backend, False
+            *_, rows, columns, _ = torch.ops.protoclip.matched(x, all_y, scale, *told)
         top = columns[0].clone()
         dist.all_reduce(top, dist.ReduceOp.MAX)
         sums = torch.cat([columns[1:2] * torch.exp2(columns[0] - top), columns[2:]])
@@ -261,7 +246,7 @@ class _Strip(torch.autograd.Function):
         ctx.relation, ctx.offset, ctx.backend = relation, offset, backend
         own = columns[:, offset : offset + len(x)]
         if relation is None:
-            own = torch.cat([own, own_pair])
+            own = torch.stack([*own, *pair])
         return gap_and_mean(rows)[0], gap_and_mean(own)[0]
 
     @staticmethod
@@ -270,14 +255,12 @@ class _Strip(torch.autograd.Function):
         ops, (x, all_y, scale, rows, columns) = torch.ops.protoclip, ctx.saved_tensors
         grads = row_grad, gather_rows(column_grad)
         if ctx.relation is None:
-            dx, dy, dscale = ops.contrastive_bwd(
-                x, all_y, scale, *rows[:2], *columns, *grads, ctx.offset, ctx.backend
-            )
+            told = *rows[:2], *columns, *grads, ctx.offset, ctx.backend, None, None
+            dx, dy, dscale = ops.contrastive_bwd(x, all_y, scale, *told)
         else:
             weights = side_weights(grads[0], None, rows), side_weights(grads[1], None, columns)
-            dx, dy, dscale, _ = ops.matched_bwd(
-                x, all_y, scale, *ctx.relation.arguments, rows, columns, *weights, ctx.backend, None
-            )
+            told = *ctx.relation.arguments, rows, columns, *weights, ctx.backend, None
+            dx, dy, dscale, _ = ops.matched_bwd(x, all_y, scale, *told)
         return dx, scatter_sums(dy), dscale.to(scale.dtype).reshape(scale.shape), None, None
 
 
@@ -300,8 +283,8 @@ class _Ring(torch.autograd.Function):
             loss, dx, dy, *scalars = torch.ops.protoclip.sigmoid_loss(
                 x, texts, scale, bias, first, wanted, backend, *_chunk(relation, len(y), hop)
             )
-            parts = [loss, *(t.to(loss.dtype) for t in (dx, *scalars))]
-            totals = [a + b for a, b in zip(totals, parts, strict=True)] if hop else parts
+            found = [loss, *(t.to(loss.dtype) for t in (dx, *scalars))]
+            totals = [a + b for a, b in zip(totals, found, strict=True)] if hop else found
             if wanted:  # a chunk's gradient travels with it, and is home after the last hop
                 dy = dy.to(loss.dtype)
                 travelling = _pass_on(dy if hop == 0 else travelling + dy)()
@@ -354,10 +337,9 @@ class ClipLoss(nn.Module):
 
     Args:
         local_loss: each rank's rows against all ranks' columns, instead of all against all.
-        gather_with_grad: gradients also flow to the rows of other ranks. With ``local_loss`` this
-            is the choice that is exact and scales; ours, ``global_info_nce``, gathers the texts
-            only. (A rank's gradient of the scale is then its strip's; the mean over the ranks is
-            OpenCLIP's.)
+        gather_with_grad: gradients also flow to the rows of other ranks. With ``local_loss`` it is
+            exact and scales: only the texts are gathered. (A rank's gradient of the scale is then
+            its strip's; the mean over the ranks is OpenCLIP's.)
         cache_labels: accepted as OpenCLIP's, unused: there are no labels to cache.
         rank, world_size: of this process.
         use_horovod: must be false.
@@ -418,9 +400,8 @@ class ClipLoss(nn.Module):
         if not self.local_loss:
             return info_nce(all_x, all_y, scale, ids=every, stash=self.stash)
         given = Given(key_ids=every, first=self.rank * len(x))
-        pair = (x, all_y, scale), (y, all_x, scale)
-        losses = [one_way("ClipLoss", inputs, given, stash=self.stash) for inputs in pair]
-        return (losses[0] + losses[1]) / 2
+        images = one_way("ClipLoss", (x, all_y, scale), given, stash=self.stash)
+        return (images + one_way("ClipLoss", (y, all_x, scale), given, stash=self.stash)) / 2
 
     def _of_all_ranks(self, x: Tensor) -> Tensor:
         """All rows in rank order. Without ``gather_with_grad`` only the own ones have a gradient,

@@ -17,6 +17,7 @@ from room import run_in_room
 
 import protoclip
 from protoclip.ops import reference
+from protoclip.ops.backends import implementation
 from protoclip.ops.contrastive import LN2
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -144,11 +145,11 @@ def test_rectangles(columns, dtype, scale):
     x, y = clustered(700, 48, dtype)
     x, offset = x[300:431], 300
     w, v = torch.rand(131), torch.rand(700) if columns else torch.empty(0)
-    f, g = torch.ops.protoclip.contrastive_fwd, torch.ops.protoclip.contrastive_bwd
+    f, g = (implementation("info_nce", "cpu", f"contrastive_{way}") for way in ("fwd", "bwd"))
     s = torch.tensor(scale)
-    stats = f(x, y, s, offset, columns, "cpu")
+    stats = f(x, y, s, offset, columns)
     levels = [LN2 * (stats[k + 1].log2() + stats[k]) for k in ((0, 2) if columns else (0,))]
-    got = [*levels, LN2 * stats[4], *g(x, y, s, *stats[:4], w, v, offset, "cpu")]
+    got = [*levels, LN2 * stats[4], *g(x, y, s, *stats[:4], w, v, offset)]
     truth, base = (
         strip_gradients(x, y, scale, offset, w, v, wide) for wide in (torch.float64, dtype)
     )

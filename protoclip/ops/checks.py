@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from protoclip.ops.backends import ANY_FLOAT
 
 REDUCTIONS = ("mean", "sum", "none")
 INTEGERS = (torch.int64,)
+PAIR = ("image_features", "text_features")
 
 
 def matrix(op: str, name: str, x: Tensor, letters: str) -> None:
@@ -45,12 +47,12 @@ def like(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def strip(
-    op: str, x_name: str, x: Tensor, y_name: str, y: Tensor, logit_scale: Tensor | float
+    op: str, names: tuple[str, str], x: Tensor, y: Tensor, logit_scale: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[N, D] and [M, D] of one device, in one dtype, and the scale as a tensor."""
-    matrix(op, x_name, x, "[N, D]")
-    matrix(op, y_name, y, "[M, D]")
-    like(op, y_name, y, x_name, x)
+    matrix(op, names[0], x, "[N, D]")
+    matrix(op, names[1], y, "[M, D]")
+    like(op, names[1], y, names[0], x)
     x, y = promoted(x, y)
     return x, y, scalar(op, "logit_scale", logit_scale, x.device)
 
@@ -59,8 +61,7 @@ def pairs(
     op: str, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``strip`` of as many texts as images."""
-    names = "image_features", "text_features"
-    x, y, scale = strip(op, names[0], image_features, names[1], text_features, logit_scale)
+    x, y, scale = strip(op, PAIR, image_features, text_features, logit_scale)
     if len(x) != len(y):
         raise ValueError(
             f"{op}: expected one text per image, got image_features {tuple(x.shape)} "
@@ -71,9 +72,7 @@ def pairs(
 
 def promoted(*tensors: Tensor) -> list[Tensor]:
     """The tensors in the narrowest dtype that holds all of theirs, as torch promotes operands."""
-    dtype = tensors[0].dtype
-    for x in tensors[1:]:
-        dtype = torch.promote_types(dtype, x.dtype)
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
     return [x.to(dtype) for x in tensors]
 
 
@@ -93,9 +92,7 @@ def scalar(op: str, name: str, x: Any, device: torch.device) -> Tensor:
             f"{x.device}"
         )
     if x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(
-            f"{op}: expected {name} as a float tensor, got {x.dtype}; cast it with .float()"
-        )
+        raise TypeError(f"{op}: expected {name} as a float tensor, got {x.dtype}; use .float()")
     return x if x.dtype in ANY_FLOAT else x.float()
 
 

@@ -1,4 +1,4 @@
-"""InfoNCE and SigLIP's sigmoid loss: contract, autograd and dispatch.
+"""InfoNCE, the general contrastive loss, and SigLIP's: contract, autograd and dispatch.
 
 All fused backends share one strip: rows x [N, D] against columns y [M, D], row i belonging to
 column i + offset. Statistics are in base-2 logits (s2 = scale * log2(e) * x.y), as a reference
@@ -36,31 +36,43 @@ from protoclip.ops.backends import (
 from protoclip.ops.pairs import Given, SameId
 
 LN2 = math.log(2.0)
-FUSED_LOSS = ("triton",)  # backends whose kernels also take the loss, and weigh its gradient
 
 
-def _fwd(x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool, backend: str):
-    """-> row_max [N], row_sum [N], column_max [M], column_sum [M] (both [0] without columns),
-    positive [N]; fp32, base-2 logits."""
-    return implementation("info_nce", backend, "contrastive_fwd")(x, y, scale, offset, columns)
+def _contrastive(x, y, scale, offset, columns, reduction, backend, stash=False):
+    """-> the loss, then what is kept for backward: row_max, row_sum [N], column_max, column_sum [M]
+    ([0] without columns), and the stash (or [0]).
+
+    The loss of a row; with columns, which are as many as rows, half the sum of both directions.
+    [N], or [] for "mean" and "sum"."""
+    kept = _kept(x, y, backend, stash)
+    weight, summed = _direction_weight(reduction, len(x), columns), reduction != "none"
+    if backend == "triton":  # its kernels take the loss too, and weigh its gradient
+        fused = implementation("info_nce", backend, "contrastive")
+        return *fused(x, y, scale, offset, columns, weight, summed), kept
+    run = implementation("info_nce", backend, "contrastive_fwd")
+    *statistics, positive = run(x, y, scale, offset, columns, **_kept_option(kept))
+    row_max, row_sum, column_max, column_sum = statistics
+    loss = row_sum.log2() + (row_max - positive)
+    if columns:
+        loss = loss + (column_sum.log2() + (column_max - positive))
+    return (loss.sum() if summed else loss) * (LN2 * weight), *statistics, kept
 
 
-def _bwd(x: Tensor, y: Tensor, scale: Tensor, *rest):
+def _bwd(x, y, scale, *rest):
     """-> dx, dy in the inputs' dtypes, dscale fp32 []. ``column_*`` are [0] without columns.
 
     The positive's weight is row_weight[i] + column_weight[i + offset] (the latter where given).
-    ``stash`` is that of ``contrastive``; empty or None: the logits are formed again. With a
-    ``reduction`` the weights are upstream gradients of ``contrastive``; they may have stride 0."""
-    *statistics, row_weight, column_weight, offset, backend = rest[:8]
-    stash, reduction = (*rest[8:], None, None)[:2]
-    run = implementation("info_nce", backend, "contrastive_bwd")
+    Without ``stash`` the logits are formed again. With a ``reduction`` the weights are upstream
+    gradients of ``contrastive``; they may have stride 0."""
+    *statistics, row_weight, column_weight, offset, backend, stash, reduction = rest
     options = _kept_option(stash)
     if reduction is not None:
-        weight = _direction_weight(reduction, x.shape[0], len(column_weight) > 0)
-        if backend in FUSED_LOSS:
+        weight = _direction_weight(reduction, len(x), len(column_weight) > 0)
+        if backend == "triton":
             options["pair_weight"] = weight
         else:
             row_weight, column_weight = row_weight * weight, column_weight * weight
+    run = implementation("info_nce", backend, "contrastive_bwd")
     return run(x, y, scale, *statistics, row_weight, column_weight, offset, **options)
 
 
@@ -70,84 +82,11 @@ def _direction_weight(reduction: str, n: int, columns: bool) -> float:
     return weight / max(n, 1) if reduction == "mean" else weight
 
 
-def _stash_size(x: Tensor, y: Tensor, backend: str, stash: bool):
+def _stash_size(x: Tensor, y: Tensor, backend: str, stash: bool) -> int:
     """Elements, int16, of what a backend keeps of the logits where it is asked to."""
     if not stash or backend != "cpu":
         return 0
-    return implementation("info_nce", backend, "stash_size")(x.shape[0], y.shape[0])
-
-
-def _contrastive(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    offset: int,
-    columns: bool,
-    reduction: str,
-    backend: str,
-    stash: bool = False,
-):
-    """-> the loss, then what is kept for backward: the four statistics and the stash (or [0]).
-
-    The loss of a row; with columns, which takes as many as rows, half the sum of both directions.
-    [N], or [] for "mean" and "sum"."""
-    kept = _kept(x, y, backend, stash)
-    weight, summed = _direction_weight(reduction, x.shape[0], columns), reduction != "none"
-    if backend in FUSED_LOSS:
-        fused = implementation("info_nce", backend, "contrastive")
-        return *fused(x, y, scale, offset, columns, weight, summed), kept
-    run = implementation("info_nce", backend, "contrastive_fwd")
-    stats = run(x, y, scale, offset, columns, **_kept_option(kept))
-    return _pair_losses(stats, weight, summed), *stats[:4], kept
-
-
-def _pair_losses(statistics, weight, summed):
-    row_max, row_sum, column_max, column_sum, positive = statistics
-    loss = row_sum.log2() + (row_max - positive)
-    if len(column_max):
-        loss = loss + (column_sum.log2() + (column_max - positive))
-    return (loss.sum() if summed else loss) * (LN2 * weight)
-
-
-def _empty(x, *shapes):
-    return tuple(x.new_empty(shape, dtype=accumulator(x)) for shape in shapes)
-
-
-def _fake_fwd(x, y, scale, offset, columns, backend):
-    n, m = len(x), len(y) if columns else 0
-    return _empty(x, n, n, m, m, n)
-
-
-def _fake_bwd(x, y, *_):
-    return x.new_empty(x.shape), y.new_empty(y.shape), *_empty(x, ())
-
-
-def _fake_contrastive(x, y, scale, offset, columns, reduction, backend, stash=False):
-    n, m = len(x), len(y) if columns else 0
-    kept = x.new_empty(_stash_size(x, y, backend, stash), dtype=torch.int16)
-    return *_empty(x, n if reduction == "none" else (), n, n, m, m), kept
-
-
-def _setup(ctx, inputs, output) -> None:
-    x, y, scale, ctx.offset, _, ctx.reduction, ctx.backend, _ = inputs
-    ctx.save_for_backward(x, y, scale, *output[1:])
-    ctx.set_materialize_grads(False)  # the statistics have none
-
-
-def _autograd(ctx, grad, *_):
-    if grad is None:
-        return (None,) * 8
-    x, y, scale, *statistics, stash = ctx.saved_tensors
-    row_max, _, column_max, _ = statistics
-    weights = (
-        grad.expand(len(row_max)),
-        grad.expand(len(column_max)) if len(column_max) else column_max,
-    )
-    dx, dy, dscale = torch.ops.protoclip.contrastive_bwd(
-        x, y, scale, *statistics, *weights, ctx.offset, ctx.backend, stash, ctx.reduction
-    )
-    dscale = dscale.to(scale.dtype).reshape(scale.shape)
-    return dx, dy, dscale, None, None, None, None, None
+    return implementation("info_nce", backend, "stash_size")(len(x), len(y))
 
 
 def _kept(x: Tensor, y: Tensor, backend: str, stash: bool) -> Tensor:
@@ -162,7 +101,40 @@ def _kept_option(stash: Tensor | None) -> dict[str, Any]:
     return {} if stash is None or not stash.numel() else {"kept": stash}
 
 
-def _matched(x: Tensor, y: Tensor, scale: Tensor, *rest):
+def _empty(x, *shapes):
+    return tuple(x.new_empty(shape, dtype=accumulator(x)) for shape in shapes)
+
+
+def _fake_contrastive(x, y, scale, offset, columns, reduction, backend, stash=False):
+    n, m = len(x), len(y) if columns else 0
+    kept = x.new_empty(_stash_size(x, y, backend, stash), dtype=torch.int16)
+    return *_empty(x, n if reduction == "none" else (), n, n, m, m), kept
+
+
+def _fake_bwd(x, y, *_):
+    return x.new_empty(x.shape), y.new_empty(y.shape), *_empty(x, ())
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, y, scale, ctx.offset, _, ctx.reduction, ctx.backend, _ = inputs
+    ctx.save_for_backward(x, y, scale, *output[1:])
+    ctx.set_materialize_grads(False)  # the statistics have none
+
+
+def _autograd(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 8
+    x, y, scale, *statistics, stash = ctx.saved_tensors
+    row_max, _, column_max, _ = statistics
+    columns = grad.expand(len(column_max)) if len(column_max) else column_max
+    dx, dy, dscale = torch.ops.protoclip.contrastive_bwd(
+        x, y, scale, *statistics, grad.expand(len(row_max)), columns,
+        ctx.offset, ctx.backend, stash, ctx.reduction,
+    )  # fmt: skip
+    return dx, dy, dscale.to(scale.dtype).reshape(scale.shape), *(None,) * 5
+
+
+def _matched(x, y, scale, *rest):
     """-> gap and mean of the rows, gap and mean of the columns ([0] without), then what is kept for
     backward: the statistics of both and the stash."""
     *arguments, backend, stash = rest
@@ -179,7 +151,7 @@ def gap_and_mean(statistics: Tensor) -> tuple[Tensor, Tensor]:
     return LN2 * (total.log2() + (top - mean)), LN2 * mean
 
 
-def _matched_bwd(x: Tensor, y: Tensor, scale: Tensor, *rest):
+def _matched_bwd(x, y, scale, *rest):
     """-> dx, dy in the inputs' dtypes, dscale [] and dbias [M] in fp32."""
     *arguments, backend, stash = rest
     run = implementation("contrastive", backend, "matched_bwd")
@@ -207,14 +179,13 @@ def _matched_autograd(ctx, *grads):
     x, y, scale, *relation, bias, rows, columns, stash = ctx.saved_tensors
     if all(grad is None for grad in grads[:4]):
         return (None,) * 12
-    gap, mean, column_gap, column_mean = grads[:4]
-    weights = side_weights(gap, mean, rows), side_weights(column_gap, column_mean, columns)
+    weights = side_weights(*grads[:2], rows), side_weights(*grads[2:4], columns)
     dx, dy, dscale, dbias = torch.ops.protoclip.matched_bwd(
         x, y, scale, *relation, bias, ctx.same_positive, rows, columns, *weights, ctx.backend, stash
     )
     dbias = None if bias is None else dbias.to(bias.dtype)
     dscale = dscale.to(scale.dtype).reshape(scale.shape)
-    return dx, dy, dscale, None, None, None, None, dbias, None, None, None, None
+    return dx, dy, dscale, *(None,) * 4, dbias, *(None,) * 4
 
 
 def side_weights(gap: Tensor | None, mean: Tensor | None, statistics: Tensor) -> Tensor:
@@ -229,32 +200,17 @@ _RELATION = (
     " bool same_positive"
 )
 define(
-    "contrastive_fwd(Tensor x, Tensor y, Tensor scale, int offset, bool columns, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fwd,
-    _fake_fwd,
-)
-define(
-    "contrastive_bwd(Tensor x, Tensor y, Tensor scale, Tensor row_max, Tensor row_sum,"
-    " Tensor column_max, Tensor column_sum, Tensor row_weight, Tensor column_weight, int offset,"
-    " str backend, Tensor? stash=None, str? reduction=None) -> (Tensor, Tensor, Tensor)",
-    _bwd,
-    _fake_bwd,
-)
-define(
     "contrastive(Tensor x, Tensor y, Tensor scale, int offset, bool columns, str reduction,"
     " str backend, bool stash=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _contrastive,
     _fake_contrastive,
 )
-define_gradient("contrastive", "info_nce", _autograd, _setup)
-define_gradient("contrastive_bwd", "info_nce")
 define(
-    f"matched_bwd(Tensor x, Tensor y, Tensor scale, {_RELATION}, Tensor rows, Tensor columns,"
-    " Tensor row_weights, Tensor column_weights, str backend, Tensor? stash)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _matched_bwd,
-    _fake_matched_bwd,
+    "contrastive_bwd(Tensor x, Tensor y, Tensor scale, Tensor row_max, Tensor row_sum,"
+    " Tensor column_max, Tensor column_sum, Tensor row_weight, Tensor column_weight, int offset,"
+    " str backend, Tensor? stash, str? reduction) -> (Tensor, Tensor, Tensor)",
+    _bwd,
+    _fake_bwd,
 )
 define(
     f"matched(Tensor x, Tensor y, Tensor scale, {_RELATION}, bool columns, str backend,"
@@ -262,6 +218,15 @@ define(
     _matched,
     _fake_matched,
 )
+define(
+    f"matched_bwd(Tensor x, Tensor y, Tensor scale, {_RELATION}, Tensor rows, Tensor columns,"
+    " Tensor row_weights, Tensor column_weights, str backend, Tensor? stash)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _matched_bwd,
+    _fake_matched_bwd,
+)
+define_gradient("contrastive", "info_nce", _autograd, _setup)
+define_gradient("contrastive_bwd", "info_nce")
 define_gradient("matched", "contrastive", _matched_autograd, _matched_setup)
 define_gradient("matched_bwd", "contrastive")
 
@@ -280,8 +245,8 @@ def info_nce(
     """InfoNCE over a batch of pairs, both directions, without the [N, N] logits in memory.
 
     The fused backends save O(N) values and form the logits again, tile by tile, in the backward
-    pass, but for those that ``stash`` allows to keep. Sums are fp32. Under autocast the features
-    keep their dtype, as given.
+    pass, but for those in the ``stash``. Sums are fp32; under autocast the features keep their
+    dtype.
 
     Args:
         image_features: [N, D], usually unit rows; float32, bfloat16, float16 (float64: reference).
@@ -295,10 +260,9 @@ def info_nce(
         reduction: "mean", "sum", or "none" for one value a pair.
         backend: "auto", or one of ``protoclip.backends("info_nce")``, with ids of
             ``protoclip.backends("contrastive")``; a named one never falls back.
-        stash: whether the forward pass may keep logits, so that the backward pass need not form
-            them again: 3 matrix products in all, not 4. Only "cpu" does, in fp32 and at most 64 MiB
-            (N = 4,096; beyond, nothing is kept), where gradients keep their bits. None or True:
-            where that is possible. False: never, the least memory.
+        stash: whether the forward pass may keep logits for the backward pass: 3 matrix products in
+            all, not 4, and the same bits. Only "cpu" does, at most 64 MiB (N = 4,096; beyond,
+            nothing is kept). None or True: where possible. False: never, the least memory.
     Returns:
         float32 (float64 for float64 input), nats: [] or, for "none", [N], half the sum of the two
         directions. N = 0 gives 0.
@@ -333,7 +297,7 @@ def _match(op, inputs, relation: pairs.Pairs, columns: bool, backend: str, stash
     if name == "reference":
         pairs.refuse_wrong(op, relation, len(y))
         with without_autocast(x.device.type):
-            return reference.matched(*inputs, *relation.arguments, columns=columns)
+            return reference.matched(*inputs, relation, columns)
     bias = [relation.key_bias] if relation.key_bias is not None else []
     keep = stash is not False and wants_gradient(*inputs, *bias)
     gap, mean, column_gap, column_mean, rows, by_column, _ = torch.ops.protoclip.matched(
@@ -409,11 +373,9 @@ def one_way(
     stash: bool | None = None,
     average: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """``contrastive`` of queries, keys and scale.
-
-    ``average``: over the ranks, of the weights by which a mean is divided."""
+    """``contrastive`` of queries, keys and scale; ``average``, over ranks, what divides a mean."""
     checks.reduction(op, reduction)
-    x, y, scale = checks.strip(op, "queries", inputs[0], "keys", inputs[1], inputs[2])
+    x, y, scale = checks.strip(op, ("queries", "keys"), *inputs)
     if weights is not None:
         checks.vector(op, "weights", weights, ANY_FLOAT, [(len(x),)], x.device)
         if weights.requires_grad:
@@ -465,9 +427,8 @@ def contrastive_parts(
     Several sets of keys, such as the batch and negatives of each query, are one by ``logaddexp`` of
     their log-sum-exps.
 
-    Args:
-        queries, keys, logit_scale, positives, query_ids, key_ids, same_id, exclude, key_bias,
-        backend, stash: as in ``contrastive``.
+    Args: those of ``contrastive``.
+
     Returns:
         Log-sum-exp over the keys that each query sees (-inf: none), also where positives is -100,
         and mean logit of its positives (0: none); float32 [N] (float64 for float64 input). Both
@@ -476,12 +437,12 @@ def contrastive_parts(
         ValueError, TypeError, NotImplementedError: as in ``contrastive``.
     """
     given = Given(positives, query_ids, key_ids, same_id, exclude, key_bias)
-    return parts("contrastive_parts", (queries, keys, logit_scale), given, backend, stash)
+    return one_way_parts("contrastive_parts", (queries, keys, logit_scale), given, backend, stash)
 
 
-def parts(op: str, inputs: tuple, given: Given, backend: str, stash: bool | None):
+def one_way_parts(op: str, inputs: tuple, given: Given, backend: str, stash: bool | None):
     """``contrastive_parts`` of queries, keys and scale."""
-    x, y, scale = checks.strip(op, "queries", inputs[0], "keys", inputs[1], inputs[2])
+    x, y, scale = checks.strip(op, ("queries", "keys"), *inputs)
     relation = pairs.pairs_of(op, x, len(y), given)
     gap, mean, *_ = _match(op, (x, y, scale), relation, False, backend, stash)
     return gap + mean, mean
@@ -507,8 +468,8 @@ def nt_xent(
     """
     x, y, scale = checks.pairs("nt_xent", views_a, views_b, logit_scale)
     both, own = torch.cat([x, y]), torch.arange(2 * len(x), device=x.device)
-    options: dict[str, Any] = {"positives": own.roll(len(x)), "exclude": own}
-    return contrastive(both, both, scale, **options, reduction=reduction, backend=backend)
+    given = Given(own.roll(len(x)), exclude=own)
+    return one_way("nt_xent", (both, both, scale), given, None, reduction, backend)
 
 
 def sup_con(
@@ -532,23 +493,16 @@ def sup_con(
     """
     checks.matrix("sup_con", "features", features, "[N, D]")
     itself = torch.arange(len(features), device=features.device)
-    options: dict[str, Any] = {"key_ids": labels, "query_ids": labels, "exclude": itself}
-    return contrastive(
-        features, features, logit_scale, same_id="positive", **options,
-        reduction=reduction, backend=backend,
-    )  # fmt: skip
+    given = Given(None, labels, labels, "positive", itself)
+    return one_way("sup_con", (features, features, logit_scale), given, None, reduction, backend)
 
 
 # The sigmoid loss. Its gradient needs no statistics of whole rows, so the fused backends form it in
 # the forward pass, where gradients are wanted: three products instead of four. The backward pass
 # scales it.
-def _sigmoid_fwd(
-    x: Tensor, y: Tensor, scale, bias, offset, gradients, backend,
-    query_ids=None, key_ids=None, same_positive=True,
-):  # fmt: skip
+def _sigmoid_fwd(x, y, scale, bias, offset, gradients, backend, *ids):
     """-> loss (sum) fp32 [], dx, dy in the inputs' dtypes ([0, D] without gradients), dscale and
     dbias fp32 []."""
-    ids = () if key_ids is None else (query_ids, key_ids, same_positive)
     run = implementation("siglip", backend, "sigmoid_loss")
     return run(x, y, scale, bias, offset, gradients, *ids)
 
@@ -624,22 +578,19 @@ def sigmoid_loss(
         Zhai et al. 2023 (SigLIP), equation 1.
     """
     op = "sigmoid_loss"
-    names = "image_features", "text_features"
-    x, y, scale = checks.strip(op, names[0], image_features, names[1], text_features, logit_scale)
-    n, m = len(x), len(y)
-    if offset < 0 or offset + n > m:
+    x, y, scale = checks.strip(op, checks.PAIR, image_features, text_features, logit_scale)
+    if offset < 0 or offset + len(x) > len(y):
         raise ValueError(
-            f"{op}: expected image i's text at row i + offset, got {n} images, {m} texts and "
-            f"offset {offset}"
+            f"{op}: expected image i's text at row i + offset, got {len(x)} images, {len(y)} texts "
+            f"and offset {offset}"
         )
     inputs = x, y, scale, checks.scalar(op, "logit_bias", logit_bias, x.device)
-    of_ids: tuple[Any, ...] = ()
-    if ids is not None:
-        relation = pairs.same_pairs(op, ids, same_id, x, m, offset)
-        of_ids = relation.query_ids, relation.key_ids, relation.same_positive
+    relation = None if ids is None else pairs.same_pairs(op, ids, same_id, x, len(y), offset)
     name = resolve("siglip", backend, x.device.type, x.dtype)
     if name == "reference":
         with without_autocast(x.device.type):
-            return reference.sigmoid_loss(*inputs, offset, *of_ids)
-    gradients = wants_gradient(*inputs)
-    return torch.ops.protoclip.sigmoid_loss(*inputs, offset, gradients, name, *of_ids)[0]
+            own = pairs.pairs_of(op, x, len(y), Given(first=offset))
+            return reference.sigmoid_loss(*inputs, relation or own)
+    told = () if relation is None else relation.of_ids
+    form = offset, wants_gradient(*inputs), name, *told
+    return torch.ops.protoclip.sigmoid_loss(*inputs, *form)[0]

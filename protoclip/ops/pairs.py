@@ -79,6 +79,11 @@ class Pairs:
         ids = self.query_ids, self.key_ids
         return self.own, self.exclude, *ids, self.key_bias, self.same_positive
 
+    @property
+    def of_ids(self) -> tuple[Any, ...]:
+        """What the sigmoid loss is told."""
+        return self.query_ids, self.key_ids, self.same_positive
+
 
 def pairs_of(op: str, queries: Tensor, m: int, given: Given) -> Pairs:
     """Check what is given about the queries [N, D] and M keys, and give it the backends' form."""

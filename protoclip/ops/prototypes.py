@@ -223,24 +223,16 @@ def _losses(
     labels = [bank.labels for bank in banks]
     hard = features.new_empty((0, features.shape[1]))
     targets = [hard if bank.targets is None else bank.targets for bank in banks]
-    prototypes = [bank.prototypes for bank in banks]
-    features, *rest = checks.promoted(features, *prototypes, *targets)
-    prototypes, targets = rest[: len(banks)], rest[len(banks) :]
+    features, *rest = checks.promoted(features, *(bank.prototypes for bank in banks), *targets)
+    sets = rest[: len(banks)], rest[len(banks) :], labels
     name = resolve(op, backend, features.device.type, features.dtype)
     if name == "reference":
-        rows, nearest = _reference(op, features, prototypes, targets, labels, scale)
+        with without_autocast(features.device.type):
+            found = [_reference(op, features, *bank, scale) for bank in zip(*sets, strict=True)]
+        rows, nearest = (torch.stack(results) for results in zip(*found, strict=True))
     else:
-        rows, _, nearest, *_ = torch.ops.protoclip.prototype_ce(
-            features,
-            prototypes,
-            targets,
-            labels,
-            scale,
-            wants_gradient(features, scale),
-            need_nearest,
-            name,
-            wants_gradient(scale),
-        )
+        wanted = wants_gradient(features, scale), need_nearest, name, wants_gradient(scale)
+        rows, _, nearest, *_ = torch.ops.protoclip.prototype_ce(features, *sets, scale, *wanted)
     counts = [(y != -100).sum() for y in labels]
     reduced = [reduce(row, reduction, count) for row, count in zip(rows, counts, strict=True)]
     return PrototypeLosses(torch.stack(reduced), nearest)
@@ -264,27 +256,14 @@ def _check_bank(op: str, features: Tensor, bank: Bank) -> None:
             raise ValueError(f"{op}: targets are constants, got one that requires grad; detach it")
 
 
-def _reference(
-    op: str,
-    h: Tensor,
-    prototypes: list[Tensor],
-    targets: list[Tensor],
-    labels: list[Tensor],
-    scale: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """-> losses [S, N], nearest [S, N]."""
-    may_read = h.device.type == "cpu" and not (torch.compiler.is_compiling() or in_transform())
-    rows, nearest = [], []
-    for c, m, y in zip(prototypes, targets, labels, strict=True):
-        if may_read:
-            checks.label_values(op, y, len(c))
-        with without_autocast(h.device.type):
-            soft = m if len(m) else None
-            rows.append(reference.prototype_cross_entropy(h, c, y, scale, soft))
-            with torch.no_grad():
-                logits = torch.sign(scale).to(h.dtype) * h @ c.T
-                nearest.append(logits.argmax(dim=1) if len(c) else torch.zeros_like(y))
-    return torch.stack(rows), torch.stack(nearest)
+def _reference(op: str, h: Tensor, c: Tensor, m: Tensor, y: Tensor, scale: Tensor):
+    """Of one bank -> losses [N], nearest [N]."""
+    if h.device.type == "cpu" and not (torch.compiler.is_compiling() or in_transform()):
+        checks.label_values(op, y, len(c))
+    loss = reference.prototype_cross_entropy(h, c, y, scale, m if len(m) else None)
+    with torch.no_grad():
+        logits = torch.sign(scale).to(h.dtype) * h @ c.T
+        return loss, logits.argmax(dim=1) if len(c) else torch.zeros_like(y)
 
 
 @torch.no_grad()
@@ -317,8 +296,7 @@ def soft_targets(
     if len(source_centroids) != len(prototypes) or here != there:
         raise ValueError(
             f"{op}: expected one prototype per source centroid, on one device, got "
-            f"source_centroids {tuple(source_centroids.shape)} on {here} and prototypes "
-            f"{tuple(prototypes.shape)} on {there}"
+            f"{len(prototypes)} on {there} and {len(source_centroids)} on {here}"
         )
     if not isinstance(temperature, (int, float)):
         kind = type(temperature).__name__

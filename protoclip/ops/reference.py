@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protoclip.ops import checks
+from protoclip.ops.pairs import Pairs
 
 _CHUNK_ELEMENTS = 1 << 24  # 128 MB of fp64 scores at a time
 
@@ -27,44 +28,33 @@ def info_nce(image_features: Tensor, text_features: Tensor, logit_scale: Tensor)
     return (image_to_text + text_to_image) / 2
 
 
-def relations(
-    logits: Tensor,
-    own: Tensor,
-    exclude: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    key_bias: Tensor | None,
-    same_positive: bool,
-) -> tuple[Tensor, Tensor]:
-    """The keys that each query sees and those that are its positives, bool as the logits [N, M],
-    from what ``pairs.Pairs`` holds."""
-    keys = torch.arange(logits.shape[1], device=own.device)
-    positive = keys == own[:, None]
+def relations(pairs: Pairs, num_keys: int) -> tuple[Tensor, Tensor]:
+    """The keys that each query sees and those that are its positives, bool [N, M] each."""
+    keys = torch.arange(num_keys, device=pairs.own.device)
+    positive = keys == pairs.own[:, None]
     seen = torch.ones_like(positive)
-    if query_ids is not None and key_ids is not None:
-        equal = query_ids[:, :, None] == key_ids[:, None, :]  # [R, N, M]
-        same = (equal & (query_ids >= 0)[:, :, None]).any(dim=0)
-        if same_positive:
+    if pairs.query_ids is not None and pairs.key_ids is not None:
+        equal = pairs.query_ids[:, :, None] == pairs.key_ids[:, None, :]  # [R, N, M]
+        same = (equal & (pairs.query_ids >= 0)[:, :, None]).any(dim=0)
+        if pairs.same_positive:
             positive = positive | same
         else:
             seen = positive | ~same
-    if exclude is not None:
-        seen = seen & (keys != exclude[:, None])
-    if key_bias is not None:
-        seen = seen & (key_bias != -torch.inf)
+    if pairs.exclude is not None:
+        seen = seen & (keys != pairs.exclude[:, None])
+    if pairs.key_bias is not None:
+        seen = seen & (pairs.key_bias != -torch.inf)
     return seen, positive & seen
 
 
-def matched(
-    x: Tensor, y: Tensor, scale: Tensor, own: Tensor, *rest, columns: bool = False
-) -> tuple[Tensor, ...]:
-    """[N, D], [M, D] and what ``relations`` takes -> gap, mean positive and count of positives of
-    each row, [N] each; with ``columns`` then of each column, [M]. gap = LSE over the keys seen -
-    mean positive, which is 0 where there is none."""
+def matched(x: Tensor, y: Tensor, scale: Tensor, pairs: Pairs, columns: bool) -> tuple[Tensor, ...]:
+    """[N, D], [M, D] -> gap, mean positive and count of positives of each row, [N] each; with
+    ``columns`` then of each column, [M]. gap = LSE over the keys seen - mean positive, which is 0
+    where there is none."""
     logits = _wide(scale).reshape(()) * (_wide(x) @ _wide(y).T)
-    if rest[3] is not None:
-        logits = logits + rest[3]
-    seen, positive = relations(logits, own, *rest)
+    if pairs.key_bias is not None:
+        logits = logits + pairs.key_bias
+    seen, positive = relations(pairs, len(y))
     found = _gaps(logits, seen, positive)
     return (*found, *_gaps(logits.T, seen.T, positive.T)) if columns else found
 
@@ -82,21 +72,11 @@ def _gaps(logits: Tensor, seen: Tensor, positive: Tensor) -> tuple[Tensor, Tenso
     return level.where(total != 0, -torch.inf), mean, count
 
 
-def sigmoid_loss(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    offset: int,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    same_positive: bool = True,
-) -> Tensor:
+def sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs) -> Tensor:
     """[N, D], [M, D], scalars -> []: sum of softplus(-z (scale x.y + bias)) over the pairs seen,
-    z = 1 at positives, such as j = i + offset, and -1 elsewhere."""
+    z = 1 at positives and -1 elsewhere."""
     logits = _wide(scale).reshape(()) * _wide(x) @ _wide(y).T + _wide(bias).reshape(())  # [N, M]
-    own = torch.arange(len(x), device=x.device) + offset
-    seen, positive = relations(logits, own, None, query_ids, key_ids, None, same_positive)
+    seen, positive = relations(pairs, len(y))
     # Not softplus, whose exponential overflows in fp32 from a logit of 89 on.
     losses = -F.logsigmoid(torch.where(positive, logits, -logits))
     return losses.where(seen, 0).sum()
