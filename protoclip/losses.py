@@ -46,7 +46,7 @@ from protoclip.ops.contrastive import (
     side_weights,
     sigmoid_loss,
 )
-from protoclip.ops.pairs import Given, Pairs, SameId, check_ids, same_pairs
+from protoclip.ops.pairs import Given, Pairs, SameId, check_ids, pairs_of
 from protoclip.prototypes import (
     IGNORE,
     Episode,
@@ -87,11 +87,11 @@ def global_info_nce(
     every = _all_ids(op, ids, x)
     kind = "info_nce" if ids is None else "contrastive"
     name = resolve(kind, backend, x.device.type, x.dtype)
+    given = Given(None, ids, every, same_id, first=first)
     if name == "reference":
-        given = Given(None, ids, every, same_id, first=first)
         images = one_way(op, (x, gathered_rows(y), scale), given, backend=name)
         return (images + one_way(op, (y, gathered_rows(x), scale), given, backend=name)) / 2
-    relation = None if every is None else same_pairs(op, every, same_id, x, len(every), first)
+    relation = None if every is None else pairs_of(op, x, len(every), given)
     rows, columns = _Strip.apply(x, y, scale, relation, name)
     return (rows + columns).mean() / 2
 
@@ -110,7 +110,6 @@ def global_contrastive(
     weights: Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
-    stash: bool | None = None,
 ) -> Tensor:
     """``contrastive`` of this rank's N queries against the keys of all W ranks.
 
@@ -125,18 +124,14 @@ def global_contrastive(
             ids and biases of all ranks' keys.
         reduction: "mean", over the queries of all ranks once ranks are averaged, whatever number
             of them counts on each; "sum" and "none": of this rank's queries.
-        logit_scale, same_id, backend, stash: as in ``contrastive``.
-    Returns:
-        float32 (float64 for float64 input), nats: [] or, for "none", [N].
-    Raises:
-        ValueError, TypeError, NotImplementedError: as in ``contrastive``.
+        logit_scale, same_id, backend: as in ``contrastive``, as are the result and errors.
     """
     op = "global_contrastive"
     given = Given(positives, query_ids, key_ids, same_id, exclude, key_bias)
     every, given = _keys_of_all_ranks(op, keys, given)
     average = mean_over_ranks if is_distributed() else None
     inputs = queries, every, logit_scale
-    return one_way(op, inputs, given, weights, reduction, backend, stash, average)
+    return one_way(op, inputs, given, weights, reduction, backend, average=average)
 
 
 def global_contrastive_parts(
@@ -151,19 +146,12 @@ def global_contrastive_parts(
     exclude: Tensor | None = None,
     key_bias: Tensor | None = None,
     backend: str = "auto",
-    stash: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``contrastive_parts`` of this rank's queries against the keys of all ranks.
-
-    Args: those of ``global_contrastive``.
-
-    Returns:
-        Log-sum-exp and mean positive of this rank's queries, [N] each.
-    """
+    """``contrastive_parts`` of this rank's queries, told as ``global_contrastive`` is."""
     op = "global_contrastive_parts"
     given = Given(positives, query_ids, key_ids, same_id, exclude, key_bias)
     every, given = _keys_of_all_ranks(op, keys, given)
-    return one_way_parts(op, (queries, every, logit_scale), given, backend, stash)
+    return one_way_parts(op, (queries, every, logit_scale), given, backend)
 
 
 def _keys_of_all_ranks(op: str, keys: Tensor, given: Given) -> tuple[Tensor, Given]:
@@ -216,7 +204,9 @@ def global_sigmoid_loss(
     if name == "reference":
         told: dict[str, Any] = {"ids": every, "same_id": same_id, "offset": first, "backend": name}
         return sigmoid_loss(x, gathered_rows(y), scale, bias, **told)
-    relation = None if every is None else same_pairs(op, every, same_id, x, len(every), first)
+    relation = None
+    if every is not None:
+        relation = pairs_of(op, x, len(every), Given(None, ids, every, same_id, first=first))
     return _Ring.apply(x, y, scale, bias, name, wants_gradient(x, y, scale, bias), relation)
 
 
@@ -280,8 +270,13 @@ class _Ring(torch.autograd.Function):
             coming = _pass_on(texts) if hop + 1 < world_size() else None
             # Row i's own text comes with the first chunk; the others hold negatives only.
             first = 0 if hop == 0 else len(y)
+            told: tuple[Any, ...] = ()
+            if relation is not None and relation.key_ids is not None:
+                at = (rank() + hop) % world_size() * len(y)
+                ids = relation.query_ids, relation.key_ids[:, at : at + len(y)]
+                told = *ids, relation.same_positive
             loss, dx, dy, *scalars = torch.ops.protoclip.sigmoid_loss(
-                x, texts, scale, bias, first, wanted, backend, *_chunk(relation, len(y), hop)
+                x, texts, scale, bias, first, wanted, backend, *told
             )
             found = [loss, *(t.to(loss.dtype) for t in (dx, *scalars))]
             totals = [a + b for a, b in zip(totals, found, strict=True)] if hop else found
@@ -304,15 +299,6 @@ class _Ring(torch.autograd.Function):
             for saved, (dtype, shape) in zip(ctx.saved_tensors, ctx.like, strict=True)
         ]
         return *grads, None, None, None
-
-
-def _chunk(relation: Pairs | None, size: int, hop: int) -> tuple[Any, ...]:
-    """What ``sigmoid_loss`` is told about the ids of the texts that come at a hop."""
-    if relation is None or relation.key_ids is None:
-        return ()
-    first = (rank() + hop) % world_size() * size
-    ids = relation.key_ids[:, first : first + size]
-    return relation.query_ids, ids, relation.same_positive
 
 
 def _pass_on(tensor: Tensor) -> Callable[[], Tensor]:
@@ -423,9 +409,8 @@ class ClipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The logits of both directions, whole: [N, M] each, M pairs of all ranks (N = M without
-        ``local_loss``). For subclasses written for OpenCLIP's class; ``forward`` never forms them.
-        """
+        """Whole, of both directions: [N, M] each, M pairs of all ranks (N = M without
+        ``local_loss``), for subclasses written for OpenCLIP's class."""
         x, y = checks.promoted(image_features, text_features)
         all_x, all_y = self._of_all_ranks(x), self._of_all_ranks(y)
         if not self.local_loss:
@@ -493,12 +478,8 @@ class ProtoConfig:
         16384, "newest pairs that are clustered, over all ranks", flag="proto-queue", low=2
     )
     k: int = option(0, "prototypes a modality; 0: a tenth of the queue", flag="proto-k")
-    every: int = option(
-        0, "steps between clusterings; 0: when the queue is renewed", flag="proto-every"
-    )
-    warmup: int = option(
-        0, "steps of InfoNCE alone, at least until the queue is full", flag="proto-warmup"
-    )
+    every: int = option(0, "steps between clusterings; 0: a queue's worth", flag="proto-every")
+    warmup: int = option(0, "steps of InfoNCE alone, or a full queue's", flag="proto-warmup")
     target_temperature: float = option(
         0.01, "of the soft targets; 0: hard labels", flag="proto-target-temperature"
     )
@@ -506,9 +487,7 @@ class ProtoConfig:
         0.0, "of the prototype logits; 0: the model's own logit scale", flag="proto-logit-scale"
     )
     kmeans_max_iter: int = option(20, "iterations of k-means", flag="proto-kmeans-max-iter", low=1)
-    pbt: bool = option(
-        True, "back translation; off: raw centroids of the other modality", flag="proto-PBT"
-    )
+    pbt: bool = option(True, "back translation; off: the other's centroids", flag="proto-PBT")
     seed: int = option(0, "of k-means' first centroids", flag="proto-seed", high=2**31)
 
     def __post_init__(self) -> None:
@@ -535,31 +514,23 @@ class ProtoClipLoss(ClipLoss):
     1 / world_size; the prototype loss follows it: their balance does not depend on the flags.
 
     Args:
-        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: ``ClipLoss``'s.
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, stash:
+            ``ClipLoss``'s.
         proto: settings of the prototypes.
         accum_freq: calls per optimiser step, each with all features of the step, as OpenCLIP's
             ``--accum-freq`` makes them.
     """
 
     def __init__(
-        self,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
-        *,
-        proto: ProtoConfig | None = None,
-        accum_freq: int = 1,
+        self, *args: Any, proto: ProtoConfig | None = None, accum_freq: int = 1, **kwargs: Any
     ) -> None:
-        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod)
+        super().__init__(*args, **kwargs)
         self.proto = proto or ProtoConfig()
         names = "kmeans_max_iter", "pbt", "target_temperature"
         of_online = EpisodeConfig(**{name: getattr(self.proto, name) for name in names})
         self.online = OnlinePrototypes(
-            PrototypeBuilder(of_online, dist.group.WORLD if world_size > 1 else None),
-            queue=-(-self.proto.queue // world_size),
+            PrototypeBuilder(of_online, dist.group.WORLD if self.world_size > 1 else None),
+            queue=-(-self.proto.queue // self.world_size),
             num_clusters=self.proto.num_clusters,
             every=self.proto.every,
             warmup=self.proto.warmup,
@@ -684,8 +655,8 @@ class ProtoLoss(nn.Module):
             if logit_bias is None:
                 terms["contrastive_loss"] = global_info_nce(*pairs, ids=ids)
             else:
-                total = global_sigmoid_loss(*pairs, logit_bias, ids=ids)
-                terms["contrastive_loss"] = total / len(index)
+                loss = global_sigmoid_loss(*pairs, logit_bias, ids=ids)
+                terms["contrastive_loss"] = loss / len(index)
         if episode is not None and projected is not None:
             features = {"image": projected.image, "text": projected.text}
             with self.measure("prototypes"):
@@ -772,13 +743,8 @@ def similarity_distillation(
 
     Row i compares sample i with the G - 1 others: teacher softmax_j(t_i . t_j / temperature),
     student softmax_j(scale h_i . h_j); the mean over this rank's rows and the two students, in
-    nats. Memory O(B G), unlike the other losses: it is a control.
-
-    Args:
-        projected: [B, Dh] each, unit rows, G = W B >= 3.
-        teacher: [B, d], any length.
-        scale: the multiplier of the prototype terms.
-        temperature: of the teacher, > 0.
+    nats. ``projected``: [B, Dh] each, unit rows, G = W B >= 3; ``teacher``: [B, d], any length.
+    Memory O(B G), unlike the other losses: it is a control.
     """
     t = F.normalize(teacher.float(), dim=1)
     target = F.log_softmax(_to_others(t) / temperature, dim=1)

@@ -22,9 +22,7 @@ def matrix(op: str, name: str, x: Tensor, letters: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: expected {name} {letters} as a Tensor, got {type(x).__name__}")
     if x.ndim != 2:
-        raise ValueError(
-            f"{op}: expected {name} of shape {letters}, got {tuple(x.shape)}; flatten or unsqueeze"
-        )
+        raise ValueError(f"{op}: expected {name} of shape {letters}, got {tuple(x.shape)}")
     if x.dtype not in ANY_FLOAT:
         raise TypeError(
             f"{op}: expected {name} in float32, bfloat16, float16 or float64, got {x.dtype}; "
@@ -125,10 +123,8 @@ def label_values(op: str, x: Tensor, count: int) -> None:
     wrong = ((x < 0) | (x >= count)) & (x != -100)
     if wrong.any():
         row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{op}: expected labels in [0, K) or -100, got {int(x[row])} at row {row} for K = "
-            f"{count}"
-        )
+        found = f"{int(x[row])} at row {row} for K = {count}"
+        raise ValueError(f"{op}: expected labels in [0, K) or -100, got {found}")
 
 
 def segments(op: str, used: int, num_segments: int) -> None:

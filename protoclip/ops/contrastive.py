@@ -179,7 +179,8 @@ def _matched_autograd(ctx, *grads):
     x, y, scale, *relation, bias, rows, columns, stash = ctx.saved_tensors
     if all(grad is None for grad in grads[:4]):
         return (None,) * 12
-    weights = side_weights(*grads[:2], rows), side_weights(*grads[2:4], columns)
+    gap, mean, column_gap, column_mean, *_ = grads
+    weights = side_weights(gap, mean, rows), side_weights(column_gap, column_mean, columns)
     dx, dy, dscale, dbias = torch.ops.protoclip.matched_bwd(
         x, y, scale, *relation, bias, ctx.same_positive, rows, columns, *weights, ctx.backend, stash
     )
@@ -278,8 +279,9 @@ def info_nce(
     checks.reduction(op, reduction)
     inputs = x, y, scale
     if ids is not None:
-        relation = pairs.same_pairs(op, ids, same_id, x, len(x))
-        row, _, _, column, *_ = _match(op, inputs, relation, True, backend, stash)
+        pairs.check_ids(op, "ids", ids, len(x), x.device)
+        given = Given(None, ids, ids, same_id)
+        row, _, _, column = _match(op, inputs, given, backend, stash, columns=True)
         return reduce((row + column) / 2, reduction, len(x))
     name = resolve(op, backend, x.device.type, x.dtype)
     if name == "reference":
@@ -290,22 +292,27 @@ def info_nce(
     return torch.ops.protoclip.contrastive(*inputs, 0, True, reduction, name, keep)[0]
 
 
-def _match(op, inputs, relation: pairs.Pairs, columns: bool, backend: str, stash: bool | None):
-    """-> gap, mean positive and count of positives of the rows, then those of the columns."""
+def _match(op: str, inputs, given: Given, backend: str, stash: bool | None, columns=False):
+    """-> gap, mean positive and whether it counts, of each row; then the gap of each column."""
     x, y, scale = inputs
+    relation = pairs.pairs_of(op, x, len(y), given)
     name = resolve("contrastive", backend, x.device.type, x.dtype)
     if name == "reference":
         pairs.refuse_wrong(op, relation, len(y))
         with without_autocast(x.device.type):
-            return reference.matched(*inputs, relation, columns)
-    bias = [relation.key_bias] if relation.key_bias is not None else []
-    keep = stash is not False and wants_gradient(*inputs, *bias)
-    gap, mean, column_gap, column_mean, rows, by_column, _ = torch.ops.protoclip.matched(
-        *inputs, *relation.arguments, columns, name, keep
-    )
+            gap, mean, count, *by_column = reference.matched(x, y, scale, relation, columns)
+    else:
+        bias = [relation.key_bias] if relation.key_bias is not None else []
+        keep = stash is not False and wants_gradient(*inputs, *bias)
+        told = *relation.arguments, columns, name, keep
+        gap, mean, *by_column, rows, _, _ = torch.ops.protoclip.matched(*inputs, *told)
+        count = rows[3]
+    counted = count > 0
+    if relation.left_out is not None:
+        counted = counted & ~relation.left_out
     if relation.wrong is not None:
-        gap = gap.masked_fill(relation.wrong, torch.nan)
-    return gap, mean, rows[3], column_gap, column_mean, by_column[3]
+        gap, counted = gap.masked_fill(relation.wrong, torch.nan), counted | relation.wrong
+    return gap, mean, counted, *by_column[: int(columns)]
 
 
 def contrastive(
@@ -392,13 +399,7 @@ def one_way(
         if fused:
             return loss
     else:
-        relation = pairs.pairs_of(op, x, len(y), given)
-        loss, _, count, *_ = _match(op, (x, y, scale), relation, False, backend, stash)
-        counted = count > 0
-        if relation.left_out is not None:
-            counted = counted & ~relation.left_out
-        if relation.wrong is not None:
-            counted = counted | relation.wrong
+        loss, _, counted = _match(op, (x, y, scale), given, backend, stash)
         loss, size = loss.where(counted, 0), counted.to(loss.dtype)
     if weights is not None:
         loss, size = loss * weights.to(loss.dtype), size * weights.to(loss.dtype)
@@ -431,8 +432,7 @@ def contrastive_parts(
 
     Returns:
         Log-sum-exp over the keys that each query sees (-inf: none), also where positives is -100,
-        and mean logit of its positives (0: none); float32 [N] (float64 for float64 input). Both
-        have gradients.
+        and mean logit of its positives (0: none); float32 [N] (float64 for float64 input).
     Raises:
         ValueError, TypeError, NotImplementedError: as in ``contrastive``.
     """
@@ -440,11 +440,10 @@ def contrastive_parts(
     return one_way_parts("contrastive_parts", (queries, keys, logit_scale), given, backend, stash)
 
 
-def one_way_parts(op: str, inputs: tuple, given: Given, backend: str, stash: bool | None):
+def one_way_parts(op: str, inputs: tuple, given: Given, backend: str, stash: bool | None = None):
     """``contrastive_parts`` of queries, keys and scale."""
-    x, y, scale = checks.strip(op, ("queries", "keys"), *inputs)
-    relation = pairs.pairs_of(op, x, len(y), given)
-    gap, mean, *_ = _match(op, (x, y, scale), relation, False, backend, stash)
+    checked = checks.strip(op, ("queries", "keys"), *inputs)
+    gap, mean, _ = _match(op, checked, given, backend, stash)
     return gap + mean, mean
 
 
@@ -571,9 +570,7 @@ def sigmoid_loss(
     Returns:
         float32 [] (float64 for float64 input), nats, the sum (SigLIP divides it by N).
     Raises:
-        ValueError: shapes or devices disagree, or the named backend cannot run.
-        TypeError: dtypes are not floating point.
-        NotImplementedError: forward-mode differentiation of a fused backend.
+        ValueError, TypeError, NotImplementedError: as in ``info_nce``.
     Source:
         Zhai et al. 2023 (SigLIP), equation 1.
     """
@@ -585,12 +582,14 @@ def sigmoid_loss(
             f"and offset {offset}"
         )
     inputs = x, y, scale, checks.scalar(op, "logit_bias", logit_bias, x.device)
-    relation = None if ids is None else pairs.same_pairs(op, ids, same_id, x, len(y), offset)
+    given = Given(first=offset)
+    if ids is not None:
+        pairs.check_ids(op, "ids", ids, len(y), x.device)
+        given = Given(None, ids[offset : offset + len(x)], ids, same_id, first=offset)
+    relation = pairs.pairs_of(op, x, len(y), given)
     name = resolve("siglip", backend, x.device.type, x.dtype)
     if name == "reference":
         with without_autocast(x.device.type):
-            own = pairs.pairs_of(op, x, len(y), Given(first=offset))
-            return reference.sigmoid_loss(*inputs, relation or own)
-    told = () if relation is None else relation.of_ids
-    form = offset, wants_gradient(*inputs), name, *told
-    return torch.ops.protoclip.sigmoid_loss(*inputs, *form)[0]
+            return reference.sigmoid_loss(*inputs, relation)
+    told = offset, wants_gradient(*inputs), name, relation.query_ids, relation.key_ids
+    return torch.ops.protoclip.sigmoid_loss(*inputs, *told, relation.same_positive)[0]

@@ -51,38 +51,22 @@ class Given:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What the backends are told about N queries and M keys.
+    """What the backends are told about N queries and M keys; None: nothing of the kind."""
 
-    Attributes:
-        own: position of each query's own key, int32 [N]; -1: it has none.
-        exclude: position of the key that a query never sees, int32 [N]; -1: none. Or None.
-        query_ids, key_ids: int32 [R, N], [R, M]: the same number >= 0 in any row is the same
-            thing. Or None.
-        key_bias: [M], or None.
-        same_positive: keys of the same id are positives; else they are not seen.
-        left_out: queries that have no loss, bool [N], or None.
-        wrong: queries with a position out of range, bool [N], or None.
-    """
-
-    own: Tensor
-    exclude: Tensor | None = None
-    query_ids: Tensor | None = None
-    key_ids: Tensor | None = None
-    key_bias: Tensor | None = None
-    same_positive: bool = False
-    left_out: Tensor | None = None
-    wrong: Tensor | None = None
+    own: Tensor  # int32 [N], position of each query's own key; -1: it has none
+    exclude: Tensor | None = None  # int32 [N], the key that a query never sees; -1: none
+    query_ids: Tensor | None = None  # int32 [R, N]; equal and >= 0 in any row is the same thing
+    key_ids: Tensor | None = None  # int32 [R, M]
+    key_bias: Tensor | None = None  # [M]
+    same_positive: bool = False  # keys of the same id are positives; else they are not seen
+    left_out: Tensor | None = None  # bool [N], queries that have no loss
+    wrong: Tensor | None = None  # bool [N], queries with a position out of range
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """In the order of the backends' functions."""
         ids = self.query_ids, self.key_ids
         return self.own, self.exclude, *ids, self.key_bias, self.same_positive
-
-    @property
-    def of_ids(self) -> tuple[Any, ...]:
-        """What the sigmoid loss is told."""
-        return self.query_ids, self.key_ids, self.same_positive
 
 
 def pairs_of(op: str, queries: Tensor, m: int, given: Given) -> Pairs:
@@ -119,16 +103,6 @@ def pairs_of(op: str, queries: Tensor, m: int, given: Given) -> Pairs:
     if own is None:
         own = torch.full((n,), -1, device=device)
     return Pairs(own.int(), exclude, *codes, bias, same_positive, left_out, wrong)
-
-
-def same_pairs(
-    op: str, ids: Tensor, same_id: SameId, features: Tensor, m: int, first: int = 0
-) -> Pairs:
-    """Row i of the features has key first + i of M as its own; ids are the keys', int64 [M] or
-    [M, R]."""
-    check_ids(op, "ids", ids, m, features.device)
-    own = ids[first : first + len(features)]
-    return pairs_of(op, features, m, Given(None, own, ids, same_id, first=first))
 
 
 def refuse_wrong(op: str, pairs: Pairs, num_keys: int) -> None:
