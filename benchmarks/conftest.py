@@ -104,31 +104,6 @@ def sizes(request) -> str:
     return request.config.getoption("--sizes")
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    report = yield
-    record = getattr(item.config.stash[SESSION], "record", None)
-    name = item.nodeid.split("/")[-1]
-    if record is not None:
-        if report.skipped and call.excinfo is not None:
-            record.refuse("skipped", name, str(call.excinfo.value))
-        elif report.failed:
-            record.refuse("failed", name, str(call.excinfo.value).split("\n")[0][:300])
-        elif report.when == "call":
-            record.done(name)
-    return report
-
-
 def pytest_report_teststatus(report):
     if report.passed and report.when == "call":
         return "passed", "", "PASSED"  # its line is the sign of life
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    running = config.stash[SESSION]
-    if lines := harness.ratios(running.rows):
-        terminalreporter.section("each peer's time as a multiple of ours")
-        for text in lines:
-            terminalreporter.write_line(text)
-    if running.rows and running.record_path is not None:
-        terminalreporter.write_line(f"record: {running.record_path}")

@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from benchmarks.machine import DEVICE, DTYPES, card_state, ceilings, describe, sync
-from benchmarks.records import Record, Row
-from benchmarks.report import OURS, cases, label, sizes
+from benchmarks.records import Record
+from benchmarks.report import OURS
 from benchmarks.roofline import Work
 
 SLOW = 5.0  # seconds; beyond, one round is timed
@@ -155,22 +155,6 @@ def line(row: dict[str, Any], case: Case) -> str:
         f"{row['p80_ms']:.3f}] min {row['min_ms']:.3f} | {row['rate']:.3f} {unit} "
         f"({row['share']:.0%} of {of}) | {memory}{ratio}{note}"
     )
-
-
-def ratios(rows: list[Row]) -> list[str]:
-    """One line a case: every peer's time as a multiple of ours."""
-    lines = []
-    for group in cases(rows):
-        listed = [
-            f"{row['variant']} {row['ratio']:.2f}x" + (" (faster than ours)" * (row["ratio"] < 1))
-            for row in group
-            if row["ratio"] is not None
-        ]
-        if listed:
-            lines.append(
-                f"{label(group[0])} {sizes(group[0])} {group[0]['dtype']}: {', '.join(listed)}"
-            )
-    return lines
 
 
 class _Clock:

@@ -98,37 +98,41 @@ def time_beside_clip(runs: Runs, row: str) -> str:
     return mean([a / b for a, b in pairs if a and b], ".2f") + "×"
 
 
-def primary_table(runs: Runs, floors: Runs) -> str:
-    """Values of the primary metrics and their differences to CLIP."""
-    tested, lines = tests(runs), []
-    for row, own in runs.items():
-        first = next(iter(own.values()))
-        line = [row, str(len(own)), f"{first['lr']:g}, {first['epochs']:g}"]
-        line.append(time_beside_clip(runs, row))
-        for key in PRIMARY:
-            found = tested.get((row, CLIP, key))
-            line.append(mean([*values(runs, row, key).values()]))
-            line.append(found[0].text(found[1]) if found else "–")
-        lines.append(line)
-    for row, own in floors.items():
-        line = [f"*{row}*", str(len(own)), "–", "–"]
-        for key in PRIMARY:
-            line += [mean([*values(floors, row, key).values()]), "–"]
-        lines.append(line)
-    heads = [head for name in PRIMARY.values() for head in (name, f"{name}, minus CLIP's")]
-    return table(["", "seeds", "lr, epochs", "CPU time", *heads], lines)
+def scores(runs: Runs, floors: Runs, metrics: Mapping[str, str], words: Any) -> str:
+    """CLIP's and the floors' values, the other rows' differences to CLIP.
 
-
-def secondary_table(runs: Runs, floors: Runs) -> str:
-    """CLIP's and the floors' values, the others' differences to CLIP, not corrected."""
+    ``words``: (row, metric) -> a difference in words; None: none.
+    """
     lines = []
     for row in (*runs, *floors):
-        own, line = runs if row in runs else floors, [row if row in runs else f"*{row}*"]
-        for key in SECONDARY:
-            found = difference(runs, row, CLIP, key)
-            line.append(found.text() if found else mean([*values(own, row, key).values()]))
+        own, line = (runs, [row]) if row in runs else (floors, [f"*{row}*"])
+        first = next(iter(own[row].values()))
+        setting = f"{first['lr']:g}, {first['epochs']:g}" if own is runs else "–"
+        line += [str(len(own[row])), setting, time_beside_clip(runs, row)]
+        for key in metrics:
+            plain = mean([*values(own, row, key).values()])
+            line.append((own is runs and words(row, key)) or plain)
         lines.append(line)
-    return table(["", *SECONDARY.values()], lines)
+    head = ["", "seeds", "lr, epochs", "CPU time", *metrics.values()]
+    return table(head, lines)
+
+
+def primary(runs: Runs, floors: Runs) -> str:
+    """The primary metrics, p corrected."""
+    tested = tests(runs)
+    known = {(row, key): found.text(p) for (row, other, key), (found, p) in tested.items()
+             if other == CLIP}  # fmt: skip
+    return scores(runs, floors, PRIMARY, lambda *asked: known.get(asked))
+
+
+def secondary(runs: Runs, floors: Runs) -> str:
+    """The other metrics, not corrected."""
+
+    def words(row: str, key: str) -> str | None:
+        found = difference(runs, row, CLIP, key)
+        return found and found.text()
+
+    return scores(runs, floors, SECONDARY, words)
 
 
 def mean_curve(own: Mapping[int, Run]) -> list[list[float]]:
@@ -152,15 +156,10 @@ def reached(curve: Sequence[Sequence[float]], metric: int, goal: float, axis: in
 
 
 def curve_words(runs: Runs) -> str:
-    """The curves as a table, and how much of CLIP's cost ProtoCLIP needs for CLIP's quality."""
+    """How much of CLIP's cost ProtoCLIP needs for CLIP's quality, from the mean curves."""
     curves = {row: mean_curve(runs[row]) for row in (CLIP, PROTO) if row in runs}
     if len(curves) < 2 or not all(curves.values()):
         return ""
-    lines = [
-        [row, f"{samples:,.0f}", f"{seconds:.0f}", f"{knn:.3f}", f"{ami:.3f}"]
-        for row, curve in curves.items()
-        for samples, seconds, knn, ami in curve
-    ]
     words = []
     for metric, name in ((2, "k-NN"), (3, "AMI")):
         end = curves[CLIP][-1]
@@ -169,9 +168,7 @@ def curve_words(runs: Runs) -> str:
             found = reached(curves[PROTO], metric, end[metric], axis)
             costs.append("never" if found is None else f"{found / end[axis]:.2f} of its {unit}")
         words.append(f"CLIP's final {name}: ProtoCLIP reaches it after {', '.join(costs)}.")
-    head = ["mean over seeds", "samples", "CPU seconds", "k-NN", "AMI"]
-    claim = "The paper claims the same quality in a third of the time (0.33). "
-    return f"{table(head, lines)}\n\n{claim}{' '.join(words)}"
+    return f"The paper claims CLIP's quality in a third of the time (0.33). {' '.join(words)}"
 
 
 def cluster_table(runs: Runs) -> str:
@@ -247,7 +244,7 @@ def section(found: Sequence[Run], wanted: Mapping[str, Mapping[str, int]], floor
             parts.append(f"`{data}`: no run is finished yet.")
             continue
         parts += [f"### `{data}`", f"ProtoCLIP:\n\n{conclusions(runs, rows)}"]
-        parts += [primary_table(runs, low), secondary_table(runs, low)]
+        parts += [primary(runs, low), secondary(runs, low)]
         if number == 0:
             parts += [curve_words(runs), cluster_table(runs)]
     return "\n\n".join(filter(None, parts))

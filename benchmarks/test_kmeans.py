@@ -181,9 +181,7 @@ def _superkmeans(x: Tensor, start: Tensor) -> Tensor:
 
 
 def _flash_kmeans(x: Tensor, start: Tensor) -> Tensor:
-    run = peers.optional("flash_kmeans", "batch_kmeans_Euclid")
-    if DEVICE == "cpu":
-        pytest.skip("flash-kmeans runs on GPUs only")
+    run = peers.on_a_gpu("flash_kmeans", "batch_kmeans_Euclid")
     # It stops at movement < tol: below zero runs all iterations. It overwrites the start.
     _, centroids, _ = run(x[None], len(start), ITERATIONS, -1.0, start[None].clone())
     return centroids[0].float()

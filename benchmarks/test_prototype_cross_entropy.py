@@ -2,7 +2,8 @@
 
 Parity with fp64 is asserted before a variant is timed. Rates count two products for every variant
 (the useful work of a pass that gives loss and gradient), so they compare as times do. Targets are
-soft, of temperature 0.01; the last rows take hard ones, and sweep over K.
+soft, of temperature 0.01; the last rows take hard ones, and sweep over K. The table of soft targets
+itself stands below.
 """
 
 from functools import cache, partial
@@ -140,6 +141,8 @@ def _rows(sizes):
 
 
 def pytest_generate_tests(metafunc):
+    if metafunc.function is not test_prototype_cross_entropy:
+        return
     rows = _rows(metafunc.config.getoption("--sizes"))
     names = [
         "N{}-K{}-D{}".format(*shape) + f"-{dtype}-{name}-{'soft' if soft else 'hard'}"
@@ -158,3 +161,26 @@ def test_prototype_cross_entropy(bench, shape, dtype, variant, soft, sweep):
     case = Case("prototype_cross_entropy", letters, dtype, work, phase, sweep)
     rival = None if peers.is_ours(variant) else partial(_autograd(ours), *inputs)
     bench.time(case, variant, partial(run, *inputs), rival=rival)
+
+
+def _softmax_product(source, prototypes, temperature):
+    return torch.softmax(source @ source.T / temperature, dim=1) @ prototypes
+
+
+@pytest.mark.parametrize("variant", [*peers.ours("soft_targets"), "softmax"])
+def test_soft_targets(bench, variant):
+    k, source_d, d = {"tiny": (64, 24, 16)}.get(bench.sizes, (2000, 384, 128))
+    torch.manual_seed(0)
+    source, prototypes = (torch.randn(k, size, device=DEVICE) for size in (source_d, d))
+    source, prototypes = (F.normalize(x, dim=1) for x in (source, prototypes))
+    run = _softmax_product
+    if peers.is_ours(variant):
+        run = partial(protoclip.soft_targets, backend=peers.backend("soft_targets", variant))
+    truth = _softmax_product(source.double(), prototypes.double(), 0.01).float()
+    torch.testing.assert_close(run(source, prototypes, 0.01), truth, rtol=1e-3, atol=1e-4)
+    work = roofline.soft_targets(k, source_d, d)
+    case = Case("soft_targets", {"K": k, "D'": source_d, "D": d}, "fp32", work)
+    rival = None
+    if not peers.is_ours(variant):
+        rival = partial(protoclip.soft_targets, source, prototypes, 0.01)
+    bench.time(case, variant, lambda: run(source, prototypes, 0.01), rival=rival)
