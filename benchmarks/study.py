@@ -47,7 +47,7 @@ from benchmarks.study_report import CLIP, EQUAL_TIME, PAGE, PROTO, write_report
 from protoclip import train
 from protoclip.commands import TASKS, train_parser
 from protoclip.config import TrainConfig, parse
-from protoclip.data import DataError, EpochOrder, Labels, PairDataset, Subset, open_dataset
+from protoclip.data import DataError, EpochOrder, PairDataset, Subset, open_dataset
 from protoclip.data.types import heldout_mask
 from protoclip.evaluate.datasets import EMOJI_TEMPLATES, Layout
 from protoclip.evaluate.tasks import (
@@ -65,7 +65,7 @@ from protoclip.teacher import MINILM, load_teacher
 
 RESULTS = Path(__file__).parent / "results" / "study"
 EMOJI, CLIP_ART = "builtin:emoji", "builtin:openclipart"
-STYLES = {"Twemoji": "all", "Noto": "noto", "OpenMoji": "openmoji"}  # splits of builtin:emoji
+STYLES = ("twemoji", "noto", "openmoji")
 DEVELOPMENT_PERCENT, DEVELOPMENT_SEED, TEST_PERCENT = 15, 20261126, 40
 TRAIN, TEST, DEVELOPMENT = range(3)
 CPU = torch.device("cpu")
@@ -138,93 +138,48 @@ Done = dict[str, dict[str, Any]]  # finished runs by key
 # Data
 
 
-class Joined:
-    """Data sets one after the other; labels are those that the metrics read."""
-
-    def __init__(self, parts: Mapping[str, PairDataset]) -> None:
-        self.name = " and ".join(parts)
-        self.places = [(part, i) for part in parts.values() for i in range(len(part))]
-        self.keys = [f"{style} {key}" for style, part in parts.items() for key in part.keys]
-        sets = list(parts.values())
-        self.labels = {
-            name: Labels(torch.cat([own.labels[name].ids for own in sets]), known.names)
-            for name, known in sets[0].labels.items()
-            if name in ("group", "subgroup")
-        }
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def image(self, i: int) -> Any:
-        part, place = self.places[i]
-        return part.image(place)
-
-    def captions(self, i: int) -> tuple[str, ...]:
-        part, place = self.places[i]
-        return part.captions(place)
-
-
 @dataclass(frozen=True)
 class Split:
     """What a seed trains on and is judged on."""
 
-    train: Joined
-    judged: Mapping[str, Joined]  # "new", and "seen" where there are several styles
-    style: str  # the one left out
+    train: PairDataset
+    judged: Mapping[str, PairDataset]  # "new", and "seen" where there are several styles
 
 
-def parts(labels: Mapping[str, Labels], seed: int) -> np.ndarray:
-    """``TRAIN``, ``TEST`` or ``DEVELOPMENT`` of each pair, whole families alike: int64 [N]."""
-    groups = labels["group"].ids.numpy()
-    family = labels["family"].ids.numpy() if "family" in labels else np.arange(len(groups))
+def parts(dataset: PairDataset, seed: int) -> dict[str, int]:
+    """``TRAIN``, ``TEST`` or ``DEVELOPMENT`` by key, whole families alike."""
+    groups = dataset.labels["group"].ids.numpy()
+    families = getattr(dataset, "families", None)
+    family = np.arange(len(groups)) if families is None else families.ids.numpy()
     known, first, place = np.unique(family, return_index=True, return_inverse=True)
     part, groups = np.full(len(known), TRAIN), groups[first]
     away = heldout_mask(len(known), groups, DEVELOPMENT_SEED, DEVELOPMENT_PERCENT)
     rest = np.flatnonzero(~away)
     part[away] = DEVELOPMENT
     part[rest[heldout_mask(len(rest), groups[rest], seed, TEST_PERCENT)]] = TEST
-    return part[place]
-
-
-def styles(data: str) -> dict[str, PairDataset]:
-    """The data set in each style that is installed.
-
-    Raises:
-        ValueError: a single style of the emoji.
-    """
-    if data != EMOJI:
-        return {data: open_dataset(data)}
-    found, missing = {}, []
-    for name, split in STYLES.items():
-        try:
-            found[name] = open_dataset(data, split)
-        except DataError as error:
-            missing.append(str(error))
-    if len(found) < 2:
-        raise ValueError(f"the study needs a second style of emoji: {'; '.join(missing)}")
-    return found
+    return dict(zip(dataset.keys, part[place].tolist(), strict=True))
 
 
 def open_split(data: str, seed: int, *, tuning: bool = False, pictures: int = 0) -> Split:
-    """The split of a seed, judged on the test families, or those of development."""
-    drawn = styles(data)
-    names, whole = list(drawn), next(iter(drawn.values()))
-    of_key = dict(zip(whole.keys, parts(whole.labels, seed).tolist(), strict=True))
-    out = names[seed % len(names)]
-    seen = [name for name in names if name != out] or names
+    """The split of a seed, judged on the test families, or those of development.
 
-    def joined(chosen: Sequence[str], part: int) -> Joined:
-        found = {}
-        for name in chosen:
-            rows = [i for i, key in enumerate(drawn[name].keys) if of_key.get(key) == part]
-            some = rows[:: max(1, len(rows) * len(chosen) // pictures)] if pictures else rows
-            found[name] = Subset(drawn[name], some)
-        return Joined(found)
+    Raises:
+        DataError: a style of the emoji that is not installed.
+    """
+    part_of = parts(open_dataset(data), seed)
 
-    judged = {"new": joined([out], DEVELOPMENT if tuning else TEST)}
-    if len(names) > 1:
-        judged["seen"] = joined(seen, DEVELOPMENT if tuning else TEST)
-    return Split(joined(seen, TRAIN), judged, out)
+    def subset(spec: str, part: int) -> Subset:
+        whole = open_dataset(spec)
+        rows = [i for i, key in enumerate(whole.keys) if part_of[key.rpartition("/")[2]] == part]
+        return Subset(whole, rows[:: max(1, len(rows) // pictures)] if pictures else rows)
+
+    judged = DEVELOPMENT if tuning else TEST
+    if data != EMOJI:
+        return Split(subset(data, TRAIN), {"new": subset(data, judged)})
+    new = STYLES[seed % len(STYLES)]
+    seen = f"{EMOJI}:{'+'.join(style for style in STYLES if style != new)}"
+    judged_sets = {"new": subset(f"{EMOJI}:{new}", judged), "seen": subset(seen, judged)}
+    return Split(subset(seen, TRAIN), judged_sets)
 
 
 # One run
@@ -284,7 +239,7 @@ def run(task: Task, size: Size) -> dict[str, Any]:
     split = open_split(task.data, task.seed, tuning=task.stage == "tune", pictures=size.pictures)
     found = floor(task, split) if task.stage == "floor" else trained(task, size, split)
     counts = {name: len(one) for name, one in split.judged.items()}
-    return asdict(task) | found | {"left_out": split.style, "train": len(split.train), **counts}
+    return asdict(task) | found | {"train": len(split.train), **counts}
 
 
 def floor(task: Task, split: Split) -> dict[str, Any]:
@@ -296,7 +251,9 @@ def floor(task: Task, split: Split) -> dict[str, Any]:
         return {
             "metrics": {
                 name: {
-                    "group/knn_acc1": float((one.labels["group"].ids == common).float().mean()),
+                    "group/knn_acc1": round(
+                        float((one.labels["group"].ids == common).float().mean()), 5
+                    ),
                     "group/ami": 0.0,
                 }
                 for name, one in split.judged.items()

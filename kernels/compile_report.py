@@ -64,6 +64,7 @@ def cases() -> Iterator[Case]:
         for dtype, depth in (("bf16", 128), ("bf16", 512), ("fp32", 512), ("fp16", 43)):
             yield Case("info_nce", "large", arch, dtype, depth)
             yield Case("sigmoid", "gradients", arch, dtype, depth)
+        yield Case("sigmoid", "ids", arch, "bf16", 512)
         for form, dtype in (("ids", "bf16"), ("ids", "fp32"), ("own", "fp16")):
             yield Case("matched", form, arch, dtype, 43 if dtype == "fp16" else 512)
         for depth in (64, 128, 256, 512):
@@ -100,7 +101,8 @@ def call(case: Case) -> None:
         weights = torch.ones(2, rows.shape[1]), torch.ones(2, columns.shape[1])
         matched.matched_bwd(x, y, one, *relation, rows, columns, *weights)
     elif op == "sigmoid":
-        siglip.sigmoid_loss(*case.features(512, 512), one, one, 0, form == "gradients")
+        ids = [torch.zeros(2, 512, dtype=torch.int32)] * 2 if form == "ids" else []
+        siglip.sigmoid_loss(*case.features(512, 512), one, one, 0, form != "loss", *ids)
     elif op == "prototypes":  # one bank; or two with all that can be asked for
         h, c, m = case.features(256, 2048, 2048)
         labels, two = torch.zeros(256, dtype=torch.int64), form == "banks"

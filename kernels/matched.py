@@ -19,7 +19,7 @@ from torch import Tensor
 
 from protoclip.kernels import launch, waves
 from protoclip.kernels.info_nce import exponential
-from protoclip.kernels.tiles import LOG2E, operands, products, tile_origin
+from protoclip.kernels.tiles import LOG2E, operands, products, tile_origin, with_ids
 from protoclip.kernels.waves import store_gradient
 
 PARTIAL_BYTES = 64 << 20
@@ -34,18 +34,10 @@ def _logits(
     """-> base-2 logits of a tile, the keys seen, and the positives."""
     s = acc * c
     own = tl.load(own_ptr + row)
-    positive = own[:, None] == col[None, :]
-    seen = inside
-    if IDS > 0:
-        same = tl.load(query_ptr + row)[:, None] == tl.load(key_ptr + col)[None, :]
-        if IDS > 1:
-            query = tl.load(query_ptr + stride_query + row)
-            key = tl.load(key_ptr + stride_key + col)
-            same = same | (query[:, None] == key[None, :])
-        if SAME_POSITIVE:
-            positive = positive | same
-        else:
-            seen = seen & (positive | (same == 0))
+    positive, seen = with_ids(
+        own[:, None] == col[None, :], inside, query_ptr, key_ptr, row, col,
+        stride_query, stride_key, IDS, SAME_POSITIVE,
+    )  # fmt: skip
     if exclude_ptr is not None:
         seen = seen & (tl.load(exclude_ptr + row)[:, None] != col[None, :])
     if bias_ptr is not None:

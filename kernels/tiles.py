@@ -80,6 +80,28 @@ def products(
     return acc
 
 
+@triton.jit
+def with_ids(
+    positive, seen, query_ptr, key_ptr, row, col, stride_query, stride_key,
+    IDS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
+):  # fmt: skip
+    """-> the positives and the pairs seen of a tile where pairs with an equal id, in one of IDS
+    columns, are positives too, or else are not seen unless they are positives."""
+    if IDS > 0:
+        same = tl.load(query_ptr + row)[:, None] == tl.load(key_ptr + col)[None, :]
+        if IDS > 1:
+            query, key = (
+                tl.load(query_ptr + stride_query + row),
+                tl.load(key_ptr + stride_key + col),
+            )
+            same = same | (query[:, None] == key[None, :])
+        if SAME_POSITIVE:
+            positive = positive | same
+        else:
+            seen = seen & (positive | (same == 0))
+    return positive, seen
+
+
 def operands(x: Tensor, y: Tensor, launch: Launch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """-> x and y for whole tiles, x and y for strips, and the keyword arguments of a kernel."""
     descriptors = launch.descriptors and aligned(x) and aligned(y)
