@@ -49,7 +49,7 @@ def pytest_configure(config):
 
 
 # What a reader asks first, where the sizes hold it; else an op's first case.
-HEADLINES = ("[both-N32768-D512-bf16", "[N4096-K20000-D128-bf16", "[200000x20000x128-bf16")
+HEADLINES = ("[info_nce-both-N32768-D512-bf16", "[N4096-K20000-D128-bf16", "[200000x20000x128-bf16")
 
 
 VARIANT = ("variant", "name")  # the parameters that say whose
@@ -62,8 +62,9 @@ def _params(item) -> dict:
 def pytest_collection_modifyitems(config, items):
     """By value: a headline case of each op, ours and then its peers; the rest; the sweeps."""
     rank = {}
-    for function in dict.fromkeys(item.originalname for item in items):
-        group = [item for item in items if item.originalname == function]
+    ops = [(item.originalname, str(_params(item).get("case")).split(",")[0]) for item in items]
+    for op in dict.fromkeys(ops):
+        group = [item for item, own in zip(items, ops, strict=True) if own == op]
         cases = [{k: v for k, v in _params(item).items() if k not in VARIANT} for item in group]
         named = [any(h in item.name for h in HEADLINES) for item in group]
         for item, case, is_named in zip(group, cases, named, strict=True):

@@ -52,7 +52,6 @@ class Session:
     note: str = ""
     deadline: float | None = None
     say: Callable[[str], None] = print
-    rows: list[dict[str, Any]] = field(default_factory=list)
     record: Record = field(init=False)
     ceilings: dict[str, float] = field(init=False)
 
@@ -137,7 +136,6 @@ class Bench:
         row["ratio"] = float(middle / np.median(ours)) if ours else None
         row |= {"card": card_state()}
         row = {key: float(f"{v:.5g}") if isinstance(v, float) else v for key, v in row.items()}
-        self.session.rows.append(row)
         self.session.record.add(row)
         self.session.say(line(row, case))
         self.benchmark.extra_info.update(row)

@@ -20,8 +20,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGES = (
     "torch", "triton", "numpy", "open_clip_torch", "faiss-cpu", "scikit-learn", "scipy",
-    "cut-cross-entropy", "liger-kernel", "memeff", "siglip-kernel", "flash-kmeans", "fastkmeans",
-    "superkmeans", "faiss-gpu-cu12",
+    "cut-cross-entropy", "liger-kernel", "memeff", "siglip-kernel", "flash-kmeans",
+    "faiss-gpu-cu12",
 )  # fmt: skip
 SOURCES = ("protoclip", "kernels", "csrc")
 

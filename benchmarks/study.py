@@ -66,7 +66,7 @@ from protoclip.teacher import MINILM, load_teacher
 RESULTS = Path(__file__).parent / "results" / "study"
 EMOJI, CLIP_ART = "builtin:emoji", "builtin:openclipart"
 STYLES = ("twemoji", "noto", "openmoji")
-DEVELOPMENT_PERCENT, DEVELOPMENT_SEED, TEST_PERCENT = 15, 20261126, 40
+DEVELOPMENT_PERCENT, DEVELOPMENT_SEED, TEST_PERCENT = 15, 20261126, 45
 TRAIN, TEST, DEVELOPMENT = range(3)
 CPU = torch.device("cpu")
 
@@ -170,7 +170,8 @@ def open_split(data: str, seed: int, *, tuning: bool = False, pictures: int = 0)
 
     def subset(spec: str, part: int) -> Subset:
         whole = open_dataset(spec)
-        rows = [i for i, key in enumerate(whole.keys) if part_of[key.rpartition("/")[2]] == part]
+        own = [key.rpartition("/")[2] if data == EMOJI else key for key in whole.keys]
+        rows = [i for i, key in enumerate(own) if part_of[key] == part]
         return Subset(whole, rows[:: max(1, len(rows) // pictures)] if pictures else rows)
 
     judged = DEVELOPMENT if tuning else TEST

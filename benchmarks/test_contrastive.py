@@ -176,7 +176,7 @@ CASES = {
         lambda x, y, s, b, ids, **o: (
             protoclip.ops.sigmoid_loss(x, y, s, 0 * s.detach(), ids=ids, **o) / len(x)
         ),
-        "siglip with ids",
+        "siglip",
     ),
 }
 ONE_PASS = {"linear_cross_entropy", "liger"}  # their forward makes the gradients
@@ -238,17 +238,23 @@ def step(loss, phase):
     return run, prepare
 
 
-def _info_nce_rows(sizes):
+def _rows(sizes):
     """case, phase, (N, D), dtype, variant, sweep"""
-    variants = [*peers.ours("info_nce"), *CASES["info_nce"].peers]
     rows = [
         ("info_nce", phase, shape, dtype, variant, None)
         for shape in SIZES[sizes]
         for phase in ("forward", "backward", "both")
         if phase == "both" or shape == APART[sizes]
         for dtype in ("fp32", "bf16")
-        for variant in variants
+        for variant in (*peers.ours("info_nce"), *CASES["info_nce"].peers)
         if phase == "both" or variant not in ONE_PASS
+    ]
+    rows += [
+        (case, "both", OTHERS[sizes], dtype, variant, None)
+        for case, loss in CASES.items()
+        if case != "info_nce"
+        for dtype in ("fp32", "bf16")
+        for variant in (*peers.ours(loss.table), *loss.peers)
     ]
     d = 16 if sizes == "tiny" else 128 if DEVICE == "cpu" else 512
     # Compiling takes longer than the quick sweep.
@@ -261,58 +267,28 @@ def _info_nce_rows(sizes):
     return rows
 
 
-def _other_rows(sizes, siglip):
-    shape = OTHERS[sizes]
-    if siglip and DEVICE == "cuda" and sizes != "tiny":
-        shape = (16384, 512)
-    return [
-        (case, "both", shape, dtype, variant, None)
-        for case, loss in CASES.items()
-        if case != "info_nce" and (case == "siglip") == siglip
-        for dtype in ("fp32", "bf16")
-        for variant in (*peers.ours(loss.table), *loss.peers)
-    ]
-
-
 def pytest_generate_tests(metafunc):
-    sizes = metafunc.config.getoption("--sizes")
-    siglip = metafunc.function is test_siglip
-    plain = metafunc.function is test_info_nce
-    rows = _info_nce_rows(sizes) if plain else _other_rows(sizes, siglip)
+    rows = _rows(metafunc.config.getoption("--sizes"))
     names = [
-        f"{sweep or ''}{phase}-N{n}-D{d}-{dtype}-{variant}"
-        if "contrastive" not in case
-        else f"{case[13:]}-{dtype}-{variant}".replace(" ", "_")
+        f"{sweep or ''}{case}-{phase}-N{n}-D{d}-{dtype}-{variant}".replace(" ", "_")
         for case, phase, (n, d), dtype, variant, sweep in rows
     ]
     metafunc.parametrize(("case", "phase", "shape", "dtype", "variant", "sweep"), rows, ids=names)
 
 
-def _measure(bench, case, phase, shape, dtype, variant, sweep):
-    loss = partial(CASES[case].ours)
+def test_contrastive(bench, case, phase, shape, dtype, variant, sweep):
+    own = CASES[case]
     if peers.is_ours(variant):
-        loss = partial(loss, backend=peers.backend(CASES[case].table, variant))
+        loss = partial(own.ours, backend=peers.backend(own.table, variant))
     else:
-        loss = lambda x, y, s, b, ids: CASES[case].peers[variant](x, y, s, b)  # noqa: E731
+        loss = lambda x, y, s, b, ids: own.peers[variant](x, y, s, b)  # noqa: E731
     _assert_parity(loss, case, *shape, DTYPES[dtype], variant)
     inputs = _inputs(case, *shape, DTYPES[dtype])
     run, prepare = step(loss, phase)
     rival = None
     if not peers.is_ours(variant) and phase != "backward":  # its forward would be on the clock
-        ours, ready = step(CASES[case].ours, phase)
+        ours, ready = step(own.ours, phase)
         rival = lambda: ours(*ready(*inputs))  # noqa: E731
     work = roofline.info_nce(*shape, dtype, phase)
     where = Case(case, dict(zip("ND", shape, strict=True)), dtype, work, phase, sweep)
     bench.time(where, variant, run, prepare=lambda: prepare(*inputs), rival=rival)
-
-
-def test_info_nce(bench, case, phase, shape, dtype, variant, sweep):
-    _measure(bench, case, phase, shape, dtype, variant, sweep)
-
-
-def test_siglip(bench, case, phase, shape, dtype, variant, sweep):
-    _measure(bench, case, phase, shape, dtype, variant, sweep)
-
-
-def test_contrastive(bench, case, phase, shape, dtype, variant, sweep):
-    _measure(bench, case, phase, shape, dtype, variant, sweep)
