@@ -4,30 +4,32 @@ Fixed before the runs:
 
 Model and settings are those of ``python -m protoclip.train``; a row is a set of its flags, or an
 experiment of ``benchmarks/rivals.py``.
-Data: builtin:emoji in every style that is installed. Families of concepts are cut in three: 15 %
-for development, always the same; of the rest 40 % to test, others for each seed; the remaining 51 %
-to train. Each seed leaves a style out too, in turn. A model trains on the other styles of its
-training families and is judged on the test families in the style left out ("new", about 640
-pictures) and in the others ("seen", about 1,280); the ten seeds judge nearly all pictures.
-Tuning: learning rate and epochs of every row on ``GRID``, ``TUNING_SEEDS`` each, by the mean of the
+Data: builtin:emoji in three styles. Families of concepts are cut in three: 15 % for development,
+always the same; of the rest 45 % to test, others for each seed; what is left trains (all flags are
+one family, which always does). Each seed leaves a style out too, in turn. A model trains on two
+styles of its training families, about 2,050 pictures, and is judged on the test families in the
+style left out ("new", about 640 pictures) and in the other two ("seen", about 1,290).
+Tuning: learning rate and epochs of every row on ``GRID``, two seeds each, by the mean of the
 primary metrics over both sets of the *development* families.
 Primary metrics: k-nearest-neighbour accuracy and AMI of k-means, both for 9 groups, set "new".
 Secondary: those for 98 subgroups and on "seen", linear probe, zero-shot of 98 subgroups, R@5.
 Differences to CLIP are paired by seed, with 95 % t intervals; Holm's correction over the primary
 metrics, for ProtoCLIP's two comparisons by themselves, and for all other rows together.
 "CLIP, time of ProtoCLIP" trains for as many epochs as fill the CPU time of ProtoCLIP with its
-teacher. A second data set, builtin:openclipart where installed, repeats the two main rows with the
+teacher. A second data set, builtin:openclipart where installed, repeats the main rows with the
 settings found here.
 
-Order: tuning of the two main rows (16 runs), their ten seeds in turn with floors (30), about 3 h of
-two cores; control rows, tuning and five seeds (65), 5 h; rivals (39), 3 h; clip art (10), 1 h. A
-finished run is one line of ``runs.jsonl``, with commit, processor and torch's version, and is not
-done again; ``--hours`` ends between two runs, Ctrl-C within one, which alone is lost.
+Order, with hours of two cores if 33 or 66 epochs are chosen: tuning of the two main rows (16 runs),
+their ten seeds in turn with floors (30), 2.5 to 4; control rows, tuning and five seeds (65), 3 to
+4.5; rivals (39), 2 to 2.5; clip art (15), 1 to 1.5. A finished run is one line of ``runs.jsonl``,
+with commit, processor and torch's version, and is not done again; ``--hours`` ends between two
+runs, Ctrl-C within one, which alone is lost.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -43,7 +45,7 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.rivals import RIVALS
-from benchmarks.study_report import CLIP, EQUAL_TIME, PAGE, PROTO, write_report
+from benchmarks.study_report import CLIP, EQUAL_TIME, PAGE, PROTO, score, write_report
 from protoclip import train
 from protoclip.commands import TASKS, train_parser
 from protoclip.config import TrainConfig, parse
@@ -91,11 +93,12 @@ CONTROLS = {
     "SigLIP": Row((*PLAIN, "--siglip")),
 }
 EXPERIMENTS = {
-    "token classification": Row(PLAIN, 3),
-    "several positives": Row((), 3),
-    "online EM": Row((), 3),
+    "token classification": Row(PLAIN),
+    "several positives": Row(),
+    "online EM": Row(),
 }
 ROWS = MAIN | CONTROLS | EXPERIMENTS
+GRID = ((1e-3, 33), (5e-4, 33), (2e-3, 33), (1e-3, 66))  # learning rate, epochs
 FLOORS = ("most frequent class", "12 × 12 pixels", "untrained", "the teacher itself")
 
 
@@ -103,7 +106,7 @@ FLOORS = ("most frequent class", "12 × 12 pixels", "untrained", "the teacher it
 class Size:
     """How much is done; the fields of ``FULL`` are the protocol."""
 
-    grid: tuple[tuple[float, float], ...] = ((1e-3, 33), (5e-4, 33), (2e-3, 33), (1e-3, 66))
+    grid: tuple[tuple[float, float], ...] = GRID
     tuning_seeds: tuple[int, ...] = (1000, 1001)
     most_seeds: int = 10
     clip_art_seeds: int = 5
@@ -195,12 +198,9 @@ class TeacherEncoder(PixelEncoder):
 
 def judge(encoder: Encoder, split: Split, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
     """The metrics by set."""
+    prompts = "zeroshot" in tasks
     sets = {
-        name: encode_set(
-            encoder,
-            Layout(judged, None, EMOJI_TEMPLATES, captions=1),
-            prompts="zeroshot" in tasks,
-        )
+        name: encode_set(encoder, Layout(judged, None, EMOJI_TEMPLATES, 1), prompts=prompts)
         for name, judged in split.judged.items()
     }
     image = encoder.images(split.train)
@@ -210,22 +210,6 @@ def judge(encoder: Encoder, split: Split, tasks: Sequence[str]) -> dict[str, dic
         key: {name: round(value, 5) for name, value in one.metrics.items()}
         for key, one in found.items()
     }
-
-
-class Curve:
-    """Quality against samples and CPU seconds, measured between steps and off the clock."""
-
-    def __init__(self, split: Split) -> None:
-        self.split, self.points, self.trainer = split, [], None
-        self.began = time.process_time()
-
-    def __call__(self, model: Any) -> dict[str, float]:
-        now = time.process_time()
-        scores = judge(Encoder(model, CPU), self.split, ("knn", "grouping"))["new"]
-        seconds, samples = now - self.began, self.trainer.step * self.trainer.plan.batch_size
-        self.points.append([samples, seconds, scores["group/knn_acc1"], scores["group/ami"]])
-        self.began += time.process_time() - now
-        return {}
 
 
 def configure(task: Task, size: Size) -> TrainConfig:
@@ -238,31 +222,25 @@ def configure(task: Task, size: Size) -> TrainConfig:
 def run(task: Task, size: Size) -> dict[str, Any]:
     """One finished run, ready for JSON."""
     split = open_split(task.data, task.seed, tuning=task.stage == "tune", pictures=size.pictures)
-    found = floor(task, split) if task.stage == "floor" else trained(task, size, split)
-    counts = {name: len(one) for name, one in split.judged.items()}
-    return asdict(task) | found | {"train": len(split.train), **counts}
+    counts = {"train": len(split.train)} | {name: len(one) for name, one in split.judged.items()}
+    if task.stage == "floor":
+        return asdict(task) | {"metrics": floor(task, split)} | counts
+    return asdict(task) | trained(task, size, split) | counts
 
 
 def floor(task: Task, split: Split) -> dict[str, Any]:
     """Scores without training."""
-    seed_everything(task.seed)
-    model = build_model(TrainConfig().model)
     if task.row == "most frequent class":
         common = split.train.labels["group"].ids.mode().values
         return {
-            "metrics": {
-                name: {
-                    "group/knn_acc1": round(
-                        float((one.labels["group"].ids == common).float().mean()), 5
-                    ),
-                    "group/ami": 0.0,
-                }
-                for name, one in split.judged.items()
-            }
+            name: {"group/knn_acc1": round(hits.float().mean().item(), 5), "group/ami": 0.0}
+            for name, one in split.judged.items()
+            for hits in (one.labels["group"].ids == common,)
         }
+    seed_everything(task.seed)
     kind = {"untrained": Encoder, "12 × 12 pixels": PixelEncoder}.get(task.row, TeacherEncoder)
     tasks = TASKS if kind is Encoder else ("knn", "grouping", "linear_probe")
-    return {"metrics": judge(kind(model, CPU), split, tasks)}
+    return judge(kind(build_model(TrainConfig().model), CPU), split, tasks)
 
 
 def trained(task: Task, size: Size, split: Split) -> dict[str, Any]:
@@ -276,17 +254,28 @@ def trained(task: Task, size: Size, split: Split) -> dict[str, Any]:
     order = EpochOrder(split.train, config.data)
     plan = make_plan(config, order.size)
     setup = train.Setup(config, plan, split.train, order, CPU, "fp32", teacher)
-    curve = Curve(split)
+    only_new, curve = Split(split.train, {"new": split.judged["new"]}), []
+
+    def measure(model: Any) -> dict[str, float]:
+        """One point of the curve, between steps and off the clock."""
+        nonlocal began
+        now = time.process_time()
+        scores = judge(Encoder(model, CPU), only_new, ("knn", "grouping"))["new"]
+        point = [trainer.step * plan.batch_size, round(now - began, 2)]
+        curve.append([*point, scores["group/knn_acc1"], scores["group/ami"]])
+        began += time.process_time() - now
+        return {}
+
     frequency = config.optim.epochs / (size.points if task.row in MAIN else 1)
-    trainer = train.Trainer(setup, model, NullRunFolder(Path()), evaluations=[(curve, frequency)])
+    trainer = train.Trainer(setup, model, NullRunFolder(Path()), evaluations=[(measure, frequency)])
     if task.row in RIVALS:
         trainer.stepper.loss = RIVALS[task.row](trainer)
-    curve.trainer, curve.began = trainer, time.process_time()
+    began = time.process_time()
     trainer.run()
     return {
         "metrics": judge(Encoder(model, CPU), split, TASKS),
-        "curve": [[float(f"{value:.5g}") for value in point] for point in curve.points],
-        "cpu_seconds": round(curve.points[-1][1], 2),
+        "curve": curve,
+        "cpu_seconds": curve[-1][1],
         "teacher_seconds": round(teacher_seconds, 2),
         "clusters": clusters(trainer),
     }
@@ -312,19 +301,10 @@ def clusters(trainer: train.Trainer) -> dict[str, float]:
 # Many runs
 
 
-def score(run: Mapping[str, Any]) -> float:
-    """What tuning goes by."""
-    found = [
-        one[f"group/{name}"] for one in run["metrics"].values() for name in ("knn_acc1", "ami")
-    ]
-    return statistics.fmean(found) if found else -1.0
-
-
 def tuning(row: str, size: Size) -> list[Task]:
     """A row's runs on the development families."""
-    settings = [(lr, epochs) for lr, epochs in size.grid]
     seeds = size.tuning_seeds if ROWS[row].tuned else ()
-    return [Task("tune", EMOJI, row, seed, *setting) for seed in seeds for setting in settings]
+    return [Task("tune", EMOJI, row, seed, *setting) for seed in seeds for setting in size.grid]
 
 
 def chosen(row: str, size: Size, done: Done) -> tuple[float, float]:
@@ -388,6 +368,8 @@ def finished(path: Path) -> Done:
 def work(size: Size, path: Path, hours: float) -> Done:
     """Do what is not done yet until the time is up; all finished runs."""
     done, began = finished(path), time.monotonic()
+    if path.is_file() and not path.read_text().endswith("\n"):
+        path.write_text(path.read_text() + "\n")  # end a torn line
     for task in tasks(size, done):
         if task.key in done:
             continue
@@ -397,13 +379,17 @@ def work(size: Size, path: Path, hours: float) -> Done:
         start = time.monotonic()
         try:
             found = run(task, size)
-        except ValueError as error:  # it diverged: no scores
+        except ValueError as error:
+            if not str(error).startswith(("training:", "episode:")):
+                raise
+            # It diverged: no scores.
             found = asdict(task) | {"metrics": {}, "error": str(error)}
         about = machine.describe()
         found |= {name: about[name] for name in ("machine", "threads", "commit", "date")}
         found |= {"torch": torch.__version__, "seconds": round(time.monotonic() - start, 1)}
         with path.open("a") as file:
             file.write(json.dumps(found) + "\n")
+        gc.collect()  # a trainer is a circle of references
         done[task.key] = found
         print(f"{task.stage} {task.row}, seed {task.seed}: {found['seconds']:.0f} s", flush=True)
     return done
@@ -423,7 +409,7 @@ def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
     try:
         done = work(size, out / "runs.jsonl", 0 if args.report else args.hours)
     except (Stopped, KeyboardInterrupt):
-        print("stopped; the run that was going on is lost, run it again to go on")
+        print("stopped; only the run that was going on is lost, run it again to go on")
         done, code = finished(out / "runs.jsonl"), 130
     wanted = {
         EMOJI: {name: min(row.seeds, size.most_seeds) for name, row in ROWS.items()},

@@ -135,6 +135,26 @@ def secondary(runs: Runs, floors: Runs) -> str:
     return scores(runs, floors, SECONDARY, words)
 
 
+def tuning(found: Sequence[Run]) -> str:
+    """What was tried on the development families, and how it scored."""
+    tried: dict[str, dict[str, list[float]]] = {}
+    for run in found:
+        if run["stage"] == "tune" and run["metrics"]:
+            own = tried.setdefault(run["row"], {})
+            own.setdefault(f"{run['lr']:g}, {run['epochs']:g}", []).append(score(run))
+    settings = list(dict.fromkeys(setting for own in tried.values() for setting in own))
+    lines = [[row, *(mean(own.get(one, [])) for one in settings)] for row, own in tried.items()]
+    head = ["mean score in tuning at lr, epochs:", *settings]
+    return table(head, lines) if tried else ""
+
+
+def score(run: Run) -> float:
+    """What tuning goes by; -1 for a run that diverged."""
+    names = [key.partition(" ")[2] for key in PRIMARY]
+    numbers = [one[name] for one in run["metrics"].values() for name in names]
+    return statistics.fmean(numbers) if numbers else -1.0
+
+
 def mean_curve(own: Mapping[int, Run]) -> list[list[float]]:
     """Points [samples, CPU seconds, k-NN, AMI], means over the seeds."""
     curves = [run["curve"] for run in own.values() if run.get("curve")]
@@ -240,13 +260,13 @@ def section(found: Sequence[Run], wanted: Mapping[str, Mapping[str, int]], floor
     parts = [origin(found)]
     for number, (data, rows) in enumerate(wanted.items()):
         runs, low = by_row(found, "main", data, [*rows]), by_row(found, "floor", data, floors)
-        if not runs and not low:
+        if not runs and not low and number:
             parts.append(f"`{data}`: no run is finished yet.")
             continue
         parts += [f"### `{data}`", f"ProtoCLIP:\n\n{conclusions(runs, rows)}"]
         parts += [primary(runs, low), secondary(runs, low)]
         if number == 0:
-            parts += [curve_words(runs), cluster_table(runs)]
+            parts += [curve_words(runs), cluster_table(runs), tuning(found)]
     return "\n\n".join(filter(None, parts))
 
 
