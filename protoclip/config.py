@@ -109,8 +109,9 @@ class DataConfig:
 
     train_data: str = option(
         "builtin:emoji",
-        "builtin:emoji, builtin:shapes[:N], a .csv/.tsv file, or webdataset shards such as "
-        "'d/{000..012}.tar', globs, urls; sources joined by '::'",
+        "builtin:emoji[:STYLE+...] (twemoji, openmoji, noto), builtin:openclipart, "
+        "builtin:shapes[:N], a .csv/.tsv file, or webdataset shards such as 'd/{000..012}.tar', "
+        "globs, urls; sources joined by '::'",
     )
     val_data: str = option("", "data to evaluate on; default: the held-out part of built-in data")
     imagenet_val: str = option("", "class folders, or built-in data, for zero-shot evaluation")

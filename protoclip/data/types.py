@@ -25,6 +25,13 @@ class Labels:
     names: tuple[str, ...]  # a class may have no pair (in a subset)
 
 
+def labels_of(values: Sequence[str]) -> Labels:
+    """The classification that gives pair i the class ``values[i]``."""
+    names = tuple(dict.fromkeys(values))
+    numbers = {name: number for number, name in enumerate(names)}
+    return Labels(torch.tensor([numbers[value] for value in values]), names)
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Pairs ready for the model."""
