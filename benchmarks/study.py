@@ -251,7 +251,7 @@ def trained(task: Task, size: Size, split: Split) -> dict[str, Any]:
     began = time.process_time()
     teacher, _ = train.open_teacher(config, split.train, CPU)
     teacher_seconds = time.process_time() - began  # about 0 where the cache has it
-    order = EpochOrder(split.train, config.data)
+    order = EpochOrder(split.train)
     plan = make_plan(config, order.size)
     setup = train.Setup(config, plan, split.train, order, CPU, "fp32", teacher)
     only_new, curve = Split(split.train, {"new": split.judged["new"]}), []

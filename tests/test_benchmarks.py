@@ -1,7 +1,6 @@
 """The record: pages say what the newest record says; counts and exponents by hand."""
 
 import copy
-import json
 import os
 import re
 import subprocess
