@@ -345,7 +345,7 @@ def tasks(size: Size, done: Done) -> Iterator[Task]:
 
 def seeds(data: str, rows: Mapping[str, Row], most: int, size: Size, done: Done) -> Iterator[Task]:
     """Seed by seed, so that whatever is finished can be compared in pairs."""
-    for seed in range(min(most, max(row.seeds for row in rows.values()))):
+    for seed in range(min(most, max((row.seeds for row in rows.values()), default=0))):
         if rows is MAIN:
             yield from (Task("floor", data, name, seed) for name in FLOORS)
         for name, row in rows.items():
