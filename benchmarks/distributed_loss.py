@@ -1,15 +1,12 @@
 """InfoNCE over ranks beside OpenCLIP's local_loss + gather_with_grad: parity, memory, time.
 
 ``torchrun --nproc-per-node 4 -m benchmarks.distributed_loss``: gloo ranks on this machine, one
-thread each. Peak memory is the growth of the process over loss and gradients, with malloc told to
-return what is freed; time is that of the slowest rank. Variants alternate; minima are shown.
+thread each. Peak memory is the growth of the process over loss and gradients; time is that of the
+slowest rank. Variants alternate; minima are shown.
 """
 
 import argparse
-import ctypes
-import re
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,27 +14,25 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 
 import protoclip
+from benchmarks.harness import peak_mib
 from protoclip import distributed
 
 
-def resident(name):
-    """Bytes of this process by /proc: VmRSS now, VmHWM at its peak."""
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{name}:\s+(\d+)", text)[1])
-
-
 def measure(loss, inputs):
-    """Seconds of the slowest rank, bytes of growth, and loss and gradients of one pass."""
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")
-    before, start = resident("VmRSS"), time.perf_counter()
-    value = loss(*leaves)
-    value.backward()
-    spent = [time.perf_counter() - start, resident("VmHWM") - before]
-    worst = torch.tensor(spent, dtype=torch.float64)
+    """Seconds of the slowest rank, most MiB of growth, and loss and gradients of one pass."""
+    leaves, found = [t.clone().requires_grad_() for t in inputs], []
+
+    def run():
+        dist.barrier()
+        start = time.perf_counter()
+        found.append(loss(*leaves))
+        found[0].backward()
+        found.append(time.perf_counter() - start)
+
+    grown = peak_mib(run)
+    worst = torch.tensor([found[1], grown], dtype=torch.float64)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
-    return worst, [value.detach(), *(t.grad for t in leaves[:2])]
+    return worst, [found[0].detach(), *(t.grad for t in leaves[:2])]
 
 
 def main():
@@ -47,7 +42,6 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    ctypes.CDLL(None).mallopt(-3, 1 << 16)
     torch.set_num_threads(1)
     distributed.start(distributed.find_rank(), torch.device("cpu"), 600.0)
     rank, ranks = distributed.rank(), distributed.world_size()
@@ -68,7 +62,7 @@ def main():
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
     if rank == 0:
         for name, (seconds, grown) in best.items():
-            print(f"{name:<10} {seconds:7.2f} s  {grown / 2**20:8.1f} MiB a rank")
+            print(f"{name:<10} {seconds:7.2f} s  {grown:8.1f} MiB a rank")
     distributed.stop()
 
 
