@@ -50,8 +50,6 @@ def pytest_configure(config):
 
 # What a reader asks first, where the sizes hold it; else an op's first case.
 HEADLINES = ("[info_nce-both-N32768-D512-bf16", "[N4096-K20000-D128-bf16", "[200000x20000x128-bf16")
-
-
 VARIANT = ("variant", "name")  # the parameters that say whose
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,41 +99,36 @@ def time_beside_clip(runs: Runs, row: str) -> str:
     return mean([a / b for a, b in pairs if a and b], ".2f") + "×"
 
 
-def scores(runs: Runs, floors: Runs, metrics: Mapping[str, str], words: Any) -> str:
-    """CLIP's and the floors' values, the other rows' differences to CLIP.
-
-    ``words``: (row, metric) -> a difference in words; None: none.
-    """
+def scores(runs: Runs, floors: Runs, metrics: Mapping[str, str], words: Mapping) -> str:
+    """CLIP's and the floors' values, the others' differences to CLIP: (row, metric) -> words."""
     lines = []
-    for row in (*runs, *floors):
-        own, line = (runs, [row]) if row in runs else (floors, [f"*{row}*"])
-        first = next(iter(own[row].values()))
-        setting = f"{first['lr']:g}, {first['epochs']:g}" if own is runs else "–"
-        line += [str(len(own[row])), setting, time_beside_clip(runs, row)]
+    for row, own in (*runs.items(), *floors.items()):
+        trained, first = row in runs, next(iter(own.values()))
+        line = [row if trained else f"*{row}*", str(len(own))]
+        line += [f"{first['lr']:g}, {first['epochs']:g}" if trained else "–"]
+        line += [time_beside_clip(runs, row)]
         for key in metrics:
-            plain = mean([*values(own, row, key).values()])
-            line.append((own is runs and words(row, key)) or plain)
+            plain = mean([*values(runs if trained else floors, row, key).values()])
+            line.append(words.get((row, key), plain))
         lines.append(line)
-    head = ["", "seeds", "lr, epochs", "CPU time", *metrics.values()]
-    return table(head, lines)
+    return table(["", "seeds", "lr, epochs", "CPU time", *metrics.values()], lines)
 
 
-def primary(runs: Runs, floors: Runs) -> str:
-    """The primary metrics, p corrected."""
-    tested = tests(runs)
-    known = {(row, key): found.text(p) for (row, other, key), (found, p) in tested.items()
-             if other == CLIP}  # fmt: skip
-    return scores(runs, floors, PRIMARY, lambda *asked: known.get(asked))
-
-
-def secondary(runs: Runs, floors: Runs) -> str:
-    """The other metrics, not corrected."""
-
-    def words(row: str, key: str) -> str | None:
-        found = difference(runs, row, CLIP, key)
-        return found and found.text()
-
-    return scores(runs, floors, SECONDARY, words)
+def both_tables(runs: Runs, floors: Runs) -> list[str]:
+    """The primary metrics, p corrected; the others, not corrected."""
+    primary = {
+        (row, key): found.text(p)
+        for (row, other, key), (found, p) in tests(runs).items()
+        if other == CLIP
+    }
+    secondary = {
+        (row, key): found.text()
+        for row in runs
+        for key in SECONDARY
+        if (found := difference(runs, row, CLIP, key)) is not None
+    }
+    tables = (PRIMARY, primary), (SECONDARY, secondary)
+    return [scores(runs, floors, metrics, words) for metrics, words in tables]
 
 
 def tuning(found: Sequence[Run]) -> str:
@@ -237,19 +233,18 @@ def by_row(found: Sequence[Run], stage: str, data: str, order: Sequence[str]) ->
 
 def origin(found: Sequence[Run]) -> str:
     """Where and on what the runs were made."""
-    machines = ", ".join(sorted({run["machine"] for run in found}))
-    commits = ", ".join(sorted({str(run["commit"]) for run in found}))
-    torch = ", ".join(sorted({run["torch"] for run in found}))
-    main = [run for run in found if run["stage"] == "main"]
-    counts = []
-    for name, words in (("train", "trained on"), ("new", "new"), ("seen", "seen")):
-        numbers = sorted(run[name] for run in main if name in run)
-        counts += [f"{numbers[0]:,} to {numbers[-1]:,} {words}"] if numbers else []
-    tuned = sum(run["stage"] == "tune" for run in found)
-    failed = sum("error" in run for run in found)
+    machines, commits, torch = (
+        ", ".join(sorted({str(run[name]) for run in found}))
+        for name in ("machine", "commit", "torch")
+    )
+    pictures = [
+        f"{min(numbers):,} to {max(numbers):,} {words}"
+        for name, words in (("train", "trained on"), ("new", "new"), ("seen", "seen"))
+        if (numbers := [run[name] for run in found if name in run and run["stage"] != "tune"])
+    ]
     return (
-        f"{len(main)} runs and {tuned} of tuning ({failed} diverged) on {machines}; torch {torch}, "
-        f"commit {commits}. Pictures a seed: {'; '.join(counts)}."
+        f"{len(found)} runs ({sum('error' in run for run in found)} diverged) on {machines}; torch "
+        f"{torch}, commit {commits}. Pictures a seed: {'; '.join(pictures) or 'none yet'}."
     )
 
 
@@ -264,30 +259,26 @@ def section(found: Sequence[Run], wanted: Mapping[str, Mapping[str, int]], floor
             parts.append(f"`{data}`: no run is finished yet.")
             continue
         parts += [f"### `{data}`", f"ProtoCLIP:\n\n{conclusions(runs, rows)}"]
-        parts += [primary(runs, low), secondary(runs, low)]
+        parts += both_tables(runs, low)
         if number == 0:
             parts += [curve_words(runs), cluster_table(runs), tuning(found)]
     return "\n\n".join(filter(None, parts))
 
 
 def plot(runs: Runs, path: Path) -> None:
-    """Quality against samples and CPU seconds, every seed thin, the mean thick."""
+    """Quality against samples and CPU seconds, means over the seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
-    for row, axes in enumerate(figure.subplots(2, 2, sharey="row")):
-        for column, axis in enumerate(axes):
-            for colour, name in enumerate((CLIP, PROTO)):
-                own = runs.get(name, {})
-                for width, curve in [(0.5, run["curve"]) for run in own.values()] + [
-                    (2.5, mean_curve(own))
-                ]:
-                    x, y = [p[column] for p in curve], [p[2 + row] for p in curve]
-                    label = name if width > 1 else None
-                    axis.plot(x, y, color=f"C{colour}", linewidth=width, label=label)
-            axis.set_xlabel(("samples", "CPU seconds")[column])
-        axes[0].set_ylabel([*PRIMARY.values()][row])
-    figure.axes[0].legend()
+    panels = figure.subplots(2, 2, sharey="row")
+    for metric, name in enumerate(PRIMARY.values()):
+        for cost, unit in enumerate(("samples", "CPU seconds")):
+            for row in runs:
+                curve = mean_curve(runs[row])
+                x, y = ([point[i] for point in curve] for i in (cost, 2 + metric))
+                panels[metric, cost].plot(x, y, marker="o", label=row)
+            panels[metric, cost].set(xlabel=unit, ylabel=name)
+    panels[0, 0].legend()
     figure.savefig(path, dpi=110)
 
 
@@ -296,8 +287,11 @@ def write_report(
     out: Path, page: Path | None,
 ) -> None:  # fmt: skip
     """Print the section, draw the curves, and put the section into ``page``."""
-    text = section(found, wanted, floors)
-    plot(by_row(found, "main", next(iter(wanted)), (CLIP, PROTO)), out / "curves.png")
+    text, picture = section(found, wanted, floors), out / "curves.png"
+    runs = by_row(found, "main", next(iter(wanted)), (CLIP, PROTO))
+    if runs:
+        plot(runs, picture)
+        text += f"\n\n![quality against cost]({os.path.relpath(picture, (page or out).parent)})"
     print(text)
     if page is not None:
         write_between(page, BEGIN, END, text)

@@ -36,9 +36,6 @@ SIZES = {
 APART = {"tiny": SIZES["tiny"][0], "quick": SIZES["quick"][-1], "full": SIZES["quick"][-1]}
 SWEEP = {"tiny": [32, 64], "quick": [1024 << i for i in range(4)]}
 SWEEP["full"] = [1024 << i for i in range(7)] if DEVICE == "cpu" else [256 << i for i in range(10)]
-OTHERS = {"tiny": (48, 16), "quick": (4096, 512), "full": (4096, 512)}
-if DEVICE == "cuda":
-    OTHERS |= {"quick": (8192, 512), "full": (32768, 512)}
 LOGITS = 2**27 if DEVICE == "cpu" else 2**30  # what a form that stores them may store
 SCALE, BIAS = 14.3, -10.0  # where CLIP and SigLIP start
 PARITY_ROWS = 4096  # the truth stores N x N doubles: beyond, parity is shown on the first rows
@@ -250,7 +247,7 @@ def _rows(sizes):
         if phase == "both" or variant not in ONE_PASS
     ]
     rows += [
-        (case, "both", OTHERS[sizes], dtype, variant, None)
+        (case, "both", APART[sizes], dtype, variant, None)
         for case, loss in CASES.items()
         if case != "info_nce"
         for dtype in ("fp32", "bf16")
