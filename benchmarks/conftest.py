@@ -58,7 +58,7 @@ def _params(item) -> dict:
 
 
 def pytest_collection_modifyitems(config, items):
-    """By value: a headline case of each op, ours and then its peers; the rest; the sweeps."""
+    """By value: a headline case of each op, ours and then its peers; the rest."""
     rank = {}
     ops = [(item.originalname, str(_params(item).get("case")).split(",")[0]) for item in items]
     for op in dict.fromkeys(ops):
@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config, items):
             compared = case.keys() != _params(item).keys()  # with others
             headline = compared and (is_named if any(named) else case == cases[0])
             ours = any(str(v).startswith(harness.OURS) for v in _params(item).values())
-            rank[item] = (1 - ours) if headline else 3 if case.get("sweep") else 2
+            rank[item] = (1 - ours) if headline else 2
     items.sort(key=rank.__getitem__)
     if config.getoption("--headline"):
         items[:] = [item for item in items if rank[item] < 2]

@@ -29,14 +29,13 @@ SLOW = 5.0  # seconds; beyond, one round is timed
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape; ``sweep`` names the letter that grows, for the fitted exponent."""
+    """One op at one shape."""
 
     op: str
     shape: dict[str, int]
     dtype: str
     work: Work
     phase: str = ""
-    sweep: str | None = None
 
     def __str__(self) -> str:
         sizes = " ".join(f"{letter}={size}" for letter, size in self.shape.items())
@@ -124,7 +123,7 @@ class Bench:
     def _add(self, case, variant, times, memory, ours, note) -> None:
         row: dict[str, Any] = {
             "op": case.op, "phase": case.phase, "variant": variant, "shape": case.shape,
-            "dtype": case.dtype, "sweep": case.sweep, "rounds": len(times), "note": note,
+            "dtype": case.dtype, "rounds": len(times), "note": note,
         }  # fmt: skip
         low, middle, high = np.percentile(times, (20, 50, 80))
         row |= {"median_ms": middle, "p20_ms": low, "p80_ms": high, "min_ms": min(times)}

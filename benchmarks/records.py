@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-IDENTITY = ("op", "phase", "variant", "shape", "dtype", "sweep")
+IDENTITY = ("op", "phase", "variant", "shape", "dtype", "sweep")  # the last in older records
 
 
 def load(path: str | Path) -> dict[str, Any]:

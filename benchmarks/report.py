@@ -15,8 +15,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.records import Row, between, case_of, load, write_between
 
 Record = dict[str, Any]
@@ -99,7 +97,7 @@ def newest_cpu(records: Iterable[Record]) -> Record | None:
 
 def headline_cases(record: Record) -> dict[str, list[Row]]:
     """README's cases by name; those that the record lacks are left out."""
-    groups = cases(row for row in record["rows"] if row["sweep"] is None)
+    groups = cases(row for row in record["rows"] if not row.get("sweep"))
     found = {f"{label(g[0])} {g[0]['dtype']} {sizes(g[0])}": g for g in groups if is_ours(g[0])}
     return {name: found[case] for name, case in HEADLINES.items() if case in found}
 
@@ -127,12 +125,12 @@ PAGES = {PAGE: section, README: headlines}
 
 
 def _machine(record: Record) -> str:
-    groups = cases(row for row in record["rows"] if row["sweep"] is None)
+    groups = cases(row for row in record["rows"] if not row.get("sweep"))
     head = ["op", "shape", "dtype", "ours, median [p20, p80]", "rate (share of ceiling)"]
     head += ["extra memory", "peers: time as a multiple of ours, extra memory"]
     whole = [g for g in groups if is_ours(g[0]) and g[0]["phase"] not in ("forward", "backward")]
     parts = [_head(record), table(head, map(_case, whole)), _slower(cases(record["rows"]))]
-    return "\n\n".join(filter(None, [*parts, _growth(record["rows"])]))
+    return "\n\n".join(parts)
 
 
 def _head(record: Record) -> str:
@@ -187,40 +185,6 @@ def _slower(groups: Iterable[list[Row]]) -> str:
     if not lines:
         return "Slower than a peer: nowhere in this record."
     return "Slower than a peer:\n\n" + "\n".join(lines)
-
-
-def exponent(x: Iterable[float], y: Iterable[float]) -> float:
-    """Slope of log y over log x, by least squares."""
-    return float(np.polyfit(np.log(list(x)), np.log(list(y)), 1)[0])
-
-
-def sweeps(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """(op, letter, variant) -> its points in order of size."""
-    lines: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        if row["sweep"] is not None:
-            lines.setdefault((row["op"], row["sweep"], row["variant"]), []).append(row)
-    return {key: sorted(own, key=lambda r: r["shape"][key[1]]) for key, own in lines.items()}
-
-
-def _growth(rows: list[Row]) -> str:
-    """Fitted on the upper half of each sweep: below, fixed costs hide the growth."""
-    lines = []
-    for (op, letter, variant), points in sweeps(rows).items():
-        if len(points) < 3:
-            continue
-        upper = points[len(points) // 2 - (len(points) == 3) :]
-        x = [row["shape"][letter] for row in upper]
-        time, flop = (exponent(x, [row[key] for row in upper]) for key in ("min_ms", "flop"))
-        memory = [row["peak_mib"] for row in upper]
-        large = all(m is not None and m > 1 for m in memory)
-        grown = f"{letter}^{exponent(x, memory):.2f}" if large else "under 1 MiB"
-        span = f"{points[0]['shape'][letter]}, {x[-1]}"
-        top = f"{digits(points[-1]['median_ms'])} ms, {mib(points[-1])}"
-        exponents = [f"{letter}^{time:.2f}", f"{letter}^{flop:.2f}", grown]
-        lines.append([f"`{op}` in {letter}, {variant}", span, *exponents, top])
-    head = ["growth", "from, to", "time grows as", "flop count", "extra memory grows as"]
-    return table([*head, "at the top"], lines) if lines else ""
 
 
 def draw_headlines(record: Record, path: Path) -> None:

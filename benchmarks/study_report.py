@@ -204,7 +204,7 @@ def cluster_table(runs: Runs) -> str:
         ]
         lines += [[row, *line]] if found else []
     head = ["", "entropy of soft targets, nats", "of at most"]
-    head += [f"purity of {name} clusters (9 groups)" for name in ("image", "text", "teacher's")]
+    head += [f"purity of {name} clusters (groups)" for name in ("image", "text", "teacher's")]
     return table(head, lines)
 
 
