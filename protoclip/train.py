@@ -80,10 +80,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What decides which sample comes when, or which tensors there are: it must not change.
 FIXED = (
     "method", "data.train_num_samples", "data.captions", "data.augmentation",
-    "data.dataset_resampled", "data.train_data_upsampling_factors", "data.shuffle_buffer",
-    "model.model", "model.force_", "model.lock_", "model.add_", "model.projection_", "model.use_",
-    "model.siglip", "episode.size", "episode.replacement", "episode.features", "run.seed",
-    "run.precision",
+    "data.shuffle_buffer", "model.model", "model.force_", "model.lock_", "model.add_",
+    "model.projection_", "model.use_", "model.siglip", "episode.size", "episode.replacement",
+    "episode.features", "run.seed", "run.precision",
 )  # fmt: skip
 # What else may change without a note: the global batch is compared as a whole.
 FREE = ("data.", "model.", "optim.batch_size", "optim.accum_freq", "run.")
@@ -128,7 +127,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
     resume = distributed.from_main(lambda: find_resume(config))
     path = distributed.from_main(lambda: resume.folder if resume else choose_folder(config))
     dataset = open_training_data(config)
-    order = EpochOrder(dataset, config.data)
+    order = EpochOrder(dataset, config.data.shuffle_buffer)
     plan = schedule.make_plan(config, order.size)
     if resume and resume.step >= plan.total_steps and (path / "results.json").exists():
         print(f"{path} is complete: {resume.step} steps and its results", file=sys.stderr)
