@@ -59,7 +59,7 @@ from protoclip.model import (
 )
 from protoclip.ops.backends import why_not
 from protoclip.prototypes import Clustering, Episode, PrototypeSet
-from protoclip.report import figures, page
+from protoclip.report import page
 from protoclip.report import snapshot as looks
 from protoclip.run_folder import (
     NullRunFolder,
@@ -596,9 +596,8 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
 
 @torch.no_grad()
 def draw_plots(trainer: Trainer, evaluation: Evaluation) -> None:
-    """curves.png, and what the report needs."""
+    """clusters.csv, and what the report needs."""
     folder, model, device = trainer.folder.path, trainer.model.eval(), trainer.setup.device
-    figures.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
     known = trainer.episode.clusterings if trainer.episode else {}
     clusters = {name: one.labels.cpu() for name, one in known.items()}
     chosen = torch.arange(len(trainer.dataset))
