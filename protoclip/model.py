@@ -78,6 +78,8 @@ class ProtoModel(nn.Module):
         super().__init__()
         self.clip: Any = clip
         self.siglip = siglip
+        if not siglip and getattr(clip, "logit_bias", None) is not None:
+            self.clip.logit_bias.requires_grad_(False)  # softmax does not see it
         self.tokenizer = tokenizer  # OpenCLIP's own
         self.short_tokenizer = tokenizer  # for encode and encode_text
         if can_shorten(clip):
