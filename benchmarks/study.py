@@ -148,7 +148,7 @@ def judge(
     """Metrics of the concepts ``twemoji`` (set HO) and of ``noto`` in that style (set NOTO)."""
     settings = ModelConfig(model=str(MODEL), pretrained=str(checkpoint), add_projection_head=False)
     encoder = Encoder(build_model(settings), torch.device("cpu"))
-    everything, other_style = open_dataset(DATA, "all"), open_dataset(DATA, "noto")
+    everything, other_style = open_dataset(DATA, "all"), open_dataset(f"{DATA}:noto")
     whole = encode_set(encoder, Layout(everything, None, EMOJI_TEMPLATES, captions=1))
     place = {key: i for i, key in enumerate(other_style.keys)}
     drawn = [int(i) for i in noto if everything.keys[i] in place]

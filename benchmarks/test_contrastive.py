@@ -89,7 +89,7 @@ def _inputs(n, d, dtype):
 def _op(case):
     """The name in the table of backends."""
     plain = {"one way": "info_nce", "two ways": "info_nce"}
-    return plain.get(case, "siglip with ids" if case == "sigmoid, ids" else "contrastive")
+    return plain.get(case, "siglip" if case == "sigmoid, ids" else "contrastive")
 
 
 def _rows(sizes):

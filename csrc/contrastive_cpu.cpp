@@ -85,16 +85,17 @@ class InfoNceGradient {
     if (Pairs::kMatched && dbias_ != nullptr) std::fill_n(by_column, 256, 0.f);
     for (int64_t i = 0; i < range.rows; ++i, s += ld) {
       Floats row{};
+      const auto pairs = pairs_.row(range.row + i);
+      const float row_positive = Pairs::kMatched ? row_.positive.get()[range.row + i] : 0.f;
       for (int64_t j = 0; j < range.columns; j += kLanes) {
         Floats dot = load(s + j);
         const int64_t used = range.columns - j;
         for (int64_t lane = used; lane < kLanes; ++lane) dot[lane] = 0.f;
         Floats g;
         if constexpr (Pairs::kMatched) {
-          g = weigh(i, j, pairs_.biased(base2_(dot), range.column + j));
-          const auto lanes = pairs_.at(range.row + i, range.column + j);
-          const Floats positive =
-              row_.positive.get()[range.row + i] + load(column_.positive.get() + range.column + j);
+          g = weigh(i, j, pairs.biased(base2_(dot), range.column + j));
+          const Lanes lanes = pairs.at(range.column + j);
+          const Floats positive = row_positive + load(column_.positive.get() + range.column + j);
           g = (lanes.unseen ? Floats{} : g) + (lanes.positive ? positive : Floats{});
         } else {
           g = weigh(i, j, base2_(dot));
@@ -300,10 +301,11 @@ class SigmoidGradient {
     GradientSums sums;
     for (int64_t i = 0; i < range.rows; ++i, s += ld) {
       Floats loss{}, g_sum{}, g_dot{};
+      const auto pairs = pairs_.row(range.row + i);
       for (int64_t j = 0; j < range.columns; j += kLanes) {
         Floats dot = load(s + j), sign = broadcast(1.f), used = broadcast(1.f);
         if constexpr (Pairs::kMatched) {
-          const auto lanes = pairs_.at(range.row + i, range.column + j);
+          const Lanes lanes = pairs.at(range.column + j);
           sign = lanes.positive ? broadcast(-1.f) : sign;
           used = lanes.unseen ? Floats{} : used;
         } else {

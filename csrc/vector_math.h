@@ -29,6 +29,11 @@ inline Floats load(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+inline Ints load(const int32_t* p) {
+  Ints v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 // To a multiple of 64 bytes that is not read soon; then `wait_for_stores` before others may.
 inline void store_past_caches(float* p, Floats v) {
@@ -44,6 +49,8 @@ inline void wait_for_stores() {
 #endif
 }
 inline Floats broadcast(float a) { return a - Floats{}; }
+inline Ints broadcast(int32_t a) { return a - Ints{}; }
+constexpr Ints kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // A NaN in b stays; one in a is dropped.
 inline Floats larger(Floats a, Floats b) {

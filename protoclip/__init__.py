@@ -7,7 +7,14 @@ from typing import Any
 
 from protoclip.grad_cache import grad_cache
 from protoclip.kmeans import Clusters, kmeans
-from protoclip.losses import ClipLoss, ProtoClipLoss, ProtoConfig, SigLipLoss
+from protoclip.losses import (
+    ClipLoss,
+    ProtoClipLoss,
+    ProtoConfig,
+    SigLipLoss,
+    global_contrastive,
+    global_contrastive_parts,
+)
 from protoclip.ops import (
     Bank,
     PrototypeLosses,
@@ -45,6 +52,8 @@ __all__ = [
     "contrastive_parts",
     "create_loss",
     "create_task",
+    "global_contrastive",
+    "global_contrastive_parts",
     "grad_cache",
     "info_nce",
     "kmeans",

@@ -97,9 +97,10 @@ def evaluate_parser() -> Parser:
         usage="%(prog)s MODEL [options]",
         description="Evaluate a CLIP; prints a table, writes results.json and, per data set and "
         "task, the JSON that CLIP_benchmark writes.",
-        epilog="data: builtin:emoji | builtin:shapes[:N] | class folders (ImageFolder), "
-        "also below train/ and test/ | a .csv or .tsv | webdataset shards with captions. Without a "
-        "train split, probes learn from 80 % of the pictures and are judged on 20 %.",
+        epilog="data: builtin:emoji[:STYLE] | builtin:openclipart | builtin:shapes[:N] | class "
+        "folders (ImageFolder), also below train/ and test/ | a .csv or .tsv | webdataset shards "
+        "with captions. Without a train split, probes learn from 80 % of the pictures and are "
+        "judged on 20 %.",
         example="protoclip evaluate ViT-B-32 --pretrained laion2b_s34b_b79k --data imagenet/",
     )
     add = parser.add_argument

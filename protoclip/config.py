@@ -35,8 +35,8 @@ def option(
     high: Any = None,
 ) -> Any:
     """A dataclass field that is also a flag; ``low`` and ``high`` limit numbers, inclusively."""
-    metadata = {"help": help, "flag": flag, "choices": choices, "low": low, "high": high}
-    return field(default=default, metadata=metadata)
+    limits = {"choices": choices, "low": low, "high": high}
+    return field(default=default, metadata={"help": help, "flag": flag, **limits})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -51,30 +51,29 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     return named | {key: value for key, value in settings.items() if key not in sections}
 
 
-def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """The inverse of ``to_dict``; settings that are left out have their defaults.
+def from_dict(cls: type[Config], values: Mapping[str, Any], base: Config | None = None) -> Config:
+    """The inverse of ``to_dict``; settings that are left out are those of ``base``, or defaults.
 
     Raises:
         ValueError: a setting that ``cls`` does not have, or a value of another type.
     """
-    known = vars(cls())
+    base = base or cls()
+    known, changes = vars(base), {}
     if unknown := set(values) - set(known):
         raise ValueError(
             f"config: {cls.__name__} has no {sorted(unknown)}; it knows {sorted(known)}. "
             "The file is from another version of protoclip, or misspelt"
         )
-    return cls(**{key: _typed(key, known[key], value) for key, value in values.items()})
-
-
-def _typed(name: str, default: Any, value: Any) -> Any:
-    """A value from JSON, with the type of the field's default."""
-    if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
-        return from_dict(type(default), value)
-    if type(default) is float and type(value) is int:
-        return float(value)
-    if type(value) is not type(default):
-        raise ValueError(f"config: expected {type(default).__name__} for {name}, got {value!r}")
-    return value
+    for key, value in values.items():
+        kind = type(known[key])
+        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+            value = from_dict(kind, value, known[key])
+        elif kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise ValueError(f"config: expected {kind.__name__} for {key}, got {value!r}")
+        changes[key] = value
+    return replace(base, **changes)  # type: ignore[type-var]
 
 
 def flag_of(item: dataclasses.Field) -> str:
@@ -109,26 +108,21 @@ class DataConfig:
 
     train_data: str = option(
         "builtin:emoji",
-        "builtin:emoji, builtin:shapes[:N], a .csv/.tsv file, or webdataset shards such as "
-        "'d/{000..012}.tar', globs, urls; sources joined by '::'",
+        "builtin:emoji[:STYLE+...] (twemoji, openmoji, noto), builtin:openclipart, "
+        "builtin:shapes[:N], a .csv/.tsv file, or webdataset shards such as 'd/{000..012}.tar', "
+        "globs, urls; sources joined by '::'",
     )
     val_data: str = option("", "data to evaluate on; default: the held-out part of built-in data")
     imagenet_val: str = option("", "class folders, or built-in data, for zero-shot evaluation")
     train_num_samples: int = option(0, "use only the first N samples; 0: all")
-    train_data_upsampling_factors: str = option(
-        "", "weight of each source, joined by '::', for --dataset-resampled"
-    )
-    dataset_resampled: bool = option(False, "draw shards with replacement, as OpenCLIP does")
-    shuffle_buffer: int = option(
-        -1, "mix over N samples, shard by shard; 0: all; -1: 0 for files, 10000 for urls", low=-1
-    )
+    shuffle_buffer: int = option(-1, "samples mixed; 0: all; -1: all, of urls 10000", low=-1)
     max_bad_fraction: float = option(0.05, "stop when more of the samples cannot be used", high=1)
     csv_separator: str = option("\t", "separator of a .csv/.tsv file (default: tab)")
     csv_img_key: str = option("filepath", "column of the image path")
     csv_caption_key: str = option("title", "column of the caption")
     csv_encoding: str = option("utf-8", "of a .csv/.tsv file: latin-1, ...", flag="encoding")
     augmentation: str = option(
-        "clip", "of pictures: ProtoCLIP's, OpenCLIP's crop, none", choices=("paper", "clip", "none")
+        "clip", "ProtoCLIP's, OpenCLIP's crop, or none", choices=("paper", "clip", "none")
     )
     captions: str = option(
         "canonical",
@@ -312,13 +306,15 @@ RETIRED = {
 # Flags of OpenCLIP's trainer with no counterpart here.
 ONLY_OPENCLIP = """
     --aug-cfg --cache-dir --coca-caption-loss-weight --coca-contrastive-loss-weight
-    --copy-codebase --debug --distill-model --distill-pretrained --epochs-cooldown
+    --copy-codebase --dataset-resampled --debug --distill-model --distill-pretrained
+    --epochs-cooldown
     --force-custom-text --force-patch-dropout --force-quick-gelu --fsdp --horovod
     --image-interpolation --image-mean --image-resize-mode --image-std
     --lock-image-freeze-bn-stats --lock-image-unlocked-groups --lock-text-freeze-layer-norm
     --lock-text-unlocked-layers --log-local --loss-dist-impl --lr-cooldown-end --lr-cooldown-power
     --momentum --pretrained-image --remote-sync --remote-sync-frequency --remote-sync-protocol
-    --skip-scheduler --torchscript --trace --use-bnb-linear --val-num-samples --wandb-notes
+    --skip-scheduler --torchscript --trace --train-data-upsampling-factors --use-bnb-linear
+    --val-num-samples --wandb-notes
 """
 # Flags of OpenCLIP's trainer that are accepted and change nothing: arguments, and the reason.
 NEEDLESS: dict[str, tuple[dict[str, Any], str]] = {
@@ -446,11 +442,9 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> TrainConfig:
 def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig, dict[str, Any]]:
     """Command line to a checked config, and the values of flags that a command added itself.
 
-    The parser ends the program for a flag that it does not know.
-
     Raises:
         ValueError: a value out of its limits, no such preset, or flags that contradict each other.
-        SystemExit: with code 0 after --print-config.
+        SystemExit: with code 0 after --print-config, with 2 for a flag that the parser lacks.
     """
     given = vars(parser.parse_args(argv))  # settings only where the command line has them
     kind, name, show = (given.pop(key) for key in ("dataset_type", "preset", "print_config"))
@@ -459,14 +453,13 @@ def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig,
             print(f"{parser.prog}: note: {flag} changes nothing: {reason}", file=sys.stderr)
     own = {key: given.pop(key) for key in [*given] if "." not in key and key != "method"}
     preset = load_preset(name)
-    saved = {key: value for key, value in preset.items() if key not in given}
-    flags = {"--" + key.rpartition(".")[2].replace("_", "-"): saved[key] for key in saved}
-    check_saved(flags, name)
-    nested: dict[str, Any] = {}
-    for key, value in (preset | given).items():
+    saved = {key: value for key, value in flat(to_dict(preset)).items() if key not in given}
+    check_saved({f"--{key.split('.')[-1].replace('_', '-')}": saved[key] for key in saved}, name)
+    changes: dict[str, Any] = {}
+    for key, value in given.items():
         section, _, setting = key.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[setting] = value
-    config = _of_type(kind, from_dict(TrainConfig, nested))
+        (changes.setdefault(section, {}) if section else changes)[setting] = value
+    config = _of_type(kind, from_dict(TrainConfig, changes, preset))
     if config.run.resume == "latest":  # OpenCLIP's word
         config = replace(config, run=replace(config.run, resume="auto"))
     check(config)
@@ -502,16 +495,16 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
-def load_preset(name: str) -> dict[str, Any]:
-    """Settings of a preset or .json file by dotted name; the preset it "extends" comes first.
+def load_preset(name: str) -> TrainConfig:
+    """The settings of a preset or .json file, over those of the preset that it "extends".
 
     Raises:
         ValueError: no such preset, not JSON, or a setting that protoclip does not have.
     """
-    path = Path(name) if name.endswith(".json") else PRESETS / f"{name}.json"
+    path, names = Path(name if name.endswith(".json") else PRESETS / f"{name}.json"), preset_names()
     if not path.is_file():
         raise ValueError(
-            f"--preset: expected one of {', '.join(preset_names())} or a .json file, got {name!r}"
+            f"--preset: expected one of {', '.join(names)} or a .json file, got {name!r}"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -519,22 +512,16 @@ def load_preset(name: str) -> dict[str, Any]:
             raise ValueError(f"expected a JSON object, got {type(values).__name__}")
         values.pop("about", None)
         parent = values.pop("extends", "default")
-        if parent not in preset_names():
-            raise ValueError(
-                f"expected one of {', '.join(preset_names())} in 'extends', got {parent!r}"
-            )
-        from_dict(TrainConfig, values)
+        if parent not in names:
+            raise ValueError(f"expected one of {', '.join(names)} in 'extends', got {parent!r}")
+        base = TrainConfig() if parent == "default" else load_preset(parent)
+        return from_dict(TrainConfig, values, base)
     except ValueError as error:
         raise ValueError(f"--preset: {path} cannot be used: {error}") from error
-    return ({} if parent == "default" else load_preset(parent)) | flat(values)
 
 
 def output_file(path: str | os.PathLike[str], flag: str) -> Path:
-    """The path of a file that can be written; its folders need not exist yet.
-
-    Raises:
-        ValueError: it is a folder, or no file can be made there.
-    """
+    """The path of a file that can be written, else ValueError; its folders need not exist yet."""
     if os.path.isdir(path):
         raise ValueError(f"{flag}: expected a file, got the folder {path}; add a name to it")
     check_above(Path(path), flag)
@@ -551,14 +538,8 @@ def check_above(path: Path, flag: str) -> None:
 
 
 def check_saved(settings: Mapping[str, object], where: str) -> None:
-    """Refuse saved settings that name data elsewhere: a file may come from a stranger.
-
-    Args:
-        settings: flag -> value, those that the command line does not give again.
-        where: the file that they were read from.
-    Raises:
-        ValueError: a value is a url, a pipe or hf-hub:ID; the message names the flag to give.
-    """
+    """Refuse settings, by flag, of the file ``where`` that name data elsewhere or a model of the
+    hub: it may come from a stranger. The ValueError names the flag to give on the command line."""
     for flag, value in settings.items():
         if isinstance(value, str) and re.search(r"://|(^|::)\s*pipe:|^hf-hub:", value):
             raise ValueError(

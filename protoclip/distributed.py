@@ -240,9 +240,11 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 def scatter_sums(rows: Tensor) -> Tensor:
     """[W * B, ...] of each rank -> this rank's [B, ...] of their sum over ranks."""
-    own = rows.new_empty((len(rows) // world_size(), *rows.shape[1:]))
-    _reduce_scatter(own, rows.contiguous())
-    return own
+    # Summed wider than bf16, whose rounding would grow with the number of ranks.
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
+    own = wide.new_empty((len(rows) // world_size(), *rows.shape[1:]))
+    _reduce_scatter(own, wide)
+    return own.to(rows.dtype)
 
 
 def exchange_rows(rows: Tensor, wanted: list[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,17 +37,16 @@ from protoclip.distributed import (
     world_size,
 )
 from protoclip.ops import Bank, checks, prototype_losses
-from protoclip.ops.backends import resolve, wants_gradient
+from protoclip.ops.backends import ANY_FLOAT, resolve, wants_gradient
 from protoclip.ops.contrastive import (
-    SameId,
-    contrastive,
     gap_and_mean,
     info_nce,
+    one_way,
+    parts,
     side_weights,
     sigmoid_loss,
-    sigmoid_sum,
 )
-from protoclip.ops.pairs import Pairs, check_ids, same_pairs
+from protoclip.ops.pairs import Given, Pairs, SameId, check_ids, same_pairs
 from protoclip.prototypes import (
     IGNORE,
     Episode,
@@ -90,13 +89,111 @@ def global_info_nce(
     if not is_distributed():
         options: dict[str, Any] = {"ids": ids, "same_id": same_id, "backend": backend}
         return info_nce(image_features, text_features, logit_scale, **options)
-    op = "global_info_nce"
+    op, first = "global_info_nce", rank() * len(image_features)
     x, y, scale = checks.pairs(op, image_features, text_features, logit_scale)
-    relation = None if ids is None else _global_pairs(op, ids, same_id, x)
+    every = _all_ids(op, ids, x)
     kind = "info_nce" if ids is None else "contrastive"
     name = resolve(kind, backend, x.device.type, x.dtype)
+    if name == "reference":
+        given = Given(None, ids, every, same_id, first=first)
+        pair = (x, gathered_rows(y), scale), (y, gathered_rows(x), scale)
+        losses = [one_way(op, inputs, given, backend=name) for inputs in pair]
+        return (losses[0] + losses[1]) / 2
+    relation = None if every is None else same_pairs(op, every, same_id, x, len(every), first)
     rows, columns = _Strip.apply(x, y, scale, relation, name)
     return (rows + columns).mean() / 2
+
+
+def global_contrastive(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    positives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    same_id: SameId = "exclude",
+    exclude: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+    stash: bool | None = None,
+) -> Tensor:
+    """``contrastive`` of this rank's N queries against the keys of all W ranks.
+
+    The mean over the ranks, and that of the gradients, is the loss of one process with all queries
+    and keys. Memory O(W M D); wire per rank one gather and one reduce-scatter of the keys.
+
+    Args:
+        queries, keys: [N, D] and [M, D], the same M on every rank.
+        positives, exclude: int64 [N], numbers among the keys of all ranks: key j of rank r is
+            r M + j. Without positives query i's own key is key i of its rank.
+        query_ids, key_ids, key_bias, weights: of this rank's queries and keys; a query meets the
+            ids and biases of all ranks' keys.
+        reduction: "mean", over the queries of all ranks once ranks are averaged, whatever number
+            of them counts on each; "sum" and "none": of this rank's queries.
+        logit_scale, same_id, backend, stash: as in ``contrastive``.
+    Returns:
+        float32 (float64 for float64 input), nats: [] or, for "none", [N].
+    Raises:
+        ValueError, TypeError, NotImplementedError: as in ``contrastive``.
+    """
+    op = "global_contrastive"
+    given = Given(positives, query_ids, key_ids, same_id, exclude, key_bias)
+    every, given = _keys_of_all_ranks(op, keys, given)
+    average = mean_over_ranks if is_distributed() else None
+    inputs = queries, every, logit_scale
+    return one_way(op, inputs, given, weights, reduction, backend, stash, average)
+
+
+def global_contrastive_parts(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    positives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    same_id: SameId = "exclude",
+    exclude: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    backend: str = "auto",
+    stash: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``contrastive_parts`` of this rank's queries against the keys of all ranks.
+
+    Args: those of ``global_contrastive``.
+
+    Returns:
+        Log-sum-exp and mean positive of this rank's queries, [N] each.
+    """
+    op = "global_contrastive_parts"
+    given = Given(positives, query_ids, key_ids, same_id, exclude, key_bias)
+    every, given = _keys_of_all_ranks(op, keys, given)
+    return parts(op, (queries, every, logit_scale), given, backend, stash)
+
+
+def _keys_of_all_ranks(op: str, keys: Tensor, given: Given) -> tuple[Tensor, Given]:
+    """The keys of all ranks, and what is given about them; checked before any rank waits."""
+    if not is_distributed():
+        return keys, given
+    checks.matrix(op, "keys", keys, "[M, D]")
+    bias = given.key_bias
+    if bias is not None:
+        checks.vector(op, "key_bias", bias, ANY_FLOAT, [(len(keys),)], keys.device)
+        bias = gathered_rows(bias)
+    ids = _all_ids(op, given.key_ids, keys, "key_ids")
+    given = replace(given, key_ids=ids, key_bias=bias, first=rank() * len(keys))
+    return gathered_rows(keys), given
+
+
+def _all_ids(op: str, ids: Tensor | None, rows: Tensor, name: str = "ids") -> Tensor | None:
+    """The ids of all ranks' rows, int64 [W * B] or [W * B, R]."""
+    if ids is None:
+        return None
+    check_ids(op, name, ids, len(rows), rows.device)
+    return gather_rows(ids)
 
 
 def global_sigmoid_loss(
@@ -124,22 +221,16 @@ def global_sigmoid_loss(
     if not is_distributed():
         options: dict[str, Any] = {"ids": ids, "same_id": same_id, "backend": backend}
         return sigmoid_loss(image_features, text_features, logit_scale, logit_bias, **options)
-    op = "global_sigmoid_loss"
+    op, first = "global_sigmoid_loss", rank() * len(image_features)
     x, y, scale = checks.pairs(op, image_features, text_features, logit_scale)
     bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
-    relation = None if ids is None else _global_pairs(op, ids, same_id, x)
-    kind = "siglip" if ids is None else "siglip with ids"
-    name = resolve(kind, backend, x.device.type, x.dtype)
+    every = _all_ids(op, ids, x)
+    name = resolve("siglip", backend, x.device.type, x.dtype)
     if name == "reference":
-        return sigmoid_sum((x, gathered_rows(y), scale, bias), relation, rank() * len(x), name)
+        inputs = x, gathered_rows(y), scale, bias
+        return sigmoid_loss(*inputs, ids=every, same_id=same_id, offset=first, backend=name)
+    relation = None if every is None else same_pairs(op, every, same_id, x, len(every), first)
     return _Ring.apply(x, y, scale, bias, name, wants_gradient(x, y, scale, bias), relation)
-
-
-def _global_pairs(op: str, ids: Tensor, same_id: str, rows: Tensor) -> Pairs:
-    """This rank's rows against those of all ranks, by the ids of all."""
-    check_ids(op, "ids", ids, len(rows), rows.device)
-    every = gather_rows(ids)
-    return same_pairs(op, every, same_id, rows, len(every), rank() * len(rows))
 
 
 class _Strip(torch.autograd.Function):
@@ -187,9 +278,7 @@ class _Strip(torch.autograd.Function):
             dx, dy, dscale, _ = ops.matched_bwd(
                 x, all_y, scale, *ctx.relation.arguments, rows, columns, *weights, ctx.backend, None
             )
-        # Summed wider than bf16, whose rounding would grow with the number of ranks.
-        dy = scatter_sums(dy.to(dscale.dtype)).to(x.dtype)
-        return dx, dy, dscale.to(scale.dtype).reshape(scale.shape), None, None
+        return dx, scatter_sums(dy), dscale.to(scale.dtype).reshape(scale.shape), None, None
 
 
 class _Ring(torch.autograd.Function):
@@ -272,7 +361,7 @@ class ClipLoss(nn.Module):
         cache_labels: accepted as OpenCLIP's, unused: there are no labels to cache.
         rank, world_size: of this process.
         use_horovod: must be false.
-        stash: as in ``info_nce``; not OpenCLIP's. Left unused by ``local_loss`` on several ranks.
+        stash: as in ``info_nce``; not OpenCLIP's.
     """
 
     def __init__(
@@ -325,12 +414,13 @@ class ClipLoss(nn.Module):
         if self.local_loss and self.gather_with_grad:
             return global_info_nce(x, y, scale, ids=ids)
         all_x, all_y = self._of_all_ranks(x), self._of_all_ranks(y)
-        if ids is not None:
-            check_ids("ClipLoss", "ids", ids, len(x), x.device)
-            ids = gather_rows(ids)
+        every = _all_ids("ClipLoss", ids, x)
         if not self.local_loss:
-            return info_nce(all_x, all_y, scale, ids=ids, stash=self.stash)
-        return (self._one_way(x, all_y, scale, ids) + self._one_way(y, all_x, scale, ids)) / 2
+            return info_nce(all_x, all_y, scale, ids=every, stash=self.stash)
+        given = Given(key_ids=every, first=self.rank * len(x))
+        pair = (x, all_y, scale), (y, all_x, scale)
+        losses = [one_way("ClipLoss", inputs, given, stash=self.stash) for inputs in pair]
+        return (losses[0] + losses[1]) / 2
 
     def _of_all_ranks(self, x: Tensor) -> Tensor:
         """All rows in rank order. Without ``gather_with_grad`` only the own ones have a gradient,
@@ -366,17 +456,6 @@ class ClipLoss(nn.Module):
         """int64 [num_logits]: the column of each row's positive in ``get_logits``."""
         first = num_logits * self.rank if self.world_size > 1 and self.local_loss else 0
         return torch.arange(first, first + num_logits, device=device)
-
-    def _one_way(self, x: Tensor, y: Tensor, scale: Tensor | float, ids: Tensor | None) -> Tensor:
-        """Mean cross-entropy of rows x [N, D] against all columns y [W * N, D]."""
-        offset = self.rank * len(x)
-        if ids is not None:
-            own = torch.arange(offset, offset + len(x), device=x.device)
-            return contrastive(x, y, scale, positives=own, key_ids=ids)
-        x, y = checks.promoted(x, y)
-        scale = checks.scalar("ClipLoss", "logit_scale", scale, x.device)
-        backend = resolve("info_nce", "auto", x.device.type, x.dtype)
-        return torch.ops.protoclip.contrastive(x, y, scale, offset, False, "mean", backend)[0]
 
 
 class SigLipLoss(nn.Module):

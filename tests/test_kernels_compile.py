@@ -29,7 +29,7 @@ MATCHED = {"matched_forward", "matched_gradient"}
 def costs():
     """What ``make kernels`` finds: every row on Hopper, one kernel on the others, which take
     minutes."""
-    others = [f"sm_{arch} sigmoid 128" for arch in (80, 89, 100)]
+    others = [f"sm_{arch} sigmoid {of}" for arch in (80, 89, 100) for of in ("128", "ids")]
     return json.loads(_python("-m", REPORT, "--json", "sm_90", *others))
 
 

@@ -234,29 +234,34 @@ def test_non_finite_features_give_a_non_finite_loss(row, value):
     assert not sigmoid_loss(x, y, scale, -scale, backend="triton").isfinite()
 
 
-def _sigmoid(x, y, bias, offset):
+def _sigmoid(x, y, bias, offset, **ids):
     leaves = [t.detach().clone().requires_grad_() for t in (x, y)]
     leaves += [torch.tensor(v, device=DEVICE, requires_grad=True) for v in (10.0, bias)]
-    loss = sigmoid_loss(*leaves, offset=offset, backend="triton")
+    loss = sigmoid_loss(*leaves, offset=offset, **ids, backend="triton")
     names = "loss", "dx", "dy", "dscale", "dbias"
     return dict(zip(names, (loss.detach(), *torch.autograd.grad(loss, leaves)), strict=True))
 
 
+@pytest.mark.parametrize("same_id", [None, "positive", "exclude"])
 @pytest.mark.parametrize("bias", [-10.0, 0.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1, 3, 0), (100, 130, 43, 30), (64, 64, 32, 0), (4, 4, 0, 0)])
-def test_sigmoid_loss_within_budget(sizes, dtype, bias):
+def test_sigmoid_loss_within_budget(sizes, dtype, bias, same_id):
+    """Ids that share a text with few others, and, where the bias is 0, with many in a second
+    column."""
     n, m, d, offset = sizes
     x, y = _features(m, d, "cones", dtype)
     x = x[:n]
-    got = _sigmoid(x, y, bias, offset)
+    ids = torch.arange(m, device=DEVICE)[:, None] // torch.tensor([3, 40], device=DEVICE)
+    ids = {"ids": ids[:, : 2 - (bias < 0)], "same_id": same_id} if same_id else {}
+    got = _sigmoid(x, y, bias, offset, **ids)
     truth, base = (
-        sigmoid_gradients(x, y, 10.0, bias, offset, wide) for wide in (torch.float64, dtype)
+        sigmoid_gradients(x, y, 10.0, bias, offset, wide, **ids) for wide in (torch.float64, dtype)
     )
     _assert_within(got, truth, base, 10.0)
     # Scalars on the features' device: others are refused (tests/test_backends.py).
     scale, bias = (torch.tensor(v, device=DEVICE) for v in (10.0, bias))
-    value = sigmoid_loss(x, y, scale, bias, offset=offset, backend="triton")
+    value = sigmoid_loss(x, y, scale, bias, offset=offset, **ids, backend="triton")
     assert_within_budget(value, truth["loss"], base["loss"], "loss without gradients")
 
 

@@ -28,19 +28,18 @@ def test_info_nce_of_two_pairs_of_equal_rows_and_of_one_pair(backend):
     assert one == 0 and (torch.autograd.grad(one, x)[0] == 0).all()
 
 
-@pytest.mark.parametrize("offset", [0, 3])
-def test_the_strip_is_cross_entropy_of_its_rows(offset):
-    """What fused backends and distributed losses share: rows against more columns than rows."""
-    torch.manual_seed(0)
-    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    y = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
-    s = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    rows, *_ = torch.ops.protoclip.contrastive(x, y, s, offset, False, "none", "reference")
-    want = F.cross_entropy(s * x @ y.T, torch.arange(5) + offset, reduction="none")
-    torch.testing.assert_close(rows, want, rtol=1e-12, atol=1e-12)
-    upstream = torch.randn(5, dtype=torch.float64)
-    got, truth = (torch.autograd.grad(loss, (x, y, s), upstream) for loss in (rows, want))
-    torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
+@on_backends("contrastive")
+def test_one_query_and_four_keys(backend):
+    """Logits 0, 1, 2, 3; key 1 is its own, key 2 the same thing, key 3 is never seen."""
+    keys, ids = torch.arange(4.0)[:, None], torch.tensor([0, 1, 1, 3])
+    given = {"positives": torch.tensor([1]), "exclude": torch.tensor([3]), "backend": backend}
+    for same_id, want in (
+        ("exclude", math.log(1 + math.e) - 1),  # of keys 0 and 1
+        ("positive", math.log(1 + math.e + math.exp(2)) - 1.5),
+    ):
+        given |= {"key_ids": ids, "same_id": same_id}
+        got = protoclip.contrastive(torch.ones(1, 1), keys, 1.0, **given)
+        assert got.item() == pytest.approx(want, rel=1e-6)
 
 
 @on_backends("prototype_cross_entropy")

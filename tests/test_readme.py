@@ -129,7 +129,7 @@ def test_readme_says_which_backends_an_op_has():
         for name in re.findall(r"`(\w+)`", row[0])
         if name in ops
     }
-    assert told == {op: set(TABLE[op]) - {"reference"} for op in ops.values() if "ids" not in op}
+    assert told == {op: set(TABLE[op]) - {"reference"} for op in ops.values()}
 
 
 def test_the_page_of_many_gpus_says_what_plan_says(capsys):

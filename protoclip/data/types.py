@@ -25,6 +25,13 @@ class Labels:
     names: tuple[str, ...]  # a class may have no pair (in a subset)
 
 
+def labels_of(values: Sequence[str]) -> Labels:
+    """The classification that gives pair i the class ``values[i]``."""
+    names = tuple(dict.fromkeys(values))
+    numbers = {name: number for number, name in enumerate(names)}
+    return Labels(torch.tensor([numbers[value] for value in values]), names)
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Pairs ready for the model."""
@@ -102,9 +109,8 @@ class Subset:
         }
         self.remote = getattr(dataset, "remote", False)
         self.skipped = getattr(dataset, "skipped", ())
-        for column in ("shard_of", "source_of"):
-            if hasattr(dataset, column):
-                setattr(self, column, getattr(dataset, column)[self.indices])
+        if hasattr(dataset, "shard_of"):
+            self.shard_of = dataset.shard_of[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -8,7 +8,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from protoclip.evaluate.results import (
     Outcome,
     format_table,
     read_results,
-    records,
     write_records,
     write_results,
 )
@@ -76,23 +76,22 @@ def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
     """Load what the command line calls MODEL.
 
     Args:
-        what: a run folder or a checkpoint, an OpenCLIP name ("ViT-B-32", or "ViT-B-32,TAG" as in
-            CLIP_benchmark), a model config .json, "local-dir:PATH" or "hf-hub:ID".
+        what: a run folder or a checkpoint, an OpenCLIP name, a model config .json,
+            "local-dir:PATH" or "hf-hub:ID".
         pretrained: OpenCLIP's tag or weights file for a name; "random": as initialised.
         model: the OpenCLIP name of a checkpoint, where it does not know its own or is not trusted.
     Raises:
         ValueError: no such model or weights; the message says what is known.
     """
-    name, _, tag = what.partition(",")
-    if name.startswith(WEIGHTS) or name.endswith(".json"):
-        return _by_name(name, pretrained or tag)
+    if what.startswith(WEIGHTS) or what.endswith(".json"):
+        return _by_name(what, pretrained)
     if not os.path.exists(what) and os.sep not in what:
         try:
-            check_model(ModelConfig(model=name))
+            check_model(ModelConfig(model=what))
         except ValueError as error:
             reason = str(error).removeprefix("--model: ")
             raise ValueError(f"{what}: found no run and no checkpoint there; {reason}") from error
-        return _by_name(name, pretrained or tag)
+        return _by_name(what, pretrained)
     path, payload = checkpoint.load_newest(what)
     stored = payload.get("protoclip", {}).get("config")
     if stored is None:
@@ -126,6 +125,22 @@ def _by_name(name: str, pretrained: str) -> Loaded:
     return Loaded(model, name, pretrained or name)
 
 
+@contextmanager
+def open_encoder(
+    model: ProtoModel, args: argparse.Namespace, what: str, *, cached: bool = True
+) -> Iterator[Encoder]:
+    """The encoder of the flags --device, --precision, --batch-size and --workers, with its bar."""
+    device = choose_device(args.device)
+    precision = choose_precision(args.precision, device)
+    cache = FeatureCache(model.clip, f"{precision} {model.preprocess()}") if cached else None
+    autocast, sharded = autocast_for(precision, device), distributed.world_size() > 1
+    shown = None if distributed.is_main() else True  # None: where stderr is a terminal
+    model.to(device)
+    with tqdm(desc=what, unit=" rows", leave=False, disable=shown) as bar:
+        yield Encoder(model, device, args.batch_size, args.workers, autocast, bar, cache, sharded)
+        bar.refresh()  # the last updates may have come too fast to be drawn
+
+
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks for; rank 0 writes the files and prints the table."""
     started = time.perf_counter()
@@ -134,10 +149,6 @@ def run(args: argparse.Namespace) -> None:
     loaded = load_model(args.what, args.pretrained, args.model)
     config = loaded.config or TrainConfig()
     data = args.data or _own_data(loaded.config, args.what)
-    device = choose_device(args.device)
-    precision = choose_precision(args.precision, device)
-    loaded.model.to(device)
-    loading = time.perf_counter() - started
     columns = {
         name: getattr(config.data if getattr(args, name) is None else args, name) for name in TABLE
     }
@@ -149,36 +160,15 @@ def run(args: argparse.Namespace) -> None:
         if args.tasks not in ("", "all"):
             raise ValueError(f"--tasks {task}: {reason} ({data}); leave that task out")
         notes.append(f"Without {task}: {reason}.")
-    started, cache = time.perf_counter(), None
-    if not args.no_cache:
-        cache = FeatureCache(loaded.model.clip, f"{precision} {loaded.model.preprocess()}")
-    ranks = distributed.world_size()
-    shown = None if distributed.is_main() else True  # None: where stderr is a terminal
-    with tqdm(desc="evaluating", unit=" rows", leave=False, disable=shown) as bar:
-        encoder = Encoder(
-            loaded.model,
-            device,
-            args.batch_size,
-            args.workers,
-            autocast_for(precision, device),
-            bar,
-            cache,
-            sharded=ranks > 1,
-        )
+    seconds, started = {"loading": time.perf_counter() - started}, time.perf_counter()
+    with open_encoder(loaded.model, args, "evaluating", cached=not args.no_cache) as encoder:
         sets, train = encode_sets(encoder, layout, tasks)
         results = evaluate_features(sets, train, tasks=tasks, protocol=args.protocol)
-        bar.refresh()  # the last updates may have come too fast to be drawn
     if not distributed.is_main():
         return
-    took = time.perf_counter() - started
-    outcome = Outcome(
-        data,
-        loaded.name,
-        loaded.pretrained,
-        results,
-        seconds={"loading": loading, "evaluation": took},
-        peak_memory_bytes=peak_memory_bytes(device),
-    )
+    seconds["evaluation"] = took = time.perf_counter() - started
+    peak = peak_memory_bytes(encoder.device)
+    outcome = Outcome(data, loaded.name, loaded.pretrained, results, None, seconds, peak)
     if output.is_file() and not args.tasks:
         earlier = read_results(output)
         if earlier.data == data and earlier.untrained is not None:
@@ -189,10 +179,11 @@ def run(args: argparse.Namespace) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_results(output, outcome)
     folder = output.parent / "clip_benchmark"
-    write_records(folder, records(outcome))
-    if cache is not None and cache.rows_found:
-        notes.append(f"{cache.rows_found:,} rows of features came from {cache.folder}.")
-    words = f" on {ranks} ranks" if ranks > 1 else ""
+    write_records(folder, outcome)
+    if encoder.cache is not None and encoder.cache.rows_found:
+        found = f"{encoder.cache.rows_found:,} rows"
+        notes.append(f"{found} of features came from {encoder.cache.folder}.")
+    words = f" on {distributed.world_size()} ranks" if encoder.sharded else ""
     notes.append(f"Evaluated in {took:.1f} s{words}, written to {output}")
     print(format_table(outcome), *notes, f"CLIP_benchmark's JSON: {folder}", sep="\n")
 

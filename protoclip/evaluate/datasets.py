@@ -42,7 +42,7 @@ class Layout:
     captions: int | None = None  # of each picture, at most; None: all
     key: str = "ALL"  # the set's name in the results
     title: str = ""
-    emoji: Callable[[str], PairDataset] | None = None  # opens the other splits of built-in emoji
+    emoji: Callable[..., PairDataset] | None = None  # opens the other splits of built-in emoji
 
 
 def open_layout(
@@ -68,11 +68,11 @@ def open_layout(
     """
     if data.startswith("builtin:"):
 
-        def opened(split: str) -> PairDataset:
+        def opened(split: str, data: str = data) -> PairDataset:
             return open_dataset(data, split, **open_kwargs)
 
         emoji = opened if data == "builtin:emoji" else None
-        words: Sequence[str] = EMOJI_TEMPLATES if emoji else TEMPLATES
+        words: Sequence[str] = EMOJI_TEMPLATES if data.startswith("builtin:emoji") else TEMPLATES
         test, train = opened("heldout"), opened("train")
         return Layout(test, train, words, 1, "HO", "Held-out pairs", emoji)
     words, root = read_templates(templates), Path(data)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ BLOCK_ELEMENTS = 1 << 24  # one block of scores: 64 MiB in float32
 DRAWS_AT_ONCE = 1 << 22  # bootstrap draws in memory: 32 MiB
 LAMBDAS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 PROBE_ITERATIONS = 100
+MEAN_PER_CLASS = "mean_per_class_recall"
 Score = Callable[[Tensor], Tensor]  # features [b, D] -> logits [b, C], each row by itself
 
 
@@ -35,82 +36,38 @@ def rows_per_block(columns: int) -> int:
     return max(1, BLOCK_ELEMENTS // max(columns, 1))
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """One value per sample, whose mean is wanted; with ``classes`` the mean over the classes that
-    occur of each one's mean, as in the mean per class recall."""
+def retrieval(
+    image: Tensor, text: Tensor, caption_image: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rank, from 1, of the best positive by cosine: of each image [N], of each caption [M].
 
-    values: Tensor  # [N]
-    classes: Tensor | None = None  # int64 [N], from 0
-
-    def mean(self) -> float:
-        """The mean; NaN without samples."""
-        n = len(self.values)
-        return float(self.means(torch.arange(n)[None])) if n else math.nan
-
-    def means(self, rows: Tensor) -> Tensor:
-        """The mean over each row of sample numbers, int64 [R, n] -> float64 [R]."""
-        values = self.values.cpu().double()[rows]
-        if self.classes is None:
-            return values.mean(1)
-        classes = self.classes.cpu()[rows]
-        total = values.new_zeros(len(rows), int(classes.max()) + 1)  # [R, C]
-        size = total.scatter_add(1, classes, torch.ones_like(values))
-        total.scatter_add_(1, classes, values)
-        return (total / size.clamp_min(1)).sum(1) / (size > 0).sum(1)
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """Ranks of the best positive, from 1; a negative with the same score counts one half."""
-
-    image_to_text: Tensor  # float32 [N], one query per image: text retrieval
-    text_to_image: Tensor  # float32 [M], one query per caption: image retrieval
-
-    def scores(self, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, Sampled]:
-        """What CLIP_benchmark's ``text_retrieval_recall@K`` (image -> text) and
-        ``image_retrieval_recall@K`` (text -> image) are the means of."""
-        return {
-            f"{name}_retrieval_recall@{k}": Sampled((ranks <= k).float())
-            for name, ranks in (("text", self.image_to_text), ("image", self.text_to_image))
-            for k in ks
-        }
-
-    def summary(self, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-        """The recalls and the median rank of image -> text. Empty: NaN."""
-        recalls = {name: one.mean() for name, one in self.scores(ks).items()}
-        ranks = self.image_to_text.double()
-        median = float(ranks.quantile(0.5)) if len(ranks) else math.nan
-        return {**recalls, "text_retrieval_median_rank": median}
-
-
-def retrieval(image: Tensor, text: Tensor, caption_image: Tensor | None = None) -> Retrieval:
-    """Ranks of the best positive by cosine, in both directions.
-
-    Ties cost half a place each, so that a model which maps everything to one point scores at
-    chance and not at 100 %.
+    A tie costs half a place, so that a model which maps everything to one point scores at chance
+    and not at 100 %. Rank infinity: an image without a caption, or features that are not finite.
 
     Args:
-        image: features [N, D], any length.
-        text: features [M, D], any length.
+        image, text: features [N, D] and [M, D], any length.
         caption_image: int64 [M], the image row each caption belongs to; None: caption i to image i.
-    Returns:
-        Ranks on the features' device. An image without a caption gets rank infinity.
     """
     images = torch.arange(len(image), device=image.device)
     owner = images if caption_image is None else caption_image.to(image.device)
     z_image, z_text = unit(image), unit(text)
-    return Retrieval(
-        image_to_text=_ranks(z_image, lambda rows: rows @ z_text.T, images, owner),
-        text_to_image=_ranks(z_text, lambda rows: rows @ z_image.T, owner, images),
+    return (
+        _ranks(z_image, lambda rows: rows @ z_text.T, images, owner),
+        _ranks(z_text, lambda rows: rows @ z_image.T, owner, images),
     )
 
 
-def _ranks(queries: Tensor, score: Score, query_id: Tensor, item_id: Tensor) -> Tensor:
-    """Rank of the best item with the query's id, float32 [Q]; items [P] are known by their score.
+def recalls(ranks: tuple[Tensor, Tensor], ks: Sequence[int] = (1, 5, 10)) -> dict[str, Tensor]:
+    """``retrieval``'s ranks -> 0 or 1 a query, by CLIP_benchmark's name of their mean."""
+    return {
+        f"{answers}_retrieval_recall@{k}": (own <= k).float()
+        for answers, own in zip(("text", "image"), ranks, strict=True)
+        for k in ks
+    }
 
-    A tie costs half a place. Rank infinity: no such item, or a score that is not finite.
-    """
+
+def _ranks(queries: Tensor, score: Score, query_id: Tensor, item_id: Tensor) -> Tensor:
+    """Rank of the best item with the query's id, float32 [Q]; ``score`` gives those of P items."""
     ranks = queries.new_full((len(queries),), torch.inf, dtype=torch.float32)
     step = rows_per_block(len(item_id))
     for start in range(0, len(queries) if len(item_id) else 0, step):
@@ -133,22 +90,22 @@ def zero_shot_logits(image: Tensor, vectors: Tensor) -> Tensor:
     return unit(image) @ unit(vectors).T
 
 
-def classify(
-    features: Tensor, labels: Tensor, num_classes: int, score: Score
-) -> dict[str, Sampled]:
+def classify(features: Tensor, labels: Tensor, num_classes: int, score: Score) -> dict[str, Tensor]:
     """Judge the classifier ``score`` on features [N, D] with labels int64 [N] in 0 .. C - 1.
 
     Returns:
-        What each of CLIP_benchmark's scores is the mean of. A tie costs half a place; fewer than
-        five classes have no top-5.
+        A value a sample, by CLIP_benchmark's name of their mean. A tie costs half a place; fewer
+        than five classes have no top-5.
     """
     labels = labels.to(features.device)
     ranks = _ranks(features, score, labels, torch.arange(num_classes, device=features.device))
     first, five = (ranks <= 1).float(), (ranks <= 5).float()
+    size = labels.bincount()
+    weight = len(labels) / ((size > 0).sum() * size[labels])  # classes count alike
     return {
-        "acc1": Sampled(first),
-        "acc5": Sampled(five if num_classes >= 5 else five[:0]),
-        "mean_per_class_recall": Sampled(first, labels),
+        "acc1": first,
+        "acc5": five if num_classes >= 5 else five[:0],
+        MEAN_PER_CLASS: first * weight,
     }
 
 
@@ -157,16 +114,14 @@ def fit_linear_probe(
 ) -> tuple[Score, float]:
     """Multinomial logistic regression on standardised features, by full-batch L-BFGS.
 
-    Minimises mean cross-entropy + lambda/2 |W|^2 (bias free). Lambda is the one with the lowest
-    cross-entropy on a random fifth of the given (training) samples; the path runs from strong to
-    weak, each fit starting from the last, and stops once two weaker ones in a row are worse. Then
-    all samples are fitted with it. In scikit-learn's terms C = 1 / (lambda N).
+    Minimises mean cross-entropy + lambda/2 |W|^2 (bias free; scikit-learn's C = 1 / (lambda N)).
+    Lambda, of ``penalties``, has the lowest cross-entropy on a random fifth of the given (training)
+    samples; the path runs from strong to weak, each fit starting from the last, and stops once two
+    weaker ones in a row are worse. Then all samples are fitted with it.
 
     Args:
         features: [N, D], N > 1, any length; columns are standardised, constant ones become 0.
         labels: int64 [N] in 0 .. num_classes - 1.
-        num_classes: C.
-        penalties: the lambdas to choose from.
     Returns:
         features [N, D] -> logits [N, C], and the lambda.
     Raises:
@@ -230,7 +185,7 @@ def paper_linear_probe(
     epochs: int = 100,
     batch_size: int = 1024,
     seed: int = 0,
-) -> tuple[dict[str, Sampled], int]:
+) -> tuple[dict[str, Tensor], int]:
     """The linear probe of ProtoCLIP's authors: SGD on the features, the *best test epoch* counts.
 
     Momentum 0.9, weight decay 1e-6, cosine to 0 by epoch, batches in the given order (the authors'
@@ -239,8 +194,6 @@ def paper_linear_probe(
 
     Args:
         train, test: features [N, D], not normalised, and labels int64 [N] in 0 .. num_classes - 1.
-        num_classes: C.
-        seed: of the initial weights, N(0, 0.01).
     Returns:
         ``classify`` of the best epoch, and its number from 1.
     Source:
@@ -254,7 +207,7 @@ def paper_linear_probe(
     layer.to(x.device)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-6)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=0)
-    found: list[dict[str, Sampled]] = []
+    found: list[dict[str, Tensor]] = []
     for _ in range(epochs):
         for rows, own in zip(x.split(batch_size), y.split(batch_size), strict=True):
             optimizer.zero_grad()
@@ -263,7 +216,7 @@ def paper_linear_probe(
         schedule.step()
         with torch.no_grad():
             found.append(classify(test[0].float(), test[1], num_classes, layer))
-    best = max(range(epochs), key=lambda epoch: float(found[epoch]["acc1"].values.sum()))
+    best = max(range(epochs), key=lambda epoch: float(found[epoch]["acc1"].sum()))
     return found[best], best + 1
 
 
@@ -272,9 +225,6 @@ def fit_knn(
 ) -> Score:
     """scikit-learn's k-NN by cosine, where a vote weighs exp(cosine / temperature).
 
-    Args:
-        train: [N, D]; labels: int64 [N] in 0 .. num_classes - 1; num_classes: C.
-        k: neighbours, at most N are used.
     Returns:
         queries [Q, D], Q > 0 -> shares of the votes, float64 [Q, C].
     """
@@ -304,12 +254,7 @@ def group_scores(
 ) -> dict[str, float]:
     """scikit-learn's ARI, AMI and NMI of k-means clusters of unit features against known labels.
 
-    Args:
-        features: [N, D], any length; clustered into as many clusters as there are labels.
-        labels: int64 [N].
-        seeds: the scores are means over one k-means each; one alone moves by a few hundredths.
-    Returns:
-        ``{"ari", "ami", "nmi"}``.
+    As many clusters as labels; means over a k-means a seed, as one alone moves by a few hundredths.
     """
     from sklearn import metrics
 
@@ -320,10 +265,7 @@ def group_scores(
         "ami": metrics.adjusted_mutual_info_score,
         "nmi": metrics.normalized_mutual_info_score,
     }
-    return {
-        name: sum(float(score(truth, one)) for one in found) / len(seeds)
-        for name, score in scores.items()
-    }
+    return {name: float(np.mean([f(truth, one) for one in found])) for name, f in scores.items()}
 
 
 def modality_gap(image: Tensor, text: Tensor) -> float:
@@ -356,25 +298,23 @@ def uniformity(features: Tensor) -> float:
 
 
 def bootstrap_intervals(
-    samples: Mapping[str, Sampled], *, resamples: int = 1000, seed: int = 0
+    samples: Mapping[str, Tensor], *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap 95 % interval of each mean, low and high; none without samples.
 
     Args:
-        samples: by name; those of one length share their resamples.
+        samples: name -> a value a sample [N]; those of one length share their resamples.
         resamples: draws of N samples with replacement.
-        seed: the same seed, the same intervals.
     """
-    out = {}
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    for n in {len(one.values) for one in samples.values()} - {0}:
-        means: dict[str, list[Tensor]] = {x: [] for x in samples if len(samples[x].values) == n}
-        generator = torch.Generator().manual_seed(seed)
+    out: dict[str, tuple[float, float]] = {}
+    for n in {len(values) for values in samples.values()} - {0}:
+        own = {name: values for name, values in samples.items() if len(values) == n}
+        values = torch.stack(list(own.values()), dim=1).cpu().double()  # [N, S]
+        generator, means = torch.Generator().manual_seed(seed), []
         for part in torch.arange(resamples).split(max(1, DRAWS_AT_ONCE // n)):
             rows = torch.randint(n, (len(part), n), generator=generator)
-            for name, parts in means.items():
-                parts.append(samples[name].means(rows))
-        for name, parts in means.items():
-            low, high = torch.cat(parts).quantile(ends).tolist()
-            out[name] = low, high
+            times = values.new_zeros(rows.shape).scatter_add_(1, rows, values.new_ones(rows.shape))
+            means.append(times @ values / n)  # [R, S]
+        ends = torch.cat(means).quantile(values.new_tensor([0.025, 0.975]), dim=0)  # [2, S]
+        out |= dict(zip(own, zip(*ends.tolist(), strict=True), strict=True))
     return out

@@ -102,7 +102,8 @@ def format_table(outcome: Outcome, baseline: Outcome | None = None) -> str:
     if outcome.floor is not None:
         footer.append("floor: 12 x 12 pixels as features, or the most frequent class if it is more")
     if baseline is not None:
-        footer.append(f"CLIP: {baseline.seeds} recorded seeds; in brackets: within chance (95 %)")
+        seeds = f"mean of {baseline.seeds} seeds" if baseline.seeds > 1 else "one seed"
+        footer.append(f"CLIP: recorded, {seeds}; in brackets: within chance (95 %)")
     if outcome.seconds:
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in outcome.seconds.items())
         text = f"Time: {phases}; together {sum(outcome.seconds.values()):.1f} s"
@@ -138,9 +139,8 @@ def number(value: float, sign: str = "") -> str:
 
 def write_results(path: str | os.PathLike[str], outcome: Outcome) -> None:
     """Write ``results.json``, whole or not at all; values that are not finite become null."""
-    content = {**dataclasses.asdict(outcome), "clip_benchmark": records(outcome)}
-    # Strict JSON has neither NaN nor infinity.
-    strict = json.loads(json.dumps(content), parse_constant=lambda name: None)
+    content = json.dumps(dataclasses.asdict(outcome))
+    strict = json.loads(content, parse_constant=lambda name: None)  # NaN and infinity are not JSON
     write_atomic(Path(path), json.dumps(strict, indent=1) + "\n")
 
 
@@ -152,7 +152,6 @@ def read_results(path: str | os.PathLike[str]) -> Outcome:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        del content["clip_benchmark"]
         for name in ("trained", "untrained", "floor"):
             if name == "trained" or content.get(name) is not None:
                 content[name] = {key: _read_set(one) for key, one in content[name].items()}
@@ -172,48 +171,36 @@ def _read_set(content: Mapping[str, Any]) -> SetResults:
     return SetResults(**{**content, "metrics": metrics})
 
 
-def records(outcome: Outcome) -> list[dict[str, Any]]:
-    """One record per set, label and task, as ``clip_benchmark eval --output`` writes it.
+def write_records(folder: Path, outcome: Outcome) -> None:
+    """A file per set, label and task, as ``clip_benchmark eval --output`` writes and names them.
 
-    The data set is "DATA/SET/LABEL", without the parts that tell nothing (ALL, class).
+    The data set is "DATA/SET/LABEL", without the parts that tell nothing (ALL, class). Like there,
+    values that do not exist (top-5 of four classes) are written as NaN.
     """
-    out: list[dict[str, Any]] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = outcome.pretrained
+    weights = os.path.basename(weights) if os.path.isfile(weights) else weights
     for key, one in outcome.trained.items():
         for label in dict.fromkeys(name.rpartition("/")[0] for name in one.metrics):
             own = f"{label}/" if label else ""
+            parts = [outcome.data, *(x for x in (key, label) if x not in ("ALL", "class", ""))]
             for task, names in RECORDS.items():
-                values: dict[str, Any] = {
-                    name: one.metrics[own + name] for name in names if own + name in one.metrics
-                }
+                known = [name for name in names if own + name in one.metrics]
+                values: dict[str, Any] = {name: one.metrics[own + name] for name in known}
                 if not values:
                     continue
                 if task == "linear_probe":  # ours uses all samples, as they are
                     for name in ("weight_decay", "epochs"):
                         values[name] = one.metrics[f"{own}lp_{name}"]
                     values |= {"seed": 0, "fewshot_k": -1, "normalized": False}
-                parts = [outcome.data, *(x for x in (key, label) if x not in ("ALL", "class"))]
-                out.append(
-                    {
-                        "dataset": "/".join(part for part in parts if part),
-                        "model": outcome.model,
-                        "pretrained": outcome.pretrained,
-                        "task": task,
-                        "metrics": values,
-                        "language": "en",
-                    }
-                )
-    return out
-
-
-def write_records(folder: Path, content: list[dict[str, Any]]) -> None:
-    """One file per record, named as CLIP_benchmark names them; ``clip_benchmark build`` reads them.
-
-    Like CLIP_benchmark, values that do not exist (top-5 of four classes) are written as NaN.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for record in content:
-        weights = record["pretrained"]
-        weights = os.path.basename(weights) if os.path.isfile(weights) else weights
-        parts = (record["dataset"], weights, record["model"], record["language"], record["task"])
-        name = "_".join(parts).replace("/", "_").strip("_")
-        (folder / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
+                record = {
+                    "dataset": "/".join(parts),
+                    "model": outcome.model,
+                    "pretrained": outcome.pretrained,
+                    "task": task,
+                    "metrics": values,
+                    "language": "en",
+                }
+                name = "_".join([*parts, weights, outcome.model, "en", task]).replace("/", "_")
+                path = folder / f"{name.strip('_')}.json"
+                path.write_text(json.dumps(record), encoding="utf-8")

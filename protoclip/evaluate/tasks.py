@@ -7,8 +7,8 @@ import hashlib
 import os
 import resource
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,16 +37,15 @@ from protoclip.data.types import heldout_mask
 from protoclip.distributed import gather_objects, is_main, max_over_ranks, own_slice
 from protoclip.evaluate import metrics
 from protoclip.evaluate.datasets import Layout, class_prompts
-from protoclip.evaluate.metrics import Sampled
 from protoclip.evaluate.results import Results, SetResults
-from protoclip.model import Encoded, ProtoModel
+from protoclip.model import ProtoModel
 from protoclip.ops.native import cache_dir
 
 PROBES = frozenset(("linear_probe", "knn"))
 HELDOUT_PERCENT = 20  # of a data set without a train split: what its probes are judged on
 SAMPLED = 16  # pictures whose pixels are part of a data set's digest, where files cannot tell
 # A fitted probe: features [N, D] and labels [N] -> its scores, and its settings.
-Probe = Callable[[Tensor, Tensor], tuple[Mapping[str, Sampled], Mapping[str, float]]]
+Probe = Callable[[Tensor, Tensor], tuple[dict[str, Tensor], dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -71,17 +70,12 @@ class EvalSet:
 
 
 class FeatureCache:
-    """Features by model, data and precision, in ``cache_dir()/features``.
-
-    Args:
-        model: in the state that makes the features; what is trained later is another model.
-        settings: what else decides about the features, such as the precision.
-    """
+    """Features in ``cache_dir()/features``, by model, ``settings`` (precision, ...) and data."""
 
     def __init__(self, model: nn.Module, settings: str = "") -> None:
         self.folder = cache_dir() / "features"
         self.rows_found = 0
-        self._model = model_hash(model) + settings
+        self._model = model_hash(model) + settings  # what is trained later is another model
 
     def path(self, kind: str, content: str) -> Path:
         return self.folder / f"{kind}-{digest(self._model, content)[:40]}.safetensors"
@@ -127,10 +121,7 @@ def model_hash(model: nn.Module) -> str:
 
 
 def dataset_hash(dataset: PairDataset) -> str:
-    """Digest of a data set's pictures: by size and time of its files, else by samples of them.
-
-    Built-in data has no files of its own; its keys and the pixels of a few pictures stand for it.
-    """
+    """Digest of a data set's pictures: size and time of its files, or the pixels of a few."""
     base: Any = dataset
     parts = [base.name, *base.keys]
     while isinstance(base, Subset):
@@ -165,19 +156,18 @@ class Encoder:
     @torch.no_grad()
     def images(self, dataset: PairDataset) -> Tensor:
         """u of every picture, float32 [N, D] on the device."""
-        m = self.model
 
         def encode(rows: slice) -> Tensor:
             stream = batches(
                 dataset,
                 Draws(torch.arange(rows.start, rows.stop), seed=0),
                 self.batch_size,
-                eval_transform(m),
-                m.short_tokenizer,
+                eval_transform(self.model),
+                self.model.short_tokenizer,
                 workers=self.workers,
                 captions="first",
             )
-            return self._rows(m.clip.encode_image, (batch.image for batch in stream))
+            return self._rows(self.model.clip.encode_image, (batch.image for batch in stream))
 
         return self._kept("image", lambda: dataset_hash(dataset), len(dataset), encode)
 
@@ -185,23 +175,15 @@ class Encoder:
     def texts(self, texts: Sequence[str]) -> Tensor:
         """u of every text, float32 [M, D] on the device; equal texts are encoded once."""
         position = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        unique, step = list(position), self.batch_size
+        unique = list(position)
 
         def encode(rows: slice) -> Tensor:
-            own = unique[rows]
-            tokens = (
-                self.model.short_tokenizer(own[i : i + step]) for i in range(0, len(own), step)
-            )
-            return self._rows(self.model.encode_text, tokens)
+            starts = range(rows.start, rows.stop, self.batch_size)
+            parts = (unique[i : min(i + self.batch_size, rows.stop)] for i in starts)
+            return self._rows(self.model.encode_text, map(self.model.short_tokenizer, parts))
 
         encoded = self._kept("text", lambda: digest(*unique), len(unique), encode)
         return encoded[torch.tensor([position[text] for text in texts], device=encoded.device)]
-
-    @torch.no_grad()
-    def project(self, encoded: Encoded) -> Encoded:
-        """h of encoded rows, unit rows [N, Dh] each, in eval mode."""
-        with _eval_mode(self.model):
-            return self.model.project(encoded)
 
     def _kept(
         self, kind: str, content: Callable[[], str], count: int, encode: Callable[[slice], Tensor]
@@ -228,12 +210,15 @@ class Encoder:
         return rows
 
     def _rows(self, encode: Callable[[Tensor], Tensor], parts: Iterable[Tensor]) -> Tensor:
-        rows = []
-        with _eval_mode(self.model):
+        rows, was_training = [], self.model.training
+        self.model.eval()
+        try:
             for part in parts:
                 with self.autocast():
                     rows.append(encode(part.to(self.device, non_blocking=True)).float())
                 self.bar.update(len(part))
+        finally:
+            self.model.train(was_training)
         return torch.cat(rows)
 
 
@@ -260,16 +245,6 @@ def floors(encoder: Encoder, layout: Layout) -> Results:
                 values[name] = max(share, values.get(name, share))
         found[key] = dataclasses.replace(one, metrics=values, intervals={})
     return found
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def eval_transform(model: ProtoModel) -> Callable[[Any], Tensor]:
@@ -309,7 +284,7 @@ def encode_sets(
 
 
 def _emoji_sets(
-    encoder: Encoder, layout: Layout, opened: Callable[[str], PairDataset]
+    encoder: Encoder, layout: Layout, opened: Callable[..., PairDataset]
 ) -> tuple[dict[str, EvalSet], EvalSet]:
     """Every picture and caption is encoded once; the other sets are rows of the whole one."""
     everything, outside = opened("all"), set(layout.test.keys)
@@ -321,7 +296,9 @@ def _emoji_sets(
         "TW": dataclasses.replace(whole, probes=False, title="All concepts"),
     }
     if noto_available():
-        noto = opened("noto")  # concepts by the same keys, with the same captions and labels
+        noto = opened(
+            "all", "builtin:emoji:noto"
+        )  # concepts by the same keys, with the same captions and labels
         drawn = take(whole, [rows[key] for key in noto.keys], title="All concepts in Noto style")
         drawn = dataclasses.replace(drawn, image=encoder.images(noto))
         heldout = [i for i, key in enumerate(noto.keys) if key in outside]
@@ -379,12 +356,10 @@ def take(one: EvalSet, rows: Sequence[int] | Tensor, title: str = "") -> EvalSet
 
 def impossible(tasks: Collection[str], layout: Layout) -> dict[str, str]:
     """Why each task that the data does not allow cannot be done, by task."""
-    reasons = {}
+    reasons = {"retrieval": "the data has no captions"} if layout.captions == 0 else {}
     if not layout.test.labels:
         needs_classes = ("zeroshot", "linear_probe", "knn", "grouping")
-        reasons = dict.fromkeys(needs_classes, "the data has no classes")
-    if layout.captions == 0:
-        reasons["retrieval"] = "the data has no captions"
+        reasons |= dict.fromkeys(needs_classes, "the data has no classes")
     return {task: reasons[task] for task in tasks if task in reasons}
 
 
@@ -420,7 +395,7 @@ def _learn(image: Tensor, known: Labels, tasks: Collection[str], protocol: str) 
     count = len(known.names)
     out: dict[str, Probe] = {}
 
-    def paper(rows: Tensor, ids: Tensor) -> tuple[dict[str, Sampled], dict[str, float]]:
+    def paper(rows: Tensor, ids: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
         got, epoch = metrics.paper_linear_probe((image, known.ids), (rows, ids), count)
         return got, {"weight_decay": 1e-6, "epochs": 100.0, "best_epoch": float(epoch)}
 
@@ -441,36 +416,36 @@ def _score(
 ) -> SetResults:
     """The metrics of one set, with their intervals."""
     values: dict[str, float] = {}
-    sampled: dict[str, Sampled] = {}
-
-    def add(prefix: str, scores: Mapping[str, Sampled]) -> None:
-        sampled.update({prefix + name: score for name, score in scores.items()})
-        values.update({prefix + name: score.mean() for name, score in scores.items()})
+    sampled: dict[str, Tensor] = {}  # values whose means are metrics
 
     if len(one.text) and "retrieval" in tasks:
         ranks = metrics.retrieval(one.image, one.text, one.owner)
-        add("", ranks.scores())
-        values |= ranks.summary()
+        sampled |= metrics.recalls(ranks)
+        values["text_retrieval_median_rank"] = float(ranks[0].double().quantile(0.5))
     for label, known in one.labels.items():
+        found: dict[str, Tensor] = {}
         if "zeroshot" in tasks and label in one.class_vectors:
             score = partial(metrics.zero_shot_logits, vectors=one.class_vectors[label])
-            add(f"{label}/", metrics.classify(one.image, known.ids, len(known.names), score))
+            found = metrics.classify(one.image, known.ids, len(known.names), score)
         rows = slice(None) if one.probe_rows is None else one.probe_rows
         for prefix, probe in learned.get(label, {}).items():
             scores, settings = probe(one.image[rows], known.ids[rows])
-            add(f"{label}/{prefix}", scores)
+            found |= {prefix + name: score for name, score in scores.items()}
             values |= {f"{label}/{prefix}{name}": value for name, value in settings.items()}
+        sampled |= {f"{label}/{name}": score for name, score in found.items()}
         if "grouping" in tasks and len(known.ids) > 1:
-            found = metrics.group_scores(one.image, known.ids)
-            values |= {f"{label}/{name}": value for name, value in found.items()}
+            groups = metrics.group_scores(one.image, known.ids)
+            values |= {f"{label}/{name}": value for name, value in groups.items()}
     if "geometry" in tasks:
         if len(one.text):
             values["modality_gap"] = metrics.modality_gap(one.image, one.text)
             values["alignment"] = metrics.alignment(one.image[one.owner], one.text)
             values["text_uniformity"] = metrics.uniformity(one.text)
         values["image_uniformity"] = metrics.uniformity(one.image)
-    intervals = metrics.bootstrap_intervals(sampled)
-    return SetResults(one.title, len(one.image), len(one.text), values, intervals)
+    means = {name: float(score.double().mean()) for name, score in sampled.items()}
+    shown = {name: x for name, x in sampled.items() if not name.endswith(metrics.MEAN_PER_CLASS)}
+    intervals = metrics.bootstrap_intervals(shown)
+    return SetResults(one.title, len(one.image), len(one.text), means | values, intervals)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

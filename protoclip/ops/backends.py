@@ -80,7 +80,6 @@ TABLE: dict[str, dict[str, Backend]] = {
     "info_nce": ANYWHERE | {"triton": _triton("info_nce")},
     "contrastive": ANYWHERE | {"triton": _triton("matched")},
     "siglip": ANYWHERE | {"triton": _triton("siglip")},
-    "siglip with ids": ANYWHERE,
     "prototype_cross_entropy": ANYWHERE | {"triton": _triton("prototype_cross_entropy")},
     "soft_targets": ANYWHERE | {"triton": _triton("prototype_cross_entropy")},
     "kmeans_assign": CLUSTERS,

@@ -12,6 +12,7 @@ from torch import Tensor
 from protoclip.ops.backends import ANY_FLOAT
 
 REDUCTIONS = ("mean", "sum", "none")
+INTEGERS = (torch.int64,)
 
 
 def matrix(op: str, name: str, x: Tensor, letters: str) -> None:
@@ -117,18 +118,9 @@ def vector(
         )
 
 
-def labels(op: str, x: Tensor, rows_name: str, rows: Tensor) -> None:
+def labels(op: str, x: Tensor, rows: Tensor) -> None:
     """int64 [N] beside the [N, D] rows."""
-    if not isinstance(x, Tensor) or x.dtype != torch.int64:
-        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(
-            f"{op}: expected labels as a Tensor of int64, got {found}; use labels.long()"
-        )
-    if x.shape != rows.shape[:1] or x.device != rows.device:
-        raise ValueError(
-            f"{op}: expected labels of shape [N] on {rows.device} for {rows_name} "
-            f"{tuple(rows.shape)}, got {tuple(x.shape)} on {x.device}"
-        )
+    vector(op, "labels", x, INTEGERS, [(len(rows),)], rows.device)
 
 
 def label_values(op: str, x: Tensor, count: int) -> None:

@@ -97,7 +97,7 @@ def segment_mean(
     """
     op = "segment_mean"
     checks.matrix(op, "values", values, "[N, D]")
-    checks.labels(op, labels, "values", values)
+    checks.labels(op, labels, values)
     if not isinstance(num_segments, int) or num_segments < 0:
         raise ValueError(f"{op}: expected num_segments as an int >= 0, got {num_segments!r}")
     name = resolve(op, backend, values.device.type, values.dtype)

@@ -15,7 +15,8 @@ and w_m of the mean, G = w_l P [seen] + w_m [positive] / count and dbias_j = sum
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,9 +33,9 @@ from protoclip.ops.backends import (
     wants_gradient,
     without_autocast,
 )
+from protoclip.ops.pairs import Given, SameId
 
 LN2 = math.log(2.0)
-SameId = Literal["exclude", "positive"]
 FUSED_LOSS = ("triton",)  # backends whose kernels also take the loss, and weigh its gradient
 
 
@@ -393,38 +394,55 @@ def contrastive(
         TypeError: features are not floating point, ids or positions not int64.
         NotImplementedError: forward-mode differentiation of a fused backend.
     """
-    op = "contrastive"
+    given = Given(positives, query_ids, key_ids, same_id, exclude, key_bias)
+    inputs = queries, keys, logit_scale
+    return one_way("contrastive", inputs, given, weights, reduction, backend, stash)
+
+
+def one_way(
+    op: str,
+    inputs: tuple[Tensor, Tensor, Tensor | float],
+    given: Given,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+    stash: bool | None = None,
+    average: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """``contrastive`` of queries, keys and scale.
+
+    ``average``: over the ranks, of the weights by which a mean is divided."""
     checks.reduction(op, reduction)
-    x, y, scale = checks.strip(op, "queries", queries, "keys", keys, logit_scale)
-    given = positives, query_ids, key_ids, exclude, key_bias
+    x, y, scale = checks.strip(op, "queries", inputs[0], "keys", inputs[1], inputs[2])
     if weights is not None:
         checks.vector(op, "weights", weights, ANY_FLOAT, [(len(x),)], x.device)
         if weights.requires_grad:
             raise ValueError(f"{op}: expected weights without a gradient, got some; detach them")
-    if all(argument is None for argument in given) and len(x) <= len(y):
+    size = torch.ones((), device=x.device).expand(len(x))  # of each query in the mean
+    name = "reference"
+    if given.plain and given.first + len(x) <= len(y):
         name = resolve("info_nce", backend, x.device.type, x.dtype)
-        if name != "reference":
-            inner = "none" if weights is not None else reduction
-            keep = stash is not False and wants_gradient(x, y, scale)
-            loss = torch.ops.protoclip.contrastive(x, y, scale, 0, False, inner, name, keep)[0]
-            return loss if weights is None else _weighted(loss, None, weights, reduction)
-    relation = pairs.pairs_of(op, x, y, positives, (query_ids, key_ids), same_id, exclude, key_bias)
-    gap, _, count, *_ = _match(op, (x, y, scale), relation, False, backend, stash)
-    counted = count > 0
-    if relation.left_out is not None:
-        counted = counted & ~relation.left_out
-    if relation.wrong is not None:
-        counted = counted | relation.wrong
-    return _weighted(gap.where(counted, 0), counted, weights, reduction)
-
-
-def _weighted(loss: Tensor, counted: Tensor | None, weights: Tensor | None, reduction: str):
-    size = torch.ones_like(loss) if counted is None else counted.to(loss.dtype)
+    if name != "reference":
+        fused = weights is None and average is None
+        keep = stash is not False and wants_gradient(x, y, scale)
+        form = given.first, False, reduction if fused else "none", name, keep
+        loss = torch.ops.protoclip.contrastive(x, y, scale, *form)[0]
+        if fused:
+            return loss
+    else:
+        relation = pairs.pairs_of(op, x, len(y), given)
+        loss, _, count, *_ = _match(op, (x, y, scale), relation, False, backend, stash)
+        counted = count > 0
+        if relation.left_out is not None:
+            counted = counted & ~relation.left_out
+        if relation.wrong is not None:
+            counted = counted | relation.wrong
+        loss, size = loss.where(counted, 0), counted.to(loss.dtype)
     if weights is not None:
         loss, size = loss * weights.to(loss.dtype), size * weights.to(loss.dtype)
     if reduction != "mean":
         return reduce(loss, reduction, 0)
-    total = size.sum()
+    total = size.sum() if average is None else average(size.sum())
     return loss.sum() / total.where(total > 0, 1)
 
 
@@ -457,12 +475,15 @@ def contrastive_parts(
     Raises:
         ValueError, TypeError, NotImplementedError: as in ``contrastive``.
     """
-    op = "contrastive_parts"
-    inputs = checks.strip(op, "queries", queries, "keys", keys, logit_scale)
-    relation = pairs.pairs_of(
-        op, *inputs[:2], positives, (query_ids, key_ids), same_id, exclude, key_bias
-    )
-    gap, mean, *_ = _match(op, inputs, relation, False, backend, stash)
+    given = Given(positives, query_ids, key_ids, same_id, exclude, key_bias)
+    return parts("contrastive_parts", (queries, keys, logit_scale), given, backend, stash)
+
+
+def parts(op: str, inputs: tuple, given: Given, backend: str, stash: bool | None):
+    """``contrastive_parts`` of queries, keys and scale."""
+    x, y, scale = checks.strip(op, "queries", inputs[0], "keys", inputs[1], inputs[2])
+    relation = pairs.pairs_of(op, x, len(y), given)
+    gap, mean, *_ = _match(op, (x, y, scale), relation, False, backend, stash)
     return gap + mean, mean
 
 
@@ -611,23 +632,14 @@ def sigmoid_loss(
             f"{op}: expected image i's text at row i + offset, got {n} images, {m} texts and "
             f"offset {offset}"
         )
-    bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
-    relation = None if ids is None else pairs.same_pairs(op, ids, same_id, x, m, offset)
-    return sigmoid_sum((x, y, scale, bias), relation, offset, backend)
-
-
-def sigmoid_sum(
-    inputs: tuple[Tensor, ...], relation: pairs.Pairs | None, offset: int, backend: str
-) -> Tensor:
-    """``sigmoid_loss`` of checked arguments."""
-    x, y, scale, bias = inputs
-    device, dtype = x.device.type, x.dtype
-    name = resolve("siglip" if relation is None else "siglip with ids", backend, device, dtype)
-    ids: tuple[Any, ...] = (None, None, True)
-    if relation is not None:
-        ids = relation.query_ids, relation.key_ids, relation.same_positive
+    inputs = x, y, scale, checks.scalar(op, "logit_bias", logit_bias, x.device)
+    of_ids: tuple[Any, ...] = ()
+    if ids is not None:
+        relation = pairs.same_pairs(op, ids, same_id, x, m, offset)
+        of_ids = relation.query_ids, relation.key_ids, relation.same_positive
+    name = resolve("siglip", backend, x.device.type, x.dtype)
     if name == "reference":
-        with without_autocast(device):
-            return reference.sigmoid_loss(x, y, scale, bias, offset, *ids)
+        with without_autocast(x.device.type):
+            return reference.sigmoid_loss(*inputs, offset, *of_ids)
     gradients = wants_gradient(*inputs)
-    return torch.ops.protoclip.sigmoid_loss(*inputs, offset, gradients, name, *ids)[0]
+    return torch.ops.protoclip.sigmoid_loss(*inputs, offset, gradients, name, *of_ids)[0]

@@ -9,14 +9,14 @@ Same_i the keys with its id, E_i the key it never sees:
     "positive"   (Own + Same) - E           all - E
 
 A key whose bias is -inf is in neither. The loss of a query is its gap, LSE over S_i minus the mean
-over P_i; a query without positives has none. Here arguments become the form that every backend
-takes (``Pairs``); the sets are written out in ``reference.relations``.
+over P_i; a query without positives has none. Here a user's arguments (``Given``) become the form
+that every backend takes (``Pairs``); the sets are written out in ``reference.relations``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,27 @@ from protoclip.ops import checks
 from protoclip.ops.backends import in_transform
 
 SAME_ID = ("exclude", "positive")
+SameId = Literal["exclude", "positive"]
 LEFT_OUT = -100
-INTEGERS = (torch.int64,)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a caller of ``contrastive`` says about N queries and M keys."""
+
+    positives: Tensor | None = None  # int64 [N]
+    query_ids: Tensor | None = None  # int64 [N] or [N, R]
+    key_ids: Tensor | None = None  # int64 [M] or [M, R]
+    same_id: str = "exclude"
+    exclude: Tensor | None = None  # int64 [N]
+    key_bias: Tensor | None = None  # [M]
+    first: int = 0  # without positives query i's own key is first + i
+
+    @property
+    def plain(self) -> bool:
+        """Nothing is said: each query has its own key, and sees all."""
+        arguments = self.positives, self.query_ids, self.key_ids, self.exclude, self.key_bias
+        return all(argument is None for argument in arguments)
 
 
 @dataclass(frozen=True)
@@ -61,51 +80,50 @@ class Pairs:
         return self.own, self.exclude, *ids, self.key_bias, self.same_positive
 
 
-def pairs_of(
-    op: str,
-    queries: Tensor,
-    keys: Tensor,
-    positives: Tensor | None,
-    ids: tuple[Tensor | None, Tensor | None],
-    same_id: str,
-    exclude: Tensor | None,
-    key_bias: Tensor | None,
-) -> Pairs:
-    """Check the arguments of ``contrastive`` and give them the backends' form."""
-    n, m = len(queries), len(keys)
-    device = queries.device
-    _check_same_id(op, same_id)
-    if key_bias is not None:
-        kinds = torch.float32, torch.promote_types(keys.dtype, torch.float32)
-        checks.vector(op, "key_bias", key_bias, kinds, [(m,)], device)
+def pairs_of(op: str, queries: Tensor, m: int, given: Given) -> Pairs:
+    """Check what is given about the queries [N, D] and M keys, and give it the backends' form."""
+    n, device = len(queries), queries.device
+    positives, exclude, bias = given.positives, given.exclude, given.key_bias
+    if given.same_id not in SAME_ID:
+        raise ValueError(f"{op}: expected same_id in {SAME_ID}, got {given.same_id!r}")
+    if bias is not None:
+        kinds = torch.float32, torch.promote_types(queries.dtype, torch.float32)
+        checks.vector(op, "key_bias", bias, kinds, [(m,)], device)
     if exclude is not None:
-        checks.vector(op, "exclude", exclude, INTEGERS, [(n,)], device)
-    same_positive = ids[1] is not None and same_id == "positive"
-    wrong = left_out = None
+        checks.vector(op, "exclude", exclude, checks.INTEGERS, [(n,)], device)
+    same_positive = given.key_ids is not None and given.same_id == "positive"
+    wrong = left_out = own = None
     if positives is not None:
-        checks.vector(op, "positives", positives, INTEGERS, [(n,)], device)
+        checks.vector(op, "positives", positives, checks.INTEGERS, [(n,)], device)
         left_out = positives == LEFT_OUT
         inside = (positives >= 0) & (positives < m)
         own, wrong = positives.where(inside, -1), ~(inside | left_out)
-    elif same_positive:
-        own = torch.full((n,), -1, dtype=torch.int64, device=device)
-    elif exclude is not None or n > m:
-        raise ValueError(
-            f"{op}: expected positives, the position of each query's own key, got none with "
-            + ("exclude" if exclude is not None else f"{n} queries and {m} keys")
-            + "; without them query i's own key is key i"
-        )
-    else:
-        own = torch.arange(n, device=device)
-    codes: tuple[Tensor | None, Tensor | None] = None, None
-    if ids[0] is not None or ids[1] is not None:
-        has_own = positives is not None or not same_positive
-        codes = _codes(op, *ids, own if has_own else None, n, m, device)
+    elif not same_positive:
+        if exclude is not None or given.first + n > m:
+            raise ValueError(
+                f"{op}: expected positives, the position of each query's own key, got none with "
+                + ("exclude" if exclude is not None else f"{n} queries and {m} keys")
+                + "; without them query i's own key is key i"
+            )
+        own = torch.arange(given.first, given.first + n, device=device)
+    codes = _codes(op, given, own, (n, m), device)
     if exclude is not None:
         beyond = exclude >= m
         wrong = beyond if wrong is None else wrong | beyond
         exclude = exclude.where(~beyond, -1).clamp_min(-1).int()
-    return Pairs(own.int(), exclude, *codes, key_bias, same_positive, left_out, wrong)
+    if own is None:
+        own = torch.full((n,), -1, device=device)
+    return Pairs(own.int(), exclude, *codes, bias, same_positive, left_out, wrong)
+
+
+def same_pairs(
+    op: str, ids: Tensor, same_id: SameId, features: Tensor, m: int, first: int = 0
+) -> Pairs:
+    """Row i of the features has key first + i of M as its own; ids are the keys', int64 [M] or
+    [M, R]."""
+    check_ids(op, "ids", ids, m, features.device)
+    own = ids[first : first + len(features)]
+    return pairs_of(op, features, m, Given(None, own, ids, same_id, first=first))
 
 
 def refuse_wrong(op: str, pairs: Pairs, num_keys: int) -> None:
@@ -120,35 +138,20 @@ def refuse_wrong(op: str, pairs: Pairs, num_keys: int) -> None:
         )
 
 
-def same_pairs(
-    op: str, ids: Tensor, same_id: str, features: Tensor, keys: int, first: int = 0
-) -> Pairs:
-    """Row i of the features has key first + i of ``keys`` as its own; ids are the keys', int64 [M]
-    or [M, R]."""
-    _check_same_id(op, same_id)
-    check_ids(op, "ids", ids, keys, features.device)
-    own = torch.arange(first, first + len(features), device=features.device)
-    codes = _codes(op, None, ids, own, len(features), keys, features.device)
-    return Pairs(own.int(), None, *codes, None, same_id == "positive")
-
-
 def check_ids(op: str, name: str, ids: Any, count: int, device: torch.device) -> None:
     """int64 [count] or [count, R], R <= 2."""
-    checks.vector(op, name, ids, INTEGERS, [(count,), (count, 1), (count, 2)], device)
+    checks.vector(op, name, ids, checks.INTEGERS, [(count,), (count, 1), (count, 2)], device)
 
 
 def _codes(
-    op: str,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    own: Tensor | None,
-    n: int,
-    m: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
+    op: str, given: Given, own: Tensor | None, sizes: tuple[int, int], device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
     """Ids as small numbers: the first position of a key's id among all in order, or -1 for the id
     of a query that no key has."""
+    (n, m), query_ids, key_ids = sizes, given.query_ids, given.key_ids
     if key_ids is None:
+        if query_ids is None:
+            return None, None
         raise ValueError(
             f"{op}: expected key_ids with query_ids, got none; without key_ids no key has an id"
         )
@@ -158,7 +161,7 @@ def _codes(
     key_codes = torch.searchsorted(ordered, key_columns)
     if query_ids is not None:
         shapes = [(n,), (n, 1)] if len(key_columns) == 1 else [(n, 2)]
-        checks.vector(op, "query_ids", query_ids, INTEGERS, shapes, device)
+        checks.vector(op, "query_ids", query_ids, checks.INTEGERS, shapes, device)
         columns = _by_column(query_ids)
         if not m:
             return torch.full_like(columns, -1).int(), key_codes.int()
@@ -176,8 +179,3 @@ def _codes(
 
 def _by_column(ids: Tensor) -> Tensor:
     return (ids[:, None] if ids.ndim == 1 else ids).T.contiguous()
-
-
-def _check_same_id(op: str, same_id: str) -> None:
-    if same_id not in SAME_ID:
-        raise ValueError(f"{op}: expected same_id in {SAME_ID}, got {same_id!r}")

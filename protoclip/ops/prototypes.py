@@ -249,7 +249,7 @@ def _losses(
 def _check_bank(op: str, features: Tensor, bank: Bank) -> None:
     checks.matrix(op, "prototypes", bank.prototypes, "[K, D]")
     checks.like(op, "prototypes", bank.prototypes, "features", features)
-    checks.labels(op, bank.labels, "features", features)
+    checks.labels(op, bank.labels, features)
     if len(features) and not len(bank.prototypes):
         raise ValueError(f"{op}: expected K >= 1 prototypes for N = {len(features)} samples, got 0")
     if bank.targets is not None:

@@ -5,15 +5,12 @@ Inputs below fp64 are computed in fp32 (k-means and segment means in fp64); auto
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from protoclip.ops import checks
 
-LOG2E = math.log2(math.e)
 _CHUNK_ELEMENTS = 1 << 24  # 128 MB of fp64 scores at a time
 
 
@@ -28,48 +25,6 @@ def info_nce(image_features: Tensor, text_features: Tensor, logit_scale: Tensor)
     image_to_text = F.cross_entropy(logits, labels, reduction="none")
     text_to_image = F.cross_entropy(logits.T, labels, reduction="none")
     return (image_to_text + text_to_image) / 2
-
-
-def contrastive_fwd(
-    x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of the strip x [N, D] against y [M, D], as in ops/contrastive.py."""
-    logits = _base2_logits(x, y, scale)  # [N, M]
-    rows = torch.arange(len(x), device=x.device)
-    positive = logits[rows, rows + offset]
-    row_max = logits.amax(dim=1)
-    row_sum = torch.exp2(logits - row_max[:, None]).sum(dim=1)
-    if not columns:
-        return row_max, row_sum, row_max.new_empty(0), row_max.new_empty(0), positive
-    column_max = logits.amax(dim=0) if len(x) else logits.new_full((len(y),), -torch.inf)
-    column_sum = torch.exp2(logits - column_max).sum(dim=0)
-    return row_max, row_sum, column_max, column_sum, positive
-
-
-def contrastive_bwd(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    row_max: Tensor,
-    row_sum: Tensor,
-    column_max: Tensor,
-    column_sum: Tensor,
-    row_weight: Tensor,
-    column_weight: Tensor,
-    offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the strip, as in ops/contrastive.py."""
-    logits = _base2_logits(x, y, scale)
-    rows = torch.arange(len(x), device=x.device)
-    g = torch.exp2(logits - row_max[:, None]) * (row_weight / row_sum)[:, None]
-    at_positive = row_weight
-    if len(column_max):
-        g = g + torch.exp2(logits - column_max) * (column_weight / column_sum)
-        at_positive = row_weight + column_weight[rows + offset]
-    g[rows, rows + offset] -= at_positive
-    g_y, s = g @ _wide(y), _wide(scale).reshape(())
-    dx, dy = s * g_y, s * (g.T @ _wide(x))
-    return dx.to(x.dtype), dy.to(y.dtype), (_wide(x) * g_y).sum()
 
 
 def relations(
@@ -125,59 +80,6 @@ def _gaps(logits: Tensor, seen: Tensor, positive: Tensor) -> tuple[Tensor, Tenso
     total = (visible - top[:, None]).exp().sum(dim=1)
     level = total.where(total != 0, 1).log() + (top - mean)
     return level.where(total != 0, -torch.inf), mean, count
-
-
-def matched_fwd(x: Tensor, y: Tensor, scale: Tensor, own: Tensor, *rest) -> tuple[Tensor, Tensor]:
-    """Statistics of a strip whose pairs are matched, as in ops/contrastive.py."""
-    *relation, columns = rest
-    logits = _base2_logits(x, y, scale)
-    if relation[3] is not None:
-        logits = logits + LOG2E * relation[3]
-    seen, positive = relations(logits, own, *relation)
-    rows = _matched_statistics(logits, seen, positive)
-    if columns:
-        return rows, _matched_statistics(logits.T, seen.T, positive.T)
-    return rows, rows.new_empty((4, 0))
-
-
-def _matched_statistics(logits: Tensor, seen: Tensor, positive: Tensor) -> Tensor:
-    visible = torch.cat(
-        [logits.where(seen, -torch.inf), logits.new_full((len(seen), 1), -torch.inf)], 1
-    )
-    top = visible.amax(dim=1)
-    total = (visible - top.where(top != -torch.inf, 0)[:, None]).exp2().sum(dim=1)
-    sums = logits.where(positive, 0).sum(dim=1)
-    return torch.stack([top, total, sums, positive.sum(dim=1).to(total.dtype)])
-
-
-def matched_bwd(
-    x: Tensor, y: Tensor, scale: Tensor, own: Tensor, *rest
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the strip, as in ops/contrastive.py."""
-    *relation, rows, columns, row_weights, column_weights = rest
-    logits = _base2_logits(x, y, scale)
-    if relation[3] is not None:
-        logits = logits + LOG2E * relation[3]
-    seen, positive = relations(logits, own, *relation)
-    g = _matched_gradient(logits, seen, positive, rows, row_weights)
-    if columns.shape[1]:
-        g = g + _matched_gradient(logits.T, seen.T, positive.T, columns, column_weights).T
-    g_y, s = g @ _wide(y), _wide(scale).reshape(())
-    dx, dy = s * g_y, s * (g.T @ _wide(x))
-    return dx.to(x.dtype), dy.to(y.dtype), (_wide(x) * g_y).sum(), g.sum(dim=0)
-
-
-def _matched_gradient(
-    logits: Tensor, seen: Tensor, positive: Tensor, statistics: Tensor, weights: Tensor
-) -> Tensor:
-    top, total, _, count = statistics
-    level = (weights[0] / total).where(total > 0, 0)[:, None]
-    p = torch.exp2(logits.where(seen, -torch.inf) - top.where(total > 0, 0)[:, None])
-    return p * level + positive * (weights[1] / count.clamp_min(1))[:, None]
-
-
-def _base2_logits(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    return (_wide(scale).reshape(()) * LOG2E) * (_wide(x) @ _wide(y).T)
 
 
 def sigmoid_loss(
