@@ -41,12 +41,10 @@ def plan_parser() -> Parser:
         "protoclip plan --model ViT-B-32 --batch-size 256 --ranks 64 --samples 30000000 --k 20000",
     )
     group = parser.add_argument_group("Plan")
-    for flag, default, words in (
-        ("--ranks", 1, "processes, a GPU each"),
-        ("--samples", 3_000_000, "pairs in the dataset"),
-    ):
-        words += f" (default: {default:,})"
-        group.add_argument(flag, type=int, default=default, metavar="N", help=words)
+    add = group.add_argument
+    add("--ranks", type=int, default=1, metavar="N", help="processes, a GPU each (%(default)s)")
+    words = "pairs in the dataset (%(default)s)"
+    add("--samples", type=int, default=3_000_000, metavar="N", help=words)
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
