@@ -48,8 +48,7 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
         parts = (self.index, self.image, self.tokens)
-        index, image, tokens = (part.to(device, non_blocking=non_blocking) for part in parts)
-        return Batch(index, image, tokens, self.bad)
+        return Batch(*(part.to(device, non_blocking=non_blocking) for part in parts), self.bad)
 
 
 class PairDataset(Protocol):
