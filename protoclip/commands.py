@@ -173,16 +173,13 @@ def teacher_parser() -> Parser:
     parser = Parser(
         "python -m protoclip.teacher",
         description="Write a frozen model's features of all pairs, by key, to a .npz that "
-        "protoclip train --external-teacher takes. A stopped run goes on where it was.",
+        "protoclip train --external-teacher takes.",
         example="protoclip teacher --data 'shards/{00000..00099}.tar' --out features.npz",
     )
     add = parser.add_argument
     add("--data", default="builtin:emoji", metavar="TEXT", help="as protoclip train --train-data")
-    words = f"{MINILM}, a model that OpenCLIP lists, or a text model of Hugging Face such as "
-    words += "roberta-large, by name or folder (default: %(default)s)"
-    add("--model", default=MINILM, metavar="TEXT", help=words)
-    add("--pretrained", default="", metavar="TEXT", help="weights of an OpenCLIP model")
-    add("--modality", default="text", choices=("text", "image"), help="default: %(default)s")
+    words = f"{MINILM}, or a text model of Hugging Face such as roberta-large, by name or folder "
+    add("--model", default=MINILM, metavar="TEXT", help=words + "(default: %(default)s)")
     words = "the mean over 77 tokens, padding included, as the authors took that of roberta-large"
     add("--paper", action="store_true", help=words)
     add("--out", required=True, metavar="PATH", help="the .npz to write")
