@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(MODULES)}"
         print(f"protoclip: error: {command!r} is no command; {hint}", file=sys.stderr)
         return 2
-    if command in PARSERS and {"-h", "--help", "--help-all"} & set(rest):
-        PARSERS[command]().parse_args(rest)
+    if asked := [word for word in rest if word in ("-h", "--help", "--help-all")]:
+        PARSERS[command]().parse_args(asked)
     module = f"protoclip.{command}" + ".__main__" * (command in PACKAGES)
     return importlib.import_module(module).main(rest)
 

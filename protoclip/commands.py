@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 from collections.abc import Callable
 
 from protoclip.config import PRECISIONS, TABLE, DataConfig, Parser, add_options, build_parser
@@ -184,6 +187,58 @@ def teacher_parser() -> Parser:
     return parser
 
 
+def data_parser() -> Parser:
+    """Flags of ``protoclip data``."""
+    parser = Parser(
+        "python -m protoclip.data",
+        description="Look at pairs, and write them as webdataset shards.",
+        example="protoclip data --check pairs.csv",
+    )
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--export", metavar="DATA", help="data to write as shards, as --train-data")
+    what.add_argument("--check", metavar="DATA", help="read everything once; list what is wrong")
+    add("--out", metavar="DIR", help="an empty or new folder for the shards")
+    add("--image-format", default="png", choices=("png", "jpg"), help="of the pictures")
+    add("--per-shard", type=int, default=1000, metavar="N", help="pairs a shard (%(default)s)")
+    add("--split", default="all", help="all, train or heldout (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="which pairs are held out (%(default)s)")
+    add_options(parser, DataConfig(), only=TABLE)
+    return parser
+
+
+def openclip_parser() -> Parser:
+    """Our own flags of ``protoclip openclip``; its help has those of open_clip_train too."""
+    from protoclip.losses import ProtoConfig  # loads torch
+
+    parser = Parser(
+        "python -m protoclip.openclip",
+        usage="%(prog)s <open_clip_train flags> [--dedup caption] [--proto-* flags]",
+        description="OpenCLIP's own training (open_clip_train) with protoclip's losses. Every flag "
+        "of open_clip_train works as it does there; without a --proto-* flag the losses are the "
+        "same, in less memory. Runs under torchrun as OpenCLIP does.",
+        example="protoclip openclip --train-data 'd/{000..099}.tar' --model ViT-B-32 --proto-k 500",
+    )
+    words = "caption: pairs of a batch that share their caption are no negatives of one another "
+    words += "(default: off, CLIP's loss as published)"
+    group = parser.add_argument_group("Loss")
+    group.add_argument("--dedup", choices=("off", "caption"), default="off", help=words)
+    add_options(parser.add_argument_group(str(ProtoConfig.__doc__)), ProtoConfig())
+    parser.example = f"\n{open_clips_help()}\n{parser.example}"
+    return parser
+
+
+def open_clips_help() -> str:
+    """What open_clip_train says about its flags, without its usage; "" where it is missing."""
+    if importlib.util.find_spec("open_clip_train") is None:
+        return ""
+    from open_clip_train.params import parse_args  # loads nothing else
+
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        parse_args(["--help"])
+    return "open_clip_train's " + text.getvalue().partition("\n\n")[2].rstrip()
+
+
 PARSERS: dict[str, Callable[[], Parser]] = {
     "train": train_parser,
     "plan": plan_parser,
@@ -191,5 +246,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "evaluate": evaluate_parser,
     "report": report_parser,
     "export": export_parser,
+    "data": data_parser,
     "teacher": teacher_parser,
+    "openclip": openclip_parser,
 }

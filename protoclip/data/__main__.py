@@ -14,7 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from protoclip.config import TABLE, DataConfig, Parser, add_options
+from protoclip.commands import data_parser
+from protoclip.config import TABLE
 from protoclip.data import DataError, PairDataset, open_dataset
 from protoclip.data.files import whole_file, write_atomic
 from protoclip.distributed import run_command
@@ -24,25 +25,10 @@ FORMATS = {"png": "PNG", "jpg": "JPEG"}
 PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")  # safe as a file name of a tar, without a dot
 
 
-def build_parser() -> Parser:
-    parser = Parser(PROG, description=__doc__)
-    add = parser.add_argument
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--export", metavar="DATA", help="data to write as shards, as --train-data")
-    what.add_argument("--check", metavar="DATA", help="read everything once; list what is wrong")
-    add("--out", metavar="DIR", help="an empty or new folder for the shards")
-    add("--image-format", default="png", choices=FORMATS, help="of the pictures")
-    add("--per-shard", type=int, default=1000, metavar="N", help="pairs a shard (%(default)s)")
-    add("--split", default="all", help="all, train or heldout (%(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="which pairs are held out (%(default)s)")
-    add_options(parser, DataConfig(), only=TABLE)
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 1 where --check finds faults, or 2 for a user's mistake
     (one message on stderr)."""
-    args = build_parser().parse_args(argv)
+    args = data_parser().parse_args(argv)
     return run_command(lambda: run(args), PROG)
 
 

@@ -48,7 +48,8 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
         parts = (self.index, self.image, self.tokens)
-        return Batch(*(part.to(device, non_blocking=non_blocking) for part in parts), self.bad)
+        index, image, tokens = (part.to(device, non_blocking=non_blocking) for part in parts)
+        return Batch(index, image, tokens, self.bad)
 
 
 class PairDataset(Protocol):
