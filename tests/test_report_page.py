@@ -98,7 +98,7 @@ def test_nothing_that_a_config_names_is_opened(tmp_path, monkeypatch, data):
     text = write_report([path]).read_text()
     assert not marker.exists()
     assert len(pictures_in(text)) > 50
-    assert "crescent" in text
+    assert "hexagram" in text
 
 
 def test_words_of_the_data_cannot_break_the_page(tmp_path, monkeypatch):
