@@ -16,20 +16,9 @@ than one tile form their logits by chunks of D and take no values here.
 import triton
 import triton.language as tl
 
-from protoclip.kernels.launch import INTERPRETED
-from protoclip.kernels.tiles import LOG2E
+from protoclip.kernels.tiles import LOG2E, dot
 
-UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's dot misreads bf16 operands
 LOWEST = tl.constexpr(-3.0e38)
-
-
-@triton.jit
-def dot(a, b):
-    """fp32 a @ b. fp32 operands run on FMA units: tensor cores truncate their accumulators, which
-    takes three-term TF32 out of the error budget at scale 100."""
-    if UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit

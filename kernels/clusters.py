@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from protoclip.kernels.attention import dot, load_tile
+from protoclip.kernels.attention import load_tile
 from protoclip.kernels.launch import INTERPRETED, Launch
+from protoclip.kernels.tiles import dot
 
 ASSIGN = Launch(128, 64, 64, warps=8, stages=3)
 RESCORE = Launch(*((128, 256) if INTERPRETED else (64, 64)), 16, warps=8, stages=1)

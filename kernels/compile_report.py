@@ -32,7 +32,6 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from protoclip.kernels import clusters, info_nce, launch, matched, siglip, tiles
 from protoclip.kernels import prototype_cross_entropy as prototypes
@@ -122,25 +121,19 @@ def call(case: Case) -> None:
         clusters.segment_mean(x, clusters.kmeans_assign(x, c)[0], len(c))
     else:
         x, y = case.features(512, 512)
-        row = launch.Launch(128, int(form), 64, warps=8, stages=3)
-        out = TensorDescriptor.from_tensor(x.new_empty(512, 512), [row.block_n, row.block_m])
-        x, y = (TensorDescriptor.from_tensor(t, [b, 64]) for t, b in ((x, 128), (y, row.block_m)))
-        gemm_kernel[(1, 1)](
-            x, y, out, 512, 512, case.depth,
-            BLOCK_N=row.block_n, BLOCK_M=row.block_m, BLOCK_D=row.block_d, **row.options,
-        )  # fmt: skip
+        row = launch.Launch(128, int(form), 64, warps=8, stages=3, descriptors=True)
+        features, options = tiles.operands(x, y, row, x.new_empty(512, 512))
+        gemm_kernel[(1, 1)](*features[:2], features[4], 512, 512, case.depth, **options)
 
 
 @triton.jit
 def gemm_kernel(
     x, y, out, n, m, d,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
     """A plain product x y^T, to check the model against public measurements."""
     row0, col0 = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M
-    acc = tiles.products(
-        x, y, row0, col0, n, m, d, 0, 0, 0, 0, BLOCK_N, BLOCK_M, BLOCK_D, True, True, False
-    )
+    acc = tiles.products(x, y, row0, col0, n, m, d, 0, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
     out.store([row0, col0], acc.to(out.dtype))
 
 

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from protoclip.kernels import launch, waves
 from protoclip.kernels.tiles import LOG2E, SPREAD, is_general, operands, products, tile_origin
-from protoclip.kernels.waves import gradient_operands, store_entries, store_gradient
+from protoclip.kernels.waves import store_entries, store_gradient
 
 LN2 = math.log(2.0)
 PARTIAL_BYTES = 64 << 20
@@ -94,11 +94,9 @@ def _some_columns(acc):
 def forward_kernel(
     x, y, x_ptr, y_ptr, scale_ptr,  # [N, D], [M, D] for tiles, the same for strips, []
     row_ptr, column_ptr, positive_ptr,  # [column blocks, N, 2], [row blocks * PARTS, M, 2], [N]
-    n, m, d, offset,
-    stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr,
-    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
-    COLUMNS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
+    n, m, d, offset, strides,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    STRIP: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of one tile."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
@@ -109,10 +107,7 @@ def forward_kernel(
     REPEATS: tl.constexpr = BLOCK_N // PARTS // PART
     general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
     if not general:
-        acc = products(
-            x, y, row0, col0, n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-            BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
-        )  # fmt: skip
+        acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
         some = (c * _some_columns(acc)).reshape(REPEATS, PARTS, PART, 8)
         top = tl.max(tl.max(tl.max(some, 3), 2), 0)  # [PARTS]
         row_top = tl.broadcast_to(top[None, :, None], (REPEATS, PARTS, PART)).reshape(BLOCK_N)
@@ -133,14 +128,11 @@ def forward_kernel(
         for strip in range(0, BLOCK_M, STRIP):
             cols = col0 + strip + tl.arange(0, STRIP)
             s = c * products(
-                x_ptr, y_ptr, row0, col0 + strip, n, m, d,
-                stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-                BLOCK_N, STRIP, BLOCK_D, EVEN_D, False, WIDEN,
-            )  # fmt: skip
+                x_ptr, y_ptr, row0, col0 + strip, n, m, d, strides, BLOCK_N, STRIP, BLOCK_D, EVEN_D
+            )
             positive = cols[None, :] == rows[:, None] + offset
-            partner = rows + offset - col0 - strip
-            held = (rows < n) & (partner >= 0) & (partner < tl.minimum(STRIP, m - col0 - strip))
-            tl.store(positive_ptr + rows, tl.sum(tl.where(positive, s, 0.0), 1), mask=held)
+            at = col0 + strip
+            store_entries(s, rows, positive, offset - at, n, m - at, positive_ptr)
             negative = (rows[:, None] < n) & (cols[None, :] < m) & (positive == 0)
             s = tl.where(negative, s, -float("inf"))
             top, e = _exact(s, 1)
@@ -320,11 +312,9 @@ def gradient_kernel(
     row_max_ptr, row_sum_ptr, row_weight_ptr, stride_row_weight,  # [N]
     column_max_ptr, column_sum_ptr, column_weight_ptr, stride_column_weight,  # [M] with COLUMNS
     entry_ptr, share_ptr, first_tile,  # [N], [tiles]
-    n, m, d, offset, stride_g,
-    stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr,
-    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
-    COLUMNS: tl.constexpr, LIFT: tl.constexpr,
+    n, m, d, offset, stride_g, strides,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    STRIP: tl.constexpr, COLUMNS: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
     """G of one tile, and its share of sum G x.y / scale before G is rounded."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
@@ -363,24 +353,19 @@ def gradient_kernel(
         factor = (row_coef * tl.exp2(high - row_max))[:, None]
         if COLUMNS:
             column_factor = column_coef * tl.exp2(high - column_max)
-        acc = products(
-            x, y, row0, col0, n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-            BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
-        )  # fmt: skip
+        acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
         if COLUMNS:
             factor += pinned(column_factor)[None, :]
         p = tl.exp2(acc * c - high) * factor
         tl.store(share_ptr + first_tile + tl.program_id(0), tl.sum(p * acc) / lift)
-        store_gradient(p, row0, col0, g, stride_g, DESCRIPTORS)
+        store_gradient(p, row0, col0, g, stride_g)
     else:
         share = 0.0
         for strip in range(0, BLOCK_M, STRIP):
             strip_cols = col0 + strip + tl.arange(0, STRIP)
             acc = products(
-                x_ptr, y_ptr, row0, col0 + strip, n, m, d,
-                stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-                BLOCK_N, STRIP, BLOCK_D, EVEN_D, False, WIDEN,
-            )  # fmt: skip
+                x_ptr, y_ptr, row0, col0 + strip, n, m, d, strides, BLOCK_N, STRIP, BLOCK_D, EVEN_D
+            )
             positive = strip_cols[None, :] == rows[:, None] + offset
             e = exponential(acc * c, row_max[:, None], positive)
             p = (e - tl.where(positive, row_sum[:, None], 0.0)) * row_coef[:, None]
@@ -395,7 +380,7 @@ def gradient_kernel(
             share += tl.sum(p * acc)
             store_entries(p, rows, positive, offset - col0 - strip, n, m - col0 - strip, entry_ptr)
             p = tl.where(positive, 0.0, p)
-            store_gradient(p, row0, col0 + strip, g_ptr, stride_g, False)
+            store_gradient(p, row0, col0 + strip, g_ptr, stride_g)
         tl.store(share_ptr + first_tile + tl.program_id(0), share / lift)
     if tl.program_id(0) == 0:  # not earlier: the store waits for the scale
         tl.store(factor_ptr, scale / lift)
@@ -447,8 +432,8 @@ def _statistics(x, y, scale, offset, columns, pair_weight) -> tuple[Tensor, ...]
             features, options = operands(part, y, row)
             blocks_n, blocks_m = triton.cdiv(len(part), row.block_n), triton.cdiv(m, row.block_m)
             forward_kernel[(blocks_n * blocks_m,)](
-                *features, scale, row_part, column_part, positive[first:last],
-                len(part), m, x.shape[1], offset + first, *x.stride(), *y.stride(),
+                *features[:4], scale, row_part, column_part, positive[first:last],
+                len(part), m, x.shape[1], offset + first, (*x.stride(), *y.stride()),
                 COLUMNS=columns, PARTS=parts, PART=row.part, STRIP=row.strip, **options,
             )  # fmt: skip
             merge_kernel[(programs,)](
@@ -492,16 +477,15 @@ def contrastive_bwd(
 
     def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
-        features, options = operands(part_x, part_y, row)
+        features, options = operands(part_x, part_y, row, g)
         gradient_kernel[(chunk.tiles,)](
-            *features, *gradient_operands(g, row, options["DESCRIPTORS"]),
-            scale, factor, *peaks, pair_weight,
+            *features, scale, factor, *peaks, pair_weight,
             extremes, chunk.rows.start // row.block_n, blocks_n + chunk.cols.start // row.block_m,
             *(t[chunk.rows] for t in rows), row_weight.stride(0),
             *(t[chunk.cols] for t in columns), column_weight.stride(0),
             entries[chunk.rows], shares, chunk.first_tile,
             len(part_x), len(part_y), x.shape[1], offset + chunk.rows.start - chunk.cols.start,
-            g.stride(0), *x.stride(), *y.stride(),
+            g.stride(0), (*x.stride(), *y.stride()),
             COLUMNS=m > 0, LIFT=lifted, STRIP=row.strip, **options,
         )  # fmt: skip
 

@@ -64,19 +64,14 @@ def _store_side(ptr, at, mask, length, s, seen, positive, AXIS: tl.constexpr):
 def matched_forward_kernel(
     x, y, scale_ptr, row_ptr, column_ptr,  # [N, D], [M, D], [], [4, blocks, N], [4, blocks, M]
     own_ptr, exclude_ptr, query_ptr, key_ptr, bias_ptr, stride_query, stride_key,
-    n, m, d, first_row,
-    stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
+    n, m, d, first_row, strides,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     COLUMNS: tl.constexpr, IDS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of one tile."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
     c = tl.load(scale_ptr).to(tl.float32) * LOG2E
-    acc = products(
-        x, y, row0, col0, n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-        BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
-    )  # fmt: skip
+    acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
     rows, cols = row0 + tl.arange(0, BLOCK_N), col0 + tl.arange(0, BLOCK_M)
     inside = (rows < n)[:, None] & (cols < m)[None, :]
     s, seen, positive = _logits(
@@ -101,19 +96,14 @@ def matched_gradient_kernel(
     row_ptr, column_ptr, stride_row, stride_column,  # [3, N], [3, M]: reference and weights
     share_ptr, dbias_ptr, first_tile,  # [tiles], [row blocks, M] or None
     own_ptr, exclude_ptr, query_ptr, key_ptr, bias_ptr, stride_query, stride_key,
-    n, m, d, first_row, first_col, stride_g,
-    stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
+    n, m, d, first_row, first_col, stride_g, strides,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     COLUMNS: tl.constexpr, IDS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
 ):  # fmt: skip
     """G of one tile times the lift, its share of sum G x.y, and its column sums."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
     c = tl.load(scale_ptr).to(tl.float32) * LOG2E
-    acc = products(
-        x, y, row0, col0, n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-        BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
-    )  # fmt: skip
+    acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
     rows, cols = row0 + tl.arange(0, BLOCK_N), col0 + tl.arange(0, BLOCK_M)
     row, col = first_row + tl.minimum(rows, n - 1), first_col + tl.minimum(cols, m - 1)
     s, seen, positive = _logits(
@@ -132,7 +122,7 @@ def matched_gradient_kernel(
     tl.store(share_ptr + first_tile + tl.program_id(0), tl.sum(g * acc) / tl.load(lift_ptr))
     if dbias_ptr is not None:
         tl.store(dbias_ptr + (row0 // BLOCK_N) * m + cols, tl.sum(g, 0), mask=cols < m)
-    store_gradient(g, row0, col0, g_ptr, stride_g, False)
+    store_gradient(g, row0, col0, g_ptr, stride_g)
 
 
 def matched_fwd(x: Tensor, y: Tensor, scale: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
@@ -155,7 +145,7 @@ def matched_fwd(x: Tensor, y: Tensor, scale: Tensor, *given: Any) -> tuple[Tenso
             features, tile = operands(part, y, row)
             matched_forward_kernel[(blocks_n * blocks_m,)](
                 *features[:2], scale, row_part, column_part, *relation,
-                len(part), m, x.shape[1], first, *x.stride(), *y.stride(),
+                len(part), m, x.shape[1], first, (*x.stride(), *y.stride()),
                 COLUMNS=columns, **options, **tile,
             )  # fmt: skip
             rows.append(_merged(row_part))
@@ -202,7 +192,7 @@ def matched_bwd(x: Tensor, y: Tensor, scale: Tensor, *given: Any) -> tuple[Tenso
             *features[:2], g, scale, lift, *sides, len(x), columns.shape[1],
             shares, sums, chunk.first_tile, *relation,
             len(part_x), len(part_y), x.shape[1], chunk.rows.start, chunk.cols.start,
-            g.stride(0), *x.stride(), *y.stride(),
+            g.stride(0), (*x.stride(), *y.stride()),
             COLUMNS=columns.shape[1] > 0, **options, **tile,
         )  # fmt: skip
         if sums is not None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +21,7 @@ from protoclip.kernels.launch import INTERPRETED, Launch, aligned
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SPREAD = tl.constexpr(64.0)  # of the 126 binary orders that fp32 has below 1
+UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 bit patterns as integers
 
 
 @triton.jit
@@ -43,23 +43,26 @@ def is_general(row0, col0, n, m, offset, BLOCK_N: tl.constexpr, BLOCK_M: tl.cons
 
 
 @triton.jit
+def dot(a, b, acc=None):
+    """acc + a @ b, fp32. fp32 operands run on FMA units: tensor cores truncate their accumulators,
+    which takes three-term TF32 out of the error budget at scale 100."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
 def products(
-    x, y, row0, col0,
-    n, m, d,
-    stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
+    x, y, row0, col0, n, m, d, strides,  # strides: of x, then of y
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
     """-> x y^T of one tile, fp32 [BLOCK_N, BLOCK_M]; values past n or m are arbitrary."""
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    if DESCRIPTORS:
+    if isinstance(x, tl.tensor_descriptor):
         for k in range(0, d, BLOCK_D):
-            a = x.load([row0, k])  # [BLOCK_N, BLOCK_D]
-            b = y.load([col0, k])  # [BLOCK_M, BLOCK_D]
-            if WIDEN:
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+            acc = dot(x.load([row0, k]), y.load([col0, k]).T, acc)
     else:
+        stride_x_n, stride_x_d, stride_y_m, stride_y_d = strides
         # Rows past the end read the last row again: no mask, and the caller masks the logits.
         rows = tl.minimum(row0 + tl.arange(0, BLOCK_N), n - 1).to(tl.int64)
         cols = tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1).to(tl.int64)
@@ -72,9 +75,7 @@ def products(
             else:
                 a = tl.load(x_ptrs, mask=depth[None, :] < d - k, other=0.0)
                 b = tl.load(y_ptrs, mask=depth[:, None] < d - k, other=0.0)
-            if WIDEN:
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            acc = tl.dot(a, b, acc, input_precision="ieee")
+            acc = dot(a, b, acc)
             x_ptrs += tl.cast(stride_x_d, tl.int64) * BLOCK_D
             y_ptrs += tl.cast(stride_y_d, tl.int64) * BLOCK_D
     return acc
@@ -102,20 +103,27 @@ def with_ids(
     return positive, seen
 
 
-def operands(x: Tensor, y: Tensor, launch: Launch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """-> x and y for whole tiles, x and y for strips, and the keyword arguments of a kernel."""
-    descriptors = launch.descriptors and aligned(x) and aligned(y)
+def operands(
+    x: Tensor, y: Tensor, launch: Launch, g: Tensor | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """-> x and y for whole tiles, x and y for strips, a chunk of G for both, and the sizes of the
+    tiles."""
     options = launch.options | {
         "BLOCK_N": launch.block_n,
         "BLOCK_M": launch.block_m,
         "BLOCK_D": launch.block_d,
         "EVEN_D": x.shape[1] % launch.block_d == 0,
-        "DESCRIPTORS": descriptors,
-        # The interpreter multiplies bf16 bit patterns as integers.
-        "WIDEN": INTERPRETED and x.dtype == torch.bfloat16,
     }
-    if not descriptors:
-        return (x, y, x, y), options
-    x_tile, y_tile = [launch.block_n, launch.block_d], [launch.block_m, launch.block_d]
-    tiles = TensorDescriptor.from_tensor(x, x_tile), TensorDescriptor.from_tensor(y, y_tile)
-    return (*tiles, x, y), options
+    if not (launch.descriptors and aligned(x) and aligned(y)):
+        return (x, y, x, y, g, g), options
+    widths = (x, launch.block_n, launch.block_d), (y, launch.block_m, launch.block_d)
+    tiles = [TensorDescriptor.from_tensor(t, block) for t, *block in widths]
+    if g is None:
+        return (*tiles, x, y, None, None), options
+    return (
+        *tiles,
+        x,
+        y,
+        TensorDescriptor.from_tensor(g, [launch.block_n, launch.block_m]),
+        g,
+    ), options

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from protoclip.kernels.launch import Launch
 
@@ -65,9 +63,9 @@ def chunks(x: Tensor, y: Tensor, launch: Launch, *, bounded: bool = True) -> lis
 
 
 @triton.jit
-def store_gradient(g, row0, col0, g_ptr, stride_g, DESCRIPTORS: tl.constexpr):
+def store_gradient(g, row0, col0, g_ptr, stride_g):
     """Write a part of G. The scratch holds whole tiles: no mask, which would split the stores."""
-    if DESCRIPTORS:
+    if isinstance(g_ptr, tl.tensor_descriptor):
         g_ptr.store([row0, col0], g.to(g_ptr.dtype))
     else:
         rows, cols = row0 + tl.arange(0, g.shape[0]), col0 + tl.arange(0, g.shape[1])
@@ -82,13 +80,6 @@ def store_entries(g, rows, positive, shift, n, width, entry_ptr):
     partner = rows + shift
     held = (rows < n) & (partner >= 0) & (partner < tl.minimum(g.shape[1], width))
     tl.store(entry_ptr + rows, tl.sum(tl.where(positive, g, 0.0), 1), mask=held)
-
-
-def gradient_operands(g: Tensor, launch: Launch, descriptors: bool) -> tuple[Any, Tensor]:
-    """-> a chunk of G for whole tiles and for strips."""
-    if not descriptors:
-        return g, g
-    return TensorDescriptor.from_tensor(g, [launch.block_n, launch.block_m]), g
 
 
 def products(

@@ -78,6 +78,8 @@ class ProtoModel(nn.Module):
         super().__init__()
         self.clip: Any = clip
         self.siglip = siglip
+        if not siglip and getattr(clip, "logit_bias", None) is not None:
+            self.clip.logit_bias.requires_grad_(False)  # softmax does not see it
         self.tokenizer = tokenizer  # OpenCLIP's own
         self.short_tokenizer = tokenizer  # for encode and encode_text
         if can_shorten(clip):
@@ -332,35 +334,25 @@ class ShortTokenizer:
 def encode_text(clip: Any, tokens: Tensor) -> Tensor:
     """``clip.encode_text`` of captions of any length up to the context: int64 [B, L] -> [B, D].
 
-    On the CPU, where lengths cost nothing to read, a few long captions are encoded apart, so that
-    the others stay short.
+    On the CPU, where lengths cost nothing to read, a few long captions are encoded apart if that
+    saves a tenth of the token positions.
     """
     if not can_shorten(clip):
         return clip.encode_text(tokens)
     tracing = type(tokens) is not Tensor or torch.compiler.is_compiling()
     if not len(tokens) or tokens.device.type != "cpu" or tracing:
         return _encode(clip, tokens)
-    lengths = (_ends(tokens, _end_id(clip)) // STEP + 1) * STEP
-    order = lengths.argsort(stable=True)
-    few = _split(lengths[order])
+    lengths, order = ((_ends(tokens, _end_id(clip)) // STEP + 1) * STEP).sort(stable=True)
+    first = torch.arange(1, len(order) + 1)
+    positions = first * lengths + (len(order) - first) * lengths[-1]  # if that many are apart
+    best = int(positions.argmin())
+    few = best + 1 if positions[best] < 0.9 * positions[-1] else 0
     parts = [
-        _encode(clip, tokens[rows, : int(lengths[rows].max())])
-        for rows in (order[:few], order[few:])
+        _encode(clip, tokens[rows, : int(own[-1])])
+        for rows, own in zip(order.tensor_split([few]), lengths.tensor_split([few]), strict=True)
         if len(rows)
     ]
     return torch.cat(parts)[order.argsort()]
-
-
-def _split(lengths: Tensor) -> int:
-    """How many of the shortest captions (ascending ``lengths``) to encode apart; 0 for none.
-
-    The cheapest cut in token positions, if it saves a tenth of them.
-    """
-    count, longest = len(lengths), int(lengths[-1])
-    first = torch.arange(1, count + 1)
-    positions = first * lengths + (count - first) * longest
-    best = int(positions.argmin())
-    return best + 1 if int(positions[best]) < 0.9 * count * longest else 0
 
 
 def _encode(clip: Any, tokens: Tensor) -> Tensor:

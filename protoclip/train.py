@@ -59,7 +59,7 @@ from protoclip.model import (
 )
 from protoclip.ops.backends import why_not
 from protoclip.prototypes import Episode, PrototypeSet
-from protoclip.report import figures, page
+from protoclip.report import page
 from protoclip.report import snapshot as looks
 from protoclip.run_folder import (
     NullRunFolder,
@@ -80,10 +80,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What decides which sample comes when, or which tensors there are: it must not change.
 FIXED = (
     "method", "data.train_num_samples", "data.captions", "data.augmentation",
-    "data.dataset_resampled", "data.train_data_upsampling_factors", "data.shuffle_buffer",
-    "model.model", "model.force_", "model.lock_", "model.add_", "model.projection_", "model.use_",
-    "model.siglip", "episode.size", "episode.replacement", "episode.features", "run.seed",
-    "run.precision",
+    "data.shuffle_buffer", "model.model", "model.force_", "model.lock_", "model.add_",
+    "model.projection_", "model.use_", "model.siglip", "episode.size", "episode.replacement",
+    "episode.features", "run.seed", "run.precision",
 )  # fmt: skip
 # What else may change without a note: the global batch is compared as a whole.
 FREE = ("data.", "model.", "optim.batch_size", "optim.accum_freq", "run.")
@@ -128,7 +127,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
     resume = distributed.from_main(lambda: find_resume(config))
     path = distributed.from_main(lambda: resume.folder if resume else choose_folder(config))
     dataset = open_training_data(config)
-    order = EpochOrder(dataset, config.data)
+    order = EpochOrder(dataset, config.data.shuffle_buffer)
     plan = schedule.make_plan(config, order.size)
     if resume and resume.step >= plan.total_steps and (path / "results.json").exists():
         print(f"{path} is complete: {resume.step} steps and its results", file=sys.stderr)
@@ -259,6 +258,7 @@ class Trainer:
         self._loss = math.nan  # as last logged
         self._every_steps, self._every_seconds = schedule.parse_interval(config.run.save_every)
         self._saved_at = (time.monotonic(), -1)
+        self._agreed = lambda: torch.zeros(2)  # whether to save, and to stop
         self._began_at = self._logged_at = (time.perf_counter(), 0)
 
     def run(self) -> None:
@@ -456,9 +456,7 @@ class Trainer:
 
     def _save_or_stop(self) -> None:
         """Write the newest state where it is due, and end where a signal asks for it."""
-        due = 0 < self._every_seconds <= time.monotonic() - self._saved_at[0]  # by its own clock
-        wishes = torch.tensor([float(due), self.signals.level])
-        timed, stop = distributed.max_over_ranks(wishes).tolist()
+        timed, stop = self._agreed().tolist()  # on what each rank wished a step ago
         if stop or timed or (self._every_steps and self.step % self._every_steps == 0):
             self.save(None)
         if stop:
@@ -468,6 +466,8 @@ class Trainer:
                 f"go on with --resume {self.folder.path}",
                 130 if stop > 1 else 0,
             )
+        due = 0 < self._every_seconds <= time.monotonic() - self._saved_at[0]  # by its own clock
+        self._agreed = distributed.max_later(torch.tensor([float(due), self.signals.level]))
 
     def save(self, epoch: int | None) -> None:
         """Write a checkpoint that OpenCLIP reads too; ``epoch`` None: the newest."""
@@ -595,9 +595,8 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
 
 @torch.no_grad()
 def draw_plots(trainer: Trainer, evaluation: Evaluation) -> None:
-    """curves.png, and what the report needs."""
+    """clusters.csv, and what the report needs."""
     folder, model, device = trainer.folder.path, trainer.model.eval(), trainer.setup.device
-    figures.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
     known = trainer.episode.clusterings if trainer.episode else {}
     clusters = {name: one.labels.cpu() for name, one in known.items()}
     chosen = torch.arange(len(trainer.dataset))

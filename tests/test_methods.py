@@ -44,7 +44,7 @@ def run(tmp_path, model_file):
         head = ["--model", model_file, "--batch-size", "32", "--report-to", "none"]
         config = config_of(*head, "--max-steps", "6", "--infonce-warmup-epoch", "1", *flags)
         folder = RunFolder(tmp_path / "run", config)
-        plan, order = make_plan(config, len(DATASET)), EpochOrder(DATASET, config.data)
+        plan, order = make_plan(config, len(DATASET)), EpochOrder(DATASET)
         torch.manual_seed(0)
         setup = Setup(config, plan, DATASET, order, torch.device("cpu"), "fp32", teacher)
         Trainer(setup, build_model(config.model), folder).run()
