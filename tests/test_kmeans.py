@@ -91,6 +91,9 @@ def test_a_warm_start_goes_on_where_it_was():
     first = protoclip.kmeans(points, 12, num_iters=5)
     more = protoclip.kmeans(points, 12, num_iters=5, init=first.centroids)
     assert torch.equal(more.centroids, protoclip.kmeans(points, 12, num_iters=10).centroids)
+    fewer = protoclip.kmeans(points, 12, num_iters=0, init=first.centroids[:9]).centroids
+    assert torch.equal(fewer[:9], first.centroids[:9])
+    assert (fewer[9:, None] == points).all(dim=2).any(dim=1).all()  # random points
 
 
 def test_empty_clusters_take_half_of_the_largest():
@@ -115,7 +118,6 @@ BAD = {
         "points": torch.randn(10, 2).index_fill_(0, torch.tensor(4), math.inf)
     },
     r"expected weights \[N\] = \[10\], got \[9\]": {"weights": torch.ones(9)},
-    "got list": {"weights": [1.0] * 10},
     "at least 0, got 2 others": {"weights": torch.tensor([-1.0, torch.nan] + [1.0] * 8)},
     "a weight above 0": {"weights": torch.zeros(10)},
 }
@@ -202,7 +204,7 @@ def test_a_weight_counts_as_so_many_copies():
     torch.testing.assert_close(weighted.centroids, copied.centroids)
     assert weighted.history == pytest.approx(copied.history)
     assert torch.equal(weighted.labels.repeat_interleave(times), copied.labels)
-    ones = protoclip.kmeans(points, 12, init=start, weights=torch.ones(600), num_iters=5)
+    ones = protoclip.kmeans(points, 12, init=start, weights=[1] * 600, num_iters=5)
     assert torch.equal(
         ones.centroids, protoclip.kmeans(points, 12, init=start, num_iters=5).centroids
     )

@@ -35,8 +35,7 @@ def features():
 
 def episode_of(features, teacher=None, previous=None, coming=None, classes=None, **settings):
     config = EpisodeConfig(**{"num_clusters": 7, **settings})
-    keys = [f"key{i}" for i in range(DATASET)]
-    builder = EpisodeBuilder(config, keys, teacher=teacher, classes=classes or {})
+    builder = EpisodeBuilder(config, DATASET, teacher=teacher, classes=classes or {})
     return builder.build(features, torch.Generator().manual_seed(1), previous, coming)
 
 
@@ -96,9 +95,9 @@ class TestEpisode:
             assert not torch.equal(a.labels, b.labels)  # other random starts
             assert b.counts.sum() == N and (b.labels[features.index] >= 0).all()
 
-    def test_features_that_are_not_finite_are_refused_by_key(self, features):
+    def test_features_that_are_not_finite_are_refused(self, features):
         features.image_h[3, 2] = math.nan
-        with pytest.raises(ValueError, match=f"'key{int(features.index[3])}'; lower --lr"):
+        with pytest.raises(ValueError, match="image features .* first is row 3.*lower --lr"):
             episode_of(features)
 
     def test_purity_by_hand(self, features):
