@@ -367,7 +367,7 @@ def finished(path: Path) -> Done:
 
 def work(size: Size, path: Path, hours: float) -> Done:
     """Do what is not done yet until the time is up; all finished runs."""
-    done, began = finished(path), time.monotonic()
+    done, began, about = finished(path), time.monotonic(), machine.describe()
     if path.is_file() and not path.read_text().endswith("\n"):
         path.write_text(path.read_text() + "\n")  # end a torn line
     for task in tasks(size, done):
@@ -384,7 +384,6 @@ def work(size: Size, path: Path, hours: float) -> Done:
                 raise
             # It diverged: no scores.
             found = asdict(task) | {"metrics": {}, "error": str(error)}
-        about = machine.describe()
         found |= {name: about[name] for name in ("machine", "threads", "commit", "date")}
         found |= {"torch": torch.__version__, "seconds": round(time.monotonic() - start, 1)}
         with path.open("a") as file:
