@@ -179,8 +179,8 @@ def _slower(groups: Iterable[list[Row]]) -> str:
         f"- `{label(row)}` {sizes(row)} {row['dtype']}: {row['variant']} takes "
         f"{digits(row['ratio'], 2)} of our time" + (f" ({row['note']})" if row["note"] else "")
         for group in groups
-        for row in group
-        if row["ratio"] is not None and row["ratio"] < 1
+        for row in _compared(group)
+        if row["ratio"] < 1
     ]
     if not lines:
         return "Slower than a peer: nowhere in this record."
