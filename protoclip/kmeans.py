@@ -276,40 +276,34 @@ def _first_centroids(rows: _Rows, k: int, init: str | Tensor, seed: int) -> Tens
         squared = torch.minimum(squared, kmeans_assign(points, fresh)[1].double())
         draws = min(MAX_DRAWS, max(8, len(centroids)))
         uniform = torch.rand(2, draws, generator=generator, dtype=torch.float64)
-        candidates, apart = _draw(rows, squared, uniform[0].to(points.device))
-        fresh = candidates[_keep(candidates, apart, uniform[1])]
-        fresh = fresh[: k - len(centroids)]
+        fresh = _drawn(rows, squared, *uniform)[: k - len(centroids)]
         centroids = torch.cat([centroids, fresh])
     return centroids
 
 
-def _keep(candidates: Tensor, squared: Tensor, uniform: Tensor) -> Tensor:
-    """Which candidates [M, D], drawn by squared distance [M], survive those kept before them."""
-    apart = torch.cdist(candidates, candidates, compute_mode="donot_use_mm_for_euclid_dist")
-    between, start = apart.double().square().cpu().numpy(), squared.cpu().numpy()
-    now, kept = start.copy(), []
-    for j, u in enumerate(uniform.tolist()):
-        # Only duplicates are left when all distances are 0: any point is as good.
-        if now[j] >= u * start[j] and (now[j] > 0 or start[j] == 0):
-            kept.append(j)
-            np.minimum(now, between[j], out=now)
-    return torch.tensor(kept, device=candidates.device)
-
-
-def _draw(rows: _Rows, squared: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Points [M, D] at which the running sum of weight x squared distance (over all ranks) passes
-    uniform [M] times the total, and their squared distances [M]."""
+def _drawn(rows: _Rows, squared: Tensor, where: Tensor, luck: Tensor) -> Tensor:
+    """Candidates are the points at which the running sum of weight x squared distance, over all
+    ranks, passes ``where`` [M] times the total; those that ``luck`` [M] keeps, [<= M, D]."""
     points, ranks = rows.points, rows.ranks
     mass = squared if rows.weights is None else squared * rows.weights
     sums = mass.new_zeros(len(ranks.sizes))
     sums[ranks.rank] = mass.sum()
     bounds = ranks.sum(sums).cumsum(0)
-    aim = uniform * bounds[-1]
+    aim = where.to(points.device) * bounds[-1]
     owner = torch.searchsorted(bounds, aim, right=True).clamp_max(len(bounds) - 1)
     local = aim - (bounds - sums)[ranks.rank]
     row = torch.searchsorted(mass.cumsum(0), local, right=True).clamp_max(max(0, len(points) - 1))
     index = ranks.sum(torch.where(owner == ranks.rank, ranks.start + row, 0))
-    return ranks.rows(points, index), ranks.rows(squared[:, None], index)[:, 0]
+    candidates = ranks.rows(points, index)
+    start = ranks.rows(squared[:, None], index)[:, 0].cpu().numpy()
+    apart = torch.cdist(candidates, candidates, compute_mode="donot_use_mm_for_euclid_dist")
+    between, now, kept = apart.double().square().cpu().numpy(), start.copy(), []
+    for j, u in enumerate(luck.tolist()):
+        # Only duplicates are left when all distances are 0: any point is as good.
+        if now[j] >= u * start[j] and (now[j] > 0 or start[j] == 0):
+            kept.append(j)
+            np.minimum(now, between[j], out=now)
+    return candidates[kept]
 
 
 def _lloyd(
