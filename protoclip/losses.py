@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from protoclip.config import EpisodeConfig, LossConfig, check, option
+from protoclip.config import EpisodeConfig, LossConfig, ProtoConfig
 from protoclip.distributed import (
     gather_rows,
     gathered_rows,
@@ -502,47 +502,6 @@ class SigLipLoss(nn.Module):
         total = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss
         loss = total(x, y, scale, bias, ids=ids, same_id=same_id) / max(len(x), 1)
         return {"contrastive_loss": loss} if output_dict else loss
-
-
-@dataclass(frozen=True)
-class ProtoConfig:
-    """Online prototypes (any of these switches them on)"""
-
-    weight: float = option(1.0, "of the prototype loss beside InfoNCE", flag="proto-weight")
-    queue: int = option(
-        16384, "newest pairs that are clustered, over all ranks", flag="proto-queue", low=2
-    )
-    k: int = option(0, "prototypes a modality; 0: a tenth of the queue", flag="proto-k")
-    every: int = option(
-        0, "steps between clusterings; 0: when the queue is renewed", flag="proto-every"
-    )
-    warmup: int = option(
-        0, "steps of InfoNCE alone, at least until the queue is full", flag="proto-warmup"
-    )
-    target_temperature: float = option(
-        0.01, "of the soft targets; 0: hard labels", flag="proto-target-temperature"
-    )
-    logit_scale: float = option(
-        0.0, "of the prototype logits; 0: the model's own logit scale", flag="proto-logit-scale"
-    )
-    kmeans_max_iter: int = option(20, "iterations of k-means", flag="proto-kmeans-max-iter", low=1)
-    pbt: bool = option(
-        True, "back translation; off: raw centroids of the other modality", flag="proto-PBT"
-    )
-    seed: int = option(0, "of k-means' first centroids", flag="proto-seed", high=2**31)
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.k > self.queue:
-            raise ValueError(
-                f"--proto-k: expected at most --proto-queue = {self.queue}, got {self.k}; "
-                f"use --proto-k {max(1, self.queue // 10)} or a longer queue"
-            )
-
-    @property
-    def num_clusters(self) -> int:
-        """Prototypes a modality."""
-        return self.k or max(1, self.queue // 10)
 
 
 class ProtoClipLoss(ClipLoss):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from ranks import on_ranks
 
 import protoclip
-from protoclip.losses import ProtoClipLoss, ProtoConfig
+from protoclip.config import ProtoConfig
+from protoclip.losses import ProtoClipLoss
 
 SCALE = 14.3
 
