@@ -7,7 +7,15 @@ import importlib.util
 import io
 from collections.abc import Callable
 
-from protoclip.config import PRECISIONS, TABLE, DataConfig, Parser, add_options, build_parser
+from protoclip.config import (
+    PRECISIONS,
+    TABLE,
+    DataConfig,
+    Parser,
+    ProtoConfig,
+    add_options,
+    build_parser,
+)
 
 EVERYDAY = """
     --preset --method --train-data --val-data --workers --model --pretrained --k --external-teacher
@@ -209,8 +217,6 @@ def data_parser() -> Parser:
 
 def openclip_parser() -> Parser:
     """Our own flags of ``protoclip openclip``; its help has those of open_clip_train too."""
-    from protoclip.losses import ProtoConfig  # loads torch
-
     parser = Parser(
         "python -m protoclip.openclip",
         usage="%(prog)s <open_clip_train flags> [--dedup caption] [--proto-* flags]",

@@ -267,6 +267,39 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+@dataclass(frozen=True)
+class ProtoConfig:
+    """Online prototypes (any of these switches them on)"""
+
+    weight: float = option(1.0, "of the prototype loss beside InfoNCE", flag="proto-weight")
+    queue: int = option(16384, "newest pairs, which are clustered", flag="proto-queue", low=2)
+    k: int = option(0, "prototypes a modality; 0: a tenth of the queue", flag="proto-k")
+    every: int = option(0, "steps between clusterings; 0: as the queue renews", flag="proto-every")
+    warmup: int = option(0, "steps without prototypes, at least one queue", flag="proto-warmup")
+    target_temperature: float = option(
+        0.01, "of the soft targets; 0: hard labels", flag="proto-target-temperature"
+    )
+    logit_scale: float = option(
+        0.0, "of the prototype logits; 0: the model's own logit scale", flag="proto-logit-scale"
+    )
+    kmeans_max_iter: int = option(20, "iterations of k-means", flag="proto-kmeans-max-iter", low=1)
+    pbt: bool = option(True, "back translation; off: the other's centroids", flag="proto-PBT")
+    seed: int = option(0, "of k-means' first centroids", flag="proto-seed", high=2**31)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.k > self.queue:
+            raise ValueError(
+                f"--proto-k: expected at most --proto-queue = {self.queue}, got {self.k}; "
+                f"use --proto-k {max(1, self.queue // 10)} or a longer queue"
+            )
+
+    @property
+    def num_clusters(self) -> int:
+        """Prototypes a modality."""
+        return self.k or max(1, self.queue // 10)
+
+
 # Flags that are gone from protoclip, and names that people try: what to do instead.
 RETIRED = {
     "--ema-decay": "extraction uses the model itself; leave the flag out",
