@@ -54,6 +54,7 @@ from protoclip.data.types import heldout_mask
 from protoclip.evaluate.datasets import EMOJI_TEMPLATES, Layout
 from protoclip.evaluate.tasks import Encoder, EvalSet, PixelEncoder, encode_set, evaluate_features
 from protoclip.model import build_model
+from protoclip.prototypes import INTERNAL
 from protoclip.run_folder import NullRunFolder
 from protoclip.schedule import Stopped, make_plan
 from protoclip.step import seed_everything
@@ -270,7 +271,7 @@ def clusters(trainer: train.Trainer) -> dict[str, float]:
         return {}
     found = {k: v for k, v in episode.metrics.items() if k.endswith("purity_group")}
     entropies = []
-    for one in episode.internal:
+    for one in (one for one in episode.sets if one.source in INTERNAL and one.targets is not None):
         centroids = one.clustering.centroids
         logs = (centroids @ centroids.T / tau).log_softmax(1)
         entropies.append(float(-(logs.exp() * logs).sum(1).mean()))
