@@ -73,9 +73,11 @@ def segment_mean(values: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor
     means, counts = torch.full((k, d), float("nan")), torch.full((k,), -7)
     used = (labels >= 0) & (labels < k)  # as csrc/cuda_bindings.cpp
     keys, rows = torch.where(used, labels, k).int().sort(stable=True)
+    starts = torch.searchsorted(keys, torch.arange(k + 1, dtype=torch.int32), out_int32=True)
+    pieces = torch.full((2 * -(-n // 128) + 1, d), float("nan"))  # one more than there are
     error = library("segment_mean").segment_mean(
-        *(_pointer(values), _strides(values), _pointer(keys), _pointer(rows)),
+        *(_pointer(values), _strides(values), *map(_pointer, (keys, rows, starts, pieces))),
         *(ctypes.c_int64(n), k, d, DTYPES[values.dtype], _pointer(means), _pointer(counts)),
     )
-    assert error == 0, f"launch failed with {error}"
+    assert error == 0 and pieces[-1].isnan().all(), f"launch failed with {error}"
     return means, counts
