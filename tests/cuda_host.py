@@ -25,20 +25,11 @@ def library(op: str) -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ was not found")
-    folder = Path(tempfile.mkdtemp(prefix="protoclip_emulation_"))
-    target = folder / "library.so"
     command = [compiler, "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-shared"]
-    command += [
-        "-fPIC",
-        "-Wno-unknown-pragmas",
-        f"-I{TESTS}",
-        str(TESTS / f"cuda_{op}_on_host.cpp"),
-    ]
-    try:
-        subprocess.run([*command, "-o", str(target)], check=True)
-        return ctypes.CDLL(str(target))
-    finally:
-        shutil.rmtree(folder)
+    command += ["-fPIC", "-Wno-unknown-pragmas", f"-I{TESTS}", f"{TESTS}/cuda_{op}_on_host.cpp"]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([*command, "-o", f"{folder}/library.so"], check=True)
+        return ctypes.CDLL(f"{folder}/library.so")
 
 
 def _pointer(x: Tensor) -> ctypes.c_void_p:
