@@ -1,8 +1,8 @@
 """The record of a run: one JSON file, rewritten whole after each case, so a cut-off loses nothing.
 
-``runs`` holds machine, versions, commit, date and ceilings of each run; ``rows`` one measured
-case each, with the index of its run; ``skipped`` and ``failed`` the reasons. A run into an existing
-file replaces the rows it measures again and keeps the others, so a record can be taken in pieces.
+``runs`` holds machine, versions, commit, date and ceilings of each run; ``rows`` one measured case
+each, with the index of its run. A run into an existing file replaces the rows it measures again and
+keeps the others, so a record can be taken in pieces.
 """
 
 from __future__ import annotations
@@ -13,24 +13,12 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-IDENTITY = ("op", "phase", "variant", "shape", "dtype", "sweep")
+IDENTITY = ("op", "phase", "variant", "shape", "dtype", "sweep")  # the last in older records
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """The record in ``path``.
-
-    Raises:
-        ValueError: the file is not a record of these benchmarks.
-    """
-    try:
-        record = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: expected a record written by --record, got broken JSON ({error})"
-        ) from None
-    if not isinstance(record, dict) or not {"runs", "rows"} <= set(record):
-        raise ValueError(f"{path}: expected a record written by --record, got other JSON")
-    return record
+    """The record in ``path``."""
+    return json.loads(Path(path).read_text())
 
 
 def between(path: Path, begin: str, end: str) -> tuple[str, str, str]:
@@ -67,39 +55,18 @@ class Record:
     """A record being written; without a path it is only kept in memory."""
 
     def __init__(self, path: Path | None, run: dict[str, Any]):
-        empty: dict[str, Any] = {"runs": [], "rows": [], "skipped": {}, "failed": {}}
-        self.path = path
-        self.data = load(path) if path is not None and path.exists() else empty
-        self.data["runs"].append(run)
-        self.run = len(self.data["runs"]) - 1
+        found = load(path) if path is not None and path.exists() else {"runs": [], "rows": []}
+        self.path, self.runs, self.rows = path, [*found["runs"], run], found["rows"]
 
     def add(self, row: Row) -> None:
-        row = row | {"run": self.run}
-        kept = [old for old in self.data["rows"] if identity(old) != identity(row)]
-        self.data["rows"] = [*kept, row]
-        self._write()
-
-    def refuse(self, kind: str, case: str, reason: str) -> None:
-        """``kind``: "skipped" or "failed"."""
-        self.data[kind][case] = reason
-        self._write()
-
-    def done(self, case: str) -> None:
-        """``case`` passed: what an earlier run said of it no longer holds."""
-        for kind in ("skipped", "failed"):
-            self.data[kind].pop(case, None)
-
-    def _write(self) -> None:
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self._pruned(), indent=1) + "\n")
-        os.replace(partial, self.path)
-
-    def _pruned(self) -> dict[str, Any]:
-        """Without runs none of whose rows are left; the present one stays."""
-        used = sorted({row["run"] for row in self.data["rows"]} | {self.run})
-        index = {old: new for new, old in enumerate(used)}
-        rows = [row | {"run": index[row["run"]]} for row in self.data["rows"]]
-        return self.data | {"runs": [self.data["runs"][old] for old in used], "rows": rows}
+        """Take a row in, and drop runs none of whose rows are left."""
+        kept = [old for old in self.rows if identity(old) != identity(row)]
+        self.rows = [*kept, row | {"run": len(self.runs) - 1}]
+        used = sorted({row["run"] for row in self.rows})
+        self.runs = [self.runs[old] for old in used]
+        self.rows = [row | {"run": used.index(row["run"])} for row in self.rows]
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps({"runs": self.runs, "rows": self.rows}, indent=1) + "\n")
+            os.replace(partial, self.path)

@@ -115,13 +115,12 @@ def test_the_image_towers_rate_ends_where_it_is_locked(run, monkeypatch):
     assert [text for _, (text,) in rates] == pytest.approx([1, *fifth], abs=1e-9)
 
 
-class TestDiagnostics:
-    def test_an_episode_says_how_it_went(self, run):
-        told = scalars(run("--grad-clip-norm", "0.01", teacher=TEACHER))
-        for source in ("image", "text", "external"):
-            sizes = [told[f"{source}_size_{name}"] for name in ("min", "median", "max")]
-            assert sizes == sorted(sizes) and told[f"{source}_empty"] == 0
-            assert 0 < told[f"{source}_purity_group"] <= 1
-            assert told[f"{source}_imbalance"] >= 1 and told[f"{source}_inertia"] > 0
-        assert {"logit_scale", "logit_scale_proto", "grad_norm"} <= set(told)
-        assert {"seconds_features", "seconds_clusters", "seconds_backward"} <= set(told)
+def test_an_episode_says_how_it_went(run):
+    told = scalars(run("--grad-clip-norm", "0.01", teacher=TEACHER))
+    for source in ("image", "text", "external"):
+        sizes = [told[f"{source}_size_{name}"] for name in ("min", "median", "max")]
+        assert sizes == sorted(sizes) and told[f"{source}_empty"] == 0
+        assert 0 < told[f"{source}_purity_group"] <= 1
+        assert told[f"{source}_imbalance"] >= 1 and told[f"{source}_inertia"] > 0
+    assert {"logit_scale", "logit_scale_proto", "grad_norm"} <= set(told)
+    assert {"seconds_features", "seconds_clusters", "seconds_backward"} <= set(told)

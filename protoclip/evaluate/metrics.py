@@ -20,7 +20,7 @@ from protoclip.kmeans import kmeans
 
 BLOCK_ELEMENTS = 1 << 24  # one block of scores: 64 MiB in float32
 DRAWS_AT_ONCE = 1 << 22  # bootstrap draws in memory: 32 MiB
-LAMBDAS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+LAMBDAS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 1e-3, 3e-4, 1e-4)
 PROBE_ITERATIONS = 100
 MEAN_PER_CLASS = "mean_per_class_recall"
 Score = Callable[[Tensor], Tensor]  # features [b, D] -> logits [b, C], each row by itself

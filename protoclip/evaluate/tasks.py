@@ -22,17 +22,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from protoclip.commands import TASKS
-from protoclip.data import (
-    DataError,
-    Draws,
-    Labels,
-    PairDataset,
-    Subset,
-    batches,
-    build_transform,
-    noto_available,
-)
+from protoclip.data import DataError, Draws, Labels, PairDataset, Subset, batches, noto_available
 from protoclip.data.files import whole_file
+from protoclip.data.images import build_transform
 from protoclip.data.types import heldout_mask
 from protoclip.distributed import gather_objects, is_main, max_over_ranks, own_slice
 from protoclip.evaluate import metrics
@@ -135,8 +127,7 @@ def dataset_hash(dataset: PairDataset) -> str:
     for path in files:
         parts.append(path)
         with suppress(OSError):  # a url, or a missing file, which its reader names
-            status = os.stat(path)
-            parts.append(f"{status.st_size} {status.st_mtime_ns}")
+            parts.append(f"{os.stat(path).st_size} {os.stat(path).st_mtime_ns}")
     return digest(*parts)
 
 
@@ -265,8 +256,8 @@ def encode_sets(
     """The evaluation sets of some data, by name, and what the probes learn from; by all ranks.
 
     builtin:emoji has HO (held-out concepts), TW (all, in Twemoji style) and, with the font, NHO
-    and NOTO (the held-out ones and all in Noto style). Other built-in data has HO (its held-out
-    part), files have ALL. Probes learn from the train split, else from 80 % of the set.
+    and NOTO (the same in Noto style). Other built-in data has HO (its held-out part), files have
+    ALL. Probes learn from the train split, else from 80 % of the set.
     """
     if layout.emoji is not None:
         return _emoji_sets(encoder, layout, layout.emoji)
@@ -373,7 +364,6 @@ def evaluate_features(
     """The metrics of all sets; nothing on other ranks than 0, which only help to encode.
 
     Args:
-        sets: by short name.
         probe_train: what the linear probe and the nearest neighbours learn from; None: no probes.
         tasks: some of ``TASKS``; what a set does not allow is left out.
         protocol: of the linear probe: "heldout" (L-BFGS, lambda chosen on a held-out part of the
