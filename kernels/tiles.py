@@ -129,14 +129,8 @@ def operands(
     }
     if not (launch.descriptors and aligned(x) and aligned(y)):
         return (x, y, x, y, g, g), options
-    widths = (x, launch.block_n, launch.block_d), (y, launch.block_m, launch.block_d)
-    tiles = [TensorDescriptor.from_tensor(t, block) for t, *block in widths]
-    if g is None:
-        return (*tiles, x, y, None, None), options
-    return (
-        *tiles,
-        x,
-        y,
-        TensorDescriptor.from_tensor(g, [launch.block_n, launch.block_m]),
-        g,
-    ), options
+    described = TensorDescriptor.from_tensor
+    x_tile = described(x, [launch.block_n, launch.block_d])
+    y_tile = described(y, [launch.block_m, launch.block_d])
+    g_tile = None if g is None else described(g, [launch.block_n, launch.block_m])
+    return (x_tile, y_tile, x, y, g_tile, g), options
