@@ -86,16 +86,17 @@ class Clusters:
             ) from error
 
 
-class Ranks:
-    """The slices of one data set on the ranks of a group, or the whole of it on one."""
+class _Points:
+    """The points of this rank, what each of them counts, and sums over the ranks of a group."""
 
-    def __init__(self, local: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
-        self.group = group
+    def __init__(self, points: Tensor, group: dist.ProcessGroup | None, backend: str) -> None:
+        self.points, self.group, self.backend = points, group, backend  # points: [N, D]
+        self.weights: Tensor | None = None  # fp64 [N]; None: 1 each
         sizes = torch.zeros(1 if group is None else dist.get_world_size(group), dtype=torch.int64)
         self.rank = 0 if group is None else dist.get_rank(group)
-        sizes[self.rank] = local
-        self.sizes = self.sum(sizes.to(device)).tolist()
-        self.start, self.total = sum(self.sizes[: self.rank]), sum(self.sizes)
+        sizes[self.rank] = len(points)
+        self.sizes = self.sum(sizes.to(points.device)).tolist()
+        self.start, self.count = sum(self.sizes[: self.rank]), sum(self.sizes)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the ranks, in place."""
@@ -103,27 +104,17 @@ class Ranks:
             dist.all_reduce(x, group=self.group)
         return x
 
-    def rows(self, points: Tensor, index: Tensor) -> Tensor:
-        """Rows of the whole data set by global index [K] -> [K, D], the same on every rank."""
-        local = index.to(points.device) - self.start
-        mine = (local >= 0) & (local < len(points))
-        picked = points[local.where(mine, 0)] if len(points) else points.new_zeros(len(index), 1)
-        return self.sum(torch.where(mine[:, None], picked, 0.0).expand(-1, points.shape[1]).clone())
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """This rank's points, and what each of them counts."""
-
-    points: Tensor  # [N, D]
-    weights: Tensor | None  # fp64 [N]; None: 1 each
-    ranks: Ranks
-    backend: str
+    def pick(self, values: Tensor, index: Tensor) -> Tensor:
+        """Rows of values [N, D] by index among all ranks' [K] -> [K, D], the same on every rank."""
+        local = index.to(values.device) - self.start
+        mine = (local >= 0) & (local < len(values))
+        picked = values[local.where(mine, 0)] if len(values) else values.new_zeros(len(index), 1)
+        return self.sum(torch.where(mine[:, None], picked, 0.0).expand(-1, values.shape[1]).clone())
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of a value a row [N], by weight, over all ranks."""
         values = values.double() if self.weights is None else values.double() * self.weights
-        return self.ranks.sum(values.sum())
+        return self.sum(values.sum())
 
     def values(self) -> Tensor:
         """What is averaged: the points, or weight x point and weight, [N, D + 1]."""
@@ -134,7 +125,7 @@ class _Rows:
 
     def means(self, values: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Means [K, D] and numbers of rows [K] of the clusters; one without weight is empty."""
-        means, counts = global_segment_mean(values, labels, k, self.ranks.group, self.backend)
+        means, counts = global_segment_mean(values, labels, k, self.group, self.backend)
         if self.weights is None:
             return means, counts
         mass = means[:, -1:]
@@ -184,10 +175,10 @@ def kmeans(
     checks.matrix("kmeans", "points", points, "[N, D]")
     points = points.detach()
     points = points if points.dtype == torch.float64 else points.float()
-    ranks = Ranks(len(points), group, points.device)
-    if not isinstance(num_clusters, Integral) or not 1 <= num_clusters <= ranks.total:
+    rows = _Points(points, group, backend)
+    if not isinstance(num_clusters, Integral) or not 1 <= num_clusters <= rows.count:
         raise ValueError(
-            f"kmeans: expected 1 <= num_clusters <= N = {ranks.total} points, got {num_clusters}; "
+            f"kmeans: expected 1 <= num_clusters <= N = {rows.count} points, got {num_clusters}; "
             f"lower num_clusters or give more points"
         )
     if num_iters < 0 or num_restarts < 1:
@@ -195,8 +186,8 @@ def kmeans(
             f"kmeans: expected num_iters >= 0 and num_restarts >= 1, got {num_iters}, "
             f"{num_restarts}"
         )
-    _check_values(points, num_clusters, init, ranks)
-    rows = _Rows(points, _checked_weights(weights, points, ranks), ranks, backend)
+    _check_values(rows, num_clusters, init)
+    rows.weights = _checked_weights(rows, weights)
 
     def start(restart: int) -> Tensor:
         return _first_centroids(rows, num_clusters, init, seed + restart)
@@ -217,7 +208,8 @@ def kmeans(
     return min(runs, key=lambda clusters: clusters.inertia)
 
 
-def _check_values(points: Tensor, k: int, init: str | Tensor, ranks: Ranks) -> None:
+def _check_values(rows: _Points, k: int, init: str | Tensor) -> None:
+    points = rows.points
     if isinstance(init, Tensor):
         if init.ndim != 2 or len(init) > k or init.shape[1] != points.shape[1]:
             raise ValueError(
@@ -227,93 +219,85 @@ def _check_values(points: Tensor, k: int, init: str | Tensor, ranks: Ranks) -> N
     elif init not in INITS:
         raise ValueError(f"kmeans: expected init in {INITS} or a Tensor [K, D], got {init!r}")
     bad = ~torch.isfinite(points).all(dim=1)
-    if total := int(ranks.sum(bad.sum())):
+    if total := int(rows.sum(bad.sum())):
         where = f"; the first is row {int(bad.int().argmax())}" if bad.any() else ""
         raise ValueError(f"kmeans: expected finite points, got {total} rows with NaN or inf{where}")
 
 
-def _checked_weights(
-    weights: Tensor | Sequence[float] | None, points: Tensor, ranks: Ranks
-) -> Tensor | None:
+def _checked_weights(rows: _Points, weights: Tensor | Sequence[float] | None) -> Tensor | None:
     """As fp64, where the points are."""
     if weights is None:
         return None
-    weights = torch.as_tensor(weights, dtype=torch.float64, device=points.device).detach()
-    if weights.shape != (n := points.shape[:1]):
+    weights = torch.as_tensor(weights, dtype=torch.float64, device=rows.points.device).detach()
+    if weights.shape != (n := rows.points.shape[:1]):
         raise ValueError(f"kmeans: expected weights [N] = {list(n)}, got {list(weights.shape)}")
     bad = ~(torch.isfinite(weights) & (weights >= 0))
-    if total := int(ranks.sum(bad.sum())):
+    if total := int(rows.sum(bad.sum())):
         raise ValueError(f"kmeans: expected finite weights of at least 0, got {total} others")
-    if not ranks.sum(weights.sum()):
+    if not rows.sum(weights.sum()):
         raise ValueError("kmeans: expected a weight above 0, got zeros only")
     return weights
 
 
-def _first_centroids(rows: _Rows, k: int, init: str | Tensor, seed: int) -> Tensor:
+def _first_centroids(rows: _Points, k: int, init: str | Tensor, seed: int) -> Tensor:
     """What is given, random points, or k-means++ (Arthur and Vassilvitskii 2007), many a pass.
 
     Candidates are drawn together by their squared distance at the start of the pass. One after the
     other, each is kept with the probability by which the ones kept before it in this pass have
     lowered that distance: rejection sampling, so the distribution is that of the sequential method.
     """
-    points, ranks = rows.points, rows.ranks
+    points = rows.points
     generator = torch.Generator().manual_seed(seed)
     given = init.detach().to(points) if isinstance(init, Tensor) else points[:0]
     chosen = 1 if init == "k-means++" else k - len(given)
     if rows.weights is None:
-        index = torch.randperm(ranks.total, generator=generator)[:chosen]
+        index = torch.randperm(rows.count, generator=generator)[:chosen]
     else:
         # By weight, without replacement: the largest log(u) / w (Efraimidis and Spirakis 2006).
-        uniform = torch.rand(ranks.total, generator=generator, dtype=torch.float64)
+        uniform = torch.rand(rows.count, generator=generator, dtype=torch.float64)
         keys = torch.zeros_like(uniform, device=points.device)
-        own = slice(ranks.start, ranks.start + len(points))
+        own = slice(rows.start, rows.start + len(points))
         keys[own] = uniform[own].to(points.device).log() / rows.weights
-        index = ranks.sum(keys).topk(chosen).indices
-    centroids = torch.cat([given, ranks.rows(points, index)])
+        index = rows.sum(keys).topk(chosen).indices
+    centroids = torch.cat([given, rows.pick(points, index)])
     squared = points.new_full((len(points),), math.inf, dtype=torch.float64)
     fresh = centroids
     while len(centroids) < k:
         squared = torch.minimum(squared, kmeans_assign(points, fresh)[1].double())
         draws = min(MAX_DRAWS, max(8, len(centroids)))
         uniform = torch.rand(2, draws, generator=generator, dtype=torch.float64)
-        candidates, apart = _draw(rows, squared, uniform[0].to(points.device))
-        fresh = candidates[_keep(candidates, apart, uniform[1])]
-        fresh = fresh[: k - len(centroids)]
+        fresh = _drawn(rows, squared, *uniform)[: k - len(centroids)]
         centroids = torch.cat([centroids, fresh])
     return centroids
 
 
-def _keep(candidates: Tensor, squared: Tensor, uniform: Tensor) -> Tensor:
-    """Which candidates [M, D], drawn by squared distance [M], survive those kept before them."""
+def _drawn(rows: _Points, squared: Tensor, where: Tensor, luck: Tensor) -> Tensor:
+    """Candidates are the points at which the running sum of weight x squared distance, over all
+    ranks, passes ``where`` [M] times the total; those that ``luck`` [M] keeps, [<= M, D]."""
+    points = rows.points
+    mass = squared if rows.weights is None else squared * rows.weights
+    sums = mass.new_zeros(len(rows.sizes))
+    sums[rows.rank] = mass.sum()
+    bounds = rows.sum(sums).cumsum(0)
+    aim = where.to(points.device) * bounds[-1]
+    owner = torch.searchsorted(bounds, aim, right=True).clamp_max(len(bounds) - 1)
+    local = aim - (bounds - sums)[rows.rank]
+    row = torch.searchsorted(mass.cumsum(0), local, right=True).clamp_max(max(0, len(points) - 1))
+    index = rows.sum(torch.where(owner == rows.rank, rows.start + row, 0))
+    candidates = rows.pick(points, index)
+    start = rows.pick(squared[:, None], index)[:, 0].cpu().numpy()
     apart = torch.cdist(candidates, candidates, compute_mode="donot_use_mm_for_euclid_dist")
-    between, start = apart.double().square().cpu().numpy(), squared.cpu().numpy()
-    now, kept = start.copy(), []
-    for j, u in enumerate(uniform.tolist()):
+    between, now, kept = apart.double().square().cpu().numpy(), start.copy(), []
+    for j, u in enumerate(luck.tolist()):
         # Only duplicates are left when all distances are 0: any point is as good.
         if now[j] >= u * start[j] and (now[j] > 0 or start[j] == 0):
             kept.append(j)
             np.minimum(now, between[j], out=now)
-    return torch.tensor(kept, device=candidates.device)
-
-
-def _draw(rows: _Rows, squared: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Points [M, D] at which the running sum of weight x squared distance (over all ranks) passes
-    uniform [M] times the total, and their squared distances [M]."""
-    points, ranks = rows.points, rows.ranks
-    mass = squared if rows.weights is None else squared * rows.weights
-    sums = mass.new_zeros(len(ranks.sizes))
-    sums[ranks.rank] = mass.sum()
-    bounds = ranks.sum(sums).cumsum(0)
-    aim = uniform * bounds[-1]
-    owner = torch.searchsorted(bounds, aim, right=True).clamp_max(len(bounds) - 1)
-    local = aim - (bounds - sums)[ranks.rank]
-    row = torch.searchsorted(mass.cumsum(0), local, right=True).clamp_max(max(0, len(points) - 1))
-    index = ranks.sum(torch.where(owner == ranks.rank, ranks.start + row, 0))
-    return ranks.rows(points, index), ranks.rows(squared[:, None], index)[:, 0]
+    return candidates[kept]
 
 
 def _lloyd(
-    rows: _Rows,
+    rows: _Points,
     centroids: Tensor,
     num_iters: int,
     spherical: bool,
@@ -336,10 +320,10 @@ def _lloyd(
 
 
 def _assigned(
-    centroids: Tensor, history: list[Tensor] | list[float], rows: _Rows, assign: Assign
+    centroids: Tensor, history: list[Tensor] | list[float], rows: _Points, assign: Assign
 ) -> Clusters:
     labels, distances = assign(centroids)
-    counts = rows.ranks.sum(torch.bincount(labels, minlength=len(centroids)))
+    counts = rows.sum(torch.bincount(labels, minlength=len(centroids)))
     return Clusters(centroids, labels, counts, (*map(float, history), float(rows.total(distances))))
 
 

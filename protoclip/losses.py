@@ -48,6 +48,7 @@ from protoclip.ops.contrastive import (
 )
 from protoclip.ops.pairs import Given, Pairs, SameId, check_ids, same_pairs
 from protoclip.prototypes import (
+    EXTERNAL,
     IGNORE,
     Episode,
     OnlinePrototypes,
@@ -656,6 +657,12 @@ class ProtoLoss(nn.Module):
             logit_bias: scalar, for SigLIP's loss in the place of InfoNCE; None: InfoNCE.
         """
         config, terms = self.config, dict[str, Tensor]()
+        weights = {
+            "contrastive_loss": config.w_clip,
+            "proto_loss": config.w_proto,
+            "external_loss": config.w_proto_external,
+            "distill_loss": config.w_distill,
+        }
         accuracy: dict[str, Tensor] = {}
         if config.w_clip > 0:
             pairs = _normalise(encoded.image), _normalise(encoded.text), logit_scale
@@ -667,11 +674,9 @@ class ProtoLoss(nn.Module):
         if episode is not None and projected is not None:
             features = {"image": projected.image, "text": projected.text}
             with self.measure("prototypes"):
-                for name, weight, sets in (
-                    ("proto", config.w_proto, episode.internal),
-                    ("external", config.w_proto_external, episode.external),
-                ):
-                    if weight > 0 and sets:
+                for name, external in (("proto", False), ("external", True)):
+                    sets = [one for one in episode.sets if (one.source == EXTERNAL) == external]
+                    if weights[f"{name}_loss"] > 0 and sets:
                         terms[f"{name}_loss"], hits = prototype_term(
                             features, index, sets, proto_scale, over_ranks=is_distributed()
                         )
@@ -680,12 +685,6 @@ class ProtoLoss(nn.Module):
             terms["distill_loss"] = similarity_distillation(
                 projected, self.teacher[index], proto_scale, config.distill_temperature
             )
-        weights = {
-            "contrastive_loss": config.w_clip,
-            "proto_loss": config.w_proto,
-            "external_loss": config.w_proto_external,
-            "distill_loss": config.w_distill,
-        }
         total = sum(weights[name] * term for name, term in terms.items())
         if not isinstance(total, Tensor):
             raise ValueError(

@@ -99,25 +99,17 @@ class FeatureStore:
         self.share = batch_size // world_size()  # rows of a step on each rank
         rows = steps * self.share
         self.index = torch.full((rows,), -1, dtype=torch.int64, device=device)
-        self.image_h = torch.empty(0, device=device)  # [rows, Dh] fp32 once Dh is known
-        self.text_h = torch.empty(0, device=device)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing has been put: the same on every rank."""
-        return self.image_h.dim() == 1
+        self.h = torch.empty(0, device=device)  # [rows, 2, Dh] fp32, image and text, from put on
 
     @torch.no_grad()
     def put(self, step: int, index: Tensor, projected: Encoded) -> None:
         """Keep this rank's projections, [B, Dh] each, of the samples ``index`` of a step of the
         episode; -1 marks a row that does not count."""
-        if self.is_empty:
-            shape = (len(self.index), projected.image.shape[1])
-            self.image_h, self.text_h = self.image_h.new_zeros(shape), self.text_h.new_zeros(shape)
+        if not len(self.h):
+            self.h = self.h.new_zeros(len(self.index), 2, projected.image.shape[1])
         rows = slice(step * self.share, step * self.share + len(index))
         self.index[rows] = index
-        self.image_h[rows] = projected.image
-        self.text_h[rows] = projected.text
+        self.h[rows] = torch.stack([projected.image, projected.text], dim=1)
 
     def features(self) -> Features:
         """What all ranks have, each sample once, by its newest row; a collective call.
@@ -138,15 +130,14 @@ class FeatureStore:
                 " was not finite in all of them; lower --lr, or use --precision fp32"
             )
         if not is_distributed():
-            return Features(index, self.image_h[order], self.text_h[order])
+            return Features(index, *self.h[order].unbind(1))
         step, place = order // (self.share * world_size()), order % (self.share * world_size())
         owner, row = place // self.share, step * self.share + place % self.share
         slices = [own_slice(len(order), number) for number in range(world_size())]
         wanted = [row[part][owner[part] == rank()] for part in slices]
         own = slices[rank()]
         place = owner[own].argsort(stable=True).argsort()  # they arrive rank by rank
-        image_h, text_h = (exchange_rows(x, wanted)[place] for x in (self.image_h, self.text_h))
-        return Features(index[own], image_h, text_h)
+        return Features(index[own], *exchange_rows(self.h, wanted)[place].unbind(1))
 
     def _by_draw(self, rows: Tensor) -> Tensor:
         """[rows, ...] of each rank -> [rows * W, ...], step by step."""
@@ -157,9 +148,7 @@ class FeatureStore:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The rows of all ranks by draw, for a checkpoint; a collective call."""
-        rows = {"index": self.index}
-        if not self.is_empty:
-            rows |= {"image_h": self.image_h, "text_h": self.text_h}
+        rows = {"index": self.index} | ({"h": self.h} if len(self.h) else {})
         return {name: self._by_draw(tensor) for name, tensor in rows.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -278,16 +267,6 @@ class Episode:
 
     sets: tuple[PrototypeSet, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def internal(self) -> list[PrototypeSet]:
-        """The prototypes of the model's own clusters."""
-        return [one for one in self.sets if one.source in INTERNAL]
-
-    @property
-    def external(self) -> list[PrototypeSet]:
-        """The prototypes of the teacher's clusters."""
-        return [one for one in self.sets if one.source not in INTERNAL]
 
     @property
     def clusterings(self) -> dict[str, Clusters]:

@@ -1,6 +1,6 @@
 """Train CLIP or ProtoCLIP: ``python -m protoclip.train``, no arguments needed.
 
-Without arguments: ProtoCLIP on the built-in emoji, at most five minutes on two CPU cores, with a
+Without arguments: ProtoCLIP on the built-in emoji, about three minutes on two CPU cores, with a
 table before and after, plots and a checkpoint in a run folder. Read from ``train`` down: open and
 check everything, resume, train episode by episode, evaluate, report.
 """
@@ -427,9 +427,9 @@ class Trainer:
         self.folder.metrics(self.step, self.step * self.plan.batch_size, record)
         if self.step == self.config.run.log_every_n_steps:
             self.folder.note(
-                f"{record['same_caption']:g} of {self.plan.batch_size // distributed.world_size()} "
-                f"pairs of a process share their caption with another (same_caption in "
-                f"metrics.jsonl, the mean over processes); --dedup {self.config.loss.dedup}"
+                f"--dedup {self.config.loss.dedup}: in a batch of "
+                f"{self.plan.batch_size // distributed.world_size()} pairs, "
+                f"{record['same_caption']:g} share their caption with another one"
             )
         self._loss = record.get("loss", math.nan)
         began, first = self._began_at
@@ -702,7 +702,6 @@ class Evaluation:
             setup.device,
             workers=setup.config.data.workers,
             autocast=autocast_for(setup.precision, setup.device),
-            sharded=distributed.is_distributed(),
         )
 
     def untrained(self, folder: Path, model: ProtoModel, resumed: bool) -> Results | None:

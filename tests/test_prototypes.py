@@ -54,7 +54,7 @@ class TestEpisode:
                 centroids = item.clustering.centroids
                 teacher = torch.softmax(centroids @ centroids.T / 0.01, dim=1)
                 assert (item.targets - teacher @ item.prototypes).abs().max() < 1e-12
-        assert all(item.targets is None for item in episode.external)
+        assert all(item.targets is None for item in episode.sets[2:])
 
     def test_labels_are_found_by_position_and_no_cluster_is_empty(self, features):
         item = episode_of(features).clusterings["image"]
@@ -79,7 +79,7 @@ class TestEpisode:
         assert torch.equal(external.labels[new], nearest[new])
         known = external.labels[features.index]
         assert torch.equal(external.counts, torch.bincount(known, minlength=7))
-        for item in episode.internal:
+        for item in episode.sets[:2]:
             h = {"image": unit(DATASET, 8), "text": unit(DATASET, 8)}
             labels = item.bank(h, everything).labels
             want = torch.cdist(h[item.source], item.clustering.centroids).argmin(dim=1)

@@ -72,7 +72,7 @@ def test_the_page_has_every_section_and_needs_no_network(runs, capsys):
 
 
 def test_the_page_says_who_won(runs):
-    text = html.unescape(write_report([runs[0]]).read_text())  # finds the CLIP run beside it
+    text = html.unescape(write_report([runs[1], runs[0]], runs[0] / "x.html").read_text())
     assert re.search(r"ours \(protoclip\) .* plain \(clip\): of \d+ headline numbers", text)
     assert "ProtoCLIP also draws" in text and "Held-out pairs" in text
     assert not re.search(r"\bN?HO\b", re.sub(r"<(script|style).*?</\1>", "", text, flags=re.S))
@@ -159,8 +159,8 @@ def test_verdict_needs_intervals_that_exclude_zero():
 
 
 def test_baselines(runs, tmp_path, monkeypatch):
-    """The comparable run beside it, else the recorded one where the settings are its own."""
-    assert reading.find_baseline([reading.read_run(runs[0])]).name == "plain"
+    """A CLIP run that is given, else the recorded one where the settings are its own."""
+    assert reading.find_baseline([reading.read_run(run) for run in runs]).name == "plain"
     assert reading.recorded_baseline(to_dict(TrainConfig())).outcome.trained["HO"].samples == 192
     ours = reading.read_run(shutil.copytree(runs[0], tmp_path / "logs" / "ours"))
     assert reading.find_baseline([ours]) is None  # protoclip's own is of other data

@@ -40,14 +40,13 @@ class Build:
 
     half: str  # "cpu" | "cuda"
     sources: tuple[Path, ...]
-    cflags: tuple[str, ...]
-    cuda_cflags: tuple[str, ...]
+    flags: tuple[str, ...]  # of the half's own compiler
     parameters: dict[str, str]
 
     @property
     def name(self) -> str:
         digest = hashlib.sha256(json.dumps(self.parameters, sort_keys=True).encode())
-        digest.update(" ".join(self.cflags + self.cuda_cflags).encode())
+        digest.update(" ".join(self.flags).encode())
         for path in sorted(csrc().glob("*")):
             if path.suffix in (".h", ".cuh") or path in self.sources:
                 digest.update(path.name.encode() + path.read_bytes())
@@ -132,12 +131,12 @@ def _plan(half: str) -> Build:
         flags = "-O3 -march=native -fopenmp -fno-math-errno -Wno-unknown-pragmas"
         if capability in ("AVX2", "AVX512"):
             flags += f" -DCPU_CAPABILITY={capability} -DCPU_CAPABILITY_{capability}"
-        return Build(half, tuple(sources), tuple(flags.split()), (), parameters)
+        return Build(half, tuple(sources), tuple(flags.split()), parameters)
     sources = [*sorted(folder.glob("*.cu")), *sorted(folder.glob("cuda_*.cpp"))]
     major, minor = torch.cuda.get_device_capability()
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}{'a' if major >= 9 else ''}")
     parameters |= {"cuda": str(torch.version.cuda), "arch": os.environ["TORCH_CUDA_ARCH_LIST"]}
-    return Build(half, tuple(sources), ("-O3",), ("-O3", "--use_fast_math"), parameters)
+    return Build(half, tuple(sources), ("-O3", "--use_fast_math"), parameters)
 
 
 def _cpu_flags() -> str:
@@ -235,7 +234,7 @@ def _compile(build: Build, folder: Path) -> None:
     from torch.utils import cpp_extension
 
     _say(f"compiling the {build.half} kernels, once (about half a minute) ...")
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), build.half == "cpu"
     path = os.environ.get("PATH", "")
     with contextlib.suppress(ImportError):  # pip's ninja need not be on PATH
         os.environ["PATH"] = f"{importlib.import_module('ninja').BIN_DIR}{os.pathsep}{path}"
@@ -243,9 +242,9 @@ def _compile(build: Build, folder: Path) -> None:
         cpp_extension.load(
             name=build.name,
             sources=[str(p) for p in build.sources],
-            extra_cflags=list(build.cflags),
-            extra_cuda_cflags=list(build.cuda_cflags),
-            extra_ldflags=["-fopenmp"] if build.half == "cpu" else [],
+            extra_cflags=list(build.flags) if cpu else ["-O3"],
+            extra_cuda_cflags=list(build.flags),
+            extra_ldflags=["-fopenmp"] if cpu else [],
             build_directory=str(folder),
             is_python_module=False,
             verbose=os.environ.get("PROTOCLIP_BUILD_VERBOSE") == "1",
