@@ -7,6 +7,8 @@ with rounds of our own op, so that their ratio survives a machine that others us
 from __future__ import annotations
 
 import ctypes
+import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -20,8 +22,7 @@ import pytest
 import torch
 
 from benchmarks.machine import DEVICE, DTYPES, card_state, ceilings, describe, sync
-from benchmarks.records import Record
-from benchmarks.report import OURS
+from benchmarks.report import OURS, Row, identity
 from benchmarks.roofline import Work
 
 SLOW = 5.0  # seconds; beyond, one round is timed
@@ -40,6 +41,34 @@ class Case:
     def __str__(self) -> str:
         sizes = " ".join(f"{letter}={size}" for letter, size in self.shape.items())
         return " ".join(filter(None, (self.op, self.phase, sizes, self.dtype)))
+
+
+class Record:
+    """One JSON file, rewritten whole after each case, so a cut-off loses nothing.
+
+    ``runs`` holds machine, versions, commit, date and ceilings of each run; ``rows`` one measured
+    case each, with the index of its run. A run into an existing file replaces the rows it measures
+    again and keeps the others. Without a path it is only kept in memory.
+    """
+
+    def __init__(self, path: Path | None, run: dict[str, Any]):
+        found: dict[str, Any] = {"runs": [], "rows": []}
+        if path is not None and path.exists():
+            found = json.loads(path.read_text())
+        self.path, self.runs, self.rows = path, [*found["runs"], run], found["rows"]
+
+    def add(self, row: Row) -> None:
+        """Take a row in, and drop runs none of whose rows are left."""
+        kept = [old for old in self.rows if identity(old) != identity(row)]
+        self.rows = [*kept, row | {"run": len(self.runs) - 1}]
+        used = sorted({row["run"] for row in self.rows})
+        self.runs = [self.runs[old] for old in used]
+        self.rows = [row | {"run": used.index(row["run"])} for row in self.rows]
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps({"runs": self.runs, "rows": self.rows}, indent=1) + "\n")
+            os.replace(partial, self.path)
 
 
 @dataclass

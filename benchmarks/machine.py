@@ -6,10 +6,9 @@ import importlib.metadata
 import os
 import platform
 import re
-import resource
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -90,23 +89,6 @@ def card_state() -> dict[str, str]:
     found = _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader", "--id=0")
     names = ("sm_clock", "power", "temperature", "throttle")
     return dict(zip(names, (found or "").split(", "), strict=False))
-
-
-def run_command(command: Sequence[str], log: Path, **environment: str) -> resource.struct_rusage:
-    """Run a command with its output in a file; what it used of the machine.
-
-    Raises:
-        RuntimeError: it failed; its last words.
-    """
-    with open(log, "w") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=file, env={**os.environ, **environment}
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if status:
-        raise RuntimeError(f"{' '.join(command[:4])} failed:\n{log.read_text()[-3000:]}")
-    return usage
 
 
 def best_seconds(run: Callable[[], object], seconds: float) -> float:

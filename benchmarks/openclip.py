@@ -10,13 +10,14 @@ trained on (TW, 10 % of them never trained on) and in one never seen (NOTO). A s
 import argparse
 import json
 import shlex
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-from benchmarks.machine import describe, run_command
+from benchmarks.machine import describe
 from protoclip.config import ModelConfig
 from protoclip.data import open_dataset
 from protoclip.evaluate.metrics import group_scores
@@ -57,7 +58,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         export = f"-m protoclip.data --export builtin:emoji --split train --per-shard {SHARD} --out"
-        run_command([sys.executable, *export.split(), f"{folder}/shards"], folder / "export.log")
+        subprocess.run([sys.executable, *export.split(), f"{folder}/shards"], check=True)
         for seed, arm in ((seed, arm) for seed, arm in arms if (arm, seed) not in done):
             name = f"{arm}-{seed}"
             command = [sys.executable, "-m", "protoclip.openclip", "--model", MODEL]
@@ -65,7 +66,7 @@ def main():
             command += ["--epochs", str(args.epochs), "--seed", str(seed), "--logs", str(folder)]
             command += ["--name", name, *shlex.split(FLAGS)]
             command += shlex.split(args.proto) if arm == "prototypes" else []
-            run_command(command, folder / f"{name}.log")
+            subprocess.run(command, check=True)
             found = score(folder / name / "checkpoints" / f"epoch_{args.epochs}.pt")
             rows.append({"arm": arm, "seed": seed, "flags": args.proto, **found})
             print(json.dumps(rows[-1]), flush=True)

@@ -9,15 +9,16 @@ Of each machine the newest record counts; README shows the newest of a CPU.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import Row, between, case_of, load, write_between
-
-Record = dict[str, Any]
+Row = dict[str, Any]
+Record = dict[str, Any]  # what harness.Record writes
+IDENTITY = ("op", "phase", "variant", "shape", "dtype", "sweep")  # the last in older records
 OURS = "protoclip"
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,6 +38,36 @@ HEADLINES = {  # README's rows: a name, and which case it is
 COLOURS = ("#0b62a4", "#c8501e")
 STYLE = {"svg.hashsalt": "protoclip", "svg.fonttype": "none", "font.size": 9}
 STYLE |= {f"axes.spines.{side}": False for side in ("top", "right", "left")}
+
+
+def between(path: Path, begin: str, end: str) -> tuple[str, str, str]:
+    """What stands before, between and after two marks of a page.
+
+    Raises:
+        ValueError: the marks are not there once each.
+    """
+    text = path.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{path}: expected the lines {begin!r} and {end!r} once each")
+    before, rest = text.split(begin)
+    middle, after = rest.split(end)
+    return before, middle.strip(), after
+
+
+def write_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two marks of a page."""
+    before, _, after = between(path, begin, end)
+    path.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}")
+
+
+def identity(row: Row) -> str:
+    """What makes two rows the same case and variant."""
+    return json.dumps([row.get(key) for key in IDENTITY])
+
+
+def case_of(row: Row) -> str:
+    """What the variants of one case share."""
+    return json.dumps([row.get(key) for key in IDENTITY if key != "variant"])
 
 
 def newest_per_machine(records: Iterable[Record]) -> list[Record]:
@@ -179,8 +210,8 @@ def _slower(groups: Iterable[list[Row]]) -> str:
         f"- `{label(row)}` {sizes(row)} {row['dtype']}: {row['variant']} takes "
         f"{digits(row['ratio'], 2)} of our time" + (f" ({row['note']})" if row["note"] else "")
         for group in groups
-        for row in group
-        if row["ratio"] is not None and row["ratio"] < 1
+        for row in _compared(group)
+        if row["ratio"] < 1
     ]
     if not lines:
         return "Slower than a peer: nowhere in this record."
@@ -234,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("results", nargs="+", type=Path, help="records written by --record")
     parser.add_argument("--write", action="store_true", help="update the pages and the figure")
     options = parser.parse_args(arguments)
-    found = [load(path) for path in options.results]
+    found = [json.loads(path.read_text()) for path in options.results]
     if not options.write:
         print(section(found))
         return 0

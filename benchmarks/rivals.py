@@ -75,16 +75,15 @@ class MultiplePositives(ProtoLoss):
         losses = super().forward(encoded, projected, index, scale, proto_scale, None, *rest)
         if episode is None:
             return losses
-        for name, weight, sets in (
-            ("proto_loss", self.config.w_proto, episode.internal),
-            ("external_loss", self.config.w_proto_external, episode.external),
+        for name, weight, internal in (
+            ("proto_loss", self.config.w_proto, True),
+            ("external_loss", self.config.w_proto_external, False),
         ):
-            parts = []
+            sets, parts = [one for one in episode.sets if (one.source in INTERNAL) == internal], []
             for one in sets:
-                source = getattr(projected, one.source, None) if one.source in INTERNAL else None
-                rows = self.teacher[index] if source is None else source.detach()
+                rows = getattr(projected, one.source).detach() if internal else self.teacher[index]
                 distance = torch.cdist(rows, one.clustering.centroids)
-                own = distance.topk(min(POSITIVES, distance.shape[1]), largest=False).indices
+                own = distance.topk(min(POSITIVES, distance.shape[1] - 1), largest=False).indices
                 s = proto_scale * getattr(projected, one.student) @ one.prototypes.T
                 mine = torch.zeros_like(s, dtype=torch.bool).scatter(1, own, True)
                 parts += [F.softplus(s.masked_fill(mine, -torch.inf).logsumexp(1)).mean()]
@@ -112,9 +111,11 @@ class OnlineEM(ProtoLoss):
         self, encoded: Any, projected: Any, index: Tensor, scale: Any, proto_scale: Any,
         episode: Any, *rest: Any,
     ) -> Losses:  # fmt: skip
-        outer = episode and dataclasses.replace(episode, sets=tuple(episode.external))
+        sets = episode.sets if episode else ()
+        others = tuple(one for one in sets if one.source not in INTERNAL)
+        outer = episode and dataclasses.replace(episode, sets=others)
         losses = super().forward(encoded, projected, index, scale, proto_scale, outer, *rest)
-        for one in episode.internal if episode else ():
+        for one in (one for one in sets if one.source in INTERNAL):
             source, student = getattr(projected, one.source).detach(), one.student
             rows, start = getattr(projected, student), one.clustering
             if one.source not in self.sums:

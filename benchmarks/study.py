@@ -52,14 +52,9 @@ from protoclip.config import TrainConfig, parse
 from protoclip.data import DataError, EpochOrder, PairDataset, Subset, open_dataset
 from protoclip.data.types import heldout_mask
 from protoclip.evaluate.datasets import EMOJI_TEMPLATES, Layout
-from protoclip.evaluate.tasks import (
-    Encoder,
-    EvalSet,
-    PixelEncoder,
-    encode_set,
-    evaluate_features,
-)
+from protoclip.evaluate.tasks import Encoder, EvalSet, PixelEncoder, encode_set, evaluate_features
 from protoclip.model import build_model
+from protoclip.prototypes import INTERNAL
 from protoclip.run_folder import NullRunFolder
 from protoclip.schedule import Stopped, make_plan
 from protoclip.step import seed_everything
@@ -73,30 +68,18 @@ TRAIN, TEST, DEVELOPMENT, NOWHERE = range(4)
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the table: what it changes in the default run."""
-
-    flags: tuple[str, ...] = ()
-    seeds: int = 5
-    tuned: bool = True  # or trained as CLIP is, for as long as ProtoCLIP
-
-
+# What each row of the table changes in the default run.
 PLAIN = ("--method", "clip")
 DISTILL = ("--w-proto", "0", "--w-proto-external", "0", "--w-distill", "1")
-MAIN = {CLIP: Row(PLAIN, 10), PROTO: Row((), 10), EQUAL_TIME: Row(PLAIN, 10, tuned=False)}
+MAIN: dict[str, tuple[str, ...]] = {CLIP: PLAIN, PROTO: (), EQUAL_TIME: PLAIN}
 CONTROLS = {
-    "features extracted": Row(("--episode-features", "extract")),
-    "internal only": Row(("--w-proto-external", "0", "--external-teacher", "none")),
-    "external only": Row(("--w-proto", "0")),
-    "distilled similarities": Row((*DISTILL, "--distill-temperature", "0.05")),
-    "SigLIP": Row((*PLAIN, "--siglip")),
+    "features extracted": ("--episode-features", "extract"),
+    "internal only": ("--w-proto-external", "0", "--external-teacher", "none"),
+    "external only": ("--w-proto", "0"),
+    "distilled similarities": (*DISTILL, "--distill-temperature", "0.05"),
+    "SigLIP": (*PLAIN, "--siglip"),
 }
-EXPERIMENTS = {
-    "token classification": Row(PLAIN),
-    "several positives": Row(),
-    "online EM": Row(),
-}
+EXPERIMENTS = {name: PLAIN if name == "token classification" else () for name in RIVALS}
 ROWS = MAIN | CONTROLS | EXPERIMENTS
 GRID = ((1e-3, 33), (5e-4, 33), (2e-3, 33), (1e-3, 66))  # learning rate, epochs
 FLOORS = ("most frequent class", "12 × 12 pixels", "untrained", "the teacher itself")
@@ -108,8 +91,8 @@ class Size:
 
     grid: tuple[tuple[float, float], ...] = GRID
     tuning_seeds: tuple[int, ...] = (1000, 1001)
-    most_seeds: int = 10
-    clip_art_seeds: int = 5
+    main_seeds: int = 10
+    other_seeds: int = 5
     points: int = 6  # of a curve
     pictures: int = 0  # of each set at most; 0: all
     flags: tuple[str, ...] = ()
@@ -215,7 +198,7 @@ def judge(encoder: Encoder, split: Split, tasks: Sequence[str]) -> dict[str, dic
 
 def configure(task: Task, size: Size) -> TrainConfig:
     """The settings of ``protoclip.train`` with the row's flags."""
-    words = [*size.flags, *ROWS[task.row].flags, "--seed", str(task.seed)]
+    words = [*size.flags, *ROWS[task.row], "--seed", str(task.seed)]
     words += ["--lr", str(task.lr), "--epochs", str(task.epochs)]
     return parse(train_parser(), words)
 
@@ -288,7 +271,7 @@ def clusters(trainer: train.Trainer) -> dict[str, float]:
         return {}
     found = {k: v for k, v in episode.metrics.items() if k.endswith("purity_group")}
     entropies = []
-    for one in episode.internal:
+    for one in (one for one in episode.sets if one.source in INTERNAL and one.targets is not None):
         centroids = one.clustering.centroids
         logs = (centroids @ centroids.T / tau).log_softmax(1)
         entropies.append(float(-(logs.exp() * logs).sum(1).mean()))
@@ -303,13 +286,13 @@ def clusters(trainer: train.Trainer) -> dict[str, float]:
 
 def tuning(row: str, size: Size) -> list[Task]:
     """A row's runs on the development families."""
-    seeds = size.tuning_seeds if ROWS[row].tuned else ()
-    return [Task("tune", EMOJI, row, seed, *setting) for seed in seeds for setting in size.grid]
+    settings = [(seed, *setting) for seed in size.tuning_seeds for setting in size.grid]
+    return [Task("tune", EMOJI, row, *setting) for setting in settings]
 
 
 def chosen(row: str, size: Size, done: Done) -> tuple[float, float]:
     """Learning rate and epochs of a row, once its tuning is done."""
-    if not ROWS[row].tuned:
+    if row == EQUAL_TIME:
         (lr, _), (_, epochs) = chosen(CLIP, size, done), chosen(PROTO, size, done)
         return lr, round(epochs * time_ratio(size, done), 1)
     scores = {
@@ -332,25 +315,24 @@ def time_ratio(size: Size, done: Done) -> float:
 def tasks(size: Size, done: Done) -> Iterator[Task]:
     """Every run in order; later ones follow from what ``done`` says of the earlier."""
     for rows in (MAIN, CONTROLS, EXPERIMENTS):
-        lists = [tuning(row, size) for row in rows if rows[row].tuned]
+        lists = [tuning(row, size) for row in rows if row != EQUAL_TIME]
         yield from (one for alike in zip(*lists, strict=True) for one in alike)
-        yield from seeds(EMOJI, rows, size.most_seeds, size, done)
+        count = size.main_seeds if rows is MAIN else size.other_seeds
+        yield from seeds(EMOJI, rows, count, size, done)
     try:
         open_dataset(CLIP_ART)
     except DataError as error:
         print(f"no second data set: {error}")
     else:
-        yield from seeds(CLIP_ART, MAIN, size.clip_art_seeds, size, done)
+        yield from seeds(CLIP_ART, MAIN, size.other_seeds, size, done)
 
 
-def seeds(data: str, rows: Mapping[str, Row], most: int, size: Size, done: Done) -> Iterator[Task]:
+def seeds(data: str, rows: Mapping, count: int, size: Size, done: Done) -> Iterator[Task]:
     """Seed by seed, so that whatever is finished can be compared in pairs."""
-    for seed in range(min(most, max((row.seeds for row in rows.values()), default=0))):
+    for seed in range(count):
         if rows is MAIN:
             yield from (Task("floor", data, name, seed) for name in FLOORS)
-        for name, row in rows.items():
-            if seed < row.seeds:
-                yield Task("main", data, name, seed, *chosen(name, size, done))
+        yield from (Task("main", data, name, seed, *chosen(name, size, done)) for name in rows)
 
 
 def finished(path: Path) -> Done:
@@ -367,7 +349,7 @@ def finished(path: Path) -> Done:
 
 def work(size: Size, path: Path, hours: float) -> Done:
     """Do what is not done yet until the time is up; all finished runs."""
-    done, began = finished(path), time.monotonic()
+    done, began, about = finished(path), time.monotonic(), machine.describe()
     if path.is_file() and not path.read_text().endswith("\n"):
         path.write_text(path.read_text() + "\n")  # end a torn line
     for task in tasks(size, done):
@@ -384,7 +366,6 @@ def work(size: Size, path: Path, hours: float) -> Done:
                 raise
             # It diverged: no scores.
             found = asdict(task) | {"metrics": {}, "error": str(error)}
-        about = machine.describe()
         found |= {name: about[name] for name in ("machine", "threads", "commit", "date")}
         found |= {"torch": torch.__version__, "seconds": round(time.monotonic() - start, 1)}
         with path.open("a") as file:
@@ -411,9 +392,11 @@ def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
     except (Stopped, KeyboardInterrupt):
         print("stopped; only the run that was going on is lost, run it again to go on")
         done, code = finished(out / "runs.jsonl"), 130
+    except DataError as error:
+        parser.error(str(error))
     wanted = {
-        EMOJI: {name: min(row.seeds, size.most_seeds) for name, row in ROWS.items()},
-        CLIP_ART: dict.fromkeys(MAIN, size.clip_art_seeds),
+        EMOJI: {row: size.main_seeds if row in MAIN else size.other_seeds for row in ROWS},
+        CLIP_ART: dict.fromkeys(MAIN, size.other_seeds),
     }
     write_report(list(done.values()), wanted, FLOORS, out, None if args.quick else PAGE)
     return code

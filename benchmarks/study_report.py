@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from scipy import stats
 
-from benchmarks.records import write_between
-from benchmarks.report import table
+from benchmarks.report import table, write_between
 
 PAGE = Path(__file__).parent.parent / "docs" / "evidence.md"
 BEGIN, END = "<!-- study: begin, written by make study -->", "<!-- study: end -->"
@@ -160,15 +160,9 @@ def mean_curve(own: Mapping[int, Run]) -> list[list[float]]:
 
 def reached(curve: Sequence[Sequence[float]], metric: int, goal: float, axis: int) -> float | None:
     """Where the curve first gets to ``goal``, between its points in a straight line."""
-    last = None
-    for point in curve:
-        if point[metric] >= goal:
-            if last is None:
-                return point[axis]
-            share = (goal - last[metric]) / (point[metric] - last[metric])
-            return last[axis] + share * (point[axis] - last[axis])
-        last = point
-    return None
+    points = np.array(curve)
+    best = np.maximum.accumulate(points[:, metric])
+    return None if best[-1] < goal else float(np.interp(goal, best, points[:, axis]))
 
 
 def curve_words(runs: Runs) -> str:
@@ -189,23 +183,18 @@ def curve_words(runs: Runs) -> str:
 
 def cluster_table(runs: Runs) -> str:
     """Entropy of the soft targets and purity of the clusters, at the end of training."""
-    lines = []
-    for row, own in runs.items():
-        found = [run["clusters"] for run in own.values() if run.get("clusters")]
-        line = [
-            mean([one[name] for one in found if name in one], ".2f")
-            for name in (
-                "target_nats",
-                "most_nats",
-                "image_purity_group",
-                "text_purity_group",
-                "external_purity_group",
-            )  # fmt: skip
-        ]
-        lines += [[row, *line]] if found else []
-    head = ["", "entropy of soft targets, nats", "of at most"]
-    head += [f"purity of {name} clusters (groups)" for name in ("image", "text", "teacher's")]
-    return table(head, lines)
+    names = {
+        "target_nats": "entropy of soft targets, nats", "most_nats": "of at most",
+        "image_purity_group": "purity of image clusters (groups)",
+        "text_purity_group": "of text clusters", "external_purity_group": "of the teacher's",
+    }  # fmt: skip
+    found = {row: [run.get("clusters", {}) for run in own.values()] for row, own in runs.items()}
+    lines = [
+        [row, *(mean([one[name] for one in own if name in one], ".2f") for name in names)]
+        for row, own in found.items()
+        if any(own)
+    ]
+    return table(["", *names.values()], lines)
 
 
 def conclusions(runs: Runs, wanted: Mapping[str, int]) -> str:

@@ -157,9 +157,6 @@ CASES = {
         lambda x, y, s, b, ids, **o: protoclip.sup_con(*_stacked(x, y), s, **o),
         peers={"metric-learning": lambda x, y, *_: _metric_learning("SupConLoss", *_stacked(x, y))},
     ),
-    "contrastive, two ways": Loss(
-        lambda x, y, s, b, ids, **o: protoclip.info_nce(x, y, s, **o), "info_nce"
-    ),
     "contrastive, two ways, ids excluded": Loss(
         lambda x, y, s, b, ids, **o: protoclip.info_nce(x, y, s, ids=ids, **o)
     ),

@@ -702,7 +702,6 @@ class Evaluation:
             setup.device,
             workers=setup.config.data.workers,
             autocast=autocast_for(setup.precision, setup.device),
-            sharded=distributed.is_distributed(),
         )
 
     def untrained(self, folder: Path, model: ProtoModel, resumed: bool) -> Results | None:

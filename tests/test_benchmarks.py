@@ -1,6 +1,7 @@
 """The record: pages say what the newest record says; counts and exponents by hand."""
 
 import copy
+import json
 import os
 import re
 import subprocess
@@ -8,10 +9,10 @@ import sys
 
 import pytest
 
-from benchmarks import records, report, roofline
-from benchmarks.records import Record
+from benchmarks import report, roofline
+from benchmarks.harness import Record
 
-FOUND = [records.load(path) for path in sorted(report.RESULTS.glob("*.json"))]
+FOUND = [json.loads(path.read_text()) for path in sorted(report.RESULTS.glob("*.json"))]
 
 
 def row(variant="protoclip-cpu", n=1024, ms=1.0, memory=2.0, ratio=None):
@@ -111,14 +112,14 @@ def test_a_record_is_whole_after_every_row_and_pieces_add_up(tmp_path):
     path = tmp_path / "deep" / "r.json"
     first = Record(path, run())
     first.add(row(ms=1.0))
-    assert [r["median_ms"] for r in records.load(path)["rows"]] == [1.0]
+    assert [r["median_ms"] for r in json.loads(path.read_text())["rows"]] == [1.0]
     first.add(row(n=2048, ms=4.0))
     second = Record(path, run(date="2026-01-03 00:00"))
     second.add(row(ms=2.0))  # measured again
-    found = records.load(path)
+    found = json.loads(path.read_text())
     assert [(r["median_ms"], r["run"]) for r in found["rows"]] == [(4.0, 0), (2.0, 1)]
     assert len(found["runs"]) == 2
     third = Record(path, run())
     third.add(row(n=2048, ms=3.0))  # the first run has no row left
-    assert len(records.load(path)["runs"]) == 2
+    assert len(json.loads(path.read_text())["runs"]) == 2
     assert not list(path.parent.glob("*.partial"))

@@ -59,24 +59,16 @@ def scalars(lines):
     return {name: value for line in lines for name, value in line.items()}
 
 
-SWITCHES = {
-    "reuse": (["--episode-features", "reuse"], "image_inertia"),
-    "reuse of half an epoch": (
-        ["--episode-features", "reuse", "--episode-size", "32"],
-        "image_inertia",
-    ),
-    "all hard": (["--target-temperature", "0"], "image_inertia"),
-    "no PBT": (["--no-PBT"], "image_inertia"),
-    "no heads": (["--no-add-projection-head"], "image_inertia"),
-    "paper": (["--paper"], "image_inertia"),
-}
+SWITCHES = [
+    "--episode-features reuse", "--episode-features reuse --episode-size 32", "--paper",
+    "--target-temperature 0", "--no-PBT", "--no-add-projection-head",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SWITCHES)
-def test_a_switch_trains_and_shows(run, name):
-    flags, shown = SWITCHES[name]
-    lines = run(*flags)
-    assert shown in scalars(lines) and "proto_loss" in lines[-1]
+@pytest.mark.parametrize("flags", SWITCHES)
+def test_a_switch_trains_and_shows(run, flags):
+    lines = run(*flags.split())
+    assert "image_inertia" in scalars(lines) and "proto_loss" in lines[-1]
 
 
 def test_the_control_does_without_prototypes(run):

@@ -131,16 +131,12 @@ def test_no_compiler_is_said_once_with_the_remedy(tmp_path):
     subprocess.run([sys.executable, "-c", NO_COMPILER], env=os.environ | place, check=True)
 
 
-@pytest.mark.parametrize(
-    "chosen, place",
-    [
-        ({"PROTOCLIP_CACHE": "~/mine"}, "home/mine"),
-        ({"XDG_CACHE_HOME": "TMP/xdg"}, "xdg/protoclip"),
-        ({}, "home/.cache/protoclip"),
-    ],
-)
-def test_one_cache_folder_for_everything(chosen, place, tmp_path, monkeypatch):
+def test_one_cache_folder_for_everything(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for name in ("PROTOCLIP_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.setenv(name, chosen.get(name, "").replace("TMP", str(tmp_path)))
-    assert native.cache_dir() == tmp_path / place
+    monkeypatch.delenv("PROTOCLIP_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert native.cache_dir() == tmp_path / "home/.cache/protoclip"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert native.cache_dir() == tmp_path / "xdg/protoclip"
+    monkeypatch.setenv("PROTOCLIP_CACHE", "~/mine")
+    assert native.cache_dir() == tmp_path / "home/mine"

@@ -67,8 +67,6 @@ def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
             "local-dir:PATH" or "hf-hub:ID".
         pretrained: OpenCLIP's tag or weights file for a name; "random": as initialised.
         model: the OpenCLIP name of a checkpoint, where it does not know its own or is not trusted.
-    Raises:
-        ValueError: no such model or weights; the message says what is known.
     """
     if what.startswith(WEIGHTS) or what.endswith(".json"):
         return _by_name(what, pretrained)
@@ -119,11 +117,11 @@ def open_encoder(
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
     cache = tasks.FeatureCache(model.clip, f"{precision} {model.preprocess()}") if cached else None
-    autocast, sharded = autocast_for(precision, device), distributed.world_size() > 1
+    autocast = autocast_for(precision, device)
     shown = None if distributed.is_main() else True  # None: where stderr is a terminal
     model.to(device)
     with tqdm(desc=what, unit=" rows", leave=False, disable=shown) as bar:
-        yield Encoder(model, device, args.batch_size, args.workers, autocast, bar, cache, sharded)
+        yield Encoder(model, device, args.batch_size, args.workers, autocast, bar, cache)
         bar.refresh()  # the last updates may have come too fast to be drawn
 
 
@@ -139,8 +137,8 @@ def run(args: argparse.Namespace) -> None:
         name: getattr(config.data if getattr(args, name) is None else args, name) for name in TABLE
     }
     columns["seed"] = config.run.seed if args.seed is None else args.seed
-    chosen = {"split": args.split, "templates": args.templates}
-    layout = open_layout(data, **chosen, csv_label_key=args.csv_label_key, **columns)
+    columns |= {name: getattr(args, name) for name in ("split", "templates", "csv_label_key")}
+    layout = open_layout(data, **columns)
     notes = []
     for task, reason in tasks.impossible(wanted, layout).items():
         if args.tasks not in ("", "all"):
@@ -159,8 +157,9 @@ def run(args: argparse.Namespace) -> None:
         earlier = results.read_results(output)
         if earlier.data == data and earlier.untrained is not None:
             # What training left there belongs to the same table.
-            made = {"model": loaded.name, "pretrained": loaded.pretrained}
-            outcome = dataclasses.replace(earlier, trained=found, **made)
+            outcome = dataclasses.replace(
+                earlier, trained=found, model=loaded.name, pretrained=loaded.pretrained
+            )
     output.parent.mkdir(parents=True, exist_ok=True)
     results.write_results(output, outcome)
     folder = output.parent / "clip_benchmark"
@@ -168,7 +167,8 @@ def run(args: argparse.Namespace) -> None:
     if encoder.cache is not None and encoder.cache.rows_found:
         rows = f"{encoder.cache.rows_found:,} rows"
         notes.append(f"{rows} of features came from {encoder.cache.folder}.")
-    words = f" on {distributed.world_size()} ranks" if encoder.sharded else ""
+    ranks = distributed.world_size()
+    words = f" on {ranks} ranks" if ranks > 1 else ""
     notes.append(f"Evaluated in {took:.1f} s{words}, written to {output}")
     print(results.format_table(outcome), *notes, f"CLIP_benchmark's JSON: {folder}", sep="\n")
 
@@ -190,13 +190,10 @@ def _own_data(config: TrainConfig | None, where: str) -> str:
 def _output(args: argparse.Namespace) -> Path:
     """results.json of the run for its own evaluation, a longer name for any other."""
     path, protocol = Path(args.what), args.protocol.replace(PROTOCOLS[0], "")
-    if path.is_dir():
-        folder, model = path, ""
-    elif path.is_file():
-        folder, model = path.parent, path.stem
-    else:
-        folder, model = Path("."), f"{args.what}-{args.pretrained}"
-    parts = [model, "results", args.data, args.tasks, protocol]
+    parts, folder = ["results", args.data, args.tasks, protocol], path
+    if not path.is_dir():
+        folder = path.parent if path.is_file() else Path(".")
+        parts = [path.stem if path.is_file() else f"{args.what}-{args.pretrained}", *parts]
     slugs = [re.sub(r"[^A-Za-z0-9]+", "_", part).strip("_")[-60:] for part in parts]
     return folder / ("-".join(filter(None, slugs)) + ".json")
 

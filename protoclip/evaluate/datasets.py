@@ -55,9 +55,6 @@ def open_layout(
             classnames.txt, a name a line in the order of the class folders; a table; shards.
         split: the folder to judge; "": test, val or validation if there is one, else all.
         csv_label_key: column of the class in a table.
-        open_kwargs: of ``protoclip.data.open_dataset``.
-    Raises:
-        DataError: what is missing or does not fit together, and what to do.
     """
     if data.startswith("builtin:"):
 
@@ -127,12 +124,8 @@ def _class_folders(root: Path) -> list[str]:
 class ImageFolder:
     """``root/CLASS/.../picture``, torchvision's layout; the class stands in for a caption.
 
-    Args:
-        root: the folder of class folders.
-        folders: class folders by id, where another split may have more.
-        names: what each class is called, by id; (): no classes, the path stands in for a caption.
-    Raises:
-        DataError: no picture in any of the folders.
+    ``folders`` are the class folders by id, ``names`` what each class is called; (): no classes,
+    the path stands in for a caption.
     """
 
     def __init__(self, root: Path, folders: Sequence[str], names: Sequence[str]) -> None:

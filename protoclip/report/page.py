@@ -53,11 +53,7 @@ class Run:
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
-    """Read the files of a run folder, and nothing that they name.
-
-    Raises:
-        ValueError: it is not a run folder, or one of its files is damaged.
-    """
+    """Read the files of a run folder, and nothing that they name; ValueError if one is damaged."""
     path = Path(path)
     file = path / "config.json"
     if not file.is_file():
@@ -98,18 +94,9 @@ def recorded_baseline(config: Mapping[str, Any]) -> Run | None:
 
 
 def find_baseline(runs: Sequence[Run]) -> Run | None:
-    """The plain CLIP to compare with: among ``runs``, beside the last one, or as recorded."""
-    for run in runs:
-        if run.method == "clip":
-            return run
-    path = runs[-1].path
-    beside = path.resolve().parent.glob("*/results.json") if path else ()
-    for folder in sorted(file.parent for file in beside):
-        with contextlib.suppress(ValueError, OSError):  # another's folder
-            other = read_run(folder)
-            if other.method == "clip" and comparable(runs[-1].config, other.config):
-                return other
-    return recorded_baseline(runs[-1].config)
+    """The plain CLIP to compare with: among ``runs``, else as recorded."""
+    given = (run for run in runs if run.method == "clip")
+    return next(given, None) or recorded_baseline(runs[-1].config)
 
 
 class Change(NamedTuple):
@@ -174,12 +161,10 @@ def write_report(
 
     Args:
         folders: run folders of ``protoclip.train``; the last one is compared with the first whose
-            method is clip, else with such a run beside it, else with the recorded one.
+            method is clip, else with the recorded one.
         output: None: report.html in the last folder (of several: report-NAMES.html beside it).
     Returns:
         The path of the file.
-    Raises:
-        ValueError: a folder is not a run or is damaged, or ``output`` cannot be a file.
     """
     runs = [read_run(folder) for folder in folders]
     if len({run.name for run in runs}) < len(runs):

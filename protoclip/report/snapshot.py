@@ -79,13 +79,8 @@ def take_snapshot(
     judged: tuple[PairDataset, EvalSet] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Snapshot:
-    """Work out what a page shows.
-
-    Args:
-        samples: of the training data.
-        judged: the evaluation set that examples come from, and its features.
-        facts: about the run: anything JSON can hold.
-    """
+    """What a page shows of training samples, of an evaluation set with its features (``judged``),
+    and of ``facts`` that JSON can hold."""
     thumbs = Thumbnails()
     captioned = judged if judged and len(judged[1].text) > 1 else None
     return Snapshot(
@@ -279,11 +274,8 @@ def plane(samples: Samples, thumbs: Thumbnails | None = None) -> dict[str, Any]:
 
 
 def lay_out(points: Tensor, seed: int = 0) -> Tensor:
-    """Places in 0 ... 1 of at least 15 points [N, P], float32 [N, 2].
-
-    t-SNE of k-means centroids takes a second however many points there are; a point lies between
-    its four nearest centroids.
-    """
+    """Places in 0 ... 1 of at least 15 points [N, P], float32 [N, 2]: t-SNE of k-means centroids, a
+    second however many points there are; a point lies between its four nearest centroids."""
     from sklearn.manifold import TSNE
 
     count = min(LANDMARKS, len(points) // 3)
