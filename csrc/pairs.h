@@ -15,17 +15,43 @@ struct DiagonalPairs {
   static constexpr bool kMatched = false;
   int64_t offset;
   bool has_own(const TileRange& range) const { return range.has_positive(offset); }
+  struct Row {};
+  Row row(int64_t) const { return {}; }
 };
 
 // The logit of a column that a row does not see. It is finite, so that a tile without any other
 // gives no NaN; what it adds to a sum goes with the first logit that is seen.
 constexpr float kUnseen = -1e30f;
 
+// Of the kLanes columns from some column on: -1 where it is so.
+struct Lanes {
+  Ints unseen, positive;
+};
+
 class MatchedPairs {
  public:
   static constexpr bool kMatched = true;
-  struct Lanes {
-    Ints unseen, positive;  // -1 where it is so
+
+  // What one row meets. A loop over columns keeps it in registers: make it outside.
+  struct Row {
+    Ints ids[2], own, exclude, same_unseen;  // the last: -1 where columns of its ids are unseen
+    const int32_t* keys[2];                  // [M]; the second is null where there is one id
+    const float* bias;                       // [M] in base 2, or null
+
+    // Base-2 logits of the kLanes columns from `column` on, with their biases.
+    Floats biased(Floats v, int64_t column) const {
+      return bias == nullptr ? v : v + load(bias + column);
+    }
+
+    Lanes at(int64_t column) const {
+      const Ints lanes = kLaneNumbers + static_cast<int32_t>(column);
+      Ints same = load(keys[0] + column) == ids[0];
+      if (keys[1] != nullptr) same |= load(keys[1] + column) == ids[1];
+      const Ints is_own = lanes == own;
+      Ints unseen = (same & same_unseen & ~is_own) | (lanes == exclude);
+      if (bias != nullptr) unseen |= load(bias + column) == broadcast(-kInfinity);
+      return {unseen, ((same & ~same_unseen) | is_own) & ~unseen};
+    }
   };
 
   MatchedPairs(const char* op, int64_t n, int64_t m, const at::Tensor& own,
@@ -38,22 +64,19 @@ class MatchedPairs {
         stride_(round_up(m, kLanes)),
         queries_(n),
         own_(n),
-        exclude_(n),
-        query_ids_(ids_ * n),
-        key_ids_(ids_ * stride_),
-        bias_(stride_) {
-    TORCH_CHECK(own.numel() == n &&
+        exclude_(n, -1),
+        query_ids_(2 * n, -1),
+        key_ids_(2 * stride_, -2),  // no query's; also past the last
+        bias_(stride_, 0.f) {
+    TORCH_CHECK(own.numel() == n && ids_ <= 2 &&
                     (ids_ == 0 || (query_ids->numel() == ids_ * n && key_ids->numel() == ids_ * m)),
-                op, ": expected own [N] and ids [R, N] and [R, M]");
+                op, ": expected own [N] and ids [R, N] and [R, M], R <= 2");
     copy<int32_t>(own, own_.get(), n);
-    std::fill_n(exclude_.get(), n, -1);
     if (exclude.has_value()) copy<int32_t>(*exclude, exclude_.get(), n);
     for (int64_t r = 0; r < ids_; ++r) {
       copy<int32_t>((*query_ids)[r], query_ids_.get() + r * n, n);
-      std::fill_n(key_ids_.get() + r * stride_, stride_, -2);  // past the last: no query's
       copy<int32_t>((*key_ids)[r], key_ids_.get() + r * stride_, m);
     }
-    std::fill_n(bias_.get(), stride_, 0.f);
     if (has_bias_) {
       copy<float>(*key_bias, bias_.get(), m);
       for (int64_t j = 0; j < m; ++j) bias_.get()[j] *= kLog2E;
@@ -62,22 +85,14 @@ class MatchedPairs {
 
   bool has_bias() const { return has_bias_; }
 
-  // Base-2 logits of the kLanes columns from `column` on, with their biases.
-  Floats biased(Floats v, int64_t column) const {
-    return has_bias_ ? v + load(bias_.get() + column) : v;
-  }
-
-  // Of a row and the kLanes columns from `column` on.
-  Lanes at(int64_t row, int64_t column) const {
-    const Ints same = same_ids(row, column);
-    Lanes out{};
-    (same_positive_ ? out.positive : out.unseen) = same;
-    const int64_t own = own_.get()[row] - column, gone = exclude_.get()[row] - column;
-    if (0 <= own && own < kLanes) out.positive[own] = -1, out.unseen[own] = 0;
-    if (0 <= gone && gone < kLanes) out.unseen[gone] = -1;
-    if (has_bias_) out.unseen |= load(bias_.get() + column) == broadcast(-kInfinity);
-    out.positive &= ~out.unseen;
-    return out;
+  Row row(int64_t i) const {
+    const int32_t *ids = query_ids_.get() + i, *keys = key_ids_.get();
+    return {{broadcast(ids[0]), broadcast(ids[queries_])},
+            broadcast(own_.get()[i]),
+            broadcast(exclude_.get()[i]),
+            broadcast(same_positive_ ? 0 : -1),
+            {keys, ids_ == 2 ? keys + stride_ : nullptr},
+            has_bias_ ? bias_.get() : nullptr};
   }
 
   // Whether the tile holds a row's own column.
@@ -93,16 +108,6 @@ class MatchedPairs {
   template <typename T>
   static void copy(const at::Tensor& from, T* to, int64_t count) {
     std::copy_n(from.contiguous().const_data_ptr<T>(), count, to);
-  }
-
-  Ints same_ids(int64_t row, int64_t column) const {
-    Ints same{};
-    for (int64_t r = 0; r < ids_; ++r) {
-      Ints keys;
-      std::memcpy(&keys, key_ids_.get() + r * stride_ + column, sizeof keys);
-      same |= keys == query_ids_.get()[r * queries_ + row];
-    }
-    return same;
   }
 
   bool same_positive_, has_bias_;

@@ -210,11 +210,12 @@ class Statistics {
     for (int64_t i = 0; i < range.rows; ++i) {
       float* s = scratch.s.get() + i * kColumns;
       Floats row = lowest, positives{}, count{};
+      const auto pairs = pairs_.row(range.row + i);
       for (int64_t j = 0; j < width; j += kLanes) {
         Floats v = base2_(load(dots + i * kColumns + j));
         if constexpr (Pairs::kMatched) {
-          v = pairs_.biased(v, range.column + j);
-          const auto lanes = pairs_.at(range.row + i, range.column + j);
+          v = pairs.biased(v, range.column + j);
+          const Lanes lanes = pairs.at(range.column + j);
           v = lanes.unseen ? broadcast(kUnseen) : v;
           if (any(lanes.positive)) {
             const Floats positive = lanes.positive ? v : Floats{};

@@ -9,25 +9,22 @@ of the losses, many more pairs waves and chunks.
 **Forward.** Each tile leaves, for its rows and for its columns, a reference r and sum 2^(s - r)
 *without the positives*; a second small kernel merges them, adds the positive, and takes the losses:
 one near zero is then log2(1 + little), not a difference of large numbers. A warp refers all its
-logits to the largest of a few columns: one exponential an element, and fp32 is as exact far from
-its reference as near. Where a sum still leaves 2^-SPREAD to 2^SPREAD, and on the edges and the
-diagonal, the tile takes the largest of each row and of each column and a second exponential.
-Columns are summed over the rows of one warp only: summing over warps costs barriers in every tile,
-and the merge does it on the way.
+logits to the largest of a few columns: one exponential an element. Where a sum then leaves
+2^-SPREAD to 2^SPREAD, and on the edges and the diagonal, the tile takes the largest of each row and
+of each column and a second exponential. Columns are summed over the rows of one warp only: summing
+over warps costs barriers in every tile, and the merge does it on the way.
 
 **Backward.** G = w_row P_row + w_column P_column without the positives is written by chunks in the
 features' dtype; ``waves.py`` multiplies it and adds the positives' entries, w_row (P_row - 1) +
-w_column (P_column - 1), in fp32. Where the references of a tile's rows and columns lie within
-fp32's range of the largest of them, h, one exponential an element serves both probabilities,
-2^(s - h) (a_row + a_column), with nothing to load or divide after the product. Large batches find
-the extremes of the references before, once for each block. Edges, the diagonal and tiles of wide
-range take two exponentials.
+w_column (P_column - 1), in fp32. Where the references of a tile lie within fp32's range of the
+largest of them, h, one exponential serves both probabilities, 2^(s - h) (a_row + a_column), with
+nothing to load or divide after the product. Large batches find the extremes of the references
+before, once for each block. Edges, the diagonal and tiles of wide range take two exponentials.
 
 Sums are fp32 and in a fixed order: no atomics, the same bits each time. Nothing is read back from
 the device, so both passes can be captured in a CUDA graph. Extra memory: 64 MiB of partial sums
-forward, ``waves.SCRATCH_BYTES`` plus fp32 gradients backward. fp32 features are multiplied in fp32,
-never tf32, by these kernels; ``torch.backends.cuda.matmul`` settings hold for the backward's two
-products.
+forward, ``waves.SCRATCH_BYTES`` plus fp32 gradients backward. fp32 features are multiplied in fp32
+here; ``torch.backends.cuda.matmul`` settings hold for the backward's two products.
 """
 
 from __future__ import annotations
@@ -41,7 +38,7 @@ from torch import Tensor
 
 from protoclip.kernels import launch, waves
 from protoclip.kernels.tiles import LOG2E, SPREAD, is_general, operands, products, tile_origin
-from protoclip.kernels.waves import gradient_operands, store_entries, store_gradient
+from protoclip.kernels.waves import store_entries, store_gradient
 
 LN2 = math.log(2.0)
 PARTIAL_BYTES = 64 << 20
@@ -94,11 +91,9 @@ def _some_columns(acc):
 def forward_kernel(
     x, y, x_ptr, y_ptr, scale_ptr,  # [N, D], [M, D] for tiles, the same for strips, []
     row_ptr, column_ptr, positive_ptr,  # [column blocks, N, 2], [row blocks * PARTS, M, 2], [N]
-    n, m, d, offset,
-    stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr,
-    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
-    COLUMNS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
+    n, m, d, offset, strides,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    STRIP: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of one tile."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
@@ -109,10 +104,7 @@ def forward_kernel(
     REPEATS: tl.constexpr = BLOCK_N // PARTS // PART
     general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
     if not general:
-        acc = products(
-            x, y, row0, col0, n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-            BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
-        )  # fmt: skip
+        acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
         some = (c * _some_columns(acc)).reshape(REPEATS, PARTS, PART, 8)
         top = tl.max(tl.max(tl.max(some, 3), 2), 0)  # [PARTS]
         row_top = tl.broadcast_to(top[None, :, None], (REPEATS, PARTS, PART)).reshape(BLOCK_N)
@@ -133,14 +125,11 @@ def forward_kernel(
         for strip in range(0, BLOCK_M, STRIP):
             cols = col0 + strip + tl.arange(0, STRIP)
             s = c * products(
-                x_ptr, y_ptr, row0, col0 + strip, n, m, d,
-                stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-                BLOCK_N, STRIP, BLOCK_D, EVEN_D, False, WIDEN,
-            )  # fmt: skip
+                x_ptr, y_ptr, row0, col0 + strip, n, m, d, strides, BLOCK_N, STRIP, BLOCK_D, EVEN_D
+            )
             positive = cols[None, :] == rows[:, None] + offset
-            partner = rows + offset - col0 - strip
-            held = (rows < n) & (partner >= 0) & (partner < tl.minimum(STRIP, m - col0 - strip))
-            tl.store(positive_ptr + rows, tl.sum(tl.where(positive, s, 0.0), 1), mask=held)
+            at = col0 + strip
+            store_entries(s, rows, positive, offset - at, n, m - at, positive_ptr)
             negative = (rows[:, None] < n) & (cols[None, :] < m) & (positive == 0)
             s = tl.where(negative, s, -float("inf"))
             top, e = _exact(s, 1)
@@ -259,8 +248,9 @@ def exponential(s, reference, positive):
 
 
 @triton.jit
-def _side(max_ptr, sum_ptr, weight_ptr, stride_weight, position, length, unit):
+def _side(side, position, length, unit):
     """-> reference, sum, weight / sum of rows or columns; 0 past the end."""
+    max_ptr, sum_ptr, weight_ptr, stride_weight = side
     inside = position < length
     weight = tl.load(weight_ptr + position * stride_weight, mask=inside, other=0.0) * unit
     total = tl.load(sum_ptr + position, mask=inside, other=1.0)
@@ -299,32 +289,31 @@ def extremes_kernel(
 
 
 # What differs from chunk to chunk, or between one weight for all and one for each.
-GRADIENT_SIZES = [
-    *("n", "m", "offset", "first_tile", "first_row_block", "first_column_block"),
-    *("stride_row_weight", "stride_column_weight"),
+CHANGING = [
+    "n",
+    "m",
+    "offset",
+    "row_side",
+    "column_side",
+    "first_tile",
+    "row_block",
+    "column_block",
 ]
 # Slices of vectors begin anywhere; another alignment would compile the kernel again.
-GRADIENT_VECTORS = [
-    *("row_max_ptr", "row_sum_ptr", "row_weight_ptr"),
-    *("column_max_ptr", "column_sum_ptr", "column_weight_ptr"),
-    *("entry_ptr", "share_ptr", "row_peak_ptr", "column_peak_ptr"),
-]
+SLICED = ["entry_ptr", "share_ptr", "row_peak_ptr", "column_peak_ptr"]
 
 
-@triton.jit(do_not_specialize=GRADIENT_SIZES, do_not_specialize_on_alignment=GRADIENT_VECTORS)
+@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=SLICED)
 def gradient_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for strips
     scale_ptr, factor_ptr,  # [], [] for the finish: scale / lift
     row_peak_ptr, column_peak_ptr, pair_weight,  # the largest |weight|, read with LIFT
-    extremes_ptr, first_row_block, first_column_block,  # [blocks, 2], or None
-    row_max_ptr, row_sum_ptr, row_weight_ptr, stride_row_weight,  # [N]
-    column_max_ptr, column_sum_ptr, column_weight_ptr, stride_column_weight,  # [M] with COLUMNS
+    extremes_ptr, row_block, column_block,  # [blocks, 2], or None; the first of them
+    row_side, column_side,  # max, sum and weight [N], its stride; [M] with COLUMNS
     entry_ptr, share_ptr, first_tile,  # [N], [tiles]
-    n, m, d, offset, stride_g,
-    stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr,
-    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
-    COLUMNS: tl.constexpr, LIFT: tl.constexpr,
+    n, m, d, offset, stride_g, strides,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    STRIP: tl.constexpr, COLUMNS: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
     """G of one tile, and its share of sum G x.y / scale before G is rounded."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
@@ -338,24 +327,20 @@ def gradient_kernel(
         lift = _lift(peak * pair_weight)
     unit = pair_weight * lift
     rows = row0 + tl.arange(0, BLOCK_N)
-    row_max, row_sum, row_coef = _side(
-        row_max_ptr, row_sum_ptr, row_weight_ptr, stride_row_weight, rows, n, unit
-    )
+    row_max, row_sum, row_coef = _side(row_side, rows, n, unit)
     # All loads come before any use of one: their latencies pass together.
     cols = col0 + tl.arange(0, BLOCK_M)
     if COLUMNS:
-        column_max, _, column_coef = _side(
-            column_max_ptr, column_sum_ptr, column_weight_ptr, stride_column_weight, cols, m, unit
-        )
+        column_max, _, column_coef = _side(column_side, cols, m, unit)
     if extremes_ptr is None:
         low, high = tl.min(row_max), tl.max(row_max)
         if COLUMNS:
             low, high = tl.minimum(low, tl.min(column_max)), tl.maximum(high, tl.max(column_max))
     else:
-        at = extremes_ptr + 2 * (first_row_block + row0 // BLOCK_N)
+        at = extremes_ptr + 2 * (row_block + row0 // BLOCK_N)
         low, high = tl.load(at), tl.load(at + 1)
         if COLUMNS:
-            at = extremes_ptr + 2 * (first_column_block + col0 // BLOCK_M)
+            at = extremes_ptr + 2 * (column_block + col0 // BLOCK_M)
             low, high = tl.minimum(low, tl.load(at)), tl.maximum(high, tl.load(at + 1))
     general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
     fast = (general == 0) & (high - low < SPREAD)
@@ -363,39 +348,31 @@ def gradient_kernel(
         factor = (row_coef * tl.exp2(high - row_max))[:, None]
         if COLUMNS:
             column_factor = column_coef * tl.exp2(high - column_max)
-        acc = products(
-            x, y, row0, col0, n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-            BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
-        )  # fmt: skip
+        acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
         if COLUMNS:
             factor += pinned(column_factor)[None, :]
         p = tl.exp2(acc * c - high) * factor
         tl.store(share_ptr + first_tile + tl.program_id(0), tl.sum(p * acc) / lift)
-        store_gradient(p, row0, col0, g, stride_g, DESCRIPTORS)
+        store_gradient(p, row0, col0, g, stride_g)
     else:
         share = 0.0
         for strip in range(0, BLOCK_M, STRIP):
             strip_cols = col0 + strip + tl.arange(0, STRIP)
             acc = products(
-                x_ptr, y_ptr, row0, col0 + strip, n, m, d,
-                stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-                BLOCK_N, STRIP, BLOCK_D, EVEN_D, False, WIDEN,
-            )  # fmt: skip
+                x_ptr, y_ptr, row0, col0 + strip, n, m, d, strides, BLOCK_N, STRIP, BLOCK_D, EVEN_D
+            )
             positive = strip_cols[None, :] == rows[:, None] + offset
             e = exponential(acc * c, row_max[:, None], positive)
             p = (e - tl.where(positive, row_sum[:, None], 0.0)) * row_coef[:, None]
             if COLUMNS:
-                top, total, coef = _side(
-                    column_max_ptr, column_sum_ptr, column_weight_ptr, stride_column_weight,
-                    strip_cols, m, unit,
-                )  # fmt: skip
+                top, total, coef = _side(column_side, strip_cols, m, unit)
                 e = exponential(acc * c, top[None, :], positive)
                 p += (e - tl.where(positive, total[None, :], 0.0)) * coef[None, :]
             p = tl.where((rows[:, None] < n) & (strip_cols[None, :] < m), p, 0.0)
             share += tl.sum(p * acc)
             store_entries(p, rows, positive, offset - col0 - strip, n, m - col0 - strip, entry_ptr)
             p = tl.where(positive, 0.0, p)
-            store_gradient(p, row0, col0 + strip, g_ptr, stride_g, False)
+            store_gradient(p, row0, col0 + strip, g_ptr, stride_g)
         tl.store(share_ptr + first_tile + tl.program_id(0), share / lift)
     if tl.program_id(0) == 0:  # not earlier: the store waits for the scale
         tl.store(factor_ptr, scale / lift)
@@ -447,8 +424,8 @@ def _statistics(x, y, scale, offset, columns, pair_weight) -> tuple[Tensor, ...]
             features, options = operands(part, y, row)
             blocks_n, blocks_m = triton.cdiv(len(part), row.block_n), triton.cdiv(m, row.block_m)
             forward_kernel[(blocks_n * blocks_m,)](
-                *features, scale, row_part, column_part, positive[first:last],
-                len(part), m, x.shape[1], offset + first, *x.stride(), *y.stride(),
+                *features[:4], scale, row_part, column_part, positive[first:last],
+                len(part), m, x.shape[1], offset + first, (*x.stride(), *y.stride()),
                 COLUMNS=columns, PARTS=parts, PART=row.part, STRIP=row.strip, **options,
             )  # fmt: skip
             merge_kernel[(programs,)](
@@ -492,16 +469,15 @@ def contrastive_bwd(
 
     def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
-        features, options = operands(part_x, part_y, row)
+        features, options = operands(part_x, part_y, row, g)
         gradient_kernel[(chunk.tiles,)](
-            *features, *gradient_operands(g, row, options["DESCRIPTORS"]),
-            scale, factor, *peaks, pair_weight,
+            *features, scale, factor, *peaks, pair_weight,
             extremes, chunk.rows.start // row.block_n, blocks_n + chunk.cols.start // row.block_m,
-            *(t[chunk.rows] for t in rows), row_weight.stride(0),
-            *(t[chunk.cols] for t in columns), column_weight.stride(0),
+            (*(t[chunk.rows] for t in rows), row_weight.stride(0)),
+            (*(t[chunk.cols] for t in columns), column_weight.stride(0)),
             entries[chunk.rows], shares, chunk.first_tile,
             len(part_x), len(part_y), x.shape[1], offset + chunk.rows.start - chunk.cols.start,
-            g.stride(0), *x.stride(), *y.stride(),
+            g.stride(0), (*x.stride(), *y.stride()),
             COLUMNS=m > 0, LIFT=lifted, STRIP=row.strip, **options,
         )  # fmt: skip
 

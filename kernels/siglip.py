@@ -20,13 +20,14 @@ from torch import Tensor
 from protoclip.kernels import launch, waves
 from protoclip.kernels.tiles import (
     LOG2E,
+    id_rows,
     is_general,
     operands,
     products,
     tile_origin,
     with_ids,
 )
-from protoclip.kernels.waves import gradient_operands, store_entries, store_gradient
+from protoclip.kernels.waves import store_entries, store_gradient
 
 LIFT = 16384.0  # of G in fp16, whose normal numbers end at 6e-5
 
@@ -53,57 +54,44 @@ def _costs(z, positive, seen):
 
 
 @triton.jit(
-    do_not_specialize=["n", "m", "offset", "tiles", "first_tile", "stride_query", "stride_key"],
-    do_not_specialize_on_alignment=["entry_ptr", "query_ptr", "key_ptr"],
+    do_not_specialize=["n", "m", "offset", "tiles", "first_tile"],
+    do_not_specialize_on_alignment=["entry_ptr", "ids"],
 )
 def sigmoid_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for strips
     scale_ptr, bias_ptr,  # [], []
     entry_ptr, share_ptr, tiles, first_tile,  # [N], [3, tiles]: dscale, loss, dbias
-    n, m, d, offset, stride_g,
-    stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-    query_ptr, key_ptr, stride_query, stride_key,  # [IDS, N], [IDS, M]
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr,
-    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
-    GRADIENTS: tl.constexpr, LIFTED: tl.constexpr,
-    IDS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
+    n, m, d, offset, stride_g, strides, ids,  # [N] and [M] for each column of ids, or None
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    STRIP: tl.constexpr, GRADIENTS: tl.constexpr, LIFTED: tl.constexpr,
+    SAME_POSITIVE: tl.constexpr,
 ):  # fmt: skip
     """Loss and, with GRADIENTS, lifted G and entries of one tile."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
     scale, bias = tl.load(scale_ptr).to(tl.float32), tl.load(bias_ptr).to(tl.float32)
     rows = row0 + tl.arange(0, BLOCK_N)
     if not is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M):
-        acc = products(
-            x, y, row0, col0, n, m, d, stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-            BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
-        )  # fmt: skip
-        if IDS > 0:
-            positive, seen = with_ids(
-                tl.zeros(acc.shape, tl.int1), tl.full(acc.shape, True, tl.int1),
-                query_ptr, key_ptr, rows, col0 + tl.arange(0, BLOCK_M),
-                stride_query, stride_key, IDS, SAME_POSITIVE,
-            )  # fmt: skip
+        acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
+        if ids is not None:
+            none, cols = tl.zeros(acc.shape, tl.int1), col0 + tl.arange(0, BLOCK_M)
+            positive, seen = with_ids(none, none == 0, ids, rows, cols, SAME_POSITIVE)
             pair_loss, p = _costs(acc * scale + bias, positive, seen)
         else:
             pair_loss, p = _softplus_sigmoid(acc * scale + bias)
         loss, dscale, dbias = tl.sum(pair_loss), tl.sum(p * acc), tl.sum(p)
         if GRADIENTS:
-            store_gradient(p * LIFTED, row0, col0, g, stride_g, DESCRIPTORS)
+            store_gradient(p * LIFTED, row0, col0, g, stride_g)
     else:
         loss, dscale, dbias = 0.0, 0.0, 0.0
         for strip in range(0, BLOCK_M, STRIP):
             cols = col0 + strip + tl.arange(0, STRIP)
             acc = products(
-                x_ptr, y_ptr, row0, col0 + strip, n, m, d,
-                stride_x_n, stride_x_d, stride_y_m, stride_y_d,
-                BLOCK_N, STRIP, BLOCK_D, EVEN_D, False, WIDEN,
-            )  # fmt: skip
+                x_ptr, y_ptr, row0, col0 + strip, n, m, d, strides, BLOCK_N, STRIP, BLOCK_D, EVEN_D
+            )
             own = cols[None, :] == rows[:, None] + offset
-            positive, seen = with_ids(
-                own, (rows[:, None] < n) & (cols[None, :] < m),
-                query_ptr, key_ptr, tl.minimum(rows, n - 1), tl.minimum(cols, m - 1),
-                stride_query, stride_key, IDS, SAME_POSITIVE,
-            )  # fmt: skip
+            inside = (rows[:, None] < n) & (cols[None, :] < m)
+            row, col = tl.minimum(rows, n - 1), tl.minimum(cols, m - 1)
+            positive, seen = with_ids(own, inside, ids, row, col, SAME_POSITIVE)
             pair_loss, p = _costs(acc * scale + bias, positive, seen)
             loss += tl.sum(pair_loss)
             dscale += tl.sum(p * acc)
@@ -112,7 +100,7 @@ def sigmoid_kernel(
                 g_part, first = p * LIFTED, col0 + strip
                 store_entries(g_part, rows, own, offset - first, n, m - first, entry_ptr)
                 g_part = tl.where(own, 0.0, g_part)
-                store_gradient(g_part, row0, first, g_ptr, stride_g, False)
+                store_gradient(g_part, row0, first, g_ptr, stride_g)
     at = share_ptr + first_tile + tl.program_id(0)
     tl.store(at, dscale)
     tl.store(at + tiles, loss)
@@ -134,17 +122,14 @@ def sigmoid_loss(
 
     def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
-        features, options = operands(part_x, part_y, row)
-        ids, columns = (None, None, 0, 0), 0
-        if query_ids is not None and key_ids is not None:
-            ids = query_ids[:, chunk.rows], key_ids[:, chunk.cols]
-            ids, columns = (*ids, query_ids.stride(0), key_ids.stride(0)), len(key_ids)
+        features, options = operands(part_x, part_y, row, g if keep else None)
+        ids = id_rows(query_ids, key_ids, chunk.rows, chunk.cols)
         sigmoid_kernel[(chunk.tiles,)](
-            *features, *gradient_operands(g, row, options["DESCRIPTORS"] and keep), scale, bias,
+            *features, scale, bias,
             entries[chunk.rows], shares, tiles, chunk.first_tile,
             len(part_x), len(part_y), x.shape[1], offset + chunk.rows.start - chunk.cols.start,
-            g.stride(0), *x.stride(), *y.stride(), *ids, GRADIENTS=keep, LIFTED=lift,
-            IDS=columns, SAME_POSITIVE=same_positive, STRIP=row.strip, **options,
+            g.stride(0), (*x.stride(), *y.stride()), ids, GRADIENTS=keep, LIFTED=lift,
+            SAME_POSITIVE=same_positive, STRIP=row.strip, **options,
         )  # fmt: skip
 
     if keep:

@@ -13,17 +13,8 @@ from collections.abc import Sequence
 from protoclip import __version__
 from protoclip.commands import PARSERS
 
-MODULES = {
-    "train": "protoclip.train",
-    "cluster": "protoclip.cluster",
-    "evaluate": "protoclip.evaluate.__main__",
-    "report": "protoclip.report.__main__",
-    "export": "protoclip.export",
-    "plan": "protoclip.plan",
-    "data": "protoclip.data.__main__",
-    "teacher": "protoclip.teacher",
-    "openclip": "protoclip.openclip",
-}
+PACKAGES = ("data", "evaluate", "report")
+MODULES = ("train", "cluster", "export", "plan", "teacher", "openclip", *PACKAGES)
 HELP = """protoclip trains CLIP with prototypes, and shows which pictures belong together.
 
   protoclip train                       a small ProtoCLIP on built-in emoji, minutes on a CPU
@@ -49,9 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(MODULES)}"
         print(f"protoclip: error: {command!r} is no command; {hint}", file=sys.stderr)
         return 2
-    if command in PARSERS and {"-h", "--help", "--help-all"} & set(rest):
-        PARSERS[command]().parse_args(rest)
-    return importlib.import_module(MODULES[command]).main(rest)
+    if asked := [word for word in rest if word in ("-h", "--help", "--help-all")]:
+        PARSERS[command]().parse_args(asked)
+    module = f"protoclip.{command}" + ".__main__" * (command in PACKAGES)
+    return importlib.import_module(module).main(rest)
 
 
 if __name__ == "__main__":

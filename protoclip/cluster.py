@@ -27,12 +27,11 @@ from protoclip.config import check_above
 from protoclip.data import DataError, Labels, PairDataset, Subset, open_dataset
 from protoclip.data.files import write_atomic, write_csv
 from protoclip.distributed import run_command
-from protoclip.evaluate.__main__ import load_model
+from protoclip.evaluate.__main__ import load_model, open_encoder
 from protoclip.evaluate.datasets import ImageFolder
 from protoclip.evaluate.results import Outcome
-from protoclip.evaluate.tasks import Encoder, FeatureCache
 from protoclip.kmeans import kmeans
-from protoclip.model import Encoded, autocast_for, choose_device, choose_precision
+from protoclip.model import Encoded, choose_device
 from protoclip.report import page, snapshot
 from protoclip.teacher import SUFFIXES, read_rows
 
@@ -77,10 +76,9 @@ def run(args: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     out, began = Path(args.out), time.perf_counter()
     check_above(out / "clusters.csv", "--out")
-    device = choose_device(args.device)
     is_file = Path(args.data).suffix in SUFFIXES
-    points = read_features(args) if is_file else encode_pictures(args, device)
-    rows, encoded = points.rows.to(device), time.perf_counter()
+    points = read_features(args) if is_file else encode_pictures(args)
+    rows, encoded = points.rows.to(choose_device(args.device)), time.perf_counter()
     k, why = choose_k(args.k, rows, args.seed)
     size = rows.nbytes + 4 * k * rows.shape[1] * 4 + 32 * len(rows)
     print(
@@ -88,24 +86,16 @@ def run(args: argparse.Namespace) -> None:
         f"{size / 2**20:,.0f} MiB",
         file=sys.stderr,
     )
-    small = k <= PLUS_PLUS
-    restarts = 3 if small else 1
+    restarts, init = (3, "k-means++") if k <= PLUS_PLUS else (1, "random")
+    options: dict[str, Any] = {"num_iters": args.iters, "num_restarts": restarts, "init": init}
+    options |= {"seed": args.seed, "weights": points.weights}
     with tqdm(total=restarts * args.iters, desc="k-means", unit=" iterations", disable=None) as bar:
 
         def progress(iteration: int, inertia: Tensor) -> None:
             bar.update()
             bar.set_postfix_str(f"inertia {float(inertia):.6g}")
 
-        clusters = kmeans(
-            rows,
-            k,
-            num_iters=args.iters,
-            num_restarts=restarts,
-            init="k-means++" if small else "random",
-            seed=args.seed,
-            weights=points.weights,
-            progress=progress,
-        )
+        clusters = kmeans(rows, k, progress=progress, **options)
     parts = zip(rows.split(BLOCK), clusters.labels.split(BLOCK), strict=True)
     squared = torch.cat([(x - clusters.centroids[own]).square().sum(1) for x, own in parts]).cpu()
     labels = clusters.labels.cpu()
@@ -113,17 +103,12 @@ def run(args: argparse.Namespace) -> None:
     write_table(out / "clusters.csv", points.dataset.keys, labels, squared)
     clusters.save(out / "centroids.safetensors")
     seconds = {"features": encoded - began, "k-means": time.perf_counter() - encoded}
-    text = write_page(points, labels, squared, seconds, said(points, clusters.counts, squared, why))
-    write_atomic(out / page.NAME, text)
+    write_atomic(out / page.NAME, write_page(points, labels, squared, seconds, why))
     print(f"{clusters}\n{out}/clusters.csv, centroids.safetensors and {page.NAME}")
 
 
-def encode_pictures(args: argparse.Namespace, device: torch.device) -> Points:
-    """Unit features of the pictures by the model that the command line asks for.
-
-    Raises:
-        ValueError: data, model or weights cannot be had.
-    """
+def encode_pictures(args: argparse.Namespace) -> Points:
+    """Unit features of the pictures by the model that the command line asks for."""
     if args.captions or args.normalize:
         raise ValueError(
             f"--captions, --normalize: expected a file of features ({', '.join(SUFFIXES)}), got "
@@ -148,12 +133,7 @@ def encode_pictures(args: argparse.Namespace, device: torch.device) -> Points:
             f"the weights {WEIGHTS} of {MODEL} cannot be downloaded here; give --run logs/NAME, "
             "--model NAME --pretrained FILE, or a file of features as DATA"
         ) from error
-    precision = choose_precision(args.precision, device)
-    model = loaded.model.to(device)
-    cache = FeatureCache(model.clip, f"{precision} {model.preprocess()}")
-    with tqdm(desc="encoding", unit=" pictures", leave=False, disable=None) as bar:
-        autocast = autocast_for(precision, device)
-        encoder = Encoder(model, device, args.batch_size, args.workers, autocast, bar, cache)
+    with open_encoder(loaded.model, args, "encoding") as encoder:
         try:
             rows = encoder.images(dataset)
         except DataError as error:
@@ -182,11 +162,7 @@ def _readable(dataset: PairDataset, error: DataError) -> list[int]:
 
 
 def read_features(args: argparse.Namespace) -> Points:
-    """The rows of a file.
-
-    Raises:
-        ValueError: it cannot be read, or the captions are not as many.
-    """
+    """The rows of a file."""
     if args.run or args.model or args.pretrained:
         raise ValueError("--run, --model, --pretrained: features need none; leave the flags out")
     array, keys = read_rows(Path(args.data), "DATA")
@@ -244,14 +220,12 @@ def choose_k(given: str, rows: Tensor, seed: int) -> tuple[int, str]:
     points = rows[some].float()
     if bool((points == points[0]).all()):
         raise ValueError("--k auto: expected rows that differ, got equal ones; give a number")
-    apart = torch.cdist(points, points).cpu().numpy()
-    np.fill_diagonal(apart, 0)
     most = min(LARGEST, len(points) // 3)
     grid = sorted({*range(2, 17), *(int(16 * 1.2**i) for i in range(1, 17))})
     best, chosen = -math.inf, 2
     for k in tqdm([k for k in grid if k <= most], "choosing K", leave=False, disable=None):
         found = kmeans(points, k, num_iters=10, num_restarts=3, init="k-means++", seed=seed)
-        score = silhouette_score(apart, found.labels.cpu().numpy(), metric="precomputed")
+        score = silhouette_score(points.cpu().numpy(), found.labels.cpu().numpy())
         if score > best:
             best, chosen = score, k
     return chosen, f" (of 2 ... {most} the largest mean silhouette, {best:.3f})"
@@ -268,27 +242,20 @@ def write_table(path: Path, keys: Sequence[str], labels: Tensor, squared: Tensor
     write_csv(path, header, ((key, k, f"{d:.7g}", r) for key, k, d, r in rows))
 
 
-def said(points: Points, counts: Tensor, squared: Tensor, why: str) -> list[str]:
-    """What was done, for the top of the page."""
+def write_page(
+    points: Points, labels: Tensor, squared: Tensor, seconds: Mapping[str, float], why: str
+) -> str:
+    """The report page with what was done, every group, and the map."""
+    counts = labels.bincount()
     counts = counts[counts > 0]
     left = float(squared.sum()) / max(float(points.rows.var(0).sum()) * len(squared), 1e-30)
-    return [
+    text = [
         f"{len(points.dataset):,} of {points.dataset.name} in {len(counts):,} groups{why}, from "
         f"{int(counts.min()):,} to {int(counts.max()):,} each, {int(counts.median()):,} in the "
         "middle one.",
         f"Grouped by k-means on {points.of}. The groups account for "
         f"{1 - left:.0%} of the variance.",
     ]
-
-
-def write_page(
-    points: Points,
-    labels: Tensor,
-    squared: Tensor,
-    seconds: Mapping[str, float],
-    text: Sequence[str],
-) -> str:
-    """The report page with every group, and the map."""
     thumbs, dataset = snapshot.Thumbnails(), points.dataset
     block = snapshot.cluster_block(dataset, labels, dict.fromkeys(points.shown, -squared), thumbs)
     some = snapshot.every(torch.arange(len(labels)), MAPPED)

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 from collections.abc import Callable
 
-from protoclip.config import PRECISIONS, TABLE, DataConfig, Parser, add_options, build_parser
+from protoclip.config import (
+    PRECISIONS,
+    TABLE,
+    DataConfig,
+    Parser,
+    ProtoConfig,
+    add_options,
+    build_parser,
+)
 
 EVERYDAY = """
     --preset --method --train-data --val-data --workers --model --pretrained --k --external-teacher
@@ -41,12 +52,10 @@ def plan_parser() -> Parser:
         "protoclip plan --model ViT-B-32 --batch-size 256 --ranks 64 --samples 30000000 --k 20000",
     )
     group = parser.add_argument_group("Plan")
-    for flag, default, words in (
-        ("--ranks", 1, "processes, a GPU each"),
-        ("--samples", 3_000_000, "pairs in the dataset"),
-    ):
-        words += f" (default: {default:,})"
-        group.add_argument(flag, type=int, default=default, metavar="N", help=words)
+    add = group.add_argument
+    add("--ranks", type=int, default=1, metavar="N", help="processes, a GPU each (%(default)s)")
+    words = "pairs in the dataset (%(default)s)"
+    add("--samples", type=int, default=3_000_000, metavar="N", help=words)
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
@@ -170,16 +179,13 @@ def teacher_parser() -> Parser:
     parser = Parser(
         "python -m protoclip.teacher",
         description="Write a frozen model's features of all pairs, by key, to a .npz that "
-        "protoclip train --external-teacher takes. A stopped run goes on where it was.",
+        "protoclip train --external-teacher takes.",
         example="protoclip teacher --data 'shards/{00000..00099}.tar' --out features.npz",
     )
     add = parser.add_argument
     add("--data", default="builtin:emoji", metavar="TEXT", help="as protoclip train --train-data")
-    words = f"{MINILM}, a model that OpenCLIP lists, or a text model of Hugging Face such as "
-    words += "roberta-large, by name or folder (default: %(default)s)"
-    add("--model", default=MINILM, metavar="TEXT", help=words)
-    add("--pretrained", default="", metavar="TEXT", help="weights of an OpenCLIP model")
-    add("--modality", default="text", choices=("text", "image"), help="default: %(default)s")
+    words = f"{MINILM}, or a text model of Hugging Face such as roberta-large, by name or folder "
+    add("--model", default=MINILM, metavar="TEXT", help=words + "(default: %(default)s)")
     words = "the mean over 77 tokens, padding included, as the authors took that of roberta-large"
     add("--paper", action="store_true", help=words)
     add("--out", required=True, metavar="PATH", help="the .npz to write")
@@ -189,6 +195,56 @@ def teacher_parser() -> Parser:
     return parser
 
 
+def data_parser() -> Parser:
+    """Flags of ``protoclip data``."""
+    parser = Parser(
+        "python -m protoclip.data",
+        description="Look at pairs, and write them as webdataset shards.",
+        example="protoclip data --check pairs.csv",
+    )
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--export", metavar="DATA", help="data to write as shards, as --train-data")
+    what.add_argument("--check", metavar="DATA", help="read everything once; list what is wrong")
+    add("--out", metavar="DIR", help="an empty or new folder for the shards")
+    add("--image-format", default="png", choices=("png", "jpg"), help="of the pictures")
+    add("--per-shard", type=int, default=1000, metavar="N", help="pairs a shard (%(default)s)")
+    add("--split", default="all", help="all, train or heldout (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="which pairs are held out (%(default)s)")
+    add_options(parser, DataConfig(), only=TABLE)
+    return parser
+
+
+def openclip_parser() -> Parser:
+    """Our own flags of ``protoclip openclip``; its help has those of open_clip_train too."""
+    parser = Parser(
+        "python -m protoclip.openclip",
+        usage="%(prog)s <open_clip_train flags> [--dedup caption] [--proto-* flags]",
+        description="OpenCLIP's own training (open_clip_train) with protoclip's losses. Every flag "
+        "of open_clip_train works as it does there; without a --proto-* flag the losses are the "
+        "same, in less memory. Runs under torchrun as OpenCLIP does.",
+        example="protoclip openclip --train-data 'd/{000..099}.tar' --model ViT-B-32 --proto-k 500",
+    )
+    words = "caption: pairs of a batch that share their caption are no negatives of one another "
+    words += "(default: off, CLIP's loss as published)"
+    group = parser.add_argument_group("Loss")
+    group.add_argument("--dedup", choices=("off", "caption"), default="off", help=words)
+    add_options(parser.add_argument_group(str(ProtoConfig.__doc__)), ProtoConfig())
+    parser.example = f"\n{open_clips_help()}\n{parser.example}"
+    return parser
+
+
+def open_clips_help() -> str:
+    """What open_clip_train says about its flags, without its usage; "" where it is missing."""
+    if importlib.util.find_spec("open_clip_train") is None:
+        return ""
+    from open_clip_train.params import parse_args  # loads nothing else
+
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        parse_args(["--help"])
+    return "open_clip_train's " + text.getvalue().partition("\n\n")[2].rstrip()
+
+
 PARSERS: dict[str, Callable[[], Parser]] = {
     "train": train_parser,
     "plan": plan_parser,
@@ -196,5 +252,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "evaluate": evaluate_parser,
     "report": report_parser,
     "export": export_parser,
+    "data": data_parser,
     "teacher": teacher_parser,
+    "openclip": openclip_parser,
 }

@@ -279,6 +279,18 @@ def max_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def max_later(values: Tensor) -> Callable[[], Tensor]:
+    """Start ``max_over_ranks``; the result waits for it."""
+    work = dist.all_reduce(values, dist.ReduceOp.MAX, async_op=True) if is_distributed() else None
+
+    def wait() -> Tensor:
+        if work is not None:
+            work.wait()
+        return values
+
+    return wait
+
+
 def broadcast(*tensors: Tensor) -> None:
     """Rank 0's values for every rank, in place."""
     if is_distributed():

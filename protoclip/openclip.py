@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import io
 import logging
 import re
 import sys
@@ -23,20 +22,12 @@ import torch
 from open_clip import loss as theirs
 from torch import nn
 
-from protoclip.config import add_options, flag_of, refusal
-from protoclip.losses import ClipLoss, ProtoClipLoss, ProtoConfig, SigLipLoss, caption_ids
+from protoclip.commands import open_clips_help, openclip_parser
+from protoclip.config import ProtoConfig, flag_of, refusal
+from protoclip.losses import ClipLoss, ProtoClipLoss, SigLipLoss, caption_ids
 from protoclip.model import register_configs
 
 PROG = "python -m protoclip.openclip"
-DESCRIPTION = (
-    "OpenCLIP's own training (open_clip_train) with protoclip's losses. Every flag of "
-    "open_clip_train works as it does there; without a --proto-* flag the losses are the same, in "
-    "less memory. Runs under torchrun as OpenCLIP does."
-)
-DEDUP = (
-    "caption: pairs of a batch that share their caption are no negatives of one another (default: "
-    "off, CLIP's loss as published)"
-)
 LOGGER = logging.getLogger(__name__)
 DistributedDataParallel = nn.parallel.DistributedDataParallel
 
@@ -168,18 +159,16 @@ def repaired() -> Iterator[None]:
 class CaptionLoss(nn.Module):
     """A loss that is told which pairs share a caption, from the tokens that the model was given."""
 
-    def __init__(self, loss: nn.Module, model: nn.Module | None = None) -> None:
+    def __init__(self, loss: nn.Module) -> None:
         super().__init__()
         self.loss = loss
         self.tokens: torch.Tensor | None = None
-        if model is None:  # OpenCLIP 3 makes the loss without its model, and calls it by position
-            self.watch = nn.modules.module.register_module_forward_pre_hook(self._see)
-        else:
-            self.watch = model.register_forward_pre_hook(self._see, with_kwargs=True)
+        self.watch = nn.modules.module.register_module_forward_hook(self._see, with_kwargs=True)
 
-    def _see(self, model: nn.Module, inputs: tuple[Any, ...], named: Any = None) -> None:
+    def _see(self, model: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
+        # OpenCLIP 3 calls the model by position, 4 by name.
         if hasattr(model, "encode_image") and hasattr(model, "encode_text"):
-            self.tokens = inputs[1] if len(inputs) == 2 else (named or {}).get("text")
+            self.tokens = inputs[1] if len(inputs) == 2 else named.get("text")
 
     def forward(self, image_features: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         tokens, self.tokens = self.tokens, None
@@ -214,13 +203,12 @@ def patched(trainer: Any, proto: ProtoConfig | None, dedup: bool = False) -> Ite
         made = ours[name](*args, proto=proto, **kwargs)
         if not dedup:
             return made
-        if name == "create_loss":
-            loss = own = CaptionLoss(made)
-        else:
-            loss = made.loss = CaptionLoss(made.loss, made.trainable_module)
-            own = made
+        loss = CaptionLoss(made if name == "create_loss" else made.loss)
         watches.append(loss.watch)
-        return own
+        if name == "create_loss":
+            return loss
+        made.loss = loss
+        return made
 
     setattr(trainer, name, factory)
     try:
@@ -232,22 +220,6 @@ def patched(trainer: Any, proto: ProtoConfig | None, dedup: bool = False) -> Ite
             watch.remove()
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Our flags alone."""
-    parser = argparse.ArgumentParser(
-        PROG,
-        "%(prog)s <open_clip_train flags> [--dedup caption] [--proto-* flags]",
-        DESCRIPTION,
-        allow_abbrev=False,
-        add_help=False,
-    )
-    parser.add_argument_group("Loss").add_argument(
-        "--dedup", choices=("off", "caption"), default="off", help=DEDUP
-    )
-    add_options(parser.add_argument_group(str(ProtoConfig.__doc__)), ProtoConfig())
-    return parser
-
-
 def split_flags(argv: Sequence[str]) -> tuple[ProtoConfig | None, bool, list[str]]:
     """Our settings (None: no --proto-* flag), whether --dedup caption is given, and OpenCLIP's part
     of the command line, with our models and a --model that is a config file known to OpenCLIP.
@@ -255,7 +227,7 @@ def split_flags(argv: Sequence[str]) -> tuple[ProtoConfig | None, bool, list[str
     Raises:
         ValueError: a --proto-* flag that does not exist, or a value out of range.
     """
-    parser = build_parser()
+    parser = openclip_parser()
     parser.add_argument("--model", default="", help=argparse.SUPPRESS)
     given, rest = parser.parse_known_args(list(argv))
     for word in rest:
@@ -283,16 +255,9 @@ def load_trainer() -> Any:
         ) from error
 
 
-def _their_help(trainer: Any) -> str:
-    """What open_clip_train says about its flags, without its usage, which is not this command's."""
-    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
-        trainer.parse_args(["--help"])
-    return "open_clip_train's " + text.getvalue().partition("\n\n")[2].rstrip()
-
-
 def _check(trainer: Any, proto: ProtoConfig | None, dedup: bool, rest: list[str]) -> None:
     """Say now what OpenCLIP would say in a page, or the factories after minutes of loading."""
-    known = set(re.findall(r"--[\w-]+", _their_help(trainer)))
+    known = set(re.findall(r"--[\w-]+", open_clips_help()))
     for word in rest:
         name = word.partition("=")[0]  # which OpenCLIP lets people abbreviate
         if name.startswith("--") and not any(flag.startswith(name) for flag in known):
@@ -322,9 +287,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         proto, dedup, rest = split_flags(argv)
         trainer = load_trainer()
-        if {"-h", "--help"} & set(rest):
-            print(build_parser().format_help() + "\n" + _their_help(trainer))
-            return 0
         _check(trainer, proto, dedup, rest)
     except ValueError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)

@@ -137,8 +137,8 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
     saved = run.config.optim.batch_size * shape.saved_bytes + shape.saved_fixed_bytes
     parts = {
         "weights": shape.weights * FP32 + shape.buffers_bytes,
-        # They replace the saved activations as backward proceeds.
-        "gradients": max(0.0, shape.trained * FP32 - saved),
+        # Alone they replace the saved activations as backward proceeds; DDP holds them throughout.
+        "gradients": max(0.0, shape.trained * FP32 - (saved if run.ranks == 1 else 0)),
         "optimiser (AdamW)": 2 * shape.trained * FP32,
         "saved for backward": saved,
         "batch": run.local_batch * shape.batch_bytes,

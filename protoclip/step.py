@@ -9,32 +9,25 @@ import contextlib
 import random
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from protoclip.config import OptimConfig
 from protoclip.data import Batch
 from protoclip.data.types import mix
-from protoclip.distributed import (
-    GlobalBatchNorm1d,
-    broadcast,
-    is_distributed,
-    rank,
-    world_size,
-)
+from protoclip.distributed import GlobalBatchNorm1d, broadcast, is_distributed, rank
 from protoclip.grad_cache import grad_cache
 from protoclip.losses import Losses, ProtoLoss, caption_ids
 from protoclip.model import Encoded, ProtoModel, autocast_for
 from protoclip.prototypes import Episode
-
-LARGE = 1 << 16  # numbers of a gradient that travels alone
 
 
 class Phases:
@@ -147,44 +140,16 @@ def parameter_groups(model: ProtoModel, weight_decay: float) -> list[dict]:
     ]
 
 
-class GradientMean:
-    """Makes gradients their mean over the ranks, as DistributedDataParallel would.
-
-    The large ones travel while backward goes on, the others together at the end. On every rank the
-    same parameters must get a gradient; those that get none are left alone.
-    """
+class Replica(nn.Module):
+    """What DistributedDataParallel wraps: parameters, and any function of them to call."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.early = True  # False: a gradient may not be whole when it is there
-        self._parameters = list(model.parameters())
-        self._sent: dict[nn.Parameter, dist.Work] = {}
-        if is_distributed():
-            broadcast(*(p.detach() for p in self._parameters), *model.buffers())
-            for parameter in self._parameters:
-                parameter.register_post_accumulate_grad_hook(self._send)
+        super().__init__()
+        self.model = model
 
-    def _send(self, parameter: Any) -> None:
-        if self.early and parameter.numel() >= LARGE:
-            self._sent[parameter] = dist.all_reduce(parameter.grad, async_op=True)
-
-    def finish(self) -> None:
-        """After the last backward pass of a step; a collective call."""
-        reached: list[Any] = [p for p in self._parameters if p.grad is not None]
-        if not is_distributed() or not reached:
-            return
-        self.early = True
-        for parameter in reached:
-            if parameter not in self._sent:
-                self._send(parameter)
-        small = [p.grad for p in reached if p not in self._sent]
-        together = torch.cat([grad.flatten() for grad in small])
-        dist.all_reduce(together)
-        for grad, mean in zip(small, together.split([g.numel() for g in small]), strict=True):
-            grad.copy_(mean.view_as(grad))
-        for work in self._sent.values():
-            work.wait()
-        self._sent.clear()
-        torch._foreach_div_([p.grad for p in reached], world_size())
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The result of the function."""
+        return function(*args)
 
 
 @dataclass(frozen=True)
@@ -246,7 +211,8 @@ class Stepper:
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
         of_rank = [norm for norm in norms if not isinstance(norm, GlobalBatchNorm1d)]
         self._of_rank = [buffer for norm in of_rank for buffer in norm.buffers()]
-        self.mean = GradientMean(model)
+        self.replica: nn.Module = Replica(model)
+        self._phase: tuple[bool, bool] | None = None
 
     def step(
         self,
@@ -273,12 +239,23 @@ class Stepper:
             group["lr"] = image_lr if group["image"] and image_lr is not None else lr
         statistics = [buffer.clone() for buffer in self._statistics]
         moved = [batch.to(self.device, non_blocking=True) for batch in batches]
-        self.mean.early = len(moved) == 1
-        if len(moved) == 1:
-            losses, projected = self._in_one_pass(number, moved[0], episode, project)
-        else:
-            losses, projected = self._in_passes(number, moved, episode, project)
+
+        def forward() -> tuple[Losses, Encoded | None]:
+            call = partial(self.replica, self._forward) if len(moved) == 1 else self._forward
+            return call(number, moved, episode, project)
+
+        distills = self.loss.config.w_distill > 0
+        if is_distributed() and self._replicate(heads=episode is not None or distills):
+            # DDP orders its buckets once, after a backward pass. This idle one lets a resumed run
+            # sum in the order of the run that it resumes.
+            forward()[0].total.backward()
+            self.adamw.zero_grad(set_to_none=True)
+            for buffer, old in zip(self._statistics, statistics, strict=True):
+                buffer.copy_(old)
+        with self.phases.measure("forward"):
+            losses, projected = forward()
         with self.phases.measure("backward"):
+            self.scaler.scale(losses.total).backward()
             norm, finite = self._update(losses)
         for buffer, old in zip(self._statistics, statistics, strict=True):
             torch.where(finite, buffer, old, out=buffer)
@@ -287,17 +264,43 @@ class Stepper:
         self.bad = torch.stack([self.bad[0] + skipped, (self.bad[1] + 1) * skipped])
         return Step(losses, projected, norm, finite, repeated(_captions(moved)))
 
-    def _in_one_pass(
-        self, number: int, batch: Batch, episode: Episode | None, project: bool
+    def _replicate(self, *, heads: bool) -> bool:
+        """Have DDP average the gradients of what trains now; whether that has changed."""
+        phase = heads, self.model.image_locked
+        if changed := phase != self._phase:
+            self._phase = phase
+            self.replica = DistributedDataParallel(
+                Replica(self.model if heads else self.model.clip),
+                gradient_as_bucket_view=True,
+                find_unused_parameters=self.loss.config.w_clip == 0,
+            )
+            self.replica.broadcast_buffers = False
+        return changed
+
+    def _forward(
+        self, number: int, batches: Sequence[Batch], episode: Episode | None, project: bool
     ) -> tuple[Losses, Encoded | None]:
-        with self.phases.measure("forward"):
-            seed_everything(self.seed, number, rank(), 0)
-            with self.autocast():
-                encoded, projected = self.model(batch.image, batch.tokens, project=project)
-            losses = self._losses(encoded, projected, [batch], episode)
-        with self.phases.measure("backward"):
-            self.scaler.scale(losses.total).backward()
+        """The losses, and projections without a graph."""
+        if len(batches) == 1:
+            image, text = self._encode(number, 0, batches[0])
+        else:
+            ddp = [self.replica] if isinstance(self.replica, DistributedDataParallel) else []
+            encode = partial(self.replica, self._encode, number)
+            parts = list(enumerate(batches))
+            ((image, text),) = grad_cache([encode], [parts], 1, split=lambda p, _: p, ddp=ddp)
+        encoded = Encoded(image, text)
+        with self.autocast():
+            projected = self.model.project(encoded) if project else None
+        losses = self._losses(encoded, projected, batches, episode)
+        if projected is not None:
+            projected = Encoded(projected.image.detach(), projected.text.detach())
         return losses, projected
+
+    def _encode(self, number: int, part: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        seed_everything(self.seed, number, rank(), part)
+        with self.autocast():
+            encoded = self.model.encode(batch.image, batch.tokens)
+        return encoded.image, encoded.text
 
     def _losses(
         self,
@@ -312,30 +315,9 @@ class Stepper:
         scales = model.logit_scale, model.proto_scale
         return self.loss(encoded, projected, index, *scales, episode, ids, model.logit_bias)
 
-    def _in_passes(
-        self, number: int, batches: Sequence[Batch], episode: Episode | None, project: bool
-    ) -> tuple[Losses, Encoded | None]:
-        def encode(part: int, batch: Batch) -> tuple[Tensor, Tensor]:
-            seed_everything(self.seed, number, rank(), part)
-            with self.autocast():
-                encoded = self.model.encode(batch.image, batch.tokens)
-            return encoded.image, encoded.text
-
-        with self.phases.measure("forward"):
-            parts = list(enumerate(batches))
-            ((image, text),) = grad_cache([encode], [parts], 1, split=lambda p, _: p)
-            encoded = Encoded(image, text)
-            with self.autocast():
-                projected = self.model.project(encoded) if project else None
-            losses = self._losses(encoded, projected, batches, episode)
-        with self.phases.measure("backward"):
-            self.scaler.scale(losses.total).backward()
-        return losses, projected
-
     def _update(self, losses: Losses) -> tuple[Tensor, Tensor]:
         """Clip and take the step unless loss or gradient is not finite: norm, and whether it was
         taken. On a GPU the host waits for neither."""
-        self.mean.finish()
         self.scaler.unscale_(self.adamw)
         norm = nn.utils.clip_grad_norm_(
             self.model.parameters(), self.clip_norm if self.clip_norm > 0 else float("inf")

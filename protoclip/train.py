@@ -1,6 +1,6 @@
 """Train CLIP or ProtoCLIP: ``python -m protoclip.train``, no arguments needed.
 
-Without arguments: ProtoCLIP on the built-in emoji, at most five minutes on two CPU cores, with a
+Without arguments: ProtoCLIP on the built-in emoji, about three minutes on two CPU cores, with a
 table before and after, plots and a checkpoint in a run folder. Read from ``train`` down: open and
 check everything, resume, train episode by episode, evaluate, report.
 """
@@ -46,7 +46,7 @@ from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import Layout, open_layout
 from protoclip.evaluate.metrics import recalls, retrieval
 from protoclip.evaluate.results import Outcome, Results
-from protoclip.kmeans import load_faiss
+from protoclip.kmeans import Clusters, load_faiss
 from protoclip.losses import ProtoLoss
 from protoclip.model import (
     Encoded,
@@ -58,8 +58,8 @@ from protoclip.model import (
     choose_precision,
 )
 from protoclip.ops.backends import why_not
-from protoclip.prototypes import Clustering, Episode, PrototypeSet
-from protoclip.report import figures, page
+from protoclip.prototypes import Episode, PrototypeSet
+from protoclip.report import page
 from protoclip.report import snapshot as looks
 from protoclip.run_folder import (
     NullRunFolder,
@@ -80,10 +80,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What decides which sample comes when, or which tensors there are: it must not change.
 FIXED = (
     "method", "data.train_num_samples", "data.captions", "data.augmentation",
-    "data.dataset_resampled", "data.train_data_upsampling_factors", "data.shuffle_buffer",
-    "model.model", "model.force_", "model.lock_", "model.add_", "model.projection_", "model.use_",
-    "model.siglip", "episode.size", "episode.replacement", "episode.features", "run.seed",
-    "run.precision",
+    "data.shuffle_buffer", "model.model", "model.force_", "model.lock_", "model.add_",
+    "model.projection_", "model.use_", "model.siglip", "episode.size", "episode.replacement",
+    "episode.features", "run.seed", "run.precision",
 )  # fmt: skip
 # What else may change without a note: the global batch is compared as a whole.
 FREE = ("data.", "model.", "optim.batch_size", "optim.accum_freq", "run.")
@@ -128,7 +127,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
     resume = distributed.from_main(lambda: find_resume(config))
     path = distributed.from_main(lambda: resume.folder if resume else choose_folder(config))
     dataset = open_training_data(config)
-    order = EpochOrder(dataset, config.data)
+    order = EpochOrder(dataset, config.data.shuffle_buffer)
     plan = schedule.make_plan(config, order.size)
     if resume and resume.step >= plan.total_steps and (path / "results.json").exists():
         print(f"{path} is complete: {resume.step} steps and its results", file=sys.stderr)
@@ -238,7 +237,7 @@ class Trainer:
         )
         self.builder = prototypes.EpisodeBuilder(
             config.episode,
-            self.dataset.keys,
+            len(self.dataset),
             teacher=teacher if external else None,
             internal=internal,
             classes={n: known.ids.to(setup.device) for n, known in self.dataset.labels.items()},
@@ -259,6 +258,7 @@ class Trainer:
         self._loss = math.nan  # as last logged
         self._every_steps, self._every_seconds = schedule.parse_interval(config.run.save_every)
         self._saved_at = (time.monotonic(), -1)
+        self._agreed = lambda: torch.zeros(2)  # whether to save, and to stop
         self._began_at = self._logged_at = (time.perf_counter(), 0)
 
     def run(self) -> None:
@@ -427,9 +427,9 @@ class Trainer:
         self.folder.metrics(self.step, self.step * self.plan.batch_size, record)
         if self.step == self.config.run.log_every_n_steps:
             self.folder.note(
-                f"{record['same_caption']:g} of {self.plan.batch_size // distributed.world_size()} "
-                f"pairs of a process share their caption with another (same_caption in "
-                f"metrics.jsonl, the mean over processes); --dedup {self.config.loss.dedup}"
+                f"--dedup {self.config.loss.dedup}: in a batch of "
+                f"{self.plan.batch_size // distributed.world_size()} pairs, "
+                f"{record['same_caption']:g} share their caption with another one"
             )
         self._loss = record.get("loss", math.nan)
         began, first = self._began_at
@@ -456,9 +456,7 @@ class Trainer:
 
     def _save_or_stop(self) -> None:
         """Write the newest state where it is due, and end where a signal asks for it."""
-        due = 0 < self._every_seconds <= time.monotonic() - self._saved_at[0]  # by its own clock
-        wishes = torch.tensor([float(due), self.signals.level])
-        timed, stop = distributed.max_over_ranks(wishes).tolist()
+        timed, stop = self._agreed().tolist()  # on what each rank wished a step ago
         if stop or timed or (self._every_steps and self.step % self._every_steps == 0):
             self.save(None)
         if stop:
@@ -468,6 +466,8 @@ class Trainer:
                 f"go on with --resume {self.folder.path}",
                 130 if stop > 1 else 0,
             )
+        due = 0 < self._every_seconds <= time.monotonic() - self._saved_at[0]  # by its own clock
+        self._agreed = distributed.max_later(torch.tensor([float(due), self.signals.level]))
 
     def save(self, epoch: int | None) -> None:
         """Write a checkpoint that OpenCLIP reads too; ``epoch`` None: the newest."""
@@ -515,7 +515,7 @@ class Trainer:
             self.stepper.load_state(payload["optimizer"], training["scaler"])
             skipped = torch.tensor([*map(index, training["skipped"])]).reshape(2)
             self.stepper.bad, self._skipped = skipped.to(self.setup.device), int(skipped[0])
-            self.episode = unpack_episode(training["episode"], self.setup.device, len(self.dataset))
+            self.episode = unpack_episode(training["episode"], self.setup.device)
             if self.store is not None:
                 self.store.load_state_dict(training["store"])
             faults = set(map(index, training["faults"]))
@@ -548,21 +548,19 @@ def pack_episode(episode: Episode | None) -> dict[str, Any] | None:
     }
 
 
-def unpack_episode(state: Any, device: torch.device, samples: int) -> Episode | None:
-    """The inverse, for a data set of ``samples``."""
+def unpack_episode(state: Any, device: torch.device) -> Episode | None:
+    """The inverse."""
     if state is None:
         return None
 
     def moved(values: Mapping[str, Any]) -> dict[str, Any]:
         return {k: x.to(device) if isinstance(x, Tensor) else x for k, x in values.items()}
 
-    known = {name: Clustering(**moved(one)) for name, one in state["clusterings"].items()}
+    known = {name: Clusters(**moved(one)) for name, one in state["clusterings"].items()}
     sets = tuple(
         PrototypeSet(**{**moved(one), "clustering": known[one["clustering"]]})
         for one in state["sets"]
     )
-    for one in sets:
-        one.check(samples)
     return Episode(sets, state["metrics"])
 
 
@@ -597,9 +595,8 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
 
 @torch.no_grad()
 def draw_plots(trainer: Trainer, evaluation: Evaluation) -> None:
-    """curves.png, and what the report needs."""
+    """clusters.csv, and what the report needs."""
     folder, model, device = trainer.folder.path, trainer.model.eval(), trainer.setup.device
-    figures.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
     known = trainer.episode.clusterings if trainer.episode else {}
     clusters = {name: one.labels.cpu() for name, one in known.items()}
     chosen = torch.arange(len(trainer.dataset))
@@ -705,7 +702,6 @@ class Evaluation:
             setup.device,
             workers=setup.config.data.workers,
             autocast=autocast_for(setup.precision, setup.device),
-            sharded=distributed.is_distributed(),
         )
 
     def untrained(self, folder: Path, model: ProtoModel, resumed: bool) -> Results | None:

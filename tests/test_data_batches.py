@@ -10,7 +10,6 @@ from pairs import MEAN, STD, assert_equal, load, spoil, tokenize, write_shards
 from PIL import Image
 from torchvision import transforms
 
-from protoclip.config import DataConfig
 from protoclip.data import (
     DataError,
     Draws,
@@ -141,15 +140,15 @@ class TestBadSamples:
             load4(dataset)  # without a ledger a bad sample is an error
 
 
-def dataset(shards=20, per_shard=10, first_source=15, remote=False):
-    """Like shards of two sources: an object with the columns that matter."""
+def dataset(shards=20, per_shard=10, remote=False):
+    """Like shards: an object with the columns that matter."""
     shard_of = np.repeat(np.arange(shards, dtype=np.int32), per_shard)
 
     class Rows(SimpleNamespace):
         def __len__(self):
             return len(shard_of)
 
-    return Rows(shard_of=shard_of, source_of=(shard_of >= first_source) * 1, remote=remote)
+    return Rows(shard_of=shard_of, remote=remote)
 
 
 def epoch(order, seed=0):
@@ -158,34 +157,16 @@ def epoch(order, seed=0):
 
 @pytest.mark.parametrize("buffer", [0, 1, 25, 10_000])
 def test_an_exact_epoch_has_every_sample_once(buffer):
-    order = EpochOrder(dataset(), DataConfig(shuffle_buffer=buffer))
+    order = EpochOrder(dataset(), buffer)
     first, other = epoch(order), epoch(order, seed=1)
     assert torch.equal(first.sort().values, torch.arange(200))
     assert torch.equal(first, epoch(order)) and not torch.equal(first, other)
 
 
 def test_a_small_buffer_goes_shard_by_shard():
-    positions = epoch(EpochOrder(dataset(), DataConfig(shuffle_buffer=5)))
+    positions = epoch(EpochOrder(dataset(), 5))
     changes = (positions // 10).diff().ne(0).sum()
     assert 19 <= changes < 100  # mixed at the borders only; of a full mix about 190
     assert not torch.equal(positions.view(20, 10)[0].sort().values, positions.view(20, 10)[0])
-    windows = [EpochOrder(dataset(remote=remote), DataConfig()).window for remote in (True, False)]
+    windows = [EpochOrder(dataset(remote=remote)).window for remote in (True, False)]
     assert windows == [10_000, 0]
-
-
-def test_resampling_takes_whole_shards_by_their_chance():
-    config = DataConfig(
-        dataset_resampled=True, train_data_upsampling_factors="1::9", shuffle_buffer=1
-    )
-    order = EpochOrder(dataset(), config)
-    drawn = torch.cat([epoch(order, seed) for seed in range(20)])
-    share = (drawn >= 150).float().mean()  # 5 x 9 of 15 + 5 x 9 shards: 0.75
-    assert len(drawn) == 4000 and 0.65 < share < 0.85
-    assert len(epoch(order).unique()) < 200
-
-
-@pytest.mark.parametrize("text", ["1", "1::2::3", "1::x", "1::-1", "0::0", "1::inf", "1::2"])
-def test_weights_that_are_none_or_not_for_resampling_are_refused(text):
-    config = DataConfig(train_data_upsampling_factors=text, dataset_resampled=text != "1::2")
-    with pytest.raises(ValueError, match="upsampling-factors: "):
-        EpochOrder(dataset(), config)

@@ -47,8 +47,8 @@ def test_specs_expand(tmp_path, monkeypatch):
     write_shards(tmp_path / "b", shards=1)
     monkeypatch.chdir(tmp_path)
     both = ("a/000.tar", "a/001.tar")
-    assert expand("a/{000..001}.tar::b/000.tar") == ((*both, "b/000.tar"), (0, 0, 1))
-    assert expand("a/*.tar")[0] == expand("a")[0] == both
+    assert expand("a/{000..001}.tar::b/000.tar") == (*both, "b/000.tar")
+    assert expand("a/*.tar") == expand("a") == both
     dataset = open_dataset("a/*.tar::b/000.tar")
     assert len(set(dataset.keys)) == len(dataset) == 9  # same names in a and b
     for spec, words in (
@@ -243,4 +243,4 @@ def test_captions_of_megabytes_are_cut_or_left_out(tmp_path):
     assert list(dataset.keys) == ["t.tar/a"]
     assert len(dataset.captions(0)[0]) == MAX_CAPTION
     reasons = " ".join(reason for _, _, reason in dataset.skipped)
-    assert "5,000,000 bytes" in reasons and "recursion" in reasons
+    assert "4,194,304 bytes" in reasons and "recursion" in reasons

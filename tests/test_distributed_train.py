@@ -1,10 +1,21 @@
-"""Training on several ranks: the losses of one rank, whatever computes the prototypes' features."""
+"""Training on several ranks: losses and gradients of one rank, whatever computes the features."""
 
 import json
 
 import numpy as np
 import pytest
-from ranks import ended, said, start_command, tiny_run
+import torch
+import torch.nn.functional as F
+from ranks import TINY, ended, on_ranks, said, start_command, tiny_run
+
+from protoclip import distributed
+from protoclip.config import LossConfig, ModelConfig, OptimConfig
+from protoclip.data import Batch
+from protoclip.kmeans import Clusters
+from protoclip.losses import Losses, global_info_nce, prototype_term
+from protoclip.model import build_model
+from protoclip.prototypes import Episode, PrototypeSet
+from protoclip.step import Stepper
 
 STEPS, BATCH = 5, 24
 FEATURES = ("extract", "reuse")
@@ -69,3 +80,70 @@ def test_clip_and_siglip_on_ranks(folder, ranks, passes, flags):
         got, want = ([line[name] for line in own] for own in (lines, alone))
         assert len(got) == STEPS and got == pytest.approx(want, rel=3e-4)
     assert ("proto_loss" in lines[-1]) == ("clip" not in flags)
+
+
+class ExactLoss:
+    """InfoNCE and prototypes behind the heads, in fp64 where the features are."""
+
+    config = LossConfig()
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, encoded, projected, index, logit_scale, proto_scale, episode, *_):
+        unit = [F.normalize(u, dim=1) for u in (encoded.image, encoded.text)]
+        total = global_info_nce(*unit, logit_scale)
+        if episode is not None:
+            image, text = self.model.image_head(unit[0]), self.model.text_head(unit[1])
+            features = {"image": F.normalize(image, dim=1), "text": F.normalize(text, dim=1)}
+            total = (
+                total
+                + prototype_term(
+                    features,
+                    index,
+                    episode.sets,
+                    proto_scale,
+                    over_ranks=distributed.is_distributed(),
+                )[0]
+            )
+        return Losses(total, {}, {})
+
+
+def gradients(path):
+    """fp64 gradients by name of a step, without and with prototypes, in one pass and in two."""
+    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(str(path), projection_dim=8, projection_hidden_dim=24)).double()
+    pixels = torch.randn(BATCH, 3, 16, 16, dtype=torch.float64)
+    tokens = torch.randint(1, 49000, (BATCH, 12))
+    labels, sets = torch.randint(6, (BATCH,)), []
+    labels[:9:2] = -100  # ranks have unequal numbers of samples with a label
+    for source, student in (("text", "image"), ("image", "text")):
+        rows = [torch.randn(6, 8, dtype=torch.float64) for _ in range(3)]
+        clustering = Clusters(rows[0], labels, torch.ones(6, dtype=torch.int64), (0.0,))
+        sets.append(PrototypeSet(source, student, clustering, *rows[1:], False))
+    stepper = Stepper(model, ExactLoss(model), OptimConfig(grad_clip_norm=0))
+    own, found = torch.arange(BATCH)[distributed.own_slice(BATCH)], {}
+    for episode in (None, Episode(tuple(sets))):
+        for passes in (1, 2):
+            parts = [Batch(i, pixels[i], tokens[i]) for i in own.chunk(passes)]
+            stepper.step(0, parts, episode, project=False, lr=0.0)
+            grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            embedding = grads.pop("clip.token_embedding.weight")[tokens.unique()]
+            grads = {name: grad.numpy().copy() for name, grad in grads.items()}
+            found[episode is not None, passes] = grads | {"embedding": embedding.numpy()}
+    distributed.stop()
+    return found
+
+
+def test_ranks_and_passes_give_the_exact_gradients(tmp_path):
+    """Of parameters that a phase does not train there are none."""
+    path = tmp_path / "nano.json"
+    path.write_text(json.dumps(TINY))
+    ((alone,), both) = (on_ranks(ranks, gradients, path) for ranks in (1, 2))
+    for found in (alone, *both):
+        for (prototypes, _), grads in found.items():
+            want = alone[prototypes, 1]
+            assert set(grads) == set(want) and ("logit_scale_proto" in want) == prototypes
+            bound = 1e-12 * max(np.abs(grad).max() for grad in want.values())
+            assert all(np.abs(grads[name] - want[name]).max() <= bound for name in want)

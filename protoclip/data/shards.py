@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -16,9 +17,8 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -48,11 +48,9 @@ class ShardDataset:
     "captions") under one key; txt goes first unless the json has a list. Other samples are
     skipped with a warning. Shards from urls are copied as they are needed.
 
-    Args:
-        spec: path or url of a tar; braces "{000..012}" and globs expand, "::" joins sources.
     Attributes:
         skipped: (shard, key, reason) of each sample left out.
-        shard_of, source_of: number of each pair's shard and source, int32 and int16 [N].
+        shard_of: number of each pair's shard, int32 [N].
         remote: whether a shard comes from a url.
     """
 
@@ -60,7 +58,7 @@ class ShardDataset:
 
     def __init__(self, spec: str) -> None:
         self.name = spec
-        self.shards, sources = expand(spec)
+        self.shards = expand(spec)
         self.remote = any(map(is_remote, self.shards))
         local = [os.path.abspath(shard) for shard in self.shards if not is_remote(shard)]
         folder = os.path.commonpath(list(map(os.path.dirname, local))) if local else ""
@@ -74,7 +72,6 @@ class ShardDataset:
         self._places = np.concatenate([index.places for index in indices])
         counts = [len(index.keys) for index in indices]
         self.shard_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        self.source_of = np.asarray(sources, dtype=np.int16)[self.shard_of]
         total = len(self.keys) + len(self.skipped)
         listing = "".join(f"\n  {s}: {key!r}: {reason}" for s, key, reason in self.skipped[:NAMED])
         if not self.keys:
@@ -148,8 +145,8 @@ def is_sharded(spec: str) -> bool:
     return ".tar" in spec or spec.startswith("pipe:") or "://" in spec or os.path.isdir(spec)
 
 
-def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The shards that ``spec`` names, in the given order (globs sorted), and the source of each.
+def expand(spec: str) -> tuple[str, ...]:
+    """The shards that ``spec`` names, in the given order (globs sorted).
 
     Raises:
         DataError: what names no shard, too many, a command to run, or one shard twice.
@@ -157,8 +154,7 @@ def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     from webdataset.shardlists import expand_urls
 
     shards: list[str] = []
-    sources: list[int] = []
-    for number, source in enumerate(spec.split("::")):
+    for source in spec.split("::"):
         if source.startswith("pipe:"):
             remedy = "give a url or a file, or train with python -m protoclip.openclip"
             raise DataError(f"data {source!r} would run a shell command; {remedy}")
@@ -172,12 +168,10 @@ def expand(spec: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
         except ValueError as error:
             raise DataError(f"shards {spec!r}: {error}; balance the braces") from error
         for pattern in patterns:
-            found = [pattern] if is_remote(pattern) else _files(pattern)
-            shards += found
-            sources += [number] * len(found)
+            shards += [pattern] if is_remote(pattern) else _files(pattern)
     if twice := [shard for shard, count in Counter(shards).items() if count > 1]:
         raise DataError(f"shards {spec!r}: {twice[0]} is listed twice; name it once")
-    return tuple(shards), tuple(sources)
+    return tuple(shards)
 
 
 def _files(pattern: str) -> list[str]:
@@ -189,8 +183,7 @@ def _files(pattern: str) -> list[str]:
     return found
 
 
-@dataclass(frozen=True)
-class ShardIndex:
+class ShardIndex(NamedTuple):
     """The pairs of one shard, in the order of the tar."""
 
     size: int  # of the tar, bytes
@@ -208,8 +201,8 @@ def index_together(spec: str) -> None:
     """
     if not is_distributed() or not is_sharded(spec):
         return
-    unknown = _on_all(lambda: [shard for shard in expand(spec)[0] if not _cached(shard).exists()])
-    share = list(dict.fromkeys(shard for part in unknown for shard in part))[rank() :: world_size()]
+    unknown = _on_all(lambda: [shard for shard in expand(spec) if not _cached(shard).exists()])
+    share = list(dict.fromkeys(itertools.chain(*unknown)))[rank() :: world_size()]
     for part in _on_all(lambda: {shard: shard_index(shard) for shard in share}):
         for shard in set(part).intersection(unknown[rank()]):
             # A file of the same name on another machine may be another file.
@@ -224,9 +217,8 @@ def _on_all(make: Callable[[], Any]) -> list[Any]:
     except DataError as error:
         own = error
     parts = gather_objects(own)
-    for part in parts:
-        if isinstance(part, DataError):
-            raise part
+    if wrong := [part for part in parts if isinstance(part, DataError)]:
+        raise wrong[0]
     return parts
 
 
@@ -235,12 +227,10 @@ def shard_index(shard: str) -> ShardIndex:
 
     What comes from a url is taken to be the same every time, so that a known one is not read again.
     """
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):  # never written, or damaged
         size, keys, places, skipped = json.loads(_cached(shard).read_text(encoding="utf-8"))
         table = np.array(places, dtype=np.int64).reshape(len(keys), 5)
         return ShardIndex(size, keys, table, skipped)
-    except (OSError, ValueError, TypeError):
-        pass  # never written, or damaged
     index = _scan(local_copy(shard) if is_remote(shard) else shard, shard)
     _store(shard, index)
     return index
@@ -257,9 +247,8 @@ def _cached(shard: str) -> Path:
 
 
 def _store(shard: str, index: ShardIndex) -> None:
-    parts = [index.size, index.keys, index.places.tolist(), index.skipped]
     try:
-        write_atomic(_cached(shard), json.dumps(parts))
+        write_atomic(_cached(shard), json.dumps(index._replace(places=index.places.tolist())))
     except OSError as error:
         logger.warning("an index of shards is not kept (%s); set PROTOCLIP_CACHE", error)
 
@@ -297,10 +286,8 @@ def _pair(file: io.BufferedReader, members: Mapping[str, Place]) -> tuple[int, .
     for kind in filter(usable.get, TEXT_KINDS):
         offset, size = usable[kind]
         file.seek(offset)
+        data = file.read(min(size, MAX_CAPTION_BYTES + 1))
         try:
-            if size > MAX_CAPTION_BYTES:
-                raise ValueError(f"{size:,} bytes are too many for captions")
-            data = file.read(size)
             parse_captions(data, kind == "json")
             if not chosen or b'"captions"' in data:  # a list goes before the one in the txt
                 chosen = kind
@@ -314,6 +301,8 @@ def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
 
     They are the lines of a text, or "captions" or "caption" of a JSON; else it is a ValueError.
     """
+    if len(data) > MAX_CAPTION_BYTES:
+        raise ValueError(f"more than {MAX_CAPTION_BYTES:,} bytes are too many for captions")
     text = data.decode("utf-8-sig")
     found: Any = text.splitlines()
     if is_json:

@@ -109,9 +109,8 @@ class Subset:
         }
         self.remote = getattr(dataset, "remote", False)
         self.skipped = getattr(dataset, "skipped", ())
-        for column in ("shard_of", "source_of"):
-            if hasattr(dataset, column):
-                setattr(self, column, getattr(dataset, column)[self.indices])
+        if hasattr(dataset, "shard_of"):
+            self.shard_of = dataset.shard_of[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)

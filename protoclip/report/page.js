@@ -36,13 +36,11 @@ document.querySelectorAll(".gallery").forEach(gallery);
 const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer;
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
-function hue(id, total, named) {
+function hue(id, total) {
   if (id < 0) return dark.matches ? "#4a525c" : "#c5ccd4";
-  const light = dark.matches ? 66 : 46;
-  // Few classes get even steps around the circle; many prototypes the golden angle.
-  const angle = named && total <= 24 ? (360 * id) / total : (id * 137.508) % 360;
-  const shift = named ? (id % 2) * 12 - 6 : ((id * 7) % 5) * 4 - 8;
-  return `hsl(${angle.toFixed(1)} 68% ${light + shift}%)`;
+  // A few classes get even steps around the circle, many prototypes the golden angle.
+  const angle = total <= 24 ? (360 * id) / total : (id * 137.508) % 360;
+  return `hsl(${angle.toFixed(1)} 68% ${(dark.matches ? 66 : 46) + (id % 2) * 12 - 6}%)`;
 }
 
 function map(box) {
@@ -72,7 +70,7 @@ function map(box) {
         if (pale !== faint) continue;
         const [x, y] = at(i);
         pen.globalAlpha = pale ? 0.08 : n > 20000 ? 0.5 : 0.8;
-        pen.fillStyle = hue(id, total, names.length > 0);
+        pen.fillStyle = hue(id, total);
         pen.beginPath();
         if (text) pen.rect(x - size * 0.8, y - size * 0.8, size * 1.6, size * 1.6);
         else pen.arc(x, y, size, 0, 7);
@@ -84,7 +82,7 @@ function map(box) {
     }
     key.replaceChildren(...names.slice(0, 40).map((name, id) => {
       const item = make("button"), mark = make("i");
-      mark.style.background = hue(id, total, true);
+      mark.style.background = hue(id, total);
       item.append(mark, name);
       item.setAttribute("aria-pressed", state.only < 0 || state.only === id);
       item.onclick = () => { state.only = state.only === id ? -1 : id; draw(); };
@@ -95,7 +93,7 @@ function map(box) {
       : `${total.toLocaleString()} clusters, each in its colour; click a dot to see its cluster alone.`;
   }
 
-  const choice = document.createElement("select");
+  const choice = make("select");
   choice.setAttribute("aria-label", "colour by");
   for (const name in data.by) choice.add(new Option("colour by " + name, name));
   choice.onchange = () => { state.by = choice.value; state.only = -1; draw(); };
