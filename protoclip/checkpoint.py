@@ -126,7 +126,7 @@ def check_form(path: Path, payload: dict[str, Any], complete: bool = False) -> N
         value: Any = payload
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
-        wrong = not isinstance(value, kind) or (kind is int and value < 0)
+        wrong = not isinstance(value, kind) or (isinstance(value, int) and value < 0)
         if wrong and (complete or value is not None):
             raise ValueError(
                 f"checkpoint: expected {name} in {path} as {kind.__name__}, got {value!r:.40}; use "

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from protoclip.config import OptimConfig
 from protoclip.data import Batch
 from protoclip.data.types import mix
 from protoclip.distributed import GlobalBatchNorm1d, broadcast, is_distributed, rank
-from protoclip.grad_cache import grad_cache
 from protoclip.losses import Losses, ProtoLoss, caption_ids
 from protoclip.model import Encoded, ProtoModel, autocast_for
 from protoclip.prototypes import Episode
@@ -156,8 +156,8 @@ class Step:
 class Stepper:
     """Takes gradient steps that depend on the global batch alone.
 
-    With several batches a step, the towers encode each apart by ``grad_cache``; heads and losses
-    see all of them at once (OpenCLIP's --accum-freq forms the loss once for every batch instead).
+    With several batches a step, the towers encode each apart, as ``grad_cache`` does; heads and
+    losses see all of them at once (OpenCLIP's --accum-freq forms the loss for every batch instead).
 
     Args:
         model: on the device of the run.
@@ -175,7 +175,6 @@ class Stepper:
         model: ProtoModel,
         loss: ProtoLoss,
         config: OptimConfig,
-        *,
         precision: str = "fp32",
         phases: Phases | None = None,
         seed: int = 0,
@@ -224,13 +223,10 @@ class Stepper:
             group["lr"] = image_lr if group["image"] and image_lr is not None else lr
         statistics = [buffer.clone() for buffer in self._statistics]
         moved = [batch.to(self.device, non_blocking=True) for batch in batches]
-
-        def forward() -> tuple[Losses, Encoded | None]:
-            call = partial(self.replica, self._forward) if len(moved) == 1 else self._forward
-            return call(number, moved, episode, project)
-
-        distills = self.loss.config.w_distill > 0
-        if is_distributed() and self._replicate(heads=episode is not None or distills):
+        heads = episode is not None or self.loss.config.w_distill > 0
+        changed = is_distributed() and self._replicate(heads, self.model.image_locked)
+        forward = partial(self.replica, self._forward, number, moved, episode, project)
+        if changed:
             # DDP orders its buckets once, after a backward pass. This idle one lets a resumed run
             # sum in the order of the run that it resumes.
             forward()[0].total.backward()
@@ -249,11 +245,10 @@ class Stepper:
         self.bad = torch.stack([self.bad[0] + skipped, (self.bad[1] + 1) * skipped])
         return Step(losses, projected, norm, finite, repeated(_captions(moved)))
 
-    def _replicate(self, *, heads: bool) -> bool:
+    def _replicate(self, heads: bool, locked: bool) -> bool:
         """Have DDP average the gradients of what trains now; whether that has changed."""
-        phase = heads, self.model.image_locked
-        if changed := phase != self._phase:
-            self._phase = phase
+        if changed := (heads, locked) != self._phase:
+            self._phase = heads, locked
             self.replica = DistributedDataParallel(
                 Replica(self.model if heads else self.model.clip),
                 gradient_as_bucket_view=True,
@@ -267,13 +262,13 @@ class Stepper:
     ) -> tuple[Losses, Encoded | None]:
         """The losses, and projections without a graph."""
         if len(batches) == 1:
-            image, text = self._encode(number, 0, batches[0])
-        else:
-            ddp = [self.replica] if isinstance(self.replica, DistributedDataParallel) else []
-            encode = partial(self.replica, self._encode, number)
-            parts = list(enumerate(batches))
-            ((image, text),) = grad_cache([encode], [parts], 1, split=lambda p, _: p, ddp=ddp)
-        encoded = Encoded(image, text)
+            encoded = Encoded(*self._encode(number, 0, batches[0]))
+        else:  # GradCache: each is encoded again for its share of the gradient
+            parts = [
+                checkpoint(self._encode, number, *part, use_reentrant=False)
+                for part in enumerate(batches)
+            ]
+            encoded = Encoded(*map(torch.cat, zip(*parts, strict=True)))
         with self.autocast():
             projected = self.model.project(encoded) if project else None
         losses = self._losses(encoded, projected, batches, episode)

@@ -225,8 +225,9 @@ class Trainer:
         crop = model.image_size, model.mean, model.std, config.data.augmentation
         self.transform = build_transform(*crop)
         loss = ProtoLoss(weights, teacher, self.phases.measure)
-        run = {"precision": setup.precision, "phases": self.phases, "seed": config.run.seed}
-        self.stepper = Stepper(model, loss, config.optim, **run)
+        self.stepper = Stepper(
+            model, loss, config.optim, setup.precision, self.phases, config.run.seed
+        )
         self.builder = prototypes.EpisodeBuilder(
             config.episode,
             self.dataset.keys,
@@ -282,8 +283,7 @@ class Trainer:
         self.model.train()
         own, numbers = schedule.own_draws(self.plan, draws)
         first = done * self.plan.batch_size // distributed.world_size()
-        drawn = Draws(own, schedule.episode_seed(seed, number, 0), first, numbers)
-        stream = iter(self._batches(drawn))
+        stream = self._batches(Draws(own, schedule.episode_seed(seed, number, 0), first, numbers))
         for _ in steps[done:]:
             self._train_step(stream, number)
             bar.set_postfix(loss=f"{self._loss:.3f}", refresh=False)
@@ -291,17 +291,10 @@ class Trainer:
             self._between_steps()
 
     def _batches(self, draws: Draws) -> Iterator[Batch]:
-        data = self.config.data
-        return batches(
-            self.dataset,
-            draws,
-            self.config.optim.batch_size,
-            self.transform,
-            self.model.short_tokenizer,
-            workers=data.workers,
-            captions=data.captions,
-            faults=self.faults,
-        )
+        data, size = self.config.data, self.config.optim.batch_size
+        read = self.transform, self.model.short_tokenizer
+        how: dict[str, Any] = {"workers": data.workers, "captions": data.captions}
+        return iter(batches(self.dataset, draws, size, *read, faults=self.faults, **how))
 
     def _build_episode(self, number: int, samples: Tensor) -> Episode:
         """The prototypes of an episode that trains on ``samples``, int64 [M] positions."""
@@ -313,8 +306,8 @@ class Trainer:
                 numbers = torch.arange(len(samples))[distributed.own_slice(len(samples))]
                 drawn = schedule.episode_seed(seed, number, 1)
                 stream = self._stoppable(self._batches(Draws(samples[numbers], drawn, 0, numbers)))
-                how = {"device": self.setup.device, "autocast": self.stepper.autocast}
-                features = prototypes.extract(self.model, stream, **how)
+                autocast, device = self.stepper.autocast, self.setup.device
+                features = prototypes.extract(self.model, stream, device=device, autocast=autocast)
         with self.phases.measure("clusters"):
             random = distributed.generator(seed, schedule.EPISODES, number, 2)
             return self.builder.build(features, random, self.episode, coming)
@@ -379,15 +372,14 @@ class Trainer:
             "same_caption": step.same_caption,
             "grad_norm": step.norm,
             "bad_steps": self.stepper.bad[0],
-            "bad_samples": faults.to(self.setup.device),
+            "bad_samples": (faults + self.faults.known).to(self.setup.device),
         }
         if self.model.logit_bias is not None:
             scalars["logit_bias"] = self.model.logit_bias
         values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()])
-        means = distributed.mean_over_ranks(values).tolist()
-        record = {k: v for k, v in zip(scalars, means, strict=True) if math.isfinite(v)}
-        record["bad_samples"] += self.faults.known
-        record = {k: v for k, v in record.items() if v or not k.startswith("bad_")}
+        means = zip(scalars, distributed.mean_over_ranks(values).tolist(), strict=True)
+        kept = {k: v for k, v in means if math.isfinite(v)}
+        record = {k: v for k, v in kept.items() if v or not k.startswith("bad_")}
         now, (then, logged) = time.perf_counter(), self._logged_at
         self._logged_at = (now, self.step)
         record |= {
@@ -407,12 +399,11 @@ class Trainer:
                 f"another (same_caption in metrics.jsonl); --dedup {self.config.loss.dedup}"
             )
         self._loss = record.get("loss", math.nan)
-        began, first = self._began_at
-        left = (self.plan.total_steps - self.step) * (now - began) / (self.step - first)
+        total, (began, first) = self.plan.total_steps, self._began_at
+        left = round((total - self.step) * (now - began) / (self.step - first))
         self.folder.note(
-            f"step {self.step}/{self.plan.total_steps}, loss {self._loss:.4f}, "
-            f"{record['samples_per_second']:,.0f} samples/s, "
-            f"ETA {datetime.timedelta(seconds=round(left))}"
+            f"step {self.step}/{total}, loss {self._loss:.4f}, {record['samples_per_second']:,.0f} "
+            f"samples/s, ETA {datetime.timedelta(seconds=left)}"
         )
 
     def _between_steps(self) -> None:
@@ -435,12 +426,9 @@ class Trainer:
         if stop or timed or (self._every_steps and self.step % self._every_steps == 0):
             self.save(None)
         if stop:
-            asked = self.signals.asked or "a signal to another rank"
-            raise schedule.Stopped(
-                f"stopped by {'Ctrl-C' if asked == 'SIGINT' else asked} after step {self.step}; "
-                f"go on with --resume {self.folder.path}",
-                130 if stop > 1 else 0,
-            )
+            signal = "Ctrl-C" if stop > 1 else self.signals.asked or "a signal to another rank"
+            words = f"stopped by {signal} after step {self.step}; go on with --resume"
+            raise schedule.Stopped(f"{words} {self.folder.path}", 130 if stop > 1 else 0)
         due = 0 < self._every_seconds <= time.monotonic() - self._saved_at[0]  # by its own clock
         self._agreed = distributed.max_later(torch.tensor([float(due), self.signals.level]))
 
@@ -556,17 +544,17 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
             f"note: --warmup {warmup:g} steps are longer than the run's {plan.total_steps}, which "
             "never gets to --lr; a fraction such as 0.1 follows the run"
         )
-    words = f"method: clip, {'SigLIP' if config.model.siglip else 'InfoNCE'} only"
-    if uses_prototypes(config):
-        words = (
-            f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
-            f"{prototypes.check_clusters(episode, setup.episode_samples)} prototypes per source, "
-            f"features {'reused' if episode.reuses else 'extracted'}, prototypes from episode "
-            f"{episode.infonce_warmup + 1} on"
-            + ", which this run does not reach" * (plan.episodes <= episode.infonce_warmup)
-            + f"\n{remark}"
-        )
-    folder.say(words)
+    if not uses_prototypes(config):
+        folder.say(f"method: clip, {'SigLIP' if config.model.siglip else 'InfoNCE'} only")
+        return
+    folder.say(
+        f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
+        f"{prototypes.check_clusters(episode, setup.episode_samples)} prototypes per source, "
+        f"features {'reused' if episode.reuses else 'extracted'}, prototypes from episode "
+        f"{episode.infonce_warmup + 1} on"
+        + ", which this run does not reach" * (plan.episodes <= episode.infonce_warmup)
+        + f"\n{remark}"
+    )
 
 
 @torch.no_grad()
@@ -620,8 +608,7 @@ def conclude(
     name, weights = trainer.config.model.model, str(checkpoint.candidates(folder.path)[0])
     outcome = Outcome(evaluation.data, name, weights, after or {}, before, timing, peak, floor)
     recorded = page.recorded_baseline(to_dict(trainer.config)) if after else None
-    baseline = recorded.outcome if recorded else None
-    folder.say("\n" + results.format_table(outcome, baseline))
+    folder.say("\n" + results.format_table(outcome, recorded.outcome if recorded else None))
     if after is None:
         folder.say("no evaluation: give --val-data")
     else:
@@ -664,14 +651,9 @@ class Evaluation:
 
     def encoder(self, model: ProtoModel) -> tasks.Encoder:
         """Encodes with the model as it is, on all ranks."""
-        setup = self.setup
-        return tasks.Encoder(
-            model,
-            setup.device,
-            workers=setup.config.data.workers,
-            autocast=autocast_for(setup.precision, setup.device),
-            sharded=distributed.is_distributed(),
-        )
+        device, workers = self.setup.device, self.setup.config.data.workers
+        autocast, sharded = autocast_for(self.setup.precision, device), distributed.is_distributed()
+        return tasks.Encoder(model, device, workers=workers, autocast=autocast, sharded=sharded)
 
     def untrained(self, folder: Path, model: ProtoModel, resumed: bool) -> Results | None:
         """The evaluation before training; a resumed run reads what it found when it began."""
@@ -681,8 +663,7 @@ class Evaluation:
             return results.read_results(path).trained if found else None
         before = self.full(model, "evaluating the untrained model")
         if before is not None and distributed.is_main():
-            outcome = Outcome(self.data, "untrained", "", before)
-            results.write_results(path, outcome)
+            results.write_results(path, Outcome(self.data, "untrained", "", before))
         return before
 
     def full(self, model: ProtoModel, what: str) -> Results | None:
