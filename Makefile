@@ -33,10 +33,10 @@ bench:  ## parity, then speed; under six minutes on two cores
 bench-full:  ## the wide sweeps and sizes too; recorded under benchmarks/results unless RECORD says where
 	$(PYTHON) -m pytest benchmarks --benchmark-only --sizes full --record $(or $(RECORD),benchmarks/results)
 
-study:  ## what each design is worth, over seeds; about an hour on two cores, resumable
-	$(PYTHON) -m benchmarks.study
+study:  ## what each design is worth, over seeds; about ten hours on two cores in any number of calls (HOURS=2)
+	$(PYTHON) -m benchmarks.study $(if $(HOURS),--hours $(HOURS))
 
-study-quick:  ## four rows, two seeds, short runs: a minute or two
+study-quick:  ## every step of the study, tiny: a few minutes
 	$(PYTHON) -m benchmarks.study --quick
 
 kernels:  ## registers, spills, shared memory and instruction of each launch row; no GPU needed

@@ -49,9 +49,7 @@ def pytest_configure(config):
 
 
 # What a reader asks first, where the sizes hold it; else an op's first case.
-HEADLINES = ("[both-N32768-D512-bf16", "[N4096-K20000-D128-bf16", "[200000x20000x128-bf16")
-
-
+HEADLINES = ("[info_nce-both-N32768-D512-bf16", "[N4096-K20000-D128-bf16", "[200000x20000x128-bf16")
 VARIANT = ("variant", "name")  # the parameters that say whose
 
 
@@ -60,17 +58,18 @@ def _params(item) -> dict:
 
 
 def pytest_collection_modifyitems(config, items):
-    """By value: a headline case of each op, ours and then its peers; the rest; the sweeps."""
+    """By value: a headline case of each op, ours and then its peers; the rest."""
     rank = {}
-    for function in dict.fromkeys(item.originalname for item in items):
-        group = [item for item in items if item.originalname == function]
+    ops = [(item.originalname, str(_params(item).get("case")).split(",")[0]) for item in items]
+    for op in dict.fromkeys(ops):
+        group = [item for item, own in zip(items, ops, strict=True) if own == op]
         cases = [{k: v for k, v in _params(item).items() if k not in VARIANT} for item in group]
         named = [any(h in item.name for h in HEADLINES) for item in group]
         for item, case, is_named in zip(group, cases, named, strict=True):
             compared = case.keys() != _params(item).keys()  # with others
             headline = compared and (is_named if any(named) else case == cases[0])
             ours = any(str(v).startswith(harness.OURS) for v in _params(item).values())
-            rank[item] = (1 - ours) if headline else 3 if case.get("sweep") else 2
+            rank[item] = (1 - ours) if headline else 2
     items.sort(key=rank.__getitem__)
     if config.getoption("--headline"):
         items[:] = [item for item in items if rank[item] < 2]
@@ -104,31 +103,6 @@ def sizes(request) -> str:
     return request.config.getoption("--sizes")
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    report = yield
-    record = getattr(item.config.stash[SESSION], "record", None)
-    name = item.nodeid.split("/")[-1]
-    if record is not None:
-        if report.skipped and call.excinfo is not None:
-            record.refuse("skipped", name, str(call.excinfo.value))
-        elif report.failed:
-            record.refuse("failed", name, str(call.excinfo.value).split("\n")[0][:300])
-        elif report.when == "call":
-            record.done(name)
-    return report
-
-
 def pytest_report_teststatus(report):
     if report.passed and report.when == "call":
         return "passed", "", "PASSED"  # its line is the sign of life
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    running = config.stash[SESSION]
-    if lines := harness.ratios(running.rows):
-        terminalreporter.section("each peer's time as a multiple of ours")
-        for text in lines:
-            terminalreporter.write_line(text)
-    if running.rows and running.record_path is not None:
-        terminalreporter.write_line(f"record: {running.record_path}")

@@ -1,88 +1,69 @@
 """InfoNCE over ranks beside OpenCLIP's local_loss + gather_with_grad: parity, memory, time.
 
-``python benchmarks/distributed_loss.py --ranks 4 --batch 16384``: gloo ranks on this machine, one
-thread each. Peak memory is the growth of the process over loss and gradients, with malloc told to
-return what is freed; time is that of the slowest rank. Variants alternate; minima are shown.
+``torchrun --nproc-per-node 4 -m benchmarks.distributed_loss``: gloo ranks on this machine, one
+thread each. Peak memory is the growth of the process over loss and gradients; time is that of the
+slowest rank. Variants alternate; minima are shown.
 """
 
-from __future__ import annotations
-
 import argparse
-import ctypes
-import re
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from open_clip.loss import ClipLoss
 
-
-def resident(name: str) -> int:
-    """Bytes of this process by /proc: VmRSS now, VmHWM at its peak."""
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{name}:\s+(\d+)", text)[1])
+import protoclip
+from benchmarks.harness import peak_mib
+from protoclip import distributed
 
 
 def measure(loss, inputs):
-    """Seconds of the slowest rank, bytes of growth, and loss and gradients of one pass."""
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")
-    before, start = resident("VmRSS"), time.perf_counter()
-    value = loss(*leaves)
-    value.backward()
-    spent = [time.perf_counter() - start, resident("VmHWM") - before]
-    worst = torch.tensor(spent, dtype=torch.float64)
+    """Seconds of the slowest rank, most MiB of growth, and loss and gradients of one pass."""
+    leaves, found = [t.clone().requires_grad_() for t in inputs], []
+
+    def run():
+        dist.barrier()
+        start = time.perf_counter()
+        found.append(loss(*leaves))
+        found[0].backward()
+        found.append(time.perf_counter() - start)
+
+    grown = peak_mib(run)
+    worst = torch.tensor([found[1], grown], dtype=torch.float64)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
-    return worst, [value.detach(), *(t.grad for t in leaves[:2])]
+    return worst, [found[0].detach(), *(t.grad for t in leaves[:2])]
 
 
-def rank(number: int, options: argparse.Namespace) -> None:
-    from open_clip.loss import ClipLoss
-
-    import protoclip
-
-    ctypes.CDLL(None).mallopt(-3, 1 << 16)
-    torch.set_num_threads(1)
-    ranks = options.ranks
-    address = f"tcp://127.0.0.1:{options.port}"
-    dist.init_process_group("gloo", address, rank=number, world_size=ranks)
-    torch.manual_seed(number)
-    dtype = getattr(torch, options.dtype)
-    x = F.normalize(torch.randn(options.batch // ranks, options.dim), dim=-1)
-    y = F.normalize(x + 0.5 * torch.randn_like(x), dim=-1)
-    inputs = x.to(dtype), y.to(dtype), torch.tensor(50.0)
-    flags = {"local_loss": True, "gather_with_grad": True, "rank": number, "world_size": ranks}
-    variants = {"protoclip": protoclip.ClipLoss(**flags), "open_clip": ClipLoss(**flags)}
-    spent = {name: [] for name in variants}
-    found = {}
-    for _ in range(options.rounds):
-        for name, loss in variants.items():
-            worst, found[name] = measure(loss, inputs)
-            spent[name].append(worst)
-    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
-    for ours, theirs in zip(*found.values(), strict=True):
-        assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
-    best = [torch.stack(own).amin(0) for own in spent.values()]
-    if number == 0:
-        for name, (seconds, grown) in zip(variants, best, strict=True):
-            print(f"{name:<10} {seconds:7.2f} s  {grown / 2**20:8.1f} MiB a rank")
-        print("ratio      {:7.2f}    {:8.2f}".format(*(best[0] / best[1])))
-    dist.destroy_process_group()
-
-
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16384, help="global")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--port", type=int, default=29777)
     options = parser.parse_args()
-    mp.spawn(rank, (options,), nprocs=options.ranks)
+    torch.set_num_threads(1)
+    distributed.start(distributed.find_rank(), torch.device("cpu"), 600.0)
+    rank, ranks = distributed.rank(), distributed.world_size()
+    torch.manual_seed(rank)
+    dtype = getattr(torch, options.dtype)
+    x = F.normalize(torch.randn(options.batch // ranks, options.dim), dim=-1)
+    y = F.normalize(x + 0.5 * torch.randn_like(x), dim=-1)
+    inputs = x.to(dtype), y.to(dtype), torch.tensor(50.0)
+    flags = {"local_loss": True, "gather_with_grad": True, "rank": rank, "world_size": ranks}
+    variants = {"protoclip": protoclip.ClipLoss(**flags), "open_clip": ClipLoss(**flags)}
+    best, found = {}, {}
+    for _ in range(options.rounds):
+        for name, loss in variants.items():
+            worst, found[name] = measure(loss, inputs)
+            best[name] = worst.minimum(best.get(name, worst))
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
+    for ours, theirs in zip(*found.values(), strict=True):
+        assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+    if rank == 0:
+        for name, (seconds, grown) in best.items():
+            print(f"{name:<10} {seconds:7.2f} s  {grown:8.1f} MiB a rank")
+    distributed.stop()
 
 
 if __name__ == "__main__":

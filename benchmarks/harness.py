@@ -7,6 +7,8 @@ with rounds of our own op, so that their ratio survives a machine that others us
 from __future__ import annotations
 
 import ctypes
+import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -20,8 +22,7 @@ import pytest
 import torch
 
 from benchmarks.machine import DEVICE, DTYPES, card_state, ceilings, describe, sync
-from benchmarks.records import Record, Row
-from benchmarks.report import OURS, cases, label, sizes
+from benchmarks.report import OURS, Row, identity
 from benchmarks.roofline import Work
 
 SLOW = 5.0  # seconds; beyond, one round is timed
@@ -29,18 +30,45 @@ SLOW = 5.0  # seconds; beyond, one round is timed
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape; ``sweep`` names the letter that grows, for the fitted exponent."""
+    """One op at one shape."""
 
     op: str
     shape: dict[str, int]
     dtype: str
     work: Work
     phase: str = ""
-    sweep: str | None = None
 
     def __str__(self) -> str:
         sizes = " ".join(f"{letter}={size}" for letter, size in self.shape.items())
         return " ".join(filter(None, (self.op, self.phase, sizes, self.dtype)))
+
+
+class Record:
+    """One JSON file, rewritten whole after each case, so a cut-off loses nothing.
+
+    ``runs`` holds machine, versions, commit, date and ceilings of each run; ``rows`` one measured
+    case each, with the index of its run. A run into an existing file replaces the rows it measures
+    again and keeps the others. Without a path it is only kept in memory.
+    """
+
+    def __init__(self, path: Path | None, run: dict[str, Any]):
+        found: dict[str, Any] = {"runs": [], "rows": []}
+        if path is not None and path.exists():
+            found = json.loads(path.read_text())
+        self.path, self.runs, self.rows = path, [*found["runs"], run], found["rows"]
+
+    def add(self, row: Row) -> None:
+        """Take a row in, and drop runs none of whose rows are left."""
+        kept = [old for old in self.rows if identity(old) != identity(row)]
+        self.rows = [*kept, row | {"run": len(self.runs) - 1}]
+        used = sorted({row["run"] for row in self.rows})
+        self.runs = [self.runs[old] for old in used]
+        self.rows = [row | {"run": used.index(row["run"])} for row in self.rows]
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps({"runs": self.runs, "rows": self.rows}, indent=1) + "\n")
+            os.replace(partial, self.path)
 
 
 @dataclass
@@ -52,7 +80,6 @@ class Session:
     note: str = ""
     deadline: float | None = None
     say: Callable[[str], None] = print
-    rows: list[dict[str, Any]] = field(default_factory=list)
     record: Record = field(init=False)
     ceilings: dict[str, float] = field(init=False)
 
@@ -125,7 +152,7 @@ class Bench:
     def _add(self, case, variant, times, memory, ours, note) -> None:
         row: dict[str, Any] = {
             "op": case.op, "phase": case.phase, "variant": variant, "shape": case.shape,
-            "dtype": case.dtype, "sweep": case.sweep, "rounds": len(times), "note": note,
+            "dtype": case.dtype, "rounds": len(times), "note": note,
         }  # fmt: skip
         low, middle, high = np.percentile(times, (20, 50, 80))
         row |= {"median_ms": middle, "p20_ms": low, "p80_ms": high, "min_ms": min(times)}
@@ -137,7 +164,6 @@ class Bench:
         row["ratio"] = float(middle / np.median(ours)) if ours else None
         row |= {"card": card_state()}
         row = {key: float(f"{v:.5g}") if isinstance(v, float) else v for key, v in row.items()}
-        self.session.rows.append(row)
         self.session.record.add(row)
         self.session.say(line(row, case))
         self.benchmark.extra_info.update(row)
@@ -155,22 +181,6 @@ def line(row: dict[str, Any], case: Case) -> str:
         f"{row['p80_ms']:.3f}] min {row['min_ms']:.3f} | {row['rate']:.3f} {unit} "
         f"({row['share']:.0%} of {of}) | {memory}{ratio}{note}"
     )
-
-
-def ratios(rows: list[Row]) -> list[str]:
-    """One line a case: every peer's time as a multiple of ours."""
-    lines = []
-    for group in cases(rows):
-        listed = [
-            f"{row['variant']} {row['ratio']:.2f}x" + (" (faster than ours)" * (row["ratio"] < 1))
-            for row in group
-            if row["ratio"] is not None
-        ]
-        if listed:
-            lines.append(
-                f"{label(group[0])} {sizes(group[0])} {group[0]['dtype']}: {', '.join(listed)}"
-            )
-    return lines
 
 
 class _Clock:

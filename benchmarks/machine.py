@@ -6,10 +6,9 @@ import importlib.metadata
 import os
 import platform
 import re
-import resource
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,8 +19,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGES = (
     "torch", "triton", "numpy", "open_clip_torch", "faiss-cpu", "scikit-learn", "scipy",
-    "cut-cross-entropy", "liger-kernel", "memeff", "siglip-kernel", "flash-kmeans", "fastkmeans",
-    "superkmeans", "faiss-gpu-cu12",
+    "cut-cross-entropy", "liger-kernel", "memeff", "siglip-kernel", "flash-kmeans",
+    "faiss-gpu-cu12",
 )  # fmt: skip
 SOURCES = ("protoclip", "kernels", "csrc")
 
@@ -35,18 +34,12 @@ def name() -> str:
     """What a table is headed by: the card, or the CPU with its cores and widest arithmetic."""
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
-    found = re.search(r"model name\s*:\s*(.+)", _cpuinfo())
-    flags = set(re.search(r"flags\s*:\s*(.+)", _cpuinfo() or "flags: -")[1].split())
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    flags = set(re.search(r"flags\s*:\s*(.+)", text or "flags: -")[1].split())
     units = [unit for unit in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if unit in flags]
     cores = len(os.sched_getaffinity(0))
     return f"{found[1] if found else platform.machine()}, {cores} cores, {(units or ['-'])[0]}"
-
-
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
 
 
 def slug() -> str:
@@ -96,23 +89,6 @@ def card_state() -> dict[str, str]:
     found = _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader", "--id=0")
     names = ("sm_clock", "power", "temperature", "throttle")
     return dict(zip(names, (found or "").split(", "), strict=False))
-
-
-def run_command(command: Sequence[str], log: Path, **environment: str) -> resource.struct_rusage:
-    """Run a command with its output in a file; what it used of the machine.
-
-    Raises:
-        RuntimeError: it failed; its last words.
-    """
-    with open(log, "w") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=file, env={**os.environ, **environment}
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if status:
-        raise RuntimeError(f"{' '.join(command[:4])} failed:\n{log.read_text()[-3000:]}")
-    return usage
 
 
 def best_seconds(run: Callable[[], object], seconds: float) -> float:

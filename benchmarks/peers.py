@@ -48,6 +48,13 @@ def optional(module: str, attribute: str = "") -> Any:
         pytest.skip(f"{module}.{attribute}: {error}".replace(".:", ":"))
 
 
+def on_a_gpu(module: str, attribute: str) -> Any:
+    """``optional`` of a peer that runs on GPUs only."""
+    if DEVICE == "cpu":
+        pytest.skip(f"{module} runs on GPUs only")
+    return optional(module, attribute)
+
+
 @cache
 def compiled(function: Callable) -> Callable:
     """``function`` under torch.compile, every shape compiled for itself as a user would."""

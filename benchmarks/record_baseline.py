@@ -20,7 +20,6 @@ from pathlib import Path
 from scipy import stats
 
 from benchmarks import machine
-from protoclip.config import TrainConfig, to_dict
 from protoclip.evaluate.results import Outcome, SetResults, write_results
 from protoclip.report.page import RECORDED, Run, comparable, read_run
 
@@ -58,13 +57,8 @@ def record(runs: Sequence[Run], folder: Path) -> Outcome:
         outcome = dataclasses.replace(outcome, trained=sets, seeds=len(runs))
     commit, date = machine.describe()["commit"], time.strftime("%Y-%m-%d")
     words = f"plain CLIP, {len(runs)} seeds, {date}, {machine.name()}, commit {commit}"
-    config = {}  # settings that are gone, or have come since, are not what a run differs in
-    for name, known in to_dict(TrainConfig()).items():
-        old = first.get(name, known)
-        if isinstance(known, dict):
-            old = {key: old.get(key, default) for key, default in known.items()}
-        config[name] = old
-    config["run"] = {"name": words, **({"seeds": seeds} if len(runs) > 1 else {"seed": seeds[0]})}
+    which = {"seeds": seeds} if len(seeds) > 1 else {"seed": seeds[0]}
+    config = first | {"run": {"name": words, **which}}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     write_results(folder / "results.json", dataclasses.replace(outcome, untrained=None))

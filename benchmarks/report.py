@@ -1,8 +1,7 @@
-"""Records into docs/speed.md, its plots, and README's table and figure.
+"""Records into docs/speed.md, and README's table and figure.
 
     python -m benchmarks.report RESULTS.json …            print the tables
-    python -m benchmarks.report RESULTS.json … --write    update the pages, plots and figure
-    python -m benchmarks.report --compare OLD.json NEW.json
+    python -m benchmarks.report RESULTS.json … --write    update the pages and the figure
 
 Of each machine the newest record counts; README shows the newest of a CPU.
 """
@@ -10,17 +9,16 @@ Of each machine the newest record counts; README shows the newest of a CPU.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from benchmarks.records import Row, between, case_of, identity, load, write_between
-
-Record = dict[str, Any]
+Row = dict[str, Any]
+Record = dict[str, Any]  # what harness.Record writes
+IDENTITY = ("op", "phase", "variant", "shape", "dtype", "sweep")  # the last in older records
 OURS = "protoclip"
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -29,7 +27,6 @@ README = ROOT / "README.md"
 FIGURE = ROOT / "docs" / "speed.svg"
 BEGIN = "<!-- record: begin (python -m benchmarks.report writes this) -->"
 END = "<!-- record: end -->"
-PLOTS = {("info_nce", "N"): "info-nce", ("kmeans_assign", "K"): "kmeans"}
 HEADLINES = {  # README's rows: a name, and which case it is
     "InfoNCE and gradient, bf16": "info_nce both bf16 N=4096 D=512",
     "InfoNCE and gradient, fp32": "info_nce both fp32 N=4096 D=512",
@@ -38,12 +35,39 @@ HEADLINES = {  # README's rows: a name, and which case it is
     "nearest centroid, fp32": "kmeans_assign fp32 N=32768 K=1024 D=256",
     "k-means, 20 iterations, fp32": "kmeans 20 iterations fp32 N=20000 K=1000 D=128",
 }
-COLOURS = ("#0b62a4", "#c8501e", "#3c8d40", "#7b5aa6", "#8a6d1d")
-STYLE = {
-    "svg.hashsalt": "protoclip", "svg.fonttype": "none", "font.size": 9, "axes.grid": True,
-    "axes.spines.top": False, "axes.spines.right": False, "grid.color": "#dddddd",
-    "legend.frameon": False,
-}  # fmt: skip
+COLOURS = ("#0b62a4", "#c8501e")
+STYLE = {"svg.hashsalt": "protoclip", "svg.fonttype": "none", "font.size": 9}
+STYLE |= {f"axes.spines.{side}": False for side in ("top", "right", "left")}
+
+
+def between(path: Path, begin: str, end: str) -> tuple[str, str, str]:
+    """What stands before, between and after two marks of a page.
+
+    Raises:
+        ValueError: the marks are not there once each.
+    """
+    text = path.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{path}: expected the lines {begin!r} and {end!r} once each")
+    before, rest = text.split(begin)
+    middle, after = rest.split(end)
+    return before, middle.strip(), after
+
+
+def write_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two marks of a page."""
+    before, _, after = between(path, begin, end)
+    path.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}")
+
+
+def identity(row: Row) -> str:
+    """What makes two rows the same case and variant."""
+    return json.dumps([row.get(key) for key in IDENTITY])
+
+
+def case_of(row: Row) -> str:
+    """What the variants of one case share."""
+    return json.dumps([row.get(key) for key in IDENTITY if key != "variant"])
 
 
 def newest_per_machine(records: Iterable[Record]) -> list[Record]:
@@ -104,7 +128,7 @@ def newest_cpu(records: Iterable[Record]) -> Record | None:
 
 def headline_cases(record: Record) -> dict[str, list[Row]]:
     """README's cases by name; those that the record lacks are left out."""
-    groups = cases(row for row in record["rows"] if row["sweep"] is None)
+    groups = cases(row for row in record["rows"] if not row.get("sweep"))
     found = {f"{label(g[0])} {g[0]['dtype']} {sizes(g[0])}": g for g in groups if is_ours(g[0])}
     return {name: found[case] for name, case in HEADLINES.items() if case in found}
 
@@ -132,13 +156,12 @@ PAGES = {PAGE: section, README: headlines}
 
 
 def _machine(record: Record) -> str:
-    groups = cases(row for row in record["rows"] if row["sweep"] is None)
+    groups = cases(row for row in record["rows"] if not row.get("sweep"))
     head = ["op", "shape", "dtype", "ours, median [p20, p80]", "rate (share of ceiling)"]
     head += ["extra memory", "peers: time as a multiple of ours, extra memory"]
     whole = [g for g in groups if is_ours(g[0]) and g[0]["phase"] not in ("forward", "backward")]
-    plots = [f"![{name[:-4]}](../benchmarks/results/{name})" for name in plot_names(record)]
     parts = [_head(record), table(head, map(_case, whole)), _slower(cases(record["rows"]))]
-    return "\n\n".join(filter(None, [*parts, _growth(record["rows"]), "\n".join(plots)]))
+    return "\n\n".join(parts)
 
 
 def _head(record: Record) -> str:
@@ -187,90 +210,12 @@ def _slower(groups: Iterable[list[Row]]) -> str:
         f"- `{label(row)}` {sizes(row)} {row['dtype']}: {row['variant']} takes "
         f"{digits(row['ratio'], 2)} of our time" + (f" ({row['note']})" if row["note"] else "")
         for group in groups
-        for row in group
-        if row["ratio"] is not None and row["ratio"] < 1
+        for row in _compared(group)
+        if row["ratio"] < 1
     ]
     if not lines:
         return "Slower than a peer: nowhere in this record."
     return "Slower than a peer:\n\n" + "\n".join(lines)
-
-
-def exponent(x: Iterable[float], y: Iterable[float]) -> float:
-    """Slope of log y over log x, by least squares."""
-    return float(np.polyfit(np.log(list(x)), np.log(list(y)), 1)[0])
-
-
-def sweeps(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """(op, letter, variant) -> its points in order of size."""
-    lines: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        if row["sweep"] is not None:
-            lines.setdefault((row["op"], row["sweep"], row["variant"]), []).append(row)
-    return {key: sorted(own, key=lambda r: r["shape"][key[1]]) for key, own in lines.items()}
-
-
-def _growth(rows: list[Row]) -> str:
-    """Fitted on the upper half of each sweep: below, fixed costs hide the growth."""
-    lines = []
-    for (op, letter, variant), points in sweeps(rows).items():
-        if len(points) < 3:
-            continue
-        upper = points[len(points) // 2 - (len(points) == 3) :]
-        x = [row["shape"][letter] for row in upper]
-        time, flop = (exponent(x, [row[key] for row in upper]) for key in ("min_ms", "flop"))
-        memory = [row["peak_mib"] for row in upper]
-        large = all(m is not None and m > 1 for m in memory)
-        grown = f"{letter}^{exponent(x, memory):.2f}" if large else "under 1 MiB"
-        span = f"{points[0]['shape'][letter]}, {x[-1]}"
-        top = f"{digits(points[-1]['median_ms'])} ms, {mib(points[-1])}"
-        exponents = [f"{letter}^{time:.2f}", f"{letter}^{flop:.2f}", grown]
-        lines.append([f"`{op}` in {letter}, {variant}", span, *exponents, top])
-    head = ["growth", "from, to", "time grows as", "flop count", "extra memory grows as"]
-    return table([*head, "at the top"], lines) if lines else ""
-
-
-def plot_names(record: Record) -> list[str]:
-    """File names of the plots that a record has the rows for."""
-    have = {(op, letter) for op, letter, _ in sweeps(record["rows"])}
-    slug = record["runs"][-1].get("slug", "record")
-    return [f"{slug}-{name}.svg" for key, name in PLOTS.items() if key in have]
-
-
-def draw(record: Record, folder: Path) -> list[Path]:
-    """Write the plots of a record, time and memory of each sweep; same record, same bytes."""
-    import matplotlib
-
-    names = plot_names(record)
-    with matplotlib.rc_context(STYLE):
-        for name in names:
-            key = next(key for key, own in PLOTS.items() if name.endswith(f"{own}.svg"))
-            figure = _figure(record, *key)
-            figure.savefig(folder / name, format="svg", metadata={"Date": None})
-    return [folder / name for name in names]
-
-
-def _figure(record: Record, op: str, letter: str) -> Any:
-    from matplotlib.figure import Figure
-
-    found = sweeps(record["rows"])
-    lines = {key[2]: points for key, points in found.items() if key[:2] == (op, letter)}
-    figure = Figure(figsize=(8.4, 3.1), layout="constrained")
-    panels = (("median_ms", "time, ms"), ("peak_mib", "extra memory, MiB"))
-    for axis, (field, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        for index, variant in enumerate(sorted(lines, key=lambda v: (not v.startswith(OURS), v))):
-            points = [row for row in lines[variant] if row[field]]
-            axis.plot(
-                [row["shape"][letter] for row in points], [row[field] for row in points],
-                label=variant, color=COLOURS[index % len(COLOURS)], marker="osD^v"[index % 5],
-                markersize=4, linewidth=2 if variant.startswith(OURS) else 1.2,
-            )  # fmt: skip
-        axis.set(xscale="log", yscale="log", xlabel=letter, ylabel=title)
-        axis.legend()
-    first = next(iter(lines.values()))[0]
-    fixed = " ".join(f"{k}={v}" for k, v in first["shape"].items() if k != letter)
-    machine = record["runs"][-1]["machine"]
-    figure.suptitle(f"{op} against {letter} ({fixed}, {first['dtype']}), {machine}", fontsize=9)
-    return figure
 
 
 def draw_headlines(record: Record, path: Path) -> None:
@@ -280,7 +225,7 @@ def draw_headlines(record: Record, path: Path) -> None:
 
     found, run = headline_cases(record), record["runs"][-1]
     bars = sum(len(_compared(group)) for group in found.values())
-    with matplotlib.rc_context(STYLE | {"axes.grid": False, "axes.spines.left": False}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 1 + 0.19 * bars + 0.13 * len(found)), layout="constrained")
         axis, place, ticks = figure.subplots(), 0.0, {}
         for name, group in found.items():
@@ -313,52 +258,21 @@ def stale(found: list[Record]) -> bool:
     )
 
 
-def compare(old: Record, new: Record, tolerance: float) -> list[str]:
-    """One line for each case that both records have, the most slowed first."""
-    before = {identity(row): row for row in old["rows"]}
-    both = [(before[identity(row)], row) for row in new["rows"] if identity(row) in before]
-    lines = []
-    for past, row in sorted(both, key=lambda pair: pair[0]["median_ms"] / pair[1]["median_ms"]):
-        factor = row["median_ms"] / past["median_ms"]
-        verdict = "as before"
-        if abs(factor - 1) > tolerance:
-            verdict = "slower" if factor > 1 else "faster"
-        times = " -> ".join(digits(r["median_ms"]) for r in (past, row))
-        case = f"{label(row)} {sizes(row)} {row['dtype']} {row['variant']}"
-        lines.append(f"{verdict:9s} {factor:5.2f}x  {case}: {times} ms")
-    return lines
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=(__doc__ or "").split("\n\n")[0]
     )
-    parser.add_argument("results", nargs="*", type=Path, help="records written by --record")
-    parser.add_argument("--write", action="store_true", help="update the pages and plots")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
-    parser.add_argument("--tolerance", type=float, default=0.1, help="a change this small is noise")
+    parser.add_argument("results", nargs="+", type=Path, help="records written by --record")
+    parser.add_argument("--write", action="store_true", help="update the pages and the figure")
     options = parser.parse_args(arguments)
-    if not options.compare and not options.results:
-        parser.error("expected records, e.g. benchmarks/results/*.json, or --compare OLD NEW")
-    try:
-        found = [load(path) for path in options.compare or options.results]
-        if options.compare:
-            machines = [record["runs"][-1]["machine"] for record in found]
-            if machines[0] != machines[1]:
-                print(f"different machines: {machines[0]} and {machines[1]}")
-            print("\n".join(compare(*found, options.tolerance)) or "no case in common")
-        elif options.write:
-            for page, write in PAGES.items():
-                write_between(page, BEGIN, END, write(found))
-            if newest := newest_cpu(found):
-                draw_headlines(newest, FIGURE)
-            for record in newest_per_machine(found):
-                draw(record, RESULTS)
-        else:
-            print(section(found))
-    except (OSError, ValueError) as error:
-        print(f"benchmarks.report: {error}", file=sys.stderr)
-        return 1
+    found = [json.loads(path.read_text()) for path in options.results]
+    if not options.write:
+        print(section(found))
+        return 0
+    for page, write in PAGES.items():
+        write_between(page, BEGIN, END, write(found))
+    if newest := newest_cpu(found):
+        draw_headlines(newest, FIGURE)
     return 0
 
 

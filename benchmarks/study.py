@@ -1,307 +1,405 @@
-"""What each design of ProtoCLIP is worth on the built-in pairs, over seeds: ``make study``.
+"""What ProtoCLIP is worth on the built-in pictures: ``make study``, resumable at any point.
 
-Three stages; a finished run is one line of ``runs.jsonl`` and is not done again:
-select  settings of ProtoCLIP and of the control, judged on concepts of their own
-main    every row of the table, seed by seed
-report  summary.json, plot.png and docs/evidence.md from whatever is finished
+Fixed before the runs:
 
-The concepts are cut three ways. A fifth is for selection: every setting is chosen by its scores
-there. Of the rest, an eighth is held out, another one for each seed; the table's numbers come from
-these and from the Noto drawings of all concepts but the selection's. A row is a set of flags of
-``python -m protoclip.train``, which does the training.
+Model and settings are those of ``python -m protoclip.train``; a row is a set of its flags, or an
+experiment of ``benchmarks/rivals.py``.
+Data: builtin:emoji in three styles, without flags, the only family of their group. Families of
+concepts are cut in three: 15 % for development, always the same; of the rest 40 % to test, others
+for each seed; what is left trains. Each seed leaves a style out too, in turn. A model trains on two
+styles of its training families, about 1,700 pictures, and is judged on the test families in the
+style left out ("new", about 560 pictures) and in the other two ("seen", about 1,120).
+Tuning: learning rate and epochs of every row on ``GRID``, two seeds each, by the mean of the
+primary metrics over both sets of the *development* families.
+Primary metrics: k-nearest-neighbour accuracy and AMI of k-means, both for 8 groups, set "new".
+Secondary: those for 98 subgroups and on "seen", linear probe, zero-shot of 98 subgroups, R@5.
+Differences to CLIP are paired by seed, with 95 % t intervals; Holm's correction over the primary
+metrics, for ProtoCLIP's two comparisons by themselves, and for all other rows together.
+"CLIP, time of ProtoCLIP" trains for as many epochs as fill the CPU time of ProtoCLIP with its
+teacher. A second data set, builtin:openclipart where installed, repeats the main rows with the
+settings found here.
+
+Order, with hours of two cores if 33 or 66 epochs are chosen: tuning of the two main rows (16 runs),
+their ten seeds in turn with floors (30), 2.5 to 4; control rows, tuning and five seeds (65), 3 to
+4.5; rivals (39), 2 to 2.5; clip art (15), 1 to 1.5. A finished run is one line of ``runs.jsonl``,
+with commit, processor and torch's version, and is not done again; ``--hours`` ends between two
+runs, Ctrl-C within one, which alone is lost.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
-import dataclasses
+import gc
 import json
-import os
 import statistics
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
-from multiprocessing.pool import ThreadPool
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from benchmarks.machine import run_command
-from benchmarks.study_report import BASELINE, EQUAL_TIME, write_report
-from protoclip.config import ModelConfig
-from protoclip.data import Subset, open_dataset
+from benchmarks import machine
+from benchmarks.rivals import RIVALS
+from benchmarks.study_report import CLIP, EQUAL_TIME, PAGE, PROTO, score, write_report
+from protoclip import train
+from protoclip.commands import TASKS, train_parser
+from protoclip.config import TrainConfig, parse
+from protoclip.data import DataError, EpochOrder, PairDataset, Subset, open_dataset
 from protoclip.data.types import heldout_mask
 from protoclip.evaluate.datasets import EMOJI_TEMPLATES, Layout
-from protoclip.evaluate.tasks import Encoder, encode_set, evaluate_features, take
+from protoclip.evaluate.tasks import Encoder, EvalSet, PixelEncoder, encode_set, evaluate_features
 from protoclip.model import build_model
+from protoclip.prototypes import INTERNAL
+from protoclip.run_folder import NullRunFolder
+from protoclip.schedule import Stopped, make_plan
+from protoclip.step import seed_everything
+from protoclip.teacher import MINILM, load_teacher
 
 RESULTS = Path(__file__).parent / "results" / "study"
-DATA = "builtin:emoji"
-SELECTION_PERCENT, SELECTION_SEED = 20, 20261125
-SELECTION_SEEDS = (1000, 1001)
-EPOCHS, QUICK_EPOCHS = 12, 4
-COST = 1.11  # CPU time of ProtoCLIP's training beside CLIP's: ten seeds, Zen 4, 2026-11-25
-SCORED = ("group/lp_acc1", "subgroup/lp_acc1", "group/ami", "subgroup/ami")
-SCORED += ("text_retrieval_recall@5", "image_retrieval_recall@5")
+EMOJI, CLIP_ART = "builtin:emoji", "builtin:openclipart"
+STYLES = ("twemoji", "noto", "openmoji")
+DEVELOPMENT_PERCENT, DEVELOPMENT_SEED, TEST_PERCENT = 15, 20261126, 40
+TRAIN, TEST, DEVELOPMENT, NOWHERE = range(4)
+CPU = torch.device("cpu")
 
-# The same for all rows: model, data, augmentation, captions, optimiser, number of samples.
-MODEL = Path(__file__).with_name("study_model.json")
-BASE = ["--model", str(MODEL), "--batch-size", "128", "--augmentation", "clip"]
-BASE += ["--external-teacher", "builtin:minilm", "--val-frequency", "0", "--report-to", "none"]
-BASE += ["--log-every-n-steps", "1", "--device", "cpu", "--precision", "fp32"]
-BASE += ["--csv-separator", ","]
-INTERNAL = ["--w-proto-external", "0", "--external-teacher", "none"]
-DISTILL = ["--w-proto", "0", "--w-proto-external", "0", "--w-distill"]
-CLIP = ["--method", "clip"]
-# Settings of ProtoCLIP, and of the control, that are tried on the selection concepts. The best
-# mean score there becomes the row "ProtoCLIP" (or "CLIP + distilled similarities").
-CANDIDATES: dict[str, dict[str, list[str]]] = {
-    "ProtoCLIP": {
-        "shipped default": [],
-        "K 50": ["--k", "50"],
-        "K 500": ["--k", "500"],
-        "tau 0.1": ["--target-temperature", "0.1"],
-        "external weight 2": ["--w-proto-external", "2"],
-    },
-    "distillation": {
-        "tau 0.1": [*DISTILL, "1", "--distill-temperature", "0.1"],
-        "tau 0.05": [*DISTILL, "1", "--distill-temperature", "0.05"],
-        "tau 0.1, weight 3": [*DISTILL, "3", "--distill-temperature", "0.1"],
-    },
+
+# What each row of the table changes in the default run.
+PLAIN = ("--method", "clip")
+DISTILL = ("--w-proto", "0", "--w-proto-external", "0", "--w-distill", "1")
+MAIN: dict[str, tuple[str, ...]] = {CLIP: PLAIN, PROTO: (), EQUAL_TIME: PLAIN}
+CONTROLS = {
+    "features extracted": ("--episode-features", "extract"),
+    "internal only": ("--w-proto-external", "0", "--external-teacher", "none"),
+    "external only": ("--w-proto", "0"),
+    "distilled similarities": (*DISTILL, "--distill-temperature", "0.05"),
+    "SigLIP": (*PLAIN, "--siglip"),
 }
-# One change each to the chosen settings; one that they have already is left out.
-ABLATIONS = {
-    "external only": ["--w-proto", "0"],
-    "internal only": INTERNAL,
-    "internal only, no PBT": [*INTERNAL, "--no-PBT"],
-    "internal targets hard": ["--target-temperature", "0"],
-    "K = 50": ["--k", "50"],
-    "K = 172": ["--k", "172"],
-    "K = 500": ["--k", "500"],
-    "no heads": ["--no-add-projection-head"],
-    "fresh k-means": ["--kmeans-init", "random"],
-}
-VERDICT_ROWS = (BASELINE, "ProtoCLIP", EQUAL_TIME)  # the verdict rests on these: twice the seeds
-QUICK_ROWS = (BASELINE, "ProtoCLIP", "CLIP + distilled similarities", "external only")
+EXPERIMENTS = {name: PLAIN if name == "token classification" else () for name in RIVALS}
+ROWS = MAIN | CONTROLS | EXPERIMENTS
+GRID = ((1e-3, 33), (5e-4, 33), (2e-3, 33), (1e-3, 66))  # learning rate, epochs
+FLOORS = ("most frequent class", "12 × 12 pixels", "untrained", "the teacher itself")
 
 
-def main_rows(chosen: list[str], distill: list[str]) -> dict[str, list[str]]:
-    """Rows of the table, in order."""
-    rows = {
-        BASELINE: CLIP,
-        "ProtoCLIP": chosen,
-        "ProtoCLIP, features extracted": [*chosen, "--episode-features", "extract"],
-        EQUAL_TIME: CLIP,
-        "CLIP + distilled similarities": distill,
-    }
-    return rows | {
-        name: [*chosen, *change] for name, change in ABLATIONS.items() if change != chosen
-    }
+@dataclass(frozen=True)
+class Size:
+    """How much is done; the fields of ``FULL`` are the protocol."""
+
+    grid: tuple[tuple[float, float], ...] = GRID
+    tuning_seeds: tuple[int, ...] = (1000, 1001)
+    main_seeds: int = 10
+    other_seeds: int = 5
+    points: int = 6  # of a curve
+    pictures: int = 0  # of each set at most; 0: all
+    flags: tuple[str, ...] = ()
+
+
+FULL = Size()
+QUICK = Size(((1e-3, 3), (2e-3, 3)), (1000,), 2, 2, 2, 600, ("--batch-size", "128"))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run to be done; the fields are the key under which it is known when it is done."""
+
+    stage: str  # "tune" | "floor" | "main"
+    data: str
+    row: str
+    seed: int
+    lr: float = 0.0
+    epochs: float = 0.0
+
+    @property
+    def key(self) -> str:
+        return json.dumps(asdict(self))
+
+
+Done = dict[str, dict[str, Any]]  # finished runs by key
+
+
+# Data
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a seed trains on and is judged on."""
+
+    train: PairDataset
+    judged: Mapping[str, PairDataset]  # "new", and "seen" where there are several styles
+
+
+def parts(dataset: PairDataset, seed: int) -> dict[str, int]:
+    """Which part each key is in, whole families alike."""
+    groups = dataset.labels["group"].ids.numpy()
+    families = getattr(dataset, "families", None)
+    family = np.arange(len(groups)) if families is None else families.ids.numpy()
+    known, first, place = np.unique(family, return_index=True, return_inverse=True)
+    part, groups = np.full(len(known), TRAIN), groups[first]
+    part[np.bincount(groups)[groups] == 1] = NOWHERE  # cannot be both learned and judged
+    away = heldout_mask(len(known), groups, DEVELOPMENT_SEED, DEVELOPMENT_PERCENT)
+    rest = np.flatnonzero(~away)
+    part[away] = DEVELOPMENT
+    part[rest[heldout_mask(len(rest), groups[rest], seed, TEST_PERCENT)]] = TEST
+    return dict(zip(dataset.keys, part[place].tolist(), strict=True))
+
+
+def open_split(data: str, seed: int, *, tuning: bool = False, pictures: int = 0) -> Split:
+    """The split of a seed, judged on the test families, or those of development.
+
+    Raises:
+        DataError: a style of the emoji that is not installed.
+    """
+    part_of = parts(open_dataset(data), seed)
+
+    def subset(spec: str, part: int) -> Subset:
+        whole = open_dataset(spec)
+        own = [key.rpartition("/")[2] if data == EMOJI else key for key in whole.keys]
+        rows = [i for i, key in enumerate(own) if part_of[key] == part]
+        return Subset(whole, rows[:: max(1, len(rows) // pictures)] if pictures else rows)
+
+    judged = DEVELOPMENT if tuning else TEST
+    if data != EMOJI:
+        return Split(subset(data, TRAIN), {"new": subset(data, judged)})
+    new = STYLES[seed % len(STYLES)]
+    seen = f"{EMOJI}:{'+'.join(style for style in STYLES if style != new)}"
+    judged_sets = {"new": subset(f"{EMOJI}:{new}", judged), "seen": subset(seen, judged)}
+    return Split(subset(seen, TRAIN), judged_sets)
 
 
 # One run
 
 
-def split_concepts(stage: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions of concepts: trained on, judged in Twemoji's style, judged in Noto's style."""
-    groups = open_dataset(DATA, "all").labels["group"].ids.numpy()
-    selection = heldout_mask(len(groups), groups, SELECTION_SEED, SELECTION_PERCENT)
-    rest = np.flatnonzero(~selection)
-    if stage == "select":
-        judged = np.flatnonzero(selection)
-        return rest, judged, judged
-    # Half of a quarter: heldout_mask takes whole percents.
-    quarter = np.flatnonzero(heldout_mask(len(rest), groups[rest], seed, 25))
-    half = heldout_mask(len(quarter), groups[rest][quarter], seed + 1, 50)
-    heldout = rest[quarter[half]]
-    return np.setdiff1d(np.arange(len(groups)), heldout), heldout, rest
+class TeacherEncoder(PixelEncoder):
+    """The teacher's features in the place of the pictures'."""
+
+    def images(self, dataset: PairDataset) -> Tensor:
+        return load_teacher(MINILM, dataset, dim=0)
 
 
-def arguments(flags: Sequence[str], seed: int, epochs: float) -> list[str]:
-    """The row's words for ``protoclip.train``, but for the data and the folder."""
-    return [*BASE, "--seed", str(seed), "--epochs", str(epochs), *flags]
-
-
-def train(words: Sequence[str], concepts: np.ndarray, folder: Path) -> float:
-    """Train on some concepts, written as a table; CPU seconds of the command."""
-    everything = open_dataset(DATA, "all")
-    with open(folder / "pairs.csv", "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(("filepath", "title"))
-        for i in concepts.tolist():
-            everything.image(i).save(folder / f"{i}.png")
-            table.writerow((f"{i}.png", everything.captions(i)[0]))
-    command = [sys.executable, "-m", "protoclip.train", *words, "--logs", str(folder)]
-    command += ["--train-data", str(folder / "pairs.csv"), "--name", "run"]
-    settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    usage = run_command(command, folder / "train.log", **settings)
-    return usage.ru_utime + usage.ru_stime
-
-
-def judge(
-    checkpoint: Path, trained: np.ndarray, twemoji: np.ndarray, noto: np.ndarray
-) -> dict[str, dict[str, float]]:
-    """Metrics of the concepts ``twemoji`` (set HO) and of ``noto`` in that style (set NOTO)."""
-    settings = ModelConfig(model=str(MODEL), pretrained=str(checkpoint), add_projection_head=False)
-    encoder = Encoder(build_model(settings), torch.device("cpu"))
-    everything, other_style = open_dataset(DATA, "all"), open_dataset(f"{DATA}:noto")
-    whole = encode_set(encoder, Layout(everything, None, EMOJI_TEMPLATES, captions=1))
-    place = {key: i for i, key in enumerate(other_style.keys)}
-    drawn = [int(i) for i in noto if everything.keys[i] in place]
-    pictures = encoder.images(Subset(other_style, [place[everything.keys[i]] for i in drawn]))
+def judge(encoder: Encoder, split: Split, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The metrics by set."""
+    prompts = "zeroshot" in tasks
     sets = {
-        "HO": take(whole, twemoji.tolist()),
-        "NOTO": dataclasses.replace(take(whole, drawn), image=pictures),
+        name: encode_set(encoder, Layout(judged, None, EMOJI_TEMPLATES, 1), prompts=prompts)
+        for name, judged in split.judged.items()
     }
-    found = evaluate_features(sets, take(whole, trained.tolist()))
-    return {key: dict(one.metrics) for key, one in found.items()}
+    image = encoder.images(split.train)
+    learned = EvalSet(image, image[:0], labels=split.train.labels)
+    found = evaluate_features(sets, learned, tasks=tasks)
+    return {
+        key: {name: round(value, 5) for name, value in one.metrics.items()}
+        for key, one in found.items()
+    }
 
 
-def run(task: Mapping[str, Any]) -> dict[str, Any]:
-    """One finished run, ready for JSON; ``task``: stage, row, seed, epochs, flags."""
-    trained, twemoji, noto = split_concepts(task["stage"], task["seed"])
-    with tempfile.TemporaryDirectory() as folder:
-        words = arguments(task["flags"], task["seed"], task["epochs"])
-        seconds = train(words, trained, Path(folder))
-        checkpoint = Path(folder) / "run" / "checkpoints" / "epoch_latest.pt"
-        metrics = judge(checkpoint, trained, twemoji, noto)
-    return {**task, "metrics": metrics, "cpu_seconds": seconds}
+def configure(task: Task, size: Size) -> TrainConfig:
+    """The settings of ``protoclip.train`` with the row's flags."""
+    words = [*size.flags, *ROWS[task.row], "--seed", str(task.seed)]
+    words += ["--lr", str(task.lr), "--epochs", str(task.epochs)]
+    return parse(train_parser(), words)
+
+
+def run(task: Task, size: Size) -> dict[str, Any]:
+    """One finished run, ready for JSON."""
+    split = open_split(task.data, task.seed, tuning=task.stage == "tune", pictures=size.pictures)
+    counts = {"train": len(split.train)} | {name: len(one) for name, one in split.judged.items()}
+    if task.stage == "floor":
+        return asdict(task) | {"metrics": floor(task, split)} | counts
+    return asdict(task) | trained(task, size, split) | counts
+
+
+def floor(task: Task, split: Split) -> dict[str, Any]:
+    """Scores without training."""
+    if task.row == "most frequent class":
+        return {
+            name: {"group/knn_acc1": int(ids.bincount().max()) / len(ids), "group/ami": 0.0}
+            for name, one in split.judged.items()
+            for ids in (one.labels["group"].ids,)
+        }
+    seed_everything(task.seed)
+    kind = {"untrained": Encoder, "12 × 12 pixels": PixelEncoder}.get(task.row, TeacherEncoder)
+    tasks = TASKS if kind is Encoder else ("knn", "grouping", "linear_probe")
+    return judge(kind(build_model(TrainConfig().model), CPU), split, tasks)
+
+
+def trained(task: Task, size: Size, split: Split) -> dict[str, Any]:
+    """Train a row as ``protoclip.train`` does; its scores, costs, curve and clusters."""
+    config = configure(task, size)
+    seed_everything(task.seed)
+    model = build_model(config.model)
+    began = time.process_time()
+    teacher, _ = train.open_teacher(config, split.train, CPU)
+    teacher_seconds = time.process_time() - began  # about 0 where the cache has it
+    order = EpochOrder(split.train)
+    plan = make_plan(config, order.size)
+    setup = train.Setup(config, plan, split.train, order, CPU, "fp32", teacher)
+    only_new, curve = Split(split.train, {"new": split.judged["new"]}), []
+
+    def measure(model: Any) -> dict[str, float]:
+        """One point of the curve, between steps and off the clock."""
+        nonlocal began
+        now = time.process_time()
+        scores = judge(Encoder(model, CPU), only_new, ("knn", "grouping"))["new"]
+        point = [trainer.step * plan.batch_size, round(now - began, 2)]
+        curve.append([*point, scores["group/knn_acc1"], scores["group/ami"]])
+        began += time.process_time() - now
+        return {}
+
+    frequency = config.optim.epochs / (size.points if task.row in MAIN else 1)
+    trainer = train.Trainer(setup, model, NullRunFolder(Path()), evaluations=[(measure, frequency)])
+    if task.row in RIVALS:
+        trainer.stepper.loss = RIVALS[task.row](trainer)
+    began = time.process_time()
+    trainer.run()
+    return {
+        "metrics": judge(Encoder(model, CPU), split, TASKS),
+        "curve": curve,
+        "cpu_seconds": curve[-1][1],
+        "teacher_seconds": round(teacher_seconds, 2),
+        "clusters": clusters(trainer),
+    }
+
+
+def clusters(trainer: train.Trainer) -> dict[str, float]:
+    """Purity of the last episode's clusters by source, and the entropy of its soft targets."""
+    episode, tau = trainer.episode, trainer.config.episode.target_temperature
+    if episode is None:
+        return {}
+    found = {k: v for k, v in episode.metrics.items() if k.endswith("purity_group")}
+    entropies = []
+    for one in (one for one in episode.sets if one.source in INTERNAL and one.targets is not None):
+        centroids = one.clustering.centroids
+        logs = (centroids @ centroids.T / tau).log_softmax(1)
+        entropies.append(float(-(logs.exp() * logs).sum(1).mean()))
+        found["most_nats"] = float(np.log(len(centroids)))
+    if entropies:
+        found["target_nats"] = statistics.fmean(entropies)
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 # Many runs
 
 
-def task(stage: str, row: str, seed: int, epochs: float, flags: Sequence[str]) -> dict[str, Any]:
-    """A run to be done; these five are the key under which it is known when it is done."""
-    return {"stage": stage, "row": row, "seed": seed, "epochs": epochs, "flags": list(flags)}
+def tuning(row: str, size: Size) -> list[Task]:
+    """A row's runs on the development families."""
+    settings = [(seed, *setting) for seed in size.tuning_seeds for setting in size.grid]
+    return [Task("tune", EMOJI, row, *setting) for setting in settings]
 
 
-def key_of(run: Mapping[str, Any]) -> str:
-    return json.dumps([run[name] for name in ("stage", "row", "seed", "epochs", "flags")])
+def chosen(row: str, size: Size, done: Done) -> tuple[float, float]:
+    """Learning rate and epochs of a row, once its tuning is done."""
+    if row == EQUAL_TIME:
+        (lr, _), (_, epochs) = chosen(CLIP, size, done), chosen(PROTO, size, done)
+        return lr, round(epochs * time_ratio(size, done), 1)
+    scores = {
+        setting: statistics.fmean(
+            score(done[one.key]) for one in tuning(row, size) if (one.lr, one.epochs) == setting
+        )
+        for setting in size.grid
+    }
+    return max(scores, key=lambda setting: scores[setting])
 
 
-def finished(path: Path) -> dict[str, dict[str, Any]]:
-    """The runs of a runs.jsonl by key; a line torn by a crash is left out."""
-    runs = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            one = json.loads(line)
-            runs[key_of(one)] = one
-    return runs
+def time_ratio(size: Size, done: Done) -> float:
+    """CPU time of ProtoCLIP, its teacher's features counted once, beside CLIP's, in tuning."""
+    own, plain = ([done[one.key] for one in tuning(row, size)] for row in (PROTO, CLIP))
+    teacher = max(one["teacher_seconds"] for one in own)
+    total = sum(one["cpu_seconds"] + teacher for one in own)
+    return total / sum(one["cpu_seconds"] for one in plain)
 
 
-def do_all(tasks: Sequence[dict[str, Any]], out: Path, jobs: int) -> list[dict[str, Any]]:
-    """Do what is not done yet; returns all runs of ``tasks`` that are finished."""
-
-    def attempt(one: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return run(one)
-        except (RuntimeError, ValueError, OSError) as error:
-            return {**one, "error": str(error)}
-
-    path = out / "runs.jsonl"
-    done = finished(path)
-    missing = [one for one in tasks if key_of(one) not in done]
-    print(f"{len(tasks)} runs, {len(tasks) - len(missing)} already there", flush=True)
-    with ThreadPool(jobs) as pool:
-        for number, one in enumerate(pool.imap_unordered(attempt, missing), start=1):
-            label = f"[{number}/{len(missing)}] {one['stage']}: {one['row']}, seed {one['seed']}"
-            if "error" in one:
-                print(f"FAILED {label}: {one['error']}", flush=True)
-                continue
-            with path.open("a") as file:
-                file.write(json.dumps(one) + "\n")
-            done[key_of(one)] = one
-            print(f"{label}: {one['cpu_seconds']:.0f} s of CPU", flush=True)
-    return [done[key_of(one)] for one in tasks if key_of(one) in done]
+def tasks(size: Size, done: Done) -> Iterator[Task]:
+    """Every run in order; later ones follow from what ``done`` says of the earlier."""
+    for rows in (MAIN, CONTROLS, EXPERIMENTS):
+        lists = [tuning(row, size) for row in rows if row != EQUAL_TIME]
+        yield from (one for alike in zip(*lists, strict=True) for one in alike)
+        count = size.main_seeds if rows is MAIN else size.other_seeds
+        yield from seeds(EMOJI, rows, count, size, done)
+    try:
+        open_dataset(CLIP_ART)
+    except DataError as error:
+        print(f"no second data set: {error}")
+    else:
+        yield from seeds(CLIP_ART, MAIN, size.other_seeds, size, done)
 
 
-def select(out: Path, jobs: int) -> None:
-    """Try the candidates; write selection.json with every score and the two choices.
-
-    A score is the mean of probe, AMI and R@5 on the selection concepts.
-    """
-    tasks = [
-        task("select", f"{family}: {name}", seed, EPOCHS, flags)
-        for seed in SELECTION_SEEDS
-        for family, candidates in CANDIDATES.items()
-        for name, flags in candidates.items()
-    ]
-    scores: dict[str, list[float]] = {}
-    for one in do_all(tasks, out, jobs):
-        values = [found[name] for found in one["metrics"].values() for name in SCORED]
-        scores.setdefault(one["row"], []).append(statistics.fmean(values))
-    record: dict[str, Any] = {"seeds": SELECTION_SEEDS, "epochs": EPOCHS, "scored": SCORED}
-    for family, candidates in CANDIDATES.items():
-        own = {name: scores.get(f"{family}: {name}", []) for name in candidates}
-        best = max(own, key=lambda name: statistics.fmean(own[name] or [0.0]))
-        record[family] = {"scores": own, "chosen": best, "flags": candidates[best]}
-        print(f"{family}: chose '{best}' of {own}")
-    _write(out / "selection.json", record)
-
-
-def main_tasks(
-    out: Path, seeds: Sequence[int], epochs: float, only: Sequence[str] = ()
-) -> list[dict[str, Any]]:
+def seeds(data: str, rows: Mapping, count: int, size: Size, done: Done) -> Iterator[Task]:
     """Seed by seed, so that whatever is finished can be compared in pairs."""
-    selection = _read(out / "selection.json")
-    chosen, distill = (selection[name]["flags"] for name in CANDIDATES)
-    longer = round(epochs * COST, 2)
-    return [
-        task("main", row, seed, longer if row == EQUAL_TIME else epochs, flags)
-        for seed in seeds
-        for row, flags in main_rows(chosen, distill).items()
-        if not only or row in only
-    ]
+    for seed in range(count):
+        if rows is MAIN:
+            yield from (Task("floor", data, name, seed) for name in FLOORS)
+        yield from (Task("main", data, name, seed, *chosen(name, size, done)) for name in rows)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+def finished(path: Path) -> Done:
+    """The runs of a runs.jsonl by key; a line torn by a crash is left out."""
+    done: Done = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            one = json.loads(line)
+        except ValueError:
+            continue
+        done[Task(**{name: one[name] for name in Task.__dataclass_fields__}).key] = one
+    return done
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def work(size: Size, path: Path, hours: float) -> Done:
+    """Do what is not done yet until the time is up; all finished runs."""
+    done, began, about = finished(path), time.monotonic(), machine.describe()
+    if path.is_file() and not path.read_text().endswith("\n"):
+        path.write_text(path.read_text() + "\n")  # end a torn line
+    for task in tasks(size, done):
+        if task.key in done:
+            continue
+        if time.monotonic() - began > 3600 * hours:
+            print(f"{hours:g} hours are over; run it again to go on")
+            break
+        start = time.monotonic()
+        try:
+            found = run(task, size)
+        except ValueError as error:
+            if not str(error).startswith(("training:", "episode:")):
+                raise
+            # It diverged: no scores.
+            found = asdict(task) | {"metrics": {}, "error": str(error)}
+        found |= {name: about[name] for name in ("machine", "threads", "commit", "date")}
+        found |= {"torch": torch.__version__, "seconds": round(time.monotonic() - start, 1)}
+        with path.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        gc.collect()  # a trainer is a circle of references
+        done[task.key] = found
+        print(f"{task.stage} {task.row}, seed {task.seed}: {found['seconds']:.0f} s", flush=True)
+    return done
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.study",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    more = "of each row, and twice as many of the rows that the verdict rests on (default: 5)"
+def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.study", description=__doc__)
+    parser.add_argument("--hours", type=float, default=1e9, help="start no run after so long")
     parser.add_argument("--report", action="store_true", help="only report what is finished")
-    parser.add_argument("--seeds", type=int, default=5, help=more)
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each"
-    )
+    parser.add_argument("--quick", action="store_true", help="every step, tiny: a few minutes")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="four rows, two seeds, four epochs")
     args = parser.parse_args(argv)
+    size = size or (QUICK if args.quick else FULL)
     out = args.out / "quick" if args.quick else args.out
     out.mkdir(parents=True, exist_ok=True)
-
-    def tasks() -> list[dict[str, Any]]:
-        if args.quick:
-            return main_tasks(out, range(2), QUICK_EPOCHS, QUICK_ROWS)
-        more = range(args.seeds, 2 * args.seeds)
-        few = main_tasks(out, range(args.seeds), EPOCHS)
-        return few + main_tasks(out, more, EPOCHS, VERDICT_ROWS)
-
-    if args.quick:  # its time goes into runs; the settings are the whole study's
-        (out / "selection.json").write_text((RESULTS / "selection.json").read_text())
-    elif not args.report:
-        select(out, args.jobs)
-    if not args.report:
-        do_all(tasks(), out, args.jobs)
-    done = finished(out / "runs.jsonl")
-    runs = [done[key_of(one)] for one in tasks() if key_of(one) in done]
-    write_report(runs, list(dict.fromkeys(one["row"] for one in tasks())), out, args.quick)
-    return 0
+    code = 0
+    try:
+        done = work(size, out / "runs.jsonl", 0 if args.report else args.hours)
+    except (Stopped, KeyboardInterrupt):
+        print("stopped; only the run that was going on is lost, run it again to go on")
+        done, code = finished(out / "runs.jsonl"), 130
+    except DataError as error:
+        parser.error(str(error))
+    wanted = {
+        EMOJI: {row: size.main_seeds if row in MAIN else size.other_seeds for row in ROWS},
+        CLIP_ART: dict.fromkeys(MAIN, size.other_seeds),
+    }
+    write_report(list(done.values()), wanted, FLOORS, out, None if args.quick else PAGE)
+    return code
 
 
 if __name__ == "__main__":

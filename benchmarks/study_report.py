@@ -1,156 +1,286 @@
-"""From finished runs of the study to summary.json, plot.png and docs/evidence.md."""
+"""From finished runs of the study to docs/evidence.md and a plot; what is missing is said so."""
 
 from __future__ import annotations
 
-import json
-import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import write_between
-from benchmarks.report import table
+import numpy as np
+from scipy import stats
+
+from benchmarks.report import table, write_between
 
 PAGE = Path(__file__).parent.parent / "docs" / "evidence.md"
 BEGIN, END = "<!-- study: begin, written by make study -->", "<!-- study: end -->"
-BASELINE = "CLIP"
-EQUAL_TIME = "CLIP, time of ProtoCLIP"
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of 1, 2, ... degrees
-SHOWN = {  # in the page and the plot: set and metric -> heading
-    "HO group/lp_acc1": "probe, held out",
-    "HO subgroup/lp_acc1": "probe 98, held out",
-    "NOTO group/lp_acc1": "probe, Noto",
-    "NOTO subgroup/lp_acc1": "probe 98, Noto",
-    "HO group/ami": "AMI, held out",
-    "NOTO group/ami": "AMI, Noto",
-    "HO text_retrieval_recall@5": "R@5, held out",
-    "NOTO text_retrieval_recall@5": "R@5, Noto",
+CLIP, PROTO, EQUAL_TIME = "CLIP", "ProtoCLIP", "CLIP, time of ProtoCLIP"
+PRIMARY = {"new group/knn_acc1": "k-NN", "new group/ami": "AMI"}  # set and metric -> heading
+SECONDARY = {
+    "new subgroup/knn_acc1": "k-NN, 98",
+    "new subgroup/ami": "AMI, 98",
+    "new group/lp_acc1": "probe",
+    "new subgroup/lp_acc1": "probe, 98",
+    "new subgroup/acc1": "zero-shot, 98",
+    "new text_retrieval_recall@5": "R@5",
+    "seen group/knn_acc1": "k-NN, seen styles",
+    "seen group/ami": "AMI, seen styles",
 }
 Run = Mapping[str, Any]
-Values = Mapping[int, float]  # by seed
+Runs = Mapping[str, Mapping[int, Run]]  # row -> seed -> run
 
 
-def interval(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and half width of its 95 % t interval; None for a single value."""
-    mean, half = statistics.fmean(values), None
-    if len(values) > 1:
-        t = T95[len(values) - 2] if len(values) - 2 < len(T95) else 1.96
-        half = t * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "half_width": half}
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference over paired seeds, half its 95 % t interval, p of the two-sided test."""
+
+    mean: float
+    half: float
+    p: float
+
+    def text(self, p: float | None = None) -> str:
+        """With p as corrected; bold where it is below 5 %."""
+        words = f"{self.mean:+.3f} ± {self.half:.3f}"
+        sure = self.half < abs(self.mean) if p is None else p < 0.05
+        words += "" if p is None else f" (p {p:.2g})"
+        return f"**{words}**" if sure else words
 
 
-def difference(values: Values, others: Values) -> dict[str, float | None] | None:
-    """The mean difference over the seeds that both have, paired."""
-    both = sorted(values.keys() & others.keys())
-    return interval([values[seed] - others[seed] for seed in both]) if both else None
+def values(runs: Runs, row: str, key: str) -> dict[int, float]:
+    """A metric, "set name", by seed."""
+    part, _, name = key.partition(" ")
+    own = {seed: run["metrics"].get(part, {}).get(name) for seed, run in runs.get(row, {}).items()}
+    return {seed: value for seed, value in own.items() if value is not None}
 
 
-def summarise(runs: Sequence[Run], rows: Sequence[str]) -> dict[str, Any]:
-    """Row -> seeds, epochs, CPU seconds, and by set and metric: mean, and differences."""
-    by_row = {row: {run["seed"]: run for run in runs if run["row"] == row} for row in rows}
-
-    def values(row: str, key: str) -> Values:
-        chosen, _, metric = key.partition(" ")
-        own = by_row.get(row, {})
-        return {seed: run["metrics"][chosen][metric] for seed, run in own.items()}
-
-    summary: dict[str, Any] = {}
-    for row, own in by_row.items():
-        if not own:
-            continue
-        scores: dict[str, Any] = {}
-        known = next(iter(own.values()))["metrics"]
-        for key in (f"{chosen} {metric}" for chosen in known for metric in known[chosen]):
-            mine = values(row, key)
-            scores[key] = interval(list(mine.values()))
-            for other in (BASELINE, EQUAL_TIME):
-                if other != row:
-                    found = difference(mine, values(other, key))
-                    scores[key][f"minus {other}"] = found
-        both = own.keys() & by_row.get(BASELINE, {}).keys()
-        plain = sum(by_row[BASELINE][seed]["cpu_seconds"] for seed in both) if both else None
-        summary[row] = {
-            "seeds": sorted(own),
-            "epochs": next(iter(own.values()))["epochs"],
-            "cpu_seconds": statistics.fmean(run["cpu_seconds"] for run in own.values()),
-            "cpu_ratio": sum(own[seed]["cpu_seconds"] for seed in both) / plain if plain else None,
-            "scores": scores,
-        }
-    return summary
+def difference(runs: Runs, row: str, other: str, key: str) -> Difference | None:
+    """``row`` minus ``other`` over the seeds that both have; None below two."""
+    mine, theirs = values(runs, row, key), values(runs, other, key)
+    both = sorted(mine.keys() & theirs.keys())
+    if row == other or len(both) < 2:
+        return None
+    found = stats.ttest_rel([mine[seed] for seed in both], [theirs[seed] for seed in both])
+    low, high = found.confidence_interval(0.95)
+    return Difference((low + high) / 2, (high - low) / 2, float(found.pvalue))
 
 
-def cell(found: Mapping[str, float] | None) -> str:
-    """A difference with its interval; bold where the interval leaves out zero."""
-    if found is None:
-        return "–"
-    mean, half = found["mean"], found["half_width"]
-    if half is None:
-        return f"{mean:+.3f}"
-    text = f"{mean:+.3f} ± {half:.3f}"
-    return f"**{text}**" if abs(mean) > half else text
+def holm(found: Mapping[Any, Difference]) -> dict[Any, float]:
+    """p of each test, corrected for there being several."""
+    corrected, least = {}, 0.0
+    for rank, key in enumerate(sorted(found, key=lambda key: found[key].p)):
+        least = max(least, min(1.0, (len(found) - rank) * found[key].p))
+        corrected[key] = least
+    return corrected
 
 
-def short_table(summary: Mapping[str, Any]) -> str:
-    """Differences to CLIP in the metrics of ``SHOWN``; CLIP's own values in its row."""
-    rows = []
-    for row, record in summary.items():
-        cost = record["cpu_ratio"]
-        line = [row, str(len(record["seeds"])), "–" if cost is None else f"{cost:.2f}×"]
-        for key in SHOWN:
-            score = record["scores"][key]
-            plain = row == BASELINE
-            line.append(f"{score['mean']:.3f}" if plain else cell(score[f"minus {BASELINE}"]))
-        rows.append(line)
-    return table(["", "seeds", "CPU time", *SHOWN.values()], rows)
+def tests(runs: Runs) -> dict[tuple[str, str, str], tuple[Difference, float]]:
+    """(row, other, primary metric) -> difference and corrected p, in two families."""
+    pairs = [(PROTO, CLIP), (PROTO, EQUAL_TIME)]
+    rest = [(row, CLIP) for row in runs if row not in (CLIP, PROTO)]
+    out = {}
+    for family in (pairs, rest):
+        keys = [(row, other, key) for row, other in family for key in PRIMARY]
+        found = {key: one for key in keys if (one := difference(runs, *key)) is not None}
+        out |= {key: (found[key], p) for key, p in holm(found).items()}
+    return out
 
 
-def section(summary: Mapping[str, Any], out: Path) -> str:
-    """What the page shows."""
-    selection = json.loads((out / "selection.json").read_text())
-    counts = sorted({len(record["seeds"]) for record in summary.values()}) or [0]
-    seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-    seeds += "" if counts[0] >= 5 else " so far, of five: unfinished, no conclusion yet"
-    intro = (
-        f"Seeds a row: {seeds}. Differences to CLIP of the same seed, samples, augmentation "
-        "and optimiser, with their paired 95 % intervals, bold where zero lies outside. "
-        f"Settings were chosen on other concepts ({len(selection['seeds'])} seeds): ProtoCLIP "
-        f"'{selection['ProtoCLIP']['chosen']}', distillation "
-        f"'{selection['distillation']['chosen']}'. CPU time is that of the whole command, beside "
-        "CLIP's."
+def mean(numbers: Sequence[float], form: str = ".3f") -> str:
+    return format(statistics.fmean(numbers), form) if numbers else "–"
+
+
+def time_beside_clip(runs: Runs, row: str) -> str:
+    """CPU time of training as a multiple of CLIP's, over pairs on one processor."""
+    mine, plain = runs.get(row, {}), runs.get(CLIP, {})
+    both = [s for s in mine.keys() & plain.keys() if mine[s]["machine"] == plain[s]["machine"]]
+    pairs = [(mine[s].get("cpu_seconds"), plain[s].get("cpu_seconds")) for s in both]
+    return mean([a / b for a, b in pairs if a and b], ".2f") + "×"
+
+
+def scores(runs: Runs, floors: Runs, metrics: Mapping[str, str], words: Mapping) -> str:
+    """CLIP's and the floors' values, the others' differences to CLIP: (row, metric) -> words."""
+    lines = []
+    for row, own in (*runs.items(), *floors.items()):
+        trained, first = row in runs, next(iter(own.values()))
+        line = [row if trained else f"*{row}*", str(len(own))]
+        line += [f"{first['lr']:g}, {first['epochs']:g}" if trained else "–"]
+        line += [time_beside_clip(runs, row)]
+        for key in metrics:
+            plain = mean([*values(runs if trained else floors, row, key).values()])
+            line.append(words.get((row, key), plain))
+        lines.append(line)
+    return table(["", "seeds", "lr, epochs", "CPU time", *metrics.values()], lines)
+
+
+def both_tables(runs: Runs, floors: Runs) -> list[str]:
+    """The primary metrics, p corrected; the others, not corrected."""
+    primary = {
+        (row, key): found.text(p)
+        for (row, other, key), (found, p) in tests(runs).items()
+        if other == CLIP
+    }
+    secondary = {
+        (row, key): found.text()
+        for row in runs
+        for key in SECONDARY
+        if (found := difference(runs, row, CLIP, key)) is not None
+    }
+    tables = (PRIMARY, primary), (SECONDARY, secondary)
+    return [scores(runs, floors, metrics, words) for metrics, words in tables]
+
+
+def tuning(found: Sequence[Run]) -> str:
+    """What was tried on the development families, and how it scored."""
+    tried: dict[str, dict[str, list[float]]] = {}
+    for run in found:
+        if run["stage"] == "tune" and run["metrics"]:
+            own = tried.setdefault(run["row"], {})
+            own.setdefault(f"{run['lr']:g}, {run['epochs']:g}", []).append(score(run))
+    settings = list(dict.fromkeys(setting for own in tried.values() for setting in own))
+    lines = [[row, *(mean(own.get(one, [])) for one in settings)] for row, own in tried.items()]
+    head = ["mean score in tuning at lr, epochs:", *settings]
+    return table(head, lines) if tried else ""
+
+
+def score(run: Run) -> float:
+    """What tuning goes by; -1 for a run that diverged."""
+    names = [key.partition(" ")[2] for key in PRIMARY]
+    numbers = [one[name] for one in run["metrics"].values() for name in names]
+    return statistics.fmean(numbers) if numbers else -1.0
+
+
+def mean_curve(own: Mapping[int, Run]) -> list[list[float]]:
+    """Points [samples, CPU seconds, k-NN, AMI], means over the seeds."""
+    curves = [run["curve"] for run in own.values() if run.get("curve")]
+    points = zip(*curves, strict=False)
+    return [[statistics.fmean(number) for number in zip(*one, strict=True)] for one in points]
+
+
+def reached(curve: Sequence[Sequence[float]], metric: int, goal: float, axis: int) -> float | None:
+    """Where the curve first gets to ``goal``, between its points in a straight line."""
+    points = np.array(curve)
+    best = np.maximum.accumulate(points[:, metric])
+    return None if best[-1] < goal else float(np.interp(goal, best, points[:, axis]))
+
+
+def curve_words(runs: Runs) -> str:
+    """How much of CLIP's cost ProtoCLIP needs for CLIP's quality, from the mean curves."""
+    curves = {row: mean_curve(runs[row]) for row in (CLIP, PROTO) if row in runs}
+    if len(curves) < 2 or not all(curves.values()):
+        return ""
+    words = []
+    for metric, name in ((2, "k-NN"), (3, "AMI")):
+        end = curves[CLIP][-1]
+        costs = []
+        for axis, unit in ((0, "samples"), (1, "CPU seconds")):
+            found = reached(curves[PROTO], metric, end[metric], axis)
+            costs.append("never" if found is None else f"{found / end[axis]:.2f} of its {unit}")
+        words.append(f"CLIP's final {name}: ProtoCLIP reaches it after {', '.join(costs)}.")
+    return f"The paper claims CLIP's quality in a third of the time (0.33). {' '.join(words)}"
+
+
+def cluster_table(runs: Runs) -> str:
+    """Entropy of the soft targets and purity of the clusters, at the end of training."""
+    names = {
+        "target_nats": "entropy of soft targets, nats", "most_nats": "of at most",
+        "image_purity_group": "purity of image clusters (groups)",
+        "text_purity_group": "of text clusters", "external_purity_group": "of the teacher's",
+    }  # fmt: skip
+    found = {row: [run.get("clusters", {}) for run in own.values()] for row, own in runs.items()}
+    lines = [
+        [row, *(mean([one[name] for one in own if name in one], ".2f") for name in names)]
+        for row, own in found.items()
+        if any(own)
+    ]
+    return table(["", *names.values()], lines)
+
+
+def conclusions(runs: Runs, wanted: Mapping[str, int]) -> str:
+    """What the primary metrics say of ProtoCLIP, and what they do not yet."""
+    words = []
+    for (row, other, key), (found, p) in tests(runs).items():
+        if row == PROTO:
+            verdict = "not different" if p >= 0.05 else "better" if found.mean > 0 else "worse"
+            words.append(f"- against {other}, {PRIMARY[key]}: {verdict}, {found.text(p)}")
+    short = {row: n - len(runs.get(row, {})) for row, n in wanted.items()}
+    missing = [f"{row} {n}" for row, n in short.items() if n > 0]
+    if missing:
+        words.append(f"- unfinished, seeds missing: {'; '.join(missing)}")
+    return "\n".join(words)
+
+
+def by_row(found: Sequence[Run], stage: str, data: str, order: Sequence[str]) -> Runs:
+    """The finished runs of a stage and data set."""
+    own: dict[str, dict[int, Run]] = {row: {} for row in order}
+    for run in found:
+        if (run["stage"], run["data"]) == (stage, data) and run["metrics"] and run["row"] in own:
+            own[run["row"]][run["seed"]] = run
+    return {row: seeds for row, seeds in own.items() if seeds}
+
+
+def origin(found: Sequence[Run]) -> str:
+    """Where and on what the runs were made."""
+    machines, commits, torch = (
+        ", ".join(sorted({str(run[name]) for run in found}))
+        for name in ("machine", "commit", "torch")
     )
-    return f"{intro}\n\n{short_table(summary)}"
+    pictures = [
+        f"{min(numbers):,} to {max(numbers):,} {words}"
+        for name, words in (("train", "trained on"), ("new", "new"), ("seen", "seen"))
+        if (numbers := [run[name] for run in found if name in run and run["stage"] != "tune"])
+    ]
+    return (
+        f"{len(found)} runs ({sum('error' in run for run in found)} diverged) on {machines}; torch "
+        f"{torch}, commit {commits}. Pictures a seed: {'; '.join(pictures) or 'none yet'}."
+    )
 
 
-def plot(summary: Mapping[str, Any], path: Path) -> None:
-    """Differences to CLIP with their intervals, one panel a metric."""
+def section(found: Sequence[Run], wanted: Mapping[str, Mapping[str, int]], floors: Any) -> str:
+    """What the page shows; ``wanted``: data -> row -> seeds."""
+    if not found:
+        return "No run is finished yet."
+    parts = [origin(found)]
+    for number, (data, rows) in enumerate(wanted.items()):
+        runs, low = by_row(found, "main", data, [*rows]), by_row(found, "floor", data, floors)
+        if not runs and not low and number:
+            parts.append(f"`{data}`: no run is finished yet.")
+            continue
+        parts += [f"### `{data}`", f"ProtoCLIP:\n\n{conclusions(runs, rows)}"]
+        parts += both_tables(runs, low)
+        if number == 0:
+            parts += [curve_words(runs), cluster_table(runs), tuning(found)]
+    return "\n\n".join(filter(None, parts))
+
+
+def plot(runs: Runs, path: Path) -> None:
+    """Quality against samples and CPU seconds, means over the seeds."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in summary if row != BASELINE]
-    figure = Figure(figsize=(2.2 * len(SHOWN) + 2, 5), layout="constrained")
-    axes = figure.subplots(1, len(SHOWN), sharey=True)
-    for axis, (key, words) in zip(axes, SHOWN.items(), strict=True):
-        axis.axvline(0, color="0.6", linewidth=1)
-        axis.set_title(words, fontsize=10)
-        for place, row in enumerate(rows):
-            found = summary[row]["scores"][key][f"minus {BASELINE}"]
-            if found is not None:
-                axis.errorbar(
-                    found["mean"], place, xerr=found["half_width"] or 0, fmt="o", color="C0"
-                )
-    axes[0].set_yticks(range(len(rows)), rows)
-    axes[0].invert_yaxis()
-    figure.supxlabel("difference to CLIP, mean and paired 95 % interval")
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    panels = figure.subplots(2, 2, sharey="row")
+    for metric, name in enumerate(PRIMARY.values()):
+        for cost, unit in enumerate(("samples", "CPU seconds")):
+            for row in runs:
+                curve = mean_curve(runs[row])
+                x, y = ([point[i] for point in curve] for i in (cost, 2 + metric))
+                panels[metric, cost].plot(x, y, marker="o", label=row)
+            panels[metric, cost].set(xlabel=unit, ylabel=name)
+    panels[0, 0].legend()
     figure.savefig(path, dpi=110)
 
 
-def write_report(runs: Sequence[Run], rows: Sequence[str], out: Path, quick: bool) -> None:
-    """Write the files, print the section, and put it into the page unless ``quick``."""
-    summary = summarise(runs, rows)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    text = section(summary, out)
-    if len(summary) > 1:
-        plot(summary, out / "plot.png")
+def write_report(
+    found: Sequence[Run], wanted: Mapping[str, Mapping[str, int]], floors: Sequence[str],
+    out: Path, page: Path | None,
+) -> None:  # fmt: skip
+    """Print the section, draw the curves, and put the section into ``page``."""
+    text, picture = section(found, wanted, floors), out / "curves.png"
+    runs = by_row(found, "main", next(iter(wanted)), (CLIP, PROTO))
+    if runs:
+        plot(runs, picture)
+        text += f"\n\n![quality against cost]({os.path.relpath(picture, (page or out).parent)})"
     print(text)
-    if not quick:
-        write_between(PAGE, BEGIN, END, text)
+    if page is not None:
+        write_between(page, BEGIN, END, text)

@@ -31,13 +31,8 @@ def test_kmeans_of_a_million_points(bench) -> None:
     start = x[torch.randperm(n)[:k]]
     clusters = protoclip.kmeans(x, k, num_iters=1, init=start)
     assert clusters.history[1] < clusters.history[0] and int(clusters.counts.sum()) == n
-    case = Case(
-        "kmeans",
-        {"N": n, "K": k, "D": d},
-        "fp32",
-        roofline.kmeans(n, k, d, 1),
-        "1 iteration and the labels",
-    )
+    shape, work = {"N": n, "K": k, "D": d}, roofline.kmeans(n, k, d, 1)
+    case = Case("kmeans", shape, "fp32", work, "1 iteration and the labels")
     run = lambda: protoclip.kmeans(x, k, num_iters=1, init=start)  # noqa: E731
     bench.time(case, "protoclip-auto", run)
 

@@ -15,53 +15,44 @@
 namespace protoclip {
 namespace {
 
-// What a row or a column brings into G: its reference and its weight over its sum; of matched pairs
-// also the weight of each of its positives.
+// What the rows or the columns bring into G: their references, their weights over their sums, and
+// the weights of their positives. Without `max` there are none: zeros.
 struct Side {
   Buffer<float> reference, weight, positive;
-  Side(const Tensor& max, const Tensor& sum, const Tensor& weight_, int64_t count)
-      : reference(round_up(count, kLanes)), weight(round_up(count, kLanes)), positive(0) {
-    const bool given = max.numel() > 0;
-    for (int64_t i = 0; i < round_up(count, kLanes); ++i) {
-      const bool used = given && i < count;
-      reference.get()[i] = used ? max.const_data_ptr<float>()[i] : 0.f;
-      weight.get()[i] =
-          used ? weight_.const_data_ptr<float>()[i] / sum.const_data_ptr<float>()[i] : 0.f;
+  explicit Side(int64_t count)
+      : reference(round_up(count, kLanes), 0.f),
+        weight(round_up(count, kLanes), 0.f),
+        positive(round_up(count, kLanes), 0.f) {}
+
+  // fp32 and contiguous, [count] each.
+  Side(const Tensor& max, const Tensor& sum, const Tensor& weights, int64_t count) : Side(count) {
+    for (int64_t i = 0; i < max.numel(); ++i) {
+      reference.get()[i] = max.const_data_ptr<float>()[i];
+      positive.get()[i] = weights.const_data_ptr<float>()[i];
+      weight.get()[i] = positive.get()[i] / sum.const_data_ptr<float>()[i];
     }
   }
-  // Statistics [4, count] and weights [2, count], fp32 and contiguous, or [4, 0] and [2, 0].
-  Side(const Tensor& statistics, const Tensor& weights, int64_t count)
-      : reference(round_up(count, kLanes)),
-        weight(round_up(count, kLanes)),
-        positive(round_up(count, kLanes)) {
+
+  // Of matched pairs: statistics [4, count] and weights [2, count], or [4, 0] and [2, 0].
+  Side(const Tensor& statistics, const Tensor& weights, int64_t count) : Side(count) {
     const float *max = statistics.const_data_ptr<float>(), *sum = max + count,
                 *positives = max + 3 * count, *w = weights.const_data_ptr<float>();
-    for (int64_t i = 0; i < round_up(count, kLanes); ++i) {
-      const bool used = statistics.numel() > 0 && i < count, seen = used && sum[i] != 0.f;
-      reference.get()[i] = seen ? max[i] : 0.f;
-      weight.get()[i] = seen ? w[i] / sum[i] : 0.f;
-      positive.get()[i] = used ? w[count + i] / std::max(positives[i], 1.f) : 0.f;
+    for (int64_t i = 0; i < statistics.size(1); ++i) {
+      if (sum[i] != 0.f) reference.get()[i] = max[i], weight.get()[i] = w[i] / sum[i];
+      positive.get()[i] = w[count + i] / std::max(positives[i], 1.f);
     }
   }
 };
 
-// Turns dot products into G = row_weight P_row + column_weight P_column - weights at positives, for
-// matched pairs + their weights. `weights`: of the rows and of the columns (null: there are none);
-// `dbias`: [M], to which the column sums of G are added, or null.
+// Turns dot products into G = row weight P_row + column weight P_column - weights at positives, for
+// matched pairs + their weights.
 template <typename Pairs>
-class InfoNceGradient {
- public:
-  InfoNceGradient(const Side& row, const Side& column, const float* row_weight,
-                  const float* column_weight, bool columns, Base2 base2, const Pairs& pairs,
-                  float* dbias = nullptr)
-      : row_(row),
-        column_(column),
-        row_weight_(row_weight),
-        column_weight_(column_weight),
-        columns_(columns),
-        base2_(base2),
-        pairs_(pairs),
-        dbias_(dbias) {}
+struct InfoNceGradient {
+  const Side &row_, &column_;
+  bool columns_;  // whether columns have a loss too
+  Base2 base2_;
+  const Pairs& pairs_;
+  float* dbias_ = nullptr;  // [M], to which the column sums of G are added, or null
 
   GradientSums operator()(const TileRange& range, float* s, int64_t ld) const {
     if (pairs_.has_own(range)) return exact(range, s, ld);
@@ -76,7 +67,6 @@ class InfoNceGradient {
     return high - low <= kSharedSpread ? shared(range, s, ld, low) : exact(range, s, ld);
   }
 
- private:
   // `weigh(i, j, v) -> G` on vectors of base-2 logits, for all of the tile.
   template <typename Weigh>
   GradientSums each(const TileRange& range, float* s, int64_t ld, const Weigh& weigh) const {
@@ -143,22 +133,14 @@ class InfoNceGradient {
       if (columns_) g += exp2(v - load(column_reference + j)) * load(column_factor + j);
       if constexpr (!Pairs::kMatched) {
         const int64_t p = range.row + i + pairs_.offset - range.column - j;  // the positive's lane
-        if (0 <= p && p < kLanes) g[p] -= positive_weight(range.row + i);
+        if (0 <= p && p < kLanes) {
+          const int64_t own = range.row + i;
+          g[p] -= row_.positive.get()[own] + column_.positive.get()[own + pairs_.offset];
+        }
       }
       return g;
     });
   }
-
-  float positive_weight(int64_t i) const {
-    return row_weight_[i] + (columns_ ? column_weight_[i + pairs_.offset] : 0.f);
-  }
-
-  const Side &row_, &column_;
-  const float *row_weight_, *column_weight_;
-  bool columns_;
-  Base2 base2_;
-  const Pairs& pairs_;
-  float* dbias_;
 };
 
 constexpr int64_t kStashBytes = 64 << 20;  // of fp32 products: N = 4,096
@@ -228,15 +210,13 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_bwd(
   const char* op = "contrastive_bwd";
   const Inputs in(op, x, y, scale, offset);
   const KeptProducts kept = kept_products(op, stash, in);
-  const bool columns = column_max.numel() > 0;
-  const Tensor row_w = row_weight.to(at::kFloat).contiguous();
-  const Tensor column_w = column_weight.to(at::kFloat).contiguous();
-  const Side row(row_max.contiguous(), row_sum.contiguous(), row_w, in.x.size(0));
-  const Side column(column_max.contiguous(), column_sum.contiguous(), column_w, in.y.size(0));
+  const Side row(row_max.contiguous(), row_sum.contiguous(), row_weight.to(at::kFloat).contiguous(),
+                 in.x.size(0));
+  const Side column(column_max.contiguous(), column_sum.contiguous(),
+                    column_weight.to(at::kFloat).contiguous(), in.y.size(0));
   const DiagonalPairs pairs{offset};
-  const InfoNceGradient<DiagonalPairs> epilogue(row, column, row_w.const_data_ptr<float>(),
-                                                column_w.const_data_ptr<float>(), columns,
-                                                Base2(in.scale), pairs);
+  const InfoNceGradient<DiagonalPairs> epilogue{row, column, column_max.numel() > 0,
+                                                Base2(in.scale), pairs};
   Gradients out(in);
   const GradientSums sums = backward(in, epilogue, kept, out);
   return {out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot)};
@@ -270,9 +250,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matched_bwd(
   const Side row(rows.contiguous(), row_weights.contiguous(), x.size(0));
   const Side column(by_column.contiguous(), column_weights.contiguous(), y.size(0));
   Tensor dbias = at::zeros({y.size(0)}, at::TensorOptions(at::kFloat));
-  const InfoNceGradient<MatchedPairs> epilogue(
-      row, column, nullptr, nullptr, by_column.numel() > 0, Base2(in.scale), pairs,
-      pairs.has_bias() ? dbias.mutable_data_ptr<float>() : nullptr);
+  const InfoNceGradient<MatchedPairs> epilogue{
+      row,
+      column,
+      by_column.numel() > 0,
+      Base2(in.scale),
+      pairs,
+      pairs.has_bias() ? dbias.mutable_data_ptr<float>() : nullptr};
   Gradients out(in);
   const GradientSums sums = backward(in, epilogue, kept_products(op, stash, in), out);
   return {out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot), dbias};
@@ -292,10 +276,9 @@ inline Floats log1p(Floats u) {
 }
 
 template <typename Pairs>
-class SigmoidGradient {
- public:
-  SigmoidGradient(float scale, float bias, const Pairs& pairs)
-      : scale_(scale), bias_(bias), pairs_(pairs) {}
+struct SigmoidGradient {
+  float scale_, bias_;
+  const Pairs& pairs_;
 
   GradientSums operator()(const TileRange& range, float* s, int64_t ld) const {
     GradientSums sums;
@@ -326,16 +309,12 @@ class SigmoidGradient {
     }
     return sums;
   }
-
- private:
-  float scale_, bias_;
-  const Pairs& pairs_;
 };
 
 template <typename Pairs>
 GradientSums sigmoid(const Inputs& in, float bias, const Pairs& pairs, bool gradients,
                      Gradients& out) {
-  const SigmoidGradient<Pairs> epilogue(in.scale, bias, pairs);
+  const SigmoidGradient<Pairs> epilogue{in.scale, bias, pairs};
   return in.dispatch([&](auto a) {
     const Strip<decltype(a)::value> strip(in.x, in.y);
     using Input = typename Operands<decltype(a)::value>::Input;

@@ -13,9 +13,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "memory_pool.h"
@@ -24,36 +22,6 @@
 namespace protoclip {
 
 using BFloat16 = c10::BFloat16;
-
-// ---- memory ----
-
-// Uninitialised memory on cache lines, with a vector's width to spare at the end.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : Buffer(count, round_up(count * sizeof(T) + 64, 64)) {}
-  T* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    int64_t bytes;
-    void operator()(T* p) const {
-      if (bytes < MemoryPool::kSmallest)
-        std::free(p);
-      else
-        MemoryPool::instance().give(p, bytes);
-    }
-  };
-
-  Buffer(int64_t count, int64_t bytes)
-      : data_(static_cast<T*>(bytes < MemoryPool::kSmallest ? std::aligned_alloc(64, bytes)
-                                                            : MemoryPool::instance().take(bytes)),
-              Free{bytes}) {
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-
-  std::unique_ptr<T, Free> data_;
-};
 
 // ---- layout changes ----
 

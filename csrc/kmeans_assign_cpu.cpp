@@ -25,7 +25,7 @@ void prefetch(const T* row, int64_t d) {
 
 // `codes`: of the points, or null.
 template <class T>
-void assign(const at::Tensor& points, const Centroids& c, const Codes* codes, int64_t* labels,
+void assign(const Tensor& points, const Centroids& c, const Codes* codes, int64_t* labels,
             float* distances) {
   const int64_t n = points.size(0), row_stride = points.stride(0), stride = points.stride(1);
   const T* data = points.const_data_ptr<T>();
@@ -57,9 +57,8 @@ void assign(const at::Tensor& points, const Centroids& c, const Codes* codes, in
   });
 }
 
-std::tuple<at::Tensor, at::Tensor> assign_in(const Frame& frame, const at::Tensor& points,
-                                             const at::Tensor& centroids, bool finite,
-                                             const Codes* codes) {
+std::tuple<Tensor, Tensor> assign_in(const Frame& frame, const Tensor& points,
+                                     const Tensor& centroids, bool finite, const Codes* codes) {
   const int64_t n = points.size(0);
   auto labels = at::full({n}, -1, points.options().dtype(at::kLong));
   auto distances =
@@ -74,16 +73,15 @@ std::tuple<at::Tensor, at::Tensor> assign_in(const Frame& frame, const at::Tenso
   return {labels, distances};
 }
 
-at::Tensor sample(const at::Tensor& points) {
+Tensor sample(const Tensor& points) {
   const int64_t step = std::max<int64_t>(1, points.size(0) / SAMPLE);
   return points.slice(0, 0, points.size(0), step).to(at::kFloat).contiguous();
 }
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> kmeans_assign(const at::Tensor& points,
-                                                 const at::Tensor& centroids) {
-  const at::Tensor rows = centroids.to(at::kFloat).contiguous();
+std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& centroids) {
+  const Tensor rows = centroids.to(at::kFloat).contiguous();
   Frame frame(mean_row(rows));
   const bool finite = frame.finite();
   frame.rotated = finite && (frame.peaky(sample(points)) || frame.peaky(rows));
@@ -92,20 +90,20 @@ std::tuple<at::Tensor, at::Tensor> kmeans_assign(const at::Tensor& points,
 
 // For kmeans_assign_coded: codes [N, depth], what is known of them [N, KNOWN], the frame's centre
 // and whether it is rotated. Points: fp32 and contiguous.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, bool> kmeans_encode(const at::Tensor& points) {
+std::tuple<Tensor, Tensor, Tensor, bool> kmeans_encode(const Tensor& points) {
   const int64_t n = points.size(0), d = points.size(1), depth = round_up(d, 4);
-  const at::Tensor some = sample(points), centre = mean_row(some);
+  const Tensor some = sample(points), centre = mean_row(some);
   Frame frame(centre);
   frame.rotated = frame.peaky(some);
   auto codes = at::full({n, depth}, screen::OFFSET, points.options().dtype(at::kByte));
   auto known = at::empty({n, KNOWN}, points.options());
   const float* data = points.const_data_ptr<float>();
   at::parallel_for(0, n, 256, [&](int64_t begin, int64_t end) {
-    AlignedVector<float> row(d);
+    Buffer<float> row(d);
     for (int64_t i = begin; i < end; ++i) {
-      const double square = frame.centre(data + i * d, row.data());
-      if (frame.rotated) frame.rotation(row.data());
-      const auto coded = screen::encode(row.data(), d, int8::LEFT_MAX, screen::OFFSET, 1e-30f,
+      const double square = frame.centre(data + i * d, row.get());
+      if (frame.rotated) frame.rotation(row.get());
+      const auto coded = screen::encode(row.get(), d, int8::LEFT_MAX, screen::OFFSET, 1e-30f,
                                         codes.mutable_data_ptr<uint8_t>() + i * depth);
       const float all[KNOWN] = {coded.scale, coded.norm, coded.error, static_cast<float>(square)};
       std::copy_n(all, KNOWN, known.mutable_data_ptr<float>() + i * KNOWN);
@@ -114,12 +112,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, bool> kmeans_encode(const at::Ten
   return {codes, known, centre, frame.rotated};
 }
 
-std::tuple<at::Tensor, at::Tensor> kmeans_assign_coded(const at::Tensor& points,
-                                                       const at::Tensor& centroids,
-                                                       const at::Tensor& codes,
-                                                       const at::Tensor& known,
-                                                       const at::Tensor& centre, bool rotated) {
-  const at::Tensor rows = centroids.contiguous();
+std::tuple<Tensor, Tensor> kmeans_assign_coded(const Tensor& points, const Tensor& centroids,
+                                               const Tensor& codes, const Tensor& known,
+                                               const Tensor& centre, bool rotated) {
+  const Tensor rows = centroids.contiguous();
   const bool finite = Frame(mean_row(rows)).finite();
   Frame frame(centre);
   frame.rotated = rotated;

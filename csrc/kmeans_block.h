@@ -48,12 +48,12 @@ struct Block {
         min_scale(std::max(c.largest * 1e-12f, 1e-30f)) {}
 
   const Centroids& c;
-  AlignedVector<float> converted;  // [BLOCK_ROWS, D]
+  Buffer<float> converted;         // [BLOCK_ROWS, D]
   const float* point[BLOCK_ROWS];  // [D], in `converted` where the input is not fp32 as it stands
-  AlignedVector<float> centred;    // [D]
-  AlignedVector<uint8_t> codes;    // [BLOCK_ROWS, depth]
-  AlignedVector<float> bounds;     // [chunk's panels][ROWS][COLS]
-  AlignedVector<float> highest;    // [ROWS][chunk's panels][LANES], of a panel's vectors
+  Buffer<float> centred;           // [D]
+  Buffer<uint8_t> codes;           // [BLOCK_ROWS, depth]
+  Buffer<float> bounds;            // [chunk's panels][ROWS][COLS]
+  Buffer<float> highest;           // [ROWS][chunk's panels][LANES], of a panel's vectors
   std::vector<Hit> hits;           // of one row in a chunk
   // Next to far larger centroids a point needs no digits, and 1 / s must stay finite.
   float min_scale;
@@ -83,7 +83,7 @@ void Block::read(int64_t row, const T* x, int64_t stride) {
     point[row] = x;
     if (stride == 1) return;
   }
-  float* out = converted.data() + row * c.d;
+  float* out = converted.get() + row * c.d;
   point[row] = out;
   if (stride == 1)
     for (int64_t j = 0; j < c.d; ++j) out[j] = static_cast<float>(x[j]);
@@ -92,10 +92,10 @@ void Block::read(int64_t row, const T* x, int64_t stride) {
 }
 
 inline void Block::encode(int64_t row) {
-  if (!begin(row, c.frame.centre(point[row], centred.data()))) return;
-  if (c.frame.rotated) c.frame.rotation(centred.data());
-  uint8_t* code = codes.data() + row * c.depth;
-  finish(row, screen::encode(centred.data(), c.d, int8::LEFT_MAX, screen::OFFSET, min_scale, code));
+  if (!begin(row, c.frame.centre(point[row], centred.get()))) return;
+  if (c.frame.rotated) c.frame.rotation(centred.get());
+  uint8_t* code = codes.get() + row * c.depth;
+  finish(row, screen::encode(centred.get(), c.d, int8::LEFT_MAX, screen::OFFSET, min_scale, code));
   std::fill(code + c.d, code + c.depth, screen::OFFSET);
 }
 
@@ -104,7 +104,7 @@ inline void Block::take(int64_t row, const Codes& kept, int64_t from) {
   const float* known = kept.known.const_data_ptr<float>() + from * KNOWN;
   if (known[0] < min_scale) return encode(row);
   std::copy_n(kept.codes.const_data_ptr<uint8_t>() + from * c.depth, c.depth,
-              codes.data() + row * c.depth);
+              codes.get() + row * c.depth);
   if (begin(row, known[3])) finish(row, {known[0], known[1], known[2]});
 }
 
@@ -113,11 +113,11 @@ inline bool Block::begin(int64_t row, double squared_norm) {
   square[row] = squared_norm;
   label[row] = -1;
   inverse[row] = widening[row] = 0;
-  threshold[row] = -std::numeric_limits<float>::infinity();
+  threshold[row] = -kInfinity;
   distance[row] = std::numeric_limits<float>::quiet_NaN();
   const double norm = std::max<double>(std::sqrt(square[row]), c.largest);
   if (norm < TOO_LARGE && norm >= TOO_SMALL) return true;
-  threshold[row] = std::numeric_limits<float>::infinity();  // nothing passes
+  threshold[row] = kInfinity;  // nothing passes
   brute_force(row);
   return false;
 }
@@ -134,19 +134,18 @@ inline void Block::screen_chunk(int64_t group, int64_t panel, int64_t panels) {
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t at = (panel + p) * COLS;
     int8::Float high;
-    int8::tile(codes.data() + group * c.depth, c.depth, c.codes.data() + at * c.depth,
-               c.start.data() + at, c.depth, [&](auto i, int8::Int sum) ALWAYS_INLINE {
+    int8::tile(codes.get() + group * c.depth, c.depth, c.codes.get() + at * c.depth,
+               c.start.get() + at, c.depth, [&](auto i, int8::Int sum) ALWAYS_INLINE {
                  constexpr int r = i / VECS, v = i % VECS;
-                 const auto scale = int8::load(c.scale.data() + at + v * LANES);
-                 const auto half = int8::load(c.half_square.data() + at + v * LANES);
-                 const auto norm = int8::load(c.norm_bound.data() + at + v * LANES);
-                 const auto slack = int8::mul(norm, int8::broadcast(widening[group + r]));
-                 const auto offset = int8::fma(half, int8::broadcast(-inverse[group + r]), slack);
-                 const auto bound = int8::fma(int8::to_float(sum), scale, offset);
-                 int8::store(bounds.data() + (p * ROWS + r) * COLS + v * LANES, bound);
-                 high = v == 0 ? bound : int8::max(high, bound);
+                 const auto scale = int8::load(c.scale.get() + at + v * LANES);
+                 const auto half = int8::load(c.half_square.get() + at + v * LANES);
+                 const auto norm = int8::load(c.norm_bound.get() + at + v * LANES);
+                 const auto bound = int8::to_float(sum) * scale +
+                                    (norm * widening[group + r] - half * inverse[group + r]);
+                 int8::store(bounds.get() + (p * ROWS + r) * COLS + v * LANES, bound);
+                 high = v == 0 ? bound : larger(high, bound);
                  if constexpr (v == VECS - 1)
-                   int8::store(highest.data() + (r * CHUNK_PANELS + p) * LANES, high);
+                   int8::store(highest.get() + (r * CHUNK_PANELS + p) * LANES, high);
                });
   }
 }
@@ -155,10 +154,10 @@ inline void Block::screen_chunk(int64_t group, int64_t panel, int64_t panels) {
 inline int64_t Block::find_hits(int64_t row, int64_t panel, int64_t panels, float least) {
   int64_t found = 0;
   const auto limit = int8::broadcast(least);
-  const float* high = highest.data() + row % ROWS * CHUNK_PANELS * LANES;
+  const float* high = highest.get() + row % ROWS * CHUNK_PANELS * LANES;
   for (int64_t p = 0; p < panels; ++p) {
     if (!int8::mask_ge(int8::load(high + p * LANES), limit)) continue;
-    const float* bound = bounds.data() + (p * ROWS + row % ROWS) * COLS;
+    const float* bound = bounds.get() + (p * ROWS + row % ROWS) * COLS;
     for (int v = 0; v < VECS; ++v)
       for (uint32_t mask = int8::mask_ge(int8::load(bound + v * LANES), limit); mask;
            mask &= mask - 1) {
@@ -171,10 +170,10 @@ inline int64_t Block::find_hits(int64_t row, int64_t panel, int64_t panels, floa
 
 // Measures the centroids of a chunk that may be nearer than the best so far, likeliest first.
 inline void Block::measure_chunk(int64_t row, int64_t panel, int64_t panels) {
-  const float* high = highest.data() + row % ROWS * CHUNK_PANELS * LANES;
+  const float* high = highest.get() + row % ROWS * CHUNK_PANELS * LANES;
   auto best = int8::load(high);
-  for (int64_t p = 1; p < panels; ++p) best = int8::max(best, int8::load(high + p * LANES));
-  const float top = int8::max_lane(best);
+  for (int64_t p = 1; p < panels; ++p) best = larger(best, int8::load(high + p * LANES));
+  const float top = maximum(best);
   if (!(top >= threshold[row])) return;
   // The likeliest will raise the threshold to about this, so that one search is enough.
   const float least = std::max(threshold[row], top - 1.25f * widening[row] * c.largest);
@@ -190,21 +189,19 @@ inline void Block::measure_chunk(int64_t row, int64_t panel, int64_t panels) {
 
 inline float squared_distance(const float* x, const float* y, int64_t d) {
   constexpr int WAYS = 4;
-  int8::Float sums[WAYS];
-  for (auto& s : sums) s = int8::broadcast(0);
+  int8::Float sums[WAYS] = {};
   int64_t j = 0;
   for (; j + WAYS * LANES <= d; j += WAYS * LANES)
 #pragma GCC unroll 4
     for (int i = 0; i < WAYS; ++i) {
-      const auto gap = int8::sub(int8::load(x + j + i * LANES), int8::load(y + j + i * LANES));
-      sums[i] = int8::fma(gap, gap, sums[i]);
+      const auto gap = int8::load(x + j + i * LANES) - int8::load(y + j + i * LANES);
+      sums[i] += gap * gap;
     }
   for (; j + LANES <= d; j += LANES) {
-    const auto gap = int8::sub(int8::load(x + j), int8::load(y + j));
-    sums[0] = int8::fma(gap, gap, sums[0]);
+    const auto gap = int8::load(x + j) - int8::load(y + j);
+    sums[0] += gap * gap;
   }
-  float total =
-      int8::sum_lanes(int8::add(int8::add(sums[0], sums[1]), int8::add(sums[2], sums[3])));
+  float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (; j < d; ++j) total += (x[j] - y[j]) * (x[j] - y[j]);
   return total;
 }

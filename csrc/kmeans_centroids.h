@@ -6,42 +6,12 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <cstddef>
-#include <limits>
-#include <new>
 #include <vector>
 
 #include "kmeans_screen.h"
+#include "memory_pool.h"
 
 namespace protoclip {
-
-// std::vector on the boundaries of cache lines: a vector register's load or store touches one line.
-template <class T>
-struct LineAllocator {
-  using value_type = T;
-  static constexpr std::align_val_t kLine{64};
-
-  LineAllocator() = default;
-  template <class U>
-  LineAllocator(const LineAllocator<U>&) {}
-
-  T* allocate(std::size_t count) {
-    return static_cast<T*>(::operator new(count * sizeof(T), kLine));
-  }
-  void deallocate(T* data, std::size_t) { ::operator delete(data, kLine); }
-
-  template <class U>
-  bool operator==(const LineAllocator<U>&) const {
-    return true;
-  }
-  template <class U>
-  bool operator!=(const LineAllocator<U>&) const {
-    return false;
-  }
-};
-
-template <class T>
-using AlignedVector = std::vector<T, LineAllocator<T>>;
 
 constexpr int64_t SAMPLE = 256;  // rows looked at to decide on the rotation
 constexpr double PEAKY = 4.5;    // normal coordinates: 2.6 at D = 64 to 3.4 at D = 1024
@@ -53,15 +23,15 @@ struct Frame {
   int64_t d;
   bool rotated = false;
   screen::Rotation rotation;
-  AlignedVector<float> mean;  // [D], the centre
+  Buffer<float> mean;  // [D], the centre
 
   // out = row - mean; its squared norm.
   double centre(const float* row, float* out) const {
-    return screen::centre(row, mean.data(), d, out);
+    return screen::centre(row, mean.get(), d, out);
   }
 
   bool finite() const {
-    return std::all_of(mean.begin(), mean.end(), [](float m) { return std::isfinite(m); });
+    return std::all_of(mean.get(), mean.get() + d, [](float m) { return std::isfinite(m); });
   }
 
   // Of about SAMPLE of the rows, fp32 and contiguous: is the largest coordinate mostly far above
@@ -70,7 +40,7 @@ struct Frame {
 };
 
 inline Frame::Frame(const at::Tensor& centre) : d(centre.size(0)), rotation(d), mean(d) {
-  std::copy_n(centre.const_data_ptr<float>(), d, mean.data());
+  std::copy_n(centre.const_data_ptr<float>(), d, mean.get());
 }
 
 // Of rows [N, D], fp32 and contiguous: fp32 [D].
@@ -106,10 +76,10 @@ struct Centroids {
   const float* rows;  // [K, D]
   const Frame& frame;
   int64_t k, d, depth, panels;
-  float largest = 0, error_ratio = 0;                   // max |c'|; typical |f| / |c'|
-  AlignedVector<int8_t> codes;                          // [panels][depth / 4][int8::COLS][4]
-  AlignedVector<int32_t> start;                         // [panels * int8::COLS], takes OFFSET out
-  AlignedVector<float> scale, half_square, norm_bound;  // [panels * int8::COLS]
+  float largest = 0, error_ratio = 0;            // max |c'|; typical |f| / |c'|
+  Buffer<int8_t> codes;                          // [panels][depth / 4][int8::COLS][4]
+  Buffer<int32_t> start;                         // [panels * int8::COLS], takes OFFSET out
+  Buffer<float> scale, half_square, norm_bound;  // [panels * int8::COLS]
 
  private:
   void encode_panel(int64_t panel, float* error);
@@ -121,15 +91,13 @@ inline Centroids::Centroids(const at::Tensor& centroids, const Frame& frame)
       k(centroids.size(0)),
       d(centroids.size(1)),
       depth(round_up(d, 4)),
-      panels((k + int8::COLS - 1) / int8::COLS) {
-  const int64_t slots = panels * int8::COLS;
-  codes.resize(slots * depth);
-  start.resize(slots);
-  scale.resize(slots);
-  // Slots past K lose against every centroid.
-  half_square.resize(slots, std::numeric_limits<float>::infinity());
-  norm_bound.resize(slots);
-  std::vector<float> error(slots);
+      panels(blocks(k, int8::COLS)),
+      codes(panels * int8::COLS * depth, 0),
+      start(panels * int8::COLS, 0),
+      scale(panels * int8::COLS, 0),
+      half_square(panels * int8::COLS, kInfinity),  // slots past K lose against every centroid
+      norm_bound(panels * int8::COLS, 0) {
+  std::vector<float> error(panels * int8::COLS);
   at::parallel_for(0, panels, 1 + (1 << 15) / (int8::COLS * depth + 1),
                    [&](int64_t begin, int64_t end) {
                      for (int64_t panel = begin; panel < end; ++panel)
@@ -138,18 +106,18 @@ inline Centroids::Centroids(const at::Tensor& centroids, const Frame& frame)
   double errors = 0, norms = 0;
   for (int64_t i = 0; i < k; ++i) {
     errors += error[i];
-    norms += norm_bound[i];
-    largest = std::max(largest, norm_bound[i]);
+    norms += norm_bound.get()[i];
+    largest = std::max(largest, norm_bound.get()[i]);
   }
   error_ratio = norms > 0 ? static_cast<float>(errors / norms) : 0.0f;
   for (int64_t i = 0; i < k && error_ratio > 0; ++i)
-    norm_bound[i] = std::max(norm_bound[i], error[i] / error_ratio);
+    norm_bound.get()[i] = std::max(norm_bound.get()[i], error[i] / error_ratio);
 }
 
 inline void Centroids::encode_panel(int64_t panel, float* error) {
   std::vector<float> row(d);
   std::vector<int8_t> code(depth);
-  int8_t* out = codes.data() + panel * depth * int8::COLS;
+  int8_t* out = codes.get() + panel * depth * int8::COLS;
   for (int64_t i = panel * int8::COLS; i < std::min(k, (panel + 1) * int8::COLS); ++i) {
     const double square = frame.centre(rows + i * d, row.data());
     if (frame.rotated) frame.rotation(row.data());
@@ -159,10 +127,10 @@ inline void Centroids::encode_panel(int64_t panel, float* error) {
       out[(j / 4 * int8::COLS + i % int8::COLS) * 4 + j % 4] = code[j];
       total += code[j];
     }
-    start[i] = -screen::OFFSET * total;
-    scale[i] = coded.scale;
-    half_square[i] = static_cast<float>(square / 2 * (1 - screen::SLACK));
-    norm_bound[i] = static_cast<float>(std::sqrt(square));
+    start.get()[i] = -screen::OFFSET * total;
+    scale.get()[i] = coded.scale;
+    half_square.get()[i] = static_cast<float>(square / 2 * (1 - screen::SLACK));
+    norm_bound.get()[i] = static_cast<float>(std::sqrt(square));
     error[i] = coded.error;
   }
 }

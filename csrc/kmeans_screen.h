@@ -12,7 +12,6 @@
 #include <vector>
 
 #include "int8_tile.h"
-#include "vector_math.h"
 
 namespace protoclip::screen {
 

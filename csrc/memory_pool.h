@@ -1,4 +1,5 @@
-// Large blocks of work memory, kept for the next call of the same size; and tensors in them.
+// Large blocks of work memory, kept for the next call of the same size; buffers and tensors in
+// them.
 //
 // The kernel zeroes every page it hands out and malloc returns large blocks at once, so 64 MiB that
 // come and go cost 10 ms a step in huge pages and 60 ms in small ones: more than a matrix product.
@@ -9,9 +10,11 @@
 #include <ATen/ops/from_blob.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <new>
 
@@ -84,6 +87,35 @@ class MemoryPool {
   std::mutex mutex_;
   std::deque<Block> blocks_;  // the oldest first
   int64_t kept_ = 0;
+};
+
+// Memory on cache lines, with a vector's width to spare at the end; uninitialised without a value.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(nullptr, Free{(count * int64_t{sizeof(T)} + 127) / 64 * 64}) {
+    const int64_t bytes = data_.get_deleter().bytes;
+    void* room = bytes < MemoryPool::kSmallest ? std::aligned_alloc(64, bytes)
+                                               : MemoryPool::instance().take(bytes);
+    if (room == nullptr) throw std::bad_alloc();
+    data_.reset(static_cast<T*>(room));
+  }
+  Buffer(int64_t count, T value) : Buffer(count) { std::fill_n(get(), count, value); }
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    int64_t bytes;
+    void operator()(T* p) const {
+      if (bytes < MemoryPool::kSmallest)
+        std::free(p);
+      else
+        MemoryPool::instance().give(p, bytes);
+    }
+  };
+
+  std::unique_ptr<T, Free> data_;
 };
 
 // Uninitialised and contiguous; a large one's block goes back to the pool with the tensor.

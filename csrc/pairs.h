@@ -64,23 +64,19 @@ class MatchedPairs {
         stride_(round_up(m, kLanes)),
         queries_(n),
         own_(n),
-        exclude_(n),
-        query_ids_(2 * n),
-        key_ids_(2 * stride_),
-        bias_(stride_) {
+        exclude_(n, -1),
+        query_ids_(2 * n, -1),
+        key_ids_(2 * stride_, -2),  // no query's; also past the last
+        bias_(stride_, 0.f) {
     TORCH_CHECK(own.numel() == n && ids_ <= 2 &&
                     (ids_ == 0 || (query_ids->numel() == ids_ * n && key_ids->numel() == ids_ * m)),
                 op, ": expected own [N] and ids [R, N] and [R, M], R <= 2");
     copy<int32_t>(own, own_.get(), n);
-    std::fill_n(exclude_.get(), n, -1);
     if (exclude.has_value()) copy<int32_t>(*exclude, exclude_.get(), n);
-    std::fill_n(query_ids_.get(), 2 * n, -1);
-    std::fill_n(key_ids_.get(), 2 * stride_, -2);  // no query's; also past the last
     for (int64_t r = 0; r < ids_; ++r) {
       copy<int32_t>((*query_ids)[r], query_ids_.get() + r * n, n);
       copy<int32_t>((*key_ids)[r], key_ids_.get() + r * stride_, m);
     }
-    std::fill_n(bias_.get(), stride_, 0.f);
     if (has_bias_) {
       copy<float>(*key_bias, bias_.get(), m);
       for (int64_t j = 0; j < m; ++j) bias_.get()[j] *= kLog2E;

@@ -20,7 +20,7 @@ struct RowOutputs {
   int64_t* nearest;
   int64_t d;  // width of gradient
 
-  RowOutputs(const std::vector<at::Tensor>& out, int64_t bank)
+  RowOutputs(const std::vector<Tensor>& out, int64_t bank)
       : loss(at_bank(out[0], bank)),
         max(at_bank(out[3], bank)),
         sum(at_bank(out[4], bank)),
@@ -31,7 +31,7 @@ struct RowOutputs {
         d(out[1].size(2)) {}
 
  private:
-  static float* at_bank(const at::Tensor& t, int64_t bank) {
+  static float* at_bank(const Tensor& t, int64_t bank) {
     return t.size(1) == 0 ? nullptr : t.mutable_data_ptr<float>() + bank * t.stride(0);
   }
 };
@@ -50,59 +50,48 @@ float dot(const Input* a, const Input* b, int64_t n) {
 
 // Turns the attention of a row into its loss and gradients, by the row m_y of its target.
 template <typename Input>
-class FinishRow {
- public:
-  FinishRow(const Input* features, int64_t ld, const int64_t* labels, const Input* targets,
-            int64_t ld_targets, bool hard, float scale, const RowOutputs& out)
-      : features_(features),
-        targets_(targets),
-        labels_(labels),
-        ld_(ld),
-        ld_targets_(ld_targets),
-        hard_(hard),
-        scale_(scale),
-        out_(out) {}
+struct FinishRow {
+  const Input* features;
+  int64_t ld;
+  const int64_t* labels;
+  const Input* targets;
+  int64_t ld_targets;
+  bool hard;
+  float scale;
+  RowOutputs out;
 
   void operator()(int64_t row, const RowState& state, float positive, const float* acc) const {
-    out_.max[row] = state.max;
-    out_.sum[row] = static_cast<float>(state.sum);
-    if (out_.nearest != nullptr) out_.nearest[row] = state.best;
-    float* gradient = out_.gradient == nullptr ? nullptr : out_.gradient + row * out_.d;
-    if (labels_[row] == kIgnored) {
-      out_.loss[row] = 0.f;
-      if (out_.scale != nullptr) out_.scale[row] = 0.f;
-      if (gradient != nullptr) std::fill_n(gradient, out_.d, 0.f);
+    out.max[row] = state.max;
+    out.sum[row] = static_cast<float>(state.sum);
+    if (out.nearest != nullptr) out.nearest[row] = state.best;
+    float* gradient = out.gradient == nullptr ? nullptr : out.gradient + row * out.d;
+    if (labels[row] == kIgnored) {
+      out.loss[row] = 0.f;
+      if (out.scale != nullptr) out.scale[row] = 0.f;
+      if (gradient != nullptr) std::fill_n(gradient, out.d, 0.f);
       return;
     }
-    const Input *h = features_ + row * ld_, *target = targets_ + labels_[row] * ld_targets_;
-    if (!hard_) positive = Base2(scale_)(broadcast(dot(h, target, out_.d)))[0];
+    const Input *h = features + row * ld, *target = targets + labels[row] * ld_targets;
+    if (!hard) positive = Base2(scale)(broadcast(dot(h, target, out.d)))[0];
     // A logit of -inf weighs nothing, but 0 * -inf in `logits` keeps it visible.
-    out_.loss[row] = static_cast<float>(kLn2 * (std::log2(state.sum) + (state.max - positive)) +
-                                        0. * state.logits);
+    out.loss[row] = static_cast<float>(kLn2 * (std::log2(state.sum) + (state.max - positive)) +
+                                       0. * state.logits);
     if (gradient == nullptr) return;
     float product = 0.f;
     const float weights = static_cast<float>(state.sum);
-    for (int64_t e = 0; e < out_.d; ++e) {
+    for (int64_t e = 0; e < out.d; ++e) {
       gradient[e] = acc[e] / weights - static_cast<float>(target[e]);
       product += gradient[e] * static_cast<float>(h[e]);
     }
     // From the logits, which no rounding of the weights touches; a scale of 0 leaves none.
     const double difference = state.logits / state.sum - positive;
-    out_.scale[row] =
-        std::abs(scale_) < 1e-30f ? product : static_cast<float>(difference / (scale_ * kLog2E));
+    out.scale[row] =
+        std::abs(scale) < 1e-30f ? product : static_cast<float>(difference / (scale * kLog2E));
   }
-
- private:
-  const Input *features_, *targets_;
-  const int64_t* labels_;
-  int64_t ld_, ld_targets_;
-  bool hard_;
-  float scale_;
-  RowOutputs out_;
 };
 
-at::Tensor checked_labels(const at::Tensor& labels, int64_t k) {
-  at::Tensor out = labels.contiguous();
+Tensor checked_labels(const Tensor& labels, int64_t k) {
+  Tensor out = labels.contiguous();
   const int64_t* y = out.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < out.numel(); ++i)
     TORCH_CHECK_VALUE(y[i] == kIgnored || (0 <= y[i] && y[i] < k), kOp,
@@ -112,41 +101,40 @@ at::Tensor checked_labels(const at::Tensor& labels, int64_t k) {
 }
 
 template <Arithmetic A>
-void forward_bank(const at::Tensor& h, const at::Tensor& prototypes, const at::Tensor& targets,
-                  const at::Tensor& labels, bool hard, float scale, const RowOutputs& out) {
+void forward_bank(const Tensor& h, const Tensor& prototypes, const Tensor& targets,
+                  const Tensor& labels, bool hard, float scale, const RowOutputs& out) {
   using Input = typename Operands<A>::Input;
   const Strip<A> strip(h, prototypes);
   const int64_t* y = labels.const_data_ptr<int64_t>();
   const Input* values = out.gradient == nullptr ? nullptr : strip.y;
   Attention<A> attention(strip, values, strip.d, strip.ld_y, hard ? y : nullptr, Base2(scale));
   const int64_t ld_targets = std::max<int64_t>(targets.stride(0), strip.d);
-  attention.run(FinishRow<Input>(strip.x, strip.ld_x, y, targets.const_data_ptr<Input>(),
-                                 ld_targets, hard, scale, out));
+  attention.run(FinishRow<Input>{strip.x, strip.ld_x, y, targets.const_data_ptr<Input>(),
+                                 ld_targets, hard, scale, out});
 }
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
-prototype_ce_fwd_banks(const at::Tensor& h, at::TensorList prototypes, at::TensorList targets,
-                       at::TensorList labels, const at::Tensor& scale, bool need_grad,
-                       bool need_nearest) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_ce_fwd_banks(
+    const Tensor& h, at::TensorList prototypes, at::TensorList targets, at::TensorList labels,
+    const Tensor& scale, bool need_grad, bool need_nearest) {
   const int64_t banks = prototypes.size(), n = h.size(0), d = h.size(1);
   const auto fp32 = at::TensorOptions(at::kFloat);
   const int64_t with_grad = need_grad ? n : 0, with_nearest = need_nearest ? n : 0;
-  const std::vector<at::Tensor> out{at::empty({banks, n}, fp32),
-                                    at::empty({banks, with_grad, d}, fp32),
-                                    at::empty({banks, with_nearest}, at::kLong),
-                                    at::empty({banks, n}, fp32),
-                                    at::empty({banks, n}, fp32),
-                                    at::empty({banks, with_grad}, fp32)};
+  const std::vector<Tensor> out{at::empty({banks, n}, fp32),
+                                at::empty({banks, with_grad, d}, fp32),
+                                at::empty({banks, with_nearest}, at::kLong),
+                                at::empty({banks, n}, fp32),
+                                at::empty({banks, n}, fp32),
+                                at::empty({banks, with_grad}, fp32)};
   const float s = scale.item<float>();
   const Arithmetic arithmetic = arithmetic_of(h.scalar_type());
-  const at::Tensor rows = prepare(h, arithmetic);
+  const Tensor rows = prepare(h, arithmetic);
   for (int64_t b = 0; b < banks && n > 0; ++b) {
-    const at::Tensor y = checked_labels(labels[b], prototypes[b].size(0));
-    const at::Tensor c = prepare(prototypes[b], arithmetic);
+    const Tensor y = checked_labels(labels[b], prototypes[b].size(0));
+    const Tensor c = prepare(prototypes[b], arithmetic);
     const bool hard = targets[b].size(0) == 0;
-    const at::Tensor m = hard ? c : prepare(targets[b], arithmetic);
+    const Tensor m = hard ? c : prepare(targets[b], arithmetic);
     dispatch_arithmetic(arithmetic, [&](auto a) {
       forward_bank<decltype(a)::value>(rows, c, m, y, hard, s, RowOutputs(out, b));
     });
@@ -157,11 +145,11 @@ prototype_ce_fwd_banks(const at::Tensor& h, at::TensorList prototypes, at::Tenso
 namespace {
 
 // Turns dot products into G = w (p - [hard and y = k]).
-class PrototypeGradient {
- public:
-  PrototypeGradient(const int64_t* labels, const float* max, const float* sum, const float* weight,
-                    bool hard, Base2 base2)
-      : labels_(labels), max_(max), sum_(sum), weight_(weight), hard_(hard), base2_(base2) {}
+struct PrototypeGradient {
+  const int64_t* labels_;
+  const float *max_, *sum_, *weight_;
+  bool hard_;
+  Base2 base2_;
 
   GradientSums operator()(const TileRange& range, float* s, int64_t ld) const {
     for (int64_t i = range.row; i < range.row + range.rows; ++i, s += ld) {
@@ -178,29 +166,25 @@ class PrototypeGradient {
     }
     return {};
   }
-
- private:
-  const int64_t* labels_;
-  const float *max_, *sum_, *weight_;
-  bool hard_;
-  Base2 base2_;
 };
 
 }  // namespace
 
-at::Tensor prototype_ce_bwd_prototypes(const at::Tensor& h, const at::Tensor& prototypes,
-                                       const at::Tensor& labels, const at::Tensor& scale,
-                                       const at::Tensor& row_max, const at::Tensor& row_sum,
-                                       const at::Tensor& weight, bool hard) {
+Tensor prototype_ce_bwd_prototypes(const Tensor& h, const Tensor& prototypes, const Tensor& labels,
+                                   const Tensor& scale, const Tensor& row_max,
+                                   const Tensor& row_sum, const Tensor& weight, bool hard) {
   const Arithmetic arithmetic = arithmetic_of(h.scalar_type());
-  const at::Tensor x = prepare(h, arithmetic), c = prepare(prototypes, arithmetic);
-  const at::Tensor y = labels.contiguous(), w = weight.to(at::kFloat).contiguous();
-  const at::Tensor max = row_max.contiguous(), sum = row_sum.contiguous();
+  const Tensor x = prepare(h, arithmetic), c = prepare(prototypes, arithmetic);
+  const Tensor y = labels.contiguous(), w = weight.to(at::kFloat).contiguous();
+  const Tensor max = row_max.contiguous(), sum = row_sum.contiguous();
   const float s = scale.item<float>();
-  const PrototypeGradient epilogue(y.const_data_ptr<int64_t>(), max.const_data_ptr<float>(),
-                                   sum.const_data_ptr<float>(), w.const_data_ptr<float>(), hard,
-                                   Base2(s));
-  at::Tensor out = at::empty(c.sizes(), c.options());
+  const PrototypeGradient epilogue{y.const_data_ptr<int64_t>(),
+                                   max.const_data_ptr<float>(),
+                                   sum.const_data_ptr<float>(),
+                                   w.const_data_ptr<float>(),
+                                   hard,
+                                   Base2(s)};
+  Tensor out = at::empty(c.sizes(), c.options());
   dispatch_arithmetic(arithmetic, [&](auto a) {
     using Input = typename Operands<decltype(a)::value>::Input;
     const Strip<decltype(a)::value> strip(x, c);
@@ -213,11 +197,10 @@ at::Tensor prototype_ce_bwd_prototypes(const at::Tensor& h, const at::Tensor& pr
 
 // m = softmax(S S^T / tau) C in fp32: attention with query = key = source and value = prototypes;
 // never [K, K].
-at::Tensor soft_targets(const at::Tensor& source, const at::Tensor& prototypes,
-                        double temperature) {
+Tensor soft_targets(const Tensor& source, const Tensor& prototypes, double temperature) {
   constexpr Arithmetic fp32 = Arithmetic::kFloat;
-  const at::Tensor s = prepare(source, fp32), c = prepare(prototypes, fp32);
-  at::Tensor out = at::empty(c.sizes(), c.options());
+  const Tensor s = prepare(source, fp32), c = prepare(prototypes, fp32);
+  Tensor out = at::empty(c.sizes(), c.options());
   if (out.numel() == 0) return out;
   float* m = out.mutable_data_ptr<float>();
   const int64_t d = c.size(1), ld = std::max<int64_t>(c.stride(0), d);

@@ -33,7 +33,7 @@ struct Sorted {
 };
 
 template <class Index>
-Sorted<Index> counting_sort(const at::Tensor& labels, int64_t k) {
+Sorted<Index> counting_sort(const Tensor& labels, int64_t k) {
   const int64_t n = labels.size(0), stride = labels.stride(0);
   const int64_t* label = labels.const_data_ptr<int64_t>();
   Sorted<Index> out{std::vector<Index>(k + 1), {}};
@@ -69,7 +69,7 @@ struct Target {
 
 template <class T, class Index>
 struct Rows {
-  Rows(const at::Tensor& values, const std::vector<Index>& order)
+  Rows(const Tensor& values, const std::vector<Index>& order)
       : data(values.const_data_ptr<T>()),
         d(values.size(1)),
         row_stride(values.stride(0)),
@@ -177,8 +177,7 @@ void means(const Rows<T, Index>& rows, const Sorted<Index>& sorted, int64_t k, f
 }
 
 template <class Index>
-std::tuple<at::Tensor, at::Tensor> sorted_means(const at::Tensor& values, const at::Tensor& labels,
-                                                int64_t k) {
+std::tuple<Tensor, Tensor> sorted_means(const Tensor& values, const Tensor& labels, int64_t k) {
   const auto sorted = counting_sort<Index>(labels, k);
   auto out = pooled_empty({k, values.size(1)}, at::kFloat);  // no page faults each time
   auto counts = at::empty({k}, labels.options());
@@ -193,8 +192,8 @@ std::tuple<at::Tensor, at::Tensor> sorted_means(const at::Tensor& values, const 
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> segment_mean(const at::Tensor& values, const at::Tensor& labels,
-                                                int64_t num_segments) {
+std::tuple<Tensor, Tensor> segment_mean(const Tensor& values, const Tensor& labels,
+                                        int64_t num_segments) {
   const bool fits = values.size(0) <= std::numeric_limits<int32_t>::max();
   return fits ? sorted_means<int32_t>(values, labels, num_segments)
               : sorted_means<int64_t>(values, labels, num_segments);

@@ -1,7 +1,9 @@
 // Vectors of 16 floats, and 2^x on them.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -53,22 +55,22 @@ inline Ints broadcast(int32_t a) { return a - Ints{}; }
 constexpr Ints kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // A NaN in b stays; one in a is dropped.
-inline Floats larger(Floats a, Floats b) {
+template <typename Vector>
+Vector larger(Vector a, Vector b) {
 #ifdef __AVX512F__
-  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
-#else
-  return a > b ? a : b;
+  if constexpr (sizeof a == 64) return (Vector)_mm512_max_ps((__m512)a, (__m512)b);
 #endif
+  return a > b ? a : b;
 }
 
-inline float sum(Floats v) {
+template <typename Vector>
+float sum(Vector v) {
 #ifdef __AVX512F__
-  return _mm512_reduce_add_ps((__m512)v);
-#else
-  for (int64_t width = kLanes / 2; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; ++i) v[i] += v[i + width];
-  return v[0];
+  if constexpr (sizeof v == 64) return _mm512_reduce_add_ps((__m512)v);
 #endif
+  for (size_t width = sizeof v / 8; width > 0; width /= 2)
+    for (size_t i = 0; i < width; ++i) v[i] += v[i + width];
+  return v[0];
 }
 
 inline bool any(Ints v) {
@@ -81,14 +83,14 @@ inline bool any(Ints v) {
 #endif
 }
 
-inline float maximum(Floats v) {
+template <typename Vector>
+float maximum(Vector v) {
 #ifdef __AVX512F__
-  return _mm512_reduce_max_ps((__m512)v);
-#else
-  float best = v[0];
-  for (int64_t i = 1; i < kLanes; ++i) best = std::max(best, v[i]);
-  return best;
+  if constexpr (sizeof v == 64) return _mm512_reduce_max_ps((__m512)v);
 #endif
+  float best = v[0];
+  for (size_t i = 1; i < sizeof v / 4; ++i) best = std::max(best, v[i]);
+  return best;
 }
 
 // 2^x within 1 ulp, exactly 1 at 0; 0 below -126 (no denormals), NaN stays NaN.

@@ -5,12 +5,12 @@ Importing it loads torch and nothing heavier; the rest comes in on first use.
 
 from typing import Any
 
+from protoclip.config import ProtoConfig
 from protoclip.grad_cache import grad_cache
 from protoclip.kmeans import Clusters, kmeans
 from protoclip.losses import (
     ClipLoss,
     ProtoClipLoss,
-    ProtoConfig,
     SigLipLoss,
     global_contrastive,
     global_contrastive_parts,

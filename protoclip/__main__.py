@@ -13,17 +13,8 @@ from collections.abc import Sequence
 from protoclip import __version__
 from protoclip.commands import PARSERS
 
-MODULES = {
-    "train": "protoclip.train",
-    "cluster": "protoclip.cluster",
-    "evaluate": "protoclip.evaluate.__main__",
-    "report": "protoclip.report.__main__",
-    "export": "protoclip.export",
-    "plan": "protoclip.plan",
-    "data": "protoclip.data.__main__",
-    "teacher": "protoclip.teacher",
-    "openclip": "protoclip.openclip",
-}
+PACKAGES = ("data", "evaluate", "report")
+MODULES = ("train", "cluster", "export", "plan", "teacher", "openclip", *PACKAGES)
 HELP = """protoclip trains CLIP with prototypes, and shows which pictures belong together.
 
   protoclip train                       a small ProtoCLIP on built-in emoji, minutes on a CPU
@@ -51,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if asked := [word for word in rest if word in ("-h", "--help", "--help-all")]:
         PARSERS[command]().parse_args(asked)
-    return importlib.import_module(MODULES[command]).main(rest)
+    module = f"protoclip.{command}" + ".__main__" * (command in PACKAGES)
+    return importlib.import_module(module).main(rest)
 
 
 if __name__ == "__main__":

@@ -108,11 +108,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def encode_pictures(args: argparse.Namespace) -> Points:
-    """Unit features of the pictures by the model that the command line asks for.
-
-    Raises:
-        ValueError: data, model or weights cannot be had.
-    """
+    """Unit features of the pictures by the model that the command line asks for."""
     if args.captions or args.normalize:
         raise ValueError(
             f"--captions, --normalize: expected a file of features ({', '.join(SUFFIXES)}), got "
@@ -166,11 +162,7 @@ def _readable(dataset: PairDataset, error: DataError) -> list[int]:
 
 
 def read_features(args: argparse.Namespace) -> Points:
-    """The rows of a file.
-
-    Raises:
-        ValueError: it cannot be read, or the captions are not as many.
-    """
+    """The rows of a file."""
     if args.run or args.model or args.pretrained:
         raise ValueError("--run, --model, --pretrained: features need none; leave the flags out")
     array, keys = read_rows(Path(args.data), "DATA")

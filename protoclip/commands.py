@@ -7,7 +7,15 @@ import importlib.util
 import io
 from collections.abc import Callable
 
-from protoclip.config import PRECISIONS, TABLE, DataConfig, Parser, add_options, build_parser
+from protoclip.config import (
+    PRECISIONS,
+    TABLE,
+    DataConfig,
+    Parser,
+    ProtoConfig,
+    add_options,
+    build_parser,
+)
 
 EVERYDAY = """
     --preset --method --train-data --val-data --workers --model --pretrained --k --external-teacher
@@ -44,12 +52,10 @@ def plan_parser() -> Parser:
         "protoclip plan --model ViT-B-32 --batch-size 256 --ranks 64 --samples 30000000 --k 20000",
     )
     group = parser.add_argument_group("Plan")
-    for flag, default, words in (
-        ("--ranks", 1, "processes, a GPU each"),
-        ("--samples", 3_000_000, "pairs in the dataset"),
-    ):
-        words += f" (default: {default:,})"
-        group.add_argument(flag, type=int, default=default, metavar="N", help=words)
+    add = group.add_argument
+    add("--ranks", type=int, default=1, metavar="N", help="processes, a GPU each (%(default)s)")
+    words = "pairs in the dataset (%(default)s)"
+    add("--samples", type=int, default=3_000_000, metavar="N", help=words)
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
@@ -211,8 +217,6 @@ def data_parser() -> Parser:
 
 def openclip_parser() -> Parser:
     """Our own flags of ``protoclip openclip``; its help has those of open_clip_train too."""
-    from protoclip.losses import ProtoConfig  # loads torch
-
     parser = Parser(
         "python -m protoclip.openclip",
         usage="%(prog)s <open_clip_train flags> [--dedup caption] [--proto-* flags]",

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 PRECISIONS = ("auto", "fp32", "amp_bf16", "amp")
+BOARDS = ("tensorboard", "wandb", "tensorboard,wandb", "none")
 PRESETS = Path(__file__).parent / "presets"
 TABLE = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")  # how to read a table
 Config = TypeVar("Config")
@@ -121,9 +122,7 @@ class DataConfig:
     csv_img_key: str = option("filepath", "column of the image path")
     csv_caption_key: str = option("title", "column of the caption")
     csv_encoding: str = option("utf-8", "of a .csv/.tsv file: latin-1, ...", flag="encoding")
-    augmentation: str = option(
-        "clip", "ProtoCLIP's, OpenCLIP's crop, or none", choices=("paper", "clip", "none")
-    )
+    augmentation: str = option("clip", "ProtoCLIP's or CLIP's", choices=("paper", "clip", "none"))
     captions: str = option(
         "canonical",
         "of several: any ('random'), the first, or the first in half of the draws ('canonical')",
@@ -136,17 +135,13 @@ class DataConfig:
 class ModelConfig:
     """Model"""
 
-    model: str = option(
-        "protoclip-tiny", "an OpenCLIP model name, a config .json, local-dir:PATH or hf-hub:ID"
-    )
+    model: str = option("protoclip-tiny", "OpenCLIP model, config .json, local-dir:PATH, hf-hub:ID")
     pretrained: str = option("", "weights to start from: an OpenCLIP tag or a checkpoint file")
     force_image_size: int = option(0, "pixels of an image's side; 0: the model's")
     force_context_length: int = option(0, "tokens of a caption; 0: the model's")
     lock_image: bool = option(False, "freeze the image tower, train the text towards it (LiT)")
     lock_text: bool = option(False, "freeze the text tower")
-    siglip: bool = option(
-        False, "SigLIP's sigmoid loss, and a bias on its logits, in the place of InfoNCE"
-    )
+    siglip: bool = option(False, "SigLIP's sigmoid loss and logit bias in the place of InfoNCE")
     grad_checkpointing: bool = option(False, "compute activations twice: less memory, more time")
     add_projection_head: bool = option(True, "prototypes live behind projection heads")
     projection_hidden_dim: int = option(512, "width of the projection heads (paper: 2048)", low=1)
@@ -175,9 +170,7 @@ class EpisodeConfig:
         2, "first episodes without prototypes (paper: 1)", flag="infonce-warmup-epoch"
     )
     lit_start: int = option(0, "freeze the image tower after N episodes, InfoNCE only; 0: never")
-    kmeans_init: str = option(
-        "warm", "from the last episode's centroids or random samples", choices=("warm", "random")
-    )
+    kmeans_init: str = option("warm", "warm: the last episode's", choices=("warm", "random"))
     kmeans_backend: str = option(
         "auto",
         "protoclip's fastest usable backend, one by name, or faiss (the paper's)",
@@ -210,8 +203,8 @@ class LossConfig:
     distill_temperature: float = option(0.1, "of the teacher's similarities", low=1e-6)
     dedup: str = option(
         "off",
-        "which pairs of a batch are no negatives in InfoNCE, and positives in SigLIP: those with "
-        "the same caption, or the same sample drawn twice; off: the loss as published",
+        "pairs of a batch that are no negatives in InfoNCE, and positives in SigLIP: of the same "
+        "caption, or the same sample drawn twice; off: the loss as published",
         choices=("off", "caption", "id"),
     )
 
@@ -229,9 +222,7 @@ class OptimConfig:
     beta2: float = option(0.98, "AdamW", high=1)
     eps: float = option(1e-6, "AdamW")
     wd: float = option(0.2, "weight decay; none on vectors and projection heads (paper: 0.5)")
-    warmup: float = option(
-        0.1, "of the learning rate: a fraction of the run, or steps if 1 or more"
-    )
+    warmup: float = option(0.1, "of the learning rate: a part of the run, or steps if 1 or more")
     lr_scheduler: str = option("cosine", "after the warm-up", choices=("cosine", "const"))
     grad_clip_norm: float = option(10.0, "largest norm of the gradient; 0: no clipping")
 
@@ -244,12 +235,8 @@ class RunConfig:
     logs: str = option("logs", "where run folders go")
     seed: int = option(0, "same seed, same machine, same run", high=2**31)
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
-    precision: str = option(
-        "auto", "auto: amp_bf16 on a GPU that has it, else fp32; amp: fp16", choices=PRECISIONS
-    )
-    dist_backend: str = option(
-        "auto", "of several processes; auto: nccl on GPUs", choices=("auto", "nccl", "gloo")
-    )
+    precision: str = option("auto", "auto: amp_bf16 on a GPU that has it", choices=PRECISIONS)
+    dist_backend: str = option("auto", "auto: nccl on GPUs", choices=("auto", "nccl", "gloo"))
     dist_timeout: float = option(1800.0, "seconds that a process waits for another", low=1)
     log_every_n_steps: int = option(1, "lines of metrics.jsonl, points of the curves", low=1)
     val_frequency: float = option(5.0, "epochs between quick evaluations; 0: only at the end")
@@ -257,19 +244,13 @@ class RunConfig:
     save_frequency: int = option(0, "epochs between kept checkpoints; 0: only the last")
     delete_previous_checkpoint: bool = option(False, "keep the newest of --save-frequency only")
     save_every: str = option(
-        "", "also save every 500steps, 10m or 2h; default: at the end and when stopped"
+        "", "also save every 500steps, 10m or 2h; default: at the end or a stop"
     )
     resume: str = option(
-        "",
-        "go on exactly where a run stopped: its folder, one of its checkpoints, or auto or latest "
-        "(the run --name, which starts if it has not)",
+        "", "go on where a run stopped: its folder or checkpoint; auto or latest: the run --name"
     )
     max_bad_steps: int = option(10, "stop after N steps in a row that are not finite", low=1)
-    report_to: str = option(
-        "tensorboard",
-        "where scalars go besides metrics.jsonl",
-        choices=("tensorboard", "wandb", "tensorboard,wandb", "none"),
-    )
+    report_to: str = option("tensorboard", "boards beside metrics.jsonl", choices=BOARDS)
     wandb_project_name: str = option("protoclip", "the project of --report-to wandb")
 
 
@@ -277,15 +258,46 @@ class RunConfig:
 class TrainConfig:
     """All of a run; written to config.json, read back by ``from_dict``."""
 
-    method: str = option(
-        "protoclip", "clip: InfoNCE only, same everything else", choices=("protoclip", "clip")
-    )
+    method: str = option("protoclip", "clip: InfoNCE only", choices=("protoclip", "clip"))
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     episode: EpisodeConfig = field(default_factory=EpisodeConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True)
+class ProtoConfig:
+    """Online prototypes (any of these switches them on)"""
+
+    weight: float = option(1.0, "of the prototype loss beside InfoNCE", flag="proto-weight")
+    queue: int = option(16384, "newest pairs, which are clustered", flag="proto-queue", low=2)
+    k: int = option(0, "prototypes a modality; 0: a tenth of the queue", flag="proto-k")
+    every: int = option(0, "steps between clusterings; 0: as the queue renews", flag="proto-every")
+    warmup: int = option(0, "steps without prototypes, at least one queue", flag="proto-warmup")
+    target_temperature: float = option(
+        0.01, "of the soft targets; 0: hard labels", flag="proto-target-temperature"
+    )
+    logit_scale: float = option(
+        0.0, "of the prototype logits; 0: the model's own logit scale", flag="proto-logit-scale"
+    )
+    kmeans_max_iter: int = option(20, "iterations of k-means", flag="proto-kmeans-max-iter", low=1)
+    pbt: bool = option(True, "back translation; off: the other's centroids", flag="proto-PBT")
+    seed: int = option(0, "of k-means' first centroids", flag="proto-seed", high=2**31)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.k > self.queue:
+            raise ValueError(
+                f"--proto-k: expected at most --proto-queue = {self.queue}, got {self.k}; "
+                f"use --proto-k {max(1, self.queue // 10)} or a longer queue"
+            )
+
+    @property
+    def num_clusters(self) -> int:
+        """Prototypes a modality."""
+        return self.k or max(1, self.queue // 10)
 
 
 # Flags that are gone from protoclip, and names that people try: what to do instead.
@@ -343,11 +355,7 @@ def refusal(flag: str, known: Iterable[str]) -> str:
 class Parser(argparse.ArgumentParser):
     """An argument parser that answers every mistake with one line that names a remedy.
 
-    Args:
-        prog: the command.
-        everyday: the flags that --help shows; --help-all shows the rest too. None: all.
-        example: a command line, for the end of --help.
-        arguments: of argparse.
+    --help shows the flags ``everyday`` (if there are any) and the ``example``, --help-all the rest.
     """
 
     def __init__(
@@ -407,25 +415,22 @@ def build_parser(
     prog: str, description: str, everyday: Sequence[str] = (), example: str = ""
 ) -> Parser:
     """A parser with one titled group per section of ``TrainConfig``."""
-    usage = "%(prog)s [options]"
-    parser = Parser(prog, everyday, example, usage=usage, description=description)
+    parser = Parser(prog, everyday, example, usage="%(prog)s [options]", description=description)
+    add = parser.add_argument
     words = (
-        f"settings to start from: {', '.join(preset_names())}, or a .json file, such as the "
-        "config.json of a run; other flags change them (default: %(default)s)"
+        f"settings to start from: {', '.join(preset_names())}, or a .json file, such as a run's "
     )
-    parser.add_argument("--preset", default="default", metavar="TEXT", help=words)
+    words += "config.json (default: %(default)s)"
+    add("--preset", default="default", metavar="TEXT", help=words)
     words = "the ProtoCLIP authors' settings: --preset paper"
-    parser.add_argument("--paper", dest="preset", action="store_const", const="paper", help=words)
-    words = "print all settings as JSON, and end"
-    parser.add_argument("--print-config", action="store_true", help=words)
-    words = (
-        "as OpenCLIP's flag: webdataset and csv must agree with the name of --train-data; "
-        "synthetic: builtin:shapes:N, N of --train-num-samples (default: %(default)s)"
-    )
+    add("--paper", dest="preset", action="store_const", const="paper", help=words)
+    add("--print-config", action="store_true", help="print all settings as JSON, and end")
+    words = "as OpenCLIP's flag: must agree with the name of --train-data; synthetic: "
+    words += "builtin:shapes:N, N of --train-num-samples (default: %(default)s)"
     kinds = ("auto", "webdataset", "csv", "synthetic")
-    parser.add_argument("--dataset-type", default="auto", choices=kinds, help=words)
+    add("--dataset-type", default="auto", choices=kinds, help=words)
     for flag, (arguments, _) in NEEDLESS.items():
-        parser.add_argument(flag, dest=flag, help=argparse.SUPPRESS, **arguments)
+        add(flag, dest=flag, help=argparse.SUPPRESS, **arguments)
     defaults = TrainConfig()
     add_options(parser, defaults)
     for name, section in vars(defaults).items():

@@ -7,7 +7,6 @@ points: assignment is local, sums and counts are all-reduced, all ranks get the 
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -23,14 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from protoclip.ops import checks
-from protoclip.ops.backends import resolve
-from protoclip.ops.clusters import kmeans_assign, segment_mean
-from protoclip.ops.native import CodedPoints
+from protoclip.ops.clusters import assignment, kmeans_assign, segment_mean
 
 INITS = ("random", "k-means++")
 SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as in faiss
 MAX_DRAWS = 1024  # k-means++ candidates of one pass over the points
-KEEP_CODES = 1024  # up to this K, coding the points is 4 % of an assignment or more
 
 Assign = Callable[[Tensor], tuple[Tensor, Tensor]]  # centroids -> labels, squared distances
 Progress = Callable[[int, Tensor], None]
@@ -43,8 +39,12 @@ class Clusters:
     centroids: Tensor  # [K, D] fp32 (fp64 for fp64 points)
     labels: Tensor  # int64 [N]
     counts: Tensor  # int64 [K], over all ranks
-    inertia: float  # sum of squared distances, over all ranks
     history: tuple[float, ...]  # inertia before each iteration's update, and the final one
+
+    @property
+    def inertia(self) -> float:
+        """The sum of squared distances, over all ranks."""
+        return self.history[-1]
 
     def __repr__(self) -> str:
         (k, d), counts = self.centroids.shape, self.counts
@@ -58,13 +58,11 @@ class Clusters:
         return kmeans_assign(points, self.centroids.to(points.device))[0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a .safetensors file: centroids, labels and counts, the numbers as metadata."""
+        """Write a .safetensors file: centroids, labels, counts and history."""
         from safetensors.torch import save_file
 
-        names = ("centroids", "labels", "counts")
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in names}
-        numbers = {"inertia": self.inertia, "history": self.history}
-        save_file(tensors, path, {key: json.dumps(value) for key, value in numbers.items()})
+        tensors = vars(self) | {"history": torch.tensor(self.history, dtype=torch.float64)}
+        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path)
         os.chmod(path, 0o644)  # safetensors makes files that only their owner can read
 
     @classmethod
@@ -75,29 +73,30 @@ class Clusters:
             ValueError: it is no such file.
             OSError: it cannot be read.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
 
         try:
-            with safe_open(path, "pt", str(device)) as file:
-                numbers = {key: json.loads(text) for key, text in file.metadata().items()}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls(**tensors, inertia=numbers["inertia"], history=tuple(numbers["history"]))
-        except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+            tensors = load_file(path, str(device))
+            history = tuple(tensors.pop("history").tolist())
+            return cls(**tensors, history=history)
+        except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(
                 f"Clusters.load: expected a file that Clusters.save wrote, got {path} ({error})"
             ) from error
 
 
-class Ranks:
-    """The slices of one data set on the ranks of a group, or the whole of it on one."""
+class _Points:
+    """The points of this rank, what each of them counts, and sums over the ranks of a group."""
 
-    def __init__(self, local: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
-        self.group = group
+    def __init__(self, points: Tensor, group: dist.ProcessGroup | None, backend: str) -> None:
+        self.points, self.group, self.backend = points, group, backend  # points: [N, D]
+        self.weights: Tensor | None = None  # fp64 [N]; None: 1 each
         sizes = torch.zeros(1 if group is None else dist.get_world_size(group), dtype=torch.int64)
         self.rank = 0 if group is None else dist.get_rank(group)
-        sizes[self.rank] = local
-        self.sizes = self.sum(sizes.to(device)).tolist()
-        self.start, self.total = sum(self.sizes[: self.rank]), sum(self.sizes)
+        sizes[self.rank] = len(points)
+        self.sizes = self.sum(sizes.to(points.device)).tolist()
+        self.start, self.count = sum(self.sizes[: self.rank]), sum(self.sizes)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the ranks, in place."""
@@ -105,27 +104,17 @@ class Ranks:
             dist.all_reduce(x, group=self.group)
         return x
 
-    def rows(self, points: Tensor, index: Tensor) -> Tensor:
-        """Rows of the whole data set by global index [K] -> [K, D], the same on every rank."""
-        local = index.to(points.device) - self.start
-        mine = (local >= 0) & (local < len(points))
-        picked = points[local.where(mine, 0)] if len(points) else points.new_zeros(len(index), 1)
-        return self.sum(torch.where(mine[:, None], picked, 0.0).expand(-1, points.shape[1]).clone())
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """This rank's points, and what each of them counts."""
-
-    points: Tensor  # [N, D]
-    weights: Tensor | None  # fp64 [N]; None: 1 each
-    ranks: Ranks
-    backend: str
+    def pick(self, values: Tensor, index: Tensor) -> Tensor:
+        """Rows of values [N, D] by index among all ranks' [K] -> [K, D], the same on every rank."""
+        local = index.to(values.device) - self.start
+        mine = (local >= 0) & (local < len(values))
+        picked = values[local.where(mine, 0)] if len(values) else values.new_zeros(len(index), 1)
+        return self.sum(torch.where(mine[:, None], picked, 0.0).expand(-1, values.shape[1]).clone())
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of a value a row [N], by weight, over all ranks."""
         values = values.double() if self.weights is None else values.double() * self.weights
-        return self.ranks.sum(values.sum())
+        return self.sum(values.sum())
 
     def values(self) -> Tensor:
         """What is averaged: the points, or weight x point and weight, [N, D + 1]."""
@@ -136,7 +125,7 @@ class _Rows:
 
     def means(self, values: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Means [K, D] and numbers of rows [K] of the clusters; one without weight is empty."""
-        means, counts = global_segment_mean(values, labels, k, self.ranks.group, self.backend)
+        means, counts = global_segment_mean(values, labels, k, self.group, self.backend)
         if self.weights is None:
             return means, counts
         mass = means[:, -1:]
@@ -152,7 +141,7 @@ def kmeans(
     init: str | Tensor = "random",
     seed: int = 0,
     spherical: bool = False,
-    weights: Tensor | None = None,
+    weights: Tensor | Sequence[float] | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
     progress: Progress | None = None,
@@ -162,11 +151,13 @@ def kmeans(
     A cluster that runs empty takes half of the largest one (both halves next to its mean).
 
     Args:
-        points: [N, D], finite; float32, bfloat16, float16 (computed in fp32) or float64.
+        points: [N, D], finite; float32, bfloat16, float16 (computed in fp32) or float64. Squared
+            distances are fp32: scale points down that are 1e19 apart, or the inertia is inf.
         num_clusters: K, 1 <= K <= N.
         num_iters: updates of the centroids, >= 0.
         num_restarts: runs from different initial centroids; the lowest inertia is kept.
-        init: "random" (K distinct points), "k-means++", or centroids [K, D] (a warm start).
+        init: "random" (K distinct points), "k-means++", or centroids (a warm start): [K, D], or
+            fewer, and random points for the others.
         seed: of the initial centroids; restart r uses seed + r.
         spherical: keep centroids at unit length (for unit points: cosine k-means).
         weights: [N], >= 0, what each point counts in means, inertia and initial draws; None: 1.
@@ -184,10 +175,10 @@ def kmeans(
     checks.matrix("kmeans", "points", points, "[N, D]")
     points = points.detach()
     points = points if points.dtype == torch.float64 else points.float()
-    ranks = Ranks(len(points), group, points.device)
-    if not isinstance(num_clusters, Integral) or not 1 <= num_clusters <= ranks.total:
+    rows = _Points(points, group, backend)
+    if not isinstance(num_clusters, Integral) or not 1 <= num_clusters <= rows.count:
         raise ValueError(
-            f"kmeans: expected 1 <= num_clusters <= N = {ranks.total} points, got {num_clusters}; "
+            f"kmeans: expected 1 <= num_clusters <= N = {rows.count} points, got {num_clusters}; "
             f"lower num_clusters or give more points"
         )
     if num_iters < 0 or num_restarts < 1:
@@ -195,137 +186,118 @@ def kmeans(
             f"kmeans: expected num_iters >= 0 and num_restarts >= 1, got {num_iters}, "
             f"{num_restarts}"
         )
-    _check_values(points, num_clusters, init, ranks)
-    rows = _Rows(points, _checked_weights(weights, points, ranks), ranks, backend)
+    _check_values(rows, num_clusters, init)
+    rows.weights = _checked_weights(rows, weights)
+
+    def start(restart: int) -> Tensor:
+        return _first_centroids(rows, num_clusters, init, seed + restart)
+
     if backend == "faiss":
-        settings = {"niter": num_iters, "nredo": num_restarts, "seed": seed, "spherical": spherical}
-        if weights is not None:
-            raise ValueError("kmeans: backend 'faiss' takes no weights; use backend='auto'")
-        centroids, history = _faiss(points, num_clusters, init, group, settings)
-        return _assigned(centroids, history, rows, partial(kmeans_assign, points))
-    assign = _assignment(points, num_clusters, backend)
-
-    def run(restart: int) -> Clusters:
-        if isinstance(init, Tensor):
-            start = init.detach().to(points).clone()
-        else:
-            generator = torch.Generator().manual_seed(seed + restart)
-            start = _first_centroids(rows, num_clusters, init, generator)
-        return _lloyd(rows, start, num_iters, spherical, assign, progress)
-
-    restarts = 1 if isinstance(init, Tensor) else num_restarts
-    return min(map(run, range(restarts)), key=lambda clusters: clusters.inertia)
-
-
-def _check_values(points: Tensor, k: int, init: str | Tensor, ranks: Ranks) -> None:
-    shape = (k, points.shape[1])
-    if isinstance(init, Tensor):
-        if init.shape != shape:
+        if group is not None or weights is not None or init == "k-means++":
             raise ValueError(
-                f"kmeans: expected init centroids [K, D] = {shape}, got {tuple(init.shape)}"
+                "kmeans: backend 'faiss' takes init='random' or a Tensor, no group and no weights, "
+                f"got init={init!r}, group={group}, weights={weights}; use backend='auto'"
+            )
+        given = start(0) if isinstance(init, Tensor) else None
+        settings = {"niter": num_iters, "nredo": num_restarts, "seed": seed, "spherical": spherical}
+        centroids, history = _faiss(points, num_clusters, given, settings)
+        return _assigned(centroids, history, rows, partial(kmeans_assign, points))
+    assign = assignment(points, num_clusters, backend)
+    restarts = 1 if isinstance(init, Tensor) else num_restarts
+    runs = (_lloyd(rows, start(r), num_iters, spherical, assign, progress) for r in range(restarts))
+    return min(runs, key=lambda clusters: clusters.inertia)
+
+
+def _check_values(rows: _Points, k: int, init: str | Tensor) -> None:
+    points = rows.points
+    if isinstance(init, Tensor):
+        if init.ndim != 2 or len(init) > k or init.shape[1] != points.shape[1]:
+            raise ValueError(
+                f"kmeans: expected init centroids [at most K, D] = {[k, points.shape[1]]}, got "
+                f"{list(init.shape)}"
             )
     elif init not in INITS:
         raise ValueError(f"kmeans: expected init in {INITS} or a Tensor [K, D], got {init!r}")
     bad = ~torch.isfinite(points).all(dim=1)
-    if total := int(ranks.sum(bad.sum())):
+    if total := int(rows.sum(bad.sum())):
         where = f"; the first is row {int(bad.int().argmax())}" if bad.any() else ""
         raise ValueError(f"kmeans: expected finite points, got {total} rows with NaN or inf{where}")
 
 
-def _checked_weights(weights: Tensor | None, points: Tensor, ranks: Ranks) -> Tensor | None:
+def _checked_weights(rows: _Points, weights: Tensor | Sequence[float] | None) -> Tensor | None:
     """As fp64, where the points are."""
     if weights is None:
         return None
-    if not isinstance(weights, Tensor) or weights.shape != points.shape[:1]:
-        got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ValueError(f"kmeans: expected weights [N] = {list(points.shape[:1])}, got {got}")
-    weights = weights.detach().to(points.device, torch.float64)
+    weights = torch.as_tensor(weights, dtype=torch.float64, device=rows.points.device).detach()
+    if weights.shape != (n := rows.points.shape[:1]):
+        raise ValueError(f"kmeans: expected weights [N] = {list(n)}, got {list(weights.shape)}")
     bad = ~(torch.isfinite(weights) & (weights >= 0))
-    if total := int(ranks.sum(bad.sum())):
+    if total := int(rows.sum(bad.sum())):
         raise ValueError(f"kmeans: expected finite weights of at least 0, got {total} others")
-    if not ranks.sum(weights.sum()):
+    if not rows.sum(weights.sum()):
         raise ValueError("kmeans: expected a weight above 0, got zeros only")
     return weights
 
 
-def _first_centroids(rows: _Rows, k: int, init: str, generator: torch.Generator) -> Tensor:
-    """Random points, or k-means++ (Arthur and Vassilvitskii 2007), many a pass over the points.
+def _first_centroids(rows: _Points, k: int, init: str | Tensor, seed: int) -> Tensor:
+    """What is given, random points, or k-means++ (Arthur and Vassilvitskii 2007), many a pass.
 
     Candidates are drawn together by their squared distance at the start of the pass. One after the
     other, each is kept with the probability by which the ones kept before it in this pass have
     lowered that distance: rejection sampling, so the distribution is that of the sequential method.
     """
-    points, ranks = rows.points, rows.ranks
-    chosen = k if init == "random" else 1
-    if rows.weights is None and init == "random":
-        index = torch.randperm(ranks.total, generator=generator)[:k]
-    elif rows.weights is None:
-        index = torch.randint(ranks.total, (1,), generator=generator)
+    points = rows.points
+    generator = torch.Generator().manual_seed(seed)
+    given = init.detach().to(points) if isinstance(init, Tensor) else points[:0]
+    chosen = 1 if init == "k-means++" else k - len(given)
+    if rows.weights is None:
+        index = torch.randperm(rows.count, generator=generator)[:chosen]
     else:
         # By weight, without replacement: the largest log(u) / w (Efraimidis and Spirakis 2006).
-        uniform = torch.rand(ranks.total, generator=generator, dtype=torch.float64)
+        uniform = torch.rand(rows.count, generator=generator, dtype=torch.float64)
         keys = torch.zeros_like(uniform, device=points.device)
-        own = slice(ranks.start, ranks.start + len(points))
+        own = slice(rows.start, rows.start + len(points))
         keys[own] = uniform[own].to(points.device).log() / rows.weights
-        index = ranks.sum(keys).topk(chosen).indices
-    centroids = ranks.rows(points, index)
+        index = rows.sum(keys).topk(chosen).indices
+    centroids = torch.cat([given, rows.pick(points, index)])
     squared = points.new_full((len(points),), math.inf, dtype=torch.float64)
     fresh = centroids
     while len(centroids) < k:
         squared = torch.minimum(squared, kmeans_assign(points, fresh)[1].double())
         draws = min(MAX_DRAWS, max(8, len(centroids)))
         uniform = torch.rand(2, draws, generator=generator, dtype=torch.float64)
-        candidates, apart = _draw(rows, squared, uniform[0].to(points.device))
-        fresh = candidates[_keep(candidates, apart, uniform[1])]
-        fresh = fresh[: k - len(centroids)]
+        fresh = _drawn(rows, squared, *uniform)[: k - len(centroids)]
         centroids = torch.cat([centroids, fresh])
     return centroids
 
 
-def _keep(candidates: Tensor, squared: Tensor, uniform: Tensor) -> Tensor:
-    """Which candidates [M, D], drawn by squared distance [M], survive those kept before them."""
+def _drawn(rows: _Points, squared: Tensor, where: Tensor, luck: Tensor) -> Tensor:
+    """Candidates are the points at which the running sum of weight x squared distance, over all
+    ranks, passes ``where`` [M] times the total; those that ``luck`` [M] keeps, [<= M, D]."""
+    points = rows.points
+    mass = squared if rows.weights is None else squared * rows.weights
+    sums = mass.new_zeros(len(rows.sizes))
+    sums[rows.rank] = mass.sum()
+    bounds = rows.sum(sums).cumsum(0)
+    aim = where.to(points.device) * bounds[-1]
+    owner = torch.searchsorted(bounds, aim, right=True).clamp_max(len(bounds) - 1)
+    local = aim - (bounds - sums)[rows.rank]
+    row = torch.searchsorted(mass.cumsum(0), local, right=True).clamp_max(max(0, len(points) - 1))
+    index = rows.sum(torch.where(owner == rows.rank, rows.start + row, 0))
+    candidates = rows.pick(points, index)
+    start = rows.pick(squared[:, None], index)[:, 0].cpu().numpy()
     apart = torch.cdist(candidates, candidates, compute_mode="donot_use_mm_for_euclid_dist")
-    between, start = apart.double().square().cpu().numpy(), squared.cpu().numpy()
-    now, kept = start.copy(), []
-    for j, u in enumerate(uniform.tolist()):
+    between, now, kept = apart.double().square().cpu().numpy(), start.copy(), []
+    for j, u in enumerate(luck.tolist()):
         # Only duplicates are left when all distances are 0: any point is as good.
         if now[j] >= u * start[j] and (now[j] > 0 or start[j] == 0):
             kept.append(j)
             np.minimum(now, between[j], out=now)
-    return torch.tensor(kept, device=candidates.device)
-
-
-def _draw(rows: _Rows, squared: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Points [M, D] at which the running sum of weight x squared distance (over all ranks) passes
-    uniform [M] times the total, and their squared distances [M]."""
-    points, ranks = rows.points, rows.ranks
-    mass = squared if rows.weights is None else squared * rows.weights
-    sums = mass.new_zeros(len(ranks.sizes))
-    sums[ranks.rank] = mass.sum()
-    bounds = ranks.sum(sums).cumsum(0)
-    aim = uniform * bounds[-1]
-    owner = torch.searchsorted(bounds, aim, right=True).clamp_max(len(bounds) - 1)
-    local = aim - (bounds - sums)[ranks.rank]
-    row = torch.searchsorted(mass.cumsum(0), local, right=True)
-    row = row.clamp_max(max(0, len(points) - 1))
-    mine = owner == ranks.rank
-    if not len(points):
-        points, squared = points.new_zeros(1, points.shape[1]), squared.new_zeros(1)
-    picked = torch.where(mine[:, None], points[row], 0.0)
-    return ranks.sum(picked), ranks.sum(torch.where(mine, squared[row], 0.0))
-
-
-def _assignment(points: Tensor, k: int, backend: str) -> Assign:
-    """``kmeans_assign`` of the same points again and again; the C++ backend keeps their codes."""
-    op = "kmeans_assign"
-    small = len(points) > 0 and k <= KEEP_CODES and points.dtype == torch.float32
-    if small and resolve(op, backend, points.device.type, points.dtype) == "cpu":
-        return CodedPoints(points).assign
-    return partial(kmeans_assign, points, backend=backend)
+    return candidates[kept]
 
 
 def _lloyd(
-    rows: _Rows,
+    rows: _Points,
     centroids: Tensor,
     num_iters: int,
     spherical: bool,
@@ -334,7 +306,7 @@ def _lloyd(
 ) -> Clusters:
     if spherical:
         centroids = torch.nn.functional.normalize(centroids, dim=1)
-    values, history = rows.values(), []
+    values, history = rows.values(), list[Tensor]()
     for iteration in range(num_iters):
         labels, distances = assign(centroids)
         history.append(rows.total(distances))
@@ -348,12 +320,11 @@ def _lloyd(
 
 
 def _assigned(
-    centroids: Tensor, history: Sequence[Tensor | float], rows: _Rows, assign: Assign
+    centroids: Tensor, history: list[Tensor] | list[float], rows: _Points, assign: Assign
 ) -> Clusters:
     labels, distances = assign(centroids)
-    counts = rows.ranks.sum(torch.bincount(labels, minlength=len(centroids)))
-    inertia = float(rows.total(distances))
-    return Clusters(centroids, labels, counts, inertia, (*map(float, history), inertia))
+    counts = rows.sum(torch.bincount(labels, minlength=len(centroids)))
+    return Clusters(centroids, labels, counts, (*map(float, history), float(rows.total(distances))))
 
 
 def global_segment_mean(
@@ -398,22 +369,13 @@ def load_faiss() -> ModuleType:
 
 
 def _faiss(
-    points: Tensor,
-    num_clusters: int,
-    init: str | Tensor,
-    group: dist.ProcessGroup | None,
-    settings: dict[str, Any],
+    points: Tensor, num_clusters: int, start: Tensor | None, settings: dict[str, Any]
 ) -> tuple[Tensor, list[float]]:
     """faiss.Kmeans on all points -> centroids [K, D], inertia before each update.
 
     It runs on the GPU where the points are on one and faiss was built for it.
     """
     faiss = load_faiss()
-    if group is not None or (isinstance(init, str) and init != "random"):
-        raise ValueError(
-            "kmeans: backend 'faiss' takes init='random' or a Tensor and no group, got "
-            f"init={init!r} and group={group}; use backend='auto'"
-        )
     runner = faiss.Kmeans(
         points.shape[1],
         num_clusters,
@@ -422,8 +384,8 @@ def _faiss(
         max_points_per_centroid=len(points),  # no subsampling
         **settings,
     )
-    start = init.detach().float().cpu().numpy() if isinstance(init, Tensor) else None
-    runner.train(points.float().cpu().contiguous().numpy(), init_centroids=start)
+    init = None if start is None else start.float().cpu().numpy()
+    runner.train(points.float().cpu().contiguous().numpy(), init_centroids=init)
     centroids = torch.from_numpy(runner.centroids).to(points).clone()
     if not settings["spherical"]:
         return centroids, list(runner.obj)

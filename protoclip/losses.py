@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from protoclip.config import EpisodeConfig, LossConfig, check, option
+from protoclip.config import EpisodeConfig, LossConfig, ProtoConfig
 from protoclip.distributed import (
     gather_rows,
     gathered_rows,
@@ -48,6 +48,7 @@ from protoclip.ops.contrastive import (
 )
 from protoclip.ops.pairs import Given, Pairs, SameId, check_ids, same_pairs
 from protoclip.prototypes import (
+    EXTERNAL,
     IGNORE,
     Episode,
     OnlinePrototypes,
@@ -503,47 +504,6 @@ class SigLipLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-@dataclass(frozen=True)
-class ProtoConfig:
-    """Online prototypes (any of these switches them on)"""
-
-    weight: float = option(1.0, "of the prototype loss beside InfoNCE", flag="proto-weight")
-    queue: int = option(
-        16384, "newest pairs that are clustered, over all ranks", flag="proto-queue", low=2
-    )
-    k: int = option(0, "prototypes a modality; 0: a tenth of the queue", flag="proto-k")
-    every: int = option(
-        0, "steps between clusterings; 0: when the queue is renewed", flag="proto-every"
-    )
-    warmup: int = option(
-        0, "steps of InfoNCE alone, at least until the queue is full", flag="proto-warmup"
-    )
-    target_temperature: float = option(
-        0.01, "of the soft targets; 0: hard labels", flag="proto-target-temperature"
-    )
-    logit_scale: float = option(
-        0.0, "of the prototype logits; 0: the model's own logit scale", flag="proto-logit-scale"
-    )
-    kmeans_max_iter: int = option(20, "iterations of k-means", flag="proto-kmeans-max-iter", low=1)
-    pbt: bool = option(
-        True, "back translation; off: raw centroids of the other modality", flag="proto-PBT"
-    )
-    seed: int = option(0, "of k-means' first centroids", flag="proto-seed", high=2**31)
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.k > self.queue:
-            raise ValueError(
-                f"--proto-k: expected at most --proto-queue = {self.queue}, got {self.k}; "
-                f"use --proto-k {max(1, self.queue // 10)} or a longer queue"
-            )
-
-    @property
-    def num_clusters(self) -> int:
-        """Prototypes a modality."""
-        return self.k or max(1, self.queue // 10)
-
-
 class ProtoClipLoss(ClipLoss):
     """``ClipLoss`` and the prototype loss, for OpenCLIP's loop or your own.
 
@@ -697,6 +657,12 @@ class ProtoLoss(nn.Module):
             logit_bias: scalar, for SigLIP's loss in the place of InfoNCE; None: InfoNCE.
         """
         config, terms = self.config, dict[str, Tensor]()
+        weights = {
+            "contrastive_loss": config.w_clip,
+            "proto_loss": config.w_proto,
+            "external_loss": config.w_proto_external,
+            "distill_loss": config.w_distill,
+        }
         accuracy: dict[str, Tensor] = {}
         if config.w_clip > 0:
             pairs = _normalise(encoded.image), _normalise(encoded.text), logit_scale
@@ -708,11 +674,9 @@ class ProtoLoss(nn.Module):
         if episode is not None and projected is not None:
             features = {"image": projected.image, "text": projected.text}
             with self.measure("prototypes"):
-                for name, weight, sets in (
-                    ("proto", config.w_proto, episode.internal),
-                    ("external", config.w_proto_external, episode.external),
-                ):
-                    if weight > 0 and sets:
+                for name, external in (("proto", False), ("external", True)):
+                    sets = [one for one in episode.sets if (one.source == EXTERNAL) == external]
+                    if weights[f"{name}_loss"] > 0 and sets:
                         terms[f"{name}_loss"], hits = prototype_term(
                             features, index, sets, proto_scale, over_ranks=is_distributed()
                         )
@@ -721,12 +685,6 @@ class ProtoLoss(nn.Module):
             terms["distill_loss"] = similarity_distillation(
                 projected, self.teacher[index], proto_scale, config.distill_temperature
             )
-        weights = {
-            "contrastive_loss": config.w_clip,
-            "proto_loss": config.w_proto,
-            "external_loss": config.w_proto_external,
-            "distill_loss": config.w_distill,
-        }
         total = sum(weights[name] * term for name, term in terms.items())
         if not isinstance(total, Tensor):
             raise ValueError(

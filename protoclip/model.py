@@ -48,17 +48,11 @@ class Encoded:
 
 
 class Projection(nn.Sequential):
-    """Linear, BatchNorm, ReLU, Linear: [B, in_dim] -> [B, out_dim]; algorithm.md §1's g."""
+    """Linear, BatchNorm, ReLU, Linear: [B, width] -> [B, out]; algorithm.md §1's g."""
 
-    def __init__(
-        self, in_dim: int, hidden_dim: int, out_dim: int, sync_batch_norm: bool = True
-    ) -> None:
-        super().__init__(
-            nn.Linear(in_dim, hidden_dim),
-            (GlobalBatchNorm1d if sync_batch_norm else nn.BatchNorm1d)(hidden_dim),
-            nn.ReLU(),
-            nn.Linear(hidden_dim, out_dim),
-        )
+    def __init__(self, width: int, hidden: int, out: int, sync_batch_norm: bool = True) -> None:
+        norm = GlobalBatchNorm1d if sync_batch_norm else nn.BatchNorm1d
+        super().__init__(nn.Linear(width, hidden), norm(hidden), nn.ReLU(), nn.Linear(hidden, out))
 
 
 class ProtoModel(nn.Module):
@@ -125,9 +119,9 @@ class ProtoModel(nn.Module):
 
     def project(self, encoded: Encoded) -> Encoded:
         """h of both modalities, unit rows, fp32 [B, Dh]; without heads the normalised embedding."""
-        image = self.image_head(encoded.image) if self.image_head is not None else encoded.image
-        text = self.text_head(encoded.text) if self.text_head is not None else encoded.text
-        return Encoded(F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1))
+        if self.image_head is not None and self.text_head is not None:
+            encoded = Encoded(self.image_head(encoded.image), self.text_head(encoded.text))
+        return Encoded(*(F.normalize(u.float(), dim=-1) for u in (encoded.image, encoded.text)))
 
     def forward(
         self, image: Tensor, tokens: Tensor, project: bool = True
@@ -169,11 +163,8 @@ class ProtoModel(nn.Module):
         return {"mean": list(self.mean), "std": list(self.std), **words}
 
     def load_state(self, payload: dict[str, Any]) -> None:
-        """Take the weights of a checkpoint that ``protoclip.train`` wrote.
-
-        Raises:
-            ValueError: they are of another model, or something is missing.
-        """
+        """Take the weights of a checkpoint that ``protoclip.train`` wrote; ValueError: they are of
+        another model, or something is missing."""
         try:
             clip = {f"clip.{key}": value for key, value in payload["state_dict"].items()}
             self.load_state_dict(clip | payload["protoclip"]["heads"])
@@ -210,11 +201,7 @@ def register_configs(model: str = "") -> str:
 
 
 def check_model(config: ModelConfig) -> str:
-    """The name by which OpenCLIP knows the model.
-
-    Raises:
-        ValueError: no such model, or no such weights.
-    """
+    """The name by which OpenCLIP knows the model; ValueError: no such model, or no such weights."""
     name, pretrained = register_configs(config.model), config.pretrained
     known = open_clip.list_models()
     if not name.startswith(("local-dir:", "hf-hub:")) and name not in known:
@@ -316,10 +303,7 @@ def _ends(tokens: Tensor, end_id: int | None) -> Tensor:
 
 @dataclass(frozen=True)
 class ShortTokenizer:
-    """OpenCLIP's tokenizer without the padding that all captions of a call share.
-
-    Picklable, for loaders with workers.
-    """
+    """OpenCLIP's tokenizer without the padding that all captions of a call share."""
 
     tokenizer: Callable[[list[str]], Tensor]
     end_id: int | None
@@ -334,35 +318,25 @@ class ShortTokenizer:
 def encode_text(clip: Any, tokens: Tensor) -> Tensor:
     """``clip.encode_text`` of captions of any length up to the context: int64 [B, L] -> [B, D].
 
-    On the CPU, where lengths cost nothing to read, a few long captions are encoded apart, so that
-    the others stay short.
+    On the CPU, where lengths cost nothing to read, a few long captions are encoded apart if that
+    saves a tenth of the token positions.
     """
     if not can_shorten(clip):
         return clip.encode_text(tokens)
     tracing = type(tokens) is not Tensor or torch.compiler.is_compiling()
     if not len(tokens) or tokens.device.type != "cpu" or tracing:
         return _encode(clip, tokens)
-    lengths = (_ends(tokens, _end_id(clip)) // STEP + 1) * STEP
-    order = lengths.argsort(stable=True)
-    few = _split(lengths[order])
+    lengths, order = ((_ends(tokens, _end_id(clip)) // STEP + 1) * STEP).sort(stable=True)
+    first = torch.arange(1, len(order) + 1)
+    positions = first * lengths + (len(order) - first) * lengths[-1]  # if that many are apart
+    best = int(positions.argmin())
+    few = best + 1 if positions[best] < 0.9 * positions[-1] else 0
     parts = [
-        _encode(clip, tokens[rows, : int(lengths[rows].max())])
-        for rows in (order[:few], order[few:])
+        _encode(clip, tokens[rows, : int(own[-1])])
+        for rows, own in zip(order.tensor_split([few]), lengths.tensor_split([few]), strict=True)
         if len(rows)
     ]
     return torch.cat(parts)[order.argsort()]
-
-
-def _split(lengths: Tensor) -> int:
-    """How many of the shortest captions (ascending ``lengths``) to encode apart; 0 for none.
-
-    The cheapest cut in token positions, if it saves a tenth of them.
-    """
-    count, longest = len(lengths), int(lengths[-1])
-    first = torch.arange(1, count + 1)
-    positions = first * lengths + (count - first) * longest
-    best = int(positions.argmin())
-    return best + 1 if int(positions[best]) < 0.9 * count * longest else 0
 
 
 def _encode(clip: Any, tokens: Tensor) -> Tensor:
@@ -382,11 +356,7 @@ def _encode(clip: Any, tokens: Tensor) -> Tensor:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a flag asks for; "auto" is the GPU if there is one.
-
-    Raises:
-        ValueError: no such device on this machine.
-    """
+    """The device a flag asks for; "auto" is the GPU if there is one. ValueError: no such device."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
         info = find_rank()  # several processes of a machine have a GPU each
         return torch.device(f"cuda:{info.local_rank}" if info.world_size > 1 else "cuda")
@@ -397,9 +367,10 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
         raise ValueError(
-            f"--device: {name} is not on this machine, which has {torch.cuda.device_count()} CUDA "
-            "devices that torch can use; use --device auto"
+            f"--device: expected one of the {count} CUDA devices that torch can use here, got "
+            f"{name}; use --device auto"
         )
     return device
 

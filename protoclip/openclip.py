@@ -23,8 +23,8 @@ from open_clip import loss as theirs
 from torch import nn
 
 from protoclip.commands import openclip_parser
-from protoclip.config import refusal
-from protoclip.losses import ClipLoss, ProtoClipLoss, ProtoConfig, SigLipLoss, caption_ids
+from protoclip.config import ProtoConfig, refusal
+from protoclip.losses import ClipLoss, ProtoClipLoss, SigLipLoss, caption_ids
 from protoclip.model import register_configs
 
 PROG = "python -m protoclip.openclip"

@@ -9,10 +9,10 @@ algorithm.md §2-3). ``EpisodeBuilder`` makes them for an episode of known sampl
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -36,7 +36,7 @@ from protoclip.distributed import (
     sum_over_ranks,
     world_size,
 )
-from protoclip.kmeans import Ranks, global_segment_mean, kmeans
+from protoclip.kmeans import Clusters, global_segment_mean, kmeans
 from protoclip.ops import Bank, kmeans_assign, soft_targets
 
 if TYPE_CHECKING:  # both load open_clip, which a loss alone does not need
@@ -66,13 +66,9 @@ def extract(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Features:
-    """One forward pass over ``batches``: eval mode, no gradient.
+    """One forward pass over batches of distinct samples, in eval mode, without gradient.
 
-    Args:
-        model: left in the mode it was in.
-        batches: of distinct samples; the result depends on their size in the last bits only.
-        device: where the model is and the features stay, 2 x N x Dh x 4 bytes.
-        autocast: makes the context of each forward pass.
+    The features stay on the model's ``device``, 2 x N x Dh x 4 bytes.
     """
     was_training = model.training
     model.eval()
@@ -94,38 +90,26 @@ def extract(
 class FeatureStore:
     """The projections of one episode of training, kept for the next: no extra forward pass.
 
-    A rank keeps what it computed. The state is that of all ranks in the order of the episode's
-    draws, so it does not depend on how many ranks shared them.
-
-    Args:
-        steps: most steps of an episode.
-        batch_size: samples of a step, over all ranks.
-        device: where the rows stay, 2 x steps x batch_size / ranks x Dh x 4 bytes.
+    A rank keeps what it computed, 2 x steps x batch_size / ranks x Dh x 4 bytes, for the most steps
+    that an episode has. The state is that of all ranks in the order of the episode's draws, so it
+    does not depend on how many ranks shared them.
     """
 
     def __init__(self, steps: int, batch_size: int, device: torch.device) -> None:
         self.share = batch_size // world_size()  # rows of a step on each rank
         rows = steps * self.share
         self.index = torch.full((rows,), -1, dtype=torch.int64, device=device)
-        self.image_h = torch.empty(0, device=device)  # [rows, Dh] fp32 once Dh is known
-        self.text_h = torch.empty(0, device=device)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing has been put: the same on every rank."""
-        return self.image_h.dim() == 1
+        self.h = torch.empty(0, device=device)  # [rows, 2, Dh] fp32, image and text, from put on
 
     @torch.no_grad()
     def put(self, step: int, index: Tensor, projected: Encoded) -> None:
         """Keep this rank's projections, [B, Dh] each, of the samples ``index`` of a step of the
         episode; -1 marks a row that does not count."""
-        if self.is_empty:
-            shape = (len(self.index), projected.image.shape[1])
-            self.image_h, self.text_h = self.image_h.new_zeros(shape), self.text_h.new_zeros(shape)
+        if not len(self.h):
+            self.h = self.h.new_zeros(len(self.index), 2, projected.image.shape[1])
         rows = slice(step * self.share, step * self.share + len(index))
         self.index[rows] = index
-        self.image_h[rows] = projected.image
-        self.text_h[rows] = projected.text
+        self.h[rows] = torch.stack([projected.image, projected.text], dim=1)
 
     def features(self) -> Features:
         """What all ranks have, each sample once, by its newest row; a collective call.
@@ -146,15 +130,14 @@ class FeatureStore:
                 " was not finite in all of them; lower --lr, or use --precision fp32"
             )
         if not is_distributed():
-            return Features(index, self.image_h[order], self.text_h[order])
+            return Features(index, *self.h[order].unbind(1))
         step, place = order // (self.share * world_size()), order % (self.share * world_size())
         owner, row = place // self.share, step * self.share + place % self.share
         slices = [own_slice(len(order), number) for number in range(world_size())]
         wanted = [row[part][owner[part] == rank()] for part in slices]
         own = slices[rank()]
         place = owner[own].argsort(stable=True).argsort()  # they arrive rank by rank
-        image_h, text_h = (exchange_rows(x, wanted)[place] for x in (self.image_h, self.text_h))
-        return Features(index[own], image_h, text_h)
+        return Features(index[own], *exchange_rows(self.h, wanted)[place].unbind(1))
 
     def _by_draw(self, rows: Tensor) -> Tensor:
         """[rows, ...] of each rank -> [rows * W, ...], step by step."""
@@ -165,37 +148,14 @@ class FeatureStore:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The rows of all ranks by draw, for a checkpoint; a collective call."""
-        rows = {"index": self.index}
-        if not self.is_empty:
-            rows |= {"image_h": self.image_h, "text_h": self.text_h}
+        rows = {"index": self.index} | ({"h": self.h} if len(self.h) else {})
         return {name: self._by_draw(tensor) for name, tensor in rows.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take this rank's rows of ``state_dict``, whatever the number of ranks that wrote it.
-
-        Raises:
-            ValueError: the rows are of another number of draws.
-        """
-        draws = len(self.index) * world_size()
-        found = {name: list(rows.shape) for name, rows in state.items()}
-        names = sorted(found) in (["index"], ["image_h", "index", "text_h"])
-        if not names or any(shape[:1] != [draws] for shape in found.values()):
-            raise ValueError(
-                f"FeatureStore: expected the features of {draws} draws, got {found}; the "
-                "checkpoint is of a run with another --episode-size, global batch or data"
-            )
+        """Take this rank's rows of ``state_dict``, whatever the number of ranks that wrote it."""
         for name, rows in state.items():
             own = rows.unflatten(0, (-1, world_size(), self.share))[:, rank()].flatten(0, 1)
             setattr(self, name, own.to(self.index.device).contiguous())
-
-
-@dataclass(frozen=True)
-class Clustering:
-    """Which samples belong together, by one source; empty clusters are dropped unless kept."""
-
-    centroids: Tensor  # [K, Ds]
-    labels: Tensor  # int64 [dataset], IGNORE where the sample is not known; of a queue: its rows
-    counts: Tensor  # int64 [K], over all ranks
 
 
 @dataclass(frozen=True)
@@ -204,18 +164,15 @@ class PrototypeSet:
 
     source: str
     student: str  # "image" | "text"
-    clustering: Clustering
+    clustering: Clusters  # labels int64 [dataset], IGNORE where unknown; of a queue: of its rows
     prototypes: Tensor  # [K, Dh]
     targets: Tensor | None  # [K, Dh], rows m_y; None: hard labels, m = prototypes
     labels_new: bool  # samples without a label get the nearest centroid's
 
     def bank(self, features: Mapping[str, Tensor], index: Tensor | None) -> Bank:
-        """The prototypes with the labels of a batch, in the dtype of the student's features.
-
-        Args:
-            features: modality -> [B, Dh], unit rows.
-            index: int64 [B], positions in the dataset; None: every label is the nearest centroid's.
-        """
+        """The prototypes with the labels of a batch, in the dtype of the student's features: of
+        ``index``, positions in the dataset [B], or without it of the nearest centroids.
+        ``features``: modality -> [B, Dh], unit rows."""
         labels = None if index is None else self.clustering.labels[index]
         if labels is None or self.labels_new:
             centroids = self.clustering.centroids
@@ -225,17 +182,6 @@ class PrototypeSet:
         dtype = features[self.student].dtype
         targets = None if self.targets is None else self.targets.to(dtype)
         return Bank(self.prototypes.to(dtype), labels, targets)
-
-    def check(self, samples: int) -> None:
-        """Raise ValueError for labels out of range: an IndexError on a CPU, worse on a GPU."""
-        labels, shape = self.clustering.labels, self.prototypes.shape
-        known = labels[labels != IGNORE]
-        fits = self.targets is None or self.targets.shape == shape
-        if labels.shape != (samples,) or not fits or ((known < 0) | (known >= shape[0])).any():
-            raise ValueError(
-                f"--resume: expected the prototypes of {samples} samples, got labels "
-                f"{list(labels.shape)} and prototypes {list(shape)}; use an older checkpoint"
-            )
 
 
 @dataclass(frozen=True)
@@ -250,52 +196,54 @@ class PrototypeBuilder:
 
     def cluster(
         self,
+        source: str,
         points: Tensor,
         num_clusters: int,
         random: torch.Generator,
-        last: Clustering | None,
-    ) -> tuple[Clustering, dict[str, float]]:
-        """k-means on [N, Ds] points -> clusters with the labels of these rows; inertia, empties."""
+        last: Clusters | None,
+    ) -> Clusters:
+        """k-means on [N, Ds] points, from the centroids of ``last``; empty clusters are dropped
+        unless the config keeps them."""
         seed, config = int(torch.randint(2**31, (), generator=random)), self.config
-        ranks = Ranks(len(points), self.group, points.device)
         init: str | Tensor = "random"
         if config.kmeans_init == "warm" and last is not None:
-            init = _refilled(last.centroids, points, num_clusters, random, ranks)
-        found = kmeans(
-            points,
-            num_clusters,
-            num_iters=config.kmeans_max_iter,
-            num_restarts=config.kmeans_nredo,
-            init=init,
-            seed=seed,
-            group=self.group,
-            backend=config.kmeans_backend,
-        )
+            init = last.centroids[:num_clusters]
+        try:
+            found = kmeans(
+                points,
+                num_clusters,
+                num_iters=config.kmeans_max_iter,
+                num_restarts=config.kmeans_nredo,
+                init=init,
+                seed=seed,
+                group=self.group,
+                backend=config.kmeans_backend,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"prototypes: cannot cluster the {source} features ({error}); if training has "
+                "diverged, lower --lr, lengthen --warmup or use --precision fp32"
+            ) from error
         filled = found.counts > 0
-        empty = float(num_clusters - filled.sum())
-        metrics = {"inertia": found.inertia / ranks.total, "empty": empty}
         kept = torch.ones_like(filled) if config.keep_empty else filled
-        centroids = found.centroids.where(filled[:, None], 0.0)[kept]
-        labels = (kept.cumsum(0) - 1)[found.labels]
-        return Clustering(centroids, labels, found.counts[kept]), metrics
+        return replace(
+            found,
+            centroids=found.centroids.where(filled[:, None], 0.0)[kept],
+            labels=(kept.cumsum(0) - 1)[found.labels],
+            counts=found.counts[kept],
+        )
 
     def translate(
         self,
         source: str,
-        clustering: Clustering,
+        clustering: Clusters,
         rows: Tensor,
         students: Mapping[str, Tensor],
         labels_new: bool = False,
     ) -> list[PrototypeSet]:
-        """Prototypes and targets of one source in the space of each of its students.
-
-        Args:
-            source: "image" or "text", which teach each other, or a teacher of both.
-            clustering: of the source's points.
-            rows: int64 [N], the students' rows in ``clustering.labels``.
-            students: modality -> [N, Dh].
-            labels_new: as in ``PrototypeSet``.
-        """
+        """Prototypes and targets of one source in the space of each of its students: images and
+        texts teach each other, a teacher both. ``rows``, int64 [N], are those of the ``students``,
+        modality -> [N, Dh], in ``clustering.labels``."""
         centroids, labels = clustering.centroids, clustering.labels[rows]
         internal, temperature = source in INTERNAL, self.config.target_temperature
         sets = []
@@ -313,17 +261,6 @@ class PrototypeBuilder:
         return sets
 
 
-def _refilled(
-    centroids: Tensor, points: Tensor, num_clusters: int, random: torch.Generator, ranks: Ranks
-) -> Tensor:
-    """The last centroids, with random points in place of the dropped ones: [K, Ds]."""
-    missing = num_clusters - len(centroids)
-    if missing <= 0:
-        return centroids[:num_clusters]
-    drawn = torch.randperm(ranks.total, generator=random)[:missing]
-    return torch.cat([centroids, ranks.rows(points, drawn).to(centroids)])
-
-
 @dataclass(frozen=True)
 class Episode:
     """What training reads until the next one."""
@@ -332,17 +269,7 @@ class Episode:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def internal(self) -> list[PrototypeSet]:
-        """The prototypes of the model's own clusters."""
-        return [one for one in self.sets if one.source in INTERNAL]
-
-    @property
-    def external(self) -> list[PrototypeSet]:
-        """The prototypes of the teacher's clusters."""
-        return [one for one in self.sets if one.source not in INTERNAL]
-
-    @property
-    def clusterings(self) -> dict[str, Clustering]:
+    def clusterings(self) -> dict[str, Clusters]:
         """By source."""
         return {one.source: one.clustering for one in self.sets}
 
@@ -352,7 +279,7 @@ class EpisodeBuilder:
     """Makes the prototypes of every episode of a run."""
 
     config: EpisodeConfig
-    keys: Sequence[str]  # of the whole dataset, to name a sample whose features are not finite
+    samples: int  # of the dataset
     teacher: Tensor | None = None  # [dataset, d], rows by position in the dataset
     internal: bool = True  # whether to cluster the model's own features too
     classes: Mapping[str, Tensor] = field(default_factory=dict)  # int64 [dataset], for purity
@@ -369,10 +296,9 @@ class EpisodeBuilder:
         Args:
             features: of N samples; each rank has its slice of them, all get the same episode.
             random: CPU generator; k-means' seeds come from it.
-            previous: the last episode, for the warm start; None: there is none.
-            coming: int64 [M], positions that will be trained on; None: the N clustered ones. New
-                ones get the label of the nearest centroid: a teacher's here, the model's own as
-                they come.
+            previous: the last episode, for the warm start.
+            coming: int64 [M], positions that will be trained on. New ones get the label of the
+                nearest centroid: a teacher's here, the model's own as they come.
         Raises:
             ValueError: features that are not finite.
         """
@@ -386,41 +312,27 @@ class EpisodeBuilder:
         teacher = None if self.teacher is None else self.teacher.to(features.image_h)
         if teacher is not None:
             sources[EXTERNAL] = teacher[features.index]
-        self._check_finite(sources, features.index)
-
         builder = PrototypeBuilder(config, all_ranks())
         before = previous.clusterings if previous else {}
         sets: list[PrototypeSet] = []
         metrics: dict[str, float] = {}
         for source, points in sources.items():
             last = before.get(source)
-            local, values = builder.cluster(points, num_clusters, random, last)
-            labels = torch.full((len(self.keys),), IGNORE, device=points.device)
-            labels[features.index] = local.labels
+            found = builder.cluster(source, points, num_clusters, random, last)
+            labels = torch.full((self.samples,), IGNORE, device=points.device)
+            labels[features.index] = found.labels
             max_over_ranks(labels)  # each rank knows those of its own samples
-            found = replace(local, labels=labels)
+            found = replace(found, labels=labels)
             new = features.index[:0] if coming is None else coming.to(labels.device)
             new = new[labels[new] == IGNORE].unique()
             if source == EXTERNAL and teacher is not None and len(new):
                 labels[new] = kmeans_assign(teacher[new], found.centroids)[0]
-            values |= health(found, last, self.classes)
+            values = health(found, last, self.classes)
+            values["empty"] = float(num_clusters - (found.counts > 0).sum())
             metrics |= {f"{source}_{name}": value for name, value in values.items()}
             labels_new = source in INTERNAL and len(new) > 0
             sets += builder.translate(source, found, features.index, students, labels_new)
         return Episode(tuple(sets), metrics)
-
-    def _check_finite(self, sources: Mapping[str, Tensor], index: Tensor) -> None:
-        """Refuse NaN and infinity, by the key of the first sample that has them."""
-        for name, points in sources.items():
-            bad = ~torch.isfinite(points).all(dim=1)
-            if bad.any():
-                own = "lower --lr or use --precision fp32"
-                remedy = "fix the teacher's file" if name == EXTERNAL else own
-                raise ValueError(
-                    f"episode: expected finite {name} features, got NaN or infinity in "
-                    f"{int(bad.sum())} of {len(points)} samples, first in "
-                    f"{self.keys[int(index[bad][0])]!r}; {remedy}"
-                )
 
 
 def check_clusters(config: EpisodeConfig, samples: int) -> int:
@@ -439,11 +351,12 @@ def check_clusters(config: EpisodeConfig, samples: int) -> int:
 
 
 def health(
-    clustering: Clustering, last: Clustering | None, classes: Mapping[str, Tensor]
+    clustering: Clusters, last: Clusters | None, classes: Mapping[str, Tensor]
 ) -> dict[str, float]:
     """Sizes of the clusters, churn since the last episode, purity by known classes [dataset]."""
     sizes = clustering.counts.double()
     values = {
+        "inertia": clustering.inertia / float(sizes.sum()),
         "clusters": float(len(sizes)),
         "size_min": float(sizes.min()),
         "size_median": float(sizes.median()),
@@ -483,9 +396,8 @@ class OnlinePrototypes:
     steps: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        _keep_out_of_graphs()
-        self._calls = self._clusterings = self._filled = self._cursor = self._next = 0
-        self._rows: dict[str, Tensor] = {}  # modality -> [queue, D], the first _filled are in use
+        self._calls = self._clusterings = self._filled = self._next = 0
+        self._recent: deque[dict[str, Tensor]] = deque()  # of each step: modality -> [N, D]
         self._sizes: dict[str, float] = {}
         self._accuracy: dict[str, Tensor] = {}
 
@@ -493,10 +405,12 @@ class OnlinePrototypes:
         """Steps of ``rows`` pairs on this rank before the first clustering."""
         return max(self.warmup, -(-self.queue // rows))
 
+    @torch._disable_dynamo  # as torch.compiler.disable, which loads dynamo and triton (1.6 s)
     def note(self, accuracy: Mapping[str, Tensor]) -> None:
         """Keep the prototype accuracies of the step by student, scalars on the device."""
         self._accuracy = {student: value.detach() for student, value in accuracy.items()}
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def observe(self, image: Tensor, text: Tensor) -> None:
         """Take the step's features [N, D] in; cluster when it is time. The last of a step's calls
@@ -504,53 +418,40 @@ class OnlinePrototypes:
         self._calls += 1
         if self._calls % self.calls_per_step:
             return
-        rows = {"image": image, "text": text}
-        if not self._rows:
-            self._rows = {name: x.new_zeros(self.queue, x.shape[1]) for name, x in rows.items()}
+        if not self.steps:
             self._next = self.first_step(len(image))
         self.steps += 1
-        self._push(rows)
+        self._recent.append({"image": image.clone(), "text": text.clone()})
+        self._filled += len(image)
+        while self._filled - len(self._recent[0]["image"]) >= self.queue:
+            self._filled -= len(self._recent.popleft()["image"])
         if self.steps >= self._next:
             self._build()
             self._next = self.steps + (self.every or -(-self.queue // len(image)))
 
-    def _push(self, rows: Mapping[str, Tensor]) -> None:
-        count = min(len(rows["image"]), self.queue)
-        place = torch.arange(self._cursor, self._cursor + count, device=rows["image"].device)
-        for name, x in rows.items():
-            kept = x[len(x) - count :].to(self._rows[name].dtype)
-            self._rows[name].index_copy_(0, place % self.queue, kept)
-        self._cursor = (self._cursor + count) % self.queue
-        self._filled = min(self._filled + count, self.queue)
-
     def _build(self) -> None:
         started = time.perf_counter()
-        points = {name: x[: self._filled].float() for name, x in self._rows.items()}
+        points = {
+            name: torch.cat([step[name] for step in self._recent])[-self.queue :].float()
+            for name in INTERNAL
+        }
         before = {one.source: one.clustering for one in self.current or ()}
         random = generator(self.seed, self._clusterings)
         current: list[PrototypeSet] = []
         for source in INTERNAL:
-            try:
-                found, _ = self.builder.cluster(
-                    points[source], self.num_clusters, random, before.get(source)
-                )
-            except ValueError as error:
-                raise ValueError(
-                    f"ProtoClipLoss: cannot cluster the {source} features of the queue ({error}); "
-                    "if they are not finite, training has diverged: lower --lr or lengthen --warmup"
-                ) from error
-            rows = torch.arange(self._filled, device=found.labels.device)
+            found = self.builder.cluster(
+                source, points[source], self.num_clusters, random, before.get(source)
+            )
+            rows = torch.arange(len(points[source]), device=found.labels.device)
             current += self.builder.translate(source, found, rows, points)
             self._sizes[f"{source}_clusters"] = float(len(found.counts))
             self._sizes[f"{source}_size_max"] = float(found.counts.max())
         self.current = current
         self._clusterings += 1
         if self.builder.group is None or is_main():
+            seconds, sizes = time.perf_counter() - started, self._sizes
             LOGGER.info(
-                "protoclip: prototypes of step %d in %.2f s: %s",
-                self.steps,
-                time.perf_counter() - started,
-                ", ".join(f"{name} {size:g}" for name, size in self._sizes.items()),
+                "protoclip: prototypes of step %d in %.2f s: %s", self.steps, seconds, sizes
             )
 
     def metrics(self) -> dict[str, float]:
@@ -558,12 +459,3 @@ class OnlinePrototypes:
         accuracy = {f"{name}_proto_accuracy": float(hit) for name, hit in self._accuracy.items()}
         counts = {"steps": float(self.steps), "clusterings": float(self._clusterings)}
         return counts | self._sizes | accuracy
-
-
-@functools.cache
-def _keep_out_of_graphs() -> None:
-    """``torch.compiler.disable``, not as a decorator: it loads dynamo and triton (1.6 s), which
-    ``import protoclip`` must not."""
-    for name in ("observe", "note"):
-        method = getattr(OnlinePrototypes, name)
-        setattr(OnlinePrototypes, name, torch.compiler.disable(method))

@@ -42,7 +42,7 @@ PADDED = 77  # tokens of a text in the authors' script
 def load_teacher(
     spec: str, dataset: PairDataset, *, dim: int = 64, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """A teacher's features of every sample of a dataset.
+    """A teacher's features of every sample of a dataset, float32 [N, min(d, dim, N)] on the CPU.
 
     Args:
         spec: "builtin:minilm" (captions under a sentence encoder) or a .npy, .npz or .safetensors
@@ -51,11 +51,9 @@ def load_teacher(
         dataset: N samples; their order is the order of the rows.
         dim: reduce to that many principal components where d is larger; 0: keep all.
         device: where the sentence encoder runs.
-    Returns:
-        float32 [N, min(d, dim, N)] on the CPU.
     Raises:
-        ValueError: no such file or teacher, a sample without a row, another number of rows than the
-            dataset's, values that are not finite, or a teacher that is not installed.
+        ValueError: no such file or teacher, one that does not fit the dataset, or values that are
+            not finite.
     """
     if spec == MINILM:
         features = _cached_minilm(dataset, device)

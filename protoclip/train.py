@@ -1,6 +1,6 @@
 """Train CLIP or ProtoCLIP: ``python -m protoclip.train``, no arguments needed.
 
-Without arguments: ProtoCLIP on the built-in emoji, at most five minutes on two CPU cores, with a
+Without arguments: ProtoCLIP on the built-in emoji, about three minutes on two CPU cores, with a
 table before and after, plots and a checkpoint in a run folder. Read from ``train`` down: open and
 check everything, resume, train episode by episode, evaluate, report.
 """
@@ -46,7 +46,7 @@ from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import Layout, open_layout
 from protoclip.evaluate.metrics import recalls, retrieval
 from protoclip.evaluate.results import Outcome, Results
-from protoclip.kmeans import load_faiss
+from protoclip.kmeans import Clusters, load_faiss
 from protoclip.losses import ProtoLoss
 from protoclip.model import (
     Encoded,
@@ -58,8 +58,8 @@ from protoclip.model import (
     choose_precision,
 )
 from protoclip.ops.backends import why_not
-from protoclip.prototypes import Clustering, Episode, PrototypeSet
-from protoclip.report import figures, page
+from protoclip.prototypes import Episode, PrototypeSet
+from protoclip.report import page
 from protoclip.report import snapshot as looks
 from protoclip.run_folder import (
     NullRunFolder,
@@ -230,7 +230,7 @@ class Trainer:
         )
         self.builder = prototypes.EpisodeBuilder(
             config.episode,
-            self.dataset.keys,
+            len(self.dataset),
             teacher=teacher if external else None,
             internal=internal,
             classes={n: known.ids.to(setup.device) for n, known in self.dataset.labels.items()},
@@ -395,8 +395,8 @@ class Trainer:
         if self.step == self.config.run.log_every_n_steps:
             own = self.plan.batch_size // distributed.world_size()
             self.folder.note(
-                f"{record['same_caption']:g} of {own} pairs of a process share their caption with "
-                f"another (same_caption in metrics.jsonl); --dedup {self.config.loss.dedup}"
+                f"--dedup {self.config.loss.dedup}: in a batch of {own} pairs, "
+                f"{record['same_caption']:g} share their caption with another one"
             )
         self._loss = record.get("loss", math.nan)
         total, (began, first) = self.plan.total_steps, self._began_at
@@ -478,7 +478,7 @@ class Trainer:
             self.stepper.load_state(payload["optimizer"], training["scaler"])
             skipped = torch.tensor([*map(index, training["skipped"])]).reshape(2)
             self.stepper.bad, self._skipped = skipped.to(self.setup.device), int(skipped[0])
-            self.episode = unpack_episode(training["episode"], self.setup.device, len(self.dataset))
+            self.episode = unpack_episode(training["episode"], self.setup.device)
             if self.store is not None:
                 self.store.load_state_dict(training["store"])
             faults = set(map(index, training["faults"]))
@@ -510,21 +510,19 @@ def pack_episode(episode: Episode | None) -> dict[str, Any] | None:
     }
 
 
-def unpack_episode(state: Any, device: torch.device, samples: int) -> Episode | None:
-    """The inverse, for a data set of ``samples``."""
+def unpack_episode(state: Any, device: torch.device) -> Episode | None:
+    """The inverse."""
     if state is None:
         return None
 
     def moved(values: Mapping[str, Any]) -> dict[str, Any]:
         return {k: x.to(device) if isinstance(x, Tensor) else x for k, x in values.items()}
 
-    known = {name: Clustering(**moved(one)) for name, one in state["clusterings"].items()}
+    known = {name: Clusters(**moved(one)) for name, one in state["clusterings"].items()}
     sets = [
         PrototypeSet(**moved(one | {"clustering": known[one["clustering"]]}))
         for one in state["sets"]
     ]
-    for one in sets:
-        one.check(samples)
     return Episode(tuple(sets), state["metrics"])
 
 
@@ -559,9 +557,8 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
 
 @torch.no_grad()
 def draw_plots(trainer: Trainer, evaluation: Evaluation) -> None:
-    """curves.png, and what the report needs."""
+    """clusters.csv, and what the report needs."""
     folder, model, device = trainer.folder.path, trainer.model.eval(), trainer.setup.device
-    figures.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
     known = trainer.episode.clusterings if trainer.episode else {}
     clusters = {name: one.labels.cpu() for name, one in known.items()}
     chosen = torch.arange(len(trainer.dataset))
@@ -652,8 +649,8 @@ class Evaluation:
     def encoder(self, model: ProtoModel) -> tasks.Encoder:
         """Encodes with the model as it is, on all ranks."""
         device, workers = self.setup.device, self.setup.config.data.workers
-        autocast, sharded = autocast_for(self.setup.precision, device), distributed.is_distributed()
-        return tasks.Encoder(model, device, workers=workers, autocast=autocast, sharded=sharded)
+        autocast = autocast_for(self.setup.precision, device)
+        return tasks.Encoder(model, device, workers=workers, autocast=autocast)
 
     def untrained(self, folder: Path, model: ProtoModel, resumed: bool) -> Results | None:
         """The evaluation before training; a resumed run reads what it found when it began."""

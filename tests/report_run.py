@@ -34,10 +34,10 @@ def make_run(path: Path, method="protoclip", noise=1.0):
     labels = {
         name: type(known)(known.ids[:judged], known.names) for name, known in heldout.labels.items()
     }
-    one = EvalSet(image_h, image_h + noise * torch.randn(len(own), 16, generator=g), None, labels,
-                  {"group": centre}, title="Held-out pairs")  # fmt: skip
+    text_h, rows = image_h + noise * torch.randn(len(own), 16, generator=g), torch.arange(len(own))
+    one = EvalSet(image_h, text_h, rows, labels, {"group": centre}, title="Held-out pairs")
     after = evaluate_features({"HO": one}, tasks=("zeroshot", "retrieval", "geometry"))
-    worse = EvalSet(image_h.roll(1, 0), one.text, None, labels, {"group": centre})
+    worse = EvalSet(image_h.roll(1, 0), one.text, one.owner, labels, {"group": centre})
     before = evaluate_features({"HO": worse}, tasks=("zeroshot", "retrieval", "geometry"))
     lines = [
         {"step": s, "contrastive_loss": 5 - s / 50, "proto_loss": 4.0, "lr": 1e-3,

@@ -12,13 +12,6 @@ from protoclip.ops.backends import TABLE, resolve
 OPS = sorted(TABLE)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_every_backend_says_usable_or_why_not(op):
-    rows = protoclip.backends(op)
-    assert rows["reference"] is None
-    assert all(reason is None or len(reason) > 10 for reason in rows.values())
-
-
 def test_unknown_op_and_backend_are_refused():
     with pytest.raises(ValueError, match="expected one of"):
         protoclip.backends("no_such_op")
@@ -27,15 +20,16 @@ def test_unknown_op_and_backend_are_refused():
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_named_backend_never_falls_back(op):
+def test_a_named_backend_runs_or_says_why_not(op, monkeypatch):
+    assert protoclip.backends(op)["reference"] is None
     for name, reason in protoclip.backends(op).items():
-        if reason is None:
-            device_types = TABLE[op][name].device_types or ("cpu",)
-            if "cpu" in device_types:
-                assert resolve(op, name, "cpu", torch.float32) == name
-        else:
-            with pytest.raises(ValueError, match=f"backend '{name}' cannot run"):
+        if reason is not None:
+            with pytest.raises(ValueError, match=f"backend '{name}' cannot run: .{{10}}"):
                 resolve(op, name, "cpu", torch.float32)
+        elif "cpu" in (TABLE[op][name].device_types or ("cpu",)):
+            assert resolve(op, name, "cpu", torch.float32) == name
+    monkeypatch.delenv("PROTOCLIP_BACKEND", raising=False)
+    assert resolve(op, "auto", "cpu", torch.float64) == "reference"
 
 
 def test_environment_stands_in_for_auto(monkeypatch):
@@ -44,12 +38,6 @@ def test_environment_stands_in_for_auto(monkeypatch):
     monkeypatch.setenv("PROTOCLIP_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="nonsense"):
         resolve("info_nce", "auto", "cpu", torch.float32)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_auto_gives_fp64_to_the_reference(op, monkeypatch):
-    monkeypatch.delenv("PROTOCLIP_BACKEND", raising=False)
-    assert resolve(op, "auto", "cpu", torch.float64) == "reference"
 
 
 X, Y, S = torch.randn(4, 8), torch.randn(4, 8), torch.tensor(10.0)

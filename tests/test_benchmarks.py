@@ -9,17 +9,17 @@ import sys
 
 import pytest
 
-from benchmarks import records, report, roofline
-from benchmarks.records import Record
+from benchmarks import report, roofline
+from benchmarks.harness import Record
 
-FOUND = [records.load(path) for path in sorted(report.RESULTS.glob("*.json"))]
+FOUND = [json.loads(path.read_text()) for path in sorted(report.RESULTS.glob("*.json"))]
 
 
-def row(variant="protoclip-cpu", n=1024, ms=1.0, memory=2.0, ratio=None, sweep=None):
+def row(variant="protoclip-cpu", n=1024, ms=1.0, memory=2.0, ratio=None):
     work = roofline.info_nce(n, 128, "fp32")
     return {
         "op": "info_nce", "phase": "both", "variant": variant, "shape": {"N": n, "D": 128},
-        "dtype": "fp32", "sweep": sweep, "rounds": 5, "note": "", "median_ms": ms, "p20_ms": ms,
+        "dtype": "fp32", "rounds": 5, "note": "", "median_ms": ms, "p20_ms": ms,
         "p80_ms": ms, "min_ms": ms, "flop": work.flop, "bytes": work.bytes, "bound": work.bound,
         "rate": work.flop * 1e-9 / ms, "share": 0.5, "peak_mib": memory, "ratio": ratio,
     }  # fmt: skip
@@ -34,15 +34,12 @@ def run(date="2026-01-02 03:04", machine="M"):
 
 
 def record(*rows, **keys):
-    return {"runs": [run(**keys)], "rows": list(rows), "skipped": {}, "failed": {}}
+    return {"runs": [run(**keys)], "rows": list(rows)}
 
 
 def test_the_page_shows_the_newest_records():
     assert FOUND, "no record under benchmarks/results"
     assert not report.stale(FOUND), "python -m benchmarks.report benchmarks/results/*.json --write"
-    for one in report.newest_per_machine(FOUND):
-        for name in report.plot_names(one):
-            assert (report.RESULTS / name).stat().st_size > 2000
     changed = copy.deepcopy(FOUND)
     for one in changed[-1]["rows"]:
         one["median_ms"] *= 3
@@ -75,12 +72,13 @@ def _rehearse(*arguments):
 def test_one_headline_of_each_op_comes_first():
     told = _rehearse("-m", "pytest", "benchmarks", "--collect-only", "--sizes", "tiny")
     found = [line for line in told.splitlines() if "::" in line]
-    functions = [line.split("::")[1].split("[")[0] for line in found]
-    first = dict.fromkeys(functions[: next(i for i, f in enumerate(found) if "liger" in f)])
-    assert {"test_info_nce", "test_siglip", "test_prototype_cross_entropy"} <= set(first)
-    assert {"test_assign", "test_update", "test_lloyd", "test_soft_targets"} <= set(first)
+    first = "".join(found[: next(i for i, name in enumerate(found) if "liger" in name)])
+    for op in ("[info_nce", "[siglip", "[contrastive", "test_prototype_cross_entropy"):
+        assert op in first
+    for op in ("test_assign", "test_update", "test_lloyd", "test_soft_targets"):
+        assert op in first
     kept = _rehearse(*("-m", "pytest", "benchmarks", "--collect-only", "--headline"))
-    assert "memeff" in kept and "siglip-kernel" in kept and "Nboth-" not in kept
+    assert "memeff" in kept and "siglip-kernel" in kept and "info_nce-forward" not in kept
 
 
 def test_a_card_is_asked_for_kernels_graphs_and_rows():
@@ -104,10 +102,6 @@ def test_a_faster_peer_is_named():
     assert "Slower than a peer: nowhere" in text and "open_clip 3.00×" in text
 
 
-def test_exponent_by_hand():
-    assert report.exponent([1, 10, 100], [3, 300, 30_000]) == pytest.approx(2)
-
-
 def test_work_by_hand():
     assert roofline.info_nce(3, 5, "fp32").flop == 4 * 2 * 3 * 3 * 5
     assert roofline.info_nce(3, 5, "bf16", "forward").bytes == 2 * 3 * 5 * 2
@@ -118,26 +112,14 @@ def test_a_record_is_whole_after_every_row_and_pieces_add_up(tmp_path):
     path = tmp_path / "deep" / "r.json"
     first = Record(path, run())
     first.add(row(ms=1.0))
-    first.refuse("skipped", "t[liger]", "not installed")
-    assert [r["median_ms"] for r in records.load(path)["rows"]] == [1.0]
+    assert [r["median_ms"] for r in json.loads(path.read_text())["rows"]] == [1.0]
     first.add(row(n=2048, ms=4.0))
     second = Record(path, run(date="2026-01-03 00:00"))
-    second.done("t[liger]")
     second.add(row(ms=2.0))  # measured again
-    found = records.load(path)
+    found = json.loads(path.read_text())
     assert [(r["median_ms"], r["run"]) for r in found["rows"]] == [(4.0, 0), (2.0, 1)]
-    assert found["skipped"] == {} and len(found["runs"]) == 2
+    assert len(found["runs"]) == 2
     third = Record(path, run())
     third.add(row(n=2048, ms=3.0))  # the first run has no row left
-    assert len(records.load(path)["runs"]) == 2
+    assert len(json.loads(path.read_text())["runs"]) == 2
     assert not list(path.parent.glob("*.partial"))
-
-
-def test_compare_shows_what_got_slower(tmp_path, capsys):
-    old, new = tmp_path / "old.json", tmp_path / "new.json"
-    old.write_text(json.dumps(record(row(ms=1.0), row(n=2048, ms=4.0), row("gone"))))
-    new.write_text(json.dumps(record(row(ms=2.0), row(n=2048, ms=4.1))))
-    assert report.main(["--compare", str(old), str(new)]) == 0
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("slower") and "2.00x" in first and "N=1024" in first
-    assert second.startswith("as before") and "N=2048" in second

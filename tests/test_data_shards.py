@@ -243,4 +243,4 @@ def test_captions_of_megabytes_are_cut_or_left_out(tmp_path):
     assert list(dataset.keys) == ["t.tar/a"]
     assert len(dataset.captions(0)[0]) == MAX_CAPTION
     reasons = " ".join(reason for _, _, reason in dataset.skipped)
-    assert "5,000,000 bytes" in reasons and "recursion" in reasons
+    assert "4,194,304 bytes" in reasons and "recursion" in reasons

@@ -11,9 +11,10 @@ from ranks import TINY, ended, on_ranks, said, start_command, tiny_run
 from protoclip import distributed
 from protoclip.config import LossConfig, ModelConfig, OptimConfig
 from protoclip.data import Batch
+from protoclip.kmeans import Clusters
 from protoclip.losses import Losses, global_info_nce, prototype_term
 from protoclip.model import build_model
-from protoclip.prototypes import Clustering, Episode, PrototypeSet
+from protoclip.prototypes import Episode, PrototypeSet
 from protoclip.step import Stepper
 
 STEPS, BATCH = 5, 24
@@ -119,7 +120,7 @@ def gradients(path):
     labels[:9:2] = -100  # ranks have unequal numbers of samples with a label
     for source, student in (("text", "image"), ("image", "text")):
         rows = [torch.randn(6, 8, dtype=torch.float64) for _ in range(3)]
-        clustering = Clustering(rows[0], labels, torch.ones(6, dtype=torch.int64))
+        clustering = Clusters(rows[0], labels, torch.ones(6, dtype=torch.int64), (0.0,))
         sets.append(PrototypeSet(source, student, clustering, *rows[1:], False))
     stepper = Stepper(model, ExactLoss(model), OptimConfig(grad_clip_norm=0))
     own, found = torch.arange(BATCH)[distributed.own_slice(BATCH)], {}

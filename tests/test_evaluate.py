@@ -51,9 +51,10 @@ def test_scores_are_those_of_the_metrics():
     labels = {"group": Labels(ids, tuple("abcdef"))}
     image = centre[ids] + 0.3 * torch.randn(120, 8, generator=g)
     text = image + torch.randn(120, 8, generator=g)
-    one = EvalSet(image, text, None, labels, {"group": centre})
+    rows = torch.arange(120)
+    one = EvalSet(image, text, rows, labels, {"group": centre})
     train = take(one, range(119, -1, -1))
-    seen = EvalSet(image, text, None, labels, {"group": centre}, probes=False, title="Seen")
+    seen = EvalSet(image, text, rows, labels, {"group": centre}, probes=False, title="Seen")
     results = evaluate_features({"A": one, "B": seen}, train)
     got = results["A"].metrics
     for name, hits in metrics.recalls(metrics.retrieval(image, text)).items():
@@ -71,7 +72,8 @@ def test_scores_are_those_of_the_metrics():
 
 
 def test_without_labels_there_is_retrieval_and_geometry():
-    got = evaluate_features({"A": EvalSet(torch.eye(4), torch.eye(4))})["A"].metrics
+    one = EvalSet(torch.eye(4), torch.eye(4), torch.arange(4))
+    got = evaluate_features({"A": one})["A"].metrics
     assert got["image_retrieval_recall@1"] == 1
     assert not [name for name in got if "/" in name]
 
@@ -89,7 +91,7 @@ def test_encode_set_takes_no_caption_or_one_or_all(model, most):
     dataset = open_dataset("builtin:shapes:30")
     one = encode_set(Encoder(model, CPU, batch_size=7), Layout(dataset, captions=most))
     sizes = [len(dataset.captions(i)[:most]) for i in range(30)]
-    assert torch.bincount(one.caption_image, minlength=30).tolist() == sizes
+    assert torch.bincount(one.owner, minlength=30).tolist() == sizes
     assert one.text.shape == (sum(sizes), 128) and one.image.shape == (30, 128)
     assert one.class_vectors["group"].shape == (len(dataset.labels["group"].names), 128)
 
@@ -114,7 +116,7 @@ def test_emoji_sets_are_the_splits(model):
         texts = [dataset.captions(i)[0] for i in range(len(dataset))]
         torch.testing.assert_close(one.image, encoder.images(dataset))
         torch.testing.assert_close(one.text, encoder.texts(texts))
-        assert one.caption_image.tolist() == list(range(len(dataset)))
+        assert one.owner.tolist() == list(range(len(dataset)))
         assert torch.equal(one.labels["group"].ids, dataset.labels["group"].ids)
         assert one.probes == (key != "TW")  # TW holds what the probes learn from
     torch.testing.assert_close(train.image, encoder.images(opened("train")))

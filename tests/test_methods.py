@@ -59,24 +59,16 @@ def scalars(lines):
     return {name: value for line in lines for name, value in line.items()}
 
 
-SWITCHES = {
-    "reuse": (["--episode-features", "reuse"], "image_inertia"),
-    "reuse of half an epoch": (
-        ["--episode-features", "reuse", "--episode-size", "32"],
-        "image_inertia",
-    ),
-    "all hard": (["--target-temperature", "0"], "image_inertia"),
-    "no PBT": (["--no-PBT"], "image_inertia"),
-    "no heads": (["--no-add-projection-head"], "image_inertia"),
-    "paper": (["--paper"], "image_inertia"),
-}
+SWITCHES = [
+    "--episode-features reuse", "--episode-features reuse --episode-size 32", "--paper",
+    "--target-temperature 0", "--no-PBT", "--no-add-projection-head",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SWITCHES)
-def test_a_switch_trains_and_shows(run, name):
-    flags, shown = SWITCHES[name]
-    lines = run(*flags)
-    assert shown in scalars(lines) and "proto_loss" in lines[-1]
+@pytest.mark.parametrize("flags", SWITCHES)
+def test_a_switch_trains_and_shows(run, flags):
+    lines = run(*flags.split())
+    assert "image_inertia" in scalars(lines) and "proto_loss" in lines[-1]
 
 
 def test_the_control_does_without_prototypes(run):
@@ -115,13 +107,12 @@ def test_the_image_towers_rate_ends_where_it_is_locked(run, monkeypatch):
     assert [text for _, (text,) in rates] == pytest.approx([1, *fifth], abs=1e-9)
 
 
-class TestDiagnostics:
-    def test_an_episode_says_how_it_went(self, run):
-        told = scalars(run("--grad-clip-norm", "0.01", teacher=TEACHER))
-        for source in ("image", "text", "external"):
-            sizes = [told[f"{source}_size_{name}"] for name in ("min", "median", "max")]
-            assert sizes == sorted(sizes) and told[f"{source}_empty"] == 0
-            assert 0 < told[f"{source}_purity_group"] <= 1
-            assert told[f"{source}_imbalance"] >= 1 and told[f"{source}_inertia"] > 0
-        assert {"logit_scale", "logit_scale_proto", "grad_norm"} <= set(told)
-        assert {"seconds_features", "seconds_clusters", "seconds_backward"} <= set(told)
+def test_an_episode_says_how_it_went(run):
+    told = scalars(run("--grad-clip-norm", "0.01", teacher=TEACHER))
+    for source in ("image", "text", "external"):
+        sizes = [told[f"{source}_size_{name}"] for name in ("min", "median", "max")]
+        assert sizes == sorted(sizes) and told[f"{source}_empty"] == 0
+        assert 0 < told[f"{source}_purity_group"] <= 1
+        assert told[f"{source}_imbalance"] >= 1 and told[f"{source}_inertia"] > 0
+    assert {"logit_scale", "logit_scale_proto", "grad_norm"} <= set(told)
+    assert {"seconds_features", "seconds_clusters", "seconds_backward"} <= set(told)

@@ -21,7 +21,7 @@ from protoclip.ops import native
 # A library without torch's headers compiles in a second.
 SOURCE = 'extern "C" int answer() { return ANSWER; }'
 needs_compiler = pytest.mark.skipif(
-    "compiler" in (native._obstacle("cpu") or ""), reason="no C++ compiler"
+    shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler"
 )
 
 
@@ -31,7 +31,7 @@ def build(tmp_path, monkeypatch):
     (tmp_path / "module.cpp").write_text(SOURCE)
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
     flags = ("-O1", "-DANSWER=42")
-    return native.Build("cpu", (tmp_path / "module.cpp",), flags, (), {"test": str(tmp_path)})
+    return native.Build("cpu", (tmp_path / "module.cpp",), flags, {"test": str(tmp_path)})
 
 
 @pytest.fixture
@@ -72,18 +72,14 @@ def test_a_library_that_is_not_as_it_was_built_is_built_again(damage, build, bui
     copy = built.with_name("copy")
     shutil.copy2(built, copy)
     copy.replace(built)  # this process has the library mapped: its own file stays whole
+    before = built.stat().st_mtime_ns
+    assert _answer(build) == 42 and built.stat().st_mtime_ns == before  # as it was built
     DAMAGE[damage](built)
     started = time.time_ns()
     assert _answer(build) == 42
     assert built.stat().st_mtime_ns >= started
     for path in (built, built.parent, built.parent.parent):
         assert not path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
-@needs_compiler
-def test_a_library_as_it_was_built_is_loaded_as_it_is(build, built):
-    before = built.stat().st_mtime_ns
-    assert _answer(build) == 42 and built.stat().st_mtime_ns == before
 
 
 @needs_compiler
@@ -135,16 +131,12 @@ def test_no_compiler_is_said_once_with_the_remedy(tmp_path):
     subprocess.run([sys.executable, "-c", NO_COMPILER], env=os.environ | place, check=True)
 
 
-@pytest.mark.parametrize(
-    "chosen, place",
-    [
-        ({"PROTOCLIP_CACHE": "~/mine"}, "home/mine"),
-        ({"XDG_CACHE_HOME": "TMP/xdg"}, "xdg/protoclip"),
-        ({}, "home/.cache/protoclip"),
-    ],
-)
-def test_one_cache_folder_for_everything(chosen, place, tmp_path, monkeypatch):
+def test_one_cache_folder_for_everything(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for name in ("PROTOCLIP_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.setenv(name, chosen.get(name, "").replace("TMP", str(tmp_path)))
-    assert native.cache_dir() == tmp_path / place
+    monkeypatch.delenv("PROTOCLIP_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert native.cache_dir() == tmp_path / "home/.cache/protoclip"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert native.cache_dir() == tmp_path / "xdg/protoclip"
+    monkeypatch.setenv("PROTOCLIP_CACHE", "~/mine")
+    assert native.cache_dir() == tmp_path / "home/mine"

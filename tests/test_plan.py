@@ -36,9 +36,10 @@ def steps(batch_size):
     """Build a model and an episode's tensors, and take two steps."""
     from protoclip.config import LossConfig, ModelConfig, OptimConfig
     from protoclip.data import Batch
+    from protoclip.kmeans import Clusters
     from protoclip.losses import ProtoLoss
     from protoclip.model import build_model
-    from protoclip.prototypes import Clustering, Episode, PrototypeSet
+    from protoclip.prototypes import Episode, PrototypeSet
     from protoclip.step import Stepper
 
     model = build_model(ModelConfig())
@@ -49,7 +50,7 @@ def steps(batch_size):
     held.append(torch.randn(SAMPLES // distributed.world_size(), 2 * dim + 2))
     counts = torch.ones(CLUSTERS, dtype=torch.int64)
     clusterings = {
-        name: Clustering(torch.randn(CLUSTERS, dim), labels, counts)
+        name: Clusters(torch.randn(CLUSTERS, dim), labels, counts, (0.0,))
         for name, labels in tables.items()
     }
     pairs = [("text", "image"), ("image", "text"), ("teacher", "image"), ("teacher", "text")]

@@ -35,8 +35,7 @@ def features():
 
 def episode_of(features, teacher=None, previous=None, coming=None, classes=None, **settings):
     config = EpisodeConfig(**{"num_clusters": 7, **settings})
-    keys = [f"key{i}" for i in range(DATASET)]
-    builder = EpisodeBuilder(config, keys, teacher=teacher, classes=classes or {})
+    builder = EpisodeBuilder(config, DATASET, teacher=teacher, classes=classes or {})
     return builder.build(features, torch.Generator().manual_seed(1), previous, coming)
 
 
@@ -55,7 +54,7 @@ class TestEpisode:
                 centroids = item.clustering.centroids
                 teacher = torch.softmax(centroids @ centroids.T / 0.01, dim=1)
                 assert (item.targets - teacher @ item.prototypes).abs().max() < 1e-12
-        assert all(item.targets is None for item in episode.external)
+        assert all(item.targets is None for item in episode.sets[2:])
 
     def test_labels_are_found_by_position_and_no_cluster_is_empty(self, features):
         item = episode_of(features).clusterings["image"]
@@ -80,7 +79,7 @@ class TestEpisode:
         assert torch.equal(external.labels[new], nearest[new])
         known = external.labels[features.index]
         assert torch.equal(external.counts, torch.bincount(known, minlength=7))
-        for item in episode.internal:
+        for item in episode.sets[:2]:
             h = {"image": unit(DATASET, 8), "text": unit(DATASET, 8)}
             labels = item.bank(h, everything).labels
             want = torch.cdist(h[item.source], item.clustering.centroids).argmin(dim=1)
@@ -96,9 +95,9 @@ class TestEpisode:
             assert not torch.equal(a.labels, b.labels)  # other random starts
             assert b.counts.sum() == N and (b.labels[features.index] >= 0).all()
 
-    def test_features_that_are_not_finite_are_refused_by_key(self, features):
+    def test_features_that_are_not_finite_are_refused(self, features):
         features.image_h[3, 2] = math.nan
-        with pytest.raises(ValueError, match=f"'key{int(features.index[3])}'; lower --lr"):
+        with pytest.raises(ValueError, match="image features .* first is row 3.*lower --lr"):
             episode_of(features)
 
     def test_purity_by_hand(self, features):

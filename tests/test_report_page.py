@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,12 +14,12 @@ from PIL import Image
 from report_run import make_run
 
 from benchmarks.record_baseline import main as record_baseline
+from protoclip.config import TrainConfig, to_dict
 from protoclip.data import open_dataset
 from protoclip.data.shapes import ShapesDataset
 from protoclip.evaluate.results import Outcome, SetResults
 from protoclip.report import page as reading
 from protoclip.report.__main__ import main
-from protoclip.report.figures import plot_curves
 from protoclip.report.page import write_report
 from protoclip.report.snapshot import Thumbnails, cluster_block, load_snapshot, nearness
 from protoclip.train import main as train
@@ -73,7 +72,7 @@ def test_the_page_has_every_section_and_needs_no_network(runs, capsys):
 
 
 def test_the_page_says_who_won(runs):
-    text = html.unescape(write_report([runs[0]]).read_text())  # finds the CLIP run beside it
+    text = html.unescape(write_report([runs[1], runs[0]], runs[0] / "x.html").read_text())
     assert re.search(r"ours \(protoclip\) .* plain \(clip\): of \d+ headline numbers", text)
     assert "ProtoCLIP also draws" in text and "Held-out pairs" in text
     assert not re.search(r"\bN?HO\b", re.sub(r"<(script|style).*?</\1>", "", text, flags=re.S))
@@ -105,8 +104,11 @@ def test_nothing_that_a_config_names_is_opened(tmp_path, monkeypatch, data):
 def test_words_of_the_data_cannot_break_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr(ShapesDataset, "captions", lambda self, i: (EVIL,))
     path = make_run(tmp_path / "<script>window.evil = 1<")
-    lines = json.dumps({"step": 1, f"{EVIL}loss": 1.0, f"val_{EVIL}/acc1": 0.5})
-    (path / "metrics.jsonl").write_text(lines)
+    lines = [
+        json.dumps({"step": i, f"{EVIL}loss": 1.0, f"val_{EVIL}/acc1": 0.5}) for i in range(300)
+    ]
+    torn = '{"step": 300, "lo'  # the run was killed here
+    (path / "metrics.jsonl").write_text("\n".join([*lines, "[1, 2]", torn]))
     text = write_report([path]).read_text()
     assert "<script>window.evil" not in text and '"><b>' not in text and "&lt;b&gt;" in text
 
@@ -127,8 +129,8 @@ def test_a_run_that_stopped_early_still_has_a_page(tmp_path):
     ("name", "content", "words"),
     [
         ("config.json", None, "expected a run folder"),
-        ("config.json", "{", "not valid JSON"),
-        ("config.json", "[]", "expected settings"),
+        ("config.json", "{", "expected settings as JSON"),
+        ("config.json", "[]", "expected settings as JSON"),
         ("config.json", '{"data": 3, "model": 3}', "expected files that protoclip.train wrote"),
         ("report.json", '{"format": 5, "clusters": [3]}', "expected files that protoclip.train"),
         ("report.json", '{"format": 5, "facts": {"memory_bytes": 3}}', "expected files that"),
@@ -157,9 +159,9 @@ def test_verdict_needs_intervals_that_exclude_zero():
 
 
 def test_baselines(runs, tmp_path, monkeypatch):
-    """The comparable run beside it, else the recorded one where the settings are its own."""
-    assert reading.find_baseline([reading.read_run(runs[0])]).name == "plain"
-    assert reading.read_run(reading.RECORDED).outcome.trained["HO"].metrics["group/ami"] > 0
+    """A CLIP run that is given, else the recorded one where the settings are its own."""
+    assert reading.find_baseline([reading.read_run(run) for run in runs]).name == "plain"
+    assert reading.recorded_baseline(to_dict(TrainConfig())).outcome.trained["HO"].samples == 192
     ours = reading.read_run(shutil.copytree(runs[0], tmp_path / "logs" / "ours"))
     assert reading.find_baseline([ours]) is None  # protoclip's own is of other data
     monkeypatch.setattr(reading, "RECORDED", runs[1])
@@ -182,6 +184,7 @@ def test_recorded_seeds_are_a_baseline_of_any_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "RECORDED", recorded)
     values = [reading.read_run(path).outcome.trained["HO"].metrics[metric] for path in paths]
     config["run"]["seed"], config["method"] = 7, "protoclip"
+    assert "clip, mean of 2 seeds" in reading.render([reading.Run("run", None, config)])
     one = reading.recorded_baseline(config).outcome.trained["HO"]
     assert one.metrics[metric] == pytest.approx(sum(values) / 2)
     half = 12.706 * abs(values[0] - values[1]) / 2**0.5 * 1.5**0.5
@@ -215,36 +218,6 @@ def test_every_cluster_has_a_card_with_its_nearest_samples_and_words():
     close = nearness(rows, torch.tensor([0, 0, 1, -1, 1]))
     assert close[:2] == pytest.approx([1, 1], abs=0.01)
     assert close[2] == pytest.approx(0.5**0.5, abs=0.03)
-
-
-# Pictures
-
-
-def write_metrics(path, steps):
-    lines = []
-    for step in range(steps):
-        record = {"step": step, "samples": 8 * step, "loss": 5.0 - step / steps, "lr": 1e-3}
-        record |= {"contrastive_loss": 4.0, "logit_scale": 14.0}
-        lines.append(json.dumps(record))
-    lines.append(json.dumps({"step": steps, "val_HO_text_retrieval_recall@5": 0.5}))
-    lines.append("[1, 2]")
-    lines.append('{"step": 3, "lo')  # the run was killed here
-    path.write_text("\n".join(lines))
-
-
-@pytest.mark.parametrize("steps", [1, 300])
-def test_curves_are_drawn_without_pyplot(tmp_path, steps, monkeypatch):
-    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # another test's
-    write_metrics(tmp_path / "metrics.jsonl", steps)
-    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-    picture = Image.open(tmp_path / "curves.png").convert("RGB")
-    assert picture.width > 800 and len(picture.getcolors(1 << 24)) > 50
-    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
-    assert "matplotlib.pyplot" not in sys.modules
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(ValueError, match="before its first log"):
-        plot_curves(tmp_path / "metrics.jsonl", tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
 
 
 # Whole runs

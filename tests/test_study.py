@@ -1,78 +1,94 @@
-"""The study: splits that do not overlap, paired intervals, runs that are not redone."""
+"""The study: families apart, statistics by hand, no run done twice, a page from any state."""
 
 import json
 
-import numpy as np
 import pytest
 from scipy import stats
 
 from benchmarks import study, study_report
-from benchmarks.study import split_concepts
-from protoclip.config import build_parser, parse
+from protoclip.data import open_dataset
+
+TINY = study.Size(((1e-3, 4),), (1000,), 1, 1, 2, 100, ("--batch-size", "32"))
 
 
-def test_no_setting_is_chosen_on_a_concept_that_is_reported():
-    trained, judged, noto = split_concepts("select", 0)
-    assert not np.intersect1d(trained, judged).size and np.array_equal(judged, noto)
+def test_no_family_and_no_style_is_on_both_sides():
+    emoji = open_dataset(study.EMOJI)
+    family = dict(zip(emoji.keys, emoji.families.ids.tolist(), strict=True))
+
+    def families(dataset):
+        return {family[key.rpartition("/")[2]] for key in dataset.keys}
+
     for seed in range(3):
-        own, heldout, drawn = split_concepts("main", seed)
-        assert not np.intersect1d(own, heldout).size
-        assert not np.intersect1d(judged, heldout).size and not np.intersect1d(judged, drawn).size
-        assert np.array_equal(np.union1d(own, heldout), np.union1d(drawn, judged))
-    assert not np.array_equal(heldout, split_concepts("main", 0)[1])
+        split, tuning = (study.open_split(study.EMOJI, seed, tuning=t) for t in (False, True))
+        new, seen, own = (families(x) for x in (*split.judged.values(), split.train))
+        assert new == seen and not own & new and not own & families(tuning.judged["new"])
+        assert not new & families(tuning.judged["new"])
+        drawn = {key.partition("/")[0] for key in split.train.keys}
+        assert len(drawn) == 2 and study.STYLES[seed] not in drawn
+        assert sum(map(len, split.judged.values())) >= 1000
+    assert new != families(study.open_split(study.EMOJI, 0).judged["new"])
 
 
-@pytest.mark.parametrize("row", study.main_rows([], study.CANDIDATES["distillation"]["tau 0.1"]))
+@pytest.mark.parametrize("row", study.ROWS)
 def test_rows_are_flags_that_training_takes(row):
-    flags = study.main_rows([], study.CANDIDATES["distillation"]["tau 0.1"])[row]
-    config = parse(build_parser("study", ""), study.arguments(flags, 3, 2.0))
-    assert config.run.seed == 3 and config.optim.epochs == 2.0
+    config = study.configure(study.Task("main", study.EMOJI, row, 3, 2e-3, 2.5), study.FULL)
+    assert (config.run.seed, config.optim.epochs, config.optim.lr) == (3, 2.5, 2e-3)
 
 
-def made(row, seed, value):
-    run = study.task("main", row, seed, 1.0, [])
+def made(row, seed, value, stage="main"):
     scores = {}
-    for key in study_report.SHOWN:
-        chosen, _, metric = key.partition(" ")
-        scores.setdefault(chosen, {})[metric] = value
-    return run | {"metrics": scores, "cpu_seconds": 2.0}
+    for key in (*study_report.PRIMARY, *study_report.SECONDARY):
+        part, _, name = key.partition(" ")
+        scores.setdefault(part, {})[name] = value
+    return {
+        "stage": stage, "data": study.EMOJI, "row": row, "seed": seed, "lr": 1e-3, "epochs": 33,
+        "metrics": scores, "curve": [[10, 1.0, 0, 0], [20, 2.0, value, value]], "cpu_seconds": 2.0,
+        "clusters": {}, "machine": "M", "commit": "abc", "torch": "2.13", "train": 9, "new": 8,
+    }  # fmt: skip
 
 
-RUNS = [made("CLIP", s, v) for s, v in enumerate((0.5, 0.3, 0.4))]
-RUNS += [made("ProtoCLIP", s, v) for s, v in enumerate((0.56, 0.37, 0.44))]
-
-
-def test_intervals_are_those_of_the_paired_t_test():
-    summary = study_report.summarise(RUNS, ["CLIP", "ProtoCLIP"])
-    got = summary["ProtoCLIP"]["scores"]["HO group/ami"]["minus CLIP"]
-    mean, half = got["mean"], got["half_width"]
-    want = stats.ttest_rel([0.56, 0.37, 0.44], [0.5, 0.3, 0.4]).confidence_interval(0.95)
-    assert (mean - half, mean + half) == pytest.approx((want.low, want.high), rel=1e-3)
-    assert study_report.interval([0.1])["half_width"] is None
-
-
-def test_the_report_says_what_the_runs_say(tmp_path, monkeypatch):
-    chosen = {"chosen": "shipped default", "flags": []}
-    selection = {"seeds": [1], "ProtoCLIP": chosen, "distillation": chosen}
-    (tmp_path / "selection.json").write_text(json.dumps(selection))
+def test_the_report_says_what_the_runs_say(tmp_path):
+    clip, proto = (0.5, 0.3, 0.4), (0.56, 0.37, 0.44)
+    runs = [made("CLIP", s, v) for s, v in enumerate(clip)]
+    runs += [made("ProtoCLIP", s, v) for s, v in enumerate(proto)]
+    runs.append(made("untrained", 0, 0.125, "floor"))
     page = tmp_path / "evidence.md"
     page.write_text(f"above\n{study_report.BEGIN}\nold\n{study_report.END}\nbelow\n")
-    monkeypatch.setattr(study_report, "PAGE", page)
-    study_report.write_report(RUNS, ["CLIP", "ProtoCLIP"], tmp_path, quick=False)
+    wanted = {study.EMOJI: {"CLIP": 10, "ProtoCLIP": 3}, study.CLIP_ART: {"CLIP": 5}}
+    study_report.write_report(runs, wanted, study.FLOORS, tmp_path, page)
     text = page.read_text()
     assert text.startswith("above\n") and text.endswith("below\n") and "\nold\n" not in text
-    assert "| ProtoCLIP | 3 | 1.00× | **+0.057 ± 0.038** |" in text
-    assert "| CLIP | 3 | 1.00× | 0.400 |" in text
-    assert (tmp_path / "plot.png").stat().st_size > 1000
-    page.write_text("no marks")
-    with pytest.raises(ValueError, match="once each"):
-        study_report.write_report(RUNS, ["CLIP", "ProtoCLIP"], tmp_path, quick=False)
+    want = stats.ttest_rel(proto, clip)  # two primary metrics, so Holm doubles the smaller p
+    assert f"+0.057 ± 0.038 (p {2 * want.pvalue:.2g})" in text
+    assert "| CLIP | 3 | 0.001, 33 | 1.00× | 0.400 | 0.400 |" in text
+    assert "| *untrained* | 1 |" in text and "0.125" in text
+    assert "seeds missing: CLIP 7" in text and "clipart`: no run is finished yet" in text
+    assert "CLIP's final AMI: ProtoCLIP reaches it after 0.94 of its samples" in text
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
-def test_finished_runs_are_kept_and_torn_lines_are_not(tmp_path):
-    path = tmp_path / "runs.jsonl"
-    path.write_text(json.dumps(RUNS[0]) + "\n" + json.dumps(RUNS[1])[:40])
-    assert list(study.finished(path)) == [study.key_of(RUNS[0])]
-    done = study.do_all([study.task("main", "CLIP", 0, 1.0, [])], tmp_path, jobs=1)
-    assert done == [RUNS[0]]
-    assert study.key_of(RUNS[0]) != study.key_of(RUNS[0] | {"flags": ["--k", "5"]})
+def test_holm_by_hand():
+    given = {"a": 0.01, "b": 0.04, "c": 0.03}
+    found = study_report.holm({k: study_report.Difference(0, 0, p) for k, p in given.items()})
+    assert found == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+
+
+@pytest.mark.slow
+def test_the_whole_path_and_again(tmp_path, monkeypatch, capsys):
+    """Main rows, floors, a rival of each kind; the second call does nothing, a torn line again."""
+    monkeypatch.setattr(study, "CONTROLS", {})
+    assert study.main(["--quick", "--hours", "0", "--out", str(tmp_path)], TINY) == 0
+    assert "No run is finished yet" in capsys.readouterr().out
+    assert study.main(["--quick", "--out", str(tmp_path)], TINY) == 0
+    told, path = capsys.readouterr().out, tmp_path / "quick" / "runs.jsonl"
+    lines = path.read_text().splitlines()
+    runs = [json.loads(line) for line in lines]
+    assert len(runs) == 2 + 4 + 3 + 2 * 3 and not any("error" in run for run in runs)
+    proto = next(run for run in runs if run["row"] == "ProtoCLIP")
+    assert 0 < proto["clusters"]["target_nats"] < proto["clusters"]["most_nats"]
+    assert len(proto["curve"]) == 2 and proto["machine"] and proto["commit"]
+    assert all(f"| {row} | 1 |" in told for row in (*study.MAIN, *study.EXPERIMENTS))
+    path.write_text("\n".join([*lines[:-1], lines[-1][:40]]))
+    assert study.main(["--quick", "--out", str(tmp_path)], TINY) == 0
+    again = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    assert again[:-1] == runs[:-1] and again[-1]["metrics"] == runs[-1]["metrics"]

@@ -49,7 +49,7 @@ def test_it_learns_and_leaves_a_whole_run_folder(tmp_path):
     last = [r for r in lines(folder) if "loss" in r][-1]
     names = {"step", "samples", "contrastive_loss", "proto_loss", "logit_scale", "lr"}
     assert names <= set(last)
-    for name in ("config.json", "out.log", "curves.png", "report.html"):
+    for name in ("config.json", "out.log", "clusters.csv", "report.html"):
         assert (folder / name).stat().st_size > 100, name
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from protoclip.distributed import run_command
 
 PROG = "python -m protoclip.data"
 FORMATS = {"png": "PNG", "jpg": "JPEG"}
-BLOCK = 4096  # samples that are checked at a time
 PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")  # safe as a file name of a tar, without a dot
 
 
@@ -64,12 +63,12 @@ def check_data(dataset: PairDataset) -> int:
             return str(error)
 
     # Threads, as Pillow releases the interpreter's lock while it decodes.
-    with ThreadPoolExecutor() as pool:
-        for start in tqdm(range(0, len(dataset), BLOCK), "checking", leave=False, disable=None):
-            for fault in pool.map(judge, range(start, min(start + BLOCK, len(dataset)))):
-                if fault:
-                    tqdm.write(fault)
-                    count += 1
+    with ThreadPool() as pool:
+        faults = pool.imap(judge, range(len(dataset)), chunksize=64)
+        for fault in tqdm(faults, "checking", len(dataset), leave=False, disable=None):
+            if fault:
+                tqdm.write(fault)
+                count += 1
     print(f"{dataset.name}: {total - count:,} of {total:,} samples are good, {count:,} are not")
     return count
 
@@ -77,17 +76,13 @@ def check_data(dataset: PairDataset) -> int:
 def export_shards(
     dataset: PairDataset, out: str | os.PathLike[str], per_shard: int = 1000, kind: str = "png"
 ) -> list[Path]:
-    """Write 00000.tar, 00001.tar, ... and sizes.json into a new or empty folder.
+    """Write 00000.tar, 00001.tar, ... and sizes.json into a new or empty folder; same data, same
+    bytes.
 
-    Each pair is KEY.png (or .jpg), KEY.txt with the canonical caption (what OpenCLIP reads) and
-    KEY.json with "caption", "captions", "key" and the labels by name. The same data gives the same
-    bytes. A key that would not be a safe file name is replaced by the pair's number.
+    Each pair is KEY.png (lossless) or KEY.jpg (quality 95), as ``kind`` says, KEY.txt with the
+    canonical caption (what OpenCLIP reads) and KEY.json with "caption", "captions", "key" and the
+    labels by name. A key that would not be a safe file name is replaced by the pair's number.
 
-    Args:
-        dataset: what to write.
-        out: folder for the shards.
-        per_shard: pairs in each tar but the last.
-        kind: of the pictures, "png" (lossless) or "jpg" (quality 95).
     Raises:
         ValueError: the folder holds something, a pair cannot be read, or per_shard is below 1.
     """

@@ -34,10 +34,8 @@ NOT_KEYWORDS = frozenset(("", "hash", "unsorted"))
 class ClipArtDataset:
     """Clip art by title and keywords, with the labels "group" (folder) and "subgroup" (subfolder).
 
-    Args:
-        folder: where the package's SVG files are; "": where Debian puts them.
-    Raises:
-        DataError: there are none, or what draws them is not installed.
+    ``folder`` is where the package's SVG files are, "" where Debian puts them. DataError: there are
+    none, or what draws them is not installed.
     """
 
     def __init__(self, folder: str = "") -> None:
@@ -69,9 +67,8 @@ def _drawn(folder: Path) -> Mapping[str, tuple[tuple[str, ...], np.ndarray]]:
     names = [name for name in found if not name.startswith(LEFT_OUT)]
     if not names:
         raise DataError(
-            f"builtin:openclipart: expected the SVG files of openclipart-svg in {folder}; "
-            "apt-get install openclipart-svg (Debian, Ubuntu), or unpack it and give its folder "
-            "as builtin:openclipart:FOLDER"
+            f"builtin:openclipart: expected SVG files in {folder}, got none; apt-get install "
+            "openclipart-svg (Debian, Ubuntu), or unpack it and give builtin:openclipart:FOLDER"
         )
     # Some drawings are in several folders.
     unique = {hashlib.sha256(found[name].read_bytes()).digest(): name for name in names}

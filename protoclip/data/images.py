@@ -116,14 +116,11 @@ class Transform:
 def build_transform(
     image_size: int, mean: Sequence[float], std: Sequence[float], augmentation: str = "none"
 ) -> Transform:
-    """Transform of a model's input.
+    """Transform to squares of ``image_size`` pixels; mean and std of each channel are in 0 ... 1.
 
-    Args:
-        image_size: side of the result in pixels.
-        mean, std: of each channel, for pixels in 0 ... 1.
-        augmentation: "paper" (ProtoCLIP's: crop of 50 to 100 % of the area, flip, and each with
-            probability 0.2 colour jitter, grey, blur) | "clip" (CLIP's: crop of 90 to 100 %) |
-            "none" (resize and centre crop, for evaluation).
+    The augmentation is "paper" (ProtoCLIP's: crop of 50 to 100 % of the area, flip, and each with
+    probability 0.2 colour jitter, grey, blur) | "clip" (CLIP's: crop of 90 to 100 %) | "none"
+    (resize and centre crop, for evaluation).
     """
     from torchvision import transforms as t
 

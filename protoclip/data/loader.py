@@ -122,16 +122,13 @@ def batches(
     any number of workers and any start. The caller's global random state is left as it was.
 
     Args:
-        dataset, draws, batch_size: which pairs, in which order and parts.
         transform: picture -> [3, H, W]; its chance must come from torch's default generator.
         tokenizer: list of B captions -> int64 [B, L].
         workers: processes besides this one; 0 loads in this one.
         captions: "random" | "first" (the canonical one) | "canonical": the first in half of the
             draws, any in the others.
         faults: notes pairs that cannot be read; another of the draws, chosen by (seed, j), stands
-            in for each. None: such a pair is an error.
-    Raises:
-        DataError: a pair that cannot be read, or too many of them; the message names it.
+            in for each. None: such a pair is a DataError that names it.
     """
     source = _Source(dataset, draws, batch_size, transform, tokenizer, captions, faults is not None)
     firsts = range(draws.start, len(draws.positions), batch_size)
@@ -191,8 +188,7 @@ class _Source:
         """A pair to replace a bad one, preferably one that is not in the batch already."""
         positions = self.draws.positions.numpy()
         candidates = positions[(mix(die, attempt, np.arange(64)) % len(positions)).astype(int)]
-        fresh = candidates[~np.isin(candidates, batch)]
-        return int((fresh if len(fresh) else candidates)[0])
+        return int(candidates[np.isin(candidates, batch).argmin()])
 
     # What torch's DataLoader calls.
     def __getitem__(self, first: int) -> Batch | DataError:

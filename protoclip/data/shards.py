@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -16,9 +17,8 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -48,8 +48,6 @@ class ShardDataset:
     "captions") under one key; txt goes first unless the json has a list. Other samples are
     skipped with a warning. Shards from urls are copied as they are needed.
 
-    Args:
-        spec: path or url of a tar; braces "{000..012}" and globs expand, "::" joins sources.
     Attributes:
         skipped: (shard, key, reason) of each sample left out.
         shard_of: number of each pair's shard, int32 [N].
@@ -185,8 +183,7 @@ def _files(pattern: str) -> list[str]:
     return found
 
 
-@dataclass(frozen=True)
-class ShardIndex:
+class ShardIndex(NamedTuple):
     """The pairs of one shard, in the order of the tar."""
 
     size: int  # of the tar, bytes
@@ -205,7 +202,7 @@ def index_together(spec: str) -> None:
     if not is_distributed() or not is_sharded(spec):
         return
     unknown = _on_all(lambda: [shard for shard in expand(spec) if not _cached(shard).exists()])
-    share = list(dict.fromkeys(shard for part in unknown for shard in part))[rank() :: world_size()]
+    share = list(dict.fromkeys(itertools.chain(*unknown)))[rank() :: world_size()]
     for part in _on_all(lambda: {shard: shard_index(shard) for shard in share}):
         for shard in set(part).intersection(unknown[rank()]):
             # A file of the same name on another machine may be another file.
@@ -220,9 +217,8 @@ def _on_all(make: Callable[[], Any]) -> list[Any]:
     except DataError as error:
         own = error
     parts = gather_objects(own)
-    for part in parts:
-        if isinstance(part, DataError):
-            raise part
+    if wrong := [part for part in parts if isinstance(part, DataError)]:
+        raise wrong[0]
     return parts
 
 
@@ -231,12 +227,10 @@ def shard_index(shard: str) -> ShardIndex:
 
     What comes from a url is taken to be the same every time, so that a known one is not read again.
     """
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):  # never written, or damaged
         size, keys, places, skipped = json.loads(_cached(shard).read_text(encoding="utf-8"))
         table = np.array(places, dtype=np.int64).reshape(len(keys), 5)
         return ShardIndex(size, keys, table, skipped)
-    except (OSError, ValueError, TypeError):
-        pass  # never written, or damaged
     index = _scan(local_copy(shard) if is_remote(shard) else shard, shard)
     _store(shard, index)
     return index
@@ -253,9 +247,8 @@ def _cached(shard: str) -> Path:
 
 
 def _store(shard: str, index: ShardIndex) -> None:
-    parts = [index.size, index.keys, index.places.tolist(), index.skipped]
     try:
-        write_atomic(_cached(shard), json.dumps(parts))
+        write_atomic(_cached(shard), json.dumps(index._replace(places=index.places.tolist())))
     except OSError as error:
         logger.warning("an index of shards is not kept (%s); set PROTOCLIP_CACHE", error)
 
@@ -293,10 +286,8 @@ def _pair(file: io.BufferedReader, members: Mapping[str, Place]) -> tuple[int, .
     for kind in filter(usable.get, TEXT_KINDS):
         offset, size = usable[kind]
         file.seek(offset)
+        data = file.read(min(size, MAX_CAPTION_BYTES + 1))
         try:
-            if size > MAX_CAPTION_BYTES:
-                raise ValueError(f"{size:,} bytes are too many for captions")
-            data = file.read(size)
             parse_captions(data, kind == "json")
             if not chosen or b'"captions"' in data:  # a list goes before the one in the txt
                 chosen = kind
@@ -310,6 +301,8 @@ def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
 
     They are the lines of a text, or "captions" or "caption" of a JSON; else it is a ValueError.
     """
+    if len(data) > MAX_CAPTION_BYTES:
+        raise ValueError(f"more than {MAX_CAPTION_BYTES:,} bytes are too many for captions")
     text = data.decode("utf-8-sig")
     found: Any = text.splitlines()
     if is_json:

@@ -25,7 +25,7 @@ class CsvDataset:
         keep_going: note bad rows in ``skipped`` instead of raising at the first, and look for all
             pictures at once.
         csv_separator: between columns, one character (OpenCLIP's default: a tab).
-        csv_img_key: column of the paths; a relative path counts from the working directory (as in
+        csv_img_key: column of the paths; a relative one counts from the working directory (as in
             OpenCLIP) or, if nothing is there, from the table's folder.
         csv_caption_key: column of the captions, each cut to ``MAX_CAPTION`` characters.
         csv_encoding: of the table, any that Python knows.
@@ -51,10 +51,10 @@ class CsvDataset:
         rows: list[list[str]] = []
         columns = (csv_img_key, csv_caption_key)
         for number, row, fault in read_table(self.name, columns, csv_separator, csv_encoding):
+            look = keep_going or len(rows) < CHECKED
             if not fault and not row[1].strip():
                 fault = "the caption is empty; remove the row or write a caption"
-            look = keep_going or len(rows) < CHECKED
-            if not fault and look and not os.path.isfile(self._find(row[0])):
+            elif not fault and look and not os.path.isfile(self._find(row[0])):
                 places = " nor from ".join(dict.fromkeys((os.getcwd(), self.folder)))
                 fault = f"no picture at {row[0]!r} as seen from {places}; correct the path"
             if not fault:
@@ -75,14 +75,11 @@ class CsvDataset:
     def captions(self, i: int) -> tuple[str, ...]:
         return (self._captions[i],)
 
-    def path(self, i: int) -> str:
-        """Where picture ``i`` is."""
-        return self._find(self._files[i])
-
     def image(self, i: int) -> Image.Image:
-        where = f"{self.name}, pair {i + 1}, {self.path(i)}"
+        path = self._find(self._files[i])
+        where = f"{self.name}, pair {i + 1}, {path}"
         try:
-            return decode(Path(self.path(i)).read_bytes(), where)
+            return decode(Path(path).read_bytes(), where)
         except OSError as error:
             raise DataError(f"{where}: {error}; correct the path or remove the row") from error
 
@@ -112,7 +109,14 @@ def read_table(
         with open(name, encoding=codec, newline="") as lines:
             reader = csv.reader(lines, delimiter=separator)
             header = next(reader, [])
-            places = _places(name, header, columns, separator)
+            if missing := [column for column in columns if column not in header]:
+                other = next((c for c in "\t,;|" if c != separator and c in "".join(header)), ",")
+                raise DataError(
+                    f"{name}: no column {' nor '.join(map(repr, missing))} when split at "
+                    f"{separator!r}; the columns are {header}; name them with --csv-img-key and "
+                    f"--csv-caption-key, or perhaps --csv-separator '{other}'"
+                )
+            places = [header.index(column) for column in columns]
             for row in filter(any, reader):
                 if len(row) > max(places):
                     yield reader.line_num, [row[place] for place in places], ""
@@ -130,15 +134,3 @@ def read_table(
         raise DataError(f"{name}: not {encoding.upper()} ({error}); {remedy}") from error
     except csv.Error as error:
         yield reader.line_num, [], f"{error}; look for an unclosed quote there"
-
-
-def _places(name: str, header: list[str], columns: Sequence[str], separator: str) -> list[int]:
-    """Where the columns are."""
-    if missing := [column for column in columns if column not in header]:
-        other = next((s for s in "\t,;|" if s != separator and any(s in h for h in header)), None)
-        flag = f"separator '{other}'" if other else "img-key or --csv-caption-key NAME"
-        raise DataError(
-            f"{name}: no column {' nor '.join(map(repr, missing))} when split at {separator!r}; "
-            f"the columns are {header}; perhaps --csv-{flag}"
-        )
-    return [header.index(column) for column in columns]

@@ -20,22 +20,9 @@ from tqdm import tqdm
 from protoclip import checkpoint, distributed
 from protoclip.commands import PROTOCOLS, TASKS, evaluate_parser
 from protoclip.config import TABLE, ModelConfig, TrainConfig, check_saved, from_dict, output_file
+from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import open_layout
-from protoclip.evaluate.results import (
-    Outcome,
-    format_table,
-    read_results,
-    write_records,
-    write_results,
-)
-from protoclip.evaluate.tasks import (
-    Encoder,
-    FeatureCache,
-    encode_sets,
-    evaluate_features,
-    impossible,
-    peak_memory_bytes,
-)
+from protoclip.evaluate.tasks import Encoder
 from protoclip.model import (
     ProtoModel,
     autocast_for,
@@ -80,8 +67,6 @@ def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
             "local-dir:PATH" or "hf-hub:ID".
         pretrained: OpenCLIP's tag or weights file for a name; "random": as initialised.
         model: the OpenCLIP name of a checkpoint, where it does not know its own or is not trusted.
-    Raises:
-        ValueError: no such model or weights; the message says what is known.
     """
     if what.startswith(WEIGHTS) or what.endswith(".json"):
         return _by_name(what, pretrained)
@@ -112,15 +97,14 @@ def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
 
 
 def _by_name(name: str, pretrained: str) -> Loaded:
+    weights = "" if pretrained == RANDOM or name.startswith(WEIGHTS) else pretrained
     if not pretrained and not name.startswith(WEIGHTS):
-        tags = open_clip.list_pretrained_tags_by_model(name)
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "this model has none"
         raise ValueError(
-            f"{name}: --pretrained is missing: a weights file, {RANDOM} for none, or a tag "
-            f"({', '.join(tags) if tags else 'this model has none'})"
+            f"{name}: --pretrained is missing: a weights file, {RANDOM} for none, or a tag ({tags})"
         )
     if pretrained == RANDOM:
         torch.manual_seed(0)
-    weights = "" if pretrained == RANDOM or name.startswith(WEIGHTS) else pretrained
     model = build_model(ModelConfig(model=name, pretrained=weights, add_projection_head=False))
     return Loaded(model, name, pretrained or name)
 
@@ -132,19 +116,19 @@ def open_encoder(
     """The encoder of the flags --device, --precision, --batch-size and --workers, with its bar."""
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
-    cache = FeatureCache(model.clip, f"{precision} {model.preprocess()}") if cached else None
-    autocast, sharded = autocast_for(precision, device), distributed.world_size() > 1
+    cache = tasks.FeatureCache(model.clip, f"{precision} {model.preprocess()}") if cached else None
+    autocast = autocast_for(precision, device)
     shown = None if distributed.is_main() else True  # None: where stderr is a terminal
     model.to(device)
     with tqdm(desc=what, unit=" rows", leave=False, disable=shown) as bar:
-        yield Encoder(model, device, args.batch_size, args.workers, autocast, bar, cache, sharded)
+        yield Encoder(model, device, args.batch_size, args.workers, autocast, bar, cache)
         bar.refresh()  # the last updates may have come too fast to be drawn
 
 
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks for; rank 0 writes the files and prints the table."""
     started = time.perf_counter()
-    tasks = parse_tasks(args.tasks)
+    wanted = parse_tasks(args.tasks)
     output = output_file(args.output or _output(args), "--output")
     loaded = load_model(args.what, args.pretrained, args.model)
     config = loaded.config or TrainConfig()
@@ -153,39 +137,39 @@ def run(args: argparse.Namespace) -> None:
         name: getattr(config.data if getattr(args, name) is None else args, name) for name in TABLE
     }
     columns["seed"] = config.run.seed if args.seed is None else args.seed
-    chosen = {"split": args.split, "templates": args.templates}
-    layout = open_layout(data, **chosen, csv_label_key=args.csv_label_key, **columns)
+    columns |= {name: getattr(args, name) for name in ("split", "templates", "csv_label_key")}
+    layout = open_layout(data, **columns)
     notes = []
-    for task, reason in impossible(tasks, layout).items():
+    for task, reason in tasks.impossible(wanted, layout).items():
         if args.tasks not in ("", "all"):
             raise ValueError(f"--tasks {task}: {reason} ({data}); leave that task out")
         notes.append(f"Without {task}: {reason}.")
     seconds, started = {"loading": time.perf_counter() - started}, time.perf_counter()
     with open_encoder(loaded.model, args, "evaluating", cached=not args.no_cache) as encoder:
-        sets, train = encode_sets(encoder, layout, tasks)
-        results = evaluate_features(sets, train, tasks=tasks, protocol=args.protocol)
+        sets, train = tasks.encode_sets(encoder, layout, wanted)
+        found = tasks.evaluate_features(sets, train, tasks=wanted, protocol=args.protocol)
     if not distributed.is_main():
         return
     seconds["evaluation"] = took = time.perf_counter() - started
-    peak = peak_memory_bytes(encoder.device)
-    outcome = Outcome(data, loaded.name, loaded.pretrained, results, None, seconds, peak)
+    peak = tasks.peak_memory_bytes(encoder.device)
+    outcome = results.Outcome(data, loaded.name, loaded.pretrained, found, None, seconds, peak)
     if output.is_file() and not args.tasks:
-        earlier = read_results(output)
+        earlier = results.read_results(output)
         if earlier.data == data and earlier.untrained is not None:
             # What training left there belongs to the same table.
-            outcome = dataclasses.replace(
-                earlier, trained=results, model=loaded.name, pretrained=loaded.pretrained
-            )
+            made = {"model": loaded.name, "pretrained": loaded.pretrained}
+            outcome = dataclasses.replace(earlier, trained=found, **made)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_results(output, outcome)
+    results.write_results(output, outcome)
     folder = output.parent / "clip_benchmark"
-    write_records(folder, outcome)
+    results.write_records(folder, outcome)
     if encoder.cache is not None and encoder.cache.rows_found:
-        found = f"{encoder.cache.rows_found:,} rows"
-        notes.append(f"{found} of features came from {encoder.cache.folder}.")
-    words = f" on {distributed.world_size()} ranks" if encoder.sharded else ""
+        rows = f"{encoder.cache.rows_found:,} rows"
+        notes.append(f"{rows} of features came from {encoder.cache.folder}.")
+    ranks = distributed.world_size()
+    words = f" on {ranks} ranks" if ranks > 1 else ""
     notes.append(f"Evaluated in {took:.1f} s{words}, written to {output}")
-    print(format_table(outcome), *notes, f"CLIP_benchmark's JSON: {folder}", sep="\n")
+    print(results.format_table(outcome), *notes, f"CLIP_benchmark's JSON: {folder}", sep="\n")
 
 
 def _own_data(config: TrainConfig | None, where: str) -> str:
@@ -205,13 +189,10 @@ def _own_data(config: TrainConfig | None, where: str) -> str:
 def _output(args: argparse.Namespace) -> Path:
     """results.json of the run for its own evaluation, a longer name for any other."""
     path, protocol = Path(args.what), args.protocol.replace(PROTOCOLS[0], "")
-    if path.is_dir():
-        folder, model = path, ""
-    elif path.is_file():
-        folder, model = path.parent, path.stem
-    else:
-        folder, model = Path("."), f"{args.what}-{args.pretrained}"
-    parts = [model, "results", args.data, args.tasks, protocol]
+    parts, folder = ["results", args.data, args.tasks, protocol], path
+    if not path.is_dir():
+        folder = path.parent if path.is_file() else Path(".")
+        parts = [path.stem if path.is_file() else f"{args.what}-{args.pretrained}", *parts]
     slugs = [re.sub(r"[^A-Za-z0-9]+", "_", part).strip("_")[-60:] for part in parts]
     return folder / ("-".join(filter(None, slugs)) + ".json")
 

@@ -14,14 +14,8 @@ import open_clip
 import torch
 from PIL import Image
 
-from protoclip.data import (
-    DataError,
-    Labels,
-    PairDataset,
-    index_together,
-    is_sharded,
-    open_dataset,
-)
+from protoclip import data as sources
+from protoclip.data import DataError, Labels, PairDataset, open_dataset
 from protoclip.data.images import decode
 from protoclip.data.tables import read_table
 
@@ -60,11 +54,7 @@ def open_layout(
             class folders, or of split folders with class folders in them, and perhaps
             classnames.txt, a name a line in the order of the class folders; a table; shards.
         split: the folder to judge; "": test, val or validation if there is one, else all.
-        templates: see ``read_templates``.
         csv_label_key: column of the class in a table.
-        open_kwargs: of ``protoclip.data.open_dataset``.
-    Raises:
-        DataError: what is missing or does not fit together, and what to do.
     """
     if data.startswith("builtin:"):
 
@@ -78,8 +68,8 @@ def open_layout(
     words, root = read_templates(templates), Path(data)
     if root.is_dir() and not any(root.glob("*.tar")):
         return _image_folder(root, split, words)
-    if is_sharded(data):
-        index_together(data)
+    if sources.is_sharded(data):
+        sources.index_together(data)
     dataset: Any = open_dataset(data, **open_kwargs)
     if csv_label_key and data.lower().endswith((".csv", ".tsv")):
         form = open_kwargs.get("csv_separator", "\t"), open_kwargs.get("csv_encoding", "utf-8")
@@ -89,8 +79,7 @@ def open_layout(
                 raise DataError(f"{data}, line {line}: {fault}")
             values.append(row[0].strip())
         names, ids = np.unique(values, return_inverse=True)
-        labels = Labels(torch.from_numpy(ids), tuple(names.tolist()))
-        dataset.labels = {LABEL: labels}
+        dataset.labels = {LABEL: Labels(torch.from_numpy(ids), tuple(names.tolist()))}
     return Layout(dataset, templates=words)
 
 
@@ -135,12 +124,8 @@ def _class_folders(root: Path) -> list[str]:
 class ImageFolder:
     """``root/CLASS/.../picture``, torchvision's layout; the class stands in for a caption.
 
-    Args:
-        root: the folder of class folders.
-        folders: class folders by id, where another split may have more.
-        names: what each class is called, by id; (): no classes, the path stands in for a caption.
-    Raises:
-        DataError: no picture in any of the folders.
+    ``folders`` are the class folders by id, ``names`` what each class is called; (): no classes,
+    the path stands in for a caption.
     """
 
     def __init__(self, root: Path, folders: Sequence[str], names: Sequence[str]) -> None:
@@ -177,12 +162,8 @@ class ImageFolder:
 
 
 def read_templates(given: str) -> tuple[str, ...]:
-    """Prompt templates, each with "{}" for the class.
-
-    Args:
-        given: "openai" (OpenCLIP's 80 for ImageNet), "simple" (its 7), or a file with one template
-            a line ("{}" or CLIP_benchmark's "{c}").
-    """
+    """Prompts with "{}" for the class: "openai" (OpenCLIP's 80 for ImageNet), "simple" (its 7), or
+    those of a file, one a line, with "{}" or CLIP_benchmark's "{c}"."""
     if given in ("openai", "simple"):
         many, few = open_clip.OPENAI_IMAGENET_TEMPLATES, open_clip.SIMPLE_IMAGENET_TEMPLATES
         return tuple(template("{}") for template in (few if given == "simple" else many))
@@ -206,7 +187,6 @@ def class_prompts(
     Groups name two things ("food-drink"); other labels go from wide to narrow ("animal-bird").
     """
     joint = " and " if label == "group" else " "
-    words = [ABBREVIATIONS.get(name, name.replace("-", joint)) for name in names]
-    if label == LABEL:  # names that somebody chose, not identifiers
-        words = list(names)
-    return [[template.format(word) for template in templates] for word in words]
+    if label != LABEL:  # identifiers, not names that somebody chose
+        names = [ABBREVIATIONS.get(name, name.replace("-", joint)) for name in names]
+    return [[template.format(name) for template in templates] for name in names]

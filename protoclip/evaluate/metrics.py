@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -20,7 +19,7 @@ from protoclip.kmeans import kmeans
 
 BLOCK_ELEMENTS = 1 << 24  # one block of scores: 64 MiB in float32
 DRAWS_AT_ONCE = 1 << 22  # bootstrap draws in memory: 32 MiB
-LAMBDAS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+LAMBDAS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 1e-3, 3e-4, 1e-4)
 PROBE_ITERATIONS = 100
 MEAN_PER_CLASS = "mean_per_class_recall"
 Score = Callable[[Tensor], Tensor]  # features [b, D] -> logits [b, C], each row by itself
@@ -43,10 +42,7 @@ def retrieval(
 
     A tie costs half a place, so that a model which maps everything to one point scores at chance
     and not at 100 %. Rank infinity: an image without a caption, or features that are not finite.
-
-    Args:
-        image, text: features [N, D] and [M, D], any length.
-        caption_image: int64 [M], the image row each caption belongs to; None: caption i to image i.
+    ``caption_image``, int64 [M], has the image row of each caption; None: caption i to image i.
     """
     images = torch.arange(len(image), device=image.device)
     owner = images if caption_image is None else caption_image.to(image.device)
@@ -91,11 +87,10 @@ def zero_shot_logits(image: Tensor, vectors: Tensor) -> Tensor:
 
 
 def classify(features: Tensor, labels: Tensor, num_classes: int, score: Score) -> dict[str, Tensor]:
-    """Judge the classifier ``score`` on features [N, D] with labels int64 [N] in 0 .. C - 1.
+    """A value a sample, by CLIP_benchmark's name of their mean, of the classifier ``score``.
 
-    Returns:
-        A value a sample, by CLIP_benchmark's name of their mean. A tie costs half a place; fewer
-        than five classes have no top-5.
+    Features [N, D], labels int64 [N] in 0 .. C - 1. A tie costs half a place; fewer than five
+    classes have no top-5.
     """
     labels = labels.to(features.device)
     ranks = _ranks(features, score, labels, torch.arange(num_classes, device=features.device))
@@ -115,17 +110,12 @@ def fit_linear_probe(
     """Multinomial logistic regression on standardised features, by full-batch L-BFGS.
 
     Minimises mean cross-entropy + lambda/2 |W|^2 (bias free; scikit-learn's C = 1 / (lambda N)).
-    Lambda, of ``penalties``, has the lowest cross-entropy on a random fifth of the given (training)
-    samples; the path runs from strong to weak, each fit starting from the last, and stops once two
-    weaker ones in a row are worse. Then all samples are fitted with it.
+    Lambda has the lowest cross-entropy on a random fifth of the given (training) samples; the path
+    runs from strong to weak, each fit starting from the last, and stops once two weaker ones in a
+    row are worse. Then all samples, [N, D] with N > 1 and int64 [N], are fitted with it.
 
-    Args:
-        features: [N, D], N > 1, any length; columns are standardised, constant ones become 0.
-        labels: int64 [N] in 0 .. num_classes - 1.
     Returns:
         features [N, D] -> logits [N, C], and the lambda.
-    Raises:
-        ValueError: non-finite features.
     """
     if not bool(torch.isfinite(features).all()):
         raise ValueError("fit_linear_probe: features hold NaN or infinity; check the model first")
@@ -192,8 +182,6 @@ def paper_linear_probe(
     loader does not shuffle, so data sorted by class arrives class by class). Choosing the epoch on
     the test set flatters: use ``fit_linear_probe`` for numbers of your own.
 
-    Args:
-        train, test: features [N, D], not normalised, and labels int64 [N] in 0 .. num_classes - 1.
     Returns:
         ``classify`` of the best epoch, and its number from 1.
     Source:
@@ -223,28 +211,19 @@ def paper_linear_probe(
 def fit_knn(
     train: Tensor, labels: Tensor, num_classes: int, *, k: int = 10, temperature: float = 0.07
 ) -> Score:
-    """scikit-learn's k-NN by cosine, where a vote weighs exp(cosine / temperature).
+    """scikit-learn's k-NN by cosine, where a vote weighs exp(cosine / temperature): queries [Q, D],
+    Q > 0 -> shares of the votes, float64 [Q, C]."""
+    from sklearn.neighbors import NearestNeighbors
 
-    Returns:
-        queries [Q, D], Q > 0 -> shares of the votes, float64 [Q, C].
-    """
-    from sklearn.neighbors import KNeighborsClassifier
-
-    model = KNeighborsClassifier(
-        min(k, len(train)),
-        metric="cosine",
-        algorithm="brute",
-        weights=lambda distance: torch.tensor(-distance / temperature).softmax(1).numpy(),
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of few samples per class, which are no regression
-        model.fit(unit(train).cpu().numpy(), labels.cpu().numpy())
+    count = min(k, len(train))
+    known = NearestNeighbors(n_neighbors=count, metric="cosine", algorithm="brute")
+    known.fit(unit(train).cpu().numpy())
 
     def votes(queries: Tensor) -> Tensor:
-        shares = model.predict_proba(unit(queries).cpu().numpy())  # of the classes that occur
-        out = torch.zeros(len(queries), num_classes, dtype=torch.float64)
-        out[:, torch.from_numpy(model.classes_)] = torch.from_numpy(shares).double()
-        return out.to(queries.device)
+        distance, nearest = map(torch.from_numpy, known.kneighbors(unit(queries).cpu().numpy()))
+        shares = torch.softmax(-distance.double() / temperature, dim=1)
+        out = shares.new_zeros(len(queries), num_classes)
+        return out.scatter_add_(1, labels.cpu()[nearest], shares).to(queries.device)
 
     return votes
 
@@ -279,11 +258,8 @@ def alignment(image: Tensor, text: Tensor) -> float:
 
 
 def uniformity(features: Tensor) -> float:
-    """log of the mean of exp(-2 |x - y|^2) over pairs of different rows [N, D], in nats.
-
-    0 when all rows are one point; lower is more spread out. Fewer than two rows: NaN.
-    Source: Wang & Isola 2020, equation 3.
-    """
+    """log of the mean of exp(-2 |x - y|^2) over pairs of different rows [N, D], in nats; 0 when all
+    rows are one point. Fewer than two rows: NaN. Source: Wang & Isola 2020, equation 3."""
     n = len(features)
     if n < 2:
         return math.nan
@@ -302,9 +278,7 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap 95 % interval of each mean, low and high; none without samples.
 
-    Args:
-        samples: name -> a value a sample [N]; those of one length share their resamples.
-        resamples: draws of N samples with replacement.
+    ``samples`` have a value a sample [N]; those of one length share their resamples.
     """
     out: dict[str, tuple[float, float]] = {}
     for n in {len(values) for values in samples.values()} - {0}:

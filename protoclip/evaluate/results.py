@@ -164,11 +164,8 @@ def read_results(path: str | os.PathLike[str]) -> Outcome:
 
 
 def _read_set(content: Mapping[str, Any]) -> SetResults:
-    metrics = {
-        name: math.nan if value is None else float(value)
-        for name, value in content["metrics"].items()
-    }
-    return SetResults(**{**content, "metrics": metrics})
+    read = {name: math.nan if x is None else float(x) for name, x in content["metrics"].items()}
+    return SetResults(**{**content, "metrics": read})
 
 
 def write_records(folder: Path, outcome: Outcome) -> None:

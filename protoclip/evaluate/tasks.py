@@ -22,16 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from protoclip.commands import TASKS
-from protoclip.data import (
-    DataError,
-    Draws,
-    Labels,
-    PairDataset,
-    Subset,
-    batches,
-    build_transform,
-    noto_available,
-)
+from protoclip.data import DataError, Draws, Labels, PairDataset, Subset, batches, noto_available
 from protoclip.data.files import whole_file
 from protoclip.data.types import heldout_mask
 from protoclip.distributed import gather_objects, is_main, max_over_ranks, own_slice
@@ -53,20 +44,13 @@ class EvalSet:
     """Features of one evaluation set; rows need not be normalised."""
 
     image: Tensor  # [N, D]
-    text: Tensor  # [M, D]; M = 0: no retrieval
-    caption_image: Tensor | None = None  # int64 [M], image row of each caption; None: M = N
+    text: Tensor  # [M, D], row j of image owner[j]; M = 0: no retrieval
+    owner: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     labels: Mapping[str, Labels] = field(default_factory=dict)
     class_vectors: Mapping[str, Tensor] = field(default_factory=dict)  # label -> [C, D]
     probes: bool = True  # False where the probes' training images are in the set
     title: str = ""
     probe_rows: Tensor | None = None  # int64, the images that probes are judged on; None: all
-
-    @property
-    def owner(self) -> Tensor:
-        """int64 [M], the image row of each caption."""
-        if self.caption_image is not None:
-            return self.caption_image
-        return torch.arange(len(self.text), device=self.text.device)
 
 
 class FeatureCache:
@@ -81,11 +65,7 @@ class FeatureCache:
         return self.folder / f"{kind}-{digest(self._model, content)[:40]}.safetensors"
 
     def load(self, path: Path, count: int) -> Tensor | None:
-        """The stored features (CPU); None where there is no file, or a damaged one.
-
-        Raises:
-            DataError: the file has another number of rows than ``count``.
-        """
+        """The stored features (CPU); None where there is no file, or a damaged one."""
         try:
             rows = load_file(path)["features"]
         except (OSError, SafetensorError, KeyError):
@@ -95,12 +75,11 @@ class FeatureCache:
                 f"{path}: expected features of {count} rows, as many as the data has, got "
                 f"{len(rows)}; delete the file, or use --no-cache"
             )
-        self.rows_found += len(rows)
+        self.rows_found += count
         return rows
 
     def store(self, path: Path, rows: Tensor) -> None:
-        """Write the file whole or not at all; a disk that cannot take it costs only time."""
-        with suppress(OSError, SafetensorError):
+        with suppress(OSError, SafetensorError):  # a full disk costs only time
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as temporary:
                 save_file({"features": rows.cpu().contiguous()}, temporary)
@@ -135,14 +114,14 @@ def dataset_hash(dataset: PairDataset) -> str:
     for path in files:
         parts.append(path)
         with suppress(OSError):  # a url, or a missing file, which its reader names
-            status = os.stat(path)
-            parts.append(f"{status.st_size} {status.st_mtime_ns}")
+            parts.append(f"{os.stat(path).st_size} {os.stat(path).st_mtime_ns}")
     return digest(*parts)
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How evaluation turns pictures and captions into features: eval mode, no augmentation."""
+    """How evaluation turns pictures and captions into features: eval mode, no augmentation; each
+    rank encodes a slice, and all get all rows."""
 
     model: ProtoModel
     device: torch.device
@@ -151,7 +130,6 @@ class Encoder:
     autocast: Callable[[], AbstractContextManager] = nullcontext
     bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # counts the rows
     cache: FeatureCache | None = None  # None: everything is encoded
-    sharded: bool = False  # True on every rank: each encodes a slice, all get all rows
 
     @torch.no_grad()
     def images(self, dataset: PairDataset) -> Tensor:
@@ -193,18 +171,15 @@ class Encoder:
         if self.cache is not None:
             path = self.cache.path(kind, content())
             found = self.cache.load(path, count)
-            missing = torch.tensor([int(found is None)], device=self.device)
-            if self.sharded:
-                max_over_ranks(missing)
+            missing = max_over_ranks(torch.tensor([int(found is None)], device=self.device))
             if found is not None and not missing:
                 self.bar.update(count)
                 return found.to(self.device)
-        own = own_slice(count) if self.sharded else slice(0, count)
-        rows = encode(own) if own.start < own.stop else torch.empty(0, device=self.device)
-        if self.sharded:
-            parts = [part for part in gather_objects(rows.cpu()) if len(part)]
-            rows = torch.cat(parts).to(self.device)
-            self.bar.update(count - (own.stop - own.start))
+        own = own_slice(count)
+        rows = encode(own) if own.start < own.stop else torch.empty(0)
+        parts = [part for part in gather_objects(rows.cpu()) if len(part)]
+        rows = torch.cat(parts).to(self.device)
+        self.bar.update(count - (own.stop - own.start))
         if self.cache is not None and is_main():
             self.cache.store(path, rows)
         return rows
@@ -236,27 +211,23 @@ class PixelEncoder(Encoder):
 def floors(encoder: Encoder, layout: Layout) -> Results:
     """k-NN and clusters of ``PixelEncoder``; accuracies are at least the largest class's share."""
     sets, train = encode_sets(PixelEncoder(encoder.model, encoder.device), layout)
-    found = dict(evaluate_features(sets, train, tasks=("knn", "grouping")))
+    found = evaluate_features(sets, train, tasks=("knn", "grouping"))
+    floor = {}
     for key, one in found.items():
         values = dict(one.metrics)
         for label, known in sets[key].labels.items():
             share = float(known.ids.bincount().max()) / len(known.ids)
             for name in (f"{label}/{kind}acc1" for kind in ("", "lp_", "knn_")):
                 values[name] = max(share, values.get(name, share))
-        found[key] = dataclasses.replace(one, metrics=values, intervals={})
-    return found
+        floor[key] = dataclasses.replace(one, metrics=values, intervals={})
+    return floor
 
 
 def eval_transform(model: ProtoModel) -> Callable[[Any], Tensor]:
-    """The model's own transform without augmentation: resize, centre crop, normalise."""
-    own = getattr(getattr(model.clip, "visual", None), "preprocess_cfg", None) or {}
-    if own.get("resize_mode", "shortest") == "shortest" and (
-        own.get("interpolation", "bicubic") in ("bicubic", "random")
-    ):
-        return build_transform(model.image_size, model.mean, model.std, "none")
+    """OpenCLIP's transform of the model without augmentation: resize, centre crop, normalise."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    return image_transform_v2(PreprocessCfg(**own), is_train=False)
+    return image_transform_v2(PreprocessCfg(model.image_size, **model.preprocess()), is_train=False)
 
 
 def encode_sets(
@@ -265,8 +236,8 @@ def encode_sets(
     """The evaluation sets of some data, by name, and what the probes learn from; by all ranks.
 
     builtin:emoji has HO (held-out concepts), TW (all, in Twemoji style) and, with the font, NHO
-    and NOTO (the held-out ones and all in Noto style). Other built-in data has HO (its held-out
-    part), files have ALL. Probes learn from the train split, else from 80 % of the set.
+    and NOTO (the same in Noto style). Other built-in data has HO (its held-out part), files have
+    ALL. Probes learn from the train split, else from 80 % of the set.
     """
     if layout.emoji is not None:
         return _emoji_sets(encoder, layout, layout.emoji)
@@ -348,7 +319,7 @@ def take(one: EvalSet, rows: Sequence[int] | Tensor, title: str = "") -> EvalSet
         one,
         image=one.image[images],
         text=one.text[kept],
-        caption_image=place[one.owner[kept]],
+        owner=place[one.owner[kept]],
         labels={name: Labels(known.ids[images], known.names) for name, known in one.labels.items()},
         title=title or one.title,
     )
@@ -373,7 +344,6 @@ def evaluate_features(
     """The metrics of all sets; nothing on other ranks than 0, which only help to encode.
 
     Args:
-        sets: by short name.
         probe_train: what the linear probe and the nearest neighbours learn from; None: no probes.
         tasks: some of ``TASKS``; what a set does not allow is left out.
         protocol: of the linear probe: "heldout" (L-BFGS, lambda chosen on a held-out part of the

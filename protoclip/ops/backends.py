@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
+from torch.torch_version import TorchVersion
 from torch.utils import _pytree as pytree
 
 from protoclip.ops import native
@@ -43,21 +45,14 @@ def _no_triton() -> str | None:
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return "no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
     try:
-        importlib.import_module("triton")
+        triton = importlib.import_module("triton")
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    if not torch.cuda.is_available():
-        return _no_interpreter()
-    return importlib.import_module("protoclip.kernels.launch").why_not()
-
-
-def _no_interpreter() -> str | None:
-    from importlib.metadata import version
-
-    triton, numpy = (tuple(map(int, version(p).split(".")[:2])) for p in ("triton", "numpy"))
-    if triton < (3, 7) and numpy >= (2, 4):  # it takes int() of arrays of one element
-        return f"the interpreter of triton {version('triton')} needs numpy < 2.4 (a card does not)"
-    return None
+    if torch.cuda.is_available():
+        return importlib.import_module("protoclip.kernels.launch").why_not()
+    # It takes int() of arrays of one element.
+    old = TorchVersion(triton.__version__) < "3.7" and TorchVersion(numpy.__version__) >= "2.4"
+    return "the interpreter of triton < 3.7 needs numpy < 2.4 (a card does not)" if old else None
 
 
 def _from(module: str) -> Callable[[str], Callable]:

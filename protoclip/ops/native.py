@@ -2,10 +2,9 @@
 
 Two libraries, built apart so that one failing leaves the other: ``cpu`` (csrc/*.cpp) and ``cuda``
 (csrc/*.cu and csrc/cuda_*.cpp, where torch has CUDA and nvcc is there). Each lands in a folder
-named after everything that goes into it; a build that ended well leaves a stamp with the library's
-size and hash. Only a library that matches its stamp, in folders and files that nobody but this user
-can write, is loaded; any other is built again. One process builds, holding a file lock that dies
-with it; others wait.
+named after everything that goes into it, with a stamp of the library's size and hash. Only a
+library that matches its stamp, in folders and files that nobody but this user can write, is loaded;
+any other is built again. One process builds, under a file lock; others wait.
 
 Environment: PROTOCLIP_DISABLE_JIT=1, PROTOCLIP_BUILD_VERBOSE=1, PROTOCLIP_CACHE; torch's MAX_JOBS
 and TORCH_CUDA_ARCH_LIST are honoured.
@@ -15,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.resources
 import importlib.util
 import json
 import os
@@ -30,7 +30,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 LOCK, STAMP = "build.lock", "built.json"
 
@@ -41,14 +40,13 @@ class Build:
 
     half: str  # "cpu" | "cuda"
     sources: tuple[Path, ...]
-    cflags: tuple[str, ...]
-    cuda_cflags: tuple[str, ...]
+    flags: tuple[str, ...]  # of the half's own compiler
     parameters: dict[str, str]
 
     @property
     def name(self) -> str:
         digest = hashlib.sha256(json.dumps(self.parameters, sort_keys=True).encode())
-        digest.update(" ".join(self.cflags + self.cuda_cflags).encode())
+        digest.update(" ".join(self.flags).encode())
         for path in sorted(csrc().glob("*")):
             if path.suffix in (".h", ".cuh") or path in self.sources:
                 digest.update(path.name.encode() + path.read_bytes())
@@ -57,9 +55,7 @@ class Build:
 
 def csrc() -> Path:
     """The folder of the C++ and CUDA sources, in a checkout as in an installed wheel."""
-    spec = importlib.util.find_spec("protoclip.csrc")
-    assert spec is not None and spec.origin is not None
-    return Path(spec.origin).parent
+    return Path(str(importlib.resources.files("protoclip.csrc")))
 
 
 def cache_dir() -> Path:
@@ -75,49 +71,15 @@ def op(half: str, name: str) -> Callable:
     Raises:
         RuntimeError: the library cannot be had here; the message says why.
     """
-    _load(half)
-    suffix = "_cuda" if half == "cuda" else ""
-    return getattr(torch.ops.protoclip_native, f"{name}{suffix}").default
-
-
-def _load(half: str) -> None:
     if reason := why_not(half):
         raise RuntimeError(f"protoclip's {half} library is not available: {reason}")
+    suffix = "_cuda" if half == "cuda" else ""
+    return getattr(torch.ops.protoclip_native, f"{name}{suffix}").default
 
 
 @cache
 def why_not(half: str) -> str | None:
     """None where the native library works here (building it if need be), else the reason."""
-    return _obstacle(half) or _failure(half)
-
-
-def cpu_features() -> list[str]:
-    """The processor's units that the CPU library was compiled for, such as "avx512_bf16"."""
-    _load("cpu")
-    path = build(_plan("cpu"))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return list(module.cpu_features())
-
-
-class CodedPoints:
-    """Points [N, D] fp32, finite, with their 8-bit codes, N (D + 16) bytes, for many assignments.
-
-    Labels and distances have the bits of ``kmeans_assign`` on the CPU (unless squares leave fp32).
-    """
-
-    def __init__(self, points: Tensor) -> None:
-        self.points = points.contiguous()
-        self.codes = op("cpu", "kmeans_encode")(self.points)
-
-    def assign(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
-        """[K, D] fp32 -> labels int64 [N], squared distances fp32 [N]."""
-        return op("cpu", "kmeans_assign_coded")(self.points, centroids, *self.codes)
-
-
-def _obstacle(half: str) -> str | None:
     if os.environ.get("PROTOCLIP_DISABLE_JIT") == "1":
         return "PROTOCLIP_DISABLE_JIT=1 is set"
     if half == "cuda":
@@ -133,7 +95,13 @@ def _obstacle(half: str) -> str | None:
         remedy = "apt install g++, dnf install gcc-c++, or conda install cxx-compiler"
         _warn(f"{reason}. Install one ({remedy}) or set CXX")
         return reason
-    return None
+    try:
+        torch.ops.load_library(build(_plan(half)))
+        return None
+    except Exception as error:  # whatever the toolchain throws: the reference goes on
+        reason = f"no native library: {str(error).strip() or type(error).__name__}"
+        _warn(f"{reason[:2000]}\nPROTOCLIP_BUILD_VERBOSE=1 shows the compiler's output")
+        return reason.splitlines()[0]
 
 
 def _warn(problem: str) -> None:
@@ -142,14 +110,14 @@ def _warn(problem: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def _failure(half: str) -> str | None:
-    try:
-        torch.ops.load_library(build(_plan(half)))
-        return None
-    except Exception as error:  # whatever the toolchain throws: the reference goes on
-        reason = f"no native library: {str(error).strip() or type(error).__name__}"
-        _warn(f"{reason[:2000]}\nPROTOCLIP_BUILD_VERBOSE=1 shows the compiler's output")
-        return reason.splitlines()[0]
+def cpu_features() -> list[str]:
+    """The processor's units that the CPU library was compiled for, such as "avx512_bf16"."""
+    path = build(_plan("cpu"))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return list(module.cpu_features())
 
 
 def _plan(half: str) -> Build:
@@ -163,21 +131,21 @@ def _plan(half: str) -> Build:
         flags = "-O3 -march=native -fopenmp -fno-math-errno -Wno-unknown-pragmas"
         if capability in ("AVX2", "AVX512"):
             flags += f" -DCPU_CAPABILITY={capability} -DCPU_CAPABILITY_{capability}"
-        return Build(half, tuple(sources), tuple(flags.split()), (), parameters)
+        return Build(half, tuple(sources), tuple(flags.split()), parameters)
     sources = [*sorted(folder.glob("*.cu")), *sorted(folder.glob("cuda_*.cpp"))]
     major, minor = torch.cuda.get_device_capability()
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}{'a' if major >= 9 else ''}")
     parameters |= {"cuda": str(torch.version.cuda), "arch": os.environ["TORCH_CUDA_ARCH_LIST"]}
-    return Build(half, tuple(sources), ("-O3",), ("-O3", "--use_fast_math"), parameters)
+    return Build(half, tuple(sources), ("-O3", "--use_fast_math"), parameters)
 
 
 def _cpu_flags() -> str:
     """-march=native depends on the machine, and home folders travel between machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith("flags")), platform.processor())
+    known = Path("/proc/cpuinfo")
+    text = known.read_text() if known.exists() else ""
+    return next(
+        (line for line in text.splitlines() if line.startswith("flags")), platform.processor()
+    )
 
 
 def build(plan: Build) -> Path:
@@ -216,18 +184,16 @@ def _make_private(folder: Path) -> bool:
     """
     root, exposed = cache_dir(), False
     root.mkdir(parents=True, exist_ok=True)
-    mode = root.stat().st_mode
-    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-        raise RuntimeError(
-            f"expected a cache that only this user can write, got {root}, which is writable by "
-            "all; run chmod o-w on it or set PROTOCLIP_CACHE"
-        )
     for path in (root, folder.parent, folder):
         path.mkdir(mode=0o700, exist_ok=True)
-        if not _own(path.stat()):
+        info = path.stat()
+        problem = "" if _own(info) else "belongs to another user"
+        if path == root and info.st_mode & stat.S_IWOTH and not info.st_mode & stat.S_ISVTX:
+            problem = "is writable by all; run chmod o-w on it"
+        if problem:
             raise RuntimeError(
-                f"expected a cache of this user, got {path}, which belongs to another user; set "
-                "PROTOCLIP_CACHE to a folder of your own"
+                f"expected a cache that only this user can write, got {path}, which {problem}, or "
+                "set PROTOCLIP_CACHE to a folder of your own"
             )
         if path != root and _open_to_others(path):
             path.chmod(0o700)
@@ -268,7 +234,7 @@ def _compile(build: Build, folder: Path) -> None:
     from torch.utils import cpp_extension
 
     _say(f"compiling the {build.half} kernels, once (about half a minute) ...")
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), build.half == "cpu"
     path = os.environ.get("PATH", "")
     with contextlib.suppress(ImportError):  # pip's ninja need not be on PATH
         os.environ["PATH"] = f"{importlib.import_module('ninja').BIN_DIR}{os.pathsep}{path}"
@@ -276,9 +242,9 @@ def _compile(build: Build, folder: Path) -> None:
         cpp_extension.load(
             name=build.name,
             sources=[str(p) for p in build.sources],
-            extra_cflags=list(build.cflags),
-            extra_cuda_cflags=list(build.cuda_cflags),
-            extra_ldflags=["-fopenmp"] if build.half == "cpu" else [],
+            extra_cflags=list(build.flags) if cpu else ["-O3"],
+            extra_cuda_cflags=list(build.flags),
+            extra_ldflags=["-fopenmp"] if cpu else [],
             build_directory=str(folder),
             is_python_module=False,
             verbose=os.environ.get("PROTOCLIP_BUILD_VERBOSE") == "1",

@@ -1,1 +1,1 @@
-"""What a run looks like: an HTML page about one or several runs, and a picture of its curves."""
+"""What a run looks like: an HTML page about one or several runs."""

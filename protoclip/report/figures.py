@@ -1,14 +1,12 @@
-"""The charts of runs: SVG in the page, PNG in the run folder."""
+"""The charts of the page, as SVG."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import math
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,9 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from protoclip.data.files import whole_file
-
-# The page's colours: a PNG takes the light theme's, an SVG keeps their names as CSS variables.
+# The page's colours, of the light theme; an SVG has their names as CSS variables.
 CSS = resources.files("protoclip.report").joinpath("page.css").read_text(encoding="utf-8")
 COLOURS = dict(reversed(re.findall(r"--(ink|muted|line|c\d): (#\w{6})", CSS)))
 INK, MUTED, LINE = COLOURS["ink"], COLOURS["muted"], COLOURS["line"]
@@ -29,11 +25,10 @@ STYLE: Any = {
     "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED, "xtick.major.size": 0,
     "ytick.major.size": 0, "axes.grid": True, "axes.grid.axis": "y", "grid.color": LINE,
     "axes.axisbelow": True, "axes.facecolor": "none", "axes.spines.left": False,
-    "axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left",
-    "axes.titleweight": "bold", "axes.titlesize": 11, "axes.formatter.limits": (-5, 5),
-    "legend.frameon": False, "lines.linewidth": 1.6, "lines.markersize": 3,
+    "axes.spines.right": False, "axes.spines.top": False, "axes.formatter.limits": (-5, 5),
+    "lines.linewidth": 1.6, "lines.markersize": 3,
 }  # fmt: skip
-SIZE, PANEL = (4.6, 2.3), (0.12, 0.12, 0.86, 0.84)  # inches of an SVG; its axes: left, bottom, ...
+SIZE, PANEL = (4.6, 2.3), (0.12, 0.12, 0.86, 0.84)  # inches; the axes: left, bottom, ...
 POINTS = 240  # a longer series is drawn as means of that many pieces
 LEGEND = (
     ("text_retrieval_recall@5", "image → text"),
@@ -99,10 +94,7 @@ def read_series(path: str | os.PathLike[str]) -> dict[str, tuple[list[float], li
 
 
 def charts(kinds: Sequence[Chart], runs: Mapping[str, Series]) -> list[Chart]:
-    """The charts with the lines of runs by name, without those that have none.
-
-    A line has the finite points of a scalar; of many points, the means of successive pieces.
-    """
+    """The charts with their lines of some runs, by name: the finite points, or means of pieces."""
     names = dict.fromkeys(name for series in runs.values() for name in series)
     filled = []
     for kind in kinds:
@@ -129,70 +121,38 @@ def words_of(name: str) -> str:
     return name.removeprefix("val_").removesuffix("/acc1").replace("_", " ")
 
 
-def plot_curves(metrics: str | os.PathLike[str], out_png: str | os.PathLike[str]) -> None:
-    """Draw the curves of one run over its steps.
-
-    Args:
-        metrics: ``metrics.jsonl``, one JSON object a line: ``step`` and any scalars by name.
-        out_png: the picture; an older one is replaced.
-    Raises:
-        ValueError: no line has a step and a scalar that is drawn.
-    """
-    shown = charts(CURVES, {"": read_series(metrics)})
-    if not shown:
-        raise ValueError(
-            f"plot_curves: {metrics} holds no line with 'step' and a loss, scale, lr or recall; "
-            "the run stopped before its first log"
-        )
-    columns = min(2, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    with _figure(5.2 * columns, 3.1 * rows, layout="constrained") as figure:
-        for place, chart in enumerate(shown):
-            axes = figure.add_subplot(rows, columns, place + 1, title=chart.title, xlabel="step")
-            _draw(axes, chart)
-            if len(chart.lines) > 1:
-                axes.legend()
-        with whole_file(Path(out_png)) as temporary:
-            figure.savefig(temporary, format="png", dpi=130, facecolor="white")
-
-
 def chart_svg(chart: Chart) -> str:
     """The chart alone, without title and legend."""
-    with _figure(*SIZE) as figure:
-        _draw(figure.add_axes(PANEL), chart)
+    with _figure() as (figure, axes):
+        for number, line in enumerate(chart.lines):
+            axes.plot(
+                line.steps, line.values, color=CYCLE[number % len(CYCLE)],
+                ls="--" if line.dashed else "-", marker="o" if len(line.steps) < 40 else "",
+            )  # fmt: skip
+        axes.locator_params(axis="y", nbins=5)
+        low, high = axes.get_ylim()
+        spare = max(0.0, chart.least - (high - low)) / 2
+        axes.set_ylim(min(0.0, low) if chart.zero else low - spare, high + spare)
         return _svg(figure)
 
 
 def histogram_svg(edges: Sequence[float], shares: Sequence[Sequence[float]]) -> str:
     """Overlaid histograms, coloured in order."""
-    with _figure(*SIZE) as figure:
-        axes = figure.add_axes(PANEL, yticks=[])
+    with _figure(yticks=[]) as (figure, axes):
         for colour, values in zip(CYCLE, shares, strict=False):
             axes.stairs(values, edges, fill=True, color=colour, alpha=0.55)
         return _svg(figure)
 
 
-def _draw(axes: Any, chart: Chart) -> None:
-    for number, line in enumerate(chart.lines):
-        axes.plot(
-            line.steps, line.values, label=line.label, color=CYCLE[number % len(CYCLE)],
-            ls="--" if line.dashed else "-", marker="o" if len(line.steps) < 40 else "",
-        )  # fmt: skip
-    axes.locator_params(axis="y", nbins=5)
-    low, high = axes.get_ylim()
-    spare = max(0.0, chart.least - (high - low)) / 2
-    axes.set_ylim(min(0.0, low) if chart.zero else low - spare, high + spare)
-
-
 @contextlib.contextmanager
-def _figure(width: float, height: float, layout: Any = None) -> Iterator[Any]:
-    """A figure of some inches, without pyplot and its global state."""
+def _figure(**options: Any) -> Iterator[tuple[Any, Any]]:
+    """A figure and its axes, without pyplot and its global state."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # characters that the font lacks
-        yield Figure(figsize=(width, height), layout=layout)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=SIZE)
+        yield figure, figure.add_axes(PANEL, **options)
 
 
 def _svg(figure: Any) -> str:

@@ -19,14 +19,8 @@ import jinja2
 
 from protoclip.config import output_file
 from protoclip.data.files import write_atomic
-from protoclip.evaluate.results import (
-    Outcome,
-    SetResults,
-    half_width,
-    number,
-    read_results,
-    rows_of,
-)
+from protoclip.evaluate import results
+from protoclip.evaluate.results import Outcome, SetResults, number, rows_of
 from protoclip.report import figures
 from protoclip.report.figures import Series, read_series
 from protoclip.report.snapshot import Snapshot, load_snapshot
@@ -59,24 +53,20 @@ class Run:
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
-    """Read the files of a run folder, and nothing that they name.
-
-    Raises:
-        ValueError: it is not a run folder, or one of its files is damaged.
-    """
+    """Read the files of a run folder, and nothing that they name; ValueError if one is damaged."""
     path = Path(path)
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"report: expected a run folder of protoclip.train, found no {file}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"got {config!r:.40}")
     except ValueError as error:
-        raise ValueError(f"report: {file} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"report: expected settings in {file}, got {config!r:.40}")
+        raise ValueError(f"report: expected settings as JSON in {file}: {error}") from error
     run = Run(path.resolve().name, path, config, snapshot=load_snapshot(path))
     if (path / "results.json").is_file():
-        run = replace(run, outcome=read_results(path / "results.json"))
+        run = replace(run, outcome=results.read_results(path / "results.json"))
     if (path / "metrics.jsonl").is_file():
         run = replace(run, series=read_series(path / "metrics.jsonl"))
     return run
@@ -104,18 +94,9 @@ def recorded_baseline(config: Mapping[str, Any]) -> Run | None:
 
 
 def find_baseline(runs: Sequence[Run]) -> Run | None:
-    """The plain CLIP to compare with: among ``runs``, beside the last one, or as recorded."""
-    for run in runs:
-        if run.method == "clip":
-            return run
-    path = runs[-1].path
-    beside = path.resolve().parent.glob("*/results.json") if path else ()
-    for folder in sorted(file.parent for file in beside):
-        with contextlib.suppress(ValueError, OSError):  # another's folder
-            other = read_run(folder)
-            if other.method == "clip" and comparable(runs[-1].config, other.config):
-                return other
-    return recorded_baseline(runs[-1].config)
+    """The plain CLIP to compare with: among ``runs``, else as recorded."""
+    given = (run for run in runs if run.method == "clip")
+    return next(given, None) or recorded_baseline(runs[-1].config)
 
 
 class Change(NamedTuple):
@@ -134,7 +115,7 @@ def change(run: Run, other: Run, key: str, metric: str) -> Change | None:
     value = mine.metrics.get(metric, math.nan) - theirs.metrics.get(metric, math.nan)
     if math.isnan(value):
         return None
-    half = half_width(mine, theirs, metric, other.outcome)
+    half = results.half_width(mine, theirs, metric, other.outcome)
     kind = "same"
     if abs(value) > half:
         kind = "up" if (value < 0) == metric.endswith(LOWER_IS_BETTER) else "down"
@@ -158,10 +139,9 @@ def verdict(run: Run, baseline: Run | None) -> str:
     better, worse, same = found.values()
     if not (better or worse or same):
         return f"{run.name} and {baseline.name} have no metric in common."
+    head = "beat" if better else "lost to" if worse else "cannot be told apart from"
     if better and worse:
         head = "is better in some and worse in other numbers than"
-    else:
-        head = "beat" if better else "lost to" if worse else "cannot be told apart from"
     text = (
         f"{run.name} ({run.method}) {head} {baseline.name} ({baseline.method}): of "
         f"{len(better + worse + same)} headline numbers {len(better)} are clearly better, "
@@ -177,19 +157,14 @@ def verdict(run: Run, baseline: Run | None) -> str:
 def write_report(
     folders: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Write the report of some runs; several stand side by side.
-
-    Only files of run folders are opened, nothing that they name.
+    """Write the report of some runs, side by side; only files of their folders are opened.
 
     Args:
         folders: run folders of ``protoclip.train``; the last one is compared with the first whose
-            method is clip, else with such a run beside it, else with the recorded one.
-        output: the file; None: report.html in the last folder (of several: report-NAMES.html
-            beside the last folder).
+            method is clip, else with the recorded one.
+        output: None: report.html in the last folder (of several: report-NAMES.html beside it).
     Returns:
         The path of the file.
-    Raises:
-        ValueError: a folder is not a run or is damaged, or ``output`` cannot be a file.
     """
     runs = [read_run(folder) for folder in folders]
     if len({run.name for run in runs}) < len(runs):
@@ -201,9 +176,7 @@ def write_report(
     path = output_file(output or default, "--output")
     try:
         text = render(runs)
-    except (
-        ArithmeticError, AttributeError, LookupError, TypeError, ValueError, jinja2.TemplateError
-    ) as error:  # fmt: skip
+    except Exception as error:  # whatever a strange file leads to
         names = ", ".join(str(run.path) for run in runs)
         raise ValueError(
             f"report: expected files that protoclip.train wrote in {names}, got others "
@@ -214,10 +187,11 @@ def write_report(
 
 
 def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
-    """The page as text; ``said``: its first paragraphs, where no run was trained."""
+    """The page; ``said``: its first paragraphs, where no run was trained."""
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
+        loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True,
+        lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
     environment.filters.update(
         number=lambda value, sign="": number(value, sign).replace("-", "−"),
         chart=figures.chart_svg,
@@ -233,10 +207,10 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
     sets: dict[str, SetResults] = {}
     for run in columns:
         sets = {**run.outcome.trained, **sets}
-    return environment.from_string(_asset("page.html.j2")).render(
+    return environment.get_template("page.html.j2").render(
         title="protoclip: " + " and ".join(run.name for run in runs),
         css=figures.CSS,
-        js=_asset("page.js"),
+        js=(ASSETS / "page.js").read_text(encoding="utf-8"),
         written=time.strftime("%Y-%m-%d %H:%M"),
         runs=runs,
         baseline=baseline,
@@ -254,7 +228,3 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
         curves=figures.charts(figures.CURVES, series),
         churn=figures.charts(figures.CHURN, series),
     )
-
-
-def _asset(name: str) -> str:
-    return (ASSETS / name).read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ import platform
 import re
 import subprocess
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -79,13 +79,8 @@ def take_snapshot(
     judged: tuple[PairDataset, EvalSet] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Snapshot:
-    """Work out what a page shows.
-
-    Args:
-        samples: of the training data.
-        judged: the evaluation set that examples come from, and its features.
-        facts: about the run: anything JSON can hold.
-    """
+    """What a page shows of training samples, of an evaluation set with its features (``judged``),
+    and of ``facts`` that JSON can hold."""
     thumbs = Thumbnails()
     captioned = judged if judged and len(judged[1].text) > 1 else None
     return Snapshot(
@@ -102,8 +97,7 @@ def take_snapshot(
 def save_snapshot(folder: str | os.PathLike[str], snapshot: Snapshot) -> None:
     """Write ``report.json`` into a run folder, whole or not at all."""
     content = {"format": FORMAT, **asdict(snapshot)}
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
-    write_atomic(Path(folder) / NAME, text + "\n")
+    write_atomic(Path(folder) / NAME, json.dumps(content, ensure_ascii=False, allow_nan=False))
 
 
 def load_snapshot(folder: str | os.PathLike[str]) -> Snapshot:
@@ -160,9 +154,8 @@ def gallery(samples: Samples, thumbs: Thumbnails) -> list[dict[str, Any]]:
     for name in sorted(samples.clusters, key=lambda name: (name in SOURCES, name)):
         labels = samples.clusters[name].cpu()
         if bool((labels >= 0).any()):
-            near = {kind: nearness(own, labels) for kind, own in rows.items() if len(own)}
-            of = SOURCES.get(name, "the external teacher's features")
-            about = {"name": name, "of": of}
+            near = {kind: nearness(own, labels) for kind, own in rows.items()}
+            about = {"name": name, "of": SOURCES.get(name, "the external teacher's features")}
             blocks.append(about | cluster_block(samples.dataset, labels, near, thumbs))
     return blocks
 
@@ -192,9 +185,17 @@ def cluster_block(
     ranked = {kind: np.lexsort((-x.numpy(), labels.numpy())) for kind, x in near.items()}
     words = words_of_clusters(dataset, labels) if "captions" in near else {}
     images = min(IMAGES, max(1, PICTURES // len(order)))
+    most = {"images": images, "captions": CAPTIONS, "names": CAPTIONS}
+    show: dict[str, Callable[[int], Any]] = {
+        "images": partial(thumbs.item, dataset),
+        "captions": partial(caption_of, dataset),
+        "names": dataset.keys.__getitem__,
+    }
     known = next(iter(dataset.labels.values()), None)
     cards = []
     for number, cluster in enumerate(order[:CARDS].tolist()):
+        if (number + 1) * images > PICTURES:
+            most["images"] = 0
         own = slice(int(first[cluster]), int(first[cluster] + counts[cluster]))
         card: dict[str, Any] = {"cluster": cluster, "samples": int(counts[cluster])}
         card["words"] = words.get(cluster, "")
@@ -202,12 +203,7 @@ def cluster_block(
             times = torch.bincount(known.ids[next(iter(ranked.values()))[own]])
             card["class"] = f"{times.max() / times.sum():.0%} {known.names[int(times.argmax())]}"
         for kind, rows in ranked.items():
-            if kind == "images":
-                nearest = rows[own][: images if (number + 1) * images <= PICTURES else 0]
-                card[kind] = [thumbs.item(dataset, i) for i in nearest.tolist()]
-            else:
-                show = dataset.keys.__getitem__ if kind == "names" else partial(caption_of, dataset)
-                card[kind] = [show(i) for i in rows[own][:CAPTIONS].tolist()]
+            card[kind] = [show[kind](i) for i in rows[own][: most[kind]].tolist()]
         cards.append(card)
     return {
         "clusters": len(order),
@@ -219,8 +215,7 @@ def cluster_block(
 
 
 def contact_sheet(snapshot: Snapshot) -> np.ndarray | None:
-    """The largest clusters of the first source, a row of pictures each: uint8 [H, W, 3]; None
-    without clusters."""
+    """The first source's largest clusters, a row of pictures each: uint8 [H, W, 3]; None: none."""
     rows = [card["images"] for block in snapshot.clusters[:1] for card in block["cards"][:SHEET]]
     if not rows:
         return None
@@ -279,11 +274,8 @@ def plane(samples: Samples, thumbs: Thumbnails | None = None) -> dict[str, Any]:
 
 
 def lay_out(points: Tensor, seed: int = 0) -> Tensor:
-    """Places in 0 ... 1 of at least 15 points [N, P], float32 [N, 2].
-
-    t-SNE of k-means centroids takes a second however many points there are; a point lies between
-    its four nearest centroids.
-    """
+    """Places in 0 ... 1 of at least 15 points [N, P], float32 [N, 2]: t-SNE of k-means centroids, a
+    second however many points there are; a point lies between its four nearest centroids."""
     from sklearn.manifold import TSNE
 
     count = min(LANDMARKS, len(points) // 3)
@@ -327,8 +319,10 @@ def confusions(one: EvalSet) -> list[dict[str, Any]]:
     found = []
     for label, vectors in one.class_vectors.items():
         ids, names = one.labels[label].ids.cpu(), list(one.labels[label].names)
-        z, count = _unit(vectors), len(names)
-        guesses = torch.cat([(x @ z.T).argmax(1) for x in _unit(one.image).split(4096)])
+        count = len(names)
+        guesses = torch.cat(
+            [(x @ _unit(vectors).T).argmax(1) for x in _unit(one.image).split(4096)]
+        )
         table = torch.bincount(ids * count + guesses, minlength=count**2).view(count, count)
         entry = {"label": label, "right": float((ids == guesses).float().mean()), "names": names}
         if count <= CELLS:
@@ -359,9 +353,8 @@ def retrieval(dataset: PairDataset, one: EvalSet, thumbs: Thumbnails) -> list[di
         best = (queries[asked] @ answers.T).topk(min(5, len(answers)), dim=1).indices  # [Q, 5]
         wanted, found = (asked, owner[best]) if to == "caption" else (owner[asked], best)
         ask, answer = (picture, caption) if to == "caption" else (caption, picture)
-        right = found[:, 0] == wanted
         for correct in (True, False):
-            rows = (right == correct).nonzero().flatten()
+            rows = ((found[:, 0] == wanted) == correct).nonzero().flatten()
             shown = []
             for row in every(rows, SHOWN).tolist():
                 own = int(wanted[row])
@@ -383,9 +376,9 @@ def environment() -> dict[str, Any]:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
         cpu = found[1] if found else cpu
     with contextlib.suppress(OSError):
-        root = str(Path(protoclip.__file__).parents[1])
-        command = ["git", "-C", root, "rev-parse", "--short=12", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        command = ["git", "rev-parse", "--short=12", "HEAD"]
+        got = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = got.stdout.strip()
     return {
         "protoclip": protoclip.__version__,
         "commit": commit,
