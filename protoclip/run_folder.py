@@ -63,9 +63,6 @@ class RunFolder(NullRunFolder):
         path: of the folder; made, unless ``resume_step`` is given.
         config: of the run.
         resume_step: step to go on after: what was logged later is removed; None: a new run.
-    Raises:
-        ValueError: a run is going on in it.
-        OSError: the folder cannot be made or written.
     """
 
     def __init__(self, path: Path, config: TrainConfig, resume_step: int | None = None) -> None:

@@ -160,11 +160,7 @@ class Stepper:
     losses see all of them at once (OpenCLIP's --accum-freq forms the loss for every batch instead).
 
     Args:
-        model: on the device of the run.
-        loss: of this rank's share of the global batch.
-        config: of AdamW and of clipping.
         precision: "fp32", "amp_bf16", or "amp", which scales fp16's gradients.
-        phases: the stopwatch.
         seed: of the run; dropout follows from it, the step and the rank.
     Attributes:
         bad: steps that were skipped, in all and in a row up to now: int64 [2], on the device.
@@ -213,10 +209,8 @@ class Stepper:
         Args:
             number: of the step, from 0.
             batches: of one size, on the host.
-            episode: prototypes, or None.
             project: whether the heads run.
-            lr: learning rate.
-            image_lr: that of the image tower, where it is another.
+            image_lr: the image tower's, where it is another.
         """
         self.adamw.zero_grad(set_to_none=True)  # before the forward pass needs the memory
         for group in self.adamw.param_groups:
