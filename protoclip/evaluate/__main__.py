@@ -157,8 +157,9 @@ def run(args: argparse.Namespace) -> None:
         earlier = results.read_results(output)
         if earlier.data == data and earlier.untrained is not None:
             # What training left there belongs to the same table.
-            made = {"model": loaded.name, "pretrained": loaded.pretrained}
-            outcome = dataclasses.replace(earlier, trained=found, **made)
+            outcome = dataclasses.replace(
+                earlier, trained=found, model=loaded.name, pretrained=loaded.pretrained
+            )
     output.parent.mkdir(parents=True, exist_ok=True)
     results.write_results(output, outcome)
     folder = output.parent / "clip_benchmark"
