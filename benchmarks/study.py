@@ -381,7 +381,9 @@ def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
     parser.add_argument("--hours", type=float, default=1e9, help="start no run after so long")
     parser.add_argument("--report", action="store_true", help="only report what is finished")
     parser.add_argument("--quick", action="store_true", help="every step, tiny: a few minutes")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="default: %(default)s; the page shows that one"
+    )
     args = parser.parse_args(argv)
     size = size or (QUICK if args.quick else FULL)
     out = args.out / "quick" if args.quick else args.out
@@ -398,7 +400,7 @@ def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
         EMOJI: {row: size.main_seeds if row in MAIN else size.other_seeds for row in ROWS},
         CLIP_ART: dict.fromkeys(MAIN, size.other_seeds),
     }
-    write_report(list(done.values()), wanted, FLOORS, out, None if args.quick else PAGE)
+    write_report(list(done.values()), wanted, FLOORS, out, PAGE if out == RESULTS else None)
     return code
 
 

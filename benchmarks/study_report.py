@@ -111,7 +111,7 @@ def scores(runs: Runs, floors: Runs, metrics: Mapping[str, str], words: Mapping)
             plain = mean([*values(runs if trained else floors, row, key).values()])
             line.append(words.get((row, key), plain))
         lines.append(line)
-    return table(["", "seeds", "lr, epochs", "CPU time", *metrics.values()], lines)
+    return lines and table(["", "seeds", "lr, epochs", "CPU time", *metrics.values()], lines)
 
 
 def both_tables(runs: Runs, floors: Runs) -> list[str]:
@@ -141,7 +141,7 @@ def tuning(found: Sequence[Run]) -> str:
     settings = list(dict.fromkeys(setting for own in tried.values() for setting in own))
     lines = [[row, *(mean(own.get(one, [])) for one in settings)] for row, own in tried.items()]
     head = ["mean score in tuning at lr, epochs:", *settings]
-    return table(head, lines) if tried else ""
+    return lines and table(head, lines)
 
 
 def score(run: Run) -> float:
@@ -194,7 +194,7 @@ def cluster_table(runs: Runs) -> str:
         for row, own in found.items()
         if any(own)
     ]
-    return table(["", *names.values()], lines)
+    return lines and table(["", *names.values()], lines)
 
 
 def conclusions(runs: Runs, wanted: Mapping[str, int]) -> str:

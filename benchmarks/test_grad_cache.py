@@ -71,19 +71,15 @@ VARIANTS = {
 }
 
 
-def _gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return [p.grad for p in model.parameters()]
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_grad_cache(bench, variant):
     rows, chunk = SIZES[bench.sizes]
     model, columns = _problem(rows)
 
     def step(run):
-        return _gradients(model, run(model, columns, chunk))
+        model.zero_grad()
+        run(model, columns, chunk).backward()
+        return [p.grad for p in model.parameters()]
 
     got, want = step(VARIANTS[variant]), step(_one_graph)
     largest = max(grad.abs().max() for grad in want)

@@ -51,20 +51,15 @@ if DEVICE == "cuda":
     ASSIGN_SIZES["full"] = [(200_000, 20_000, d) for d in (128, 256, 512)]
 
 
-def _assign_rows(sizes: str) -> list:
-    """(N, K, D), dtype, variant"""
-    return [
-        (shape, dtype, name)
-        for shape in ASSIGN_SIZES[sizes]
-        for dtype in ("fp32", "bf16")
-        for name in (*peers.ours("kmeans_assign"), *ASSIGN)
-        if dtype == "fp32" or peers.is_ours(name) or (DEVICE == "cuda" and name != "faiss.knn")
-    ]
-
-
 def pytest_generate_tests(metafunc):
     if metafunc.function is test_assign:
-        rows = _assign_rows(metafunc.config.getoption("--sizes"))
+        rows = [
+            (shape, dtype, name)
+            for shape in ASSIGN_SIZES[metafunc.config.getoption("--sizes")]
+            for dtype in ("fp32", "bf16")
+            for name in (*peers.ours("kmeans_assign"), *ASSIGN)
+            if dtype == "fp32" or peers.is_ours(name) or (DEVICE == "cuda" and name != "faiss.knn")
+        ]
         names = ["x".join(map(str, s)) + f"-{dtype}-{name}" for s, dtype, name in rows]
         metafunc.parametrize(("shape", "dtype", "name"), rows, ids=names)
 
@@ -99,10 +94,7 @@ def _index_add(x: Tensor, labels: Tensor, k: int) -> Tensor:
     return sums / torch.bincount(labels, minlength=k).clamp_min(1)[:, None]
 
 
-UPDATE_VARIANTS = [*peers.ours("segment_mean"), "index_add+bincount"]
-
-
-@pytest.mark.parametrize("name", UPDATE_VARIANTS)
+@pytest.mark.parametrize("name", [*peers.ours("segment_mean"), "index_add+bincount"])
 def test_update(bench, name: str) -> None:
     torch.manual_seed(0)
     n, k, d = (2000, 50, 16) if bench.sizes == "tiny" else (200_000, 20_000, 128)
@@ -159,10 +151,8 @@ LLOYD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.fixture(scope="module")
 def whole(sizes) -> tuple[Tensor, Tensor, float]:
-    n, k, d = {"tiny": (500, 10, 16), "quick": (20_000, 1000, 128), "full": (100_000, 5000, 128)}[
-        sizes
-    ]
-    x = mixture(n, k, d)
+    n, k = {"tiny": (500, 10), "quick": (20_000, 1000), "full": (100_000, 5000)}[sizes]
+    x = mixture(n, k, 128)
     start = x[torch.randperm(n)[:k]]
     inertia = protoclip.kmeans(x, k, num_iters=ITERATIONS, init=start).inertia
     return x, start, inertia

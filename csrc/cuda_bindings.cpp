@@ -84,17 +84,24 @@ std::tuple<at::Tensor, at::Tensor> segment_mean_cuda(const at::Tensor& values,
   const at::Tensor used = labels.ge(0).logical_and_(labels.lt(k));
   const auto [keys, rows] =
       at::where(used, labels, k).to(at::kInt).sort(/*stable=*/true, /*dim=*/0);
+  const at::Tensor starts =
+      at::searchsorted(keys, at::arange(k + 1, keys.options()), /*out_int32=*/true);
+  const int64_t tiles = (n + kSegmentTile - 1) / kSegmentTile;
+  const at::Tensor pieces = at::empty({2, tiles, d}, means.options());
+  float* heads = pieces.mutable_data_ptr<float>();
   const SegmentMean call{matrix_of(values),
                          keys.const_data_ptr<int>(),
                          rows.const_data_ptr<int64_t>(),
+                         starts.const_data_ptr<int>(),
+                         heads,
+                         heads + tiles * d,
                          n,
                          static_cast<int>(k),
                          static_cast<int>(d),
                          dtype_of(op, values)};
-  const at::Tensor scratch = scratch_on(values, segment_mean_scratch_bytes(call));
-  C10_CUDA_CHECK(
-      launch_segment_mean(call, scratch.mutable_data_ptr(), means.mutable_data_ptr<float>(),
-                          counts.mutable_data_ptr<int64_t>(), c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(launch_segment_mean(call, means.mutable_data_ptr<float>(),
+                                     counts.mutable_data_ptr<int64_t>(),
+                                     c10::cuda::getCurrentCUDAStream()));
   return {means, counts};
 }
 

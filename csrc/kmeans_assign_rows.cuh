@@ -227,57 +227,35 @@ __global__ void decide_kernel(Rows<T> points, Rows<T> centroids, Chosen chosen, 
   distances[row] = static_cast<float>(distance);
 }
 
-// All centroids against the listed rows, one block per row, 8 lanes per centroid: fp32 sums of
-// (x - c)^2, repeated in fp64 where they are within their rounding of the best so far. The list's
-// order depends on timing, each row's result does not.
+// All centroids against the listed rows in fp64, a block for each row, a warp for each centroid.
+// The list's order depends on timing, each row's result does not.
 template <typename T>
 __global__ void rescore_kernel(Rows<T> points, Rows<T> centroids, int k, int d, const Tally* tally,
                                const int* open_rows, int64_t* labels, float* distances) {
-  constexpr int kLanes = 8, kGroups = kRowThreads / kLanes;
-  __shared__ double group_best[kGroups];
-  __shared__ int group_index[kGroups];
-  const int group = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const auto sum_group = [](auto x) {
-    for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
-    return x;
-  };
-  const double slack = 1 + (d / kLanes + 8) * 0x1p-22, floor = (d + 1) * 0x1p-124;
-
+  __shared__ double best_of[kRowsPerBlock];
+  __shared__ int index_of[kRowsPerBlock];
+  const int warp = threadIdx.x / 32;
   for (int entry = blockIdx.x; entry < tally->open_rows; entry += gridDim.x) {
     const int64_t row = open_rows[entry];
     double best = INFINITY;
     int best_index = kNoIndex;
-    for (int first = 0; first < k; first += kGroups) {
-      const int index = first + group < k ? first + group : k - 1;  // repeats the last: harmless
-      float estimate = 0;
-      for (int i = lane; i < d; i += kLanes) {
-        const float gap = points.raw(row, i) - centroids.raw(index, i);
-        estimate += gap * gap;
-      }
-      estimate = sum_group(estimate);
-      if (!__any_sync(kFullWarp, isinf(estimate) || estimate <= best * slack + floor)) continue;
-      double sum = 0;
-      for (int i = lane; i < d; i += kLanes) {
-        const double gap = static_cast<double>(points.raw(row, i)) - centroids.raw(index, i);
-        sum += gap * gap;
-      }
-      sum = sum_group(sum);
-      if (sum < best) {  // the first of equals has the lowest index
-        best = sum;
+    for (int index = warp; index < k; index += kRowsPerBlock) {
+      const double distance = exact_distance(points, centroids, row, index, d);
+      if (distance < best) {  // the first of equals has the lowest index
+        best = distance;
         best_index = index;
       }
     }
-    if (lane == 0) {
-      group_best[group] = best;
-      group_index[group] = best_index;
+    if (threadIdx.x % 32 == 0) {
+      best_of[warp] = best;
+      index_of[warp] = best_index;
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-      for (int i = 1; i < kGroups; ++i) {
-        const bool tie = group_best[i] == best && group_index[i] < best_index;
-        if (group_best[i] < best || tie) {
-          best = group_best[i];
-          best_index = group_index[i];
+      for (int i = 1; i < kRowsPerBlock; ++i) {
+        if (best_of[i] < best || (best_of[i] == best && index_of[i] < best_index)) {
+          best = best_of[i];
+          best_index = index_of[i];
         }
       }
       labels[row] = best_index;

@@ -51,18 +51,20 @@ cudaError_t launch_kmeans_assign(const KmeansAssign& call, const KmeansAssignPla
 // ---- mean of the rows of each segment ----
 
 struct SegmentMean {
-  Matrix values;        // [N, D]
-  const int* keys;      // [N] labels in rising order; K: left out
-  const int64_t* rows;  // [N], the rows they are of, rising where the label is the same
-  int64_t n;            // N < 2^31
-  int k, d;             // 1 <= K < 2^31 - 1
+  Matrix values;         // [N, D]
+  const int* keys;       // [N] labels in rising order; K: left out
+  const int64_t* rows;   // [N], the rows they are of, rising where the label is the same
+  const int* starts;     // [K + 1], the first key of each label, then that of those left out
+  float *heads, *tails;  // scratch, [N / kSegmentTile rounded up, D]
+  int64_t n;             // N < 2^31
+  int k, d;              // 1 <= K < 2^31 - 1
   Dtype dtype;
 };
 
-size_t segment_mean_scratch_bytes(const SegmentMean& call);
+constexpr int kSegmentTile = 128;  // rows a thread adds up in fp32
 
-// Writes all of means [K, D] and counts [K]; waits for nothing. scratch: 256-byte aligned.
-cudaError_t launch_segment_mean(const SegmentMean& call, void* scratch, float* means,
-                                int64_t* counts, cudaStream_t stream);
+// Writes all of means [K, D] and counts [K]; waits for nothing.
+cudaError_t launch_segment_mean(const SegmentMean& call, float* means, int64_t* counts,
+                                cudaStream_t stream);
 
 }  // namespace protoclip

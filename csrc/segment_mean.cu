@@ -1,8 +1,8 @@
 // Mean of the rows that share a label, in a fixed order: torch sorts the row numbers by label
-// (stable), then runs of equal labels are summed within tiles of kTileRows sorted rows in index
+// (stable), then runs of equal labels are summed within tiles of kSegmentTile sorted rows in index
 // order, and the pieces of the runs that cross tiles are added in tile order. No float atomics.
 //
-// Bytes: N D values once; keys and rows 12 N once; pieces of runs 8 N D / kTileRows. The sums' 8
+// Bytes: N D values once; keys and rows 12 N once; pieces of runs 8 N D / kSegmentTile. The sums' 8
 // loads in flight x 4 B x 2048 threads are 64 KiB an SM, several times what latency x bandwidth
 // asks for (about 14 KiB on an H100).
 #include <type_traits>
@@ -12,25 +12,9 @@
 namespace protoclip {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kTileRows = 128;  // rows a thread adds up in fp32
+constexpr int kThreads = 256;
+constexpr int kTileRows = kSegmentTile;
 constexpr int kUnroll = 8;
-
-// starts [K + 1]: the first sorted position of each label; starts [K] = rows that take part.
-__global__ void starts_kernel(const int* keys, int n, int k, int* starts) {
-  const int64_t label = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (label > k) return;
-  int low = 0, high = n;
-  while (low < high) {
-    const int middle = low + (high - low) / 2;
-    if (keys[middle] < label) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  starts[label] = low;
-}
 
 // Sums the runs of a tile, a thread a column. Whole runs become means; a run that came in from the
 // tile before goes to heads, one that only goes on in the next tile to tails; both [tiles, D].
@@ -82,63 +66,26 @@ __global__ void runs_kernel(Matrix values, int d, int k, const int* keys, const 
   }
 }
 
-// One block a segment: its count, zeros where empty, and the runs that cross tiles: each warp adds
-// a slice of the pieces in fp64, the slices are added in order.
+// One block a segment: its count, zeros where empty, and the sum in fp64 of a run that crosses
+// tiles.
 __global__ void segments_kernel(const int* starts, int d, const float* heads, const float* tails,
                                 float* means, int64_t* counts) {
-  __shared__ double sums[kWarps][32];
   const int segment = blockIdx.x, start = starts[segment], end = starts[segment + 1];
   if (threadIdx.x == 0) counts[segment] = end - start;
-  float* mean = means + static_cast<int64_t>(segment) * d;
-  if (start == end) {
-    for (int i = threadIdx.x; i < d; i += kThreads) mean[i] = 0;
-    return;
-  }
   const int first = start / kTileRows, last = (end - 1) / kTileRows;
-  if (first == last) return;  // runs_kernel wrote it
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int pieces = last - first, slice = ceil_div(pieces, kWarps);
-  for (int base = 0; base < d; base += 32) {
-    const int column = base + lane;
-    double sum = 0;
-    for (int i = warp * slice; column < d && i < pieces && i < (warp + 1) * slice; ++i) {
-      sum += heads[static_cast<int64_t>(first + 1 + i) * d + column];
-    }
-    sums[warp][lane] = sum;
-    __syncthreads();
-    if (warp == 0 && column < d) {
-      sum = tails[static_cast<int64_t>(first) * d + column];
-      for (int i = 0; i < kWarps; ++i) sum += sums[i][lane];
-      mean[column] = static_cast<float>(sum / (end - start));
-    }
-    __syncthreads();
+  if (start < end && first == last) return;  // runs_kernel wrote it
+  for (int column = threadIdx.x; column < d; column += kThreads) {
+    double sum = start < end ? tails[static_cast<int64_t>(first) * d + column] : 0;
+    for (int64_t i = first + 1; i <= last; ++i) sum += heads[i * d + column];
+    means[static_cast<int64_t>(segment) * d + column] =
+        static_cast<float>(sum / max(1, end - start));
   }
 }
 
-struct Buffers {
-  int* starts;
-  float *heads, *tails;
-  size_t bytes;
-
-  Buffers(const SegmentMean& call, void* scratch) {
-    Arena arena{static_cast<unsigned char*>(scratch)};
-    const size_t pieces = ceil_div<size_t>(call.n, kTileRows) * call.d;
-    starts = arena.take<int>(static_cast<size_t>(call.k) + 1);
-    heads = arena.take<float>(pieces);
-    tails = arena.take<float>(pieces);
-    bytes = arena.used;
-  }
-};
-
 }  // namespace
 
-size_t segment_mean_scratch_bytes(const SegmentMean& call) { return Buffers(call, nullptr).bytes; }
-
-cudaError_t launch_segment_mean(const SegmentMean& call, void* scratch, float* means,
-                                int64_t* counts, cudaStream_t stream) {
-  const Buffers at(call, scratch);
-  PROTOCLIP_TRY(launch(starts_kernel, dim3(call.k / kThreads + 1), kThreads, 0, stream, call.keys,
-                       static_cast<int>(call.n), call.k, at.starts));
+cudaError_t launch_segment_mean(const SegmentMean& call, float* means, int64_t* counts,
+                                cudaStream_t stream) {
   if (call.n > 0 && call.d > 0) {
     const int threads = call.d < 128 ? ceil_div(call.d, 32) * 32 : 128;
     const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(call.n, kTileRows)),
@@ -146,11 +93,11 @@ cudaError_t launch_segment_mean(const SegmentMean& call, void* scratch, float* m
     PROTOCLIP_TRY(with_dtype(call.dtype, [&](auto* type) -> cudaError_t {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
       return launch(runs_kernel<T>, grid, threads, 0, stream, call.values, call.d, call.k,
-                    call.keys, call.rows, at.starts, means, at.heads, at.tails);
+                    call.keys, call.rows, call.starts, means, call.heads, call.tails);
     }));
   }
-  return launch(segments_kernel, dim3(call.k), kThreads, 0, stream, at.starts, call.d, at.heads,
-                at.tails, means, counts);
+  return launch(segments_kernel, dim3(call.k), kThreads, 0, stream, call.starts, call.d, call.heads,
+                call.tails, means, counts);
 }
 
 }  // namespace protoclip

@@ -8,15 +8,14 @@ does not drown in the rounding of a logit (7e-6 at scale 100), and no compiler c
 Where the gradient of the scale is wanted, sum_k w_ik s_ik comes along: weights that were rounded to
 meet 16-bit values would cost it five digits.
 One program owns a tile of rows and a slice of the keys (so that few rows still fill the card). A
-finishing kernel joins the slices in a fixed order: no atomics, same bits every run. With values,
-which are the keys, 2 products of [N, K, D] are done and nothing of size N x K exists; rows wider
-than one tile form their logits by chunks of D and take no values here.
+finishing kernel joins the slices in a fixed order: no atomics, same bits every run. The values are
+the keys; rows wider than one tile form their logits by chunks of D and take no values here.
 """
 
 import triton
 import triton.language as tl
 
-from protoclip.kernels.tiles import LOG2E, dot
+from protoclip.kernels.tiles import LOG2E, dot, products_at
 
 LOWEST = tl.constexpr(-3.0e38)
 
@@ -44,25 +43,18 @@ def load_tile(
 
 
 @triton.jit
-def products_tile(
-    q, q_ptr, q_rows, q_used, stride_q_n, stride_q_d,
-    k_ptr, k_rows, k_used, stride_k_n, stride_k_d,
-    d,
-    BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, MASK: tl.constexpr,
+def _products(
+    q, q_ptr, rows, k_ptr, keys, used, d, strides,
+    BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, VALUES: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """-> s [q_rows, k_rows], the keys [k_rows, BLOCK_D] (a chunk when not WHOLE_D)."""
-    columns = tl.arange(0, BLOCK_D)
-    k = load_tile(k_ptr, k_rows, k_used, columns, d, stride_k_n, stride_k_d, EVEN_D, MASK)
-    s = dot(q, tl.trans(k))
-    if not WHOLE_D:
-        for start in range(BLOCK_D, d, BLOCK_D):
-            columns = start + tl.arange(0, BLOCK_D)
-            q_chunk = load_tile(q_ptr, q_rows, q_used, columns, d, stride_q_n, stride_q_d, False)
-            k_chunk = load_tile(
-                k_ptr, k_rows, k_used, columns, d, stride_k_n, stride_k_d, False, MASK
-            )
-            s += dot(q_chunk, tl.trans(k_chunk))
-    return s, k
+    """-> s [rows, keys], and the keys where they are VALUES too: then rows fit one tile."""
+    if VALUES:
+        depth = tl.arange(0, BLOCK_D)
+        k = load_tile(k_ptr, keys, used, depth, d, strides[2], strides[3], EVEN_D, MASK)
+        return dot(q, tl.trans(k)), k
+    else:
+        keys = tl.where(used, keys, 0)
+        return products_at(q_ptr, k_ptr, rows, keys, d, strides, BLOCK_D, EVEN_D), q
 
 
 @triton.jit(do_not_specialize=["slices"], do_not_specialize_on_alignment=["labels_ptr"])
@@ -70,47 +62,48 @@ def attention_kernel(
     q_ptr, scale_ptr, k_ptr, labels_ptr,  # [N, D], [], [K, D], [N]
     max_ptr, sum_ptr, best_ptr, expected_ptr,  # [slices, N]
     positive_ptr, acc_ptr,  # [N], [slices, N, D]
-    n, k_count, d, slices,
-    stride_q_n, stride_q_d, stride_k_n, stride_k_d,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, VALUES: tl.constexpr, BEST: tl.constexpr,
-    EXPECT: tl.constexpr, HARD: tl.constexpr, PEEL: tl.constexpr,
+    n, k_count, d, slices, strides,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    VALUES: tl.constexpr, BEST: tl.constexpr, EXPECT: tl.constexpr, HARD: tl.constexpr,
+    PEEL: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles, slices). VALUES: the keys; PEEL: only the last tile masks keys."""
     slice_index = tl.program_id(1)
     sign, step = split_scale(scale_ptr)
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
     at = slice_index.to(tl.int64) * n + first_row
-    i, j = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    i, j = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     used, columns = i < n - first_row, tl.arange(0, BLOCK_D)
-    q_ptr += first_row * stride_q_n
-    q = load_tile(q_ptr, i, used, columns, d, stride_q_n, stride_q_d, EVEN_D)
+    rows = tl.minimum(first_row + i, n - 1)
+    q = i
+    if VALUES:
+        q_ptr += first_row * strides[0]
+        q = load_tile(q_ptr, i, used, columns, d, strides[0], strides[1], EVEN_D)
     row_max = tl.full([BLOCK_N], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_N], tl.float32)
     best = tl.zeros([BLOCK_N], tl.int64)
     expected = tl.zeros([BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_N, BLOCK_D if VALUES else 1], tl.float32)
-    per_slice = tl.cdiv(tl.cdiv(k_count, BLOCK_K), slices) * BLOCK_K
+    per_slice = tl.cdiv(tl.cdiv(k_count, BLOCK_M), slices) * BLOCK_M
     begin = slice_index * per_slice
     end = tl.minimum(begin + per_slice, k_count)
     whole = end
     if PEEL:
-        whole = tl.maximum(begin, begin + (end - begin) // BLOCK_K * BLOCK_K)
+        whole = tl.maximum(begin, begin + (end - begin) // BLOCK_M * BLOCK_M)
     for part in tl.static_range(1 + PEEL):
-        for start in range(begin if part == 0 else whole, whole if part == 0 else end, BLOCK_K):
+        for start in range(begin if part == 0 else whole, whole if part == 0 else end, BLOCK_M):
             first_key = tl.cast(start, tl.int64)
             k_used = j < k_count - start
-            s, k = products_tile(
-                q, q_ptr, i, used, stride_q_n, stride_q_d,
-                k_ptr + first_key * stride_k_n, j, k_used, stride_k_n, stride_k_d,
-                d, BLOCK_D, WHOLE_D, EVEN_D, part == PEEL,
+            s, k = _products(
+                q, q_ptr, rows, k_ptr + first_key * strides[2], j, k_used, d, strides,
+                BLOCK_D, EVEN_D, VALUES, part == PEEL,
             )  # fmt: skip
             s *= sign
             if part == PEEL:
                 s = tl.where(k_used[None, :], s, -float("inf"))
             tile_max = tl.max(s, 1)
             if BEST:
-                first = tl.min(tl.where(s == tile_max[:, None], j[None, :], BLOCK_K), 1)
+                first = tl.min(tl.where(s == tile_max[:, None], j[None, :], BLOCK_M), 1)
                 # Strictly larger: an equal logit in a later tile has a higher index.
                 best = tl.where(tile_max > row_max, first_key + first, best)
             new_max = tl.maximum(row_max, tile_max)
@@ -139,10 +132,9 @@ def attention_kernel(
             # The label's product is the diagonal of one more tile of the same dot: the same bits as
             # in the sum, so that a loss near zero does not cancel.
             label = tl.load(labels_ptr + first_row + i, mask=used, other=-100)
-            s, _ = products_tile(
-                q, q_ptr, i, used, stride_q_n, stride_q_d,
-                k_ptr, label, (label >= 0) & (label < k_count), stride_k_n, stride_k_d,
-                d, BLOCK_D, WHOLE_D, EVEN_D, True,
-            )  # fmt: skip
+            known = (label >= 0) & (label < k_count)
+            s, _ = _products(
+                q, q_ptr, rows, k_ptr, label, known, d, strides, BLOCK_D, EVEN_D, VALUES, True
+            )
             diagonal = sign * tl.sum(tl.where(i[:, None] == i[None, :], s, 0.0), 1)
             tl.store(positive_ptr + first_row + i, diagonal, mask=used)

@@ -1,6 +1,6 @@
 """k-means assignment and segment means on a GPU without nvcc: what ops/clusters.py calls.
 
-Assignment: scores x.c - |c|^2 / 2 from 16-bit products (fp32 points are rounded to bf16 first), the
+Assignment: scores x.c - |c|^2 / 2 from 16-bit products (of a bf16 copy where points are fp32), the
 best two kept beside the product. Rows whose margin is within what rounding can change, or is not a
 number that says anything, are collected, without waiting for the device, and take the least
 |x - c|^2 in fp32: labels are exact.
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from protoclip.kernels.attention import load_tile
 from protoclip.kernels.launch import INTERPRETED, Launch
-from protoclip.kernels.tiles import dot
+from protoclip.kernels.tiles import operands, products
 
 ASSIGN = Launch(128, 64, 64, warps=8, stages=3)
 RESCORE = Launch(*((128, 256) if INTERPRETED else (64, 64)), 16, warps=8, stages=1)
 MEAN = Launch(32, 0, 128, warps=4, stages=1)
 PIECE = 1024  # rows of a piece of a segment
+CHUNK = 1 << 16  # points at a time whose distance to their centroid is taken
 
 
 @triton.jit(do_not_specialize=["n", "k_count"])
@@ -30,12 +31,13 @@ def assign_kernel(
     x_ptr, c_ptr, half_norm_ptr, reach_ptr,  # [N, D], [K, D], [K], [N]: of the rounding
     rows_ptr, count_ptr,  # [N], []: which rows, or None for all
     label_ptr, near_ptr,  # [N], [N]: whether the margin is within reach; None for rescored rows
-    n, k_count, d, stride_x_n, stride_x_d, stride_c_k, stride_c_d,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ROUND: tl.constexpr,
+    n, k_count, d, strides,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     DIRECT: tl.constexpr,
 ):  # fmt: skip
-    """Best centroid of a tile of rows. ROUND: fp32 rows as bf16. DIRECT: by -|x - c|^2 itself, in
-    units of the distance to the label so far where its square would leave fp32."""
+    """Best centroid of a tile of rows. DIRECT: by -|x - c|^2 itself, in units of the distance to
+    the label so far where its square would leave fp32."""
+    stride_x_n, stride_x_d, stride_c_k, stride_c_d = strides
     at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     if rows_ptr is not None:
         n = tl.load(count_ptr).to(tl.int32)
@@ -46,7 +48,7 @@ def assign_kernel(
         best = tl.full((BLOCK_N,), -float("inf"), tl.float32)
         second = best
         label = tl.zeros((BLOCK_N,), tl.int64)
-        keys = tl.arange(0, BLOCK_K)
+        keys = tl.arange(0, BLOCK_M)
         if DIRECT:
             known = c_ptr + tl.load(label_ptr + rows, mask=used, other=0) * stride_c_k
             widest = tl.zeros((BLOCK_N,), tl.float32)
@@ -56,13 +58,13 @@ def assign_kernel(
                 widest = tl.maximum(widest, tl.abs(x.to(tl.float32) - c.to(tl.float32)))
             usual = (widest > 1e-10) & (widest < 1e10)
             unit = tl.where(usual, 1.0, 1.0 / tl.maximum(widest, 1e-37))[:, None]
-        for start in range(0, k_count, BLOCK_K):
+        for start in range(0, k_count, BLOCK_M):
             some = start + keys
             inside = some < k_count
-            s = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+            s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             if DIRECT:
                 for first in range(0, d, BLOCK_D):  # sums of sums round less
-                    part = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+                    part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
                     for column in range(first, min(first + BLOCK_D, d)):
                         x_at = x_ptr + rows * stride_x_n + column * stride_x_d
                         c_at = c_ptr + some.to(tl.int64) * stride_c_k + column * stride_c_d
@@ -72,19 +74,15 @@ def assign_kernel(
                         part += difference * difference
                     s -= part
             else:
-                for first in range(0, d, BLOCK_D):
-                    depth = first + tl.arange(0, BLOCK_D)
-                    x = load_tile(x_ptr, rows, used, depth, d, stride_x_n, stride_x_d, False)
-                    c = load_tile(
-                        c_ptr, some.to(tl.int64), inside, depth, d, stride_c_k, stride_c_d, False
-                    )
-                    if ROUND:
-                        x, c = x.to(tl.bfloat16), c.to(tl.bfloat16)
-                    s += dot(x, tl.trans(c))
+                row0 = tl.program_id(0) * BLOCK_N
+                s = products(
+                    x_ptr, c_ptr, row0, start, n, k_count, d, strides,
+                    BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D,
+                )  # fmt: skip
                 s -= tl.load(half_norm_ptr + some, mask=inside, other=0.0)[None, :]
             s = tl.where(inside[None, :], s, -float("inf"))
             top = tl.max(s, 1)
-            index = tl.min(tl.where(s == top[:, None], keys[None, :], BLOCK_K), 1)
+            index = tl.min(tl.where(s == top[:, None], keys[None, :], BLOCK_M), 1)
             runner_up = tl.max(tl.where(keys[None, :] == index[:, None], -float("inf"), s), 1)
             better = top > best  # not where equal: the lowest index wins
             second = tl.maximum(tl.where(better, best, second), tl.where(better, runner_up, top))
@@ -96,26 +94,6 @@ def assign_kernel(
             margin = best - second  # NaN and infinite after an overflow
             clear = (margin > reach) & (margin < float("inf"))
             tl.store(near_ptr + at, tl.where(clear, 0, 1).to(tl.int64), mask=used)
-
-
-@triton.jit(do_not_specialize=["n"])
-def distance_kernel(
-    x_ptr, c_ptr, label_ptr, out_ptr, n, d, stride_x_n, stride_x_d, stride_c_k, stride_c_d,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """|x - c|^2 of each row and its centroid; a row with NaN loses its label."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    used = rows < n
-    label = tl.load(label_ptr + rows, mask=used, other=0)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for first in range(0, d, BLOCK_D):
-        depth = first + tl.arange(0, BLOCK_D)
-        x = load_tile(x_ptr, rows, used, depth, d, stride_x_n, stride_x_d, False).to(tl.float32)
-        known = tl.maximum(label, 0)
-        c = load_tile(c_ptr, known, used, depth, d, stride_c_k, stride_c_d, False).to(tl.float32)
-        total += tl.sum((x - c) * (x - c), 1)
-    tl.store(out_ptr + rows, total, mask=used)
-    tl.store(label_ptr + rows, tl.where(total == total, label, -1), mask=used)
 
 
 def kmeans_assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,36 +108,31 @@ def kmeans_assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     norms = torch.linalg.vector_norm(centroids, dim=1, dtype=torch.float32)  # [K]
     size = torch.linalg.vector_norm(points, dim=1, dtype=torch.float32) + lost  # [N]
     largest = norms.amax() + lost
-    # What rounding both operands to bf16, or summing in fp32, can change in a difference of scores.
+    # What rounding both operands to bf16, 2^-8 of a number each, or summing in fp32 can change in a
+    # difference of scores.
     wide = points.dtype == torch.float32
-    # To nearest is 2^-8 of a number; the interpreter cuts off, 2^-7.
-    rounding = 4 * 1.01 * 2.0 ** (-7 if INTERPRETED else -8) if wide else 0.0
+    rounding = 4 * 1.01 * 2.0**-8 if wide else 0.0
     sums = (d + 16) * 2.0**-22
     reach = largest * (size * (rounding + sums) + largest * sums)
     reach += (size + largest + 1) * (d + 16) * 2.0**-125  # below the normal numbers
     near = torch.zeros_like(labels)
-    half_norms = norms.square() / 2
-    strides = *points.stride(), *centroids.stride()
+    x, c = (t.bfloat16() if wide else t for t in (points, centroids))
+    _, options = operands(x, c, ASSIGN)
     with torch.cuda.device_of(points):
         assign_kernel[(triton.cdiv(n, ASSIGN.block_n),)](
-            points, centroids, half_norms, reach, None, None, labels, near, n, k, d, *strides,
-            BLOCK_N=ASSIGN.block_n, BLOCK_K=ASSIGN.block_m, BLOCK_D=ASSIGN.block_d,
-            ROUND=wide, DIRECT=False, **ASSIGN.options,
+            x, c, norms.square() / 2, reach, None, None, labels, near, n, k, d,
+            (*x.stride(), *c.stride()), DIRECT=False, **options,
         )  # fmt: skip
-        ends = near.cumsum(0)
-        rows = torch.empty(n + 1, dtype=torch.int64, device=points.device)
-        rows.scatter_(0, torch.where(near > 0, ends - 1, n), torch.arange(n, device=rows.device))
+        rows, count = near.argsort(descending=True), near.sum()
+        _, options = operands(points, centroids, RESCORE)
         assign_kernel[(triton.cdiv(n, RESCORE.block_n),)](
-            points, centroids, half_norms, reach, rows, ends[-1:],
-            labels, None, n, k, d, *strides,
-            BLOCK_N=RESCORE.block_n, BLOCK_K=RESCORE.block_m, BLOCK_D=RESCORE.block_d,
-            ROUND=False, DIRECT=True, **RESCORE.options,
+            points, centroids, norms, reach, rows, count, labels, None, n, k, d,
+            (*points.stride(), *centroids.stride()), DIRECT=True, **options,
         )  # fmt: skip
-        distance_kernel[(triton.cdiv(n, MEAN.block_n),)](
-            points, centroids, labels, distances, n, d, *strides,
-            BLOCK_N=MEAN.block_n, BLOCK_D=MEAN.block_d, **MEAN.options,
-        )  # fmt: skip
-    return labels, distances
+    for part in (slice(i, i + CHUNK) for i in range(0, n, CHUNK)):
+        gap = points[part].float() - centroids[labels[part]].float()
+        distances[part] = gap.square().sum(dim=1)
+    return labels.where(~distances.isnan(), -1), distances
 
 
 @triton.jit(do_not_specialize=["n"])

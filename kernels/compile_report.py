@@ -3,11 +3,9 @@
     python -m protoclip.kernels.compile_report [--json] ["sm_90 info_nce 512" ...]
 
 The launchers themselves are called, on small CPU tensors, with a driver that compiles for an
-architecture and launches nothing: what is shown is what a card would run. Registers and local
-memory come from the cubin, shared memory from the compiler, the tensor-core instruction from the
-PTX; issue times of the hot path on Hopper from the stall counts and scoreboards that the assembler
-wrote into the code. Memory is assumed to hit there, and clocks to hold: a bound, good to 30 %.
-docs/kernels.md says how far off it is.
+architecture and launches nothing: what is shown is what a card would run. Issue times of the hot
+path on Hopper come from the stall counts and scoreboards that the assembler wrote into the code. A
+bound, good to 30 %: docs/kernels.md has the model and how far off it is.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -40,13 +37,12 @@ NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TILED = {f"{name}_kernel" for name in ("forward", "gradient", "sigmoid", "attention", "weights")}
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """One call of a launcher: ``form`` says which; ``depth`` is D, 43 one that no tile fits."""
 
+    arch: int
     op: str
     form: str
-    arch: int
     dtype: str
     depth: int
 
@@ -54,31 +50,30 @@ class Case:
         return [torch.zeros(n, self.depth, dtype=NAMES[self.dtype]) for n in sizes]
 
     def __str__(self) -> str:
-        return f"sm_{self.arch} {self.op} {self.form} {self.dtype} {self.depth}"
+        return f"sm_{' '.join(map(str, self))}"
 
 
 def cases() -> Iterator[Case]:
     """Calls that lead to every row of the launch table; more forms of them on Hopper."""
     for arch in launch.ARCHITECTURES:
         for dtype, depth in (("bf16", 128), ("bf16", 512), ("fp32", 512), ("fp16", 43)):
-            yield Case("info_nce", "large", arch, dtype, depth)
-            yield Case("sigmoid", "gradients", arch, dtype, depth)
-        yield Case("sigmoid", "ids", arch, "bf16", 512)
-        for form, dtype in (("ids", "bf16"), ("ids", "fp32"), ("own", "fp16")):
-            yield Case("matched", form, arch, dtype, 43 if dtype == "fp16" else 512)
+            yield Case(arch, "info_nce", "large", dtype, depth)
+            yield Case(arch, "sigmoid", "gradients", dtype, depth)
+        yield Case(arch, "sigmoid", "ids", "bf16", 512)
+        for form, dtype, depth in (("ids", "bf16", 512), ("ids", "fp32", 512), ("own", "fp16", 43)):
+            yield Case(arch, "matched", form, dtype, depth)
         for depth in (64, 128, 256, 512):
-            yield Case("prototypes", "soft", arch, "bf16", depth)
+            yield Case(arch, "prototypes", "soft", "bf16", depth)
         for dtype, depth in (("bf16", 64), ("fp16", 128), ("bf16", 256), ("fp32", 512)):
-            yield Case("prototypes", "banks", arch, dtype, depth)
-        yield Case("soft_targets", "own", arch, "fp32", 512)
-        for dtype in ("bf16", "fp32"):
-            yield Case("clusters", "own", arch, dtype, 512)
+            yield Case(arch, "prototypes", "banks", dtype, depth)
+        for op, dtype in (("soft_targets", "fp32"), ("clusters", "bf16"), ("clusters", "fp32")):
+            yield Case(arch, op, "own", dtype, 512)
     for op, form in (("info_nce", "small"), ("info_nce", "rows"), ("sigmoid", "loss")):
-        yield Case(op, form, 90, "bf16", 512)
-    yield Case("info_nce", "large", 90, "fp16", 128)
-    yield Case("prototypes", "hard", 90, "bf16", 128)
+        yield Case(90, op, form, "bf16", 512)
+    yield Case(90, "info_nce", "large", "fp16", 128)
+    yield Case(90, "prototypes", "hard", "bf16", 128)
     for form in MEASURED:
-        yield Case("gemm", form, 90, "bf16", 8192)
+        yield Case(90, "gemm", form, "bf16", 8192)
 
 
 def call(case: Case) -> None:
@@ -137,15 +132,11 @@ def gemm_kernel(
     out.store([row0, col0], acc.to(out.dtype))
 
 
-# A kernel that a launcher asked for: name, compiled code, keywords, row of the launch table.
-Compiled = tuple[str, Any, dict[str, Any], launch.Launch]
-
-
 @contextmanager
-def recording(arch: int | None = None) -> Iterator[list[Compiled]]:
+def recording(arch: int | None = None) -> Iterator[list[tuple[str, Any, dict, launch.Launch]]]:
     """Compile the kernels that are launched inside, launch none of them; for an architecture, or,
-    with None, for the card that is here."""
-    found: list[Compiled] = []
+    with None, for the card that is here. -> name, compiled code, keywords and row of each."""
+    found: list[tuple[str, Any, dict, launch.Launch]] = []
     run, options, row = JITFunction.run, launch.Launch.options, launch.INTERPRETER
 
     def compile_only(kernel, *args, grid, warmup, **keywords):
@@ -306,37 +297,33 @@ def _cost(case: Case, name: str, code: Any, options: dict, row: launch.Launch) -
             problems.append(f"{instruction} where {wanted} was expected")
         if ctas < row.ctas_per_sm:
             problems.append(f"{ctas} CTAs an SM, the row promises {row.ctas_per_sm}")
+    # Of the path of whole tiles on Hopper: clk of issue before and after the products, of the
+    # tensor cores, and the instructions of a warp after the products.
     prologue, epilogue, products, counts = _hot_path(list(body.values()), warps, case, options)
     busy = bound = None
     if products:
         taken = (prologue + products * 1.05 + epilogue) / max(1, ctas)
-        busy = products / max(products * 1.03, taken)
+        busy = products / max(products * 1.03, taken)  # share of the tensor cores' time
         bound = _bound(case, name, tile, max(1, ctas), products / busy)
-    return {
-        "case": vars(case),
-        "kernel": name,
+    return case._asdict() | {
+        "kernel": name.removesuffix("_kernel"),
         "tile": tile,
         "warps": warps,
         "registers": used["REG"],
-        "local_bytes": local,  # stack and spills a thread
-        "local_in_loops": in_loops,  # loads and stores
+        "local_bytes": local,
+        "local_in_loops": in_loops,
         "shared_bytes": shared,
         "ctas_per_sm": ctas,
         "instruction": instruction,
-        "problems": problems,  # what breaks the promise of a row of the launch table
-        # The path of whole tiles on Hopper: one tile, or one step of attention's loop.
-        "prologue_clk": prologue,  # issue time
-        "product_clk": products,  # of the tensor cores
-        "epilogue_clk": epilogue,  # after the products
-        "counts": counts,  # instructions a warp of the epilogue
-        "busy": busy,  # share of the time that the tensor cores work
-        "bound": bound,  # ms, TFLOP/s, what bounds them at the GPU table's shape
+        "problems": problems,
+        "clk": (prologue, products, epilogue),
+        "counts": counts,
+        "busy": busy,
+        "bound": bound,
     }
 
 
-def _bound(
-    case: Case, name: str, tile: tuple[int, int], ctas: int, tile_clk: float
-) -> tuple[float, float, str] | None:
+def _bound(case: Case, name: str, tile: tuple[int, int], ctas: int, tile_clk: float) -> Any:
     """-> predicted ms, TFLOP/s and what bounds them, where the GPU table has a shape."""
     if (case.op, case.depth) not in SHAPES:
         return None
@@ -386,19 +373,19 @@ def _hot_path(
 
 
 def _line(cost: dict[str, Any]) -> str:
-    case = Case(**cost["case"])
     text = (
-        "{case!s:34} {kernel}: tile {tile}, {warps} warps, {registers} registers, {local_bytes} B "
-        "local, {shared_bytes} B shared, {ctas_per_sm} CTAs, {instruction}"
-    ).format(**cost | {"case": case})
+        "sm_{arch} {op} {form} {dtype} {depth} {kernel}: tile {tile}, {warps} warps, {registers} "
+        "registers, {local_bytes} B local, {shared_bytes} B shared, {ctas_per_sm} CTAs, "
+        "{instruction}"
+    ).format(**cost)
     if cost["busy"]:
-        text += "\n      clk {prologue_clk} + {product_clk} + {epilogue_clk}, busy {busy:.0%};"
-        text = text.format(**cost) + "".join(f" {k} {v}" for k, v in cost["counts"].items() if v)
+        text += "\n      clk {} + {} + {}, busy {:.0%};".format(*cost["clk"], cost["busy"])
+        text += "".join(f" {k} {v}" for k, v in cost["counts"].items() if v)
     if cost["bound"]:
-        n, m = SHAPES[case.op, case.depth]
+        n, m = SHAPES[cost["op"], cost["depth"]]
         text += "\n      {} x {}: {:.2f} ms, {:.0f} TFLOP/s by {}".format(n, m, *cost["bound"])
-    if case.op == "gemm":
-        text += " (measured by others: {} to {})".format(*MEASURED[case.form])
+    if cost["op"] == "gemm":
+        text += " (measured by others: {} to {})".format(*MEASURED[cost["form"]])
     return "".join([text, *(f"\n      PROBLEM: {problem}" for problem in cost["problems"])])
 
 

@@ -9,25 +9,22 @@ of the losses, many more pairs waves and chunks.
 **Forward.** Each tile leaves, for its rows and for its columns, a reference r and sum 2^(s - r)
 *without the positives*; a second small kernel merges them, adds the positive, and takes the losses:
 one near zero is then log2(1 + little), not a difference of large numbers. A warp refers all its
-logits to the largest of a few columns: one exponential an element, and fp32 is as exact far from
-its reference as near. Where a sum still leaves 2^-SPREAD to 2^SPREAD, and on the edges and the
-diagonal, the tile takes the largest of each row and of each column and a second exponential.
-Columns are summed over the rows of one warp only: summing over warps costs barriers in every tile,
-and the merge does it on the way.
+logits to the largest of a few columns: one exponential an element. Where a sum then leaves
+2^-SPREAD to 2^SPREAD, and on the edges and the diagonal, the tile takes the largest of each row and
+of each column and a second exponential. Columns are summed over the rows of one warp only: summing
+over warps costs barriers in every tile, and the merge does it on the way.
 
 **Backward.** G = w_row P_row + w_column P_column without the positives is written by chunks in the
 features' dtype; ``waves.py`` multiplies it and adds the positives' entries, w_row (P_row - 1) +
-w_column (P_column - 1), in fp32. Where the references of a tile's rows and columns lie within
-fp32's range of the largest of them, h, one exponential an element serves both probabilities,
-2^(s - h) (a_row + a_column), with nothing to load or divide after the product. Large batches find
-the extremes of the references before, once for each block. Edges, the diagonal and tiles of wide
-range take two exponentials.
+w_column (P_column - 1), in fp32. Where the references of a tile lie within fp32's range of the
+largest of them, h, one exponential serves both probabilities, 2^(s - h) (a_row + a_column), with
+nothing to load or divide after the product. Large batches find the extremes of the references
+before, once for each block. Edges, the diagonal and tiles of wide range take two exponentials.
 
 Sums are fp32 and in a fixed order: no atomics, the same bits each time. Nothing is read back from
 the device, so both passes can be captured in a CUDA graph. Extra memory: 64 MiB of partial sums
-forward, ``waves.SCRATCH_BYTES`` plus fp32 gradients backward. fp32 features are multiplied in fp32,
-never tf32, by these kernels; ``torch.backends.cuda.matmul`` settings hold for the backward's two
-products.
+forward, ``waves.SCRATCH_BYTES`` plus fp32 gradients backward. fp32 features are multiplied in fp32
+here; ``torch.backends.cuda.matmul`` settings hold for the backward's two products.
 """
 
 from __future__ import annotations
@@ -251,8 +248,9 @@ def exponential(s, reference, positive):
 
 
 @triton.jit
-def _side(max_ptr, sum_ptr, weight_ptr, stride_weight, position, length, unit):
+def _side(side, position, length, unit):
     """-> reference, sum, weight / sum of rows or columns; 0 past the end."""
+    max_ptr, sum_ptr, weight_ptr, stride_weight = side
     inside = position < length
     weight = tl.load(weight_ptr + position * stride_weight, mask=inside, other=0.0) * unit
     total = tl.load(sum_ptr + position, mask=inside, other=1.0)
@@ -291,26 +289,27 @@ def extremes_kernel(
 
 
 # What differs from chunk to chunk, or between one weight for all and one for each.
-GRADIENT_SIZES = [
-    *("n", "m", "offset", "first_tile", "first_row_block", "first_column_block"),
-    *("stride_row_weight", "stride_column_weight"),
+CHANGING = [
+    "n",
+    "m",
+    "offset",
+    "row_side",
+    "column_side",
+    "first_tile",
+    "row_block",
+    "column_block",
 ]
 # Slices of vectors begin anywhere; another alignment would compile the kernel again.
-GRADIENT_VECTORS = [
-    *("row_max_ptr", "row_sum_ptr", "row_weight_ptr"),
-    *("column_max_ptr", "column_sum_ptr", "column_weight_ptr"),
-    *("entry_ptr", "share_ptr", "row_peak_ptr", "column_peak_ptr"),
-]
+SLICED = ["entry_ptr", "share_ptr", "row_peak_ptr", "column_peak_ptr"]
 
 
-@triton.jit(do_not_specialize=GRADIENT_SIZES, do_not_specialize_on_alignment=GRADIENT_VECTORS)
+@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=SLICED)
 def gradient_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for strips
     scale_ptr, factor_ptr,  # [], [] for the finish: scale / lift
     row_peak_ptr, column_peak_ptr, pair_weight,  # the largest |weight|, read with LIFT
-    extremes_ptr, first_row_block, first_column_block,  # [blocks, 2], or None
-    row_max_ptr, row_sum_ptr, row_weight_ptr, stride_row_weight,  # [N]
-    column_max_ptr, column_sum_ptr, column_weight_ptr, stride_column_weight,  # [M] with COLUMNS
+    extremes_ptr, row_block, column_block,  # [blocks, 2], or None; the first of them
+    row_side, column_side,  # max, sum and weight [N], its stride; [M] with COLUMNS
     entry_ptr, share_ptr, first_tile,  # [N], [tiles]
     n, m, d, offset, stride_g, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
@@ -328,24 +327,20 @@ def gradient_kernel(
         lift = _lift(peak * pair_weight)
     unit = pair_weight * lift
     rows = row0 + tl.arange(0, BLOCK_N)
-    row_max, row_sum, row_coef = _side(
-        row_max_ptr, row_sum_ptr, row_weight_ptr, stride_row_weight, rows, n, unit
-    )
+    row_max, row_sum, row_coef = _side(row_side, rows, n, unit)
     # All loads come before any use of one: their latencies pass together.
     cols = col0 + tl.arange(0, BLOCK_M)
     if COLUMNS:
-        column_max, _, column_coef = _side(
-            column_max_ptr, column_sum_ptr, column_weight_ptr, stride_column_weight, cols, m, unit
-        )
+        column_max, _, column_coef = _side(column_side, cols, m, unit)
     if extremes_ptr is None:
         low, high = tl.min(row_max), tl.max(row_max)
         if COLUMNS:
             low, high = tl.minimum(low, tl.min(column_max)), tl.maximum(high, tl.max(column_max))
     else:
-        at = extremes_ptr + 2 * (first_row_block + row0 // BLOCK_N)
+        at = extremes_ptr + 2 * (row_block + row0 // BLOCK_N)
         low, high = tl.load(at), tl.load(at + 1)
         if COLUMNS:
-            at = extremes_ptr + 2 * (first_column_block + col0 // BLOCK_M)
+            at = extremes_ptr + 2 * (column_block + col0 // BLOCK_M)
             low, high = tl.minimum(low, tl.load(at)), tl.maximum(high, tl.load(at + 1))
     general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
     fast = (general == 0) & (high - low < SPREAD)
@@ -370,10 +365,7 @@ def gradient_kernel(
             e = exponential(acc * c, row_max[:, None], positive)
             p = (e - tl.where(positive, row_sum[:, None], 0.0)) * row_coef[:, None]
             if COLUMNS:
-                top, total, coef = _side(
-                    column_max_ptr, column_sum_ptr, column_weight_ptr, stride_column_weight,
-                    strip_cols, m, unit,
-                )  # fmt: skip
+                top, total, coef = _side(column_side, strip_cols, m, unit)
                 e = exponential(acc * c, top[None, :], positive)
                 p += (e - tl.where(positive, total[None, :], 0.0)) * coef[None, :]
             p = tl.where((rows[:, None] < n) & (strip_cols[None, :] < m), p, 0.0)
@@ -481,8 +473,8 @@ def contrastive_bwd(
         gradient_kernel[(chunk.tiles,)](
             *features, scale, factor, *peaks, pair_weight,
             extremes, chunk.rows.start // row.block_n, blocks_n + chunk.cols.start // row.block_m,
-            *(t[chunk.rows] for t in rows), row_weight.stride(0),
-            *(t[chunk.cols] for t in columns), column_weight.stride(0),
+            (*(t[chunk.rows] for t in rows), row_weight.stride(0)),
+            (*(t[chunk.cols] for t in columns), column_weight.stride(0)),
             entries[chunk.rows], shares, chunk.first_tile,
             len(part_x), len(part_y), x.shape[1], offset + chunk.rows.start - chunk.cols.start,
             g.stride(0), (*x.stride(), *y.stride()),

@@ -1,8 +1,7 @@
 """Launch configurations as data: one frozen row per kernel, architecture and operand width.
 
 There is no autotuner: a search would time kernels inside the user's first steps, and its choice
-would change the bits of a result between runs. ``python -m protoclip.kernels.compile_report``
-compiles every row without a GPU and shows what it costs in registers and shared memory.
+would change the bits of a result between runs. ``make kernels`` shows what every row costs.
 """
 
 from __future__ import annotations
@@ -42,6 +41,7 @@ ARCHITECTURES = (80, 89, 90, 100)  # with rows of their own
 SERVED_AS = {80: 80, 90: 90, 100: 100, 103: 100, 110: 100}
 
 _MMA = Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32)
+_PLAIN = Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2)
 _SMALL = Launch(64, 64, 32, warps=4, stages=4, ctas_per_sm=2)
 _HOPPER = Launch(128, 128, 64, warps=4, stages=3, ctas_per_sm=2, strip=32, descriptors=True)
 _NARROW = Launch(128, 64, 64, warps=8, stages=3, strip=32, descriptors=True)
@@ -52,6 +52,8 @@ HALF: dict[str, dict[int, Launch]] = {
     "gradient": {80: _MMA, 89: _MMA, 90: _HOPPER, 100: replace(_HOPPER, warps=8, ctas_per_sm=1)},
     # Loss and gradient at once: larger tiles spill.
     "sigmoid": {80: _SMALL, 89: _SMALL, 90: _NARROW, 100: _NARROW},
+    # The masks need registers that larger tiles do not leave.
+    "matched": dict.fromkeys(ARCHITECTURES, _PLAIN),
 }
 # From D = DEEP on the products hide the rest of a tile on one CTA too, and a larger tile reads L2
 # less: 85 flop a byte, not 64, of which 8 TB/s feed 56 % of an H100.
@@ -61,7 +63,8 @@ HALF_DEEP: dict[str, dict[int, Launch]] = {
 }
 # Any card, any D, any strides.
 HALF_ANY: dict[str, Launch] = {
-    "forward": Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2),
+    "forward": _PLAIN,
+    "matched": _PLAIN,
     "gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
     "sigmoid": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
 }
@@ -84,13 +87,12 @@ ATTENTION: dict[int, dict[int, Launch]] = {
         128: Launch(64, 128, 128, warps=4, stages=2, ctas_per_sm=2),
         256: Launch(64, 64, 256, warps=4, stages=2, ctas_per_sm=2),
     },
-    100: {
-        64: Launch(128, 64, 64, warps=8, stages=2),
-        128: Launch(128, 64, 128, warps=8, stages=2),
-        256: Launch(64, 64, 256, warps=8, stages=2),
-    },
 }
 ATTENTION[89] = ATTENTION[80]
+ATTENTION[100] = ATTENTION[80] | {
+    128: Launch(128, 64, 128, warps=8, stages=2),
+    256: Launch(64, 64, 256, warps=8, stages=2),
+}
 # With the nearest prototype and the gradient of the scale the larger tile does not fit.
 ATTENTION_FULL = {
     (90, 128): Launch(64, 64, 128, warps=4, stages=3, ctas_per_sm=2),
@@ -130,13 +132,6 @@ def why_not(capability: tuple[int, int] | None = None, hip: str | None = None) -
     return None
 
 
-def cores(device: torch.device) -> int:
-    """Multiprocessors of the device."""
-    if device.type != "cuda":
-        return 8  # the interpreter's, so that keys are cut into slices
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def choose(kernel: str, x: Tensor, y: Tensor) -> Launch:
     """The row for a kernel, the features' device, width and alignment."""
     arch = architecture(x.device)
@@ -152,23 +147,17 @@ def choose(kernel: str, x: Tensor, y: Tensor) -> Launch:
     return HALF_ANY[kernel]
 
 
-def attention_row(device: torch.device, d: int, full: bool) -> Launch:
-    """The row of the one-pass form for rows of ``d`` <= WIDEST_ATTENTION columns; ``full`` where
-    the nearest key and the gradient of the scale are asked for."""
-    arch = architecture(device)
-    width = min(width for width in ATTENTION[80] if width >= d)
+def prototype_row(x: Tensor, *, full: bool = False, values: bool = False) -> Launch:
+    """The row for x [N, D] against keys: of the one-pass form with ``values``, where D is at most
+    WIDEST_ATTENTION, ``full`` with the nearest key and the gradient of the scale."""
+    arch = architecture(x.device)
+    width = min(w for w in ATTENTION[80] if w >= x.shape[1]) if values else 64
     if arch is None:
         return Launch(32, 32, width, warps=4, stages=1)
-    row = ATTENTION[arch][width]
-    return ATTENTION_FULL.get((arch, width), row) if full else row
-
-
-def chunked_row(device: torch.device, dtype: torch.dtype) -> Launch:
-    """The row of kernels that walk over D."""
-    arch = architecture(device)
-    if arch is None:
-        return Launch(32, 32, 64, warps=4, stages=1)
-    return CHUNKED_FLOAT if dtype == torch.float32 else CHUNKED[arch]
+    if values:
+        row = ATTENTION[arch][width]
+        return ATTENTION_FULL.get((arch, width), row) if full else row
+    return CHUNKED_FLOAT if x.dtype == torch.float32 else CHUNKED[arch]
 
 
 def aligned(x: Tensor) -> bool:

@@ -12,39 +12,43 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels import launch, waves
 from protoclip.kernels.info_nce import exponential
-from protoclip.kernels.tiles import LOG2E, operands, products, tile_origin, with_ids
+from protoclip.kernels.tiles import LOG2E, id_rows, operands, products, tile_origin, with_ids
 from protoclip.kernels.waves import store_gradient
 
 PARTIAL_BYTES = 64 << 20
 
 
 @triton.jit
-def _logits(
-    acc, c, row, col, inside,
-    own_ptr, exclude_ptr, query_ptr, key_ptr, bias_ptr, stride_query, stride_key,
-    IDS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
+def _tile(
+    x, y, scale_ptr, relation, n, m, d, first_row, first_col, strides,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    SAME_POSITIVE: tl.constexpr,
 ):  # fmt: skip
-    """-> base-2 logits of a tile, the keys seen, and the positives."""
+    """-> first row and column of this program's tile, the positions of its rows and columns, their
+    products, base-2 logits, the keys seen, and the positives."""
+    own_ptr, exclude_ptr, ids, bias_ptr = relation
+    row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
+    c = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
+    rows, cols = row0 + tl.arange(0, BLOCK_N), col0 + tl.arange(0, BLOCK_M)
+    row, col = first_row + tl.minimum(rows, n - 1), first_col + tl.minimum(cols, m - 1)
+    inside = (rows < n)[:, None] & (cols < m)[None, :]
     s = acc * c
-    own = tl.load(own_ptr + row)
-    positive, seen = with_ids(
-        own[:, None] == col[None, :], inside, query_ptr, key_ptr, row, col,
-        stride_query, stride_key, IDS, SAME_POSITIVE,
-    )  # fmt: skip
+    own = tl.load(own_ptr + row)[:, None] == col[None, :]
+    positive, seen = with_ids(own, inside, ids, row, col, SAME_POSITIVE)
     if exclude_ptr is not None:
         seen = seen & (tl.load(exclude_ptr + row)[:, None] != col[None, :])
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + col)
         s += (bias * LOG2E)[None, :]
         seen = seen & (bias != -float("inf"))[None, :]
-    return s, seen, positive & seen
+    return row0, col0, row, col, acc, s, seen, positive & seen
 
 
 @triton.jit
@@ -60,25 +64,19 @@ def _store_side(ptr, at, mask, length, s, seen, positive, AXIS: tl.constexpr):
     tl.store(ptr + 3 * length + at, tl.sum(tl.where(positive, 1.0, 0.0), AXIS), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n", "m", "first_row", "stride_query", "stride_key"])
+@triton.jit(do_not_specialize=["n", "m", "first_row"])
 def matched_forward_kernel(
     x, y, scale_ptr, row_ptr, column_ptr,  # [N, D], [M, D], [], [4, blocks, N], [4, blocks, M]
-    own_ptr, exclude_ptr, query_ptr, key_ptr, bias_ptr, stride_query, stride_key,
-    n, m, d, first_row, strides,
+    relation, n, m, d, first_row, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    COLUMNS: tl.constexpr, IDS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
+    COLUMNS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of one tile."""
-    row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
-    c = tl.load(scale_ptr).to(tl.float32) * LOG2E
-    acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
-    rows, cols = row0 + tl.arange(0, BLOCK_N), col0 + tl.arange(0, BLOCK_M)
-    inside = (rows < n)[:, None] & (cols < m)[None, :]
-    s, seen, positive = _logits(
-        acc, c, first_row + tl.minimum(rows, n - 1), tl.minimum(cols, m - 1), inside,
-        own_ptr, exclude_ptr, query_ptr, key_ptr, bias_ptr, stride_query, stride_key,
-        IDS, SAME_POSITIVE,
+    row0, col0, _, _, _, s, seen, positive = _tile(
+        x, y, scale_ptr, relation, n, m, d, first_row, 0, strides,
+        BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, SAME_POSITIVE,
     )  # fmt: skip
+    rows, cols = row0 + tl.arange(0, BLOCK_N), col0 + tl.arange(0, BLOCK_M)
     blocks_n, blocks_m = tl.cdiv(n, BLOCK_N).to(tl.int64), tl.cdiv(m, BLOCK_M).to(tl.int64)
     at = (col0 // BLOCK_M).to(tl.int64) * n + rows
     _store_side(row_ptr, at, rows < n, blocks_m * n, s, seen, positive, 1)
@@ -87,7 +85,7 @@ def matched_forward_kernel(
         _store_side(column_ptr, at, cols < m, blocks_n * m, s, seen, positive, 0)
 
 
-SIZES = ["n", "m", "first_row", "first_col", "first_tile", "stride_query", "stride_key"]
+SIZES = ["n", "m", "first_row", "first_col", "first_tile"]
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["share_ptr", "dbias_ptr"])
@@ -95,21 +93,14 @@ def matched_gradient_kernel(
     x, y, g_ptr, scale_ptr, lift_ptr,  # [N, D], [M, D], [N, M], [], []
     row_ptr, column_ptr, stride_row, stride_column,  # [3, N], [3, M]: reference and weights
     share_ptr, dbias_ptr, first_tile,  # [tiles], [row blocks, M] or None
-    own_ptr, exclude_ptr, query_ptr, key_ptr, bias_ptr, stride_query, stride_key,
-    n, m, d, first_row, first_col, stride_g, strides,
+    relation, n, m, d, first_row, first_col, stride_g, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    COLUMNS: tl.constexpr, IDS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
+    COLUMNS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
 ):  # fmt: skip
     """G of one tile times the lift, its share of sum G x.y, and its column sums."""
-    row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
-    c = tl.load(scale_ptr).to(tl.float32) * LOG2E
-    acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
-    rows, cols = row0 + tl.arange(0, BLOCK_N), col0 + tl.arange(0, BLOCK_M)
-    row, col = first_row + tl.minimum(rows, n - 1), first_col + tl.minimum(cols, m - 1)
-    s, seen, positive = _logits(
-        acc, c, row, col, (rows < n)[:, None] & (cols < m)[None, :],
-        own_ptr, exclude_ptr, query_ptr, key_ptr, bias_ptr, stride_query, stride_key,
-        IDS, SAME_POSITIVE,
+    row0, col0, row, col, acc, s, seen, positive = _tile(
+        x, y, scale_ptr, relation, n, m, d, first_row, first_col, strides,
+        BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, SAME_POSITIVE,
     )  # fmt: skip
     p = exponential(s, tl.load(row_ptr + row)[:, None], positive)
     g = p * tl.load(row_ptr + stride_row + row)[:, None]
@@ -121,6 +112,7 @@ def matched_gradient_kernel(
     g = tl.where(seen, tl.where(positive, g + at_positive, g), 0.0)
     tl.store(share_ptr + first_tile + tl.program_id(0), tl.sum(g * acc) / tl.load(lift_ptr))
     if dbias_ptr is not None:
+        cols = col0 + tl.arange(0, BLOCK_M)
         tl.store(dbias_ptr + (row0 // BLOCK_N) * m + cols, tl.sum(g, 0), mask=cols < m)
     store_gradient(g, row0, col0, g_ptr, stride_g)
 
@@ -129,30 +121,27 @@ def matched_fwd(x: Tensor, y: Tensor, scale: Tensor, *given: Any) -> tuple[Tenso
     """Statistics of a matched strip, as in ops/contrastive.py: [4, N] and [4, M] or [4, 0].
 
     Given are own, exclude, query_ids, key_ids, key_bias, same_positive, columns."""
-    *pairs, columns = given
-    n, m, row = len(x), len(y), _row(x)
-    relation, options = _relation(*pairs)
+    own, exclude, *ids, bias, same_positive, columns = given
+    n, m, row = len(x), len(y), launch.choose("matched", x, y)
+    if not min(n, m):
+        return _nothing(x, n), _nothing(x, m if columns else 0)
     blocks_m = triton.cdiv(m, row.block_m)
-    wave = max(1, PARTIAL_BYTES // (16 * max(1, blocks_m * row.block_n + m))) * row.block_n
-    rows = [x.new_empty((4, 0), dtype=torch.float32)]
-    by_column = [_nothing(x, m if columns else 0)]
+    wave = max(1, PARTIAL_BYTES // (16 * (blocks_m * row.block_n + m))) * row.block_n
+    rows, by_column = [], []
     with torch.cuda.device_of(x):
-        for first in range(0, n if m else 0, wave):
+        for first in range(0, n, wave):
             part = x[first : first + wave]
             blocks_n = triton.cdiv(len(part), row.block_n)
             row_part = x.new_empty((4, blocks_m, len(part)), dtype=torch.float32)
             column_part = x.new_empty((4, blocks_n, m if columns else 0), dtype=torch.float32)
             features, tile = operands(part, y, row)
             matched_forward_kernel[(blocks_n * blocks_m,)](
-                *features[:2], scale, row_part, column_part, *relation,
+                *features[:2], scale, row_part, column_part, (own, exclude, id_rows(*ids), bias),
                 len(part), m, x.shape[1], first, (*x.stride(), *y.stride()),
-                COLUMNS=columns, **options, **tile,
+                COLUMNS=columns, SAME_POSITIVE=same_positive, **tile,
             )  # fmt: skip
             rows.append(_merged(row_part))
-            if columns:
-                by_column.append(_merged(column_part))
-    if not m:
-        rows.append(_nothing(x, n))
+            by_column.append(_merged(column_part))
     return torch.cat(rows, dim=1), _merged(torch.stack(by_column, dim=1))
 
 
@@ -161,16 +150,13 @@ def matched_bwd(x: Tensor, y: Tensor, scale: Tensor, *given: Any) -> tuple[Tenso
 
     Given are what ``matched_fwd`` takes but for ``columns``, then rows, columns (the statistics),
     row_weights and column_weights."""
-    *pairs, rows, columns, row_weights, column_weights = given
+    own, exclude, *ids, bias, same_positive = given[:6]
+    rows, columns, row_weights, column_weights = given[6:]
     dbias = x.new_zeros(len(y), dtype=torch.float32)
     if min(len(x), len(y)) == 0:
         zero = x.new_zeros((), dtype=torch.float32)
         return torch.zeros_like(x), torch.zeros_like(y), zero, dbias
-    if x.shape[1] == 0:  # the bias has a gradient all the same
-        found = matched_bwd(*(F.pad(t, (0, 1)) for t in (x, y)), scale, *given)
-        return torch.zeros_like(x), torch.zeros_like(y), *found[2:]
-    row = _row(x)
-    relation, options = _relation(*pairs)
+    row = launch.choose("matched", x, y)
     lift = torch.ones((), dtype=torch.float32, device=x.device)
     if x.dtype == torch.float16:  # weights are about 1/N: let G fill its range
         peak = sum(w.abs().amax(1).sum() for w in (row_weights, column_weights) if w.numel())
@@ -184,16 +170,16 @@ def matched_bwd(x: Tensor, y: Tensor, scale: Tensor, *given: Any) -> tuple[Tenso
         part_x, part_y = x[chunk.rows], y[chunk.cols]
         entries[chunk.rows].zero_()  # the positives are in G
         sums = None
-        if relation[4] is not None:  # the bias
+        if bias is not None:
             blocks = chunk.shape[0] // row.block_n
             sums = x.new_empty((blocks, len(part_y)), dtype=torch.float32)
         features, tile = operands(part_x, part_y, row)
         matched_gradient_kernel[(chunk.tiles,)](
             *features[:2], g, scale, lift, *sides, len(x), columns.shape[1],
-            shares, sums, chunk.first_tile, *relation,
+            shares, sums, chunk.first_tile, (own, exclude, id_rows(*ids), bias),
             len(part_x), len(part_y), x.shape[1], chunk.rows.start, chunk.cols.start,
             g.stride(0), (*x.stride(), *y.stride()),
-            COLUMNS=columns.shape[1] > 0, **options, **tile,
+            COLUMNS=columns.shape[1] > 0, SAME_POSITIVE=same_positive, **tile,
         )  # fmt: skip
         if sums is not None:
             dbias[chunk.cols] += sums.sum(dim=0)
@@ -203,24 +189,7 @@ def matched_bwd(x: Tensor, y: Tensor, scale: Tensor, *given: Any) -> tuple[Tenso
     return dx, dy, dscale, dbias / lift
 
 
-def _row(x: Tensor) -> launch.Launch:
-    """64 x 64 logits: the masks need registers that larger tiles do not leave."""
-    if launch.architecture(x.device) is None:
-        return launch.INTERPRETER
-    return launch.FLOAT_ANY if x.dtype == torch.float32 else launch.HALF_ANY["forward"]
-
-
-def _relation(own, exclude, query_ids, key_ids, bias, same_positive):
-    """-> what the kernels are told, and their constants."""
-    count = 0 if key_ids is None else len(key_ids)
-    strides = (0, 0) if key_ids is None else (query_ids.stride(0), key_ids.stride(0))
-    bias = None if bias is None else bias.float()
-    constants = {"IDS": count, "SAME_POSITIVE": same_positive}
-    return (own, exclude, query_ids, key_ids, bias, *strides), constants
-
-
 def _nothing(x: Tensor, count: int) -> Tensor:
-    """The statistics of no logits."""
     out = x.new_zeros((4, count), dtype=torch.float32)
     out[0] = -torch.inf
     return out

@@ -17,6 +17,7 @@ with t = m (soft targets: s_iy is a dot product with m_y) or t = C (hard labels:
 attention.py). Label -100 gives zeros, any other label outside [0, K) a NaN loss.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels import launch
-from protoclip.kernels.attention import attention_kernel, load_tile, products_tile, split_scale
+from protoclip.kernels.attention import attention_kernel, load_tile, split_scale
+from protoclip.kernels.tiles import operands, products
+from protoclip.kernels.waves import multiply
 
 LN2 = tl.constexpr(0.6931471805599453)
 FINISH = launch.Launch(32, 0, 64, warps=4, stages=1)
@@ -43,15 +46,14 @@ G_UNIT = 4096.0
 def finish_kernel(
     q_ptr, scale_ptr, target_ptr, labels_ptr,  # [N, D], [], [K, D], [N]
     max_ptr, sum_ptr, best_ptr, expected_ptr,  # [slices, N]
-    positive_ptr, acc_ptr,  # [N], [slices, N, D]; with one slice acc may be the gradient
+    positive_ptr, acc_ptr,  # [N], [slices, N, D]; joined, acc may be the gradient
     loss_ptr, gradient_ptr, nearest_ptr, row_max_ptr, row_sum_ptr, dscale_ptr,  # [N], [N, D], ...
     n, d, slices, k_count,
     stride_q_n, stride_q_d, stride_t_k, stride_t_d,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HARD: tl.constexpr,
-    STATISTICS: tl.constexpr, GRADIENT: tl.constexpr,
-    BEST: tl.constexpr, EXPECT: tl.constexpr, DSCALE: tl.constexpr,
+    BEST: tl.constexpr, EXPECT: tl.constexpr, GRADIENT: tl.constexpr, JOINED: tl.constexpr,
 ):  # fmt: skip
-    """Join the slices of a tile of rows."""
+    """Join the slices of a tile of rows; where JOINED acc is [N, D] and joined already."""
     sign, step = split_scale(scale_ptr)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     used = rows < n
@@ -70,55 +72,50 @@ def finish_kernel(
         part = tl.cast(j, tl.int64) * n + rows
         factor = tl.exp2((tl.load(max_ptr + part, mask=used, other=0.0) - row_max) * step)
         row_sum += tl.load(sum_ptr + part, mask=used, other=1.0) * factor
-        if STATISTICS and EXPECT:
+        if EXPECT:
             expected += tl.load(expected_ptr + part, mask=used, other=0.0) * factor
     if BEST:
         tl.store(nearest_ptr + rows, best, mask=used)
-    if STATISTICS:
-        tl.store(row_max_ptr + rows, row_max, mask=used)
-        tl.store(row_sum_ptr + rows, row_sum, mask=used)
+    tl.store(row_max_ptr + rows, row_max, mask=used)
+    tl.store(row_sum_ptr + rows, row_sum, mask=used)
     label = tl.load(labels_ptr + rows, mask=used, other=-100)
     known = (label >= 0) & (label < k_count)
-    dscale = tl.zeros([BLOCK_N], tl.float32)
-    if STATISTICS:
-        if HARD:
-            positive = tl.load(positive_ptr + rows, mask=used, other=0.0)
-        else:
-            positive = tl.zeros([BLOCK_N], tl.float32)
-            for start in range(0, d, BLOCK_D):
-                columns = start + tl.arange(0, BLOCK_D)
-                q = load_tile(q_ptr, rows, used, columns, d, stride_q_n, stride_q_d, False)
-                m = load_tile(target_ptr, label, known, columns, d, stride_t_k, stride_t_d, False)
-                positive += tl.sum(q.to(tl.float32) * m.to(tl.float32), 1)
-            positive *= sign
-        loss = LN2 * (tl.log2(row_sum) + step * (row_max - positive))
-        absent = tl.where(label == -100, 0.0, float("nan"))
-        tl.store(loss_ptr + rows, tl.where(known, loss, absent), mask=used)
-        if EXPECT:
-            dscale = tl.where(known, sign * (expected / row_sum - positive), 0.0)
+    if HARD:
+        positive = tl.load(positive_ptr + rows, mask=used, other=0.0)
+    else:
+        positive = tl.zeros([BLOCK_N], tl.float32)
+        for start in range(0, d, BLOCK_D):
+            columns = start + tl.arange(0, BLOCK_D)
+            q = load_tile(q_ptr, rows, used, columns, d, stride_q_n, stride_q_d, False)
+            m = load_tile(target_ptr, label, known, columns, d, stride_t_k, stride_t_d, False)
+            positive += tl.sum(q.to(tl.float32) * m.to(tl.float32), 1)
+        positive *= sign
+    loss = LN2 * (tl.log2(row_sum) + step * (row_max - positive))
+    absent = tl.where(label == -100, 0.0, float("nan"))
+    tl.store(loss_ptr + rows, tl.where(known, loss, absent), mask=used)
     if GRADIENT:
-        product = tl.zeros([BLOCK_N], tl.float32)
+        dscale = tl.zeros([BLOCK_N], tl.float32)
         for start in range(0, d, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
             mask = used[:, None] & (columns < d)[None, :]
             acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-            for j in range(slices):
+            for j in range(1 if JOINED else slices):
                 part = tl.cast(j, tl.int64) * n + rows
-                factor = tl.exp2((tl.load(max_ptr + part, mask=used, other=0.0) - row_max) * step)
-                pointers = acc_ptr + part[:, None] * d + columns[None, :]
-                acc += tl.load(pointers, mask=mask, other=0.0) * factor[:, None]
+                more = tl.load(acc_ptr + part[:, None] * d + columns[None, :], mask=mask, other=0.0)
+                if not JOINED:
+                    part_max = tl.load(max_ptr + part, mask=used, other=0.0)
+                    more *= tl.exp2((part_max - row_max) * step)[:, None]
+                acc += more
             acc /= row_sum[:, None]
             t = load_tile(target_ptr, label, known, columns, d, stride_t_k, stride_t_d, False)
             acc = tl.where(known[:, None], acc - t.to(tl.float32), 0.0)
             q = load_tile(q_ptr, rows, used, columns, d, stride_q_n, stride_q_d, False)
-            product += tl.sum(q.to(tl.float32) * acc, 1)
+            dscale += tl.sum(q.to(tl.float32) * acc, 1)
             tl.store(gradient_ptr + rows[:, None] * d + columns[None, :], acc, mask=mask)
-        dscale = tl.where(sign == 0, product, dscale) if EXPECT else product
-    if DSCALE:
-        if STATISTICS or not EXPECT:
-            tl.store(dscale_ptr + rows, dscale, mask=used)
-        else:
-            tl.store(dscale_ptr + rows, dscale, mask=rows < tl.where(sign == 0, n, 0))
+        if EXPECT:
+            difference = tl.where(known, sign * (expected / row_sum - positive), 0.0)
+            dscale = tl.where(sign == 0, dscale, difference)
+        tl.store(dscale_ptr + rows, dscale, mask=used)
 
 
 @triton.jit(
@@ -129,41 +126,29 @@ def weights_kernel(
     q_ptr, scale_ptr, k_ptr,  # [N, D], [], [K, D]
     labels_ptr, max_ptr, sum_ptr, weight_ptr,  # [N]
     out_ptr,  # [N, K], contiguous
-    n, k_count, d, first_key,
-    stride_q_n, stride_q_d, stride_k_n, stride_k_d,
-    UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    GRADIENT: tl.constexpr, HARD: tl.constexpr,
+    n, k_count, d, first_key, strides,
+    UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr, GRADIENT: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles, key tiles): W, or UNIT * G where GRADIENT. first_key: of this wave."""
-    first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
-    first_column = tl.program_id(1).to(tl.int64) * BLOCK_K
-    i = tl.arange(0, BLOCK_N)
-    j = tl.arange(0, BLOCK_K)
-    rows = first_row + i
+    row0, col0 = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M
+    rows, cols = row0 + tl.arange(0, BLOCK_N), col0 + tl.arange(0, BLOCK_M)
     used = rows < n
-    k_used = j < k_count - first_column
-    q_ptr += first_row * stride_q_n
-    columns = tl.arange(0, BLOCK_D)
-    q = load_tile(q_ptr, i, used, columns, d, stride_q_n, stride_q_d, False)
     sign, step = split_scale(scale_ptr)
-    s, _ = products_tile(
-        q, q_ptr, i, used, stride_q_n, stride_q_d,
-        k_ptr + first_column * stride_k_n, j, k_used, stride_k_n, stride_k_d,
-        d, BLOCK_D, False, False, True,
-    )  # fmt: skip
-    s *= sign
-    s = tl.where(k_used[None, :], s, -float("inf"))
+    s = sign * products(
+        q_ptr, k_ptr, row0, col0, n, k_count, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D
+    )
     w = tl.exp2((s - tl.load(max_ptr + rows, mask=used, other=0.0)[:, None]) * step)
     if GRADIENT:
         label = tl.load(labels_ptr + rows, mask=used, other=-100)
         w = w / tl.load(sum_ptr + rows, mask=used, other=1.0)[:, None]
         if HARD:
-            keys = first_key + first_column + j
-            w = tl.where(label[:, None] == keys[None, :], w - 1.0, w)
+            w = tl.where(label[:, None] == (first_key + cols)[None, :], w - 1.0, w)
         weight = tl.load(weight_ptr + rows, mask=used, other=0.0)
         w = tl.where((label >= 0)[:, None], w * (weight * UNIT)[:, None], 0.0)
-    pointers = out_ptr + rows[:, None] * k_count + (first_column + j)[None, :]
-    tl.store(pointers, w.to(out_ptr.dtype.element_ty), mask=used[:, None] & k_used[None, :])
+    pointers = out_ptr + rows.to(tl.int64)[:, None] * k_count + cols[None, :]
+    mask = used[:, None] & (cols < k_count)[None, :]
+    tl.store(pointers, w.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def attend(
@@ -175,46 +160,38 @@ def attend(
     best, expected [slices, N] (the last two empty where not asked for), positive [N], the label's
     product where labels are hard, and acc [slices, N, D] (empty without values)."""
     (n, d), k = q.shape, len(keys)
-    if values:
-        tile = launch.attention_row(q.device, d, best and expect)
-    else:
-        tile = launch.chunked_row(q.device, q.dtype)
+    tile = launch.prototype_row(q, full=best and expect, values=values)
     row_tiles = triton.cdiv(n, tile.block_n)
     # A tail of its own costs registers, which only Hopper's one-pass rows have to spare.
     peel = values and launch.architecture(q.device) in (None, 90)
-    slots = launch.cores(q.device) * tile.ctas_per_sm
-    slices = key_slices(row_tiles, triton.cdiv(k, tile.block_m), slots)
+    cores = 8  # the interpreter's, so that keys are cut into slices
+    if q.is_cuda:
+        cores = torch.cuda.get_device_properties(q.device).multi_processor_count
+    slices = key_slices(row_tiles, triton.cdiv(k, tile.block_m), cores * tile.ctas_per_sm)
     row = q.new_empty((slices, n), dtype=torch.float32)
     nearest = row.new_empty((slices, n if best else 0), dtype=torch.int64)
     expected = row.new_empty((slices, n if expect else 0))
     acc = row.new_empty((slices, n, d if values else 0))
     parts = row, torch.empty_like(row), nearest, expected, row.new_empty(n), acc
+    _, options = operands(q, keys, tile)
     with torch.cuda.device_of(q):
         attention_kernel[(row_tiles, slices)](
-            q, scale, keys, labels, *parts, n, k, d, slices, *q.stride(), *keys.stride(),
-            BLOCK_N=tile.block_n, BLOCK_K=tile.block_m, BLOCK_D=tile.block_d,
-            WHOLE_D=values, EVEN_D=values and d == tile.block_d, VALUES=values,
-            BEST=best, EXPECT=expect, HARD=hard, PEEL=int(peel), **tile.options,
+            q, scale, keys, labels, *parts, n, k, d, slices, (*q.stride(), *keys.stride()),
+            VALUES=values, BEST=best, EXPECT=expect, HARD=hard, PEEL=int(peel), **options,
         )  # fmt: skip
     return parts
 
 
-def finish(
-    q, scale, targets, labels, parts, out, *, hard=False, statistics=False, gradient=False
-) -> None:
-    """Join the parts into ``out`` = (loss, gradient, nearest, row_max, row_sum, dscale).
-
-    Written are: with ``statistics`` all but the gradient, with ``gradient`` the gradient (at scale
-    0 dscale too); dscale only where there is one."""
+def finish(q, scale, targets, labels, parts, out, *, hard, gradient=False, joined=False) -> None:
+    """Join the parts into ``out`` = (loss, gradient, nearest, row_max, row_sum, dscale), where acc
+    may be ``joined`` already; the gradient and dscale with ``gradient`` only."""
     (slices, n), best, expected = parts[0].shape, *parts[2:4]
     with torch.cuda.device_of(q):
         finish_kernel[(triton.cdiv(n, FINISH.block_n),)](
             q, scale, targets, labels, *parts, *out,
             n, targets.shape[1], slices, len(targets), *q.stride(), *targets.stride(),
-            BLOCK_N=FINISH.block_n, BLOCK_D=FINISH.block_d, HARD=hard,
-            STATISTICS=statistics, GRADIENT=gradient,
-            BEST=statistics and best.numel() > 0, EXPECT=expected.numel() > 0,
-            DSCALE=out[5].numel() > 0, **FINISH.options,
+            BLOCK_N=FINISH.block_n, BLOCK_D=FINISH.block_d, HARD=hard, BEST=best.numel() > 0,
+            EXPECT=expected.numel() > 0, GRADIENT=gradient, JOINED=joined, **FINISH.options,
         )  # fmt: skip
 
 
@@ -224,17 +201,9 @@ def key_slices(row_tiles: int, key_tiles: int, cores: int) -> int:
     A slice has at least four tiles of keys; the first count whose last wave is nearly full wins.
     """
     longest = max(1, min(key_tiles // 4, max(8, cores // max(1, row_tiles))))
-    programs = {slices: row_tiles * slices for slices in range(1, longest + 1)}
-    fullness = {slices: p / (-(-p // cores) * cores) for slices, p in programs.items()}
+    waves = {slices: row_tiles * slices / cores for slices in range(1, longest + 1)}
+    fullness = {slices: count / math.ceil(count) for slices, count in waves.items()}
     return next((c for c in fullness if fullness[c] >= 0.85), max(fullness, key=fullness.get))
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] @ b [K, D] -> fp32 [M, D]; fp32 operands as ``torch.backends.cuda.matmul`` says."""
-    with torch.autocast(a.device.type, enabled=False):
-        if a.is_cuda and a.dtype != torch.float32:
-            return torch.mm(a, b, out_dtype=torch.float32)
-        return a.float() @ b.float()  # the CPU, under the interpreter, has no mixed form
 
 
 def weights(q, keys, scale, row_max, *, first_key=0, gradient=None) -> Tensor:
@@ -242,21 +211,20 @@ def weights(q, keys, scale, row_max, *, first_key=0, gradient=None) -> Tensor:
     (n, d), k = q.shape, len(keys)
     out = q.new_empty((n, k))
     labels, row_sum, weight, hard = gradient or (row_max, row_max, row_max, False)
-    tile = launch.chunked_row(q.device, q.dtype)
+    row = launch.prototype_row(q)
+    _, options = operands(q, keys, row)
     with torch.cuda.device_of(q):
-        weights_kernel[(triton.cdiv(n, tile.block_n), triton.cdiv(k, tile.block_m))](
+        weights_kernel[(triton.cdiv(n, row.block_n), triton.cdiv(k, row.block_m))](
             q, scale, keys, labels, row_max, row_sum, weight, out, n, k, d, first_key,
-            *q.stride(), *keys.stride(),
-            UNIT=G_UNIT, BLOCK_N=tile.block_n, BLOCK_K=tile.block_m, BLOCK_D=tile.block_d,
-            GRADIENT=gradient is not None, HARD=hard, **tile.options,
+            (*q.stride(), *keys.stride()),
+            UNIT=G_UNIT, GRADIENT=gradient is not None, HARD=hard, **options,
         )  # fmt: skip
     return out
 
 
 def _wave(other: int, itemsize: int) -> int:
     """Rows (or keys) of a wave whose other side is given: at least 16."""
-    fit = SCRATCH_BYTES // (max(1, other) * itemsize)
-    return max(16, fit // 128 * 128 or fit)
+    return max(16, SCRATCH_BYTES // (max(1, other) * itemsize) // 16 * 16)
 
 
 def weighted_values(q, keys, values, scale, row_max, out: Tensor) -> None:
@@ -264,13 +232,7 @@ def weighted_values(q, keys, values, scale, row_max, out: Tensor) -> None:
     rows = _wave(len(keys), q.element_size())
     for a in range(0, len(q), rows):
         part = slice(a, a + rows)
-        out[part] = product(weights(q[part], keys, scale, row_max[part]), values)
-
-
-def addressable(x: Tensor) -> Tensor:
-    """x, copied where an offset inside a tile (up to 256 rows) would pass int32."""
-    reach = 256 * x.stride(0) + x.shape[1] * x.stride(1)
-    return x if reach < 2**31 else x.contiguous()
+        multiply(weights(q[part], keys, scale, row_max[part]), values, out[part])
 
 
 def prototype_ce_fwd_banks(
@@ -292,19 +254,17 @@ def prototype_ce_fwd_banks(
     one_pass = need_grad and h.dtype != torch.float32 and d <= launch.WIDEST_ATTENTION
     # fp32 weights are not rounded, so the gradient gives that of the scale.
     expect = need_grad and need_dscale and h.dtype != torch.float32
-    h = addressable(h)
+    h = h.contiguous()
     for b, (c, m, y) in enumerate(zip(prototypes, targets, labels, strict=True)):
-        hard, c = len(m) == 0, addressable(c)
-        y, t = y.contiguous(), c if hard else addressable(m)
+        hard, c, y = len(m) == 0, c.contiguous(), y.contiguous()
+        t = c if hard else m
         found = tuple(part[b] for part in out)
         parts = attend(h, c, y, scale, values=one_pass, hard=hard, best=need_nearest, expect=expect)
-        finish(h, scale, t, y, parts, found, hard=hard, statistics=True, gradient=one_pass)
+        finish(h, scale, t, y, parts, found, hard=hard, gradient=one_pass)
         if need_grad and not one_pass:
             weighted_values(h, c, c, scale, row_max[b], gradient[b])
-            expected = dscale[b][None] if expect else dscale[:0]
-            statistics = row_max[b][None], row_sum[b][None]
-            joined = *statistics, nearest[b], expected, loss[b], gradient[b][None]
-            finish(h, scale, t, y, joined, found, gradient=True)
+            joined = *parts[:5], gradient[b]
+            finish(h, scale, t, y, joined, found, hard=hard, gradient=True, joined=True)
     return out
 
 
@@ -316,7 +276,6 @@ def prototype_ce_bwd_prototypes(
     out = torch.zeros_like(prototypes, memory_format=torch.contiguous_format)
     if not len(h) or not out.numel():
         return out
-    h, prototypes = addressable(h), addressable(prototypes)
     scale = scale.reshape(()).float()
     largest = weight.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     weight, factor = (weight / largest).contiguous(), scale * largest / G_UNIT
@@ -326,7 +285,7 @@ def prototype_ce_bwd_prototypes(
     for first in range(0, len(prototypes), columns):
         part = slice(first, first + columns)
         g = weights(h, prototypes[part], scale, row_max, first_key=first, gradient=gradient)
-        out[part] = factor * product(g.T, h)
+        out[part] = factor * multiply(g.T, h)
     return out
 
 
@@ -340,7 +299,7 @@ def soft_targets(source_centroids: Tensor, prototypes: Tensor, temperature: floa
     out = prototypes.new_empty((k, d), dtype=torch.float32)
     if not out.numel():
         return out
-    source, values = (addressable(t.float()) for t in (source_centroids, prototypes))
+    source, values = (t.float().contiguous() for t in (source_centroids, prototypes))
     scale = torch.full((), 1 / temperature, dtype=torch.float32, device=out.device)
     labels = torch.empty(0, dtype=torch.int64, device=out.device)  # there are none
     tops, sums, *_ = attend(source, source, labels, scale)

@@ -20,6 +20,7 @@ from torch import Tensor
 from protoclip.kernels import launch, waves
 from protoclip.kernels.tiles import (
     LOG2E,
+    id_rows,
     is_general,
     operands,
     products,
@@ -53,18 +54,17 @@ def _costs(z, positive, seen):
 
 
 @triton.jit(
-    do_not_specialize=["n", "m", "offset", "tiles", "first_tile", "stride_query", "stride_key"],
-    do_not_specialize_on_alignment=["entry_ptr", "query_ptr", "key_ptr"],
+    do_not_specialize=["n", "m", "offset", "tiles", "first_tile"],
+    do_not_specialize_on_alignment=["entry_ptr", "ids"],
 )
 def sigmoid_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for strips
     scale_ptr, bias_ptr,  # [], []
     entry_ptr, share_ptr, tiles, first_tile,  # [N], [3, tiles]: dscale, loss, dbias
-    n, m, d, offset, stride_g, strides,
-    query_ptr, key_ptr, stride_query, stride_key,  # [IDS, N], [IDS, M]
+    n, m, d, offset, stride_g, strides, ids,  # [N] and [M] for each column of ids, or None
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     STRIP: tl.constexpr, GRADIENTS: tl.constexpr, LIFTED: tl.constexpr,
-    IDS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
+    SAME_POSITIVE: tl.constexpr,
 ):  # fmt: skip
     """Loss and, with GRADIENTS, lifted G and entries of one tile."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
@@ -72,12 +72,9 @@ def sigmoid_kernel(
     rows = row0 + tl.arange(0, BLOCK_N)
     if not is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M):
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
-        if IDS > 0:
-            positive, seen = with_ids(
-                tl.zeros(acc.shape, tl.int1), tl.full(acc.shape, True, tl.int1),
-                query_ptr, key_ptr, rows, col0 + tl.arange(0, BLOCK_M),
-                stride_query, stride_key, IDS, SAME_POSITIVE,
-            )  # fmt: skip
+        if ids is not None:
+            none, cols = tl.zeros(acc.shape, tl.int1), col0 + tl.arange(0, BLOCK_M)
+            positive, seen = with_ids(none, none == 0, ids, rows, cols, SAME_POSITIVE)
             pair_loss, p = _costs(acc * scale + bias, positive, seen)
         else:
             pair_loss, p = _softplus_sigmoid(acc * scale + bias)
@@ -92,11 +89,9 @@ def sigmoid_kernel(
                 x_ptr, y_ptr, row0, col0 + strip, n, m, d, strides, BLOCK_N, STRIP, BLOCK_D, EVEN_D
             )
             own = cols[None, :] == rows[:, None] + offset
-            positive, seen = with_ids(
-                own, (rows[:, None] < n) & (cols[None, :] < m),
-                query_ptr, key_ptr, tl.minimum(rows, n - 1), tl.minimum(cols, m - 1),
-                stride_query, stride_key, IDS, SAME_POSITIVE,
-            )  # fmt: skip
+            inside = (rows[:, None] < n) & (cols[None, :] < m)
+            row, col = tl.minimum(rows, n - 1), tl.minimum(cols, m - 1)
+            positive, seen = with_ids(own, inside, ids, row, col, SAME_POSITIVE)
             pair_loss, p = _costs(acc * scale + bias, positive, seen)
             loss += tl.sum(pair_loss)
             dscale += tl.sum(p * acc)
@@ -128,16 +123,13 @@ def sigmoid_loss(
     def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
         features, options = operands(part_x, part_y, row, g if keep else None)
-        ids, columns = (None, None, 0, 0), 0
-        if query_ids is not None and key_ids is not None:
-            ids = query_ids[:, chunk.rows], key_ids[:, chunk.cols]
-            ids, columns = (*ids, query_ids.stride(0), key_ids.stride(0)), len(key_ids)
+        ids = id_rows(query_ids, key_ids, chunk.rows, chunk.cols)
         sigmoid_kernel[(chunk.tiles,)](
             *features, scale, bias,
             entries[chunk.rows], shares, tiles, chunk.first_tile,
             len(part_x), len(part_y), x.shape[1], offset + chunk.rows.start - chunk.cols.start,
-            g.stride(0), (*x.stride(), *y.stride()), *ids, GRADIENTS=keep, LIFTED=lift,
-            IDS=columns, SAME_POSITIVE=same_positive, STRIP=row.strip, **options,
+            g.stride(0), (*x.stride(), *y.stride()), ids, GRADIENTS=keep, LIFTED=lift,
+            SAME_POSITIVE=same_positive, STRIP=row.strip, **options,
         )  # fmt: skip
 
     if keep:

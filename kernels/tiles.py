@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from protoclip.kernels.launch import INTERPRETED, Launch, aligned
 
+ALL = slice(None)
 LOG2E = tl.constexpr(1.4426950408889634)
 SPREAD = tl.constexpr(64.0)  # of the 126 binary orders that fp32 has below 1
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 bit patterns as integers
@@ -52,55 +53,67 @@ def dot(a, b, acc=None):
 
 
 @triton.jit
+def products_at(
+    x, y, rows, cols, d, strides, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr
+):  # fmt: skip
+    """-> the products of rows of x and rows of y, both int64 and within their matrix."""
+    stride_x_n, stride_x_d, stride_y_m, stride_y_d = strides
+    acc = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
+    depth = tl.arange(0, BLOCK_D)
+    x_ptrs = x + rows[:, None] * stride_x_n + depth[None, :].to(tl.int64) * stride_x_d
+    y_ptrs = y + cols[None, :] * stride_y_m + depth[:, None].to(tl.int64) * stride_y_d
+    for k in range(0, d, BLOCK_D):
+        if EVEN_D:
+            a, b = tl.load(x_ptrs), tl.load(y_ptrs)
+        else:
+            a = tl.load(x_ptrs, mask=depth[None, :] < d - k, other=0.0)
+            b = tl.load(y_ptrs, mask=depth[:, None] < d - k, other=0.0)
+        acc = dot(a, b, acc)
+        x_ptrs += tl.cast(stride_x_d, tl.int64) * BLOCK_D
+        y_ptrs += tl.cast(stride_y_d, tl.int64) * BLOCK_D
+    return acc
+
+
+@triton.jit
 def products(
     x, y, row0, col0, n, m, d, strides,  # strides: of x, then of y
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
     """-> x y^T of one tile, fp32 [BLOCK_N, BLOCK_M]; values past n or m are arbitrary."""
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if isinstance(x, tl.tensor_descriptor):
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for k in range(0, d, BLOCK_D):
             acc = dot(x.load([row0, k]), y.load([col0, k]).T, acc)
+        return acc
     else:
-        stride_x_n, stride_x_d, stride_y_m, stride_y_d = strides
         # Rows past the end read the last row again: no mask, and the caller masks the logits.
         rows = tl.minimum(row0 + tl.arange(0, BLOCK_N), n - 1).to(tl.int64)
         cols = tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1).to(tl.int64)
-        depth = tl.arange(0, BLOCK_D)
-        x_ptrs = x + rows[:, None] * stride_x_n + depth[None, :].to(tl.int64) * stride_x_d
-        y_ptrs = y + cols[None, :] * stride_y_m + depth[:, None].to(tl.int64) * stride_y_d
-        for k in range(0, d, BLOCK_D):
-            if EVEN_D:
-                a, b = tl.load(x_ptrs), tl.load(y_ptrs)
-            else:
-                a = tl.load(x_ptrs, mask=depth[None, :] < d - k, other=0.0)
-                b = tl.load(y_ptrs, mask=depth[:, None] < d - k, other=0.0)
-            acc = dot(a, b, acc)
-            x_ptrs += tl.cast(stride_x_d, tl.int64) * BLOCK_D
-            y_ptrs += tl.cast(stride_y_d, tl.int64) * BLOCK_D
-    return acc
+        return products_at(x, y, rows, cols, d, strides, BLOCK_D, EVEN_D)
 
 
 @triton.jit
-def with_ids(
-    positive, seen, query_ptr, key_ptr, row, col, stride_query, stride_key,
-    IDS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
-):  # fmt: skip
-    """-> the positives and the pairs seen of a tile where pairs with an equal id, in one of IDS
-    columns, are positives too, or else are not seen unless they are positives."""
-    if IDS > 0:
-        same = tl.load(query_ptr + row)[:, None] == tl.load(key_ptr + col)[None, :]
-        if IDS > 1:
-            query, key = (
-                tl.load(query_ptr + stride_query + row),
-                tl.load(key_ptr + stride_key + col),
-            )
-            same = same | (query[:, None] == key[None, :])
-        if SAME_POSITIVE:
-            positive = positive | same
-        else:
-            seen = seen & (positive | (same == 0))
+def with_ids(positive, seen, ids, row, col, SAME_POSITIVE: tl.constexpr):
+    """-> the positives and the pairs seen of a tile where pairs with an equal id are positives too,
+    or else are not seen unless they are positives. ids: as ``id_rows`` gives them."""
+    if ids is not None:
+        for i in tl.static_range(0, len(ids), 2):
+            same = tl.load(ids[i] + row)[:, None] == tl.load(ids[i + 1] + col)[None, :]
+            if SAME_POSITIVE:
+                positive = positive | same
+            else:
+                seen = seen & (positive | (same == 0))
     return positive, seen
+
+
+def id_rows(
+    query_ids: Tensor | None, key_ids: Tensor | None, rows: slice = ALL, cols: slice = ALL
+) -> tuple[Tensor, ...] | None:
+    """[R, N], [R, M] -> [N] and [M] of some rows and columns for each of the R, or None."""
+    if query_ids is None or key_ids is None:
+        return None
+    pairs = zip(query_ids[:, rows], key_ids[:, cols], strict=True)
+    return tuple(t for pair in pairs for t in pair)
 
 
 def operands(
@@ -112,18 +125,12 @@ def operands(
         "BLOCK_N": launch.block_n,
         "BLOCK_M": launch.block_m,
         "BLOCK_D": launch.block_d,
-        "EVEN_D": x.shape[1] % launch.block_d == 0,
+        "EVEN_D": x.shape[1] > 0 and x.shape[1] % launch.block_d == 0,
     }
     if not (launch.descriptors and aligned(x) and aligned(y)):
         return (x, y, x, y, g, g), options
-    widths = (x, launch.block_n, launch.block_d), (y, launch.block_m, launch.block_d)
-    tiles = [TensorDescriptor.from_tensor(t, block) for t, *block in widths]
-    if g is None:
-        return (*tiles, x, y, None, None), options
-    return (
-        *tiles,
-        x,
-        y,
-        TensorDescriptor.from_tensor(g, [launch.block_n, launch.block_m]),
-        g,
-    ), options
+    described = TensorDescriptor.from_tensor
+    x_tile = described(x, [launch.block_n, launch.block_d])
+    y_tile = described(y, [launch.block_m, launch.block_d])
+    g_tile = None if g is None else described(g, [launch.block_n, launch.block_m])
+    return (x_tile, y_tile, x, y, g_tile, g), options

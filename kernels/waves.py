@@ -6,8 +6,7 @@ with fp32 output consume it. The entry e of a positive pair is the difference of
 numbers where the loss is small, so it stays out of G, is kept in fp32 and added at the end:
 rounding the others costs less than the last rounding of dx. Chunks are as square as they can be:
 each product then has thousands of output rows, enough tiles to fill a card, and 512-deep features
-read G about as long as they multiply it. Adding tiles to dy with atomics instead would be bound by
-memory traffic.
+read G about as long as they multiply it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch import Tensor
 from protoclip.kernels.launch import Launch
 
 SCRATCH_BYTES = 128 << 20
-SIDE = 8192  # rows of a chunk where there are more columns than this
+SIDE = 8192  # rows of a chunk of that size, more where there are fewer columns
 FINISH = Launch(16, 0, 128, warps=4, stages=1)
 
 
@@ -44,12 +43,9 @@ def chunks(x: Tensor, y: Tensor, launch: Launch, *, bounded: bool = True) -> lis
     n, m, block_n, block_m = len(x), len(y), launch.block_n, launch.block_m
     rows, cols = triton.cdiv(n, block_n), triton.cdiv(m, block_m)  # in tiles
     if bounded:
-        budget = SCRATCH_BYTES // x.element_size() // (block_n * block_m)
-        if m <= SIDE:
-            rows = min(rows, max(1, budget // max(1, cols)))
-        else:
-            rows = min(rows, max(1, SIDE // block_n))
-            cols = min(cols, max(1, budget // max(1, rows)))
+        budget = SCRATCH_BYTES // x.element_size() // (block_n * block_m)  # tiles
+        cols = min(cols, max(1, budget * block_n // SIDE))
+        rows = min(rows, max(1, budget // max(1, cols)))
     found, tile = [], 0
     for i in range(0, n, max(1, rows) * block_n):
         for j in range(0, m, max(1, cols) * block_m):
@@ -99,22 +95,21 @@ def products(
     entries, total = torch.empty(n, **wide), torch.empty((), **wide)
     scratch = x.new_empty(max(c.shape[0] * c.shape[1] for c in plan))
     sum_x, sum_y = torch.empty((plan[0].rows.stop, d), **wide), torch.empty((m, d), **wide)
-    # Where a caller runs the backward pass under autocast, fp32 products must stay fp32.
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+    with torch.cuda.device_of(x):
         for chunk in plan:
             rows, cols = chunk.rows, chunk.cols
             height, width = rows.stop - rows.start, cols.stop - cols.start
             g = scratch[: chunk.shape[0] * chunk.shape[1]].view(chunk.shape)
             fill(chunk, g, entries)
             g = g[:height, :width]
-            _multiply(sum_x[:height], g, y[cols], accumulate=cols.start > 0)
-            _multiply(sum_y[cols], g.T, x[rows], accumulate=rows.start > 0)
+            multiply(g, y[cols], sum_x[:height], accumulate=cols.start > 0)
+            multiply(g.T, x[rows], sum_y[cols], accumulate=rows.start > 0)
             if cols.stop < m:
                 continue
             programs = triton.cdiv(height, FINISH.block_n)
             if rows.stop == n:  # dy and the total too
                 programs += triton.cdiv(m, FINISH.block_n) + 1
-            finish_kernel[(programs, triton.cdiv(d, FINISH.block_d))](
+            finish_kernel[(programs, max(1, triton.cdiv(d, FINISH.block_d)))](
                 sum_x, dx[rows], height, sum_y, dy, m,
                 x, y, factor, entries, shares, len(shares), total,
                 n, d, rows.start, offset, *x.stride(), *y.stride(),
@@ -123,13 +118,15 @@ def products(
     return dx, dy, total
 
 
-def _multiply(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
-    """out (+)= a b, fp32 out of any operands."""
-    beta = int(accumulate)
-    if out.dtype == a.dtype or not a.is_cuda:  # the CPU, under the interpreter, has no mixed form
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
-    else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+def multiply(a: Tensor, b: Tensor, out: Tensor | None = None, *, accumulate=False) -> Tensor:
+    """out (+)= a b, fp32; fp32 operands as ``torch.backends.cuda.matmul`` says."""
+    if out is None:
+        out = torch.empty((a.shape[0], b.shape[1]), dtype=torch.float32, device=a.device)
+    # Where a caller runs the backward pass under autocast, fp32 products must stay fp32.
+    with torch.autocast(a.device.type, enabled=False):
+        if out.dtype == a.dtype or not a.is_cuda:  # the CPU has no mixed form
+            return torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(accumulate), out=out)
+        return torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(accumulate), out=out)
 
 
 @triton.jit

@@ -8,7 +8,6 @@
 #pragma once
 
 #include <setjmp.h>
-#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -87,7 +86,7 @@ struct State {
   uint64_t progress = 0;
   jmp_buf scheduler;
   std::function<void()> body;
-  unsigned char* shared = nullptr;
+  alignas(128) unsigned char shared[kSharedBytes];
 };
 inline State state;
 
@@ -113,9 +112,7 @@ __attribute__((noinline)) inline void resume(int index) {
   if (t.started) _longjmp(t.resume, 1);
   t.started = true;
   getcontext(&t.start);
-  t.start.uc_stack.ss_sp =
-      mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (t.start.uc_stack.ss_sp == MAP_FAILED) fail("no memory for a thread's stack");
+  t.start.uc_stack.ss_sp = std::malloc(kStackBytes);
   t.start.uc_stack.ss_size = kStackBytes;
   t.start.uc_link = nullptr;
   makecontext(&t.start, thread_main, 0);
@@ -172,13 +169,16 @@ T exchange(T value, int argument, F rule) {  // rule(all lanes, lane) -> result
   return mine.result;
 }
 
+template <typename To, typename From>
+To bits_as(From x) {
+  To y;
+  std::memcpy(&y, &x, sizeof(To));
+  return y;
+}
+
 // fp32 by dropping the fraction's last 29 bits.
 inline double cut_to_float(double x) {
-  uint64_t bits;
-  std::memcpy(&bits, &x, 8);
-  bits &= ~((uint64_t{1} << 29) - 1) | (x != x ? ~uint64_t{0} : 0);
-  std::memcpy(&x, &bits, 8);
-  return x;
+  return x != x ? x : bits_as<double>(bits_as<uint64_t>(x) & ~((uint64_t{1} << 29) - 1));
 }
 
 }  // namespace emulation
@@ -212,16 +212,8 @@ struct __nv_bfloat16 {
 struct __half {
   uint16_t bits;
 };
-inline float __uint_as_float(unsigned x) {
-  float y;
-  std::memcpy(&y, &x, 4);
-  return y;
-}
-inline unsigned __float_as_uint(float x) {
-  unsigned y;
-  std::memcpy(&y, &x, 4);
-  return y;
-}
+inline float __uint_as_float(unsigned x) { return emulation::bits_as<float>(x); }
+inline unsigned __float_as_uint(float x) { return emulation::bits_as<unsigned>(x); }
 inline float __bfloat162float(__nv_bfloat16 x) {
   return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
 }
@@ -231,11 +223,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   return {static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16)};
 }
 inline float __half2float(__half x) {
-  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
-  float y = exponent == 31  ? (fraction ? NAN : INFINITY)
-            : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                            : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
-  return x.bits & 0x8000 ? -y : y;
+  return static_cast<float>(emulation::bits_as<_Float16>(x.bits));
 }
 inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
 inline __nv_bfloat16 __ushort_as_bfloat16(uint16_t x) { return {x}; }
@@ -257,34 +245,21 @@ inline void __syncthreads() {
   }
 }
 
-inline void check_mask(unsigned mask) {
-  if (mask != 0xffffffffu) emulation::fail("only whole warps are emulated");
-}
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes) {
-  check_mask(mask);
-  return emulation::exchange(value, lanes,
-                             [](auto** all, int i) { return all[i ^ all[i]->argument]->value; });
-}
-template <typename T>
-T __shfl_sync(unsigned mask, T value, int source) {
-  check_mask(mask);
+T __shfl_sync(unsigned, T value, int source) {
   return emulation::exchange(value, source,
                              [](auto** all, int i) { return all[all[i]->argument & 31]->value; });
 }
-inline unsigned __ballot_sync(unsigned mask, bool value) {
-  check_mask(mask);
-  return emulation::exchange(value ? 1u : 0u, 0, [](auto** all, int) {
-    unsigned set = 0;
-    for (int j = 0; j < 32; ++j) set |= all[j]->value << j;
-    return set;
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return __shfl_sync(mask, value, emulation::state.current % 32 ^ lanes);
+}
+inline bool __any_sync(unsigned, bool value) {
+  return emulation::exchange(value, 0, [](auto** all, int) {
+    return std::any_of(all, all + 32, [](auto* lane) { return lane->value; });
   });
 }
-inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
-inline bool __all_sync(unsigned mask, bool value) {
-  return __ballot_sync(mask, value) == 0xffffffffu;
-}
-inline void __syncwarp() { __ballot_sync(0xffffffffu, true); }
+inline bool __all_sync(unsigned mask, bool value) { return !__any_sync(mask, !value); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 template <typename T>
 T atomicAdd(T* to, T value) {
@@ -400,9 +375,6 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared_b
   if (shared_bytes > limit || threads % 32 != 0 || threads > emulation::kMaxThreads ||
       grid.x == 0 || grid.y == 0 || grid.y > 65535) {
     return cudaErrorInvalidConfiguration;
-  }
-  if (s.shared == nullptr) {
-    s.shared = static_cast<unsigned char*>(std::aligned_alloc(128, emulation::kSharedBytes));
   }
   s.body = [&] { kernel(static_cast<P>(args)...); };
   s.grid_size = grid;

@@ -25,20 +25,11 @@ def library(op: str) -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ was not found")
-    folder = Path(tempfile.mkdtemp(prefix="protoclip_emulation_"))
-    target = folder / "library.so"
     command = [compiler, "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-shared"]
-    command += [
-        "-fPIC",
-        "-Wno-unknown-pragmas",
-        f"-I{TESTS}",
-        str(TESTS / f"cuda_{op}_on_host.cpp"),
-    ]
-    try:
-        subprocess.run([*command, "-o", str(target)], check=True)
-        return ctypes.CDLL(str(target))
-    finally:
-        shutil.rmtree(folder)
+    command += ["-fPIC", "-Wno-unknown-pragmas", f"-I{TESTS}", f"{TESTS}/cuda_{op}_on_host.cpp"]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([*command, "-o", f"{folder}/library.so"], check=True)
+        return ctypes.CDLL(f"{folder}/library.so")
 
 
 def _pointer(x: Tensor) -> ctypes.c_void_p:
@@ -73,9 +64,11 @@ def segment_mean(values: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor
     means, counts = torch.full((k, d), float("nan")), torch.full((k,), -7)
     used = (labels >= 0) & (labels < k)  # as csrc/cuda_bindings.cpp
     keys, rows = torch.where(used, labels, k).int().sort(stable=True)
+    starts = torch.searchsorted(keys, torch.arange(k + 1, dtype=torch.int32), out_int32=True)
+    pieces = torch.full((2 * -(-n // 128) + 1, d), float("nan"))  # one more than there are
     error = library("segment_mean").segment_mean(
-        *(_pointer(values), _strides(values), _pointer(keys), _pointer(rows)),
+        *(_pointer(values), _strides(values), *map(_pointer, (keys, rows, starts, pieces))),
         *(ctypes.c_int64(n), k, d, DTYPES[values.dtype], _pointer(means), _pointer(counts)),
     )
-    assert error == 0, f"launch failed with {error}"
+    assert error == 0 and pieces[-1].isnan().all(), f"launch failed with {error}"
     return means, counts

@@ -13,8 +13,8 @@ void set_device(int processors, int shared_per_processor, int shared_per_block) 
 // report: parts, pack_points, resident, splits, rows that went to rescore_kernel, that the screen
 // left
 int kmeans_assign(const void* points, int64_t point_strides[2], const void* centroids,
-                  int64_t centroid_strides[2], int64_t n, int k, int d, int dtype,
-                  int64_t* labels, float* distances, int64_t report[6]) {
+                  int64_t centroid_strides[2], int64_t n, int k, int d, int dtype, int64_t* labels,
+                  float* distances, int64_t report[6]) {
   using namespace protoclip;
   const KmeansAssign call{{points, point_strides[0], point_strides[1]},
                           {centroids, centroid_strides[0], centroid_strides[1]},
@@ -35,10 +35,8 @@ int kmeans_assign(const void* points, int64_t point_strides[2], const void* cent
   const int64_t facts[6] = {plan.parts,  plan.pack_points, plan.resident,
                             plan.splits, tally->open_rows, tally->screened};
   std::copy(facts, facts + 6, report);
-  for (const unsigned char* p = scratch + plan.scratch_bytes; p < memory.data() + memory.size();
-       ++p) {
-    if (*p != 0xff) return -1;  // wrote past the scratch it asked for
-  }
-  return 0;
+  const auto untouched = [](unsigned char byte) { return byte == 0xff; };  // past what it asked for
+  const unsigned char* end = memory.data() + memory.size();
+  return std::all_of<const unsigned char*>(scratch + plan.scratch_bytes, end, untouched) ? 0 : -1;
 }
 }

@@ -22,7 +22,7 @@ def _python(*arguments: str) -> str:
     return run.stdout
 
 
-MATCHED = {"matched_forward", "matched_gradient"}
+SPILL_NOTHING = {"forward", "gradient", "sigmoid", "matched_forward", "matched_gradient"}
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +35,23 @@ def costs():
 
 def test_every_row_keeps_its_promise(costs):
     """No spills, the tensor core, shared memory and registers for the CTAs it counts on."""
-    kernels = {c["kernel"].removesuffix("_kernel") for c in costs}
-    assert kernels >= {"forward", "gradient", "sigmoid", "attention", "weights"} | MATCHED
-    assert kernels >= {"merge", "extremes", "finish", "assign", "distance", "sum"}
-    assert {c["case"]["arch"] for c in costs} == {80, 89, 90, 100}
+    others = {"attention", "weights", "merge", "extremes", "finish", "assign", "sum"}
+    assert {c["kernel"] for c in costs} >= SPILL_NOTHING | others
+    assert {c["arch"] for c in costs} == {80, 89, 90, 100}
     assert [c for c in costs if c["problems"]] == []
     for c in costs:
-        assert c["registers"] <= 255
-        if c["kernel"].removesuffix("_kernel") in {"forward", "gradient", "sigmoid"} | MATCHED:
-            assert c["local_bytes"] == 0, c  # of the others, none in a loop
+        assert c["local_bytes"] == 0 or c["kernel"] in others, c  # of which none is in a loop
 
 
 # Hopper. depth, kernel -> form, exponentials a thread, least busy share of the tensor cores, most
 # shared memory and shuffle time as a share of the products'.
 HOT = {
-    (512, "forward_kernel"): ("large", 128, 0.95, 0.25),
-    (512, "gradient_kernel"): ("large", 128, 0.60, 0.25),
-    (128, "forward_kernel"): ("large", 128, 0, None),
-    (128, "gradient_kernel"): ("large", 128, 0, None),
-    (128, "attention_kernel"): ("soft", 66, 0.80, 0.25),  # two to rescale its rows
-    (256, "attention_kernel"): ("soft", 34, 0.90, 0.25),
+    (512, "forward"): ("large", 128, 0.95, 0.25),
+    (512, "gradient"): ("large", 128, 0.60, 0.25),
+    (128, "forward"): ("large", 128, 0, None),
+    (128, "gradient"): ("large", 128, 0, None),
+    (128, "attention"): ("soft", 66, 0.80, 0.25),  # two to rescale its rows
+    (256, "attention"): ("soft", 34, 0.90, 0.25),
 }
 BARRIERS = 8
 
@@ -67,7 +64,7 @@ def test_hot_paths_on_hopper(costs, depth, kernel):
         pytest.skip(f"the counts are those of Triton 3.9, this is {triton.__version__}")
     form, exponentials, busy, shared = HOT[depth, kernel]
     case = {"form": form, "arch": 90, "dtype": "bf16", "depth": depth}
-    (cost,) = (c for c in costs if c["kernel"] == kernel and case.items() <= c["case"].items())
+    (cost,) = (c for c in costs if c["kernel"] == kernel and case.items() <= c.items())
     counts = cost["counts"]
     assert exponentials <= counts["MUFU"] <= 1.05 * exponentials
     assert counts["LDG"] == 0 and counts["F2F"] == 0 and cost["local_in_loops"] == 0
@@ -75,15 +72,16 @@ def test_hot_paths_on_hopper(costs, depth, kernel):
     assert cost["busy"] >= busy
     if shared is not None:
         port_clk = 4 * (counts["SHFL"] + counts["LDS"] + counts["STS"]) * cost["warps"] / 4
-        assert port_clk <= shared * cost["product_clk"]
+        assert port_clk <= shared * cost["clk"][1]
 
 
 def test_the_model_meets_public_measurements(costs):
     """Plain products: 498 TFLOP/s at 128 x 128, where L2 is the bound, 704 at 128 x 256."""
-    tiles = {c["case"]["form"]: c for c in costs if c["kernel"] == "gemm_kernel"}
+    tiles = {c["form"]: c for c in costs if c["kernel"] == "gemm"}
     for form, best in (("128", 498), ("256", 704)):
         cost = tiles[form]
-        assert cost["prologue_clk"] + cost["epilogue_clk"] < 0.05 * cost["product_clk"]
+        before, products, after = cost["clk"]
+        assert before + after < 0.05 * products
         assert abs(cost["bound"][1] / best - 1) < 0.3
 
 
@@ -93,7 +91,7 @@ def test_a_row_that_breaks_its_promise_is_named():
         f"from {REPORT} import Case, costs, launch\n"
         "row = launch.Launch(256, 128, 64, warps=4, stages=3, ctas_per_sm=2)\n"
         "launch.HALF['sigmoid'][90] = row\n"
-        "print([c['problems'] for c in costs(Case('sigmoid', 'loss', 90, 'bf16', 128))])"
+        "print([c['problems'] for c in costs(Case(90, 'sigmoid', 'loss', 'bf16', 128))])"
     )
     found = _python("-c", code)
     assert "bytes of local memory a thread" in found and "the row promises 2" in found

@@ -34,27 +34,30 @@ SHAPES = {
 
 def _features(n, d, kind, dtype, seed=0):
     """Unit rows: image and text of a pair alike; each modality in a narrow cone; all +-1 alike;
-    some images opposite to every text, 290 binary orders below the rest of their tile."""
+    some images opposite to every text, 290 binary orders below the rest of their tile; the columns
+    that a tile looks at first 280 below the others."""
     torch.manual_seed(seed)
     x = torch.randn(n, d)
     y = x + 0.5 * torch.randn(n, d)
-    if kind == "cones":
+    if kind in ("cones", "buried"):
         x, y = (torch.randn(d) * 4 + t for t in (x, y))
     if kind == "opposite":
         x = y = x[:1] * (1.0 - 2.0 * (torch.arange(n) % 2))[:, None]
     if kind == "outcasts":
         x, y = (4 * torch.ones(d) + t for t in (x, y))
         x[::7] *= -1
+    if kind == "buried":
+        y[torch.arange(n) % 64 < 8] *= -1
     return [F.normalize(t, dim=1).to(DEVICE, dtype) for t in (x, y)]
 
 
-def _loss_and_gradients(x, y, scale, weights, backend="triton"):
+def _loss_and_gradients(x, y, scale, weights, backend="triton", reduction="none"):
     leaves = [t.detach().clone().requires_grad_() for t in (x, y)]
     wide = torch.promote_types(x.dtype, torch.float32)
     leaves.append(torch.tensor(scale, dtype=wide, device=DEVICE, requires_grad=True))
-    rows = protoclip.info_nce(*leaves, reduction="none", backend=backend)
-    grads = torch.autograd.grad((rows * weights.to(rows)).sum(), leaves)
-    return dict(zip(("loss", "dx", "dy", "dscale"), (rows.detach(), *grads), strict=True))
+    loss = protoclip.info_nce(*leaves, reduction=reduction, backend=backend)
+    grads = torch.autograd.grad(loss, leaves, weights.to(loss).expand(loss.shape))
+    return dict(zip(("loss", "dx", "dy", "dscale"), (loss.detach(), *grads), strict=True))
 
 
 def _assert_within(got, truth, base, scale):
@@ -63,18 +66,21 @@ def _assert_within(got, truth, base, scale):
         assert_within_budget(value, truth[name], base[name], name, magnitude=size, scale=scale)
 
 
-def _assert_info_nce(x, y, scale, weights):
-    got = _loss_and_gradients(x, y, scale, weights)
-    half = weights.to(DEVICE) / 2
+def _assert_info_nce(x, y, scale, weights, reduction="none"):
+    got = _loss_and_gradients(x, y, scale, weights, reduction=reduction)
+    count = len(x) if reduction == "mean" else 1
+    half = weights.to(DEVICE).expand(len(x)) / (2 * count)
     truth, base = (
         strip_gradients(x, y, scale, 0, half, half, dtype) for dtype in (torch.float64, x.dtype)
     )
     for found in (truth, base):
         found["loss"] = (found["row level"] + found["column level"]) / 2 - found["positive"]
+        if reduction != "none":
+            found["loss"] = found["loss"].sum() / count
     _assert_within(got, truth, base, scale)
 
 
-@pytest.mark.parametrize("kind", ["alike", "cones", "opposite", "outcasts"])
+@pytest.mark.parametrize("kind", ["alike", "cones", "opposite", "outcasts", "buried"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_loss_and_gradients_within_budget(shape, dtype, kind):
@@ -83,23 +89,14 @@ def test_loss_and_gradients_within_budget(shape, dtype, kind):
     _assert_info_nce(x, y, 100.0 if n != 63 else 14.3, torch.rand(n) / n)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_logits_far_above_the_columns_that_a_tile_looks_at(dtype):
-    """The first columns of each tile are 280 binary orders below the others."""
-    x, y = _features(161, 43, "cones", dtype)
-    y[torch.arange(161, device=DEVICE) % 64 < 8] *= -1
-    _assert_info_nce(x, y, 100.0, torch.rand(161) / 161)
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.0, -20.0])
-def test_any_scale(scale):
-    _assert_info_nce(*_features(100, 20, "alike", torch.float32), scale, torch.rand(100) - 0.5)
-
-
-def test_fp16_keeps_small_weights():
+@pytest.mark.parametrize(
+    "scale, dtype, size",
+    [*((s, torch.float32, 1) for s in (1.0, 0.0, -20.0)), (240.0, torch.float16, 1e-6)],
+)
+def test_any_scale_and_weights(scale, dtype, size):
     """Weights of a batch of a million: G would be below fp16's smallest number."""
-    x, y = _features(70, 16, "cones", torch.float16)
-    _assert_info_nce(x.mul_(8), y, 30.0, torch.rand(70) * 1e-6)
+    x, y = _features(100, 20, "alike" if size == 1 else "cones", dtype)
+    _assert_info_nce(x, y, scale, size * (torch.rand(100) - 0.5 * (size == 1)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -124,26 +121,17 @@ def test_reductions(monkeypatch, dtype, reduction, one_program):
     from protoclip.kernels import info_nce
 
     monkeypatch.setattr(info_nce, "ONE_PROGRAM", one_program)
-    x, y = (t.requires_grad_() for t in _features(100, 24, "cones", dtype))
-    loss = protoclip.info_nce(x, y, 14.3, reduction=reduction, backend="triton")
-    grads = torch.autograd.grad(-2.5 * loss, (x, y))
-    got = dict(zip(("loss", "dx", "dy"), (loss.detach(), *grads), strict=True))
-    count = 100 if reduction == "mean" else 1
-    weight = torch.full((100,), -1.25 / count, device=DEVICE)
-    truth, base = (
-        strip_gradients(x, y, 14.3, 0, weight, weight, wide) for wide in (torch.float64, dtype)
-    )
-    for found in (truth, base):
-        levels = found["row level"] + found["column level"]
-        found["loss"] = (levels / 2 - found["positive"]).sum() / count
-    _assert_within(got, truth, base, 14.3)
+    x, y = _features(100, 24, "cones", dtype)
+    _assert_info_nce(x, y, 14.3, torch.tensor(-2.5), reduction)
 
 
-def _strip(x, y, scale, offset, columns, weights, module):
+def _strip(x, y, scale, offset, columns, weights):
+    from protoclip.kernels import info_nce
+
     scale = torch.tensor(scale, device=DEVICE)
-    stats = module.contrastive_fwd(x, y, scale, offset, columns)
+    stats = info_nce.contrastive_fwd(x, y, scale, offset, columns)
     row, column = (w.to(scale) for w in weights)
-    grads = module.contrastive_bwd(x, y, scale, *stats[:4], row, column, offset)
+    grads = info_nce.contrastive_bwd(x, y, scale, *stats[:4], row, column, offset)
     levels = stats[0] + stats[1].log2(), stats[2] + stats[3].log2(), stats[4]
     names = "row level", "column level", "positive", "dx", "dy", "dscale"
     return dict(zip(names, (*(LN2 * t for t in levels), *grads), strict=True))
@@ -154,13 +142,11 @@ def _strip(x, y, scale, offset, columns, weights, module):
 @pytest.mark.parametrize("sizes", [(37, 165, 101), (70, 70, 0), (5, 64, 59)])
 def test_rectangles(sizes, dtype, columns):
     """A rank's rows against everybody's columns; columns may lack a positive."""
-    from protoclip.kernels import info_nce
-
     n, m, offset = sizes
     x, y = _features(max(n, m), 24, "cones", dtype)
     x, y = x[:n], y[:m]
     weights = torch.rand(n) / (n + 1), torch.rand(m if columns else 0) / m
-    got = _strip(x, y, 12.0, offset, columns, weights, info_nce)
+    got = _strip(x, y, 12.0, offset, columns, weights)
     weights = [w.to(DEVICE) for w in weights]
     truth, base = (
         strip_gradients(x, y, 12.0, offset, *weights, wide) for wide in (torch.float64, dtype)
@@ -168,14 +154,10 @@ def test_rectangles(sizes, dtype, columns):
     _assert_within(got, truth, base, 12.0)
 
 
-@pytest.mark.parametrize("sizes", [(0, 5), (0, 0)])
-def test_no_rows(sizes):
-    from protoclip.kernels import info_nce
-
-    n, m = sizes
-    x, y = torch.zeros(n, 8, device=DEVICE), torch.ones(m, 8, device=DEVICE)
-    weights = torch.zeros(n), torch.ones(m)
-    got = _strip(x, y, 12.0, 0, True, weights, info_nce)
+@pytest.mark.parametrize("m", [5, 0])
+def test_no_rows(m):
+    x, y = torch.zeros(0, 8, device=DEVICE), torch.ones(m, 8, device=DEVICE)
+    got = _strip(x, y, 12.0, 0, True, (torch.zeros(0), torch.ones(m)))
     assert got["dx"].shape == (0, 8) and torch.equal(got["dy"], torch.zeros_like(y))
     assert (got["column level"] == -torch.inf).all() and got["dscale"] == 0
 
@@ -213,15 +195,13 @@ def test_any_strides_and_the_same_bits_twice(dtype):
 def test_descriptors_read_and_write_what_pointers_do(monkeypatch):
     from protoclip.kernels import launch
 
-    x, y = _features(100, 40, "alike", torch.float16)
-    weights = torch.rand(100)
-    pointers = _loss_and_gradients(x, y, 20.0, weights)
-    sigmoid = _sigmoid(x, y, -3.0, 0)
-    monkeypatch.setattr(launch, "INTERPRETER", replace(launch.INTERPRETER, descriptors=True))
-    descriptors = _loss_and_gradients(x, y, 20.0, weights)
-    assert all(torch.equal(pointers[k], descriptors[k]) for k in pointers)
-    descriptors = _sigmoid(x, y, -3.0, 0)
-    assert all(torch.equal(sigmoid[k], descriptors[k]) for k in sigmoid)
+    pairs, found = _features(100, 40, "alike", torch.float16), []
+    for descriptors in (False, True):
+        row = replace(launch.INTERPRETER, descriptors=descriptors)
+        monkeypatch.setattr(launch, "INTERPRETER", row)
+        one = _loss_and_gradients(*pairs, 20.0, torch.ones(100)), _sigmoid(*pairs, -3.0, 0)
+        found.append([*one[0].values(), *one[1].values()])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -268,18 +248,21 @@ def test_sigmoid_loss_within_budget(sizes, dtype, bias, same_id):
 def test_opcheck():
     x, y = (t.requires_grad_() for t in _features(5, 8, "alike", torch.float32))
     scale = torch.tensor(20.0, device=DEVICE, requires_grad=True)
+    own, ids = torch.arange(5, device=DEVICE), torch.zeros(2, 5, device=DEVICE)
+    relation = own.int(), own.int().roll(1), ids.int(), ids.int(), scale.expand(5), True
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
-    for op, arguments in (
-        (torch.ops.protoclip.contrastive, (x, y, scale, 0, True, "none", "triton")),
-        (torch.ops.protoclip.contrastive, (x, y, scale, 0, True, "mean", "triton")),
-        (torch.ops.protoclip.sigmoid_loss, (x, y, scale, -scale.detach(), 0, True, "triton")),
+    op = torch.ops.protoclip
+    for one, arguments in (
+        (op.contrastive, (x, y, scale, 0, True, "none", "triton")),
+        (op.contrastive, (x, y, scale, 0, True, "mean", "triton")),
+        (op.sigmoid_loss, (x, y, scale, -scale.detach(), 0, True, "triton")),
+        (op.matched, (x, y, scale, *relation, True, "triton", False)),
+        (op.prototype_ce, (x, [y], [y[:0]], [own], scale, True, True, "triton")),
     ):
-        torch.library.opcheck(op, arguments, test_utils=checks)
+        torch.library.opcheck(one, arguments, test_utils=checks)
 
 
 ROOM = ("empty", "empty_strided", "new_empty", "empty_like", "promote_types")  # no launch
-FORWARD = ["forward_kernel", "merge_kernel"]
-BACKWARD = ["gradient_kernel", "addmm", "addmm", "finish_kernel"]
 
 
 class Launches(TorchDispatchMode):
@@ -313,56 +296,18 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _launches(monkeypatch, loss, n, d, dtype):
-    """-> names of the launches forward and backward, the loss and its gradients."""
-    scale = torch.tensor(20.0, device=DEVICE)
-    leaves = [t.requires_grad_() for t in (*_features(n, d, "alike", dtype), scale)]
-    upstream = torch.rand(loss(*leaves).shape, device=DEVICE)
-    with Launches(monkeypatch) as forward:
-        value = loss(*leaves)
-    count = len(forward.names)
-    with forward:
-        torch.autograd.grad(value, leaves, upstream)
-    return forward.names[:count], forward.names[count:]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_six_launches(monkeypatch, dtype):
     """Of OpenCLIP's loss at a small batch, forward and backward."""
     monkeypatch.setenv("PROTOCLIP_BACKEND", "triton")
-    names = _launches(monkeypatch, protoclip.ClipLoss(), 252, 64, dtype)
-    assert names == (FORWARD, BACKWARD) and len(FORWARD + BACKWARD) == 6
-
-
-def _info_nce(**options):
-    return lambda *leaves: protoclip.info_nce(*leaves, backend="triton", **options)
-
-
-@pytest.mark.parametrize(
-    "options, dtype, more",
-    [
-        ({"reduction": "sum"}, torch.float32, []),
-        ({"reduction": "none"}, torch.bfloat16, []),
-        # One weight for each pair in fp16: the largest of them, rows' and columns'.
-        ({"reduction": "none"}, torch.float16, ["linalg_vector_norm"] * 2),
-        ({"stash": True}, torch.bfloat16, []),  # the CPU's; nothing is kept here
-    ],
-    ids=str,
-)
-def test_other_calls(monkeypatch, options, dtype, more):
-    found = _launches(monkeypatch, _info_nce(**options), 70, 16, dtype)
-    assert found == (FORWARD, more + BACKWARD)
-
-
-def test_larger_batches(monkeypatch):
-    """Many programs merge, and their losses are summed; the extremes of the references are found
-    before, chunks of G are summed up."""
-    from protoclip.kernels import info_nce, waves
-
-    monkeypatch.setattr(info_nce, "ONE_PROGRAM", 64)
-    monkeypatch.setattr(waves, "SCRATCH_BYTES", 64 * 128 * 2)
-    forward, backward = _launches(monkeypatch, _info_nce(), 100, 16, torch.bfloat16)
-    assert forward == [*FORWARD, "sum"] and backward == ["extremes_kernel", *2 * BACKWARD]
+    scale = torch.tensor(20.0, device=DEVICE)
+    leaves = [t.requires_grad_() for t in (*_features(252, 64, "alike", dtype), scale)]
+    loss, upstream = protoclip.ClipLoss(), torch.rand((), device=DEVICE)
+    loss(*leaves)
+    with Launches(monkeypatch) as found:
+        torch.autograd.grad(loss(*leaves), leaves, upstream)
+    forward = ["forward_kernel", "merge_kernel"]
+    assert found.names == [*forward, "gradient_kernel", "addmm", "addmm", "finish_kernel"]
 
 
 @pytest.mark.gpu

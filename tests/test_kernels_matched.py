@@ -67,13 +67,3 @@ def test_no_features_rows_or_keys():
             found.append([loss, *torch.autograd.grad(loss, (x, y, bias))])
         for got, want in zip(*found, strict=True):
             torch.testing.assert_close(got, want)
-
-
-def test_opcheck():
-    one = problem("groups", 20, 40, 6)
-    leaves = [t.requires_grad_() for t in (one.queries, one.keys, one.key_bias)]
-    own, ids = torch.arange(20).int(), torch.randint(9, (1, 40)).int()
-    relation = own, own.roll(1), ids[:, :20].contiguous(), ids, leaves[2], True
-    arguments = *leaves[:2], torch.tensor(9.0, requires_grad=True), *relation, True, "triton", False
-    checks = "test_schema", "test_autograd_registration", "test_faketensor"
-    torch.library.opcheck(torch.ops.protoclip.matched, arguments, test_utils=checks)
