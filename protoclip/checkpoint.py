@@ -56,10 +56,10 @@ def save(
 
 def _seal(path: Path) -> None:
     """Append the digest of a zip file as its comment; two bytes before it hold its length."""
+    size = path.stat().st_size - 2
+    comment = SEAL + _digest(path, size)
     with open(path, "r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        comment = SEAL + _digest(path, size - 2)
-        file.seek(size - 2)
+        file.seek(size)
         file.write(len(comment).to_bytes(2, "little") + comment)
         file.flush()
         os.fsync(file.fileno())
@@ -126,21 +126,16 @@ def check_form(path: Path, payload: dict[str, Any], complete: bool = False) -> N
         value: Any = payload
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, kind) and (complete or value is not None):
+        wrong = not isinstance(value, kind) or (isinstance(value, int) and value < 0)
+        if wrong and (complete or value is not None):
             raise ValueError(
-                f"checkpoint: expected {name} in {path} as {kind.__name__}, got "
-                f"{'none' if value is None else type(value).__name__}; use an older checkpoint"
+                f"checkpoint: expected {name} in {path} as {kind.__name__}, got {value!r:.40}; use "
+                "an older checkpoint"
             )
-    own = payload["protoclip"]
-    if (found := own.get("format", FORMAT)) != FORMAT:
+    if (found := payload["protoclip"].get("format", FORMAT)) != FORMAT:
         raise ValueError(
             f"checkpoint: expected format {FORMAT} in {path}, got {found}; use the version of "
             "protoclip that wrote it"
-        )
-    if (step := own.get("step") or 0) < 0:
-        raise ValueError(
-            f"checkpoint: expected a step of 0 or more in {path}, got {step}; use an older "
-            "checkpoint"
         )
 
 
@@ -161,8 +156,7 @@ def candidates(run: str | os.PathLike[str]) -> list[Path]:
         return [Path(run)]
     folder = Path(run) / "checkpoints"
     folder = folder if folder.is_dir() else Path(run)
-    first = [path for name in (LATEST, PREVIOUS) if (path := folder / name).is_file()]
-    return first + numbered(folder)
+    return [path for n in (LATEST, PREVIOUS) if (path := folder / n).is_file()] + numbered(folder)
 
 
 def numbered(folder: Path) -> list[Path]:

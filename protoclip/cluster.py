@@ -110,10 +110,8 @@ def run(args: argparse.Namespace) -> None:
 def encode_pictures(args: argparse.Namespace) -> Points:
     """Unit features of the pictures by the model that the command line asks for."""
     if args.captions or args.normalize:
-        raise ValueError(
-            f"--captions, --normalize: expected a file of features ({', '.join(SUFFIXES)}), got "
-            f"{args.data}; a .csv of pictures has a column of captions"
-        )
+        expected = f"expected a file of features ({', '.join(SUFFIXES)})"
+        raise ValueError(f"--captions, --normalize: {expected}, got {args.data}")
     path = Path(args.data)
     if not path.suffix and not set(":*?[{") & set(args.data) and not path.exists():
         raise ValueError(f"DATA: expected a folder of pictures, got {args.data}: there is none")
@@ -197,10 +195,8 @@ def read_weights(path: str, n: int) -> Tensor | None:
     except (OSError, ValueError) as error:
         raise ValueError(f"--weights: expected one number a line in {path}, got {error}") from error
     if len(weights) != n:
-        raise ValueError(
-            f"--weights: expected a number for each of the {n:,} pictures or rows in {path}, got "
-            f"{len(weights):,}"
-        )
+        expected = f"a number for each of the {n:,} pictures or rows"
+        raise ValueError(f"--weights: expected {expected} in {path}, got {len(weights):,}")
     return weights
 
 

@@ -52,31 +52,25 @@ def find_rank(env: Mapping[str, str] = os.environ) -> RankInfo:
                     f"distributed: expected 0 <= {by_rank} < {by_size}, got {number} and {size}; "
                     "start the processes with torchrun or srun"
                 )
-            return RankInfo(number, size, local, (_host(env, size), _port(env)))
+            return RankInfo(number, size, local, _master(env, size))
     return RankInfo()
 
 
-def _host(env: Mapping[str, str], ranks: int) -> str:
-    """Of rank 0."""
-    if "MASTER_ADDR" in env:
-        return env["MASTER_ADDR"]
-    if int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", ranks)) < ranks:
+def _master(env: Mapping[str, str], ranks: int) -> tuple[str, int]:
+    """Host and port of rank 0."""
+    if "MASTER_ADDR" not in env and int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", ranks)) < ranks:
         raise ValueError(
             "mpirun does not say on which of several machines rank 0 is; give mpirun "
             "-x MASTER_ADDR=HOST, the first machine's name"
         )
     # "gpu[03-05,9],big1" -> gpu03
-    first = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
-    return "".join(part or "" for part in first.groups()) if first else ""
-
-
-def _port(env: Mapping[str, str]) -> int:
-    """A different one for each job, below those that outgoing connections get."""
-    if "MASTER_PORT" in env:
-        return int(env["MASTER_PORT"])
+    nodes = env.get("SLURM_STEP_NODELIST", "127.0.0.1")
+    first = re.sub(r"^([^,\[]+)(?:\[([^\],-]+))?.*", r"\1\2", nodes)
+    # A port of its own for each job, below those that outgoing connections get.
     job = env.get("SLURM_JOB_ID") or env.get("PMIX_NAMESPACE", "")
     numbers = (re.sub(r"\D", "", text) for text in (job, env.get("SLURM_STEP_ID", "")))
-    return 20000 + sum(int(number or 0) for number in numbers) % 12000
+    port = 20000 + sum(int(number or 0) for number in numbers) % 12000
+    return env.get("MASTER_ADDR", first), int(env.get("MASTER_PORT", port))
 
 
 def start(info: RankInfo, device: torch.device, timeout: float, backend: str = "auto") -> None:
@@ -96,14 +90,10 @@ def start(info: RankInfo, device: torch.device, timeout: float, backend: str = "
         torch.cuda.set_device(device)
     host, port = info.master
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
-    wait = datetime.timedelta(seconds=timeout)
+    ranks: dict[str, Any] = {"rank": info.rank, "world_size": info.world_size}
+    ranks["timeout"] = datetime.timedelta(seconds=timeout)
     try:
-        dist.init_process_group(
-            "gloo" if backend == "auto" else backend,
-            rank=info.rank,
-            world_size=info.world_size,
-            timeout=wait,
-        )
+        dist.init_process_group("gloo" if backend == "auto" else backend, **ranks)
     except RuntimeError as error:
         raise ValueError(
             f"distributed: rank {info.rank} of {info.world_size} cannot meet the others at "
@@ -204,15 +194,15 @@ def from_main(make: Callable[[], Result]) -> Result:
     """What ``make`` returns on rank 0 (picklable), on every rank; its ValueError too."""
     if not is_distributed():
         return make()
-    box: list[Any] = [None, None]
+    box: list[Any] = [None]
     if is_main():
         try:
             box[0] = make()
         except (ValueError, OSError) as error:
-            box[1] = error
+            box[0] = error
     dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1]
+    if isinstance(box[0], Exception):
+        raise box[0]
     return box[0]
 
 
@@ -274,18 +264,17 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 def max_over_ranks(values: Tensor) -> Tensor:
     """Maximum in place; no gradient."""
-    if is_distributed():
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-    return values
+    return max_later(values)()
 
 
 def max_later(values: Tensor) -> Callable[[], Tensor]:
     """Start ``max_over_ranks``; the result waits for it."""
-    work = dist.all_reduce(values, dist.ReduceOp.MAX, async_op=True) if is_distributed() else None
+    if not is_distributed():
+        return lambda: values
+    work: Any = dist.all_reduce(values, dist.ReduceOp.MAX, async_op=True)
 
     def wait() -> Tensor:
-        if work is not None:
-            work.wait()
+        work.wait()
         return values
 
     return wait

@@ -20,7 +20,7 @@ from torch import nn
 
 from protoclip import checkpoint
 from protoclip.commands import export_parser
-from protoclip.config import ModelConfig, TrainConfig, check_above, check_saved, from_dict
+from protoclip.config import ModelConfig, TrainConfig, check_above, check_saved, flat, from_dict
 from protoclip.distributed import run_command
 from protoclip.evaluate.results import format_table, read_results
 from protoclip.model import build_model, register_configs
@@ -112,34 +112,31 @@ def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> ModelCard
     """How to load the model, what it was trained on, how good it is; ready for the hub."""
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     ours = payload.get("protoclip", {})
-    stored = ours.get("config", {})
+    settings = flat(ours.get("config", {}))
     facts = {
         "architecture": config.model,
         "epochs": payload.get("epoch"),
         "steps": ours.get("step"),
-        "method": stored.get("method"),
-        "training data": stored.get("data", {}).get("train_data"),
-        "seed": stored.get("run", {}).get("seed"),
     }
+    for name, key in {
+        "method": "method",
+        "training data": "data.train_data",
+        "seed": "run.seed",
+    }.items():
+        facts[name] = settings.get(key)
     lines = [f"# {run.name}", "", LOADING, "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
-    found: list[EvalResult] = []
+    head = ModelCardData(library_name="open_clip", pipeline_tag=TASK, tags=["clip", "protoclip"])
+    head.model_name = run.name
     if (run / "results.json").is_file():
         outcome = read_results(run / "results.json")
         lines += ["", f"## Results on {outcome.data}", "", "```", format_table(outcome), "```"]
-        found = [
+        head.eval_results = [
             EvalResult(TASK, outcome.data, one.title, name, value)
             for one in outcome.trained.values()
             for name, value in one.metrics.items()
             if name.endswith(("/acc1", "recall@5"))
         ]
-    head = ModelCardData(
-        library_name="open_clip",
-        pipeline_tag=TASK,
-        tags=["clip", "protoclip"],
-        model_name=run.name,
-        eval_results=found or None,
-    )
     return ModelCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")
 
 

@@ -22,8 +22,8 @@ import torch
 from open_clip import loss as theirs
 from torch import nn
 
-from protoclip.commands import open_clips_help, openclip_parser
-from protoclip.config import ProtoConfig, flag_of, refusal
+from protoclip.commands import openclip_parser
+from protoclip.config import ProtoConfig, refusal
 from protoclip.losses import ClipLoss, ProtoClipLoss, SigLipLoss, caption_ids
 from protoclip.model import register_configs
 
@@ -33,17 +33,11 @@ DistributedDataParallel = nn.parallel.DistributedDataParallel
 
 
 def create_loss(args: Any, proto: ProtoConfig | None = None) -> nn.Module:
-    """OpenCLIP's ``create_loss`` with fused losses.
+    """OpenCLIP's ``create_loss`` with fused losses; ``proto`` sets prototypes beside.
 
-    To patch by hand: ``open_clip_train.main.create_loss = protoclip.create_loss``; with prototypes,
-    a ``functools.partial`` that sets ``proto``.
+    To patch by hand: ``open_clip_train.main.create_loss = protoclip.create_loss``. For CoCa,
+    distillation and Horovod it is OpenCLIP's own loss, with a line in the log.
 
-    Args:
-        args: what OpenCLIP's parser returns.
-        proto: settings of the prototypes; None: no prototypes.
-    Returns:
-        ``ClipLoss``, ``SigLipLoss`` or ``ProtoClipLoss``; for CoCa, distillation and Horovod
-        OpenCLIP's own loss, with a line in the log.
     Raises:
         ValueError: prototypes for a loss that has none.
     """
@@ -58,13 +52,8 @@ def create_task(
     naflex_data_config: Any = None,
     proto: ProtoConfig | None = None,
 ) -> nn.Module:
-    """OpenCLIP 4's ``create_task`` with fused losses; patch it in as ``create_loss``.
+    """OpenCLIP 4's ``create_task``; the task's ``loss`` is the one that ``create_loss`` gives.
 
-    Args:
-        args, model, dist_model, naflex_data_config: what OpenCLIP's ``main`` passes.
-        proto: settings of the prototypes; None: no prototypes.
-    Returns:
-        OpenCLIP's task; its ``loss`` is ours where ``create_loss`` would give ours.
     Raises:
         ValueError: prototypes for a loss that has none, or an OpenCLIP without tasks.
     """
@@ -77,8 +66,7 @@ def create_task(
         args, model=model, dist_model=dist_model, naflex_data_config=naflex_data_config
     )
     contrastive = type(task).__name__ in ("CLIPTask", "SigLIPTask")
-    fused = _fused(task.loss if contrastive else task, args, proto)
-    if fused is not None:
+    if fused := _fused(task.loss if contrastive else task, args, proto):
         task.loss = fused
     return task
 
@@ -94,8 +82,8 @@ def _fused(own: nn.Module, args: Any, proto: ProtoConfig | None) -> nn.Module | 
         return ClipLoss(**shared)
     if proto is not None:
         raise ValueError(
-            "--proto-*: prototypes go with the plain contrastive loss only, not with --siglip, "
-            "CoCa, distillation or Horovod; leave the --proto-* flags out, or those"
+            "--proto-*: prototypes go with the plain contrastive loss only; leave out --siglip, "
+            "CoCa, distillation and Horovod, or the --proto-* flags"
         )
     if type(own) is theirs.SigLipLoss:
         _say(args, "OpenCLIP's SigLipLoss without its matrix of logits")
@@ -185,17 +173,9 @@ def patched(trainer: Any, proto: ProtoConfig | None, dedup: bool = False) -> Ite
     """For the time of the block the trainer takes its loss from us.
 
     With ``dedup`` pairs that share their caption are no negatives of one another.
-
-    Raises:
-        ValueError: the trainer has neither of OpenCLIP's factories.
     """
     ours: dict[str, Callable[..., Any]] = {"create_task": create_task, "create_loss": create_loss}
-    name = next((name for name in ours if hasattr(trainer, name)), None)
-    if name is None:
-        raise ValueError(
-            "expected an open_clip_train.main with create_loss (3.x) or create_task (4.x), found "
-            "neither; install open_clip_torch 3.3 or 4"
-        )
+    name = next(name for name in ours if hasattr(trainer, name))
     original = getattr(trainer, name)
     watches = []
 
@@ -225,60 +205,37 @@ def split_flags(argv: Sequence[str]) -> tuple[ProtoConfig | None, bool, list[str
     of the command line, with our models and a --model that is a config file known to OpenCLIP.
 
     Raises:
-        ValueError: a --proto-* flag that does not exist, or a value out of range.
+        ValueError: a value out of range.
     """
     parser = openclip_parser()
     parser.add_argument("--model", default="", help=argparse.SUPPRESS)
     given, rest = parser.parse_known_args(list(argv))
-    for word in rest:
-        if word.startswith(("--proto", "--no-proto")):
-            raise ValueError(
-                refusal(word, [flag_of(item) for item in dataclasses.fields(ProtoConfig)])
-            )
     settings = vars(given)
     dedup, model = settings.pop("dedup") == "caption", register_configs(settings.pop("model"))
     proto = ProtoConfig(**settings) if settings else None
     return proto, dedup, [*rest, "--model", model] if model else rest
 
 
-def load_trainer() -> Any:
-    """The module ``open_clip_train.main``.
-
-    Raises:
-        ValueError: it, or something it needs, is not installed.
-    """
-    try:
-        return importlib.import_module("open_clip_train.main")
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"OpenCLIP's trainer cannot be imported ({error}); pip install 'protoclip[openclip]'"
-        ) from error
-
-
 def _check(trainer: Any, proto: ProtoConfig | None, dedup: bool, rest: list[str]) -> None:
     """Say now what OpenCLIP would say in a page, or the factories after minutes of loading."""
-    known = set(re.findall(r"--[\w-]+", open_clips_help()))
+    known = set(re.findall(r"--[\w-]+", openclip_parser().format_help()))
     for word in rest:
         name = word.partition("=")[0]  # which OpenCLIP lets people abbreviate
         if name.startswith("--") and not any(flag.startswith(name) for flag in known):
             raise ValueError(refusal(name, known))
     args = trainer.parse_args(list(rest))
-    other = {
-        "a CoCa model": "coca" in args.model.lower(),
-        "--distill-model": bool(args.distill_model),
-        "--horovod": getattr(args, "horovod", False),
-    }
-    passes = {
-        "--accum-freq": getattr(args, "accum_freq", 1) > 1,
-        "--torchcompile": getattr(args, "torchcompile", False),
-    }
-    for flag, refused in (
-        ("--proto-*", other | {"--siglip": args.siglip} if proto is not None else {}),
-        ("--dedup caption", other | passes if dedup else {}),
+    horovod, passes = getattr(args, "horovod", False), getattr(args, "accum_freq", 1)
+    for ours, name, theirs_given in (
+        (proto or dedup, "a CoCa model", "coca" in args.model.lower()),
+        (proto or dedup, "--distill-model", args.distill_model),
+        (proto or dedup, "--horovod", horovod),
+        (proto, "--siglip", args.siglip),
+        (dedup, "--accum-freq", passes > 1),
+        (dedup, "--torchcompile", getattr(args, "torchcompile", False)),
     ):
-        for name, is_on in refused.items():
-            if is_on:
-                raise ValueError(f"{flag} does not go with {name}: leave one of them out")
+        if ours and theirs_given:
+            flag = "--dedup caption" if ours is True else "--proto-*"
+            raise ValueError(f"{flag} does not go with {name}: leave one of them out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -286,8 +243,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         proto, dedup, rest = split_flags(argv)
-        trainer = load_trainer()
+        trainer: Any = importlib.import_module("open_clip_train.main")
         _check(trainer, proto, dedup, rest)
+    except ModuleNotFoundError as error:
+        print(f"{PROG}: error: {error}; pip install 'protoclip[openclip]'", file=sys.stderr)
+        return 2
     except ValueError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2

@@ -182,11 +182,7 @@ def text(shape: Shape, run: PlannedRun, parts: dict[str, float]) -> str:
 
 
 def _bytes(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:,.1f} {unit}"
-        size /= 1024
-    return f"{size:,.2f} GiB"
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
 
 
 def build_run(argv: Sequence[str] | None) -> tuple[PlannedRun, bool]:

@@ -9,9 +9,8 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -64,9 +63,6 @@ class RunFolder(NullRunFolder):
         path: of the folder; made, unless ``resume_step`` is given.
         config: of the run.
         resume_step: step to go on after: what was logged later is removed; None: a new run.
-    Raises:
-        ValueError: a run is going on in it.
-        OSError: the folder cannot be made or written.
     """
 
     def __init__(self, path: Path, config: TrainConfig, resume_step: int | None = None) -> None:
@@ -78,10 +74,7 @@ class RunFolder(NullRunFolder):
         try:
             self._open.enter_context(FileLock(path / ".lock", timeout=0))
         except Timeout as error:
-            raise ValueError(
-                f"--name: {path} is in use by another process; wait for it, stop it, or choose "
-                "another --name"
-            ) from error
+            raise ValueError(f"--name: {path} is in use by another process; stop it") from error
         self._checkpoints.mkdir(exist_ok=True)
         for rest in self._checkpoints.glob("*.tmp"):  # of a write that was killed
             rest.unlink()
@@ -117,10 +110,8 @@ class RunFolder(NullRunFolder):
         """One line of metrics.jsonl, and the same scalars for the boards: those of validation data
         under val/, the others under train/."""
         self._metrics.write(json.dumps({"step": step, "samples": samples, **scalars}) + "\n")
-        shown = {
-            f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}": x
-            for name, x in scalars.items()
-        }
+        named = {n if n.startswith("val_") else f"train_{n}": x for n, x in scalars.items()}
+        shown = {name.replace("_", "/", 1): x for name, x in named.items()}
         if self._tensorboard is not None:
             for name, value in shown.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -134,11 +125,10 @@ class RunFolder(NullRunFolder):
         every step of a checkpoint has its line.
         """
         os.fsync(self._metrics.fileno())
+        path = self._checkpoints / (checkpoint.LATEST if epoch is None else f"epoch_{epoch}.pt")
         if epoch is None:
-            latest = self._checkpoints / checkpoint.LATEST
-            checkpoint.save(latest, payload, previous=self._checkpoints / checkpoint.PREVIOUS)
+            checkpoint.save(path, payload, previous=self._checkpoints / checkpoint.PREVIOUS)
             return
-        path = self._checkpoints / f"epoch_{epoch}.pt"
         checkpoint.save(path, payload)
         for other in checkpoint.numbered(self._checkpoints) if self._keeps_one else ():
             if other != path:
@@ -170,8 +160,7 @@ def _cut_back(path: Path, step: int) -> None:
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    if path.exists():
-        write_atomic(path, "".join(kept))
+    write_atomic(path, "".join(kept))
 
 
 def _open_wandb(path: Path, config: TrainConfig) -> Any:
@@ -184,27 +173,17 @@ def _open_wandb(path: Path, config: TrainConfig) -> Any:
     known = path / "wandb_id"
     if not known.exists():
         write_atomic(known, secrets.token_hex(4))
-    return wandb.init(
-        project=config.run.wandb_project_name,
-        name=path.name,
-        id=known.read_text(),
-        resume="allow",
-        dir=str(path),
-        config=to_dict(config),
-    )
+    which = {"project": config.run.wandb_project_name, "name": path.name, "id": known.read_text()}
+    return wandb.init(**which, resume="allow", dir=str(path), config=to_dict(config))
 
 
-@dataclass(frozen=True)
-class Resume:
+class Resume(NamedTuple):
     """A run to go on with."""
 
     folder: Path
     file: Path
     payload: Mapping[str, Any]
-
-    @property
-    def step(self) -> int:
-        return int(self.payload["protoclip"]["step"])
+    step: int
 
 
 def find_resume(config: TrainConfig) -> Resume | None:
@@ -221,8 +200,7 @@ def find_resume(config: TrainConfig) -> Resume | None:
     folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
     if not isinstance(payload.get("protoclip", {}).get("training"), dict):
         raise ValueError(
-            f"--resume: {file} has weights but no state of a run (no 'protoclip' entry that "
-            "protoclip.train wrote); start from its weights by --pretrained"
+            f"--resume: {file} has weights but no state of a run; use them by --pretrained"
         )
     checkpoint.check_form(file, payload, complete=True)
-    return Resume(folder, file, payload)
+    return Resume(folder, file, payload, payload["protoclip"]["step"])

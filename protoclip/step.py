@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from protoclip.config import OptimConfig
 from protoclip.data import Batch
 from protoclip.data.types import mix
 from protoclip.distributed import GlobalBatchNorm1d, broadcast, is_distributed, rank
-from protoclip.grad_cache import grad_cache
 from protoclip.losses import Losses, ProtoLoss, caption_ids
 from protoclip.model import Encoded, ProtoModel, autocast_for
 from protoclip.prototypes import Episode
@@ -41,7 +42,7 @@ class Phases:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._seconds: dict[str, float] = {}
-        self._memory: dict[str, int] = {}
+        self.memory: dict[str, int] = {}  # the most bytes in use at the end of a phase
         self._pending: list[tuple[str, float, torch.cuda.Event, torch.cuda.Event]] = []
         self._open: list[str] = []
 
@@ -66,7 +67,7 @@ class Phases:
                     self.add({phase: sign * elapsed})
         finally:
             self._open.pop()
-        self._memory[name] = max(memory_in_use(self._device), self._memory.get(name, 0))
+        self.memory[name] = max(memory_in_use(self._device), self.memory.get(name, 0))
 
     def add(self, seconds: Mapping[str, float]) -> None:
         """Add time by phase, such as what a run had spent before it was interrupted."""
@@ -82,27 +83,17 @@ class Phases:
             self._pending.clear()
         return dict(self._seconds)
 
-    def memory(self) -> dict[str, int]:
-        """The most bytes in use at the end of a phase so far, by phase."""
-        return dict(self._memory)
-
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes in use now: of the card on a GPU, of the process elsewhere; 0 if unknown."""
+    """Bytes in use now: of the card on a GPU, of the process elsewhere; 0 where that is unknown."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return 0
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
 
 
 def seed_everything(*stream: int) -> None:
-    """Seed the global generators of torch (every device), NumPy and Python for one purpose.
-
-    protoclip draws from torch's alone; models and transforms of other packages may use the others.
-    """
+    """Seed the global generators of torch (every device), NumPy and Python for one purpose."""
     seed = int(mix(*stream)) >> 1 if len(stream) > 1 else stream[0]
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
@@ -113,10 +104,9 @@ def depends_on_passes(model: nn.Module) -> bool:
     """Whether a step depends on how its batch is split: by dropout, or by batch norm of a part."""
     for module in model.modules():
         norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        chances = [getattr(module, name, None) for name in ("p", "prob", "drop_prob", "dropout")]
-        if norm and not isinstance(module, GlobalBatchNorm1d):
-            return True
-        if any(isinstance(chance, float) and chance > 0 for chance in chances):
+        chances = [getattr(module, name, 0) for name in ("p", "prob", "drop_prob", "dropout")]
+        dropout = any(isinstance(chance, float) and chance > 0 for chance in chances)
+        if dropout or (norm and not isinstance(module, GlobalBatchNorm1d)):
             return True
     return False
 
@@ -166,17 +156,11 @@ class Step:
 class Stepper:
     """Takes gradient steps that depend on the global batch alone.
 
-    With several batches a step, the towers encode each without gradients, heads and losses see all
-    of them at once, and each is encoded again for its share of the gradient (GradCache, Gao et al.
-    2021; OpenCLIP's --accum-freq forms the loss once for every batch instead). Dropout repeats its
-    masks; batch norm inside a tower sees one batch at a time.
+    With several batches a step, the towers encode each apart, as ``grad_cache`` does; heads and
+    losses see all of them at once (OpenCLIP's --accum-freq forms the loss for every batch instead).
 
     Args:
-        model: on the device of the run.
-        loss: of this rank's share of the global batch.
-        config: of AdamW and of clipping.
         precision: "fp32", "amp_bf16", or "amp", which scales fp16's gradients.
-        phases: the stopwatch.
         seed: of the run; dropout follows from it, the step and the rank.
     Attributes:
         bad: steps that were skipped, in all and in a row up to now: int64 [2], on the device.
@@ -187,7 +171,6 @@ class Stepper:
         model: ProtoModel,
         loss: ProtoLoss,
         config: OptimConfig,
-        *,
         precision: str = "fp32",
         phases: Phases | None = None,
         seed: int = 0,
@@ -197,13 +180,10 @@ class Stepper:
         self.phases = phases or Phases(self.device)
         self.autocast = autocast_for(precision, self.device)
         self.clip_norm = config.grad_clip_norm
+        betas = config.beta1, config.beta2
+        # Fused: one pass over the weights; on a GPU only this one skips a step by itself.
         self.adamw = torch.optim.AdamW(
-            parameter_groups(model, config.wd),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            # One pass over the weights; on a GPU only this one skips a step by itself.
-            fused=True,
+            parameter_groups(model, config.wd), config.lr, betas, config.eps, fused=True
         )
         self.scaler = torch.amp.GradScaler(enabled=precision == "amp")
         self.bad = torch.zeros(2, dtype=torch.int64, device=self.device)
@@ -229,23 +209,18 @@ class Stepper:
         Args:
             number: of the step, from 0.
             batches: of one size, on the host.
-            episode: prototypes, or None.
             project: whether the heads run.
-            lr: learning rate.
-            image_lr: that of the image tower, where it is another.
+            image_lr: the image tower's, where it is another.
         """
         self.adamw.zero_grad(set_to_none=True)  # before the forward pass needs the memory
         for group in self.adamw.param_groups:
             group["lr"] = image_lr if group["image"] and image_lr is not None else lr
         statistics = [buffer.clone() for buffer in self._statistics]
         moved = [batch.to(self.device, non_blocking=True) for batch in batches]
-
-        def forward() -> tuple[Losses, Encoded | None]:
-            call = partial(self.replica, self._forward) if len(moved) == 1 else self._forward
-            return call(number, moved, episode, project)
-
-        distills = self.loss.config.w_distill > 0
-        if is_distributed() and self._replicate(heads=episode is not None or distills):
+        heads = episode is not None or self.loss.config.w_distill > 0
+        changed = is_distributed() and self._replicate(heads, self.model.image_locked)
+        forward = partial(self.replica, self._forward, number, moved, episode, project)
+        if changed:
             # DDP orders its buckets once, after a backward pass. This idle one lets a resumed run
             # sum in the order of the run that it resumes.
             forward()[0].total.backward()
@@ -264,11 +239,10 @@ class Stepper:
         self.bad = torch.stack([self.bad[0] + skipped, (self.bad[1] + 1) * skipped])
         return Step(losses, projected, norm, finite, repeated(_captions(moved)))
 
-    def _replicate(self, *, heads: bool) -> bool:
+    def _replicate(self, heads: bool, locked: bool) -> bool:
         """Have DDP average the gradients of what trains now; whether that has changed."""
-        phase = heads, self.model.image_locked
-        if changed := phase != self._phase:
-            self._phase = phase
+        if changed := (heads, locked) != self._phase:
+            self._phase = heads, locked
             self.replica = DistributedDataParallel(
                 Replica(self.model if heads else self.model.clip),
                 gradient_as_bucket_view=True,
@@ -282,13 +256,13 @@ class Stepper:
     ) -> tuple[Losses, Encoded | None]:
         """The losses, and projections without a graph."""
         if len(batches) == 1:
-            image, text = self._encode(number, 0, batches[0])
-        else:
-            ddp = [self.replica] if isinstance(self.replica, DistributedDataParallel) else []
-            encode = partial(self.replica, self._encode, number)
-            parts = list(enumerate(batches))
-            ((image, text),) = grad_cache([encode], [parts], 1, split=lambda p, _: p, ddp=ddp)
-        encoded = Encoded(image, text)
+            encoded = Encoded(*self._encode(number, 0, batches[0]))
+        else:  # GradCache: each is encoded again for its share of the gradient
+            parts = [
+                checkpoint(self._encode, number, *part, use_reentrant=False)
+                for part in enumerate(batches)
+            ]
+            encoded = Encoded(*map(torch.cat, zip(*parts, strict=True)))
         with self.autocast():
             projected = self.model.project(encoded) if project else None
         losses = self._losses(encoded, projected, batches, episode)
@@ -342,33 +316,26 @@ class Stepper:
             ValueError: moments of another shape or dtype, which fused AdamW would read beyond.
         """
         own = [p for group in self.adamw.param_groups for p in group["params"]]
-        groups = [len(group["params"]) for group in optimiser["param_groups"]]
-        if groups != [len(group["params"]) for group in self.adamw.param_groups]:
+        groups = self.adamw.state_dict()["param_groups"]  # of this run, whose settings count
+        saved = [group["params"] for group in optimiser["param_groups"]]
+        if saved != [group["params"] for group in groups]:
             raise ValueError(
                 f"checkpoint: expected the optimiser state of {len(own)} parameters, got that of "
-                f"{sum(groups)}; resume with the settings of the run"
+                f"{sum(map(len, saved))}; resume with the settings of the run"
             )
         for number, moments in optimiser["state"].items():
             like = {"exp_avg": own[number], "exp_avg_sq": own[number], "step": torch.zeros(())}
-            for name, tensor in like.items():
-                if (want := _form(tensor)) != (got := _form(moments.get(name))):
+            for name, want in like.items():
+                got = moments.get(name, 0)
+                form = getattr(got, "dtype", None), getattr(got, "shape", None)
+                if form != (want.dtype, want.shape) or not got.is_contiguous():
                     raise ValueError(
                         f"checkpoint: expected {name} of the optimiser's parameter {number} as "
-                        f"{want}, got {got}; use an older checkpoint"
+                        f"{want.dtype} {list(want.shape)}, got {form}; use an older checkpoint"
                     )
-        # With the groups of this run, whose settings count.
-        groups_now = self.adamw.state_dict()["param_groups"]
-        self.adamw.load_state_dict({"state": optimiser["state"], "param_groups": groups_now})
+        self.adamw.load_state_dict({"state": optimiser["state"], "param_groups": groups})
         if scaler:
             self.scaler.load_state_dict(dict(scaler))
-
-
-def _form(value: object) -> str:
-    """Dtype, shape and layout in words."""
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    dense = value.layout == torch.strided and value.is_contiguous()
-    return f"{value.dtype} {list(value.shape)}" + ("" if dense else ", not contiguous")
 
 
 def _captions(batches: Sequence[Batch]) -> Tensor:

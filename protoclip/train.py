@@ -75,7 +75,6 @@ from protoclip.teacher import MINILM, load_teacher, minilm_missing
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
 PROG = "python -m protoclip.train"
 PICTURED = 4096  # samples in which the run's pictures look for neighbours
-NAMED = 8  # sample keys in the message about bad steps; all of them are in out.log
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What decides which sample comes when, or which tensors there are: it must not change.
 FIXED = (
@@ -147,15 +146,14 @@ def train(config: TrainConfig, device: torch.device) -> int:
     trainer = Trainer(setup, model, NullRunFolder(path), phases, evaluation.during)
     notes = []
     if resume:  # everything is checked before the folder is touched
-        notes = check_resume(resume, setup) + trainer.restore(resume.payload)
+        notes = [f"resumed: {resume.file}, after step {resume.step} of {plan.total_steps}"]
+        notes += check_resume(resume, setup) + trainer.restore(resume.payload)
     if distributed.is_main():
         step = resume.step if resume else 0 if path.exists() else None
         trainer.folder = RunFolder(path, config, step)
     folder = trainer.folder
     try:
         announce(folder, setup, remark)
-        if resume:
-            folder.say(f"resumed: {resume.file}, after step {resume.step} of {plan.total_steps}")
         for note in notes:
             folder.say(note)
         before = evaluation.untrained(path, model, resumed=resume is not None)
@@ -224,16 +222,11 @@ class Trainer:
         self.clusters = internal or external
         # The heads run from step 0 on, for their running statistics.
         self.projects = self.clusters or (teacher is not None and weights.w_distill > 0)
-        self.transform = build_transform(
-            model.image_size, model.mean, model.std, config.data.augmentation
-        )
+        crop = model.image_size, model.mean, model.std, config.data.augmentation
+        self.transform = build_transform(*crop)
+        loss = ProtoLoss(weights, teacher, self.phases.measure)
         self.stepper = Stepper(
-            model,
-            ProtoLoss(weights, teacher, self.phases.measure),
-            config.optim,
-            precision=setup.precision,
-            phases=self.phases,
-            seed=config.run.seed,
+            model, loss, config.optim, setup.precision, self.phases, config.run.seed
         )
         self.builder = prototypes.EpisodeBuilder(
             config.episode,
@@ -244,12 +237,10 @@ class Trainer:
         )
         self.store: prototypes.FeatureStore | None = None
         if config.episode.reuses and self.projects:
-            self.store = prototypes.FeatureStore(
-                self.plan.steps_per_episode, self.plan.batch_size, setup.device
-            )
-        self.faults = Faults(
-            self.dataset, config.data.max_bad_fraction, lambda text: self.folder.say(text)
-        )
+            size = self.plan.steps_per_episode, self.plan.batch_size
+            self.store = prototypes.FeatureStore(*size, setup.device)
+        most = config.data.max_bad_fraction
+        self.faults = Faults(self.dataset, most, lambda text: self.folder.say(text))
         self.episode: Episode | None = None
         self.step = 0
         self.signals = schedule.StopSignals()
@@ -269,17 +260,9 @@ class Trainer:
         """
         batch = self.plan.batch_size
         self._began_at = self._logged_at = (time.perf_counter(), self.step)
-        with (
-            self.signals,
-            tqdm(
-                total=self.plan.total_steps * batch,
-                initial=self.step * batch,
-                unit=" samples",
-                unit_scale=True,
-                smoothing=0.1,
-                disable=hidden(),
-            ) as bar,
-        ):
+        shown = {"initial": self.step * batch, "unit": " samples", "unit_scale": True}
+        total = self.plan.total_steps * batch
+        with self.signals, tqdm(total=total, smoothing=0.1, disable=hidden(), **shown) as bar:
             for number in range(self.step // self.plan.steps_per_episode, self.plan.episodes):
                 self._run_episode(number, bar)
             if self._saved_at[1] != self.step:
@@ -300,8 +283,7 @@ class Trainer:
         self.model.train()
         own, numbers = schedule.own_draws(self.plan, draws)
         first = done * self.plan.batch_size // distributed.world_size()
-        drawn = Draws(own, schedule.episode_seed(seed, number, 0), first, numbers)
-        stream = iter(self._batches(drawn))
+        stream = self._batches(Draws(own, schedule.episode_seed(seed, number, 0), first, numbers))
         for _ in steps[done:]:
             self._train_step(stream, number)
             bar.set_postfix(loss=f"{self._loss:.3f}", refresh=False)
@@ -309,17 +291,10 @@ class Trainer:
             self._between_steps()
 
     def _batches(self, draws: Draws) -> Iterator[Batch]:
-        data = self.config.data
-        return batches(
-            self.dataset,
-            draws,
-            self.config.optim.batch_size,
-            self.transform,
-            self.model.short_tokenizer,
-            workers=data.workers,
-            captions=data.captions,
-            faults=self.faults,
-        )
+        data, size = self.config.data, self.config.optim.batch_size
+        read = self.transform, self.model.short_tokenizer
+        how: dict[str, Any] = {"workers": data.workers, "captions": data.captions}
+        return iter(batches(self.dataset, draws, size, *read, faults=self.faults, **how))
 
     def _build_episode(self, number: int, samples: Tensor) -> Episode:
         """The prototypes of an episode that trains on ``samples``, int64 [M] positions."""
@@ -330,13 +305,9 @@ class Trainer:
             else:
                 numbers = torch.arange(len(samples))[distributed.own_slice(len(samples))]
                 drawn = schedule.episode_seed(seed, number, 1)
-                stream = self._batches(Draws(samples[numbers], drawn, 0, numbers))
-                features = prototypes.extract(
-                    self.model,
-                    self._stoppable(stream),
-                    device=self.setup.device,
-                    autocast=self.stepper.autocast,
-                )
+                stream = self._stoppable(self._batches(Draws(samples[numbers], drawn, 0, numbers)))
+                autocast, device = self.stepper.autocast, self.setup.device
+                features = prototypes.extract(self.model, stream, device=device, autocast=autocast)
         with self.phases.measure("clusters"):
             random = distributed.generator(seed, schedule.EPISODES, number, 2)
             return self.builder.build(features, random, self.episode, coming)
@@ -378,17 +349,14 @@ class Trainer:
             return
         self._skipped = total
         keys = [self.dataset.keys[i] for part in parts for i in part.index.tolist()]
-        self.folder.note(
-            f"step {self.step} skipped, the last of {total}: loss or gradient not finite; samples: "
-            f"{keys}"
-        )
+        self.folder.note(f"step {self.step} skipped: not finite, {total} by now; samples: {keys}")
         if in_a_row >= self.config.run.max_bad_steps:
             self.save(None)
             raise ValueError(
                 f"training: loss or gradient was not finite in {in_a_row} steps in a row, the last "
-                f"one step {self.step}, samples {keys[:NAMED]} ... (all in out.log); lower --lr, "
-                f"use --precision fp32, or let torch.autograd.set_detect_anomaly(True) name the "
-                f"operation; the weights before them are in {self.folder.path}"
+                f"one step {self.step} (its samples are in out.log, {keys[0]} the first); lower "
+                "--lr, use --precision fp32, or name the operation by torch.autograd."
+                f"set_detect_anomaly(True); the weights before them are in {self.folder.path}"
             )
 
     def _log(self, step: Step, lr: float, number: int) -> None:
@@ -404,15 +372,14 @@ class Trainer:
             "same_caption": step.same_caption,
             "grad_norm": step.norm,
             "bad_steps": self.stepper.bad[0],
-            "bad_samples": faults.to(self.setup.device),
+            "bad_samples": (faults + self.faults.known).to(self.setup.device),
         }
         if self.model.logit_bias is not None:
             scalars["logit_bias"] = self.model.logit_bias
         values = torch.stack([v.detach().float().reshape(()) for v in scalars.values()])
-        means = distributed.mean_over_ranks(values).tolist()
-        record = {k: v for k, v in zip(scalars, means, strict=True) if math.isfinite(v)}
-        record["bad_samples"] += self.faults.known
-        record = {k: v for k, v in record.items() if v or not k.startswith("bad_")}
+        means = zip(scalars, distributed.mean_over_ranks(values).tolist(), strict=True)
+        kept = {k: v for k, v in means if math.isfinite(v)}
+        record = {k: v for k, v in kept.items() if v or not k.startswith("bad_")}
         now, (then, logged) = time.perf_counter(), self._logged_at
         self._logged_at = (now, self.step)
         record |= {
@@ -426,18 +393,17 @@ class Trainer:
             record |= self.episode.metrics
         self.folder.metrics(self.step, self.step * self.plan.batch_size, record)
         if self.step == self.config.run.log_every_n_steps:
+            own = self.plan.batch_size // distributed.world_size()
             self.folder.note(
-                f"--dedup {self.config.loss.dedup}: in a batch of "
-                f"{self.plan.batch_size // distributed.world_size()} pairs, "
+                f"--dedup {self.config.loss.dedup}: in a batch of {own} pairs, "
                 f"{record['same_caption']:g} share their caption with another one"
             )
         self._loss = record.get("loss", math.nan)
-        began, first = self._began_at
-        left = (self.plan.total_steps - self.step) * (now - began) / (self.step - first)
+        total, (began, first) = self.plan.total_steps, self._began_at
+        left = round((total - self.step) * (now - began) / (self.step - first))
         self.folder.note(
-            f"step {self.step}/{self.plan.total_steps}, loss {self._loss:.4f}, "
-            f"{record['samples_per_second']:,.0f} samples/s, "
-            f"ETA {datetime.timedelta(seconds=round(left))}"
+            f"step {self.step}/{total}, loss {self._loss:.4f}, {record['samples_per_second']:,.0f} "
+            f"samples/s, ETA {datetime.timedelta(seconds=left)}"
         )
 
     def _between_steps(self) -> None:
@@ -460,12 +426,9 @@ class Trainer:
         if stop or timed or (self._every_steps and self.step % self._every_steps == 0):
             self.save(None)
         if stop:
-            asked = self.signals.asked or "a signal to another rank"
-            raise schedule.Stopped(
-                f"stopped by {'Ctrl-C' if asked == 'SIGINT' else asked} after step {self.step}; "
-                f"go on with --resume {self.folder.path}",
-                130 if stop > 1 else 0,
-            )
+            signal = "Ctrl-C" if stop > 1 else self.signals.asked or "a signal to another rank"
+            words = f"stopped by {signal} after step {self.step}; go on with --resume"
+            raise schedule.Stopped(f"{words} {self.folder.path}", 130 if stop > 1 else 0)
         due = 0 < self._every_seconds <= time.monotonic() - self._saved_at[0]  # by its own clock
         self._agreed = distributed.max_later(torch.tensor([float(due), self.signals.level]))
 
@@ -515,7 +478,7 @@ class Trainer:
             self.stepper.load_state(payload["optimizer"], training["scaler"])
             skipped = torch.tensor([*map(index, training["skipped"])]).reshape(2)
             self.stepper.bad, self._skipped = skipped.to(self.setup.device), int(skipped[0])
-            self.episode = unpack_episode(training["episode"], self.setup.device)
+            self.episode = unpack_episode(training["episode"], self.setup.device, len(self.dataset))
             if self.store is not None:
                 self.store.load_state_dict(training["store"])
             faults = set(map(index, training["faults"]))
@@ -524,10 +487,9 @@ class Trainer:
             self.step = payload["protoclip"]["step"]
             same = training["passes"] == self._passes
         except (RuntimeError, LookupError, TypeError, AttributeError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ValueError(
-                f"--resume: the checkpoint does not hold the state of this run ({reason}); use an "
-                "older checkpoint, or start a new run with --pretrained"
+                "--resume: the checkpoint does not hold the state of this run "
+                f"({type(error).__name__}: {str(error)[:300]}); use an older checkpoint"
             ) from error
         if same or not depends_on_passes(self.model):
             return []
@@ -548,8 +510,8 @@ def pack_episode(episode: Episode | None) -> dict[str, Any] | None:
     }
 
 
-def unpack_episode(state: Any, device: torch.device) -> Episode | None:
-    """The inverse."""
+def unpack_episode(state: Any, device: torch.device, samples: int) -> Episode | None:
+    """The inverse, for a data set of ``samples``."""
     if state is None:
         return None
 
@@ -557,17 +519,23 @@ def unpack_episode(state: Any, device: torch.device) -> Episode | None:
         return {k: x.to(device) if isinstance(x, Tensor) else x for k, x in values.items()}
 
     known = {name: Clusters(**moved(one)) for name, one in state["clusterings"].items()}
-    sets = tuple(
-        PrototypeSet(**{**moved(one), "clustering": known[one["clustering"]]})
+    sets = [
+        PrototypeSet(**moved(one | {"clustering": known[one["clustering"]]}))
         for one in state["sets"]
-    )
-    return Episode(sets, state["metrics"])
+    ]
+    for one in sets:  # an IndexError on a CPU, worse on a GPU
+        if len(labels := one.clustering.labels) != samples or labels.max() >= len(one.prototypes):
+            raise ValueError(
+                f"--resume: expected labels of {samples} samples, below {len(one.prototypes)}, got "
+                f"{len(labels)} up to {int(labels.max())}; use an older checkpoint"
+            )
+    return Episode(tuple(sets), state["metrics"])
 
 
 def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
     """Say what will be done, in the user's units."""
     config, plan, episode = setup.config, setup.plan, setup.config.episode
-    ranks = distributed.world_size()
+    ranks, warmup = distributed.world_size(), config.optim.warmup
     folder.say(
         f"run folder: {folder.path}\n"
         f"data: {setup.dataset.name}, {len(setup.dataset):,} pairs; {plan.total_steps} steps of "
@@ -575,22 +543,22 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
         f"model: {config.model.model} on {setup.device}, {setup.precision}, "
         f"{torch.get_num_threads()} threads" + f", {ranks} ranks" * (ranks > 1)
     )
-    if config.optim.warmup >= plan.total_steps:
+    if warmup >= plan.total_steps:
         folder.say(
-            f"note: --warmup {config.optim.warmup:g} steps are longer than the run's "
-            f"{plan.total_steps}, which never gets to --lr; a fraction such as 0.1 follows the run"
+            f"note: --warmup {warmup:g} steps are longer than the run's {plan.total_steps}, which "
+            "never gets to --lr; a fraction such as 0.1 follows the run"
         )
-    words = f"method: clip, {'SigLIP' if config.model.siglip else 'InfoNCE'} only"
-    if uses_prototypes(config):
-        words = (
-            f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
-            f"{prototypes.check_clusters(episode, setup.episode_samples)} prototypes per source, "
-            f"features {'reused' if episode.reuses else 'extracted'}, prototypes from episode "
-            f"{episode.infonce_warmup + 1} on"
-            + ", which this run does not reach" * (plan.episodes <= episode.infonce_warmup)
-            + f"\n{remark}"
-        )
-    folder.say(words)
+    if not uses_prototypes(config):
+        folder.say(f"method: clip, {'SigLIP' if config.model.siglip else 'InfoNCE'} only")
+        return
+    folder.say(
+        f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
+        f"{prototypes.check_clusters(episode, setup.episode_samples)} prototypes per source, "
+        f"features {'reused' if episode.reuses else 'extracted'}, prototypes from episode "
+        f"{episode.infonce_warmup + 1} on"
+        + ", which this run does not reach" * (plan.episodes <= episode.infonce_warmup)
+        + f"\n{remark}"
+    )
 
 
 @torch.no_grad()
@@ -626,17 +594,11 @@ def draw_plots(trainer: Trainer, evaluation: Evaluation) -> None:
         for rows in features
     )
     judged = next(iter(evaluation.kept.values()), None)
-    snapshot = looks.take_snapshot(
-        looks.Samples(
-            Subset(trainer.dataset, shown),
-            encoded,
-            projected,
-            {name: labels[shown] for name, labels in clusters.items()},
-        ),
-        None if judged is None else (evaluation.quick_sets["HO"], judged),
-        facts={"memory_bytes": trainer.phases.memory()},
-    )
-    looks.save_snapshot(folder, snapshot)
+    labels = {name: own[shown] for name, own in clusters.items()}
+    samples = looks.Samples(Subset(trainer.dataset, shown), encoded, projected, labels)
+    held_out = None if judged is None else (evaluation.quick_sets["HO"], judged)
+    facts = {"memory_bytes": trainer.phases.memory}
+    looks.save_snapshot(folder, looks.take_snapshot(samples, held_out, facts=facts))
 
 
 def conclude(
@@ -649,18 +611,14 @@ def conclude(
     name, weights = trainer.config.model.model, str(checkpoint.candidates(folder.path)[0])
     outcome = Outcome(evaluation.data, name, weights, after or {}, before, timing, peak, floor)
     recorded = page.recorded_baseline(to_dict(trainer.config)) if after else None
-    baseline = recorded.outcome if recorded else None
-    folder.say("\n" + results.format_table(outcome, baseline))
+    folder.say("\n" + results.format_table(outcome, recorded.outcome if recorded else None))
     if after is None:
         folder.say("no evaluation: give --val-data")
     else:
         results.write_results(folder.path / "results.json", outcome)
     if "tensorboard" in trainer.config.run.report_to:
-        scores = {
-            f"{one.title}/{name}": value
-            for one in (after or {}).values()
-            for name, value in one.metrics.items()
-        }
+        sets = (after or {}).values()
+        scores = {f"{one.title}/{name}": x for one in sets for name, x in one.metrics.items()}
         snapshot = looks.load_snapshot(folder.path) or looks.Snapshot()
         sum_up(folder.path, trainer.config, looks.contact_sheet(snapshot), scores)
     folder.say(f"report: {page.write_report([folder.path])}\ndone: {folder.path}")
@@ -696,13 +654,9 @@ class Evaluation:
 
     def encoder(self, model: ProtoModel) -> tasks.Encoder:
         """Encodes with the model as it is, on all ranks."""
-        setup = self.setup
-        return tasks.Encoder(
-            model,
-            setup.device,
-            workers=setup.config.data.workers,
-            autocast=autocast_for(setup.precision, setup.device),
-        )
+        device, workers = self.setup.device, self.setup.config.data.workers
+        autocast = autocast_for(self.setup.precision, device)
+        return tasks.Encoder(model, device, workers=workers, autocast=autocast)
 
     def untrained(self, folder: Path, model: ProtoModel, resumed: bool) -> Results | None:
         """The evaluation before training; a resumed run reads what it found when it began."""
@@ -712,8 +666,7 @@ class Evaluation:
             return results.read_results(path).trained if found else None
         before = self.full(model, "evaluating the untrained model")
         if before is not None and distributed.is_main():
-            outcome = Outcome(self.data, "untrained", "", before)
-            results.write_results(path, outcome)
+            results.write_results(path, Outcome(self.data, "untrained", "", before))
         return before
 
     def full(self, model: ProtoModel, what: str) -> Results | None:
@@ -822,18 +775,14 @@ def check_settings(config: TrainConfig, device: torch.device) -> None:
     weights, episode, backend = config.loss, config.episode, config.episode.kmeans_backend
     teacher = bool(teacher_spec(config)[0])
     internal = config.method == "protoclip" and weights.w_proto > 0
-    if weights.w_clip == 0 and not (teacher and weights.w_distill > 0):
-        if not internal and not (teacher and weights.w_proto_external > 0):
-            raise ValueError(
-                "--w-clip 0: expected another loss with a weight, got none with --method "
-                f"{config.method} and {'an' if teacher else 'no'} external teacher; use --w-clip "
-                "1, or give --w-proto, or a teacher and --w-proto-external, a weight"
-            )
-        if episode.infonce_warmup or episode.lit_start:
-            raise ValueError(
-                "--w-clip 0: expected prototypes in every step; use --infonce-warmup-epoch 0 and "
-                "--lit-start 0, or --w-clip 1"
-            )
+    clusters = internal or (teacher and weights.w_proto_external > 0)
+    always = clusters and not (episode.infonce_warmup or episode.lit_start)
+    if weights.w_clip == 0 and not always and not (teacher and weights.w_distill > 0):
+        raise ValueError(
+            "--w-clip 0: expected another loss with a weight in every step, got none with --method "
+            f"{config.method} and {'an' if teacher else 'no'} external teacher; use --w-clip 1, or "
+            "give --w-proto a weight, --infonce-warmup-epoch 0 and --lit-start 0"
+        )
     if backend == "faiss":
         load_faiss()
         if distributed.is_distributed():
@@ -855,18 +804,17 @@ def check_resume(resume: Resume, setup: Setup) -> list[str]:
             wrong.append(change)
         elif not key.startswith(FREE):
             notes.append(change)
-    then, batch = training.get("batch_size"), setup.plan.batch_size
-    if then != batch:
-        wrong.append(f"the global batch_size (all ranks and passes) was {then} and is {batch}")
+    now = {
+        "the global batch_size (all ranks and passes)": ("batch_size", setup.plan.batch_size),
+        "the training data": ("data", checkpoint.fingerprint(setup.dataset.keys)),
+    }
+    for words, (key, value) in now.items():
+        if (then := training.get(key)) != value:
+            wrong.append(f"{words} was {then} and is {value}")
     if wrong:
         raise ValueError(
             f"--resume: {resume.file} cannot go on with other settings: {'; '.join(wrong)}; give "
             "the run's own, or start a new run with --pretrained"
-        )
-    if (data := checkpoint.fingerprint(setup.dataset.keys)) != training.get("data"):
-        raise ValueError(
-            f"--resume: the training data are not those of {resume.file} ({data}, not "
-            f"{training.get('data')}); give the same data, or start a new run with --pretrained"
         )
     return [f"since the checkpoint, {note}: not the same run any more" for note in notes]
 

@@ -179,7 +179,7 @@ def test_templates_and_imagenet_names(tmp_path):
     [
         (["--templates", "nowhere.txt"], "--templates: expected openai, simple or a file"),
         (["--split", "holdout"], "--split holdout: no folder"),
-        (["--tasks", "zeroshot,cooking"], "'cooking' is unknown"),
+        (["--tasks", "zeroshot,cooking"], "got 'cooking'"),
         (["--tasks", "retrieval"], "no captions"),
         (["--device", "cuda:9"], "got cuda:9; use --device auto"),
         (["--data", "builtin:cats"], "expected one of builtin:emoji"),

@@ -42,10 +42,7 @@ def parse_tasks(text: str) -> tuple[str, ...]:
     """ "zeroshot,knn" -> those tasks in order; "" and "all" -> all of them."""
     wanted = {name.strip() for name in text.split(",") if name.strip()} - {"all"}
     if unknown := sorted(wanted - set(TASKS)):
-        raise ValueError(
-            f"--tasks: expected all, or some of {','.join(TASKS)}; got {text!r}, of which "
-            f"{unknown[0]!r} is unknown"
-        )
+        raise ValueError(f"--tasks: expected all or some of {','.join(TASKS)}, got {unknown[0]!r}")
     return tuple(name for name in TASKS if name in wanted or not wanted)
 
 
@@ -82,8 +79,8 @@ def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
     if stored is None:
         if not model:
             raise ValueError(
-                f"{path}: expected a checkpoint of protoclip.train, got another one, which does "
-                "not say what model it is of; give its OpenCLIP name or config file as --model"
+                f"{path}: expected a checkpoint of protoclip.train, got another one; give the "
+                "OpenCLIP name of its model, or its config file, as --model"
             )
         return dataclasses.replace(_by_name(model, str(path)), pretrained=str(path))
     config = from_dict(TrainConfig, stored)
@@ -181,10 +178,7 @@ def _own_data(config: TrainConfig | None, where: str) -> str:
     check_saved({"--data": data.val_data or data.train_data}, where)
     if data.val_data or data.train_data.startswith("builtin:"):
         return data.val_data or data.train_data
-    raise ValueError(
-        f"the run was trained on all of {data.train_data}, without --val-data; "
-        "give --data, the pairs to evaluate on"
-    )
+    raise ValueError(f"the run was trained on all of {data.train_data}; give --data to evaluate on")
 
 
 def _output(args: argparse.Namespace) -> Path:

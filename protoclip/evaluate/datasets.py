@@ -89,10 +89,7 @@ def _image_folder(root: Path, split: str, words: Sequence[str]) -> Layout:
     if not split:
         chosen = next((root / name for name in SPLITS if (root / name).is_dir()), root)
         if chosen == root and train.is_dir() and any(path.is_dir() for path in train.iterdir()):
-            raise DataError(
-                f"{root}: train has class folders, but there is no {' or '.join(SPLITS)} beside "
-                "it; name the folder to judge with --split (--split train: that one)"
-            )
+            raise DataError(f"{root}: expected {' or '.join(SPLITS)} beside train; give --split")
     if not chosen.is_dir():
         raise DataError(f"--split {split}: no folder {chosen}; name one that holds class folders")
     with_train = chosen not in (root, train) and train.is_dir()
@@ -105,8 +102,8 @@ def _image_folder(root: Path, split: str, words: Sequence[str]) -> Layout:
         names = open_clip.IMAGENET_CLASSNAMES
     if len(names) != len(folders) or not all(names):
         raise DataError(
-            f"{path}: expected a name for each of the {len(folders)} class folders in {chosen}, "
-            f"one a line in the order of the sorted folder names, got {len(names)} lines"
+            f"{path}: expected a line for each of the {len(folders)} class folders in {chosen}, in "
+            f"the order of their names, got {len(names)} lines"
         )
     test = ImageFolder(chosen, folders, names)
     rest = ImageFolder(train, folders, names) if with_train else None
@@ -135,10 +132,7 @@ class ImageFolder:
         ids = {folder: i for i, folder in enumerate(folders)}
         self._found = make_dataset(self.name, ids, IMG_EXTENSIONS, allow_empty=True)
         if not self._found:
-            raise DataError(
-                f"{root}: no pictures in its folders; expected {root}/CLASS/picture.png (or "
-                f"another of {', '.join(IMG_EXTENSIONS)})"
-            )
+            raise DataError(f"{root}: no pictures in its folders; expected CLASS/picture.png")
         self.keys: Sequence[str] = [os.path.relpath(path, root) for path, _ in self._found]
         labels = Labels(torch.tensor([label for _, label in self._found]), tuple(names))
         self.labels: Mapping[str, Labels] = {LABEL: labels} if names else {}
@@ -173,9 +167,7 @@ def read_templates(given: str) -> tuple[str, ...]:
     words = [line.strip().replace("{c}", "{}") for line in lines if line.strip()]
     bad = [word for word in words if word.count("{}") != 1]
     if bad or not words:
-        raise DataError(
-            f"{given}: expected one template a line with {{c}} for the class, got {bad[:1]}"
-        )
+        raise DataError(f"{given}: expected one template a line with {{c}}, got {bad[:1]}")
     return tuple(words)
 
 

@@ -71,15 +71,19 @@ class Outcome:
     floor: Results | None = None  # without a model; see ``floors`` of evaluate/tasks.py
     seeds: int = 1  # if more: means over as many runs, intervals of what one run more may give
 
+    @property
+    def beside(self) -> dict[str, Results]:
+        """What stands beside the trained model, as far as it is known."""
+        both = {"floor": self.floor, "untrained": self.untrained}
+        return {name: found for name, found in both.items() if found}
+
 
 def format_table(outcome: Outcome, baseline: Outcome | None = None) -> str:
     """The table at the end of a run, at most 100 columns: one block per set, one row per metric.
 
     Beside the trained model stand the floor, the untrained model and the baseline, if known.
     """
-    beside = {"floor": outcome.floor, "untrained": outcome.untrained}
-    beside["CLIP"] = baseline.trained if baseline else None
-    known = {name: results for name, results in beside.items() if results is not None}
+    known = outcome.beside | ({"CLIP": baseline.trained} if baseline else {})
     heads = [*known, "trained", "95 % interval"]
     heads += ["to CLIP" if baseline else "change"] * bool(known)  # to what stands last
     row = "  {:<30}" + "{:>10}" * (len(known) + 1) + "{:>18}" + "{:>10}" * bool(known)

@@ -162,25 +162,20 @@ def write_report(
     Args:
         folders: run folders of ``protoclip.train``; the last one is compared with the first whose
             method is clip, else with the recorded one.
-        output: None: report.html in the last folder (of several: report-NAMES.html beside it).
+        output: None: report.html in the last folder.
     Returns:
         The path of the file.
     """
     runs = [read_run(folder) for folder in folders]
     if len({run.name for run in runs}) < len(runs):
         runs = [replace(run, name=str(run.path)) for run in runs]
-    default = Path(folders[-1]) / NAME
-    if len(runs) > 1:
-        names = "-vs-".join(Path(run.name).name for run in runs)[:120]
-        default = Path(folders[-1]).resolve().parent / f"report-{names}.html"
-    path = output_file(output or default, "--output")
+    path = output_file(output or Path(folders[-1]) / NAME, "--output")
     try:
         text = render(runs)
     except Exception as error:  # whatever a strange file leads to
-        names = ", ".join(str(run.path) for run in runs)
         raise ValueError(
-            f"report: expected files that protoclip.train wrote in {names}, got others "
-            f"({type(error).__name__}: {error}); train again"
+            f"report: expected files that protoclip.train wrote in {', '.join(map(str, folders))}, "
+            f"got others ({type(error).__name__}: {error}); train again"
         ) from error
     write_atomic(path, text)
     return path
@@ -218,11 +213,7 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
         columns=columns,
         said=said or [verdict(run, baseline) for run in own],
         sets=sets,
-        beside={
-            name: results
-            for name, results in (("floor", one.floor), ("untrained", one.untrained))
-            if results and len(runs) == 1
-        },
+        beside=one.beside if len(runs) == 1 else {},
         change=change,
         headline=HEADLINE,
         curves=figures.charts(figures.CURVES, series),

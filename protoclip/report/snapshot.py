@@ -269,8 +269,8 @@ def plane(samples: Samples, thumbs: Thumbnails | None = None) -> dict[str, Any]:
     }
     words = [caption_of(samples.dataset, i)[:60] for i in range(n)]
     pictures = [thumbs.item(samples.dataset, i)["picture"] for i in range(n)] if thumbs else []
-    xy = (places * 65535).round().numpy().astype("<u2")
-    return {"n": n, "xy": _base64(xy), "by": colours, "words": words, "pictures": pictures}
+    xy = _base64((places * 65535).round().numpy().astype("<u2"))
+    return {"n": n, "xy": xy, "by": colours, "words": words, "pictures": pictures}
 
 
 def lay_out(points: Tensor, seed: int = 0) -> Tensor:
