@@ -180,7 +180,7 @@ class EpisodeConfig:
     kmeans_nredo: int = option(1, "restarts of k-means when not warm (paper: 3)", low=1)
     external_teacher: str = option(
         "auto",
-        "features that tell which samples belong together: .npz of python -m protoclip.teacher, "
+        "features that tell which samples belong together: .npz of protoclip teacher, "
         ".npy or .safetensors of [dataset, d], builtin:minilm, none, or auto (builtin:minilm on "
         "built-in data if installed)",
     )
@@ -306,14 +306,14 @@ RETIRED = {
     "--normalize-centroids": "centroids are plain means; leave the flag out",
     "--external-target-temperature": "external targets are hard labels; leave the flag out",
     "--spool-gb": "remote shards are kept in the cache folder; set PROTOCLIP_CACHE to move it",
-    "--check-data": "python -m protoclip.data --check DATA lists all that is wrong",
+    "--check-data": "protoclip data --check DATA lists all that is wrong",
     "--learning-rate": "the flag is --lr",
     "--weight-decay": "the flag is --wd",
     "--num-clusters": "the flag is --k",
     "--num-prototypes": "the flag is --k",
-    "--imagenet-v2": "evaluate the run afterwards with python -m protoclip.evaluate RUN --data DIR",
+    "--imagenet-v2": "evaluate the run afterwards with protoclip evaluate RUN --data DIR",
     "--torchcompile": "captions differ in length, so each would compile again; "
-    "python -m protoclip.openclip takes it",
+    "protoclip openclip takes it",
 }
 # Flags of OpenCLIP's trainer with no counterpart here.
 ONLY_OPENCLIP = """
@@ -346,7 +346,7 @@ def refusal(flag: str, known: Iterable[str]) -> str:
     if name in RETIRED:
         return f"{name}: {RETIRED[name]}"
     if name in ONLY_OPENCLIP.split():
-        return f"{name}: a flag of OpenCLIP's trainer; use python -m protoclip.openclip"
+        return f"{name}: a flag of OpenCLIP's trainer; use protoclip openclip"
     names = [option.removeprefix("--") for option in known]
     near = difflib.get_close_matches(name.removeprefix("--"), names, n=1)
     return f"{name}: no such flag; " + (f"did you mean --{near[0]}?" if near else "see --help")
