@@ -99,6 +99,7 @@ def test_a_scale_is_any_number(backend, scale):
         lambda s: info_nce(X, Y, s, backend=backend),
         lambda s: sigmoid_loss(X, Y, s, s, backend=backend),
         lambda s: cross_entropy(X, Y, LABELS, s, backend=backend),
+        lambda s: protoclip.ProtoClipLoss().eval()(X, Y, s).squeeze(),
     ):
         assert torch.equal(loss(scale), loss(S))
 
@@ -130,6 +131,7 @@ def test_mixed_dtypes_are_promoted(backend, op):
 def test_meta_tensors_give_shapes():
     x, y, labels = (t.to("meta") for t in (X, Y, LABELS))
     for loss in (
+        protoclip.ClipLoss()(x, y, torch.ones((), device="meta")),
         info_nce(x, y, 3.0),
         sigmoid_loss(x, y, 3.0, 1),
         cross_entropy(x, y, labels, 2.0),

@@ -222,14 +222,6 @@ def test_autocast_keeps_the_features_dtype(backend):
 # ---- products kept for the backward pass: no bit of the result ----
 
 
-def _kept(inputs, **options):
-    """Bytes of logits that the loss saves: its only int16 tensor."""
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        protoclip.info_nce(*inputs, **options)
-    return sum(t.nbytes for t in saved if t.dtype == torch.int16)
-
-
 # 1: one lane; 130 and 300: ragged tiles in both directions; 777: several tasks; D odd and even.
 @needs_cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -241,24 +233,6 @@ def test_same_bits_with_and_without_a_stash_on_any_number_of_threads(n, d, dtype
         options["backend"] = "cpu"
         for got in on_threads(lambda more=options: run(inputs, weights, **more), (1, 2, 3)):
             assert all(torch.equal(got[name], plain[name]) for name in plain)
-
-
-@needs_cpu
-def test_a_stash_only_for_a_gradient_and_within_64_mib():
-    inputs = leaves(300, 20)
-    size = 4 * 384 * 512  # whole tiles of 128 x 256
-    assert _kept(inputs, backend="cpu") == _kept(inputs, backend="cpu", stash=True) == size
-    assert _kept(inputs, backend="cpu", stash=False) == 0
-    native = torch.ops.protoclip_native
-    inputs = leaves(1024, 20)  # 4 MiB, which go back to the pool
-    for wanted in (False, True):
-        native.release_memory()
-        with torch.set_grad_enabled(wanted):
-            protoclip.info_nce(*inputs, backend="cpu")
-        assert (native.kept_memory() >= 4 << 20) == wanted
-    elements = native.stash_size
-    assert 2 * elements(4096, 4096) == 64 << 20
-    assert elements(4097, 4096) == elements(16384, 16384) == elements(0, 0) == 0
 
 
 @needs_cpu
@@ -279,24 +253,6 @@ def test_opcheck_and_one_graph(dtype):
             torch.autograd.grad(f(x[:n], y[:n], scale), (x, y, scale)) for f in (compiled, loss)
         )
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
-@needs_cpu
-def test_memory_of_a_step_is_the_next_steps_up_to_a_limit():
-    """Blocks are handed out once at a time, come back when their tensor dies, and can be let go."""
-    ops = torch.ops.protoclip_native
-    ops.release_memory()
-    blocks = [ops.pooled(32 << 20) for _ in range(6)]  # 64 MiB each
-    assert len({block.data_ptr() for block in blocks}) == 6
-    assert ops.kept_memory() == 0  # in use is not kept
-    places = {block.data_ptr() for block in blocks}
-    del blocks
-    assert ops.kept_memory() == 128 << 20
-    again = ops.pooled(32 << 20)
-    assert again.data_ptr() in places and again.dtype == torch.int16
-    assert ops.kept_memory() == 64 << 20
-    ops.release_memory()  # what is in use stays
-    assert (again.fill_(3) == 3).all() and ops.kept_memory() == 0
 
 
 @needs_cpu

@@ -70,37 +70,27 @@ def test_loss_near_zero_does_not_cancel(dtype):
         check_case(c, c, torch.arange(300), None, scale, torch.ones(300), size=size)
 
 
-def plain_targets(source, c, temperature, dtype, rows=slice(None)):
+def plain_targets(source, c, temperature, dtype, rows):
     """The plain formula, run in ``dtype``, or in fp64 for the truth."""
     source, c = source.to(dtype), c.to(dtype)
     return torch.softmax(source[rows] @ source.T / temperature, dim=1) @ c
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("k, d_source, d", [(1, 1, 1), (2, 8, 64), (257, 64, 13), (700, 24, 128)])
+@pytest.mark.parametrize(
+    "k, d_source, d", [(1, 1, 1), (2, 8, 64), (257, 64, 13), (700, 24, 128), (20_000, 16, 8)]
+)
 def test_soft_targets_within_budget(k, d_source, d, dtype):
+    """Of 20,000 clusters in 40 rows: the truth of all would be 3 GB."""
     torch.manual_seed(0)
+    rows = torch.arange(0, k, 500 if k == 20_000 else 1)
     for temperature in TEMPERATURES[1:]:
         source, c = 0.9 * unit(k, d_source, dtype=dtype), unit(k, d, dtype=dtype)
-        got = protoclip.soft_targets(source, c, temperature, backend="cpu")
+        got = protoclip.soft_targets(source, c, temperature, backend="cpu")[rows]
         truth, base = (
-            plain_targets(source, c, temperature, wide) for wide in (torch.float64, dtype)
+            plain_targets(source, c, temperature, wide, rows) for wide in (torch.float64, dtype)
         )
         assert_within_budget(got, truth, base.float(), scale=1 / temperature)
-
-
-@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
-def test_soft_targets_of_twenty_thousand_clusters(temperature):
-    """Against fp64 in 40 rows: all of them would be 3 GB."""
-    torch.manual_seed(0)
-    source, c = 0.9 * unit(20_000, 16), unit(20_000, 8)
-    rows = torch.arange(0, 20_000, 500)
-    got = protoclip.soft_targets(source, c, temperature, backend="cpu")[rows]
-    base, truth = (
-        plain_targets(source, c, temperature, dtype, rows)
-        for dtype in (torch.float32, torch.float64)
-    )
-    assert_within_budget(got, truth, base, scale=1 / temperature)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
