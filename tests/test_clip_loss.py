@@ -116,6 +116,37 @@ def test_siglip_op_is_sound():
     assert protoclip.SigLipLoss()(x, y, scale, bias).isnan()
 
 
+def _with_ids(own, **ranks):
+    """ClipLoss and SigLipLoss of some of 40 pairs: value and gradients, as arrays."""
+    (x, y), ids = features(40, 12), torch.arange(40) % 13
+    for loss, scalars in (
+        (protoclip.ClipLoss(gather_with_grad=True, **ranks), (torch.tensor(14.3),)),
+        (protoclip.SigLipLoss(**ranks), (torch.tensor(14.3), torch.tensor(-10.0))),
+    ):
+        value, grads = gradients(lambda *a, f=loss: f(*a, ids=ids[own]), x[own], y[own], *scalars)
+        yield value.numpy(), [g.numpy() for g in grads[:2]]
+
+
+def ids_of_rank():
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    found = list(_with_ids(slice(20 * rank, 20 * rank + 20), rank=rank, world_size=2))
+    dist.destroy_process_group()
+    return found
+
+
+def test_ids_over_two_ranks_are_those_of_one_process():
+    ranks = on_ranks(2, ids_of_rank)
+    whole = list(_with_ids(slice(None)))
+    plain = protoclip.ClipLoss()(*features(40, 12), torch.tensor(14.3))
+    assert abs(whole[0][0] - plain.item()) > 0.01
+    for one, (value, grads) in enumerate(whole):
+        assert abs(sum(found[one][0] for found in ranks) / 2 - value) <= 2e-5 * abs(value)
+        for k, want in enumerate(grads):
+            got = np.concatenate([found[one][1][k] for found in ranks]) / 2
+            assert np.abs(got - want).max() <= 2e-5 * np.abs(want).max()
+
+
 @pytest.mark.parametrize("same_id", ["positive", "exclude"])
 def test_siglip_with_ids(same_id):
     """Every logit is a positive, a negative or left out."""
