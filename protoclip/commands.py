@@ -80,7 +80,8 @@ def cluster_parser() -> Parser:
     add("--pretrained", default="", metavar="TEXT", help="its weights: a file or OpenCLIP's tag")
     words = "texts of a features file's rows, one a line; a table and shards have their own"
     add("--captions", default="", metavar="FILE", help=words)
-    words = "what each picture or row counts, one number a line; unreadable pictures have theirs"
+    words = "what each picture or row counts, one number a line, in a folder sorted by folder "
+    words += "and name; unreadable pictures have theirs"
     add("--weights", default="", metavar="FILE", help=words)
     words = "scale a features file's rows to length 1, as those of pictures are"
     add("--normalize", action="store_true", help=words)
