@@ -46,7 +46,7 @@ from protoclip.ops.contrastive import (
     side_weights,
     sigmoid_loss,
 )
-from protoclip.ops.pairs import Given, Pairs, SameId, check_ids, pairs_of
+from protoclip.ops.pairs import SAME_ID, Given, Pairs, SameId, check_ids, pairs_of
 from protoclip.prototypes import (
     EXTERNAL,
     IGNORE,
@@ -85,6 +85,7 @@ def global_info_nce(
         return info_nce(*inputs, ids=ids, same_id=same_id, backend=backend)
     op, first = "global_info_nce", rank() * len(image_features)
     x, y, scale = checks.pairs(op, *inputs)
+    checks.one_of(op, "same_id", same_id, SAME_ID)
     every = _all_ids(op, ids, x)
     kind = "info_nce" if ids is None else "contrastive"
     name = resolve(kind, backend, x.device.type, x.dtype)
@@ -199,6 +200,7 @@ def global_sigmoid_loss(
         return sigmoid_loss(*inputs, logit_bias, ids=ids, same_id=same_id, backend=backend)
     op, first = "global_sigmoid_loss", rank() * len(image_features)
     x, y, scale = checks.pairs(op, *inputs)
+    checks.one_of(op, "same_id", same_id, SAME_ID)
     bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
     every = _all_ids(op, ids, x)
     name = resolve("siglip", backend, x.device.type, x.dtype)
@@ -246,7 +248,7 @@ class _Strip(torch.autograd.Function):
         ops, (x, all_y, scale, rows, columns) = torch.ops.protoclip, ctx.saved_tensors
         grads = row_grad, gather_rows(column_grad)
         if ctx.relation is None:
-            told = *rows[:2], *columns, *grads, ctx.offset, ctx.backend, None, None
+            told = *rows[:2], *columns, *grads, ctx.offset, ctx.backend, None, 1.0
             dx, dy, dscale = ops.contrastive_bwd(x, all_y, scale, *told)
         else:
             weights = side_weights(grads[0], None, rows), side_weights(grads[1], None, columns)
@@ -330,7 +332,6 @@ class ClipLoss(nn.Module):
         cache_labels: accepted as OpenCLIP's, unused: there are no labels to cache.
         rank, world_size: of this process.
         use_horovod: must be false.
-        stash: as in ``info_nce``; not OpenCLIP's.
     """
 
     def __init__(
@@ -341,15 +342,12 @@ class ClipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
-        *,
-        stash: bool | None = None,
     ) -> None:
         super().__init__()
         if use_horovod:
             raise ValueError("ClipLoss: expected use_horovod=False, got True; run with torchrun")
         self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
         self.rank, self.world_size = rank, world_size
-        self.stash = stash
 
     def forward(
         self,
@@ -379,16 +377,16 @@ class ClipLoss(nn.Module):
 
     def _loss(self, x: Tensor, y: Tensor, scale: Tensor | float, ids: Tensor | None) -> Tensor:
         if self.world_size == 1:
-            return info_nce(x, y, scale, ids=ids, stash=self.stash)
+            return info_nce(x, y, scale, ids=ids)
         if self.local_loss and self.gather_with_grad:
             return global_info_nce(x, y, scale, ids=ids)
         all_x, all_y = self._of_all_ranks(x), self._of_all_ranks(y)
         every = _all_ids("ClipLoss", ids, x)
         if not self.local_loss:
-            return info_nce(all_x, all_y, scale, ids=every, stash=self.stash)
+            return info_nce(all_x, all_y, scale, ids=every)
         given = Given(key_ids=every, first=self.rank * len(x))
-        images = one_way("ClipLoss", (x, all_y, scale), given, stash=self.stash)
-        return (images + one_way("ClipLoss", (y, all_x, scale), given, stash=self.stash)) / 2
+        images = one_way("ClipLoss", (x, all_y, scale), given)
+        return (images + one_way("ClipLoss", (y, all_x, scale), given)) / 2
 
     def _of_all_ranks(self, x: Tensor) -> Tensor:
         """All rows in rank order. Without ``gather_with_grad`` only the own ones have a gradient,
@@ -480,8 +478,7 @@ class ProtoClipLoss(ClipLoss):
     1 / world_size; the prototype loss follows it: their balance does not depend on the flags.
 
     Args:
-        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, stash:
-            ``ClipLoss``'s.
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: ``ClipLoss``'s.
         proto: settings of the prototypes.
         accum_freq: calls per optimiser step, each with all features of the step, as OpenCLIP's
             ``--accum-freq`` makes them.
