@@ -364,15 +364,13 @@ def choose_device(name: str) -> torch.device:
         device = torch.device("cpu" if name == "auto" else name)
     except RuntimeError:
         device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ValueError(
-            f"--device: expected one of the {count} CUDA devices that torch can use here, got "
-            f"{name}; use --device auto"
-        )
-    return device
+    gpus = torch.cuda.device_count()
+    if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < gpus):
+        return device
+    raise ValueError(
+        f"--device: expected cpu or one of the {gpus} CUDA devices that torch can use here, got "
+        f"{name}; use --device auto"
+    )
 
 
 def choose_precision(name: str, device: torch.device) -> str:

@@ -35,7 +35,7 @@ def code_of(main, argv):
         ("train", ["--weight-decay", "1"], "the flag is --wd"),
         ("train", ["--xyz"], "--xyz: no such flag; see --help"),
         ("train", ["--ema-decay", "0.9"], "--ema-decay: extraction uses the model itself"),
-        ("train", ["--check-data"], "python -m protoclip.data --check DATA"),
+        ("train", ["--imagenet-val", "x"], "protoclip evaluate RUN --data DIR"),
         ("train", ["--distill-model", "ViT-B-32"], "python -m protoclip.openclip"),
         ("train", ["--coca-caption-loss-weight", "2"], "python -m protoclip.openclip"),
         ("train", ["--torchcompile"], "python -m protoclip.openclip"),
