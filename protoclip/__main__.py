@@ -28,7 +28,7 @@ More commands: plan, data, teacher, openclip. The flags of one: protoclip COMMAN
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is the command's, 2 where there is no such command."""
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    if command in ("-h", "--help"):
+    if command in ("-h", "--help", "--help-all"):
         print(HELP)
         return 0
     if command == "--version":

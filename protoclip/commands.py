@@ -33,7 +33,7 @@ PROTOCOLS = ("heldout", "paper")
 def train_parser() -> Parser:
     """Flags of ``protoclip train``."""
     return build_parser(
-        "python -m protoclip.train",
+        "protoclip train",
         "Train ProtoCLIP (or CLIP) on image-text pairs. Without flags: ProtoCLIP on the built-in "
         "emoji, a few minutes on two CPU cores.",
         EVERYDAY.split(),
@@ -44,7 +44,7 @@ def train_parser() -> Parser:
 def plan_parser() -> Parser:
     """Flags of ``protoclip plan``: those of train, and three of its own."""
     parser = build_parser(
-        "python -m protoclip.plan",
+        "protoclip plan",
         "The memory that each process of a run with these flags of protoclip train takes. --device "
         "cpu plans for CPUs, anything else for GPUs.",
         PLANNED.split(),
@@ -97,7 +97,7 @@ def cluster_parser() -> Parser:
 def evaluate_parser() -> Parser:
     """Flags of ``protoclip evaluate``."""
     parser = Parser(
-        "python -m protoclip.evaluate",
+        "protoclip evaluate",
         usage="%(prog)s MODEL [options]",
         description="Evaluate a CLIP; prints a table, writes results.json and, per data set and "
         "task, the JSON that CLIP_benchmark writes.",
@@ -139,7 +139,7 @@ def evaluate_parser() -> Parser:
 def report_parser() -> Parser:
     """Flags of ``protoclip report``."""
     parser = Parser(
-        "python -m protoclip.report",
+        "protoclip report",
         description="Write one self-contained HTML page about runs: numbers, curves, prototypes, "
         "a map, examples, cost and settings. Several runs stand side by side; one of --method "
         "clip is the baseline.",
@@ -153,7 +153,7 @@ def report_parser() -> Parser:
 def export_parser() -> Parser:
     """Flags of ``protoclip export``."""
     parser = Parser(
-        "python -m protoclip.export",
+        "protoclip export",
         description="Write a trained model as a folder that OpenCLIP loads: local-dir:DIR.",
         example="protoclip export logs/RUN --out my-clip",
     )
@@ -168,7 +168,7 @@ def export_parser() -> Parser:
 def teacher_parser() -> Parser:
     """Flags of ``protoclip teacher``."""
     parser = Parser(
-        "python -m protoclip.teacher",
+        "protoclip teacher",
         description="Write a frozen model's features of all pairs, by key, to a .npz that "
         "protoclip train --external-teacher takes.",
         example="protoclip teacher --data 'shards/{00000..00099}.tar' --out features.npz",
@@ -188,7 +188,7 @@ def teacher_parser() -> Parser:
 def data_parser() -> Parser:
     """Flags of ``protoclip data``."""
     parser = Parser(
-        "python -m protoclip.data",
+        "protoclip data",
         description="Look at pairs, and write them as webdataset shards.",
         example="protoclip data --check pairs.csv",
     )
@@ -207,7 +207,7 @@ def data_parser() -> Parser:
 def openclip_parser() -> Parser:
     """Our own flags of ``protoclip openclip``; its help has those of open_clip_train too."""
     parser = Parser(
-        "python -m protoclip.openclip",
+        "protoclip openclip",
         usage="%(prog)s <open_clip_train flags> [--dedup caption] [--proto-* flags]",
         description="OpenCLIP's own training (open_clip_train) with protoclip's losses. Every flag "
         "of open_clip_train works as it does there; without a --proto-* flag the losses are the "

@@ -182,7 +182,7 @@ class EpisodeConfig:
     kmeans_nredo: int = option(1, "restarts of k-means when not warm (paper: 3)", low=1)
     external_teacher: str = option(
         "auto",
-        "features that tell which samples belong together: .npz of python -m protoclip.teacher, "
+        "features that tell which samples belong together: .npz of protoclip teacher, "
         ".npy or .safetensors of [dataset, d], builtin:minilm, none, or auto (builtin:minilm on "
         "built-in data if installed)",
     )
@@ -341,7 +341,7 @@ def refusal(flag: str, known: Collection[str]) -> str:
     if name in RETIRED:
         return f"{name}: {RETIRED[name]}"
     if "--train-data" in known and name in open_clips_help().split():
-        return f"{name}: a flag of OpenCLIP's trainer; use python -m protoclip.openclip"
+        return f"{name}: a flag of OpenCLIP's trainer; use protoclip openclip"
     names = [option.removeprefix("--") for option in known]
     near = difflib.get_close_matches(name.removeprefix("--"), names, n=1)
     return f"{name}: no such flag; " + (f"did you mean --{near[0]}?" if near else "see --help")

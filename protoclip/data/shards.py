@@ -147,7 +147,7 @@ def expand(spec: str) -> tuple[str, ...]:
     shards: list[str] = []
     for source in spec.split("::"):
         if source.startswith("pipe:"):
-            remedy = "give a url or a file, or train with python -m protoclip.openclip"
+            remedy = "give a url or a file, or train with protoclip openclip"
             raise DataError(f"data {source!r} would run a shell command; {remedy}")
         ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}", source)
         count = math.prod(abs(int(a) - int(b)) // max(1, int(c or 1)) + 1 for a, b, c in ranges)

@@ -1,4 +1,4 @@
-"""``python -m protoclip.evaluate MODEL``: any CLIP on any data, as a table and as JSON."""
+"""``protoclip evaluate MODEL``: any CLIP on any data, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from protoclip.model import (
     choose_precision,
 )
 
-PROG = "python -m protoclip.evaluate"
+PROG = "protoclip evaluate"
 TIMEOUT = 3600.0  # seconds that a rank waits for the slowest slice
 RANDOM = "random"
 WEIGHTS = ("local-dir:", "hf-hub:")  # names that bring their weights

@@ -128,7 +128,7 @@ def verdict(run: Run, baseline: Run | None) -> str:
         return (
             f"{run.name}: no plain CLIP run with the same data, encoder, steps and seed was "
             "found, so nothing can be said about ProtoCLIP against CLIP. Train one with the "
-            "same flags and --method clip, then: python -m protoclip.report RUN CLIP_RUN"
+            "same flags and --method clip, then: protoclip report RUN CLIP_RUN"
         )
     found: dict[str, list[str]] = {"up": [], "down": [], "same": []}
     for key, one in run.outcome.trained.items():
