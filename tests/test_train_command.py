@@ -1,4 +1,4 @@
-"""``python -m protoclip.train`` as a user runs it: it learns, repeats, and refuses in words."""
+"""``protoclip train`` as a user runs it: it learns, repeats, and refuses in words."""
 
 import json
 
@@ -63,8 +63,7 @@ def test_it_learns_and_leaves_a_whole_run_folder(tmp_path):
         (["--train-data", "builtin:nothing"], "builtin:nothing"),
         (["--k", "100000"], "--k"),
         (["--val-data", "no/such.csv"], "no/such.csv: No such file"),
-        (["--imagenet-val", "nowhere"], "nowhere"),
-        (["--imagenet-val", "builtin:cats"], "expected one of builtin:emoji"),
+        (["--val-data", "builtin:cats"], "expected one of builtin:emoji"),
         (["--batch-size", "5000"], "--batch-size"),
         (["--external-teacher", "missing.npy"], "missing.npy"),
         (["--device", "cuda:9"], "cuda:9"),
