@@ -75,10 +75,9 @@ def global_info_nce(
     """InfoNCE over the pairs of all ranks: the mean loss of this rank's B pairs.
 
     Its mean over the ranks is ``info_nce`` of the W * B pairs. Memory O(W B D); wire per rank one
-    gather and one reduce-scatter of [W B, D], and 2 W B floats, with ids 4 and the ids.
+    gather and one reduce-scatter of [W B, D]. The reference gathers the images too.
 
-    Args: those of ``info_nce``, of this rank's pairs; B is the same on every rank. The reference
-    gathers the images too.
+    Args: those of ``info_nce``, of this rank's pairs; B is the same on every rank.
     """
     inputs = image_features, text_features, logit_scale
     if not is_distributed():
@@ -190,26 +189,23 @@ def global_sigmoid_loss(
 ) -> Tensor:
     """SigLIP's loss of this rank's B images against the texts of all ranks, summed.
 
-    Memory O(B D): the texts are passed from rank to rank and never gathered.
+    Memory O(B D): the texts pass from rank to rank; only the reference gathers them.
 
-    Args: those of ``sigmoid_loss``, of this rank's pairs; B is the same on every rank. The
-    reference gathers the texts.
+    Args: those of ``sigmoid_loss``, of this rank's pairs; B is the same on every rank.
     """
     inputs = image_features, text_features, logit_scale
     if not is_distributed():
         return sigmoid_loss(*inputs, logit_bias, ids=ids, same_id=same_id, backend=backend)
     op, first = "global_sigmoid_loss", rank() * len(image_features)
     x, y, scale = checks.pairs(op, *inputs)
-    checks.one_of(op, "same_id", same_id, SAME_ID)
     bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
     every = _all_ids(op, ids, x)
     name = resolve("siglip", backend, x.device.type, x.dtype)
     if name == "reference":
         told: dict[str, Any] = {"ids": every, "same_id": same_id, "offset": first, "backend": name}
         return sigmoid_loss(x, gathered_rows(y), scale, bias, **told)
-    relation = None
-    if every is not None:
-        relation = pairs_of(op, x, len(every), Given(None, ids, every, same_id, first=first))
+    given = Given(None, ids, every, same_id, first=first)
+    relation = pairs_of(op, x, len(x) * world_size(), given)
     return _Ring.apply(x, y, scale, bias, name, wants_gradient(x, y, scale, bias), relation)
 
 
@@ -264,22 +260,17 @@ class _Ring(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x, y, scale, bias, backend: str, wanted: bool, relation: Pairs | None
-    ) -> Tensor:
+    def forward(ctx: Any, x, y, scale, bias, backend: str, wanted: bool, relation: Pairs) -> Tensor:
         texts, travelling = y, torch.zeros_like(y)
         totals: list[Tensor] = []
         for hop in range(world_size()):
             coming = _pass_on(texts) if hop + 1 < world_size() else None
             # Row i's own text comes with the first chunk; the others hold negatives only.
             first = 0 if hop == 0 else len(y)
-            told: tuple[Any, ...] = ()
-            if relation is not None and relation.key_ids is not None:
-                at = (rank() + hop) % world_size() * len(y)
-                ids = relation.query_ids, relation.key_ids[:, at : at + len(y)]
-                told = *ids, relation.same_positive
+            ids, at = relation.key_ids, (rank() + hop) % world_size() * len(y)
+            told = relation.query_ids, None if ids is None else ids[:, at : at + len(y)]
             loss, dx, dy, *scalars = torch.ops.protoclip.sigmoid_loss(
-                x, texts, scale, bias, first, wanted, backend, *told
+                x, texts, scale, bias, first, wanted, backend, *told, relation.same_positive
             )
             found = [loss, *(t.to(loss.dtype) for t in (dx, *scalars))]
             totals = [a + b for a, b in zip(totals, found, strict=True)] if hop else found

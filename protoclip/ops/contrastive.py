@@ -87,10 +87,9 @@ def _stash_size(x: Tensor, y: Tensor, backend: str, stash: bool) -> int:
 
 def _kept(x: Tensor, y: Tensor, backend: str, stash: bool) -> Tensor:
     """Room for the logits that the forward pass may leave to the backward pass."""
-    size = _stash_size(x, y, backend, stash)
-    if not size:
-        return x.new_empty(0, dtype=torch.int16)
-    return implementation("info_nce", backend, "pooled")(size)
+    if size := _stash_size(x, y, backend, stash):
+        return implementation("info_nce", backend, "pooled")(size)
+    return x.new_empty(0, dtype=torch.int16)
 
 
 def _kept_option(stash: Tensor | None) -> dict[str, Any]:
@@ -239,9 +238,8 @@ def info_nce(
     backward pass. Sums are fp32; under autocast the features keep their dtype.
 
     Args:
-        image_features: [N, D], usually unit rows; float32, bfloat16, float16 (float64: reference).
-        text_features: [N, D] on the same device; row i belongs to image i. Where the dtypes differ
-            both are promoted.
+        image_features, text_features: [N, D], usually unit rows, row i of each a pair; float32,
+            bfloat16, float16 (float64: reference), mixed ones are promoted.
         logit_scale: [] or [1], the multiplier on the dot products (not its logarithm).
         ids: int64 [N] or [N, R], R <= 2: pairs with an equal id in any column are the same thing,
             such as images with one caption. Give those without an id unique ones. None: all differ.
@@ -337,8 +335,7 @@ def contrastive(
             the same thing. query_ids=None: those of the own keys. Unknown ids: give unique ones.
         same_id: "exclude": keys of the same id are no negatives; "positive": they are positives.
         exclude: int64 [N], one key that a query never sees, such as itself; negative: none.
-        key_bias: float32 [M], added to the logits of each key, with a gradient. -inf: the key is
-            absent.
+        key_bias: float32 [M], added to each key's logits, with a gradient; -inf: absent.
         weights: float32 [N] >= 0, of the queries, without a gradient; the reference checks them.
         reduction: "mean", sum of weighted losses over the sum of the weights of the queries that
             have a positive, 0 if none has; "sum"; or "none": weighted losses, 0 where left out.
@@ -496,8 +493,8 @@ def _sigmoid_fwd(x, y, scale, bias, offset, gradients, backend, *ids):
 
 def _sigmoid_fake(x, y, scale, bias, offset, gradients, *_):
     n, m = (len(x), len(y)) if gradients else (0, 0)
-    loss, dscale, dbias = (x.new_empty((), dtype=torch.float32) for _ in range(3))
-    return loss, x.new_empty((n, x.shape[1])), y.new_empty((m, y.shape[1])), dscale, dbias
+    loss, *scalars = _empty(x, (), (), ())
+    return loss, x.new_empty((n, x.shape[1])), y.new_empty((m, y.shape[1])), *scalars
 
 
 def _sigmoid_setup(ctx, inputs, output) -> None:
