@@ -130,9 +130,7 @@ def run(args: argparse.Namespace) -> None:
     loaded = load_model(args.what, args.pretrained, args.model)
     config = loaded.config or TrainConfig()
     data = args.data or _own_data(loaded.config, args.what)
-    columns = {
-        name: getattr(config.data if getattr(args, name) is None else args, name) for name in TABLE
-    }
+    columns = {name: vars(args).get(name, getattr(config.data, name)) for name in TABLE}
     columns["seed"] = config.run.seed if args.seed is None else args.seed
     columns |= {name: getattr(args, name) for name in ("split", "templates", "csv_label_key")}
     layout = open_layout(data, **columns)
