@@ -1,5 +1,6 @@
 """ClipLoss and SigLipLoss against OpenCLIP's own, alone and over two ranks."""
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
