@@ -1,4 +1,4 @@
-"""Do ``--proto-*`` of ``python -m protoclip.openclip`` group images better?
+"""Do ``--proto-*`` of ``protoclip openclip`` group images better?
 
     python -m benchmarks.openclip --out benchmarks/results/openclip/grouping.json
 

@@ -1,6 +1,6 @@
 """Record plain CLIP for the report: ``python -m benchmarks.record_baseline RUN ...``.
 
-The runs are of ``python -m protoclip.train --method clip --seed N``, one a seed, five or more.
+The runs are of ``protoclip train --method clip --seed N``, one a seed, five or more.
 What is kept of each metric is the mean over them and where 95 % of further runs fall (a t
 prediction interval); of a single run, the run as it is.
 """

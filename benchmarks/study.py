@@ -2,7 +2,7 @@
 
 Fixed before the runs:
 
-Model and settings are those of ``python -m protoclip.train``; a row is a set of its flags, or an
+Model and settings are those of ``protoclip train``; a row is a set of its flags, or an
 experiment of ``benchmarks/rivals.py``.
 Data: builtin:emoji in three styles, without flags, the only family of their group. Families of
 concepts are cut in three: 15 % for development, always the same; of the rest 40 % to test, others

@@ -15,21 +15,8 @@ from protoclip.losses import (
     global_contrastive,
     global_contrastive_parts,
 )
-from protoclip.ops import (
-    Bank,
-    PrototypeLosses,
-    backends,
-    contrastive,
-    contrastive_parts,
-    info_nce,
-    kmeans_assign,
-    nt_xent,
-    prototype_cross_entropy,
-    prototype_losses,
-    segment_mean,
-    soft_targets,
-    sup_con,
-)
+from protoclip.ops import *  # noqa: F403
+from protoclip.ops import __all__ as _ops
 
 __version__ = "0.1.0"
 
@@ -40,30 +27,18 @@ _LAZY = {  # name -> module, loaded at first use
 }
 
 __all__ = [
-    "Bank",
+    *_ops,
     "ClipLoss",
     "Clusters",
     "ProtoClipLoss",
     "ProtoConfig",
-    "PrototypeLosses",
     "SigLipLoss",
-    "backends",
-    "contrastive",
-    "contrastive_parts",
-    "create_loss",
-    "create_task",
+    "create_loss",  # noqa: F405
+    "create_task",  # noqa: F405
     "global_contrastive",
     "global_contrastive_parts",
     "grad_cache",
-    "info_nce",
     "kmeans",
-    "kmeans_assign",
-    "nt_xent",
-    "prototype_cross_entropy",
-    "prototype_losses",
-    "segment_mean",
-    "soft_targets",
-    "sup_con",
 ]
 
 

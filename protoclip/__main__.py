@@ -14,7 +14,6 @@ from protoclip import __version__
 from protoclip.commands import PARSERS
 
 PACKAGES = ("data", "evaluate", "report")
-MODULES = ("train", "cluster", "export", "plan", "teacher", "openclip", *PACKAGES)
 HELP = """protoclip trains CLIP with prototypes, and shows which pictures belong together.
 
   protoclip train                       a small ProtoCLIP on built-in emoji, minutes on a CPU
@@ -29,15 +28,15 @@ More commands: plan, data, teacher, openclip. The flags of one: protoclip COMMAN
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is the command's, 2 where there is no such command."""
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    if command in ("-h", "--help"):
+    if command in ("-h", "--help", "--help-all"):
         print(HELP)
         return 0
     if command == "--version":
         print(f"protoclip {__version__}")
         return 0
-    if command not in MODULES:
-        near = difflib.get_close_matches(command, MODULES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(MODULES)}"
+    if command not in PARSERS:
+        near = difflib.get_close_matches(command, PARSERS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(PARSERS)}"
         print(f"protoclip: error: {command!r} is no command; {hint}", file=sys.stderr)
         return 2
     if asked := [word for word in rest if word in ("-h", "--help", "--help-all")]:

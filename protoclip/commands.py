@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 from collections.abc import Callable
 
 from protoclip.config import (
@@ -13,8 +10,10 @@ from protoclip.config import (
     DataConfig,
     Parser,
     ProtoConfig,
+    add_flag,
     add_options,
     build_parser,
+    open_clips_help,
 )
 
 EVERYDAY = """
@@ -34,7 +33,7 @@ PROTOCOLS = ("heldout", "paper")
 def train_parser() -> Parser:
     """Flags of ``protoclip train``."""
     return build_parser(
-        "python -m protoclip.train",
+        "protoclip train",
         "Train ProtoCLIP (or CLIP) on image-text pairs. Without flags: ProtoCLIP on the built-in "
         "emoji, a few minutes on two CPU cores.",
         EVERYDAY.split(),
@@ -45,17 +44,15 @@ def train_parser() -> Parser:
 def plan_parser() -> Parser:
     """Flags of ``protoclip plan``: those of train, and three of its own."""
     parser = build_parser(
-        "python -m protoclip.plan",
+        "protoclip plan",
         "The memory that each process of a run with these flags of protoclip train takes. --device "
         "cpu plans for CPUs, anything else for GPUs.",
         PLANNED.split(),
         "protoclip plan --model ViT-B-32 --batch-size 256 --ranks 64 --samples 30000000 --k 20000",
     )
     group = parser.add_argument_group("Plan")
-    add = group.add_argument
-    add("--ranks", type=int, default=1, metavar="N", help="processes, a GPU each (%(default)s)")
-    words = "pairs in the dataset (%(default)s)"
-    add("--samples", type=int, default=3_000_000, metavar="N", help=words)
+    add_flag(group, "--ranks", 1, "processes, a GPU each")
+    add_flag(group, "--samples", 3_000_000, "pairs in the dataset")
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
@@ -69,32 +66,30 @@ def cluster_parser() -> Parser:
         "clusters.csv, centroids.safetensors and report.html, a page that shows every group.",
         example="protoclip cluster photos/ --k 50 --out groups/",
     )
-    add = parser.add_argument
     words = "a folder of pictures, a .csv or .tsv, webdataset shards, built-in data, or features "
-    add("data", metavar="DATA", help=words + "[N, D]: .npy, .npz (with keys) or .safetensors")
-    words = "groups, 2 to N; auto (default): of 2 ... 300 the one with the largest mean silhouette "
-    add("--k", default="auto", metavar="N", help=words + "on 3,000 rows")
-    words = "a run or checkpoint of protoclip train that sees the pictures; else --model"
-    add("--run", default="", metavar="PATH", help=words)
-    add("--model", default="", metavar="TEXT", help="an OpenCLIP model (default: ViT-B-32)")
-    add("--pretrained", default="", metavar="TEXT", help="its weights: a file or OpenCLIP's tag")
-    words = "texts of a features file's rows, one a line; a table and shards have their own"
-    add("--captions", default="", metavar="FILE", help=words)
-    words = "what each picture or row counts, one number a line; unreadable pictures have theirs"
-    add("--weights", default="", metavar="FILE", help=words)
-    words = "scale a features file's rows to length 1, as those of pictures are"
-    add("--normalize", action="store_true", help=words)
-    add("--out", default="groups", metavar="DIR", help="where to write (default: %(default)s)")
-    for flag, number, words in (
+    words += "[N, D]: .npy, .npz (with keys) or .safetensors"
+    parser.add_argument("data", metavar="DATA", help=words)
+    for flag, default, words in (
+        ("--k", "auto", "groups, 2 to N; auto: of 2 ... 300 the one with the largest mean "
+         "silhouette on 3,000 rows"),
+        ("--run", "", "a run or checkpoint of protoclip train that sees the pictures"),
+        ("--model", "", "an OpenCLIP model (default: ViT-B-32)"),
+        ("--pretrained", "", "its weights: a file or OpenCLIP's tag"),
+        ("--captions", "", "a file with the texts of a features file's rows, one a line; a table "
+         "and shards have their own"),
+        ("--weights", "", "a file with what each picture or row counts, one number a line; "
+         "unreadable pictures have theirs"),
+        ("--out", "groups", "folder to write to"),
         ("--iters", 20, "iterations of k-means"),
         ("--seed", 0, "the same seed, the same groups"),
         ("--batch-size", 256, "pictures encoded at once"),
         ("--workers", 0, "processes that read pictures"),
-    ):
-        words += " (default: %(default)s)"
-        add(flag, type=int, default=number, metavar="N", help=words)
-    add("--device", default="auto", metavar="TEXT", help="cpu, cuda, ... (default: %(default)s)")
-    add("--precision", default="auto", choices=PRECISIONS, help="of encoding")
+        ("--device", "auto", "cpu, cuda, ..."),
+    ):  # fmt: skip
+        add_flag(parser, flag, default, words)
+    words = "scale a features file's rows to length 1, as those of pictures are"
+    parser.add_argument("--normalize", action="store_true", help=words)
+    add_flag(parser, "--precision", "auto", "of encoding", choices=PRECISIONS)
     add_options(parser, DataConfig(), only=TABLE)
     return parser
 
@@ -102,7 +97,7 @@ def cluster_parser() -> Parser:
 def evaluate_parser() -> Parser:
     """Flags of ``protoclip evaluate``."""
     parser = Parser(
-        "python -m protoclip.evaluate",
+        "protoclip evaluate",
         usage="%(prog)s MODEL [options]",
         description="Evaluate a CLIP; prints a table, writes results.json and, per data set and "
         "task, the JSON that CLIP_benchmark writes.",
@@ -114,32 +109,29 @@ def evaluate_parser() -> Parser:
     )
     add = parser.add_argument
     add("what", metavar="MODEL", help="run folder, checkpoint, OpenCLIP name or local-dir:PATH")
-    for flag, text, words in (
+    for flag, default, words in (
         ("--data", "", "see below (default: what the run was evaluated on)"),
         ("--tasks", "", f"some of {','.join(TASKS)}, or all (default: what the data allows)"),
         ("--model", "", "what a checkpoint of OpenCLIP's trainer is of: a name or a config .json"),
         ("--pretrained", "", "weights of an OpenCLIP name: a tag, a file, or random"),
         ("--split", "", "folder of the split to judge (default: test or val if there)"),
-        ("--templates", "openai", "prompts: openai (80), simple (7), or a file (%(default)s)"),
+        ("--templates", "openai", "prompts: openai (80), simple (7), or a file"),
         ("--csv-label-key", "", "column of the class in a table"),
         ("--output", "", "where the numbers go (default: results.json in the run folder, with the "
          "data's name for other data; for an OpenCLIP name in the working folder)"),
-        ("--device", "auto", "cpu, cuda, ... (%(default)s)"),
+        ("--device", "auto", "cpu, cuda, ..."),
+        ("--batch-size", 256, "pictures or texts encoded at once"),
+        ("--workers", 0, "processes that read pictures"),
     ):  # fmt: skip
-        add(flag, default=text, metavar="TEXT", help=words)
-    for flag, number, words in (
-        ("--seed", None, "of what built-in data holds out (default: the run's, or 0)"),
-        ("--batch-size", 256, "pictures or texts encoded at once (%(default)s)"),
-        ("--workers", 0, "processes that read pictures (%(default)s)"),
-    ):
-        add(flag, type=int, default=number, metavar="N", help=words)
-    words = "linear probe: L-BFGS, lambda chosen on held-out training samples (%(default)s), or "
-    words += "the authors' (SGD, unshuffled, best test epoch)"
-    add("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help=words)
-    add("--precision", choices=PRECISIONS, default="fp32", help="of encoding (%(default)s)")
-    for name in TABLE:
-        flag = "--encoding" if name == "csv_encoding" else "--" + name.replace("_", "-")
-        add(flag, dest=name, metavar="TEXT", help="as in training (default: as the run's)")
+        add_flag(parser, flag, default, words)
+    words = "of what built-in data holds out (default: the run's, or 0)"
+    add("--seed", type=int, metavar="N", help=words)
+    words = "linear probe: L-BFGS, lambda chosen on held-out training samples, or the authors' "
+    words += "(SGD, unshuffled, best test epoch)"
+    add_flag(parser, "--protocol", PROTOCOLS[0], words, choices=PROTOCOLS)
+    add_flag(parser, "--precision", "fp32", "of encoding", choices=PRECISIONS)
+    group = parser.add_argument_group("Tables", "as in training; default: as the run's")
+    add_options(group, DataConfig(), only=TABLE)
     add("--no-cache", action="store_true", help="encode again what has been encoded before")
     return parser
 
@@ -147,22 +139,21 @@ def evaluate_parser() -> Parser:
 def report_parser() -> Parser:
     """Flags of ``protoclip report``."""
     parser = Parser(
-        "python -m protoclip.report",
+        "protoclip report",
         description="Write one self-contained HTML page about runs: numbers, curves, prototypes, "
         "a map, examples, cost and settings. Several runs stand side by side; one of --method "
         "clip is the baseline.",
         example="protoclip report logs/CLIP_RUN logs/RUN",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder of protoclip train")
-    words = "the file (default: report.html in the run)"
-    parser.add_argument("--output", default="", metavar="PATH", help=words)
+    add_flag(parser, "--output", "", "the file (default: report.html in the run)")
     return parser
 
 
 def export_parser() -> Parser:
     """Flags of ``protoclip export``."""
     parser = Parser(
-        "python -m protoclip.export",
+        "protoclip export",
         description="Write a trained model as a folder that OpenCLIP loads: local-dir:DIR.",
         example="protoclip export logs/RUN --out my-clip",
     )
@@ -170,27 +161,26 @@ def export_parser() -> Parser:
     add("run", metavar="RUN_OR_CHECKPOINT", help="run folder or a checkpoint")
     add("--out", required=True, metavar="DIR", help="a new or empty folder")
     words = "OpenCLIP name or config file; for a checkpoint of OpenCLIP's trainer"
-    add("--model", default="", metavar="TEXT", help=words)
+    add_flag(parser, "--model", "", words)
     return parser
 
 
 def teacher_parser() -> Parser:
     """Flags of ``protoclip teacher``."""
     parser = Parser(
-        "python -m protoclip.teacher",
+        "protoclip teacher",
         description="Write a frozen model's features of all pairs, by key, to a .npz that "
         "protoclip train --external-teacher takes.",
         example="protoclip teacher --data 'shards/{00000..00099}.tar' --out features.npz",
     )
-    add = parser.add_argument
-    add("--data", default="builtin:emoji", metavar="TEXT", help="as protoclip train --train-data")
-    words = f"{MINILM}, or a text model of Hugging Face such as roberta-large, by name or folder "
-    add("--model", default=MINILM, metavar="TEXT", help=words + "(default: %(default)s)")
+    add_flag(parser, "--data", "builtin:emoji", "as protoclip train --train-data")
+    words = f"{MINILM}, or a text model of Hugging Face such as roberta-large, by name or folder"
+    add_flag(parser, "--model", MINILM, words)
     words = "the mean over 77 tokens, padding included, as the authors took that of roberta-large"
-    add("--paper", action="store_true", help=words)
-    add("--out", required=True, metavar="PATH", help="the .npz to write")
-    add("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
-    add("--device", default="auto", metavar="TEXT", help="cpu, cuda, ...; auto: cuda if there")
+    parser.add_argument("--paper", action="store_true", help=words)
+    parser.add_argument("--out", required=True, metavar="PATH", help="the .npz to write")
+    add_flag(parser, "--batch-size", 64, "texts encoded at once")
+    add_flag(parser, "--device", "auto", "cpu, cuda, ...; auto: cuda if there")
     add_options(parser, DataConfig(), only=TABLE)
     return parser
 
@@ -198,19 +188,18 @@ def teacher_parser() -> Parser:
 def data_parser() -> Parser:
     """Flags of ``protoclip data``."""
     parser = Parser(
-        "python -m protoclip.data",
+        "protoclip data",
         description="Look at pairs, and write them as webdataset shards.",
         example="protoclip data --check pairs.csv",
     )
-    add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--export", metavar="DATA", help="data to write as shards, as --train-data")
     what.add_argument("--check", metavar="DATA", help="read everything once; list what is wrong")
-    add("--out", metavar="DIR", help="an empty or new folder for the shards")
-    add("--image-format", default="png", choices=("png", "jpg"), help="of the pictures")
-    add("--per-shard", type=int, default=1000, metavar="N", help="pairs a shard (%(default)s)")
-    add("--split", default="all", help="all, train or heldout (%(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="which pairs are held out (%(default)s)")
+    parser.add_argument("--out", metavar="DIR", help="an empty or new folder for the shards")
+    add_flag(parser, "--image-format", "png", "of the pictures", choices=("png", "jpg"))
+    add_flag(parser, "--per-shard", 1000, "pairs a shard")
+    add_flag(parser, "--split", "all", "all, train or heldout")
+    add_flag(parser, "--seed", 0, "which pairs are held out")
     add_options(parser, DataConfig(), only=TABLE)
     return parser
 
@@ -218,31 +207,18 @@ def data_parser() -> Parser:
 def openclip_parser() -> Parser:
     """Our own flags of ``protoclip openclip``; its help has those of open_clip_train too."""
     parser = Parser(
-        "python -m protoclip.openclip",
+        "protoclip openclip",
         usage="%(prog)s <open_clip_train flags> [--dedup caption] [--proto-* flags]",
         description="OpenCLIP's own training (open_clip_train) with protoclip's losses. Every flag "
         "of open_clip_train works as it does there; without a --proto-* flag the losses are the "
         "same, in less memory. Runs under torchrun as OpenCLIP does.",
         example="protoclip openclip --train-data 'd/{000..099}.tar' --model ViT-B-32 --proto-k 500",
     )
-    words = "caption: pairs of a batch that share their caption are no negatives of one another "
-    words += "(default: off, CLIP's loss as published)"
-    group = parser.add_argument_group("Loss")
-    group.add_argument("--dedup", choices=("off", "caption"), default="off", help=words)
+    words = "caption: pairs of a batch that share their caption are no negatives of one another"
+    add_flag(parser.add_argument_group("Loss"), "--dedup", "off", words, choices=("off", "caption"))
     add_options(parser.add_argument_group(str(ProtoConfig.__doc__)), ProtoConfig())
     parser.example = f"\n{open_clips_help()}\n{parser.example}"
     return parser
-
-
-def open_clips_help() -> str:
-    """What open_clip_train says about its flags, without its usage; "" where it is missing."""
-    if importlib.util.find_spec("open_clip_train") is None:
-        return ""
-    from open_clip_train.params import parse_args  # loads nothing else
-
-    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
-        parse_args(["--help"])
-    return "open_clip_train's " + text.getvalue().partition("\n\n")[2].rstrip()
 
 
 PARSERS: dict[str, Callable[[], Parser]] = {

@@ -7,14 +7,17 @@ OpenCLIP has the flag, the ProtoCLIP authors' where they have it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import importlib.util
+import io
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -114,7 +117,6 @@ class DataConfig:
         "globs, urls; sources joined by '::'",
     )
     val_data: str = option("", "data to evaluate on; default: the held-out part of built-in data")
-    imagenet_val: str = option("", "class folders, or built-in data, for zero-shot evaluation")
     train_num_samples: int = option(0, "use only the first N samples; 0: all")
     shuffle_buffer: int = option(-1, "samples mixed; 0: all; -1: all, of urls 10000", low=-1)
     max_bad_fraction: float = option(0.05, "stop when more of the samples cannot be used", high=1)
@@ -180,7 +182,7 @@ class EpisodeConfig:
     kmeans_nredo: int = option(1, "restarts of k-means when not warm (paper: 3)", low=1)
     external_teacher: str = option(
         "auto",
-        "features that tell which samples belong together: .npz of python -m protoclip.teacher, "
+        "features that tell which samples belong together: .npz of protoclip teacher, "
         ".npy or .safetensors of [dataset, d], builtin:minilm, none, or auto (builtin:minilm on "
         "built-in data if installed)",
     )
@@ -240,7 +242,6 @@ class RunConfig:
     dist_timeout: float = option(1800.0, "seconds that a process waits for another", low=1)
     log_every_n_steps: int = option(1, "lines of metrics.jsonl, points of the curves", low=1)
     val_frequency: float = option(5.0, "epochs between quick evaluations; 0: only at the end")
-    zeroshot_frequency: float = option(2.0, "epochs between evaluations on --imagenet-val; 0: none")
     save_frequency: int = option(0, "epochs between kept checkpoints; 0: only the last")
     delete_previous_checkpoint: bool = option(False, "keep the newest of --save-frequency only")
     save_every: str = option(
@@ -300,34 +301,17 @@ class ProtoConfig:
         return self.k or max(1, self.queue // 10)
 
 
+EVALUATE = "evaluate the run afterwards: protoclip evaluate RUN --data DIR"
 # Flags that are gone from protoclip, and names that people try: what to do instead.
 RETIRED = {
     "--ema-decay": "extraction uses the model itself; leave the flag out",
     "--normalize-centroids": "centroids are plain means; leave the flag out",
     "--external-target-temperature": "external targets are hard labels; leave the flag out",
-    "--spool-gb": "remote shards are kept in the cache folder; set PROTOCLIP_CACHE to move it",
-    "--check-data": "python -m protoclip.data --check DATA lists all that is wrong",
     "--learning-rate": "the flag is --lr",
     "--weight-decay": "the flag is --wd",
     "--num-clusters": "the flag is --k",
-    "--num-prototypes": "the flag is --k",
-    "--imagenet-v2": "evaluate the run afterwards with python -m protoclip.evaluate RUN --data DIR",
-    "--torchcompile": "captions differ in length, so each would compile again; "
-    "python -m protoclip.openclip takes it",
+    **dict.fromkeys(("--imagenet-val", "--imagenet-v2", "--zeroshot-frequency"), EVALUATE),
 }
-# Flags of OpenCLIP's trainer with no counterpart here.
-ONLY_OPENCLIP = """
-    --aug-cfg --cache-dir --coca-caption-loss-weight --coca-contrastive-loss-weight
-    --copy-codebase --dataset-resampled --debug --distill-model --distill-pretrained
-    --epochs-cooldown
-    --force-custom-text --force-patch-dropout --force-quick-gelu --fsdp --horovod
-    --image-interpolation --image-mean --image-resize-mode --image-std
-    --lock-image-freeze-bn-stats --lock-image-unlocked-groups --lock-text-freeze-layer-norm
-    --lock-text-unlocked-layers --log-local --loss-dist-impl --lr-cooldown-end --lr-cooldown-power
-    --momentum --pretrained-image --remote-sync --remote-sync-frequency --remote-sync-protocol
-    --skip-scheduler --torchscript --trace --train-data-upsampling-factors --use-bnb-linear
-    --val-num-samples --wandb-notes
-"""
 # Flags of OpenCLIP's trainer that are accepted and change nothing: arguments, and the reason.
 NEEDLESS: dict[str, tuple[dict[str, Any], str]] = {
     "--local-loss": ({"action": "store_true"}, "the loss is exact over all processes"),
@@ -340,13 +324,24 @@ NEEDLESS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def refusal(flag: str, known: Iterable[str]) -> str:
+def open_clips_help() -> str:
+    """What open_clip_train says about its flags, without its usage; "" where it is missing."""
+    if importlib.util.find_spec("open_clip_train") is None:
+        return ""
+    from open_clip_train.params import parse_args  # loads nothing else
+
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        parse_args(["--help"])
+    return "open_clip_train's " + text.getvalue().partition("\n\n")[2].rstrip()
+
+
+def refusal(flag: str, known: Collection[str]) -> str:
     """Why a command has no such flag, and what to do: one line."""
     name = flag.partition("=")[0]
     if name in RETIRED:
         return f"{name}: {RETIRED[name]}"
-    if name in ONLY_OPENCLIP.split():
-        return f"{name}: a flag of OpenCLIP's trainer; use python -m protoclip.openclip"
+    if "--train-data" in known and name in open_clips_help().split():
+        return f"{name}: a flag of OpenCLIP's trainer; use protoclip openclip"
     names = [option.removeprefix("--") for option in known]
     near = difflib.get_close_matches(name.removeprefix("--"), names, n=1)
     return f"{name}: no such flag; " + (f"did you mean --{near[0]}?" if near else "see --help")
@@ -392,23 +387,31 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
 
+def add_flag(
+    group: Any, flag: str, default: Any, help: str, choices: Sequence[str] = (), setting: str = ""
+) -> None:
+    """Add a flag that takes values of its default's type, which its help shows. That of a
+    ``setting`` (its dotted name) leaves nothing in the parsed flags unless it is given."""
+    kind, shown = type(default), "" if default in ("", "\t") else f" (default: {default})"
+    words: dict[str, Any] = {"default": default, "help": help + shown}
+    if kind is bool:
+        words["action"] = argparse.BooleanOptionalAction
+    elif choices:
+        words["choices"] = choices
+    else:
+        words |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+    if setting:
+        words |= {"dest": setting, "default": argparse.SUPPRESS}
+    group.add_argument(flag, **words)
+
+
 def add_options(group: Any, settings: Any, prefix: str = "", only: Iterable[str] = ()) -> None:
-    """Add a flag for each field of a section, or for those named; parsing tells which are given."""
+    """Add a flag for each field of a section, or for those named."""
     for item in dataclasses.fields(settings):
-        default = getattr(settings, item.name)
-        if dataclasses.is_dataclass(default) or (only and item.name not in only):
-            continue
-        shown = "" if default in ("", "\t") else f" (default: {default})"
-        words: dict[str, Any] = {"dest": prefix + item.name, "default": argparse.SUPPRESS}
-        words["help"] = item.metadata["help"] + shown
-        if isinstance(default, bool):
-            words["action"] = argparse.BooleanOptionalAction
-        elif item.metadata["choices"]:
-            words["choices"] = item.metadata["choices"]
-        else:
-            metavar = {int: "N", float: "X", str: "TEXT"}[type(default)]
-            words |= {"type": type(default), "metavar": metavar}
-        group.add_argument(flag_of(item), **words)
+        default, words = getattr(settings, item.name), item.metadata
+        if not dataclasses.is_dataclass(default) and (not only or item.name in only):
+            flag, setting = flag_of(item), prefix + item.name
+            add_flag(group, flag, default, words["help"], words["choices"], setting)
 
 
 def build_parser(
@@ -416,19 +419,16 @@ def build_parser(
 ) -> Parser:
     """A parser with one titled group per section of ``TrainConfig``."""
     parser = Parser(prog, everyday, example, usage="%(prog)s [options]", description=description)
+    words = f"settings to start from: {', '.join(preset_names())}, or a .json file, such as a "
+    add_flag(parser, "--preset", "default", words + "run's config.json")
     add = parser.add_argument
-    words = (
-        f"settings to start from: {', '.join(preset_names())}, or a .json file, such as a run's "
-    )
-    words += "config.json (default: %(default)s)"
-    add("--preset", default="default", metavar="TEXT", help=words)
     words = "the ProtoCLIP authors' settings: --preset paper"
     add("--paper", dest="preset", action="store_const", const="paper", help=words)
     add("--print-config", action="store_true", help="print all settings as JSON, and end")
     words = "as OpenCLIP's flag: must agree with the name of --train-data; synthetic: "
-    words += "builtin:shapes:N, N of --train-num-samples (default: %(default)s)"
+    words += "builtin:shapes:N, N of --train-num-samples"
     kinds = ("auto", "webdataset", "csv", "synthetic")
-    add("--dataset-type", default="auto", choices=kinds, help=words)
+    add_flag(parser, "--dataset-type", "auto", words, choices=kinds)
     for flag, (arguments, _) in NEEDLESS.items():
         add(flag, dest=flag, help=argparse.SUPPRESS, **arguments)
     defaults = TrainConfig()

@@ -1,4 +1,4 @@
-"""``python -m protoclip.export RUN --out DIR``: a folder that OpenCLIP and CLIP_benchmark load.
+"""``protoclip export RUN --out DIR``: a folder that OpenCLIP and CLIP_benchmark load.
 
 ``open_clip.create_model_and_transforms("local-dir:DIR")`` then gives the trained model, without
 protoclip. The folder can be uploaded to the Hugging Face hub as it is.
@@ -25,7 +25,7 @@ from protoclip.distributed import run_command
 from protoclip.evaluate.results import format_table, read_results
 from protoclip.model import build_model, register_configs
 
-PROG = "python -m protoclip.export"
+PROG = "protoclip export"
 TASK = "zero-shot-image-classification"  # as the hub calls it
 PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 LOADING = """Trained with protoclip, loads in OpenCLIP:

@@ -46,7 +46,7 @@ from protoclip.ops.contrastive import (
     side_weights,
     sigmoid_loss,
 )
-from protoclip.ops.pairs import Given, Pairs, SameId, check_ids, pairs_of
+from protoclip.ops.pairs import SAME_ID, Given, Pairs, SameId, check_ids, pairs_of
 from protoclip.prototypes import (
     EXTERNAL,
     IGNORE,
@@ -75,16 +75,16 @@ def global_info_nce(
     """InfoNCE over the pairs of all ranks: the mean loss of this rank's B pairs.
 
     Its mean over the ranks is ``info_nce`` of the W * B pairs. Memory O(W B D); wire per rank one
-    gather and one reduce-scatter of [W B, D], and 2 W B floats, with ids 4 and the ids.
+    gather and one reduce-scatter of [W B, D]. The reference gathers the images too.
 
-    Args: those of ``info_nce``, of this rank's pairs; B is the same on every rank. The reference
-    gathers the images too.
+    Args: those of ``info_nce``, of this rank's pairs; B is the same on every rank.
     """
     inputs = image_features, text_features, logit_scale
     if not is_distributed():
         return info_nce(*inputs, ids=ids, same_id=same_id, backend=backend)
     op, first = "global_info_nce", rank() * len(image_features)
     x, y, scale = checks.pairs(op, *inputs)
+    checks.one_of(op, "same_id", same_id, SAME_ID)
     every = _all_ids(op, ids, x)
     kind = "info_nce" if ids is None else "contrastive"
     name = resolve(kind, backend, x.device.type, x.dtype)
@@ -189,10 +189,9 @@ def global_sigmoid_loss(
 ) -> Tensor:
     """SigLIP's loss of this rank's B images against the texts of all ranks, summed.
 
-    Memory O(B D): the texts are passed from rank to rank and never gathered.
+    Memory O(B D): the texts pass from rank to rank; only the reference gathers them.
 
-    Args: those of ``sigmoid_loss``, of this rank's pairs; B is the same on every rank. The
-    reference gathers the texts.
+    Args: those of ``sigmoid_loss``, of this rank's pairs; B is the same on every rank.
     """
     inputs = image_features, text_features, logit_scale
     if not is_distributed():
@@ -205,9 +204,8 @@ def global_sigmoid_loss(
     if name == "reference":
         told: dict[str, Any] = {"ids": every, "same_id": same_id, "offset": first, "backend": name}
         return sigmoid_loss(x, gathered_rows(y), scale, bias, **told)
-    relation = None
-    if every is not None:
-        relation = pairs_of(op, x, len(every), Given(None, ids, every, same_id, first=first))
+    given = Given(None, ids, every, same_id, first=first)
+    relation = pairs_of(op, x, len(x) * world_size(), given)
     return _Ring.apply(x, y, scale, bias, name, wants_gradient(x, y, scale, bias), relation)
 
 
@@ -246,7 +244,7 @@ class _Strip(torch.autograd.Function):
         ops, (x, all_y, scale, rows, columns) = torch.ops.protoclip, ctx.saved_tensors
         grads = row_grad, gather_rows(column_grad)
         if ctx.relation is None:
-            told = *rows[:2], *columns, *grads, ctx.offset, ctx.backend, None, None
+            told = *rows[:2], *columns, *grads, ctx.offset, ctx.backend, None, 1.0
             dx, dy, dscale = ops.contrastive_bwd(x, all_y, scale, *told)
         else:
             weights = side_weights(grads[0], None, rows), side_weights(grads[1], None, columns)
@@ -262,22 +260,17 @@ class _Ring(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x, y, scale, bias, backend: str, wanted: bool, relation: Pairs | None
-    ) -> Tensor:
+    def forward(ctx: Any, x, y, scale, bias, backend: str, wanted: bool, relation: Pairs) -> Tensor:
         texts, travelling = y, torch.zeros_like(y)
         totals: list[Tensor] = []
         for hop in range(world_size()):
             coming = _pass_on(texts) if hop + 1 < world_size() else None
             # Row i's own text comes with the first chunk; the others hold negatives only.
             first = 0 if hop == 0 else len(y)
-            told: tuple[Any, ...] = ()
-            if relation is not None and relation.key_ids is not None:
-                at = (rank() + hop) % world_size() * len(y)
-                ids = relation.query_ids, relation.key_ids[:, at : at + len(y)]
-                told = *ids, relation.same_positive
+            ids, at = relation.key_ids, (rank() + hop) % world_size() * len(y)
+            told = relation.query_ids, None if ids is None else ids[:, at : at + len(y)]
             loss, dx, dy, *scalars = torch.ops.protoclip.sigmoid_loss(
-                x, texts, scale, bias, first, wanted, backend, *told
+                x, texts, scale, bias, first, wanted, backend, *told, relation.same_positive
             )
             found = [loss, *(t.to(loss.dtype) for t in (dx, *scalars))]
             totals = [a + b for a, b in zip(totals, found, strict=True)] if hop else found
@@ -330,7 +323,6 @@ class ClipLoss(nn.Module):
         cache_labels: accepted as OpenCLIP's, unused: there are no labels to cache.
         rank, world_size: of this process.
         use_horovod: must be false.
-        stash: as in ``info_nce``; not OpenCLIP's.
     """
 
     def __init__(
@@ -341,15 +333,12 @@ class ClipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
-        *,
-        stash: bool | None = None,
     ) -> None:
         super().__init__()
         if use_horovod:
             raise ValueError("ClipLoss: expected use_horovod=False, got True; run with torchrun")
         self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
         self.rank, self.world_size = rank, world_size
-        self.stash = stash
 
     def forward(
         self,
@@ -379,16 +368,16 @@ class ClipLoss(nn.Module):
 
     def _loss(self, x: Tensor, y: Tensor, scale: Tensor | float, ids: Tensor | None) -> Tensor:
         if self.world_size == 1:
-            return info_nce(x, y, scale, ids=ids, stash=self.stash)
+            return info_nce(x, y, scale, ids=ids)
         if self.local_loss and self.gather_with_grad:
             return global_info_nce(x, y, scale, ids=ids)
         all_x, all_y = self._of_all_ranks(x), self._of_all_ranks(y)
         every = _all_ids("ClipLoss", ids, x)
         if not self.local_loss:
-            return info_nce(all_x, all_y, scale, ids=every, stash=self.stash)
+            return info_nce(all_x, all_y, scale, ids=every)
         given = Given(key_ids=every, first=self.rank * len(x))
-        images = one_way("ClipLoss", (x, all_y, scale), given, stash=self.stash)
-        return (images + one_way("ClipLoss", (y, all_x, scale), given, stash=self.stash)) / 2
+        images = one_way("ClipLoss", (x, all_y, scale), given)
+        return (images + one_way("ClipLoss", (y, all_x, scale), given)) / 2
 
     def _of_all_ranks(self, x: Tensor) -> Tensor:
         """All rows in rank order. Without ``gather_with_grad`` only the own ones have a gradient,
@@ -480,8 +469,7 @@ class ProtoClipLoss(ClipLoss):
     1 / world_size; the prototype loss follows it: their balance does not depend on the flags.
 
     Args:
-        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, stash:
-            ``ClipLoss``'s.
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: ``ClipLoss``'s.
         proto: settings of the prototypes.
         accum_freq: calls per optimiser step, each with all features of the step, as OpenCLIP's
             ``--accum-freq`` makes them.

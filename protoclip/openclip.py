@@ -1,4 +1,4 @@
-"""OpenCLIP's trainer with our losses: ``python -m protoclip.openclip <open_clip_train flags>``.
+"""OpenCLIP's trainer with our losses: ``protoclip openclip <open_clip_train flags>``.
 
 The command takes our flags out, puts our losses in the place of OpenCLIP's, and runs its ``main``.
 """
@@ -27,7 +27,7 @@ from protoclip.config import ProtoConfig, refusal
 from protoclip.losses import ClipLoss, ProtoClipLoss, SigLipLoss, caption_ids
 from protoclip.model import register_configs
 
-PROG = "python -m protoclip.openclip"
+PROG = "protoclip openclip"
 LOGGER = logging.getLogger(__name__)
 DistributedDataParallel = nn.parallel.DistributedDataParallel
 

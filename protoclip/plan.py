@@ -1,4 +1,4 @@
-"""Plan a run before paying for it: ``python -m protoclip.plan``, train's flags and ``--ranks 8``.
+"""Plan a run before paying for it: ``protoclip plan``, train's flags and ``--ranks 8``.
 
 Memory of a rank, by part. Shapes are exact: the model's forward pass runs on tensors without data,
 which shows what autograd keeps. Time is not predicted.
@@ -24,7 +24,7 @@ from protoclip.model import ProtoModel, build_model
 from protoclip.prototypes import check_clusters
 from protoclip.train import teacher_spec
 
-PROG = "python -m protoclip.plan"
+PROG = "protoclip plan"
 FP32, INT64 = 4, 8
 GPU_SCRATCH, CPU_SCRATCH = 256 << 20, 64 << 20  # of the fused kernels, at most
 MINILM_DIM = 384  # of a teacher whose features are all kept

@@ -1,4 +1,4 @@
-"""Train CLIP or ProtoCLIP: ``python -m protoclip.train``, no arguments needed.
+"""Train CLIP or ProtoCLIP: ``protoclip train``, no arguments needed.
 
 Without arguments: ProtoCLIP on the built-in emoji, about three minutes on two CPU cores, with a
 table before and after, plots and a checkpoint in a run folder. Read from ``train`` down: open and
@@ -43,7 +43,7 @@ from protoclip.data import (
 from protoclip.data.files import write_csv
 from protoclip.data.loader import EpochOrder, Faults
 from protoclip.evaluate import results, tasks
-from protoclip.evaluate.datasets import Layout, open_layout
+from protoclip.evaluate.datasets import open_layout
 from protoclip.evaluate.metrics import recalls, retrieval
 from protoclip.evaluate.results import Outcome, Results
 from protoclip.kmeans import Clusters, load_faiss
@@ -73,7 +73,7 @@ from protoclip.step import Phases, Step, Stepper, depends_on_passes, seed_everyt
 from protoclip.teacher import MINILM, load_teacher, minilm_missing
 
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
-PROG = "python -m protoclip.train"
+PROG = "protoclip train"
 PICTURED = 4096  # samples in which the run's pictures look for neighbours
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What decides which sample comes when, or which tensors there are: it must not change.
@@ -639,18 +639,8 @@ class Evaluation:
             self.quick_sets["HO"] = open_dataset(self.data, split, **self.arguments)
             if self.data == "builtin:emoji" and noto_available():
                 self.quick_sets["NHO"] = open_dataset("builtin:emoji:noto", split, **self.arguments)
-        self.zeroshot_data: Layout | None = None
-        if data.imagenet_val:
-            layout = open_layout(data.imagenet_val, seed=setup.config.run.seed)
-            if reasons := tasks.impossible(("zeroshot",), layout):
-                raise ValueError(f"--imagenet-val {data.imagenet_val}: {reasons['zeroshot']}")
-            self.zeroshot_data = replace(layout, captions=0, train=None, emoji=None)
-        run = setup.config.run  # evaluations between steps, and their frequencies in epochs
-        self.during: list[tuple[Evaluate, float]] = []
-        if self.quick_sets and run.val_frequency > 0:
-            self.during.append((self.quick, run.val_frequency))
-        if self.zeroshot_data and run.zeroshot_frequency > 0:
-            self.during.append((self.zeroshot, run.zeroshot_frequency))
+        often = setup.config.run.val_frequency if self.quick_sets else 0  # in epochs
+        self.during: list[tuple[Evaluate, float]] = [(self.quick, often)] if often else []
 
     def encoder(self, model: ProtoModel) -> tasks.Encoder:
         """Encodes with the model as it is, on all ranks."""
@@ -699,13 +689,6 @@ class Evaluation:
             found = recalls(retrieval(encoder.images(dataset), encoder.texts(texts)), (1, 5))
             scalars |= {f"val_{name}_{key}": float(hits.mean()) for key, hits in found.items()}
         return scalars
-
-    def zeroshot(self, model: ProtoModel) -> dict[str, float]:
-        """Zero-shot accuracies on --imagenet-val."""
-        assert self.zeroshot_data is not None
-        sets, _ = tasks.encode_sets(self.encoder(model), self.zeroshot_data, ("zeroshot",))
-        found = tasks.evaluate_features(sets, tasks=("zeroshot",))
-        return {f"val_zeroshot_{n}": x for one in found.values() for n, x in one.metrics.items()}
 
 
 def hidden() -> bool | None:

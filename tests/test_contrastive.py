@@ -320,8 +320,11 @@ def test_positions_out_of_range(backend):
                 protoclip.contrastive(x, y, 3.0, **given, backend=backend)
         else:
             assert protoclip.contrastive(x, y, 3.0, **given, backend=backend).isnan()
-            rows = protoclip.contrastive(x, y, 3.0, **given, backend=backend, reduction="none")
+            q = x.clone().requires_grad_()
+            rows = protoclip.contrastive(q, y, 3.0, **given, backend=backend, reduction="none")
             assert rows.isnan().sum() == 1
+            (grad,) = torch.autograd.grad(rows.sum(), q)
+            assert (grad.isnan().any(dim=1) == rows.isnan()).all()
 
 
 X, Y = features(4, 6, 8)
@@ -345,6 +348,13 @@ BAD = {
     "few keys": (dict(keys=Y[:3]), ValueError, "got none with 4 queries and 3 keys"),
     "bias dtype": (dict(key_bias=torch.zeros(6).half()), TypeError, r"key_bias.float\(\)"),
     "bias shape": (dict(key_bias=torch.zeros(4)), ValueError, r"key_bias of shape \[6\]"),
+    "same_id alone": (dict(same_id="both"), ValueError, "same_id in"),
+    "sparse": (dict(queries=X.to_sparse()), TypeError, r"queries as a dense .*to_dense\(\)"),
+    "negative weights": (
+        dict(weights=-torch.ones(4), backend="reference"),
+        ValueError,
+        "weights >= 0, got -1",
+    ),
     "weights": (dict(weights=torch.ones(6)), ValueError, r"weights of shape \[4\]"),
     "whole weights": (dict(weights=torch.ones(4).long()), TypeError, r"weights.float\(\)"),
     "weights' gradient": (dict(weights=torch.ones(4, requires_grad=True)), ValueError, "detach"),
@@ -359,6 +369,35 @@ def test_bad_input_is_refused_in_words(case):
     arguments = dict(queries=X, keys=Y, logit_scale=3.0) | given
     with pytest.raises(error, match=rf"contrastive: .*{words}"):
         protoclip.contrastive(**arguments)
+
+
+def test_labels_of_sup_con_are_checked():
+    for labels, error in ((torch.ones(4), TypeError), (torch.ones(4, 2).long(), ValueError)):
+        with pytest.raises(error, match="sup_con: expected labels"):
+            protoclip.sup_con(X, labels, 3.0)
+
+
+def check_strides(backend):
+    """Arguments of any stride are as their contiguous copies."""
+    x, y = features(40, 60, 8)
+    for bias in (torch.randn(60, 2)[:, 1], torch.tensor(0.5).expand(60)):
+        given = {
+            "key_bias": bias,
+            "key_ids": torch.randint(9, (60, 2))[:, 1],
+            "query_ids": torch.randint(9, (2, 40)).T[:, :1],
+            "positives": torch.randint(60, (40, 3))[:, 2],
+            "exclude": torch.tensor(7).expand(40),
+            "weights": torch.rand(40, 2)[:, 1],
+        }
+        got = protoclip.contrastive(x, y, 3.0, **given, backend=backend)
+        given = {name: value.clone().contiguous() for name, value in given.items()}
+        want = protoclip.contrastive(x, y, 3.0, **given, backend="reference")
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@both
+def test_arguments_of_any_stride(backend):
+    check_strides(backend)
 
 
 def test_ids_of_info_nce_are_checked():

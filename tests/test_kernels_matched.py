@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_contrastive import DTYPES, KINDS, check, computed, problem
+from test_contrastive import DTYPES, KINDS, check, check_strides, computed, problem
 
 import protoclip
 
@@ -53,6 +53,10 @@ def test_both_directions_and_a_query_alone_with_its_key(same_id):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6)
     loss = protoclip.info_nce(x, y, 100.0, ids=0 * ids, backend="triton")
     assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (x, y)))
+
+
+def test_arguments_of_any_stride():
+    check_strides("triton")
 
 
 def test_no_features_rows_or_keys():

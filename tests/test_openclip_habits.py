@@ -34,9 +34,9 @@ def code_of(main, argv):
         ("train", ["--weight-decay", "1"], "the flag is --wd"),
         ("train", ["--xyz"], "--xyz: no such flag; see --help"),
         ("train", ["--ema-decay", "0.9"], "--ema-decay: extraction uses the model itself"),
-        ("train", ["--check-data"], "python -m protoclip.data --check DATA"),
-        ("train", ["--distill-model", "ViT-B-32"], "python -m protoclip.openclip"),
-        ("train", ["--torchcompile"], "python -m protoclip.openclip"),
+        ("train", ["--distill-model", "ViT-B-32"], "protoclip openclip"),
+        ("train", ["--torchcompile"], "protoclip openclip"),
+        ("train", ["--imagenet-val", "x"], "protoclip evaluate RUN --data DIR"),
         ("train", ["--k", "3", "9"], "expected a flag, got '9'"),
         ("train", ["--k", "many"], "--k: invalid int value: 'many'"),
         ("train", ["--opt", "sgd"], "--opt: invalid choice: 'sgd'"),
@@ -60,7 +60,7 @@ def test_a_slip_ends_in_one_line_with_a_remedy(tmp_path, monkeypatch, capsys, co
     monkeypatch.chdir(tmp_path)
     assert code_of(COMMANDS[command], argv) == 2
     said = capsys.readouterr().err
-    assert words in said and said.startswith(f"python -m protoclip.{command}: error: ")
+    assert words in said and said.startswith(f"protoclip {command}: error: ")
     assert said.count("\n") == 1
 
 

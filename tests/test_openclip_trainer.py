@@ -1,4 +1,4 @@
-"""OpenCLIP's own trainer through ``python -m protoclip.openclip``: it runs, and nothing changes."""
+"""OpenCLIP's own trainer through ``protoclip openclip``: it runs, and nothing changes."""
 
 import json
 import os

@@ -226,7 +226,7 @@ def test_opcheck_compile_autocast_and_no_second_derivative(dtype):
     torch.library.opcheck(op.prototype_ce, (h, [c], [hard], [labels], s, True, True, "cpu"))
     x, y, scale = (t.detach() for t in (h, c, s))
     torch.library.opcheck(op.prototype_ce, (x, [y], [hard], [labels], scale, False, False, "cpu"))
-    torch.library.opcheck(op.prototype_ce_bwd, (ones, x, scale, torch.ones(2, 6, 8), ones))
+    torch.library.opcheck(op.scaled, (ones[..., None], torch.ones(2, 6, 8)))
 
     def loss(h, c, s):
         return 2 * protoclip.prototype_cross_entropy(h, c, labels, s, backend="cpu")

@@ -13,7 +13,7 @@ from protoclip.report.__main__ import main as report
 from protoclip.train import main as train
 
 DATA = "builtin:shapes:64"
-FIELDS = ("train_data", "val_data", "imagenet_val")
+FIELDS = ("train_data", "val_data")
 KINDS = ("pipe", "url", "second source")
 
 
@@ -83,7 +83,7 @@ def test_a_preset_goes_no_further_and_data_given_again_do(stranger, server, caps
     assert train(["--preset", str(folder / "config.json"), "--logs", str(folder / "logs")]) == 2
     refused(capsys, server, "--train-data")
     assert not (folder / "logs").exists()
-    flags = ["--train-data", DATA, "--val-data", "", "--imagenet-val", "", "--device", "cpu"]
+    flags = ["--train-data", DATA, "--val-data", "", "--device", "cpu"]
     assert train(["--resume", str(folder), *flags]) == 0
     assert not server.asked
 

@@ -1,4 +1,4 @@
-"""``python -m protoclip.teacher`` and its files: rows by key."""
+"""``protoclip teacher`` and its files: rows by key."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""``python -m protoclip.train`` as a user runs it: it learns, repeats, and refuses in words."""
+"""``protoclip train`` as a user runs it: it learns, repeats, and refuses in words."""
 
 import json
 
@@ -61,7 +61,6 @@ def test_it_learns_and_leaves_a_whole_run_folder(tmp_path):
         (["--model", "no-such-model"], "no-such-model"),
         (["--train-data", "no/such/file.csv"], "no/such/file.csv"),
         (["--val-data", "no/such.csv"], "no/such.csv: No such file"),
-        (["--imagenet-val", "nowhere"], "nowhere"),
         (["--batch-size", "5000"], "--batch-size"),
         (["--external-teacher", "missing.npy"], "missing.npy"),
         (["--device", "cuda:9"], "cuda:9"),

@@ -1,4 +1,4 @@
-"""``python -m protoclip.data``: look at pairs, and write them as webdataset shards."""
+"""``protoclip data``: look at pairs, and write them as webdataset shards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from protoclip.data import DataError, PairDataset, open_dataset
 from protoclip.data.files import whole_file, write_atomic
 from protoclip.distributed import run_command
 
-PROG = "python -m protoclip.data"
+PROG = "protoclip data"
 FORMATS = {"png": "PNG", "jpg": "JPEG"}
 PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")  # safe as a file name of a tar, without a dot
 

@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -93,8 +92,7 @@ class EmojiDataset:
 
     def image(self, i: int) -> Image.Image:
         style, key = self._drawn[i]
-        picture = STYLES[style]()[key]
-        return _decoded(picture) if isinstance(picture, Path) else Image.fromarray(picture)
+        return Image.fromarray(STYLES[style]()[key])
 
     def captions(self, i: int) -> tuple[str, ...]:
         row = concepts()[self._drawn[i][1]]
@@ -145,9 +143,10 @@ def twemoji_files() -> Mapping[str, Path]:
 
 
 @functools.cache
-def _decoded(path: Path) -> Image.Image:
-    """72 x 72 picture on white; decoded once per process (1,914 x 15.6 kB = 30 MB)."""
-    return decode(path.read_bytes(), str(path))
+def twemoji_pictures() -> Mapping[str, np.ndarray]:
+    """Picture by key of each concept, uint8 [72, 72, 3] on white."""
+    files = twemoji_files().items()
+    return {key: np.asarray(decode(path.read_bytes(), str(path))) for key, path in files}
 
 
 @functools.cache
@@ -219,9 +218,8 @@ def _noto_font() -> ImageFont.FreeTypeFont:
     return font
 
 
-# Each style's pictures by key, as files or uint8 [72, 72, 3].
-STYLES: dict[str, Callable[[], Mapping[str, Any]]] = {
-    "twemoji": twemoji_files,
+STYLES: dict[str, Callable[[], Mapping[str, np.ndarray]]] = {
+    "twemoji": twemoji_pictures,
     "openmoji": openmoji_pictures,
     "noto": noto_pictures,
 }

@@ -43,7 +43,7 @@ def local_copy(url: str) -> str:
     if protocol not in PROTOCOLS:
         raise DataError(
             f"{url}: expected a url of {', '.join(PROTOCOLS)}, got {protocol}; copy the shard to "
-            "a disk, or train with python -m protoclip.openclip, whose pipeline reads more"
+            "a disk, or train with protoclip openclip, whose pipeline reads more"
         )
     digest = hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()
     folder = cache_dir() / "remote" / digest[:32]

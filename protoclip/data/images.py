@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -90,24 +91,12 @@ def draw_svgs(files: Sequence[Path], side: int) -> np.ndarray:
     return pictures
 
 
+@dataclass(frozen=True)
 class Transform:
-    """Picture -> float32 [3, H, W], normalised; see :func:`build_transform`.
+    """Picture -> float32 [3, H, W], normalised; see :func:`build_transform`."""
 
-    ``pixels`` is the random part (torch's default generator), picture -> uint8 [3, H, W]; a batch
-    is normalised at once.
-    """
-
-    def __init__(
-        self, pixels: Callable[[Image.Image], Tensor], mean: Sequence[float], std: Sequence[float]
-    ) -> None:
-        self.pixels = pixels
-        # (x / 255 - mean) / std as one multiply and one add.
-        self._scale = 1.0 / (255.0 * torch.tensor(std, dtype=torch.float32).reshape(3, 1, 1))
-        self._shift = -(torch.tensor(mean) / torch.tensor(std)).float().reshape(3, 1, 1)
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 [..., 3, H, W] -> float32 [..., 3, H, W] of mean 0 and deviation 1."""
-        return torch.addcmul(self._shift, pixels.float(), self._scale)
+    pixels: Callable[[Image.Image], Tensor]  # the random part: -> uint8 [3, H, W]
+    normalise: Callable[[Tensor], Tensor]  # of a picture or a batch, of mean 0 and deviation 1
 
     def __call__(self, picture: Image.Image) -> Tensor:
         return self.normalise(self.pixels(picture))
@@ -138,4 +127,5 @@ def build_transform(
             t.RandomGrayscale(p=0.2),
             t.RandomApply([t.GaussianBlur(kernel, sigma=(0.1, 2.0))], p=0.2),
         ]
-    return Transform(t.Compose([*steps, t.PILToTensor()]), mean, std)
+    floats = [t.ConvertImageDtype(torch.float32), t.Normalize(mean, std, inplace=True)]
+    return Transform(t.Compose([*steps, t.PILToTensor()]), t.Compose(floats))

@@ -39,6 +39,7 @@ MAX_CAPTION_BYTES = 1 << 22  # a larger member is no caption; img2dataset's JSON
 NAMED = 5  # skipped samples named in the warning; the rest are counted
 Place = tuple[int, int]  # offset and size in bytes
 logger = logging.getLogger(__name__)
+_warn = functools.lru_cache(logger.warning)  # once: training and evaluation open the same shards
 
 
 class ShardDataset:
@@ -80,7 +81,7 @@ class ShardDataset:
                 f"({', '.join(IMAGE_KINDS)}) and a caption (txt, json) with the same key{listing}"
             )
         if self.skipped:
-            _warn(f"{self.name}: {len(self.skipped)} of {total} samples skipped:{listing}")
+            _warn("%s", f"{self.name}: {len(self.skipped)} of {total} samples skipped:{listing}")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -95,11 +96,7 @@ class ShardDataset:
         return decode(self._read(i, 0), self._where(i))
 
     def captions(self, i: int) -> tuple[str, ...]:
-        data = self._read(i, 2)
-        try:
-            return parse_captions(data, bool(self._places[i, 4]))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{self._where(i)}: changed while in use ({error})") from error
+        return parse_captions(self._read(i, 2), bool(self._places[i, 4]))
 
     def _where(self, i: int) -> str:
         return f"{self.shards[self.shard_of[i]]}: {self.keys[i]!r}"
@@ -117,12 +114,6 @@ class ShardDataset:
             copies = f" without its copy in {cache_dir()}" if is_remote(shard) else ""
             raise DataError(f"{shard}: changed while in use; start again{copies}")
         return data
-
-
-@functools.lru_cache(maxsize=1024)
-def _warn(text: str) -> None:
-    """Once a process: training, evaluation and report open the same shards."""
-    logger.warning("%s", text)
 
 
 @functools.lru_cache(maxsize=64)
@@ -156,7 +147,7 @@ def expand(spec: str) -> tuple[str, ...]:
     shards: list[str] = []
     for source in spec.split("::"):
         if source.startswith("pipe:"):
-            remedy = "give a url or a file, or train with python -m protoclip.openclip"
+            remedy = "give a url or a file, or train with protoclip openclip"
             raise DataError(f"data {source!r} would run a shell command; {remedy}")
         ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}", source)
         count = math.prod(abs(int(a) - int(b)) // max(1, int(c or 1)) + 1 for a, b, c in ranges)

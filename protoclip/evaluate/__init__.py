@@ -1,1 +1,1 @@
-"""Evaluate a model: ``python -m protoclip.evaluate MODEL --data ... --tasks ...``."""
+"""Evaluate a model: ``protoclip evaluate MODEL --data ... --tasks ...``."""

@@ -1,4 +1,4 @@
-"""``python -m protoclip.evaluate MODEL``: any CLIP on any data, as a table and as JSON."""
+"""``protoclip evaluate MODEL``: any CLIP on any data, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from protoclip.model import (
     choose_precision,
 )
 
-PROG = "python -m protoclip.evaluate"
+PROG = "protoclip evaluate"
 TIMEOUT = 3600.0  # seconds that a rank waits for the slowest slice
 RANDOM = "random"
 WEIGHTS = ("local-dir:", "hf-hub:")  # names that bring their weights
@@ -130,9 +130,7 @@ def run(args: argparse.Namespace) -> None:
     loaded = load_model(args.what, args.pretrained, args.model)
     config = loaded.config or TrainConfig()
     data = args.data or _own_data(loaded.config, args.what)
-    columns = {
-        name: getattr(config.data if getattr(args, name) is None else args, name) for name in TABLE
-    }
+    columns = {name: vars(args).get(name, getattr(config.data, name)) for name in TABLE}
     columns["seed"] = config.run.seed if args.seed is None else args.seed
     columns |= {name: getattr(args, name) for name in ("split", "templates", "csv_label_key")}
     layout = open_layout(data, **columns)

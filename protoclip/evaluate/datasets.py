@@ -47,7 +47,7 @@ def open_layout(
     csv_label_key: str = "",
     **open_kwargs: Any,
 ) -> Layout:
-    """Open data of any kind, on all ranks; see ``python -m protoclip.evaluate --help``.
+    """Open data of any kind, on all ranks; see ``protoclip evaluate --help``.
 
     Args:
         data: built-in data, whose held-out part is judged by one caption a picture; a folder of

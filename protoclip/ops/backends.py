@@ -265,3 +265,13 @@ def define_gradient(
 
 def _tangent(x: Any) -> bool:
     return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+
+
+# An op, so that a second derivative raises instead of ignoring that ``saved``, which a forward pass
+# left, depends on that pass's inputs.
+define(
+    "scaled(Tensor grad, Tensor saved) -> Tensor",
+    lambda grad, saved: (grad.float() * saved).to(saved.dtype),
+    lambda grad, saved: torch.empty_like(saved),
+)
+define_gradient("scaled", "this loss")

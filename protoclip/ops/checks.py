@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protoclip.ops.backends import ANY_FLOAT
+from protoclip.ops.backends import ANY_FLOAT, in_transform
 
 REDUCTIONS = ("mean", "sum", "none")
 INTEGERS = (torch.int64,)
@@ -19,8 +19,7 @@ PAIR = ("image_features", "text_features")
 
 def matrix(op: str, name: str, x: Tensor, letters: str) -> None:
     """A floating-point [rows, columns] tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: expected {name} {letters} as a Tensor, got {type(x).__name__}")
+    _dense(op, name, x)
     if x.ndim != 2:
         raise ValueError(f"{op}: expected {name} of shape {letters}, got {tuple(x.shape)}")
     if x.dtype not in ANY_FLOAT:
@@ -28,6 +27,13 @@ def matrix(op: str, name: str, x: Tensor, letters: str) -> None:
             f"{op}: expected {name} in float32, bfloat16, float16 or float64, got {x.dtype}; "
             f"cast it, e.g. {name}.float()"
         )
+
+
+def _dense(op: str, name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: expected {name} as a Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: expected {name} as a dense Tensor, got {x.layout}; use .to_dense()")
 
 
 def like(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -99,8 +105,7 @@ def vector(
     device: torch.device,
 ) -> None:  # fmt: skip
     """A tensor in one of the dtypes and shapes, beside the features."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: expected {name} as a Tensor, got {type(x).__name__}")
+    _dense(op, name, x)
     if x.dtype not in dtypes:
         kind, cast = ("int64", "long") if torch.int64 in dtypes else ("float32", "float")
         raise TypeError(f"{op}: expected {name} as {kind}, got {x.dtype}; use {name}.{cast}()")
@@ -136,6 +141,11 @@ def segments(op: str, used: int, num_segments: int) -> None:
         )
 
 
-def reduction(op: str, x: str) -> None:
-    if x not in REDUCTIONS:
-        raise ValueError(f"{op}: expected reduction in {REDUCTIONS}, got {x!r}")
+def one_of(op: str, name: str, x: str, choices: Sequence[str]) -> None:
+    if x not in choices:
+        raise ValueError(f"{op}: expected {name} in {choices}, got {x!r}")
+
+
+def readable(x: Tensor) -> bool:
+    """Whether a check of the reference may read values."""
+    return not (x.is_meta or torch.compiler.is_compiling() or in_transform())

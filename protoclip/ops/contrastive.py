@@ -61,17 +61,14 @@ def _contrastive(x, y, scale, offset, columns, reduction, backend, stash=False):
 def _bwd(x, y, scale, *rest):
     """-> dx, dy in the inputs' dtypes, dscale fp32 []. ``column_*`` are [0] without columns.
 
-    The positive's weight is row_weight[i] + column_weight[i + offset] (the latter where given).
-    Without ``stash`` the logits are formed again. With a ``reduction`` the weights are upstream
-    gradients of ``contrastive``; they may have stride 0."""
-    *statistics, row_weight, column_weight, offset, backend, stash, reduction = rest
+    The positive's weight is row_weight[i] + column_weight[i + offset] (the latter where given); the
+    weights, of any stride, 0 too, are multiplied by ``pair_weight``."""
+    *statistics, row_weight, column_weight, offset, backend, stash, pair_weight = rest
     options = _kept_option(stash)
-    if reduction is not None:
-        weight = _direction_weight(reduction, len(x), len(column_weight) > 0)
-        if backend == "triton":
-            options["pair_weight"] = weight
-        else:
-            row_weight, column_weight = row_weight * weight, column_weight * weight
+    if backend == "triton":
+        options["pair_weight"] = pair_weight
+    else:
+        row_weight, column_weight = row_weight * pair_weight, column_weight * pair_weight
     run = implementation("info_nce", backend, "contrastive_bwd")
     return run(x, y, scale, *statistics, row_weight, column_weight, offset, **options)
 
@@ -84,17 +81,15 @@ def _direction_weight(reduction: str, n: int, columns: bool) -> float:
 
 def _stash_size(x: Tensor, y: Tensor, backend: str, stash: bool) -> int:
     """Elements, int16, of what a backend keeps of the logits where it is asked to."""
-    if not stash or backend != "cpu":
-        return 0
-    return implementation("info_nce", backend, "stash_size")(len(x), len(y))
+    asked = stash and backend == "cpu"
+    return implementation("info_nce", backend, "stash_size")(len(x), len(y)) if asked else 0
 
 
 def _kept(x: Tensor, y: Tensor, backend: str, stash: bool) -> Tensor:
     """Room for the logits that the forward pass may leave to the backward pass."""
-    size = _stash_size(x, y, backend, stash)
-    if not size:
-        return x.new_empty(0, dtype=torch.int16)
-    return implementation("info_nce", backend, "pooled")(size)
+    if size := _stash_size(x, y, backend, stash):
+        return implementation("info_nce", backend, "pooled")(size)
+    return x.new_empty(0, dtype=torch.int16)
 
 
 def _kept_option(stash: Tensor | None) -> dict[str, Any]:
@@ -116,7 +111,7 @@ def _fake_bwd(x, y, *_):
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, y, scale, ctx.offset, _, ctx.reduction, ctx.backend, _ = inputs
+    x, y, scale, ctx.offset, ctx.columns, ctx.reduction, ctx.backend, _ = inputs
     ctx.save_for_backward(x, y, scale, *output[1:])
     ctx.set_materialize_grads(False)  # the statistics have none
 
@@ -125,12 +120,10 @@ def _autograd(ctx, grad, *_):
     if grad is None:
         return (None,) * 8
     x, y, scale, *statistics, stash = ctx.saved_tensors
-    row_max, _, column_max, _ = statistics
-    columns = grad.expand(len(column_max)) if len(column_max) else column_max
-    dx, dy, dscale = torch.ops.protoclip.contrastive_bwd(
-        x, y, scale, *statistics, grad.expand(len(row_max)), columns,
-        ctx.offset, ctx.backend, stash, ctx.reduction,
-    )  # fmt: skip
+    grad = grad.expand(len(x))
+    told = *statistics, grad, grad if ctx.columns else grad[:0], ctx.offset, ctx.backend, stash
+    weight = _direction_weight(ctx.reduction, len(x), ctx.columns)
+    dx, dy, dscale = torch.ops.protoclip.contrastive_bwd(x, y, scale, *told, weight)
     return dx, dy, dscale.to(scale.dtype).reshape(scale.shape), *(None,) * 5
 
 
@@ -163,10 +156,6 @@ def _fake_matched(x, y, scale, *rest):
     n, m = len(x), len(y) if columns else 0
     kept = x.new_empty(_stash_size(x, y, backend, stash), dtype=torch.int16)
     return *_empty(x, n, n, m, m, (4, n), (4, m)), kept
-
-
-def _fake_matched_bwd(x, y, *_):
-    return *_fake_bwd(x, y), *_empty(x, len(y))
 
 
 def _matched_setup(ctx, inputs, output) -> None:
@@ -209,7 +198,7 @@ define(
 define(
     "contrastive_bwd(Tensor x, Tensor y, Tensor scale, Tensor row_max, Tensor row_sum,"
     " Tensor column_max, Tensor column_sum, Tensor row_weight, Tensor column_weight, int offset,"
-    " str backend, Tensor? stash, str? reduction) -> (Tensor, Tensor, Tensor)",
+    " str backend, Tensor? stash, float pair_weight) -> (Tensor, Tensor, Tensor)",
     _bwd,
     _fake_bwd,
 )
@@ -224,7 +213,7 @@ define(
     " Tensor row_weights, Tensor column_weights, str backend, Tensor? stash)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _matched_bwd,
-    _fake_matched_bwd,
+    lambda x, y, *_: (*_fake_bwd(x, y), *_empty(x, len(y))),
 )
 define_gradient("contrastive", "info_nce", _autograd, _setup)
 define_gradient("contrastive_bwd", "info_nce")
@@ -245,14 +234,12 @@ def info_nce(
 ) -> Tensor:
     """InfoNCE over a batch of pairs, both directions, without the [N, N] logits in memory.
 
-    The fused backends save O(N) values and form the logits again, tile by tile, in the backward
-    pass, but for those in the ``stash``. Sums are fp32; under autocast the features keep their
-    dtype.
+    The fused backends save O(N) values and form the logits again, but for the ``stash``, in the
+    backward pass. Sums are fp32; under autocast the features keep their dtype.
 
     Args:
-        image_features: [N, D], usually unit rows; float32, bfloat16, float16 (float64: reference).
-        text_features: [N, D] on the same device; row i belongs to image i. Where the dtypes differ
-            both are promoted.
+        image_features, text_features: [N, D], usually unit rows, row i of each a pair; float32,
+            bfloat16, float16 (float64: reference), mixed ones are promoted.
         logit_scale: [] or [1], the multiplier on the dot products (not its logarithm).
         ids: int64 [N] or [N, R], R <= 2: pairs with an equal id in any column are the same thing,
             such as images with one caption. Give those without an id unique ones. None: all differ.
@@ -261,9 +248,8 @@ def info_nce(
         reduction: "mean", "sum", or "none" for one value a pair.
         backend: "auto", or one of ``protoclip.backends("info_nce")``, with ids of
             ``protoclip.backends("contrastive")``; a named one never falls back.
-        stash: whether the forward pass may keep logits for the backward pass: 3 matrix products in
-            all, not 4, and the same bits. Only "cpu" does, at most 64 MiB (N = 4,096; beyond,
-            nothing is kept). None or True: where possible. False: never, the least memory.
+        stash: False: keep no logits for the backward pass. Else "cpu" does, within 64 MiB (to
+            N = 4,096): 3 matrix products in all, not 4, and the same bits.
     Returns:
         float32 (float64 for float64 input), nats: [] or, for "none", [N], half the sum of the two
         directions. N = 0 gives 0.
@@ -276,7 +262,8 @@ def info_nce(
     """
     op = "info_nce"
     x, y, scale = checks.pairs(op, image_features, text_features, logit_scale)
-    checks.reduction(op, reduction)
+    checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
+    checks.one_of(op, "same_id", same_id, pairs.SAME_ID)
     inputs = x, y, scale
     if ids is not None:
         pairs.check_ids(op, "ids", ids, len(x), x.device)
@@ -310,8 +297,9 @@ def _match(op: str, inputs, given: Given, backend: str, stash: bool | None, colu
     counted = count > 0
     if relation.left_out is not None:
         counted = counted & ~relation.left_out
-    if relation.wrong is not None:
-        gap, counted = gap.masked_fill(relation.wrong, torch.nan), counted | relation.wrong
+    if relation.wrong is not None:  # a factor, so that the gradient is NaN too
+        gap = gap * torch.where(relation.wrong, torch.nan, 1.0)
+        counted = counted | relation.wrong
     return gap, mean, counted, *by_column[: int(columns)]
 
 
@@ -339,31 +327,25 @@ def contrastive(
     values are saved.
 
     Args:
-        queries: [N, D], usually unit rows; float32, bfloat16, float16 (float64: reference).
-        keys: [M, D] on the same device; where the dtypes differ both are promoted. More keys than
-            queries, such as hard negatives or a queue, are negatives.
-        logit_scale: [] or [1], the multiplier on the dot products (not its logarithm).
+        queries, keys: [N, D] and [M, D], of ``info_nce``'s dtypes. More keys than queries, such as
+            hard negatives or a queue, are negatives.
         positives: int64 [N], the position of each query's own key; -100: the query is left out.
             None: query i's is key i, but none with ids and same_id="positive".
         query_ids, key_ids: int64 [N] or [N, R] and [M] or [M, R], R <= 2: equal in any column is
             the same thing. query_ids=None: those of the own keys. Unknown ids: give unique ones.
         same_id: "exclude": keys of the same id are no negatives; "positive": they are positives.
         exclude: int64 [N], one key that a query never sees, such as itself; negative: none.
-        key_bias: float32 [M], added to the logits of each key, with a gradient. -inf: the key is
-            absent.
-        weights: float32 [N] >= 0, of the queries, without a gradient.
+        key_bias: float32 [M], added to each key's logits, with a gradient; -inf: absent.
+        weights: float32 [N] >= 0, of the queries, without a gradient; the reference checks them.
         reduction: "mean", sum of weighted losses over the sum of the weights of the queries that
             have a positive, 0 if none has; "sum"; or "none": weighted losses, 0 where left out.
-        backend: "auto", or one of ``protoclip.backends("contrastive")``, which never falls back.
-        stash: as in ``info_nce``.
+        logit_scale, backend, stash: as in ``info_nce``.
     Returns:
         float32 (float64 for float64 input), nats: [] or, for "none", [N]. A position out of range
         gives NaN; the reference raises.
     Raises:
-        ValueError: shapes or devices disagree, ids or positives are missing, or the named backend
-            cannot run.
-        TypeError: features are not floating point, ids or positions not int64.
-        NotImplementedError: forward-mode differentiation of a fused backend.
+        ValueError, TypeError, NotImplementedError: as in ``info_nce``; also where ids or positives
+            are missing or not int64.
     """
     given = Given(positives, query_ids, key_ids, same_id, exclude, key_bias)
     inputs = queries, keys, logit_scale
@@ -381,20 +363,21 @@ def one_way(
     average: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """``contrastive`` of queries, keys and scale; ``average``, over ranks, what divides a mean."""
-    checks.reduction(op, reduction)
+    checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
+    checks.one_of(op, "same_id", given.same_id, pairs.SAME_ID)
     x, y, scale = checks.strip(op, ("queries", "keys"), *inputs)
+    backend = resolve("contrastive", backend, x.device.type, x.dtype)
     if weights is not None:
         checks.vector(op, "weights", weights, ANY_FLOAT, [(len(x),)], x.device)
         if weights.requires_grad:
             raise ValueError(f"{op}: expected weights without a gradient, got some; detach them")
+        if backend == "reference" and checks.readable(weights) and (weights < 0).any():
+            raise ValueError(f"{op}: expected weights >= 0, got {weights.min().item():g}")
     size = torch.ones((), device=x.device).expand(len(x))  # of each query in the mean
-    name = "reference"
-    if given.plain and given.first + len(x) <= len(y):
-        name = resolve("info_nce", backend, x.device.type, x.dtype)
-    if name != "reference":
+    if backend != "reference" and given.plain and given.first + len(x) <= len(y):
         fused = weights is None and average is None
         keep = stash is not False and wants_gradient(x, y, scale)
-        form = given.first, False, reduction if fused else "none", name, keep
+        form = given.first, False, reduction if fused else "none", backend, keep
         loss = torch.ops.protoclip.contrastive(x, y, scale, *form)[0]
         if fused:
             return loss
@@ -432,7 +415,8 @@ def contrastive_parts(
 
     Returns:
         Log-sum-exp over the keys that each query sees (-inf: none), also where positives is -100,
-        and mean logit of its positives (0: none); float32 [N] (float64 for float64 input).
+        and mean logit of its positives (0: none); float32 [N] (float64 for float64 input). Both
+        are as exact as fp32 is at the size of the mean: a bias of -1e6 there costs 0.1 nats.
     Raises:
         ValueError, TypeError, NotImplementedError: as in ``contrastive``.
     """
@@ -491,6 +475,7 @@ def sup_con(
         Khosla et al. 2020 (SupCon), equation 2, without the factor temperature / base temperature.
     """
     checks.matrix("sup_con", "features", features, "[N, D]")
+    checks.labels("sup_con", labels, features)
     itself = torch.arange(len(features), device=features.device)
     given = Given(None, labels, labels, "positive", itself)
     return one_way("sup_con", (features, features, logit_scale), given, None, reduction, backend)
@@ -508,8 +493,8 @@ def _sigmoid_fwd(x, y, scale, bias, offset, gradients, backend, *ids):
 
 def _sigmoid_fake(x, y, scale, bias, offset, gradients, *_):
     n, m = (len(x), len(y)) if gradients else (0, 0)
-    loss, dscale, dbias = (x.new_empty((), dtype=torch.float32) for _ in range(3))
-    return loss, x.new_empty((n, x.shape[1])), y.new_empty((m, y.shape[1])), dscale, dbias
+    loss, *scalars = _empty(x, (), (), ())
+    return loss, x.new_empty((n, x.shape[1])), y.new_empty((m, y.shape[1])), *scalars
 
 
 def _sigmoid_setup(ctx, inputs, output) -> None:
@@ -522,7 +507,7 @@ def _sigmoid_autograd(ctx, grad, *_):
     scale, bias, dx, dy, dscale, dbias = ctx.saved_tensors
     if grad is None:
         return (None,) * 10
-    scaled = [torch.ops.protoclip.sigmoid_loss_bwd(grad, g) for g in (dx, dy, dscale, dbias)]
+    scaled = [torch.ops.protoclip.scaled(grad, g) for g in (dx, dy, dscale, dbias)]
     scalars = zip(scaled[2:], (scale, bias), strict=True)
     return *scaled[:2], *(g.to(t.dtype).reshape(t.shape) for g, t in scalars), *(None,) * 6
 
@@ -535,14 +520,6 @@ define(
     _sigmoid_fake,
 )
 define_gradient("sigmoid_loss", "sigmoid_loss", _sigmoid_autograd, _sigmoid_setup)
-# An op of its own, so that a second derivative raises instead of ignoring that ``saved`` depends on
-# the inputs.
-define(
-    "sigmoid_loss_bwd(Tensor grad, Tensor saved) -> Tensor",
-    lambda grad, saved: (grad.float() * saved).to(saved.dtype),
-    lambda grad, saved: torch.empty_like(saved),
-)
-define_gradient("sigmoid_loss_bwd", "sigmoid_loss")
 
 
 def sigmoid_loss(
@@ -559,14 +536,13 @@ def sigmoid_loss(
     """Sum over all pairs (i, j) of softplus(-z_ij (scale x_i.y_j + bias)), never an [N, M] matrix.
 
     Args:
-        image_features: [N, D], usually unit rows; float32, bfloat16, float16 (float64: reference).
-        text_features: [M, D], M >= offset + N, on the same device; different dtypes are promoted.
+        image_features, text_features: [N, D] and [M, D], M >= offset + N; as in ``info_nce``.
         logit_scale, logit_bias: [] or [1].
         ids: int64 [M] or [M, R], R <= 2, of the texts; image i has that of its own text.
         same_id: "positive": z_ij is 1 for all texts of the image's id; "exclude": the pair is left
             out unless the text is the image's own.
         offset: z_ij is 1 where j = i + offset, else -1.
-        backend: "auto", or one of ``protoclip.backends("siglip")``, which never falls back.
+        backend: "auto", or one of ``protoclip.backends("siglip")``.
     Returns:
         float32 [] (float64 for float64 input), nats, the sum (SigLIP divides it by N).
     Raises:
@@ -582,7 +558,7 @@ def sigmoid_loss(
             f"and offset {offset}"
         )
     inputs = x, y, scale, checks.scalar(op, "logit_bias", logit_bias, x.device)
-    given = Given(first=offset)
+    given = Given(same_id=same_id, first=offset)
     if ids is not None:
         pairs.check_ids(op, "ids", ids, len(y), x.device)
         given = Given(None, ids[offset : offset + len(x)], ids, same_id, first=offset)

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protoclip.ops import checks
-from protoclip.ops.backends import in_transform
 
 SAME_ID = ("exclude", "positive")
 SameId = Literal["exclude", "positive"]
@@ -73,11 +72,11 @@ def pairs_of(op: str, queries: Tensor, m: int, given: Given) -> Pairs:
     """Check what is given about the queries [N, D] and M keys, and give it the backends' form."""
     n, device = len(queries), queries.device
     positives, exclude, bias = given.positives, given.exclude, given.key_bias
-    if given.same_id not in SAME_ID:
-        raise ValueError(f"{op}: expected same_id in {SAME_ID}, got {given.same_id!r}")
+    checks.one_of(op, "same_id", given.same_id, SAME_ID)
     if bias is not None:
         kinds = torch.float32, torch.promote_types(queries.dtype, torch.float32)
         checks.vector(op, "key_bias", bias, kinds, [(m,)], device)
+        bias = bias.contiguous()  # as the ids and positions are: kernels take no strides of these
     if exclude is not None:
         checks.vector(op, "exclude", exclude, checks.INTEGERS, [(n,)], device)
     same_positive = given.key_ids is not None and given.same_id == "positive"
@@ -108,9 +107,7 @@ def pairs_of(op: str, queries: Tensor, m: int, given: Given) -> Pairs:
 def refuse_wrong(op: str, pairs: Pairs, num_keys: int) -> None:
     """Raise where a position is out of range; for the reference, which may read values."""
     wrong = pairs.wrong
-    if wrong is None or wrong.is_meta or torch.compiler.is_compiling() or in_transform():
-        return
-    if wrong.any():
+    if wrong is not None and checks.readable(wrong) and wrong.any():
         raise ValueError(
             f"{op}: expected positives in [0, {num_keys}) or {LEFT_OUT} and exclude below "
             f"{num_keys}, got another at query {int(wrong.nonzero()[0])}; count the keys from 0"

@@ -20,7 +20,6 @@ from protoclip.ops.backends import (
     define,
     define_gradient,
     implementation,
-    in_transform,
     reduce,
     resolve,
     wants_gradient,
@@ -50,26 +49,11 @@ def _fake_fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, *_
     return row, gradient, nearest, row.clone(), row.clone(), gradient.new_empty(gradient.shape[:2])
 
 
-def _bwd(grad, h, scale, gradient, scale_gradient):
-    """grad [S, N] -> dh, dscale in the dtypes of h and scale: weighs what the forward pass left."""
-    weighted = ((scale.reshape(()) * grad)[:, :, None] * gradient).sum(dim=0)  # [N, D]
-    dscale = (grad * scale_gradient).sum()
-    return weighted.to(h.dtype), dscale.to(scale.dtype).reshape(scale.shape)
-
-
-def _fake_bwd(grad, h, scale, *_):
-    return h.new_empty(h.shape), scale.new_empty(scale.shape)
-
-
 def _bwd_prototypes(h, prototypes, *rest):
     """-> s * sum_i w_i (p_ik - [hard and y_i = k]) h_i, [K, D] in the prototypes' dtype."""
     *arguments, backend = rest
     run = implementation("prototype_cross_entropy", backend, "prototype_ce_bwd_prototypes")
     return run(h, prototypes, *arguments)
-
-
-def _fake_bwd_prototypes(h, prototypes, *_):
-    return prototypes.new_empty(prototypes.shape)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -89,8 +73,12 @@ def _autograd(ctx, grad, *_):
         return None, [None] * banks, [None] * banks, [None] * banks, *(None,) * 5
     dh = dscale = None
     wanted_h, wanted_prototypes, _, _, wanted_scale, *_ = ctx.wanted
-    if wanted_h or wanted_scale:
-        dh, dscale = torch.ops.protoclip.prototype_ce_bwd(grad, h, scale, gradient, scale_gradient)
+    if wanted_h:  # weigh what the forward pass left
+        weight = (scale.reshape(()) * grad)[:, :, None]
+        dh = torch.ops.protoclip.scaled(weight, gradient).sum(dim=0).to(h.dtype)
+    if wanted_scale:
+        dscale = torch.ops.protoclip.scaled(grad, scale_gradient).sum()
+        dscale = dscale.to(scale.dtype).reshape(scale.shape)
     prototype_grads = [
         torch.ops.protoclip.prototype_ce_bwd_prototypes(
             h, c, y, scale, row_max[b], row_sum[b], grad[b], ctx.hard[b], ctx.backend
@@ -110,19 +98,12 @@ define(
     _fake_fwd,
 )
 define(
-    "prototype_ce_bwd(Tensor grad, Tensor h, Tensor scale, Tensor gradient, Tensor scale_gradient)"
-    " -> (Tensor, Tensor)",
-    _bwd,
-    _fake_bwd,
-)
-define(
     "prototype_ce_bwd_prototypes(Tensor h, Tensor prototypes, Tensor labels, Tensor scale,"
     " Tensor row_max, Tensor row_sum, Tensor weight, bool hard, str backend) -> Tensor",
     _bwd_prototypes,
-    _fake_bwd_prototypes,
+    lambda h, prototypes, *_: prototypes.new_empty(prototypes.shape),
 )
 define_gradient("prototype_ce", "prototype_cross_entropy", _autograd, _setup)
-define_gradient("prototype_ce_bwd", "prototype_cross_entropy")
 define_gradient("prototype_ce_bwd_prototypes", "prototype_cross_entropy")
 
 
@@ -214,7 +195,7 @@ def _losses(
 ) -> PrototypeLosses:
     op = "prototype_cross_entropy"
     checks.matrix(op, "features", features, "[N, D]")
-    checks.reduction(op, reduction)
+    checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
     scale = checks.scalar(op, "logit_scale", logit_scale, features.device)
     if not banks:
         raise ValueError(f"{op}: expected at least one bank, got none")
@@ -258,7 +239,7 @@ def _check_bank(op: str, features: Tensor, bank: Bank) -> None:
 
 def _reference(op: str, h: Tensor, c: Tensor, m: Tensor, y: Tensor, scale: Tensor):
     """Of one bank -> losses [N], nearest [N]."""
-    if h.device.type == "cpu" and not (torch.compiler.is_compiling() or in_transform()):
+    if h.device.type == "cpu" and checks.readable(y):
         checks.label_values(op, y, len(c))
     loss = reference.prototype_cross_entropy(h, c, y, scale, m if len(m) else None)
     with torch.no_grad():

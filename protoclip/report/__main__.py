@@ -1,4 +1,4 @@
-"""``python -m protoclip.report RUN [RUN ...]``: one HTML page about some runs."""
+"""``protoclip report RUN [RUN ...]``: one HTML page about some runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from protoclip.commands import report_parser
 from protoclip.distributed import run_command
 from protoclip.report.page import write_report
 
-PROG = "python -m protoclip.report"
+PROG = "protoclip report"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,7 +31,7 @@ ASSETS = Path(__file__).parent
 # train them again: python -m benchmarks.record_baseline RUN ...
 RECORDED = ASSETS / "clip_baseline"
 # Settings in which a run and its baseline may differ, beside the method's own.
-FREE = ("workers", "imagenet_val", "add_projection_head", "projection_hidden_dim", "projection_dim")
+FREE = ("workers", "add_projection_head", "projection_hidden_dim", "projection_dim")
 HEADLINE = ("recall@1", "recall@5", "acc1", "ami")
 LOWER_IS_BETTER = ("rank", "modality_gap", "alignment", "uniformity")
 
@@ -128,7 +128,7 @@ def verdict(run: Run, baseline: Run | None) -> str:
         return (
             f"{run.name}: no plain CLIP run with the same data, encoder, steps and seed was "
             "found, so nothing can be said about ProtoCLIP against CLIP. Train one with the "
-            "same flags and --method clip, then: python -m protoclip.report RUN CLIP_RUN"
+            "same flags and --method clip, then: protoclip report RUN CLIP_RUN"
         )
     found: dict[str, list[str]] = {"up": [], "down": [], "same": []}
     for key, one in run.outcome.trained.items():
