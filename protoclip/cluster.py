@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from protoclip.commands import cluster_parser
 from protoclip.config import check_above
-from protoclip.data import DataError, Labels, PairDataset, Subset, open_dataset
+from protoclip.data import DataError, Labels, PairDataset, Subset, is_sharded, open_dataset
 from protoclip.data.files import write_atomic, write_csv
 from protoclip.distributed import run_command
 from protoclip.evaluate.__main__ import load_model, open_encoder
@@ -40,6 +40,7 @@ MODEL, WEIGHTS = "ViT-B-32", "laion2b_s34b_b79k"  # OpenCLIP's own example
 MAPPED = 2000  # samples on the page's map
 JUDGED, LARGEST = 3000, 300  # --k auto: rows that judge, and the largest K
 BLOCK = 65_536  # rows whose distances are computed at once
+NAMED = 10  # unreadable pictures
 PLUS_PLUS = 1024  # up to this K, the best of three starts by k-means++
 
 
@@ -76,6 +77,10 @@ def run(args: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     out, began = Path(args.out), time.perf_counter()
     check_above(out / "clusters.csv", "--out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: {out} cannot be made ({error.strerror})") from error
     is_file = Path(args.data).suffix in SUFFIXES
     points = read_features(args) if is_file else encode_pictures(args)
     rows, encoded = points.rows.to(choose_device(args.device)), time.perf_counter()
@@ -99,7 +104,6 @@ def run(args: argparse.Namespace) -> None:
     parts = zip(rows.split(BLOCK), clusters.labels.split(BLOCK), strict=True)
     squared = torch.cat([(x - clusters.centroids[own]).square().sum(1) for x, own in parts]).cpu()
     labels = clusters.labels.cpu()
-    out.mkdir(parents=True, exist_ok=True)
     write_table(out / "clusters.csv", points.dataset.keys, labels, squared)
     clusters.save(out / "centroids.safetensors")
     seconds = {"features": encoded - began, "k-means": time.perf_counter() - encoded}
@@ -112,12 +116,26 @@ def encode_pictures(args: argparse.Namespace) -> Points:
     if args.captions or args.normalize:
         expected = f"expected a file of features ({', '.join(SUFFIXES)})"
         raise ValueError(f"--captions, --normalize: {expected}, got {args.data}")
+    if args.run and (args.model or args.pretrained):
+        raise ValueError(
+            "--run: it has its own model and weights; leave out --model and --pretrained, or --run"
+        )
     path = Path(args.data)
-    if not path.suffix and not set(":*?[{") & set(args.data) and not path.exists():
-        raise ValueError(f"DATA: expected a folder of pictures, got {args.data}: there is none")
     folder = path.is_dir() and not any(path.glob("*.tar"))
+    known = args.data.startswith("builtin:") or args.data.lower().endswith((".csv", ".tsv"))
+    if not (folder or known or is_sharded(args.data)):
+        raise ValueError(
+            "DATA: expected a folder of pictures, a .csv or .tsv, shards, builtin:NAME or "
+            f"features ({', '.join(SUFFIXES)}), got {args.data}"
+        )
     columns = {name: value for name, value in vars(args).items() if name.startswith("csv_")}
-    dataset = ImageFolder(path, [""], ()) if folder else open_dataset(args.data, **columns)
+    dataset: PairDataset
+    if folder:
+        dataset = ImageFolder(path, [""], ())
+        if others := ", ".join(f"{n:,} {kind}" for kind, n in dataset.others.most_common()):
+            print(f"left out what Pillow does not open: {others}", file=sys.stderr)
+    else:
+        dataset = open_dataset(args.data, **columns)
     weights = read_weights(args.weights, len(dataset))
     name, pretrained = args.run or args.model or MODEL, args.pretrained
     if name == MODEL and not pretrained:
@@ -139,7 +157,7 @@ def encode_pictures(args: argparse.Namespace) -> Points:
             weights = None if weights is None else weights[good]
             dataset = Subset(dataset, good)
             rows = encoder.images(dataset)
-    of = f"the pictures' features by {loaded.name}"
+    of = f"the pictures' features by {args.run or f'{name} ({pretrained})'}"
     shown = ("images",) if folder else ("images", "captions")
     return Points(dataset, F.normalize(rows, dim=1), of, shown, weights)
 
@@ -155,7 +173,9 @@ def _readable(dataset: PairDataset, error: DataError) -> list[int]:
             bad.append(str(reason))
     if len(good) < 2 or not bad:
         raise error
-    print(f"left out {len(bad):,} of {len(dataset):,} pictures; {bad[0]}", file=sys.stderr)
+    lines = [f"left out {len(bad):,} of {len(dataset):,} pictures:", *bad[:NAMED]]
+    lines += [f"and {len(bad) - NAMED:,} more"] * (len(bad) > NAMED)
+    print(*lines, sep="\n  ", file=sys.stderr)
     return good
 
 
@@ -163,6 +183,8 @@ def read_features(args: argparse.Namespace) -> Points:
     """The rows of a file."""
     if args.run or args.model or args.pretrained:
         raise ValueError("--run, --model, --pretrained: features need none; leave the flags out")
+    if not Path(args.data).is_file():
+        raise ValueError(f"DATA: expected a file of features, found no file {args.data}")
     array, keys = read_rows(Path(args.data), "DATA")
     captions: list[str] = []
     if args.captions:
@@ -224,7 +246,7 @@ def choose_k(given: str, rows: Tensor, seed: int) -> tuple[int, str]:
         score = silhouette_score(points.cpu().numpy(), found.labels.cpu().numpy())
         if score > best:
             best, chosen = score, k
-    return chosen, f" (of 2 ... {most} the largest mean silhouette, {best:.3f})"
+    return chosen, f" (of 2 to {most}, the number with the largest mean silhouette, {best:.3f})"
 
 
 def write_table(path: Path, keys: Sequence[str], labels: Tensor, squared: Tensor) -> None:
@@ -244,11 +266,12 @@ def write_page(
     """The report page with what was done, every group, and the map."""
     counts = labels.bincount()
     counts = counts[counts > 0]
+    noun = "pictures" if "images" in points.shown else "rows"
     left = float(squared.sum()) / max(float(points.rows.var(0).sum()) * len(squared), 1e-30)
     text = [
-        f"{len(points.dataset):,} of {points.dataset.name} in {len(counts):,} groups{why}, from "
-        f"{int(counts.min()):,} to {int(counts.max()):,} each, {int(counts.median()):,} in the "
-        "middle one.",
+        f"{len(points.dataset):,} {noun} of {points.dataset.name} in {len(counts):,} groups{why}; "
+        f"the smallest has {int(counts.min()):,}, the largest {int(counts.max()):,}, the median "
+        f"{int(counts.median()):,}.",
         f"Grouped by k-means on {points.of}. The groups account for "
         f"{1 - left:.0%} of the variance.",
     ]

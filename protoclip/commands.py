@@ -77,8 +77,8 @@ def cluster_parser() -> Parser:
         ("--pretrained", "", "its weights: a file or OpenCLIP's tag"),
         ("--captions", "", "a file with the texts of a features file's rows, one a line; a table "
          "and shards have their own"),
-        ("--weights", "", "a file with what each picture or row counts, one number a line; "
-         "unreadable pictures have theirs"),
+        ("--weights", "", "a file with what each picture or row counts, one number a line; a "
+         "folder's pictures sorted by folder and name, unreadable ones too"),
         ("--out", "groups", "folder to write to"),
         ("--iters", 20, "iterations of k-means"),
         ("--seed", 0, "the same seed, the same groups"),

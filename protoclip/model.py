@@ -226,7 +226,9 @@ def _create(name: str, config: ModelConfig, device: str) -> Any:
         return open_clip.create_model(name, **arguments, **SIGLIP)
     try:
         return open_clip.create_model(name, **arguments)
-    except (AttributeError, RuntimeError):
+    except (AttributeError, RuntimeError) as error:
+        if "Failed to download" in str(error):
+            raise
         # Weights of OpenCLIP's --siglip? Neither features nor InfoNCE use the bias.
         clip = open_clip.create_model(name, **arguments, init_logit_bias=0.0)
     clip.logit_bias = None

@@ -175,7 +175,8 @@ def patched(trainer: Any, proto: ProtoConfig | None, dedup: bool = False) -> Ite
     With ``dedup`` pairs that share their caption are no negatives of one another.
     """
     ours: dict[str, Callable[..., Any]] = {"create_task": create_task, "create_loss": create_loss}
-    name = next(name for name in ours if hasattr(trainer, name))
+    if (name := next((name for name in ours if hasattr(trainer, name)), "")) not in ours:
+        raise ValueError(f"openclip: expected create_loss or create_task in {trainer}, got neither")
     original = getattr(trainer, name)
     watches = []
 

@@ -141,9 +141,13 @@ def test_weights_and_keys(features):
         (["x.npy", "--captions", "no.txt"], "--captions: expected a text file in UTF-8"),
         (["same.npy"], "--k auto: expected rows that differ"),
         (["words.npy", "--k", "2"], "expected numbers [N, d] with d >= 1 in words.npy"),
-        (["no.npy"], "cannot be read"),
-        (["photoz"], "expected a folder of pictures, got photoz"),
-        (["empty"], "no pictures in its folders"),
+        (["no.npy"], "DATA: expected a file of features, found no file no.npy"),
+        (["photoz"], "expected a folder of pictures, a .csv or .tsv, shards, builtin:NAME or feat"),
+        (["pictures/a.png"], ".safetensors), got pictures/a.png"),
+        (["pictures/*.png"], "DATA: expected a folder of pictures"),
+        (["empty"], "empty: expected pictures in it, or in folders in it, found none among 0"),
+        (["x.npy", "--out", "/proc/x"], "--out: /proc/x cannot be made"),
+        (["pictures", "--run", "logs/x", "--model", "ViT-B-32"], "leave out --model"),
         (["pictures", "--captions", "w.txt"], "expected a file of features"),
         (["pictures", "--model", "nano.json"], "--pretrained is missing"),
         (["pictures"], "--run logs/NAME, --model NAME --pretrained FILE, or a file of features"),
@@ -176,8 +180,10 @@ def pictures(tmp_path_factory):
     folder, shapes = tmp_path_factory.mktemp("photos"), open_dataset("builtin:shapes:60")
     for i in range(60):
         (folder / f"{i % 3}").mkdir(exist_ok=True)
-        shapes.image(i).save(folder / f"{i % 3}" / f"{i}.png")
+        shapes.image(i).save(folder / f"{i % 3}" / f"{i}.gif")
     (folder / "torn.jpg").write_bytes(b"no picture")
+    (folder / "torn.webp").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no picture, and not said to be one")
     return folder
 
 
@@ -186,21 +192,25 @@ def test_pictures_by_weights_and_by_a_run(pictures, nano, tmp_path, own_cache, m
     model = build_model(ModelConfig(model=str(nano), add_projection_head=False))
     torch.save(model.clip.state_dict(), "weights.pt")
     flags = ["--model", str(nano), "--pretrained", "weights.pt", "--k", "5", "--out", "a"]
-    listed = sorted(pictures.rglob("*.*"), key=lambda path: (str(path.parent), path.name))
+    listed = sorted(pictures.rglob("*.[gjw]*"), key=lambda path: (str(path.parent), path.name))
     counted = {str(path.relative_to(pictures)) for path in listed[3::12]}
-    weights = [str(int(i % 12 == 3)) for i in range(61)]  # of torn.jpg too
+    weights = [str(int(i % 12 == 3)) for i in range(62)]  # of the torn ones too
     (tmp_path / "w.txt").write_text("\n".join(weights))
     assert cluster([str(pictures), *flags, "--weights", "w.txt"]) == 0
-    assert "left out 1 of 61 pictures" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "left out 2 of 62 pictures" in said and "1 .txt" in said
+    assert all(f"  {pictures}/torn.{ending}: " in said for ending in ("jpg", "webp"))
     lines = table(tmp_path / "a")
-    assert {line["file"] for line in lines} == {f"{i % 3}/{i}.png" for i in range(60)}
+    assert {line["file"] for line in lines} == {f"{i % 3}/{i}.gif" for i in range(60)}
     # Each of the five pictures that count is a centroid.
     assert {x["file"] for x in lines if float(x["squared_distance"]) < 1e-9} == counted
     page = (tmp_path / "a" / "report.html").read_text()
     assert page.count("gallery data-run") == 1 and len(page) < 500_000
+    assert "60 pictures of" in page and "is a picture, placed" in page and "caption (" not in page
+    assert "the words that set" not in page and "nano.json (weights.pt)" in page
 
     rows = [
-        f"{pictures}/{i % 3}/{i}.png\t{'a red ball' if i % 2 else 'a blue box'}" for i in range(60)
+        f"{pictures}/{i % 3}/{i}.gif\t{'a red ball' if i % 2 else 'a blue box'}" for i in range(60)
     ]
     (tmp_path / "pairs.tsv").write_text("filepath\ttitle\n" + "\n".join(rows))
     flags = ["--train-data", "pairs.tsv", "--model", str(nano), "--batch-size", "16", "--k", "6"]
@@ -215,6 +225,7 @@ def test_pictures_by_weights_and_by_a_run(pictures, nano, tmp_path, own_cache, m
     assert len(trained) >= 32 and {line["text"] for line in trained} <= set("012345")
     assert cluster(["pairs.tsv", "--run", str(run), "--k", "4", "--out", "b"]) == 0
     page = (tmp_path / "b" / "report.html").read_text()
+    assert f"features by {run}" in page and "the words that set each apart" in page
     cards = json.loads(page.split('<script type="application/json">')[1].split("</script>")[0])
     assert len(cards) == 4 and sum(card["samples"] for card in cards) == 60
     assert all(card["words"] and card["captions"] and card["images"] for card in cards)

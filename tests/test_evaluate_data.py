@@ -203,7 +203,7 @@ def test_folders_are_refused_in_words(tmp_path, capsys):
     (tmp_path / "flat").mkdir()
     names = image_folder(tmp_path / "ten", 20) / "classnames.txt"
     names.write_text("zero\none\n")
-    cases = {"empty": "no pictures in", "flat": "no class folders", "ten": "the 10 class folders"}
+    cases = {"empty": "as CLASS/picture", "flat": "no class folders", "ten": "the 10 class"}
     for name, words in cases.items():
         assert evaluate(tmp_path, "--data", tmp_path / name)[0] == 2
         assert words in capsys.readouterr().err

@@ -124,14 +124,12 @@ def test_what_is_missing_is_named(run):
 
 
 def test_labels_that_lead_outside_of_the_prototypes(run):
-    def spoil(value):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            if key == "labels":
-                item.fill_(99)
-            elif isinstance(item, (dict, list, tuple)):
-                spoil(item)
-
-    spoil(run.payload["protoclip"]["training"]["episode"])
+    training = run.payload["protoclip"]["training"]
+    assert run.payload["protoclip"]["step"] == 5 and training["episode"], (
+        "prototypes from step 4 on"
+    )
+    for clustering in training["episode"]["clusterings"].values():
+        clustering["labels"].fill_(99)
     assert_refused(run("--lr", "0.5", payload=run.payload), "labels")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,13 +127,26 @@ class ImageFolder:
     """
 
     def __init__(self, root: Path, folders: Sequence[str], names: Sequence[str]) -> None:
-        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+        from torchvision.datasets.folder import make_dataset
 
         self.name = str(root)
+        self.others: Counter[str] = Counter()  # files that are no pictures, by ending
+        kinds = Image.registered_extensions()
+
+        def is_picture(path: str) -> bool:
+            ending = Path(path).suffix.lower()
+            # Pillow also lists documents, films and tables, which it cannot open by itself.
+            found = Image.MIME.get(kinds.get(ending, ""), "").startswith("image/")
+            if not found and not Path(path).name.startswith("."):
+                self.others[ending or "without an ending"] += 1
+            return found
+
         ids = {folder: i for i, folder in enumerate(folders)}
-        self._found = make_dataset(self.name, ids, IMG_EXTENSIONS, allow_empty=True)
+        self._found = make_dataset(self.name, ids, None, is_picture, allow_empty=True)
         if not self._found:
-            raise DataError(f"{root}: no pictures in its folders; expected CLASS/picture.png")
+            where = "as CLASS/picture.png" if names else "in it, or in folders in it"
+            got = f"among {self.others.total():,} files"
+            raise DataError(f"{root}: expected pictures {where}, found none {got}")
         self.keys: Sequence[str] = [os.path.relpath(path, root) for path, _ in self._found]
         labels = Labels(torch.tensor([label for _, label in self._found]), tuple(names))
         self.labels: Mapping[str, Labels] = {LABEL: labels} if names else {}

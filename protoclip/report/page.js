@@ -53,8 +53,8 @@ function map(box) {
   const state = { by: Object.keys(data.by)[0], only: -1, shown: [true, true] };
   const ids = {}, faces = {};  // pictures in place of few dots, or of a cluster's that is alone
   for (const name in data.by) ids[name] = new Int32Array(bytes(data.by[name].ids));
-  const at = i => [14 + (xy[2 * i] / 65535) * (canvas.width - 28),
-                   14 + (xy[2 * i + 1] / 65535) * (canvas.height - 28)];
+  const at = i => [20 + (xy[2 * i] / 65535) * (canvas.width - 40),  // half a picture and some
+                   20 + (xy[2 * i + 1] / 65535) * (canvas.height - 40)];
 
   function draw() {
     const own = ids[state.by], names = state.by ? data.by[state.by].names : [];
