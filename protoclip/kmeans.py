@@ -55,6 +55,7 @@ class Clusters:
 
     def predict(self, points: Tensor) -> Tensor:
         """The nearest cluster of each of some points [M, D] -> int64 [M]."""
+        checks.matrix("predict", "points", points, "[M, D]")
         return kmeans_assign(points, self.centroids.to(points.device))[0]
 
     def save(self, path: str | os.PathLike[str]) -> None:

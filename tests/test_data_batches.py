@@ -6,20 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from pairs import MEAN, STD, assert_equal, load, spoil, tokenize, write_shards
+from pairs import MEAN, STD, assert_equal, load, tokenize
 from PIL import Image
 from torchvision import transforms
 
 from protoclip.data import (
-    DataError,
     Draws,
     EpochOrder,
-    Faults,
-    batches,
     build_transform,
     open_dataset,
 )
-from protoclip.data.types import mix
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +35,6 @@ def test_workers_and_starts_do_not_change_the_batches(emoji, draws, workers):
     assert_equal(load(emoji, draws, workers=workers), whole)
 
 
-def test_a_draw_depends_on_seed_and_place_not_on_its_batch(emoji, draws):
-    parts = [load(emoji, draws, batch_size=size) for size in (8, 37)]
-    whole = [torch.cat([batch.image for batch in part]) for part in parts]
-    assert torch.equal(*whole)
-    other = torch.cat([batch.image for batch in load(emoji, draws, seed=6)])
-    assert (other != whole[0]).flatten(1).any(1).all()
-
-
 def test_the_same_picture_twice_gives_two_views_and_all_captions(emoji):
     many = torch.zeros(400, dtype=torch.int64)
     got = load(emoji, many, batch_size=400)[0]
@@ -56,17 +44,6 @@ def test_the_same_picture_twice_gives_two_views_and_all_captions(emoji):
     assert {tuple(row) for row in counts[0].tolist()} == expected
     first = load(emoji, many[:9], captions="first")[0].tokens
     assert torch.equal(first, tokenize([emoji.captions(0)[0]] * 8))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_callers_random_state_is_untouched(emoji, draws, workers):
-    torch.manual_seed(1)
-    expected = torch.rand(3)
-    torch.manual_seed(1)
-    transform, got = build_transform(32, MEAN, STD, "paper"), []
-    for _ in batches(emoji, Draws(draws, 0), 16, transform, tokenize, workers=workers):
-        got.append(torch.rand(1))
-    assert torch.equal(torch.cat(got), expected)
 
 
 def gradient_picture(width=90, height=60):
@@ -92,14 +69,6 @@ def test_augmentations_differ_in_strength():
     assert spread["none"] == 0 < spread["clip"] < 0.5 * spread["paper"]
 
 
-def test_draws_are_the_same_on_every_machine():
-    """Recorded: a resumed run must draw the same."""
-    assert mix(0, np.arange(3)).tolist() == [
-        5156922822541503845, 2060580281967432337, 7733574454845426431,
-    ]  # fmt: skip
-    assert mix(1, 2) != mix(2, 1)
-
-
 def test_worker_processes_can_be_spawned():
     """Everything a worker needs survives pickling: macOS, and Python 3.14's default."""
     from protoclip.data.loader import _Source
@@ -111,33 +80,6 @@ def test_worker_processes_can_be_spawned():
     pickled = pickle.dumps(source)
     assert len(pickled) < 2_000_000  # no decoded pictures in it
     assert_equal([pickle.loads(pickled)[4]], [source.load(4)])
-
-
-def load4(dataset, **options):
-    """All pairs once, mixed, four at a time."""
-    draws = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-    return load(dataset, draws, batch_size=4, **options)
-
-
-@pytest.mark.usefixtures("own_cache")
-class TestBadSamples:
-    def test_they_are_replaced_counted_and_named_once(self, tmp_path):
-        spec = write_shards(tmp_path / "data", shards=2, per_shard=6)
-        good = load4(open_dataset(spec))
-        spoil(tmp_path / "data" / "000.tar", "sample2.png")
-        said = []
-        dataset = open_dataset(spec)
-        faults = Faults(dataset, 0.5, report=said.append)
-        first, second = (load4(dataset, faults=faults, workers=workers) for workers in (0, 1))
-        assert_equal(first, second)
-        assert faults.positions == {2} and len(said) == 1
-        assert "000.tar/sample2" in said[0] and "does not decode" in said[0]
-        got, expected = (torch.cat([b.index for b in part]).tolist() for part in (first, good))
-        changed = [(a, b) for a, b in zip(expected, got, strict=True) if a != b]
-        assert len(changed) == 1 and changed[0][0] == 2
-        assert all(len(batch.index.unique()) == 4 for batch in first)
-        with pytest.raises(DataError, match="sample2"):
-            load4(dataset)  # without a ledger a bad sample is an error
 
 
 def dataset(shards=20, per_shard=10, remote=False):

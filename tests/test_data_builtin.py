@@ -9,7 +9,6 @@ from protoclip.data import DataError, clipart, noto_available, open_dataset
 from protoclip.data import emoji as module
 from protoclip.data.emoji import twemoji_files
 from protoclip.data.shapes import POSITIONS, ShapesDataset
-from protoclip.data.types import heldout_mask
 
 needs_font = pytest.mark.skipif(not noto_available(), reason="needs fonts-noto-color-emoji")
 
@@ -56,13 +55,6 @@ def test_split_is_stratified_disjoint_and_repeatable():
     for label in ("group", "subgroup"):
         assert heldout.labels[label].names == everything.labels[label].names
         assert heldout.labels[label].ids[5] == everything.labels[label].ids[there]
-
-
-def test_heldout_mask_gives_small_groups_one_and_singles_none():
-    groups = np.array([0] * 100 + [1] * 2 + [2])
-    mask = heldout_mask(103, groups, seed=3)
-    assert [int(mask[groups == g].sum()) for g in range(3)] == [10, 1, 0]
-    assert heldout_mask(0, None, seed=0).shape == (0,)
 
 
 @pytest.mark.parametrize("style", [pytest.param("noto", marks=needs_font), "openmoji"])

@@ -13,7 +13,7 @@ from protoclip.config import ModelConfig, TrainConfig, to_dict
 from protoclip.data import Labels, Subset, noto_available, open_dataset
 from protoclip.evaluate import metrics
 from protoclip.evaluate.__main__ import main
-from protoclip.evaluate.datasets import Layout, class_prompts, open_layout
+from protoclip.evaluate.datasets import class_prompts, open_layout
 from protoclip.evaluate.results import (
     Outcome,
     SetResults,
@@ -24,7 +24,6 @@ from protoclip.evaluate.results import (
 from protoclip.evaluate.tasks import (
     Encoder,
     EvalSet,
-    encode_set,
     encode_sets,
     evaluate_features,
     floors,
@@ -71,29 +70,12 @@ def test_scores_are_those_of_the_metrics():
     assert results["B"].title == "Seen"
 
 
-def test_without_labels_there_is_retrieval_and_geometry():
-    one = EvalSet(torch.eye(4), torch.eye(4), torch.arange(4))
-    got = evaluate_features({"A": one})["A"].metrics
-    assert got["image_retrieval_recall@1"] == 1
-    assert not [name for name in got if "/" in name]
-
-
 def test_class_prompts_are_readable():
     groups = class_prompts("group", ["smileys-emotion", "flags"], ("an emoji of {}", "{}"))
     assert groups[0] == ["an emoji of smileys and emotion", "smileys and emotion"]
     assert groups[1] == ["an emoji of flags", "flags"]
     kinds = class_prompts("subgroup", ["animal-bird", "av-symbol"], ("{}",))
     assert kinds == [["animal bird"], ["audio and video symbol"]]
-
-
-@pytest.mark.parametrize("most", [0, 1, None])
-def test_encode_set_takes_no_caption_or_one_or_all(model, most):
-    dataset = open_dataset("builtin:shapes:30")
-    one = encode_set(Encoder(model, CPU, batch_size=7), Layout(dataset, captions=most))
-    sizes = [len(dataset.captions(i)[:most]) for i in range(30)]
-    assert torch.bincount(one.owner, minlength=30).tolist() == sizes
-    assert one.text.shape == (sum(sizes), 128) and one.image.shape == (30, 128)
-    assert one.class_vectors["group"].shape == (len(dataset.labels["group"].names), 128)
 
 
 def test_emoji_sets_are_the_splits(model):

@@ -46,6 +46,9 @@ def test_too_many_stop_the_run_with_a_clear_word(tmp_path, capsys):
     message = capsys.readouterr().err
     assert "8 of 150 samples cannot be used, more than --max-bad-fraction 0.05" in message
     assert "00001.tar" in message and "Traceback" not in message
-    assert main([*flags, "--name", "goes-on", "--max-bad-fraction", "0.1"]) == 0
-    lines = (tmp_path / "logs" / "goes-on" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["bad_samples"] > 0
+    more = ["--max-bad-fraction", "0.1"]
+    for workers in ("0", "1"):  # the same replacements, of which no bad sample is one
+        assert main([*flags, "--name", workers, *more, "--workers", workers]) == 0
+        lines = (tmp_path / "logs" / workers / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["bad_samples"] > 0
+    assert losses(tmp_path / "logs" / "0") == losses(tmp_path / "logs" / "1")

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import signal
 import tarfile
 import tempfile
 from pathlib import Path
@@ -104,23 +103,13 @@ def test_headers_of_nonsense_are_damage_or_nothing(tmp_path, monkeypatch, kind, 
     path, header = tmp_path / "s.tar", (HEADERS | HARMLESS)[kind]
     whole, end = TAR[:END], bytes(1024)
     path.write_bytes(header + whole + end if where == "first" else whole + header + end)
-
-    def too_long(*_):
-        raise AssertionError("the tar reader hangs")
-
-    before = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(60)
-    try:
-        if kind in HEADERS and where == "first":
-            with pytest.raises(DataError, match=r"not an uncompressed tar|damaged at byte \d+"):
-                ShardDataset(str(path))
-            return
-        dataset = ShardDataset(str(path))
-        assert len(dataset) == 3
-        assert kind in HARMLESS or "damaged" in dataset.skipped[-1][2]
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+    if kind in HEADERS and where == "first":
+        with pytest.raises(DataError, match=r"not an uncompressed tar|damaged at byte \d+"):
+            ShardDataset(str(path))
+        return
+    dataset = ShardDataset(str(path))
+    assert len(dataset) == 3
+    assert kind in HARMLESS or "damaged" in dataset.skipped[-1][2]
 
 
 json_values = st.recursive(

@@ -228,6 +228,8 @@ def test_clusters_predict_are_saved_and_say_what_they_are(tmp_path):
     clusters = protoclip.kmeans(points, 9, num_iters=4, progress=note)
     assert tuple(seen) == clusters.history[:-1]
     assert torch.equal(clusters.predict(points), clusters.labels)
+    with pytest.raises(TypeError, match="predict: expected points as a Tensor, got list"):
+        clusters.predict([1])
     assert (
         repr(clusters).startswith("Clusters(K=9, D=16, N=500, sizes ") and len(repr(clusters)) < 99
     )

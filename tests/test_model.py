@@ -42,19 +42,6 @@ def test_features_and_gradients_are_open_clips(model, texts):
         torch.testing.assert_close(got[name], grad, atol=1e-10, rtol=1e-10)
 
 
-def test_padding_is_not_computed(model):
-    seen = []
-    hook = model.clip.transformer.register_forward_pre_hook(
-        lambda _, inputs: seen.append(tuple(inputs[0].shape[:2]))
-    )
-    try:
-        model.encode_text(model.short_tokenizer(SHORT))
-        model.encode_text(model.short_tokenizer([*SHORT * 9, LONG]))
-    finally:
-        hook.remove()
-    assert seen == [(4, 8), (36, 8), (1, 24)]
-
-
 def test_a_tower_that_looks_ahead_keeps_its_padding():
     config = open_clip.get_model_config(register_configs("protoclip-tiny"))
     config["text_cfg"]["no_causal_mask"] = True
@@ -80,15 +67,6 @@ def test_a_round_trip_through_a_checkpoint_that_open_clip_reads(tmp_path):
     clip = open_clip.create_model("protoclip-tiny", pretrained=str(tmp_path / "x.pt"))
     assert torch.equal(clip.logit_scale, model.clip.logit_scale)
     clip.load_state_dict(model.clip.state_dict(), strict=True)
-
-
-def test_scales_are_clamped(model):
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        model.logit_scale_proto.fill_(9.0)
-        model.clip.logit_scale.fill_(-1.0)
-    model.clamp_scales()
-    assert model.proto_scale.item() == pytest.approx(100) and model.logit_scale == 1
 
 
 def test_a_misspelt_name_gets_a_hint():

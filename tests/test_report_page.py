@@ -9,19 +9,17 @@ import shutil
 import subprocess
 
 import pytest
-import torch
 from PIL import Image
 from report_run import make_run
 
 from benchmarks.record_baseline import main as record_baseline
 from protoclip.config import TrainConfig, to_dict
-from protoclip.data import open_dataset
 from protoclip.data.shapes import ShapesDataset
 from protoclip.evaluate.results import Outcome, SetResults
 from protoclip.report import page as reading
 from protoclip.report.__main__ import main
 from protoclip.report.page import write_report
-from protoclip.report.snapshot import Thumbnails, cluster_block, load_snapshot, nearness
+from protoclip.report.snapshot import load_snapshot
 from protoclip.train import main as train
 
 SECTIONS = (
@@ -82,22 +80,6 @@ def test_the_page_says_who_won(runs):
     assert text.index("<b>external</b>") < text.index("<b>image</b>")  # the teacher's first
     alone = write_report([runs[1]]).read_text()  # trained without prototypes
     assert 'id="prototypes"' not in alone and 'href="#prototypes"' not in alone
-
-
-@pytest.mark.parametrize("data", ["pipe:touch MARKER; cat {0..3}.tar", "/no/such/table.csv"])
-def test_nothing_that_a_config_names_is_opened(tmp_path, monkeypatch, data):
-    """A stranger's run, and one whose data is gone: pictures and captions are all there."""
-    marker = tmp_path / "marker"
-    path = make_run(tmp_path / "run")
-    config = json.loads((path / "config.json").read_text())
-    names = ("train_data", "val_data")
-    config["data"] |= dict.fromkeys(names, data.replace("MARKER", str(marker)))
-    (path / "config.json").write_text(json.dumps(config))
-    monkeypatch.chdir(tmp_path)
-    text = write_report([path]).read_text()
-    assert not marker.exists()
-    assert len(pictures_in(text)) > 50
-    assert "hexagram" in text
 
 
 def test_words_of_the_data_cannot_break_the_page(tmp_path, monkeypatch):
@@ -196,25 +178,6 @@ def test_recorded_seeds_are_a_baseline_of_any_seed(tmp_path, monkeypatch):
 def test_a_model_that_diverged_still_has_a_page(tmp_path):
     path = make_run(tmp_path / "run", noise=float("nan"))
     assert "<canvas" in write_report([path]).read_text()
-
-
-def test_every_cluster_has_a_card_with_its_nearest_samples_and_words():
-    data, near = open_dataset("builtin:shapes:60"), torch.rand(60)
-    labels, names = data.labels["group"].ids.clone(), data.labels["group"].names
-    labels[7] = -1
-    thumbs, again = Thumbnails(), Thumbnails()
-    block = cluster_block(data, labels, {"images": near, "captions": near}, thumbs)
-    assert block["clusters"] == len(block["cards"]) == len(labels[labels >= 0].unique())
-    for card in block["cards"]:
-        rows = (labels == card["cluster"]).nonzero()[:, 0]
-        rows = rows[near[rows].argsort(descending=True)].tolist()
-        assert card["samples"] == len(rows) and names[card["cluster"]] in card["words"]
-        want = [again.made[again.item(data, i)["picture"]] for i in rows[: len(card["images"])]]
-        assert [thumbs.made[item["picture"]] for item in card["images"]] == want != []
-    rows = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 3], [5, 0.2]])
-    close = nearness(rows, torch.tensor([0, 0, 1, -1, 1]))
-    assert close[:2] == pytest.approx([1, 1], abs=0.01)
-    assert close[2] == pytest.approx(0.5**0.5, abs=0.03)
 
 
 # Whole runs

@@ -39,28 +39,19 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(tmp_path, mon
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 10))
 
 
-def test_a_resumed_run_drops_later_and_torn_lines(tmp_path):
-    config, path = TrainConfig(run=RunConfig(report_to="none")), tmp_path / "run"
-    folder = RunFolder(path, config)
-    for step in range(1, 5):
-        folder.metrics(step, step, {"loss": 1.0})
-    folder.close()
-    metrics = path / "metrics.jsonl"
-    metrics.write_text(metrics.read_text() + '{"step": 1, "lo')
-    RunFolder(path, config, resume_step=2).close()
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2]
-
-
-def test_tensorboard_has_the_scalars_and_forgets_what_a_resumed_run_does_again(tmp_path):
+def test_a_resumed_run_drops_later_and_torn_lines_and_scalars(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = TrainConfig(run=RunConfig(report_to="tensorboard"))
     folder = RunFolder(tmp_path / "r", config)
     for step in (1, 2, 3):
         folder.metrics(step, step, {"loss": float(step), "val_HO_recall@1": 0.5})
     folder.close()
+    metrics = tmp_path / "r" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 1, "lo')
     folder = RunFolder(tmp_path / "r", config, resume_step=1)
     folder.metrics(2, 2, {"loss": 20.0})
     folder.close()
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2]
     events = accumulator.EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 20.0)]
     assert [e.value for e in events.Scalars("val/HO_recall@1")] == [0.5]

@@ -28,22 +28,9 @@ class TestDraws:
             assert len(draws) == 128 and torch.equal(draws.unique(), torch.arange(100))
             assert all(len(batch.unique()) == 32 for batch in draws.split(32))
 
-    def test_a_draw_depends_on_seed_and_step_alone(self):
-        whole = draw(self.plan, 3, range(0, 10))
-        for start, stop in ((0, 1), (3, 6), (7, 10)):
-            part = draw(self.plan, 3, range(start, stop))
-            assert torch.equal(part, whole[start * 32 : stop * 32])
-        assert not torch.equal(whole, draw(self.plan, 4, range(0, 10)))
-        assert not torch.equal(whole[:100], whole[128:228])
-
     def test_with_replacement_some_samples_come_twice(self):
         draws = draw(self.plan, 0, range(4), replacement=True)
         assert len(draws) == 128 and len(draws.unique()) < 100
-
-    def test_episodes_cover_the_run(self):
-        plan = make_plan(config_of("--batch-size", "8", "--episode-size", "24"), 100)
-        steps = [step for number in range(plan.episodes) for step in plan.steps_of(number)]
-        assert steps == list(range(plan.total_steps)) and len(plan.steps_of(0)) == 3
 
     @pytest.mark.parametrize(
         ("flags", "samples", "words"),

@@ -80,6 +80,13 @@ TABLE: dict[str, dict[str, Backend]] = {
     "kmeans_assign": CLUSTERS,
     "segment_mean": CLUSTERS,
 }
+PUBLIC = {  # ops that run as another one
+    "nt_xent": "contrastive",
+    "sup_con": "contrastive",
+    "contrastive_parts": "contrastive",
+    "sigmoid_loss": "siglip",
+    "prototype_losses": "prototype_cross_entropy",
+}
 AUTO_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}  # then the reference
 
 
@@ -94,9 +101,9 @@ def backends(op: str) -> dict[str, str | None]:
     Raises:
         ValueError: no such op.
     """
-    if op not in TABLE:
-        raise ValueError(f"backends: expected one of {sorted(TABLE)}, got {op!r}")
-    return {name: row.why_not() for name, row in TABLE[op].items()}
+    if (row := PUBLIC.get(op, op)) not in TABLE:
+        raise ValueError(f"backends: expected one of {sorted({*TABLE, *PUBLIC})}, got {op!r}")
+    return {name: backend.why_not() for name, backend in TABLE[row].items()}
 
 
 def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
