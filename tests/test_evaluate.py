@@ -220,11 +220,11 @@ def test_the_table_against_several_seeds_of_clip():
 
 
 def test_floors_are_of_pixels_and_of_the_largest_class():
-    layout = open_layout("builtin:shapes:200")
+    layout = open_layout("builtin:emoji")
     found = floors(Encoder(build_model(ModelConfig()), CPU), layout)["HO"].metrics
-    ids = open_dataset("builtin:shapes:200", "heldout").labels["group"].ids
+    ids = open_dataset("builtin:emoji", "heldout").labels["group"].ids
     assert found["group/acc1"] == pytest.approx(ids.bincount().max() / len(ids))
-    assert found["group/knn_acc1"] >= found["group/acc1"] and found["group/ami"] > 0.05
+    assert found["group/knn_acc1"] > found["group/acc1"] and found["group/ami"] > 0.1
 
 
 def test_json_round_trip(tmp_path):
