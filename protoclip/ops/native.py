@@ -96,7 +96,7 @@ def why_not(half: str) -> str | None:
         _warn(f"{reason}. Install one ({remedy}) or set CXX")
         return reason
     try:
-        torch.ops.load_library(build(_plan(half)))
+        torch.ops.load_library(_library(half))
         return None
     except Exception as error:  # whatever the toolchain throws: the reference goes on
         reason = f"no native library: {str(error).strip() or type(error).__name__}"
@@ -112,12 +112,18 @@ def _warn(problem: str) -> None:
 
 def cpu_features() -> list[str]:
     """The processor's units that the CPU library was compiled for, such as "avx512_bf16"."""
-    path = build(_plan("cpu"))
+    path = _library("cpu")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return list(module.cpu_features())
+
+
+@cache
+def _library(half: str) -> Path:
+    """Built once a process: a second copy, of another cache, would register its ops again."""
+    return build(_plan(half))
 
 
 def _plan(half: str) -> Build:
