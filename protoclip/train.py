@@ -1,6 +1,6 @@
 """Train CLIP or ProtoCLIP: ``protoclip train``, no arguments needed.
 
-Without arguments: ProtoCLIP on the built-in emoji, about three minutes on two CPU cores, with a
+Without arguments: ProtoCLIP on the built-in emoji, three to four minutes on two CPU cores, with a
 table before and after, plots and a checkpoint in a run folder. Read from ``train`` down: open and
 check everything, resume, train episode by episode, evaluate, report.
 """
