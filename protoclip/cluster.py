@@ -87,8 +87,8 @@ def run(args: argparse.Namespace) -> None:
     k, why = choose_k(args.k, rows, args.seed)
     size = rows.nbytes + 4 * k * rows.shape[1] * 4 + 32 * len(rows)
     print(
-        f"{len(rows):,} rows of {rows.shape[1]} numbers into {k:,} groups{why}; k-means holds "
-        f"{size / 2**20:,.0f} MiB",
+        f"{len(rows):,} rows of {rows.shape[1]} numbers into {k:,} groups{why}; k-means takes "
+        f"{math.ceil(size / 2**20):,} MiB",
         file=sys.stderr,
     )
     restarts, init = (3, "k-means++") if k <= PLUS_PLUS else (1, "random")

@@ -190,7 +190,7 @@ def test_a_run_ends_with_its_report_and_its_path(tmp_path, capsys):
     page = tmp_path / "run" / "report.html"
     assert f"report: {page}" in capsys.readouterr().err
     text = page.read_text()
-    assert "Held-out pairs" in text and "6 of " in text
+    assert "Held-out pairs" in text and "6 clusters of " in text
     assert len(pictures_in(text)) > 50
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     seen = [x["step"] for x in lines if any(k.startswith("val_HO_") for k in x)]
