@@ -249,7 +249,8 @@ def trained(task: Task, size: Size, split: Split) -> dict[str, Any]:
         began += time.process_time() - now
         return {}
 
-    frequency = config.optim.epochs / (size.points if task.row in MAIN else 1)
+    points = size.points if task.stage == "main" and task.row in MAIN else 1
+    frequency = config.optim.epochs / points
     trainer = train.Trainer(setup, model, NullRunFolder(Path()), evaluations=[(measure, frequency)])
     if task.row in RIVALS:
         trainer.stepper.loss = RIVALS[task.row](trainer)
