@@ -107,7 +107,7 @@ def test_siglip_op_is_sound():
     x, y = (t.requires_grad_() for t in features(9, 6))
     scale, bias = (torch.tensor([v], requires_grad=True) for v in (10.0, -10.0))
     if protoclip.backends("siglip")["cpu"] is None:
-        args = (x, y, scale, bias, 0, True, "cpu")
+        args = (x, y, scale, bias, 0, True, "cpu", None, None, True)
         torch.library.opcheck(torch.ops.protoclip.sigmoid_loss, args)
     for loss in (protoclip.SigLipLoss(), protoclip.ClipLoss()):
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
