@@ -134,7 +134,7 @@ def test_weights_and_keys(features):
     [
         (["x.npy", "--k", "901"], "--k: expected auto or 2 to N = 900"),
         (["x.npy", "--k", "some"], "--k: expected auto or 2 to N = 900"),
-        (["x.npy", "--run", "logs/x"], "features need none"),
+        (["x.npy", "--run", "logs/x"], "DATA has rows"),
         (["x.npy", "--captions", "w.txt"], "--captions: expected one for each of the 900 rows"),
         (["x.npy", "--weights", "w.txt", "--k", "3"], "expected a number for each of the 900"),
         (["x.npy", "--weights", "bad.txt"], "--weights: expected one number a line in bad.txt"),
@@ -148,6 +148,7 @@ def test_weights_and_keys(features):
         (["empty"], "empty: expected pictures in it, or in folders in it, found none among 0"),
         (["x.npy", "--out", "/proc/x"], "--out: /proc/x cannot be made"),
         (["pictures", "--run", "logs/x", "--model", "ViT-B-32"], "leave out --model"),
+        (["pictures", "--features", "x.npy"], "expected features.npz of these pictures"),
         (["pictures", "--captions", "w.txt"], "expected a file of features"),
         (["pictures", "--model", "nano.json"], "--pretrained is missing"),
         (["pictures"], "--run logs/NAME, --model NAME --pretrained FILE, or a file of features"),
@@ -204,6 +205,14 @@ def test_pictures_by_weights_and_by_a_run(pictures, nano, tmp_path, own_cache, m
     assert {line["file"] for line in lines} == {f"{i % 3}/{i}.gif" for i in range(60)}
     # Each of the five pictures that count is a centroid.
     assert {x["file"] for x in lines if float(x["squared_distance"]) < 1e-9} == counted
+    # Encoded once: the same groups from the features that it wrote.
+    again = ["--features", "a/features.npz", "--k", "5", "--out", "c", "--weights", "w.txt"]
+    assert cluster([str(pictures), *again]) == 0
+    assert "left out 2 pictures without features" in capsys.readouterr().err
+    assert (tmp_path / "a" / "clusters.csv").read_text() == (
+        tmp_path / "c/clusters.csv"
+    ).read_text()
+    assert "60 pictures of" in (tmp_path / "c" / "report.html").read_text()
     page = (tmp_path / "a" / "report.html").read_text()
     assert page.count("gallery data-run") == 1 and len(page) < 500_000
     assert "60 pictures of" in page and "is a picture, placed" in page and "caption (" not in page

@@ -108,7 +108,7 @@ def killed_at_a_picture():
 )
 def test_evaluation_ends_on_all_ranks(tmp_path, fault, data, codes, words):
     tiny_run(tmp_path, "")  # writes the model
-    argv = ["tiny.json", "--pretrained", "random", "--data", data, "--no-cache", "--output"]
+    argv = ["tiny.json", "--pretrained", "random", "--data", data, "--output"]
     command = "protoclip.evaluate.__main__"
     processes = start_command(tmp_path, [*argv, "two.json"], fault=fault, command=command)
     assert ended(processes) == codes, said(tmp_path)
