@@ -1,12 +1,11 @@
 """Checkpoints both ways: ours in OpenCLIP, OpenCLIP's in ours, and the exported folder."""
 
-import json
-
 import open_clip
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from ranks import metrics
 
 from protoclip import checkpoint, export
 from protoclip.config import ModelConfig, TrainConfig, to_dict
@@ -76,7 +75,7 @@ def test_the_bias_of_siglip_is_trained_evaluated_and_exported(nano, tmp_path):
     flags += ["--siglip", "--method", "clip", "--report-to", "none", "--model", str(nano)]
     assert train([*flags, "--logs", str(tmp_path), "--name", "s", "--lr", "0.01"]) == 0
     run = tmp_path / "s"
-    first, *_ = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    first = metrics(run)[0]
     assert first["logit_bias"] == pytest.approx(-10, abs=0.02)
     assert first["logit_scale"] == pytest.approx(10, rel=0.02)
     export.export(run, tmp_path / "out")
