@@ -9,6 +9,7 @@ from ranks import (
     bare_run,
     ended,
     free_port,
+    metrics,
     said,
     start_command,
     steps_of,
@@ -152,8 +153,7 @@ def test_torchrun_trains_evaluates_and_writes_one_folder(tmp_path, agents, ranks
     printed = [process.communicate(timeout=LIMIT)[0] for process in running]
     assert [process.returncode for process in running] == [0] * agents, printed
     run = tmp_path / "logs" / "both"
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
     assert json.loads((run / "results.json").read_text())["trained"]
     assert (run / "checkpoints" / "epoch_latest.pt").exists()
     assert sum(text.count("run folder:") for text in printed) == 1
