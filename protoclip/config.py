@@ -15,7 +15,6 @@ import io
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -458,8 +457,6 @@ def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig,
             print(f"{parser.prog}: note: {flag} changes nothing: {reason}", file=sys.stderr)
     own = {key: given.pop(key) for key in [*given] if "." not in key and key != "method"}
     preset = load_preset(name)
-    saved = {key: value for key, value in flat(to_dict(preset)).items() if key not in given}
-    check_saved({f"--{key.split('.')[-1].replace('_', '-')}": saved[key] for key in saved}, name)
     changes: dict[str, Any] = {}
     for key, value in given.items():
         section, _, setting = key.rpartition(".")
@@ -540,14 +537,3 @@ def check_above(path: Path, flag: str) -> None:
         raise ValueError(f"{flag}: expected a path in a folder, got {path}, but {above} is a file")
     if not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(f"{flag}: {above} may not be written to; choose another folder")
-
-
-def check_saved(settings: Mapping[str, object], where: str) -> None:
-    """Refuse settings, by flag, of the file ``where`` that name data elsewhere or a model of the
-    hub: it may come from a stranger. The ValueError names the flag to give on the command line."""
-    for flag, value in settings.items():
-        if isinstance(value, str) and re.search(r"://|(^|::)\s*pipe:|^hf-hub:", value):
-            raise ValueError(
-                f"{flag}: expected local data in the settings saved in {where}, got {value!r}; "
-                f"if you trust it, give {flag} again on the command line"
-            )

@@ -20,7 +20,7 @@ from torch import nn
 
 from protoclip import checkpoint
 from protoclip.commands import export_parser
-from protoclip.config import ModelConfig, TrainConfig, check_above, check_saved, flat, from_dict
+from protoclip.config import ModelConfig, TrainConfig, check_above, flat, from_dict
 from protoclip.distributed import run_command
 from protoclip.evaluate.results import format_table, read_results
 from protoclip.model import build_model, register_configs
@@ -103,8 +103,6 @@ def _model_config(ours: dict[str, Any], path: Path, model: str) -> ModelConfig:
     stored = from_dict(TrainConfig, ours["config"]).model
     if model not in ("", stored.model):
         raise ValueError(f"--model: {path} says itself what it is; leave the flag out")
-    if not model:
-        check_saved({"--model": stored.model}, str(path))
     return dataclasses.replace(stored, add_projection_head=False)
 
 

@@ -216,6 +216,14 @@ class TestUrls:
         with pytest.raises(DataError, match="cannot be copied"):
             open_dataset(url)
 
+    def test_a_run_on_them_goes_on_by_its_folder_alone(self, tmp_path, serve, nano):
+        write_shards(tmp_path / "data")
+        url = f"{serve(tmp_path / 'data')}/{{000..001}}.tar"
+        flags = ["--train-data", url, "--model", str(nano), "--batch-size", "4", "--k", "2"]
+        flags += ["--max-steps", "2", "--logs", str(tmp_path), "--name", "run", "--device", "cpu"]
+        assert train_command(flags) == 0
+        assert train_command(["--resume", str(tmp_path / "run"), "--max-steps", "4"]) == 0
+
     def test_ranks_fetch_and_index_each_shard_once(self, tmp_path, serve):
         """On machines that share nothing: each rank has a cache of its own."""
         write_shards(tmp_path / "data", shards=5)
