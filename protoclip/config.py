@@ -26,6 +26,7 @@ BOARDS = ("tensorboard", "wandb", "tensorboard,wandb", "none")
 PRESETS = Path(__file__).parent / "presets"
 TABLE = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")  # how to read a table
 Config = TypeVar("Config")
+to_dict = dataclasses.asdict  # a config as a nested plain dict, ready for JSON
 
 
 def option(
@@ -40,11 +41,6 @@ def option(
     """A dataclass field that is also a flag; ``low`` and ``high`` limit numbers, inclusively."""
     limits = {"choices": choices, "low": low, "high": high}
     return field(default=default, metadata={"help": help, "flag": flag, **limits})
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain dict of a config, ready for JSON."""
-    return dataclasses.asdict(config)
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:

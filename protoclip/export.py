@@ -115,13 +115,10 @@ def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> ModelCard
         "architecture": config.model,
         "epochs": payload.get("epoch"),
         "steps": ours.get("step"),
+        "method": settings.get("method"),
+        "training data": settings.get("data.train_data"),
+        "seed": settings.get("run.seed"),
     }
-    for name, key in {
-        "method": "method",
-        "training data": "data.train_data",
-        "seed": "run.seed",
-    }.items():
-        facts[name] = settings.get(key)
     lines = [f"# {run.name}", "", LOADING, "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
     head = ModelCardData(library_name="open_clip", pipeline_tag=TASK, tags=["clip", "protoclip"])

@@ -236,12 +236,6 @@ class TestUrls:
         assert said[0] == said[1] and "/005.tar: cannot be copied" in said[0]
 
 
-def test_ranges_of_millions_are_refused_before_they_are_expanded(capsys):
-    for spec in ("x{0..99999999}.tar", "{00..99}/{00000..19999}.tar", "http://h/{0..9999999}.tar"):
-        assert "expected at most 1,000,000 shards" in refused(spec, capsys)
-    assert "no shard 'x0.tar'" in refused("x{0..99999..3}.tar", capsys)
-
-
 def test_captions_of_megabytes_are_cut_or_left_out(tmp_path):
     texts = [("a.txt", b"word " * 200_000), ("b.txt", b"x" * 5_000_000)]
     texts += [("c.json", b'{"caption": ' + b"[" * 100_000)]

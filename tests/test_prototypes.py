@@ -113,8 +113,6 @@ class TestEpisode:
 class TestStore:
     def test_the_newest_row_of_a_sample_counts(self):
         store = FeatureStore(2, 3, CPU)
-        with pytest.raises(ValueError, match="got no row"):
-            store.features()
         old, new = unit(3, 4).float(), unit(3, 4).float()
         store.put(0, torch.tensor([5, 2, 7]), Encoded(old, -old))
         store.put(1, torch.tensor([7, 1, 5]), Encoded(new, -new))
