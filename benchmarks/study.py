@@ -319,6 +319,9 @@ def tasks(size: Size, done: Done) -> Iterator[Task]:
     for rows in (MAIN, CONTROLS, EXPERIMENTS):
         lists = [tuning(row, size) for row in rows if row != EQUAL_TIME]
         yield from (one for alike in zip(*lists, strict=True) for one in alike)
+        if any(one.key not in done for own in lists for one in own):
+            print("the other process is still tuning; run it again to go on")
+            return
         count = size.main_seeds if rows is MAIN else size.other_seeds
         yield from seeds(EMOJI, rows, count, size, done)
     try:
@@ -399,9 +402,6 @@ def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
     except (Stopped, KeyboardInterrupt):
         print("stopped; only the run that was going on is lost, run it again to go on")
         done, code = finished(out / "runs.jsonl"), 130
-    except KeyError:
-        print("the other process has not done its tuning yet; run it again to go on")
-        done = finished(out / "runs.jsonl")
     except DataError as error:
         parser.error(str(error))
     wanted = {
