@@ -60,9 +60,9 @@ def assignment(
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """``kmeans_assign`` of the same points to centroids [K, D] again and again, the same bits.
 
-    What the products take of fp32 points is made once and kept: by C++ 8-bit codes, N (D + 16)
-    bytes, where coding them is 4 % of an assignment or more; on a GPU always, as every assignment
-    had to hold it: bfloat16 parts, two by CUDA (4 N D bytes) and one by Triton (2 N D).
+    What the products take of fp32 points is made once and kept. C++: 8-bit codes, N (D + 16)
+    bytes, where coding them is 4 % of an assignment or more. CUDA: two bfloat16 parts, 4 N D bytes;
+    Triton: one, 2 N D. A GPU always keeps them: a single assignment takes as much.
     """
     op, fp32 = "kmeans_assign", points.dtype == torch.float32
     name = resolve(op, backend, points.device.type, points.dtype) if fp32 else "reference"
