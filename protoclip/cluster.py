@@ -1,7 +1,8 @@
 """``protoclip cluster DATA --k 50``: which pictures, or rows of features, belong together.
 
 Writes clusters.csv (file, cluster, squared distance to its centroid, rank within it),
-centroids.safetensors (``protoclip.Clusters.load`` reads it) and report.html into a folder.
+centroids.safetensors (``protoclip.Clusters.load`` reads it), report.html and, of pictures,
+features.npz (for --features) into a folder.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from protoclip.evaluate.results import Outcome
 from protoclip.kmeans import kmeans
 from protoclip.model import Encoded, choose_device
 from protoclip.report import page, snapshot
-from protoclip.teacher import SUFFIXES, read_rows
+from protoclip.teacher import SUFFIXES, read_rows, write_rows
 
-PROG = "protoclip cluster"
+PROG, FEATURES = "protoclip cluster", "features.npz"
 MODEL, WEIGHTS = "ViT-B-32", "laion2b_s34b_b79k"  # OpenCLIP's own example
 MAPPED = 2000  # samples on the page's map
 JUDGED, LARGEST = 3000, 300  # --k auto: rows that judge, and the largest K
@@ -83,6 +84,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--out: {out} cannot be made ({error.strerror})") from error
     is_file = Path(args.data).suffix in SUFFIXES
     points = read_features(args) if is_file else encode_pictures(args)
+    if not (is_file or args.features):
+        write_rows(out / FEATURES, points.rows.cpu().numpy(), points.dataset.keys)
     rows, encoded = points.rows.to(choose_device(args.device)), time.perf_counter()
     k, why = choose_k(args.k, rows, args.seed)
     size = rows.nbytes + 4 * k * rows.shape[1] * 4 + 32 * len(rows)
@@ -112,14 +115,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def encode_pictures(args: argparse.Namespace) -> Points:
-    """Unit features of the pictures by the model that the command line asks for."""
+    """Unit features of the pictures, by the model that the command line asks for or of its file."""
     if args.captions or args.normalize:
         expected = f"expected a file of features ({', '.join(SUFFIXES)})"
         raise ValueError(f"--captions, --normalize: {expected}, got {args.data}")
-    if args.run and (args.model or args.pretrained):
-        raise ValueError(
-            "--run: it has its own model and weights; leave out --model and --pretrained, or --run"
-        )
+    given = {"--run": args.run, "--model, --pretrained": args.model + args.pretrained}
+    ways = [flag for flag, value in (given | {"--features": args.features}).items() if value]
+    if len(ways) > 1:
+        raise ValueError(f"{ways[0]}: it says all about the features; leave out {ways[1]}")
     path = Path(args.data)
     folder = path.is_dir() and not any(path.glob("*.tar"))
     known = args.data.startswith("builtin:") or args.data.lower().endswith((".csv", ".tsv"))
@@ -137,6 +140,11 @@ def encode_pictures(args: argparse.Namespace) -> Points:
     else:
         dataset = open_dataset(args.data, **columns)
     weights = read_weights(args.weights, len(dataset))
+    shown = ("images",) if folder else ("images", "captions")
+    if args.features:
+        good, rows = _known_features(Path(args.features), dataset)
+        weights = None if weights is None else weights[good]
+        return Points(Subset(dataset, good), rows, f"the rows of {args.features}", shown, weights)
     name, pretrained = args.run or args.model or MODEL, args.pretrained
     if name == MODEL and not pretrained:
         pretrained = WEIGHTS
@@ -158,8 +166,20 @@ def encode_pictures(args: argparse.Namespace) -> Points:
             dataset = Subset(dataset, good)
             rows = encoder.images(dataset)
     of = f"the pictures' features by {args.run or f'{name} ({pretrained})'}"
-    shown = ("images",) if folder else ("images", "captions")
     return Points(dataset, F.normalize(rows, dim=1), of, shown, weights)
+
+
+def _known_features(path: Path, dataset: PairDataset) -> tuple[list[int], Tensor]:
+    """The pictures that have features in a file, by key, and those."""
+    array, keys = read_rows(path, "--features")
+    row_of = {key: row for row, key in enumerate(keys or ())}
+    good = [i for i, key in enumerate(dataset.keys) if key in row_of]
+    if len(good) < 2 or len(row_of) != len(array):
+        raise ValueError(f"--features: expected {FEATURES} of these pictures, got {path}")
+    if left := len(dataset) - len(good):
+        print(f"left out {left:,} pictures without features in {path}", file=sys.stderr)
+    rows = array[[row_of[dataset.keys[i]] for i in good]]
+    return good, torch.from_numpy(rows.astype(np.float32, copy=False))
 
 
 def _readable(dataset: PairDataset, error: DataError) -> list[int]:
@@ -181,8 +201,8 @@ def _readable(dataset: PairDataset, error: DataError) -> list[int]:
 
 def read_features(args: argparse.Namespace) -> Points:
     """The rows of a file."""
-    if args.run or args.model or args.pretrained:
-        raise ValueError("--run, --model, --pretrained: features need none; leave the flags out")
+    if args.run or args.model or args.pretrained or args.features:
+        raise ValueError("--run, --model, --pretrained, --features: leave them out, DATA has rows")
     if not Path(args.data).is_file():
         raise ValueError(f"DATA: expected a file of features, found no file {args.data}")
     array, keys = read_rows(Path(args.data), "DATA")

@@ -75,6 +75,7 @@ def cluster_parser() -> Parser:
         ("--run", "", "a run or checkpoint of protoclip train that sees the pictures"),
         ("--model", "", "an OpenCLIP model (default: ViT-B-32)"),
         ("--pretrained", "", "its weights: a file or OpenCLIP's tag"),
+        ("--features", "", "the features.npz of an earlier --out: nothing is encoded again"),
         ("--captions", "", "a file with the texts of a features file's rows, one a line; a table "
          "and shards have their own"),
         ("--weights", "", "a file with what each picture or row counts, one number a line; a "
@@ -132,7 +133,6 @@ def evaluate_parser() -> Parser:
     add_flag(parser, "--precision", "fp32", "of encoding", choices=PRECISIONS)
     group = parser.add_argument_group("Tables", "as in training; default: as the run's")
     add_options(group, DataConfig(), only=TABLE)
-    add("--no-cache", action="store_true", help="encode again what has been encoded before")
     return parser
 
 

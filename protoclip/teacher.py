@@ -86,7 +86,7 @@ def _cached_minilm(dataset: PairDataset, device: torch.device | str) -> Tensor:
     features = minilm(device).encode(texts)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_features(path, features.numpy(), dataset.keys)
+        write_rows(path, features.numpy(), dataset.keys)
     return features
 
 
@@ -137,7 +137,7 @@ def read_rows(path: Path, flag: str) -> tuple[np.ndarray, list[str] | None]:
     return array, keys
 
 
-def _write_features(path: Path, features: np.ndarray, keys: Sequence[str]) -> None:
+def write_rows(path: Path, features: np.ndarray, keys: Sequence[str]) -> None:
     """Write a .npz of ``features`` [N, d] and ``keys``, whole or not at all."""
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, features=features, keys=np.array(list(keys)))
@@ -244,7 +244,7 @@ def run(args: Any) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     texts = [teacher_text(dataset.captions(i)) for i in range(len(dataset))]
     features = encoder.encode(texts, args.batch_size).numpy()
-    _write_features(out, features, dataset.keys)
+    write_rows(out, features, dataset.keys)
     columns = features.shape[1]
     print(f"{out}: {len(dataset):,} samples of {dataset.name}, {columns} columns, by key")
 

@@ -91,6 +91,19 @@ def nano(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def trained(nano, tmp_path_factory):
+    """The folder of a run of five steps, the last one with prototypes, to be read or copied."""
+    from protoclip.train import main
+
+    logs = tmp_path_factory.mktemp("trained")
+    flags = ["--train-data", "builtin:shapes:64", "--batch-size", "16", "--max-steps", "5"]
+    flags += ["--infonce-warmup-epoch", "1", "--k", "4", "--external-teacher", "none"]
+    flags += ["--report-to", "none", "--model", str(nano), "--logs", str(logs), "--name", "r"]
+    assert main(flags) == 0
+    return logs / "r"
+
+
 @pytest.fixture
 def serve():
     """Starts a web server on a folder; ``serve(folder, length, asked)`` is its address."""

@@ -204,10 +204,14 @@ def steps_of(folder: Path, name: str) -> int:
     return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(run: Path) -> list[tuple[int, float]]:
-    """Step and loss of the lines of a run's metrics.jsonl."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [(line["step"], line["loss"]) for line in map(json.loads, lines) if "loss" in line]
+    """Step and loss of the lines that have a loss."""
+    return [(line["step"], line["loss"]) for line in metrics(run) if "loss" in line]
 
 
 def said(folder: Path) -> list[str]:

@@ -1,6 +1,5 @@
 """ClipLoss and SigLipLoss against OpenCLIP's own, alone and over two ranks."""
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -107,7 +106,7 @@ def test_siglip_op_is_sound():
     x, y = (t.requires_grad_() for t in features(9, 6))
     scale, bias = (torch.tensor([v], requires_grad=True) for v in (10.0, -10.0))
     if protoclip.backends("siglip")["cpu"] is None:
-        args = (x, y, scale, bias, 0, True, "cpu")
+        args = (x, y, scale, bias, 0, True, "cpu", None, None, True)
         torch.library.opcheck(torch.ops.protoclip.sigmoid_loss, args)
     for loss in (protoclip.SigLipLoss(), protoclip.ClipLoss()):
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -115,37 +114,6 @@ def test_siglip_op_is_sound():
     x = x.detach().clone()
     x[3, 2] = torch.nan
     assert protoclip.SigLipLoss()(x, y, scale, bias).isnan()
-
-
-def _with_ids(own, **ranks):
-    """ClipLoss and SigLipLoss of some of 40 pairs: value and gradients, as arrays."""
-    (x, y), ids = features(40, 12), torch.arange(40) % 13
-    for loss, scalars in (
-        (protoclip.ClipLoss(gather_with_grad=True, **ranks), (torch.tensor(14.3),)),
-        (protoclip.SigLipLoss(**ranks), (torch.tensor(14.3), torch.tensor(-10.0))),
-    ):
-        value, grads = gradients(lambda *a, f=loss: f(*a, ids=ids[own]), x[own], y[own], *scalars)
-        yield value.numpy(), [g.numpy() for g in grads[:2]]
-
-
-def ids_of_rank():
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    found = list(_with_ids(slice(20 * rank, 20 * rank + 20), rank=rank, world_size=2))
-    dist.destroy_process_group()
-    return found
-
-
-def test_ids_over_two_ranks_are_those_of_one_process():
-    ranks = on_ranks(2, ids_of_rank)
-    whole = list(_with_ids(slice(None)))
-    plain = protoclip.ClipLoss()(*features(40, 12), torch.tensor(14.3))
-    assert abs(whole[0][0] - plain.item()) > 0.01
-    for one, (value, grads) in enumerate(whole):
-        assert abs(sum(found[one][0] for found in ranks) / 2 - value) <= 2e-5 * abs(value)
-        for k, want in enumerate(grads):
-            got = np.concatenate([found[one][1][k] for found in ranks]) / 2
-            assert np.abs(got - want).max() <= 2e-5 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("same_id", ["positive", "exclude"])
@@ -167,8 +135,19 @@ def test_siglip_with_ids(same_id):
     assert_same(got, gradients(written_out, x, y, scale, bias))
 
 
+def with_ids(own=slice(None), **ranks):
+    """Value and gradients of ClipLoss and SigLipLoss of some of 40 pairs."""
+    (x, y), ids = features(40, 12), torch.arange(40) % 13
+    for loss, *bias in (
+        (protoclip.ClipLoss(gather_with_grad=True, **ranks),),
+        (protoclip.SigLipLoss(**ranks), torch.tensor(-10.0)),
+    ):
+        scalars = torch.tensor(14.3), *bias
+        yield gradients(lambda *a, f=loss: f(*a, ids=ids[own]), x[own], y[own], *scalars)
+
+
 def of_rank():
-    """Of each case: value and gradients of ours and of OpenCLIP's, as arrays."""
+    """Of each case: value and gradients of ours and of OpenCLIP's, as arrays; last, with ids."""
     dist.init_process_group("gloo")
     x, y = features(40, 12)
     rank = dist.get_rank()
@@ -188,15 +167,29 @@ def of_rank():
         flags = dict(rank=rank, world_size=2, dist_impl=impl)
         pair = protoclip.SigLipLoss(**flags), open_clip_loss.SigLipLoss(**flags)
         out.append([gradients(loss, x[own], y[own], scale, bias) for loss in pair])
+    out.append(list(with_ids(own, rank=rank, world_size=2)))
     dist.destroy_process_group()
     return [[(value.numpy(), [g.numpy() for g in grads]) for value, grads in pair] for pair in out]
 
 
-def test_two_ranks_give_open_clips_values_and_gradients():
-    ranks = [
+@pytest.fixture(scope="module")
+def two_ranks():
+    return [
         [[(value, list(map(torch.from_numpy, grads))) for value, grads in pair] for pair in rank]
         for rank in on_ranks(2, of_rank)
     ]
+
+
+def test_ids_over_two_ranks_are_those_of_one_process(two_ranks):
+    whole = list(with_ids())
+    assert abs(whole[0][0] - protoclip.ClipLoss()(*features(40, 12), torch.tensor(14.3))) > 0.01
+    for (value, grads), *of_ranks in zip(whole, *(rank[-1] for rank in two_ranks), strict=True):
+        rows = [torch.cat(parts) / 2 for parts in zip(*(g[:2] for _, g in of_ranks), strict=True)]
+        assert_same((sum(v for v, _ in of_ranks) / 2, rows), (value, grads[:2]))
+
+
+def test_two_ranks_give_open_clips_values_and_gradients(two_ranks):
+    ranks = [rank[:-1] for rank in two_ranks]
     for case, pairs in enumerate(zip(*ranks, strict=True)):
         if case == 3:  # local_loss and gather_with_grad: the scale's gradient is that of a strip
             for which in (0, 1):

@@ -47,21 +47,6 @@ def test_nt_xent_is_metric_learnings_with_one_positive_each():
     assert_same(protoclip.nt_xent(unit(a), unit(b), SCALE), want, (a, b))
 
 
-def test_metric_learnings_nt_xent_of_several_positives_is_one_row_a_pair():
-    """It takes each positive pair against the anchor's negatives, never another positive."""
-    x, labels = rows(), torch.randint(9, (N,))
-    anchor, positive = (labels[:, None] == labels).fill_diagonal_(False).nonzero().T
-    got = protoclip.contrastive(
-        unit(x)[anchor],
-        unit(x),
-        SCALE,
-        positives=positive,
-        query_ids=labels[anchor],
-        key_ids=labels,
-    )
-    assert_same(got, NTXentLoss(temperature=1 / SCALE)(x, labels), (x,))
-
-
 def test_sup_con_is_metric_learnings():
     """Every row has a positive, a negative and a loss above 0, else its reducer drops rows."""
     x, labels = rows(), torch.arange(N) % 7
@@ -83,15 +68,6 @@ def test_open_clip_with_the_other_logits_of_an_id_at_minus_infinity(monkeypatch)
     ours = protoclip.ClipLoss()(x, y, scale, ids=ids)
     assert_same(ours, theirs(x, y, scale), (x, y, scale))
     assert not torch.allclose(ours, protoclip.ClipLoss()(x, y, scale))
-
-
-def test_moco():
-    query, key, queue = rows(), rows(seed=1).detach(), rows(300, seed=2).detach()
-    logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue.T], dim=1) * SCALE
-    want = F.cross_entropy(logits, torch.zeros(N, dtype=torch.int64))
-    keys, ids = torch.cat([key, queue]), torch.cat([torch.zeros(N), 1 + torch.arange(300)]).long()
-    # MoCo's other keys of the batch are no negatives: they have one id.
-    assert_same(protoclip.contrastive(query, keys, SCALE, key_ids=ids), want, (query,))
 
 
 def test_dpr_of_rows_that_are_not_unit():

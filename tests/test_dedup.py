@@ -1,13 +1,12 @@
 """--dedup: pairs that share a caption are no negatives of one another, in both trainers."""
 
-import json
-
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from pairs import picture, write_table
+from ranks import metrics
 
 import protoclip
 from protoclip import openclip as command
@@ -58,8 +57,7 @@ def test_train_counts_shared_captions_and_leaves_them_out(tmp_path):
         flags += ["--method", "clip", "--max-steps", "2", "--val-frequency", "0"]
         where = ["--logs", str(tmp_path), "--name", choice, "--dedup", choice]
         assert main([*where, *flags]) == 0
-        lines = (tmp_path / choice / "metrics.jsonl").read_text().splitlines()
-        found[choice] = json.loads(lines[0])
+        found[choice] = metrics(tmp_path / choice)[0]
         log = (tmp_path / choice / "out.log").read_text()
         shared = found[choice]["same_caption"]
         words = f"--dedup {choice}: in a batch of 32 pairs, {shared:g} share their caption"

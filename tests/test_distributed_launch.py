@@ -9,6 +9,7 @@ from ranks import (
     bare_run,
     ended,
     free_port,
+    metrics,
     said,
     start_command,
     steps_of,
@@ -108,7 +109,7 @@ def killed_at_a_picture():
 )
 def test_evaluation_ends_on_all_ranks(tmp_path, fault, data, codes, words):
     tiny_run(tmp_path, "")  # writes the model
-    argv = ["tiny.json", "--pretrained", "random", "--data", data, "--no-cache", "--output"]
+    argv = ["tiny.json", "--pretrained", "random", "--data", data, "--output"]
     command = "protoclip.evaluate.__main__"
     processes = start_command(tmp_path, [*argv, "two.json"], fault=fault, command=command)
     assert ended(processes) == codes, said(tmp_path)
@@ -152,8 +153,7 @@ def test_torchrun_trains_evaluates_and_writes_one_folder(tmp_path, agents, ranks
     printed = [process.communicate(timeout=LIMIT)[0] for process in running]
     assert [process.returncode for process in running] == [0] * agents, printed
     run = tmp_path / "logs" / "both"
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
     assert json.loads((run / "results.json").read_text())["trained"]
     assert (run / "checkpoints" / "epoch_latest.pt").exists()
     assert sum(text.count("run folder:") for text in printed) == 1

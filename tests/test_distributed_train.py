@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import TINY, ended, on_ranks, said, start_command, tiny_run
+from ranks import TINY, ended, metrics, on_ranks, said, start_command, tiny_run
 
 from protoclip import distributed
 from protoclip.config import LossConfig, ModelConfig, OptimConfig
@@ -38,8 +38,7 @@ def metrics_of(folder, ranks, passes, *flags):
     )  # fmt: skip
     codes = ended(start_command(folder, argv, ranks, plots=False))
     assert codes == [0] * ranks, said(folder)
-    lines = (folder / "logs" / name / "metrics.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if "loss" in line]
+    return [line for line in metrics(folder / "logs" / name) if "loss" in line]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import tarfile
 
 import pytest
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 from protoclip.evaluate import __main__ as command
@@ -123,39 +122,16 @@ def test_table_with_a_label_column(tmp_path):
     assert "class/acc1" in values and "text_retrieval_recall@5" in values
 
 
-def test_features_are_cached_by_model_and_data(tmp_path, capsys):
-    flags = ["--data", image_folder(tmp_path / "digits", 30), "--tasks", "zeroshot,knn"]
-    first = evaluated(tmp_path, *flags)
-    assert "rows of features came from" not in capsys.readouterr().out
-    assert first == evaluated(tmp_path, *flags)
-    assert "rows of features came from" in capsys.readouterr().out
-    path = max(tmp_path.glob("cache/features/image-*"))
-    save_file({"features": load_file(path)["features"][1:]}, path)  # of other data
-    assert evaluate(tmp_path, *flags)[0] == 2
-    message = capsys.readouterr().err
-    assert path.name in message and "15 rows" in message and "got 14" in message
-    evaluated(tmp_path, *flags, "--no-cache")
-    assert "rows of features came from" not in capsys.readouterr().out
-    for path in tmp_path.glob("cache/features/*"):
-        path.write_bytes(b"damaged")
-    assert evaluated(tmp_path, *flags) == first
-    Image.new("L", (4, 4)).save(next(flags[1].glob("train/*/*.png")))
-    capsys.readouterr()
-    evaluated(tmp_path, *flags)
-    assert "\n815 rows of features came from" in capsys.readouterr().out
-
-
 def test_the_bar_ends_at_its_total_and_is_drawn_on_terminals_only(tmp_path, monkeypatch, capsys):
     flags = ["--data", image_folder(tmp_path / "digits", 30), "--tasks", "zeroshot,knn"]
-    assert evaluate(tmp_path, *flags, "--no-cache")[0] == 0 and capsys.readouterr().err == ""
-    for _ in range(2):  # the second time from the cache
-        screen = io.StringIO()
-        screen.isatty = lambda: True
-        monkeypatch.setattr("sys.stderr", screen)
-        assert evaluate(tmp_path, *flags)[0] == 0
-        shares = re.findall(r"(\d+)%\|", screen.getvalue())
-        counts = re.findall(r"(\d+)/(\d+) \[", screen.getvalue())
-        assert shares[-1] == "100" and counts[-1][0] == counts[-1][1] and int(counts[-1][0]) > 30
+    assert evaluate(tmp_path, *flags)[0] == 0 and capsys.readouterr().err == ""
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", screen)
+    assert evaluate(tmp_path, *flags)[0] == 0
+    shares = re.findall(r"(\d+)%\|", screen.getvalue())
+    counts = re.findall(r"(\d+)/(\d+) \[", screen.getvalue())
+    assert shares[-1] == "100" and counts[-1][0] == counts[-1][1] and int(counts[-1][0]) > 30
 
 
 def test_templates_and_imagenet_names(tmp_path):

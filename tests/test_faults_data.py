@@ -1,11 +1,10 @@
 """Bad data, urls, workers that die: each ends in its stated outcome."""
 
-import json
 import tarfile
 
 import pytest
 from pairs import spoil
-from ranks import bare_run, losses
+from ranks import bare_run, losses, metrics
 
 from protoclip.train import main
 
@@ -49,6 +48,5 @@ def test_too_many_stop_the_run_with_a_clear_word(tmp_path, capsys):
     more = ["--max-bad-fraction", "0.1"]
     for workers in ("0", "1"):  # the same replacements, of which no bad sample is one
         assert main([*flags, "--name", workers, *more, "--workers", workers]) == 0
-        lines = (tmp_path / "logs" / workers / "metrics.jsonl").read_text().splitlines()
-        assert json.loads(lines[-1])["bad_samples"] > 0
+        assert metrics(tmp_path / "logs" / workers)[-1]["bad_samples"] > 0
     assert losses(tmp_path / "logs" / "0") == losses(tmp_path / "logs" / "1")

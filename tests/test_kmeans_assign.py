@@ -4,6 +4,8 @@ Ties are legal, so what a label achieves is compared, not the label: the fp64 di
 centroid against the fp64 brute force on the same (rounded) inputs.
 """
 
+import ctypes
+import itertools
 import math
 import shutil
 import subprocess
@@ -18,7 +20,6 @@ from hypothesis import strategies as st
 import protoclip
 from protoclip.ops.clusters import assignment
 
-HERE = Path(__file__).parent
 NATIVE_MISSING = protoclip.backends("kmeans_assign").get("cpu")
 native = pytest.mark.skipif(NATIVE_MISSING is not None, reason=str(NATIVE_MISSING))
 ROUNDING = 8 * torch.finfo(torch.float32).eps  # relative, of an fp32 sum of (x - c)^2, D <= 1024
@@ -205,25 +206,42 @@ def test_operator_contract(backend):
     )
 
 
-VECTORS = {
-    "avx512": ["-march=native", "-DCPU_CAPABILITY_AVX512"],
-    "avx2": ["-mavx2", "-mfma", "-DCPU_CAPABILITY_AVX2"],
-    "plain": [],
+VECTORS = {  # flags of the compiler, what the CPU needs, lanes of a vector
+    "avx512": (["-march=native", "-DCPU_CAPABILITY_AVX512"], "avx512_vnni", 16),
+    "avx2": (["-mavx2", "-mfma", "-DCPU_CAPABILITY_AVX2"], "avx2", 8),
+    "plain": ([], "", 8),
 }
+
+
+def address(x):
+    return ctypes.c_void_p(x.data_ptr())
 
 
 @pytest.mark.parametrize("vectors", VECTORS)
 def test_tiles_of_every_vector_width(vectors, tmp_path):
-    """Each width of csrc/int8_tile.h against scalar loops."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    needs = {"avx512": "avx512_vnni", "avx2": "avx2", "plain": ""}[vectors]
-    if shutil.which("g++") is None or needs not in flags:
+    """csrc/int8_tile.h; the op's own tests see the machine's width only."""
+    flags, needs, width = VECTORS[vectors]
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if shutil.which("g++") is None or needs not in cpu:
         pytest.skip(f"needs g++ and a CPU with {needs or 'anything'}")
-    program = tmp_path / "tile"
-    source = HERE / "int8_tile_check.cpp"
-    command = ["g++", "-O2", "-std=c++17", *VECTORS[vectors], str(source), "-o", str(program)]
-    subprocess.run(command, check=True)
-    result = subprocess.run([str(program)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
-    lanes = {"avx512": 16, "avx2": 8, "plain": 8}[vectors]
-    assert f"lanes {lanes}" in result.stdout
+    command = ["g++", "-O2", "-std=c++17", "-shared", "-fPIC", *flags, "-o", f"{tmp_path}/tile.so"]
+    subprocess.run([*command, Path(__file__).with_name("int8_tile_check.cpp")], check=True)
+    native = ctypes.CDLL(f"{tmp_path}/tile.so")
+    lanes, rows, columns, most = (ctypes.c_int * 4).in_dll(native, "SIZES")
+    assert lanes == width
+    # The largest codes too: with them a saturating instruction would show.
+    for depth, extreme in itertools.product((4, 12, 256, 1024), (False, True)):
+        left = torch.randint(most if extreme else -most, most + 1, (rows, depth)) + most + 1
+        right = torch.randint(127 if extreme else -127, 128, (depth, columns))
+        start, got = torch.randint(-127_000, 127_000, (columns,)), torch.empty(rows, columns)
+        panel = right.reshape(-1, 4, columns).transpose(1, 2).contiguous()  # [D / 4, columns, 4]
+        codes = left.to(torch.uint8), panel.to(torch.int8), start.int()
+        native.tile(
+            address(codes[0]), ctypes.c_int64(depth), *map(address, codes[1:]), address(got)
+        )
+        assert torch.equal(got, (start + left @ right).float())
+    x, y, found = torch.randn(lanes), torch.randn(lanes), torch.empty(2)
+    y[::3] = x[::3]
+    mask = native.lanes(address(x), address(y), address(found))
+    assert mask == sum(1 << i for i in range(lanes) if x[i] >= y[i])
+    assert found[0] == x.max() and (found[1] - x.sum()).abs() < 1e-4

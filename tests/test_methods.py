@@ -1,10 +1,10 @@
 """Every switch of the method: what it changes, on tiny runs and on numbers."""
 
-import json
 import math
 
 import pytest
 import torch
+from ranks import metrics
 
 from protoclip import checkpoint
 from protoclip.config import build_parser, parse
@@ -16,11 +16,6 @@ from protoclip.schedule import make_plan
 from protoclip.step import Stepper
 from protoclip.train import Setup, Trainer
 
-MODEL = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
-    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
 DATASET = open_dataset("builtin:shapes:84")
 TEACHER = torch.randn(84, 8)
 
@@ -29,19 +24,12 @@ def config_of(*flags):
     return parse(build_parser("train", ""), list(flags))
 
 
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "speck.json"
-    path.write_text(json.dumps(MODEL))
-    return str(path)
-
-
 @pytest.fixture
-def run(tmp_path, model_file):
+def run(tmp_path, nano):
     """Trains two episodes of three steps; returns the lines of metrics.jsonl."""
 
     def run(*flags, teacher=None):
-        head = ["--model", model_file, "--batch-size", "32", "--report-to", "none"]
+        head = ["--model", str(nano), "--batch-size", "32", "--report-to", "none"]
         config = config_of(*head, "--max-steps", "6", "--infonce-warmup-epoch", "1", *flags)
         folder = RunFolder(tmp_path / "run", config)
         plan, order = make_plan(config, len(DATASET)), EpochOrder(DATASET)
@@ -49,8 +37,7 @@ def run(tmp_path, model_file):
         setup = Setup(config, plan, DATASET, order, torch.device("cpu"), "fp32", teacher)
         Trainer(setup, build_model(config.model), folder).run()
         folder.close()
-        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return metrics(tmp_path / "run")
 
     return run
 

@@ -1,12 +1,11 @@
 """Checkpoints both ways: ours in OpenCLIP, OpenCLIP's in ours, and the exported folder."""
 
-import json
-
 import open_clip
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from ranks import metrics
 
 from protoclip import checkpoint, export
 from protoclip.config import ModelConfig, TrainConfig, to_dict
@@ -14,18 +13,6 @@ from protoclip.evaluate.__main__ import load_model
 from protoclip.evaluate.tasks import eval_transform
 from protoclip.model import build_model, register_configs
 from protoclip.train import main as train
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, nano):
-    """A short run of protoclip.train."""
-    register_configs(str(nano))
-    logs = tmp_path_factory.mktemp("logs")
-    flags = ["--train-data", "builtin:shapes:64", "--batch-size", "16", "--max-steps", "3"]
-    flags += ["--infonce-warmup-epoch", "0", "--k", "4", "--external-teacher", "none"]
-    flags += ["--report-to", "none", "--model", str(nano), "--logs", str(logs), "--name", "r"]
-    assert train(flags) == 0
-    return logs / "r"
 
 
 def features(model, tokenizer):
@@ -40,23 +27,23 @@ def same(left, right):
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def trained(run, config):
+def ours_of(run, config):
     """The model as protoclip itself loads it."""
     model = build_model(config)
     model.load_state(checkpoint.load(checkpoint.candidates(run)[0]))
     return features(model.clip, model.tokenizer)
 
 
-def test_the_exported_folder_gives_the_same_bits(run, nano, tmp_path, capsys):
+def test_the_exported_folder_gives_the_same_bits(trained, nano, tmp_path, capsys):
     out = tmp_path / "exported"
-    assert export.main([str(run), "--out", str(out)]) == 0
+    assert export.main([str(trained), "--out", str(out)]) == 0
     assert f"local-dir:{out}" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md", "open_clip_config.json", "open_clip_model.safetensors"
     ]  # fmt: skip
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
     got = features(model, open_clip.get_tokenizer(f"local-dir:{out}"))
-    assert same(got, trained(run, ModelConfig(model=str(nano), projection_hidden_dim=512)))
+    assert same(got, ours_of(trained, ModelConfig(model=str(nano), projection_hidden_dim=512)))
     assert "Resize(size=16" in str(preprocess)
     held = ModelCard.load(out / "README.md").data  # as HfApi().upload_folder takes it
     assert held.library_name == "open_clip" and held.model_name == "r"
@@ -64,9 +51,9 @@ def test_the_exported_folder_gives_the_same_bits(run, nano, tmp_path, capsys):
         one.metric_type for one in held.eval_results
     }
     card = (out / "README.md").read_text()
-    for words in ("builtin:shapes:64", "| steps | 3 |", "image -> text R@1", "local-dir"):
+    for words in ("builtin:shapes:64", "| steps | 5 |", "image -> text R@1", "local-dir"):
         assert words in card
-    assert export.main([str(run), "--out", str(out)]) == 2
+    assert export.main([str(trained), "--out", str(out)]) == 2
     assert "in use" in capsys.readouterr().err
 
 
@@ -76,7 +63,7 @@ def test_the_bias_of_siglip_is_trained_evaluated_and_exported(nano, tmp_path):
     flags += ["--siglip", "--method", "clip", "--report-to", "none", "--model", str(nano)]
     assert train([*flags, "--logs", str(tmp_path), "--name", "s", "--lr", "0.01"]) == 0
     run = tmp_path / "s"
-    first, *_ = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    first = metrics(run)[0]
     assert first["logit_bias"] == pytest.approx(-10, abs=0.02)
     assert first["logit_scale"] == pytest.approx(10, rel=0.02)
     export.export(run, tmp_path / "out")
@@ -87,11 +74,12 @@ def test_the_bias_of_siglip_is_trained_evaluated_and_exported(nano, tmp_path):
     assert same(features(ours.clip, ours.tokenizer), features(model, ours.tokenizer))
 
 
-def test_our_checkpoint_loads_in_open_clip(run, nano):
-    path = str(run / "checkpoints" / checkpoint.LATEST)
+def test_our_checkpoint_loads_in_open_clip(trained, nano):
+    register_configs(str(nano))
+    path = str(trained / "checkpoints" / checkpoint.LATEST)
     model, _, _ = open_clip.create_model_and_transforms("nano", pretrained=path)
     got = features(model, open_clip.get_tokenizer("nano"))
-    assert same(got, trained(run, ModelConfig(model=str(nano))))
+    assert same(got, ours_of(trained, ModelConfig(model=str(nano))))
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -143,13 +131,13 @@ def test_a_checkpoint_keeps_how_pictures_are_prepared(nano, tmp_path):
     torch.testing.assert_close(theirs(picture), ours)
 
 
-def test_export_refuses_what_does_not_fit(run, tmp_path, nano, capsys):
+def test_export_refuses_what_does_not_fit(trained, tmp_path, nano, capsys):
     path = tmp_path / "x.pt"
     torch.save({"state_dict": {"weight": torch.zeros(2)}}, path)
     for flags, words in (
         ([str(path), "--model", str(nano)], "does not fit"),
         ([str(path), "--model", "no-such"], "no-such"),
-        ([str(run), "--model", "ViT-B-32"], "leave the flag out"),
+        ([str(trained), "--model", "ViT-B-32"], "leave the flag out"),
         ([str(tmp_path / "nothing")], "found nothing"),
     ):
         assert export.main([*flags, "--out", str(tmp_path / "out")]) == 2

@@ -140,7 +140,7 @@ def test_a_checkpoint_of_open_clips_exports_and_is_evaluated(alone, folder, tmp_
     out = ["--out", str(tmp_path / "out")]
     assert export.main([str(run), *out]) == 2
     assert "give the OpenCLIP name or config file" in capsys.readouterr().err
-    data = ["--data", "builtin:shapes:40", "--no-cache"]
+    data = ["--data", "builtin:shapes:40"]
     assert evaluate([str(run), *data]) == 2
     assert "as --model" in capsys.readouterr().err
     assert export.main([str(run), "--model", model, *out]) == 0

@@ -10,6 +10,7 @@ import subprocess
 
 import pytest
 from PIL import Image
+from ranks import metrics
 from report_run import make_run
 
 from benchmarks.record_baseline import main as record_baseline
@@ -192,7 +193,7 @@ def test_a_run_ends_with_its_report_and_its_path(tmp_path, capsys):
     text = page.read_text()
     assert "Held-out pairs" in text and "6 clusters of " in text
     assert len(pictures_in(text)) > 50
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(tmp_path / "run")
     seen = [x["step"] for x in lines if any(k.startswith("val_HO_") for k in x)]
     assert seen == [2, 4]
     snapshot = load_snapshot(tmp_path / "run")

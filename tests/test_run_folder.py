@@ -1,10 +1,9 @@
 """What a run writes and where: metrics, boards, full disks, folders that cannot be written."""
 
 import importlib.util
-import json
 
 import pytest
-from ranks import bare_run, full_disk
+from ranks import bare_run, full_disk, metrics
 
 from protoclip import checkpoint
 from protoclip.config import RunConfig, TrainConfig
@@ -35,8 +34,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(tmp_path, mon
     assert checkpoint.load(run / "checkpoints" / checkpoint.LATEST)["protoclip"]["step"] == 3
     assert [path.name for path in (run / "checkpoints").iterdir()] == [checkpoint.LATEST]
     assert main([*flags, "--resume", str(run)]) == 0
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, 10))
+    assert [line["step"] for line in metrics(run)] == list(range(1, 10))
 
 
 def test_a_resumed_run_drops_later_and_torn_lines_and_scalars(tmp_path):
@@ -46,12 +44,12 @@ def test_a_resumed_run_drops_later_and_torn_lines_and_scalars(tmp_path):
     for step in (1, 2, 3):
         folder.metrics(step, step, {"loss": float(step), "val_HO_recall@1": 0.5})
     folder.close()
-    metrics = tmp_path / "r" / "metrics.jsonl"
-    metrics.write_text(metrics.read_text() + '{"step": 1, "lo')
+    with open(tmp_path / "r" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1, "lo')
     folder = RunFolder(tmp_path / "r", config, resume_step=1)
     folder.metrics(2, 2, {"loss": 20.0})
     folder.close()
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2]
+    assert [line["step"] for line in metrics(tmp_path / "r")] == [1, 2]
     events = accumulator.EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 20.0)]
     assert [e.value for e in events.Scalars("val/HO_recall@1")] == [0.5]

@@ -1,10 +1,8 @@
 """One training step: what moves, what is skipped, and where its time goes."""
 
-import json
-
 import pytest
 import torch
-from ranks import bare_run
+from ranks import bare_run, metrics
 
 from protoclip import checkpoint
 from protoclip.config import LossConfig, ModelConfig, OptimConfig
@@ -38,8 +36,7 @@ def poison(monkeypatch, steps):
 def test_a_bad_step_is_skipped_and_counted(tmp_path, flags, monkeypatch, features):
     poison(monkeypatch, {2, 6})  # warm-up, and with prototypes
     assert main([*flags, "--episode-features", features]) == 0
-    lines = (tmp_path / "logs" / "run" / "metrics.jsonl").read_text().splitlines()
-    records = {r["step"]: r for r in map(json.loads, lines)}
+    records = {line["step"]: line for line in metrics(tmp_path / "logs" / "run")}
     assert sorted(records) == list(range(1, 13))
     assert [s for s in records if "loss" not in records[s]] == [3, 7]
     assert records[12]["bad_steps"] == 2 and "bad_steps" not in records[2]

@@ -102,7 +102,7 @@ def test_evaluate_and_report_open_local_data_only(stranger, server, capsys, kind
 
 def test_evaluate_takes_what_the_command_line_says(stranger, server, capsys):
     folder = stranger("url")
-    flags = ["--device", "cpu", "--tasks", "retrieval", "--no-cache"]
+    flags = ["--device", "cpu", "--tasks", "retrieval"]
     flags += ["--output", str(folder / "new.json")]
     assert evaluate([str(folder), "--data", DATA, *flags]) == 0 and (folder / "new.json").exists()
     assert not server.asked

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from ranks import losses
+from ranks import losses, metrics
 
 from protoclip import checkpoint
 from protoclip.config import ModelConfig
@@ -19,10 +19,6 @@ CLIP = ["--method", "clip"]
 def run(tmp_path, name, *flags):
     assert main(["--logs", str(tmp_path), "--name", name, *SMALL, *flags]) == 0
     return tmp_path / name
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("method", ["clip", "protoclip"])
@@ -40,13 +36,13 @@ def test_the_same_seed_repeats_bit_for_bit(tmp_path, nano, method):
 
 def test_it_learns_and_leaves_a_whole_run_folder(tmp_path):
     folder = run(tmp_path, "learns", "--epochs", "12", "--infonce-warmup-epoch", "1")
-    before, *_, after = [r["contrastive_loss"] for r in lines(folder) if "contrastive_loss" in r]
+    before, *_, after = [r["contrastive_loss"] for r in metrics(folder) if "contrastive_loss" in r]
     assert after < before - 1.0  # nats; chance is ln 64 = 4.2
     results = json.loads((folder / "results.json").read_text())
     old, new = (results[name]["HO"]["metrics"] for name in ("untrained", "trained"))
     for name in ("image_retrieval_recall@5", "text_retrieval_recall@5"):  # of 60 held-out pairs
         assert new[name] > old[name] + 0.3, name
-    last = [r for r in lines(folder) if "loss" in r][-1]
+    last = [r for r in metrics(folder) if "loss" in r][-1]
     names = {"step", "samples", "contrastive_loss", "proto_loss", "logit_scale", "lr"}
     assert names <= set(last)
     for name in ("config.json", "out.log", "clusters.csv", "report.html"):
@@ -113,7 +109,7 @@ def test_a_bad_picture_is_skipped_to_the_end(tmp_path, nano, capsys):
 def test_a_short_last_episode_has_as_many_prototypes_as_samples(tmp_path, nano):
     flags = ["--max-steps", "10", "--k", "65", "--infonce-warmup-epoch", "0", "--model", str(nano)]
     folder = run(tmp_path, "short", *flags, "--external-teacher", "none")
-    assert [r["image_clusters"] for r in lines(folder) if "image_clusters" in r] == [65, 64]
+    assert [r["image_clusters"] for r in metrics(folder) if "image_clusters" in r] == [65, 64]
 
 
 def test_a_run_too_short_for_prototypes_says_so(tmp_path, nano, capsys):

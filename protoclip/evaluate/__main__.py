@@ -107,18 +107,15 @@ def _by_name(name: str, pretrained: str) -> Loaded:
 
 
 @contextmanager
-def open_encoder(
-    model: ProtoModel, args: argparse.Namespace, what: str, *, cached: bool = True
-) -> Iterator[Encoder]:
+def open_encoder(model: ProtoModel, args: argparse.Namespace, what: str) -> Iterator[Encoder]:
     """The encoder of the flags --device, --precision, --batch-size and --workers, with its bar."""
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
-    cache = tasks.FeatureCache(model.clip, f"{precision} {model.preprocess()}") if cached else None
     autocast = autocast_for(precision, device)
     shown = None if distributed.is_main() else True  # None: where stderr is a terminal
     model.to(device)
     with tqdm(desc=what, unit=" rows", leave=False, disable=shown) as bar:
-        yield Encoder(model, device, args.batch_size, args.workers, autocast, bar, cache)
+        yield Encoder(model, device, args.batch_size, args.workers, autocast, bar)
         bar.refresh()  # the last updates may have come too fast to be drawn
 
 
@@ -140,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--tasks {task}: {reason} ({data}); leave that task out")
         notes.append(f"Without {task}: {reason}.")
     seconds, started = {"loading": time.perf_counter() - started}, time.perf_counter()
-    with open_encoder(loaded.model, args, "evaluating", cached=not args.no_cache) as encoder:
+    with open_encoder(loaded.model, args, "evaluating") as encoder:
         sets, train = tasks.encode_sets(encoder, layout, wanted)
         found = tasks.evaluate_features(sets, train, tasks=wanted, protocol=args.protocol)
     if not distributed.is_main():
@@ -159,9 +156,6 @@ def run(args: argparse.Namespace) -> None:
     results.write_results(output, outcome)
     folder = output.parent / "clip_benchmark"
     results.write_records(folder, outcome)
-    if encoder.cache is not None and encoder.cache.rows_found:
-        rows = f"{encoder.cache.rows_found:,} rows"
-        notes.append(f"{rows} of features came from {encoder.cache.folder}.")
     ranks = distributed.world_size()
     words = f" on {ranks} ranks" if ranks > 1 else ""
     notes.append(f"Evaluated in {took:.1f} s{words}, written to {output}")

@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
 import resource
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from protoclip.commands import TASKS
-from protoclip.data import DataError, Draws, Labels, PairDataset, Subset, batches, noto_available
-from protoclip.data.files import whole_file
+from protoclip.data import Draws, Labels, PairDataset, batches, noto_available
 from protoclip.data.types import heldout_mask
-from protoclip.distributed import gather_objects, is_main, max_over_ranks, own_slice
+from protoclip.distributed import gather_objects, is_main, own_slice
 from protoclip.evaluate import metrics
 from protoclip.evaluate.datasets import Layout, class_prompts
 from protoclip.evaluate.results import Results, SetResults
 from protoclip.model import ProtoModel
-from protoclip.ops.native import cache_dir
 
 PROBES = frozenset(("linear_probe", "knn"))
 HELDOUT_PERCENT = 20  # of a data set without a train split: what its probes are judged on
-SAMPLED = 16  # pictures whose pixels are part of a data set's digest, where files cannot tell
 # A fitted probe: features [N, D] and labels [N] -> its scores, and its settings.
 Probe = Callable[[Tensor, Tensor], tuple[dict[str, Tensor], dict[str, float]]]
 
@@ -53,71 +45,6 @@ class EvalSet:
     probe_rows: Tensor | None = None  # int64, the images that probes are judged on; None: all
 
 
-class FeatureCache:
-    """Features in ``cache_dir()/features``, by model, ``settings`` (precision, ...) and data."""
-
-    def __init__(self, model: nn.Module, settings: str = "") -> None:
-        self.folder = cache_dir() / "features"
-        self.rows_found = 0
-        self._model = model_hash(model) + settings  # what is trained later is another model
-
-    def path(self, kind: str, content: str) -> Path:
-        return self.folder / f"{kind}-{digest(self._model, content)[:40]}.safetensors"
-
-    def load(self, path: Path, count: int) -> Tensor | None:
-        """The stored features (CPU); None where there is no file, or a damaged one."""
-        try:
-            rows = load_file(path)["features"]
-        except (OSError, SafetensorError, KeyError):
-            return None
-        if len(rows) != count:
-            raise DataError(
-                f"{path}: expected features of {count} rows, as many as the data has, got "
-                f"{len(rows)}; delete the file, or use --no-cache"
-            )
-        self.rows_found += count
-        return rows
-
-    def store(self, path: Path, rows: Tensor) -> None:
-        with suppress(OSError, SafetensorError):  # a full disk costs only time
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as temporary:
-                save_file({"features": rows.cpu().contiguous()}, temporary)
-
-
-def digest(*parts: str) -> str:
-    """SHA-256 of a sequence of texts; their borders count."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def model_hash(model: nn.Module) -> str:
-    """SHA-256 of a model's parameters and buffers, by name, type, shape and value."""
-    found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
-def dataset_hash(dataset: PairDataset) -> str:
-    """Digest of a data set's pictures: size and time of its files, or the pixels of a few."""
-    base: Any = dataset
-    parts = [base.name, *base.keys]
-    while isinstance(base, Subset):
-        base = base.dataset
-    files: Iterable[str] = getattr(base, "shards", ())
-    if hasattr(base, "path"):
-        files = map(base.path, range(len(base)))
-    elif not files:
-        chosen = range(0, len(base), max(1, len(base) // SAMPLED))
-        parts += [base.image(i).tobytes().hex() for i in chosen]
-    for path in files:
-        parts.append(path)
-        with suppress(OSError):  # a url, or a missing file, which its reader names
-            parts.append(f"{os.stat(path).st_size} {os.stat(path).st_mtime_ns}")
-    return digest(*parts)
-
-
 @dataclass(frozen=True)
 class Encoder:
     """How evaluation turns pictures and captions into features: eval mode, no augmentation; each
@@ -129,7 +56,6 @@ class Encoder:
     workers: int = 0
     autocast: Callable[[], AbstractContextManager] = nullcontext
     bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # counts the rows
-    cache: FeatureCache | None = None  # None: everything is encoded
 
     @torch.no_grad()
     def images(self, dataset: PairDataset) -> Tensor:
@@ -147,7 +73,7 @@ class Encoder:
             )
             return self._rows(self.model.clip.encode_image, (batch.image for batch in stream))
 
-        return self._kept("image", lambda: dataset_hash(dataset), len(dataset), encode)
+        return self._shared(len(dataset), encode)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -160,29 +86,17 @@ class Encoder:
             parts = (unique[i : min(i + self.batch_size, rows.stop)] for i in starts)
             return self._rows(self.model.encode_text, map(self.model.short_tokenizer, parts))
 
-        encoded = self._kept("text", lambda: digest(*unique), len(unique), encode)
+        encoded = self._shared(len(unique), encode)
         return encoded[torch.tensor([position[text] for text in texts], device=encoded.device)]
 
-    def _kept(
-        self, kind: str, content: Callable[[], str], count: int, encode: Callable[[slice], Tensor]
-    ) -> Tensor:
-        """Rows from the cache if every rank has them; else encoded, by all ranks together."""
+    def _shared(self, count: int, encode: Callable[[slice], Tensor]) -> Tensor:
+        """Rows that are encoded by all ranks together."""
         self.bar.total = (self.bar.total or 0) + count
-        if self.cache is not None:
-            path = self.cache.path(kind, content())
-            found = self.cache.load(path, count)
-            missing = max_over_ranks(torch.tensor([int(found is None)], device=self.device))
-            if found is not None and not missing:
-                self.bar.update(count)
-                return found.to(self.device)
         own = own_slice(count)
         rows = encode(own) if own.start < own.stop else torch.empty(0)
         parts = [part for part in gather_objects(rows.cpu()) if len(part)]
-        rows = torch.cat(parts).to(self.device)
         self.bar.update(count - (own.stop - own.start))
-        if self.cache is not None and is_main():
-            self.cache.store(path, rows)
-        return rows
+        return torch.cat(parts).to(self.device)
 
     def _rows(self, encode: Callable[[Tensor], Tensor], parts: Iterable[Tensor]) -> Tensor:
         rows, was_training = [], self.model.training

@@ -13,15 +13,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 from torch.torch_version import TorchVersion
-from torch.utils import _pytree as pytree
 
 from protoclip.ops import native
 
@@ -111,6 +108,8 @@ def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str 
     row = TABLE[op].get(backend)
     if row is None:
         return f"{op} has {', '.join(sorted(TABLE[op]))}"
+    if backend != "reference" and in_transform():
+        return "torch.func's transforms and forward-mode differentiation need the reference"
     if row.device_types is not None and device_type not in row.device_types:
         return f"it runs on {' or '.join(row.device_types)}, the tensors are on {device_type}"
     if dtype not in row.dtypes:
@@ -134,6 +133,8 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
                 f"protoclip choose; protoclip.backends({op!r}) lists what works here"
             )
         return backend
+    if in_transform():
+        return "reference"
     for name in AUTO_ORDER.get(device_type, ()):
         if name in TABLE[op] and why_not(op, name, device_type, dtype) is None:
             return name
@@ -184,14 +185,13 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 
 
 def in_transform() -> bool:
-    """Whether torch.func's grad, vmap or jvp is at work."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether torch.func's grad, vmap or jvp, or forward-mode differentiation, is at work."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def wants_gradient(*inputs: Tensor) -> bool:
-    """Whether a backward pass may follow. A batch of torch.func.vmap does not say: assume it."""
-    wanted = in_transform() or any(t.requires_grad for t in inputs)
-    return torch.is_grad_enabled() and wanted
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
 
 
 def define(schema: str, run: Callable, fake: Callable) -> None:
@@ -205,73 +205,17 @@ def define(schema: str, run: Callable, fake: Callable) -> None:
 def define_gradient(
     name: str, op: str, backward: Callable | None = None, setup_context: Callable | None = None
 ) -> None:
-    """Give ``protoclip::name`` the gradient ``backward``, for autograd and for torch.func's grad.
+    """Give ``protoclip::name`` the gradient ``backward``; without one a gradient, which would be a
+    second derivative, is refused with the name of the public ``op``."""
 
-    ``torch.library.register_autograd`` does the first only. Forward-mode AD is refused with the
-    name of the public ``op``: without a rule torch would take the tangent for zero. So is any
-    gradient where ``backward`` is None: a second derivative. vmap runs the op sample by sample.
-    """
-    overload = getattr(torch.ops.protoclip, name).default
-    defaults = [a.default_value for a in overload._schema.arguments]
+    def refuse(ctx, *_):
+        raise RuntimeError(
+            f"{op}: its fused backends have no second derivative; use backend='reference' for it"
+        )
 
-    # As autograd.Function, but one level of torch.func at a time: the dispatcher brings the others.
-    class Gradient(torch.autograd.function._SingleLevelFunction):
-        @staticmethod
-        def forward(ctx, keyset, spec, *leaves):
-            ctx.spec = spec
-            args = pytree.tree_unflatten(leaves, spec)
-            # Function switches gradients off, those of the outer levels of torch.func too.
-            outer = torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True)
-            with torch._C._AutoDispatchBelowAutograd(), outer[0], outer[1]:
-                output = overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-            if setup_context is not None:  # torch leaves out what equals a default
-                setup_context(ctx, (*args, *defaults[len(args) :]), output)
-            return output
-
-        @staticmethod
-        def backward(ctx, *grads):
-            if backward is None:
-                raise RuntimeError(
-                    f"{op}: its fused backends have no second derivative; use backend='reference' "
-                    "for it"
-                )
-            ctx.wanted = pytree.tree_unflatten(ctx.needs_input_grad[2:], ctx.spec)
-            return None, None, *pytree.tree_leaves(backward(ctx, *grads))[: ctx.spec.num_leaves]
-
-    def kernel(keyset, *args):
-        if forward_ad._current_level >= 0 and any(map(_tangent, pytree.tree_leaves(args))):
-            raise NotImplementedError(
-                f"{op}: expected reverse-mode differentiation, got forward mode (jvp, jacfwd, "
-                f"hessian), which the fused backends do not have; use backend='reference' for it"
-            )
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            with torch._C._AutoDispatchBelowAutograd():
-                return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-        leaves, spec = pytree.tree_flatten(args)
-        allowed = functorch.get_single_level_autograd_function_allowed()
-        functorch.set_single_level_autograd_function_allowed(True)
-        try:
-            return Gradient.apply(keyset, spec, *leaves)  # type: ignore[attr-defined]
-        finally:
-            functorch.set_single_level_autograd_function_allowed(allowed)
-
-    def vmap(info, in_dims, *args):
-        leaves, spec = pytree.tree_flatten(args)
-        dims = pytree.tree_leaves(in_dims)
-        results = []
-        for i in range(info.batch_size):
-            sample = [a if d is None else a.select(d, i) for a, d in zip(leaves, dims, strict=True)]
-            results.append(overload(*pytree.tree_unflatten(sample, spec)))
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
-
-    _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
-    torch.library.register_vmap(f"protoclip::{name}", vmap, lib=_LIBRARY)
-
-
-def _tangent(x: Any) -> bool:
-    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+    torch.library.register_autograd(
+        f"protoclip::{name}", backward or refuse, setup_context=setup_context, lib=_LIBRARY
+    )
 
 
 # An op, so that a second derivative raises instead of ignoring that ``saved``, which a forward pass

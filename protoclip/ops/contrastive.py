@@ -38,7 +38,7 @@ from protoclip.ops.pairs import Given, SameId
 LN2 = math.log(2.0)
 
 
-def _contrastive(x, y, scale, offset, columns, reduction, backend, stash=False):
+def _contrastive(x, y, scale, offset, columns, reduction, backend, stash):
     """-> the loss, then what is kept for backward: row_max, row_sum [N], column_max, column_sum [M]
     ([0] without columns), and the stash (or [0]).
 
@@ -100,7 +100,7 @@ def _empty(x, *shapes):
     return tuple(x.new_empty(shape, dtype=accumulator(x)) for shape in shapes)
 
 
-def _fake_contrastive(x, y, scale, offset, columns, reduction, backend, stash=False):
+def _fake_contrastive(x, y, scale, offset, columns, reduction, backend, stash):
     n, m = len(x), len(y) if columns else 0
     kept = x.new_empty(_stash_size(x, y, backend, stash), dtype=torch.int16)
     return *_empty(x, n if reduction == "none" else (), n, n, m, m), kept
@@ -191,7 +191,7 @@ _RELATION = (
 )
 define(
     "contrastive(Tensor x, Tensor y, Tensor scale, int offset, bool columns, str reduction,"
-    " str backend, bool stash=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " str backend, bool stash) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _contrastive,
     _fake_contrastive,
 )
@@ -256,7 +256,6 @@ def info_nce(
     Raises:
         ValueError: shapes or devices disagree, or the named backend cannot run.
         TypeError: dtypes are not floating point.
-        NotImplementedError: forward-mode differentiation of a fused backend.
     Source:
         Radford et al. 2021 (CLIP), figure 3.
     """
@@ -344,7 +343,7 @@ def contrastive(
         float32 (float64 for float64 input), nats: [] or, for "none", [N]. A position out of range
         gives NaN; the reference raises.
     Raises:
-        ValueError, TypeError, NotImplementedError: as in ``info_nce``; also where ids or positives
+        ValueError, TypeError: as in ``info_nce``; also where ids or positives
             are missing or not int64.
     """
     given = Given(positives, query_ids, key_ids, same_id, exclude, key_bias)
@@ -418,7 +417,7 @@ def contrastive_parts(
         and mean logit of its positives (0: none); float32 [N] (float64 for float64 input). Both
         are as exact as fp32 is at the size of the mean: a bias of -1e6 there costs 0.1 nats.
     Raises:
-        ValueError, TypeError, NotImplementedError: as in ``contrastive``.
+        ValueError, TypeError: as in ``contrastive``.
     """
     given = Given(positives, query_ids, key_ids, same_id, exclude, key_bias)
     return one_way_parts("contrastive_parts", (queries, keys, logit_scale), given, backend, stash)
@@ -514,7 +513,7 @@ def _sigmoid_autograd(ctx, grad, *_):
 
 define(
     "sigmoid_loss(Tensor x, Tensor y, Tensor scale, Tensor bias, int offset, bool gradients,"
-    " str backend, Tensor? query_ids=None, Tensor? key_ids=None, bool same_positive=True)"
+    " str backend, Tensor? query_ids, Tensor? key_ids, bool same_positive)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _sigmoid_fwd,
     _sigmoid_fake,
@@ -546,7 +545,7 @@ def sigmoid_loss(
     Returns:
         float32 [] (float64 for float64 input), nats, the sum (SigLIP divides it by N).
     Raises:
-        ValueError, TypeError, NotImplementedError: as in ``info_nce``.
+        ValueError, TypeError: as in ``info_nce``.
     Source:
         Zhai et al. 2023 (SigLIP), equation 1.
     """

@@ -1,10 +1,9 @@
 """Compile csrc/ at first use and load it; its ops are those of torch.ops.protoclip_native.
 
 Two libraries, built apart so that one failing leaves the other: ``cpu`` (csrc/*.cpp) and ``cuda``
-(csrc/*.cu and csrc/cuda_*.cpp, where torch has CUDA and nvcc is there). Each lands in a folder
-named after everything that goes into it, with a stamp of the library's size and hash. Only a
-library that matches its stamp, in folders and files that nobody but this user can write, is loaded;
-any other is built again. One process builds, under a file lock; others wait.
+(csrc/*.cu and csrc/cuda_*.cpp, where torch has CUDA and nvcc is there). Each is built in a folder
+of its own, which then takes a name made of everything that goes into the library: what has that
+name is whole. One process builds, under a file lock; others wait.
 
 Environment: PROTOCLIP_DISABLE_JIT=1, PROTOCLIP_BUILD_VERBOSE=1, PROTOCLIP_CACHE; torch's MAX_JOBS
 and TORCH_CUDA_ARCH_LIST are honoured.
@@ -20,7 +19,6 @@ import json
 import os
 import platform
 import shutil
-import stat
 import sys
 import time
 import warnings
@@ -30,8 +28,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-
-LOCK, STAMP = "build.lock", "built.json"
 
 
 @dataclass(frozen=True)
@@ -155,81 +151,29 @@ def _cpu_flags() -> str:
 
 
 def build(plan: Build) -> Path:
-    """The library's path, compiled unless it is there as it was compiled."""
+    """The library's path, compiled unless it is there."""
     from filelock import FileLock, Timeout
 
     folder = cache_dir() / "native" / plan.name
     library = folder / f"{plan.name}.so"
-    exposed = _make_private(folder)
-    if not exposed and _intact(library):
+    if library.is_file():
         return library
-    lock = FileLock(folder / LOCK)
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = FileLock(folder.with_suffix(".lock"))
     try:
         held = lock.acquire(timeout=0)
     except Timeout:
         _say(f"waiting for another process that compiles the {plan.half} kernels ...\n")
         held = lock.acquire()
     with held:
-        if exposed or not _intact(library):
-            for path in folder.iterdir():
-                if path.name != LOCK:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            _compile(plan, folder)
-            library.chmod(0o700)
-            stamp = library.with_name(STAMP)
-            stamp.write_text(json.dumps(_facts(library) | plan.parameters, indent=2))
-            stamp.chmod(0o600)
+        if not library.is_file():
+            partial = folder.with_suffix(".partial")
+            for rest in (partial, folder):  # of a build that was killed
+                shutil.rmtree(rest, ignore_errors=True)
+            partial.mkdir()
+            _compile(plan, partial)
+            partial.rename(folder)
     return library
-
-
-def _make_private(folder: Path) -> bool:
-    """Make a build's folder, for this user only; True if others could write there so far.
-
-    Raises:
-        RuntimeError: another user can exchange the folder.
-    """
-    root, exposed = cache_dir(), False
-    root.mkdir(parents=True, exist_ok=True)
-    for path in (root, folder.parent, folder):
-        path.mkdir(mode=0o700, exist_ok=True)
-        info = path.stat()
-        problem = "" if _own(info) else "belongs to another user"
-        if path == root and info.st_mode & stat.S_IWOTH and not info.st_mode & stat.S_ISVTX:
-            problem = "is writable by all; run chmod o-w on it"
-        if problem:
-            raise RuntimeError(
-                f"expected a cache that only this user can write, got {path}, which {problem}, or "
-                "set PROTOCLIP_CACHE to a folder of your own"
-            )
-        if path != root and _open_to_others(path):
-            path.chmod(0o700)
-            exposed = True
-    return exposed
-
-
-def _intact(library: Path) -> bool:
-    """Whether the library is what a build of this user left."""
-    stamp = library.with_name(STAMP)
-    try:
-        if _open_to_others(library) or _open_to_others(stamp):
-            return False
-        return _facts(library).items() <= json.loads(stamp.read_text()).items()
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _facts(library: Path) -> dict[str, str]:
-    content = library.read_bytes()
-    return {"size": str(len(content)), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _open_to_others(path: Path) -> bool:
-    info = path.stat()
-    return not _own(info) or bool(info.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
-
-
-def _own(info: os.stat_result) -> bool:
-    return info.st_uid in (os.geteuid(), 0)  # root can do anything anyway
 
 
 def _say(text: str) -> None:

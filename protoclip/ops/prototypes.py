@@ -29,7 +29,7 @@ from protoclip.ops.backends import (
 COLDEST = 1e-30  # the least temperature: fp32 logits would overflow below
 
 
-def _fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend, need_dscale=True):
+def _fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend, need_dscale):
     """S banks; ``targets[b]`` is [0, D] for hard labels.
 
     -> loss [S, N], gradient sum_k p_k C_k - m_y [S, N, D] (both 0 where ignored), argmax int64
@@ -72,7 +72,7 @@ def _autograd(ctx, grad, *_):
     if grad is None:
         return None, [None] * banks, [None] * banks, [None] * banks, *(None,) * 5
     dh = dscale = None
-    wanted_h, wanted_prototypes, _, _, wanted_scale, *_ = ctx.wanted
+    wanted_h, wanted_prototypes, _, _, wanted_scale, *_ = ctx.needs_input_grad
     if wanted_h:  # weigh what the forward pass left
         weight = (scale.reshape(()) * grad)[:, :, None]
         dh = torch.ops.protoclip.scaled(weight, gradient).sum(dim=0).to(h.dtype)
@@ -92,7 +92,7 @@ def _autograd(ctx, grad, *_):
 
 define(
     "prototype_ce(Tensor h, Tensor[] prototypes, Tensor[] targets, Tensor[] labels, Tensor scale,"
-    " bool need_grad, bool need_nearest, str backend, bool need_dscale=True)"
+    " bool need_grad, bool need_nearest, str backend, bool need_dscale)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd,
     _fake_fwd,
@@ -155,7 +155,6 @@ def prototype_cross_entropy(
     Raises:
         ValueError, TypeError: shapes or devices disagree, dtypes are not floating point,
             ``targets`` requires grad, K = 0 with N > 0, or the named backend cannot run.
-        NotImplementedError: forward-mode differentiation of a fused backend.
     Source:
         ProtoCLIP (arXiv 2206.10996), prototype loss; collapsed by linearity in the target.
     """
