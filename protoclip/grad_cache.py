@@ -92,7 +92,7 @@ def grad_cache(
     for encoder, batch, size in zip(encoders, inputs, sizes, strict=True):
         parts, chunks = [], (split or _split)(batch, size)
         if not len(chunks):
-            raise ValueError("grad_cache: expected split= to return at least one chunk, got none")
+            raise ValueError("grad_cache: expected at least one chunk from split=, got none")
         for chunk in chunks:
             parts.append(checkpoint(run, encoder, chunk, use_reentrant=False))
             _check_rows(pytree.tree_leaves(parts[-1]), set() if split else _lengths(chunk))
