@@ -10,14 +10,7 @@ from protoclip.config import EpisodeConfig, LossConfig, ModelConfig
 from protoclip.data import Draws, batches, build_transform, open_dataset
 from protoclip.losses import ProtoLoss, similarity_distillation
 from protoclip.model import Encoded, build_model
-from protoclip.prototypes import (
-    IGNORE,
-    EpisodeBuilder,
-    Features,
-    FeatureStore,
-    extract,
-    purity,
-)
+from protoclip.prototypes import IGNORE, EpisodeBuilder, Features, extract, purity
 
 N, DATASET, CPU = 60, 80, torch.device("cpu")
 
@@ -108,20 +101,6 @@ class TestEpisode:
         image = episode.clusterings["image"]
         known = image.labels[features.index]
         assert episode.metrics["image_purity_group"] == purity(known, group[features.index])
-
-
-class TestStore:
-    def test_the_newest_row_of_a_sample_counts(self):
-        store = FeatureStore(2, 3, CPU)
-        with pytest.raises(ValueError, match="got no row"):
-            store.features()
-        old, new = unit(3, 4).float(), unit(3, 4).float()
-        store.put(0, torch.tensor([5, 2, 7]), Encoded(old, -old))
-        store.put(1, torch.tensor([7, 1, 5]), Encoded(new, -new))
-        got = store.features()
-        assert got.index.tolist() == [1, 2, 5, 7]
-        assert torch.equal(got.image_h, torch.stack([new[1], old[1], new[2], new[0]]))
-        assert torch.equal(got.text_h, -got.image_h)
 
 
 def test_features_do_not_depend_on_the_training_mode():

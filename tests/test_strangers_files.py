@@ -24,18 +24,8 @@ def server(serve, tmp_path):
     return SimpleNamespace(asked=asked, url=serve(tmp_path / "nothing", asked=asked))
 
 
-@pytest.fixture(scope="module")
-def honest(nano, tmp_path_factory):
-    """A finished run of two steps."""
-    folder = tmp_path_factory.mktemp("honest")
-    flags = ["--train-data", DATA, "--batch-size", "16", "--max-steps", "2", "--method", "clip"]
-    flags += ["--model", str(nano), "--report-to", "none", "--device", "cpu"]
-    assert train([*flags, "--logs", str(folder), "--name", "run"]) == 0
-    return folder / "run"
-
-
 @pytest.fixture
-def stranger(honest, server, tmp_path):
+def stranger(trained, server, tmp_path):
     """Makes of the run one whose saved settings name data elsewhere."""
     marker = tmp_path / "marker"
     url = f"{server.url}/{{000..001}}.tar"
@@ -46,7 +36,7 @@ def stranger(honest, server, tmp_path):
     }
 
     def make(kind, fields=FIELDS, model=""):
-        folder = shutil.copytree(honest, tmp_path / "run")
+        folder = shutil.copytree(trained, tmp_path / "run")
         settings = json.loads((folder / "config.json").read_text())
         settings["data"] |= dict.fromkeys(fields, words[kind])
         settings["model"]["model"] = model or settings["model"]["model"]
