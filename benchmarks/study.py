@@ -23,7 +23,8 @@ Order, with hours of two cores if 33 or 66 epochs are chosen: tuning of the two 
 their ten seeds in turn with floors (30), 2.5 to 4; control rows, tuning and five seeds (65), 3 to
 4.5; rivals (39), 2 to 2.5; clip art (15), 1 to 1.5. A finished run is one line of ``runs.jsonl``,
 with commit, processor and torch's version, and is not done again; ``--hours`` ends between two
-runs, Ctrl-C within one, which alone is lost.
+runs, Ctrl-C within one, which alone is lost. On two cores ``OMP_NUM_THREADS=1`` and two copies side
+by side, one of ``--seeds even`` and one of ``--seeds odd``, do a third more.
 """
 
 from __future__ import annotations
@@ -318,6 +319,9 @@ def tasks(size: Size, done: Done) -> Iterator[Task]:
     for rows in (MAIN, CONTROLS, EXPERIMENTS):
         lists = [tuning(row, size) for row in rows if row != EQUAL_TIME]
         yield from (one for alike in zip(*lists, strict=True) for one in alike)
+        if any(one.key not in done for own in lists for one in own):
+            print("the other process is still tuning; run it again to go on")
+            return
         count = size.main_seeds if rows is MAIN else size.other_seeds
         yield from seeds(EMOJI, rows, count, size, done)
     try:
@@ -348,13 +352,14 @@ def finished(path: Path) -> Done:
     return done
 
 
-def work(size: Size, path: Path, hours: float) -> Done:
+def work(size: Size, path: Path, hours: float, seeds: str = "all") -> Done:
     """Do what is not done yet until the time is up; all finished runs."""
     done, began, about = finished(path), time.monotonic(), machine.describe()
     if path.is_file() and not path.read_text().endswith("\n"):
         path.write_text(path.read_text() + "\n")  # end a torn line
     for task in tasks(size, done):
-        if task.key in done:
+        done |= finished(path)  # by another process
+        if task.key in done or seeds not in ("all", ("even", "odd")[task.seed % 2]):
             continue
         if time.monotonic() - began > 3600 * hours:
             print(f"{hours:g} hours are over; run it again to go on")
@@ -380,6 +385,8 @@ def work(size: Size, path: Path, hours: float) -> Done:
 def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.study", description=__doc__)
     parser.add_argument("--hours", type=float, default=1e9, help="start no run after so long")
+    words = "only these seeds, where another process does the others"
+    parser.add_argument("--seeds", choices=("all", "even", "odd"), default="all", help=words)
     parser.add_argument("--report", action="store_true", help="only report what is finished")
     parser.add_argument("--quick", action="store_true", help="every step, tiny: a few minutes")
     parser.add_argument(
@@ -391,7 +398,7 @@ def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     code = 0
     try:
-        done = work(size, out / "runs.jsonl", 0 if args.report else args.hours)
+        done = work(size, out / "runs.jsonl", 0 if args.report else args.hours, args.seeds)
     except (Stopped, KeyboardInterrupt):
         print("stopped; only the run that was going on is lost, run it again to go on")
         done, code = finished(out / "runs.jsonl"), 130

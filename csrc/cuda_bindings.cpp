@@ -6,7 +6,9 @@
 #include <torch/library.h>
 
 #include <limits>
+#include <optional>
 #include <tuple>
+#include <vector>
 
 #include "launchers.h"
 
@@ -34,8 +36,7 @@ at::Tensor scratch_on(const at::Tensor& x, size_t bytes) {  // torch aligns to 5
   return at::empty({static_cast<int64_t>(bytes)}, x.options().dtype(at::kByte));
 }
 
-std::tuple<at::Tensor, at::Tensor> kmeans_assign_cuda(const at::Tensor& points,
-                                                      const at::Tensor& centroids) {
+KmeansAssign kmeans_call(const at::Tensor& points, const at::Tensor& centroids) {
   const char* op = "kmeans_assign";
   TORCH_CHECK(points.dim() == 2 && centroids.dim() == 2 && points.size(1) == centroids.size(1), op,
               ": expected points [N, D] and centroids [K, D], got ", points.sizes(), " and ",
@@ -48,13 +49,34 @@ std::tuple<at::Tensor, at::Tensor> kmeans_assign_cuda(const at::Tensor& points,
               ": expected N, K and D below 2^31, got ", n, ", ", k, ", ", d,
               "; assign the points in parts");
   TORCH_CHECK(n == 0 || k > 0, op, ": expected K >= 1 centroids, got 0");
-  const c10::cuda::CUDAGuard guard(points.device());
-  at::Tensor labels = at::empty({n}, points.options().dtype(at::kLong));
-  at::Tensor distances = at::empty({n}, points.options().dtype(at::kFloat));
-  if (n == 0) return {labels, distances};
+  return {matrix_of(points),   matrix_of(centroids), n,      static_cast<int>(k),
+          static_cast<int>(d), dtype_of(op, points), nullptr};
+}
 
-  const KmeansAssign call{matrix_of(points),   matrix_of(centroids), n,
-                          static_cast<int>(k), static_cast<int>(d),  dtype_of(op, points)};
+at::Tensor packed_for(KmeansAssign call, const at::Tensor& points) {
+  const at::Tensor packed = scratch_on(points, kmeans_packed_bytes(call));
+  call.packed = packed.mutable_data_ptr();
+  C10_CUDA_CHECK(launch_kmeans_encode(call, c10::cuda::getCurrentCUDAStream()));
+  return packed;
+}
+
+// What kmeans_assign_coded takes of N >= 1 points, for centroids that are means of them.
+std::vector<at::Tensor> kmeans_encode_cuda(const at::Tensor& points) {
+  const c10::cuda::CUDAGuard guard(points.device());
+  return {packed_for(kmeans_call(points, points), points)};
+}
+
+std::tuple<at::Tensor, at::Tensor> kmeans_assign_cuda(const at::Tensor& points,
+                                                      const at::Tensor& centroids,
+                                                      const std::optional<at::Tensor>& packed) {
+  KmeansAssign call = kmeans_call(points, centroids);
+  const c10::cuda::CUDAGuard guard(points.device());
+  at::Tensor labels = at::empty({call.n}, points.options().dtype(at::kLong));
+  at::Tensor distances = at::empty({call.n}, points.options().dtype(at::kFloat));
+  if (call.n == 0) return {labels, distances};
+
+  const at::Tensor kept = packed.has_value() ? *packed : packed_for(call, points);
+  call.packed = kept.mutable_data_ptr();
   KmeansAssignPlan plan;
   C10_CUDA_CHECK(plan_kmeans_assign(call, &plan));
   const at::Tensor scratch = scratch_on(points, plan.scratch_bytes);
@@ -109,11 +131,16 @@ std::tuple<at::Tensor, at::Tensor> segment_mean_cuda(const at::Tensor& values,
 }  // namespace protoclip
 
 TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
-  m.def("kmeans_assign_cuda(Tensor points, Tensor centroids) -> (Tensor, Tensor)");
-  m.def("segment_mean_cuda(Tensor values, Tensor labels, int num_segments) -> (Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(protoclip_native, CUDA, m) {
-  m.impl("kmeans_assign_cuda", &protoclip::kmeans_assign_cuda);
-  m.impl("segment_mean_cuda", &protoclip::segment_mean_cuda);
+  const auto cuda = [](auto* op) { return torch::dispatch(c10::DispatchKey::CUDA, op); };
+  m.def(
+      "kmeans_assign_cuda(Tensor points, Tensor centroids, Tensor? packed=None)"
+      " -> (Tensor, Tensor)",
+      cuda(&protoclip::kmeans_assign_cuda));
+  m.def(
+      "kmeans_assign_coded_cuda(Tensor points, Tensor centroids, Tensor? packed)"
+      " -> (Tensor, Tensor)",
+      cuda(&protoclip::kmeans_assign_cuda));
+  m.def("kmeans_encode_cuda(Tensor points) -> Tensor[]", cuda(&protoclip::kmeans_encode_cuda));
+  m.def("segment_mean_cuda(Tensor values, Tensor labels, int num_segments) -> (Tensor, Tensor)",
+        cuda(&protoclip::segment_mean_cuda));
 }

@@ -1,11 +1,11 @@
 // Nearest centroid: argmax_k x.c_k - |c_k|^2 / 2 fused into the matrix product, never [N, K].
 //
-// pack (kmeans_assign_rows.cuh) -> assign_kernel (kmeans_assign_tiles.cuh), a partial Best for each
-// split of K -> decide -> rescore. fp32 rows take one term first and all three, from pack on, where
-// that cannot decide: nowhere in clustered points, for a quarter of points without any structure
-// (D = 128, K = 4096), so 1 to 1.9 products in place of 3. Bytes: points two or three times (read
-// to pack, in the tiles, to decide), centroids once per 128 points (from L2), 20 N a split,
-// distances and labels once.
+// Once for the points: pack (kmeans_assign_rows.cuh). Then, for any centroids: pack those ->
+// assign_kernel (kmeans_assign_tiles.cuh), a partial Best for each split of K -> decide -> rescore.
+// fp32 rows take one term first and all three, from assign_kernel on, where that cannot decide:
+// nowhere in clustered points, for a quarter of points without any structure (D = 128, K = 4096),
+// so 1 to 1.9 products in place of 3. Bytes: points twice (packed in the tiles, themselves to
+// decide), centroids once per 128 points (from L2), 20 N a split, distances and labels once.
 #include <algorithm>
 #include <type_traits>
 
@@ -15,34 +15,46 @@
 namespace protoclip {
 namespace {
 
-struct Buffers {
-  uint16_t *packed_points, *packed_centroids;  // [N, parts, packed_d], [K, parts, packed_d]
-  float *bias, *centre;                        // [K rounded up to kTileK], [D]
-  Best* partial;                               // [splits, N]
-  int *screened_rows, *open_rows;              // [N], the first of which tally counts
-  Tally* tally;
+// What is made of the points once for any centroids.
+struct Packed {
+  int parts;         // 2: fp32 rows are split into bf16 hi + lo; 1: bf16 or fp16 as they are
+  int packed_d;      // D rounded up to 16 bytes
+  uint16_t* points;  // [N, parts, packed_d]; null: the tile kernel reads the points where they are
+  float* centre;     // [D]; null for 16-bit rows, whose products are exact
   size_t bytes;
 
-  Buffers(const KmeansAssign& call, const KmeansAssignPlan& plan, void* scratch) {
-    Arena arena{static_cast<unsigned char*>(scratch)};
-    const size_t row = static_cast<size_t>(plan.parts) * plan.packed_d;
-    packed_points = arena.take<uint16_t>(plan.pack_points ? call.n * row : 0);
-    packed_centroids = arena.take<uint16_t>(call.k * row);
-    bias = arena.take<float>(static_cast<size_t>(ceil_div(call.k, kTileK)) * kTileK);
-    centre = arena.take<float>(call.d);
-    partial = arena.take<Best>(static_cast<size_t>(call.n) * plan.splits);
-    screened_rows = arena.take<int>(plan.screen ? call.n : 0);
-    open_rows = arena.take<int>(call.n);
-    tally = arena.take<Tally>(1);
+  explicit Packed(const KmeansAssign& call)
+      : parts(call.dtype == Dtype::kFloat32 ? 2 : 1),
+        packed_d(std::max(8, ceil_div(call.d, 8) * 8)) {
+    Arena arena{static_cast<unsigned char*>(call.packed)};
+    const bool aligned = parts == 1 && call.d == packed_d && call.points.column_stride == 1 &&
+                         call.points.row_stride % 8 == 0 &&
+                         reinterpret_cast<uintptr_t>(call.points.data) % 16 == 0;
+    points = aligned ? nullptr : arena.take<uint16_t>(call.n * parts * packed_d);
+    centre = parts == 1 || call.d == 0 ? nullptr : arena.take<float>(call.d);
     bytes = arena.used;
   }
 };
 
-bool aligned_rows(const KmeansAssign& call) {
-  return call.dtype != Dtype::kFloat32 && call.d > 0 && call.d % 8 == 0 &&
-         call.points.column_stride == 1 && call.points.row_stride % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(call.points.data) % 16 == 0;
-}
+struct Buffers : Packed {
+  uint16_t* packed_centroids;      // [K, parts, packed_d]
+  float* bias;                     // [K rounded up to kTileK]
+  Best* partial;                   // [splits, N]
+  int *screened_rows, *open_rows;  // [N], the first of which tally counts
+  Tally* tally;
+  size_t scratch_bytes;
+
+  Buffers(const KmeansAssign& call, const KmeansAssignPlan& plan, void* scratch) : Packed(call) {
+    Arena arena{static_cast<unsigned char*>(scratch)};
+    packed_centroids = arena.take<uint16_t>(static_cast<size_t>(call.k) * parts * packed_d);
+    bias = arena.take<float>(static_cast<size_t>(ceil_div(call.k, kTileK)) * kTileK);
+    partial = arena.take<Best>(static_cast<size_t>(call.n) * plan.splits);
+    screened_rows = arena.take<int>(parts == 2 ? call.n : 0);
+    open_rows = arena.take<int>(call.n);
+    tally = arena.take<Tally>(1);
+    scratch_bytes = arena.used;
+  }
+};
 
 // The number of splits of K that ends first: waves of blocks x the tiles of each, where filling the
 // pipeline, the first (ordered) selections and the partial result count as one and a half tiles.
@@ -60,14 +72,12 @@ int choose_splits(int64_t row_tiles, int tiles, int slots) {
   return ceil_div(tiles, ceil_div(tiles, best));
 }
 
-unsigned row_blocks(int64_t rows) {
-  return static_cast<unsigned>(ceil_div<int64_t>(rows, kRowsPerBlock));
-}
+dim3 row_blocks(int64_t n) { return static_cast<unsigned>(ceil_div<int64_t>(n, kRowsPerBlock)); }
 
-// One pass over chosen points: how they are packed, and into how many products.
+// One pass over chosen points, and of how many products their scores are.
 struct Pass {
   Chosen chosen;
-  int parts, terms;
+  int terms;
   double representation;
   int *open_rows, *open_count;
 };
@@ -76,25 +86,17 @@ template <typename T>
 cudaError_t launch_pass(const KmeansAssign& call, const KmeansAssignPlan& plan, const Buffers& at,
                         const Pass& pass, const Rows<T>& points, const Rows<T>& centroids,
                         int64_t* labels, float* distances, cudaStream_t stream) {
-  if (plan.pack_points) {
-    PROTOCLIP_TRY(launch(pack_kernel<T>, dim3(row_blocks(call.n)), kRowThreads, 0, stream, points,
-                         pass.chosen, call.d, pass.parts, plan.packed_d, at.packed_points, nullptr,
-                         0, nullptr));
-  }
   Tiles tiles;
-  tiles.points =
-      plan.pack_points ? at.packed_points : static_cast<const uint16_t*>(call.points.data);
+  tiles.points = at.points != nullptr ? at.points : static_cast<const uint16_t*>(call.points.data);
   tiles.centroids = at.packed_centroids;
-  tiles.point_stride =
-      plan.pack_points ? static_cast<int64_t>(pass.parts) * plan.packed_d : call.points.row_stride;
-  tiles.n = call.n;
-  tiles.centroid_stride = static_cast<int64_t>(plan.parts) * plan.packed_d;
-  tiles.count = pass.chosen.count;
+  tiles.centroid_stride = static_cast<int64_t>(at.parts) * at.packed_d;
+  tiles.point_stride = at.points != nullptr ? tiles.centroid_stride : call.points.row_stride;
+  tiles.chosen = pass.chosen;
   tiles.bias = at.bias;
   tiles.partial = at.partial;
   tiles.k = call.k;
-  tiles.packed_d = plan.packed_d;
-  tiles.blocks_d = ceil_div(plan.packed_d, kTileD);
+  tiles.packed_d = at.packed_d;
+  tiles.blocks_d = ceil_div(at.packed_d, kTileD);
   tiles.terms = pass.terms;
   tiles.tiles_per_split = plan.tiles_per_split;
   tiles.tiles = ceil_div(call.k, kTileK);
@@ -104,13 +106,30 @@ cudaError_t launch_pass(const KmeansAssign& call, const KmeansAssignPlan& plan, 
                                      static_cast<int>(plan.shared_bytes)));
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(call.n, kTileN)), plan.splits);
   PROTOCLIP_TRY(launch(kernel, grid, kThreads, plan.shared_bytes, stream, tiles));
-  return launch(decide_kernel<T>, dim3(row_blocks(call.n)), kRowThreads, 0, stream, points,
-                centroids, pass.chosen, call.n, call.d, plan.splits, at.partial,
-                Bound{pass.representation, pass.terms, plan.packed_d}, at.tally, pass.open_rows,
+  return launch(decide_kernel<T>, row_blocks(call.n), kRowThreads, 0, stream, points, centroids,
+                pass.chosen, call.n, call.d, plan.splits, at.partial,
+                Bound{pass.representation, pass.terms, at.packed_d}, at.tally, pass.open_rows,
                 pass.open_count, labels, distances);
 }
 
 }  // namespace
+
+size_t kmeans_packed_bytes(const KmeansAssign& call) { return Packed(call).bytes; }
+
+cudaError_t launch_kmeans_encode(const KmeansAssign& call, cudaStream_t stream) {
+  const Packed packed(call);
+  if (packed.centre != nullptr) {
+    PROTOCLIP_TRY(launch(centre_kernel, dim3(ceil_div(call.d, 32)), kRowThreads, 0, stream,
+                         Rows<float>(call.centroids), call.k, call.d, packed.centre));
+  }
+  if (packed.points == nullptr) return cudaSuccess;
+  return with_dtype(call.dtype, [&](auto* type) -> cudaError_t {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    return launch(pack_kernel<T>, row_blocks(call.n), kRowThreads, 0, stream,
+                  Rows<T>(call.points, packed.centre), call.n, call.d, packed.parts,
+                  packed.packed_d, packed.points, nullptr, nullptr);
+  });
+}
 
 cudaError_t plan_kmeans_assign(const KmeansAssign& call, KmeansAssignPlan* plan) {
   int device, processors, shared_per_processor, shared_per_block;
@@ -122,17 +141,11 @@ cudaError_t plan_kmeans_assign(const KmeansAssign& call, KmeansAssignPlan* plan)
   PROTOCLIP_TRY(query(&shared_per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor));
   PROTOCLIP_TRY(query(&shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin));
 
-  const bool split_parts = call.dtype == Dtype::kFloat32;
-  plan->parts = split_parts ? 2 : 1;
-  plan->terms = split_parts ? 3 : 1;
-  plan->screen = split_parts;
-  plan->packed_d = std::max(8, ceil_div(call.d, 8) * 8);
-  plan->pack_points = !aligned_rows(call);
-
+  const Packed packed(call);
   const size_t fixed = kStages * kTileBytes + kStateBytes;
   const size_t streamed = fixed + kStages * kTileBytes;
   const size_t resident =
-      fixed + static_cast<size_t>(ceil_div(plan->packed_d, kTileD)) * plan->parts * kTileBytes;
+      fixed + static_cast<size_t>(ceil_div(packed.packed_d, kTileD)) * packed.parts * kTileBytes;
   const auto blocks = [&](size_t bytes) {  // per SM; 1 KiB of each is the system's
     return std::min(2, static_cast<int>(shared_per_processor / (bytes + 1024)));
   };
@@ -144,7 +157,7 @@ cudaError_t plan_kmeans_assign(const KmeansAssign& call, KmeansAssignPlan* plan)
   const int slots = processors * std::max(1, blocks(plan->shared_bytes));
   plan->splits = choose_splits(ceil_div<int64_t>(call.n, kTileN), tiles, slots);
   plan->tiles_per_split = ceil_div(tiles, plan->splits);
-  plan->scratch_bytes = Buffers(call, *plan, nullptr).bytes;
+  plan->scratch_bytes = Buffers(call, *plan, nullptr).scratch_bytes;
   return cudaSuccess;
 }
 
@@ -152,27 +165,20 @@ cudaError_t launch_kmeans_assign(const KmeansAssign& call, const KmeansAssignPla
                                  void* scratch, int64_t* labels, float* distances,
                                  cudaStream_t stream) {
   const Buffers at(call, plan, scratch);
-  float* centre = nullptr;  // 16-bit rows stay as they are: their products are exact
   PROTOCLIP_TRY(cudaMemsetAsync(at.tally, 0, sizeof(Tally), stream));
-  if (call.dtype == Dtype::kFloat32 && call.d > 0) {
-    centre = at.centre;
-    PROTOCLIP_TRY(launch(centre_kernel, dim3(ceil_div(call.d, 32)), kRowThreads, 0, stream,
-                         Rows<float>(call.centroids), call.k, call.d, centre));
-  }
   return with_dtype(call.dtype, [&](auto* type) -> cudaError_t {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    const Rows<T> points(call.points, centre), centroids(call.centroids, centre);
-    const int64_t bias_rows = static_cast<int64_t>(ceil_div(call.k, kTileK)) * kTileK;
-    PROTOCLIP_TRY(launch(pack_kernel<T>, dim3(row_blocks(bias_rows)), kRowThreads, 0, stream,
-                         centroids, Chosen{nullptr, nullptr, call.k}, call.d, plan.parts,
-                         plan.packed_d, at.packed_centroids, at.bias, bias_rows, at.tally));
-    Pass pass{{nullptr, nullptr, call.n},        plan.parts,   plan.terms,
-              plan.parts == 2 ? kSplitError : 0, at.open_rows, &at.tally->open_rows};
-    if (plan.screen) {
-      const Pass screen{pass.chosen, 1, 1, kScreenError, at.screened_rows, &at.tally->screened};
+    const Rows<T> points(call.points, at.centre), centroids(call.centroids, at.centre);
+    PROTOCLIP_TRY(launch(pack_kernel<T>, row_blocks(ceil_div<int64_t>(call.k, kTileK) * kTileK),
+                         kRowThreads, 0, stream, centroids, call.k, call.d, at.parts, at.packed_d,
+                         at.packed_centroids, at.bias, at.tally));
+    Pass pass{{nullptr, nullptr, call.n}, 1, 0, at.open_rows, &at.tally->open_rows};
+    if (at.parts == 2) {  // hi.hi first, + lo.hi + hi.lo for the rows that it leaves open
+      const Pass screen{pass.chosen, 1, kScreenError, at.screened_rows, &at.tally->screened};
       PROTOCLIP_TRY(
           launch_pass(call, plan, at, screen, points, centroids, labels, distances, stream));
-      pass.chosen = {at.screened_rows, &at.tally->screened, call.n};
+      pass.chosen = {screen.open_rows, screen.open_count, call.n};
+      pass.terms = 3, pass.representation = kSplitError;
     }
     PROTOCLIP_TRY(launch_pass(call, plan, at, pass, points, centroids, labels, distances, stream));
     const auto blocks = static_cast<unsigned>(std::min<int64_t>(call.n, 1024));

@@ -99,7 +99,8 @@ __global__ void centre_kernel(Rows<float> centroids, int k, int d, float* centre
   const int samples = k < 1024 ? k : 1024, step = k / samples;
   float sum = 0;
   for (int i = group; column < d && i < samples; i += kRowThreads / 32) {
-    sum += centroids.raw(static_cast<int64_t>(i) * step, column);
+    const float x = centroids.raw(static_cast<int64_t>(i) * step, column);
+    if (isfinite(x)) sum += x;  // a row that is not shall spoil no other
   }
   sums[group][lane] = sum;
   __syncthreads();
@@ -112,19 +113,18 @@ __device__ inline uint16_t bits_of(__nv_bfloat16 x) { return __bfloat16_as_ushor
 __device__ inline uint16_t bits_of(__half x) { return __half_as_ushort(x); }
 __device__ inline uint16_t bits_of(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 
-// packed [entries, parts, packed_d]: the chosen rows in 16-bit parts, padded with zeros. With bias
-// (for the centroids): bias [bias_rows] = -|row|^2 / 2, -inf past the last row, and tally->largest.
+// packed [rows, parts, packed_d]: the rows in 16-bit parts, padded with zeros. With bias (for the
+// centroids): bias = -|row|^2 / 2, -inf past the last row, and tally->largest.
 template <typename T>
-__global__ void pack_kernel(Rows<T> matrix, Chosen chosen, int d, int parts, int packed_d,
-                            uint16_t* packed, float* bias, int64_t bias_rows, Tally* tally) {
-  const int64_t entry = warp_row();
+__global__ void pack_kernel(Rows<T> matrix, int64_t rows, int d, int parts, int packed_d,
+                            uint16_t* packed, float* bias, Tally* tally) {
+  const int64_t row = warp_row();
   const int lane = threadIdx.x % 32;
-  if (entry >= chosen.size()) {
-    if (bias != nullptr && entry < bias_rows && lane == 0) bias[entry] = -INFINITY;
+  if (row >= rows) {
+    if (bias != nullptr && lane == 0) bias[row] = -INFINITY;
     return;
   }
-  const int64_t row = chosen.row(entry);
-  uint16_t* out = packed + entry * parts * packed_d;
+  uint16_t* out = packed + row * parts * packed_d;
   double square = 0;
   bool finite = true;
   for (int i = lane; i < packed_d; i += 32) {

@@ -22,11 +22,11 @@ constexpr int kTileBytes = 128 * kTileD * 2;  // of points and of centroids alik
 constexpr int kStateBytes = 2 * kTileN * static_cast<int>(sizeof(Best));
 
 struct Tiles {
-  const uint16_t *points, *centroids;        // [N, parts, packed_d], [K, parts, packed_d]
-  int64_t point_stride, n, centroid_stride;  // strides in elements
-  const int* count;                          // the first *count points; null: all N
-  const float* bias;                         // [tiles x kTileK]
-  Best* partial;                             // [splits, N]
+  const uint16_t *points, *centroids;     // [N, parts, packed_d], [K, parts, packed_d]
+  int64_t point_stride, centroid_stride;  // in elements
+  Chosen chosen;                          // of the points
+  const float* bias;                      // [tiles x kTileK]
+  Best* partial;                          // [splits, N]
   int k, packed_d, blocks_d, terms, tiles_per_split, tiles;
   bool resident;
 };
@@ -55,28 +55,28 @@ __device__ inline int chunk_offset(int row, int chunk) {
 struct Copier {
   int row, column, offset;  // offset: in a tile's shared memory
   int64_t rows;             // from the thread's first point on
-  const uint16_t *point, *centroid;
-  int64_t point_step, centroid_step;  // 32 rows on
+  const uint16_t *point[4], *centroid[4];
 
   __device__ explicit Copier(const Tiles& t)
       : row(threadIdx.x / 4), column(threadIdx.x % 4 * 8), offset(chunk_offset(row, column / 8)) {
     const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileN + row;
-    rows = (t.count == nullptr ? t.n : *t.count) - first;
-    point = t.points + first * t.point_stride + column;
-    centroid = t.centroids + row * t.centroid_stride + column;
-    point_step = kThreads / 4 * t.point_stride;
-    centroid_step = kThreads / 4 * t.centroid_stride;
+    rows = t.chosen.size() - first;
+    for (int i = 0; i < 4; ++i) {
+      const int64_t entry = i * (kThreads / 4);
+      const int64_t point_row = entry < rows ? t.chosen.row(first + entry) : 0;
+      point[i] = t.points + point_row * t.point_stride + column;
+      centroid[i] = t.centroids + (row + entry) * t.centroid_stride + column;
+    }
   }
 };
 
 // rows, columns: how many of the thread's first row and chunk on are there.
-__device__ inline void load_tile(unsigned char* to, const uint16_t* from, int64_t step, int rows,
-                                 int columns) {
+__device__ inline void load_tile(unsigned char* to, const uint16_t* const (&from)[4], int64_t skip,
+                                 int rows, int columns) {
   if (columns <= 0) rows = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    copy_async_16(to + i * (kThreads / 4 * 64), from, i * (kThreads / 4) < rows ? 16 : 0);
-    from += step;
+    copy_async_16(to + i * (kThreads / 4 * 64), from[i] + skip, i * (kThreads / 4) < rows ? 16 : 0);
   }
 }
 
@@ -99,13 +99,12 @@ __device__ inline void load_step(const Tiles& t, const Shared& shared, const Cop
                                  const Step& s, int stage, int first_tile) {
   const int column = s.block * kTileD, columns = t.packed_d - column - copier.column;
   const int centroid = s.tile * kTileK;
-  load_tile(
-      shared.centroids + stage * kTileBytes + copier.offset,
-      copier.centroid + centroid * t.centroid_stride + s.centroid_part() * t.packed_d + column,
-      copier.centroid_step, t.k - centroid - copier.row, columns);
+  load_tile(shared.centroids + stage * kTileBytes + copier.offset, copier.centroid,
+            centroid * t.centroid_stride + s.centroid_part() * t.packed_d + column,
+            t.k - centroid - copier.row, columns);
   if (t.resident && (s.tile != first_tile || s.term == 2)) return;  // already there
-  load_tile(shared.point_tile(t, s, stage) + copier.offset,
-            copier.point + s.point_part() * t.packed_d + column, copier.point_step,
+  load_tile(shared.point_tile(t, s, stage) + copier.offset, copier.point,
+            s.point_part() * t.packed_d + column,
             copier.rows < kTileN ? static_cast<int>(copier.rows) : kTileN, columns);
 }
 
@@ -201,7 +200,7 @@ __device__ inline void select(const Accumulators& acc, float (&threshold)[8], Be
 template <bool kHalf>
 __global__ void __launch_bounds__(kThreads, 2) assign_kernel(Tiles t) {
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileN;
-  if (t.count != nullptr && first_row >= *t.count) return;
+  if (first_row >= t.chosen.size()) return;
   const Shared shared(t);
   const Copier copier(t);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -242,8 +241,8 @@ __global__ void __launch_bounds__(kThreads, 2) assign_kernel(Tiles t) {
   }
   __syncthreads();
   const int64_t row = first_row + threadIdx.x;
-  if (row < t.n) {
-    t.partial[blockIdx.y * t.n + row] =
+  if (row < t.chosen.n) {
+    t.partial[blockIdx.y * t.chosen.n + row] =
         merge(shared.state[threadIdx.x], shared.state[kTileN + threadIdx.x]);
   }
 }

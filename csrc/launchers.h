@@ -26,14 +26,15 @@ struct KmeansAssign {
   int64_t n;                 // 1 <= N < 2^31
   int k, d;                  // K >= 1, D >= 0
   Dtype dtype;
+  void* packed;  // the packed points: kmeans_packed_bytes of device memory, 256-byte aligned
 };
 
+size_t kmeans_packed_bytes(const KmeansAssign& call);
+
+// Writes `packed`, for these centroids and any others; waits for nothing.
+cudaError_t launch_kmeans_encode(const KmeansAssign& call, cudaStream_t stream);
+
 struct KmeansAssignPlan {
-  int parts;             // 2: rows are split into bf16 hi + lo; 1: bf16 or fp16 as they are
-  int terms;             // products of parts in a score: 3 = hi.hi + lo.hi + hi.lo, or 1
-  int packed_d;          // D rounded up to 16 bytes
-  bool screen;           // hi.hi alone first, all terms for the rows that it leaves open
-  bool pack_points;      // false: the tile kernel reads the points where they are
   bool resident;         // a block keeps its points in shared memory for all centroids
   int splits;            // of K, each with its own partial result
   int tiles_per_split;   // of kTileK centroids

@@ -96,8 +96,21 @@ def assign_kernel(
             tl.store(near_ptr + at, tl.where(clear, 0, 1).to(tl.int64), mask=used)
 
 
+def kmeans_encode(points: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, D] -> what ``kmeans_assign_coded`` takes of them: in 16 bits, and their norms [N]."""
+    norms = torch.linalg.vector_norm(points, dim=1, dtype=torch.float32)
+    return points.bfloat16() if points.dtype == torch.float32 else points, norms
+
+
 def kmeans_assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """[N, D], [K, D] -> labels int64 [N], squared distances fp32 [N]."""
+    return kmeans_assign_coded(points, centroids, *kmeans_encode(points))
+
+
+def kmeans_assign_coded(
+    points: Tensor, centroids: Tensor, x: Tensor, x_norms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``kmeans_assign`` of points whose 16-bit copy and norms are there."""
     (n, d), k = points.shape, len(centroids)
     labels = torch.zeros(n, dtype=torch.int64, device=points.device)
     distances = torch.zeros(n, dtype=torch.float32, device=points.device)
@@ -106,7 +119,7 @@ def kmeans_assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     # At most what their squares lose below the normal numbers is missing from the norms.
     lost = d**0.5 * 2.0**-62
     norms = torch.linalg.vector_norm(centroids, dim=1, dtype=torch.float32)  # [K]
-    size = torch.linalg.vector_norm(points, dim=1, dtype=torch.float32) + lost  # [N]
+    size = x_norms + lost  # [N]
     largest = norms.amax() + lost
     # What rounding both operands to bf16, 2^-8 of a number each, or summing in fp32 can change in a
     # difference of scores.
@@ -116,7 +129,7 @@ def kmeans_assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     reach = largest * (size * (rounding + sums) + largest * sums)
     reach += (size + largest + 1) * (d + 16) * 2.0**-125  # below the normal numbers
     near = torch.zeros_like(labels)
-    x, c = (t.bfloat16() if wide else t for t in (points, centroids))
+    c = centroids.to(x.dtype)
     _, options = operands(x, c, ASSIGN)
     with torch.cuda.device_of(points):
         assign_kernel[(triton.cdiv(n, ASSIGN.block_n),)](

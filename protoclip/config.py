@@ -15,7 +15,6 @@ import io
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ BOARDS = ("tensorboard", "wandb", "tensorboard,wandb", "none")
 PRESETS = Path(__file__).parent / "presets"
 TABLE = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")  # how to read a table
 Config = TypeVar("Config")
+to_dict = dataclasses.asdict  # a config as a nested plain dict, ready for JSON
 
 
 def option(
@@ -41,11 +41,6 @@ def option(
     """A dataclass field that is also a flag; ``low`` and ``high`` limit numbers, inclusively."""
     limits = {"choices": choices, "low": low, "high": high}
     return field(default=default, metadata={"help": help, "flag": flag, **limits})
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain dict of a config, ready for JSON."""
-    return dataclasses.asdict(config)
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -458,8 +453,6 @@ def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig,
             print(f"{parser.prog}: note: {flag} changes nothing: {reason}", file=sys.stderr)
     own = {key: given.pop(key) for key in [*given] if "." not in key and key != "method"}
     preset = load_preset(name)
-    saved = {key: value for key, value in flat(to_dict(preset)).items() if key not in given}
-    check_saved({f"--{key.split('.')[-1].replace('_', '-')}": saved[key] for key in saved}, name)
     changes: dict[str, Any] = {}
     for key, value in given.items():
         section, _, setting = key.rpartition(".")
@@ -540,14 +533,3 @@ def check_above(path: Path, flag: str) -> None:
         raise ValueError(f"{flag}: expected a path in a folder, got {path}, but {above} is a file")
     if not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(f"{flag}: {above} may not be written to; choose another folder")
-
-
-def check_saved(settings: Mapping[str, object], where: str) -> None:
-    """Refuse settings, by flag, of the file ``where`` that name data elsewhere or a model of the
-    hub: it may come from a stranger. The ValueError names the flag to give on the command line."""
-    for flag, value in settings.items():
-        if isinstance(value, str) and re.search(r"://|(^|::)\s*pipe:|^hf-hub:", value):
-            raise ValueError(
-                f"{flag}: expected local data in the settings saved in {where}, got {value!r}; "
-                f"if you trust it, give {flag} again on the command line"
-            )

@@ -214,10 +214,9 @@ def gather_objects(value: Result) -> list[Result]:
     return found
 
 
-def own_slice(total: int, number: int | None = None) -> slice:
-    """Which of ``total`` rows are this rank's, or those of rank ``number``: contiguous, sizes
-    differ by one at most."""
-    number, ranks = rank() if number is None else number, world_size()
+def own_slice(total: int) -> slice:
+    """Which of ``total`` rows are this rank's: contiguous, sizes differ by one at most."""
+    number, ranks = rank(), world_size()
     return slice(total * number // ranks, total * (number + 1) // ranks)
 
 
@@ -235,19 +234,6 @@ def scatter_sums(rows: Tensor) -> Tensor:
     own = wide.new_empty((len(rows) // world_size(), *rows.shape[1:]))
     _reduce_scatter(own, wide)
     return own.to(rows.dtype)
-
-
-def exchange_rows(rows: Tensor, wanted: list[Tensor]) -> Tensor:
-    """Move rows between ranks: [N, D] of each -> [M, D], those that every rank sends here, by rank.
-
-    ``wanted[r]``, int64 [m_r], are the numbers of this rank's rows that go to rank r.
-    """
-    counts = torch.tensor([len(part) for part in wanted], device=rows.device)
-    taken = gather_rows(counts).view(len(wanted), -1)[:, rank()].tolist()
-    given = rows[torch.cat(wanted)]
-    out = rows.new_empty(sum(taken), *rows.shape[1:])
-    dist.all_to_all_single(out, given, taken, counts.tolist())
-    return out
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import nn
 
 from protoclip import checkpoint
 from protoclip.commands import export_parser
-from protoclip.config import ModelConfig, TrainConfig, check_above, check_saved, flat, from_dict
+from protoclip.config import ModelConfig, TrainConfig, check_above, flat, from_dict
 from protoclip.distributed import run_command
 from protoclip.evaluate.results import format_table, read_results
 from protoclip.model import build_model, register_configs
@@ -103,8 +103,6 @@ def _model_config(ours: dict[str, Any], path: Path, model: str) -> ModelConfig:
     stored = from_dict(TrainConfig, ours["config"]).model
     if model not in ("", stored.model):
         raise ValueError(f"--model: {path} says itself what it is; leave the flag out")
-    if not model:
-        check_saved({"--model": stored.model}, str(path))
     return dataclasses.replace(stored, add_projection_head=False)
 
 
@@ -117,13 +115,10 @@ def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> ModelCard
         "architecture": config.model,
         "epochs": payload.get("epoch"),
         "steps": ours.get("step"),
+        "method": settings.get("method"),
+        "training data": settings.get("data.train_data"),
+        "seed": settings.get("run.seed"),
     }
-    for name, key in {
-        "method": "method",
-        "training data": "data.train_data",
-        "seed": "run.seed",
-    }.items():
-        facts[name] = settings.get(key)
     lines = [f"# {run.name}", "", LOADING, "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
     head = ModelCardData(library_name="open_clip", pipeline_tag=TASK, tags=["clip", "protoclip"])

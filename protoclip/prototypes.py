@@ -25,7 +25,6 @@ from protoclip.distributed import (
     Group,
     all_ranks,
     broadcast,
-    exchange_rows,
     gather_rows,
     generator,
     is_distributed,
@@ -115,29 +114,14 @@ class FeatureStore:
         """What all ranks have, each sample once, by its newest row; a collective call.
 
         Each rank gets a slice of it in the order of the dataset: what one rank alone would have.
-
-        Raises:
-            ValueError: nothing has been put.
         """
         index, order = self._by_draw(self.index).sort(stable=True)
         last = torch.ones_like(index, dtype=torch.bool)
         last[:-1] = index[1:] != index[:-1]
         last &= index >= 0
         index, order = index[last], order[last]
-        if not len(order):
-            raise ValueError(
-                "FeatureStore: expected the features of a training step, got no row: the gradient"
-                " was not finite in all of them; lower --lr, or use --precision fp32"
-            )
-        if not is_distributed():
-            return Features(index, *self.h[order].unbind(1))
-        step, place = order // (self.share * world_size()), order % (self.share * world_size())
-        owner, row = place // self.share, step * self.share + place % self.share
-        slices = [own_slice(len(order), number) for number in range(world_size())]
-        wanted = [row[part][owner[part] == rank()] for part in slices]
-        own = slices[rank()]
-        place = owner[own].argsort(stable=True).argsort()  # they arrive rank by rank
-        return Features(index[own], *exchange_rows(self.h, wanted)[place].unbind(1))
+        own = own_slice(len(order))
+        return Features(index[own], *self._by_draw(self.h)[order[own]].unbind(1))
 
     def _by_draw(self, rows: Tensor) -> Tensor:
         """[rows, ...] of each rank -> [rows * W, ...], step by step."""

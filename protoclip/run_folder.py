@@ -198,9 +198,9 @@ def find_resume(config: TrainConfig) -> Resume | None:
         return None
     file, payload = checkpoint.load_newest(path)
     folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
-    if not isinstance(payload.get("protoclip", {}).get("training"), dict):
+    saved = payload.get("protoclip", {})
+    if not {"training", "config", "step"} <= saved.keys():
         raise ValueError(
-            f"--resume: {file} has weights but no state of a run; use them by --pretrained"
+            f"--resume: checkpoint {file} has no state of a run; use its weights by --pretrained"
         )
-    checkpoint.check_form(file, payload, complete=True)
-    return Resume(folder, file, payload, payload["protoclip"]["step"])
+    return Resume(folder, file, payload, saved["step"])

@@ -313,7 +313,7 @@ class Stepper:
         """Take an optimiser's state; learning rate, betas and decay stay as they are.
 
         Raises:
-            ValueError: moments of another shape or dtype, which fused AdamW would read beyond.
+            ValueError: it is of other parameters.
         """
         own = [p for group in self.adamw.param_groups for p in group["params"]]
         groups = self.adamw.state_dict()["param_groups"]  # of this run, whose settings count
@@ -323,16 +323,6 @@ class Stepper:
                 f"checkpoint: expected the optimiser state of {len(own)} parameters, got that of "
                 f"{sum(map(len, saved))}; resume with the settings of the run"
             )
-        for number, moments in optimiser["state"].items():
-            like = {"exp_avg": own[number], "exp_avg_sq": own[number], "step": torch.zeros(())}
-            for name, want in like.items():
-                got = moments.get(name, 0)
-                form = getattr(got, "dtype", None), getattr(got, "shape", None)
-                if form != (want.dtype, want.shape) or not got.is_contiguous():
-                    raise ValueError(
-                        f"checkpoint: expected {name} of the optimiser's parameter {number} as "
-                        f"{want.dtype} {list(want.shape)}, got {form}; use an older checkpoint"
-                    )
         self.adamw.load_state_dict({"state": optimiser["state"], "param_groups": groups})
         if scaler:
             self.scaler.load_state_dict(dict(scaler))

@@ -40,20 +40,44 @@ def _strides(x: Tensor):
     return (ctypes.c_int64 * 2)(*x.stride())
 
 
+class _KmeansAssign(ctypes.Structure):  # as csrc/launchers.h
+    _fields_ = [
+        *(("points", ctypes.c_void_p), ("point_strides", ctypes.c_int64 * 2)),
+        *(("centroids", ctypes.c_void_p), ("centroid_strides", ctypes.c_int64 * 2)),
+        *(("n", ctypes.c_int64), ("k", ctypes.c_int), ("d", ctypes.c_int)),
+        *(("dtype", ctypes.c_int), ("packed", ctypes.c_void_p)),
+    ]
+
+
+def _kmeans_call(x: Tensor, c: Tensor, packed: Tensor | None):
+    matrices = x.data_ptr(), _strides(x), c.data_ptr(), _strides(c)
+    kept = None if packed is None else packed.data_ptr()
+    return ctypes.byref(_KmeansAssign(*matrices, len(x), *c.shape, DTYPES[x.dtype], kept))
+
+
+def kmeans_encode(points: Tensor, centroids: Tensor | None = None) -> Tensor:
+    """The packed points (bytes); as csrc/cuda_bindings.cpp, their own mean stands in for that of
+    the centroids."""
+    centroids, native = points if centroids is None else centroids, library("kmeans_assign")
+    size = native.packed_bytes(_kmeans_call(points, centroids, None))
+    memory = torch.full((size + 512,), 255, dtype=torch.uint8)
+    packed = memory[-memory.data_ptr() % 256 :]
+    error = native.encode(_kmeans_call(points, centroids, packed))
+    assert error == 0 and (packed[size:] == 255).all(), f"launch failed with {error}"
+    return packed
+
+
 def kmeans_assign(
-    points: Tensor, centroids: Tensor, *, device=SM_90
+    points: Tensor, centroids: Tensor, packed: Tensor | None = None, *, device=SM_90
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Labels, distances and what the plan chose; outputs start as garbage, to see all written."""
-    n, d = points.shape
-    labels, distances = torch.full((n,), -7), torch.full((n,), -7.0)
+    labels, distances = torch.full((len(points),), -7), torch.full((len(points),), -7.0)
     report = (ctypes.c_int64 * 6)()
     native = library("kmeans_assign")
     native.set_device(*device)
-    error = native.kmeans_assign(
-        *(_pointer(points), _strides(points), _pointer(centroids), _strides(centroids)),
-        *(ctypes.c_int64(n), len(centroids), d, DTYPES[points.dtype]),
-        *(_pointer(labels), _pointer(distances), report),
-    )
+    packed = kmeans_encode(points, centroids) if packed is None else packed
+    call = _kmeans_call(points, centroids, packed)
+    error = native.kmeans_assign(call, _pointer(labels), _pointer(distances), report)
     assert error == 0, f"launch failed with {error}"
     names = ("parts", "pack_points", "resident", "splits", "rescored", "screened")
     return labels, distances, dict(zip(names, report, strict=True))

@@ -4,7 +4,11 @@ import math
 
 import pytest
 import torch
-from cuda_host import SM_80, SM_86, SM_90, kmeans_assign
+from cuda_host import SM_80, SM_86, SM_90, kmeans_assign, kmeans_encode, library, segment_mean
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import protoclip
+from protoclip.ops.backends import FLOATS, TABLE, Backend, implementation
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -125,9 +129,10 @@ def test_rows_that_are_not_finite(dtype, generator):
     c = torch.randn(140, 40, generator=generator).to(dtype)
     want = kmeans_assign(x, c)[0]
     x[3, 0], x[150, 39], x[199, 20] = math.nan, math.nan, math.inf
-    labels, distances, _ = kmeans_assign(x, c)
     want[[3, 150, 199]] = -1
-    assert torch.equal(labels, want) and torch.equal(distances.isfinite(), want >= 0)
+    for packed in (None, kmeans_encode(x)):
+        labels, distances, _ = kmeans_assign(x, c, packed)
+        assert torch.equal(labels, want) and torch.equal(distances.isfinite(), want >= 0)
     c[100, 7] = math.nan  # as in the reference: no distance is known any more
     labels, distances, _ = kmeans_assign(x, c)
     assert (labels == -1).all() and distances.isnan().all()
@@ -158,3 +163,63 @@ def test_strides(generator):
         _, report = assert_nearest(x, c)
         assert report["pack_points"] == packed
     assert_nearest(wide[:, :90].T.float(), torch.randn(300, 70, generator=generator).T)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_kept_points_change_no_bit(dtype, generator):
+    """Points packed around their own centre, against centroids near and far."""
+    x, c = clustered(150, 140, 33, 1.5, generator)
+    x[3] = c[5]
+    x, c = x.to(dtype), c.to(dtype)
+    packed = kmeans_encode(x)
+    for centroids in (c, c.T.contiguous().T * 2, c[:20] * 1e10, c[:1] - 1e-3):
+        want, got = kmeans_assign(x, centroids), kmeans_assign(x, centroids, packed)
+        torch.testing.assert_close(got[:2], want[:2], rtol=0, atol=0)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """The backend "cuda", run by the emulation."""
+    ops = {
+        "kmeans_assign": lambda x, c: kmeans_assign(x, c)[:2],
+        "kmeans_encode": lambda x: [kmeans_encode(x)],
+        "kmeans_assign_coded": lambda x, c, packed: kmeans_assign(x, c, packed)[:2],
+        "segment_mean": segment_mean,
+    }
+    row = Backend(ops.__getitem__, ("cpu",), FLOATS, lambda: None)
+    monkeypatch.setitem(TABLE["kmeans_assign"], "cuda", row)
+    monkeypatch.setitem(TABLE["segment_mean"], "cuda", row)
+    implementation.cache_clear()
+    yield
+    implementation.cache_clear()
+
+
+class Conversions(TorchDispatchMode):
+    """Counts the tensors of a shape that are made bfloat16."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == BF16:
+            self.count += args[0].shape == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_kmeans_packs_its_points_once(backend, emulated, generator):
+    row = TABLE["kmeans_assign"][backend]
+    if "cpu" not in row.device_types or row.why_not():
+        pytest.skip(row.why_not() or f"here {backend} takes CUDA tensors only")
+    x, _ = clustered(150, 9, 24, 1.0, generator)
+    launches = library("kmeans_assign").launches_of_pack
+    before = launches()
+    with Conversions(x.shape) as conversions:
+        clusters = protoclip.kmeans(x, 9, num_iters=3, num_restarts=2, backend=backend)
+    assignments = 2 * (3 + 1)  # each packs its centroids
+    assert launches() - before == (1 + assignments if backend == "cuda" else 0)
+    assert conversions.count == (1 if backend == "triton" else 0)
+    labels, squared = protoclip.kmeans_assign(x, clusters.centroids, backend=backend)
+    assert torch.equal(labels, clusters.labels)
+    assert clusters.inertia == squared.double().sum().item()

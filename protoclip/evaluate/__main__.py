@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from protoclip import checkpoint, distributed
 from protoclip.commands import PROTOCOLS, TASKS, evaluate_parser
-from protoclip.config import TABLE, ModelConfig, TrainConfig, check_saved, from_dict, output_file
+from protoclip.config import TABLE, ModelConfig, TrainConfig, from_dict, output_file
 from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import open_layout
 from protoclip.evaluate.tasks import Encoder
@@ -63,7 +63,7 @@ def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
         what: a run folder or a checkpoint, an OpenCLIP name, a model config .json,
             "local-dir:PATH" or "hf-hub:ID".
         pretrained: OpenCLIP's tag or weights file for a name; "random": as initialised.
-        model: the OpenCLIP name of a checkpoint, where it does not know its own or is not trusted.
+        model: the OpenCLIP name of a checkpoint, where it does not know its own.
     """
     if what.startswith(WEIGHTS) or what.endswith(".json"):
         return _by_name(what, pretrained)
@@ -85,8 +85,6 @@ def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
         return dataclasses.replace(_by_name(model, str(path)), pretrained=str(path))
     config = from_dict(TrainConfig, stored)
     # Its weights come from the checkpoint; what it once started from need not be there any more.
-    if not model:
-        check_saved({"--model": config.model.model}, str(path))
     architecture = model or config.model.model
     built = build_model(dataclasses.replace(config.model, model=architecture, pretrained=""))
     built.load_state(payload)
@@ -126,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
     output = output_file(args.output or _output(args), "--output")
     loaded = load_model(args.what, args.pretrained, args.model)
     config = loaded.config or TrainConfig()
-    data = args.data or _own_data(loaded.config, args.what)
+    data = args.data or _own_data(loaded.config)
     columns = {name: vars(args).get(name, getattr(config.data, name)) for name in TABLE}
     columns["seed"] = config.run.seed if args.seed is None else args.seed
     columns |= {name: getattr(args, name) for name in ("split", "templates", "csv_label_key")}
@@ -162,12 +160,11 @@ def run(args: argparse.Namespace) -> None:
     print(results.format_table(outcome), *notes, f"CLIP_benchmark's JSON: {folder}", sep="\n")
 
 
-def _own_data(config: TrainConfig | None, where: str) -> str:
+def _own_data(config: TrainConfig | None) -> str:
     """What the run was evaluated on when it was trained."""
     if config is None:
         raise ValueError("--data is missing: what to evaluate the model on; see --help")
     data = config.data
-    check_saved({"--data": data.val_data or data.train_data}, where)
     if data.val_data or data.train_data.startswith("builtin:"):
         return data.val_data or data.train_data
     raise ValueError(f"the run was trained on all of {data.train_data}; give --data to evaluate on")

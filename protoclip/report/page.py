@@ -58,12 +58,11 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"report: expected a run folder of protoclip.train, found no {file}")
-    try:
+    config: Any = None
+    with contextlib.suppress(ValueError):
         config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"got {config!r:.40}")
-    except ValueError as error:
-        raise ValueError(f"report: expected settings as JSON in {file}: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"report: expected settings as JSON in {file}; train again")
     run = Run(path.resolve().name, path, config, snapshot=load_snapshot(path))
     if (path / "results.json").is_file():
         run = replace(run, outcome=results.read_results(path / "results.json"))
@@ -170,14 +169,7 @@ def write_report(
     if len({run.name for run in runs}) < len(runs):
         runs = [replace(run, name=str(run.path)) for run in runs]
     path = output_file(output or Path(folders[-1]) / NAME, "--output")
-    try:
-        text = render(runs)
-    except Exception as error:  # whatever a strange file leads to
-        raise ValueError(
-            f"report: expected files that protoclip.train wrote in {', '.join(map(str, folders))}, "
-            f"got others ({type(error).__name__}: {error}); train again"
-        ) from error
-    write_atomic(path, text)
+    write_atomic(path, render(runs))
     return path
 
 

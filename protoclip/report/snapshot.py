@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -371,17 +370,12 @@ def environment() -> dict[str, Any]:
     """Machine and versions, for those who want the same numbers."""
     import protoclip
 
-    cpu, commit = platform.machine(), ""
+    cpu = platform.machine()
     with contextlib.suppress(OSError):
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
         cpu = found[1] if found else cpu
-    with contextlib.suppress(OSError):
-        command = ["git", "rev-parse", "--short=12", "HEAD"]
-        got = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = got.stdout.strip()
     return {
         "protoclip": protoclip.__version__,
-        "commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": f"{cpu}, {torch.get_num_threads()} threads",
