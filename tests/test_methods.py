@@ -1,5 +1,7 @@
 """Every switch of the method: what it changes, on tiny runs and on numbers."""
 
+import math
+
 import pytest
 import torch
 from ranks import config_of, metrics
@@ -10,6 +12,7 @@ from protoclip.data.loader import EpochOrder
 from protoclip.model import build_model
 from protoclip.run_folder import RunFolder
 from protoclip.schedule import make_plan
+from protoclip.step import Stepper
 from protoclip.train import Setup, Trainer
 
 DATASET = open_dataset("builtin:shapes:84")
@@ -65,6 +68,25 @@ def test_a_locked_image_tower_does_not_move(run, tmp_path, flags):
     first, last = (checkpoint.load(folder / f"epoch_{n}.pt")["state_dict"] for n in (1, 2))
     moved = {name for name in first if not torch.equal(first[name], last[name])}
     assert moved and not any(name.startswith("visual.") for name in moved)
+
+
+def test_the_image_towers_rate_ends_where_it_is_locked(run, monkeypatch):
+    """Its cosine is at nothing there, the text tower's is not: algorithm.md §3, final phase."""
+    rates = []
+    step = Stepper.step
+
+    def seen(self, *rest, lr, image_lr, **options):
+        taken = step(self, *rest, lr=lr, image_lr=image_lr, **options)
+        groups = self.adamw.param_groups
+        rates.append([{g["lr"] for g in groups if g["image"] is own} for own in (True, False)])
+        return taken
+
+    monkeypatch.setattr(Stepper, "step", seen)
+    run("--lit-start", "1", "--warmup", "1", "--lr", "1")
+    half = [0.5 * (1 + math.cos(math.pi * n / 2)) for n in range(3)]
+    fifth = [0.5 * (1 + math.cos(math.pi * n / 5)) for n in range(5)]
+    assert [image for (image,), _ in rates] == pytest.approx([1, *half[:2], *[0] * 3], abs=1e-9)
+    assert [text for _, (text,) in rates] == pytest.approx([1, *fifth], abs=1e-9)
 
 
 def test_an_episode_says_how_it_went(run):
