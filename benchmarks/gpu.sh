@@ -33,7 +33,7 @@ step() { # NAME SECONDS COMMAND...: run it, log it, go on whatever happens
   step install 30 "$python" -m pip install --quiet --no-deps --no-build-isolation --no-index -e .
 tests=(tests/test_package.py tests/test_backends.py tests/test_cuda_gpu.py
   tests/test_kernels_info_nce.py tests/test_kernels_prototype.py
-  tests/test_ops_by_hand.py tests/test_prototype_cross_entropy.py tests/test_segment_mean.py
+  tests/test_prototype_cross_entropy.py tests/test_segment_mean.py
   tests/test_kmeans_assign.py)
 # The library's halves are built by two processes, before any test waits for them.
 build='import sys, torch; from protoclip.ops import native as n; why = n.why_not(sys.argv[1])

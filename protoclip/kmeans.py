@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from numbers import Integral
 from types import ModuleType
 from typing import Any
@@ -190,8 +189,10 @@ def kmeans(
     _check_values(rows, num_clusters, init)
     rows.weights = _checked_weights(rows, weights)
 
+    assign = assignment(points, num_clusters, "auto" if backend == "faiss" else backend)
+
     def start(restart: int) -> Tensor:
-        return _first_centroids(rows, num_clusters, init, seed + restart)
+        return _first_centroids(rows, num_clusters, init, seed + restart, assign)
 
     if backend == "faiss":
         if group is not None or weights is not None or init == "k-means++":
@@ -202,8 +203,7 @@ def kmeans(
         given = start(0) if isinstance(init, Tensor) else None
         settings = {"niter": num_iters, "nredo": num_restarts, "seed": seed, "spherical": spherical}
         centroids, history = _faiss(points, num_clusters, given, settings)
-        return _assigned(centroids, history, rows, partial(kmeans_assign, points))
-    assign = assignment(points, num_clusters, backend)
+        return _assigned(centroids, history, rows, assign)
     restarts = 1 if isinstance(init, Tensor) else num_restarts
     runs = (_lloyd(rows, start(r), num_iters, spherical, assign, progress) for r in range(restarts))
     return min(runs, key=lambda clusters: clusters.inertia)
@@ -240,7 +240,9 @@ def _checked_weights(rows: _Points, weights: Tensor | Sequence[float] | None) ->
     return weights
 
 
-def _first_centroids(rows: _Points, k: int, init: str | Tensor, seed: int) -> Tensor:
+def _first_centroids(
+    rows: _Points, k: int, init: str | Tensor, seed: int, assign: Assign
+) -> Tensor:
     """Given centroids, random points, or k-means++ (Arthur and Vassilvitskii 2007) in few passes.
 
     A pass draws many candidates by their squared distance at its start. They are then visited in
@@ -264,7 +266,7 @@ def _first_centroids(rows: _Points, k: int, init: str | Tensor, seed: int) -> Te
     squared = points.new_full((len(points),), math.inf, dtype=torch.float64)
     fresh = centroids
     while len(centroids) < k:
-        squared = torch.minimum(squared, kmeans_assign(points, fresh)[1].double())
+        squared = torch.minimum(squared, assign(fresh)[1].double())
         draws = min(MAX_DRAWS, max(8, len(centroids)))
         uniform = torch.rand(2, draws, generator=generator, dtype=torch.float64)
         fresh = _drawn(rows, squared, *uniform)[: k - len(centroids)]

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from protoclip.config import TrainConfig, build_parser, parse
 from protoclip.data import open_dataset
 from protoclip.data.__main__ import export_shards
 
@@ -85,6 +86,11 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     bad = [f"rank {number}:\n{text}" for number, fine, text in found if not fine]
     assert not bad, "\n".join(bad)
     return [value for _, _, value in sorted(found, key=lambda item: item[0])]
+
+
+def config_of(*flags: str) -> TrainConfig:
+    """The settings of ``protoclip train`` with these flags."""
+    return parse(build_parser("train", ""), list(flags))
 
 
 def tiny_run(folder: Path, name: str, *flags: str) -> list[str]:

@@ -2,26 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
-from report_run import make_run
+from ranks import config_of
 
-from protoclip.config import (
-    TrainConfig,
-    build_parser,
-    from_dict,
-    parse,
-    preset_names,
-    to_dict,
-)
-from protoclip.evaluate.__main__ import main as evaluate
-from protoclip.export import main as export
-from protoclip.report.__main__ import main as report
-from protoclip.teacher import main as teacher
-
-
-def config_of(*flags):
-    return parse(build_parser("train", ""), list(flags))
+from protoclip.__main__ import main
+from protoclip.config import TrainConfig, from_dict, preset_names, to_dict
 
 
 def test_default_is_what_no_flag_does_and_paper_is_a_preset():
@@ -90,22 +77,22 @@ def test_bad_files_are_refused(tmp_path, monkeypatch, text, words):
 
 
 COMMANDS = {
-    "evaluate": (evaluate, ["protoclip-tiny", "--pretrained", "random", "--data", "builtin:none"]),
-    "teacher": (teacher, ["--data", "builtin:none"]),
-    "report": (report, ["run"]),
-    "export": (export, ["weights.pt"]),
+    "evaluate": ["protoclip-tiny", "--pretrained", "random", "--data", "builtin:none"],
+    "teacher": ["--data", "builtin:none"],
+    "report": ["run"],
+    "export": ["weights.pt"],
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_mistaken_outputs_are_refused_first(tmp_path, monkeypatch, capsys, command):
+def test_mistaken_outputs_are_refused_first(trained, tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
-    make_run(tmp_path / "run")
+    shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "weights.pt").write_bytes(b"")
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    main, argv = COMMANDS[command]
+    argv = [command, *COMMANDS[command]]
     flag = "--out" if command in ("teacher", "export") else "--output"
     for path, words in (("file/x", "but file is a file"), ("folder", "folder")):
         if (command, path) != ("export", "folder"):

@@ -2,6 +2,7 @@
 formulas of well-known losses, and edges."""
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -46,9 +47,9 @@ class Problem:
             same = set()
             if self.key_ids is not None:
                 taken = self.query_ids is None
-                mine = [self.key_ids[j] for j in own] if taken else [self.query_ids[i]]
-                pairs = itertools.product(range(m), mine)
-                same = {j for j, ids in pairs if (self.key_ids[j] == ids).any()}
+                mine = self.key_ids[sorted(own)] if taken else self.query_ids[i : i + 1]
+                alike = (self.key_ids[:, None] == mine).flatten(1).any(dim=1)
+                same = set(alike.nonzero().flatten().tolist())
             gone = {int(self.exclude[i])} if self.exclude is not None else set()
             if self.key_bias is not None:
                 gone |= set((self.key_bias == -torch.inf).nonzero().flatten().tolist())
@@ -156,6 +157,20 @@ def problem(kind, n, m, d, dtype=torch.float32, scale=14.3, seed=0):
 KINDS = ["own", "exclude", "two ids", "positive", "groups", "one id", "alone", "bias"]
 # The smallest, less than a vector, two ragged tiles of 128 x 256, D odd and even.
 SIZES = [(1, 1, 1), (2, 5, 3), (17, 33, 20), (130, 300, 17), (150, 150, 64)]
+
+
+@both
+def test_one_query_and_four_keys_by_hand(backend):
+    """Logits 0, 1, 2, 3; key 1 is its own, key 2 the same thing, key 3 is never seen."""
+    keys, ids = torch.arange(4.0)[:, None], torch.tensor([0, 1, 1, 3])
+    given = {"positives": torch.tensor([1]), "exclude": torch.tensor([3]), "backend": backend}
+    for same_id, want in (
+        ("exclude", math.log(1 + math.e) - 1),  # of keys 0 and 1
+        ("positive", math.log(1 + math.e + math.exp(2)) - 1.5),
+    ):
+        given |= {"key_ids": ids, "same_id": same_id}
+        got = protoclip.contrastive(torch.ones(1, 1), keys, 1.0, **given)
+        assert got.item() == pytest.approx(want, rel=1e-6)
 
 
 @both

@@ -10,12 +10,7 @@ from pairs import MEAN, STD, assert_equal, load, tokenize
 from PIL import Image
 from torchvision import transforms
 
-from protoclip.data import (
-    Draws,
-    EpochOrder,
-    build_transform,
-    open_dataset,
-)
+from protoclip.data import Draws, EpochOrder, build_transform, open_dataset
 
 
 @pytest.fixture(scope="module")

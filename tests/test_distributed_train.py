@@ -47,7 +47,7 @@ def alone(folder):
 
 
 @pytest.mark.parametrize("features", FEATURES)
-@pytest.mark.parametrize(("ranks", "passes"), [(1, 3), (2, 1), (2, 3), (3, 1), (4, 1)])
+@pytest.mark.parametrize(("ranks", "passes"), [(1, 3), (2, 3), (3, 1), (4, 1)])
 def test_any_number_of_ranks_and_passes_gives_the_losses_of_one(
     folder, alone, ranks, passes, features
 ):
@@ -95,16 +95,9 @@ class ExactLoss:
         if episode is not None:
             image, text = self.model.image_head(unit[0]), self.model.text_head(unit[1])
             features = {"image": F.normalize(image, dim=1), "text": F.normalize(text, dim=1)}
-            total = (
-                total
-                + prototype_term(
-                    features,
-                    index,
-                    episode.sets,
-                    proto_scale,
-                    over_ranks=distributed.is_distributed(),
-                )[0]
-            )
+            ranks = {"over_ranks": distributed.is_distributed()}
+            term = prototype_term(features, index, episode.sets, proto_scale, **ranks)[0]
+            total = total + term
         return Losses(total, {}, {})
 
 

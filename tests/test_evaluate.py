@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import math
-import types
+import shutil
 
 import pytest
 import torch
 
 from protoclip import checkpoint
-from protoclip.config import ModelConfig, TrainConfig, to_dict
+from protoclip.config import ModelConfig
 from protoclip.data import Labels, Subset, noto_available, open_dataset
 from protoclip.evaluate import metrics
 from protoclip.evaluate.__main__ import main
@@ -21,19 +21,10 @@ from protoclip.evaluate.results import (
     read_results,
     write_results,
 )
-from protoclip.evaluate.tasks import (
-    Encoder,
-    EvalSet,
-    encode_sets,
-    evaluate_features,
-    floors,
-    take,
-)
+from protoclip.evaluate.tasks import Encoder, EvalSet, encode_sets, evaluate_features, floors, take
 from protoclip.model import build_model
 
 CPU = torch.device("cpu")
-
-
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
@@ -109,30 +100,19 @@ def hash_of(key):
 
 
 @pytest.fixture
-def run(tmp_path):
-    """A run folder as training leaves it, of an untrained model."""
-    config = TrainConfig()
-    torch.manual_seed(0)
-    model = build_model(config.model)
-    folder = tmp_path / "run"
-    (folder / "checkpoints").mkdir(parents=True)
-    payload = {
-        "epoch": 1,
-        "name": "run",
-        "state_dict": model.clip.state_dict(),
-        "optimizer": {},
-        "protoclip": {**model.extra_state(), "config": to_dict(config), "step": 1},
-    }
-    checkpoint.save(folder / "checkpoints" / checkpoint.LATEST, payload)
-    return types.SimpleNamespace(folder=folder, model=model, config=config)
+def run(trained, tmp_path):
+    """A copy of a run's folder."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
-def test_command_gives_the_numbers_of_the_stored_model(run, capsys):
-    assert main([str(run.folder), "--data", "builtin:shapes:100", "--device", "cpu"]) == 0
+def test_command_gives_the_numbers_of_the_stored_model(run, nano, capsys):
+    assert main([str(run), "--data", "builtin:shapes:100", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "Held-out pairs (HO)" in printed and "image -> text R@5" in printed
-    outcome = read_results(run.folder / "results-builtin_shapes_100.json")
-    sets, train = encode_sets(Encoder(run.model, CPU), open_layout("builtin:shapes:100"))
+    outcome = read_results(run / "results-builtin_shapes_100.json")
+    model = build_model(ModelConfig(model=str(nano)))
+    model.load_state(checkpoint.load_newest(run)[1])
+    sets, train = encode_sets(Encoder(model, CPU), open_layout("builtin:shapes:100"))
     want = evaluate_features(sets, train)["HO"].metrics["text_retrieval_recall@5"]
     assert outcome.trained["HO"].metrics["text_retrieval_recall@5"] == want
     assert outcome.untrained is None
@@ -140,10 +120,9 @@ def test_command_gives_the_numbers_of_the_stored_model(run, capsys):
 
 def test_command_renews_what_training_left(run, capsys):
     sets = {"HO": SetResults("Held-out pairs", 1, 1, {"text_retrieval_recall@5": 0.25})}
-    data, path = "builtin:shapes:100", run.folder / "results.json"
+    data, path = "builtin:shapes:100", run / "results.json"
     write_results(path, Outcome(data, "tiny", "old.pt", sets, sets, {"training": 60.0}, 2**30))
-    flags = ["--data", data, "--output", str(path), "--device", "cpu"]
-    assert main([str(run.folder), *flags]) == 0
+    assert main([str(run), "--data", data, "--output", str(path), "--device", "cpu"]) == 0
     printed, outcome = capsys.readouterr().out, read_results(path)
     assert "untrained" in printed and "training 60.0 s" in printed and "1,024 MiB" in printed
     assert outcome.trained["HO"].samples == 12 and outcome.untrained == sets
@@ -151,13 +130,10 @@ def test_command_renews_what_training_left(run, capsys):
 
 
 def test_command_asks_for_data_where_the_run_has_none(run, capsys):
-    values = to_dict(run.config)
-    values["data"]["train_data"] = "pairs.csv"
-    path = run.folder / "checkpoints" / checkpoint.LATEST
-    payload = checkpoint.load(path)
-    payload["protoclip"]["config"] = values
+    path, payload = checkpoint.load_newest(run)
+    payload["protoclip"]["config"]["data"]["train_data"] = "pairs.csv"
     checkpoint.save(path, payload)
-    assert main([str(run.folder)]) == 2
+    assert main([str(run)]) == 2
     assert "give --data" in capsys.readouterr().err
 
 

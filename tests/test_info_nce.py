@@ -4,6 +4,7 @@ Triton has its own tests.
 """
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -78,15 +79,6 @@ def test_values_and_gradients_are_within_budget(scale, dtype):
         x, y = clustered(n, d, dtype, seed)
         check(x, y, scale, "cpu")
         check(x, y, scale, "cpu", weights=torch.rand(n) + 0.5)
-
-
-@needs_cpu
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("n, d", [(1000, 1), (1000, 123), (1000, 768), (4096, 17), (4096, 512)])
-def test_large_shapes_are_within_budget(n, d, dtype):
-    for scale in [100.0] if n == 4096 else [1.0, 14.3, 100.0]:
-        check(*clustered(n, d, dtype), scale, "cpu", torch.rand(n) + 0.5)
 
 
 @needs_cpu
@@ -169,6 +161,15 @@ def test_strides_and_offsets_do_not_matter():
         for view in (wide[:, 5:39], x.T.contiguous().T, x.repeat_interleave(2, 0)[::2]):
             got = protoclip.info_nce(view, y, 20.0, reduction="none", backend="cpu")
             assert torch.equal(got, want)
+
+
+@both
+def test_two_pairs_and_equal_rows_by_hand(backend):
+    x = torch.eye(2)
+    two = protoclip.info_nce(x, x, 2.0, backend=backend)
+    assert two.item() == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-6)
+    x = F.normalize(torch.ones(9, 4), dim=1)
+    assert protoclip.info_nce(x, x, 50.0, backend=backend).item() == pytest.approx(math.log(9))
 
 
 @both
@@ -258,8 +259,8 @@ def test_opcheck_and_one_graph(dtype):
 @needs_cpu
 @pytest.mark.slow
 def test_more_than_two_to_the_31_logits():
-    """50,000 rows of five kinds: the truth follows from a 5 x 5 table."""
-    n, kinds = 50_000, 5
+    """Rows of five kinds: the truth follows from a 5 x 5 table."""
+    n, kinds = 46_345, 5
     a, b = (t.double() for t in clustered(kinds, 4, noise=1.0))
     s = torch.tensor(10.0, dtype=torch.float64)
     logits = s * a @ b.T
@@ -278,7 +279,7 @@ def test_more_than_two_to_the_31_logits():
 
 MEMORY = """
 import pytest, torch, protoclip
-n, d = 16384, 512
+n, d = 8192, 512
 x = torch.nn.functional.normalize(torch.randn(n, d), dim=-1).{dtype}().requires_grad_()
 y = x.detach().roll(1, 0).requires_grad_()
 grads = 2 * x.nbytes // 2**20  # of x and y
@@ -297,5 +298,5 @@ with pytest.raises(RuntimeError, match="memory"):
 def test_memory_does_not_grow_with_the_square(dtype):
     """64 MiB beside the gradients hold it, and 8 of mere addresses: blocks are whole huge pages.
 
-    A matrix of fp32 logits would be 1,024."""
+    A matrix of fp32 logits would be 256."""
     run_in_room(MEMORY.replace("{dtype}", dtype))

@@ -135,6 +135,10 @@ def test_any_shape_and_stride(backend, n, k, d, seed):
 
 @backends
 def test_equal_centroids_give_the_lowest_index(backend):
+    points = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 0.0]])
+    centroids = torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 0.0], [2.0, 0.0]])
+    labels, squared = protoclip.kmeans_assign(points, centroids, backend=backend)
+    assert labels.tolist() == [1, 0, 0] and squared.tolist() == [0.0, 17.0, 1.0]
     x, c = torch.randn(200, 40), torch.randn(7, 40)
     labels, _ = protoclip.kmeans_assign(x, c.repeat(30, 1), backend=backend)
     assert torch.equal(labels, protoclip.kmeans_assign(x, c, backend="reference")[0])

@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from ranks import metrics
+from ranks import config_of, metrics
 
 from protoclip import checkpoint
-from protoclip.config import build_parser, parse
 from protoclip.data import open_dataset
 from protoclip.data.loader import EpochOrder
 from protoclip.model import build_model
@@ -18,10 +17,6 @@ from protoclip.train import Setup, Trainer
 
 DATASET = open_dataset("builtin:shapes:84")
 TEACHER = torch.randn(84, 8)
-
-
-def config_of(*flags):
-    return parse(build_parser("train", ""), list(flags))
 
 
 @pytest.fixture

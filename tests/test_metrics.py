@@ -18,12 +18,7 @@ from protoclip.config import ModelConfig
 from protoclip.data import Labels
 from protoclip.evaluate import metrics
 from protoclip.evaluate.datasets import class_prompts, read_templates
-from protoclip.evaluate.tasks import (
-    Encoder,
-    EvalSet,
-    class_features,
-    evaluate_features,
-)
+from protoclip.evaluate.tasks import Encoder, EvalSet, class_features, evaluate_features
 from protoclip.model import build_model
 
 linear_model = pytest.importorskip("sklearn.linear_model")
@@ -127,8 +122,7 @@ def test_zero_shot_classifier_is_openclips():
         model.clip, model.tokenizer, names, open_clip.OPENAI_IMAGENET_TEMPLATES
     )  # [D, C]
     ours = class_features(
-        Encoder(model, torch.device("cpu")),
-        class_prompts("class", names, read_templates("openai")),
+        Encoder(model, torch.device("cpu")), class_prompts("class", names, read_templates("openai"))
     )
     torch.testing.assert_close(ours, theirs.T, atol=1e-6, rtol=0)
     image = torch.randn(20, len(theirs), generator=generator(1))
@@ -246,7 +240,7 @@ def test_geometry_by_hand():
     assert math.isnan(metrics.uniformity(text[:1]))
 
 
-def test_bootstrap(monkeypatch):
+def test_bootstrap():
     g = generator(4)
     x = (torch.rand(400, generator=g) < 0.3).float()
     samples = {"x": x, "y": torch.rand(400, generator=g), "z": x[:40], "none": x[:0]}
@@ -255,11 +249,7 @@ def test_bootstrap(monkeypatch):
     spread = 1.96 * (x.var() / 400).sqrt().item()  # what the normal approximation says
     assert x.mean().item() - low == pytest.approx(spread, rel=0.15)
     assert high - x.mean().item() == pytest.approx(spread, rel=0.15)
-    monkeypatch.setattr(metrics, "DRAWS_AT_ONCE", 60 * 7)  # in blocks as at once
-    again = metrics.bootstrap_intervals(samples)
-    assert list(again) == list(found) and set(found) == {"x", "y", "z"}
-    for name, interval in again.items():
-        assert interval == pytest.approx(found[name])
+    assert set(found) == {"x", "y", "z"}
     draws = torch.randint(40, (30, 40), generator=generator(3))  # the samples themselves
     ends = x[:40][draws].double().mean(1).quantile(torch.tensor([0.025, 0.975]).double())
     got = metrics.bootstrap_intervals({"z": x[:40]}, resamples=30, seed=3)["z"]

@@ -29,14 +29,6 @@ def test_our_flags_are_popped_and_theirs_stay():
     assert command.split_flags(["--lr", "1e-3"]) == (None, False, ["--lr", "1e-3"])
 
 
-def test_help_shows_both_sides(capsys):
-    with pytest.raises(SystemExit):
-        command.main(["--help"])
-    shown = capsys.readouterr().out
-    assert "--proto-queue" in shown and "--grad-checkpointing" in shown
-    assert shown.count("usage:") == 1
-
-
 def test_create_loss_gives_ours_and_keeps_what_is_not_ours(caplog):
     caplog.set_level("INFO")
     plain = protoclip.create_loss(args())

@@ -1,8 +1,11 @@
 """prototype_cross_entropy and soft_targets: by hand, against the authors' own form, edges."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from budget import usable
 
 import protoclip
 
@@ -37,6 +40,17 @@ def test_equals_the_authors_formulation_in_fp64(temperature, scale):
         torch.autograd.grad(got, (h, s)), torch.autograd.grad(want, (h, s)), strict=True
     ):
         assert (a - b).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("backend", [b for b in usable("soft_targets") if b != "triton"])
+def test_two_prototypes_by_hand(backend):
+    h, c = torch.tensor([[1.0, 0.0]]), torch.eye(2)
+    got = protoclip.prototype_cross_entropy(h, c, torch.tensor([1]), 2.0, backend=backend)
+    assert got.item() == pytest.approx(math.log(math.exp(2) + 1), rel=1e-6)
+    p = 1 / (1 + math.exp(-2.0))  # tau = 0.5: logits 2 and 0
+    want = torch.tensor([[p * 1 + (1 - p) * 3], [(1 - p) * 1 + p * 3]])
+    got = protoclip.soft_targets(c, torch.tensor([[1.0], [3.0]]), 0.5, backend=backend)
+    torch.testing.assert_close(got, want)
 
 
 def test_ignored_samples_count_for_nothing():

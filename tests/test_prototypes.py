@@ -10,14 +10,7 @@ from protoclip.config import EpisodeConfig, LossConfig, ModelConfig
 from protoclip.data import Draws, batches, build_transform, open_dataset
 from protoclip.losses import ProtoLoss, similarity_distillation
 from protoclip.model import Encoded, build_model
-from protoclip.prototypes import (
-    IGNORE,
-    EpisodeBuilder,
-    Features,
-    FeatureStore,
-    extract,
-    purity,
-)
+from protoclip.prototypes import IGNORE, EpisodeBuilder, Features, FeatureStore, extract, purity
 
 N, DATASET, CPU = 60, 80, torch.device("cpu")
 

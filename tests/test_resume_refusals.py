@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from filelock import FileLock
+from ranks import losses
 
 from protoclip import checkpoint
 from protoclip.train import main
@@ -49,6 +50,8 @@ def test_it_resumes(run):
     code, message, touched = run("--lr", "0.5")
     assert code == 0 and touched, message
     assert json.loads((run.folder / "config.json").read_text())["optim"]["lr"] == 0.5
+    assert "lr was 0.0" in (run.folder / "out.log").read_text()
+    assert [step for step, _ in losses(run.folder)] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(

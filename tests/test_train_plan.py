@@ -4,18 +4,11 @@ import math
 
 import pytest
 import torch
+from ranks import config_of
 
-from protoclip.config import (
-    OptimConfig,
-    build_parser,
-    parse,
-)
+from protoclip.config import OptimConfig
 from protoclip.prototypes import check_clusters
 from protoclip.schedule import draw, learning_rate, make_plan, parse_interval
-
-
-def config_of(*flags):
-    return parse(build_parser("train", ""), list(flags))
 
 
 class TestDraws:
