@@ -1,6 +1,6 @@
 """ProtoCLIP at the price of CLIP: losses that never store their logits, exact k-means.
 
-Importing it loads torch and nothing heavier; the rest comes in on first use.
+``import protoclip`` loads torch and nothing heavier; other modules load at first use.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""Checkpoints: values in, values out, written so that a crash leaves the old file or the new one.
+"""Save and load checkpoints; a crash while saving leaves either the old file or the new one.
 
-A file is what ``torch.save`` writes, with its SHA-256 in the zip comment at its end: torch and
-OpenCLIP read it as usual, and ``load`` tells a torn or altered file from a whole one.
+A checkpoint is a ``torch.save`` file with its SHA-256 in the zip comment at the end: torch and
+OpenCLIP read it as usual, and ``load`` detects a torn or altered file.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 
 from protoclip.data.files import whole_file
 
-FORMAT = 3  # of the entries below "protoclip"
+FORMAT = 3  # of the entries under the key "protoclip"
 LATEST = "epoch_latest.pt"
-PREVIOUS = "epoch_previous.pt"  # the one before: what there is when the latest is torn
+PREVIOUS = "epoch_previous.pt"  # the one before, used when the latest is torn
 SEAL = b"protoclip sha256 "
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ def save(
 ) -> None:
     """Write ``payload`` (tensors, numbers, strings, dicts of them) to ``path``, atomically.
 
-    The bytes go to a temporary file of the same folder, reach the disk, and then take the name.
-    With ``previous`` the file that had the name until then is kept under that path.
+    The bytes go to a temporary file in the same folder, which is synced and then renamed.
+    If ``previous`` is given, the old file at ``path`` is kept under that path.
 
     Raises:
         OSError: the folder is missing, read-only or full; an older file at ``path`` is untouched.
@@ -48,14 +48,14 @@ def save(
             if previous is not None and path.exists():
                 os.replace(path, previous)
     except RuntimeError as error:
-        # torch's writer hides what the file said behind an error of its own.
+        # torch's writer hides the OSError behind a RuntimeError of its own.
         if isinstance(full := error.__context__, OSError):
             raise OSError(full.errno, full.strerror, str(path)) from error
         raise
 
 
 def _seal(path: Path) -> None:
-    """Append the digest of a zip file as its comment; two bytes before it hold its length."""
+    """Append a zip file's digest as its comment; the two bytes before it hold its length."""
     size = path.stat().st_size - 2
     comment = SEAL + _digest(path, size)
     with open(path, "r+b") as file:
@@ -78,10 +78,10 @@ def _digest(path: str | os.PathLike[str], size: int) -> bytes:
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint onto the CPU without running code from it.
 
-    A file that protoclip wrote must have the checksum it was written with.
+    A file that protoclip wrote must match its checksum.
 
     Raises:
-        ValueError: no such file, or its bytes are no checkpoint, or not those that were written.
+        ValueError: the file is missing, is not a checkpoint, or does not match its checksum.
     """
     path = Path(path)
     if not path.is_file():
@@ -91,10 +91,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's readers raise nearly anything on damaged or hostile bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "weights_only" in reason:  # torch's advice is to run the file's code; ours is not
-            reason = "it holds no tensors, or code beside them"
+        if "weights_only" in reason:  # torch advises running the file's code; we do not
+            reason = "it holds code, or no tensors"
         raise ValueError(
-            f"checkpoint: {path} cannot be read ({reason}); it is torn or no checkpoint, "
+            f"checkpoint: {path} cannot be read ({reason}); it is torn or not a checkpoint, so "
             "use an older one"
         ) from error
     if not isinstance(payload, dict):
@@ -108,7 +108,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _check_seal(path: Path) -> None:
-    """Compare the digest, where there is one; files of torch and OpenCLIP have none."""
+    """Check the digest if there is one; files from torch and OpenCLIP have none."""
     length = len(SEAL) + 64
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -119,7 +119,7 @@ def _check_seal(path: Path) -> None:
 
 
 def candidates(run: str | os.PathLike[str]) -> list[Path]:
-    """Checkpoints of a run folder, or of a folder of them, newest first; of a file it alone."""
+    """The checkpoints in a run folder or checkpoint folder, newest first; a file gives itself."""
     if Path(run).is_file():
         return [Path(run)]
     folder = Path(run) / "checkpoints"
@@ -128,16 +128,16 @@ def candidates(run: str | os.PathLike[str]) -> list[Path]:
 
 
 def numbered(folder: Path) -> list[Path]:
-    """The epoch_N.pt of a folder, newest first."""
+    """The epoch_N.pt files in a folder, newest first."""
     found = [path for path in folder.glob("epoch_*.pt") if path.stem[6:].isdigit()]
     return sorted(found, key=lambda path: int(path.stem[6:]), reverse=True)
 
 
 def load_newest(run: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint file, or the newest whole one of a run folder; a warning for each that is not.
+    """Load a checkpoint file, or the newest intact one in a run folder; warn of damaged ones.
 
     Raises:
-        ValueError: there is none, or none is whole.
+        ValueError: there is no checkpoint, or none is intact.
     """
     paths = candidates(run)
     for path in paths:
@@ -153,7 +153,7 @@ def load_newest(run: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
 
 
 def fingerprint(keys: Sequence[str], samples: int = 1000) -> str:
-    """A short name of a data set: its size and a digest of up to ``samples`` of its keys."""
+    """A short identifier of a data set: its size and a digest of up to ``samples`` of its keys."""
     digest = hashlib.sha256(str(len(keys)).encode())
     for i in np.linspace(0, max(0, len(keys) - 1), min(samples, len(keys)), dtype=np.int64):
         digest.update(keys[int(i)].encode("utf-8", "surrogateescape") + b"\0")

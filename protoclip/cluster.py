@@ -1,8 +1,8 @@
 """``protoclip cluster DATA --k 50``: which pictures, or rows of features, belong together.
 
 Writes clusters.csv (file, cluster, squared distance to its centroid, rank within it),
-centroids.safetensors (``protoclip.Clusters.load`` reads it), report.html and, of pictures,
-features.npz (for --features) into a folder.
+centroids.safetensors (``protoclip.Clusters.load`` reads it), report.html and, for pictures,
+features.npz (for --features) to a folder.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from protoclip.teacher import SUFFIXES, read_rows, write_rows
 PROG, FEATURES = "protoclip cluster", "features.npz"
 MODEL, WEIGHTS = "ViT-B-32", "laion2b_s34b_b79k"  # OpenCLIP's own example
 MAPPED = 2000  # samples on the page's map
-JUDGED, LARGEST = 3000, 300  # --k auto: rows that judge, and the largest K
+JUDGED, LARGEST = 3000, 300  # --k auto: rows of the silhouette, and the largest K
 BLOCK = 65_536  # rows whose distances are computed at once
-NAMED = 10  # unreadable pictures
-PLUS_PLUS = 1024  # up to this K, the best of three starts by k-means++
+NAMED = 10  # unreadable pictures that are listed
+PLUS_PLUS = 1024  # largest K for which k-means++ runs three times
 
 
 class FeatureRows:
@@ -65,7 +65,7 @@ class FeatureRows:
 
 @dataclass(frozen=True)
 class Points:
-    """What is clustered."""
+    """The rows to cluster, and what they stand for."""
 
     dataset: PairDataset  # of length N
     rows: Tensor  # [N, D]
@@ -75,13 +75,13 @@ class Points:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
+    """Run the command: features, K, k-means, and files."""
     out, began = Path(args.out), time.perf_counter()
     check_above(out / "clusters.csv", "--out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out: {out} cannot be made ({error.strerror})") from error
+        raise ValueError(f"--out: {out} cannot be created ({error.strerror})") from error
     is_file = Path(args.data).suffix in SUFFIXES
     points = read_features(args) if is_file else encode_pictures(args)
     if not (is_file or args.features):
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     k, why = choose_k(args.k, rows, args.seed)
     size = rows.nbytes + 4 * k * rows.shape[1] * 4 + 32 * len(rows)
     print(
-        f"{len(rows):,} rows of {rows.shape[1]} numbers into {k:,} groups{why}; k-means takes "
+        f"{len(rows):,} rows of {rows.shape[1]} numbers into {k:,} groups{why}; k-means needs "
         f"{math.ceil(size / 2**20):,} MiB",
         file=sys.stderr,
     )
@@ -115,14 +115,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def encode_pictures(args: argparse.Namespace) -> Points:
-    """Unit features of the pictures, by the model that the command line asks for or of its file."""
+    """Unit features of the pictures, from the model or the file that the command line names."""
     if args.captions or args.normalize:
         expected = f"expected a file of features ({', '.join(SUFFIXES)})"
         raise ValueError(f"--captions, --normalize: {expected}, got {args.data}")
     given = {"--run": args.run, "--model, --pretrained": args.model + args.pretrained}
     ways = [flag for flag, value in (given | {"--features": args.features}).items() if value]
     if len(ways) > 1:
-        raise ValueError(f"{ways[0]}: it says all about the features; leave out {ways[1]}")
+        raise ValueError(f"{ways[0]}: expected one source of features; leave out {ways[1]}")
     path = Path(args.data)
     folder = path.is_dir() and not any(path.glob("*.tar"))
     known = args.data.startswith("builtin:") or args.data.lower().endswith((".csv", ".tsv"))
@@ -136,7 +136,7 @@ def encode_pictures(args: argparse.Namespace) -> Points:
     if folder:
         dataset = ImageFolder(path, [""], ())
         if others := ", ".join(f"{n:,} {kind}" for kind, n in dataset.others.most_common()):
-            print(f"left out what Pillow does not open: {others}", file=sys.stderr)
+            print(f"left out files that Pillow cannot open: {others}", file=sys.stderr)
     else:
         dataset = open_dataset(args.data, **columns)
     weights = read_weights(args.weights, len(dataset))
@@ -170,7 +170,7 @@ def encode_pictures(args: argparse.Namespace) -> Points:
 
 
 def _known_features(path: Path, dataset: PairDataset) -> tuple[list[int], Tensor]:
-    """The pictures that have features in a file, by key, and those."""
+    """The pictures whose keys have features in a file, and these features."""
     array, keys = read_rows(path, "--features")
     row_of = {key: row for row, key in enumerate(keys or ())}
     good = [i for i, key in enumerate(dataset.keys) if key in row_of]
@@ -183,7 +183,7 @@ def _known_features(path: Path, dataset: PairDataset) -> tuple[list[int], Tensor
 
 
 def _readable(dataset: PairDataset, error: DataError) -> list[int]:
-    """The pictures that can be read; ``error`` again where that does not help."""
+    """The pictures that can be read; raises ``error`` if all or fewer than two can."""
     good, bad = [], []
     for i in tqdm(range(len(dataset)), "checking", leave=False, disable=None):
         try:
@@ -200,9 +200,9 @@ def _readable(dataset: PairDataset, error: DataError) -> list[int]:
 
 
 def read_features(args: argparse.Namespace) -> Points:
-    """The rows of a file."""
+    """The rows of a features file."""
     if args.run or args.model or args.pretrained or args.features:
-        raise ValueError("--run, --model, --pretrained, --features: leave them out, DATA has rows")
+        raise ValueError("--run, --model, --pretrained, --features: drop them, DATA has features")
     if not Path(args.data).is_file():
         raise ValueError(f"DATA: expected a file of features, found no file {args.data}")
     array, keys = read_rows(Path(args.data), "DATA")
@@ -228,7 +228,7 @@ def read_features(args: argparse.Namespace) -> Points:
 
 
 def read_weights(path: str, n: int) -> Tensor | None:
-    """A file of one number a line, for n pictures or rows, unreadable ones included."""
+    """The weights of n pictures or rows, unreadable ones included, from one number per line."""
     if not path:
         return None
     try:
@@ -243,10 +243,10 @@ def read_weights(path: str, n: int) -> Tensor | None:
 
 
 def choose_k(given: str, rows: Tensor, seed: int) -> tuple[int, str]:
-    """K, and why.
+    """K, and the reason for it.
 
-    "auto" takes the K with the largest mean silhouette (Rousseeuw 1987) of at most ``JUDGED`` rows:
-    of 2 ... 16 and then steps of a fifth up to ``LARGEST``, or a third of the rows.
+    "auto" takes the K with the largest mean silhouette (Rousseeuw 1987) on at most ``JUDGED`` rows.
+    It tries 2 to 16, then steps of a fifth up to ``LARGEST`` or a third of the rows.
     """
     if given.isdecimal() and 2 <= int(given) <= len(rows):
         return int(given), ""
@@ -270,7 +270,7 @@ def choose_k(given: str, rows: Tensor, seed: int) -> tuple[int, str]:
 
 
 def write_table(path: Path, keys: Sequence[str], labels: Tensor, squared: Tensor) -> None:
-    """clusters.csv: rank 1 is nearest to the centroid."""
+    """Write clusters.csv; rank 1 is nearest to the centroid."""
     order = np.lexsort((squared.numpy(), labels.numpy()))
     rank = np.empty(len(order), dtype=np.int64)
     counts = np.bincount(labels.numpy())
@@ -283,7 +283,7 @@ def write_table(path: Path, keys: Sequence[str], labels: Tensor, squared: Tensor
 def write_page(
     points: Points, labels: Tensor, squared: Tensor, seconds: Mapping[str, float], why: str
 ) -> str:
-    """The report page with what was done, every group, and the map."""
+    """The report page: a summary, every group, and the map."""
     counts = labels.bincount()
     counts = counts[counts > 0]
     noun = "pictures" if "images" in points.shown else "rows"
@@ -313,7 +313,7 @@ def write_page(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; a user's mistake ends it with one line and status 2."""
+    """Run the command; a user's mistake prints one line and gives status 2."""
     return run_command(lambda: run(cluster_parser().parse_args(argv)), PROG)
 
 

@@ -1,4 +1,4 @@
-"""The flags of the commands, apart from what they work with, so that --help loads none of it."""
+"""The flags of every command, kept apart from the commands so that --help loads quickly."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def plan_parser() -> Parser:
     """Flags of ``protoclip plan``: those of train, and three of its own."""
     parser = build_parser(
         "protoclip plan",
-        "The memory that each process of a run with these flags of protoclip train takes. --device "
-        "cpu plans for CPUs, anything else for GPUs.",
+        "Estimate the memory of each process of a run; takes the flags of protoclip train. "
+        "--device cpu plans for CPUs, anything else for GPUs.",
         PLANNED.split(),
         "protoclip plan --model ViT-B-32 --batch-size 256 --ranks 64 --samples 30000000 --k 20000",
     )
     group = parser.add_argument_group("Plan")
-    add_flag(group, "--ranks", 1, "processes, a GPU each")
+    add_flag(group, "--ranks", 1, "processes, one GPU each")
     add_flag(group, "--samples", 3_000_000, "pairs in the dataset")
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
@@ -62,7 +62,7 @@ def cluster_parser() -> Parser:
     parser = Parser(
         "protoclip cluster",
         usage="%(prog)s DATA [options]",
-        description="Put pictures, or rows of features, into groups by k-means. Writes "
+        description="Group pictures, or rows of features, by k-means. Writes "
         "clusters.csv, centroids.safetensors and report.html, a page that shows every group.",
         example="protoclip cluster photos/ --k 50 --out groups/",
     )
@@ -70,27 +70,27 @@ def cluster_parser() -> Parser:
     words += "[N, D]: .npy, .npz (with keys) or .safetensors"
     parser.add_argument("data", metavar="DATA", help=words)
     for flag, default, words in (
-        ("--k", "auto", "groups, 2 to N; auto: of 2 ... 300 the one with the largest mean "
-         "silhouette on 3,000 rows"),
-        ("--run", "", "a run or checkpoint of protoclip train that sees the pictures"),
-        ("--model", "", "an OpenCLIP model (default: ViT-B-32)"),
-        ("--pretrained", "", "its weights: a file or OpenCLIP's tag"),
-        ("--features", "", "the features.npz of an earlier --out: nothing is encoded again"),
-        ("--captions", "", "a file with the texts of a features file's rows, one a line; a table "
-         "and shards have their own"),
-        ("--weights", "", "a file with what each picture or row counts, one number a line; a "
-         "folder's pictures sorted by folder and name, unreadable ones too"),
+        ("--k", "auto", "number of groups, 2 to N; auto: the number from 2 to 300 with the "
+         "largest mean silhouette on 3,000 rows"),
+        ("--run", "", "encode the pictures with this run or checkpoint of protoclip train"),
+        ("--model", "", "encode the pictures with this OpenCLIP model (default: ViT-B-32)"),
+        ("--pretrained", "", "weights of --model: a file or an OpenCLIP tag"),
+        ("--features", "", "features.npz of an earlier --out, to skip the encoding"),
+        ("--captions", "", "a file with one caption per line for the rows of a features file; "
+         "tables and shards have their own"),
+        ("--weights", "", "a file with the weight of each picture or row, one number per line; "
+         "a folder's pictures are sorted by folder and name, unreadable ones included"),
         ("--out", "groups", "folder to write to"),
         ("--iters", 20, "iterations of k-means"),
-        ("--seed", 0, "the same seed, the same groups"),
+        ("--seed", 0, "the same seed gives the same groups"),
         ("--batch-size", 256, "pictures encoded at once"),
         ("--workers", 0, "processes that read pictures"),
         ("--device", "auto", "cpu, cuda, ..."),
     ):  # fmt: skip
         add_flag(parser, flag, default, words)
-    words = "scale a features file's rows to length 1, as those of pictures are"
+    words = "scale the rows of a features file to length 1, as is done for pictures"
     parser.add_argument("--normalize", action="store_true", help=words)
-    add_flag(parser, "--precision", "auto", "of encoding", choices=PRECISIONS)
+    add_flag(parser, "--precision", "auto", "precision of encoding", choices=PRECISIONS)
     add_options(parser, DataConfig(), only=TABLE)
     return parser
 
@@ -104,8 +104,8 @@ def evaluate_parser() -> Parser:
         "task, the JSON that CLIP_benchmark writes.",
         epilog="data: builtin:emoji[:STYLE] | builtin:openclipart | builtin:shapes[:N] | class "
         "folders (ImageFolder), also below train/ and test/ | a .csv or .tsv | webdataset shards "
-        "with captions. Without a train split, probes learn from 80 % of the pictures and are "
-        "judged on 20 %.",
+        "with captions. Without a train split, probes train on 80 % of the pictures and are "
+        "tested on 20 %.",
         example="protoclip evaluate ViT-B-32 --pretrained laion2b_s34b_b79k --data imagenet/",
     )
     add = parser.add_argument
@@ -113,25 +113,25 @@ def evaluate_parser() -> Parser:
     for flag, default, words in (
         ("--data", "", "see below (default: what the run was evaluated on)"),
         ("--tasks", "", f"some of {','.join(TASKS)}, or all (default: what the data allows)"),
-        ("--model", "", "what a checkpoint of OpenCLIP's trainer is of: a name or a config .json"),
+        ("--model", "", "for a checkpoint of OpenCLIP's trainer: its model name or config .json"),
         ("--pretrained", "", "weights of an OpenCLIP name: a tag, a file, or random"),
-        ("--split", "", "folder of the split to judge (default: test or val if there)"),
+        ("--split", "", "folder of the split to evaluate (default: test or val if present)"),
         ("--templates", "openai", "prompts: openai (80), simple (7), or a file"),
         ("--csv-label-key", "", "column of the class in a table"),
-        ("--output", "", "where the numbers go (default: results.json in the run folder, with the "
-         "data's name for other data; for an OpenCLIP name in the working folder)"),
+        ("--output", "", "file for the results (default: results.json in the run folder, or in "
+         "the working folder for an OpenCLIP name; other data adds its name)"),
         ("--device", "auto", "cpu, cuda, ..."),
         ("--batch-size", 256, "pictures or texts encoded at once"),
         ("--workers", 0, "processes that read pictures"),
     ):  # fmt: skip
         add_flag(parser, flag, default, words)
-    words = "of what built-in data holds out (default: the run's, or 0)"
+    words = "seed of the held-out part of built-in data (default: the run's, or 0)"
     add("--seed", type=int, metavar="N", help=words)
-    words = "linear probe: L-BFGS, lambda chosen on held-out training samples, or the authors' "
-    words += "(SGD, unshuffled, best test epoch)"
+    words = "linear probe: L-BFGS with lambda chosen on held-out training samples, or the "
+    words += "authors' (SGD, unshuffled, best test epoch)"
     add_flag(parser, "--protocol", PROTOCOLS[0], words, choices=PROTOCOLS)
-    add_flag(parser, "--precision", "fp32", "of encoding", choices=PRECISIONS)
-    group = parser.add_argument_group("Tables", "as in training; default: as the run's")
+    add_flag(parser, "--precision", "fp32", "precision of encoding", choices=PRECISIONS)
+    group = parser.add_argument_group("Tables", "as in training (default: the run's)")
     add_options(group, DataConfig(), only=TABLE)
     return parser
 
@@ -141,12 +141,12 @@ def report_parser() -> Parser:
     parser = Parser(
         "protoclip report",
         description="Write one self-contained HTML page about runs: numbers, curves, prototypes, "
-        "a map, examples, cost and settings. Several runs stand side by side; one of --method "
-        "clip is the baseline.",
+        "a map, examples, cost and settings. Several runs are shown side by side; a run of "
+        "--method clip is the baseline.",
         example="protoclip report logs/CLIP_RUN logs/RUN",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder of protoclip train")
-    add_flag(parser, "--output", "", "the file (default: report.html in the run)")
+    add_flag(parser, "--output", "", "file to write (default: report.html in the run)")
     return parser
 
 
@@ -160,7 +160,7 @@ def export_parser() -> Parser:
     add = parser.add_argument
     add("run", metavar="RUN_OR_CHECKPOINT", help="run folder or a checkpoint")
     add("--out", required=True, metavar="DIR", help="a new or empty folder")
-    words = "OpenCLIP name or config file; for a checkpoint of OpenCLIP's trainer"
+    words = "for a checkpoint of OpenCLIP's trainer: its model name or config file"
     add_flag(parser, "--model", "", words)
     return parser
 
@@ -169,18 +169,18 @@ def teacher_parser() -> Parser:
     """Flags of ``protoclip teacher``."""
     parser = Parser(
         "protoclip teacher",
-        description="Write a frozen model's features of all pairs, by key, to a .npz that "
-        "protoclip train --external-teacher takes.",
+        description="Write a frozen model's features of all pairs, with their keys, to a .npz "
+        "for protoclip train --external-teacher.",
         example="protoclip teacher --data 'shards/{00000..00099}.tar' --out features.npz",
     )
-    add_flag(parser, "--data", "builtin:emoji", "as protoclip train --train-data")
+    add_flag(parser, "--data", "builtin:emoji", "as in protoclip train --train-data")
     words = f"{MINILM}, or a text model of Hugging Face such as roberta-large, by name or folder"
     add_flag(parser, "--model", MINILM, words)
-    words = "the mean over 77 tokens, padding included, as the authors took that of roberta-large"
+    words = "average 77 tokens, padding included, as the authors did with roberta-large"
     parser.add_argument("--paper", action="store_true", help=words)
     parser.add_argument("--out", required=True, metavar="PATH", help="the .npz to write")
     add_flag(parser, "--batch-size", 64, "texts encoded at once")
-    add_flag(parser, "--device", "auto", "cpu, cuda, ...; auto: cuda if there")
+    add_flag(parser, "--device", "auto", "cpu, cuda, ...; auto: cuda if available")
     add_options(parser, DataConfig(), only=TABLE)
     return parser
 
@@ -189,17 +189,17 @@ def data_parser() -> Parser:
     """Flags of ``protoclip data``."""
     parser = Parser(
         "protoclip data",
-        description="Look at pairs, and write them as webdataset shards.",
+        description="Check pairs, or write them as webdataset shards.",
         example="protoclip data --check pairs.csv",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--export", metavar="DATA", help="data to write as shards, as --train-data")
+    what.add_argument("--export", metavar="DATA", help="data to write as shards, see --train-data")
     what.add_argument("--check", metavar="DATA", help="read everything once; list what is wrong")
-    parser.add_argument("--out", metavar="DIR", help="an empty or new folder for the shards")
-    add_flag(parser, "--image-format", "png", "of the pictures", choices=("png", "jpg"))
-    add_flag(parser, "--per-shard", 1000, "pairs a shard")
+    parser.add_argument("--out", metavar="DIR", help="a new or empty folder for the shards")
+    add_flag(parser, "--image-format", "png", "format of the pictures", choices=("png", "jpg"))
+    add_flag(parser, "--per-shard", 1000, "pairs per shard")
     add_flag(parser, "--split", "all", "all, train or heldout")
-    add_flag(parser, "--seed", 0, "which pairs are held out")
+    add_flag(parser, "--seed", 0, "decides which pairs are held out")
     add_options(parser, DataConfig(), only=TABLE)
     return parser
 
@@ -214,7 +214,7 @@ def openclip_parser() -> Parser:
         "same, in less memory. Runs under torchrun as OpenCLIP does.",
         example="protoclip openclip --train-data 'd/{000..099}.tar' --model ViT-B-32 --proto-k 500",
     )
-    words = "caption: pairs of a batch that share their caption are no negatives of one another"
+    words = "caption: pairs of a batch with the same caption are not negatives of each other"
     add_flag(parser.add_argument_group("Loss"), "--dedup", "off", words, choices=("off", "caption"))
     add_options(parser.add_argument_group(str(ProtoConfig.__doc__)), ProtoConfig())
     parser.example = f"\n{open_clips_help()}\n{parser.example}"

@@ -1,7 +1,7 @@
-"""Every setting of a run, and the command lines that are made from the settings.
+"""Every setting of a run, and the command-line flags that are made from the settings.
 
-A setting has one home, its field: default, meaning and limits. Flags carry OpenCLIP's names where
-OpenCLIP has the flag, the ProtoCLIP authors' where they have it.
+A setting's field holds its default, meaning and limits. A flag has OpenCLIP's name if OpenCLIP has
+the flag, otherwise the ProtoCLIP authors' name if they have it.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def option(
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested dict of settings by dotted name."""
+    """Flatten a nested dict of settings to dotted names."""
     sections = {key: value for key, value in settings.items() if isinstance(value, dict)}
     named = {f"{key}.{name}": x for key, section in sections.items() for name, x in section.items()}
     return named | {key: value for key, value in settings.items() if key not in sections}
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any], base: Config | None = None) -> Config:
-    """The inverse of ``to_dict``; settings that are left out are those of ``base``, or defaults.
+    """The inverse of ``to_dict``; missing settings come from ``base``, or are the defaults.
 
     Raises:
         ValueError: a setting that ``cls`` does not have, or a value of another type.
@@ -81,7 +81,7 @@ def flag_of(item: dataclasses.Field) -> str:
 
 
 def check(config: Any) -> None:
-    """Raise ValueError, by flag name, for the first value out of its limits or choices."""
+    """Raise ValueError, naming the flag, for the first value outside its limits or choices."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
@@ -113,16 +113,16 @@ class DataConfig:
     )
     val_data: str = option("", "data to evaluate on; default: the held-out part of built-in data")
     train_num_samples: int = option(0, "use only the first N samples; 0: all")
-    shuffle_buffer: int = option(-1, "samples mixed; 0: all; -1: all, of urls 10000", low=-1)
-    max_bad_fraction: float = option(0.05, "stop when more of the samples cannot be used", high=1)
+    shuffle_buffer: int = option(-1, "samples mixed; 0: all; -1: all, but 10000 of urls", low=-1)
+    max_bad_fraction: float = option(0.05, "largest share of unusable samples", high=1)
     csv_separator: str = option("\t", "separator of a .csv/.tsv file (default: tab)")
     csv_img_key: str = option("filepath", "column of the image path")
     csv_caption_key: str = option("title", "column of the caption")
-    csv_encoding: str = option("utf-8", "of a .csv/.tsv file: latin-1, ...", flag="encoding")
-    augmentation: str = option("clip", "ProtoCLIP's or CLIP's", choices=("paper", "clip", "none"))
+    csv_encoding: str = option("utf-8", "encoding of a .csv/.tsv file", flag="encoding")
+    augmentation: str = option("clip", "paper: ProtoCLIP's", choices=("paper", "clip", "none"))
     captions: str = option(
         "canonical",
-        "of several: any ('random'), the first, or the first in half of the draws ('canonical')",
+        "which of several is used: any, the first, or the first half of the time ('canonical')",
         choices=("random", "canonical", "first"),
     )
     workers: int = option(0, "processes that read images; 0: in the training process")
@@ -134,13 +134,13 @@ class ModelConfig:
 
     model: str = option("protoclip-tiny", "OpenCLIP model, config .json, local-dir:PATH, hf-hub:ID")
     pretrained: str = option("", "weights to start from: an OpenCLIP tag or a checkpoint file")
-    force_image_size: int = option(0, "pixels of an image's side; 0: the model's")
+    force_image_size: int = option(0, "side of an image in pixels; 0: the model's")
     force_context_length: int = option(0, "tokens of a caption; 0: the model's")
-    lock_image: bool = option(False, "freeze the image tower, train the text towards it (LiT)")
+    lock_image: bool = option(False, "freeze the image tower, train only the text (LiT)")
     lock_text: bool = option(False, "freeze the text tower")
-    siglip: bool = option(False, "SigLIP's sigmoid loss and logit bias in the place of InfoNCE")
-    grad_checkpointing: bool = option(False, "compute activations twice: less memory, more time")
-    add_projection_head: bool = option(True, "prototypes live behind projection heads")
+    siglip: bool = option(False, "SigLIP's sigmoid loss and logit bias instead of InfoNCE")
+    grad_checkpointing: bool = option(False, "recompute activations: less memory, more time")
+    add_projection_head: bool = option(True, "put projection heads before the prototypes")
     projection_hidden_dim: int = option(512, "width of the projection heads (paper: 2048)", low=1)
     use_bn_sync: bool = option(True, "batch norm of the projection heads over all ranks' samples")
     projection_dim: int = option(64, "output of the projection heads (paper: 128)", low=1)
@@ -154,20 +154,20 @@ class EpisodeConfig:
     replacement: bool = option(False, "draw with replacement (paper)", flag="episode-replacement")
     features: str = option(
         "auto",
-        "what is clustered: 'extract', a forward pass over the episode's samples (paper); 'reuse', "
-        "the last episode's projections, at no cost; 'auto': reuse, but extract without a warm-up",
+        "features to cluster: 'extract' runs a forward pass over the episode's samples (paper); "
+        "'reuse' takes the last episode's projections; 'auto': reuse if there is a warm-up",
         flag="episode-features",
         choices=("auto", "extract", "reuse"),
     )
     num_clusters: int = option(0, "prototypes per source; 0: a tenth of the episode", flag="k")
-    target_temperature: float = option(0.01, "of the internal soft targets; 0: hard labels")
+    target_temperature: float = option(0.01, "for internal soft targets; 0: hard labels")
     pbt: bool = option(True, "back translation; off: the other modality's centroids", flag="PBT")
     keep_empty: bool = option(False, "keep empty clusters as prototypes at zero (paper)")
     infonce_warmup: int = option(
-        2, "first episodes without prototypes (paper: 1)", flag="infonce-warmup-epoch"
+        2, "episodes before the first prototypes (paper: 1)", flag="infonce-warmup-epoch"
     )
     lit_start: int = option(0, "freeze the image tower after N episodes, InfoNCE only; 0: never")
-    kmeans_init: str = option("warm", "warm: the last episode's", choices=("warm", "random"))
+    kmeans_init: str = option("warm", "warm: last centroids", choices=("warm", "random"))
     kmeans_backend: str = option(
         "auto",
         "protoclip's fastest usable backend, one by name, or faiss (the paper's)",
@@ -177,11 +177,11 @@ class EpisodeConfig:
     kmeans_nredo: int = option(1, "restarts of k-means when not warm (paper: 3)", low=1)
     external_teacher: str = option(
         "auto",
-        "features that tell which samples belong together: .npz of protoclip teacher, "
+        "features that say which samples belong together: .npz of protoclip teacher, "
         ".npy or .safetensors of [dataset, d], builtin:minilm, none, or auto (builtin:minilm on "
         "built-in data if installed)",
     )
-    external_teacher_dim: int = option(64, "principal components of its features; 0: all")
+    external_teacher_dim: int = option(64, "principal components of the teacher; 0: all")
 
     @property
     def reuses(self) -> bool:
@@ -197,11 +197,11 @@ class LossConfig:
     w_proto: float = option(1.0, "weight of the internal prototype loss")
     w_proto_external: float = option(1.0, "weight of the external prototype loss")
     w_distill: float = option(0.0, "weight of distilling the teacher's similarities (control)")
-    distill_temperature: float = option(0.1, "of the teacher's similarities", low=1e-6)
+    distill_temperature: float = option(0.1, "temperature of --w-distill", low=1e-6)
     dedup: str = option(
         "off",
-        "pairs of a batch that are no negatives in InfoNCE, and positives in SigLIP: of the same "
-        "caption, or the same sample drawn twice; off: the loss as published",
+        "pairs of a batch that are not negatives in InfoNCE, and are positives in SigLIP: those "
+        "with the same caption, or the same sample drawn twice; off: the loss as published",
         choices=("off", "caption", "id"),
     )
 
@@ -213,13 +213,13 @@ class OptimConfig:
     epochs: float = option(33.0, "passes over the data")
     max_steps: int = option(0, "shorten the run and its schedule to N steps; 0: no limit")
     batch_size: int = option(256, "pairs per forward pass of a process", low=2)
-    accum_freq: int = option(1, "passes a step: the batch is batch size x this x processes", low=1)
+    accum_freq: int = option(1, "passes per step; global batch = batch size x this x ranks", low=1)
     lr: float = option(1e-3, "peak learning rate")
     beta1: float = option(0.9, "AdamW", high=1)
     beta2: float = option(0.98, "AdamW", high=1)
     eps: float = option(1e-6, "AdamW")
     wd: float = option(0.2, "weight decay; none on vectors and projection heads (paper: 0.5)")
-    warmup: float = option(0.1, "of the learning rate: a part of the run, or steps if 1 or more")
+    warmup: float = option(0.1, "of the learning rate: a fraction of the run, or steps (>= 1)")
     lr_scheduler: str = option("cosine", "after the warm-up", choices=("cosine", "const"))
     grad_clip_norm: float = option(10.0, "largest norm of the gradient; 0: no clipping")
 
@@ -234,25 +234,25 @@ class RunConfig:
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
     precision: str = option("auto", "auto: amp_bf16 on a GPU that has it", choices=PRECISIONS)
     dist_backend: str = option("auto", "auto: nccl on GPUs", choices=("auto", "nccl", "gloo"))
-    dist_timeout: float = option(1800.0, "seconds that a process waits for another", low=1)
-    log_every_n_steps: int = option(1, "lines of metrics.jsonl, points of the curves", low=1)
+    dist_timeout: float = option(1800.0, "seconds that a process waits for others", low=1)
+    log_every_n_steps: int = option(1, "steps between lines of metrics.jsonl", low=1)
     val_frequency: float = option(5.0, "epochs between quick evaluations; 0: only at the end")
     save_frequency: int = option(0, "epochs between kept checkpoints; 0: only the last")
-    delete_previous_checkpoint: bool = option(False, "keep the newest of --save-frequency only")
+    delete_previous_checkpoint: bool = option(False, "keep only the newest of --save-frequency")
     save_every: str = option(
-        "", "also save every 500steps, 10m or 2h; default: at the end or a stop"
+        "", "also save every 500steps, 10m or 2h; default: only when the run ends or stops"
     )
     resume: str = option(
-        "", "go on where a run stopped: its folder or checkpoint; auto or latest: the run --name"
+        "", "continue a run: its folder or checkpoint; auto or latest: the run that --name names"
     )
-    max_bad_steps: int = option(10, "stop after N steps in a row that are not finite", low=1)
-    report_to: str = option("tensorboard", "boards beside metrics.jsonl", choices=BOARDS)
+    max_bad_steps: int = option(10, "stop after N non-finite steps in a row", low=1)
+    report_to: str = option("tensorboard", "loggers besides metrics.jsonl", choices=BOARDS)
     wandb_project_name: str = option("protoclip", "the project of --report-to wandb")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All of a run; written to config.json, read back by ``from_dict``."""
+    """All settings of a run; written to config.json, read back by ``from_dict``."""
 
     method: str = option("protoclip", "clip: InfoNCE only", choices=("protoclip", "clip"))
     data: DataConfig = field(default_factory=DataConfig)
@@ -267,20 +267,20 @@ class TrainConfig:
 class ProtoConfig:
     """Online prototypes (any of these switches them on)"""
 
-    weight: float = option(1.0, "of the prototype loss beside InfoNCE", flag="proto-weight")
-    queue: int = option(16384, "newest pairs, which are clustered", flag="proto-queue", low=2)
-    k: int = option(0, "prototypes a modality; 0: a tenth of the queue", flag="proto-k")
-    every: int = option(0, "steps between clusterings; 0: as the queue renews", flag="proto-every")
-    warmup: int = option(0, "steps without prototypes, at least one queue", flag="proto-warmup")
+    weight: float = option(1.0, "weight of the prototype loss", flag="proto-weight")
+    queue: int = option(16384, "newest pairs to cluster", flag="proto-queue", low=2)
+    k: int = option(0, "prototypes per modality; 0: queue / 10", flag="proto-k")
+    every: int = option(0, "steps between clusterings; 0: a full queue", flag="proto-every")
+    warmup: int = option(0, "first steps without prototypes (>= one queue)", flag="proto-warmup")
     target_temperature: float = option(
-        0.01, "of the soft targets; 0: hard labels", flag="proto-target-temperature"
+        0.01, "temperature of the soft targets; 0: hard labels", flag="proto-target-temperature"
     )
     logit_scale: float = option(
-        0.0, "of the prototype logits; 0: the model's own logit scale", flag="proto-logit-scale"
+        0.0, "scale of the prototype logits; 0: the model's logit scale", flag="proto-logit-scale"
     )
     kmeans_max_iter: int = option(20, "iterations of k-means", flag="proto-kmeans-max-iter", low=1)
-    pbt: bool = option(True, "back translation; off: the other's centroids", flag="proto-PBT")
-    seed: int = option(0, "of k-means' first centroids", flag="proto-seed", high=2**31)
+    pbt: bool = option(True, "back translation; off: the other modality", flag="proto-PBT")
+    seed: int = option(0, "seed of k-means", flag="proto-seed", high=2**31)
 
     def __post_init__(self) -> None:
         check(self)
@@ -292,12 +292,12 @@ class ProtoConfig:
 
     @property
     def num_clusters(self) -> int:
-        """Prototypes a modality."""
+        """Prototypes per modality."""
         return self.k or max(1, self.queue // 10)
 
 
 EVALUATE = "evaluate the run afterwards: protoclip evaluate RUN --data DIR"
-# Flags that are gone from protoclip, and names that people try: what to do instead.
+# Removed flags and common wrong names, each with what to do instead.
 RETIRED = {
     "--ema-decay": "extraction uses the model itself; leave the flag out",
     "--normalize-centroids": "centroids are plain means; leave the flag out",
@@ -320,7 +320,7 @@ NEEDLESS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def open_clips_help() -> str:
-    """What open_clip_train says about its flags, without its usage; "" where it is missing."""
+    """The help of open_clip_train without its usage line; "" if it is not installed."""
     if importlib.util.find_spec("open_clip_train") is None:
         return ""
     from open_clip_train.params import parse_args  # loads nothing else
@@ -331,7 +331,7 @@ def open_clips_help() -> str:
 
 
 def refusal(flag: str, known: Collection[str]) -> str:
-    """Why a command has no such flag, and what to do: one line."""
+    """One line: why a command lacks this flag, and what to do."""
     name = flag.partition("=")[0]
     if name in RETIRED:
         return f"{name}: {RETIRED[name]}"
@@ -343,9 +343,9 @@ def refusal(flag: str, known: Collection[str]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that answers every mistake with one line that names a remedy.
+    """An argument parser whose errors are one line that names a remedy.
 
-    --help shows the flags ``everyday`` (if there are any) and the ``example``, --help-all the rest.
+    --help shows only the ``everyday`` flags, if any are given, and ``example``; --help-all all.
     """
 
     def __init__(
@@ -373,7 +373,7 @@ class Parser(argparse.ArgumentParser):
         for word in words:
             if word == "--":
                 break
-            # Before argparse looks: a misspelt flag explains a required one that is missing.
+            # Checked before argparse, which would report a missing flag, not the misspelt one.
             if word.startswith("--") and " " not in word and word.partition("=")[0] not in options:
                 self.error(refusal(word, options))
         parsed, rest = self.parse_known_args(words, namespace)
@@ -385,8 +385,8 @@ class Parser(argparse.ArgumentParser):
 def add_flag(
     group: Any, flag: str, default: Any, help: str, choices: Sequence[str] = (), setting: str = ""
 ) -> None:
-    """Add a flag that takes values of its default's type, which its help shows. That of a
-    ``setting`` (its dotted name) leaves nothing in the parsed flags unless it is given."""
+    """Add a flag with the type of its default; the help shows the default. With ``setting``, a
+    dotted name, the parsed flags hold a value only if the command line gives the flag."""
     kind, shown = type(default), "" if default in ("", "\t") else f" (default: {default})"
     words: dict[str, Any] = {"default": default, "help": help + shown}
     if kind is bool:
@@ -401,7 +401,7 @@ def add_flag(
 
 
 def add_options(group: Any, settings: Any, prefix: str = "", only: Iterable[str] = ()) -> None:
-    """Add a flag for each field of a section, or for those named."""
+    """Add a flag for each field of a section, or only for the named fields."""
     for item in dataclasses.fields(settings):
         default, words = getattr(settings, item.name), item.metadata
         if not dataclasses.is_dataclass(default) and (not only or item.name in only):
@@ -419,9 +419,9 @@ def build_parser(
     add = parser.add_argument
     words = "the ProtoCLIP authors' settings: --preset paper"
     add("--paper", dest="preset", action="store_const", const="paper", help=words)
-    add("--print-config", action="store_true", help="print all settings as JSON, and end")
-    words = "as OpenCLIP's flag: must agree with the name of --train-data; synthetic: "
-    words += "builtin:shapes:N, N of --train-num-samples"
+    add("--print-config", action="store_true", help="print all settings as JSON and exit")
+    words = "OpenCLIP's flag; must agree with the name of --train-data; synthetic: "
+    words += "builtin:shapes:N with N from --train-num-samples"
     kinds = ("auto", "webdataset", "csv", "synthetic")
     add_flag(parser, "--dataset-type", "auto", words, choices=kinds)
     for flag, (arguments, _) in NEEDLESS.items():
@@ -440,13 +440,13 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> TrainConfig:
 
 
 def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig, dict[str, Any]]:
-    """Command line to a checked config, and the values of flags that a command added itself.
+    """Command line to a checked config, and the values of the command's own flags.
 
     Raises:
         ValueError: a value out of its limits, no such preset, or flags that contradict each other.
         SystemExit: with code 0 after --print-config, with 2 for a flag that the parser lacks.
     """
-    given = vars(parser.parse_args(argv))  # settings only where the command line has them
+    given = vars(parser.parse_args(argv))  # only those on the command line
     kind, name, show = (given.pop(key) for key in ("dataset_type", "preset", "print_config"))
     for flag, (_, reason) in NEEDLESS.items():
         if given.pop(flag):
@@ -463,7 +463,7 @@ def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig,
     check(config)
     if config.episode.features == "reuse" and config.episode.infonce_warmup < 1:
         raise ValueError(
-            "--episode-features reuse: clusters what an earlier episode left; use "
+            "--episode-features reuse: needs an earlier episode's features; use "
             "--infonce-warmup-epoch 1 or more"
         )
     if show:
@@ -473,7 +473,7 @@ def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig,
 
 
 def _of_type(kind: str, config: TrainConfig) -> TrainConfig:
-    """OpenCLIP's --dataset-type; our readers follow from the name of the data."""
+    """Apply OpenCLIP's --dataset-type; our readers follow from the name of the data."""
     data = config.data.train_data
     table, built_in = data.lower().endswith((".csv", ".tsv")), data.startswith("builtin:")
     fits = {"csv": table, "webdataset": not (table or built_in), "synthetic": built_in}
@@ -494,7 +494,7 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> TrainConfig:
-    """The settings of a preset or .json file, over those of the preset that it "extends".
+    """The settings of a preset or .json file, on top of the preset that it "extends".
 
     Raises:
         ValueError: no such preset, not JSON, or a setting that protoclip does not have.
@@ -519,7 +519,7 @@ def load_preset(name: str) -> TrainConfig:
 
 
 def output_file(path: str | os.PathLike[str], flag: str) -> Path:
-    """The path of a file that can be written, else ValueError; its folders need not exist yet."""
+    """Return the path if a file can be written there, else raise ValueError; folders may be new."""
     if os.path.isdir(path):
         raise ValueError(f"{flag}: expected a file, got the folder {path}; add a name to it")
     check_above(Path(path), flag)
@@ -527,9 +527,9 @@ def output_file(path: str | os.PathLike[str], flag: str) -> Path:
 
 
 def check_above(path: Path, flag: str) -> None:
-    """Raise ValueError where no file or folder can be made at ``path``."""
+    """Raise ValueError if no file or folder can be created at ``path``."""
     above = next(parent for parent in path.parents if os.path.lexists(parent))
     if not above.is_dir():
         raise ValueError(f"{flag}: expected a path in a folder, got {path}, but {above} is a file")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"{flag}: {above} may not be written to; choose another folder")
+        raise ValueError(f"{flag}: {above} is not writable; choose another folder")

@@ -1,7 +1,7 @@
 """Ranks: who this process is, and what the processes of a run do together.
 
-Everything here works in one process too, where it does nothing. A rank that dies is the launcher's
-business (torchrun names it and ends the others), one that hangs the process group's time-out's.
+With one process everything here does nothing. The launcher handles a rank that dies (torchrun
+names it and ends the others); the process group's time-out handles one that hangs.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 Result = TypeVar("Result")
 Group = dist.ProcessGroup | None
-# torch 2.13 gives them new names, and warns of the old ones.
+# torch 2.13 gives these functions new names and warns about the old ones.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    # Of the step, not of the allocation: a plain python in a batch script is alone.
+    # The variables of the job step, not the allocation: plain python in a batch script is alone.
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
 )
@@ -42,8 +42,8 @@ class RankInfo(NamedTuple):
 
 
 def find_rank(env: Mapping[str, str] = os.environ) -> RankInfo:
-    """What torchrun, SLURM's srun or OpenMPI's mpirun say about this process; alone without them,
-    ValueError where they contradict each other."""
+    """This process's rank, from the variables of torchrun, srun or mpirun; without them it is
+    alone. ValueError if the variables contradict each other."""
     for by_rank, by_size, by_local in LAUNCHERS:
         if by_rank in env and by_size in env:
             number, size, local = (int(env.get(name, 0)) for name in (by_rank, by_size, by_local))
@@ -60,13 +60,13 @@ def _master(env: Mapping[str, str], ranks: int) -> tuple[str, int]:
     """Host and port of rank 0."""
     if "MASTER_ADDR" not in env and int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", ranks)) < ranks:
         raise ValueError(
-            "mpirun does not say on which of several machines rank 0 is; give mpirun "
-            "-x MASTER_ADDR=HOST, the first machine's name"
+            "mpirun does not say which machine has rank 0; give mpirun -x MASTER_ADDR=HOST with "
+            "the first machine's name"
         )
     # "gpu[03-05,9],big1" -> gpu03
     nodes = env.get("SLURM_STEP_NODELIST", "127.0.0.1")
     first = re.sub(r"^([^,\[]+)(?:\[([^\],-]+))?.*", r"\1\2", nodes)
-    # A port of its own for each job, below those that outgoing connections get.
+    # A separate port for each job, below the range of outgoing connections.
     job = env.get("SLURM_JOB_ID") or env.get("PMIX_NAMESPACE", "")
     numbers = (re.sub(r"\D", "", text) for text in (job, env.get("SLURM_STEP_ID", "")))
     port = 20000 + sum(int(number or 0) for number in numbers) % 12000
@@ -74,9 +74,9 @@ def _master(env: Mapping[str, str], ranks: int) -> tuple[str, int]:
 
 
 def start(info: RankInfo, device: torch.device, timeout: float, backend: str = "auto") -> None:
-    """Join the other processes; nothing to do alone.
+    """Join the other processes; does nothing for a single process.
 
-    ``backend`` is "nccl", "gloo", or "auto": NCCL for CUDA tensors, gloo for those of the CPU. A
+    ``backend`` is "nccl", "gloo", or "auto": NCCL for CUDA tensors, gloo for CPU tensors. A
     rank that waits ``timeout`` seconds for another in a collective call fails.
 
     Raises:
@@ -111,13 +111,13 @@ def stop() -> None:
 def run_command(work: Callable[[], int | None], name: str) -> int:
     """Do a command's work on this rank and return the exit code.
 
-    ValueError and OSError are a user's mistake: one sentence, said once for all ranks, and code 2.
-    Ctrl-C is 130. Any other error keeps its traceback, and Python's code 1.
+    ValueError and OSError are the user's mistakes: one sentence, printed once for all ranks, and
+    code 2. Ctrl-C gives 130. Any other error keeps its traceback and Python's code 1.
     """
     try:
         code = work()
     except BaseException as error:
-        # torch.save, when it is interrupted, raises an error of its own on its way out.
+        # An interrupted torch.save raises an error of its own.
         if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
             _say_once(f"{name}: interrupted")
             return 130
@@ -142,7 +142,7 @@ def _say_once(text: str) -> None:
 
 @contextlib.contextmanager
 def quiet_beside_main(info: RankInfo) -> Iterator[None]:
-    """Only the first process prints what all would print alike: --help, a wrong flag."""
+    """Let only rank 0 print what every rank would print: --help, an error about a flag."""
     if info.rank == 0:
         yield
         return
@@ -169,7 +169,7 @@ def world_size() -> int:
 
 
 def all_ranks() -> Group:
-    """The group of all ranks; None for a process alone."""
+    """The group of all ranks; None for a single process."""
     return dist.group.WORLD if is_distributed() else None
 
 
@@ -181,7 +181,7 @@ def is_main() -> bool:
 def generator(*stream: int) -> torch.Generator:
     """A CPU generator for one purpose: equal ``stream`` numbers give equal draws on every rank.
 
-    Streams are (seed, purpose, position), so that no draw depends on how many were made before it.
+    Streams are (seed, purpose, position), so no draw depends on the number of earlier draws.
     """
     state = 0
     for number in stream:
@@ -191,7 +191,7 @@ def generator(*stream: int) -> torch.Generator:
 
 
 def from_main(make: Callable[[], Result]) -> Result:
-    """What ``make`` returns on rank 0 (picklable), on every rank; its ValueError too."""
+    """Call ``make`` on rank 0; return its (picklable) result or raise its error on every rank."""
     if not is_distributed():
         return make()
     box: list[Any] = [None]
@@ -215,7 +215,7 @@ def gather_objects(value: Result) -> list[Result]:
 
 
 def own_slice(total: int) -> slice:
-    """Which of ``total`` rows are this rank's: contiguous, sizes differ by one at most."""
+    """This rank's contiguous slice of ``total`` rows; sizes differ by at most one."""
     number, ranks = rank(), world_size()
     return slice(total * number // ranks, total * (number + 1) // ranks)
 
@@ -229,7 +229,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 def scatter_sums(rows: Tensor) -> Tensor:
     """[W * B, ...] of each rank -> this rank's [B, ...] of their sum over ranks."""
-    # Summed wider than bf16, whose rounding would grow with the number of ranks.
+    # Sum in fp32: bf16's rounding would grow with the number of ranks.
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
     own = wide.new_empty((len(rows) // world_size(), *rows.shape[1:]))
     _reduce_scatter(own, wide)
@@ -254,7 +254,7 @@ def max_over_ranks(values: Tensor) -> Tensor:
 
 
 def max_later(values: Tensor) -> Callable[[], Tensor]:
-    """Start ``max_over_ranks``; the result waits for it."""
+    """Start ``max_over_ranks``; call the result to wait for it."""
     if not is_distributed():
         return lambda: values
     work: Any = dist.all_reduce(values, dist.ReduceOp.MAX, async_op=True)
@@ -267,7 +267,7 @@ def max_later(values: Tensor) -> Callable[[], Tensor]:
 
 
 def broadcast(*tensors: Tensor) -> None:
-    """Rank 0's values for every rank, in place."""
+    """Copy rank 0's values to every rank, in place."""
     if is_distributed():
         for tensor in tensors:
             dist.broadcast(tensor, 0)
@@ -289,7 +289,7 @@ def gathered_rows(rows: Tensor) -> Tensor:
 
 
 class GlobalBatchNorm1d(nn.BatchNorm1d):
-    """BatchNorm1d over the rows of all ranks, which must have equally many.
+    """BatchNorm1d over the rows of all ranks; every rank must have the same number.
 
     torch's SyncBatchNorm runs on GPUs only. Gradients are those of the sum of all ranks' losses.
     """

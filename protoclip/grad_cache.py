@@ -1,7 +1,7 @@
 """Cached gradients: a contrastive loss over a batch whose activations do not fit in memory.
 
-The encoders run chunk by chunk, and keep nothing of it (torch's checkpoint): the backward pass runs
-each chunk again, with the random state and autocast of its first run (GradCache, Gao et al. 2021).
+The encoders run chunk by chunk and store no activations (torch's checkpoint). The backward pass
+runs each chunk again, with its first run's random state and autocast (GradCache, Gao et al. 2021).
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ def grad_cache(
     split: Split | None = None,
     ddp: Sequence[DistributedDataParallel] = (),
 ) -> list[Any]:
-    """Features of whole batches for the memory of one chunk; ``loss.backward()`` does the rest.
+    """Features of whole batches with the memory of one chunk, ready for ``loss.backward()``.
 
-    Gradients are those of the same chunks in one graph, dropout included; each chunk runs twice.
+    Gradients equal those of the same chunks in one graph, dropout included; each chunk runs twice.
     Batch norm in an encoder is inexact: it sees one chunk at a time and updates its statistics
-    twice. Under DDP each module reduces its gradients once, with its last chunk over all encoders;
-    a ``no_sync`` around it all is respected.
+    twice. Under DDP each module reduces its gradients once for all chunks of all encoders;
+    an enclosing ``no_sync`` is respected.
 
     Args:
-        encoders: all of the loss, in one call; a shared one twice. They return a tensor, a tuple
-            or a dict, with a row of features for each row of their chunk.
-        inputs: a batch for each encoder: a tensor is one argument, a tuple several, a dict
+        encoders: all encoders of the loss; list a shared one twice. Each returns a tensor, a tuple
+            or a dict, with one row of features per row of its chunk.
+        inputs: one batch per encoder: a tensor is one argument, a tuple several, a dict
             keywords. Tensors are cut along their first dimension; 0-dim tensors and other values
             in a tuple or dict are passed through.
-        chunk_size: rows of a chunk: one number, or one for each encoder.
+        chunk_size: rows per chunk: one number, or one for each encoder.
         split: ``split(batch, chunk_size)`` returns the chunks of any other kind of batch.
-        ddp: DDP modules called inside functions; those that are encoders themselves are found.
+        ddp: DDP modules that an encoder function calls; encoders that are modules need no entry.
     Returns:
-        What each encoder returns, for its whole batch; no graph under ``torch.no_grad()``. None,
-        numbers and 0-dim tensors, such as a logit scale, are those of the last chunk, which also
-        takes the gradient of a 0-dim tensor.
+        Each encoder's output for its whole batch; no graph under ``torch.no_grad()``. None,
+        numbers and 0-dim tensors, such as a logit scale, come from the last chunk, which also
+        receives the gradient of a 0-dim tensor.
     Raises:
-        ValueError: arguments that do not fit together, or outputs with another number of rows.
+        ValueError: arguments that disagree, or an output whose rows do not match its chunk.
     Source:
         Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup.
     """
     if not isinstance(encoders, Sized) or not isinstance(inputs, Sized):
         raise ValueError(
             "grad_cache: expected a list of encoders and a list of their batches, got "
-            f"{type(encoders).__name__} and {type(inputs).__name__}; put even one into a list"
+            f"{type(encoders).__name__} and {type(inputs).__name__}; put even one in a list"
         )
     sizes = list(chunk_size) if isinstance(chunk_size, Sequence) else [chunk_size] * len(encoders)
     if not len(encoders) == len(inputs) == len(sizes) or not all(
@@ -75,24 +75,24 @@ def grad_cache(
     def run(encoder: Callable[..., Any], chunk: Any) -> Any:
         cached = torch.is_autocast_cache_enabled()
         with contextlib.ExitStack() as stack:
-            # A cast of the weights that all chunks share would sum their gradients in 16 bits.
+            # A cached cast of the weights, shared by all chunks, would sum gradients in 16 bits.
             torch.set_autocast_cache_enabled(False)
             stack.callback(torch.set_autocast_cache_enabled, cached)
-            for replica in replicas:  # its own forward pass has begun, and does not end here
+            for replica in replicas:  # its own forward pass is already open
                 vars(replica)["forward"] = replica.module
                 stack.callback(vars(replica).pop, "forward")
             if isinstance(chunk, Mapping):
                 return encoder(**chunk)
             return encoder(*chunk) if isinstance(chunk, tuple) else encoder(chunk)
 
-    # For DDP all chunks of all encoders are one forward pass, of one reduction.
+    # DDP sees all chunks of all encoders as one forward pass with one reduction.
     for replica in replicas:
         replica._pre_forward(torch.empty(0))
     outputs = []
     for encoder, batch, size in zip(encoders, inputs, sizes, strict=True):
         parts, chunks = [], (split or _split)(batch, size)
         if not len(chunks):
-            raise ValueError("grad_cache: expected at least one chunk of split=, got none")
+            raise ValueError("grad_cache: expected at least one chunk from split=, got none")
         for chunk in chunks:
             parts.append(checkpoint(run, encoder, chunk, use_reentrant=False))
             _check_rows(pytree.tree_leaves(parts[-1]), set() if split else _lengths(chunk))
@@ -132,10 +132,10 @@ def _check_rows(leaves: Sequence[Any], expected: set[int]) -> None:
         shown = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in leaves]
         raise ValueError(
             "grad_cache: expected a tensor, tuple or dict from an encoder, with the rows of its "
-            f"chunk{sorted(expected) or ''}, got {shown}; return a row of features for each"
+            f"chunk{sorted(expected) or ''}, got {shown}; return one row of features per row"
         )
 
 
 def _whole(*parts: Any) -> Any:
-    """An output for the whole batch, from those for its chunks."""
+    """Join the outputs of the chunks into the output of the whole batch."""
     return torch.cat(parts) if _has_rows(parts[-1]) else parts[-1]

@@ -1,7 +1,7 @@
-"""Lloyd's k-means over the ops ``kmeans_assign`` and ``segment_mean``, or by faiss.
+"""Lloyd's k-means with the ops ``kmeans_assign`` and ``segment_mean``, or with faiss.
 
 Nothing is read back to the host inside an iteration. With ``group`` every rank holds a slice of the
-points: assignment is local, sums and counts are all-reduced, all ranks get the same centroids.
+points: assignment is local, sums and counts are all-reduced, and all ranks get the same centroids.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from numbers import Integral
 from types import ModuleType
 from typing import Any
@@ -26,7 +25,7 @@ from protoclip.ops.clusters import assignment, kmeans_assign, segment_mean
 
 INITS = ("random", "k-means++")
 SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as in faiss
-MAX_DRAWS = 1024  # k-means++ candidates of one pass over the points
+MAX_DRAWS = 1024  # k-means++ candidates per pass over the points
 
 Assign = Callable[[Tensor], tuple[Tensor, Tensor]]  # centroids -> labels, squared distances
 Progress = Callable[[int, Tensor], None]
@@ -54,7 +53,7 @@ class Clusters:
         )
 
     def predict(self, points: Tensor) -> Tensor:
-        """The nearest cluster of each of some points [M, D] -> int64 [M]."""
+        """The nearest cluster of each point: [M, D] -> int64 [M]."""
         checks.matrix("predict", "points", points, "[M, D]")
         return kmeans_assign(points, self.centroids.to(points.device))[0]
 
@@ -71,8 +70,8 @@ class Clusters:
         """Read what ``save`` wrote.
 
         Raises:
-            ValueError: it is no such file.
-            OSError: it cannot be read.
+            ValueError: ``save`` did not write the file.
+            OSError: the file cannot be read.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -88,7 +87,7 @@ class Clusters:
 
 
 class _Points:
-    """The points of this rank, what each of them counts, and sums over the ranks of a group."""
+    """This rank's points and their weights, and sums over the ranks of a group."""
 
     def __init__(self, points: Tensor, group: dist.ProcessGroup | None, backend: str) -> None:
         self.points, self.group, self.backend = points, group, backend  # points: [N, D]
@@ -106,26 +105,26 @@ class _Points:
         return x
 
     def pick(self, values: Tensor, index: Tensor) -> Tensor:
-        """Rows of values [N, D] by index among all ranks' [K] -> [K, D], the same on every rank."""
+        """Rows of values [N, D] by index [K] over all ranks' rows -> [K, D], equal on each rank."""
         local = index.to(values.device) - self.start
         mine = (local >= 0) & (local < len(values))
         picked = values[local.where(mine, 0)] if len(values) else values.new_zeros(len(index), 1)
         return self.sum(torch.where(mine[:, None], picked, 0.0).expand(-1, values.shape[1]).clone())
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum of a value a row [N], by weight, over all ranks."""
+        """The weighted sum of one value per row, [N], over all ranks."""
         values = values.double() if self.weights is None else values.double() * self.weights
         return self.sum(values.sum())
 
     def values(self) -> Tensor:
-        """What is averaged: the points, or weight x point and weight, [N, D + 1]."""
+        """The rows to average: the points, or weight x point and weight, [N, D + 1]."""
         if self.weights is None:
             return self.points
         weights = self.weights.to(self.points.dtype)[:, None]
         return torch.cat([self.points * weights, weights], dim=1)
 
     def means(self, values: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Means [K, D] and numbers of rows [K] of the clusters; one without weight is empty."""
+        """Means [K, D] and row counts [K] of the clusters; a cluster of weight 0 has count 0."""
         means, counts = global_segment_mean(values, labels, k, self.group, self.backend)
         if self.weights is None:
             return means, counts
@@ -149,24 +148,24 @@ def kmeans(
 ) -> Clusters:
     """Cluster points by Lloyd's algorithm; the same seed gives the same clusters.
 
-    A cluster that runs empty takes half of the largest one (both halves next to its mean).
+    An empty cluster takes half of the largest one (both halves start next to its mean).
 
     Args:
         points: [N, D], finite; float32, bfloat16, float16 (computed in fp32) or float64. Squared
-            distances are fp32: scale points down that are 1e19 apart, or the inertia is inf.
+            distances are fp32: for points 1e19 apart the inertia is inf, so scale them down.
         num_clusters: K, 1 <= K <= N.
         num_iters: updates of the centroids, >= 0.
         num_restarts: runs from different initial centroids; the lowest inertia is kept.
         init: "random" (K distinct points), "k-means++", or centroids (a warm start): [K, D], or
-            fewer, and random points for the others.
-        seed: of the initial centroids; restart r uses seed + r.
+            fewer, to which random points are added.
+        seed: decides the initial centroids; restart r uses seed + r.
         spherical: keep centroids at unit length (for unit points: cosine k-means).
-        weights: [N], >= 0, what each point counts in means, inertia and initial draws; None: 1.
+        weights: [N], >= 0, of each point in means, inertia and initial draws; None: 1.
         group: a process group whose ranks each hold a slice of the points; N counts all slices.
-        backend: "auto", one of the backends of both ops, e.g. "reference", or "faiss": faiss.Kmeans
-            on all points, the paper's own clustering (no group, no weights, no "k-means++").
+        backend: "auto", a backend that both ops have, e.g. "reference", or "faiss": faiss.Kmeans
+            on all points, as in the paper (no group, no weights, no "k-means++").
         progress: called in each iteration with its number and the inertia before its update, a
-            scalar tensor; not by faiss.
+            scalar tensor; faiss does not call it.
     Returns:
         Clusters.
     Raises:
@@ -190,8 +189,10 @@ def kmeans(
     _check_values(rows, num_clusters, init)
     rows.weights = _checked_weights(rows, weights)
 
+    assign = assignment(points, num_clusters, "auto" if backend == "faiss" else backend)
+
     def start(restart: int) -> Tensor:
-        return _first_centroids(rows, num_clusters, init, seed + restart)
+        return _first_centroids(rows, num_clusters, init, seed + restart, assign)
 
     if backend == "faiss":
         if group is not None or weights is not None or init == "k-means++":
@@ -202,8 +203,7 @@ def kmeans(
         given = start(0) if isinstance(init, Tensor) else None
         settings = {"niter": num_iters, "nredo": num_restarts, "seed": seed, "spherical": spherical}
         centroids, history = _faiss(points, num_clusters, given, settings)
-        return _assigned(centroids, history, rows, partial(kmeans_assign, points))
-    assign = assignment(points, num_clusters, backend)
+        return _assigned(centroids, history, rows, assign)
     restarts = 1 if isinstance(init, Tensor) else num_restarts
     runs = (_lloyd(rows, start(r), num_iters, spherical, assign, progress) for r in range(restarts))
     return min(runs, key=lambda clusters: clusters.inertia)
@@ -226,7 +226,7 @@ def _check_values(rows: _Points, k: int, init: str | Tensor) -> None:
 
 
 def _checked_weights(rows: _Points, weights: Tensor | Sequence[float] | None) -> Tensor | None:
-    """As fp64, where the points are."""
+    """The weights in fp64, on the points' device."""
     if weights is None:
         return None
     weights = torch.as_tensor(weights, dtype=torch.float64, device=rows.points.device).detach()
@@ -240,12 +240,14 @@ def _checked_weights(rows: _Points, weights: Tensor | Sequence[float] | None) ->
     return weights
 
 
-def _first_centroids(rows: _Points, k: int, init: str | Tensor, seed: int) -> Tensor:
-    """What is given, random points, or k-means++ (Arthur and Vassilvitskii 2007), many a pass.
+def _first_centroids(
+    rows: _Points, k: int, init: str | Tensor, seed: int, assign: Assign
+) -> Tensor:
+    """Given centroids, random points, or k-means++ (Arthur and Vassilvitskii 2007) in few passes.
 
-    Candidates are drawn together by their squared distance at the start of the pass. One after the
-    other, each is kept with the probability by which the ones kept before it in this pass have
-    lowered that distance: rejection sampling, so the distribution is that of the sequential method.
+    A pass draws many candidates by their squared distance at its start. They are then visited in
+    order, and each is kept with probability (distance now) / (distance at the start). This is
+    rejection sampling, so the distribution is that of the sequential method.
     """
     points = rows.points
     generator = torch.Generator().manual_seed(seed)
@@ -264,7 +266,7 @@ def _first_centroids(rows: _Points, k: int, init: str | Tensor, seed: int) -> Te
     squared = points.new_full((len(points),), math.inf, dtype=torch.float64)
     fresh = centroids
     while len(centroids) < k:
-        squared = torch.minimum(squared, kmeans_assign(points, fresh)[1].double())
+        squared = torch.minimum(squared, assign(fresh)[1].double())
         draws = min(MAX_DRAWS, max(8, len(centroids)))
         uniform = torch.rand(2, draws, generator=generator, dtype=torch.float64)
         fresh = _drawn(rows, squared, *uniform)[: k - len(centroids)]
@@ -273,8 +275,8 @@ def _first_centroids(rows: _Points, k: int, init: str | Tensor, seed: int) -> Te
 
 
 def _drawn(rows: _Points, squared: Tensor, where: Tensor, luck: Tensor) -> Tensor:
-    """Candidates are the points at which the running sum of weight x squared distance, over all
-    ranks, passes ``where`` [M] times the total; those that ``luck`` [M] keeps, [<= M, D]."""
+    """The candidates that ``luck`` [M] keeps, [<= M, D]. A candidate is the point where the running
+    sum of weight x squared distance, over all ranks, passes ``where`` [M] times the total."""
     points = rows.points
     mass = squared if rows.weights is None else squared * rows.weights
     sums = mass.new_zeros(len(rows.sizes))
@@ -290,7 +292,7 @@ def _drawn(rows: _Points, squared: Tensor, where: Tensor, luck: Tensor) -> Tenso
     apart = torch.cdist(candidates, candidates, compute_mode="donot_use_mm_for_euclid_dist")
     between, now, kept = apart.double().square().cpu().numpy(), start.copy(), []
     for j, u in enumerate(luck.tolist()):
-        # Only duplicates are left when all distances are 0: any point is as good.
+        # All distances are 0 if only duplicates are left; then any point will do.
         if now[j] >= u * start[j] and (now[j] > 0 or start[j] == 0):
             kept.append(j)
             np.minimum(now, between[j], out=now)
@@ -335,7 +337,7 @@ def global_segment_mean(
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """``segment_mean`` of the rows that the ranks of a group hold together; the same on each."""
+    """``segment_mean`` over the rows of all ranks of a group; the same result on each rank."""
     means, counts = segment_mean(values, labels, num_segments, backend=backend)
     if group is None:
         return means, counts
@@ -374,7 +376,7 @@ def _faiss(
 ) -> tuple[Tensor, list[float]]:
     """faiss.Kmeans on all points -> centroids [K, D], inertia before each update.
 
-    It runs on the GPU where the points are on one and faiss was built for it.
+    It runs on the GPU if the points are there and faiss was built for it.
     """
     faiss = load_faiss()
     runner = faiss.Kmeans(
@@ -391,4 +393,4 @@ def _faiss(
     if not settings["spherical"]:
         return centroids, list(runner.obj)
     total = float(points.double().square().sum()) + len(points)
-    return centroids, [total - 2 * x for x in runner.obj]  # faiss sums x.c there
+    return centroids, [total - 2 * x for x in runner.obj]  # for these faiss sums x.c

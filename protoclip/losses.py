@@ -1,15 +1,15 @@
 """The losses: OpenCLIP's with OpenCLIP's signatures, ProtoCLIP's, and their forms over ranks.
 
-``ClipLoss``, ``SigLipLoss`` and ``ProtoClipLoss`` go into OpenCLIP's loop or your own;
-``ProtoLoss`` is the objective of ``protoclip.train``. None of them forms a matrix of logits; what
-a loss computes on one process is in ``protoclip.ops``.
+``ClipLoss``, ``SigLipLoss`` and ``ProtoClipLoss`` work in OpenCLIP's loop or your own;
+``ProtoLoss`` is the objective of ``protoclip.train``. None of them forms a matrix of logits; the
+computation on one process is in ``protoclip.ops``.
 
-Over ranks each rank holds its own rows. InfoNCE: a rank owns the rows of its images in the [G, G]
-matrix of logits. It gathers the texts, sums its strip's rows and its share of every column, and
-all-reduces the 2 G column sums; backward forms the strip again and reduce-scatters the texts'
-gradient. SigLIP needs no column sums, so the texts and their gradient go round a ring of ranks.
-Neither holds a [B, G] matrix. Gradients are those of the sum of all ranks' losses; DDP's mean over
-ranks makes them those of the mean loss over the global batch.
+With several ranks, each rank holds its own rows. InfoNCE: a rank owns the rows of its images in
+the [G, G] matrix of logits. It gathers the texts, sums its strip's rows and its share of every
+column, and all-reduces the 2 G column sums; backward recomputes the strip and reduce-scatters the
+gradient of the texts. SigLIP needs no column sums, so the texts and their gradient travel round a
+ring of ranks. Neither holds a [B, G] matrix. Gradients are those of the sum of all ranks' losses;
+DDP's mean over ranks turns them into those of the mean loss over the global batch.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def global_info_nce(
 ) -> Tensor:
     """InfoNCE over the pairs of all ranks: the mean loss of this rank's B pairs.
 
-    Its mean over the ranks is ``info_nce`` of the W * B pairs. Memory O(W B D); wire per rank one
+    Its mean over the ranks is ``info_nce`` of the W * B pairs. Memory is O(W B D), traffic one
     gather and one reduce-scatter of [W B, D]. The reference gathers the images too.
 
-    Args: those of ``info_nce``, of this rank's pairs; B is the same on every rank.
+    Args: those of ``info_nce``, for this rank's pairs; B is the same on every rank.
     """
     inputs = image_features, text_features, logit_scale
     if not is_distributed():
@@ -114,17 +114,17 @@ def global_contrastive(
 ) -> Tensor:
     """``contrastive`` of this rank's N queries against the keys of all W ranks.
 
-    The mean over the ranks, and that of the gradients, is the loss of one process with all queries
-    and keys. Memory O(W M D); wire per rank one gather and one reduce-scatter of the keys.
+    The mean over the ranks, of the loss and of its gradients, is that of one process with all
+    queries and keys. Memory is O(W M D), traffic one gather and one reduce-scatter of the keys.
 
     Args:
         queries, keys: [N, D] and [M, D], the same M on every rank.
-        positives, exclude: int64 [N], numbers among the keys of all ranks: key j of rank r is
-            r M + j. Without positives query i's own key is key i of its rank.
-        query_ids, key_ids, key_bias, weights: of this rank's queries and keys; a query meets the
-            ids and biases of all ranks' keys.
-        reduction: "mean", over the queries of all ranks once ranks are averaged, whatever number
-            of them counts on each; "sum" and "none": of this rank's queries.
+        positives, exclude: int64 [N], positions among the keys of all ranks: key j of rank r is
+            r M + j. Without positives, query i's own key is key i of its rank.
+        query_ids, key_ids, key_bias, weights: for this rank's queries and keys; a query is
+            compared with the ids and biases of all ranks' keys.
+        reduction: "mean": the average over ranks is the mean over all ranks' queries, however many
+            count on each; "sum" and "none": over this rank's queries.
         logit_scale, same_id, backend: as in ``contrastive``, as are the result and errors.
     """
     op = "global_contrastive"
@@ -148,7 +148,7 @@ def global_contrastive_parts(
     key_bias: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """``contrastive_parts`` of this rank's queries, told as ``global_contrastive`` is."""
+    """``contrastive_parts`` of this rank's queries; arguments as in ``global_contrastive``."""
     op = "global_contrastive_parts"
     given = Given(positives, query_ids, key_ids, same_id, exclude, key_bias)
     every, given = _keys_of_all_ranks(op, keys, given)
@@ -156,7 +156,7 @@ def global_contrastive_parts(
 
 
 def _keys_of_all_ranks(op: str, keys: Tensor, given: Given) -> tuple[Tensor, Given]:
-    """The keys of all ranks, and what is given about them; checked before any rank waits."""
+    """The keys of all ranks with their ids and biases; checked before any rank waits."""
     if not is_distributed():
         return keys, given
     checks.matrix(op, "keys", keys, "[M, D]")
@@ -189,9 +189,9 @@ def global_sigmoid_loss(
 ) -> Tensor:
     """SigLIP's loss of this rank's B images against the texts of all ranks, summed.
 
-    Memory O(B D): the texts pass from rank to rank; only the reference gathers them.
+    Memory is O(B D): the texts pass from rank to rank; only the reference gathers them.
 
-    Args: those of ``sigmoid_loss``, of this rank's pairs; B is the same on every rank.
+    Args: those of ``sigmoid_loss``, for this rank's pairs; B is the same on every rank.
     """
     inputs = image_features, text_features, logit_scale
     if not is_distributed():
@@ -211,7 +211,7 @@ def global_sigmoid_loss(
 
 class _Strip(torch.autograd.Function):
     """x, y [B, D] -> the losses of this rank's images against all texts, and of its texts against
-    all images: [B], [B]. With a relation pairs of the same id count as it says."""
+    all images: [B], [B]. ``relation`` says how pairs with the same id count; None: all differ."""
 
     @staticmethod
     def forward(
@@ -265,7 +265,7 @@ class _Ring(torch.autograd.Function):
         totals: list[Tensor] = []
         for hop in range(world_size()):
             coming = _pass_on(texts) if hop + 1 < world_size() else None
-            # Row i's own text comes with the first chunk; the others hold negatives only.
+            # The first chunk holds the own texts of all rows; the others hold negatives only.
             first = 0 if hop == 0 else len(y)
             ids, at = relation.key_ids, (rank() + hop) % world_size() * len(y)
             told = relation.query_ids, None if ids is None else ids[:, at : at + len(y)]
@@ -274,7 +274,7 @@ class _Ring(torch.autograd.Function):
             )
             found = [loss, *(t.to(loss.dtype) for t in (dx, *scalars))]
             totals = [a + b for a, b in zip(totals, found, strict=True)] if hop else found
-            if wanted:  # a chunk's gradient travels with it, and is home after the last hop
+            if wanted:  # a chunk's gradient travels with it and is back after the last hop
                 dy = dy.to(loss.dtype)
                 travelling = _pass_on(dy if hop == 0 else travelling + dy)()
             if coming is not None:
@@ -296,7 +296,7 @@ class _Ring(torch.autograd.Function):
 
 
 def _pass_on(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start sending a tensor to the previous rank; the result waits for the next rank's."""
+    """Start sending a tensor to the previous rank; call the result to wait for the next rank's."""
     previous, following = (rank() - 1) % world_size(), (rank() + 1) % world_size()
     sent = tensor.contiguous()
     received = torch.empty_like(sent)
@@ -317,11 +317,11 @@ class ClipLoss(nn.Module):
 
     Args:
         local_loss: each rank's rows against all ranks' columns, instead of all against all.
-        gather_with_grad: gradients also flow to the rows of other ranks. With ``local_loss`` it is
-            exact and scales: only the texts are gathered. (A rank's gradient of the scale is then
+        gather_with_grad: gradients also flow to the rows of other ranks. With ``local_loss`` the
+            loss is then exact and only the texts are gathered. (A rank's gradient of the scale is
             its strip's; the mean over the ranks is OpenCLIP's.)
-        cache_labels: accepted as OpenCLIP's, unused: there are no labels to cache.
-        rank, world_size: of this process.
+        cache_labels: accepted because OpenCLIP has it, unused: there are no labels to cache.
+        rank, world_size: those of this process.
         use_horovod: must be false.
     """
 
@@ -354,10 +354,10 @@ class ClipLoss(nn.Module):
         Args:
             image_features, text_features: [N, D], unit rows; float dtypes, mixed ones are promoted.
             logit_scale: [] or [1], the multiplier (not its logarithm).
-            logit_bias: [] or [1]; softmax does not see it, its gradient is zero.
+            logit_bias: [] or [1]; softmax ignores it, so its gradient is zero.
             output_dict: return ``{"contrastive_loss": loss}``.
-            ids: int64 [N] or [N, R], R <= 2: pairs with an equal id, on any rank, are no negatives
-                of one another. Not OpenCLIP's.
+            ids: int64 [N] or [N, R], R <= 2: pairs with an equal id, on any rank, are not
+                negatives of each other. OpenCLIP does not have this argument.
         Returns:
             float32 [], nats.
         """
@@ -380,8 +380,8 @@ class ClipLoss(nn.Module):
         return (images + one_way("ClipLoss", (y, all_x, scale), given)) / 2
 
     def _of_all_ranks(self, x: Tensor) -> Tensor:
-        """All rows in rank order. Without ``gather_with_grad`` only the own ones have a gradient,
-        and none has with ``local_loss``."""
+        """All rows in rank order. Without ``gather_with_grad`` only this rank's rows have a
+        gradient, and with ``local_loss`` none has."""
         if self.world_size == 1:
             return x
         if self.gather_with_grad:
@@ -399,8 +399,8 @@ class ClipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Whole, of both directions: [N, M] each, M pairs of all ranks (N = M without
-        ``local_loss``), for subclasses written for OpenCLIP's class."""
+        """The full logits of both directions, for subclasses written for OpenCLIP's class: [N, M]
+        each, with the M pairs of all ranks (N = M without ``local_loss``)."""
         x, y = checks.promoted(image_features, text_features)
         all_x, all_y = self._of_all_ranks(x), self._of_all_ranks(y)
         if not self.local_loss:
@@ -418,10 +418,10 @@ class SigLipLoss(nn.Module):
     """OpenCLIP's ``SigLipLoss`` without its [N, N] logits.
 
     Args:
-        cache_labels, chunk_size: accepted as OpenCLIP's, unused.
-        rank, world_size: of this process.
-        dist_impl: "bidir", "shift", "reduce" or "gather": one value and one gradient, which here
-            all come from one ring exchange of the texts.
+        cache_labels, chunk_size: accepted because OpenCLIP has them, unused.
+        rank, world_size: those of this process.
+        dist_impl: "bidir", "shift", "reduce" or "gather"; they give the same value and gradient,
+            and here all use one ring exchange of the texts.
     """
 
     def __init__(
@@ -449,8 +449,8 @@ class SigLipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """Sum over pairs of the sigmoid loss, divided by the local batch: float32 [], nats.
 
-        Args: those of ``ClipLoss.forward``, but that a ``logit_bias`` of None is zero, and pairs
-        of the same id are "positive" too, or left out where ``same_id`` is "exclude".
+        Args: those of ``ClipLoss.forward``, except that a ``logit_bias`` of None is zero, and pairs
+        of the same id are positives too, or are left out if ``same_id`` is "exclude".
         """
         x, y, scale = checks.pairs("SigLipLoss", image_features, text_features, logit_scale)
         bias = 0.0 if logit_bias is None else logit_bias
@@ -462,17 +462,17 @@ class SigLipLoss(nn.Module):
 class ProtoClipLoss(ClipLoss):
     """``ClipLoss`` and the prototype loss, for OpenCLIP's loop or your own.
 
-    Until the first clustering (see ``steps_to_prototypes``) it is ``ClipLoss``. State advances once
-    per optimiser step, in training mode with gradients on, and lives on the features' device. On
-    several ranks each holds its own slice of the queue; k-means sums over ranks, so all ranks have
-    the same prototypes. Without ``gather_with_grad`` OpenCLIP scales InfoNCE's feature gradient by
-    1 / world_size; the prototype loss follows it: their balance does not depend on the flags.
+    Until the first clustering (see ``steps_to_prototypes``) it is ``ClipLoss``. The state advances
+    once per optimiser step, in training mode with gradients on, and lives on the features' device.
+    Each rank holds its own slice of the queue; k-means sums over ranks, so all ranks have the same
+    prototypes. Without ``gather_with_grad`` OpenCLIP scales InfoNCE's feature gradient by
+    1 / world_size. The prototype loss does the same, so their balance does not depend on the flags.
 
     Args:
         local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: ``ClipLoss``'s.
         proto: settings of the prototypes.
-        accum_freq: calls per optimiser step, each with all features of the step, as OpenCLIP's
-            ``--accum-freq`` makes them.
+        accum_freq: calls per optimiser step, each with all features of the step, as with OpenCLIP's
+            ``--accum-freq``.
     """
 
     def __init__(
@@ -494,12 +494,12 @@ class ProtoClipLoss(ClipLoss):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Of the last step: prototype accuracy, sizes of the clusters, steps. Reads the device."""
+        """The last step's prototype accuracy, cluster sizes and step count. Reads the device."""
         return self.online.metrics()
 
     def steps_to_prototypes(self, batch_size: int) -> int:
-        """Optimiser steps of ``batch_size`` pairs a rank before prototypes exist, from the start or
-        after a resume."""
+        """Optimiser steps before prototypes exist, from the start or after a resume, with
+        ``batch_size`` pairs per rank."""
         return self.online.first_step(batch_size)
 
     def forward(
@@ -520,8 +520,8 @@ class ProtoClipLoss(ClipLoss):
             image_features, text_features, logit_scale, logit_bias, ids: as in ``ClipLoss``.
             output_dict: return the terms, ``contrastive_loss`` and (once there are prototypes)
                 ``proto_loss``, weighted: their sum is the loss.
-            image_projection, text_projection: [N, Dh], unit rows: prototypes live there, behind
-                heads that are part of the model and of its output. None: in the features.
+            image_projection, text_projection: [N, Dh], unit rows from projection heads in the
+                model, to cluster instead of the features. None: cluster the features.
         Returns:
             float32 [], nats.
         """
@@ -541,7 +541,7 @@ class ProtoClipLoss(ClipLoss):
         return losses if output_dict else torch.stack(list(losses.values())).sum()
 
     def _balanced(self, x: Tensor) -> Tensor:
-        """x with 1 / world_size of its gradient where OpenCLIP's InfoNCE has it so."""
+        """x with its gradient divided by world_size, if OpenCLIP's InfoNCE does the same."""
         if self.world_size == 1 or self.gather_with_grad:
             return x
         return x.detach() + (x - x.detach()) / self.world_size
@@ -551,21 +551,21 @@ class ProtoClipLoss(ClipLoss):
 class Losses:
     """Scalars of one batch, on its device, fp32."""
 
-    total: Tensor  # weighted sum; the one to differentiate
+    total: Tensor  # weighted sum, to differentiate
     terms: dict[str, Tensor]  # unweighted, by name, in nats; only those with a weight
     accuracy: dict[str, Tensor]  # share of samples whose nearest prototype is their own
 
 
 class ProtoLoss(nn.Module):
-    """w_clip * InfoNCE, or SigLIP's loss, + w_proto * internal prototypes + w_proto_external *
-    external ones, and w_distill * the teacher's similarities, the control without prototypes.
+    """The training objective: w_clip * InfoNCE (or SigLIP's loss) + w_proto * internal prototypes
+    + w_proto_external * external ones + w_distill * the teacher's similarities (a control).
 
-    A term of weight 0, or without prototypes (warm-up, no teacher), is not computed.
+    A term is not computed if its weight is 0 or its prototypes are missing (warm-up, no teacher).
 
     Args:
         config: the weights.
         teacher: [dataset, d] on the features' device; only distillation reads it.
-        measure: times the block of a phase, here "prototypes".
+        measure: times a named phase, here "prototypes".
     """
 
     def __init__(
@@ -588,19 +588,19 @@ class ProtoLoss(nn.Module):
         ids: Tensor | None = None,
         logit_bias: Tensor | None = None,
     ) -> Losses:
-        """The losses of a batch of B pairs; with several ranks, of each one's share.
+        """The losses of a batch of B pairs; with several ranks, of this rank's share.
 
-        The mean over ranks of ``total`` and of its gradients are those of the whole batch.
+        The means over ranks of ``total`` and of its gradients are those of the whole batch.
 
         Args:
             encoded: [B, D] each, not normalised; float32, bfloat16 or float16.
-            projected: [B, Dh] each, unit rows, float32; None where no prototype term is due.
+            projected: [B, Dh] each, unit rows, float32; None if there is no prototype term.
             index: int64 [B], positions in the dataset, to look up the cluster labels.
             logit_scale, proto_scale: scalars, the multipliers (not their logarithms).
             episode: prototypes; None: InfoNCE only.
-            ids: int64 [B], of pairs that are no negatives of one another where equal (with
-                SigLIP's loss: that are positives); None: none.
-            logit_bias: scalar, for SigLIP's loss in the place of InfoNCE; None: InfoNCE.
+            ids: int64 [B]; pairs with equal ids are not negatives of each other (with SigLIP's
+                loss they are positives); None: all differ.
+            logit_bias: scalar, for SigLIP's loss instead of InfoNCE; None: InfoNCE.
         """
         config, terms = self.config, dict[str, Tensor]()
         weights = {
@@ -636,8 +636,8 @@ class ProtoLoss(nn.Module):
 
 
 def caption_ids(tokens: Tensor) -> Tensor:
-    """int64 [B], equal where the captions' tokens [B, L] are; others meet once in 2^47 pairs."""
-    from protoclip.data.types import mix  # loads Pillow, which import protoclip must not
+    """int64 [B], equal for equal caption tokens [B, L]; others collide once in 2^47 pairs."""
+    from protoclip.data.types import mix  # loads Pillow, which ``import protoclip`` must not
 
     factors = torch.from_numpy(mix(0, np.arange(tokens.shape[1])).view(np.int64))
     return (tokens.long() * factors.to(tokens.device)).sum(dim=1)
@@ -653,11 +653,11 @@ def prototype_term(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean loss over the sets, a scalar, and the mean prototype accuracy of each student.
 
-    The sets of a student share one call of the op, and so one pass over its features.
+    The sets of a student share one call of the op, hence one pass over its features.
 
     Args:
         features: modality -> [B, Dh], unit rows.
-        index: int64 [B], positions in the dataset; None: labels are those of the nearest cluster.
+        index: int64 [B], positions in the dataset; None: the nearest cluster gives the labels.
         sets: at least one.
         scale: the multiplier.
         over_ranks: scale so that the mean over ranks is the mean over all samples with a label.
@@ -677,7 +677,7 @@ def prototype_term(
 
 
 def _over_ranks(losses: Tensor, banks: Sequence[Bank]) -> Tensor:
-    """[S, B] -> [S], whose means over the ranks are the means over all samples with a label."""
+    """[S, B] -> [S], scaled so that the mean over ranks is the mean over all labelled samples."""
     counts = torch.stack([(bank.labels != IGNORE).sum() for bank in banks])
     counts = mean_over_ranks(counts.to(losses.dtype))
     return losses.sum(dim=1) / counts.where(counts > 0, 1.0)
@@ -689,9 +689,9 @@ def similarity_distillation(
     """KL divergence of each student's similarities within the global batch from the teacher's.
 
     Row i compares sample i with the G - 1 others: teacher softmax_j(t_i . t_j / temperature),
-    student softmax_j(scale h_i . h_j); the mean over this rank's rows and the two students, in
-    nats. ``projected``: [B, Dh] each, unit rows, G = W B >= 3; ``teacher``: [B, d], any length.
-    Memory O(B G), unlike the other losses: it is a control.
+    student softmax_j(scale h_i . h_j). The result is the mean over this rank's rows and the two
+    students, in nats. ``projected``: [B, Dh] each, unit rows, G = W B >= 3; ``teacher``: [B, d],
+    any row length. Memory is O(B G), unlike the other losses: it is a control.
     """
     t = F.normalize(teacher.float(), dim=1)
     target = F.log_softmax(_to_others(t) / temperature, dim=1)
@@ -703,8 +703,8 @@ def similarity_distillation(
 
 
 def _to_others(rows: Tensor) -> Tensor:
-    """This rank's [B, d] -> their products with all ranks' other rows, [B, G - 1], the next row
-    first."""
+    """This rank's [B, d] -> products of each row with all other rows of all ranks, [B, G - 1],
+    starting with the next row."""
     products = rows @ gathered_rows(rows).T
     b, g = products.shape
     others = rank() * b + 1 + torch.arange(b, device=rows.device)[:, None]
@@ -712,5 +712,5 @@ def _to_others(rows: Tensor) -> Tensor:
 
 
 def _normalise(features: Tensor) -> Tensor:
-    """Unit rows in the features' dtype, the norm taken in fp32."""
+    """Unit rows in the features' dtype; the norm is computed in fp32."""
     return F.normalize(features.float(), dim=-1).to(features.dtype)

@@ -1,10 +1,10 @@
 """Prototypes: features -> clusters -> back translation -> targets.
 
-A source (image, text, or an external teacher) says which samples belong together; a student (image
-or text) gets one prototype per cluster, the mean of its own features there (back translation, PBT;
-algorithm.md §2-3). ``EpisodeBuilder`` makes them for an episode of known samples,
-``OnlinePrototypes`` from a queue, for loops that know no sample index; both use
-``PrototypeBuilder``. The losses that read them are in ``protoclip.losses``.
+A source (image, text, or an external teacher) says which samples belong together. A student (image
+or text) gets one prototype per cluster: the mean of its own features of that cluster's samples
+(back translation, PBT; algorithm.md §2-3). ``EpisodeBuilder`` makes prototypes for an episode of
+known samples, ``OnlinePrototypes`` from a queue, for loops without sample indices; both use
+``PrototypeBuilder``. The losses that read prototypes are in ``protoclip.losses``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Features:
-    """Rows of N distinct samples, fp32, on the model's device."""
+    """Features of N distinct samples, fp32, on the model's device."""
 
     index: Tensor  # int64 [N], position in the dataset
     image_h: Tensor  # [N, Dh], unit rows
@@ -87,23 +87,23 @@ def extract(
 
 
 class FeatureStore:
-    """The projections of one episode of training, kept for the next: no extra forward pass.
+    """Keeps the projections of one episode for the next, which saves an extra forward pass.
 
-    A rank keeps what it computed, 2 x steps x batch_size / ranks x Dh x 4 bytes, for the most steps
-    that an episode has. The state is that of all ranks in the order of the episode's draws, so it
-    does not depend on how many ranks shared them.
+    A rank keeps the rows it computed, 2 x steps x batch_size / ranks x Dh x 4 bytes, for the
+    longest episode. The state holds the rows of all ranks in the order of the episode's draws, so
+    it does not depend on the number of ranks.
     """
 
     def __init__(self, steps: int, batch_size: int, device: torch.device) -> None:
         self.share = batch_size // world_size()  # rows of a step on each rank
         rows = steps * self.share
         self.index = torch.full((rows,), -1, dtype=torch.int64, device=device)
-        self.h = torch.empty(0, device=device)  # [rows, 2, Dh] fp32, image and text, from put on
+        self.h = torch.empty(0, device=device)  # [rows, 2, Dh] fp32, image and text, after put
 
     @torch.no_grad()
     def put(self, step: int, index: Tensor, projected: Encoded) -> None:
-        """Keep this rank's projections, [B, Dh] each, of the samples ``index`` of a step of the
-        episode; -1 marks a row that does not count."""
+        """Keep this rank's projections, [B, Dh] each, from one step of the episode. ``index`` holds
+        the samples; -1 marks a row that does not count."""
         if not len(self.h):
             self.h = self.h.new_zeros(len(self.index), 2, projected.image.shape[1])
         rows = slice(step * self.share, step * self.share + len(index))
@@ -111,9 +111,9 @@ class FeatureStore:
         self.h[rows] = torch.stack([projected.image, projected.text], dim=1)
 
     def features(self) -> Features:
-        """What all ranks have, each sample once, by its newest row; a collective call.
+        """The newest row of each sample over all ranks; a collective call.
 
-        Each rank gets a slice of it in the order of the dataset: what one rank alone would have.
+        Each rank gets a slice in the order of the dataset, as a single rank would have it.
         """
         index, order = self._by_draw(self.index).sort(stable=True)
         last = torch.ones_like(index, dtype=torch.bool)
@@ -131,12 +131,12 @@ class FeatureStore:
         return by_rank.transpose(0, 1).flatten(0, 2)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The rows of all ranks by draw, for a checkpoint; a collective call."""
+        """The rows of all ranks in draw order, for a checkpoint; a collective call."""
         rows = {"index": self.index} | ({"h": self.h} if len(self.h) else {})
         return {name: self._by_draw(tensor) for name, tensor in rows.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take this rank's rows of ``state_dict``, whatever the number of ranks that wrote it."""
+        """Load this rank's rows of a ``state_dict`` that any number of ranks wrote."""
         for name, rows in state.items():
             own = rows.unflatten(0, (-1, world_size(), self.share))[:, rank()].flatten(0, 1)
             setattr(self, name, own.to(self.index.device).contiguous())
@@ -144,19 +144,19 @@ class FeatureStore:
 
 @dataclass(frozen=True)
 class PrototypeSet:
-    """One source's clusters as one student sees them; constants."""
+    """The clusters of one source in the space of one student; constants."""
 
     source: str
     student: str  # "image" | "text"
-    clustering: Clusters  # labels int64 [dataset], IGNORE where unknown; of a queue: of its rows
+    clustering: Clusters  # labels int64 [dataset], IGNORE if unknown; for a queue: [its rows]
     prototypes: Tensor  # [K, Dh]
     targets: Tensor | None  # [K, Dh], rows m_y; None: hard labels, m = prototypes
-    labels_new: bool  # samples without a label get the nearest centroid's
+    labels_new: bool  # whether samples without a label get that of the nearest centroid
 
     def bank(self, features: Mapping[str, Tensor], index: Tensor | None) -> Bank:
-        """The prototypes with the labels of a batch, in the dtype of the student's features: of
-        ``index``, positions in the dataset [B], or without it of the nearest centroids.
-        ``features``: modality -> [B, Dh], unit rows."""
+        """The prototypes with the labels of a batch, in the dtype of the student's features. The
+        labels are those of ``index``, positions in the dataset [B], or without it those of the
+        nearest centroids. ``features``: modality -> [B, Dh], unit rows."""
         labels = None if index is None else self.clustering.labels[index]
         if labels is None or self.labels_new:
             centroids = self.clustering.centroids
@@ -175,7 +175,7 @@ class PrototypeBuilder:
     With a group, each rank holds a slice of the rows; all get the same clusters and prototypes.
     """
 
-    config: EpisodeConfig  # of k-means, back translation and the internal targets
+    config: EpisodeConfig  # settings of k-means, back translation and the internal targets
     group: Group = None
 
     def cluster(
@@ -186,8 +186,8 @@ class PrototypeBuilder:
         random: torch.Generator,
         last: Clusters | None,
     ) -> Clusters:
-        """k-means on [N, Ds] points, from the centroids of ``last``; empty clusters are dropped
-        unless the config keeps them."""
+        """Run k-means on [N, Ds] points, starting from the centroids of ``last`` if warm; drop
+        empty clusters unless the config keeps them."""
         seed, config = int(torch.randint(2**31, (), generator=random)), self.config
         init: str | Tensor = "random"
         if config.kmeans_init == "warm" and last is not None:
@@ -226,8 +226,8 @@ class PrototypeBuilder:
         labels_new: bool = False,
     ) -> list[PrototypeSet]:
         """Prototypes and targets of one source in the space of each of its students: images and
-        texts teach each other, a teacher both. ``rows``, int64 [N], are those of the ``students``,
-        modality -> [N, Dh], in ``clustering.labels``."""
+        texts teach each other, a teacher teaches both. ``students``: modality -> [N, Dh]; ``rows``,
+        int64 [N], are their positions in ``clustering.labels``."""
         centroids, labels = clustering.centroids, clustering.labels[rows]
         internal, temperature = source in INTERNAL, self.config.target_temperature
         sets = []
@@ -239,7 +239,7 @@ class PrototypeBuilder:
             if internal and temperature > 0:
                 targets = soft_targets(centroids.to(prototypes), prototypes, temperature)
             if self.group is not None:
-                # The same bits everywhere, whatever the ranks' machines make of the same sums.
+                # Identical bits on all ranks, even if their machines round sums differently.
                 broadcast(prototypes, *([] if targets is None else [targets]))
             sets.append(PrototypeSet(source, student, clustering, prototypes, targets, labels_new))
         return sets
@@ -247,14 +247,14 @@ class PrototypeBuilder:
 
 @dataclass(frozen=True)
 class Episode:
-    """What training reads until the next one."""
+    """The prototypes that training reads until the next episode, and metrics about them."""
 
     sets: tuple[PrototypeSet, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def clusterings(self) -> dict[str, Clusters]:
-        """By source."""
+        """The clustering of each source."""
         return {one.source: one.clustering for one in self.sets}
 
 
@@ -278,13 +278,13 @@ class EpisodeBuilder:
         """Cluster every source and translate the clusters into each student's space.
 
         Args:
-            features: of N samples; each rank has its slice of them, all get the same episode.
-            random: CPU generator; k-means' seeds come from it.
+            features: features of N samples; each rank has a slice, all get the same episode.
+            random: CPU generator for the seeds of k-means.
             previous: the last episode, for the warm start.
-            coming: int64 [M], positions that will be trained on. New ones get the label of the
-                nearest centroid: a teacher's here, the model's own as they come.
+            coming: int64 [M], positions that will be trained on. Positions without features get
+                the label of the nearest centroid: a teacher's now, the model's own during training.
         Raises:
-            ValueError: features that are not finite.
+            ValueError: features are not finite.
         """
         config = self.config
         count = torch.tensor(len(features.index), device=features.index.device)
@@ -305,7 +305,7 @@ class EpisodeBuilder:
             found = builder.cluster(source, points, num_clusters, random, last)
             labels = torch.full((self.samples,), IGNORE, device=points.device)
             labels[features.index] = found.labels
-            max_over_ranks(labels)  # each rank knows those of its own samples
+            max_over_ranks(labels)  # each rank knows the labels of its own samples
             found = replace(found, labels=labels)
             new = features.index[:0] if coming is None else coming.to(labels.device)
             new = new[labels[new] == IGNORE].unique()
@@ -320,10 +320,10 @@ class EpisodeBuilder:
 
 
 def check_clusters(config: EpisodeConfig, samples: int) -> int:
-    """K of an episode of ``samples``.
+    """The number of clusters K for an episode of ``samples``.
 
     Raises:
-        ValueError: more clusters than samples.
+        ValueError: there are more clusters than samples.
     """
     num_clusters = config.num_clusters or max(1, samples // 10)
     if num_clusters > samples:
@@ -358,7 +358,7 @@ def health(
 
 
 def purity(labels: Tensor, classes: Tensor) -> float:
-    """Share of samples in the commonest class of their cluster; int64 [N] each, N > 0."""
+    """Share of samples in the most common class of their cluster; int64 [N] each, N > 0."""
     pairs, sizes = torch.unique(torch.stack([labels, classes]), dim=1, return_counts=True)
     largest = torch.zeros(int(labels.max()) + 1, dtype=sizes.dtype, device=sizes.device)
     largest.scatter_reduce_(0, pairs[0], sizes, "amax")
@@ -369,19 +369,19 @@ def purity(labels: Tensor, classes: Tensor) -> float:
 class OnlinePrototypes:
     """The newest features of each rank, and prototypes over all ranks."""
 
-    builder: PrototypeBuilder  # its group is that of the ranks
+    builder: PrototypeBuilder  # with the group of the ranks
     queue: int  # pairs that this rank keeps
-    num_clusters: int  # of k-means, over all ranks
+    num_clusters: int  # K of k-means, over all ranks
     every: int = 0  # steps between clusterings; 0: as many as renew the queue
-    warmup: int = 0  # steps before the first clustering, at least
-    seed: int = 0  # of the first centroids; later ones start from the last
-    calls_per_step: int = 1  # calls of ``observe`` with the rows of one and the same step
+    warmup: int = 0  # minimum number of steps before the first clustering
+    seed: int = 0  # for the first centroids; later clusterings start from the last ones
+    calls_per_step: int = 1  # calls of ``observe`` with the rows of the same step
     current: list[PrototypeSet] | None = field(default=None, init=False)
     steps: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._calls = self._clusterings = self._filled = self._next = 0
-        self._recent: deque[dict[str, Tensor]] = deque()  # of each step: modality -> [N, D]
+        self._recent: deque[dict[str, Tensor]] = deque()  # per step: modality -> [N, D]
         self._sizes: dict[str, float] = {}
         self._accuracy: dict[str, Tensor] = {}
 
@@ -389,16 +389,16 @@ class OnlinePrototypes:
         """Steps of ``rows`` pairs on this rank before the first clustering."""
         return max(self.warmup, -(-self.queue // rows))
 
-    @torch._disable_dynamo  # as torch.compiler.disable, which loads dynamo and triton (1.6 s)
+    @torch._disable_dynamo  # torch.compiler.disable would load dynamo and triton (1.6 s)
     def note(self, accuracy: Mapping[str, Tensor]) -> None:
-        """Keep the prototype accuracies of the step by student, scalars on the device."""
+        """Keep the step's prototype accuracy of each student, scalars on the device."""
         self._accuracy = {student: value.detach() for student, value in accuracy.items()}
 
     @torch._disable_dynamo
     @torch.no_grad()
     def observe(self, image: Tensor, text: Tensor) -> None:
-        """Take the step's features [N, D] in; cluster when it is time. The last of a step's calls
-        does it, so that all of them see the same prototypes."""
+        """Add the step's features [N, D] to the queue; cluster when it is time. Only the last call
+        of a step does so, so that all calls of the step see the same prototypes."""
         self._calls += 1
         if self._calls % self.calls_per_step:
             return
@@ -439,7 +439,7 @@ class OnlinePrototypes:
             )
 
     def metrics(self) -> dict[str, float]:
-        """Plain numbers; waits for the device."""
+        """The metrics as plain numbers; waits for the device."""
         accuracy = {f"{name}_proto_accuracy": float(hit) for name, hit in self._accuracy.items()}
         counts = {"steps": float(self.steps), "clusterings": float(self._clusterings)}
         return counts | self._sizes | accuracy

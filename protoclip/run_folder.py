@@ -22,14 +22,14 @@ from protoclip.data.files import write_atomic
 
 
 def choose_folder(config: TrainConfig) -> Path:
-    """Where a run will go; not made yet. Under --resume auto it may exist.
+    """The folder that a run will write to, not created yet. Under --resume auto it may exist.
 
     Raises:
-        ValueError: the folder exists or cannot be made, or the name would leave --logs.
+        ValueError: the folder exists, cannot be created, or would lie outside --logs.
     """
     run, stamp = config.run, time.strftime("%Y_%m_%d-%H_%M_%S")
     if run.resume == "auto" and not run.name:
-        raise ValueError("--resume auto: expected --name, the run to start or to go on with")
+        raise ValueError("--resume auto: expected --name, the run to start or continue")
     name = run.name or f"{stamp}-{config.method}-seed_{run.seed}"
     if name in (".", "..") or Path(name).name != name:
         raise ValueError(f"--name: expected a plain folder name, got {name!r}")
@@ -37,14 +37,14 @@ def choose_folder(config: TrainConfig) -> Path:
     check_above(path, "--logs")
     if path.exists() and not (run.resume == "auto" and (path / "config.json").exists()):
         raise ValueError(
-            f"--name: expected a new run folder, but {path} exists; go on with it by --resume "
+            f"--name: expected a new run folder, but {path} exists; continue it with --resume "
             f"{path}, choose another --name, or remove it"
         )
     return path
 
 
 class NullRunFolder:
-    """The run folder as ranks other than 0 see it: they write nothing."""
+    """The run folder on ranks other than 0, which write nothing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,12 +57,12 @@ class NullRunFolder:
 
 
 class RunFolder(NullRunFolder):
-    """Writes what a run leaves behind; made once data, model and teacher are known to be good.
+    """Writes a run's files; created once data, model and teacher are known to be valid.
 
     Args:
-        path: of the folder; made, unless ``resume_step`` is given.
-        config: of the run.
-        resume_step: step to go on after: what was logged later is removed; None: a new run.
+        path: the folder; it must be new unless ``resume_step`` is given.
+        config: the run's settings.
+        resume_step: continue after this step and remove later log lines; None: a new run.
     """
 
     def __init__(self, path: Path, config: TrainConfig, resume_step: int | None = None) -> None:
@@ -76,7 +76,7 @@ class RunFolder(NullRunFolder):
         except Timeout as error:
             raise ValueError(f"--name: {path} is in use by another process; stop it") from error
         self._checkpoints.mkdir(exist_ok=True)
-        for rest in self._checkpoints.glob("*.tmp"):  # of a write that was killed
+        for rest in self._checkpoints.glob("*.tmp"):  # left by a write that was killed
             rest.unlink()
         _cut_back(path / "metrics.jsonl", resume_step or 0)
         write_atomic(path / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
@@ -97,18 +97,18 @@ class RunFolder(NullRunFolder):
             self._open.callback(self._wandb.finish)
 
     def say(self, text: str) -> None:
-        """One message, on the screen and in out.log."""
+        """Write a message to the screen and to out.log."""
         tqdm.write(text, file=sys.stderr)  # without tearing the progress bar
         self.note(text)
 
     def note(self, text: str) -> None:
-        """One message in out.log only."""
+        """Write a message to out.log only."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         self._log.write("".join(f"{stamp} {line}\n" for line in text.splitlines()))
 
     def metrics(self, step: int, samples: int, scalars: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, and the same scalars for the boards: those of validation data
-        under val/, the others under train/."""
+        """Write a line of metrics.jsonl, and the same scalars to the boards: those of validation
+        data under val/, the others under train/."""
         self._metrics.write(json.dumps({"step": step, "samples": samples, **scalars}) + "\n")
         named = {n if n.startswith("val_") else f"train_{n}": x for n, x in scalars.items()}
         shown = {name.replace("_", "/", 1): x for name, x in named.items()}
@@ -121,8 +121,8 @@ class RunFolder(NullRunFolder):
     def checkpoint(self, payload: Mapping[str, Any], epoch: int | None) -> None:
         """Write epoch_latest.pt, or with ``epoch`` a numbered one that is kept.
 
-        The latest one before becomes epoch_previous.pt. Metrics reach the disk first, so that
-        every step of a checkpoint has its line.
+        The old epoch_latest.pt becomes epoch_previous.pt. Metrics are synced first, so every step
+        of a checkpoint has its line.
         """
         os.fsync(self._metrics.fileno())
         path = self._checkpoints / (checkpoint.LATEST if epoch is None else f"epoch_{epoch}.pt")
@@ -136,14 +136,14 @@ class RunFolder(NullRunFolder):
 
     def close(self) -> None:
         """Flush and close every file."""
-        with contextlib.suppress(OSError):  # a full disk, which ended the run
+        with contextlib.suppress(OSError):  # the disk is full, which ended the run
             self._open.close()
 
 
 def sum_up(
     folder: Path, config: TrainConfig, sheet: np.ndarray | None, scores: Mapping[str, float]
 ) -> None:
-    """For TensorBoard: a contact sheet of the clusters, uint8 [H, W, 3], and the settings as
+    """Add to TensorBoard a contact sheet of the clusters, uint8 [H, W, 3], and the settings as
     hparams with the final scores."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -154,7 +154,7 @@ def sum_up(
 
 
 def _cut_back(path: Path, step: int) -> None:
-    """Remove the records after ``step``, and a torn one, from a metrics.jsonl."""
+    """Remove records after ``step``, and any torn record, from a metrics.jsonl."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
@@ -164,9 +164,9 @@ def _cut_back(path: Path, step: int) -> None:
 
 
 def _open_wandb(path: Path, config: TrainConfig) -> Any:
-    """A run of --wandb-project-name, under the run folder's name; a resumed run goes on in it.
+    """Open a wandb run with the run folder's name; a resumed run continues the same one.
 
-    WANDB_MODE=offline keeps it in the folder's wandb/.
+    With WANDB_MODE=offline it stays in the folder's wandb/.
     """
     import wandb
 
@@ -178,7 +178,7 @@ def _open_wandb(path: Path, config: TrainConfig) -> Any:
 
 
 class Resume(NamedTuple):
-    """A run to go on with."""
+    """A run to continue."""
 
     folder: Path
     file: Path
@@ -187,10 +187,10 @@ class Resume(NamedTuple):
 
 
 def find_resume(config: TrainConfig) -> Resume | None:
-    """The run that ``--resume`` means; None: start a new one, as "auto" does without a checkpoint.
+    """The run that ``--resume`` names; None: start a new one, as "auto" does without a checkpoint.
 
     Raises:
-        ValueError: the named run has no checkpoint that can be read, or no state to go on from.
+        ValueError: the named run has no readable checkpoint, or no state to continue from.
     """
     wish = config.run.resume
     path = choose_folder(config) if wish == "auto" else Path(wish)
@@ -201,6 +201,6 @@ def find_resume(config: TrainConfig) -> Resume | None:
     saved = payload.get("protoclip", {})
     if not {"training", "config", "step"} <= saved.keys():
         raise ValueError(
-            f"--resume: checkpoint {file} has no state of a run; use its weights by --pretrained"
+            f"--resume: checkpoint {file} has no state of a run; load its weights with --pretrained"
         )
     return Resume(folder, file, payload, saved["step"])

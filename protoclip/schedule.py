@@ -1,7 +1,6 @@
-"""What happens when in a run: steps, episodes, samples, learning rate, checkpoints, and its stop.
+"""The schedule of a run: steps, episodes, samples, learning rate, checkpoints, and stopping.
 
-Everything but the clock and the signals follows from (seed, step): nothing here remembers what was
-asked before.
+Apart from the clock and the signals, everything follows from (seed, step): there is no state.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch import Tensor
 from protoclip.config import OptimConfig, TrainConfig
 from protoclip.distributed import generator, own_slice, world_size
 
-DRAWS, EPISODES = 1, 2  # streams of random numbers: of samples, of what an episode draws
+DRAWS, EPISODES = 1, 2  # streams of random numbers: samples, and an episode's draws
 FIRST_CTRL_C = b"\nCtrl-C: finishing this step, then saving; press it again to end at once\n"
 
 
@@ -85,9 +84,9 @@ def draw(
 ) -> Tensor:
     """Positions of the samples of ``steps``, int64 [len(steps) * batch_size].
 
-    Without replacement each epoch is one permutation; its last batch is filled from its beginning,
-    so that no batch holds a sample twice. ``order`` makes the epoch, int64 [plan.samples], in
-    another way.
+    Without replacement each epoch is one permutation; its last batch is filled up from the start
+    of the epoch, so that no batch holds a sample twice. ``order``, if given, makes the permutation
+    of an epoch, int64 [plan.samples].
     """
     parts = []
     first, last = steps.start // plan.steps_per_epoch, (steps.stop - 1) // plan.steps_per_epoch
@@ -106,7 +105,7 @@ def draw(
 def learning_rate(
     config: OptimConfig, total_steps: int, step: int, end: int | None = None
 ) -> float:
-    """Of step 0, 1, ...: linear warm-up to ``lr``, then half a cosine to 0, or constant.
+    """Learning rate at ``step``: linear warm-up to ``lr``, then half a cosine to 0, or constant.
 
     The cosine reaches 0 at step ``end``, by default the run's last, and stays there.
     """
@@ -122,26 +121,26 @@ def learning_rate(
 def own_draws(plan: Plan, draws: Tensor) -> tuple[Tensor, Tensor]:
     """This rank's share of each step's draws, and their numbers in ``draws``: int64 [M] each.
 
-    Ranks' shares of a step are contiguous and, by ``make_plan``, equal.
+    The ranks' shares of a step are contiguous and, by ``make_plan``, equal.
     """
     numbers = torch.arange(len(draws)).view(-1, plan.batch_size)[:, own_slice(plan.batch_size)]
     return draws[numbers.flatten()], numbers.flatten()
 
 
 def episode_seed(seed: int, number: int, purpose: int) -> int:
-    """Of one purpose (0 training, 1 features) in episode ``number``."""
+    """The seed for one purpose (0: training, 1: features) in episode ``number``."""
     return int(torch.randint(2**31, (), generator=generator(seed, EPISODES, number, purpose)))
 
 
 class Stopped(Exception):
-    """The run was asked to end, and has saved: what to say, and the exit code."""
+    """The run was asked to stop and has saved; holds the message and the exit code."""
 
 
 def parse_interval(text: str) -> tuple[int, float]:
-    """--save-every's "500steps", "90s", "10m" or "2h" as steps and seconds, 0 for the other.
+    """Parse --save-every: "500steps", "90s", "10m" or "2h" -> steps and seconds, one of them 0.
 
     Raises:
-        ValueError: anything else but "", which is 0 of both.
+        ValueError: any other text except "", which gives 0 for both.
     """
     match = re.fullmatch(r"([1-9]\d*) ?(steps?|s|m|h)|", text.strip())
     if match is None:
@@ -153,8 +152,8 @@ def parse_interval(text: str) -> tuple[int, float]:
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGUSR1 and the first Ctrl-C set ``asked``, the signal's name, and do
-    not end the process; a second Ctrl-C ends it at once."""
+    """Inside this context SIGTERM, SIGUSR1 and the first Ctrl-C only set ``asked`` to the signal's
+    name; a second Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self.asked = ""

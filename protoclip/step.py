@@ -1,4 +1,4 @@
-"""One training step: forward, losses, gradient, update; several ranks, several passes a step.
+"""One training step: forward, losses, gradient, update; on several ranks, in several passes.
 
 A step whose loss or gradient is not finite is skipped and counted.
 """
@@ -32,11 +32,11 @@ from protoclip.prototypes import Episode
 
 
 class Phases:
-    """Seconds by named phase: a stopwatch for each.
+    """Seconds spent in each named phase.
 
-    On a GPU, work is timed by events on the stream, so that measuring never waits for the device;
-    phases of the host alone (reading data) use the clock. A phase inside another is not counted in
-    the outer one.
+    On a GPU, work is timed by events on the stream, so measuring never waits for the device.
+    Phases that run on the host alone (reading data) use the clock. The time of an inner phase does
+    not count for the outer one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -70,12 +70,12 @@ class Phases:
         self.memory[name] = max(memory_in_use(self._device), self.memory.get(name, 0))
 
     def add(self, seconds: Mapping[str, float]) -> None:
-        """Add time by phase, such as what a run had spent before it was interrupted."""
+        """Add time by phase, such as the time that a run spent before an interruption."""
         for name, spent in seconds.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
     def seconds(self) -> dict[str, float]:
-        """Totals so far, in the order in which phases first ended; waits for the device."""
+        """Totals so far, in the order in which the phases first ended; waits for the device."""
         if self._pending:
             torch.cuda.synchronize(self._device)
             for name, sign, start, end in self._pending:
@@ -85,7 +85,7 @@ class Phases:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes in use now: of the card on a GPU, of the process elsewhere; 0 where that is unknown."""
+    """Bytes in use now: on the card for a GPU, else of the process; 0 if that is unknown."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     statm = Path("/proc/self/statm")
@@ -101,7 +101,7 @@ def seed_everything(*stream: int) -> None:
 
 
 def depends_on_passes(model: nn.Module) -> bool:
-    """Whether a step depends on how its batch is split: by dropout, or by batch norm of a part."""
+    """Whether dropout or batch norm makes a step depend on how its batch is split."""
     for module in model.modules():
         norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         chances = [getattr(module, name, 0) for name in ("p", "prob", "drop_prob", "dropout")]
@@ -114,7 +114,7 @@ def depends_on_passes(model: nn.Module) -> bool:
 def parameter_groups(model: ProtoModel, weight_decay: float) -> list[dict]:
     """Weights decay; vectors, scalars and the projection heads do not (algorithm.md §4).
 
-    The image tower has groups of its own, for its own schedule.
+    The image tower has its own groups because it has its own schedule.
     """
     heads = [head for head in (model.image_head, model.text_head) if head is not None]
     in_heads = {id(parameter) for head in heads for parameter in head.parameters()}
@@ -131,39 +131,39 @@ def parameter_groups(model: ProtoModel, weight_decay: float) -> list[dict]:
 
 
 class Replica(nn.Module):
-    """What DistributedDataParallel wraps: parameters, and any function of them to call."""
+    """What DistributedDataParallel wraps: a model, whose forward calls any function given to it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
-        """The result of the function."""
+        """Call the function and return its result."""
         return function(*args)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step was; tensors on the device, for which the host has not waited."""
+    """The outcome of a step; tensors on the device, for which the host has not waited."""
 
     losses: Losses
     projected: Encoded | None  # [B, Dh] of all batches
     norm: Tensor  # of the gradient before clipping
     finite: Tensor  # bool: whether the step was taken
-    same_caption: Tensor  # pairs of this rank's batch whose caption another one has
+    same_caption: Tensor  # number of pairs in this rank's batch that share their caption
 
 
 class Stepper:
     """Takes gradient steps that depend on the global batch alone.
 
-    With several batches a step, the towers encode each apart, as ``grad_cache`` does; heads and
-    losses see all of them at once (OpenCLIP's --accum-freq forms the loss for every batch instead).
+    With several batches per step, the towers encode each one separately, as ``grad_cache`` does;
+    heads and losses see all of them at once (OpenCLIP's --accum-freq forms one loss per batch).
 
     Args:
         precision: "fp32", "amp_bf16", or "amp", which scales fp16's gradients.
-        seed: of the run; dropout follows from it, the step and the rank.
+        seed: the run's seed; dropout follows from it, the step and the rank.
     Attributes:
-        bad: steps that were skipped, in all and in a row up to now: int64 [2], on the device.
+        bad: skipped steps, in total and in a row until now: int64 [2], on the device.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class Stepper:
         self.autocast = autocast_for(precision, self.device)
         self.clip_norm = config.grad_clip_norm
         betas = config.beta1, config.beta2
-        # Fused: one pass over the weights; on a GPU only this one skips a step by itself.
+        # Fused: one pass over the weights; on a GPU only the fused form can skip a step itself.
         self.adamw = torch.optim.AdamW(
             parameter_groups(model, config.wd), config.lr, betas, config.eps, fused=True
         )
@@ -207,10 +207,10 @@ class Stepper:
         """One update from this rank's batches.
 
         Args:
-            number: of the step, from 0.
-            batches: of one size, on the host.
+            number: the step's number, from 0.
+            batches: batches of equal size, on the host.
             project: whether the heads run.
-            image_lr: the image tower's, where it is another.
+            image_lr: the image tower's learning rate, if it differs.
         """
         self.adamw.zero_grad(set_to_none=True)  # before the forward pass needs the memory
         for group in self.adamw.param_groups:
@@ -221,8 +221,8 @@ class Stepper:
         changed = is_distributed() and self._replicate(heads, self.model.image_locked)
         forward = partial(self.replica, self._forward, number, moved, episode, project)
         if changed:
-            # DDP orders its buckets once, after a backward pass. This idle one lets a resumed run
-            # sum in the order of the run that it resumes.
+            # DDP orders its buckets once, after the first backward pass. This extra pass makes a
+            # resumed run sum in the same order as the original run.
             forward()[0].total.backward()
             self.adamw.zero_grad(set_to_none=True)
             for buffer, old in zip(self._statistics, statistics, strict=True):
@@ -234,13 +234,13 @@ class Stepper:
             norm, finite = self._update(losses)
         for buffer, old in zip(self._statistics, statistics, strict=True):
             torch.where(finite, buffer, old, out=buffer)
-        broadcast(*self._of_rank)  # what evaluation reads is the same on all ranks
+        broadcast(*self._of_rank)  # evaluation then reads the same values on all ranks
         skipped = (~finite).long()
         self.bad = torch.stack([self.bad[0] + skipped, (self.bad[1] + 1) * skipped])
         return Step(losses, projected, norm, finite, repeated(_captions(moved)))
 
     def _replicate(self, heads: bool, locked: bool) -> bool:
-        """Have DDP average the gradients of what trains now; whether that has changed."""
+        """Let DDP average the gradients of what trains now; returns whether that has changed."""
         if changed := (heads, locked) != self._phase:
             self._phase = heads, locked
             self.replica = DistributedDataParallel(
@@ -257,7 +257,7 @@ class Stepper:
         """The losses, and projections without a graph."""
         if len(batches) == 1:
             encoded = Encoded(*self._encode(number, 0, batches[0]))
-        else:  # GradCache: each is encoded again for its share of the gradient
+        else:  # GradCache: backward encodes each batch again
             parts = [
                 checkpoint(self._encode, number, *part, use_reentrant=False)
                 for part in enumerate(batches)
@@ -290,17 +290,17 @@ class Stepper:
         return self.loss(encoded, projected, index, *scales, episode, ids, model.logit_bias)
 
     def _update(self, losses: Losses) -> tuple[Tensor, Tensor]:
-        """Clip and take the step unless loss or gradient is not finite: norm, and whether it was
-        taken. On a GPU the host waits for neither."""
+        """Clip, and take the step if loss and gradient are finite. Returns the norm and whether
+        the step was taken; on a GPU the host does not wait for them."""
         self.scaler.unscale_(self.adamw)
         norm = nn.utils.clip_grad_norm_(
             self.model.parameters(), self.clip_norm if self.clip_norm > 0 else float("inf")
         )
         finite = norm.isfinite()
-        if not is_distributed():  # one rank's loss is not known to the others, the gradient is
+        if not is_distributed():  # ranks share the gradient, not the loss
             finite = finite & losses.total.detach().isfinite()
         if self.device.type == "cuda":
-            if not self.scaler.is_enabled():  # else the scaler says so itself
+            if not self.scaler.is_enabled():  # else the scaler sets it
                 self.adamw.found_inf = (~finite).float()  # type: ignore[attr-defined]
             self.scaler.step(self.adamw)
         elif finite:
@@ -310,13 +310,13 @@ class Stepper:
         return norm, finite
 
     def load_state(self, optimiser: Mapping, scaler: Mapping) -> None:
-        """Take an optimiser's state; learning rate, betas and decay stay as they are.
+        """Load an optimiser's state; learning rate, betas and decay stay as they are.
 
         Raises:
-            ValueError: it is of other parameters.
+            ValueError: the state belongs to other parameters.
         """
         own = [p for group in self.adamw.param_groups for p in group["params"]]
-        groups = self.adamw.state_dict()["param_groups"]  # of this run, whose settings count
+        groups = self.adamw.state_dict()["param_groups"]  # with this run's settings
         saved = [group["params"] for group in optimiser["param_groups"]]
         if saved != [group["params"] for group in groups]:
             raise ValueError(
@@ -333,7 +333,7 @@ def _captions(batches: Sequence[Batch]) -> Tensor:
 
 
 def repeated(ids: Tensor) -> Tensor:
-    """How many of the ids [B] are not alone."""
+    """How many of the ids [B] occur more than once."""
     ordered = ids.sort().values
     same = F.pad(ordered[1:] == ordered[:-1], (1, 1))
     return (same[1:] | same[:-1]).sum()

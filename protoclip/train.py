@@ -1,8 +1,8 @@
-"""Train CLIP or ProtoCLIP: ``protoclip train``, no arguments needed.
+"""Train CLIP or ProtoCLIP: ``protoclip train``.
 
-Without arguments: ProtoCLIP on the built-in emoji, three to four minutes on two CPU cores, with a
-table before and after, plots and a checkpoint in a run folder. Read from ``train`` down: open and
-check everything, resume, train episode by episode, evaluate, report.
+Without arguments it trains ProtoCLIP on the built-in emoji in three to four minutes on two CPU
+cores, and leaves results, plots and a checkpoint in a run folder. Read from ``train`` down: open
+and check everything, resume, train episode by episode, evaluate, report.
 """
 
 from __future__ import annotations
@@ -74,16 +74,16 @@ from protoclip.teacher import MINILM, load_teacher, minilm_missing
 
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
 PROG = "protoclip train"
-PICTURED = 4096  # samples in which the run's pictures look for neighbours
+PICTURED = 4096  # training samples from which the report's pictures are chosen
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What decides which sample comes when, or which tensors there are: it must not change.
+# Settings that decide the order of the samples or the set of tensors: a resume must keep them.
 FIXED = (
     "method", "data.train_num_samples", "data.captions", "data.augmentation",
     "data.shuffle_buffer", "model.model", "model.force_", "model.lock_", "model.add_",
     "model.projection_", "model.use_", "model.siglip", "episode.size", "episode.replacement",
     "episode.features", "run.seed", "run.precision",
 )  # fmt: skip
-# What else may change without a note: the global batch is compared as a whole.
+# Other settings that may change without a note; the global batch is compared as a whole.
 FREE = ("data.", "model.", "optim.batch_size", "optim.accum_freq", "run.")
 
 
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def with_saved_config(argv: Sequence[str] | None) -> list[str]:
-    """The command line; ``--resume RUN`` without a preset starts from that run's settings."""
+    """The command line; with ``--resume RUN`` and no preset it starts from that run's settings."""
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = [new for old, new in pairwise(words) if old == "--resume"]
     chosen += [word.partition("=")[2] for word in words if word.startswith("--resume=")]
@@ -115,12 +115,12 @@ def with_saved_config(argv: Sequence[str] | None) -> list[str]:
 
 
 def train(config: TrainConfig, device: torch.device) -> int:
-    """A whole run: data, model, teacher, training, evaluation, plots; returns the exit code.
+    """Do a whole run: data, model, teacher, training, evaluation, plots; returns the exit code.
 
     Raises:
-        ValueError: something the config asks for does not exist or does not fit together. Nothing
-            has been written then.
-        OSError: the disk is full; the last checkpoint is whole.
+        ValueError: something in the config does not exist, or settings contradict each other.
+            Nothing has been written then.
+        OSError: the disk is full; the last checkpoint is intact.
     """
     check_settings(config, device)
     resume = distributed.from_main(lambda: find_resume(config))
@@ -145,7 +145,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
     evaluation = Evaluation(setup, phases)
     trainer = Trainer(setup, model, NullRunFolder(path), phases, evaluation.during)
     notes = []
-    if resume:  # everything is checked before the folder is touched
+    if resume:  # check everything before touching the folder
         notes = [f"resumed: {resume.file}, after step {resume.step} of {plan.total_steps}"]
         notes += check_resume(resume, setup) + trainer.restore(resume.payload)
     if distributed.is_main():
@@ -172,8 +172,8 @@ def train(config: TrainConfig, device: torch.device) -> int:
             folder.note(traceback.format_exc())
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise OSError(
-                f"{error.filename or path}: {error.strerror}; the last checkpoint is whole, make "
-                f"room and go on with --resume {path}"
+                f"{error.filename or path}: {error.strerror}; the last checkpoint is intact, free "
+                f"some space and continue with --resume {path}"
             ) from error
         raise
     finally:
@@ -183,7 +183,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run works with once everything is open."""
+    """What a run needs once everything is open."""
 
     config: TrainConfig
     plan: schedule.Plan
@@ -195,14 +195,14 @@ class Setup:
 
     @property
     def episode_samples(self) -> int:
-        """At most; the last episode may be shorter."""
+        """Samples per episode, at most; the last episode may be shorter."""
         return min(len(self.dataset), self.plan.steps_per_episode * self.plan.batch_size)
 
 
 class Trainer:
-    """Trains a model, on the setup's device, episode by episode; the only owner of mutable state.
+    """Trains a model on the setup's device, episode by episode; alone owns the mutable state.
 
-    ``evaluations`` are pairs of a function, model -> scalars by name, and its frequency in epochs.
+    ``evaluations`` holds pairs: a function, model -> scalars by name, and its interval in epochs.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class Trainer:
         internal = config.method == "protoclip" and weights.w_proto > 0
         external = teacher is not None and weights.w_proto_external > 0
         self.clusters = internal or external
-        # The heads run from step 0 on, for their running statistics.
+        # The heads run from step 0 so that their running statistics are ready.
         self.projects = self.clusters or (teacher is not None and weights.w_distill > 0)
         crop = model.image_size, model.mean, model.std, config.data.augmentation
         self.transform = build_transform(*crop)
@@ -256,7 +256,7 @@ class Trainer:
         """Train to the end of the plan.
 
         Raises:
-            Stopped: a signal asked to end; the state is saved.
+            Stopped: a signal asked the run to stop; the state is saved.
         """
         batch = self.plan.batch_size
         self._began_at = self._logged_at = (time.perf_counter(), self.step)
@@ -269,13 +269,13 @@ class Trainer:
                 self.save(None)
 
     def _run_episode(self, number: int, bar: tqdm) -> None:
-        """New prototypes where they are due, then the episode's steps."""
+        """Build the episode's prototypes, if it has any, then run its steps."""
         config, steps, seed = self.config, self.plan.steps_of(number), self.config.run.seed
         order, replacement = self.setup.order.permutation, config.episode.replacement
         draws = schedule.draw(self.plan, seed, steps, replacement=replacement, order=order)
         bar.set_description(f"episode {number + 1}/{self.plan.episodes}")
-        done = self.step - steps.start  # of this episode, before the run was interrupted
-        if 0 < config.episode.lit_start <= number:  # LiT: InfoNCE towards a frozen image tower
+        done = self.step - steps.start  # steps of this episode before an interruption
+        if 0 < config.episode.lit_start <= number:  # LiT: the image tower is frozen, InfoNCE only
             self.episode = None
             self.model.lock_image()
         elif done == 0 and number >= config.episode.infonce_warmup and self.clusters:
@@ -297,7 +297,7 @@ class Trainer:
         return iter(batches(self.dataset, draws, size, *read, faults=self.faults, **how))
 
     def _build_episode(self, number: int, samples: Tensor) -> Episode:
-        """The prototypes of an episode that trains on ``samples``, int64 [M] positions."""
+        """Build the prototypes of an episode that trains on ``samples``, int64 [M] positions."""
         seed, coming = self.config.run.seed, None
         with self.phases.measure("features"):
             if self.store is not None:
@@ -313,7 +313,7 @@ class Trainer:
             return self.builder.build(features, random, self.episode, coming)
 
     def _stoppable(self, stream: Iterable[Batch]) -> Iterator[Batch]:
-        """The stream, which may take minutes; a process alone can stop within it."""
+        """Pass the stream on; it may take minutes, so a single process can stop inside it."""
         for batch in tqdm(stream, "features", unit=" batches", leave=False, disable=hidden()):
             yield batch
             if self.signals.asked and not distributed.is_distributed():
@@ -324,7 +324,7 @@ class Trainer:
             parts = [next(stream) for _ in range(self.config.optim.accum_freq)]
         optim, total, lit = self.config.optim, self.plan.total_steps, self.config.episode.lit_start
         lr = schedule.learning_rate(optim, total, self.step)
-        # The image tower's cosine ends where the tower is locked (LiT).
+        # The image tower's cosine ends when the tower is locked (LiT).
         end = min(total, lit * self.plan.steps_per_episode) if lit else total
         image_lr = schedule.learning_rate(optim, total, self.step, end)
         step = self.stepper.step(
@@ -339,29 +339,29 @@ class Trainer:
         logs = last or self.step % self.config.run.log_every_n_steps == 0
         if logs:
             self._log(step, lr, number)
-        if logs or self.setup.device.type == "cpu":  # where reading a number waits for nothing
+        if logs or self.setup.device.type == "cpu":  # on a CPU reading a number is free
             self._check_skipped(parts)
 
     def _check_skipped(self, parts: Sequence[Batch]) -> None:
-        """Note skipped steps; after --max-bad-steps in a row save and stop."""
+        """Log skipped steps; after --max-bad-steps in a row, save and stop."""
         total, in_a_row = self.stepper.bad.tolist()
         if total == self._skipped:
             return
         self._skipped = total
         keys = [self.dataset.keys[i] for part in parts for i in part.index.tolist()]
-        self.folder.note(f"step {self.step} skipped: not finite, {total} by now; samples: {keys}")
+        self.folder.note(f"step {self.step} skipped: not finite, {total} so far; samples: {keys}")
         if in_a_row >= self.config.run.max_bad_steps:
             self.save(None)
             raise ValueError(
-                f"training: loss or gradient was not finite in {in_a_row} steps in a row, the last "
-                f"one step {self.step} (its samples are in out.log, {keys[0]} the first); lower "
-                "--lr, use --precision fp32, or name the operation by torch.autograd."
-                f"set_detect_anomaly(True); the weights before them are in {self.folder.path}"
+                f"training: loss or gradient was not finite in {in_a_row} steps in a row, up to "
+                f"step {self.step} (its samples are in out.log, first {keys[0]}); lower --lr, use "
+                "--precision fp32, or find the operation with torch.autograd."
+                f"set_detect_anomaly(True); the last finite weights are in {self.folder.path}"
             )
 
     def _log(self, step: Step, lr: float, number: int) -> None:
-        """Read the device once, write one line of metrics and one of progress."""
-        # Each rank has met its own bad samples; the mean of this is their sum.
+        """Read the device once; write one line of metrics and one line of progress."""
+        # Each rank counts its own bad samples; times ranks, their mean is the sum.
         faults = torch.tensor(float(len(self.faults.positions)) * distributed.world_size())
         scalars = {
             **step.losses.terms,
@@ -407,7 +407,7 @@ class Trainer:
         )
 
     def _between_steps(self) -> None:
-        """Evaluate and save where an epoch that asks for it has just ended, or a signal came."""
+        """Evaluate and save at the end of an epoch that asks for it, or after a signal."""
         per_epoch, last = self.plan.steps_per_epoch, self.step == self.plan.total_steps
         for measured, frequency in self.evaluations:
             if last or self.step % max(1, round(frequency * per_epoch)) == 0:
@@ -421,19 +421,19 @@ class Trainer:
         self._save_or_stop()
 
     def _save_or_stop(self) -> None:
-        """Write the newest state where it is due, and end where a signal asks for it."""
-        timed, stop = self._agreed().tolist()  # on what each rank wished a step ago
+        """Save if --save-every asks for it; save and stop if a signal does."""
+        timed, stop = self._agreed().tolist()  # what the ranks asked for one step ago
         if stop or timed or (self._every_steps and self.step % self._every_steps == 0):
             self.save(None)
         if stop:
             signal = "Ctrl-C" if stop > 1 else self.signals.asked or "a signal to another rank"
-            words = f"stopped by {signal} after step {self.step}; go on with --resume"
+            words = f"stopped by {signal} after step {self.step}; continue with --resume"
             raise schedule.Stopped(f"{words} {self.folder.path}", 130 if stop > 1 else 0)
         due = 0 < self._every_seconds <= time.monotonic() - self._saved_at[0]  # by its own clock
         self._agreed = distributed.max_later(torch.tensor([float(due), self.signals.level]))
 
     def save(self, epoch: int | None) -> None:
-        """Write a checkpoint that OpenCLIP reads too; ``epoch`` None: the newest."""
+        """Write a checkpoint that OpenCLIP can read; ``epoch`` None: epoch_latest.pt."""
         with self.phases.measure("checkpoint", on_host=True):
             self.folder.checkpoint(self.state(epoch), epoch)
         if epoch is None:
@@ -467,10 +467,10 @@ class Trainer:
         }
 
     def restore(self, payload: Mapping[str, Any]) -> list[str]:
-        """Go on from a checkpoint of the same run; notes on what will differ.
+        """Continue from a checkpoint of the same run; returns notes on what will differ.
 
         Raises:
-            ValueError: it is of other settings, or something is missing.
+            ValueError: the checkpoint has other settings, or something is missing.
         """
         try:
             training = payload["protoclip"]["training"]
@@ -494,13 +494,13 @@ class Trainer:
         if same or not depends_on_passes(self.model):
             return []
         return [
-            "note: another number of ranks or passes than before; this model has dropout or batch "
-            "norm by rank or pass, so the losses go on but are not those of the run left alone"
+            "note: the number of ranks or passes has changed; this model has dropout or batch norm "
+            "by rank or pass, so the losses differ from those of an uninterrupted run"
         ]
 
 
 def pack_episode(episode: Episode | None) -> dict[str, Any] | None:
-    """For a checkpoint, which holds tensors, numbers and names."""
+    """Turn an episode into tensors, numbers and names for a checkpoint."""
     if episode is None:
         return None
     return {
@@ -511,7 +511,7 @@ def pack_episode(episode: Episode | None) -> dict[str, Any] | None:
 
 
 def unpack_episode(state: Any, device: torch.device) -> Episode | None:
-    """The inverse."""
+    """The inverse of ``pack_episode``."""
     if state is None:
         return None
 
@@ -527,7 +527,7 @@ def unpack_episode(state: Any, device: torch.device) -> Episode | None:
 
 
 def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
-    """Say what will be done, in the user's units."""
+    """Print what the run will do, in the user's units."""
     config, plan, episode = setup.config, setup.plan, setup.config.episode
     ranks, warmup = distributed.world_size(), config.optim.warmup
     folder.say(
@@ -539,8 +539,8 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
     )
     if warmup >= plan.total_steps:
         folder.say(
-            f"note: --warmup {warmup:g} steps are longer than the run's {plan.total_steps}, which "
-            "never gets to --lr; a fraction such as 0.1 follows the run"
+            f"note: --warmup {warmup:g} is longer than the run's {plan.total_steps} steps, so the "
+            "run never reaches --lr; use a fraction such as 0.1"
         )
     if not uses_prototypes(config):
         folder.say(f"method: clip, {'SigLIP' if config.model.siglip else 'InfoNCE'} only")
@@ -557,7 +557,7 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
 
 @torch.no_grad()
 def draw_plots(trainer: Trainer, evaluation: Evaluation) -> None:
-    """clusters.csv, and what the report needs."""
+    """Write clusters.csv and report.json, from which the report is made."""
     folder, model, device = trainer.folder.path, trainer.model.eval(), trainer.setup.device
     known = trainer.episode.clusterings if trainer.episode else {}
     clusters = {name: one.labels.cpu() for name, one in known.items()}
@@ -575,7 +575,7 @@ def draw_plots(trainer: Trainer, evaluation: Evaluation) -> None:
         model.short_tokenizer,
         workers=trainer.config.data.workers,
         captions="first",
-        faults=Faults(trainer.dataset, 1.0, lambda _: None),  # another stands in for a bad one
+        faults=Faults(trainer.dataset, 1.0, lambda _: None),  # a bad sample is replaced
     )
     parts = []
     for batch in stream:
@@ -637,13 +637,13 @@ class Evaluation:
         self.during: list[tuple[Evaluate, float]] = [(self.quick, often)] if often else []
 
     def encoder(self, model: ProtoModel) -> tasks.Encoder:
-        """Encodes with the model as it is, on all ranks."""
+        """An encoder that uses the current weights, on all ranks."""
         device, workers = self.setup.device, self.setup.config.data.workers
         autocast = autocast_for(self.setup.precision, device)
         return tasks.Encoder(model, device, workers=workers, autocast=autocast)
 
     def untrained(self, folder: Path, model: ProtoModel, resumed: bool) -> Results | None:
-        """The evaluation before training; a resumed run reads what it found when it began."""
+        """The evaluation before training; a resumed run reads the one from its start."""
         path = folder / "untrained.json"
         if resumed:
             found = distributed.is_main() and path.exists()
@@ -654,7 +654,7 @@ class Evaluation:
         return before
 
     def full(self, model: ProtoModel, what: str) -> Results | None:
-        """All metrics of all evaluation sets; None where there is nothing to evaluate on."""
+        """All metrics of all evaluation sets; None if there is no evaluation data."""
         if not self.data:
             return None
         with (
@@ -667,7 +667,7 @@ class Evaluation:
             return tasks.evaluate_features(self.kept, probe_train)
 
     def floor(self, model: ProtoModel) -> Results | None:
-        """What built-in data gives without training; others may be too large for it."""
+        """The scores that need no training, for built-in data; other data may be too large."""
         if not self.data.startswith("builtin:"):
             return None
         with self.phases.measure("evaluation", on_host=True):
@@ -686,18 +686,18 @@ class Evaluation:
 
 
 def hidden() -> bool | None:
-    """Of a progress bar: shown by the main process if its screen is a terminal."""
+    """``disable`` of a progress bar: only the main process shows one, and only on a terminal."""
     return None if distributed.is_main() else True
 
 
 def uses_prototypes(config: TrainConfig) -> bool:
-    """Whether a prototype term has a weight."""
+    """Whether a prototype term has a positive weight."""
     weights = config.loss
     return config.method == "protoclip" and (weights.w_proto > 0 or weights.w_proto_external > 0)
 
 
 def open_arguments(config: TrainConfig) -> dict[str, Any]:
-    """How ``open_dataset`` is called, for training and evaluation alike."""
+    """The arguments of ``open_dataset``, the same for training and evaluation."""
     return {"seed": config.run.seed, **{name: getattr(config.data, name) for name in TABLE}}
 
 
@@ -718,7 +718,7 @@ def open_training_data(config: TrainConfig) -> PairDataset:
 
 
 def teacher_spec(config: TrainConfig) -> tuple[str, str]:
-    """The teacher to open, or "" and a sentence where there is none."""
+    """The teacher to open, or "" and a sentence that says why there is none."""
     spec, weights = config.episode.external_teacher, config.loss
     wanted = weights.w_proto_external > 0 or weights.w_distill > 0
     if config.method != "protoclip" or not wanted or spec == "none":
@@ -735,7 +735,7 @@ def teacher_spec(config: TrainConfig) -> tuple[str, str]:
 def open_teacher(
     config: TrainConfig, dataset: PairDataset, device: torch.device
 ) -> tuple[Tensor | None, str]:
-    """Features [dataset, d] and a sentence about them; None where no teacher is due."""
+    """Features [dataset, d] and a sentence about them; None if the run has no teacher."""
     spec, remark = teacher_spec(config)
     if not spec:
         return None, remark
@@ -758,7 +758,7 @@ def check_settings(config: TrainConfig, device: torch.device) -> None:
         raise ValueError(
             "--w-clip 0: expected another loss with a weight in every step, got none with --method "
             f"{config.method} and {'an' if teacher else 'no'} external teacher; use --w-clip 1, or "
-            "give --w-proto a weight, --infonce-warmup-epoch 0 and --lit-start 0"
+            "a positive --w-proto with --infonce-warmup-epoch 0 and --lit-start 0"
         )
     if backend == "faiss":
         load_faiss()
@@ -771,7 +771,7 @@ def check_settings(config: TrainConfig, device: torch.device) -> None:
 
 
 def check_resume(resume: Resume, setup: Setup) -> list[str]:
-    """Notes on what differs from the run that is resumed; ValueError for what must not."""
+    """Notes on settings that differ from the resumed run; ValueError for those that must not."""
     saved = resume.payload["protoclip"]
     training, notes, wrong = saved["training"], [], []
     old, new = flat(saved["config"]), flat(to_dict(setup.config))
@@ -790,10 +790,10 @@ def check_resume(resume: Resume, setup: Setup) -> list[str]:
             wrong.append(f"{words} was {then} and is {value}")
     if wrong:
         raise ValueError(
-            f"--resume: {resume.file} cannot go on with other settings: {'; '.join(wrong)}; give "
-            "the run's own, or start a new run with --pretrained"
+            f"--resume: {resume.file} cannot go on with other settings: {'; '.join(wrong)}; use "
+            "the run's own settings, or start a new run with --pretrained"
         )
-    return [f"since the checkpoint, {note}: not the same run any more" for note in notes]
+    return [f"since the checkpoint, {note}: this is no longer the same run" for note in notes]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def test_a_torn_checkpoint_is_told_from_a_whole_one(tmp_path, how):
             "text": b"not a checkpoint at all\n" * 50,
         }[how]
     )
-    with pytest.raises(ValueError, match="torn or no checkpoint"):
+    with pytest.raises(ValueError, match="torn or not a checkpoint"):
         checkpoint.load(path)
 
 

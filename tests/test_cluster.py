@@ -74,7 +74,8 @@ def test_help_has_the_everyday_flags_and_help_all_the_rest(capsys):
 def test_commands_are_found_or_refused(capsys):
     assert main(["trian"]) == 2
     assert (
-        capsys.readouterr().err == "protoclip: error: 'trian' is no command; did you mean train?\n"
+        capsys.readouterr().err
+        == "protoclip: error: 'trian' is not a command; did you mean train?\n"
     )
     assert main(["report", "nowhere"]) == 2 and "found no nowhere" in capsys.readouterr().err
     done = subprocess.run([sys.executable, "-m", "protoclip", "--version"], capture_output=True)
@@ -139,7 +140,7 @@ def test_weights_and_keys(features):
     [
         (["x.npy", "--k", "901"], "--k: expected auto or 2 to N = 900"),
         (["x.npy", "--k", "some"], "--k: expected auto or 2 to N = 900"),
-        (["x.npy", "--run", "logs/x"], "DATA has rows"),
+        (["x.npy", "--run", "logs/x"], "DATA has features"),
         (["x.npy", "--captions", "w.txt"], "--captions: expected one for each of the 900 rows"),
         (["x.npy", "--weights", "w.txt", "--k", "3"], "expected a number for each of the 900"),
         (["x.npy", "--weights", "bad.txt"], "--weights: expected one number a line in bad.txt"),
@@ -151,7 +152,7 @@ def test_weights_and_keys(features):
         (["pictures/a.png"], ".safetensors), got pictures/a.png"),
         (["pictures/*.png"], "DATA: expected a folder of pictures"),
         (["empty"], "empty: expected pictures in it, or in folders in it, found none among 0"),
-        (["x.npy", "--out", "/proc/x"], "--out: /proc/x cannot be made"),
+        (["x.npy", "--out", "/proc/x"], "--out: /proc/x cannot be created"),
         (["pictures", "--run", "logs/x", "--model", "ViT-B-32"], "leave out --model"),
         (["pictures", "--features", "x.npy"], "expected features.npz of these pictures"),
         (["pictures", "--captions", "w.txt"], "expected a file of features"),

@@ -124,7 +124,7 @@ def test_without_gradients_there_is_no_graph(tower):
         (lambda t, x: protoclip.grad_cache([t], [["a", "b"]], 4), "split="),
         (
             lambda t, x: protoclip.grad_cache([t], [x], 4, split=lambda batch, n: []),
-            "one chunk of split=",
+            "one chunk from split=",
         ),
     ],
 )

@@ -88,7 +88,7 @@ def test_needless_flags_are_noted_and_the_rest_is_done(run):
         assert f"note: {flag} changes nothing: " in first
     assert "--precision amp: fp16 needs a GPU" in first
     log = (folder / "out.log").read_text()
-    assert "note: --warmup 10000 steps are longer than the run's 3" in log
+    assert "note: --warmup 10000 is longer than the run's 3 steps" in log
     assert (
         "data: builtin:shapes" in log and "3 steps of 16, 3 a pass" in log and "on cpu, fp32" in log
     )

@@ -85,7 +85,7 @@ def test_a_stopped_run_is_saved_and_goes_on_bit_for_bit(folder, what, workers, r
         os.killpg(process.pid, signal.Signals[what if what in SIGNALS else "SIGTERM"])
     codes, printed = ended(processes), said(folder)
     assert codes == [SIGNALS.get(what, 0)] * ranks, printed
-    assert "go on with --resume" in printed[0] and "Traceback" not in "".join(printed), printed
+    assert "continue with --resume" in printed[0] and "Traceback" not in "".join(printed), printed
 
     before = losses(folder / "logs" / name)
     total = len(before) + 4
