@@ -90,6 +90,7 @@ def alone(folder):
         "proto resume": flags(
             folder, "p-emoji", *PROTO, "--proto-warmup", "99", "--resume", "latest", "--epochs", "2"
         ),
+        "proto compiled": flags(folder, "compiled", *PROTO, "--torchcompile"),
     }
     return train(folder, cases)[0]
 
@@ -159,8 +160,7 @@ def test_a_checkpoint_of_open_clips_exports_and_is_evaluated(alone, folder, tmp_
 
 def test_torchcompile_changes_no_loss(alone, folder):
     """Captured and differentiated as ever, but run by torch: C++ for it takes half a minute."""
-    case = {"compiled": flags(folder, "compiled", *PROTO, "--torchcompile")}
-    compiled = train(folder, case)[0]["compiled"]
+    compiled = alone["proto compiled"]
     assert len(compiled) == STEPS and "proto_loss" in compiled[-1]
     for ours, eager in zip(compiled, alone["proto emoji"], strict=True):
         assert ours == pytest.approx(eager, rel=1e-3)
