@@ -119,7 +119,7 @@ def test_a_damaged_shard_keeps_what_can_be_read(tmp_path, where):
     path.write_bytes(content)
     dataset = open_dataset(str(path))
     assert [dataset.image(i).size for i in range(len(dataset))] == [(10, 12)] * 2
-    assert dataset.skipped[-1][1] == "what follows sample1" or where == "data"
+    assert dataset.skipped[-1][1] == "everything after sample1" or where == "data"
     assert "cut off" in dataset.skipped[-1][2] or "damaged at byte" in dataset.skipped[-1][2]
 
 
