@@ -1,6 +1,6 @@
 """``protoclip export RUN --out DIR``: a folder that OpenCLIP and CLIP_benchmark load.
 
-``open_clip.create_model_and_transforms("local-dir:DIR")`` then gives the trained model, without
+``open_clip.create_model_and_transforms("local-dir:DIR")`` then loads the trained model without
 protoclip. The folder can be uploaded to the Hugging Face hub as it is.
 """
 
@@ -59,12 +59,12 @@ def export(run: str | Path, out: str | Path, model: str = "") -> Path:
     ours = payload.get("protoclip", {})
     config = _model_config(ours, path, model)
     name = register_configs(config.model)
-    # The weights come from the checkpoint; what training started from may be gone.
+    # The weights come from the checkpoint; those that training started from may be gone.
     clip = build_model(dataclasses.replace(config, pretrained="")).clip
     weights = payload.get("state_dict", payload)
     weights = {key.removeprefix("module."): value for key, value in weights.items()}
     model_cfg = open_clip.get_model_config(name)
-    if "logit_bias" in weights:  # trained with --siglip, of a model that may have none itself
+    if "logit_bias" in weights:  # trained with --siglip; the model config may have none
         clip.logit_bias = nn.Parameter(torch.zeros_like(weights["logit_bias"]))
         model_cfg["init_logit_bias"] = 0.0
     try:
@@ -92,22 +92,22 @@ def export(run: str | Path, out: str | Path, model: str = "") -> Path:
 
 
 def _model_config(ours: dict[str, Any], path: Path, model: str) -> ModelConfig:
-    """What was trained: the checkpoint says, or the caller."""
+    """The config of the trained model, from the checkpoint or from the caller."""
     if "config" not in ours:
         if not model:
             raise ValueError(
-                f"--model: {path} was not written by protoclip.train and does not say what it is; "
+                f"--model: {path} was not written by protoclip.train and does not name its model; "
                 "give the OpenCLIP name or config file that it was trained with"
             )
         return ModelConfig(model, add_projection_head=False)
     stored = from_dict(TrainConfig, ours["config"]).model
     if model not in ("", stored.model):
-        raise ValueError(f"--model: {path} says itself what it is; leave the flag out")
+        raise ValueError(f"--model: {path} names its own model; leave the flag out")
     return dataclasses.replace(stored, add_projection_head=False)
 
 
 def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> ModelCard:
-    """How to load the model, what it was trained on, how good it is; ready for the hub."""
+    """The model card for the hub: how to load the model, its training, and its results."""
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     ours = payload.get("protoclip", {})
     settings = flat(ours.get("config", {}))
@@ -136,7 +136,7 @@ def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> ModelCard
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; a user's mistake ends it with one line and status 2."""
+    """Run the command; a user's mistake prints one line and gives status 2."""
     args = export_parser().parse_args(argv)
 
     def work() -> None:

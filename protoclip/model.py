@@ -2,8 +2,7 @@
 
 OpenCLIP pads every caption to the whole context, 77 tokens for a dozen words, and runs the text
 tower over all of it. Under a causal mask nothing after a caption's end reaches its feature, so
-``encode_text`` leaves those positions out: the same feature up to rounding, in a fraction of the
-time.
+``encode_text`` skips those positions: the same feature up to rounding, in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ STEP = 8  # lengths of token tensors are multiples of it: kernels and memory see
 
 @dataclass(frozen=True)
 class Encoded:
-    """The features of a batch by both towers; rows are not normalised."""
+    """The features of a batch from both towers; rows are not normalised."""
 
     image: Tensor  # [B, D]
     text: Tensor  # [B, D]
@@ -56,8 +55,8 @@ class Projection(nn.Sequential):
 class ProtoModel(nn.Module):
     """An OpenCLIP model and what ProtoCLIP adds.
 
-    ``clip``'s state dict is OpenCLIP's own and loads there; heads and ``logit_scale_proto`` (a
-    logarithm, as OpenCLIP's ``logit_scale`` is) live outside it.
+    The state dict of ``clip`` is OpenCLIP's own and loads there. The heads and
+    ``logit_scale_proto`` (a logarithm, like OpenCLIP's ``logit_scale``) are outside it.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class ProtoModel(nn.Module):
         self.clip: Any = clip
         self.siglip = siglip
         if not siglip and getattr(clip, "logit_bias", None) is not None:
-            self.clip.logit_bias.requires_grad_(False)  # softmax does not see it
+            self.clip.logit_bias.requires_grad_(False)  # softmax ignores it
         self.tokenizer = tokenizer  # OpenCLIP's own
         self.short_tokenizer = tokenizer  # for encode and encode_text
         if can_shorten(clip):
@@ -96,7 +95,7 @@ class ProtoModel(nn.Module):
         self.text_locked = True
         if hasattr(self.clip, "text"):
             self.clip.text.requires_grad_(False).eval()
-        else:  # OpenCLIP's CLIP keeps the parts of its text tower itself; none of them is random
+        else:  # OpenCLIP's CLIP has no text module, only its parts; none of them is random
             lock_text_tower(self.clip)
 
     def train(self, mode: bool = True) -> ProtoModel:
@@ -116,7 +115,7 @@ class ProtoModel(nn.Module):
         return encode_text(self.clip, tokens)
 
     def project(self, encoded: Encoded) -> Encoded:
-        """h of both modalities, unit rows, fp32 [B, Dh]; without heads the normalised embedding."""
+        """h of both modalities, unit rows, fp32 [B, Dh]; without heads, normalised embeddings."""
         if self.image_head is not None and self.text_head is not None:
             encoded = Encoded(self.image_head(encoded.image), self.text_head(encoded.text))
         return Encoded(*(F.normalize(u.float(), dim=-1) for u in (encoded.image, encoded.text)))
@@ -124,7 +123,7 @@ class ProtoModel(nn.Module):
     def forward(
         self, image: Tensor, tokens: Tensor, project: bool = True
     ) -> tuple[Encoded, Encoded | None]:
-        """Embeddings and, when asked for, projections: one call, as DDP wants it."""
+        """Embeddings and, if ``project``, projections in one call, as DDP requires."""
         encoded = self.encode(image, tokens)
         return encoded, self.project(encoded) if project else None
 
@@ -135,7 +134,7 @@ class ProtoModel(nn.Module):
 
     @property
     def logit_bias(self) -> Tensor | None:
-        """What SigLIP's loss adds to every logit; None: InfoNCE is due."""
+        """What SigLIP's loss adds to every logit; None: the loss is InfoNCE."""
         return self.clip.logit_bias if self.siglip else None
 
     @property
@@ -150,23 +149,23 @@ class ProtoModel(nn.Module):
         self.logit_scale_proto.clamp_(0, MAX_LOG_SCALE)
 
     def extra_state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside OpenCLIP's state dict; "heads" has their scale too."""
+        """What a checkpoint holds besides OpenCLIP's state dict; "heads" includes their scale."""
         own = {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
         return {"heads": own, "preprocess": self.preprocess()}
 
     def preprocess(self) -> dict[str, Any]:
-        """How pictures are prepared for the model, with OpenCLIP's words for it."""
+        """How pictures are prepared for the model, with OpenCLIP's keys."""
         own = getattr(self.clip.visual, "preprocess_cfg", None) or {}
         words = {key: own[key] for key in ("interpolation", "resize_mode") if key in own}
         return {"mean": list(self.mean), "std": list(self.std), **words}
 
     def load_state(self, payload: dict[str, Any]) -> None:
-        """Take the weights of a checkpoint that ``protoclip.train`` wrote; ValueError: they are of
-        another model, or something is missing."""
+        """Load the weights of a checkpoint that ``protoclip.train`` wrote; ValueError if they
+        belong to another model or something is missing."""
         try:
             clip = {f"clip.{key}": value for key, value in payload["state_dict"].items()}
             self.load_state_dict(clip | payload["protoclip"]["heads"])
-            # The weights it started from may have had their own.
+            # The weights that training started from may have had their own.
             prepared = payload["protoclip"].get("preprocess", {})
             self.mean = tuple(prepared.get("mean", self.mean))
             self.std = tuple(prepared.get("std", self.std))
@@ -178,10 +177,10 @@ class ProtoModel(nn.Module):
 
 
 def register_configs(model: str = "") -> str:
-    """Make protoclip's models and the config file ``model`` known to OpenCLIP; returns the name.
+    """Register protoclip's models and the config file ``model`` with OpenCLIP; returns the name.
 
     Raises:
-        ValueError: not a config file: OpenCLIP skips it silently, or fails for good.
+        ValueError: not a valid config file, which OpenCLIP would skip silently or crash on.
     """
     if "protoclip-tiny" not in open_clip.list_models():
         open_clip.add_model_config(CONFIG_FOLDER)
@@ -199,7 +198,7 @@ def register_configs(model: str = "") -> str:
 
 
 def check_model(config: ModelConfig) -> str:
-    """The name by which OpenCLIP knows the model; ValueError: no such model, or no such weights."""
+    """The model's name in OpenCLIP; ValueError if there is no such model or no such weights."""
     name, pretrained = register_configs(config.model), config.pretrained
     known = open_clip.list_models()
     if not name.startswith(("local-dir:", "hf-hub:")) and name not in known:
@@ -209,12 +208,12 @@ def check_model(config: ModelConfig) -> str:
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained and not Path(pretrained).is_file() and pretrained.lower() not in tags:
         have = f"its tags are {', '.join(tags)}" if tags else "this model has no tags"
-        raise ValueError(f"--pretrained: {pretrained!r} is no file and no tag of {name}; {have}")
+        raise ValueError(f"--pretrained: {pretrained!r} is not a file or a tag of {name}; {have}")
     return name
 
 
 def _create(name: str, config: ModelConfig, device: str) -> Any:
-    """OpenCLIP's model with its weights, without the logit_bias that only the weights have."""
+    """OpenCLIP's model with its weights, without a logit_bias that only the weights have."""
     arguments: dict[str, Any] = {
         "pretrained": config.pretrained or None,
         "force_image_size": config.force_image_size or None,
@@ -236,23 +235,23 @@ def _create(name: str, config: ModelConfig, device: str) -> Any:
 
 
 def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
-    """The model a config asks for; what is not pretrained uses torch's generator.
+    """Build the model of a config; weights that are not pretrained use torch's generator.
 
-    ``device`` "meta", within ``torch.device("meta")``, gives the shapes alone.
+    ``device`` "meta", inside ``torch.device("meta")``, gives only the shapes.
 
     Raises:
         ValueError: no such model, config, checkpoint or tag.
     """
     name = check_model(config)
-    logging.disable(logging.ERROR)  # OpenCLIP logs every step, and what it raises
+    logging.disable(logging.ERROR)  # OpenCLIP logs every step and its own errors
     try:
         clip = _create(name, config, device)
         length = getattr(clip, "context_length", None)
         tokenizer = open_clip.get_tokenizer(name, context_length=length)
-    except Exception as error:  # torn files and configs that OpenCLIP does not like raise anything
+    except Exception as error:  # torn files and bad configs raise any error
         reason = " ".join(str(error).split())[:300]
         if os.path.isfile(config.pretrained):
-            reason += "; is the file whole, and a checkpoint of this model?"
+            reason += "; is the file complete, and a checkpoint of this model?"
         raise ValueError(
             f"--model {config.model} --pretrained {config.pretrained!r}: {reason}"
         ) from error
@@ -279,7 +278,7 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
 
 
 def can_shorten(clip: nn.Module) -> bool:
-    """Whether ``clip``'s text feature depends on nothing after the caption's end."""
+    """Whether ``clip``'s text feature ignores everything after the caption's end."""
     return (
         type(clip) is open_clip.CLIP
         and isinstance(clip.attn_mask, Tensor)  # causal: OpenCLIP has no other there
@@ -288,12 +287,12 @@ def can_shorten(clip: nn.Module) -> bool:
 
 
 def _end_id(clip: Any) -> int | None:
-    """The token whose position gives the feature; None: the largest token's does."""
+    """The token whose position gives the feature; None: the largest token."""
     return getattr(clip, "text_eos_id", None) if clip.text_pool_type == "eos" else None
 
 
 def _ends(tokens: Tensor, end_id: int | None) -> Tensor:
-    """The position of each caption's feature, int64 [B]."""
+    """The position from which each caption's feature is read, int64 [B]."""
     return (tokens if end_id is None else torch.eq(tokens, end_id).int()).argmax(dim=1)
 
 
@@ -314,7 +313,7 @@ class ShortTokenizer:
 def encode_text(clip: Any, tokens: Tensor) -> Tensor:
     """``clip.encode_text`` of captions of any length up to the context: int64 [B, L] -> [B, D].
 
-    On the CPU, where lengths cost nothing to read, a few long captions are encoded apart if that
+    On the CPU, where reading lengths is free, a few long captions are encoded separately if that
     saves a tenth of the token positions.
     """
     if not can_shorten(clip):
@@ -324,7 +323,7 @@ def encode_text(clip: Any, tokens: Tensor) -> Tensor:
         return _encode(clip, tokens)
     lengths, order = ((_ends(tokens, _end_id(clip)) // STEP + 1) * STEP).sort(stable=True)
     first = torch.arange(1, len(order) + 1)
-    positions = first * lengths + (len(order) - first) * lengths[-1]  # if that many are apart
+    positions = first * lengths + (len(order) - first) * lengths[-1]  # if the first are separate
     best = int(positions.argmin())
     few = best + 1 if positions[best] < 0.9 * positions[-1] else 0
     parts = [
@@ -336,7 +335,7 @@ def encode_text(clip: Any, tokens: Tensor) -> Tensor:
 
 
 def _encode(clip: Any, tokens: Tensor) -> Tensor:
-    """OpenCLIP 3's ``CLIP.encode_text``, with as many positions as there are tokens."""
+    """OpenCLIP 3's ``CLIP.encode_text`` with only as many positions as there are tokens."""
     length = tokens.shape[1]
     if length == clip.positional_embedding.shape[0]:
         return clip.encode_text(tokens)
@@ -352,9 +351,9 @@ def _encode(clip: Any, tokens: Tensor) -> Tensor:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a flag asks for; "auto" is the GPU if there is one. ValueError: no such device."""
+    """The device that a flag names; "auto": a GPU if there is one. ValueError: no such device."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        info = find_rank()  # several processes of a machine have a GPU each
+        info = find_rank()  # each process of a machine has its own GPU
         return torch.device(f"cuda:{info.local_rank}" if info.world_size > 1 else "cuda")
     try:
         device = torch.device("cpu" if name == "auto" else name)
@@ -376,13 +375,13 @@ def choose_precision(name: str, device: torch.device) -> str:
         return "amp_bf16" if bf16 else "fp32"
     if name == "amp" and device.type == "cpu":
         if find_rank().rank == 0:
-            note = "fp16 needs a GPU; this is fp32, and amp_bf16 works on CPUs too"
+            note = "fp16 needs a GPU; using fp32 (amp_bf16 works on CPUs too)"
             print(f"note: --precision amp: {note}", file=sys.stderr)
         return "fp32"
     return name
 
 
 def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """A function that makes the context of a forward pass."""
+    """A function that makes the autocast context of a forward pass."""
     dtype = torch.float16 if precision == "amp" else torch.bfloat16
     return lambda: torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")

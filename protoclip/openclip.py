@@ -1,6 +1,6 @@
 """OpenCLIP's trainer with our losses: ``protoclip openclip <open_clip_train flags>``.
 
-The command takes our flags out, puts our losses in the place of OpenCLIP's, and runs its ``main``.
+The command removes our flags, replaces OpenCLIP's losses by ours, and runs OpenCLIP's ``main``.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ DistributedDataParallel = nn.parallel.DistributedDataParallel
 
 
 def create_loss(args: Any, proto: ProtoConfig | None = None) -> nn.Module:
-    """OpenCLIP's ``create_loss`` with fused losses; ``proto`` sets prototypes beside.
+    """OpenCLIP's ``create_loss`` with fused losses; ``proto`` adds prototypes.
 
     To patch by hand: ``open_clip_train.main.create_loss = protoclip.create_loss``. For CoCa,
-    distillation and Horovod it is OpenCLIP's own loss, with a line in the log.
+    distillation and Horovod it returns OpenCLIP's own loss and logs a line.
 
     Raises:
         ValueError: prototypes for a loss that has none.
@@ -52,7 +52,7 @@ def create_task(
     naflex_data_config: Any = None,
     proto: ProtoConfig | None = None,
 ) -> nn.Module:
-    """OpenCLIP 4's ``create_task``; the task's ``loss`` is the one that ``create_loss`` gives.
+    """OpenCLIP 4's ``create_task``; the task's ``loss`` is the one from ``create_loss``.
 
     Raises:
         ValueError: prototypes for a loss that has none, or an OpenCLIP without tasks.
@@ -72,7 +72,7 @@ def create_task(
 
 
 def _fused(own: nn.Module, args: Any, proto: ProtoConfig | None) -> nn.Module | None:
-    """Our loss for OpenCLIP's plain ClipLoss or SigLipLoss; None: OpenCLIP's stays."""
+    """Our loss to replace OpenCLIP's plain ClipLoss or SigLipLoss; None: keep OpenCLIP's."""
     shared: dict[str, Any] = {"rank": args.rank, "world_size": args.world_size}
     if type(own) is theirs.ClipLoss and not getattr(args, "horovod", False):
         shared |= {"local_loss": args.local_loss, "gather_with_grad": args.gather_with_grad}
@@ -88,7 +88,7 @@ def _fused(own: nn.Module, args: Any, proto: ProtoConfig | None) -> nn.Module | 
     if type(own) is theirs.SigLipLoss:
         _say(args, "OpenCLIP's SigLipLoss without its matrix of logits")
         return SigLipLoss(dist_impl=args.loss_dist_impl, **shared)
-    _say(args, f"OpenCLIP's own {type(own).__name__} stays: protoclip has no other for it")
+    _say(args, f"OpenCLIP's own {type(own).__name__} stays: protoclip has no replacement")
     return None
 
 
@@ -96,13 +96,13 @@ def _with_prototypes(args: Any, proto: ProtoConfig, shared: dict[str, Any]) -> P
     accum_freq = getattr(args, "accum_freq", 1)
     resumed = bool(getattr(args, "resume", None))
     if resumed:
-        # The warm-up was in the part that is resumed; only the queue has to fill again.
+        # The warm-up is over; only the queue has to fill again.
         proto = dataclasses.replace(proto, warmup=0)
     loss = ProtoClipLoss(**shared, proto=proto, accum_freq=accum_freq)
     steps = loss.steps_to_prototypes(args.batch_size * accum_freq)
     _say(
         args,
-        f"ClipLoss and online prototypes: K = {proto.num_clusters} a modality from the newest "
+        f"ClipLoss and online prototypes: K = {proto.num_clusters} per modality of the newest "
         f"{proto.queue} pairs; InfoNCE alone for {steps} steps until the queue is full"
         + (" (again: a checkpoint does not hold it)" if resumed else ""),
     )
@@ -115,7 +115,7 @@ def _say(args: Any, text: str) -> None:
 
 
 class _DdpAnywhere(DistributedDataParallel):
-    """DistributedDataParallel that takes OpenCLIP's ``device_ids=[device]`` for a CPU too."""
+    """DistributedDataParallel that accepts OpenCLIP's ``device_ids=[device]`` for CPUs too."""
 
     def __init__(self, module: nn.Module, device_ids: Any = None, **kwargs: Any) -> None:
         if device_ids and all(torch.device(device).type == "cpu" for device in device_ids):
@@ -125,10 +125,10 @@ class _DdpAnywhere(DistributedDataParallel):
 
 @contextlib.contextmanager
 def repaired() -> Iterator[None]:
-    """For the time of the block shards are read with webdataset 1.x, and ranks may be CPUs.
+    """Inside this context OpenCLIP can read shards with webdataset 1.x and run ranks on CPUs.
 
     webdataset 1.x ends each shard with an empty sample, on which OpenCLIP 3.3's reader dies with
-    ``KeyError: 'fname'`` (open_clip #935); this asks webdataset not to.
+    ``KeyError: 'fname'`` (open_clip #935); this turns the empty sample off.
     """
     data: Any = importlib.import_module("open_clip_train.data")
     expander = getattr(data, "tar_file_expander", None)
@@ -145,7 +145,7 @@ def repaired() -> Iterator[None]:
 
 
 class CaptionLoss(nn.Module):
-    """A loss that is told which pairs share a caption, from the tokens that the model was given."""
+    """A loss that knows which pairs share a caption, from the tokens that the model received."""
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
@@ -170,9 +170,9 @@ class CaptionLoss(nn.Module):
 
 @contextlib.contextmanager
 def patched(trainer: Any, proto: ProtoConfig | None, dedup: bool = False) -> Iterator[None]:
-    """For the time of the block the trainer takes its loss from us.
+    """Inside this context the trainer uses our loss.
 
-    With ``dedup`` pairs that share their caption are no negatives of one another.
+    With ``dedup``, pairs with the same caption are not negatives of each other.
     """
     ours: dict[str, Callable[..., Any]] = {"create_task": create_task, "create_loss": create_loss}
     if (name := next((name for name in ours if hasattr(trainer, name)), "")) not in ours:
@@ -202,8 +202,8 @@ def patched(trainer: Any, proto: ProtoConfig | None, dedup: bool = False) -> Ite
 
 
 def split_flags(argv: Sequence[str]) -> tuple[ProtoConfig | None, bool, list[str]]:
-    """Our settings (None: no --proto-* flag), whether --dedup caption is given, and OpenCLIP's part
-    of the command line, with our models and a --model that is a config file known to OpenCLIP.
+    """Split the command line into our settings (None without a --proto-* flag), whether --dedup
+    caption is given, and OpenCLIP's part; register our models and a --model config file.
 
     Raises:
         ValueError: a value out of range.
@@ -218,10 +218,10 @@ def split_flags(argv: Sequence[str]) -> tuple[ProtoConfig | None, bool, list[str
 
 
 def _check(trainer: Any, proto: ProtoConfig | None, dedup: bool, rest: list[str]) -> None:
-    """Say now what OpenCLIP would say in a page, or the factories after minutes of loading."""
+    """Report now what OpenCLIP would print as a page, or we would after minutes of loading."""
     known = set(re.findall(r"--[\w-]+", openclip_parser().format_help()))
     for word in rest:
-        name = word.partition("=")[0]  # which OpenCLIP lets people abbreviate
+        name = word.partition("=")[0]  # OpenCLIP accepts abbreviations
         if name.startswith("--") and not any(flag.startswith(name) for flag in known):
             raise ValueError(refusal(name, known))
     args = trainer.parse_args(list(rest))
@@ -240,7 +240,7 @@ def _check(trainer: Any, proto: ProtoConfig | None, dedup: bool, rest: list[str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; a user's mistake in our flags ends it with one line and status 2."""
+    """Run the command; a user's mistake in our flags prints one line and gives status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         proto, dedup, rest = split_flags(argv)

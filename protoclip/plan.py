@@ -1,7 +1,7 @@
-"""Plan a run before paying for it: ``protoclip plan``, train's flags and ``--ranks 8``.
+"""Plan the memory of a run: ``protoclip plan`` with the flags of train and ``--ranks 8``.
 
-Memory of a rank, by part. Shapes are exact: the model's forward pass runs on tensors without data,
-which shows what autograd keeps. Time is not predicted.
+It prints the memory of a rank by part. Shapes are exact: the model's forward pass runs on tensors
+without data, which shows what autograd keeps. Time is not predicted.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from protoclip.train import teacher_spec
 
 PROG = "protoclip plan"
 FP32, INT64 = 4, 8
-GPU_SCRATCH, CPU_SCRATCH = 256 << 20, 64 << 20  # of the fused kernels, at most
-MINILM_DIM = 384  # of a teacher whose features are all kept
+GPU_SCRATCH, CPU_SCRATCH = 256 << 20, 64 << 20  # most that the fused kernels use
+MINILM_DIM = 384  # of a teacher without reduction
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """The settings of a run, and what its memory depends on beside them."""
+    """The settings of a run, and what else its memory depends on."""
 
     config: TrainConfig
     ranks: int = 1
@@ -56,28 +56,28 @@ class PlannedRun:
 
     @property
     def episode(self) -> int:
-        """Samples."""
+        """Samples per episode."""
         return self.config.episode.size or self.samples
 
     @property
     def teacher_dim(self) -> int:
-        """Width of the external teacher's features; 0: there is none."""
+        """Width of the external teacher's features; 0 without a teacher."""
         spec, _ = teacher_spec(self.config)
         return (self.config.episode.external_teacher_dim or MINILM_DIM) if spec else 0
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One pass of the model over a batch, by its shapes."""
+    """Sizes of one pass of the model over a batch."""
 
     weights: int  # parameters
     trained: int  # of them, those with a gradient
     embed_dim: int
     projection_dim: int
     buffers_bytes: int
-    batch_bytes: int  # pixels and tokens of a sample
-    saved_bytes: float  # kept for the backward pass, a sample
-    saved_fixed_bytes: float  # the same, whatever the batch: under autocast the weights' copies
+    batch_bytes: int  # pixels and tokens, per sample
+    saved_bytes: float  # kept for the backward pass, per sample
+    saved_fixed_bytes: float  # the same, for any batch: the weights' copies under autocast
 
 
 def measure_shape(run: PlannedRun, batch: int = 8) -> Shape:
@@ -104,7 +104,7 @@ def measure_shape(run: PlannedRun, batch: int = 8) -> Shape:
 
 
 def _walk(model: ProtoModel, amp: bool, batch: int) -> tuple[float, tuple[int, int]]:
-    """Bytes that autograd keeps beside the weights; widths of embeddings and projections."""
+    """Bytes that autograd keeps besides the weights; widths of embeddings and projections."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def _walk(model: ProtoModel, amp: bool, batch: int) -> tuple[float, tuple[int, i
 
 
 def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
-    """Bytes of a rank at the peak of a training step, by part, beside the process itself.
+    """Bytes of a rank at the peak of a training step, by part, without the process itself.
 
     Raises:
         ValueError: more clusters than samples in an episode.
@@ -137,7 +137,7 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
     saved = run.config.optim.batch_size * shape.saved_bytes + shape.saved_fixed_bytes
     parts = {
         "weights": shape.weights * FP32 + shape.buffers_bytes,
-        # Alone they replace the saved activations as backward proceeds; DDP holds them throughout.
+        # On one process they replace the saved activations during backward; DDP holds both.
         "gradients": max(0.0, shape.trained * FP32 - (saved if run.ranks == 1 else 0)),
         "optimiser (AdamW)": 2 * shape.trained * FP32,
         "saved for backward": saved,
@@ -168,13 +168,13 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
 
 
 def text(shape: Shape, run: PlannedRun, parts: dict[str, float]) -> str:
-    """The plan, for people."""
+    """The plan as text."""
     optim = run.config.optim
     lines = [
         f"{run.config.model.model}, {shape.weights / 1e6:,.1f} M weights; {run.ranks:,} ranks; "
         f"batch {run.global_batch:,}",
         f"= {optim.batch_size:,} x {optim.accum_freq} passes x {run.ranks:,} ranks; "
-        f"{math.ceil(run.episode / run.global_batch):,} steps an episode of {run.episode:,}",
+        f"{math.ceil(run.episode / run.global_batch):,} steps per episode of {run.episode:,}",
         "",
         f"Memory per rank at the peak of a step: {_bytes(sum(parts.values()))}",
     ]

@@ -1,8 +1,8 @@
-"""sentence-transformers' in-batch losses, fused, and with known duplicates left out.
+"""sentence-transformers' in-batch losses, fused, without duplicates among the negatives.
 
-For its trainer (``pip install 'protoclip[sentence-transformers]'``): subclasses that take the same
-arguments. Equal texts of a batch are not each other's negatives, and no matrix of similarities is
-stored. Without duplicates the losses are theirs.
+The subclasses take the same arguments and work in its trainer
+(``pip install 'protoclip[sentence-transformers]'``). Equal texts of a batch are not negatives of
+each other, and no similarity matrix is stored. Without duplicates the losses equal the originals.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from protoclip.ops import contrastive, contrastive_parts
 
-NO_ANCHOR = -(2**63)  # the anchor id of hard negatives, equal to that of no query
+NO_ANCHOR = -(2**63)  # the anchor id of hard negatives; no query has it
 
 
 class _Fused(nn.Module):
-    """What both losses share: the ids of their texts, and the loss of the columns' embeddings."""
+    """The common part of both losses: the texts' ids, and the loss of the columns' embeddings."""
 
     _ids: Sequence[Tensor | None] = ()  # int64 [B] by column, while ``forward`` runs
 
@@ -38,8 +38,8 @@ class _Fused(nn.Module):
         if not self._fuses():
             warnings.warn(
                 f"{type(self).__name__}: expected cos_sim or dot_score without hardness, got "
-                f"{self.similarity_fct} and {self.hardness_mode}; their loss runs, in which "
-                "duplicates are negatives",
+                f"{self.similarity_fct} and {self.hardness_mode}; using the original loss, in "
+                "which duplicates are negatives",
                 stacklevel=2,
             )
 
@@ -63,20 +63,20 @@ class _Fused(nn.Module):
         size = len(columns[0])
         first = get_rank() * size if self.gather_across_devices else 0
         own = torch.arange(first, first + size, device=columns[0].device)
-        # A text that is not known differs from all others.
+        # A text without a known id differs from all others.
         known = self._ids or [None] * len(columns)
         ids = [own + (number << 40) if i is None else i for number, i in enumerate(known)]
         anchors, positives = columns[:2]  # of this rank
         if self.gather_across_devices:
             columns = [all_gather_with_grad(column) for column in columns]
             ids = [all_gather(column) for column in ids]
-        pairs = torch.stack(ids[:2], dim=1)  # [G, 2], of a row's anchor and its positive
+        pairs = torch.stack(ids[:2], dim=1)  # [G, 2]: ids of a row's anchor and its positive
         by_row = [torch.stack([ids[0], i], dim=1) for i in ids[1:]]
-        # Hard negatives of an anchor are negatives of the same anchor in other rows too.
+        # An anchor's hard negatives are also negatives of an equal anchor in other rows.
         by_text = [pairs, *(torch.stack([i.new_full(i.shape, NO_ANCHOR), i], 1) for i in ids[2:])]
         documents = torch.cat(columns[1:])
-        # Of each direction the queries, the keys and their ids, and the key that a query must not
-        # see; its own key is the positive elsewhere.
+        # For each direction: queries, keys, the keys' ids, and the key that a query must not see
+        # (itself). In the other directions its own key is the positive.
         sides = {
             "query_to_doc": (anchors, documents, torch.cat(by_text), None),
             "query_to_query": (anchors, columns[0], pairs, own),
@@ -100,9 +100,9 @@ class _Fused(nn.Module):
 class MultipleNegativesRankingLoss(_Fused, theirs.MultipleNegativesRankingLoss):
     """In-batch negatives: sentence-transformers' class and arguments, fused.
 
-    Texts are the same where their tokens are. An anchor's negatives are neither documents equal to
-    its own positive nor positives of an equal anchor. Inputs that are more than text count as
-    different. ``hardness_mode`` and other similarities than ``cos_sim`` and ``dot_score`` run
+    Texts are equal if their tokens are. An anchor's negatives include neither documents equal to
+    its own positive nor positives of an equal anchor. Inputs that are not only text always differ.
+    ``hardness_mode`` and similarities other than ``cos_sim`` and ``dot_score`` run
     sentence-transformers' own loss, with a warning.
     """
 
@@ -122,7 +122,7 @@ class CachedMultipleNegativesRankingLoss(_Fused, theirs.CachedMultipleNegativesR
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """Loss of the mini-batches' embeddings by column, with its backward pass where asked."""
+        """Loss of the mini-batches' embeddings by column; runs its backward pass if asked."""
         if not self._fuses():
             return super().calculate_loss(reps, labels, with_backward=with_backward)
         loss = self._loss([torch.cat(column) for column in reps])
@@ -132,22 +132,22 @@ class CachedMultipleNegativesRankingLoss(_Fused, theirs.CachedMultipleNegativesR
 
 
 def _text_ids(features: Mapping[str, Any]) -> Tensor | None:
-    """A hash of each text's tokens, int64 [B]; None if they are not all that a model is given."""
+    """A hash of each text's tokens, int64 [B]; None if the input is more than tokens."""
     tokens = features.get("input_ids")
     more = any(isinstance(x, Tensor) and x.is_floating_point() for x in features.values())
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or more:
         return None
-    if "cu_seq_lens_q" in features:  # texts in one row, one after the other
+    if "cu_seq_lens_q" in features:  # all texts are joined in one row
         ends = features["cu_seq_lens_q"].long()
         text = torch.repeat_interleave(ends.diff(), output_size=tokens.shape[1])
         place = torch.arange(tokens.shape[1], device=tokens.device) - ends[text]
         return ends.new_zeros(len(ends) - 1).index_add_(0, text, _mixed(tokens[0], place))
     mask = features.get("attention_mask", torch.ones_like(tokens)).long()
-    return (_mixed(tokens, mask.cumsum(1) - 1) * mask).sum(1)  # padding on either side is no place
+    return (_mixed(tokens, mask.cumsum(1) - 1) * mask).sum(1)  # padding has no position
 
 
 def _mixed(tokens: Tensor, place: Tensor) -> Tensor:
-    """64 well mixed bits of each token and its place in the text (splitmix64)."""
+    """64 well-mixed bits of each token and its position in the text (splitmix64)."""
     x = tokens.long() + (place << 32) + 1
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
         logical = (x >> shift) & ((1 << (64 - shift)) - 1)

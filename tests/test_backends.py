@@ -16,7 +16,7 @@ def test_unknown_op_and_backend_are_refused():
     with pytest.raises(ValueError, match="expected one of"):
         protoclip.backends("no_such_op")
     assert protoclip.backends("sup_con") == protoclip.backends("contrastive")
-    with pytest.raises(ValueError, match="info_nce has cpu, reference, triton"):
+    with pytest.raises(ValueError, match="info_nce has only cpu, reference, triton"):
         resolve("info_nce", "fastest", "cpu", torch.float32)
 
 

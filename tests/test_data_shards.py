@@ -97,7 +97,7 @@ def test_junk_samples_are_skipped_named_and_counted(tmp_path, caplog):
         reasons = {key: reason.split("(")[0].strip() for _, key, reason in dataset.skipped}
         assert set(reasons) == {"alone", "list", "mute", "hollow", "bytes", "good"}
         assert reasons["alone"] == "the caption is missing"
-        assert reasons["mute"] == "its txt: no caption is there"
+        assert reasons["mute"] == "its txt: all captions are empty"
         assert reasons["hollow"] == "the picture is empty"
         assert reasons["good"] == "the key occurs twice"
         assert "6 of 7 samples skipped" in caplog.text and "junk.tar: 'alone'" in caplog.text

@@ -103,7 +103,7 @@ def test_settings_of_the_towers_count():
 def test_the_command_takes_trains_flags(capsys):
     assert main(["--preset", "paper-cc3m-8gpu", "--ranks", "8", "--samples", "2500000"]) == 0
     said = capsys.readouterr().out
-    assert "64 x 1 passes x 8 ranks; 391 steps an episode of 200,000" in said
+    assert "64 x 1 passes x 8 ranks; 391 steps per episode of 200,000" in said
     assert main(["--episode-size", "512", "--json"]) == 0
     sizes = json.loads(capsys.readouterr().out)
     assert sizes["global_batch"] == 256 and sizes["memory_bytes"]["weights"] > 1e6

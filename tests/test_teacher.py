@@ -65,7 +65,7 @@ class TestFiles:
         whole = path.read_bytes()
         for size in (0, 40, len(whole) // 2):
             path.write_bytes(whole[:size])
-            with pytest.raises(ValueError, match="cannot be read.*is the file whole"):
+            with pytest.raises(ValueError, match="cannot be read.*is it complete"):
                 load_teacher(str(path), DATASET)
 
     def test_the_largest_directions_are_kept(self, tmp_path):
@@ -133,7 +133,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("flags", "words"),
         [
-            (["--out", "x.npy"], "ends in .npz"),
+            (["--out", "x.npy"], "ending in .npz"),
             (["--out", "x.npz", "--model", "empty"], "--model empty: expected builtin:minilm"),
             (["--out", "x.npz", "--data", "builtin:nothing"], "builtin:nothing"),
             (["--out", "x.npz", "--batch-size", "0"], "--batch-size"),

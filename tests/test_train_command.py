@@ -125,7 +125,7 @@ def test_torn_weights_are_named(tmp_path, name):
     torn = tmp_path / name
     for size in (0, 4000):
         torn.write_bytes((b"PK\x03\x04" + bytes(4000))[:size])
-        with pytest.raises(ValueError, match=rf"{name}.*is the file whole"):
+        with pytest.raises(ValueError, match=rf"{name}.*is the file complete"):
             build_model(ModelConfig(pretrained=str(torn)))
 
 

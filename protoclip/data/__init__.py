@@ -1,4 +1,4 @@
-"""Image-text pairs: built-in, from tables, from shards; and batches of them."""
+"""Image-text pairs (built-in, from tables, from shards) and batches of them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def open_dataset(
         spec: "builtin:emoji[:STYLE+...]" with the styles twemoji (the default), openmoji and noto |
             "builtin:openclipart[:FOLDER]" | "builtin:shapes[:N]" | a .csv or .tsv file | webdataset
             shards: a .tar, a folder of them, a url, braces and globs, sources joined by "::".
-        split: "all" | "train" | "heldout" (10 %, of each group alike where groups are known, of
+        split: "all" | "train" | "heldout" (10 %; of each group, if groups are known; for
             builtin:emoji the same concepts in every style).
-        seed: which pairs are held out.
-        keep_going: note the bad rows of a table in ``skipped`` instead of raising at the first.
+        seed: decides which pairs are held out.
+        keep_going: collect a table's bad rows in ``skipped`` instead of raising at the first.
         table: csv_separator, csv_img_key, csv_caption_key, csv_encoding of :class:`CsvDataset`.
     Returns:
         A data set with at least one pair, unless ``keep_going`` finds none.

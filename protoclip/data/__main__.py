@@ -1,4 +1,4 @@
-"""``protoclip data``: look at pairs, and write them as webdataset shards."""
+"""``protoclip data``: check pairs, or write them as webdataset shards."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from protoclip.distributed import run_command
 
 PROG = "protoclip data"
 FORMATS = {"png": "PNG", "jpg": "JPEG"}
-PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")  # safe as a file name of a tar, without a dot
+PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")  # safe as a file name in a tar, without a dot
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, 1 where --check finds faults, or 2 for a user's mistake
+    """Run the command; the exit code is 0, 1 if --check finds faults, or 2 for a user's mistake
     (one message on stderr)."""
     args = data_parser().parse_args(argv)
     return run_command(lambda: run(args), PROG)
 
 
 def run(args: Any) -> int:
-    """Check or export, as the command line asks; returns the exit code."""
+    """Check or export, depending on the flags; returns the exit code."""
     table = {name: value for name, value in vars(args).items() if name in TABLE}
     data, check = args.check or args.export, bool(args.check)
     dataset = open_dataset(data, args.split, seed=args.seed, keep_going=check, **table)
@@ -62,7 +62,7 @@ def check_data(dataset: PairDataset) -> int:
         except DataError as error:
             return str(error)
 
-    # Threads, as Pillow releases the interpreter's lock while it decodes.
+    # Threads suffice because Pillow releases the interpreter's lock while it decodes.
     with ThreadPool() as pool:
         faults = pool.imap(judge, range(len(dataset)), chunksize=64)
         for fault in tqdm(faults, "checking", len(dataset), leave=False, disable=None):
@@ -76,15 +76,15 @@ def check_data(dataset: PairDataset) -> int:
 def export_shards(
     dataset: PairDataset, out: str | os.PathLike[str], per_shard: int = 1000, kind: str = "png"
 ) -> list[Path]:
-    """Write 00000.tar, 00001.tar, ... and sizes.json into a new or empty folder; same data, same
-    bytes.
+    """Write 00000.tar, 00001.tar, ... and sizes.json to a new or empty folder; the same data gives
+    the same bytes.
 
-    Each pair is KEY.png (lossless) or KEY.jpg (quality 95), as ``kind`` says, KEY.txt with the
-    canonical caption (what OpenCLIP reads) and KEY.json with "caption", "captions", "key" and the
-    labels by name. A key that would not be a safe file name is replaced by the pair's number.
+    Each pair is KEY.png (lossless) or KEY.jpg (quality 95), depending on ``kind``, KEY.txt with the
+    canonical caption (for OpenCLIP) and KEY.json with "caption", "captions", "key" and the labels
+    by name. A key that is not a safe file name is replaced by the pair's number.
 
     Raises:
-        ValueError: the folder holds something, a pair cannot be read, or per_shard is below 1.
+        ValueError: the folder is not empty, a pair cannot be read, or per_shard is below 1.
     """
     from webdataset import TarWriter
 
@@ -98,7 +98,7 @@ def export_shards(
     for start in tqdm(range(0, len(dataset), per_shard), "writing", unit="shard", disable=None):
         path = folder / f"{start // per_shard:05d}.tar"
         part = range(start, min(start + per_shard, len(dataset)))
-        # An open file: webdataset would take some names for commands to run.
+        # Pass an open file, because webdataset would run some names as commands.
         with (
             whole_file(path) as temporary,
             open(temporary, "wb") as file,
@@ -112,7 +112,7 @@ def export_shards(
 
 
 def _members_of(dataset: PairDataset, i: int, kind: str) -> dict[str, str | bytes]:
-    """A pair as webdataset's writer takes it."""
+    """A pair in the form that webdataset's writer takes."""
     captions, key = dataset.captions(i), dataset.keys[i]
     picture = io.BytesIO()
     dataset.image(i).save(picture, FORMATS[kind], quality=95)

@@ -1,7 +1,7 @@
 """``builtin:openclipart``: drawings of the Open Clip Art Library (public domain), with captions.
 
-They are found where Debian's package openclipart-svg put them, not shipped. Themes of icons, signs,
-plain shapes and series that differ in a number are left out.
+They are not shipped but read from Debian's package openclipart-svg. Icons, signs, plain shapes and
+series that differ only in a number are left out.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ LEFT_OUT = tuple(f"{folder}/" for folder in (
     "buttons", "computer", "logos", "recreation/games/cards", "shapes", "signs_and_symbols",
     "special", "transportation/aiga-symbols", "transportation/roadsigns", "unsorted",
 ))  # fmt: skip
-COMMON = 3  # a title of more drawings than that names their series, not what they show
+COMMON = 3  # a title of more drawings than this names a series, not what they show
 NOT_KEYWORDS = frozenset(("", "hash", "unsorted"))
 
 
 class ClipArtDataset:
     """Clip art by title and keywords, with the labels "group" (folder) and "subgroup" (subfolder).
 
-    ``folder`` is where the package's SVG files are, "" where Debian puts them. DataError: there are
-    none, or what draws them is not installed.
+    ``folder`` holds the package's SVG files; "" is where Debian puts them. DataError: there are no
+    files, or the package that draws them is not installed.
     """
 
     def __init__(self, folder: str = "") -> None:
@@ -62,7 +62,7 @@ class ClipArtDataset:
 
 @functools.cache
 def _drawn(folder: Path) -> Mapping[str, tuple[tuple[str, ...], np.ndarray]]:
-    """Captions and picture, uint8 [72, 72, 3], of each drawing, by its path below the folder."""
+    """Captions and picture, uint8 [72, 72, 3], of each drawing, by its path in the folder."""
     found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.svg"))}
     names = [name for name in found if not name.startswith(LEFT_OUT)]
     if not names:
@@ -87,13 +87,13 @@ def _drawn(folder: Path) -> Mapping[str, tuple[tuple[str, ...], np.ndarray]]:
 
 
 def _about(path: Path) -> tuple[str, list[str]]:
-    """Title and keywords of a drawing, by its Dublin Core."""
+    """Title and keywords of a drawing, from its Dublin Core metadata."""
     title, tags = "", []
-    with contextlib.suppress(ElementTree.ParseError):  # what stands before the fault counts
+    with contextlib.suppress(ElementTree.ParseError):  # keep what precedes the fault
         for _, element in ElementTree.iterparse(path):
             tag, text = element.tag.rpartition("}")[2], " ".join((element.text or "").split())
             if tag == "title":
-                title = title or text  # the first; others are of people
+                title = title or text  # the first; later ones name people
             elif tag == "li" and text.lower() not in NOT_KEYWORDS:
                 tags.append(text.lower())
             elif tag == "Work":

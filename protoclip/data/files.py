@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all: local copies of shards from urls, and safe writes.
+"""Files that appear complete or not at all: local copies of shards from urls, and safe writes.
 
-fsspec's file cache makes the copies, each in a folder named by the hash of its url; one process of
-a machine fetches it while the others wait. Copies stay until somebody deletes them.
+fsspec's file cache makes each copy in a folder named by the hash of its url. One process of a
+machine fetches it while the others wait. Copies stay until the user deletes them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 from protoclip.data.types import DataError
 from protoclip.ops.native import cache_dir
 
-# Of what fsspec knows; some of the rest start processes.
+# A part of fsspec's protocols; some of the others start processes.
 PROTOCOLS = ("http", "https", "s3", "gs", "hf", "file")
-STALL = 60.0  # seconds without a byte, a web server is given up
-_copies: dict[str, str] = {}  # url -> path, of what this process has asked for
+STALL = 60.0  # seconds without a byte before a download fails
+_copies: dict[str, str] = {}  # url -> path of the copies that this process has used
 _coming: set[str] = set()
 os.register_at_fork(after_in_child=_coming.clear)  # threads do not survive a fork
 
@@ -33,7 +33,7 @@ def is_remote(shard: str) -> bool:
 
 
 def local_copy(url: str) -> str:
-    """Path of the local copy of a shard, which is fetched if it is not there."""
+    """The path of the local copy of a shard; fetches it if it is missing."""
     if os.path.exists(_copies.get(url, "")):
         return _copies[url]
     import fsspec
@@ -50,24 +50,24 @@ def local_copy(url: str) -> str:
     options: dict[str, Any] = {"filecache": {"cache_storage": str(folder), "expiry_time": False}}
     try:
         if protocol in ("http", "https"):
-            import aiohttp  # which by itself ends every download after five minutes
+            import aiohttp  # by default it ends every download after five minutes
 
             silence = aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)
             options[protocol] = {"client_kwargs": {"timeout": silence}}
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
             _copies[url] = fsspec.open_local(f"filecache::{url}", **options)
-    except Exception as error:  # each of fsspec's file systems has its own
+    except Exception as error:  # each file system has its own errors
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(
             f"{url}: cannot be copied to {folder} ({reason}); check the address, the network, the "
-            "room on that disk (PROTOCLIP_CACHE chooses another) and pip install protoclip[remote]"
+            "disk space (PROTOCLIP_CACHE sets another folder) and pip install protoclip[remote]"
         ) from error
     return _copies[url]
 
 
 def fetch_ahead(url: str) -> None:
-    """Begin a copy in the background; what goes wrong is left to ``local_copy``."""
+    """Start a copy in the background; ``local_copy`` reports its errors."""
 
     def work() -> None:
         with contextlib.suppress(DataError):
@@ -81,8 +81,8 @@ def fetch_ahead(url: str) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write a file that then takes the place of ``path``, so that a reader sees the old
-    one or the whole new one. An OSError of the block names ``path``."""
+    """Yield a temporary path that replaces ``path`` at the end, so a reader sees either the old
+    file or the complete new one. An OSError of the block names ``path``."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -97,13 +97,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a table whole or not at all."""
+    """Write a table completely or not at all."""
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(itertools.chain([header], rows))
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Pictures: from bytes to upright RGB, and from RGB to tensors by torchvision's transforms."""
+"""Pictures: from bytes to upright RGB, and from RGB to tensors with torchvision's transforms."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from protoclip.ops.native import cache_dir
 
 
 def decode(data: bytes, where: str) -> Image.Image:
-    """A file's content to RGB, in any format that Pillow reads; ``where`` is for the error message.
+    """A file's content as RGB, from any format that Pillow reads; errors begin with ``where``.
 
     Raises:
         DataError: empty, truncated, not a picture, or larger than Pillow's safety limit.
@@ -31,21 +31,21 @@ def decode(data: bytes, where: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()
-            with contextlib.suppress(Exception):  # damaged EXIF says nothing about the pixels
+            with contextlib.suppress(Exception):  # damaged EXIF does not matter
                 ImageOps.exif_transpose(picture, in_place=True)
             return to_rgb(picture)
     except Image.DecompressionBombError as error:
         raise DataError(f"{where}: {error}; resize it or raise Image.MAX_IMAGE_PIXELS") from error
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
-        reason = re.sub(r" <_io\..*>", "", str(error))  # a memory address helps nobody
+        reason = re.sub(r" <_io\..*>", "", str(error))  # drop the memory address
         raise DataError(
             f"{where}: the picture does not decode ({reason}); remove the pair or replace the file"
         ) from error
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """RGB copy of a picture; where it is transparent, white shows; 16-bit greys are scaled."""
-    # Pillow would clip them at 255. Its older versions open a PNG of 16 bits as "I".
+    """RGB copy of a picture on a white background; 16-bit greys are scaled."""
+    # Pillow would clip them at 255. Older versions open a 16-bit PNG as "I".
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
         greys = np.asarray(picture).astype(np.int64)
         picture = Image.fromarray(((greys + 128) // 257).astype(np.uint8))
@@ -60,7 +60,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def draw_svgs(files: Sequence[Path], side: int) -> np.ndarray:
     """SVG files centred on white squares: uint8 [N, side, side, 3], kept in the cache folder.
 
-    What cannot be drawn is black. Text is left out, as it would need the machine's fonts.
+    A file that cannot be drawn is black. Text is left out because it depends on installed fonts.
 
     Raises:
         DataError: resvg-py is not installed.
@@ -96,7 +96,7 @@ class Transform:
     """Picture -> float32 [3, H, W], normalised; see :func:`build_transform`."""
 
     pixels: Callable[[Image.Image], Tensor]  # the random part: -> uint8 [3, H, W]
-    normalise: Callable[[Tensor], Tensor]  # of a picture or a batch, of mean 0 and deviation 1
+    normalise: Callable[[Tensor], Tensor]  # a picture or a batch -> mean 0, deviation 1
 
     def __call__(self, picture: Image.Image) -> Tensor:
         return self.normalise(self.pixels(picture))
@@ -107,8 +107,8 @@ def build_transform(
 ) -> Transform:
     """Transform to squares of ``image_size`` pixels; mean and std of each channel are in 0 ... 1.
 
-    The augmentation is "paper" (ProtoCLIP's: crop of 50 to 100 % of the area, flip, and each with
-    probability 0.2 colour jitter, grey, blur) | "clip" (CLIP's: crop of 90 to 100 %) | "none"
+    The augmentation is "paper" (ProtoCLIP's: crop of 50 to 100 % of the area, flip, and colour
+    jitter, grey and blur with probability 0.2 each) | "clip" (CLIP's: crop of 90 to 100 %) | "none"
     (resize and centre crop, for evaluation).
     """
     from torchvision import transforms as t

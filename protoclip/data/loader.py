@@ -1,4 +1,4 @@
-"""The order of an epoch and its batches; every random choice follows from the seed and the draw."""
+"""The order of an epoch and its batches; all random choices follow from the seed and the draw."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from torch import Tensor
 from protoclip.data.images import Transform
 from protoclip.data.types import Batch, DataError, PairDataset, mix
 
-STREAM_BUFFER = 10_000  # samples; the window of shard-wise orders unless --shuffle-buffer says
+STREAM_BUFFER = 10_000  # samples; the default window of remote shards (--shuffle-buffer)
 AHEAD = 16  # batches whose shards are fetched in advance
-ATTEMPTS = 50  # bad samples, beyond the size of a batch, that a batch may meet
-PATIENCE = 2.0  # seconds by which a worker's death may be known later than its silence
-CRASHES = 3  # deaths of a worker at the same batch that end the run
+ATTEMPTS = 50  # a batch may meet this many bad samples more than its size
+PATIENCE = 2.0  # seconds between a worker's silence and the notice of its death
+CRASHES = 3  # worker deaths at the same batch before the run ends
 NAMED = 20  # bad samples reported one by one
 Tokenizer = Callable[[list[str]], Tensor]
 logger = logging.getLogger(__name__)
@@ -34,15 +34,15 @@ class EpochOrder:
     """The order in which an epoch visits the data: fully mixed, or shard by shard.
 
     Args:
-        dataset: N pairs, with ``shard_of``, int [N], where it is of shards.
-        shuffle_buffer: samples of the window that is mixed over; 0: all; -1: all, but
-            ``STREAM_BUFFER`` where shards come from urls.
+        dataset: N pairs, with ``shard_of``, int [N], if it consists of shards.
+        shuffle_buffer: samples in the window that is mixed; 0: all; -1: all, but
+            ``STREAM_BUFFER`` if shards come from urls.
     """
 
     def __init__(self, dataset: Any, shuffle_buffer: int = -1) -> None:
         self.size = count = len(dataset)
         shard = getattr(dataset, "shard_of", np.zeros(count))
-        # Runs of neighbours in the same shard; without shards the data set is one.
+        # Runs of neighbours in the same shard; without shards the data set is one run.
         edges = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), count]
         self.runs = list(itertools.pairwise(edges))
         remote = getattr(dataset, "remote", False)
@@ -54,15 +54,15 @@ class EpochOrder:
             return torch.randperm(self.size, generator=random)
         order = torch.randperm(len(self.runs), generator=random).tolist()
         positions = torch.cat([torch.arange(*self.runs[run]) for run in order])
-        # No sample moves by more than the window: what a shuffle buffer does.
+        # No sample moves by more than the window, as with a shuffle buffer.
         moved = torch.rand(self.size, generator=random, dtype=torch.float64) * self.window
         return positions[(torch.arange(self.size) + moved).argsort(stable=True)]
 
 
 class Faults:
-    """The known samples of a data set that cannot be used, those skipped at its opening included.
+    """The known bad samples of a data set, including those skipped when it was opened.
 
-    A share above ``max_fraction`` is a DataError; ``report`` is told each new one in words.
+    A share above ``max_fraction`` raises a DataError; ``report`` gets a message for each new one.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Faults:
         self._check("")
 
     def noted(self, batch: Batch) -> Batch:
-        """The batch, after its bad samples are noted; the same one counts once."""
+        """Note the bad samples of a batch, each once, and return the batch."""
         for position, reason in batch.bad:
             if position not in self.positions:
                 self.positions.add(position)
@@ -96,12 +96,12 @@ class Faults:
 
 @dataclass(frozen=True)
 class Draws:
-    """Which pairs come when, and what their random choices follow from."""
+    """The order of the pairs, and the seed of their random choices."""
 
     positions: Tensor  # in the data set, int64 [M], repeats allowed
-    seed: int  # of captions and augmentation; another one for each episode
+    seed: int  # for captions and augmentation; differs by episode
     start: int = 0  # first draw; batches are cut from here on
-    # Number of each draw among those of all ranks, int64 [M]; None: 0 ... M - 1.
+    # Number of each draw among the draws of all ranks, int64 [M]; None: 0 ... M - 1.
     numbers: Tensor | None = None
 
 
@@ -118,17 +118,17 @@ def batches(
 ) -> Iterator[Batch]:
     """Load pairs in the given order.
 
-    Caption and augmentation of draw j depend on (seed, j) only, so the batches are the same for
-    any number of workers and any start. The caller's global random state is left as it was.
+    Caption and augmentation of draw j depend only on (seed, j), so the batches are the same for
+    any number of workers and any start. The caller's global random state does not change.
 
     Args:
-        transform: picture -> [3, H, W]; its chance must come from torch's default generator.
+        transform: picture -> [3, H, W]; its randomness must come from torch's default generator.
         tokenizer: list of B captions -> int64 [B, L].
-        workers: processes besides this one; 0 loads in this one.
+        workers: number of extra processes; 0 loads in this one.
         captions: "random" | "first" (the canonical one) | "canonical": the first in half of the
             draws, any in the others.
-        faults: notes pairs that cannot be read; another of the draws, chosen by (seed, j), stands
-            in for each. None: such a pair is a DataError that names it.
+        faults: notes unreadable pairs; each is replaced by another of the draws, chosen by
+            (seed, j). None: an unreadable pair raises a DataError that names it.
     """
     source = _Source(dataset, draws, batch_size, transform, tokenizer, captions, faults is not None)
     firsts = range(draws.start, len(draws.positions), batch_size)
@@ -138,7 +138,7 @@ def batches(
 
 @dataclass(frozen=True)
 class _Source:
-    """Makes the batch that begins at a given draw; picklable, so that workers can have it."""
+    """Makes the batch that begins at a given draw; picklable for workers."""
 
     dataset: PairDataset
     draws: Draws
@@ -179,18 +179,18 @@ class _Source:
         return Batch(torch.from_numpy(index), images, self.tokenizer(texts), tuple(bad))
 
     def _choose(self, captions: Sequence[str], die: int) -> str:
-        """One of the captions, drawn by the given number."""
+        """Choose one of the captions with the given random number."""
         choice = int(mix(0, die))
         first = self.captions == "first" or (self.captions == "canonical" and choice >> 40 & 1)
         return captions[0 if first else choice % len(captions)]
 
     def _another(self, die: int, attempt: int, batch: np.ndarray) -> int:
-        """A pair to replace a bad one, preferably one that is not in the batch already."""
+        """A pair to replace a bad one, preferably not in the batch already."""
         positions = self.draws.positions.numpy()
         candidates = positions[(mix(die, attempt, np.arange(64)) % len(positions)).astype(int)]
         return int(candidates[np.isin(candidates, batch).argmin()])
 
-    # What torch's DataLoader calls.
+    # torch's DataLoader calls this.
     def __getitem__(self, first: int) -> Batch | DataError:
         try:
             return self.load(first)
@@ -199,7 +199,7 @@ class _Source:
 
 
 def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]:
-    """Batches in order; workers that die are replaced, and the work goes on where it stood."""
+    """Yield batches in order; replace dead workers and continue where they stopped."""
     done, crashes = 0, 0
     while done < len(firsts):
         loader: torch.utils.data.DataLoader[Batch | DataError] = torch.utils.data.DataLoader(
@@ -208,7 +208,7 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
             sampler=firsts[done:],
             num_workers=min(workers, len(firsts) - done),
             worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # else it draws from the caller's
+            generator=torch.Generator(),  # else it would use the caller's
         )
         started: list[multiprocessing.process.BaseProcess] = []
         # Kill workers that are stuck, here or at exit: they ignore SIGTERM.
@@ -217,8 +217,8 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
         handler = signal.getsignal(signal.SIGCHLD)
         try:
             iterator = iter(loader)
-            # Torch's handler raises wherever the program is when a worker dies; the iterator
-            # notices by itself within seconds.
+            # When a worker dies, torch's handler raises at an arbitrary place in the program;
+            # without it the iterator notices within seconds.
             signal.signal(signal.SIGCHLD, handler)
             started += iterator._workers
             for batch in iterator:
@@ -228,7 +228,7 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
                 done, crashes = done + 1, 0
             return
         except (RuntimeError, OSError, EOFError) as error:
-            # Besides torch's own messages: the connection that carries a tensor is gone.
+            # Other than torch's own messages: the connection that carries a tensor is gone.
             dead = wait([process.sentinel for process in started], timeout=PATIENCE)
             if "DataLoader worker" not in str(error) and not dead:
                 raise
@@ -244,11 +244,11 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
                 f"{source.dataset.name}: a data worker died {CRASHES} times at the same batch "
                 f"({reason}); use fewer --workers, or look at the samples: {keys}, ..."
             )
-        logger.warning("a data worker died (%s) near %s, ...; it is started again", reason, keys)
+        logger.warning("a data worker died (%s) near %s, ...; starting it again", reason, keys)
 
 
 def _ignore_signals(worker: int) -> None:
-    """A signal to the group means the training process, which still needs its step's batches."""
+    """Signals to the group are for the training process, which still needs its step's batches."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

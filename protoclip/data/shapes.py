@@ -1,4 +1,4 @@
-"""``builtin:shapes``: generated pictures of one shape, as many as asked for, for scale tests."""
+"""``builtin:shapes``: any number of generated pictures of one shape each, for scale tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from protoclip.data.types import DataError, Labels, StringTable, mix
 
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 BACKGROUNDS = ("white", "black", "grey", "beige")
-SIZES = {"small": 0.11, "medium": 0.16, "large": 0.22}  # radius, in sides of the picture
+SIZES = {"small": 0.11, "medium": 0.16, "large": 0.22}  # radius / side of the picture
 POSITIONS = {
     f"{row} {column}".replace("middle centre", "centre"): (x, y)
     for row, y in (("top", 0.25), ("middle", 0.5), ("bottom", 0.75))
@@ -26,12 +26,12 @@ SHAPES = {
     "octagon": (8, 0.0), "circle": (24, 0.0), "tripod": (3, 0.25), "sparkle": (4, 0.3),
     "star": (5, 0.4), "hexagram": (6, 0.55), "burst": (8, 0.4), "sun": (16, 0.7),
 }  # fmt: skip
-# What a picture varies in; the first two are its labels.
+# The properties of a picture; the first two are its labels.
 FIELDS = tuple(map(tuple, (SHAPES, COLOURS, SIZES, POSITIONS, BACKGROUNDS)))
 
 
 class ShapesDataset:
-    """``count`` pictures of one shape each; picture i is drawn when it is asked for.
+    """``count`` pictures of one shape each; a picture is drawn when it is read.
 
     Args:
         count: number of pairs, at least 1.
@@ -42,7 +42,7 @@ class ShapesDataset:
 
     def __init__(self, count: int = 2_000, image_size: int = 72) -> None:
         if count < 1:
-            raise DataError(f"builtin:shapes:N needs N of at least 1, got {count}")
+            raise DataError(f"builtin:shapes:N: expected N of at least 1, got {count}")
         self.name = f"builtin:shapes:{count}"
         self.keys: Sequence[str] = StringTable(f"shape-{i}" for i in range(count))
         self.image_size = image_size
@@ -78,7 +78,7 @@ class ShapesDataset:
     def image(self, i: int) -> Image.Image:
         shape, colour, size, place, ground = self._words(i)
         dice = random.Random(int(mix(len(FIELDS), np.array(i))))
-        scale = 2 * self.image_size  # drawn at twice the size and reduced: smooth edges
+        scale = 2 * self.image_size  # drawn at twice the size and reduced, for smooth edges
         radius = scale * SIZES[size] * dice.uniform(0.9, 1.1)
         x, y = (scale * (c + dice.uniform(-0.03, 0.03)) for c in POSITIONS[place])
         start, (points, inner) = dice.uniform(-0.2, 0.2), SHAPES[shape]
@@ -94,6 +94,6 @@ class ShapesDataset:
 
 
 def _jitter(colour: str, dice: random.Random) -> tuple[int, ...]:
-    """About the colour of that name."""
+    """A colour close to the named one."""
     values = ImageColor.getrgb(colour)
     return tuple(min(255, max(0, value + dice.randint(-12, 12))) for value in values)

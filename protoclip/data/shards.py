@@ -1,4 +1,4 @@
-"""Pairs in webdataset shards: where each lies in its tar, and reading it by position."""
+"""Pairs in webdataset shards: an index of their places in the tars, and reads by position."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ from protoclip.ops.native import cache_dir
 
 IMAGE_KINDS = ("jpg", "png", "jpeg", "webp")
 TEXT_KINDS = ("txt", "json")
-FORMAT = 5  # of the cached index
-MAX_CAPTION_BYTES = 1 << 22  # a larger member is no caption; img2dataset's JSON has about 1 kB
+FORMAT = 5  # format of the cached index
+MAX_CAPTION_BYTES = 1 << 22  # a larger file is not a caption; img2dataset's JSON has about 1 kB
 NAMED = 5  # skipped samples named in the warning; the rest are counted
 Place = tuple[int, int]  # offset and size in bytes
 logger = logging.getLogger(__name__)
-_warn = functools.lru_cache(logger.warning)  # once: training and evaluation open the same shards
+_warn = functools.lru_cache(logger.warning)  # only once, although evaluation opens the shards again
 
 
 class ShardDataset:
     """Pictures with captions from tar files in webdataset's layout.
 
     A pair is jpg | png | jpeg | webp with txt (one caption per line) or json ("caption", or a list
-    "captions") under one key; txt goes first unless the json has a list. Other samples are
-    skipped with a warning. Shards from urls are copied as they are needed.
+    "captions") under one key; txt is used unless the json has a list. Other samples are skipped
+    with a warning. Shards from urls are copied when they are needed.
 
     Attributes:
         skipped: (shard, key, reason) of each sample left out.
         shard_of: number of each pair's shard, int32 [N].
-        remote: whether a shard comes from a url.
+        remote: whether any shard comes from a url.
     """
 
     labels: Mapping[str, Labels] = {}
@@ -74,7 +74,7 @@ class ShardDataset:
         listing = "".join(f"\n  {s}: {key!r}: {reason}" for s, key, reason in self.skipped[:NAMED])
         if not self.keys:
             raise DataError(
-                f"{self.name}: none of {total} samples is a pair; a pair needs a picture "
+                f"{self.name}: none of {total} samples is a pair; each needs a picture "
                 f"({', '.join(IMAGE_KINDS)}) and a caption (txt, json) with the same key{listing}"
             )
         if self.skipped:
@@ -84,7 +84,7 @@ class ShardDataset:
         return len(self.keys)
 
     def prefetch(self, positions: np.ndarray) -> None:
-        """Begin copies of the remote shards that these pairs, int64 [M], will need."""
+        """Start to copy the remote shards that these pairs, int64 [M], will need."""
         numbers = dict.fromkeys(self.shard_of[positions].tolist() if self.remote else ())
         for shard in filter(is_remote, (self.shards[number] for number in numbers)):
             fetch_ahead(shard)
@@ -99,7 +99,7 @@ class ShardDataset:
         return f"{self.shards[self.shard_of[i]]}: {self.keys[i]!r}"
 
     def _read(self, i: int, column: int) -> bytes:
-        """The member whose offset and size are in ``column`` and the next."""
+        """Read the file whose offset and size are in ``column`` and the next one."""
         shard = self.shards[self.shard_of[i]]
         offset, size = self._places[i, column : column + 2].tolist()
         try:
@@ -115,19 +115,19 @@ class ShardDataset:
 
 @functools.lru_cache(maxsize=64)
 def _open(path: str) -> io.FileIO:
-    """Open file of a shard; reads name their offset, so forked workers can share it."""
+    """The open file of a shard; reads give their offset, so forked workers can share it."""
     return open(path, "rb", buffering=0)
 
 
 def _prefix(shard: str, folder: str) -> str:
-    """What tells the keys of a shard from those of others, the same on every machine."""
+    """A prefix for a shard's keys that differs from other shards', equal on every machine."""
     if not is_remote(shard):
         return os.path.relpath(os.path.abspath(shard), folder)
     return f"{PurePosixPath(shard).name.split()[-1]}@{zlib.crc32(shard.encode()):08x}"
 
 
 def is_sharded(spec: str) -> bool:
-    """Whether a name of data means webdataset shards."""
+    """Whether a data name refers to webdataset shards."""
     if spec.startswith("builtin:") or spec.lower().endswith((".csv", ".tsv")):
         return False
     return ".tar" in spec or spec.startswith("pipe:") or "://" in spec or os.path.isdir(spec)
@@ -137,7 +137,7 @@ def expand(spec: str) -> tuple[str, ...]:
     """The shards that ``spec`` names, in the given order (globs sorted).
 
     Raises:
-        DataError: what names no shard, a command to run, or one shard twice.
+        DataError: a part matches no shard, is a shell command, or repeats a shard.
     """
     from webdataset.shardlists import expand_urls
 
@@ -169,18 +169,18 @@ def _files(pattern: str) -> list[str]:
 class ShardIndex(NamedTuple):
     """The pairs of one shard, in the order of the tar."""
 
-    size: int  # of the tar, bytes
-    keys: list[str]  # of each pair, the name of its members without the extension
-    # Of each pair, offset and size of the picture and of the captions in bytes, and whether the
+    size: int  # bytes of the tar
+    keys: list[str]  # for each pair, the name of its files without the extension
+    # For each pair, offset and size in bytes of the picture and of the captions, and whether the
     # captions are JSON rather than plain lines: int64 [N, 5].
     places: np.ndarray
     skipped: list[tuple[str, str]]  # (key, reason) of each sample that is not a usable pair
 
 
 def index_together(spec: str) -> None:
-    """Read the new shards of ``spec``, each rank its share, and give all ranks all indices.
+    """Index the new shards of ``spec``, each rank a share, and give all indices to all ranks.
 
-    Every rank calls it before it opens the data. What one finds wrong is every rank's DataError.
+    Every rank calls it before it opens the data. A DataError on one rank is raised on all.
     """
     if not is_distributed() or not is_sharded(spec):
         return
@@ -188,13 +188,13 @@ def index_together(spec: str) -> None:
     share = list(dict.fromkeys(itertools.chain(*unknown)))[rank() :: world_size()]
     for part in _on_all(lambda: {shard: shard_index(shard) for shard in share}):
         for shard in set(part).intersection(unknown[rank()]):
-            # A file of the same name on another machine may be another file.
+            # A file with this name on another machine may be a different file.
             if is_remote(shard) or os.path.getsize(shard) == part[shard].size:
                 _store(shard, part[shard])
 
 
 def _on_all(make: Callable[[], Any]) -> list[Any]:
-    """What ``make`` returns on each rank, for every rank; the DataError of one is that of all."""
+    """The results of ``make`` on all ranks; a DataError on one rank is raised on all."""
     try:
         own = make()
     except DataError as error:
@@ -206,9 +206,9 @@ def _on_all(make: Callable[[], Any]) -> list[Any]:
 
 
 def shard_index(shard: str) -> ShardIndex:
-    """Index of a shard: from the cache if the file is unchanged, else read from the tar's headers.
+    """The index of a shard: from the cache if the file is unchanged, else from the tar's headers.
 
-    What comes from a url is taken to be the same every time, so that a known one is not read again.
+    The content behind a url is assumed not to change, so a known url is not read again.
     """
     with contextlib.suppress(OSError, ValueError, TypeError):  # never written, or damaged
         size, keys, places, skipped = json.loads(_cached(shard).read_text(encoding="utf-8"))
@@ -220,7 +220,7 @@ def shard_index(shard: str) -> ShardIndex:
 
 
 def _cached(shard: str) -> Path:
-    """Where the index of a shard is kept, of the file as it is now."""
+    """The path of the cached index for the shard in its current state."""
     state: list[Any] = [FORMAT, shard]
     if not is_remote(shard):
         status = os.stat(shard)
@@ -233,11 +233,11 @@ def _store(shard: str, index: ShardIndex) -> None:
     try:
         write_atomic(_cached(shard), json.dumps(index._replace(places=index.places.tolist())))
     except OSError as error:
-        logger.warning("an index of shards is not kept (%s); set PROTOCLIP_CACHE", error)
+        logger.warning("cannot cache the index of a shard (%s); set PROTOCLIP_CACHE", error)
 
 
 def _scan(path: str, name: str) -> ShardIndex:
-    """Read the headers and captions of a tar; pictures are not touched. ``name`` is for errors."""
+    """Read the headers and captions of a tar, but no pictures. ``name`` is for errors."""
     pairs: dict[str, tuple[int, ...]] = {}
     skipped: list[tuple[str, str]] = []
     last = ""
@@ -245,7 +245,7 @@ def _scan(path: str, name: str) -> ShardIndex:
         for key, members in itertools.groupby(_members(file, name), lambda member: member[0]):
             found = {kind: place for _, kind, place in members}
             if not key:
-                skipped.append((f"what follows {last}", next(iter(found))))
+                skipped.append((f"everything after {last}", next(iter(found))))
                 continue
             pair = "the key occurs twice" if key in pairs else _pair(file, found)
             if isinstance(pair, str):
@@ -258,7 +258,7 @@ def _scan(path: str, name: str) -> ShardIndex:
 
 
 def _pair(file: io.BufferedReader, members: Mapping[str, Place]) -> tuple[int, ...] | str:
-    """Where picture and captions of a sample are, as in ``ShardIndex``; or why it is not a pair."""
+    """The place of picture and captions, as in ``ShardIndex``; or why this is not a pair."""
     usable = {kind: place for kind, place in members.items() if place[1] > 0}
     for what, kinds in (("picture", IMAGE_KINDS), ("caption", TEXT_KINDS)):
         if not set(usable) & set(kinds):
@@ -272,7 +272,7 @@ def _pair(file: io.BufferedReader, members: Mapping[str, Place]) -> tuple[int, .
         data = file.read(min(size, MAX_CAPTION_BYTES + 1))
         try:
             parse_captions(data, kind == "json")
-            if not chosen or b'"captions"' in data:  # a list goes before the one in the txt
+            if not chosen or b'"captions"' in data:  # a list is preferred to the txt
                 chosen = kind
         except (ValueError, RecursionError) as error:
             reason = reason or f"its {kind}: {error}"
@@ -280,12 +280,12 @@ def _pair(file: io.BufferedReader, members: Mapping[str, Place]) -> tuple[int, .
 
 
 def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
-    """Captions without the empty ones, each cut to ``MAX_CAPTION`` characters.
+    """The captions that are not empty, each cut to ``MAX_CAPTION`` characters.
 
-    They are the lines of a text, or "captions" or "caption" of a JSON; else it is a ValueError.
+    They are the lines of a text, or "captions" or "caption" of a JSON; otherwise ValueError.
     """
     if len(data) > MAX_CAPTION_BYTES:
-        raise ValueError(f"more than {MAX_CAPTION_BYTES:,} bytes are too many for captions")
+        raise ValueError(f"expected at most {MAX_CAPTION_BYTES:,} bytes of captions, got more")
     text = data.decode("utf-8-sig")
     found: Any = text.splitlines()
     if is_json:
@@ -298,12 +298,12 @@ def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
             raise ValueError('"captions" must be a list of strings')
     captions = tuple(short for caption in found if (short := caption.strip()[:MAX_CAPTION]))
     if not captions:
-        raise ValueError("no caption is there")
+        raise ValueError("all captions are empty")
     return captions
 
 
 def _members(file: io.BufferedReader, name: str) -> Iterator[tuple[str, str, Place]]:
-    """Key, extension and place of each whole file of a tar; "" and the damage, where it ends."""
+    """Yield key, extension and place of each complete file; at damage, "" and a description."""
     size, offset = os.path.getsize(file.name), 0
     try:
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8")
@@ -312,7 +312,7 @@ def _members(file: io.BufferedReader, name: str) -> Iterator[tuple[str, str, Pla
             if cut or not offset < tar.offset < size + tarfile.BLOCKSIZE:  # damaged sizes
                 break
             offset = tar.offset
-            tar.members = []  # type: ignore[attr-defined]  # else it keeps all of them
+            tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps all members
             folder, _, base = member.name.removeprefix("./").rpartition("/")
             stem, dot, extension = base.partition(".")
             if stem and dot and member.isreg() and not member.issparse():

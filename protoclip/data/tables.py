@@ -13,7 +13,7 @@ from PIL import Image
 from protoclip.data.images import decode
 from protoclip.data.types import DataError, Labels, StringTable
 
-CHECKED = 10_000  # files looked for at the start; beyond, a missing one is found when it is read
+CHECKED = 10_000  # files checked at the start; later ones are checked when they are read
 MAX_CAPTION = 10_000  # characters kept of one caption; a model sees the first few hundred
 
 
@@ -22,13 +22,13 @@ class CsvDataset:
 
     Args:
         path: the table, first row the column names.
-        keep_going: note bad rows in ``skipped`` instead of raising at the first, and look for all
-            pictures at once.
+        keep_going: collect bad rows in ``skipped`` instead of raising at the first, and check all
+            picture paths now.
         csv_separator: between columns, one character (OpenCLIP's default: a tab).
-        csv_img_key: column of the paths; a relative one counts from the working directory (as in
-            OpenCLIP) or, if nothing is there, from the table's folder.
+        csv_img_key: column of the paths; a relative path starts at the working directory (as in
+            OpenCLIP) or, if no file is there, at the table's folder.
         csv_caption_key: column of the captions, each cut to ``MAX_CAPTION`` characters.
-        csv_encoding: of the table, any that Python knows.
+        csv_encoding: encoding of the table, any that Python knows.
     Attributes:
         skipped: (table and line, "", reason) of each row left out, with ``keep_going``.
     """
@@ -56,7 +56,7 @@ class CsvDataset:
                 fault = "the caption is empty; remove the row or write a caption"
             elif not fault and look and not os.path.isfile(self._find(row[0])):
                 places = " nor from ".join(dict.fromkeys((os.getcwd(), self.folder)))
-                fault = f"no picture at {row[0]!r} as seen from {places}; correct the path"
+                fault = f"no picture at {row[0]!r} starting from {places}; correct the path"
             if not fault:
                 rows.append(row)
             elif keep_going:
@@ -89,7 +89,7 @@ class CsvDataset:
 
 
 def _numbered(files: Iterator[str]) -> Iterator[str]:
-    """Keys for pictures that are listed several times: the second is "path#2"."""
+    """Keys for pictures; if a path occurs several times, its second key is "path#2"."""
     seen: dict[str, int] = {}
     for file in files:
         seen[file] = seen.get(file, 0) + 1
@@ -99,8 +99,8 @@ def _numbered(files: Iterator[str]) -> Iterator[str]:
 def read_table(
     name: str, columns: Sequence[str], separator: str = "\t", encoding: str = "utf-8"
 ) -> Iterator[tuple[int, list[str], str]]:
-    """Line number, values of ``columns``, and what is wrong (or "") of each row but blank ones."""
-    separator = "\t" if separator == "\\t" else separator  # as a shell passes "\t"
+    """Yield line number, values of ``columns``, and the fault or "" of each row but blank ones."""
+    separator = "\t" if separator == "\\t" else separator  # a shell passes "\t" like this
     if len(separator) != 1:
         raise DataError(f"--csv-separator: expected one character, got {separator!r}")
     try:

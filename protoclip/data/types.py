@@ -1,4 +1,4 @@
-"""What the data layer hands out: pairs, labels, batches, its one error, and numbers by position."""
+"""The types of the data layer: pairs, labels, batches and its error; and hashed random numbers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class DataError(ValueError):
 class Labels:
     """One classification of a data set."""
 
-    ids: Tensor  # class of each pair, int64 [N], positions in ``names``
-    names: tuple[str, ...]  # a class may have no pair (in a subset)
+    ids: Tensor  # class of each pair, int64 [N], indices into ``names``
+    names: tuple[str, ...]  # a class may have no pairs (in a subset)
 
 
 def labels_of(values: Sequence[str]) -> Labels:
@@ -39,7 +39,7 @@ class Batch:
     index: Tensor  # position in the data set, int64 [B]
     image: Tensor  # normalised pictures, float32 [B, 3, H, W]
     tokens: Tensor  # one tokenised caption per picture, int64 [B, L]
-    # Position and reason of each sample that another one stands in for.
+    # Position and reason of each bad sample that was replaced.
     bad: tuple[tuple[int, str], ...] = ()
 
     def __len__(self) -> int:
@@ -70,8 +70,8 @@ class PairDataset(Protocol):
 class StringTable(Sequence[str]):
     """A read-only list of strings, kept as one UTF-8 buffer and int64 offsets.
 
-    A list of str objects is copied page by page into every forked worker as reference counts
-    change; two arrays are not, and cost about a quarter of the memory.
+    With a list of str objects, changing reference counts copy it page by page into every forked
+    worker; two arrays are not copied and need about a quarter of the memory.
     """
 
     def __init__(self, strings: Iterable[str]) -> None:
@@ -116,7 +116,7 @@ class Subset:
         return len(self.indices)
 
     def prefetch(self, positions: np.ndarray) -> None:
-        """Tell the data set, if it cares, which pairs, int64 [M], come next."""
+        """Tell the data set, if it prefetches, which pairs, int64 [M], come next."""
         if (inner := getattr(self.dataset, "prefetch", None)) is not None:
             inner(self.indices[positions])
 
@@ -128,7 +128,7 @@ class Subset:
 
 
 def mix(*parts: int | np.ndarray) -> np.ndarray:
-    """Hash integers to uint64, the same on every machine, for any order of asking.
+    """Hash integers to uint64, the same on every machine and in any order of calls.
 
     Arrays broadcast, so ``mix(seed, np.arange(n))`` is n numbers. Each part goes through the
     finaliser of SplitMix64 (Steele et al. 2014).
@@ -147,9 +147,9 @@ def mix(*parts: int | np.ndarray) -> np.ndarray:
 
 
 def heldout_mask(count: int, groups: np.ndarray | None, seed: int, percent: int = 10) -> np.ndarray:
-    """Choose ``percent`` % of ``count`` positions, of each group alike: bool [count].
+    """Choose ``percent`` % of ``count`` positions from each group: bool [count].
 
-    ``groups`` is int64 [count], None for one group; each of two or more gives at least one.
+    ``groups`` is int64 [count], None for one group; a group of two or more gives at least one.
     """
     groups = np.zeros(count, dtype=np.int64) if groups is None else groups
     mask = np.zeros(count, dtype=bool)

@@ -1,4 +1,4 @@
-"""``protoclip evaluate MODEL``: any CLIP on any data, as a table and as JSON."""
+"""``protoclip evaluate MODEL``: evaluate any CLIP on any data; prints a table, writes JSON."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from protoclip.model import (
 PROG = "protoclip evaluate"
 TIMEOUT = 3600.0  # seconds that a rank waits for the slowest slice
 RANDOM = "random"
-WEIGHTS = ("local-dir:", "hf-hub:")  # names that bring their weights
+WEIGHTS = ("local-dir:", "hf-hub:")  # prefixes of names that include weights
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
@@ -57,13 +57,13 @@ class Loaded:
 
 
 def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
-    """Load what the command line calls MODEL.
+    """Load the MODEL of the command line.
 
     Args:
         what: a run folder or a checkpoint, an OpenCLIP name, a model config .json,
             "local-dir:PATH" or "hf-hub:ID".
-        pretrained: OpenCLIP's tag or weights file for a name; "random": as initialised.
-        model: the OpenCLIP name of a checkpoint, where it does not know its own.
+        pretrained: OpenCLIP's tag or a weights file for a name; "random": as initialised.
+        model: the OpenCLIP name for a checkpoint that does not hold its own.
     """
     if what.startswith(WEIGHTS) or what.endswith(".json"):
         return _by_name(what, pretrained)
@@ -80,11 +80,11 @@ def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
         if not model:
             raise ValueError(
                 f"{path}: expected a checkpoint of protoclip.train, got another one; give the "
-                "OpenCLIP name of its model, or its config file, as --model"
+                "OpenCLIP name or config file of its model as --model"
             )
         return dataclasses.replace(_by_name(model, str(path)), pretrained=str(path))
     config = from_dict(TrainConfig, stored)
-    # Its weights come from the checkpoint; what it once started from need not be there any more.
+    # The weights come from the checkpoint; those that training started from may be gone.
     architecture = model or config.model.model
     built = build_model(dataclasses.replace(config.model, model=architecture, pretrained=""))
     built.load_state(payload)
@@ -106,7 +106,7 @@ def _by_name(name: str, pretrained: str) -> Loaded:
 
 @contextmanager
 def open_encoder(model: ProtoModel, args: argparse.Namespace, what: str) -> Iterator[Encoder]:
-    """The encoder of the flags --device, --precision, --batch-size and --workers, with its bar."""
+    """An encoder with a progress bar, from --device, --precision, --batch-size and --workers."""
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
     autocast = autocast_for(precision, device)
@@ -114,11 +114,11 @@ def open_encoder(model: ProtoModel, args: argparse.Namespace, what: str) -> Iter
     model.to(device)
     with tqdm(desc=what, unit=" rows", leave=False, disable=shown) as bar:
         yield Encoder(model, device, args.batch_size, args.workers, autocast, bar)
-        bar.refresh()  # the last updates may have come too fast to be drawn
+        bar.refresh()  # the last updates may have come too fast to show
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the command line asks for; rank 0 writes the files and prints the table."""
+    """Run the command; rank 0 writes the files and prints the table."""
     started = time.perf_counter()
     wanted = parse_tasks(args.tasks)
     output = output_file(args.output or _output(args), "--output")
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
     if output.is_file() and not args.tasks:
         earlier = results.read_results(output)
         if earlier.data == data and earlier.untrained is not None:
-            # What training left there belongs to the same table.
+            # The values from training belong in the same table.
             outcome = dataclasses.replace(
                 earlier, trained=found, model=loaded.name, pretrained=loaded.pretrained
             )
@@ -161,9 +161,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _own_data(config: TrainConfig | None) -> str:
-    """What the run was evaluated on when it was trained."""
+    """The evaluation data of the run's training."""
     if config is None:
-        raise ValueError("--data is missing: what to evaluate the model on; see --help")
+        raise ValueError("--data: expected data to evaluate the model on, got none; see --help")
     data = config.data
     if data.val_data or data.train_data.startswith("builtin:"):
         return data.val_data or data.train_data
@@ -171,7 +171,7 @@ def _own_data(config: TrainConfig | None) -> str:
 
 
 def _output(args: argparse.Namespace) -> Path:
-    """results.json of the run for its own evaluation, a longer name for any other."""
+    """results.json of the run for its own evaluation, a longer name for any other one."""
     path, protocol = Path(args.what), args.protocol.replace(PROTOCOLS[0], "")
     parts, folder = ["results", args.data, args.tasks, protocol], path
     if not path.is_dir():
@@ -182,7 +182,7 @@ def _output(args: argparse.Namespace) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; a user's mistake ends it with one line and status 2."""
+    """Run the command; a user's mistake prints one line and gives status 2."""
 
     def work() -> None:
         info = distributed.find_rank()

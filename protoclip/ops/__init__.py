@@ -1,4 +1,4 @@
-"""The ops: contract, checks, backends and autograd of each. They know tensors, no model."""
+"""The ops: contract, checks, backends and autograd of each. They know tensors but no models."""
 
 from protoclip.ops.backends import backends
 from protoclip.ops.clusters import kmeans_assign, segment_mean

@@ -1,7 +1,7 @@
-"""Which implementation runs: one literal table, one rule.
+"""Choose the implementation that runs: one literal table, one rule.
 
-A backend named by the caller never falls back. ``auto`` (or ``PROTOCLIP_BACKEND``, which stands in
-for ``auto``) takes the first row of ``AUTO_ORDER`` that is usable on the tensors' device.
+A backend named by the caller never falls back. ``auto`` (which ``PROTOCLIP_BACKEND`` overrides)
+takes the first backend of ``AUTO_ORDER`` that is usable on the tensors' device.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _LIBRARY = torch.library.Library("protoclip", "FRAGMENT")
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation: where its functions live, what it needs, what it takes."""
+    """One implementation: where its functions are, and which tensors and machines it supports."""
 
-    find: Callable[[str], Callable]  # a function by its name, imported at first use
+    find: Callable[[str], Callable]  # name -> function, imported at first use
     device_types: tuple[str, ...] | None  # None: any
     dtypes: tuple[torch.dtype, ...]
     why_not: Callable[[], str | None]  # None: usable on this machine
@@ -47,9 +47,9 @@ def _no_triton() -> str | None:
         return f"triton cannot be imported: {error}"
     if torch.cuda.is_available():
         return importlib.import_module("protoclip.kernels.launch").why_not()
-    # It takes int() of arrays of one element.
+    # Older Triton calls int() on arrays of one element, which numpy 2.4 refuses.
     old = TorchVersion(triton.__version__) < "3.7" and TorchVersion(numpy.__version__) >= "2.4"
-    return "the interpreter of triton < 3.7 needs numpy < 2.4 (a card does not)" if old else None
+    return "the interpreter of triton < 3.7 needs numpy < 2.4 (a GPU does not)" if old else None
 
 
 def _from(module: str) -> Callable[[str], Callable]:
@@ -77,7 +77,7 @@ TABLE: dict[str, dict[str, Backend]] = {
     "kmeans_assign": CLUSTERS,
     "segment_mean": CLUSTERS,
 }
-PUBLIC = {  # ops that run as another one
+PUBLIC = {  # ops that use the table row of another op
     "nt_xent": "contrastive",
     "sup_con": "contrastive",
     "contrastive_parts": "contrastive",
@@ -93,7 +93,7 @@ def backends(op: str) -> dict[str, str | None]:
     Args:
         op: a public op's name, e.g. ``"info_nce"``.
     Returns:
-        backend name -> None where it is usable here, else the reason in words. Asking may compile
+        backend name -> None if it is usable here, else the reason in words. The call may compile
         the native library (once).
     Raises:
         ValueError: no such op.
@@ -104,10 +104,10 @@ def backends(op: str) -> dict[str, str | None]:
 
 
 def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot run an op on such tensors, in words; None where it can."""
+    """Why a backend cannot run an op on such tensors, in words; None if it can."""
     row = TABLE[op].get(backend)
     if row is None:
-        return f"{op} has {', '.join(sorted(TABLE[op]))}"
+        return f"{op} has only {', '.join(sorted(TABLE[op]))}"
     if backend != "reference" and in_transform():
         return "torch.func's transforms and forward-mode differentiation need the reference"
     if row.device_types is not None and device_type not in row.device_types:
@@ -153,7 +153,7 @@ def _warn_slow(op: str) -> None:
     )
 
 
-# As torch.compiler.assume_constant_result, whose import loads dynamo and triton (1.8 s).
+# Same as torch.compiler.assume_constant_result, which would load dynamo and triton (1.8 s).
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -178,14 +178,14 @@ def reduce(losses: Tensor, reduction: str, count: int | Tensor) -> Tensor:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """Autocast off, on a device that knows it ("meta" does not)."""
+    """Turn autocast off, on devices that have it ("meta" does not)."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 def in_transform() -> bool:
-    """Whether torch.func's grad, vmap or jvp, or forward-mode differentiation, is at work."""
+    """Whether torch.func's grad, vmap or jvp, or forward-mode differentiation, is active."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
@@ -195,7 +195,7 @@ def wants_gradient(*inputs: Tensor) -> bool:
 
 
 def define(schema: str, run: Callable, fake: Callable) -> None:
-    """Add an op to ``torch.ops.protoclip``: what it runs, and the shapes of what it returns."""
+    """Add an op to ``torch.ops.protoclip``; ``fake`` gives the shapes of its results."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
@@ -205,8 +205,8 @@ def define(schema: str, run: Callable, fake: Callable) -> None:
 def define_gradient(
     name: str, op: str, backward: Callable | None = None, setup_context: Callable | None = None
 ) -> None:
-    """Give ``protoclip::name`` the gradient ``backward``; without one a gradient, which would be a
-    second derivative, is refused with the name of the public ``op``."""
+    """Give ``protoclip::name`` the gradient ``backward``. Without one, asking for a gradient (a
+    second derivative of the public ``op``) raises an error that names ``op``."""
 
     def refuse(ctx, *_):
         raise RuntimeError(
@@ -218,8 +218,8 @@ def define_gradient(
     )
 
 
-# An op, so that a second derivative raises instead of ignoring that ``saved``, which a forward pass
-# left, depends on that pass's inputs.
+# This is an op so that a second derivative raises; plain autograd would ignore that ``saved``, from
+# the forward pass, depends on the inputs.
 define(
     "scaled(Tensor grad, Tensor saved) -> Tensor",
     lambda grad, saved: (grad.float() * saved).to(saved.dtype),

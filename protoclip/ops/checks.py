@@ -1,5 +1,5 @@
-"""Argument checks shared by the ops: raised before any work, in the form
-``op: what was expected, what came, what to do``. Values on the device are never read."""
+"""Argument checks shared by the ops. They raise before any work, in the form
+``op: what was expected, what came, what to do``. Values on a GPU are never read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAIR = ("image_features", "text_features")
 
 
 def matrix(op: str, name: str, x: Tensor, letters: str) -> None:
-    """A floating-point [rows, columns] tensor."""
+    """Require a floating-point [rows, columns] tensor."""
     _dense(op, name, x)
     if x.ndim != 2:
         raise ValueError(f"{op}: expected {name} of shape {letters}, got {tuple(x.shape)}")
@@ -37,7 +37,7 @@ def _dense(op: str, name: str, x: Any) -> None:
 
 
 def like(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Same device and number of columns."""
+    """Require the same device and number of columns."""
     if x.device != other.device:
         raise ValueError(
             f"{op}: expected {name} and {other_name} on one device, got {x.device} and "
@@ -53,7 +53,7 @@ def like(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 def strip(
     op: str, names: tuple[str, str], x: Tensor, y: Tensor, logit_scale: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, D] and [M, D] of one device, in one dtype, and the scale as a tensor."""
+    """Check [N, D] and [M, D]; return them in one dtype, and the scale as a tensor."""
     matrix(op, names[0], x, "[N, D]")
     matrix(op, names[1], y, "[M, D]")
     like(op, names[1], y, names[0], x)
@@ -64,7 +64,7 @@ def strip(
 def pairs(
     op: str, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``strip`` of as many texts as images."""
+    """``strip`` for as many texts as images."""
     x, y, scale = strip(op, PAIR, image_features, text_features, logit_scale)
     if len(x) != len(y):
         raise ValueError(
@@ -81,9 +81,9 @@ def promoted(*tensors: Tensor) -> list[Tensor]:
 
 
 def scalar(op: str, name: str, x: Any, device: torch.device) -> Tensor:
-    """A float tensor of one element on ``device``, from such a tensor or any real number."""
+    """A one-element float tensor on ``device``, from such a tensor or a real number."""
     if not isinstance(x, Tensor):
-        # numpy's scalars and its arrays of one element among them; not a number's text
+        # numpy's scalars and one-element arrays are numbers too; strings are not
         if isinstance(x, str) or not hasattr(x, "__float__") or getattr(x, "size", 1) != 1:
             raise TypeError(
                 f"{op}: expected {name} as a number or a Tensor of shape [] or [1], got "
@@ -104,7 +104,7 @@ def vector(
     op: str, name: str, x: Any, dtypes: Sequence[torch.dtype], shapes: Sequence[tuple[int, ...]],
     device: torch.device,
 ) -> None:  # fmt: skip
-    """A tensor in one of the dtypes and shapes, beside the features."""
+    """Require a tensor in one of the dtypes and shapes, on the features' device."""
     _dense(op, name, x)
     if x.dtype not in dtypes:
         kind, cast = ("int64", "long") if torch.int64 in dtypes else ("float32", "float")
@@ -119,12 +119,12 @@ def vector(
 
 
 def labels(op: str, x: Tensor, rows: Tensor) -> None:
-    """int64 [N] beside the [N, D] rows."""
+    """Require int64 [N] on the device of the [N, D] rows."""
     vector(op, "labels", x, INTEGERS, [(len(rows),)], rows.device)
 
 
 def label_values(op: str, x: Tensor, count: int) -> None:
-    """Labels in [0, count) or -100; for tensors on the CPU, whose values may be read."""
+    """Require labels in [0, count) or -100; only for CPU tensors, whose values may be read."""
     wrong = ((x < 0) | (x >= count)) & (x != -100)
     if wrong.any():
         row = int(wrong.nonzero()[0])
@@ -133,7 +133,7 @@ def label_values(op: str, x: Tensor, count: int) -> None:
 
 
 def segments(op: str, used: int, num_segments: int) -> None:
-    """Raise ValueError where labels go up to ``used`` - 1 and there are fewer segments."""
+    """Raise ValueError if labels go up to ``used`` - 1 but there are fewer segments."""
     if used > num_segments:
         raise ValueError(
             f"{op}: expected labels below num_segments={num_segments}, got {used - 1}; pass a "
@@ -147,5 +147,5 @@ def one_of(op: str, name: str, x: str, choices: Sequence[str]) -> None:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether a check of the reference may read values."""
+    """Whether the reference may read these values for a check."""
     return not (x.is_meta or torch.compiler.is_compiling() or in_transform())

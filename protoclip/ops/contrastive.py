@@ -1,15 +1,15 @@
 """InfoNCE, the general contrastive loss, and SigLIP's: contract, autograd and dispatch.
 
-All fused backends share one strip: rows x [N, D] against columns y [M, D], row i belonging to
-column i + offset. Statistics are in base-2 logits (s2 = scale * log2(e) * x.y), as a reference
-value ``max`` and ``sum`` of 2^(s2 - max), so that a loss near zero does not cancel. The backward of
-any loss built on the strip is G = row_weight * P_row + column_weight * P_column - (weights at the
-positives), dx = scale * G y, dy = scale * G^T x, dscale = sum G * (x.y).
+All fused backends share one strip: rows x [N, D] against columns y [M, D], where row i belongs to
+column i + offset. Statistics are in base-2 logits (s2 = scale * log2(e) * x.y): a reference value
+``max`` and the ``sum`` of 2^(s2 - max), so that a loss near zero does not cancel. The backward pass
+of any loss built on the strip is G = row_weight * P_row + column_weight * P_column - (weights at
+the positives), dx = scale * G y, dy = scale * G^T x, dscale = sum G * (x.y).
 
-A matched strip is one whose positives and negatives are not those of the diagonal (``Pairs``). Its
-statistics, [4, N] and [4, M], are max and sum over the keys seen, then sum and count of the
-positives' logits. It gives ``gap`` = LSE - mean positive, and ``mean``; with weights w_l of the LSE
-and w_m of the mean, G = w_l P [seen] + w_m [positive] / count and dbias_j = sum_i G_ij.
+In a matched strip, ``Pairs`` gives the positives and negatives, not the diagonal. Its statistics,
+[4, N] and [4, M], are max and sum over the keys seen, then sum and count of the positives' logits.
+It returns ``gap`` = LSE - mean positive, and ``mean``; with weights w_l of the LSE and w_m of the
+mean, G = w_l P [seen] + w_m [positive] / count and dbias_j = sum_i G_ij.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ LN2 = math.log(2.0)
 
 
 def _contrastive(x, y, scale, offset, columns, reduction, backend, stash):
-    """-> the loss, then what is kept for backward: row_max, row_sum [N], column_max, column_sum [M]
+    """-> the loss, then what backward needs: row_max, row_sum [N], column_max, column_sum [M]
     ([0] without columns), and the stash (or [0]).
 
-    The loss of a row; with columns, which are as many as rows, half the sum of both directions.
+    The loss is that of each row or, with ``columns`` (N = M), half the sum of both directions:
     [N], or [] for "mean" and "sum"."""
     kept = _kept(x, y, backend, stash)
     weight, summed = _direction_weight(reduction, len(x), columns), reduction != "none"
-    if backend == "triton":  # its kernels take the loss too, and weigh its gradient
+    if backend == "triton":  # its kernels also compute the loss and weight its gradient
         fused = implementation("info_nce", backend, "contrastive")
         return *fused(x, y, scale, offset, columns, weight, summed), kept
     run = implementation("info_nce", backend, "contrastive_fwd")
@@ -61,8 +61,8 @@ def _contrastive(x, y, scale, offset, columns, reduction, backend, stash):
 def _bwd(x, y, scale, *rest):
     """-> dx, dy in the inputs' dtypes, dscale fp32 []. ``column_*`` are [0] without columns.
 
-    The positive's weight is row_weight[i] + column_weight[i + offset] (the latter where given); the
-    weights, of any stride, 0 too, are multiplied by ``pair_weight``."""
+    The positive's weight is row_weight[i] + column_weight[i + offset] (if given). The weights may
+    have any stride, even 0, and are multiplied by ``pair_weight``."""
     *statistics, row_weight, column_weight, offset, backend, stash, pair_weight = rest
     options = _kept_option(stash)
     if backend == "triton":
@@ -74,19 +74,19 @@ def _bwd(x, y, scale, *rest):
 
 
 def _direction_weight(reduction: str, n: int, columns: bool) -> float:
-    """What the loss of a pair in one direction is multiplied by."""
+    """The factor of the loss of a pair in one direction."""
     weight = 0.5 if columns else 1.0
     return weight / max(n, 1) if reduction == "mean" else weight
 
 
 def _stash_size(x: Tensor, y: Tensor, backend: str, stash: bool) -> int:
-    """Elements, int16, of what a backend keeps of the logits where it is asked to."""
+    """Number of int16 elements in which a backend keeps logits, if asked to."""
     asked = stash and backend == "cpu"
     return implementation("info_nce", backend, "stash_size")(len(x), len(y)) if asked else 0
 
 
 def _kept(x: Tensor, y: Tensor, backend: str, stash: bool) -> Tensor:
-    """Room for the logits that the forward pass may leave to the backward pass."""
+    """A buffer for the logits that the forward pass may leave to the backward pass."""
     if size := _stash_size(x, y, backend, stash):
         return implementation("info_nce", backend, "pooled")(size)
     return x.new_empty(0, dtype=torch.int16)
@@ -128,8 +128,8 @@ def _autograd(ctx, grad, *_):
 
 
 def _matched(x, y, scale, *rest):
-    """-> gap and mean of the rows, gap and mean of the columns ([0] without), then what is kept for
-    backward: the statistics of both and the stash."""
+    """-> gap and mean of the rows, gap and mean of the columns ([0] without), then what backward
+    needs: the statistics of both and the stash."""
     *arguments, backend, stash = rest
     kept = _kept(x, y, backend, stash)
     run = implementation("contrastive", backend, "matched_fwd")
@@ -179,7 +179,7 @@ def _matched_autograd(ctx, *grads):
 
 
 def side_weights(gap: Tensor | None, mean: Tensor | None, statistics: Tensor) -> Tensor:
-    """Upstream gradients of gap and mean -> those of the LSE and of the mean positive, [2, N]."""
+    """Gradients of gap and mean -> gradients of the LSE and of the mean positive, [2, N]."""
     zero = statistics.new_zeros(statistics.shape[1])
     gap, mean = (zero if grad is None else grad for grad in (gap, mean))
     return torch.stack([gap, mean - gap])
@@ -234,7 +234,7 @@ def info_nce(
 ) -> Tensor:
     """InfoNCE over a batch of pairs, both directions, without the [N, N] logits in memory.
 
-    The fused backends save O(N) values and form the logits again, but for the ``stash``, in the
+    The fused backends save O(N) values and, apart from the ``stash``, recompute the logits in the
     backward pass. Sums are fp32; under autocast the features keep their dtype.
 
     Args:
@@ -242,14 +242,14 @@ def info_nce(
             bfloat16, float16 (float64: reference), mixed ones are promoted.
         logit_scale: [] or [1], the multiplier on the dot products (not its logarithm).
         ids: int64 [N] or [N, R], R <= 2: pairs with an equal id in any column are the same thing,
-            such as images with one caption. Give those without an id unique ones. None: all differ.
-        same_id: "exclude": pairs of the same id are no negatives of one another; "positive": each
-            is a positive of the other, and the loss is against the mean of their logits.
-        reduction: "mean", "sum", or "none" for one value a pair.
-        backend: "auto", or one of ``protoclip.backends("info_nce")``, with ids of
-            ``protoclip.backends("contrastive")``; a named one never falls back.
-        stash: False: keep no logits for the backward pass. Else "cpu" does, within 64 MiB (to
-            N = 4,096): 3 matrix products in all, not 4, and the same bits.
+            such as images with one caption. Pairs without an id need unique ones. None: all differ.
+        same_id: "exclude": pairs of the same id are not negatives of each other; "positive": they
+            are positives of each other, and the loss is against the mean of their logits.
+        reduction: "mean", "sum", or "none" for one value per pair.
+        backend: "auto", or one of ``protoclip.backends("info_nce")`` (with ids, of
+            ``protoclip.backends("contrastive")``); a named one never falls back.
+        stash: False: keep no logits for the backward pass. Otherwise "cpu" keeps them within 64 MiB
+            (up to N = 4,096): 3 matrix products in all instead of 4, and the same bits.
     Returns:
         float32 (float64 for float64 input), nats: [] or, for "none", [N], half the sum of the two
         directions. N = 0 gives 0.
@@ -279,7 +279,7 @@ def info_nce(
 
 
 def _match(op: str, inputs, given: Given, backend: str, stash: bool | None, columns=False):
-    """-> gap, mean positive and whether it counts, of each row; then the gap of each column."""
+    """-> gap, mean positive and whether it counts, per row; then the gap of each column."""
     x, y, scale = inputs
     relation = pairs.pairs_of(op, x, len(y), given)
     name = resolve("contrastive", backend, x.device.type, x.dtype)
@@ -296,7 +296,7 @@ def _match(op: str, inputs, given: Given, backend: str, stash: bool | None, colu
     counted = count > 0
     if relation.left_out is not None:
         counted = counted & ~relation.left_out
-    if relation.wrong is not None:  # a factor, so that the gradient is NaN too
+    if relation.wrong is not None:  # multiply, so that the gradient is NaN too
         gap = gap * torch.where(relation.wrong, torch.nan, 1.0)
         counted = counted | relation.wrong
     return gap, mean, counted, *by_column[: int(columns)]
@@ -321,30 +321,30 @@ def contrastive(
     """Cross-entropy of queries against keys, without the [N, M] logits in memory.
 
     The logits are l_ij = logit_scale q_i.k_j + key_bias_j. A query's loss is the log-sum-exp over
-    the keys that it sees minus the mean logit of its positives. It sees every key but those of its
-    own id (unless they are positives) and the one that it excludes. Sums are fp32, and O(N + M)
-    values are saved.
+    the keys that it sees minus the mean logit of its positives. It sees every key except those of
+    its own id (unless they are positives) and the one that it excludes. Sums are fp32, and
+    O(N + M) values are saved.
 
     Args:
-        queries, keys: [N, D] and [M, D], of ``info_nce``'s dtypes. More keys than queries, such as
-            hard negatives or a queue, are negatives.
+        queries, keys: [N, D] and [M, D], in ``info_nce``'s dtypes. Extra keys, such as hard
+            negatives or a queue, are negatives.
         positives: int64 [N], the position of each query's own key; -100: the query is left out.
-            None: query i's is key i, but none with ids and same_id="positive".
+            None: query i's own key is key i; with ids and same_id="positive" there is none.
         query_ids, key_ids: int64 [N] or [N, R] and [M] or [M, R], R <= 2: equal in any column is
-            the same thing. query_ids=None: those of the own keys. Unknown ids: give unique ones.
-        same_id: "exclude": keys of the same id are no negatives; "positive": they are positives.
+            the same thing. query_ids=None: ids of the own keys. Unknown ids: give unique ones.
+        same_id: "exclude": keys of the same id are not negatives; "positive": they are positives.
         exclude: int64 [N], one key that a query never sees, such as itself; negative: none.
-        key_bias: float32 [M], added to each key's logits, with a gradient; -inf: absent.
-        weights: float32 [N] >= 0, of the queries, without a gradient; the reference checks them.
-        reduction: "mean", sum of weighted losses over the sum of the weights of the queries that
-            have a positive, 0 if none has; "sum"; or "none": weighted losses, 0 where left out.
+        key_bias: float32 [M], added to each key's logits, with a gradient; -inf removes the key.
+        weights: float32 [N] >= 0, one per query, without a gradient; the reference checks them.
+        reduction: "mean": the sum of weighted losses over the total weight of the queries with a
+            positive, 0 if none has one; "sum"; or "none": weighted losses, 0 where left out.
         logit_scale, backend, stash: as in ``info_nce``.
     Returns:
         float32 (float64 for float64 input), nats: [] or, for "none", [N]. A position out of range
         gives NaN; the reference raises.
     Raises:
-        ValueError, TypeError: as in ``info_nce``; also where ids or positives
-            are missing or not int64.
+        ValueError, TypeError: as in ``info_nce``; also if ids or positives are missing or not
+            int64.
     """
     given = Given(positives, query_ids, key_ids, same_id, exclude, key_bias)
     inputs = queries, keys, logit_scale
@@ -361,7 +361,7 @@ def one_way(
     stash: bool | None = None,
     average: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """``contrastive`` of queries, keys and scale; ``average``, over ranks, what divides a mean."""
+    """``contrastive`` of queries, keys and scale; ``average`` averages a divisor over ranks."""
     checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
     checks.one_of(op, "same_id", given.same_id, pairs.SAME_ID)
     x, y, scale = checks.strip(op, ("queries", "keys"), *inputs)
@@ -372,7 +372,7 @@ def one_way(
             raise ValueError(f"{op}: expected weights without a gradient, got some; detach them")
         if backend == "reference" and checks.readable(weights) and (weights < 0).any():
             raise ValueError(f"{op}: expected weights >= 0, got {weights.min().item():g}")
-    size = torch.ones((), device=x.device).expand(len(x))  # of each query in the mean
+    size = torch.ones((), device=x.device).expand(len(x))  # each query's share of the mean
     if backend != "reference" and given.plain and given.first + len(x) <= len(y):
         fused = weights is None and average is None
         keep = stash is not False and wants_gradient(x, y, scale)
@@ -405,17 +405,17 @@ def contrastive_parts(
     backend: str = "auto",
     stash: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The two parts of ``contrastive``, to compose a loss of your own.
+    """The two parts of ``contrastive``, to compose your own loss.
 
-    Several sets of keys, such as the batch and negatives of each query, are one by ``logaddexp`` of
-    their log-sum-exps.
+    To join several sets of keys, such as the batch and each query's own negatives, take the
+    ``logaddexp`` of their log-sum-exps.
 
     Args: those of ``contrastive``.
 
     Returns:
-        Log-sum-exp over the keys that each query sees (-inf: none), also where positives is -100,
+        Log-sum-exp over the keys that each query sees (-inf: none), even if positives is -100,
         and mean logit of its positives (0: none); float32 [N] (float64 for float64 input). Both
-        are as exact as fp32 is at the size of the mean: a bias of -1e6 there costs 0.1 nats.
+        are as exact as fp32 at the size of the mean: a positive's bias of -1e6 costs 0.1 nats.
     Raises:
         ValueError, TypeError: as in ``contrastive``.
     """
@@ -438,13 +438,13 @@ def nt_xent(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """SimCLR's loss: each view against the other 2N - 1, the other view of its sample is positive.
+    """SimCLR's loss: each view against the other 2N - 1; its sample's other view is the positive.
 
     Args:
         views_a, views_b: [N, D], unit rows; row i of each is a view of sample i.
-        logit_scale, reduction, backend: as in ``contrastive``; "none" gives [2N], a's first.
+        logit_scale, reduction, backend: as in ``contrastive``; "none" gives [2N], views_a first.
     Returns:
-        float32 [], nats a view.
+        float32 [], nats per view.
     Source:
         Chen et al. 2020 (SimCLR), equation 1.
     """
@@ -465,11 +465,11 @@ def sup_con(
     """The supervised contrastive loss: all other rows with a row's label are its positives.
 
     Args:
-        features: [N, D], unit rows, several views of a sample one below the other.
-        labels: int64 [N]; a row whose label no other has is left out.
+        features: [N, D], unit rows; several views of a sample are several rows.
+        labels: int64 [N]; a row whose label no other row has is left out.
         logit_scale, reduction, backend: as in ``contrastive``.
     Returns:
-        float32 [], nats a row.
+        float32 [], nats per row.
     Source:
         Khosla et al. 2020 (SupCon), equation 2, without the factor temperature / base temperature.
     """
@@ -480,8 +480,8 @@ def sup_con(
     return one_way("sup_con", (features, features, logit_scale), given, None, reduction, backend)
 
 
-# The sigmoid loss. Its gradient needs no statistics of whole rows, so the fused backends form it in
-# the forward pass, where gradients are wanted: three products instead of four. The backward pass
+# The sigmoid loss. Its gradient needs no statistics of whole rows, so the fused backends compute it
+# in the forward pass, if it is wanted: three products instead of four. The backward pass only
 # scales it.
 def _sigmoid_fwd(x, y, scale, bias, offset, gradients, backend, *ids):
     """-> loss (sum) fp32 [], dx, dy in the inputs' dtypes ([0, D] without gradients), dscale and
@@ -532,15 +532,15 @@ def sigmoid_loss(
     offset: int = 0,
     backend: str = "auto",
 ) -> Tensor:
-    """Sum over all pairs (i, j) of softplus(-z_ij (scale x_i.y_j + bias)), never an [N, M] matrix.
+    """Sum over pairs (i, j) of softplus(-z_ij (scale x_i.y_j + bias)), without an [N, M] matrix.
 
     Args:
         image_features, text_features: [N, D] and [M, D], M >= offset + N; as in ``info_nce``.
         logit_scale, logit_bias: [] or [1].
-        ids: int64 [M] or [M, R], R <= 2, of the texts; image i has that of its own text.
-        same_id: "positive": z_ij is 1 for all texts of the image's id; "exclude": the pair is left
-            out unless the text is the image's own.
-        offset: z_ij is 1 where j = i + offset, else -1.
+        ids: int64 [M] or [M, R], R <= 2, of the texts; image i has the id of its own text.
+        same_id: "positive": z_ij is 1 for all texts with the image's id; "exclude": such a pair is
+            left out unless the text is the image's own.
+        offset: z_ij is 1 if j = i + offset, else -1.
         backend: "auto", or one of ``protoclip.backends("siglip")``.
     Returns:
         float32 [] (float64 for float64 input), nats, the sum (SigLIP divides it by N).

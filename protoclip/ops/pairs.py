@@ -1,16 +1,16 @@
-"""Which keys a query is compared with: its positives, the ids, exclusions and biases.
+"""Which keys a query is compared with: positives, ids, exclusions and biases.
 
 N queries q_i and M keys k_j have the logits l_ij = s q_i.k_j + b_j. Own_i is the query's own key,
-Same_i the keys with its id, E_i the key it never sees:
+Same_i are the keys with its id, and E_i is the key that it never sees:
 
     ids          positives P_i              seen S_i
     none         Own - E                    all - E
     "exclude"    Own - E                    ((all - Same) + Own) - E
     "positive"   (Own + Same) - E           all - E
 
-A key whose bias is -inf is in neither. The loss of a query is its gap, LSE over S_i minus the mean
-over P_i; a query without positives has none. Here a user's arguments (``Given``) become the form
-that every backend takes (``Pairs``); the sets are written out in ``reference.relations``.
+A key whose bias is -inf is in neither set. A query's loss is its gap: the LSE over S_i minus the
+mean over P_i; a query without positives has no loss. This file turns a user's arguments (``Given``)
+into the form that every backend takes (``Pairs``); ``reference.relations`` computes the sets.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LEFT_OUT = -100
 
 @dataclass(frozen=True)
 class Given:
-    """What a caller of ``contrastive`` says about N queries and M keys."""
+    """The arguments of ``contrastive`` about N queries and M keys."""
 
     positives: Tensor | None = None  # int64 [N]
     query_ids: Tensor | None = None  # int64 [N] or [N, R]
@@ -39,44 +39,44 @@ class Given:
     same_id: str = "exclude"
     exclude: Tensor | None = None  # int64 [N]
     key_bias: Tensor | None = None  # [M]
-    first: int = 0  # without positives query i's own key is first + i
+    first: int = 0  # without positives, query i's own key is key first + i
 
     @property
     def plain(self) -> bool:
-        """Nothing is said: each query has its own key, and sees all."""
+        """No arguments: each query has its own key and sees all keys."""
         arguments = self.positives, self.query_ids, self.key_ids, self.exclude, self.key_bias
         return all(argument is None for argument in arguments)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What the backends are told about N queries and M keys; None: nothing of the kind."""
+    """The backends' arguments about N queries and M keys; None: not used."""
 
     own: Tensor  # int32 [N], position of each query's own key; -1: it has none
     exclude: Tensor | None = None  # int32 [N], the key that a query never sees; -1: none
-    query_ids: Tensor | None = None  # int32 [R, N]; equal and >= 0 in any row is the same thing
+    query_ids: Tensor | None = None  # int32 [R, N]; equal and >= 0 in any row: the same thing
     key_ids: Tensor | None = None  # int32 [R, M]
     key_bias: Tensor | None = None  # [M]
-    same_positive: bool = False  # keys of the same id are positives; else they are not seen
+    same_positive: bool = False  # whether keys of the same id are positives; else they are not seen
     left_out: Tensor | None = None  # bool [N], queries that have no loss
     wrong: Tensor | None = None  # bool [N], queries with a position out of range
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """In the order of the backends' functions."""
+        """The arguments in the order of the backends' functions."""
         ids = self.query_ids, self.key_ids
         return self.own, self.exclude, *ids, self.key_bias, self.same_positive
 
 
 def pairs_of(op: str, queries: Tensor, m: int, given: Given) -> Pairs:
-    """Check what is given about the queries [N, D] and M keys, and give it the backends' form."""
+    """Check the arguments for queries [N, D] and M keys, and convert them for the backends."""
     n, device = len(queries), queries.device
     positives, exclude, bias = given.positives, given.exclude, given.key_bias
     checks.one_of(op, "same_id", given.same_id, SAME_ID)
     if bias is not None:
         kinds = torch.float32, torch.promote_types(queries.dtype, torch.float32)
         checks.vector(op, "key_bias", bias, kinds, [(m,)], device)
-        bias = bias.contiguous()  # as the ids and positions are: kernels take no strides of these
+        bias = bias.contiguous()  # kernels take no strides of it, nor of ids and positions
     if exclude is not None:
         checks.vector(op, "exclude", exclude, checks.INTEGERS, [(n,)], device)
     same_positive = given.key_ids is not None and given.same_id == "positive"
@@ -105,7 +105,7 @@ def pairs_of(op: str, queries: Tensor, m: int, given: Given) -> Pairs:
 
 
 def refuse_wrong(op: str, pairs: Pairs, num_keys: int) -> None:
-    """Raise where a position is out of range; for the reference, which may read values."""
+    """Raise if a position is out of range; only the reference may read values to check."""
     wrong = pairs.wrong
     if wrong is not None and checks.readable(wrong) and wrong.any():
         raise ValueError(
@@ -115,15 +115,15 @@ def refuse_wrong(op: str, pairs: Pairs, num_keys: int) -> None:
 
 
 def check_ids(op: str, name: str, ids: Any, count: int, device: torch.device) -> None:
-    """int64 [count] or [count, R], R <= 2."""
+    """Require int64 [count] or [count, R], R <= 2."""
     checks.vector(op, name, ids, checks.INTEGERS, [(count,), (count, 1), (count, 2)], device)
 
 
 def _codes(
     op: str, given: Given, own: Tensor | None, sizes: tuple[int, int], device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Ids as small numbers: the first position of a key's id among all in order, or -1 for the id
-    of a query that no key has."""
+    """Ids as small numbers: a key's id becomes its first position in the sorted ids; a query's id
+    that no key has becomes -1."""
     (n, m), query_ids, key_ids = sizes, given.query_ids, given.key_ids
     if key_ids is None:
         if query_ids is None:
@@ -143,12 +143,12 @@ def _codes(
             return torch.full_like(columns, -1).int(), key_codes.int()
         found = torch.searchsorted(ordered, columns).clamp_max(m - 1)
         query_codes = found.where(ordered.gather(1, found) == columns, -1)
-    elif own is not None:  # the last is for those without a key of their own
+    elif own is not None:  # the padding is for queries without their own key
         query_codes = F.pad(key_codes, (0, 1), value=-1)[:, own]
     else:
         raise ValueError(
-            f"{op}: expected query_ids, got none without positives, which would say whose ids to "
-            "take; pass one of the two"
+            f"{op}: expected query_ids, got none, and no positives whose ids could be used; "
+            "pass one of the two"
         )
     return query_codes.int(), key_codes.int()
 

@@ -1,9 +1,9 @@
 """Prototype cross-entropy and its soft targets: contract, autograd and dispatch.
 
-L_i = LSE_k(s h_i.C_k) - s h_i.m_y: soft and hard targets are one kernel, since the target depends
-on the sample's cluster only (m is computed once per episode). With frozen prototypes one pass gives
-loss and gradient, dL_i/dh_i = s (sum_k p_ik C_k - m_y), an attention output with key = value = C;
-the backward pass only multiplies. Several prototype sets (banks) share one call.
+L_i = LSE_k(s h_i.C_k) - s h_i.m_y: soft and hard targets share one kernel, because the target
+depends only on the sample's cluster (m is computed once per episode). With frozen prototypes one
+pass gives loss and gradient, dL_i/dh_i = s (sum_k p_ik C_k - m_y), an attention output with
+key = value = C; the backward pass only multiplies. Several prototype sets (banks) share one call.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from protoclip.ops.backends import (
     without_autocast,
 )
 
-COLDEST = 1e-30  # the least temperature: fp32 logits would overflow below
+COLDEST = 1e-30  # the lowest temperature: below it fp32 logits would overflow
 
 
 def _fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend, need_dscale):
@@ -34,7 +34,7 @@ def _fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend
 
     -> loss [S, N], gradient sum_k p_k C_k - m_y [S, N, D] (both 0 where ignored), argmax int64
     [S, N], row_max, row_sum [S, N] in the units of the backend's own backward, and the gradient of
-    the scale h.gradient [S, N] (rounded without need_dscale). Not asked for: no rows, [S, 0]."""
+    the scale h.gradient [S, N] (rounded without need_dscale). Unwanted results are [S, 0]."""
     run = implementation("prototype_cross_entropy", backend, "prototype_ce_fwd_banks")
     options = {"need_dscale": need_dscale} if backend == "triton" else {}
     return run(h, prototypes, targets, labels, scale, need_grad, need_nearest, **options)
@@ -59,7 +59,7 @@ def _bwd_prototypes(h, prototypes, *rest):
 def _setup(ctx, inputs, output) -> None:
     h, prototypes, targets, labels, scale, _, _, ctx.backend, _ = inputs
     _, gradient, _, row_max, row_sum, scale_gradient = output
-    ctx.set_materialize_grads(False)  # only the loss has a gradient: no zeros [S, N, D]
+    ctx.set_materialize_grads(False)  # only the loss has one; saves zeros of [S, N, D]
     ctx.hard = [len(m) == 0 for m in targets]
     ctx.save_for_backward(
         h, scale, gradient, row_max, row_sum, scale_gradient, *prototypes, *labels
@@ -73,7 +73,7 @@ def _autograd(ctx, grad, *_):
         return None, [None] * banks, [None] * banks, [None] * banks, *(None,) * 5
     dh = dscale = None
     wanted_h, wanted_prototypes, _, _, wanted_scale, *_ = ctx.needs_input_grad
-    if wanted_h:  # weigh what the forward pass left
+    if wanted_h:  # weight the gradient from the forward pass
         weight = (scale.reshape(()) * grad)[:, :, None]
         dh = torch.ops.protoclip.scaled(weight, gradient).sum(dim=0).to(h.dtype)
     if wanted_scale:
@@ -109,7 +109,7 @@ define_gradient("prototype_ce_bwd_prototypes", "prototype_cross_entropy")
 
 @dataclass(frozen=True)
 class Bank:
-    """A set of prototypes and who belongs to them."""
+    """A set of prototypes and the samples' labels."""
 
     prototypes: Tensor  # [K, D]
     labels: Tensor  # int64 [N], -100 = ignore
@@ -134,7 +134,7 @@ def prototype_cross_entropy(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Cross-entropy of each sample against all prototypes, soft or hard, never [N, K] in memory.
+    """Cross-entropy of each sample against all prototypes, soft or hard, without [N, K] in memory.
 
     Sums are fp32.
 
@@ -156,7 +156,7 @@ def prototype_cross_entropy(
         ValueError, TypeError: shapes or devices disagree, dtypes are not floating point,
             ``targets`` requires grad, K = 0 with N > 0, or the named backend cannot run.
     Source:
-        ProtoCLIP (arXiv 2206.10996), prototype loss; collapsed by linearity in the target.
+        ProtoCLIP (arXiv 2206.10996), prototype loss, simplified by linearity in the target.
     """
     banks = [Bank(prototypes, labels, targets)]
     return _losses(features, banks, logit_scale, reduction, backend, need_nearest=False).loss[0]
@@ -237,7 +237,7 @@ def _check_bank(op: str, features: Tensor, bank: Bank) -> None:
 
 
 def _reference(op: str, h: Tensor, c: Tensor, m: Tensor, y: Tensor, scale: Tensor):
-    """Of one bank -> losses [N], nearest [N]."""
+    """One bank -> losses [N], nearest [N]."""
     if h.device.type == "cpu" and checks.readable(y):
         checks.label_values(op, y, len(c))
     loss = reference.prototype_cross_entropy(h, c, y, scale, m if len(m) else None)
@@ -252,15 +252,15 @@ def soft_targets(
 ) -> Tensor:
     """The expected prototype of each cluster under its soft target: m_y = sum_k t(y)_k C_k.
 
-    t(y) = softmax_k(S_y.S_k / temperature) over the source's own centroids. One pass of K x K x D
-    work per episode, streamed: the fused backends never hold K x K.
+    t(y) = softmax_k(S_y.S_k / temperature) over the source's own centroids. This is one pass of
+    K x K x D work per episode; the fused backends never hold K x K.
 
     Args:
-        source_centroids: [K, Ds], where the clusters were found; any float dtype.
+        source_centroids: [K, Ds], in the space where the clusters were found; any float dtype.
         prototypes: [K, D], the same clusters in the student's space (back translation); different
             dtypes are promoted.
-        temperature: tau; <= 0 means hard targets, m = prototypes; taken as 1e-30 below that, where
-            fp32 logits would overflow.
+        temperature: tau; <= 0 means hard targets, m = prototypes; values below 1e-30, for which
+            fp32 logits would overflow, count as 1e-30.
         backend: "auto" or a row of ``protoclip.backends("soft_targets")``.
     Returns:
         [K, D] float32 (float64 for float64 input), a constant: no gradient.

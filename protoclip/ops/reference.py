@@ -29,7 +29,7 @@ def info_nce(image_features: Tensor, text_features: Tensor, logit_scale: Tensor)
 
 
 def relations(pairs: Pairs, num_keys: int) -> tuple[Tensor, Tensor]:
-    """The keys that each query sees and those that are its positives, bool [N, M] each."""
+    """The keys that each query sees, and its positives: bool [N, M] each."""
     keys = torch.arange(num_keys, device=pairs.own.device)
     positive = keys == pairs.own[:, None]
     seen = torch.ones_like(positive)
@@ -48,9 +48,9 @@ def relations(pairs: Pairs, num_keys: int) -> tuple[Tensor, Tensor]:
 
 
 def matched(x: Tensor, y: Tensor, scale: Tensor, pairs: Pairs, columns: bool) -> tuple[Tensor, ...]:
-    """[N, D], [M, D] -> gap, mean positive and count of positives of each row, [N] each; with
-    ``columns`` then of each column, [M]. gap = LSE over the keys seen - mean positive, which is 0
-    where there is none."""
+    """[N, D], [M, D] -> gap, mean positive and number of positives of each row, [N] each; with
+    ``columns`` then those of each column, [M]. gap = LSE over the keys seen - mean positive; the
+    mean is 0 without positives."""
     logits = _wide(scale).reshape(()) * (_wide(x) @ _wide(y).T)
     if pairs.key_bias is not None:
         logits = logits + pairs.key_bias
@@ -77,7 +77,7 @@ def sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs
     z = 1 at positives and -1 elsewhere."""
     logits = _wide(scale).reshape(()) * _wide(x) @ _wide(y).T + _wide(bias).reshape(())  # [N, M]
     seen, positive = relations(pairs, len(y))
-    # Not softplus, whose exponential overflows in fp32 from a logit of 89 on.
+    # Not softplus, whose exponential overflows in fp32 above a logit of 89.
     losses = -F.logsigmoid(torch.where(positive, logits, -logits))
     return losses.where(seen, 0).sum()
 
@@ -121,7 +121,7 @@ def _assign_rows(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     x_square, c_square = x.square().sum(1)[:, None], c.square().sum(1)
     squared = (x_square - 2 * x @ c.T + c_square).clamp_min(0)
     best = squared.amin(dim=1)
-    # A BLAS rounds equal columns apart by their place: what is within rounding is a tie.
+    # BLAS may round equal columns differently, so differences within rounding are ties.
     rounding = torch.finfo(x.dtype).eps * (2 + x.shape[1] ** 0.5) * (x_square + c_square)
     index = torch.arange(len(c), device=x.device).expand_as(squared)
     lowest = index.where(squared <= best[:, None] + rounding, len(c)).amin(dim=1)

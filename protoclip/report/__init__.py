@@ -1,1 +1,1 @@
-"""What a run looks like: an HTML page about one or several runs."""
+"""An HTML page about one or several runs."""

@@ -1,4 +1,4 @@
-"""``protoclip report RUN [RUN ...]``: one HTML page about some runs."""
+"""``protoclip report RUN [RUN ...]``: one HTML page about one or several runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROG = "protoclip report"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; a user's mistake ends it with one line and status 2."""
+    """Run the command; a user's mistake prints one line and gives status 2."""
 
     def work() -> None:
         args = report_parser().parse_args(argv)
