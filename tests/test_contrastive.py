@@ -187,6 +187,22 @@ def test_values_and_gradients_are_those_of_the_sets(kind, backend):
     check(one, backend, (torch.randn(40) * counted, torch.randn(40)))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_the_reference_are_those_of_its_differences(kind):
+    one = problem(kind, 5, 9, 3, torch.float64)
+    bias = torch.zeros(9) if one.key_bias is None else one.key_bias
+    finite = bias.isfinite()
+
+    def parts(x, y, scale, shift):
+        absent = torch.full((9,), -torch.inf, dtype=torch.float64)
+        options = one.options | {"key_bias": absent.masked_scatter(finite, shift)}
+        level, mean = protoclip.contrastive_parts(x, y, scale, **options, backend="reference")
+        return level[level.isfinite()], mean
+
+    leaves = one.queries, one.keys, torch.tensor(one.scale).double(), bias[finite].double()
+    assert torch.autograd.gradcheck(parts, [t.requires_grad_() for t in leaves])
+
+
 @both
 def test_reductions_weights_and_rows_left_out(backend):
     def computing(kind):
