@@ -1,4 +1,4 @@
-"""What can be evaluated: built-in pairs, folders of class folders, tables and shards."""
+"""Data for evaluation: built-in pairs, folders of class folders, tables and shards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from protoclip.data import DataError, Labels, PairDataset, open_dataset
 from protoclip.data.images import decode
 from protoclip.data.tables import read_table
 
-SPLITS = ("test", "val", "validation")  # the first that is there is evaluated
+SPLITS = ("test", "val", "validation")  # the first one present is evaluated
 LABEL = "class"
 EMOJI_TEMPLATES = ("{}", "an emoji of {}", "a picture of {}", "{} symbol")
 TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "an image of {}")
@@ -29,12 +29,12 @@ ABBREVIATIONS = {"alphanum": "letters and numbers", "av-symbol": "audio and vide
 
 @dataclass(frozen=True)
 class Layout:
-    """Opened data: what is judged, what probes learn from, and the words for its classes."""
+    """Opened data: the test set, the training set of probes, and the prompts of its classes."""
 
     test: PairDataset
     train: PairDataset | None = None
     templates: Sequence[str] = TEMPLATES  # with "{}" for the class
-    captions: int | None = None  # of each picture, at most; None: all
+    captions: int | None = None  # most captions per picture; None: all
     key: str = "ALL"  # the set's name in the results
     title: str = ""
     emoji: Callable[..., PairDataset] | None = None  # opens the other splits of built-in emoji
@@ -51,10 +51,10 @@ def open_layout(
     """Open data of any kind, on all ranks; see ``protoclip evaluate --help``.
 
     Args:
-        data: built-in data, whose held-out part is judged by one caption a picture; a folder of
-            class folders, or of split folders with class folders in them, and perhaps
-            classnames.txt, a name a line in the order of the class folders; a table; shards.
-        split: the folder to judge; "": test, val or validation if there is one, else all.
+        data: built-in data, whose held-out part is evaluated with one caption per picture; a folder
+            of class folders, or of split folders with class folders, with an optional
+            classnames.txt, one name per line in the order of the class folders; a table; shards.
+        split: the folder to evaluate; "": test, val or validation if present, else all.
         csv_label_key: column of the class in a table.
     """
     if data.startswith("builtin:"):
@@ -120,22 +120,22 @@ def _class_folders(root: Path) -> list[str]:
 
 
 class ImageFolder:
-    """``root/CLASS/.../picture``, torchvision's layout; the class stands in for a caption.
+    """``root/CLASS/.../picture``, torchvision's layout; the class serves as the caption.
 
-    ``folders`` are the class folders by id, ``names`` what each class is called; (): no classes,
-    the path stands in for a caption.
+    ``folders`` are the class folders by id, ``names`` the names of the classes; (): no classes,
+    and the path serves as the caption.
     """
 
     def __init__(self, root: Path, folders: Sequence[str], names: Sequence[str]) -> None:
         from torchvision.datasets.folder import make_dataset
 
         self.name = str(root)
-        self.others: Counter[str] = Counter()  # files that are no pictures, by ending
+        self.others: Counter[str] = Counter()  # files that are not pictures, by ending
         kinds = Image.registered_extensions()
 
         def is_picture(path: str) -> bool:
             ending = Path(path).suffix.lower()
-            # Pillow also lists documents, films and tables, which it cannot open by itself.
+            # Pillow also lists documents, videos and tables, which it cannot open by itself.
             found = Image.MIME.get(kinds.get(ending, ""), "").startswith("image/")
             if not found and not Path(path).name.startswith("."):
                 self.others[ending or "without an ending"] += 1
@@ -159,7 +159,7 @@ class ImageFolder:
         return (known.names[self._found[i][1]] if known else self.keys[i],)
 
     def path(self, i: int) -> str:
-        """Where picture ``i`` is."""
+        """The path of picture ``i``."""
         return self._found[i][0]
 
     def image(self, i: int) -> Image.Image:
@@ -171,7 +171,7 @@ class ImageFolder:
 
 def read_templates(given: str) -> tuple[str, ...]:
     """Prompts with "{}" for the class: "openai" (OpenCLIP's 80 for ImageNet), "simple" (its 7), or
-    those of a file, one a line, with "{}" or CLIP_benchmark's "{c}"."""
+    those of a file, one per line, with "{}" or CLIP_benchmark's "{c}"."""
     if given in ("openai", "simple"):
         many, few = open_clip.OPENAI_IMAGENET_TEMPLATES, open_clip.SIMPLE_IMAGENET_TEMPLATES
         return tuple(template("{}") for template in (few if given == "simple" else many))
@@ -193,6 +193,6 @@ def class_prompts(
     Groups name two things ("food-drink"); other labels go from wide to narrow ("animal-bird").
     """
     joint = " and " if label == "group" else " "
-    if label != LABEL:  # identifiers, not names that somebody chose
+    if label != LABEL:  # identifiers, not readable names
         names = [ABBREVIATIONS.get(name, name.replace("-", joint)) for name in names]
     return [[template.format(name) for template in templates] for name in names]

@@ -1,7 +1,7 @@
-"""What a CLIP is judged by: pure functions on features, for scores that scikit-learn does not have.
+"""Metrics of a CLIP that scikit-learn does not have: pure functions on features.
 
 Definitions follow CLIP_benchmark (retrieval, zero-shot, probes) and Wang & Isola 2020 (alignment,
-uniformity). Work goes by blocks of rows, so that no [N, M] matrix is ever held.
+uniformity). Rows are processed in blocks, so that no [N, M] matrix is ever held.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DRAWS_AT_ONCE = 1 << 22  # bootstrap draws in memory: 32 MiB
 LAMBDAS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 1e-3, 3e-4, 1e-4)
 PROBE_ITERATIONS = 100
 MEAN_PER_CLASS = "mean_per_class_recall"
-Score = Callable[[Tensor], Tensor]  # features [b, D] -> logits [b, C], each row by itself
+Score = Callable[[Tensor], Tensor]  # features [b, D] -> logits [b, C], rows independent
 
 
 def unit(x: Tensor) -> Tensor:
@@ -31,16 +31,16 @@ def unit(x: Tensor) -> Tensor:
 
 
 def rows_per_block(columns: int) -> int:
-    """How many rows of scores with this many columns fit one block."""
+    """How many rows with this many columns of scores fit in one block."""
     return max(1, BLOCK_ELEMENTS // max(columns, 1))
 
 
 def retrieval(
     image: Tensor, text: Tensor, caption_image: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rank, from 1, of the best positive by cosine: of each image [N], of each caption [M].
+    """Rank, from 1, of the best positive by cosine, for each image [N] and each caption [M].
 
-    A tie costs half a place, so that a model which maps everything to one point scores at chance
+    A tie costs half a place, so that a model that maps everything to one point scores at chance
     and not at 100 %. Rank infinity: an image without a caption, or features that are not finite.
     ``caption_image``, int64 [M], has the image row of each caption; None: caption i to image i.
     """
@@ -54,7 +54,7 @@ def retrieval(
 
 
 def recalls(ranks: tuple[Tensor, Tensor], ks: Sequence[int] = (1, 5, 10)) -> dict[str, Tensor]:
-    """``retrieval``'s ranks -> 0 or 1 a query, by CLIP_benchmark's name of their mean."""
+    """``retrieval``'s ranks -> 0 or 1 per query, by CLIP_benchmark's name of their mean."""
     return {
         f"{answers}_retrieval_recall@{k}": (own <= k).float()
         for answers, own in zip(("text", "image"), ranks, strict=True)
@@ -70,7 +70,7 @@ def _ranks(queries: Tensor, score: Score, query_id: Tensor, item_id: Tensor) -> 
         scores = score(queries[start : start + step])  # [b, P]
         positive = query_id[start : start + step, None] == item_id  # [b, P]
         best = scores.masked_fill(~positive, -torch.inf).amax(1)
-        scores = scores.masked_fill(positive, torch.nan)  # never stands before a positive
+        scores = scores.masked_fill(positive, torch.nan)  # never ranks above a positive
         ahead = (scores > best[:, None]).sum(1) + 0.5 * (scores == best[:, None]).sum(1)
         ranks[start : start + step] = torch.where(best.isfinite(), ahead + 1, torch.inf)
     return ranks
@@ -87,7 +87,7 @@ def zero_shot_logits(image: Tensor, vectors: Tensor) -> Tensor:
 
 
 def classify(features: Tensor, labels: Tensor, num_classes: int, score: Score) -> dict[str, Tensor]:
-    """A value a sample, by CLIP_benchmark's name of their mean, of the classifier ``score``.
+    """One value per sample for the classifier ``score``, by CLIP_benchmark's name of their mean.
 
     Features [N, D], labels int64 [N] in 0 .. C - 1. A tie costs half a place; fewer than five
     classes have no top-5.
@@ -96,7 +96,7 @@ def classify(features: Tensor, labels: Tensor, num_classes: int, score: Score) -
     ranks = _ranks(features, score, labels, torch.arange(num_classes, device=features.device))
     first, five = (ranks <= 1).float(), (ranks <= 5).float()
     size = labels.bincount()
-    weight = len(labels) / ((size > 0).sum() * size[labels])  # classes count alike
+    weight = len(labels) / ((size > 0).sum() * size[labels])  # classes count equally
     return {
         "acc1": first,
         "acc5": five if num_classes >= 5 else five[:0],
@@ -180,7 +180,7 @@ def paper_linear_probe(
 
     Momentum 0.9, weight decay 1e-6, cosine to 0 by epoch, batches in the given order (the authors'
     loader does not shuffle, so data sorted by class arrives class by class). Choosing the epoch on
-    the test set flatters: use ``fit_linear_probe`` for numbers of your own.
+    the test set gives too high numbers: use ``fit_linear_probe`` for your own.
 
     Returns:
         ``classify`` of the best epoch, and its number from 1.
@@ -211,8 +211,8 @@ def paper_linear_probe(
 def fit_knn(
     train: Tensor, labels: Tensor, num_classes: int, *, k: int = 10, temperature: float = 0.07
 ) -> Score:
-    """scikit-learn's k-NN by cosine, where a vote weighs exp(cosine / temperature): queries [Q, D],
-    Q > 0 -> shares of the votes, float64 [Q, C]."""
+    """scikit-learn's k-NN by cosine, with votes of weight exp(cosine / temperature): queries
+    [Q, D], Q > 0 -> shares of the votes, float64 [Q, C]."""
     from sklearn.neighbors import NearestNeighbors
 
     count = min(k, len(train))
@@ -233,7 +233,8 @@ def group_scores(
 ) -> dict[str, float]:
     """scikit-learn's ARI, AMI and NMI of k-means clusters of unit features against known labels.
 
-    As many clusters as labels; means over a k-means a seed, as one alone moves by a few hundredths.
+    There are as many clusters as labels. Scores are means over one k-means per seed, because a
+    single one varies by a few hundredths.
     """
     from sklearn import metrics
 
@@ -278,7 +279,7 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap 95 % interval of each mean, low and high; none without samples.
 
-    ``samples`` have a value a sample [N]; those of one length share their resamples.
+    ``samples`` hold one value per sample [N]; those of equal length share their resamples.
     """
     out: dict[str, tuple[float, float]] = {}
     for n in {len(values) for values in samples.values()} - {0}:

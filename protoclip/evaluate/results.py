@@ -1,4 +1,4 @@
-"""The outcome of an evaluation: its values, the table people read and the JSON programs read."""
+"""The outcome of an evaluation: its values, a table for people and JSON for programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from protoclip.data.files import write_atomic
 
-ROWS = {  # metric -> its row in a table; {}: the label that stands before it
+ROWS = {  # metric -> its row in a table; {}: the label before the metric's name
     "text_retrieval_recall@1": "image -> text R@1",
     "text_retrieval_recall@5": "image -> text R@5",
     "text_retrieval_recall@10": "image -> text R@10",
@@ -69,11 +69,11 @@ class Outcome:
     seconds: Mapping[str, float] = field(default_factory=dict)  # by phase, in the order to show
     peak_memory_bytes: int | None = None
     floor: Results | None = None  # without a model; see ``floors`` of evaluate/tasks.py
-    seeds: int = 1  # if more: means over as many runs, intervals of what one run more may give
+    seeds: int = 1  # if more: means over this many runs, and intervals for one more run
 
     @property
     def beside(self) -> dict[str, Results]:
-        """What stands beside the trained model, as far as it is known."""
+        """The known results to show beside the trained model."""
         both = {"floor": self.floor, "untrained": self.untrained}
         return {name: found for name, found in both.items() if found}
 
@@ -81,11 +81,11 @@ class Outcome:
 def format_table(outcome: Outcome, baseline: Outcome | None = None) -> str:
     """The table at the end of a run, at most 100 columns: one block per set, one row per metric.
 
-    Beside the trained model stand the floor, the untrained model and the baseline, if known.
+    Other columns show the floor, the untrained model and the baseline, if known.
     """
     known = outcome.beside | ({"CLIP": baseline.trained} if baseline else {})
     heads = [*known, "trained", "95 % interval"]
-    heads += ["to CLIP" if baseline else "change"] * bool(known)  # to what stands last
+    heads += ["to CLIP" if baseline else "change"] * bool(known)  # from the last other column
     row = "  {:<30}" + "{:>10}" * (len(known) + 1) + "{:>18}" + "{:>10}" * bool(known)
     blocks = []
     for key, one in outcome.trained.items():
@@ -118,9 +118,9 @@ def format_table(outcome: Outcome, baseline: Outcome | None = None) -> str:
 
 
 def half_width(mine: SetResults, theirs: SetResults, metric: str, baseline: Outcome) -> float:
-    """Half the 95 % interval of a difference to a baseline; infinity where nothing is known.
+    """Half the 95 % interval of a difference to a baseline; infinity if an interval is missing.
 
-    One seed each: as of independent samples; several of the baseline: of one more run like it.
+    With one seed each, as for independent samples; with several, that of one more baseline run.
     """
     sets = [theirs] if baseline.seeds > 1 else [mine, theirs]
     bounds = [one.intervals.get(metric, (0.0, math.inf)) for one in sets]
@@ -129,27 +129,27 @@ def half_width(mine: SetResults, theirs: SetResults, metric: str, baseline: Outc
 
 def rows_of(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """(metric, words) of each row of a table."""
-    names = sorted(metrics, key=lambda name: not name.endswith(FIRST))  # the rest as it was
+    names = sorted(metrics, key=lambda name: not name.endswith(FIRST))  # the others in their order
     parts = [(name, *name.rpartition("/")[::2]) for name in names]
     return [(name, ROWS[key].format(label)) for name, label, key in parts if key in ROWS]
 
 
 def number(value: float, sign: str = "") -> str:
-    """A metric in three decimals, a large one in one; with ``sign="+"`` a difference."""
+    """A metric with three decimals, or one if large; ``sign="+"`` is for differences."""
     if math.isnan(value):
         return "-"
     return f"{value:{sign}.3f}" if abs(value) < 10 else f"{value:{sign},.1f}"
 
 
 def write_results(path: str | os.PathLike[str], outcome: Outcome) -> None:
-    """Write ``results.json``, whole or not at all; values that are not finite become null."""
+    """Write ``results.json`` completely or not at all; non-finite values become null."""
     content = json.dumps(dataclasses.asdict(outcome))
     strict = json.loads(content, parse_constant=lambda name: None)  # NaN and infinity are not JSON
     write_atomic(Path(path), json.dumps(strict, indent=1) + "\n")
 
 
 def read_results(path: str | os.PathLike[str]) -> Outcome:
-    """The outcome as written, but for infinity, which comes back as NaN.
+    """The outcome as written, except that infinity is read as NaN.
 
     Raises:
         ValueError: the file is not a results.json.
@@ -173,10 +173,10 @@ def _read_set(content: Mapping[str, Any]) -> SetResults:
 
 
 def write_records(folder: Path, outcome: Outcome) -> None:
-    """A file per set, label and task, as ``clip_benchmark eval --output`` writes and names them.
+    """Write a file per set, label and task, named and formed as by ``clip_benchmark eval``.
 
-    The data set is "DATA/SET/LABEL", without the parts that tell nothing (ALL, class). Like there,
-    values that do not exist (top-5 of four classes) are written as NaN.
+    The data set is "DATA/SET/LABEL", without uninformative parts (ALL, class). As there, values
+    that do not exist (top-5 of four classes) are written as NaN.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = outcome.pretrained
@@ -190,7 +190,7 @@ def write_records(folder: Path, outcome: Outcome) -> None:
                 values: dict[str, Any] = {name: one.metrics[own + name] for name in known}
                 if not values:
                     continue
-                if task == "linear_probe":  # ours uses all samples, as they are
+                if task == "linear_probe":  # ours uses all samples, not normalised
                     for name in ("weight_decay", "epochs"):
                         values[name] = one.metrics[f"{own}lp_{name}"]
                     values |= {"seed": 0, "fewshot_k": -1, "normalized": False}

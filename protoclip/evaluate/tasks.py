@@ -26,7 +26,7 @@ from protoclip.evaluate.results import Results, SetResults
 from protoclip.model import ProtoModel
 
 PROBES = frozenset(("linear_probe", "knn"))
-HELDOUT_PERCENT = 20  # of a data set without a train split: what its probes are judged on
+HELDOUT_PERCENT = 20  # test share for probes on a data set without a train split
 # A fitted probe: features [N, D] and labels [N] -> its scores, and its settings.
 Probe = Callable[[Tensor, Tensor], tuple[dict[str, Tensor], dict[str, float]]]
 
@@ -40,15 +40,15 @@ class EvalSet:
     owner: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     labels: Mapping[str, Labels] = field(default_factory=dict)
     class_vectors: Mapping[str, Tensor] = field(default_factory=dict)  # label -> [C, D]
-    probes: bool = True  # False where the probes' training images are in the set
+    probes: bool = True  # False if the set contains the probes' training images
     title: str = ""
-    probe_rows: Tensor | None = None  # int64, the images that probes are judged on; None: all
+    probe_rows: Tensor | None = None  # int64, the test images of probes; None: all
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How evaluation turns pictures and captions into features: eval mode, no augmentation; each
-    rank encodes a slice, and all get all rows."""
+    """Encodes pictures and captions for evaluation, in eval mode and without augmentation. Each
+    rank encodes a slice, and every rank gets all rows."""
 
     model: ProtoModel
     device: torch.device
@@ -90,7 +90,7 @@ class Encoder:
         return encoded[torch.tensor([position[text] for text in texts], device=encoded.device)]
 
     def _shared(self, count: int, encode: Callable[[slice], Tensor]) -> Tensor:
-        """Rows that are encoded by all ranks together."""
+        """Encode ``count`` rows, each rank a slice, and return all of them."""
         self.bar.total = (self.bar.total or 0) + count
         own = own_slice(count)
         rows = encode(own) if own.start < own.stop else torch.empty(0)
@@ -112,7 +112,7 @@ class Encoder:
 
 
 class PixelEncoder(Encoder):
-    """Without a model: a picture's feature is itself at 12 x 12 pixels, all texts are one."""
+    """Uses no model: a picture's feature is its 12 x 12 pixels, and all texts are equal."""
 
     def images(self, dataset: PairDataset) -> Tensor:
         pictures = [np.array(dataset.image(i).resize((12, 12))) for i in range(len(dataset))]
@@ -138,7 +138,7 @@ def floors(encoder: Encoder, layout: Layout) -> Results:
 
 
 def eval_transform(model: ProtoModel) -> Callable[[Any], Tensor]:
-    """OpenCLIP's transform of the model without augmentation: resize, centre crop, normalise."""
+    """OpenCLIP's transform for the model without augmentation: resize, centre crop, normalise."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     return image_transform_v2(PreprocessCfg(model.image_size, **model.preprocess()), is_train=False)
@@ -147,11 +147,11 @@ def eval_transform(model: ProtoModel) -> Callable[[Any], Tensor]:
 def encode_sets(
     encoder: Encoder, layout: Layout, tasks: Collection[str] = TASKS
 ) -> tuple[dict[str, EvalSet], EvalSet | None]:
-    """The evaluation sets of some data, by name, and what the probes learn from; by all ranks.
+    """Encode, on all ranks, the evaluation sets of a layout by name, and the probes' training set.
 
     builtin:emoji has HO (held-out concepts), TW (all, in Twemoji style) and, with the font, NHO
     and NOTO (the same in Noto style). Other built-in data has HO (its held-out part), files have
-    ALL. Probes learn from the train split, else from 80 % of the set.
+    ALL. Probes train on the train split, or on 80 % of the set if there is none.
     """
     if layout.emoji is not None:
         return _emoji_sets(encoder, layout, layout.emoji)
@@ -161,7 +161,7 @@ def encode_sets(
     if layout.train is not None:
         image = encoder.images(layout.train)
         return {layout.key: one}, EvalSet(image, image[:0], labels=layout.train.labels)
-    # A fifth of each class judges the probes, the rest teaches them.
+    # A fifth of each class tests the probes; they train on the rest.
     first = next(iter(one.labels.values())).ids.cpu().numpy()
     mask = torch.from_numpy(heldout_mask(len(first), first, seed=0, percent=HELDOUT_PERCENT))
     judged, rest = (part.nonzero()[:, 0].to(one.image.device) for part in (mask, ~mask))
@@ -171,7 +171,7 @@ def encode_sets(
 def _emoji_sets(
     encoder: Encoder, layout: Layout, opened: Callable[..., PairDataset]
 ) -> tuple[dict[str, EvalSet], EvalSet]:
-    """Every picture and caption is encoded once; the other sets are rows of the whole one."""
+    """Encode every picture and caption once; the other sets are rows of the full set."""
     everything, outside = opened("all"), set(layout.test.keys)
     whole = encode_set(encoder, dataclasses.replace(layout, test=everything))
     rows = {key: i for i, key in enumerate(everything.keys)}
@@ -193,7 +193,7 @@ def _emoji_sets(
 
 
 def encode_set(encoder: Encoder, layout: Layout, *, prompts: bool = True) -> EvalSet:
-    """Features of the pictures to judge, of their captions, and (``prompts``) of their classes."""
+    """Features of the test pictures, of their captions and, with ``prompts``, of their classes."""
     dataset = layout.test
     image = encoder.images(dataset)
     captions = [dataset.captions(i)[: layout.captions] for i in range(len(dataset))]
@@ -218,7 +218,7 @@ def encode_set(encoder: Encoder, layout: Layout, *, prompts: bool = True) -> Eva
 
 
 def class_features(encoder: Encoder, prompts: Sequence[Sequence[str]]) -> Tensor:
-    """Class vectors, unit rows [C, D], of the prompts of each class."""
+    """Class vectors, unit rows [C, D], from the prompts of each class."""
     rows = encoder.texts([prompt for own in prompts for prompt in own])
     return metrics.class_vectors(rows.unflatten(0, (len(prompts), -1)))
 
@@ -240,7 +240,7 @@ def take(one: EvalSet, rows: Sequence[int] | Tensor, title: str = "") -> EvalSet
 
 
 def impossible(tasks: Collection[str], layout: Layout) -> dict[str, str]:
-    """Why each task that the data does not allow cannot be done, by task."""
+    """The tasks that the data does not allow, each with the reason."""
     reasons = {"retrieval": "the data has no captions"} if layout.captions == 0 else {}
     if not layout.test.labels:
         needs_classes = ("zeroshot", "linear_probe", "knn", "grouping")
@@ -255,12 +255,12 @@ def evaluate_features(
     tasks: Collection[str] = TASKS,
     protocol: str = "heldout",
 ) -> Results:
-    """The metrics of all sets; nothing on other ranks than 0, which only help to encode.
+    """The metrics of all sets; {} on ranks other than 0, which only help to encode.
 
     Args:
-        probe_train: what the linear probe and the nearest neighbours learn from; None: no probes.
-        tasks: some of ``TASKS``; what a set does not allow is left out.
-        protocol: of the linear probe: "heldout" (L-BFGS, lambda chosen on a held-out part of the
+        probe_train: training set of linear probe and nearest neighbours; None: no probes.
+        tasks: some of ``TASKS``; tasks that a set does not allow are left out.
+        protocol: the linear probe's: "heldout" (L-BFGS, lambda chosen on a held-out part of the
             training samples) or "paper" (the authors': SGD, best test epoch).
     """
     if not is_main():
@@ -275,7 +275,7 @@ def evaluate_features(
 
 
 def _learn(image: Tensor, known: Labels, tasks: Collection[str], protocol: str) -> dict[str, Probe]:
-    """Each probe of one label, fitted to the training images, by metric prefix."""
+    """The probes of one label, fitted to the training images, by metric prefix."""
     count = len(known.names)
     out: dict[str, Probe] = {}
 
@@ -333,7 +333,7 @@ def _score(
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory in use so far: of the card on a GPU, of the process elsewhere."""
+    """Peak memory so far: on the card for a GPU, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# The page's colours, of the light theme; an SVG has their names as CSS variables.
+# The page's colours in the light theme; an SVG uses their names as CSS variables.
 CSS = resources.files("protoclip.report").joinpath("page.css").read_text(encoding="utf-8")
 COLOURS = dict(reversed(re.findall(r"--(ink|muted|line|c\d): (#\w{6})", CSS)))
 INK, MUTED, LINE = COLOURS["ink"], COLOURS["muted"], COLOURS["line"]
@@ -29,7 +29,7 @@ STYLE: Any = {
     "lines.linewidth": 1.6, "lines.markersize": 3,
 }  # fmt: skip
 SIZE, PANEL = (4.6, 2.3), (0.12, 0.12, 0.86, 0.84)  # inches; the axes: left, bottom, ...
-POINTS = 240  # a longer series is drawn as means of that many pieces
+POINTS = 240  # a longer series is drawn as the means of this many pieces
 LEGEND = (
     ("text_retrieval_recall@5", "image → text"),
     ("image_retrieval_recall@5", "text → image"),
@@ -55,7 +55,7 @@ class Chart(NamedTuple):
     pattern: str
     note: str = ""
     zero: bool = True  # whether the y axis starts at 0
-    least: float = 0.0  # its smallest span
+    least: float = 0.0  # the smallest span of the y axis
     lines: Sequence[Line] = ()
 
 
@@ -63,7 +63,7 @@ CURVES = (
     Chart("Loss (nats)", "(.+)[Ll]oss", zero=False),  # the total would flatten its terms
     Chart("Recall at 5", ".*recall@5"),
     Chart("Zero-shot accuracy", ".*/acc1"),
-    # A drift in the second decimal is no curve.
+    # The least span keeps a drift in the second decimal flat.
     Chart("Logit scale", "(?!.*_raw).*logit_scale.*", zero=False, least=2.0),
     Chart("Learning rate", "lr"),
 )
@@ -74,7 +74,7 @@ CHURN = tuple(
         ("Imbalance", "_imbalance", "Largest cluster over the mean size."),
         ("Clusters in use", "_clusters", "Empty ones are dropped."),
         ("Inertia", "_inertia", "Mean squared distance to the centroid."),
-        ("Purity", "_purity", "Share of samples of their cluster's commonest class."),
+        ("Purity", "_purity", "Share of samples in their cluster's most common class."),
     )
 )
 
@@ -94,7 +94,7 @@ def read_series(path: str | os.PathLike[str]) -> dict[str, tuple[list[float], li
 
 
 def charts(kinds: Sequence[Chart], runs: Mapping[str, Series]) -> list[Chart]:
-    """The charts with their lines of some runs, by name: the finite points, or means of pieces."""
+    """The charts with the lines of some runs by name: finite points, or means of pieces."""
     names = dict.fromkeys(name for series in runs.values() for name in series)
     filled = []
     for kind in kinds:
@@ -115,14 +115,14 @@ def charts(kinds: Sequence[Chart], runs: Mapping[str, Series]) -> list[Chart]:
 
 
 def words_of(name: str) -> str:
-    """A legend a reader understands: val_HO_text_retrieval_recall@5 is "held out, image → text"."""
+    """A readable legend: val_HO_text_retrieval_recall@5 -> "held out, image → text"."""
     for key, words in LEGEND:
         name = name.replace(key, words)
     return name.removeprefix("val_").removesuffix("/acc1").replace("_", " ")
 
 
 def chart_svg(chart: Chart) -> str:
-    """The chart alone, without title and legend."""
+    """The chart without title and legend."""
     with _figure() as (figure, axes):
         for number, line in enumerate(chart.lines):
             axes.plot(
@@ -156,7 +156,7 @@ def _figure(**options: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _svg(figure: Any) -> str:
-    """An ``<svg>`` for the page: colours by name, no metadata; same input, same bytes."""
+    """An ``<svg>`` for the page: named colours, no metadata; same input, same bytes."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     text = stream.getvalue()

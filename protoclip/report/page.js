@@ -51,9 +51,9 @@ function map(box) {
   const key = make("div", { className: "legend" });
   canvas.after(key);
   const state = { by: Object.keys(data.by)[0], only: -1, shown: [true, true] };
-  const ids = {}, faces = {};  // pictures in place of few dots, or of a cluster's that is alone
+  const ids = {}, faces = {};  // pictures replace dots if there are few, or of a single cluster
   for (const name in data.by) ids[name] = new Int32Array(bytes(data.by[name].ids));
-  const at = i => [20 + (xy[2 * i] / 65535) * (canvas.width - 40),  // half a picture and some
+  const at = i => [20 + (xy[2 * i] / 65535) * (canvas.width - 40),  // a margin of half a picture
                    20 + (xy[2 * i + 1] / 65535) * (canvas.height - 40)];
 
   function draw() {
@@ -89,8 +89,8 @@ function map(box) {
       return item;
     }));
     hint.textContent = names.length
-      ? "Choose a name to see it alone. Point at a dot to see what it is."
-      : `${total.toLocaleString()} clusters, each in its colour; click a dot to see its cluster alone.`;
+      ? "Click a name to see only that class. Point at a dot to see its sample."
+      : `${total.toLocaleString()} clusters, each in its own colour; click a dot to see only its cluster.`;
   }
 
   const choice = make("select");

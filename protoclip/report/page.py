@@ -1,6 +1,6 @@
-"""The report: one HTML file with everything inside, from any number of run folders.
+"""The report: one self-contained HTML file about any number of run folders.
 
-Run folders are read here, compared with a baseline, and put into the template.
+This module reads run folders, compares them with a baseline, and fills the template.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from protoclip.report.snapshot import Snapshot, load_snapshot
 
 NAME = "report.html"
 ASSETS = Path(__file__).parent
-# Plain CLIP with the default settings, the mean of some seeds; after a change of the defaults,
-# train them again: python -m benchmarks.record_baseline RUN ...
+# Plain CLIP with the default settings, the mean over several seeds. After a change of the defaults
+# record it again: python -m benchmarks.record_baseline RUN ...
 RECORDED = ASSETS / "clip_baseline"
-# Settings in which a run and its baseline may differ, beside the method's own.
+# Settings in which a run and its baseline may differ, besides those of the method.
 FREE = ("workers", "add_projection_head", "projection_hidden_dim", "projection_dim")
 HEADLINE = ("recall@1", "recall@5", "acc1", "ami")
 LOWER_IS_BETTER = ("rank", "modality_gap", "alignment", "uniformity")
@@ -38,7 +38,7 @@ LOWER_IS_BETTER = ("rank", "modality_gap", "alignment", "uniformity")
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder, read; what training left out stays empty."""
+    """The content of one run folder; missing parts are empty."""
 
     name: str
     path: Path | None
@@ -53,7 +53,7 @@ class Run:
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
-    """Read the files of a run folder, and nothing that they name; ValueError if one is damaged."""
+    """Read the files of a run folder, but no files they refer to; ValueError if one is damaged."""
     path = Path(path)
     file = path / "config.json"
     if not file.is_file():
@@ -72,8 +72,8 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 
 
 def comparable(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two runs differ in nothing but the method: same data, encoder, steps and seed (any
-    seed where the other is of several)."""
+    """Whether two runs differ only in the method: same data, encoder, steps and seed (any seed if
+    the other is a mean over several)."""
 
     def common(one: Mapping[str, Any]) -> Any:
         parts = [one.get(section, {}).items() for section in ("data", "model", "optim")]
@@ -84,7 +84,7 @@ def comparable(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def recorded_baseline(config: Mapping[str, Any]) -> Run | None:
-    """The plain CLIP that comes with protoclip, for a run with its settings."""
+    """The recorded plain CLIP that ships with protoclip, if its settings match."""
     with contextlib.suppress(ValueError, OSError):
         run = read_run(RECORDED)
         if comparable(config, run.config):
@@ -93,7 +93,7 @@ def recorded_baseline(config: Mapping[str, Any]) -> Run | None:
 
 
 def find_baseline(runs: Sequence[Run]) -> Run | None:
-    """The plain CLIP to compare with: among ``runs``, else as recorded."""
+    """The plain CLIP to compare with: one of ``runs``, else the recorded one."""
     given = (run for run in runs if run.method == "clip")
     return next(given, None) or recorded_baseline(runs[-1].config)
 
@@ -102,7 +102,7 @@ class Change(NamedTuple):
     """A metric's difference to the baseline, and half its 95 % interval."""
 
     value: float
-    half: float  # infinite where the metric has no interval
+    half: float  # infinite if the metric has no interval
     kind: str  # "up": clearly better, "down": clearly worse, "same"
 
 
@@ -126,8 +126,8 @@ def verdict(run: Run, baseline: Run | None) -> str:
     if baseline is None:
         return (
             f"{run.name}: no plain CLIP run with the same data, encoder, steps and seed was "
-            "found, so nothing can be said about ProtoCLIP against CLIP. Train one with the "
-            "same flags and --method clip, then: protoclip report RUN CLIP_RUN"
+            "found, so ProtoCLIP cannot be compared with CLIP. Train one with the same flags and "
+            "--method clip, then: protoclip report RUN CLIP_RUN"
         )
     found: dict[str, list[str]] = {"up": [], "down": [], "same": []}
     for key, one in run.outcome.trained.items():
@@ -156,7 +156,7 @@ def verdict(run: Run, baseline: Run | None) -> str:
 def write_report(
     folders: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Write the report of some runs, side by side; only files of their folders are opened.
+    """Write a report that shows some runs side by side; opens only files of their folders.
 
     Args:
         folders: run folders of ``protoclip.train``; the last one is compared with the first whose
@@ -174,7 +174,7 @@ def write_report(
 
 
 def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
-    """The page; ``said``: its first paragraphs, where no run was trained."""
+    """Render the page; ``said``: its first paragraphs if no run was trained."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,

@@ -1,7 +1,7 @@
-"""What a run leaves for its page: ``report.json`` in the run folder.
+"""The data of a run's report page: ``report.json`` in the run folder.
 
-Everything the page shows of the data (thumbnails, captions, examples, the map) is worked out here,
-at the end of training, so that ``protoclip.report`` never opens the data itself.
+Everything that the page shows of the data (thumbnails, captions, examples, the map) is computed
+here at the end of training, so that ``protoclip.report`` never opens the data itself.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from protoclip.prototypes import purity
 
 NAME, FORMAT = "report.json", 5
 SIDE = 64  # pixels of a thumbnail
-CARDS, IMAGES, CAPTIONS = 20_000, 8, 5  # clusters of each source, and the nearest of each
-PICTURES = 4000  # of the cards of a source: they and the map's make a page that fits into a mail
+CARDS, IMAGES, CAPTIONS = 20_000, 8, 5  # clusters per source, and nearest samples per cluster
+PICTURES = 4000  # pictures on the cards of a source, which keeps the page small enough to mail
 SHEET = 16  # clusters on the contact sheet
-WORDS, VOCABULARY = 5, 20_000  # of a cluster, and of all captions
-ASKED, SHOWN = 400, 4  # queries that are looked at, and those that are shown of each kind
+WORDS, VOCABULARY = 5, 20_000  # words per cluster, and in all captions
+ASKED, SHOWN = 400, 4  # queries that are evaluated, and shown of each kind
 CELLS, WORST = 14, 12  # classes of a full confusion table; else its largest entries
 LANDMARKS = 300
 SOURCES = {"image": "the image features", "text": "the caption features"}
@@ -48,24 +48,24 @@ SOURCES = {"image": "the image features", "text": "the caption features"}
 
 @dataclass(frozen=True)
 class Samples:
-    """N samples that a page shows, and what the model makes of them; a modality that they do not
-    have has no rows."""
+    """N samples that a page shows, with their features and clusters; a missing modality has no
+    rows."""
 
     dataset: PairDataset  # of length N
     encoded: Encoded  # u, [N, D] each, for the map
-    projected: Encoded  # h, [N, Dh] each, where the prototypes live
+    projected: Encoded  # h, [N, Dh] each, the space of the prototypes
     clusters: Mapping[str, Tensor]  # source -> int64 [N], negative: no prototype
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A page's content as JSON holds it; ``pictures`` are WebP in base64, items name their number.
+    """A page's content for JSON; ``pictures`` are WebP in base64, and items refer to their number.
 
     An item is ``{"picture": number, "caption": text, "hit": bool}``; captions have no picture.
     """
 
     pictures: Sequence[str] = ()
-    clusters: Sequence[Mapping[str, Any]] = ()  # one block a source: numbers, a card a cluster
+    clusters: Sequence[Mapping[str, Any]] = ()  # per source: numbers, a card per cluster
     plane: Mapping[str, Any] = field(default_factory=dict)  # the map, arrays packed in base64
     geometry: Mapping[str, Any] = field(default_factory=dict)  # histograms: edges and shares
     confusions: Sequence[Mapping[str, Any]] = ()
@@ -78,12 +78,12 @@ def take_snapshot(
     judged: tuple[PairDataset, EvalSet] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Snapshot:
-    """What a page shows of training samples, of an evaluation set with its features (``judged``),
-    and of ``facts`` that JSON can hold."""
+    """The content of a page about training samples, an evaluation set with its features
+    (``judged``), and ``facts`` that JSON can hold."""
     thumbs = Thumbnails()
     captioned = judged if judged and len(judged[1].text) > 1 else None
     return Snapshot(
-        pictures=thumbs.made,  # the parts below fill it
+        pictures=thumbs.made,  # the calls below fill it
         clusters=gallery(samples, thumbs),
         plane=plane(samples, thumbs),
         geometry=geometry(captioned[1]) if captioned else {},
@@ -94,7 +94,7 @@ def take_snapshot(
 
 
 def save_snapshot(folder: str | os.PathLike[str], snapshot: Snapshot) -> None:
-    """Write ``report.json`` into a run folder, whole or not at all."""
+    """Write ``report.json`` to a run folder, completely or not at all."""
     content = {"format": FORMAT, **asdict(snapshot)}
     write_atomic(Path(folder) / NAME, json.dumps(content, ensure_ascii=False, allow_nan=False))
 
@@ -174,8 +174,8 @@ def cluster_block(
     Args:
         dataset: N samples.
         labels: int64 [N], negative: in no cluster.
-        near: what to show, of "images", "captions" and "names" -> [N], larger: nearer.
-        thumbs: where the pictures go.
+        near: what to show ("images", "captions", "names") -> [N], larger is nearer.
+        thumbs: collects the pictures.
     """
     kept = labels >= 0
     counts = torch.bincount(labels[kept])
@@ -214,7 +214,7 @@ def cluster_block(
 
 
 def contact_sheet(snapshot: Snapshot) -> np.ndarray | None:
-    """The first source's largest clusters, a row of pictures each: uint8 [H, W, 3]; None: none."""
+    """The largest clusters of the first source, one row each: uint8 [H, W, 3]; None: none."""
     rows = [card["images"] for block in snapshot.clusters[:1] for card in block["cards"][:SHEET]]
     if not rows:
         return None
@@ -252,10 +252,10 @@ def words_of_clusters(dataset: PairDataset, labels: Tensor) -> dict[int, str]:
 
 
 def plane(samples: Samples, thumbs: Thumbnails | None = None) -> dict[str, Any]:
-    """The map: places of images, then captions, in 16 bits, and the classes to colour them by;
-    with ``thumbs`` their pictures."""
+    """The map: positions of images, then captions, in 16 bits, and the classes that colour them;
+    with ``thumbs`` also their pictures."""
     n = len(samples.dataset)
-    # Without centring, the modality gap would be all that a map shows.
+    # Without centring, a map would show little but the modality gap.
     parts = [_unit(rows) for rows in (samples.encoded.image, samples.encoded.text) if len(rows)]
     if sum(map(len, parts)) < 15:
         return {}
@@ -273,19 +273,19 @@ def plane(samples: Samples, thumbs: Thumbnails | None = None) -> dict[str, Any]:
 
 
 def lay_out(points: Tensor, seed: int = 0) -> Tensor:
-    """Places in 0 ... 1 of at least 15 points [N, P], float32 [N, 2]: t-SNE of k-means centroids, a
-    second however many points there are; a point lies between its four nearest centroids."""
+    """Positions in 0 ... 1 of at least 15 points [N, P], float32 [N, 2]: t-SNE of k-means centroids
+    (about 1 s for any N); a point lies between its four nearest centroids."""
     from sklearn.manifold import TSNE
 
     count = min(LANDMARKS, len(points) // 3)
     landmarks = kmeans(points, count, num_iters=8, seed=seed).centroids.float()  # [L, P]
-    # Equal points would leave t-SNE's start without a scale.
+    # If all points were equal, t-SNE's start would have no scale.
     landmarks += 1e-6 * torch.randn(landmarks.shape, generator=torch.Generator().manual_seed(seed))
     options: dict[str, Any] = {"method": "exact", "max_iter": 500, "random_state": seed}
     tsne = TSNE(perplexity=min(12.0, (count - 1) / 3), **options)
     fixed = torch.from_numpy(tsne.fit_transform(landmarks.numpy())).float()  # [L, 2]
     squared, near = torch.cdist(points, landmarks).square().topk(4, dim=1, largest=False)
-    # The farthest of the four hardly counts.
+    # The farthest of the four has little weight.
     weight = torch.softmax(-3 * squared / squared[:, -1:].clamp_min(1e-12), dim=1)
     places = (weight[:, :, None] * fixed[near]).sum(1)
     low, high = places.amin(0), places.amax(0)
@@ -307,14 +307,14 @@ def geometry(one: EvalSet) -> dict[str, Any]:
 
 
 def _histogram(*parts: Tensor) -> dict[str, Any]:
-    """All over the same bins, each as shares of its own total."""
+    """Histograms over the same bins, each as shares of its own total."""
     edges = np.histogram_bin_edges(torch.cat(parts).numpy(), 48)
     shares = [(np.histogram(part.numpy(), edges)[0] / len(part)).tolist() for part in parts]
     return {"edges": edges.tolist(), "shares": shares}
 
 
 def confusions(one: EvalSet) -> list[dict[str, Any]]:
-    """Zero-shot: what each class was taken for, for every label with class vectors."""
+    """Zero-shot confusions of the classes, for every label with class vectors."""
     found = []
     for label, vectors in one.class_vectors.items():
         ids, names = one.labels[label].ids.cpu(), list(one.labels[label].names)
@@ -367,7 +367,7 @@ def retrieval(dataset: PairDataset, one: EvalSet, thumbs: Thumbnails) -> list[di
 
 
 def environment() -> dict[str, Any]:
-    """Machine and versions, for those who want the same numbers."""
+    """Machine and versions, to reproduce the numbers."""
     import protoclip
 
     cpu = platform.machine()
