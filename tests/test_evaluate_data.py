@@ -161,7 +161,7 @@ def test_templates_and_imagenet_names(tmp_path):
         (["--data", "none.csv"], "none.csv"),
         (["ViT-B-23"], "did you mean"),
         (["ViT-B-32"], "--pretrained is missing"),
-        (["ViT-B-32", "--pretrained", "nothing"], "no tag of ViT-B-32"),
+        (["ViT-B-32", "--pretrained", "nothing"], "a tag of ViT-B-32"),
         (["no/such/run"], "found nothing"),
     ],
 )

@@ -253,11 +253,11 @@ def test_opcheck():
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
     op = torch.ops.protoclip
     for one, arguments in (
-        (op.contrastive, (x, y, scale, 0, True, "none", "triton")),
-        (op.contrastive, (x, y, scale, 0, True, "mean", "triton")),
-        (op.sigmoid_loss, (x, y, scale, -scale.detach(), 0, True, "triton")),
+        (op.contrastive, (x, y, scale, 0, True, "none", "triton", False)),
+        (op.contrastive, (x, y, scale, 0, True, "mean", "triton", False)),
+        (op.sigmoid_loss, (x, y, scale, -scale.detach(), 0, True, "triton", None, None, True)),
         (op.matched, (x, y, scale, *relation, True, "triton", False)),
-        (op.prototype_ce, (x, [y], [y[:0]], [own], scale, True, True, "triton")),
+        (op.prototype_ce, (x, [y], [y[:0]], [own], scale, True, True, "triton", True)),
     ):
         torch.library.opcheck(one, arguments, test_utils=checks)
 

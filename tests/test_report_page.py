@@ -75,7 +75,7 @@ def test_the_page_says_who_won(runs):
     text = html.unescape(both.read_text())
     assert both == runs[0] / "report.html" and text.count("<h3>ours</h3>") >= 4
     assert re.search(r"ours \(protoclip\) .* plain \(clip\): of \d+ headline numbers", text)
-    assert "ProtoCLIP also draws" in text and "Held-out pairs" in text
+    assert "ProtoCLIP also pulls" in text and "Held-out pairs" in text
     assert not re.search(r"\bN?HO\b", re.sub(r"<(script|style).*?</\1>", "", text, flags=re.S))
     assert re.search(r"modality gap.*?>no interval<", text, re.S)  # not "within chance"
     assert text.index("<b>external</b>") < text.index("<b>image</b>")  # the teacher's first
@@ -132,7 +132,7 @@ def run_of(name, value, spread=0.05):
 def test_verdict_needs_intervals_that_exclude_zero():
     for value, word in ((0.5, "beat"), (0.1, "lost to"), (0.32, "cannot be told apart")):
         assert word in reading.verdict(run_of("ours", value), run_of("plain", 0.30))
-    assert "nothing can be said" in reading.verdict(run_of("ours", 0.5), None)
+    assert "cannot be compared" in reading.verdict(run_of("ours", 0.5), None)
 
 
 def test_baselines(runs, tmp_path, monkeypatch):
@@ -144,7 +144,7 @@ def test_baselines(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "RECORDED", runs[1])
     found = reading.find_baseline([ours])
     assert found.name == "CLIP (recorded)" and found.outcome.trained["HO"].samples == 32
-    assert "The baseline is recorded" in reading.render([ours])
+    assert "The baseline was recorded" in reading.render([ours])
     ours.config["optim"]["epochs"] = 1.0
     assert reading.find_baseline([ours]) is None
 
