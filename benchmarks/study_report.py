@@ -173,11 +173,13 @@ def curve_words(runs: Runs) -> str:
     words = []
     for metric, name in ((2, "k-NN"), (3, "AMI")):
         end = curves[CLIP][-1]
-        costs = []
-        for axis, unit in ((0, "samples"), (1, "CPU seconds")):
-            found = reached(curves[PROTO], metric, end[metric], axis)
-            costs.append("never" if found is None else f"{found / end[axis]:.2f} of its {unit}")
-        words.append(f"CLIP's final {name}: ProtoCLIP reaches it after {', '.join(costs)}.")
+        costs = [
+            f"{found / end[axis]:.2f} of its {unit}"
+            for axis, unit in ((0, "samples"), (1, "CPU seconds"))
+            if (found := reached(curves[PROTO], metric, end[metric], axis)) is not None
+        ]
+        got = f"reaches it after {', '.join(costs)}" if costs else "does not reach it"
+        words.append(f"CLIP's final {name}: ProtoCLIP {got}.")
     return f"The paper claims CLIP's quality in a third of the time (0.33). {' '.join(words)}"
 
 
