@@ -37,8 +37,11 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(tmp_path, mon
     assert [line["step"] for line in metrics(run)] == list(range(1, 10))
 
 
-def test_a_resumed_run_drops_later_and_torn_lines_and_scalars(tmp_path):
+def test_a_resumed_run_drops_later_and_torn_lines_and_scalars(tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    writer = pytest.importorskip("tensorboard.summary.writer.event_file_writer")
+    # Files of one second sort by this number as text: 9 would come after 10.
+    monkeypatch.setattr(writer, "_global_uid", writer.AtomicCounter(0))
     config = TrainConfig(run=RunConfig(report_to="tensorboard"))
     folder = RunFolder(tmp_path / "r", config)
     for step in (1, 2, 3):
