@@ -74,7 +74,7 @@ def test_holm_by_hand():
 
 
 def test_no_run_is_done_twice(tmp_path, monkeypatch, capsys):
-    """A torn line is done again. What a run does is for ``make study-quick``."""
+    """A torn line is done again."""
     asked, argv = [], ["--quick", "--out", str(tmp_path)]
 
     def run(task, size):
@@ -92,3 +92,14 @@ def test_no_run_is_done_twice(tmp_path, monkeypatch, capsys):
     assert len(lines) == len(set(first)) == len(first)
     path.write_text("\n".join([*lines[:-1], lines[-1][:40]]))
     assert study.main(argv, TINY) == 0 and asked == [*first, first[-1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", (study.PROTO, *study.EXPERIMENTS))
+def test_a_run_trains_and_is_judged(row):
+    done = study.run(study.Task("main", study.EMOJI, row, 0, 1e-3, 3), TINY)
+    assert [0 < one["group/knn_acc1"] <= 1 for one in done["metrics"].values()] == [True, True]
+    assert done["cpu_seconds"] > 0 and len(done["curve"]) == (2 if row == study.PROTO else 1)
+    if row == study.PROTO:  # on another seed, where the targets are not hard to four digits
+        found = study.run(study.Task("tune", study.EMOJI, row, 1000, 1e-3, 3), TINY)["clusters"]
+        assert 0 < found["target_nats"] < found["most_nats"]
