@@ -25,7 +25,10 @@ from protoclip.data import open_dataset
 from protoclip.data.__main__ import export_shards
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["protoclip.train", "protoclip", "torch.distributed"])
+CONTEXT.set_forkserver_preload(
+    ["protoclip.train", "torch.distributed", "sklearn.neighbors", "sklearn.feature_extraction.text"]
+    + ["matplotlib.figure", "matplotlib.backends.backend_svg", "scipy.stats"]
+)
 LIMIT = 600.0  # seconds until a group of ranks counts as hanging; a compile may come first
 TINY = {
     "embed_dim": 16,
@@ -114,7 +117,7 @@ def bare_run(folder: Path, *flags: str) -> list[str]:
     return tiny_run(folder, "run", *data, "--k", "4", "--lr", "0.003", *flags)
 
 
-def _command(folder, argv, env, log, fault, command, plots) -> None:
+def _command(folder, argv, env, log, fault, command, bare) -> None:
     """A rank in a session of its own, as torchrun starts it, with its output in a file."""
     import torch
 
@@ -128,8 +131,9 @@ def _command(folder, argv, env, log, fault, command, plots) -> None:
     os.dup2(handle, 2)
     faulthandler.dump_traceback_later(60, repeat=True)  # in the log of a rank that hangs
     os.environ |= env
-    if not plots:  # 3 s each, and no part of a run's state
-        module.draw_plots = lambda *_: None
+    if bare:
+        module.draw_plots = module.Evaluation.full = lambda *_: None
+        module.page.write_report = lambda runs: runs[0]
     if fault:
         fault()
     sys.exit(module.main(argv))
@@ -142,16 +146,17 @@ def start_command(
     variables: dict[str, str] = TORCHRUN,
     fault: Callable[[], None] | None = None,
     command: str = "protoclip.train",
-    plots: bool = True,
+    bare: bool = False,
 ) -> list[Any]:
-    """The processes of a command; ``fault`` is called by the last rank before it begins."""
+    """The processes of a command; ``fault`` is called by the last rank before it begins. ``bare``: no
+    evaluation and no report, which take ten times as long as such a run's steps."""
     port = free_port()
     processes = []
     for rank in range(ranks):
         values = {"rank": rank, "ranks": ranks, "port": port}
         env = {key: text.format(**values) for key, text in variables.items()} if ranks > 1 else {}
         args = folder, argv, env, f"rank{rank}.log", fault if rank == ranks - 1 else None
-        process = CONTEXT.Process(target=_command, args=(*args, command, plots))
+        process = CONTEXT.Process(target=_command, args=(*args, command, bare))
         process.start()
         processes.append(process)
     return processes
@@ -186,7 +191,7 @@ def wait_until(condition: Callable[[], Any], processes: list[Any], folder: Path)
     while not condition():
         assert all(map(_alive, processes)), said(folder)
         assert time.monotonic() < deadline, said(folder)
-        time.sleep(0.001)
+        time.sleep(0.005)
 
 
 def _alive(process: Any) -> bool:

@@ -36,7 +36,7 @@ def metrics_of(folder, ranks, passes, *flags):
         "--lr", "1e-3", "--external-teacher", "teacher.npy", "--external-teacher-dim", "0",
         "--episode-size", str(2 * BATCH), "--max-steps", str(STEPS), *flags,
     )  # fmt: skip
-    codes = ended(start_command(folder, argv, ranks, plots=False))
+    codes = ended(start_command(folder, argv, ranks, bare=True))
     assert codes == [0] * ranks, said(folder)
     return [line for line in metrics(folder / "logs" / name) if "loss" in line]
 

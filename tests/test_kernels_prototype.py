@@ -35,7 +35,7 @@ def _unit(*shape, dtype):
 def test_loss_and_gradients_within_budget(shape, dtype, soft):
     torch.manual_seed(0)
     n, k, d = shape
-    for scale in (1.0, 14.3, 100.0):
+    for scale in (1.0, 100.0):
         h, c = _unit(n, d, dtype=dtype), _unit(k, d, dtype=dtype)
         m = 0.9 * _unit(k, d, dtype=dtype) if soft else None
         labels = torch.randint(0, k, (n,), device=DEVICE)

@@ -22,7 +22,7 @@ def test_kill_minus_nine_changes_no_bit(tmp_path, ranks):
     def started(name):
         more = "--max-steps", str(10 + 3 * KILLS), "--save-every", "1steps", "--resume", "auto"
         return start_command(
-            tmp_path, bare_run(tmp_path, "--name", name, *more), ranks, plots=False
+            tmp_path, bare_run(tmp_path, "--name", name, *more), ranks, bare=True
         )
 
     dice = random.Random(0)
@@ -82,7 +82,7 @@ def test_a_run_goes_on_on_another_number_of_ranks(tmp_path):
     def run(name, ranks, steps, *resume):
         size = "--batch-size", str(24 // ranks), "--max-steps", str(steps)
         argv = [*tiny_run(folder, name, *more, *size), *resume]
-        assert ended(start_command(folder, argv, ranks, plots=False)) == [0] * ranks, said(folder)
+        assert ended(start_command(folder, argv, ranks, bare=True)) == [0] * ranks, said(folder)
 
     run("whole", 1, 10)
     whole = dict(losses(folder / "logs" / "whole"))
