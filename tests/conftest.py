@@ -81,6 +81,13 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture
+def no_page(monkeypatch):
+    """Training ends without pictures and report, which take longer than a tiny run."""
+    monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
+    monkeypatch.setattr("protoclip.train.page.write_report", lambda runs: runs[0])
+
+
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory):
     """The config file of a model that trains in no time."""

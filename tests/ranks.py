@@ -148,8 +148,8 @@ def start_command(
     command: str = "protoclip.train",
     bare: bool = False,
 ) -> list[Any]:
-    """The processes of a command; ``fault`` is called by the last rank before it begins. ``bare``: no
-    evaluation and no report, which take ten times as long as such a run's steps."""
+    """The processes of a command; ``fault`` is called by the last rank before it begins. ``bare``:
+    no evaluation and no report, which take ten times as long as such a run's steps."""
     port = free_port()
     processes = []
     for rank in range(ranks):

@@ -10,11 +10,10 @@ from protoclip.train import main
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch, tmp_path):
+def _alone(monkeypatch, tmp_path, no_page):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PROTOCLIP_BACKEND", "reference")  # the cache has no compiled library
-    monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
 
 
 def test_training_on_urls_resumes_exactly(tmp_path):

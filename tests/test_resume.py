@@ -21,9 +21,7 @@ def test_kill_minus_nine_changes_no_bit(tmp_path, ranks):
 
     def started(name):
         more = "--max-steps", str(10 + 3 * KILLS), "--save-every", "1steps", "--resume", "auto"
-        return start_command(
-            tmp_path, bare_run(tmp_path, "--name", name, *more), ranks, bare=True
-        )
+        return start_command(tmp_path, bare_run(tmp_path, "--name", name, *more), ranks, bare=True)
 
     dice = random.Random(0)
     for number in range(KILLS):
@@ -43,14 +41,12 @@ def test_kill_minus_nine_changes_no_bit(tmp_path, ranks):
     assert losses(tmp_path / "logs" / "killed") == whole and len(whole) == 10 + 3 * KILLS
 
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
+
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     return bare_run(tmp_path_factory.mktemp("data"), "--max-steps", "14")
-
-
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch):
-    monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
 
 
 @pytest.mark.parametrize(

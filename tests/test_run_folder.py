@@ -13,10 +13,11 @@ from protoclip.train import Trainer, main
 WANDB = importlib.util.find_spec("wandb") is not None
 
 
-def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(
+    tmp_path, monkeypatch, capsys, no_page
+):
     """At the second checkpoint; the first one stays whole."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
     flags = bare_run(tmp_path, "--max-steps", "9")
     run, save = tmp_path / "logs" / "run", Trainer.save
 

@@ -14,9 +14,8 @@ from protoclip.train import main
 
 
 @pytest.fixture
-def flags(tmp_path, monkeypatch):
+def flags(tmp_path, monkeypatch, no_page):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
     return bare_run(tmp_path, "--max-steps", "12")
 
 

@@ -16,7 +16,7 @@ SMALL = ["--train-data", "builtin:shapes:600", "--batch-size", "64", "--report-t
 CLIP = ["--method", "clip"]
 
 
-BARE = ["--val-frequency", "0"]  # no evaluation
+BARE = ["--val-frequency", "0"]  # no evaluation in between
 
 
 def run(tmp_path, name, *flags):
@@ -25,7 +25,7 @@ def run(tmp_path, name, *flags):
 
 
 @pytest.mark.parametrize("method", ["clip", "protoclip"])
-def test_the_same_seed_repeats_bit_for_bit(tmp_path, nano, method):
+def test_the_same_seed_repeats_bit_for_bit(tmp_path, nano, method, no_page):
     flags = ["--method", method, "--max-steps", "12", "--infonce-warmup-epoch", "0"]
     flags += ["--model", str(nano), *BARE]
     first, again = (run(tmp_path, name, *flags) for name in ("first", "again"))
@@ -109,13 +109,13 @@ def test_a_bad_picture_is_skipped_to_the_end(tmp_path, nano, capsys):
     assert "BytesIO" not in said
 
 
-def test_a_short_last_episode_has_as_many_prototypes_as_samples(tmp_path, nano):
+def test_a_short_last_episode_has_as_many_prototypes_as_samples(tmp_path, nano, no_page):
     flags = ["--max-steps", "10", "--k", "65", "--infonce-warmup-epoch", "0", "--model", str(nano)]
     folder = run(tmp_path, "short", *flags, *BARE, "--external-teacher", "none")
     assert [r["image_clusters"] for r in metrics(folder) if "image_clusters" in r] == [65, 64]
 
 
-def test_a_run_too_short_for_prototypes_says_so(tmp_path, nano, capsys):
+def test_a_run_too_short_for_prototypes_says_so(tmp_path, nano, capsys, no_page):
     run(tmp_path, "short", "--max-steps", "1", "--model", str(nano), *BARE)
     assert "prototypes from episode 3 on, which this run does not reach" in capsys.readouterr().err
 
