@@ -269,20 +269,22 @@ def costs(case: Case) -> list[dict[str, Any]]:
     return [_cost(case, *compiled) for compiled in unique.values()]
 
 
+def _read(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def _cost(case: Case, name: str, code: Any, options: dict, row: launch.Launch) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code.asm["cubin"])
         file.flush()
-        nvidia = triton.knobs.nvidia
-        commands = (nvidia.cuobjdump.path, "-res-usage"), (nvidia.nvdisasm.path, "-c", "-hex")
-        usage, sass = (
-            subprocess.run([*c, file.name], capture_output=True, text=True, check=True).stdout
-            for c in commands
-        )
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        found = re.search(r"tcgen05\.mma|wgmma(?=\.mma)|mma\.sync", code.asm["ptx"])
+        instruction = found[0] if found else "fma"
+        usage = _read(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        local, sass = used["STACK"] + used["LOCAL"], ""
+        if local or instruction == "wgmma":  # half a second each
+            sass = _read(triton.knobs.nvidia.nvdisasm.path, "-c", "-hex", file.name)
     warps, shared = code.metadata.num_warps, code.metadata.shared
-    found = re.search(r"tcgen05\.mma|wgmma(?=\.mma)|mma\.sync", code.asm["ptx"])
-    instruction, local = found[0] if found else "fma", used["STACK"] + used["LOCAL"]
     allocated = -(-used["REG"] * 32 // 256) * 256 * warps  # registers are given to warps by 256
     ctas = min(REGISTERS // allocated, SHARED[case.arch] // (shared + 1024))
     tile = options.get("BLOCK_N", 0), options.get("BLOCK_M", options.get("BLOCK_K", 0))
