@@ -130,7 +130,7 @@ def run_of(name, value, spread=0.05):
 
 
 def test_verdict_needs_intervals_that_exclude_zero():
-    for value, word in ((0.5, "beat"), (0.1, "lost to"), (0.32, "cannot be told apart")):
+    for value, word in ((0.5, "ahead of"), (0.1, "behind"), (0.32, "cannot be told")):
         assert word in reading.verdict(run_of("ours", value), run_of("plain", 0.30))
     assert "cannot be compared" in reading.verdict(run_of("ours", 0.5), None)
 

@@ -122,7 +122,7 @@ def change(run: Run, other: Run, key: str, metric: str) -> Change | None:
 
 
 def verdict(run: Run, baseline: Run | None) -> str:
-    """Whether the run beat the baseline, counted over the headline metrics."""
+    """How the run stands beside the baseline, counted over the headline metrics."""
     if baseline is None:
         return (
             f"{run.name}: no plain CLIP run with the same data, encoder, steps and seed was "
@@ -138,14 +138,15 @@ def verdict(run: Run, baseline: Run | None) -> str:
     better, worse, same = found.values()
     if not (better or worse or same):
         return f"{run.name} and {baseline.name} have no metric in common."
-    head = "beat" if better else "lost to" if worse else "cannot be told apart from"
+    head = "is ahead of" if better else "is behind" if worse else "cannot be told apart from"
     if better and worse:
         head = "is better in some and worse in other numbers than"
+    count = len(better + worse + same)
     text = (
-        f"{run.name} ({run.method}) {head} {baseline.name} ({baseline.method}): of "
-        f"{len(better + worse + same)} headline numbers {len(better)} are clearly better, "
-        f"{len(worse)} clearly worse, {len(same)} within chance (95 % intervals, one seed of the "
-        f"run, {baseline.outcome.seeds} of the baseline)."
+        f"{run.name} ({run.method}) {head} {baseline.name} ({baseline.method}): of {count} "
+        f"headline numbers {len(better)} are better, {len(worse)} worse, {len(same)} within chance "
+        f"(95 % intervals, one seed of the run, {baseline.outcome.seeds} of the baseline); by "
+        f"chance {0.025 * count:.1f} are expected each way."
     )
     for word, names in (("Better", better), ("Worse", worse)):
         if names:
