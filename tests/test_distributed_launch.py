@@ -26,7 +26,7 @@ from protoclip.distributed import find_rank
 )
 def test_a_lost_rank_ends_the_others(tmp_path, victim, kind):
     """One that is killed at once, one that hangs after --dist-timeout seconds."""
-    flags = "--max-steps", "100000", "--epochs", "100000", "--dist-timeout", "15"
+    flags = "--max-steps", "100000", "--epochs", "100000", "--dist-timeout", "10"
     processes = start_command(tmp_path, bare_run(tmp_path, *flags))
     wait_until(lambda: steps_of(tmp_path, "run") >= 2, processes, tmp_path)
     os.kill(processes[victim].pid, kind)

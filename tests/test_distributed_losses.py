@@ -171,7 +171,7 @@ def refusal():
         return str(error)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_ranks_give_the_loss_and_gradients_of_the_whole_batch(ranks):
     found = on_ranks(ranks, of_rank)
     *results, distilled, norms, message = found[0]

@@ -80,9 +80,12 @@ def _assert_info_nce(x, y, scale, weights, reduction="none"):
     _assert_within(got, truth, base, scale)
 
 
-@pytest.mark.parametrize("kind", ["alike", "cones", "opposite", "outcasts", "buried"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+KINDS = ["alike", "cones", "opposite", "outcasts", "buried"]
+CASES = [(s, d, k) for s in SHAPES.values() for d in DTYPES for k in KINDS
+         if s[0] < 100 or d != torch.float16 or k == "buried"]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape, dtype, kind", CASES, ids=str)
 def test_loss_and_gradients_within_budget(shape, dtype, kind):
     n, d = shape
     x, y = _features(n, d, kind, dtype)

@@ -44,7 +44,7 @@ def test_loss_and_gradients_within_budget(shape, dtype, soft):
         check_case(h, c, labels, m, scale, torch.rand(n, device=DEVICE) + 0.5, "triton")
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("temperature", [0.01, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (67, 5, 13), (300, 16, 8), (40, 300, 24)])
 def test_soft_targets_within_budget(shape, dtype, temperature):

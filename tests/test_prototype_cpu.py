@@ -33,9 +33,7 @@ def test_loss_and_gradients_within_budget(k, dtype, temperature):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "d, scale", [(8, 1.0), (64, 14.3), (128, 100.0), (256, 14.3), (512, 100.0)]
-)
+@pytest.mark.parametrize("d, scale", [(8, 1.0), (64, 14.3), (256, 14.3), (512, 100.0)])
 def test_twenty_thousand_prototypes_within_budget(d, scale, dtype):
     torch.manual_seed(0)
     for temperature in TEMPERATURES if d < 256 else TEMPERATURES[1:2]:
