@@ -222,8 +222,7 @@ def browser():
 
 
 @pytest.mark.skipif(browser() is None, reason="no Chromium here; Debian: apt-get install chromium")
-def test_a_real_browser_shows_it(runs, tmp_path):
-    """On a narrow screen, dark."""
+def test_a_real_browser_shows_it_narrow_and_dark(runs, tmp_path):
     page = write_report([runs[1], runs[0]], tmp_path / "page.html")
     page.write_text(page.read_text().replace("</body>", CHECK + "</body>"))
     seen = subprocess.run(
