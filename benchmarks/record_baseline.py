@@ -1,8 +1,7 @@
 """Record plain CLIP for the report: ``python -m benchmarks.record_baseline RUN ...``.
 
-The runs are of ``protoclip train --method clip --seed N``, one a seed, five or more.
-What is kept of each metric is the mean over them and where 95 % of further runs fall (a t
-prediction interval); of a single run, the run as it is.
+The runs are of ``protoclip train --method clip --seed N``, one a seed, five or more. Of each metric
+the mean over them is kept, and where 95 % of further runs fall (a t prediction interval).
 """
 
 from __future__ import annotations
@@ -45,20 +44,18 @@ def record(runs: Sequence[Run], folder: Path) -> Outcome:
         ValueError: the runs are not of plain CLIP, of one setting, of one seed each.
     """
     seeds = [run.config["run"]["seed"] for run in runs]
-    first = {**runs[0].config, "run": {"seeds": seeds}}
+    first = runs[0].config | {"run": {"seeds": seeds}}
     for run in runs:
         if run.method != "clip" or not run.outcome.trained or not comparable(run.config, first):
             raise ValueError(f"{run.path}: expected a finished run of CLIP, all of one setting")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"expected one run a seed, got seeds {seeds}")
+    if len(set(seeds)) < max(2, len(seeds)):
+        raise ValueError(f"expected two runs or more, one a seed, got seeds {seeds}")
     outcome = runs[0].outcome
-    if len(runs) > 1:
-        sets = {key: mean_of([r.outcome.trained[key] for r in runs]) for key in outcome.trained}
-        outcome = dataclasses.replace(outcome, trained=sets, seeds=len(runs))
+    sets = {key: mean_of([r.outcome.trained[key] for r in runs]) for key in outcome.trained}
+    outcome = dataclasses.replace(outcome, trained=sets, seeds=len(runs))
     commit, date = machine.describe()["commit"], time.strftime("%Y-%m-%d")
     words = f"plain CLIP, {len(runs)} seeds, {date}, {machine.name()}, commit {commit}"
-    which = {"seeds": seeds} if len(seeds) > 1 else {"seed": seeds[0]}
-    config = first | {"run": {"name": words, **which}}
+    config = first | {"run": {"name": words, "seeds": seeds}}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     write_results(folder / "results.json", dataclasses.replace(outcome, untrained=None))

@@ -13,18 +13,19 @@ Tuning: learning rate and epochs of every row on ``GRID``, two seeds each, by th
 primary metrics over both sets of the *development* families.
 Primary metrics: k-nearest-neighbour accuracy and AMI of k-means, both for 8 groups, set "new".
 Secondary: those for 98 subgroups and on "seen", linear probe, zero-shot of 98 subgroups, R@5.
-Differences to CLIP are paired by seed, with 95 % t intervals; Holm's correction over the primary
-metrics, for ProtoCLIP's two comparisons by themselves, and for all other rows together.
+Differences to CLIP are paired by seed on one processor, with 95 % t intervals; Holm's correction
+over the primary metrics, for ProtoCLIP's two comparisons by themselves, and for all other rows
+together. Control rows and rivals are shown beside further runs of CLIP and ProtoCLIP where they ran
+on another processor than the main rows.
 "CLIP, time of ProtoCLIP" trains for as many epochs as fill the CPU time of ProtoCLIP with its
 teacher. A second data set, builtin:openclipart where installed, repeats the main rows with the
 settings found here.
 
-Order, with hours of two cores if 33 or 66 epochs are chosen: tuning of the two main rows (16 runs),
-their ten seeds in turn with floors (30), 2.5 to 4; control rows, tuning and five seeds (65), 3 to
-4.5; rivals (39), 2 to 2.5; clip art (15), 1 to 1.5. A finished run is one line of ``runs.jsonl``,
-with commit, processor and torch's version, and is not done again; ``--hours`` ends between two
-runs, Ctrl-C within one, which alone is lost. On two cores ``OMP_NUM_THREADS=1`` and two copies side
-by side, one of ``--seeds even`` and one of ``--seeds odd``, do a third more.
+Order: tuning of the main rows, their seeds in turn with floors, then the same of the control rows
+and of the rivals, then clip art. A finished run is one line of ``runs.jsonl``, with commit,
+processor and torch's version, and is not done again; ``--hours`` ends between two runs, Ctrl-C
+within one, which alone is lost. On two cores ``OMP_NUM_THREADS=1`` and two copies side by side, one
+of ``--seeds even`` and one of ``--seeds odd``, do a third more.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ CONTROLS = {
 }
 EXPERIMENTS = {name: PLAIN if name == "token classification" else () for name in RIVALS}
 ROWS = MAIN | CONTROLS | EXPERIMENTS
+PARTNERS = CLIP, PROTO  # what the rows of CONTROLS and EXPERIMENTS are shown beside
 GRID = ((1e-3, 33), (5e-4, 33), (2e-3, 33), (1e-3, 66))  # learning rate, epochs
 FLOORS = ("most frequent class", "12 × 12 pixels", "untrained", "the teacher itself")
 
@@ -113,6 +115,7 @@ class Task:
     seed: int
     lr: float = 0.0
     epochs: float = 0.0
+    machine: str = ""  # where it runs, to be paired; "": anywhere
 
     @property
     def key(self) -> str:
@@ -230,6 +233,7 @@ def floor(task: Task, split: Split) -> dict[str, Any]:
 def trained(task: Task, size: Size, split: Split) -> dict[str, Any]:
     """Train a row as ``protoclip.train`` does; its scores, costs, curve and clusters."""
     config = configure(task, size)
+    gc.collect()  # the trainer of the run before is a circle of references
     seed_everything(task.seed)
     model = build_model(config.model)
     began = time.process_time()
@@ -314,7 +318,7 @@ def time_ratio(size: Size, done: Done) -> float:
     return total / sum(one["cpu_seconds"] for one in plain)
 
 
-def tasks(size: Size, done: Done) -> Iterator[Task]:
+def tasks(size: Size, done: Done, here: str) -> Iterator[Task]:
     """Every run in order; later ones follow from what ``done`` says of the earlier."""
     for rows in (MAIN, CONTROLS, EXPERIMENTS):
         lists = [tuning(row, size) for row in rows if row != EQUAL_TIME]
@@ -323,41 +327,53 @@ def tasks(size: Size, done: Done) -> Iterator[Task]:
             print("the other process is still tuning; run it again to go on")
             return
         count = size.main_seeds if rows is MAIN else size.other_seeds
-        yield from seeds(EMOJI, rows, count, size, done)
+        yield from seeds(EMOJI, rows, count, size, done, here)
     try:
         open_dataset(CLIP_ART)
     except DataError as error:
         print(f"no second data set: {error}")
     else:
-        yield from seeds(CLIP_ART, MAIN, size.other_seeds, size, done)
+        yield from seeds(CLIP_ART, MAIN, size.other_seeds, size, done, here)
 
 
-def seeds(data: str, rows: Mapping, count: int, size: Size, done: Done) -> Iterator[Task]:
-    """Seed by seed, so that whatever is finished can be compared in pairs."""
+def seeds(
+    data: str, rows: Mapping, count: int, size: Size, done: Done, here: str
+) -> Iterator[Task]:
+    """Seed by seed, each on one processor, so that what is finished can be compared in pairs."""
+    names = rows if rows is MAIN else (*PARTNERS, *rows)
+    settings = {name: chosen(name, size, done) for name in names}
     for seed in range(count):
         if rows is MAIN:
             yield from (Task("floor", data, name, seed) for name in FLOORS)
-        yield from (Task("main", data, name, seed, *chosen(name, size, done)) for name in rows)
+        own = [Task("main", data, name, seed, *settings[name]) for name in names]
+        began = [done[one.key]["machine"] for one in own if one.row in rows and one.key in done]
+        own = [replace(one, machine=[*began, here][0]) for one in own]
+        if own[0].machine == here:
+            yield from own
+        elif any(one.key not in done for one in own):
+            print(f"seed {seed} is left to the processor where it began: {began[0]}")
 
 
 def finished(path: Path) -> Done:
-    """The runs of a runs.jsonl by key; a line torn by a crash is left out."""
+    """The runs of a runs.jsonl by key, with and without the processor; torn lines are left out."""
     done: Done = {}
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             one = json.loads(line)
         except ValueError:
             continue
-        done[Task(**{name: one[name] for name in Task.__dataclass_fields__}).key] = one
+        task = Task(**{name: one[name] for name in Task.__dataclass_fields__})
+        done.setdefault(replace(task, machine="").key, one)
+        done[task.key] = one
     return done
 
 
 def work(size: Size, path: Path, hours: float, seeds: str = "all") -> Done:
     """Do what is not done yet until the time is up; all finished runs."""
     done, began, about = finished(path), time.monotonic(), machine.describe()
-    if path.is_file() and not path.read_text().endswith("\n"):
-        path.write_text(path.read_text() + "\n")  # end a torn line
-    for task in tasks(size, done):
+    if path.is_file() and not path.read_text().endswith("\n"):  # a torn line
+        path.write_text(path.read_text() + "\n")
+    for task in tasks(size, done, str(about["machine"])):
         done |= finished(path)  # by another process
         if task.key in done or seeds not in ("all", ("even", "odd")[task.seed % 2]):
             continue
@@ -376,7 +392,6 @@ def work(size: Size, path: Path, hours: float, seeds: str = "all") -> Done:
         found |= {"torch": torch.__version__, "seconds": round(time.monotonic() - start, 1)}
         with path.open("a") as file:
             file.write(json.dumps(found) + "\n")
-        gc.collect()  # a trainer is a circle of references
         done[task.key] = found
         print(f"{task.stage} {task.row}, seed {task.seed}: {found['seconds']:.0f} s", flush=True)
     return done
@@ -385,13 +400,10 @@ def work(size: Size, path: Path, hours: float, seeds: str = "all") -> Done:
 def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.study", description=__doc__)
     parser.add_argument("--hours", type=float, default=1e9, help="start no run after so long")
-    words = "only these seeds, where another process does the others"
-    parser.add_argument("--seeds", choices=("all", "even", "odd"), default="all", help=words)
+    parser.add_argument("--seeds", choices=("all", "even", "odd"), default="all")
     parser.add_argument("--report", action="store_true", help="only report what is finished")
     parser.add_argument("--quick", action="store_true", help="every step, tiny: a few minutes")
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="default: %(default)s; the page shows that one"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
     args = parser.parse_args(argv)
     size = size or (QUICK if args.quick else FULL)
     out = args.out / "quick" if args.quick else args.out
@@ -404,11 +416,13 @@ def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
         done, code = finished(out / "runs.jsonl"), 130
     except DataError as error:
         parser.error(str(error))
+    others = dict.fromkeys((*PARTNERS, *CONTROLS, *EXPERIMENTS), size.other_seeds)
     wanted = {
-        EMOJI: {row: size.main_seeds if row in MAIN else size.other_seeds for row in ROWS},
-        CLIP_ART: dict.fromkeys(MAIN, size.other_seeds),
+        EMOJI: [dict.fromkeys(MAIN, size.main_seeds), others],
+        CLIP_ART: [dict.fromkeys(MAIN, size.other_seeds)],
     }
-    write_report(list(done.values()), wanted, FLOORS, out, PAGE if out == RESULTS else None)
+    found = {id(one): one for one in done.values()}  # each may be there by two keys
+    write_report([*found.values()], wanted, FLOORS, out, PAGE if out == RESULTS else None)
     return code
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ SECONDARY = {
 }
 Run = Mapping[str, Any]
 Runs = Mapping[str, Mapping[int, Run]]  # row -> seed -> run
+Wanted = Mapping[str, Sequence[Mapping[str, int]]]  # data -> the rows of each table -> seeds
 
 
 @dataclass(frozen=True)
@@ -75,15 +77,16 @@ def holm(found: Mapping[Any, Difference]) -> dict[Any, float]:
     return corrected
 
 
-def tests(runs: Runs) -> dict[tuple[str, str, str], tuple[Difference, float]]:
-    """(row, other, primary metric) -> difference and corrected p, in two families."""
-    pairs = [(PROTO, CLIP), (PROTO, EQUAL_TIME)]
-    rest = [(row, CLIP) for row in runs if row not in (CLIP, PROTO)]
+def tests(tables: Sequence[Runs]) -> dict[tuple[int, str, str, str], tuple[Difference, float]]:
+    """(table, row, other, primary metric) -> difference and corrected p, in two families."""
+    pairs = [(0, PROTO, CLIP), (0, PROTO, EQUAL_TIME)]
+    every = [(i, row, CLIP) for i, runs in enumerate(tables) for row in runs]
     out = {}
-    for family in (pairs, rest):
-        keys = [(row, other, key) for row, other in family for key in PRIMARY]
-        found = {key: one for key in keys if (one := difference(runs, *key)) is not None}
-        out |= {key: (found[key], p) for key, p in holm(found).items()}
+    for family in (pairs, [one for one in every if one not in pairs]):
+        keys = [(*one, key) for one in family for key in PRIMARY]
+        found = {key: difference(tables[key[0]], *key[1:]) for key in keys}
+        known = {key: one for key, one in found.items() if one is not None}
+        out |= {key: (known[key], p) for key, p in holm(known).items()}
     return out
 
 
@@ -92,11 +95,10 @@ def mean(numbers: Sequence[float], form: str = ".3f") -> str:
 
 
 def time_beside_clip(runs: Runs, row: str) -> str:
-    """CPU time of training as a multiple of CLIP's, over pairs on one processor."""
+    """CPU time of training as a multiple of CLIP's of the same seed."""
     mine, plain = runs.get(row, {}), runs.get(CLIP, {})
-    both = [s for s in mine.keys() & plain.keys() if mine[s]["machine"] == plain[s]["machine"]]
-    pairs = [(mine[s].get("cpu_seconds"), plain[s].get("cpu_seconds")) for s in both]
-    return mean([a / b for a, b in pairs if a and b], ".2f") + "×"
+    both = mine.keys() & plain.keys()
+    return mean([mine[s]["cpu_seconds"] / plain[s]["cpu_seconds"] for s in both], ".2f") + "×"
 
 
 def scores(runs: Runs, floors: Runs, metrics: Mapping[str, str], words: Mapping) -> str:
@@ -114,32 +116,33 @@ def scores(runs: Runs, floors: Runs, metrics: Mapping[str, str], words: Mapping)
     return lines and table(["", "seeds", "lr, epochs", "CPU time", *metrics.values()], lines)
 
 
-def both_tables(runs: Runs, floors: Runs) -> list[str]:
+def both_tables(tables: Sequence[Runs], number: int, floors: Runs) -> list[str]:
     """The primary metrics, p corrected; the others, not corrected."""
+    runs, found = tables[number], tests(tables)
     primary = {
-        (row, key): found.text(p)
-        for (row, other, key), (found, p) in tests(runs).items()
-        if other == CLIP
+        (row, key): one.text(p)
+        for (table, row, other, key), (one, p) in found.items()
+        if (table, other) == (number, CLIP)
     }
     secondary = {
-        (row, key): found.text()
+        (row, key): one.text()
         for row in runs
         for key in SECONDARY
-        if (found := difference(runs, row, CLIP, key)) is not None
+        if (one := difference(runs, row, CLIP, key)) is not None
     }
-    tables = (PRIMARY, primary), (SECONDARY, secondary)
-    return [scores(runs, floors, metrics, words) for metrics, words in tables]
+    both = (PRIMARY, primary), (SECONDARY, secondary)
+    return [scores(runs, floors, metrics, words) for metrics, words in both]
 
 
 def tuning(found: Sequence[Run]) -> str:
     """What was tried on the development families, and how it scored."""
-    tried: dict[str, dict[str, list[float]]] = {}
+    tried: dict[tuple[str, str], list[float]] = {}
     for run in found:
         if run["stage"] == "tune" and run["metrics"]:
-            own = tried.setdefault(run["row"], {})
-            own.setdefault(f"{run['lr']:g}, {run['epochs']:g}", []).append(score(run))
-    settings = list(dict.fromkeys(setting for own in tried.values() for setting in own))
-    lines = [[row, *(mean(own.get(one, [])) for one in settings)] for row, own in tried.items()]
+            key = run["row"], f"{run['lr']:g}, {run['epochs']:g}"
+            tried.setdefault(key, []).append(score(run))
+    rows, settings = (list(dict.fromkeys(key[i] for key in tried)) for i in (0, 1))
+    lines = [[row, *(mean(tried.get((row, one), [])) for one in settings)] for row in rows]
     head = ["mean score in tuning at lr, epochs:", *settings]
     return lines and table(head, lines)
 
@@ -199,60 +202,71 @@ def cluster_table(runs: Runs) -> str:
     return lines and table(["", *names.values()], lines)
 
 
-def conclusions(runs: Runs, wanted: Mapping[str, int]) -> str:
+def conclusions(tables: Sequence[Runs], wanted: Sequence[Mapping[str, int]]) -> str:
     """What the primary metrics say of ProtoCLIP, and what they do not yet."""
     words = []
-    for (row, other, key), (found, p) in tests(runs).items():
-        if row == PROTO:
+    for (number, row, other, key), (found, p) in tests(tables).items():
+        if (number, row) == (0, PROTO):
             verdict = "not different" if p >= 0.05 else "better" if found.mean > 0 else "worse"
             words.append(f"- against {other}, {PRIMARY[key]}: {verdict}, {found.text(p)}")
-    short = {row: n - len(runs.get(row, {})) for row, n in wanted.items()}
-    missing = [f"{row} {n}" for row, n in short.items() if n > 0]
-    if missing:
-        words.append(f"- unfinished, seeds missing: {'; '.join(missing)}")
+    missing = [
+        f"{row} {number}"
+        for runs, rows in zip(tables, wanted, strict=True)
+        for row, n in rows.items()
+        if (number := n - len(runs.get(row, {}))) > 0
+    ]
+    words += [f"- unfinished, seeds missing: {'; '.join(missing)}"] if missing else []
     return "\n".join(words)
 
 
-def by_row(found: Sequence[Run], stage: str, data: str, order: Sequence[str]) -> Runs:
-    """The finished runs of a stage and data set."""
+def by_row(
+    found: Sequence[Run], stage: str, data: str, order: Iterable[str], partners: Any = ()
+) -> Runs:
+    """The finished runs of a stage and data set: of a seed those of the processor that has most.
+
+    ``partners`` do not count for that: they are there beside the others.
+    """
+    runs = [r for r in found if (r["stage"], r["data"]) == (stage, data) and r["row"] in order]
+    where = Counter((r["seed"], r["machine"]) for r in runs if r["row"] not in partners)
+    best = dict(place for place, _ in reversed(where.most_common()))
     own: dict[str, dict[int, Run]] = {row: {} for row in order}
-    for run in found:
-        if (run["stage"], run["data"]) == (stage, data) and run["metrics"] and run["row"] in own:
+    for run in runs:
+        if run["metrics"] and run["machine"] == best.get(run["seed"]):
             own[run["row"]][run["seed"]] = run
     return {row: seeds for row, seeds in own.items() if seeds}
 
 
 def origin(found: Sequence[Run]) -> str:
     """Where and on what the runs were made."""
-    machines, commits, torch = (
-        ", ".join(sorted({str(run[name]) for run in found}))
-        for name in ("machine", "commit", "torch")
-    )
+    count = Counter(f"on {run['machine']}, commit {run['commit']}" for run in found)
+    places = "; ".join(f"{n} {place}" for place, n in count.items())
+    torch = ", ".join(sorted({str(run["torch"]) for run in found}))
     pictures = [
         f"{min(numbers):,} to {max(numbers):,} {words}"
         for name, words in (("train", "trained on"), ("new", "new"), ("seen", "seen"))
         if (numbers := [run[name] for run in found if name in run and run["stage"] != "tune"])
     ]
     return (
-        f"{len(found)} runs ({sum('error' in run for run in found)} diverged) on {machines}; torch "
-        f"{torch}, commit {commits}. Pictures a seed: {'; '.join(pictures) or 'none yet'}."
+        f"{len(found)} runs ({sum('error' in run for run in found)} diverged): {places}; torch "
+        f"{torch}. Pictures a seed: {'; '.join(pictures) or 'none yet'}."
     )
 
 
-def section(found: Sequence[Run], wanted: Mapping[str, Mapping[str, int]], floors: Any) -> str:
-    """What the page shows; ``wanted``: data -> row -> seeds."""
+def section(found: Sequence[Run], wanted: Wanted, floors: Sequence[str]) -> str:
+    """What the page shows."""
     if not found:
         return "No run is finished yet."
     parts = [origin(found)]
     for number, (data, rows) in enumerate(wanted.items()):
-        runs, low = by_row(found, "main", data, [*rows]), by_row(found, "floor", data, floors)
-        if not runs and not low and number:
-            parts.append(f"`{data}`: no run is finished yet.")
-            continue
-        parts += [f"### `{data}`", f"ProtoCLIP:\n\n{conclusions(runs, rows)}"]
-        parts += both_tables(runs, low)
-        if number == 0:
-            parts += [curve_words(runs), cluster_table(runs), tuning(found)]
+        tables = [
+            by_row(found, "main", data, one, rows[0] if i else ()) for i, one in enumerate(rows)
+        ]
+        low = by_row(found, "floor", data, floors)
+        parts += [f"### `{data}`", f"ProtoCLIP:\n\n{conclusions(tables, rows)}"]
+        for i, runs in enumerate(tables):
+            parts += both_tables(tables, i, low if i == 0 else {})
+            parts += [curve_words(runs)] if i == number == 0 else []
+        parts += [*map(cluster_table, tables), *([tuning(found)] if number == 0 else [])]
     return "\n\n".join(filter(None, parts))
 
 
@@ -274,13 +288,11 @@ def plot(runs: Runs, path: Path) -> None:
 
 
 def write_report(
-    found: Sequence[Run], wanted: Mapping[str, Mapping[str, int]], floors: Sequence[str],
-    out: Path, page: Path | None,
-) -> None:  # fmt: skip
+    found: Sequence[Run], wanted: Wanted, floors: Sequence[str], out: Path, page: Path | None
+) -> None:
     """Print the section, draw the curves, and put the section into ``page``."""
     text, picture = section(found, wanted, floors), out / "curves.png"
-    runs = by_row(found, "main", next(iter(wanted)), (CLIP, PROTO))
-    if runs:
+    if runs := by_row(found, "main", next(iter(wanted)), (CLIP, PROTO)):
         plot(runs, picture)
         text += f"\n\n![quality against cost]({os.path.relpath(picture, (page or out).parent)})"
     print(text)

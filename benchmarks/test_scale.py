@@ -33,8 +33,7 @@ def test_kmeans_of_a_million_points(bench) -> None:
     assert clusters.history[1] < clusters.history[0] and int(clusters.counts.sum()) == n
     shape, work = {"N": n, "K": k, "D": d}, roofline.kmeans(n, k, d, 1)
     case = Case("kmeans", shape, "fp32", work, "1 iteration and the labels")
-    run = lambda: protoclip.kmeans(x, k, num_iters=1, init=start)  # noqa: E731
-    bench.time(case, "protoclip-auto", run)
+    bench.time(case, "protoclip-auto", lambda: protoclip.kmeans(x, k, num_iters=1, init=start))
 
 
 def test_index_of_a_million_samples_on_two_ranks(bench, tmp_path, monkeypatch) -> None:

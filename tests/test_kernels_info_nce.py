@@ -299,7 +299,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_six_launches(monkeypatch, dtype):
     """Of OpenCLIP's loss at a small batch, forward and backward."""
     monkeypatch.setenv("PROTOCLIP_BACKEND", "triton")

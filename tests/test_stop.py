@@ -28,8 +28,8 @@ from ranks import (
 from protoclip.distributed import run_command
 
 SIGNALS = {"SIGTERM": 0, "SIGUSR1": 0, "SIGINT": 130}
-CASES = [("SIGTERM", n, ranks) for n in (0, 2) for ranks in (1, 2)] + [("killed", 2, 1)]
-CASES += [(name, 2, ranks) for name in ("SIGUSR1", "SIGINT") for ranks in (1, 2)]
+CASES = [("SIGTERM", n, ranks) for n in (0, 2) for ranks in (1, 2)]
+CASES += [("killed", 2, 1), ("SIGUSR1", 2, 2), ("SIGINT", 2, 1), ("SIGINT", 2, 2)]
 # A learning rate that does not depend on how many steps there are.
 SCHEDULE = ["--lr-scheduler", "const", "--warmup", "4", "--epochs", "1000000"]
 

@@ -35,7 +35,7 @@ def test_rows_are_flags_that_training_takes(row):
     assert (config.run.seed, config.optim.epochs, config.optim.lr) == (3, 2.5, 2e-3)
 
 
-def made(row, seed, value, stage="main"):
+def made(row, seed, value, stage="main", machine="M"):
     scores = {}
     for key in (*study_report.PRIMARY, *study_report.SECONDARY):
         part, _, name = key.partition(" ")
@@ -43,7 +43,7 @@ def made(row, seed, value, stage="main"):
     return {
         "stage": stage, "data": study.EMOJI, "row": row, "seed": seed, "lr": 1e-3, "epochs": 33,
         "metrics": scores, "curve": [[10, 1.0, 0, 0], [20, 2.0, value, value]], "cpu_seconds": 2.0,
-        "clusters": {}, "machine": "M", "commit": "abc", "torch": "2.13", "train": 9, "new": 8,
+        "clusters": {}, "machine": machine, "commit": "abc", "torch": "2.13", "train": 9, "new": 8,
     }  # fmt: skip
 
 
@@ -52,9 +52,12 @@ def test_the_report_says_what_the_runs_say(tmp_path):
     runs = [made("CLIP", s, v) for s, v in enumerate(clip)]
     runs += [made("ProtoCLIP", s, v) for s, v in enumerate(proto)]
     runs.append(made("untrained", 0, 0.125, "floor"))
+    rows = ("CLIP", "ProtoCLIP", "SigLIP")  # a control row ran elsewhere, with a CLIP of its own
+    runs += [made(row, seed, 0.6, machine="N") for row in rows for seed in (0, 1)]
     page = tmp_path / "evidence.md"
     page.write_text(f"above\n{study_report.BEGIN}\nold\n{study_report.END}\nbelow\n")
-    wanted = {study.EMOJI: {"CLIP": 10, "ProtoCLIP": 3}, study.CLIP_ART: {"CLIP": 5}}
+    main, others = {"CLIP": 10, "ProtoCLIP": 3}, dict.fromkeys(rows, 2) | {"SigLIP": 3}
+    wanted = {study.EMOJI: [main, others], study.CLIP_ART: [{"CLIP": 5}]}
     study_report.write_report(runs, wanted, study.FLOORS, tmp_path, page)
     text = page.read_text()
     assert text.startswith("above\n") and text.endswith("below\n") and "\nold\n" not in text
@@ -62,7 +65,8 @@ def test_the_report_says_what_the_runs_say(tmp_path):
     assert f"+0.057 ± 0.038 (p {2 * want.pvalue:.2g})" in text
     assert "| CLIP | 3 | 0.001, 33 | 1.00× | 0.400 | 0.400 |" in text
     assert "| *untrained* | 1 |" in text and "0.125" in text
-    assert "seeds missing: CLIP 7" in text and "clipart`: no run is finished yet" in text
+    assert "| CLIP | 2 | 0.001, 33 | 1.00× | 0.600 |" in text
+    assert "seeds missing: CLIP 7; SigLIP 1\n" in text and "seeds missing: CLIP 5\n" in text
     assert "CLIP's final AMI: ProtoCLIP reaches it after 0.94 of its samples" in text
     assert (tmp_path / "curves.png").stat().st_size > 1000
 

@@ -28,11 +28,9 @@ def test_the_same_seed_repeats_bit_for_bit(tmp_path, nano, no_page):
     flags = ["--max-steps", "12", "--infonce-warmup-epoch", "0", "--model", str(nano), *BARE]
     first, again = (run(tmp_path, name, *flags) for name in ("first", "again"))
     assert losses(first) == losses(again) and len(losses(first)) == 12
-    weights = [
-        checkpoint.load(folder / "checkpoints" / checkpoint.LATEST)["state_dict"]
-        for folder in (first, again)
-    ]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    found = (checkpoint.load(x / "checkpoints" / checkpoint.LATEST) for x in (first, again))
+    ours, theirs = (one["state_dict"] for one in found)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_it_learns_and_leaves_a_whole_run_folder(tmp_path):
