@@ -98,7 +98,7 @@ def time_beside_clip(runs: Runs, row: str) -> str:
     """CPU time of training as a multiple of CLIP's of the same seed."""
     mine, plain = runs.get(row, {}), runs.get(CLIP, {})
     both = mine.keys() & plain.keys()
-    return mean([mine[s]["cpu_seconds"] / plain[s]["cpu_seconds"] for s in both], ".2f") + "×"
+    return mean([mine[s]["cpu_seconds"] / plain[s]["cpu_seconds"] for s in both], ".2f")
 
 
 def scores(runs: Runs, floors: Runs, metrics: Mapping[str, str], words: Mapping) -> str:
@@ -113,7 +113,7 @@ def scores(runs: Runs, floors: Runs, metrics: Mapping[str, str], words: Mapping)
             plain = mean([*values(runs if trained else floors, row, key).values()])
             line.append(words.get((row, key), plain))
         lines.append(line)
-    return lines and table(["", "seeds", "lr, epochs", "CPU time", *metrics.values()], lines)
+    return lines and table(["", "seeds", "lr, epochs", "CPU time ×", *metrics.values()], lines)
 
 
 def both_tables(tables: Sequence[Runs], number: int, floors: Runs) -> list[str]:
@@ -261,10 +261,10 @@ def section(found: Sequence[Run], wanted: Wanted, floors: Sequence[str]) -> str:
         tables = [
             by_row(found, "main", data, one, rows[0] if i else ()) for i, one in enumerate(rows)
         ]
-        low = by_row(found, "floor", data, floors)
         parts += [f"### `{data}`", f"ProtoCLIP:\n\n{conclusions(tables, rows)}"]
         for i, runs in enumerate(tables):
-            parts += both_tables(tables, i, low if i == 0 else {})
+            same = [run for run in found if any(run["seed"] in own for own in runs.values())]
+            parts += both_tables(tables, i, by_row(same, "floor", data, floors))
             parts += [curve_words(runs)] if i == number == 0 else []
         parts += [*map(cluster_table, tables), *([tuning(found)] if number == 0 else [])]
     return "\n\n".join(filter(None, parts))

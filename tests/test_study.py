@@ -63,9 +63,9 @@ def test_the_report_says_what_the_runs_say(tmp_path):
     assert text.startswith("above\n") and text.endswith("below\n") and "\nold\n" not in text
     want = stats.ttest_rel(proto, clip)  # two primary metrics, so Holm doubles the smaller p
     assert f"+0.057 ± 0.038 (p {2 * want.pvalue:.2g})" in text
-    assert "| CLIP | 3 | 0.001, 33 | 1.00× | 0.400 | 0.400 |" in text
+    assert "| CLIP | 3 | 0.001, 33 | 1.00 | 0.400 | 0.400 |" in text
     assert "| *untrained* | 1 |" in text and "0.125" in text
-    assert "| CLIP | 2 | 0.001, 33 | 1.00× | 0.600 |" in text
+    assert "| CLIP | 2 | 0.001, 33 | 1.00 | 0.600 |" in text
     assert "seeds missing: CLIP 7; SigLIP 1\n" in text and "seeds missing: CLIP 5\n" in text
     assert "CLIP's final AMI: ProtoCLIP reaches it after 0.94 of its samples" in text
     assert (tmp_path / "curves.png").stat().st_size > 1000
