@@ -9,23 +9,20 @@ concepts are cut in three: 15 % for development, always the same; of the rest 40
 for each seed; what is left trains. Each seed leaves a style out too, in turn. A model trains on two
 styles of its training families, about 1,700 pictures, and is judged on the test families in the
 style left out ("new", about 560 pictures) and in the other two ("seen", about 1,120).
-Tuning: learning rate and epochs of every row on ``GRID``, two seeds each, by the mean of the
-primary metrics over both sets of the *development* families.
+Tuning: learning rate and epochs of every row on ``GRID``, two seeds each (rivals one), by the mean
+of the primary metrics over both sets of the *development* families.
 Primary metrics: k-nearest-neighbour accuracy and AMI of k-means, both for 8 groups, set "new".
 Secondary: those for 98 subgroups and on "seen", linear probe, zero-shot of 98 subgroups, R@5.
 Differences to CLIP are paired by seed on one processor, with 95 % t intervals; Holm's correction
 over the primary metrics, for ProtoCLIP's two comparisons by themselves, and for all other rows
-together. Control rows and rivals are shown beside further runs of CLIP and ProtoCLIP where they ran
-on another processor than the main rows.
-"CLIP, time of ProtoCLIP" trains for as many epochs as fill the CPU time of ProtoCLIP with its
-teacher. A second data set, builtin:openclipart where installed, repeats the main rows with the
-settings found here.
+together. Rows run on another processor than the main ones have a CLIP of their own beside them.
+"CLIP, time of ProtoCLIP" trains for as many epochs as fill ProtoCLIP's CPU time with its teacher.
+A second data set, builtin:openclipart if installed, repeats the main rows with the settings found.
 
-Order: tuning of the main rows, their seeds in turn with floors, then the same of the control rows
-and of the rivals, then clip art. A finished run is one line of ``runs.jsonl``, with commit,
-processor and torch's version, and is not done again; ``--hours`` ends between two runs, Ctrl-C
-within one, which alone is lost. On two cores ``OMP_NUM_THREADS=1`` and two copies side by side, one
-of ``--seeds even`` and one of ``--seeds odd``, do a third more.
+Order: main rows, controls, rivals, clip art. A finished run is one line of ``runs.jsonl``, with
+commit, processor and torch's version, and is not done again; ``--hours`` ends between two runs,
+Ctrl-C within one, which alone is lost. On two cores ``OMP_NUM_THREADS=1`` and two copies side by
+side, one of ``--seeds even`` and one of ``--seeds odd``, do a third more.
 """
 
 from __future__ import annotations
@@ -96,13 +93,14 @@ class Size:
     tuning_seeds: tuple[int, ...] = (1000, 1001)
     main_seeds: int = 10
     other_seeds: int = 5
+    rival_seeds: int = 3
     points: int = 6  # of a curve
     pictures: int = 0  # of each set at most; 0: all
     flags: tuple[str, ...] = ()
 
 
 FULL = Size()
-QUICK = Size(((1e-3, 3), (2e-3, 3)), (1000,), 2, 2, 2, 600, ("--batch-size", "128"))
+QUICK = Size(((1e-3, 3), (2e-3, 3)), (1000,), 2, 2, 2, 2, 600, ("--batch-size", "128"))
 
 
 @dataclass(frozen=True)
@@ -291,8 +289,9 @@ def clusters(trainer: train.Trainer) -> dict[str, float]:
 
 
 def tuning(row: str, size: Size) -> list[Task]:
-    """A row's runs on the development families."""
-    settings = [(seed, *setting) for seed in size.tuning_seeds for setting in size.grid]
+    """A row's runs on the development families; a rival's are those of the first seed."""
+    known = size.tuning_seeds[:1] if row in EXPERIMENTS else size.tuning_seeds
+    settings = [(seed, *setting) for seed in known for setting in size.grid]
     return [Task("tune", EMOJI, row, *setting) for setting in settings]
 
 
@@ -320,13 +319,13 @@ def time_ratio(size: Size, done: Done) -> float:
 
 def tasks(size: Size, done: Done, here: str) -> Iterator[Task]:
     """Every run in order; later ones follow from what ``done`` says of the earlier."""
-    for rows in (MAIN, CONTROLS, EXPERIMENTS):
+    counts = size.main_seeds, size.other_seeds, size.rival_seeds
+    for rows, count in zip((MAIN, CONTROLS, EXPERIMENTS), counts, strict=True):
         lists = [tuning(row, size) for row in rows if row != EQUAL_TIME]
         yield from (one for alike in zip(*lists, strict=True) for one in alike)
         if any(one.key not in done for own in lists for one in own):
             print("the other process is still tuning; run it again to go on")
             return
-        count = size.main_seeds if rows is MAIN else size.other_seeds
         yield from seeds(EMOJI, rows, count, size, done, here)
     try:
         open_dataset(CLIP_ART)
@@ -416,7 +415,8 @@ def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
         done, code = finished(out / "runs.jsonl"), 130
     except DataError as error:
         parser.error(str(error))
-    others = dict.fromkeys((*PARTNERS, *CONTROLS, *EXPERIMENTS), size.other_seeds)
+    others = dict.fromkeys((*PARTNERS, *CONTROLS), size.other_seeds)
+    others |= dict.fromkeys(EXPERIMENTS, size.rival_seeds)
     wanted = {
         EMOJI: [dict.fromkeys(MAIN, size.main_seeds), others],
         CLIP_ART: [dict.fromkeys(MAIN, size.other_seeds)],

@@ -8,7 +8,7 @@ from scipy import stats
 from benchmarks import study, study_report
 from protoclip.data import open_dataset
 
-TINY = study.Size(((1e-3, 3),), (1000,), 1, 1, 2, 60, ("--batch-size", "32"))
+TINY = study.Size(((1e-3, 3),), (1000,), 1, 1, 1, 2, 60, ("--batch-size", "32"))
 
 
 def test_no_family_and_no_style_is_on_both_sides():
