@@ -20,11 +20,11 @@ BEGIN, END = "<!-- study: begin, written by make study -->", "<!-- study: end --
 CLIP, PROTO, EQUAL_TIME = "CLIP", "ProtoCLIP", "CLIP, time of ProtoCLIP"
 PRIMARY = {"new group/knn_acc1": "k-NN", "new group/ami": "AMI"}  # set and metric -> heading
 SECONDARY = {
-    "new subgroup/knn_acc1": "k-NN, 98",
-    "new subgroup/ami": "AMI, 98",
+    "new subgroup/knn_acc1": "k-NN, subgroups",
+    "new subgroup/ami": "AMI, subgroups",
     "new group/lp_acc1": "probe",
-    "new subgroup/lp_acc1": "probe, 98",
-    "new subgroup/acc1": "zero-shot, 98",
+    "new subgroup/lp_acc1": "probe, subgroups",
+    "new subgroup/acc1": "zero-shot, subgroups",
     "new text_retrieval_recall@5": "R@5",
     "seen group/knn_acc1": "k-NN, seen styles",
     "seen group/ami": "AMI, seen styles",
