@@ -2,8 +2,7 @@
 
 Fixed before the runs:
 
-Model and settings are those of ``protoclip train``; a row is a set of its flags, or an
-experiment of ``benchmarks/rivals.py``.
+Model and settings are those of ``protoclip train``; a row is a set of its flags, or of rivals.py.
 Data: builtin:emoji in three styles, without flags, the only family of their group. Families of
 concepts are cut in three: 15 % for development, always the same; of the rest 40 % to test, others
 for each seed; what is left trains. Each seed leaves a style out too, in turn. A model trains on two
@@ -13,16 +12,15 @@ Tuning: learning rate and epochs of every row on ``GRID``, two seeds each (rival
 of the primary metrics over both sets of the *development* families.
 Primary metrics: k-nearest-neighbour accuracy and AMI of k-means, both for 8 groups, set "new".
 Secondary: those for 98 subgroups and on "seen", linear probe, zero-shot of 98 subgroups, R@5.
-Differences to CLIP are paired by seed on one processor, with 95 % t intervals; Holm's correction
-over the primary metrics, for ProtoCLIP's two comparisons by themselves, and for all other rows
+Differences to CLIP are paired by seed on one processor, with 95 % t intervals; Holm's correction of
+a data set's primary metrics, for ProtoCLIP's two comparisons by themselves, and for all other rows
 together. Rows run on another processor than the main ones have a CLIP of their own beside them.
 "CLIP, time of ProtoCLIP" trains for as many epochs as fill ProtoCLIP's CPU time with its teacher.
 A second data set, builtin:openclipart if installed, repeats the main rows with the settings found.
 
 Order: main rows, controls, rivals, clip art. A finished run is one line of ``runs.jsonl``, with
-commit, processor and torch's version, and is not done again; ``--hours`` ends between two runs,
-Ctrl-C within one, which alone is lost. On two cores ``OMP_NUM_THREADS=1`` and two copies side by
-side, one of ``--seeds even`` and one of ``--seeds odd``, do a third more.
+commit, processor and torch's version, and is not done again. On two cores ``OMP_NUM_THREADS=1``
+and two copies side by side, one of ``--seeds even`` and one of ``odd``, do a third more.
 """
 
 from __future__ import annotations
@@ -65,7 +63,6 @@ STYLES = ("twemoji", "noto", "openmoji")
 DEVELOPMENT_PERCENT, DEVELOPMENT_SEED, TEST_PERCENT = 15, 20261126, 40
 TRAIN, TEST, DEVELOPMENT, NOWHERE = range(4)
 CPU = torch.device("cpu")
-
 
 # What each row of the table changes in the default run.
 PLAIN = ("--method", "clip")
