@@ -271,13 +271,6 @@ class ProtoConfig:
         "data; 0: the queue",
         flag="proto-capacity",
     )
-    assign: str = option(
-        "balanced",
-        "labels of a batch without index=: balanced over all prototypes (as SwAV), or those of the "
-        "nearest row of the queue",
-        flag="proto-assign",
-        choices=("balanced", "queue"),
-    )
     k: int = option(0, "prototypes per modality; 0: queue / 10", flag="proto-k")
     every: int = option(0, "steps between clusterings; 0: a full queue", flag="proto-every")
     warmup: int = option(0, "first steps without prototypes (>= one queue)", flag="proto-warmup")

@@ -70,6 +70,14 @@ class FeatureSource:
     table_device: torch.device | None = None  # where the stored rows are
 
 
+def wants_to_reuse(config: EpisodeConfig, passes: float) -> bool:
+    """Whether features are stored from training, if they fit. In a run of fewer than two ``passes``
+    over its data, hardly any sample is seen again."""
+    if config.features == "auto":
+        return config.infonce_warmup >= 1 and passes >= 2
+    return config.features == "reuse"
+
+
 def choose_features(
     config: EpisodeConfig, passes: float, bytes_of_rank: int, device: torch.device
 ) -> FeatureSource:
@@ -80,22 +88,16 @@ def choose_features(
         bytes_of_rank: of a rank's table.
         device: where the model is.
     """
-    if config.features == "extract":
-        return FeatureSource(False, "extracted")
-    size = f"{bytes_of_rank / 2**20:,.0f} MiB on each rank"
+    if not wants_to_reuse(config, passes):
+        why = ""
+        if config.features == "auto" and config.infonce_warmup >= 1:
+            why = f", as the run makes fewer than two passes over the data ({passes:.3g})"
+        return FeatureSource(False, "extracted" + why)
+    size = f"{bytes_of_rank / 2**20:,.1f} MiB on each rank"
     place = _place_for_table(bytes_of_rank, device)
-    if config.features == "reuse":
-        where = place or torch.device("cpu")
-        return FeatureSource(True, f"stored from training, {size}", where)
-    if config.infonce_warmup < 1:
-        return FeatureSource(False, "extracted, as there is no warm-up to store them in")
-    if passes < 2:
-        return FeatureSource(
-            False, f"extracted, as the run makes {passes:.3g} passes over the data and not two"
-        )
-    if place is None:
-        return FeatureSource(False, f"extracted, as storing them needs {size}, more than is free")
-    return FeatureSource(True, f"stored from training, {size}", place)
+    if place is None and config.features == "auto":
+        return FeatureSource(False, f"extracted, as storing them takes {size}, more than is free")
+    return FeatureSource(True, f"stored from training, {size}", place or torch.device("cpu"))
 
 
 def _place_for_table(needed: int, device: torch.device) -> torch.device | None:

@@ -491,7 +491,6 @@ class ProtoClipLoss(ClipLoss):
             warmup=self.proto.warmup,
             seed=self.proto.seed,
             calls_per_step=accum_freq,
-            assign=self.proto.assign,
         )
 
     @property
@@ -528,7 +527,7 @@ class ProtoClipLoss(ClipLoss):
             index: int64 [N], the samples' positions in the data set or 64-bit hashes of their keys.
                 A sample's labels are then those of its features when it was last seen, among the
                 newest ``proto.capacity`` pairs; a sample not seen before has InfoNCE alone. None:
-                ``proto.assign`` labels the batch.
+                labels come from a balanced assignment of the batch.
         Returns:
             float32 [], nats.
         """

@@ -451,9 +451,8 @@ class OnlinePrototypes:
     """The newest features of each rank, prototypes over all ranks, and the labels of a batch.
 
     With keys of the samples (``index``), labels are those of features that were stored when the
-    sample was last seen. Without keys, "queue" takes the label of the nearest stored row, and
-    "balanced" assigns the batch so that all prototypes are used alike: the nearest prototype alone
-    would let the model choose its own labels, and it would choose one for all.
+    sample was last seen. Without keys, a batch is assigned so that all prototypes are used alike:
+    the nearest prototype would let the model choose its own labels, and it would choose only one.
     """
 
     builder: PrototypeBuilder  # with the group of the ranks
@@ -464,7 +463,6 @@ class OnlinePrototypes:
     warmup: int = 0  # minimum number of steps before the first clustering
     seed: int = 0  # for the first centroids; later clusterings start from the last ones
     calls_per_step: int = 1  # calls of ``observe`` with the rows of the same step
-    assign: str = "balanced"  # of batches without keys: "balanced" | "queue"
     sets: list[PrototypeSet] | None = field(default=None, init=False)
     centroids: dict[str, Tensor] = field(default_factory=dict, init=False)
     stored_labels: StoredLabels | None = field(default=None, init=False)
@@ -473,8 +471,7 @@ class OnlinePrototypes:
     def __post_init__(self) -> None:
         self._calls = self._clusterings = self._filled = self._next = 0
         self._recent: deque[StoredStep] = deque()
-        self._row_labels: dict[str, Tensor] = {}  # of the rows that were clustered last
-        self._clustered: dict[str, Tensor] = {}
+        self._clustered: dict[str, Tensor] = {}  # modality -> the rows that were clustered last
         self._sizes: dict[str, float] = {}
         self._accuracy: dict[str, Tensor] = {}
 
@@ -502,14 +499,8 @@ class OnlinePrototypes:
         labels_by_source = {}
         for source, centroids in self.centroids.items():
             points = features[source].detach().to(centroids)
-            if self.assign == "balanced":
-                queue = self._clustered[source][-BALANCED_ROWS:].to(centroids)
-                labels = balanced_labels(points, queue, centroids, self.builder.group)
-            else:
-                nearest, _ = kmeans_assign(points, self._clustered[source].to(centroids))
-                labels = self._row_labels[source][nearest.clamp_min(0)]
-                labels = labels.masked_fill(nearest < 0, IGNORE)  # a row that is not finite
-            labels_by_source[source] = labels
+            queue = self._clustered[source][-BALANCED_ROWS:].to(centroids)
+            labels_by_source[source] = balanced_labels(points, queue, centroids, self.builder.group)
         return labels_by_source
 
     @torch._disable_dynamo
@@ -550,7 +541,6 @@ class OnlinePrototypes:
             )
             sets += self.builder.translate(source, clusters, points)
             self.centroids[source] = clusters.centroids
-            self._row_labels[source] = clusters.labels
             self._sizes[f"{source}_clusters"] = float(len(clusters.counts))
             self._sizes[f"{source}_size_max"] = float(clusters.counts.max())
         self._clustered = points
@@ -574,15 +564,16 @@ class OnlinePrototypes:
         columns = [torch.cat(keys).to(device), torch.cat(steps)]
         for source in INTERNAL:
             columns.append(kmeans_assign(stored[source], self.centroids[source])[0])
-        table = torch.stack(columns, dim=1)
+        table = torch.stack(columns, dim=1)  # key, step, one label per source
         if self.builder.group is not None:
             table = gather_rows(table)
         table = table[table[:, 1].argsort(stable=True)]
         table = table[table[:, 0].argsort(stable=True)]
         newest = torch.ones(len(table), dtype=torch.bool, device=device)
         newest[:-1] = table[1:, 0] != table[:-1, 0]
-        sample_keys, _, *labels = table[newest].unbind(1)
-        return StoredLabels(sample_keys, dict(zip(INTERNAL, labels, strict=True)))
+        table = table[newest]
+        labels = {source: table[:, 2 + i].contiguous() for i, source in enumerate(INTERNAL)}
+        return StoredLabels(table[:, 0].contiguous(), labels)
 
     def metrics(self) -> dict[str, float]:
         """The metrics as plain numbers; waits for the device."""

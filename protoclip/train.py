@@ -292,6 +292,7 @@ class Trainer:
         self.step = 0
         self.signals = schedule.StopSignals()
         self._passes = [distributed.world_size(), config.optim.accum_freq]
+        self._episode_metrics: Mapping[str, float] = {}  # of a new episode, until the next log
         self._skipped = 0  # steps, as last read from the device
         self._loss = math.nan  # as last logged
         self._every_steps, self._every_seconds = schedule.parse_interval(config.run.save_every)
@@ -354,9 +355,11 @@ class Trainer:
                 features = self.store.of_episode(number - 1)
                 stored = self.store.of_positions(samples)
                 import os
+
                 if os.environ.get("C2"):
                     features, stored = stored, None
-                    if len(features.index) < 50: return None
+                    if len(features.index) < 50:
+                        return None
             else:
                 numbers = torch.arange(len(samples))[distributed.own_slice(len(samples))]
                 drawn = schedule.episode_seed(seed, number, 1)
@@ -369,6 +372,7 @@ class Trainer:
         if episode is None:
             return None
         episode = replace(episode, metrics={**episode.metrics, **self.watch.accuracy()})
+        self._episode_metrics = episode.metrics
         if warning := self.watch.collapse(episode.metrics):
             self.folder.say(f"step {self.step}: {warning}")
         return episode
@@ -452,8 +456,8 @@ class Trainer:
             "samples_per_second": (self.step - logged) * self.plan.batch_size / (now - then),
         }
         record |= {f"seconds_{name}": s for name, s in self.phases.seconds().items()}
-        if self.episode is not None and self.step == self.plan.steps_of(number).start + 1:
-            record |= self.episode.metrics
+        record |= self._episode_metrics
+        self._episode_metrics = {}
         self.folder.metrics(self.step, self.step * self.plan.batch_size, record)
         if self.step == self.config.run.log_every_n_steps:
             own = self.plan.batch_size // distributed.world_size()
