@@ -202,57 +202,52 @@ class EpisodeBuilder:
 
     def build(
         self,
+        coming: Tensor,
         features: Features,
         random: torch.Generator,
-        coming: Tensor,
-        stored: Features | None = None,
+        recent: Features | None = None,
         previous: Episode | None = None,
     ) -> Episode | None:
         """Cluster every source, translate the clusters into each student's space, and label the
-        coming samples. Returns None if no source has labels for as many samples as clusters.
+        coming samples. Returns None if no source has features of as many samples as clusters.
 
         Args:
-            features: features to cluster; each rank has a slice, all get the same episode.
-            random: CPU generator for the seeds of k-means.
             coming: int64 [M], sorted positions that the episode trains on.
-            stored: the stored features of coming samples, of this rank's slice of them; they get
-                the label of the nearest centroid. None: ``features`` are those of all coming
-                samples, and k-means labels them.
+            features: of coming samples; each rank has a slice, all get the same episode. Coming
+                samples without features get no label from images and texts.
+            random: CPU generator for the seeds of k-means.
+            recent: features of any samples, as new as possible; a teacher knows all samples, so its
+                clusters are translated by these. None: by ``features``, which are of all coming
+                samples.
             previous: the last episode, for the warm start.
         Raises:
             ValueError: features are not finite.
         """
         device = features.index.device
         coming = coming.to(device)
-        samples = int(sum_over_ranks(torch.tensor(len(features.index), device=device)))
-        # The last episode of a run may have fewer samples than the others.
-        num_clusters = min(self.config.num_clusters, samples) or max(1, samples // 10)
-        students = {"image": features.image_h, "text": features.text_h}
+        num_clusters = min(self.config.num_clusters or max(1, len(coming) // 10), len(coming))
         builder = PrototypeBuilder(self.config, all_ranks())
         sets: list[PrototypeSet] = []
         all_labels: dict[str, Tensor] = {}
         centroids: dict[str, Tensor] = {}
         metrics: dict[str, float] = {}
-        for source, points in self._sources(features).items():
-            index, rows = features.index, None
-            if stored is not None:
-                index, rows = self._rows_to_label(source, stored, coming)
-                labelled = int(sum_over_ranks(torch.tensor(len(index), device=device)))
-                if labelled < min(num_clusters, len(coming)) or samples < num_clusters:
-                    continue  # an internal source before the second pass over the data
+        for source, (points, rows) in self._sources(features, recent).items():
+            samples = int(sum_over_ranks(torch.tensor(len(rows.index), device=device)))
+            if samples < num_clusters:
+                continue  # images and texts before the second pass over the data
             last = None if previous is None else previous.centroids.get(source)
             clusters = builder.cluster(source, points, num_clusters, random, last)
-            own_labels = clusters.labels
-            if rows is not None:
-                own_labels, _ = kmeans_assign(rows, clusters.centroids)
-            labels = torch.full((len(coming),), IGNORE, dtype=torch.int32, device=device)
-            labels[torch.searchsorted(coming, index)] = own_labels.int()
-            max_over_ranks(labels)  # each rank knows the labels of its own slice
+            students = {"image": rows.image_h, "text": rows.text_h}
             sets += builder.translate(source, clusters, students)
-            all_labels[source], centroids[source] = labels, clusters.centroids
+            if rows is recent:
+                index, labels = self._teacher_labels(coming, clusters.centroids)
+            else:
+                index, labels = rows.index, clusters.labels
+            all_labels[source] = _labels_of_all_ranks(coming, index, labels)
+            centroids[source] = clusters.centroids
             values = health(points, clusters, builder.group)
             values["empty"] = float(num_clusters - (clusters.counts > 0).sum())
-            values |= self._label_health(source, coming, labels, previous)
+            values |= self._label_health(source, coming, all_labels[source], previous)
             if source in INTERNAL and self.config.target_temperature > 0:
                 values["target_entropy"] = target_entropy(clusters, self.config.target_temperature)
             metrics |= {f"{source}_{name}": value for name, value in values.items()}
@@ -260,24 +255,24 @@ class EpisodeBuilder:
             return None
         return Episode(coming, all_labels, centroids, tuple(sets), metrics)
 
-    def _sources(self, features: Features) -> dict[str, Tensor]:
-        """The points of each source to cluster, [N, Ds]."""
+    def _sources(
+        self, features: Features, recent: Features | None
+    ) -> dict[str, tuple[Tensor, Features]]:
+        """Each source's points to cluster, [N, Ds], and the students' features of these samples."""
         sources = {}
         if self.internal:
-            sources = {"image": features.image_h, "text": features.text_h}
+            sources = {"image": (features.image_h, features), "text": (features.text_h, features)}
         if self.teacher is not None:
-            sources[EXTERNAL] = self.teacher.to(features.image_h)[features.index]
+            rows = features if recent is None else recent
+            sources[EXTERNAL] = (self.teacher.to(rows.image_h)[rows.index], rows)
         return sources
 
-    def _rows_to_label(
-        self, source: str, stored: Features, coming: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Positions among the coming ones that this rank labels, and their features. A teacher's
-        are known for every sample."""
-        if source == EXTERNAL and self.teacher is not None:
-            index = coming[own_slice(len(coming))]
-            return index, self.teacher.to(stored.image_h)[index]
-        return stored.index, stored.image_h if source == "image" else stored.text_h
+    def _teacher_labels(self, coming: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions of this rank's share of the coming samples, and their nearest centroids."""
+        assert self.teacher is not None
+        index = coming[own_slice(len(coming))]
+        labels, _ = kmeans_assign(self.teacher.to(centroids)[index], centroids)
+        return index, labels
 
     def _label_health(
         self, source: str, coming: Tensor, labels: Tensor, previous: Episode | None
@@ -293,6 +288,14 @@ class EpisodeBuilder:
         for name, ids in self.classes.items():
             values[f"purity_{name}"] = purity(labels[known].long(), ids[coming[known]])
         return values
+
+
+def _labels_of_all_ranks(coming: Tensor, index: Tensor, labels: Tensor) -> Tensor:
+    """int32 [M], the labels of the coming samples, from each rank's labels [N] of the positions
+    ``index`` [N]; IGNORE where no rank has one."""
+    of_all = torch.full((len(coming),), IGNORE, dtype=torch.int32, device=coming.device)
+    of_all[torch.searchsorted(coming, index.contiguous())] = labels.int()
+    return max_over_ranks(of_all)
 
 
 def check_clusters(config: EpisodeConfig, samples: int) -> int:

@@ -349,17 +349,12 @@ class Trainer:
     def _build_episode(self, number: int, samples: Tensor) -> Episode | None:
         """Build the prototypes of an episode that trains on ``samples``, int64 [M] sorted
         positions; None while too few of them have stored features."""
-        seed, stored = self.config.run.seed, None
+        seed, recent = self.config.run.seed, None
         with self.phases.measure("features"):
             if self.store is not None:
-                features = self.store.of_episode(number - 1)
-                stored = self.store.of_positions(samples)
-                import os
-
-                if os.environ.get("C2"):
-                    features, stored = stored, None
-                    if len(features.index) < 50:
-                        return None
+                features = self.store.of_positions(samples)
+                if self.builder.teacher is not None:
+                    recent = self.store.of_episode(number - 1)
             else:
                 numbers = torch.arange(len(samples))[distributed.own_slice(len(samples))]
                 drawn = schedule.episode_seed(seed, number, 1)
@@ -368,7 +363,7 @@ class Trainer:
                 features = prototypes.extract(self.model, stream, device=device, autocast=autocast)
         with self.phases.measure("clusters"):
             random = distributed.generator(seed, schedule.EPISODES, number, 2)
-            episode = self.builder.build(features, random, samples, stored, self.episode)
+            episode = self.builder.build(samples, features, random, recent, self.episode)
         if episode is None:
             return None
         episode = replace(episode, metrics={**episode.metrics, **self.watch.accuracy()})

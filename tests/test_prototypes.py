@@ -39,14 +39,14 @@ def features():
 
 
 def episode_of(
-    features, teacher=None, stored=None, coming=None, previous=None, classes=None, **settings
+    features, teacher=None, coming=None, recent=None, *, previous=None, classes=None, **settings
 ):
-    """An episode of the features' own samples, or of ``coming`` with their ``stored`` features."""
+    """An episode that trains on the features' own samples, or on ``coming``."""
     config = EpisodeConfig(**{"num_clusters": 7, **settings})
     builder = EpisodeBuilder(config, teacher=teacher, classes=classes or {})
     random = torch.Generator().manual_seed(1)
     coming = features.index if coming is None else coming
-    return builder.build(features, random, coming, stored, previous)
+    return builder.build(coming, features, random, recent, previous)
 
 
 class TestEpisode:
@@ -79,12 +79,12 @@ class TestEpisode:
         second = episode_of(features, previous=first, kmeans_max_iter=50)
         assert second.metrics["image_churn"] < 0.05
 
-    def test_coming_samples_get_the_nearest_centroid_of_their_stored_features(self, features):
-        """Those that were never seen get none; a teacher's features are known for all."""
+    def test_coming_samples_without_stored_features_have_no_label(self, features):
+        """A teacher's features are known for all samples: they get the nearest centroid."""
         teacher, coming = torch.randn(DATASET, 5), torch.arange(5, DATASET)
         seen = coming[::2]
         stored = Features(seen, unit(len(seen), 8), unit(len(seen), 8))
-        episode = episode_of(features, teacher, stored, coming)
+        episode = episode_of(stored, teacher, coming, recent=features)
         for source, rows in (("image", stored.image_h), ("text", stored.text_h)):
             labels = episode.labels_of(torch.arange(DATASET))[source]
             nearest = torch.cdist(rows, episode.centroids[source]).argmin(dim=1)
@@ -93,16 +93,20 @@ class TestEpisode:
             unseen[seen] = False
             assert (labels[unseen] == IGNORE).all()
             assert episode.metrics[f"{source}_labelled"] == pytest.approx(len(seen) / len(coming))
-        nearest = torch.cdist(teacher.double(), episode.centroids["external"].double()).argmin(
-            dim=1
-        )
+        centroids = episode.centroids["external"].double()
+        nearest = torch.cdist(teacher.double(), centroids).argmin(dim=1)
         assert torch.equal(episode.labels["external"].long(), nearest[coming])
+        of_recent = nearest[features.index]
+        prototypes = episode.sets[2].prototypes
+        for k in range(len(prototypes)):  # translated by the features of other samples
+            mean = features.image_h[of_recent == k].mean(dim=0)
+            assert (prototypes[k] - mean).abs().max() < 1e-12
 
     def test_too_few_stored_rows_leave_infonce_alone(self, features):
         coming = torch.arange(DATASET)
         few = Features(coming[:3], unit(3, 8), unit(3, 8))
-        assert episode_of(features, None, few, coming) is None
-        with_teacher = episode_of(features, torch.randn(DATASET, 5), few, coming)
+        assert episode_of(few, None, coming) is None
+        with_teacher = episode_of(few, torch.randn(DATASET, 5), coming, recent=features)
         assert set(with_teacher.labels) == {"external"}
 
     def test_faiss_is_one_flag(self, features):

@@ -164,9 +164,9 @@ def collapse_of(run: Run) -> str:
             if step in records:
                 records[step][name] = value
     for step, metrics in records.items():
-        if {"image_clusters", "image_largest_share"} <= metrics.keys():
-            if sentence := collapse(metrics, inertias[0]):
-                return f"{run.name}, step {step:g}: {sentence}."
+        complete = {"image_clusters", "image_largest_share"} <= metrics.keys()
+        if complete and (sentence := collapse(metrics, inertias[0])):
+            return f"{run.name}, step {step:g}: {sentence}."
     return ""
 
 
