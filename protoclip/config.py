@@ -154,8 +154,9 @@ class EpisodeConfig:
     replacement: bool = option(False, "draw with replacement (paper)", flag="episode-replacement")
     features: str = option(
         "auto",
-        "features to cluster: 'extract' runs a forward pass over the episode's samples (paper); "
-        "'reuse' takes the last episode's projections; 'auto': reuse if there is a warm-up",
+        "features that give clusters and labels: 'extract' runs a forward pass over the episode's "
+        "samples (paper); 'reuse' stores training's own projections, so prototypes begin with the "
+        "second pass over the data; 'auto': reuse where the run makes two passes and memory allows",
         flag="episode-features",
         choices=("auto", "extract", "reuse"),
     )
@@ -182,11 +183,6 @@ class EpisodeConfig:
         "built-in data if installed)",
     )
     external_teacher_dim: int = option(64, "principal components of the teacher; 0: all")
-
-    @property
-    def reuses(self) -> bool:
-        """Whether training's own projections are clustered."""
-        return self.features == "reuse" or (self.features == "auto" and self.infonce_warmup >= 1)
 
 
 @dataclass(frozen=True)
@@ -269,6 +265,12 @@ class ProtoConfig:
 
     weight: float = option(1.0, "weight of the prototype loss", flag="proto-weight")
     queue: int = option(16384, "newest pairs to cluster", flag="proto-queue", low=2)
+    capacity: int = option(
+        0,
+        "newest pairs whose labels are kept, for loops that pass index=; at least the size of the "
+        "data; 0: the queue",
+        flag="proto-capacity",
+    )
     k: int = option(0, "prototypes per modality; 0: queue / 10", flag="proto-k")
     every: int = option(0, "steps between clusterings; 0: a full queue", flag="proto-every")
     warmup: int = option(0, "first steps without prototypes (>= one queue)", flag="proto-warmup")
