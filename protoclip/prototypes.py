@@ -197,7 +197,7 @@ class PrototypeBuilder:
                 points,
                 num_clusters,
                 num_iters=config.kmeans_max_iter,
-                num_restarts=config.kmeans_nredo,
+                num_restarts=1 if isinstance(init, Tensor) else config.kmeans_nredo,
                 init=init,
                 seed=seed,
                 group=self.group,
@@ -337,10 +337,12 @@ def check_clusters(config: EpisodeConfig, samples: int) -> int:
 def health(
     clustering: Clusters, last: Clusters | None, classes: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Sizes of the clusters, churn since the last episode, purity by known classes [dataset]."""
+    """What k-means reached, cluster sizes, churn since the last episode, purity by known classes
+    [dataset]."""
     sizes = clustering.counts.double()
     values = {
         "inertia": clustering.inertia / float(sizes.sum()),
+        "iterations": float(clustering.num_iters),
         "clusters": float(len(sizes)),
         "size_min": float(sizes.min()),
         "size_median": float(sizes.median()),

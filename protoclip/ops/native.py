@@ -2,10 +2,10 @@
 
 Two libraries, built apart so that one failing leaves the other: ``cpu`` (csrc/*.cpp) and ``cuda``
 (csrc/*.cu and csrc/cuda_*.cpp, where torch has CUDA and nvcc is there). Each is built in a folder
-of its own, which then takes a name made of everything that goes into the library. The folder holds
-the library and its seal, the library's size and SHA-256: a library that does not match its seal, such
-as one that a full disk cut short, is built again and never loaded, for loading it could end the
-process with SIGBUS. One process builds, under a file lock; others wait.
+of its own, which then takes a name made of everything that goes into the library. The library's
+seal lies beside it: its size and SHA-256. A library that does not match its seal, such as one that
+a full disk cut short, is built again and never loaded: loading it could end the process with
+SIGBUS. One process builds, under a file lock; others wait.
 
 Environment: PROTOCLIP_DISABLE_JIT=1, PROTOCLIP_BUILD_VERBOSE=1, PROTOCLIP_CACHE; torch's MAX_JOBS
 and TORCH_CUDA_ARCH_LIST are honoured.
