@@ -1,5 +1,5 @@
-"""Nearest centroids, segment means and the end of k-means on a GPU, where there is one: what neither the emulation nor
-the interpreter can show."""
+"""Nearest centroids, segment means and the end of k-means on a GPU, where there is one: what
+neither the emulation nor the interpreter can show."""
 
 import pytest
 import torch
