@@ -75,6 +75,8 @@ def grad_cache(
     modules = [m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules()]
     replicas = [*ddp, *(m for m in modules if isinstance(m, DistributedDataParallel))]
     replicas = list(dict.fromkeys(replicas))
+    # FSDP2 computes with gathered copies, so the graph does not know the shards that are trained.
+    shards = {p for m in modules for p in m.parameters(recurse=False) if hasattr(p, "device_mesh")}
 
     def run(encoder: Callable[..., Any], chunk: Any, versions: _Versions) -> Any:
         versions.check()
@@ -98,7 +100,7 @@ def grad_cache(
     for encoder, batch, size in zip(encoders, inputs, sizes, strict=True):
         parts = []
         for chunk in (split or _split)(batch, size):
-            versions = _Versions(chunk)
+            versions = _Versions(chunk, shards)
             parts.append(checkpoint(run, encoder, chunk, versions, use_reentrant=False))
             versions.note_parameters(parts[-1])
             _check_rows(pytree.tree_leaves(parts[-1]), set() if split else _lengths(chunk))
@@ -125,11 +127,11 @@ def _count_fused_steps() -> None:
 class _Versions:
     """What a chunk's features depend on, with torch's count of each tensor's changes in place."""
 
-    def __init__(self, chunk: Any) -> None:
+    def __init__(self, chunk: Any, shards: Iterable[Tensor]) -> None:
         leaves = (leaf for leaf in pytree.tree_leaves(chunk) if isinstance(leaf, Tensor))
         # Inference tensors are not counted.
         self.inputs = [(leaf, leaf._version) for leaf in leaves if not leaf.is_inference()]
-        self.parameters: list[tuple[Tensor, int]] = []
+        self.parameters = [(p, p._version) for p in shards if p.requires_grad]
 
     def note_parameters(self, output: Any) -> None:
         """Remember the leaves that the graph of the first pass ends in. An encoder may be any

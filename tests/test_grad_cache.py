@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import on_ranks
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import protoclip
@@ -333,3 +334,44 @@ def test_ranks_reduce_once(found, case):
             one, other = (torch.tensor(x, dtype=torch.float64) for x in (one, other))
             torch.testing.assert_close(one, other, **BOUND)
     assert found[0][case][0] == found[1][case][0]
+
+
+def sharded():
+    """FSDP2: losses of three steps, and the words for a step before backward."""
+    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, 4))
+    for part in (model[0], model[2], model):
+        fully_shard(part)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    for early in (False, False, False, True):
+        optimizer.zero_grad()
+        x, y = protoclip.grad_cache([model, model], data(torch.float32), 4)
+        loss = loss_of(x, y, 1.0)
+        if early:
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            with pytest.raises(RuntimeError, match="grad_cache: expected backward"):
+                loss.backward()
+        else:
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+    distributed.stop()
+    return found
+
+
+def test_sharded_parameters_train_and_may_not_change_before_backward():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, 4))
+    optimizer, alone = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = loss_of(*(model(batch) for batch in data(torch.float32)), 1.0)
+        loss.backward()
+        optimizer.step()
+        alone.append(loss.item())
+    for losses in on_ranks(2, sharded):
+        assert losses == pytest.approx(alone, rel=1e-5)
