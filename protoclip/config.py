@@ -174,7 +174,7 @@ class EpisodeConfig:
         "protoclip's fastest usable backend, one by name, or faiss (the paper's)",
         choices=("auto", "reference", "cpu", "cuda", "faiss"),
     )
-    kmeans_max_iter: int = option(20, "iterations of k-means", low=1)
+    kmeans_max_iter: int = option(20, "iterations of k-means, at most", low=1)
     kmeans_nredo: int = option(1, "restarts of k-means when not warm (paper: 3)", low=1)
     external_teacher: str = option(
         "auto",
@@ -280,7 +280,9 @@ class ProtoConfig:
     logit_scale: float = option(
         0.0, "scale of the prototype logits; 0: the model's logit scale", flag="proto-logit-scale"
     )
-    kmeans_max_iter: int = option(20, "iterations of k-means", flag="proto-kmeans-max-iter", low=1)
+    kmeans_max_iter: int = option(
+        20, "iterations of k-means, at most", flag="proto-kmeans-max-iter", low=1
+    )
     pbt: bool = option(True, "back translation; off: the other modality", flag="proto-PBT")
     seed: int = option(0, "seed of k-means", flag="proto-seed", high=2**31)
 

@@ -123,7 +123,7 @@ class PrototypeBuilder:
                 points,
                 num_clusters,
                 num_iters=config.kmeans_max_iter,
-                num_restarts=config.kmeans_nredo,
+                num_restarts=1 if isinstance(init, Tensor) else config.kmeans_nredo,
                 init=init,
                 seed=seed,
                 group=self.group,
@@ -314,7 +314,7 @@ def check_clusters(config: EpisodeConfig, samples: int) -> int:
 
 
 def health(points: Tensor, clusters: Clusters, group: Group = None) -> dict[str, float]:
-    """Sizes of the clusters, and the inertia of the points [N, Ds] within clusters and in total:
+    """What k-means reached, cluster sizes, and the inertia of the points [N, Ds] within clusters and in total:
     mean squared distances to their centroid and to their common mean."""
     sizes = clusters.counts.double()
     count = float(sizes.sum())
@@ -325,6 +325,7 @@ def health(points: Tensor, clusters: Clusters, group: Group = None) -> dict[str,
     return {
         "inertia": clusters.inertia / count,
         "inertia_total": total,
+        "iterations": float(clusters.num_iters),
         "clusters": float(len(sizes)),
         "size_min": float(sizes.min()),
         "size_median": float(sizes.median()),
