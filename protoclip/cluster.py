@@ -26,7 +26,7 @@ from tqdm import tqdm
 from protoclip.commands import cluster_parser
 from protoclip.config import check_above
 from protoclip.data import DataError, Labels, PairDataset, Subset, is_sharded, open_dataset
-from protoclip.data.files import write_atomic, write_csv
+from protoclip.data.files import plural, printable, write_atomic, write_csv
 from protoclip.distributed import run_command
 from protoclip.evaluate.__main__ import load_model, open_encoder
 from protoclip.evaluate.datasets import ImageFolder
@@ -110,8 +110,8 @@ def run(args: argparse.Namespace) -> None:
     write_table(out / "clusters.csv", points.dataset.keys, labels, squared)
     clusters.save(out / "centroids.safetensors")
     seconds = {"features": encoded - began, "k-means": time.perf_counter() - encoded}
-    write_atomic(out / page.NAME, write_page(points, labels, squared, seconds, why))
-    print(f"{clusters}\n{out}/clusters.csv, centroids.safetensors and {page.NAME}")
+    write_atomic(out / page.NAME, printable(write_page(points, labels, squared, seconds, why)))
+    print(f"{clusters}\n{printable(str(out))}/clusters.csv, centroids.safetensors and {page.NAME}")
 
 
 def encode_pictures(args: argparse.Namespace) -> Points:
@@ -137,6 +137,8 @@ def encode_pictures(args: argparse.Namespace) -> Points:
         dataset = ImageFolder(path, [""], ())
         if others := ", ".join(f"{n:,} {kind}" for kind, n in dataset.others.most_common()):
             print(f"left out files that Pillow cannot open: {others}", file=sys.stderr)
+        if odd := ", ".join(plural(n, reason) for reason, n in dataset.odd.most_common()):
+            print(f"left out {odd}: regular files are read, each once", file=sys.stderr)
     else:
         dataset = open_dataset(args.data, **columns)
     weights = read_weights(args.weights, len(dataset))

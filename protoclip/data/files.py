@@ -96,9 +96,20 @@ def whole_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def printable(name: str) -> str:
+    """A file's name as text that any encoding can hold: bytes that are not UTF-8 are escaped."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def plural(number: int, noun: str) -> str:
+    """ "1 file", "2,000 files"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a table completely or not at all."""
-    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+    """Write a table completely or not at all. File names keep their bytes, UTF-8 or not."""
+    how: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         csv.writer(file).writerows(itertools.chain([header], rows))
 
 

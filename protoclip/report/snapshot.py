@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from protoclip.data import PairDataset
-from protoclip.data.files import write_atomic
+from protoclip.data.files import printable, write_atomic
 from protoclip.evaluate.tasks import EvalSet
 from protoclip.kmeans import kmeans
 from protoclip.model import Encoded
@@ -188,7 +188,7 @@ def cluster_block(
     show: dict[str, Callable[[int], Any]] = {
         "images": partial(thumbs.item, dataset),
         "captions": partial(caption_of, dataset),
-        "names": dataset.keys.__getitem__,
+        "names": lambda i: printable(dataset.keys[i]),
     }
     known = next(iter(dataset.labels.values()), None)
     cards = []

@@ -1,0 +1,90 @@
+"""``protoclip cluster`` on folders as people have them: odd names, links, pipes, equal pictures."""
+
+import csv
+import os
+import socket
+
+import numpy as np
+from PIL import Image
+
+from protoclip.cluster import main as cluster
+from protoclip.evaluate.datasets import ImageFolder
+
+
+def draw(path, number):
+    """A picture that differs from those of other numbers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(number)
+    pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((32, 32)).save(str(path), "png")
+
+
+def known_features(folder, path, rows=None):
+    """A features.npz of the pictures in a folder, so that no model is needed."""
+    keys = ImageFolder(folder, [""], ()).keys
+    rows = np.random.default_rng(0).standard_normal((len(keys), 8)) if rows is None else rows
+    np.savez(path, features=rows.astype(np.float32), keys=np.array(list(keys)))
+    return ["--features", str(path)]
+
+
+def rows_of(table):
+    """The rows of a clusters.csv, read as docs/evaluation.md says."""
+    with open(table, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_name_that_is_not_utf8_is_written_so_that_it_can_be_read(tmp_path, nano):
+    folder = tmp_path / "photos"
+    name = os.fsdecode(b"caf\xe9.png")
+    for number, file in enumerate([name, "a.png", "b.png"]):
+        draw(folder / file, number)
+    flags = ["--model", str(nano), "--pretrained", "random", "--k", "2"]
+    assert cluster([str(folder), *flags, "--out", str(tmp_path / "out")]) == 0
+    files = [row["file"] for row in rows_of(tmp_path / "out" / "clusters.csv")]
+    assert sorted(files) == sorted([name, "a.png", "b.png"])
+    assert all((folder / file).is_file() for file in files)
+    assert b"caf\xe9.png" in (tmp_path / "out" / "clusters.csv").read_bytes()
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert r"caf\\xe9.png" in page and "udce9" not in page  # in JSON
+    again = ["--features", str(tmp_path / "out" / "features.npz"), "--k", "2"]
+    assert cluster([str(folder), *again, "--out", str(tmp_path / "again")]) == 0
+
+
+def test_each_real_file_is_read_once(tmp_path, capsys):
+    folder = tmp_path / "photos"
+    for number, file in enumerate(["a/1.png", "a/2.png", "z/3.png"]):
+        draw(folder / file, number)
+    draw(tmp_path / "elsewhere" / "4.png", 4)
+    (folder / "a" / "back").symlink_to("..")
+    (folder / "a" / "again.png").symlink_to("1.png")
+    (folder / "A-link-that-sorts-first").symlink_to("z")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "linked-again").symlink_to(tmp_path / "elsewhere")
+    (folder / "itself").symlink_to("itself")
+    dataset = ImageFolder(folder, [""], ())
+    assert dataset.keys == ["a/1.png", "a/2.png", "linked/4.png", "z/3.png"]
+    assert dataset.odd == {"repeated path": 4, "broken link": 1}
+    flags = known_features(folder, tmp_path / "x.npz")
+    assert cluster([str(folder), *flags, "--k", "2", "--out", str(tmp_path / "out")]) == 0
+    assert "left out 4 repeated paths, 1 broken link" in capsys.readouterr().err
+
+
+def test_a_picture_may_belong_to_two_classes(tmp_path):
+    draw(tmp_path / "cat" / "1.png", 1)
+    (tmp_path / "pet").symlink_to("cat")
+    assert ImageFolder(tmp_path, ["cat", "pet"], ["cat", "pet"]).keys == ["cat/1.png", "pet/1.png"]
+
+
+def test_pipes_and_sockets_are_counted_not_opened(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "photos"
+    for number in range(3):
+        draw(folder / f"{number}.png", number)
+    os.mkfifo(folder / "x.jpg")
+    os.mkfifo(folder / "y.jpg")
+    monkeypatch.chdir(folder)  # the path of a socket must be short
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind("z.png")
+        flags = known_features(folder, tmp_path / "x.npz")
+        assert cluster([str(folder), *flags, "--k", "2", "--out", str(tmp_path / "out")]) == 0
+    assert "left out 3 special files: regular files are read" in capsys.readouterr().err
+    assert len(rows_of(tmp_path / "out" / "clusters.csv")) == 3
