@@ -12,7 +12,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ MAPPED = 2000  # samples on the page's map
 JUDGED, LARGEST = 3000, 300  # --k auto: rows of the silhouette, and the largest K
 BLOCK = 65_536  # rows whose distances are computed at once
 NAMED = 10  # unreadable pictures that are listed
+ROUNDING = 32 * 2**-23  # relative deviations that fp32 makes of equal pictures
 PLUS_PLUS = 1024  # largest K for which k-means++ runs three times
 
 
@@ -90,8 +91,8 @@ def run(args: argparse.Namespace) -> None:
     k, why = choose_k(args.k, rows, args.seed)
     size = rows.nbytes + 4 * k * rows.shape[1] * 4 + 32 * len(rows)
     print(
-        f"{len(rows):,} rows of {rows.shape[1]} numbers into {k:,} groups{why}; k-means needs "
-        f"{math.ceil(size / 2**20):,} MiB",
+        f"{plural(len(rows), 'row')} of {plural(rows.shape[1], 'number')} into {k:,} groups{why}; "
+        f"k-means needs {math.ceil(size / 2**20):,} MiB",
         file=sys.stderr,
     )
     restarts, init = (3, "k-means++") if k <= PLUS_PLUS else (1, "random")
@@ -107,10 +108,12 @@ def run(args: argparse.Namespace) -> None:
     parts = zip(rows.split(BLOCK), clusters.labels.split(BLOCK), strict=True)
     squared = torch.cat([(x - clusters.centroids[own]).square().sum(1) for x, own in parts]).cpu()
     labels = clusters.labels.cpu()
+    if fell := fewer_groups(labels, k):
+        print(f"note: {fell}", file=sys.stderr)
     write_table(out / "clusters.csv", points.dataset.keys, labels, squared)
     clusters.save(out / "centroids.safetensors")
     seconds = {"features": encoded - began, "k-means": time.perf_counter() - encoded}
-    write_atomic(out / page.NAME, printable(write_page(points, labels, squared, seconds, why)))
+    write_atomic(out / page.NAME, printable(write_page(points, labels, squared, k, seconds, why)))
     print(f"{clusters}\n{printable(str(out))}/clusters.csv, centroids.safetensors and {page.NAME}")
 
 
@@ -179,7 +182,7 @@ def _known_features(path: Path, dataset: PairDataset) -> tuple[list[int], Tensor
     if len(good) < 2 or len(row_of) != len(array):
         raise ValueError(f"--features: expected {FEATURES} of these pictures, got {path}")
     if left := len(dataset) - len(good):
-        print(f"left out {left:,} pictures without features in {path}", file=sys.stderr)
+        print(f"left out {plural(left, 'picture')} without features in {path}", file=sys.stderr)
     rows = array[[row_of[dataset.keys[i]] for i in good]]
     return good, torch.from_numpy(rows.astype(np.float32, copy=False))
 
@@ -195,7 +198,7 @@ def _readable(dataset: PairDataset, error: DataError) -> list[int]:
             bad.append(str(reason))
     if len(good) < 2 or not bad:
         raise error
-    lines = [f"left out {len(bad):,} of {len(dataset):,} pictures:", *bad[:NAMED]]
+    lines = [f"left out {len(bad):,} of {plural(len(dataset), 'picture')}:", *bad[:NAMED]]
     lines += [f"and {len(bad) - NAMED:,} more"] * (len(bad) > NAMED)
     print(*lines, sep="\n  ", file=sys.stderr)
     return good
@@ -282,21 +285,53 @@ def write_table(path: Path, keys: Sequence[str], labels: Tensor, squared: Tensor
     write_csv(path, header, ((key, k, f"{d:.7g}", r) for key, k, d, r in rows))
 
 
+def fewer_groups(labels: Tensor, k: int) -> str:
+    """A sentence about groups that stayed empty; "" if none did."""
+    found = len(labels.unique())
+    if found == k:
+        return ""
+    return (
+        f"{found:,} of {plural(k, 'group')} {'has' if found == 1 else 'have'} members; the others "
+        "stayed empty, as they do where there are fewer different rows than groups"
+    )
+
+
+def explained(points: Points, squared: Tensor) -> str:
+    """A sentence about the share of the variance that lies between the groups."""
+    weights = torch.ones(len(squared)) if points.weights is None else points.weights.cpu()
+    shares = (weights.double() / weights.sum())[:, None]
+    blocks = list(zip(points.rows.split(BLOCK), shares.split(BLOCK), strict=True))
+
+    def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:
+        """The weighted mean of a function of the rows, block by block: fp64 of all is large."""
+        sums = [(share * function(rows.cpu().double())).sum(0) for rows, share in blocks]
+        return torch.stack(sums).sum(0)
+
+    mean = mean_of(lambda rows: rows)
+    total = float(mean_of(lambda rows: (rows - mean).square()).sum())
+    if total <= ROUNDING**2 * float(mean_of(Tensor.square).sum()):
+        return "The rows are equal up to rounding, so there is no variance to account for."
+    within = float((shares[:, 0] * squared.double()).sum())
+    return f"The groups account for {max(0.0, 1 - within / total):.0%} of the variance."
+
+
 def write_page(
-    points: Points, labels: Tensor, squared: Tensor, seconds: Mapping[str, float], why: str
+    points: Points, labels: Tensor, squared: Tensor, k: int, seconds: Mapping[str, float], why: str
 ) -> str:
     """The report page: a summary, every group, and the map."""
     counts = labels.bincount()
+    fell = fewer_groups(labels, k)
     counts = counts[counts > 0]
-    noun = "pictures" if "images" in points.shown else "rows"
-    left = float(squared.sum()) / max(float(points.rows.var(0).sum()) * len(squared), 1e-30)
+    noun = "picture" if "images" in points.shown else "row"
+    number, groups = plural(len(points.dataset), noun), plural(len(counts), "group")
     text = [
-        f"{len(points.dataset):,} {noun} of {points.dataset.name} in {len(counts):,} groups{why}; "
+        f"{number} of {points.dataset.name} in {groups}{why}; "
         f"the smallest has {int(counts.min()):,}, the largest {int(counts.max()):,}, the median "
         f"{int(counts.median()):,}.",
-        f"Grouped by k-means on {points.of}. The groups account for "
-        f"{1 - left:.0%} of the variance.",
+        f"Grouped by k-means on {points.of}. {explained(points, squared)}",
     ]
+    if fell:
+        text.append(f"{fell[0].upper()}{fell[1:]}.")
     thumbs, dataset = snapshot.Thumbnails(), points.dataset
     block = snapshot.cluster_block(dataset, labels, dict.fromkeys(points.shown, -squared), thumbs)
     some = snapshot.every(torch.arange(len(labels)), MAPPED)

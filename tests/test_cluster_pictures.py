@@ -5,8 +5,11 @@ import os
 import socket
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
+import protoclip
 from protoclip.cluster import main as cluster
 from protoclip.evaluate.datasets import ImageFolder
 
@@ -88,3 +91,56 @@ def test_pipes_and_sockets_are_counted_not_opened(tmp_path, capsys, monkeypatch)
         assert cluster([str(folder), *flags, "--k", "2", "--out", str(tmp_path / "out")]) == 0
     assert "left out 3 special files: regular files are read" in capsys.readouterr().err
     assert len(rows_of(tmp_path / "out" / "clusters.csv")) == 3
+
+
+def test_equal_pictures_are_said_to_be_equal(tmp_path, nano, capsys):
+    folder = tmp_path / "photos"
+    for number in range(20):
+        draw(folder / f"{number}.png", 0)
+    flags = ["--model", str(nano), "--pretrained", "random", "--k", "2"]
+    assert cluster([str(folder), *flags, "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().err
+    assert "note: 1 of 2 groups has members; the others stayed empty" in told
+    page = (tmp_path / "out" / "report.html").read_text()
+    text = page.partition('<section id="summary">')[2].partition("</section>")[0]
+    assert "20 pictures of" in text and "in 1 group;" in text and "%" not in text
+    assert "no variance to account for" in text and "1 of 2 groups has members" in text
+    assert "1 cluster of 20 samples" in page
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_share_of_the_variance(tmp_path, weighted):
+    """Four rows far from the rest: with weight 0 they are in no variance."""
+    torch.manual_seed(0)
+    rows = torch.randn(200, 4, dtype=torch.float64) + 5 * torch.arange(200)[:, None].fmod(2)
+    rows[:4] = 1000
+    np.save(tmp_path / "x.npy", rows.float().numpy())
+    weights = torch.ones(200, dtype=torch.float64)
+    flags = [str(tmp_path / "x.npy"), "--k", "2", "--out", str(tmp_path / "out")]
+    if weighted:
+        weights[:4] = 0
+        np.savetxt(tmp_path / "w.txt", weights)
+        flags += ["--weights", str(tmp_path / "w.txt")]
+    assert cluster(flags) == 0
+    found = protoclip.Clusters.load(tmp_path / "out" / "centroids.safetensors")
+    within = (rows - found.centroids[found.labels].double()).square().sum(1) @ weights
+    mean = weights @ rows / weights.sum()
+    share = 1 - within / ((rows - mean).square().sum(1) @ weights)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert 0.5 < share < 1 and f"account for {share:.0%} of the variance" in page
+
+
+def test_a_person_with_a_folder_never_reads_of_pairs(tmp_path, capsys):
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "torn.jpg").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("words")
+    draw(folder / "one.png", 1)
+    model = ["--model", "protoclip-tiny", "--pretrained", "random"]
+    assert cluster([str(folder), *model, "--k", "2", "--out", str(tmp_path / "out")]) == 2
+    assert cluster([str(folder / "sub"), *model, "--out", str(tmp_path / "out")]) == 2
+    (folder / "sub" / "x.txt").write_text("words")
+    assert cluster([str(folder / "sub"), *model, "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "torn.jpg: the picture does not decode" in told and "among 1 file\n" in told
+    assert "pair" not in told

@@ -39,7 +39,7 @@ def decode(data: bytes, where: str) -> Image.Image:
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
         reason = re.sub(r" <_io\..*>", "", str(error))  # drop the memory address
         raise DataError(
-            f"{where}: the picture does not decode ({reason}); remove the pair or replace the file"
+            f"{where}: the picture does not decode ({reason}); replace the file or leave it out"
         ) from error
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from protoclip.config import output_file
-from protoclip.data.files import write_atomic
+from protoclip.data.files import plural, write_atomic
 from protoclip.evaluate import results
 from protoclip.evaluate.results import Outcome, SetResults, number, rows_of
 from protoclip.report import figures
@@ -182,6 +182,7 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
     )  # fmt: skip
     environment.filters.update(
         number=lambda value, sign="": number(value, sign).replace("-", "−"),
+        plural=plural,
         chart=figures.chart_svg,
         histogram=figures.histogram_svg,
         colour=lambda i: f"var(--c{i % len(figures.CYCLE)})",
