@@ -108,7 +108,6 @@ def plural(number: int, noun: str) -> str:
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a table completely or not at all. File names keep their bytes, UTF-8 or not."""
-    how: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
     with (
         whole_file(path) as temporary,
         open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
