@@ -26,7 +26,7 @@ from tqdm import tqdm
 from protoclip.commands import cluster_parser
 from protoclip.config import check_above
 from protoclip.data import DataError, Labels, PairDataset, Subset, is_sharded, open_dataset
-from protoclip.data.files import plural, printable, write_atomic, write_csv
+from protoclip.data.files import lines_of, plural, printable, write_atomic, write_csv
 from protoclip.distributed import run_command
 from protoclip.evaluate.__main__ import load_model, open_encoder
 from protoclip.evaluate.datasets import ImageFolder
@@ -214,7 +214,7 @@ def read_features(args: argparse.Namespace) -> Points:
     captions: list[str] = []
     if args.captions:
         try:
-            captions = Path(args.captions).read_text(encoding="utf-8").splitlines()
+            captions = lines_of(Path(args.captions).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"--captions: expected a text file in UTF-8, got {error}") from error
     for name, found in (("captions", captions), ("keys", keys or ())):

@@ -101,6 +101,13 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, ended by newlines only (``str.splitlines`` also ends them at form feeds,
+    U+0085, U+2028 and others, which captions may contain)."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def plural(number: int, noun: str) -> str:
     """ "1 file", "2,000 files"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -17,7 +17,7 @@ from PIL import Image
 
 from protoclip import data as sources
 from protoclip.data import DataError, Labels, PairDataset, open_dataset
-from protoclip.data.files import plural, printable
+from protoclip.data.files import lines_of, plural, printable
 from protoclip.data.images import decode
 from protoclip.data.tables import read_table
 
@@ -98,7 +98,7 @@ def _image_folder(root: Path, split: str, words: Sequence[str]) -> Layout:
     folders = sorted({*_class_folders(chosen), *(_class_folders(train) if with_train else ())})
     names, path = [printable(name) for name in folders], root / "classnames.txt"
     if path.is_file():
-        names = [name.strip() for name in path.read_text(encoding="utf-8").rstrip().splitlines()]
+        names = [name.strip() for name in lines_of(path.read_text(encoding="utf-8").rstrip())]
     elif len(folders) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in folders):
         # ImageNet's WordNet ids sort in the order of OpenCLIP's names.
         names = open_clip.IMAGENET_CLASSNAMES
@@ -224,7 +224,7 @@ def read_templates(given: str) -> tuple[str, ...]:
         return tuple(template("{}") for template in (few if given == "simple" else many))
     if not os.path.isfile(given):
         raise DataError(f"--templates: expected openai, simple or a file, found no file {given!r}")
-    lines = Path(given).read_text(encoding="utf-8").splitlines()
+    lines = lines_of(Path(given).read_text(encoding="utf-8"))
     words = [line.strip().replace("{c}", "{}") for line in lines if line.strip()]
     bad = [word for word in words if word.count("{}") != 1]
     if bad or not words:

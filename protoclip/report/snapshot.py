@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from protoclip.config import parse_json
 from protoclip.data import PairDataset
 from protoclip.data.files import printable, write_atomic
 from protoclip.evaluate.tasks import EvalSet
@@ -102,7 +103,7 @@ def save_snapshot(folder: str | os.PathLike[str], snapshot: Snapshot) -> None:
 def load_snapshot(folder: str | os.PathLike[str]) -> Snapshot:
     """The snapshot of a run folder; an empty one if it is missing or of another format."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        content = json.loads((Path(folder) / NAME).read_text(encoding="utf-8"))
+        content = parse_json((Path(folder) / NAME).read_text(encoding="utf-8"))
         if content.pop("format") == FORMAT:
             return Snapshot(**content)
     return Snapshot()
