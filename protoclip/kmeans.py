@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -58,12 +59,12 @@ class Clusters:
         return kmeans_assign(points, self.centroids.to(points.device))[0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a .safetensors file: centroids, labels, counts and history."""
-        from safetensors.torch import save_file
+        """Write a .safetensors file: centroids, labels, counts and history. OSError if the folder
+        is missing or the disk is full; then no file is left."""
+        from protoclip.data.files import write_safetensors
 
         tensors = vars(self) | {"history": torch.tensor(self.history, dtype=torch.float64)}
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path)
-        os.chmod(path, 0o644)  # safetensors makes files that only their owner can read
+        write_safetensors(Path(path), tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Clusters:

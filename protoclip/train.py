@@ -120,7 +120,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
     Raises:
         ValueError: something in the config does not exist, or settings contradict each other.
             Nothing has been written then.
-        OSError: the disk is full; the last checkpoint is intact.
+        OSError: the disk is full; the last checkpoint, if there is one, is intact.
     """
     check_settings(config, device)
     resume = distributed.from_main(lambda: find_resume(config))
@@ -171,10 +171,12 @@ def train(config: TrainConfig, device: torch.device) -> int:
         with contextlib.suppress(OSError):
             folder.note(traceback.format_exc())
         if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise OSError(
-                f"{error.filename or path}: {error.strerror}; the last checkpoint is intact, free "
-                f"some space and continue with --resume {path}"
-            ) from error
+            remedy = (
+                f"the last checkpoint is intact, free some space and continue with --resume {path}"
+                if checkpoint.candidates(path)
+                else f"there is no checkpoint yet, so free some space, remove {path} and start again"
+            )
+            raise OSError(f"{error.filename or path}: {error.strerror}; {remedy}") from error
         raise
     finally:
         folder.close()

@@ -11,10 +11,13 @@ import csv
 import hashlib
 import itertools
 import os
+import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from protoclip.data.types import DataError
 from protoclip.ops.native import cache_dir
@@ -120,6 +123,27 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
         open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
         csv.writer(file).writerows(itertools.chain([header], rows))
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors completely or not at all, readable by others as other files are.
+
+    Raises:
+        OSError: the folder is missing, the disk is full, ...
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with whole_file(path) as temporary:
+        try:
+            save_file(
+                {name: x.detach().cpu().contiguous() for name, x in tensors.items()}, temporary
+            )
+        except SafetensorError as error:
+            if number := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+            raise
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def write_atomic(path: Path, text: str) -> None:
