@@ -174,7 +174,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
             remedy = (
                 f"the last checkpoint is intact, free some space and continue with --resume {path}"
                 if checkpoint.candidates(path)
-                else f"there is no checkpoint yet, so free some space, remove {path} and start again"
+                else f"there is no checkpoint yet; free some space, remove {path} and start again"
             )
             raise OSError(f"{error.filename or path}: {error.strerror}; {remedy}") from error
         raise
