@@ -39,6 +39,7 @@ from protoclip.teacher import SUFFIXES, read_rows, write_rows
 PROG, FEATURES = "protoclip cluster", "features.npz"
 MODEL, WEIGHTS = "ViT-B-32", "laion2b_s34b_b79k"  # OpenCLIP's own example
 MAPPED = 2000  # samples on the page's map
+FACES = 400  # samples of which the map shows pictures at once (page.js); of more it shows dots
 JUDGED, LARGEST = 3000, 300  # --k auto: rows of the silhouette, and the largest K
 BLOCK = 65_536  # rows whose distances are computed at once
 NAMED = 10  # unreadable pictures that are listed
@@ -341,7 +342,9 @@ def write_page(
     taken = snapshot.Snapshot(
         pictures=thumbs.made,
         clusters=[{"name": "k-means", "of": points.of, **block}],
-        plane=snapshot.plane(samples, thumbs if "images" in points.shown else None),
+        plane=snapshot.plane(
+            samples, thumbs if "images" in points.shown else None, reads=len(some) <= FACES
+        ),
         facts={**snapshot.environment(), "command": shlex.join(["protoclip", *sys.argv[1:]])},
     )
     name = Path(dataset.name).name or dataset.name

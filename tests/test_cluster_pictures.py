@@ -144,3 +144,30 @@ def test_a_person_with_a_folder_never_reads_of_pairs(tmp_path, capsys):
     told = capsys.readouterr().err
     assert "torn.jpg: the picture does not decode" in told and "among 1 file\n" in told
     assert "pair" not in told
+
+
+@pytest.mark.parametrize("total", [60, 450])
+def test_only_pictures_that_are_shown_are_decoded(tmp_path, monkeypatch, total):
+    """Up to 400 the map shows them all; of more, the page has those of the groups."""
+    for number in range(total):
+        draw(tmp_path / "photos" / f"{number}.png", number)
+    flags = known_features(tmp_path / "photos", tmp_path / "x.npz")
+    read = []
+    image = ImageFolder.image
+    monkeypatch.setattr(ImageFolder, "image", lambda self, i: read.append(i) or image(self, i))
+    flags += ["--k", "3", "--out", str(tmp_path / "out")]
+    assert cluster([str(tmp_path / "photos"), *flags]) == 0
+    assert len(read) == len(set(read)) == (60 if total == 60 else 3 * 8)
+
+
+def test_a_very_large_picture_is_named_in_one_sentence(tmp_path, monkeypatch, recwarn, caplog):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
+    for number in range(20):
+        draw(tmp_path / "photos" / f"{number}.png", number)
+    flags = known_features(tmp_path / "photos", tmp_path / "x.npz")
+    flags += ["--k", "2", "--out", str(tmp_path / "out")]
+    assert cluster([str(tmp_path / "photos"), *flags]) == 0
+    names = sorted(record.getMessage().partition(": ")[0] for record in caplog.records)
+    assert names == sorted(f"{tmp_path}/photos/{number}.png" for number in range(20))
+    assert all("32 x 32 pixels" in record.getMessage() for record in caplog.records)
+    assert not [w for w in recwarn if issubclass(w.category, Image.DecompressionBombWarning)]

@@ -75,7 +75,7 @@ function map(box) {
         if (text) pen.rect(x - size * 0.8, y - size * 0.8, size * 1.6, size * 1.6);
         else pen.arc(x, y, size, 0, 7);
         pen.fill();
-        if (text || faint || !data.pictures.length || (state.only < 0 && n > 400)) continue;
+        if (text || faint || !(data.pictures[i] >= 0) || (state.only < 0 && n > 400)) continue;
         const face = faces[i] ??= Object.assign(image(box.dataset.run, data.pictures[i], ""), { onload: draw });
         if (face.complete) pen.drawImage(face, x - face.width / 4, y - face.height / 4, face.width / 2, face.height / 2);
       }
@@ -123,7 +123,7 @@ function map(box) {
   canvas.onpointermove = event => {
     const i = nearest(event);
     if (i < 0) return;
-    const words = data.words[i % n], seen = data.pictures.length;
+    const words = data.words[i % n], seen = data.pictures[i % n] >= 0;
     hint.replaceChildren((i >= n ? "caption: " : seen ? "image of: " : "") + words);
     if (seen) hint.prepend(image(box.dataset.run, data.pictures[i % n], words));
   };
