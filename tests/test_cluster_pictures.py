@@ -1,13 +1,18 @@
 """``protoclip cluster`` on folders as people have them: odd names, links, pipes, equal pictures."""
 
 import csv
+import errno
+import json
 import os
 import socket
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import silhouette_score
 
 import protoclip
 from protoclip.cluster import main as cluster
@@ -171,3 +176,133 @@ def test_a_very_large_picture_is_named_in_one_sentence(tmp_path, monkeypatch, re
     assert names == sorted(f"{tmp_path}/photos/{number}.png" for number in range(20))
     assert all("32 x 32 pixels" in record.getMessage() for record in caplog.records)
     assert not [w for w in recwarn if issubclass(w.category, Image.DecompressionBombWarning)]
+
+
+def folders_of(table):
+    """The files of each group, by its number."""
+    groups = {}
+    for row in rows_of(table):
+        groups.setdefault(int(row["cluster"]), set()).add(row["file"])
+    return groups
+
+
+@pytest.mark.parametrize("flag", ["--link-to", "--copy-to"])
+def test_groups_as_folders(tmp_path, monkeypatch, flag):
+    """Names that differ in their case only would be one file on the disk of a camera."""
+    names = [f"{folder}/{name}" for folder in "abc" for name in ("x.png", "X.PNG", "x (2).png")]
+    names += [f"{number}.png" for number in range(20)]
+    for number, name in enumerate(names):
+        draw(tmp_path / "photos" / name, number)
+    rows = np.repeat(np.arange(len(names))[:, None] % 2, 2, axis=1)
+    flags = known_features(tmp_path / "photos", tmp_path / "x.npz", rows)
+    out, folder = tmp_path / "out", tmp_path / "new" / "folders"
+    flags += ["--k", "2", "--out", str(out), flag, str(folder)]
+    monkeypatch.chdir(tmp_path)
+    assert cluster(["photos", *flags]) == 0  # a relative DATA: links must still lead there
+    groups = folders_of(out / "clusters.csv")
+    assert sorted(path.name for path in folder.iterdir()) == ["0", "1"]
+    for number, files in groups.items():
+        inside = list((folder / str(number)).iterdir())
+        assert len({path.name.casefold() for path in inside}) == len(inside) == len(files)
+        assert all(path.is_symlink() == (flag == "--link-to") for path in inside)
+        contents = sorted((tmp_path / "photos" / file).read_bytes() for file in files)
+        assert sorted(path.read_bytes() for path in inside) == contents
+        if flag == "--link-to":
+            assert {path.resolve() for path in inside} == {tmp_path / "photos" / f for f in files}
+        else:
+            assert all(path.stat().st_mtime < time.time() for path in inside)
+
+
+@pytest.mark.parametrize("flag", ["--link-to", "--copy-to"])
+def test_groups_as_folders_are_refused_before_any_work(tmp_path, capsys, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    for number in range(6):
+        draw(tmp_path / "photos" / f"{number}.png", number)
+    flags = known_features(tmp_path / "photos", tmp_path / "x.npz")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    np.save(tmp_path / "x.npy", np.eye(6))
+    cases = [
+        (["photos", *flags, flag, "full"], "expected a new or empty folder, but full is in use"),
+        (["photos", *flags, flag, "full/mine"], "expected a new or empty folder"),
+        (["photos", *flags, flag, "full/mine/x"], "but full/mine is a file"),
+        (["photos", *flags, flag, "/proc/x"], "/proc/x cannot be created"),
+        (["x.npy", flag, "new"], "expected a folder of pictures or a table of files as DATA"),
+        (["builtin:shapes:9", flag, "new"], "expected a folder of pictures or a table of files"),
+    ]
+    for argv, words in cases:
+        assert cluster([*argv, "--k", "2"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"error: {flag}: " in said and words in said
+    assert (tmp_path / "full" / "mine").read_text() == "mine"
+    assert not (tmp_path / "new").exists() and not (tmp_path / "groups" / "clusters.csv").exists()
+    with pytest.raises(SystemExit):
+        cluster(["photos", "--link-to", "a", "--copy-to", "b"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_a_disk_without_links_is_told_to_copy(tmp_path, capsys, monkeypatch):
+    """Such a disk needs rights to mount; its answer is the system's EPERM."""
+
+    def refuse(path, target):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    for number in range(6):
+        draw(tmp_path / "photos" / f"{number}.png", number)
+    flags = known_features(tmp_path / "photos", tmp_path / "x.npz") + ["--k", "2"]
+    flags += ["--out", str(tmp_path / "out"), "--link-to", str(tmp_path / "new")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "symlink_to", refuse)
+        assert cluster([str(tmp_path / "photos"), *flags]) == 2
+    assert "cannot hold links (Operation not permitted); use --copy-to" in capsys.readouterr().err
+    assert cluster([str(tmp_path / "photos"), *flags]) == 0  # the folder is still empty
+
+
+def test_the_page_lists_every_member(tmp_path):
+    for number in range(50):
+        draw(tmp_path / "photos" / f"number {number}.png", number)
+    flags = known_features(tmp_path / "photos", tmp_path / "x.npz")
+    assert (
+        cluster([str(tmp_path / "photos"), *flags, "--k", "3", "--out", str(tmp_path / "o")]) == 0
+    )
+    page = (tmp_path / "o" / "report.html").read_text()
+    cards = json.loads(page.split('<script type="application/json">')[1].split("</script>")[0])
+    assert {card["cluster"]: set(card["members"]) for card in cards} == folders_of(
+        tmp_path / "o" / "clusters.csv"
+    )
+    rank = {row["file"]: int(row["rank"]) for row in rows_of(tmp_path / "o" / "clusters.csv")}
+    for card in cards:
+        assert [rank[name] for name in card["members"]] == list(range(1, card["samples"] + 1))
+        assert len(card["images"]) == 8
+
+
+def test_choose_num_clusters(tmp_path):
+    torch.manual_seed(0)
+    points = 5 * torch.randn(7, 8)[torch.arange(700) % 7] + 0.3 * torch.randn(700, 8)
+    calls = []
+    k, silhouettes = protoclip.choose_num_clusters(
+        points, max_clusters=20, progress=lambda *call: calls.append(call)
+    )
+    assert k == 7 == max(silhouettes, key=silhouettes.get) and calls == list(silhouettes.items())
+    assert list(silhouettes) == [*range(2, 17), 19]
+    found = protoclip.kmeans(points, 7, num_iters=10, num_restarts=3, init="k-means++")
+    truth = silhouette_score(points.numpy(), found.labels.numpy())
+    assert silhouettes[7] == pytest.approx(truth, abs=1e-6)
+    again = protoclip.choose_num_clusters(points, max_clusters=20, max_points=100, seed=3)
+    assert again[0] == 7 and again == protoclip.choose_num_clusters(
+        points, max_clusters=20, max_points=100, seed=3
+    )
+    np.save(tmp_path / "x.npy", points.numpy())
+    assert cluster([str(tmp_path / "x.npy"), "--k", "auto", "--out", str(tmp_path / "out")]) == 0
+    assert len(folders_of(tmp_path / "out" / "clusters.csv")) == 7
+    two = torch.arange(40)[:, None].fmod(2).expand(-1, 3)  # two different points: K = 2 fits
+    assert protoclip.choose_num_clusters(two.float())[0] == 2
+    for wrong, words in (
+        (torch.randn(5, 2), "expected at least 6 points, got 5"),
+        (torch.ones(50, 2), "expected points that differ"),
+        (torch.randn(50), "points"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            protoclip.choose_num_clusters(wrong)
+    with pytest.raises(ValueError, match="max_clusters >= 2"):
+        protoclip.choose_num_clusters(points, max_clusters=1)

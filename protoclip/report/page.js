@@ -18,6 +18,13 @@ function gallery(box) {
     words.append(...(one.captions ?? one.names ?? []).map(text => make("li", { textContent: text })));
     const whole = make("div", { className: "proto" });
     whole.append(head, row, words);
+    if (one.members) {  // every name, written when it is asked for: there may be very many
+      const all = make("details"), names = make("pre");
+      const plural = one.members.length === 1 ? "" : "s";
+      all.append(make("summary", { textContent: `all ${one.members.length.toLocaleString()} name${plural}` }), names);
+      all.ontoggle = () => { if (all.open) names.textContent = one.members.join("\n"); };
+      whole.append(all);
+    }
     return whole;
   };
   const more = () => list.append(...cards.slice(shown, shown += 24).map(card));
