@@ -1,6 +1,7 @@
 """What users write for us: lines that only newlines end, JSON of any depth, names of precisions."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -9,7 +10,7 @@ from ranks import config_of
 
 from protoclip.__main__ import main
 from protoclip.config import JSON_LEVELS, PRECISIONS, parse_json
-from protoclip.data.files import lines_of
+from protoclip.data.files import lines_of, printable
 from protoclip.data.shards import parse_captions
 from protoclip.evaluate.datasets import open_layout, read_templates
 
@@ -19,6 +20,13 @@ ODD = "one\u2028line\x0cwith\x85odd\x1cbreaks"  # str.splitlines makes five of i
 def test_only_newlines_end_a_line():
     assert lines_of("") == [] and lines_of("\n") == [""] and lines_of("a\n\nb") == ["a", "", "b"]
     assert lines_of(f"{ODD}\nb\r\nc\rd\n") == [ODD, "b", "c", "d"]
+
+
+def test_printable_text_goes_into_any_file():
+    assert (
+        printable(os.fsdecode(b"caf\xe9 \xff.png") + " é \ud800")
+        == r"caf\xe9 \xff.png é " + "\ufffd"
+    )
 
 
 def test_captions_class_names_and_templates_keep_their_odd_breaks(tmp_path):

@@ -100,8 +100,14 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def printable(name: str) -> str:
-    """A file's name as text that any encoding can hold: bytes that are not UTF-8 are escaped."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A file's name, or other text, without the surrogates that no file can hold: bytes of a name
+    that are not UTF-8 become escapes such as \\xe9, others the replacement character."""
+
+    def escaped(match: re.Match[str]) -> str:
+        byte = ord(match[0]) - 0xDC00  # Python's surrogateescape
+        return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else "\ufffd"
+
+    return re.sub(r"[\ud800-\udfff]", escaped, name)
 
 
 def lines_of(text: str) -> list[str]:
