@@ -276,7 +276,7 @@ def test_the_page_lists_every_member(tmp_path):
         assert len(card["images"]) == 8
 
 
-def test_choose_num_clusters(tmp_path):
+def test_choose_num_clusters():
     torch.manual_seed(0)
     points = 5 * torch.randn(7, 8)[torch.arange(700) % 7] + 0.3 * torch.randn(700, 8)
     calls = []
@@ -288,13 +288,11 @@ def test_choose_num_clusters(tmp_path):
     found = protoclip.kmeans(points, 7, num_iters=10, num_restarts=3, init="k-means++")
     truth = silhouette_score(points.numpy(), found.labels.numpy())
     assert silhouettes[7] == pytest.approx(truth, abs=1e-6)
-    again = protoclip.choose_num_clusters(points, max_clusters=20, max_points=100, seed=3)
-    assert again[0] == 7 and again == protoclip.choose_num_clusters(
-        points, max_clusters=20, max_points=100, seed=3
+    first, again = (
+        protoclip.choose_num_clusters(points, max_clusters=9, max_points=100, seed=3)
+        for _ in range(2)
     )
-    np.save(tmp_path / "x.npy", points.numpy())
-    assert cluster([str(tmp_path / "x.npy"), "--k", "auto", "--out", str(tmp_path / "out")]) == 0
-    assert len(folders_of(tmp_path / "out" / "clusters.csv")) == 7
+    assert first == again and first[0] == 7
     two = torch.arange(40)[:, None].fmod(2).expand(-1, 3)  # two different points: K = 2 fits
     assert protoclip.choose_num_clusters(two.float())[0] == 2
     for wrong, words in (
