@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with distributed.quiet_beside_main(info):
             config = parse(train_parser(), with_saved_config(argv))
         device = choose_device(config.run.device)
-        if device.type == "cpu" and (argv is None or list(argv) == sys.argv[2:]):
+        if device.type == "cpu" and (argv is None or sys.argv[1:] == ["train", *argv]):
             keep_freed_memory()  # the process is ours; called from Python, main changes nothing
         distributed.start(info, device, config.run.dist_timeout, config.run.dist_backend)
         return train(config, device)

@@ -40,7 +40,9 @@ def test_malloc_is_set_in_our_own_process_only(tmp_path, monkeypatch, no_page):
     calls = []
     monkeypatch.setattr("protoclip.train.keep_freed_memory", lambda: calls.append(1))
     flags = bare_run(tmp_path, "--max-steps", "1", "--method", "clip")
-    assert main([*flags, "--name", "called"]) == 0 and not calls
+    flags += ["--name", "called"]
+    monkeypatch.setattr(sys, "argv", ["script.py", "its-own-word", *flags])
+    assert main(flags) == 0 and not calls
     flags += ["--name", "command"]
     monkeypatch.setattr(sys, "argv", ["protoclip", "train", *flags])
     assert main(flags) == 0 and calls == [1]  # as protoclip.__main__ calls it
