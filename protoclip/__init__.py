@@ -7,7 +7,7 @@ from typing import Any
 
 from protoclip.config import ProtoConfig
 from protoclip.grad_cache import grad_cache
-from protoclip.kmeans import Clusters, kmeans
+from protoclip.kmeans import Clusters, choose_num_clusters, kmeans
 from protoclip.losses import (
     ClipLoss,
     ProtoClipLoss,
@@ -33,6 +33,7 @@ __all__ = [
     "ProtoClipLoss",
     "ProtoConfig",
     "SigLipLoss",
+    "choose_num_clusters",
     "create_loss",  # noqa: F405
     "create_task",  # noqa: F405
     "global_contrastive",

@@ -8,11 +8,15 @@ features.npz (for --features) to a folder.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+import os
 import shlex
+import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +30,12 @@ from tqdm import tqdm
 from protoclip.commands import cluster_parser
 from protoclip.config import check_above
 from protoclip.data import DataError, Labels, PairDataset, Subset, is_sharded, open_dataset
-from protoclip.data.files import write_atomic, write_csv
+from protoclip.data.files import lines_of, plural, printable, write_atomic, write_csv
 from protoclip.distributed import run_command
 from protoclip.evaluate.__main__ import load_model, open_encoder
 from protoclip.evaluate.datasets import ImageFolder
 from protoclip.evaluate.results import Outcome
-from protoclip.kmeans import kmeans
+from protoclip.kmeans import choose_num_clusters, kmeans, numbers_to_try
 from protoclip.model import Encoded, choose_device
 from protoclip.report import page, snapshot
 from protoclip.teacher import SUFFIXES, read_rows, write_rows
@@ -39,9 +43,11 @@ from protoclip.teacher import SUFFIXES, read_rows, write_rows
 PROG, FEATURES = "protoclip cluster", "features.npz"
 MODEL, WEIGHTS = "ViT-B-32", "laion2b_s34b_b79k"  # OpenCLIP's own example
 MAPPED = 2000  # samples on the page's map
+FACES = 400  # samples of which the map shows pictures at once (page.js); of more it shows dots
 JUDGED, LARGEST = 3000, 300  # --k auto: rows of the silhouette, and the largest K
 BLOCK = 65_536  # rows whose distances are computed at once
 NAMED = 10  # unreadable pictures that are listed
+ROUNDING = 32 * 2**-23  # relative deviations that fp32 makes of equal pictures
 PLUS_PLUS = 1024  # largest K for which k-means++ runs three times
 
 
@@ -74,6 +80,27 @@ class Points:
     weights: Tensor | None  # float64 [N]
 
 
+@dataclass(frozen=True)
+class Groups:
+    """The groups, with their members sorted by distance."""
+
+    labels: Tensor  # int64 [N]
+    squared: Tensor  # [N], squared distance to the own centroid
+    order: np.ndarray  # int64 [N], rows by group, then distance
+    ends: np.ndarray  # int64 [K], where each group ends in the order
+
+    @classmethod
+    def of(cls, labels: Tensor, squared: Tensor) -> Groups:
+        """The groups of rows with these labels and distances, on the CPU."""
+        order = np.lexsort((squared.numpy(), labels.numpy()))
+        return cls(labels, squared, order, np.bincount(labels.numpy()).cumsum())
+
+    def members(self, group: int) -> list[int]:
+        """The rows of a group, from the nearest to the farthest."""
+        start = self.ends[group - 1] if group else 0
+        return self.order[start : self.ends[group]].tolist()
+
+
 def run(args: argparse.Namespace) -> None:
     """Run the command: features, K, k-means, and files."""
     out, began = Path(args.out), time.perf_counter()
@@ -90,8 +117,8 @@ def run(args: argparse.Namespace) -> None:
     k, why = choose_k(args.k, rows, args.seed)
     size = rows.nbytes + 4 * k * rows.shape[1] * 4 + 32 * len(rows)
     print(
-        f"{len(rows):,} rows of {rows.shape[1]} numbers into {k:,} groups{why}; k-means needs "
-        f"{math.ceil(size / 2**20):,} MiB",
+        f"{plural(len(rows), 'row')} of {plural(rows.shape[1], 'number')} into {k:,} groups{why}; "
+        f"k-means needs {math.ceil(size / 2**20):,} MiB",
         file=sys.stderr,
     )
     restarts, init = (3, "k-means++") if k <= PLUS_PLUS else (1, "random")
@@ -113,11 +140,17 @@ def run(args: argparse.Namespace) -> None:
     parts = zip(rows.split(BLOCK), clusters.labels.split(BLOCK), strict=True)
     squared = torch.cat([(x - clusters.centroids[own]).square().sum(1) for x, own in parts]).cpu()
     labels = clusters.labels.cpu()
-    write_table(out / "clusters.csv", points.dataset.keys, labels, squared)
+    if fell := fewer_groups(labels, k):
+        print(f"note: {fell}", file=sys.stderr)
+    groups = Groups.of(labels, squared)
+    write_table(out / "clusters.csv", points.dataset.keys, groups)
     clusters.save(out / "centroids.safetensors")
     seconds = {"features": encoded - began, "k-means": time.perf_counter() - encoded}
-    write_atomic(out / page.NAME, write_page(points, labels, squared, seconds, why))
-    print(f"{clusters}\n{out}/clusters.csv, centroids.safetensors and {page.NAME}")
+    if args.link_to or args.copy_to:
+        folder = Path(args.link_to or args.copy_to)
+        write_folders(folder, points.dataset, groups, copy=bool(args.copy_to))
+    write_atomic(out / page.NAME, printable(write_page(points, groups, k, seconds, why)))
+    print(f"{clusters}\n{printable(str(out))}/clusters.csv, centroids.safetensors and {page.NAME}")
 
 
 def encode_pictures(args: argparse.Namespace) -> Points:
@@ -143,8 +176,11 @@ def encode_pictures(args: argparse.Namespace) -> Points:
         dataset = ImageFolder(path, [""], ())
         if others := ", ".join(f"{n:,} {kind}" for kind, n in dataset.others.most_common()):
             print(f"left out files that Pillow cannot open: {others}", file=sys.stderr)
+        if odd := ", ".join(plural(n, reason) for reason, n in dataset.odd.most_common()):
+            print(f"left out {odd}: regular files are read, each once", file=sys.stderr)
     else:
         dataset = open_dataset(args.data, **columns)
+    open_group_folder(args, dataset)
     weights = read_weights(args.weights, len(dataset))
     shown = ("images",) if folder else ("images", "captions")
     if args.features:
@@ -183,7 +219,7 @@ def _known_features(path: Path, dataset: PairDataset) -> tuple[list[int], Tensor
     if len(good) < 2 or len(row_of) != len(array):
         raise ValueError(f"--features: expected {FEATURES} of these pictures, got {path}")
     if left := len(dataset) - len(good):
-        print(f"left out {left:,} pictures without features in {path}", file=sys.stderr)
+        print(f"left out {plural(left, 'picture')} without features in {path}", file=sys.stderr)
     rows = array[[row_of[dataset.keys[i]] for i in good]]
     return good, torch.from_numpy(rows.astype(np.float32, copy=False))
 
@@ -199,7 +235,7 @@ def _readable(dataset: PairDataset, error: DataError) -> list[int]:
             bad.append(str(reason))
     if len(good) < 2 or not bad:
         raise error
-    lines = [f"left out {len(bad):,} of {len(dataset):,} pictures:", *bad[:NAMED]]
+    lines = [f"left out {len(bad):,} of {plural(len(dataset), 'picture')}:", *bad[:NAMED]]
     lines += [f"and {len(bad) - NAMED:,} more"] * (len(bad) > NAMED)
     print(*lines, sep="\n  ", file=sys.stderr)
     return good
@@ -215,7 +251,7 @@ def read_features(args: argparse.Namespace) -> Points:
     captions: list[str] = []
     if args.captions:
         try:
-            captions = Path(args.captions).read_text(encoding="utf-8").splitlines()
+            captions = lines_of(Path(args.captions).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"--captions: expected a text file in UTF-8, got {error}") from error
     for name, found in (("captions", captions), ("keys", keys or ())):
@@ -228,6 +264,7 @@ def read_features(args: argparse.Namespace) -> Points:
     rows = F.normalize(rows, dim=1) if args.normalize else rows
     keys = keys or [str(i) for i in range(len(rows))]
     dataset = FeatureRows(args.data, keys, captions)
+    open_group_folder(args, dataset)
     shown = "captions" if captions else "names"
     weights = read_weights(args.weights, len(rows))
     return Points(dataset, rows, f"the rows of {args.data}", (shown,), weights)
@@ -248,61 +285,162 @@ def read_weights(path: str, n: int) -> Tensor | None:
     return weights
 
 
-def choose_k(given: str, rows: Tensor, seed: int) -> tuple[int, str]:
-    """K, and the reason for it.
+def open_group_folder(args: argparse.Namespace, dataset: PairDataset) -> None:
+    """Make the folder of --link-to or --copy-to; ValueError if it will not do."""
+    if not (args.link_to or args.copy_to):
+        return
+    flag = "--link-to" if args.link_to else "--copy-to"
+    folder = Path(args.link_to or args.copy_to)
+    if not hasattr(dataset, "path"):
+        raise ValueError(
+            f"{flag}: expected a folder of pictures or a table of files as DATA, got {args.data}; "
+            "leave the flag out"
+        )
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{flag}: expected a new or empty folder, but {folder} is in use")
+    check_above(folder / "0", flag)
+    probe = folder / "link"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.link_to:
+            probe.symlink_to("nowhere")
+            probe.unlink()
+    except OSError as error:
+        reason = f"{folder} cannot hold links ({error.strerror}); use --copy-to"
+        if args.copy_to or not folder.is_dir():
+            reason = f"{folder} cannot be created ({error.strerror})"
+        raise ValueError(f"{flag}: {reason}") from error
 
-    "auto" takes the K with the largest mean silhouette (Rousseeuw 1987) on at most ``JUDGED`` rows.
-    It tries 2 to 16, then steps of a fifth up to ``LARGEST`` or a third of the rows.
+
+def write_folders(folder: Path, dataset: PairDataset, groups: Groups, copy: bool) -> None:
+    """Put links to the files of each group, or copies, into a folder named by its number.
+
+    ``folder`` is empty. Where files of a group have one name, the nearest to the centroid keeps it.
     """
+    numbers = groups.labels.unique().tolist()
+    width = len(str(numbers[-1]))
+    for group in tqdm(numbers, "groups as folders", leave=False, disable=None):
+        own = folder / f"{group:0{width}}"
+        own.mkdir()
+        files = list(dict.fromkeys(_file_of(dataset, i) for i in groups.members(group)))
+        for file, name in zip(files, different_names(files), strict=True):
+            if copy:
+                shutil.copyfile(file, own / name)
+                with contextlib.suppress(OSError):  # a disk without such times or permissions
+                    shutil.copystat(file, own / name)
+            else:
+                (own / name).symlink_to(os.path.abspath(file))
+
+
+def _file_of(dataset: Any, i: int) -> str:
+    """The path of picture ``i``."""
+    if isinstance(dataset, Subset):
+        return _file_of(dataset.dataset, int(dataset.indices[i]))
+    return dataset.path(i)
+
+
+def different_names(files: Sequence[str]) -> list[str]:
+    """The names of files, numbered where one has come before: x.png, x (2).png. Upper and lower
+    case are not told apart, as on the disks of cameras."""
+    taken: set[str] = set()
+    numbers: Counter[str] = Counter()  # how often each name has come before
+    names = []
+    for file in files:
+        first = name = os.path.basename(file)
+        stem, ending = os.path.splitext(first)
+        while name.casefold() in taken:
+            numbers[first.casefold()] += 1
+            name = f"{stem} ({numbers[first.casefold()] + 1}){ending}"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def choose_k(given: str, rows: Tensor, seed: int) -> tuple[int, str]:
+    """K, and the reason for it; "auto": by ``choose_num_clusters``."""
     if given.isdecimal() and 2 <= int(given) <= len(rows):
         return int(given), ""
     if given != "auto" or len(rows) < 6:
         raise ValueError(f"--k: expected auto or 2 to N = {len(rows):,} groups, got {given}")
-    from sklearn.metrics import silhouette_score
+    numbers = numbers_to_try(min(JUDGED, len(rows)), LARGEST)
+    with tqdm(total=len(numbers), desc="choosing K", leave=False, disable=None) as bar:
 
-    some = snapshot.every(torch.arange(len(rows)), JUDGED).to(rows.device)
-    points = rows[some].float()
-    if bool((points == points[0]).all()):
-        raise ValueError("--k auto: expected rows that differ, got equal ones; give a number")
-    most = min(LARGEST, len(points) // 3)
-    grid = sorted({*range(2, 17), *(int(16 * 1.2**i) for i in range(1, 17))})
-    best, chosen = -math.inf, 2
-    for k in tqdm([k for k in grid if k <= most], "choosing K", leave=False, disable=None):
-        found = kmeans(points, k, num_iters=10, num_restarts=3, init="k-means++", seed=seed)
-        score = silhouette_score(points.cpu().numpy(), found.labels.cpu().numpy())
-        if score > best:
-            best, chosen = score, k
-    return chosen, f" (of 2 to {most}, the number with the largest mean silhouette, {best:.3f})"
+        def progress(number: int, silhouette: float) -> None:
+            bar.update()
+
+        try:
+            k, silhouettes = choose_num_clusters(
+                rows, max_clusters=LARGEST, max_points=JUDGED, seed=seed, progress=progress
+            )
+        except ValueError as error:
+            reason = str(error).partition(": ")[2].replace("points", "rows")
+            raise ValueError(f"--k auto: {reason}") from error
+    tried = f"of 2 to {numbers[-1]}, the number with the largest mean silhouette"
+    return k, f" ({tried}, {silhouettes[k]:.3f})"
 
 
-def write_table(path: Path, keys: Sequence[str], labels: Tensor, squared: Tensor) -> None:
+def write_table(path: Path, keys: Sequence[str], groups: Groups) -> None:
     """Write clusters.csv; rank 1 is nearest to the centroid."""
-    order = np.lexsort((squared.numpy(), labels.numpy()))
-    rank = np.empty(len(order), dtype=np.int64)
-    counts = np.bincount(labels.numpy())
-    rank[order] = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts) + 1
-    rows = zip(keys, labels.tolist(), squared.tolist(), rank.tolist(), strict=True)
+    rank = np.empty(len(keys), dtype=np.int64)
+    counts = np.diff(groups.ends, prepend=0)
+    rank[groups.order] = np.arange(len(keys)) - np.repeat(groups.ends - counts, counts) + 1
+    rows = zip(keys, groups.labels.tolist(), groups.squared.tolist(), rank.tolist(), strict=True)
     header = ("file", "cluster", "squared_distance", "rank")
     write_csv(path, header, ((key, k, f"{d:.7g}", r) for key, k, d, r in rows))
 
 
+def fewer_groups(labels: Tensor, k: int) -> str:
+    """A sentence about groups that stayed empty; "" if none did."""
+    found = len(labels.unique())
+    if found == k:
+        return ""
+    return (
+        f"{found:,} of {plural(k, 'group')} {'has' if found == 1 else 'have'} members; the others "
+        "stayed empty, as they do where there are fewer different rows than groups"
+    )
+
+
+def explained(points: Points, squared: Tensor) -> str:
+    """A sentence about the share of the variance that lies between the groups."""
+    weights = torch.ones(len(squared)) if points.weights is None else points.weights.cpu()
+    shares = (weights.double() / weights.sum())[:, None]
+    blocks = list(zip(points.rows.split(BLOCK), shares.split(BLOCK), strict=True))
+
+    def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:
+        """The weighted mean of a function of the rows, block by block: fp64 of all is large."""
+        sums = [(share * function(rows.cpu().double())).sum(0) for rows, share in blocks]
+        return torch.stack(sums).sum(0)
+
+    mean = mean_of(lambda rows: rows)
+    total = float(mean_of(lambda rows: (rows - mean).square()).sum())
+    if total <= ROUNDING**2 * float(mean_of(Tensor.square).sum()):
+        return "The rows are equal up to rounding, so there is no variance to account for."
+    within = float((shares[:, 0] * squared.double()).sum())
+    return f"The groups account for {max(0.0, 1 - within / total):.0%} of the variance."
+
+
 def write_page(
-    points: Points, labels: Tensor, squared: Tensor, seconds: Mapping[str, float], why: str
+    points: Points, groups: Groups, k: int, seconds: Mapping[str, float], why: str
 ) -> str:
     """The report page: a summary, every group, and the map."""
+    labels, squared = groups.labels, groups.squared
     counts = labels.bincount()
+    fell = fewer_groups(labels, k)
     counts = counts[counts > 0]
-    noun = "pictures" if "images" in points.shown else "rows"
-    left = float(squared.sum()) / max(float(points.rows.var(0).sum()) * len(squared), 1e-30)
+    noun = "picture" if "images" in points.shown else "row"
     text = [
-        f"{len(points.dataset):,} {noun} of {points.dataset.name} in {len(counts):,} groups{why}; "
+        f"{plural(len(labels), noun)} of {points.dataset.name} in "
+        f"{plural(len(counts), 'group')}{why}; "
         f"the smallest has {int(counts.min()):,}, the largest {int(counts.max()):,}, the median "
         f"{int(counts.median()):,}.",
-        f"Grouped by k-means on {points.of}. The groups account for "
-        f"{1 - left:.0%} of the variance.",
+        f"Grouped by k-means on {points.of}. {explained(points, squared)}",
     ]
+    if fell:
+        text.append(f"{fell[0].upper()}{fell[1:]}.")
     thumbs, dataset = snapshot.Thumbnails(), points.dataset
     block = snapshot.cluster_block(dataset, labels, dict.fromkeys(points.shown, -squared), thumbs)
+    for card in block["cards"]:
+        card["members"] = [printable(dataset.keys[i]) for i in groups.members(card["cluster"])]
     some = snapshot.every(torch.arange(len(labels)), MAPPED)
     rows = points.rows[some.to(points.rows.device)].cpu()
     both = Encoded(rows, rows[:0])
@@ -310,7 +448,9 @@ def write_page(
     taken = snapshot.Snapshot(
         pictures=thumbs.made,
         clusters=[{"name": "k-means", "of": points.of, **block}],
-        plane=snapshot.plane(samples, thumbs if "images" in points.shown else None),
+        plane=snapshot.plane(
+            samples, thumbs if "images" in points.shown else None, reads=len(some) <= FACES
+        ),
         facts={**snapshot.environment(), "command": shlex.join(["protoclip", *sys.argv[1:]])},
     )
     name = Path(dataset.name).name or dataset.name

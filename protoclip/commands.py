@@ -88,6 +88,10 @@ def cluster_parser() -> Parser:
         ("--device", "auto", "cpu, cuda, ..."),
     ):  # fmt: skip
         add_flag(parser, flag, default, words)
+    folders = parser.add_mutually_exclusive_group()
+    words = "a new folder: in it a folder for each group, with links to its pictures"
+    add_flag(folders, "--link-to", "", words)
+    add_flag(folders, "--copy-to", "", "the same with copies, for disks that have no links")
     words = "scale the rows of a features file to length 1, as is done for pictures"
     parser.add_argument("--normalize", action="store_true", help=words)
     add_flag(parser, "--precision", "auto", "precision of encoding", choices=PRECISIONS)

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 PRECISIONS = ("auto", "fp32", "amp_bf16", "amp")
+PURE_PRECISIONS = ("bf16", "fp16", "pure_bf16", "pure_fp16")  # OpenCLIP's, with 16-bit weights
 BOARDS = ("tensorboard", "wandb", "tensorboard,wandb", "none")
+JSON_LEVELS = 100  # lists and objects inside each other
 PRESETS = Path(__file__).parent / "presets"
 TABLE = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")  # how to read a table
 Config = TypeVar("Config")
@@ -41,6 +43,24 @@ def option(
     """A dataclass field that is also a flag; ``low`` and ``high`` limit numbers, inclusively."""
     limits = {"choices": choices, "low": low, "high": high}
     return field(default=default, metadata={"help": help, "flag": flag, **limits})
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The content of a JSON text.
+
+    Raises:
+        ValueError: not JSON, or lists and objects inside each other beyond ``JSON_LEVELS``, which
+            Python's own functions end with a RecursionError.
+    """
+    with contextlib.suppress(RecursionError):
+        content = json.loads(text)
+        level = [content]
+        for _ in range(JSON_LEVELS):
+            inner = [item for item in level if isinstance(item, list | dict)]
+            level = [x for item in inner for x in (item.values() if type(item) is dict else item)]
+            if not level:
+                return content
+    raise ValueError(f"expected JSON of at most {JSON_LEVELS} levels, got deeper nesting")
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,6 +93,17 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], base: Config | None 
             raise ValueError(f"config: expected {kind.__name__} for {key}, got {value!r}")
         changes[key] = value
     return replace(base, **changes)  # type: ignore[type-var]
+
+
+def precision_name(name: str) -> str:
+    """The precision that a flag names, by our name or OpenCLIP's; for argparse."""
+    if name in PURE_PRECISIONS:
+        remedy = "amp_bf16" if "bf16" in name else "amp"
+        raise argparse.ArgumentTypeError(
+            f"expected fp32 weights, got {name}, which keeps them in 16 bits; use {remedy}, which "
+            "only computes in 16 bits"
+        )
+    return "amp_bf16" if name == "amp_bfloat16" else name
 
 
 def flag_of(item: dataclasses.Field) -> str:
@@ -397,6 +428,8 @@ def add_flag(
         words["action"] = argparse.BooleanOptionalAction
     elif choices:
         words["choices"] = choices
+        if choices == PRECISIONS:
+            words["type"] = precision_name
     else:
         words |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
     if setting:
@@ -464,6 +497,8 @@ def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig,
     config = _of_type(kind, from_dict(TrainConfig, changes, preset))
     if config.run.resume == "latest":  # OpenCLIP's word
         config = replace(config, run=replace(config.run, resume="auto"))
+    if config.run.precision == "amp_bfloat16":  # from a file; a flag has been translated
+        config = replace(config, run=replace(config.run, precision="amp_bf16"))
     check(config)
     if config.episode.features == "reuse" and config.episode.infonce_warmup < 1:
         raise ValueError(
@@ -509,7 +544,7 @@ def load_preset(name: str) -> TrainConfig:
             f"--preset: expected one of {', '.join(names)} or a .json file, got {name!r}"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"expected a JSON object, got {type(values).__name__}")
         values.pop("about", None)

@@ -253,6 +253,20 @@ def send(rows: Tensor, receiver: int) -> None:
     dist.send(rows.cpu().contiguous(), receiver)
 
 
+def check_equal_rows(op: str, rows: Tensor) -> None:
+    """ValueError on every rank if they hold different numbers of rows, which gathers cannot take:
+    gloo aborts the process, and NCCL waits for ever. Waits for the device."""
+    if not is_distributed():
+        return
+    sizes = gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"{op}: expected as many rows on every rank, got {', '.join(map(str, sizes))} on ranks "
+            f"0 to {len(sizes) - 1}; give the ranks equal batches, without an incomplete last one "
+            "(drop_last=True)"
+        )
+
+
 def scatter_sums(rows: Tensor) -> Tensor:
     """[W * B, ...] of each rank -> this rank's [B, ...] of their sum over ranks."""
     # Sum in fp32: bf16's rounding would grow with the number of ranks.

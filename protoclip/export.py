@@ -21,6 +21,7 @@ from torch import nn
 from protoclip import checkpoint
 from protoclip.commands import export_parser
 from protoclip.config import ModelConfig, TrainConfig, check_above, flat, from_dict
+from protoclip.data.files import write_atomic, write_safetensors
 from protoclip.distributed import run_command
 from protoclip.evaluate.results import format_table, read_results
 from protoclip.model import build_model, register_configs
@@ -50,6 +51,7 @@ def export(run: str | Path, out: str | Path, model: str = "") -> Path:
         model: OpenCLIP name or config file, for a checkpoint of OpenCLIP's trainer.
     Raises:
         ValueError: no such run, ``out`` is in use, or the checkpoint does not fit the model.
+        OSError: the disk is full; ``out`` is empty then.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -73,12 +75,6 @@ def export(run: str | Path, out: str | Path, model: str = "") -> Path:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"--model {config.model}: {path} does not fit it ({reason})") from error
 
-    from safetensors.torch import save_file
-
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / "open_clip_model.safetensors"
-    save_file({key: x.contiguous() for key, x in clip.state_dict().items()}, file)
-    file.chmod(0o644)  # safetensors makes files that only their owner can read
     if config.force_image_size:
         model_cfg["vision_cfg"]["image_size"] = config.force_image_size
     if config.force_context_length:
@@ -86,8 +82,15 @@ def export(run: str | Path, out: str | Path, model: str = "") -> Path:
     shown = {**clip.visual.preprocess_cfg, **ours.get("preprocess", {})}
     shown = {key: shown[key] for key in PREPROCESS}
     written = json.dumps({"model_cfg": model_cfg, "preprocess_cfg": shown}, indent=2)
-    (out / "open_clip_config.json").write_text(written + "\n", encoding="utf-8")
-    _card(path, config, payload).save(out / "README.md")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        write_safetensors(out / "open_clip_model.safetensors", clip.state_dict())
+        write_atomic(out / "open_clip_config.json", written + "\n")
+        write_atomic(out / "README.md", str(_card(path, config, payload)))
+    except OSError:
+        for file in out.iterdir():  # the folder was empty, and is again for the next attempt
+            file.unlink()
+        raise
     return out
 
 

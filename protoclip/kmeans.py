@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -64,12 +65,12 @@ class Clusters:
         return kmeans_assign(points, self.centroids.to(points.device))[0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a .safetensors file: centroids, labels, counts and history."""
-        from safetensors.torch import save_file
+        """Write a .safetensors file: centroids, labels, counts and history. OSError if the folder
+        is missing or the disk is full; then no file is left."""
+        from protoclip.data.files import write_safetensors
 
         tensors = vars(self) | {"history": torch.tensor(self.history, dtype=torch.float64)}
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path)
-        os.chmod(path, 0o644)  # safetensors makes files that only their owner can read
+        write_safetensors(Path(path), tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Clusters:
@@ -479,3 +480,67 @@ def _faiss(
         return centroids, list(runner.obj)
     total = float(points.double().square().sum()) + len(points)
     return centroids, [total - 2 * x for x in runner.obj]  # for these faiss sums x.c
+
+
+def numbers_to_try(num_points: int, max_clusters: int) -> list[int]:
+    """2 to 16, then steps of a fifth, up to ``max_clusters`` and a third of the points."""
+    steps = {*range(2, 17), *(int(16 * 1.2**i) for i in range(1, 100))}
+    return sorted(k for k in steps if k <= min(max_clusters, num_points // 3))
+
+
+def choose_num_clusters(
+    points: Tensor,
+    *,
+    max_clusters: int = 300,
+    max_points: int = 3000,
+    seed: int = 0,
+    backend: str = "auto",
+    progress: Callable[[int, float], None] | None = None,
+) -> tuple[int, dict[int, float]]:
+    """The number of clusters with the largest mean silhouette, for ``kmeans``.
+
+    Each number that ``numbers_to_try`` lists is clustered (k-means++, three restarts, ten
+    iterations) on a sample of the points, and scored there.
+
+    Args:
+        points: [N, D] with N >= 6, as for ``kmeans``.
+        max_clusters: the largest number to try, >= 2.
+        max_points: size of the sample, evenly spaced rows; time grows with its square.
+        seed, backend: as for ``kmeans``; "faiss" has no k-means++.
+        progress: called after each number with the number and its mean silhouette.
+    Returns:
+        The number, and the mean silhouette, -1 to 1, of each number tried. Numbers that leave one
+        cluster, or only clusters of one point, have none and are missing.
+    Raises:
+        ValueError: fewer than 6 points, a limit is too small, or the points are equal.
+    Source:
+        Rousseeuw 1987, "Silhouettes".
+    """
+    op = "choose_num_clusters"
+    checks.matrix(op, "points", points, "[N, D]")
+    if max_clusters < 2 or max_points < 6:
+        raise ValueError(
+            f"{op}: expected max_clusters >= 2 and max_points >= 6, got {max_clusters} and "
+            f"{max_points}"
+        )
+    if len(points) < 6:
+        raise ValueError(f"{op}: expected at least 6 points, got {len(points)}; give a number")
+    from sklearn.metrics import silhouette_score
+
+    rows = torch.linspace(0, len(points) - 1, min(max_points, len(points))).round().long()
+    sample = points.detach()[rows.to(points.device)].float()
+    silhouettes: dict[int, float] = {}
+    if not bool((sample == sample[0]).all()):
+        for k in numbers_to_try(len(sample), max_clusters):
+            clusters = kmeans(
+                sample, k, num_iters=10, num_restarts=3, init="k-means++", seed=seed,
+                backend=backend,
+            )  # fmt: skip
+            labels = clusters.labels.cpu().numpy()
+            if 2 <= len(np.unique(labels)) < len(labels):
+                silhouettes[k] = float(silhouette_score(sample.cpu().numpy(), labels))
+                if progress is not None:
+                    progress(k, silhouettes[k])
+    if not silhouettes:
+        raise ValueError(f"{op}: expected points that differ, got equal ones; give a number")
+    return max(silhouettes, key=silhouettes.__getitem__), silhouettes

@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from protoclip.config import EpisodeConfig, LossConfig, ProtoConfig
 from protoclip.distributed import (
+    check_equal_rows,
     gather_rows,
     gathered_rows,
     is_distributed,
@@ -312,7 +313,19 @@ def _pass_on(tensor: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
-class ClipLoss(nn.Module):
+class _EqualBatches(nn.Module):
+    """A loss over ranks that looks at their batches' sizes once, before its first exchange."""
+
+    world_size: int
+    _looked = False
+
+    def _look_once(self, rows: Tensor) -> None:
+        if self.world_size > 1 and not self._looked and not torch.compiler.is_compiling():
+            check_equal_rows(type(self).__name__, rows)
+            self._looked = True
+
+
+class ClipLoss(_EqualBatches):
     """OpenCLIP's ``ClipLoss`` without its [N, N] logits.
 
     Args:
@@ -361,6 +374,7 @@ class ClipLoss(nn.Module):
         Returns:
             float32 [], nats.
         """
+        self._look_once(image_features)
         loss = self._loss(image_features, text_features, logit_scale, ids)
         if logit_bias is not None:
             loss = loss + 0 * logit_bias.sum()  # keeps the bias in the graph, as OpenCLIP's does
@@ -414,7 +428,7 @@ class ClipLoss(nn.Module):
         return torch.arange(first, first + num_logits, device=device)
 
 
-class SigLipLoss(nn.Module):
+class SigLipLoss(_EqualBatches):
     """OpenCLIP's ``SigLipLoss`` without its [N, N] logits.
 
     Args:
@@ -454,6 +468,7 @@ class SigLipLoss(nn.Module):
         """
         x, y, scale = checks.pairs("SigLipLoss", image_features, text_features, logit_scale)
         bias = 0.0 if logit_bias is None else logit_bias
+        self._look_once(x)
         total = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss
         loss = total(x, y, scale, bias, ids=ids, same_id=same_id) / max(len(x), 1)
         return {"contrastive_loss": loss} if output_dict else loss

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 import logging
 import math
 import os
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from open_clip.transformer import lock_text_tower
 from torch import Tensor, nn
 
-from protoclip.config import ModelConfig
+from protoclip.config import ModelConfig, parse_json
 from protoclip.distributed import GlobalBatchNorm1d, find_rank
 
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"
@@ -197,7 +196,7 @@ def register_configs(model: str = "") -> str:
     if not model.endswith(".json"):
         return model
     try:
-        config = json.loads(Path(model).read_text(encoding="utf-8"))
+        config = parse_json(Path(model).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"--model: expected an OpenCLIP config in {model}: {error}") from error
     keys = {"embed_dim", "vision_cfg", "text_cfg"}

@@ -314,8 +314,8 @@ def check_clusters(config: EpisodeConfig, samples: int) -> int:
 
 
 def health(points: Tensor, clusters: Clusters, group: Group = None) -> dict[str, float]:
-    """What k-means reached, cluster sizes, and the inertia of the points [N, Ds] within clusters and in total:
-    mean squared distances to their centroid and to their common mean."""
+    """What k-means reached, cluster sizes, and the inertia of the points [N, Ds] within clusters
+    and in total: mean squared distances to their centroid and to their common mean."""
     sizes = clusters.counts.double()
     count = float(sizes.sum())
     sums = torch.cat([points.double().sum(dim=0), points.double().square().sum()[None]])

@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from protoclip import checkpoint
-from protoclip.config import TrainConfig, check_above, flat, to_dict
-from protoclip.data.files import write_atomic
+from protoclip.config import TrainConfig, check_above, flat, parse_json, to_dict
+from protoclip.data.files import lines_of, write_atomic
 
 
 def choose_folder(config: TrainConfig) -> Path:
@@ -104,7 +104,7 @@ class RunFolder(NullRunFolder):
     def note(self, text: str) -> None:
         """Write a message to out.log only."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._log.write("".join(f"{stamp} {line}\n" for line in text.splitlines()))
+        self._log.write("".join(f"{stamp} {line}\n" for line in lines_of(text)))
 
     def metrics(self, step: int, samples: int, scalars: Mapping[str, float]) -> None:
         """Write a line of metrics.jsonl, and the same scalars to the boards: those of validation
@@ -156,9 +156,9 @@ def sum_up(
 def _cut_back(path: Path, step: int) -> None:
     """Remove records after ``step``, and any torn record, from a metrics.jsonl."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in lines_of(path.read_text(encoding="utf-8")) if path.exists() else ():
         with contextlib.suppress(ValueError):
-            if json.loads(line)["step"] <= step:
+            if parse_json(line)["step"] <= step:
                 kept.append(line + "\n")
     write_atomic(path, "".join(kept))
 

@@ -8,10 +8,12 @@ and check everything, resume, train episode by episode, evaluate, report.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import errno
 import importlib.util
 import math
+import os
 import sys
 import time
 import traceback
@@ -77,6 +79,7 @@ Evaluate = Callable[[ProtoModel], Mapping[str, float]]
 PROG = "protoclip train"
 PICTURED = 4096  # training samples from which the report's pictures are chosen
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # options of mallopt, from malloc.h
 # Settings that decide the order of the samples or the set of tensors: a resume must keep them.
 FIXED = (
     "method", "data.train_num_samples", "data.captions", "data.augmentation",
@@ -96,10 +99,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         with distributed.quiet_beside_main(info):
             config = parse(train_parser(), with_saved_config(argv))
         device = choose_device(config.run.device)
+        if device.type == "cpu" and (argv is None or sys.argv[1:] == ["train", *argv]):
+            keep_freed_memory()  # the process is ours; called from Python, main changes nothing
         distributed.start(info, device, config.run.dist_timeout, config.run.dist_backend)
         return train(config, device)
 
     return distributed.run_command(work, PROG)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc's malloc keep what is freed, because the next step needs as much again.
+
+    By default it returns large blocks to the system, which then has to clear every page anew. The
+    first two settings switch off malloc's own adjustment of the third, so that one is set too.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    for option, value in ((TRIM_THRESHOLD, 2**31 - 1), (TOP_PAD, 2**26), (MMAP_THRESHOLD, 2**25)):
+        mallopt(option, value)
+
+
+def busy_note(device: torch.device) -> str:
+    """A line for a CPU run on a machine that has more to do than cores to do it; "" for others."""
+    policy = os.environ.get("OMP_WAIT_POLICY", "").lower()
+    if device.type != "cpu" or policy == "passive" or torch.get_num_threads() == 1:
+        return ""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    load = os.getloadavg()[0]
+    if load <= (cores or 1):
+        return ""
+    return (
+        f"note: the load is {load:.1f} on {cores} cores; threads that wait for each other by "
+        "spinning make a run crawl then, so start it with OMP_WAIT_POLICY=passive"
+    )
 
 
 def with_saved_config(argv: Sequence[str] | None) -> list[str]:
@@ -121,7 +155,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
     Raises:
         ValueError: something in the config does not exist, or settings contradict each other.
             Nothing has been written then.
-        OSError: the disk is full; the last checkpoint is intact.
+        OSError: the disk is full; the last checkpoint, if there is one, is intact.
     """
     check_settings(config, device)
     resume = open_resume(config)
@@ -129,9 +163,11 @@ def train(config: TrainConfig, device: torch.device) -> int:
     dataset = open_training_data(config)
     order = EpochOrder(dataset, config.data.shuffle_buffer)
     plan = schedule.make_plan(config, order.size)
-    if resume and resume.step >= plan.total_steps and (path / "results.json").exists():
-        print(f"{path} is complete: {resume.step} steps and its results", file=sys.stderr)
-        return 0
+    if resume and resume.step >= plan.total_steps:
+        refuse_changes(resume, config)
+        if (path / "results.json").exists():
+            print(f"{path} is complete: {resume.step} steps and its results", file=sys.stderr)
+            return 0
     precision = choose_precision(config.run.precision, device)
     setup = Setup(config, plan, dataset, order, device, precision)
     if uses_prototypes(config):
@@ -173,10 +209,12 @@ def train(config: TrainConfig, device: torch.device) -> int:
         with contextlib.suppress(OSError):
             folder.note(traceback.format_exc())
         if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise OSError(
-                f"{error.filename or path}: {error.strerror}; the last checkpoint is intact, free "
-                f"some space and continue with --resume {path}"
-            ) from error
+            remedy = (
+                f"the last checkpoint is intact, free some space and continue with --resume {path}"
+                if checkpoint.candidates(path)
+                else f"there is no checkpoint yet; free some space, remove {path} and start again"
+            )
+            raise OSError(f"{error.filename or path}: {error.strerror}; {remedy}") from error
         raise
     finally:
         folder.close()
@@ -603,6 +641,8 @@ def announce(
     """Print what the run will do, in the user's units."""
     config, plan, episode = setup.config, setup.plan, setup.config.episode
     ranks, warmup = distributed.world_size(), config.optim.warmup
+    if busy := busy_note(setup.device):
+        folder.say(busy)
     folder.say(
         f"run folder: {folder.path}\n"
         f"data: {setup.dataset.name}, {len(setup.dataset):,} pairs; {plan.total_steps} steps of "
@@ -852,17 +892,34 @@ def check_settings(config: TrainConfig, device: torch.device) -> None:
                 raise ValueError(f"--kmeans-backend {backend}: {reason}; use --kmeans-backend auto")
 
 
-def check_resume(resume: Resume, setup: Setup) -> list[str]:
-    """Notes on settings that differ from the resumed run; ValueError for those that must not."""
-    saved = resume.payload["protoclip"]
-    training, notes, wrong = saved["training"], [], []
-    old, new = flat(saved["config"]), flat(to_dict(setup.config))
+def changes_since(resume: Resume, config: TrainConfig) -> tuple[list[str], list[str]]:
+    """Settings that differ from the resumed run's: those that must not, and others that matter."""
+    old, new = flat(resume.payload["protoclip"]["config"]), flat(to_dict(config))
+    wrong, notes = [], []
     for key in sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
         change = f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
         if key.startswith(FIXED):
             wrong.append(change)
         elif not key.startswith(FREE):
             notes.append(change)
+    return wrong, notes
+
+
+def refuse_changes(resume: Resume, config: TrainConfig) -> None:
+    """ValueError for other settings of training where no step is left that would use them."""
+    wrong, notes = changes_since(resume, config)
+    if wrong or notes:
+        raise ValueError(
+            f"--resume: {resume.folder} has done all of its steps, so nothing would be trained "
+            f"with other settings: {'; '.join(wrong + notes)}; leave them out, add --epochs or "
+            f"--max-steps for more steps, or start a new run with --pretrained {resume.file}"
+        )
+
+
+def check_resume(resume: Resume, setup: Setup) -> list[str]:
+    """Notes on settings that differ from the resumed run; ValueError for those that must not."""
+    training = resume.payload["protoclip"]["training"]
+    wrong, notes = changes_since(resume, setup.config)
     now = {
         "the global batch_size (all ranks and passes)": ("batch_size", setup.plan.batch_size),
         "the training data": ("data", checkpoint.fingerprint(setup.dataset.keys)),

@@ -245,4 +245,4 @@ def test_captions_of_megabytes_are_cut_or_left_out(tmp_path):
     assert list(dataset.keys) == ["t.tar/a"]
     assert len(dataset.captions(0)[0]) == MAX_CAPTION
     reasons = " ".join(reason for _, _, reason in dataset.skipped)
-    assert "4,194,304 bytes" in reasons and "recursion" in reasons
+    assert "4,194,304 bytes" in reasons and "at most 100 levels" in reasons

@@ -205,3 +205,34 @@ def test_ranks_give_the_loss_and_gradients_of_the_whole_batch(ranks):
     want = y.detach(), x.grad, *grads, norm.running_mean, norm.running_var
     for a, b in zip(norms, want, strict=True):
         assert (torch.from_numpy(a) - b).abs().max() <= 1e-12 * max(1, b.abs().max())
+
+
+def unequal_batches(kind, equal):
+    """What a loss says to batches of 6 and 5 (of rank 1), and its gathers in two calls."""
+    info = find_rank()
+    distributed.start(info, torch.device("cpu"), 60)
+    gathers, gather = [], distributed.gather_rows
+    distributed.gather_rows = lambda rows: gathers.append(len(rows)) or gather(rows)
+    losses = {"ClipLoss": protoclip.ClipLoss, "SigLipLoss": protoclip.SigLipLoss}
+    loss = losses[kind](rank=info.rank, world_size=info.world_size)
+    x = F.normalize(torch.randn(6 if equal else 6 - info.rank, D), dim=1)
+    said = ""
+    try:
+        counts = []
+        for _ in range(2):
+            before = len(gathers)
+            loss(x, x, torch.tensor(14.0))
+            counts.append(gathers[before:])
+    except ValueError as error:
+        said = str(error)
+    distributed.stop()
+    return said, counts
+
+
+@pytest.mark.parametrize("kind", ["ClipLoss", "SigLipLoss"])
+def test_unequal_batches_are_a_sentence_on_every_rank(kind):
+    for said, _ in on_ranks(2, unequal_batches, kind, False):
+        assert said.startswith(f"{kind}: expected as many rows on every rank, got 6, 5 on ranks")
+        assert "drop_last=True" in said
+    for said, (first, second) in on_ranks(2, unequal_batches, kind, True):
+        assert not said and first.count(1) == 1 and 1 not in second  # looked at once

@@ -73,6 +73,18 @@ def test_settings_that_do_not_go_on(run, flags, words):
     assert_refused(run(*flags), words)
 
 
+@pytest.mark.parametrize("results", [True, False], ids=["with results", "without"])
+def test_a_finished_run_takes_no_other_settings(run, results):
+    """Without evaluation data a finished run has no results."""
+    if not results:
+        (run.folder / "results.json").unlink()
+    words = ("has done all of its steps", "optim.lr was", "is 0.5", "--epochs", "--pretrained")
+    assert_refused(run("--max-steps", "5", "--lr", "0.5"), *words)
+    assert_refused(run("--max-steps", "5", "--seed", "4"), "run.seed was 0 and is 4")
+    code, message, touched = run("--max-steps", "5", "--workers", "0")
+    assert code == 0 and touched == (not results), message
+
+
 def test_a_run_that_goes_on_elsewhere(run):
     with FileLock(run.folder / ".lock"):
         assert_refused(run("--lr", "0.5"), "in use by another process")

@@ -11,10 +11,13 @@ import csv
 import hashlib
 import itertools
 import os
+import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from protoclip.data.types import DataError
 from protoclip.ops.native import cache_dir
@@ -96,10 +99,57 @@ def whole_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def printable(name: str) -> str:
+    """A file's name, or other text, without the surrogates that no file can hold: bytes of a name
+    that are not UTF-8 become escapes such as \\xe9, others the replacement character."""
+
+    def escaped(match: re.Match[str]) -> str:
+        byte = ord(match[0]) - 0xDC00  # Python's surrogateescape
+        return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else "\ufffd"
+
+    return re.sub(r"[\ud800-\udfff]", escaped, name)
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, ended by newlines only (``str.splitlines`` also ends them at form feeds,
+    U+0085, U+2028 and others, which captions may contain)."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def plural(number: int, noun: str) -> str:
+    """ "1 file", "2,000 files"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a table completely or not at all."""
-    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+    """Write a table completely or not at all. File names keep their bytes, UTF-8 or not."""
+    with (
+        whole_file(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
         csv.writer(file).writerows(itertools.chain([header], rows))
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors completely or not at all, readable by others as other files are.
+
+    Raises:
+        OSError: the folder is missing, the disk is full, ...
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with whole_file(path) as temporary:
+        try:
+            save_file(
+                {name: x.detach().cpu().contiguous() for name, x in tensors.items()}, temporary
+            )
+        except SafetensorError as error:
+            if number := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+            raise
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def write_atomic(path: Path, text: str) -> None:

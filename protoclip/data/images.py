@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
+import logging
+import os
 import re
+import threading
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +26,18 @@ from protoclip.data.files import whole_file
 from protoclip.data.types import DataError
 from protoclip.ops.native import cache_dir
 
+logger = logging.getLogger(__name__)
+_warn = functools.lru_cache(logger.warning)  # once for each file
+_warning_filters = threading.Lock()  # they belong to the process, not to a thread
+
+
+def _renew_lock() -> None:
+    global _warning_filters
+    _warning_filters = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it
+
 
 def decode(data: bytes, where: str) -> Image.Image:
     """A file's content as RGB, from any format that Pillow reads; errors begin with ``where``.
@@ -29,7 +46,11 @@ def decode(data: bytes, where: str) -> Image.Image:
         DataError: empty, truncated, not a picture, or larger than Pillow's safety limit.
     """
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with _opened(data) as picture:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit and picture.width * picture.height > limit:
+                size = f"{picture.width:,} x {picture.height:,} pixels"
+                _warn("%s", f"{where}: {size} take long to read; a smaller copy would do")
             picture.load()
             with contextlib.suppress(Exception):  # damaged EXIF does not matter
                 ImageOps.exif_transpose(picture, in_place=True)
@@ -39,8 +60,15 @@ def decode(data: bytes, where: str) -> Image.Image:
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
         reason = re.sub(r" <_io\..*>", "", str(error))  # drop the memory address
         raise DataError(
-            f"{where}: the picture does not decode ({reason}); remove the pair or replace the file"
+            f"{where}: the picture does not decode ({reason}); replace the file or leave it out"
         ) from error
+
+
+def _opened(data: bytes) -> Image.Image:
+    """The picture, not decoded yet. Pillow's warning about a large one does not name the file."""
+    with _warning_filters, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(data))
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from protoclip.data.files import fetch_ahead, is_remote, local_copy, write_atomic
+from protoclip.config import parse_json
+from protoclip.data.files import fetch_ahead, is_remote, lines_of, local_copy, write_atomic
 from protoclip.data.images import decode
 from protoclip.data.tables import MAX_CAPTION
 from protoclip.data.types import DataError, Labels, StringTable
@@ -274,7 +275,7 @@ def _pair(file: io.BufferedReader, members: Mapping[str, Place]) -> tuple[int, .
             parse_captions(data, kind == "json")
             if not chosen or b'"captions"' in data:  # a list is preferred to the txt
                 chosen = kind
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             reason = reason or f"its {kind}: {error}"
     return (*image, *usable[chosen], int(chosen == "json")) if chosen else reason
 
@@ -287,15 +288,20 @@ def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
     if len(data) > MAX_CAPTION_BYTES:
         raise ValueError(f"expected at most {MAX_CAPTION_BYTES:,} bytes of captions, got more")
     text = data.decode("utf-8-sig")
-    found: Any = text.splitlines()
+    found: Any = lines_of(text)
     if is_json:
-        content = json.loads(text)
+        content = parse_json(text)
         if not isinstance(content, dict):
             raise ValueError(f"expected a JSON object, got {type(content).__name__}")
-        found = content.get("captions") or content.get("caption") or []
-        found = [found] if isinstance(found, str) else found
+        name = "captions" if content.get("captions") else "caption"
+        found = content.get(name)
+        if found is None:
+            found = []
+        elif isinstance(found, str):
+            found = [found]
         if not isinstance(found, list) or not all(isinstance(c, str) for c in found):
-            raise ValueError('"captions" must be a list of strings')
+            expected = "a list of strings" if name == "captions" else "a string"
+            raise ValueError(f'expected {expected} in "{name}", got {str(content[name])[:80]}')
     captions = tuple(short for caption in found if (short := caption.strip()[:MAX_CAPTION]))
     if not captions:
         raise ValueError("all captions are empty")

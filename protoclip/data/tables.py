@@ -75,8 +75,12 @@ class CsvDataset:
     def captions(self, i: int) -> tuple[str, ...]:
         return (self._captions[i],)
 
+    def path(self, i: int) -> str:
+        """The path of picture ``i``."""
+        return self._find(self._files[i])
+
     def image(self, i: int) -> Image.Image:
-        path = self._find(self._files[i])
+        path = self.path(i)
         where = f"{self.name}, pair {i + 1}, {path}"
         try:
             return decode(Path(path).read_bytes(), where)

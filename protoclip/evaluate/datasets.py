@@ -17,6 +17,7 @@ from PIL import Image
 
 from protoclip import data as sources
 from protoclip.data import DataError, Labels, PairDataset, open_dataset
+from protoclip.data.files import lines_of, plural, printable
 from protoclip.data.images import decode
 from protoclip.data.tables import read_table
 
@@ -95,9 +96,9 @@ def _image_folder(root: Path, split: str, words: Sequence[str]) -> Layout:
         raise DataError(f"--split {split}: no folder {chosen}; name one that holds class folders")
     with_train = chosen not in (root, train) and train.is_dir()
     folders = sorted({*_class_folders(chosen), *(_class_folders(train) if with_train else ())})
-    names, path = folders, root / "classnames.txt"
+    names, path = [printable(name) for name in folders], root / "classnames.txt"
     if path.is_file():
-        names = [name.strip() for name in path.read_text(encoding="utf-8").rstrip().splitlines()]
+        names = [name.strip() for name in lines_of(path.read_text(encoding="utf-8").rstrip())]
     elif len(folders) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in folders):
         # ImageNet's WordNet ids sort in the order of OpenCLIP's names.
         names = open_clip.IMAGENET_CLASSNAMES
@@ -127,25 +128,22 @@ class ImageFolder:
     """
 
     def __init__(self, root: Path, folders: Sequence[str], names: Sequence[str]) -> None:
-        from torchvision.datasets.folder import make_dataset
-
         self.name = str(root)
-        self.others: Counter[str] = Counter()  # files that are not pictures, by ending
+        self.others: Counter[str] = Counter()  # regular files that are not pictures, by ending
+        self.odd: Counter[str] = Counter()  # what else was left out, by reason
         kinds = Image.registered_extensions()
-
-        def is_picture(path: str) -> bool:
-            ending = Path(path).suffix.lower()
-            # Pillow also lists documents, videos and tables, which it cannot open by itself.
-            found = Image.MIME.get(kinds.get(ending, ""), "").startswith("image/")
-            if not found and not Path(path).name.startswith("."):
-                self.others[ending or "without an ending"] += 1
-            return found
-
-        ids = {folder: i for i, folder in enumerate(folders)}
-        self._found = make_dataset(self.name, ids, None, is_picture, allow_empty=True)
+        self._found: list[tuple[str, int]] = []  # path and class
+        for label, folder in enumerate(folders):
+            for path in _regular_files(os.path.join(root, folder), self.odd):
+                ending = Path(path).suffix.lower()
+                # Pillow also lists documents, videos and tables, which it cannot open by itself.
+                if Image.MIME.get(kinds.get(ending, ""), "").startswith("image/"):
+                    self._found.append((path, label))
+                elif not Path(path).name.startswith("."):
+                    self.others[ending or "without an ending"] += 1
         if not self._found:
             where = "as CLASS/picture.png" if names else "in it, or in folders in it"
-            got = f"among {self.others.total():,} files"
+            got = f"among {plural(self.others.total(), 'file')}"
             raise DataError(f"{root}: expected pictures {where}, found none {got}")
         self.keys: Sequence[str] = [os.path.relpath(path, root) for path, _ in self._found]
         labels = Labels(torch.tensor([label for _, label in self._found]), tuple(names))
@@ -156,7 +154,7 @@ class ImageFolder:
 
     def captions(self, i: int) -> tuple[str, ...]:
         known = self.labels.get(LABEL)
-        return (known.names[self._found[i][1]] if known else self.keys[i],)
+        return (known.names[self._found[i][1]] if known else printable(self.keys[i]),)
 
     def path(self, i: int) -> str:
         """The path of picture ``i``."""
@@ -169,6 +167,55 @@ class ImageFolder:
             raise DataError(f"{self.path(i)}: {error.strerror}; fix the file") from error
 
 
+def _regular_files(root: str, odd: Counter[str]) -> list[str]:
+    """Paths of the regular files in a folder and in all folders below it, by folder, then name.
+
+    Links are followed, but a file or folder that has several paths is listed once, by a path
+    without links if it has one. ``odd`` counts what is left out, by reason.
+    """
+    if not os.path.isdir(root):  # a class of another split
+        return []
+    files: list[tuple[str, str]] = []  # folder and name
+    waiting = [(root, os.path.realpath(root))]  # folders to read, each with its real path
+    seen = {waiting[0][1]}  # real paths
+    links: list[os.DirEntry[str]] = []
+
+    def take(entry: os.DirEntry[str], real: str) -> None:
+        is_folder = entry.is_dir()
+        if not is_folder and not entry.is_file():  # opening a pipe would wait for ever
+            odd["broken link" if entry.is_symlink() else "special file"] += 1
+        elif real in seen:
+            odd["repeated path"] += 1
+        else:
+            seen.add(real)
+            if is_folder:
+                waiting.append((entry.path, real))
+            else:
+                files.append((os.path.dirname(entry.path), entry.name))
+
+    while waiting or links:
+        if not waiting:  # links come last, so that they give way to what they point to
+            later, links = sorted(links, key=lambda entry: entry.path), []
+            for entry in later:
+                try:
+                    take(entry, os.path.realpath(entry.path))
+                except OSError:  # it leads to itself, or through a folder that is closed to us
+                    odd["broken link"] += 1
+            continue
+        folder, real = waiting.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError:
+            odd["unreadable folder"] += 1
+            continue
+        for entry in entries:
+            if entry.is_symlink():
+                links.append(entry)
+            else:
+                take(entry, os.path.join(real, entry.name))
+    return [os.path.join(*place) for place in sorted(files)]
+
+
 def read_templates(given: str) -> tuple[str, ...]:
     """Prompts with "{}" for the class: "openai" (OpenCLIP's 80 for ImageNet), "simple" (its 7), or
     those of a file, one per line, with "{}" or CLIP_benchmark's "{c}"."""
@@ -177,7 +224,7 @@ def read_templates(given: str) -> tuple[str, ...]:
         return tuple(template("{}") for template in (few if given == "simple" else many))
     if not os.path.isfile(given):
         raise DataError(f"--templates: expected openai, simple or a file, found no file {given!r}")
-    lines = Path(given).read_text(encoding="utf-8").splitlines()
+    lines = lines_of(Path(given).read_text(encoding="utf-8"))
     words = [line.strip().replace("{c}", "{}") for line in lines if line.strip()]
     bad = [word for word in words if word.count("{}") != 1]
     if bad or not words:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from protoclip.config import parse_json
 from protoclip.data.files import write_atomic
 
 ROWS = {  # metric -> its row in a table; {}: the label before the metric's name
@@ -155,7 +156,7 @@ def read_results(path: str | os.PathLike[str]) -> Outcome:
         ValueError: the file is not a results.json.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
         for name in ("trained", "untrained", "floor"):
             if name == "trained" or content.get(name) is not None:
                 content[name] = {key: _read_set(one) for key, one in content[name].items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from protoclip.config import parse_json
+from protoclip.data.files import lines_of
 
 # The page's colours in the light theme; an SVG uses their names as CSS variables.
 CSS = resources.files("protoclip.report").joinpath("page.css").read_text(encoding="utf-8")
@@ -85,9 +87,9 @@ CHURN = tuple(
 def read_series(path: str | os.PathLike[str]) -> dict[str, tuple[list[float], list[float]]]:
     """Scalar -> its steps and values, from ``metrics.jsonl``; torn lines are skipped."""
     series: dict[str, tuple[list[float], list[float]]] = {}
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in lines_of(Path(path).read_text(encoding="utf-8", errors="replace")):
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-            record = json.loads(line)
+            record = parse_json(line)
             step = float(record.pop("step"))
             for name, value in record.items():
                 steps, values = series.setdefault(name, ([], []))

@@ -12,12 +12,19 @@ function gallery(box) {
   let shown = 0;
   const card = one => {
     const head = make("p"), row = make("div", { className: "thumbs" }), words = make("ul");
-    head.append(make("b", { textContent: "#" + one.cluster }), ` ${one.samples.toLocaleString()} samples`);
+    head.append(make("b", { textContent: "#" + one.cluster }), ` ${one.samples.toLocaleString()} sample${one.samples === 1 ? "" : "s"}`);
     for (const more of [one.class, one.words]) if (more) head.append(" · " + more);
     row.append(...(one.images ?? []).map(item => image(box.dataset.run, item.picture, item.caption)));
     words.append(...(one.captions ?? one.names ?? []).map(text => make("li", { textContent: text })));
     const whole = make("div", { className: "proto" });
     whole.append(head, row, words);
+    if (one.members) {  // every name, written when it is asked for: there may be very many
+      const all = make("details"), names = make("pre");
+      const plural = one.members.length === 1 ? "" : "s";
+      all.append(make("summary", { textContent: `all ${one.members.length.toLocaleString()} name${plural}` }), names);
+      all.ontoggle = () => { if (all.open) names.textContent = one.members.join("\n"); };
+      whole.append(all);
+    }
     return whole;
   };
   const more = () => list.append(...cards.slice(shown, shown += 24).map(card));
@@ -75,7 +82,7 @@ function map(box) {
         if (text) pen.rect(x - size * 0.8, y - size * 0.8, size * 1.6, size * 1.6);
         else pen.arc(x, y, size, 0, 7);
         pen.fill();
-        if (text || faint || !data.pictures.length || (state.only < 0 && n > 400)) continue;
+        if (text || faint || !(data.pictures[i] >= 0) || (state.only < 0 && n > 400)) continue;
         const face = faces[i] ??= Object.assign(image(box.dataset.run, data.pictures[i], ""), { onload: draw });
         if (face.complete) pen.drawImage(face, x - face.width / 4, y - face.height / 4, face.width / 2, face.height / 2);
       }
@@ -123,7 +130,7 @@ function map(box) {
   canvas.onpointermove = event => {
     const i = nearest(event);
     if (i < 0) return;
-    const words = data.words[i % n], seen = data.pictures.length;
+    const words = data.words[i % n], seen = data.pictures[i % n] >= 0;
     hint.replaceChildren((i >= n ? "caption: " : seen ? "image of: " : "") + words);
     if (seen) hint.prepend(image(box.dataset.run, data.pictures[i % n], words));
   };

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from protoclip.config import output_file
-from protoclip.data.files import write_atomic
+from protoclip.config import output_file, parse_json
+from protoclip.data.files import plural, write_atomic
 from protoclip.evaluate import results
 from protoclip.evaluate.results import Outcome, SetResults, number, rows_of
 from protoclip.prototypes import collapse
@@ -61,7 +61,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         raise ValueError(f"report: expected a run folder of protoclip.train, found no {file}")
     config: Any = None
     with contextlib.suppress(ValueError):
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise ValueError(f"report: expected settings as JSON in {file}; train again")
     run = Run(path.resolve().name, path, config, snapshot=load_snapshot(path))
@@ -198,6 +198,7 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
     )  # fmt: skip
     environment.filters.update(
         number=lambda value, sign="": number(value, sign).replace("-", "−"),
+        plural=plural,
         chart=figures.chart_svg,
         histogram=figures.histogram_svg,
         colour=lambda i: f"var(--c{i % len(figures.CYCLE)})",

@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from protoclip.data import PairDataset
-from protoclip.data.files import write_atomic
+from protoclip.config import parse_json
+from protoclip.data import PairDataset, Subset
+from protoclip.data.files import printable, write_atomic
 from protoclip.evaluate.tasks import EvalSet
 from protoclip.kmeans import kmeans
 from protoclip.model import Encoded
@@ -102,7 +103,7 @@ def save_snapshot(folder: str | os.PathLike[str], snapshot: Snapshot) -> None:
 def load_snapshot(folder: str | os.PathLike[str]) -> Snapshot:
     """The snapshot of a run folder; an empty one if it is missing or of another format."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        content = json.loads((Path(folder) / NAME).read_text(encoding="utf-8"))
+        content = parse_json((Path(folder) / NAME).read_text(encoding="utf-8"))
         if content.pop("format") == FORMAT:
             return Snapshot(**content)
     return Snapshot()
@@ -122,15 +123,23 @@ def every(values: Tensor, count: int) -> Tensor:
     return values[torch.linspace(0, len(values) - 1, min(count, len(values))).round().long()]
 
 
+def _origin(dataset: PairDataset, i: int) -> tuple[PairDataset, int]:
+    """The data set, and the place in it, that a subset takes its sample ``i`` from."""
+    if isinstance(dataset, Subset):
+        return _origin(dataset.dataset, int(dataset.indices[i]))
+    return dataset, i
+
+
 class Thumbnails:
-    """Small pictures, each encoded once."""
+    """Small pictures, each read and encoded once."""
 
     def __init__(self) -> None:
         self.made: list[str] = []
         self._known: dict[tuple[int, int], int] = {}
 
     def item(self, dataset: PairDataset, i: int, hit: bool = False) -> dict[str, Any]:
-        key = (id(dataset), i)
+        source, place = _origin(dataset, i)
+        key = (id(source), place)
         if key not in self._known:
             picture = dataset.image(i).convert("RGB")
             picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
@@ -139,6 +148,11 @@ class Thumbnails:
             self._known[key] = len(self.made)
             self.made.append(base64.b64encode(stream.getvalue()).decode("ascii"))
         return {"picture": self._known[key], "caption": caption_of(dataset, i), "hit": hit}
+
+    def number(self, dataset: PairDataset, i: int) -> int:
+        """The number of sample ``i``'s picture among those made so far; -1: it is not there."""
+        source, place = _origin(dataset, i)
+        return self._known.get((id(source), place), -1)
 
 
 def caption_of(dataset: PairDataset, i: int, k: int = 0) -> str:
@@ -188,7 +202,7 @@ def cluster_block(
     show: dict[str, Callable[[int], Any]] = {
         "images": partial(thumbs.item, dataset),
         "captions": partial(caption_of, dataset),
-        "names": dataset.keys.__getitem__,
+        "names": lambda i: printable(dataset.keys[i]),
     }
     known = next(iter(dataset.labels.values()), None)
     cards = []
@@ -251,9 +265,11 @@ def words_of_clusters(dataset: PairDataset, labels: Tensor) -> dict[int, str]:
     return found
 
 
-def plane(samples: Samples, thumbs: Thumbnails | None = None) -> dict[str, Any]:
+def plane(
+    samples: Samples, thumbs: Thumbnails | None = None, *, reads: bool = True
+) -> dict[str, Any]:
     """The map: positions of images, then captions, in 16 bits, and the classes that colour them;
-    with ``thumbs`` also their pictures."""
+    with ``thumbs`` also their pictures, and unless it ``reads`` them, those made already."""
     n = len(samples.dataset)
     # Without centring, a map would show little but the modality gap.
     parts = [_unit(rows) for rows in (samples.encoded.image, samples.encoded.text) if len(rows)]
@@ -267,7 +283,11 @@ def plane(samples: Samples, thumbs: Thumbnails | None = None) -> dict[str, Any]:
         for key, (ids, names) in labels.items()
     }
     words = [caption_of(samples.dataset, i)[:60] for i in range(n)]
-    pictures = [thumbs.item(samples.dataset, i)["picture"] for i in range(n)] if thumbs else []
+    pictures: list[int] = []
+    if thumbs and reads:
+        pictures = [thumbs.item(samples.dataset, i)["picture"] for i in range(n)]
+    elif thumbs:
+        pictures = [thumbs.number(samples.dataset, i) for i in range(n)]
     xy = _base64((places * 65535).round().numpy().astype("<u2"))
     return {"n": n, "xy": xy, "by": colours, "words": words, "pictures": pictures}
 

@@ -1,0 +1,82 @@
+"""A run on the CPU: memory that malloc keeps, and what the log says when the cores are taken."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from ranks import bare_run
+
+from protoclip.train import busy_note, main
+
+FAULTS = """
+import resource, sys, torch
+from protoclip.train import keep_freed_memory
+torch.set_num_threads(1)
+if "keep" in sys.argv:
+    keep_freed_memory()
+def step():
+    parts = [torch.ones(2**22) for _ in range(8)]  # 16 MiB each, freed together
+    return sum(part[0] for part in parts)
+step(), step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_blocks_are_kept():
+    def faults(*words):
+        command = [sys.executable, "-c", FAULTS, *words]
+        return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+    assert 4 * faults("keep") < faults()  # 0 and 163,840, or of huge pages 320
+
+
+def test_malloc_is_set_in_our_own_process_only(tmp_path, monkeypatch, no_page):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    monkeypatch.setattr("protoclip.train.keep_freed_memory", lambda: calls.append(1))
+    flags = bare_run(tmp_path, "--max-steps", "1", "--method", "clip")
+    flags += ["--name", "called"]
+    monkeypatch.setattr(sys, "argv", ["script.py", "its-own-word", *flags])
+    assert main(flags) == 0 and not calls
+    flags += ["--name", "command"]
+    monkeypatch.setattr(sys, "argv", ["protoclip", "train", *flags])
+    assert main(flags) == 0 and calls == [1]  # as protoclip.__main__ calls it
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--name", "module"])
+    assert main(None) == 0 and calls == [1, 1]
+
+
+@pytest.fixture
+def threads():
+    count = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(count)
+
+
+def test_the_log_begins_with_a_busy_machine(tmp_path, monkeypatch, no_page, threads):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    flags = bare_run(tmp_path, "--max-steps", "1", "--method", "clip")
+    for load, name in ((2.1, "busy"), (2.0, "free")):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert main([*flags, "--name", name]) == 0
+        first = (tmp_path / "logs" / name / "out.log").read_text().splitlines()[0]
+        assert ("note: the load is 2.1 on 2 cores" in first) == (load > 2)
+        assert ("OMP_WAIT_POLICY=passive" in first) == (load > 2)
+
+
+def test_nothing_is_said_where_it_does_not_help(monkeypatch, threads):
+    monkeypatch.setattr("os.getloadavg", lambda: (1000.0, 0.0, 0.0))
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert busy_note(cpu) == ""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert busy_note(cpu) and busy_note(torch.device("cuda")) == ""
+    torch.set_num_threads(1)
+    assert busy_note(cpu) == ""

@@ -1,0 +1,65 @@
+"""A disk that is full, or a folder that is missing: one sentence, an OSError, no torn file."""
+
+import errno
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ranks import bare_run, full_disk
+
+import protoclip
+from protoclip import export
+from protoclip.cluster import main as cluster
+from protoclip.train import main as train
+
+
+def test_clusters_are_saved_whole_or_not_at_all(tmp_path):
+    clusters = protoclip.kmeans(torch.randn(500, 8), 4)
+    with pytest.raises(FileNotFoundError, match="missing/x.safetensors"):
+        clusters.save(tmp_path / "missing" / "x.safetensors")
+    clusters.save(tmp_path / "x.safetensors")
+    before = (tmp_path / "x.safetensors").read_bytes()
+    with full_disk(1000), pytest.raises(OSError, match=r"cannot write: .*x.safetensors") as raised:
+        clusters.save(tmp_path / "x.safetensors")
+    assert raised.value.errno == errno.EFBIG
+    assert (tmp_path / "x.safetensors").read_bytes() == before and len(
+        list(tmp_path.iterdir())
+    ) == 1
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_an_export_leaves_nothing_behind(trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    with full_disk(50_000):
+        assert export.main([str(trained), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "cannot write: File too large" in said
+    assert f"{out}/open_clip_model.safetensors" in said and list(out.iterdir()) == []
+    assert export.main([str(trained), "--out", str(out)]) == 0
+
+
+@pytest.mark.parametrize("room", [200, 8000])
+def test_groups_of_pictures_on_a_full_disk(tmp_path, nano, capsys, room):
+    """First features.npz does not fit, then the page."""
+    (tmp_path / "photos").mkdir()
+    for i in range(20):
+        picture = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(str(tmp_path / "photos" / f"{i}.png"))
+    flags = ["--model", str(nano), "--pretrained", "random", "--k", "2"]
+    with full_disk(room):
+        code = cluster([str(tmp_path / "photos"), *flags, "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    name = "features.npz" if room == 200 else "report.html"
+    assert code == 2 and said.count("error: ") == 1 and "Traceback" not in said
+    assert f"cannot write: File too large: '{tmp_path}/out/{name}'" in said
+    assert not [path for path in (tmp_path / "out").iterdir() if path.suffix == ".tmp"]
+
+
+def test_a_run_without_a_checkpoint_is_not_told_to_resume(tmp_path, monkeypatch, capsys, no_page):
+    monkeypatch.chdir(tmp_path)
+    flags = bare_run(tmp_path, "--max-steps", "2", "--method", "clip", "--name", "r")
+    with full_disk(60_000):
+        assert train(flags) == 2
+    said = capsys.readouterr().err
+    assert "there is no checkpoint yet" in said and "intact" not in said and "Traceback" not in said
