@@ -45,11 +45,12 @@ from benchmarks.rivals import RIVALS
 from benchmarks.study_report import CLIP, EQUAL_TIME, PAGE, PROTO, score, write_report
 from protoclip import train
 from protoclip.commands import TASKS, train_parser
-from protoclip.config import TrainConfig, parse
+from protoclip.config import TrainConfig
 from protoclip.data import DataError, EpochOrder, PairDataset, Subset, open_dataset
 from protoclip.data.types import heldout_mask
 from protoclip.evaluate.datasets import EMOJI_TEMPLATES, Layout
 from protoclip.evaluate.tasks import Encoder, EvalSet, PixelEncoder, encode_set, evaluate_features
+from protoclip.flags import parse
 from protoclip.model import build_model
 from protoclip.prototypes import INTERNAL
 from protoclip.run_folder import NullRunFolder

@@ -1,34 +1,33 @@
-"""Every setting of a run, and the command-line flags that are made from the settings.
+"""Every setting of a run, its checks, and its way to JSON and back; presets.
 
-A setting's field holds its default, meaning and limits. A flag has OpenCLIP's name if OpenCLIP has
-the flag, otherwise the ProtoCLIP authors' name if they have it.
+A setting's field holds its default, meaning and limits. Its flag has OpenCLIP's name if OpenCLIP
+has the flag, otherwise the ProtoCLIP authors' name if they have it; ``protoclip.flags`` makes the
+parsers.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
-import difflib
-import importlib.util
-import io
 import json
 import math
-import os
-import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 PRECISIONS = ("auto", "fp32", "amp_bf16", "amp")
-PURE_PRECISIONS = ("bf16", "fp16", "pure_bf16", "pure_fp16")  # OpenCLIP's, with 16-bit weights
 BOARDS = ("tensorboard", "wandb", "tensorboard,wandb", "none")
 JSON_LEVELS = 100  # lists and objects inside each other
 PRESETS = Path(__file__).parent / "presets"
 TABLE = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")  # how to read a table
 Config = TypeVar("Config")
 to_dict = dataclasses.asdict  # a config as a nested plain dict, ready for JSON
+
+
+def default_clusters(samples: int) -> int:
+    """The number of prototypes where none is set: a tenth of the samples that are clustered."""
+    return max(1, samples // 10)
 
 
 def option(
@@ -39,10 +38,15 @@ def option(
     choices: Any = None,
     low: Any = 0,
     high: Any = None,
+    fixed: bool = False,
 ) -> Any:
-    """A dataclass field that is also a flag; ``low`` and ``high`` limit numbers, inclusively."""
+    """A dataclass field that is also a flag.
+
+    ``low`` and ``high`` limit numbers, inclusively. ``fixed``: the setting decides the order of the
+    samples or the set of tensors, so a resumed run must keep it.
+    """
     limits = {"choices": choices, "low": low, "high": high}
-    return field(default=default, metadata={"help": help, "flag": flag, **limits})
+    return field(default=default, metadata={"help": help, "flag": flag, "fixed": fixed, **limits})
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -95,17 +99,6 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], base: Config | None 
     return replace(base, **changes)  # type: ignore[type-var]
 
 
-def precision_name(name: str) -> str:
-    """The precision that a flag names, by our name or OpenCLIP's; for argparse."""
-    if name in PURE_PRECISIONS:
-        remedy = "amp_bf16" if "bf16" in name else "amp"
-        raise argparse.ArgumentTypeError(
-            f"expected fp32 weights, got {name}, which keeps them in 16 bits; use {remedy}, which "
-            "only computes in 16 bits"
-        )
-    return "amp_bf16" if name == "amp_bfloat16" else name
-
-
 def flag_of(item: dataclasses.Field) -> str:
     """The flag of a setting."""
     return "--" + (item.metadata["flag"] or item.name.replace("_", "-"))
@@ -143,18 +136,23 @@ class DataConfig:
         "globs, urls; sources joined by '::'",
     )
     val_data: str = option("", "data to evaluate on; default: the held-out part of built-in data")
-    train_num_samples: int = option(0, "use only the first N samples; 0: all")
-    shuffle_buffer: int = option(-1, "samples mixed; 0: all; -1: all, but 10000 of urls", low=-1)
+    train_num_samples: int = option(0, "use only the first N samples; 0: all", fixed=True)
+    shuffle_buffer: int = option(
+        -1, "samples mixed; 0: all; -1: all, but 10000 of urls", low=-1, fixed=True
+    )
     max_bad_fraction: float = option(0.05, "largest share of unusable samples", high=1)
     csv_separator: str = option("\t", "separator of a .csv/.tsv file (default: tab)")
     csv_img_key: str = option("filepath", "column of the image path")
     csv_caption_key: str = option("title", "column of the caption")
     csv_encoding: str = option("utf-8", "encoding of a .csv/.tsv file", flag="encoding")
-    augmentation: str = option("clip", "paper: ProtoCLIP's", choices=("paper", "clip", "none"))
+    augmentation: str = option(
+        "clip", "paper: ProtoCLIP's", choices=("paper", "clip", "none"), fixed=True
+    )
     captions: str = option(
         "canonical",
         "which of several is used: any, the first, or the first half of the time ('canonical')",
         choices=("random", "canonical", "first"),
+        fixed=True,
     )
     workers: int = option(0, "processes that read images; 0: in the training process")
 
@@ -163,26 +161,42 @@ class DataConfig:
 class ModelConfig:
     """Model"""
 
-    model: str = option("protoclip-tiny", "OpenCLIP model, config .json, local-dir:PATH, hf-hub:ID")
+    model: str = option(
+        "protoclip-tiny", "OpenCLIP model, config .json, local-dir:PATH, hf-hub:ID", fixed=True
+    )
     pretrained: str = option("", "weights to start from: an OpenCLIP tag or a checkpoint file")
-    force_image_size: int = option(0, "side of an image in pixels; 0: the model's")
-    force_context_length: int = option(0, "tokens of a caption; 0: the model's")
-    lock_image: bool = option(False, "freeze the image tower, train only the text (LiT)")
-    lock_text: bool = option(False, "freeze the text tower")
-    siglip: bool = option(False, "SigLIP's sigmoid loss and logit bias instead of InfoNCE")
+    force_image_size: int = option(0, "side of an image in pixels; 0: the model's", fixed=True)
+    force_context_length: int = option(0, "tokens of a caption; 0: the model's", fixed=True)
+    lock_image: bool = option(
+        False, "freeze the image tower, train only the text (LiT)", fixed=True
+    )
+    lock_text: bool = option(False, "freeze the text tower", fixed=True)
+    siglip: bool = option(
+        False, "SigLIP's sigmoid loss and logit bias instead of InfoNCE", fixed=True
+    )
     grad_checkpointing: bool = option(False, "recompute activations: less memory, more time")
-    add_projection_head: bool = option(True, "put projection heads before the prototypes")
-    projection_hidden_dim: int = option(512, "width of the projection heads (paper: 2048)", low=1)
-    use_bn_sync: bool = option(True, "batch norm of the projection heads over all ranks' samples")
-    projection_dim: int = option(64, "output of the projection heads (paper: 128)", low=1)
+    add_projection_head: bool = option(
+        True, "put projection heads before the prototypes", fixed=True
+    )
+    projection_hidden_dim: int = option(
+        512, "width of the projection heads (paper: 2048)", low=1, fixed=True
+    )
+    use_bn_sync: bool = option(
+        True, "batch norm of the projection heads over all ranks' samples", fixed=True
+    )
+    projection_dim: int = option(
+        64, "output of the projection heads (paper: 128)", low=1, fixed=True
+    )
 
 
 @dataclass(frozen=True)
 class EpisodeConfig:
     """Episodes and prototypes"""
 
-    size: int = option(0, "samples per episode; 0: one epoch", flag="episode-size")
-    replacement: bool = option(False, "draw with replacement (paper)", flag="episode-replacement")
+    size: int = option(0, "samples per episode; 0: one epoch", flag="episode-size", fixed=True)
+    replacement: bool = option(
+        False, "draw with replacement (paper)", flag="episode-replacement", fixed=True
+    )
     features: str = option(
         "auto",
         "features that give clusters and labels: 'extract' runs a forward pass over the episode's "
@@ -190,6 +204,7 @@ class EpisodeConfig:
         "second pass over the data; 'auto': reuse where the run makes two passes and memory allows",
         flag="episode-features",
         choices=("auto", "extract", "reuse"),
+        fixed=True,
     )
     num_clusters: int = option(0, "prototypes per source; 0: a tenth of the episode", flag="k")
     target_temperature: float = option(0.01, "for internal soft targets; 0: hard labels")
@@ -257,9 +272,11 @@ class RunConfig:
 
     name: str = option("", "folder under --logs; default: date and time, method, seed")
     logs: str = option("logs", "where run folders go")
-    seed: int = option(0, "same seed, same machine, same run", high=2**31)
+    seed: int = option(0, "same seed, same machine, same run", high=2**31, fixed=True)
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
-    precision: str = option("auto", "auto: amp_bf16 on a GPU that has it", choices=PRECISIONS)
+    precision: str = option(
+        "auto", "auto: amp_bf16 on a GPU that has it", choices=PRECISIONS, fixed=True
+    )
     dist_backend: str = option("auto", "auto: nccl on GPUs", choices=("auto", "nccl", "gloo"))
     dist_timeout: float = option(1800.0, "seconds that a process waits for others", low=1)
     log_every_n_steps: int = option(1, "steps between lines of metrics.jsonl", low=1)
@@ -281,7 +298,9 @@ class RunConfig:
 class TrainConfig:
     """All settings of a run; written to config.json, read back by ``from_dict``."""
 
-    method: str = option("protoclip", "clip: InfoNCE only", choices=("protoclip", "clip"))
+    method: str = option(
+        "protoclip", "clip: InfoNCE only", choices=("protoclip", "clip"), fixed=True
+    )
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     episode: EpisodeConfig = field(default_factory=EpisodeConfig)
@@ -322,209 +341,13 @@ class ProtoConfig:
         if self.k > self.queue:
             raise ValueError(
                 f"--proto-k: expected at most --proto-queue = {self.queue}, got {self.k}; "
-                f"use --proto-k {max(1, self.queue // 10)} or a longer queue"
+                f"use --proto-k {default_clusters(self.queue)} or a longer queue"
             )
 
     @property
     def num_clusters(self) -> int:
         """Prototypes per modality."""
-        return self.k or max(1, self.queue // 10)
-
-
-EVALUATE = "evaluate the run afterwards: protoclip evaluate RUN --data DIR"
-# Removed flags and common wrong names, each with what to do instead.
-RETIRED = {
-    "--ema-decay": "extraction uses the model itself; leave the flag out",
-    "--normalize-centroids": "centroids are plain means; leave the flag out",
-    "--external-target-temperature": "external targets are hard labels; leave the flag out",
-    "--learning-rate": "the flag is --lr",
-    "--weight-decay": "the flag is --wd",
-    "--num-clusters": "the flag is --k",
-    **dict.fromkeys(("--imagenet-val", "--imagenet-v2", "--zeroshot-frequency"), EVALUATE),
-}
-# Flags of OpenCLIP's trainer that are accepted and change nothing: arguments, and the reason.
-NEEDLESS: dict[str, tuple[dict[str, Any], str]] = {
-    "--local-loss": ({"action": "store_true"}, "the loss is exact over all processes"),
-    "--gather-with-grad": ({"action": "store_true"}, "the loss is exact over all processes"),
-    "--save-most-recent": ({"action": "store_true"}, "epoch_latest.pt is always written"),
-    "--ddp-static-graph": ({"action": "store_true"}, "each step reduces its gradients once"),
-    "--no-set-device-rank": ({"action": "store_true"}, "--device says which GPU"),
-    "--dist-url": ({"metavar": "URL"}, "the launcher's variables say where processes meet"),
-    "--opt": ({"choices": ["adamw"]}, "AdamW is the only optimiser"),
-}
-
-
-def open_clips_help() -> str:
-    """The help of open_clip_train without its usage line; "" if it is not installed."""
-    if importlib.util.find_spec("open_clip_train") is None:
-        return ""
-    from open_clip_train.params import parse_args  # loads nothing else
-
-    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
-        parse_args(["--help"])
-    return "open_clip_train's " + text.getvalue().partition("\n\n")[2].rstrip()
-
-
-def refusal(flag: str, known: Collection[str]) -> str:
-    """One line: why a command lacks this flag, and what to do."""
-    name = flag.partition("=")[0]
-    if name in RETIRED:
-        return f"{name}: {RETIRED[name]}"
-    if "--train-data" in known and name in open_clips_help().split():
-        return f"{name}: a flag of OpenCLIP's trainer; use protoclip openclip"
-    names = [option.removeprefix("--") for option in known]
-    near = difflib.get_close_matches(name.removeprefix("--"), names, n=1)
-    return f"{name}: no such flag; " + (f"did you mean --{near[0]}?" if near else "see --help")
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line that names a remedy.
-
-    --help shows only the ``everyday`` flags, if any are given, and ``example``; --help-all all.
-    """
-
-    def __init__(
-        self, prog: str, everyday: Sequence[str] = (), example: str = "", **arguments: Any
-    ) -> None:
-        super().__init__(prog=prog, allow_abbrev=False, **arguments)
-        self.example = f"\nexample: {example}\n" if example else ""
-        words = "show the other flags too" if everyday else argparse.SUPPRESS
-        self.add_argument("--help-all", action="help", help=words)
-        self.everyday = {*everyday, "--help", "--help-all"} if everyday else set()
-
-    def format_help(self) -> str:
-        for action in self._actions if self.everyday else ():
-            if action.option_strings and self.everyday.isdisjoint(action.option_strings):
-                action.help = argparse.SUPPRESS
-        return super().format_help() + self.example
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = list(sys.argv[1:] if args is None else args)
-        self.everyday = set() if "--help-all" in words else self.everyday
-        options = self._option_string_actions
-        for word in words:
-            if word == "--":
-                break
-            # Checked before argparse, which would report a missing flag, not the misspelt one.
-            if word.startswith("--") and " " not in word and word.partition("=")[0] not in options:
-                self.error(refusal(word, options))
-        parsed, rest = self.parse_known_args(words, namespace)
-        if rest:
-            self.error(f"expected a flag, got {rest[0]!r}; a flag takes one value")
-        return parsed
-
-
-def add_flag(
-    group: Any, flag: str, default: Any, help: str, choices: Sequence[str] = (), setting: str = ""
-) -> None:
-    """Add a flag with the type of its default; the help shows the default. With ``setting``, a
-    dotted name, the parsed flags hold a value only if the command line gives the flag."""
-    kind, shown = type(default), "" if default in ("", "\t") else f" (default: {default})"
-    words: dict[str, Any] = {"default": default, "help": help + shown}
-    if kind is bool:
-        words["action"] = argparse.BooleanOptionalAction
-    elif choices:
-        words["choices"] = choices
-        if choices == PRECISIONS:
-            words["type"] = precision_name
-    else:
-        words |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
-    if setting:
-        words |= {"dest": setting, "default": argparse.SUPPRESS}
-    group.add_argument(flag, **words)
-
-
-def add_options(group: Any, settings: Any, prefix: str = "", only: Iterable[str] = ()) -> None:
-    """Add a flag for each field of a section, or only for the named fields."""
-    for item in dataclasses.fields(settings):
-        default, words = getattr(settings, item.name), item.metadata
-        if not dataclasses.is_dataclass(default) and (not only or item.name in only):
-            flag, setting = flag_of(item), prefix + item.name
-            add_flag(group, flag, default, words["help"], words["choices"], setting)
-
-
-def build_parser(
-    prog: str, description: str, everyday: Sequence[str] = (), example: str = ""
-) -> Parser:
-    """A parser with one titled group per section of ``TrainConfig``."""
-    parser = Parser(prog, everyday, example, usage="%(prog)s [options]", description=description)
-    words = f"settings to start from: {', '.join(preset_names())}, or a .json file, such as a "
-    add_flag(parser, "--preset", "default", words + "run's config.json")
-    add = parser.add_argument
-    words = "the ProtoCLIP authors' settings: --preset paper"
-    add("--paper", dest="preset", action="store_const", const="paper", help=words)
-    add("--print-config", action="store_true", help="print all settings as JSON and exit")
-    words = "OpenCLIP's flag; must agree with the name of --train-data; synthetic: "
-    words += "builtin:shapes:N with N from --train-num-samples"
-    kinds = ("auto", "webdataset", "csv", "synthetic")
-    add_flag(parser, "--dataset-type", "auto", words, choices=kinds)
-    for flag, (arguments, _) in NEEDLESS.items():
-        add(flag, dest=flag, help=argparse.SUPPRESS, **arguments)
-    defaults = TrainConfig()
-    add_options(parser, defaults)
-    for name, section in vars(defaults).items():
-        if dataclasses.is_dataclass(section):
-            add_options(parser.add_argument_group(str(section.__doc__)), section, f"{name}.")
-    return parser
-
-
-def parse(parser: Parser, argv: Sequence[str] | None) -> TrainConfig:
-    """Command line to a checked config; see ``parse_more``."""
-    return parse_more(parser, argv)[0]
-
-
-def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig, dict[str, Any]]:
-    """Command line to a checked config, and the values of the command's own flags.
-
-    Raises:
-        ValueError: a value out of its limits, no such preset, or flags that contradict each other.
-        SystemExit: with code 0 after --print-config, with 2 for a flag that the parser lacks.
-    """
-    given = vars(parser.parse_args(argv))  # only those on the command line
-    kind, name, show = (given.pop(key) for key in ("dataset_type", "preset", "print_config"))
-    for flag, (_, reason) in NEEDLESS.items():
-        if given.pop(flag):
-            print(f"{parser.prog}: note: {flag} changes nothing: {reason}", file=sys.stderr)
-    own = {key: given.pop(key) for key in [*given] if "." not in key and key != "method"}
-    preset = load_preset(name)
-    changes: dict[str, Any] = {}
-    for key, value in given.items():
-        section, _, setting = key.rpartition(".")
-        (changes.setdefault(section, {}) if section else changes)[setting] = value
-    config = _of_type(kind, from_dict(TrainConfig, changes, preset))
-    if config.run.resume == "latest":  # OpenCLIP's word
-        config = replace(config, run=replace(config.run, resume="auto"))
-    if config.run.precision == "amp_bfloat16":  # from a file; a flag has been translated
-        config = replace(config, run=replace(config.run, precision="amp_bf16"))
-    check(config)
-    if config.episode.features == "reuse" and config.episode.infonce_warmup < 1:
-        raise ValueError(
-            "--episode-features reuse: needs an earlier episode's features; use "
-            "--infonce-warmup-epoch 1 or more"
-        )
-    if show:
-        print(json.dumps(to_dict(config), indent=2))
-        raise SystemExit(0)
-    return config, own
-
-
-def _of_type(kind: str, config: TrainConfig) -> TrainConfig:
-    """Apply OpenCLIP's --dataset-type; our readers follow from the name of the data."""
-    data = config.data.train_data
-    table, built_in = data.lower().endswith((".csv", ".tsv")), data.startswith("builtin:")
-    fits = {"csv": table, "webdataset": not (table or built_in), "synthetic": built_in}
-    if not fits.get(kind, True):
-        raise ValueError(
-            f"--dataset-type {kind}: expected such data in --train-data, got {data!r}; use "
-            "--dataset-type auto or other data"
-        )
-    if kind != "synthetic":
-        return config
-    spec = f"builtin:shapes:{config.data.train_num_samples or 2000}"
-    return replace(config, data=replace(config.data, train_data=spec, train_num_samples=0))
+        return self.k or default_clusters(self.queue)
 
 
 def preset_names() -> list[str]:
@@ -555,20 +378,3 @@ def load_preset(name: str) -> TrainConfig:
         return from_dict(TrainConfig, values, base)
     except ValueError as error:
         raise ValueError(f"--preset: {path} cannot be used: {error}") from error
-
-
-def output_file(path: str | os.PathLike[str], flag: str) -> Path:
-    """Return the path if a file can be written there, else raise ValueError; folders may be new."""
-    if os.path.isdir(path):
-        raise ValueError(f"{flag}: expected a file, got the folder {path}; add a name to it")
-    check_above(Path(path), flag)
-    return Path(path)
-
-
-def check_above(path: Path, flag: str) -> None:
-    """Raise ValueError if no file or folder can be created at ``path``."""
-    above = next(parent for parent in path.parents if os.path.lexists(parent))
-    if not above.is_dir():
-        raise ValueError(f"{flag}: expected a path in a folder, got {path}, but {above} is a file")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"{flag}: {above} is not writable; choose another folder")

@@ -178,16 +178,9 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def generator(*stream: int) -> torch.Generator:
-    """A CPU generator for one purpose: equal ``stream`` numbers give equal draws on every rank.
-
-    Streams are (seed, purpose, position), so no draw depends on the number of earlier draws.
-    """
-    state = 0
-    for number in stream:
-        # A multiply-and-add over the odd constant of splitmix64 keeps (1, 2) and (2, 1) apart.
-        state = (state * 0x9E3779B97F4A7C15 + number + 1) % 2**63
-    return torch.Generator().manual_seed(state)
+def progress_hidden() -> bool | None:
+    """``disable`` of a progress bar: only the main process shows one, and only on a terminal."""
+    return None if is_main() else True
 
 
 def from_main(make: Callable[[], Result]) -> Result:

@@ -20,11 +20,12 @@ from torch import nn
 
 from protoclip import checkpoint
 from protoclip.commands import export_parser
-from protoclip.config import ModelConfig, TrainConfig, check_above, flat, from_dict
+from protoclip.config import ModelConfig, TrainConfig, flat, from_dict
 from protoclip.data.files import write_atomic, write_safetensors
 from protoclip.distributed import run_command
 from protoclip.evaluate.results import format_table, read_results
 from protoclip.model import build_model, register_configs
+from protoclip.paths import check_above
 
 PROG = "protoclip export"
 TASK = "zero-shot-image-classification"  # as the hub calls it

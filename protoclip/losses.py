@@ -47,15 +47,15 @@ from protoclip.ops.contrastive import (
     side_weights,
     sigmoid_loss,
 )
-from protoclip.ops.pairs import SAME_ID, Given, Pairs, SameId, check_ids, pairs_of
+from protoclip.ops.pairs import LEFT_OUT, SAME_ID, Given, Pairs, SameId, check_ids, pairs_of
 from protoclip.prototypes import (
     EXTERNAL,
-    IGNORE,
     Episode,
     OnlinePrototypes,
     PrototypeBuilder,
     PrototypeSet,
 )
+from protoclip.seeds import mix
 
 if TYPE_CHECKING:  # loads open_clip, which a loss alone does not need
     from protoclip.model import Encoded
@@ -670,8 +670,6 @@ class ProtoLoss(nn.Module):
 
 def caption_ids(tokens: Tensor) -> Tensor:
     """int64 [B], equal for equal caption tokens [B, L]; others collide once in 2^47 pairs."""
-    from protoclip.data.types import mix  # loads Pillow, which ``import protoclip`` must not
-
     factors = torch.from_numpy(mix(0, np.arange(tokens.shape[1])).view(np.int64))
     return (tokens.long() * factors.to(tokens.device)).sum(dim=1)
 
@@ -707,7 +705,7 @@ def prototype_term(
 
     Args:
         features: modality -> [B, Dh], unit rows.
-        labels: source -> int64 [B]; IGNORE leaves a sample out.
+        labels: source -> int64 [B]; LEFT_OUT leaves a sample out.
         sets: at least one.
         scale: the multiplier.
         over_ranks: scale so that the mean over ranks is the mean over all samples with a label.
@@ -723,14 +721,14 @@ def prototype_term(
         result = prototype_losses(rows, banks, scale, reduction=reduction)
         losses += list(_over_ranks(result.loss, banks) if over_ranks else result.loss)
         for item, bank, nearest in zip(of_student, banks, result.nearest, strict=True):
-            counts = torch.stack([(nearest == bank.labels).sum(), (bank.labels != IGNORE).sum()])
+            counts = torch.stack([(nearest == bank.labels).sum(), (bank.labels != LEFT_OUT).sum()])
             hits[item.source] = hits.get(item.source, 0) + counts.float()
     return PrototypeTerm(torch.stack(losses).mean(), hits)
 
 
 def _over_ranks(losses: Tensor, banks: Sequence[Bank]) -> Tensor:
     """[S, B] -> [S], scaled so that the mean over ranks is the mean over all labelled samples."""
-    counts = torch.stack([(bank.labels != IGNORE).sum() for bank in banks])
+    counts = torch.stack([(bank.labels != LEFT_OUT).sum() for bank in banks])
     counts = mean_over_ranks(counts.to(losses.dtype))
     return losses.sum(dim=1) / counts.where(counts > 0, 1.0)
 

@@ -23,7 +23,8 @@ from open_clip import loss as theirs
 from torch import nn
 
 from protoclip.commands import openclip_parser
-from protoclip.config import ProtoConfig, refusal
+from protoclip.config import ProtoConfig
+from protoclip.flags import refusal
 from protoclip.losses import ClipLoss, ProtoClipLoss, SigLipLoss, caption_ids
 from protoclip.model import register_configs
 

@@ -18,12 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from protoclip.commands import plan_parser
-from protoclip.config import TrainConfig, parse_more
+from protoclip.config import TrainConfig
 from protoclip.distributed import run_command
 from protoclip.feature_store import buffer_bytes, table_bytes, wants_to_reuse
+from protoclip.flags import parse_more
 from protoclip.model import ProtoModel, build_model
 from protoclip.prototypes import check_clusters
-from protoclip.train import teacher_spec
+from protoclip.teacher import teacher_spec
 
 PROG = "protoclip plan"
 FP32, INT32, INT64 = 4, 4, 8

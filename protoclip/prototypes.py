@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from protoclip.config import EpisodeConfig
+from protoclip.config import EpisodeConfig, default_clusters
 from protoclip.distributed import (
     Group,
     all_ranks,
     broadcast,
     gather_rows,
-    generator,
     is_main,
     max_over_ranks,
     own_slice,
@@ -36,12 +35,13 @@ from protoclip.distributed import (
 from protoclip.feature_store import Features
 from protoclip.kmeans import Clusters, global_segment_mean, kmeans
 from protoclip.ops import Bank, kmeans_assign, soft_targets
+from protoclip.ops.pairs import LEFT_OUT
+from protoclip.seeds import generator
 
 if TYPE_CHECKING:  # both load open_clip, which a loss alone does not need
     from protoclip.data import Batch
     from protoclip.model import Encoded, ProtoModel
 
-IGNORE = -100  # label of a sample that belongs to no cluster, as in torch's cross-entropy
 INTERNAL = {"image": "text", "text": "image"}  # source -> its student
 EXTERNAL = "external"  # the source that is a teacher
 BALANCED_ROWS = 4096  # newest rows of the queue that share a balanced assignment with a batch
@@ -176,7 +176,7 @@ class Episode:
     """
 
     positions: Tensor  # int64 [M], sorted: the samples that the episode trains on
-    labels: Mapping[str, Tensor]  # source -> int32 [M], IGNORE: nothing is stored of the sample
+    labels: Mapping[str, Tensor]  # source -> int32 [M], LEFT_OUT: nothing is stored of the sample
     centroids: Mapping[str, Tensor]  # source -> [K, Ds], for the next warm start
     sets: tuple[PrototypeSet, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -186,9 +186,47 @@ class Episode:
         place = torch.searchsorted(self.positions, index).clamp_max(len(self.positions) - 1)
         known = self.positions[place] == index
         return {
-            source: labels[place].long().masked_fill(~known, IGNORE)
+            source: labels[place].long().masked_fill(~known, LEFT_OUT)
             for source, labels in self.labels.items()
         }
+
+    def labels_by_position(self, samples: int) -> dict[str, Tensor]:
+        """Source -> the label of every sample of the dataset, int64 [samples] on the CPU;
+        LEFT_OUT without one."""
+        by_position = {}
+        for source, labels in self.labels.items():
+            rows = torch.full((samples,), LEFT_OUT)
+            rows[self.positions.cpu()] = labels.long().cpu()
+            by_position[source] = rows
+        return by_position
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and names for a checkpoint."""
+        return {
+            "positions": self.positions,
+            "labels": dict(self.labels),
+            "centroids": dict(self.centroids),
+            "sets": [vars(item) for item in self.sets],
+            "metrics": dict(self.metrics),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> Episode:
+        """The inverse of ``state_dict``."""
+
+        def moved(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {
+                name: value.to(device) if isinstance(value, Tensor) else value
+                for name, value in values.items()
+            }
+
+        return cls(
+            positions=state["positions"].to(device),
+            labels=moved(state["labels"]),
+            centroids=moved(state["centroids"]),
+            sets=tuple(PrototypeSet(**moved(values)) for values in state["sets"]),
+            metrics=state["metrics"],
+        )
 
 
 @dataclass(frozen=True)
@@ -225,7 +263,7 @@ class EpisodeBuilder:
         """
         device = features.index.device
         coming = coming.to(device)
-        num_clusters = min(self.config.num_clusters or max(1, len(coming) // 10), len(coming))
+        num_clusters = min(self.config.num_clusters or default_clusters(len(coming)), len(coming))
         builder = PrototypeBuilder(self.config, all_ranks())
         sets: list[PrototypeSet] = []
         all_labels: dict[str, Tensor] = {}
@@ -278,11 +316,11 @@ class EpisodeBuilder:
         self, source: str, coming: Tensor, labels: Tensor, previous: Episode | None
     ) -> dict[str, float]:
         """Share of samples with a label, churn since the last episode, purity by known classes."""
-        known = labels != IGNORE
+        known = labels != LEFT_OUT
         values = {"labelled": float(known.float().mean())}
         if previous is not None and source in previous.labels:
             before = previous.labels_of(coming)[source]
-            both = known & (before != IGNORE)
+            both = known & (before != LEFT_OUT)
             if both.any():
                 values["churn"] = 1 - purity(labels[both].long(), before[both])
         for name, ids in self.classes.items():
@@ -292,8 +330,8 @@ class EpisodeBuilder:
 
 def _labels_of_all_ranks(coming: Tensor, index: Tensor, labels: Tensor) -> Tensor:
     """int32 [M], the labels of the coming samples, from each rank's labels [N] of the positions
-    ``index`` [N]; IGNORE where no rank has one."""
-    of_all = torch.full((len(coming),), IGNORE, dtype=torch.int32, device=coming.device)
+    ``index`` [N]; LEFT_OUT where no rank has one."""
+    of_all = torch.full((len(coming),), LEFT_OUT, dtype=torch.int32, device=coming.device)
     of_all[torch.searchsorted(coming, index.contiguous())] = labels.int()
     return max_over_ranks(of_all)
 
@@ -304,11 +342,12 @@ def check_clusters(config: EpisodeConfig, samples: int) -> int:
     Raises:
         ValueError: there are more clusters than samples.
     """
-    num_clusters = config.num_clusters or max(1, samples // 10)
+    num_clusters = config.num_clusters or default_clusters(samples)
     if num_clusters > samples:
         raise ValueError(
             f"--k: expected at most one cluster per sample, got k={num_clusters} for the {samples} "
-            f"samples of an episode; use --k {max(1, samples // 10)}, or a larger --episode-size"
+            f"samples of an episode; use --k {default_clusters(samples)}, or a larger "
+            "--episode-size"
         )
     return num_clusters
 
@@ -432,10 +471,12 @@ class StoredLabels:
     labels: Mapping[str, Tensor]  # source -> int64 [R]
 
     def labels_of(self, index: Tensor) -> dict[str, Tensor]:
-        """The labels of a batch from each source, int64 [B]; IGNORE for keys not stored."""
+        """The labels of a batch from each source, int64 [B]; LEFT_OUT for keys not stored."""
         place = torch.searchsorted(self.keys, index).clamp_max(len(self.keys) - 1)
         known = self.keys[place] == index
-        return {name: rows[place].masked_fill(~known, IGNORE) for name, rows in self.labels.items()}
+        return {
+            name: rows[place].masked_fill(~known, LEFT_OUT) for name, rows in self.labels.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -603,4 +644,4 @@ def balanced_labels(batch: Tensor, queue: Tensor, centroids: Tensor, group: Grou
             demand = sum_over_ranks((demand - top).exp()).log() + top
         prices = -demand
     labels = (scores[: len(batch)] + prices).argmax(dim=1)
-    return labels.masked_fill(~batch.isfinite().all(dim=1), IGNORE)
+    return labels.masked_fill(~batch.isfinite().all(dim=1), LEFT_OUT)

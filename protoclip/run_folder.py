@@ -10,15 +10,16 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from protoclip import checkpoint
-from protoclip.config import TrainConfig, check_above, flat, parse_json, to_dict
+from protoclip.config import TrainConfig, flat, parse_json, to_dict
 from protoclip.data.files import lines_of, write_atomic
+from protoclip.paths import check_above
 
 
 def choose_folder(config: TrainConfig) -> Path:
@@ -175,32 +176,3 @@ def _open_wandb(path: Path, config: TrainConfig) -> Any:
         write_atomic(known, secrets.token_hex(4))
     which = {"project": config.run.wandb_project_name, "name": path.name, "id": known.read_text()}
     return wandb.init(**which, resume="allow", dir=str(path), config=to_dict(config))
-
-
-class Resume(NamedTuple):
-    """A run to continue."""
-
-    folder: Path
-    file: Path
-    payload: Mapping[str, Any]
-    step: int
-
-
-def find_resume(config: TrainConfig) -> Resume | None:
-    """The run that ``--resume`` names; None: start a new one, as "auto" does without a checkpoint.
-
-    Raises:
-        ValueError: the named run has no readable checkpoint, or no state to continue from.
-    """
-    wish = config.run.resume
-    path = choose_folder(config) if wish == "auto" else Path(wish)
-    if not wish or (wish == "auto" and not checkpoint.candidates(path)):
-        return None
-    file, payload = checkpoint.load_newest(path)
-    folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
-    saved = payload.get("protoclip", {})
-    if not {"training", "config", "step"} <= saved.keys():
-        raise ValueError(
-            f"--resume: checkpoint {file} has no state of a run; load its weights with --pretrained"
-        )
-    return Resume(folder, file, payload, saved["step"])

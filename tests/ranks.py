@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from protoclip.config import TrainConfig, build_parser, parse
+from protoclip.config import TrainConfig
 from protoclip.data import open_dataset
 from protoclip.data.__main__ import export_shards
+from protoclip.flags import build_parser, parse
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(

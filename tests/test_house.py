@@ -11,10 +11,10 @@ ROOT = Path(protoclip.__file__).parent
 
 # A room imports from itself and from the rooms before it. The order is the data flow.
 ROOMS = [
-    "ops", "distributed", "config", "commands", "data", "model", "kmeans", "feature_store",
-    "prototypes", "losses",
-    "teacher", "checkpoint", "grad_cache", "step", "evaluate", "report", "cluster", "run_folder",
-    "schedule", "train", "openclip", "export", "plan", "sentence_transformers", "__main__",
+    "paths", "seeds", "host", "phases", "ops", "distributed", "config", "flags", "commands", "data",
+    "model", "kmeans", "feature_store", "prototypes", "losses", "teacher", "checkpoint",
+    "grad_cache", "step", "evaluate", "report", "cluster", "run_folder", "resume", "schedule",
+    "checks", "train", "openclip", "export", "plan", "sentence_transformers", "__main__",
 ]  # fmt: skip
 FLOOR = {room: number for number, room in enumerate(ROOMS)}
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")

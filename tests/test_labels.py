@@ -13,7 +13,8 @@ from protoclip.data import open_dataset
 from protoclip.data.loader import EpochOrder
 from protoclip.losses import ProtoClipLoss
 from protoclip.model import Encoded, build_model
-from protoclip.prototypes import IGNORE, balanced_labels
+from protoclip.ops.pairs import LEFT_OUT
+from protoclip.prototypes import balanced_labels
 from protoclip.run_folder import NullRunFolder
 from protoclip.schedule import make_plan
 from protoclip.train import Setup, Trainer
@@ -95,7 +96,7 @@ def test_labels_do_not_depend_on_the_features_of_their_step(tmp_path, ranks, mod
         for step in range(NOISY + 1):
             for want, labels in zip(calm[step], noisy[step], strict=True):
                 assert (labels == want).all(), step
-        assert all((labels != IGNORE).any() for labels in noisy[NOISY])
+        assert all((labels != LEFT_OUT).any() for labels in noisy[NOISY])
 
 
 def pairs(samples, seed=0, d=12):
@@ -129,7 +130,7 @@ def test_index_gives_the_labels_of_stored_rows_in_any_loop(keys):
     assert len(calm) == len(noisy) == 10  # five steps, images and texts
     assert all((a == b).all() for a, b in zip(calm, noisy, strict=True))
     # In step 1 the samples are new; from step 2 on each was seen two steps ago.
-    assert (calm[0] == IGNORE).all() and all((labels != IGNORE).all() for labels in calm[2:])
+    assert (calm[0] == LEFT_OUT).all() and all((labels != LEFT_OUT).all() for labels in calm[2:])
 
 
 def test_a_sample_that_left_the_capacity_has_no_label():
@@ -140,7 +141,7 @@ def test_a_sample_that_left_the_capacity_has_no_label():
         image, text = pairs(samples)
         loss(image.requires_grad_(), text, torch.tensor(14.0), index=samples)
     labels = loss.online.labels_of({}, torch.tensor([3, 45, 59]))
-    assert labels["image"][0] == IGNORE and (labels["text"][1:] >= 0).all()
+    assert labels["image"][0] == LEFT_OUT and (labels["text"][1:] >= 0).all()
 
 
 def test_a_balanced_assignment_uses_all_prototypes_where_the_nearest_would_use_one():

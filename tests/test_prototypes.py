@@ -12,8 +12,8 @@ from protoclip.feature_store import Features
 from protoclip.kmeans import kmeans
 from protoclip.losses import ProtoLoss, similarity_distillation
 from protoclip.model import Encoded, build_model
+from protoclip.ops.pairs import LEFT_OUT
 from protoclip.prototypes import (
-    IGNORE,
     EpisodeBuilder,
     Watch,
     collapse,
@@ -70,7 +70,7 @@ class TestEpisode:
         episode = episode_of(features)
         labels = episode.labels_of(torch.arange(DATASET))["image"]
         outside = ~torch.isin(torch.arange(DATASET), features.index)
-        assert (labels[outside] == IGNORE).all() and outside.any()
+        assert (labels[outside] == LEFT_OUT).all() and outside.any()
         counts = torch.bincount(labels[features.index])
         assert len(counts) == 7 and (counts > 0).all()
 
@@ -91,7 +91,7 @@ class TestEpisode:
             assert torch.equal(labels[seen], nearest)
             unseen = torch.ones(DATASET, dtype=torch.bool)
             unseen[seen] = False
-            assert (labels[unseen] == IGNORE).all()
+            assert (labels[unseen] == LEFT_OUT).all()
             assert episode.metrics[f"{source}_labelled"] == pytest.approx(len(seen) / len(coming))
         centroids = episode.centroids["external"].double()
         nearest = torch.cdist(teacher.double(), centroids).argmin(dim=1)

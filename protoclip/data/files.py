@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from protoclip.data.types import DataError
-from protoclip.ops.native import cache_dir
+from protoclip.paths import cache_dir
 
 # A part of fsspec's protocols; some of the others start processes.
 PROTOCOLS = ("http", "https", "s3", "gs", "hf", "file")

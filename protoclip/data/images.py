@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from protoclip.data.files import whole_file
 from protoclip.data.types import DataError
-from protoclip.ops.native import cache_dir
+from protoclip.paths import cache_dir
 
 logger = logging.getLogger(__name__)
 _warn = functools.lru_cache(logger.warning)  # once for each file

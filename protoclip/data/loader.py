@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from protoclip.data.images import Transform
-from protoclip.data.types import Batch, DataError, PairDataset, mix
+from protoclip.data.types import Batch, DataError, PairDataset
+from protoclip.seeds import mix
 
 STREAM_BUFFER = 10_000  # samples; the default window of remote shards (--shuffle-buffer)
 AHEAD = 16  # batches whose shards are fetched in advance

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw
 
-from protoclip.data.types import DataError, Labels, StringTable, mix
+from protoclip.data.types import DataError, Labels, StringTable
+from protoclip.seeds import mix
 
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 BACKGROUNDS = ("white", "black", "grey", "beige")

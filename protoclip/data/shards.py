@@ -28,7 +28,7 @@ from protoclip.data.images import decode
 from protoclip.data.tables import MAX_CAPTION
 from protoclip.data.types import DataError, Labels, StringTable
 from protoclip.distributed import gather_objects, is_distributed, rank, world_size
-from protoclip.ops.native import cache_dir
+from protoclip.paths import cache_dir
 
 IMAGE_KINDS = ("jpg", "png", "jpeg", "webp")
 TEXT_KINDS = ("txt", "json")

@@ -1,4 +1,4 @@
-"""The types of the data layer: pairs, labels, batches and its error; and hashed random numbers."""
+"""The types of the data layer: pairs, labels, batches and its error."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from protoclip.seeds import mix
 
 
 class DataError(ValueError):
@@ -125,25 +127,6 @@ class Subset:
 
     def captions(self, i: int) -> tuple[str, ...]:
         return self.dataset.captions(int(self.indices[i]))
-
-
-def mix(*parts: int | np.ndarray) -> np.ndarray:
-    """Hash integers to uint64, the same on every machine and in any order of calls.
-
-    Arrays broadcast, so ``mix(seed, np.arange(n))`` is n numbers. Each part goes through the
-    finaliser of SplitMix64 (Steele et al. 2014).
-    """
-    golden = np.uint64(0x9E37_79B9_7F4A_7C15)
-    state: Any = np.uint64(0)
-    with np.errstate(over="ignore"):
-        for part in parts:
-            if not isinstance(part, np.ndarray):
-                part = np.array(int(part) & 0xFFFF_FFFF_FFFF_FFFF, dtype=np.uint64)
-            state = (state ^ (part.astype(np.uint64) + golden)) + golden
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)
-            state = state ^ (state >> np.uint64(31))
-    return np.asarray(state)
 
 
 def heldout_mask(count: int, groups: np.ndarray | None, seed: int, percent: int = 10) -> np.ndarray:

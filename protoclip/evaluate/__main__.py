@@ -4,38 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-import open_clip
-import torch
-from tqdm import tqdm
-
-from protoclip import checkpoint, distributed
+from protoclip import distributed
 from protoclip.commands import PROTOCOLS, TASKS, evaluate_parser
-from protoclip.config import TABLE, ModelConfig, TrainConfig, from_dict, output_file
+from protoclip.config import TABLE, TrainConfig
 from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import open_layout
-from protoclip.evaluate.tasks import Encoder
-from protoclip.model import (
-    ProtoModel,
-    autocast_for,
-    build_model,
-    check_model,
-    choose_device,
-    choose_precision,
-)
+from protoclip.evaluate.load import load_model, open_encoder
+from protoclip.model import choose_device
+from protoclip.paths import output_file
 
 PROG = "protoclip evaluate"
 TIMEOUT = 3600.0  # seconds that a rank waits for the slowest slice
-RANDOM = "random"
-WEIGHTS = ("local-dir:", "hf-hub:")  # prefixes of names that include weights
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
@@ -44,77 +29,6 @@ def parse_tasks(text: str) -> tuple[str, ...]:
     if unknown := sorted(wanted - set(TASKS)):
         raise ValueError(f"--tasks: expected all or some of {','.join(TASKS)}, got {unknown[0]!r}")
     return tuple(name for name in TASKS if name in wanted or not wanted)
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model to evaluate, on the CPU, and where it came from."""
-
-    model: ProtoModel
-    name: str  # OpenCLIP's model name
-    pretrained: str  # checkpoint or tag
-    config: TrainConfig | None = None  # of the run that trained it
-
-
-def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
-    """Load the MODEL of the command line.
-
-    Args:
-        what: a run folder or a checkpoint, an OpenCLIP name, a model config .json,
-            "local-dir:PATH" or "hf-hub:ID".
-        pretrained: OpenCLIP's tag or a weights file for a name; "random": as initialised.
-        model: the OpenCLIP name for a checkpoint that does not hold its own.
-    """
-    if what.startswith(WEIGHTS) or what.endswith(".json"):
-        return _by_name(what, pretrained)
-    if not os.path.exists(what) and os.sep not in what:
-        try:
-            check_model(ModelConfig(model=what))
-        except ValueError as error:
-            reason = str(error).removeprefix("--model: ")
-            raise ValueError(f"{what}: found no run and no checkpoint there; {reason}") from error
-        return _by_name(what, pretrained)
-    path, payload = checkpoint.load_newest(what)
-    stored = payload.get("protoclip", {}).get("config")
-    if stored is None:
-        if not model:
-            raise ValueError(
-                f"{path}: expected a checkpoint of protoclip.train, got another one; give the "
-                "OpenCLIP name or config file of its model as --model"
-            )
-        return dataclasses.replace(_by_name(model, str(path)), pretrained=str(path))
-    config = from_dict(TrainConfig, stored)
-    # The weights come from the checkpoint; those that training started from may be gone.
-    architecture = model or config.model.model
-    built = build_model(dataclasses.replace(config.model, model=architecture, pretrained=""))
-    built.load_state(payload)
-    return Loaded(built, config.model.model, str(path), config)
-
-
-def _by_name(name: str, pretrained: str) -> Loaded:
-    weights = "" if pretrained == RANDOM or name.startswith(WEIGHTS) else pretrained
-    if not pretrained and not name.startswith(WEIGHTS):
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "this model has none"
-        raise ValueError(
-            f"{name}: --pretrained is missing: a weights file, {RANDOM} for none, or a tag ({tags})"
-        )
-    if pretrained == RANDOM:
-        torch.manual_seed(0)
-    model = build_model(ModelConfig(model=name, pretrained=weights, add_projection_head=False))
-    return Loaded(model, name, pretrained or name)
-
-
-@contextmanager
-def open_encoder(model: ProtoModel, args: argparse.Namespace, what: str) -> Iterator[Encoder]:
-    """An encoder with a progress bar, from --device, --precision, --batch-size and --workers."""
-    device = choose_device(args.device)
-    precision = choose_precision(args.precision, device)
-    autocast = autocast_for(precision, device)
-    shown = None if distributed.is_main() else True  # None: where stderr is a terminal
-    model.to(device)
-    with tqdm(desc=what, unit=" rows", leave=False, disable=shown) as bar:
-        yield Encoder(model, device, args.batch_size, args.workers, autocast, bar)
-        bar.refresh()  # the last updates may have come too fast to show
 
 
 def run(args: argparse.Namespace) -> None:

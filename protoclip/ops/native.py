@@ -31,6 +31,8 @@ from pathlib import Path
 
 import torch
 
+from protoclip.paths import cache_dir
+
 
 @dataclass(frozen=True)
 class Build:
@@ -54,13 +56,6 @@ class Build:
 def csrc() -> Path:
     """The folder of the C++ and CUDA sources, in a checkout as in an installed wheel."""
     return Path(str(importlib.resources.files("protoclip.csrc")))
-
-
-def cache_dir() -> Path:
-    """``$PROTOCLIP_CACHE``, else ``$XDG_CACHE_HOME/protoclip``, else ``~/.cache/protoclip``."""
-    if chosen := os.environ.get("PROTOCLIP_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "protoclip"
 
 
 def op(half: str, name: str) -> Callable:

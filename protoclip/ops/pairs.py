@@ -26,7 +26,7 @@ from protoclip.ops import checks
 
 SAME_ID = ("exclude", "positive")
 SameId = Literal["exclude", "positive"]
-LEFT_OUT = -100
+LEFT_OUT = -100  # in place of a label or position, as in torch's cross-entropy
 
 
 @dataclass(frozen=True)

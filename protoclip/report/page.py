@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from protoclip.config import output_file, parse_json
+from protoclip.config import parse_json
 from protoclip.data.files import plural, write_atomic
 from protoclip.evaluate import results
 from protoclip.evaluate.results import Outcome, SetResults, number, rows_of
+from protoclip.paths import output_file
 from protoclip.prototypes import collapse
 from protoclip.report import figures
 from protoclip.report.figures import Series, read_series

@@ -1,0 +1,87 @@
+"""Which losses the settings of a run ask for, and whether the settings can work on this machine.
+
+Everything here comes before a run makes anything.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from protoclip.config import TrainConfig
+from protoclip.distributed import is_distributed
+from protoclip.kmeans import load_faiss
+from protoclip.model import check_model
+from protoclip.ops.backends import why_not
+from protoclip.schedule import parse_interval
+from protoclip.teacher import teacher_spec
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The losses that a run trains besides InfoNCE."""
+
+    internal: bool  # prototypes of the model's own features
+    external: bool  # prototypes of a teacher's
+    distillation: bool
+
+    @property
+    def prototypes(self) -> bool:
+        """Whether any term needs episodes with prototypes."""
+        return self.internal or self.external
+
+    @property
+    def projects(self) -> bool:
+        """Whether the heads run; from step 0, so that their running statistics are ready."""
+        return self.prototypes or self.distillation
+
+
+def active_terms(config: TrainConfig, *, teacher: bool) -> Terms:
+    """The terms with a positive weight; ``teacher``: whether the run has one."""
+    weights = config.loss
+    proto = config.method == "protoclip"
+    return Terms(
+        internal=proto and weights.w_proto > 0,
+        external=proto and teacher and weights.w_proto_external > 0,
+        distillation=proto and teacher and weights.w_distill > 0,
+    )
+
+
+def uses_prototypes(config: TrainConfig) -> bool:
+    """Whether a prototype term has a positive weight, whether or not there is a teacher."""
+    return active_terms(config, teacher=True).prototypes
+
+
+def check_settings(config: TrainConfig, device: torch.device) -> None:
+    """Raise ValueError for settings that cannot work, whatever the data."""
+    check_model(config.model)
+    parse_interval(config.run.save_every)
+    if "wandb" in config.run.report_to and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--report-to wandb: wandb is not installed; pip install wandb")
+    _check_every_step_has_a_loss(config)
+    _check_kmeans(config.episode.kmeans_backend, device)
+
+
+def _check_every_step_has_a_loss(config: TrainConfig) -> None:
+    teacher = bool(teacher_spec(config)[0])
+    terms, episode = active_terms(config, teacher=teacher), config.episode
+    always = terms.prototypes and not (episode.infonce_warmup or episode.lit_start)
+    if config.loss.w_clip == 0 and not always and not terms.distillation:
+        raise ValueError(
+            "--w-clip 0: expected another loss with a weight in every step, got none with --method "
+            f"{config.method} and {'an' if teacher else 'no'} external teacher; use --w-clip 1, or "
+            "a positive --w-proto with --infonce-warmup-epoch 0 and --lit-start 0"
+        )
+
+
+def _check_kmeans(backend: str, device: torch.device) -> None:
+    if backend == "faiss":
+        load_faiss()
+        if is_distributed():
+            raise ValueError("--kmeans-backend faiss: expected one process; use auto")
+    elif backend != "auto":
+        for op in ("kmeans_assign", "segment_mean"):
+            if reason := why_not(op, backend, device.type, torch.float32):
+                raise ValueError(f"--kmeans-backend {backend}: {reason}; use --kmeans-backend auto")

@@ -1,0 +1,238 @@
+"""Command lines: parsers made from the settings, and settings made from what was parsed.
+
+What the flags of each command are is in ``protoclip.commands``, what a setting means in
+``protoclip.config``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import io
+import json
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
+
+from protoclip.config import (
+    PRECISIONS,
+    TrainConfig,
+    check,
+    flag_of,
+    from_dict,
+    load_preset,
+    preset_names,
+    to_dict,
+)
+
+PURE_PRECISIONS = ("bf16", "fp16", "pure_bf16", "pure_fp16")  # OpenCLIP's, with 16-bit weights
+
+EVALUATE = "evaluate the run afterwards: protoclip evaluate RUN --data DIR"
+# Removed flags and common wrong names, each with what to do instead.
+RETIRED = {
+    "--ema-decay": "extraction uses the model itself; leave the flag out",
+    "--normalize-centroids": "centroids are plain means; leave the flag out",
+    "--external-target-temperature": "external targets are hard labels; leave the flag out",
+    "--learning-rate": "the flag is --lr",
+    "--weight-decay": "the flag is --wd",
+    "--num-clusters": "the flag is --k",
+    **dict.fromkeys(("--imagenet-val", "--imagenet-v2", "--zeroshot-frequency"), EVALUATE),
+}
+# Flags of OpenCLIP's trainer that are accepted and change nothing: arguments, and the reason.
+NEEDLESS: dict[str, tuple[dict[str, Any], str]] = {
+    "--local-loss": ({"action": "store_true"}, "the loss is exact over all processes"),
+    "--gather-with-grad": ({"action": "store_true"}, "the loss is exact over all processes"),
+    "--save-most-recent": ({"action": "store_true"}, "epoch_latest.pt is always written"),
+    "--ddp-static-graph": ({"action": "store_true"}, "each step reduces its gradients once"),
+    "--no-set-device-rank": ({"action": "store_true"}, "--device says which GPU"),
+    "--dist-url": ({"metavar": "URL"}, "the launcher's variables say where processes meet"),
+    "--opt": ({"choices": ["adamw"]}, "AdamW is the only optimiser"),
+}
+
+
+def open_clips_help() -> str:
+    """The help of open_clip_train without its usage line; "" if it is not installed."""
+    if importlib.util.find_spec("open_clip_train") is None:
+        return ""
+    from open_clip_train.params import parse_args  # loads nothing else
+
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        parse_args(["--help"])
+    return "open_clip_train's " + text.getvalue().partition("\n\n")[2].rstrip()
+
+
+def refusal(flag: str, known: Collection[str]) -> str:
+    """One line: why a command lacks this flag, and what to do."""
+    name = flag.partition("=")[0]
+    if name in RETIRED:
+        return f"{name}: {RETIRED[name]}"
+    if "--train-data" in known and name in open_clips_help().split():
+        return f"{name}: a flag of OpenCLIP's trainer; use protoclip openclip"
+    names = [option.removeprefix("--") for option in known]
+    near = difflib.get_close_matches(name.removeprefix("--"), names, n=1)
+    return f"{name}: no such flag; " + (f"did you mean --{near[0]}?" if near else "see --help")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line that names a remedy.
+
+    --help shows only the ``everyday`` flags, if any are given, and ``example``; --help-all all.
+    """
+
+    def __init__(
+        self, prog: str, everyday: Sequence[str] = (), example: str = "", **arguments: Any
+    ) -> None:
+        super().__init__(prog=prog, allow_abbrev=False, **arguments)
+        self.example = f"\nexample: {example}\n" if example else ""
+        words = "show the other flags too" if everyday else argparse.SUPPRESS
+        self.add_argument("--help-all", action="help", help=words)
+        self.everyday = {*everyday, "--help", "--help-all"} if everyday else set()
+
+    def format_help(self) -> str:
+        for action in self._actions if self.everyday else ():
+            if action.option_strings and self.everyday.isdisjoint(action.option_strings):
+                action.help = argparse.SUPPRESS
+        return super().format_help() + self.example
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        self.everyday = set() if "--help-all" in words else self.everyday
+        options = self._option_string_actions
+        for word in words:
+            if word == "--":
+                break
+            # Checked before argparse, which would report a missing flag, not the misspelt one.
+            if word.startswith("--") and " " not in word and word.partition("=")[0] not in options:
+                self.error(refusal(word, options))
+        parsed, rest = self.parse_known_args(words, namespace)
+        if rest:
+            self.error(f"expected a flag, got {rest[0]!r}; a flag takes one value")
+        return parsed
+
+
+def add_flag(
+    group: Any, flag: str, default: Any, help: str, choices: Sequence[str] = (), setting: str = ""
+) -> None:
+    """Add a flag with the type of its default; the help shows the default. With ``setting``, a
+    dotted name, the parsed flags hold a value only if the command line gives the flag."""
+    kind, shown = type(default), "" if default in ("", "\t") else f" (default: {default})"
+    words: dict[str, Any] = {"default": default, "help": help + shown}
+    if kind is bool:
+        words["action"] = argparse.BooleanOptionalAction
+    elif choices:
+        words["choices"] = choices
+        if choices == PRECISIONS:
+            words["type"] = precision_name
+    else:
+        words |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+    if setting:
+        words |= {"dest": setting, "default": argparse.SUPPRESS}
+    group.add_argument(flag, **words)
+
+
+def add_options(group: Any, settings: Any, prefix: str = "", only: Iterable[str] = ()) -> None:
+    """Add a flag for each field of a section, or only for the named fields."""
+    for item in dataclasses.fields(settings):
+        default, words = getattr(settings, item.name), item.metadata
+        if not dataclasses.is_dataclass(default) and (not only or item.name in only):
+            flag, setting = flag_of(item), prefix + item.name
+            add_flag(group, flag, default, words["help"], words["choices"], setting)
+
+
+def build_parser(
+    prog: str, description: str, everyday: Sequence[str] = (), example: str = ""
+) -> Parser:
+    """A parser with one titled group per section of ``TrainConfig``."""
+    parser = Parser(prog, everyday, example, usage="%(prog)s [options]", description=description)
+    words = f"settings to start from: {', '.join(preset_names())}, or a .json file, such as a "
+    add_flag(parser, "--preset", "default", words + "run's config.json")
+    add = parser.add_argument
+    words = "the ProtoCLIP authors' settings: --preset paper"
+    add("--paper", dest="preset", action="store_const", const="paper", help=words)
+    add("--print-config", action="store_true", help="print all settings as JSON and exit")
+    words = "OpenCLIP's flag; must agree with the name of --train-data; synthetic: "
+    words += "builtin:shapes:N with N from --train-num-samples"
+    kinds = ("auto", "webdataset", "csv", "synthetic")
+    add_flag(parser, "--dataset-type", "auto", words, choices=kinds)
+    for flag, (arguments, _) in NEEDLESS.items():
+        add(flag, dest=flag, help=argparse.SUPPRESS, **arguments)
+    defaults = TrainConfig()
+    add_options(parser, defaults)
+    for name, section in vars(defaults).items():
+        if dataclasses.is_dataclass(section):
+            add_options(parser.add_argument_group(str(section.__doc__)), section, f"{name}.")
+    return parser
+
+
+def parse(parser: Parser, argv: Sequence[str] | None) -> TrainConfig:
+    """Command line to a checked config; see ``parse_more``."""
+    return parse_more(parser, argv)[0]
+
+
+def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig, dict[str, Any]]:
+    """Command line to a checked config, and the values of the command's own flags.
+
+    Raises:
+        ValueError: a value out of its limits, no such preset, or flags that contradict each other.
+        SystemExit: with code 0 after --print-config, with 2 for a flag that the parser lacks.
+    """
+    given = vars(parser.parse_args(argv))  # only those on the command line
+    kind, name, show = (given.pop(key) for key in ("dataset_type", "preset", "print_config"))
+    for flag, (_, reason) in NEEDLESS.items():
+        if given.pop(flag):
+            print(f"{parser.prog}: note: {flag} changes nothing: {reason}", file=sys.stderr)
+    own = {key: given.pop(key) for key in [*given] if "." not in key and key != "method"}
+    preset = load_preset(name)
+    changes: dict[str, Any] = {}
+    for key, value in given.items():
+        section, _, setting = key.rpartition(".")
+        (changes.setdefault(section, {}) if section else changes)[setting] = value
+    config = _of_type(kind, from_dict(TrainConfig, changes, preset))
+    if config.run.resume == "latest":  # OpenCLIP's word
+        config = replace(config, run=replace(config.run, resume="auto"))
+    if config.run.precision == "amp_bfloat16":  # from a file; a flag has been translated
+        config = replace(config, run=replace(config.run, precision="amp_bf16"))
+    check(config)
+    if config.episode.features == "reuse" and config.episode.infonce_warmup < 1:
+        raise ValueError(
+            "--episode-features reuse: needs an earlier episode's features; use "
+            "--infonce-warmup-epoch 1 or more"
+        )
+    if show:
+        print(json.dumps(to_dict(config), indent=2))
+        raise SystemExit(0)
+    return config, own
+
+
+def _of_type(kind: str, config: TrainConfig) -> TrainConfig:
+    """Apply OpenCLIP's --dataset-type; our readers follow from the name of the data."""
+    data = config.data.train_data
+    table, built_in = data.lower().endswith((".csv", ".tsv")), data.startswith("builtin:")
+    fits = {"csv": table, "webdataset": not (table or built_in), "synthetic": built_in}
+    if not fits.get(kind, True):
+        raise ValueError(
+            f"--dataset-type {kind}: expected such data in --train-data, got {data!r}; use "
+            "--dataset-type auto or other data"
+        )
+    if kind != "synthetic":
+        return config
+    spec = f"builtin:shapes:{config.data.train_num_samples or 2000}"
+    return replace(config, data=replace(config.data, train_data=spec, train_num_samples=0))
+
+
+def precision_name(name: str) -> str:
+    """The precision that a flag names, by our name or OpenCLIP's; for argparse."""
+    if name in PURE_PRECISIONS:
+        remedy = "amp_bf16" if "bf16" in name else "amp"
+        raise argparse.ArgumentTypeError(
+            f"expected fp32 weights, got {name}, which keeps them in 16 bits; use {remedy}, which "
+            "only computes in 16 bits"
+        )
+    return "amp_bf16" if name == "amp_bfloat16" else name

@@ -1,0 +1,33 @@
+"""Places on disk: the cache folder, and whether a command can write where it is told to.
+
+What is written there, and how, is not decided here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """``$PROTOCLIP_CACHE``, else ``$XDG_CACHE_HOME/protoclip``, else ``~/.cache/protoclip``."""
+    if chosen := os.environ.get("PROTOCLIP_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "protoclip"
+
+
+def output_file(path: str | os.PathLike[str], flag: str) -> Path:
+    """Return the path if a file can be written there, else raise ValueError; folders may be new."""
+    if os.path.isdir(path):
+        raise ValueError(f"{flag}: expected a file, got the folder {path}; add a name to it")
+    check_above(Path(path), flag)
+    return Path(path)
+
+
+def check_above(path: Path, flag: str) -> None:
+    """Raise ValueError if no file or folder can be created at ``path``."""
+    above = next(parent for parent in path.parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise ValueError(f"{flag}: expected a path in a folder, got {path}, but {above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag}: {above} is not writable; choose another folder")

@@ -1,0 +1,170 @@
+"""``--resume``: the run to continue, and what it must have in common with the run it was.
+
+A setting marked ``fixed`` in ``protoclip.config`` must stay. Other settings of training may change
+with a note, because the run is then no longer the same; the rest may change without one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from protoclip import checkpoint, distributed
+from protoclip.config import TrainConfig, flat, to_dict
+from protoclip.run_folder import choose_folder
+
+NOTED = ("episode.", "loss.", "optim.")  # sections whose other settings change training too
+# These two and the number of ranks are compared as their product, the global batch.
+GLOBAL_BATCH = ("optim.batch_size", "optim.accum_freq")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A run to continue."""
+
+    folder: Path
+    file: Path
+    payload: Mapping[str, Any]
+    step: int
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The state of training in the checkpoint."""
+        return self.payload["protoclip"]["training"]
+
+
+def with_saved_config(argv: Sequence[str] | None) -> list[str]:
+    """The command line; with ``--resume RUN`` and no preset it starts from that run's settings."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    chosen = [new for old, new in pairwise(words) if old == "--resume"]
+    chosen += [word.partition("=")[2] for word in words if word.startswith("--resume=")]
+    if chosen and not any(word.split("=")[0] in ("--preset", "--paper") for word in words):
+        path = Path(chosen[-1])
+        for folder in (path, path.parent.parent):
+            if (folder / "config.json").is_file():
+                return ["--preset", str(folder / "config.json"), *words]
+    return words
+
+
+def find_resume(config: TrainConfig) -> Resume | None:
+    """The run that ``--resume`` names; None: start a new one, as "auto" does without a checkpoint.
+
+    Raises:
+        ValueError: the named run has no readable checkpoint, or no state to continue from.
+    """
+    wish = config.run.resume
+    path = choose_folder(config) if wish == "auto" else Path(wish)
+    if not wish or (wish == "auto" and not checkpoint.candidates(path)):
+        return None
+    file, payload = checkpoint.load_newest(path)
+    folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
+    saved = payload.get("protoclip", {})
+    if not {"training", "config", "step"} <= saved.keys():
+        raise ValueError(
+            f"--resume: checkpoint {file} has no state of a run; load its weights with --pretrained"
+        )
+    return Resume(folder, file, payload, saved["step"])
+
+
+def open_resume(config: TrainConfig) -> Resume | None:
+    """The run that --resume names, on every rank; its stored features on rank 0 only."""
+    stored: dict[str, Tensor] = {}
+
+    def find() -> Resume | None:
+        resume = find_resume(config)
+        if resume is None:
+            return None
+        if "features" not in resume.training:
+            raise ValueError(
+                f"--resume: {resume.file} is from a version of protoclip that stored features "
+                "in another form; load its weights with --pretrained"
+            )
+        if resume.training["features"] is not None:
+            stored.update(resume.training["features"])
+            resume.training["features"] = {}  # not sent to the other ranks
+        return resume
+
+    resume = distributed.from_main(find)
+    if resume is not None and stored:
+        resume.training["features"] = stored
+    return resume
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Settings that differ from the resumed run's, a sentence each."""
+
+    forbidden: list[str]
+    noted: list[str]
+
+
+def fixed_settings(config: Any = TrainConfig, prefix: str = "") -> Iterator[str]:
+    """The dotted names of the settings that a resumed run must keep."""
+    defaults = config()
+    for item in fields(config):
+        value = getattr(defaults, item.name)
+        if is_dataclass(value):
+            yield from fixed_settings(type(value), f"{prefix}{item.name}.")
+        elif item.metadata["fixed"]:
+            yield prefix + item.name
+
+
+def changes_since(resume: Resume, config: TrainConfig) -> Changes:
+    """Settings that differ from the resumed run's: those that must not, and others that matter."""
+    before = flat(resume.payload["protoclip"]["config"])
+    now = flat(to_dict(config))
+    fixed = set(fixed_settings())
+    changes = Changes([], [])
+    for name in sorted({*before, *now}):
+        if before.get(name) == now.get(name):
+            continue
+        change = f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        if name in fixed:
+            changes.forbidden.append(change)
+        elif name.startswith(NOTED) and name not in GLOBAL_BATCH:
+            changes.noted.append(change)
+    return changes
+
+
+def refuse_changes(resume: Resume, config: TrainConfig) -> None:
+    """ValueError for other settings of training where no step is left that would use them."""
+    changes = changes_since(resume, config)
+    if changes.forbidden or changes.noted:
+        raise ValueError(
+            f"--resume: {resume.folder} has done all of its steps, so nothing would be trained "
+            f"with other settings: {'; '.join(changes.forbidden + changes.noted)}; leave them out, "
+            "add --epochs or --max-steps for more steps, or start a new run with --pretrained "
+            f"{resume.file}"
+        )
+
+
+def check_resume(
+    resume: Resume, config: TrainConfig, batch_size: int, keys: Sequence[str]
+) -> list[str]:
+    """Notes on settings that differ from the resumed run; ValueError for those that must not.
+
+    ``batch_size``: of a step, over all ranks. ``keys``: of the training data.
+    """
+    changes = changes_since(resume, config)
+    wrong = list(changes.forbidden)
+    for what, name, value in (
+        ("the global batch_size (all ranks and passes)", "batch_size", batch_size),
+        ("the training data", "data", checkpoint.fingerprint(keys)),
+    ):
+        before = resume.training.get(name)
+        if before != value:
+            wrong.append(f"{what} was {before} and is {value}")
+    if wrong:
+        raise ValueError(
+            f"--resume: {resume.file} cannot go on with other settings: {'; '.join(wrong)}; use "
+            "the run's own settings, or start a new run with --pretrained"
+        )
+    return [
+        f"since the checkpoint, {note}: this is no longer the same run" for note in changes.noted
+    ]
