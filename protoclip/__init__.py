@@ -3,11 +3,13 @@
 ``import protoclip`` loads torch and nothing heavier; other modules load at first use.
 """
 
+import sys
 from typing import Any
 
+from protoclip import cached_gradients, lloyd
+from protoclip.cached_gradients import grad_cache
 from protoclip.config import ProtoConfig
-from protoclip.grad_cache import grad_cache
-from protoclip.kmeans import Clusters, choose_num_clusters, kmeans
+from protoclip.lloyd import Clusters, choose_num_clusters, kmeans
 from protoclip.losses import (
     ClipLoss,
     ProtoClipLoss,
@@ -19,6 +21,11 @@ from protoclip.ops import *  # noqa: F403
 from protoclip.ops import __all__ as _ops
 
 __version__ = "0.1.0"
+
+# Where these functions could be imported from when their modules had their names. A file there
+# would replace the function as soon as somebody imported it.
+sys.modules["protoclip.kmeans"] = lloyd
+sys.modules["protoclip.grad_cache"] = cached_gradients
 
 _LAZY = {  # name -> module, loaded at first use
     "create_loss": "protoclip.openclip",

@@ -12,7 +12,7 @@ import torch
 
 from protoclip.config import TrainConfig
 from protoclip.distributed import is_distributed
-from protoclip.kmeans import load_faiss
+from protoclip.lloyd import load_faiss
 from protoclip.model import check_model
 from protoclip.ops.backends import why_not
 from protoclip.schedule import parse_interval

@@ -34,7 +34,7 @@ from protoclip.distributed import run_command
 from protoclip.evaluate.datasets import ImageFolder
 from protoclip.evaluate.load import load_model, open_encoder
 from protoclip.evaluate.results import Outcome
-from protoclip.kmeans import choose_num_clusters, kmeans, numbers_to_try
+from protoclip.lloyd import choose_num_clusters, kmeans, numbers_to_try
 from protoclip.model import Encoded, choose_device
 from protoclip.paths import check_above
 from protoclip.report import page, snapshot

@@ -183,18 +183,24 @@ def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig,
         ValueError: a value out of its limits, no such preset, or flags that contradict each other.
         SystemExit: with code 0 after --print-config, with 2 for a flag that the parser lacks.
     """
-    given = vars(parser.parse_args(argv))  # only those on the command line
-    kind, name, show = (given.pop(key) for key in ("dataset_type", "preset", "print_config"))
+    flags = vars(parser.parse_args(argv))  # of the settings, only those on the command line
+    kind = flags.pop("dataset_type")
+    preset = flags.pop("preset")
+    show = flags.pop("print_config")
     for flag, (_, reason) in NEEDLESS.items():
-        if given.pop(flag):
+        if flags.pop(flag):
             print(f"{parser.prog}: note: {flag} changes nothing: {reason}", file=sys.stderr)
-    own = {key: given.pop(key) for key in [*given] if "." not in key and key != "method"}
-    preset = load_preset(name)
-    changes: dict[str, Any] = {}
-    for key, value in given.items():
-        section, _, setting = key.rpartition(".")
-        (changes.setdefault(section, {}) if section else changes)[setting] = value
-    config = _of_type(kind, from_dict(TrainConfig, changes, preset))
+    settings: dict[str, Any] = {}
+    of_command: dict[str, Any] = {}
+    for name, value in flags.items():
+        section, _, setting = name.rpartition(".")
+        if section:
+            settings.setdefault(section, {})[setting] = value
+        elif name == "method":
+            settings[name] = value
+        else:
+            of_command[name] = value
+    config = _of_type(kind, from_dict(TrainConfig, settings, load_preset(preset)))
     if config.run.resume == "latest":  # OpenCLIP's word
         config = replace(config, run=replace(config.run, resume="auto"))
     if config.run.precision == "amp_bfloat16":  # from a file; a flag has been translated
@@ -208,7 +214,7 @@ def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig,
     if show:
         print(json.dumps(to_dict(config), indent=2))
         raise SystemExit(0)
-    return config, own
+    return config, of_command
 
 
 def _of_type(kind: str, config: TrainConfig) -> TrainConfig:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
+from protoclip.checks import active_terms
 from protoclip.commands import plan_parser
 from protoclip.config import TrainConfig
 from protoclip.distributed import run_command
@@ -162,13 +163,16 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
     parts["InfoNCE scratch"] = GPU_SCRATCH
     if run.on_cpu:
         parts["InfoNCE scratch"] = rows * d * FP32 + min(8192 * d * FP32, CPU_SCRATCH)
-    weights = run.config.loss
-    internal = run.config.method == "protoclip" and weights.w_proto > 0
-    external = run.teacher_dim > 0 and weights.w_proto_external > 0
-    if internal or external:
-        # Image and text each teach the other; a teacher teaches both.
-        sets = 2 * internal + 2 * external
-        widths = [dh] * (2 * internal) + [run.teacher_dim] * external  # of the sources
+    terms = active_terms(run.config, teacher=run.teacher_dim > 0)
+    if terms.prototypes:
+        widths = []  # of the sources
+        sets = 0
+        if terms.internal:  # image and text each teach the other
+            widths += [dh, dh]
+            sets += 2
+        if terms.external:  # a teacher teaches both
+            widths.append(run.teacher_dim)
+            sets += 2
         num_clusters = check_clusters(run.config.episode, run.episode)
         parts["prototypes and targets"] = num_clusters * (2 * sets * dh + sum(widths)) * FP32
         parts["prototype gradients"] = sets * run.local_batch * dh * FP32

@@ -33,7 +33,7 @@ from protoclip.distributed import (
     sum_over_ranks,
 )
 from protoclip.feature_store import Features
-from protoclip.kmeans import Clusters, global_segment_mean, kmeans
+from protoclip.lloyd import Clusters, global_segment_mean, kmeans
 from protoclip.ops import Bank, kmeans_assign, soft_targets
 from protoclip.ops.pairs import LEFT_OUT
 from protoclip.seeds import generator

@@ -118,8 +118,7 @@ class Stepper:
         if self._replicate(heads=episode is not None or self.loss.config.w_distill > 0):
             # DDP orders its buckets once, after the first backward pass. This extra pass makes a
             # resumed run sum in the same order as the original run.
-            losses, _ = forward()
-            losses.total.backward()
+            forward()[0].total.backward()
             self.adamw.zero_grad(set_to_none=True)
             for buffer, before in zip(self._statistics, statistics, strict=True):
                 buffer.copy_(before)

@@ -12,8 +12,8 @@ ROOT = Path(protoclip.__file__).parent
 # A room imports from itself and from the rooms before it. The order is the data flow.
 ROOMS = [
     "paths", "seeds", "host", "phases", "ops", "distributed", "config", "flags", "commands", "data",
-    "model", "kmeans", "feature_store", "prototypes", "losses", "teacher", "checkpoint",
-    "grad_cache", "step", "evaluate", "report", "cluster", "run_folder", "resume", "schedule",
+    "model", "lloyd", "feature_store", "prototypes", "losses", "teacher", "checkpoint",
+    "cached_gradients", "step", "evaluate", "report", "cluster", "run_folder", "resume", "schedule",
     "checks", "train", "openclip", "export", "plan", "sentence_transformers", "__main__",
 ]  # fmt: skip
 FLOOR = {room: number for number, room in enumerate(ROOMS)}
@@ -65,6 +65,12 @@ def test_there_is_no_circle():
         for name in free:
             del rest[name]
     assert not rest, f"these import each other: {sorted(rest)}"
+
+
+def test_no_public_name_hides_a_module():
+    """An import of the module would replace the function ``protoclip.name``."""
+    hidden = [name for name in protoclip.__all__ if (ROOT / f"{name}.py").exists()]
+    assert hidden == [] and not any((ROOT / name).is_dir() for name in protoclip.__all__)
 
 
 def test_only_ops_reach_the_kernels():

@@ -35,6 +35,20 @@ def test_public_names_exist_and_are_documented():
     assert not [name for name in protoclip.__all__ if not getattr(protoclip, name).__doc__]
 
 
+def test_functions_are_also_imported_from_where_they_used_to_live():
+    """``protoclip.kmeans`` stays the function, whoever imports the module of that name."""
+    said = _fresh(
+        "import importlib, protoclip\n"
+        "from protoclip.kmeans import Clusters, choose_num_clusters, kmeans\n"
+        "from protoclip.grad_cache import grad_cache\n"
+        "importlib.import_module('protoclip.kmeans')\n"
+        "importlib.import_module('protoclip.grad_cache')\n"
+        "print(protoclip.kmeans is kmeans, protoclip.grad_cache is grad_cache)\n"
+        "print(protoclip.Clusters is Clusters)"
+    )
+    assert said.split() == ["True"] * 3
+
+
 def test_a_wheel_holds_everything_and_works_elsewhere(tmp_path):
     pytest.importorskip("setuptools")
     makers = ("setuptools.command.bdist_wheel", "wheel")  # the first since setuptools 70

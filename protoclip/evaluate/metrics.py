@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoclip.kmeans import kmeans
+from protoclip.lloyd import kmeans
 
 BLOCK_ELEMENTS = 1 << 24  # one block of scores: 64 MiB in float32
 DRAWS_AT_ONCE = 1 << 22  # bootstrap draws in memory: 32 MiB

@@ -18,6 +18,7 @@ from protoclip.report import snapshot
 PICTURED = 4096  # training samples from which the report's pictures are chosen
 
 
+@torch.no_grad()
 def draw_plots(
     folder: Path,
     dataset: PairDataset,
@@ -38,7 +39,7 @@ def draw_plots(
     pictured = torch.arange(len(dataset))
     if clusters:
         _write_clusters(folder / "clusters.csv", dataset, clusters)
-        *_, last = clusters.values()  # the teacher's, if there is one
+        last = list(clusters.values())[-1]  # the teacher's, if there is one
         pictured = (last >= 0).nonzero().flatten()
     samples = _encode_samples(dataset, snapshot.every(pictured, PICTURED), clusters, encoder)
     facts = {"memory_bytes": memory_bytes}
@@ -52,7 +53,6 @@ def _write_clusters(path: Path, dataset: PairDataset, clusters: dict[str, Tensor
     write_csv(path, ("key", *clusters), zip(dataset.keys, *columns, strict=True))
 
 
-@torch.no_grad()
 def _encode_samples(
     dataset: PairDataset,
     positions: Tensor,

@@ -30,7 +30,7 @@ from protoclip.config import parse_json
 from protoclip.data import PairDataset, Subset
 from protoclip.data.files import printable, write_atomic
 from protoclip.evaluate.tasks import EvalSet
-from protoclip.kmeans import kmeans
+from protoclip.lloyd import kmeans
 from protoclip.model import Encoded
 from protoclip.ops import segment_mean
 from protoclip.prototypes import purity
