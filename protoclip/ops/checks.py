@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protoclip.ops.backends import ANY_FLOAT, in_transform
+from protoclip.ops.operators import ANY_FLOAT, in_transform
 
 REDUCTIONS = ("mean", "sum", "none")
 INTEGERS = (torch.int64,)
@@ -66,7 +66,7 @@ def pairs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``strip`` for as many texts as images."""
     x, y, scale = strip(op, PAIR, image_features, text_features, logit_scale)
-    if len(x) != len(y):
+    if x.shape[0] != y.shape[0]:
         raise ValueError(
             f"{op}: expected one text per image, got image_features {tuple(x.shape)} "
             f"and text_features {tuple(y.shape)}; give row i of each the same pair"
@@ -120,7 +120,7 @@ def vector(
 
 def labels(op: str, x: Tensor, rows: Tensor) -> None:
     """Require int64 [N] on the device of the [N, D] rows."""
-    vector(op, "labels", x, INTEGERS, [(len(rows),)], rows.device)
+    vector(op, "labels", x, INTEGERS, [(rows.shape[0],)], rows.device)
 
 
 def label_values(op: str, x: Tensor, count: int) -> None:

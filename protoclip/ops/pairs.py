@@ -61,16 +61,10 @@ class Pairs:
     left_out: Tensor | None = None  # bool [N], queries that have no loss
     wrong: Tensor | None = None  # bool [N], queries with a position out of range
 
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """The arguments in the order of the backends' functions."""
-        ids = self.query_ids, self.key_ids
-        return self.own, self.exclude, *ids, self.key_bias, self.same_positive
-
 
 def pairs_of(op: str, queries: Tensor, m: int, given: Given) -> Pairs:
     """Check the arguments for queries [N, D] and M keys, and convert them for the backends."""
-    n, device = len(queries), queries.device
+    n, device = queries.shape[0], queries.device
     positives, exclude, bias = given.positives, given.exclude, given.key_bias
     checks.one_of(op, "same_id", given.same_id, SAME_ID)
     if bias is not None:
@@ -136,7 +130,7 @@ def _codes(
     ordered = key_columns.sort(dim=1).values
     key_codes = torch.searchsorted(ordered, key_columns)
     if query_ids is not None:
-        shapes = [(n,), (n, 1)] if len(key_columns) == 1 else [(n, 2)]
+        shapes = [(n,), (n, 1)] if key_columns.shape[0] == 1 else [(n, 2)]
         checks.vector(op, "query_ids", query_ids, checks.INTEGERS, shapes, device)
         columns = _by_column(query_ids)
         if not m:
