@@ -550,7 +550,7 @@ class SigLipLoss(nn.Module):
         x, y, scale = checks.pairs("SigLipLoss", image_features, text_features, logit_scale)
         bias = 0.0 if logit_bias is None else logit_bias
         total = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss
-        loss = total(x, y, scale, bias, ids=ids, same_id=same_id) / max(len(x), 1)
+        loss = total(x, y, scale, bias, ids=ids, same_id=same_id) / max(x.shape[0], 1)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

@@ -63,7 +63,7 @@ def define_gradient(
         results: the named tuple of the op's results.
         save: (ctx, arguments, results) -> None, both by name; keeps what ``backward`` needs.
         backward: (ctx, gradients of the results, by name) -> gradients of arguments, by name; an
-            argument without an entry has none.
+            argument without an entry has none. ``ctx.wanted`` says which are wanted.
     """
     arguments = _arguments_of(op)
 
@@ -71,6 +71,7 @@ def define_gradient(
         save(ctx, arguments(*inputs), results(*output))
 
     def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        ctx.wanted = arguments(*ctx.needs_input_grad[: len(arguments._fields)])
         by_name = backward(ctx, results(*grads))
         return tuple(by_name.get(name) for name in arguments._fields)
 

@@ -149,7 +149,6 @@ def _save_prototype_ce(ctx: Any, arguments: Any, results: BankLosses) -> None:
     ctx.set_materialize_grads(False)  # only the loss has one; saves zeros of [S, N, D]
     ctx.backend = arguments.backend
     ctx.hard = [targets.shape[0] == 0 for targets in arguments.targets]
-    ctx.wanted = dict(zip(arguments._fields, ctx.needs_input_grad, strict=True))
     ctx.save_for_backward(
         arguments.features,
         arguments.logit_scale,
@@ -174,15 +173,15 @@ def _prototype_ce_backward(ctx: Any, grads: BankLosses) -> dict[str, Any]:
     saved = ctx.saved_tensors
     features, logit_scale, gradient, row_max, row_sum, scale_gradient = saved[:6]
     prototypes, labels = saved[6 : 6 + banks], saved[6 + banks :]
-    if ctx.wanted["features"]:  # weight the gradient from the forward pass
+    if ctx.wanted.features:  # weight the gradient from the forward pass
         weight = (logit_scale.reshape(()) * grads.loss)[:, :, None]
         by_bank = scaled(grad=weight, saved=gradient)
         by_name["features"] = by_bank.sum(dim=0).to(features.dtype)
-    if ctx.wanted["logit_scale"]:
+    if ctx.wanted.logit_scale:
         terms = scaled(grad=grads.loss, saved=scale_gradient)
         by_name["logit_scale"] = gradient_like(terms.sum(), logit_scale)
     for bank in range(banks):
-        if ctx.wanted["prototypes"][bank]:
+        if ctx.wanted.prototypes[bank]:
             by_name["prototypes"][bank] = _prototype_ce_bwd_prototypes(
                 features=features,
                 prototypes=prototypes[bank],
