@@ -260,7 +260,8 @@ def key_slices(row_tiles: int, key_tiles: int, cores: int) -> int:
     longest = max(1, min(key_tiles // 4, max(8, cores // max(1, row_tiles))))
     waves = {slices: row_tiles * slices / cores for slices in range(1, longest + 1)}
     fullness = {slices: count / math.ceil(count) for slices, count in waves.items()}
-    return next((c for c in fullness if fullness[c] >= 0.85), max(fullness, key=fullness.get))
+    fullest = max(fullness, key=lambda slices: fullness[slices])
+    return next((slices for slices in fullness if fullness[slices] >= 0.85), fullest)
 
 
 def weights(

@@ -80,3 +80,24 @@ def test_kernels_know_only_torch_and_triton():
         for name in imported(path):
             first = name.split(".")[0]
             assert first in allowed or name.startswith("protoclip.kernels"), f"{path.name}: {name}"
+
+
+def untyped_functions(path: Path) -> list[str]:
+    """Functions with a parameter or result without a type; Triton's own (@jit) have none."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        if any("jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+            continue
+        parameters = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+        untyped = [p.arg for p in parameters if p.annotation is None and p.arg != "self"]
+        if untyped or node.returns is None:
+            names.append(f"{path.name}:{node.lineno} {node.name}")
+    return names
+
+
+def test_launchers_of_kernels_are_typed():
+    """mypy's disallow_untyped_defs, which cannot leave out @jit functions."""
+    kernels = [p for p in (ROOT.parent / "kernels").glob("*.py") if p.name != "compile_report.py"]
+    assert not [function for path in kernels for function in untyped_functions(path)]
