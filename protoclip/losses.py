@@ -40,7 +40,7 @@ from protoclip.ops import Bank, checks, prototype_losses
 from protoclip.ops.backends import resolve
 from protoclip.ops.contrastive import info_nce, one_way, one_way_parts, sigmoid_loss
 from protoclip.ops.operators import ANY_FLOAT, gradient_like, wants_gradient
-from protoclip.ops.pairs import SAME_ID, Given, Pairs, SameId, check_ids, pairs_of
+from protoclip.ops.pairs import SAME_ID, Matching, Pairs, SameId, check_ids, pairs_of
 from protoclip.ops.strips import (
     gap_and_mean,
     matched_gradients,
@@ -92,12 +92,12 @@ def global_info_nce(
     all_ids = _all_ids(op, ids, x)
     table_row = "info_nce" if ids is None else "contrastive"
     name = resolve(table_row, backend, x.device.type, x.dtype)
-    given = Given(query_ids=ids, key_ids=all_ids, same_id=same_id, first=first)
+    matching = Matching(query_ids=ids, key_ids=all_ids, same_id=same_id, first=first)
     if name == "reference":
-        images = one_way(op, x, gathered_rows(y), logit_scale, given, backend=name)
-        texts = one_way(op, y, gathered_rows(x), logit_scale, given, backend=name)
+        images = one_way(op, x, gathered_rows(y), logit_scale, matching, backend=name)
+        texts = one_way(op, y, gathered_rows(x), logit_scale, matching, backend=name)
         return (images + texts) / 2
-    pairs = None if all_ids is None else pairs_of(op, x, len(all_ids), given)
+    pairs = None if all_ids is None else pairs_of(op, x, len(all_ids), matching)
     rows, columns = _Strip.apply(x, y, logit_scale, pairs, name)
     return (rows + columns).mean() / 2
 
@@ -133,7 +133,7 @@ def global_contrastive(
         logit_scale, same_id, backend: as in ``contrastive``, as are the result and errors.
     """
     op = "global_contrastive"
-    given = Given(
+    matching = Matching(
         positives=positives,
         query_ids=query_ids,
         key_ids=key_ids,
@@ -141,13 +141,13 @@ def global_contrastive(
         exclude=exclude,
         key_bias=key_bias,
     )
-    all_keys, given = _keys_of_all_ranks(op, keys, given)
+    all_keys, matching = _keys_of_all_ranks(op, keys, matching)
     return one_way(
         op,
         queries,
         all_keys,
         logit_scale,
-        given,
+        matching,
         weights=weights,
         reduction=reduction,
         backend=backend,
@@ -170,7 +170,7 @@ def global_contrastive_parts(
 ) -> tuple[Tensor, Tensor]:
     """``contrastive_parts`` of this rank's queries; arguments as in ``global_contrastive``."""
     op = "global_contrastive_parts"
-    given = Given(
+    matching = Matching(
         positives=positives,
         query_ids=query_ids,
         key_ids=key_ids,
@@ -178,22 +178,22 @@ def global_contrastive_parts(
         exclude=exclude,
         key_bias=key_bias,
     )
-    all_keys, given = _keys_of_all_ranks(op, keys, given)
-    return one_way_parts(op, queries, all_keys, logit_scale, given, backend=backend)
+    all_keys, matching = _keys_of_all_ranks(op, keys, matching)
+    return one_way_parts(op, queries, all_keys, logit_scale, matching, backend=backend)
 
 
-def _keys_of_all_ranks(op: str, keys: Tensor, given: Given) -> tuple[Tensor, Given]:
+def _keys_of_all_ranks(op: str, keys: Tensor, matching: Matching) -> tuple[Tensor, Matching]:
     """The keys of all ranks with their ids and biases; checked before any rank waits."""
     if not is_distributed():
-        return keys, given
+        return keys, matching
     checks.matrix(op, "keys", keys, "[M, D]")
-    bias = given.key_bias
+    bias = matching.key_bias
     if bias is not None:
         checks.vector(op, "key_bias", bias, ANY_FLOAT, [(len(keys),)], keys.device)
         bias = gathered_rows(bias)
-    ids = _all_ids(op, given.key_ids, keys, "key_ids")
-    given = replace(given, key_ids=ids, key_bias=bias, first=rank() * len(keys))
-    return gathered_rows(keys), given
+    ids = _all_ids(op, matching.key_ids, keys, "key_ids")
+    matching = replace(matching, key_ids=ids, key_bias=bias, first=rank() * len(keys))
+    return gathered_rows(keys), matching
 
 
 def _all_ids(op: str, ids: Tensor | None, rows: Tensor, name: str = "ids") -> Tensor | None:
@@ -246,8 +246,8 @@ def global_sigmoid_loss(
             offset=first,
             backend=name,
         )
-    given = Given(query_ids=ids, key_ids=all_ids, same_id=same_id, first=first)
-    pairs = pairs_of(op, x, len(x) * world_size(), given)
+    matching = Matching(query_ids=ids, key_ids=all_ids, same_id=same_id, first=first)
+    pairs = pairs_of(op, x, len(x) * world_size(), matching)
     gradients = wants_gradient(x, y, logit_scale, logit_bias)
     return _Ring.apply(x, y, logit_scale, logit_bias, pairs, gradients, name)
 
@@ -469,9 +469,9 @@ class ClipLoss(nn.Module):
         all_ids = _all_ids("ClipLoss", ids, x)
         if not self.local_loss:
             return info_nce(all_x, all_y, scale, ids=all_ids)
-        given = Given(key_ids=all_ids, first=self.rank * len(x))
-        images = one_way("ClipLoss", x, all_y, scale, given)
-        texts = one_way("ClipLoss", y, all_x, scale, given)
+        matching = Matching(key_ids=all_ids, first=self.rank * len(x))
+        images = one_way("ClipLoss", x, all_y, scale, matching)
+        texts = one_way("ClipLoss", y, all_x, scale, matching)
         return (images + texts) / 2
 
     def _of_all_ranks(self, x: Tensor) -> Tensor:

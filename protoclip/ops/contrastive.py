@@ -14,7 +14,7 @@ from torch import Tensor
 from protoclip.ops import checks, pairs, reference
 from protoclip.ops.backends import resolve
 from protoclip.ops.operators import ANY_FLOAT, reduce, wants_gradient, without_autocast
-from protoclip.ops.pairs import Given, SameId
+from protoclip.ops.pairs import Matching, SameId
 from protoclip.ops.strips import COUNT, keeps_stash, matched_statistics, sigmoid_strip, strip_loss
 
 
@@ -63,8 +63,10 @@ def info_nce(
     n = x.shape[0]
     if ids is not None:
         pairs.check_ids(op, "ids", ids, n, x.device)
-        given = Given(query_ids=ids, key_ids=ids, same_id=same_id)
-        matches = _match(op, x, y, logit_scale, given, backend=backend, stash=stash, columns=True)
+        matching = Matching(query_ids=ids, key_ids=ids, same_id=same_id)
+        matches = _match(
+            op, x, y, logit_scale, matching, backend=backend, stash=stash, columns=True
+        )
         assert matches.column_gap is not None
         return reduce((matches.gap + matches.column_gap) / 2, reduction, n)
     name = resolve(op, backend, x.device.type, x.dtype)
@@ -99,30 +101,30 @@ def _match(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
-    given: Given,
+    matching: Matching,
     *,
     backend: str,
     stash: bool | None,
     columns: bool = False,
 ) -> Matches:
-    """Queries x against keys y, whose positives and negatives are ``given``."""
-    relation = pairs.pairs_of(op, x, y.shape[0], given)
+    """Queries x against keys y; ``matching`` says which are positives and negatives."""
+    matched_pairs = pairs.pairs_of(op, x, y.shape[0], matching)
     name = resolve("contrastive", backend, x.device.type, x.dtype)
     if name == "reference":
-        pairs.refuse_wrong(op, relation, y.shape[0])
+        pairs.refuse_wrong(op, matched_pairs, y.shape[0])
         with without_autocast(x.device.type):
-            rows, by_column = reference.matched(x, y, logit_scale, relation, columns)
+            rows, by_column = reference.matched(x, y, logit_scale, matched_pairs, columns)
         gap, mean, num_positives = rows.gap, rows.mean, rows.num_positives
         column_gap = None if by_column is None else by_column.gap
     else:
         differentiable = [x, y, logit_scale]
-        if relation.key_bias is not None:
-            differentiable.append(relation.key_bias)
+        if matched_pairs.key_bias is not None:
+            differentiable.append(matched_pairs.key_bias)
         matched = matched_statistics(
             x,
             y,
             logit_scale,
-            relation,
+            matched_pairs,
             columns=columns,
             backend=name,
             keep_stash=keeps_stash(stash, *differentiable),
@@ -131,11 +133,11 @@ def _match(
         num_positives = matched.row_statistics[COUNT]
         column_gap = matched.column_gap if columns else None
     counted = num_positives > 0
-    if relation.left_out is not None:
-        counted = counted & ~relation.left_out
-    if relation.wrong is not None:  # multiply, so that the gradient is NaN too
-        gap = gap * torch.where(relation.wrong, torch.nan, 1.0)
-        counted = counted | relation.wrong
+    if matched_pairs.left_out is not None:
+        counted = counted & ~matched_pairs.left_out
+    if matched_pairs.wrong is not None:  # multiply, so that the gradient is NaN too
+        gap = gap * torch.where(matched_pairs.wrong, torch.nan, 1.0)
+        counted = counted | matched_pairs.wrong
     return Matches(gap, mean, counted, column_gap)
 
 
@@ -183,7 +185,7 @@ def contrastive(
         ValueError, TypeError: as in ``info_nce``; also if ids or positives are missing or not
             int64.
     """
-    given = Given(
+    matching = Matching(
         positives=positives,
         query_ids=query_ids,
         key_ids=key_ids,
@@ -196,7 +198,7 @@ def contrastive(
         queries,
         keys,
         logit_scale,
-        given,
+        matching,
         weights=weights,
         reduction=reduction,
         backend=backend,
@@ -209,7 +211,7 @@ def one_way(
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor | float,
-    given: Given,
+    matching: Matching,
     *,
     weights: Tensor | None = None,
     reduction: str = "mean",
@@ -219,7 +221,7 @@ def one_way(
 ) -> Tensor:
     """``contrastive``; ``average`` averages a divisor over ranks."""
     checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
-    checks.one_of(op, "same_id", given.same_id, pairs.SAME_ID)
+    checks.one_of(op, "same_id", matching.same_id, pairs.SAME_ID)
     x, y, logit_scale = checks.strip(op, ("queries", "keys"), queries, keys, logit_scale)
     n, m = x.shape[0], y.shape[0]
     backend = resolve("contrastive", backend, x.device.type, x.dtype)
@@ -230,13 +232,13 @@ def one_way(
         if backend == "reference" and checks.readable(weights) and (weights < 0).any():
             raise ValueError(f"{op}: expected weights >= 0, got {weights.min().item():g}")
     shares = torch.ones((), device=x.device).expand(n)  # each query's share of the mean
-    if backend != "reference" and given.plain and given.first + n <= m:
+    if backend != "reference" and matching.plain and matching.first + n <= m:
         reduces = weights is None and average is None  # then the op reduces the losses itself
         strip = strip_loss(
             x,
             y,
             logit_scale,
-            offset=given.first,
+            offset=matching.first,
             columns=False,
             reduction=reduction if reduces else "none",
             backend=backend,
@@ -246,7 +248,7 @@ def one_way(
         if reduces:
             return losses
     else:
-        matches = _match(op, x, y, logit_scale, given, backend=backend, stash=stash)
+        matches = _match(op, x, y, logit_scale, matching, backend=backend, stash=stash)
         losses = matches.gap.where(matches.counted, 0)
         shares = matches.counted.to(losses.dtype)
     if weights is not None:
@@ -285,7 +287,7 @@ def contrastive_parts(
     Raises:
         ValueError, TypeError: as in ``contrastive``.
     """
-    given = Given(
+    matching = Matching(
         positives=positives,
         query_ids=query_ids,
         key_ids=key_ids,
@@ -294,7 +296,7 @@ def contrastive_parts(
         key_bias=key_bias,
     )
     return one_way_parts(
-        "contrastive_parts", queries, keys, logit_scale, given, backend=backend, stash=stash
+        "contrastive_parts", queries, keys, logit_scale, matching, backend=backend, stash=stash
     )
 
 
@@ -303,14 +305,14 @@ def one_way_parts(
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor | float,
-    given: Given,
+    matching: Matching,
     *,
     backend: str,
     stash: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``contrastive_parts``."""
     x, y, logit_scale = checks.strip(op, ("queries", "keys"), queries, keys, logit_scale)
-    matches = _match(op, x, y, logit_scale, given, backend=backend, stash=stash)
+    matches = _match(op, x, y, logit_scale, matching, backend=backend, stash=stash)
     return matches.gap + matches.mean, matches.mean
 
 
@@ -336,8 +338,8 @@ def nt_xent(
     x, y, logit_scale = checks.pairs(op, views_a, views_b, logit_scale)
     views = torch.cat([x, y])
     itself = torch.arange(views.shape[0], device=x.device)
-    given = Given(positives=itself.roll(x.shape[0]), exclude=itself)
-    return one_way(op, views, views, logit_scale, given, reduction=reduction, backend=backend)
+    matching = Matching(positives=itself.roll(x.shape[0]), exclude=itself)
+    return one_way(op, views, views, logit_scale, matching, reduction=reduction, backend=backend)
 
 
 def sup_con(
@@ -363,8 +365,10 @@ def sup_con(
     checks.matrix(op, "features", features, "[N, D]")
     checks.labels(op, labels, features)
     itself = torch.arange(features.shape[0], device=features.device)
-    given = Given(query_ids=labels, key_ids=labels, same_id="positive", exclude=itself)
-    return one_way(op, features, features, logit_scale, given, reduction=reduction, backend=backend)
+    matching = Matching(query_ids=labels, key_ids=labels, same_id="positive", exclude=itself)
+    return one_way(
+        op, features, features, logit_scale, matching, reduction=reduction, backend=backend
+    )
 
 
 def sigmoid_loss(
@@ -404,16 +408,16 @@ def sigmoid_loss(
             f"and offset {offset}"
         )
     logit_bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
-    given = Given(same_id=same_id, first=offset)
+    matching = Matching(same_id=same_id, first=offset)
     if ids is not None:
         pairs.check_ids(op, "ids", ids, m, x.device)
         own_ids = ids[offset : offset + n]
-        given = Given(query_ids=own_ids, key_ids=ids, same_id=same_id, first=offset)
-    relation = pairs.pairs_of(op, x, m, given)
+        matching = Matching(query_ids=own_ids, key_ids=ids, same_id=same_id, first=offset)
+    matched_pairs = pairs.pairs_of(op, x, m, matching)
     name = resolve("siglip", backend, x.device.type, x.dtype)
     if name == "reference":
         with without_autocast(x.device.type):
-            return reference.sigmoid_loss(x, y, logit_scale, logit_bias, relation)
+            return reference.sigmoid_loss(x, y, logit_scale, logit_bias, matched_pairs)
     result = sigmoid_strip(
         x,
         y,
@@ -422,8 +426,8 @@ def sigmoid_loss(
         offset=offset,
         gradients=wants_gradient(x, y, logit_scale, logit_bias),
         backend=name,
-        query_ids=relation.query_ids,
-        key_ids=relation.key_ids,
-        same_positive=relation.same_positive,
+        query_ids=matched_pairs.query_ids,
+        key_ids=matched_pairs.key_ids,
+        same_positive=matched_pairs.same_positive,
     )
     return result.loss
