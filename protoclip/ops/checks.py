@@ -76,6 +76,9 @@ def pairs(
 
 def promoted(*tensors: Tensor) -> list[Tensor]:
     """The tensors in the narrowest dtype that holds all of theirs, as torch promotes operands."""
+    dtype = tensors[0].dtype
+    if all(x.dtype == dtype for x in tensors):
+        return list(tensors)
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
     return [x.to(dtype) for x in tensors]
 

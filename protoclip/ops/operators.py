@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -63,7 +64,7 @@ def define_gradient(
         results: the named tuple of the op's results.
         save: (ctx, arguments, results) -> None, both by name; keeps what ``backward`` needs.
         backward: (ctx, gradients of the results, by name) -> gradients of arguments, by name; an
-            argument without an entry has none. ``ctx.wanted`` says which are wanted.
+            argument without an entry has none. ``wanted_gradients`` says which are wanted.
     """
     arguments = _arguments_of(op)
 
@@ -71,9 +72,8 @@ def define_gradient(
         save(ctx, arguments(*inputs), results(*output))
 
     def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        ctx.wanted = arguments(*ctx.needs_input_grad[: len(arguments._fields)])
         by_name = backward(ctx, results(*grads))
-        return tuple(by_name.get(name) for name in arguments._fields)
+        return tuple(map(by_name.get, arguments._fields))
 
     torch.library.register_autograd(
         _qualified_name(op), gradients, setup_context=setup_context, lib=_LIBRARY
@@ -92,6 +92,13 @@ def refuse_gradient(op: Callable[..., Any], public: str) -> None:
     torch.library.register_autograd(_qualified_name(op), refuse, lib=_LIBRARY)
 
 
+def wanted_gradients(ctx: Any, op: Any) -> Any:
+    """In a backward pass: whether each argument of the op wants a gradient, by name."""
+    arguments = _arguments_of(op)
+    return arguments(*ctx.needs_input_grad[: len(arguments._fields)])
+
+
+@cache
 def _arguments_of(op: Any) -> Any:
     """A named tuple of the op's arguments."""
     return namedtuple("Arguments", [argument.name for argument in op._schema.arguments])

@@ -26,6 +26,7 @@ from protoclip.ops.operators import (
     reduce,
     refuse_gradient,
     scaled,
+    wanted_gradients,
     wants_gradient,
     without_autocast,
 )
@@ -170,18 +171,19 @@ def _prototype_ce_backward(ctx: Any, grads: BankLosses) -> dict[str, Any]:
     }
     if grads.loss is None:
         return by_name
+    wanted = wanted_gradients(ctx, _prototype_ce)
     saved = ctx.saved_tensors
     features, logit_scale, gradient, row_max, row_sum, scale_gradient = saved[:6]
     prototypes, labels = saved[6 : 6 + banks], saved[6 + banks :]
-    if ctx.wanted.features:  # weight the gradient from the forward pass
+    if wanted.features:  # weight the gradient from the forward pass
         weight = (logit_scale.reshape(()) * grads.loss)[:, :, None]
         by_bank = scaled(grad=weight, saved=gradient)
         by_name["features"] = by_bank.sum(dim=0).to(features.dtype)
-    if ctx.wanted.logit_scale:
+    if wanted.logit_scale:
         terms = scaled(grad=grads.loss, saved=scale_gradient)
         by_name["logit_scale"] = gradient_like(terms.sum(), logit_scale)
     for bank in range(banks):
-        if ctx.wanted.prototypes[bank]:
+        if wanted.prototypes[bank]:
             by_name["prototypes"][bank] = _prototype_ce_bwd_prototypes(
                 features=features,
                 prototypes=prototypes[bank],
