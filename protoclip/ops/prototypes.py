@@ -71,7 +71,7 @@ def bank_losses(
         need_scale_gradient=need_scale_gradient,
         backend=backend,
     )
-    return BankLosses._make(results)
+    return BankLosses(*results)
 
 
 def _prototype_ce_shapes(arguments: Any) -> BankLosses:

@@ -144,7 +144,7 @@ def strip_loss(
         backend=backend,
         keep_stash=keep_stash,
     )
-    return StripLoss._make(results)
+    return StripLoss(*results)
 
 
 def strip_statistics(
@@ -153,7 +153,7 @@ def strip_statistics(
     """The statistics of a strip, for a caller that merges them over ranks; no autograd."""
     run = STRIP[backend].implementation.statistics
     results = run(x=x, y=y, logit_scale=logit_scale, offset=offset, columns=columns)
-    return StripStatistics._make(results)
+    return StripStatistics(*results)
 
 
 def strip_gradients(
@@ -194,7 +194,7 @@ def strip_gradients(
         backend=backend,
         stash=stash,
     )
-    return StripGradients._make(results)
+    return StripGradients(*results)
 
 
 def direction_weight(columns: bool) -> float:
@@ -399,7 +399,7 @@ def matched_statistics(
         backend=backend,
         keep_stash=keep_stash,
     )
-    return MatchedStatistics._make(results)
+    return MatchedStatistics(*results)
 
 
 def matched_gradients(
@@ -433,7 +433,7 @@ def matched_gradients(
         backend=backend,
         stash=stash,
     )
-    return MatchedGradients._make(results)
+    return MatchedGradients(*results)
 
 
 def gap_and_mean(statistics: Tensor) -> GapAndMean:
@@ -652,7 +652,7 @@ def sigmoid_strip(
         key_ids=key_ids,
         same_positive=same_positive,
     )
-    return SigmoidLoss._make(results)
+    return SigmoidLoss(*results)
 
 
 def _sigmoid_shapes(arguments: Any) -> SigmoidLoss:
