@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protoclip.ops.backends import ANY_FLOAT, accumulator, in_transform
+from protoclip.ops.operators import ANY_FLOAT, accumulator, in_transform
 
 REDUCTIONS = ("mean", "sum", "none")
 INTEGERS = (torch.int64,)
@@ -66,7 +66,7 @@ def pairs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``strip`` for as many texts as images."""
     x, y, scale = strip(op, PAIR, image_features, text_features, logit_scale)
-    if len(x) != len(y):
+    if x.shape[0] != y.shape[0]:
         raise ValueError(
             f"{op}: expected one text per image, got image_features {tuple(x.shape)} "
             f"and text_features {tuple(y.shape)}; give row i of each the same pair"
@@ -76,6 +76,9 @@ def pairs(
 
 def promoted(*tensors: Tensor) -> list[Tensor]:
     """The tensors in the narrowest dtype that holds all of theirs, as torch promotes operands."""
+    dtype = tensors[0].dtype
+    if all(x.dtype == dtype for x in tensors):
+        return list(tensors)
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
     return [x.to(dtype) for x in tensors]
 
@@ -124,7 +127,7 @@ def vector(
 
 def labels(op: str, x: Tensor, rows: Tensor) -> None:
     """Require int64 [N] on the device of the [N, D] rows."""
-    vector(op, "labels", x, INTEGERS, [(len(rows),)], rows.device)
+    vector(op, "labels", x, INTEGERS, [(rows.shape[0],)], rows.device)
 
 
 def label_values(op: str, x: Tensor, count: int) -> None:
