@@ -79,7 +79,7 @@ Evaluate = Callable[[ProtoModel], Mapping[str, float]]
 PROG = "protoclip train"
 PICTURED = 4096  # training samples from which the report's pictures are chosen
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # options of mallopt, from malloc.h
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # options of mallopt, by glibc's numbers
 # Settings that decide the order of the samples or the set of tensors: a resume must keep them.
 FIXED = (
     "method", "data.train_num_samples", "data.captions", "data.augmentation",
