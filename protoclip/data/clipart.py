@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from protoclip.data.emoji import SIDE, captions_of
-from protoclip.data.images import draw_svgs
+from protoclip.data.images import draw_svg_files
 from protoclip.data.types import DataError, Labels, labels_of
 
 FOLDER = "/usr/share/openclipart/svg"
@@ -77,7 +77,7 @@ def _drawn(folder: Path) -> Mapping[str, tuple[tuple[str, ...], np.ndarray]]:
     about = [_about(file) for file in files]
     titles = Counter(title for title, _ in about)
     drawn = {}
-    for name, (title, tags), picture in zip(names, about, draw_svgs(files, SIDE), strict=True):
+    for name, (title, tags), picture in zip(names, about, draw_svg_files(files, SIDE), strict=True):
         if not title or titles[title] > COMMON:
             title = " ".join(re.findall("[a-z]+", PurePosixPath(name).stem))
         captions = captions_of(title, tags)

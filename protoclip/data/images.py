@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import multiprocessing
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +24,8 @@ from tqdm import tqdm
 from protoclip.data.files import whole_file
 from protoclip.data.types import DataError
 from protoclip.ops.native import cache_dir
+
+DRAWN_AT_ONCE = 128  # pictures that a process draws between two updates of the progress bar
 
 
 def decode(data: bytes, where: str) -> Image.Image:
@@ -57,7 +63,59 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def draw_svgs(files: Sequence[Path], side: int) -> np.ndarray:
+def draw_svgs(svgs: Sequence[str], path: Path, side: int) -> np.ndarray:
+    """Draw SVG texts centred on white squares into the file ``path``, on all cores.
+
+    Lettering is left out because it depends on installed fonts.
+
+    Returns:
+        uint8 [N, side, side, 3], memory-mapped and read-only; what cannot be drawn is black.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(svgs), DRAWN_AT_ONCE)
+    with (
+        whole_file(path) as temporary,
+        tqdm(desc="drawing", total=len(svgs), unit=" icons", leave=False, disable=None) as bar,
+    ):
+        shape = (len(svgs), side, side, 3)
+        pictures = np.lib.format.open_memmap(temporary, "w+", dtype=np.uint8, shape=shape)
+        _drawing.update(svgs=svgs, pictures=pictures)
+        with _drawing_pool(len(starts)) as pool:
+            for start, _ in zip(starts, pool.map(_draw_part, starts), strict=True):
+                bar.update(min(DRAWN_AT_ONCE, len(svgs) - start))
+        _drawing.clear()
+        pictures.flush()
+    return np.load(path, mmap_mode="r")
+
+
+def _drawing_pool(parts: int) -> Executor:
+    """resvg holds Python's lock, so cores need processes; forked ones share what is drawn."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = min(len(affinity(0)) if affinity else os.cpu_count() or 1, parts)
+    if cores > 1 and sys.platform == "linux":
+        return ProcessPoolExecutor(cores, multiprocessing.get_context("fork"))
+    return ThreadPoolExecutor(1)
+
+
+_drawing: dict[str, Any] = {}  # the SVG texts and the pictures of the running ``draw_svgs``
+
+
+def _draw_part(start: int) -> None:
+    from resvg_py import svg_to_bytes
+
+    svgs, pictures = _drawing["svgs"], _drawing["pictures"]
+    side = pictures.shape[1]
+    for i in range(start, min(start + DRAWN_AT_ONCE, len(svgs))):
+        try:
+            data = svg_to_bytes(
+                svg_string=svgs[i], width=side, height=side, dpi=96.0, skip_system_fonts=True
+            )
+        except ValueError:  # not a drawing
+            continue
+        pictures[i] = ImageOps.pad(decode(data, f"SVG {i}"), (side, side), color="white")
+
+
+def draw_svg_files(files: Sequence[Path], side: int) -> np.ndarray:
     """SVG files centred on white squares: uint8 [N, side, side, 3], kept in the cache folder.
 
     A file that cannot be drawn is black. Text is left out because it depends on installed fonts.
