@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from protoclip.data.clipart import ClipArtDataset
-from protoclip.data.emoji import EmojiDataset, noto_available
 from protoclip.data.icons import builtin_icons, heldout_concepts, in_heldout_family
 from protoclip.data.images import Transform, build_transform
 from protoclip.data.loader import Draws, EpochOrder, Faults, batches
@@ -18,8 +16,7 @@ from protoclip.data.types import Batch, DataError, Labels, PairDataset, Subset, 
 
 __all__ = [
     "Batch", "DataError", "Draws", "EpochOrder", "Faults", "Labels", "PairDataset", "Subset",
-    "Transform", "batches", "build_transform", "index_together", "is_sharded", "noto_available",
-    "open_dataset",
+    "Transform", "batches", "build_transform", "index_together", "is_sharded", "open_dataset",
 ]  # fmt: skip
 
 
@@ -29,12 +26,10 @@ def open_dataset(
     """Open pairs by name.
 
     Args:
-        spec: "builtin:emoji[:STYLE+...]" with the styles twemoji (the default), openmoji and noto |
-            "builtin:openclipart[:FOLDER]" | "builtin:shapes[:N]" | a .csv or .tsv file | webdataset
-            shards: a .tar, a folder of them, a url, braces and globs, sources joined by "::".
-        split: "all" | "train" | "heldout" (10 %; of each group, if groups are known; for
-            builtin:emoji the same concepts in every style; for builtin:icons one family and a
-            tenth of the concepts, whatever the seed).
+        spec: "builtin:icons" | "builtin:shapes[:N]" | a .csv or .tsv file | webdataset shards: a
+            .tar, a folder of them, a url, braces and globs, sources joined by "::".
+        split: "all" | "train" | "heldout" (10 %; of each group, if groups are known; of
+            builtin:icons one family and a tenth of the concepts, whatever the seed).
         seed: decides which pairs are held out.
         keep_going: collect a table's bad rows in ``skipped`` instead of raising at the first.
         table: csv_separator, csv_img_key, csv_caption_key, csv_encoding of :class:`CsvDataset`.
@@ -47,16 +42,12 @@ def open_dataset(
         raise DataError(f"{spec}: split must be all, train or heldout, got {split!r}")
     scheme, _, rest = spec.partition(":")
     kind, _, rest = rest.partition(":") if scheme == "builtin" else ("", "", "")
-    if kind == "emoji":
-        return EmojiDataset(spec, split, seed)
     heldout: np.ndarray | None = None
     if kind == "icons":
         if rest:
             raise DataError(f"{spec}: expected builtin:icons without a further part")
         dataset: PairDataset = builtin_icons()
         heldout = heldout_concepts(builtin_icons()) | in_heldout_family(builtin_icons())
-    elif kind == "openclipart":
-        dataset = ClipArtDataset(rest)
     elif kind == "shapes":
         if not (rest or "2000").isdecimal():
             raise DataError(f"{spec}: expected builtin:shapes:N with a whole number N")
@@ -67,8 +58,8 @@ def open_dataset(
         dataset = CsvDataset(spec, keep_going=keep_going, **table)
     else:
         raise DataError(
-            f"data {spec!r}: expected one of builtin:emoji[:STYLE], builtin:openclipart, "
-            'builtin:shapes[:N], a .csv or .tsv file, or shards such as "d/*.tar"'
+            f"data {spec!r}: expected one of builtin:icons, builtin:shapes[:N], "
+            'a .csv or .tsv file, or shards such as "d/*.tar"'
         )
     if split == "all":
         return dataset

@@ -12,12 +12,14 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,6 +97,18 @@ class IconDataset:
         self._captions = StringTable("\n".join(own) for own in captions)
         self.families = families
         self.labels: Mapping[str, Labels] = labels
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles the name of the pictures' file instead of its content."""
+        state = dict(vars(self))
+        if isinstance(self.pictures, np.memmap) and self.pictures.filename:
+            state["pictures"] = os.fspath(self.pictures.filename)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if isinstance(self.pictures, str):
+            self.pictures = np.load(self.pictures, mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.rows)

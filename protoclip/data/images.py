@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import multiprocessing
 import os
@@ -23,7 +22,6 @@ from tqdm import tqdm
 
 from protoclip.data.files import whole_file
 from protoclip.data.types import DataError
-from protoclip.ops.native import cache_dir
 
 DRAWN_AT_ONCE = 128  # pictures that a process draws between two updates of the progress bar
 
@@ -115,38 +113,33 @@ def _draw_part(start: int) -> None:
         pictures[i] = ImageOps.pad(decode(data, f"SVG {i}"), (side, side), color="white")
 
 
-def draw_svg_files(files: Sequence[Path], side: int) -> np.ndarray:
-    """SVG files centred on white squares: uint8 [N, side, side, 3], kept in the cache folder.
+def hog(picture: Image.Image, cell: int = 8, orientations: int = 9) -> np.ndarray:
+    """Histograms of oriented gradients, float32 [(S/8 - 1)² * 36] for a square of side S.
 
-    A file that cannot be drawn is black. Text is left out because it depends on installed fonts.
-
-    Raises:
-        DataError: resvg-py is not installed.
+    The grey picture's gradients vote for two of nine directions without sign; a block of 2 x 2
+    cells is normalised, clipped at 0.2 and normalised again. Source: Dalal and Triggs 2005.
     """
-    state = repr((side, [(str(file), file.stat().st_size) for file in files]))
-    path = cache_dir() / f"svg-{hashlib.sha256(state.encode()).hexdigest()[:16]}.npy"
-    with contextlib.suppress(OSError, ValueError):  # missing or torn: draw it
-        return np.load(path, mmap_mode="r")
-    try:
-        from resvg_py import svg_to_bytes
-    except ImportError as error:
-        raise DataError("SVG pictures need resvg-py; pip install 'protoclip[study]'") from error
-
-    def draw(file: Path) -> np.ndarray:
-        try:
-            data = svg_to_bytes(svg_path=str(file), width=side, dpi=96.0, skip_system_fonts=True)
-        except ValueError:
-            return np.zeros((side, side, 3), dtype=np.uint8)
-        return np.asarray(ImageOps.pad(decode(data, str(file)), (side, side), color="white"))
-
-    with ThreadPoolExecutor() as pool:
-        drawn = tqdm(pool.map(draw, files), "drawing", len(files), leave=False, disable=None)
-        pictures = np.stack(list(drawn))
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, pictures)
-    return pictures
+    grey = np.asarray(picture.convert("L"), dtype=np.float32) / 255
+    down, right = np.gradient(grey)  # central differences
+    strength = np.hypot(down, right)
+    place = np.arctan2(down, right) % np.pi * (orientations / np.pi) - 0.5
+    low = np.floor(place).astype(np.int64)
+    high_share = place - low
+    rows, columns = (side // cell for side in grey.shape)
+    area = slice(rows * cell), slice(columns * cell)
+    at = np.arange(rows * cell)[:, None] // cell * columns + np.arange(columns * cell) // cell
+    size = rows * columns * orientations
+    histogram = np.zeros(size)
+    for bins, votes in ((low, strength * (1 - high_share)), (low + 1, strength * high_share)):
+        slots = at * orientations + bins[area] % orientations
+        histogram += np.bincount(slots.ravel(), votes[area].ravel(), size)
+    cells = histogram.reshape(rows, columns, orientations)
+    corners = [cells[:-1, :-1], cells[:-1, 1:], cells[1:, :-1], cells[1:, 1:]]
+    blocks = np.concatenate(corners, axis=-1).reshape(-1, 4 * orientations)
+    for limit in (0.2, np.inf):
+        blocks = blocks / np.sqrt((blocks**2).sum(1, keepdims=True) + 1e-10)
+        blocks = np.minimum(blocks, limit)
+    return blocks.ravel().astype(np.float32)
 
 
 @dataclass(frozen=True)
