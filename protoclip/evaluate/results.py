@@ -168,9 +168,10 @@ def read_results(path: str | os.PathLike[str]) -> Outcome:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        # Files of older versions have one floor.
-        floors = {"pixels": content.pop("floor", None), **content.get("floors", {})}
-        content["floors"] = {name: _read_sets(sets) for name, sets in floors.items() if sets}
+        floors = content.get("floors", {})
+        if older := content.pop("floor", None):  # files of older versions have one
+            floors = {"pixels": older}
+        content["floors"] = {name: _read_sets(sets) for name, sets in floors.items()}
         content["trained"] = _read_sets(content["trained"])
         if content.get("untrained") is not None:
             content["untrained"] = _read_sets(content["untrained"])
