@@ -638,7 +638,7 @@ class Evaluation:
         if self.data:
             if self.data == "builtin:icons":
                 parts = open_layout(self.data, **self.arguments).parts
-                self.quick_sets = {key: part.test for key, part in parts.items()}
+                self.quick_sets = {key: part.test for key, part in parts.items() if part.captions}
             else:
                 split = "heldout" if self.data.startswith("builtin:") else "all"
                 self.quick_sets["HO"] = open_dataset(self.data, split, **self.arguments)

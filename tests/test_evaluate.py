@@ -132,7 +132,10 @@ def test_icon_sets_are_parts_of_the_held_out_icons(model):
         dataset = few[key].test
         torch.testing.assert_close(one.image, encoder.images(dataset))
         texts = [dataset.captions(i)[0] for i in range(len(dataset))]
-        torch.testing.assert_close(one.text, encoder.texts(texts))
+        if key == "NEW":  # drawings of new concepts share their captions: no retrieval
+            torch.testing.assert_close(one.text, encoder.texts(texts))
+        else:
+            assert len(one.text) == 0
         present = dataset.labels["concept"].ids.unique()
         assert torch.equal(one.choices["concept"], present)
         assert len(one.class_vectors["concept"]) == len(present)

@@ -46,6 +46,7 @@ class Part:
 
     test: PairDataset
     title: str
+    captions: int = 1  # of each picture; 0: no retrieval
     skip: frozenset[tuple[str, str]] = frozenset()  # (label, task) without meaning in this set
 
 
@@ -109,12 +110,13 @@ def _icon_parts() -> dict[str, Part]:
         "NEW": Part(
             Subset(icons, np.flatnonzero(new_family & ~new_concept & trained)),
             "Known concepts, drawn by an unseen family",
-            frozenset({*probes, ("concept", "grouping")}),  # one drawing of each
+            skip=frozenset({*probes, ("concept", "grouping")}),  # one drawing of each
         ),
         "HO": Part(
             Subset(icons, np.flatnonzero(new_concept & several)),
             "New concepts, drawn by several families",
-            frozenset({*probes, ("concept", "knn")}),  # none of them was trained on
+            captions=0,  # drawings share them, so that no caption has one right picture
+            skip=frozenset({*probes, ("concept", "knn")}),  # none of them was trained on
         ),
     }
 

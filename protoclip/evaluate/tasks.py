@@ -216,7 +216,9 @@ def encode_sets(
             key: dataclasses.replace(
                 encode_set(
                     encoder,
-                    dataclasses.replace(layout, test=part.test, title=part.title),
+                    dataclasses.replace(
+                        layout, test=part.test, title=part.title, captions=part.captions
+                    ),
                     prompts=prompts,
                     only_present=True,
                 ),
