@@ -61,12 +61,14 @@ FAMILIES = (
     ("uil", "uim", "uis", "uit"),
     ("maki", "temaki", "pinhead", "roentgen", "osmic", "map"),
 )
-STYLES = set(
-    """outline outlined outlines line linear lined filled fill fills solid bold thin light regular
-    duotone duo twotone twotones rounded round sharp flat broken bulk medium remix baseline color
-    colored alt stroke stroked px 16px 24px o curved thick mono monochrome alternate one two three
-    tone bxs bxl bx""".split()
-)  # words of a name that tell a style, a size or a number and not what is drawn
+# Words of a name that tell a style, a size or a number, and not what is drawn.
+STYLES = {
+    "16px", "24px", "alt", "alternate", "baseline", "bold", "broken", "bulk", "bx", "bxl", "bxs",
+    "color", "colored", "curved", "duo", "duotone", "fill", "filled", "fills", "flat", "light",
+    "line", "linear", "lined", "medium", "mono", "monochrome", "o", "one", "outline", "outlined",
+    "outlines", "px", "regular", "remix", "round", "rounded", "sharp", "solid", "stroke",
+    "stroked", "thick", "thin", "three", "tone", "two", "twotone", "twotones",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -359,7 +361,8 @@ class IconPairs:
 
 
 def near(hashes: np.ndarray, others: np.ndarray, most: int) -> Iterator[tuple[int, np.ndarray]]:
-    """For each row of ``hashes``, packed bits, the rows of ``others`` at most ``most`` bits away."""
+    """The rows of ``others`` at most ``most`` bits away, for each row of ``hashes`` that has some;
+    both are packed bits."""
     signs = [
         torch.from_numpy(np.unpackbits(part, axis=1).astype(np.float32) * 2 - 1)
         for part in (hashes, others)
@@ -378,8 +381,9 @@ def near(hashes: np.ndarray, others: np.ndarray, most: int) -> Iterator[tuple[in
 
 
 TOY_WORDS = (
-    "sun moon star tree fish bird house boat ring bell leaf drop cube wave hill gate".split()
-)
+    "sun", "moon", "star", "tree", "fish", "bird", "house", "boat",
+    "ring", "bell", "leaf", "drop", "cube", "wave", "hill", "gate",
+)  # fmt: skip
 TOY_SETS = ("test-0", "test-1", "tune-0", "tune-1", *(f"set-{i}" for i in range(8)))
 
 
@@ -395,7 +399,8 @@ def toy_icons(folder: Path) -> Icons:
             corners = shape.uniform(4, 44, (7, 2))
             corners += np.random.default_rng([place, *name.encode()]).normal(0, 2.5, corners.shape)
             points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
-            pen = f'fill="{("none", "#333")[place % 2]}" stroke="black" stroke-width="{1 + place / 4}"'
+            fill = "#333" if place % 2 else "none"
+            pen = f'fill="{fill}" stroke="black" stroke-width="{1 + place / 4}"'
             svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{SIDE}" height="{SIDE}">'
             svg += f'<polygon points="{points}" {pen}/></svg>'
             icons.append(Icon(part, name.replace(" ", "-"), name, svg))

@@ -1,4 +1,361 @@
-def score(run): return 0
+"""From finished runs of the study to docs/evidence.md; what is missing is said so."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from benchmarks.report import table, write_between
+
+PAGE = Path(__file__).parent.parent / "docs" / "evidence.md"
+BEGIN, END = "<!-- study: begin, written by make study -->", "<!-- study: end -->"
 CLIP, PROTO, EQUAL_TIME = "CLIP", "ProtoCLIP", "CLIP, time of ProtoCLIP"
-PAGE=None
-def write_report(*a): print("report")
+EXTERNAL_ONLY, INTERNAL_ONLY = "external only", "internal only"
+PRIMARY = ("zero-shot", "probe", "AMI")
+SECONDARY = ("zero-shot top 5", "k-NN", "R@5", "k-NN, new", "AMI, new")
+TOWERS = {"mlp": "MLP over HOG and pixels", "cnn": "default CNN"}
+Run = Mapping[str, Any]
+Runs = Mapping[str, Mapping[int, Run]]  # row -> seed -> run
+Wanted = Mapping[str, Mapping[str, int]]  # tower -> row -> seeds
+Comparison = tuple[str, str, str, str]  # tower, row, the row beside it, metric
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference over paired seeds, half its 95 % t interval, p of the two-sided test."""
+
+    mean: float
+    half: float
+    p: float
+    seeds: int
+
+    def text(self, p: float | None = None) -> str:
+        """With p as corrected; bold where it is below 5 %, or without p where zero is outside."""
+        words = f"{self.mean:+.3f} ± {self.half:.3f}"
+        sure = self.half < abs(self.mean) if p is None else p < 0.05
+        words += "" if p is None else f" (p {p:.2g})"
+        return f"**{words}**" if sure else words
+
+
+def values(runs: Runs, row: str, metric: str) -> dict[int, float]:
+    """A metric by seed."""
+    return {
+        seed: run["metrics"][metric]
+        for seed, run in runs.get(row, {}).items()
+        if metric in run["metrics"]
+    }
+
+
+def difference(runs: Runs, row: str, other: str, metric: str) -> Difference | None:
+    """``row`` minus ``other`` over the seeds that both have; None below two."""
+    mine, theirs = values(runs, row, metric), values(runs, other, metric)
+    seeds = sorted(mine.keys() & theirs.keys())
+    if row == other or len(seeds) < 2:
+        return None
+    found = stats.ttest_rel([mine[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+    low, high = found.confidence_interval(0.95)
+    return Difference((low + high) / 2, (high - low) / 2, float(found.pvalue), len(seeds))
+
+
+def holm(found: Mapping[Any, Difference]) -> dict[Any, float]:
+    """p of each test, corrected for there being several."""
+    corrected, least = {}, 0.0
+    for rank, key in enumerate(sorted(found, key=lambda key: found[key].p)):
+        least = max(least, min(1.0, (len(found) - rank) * found[key].p))
+        corrected[key] = least
+    return corrected
+
+
+def tests(by_tower: Mapping[str, Runs]) -> dict[Comparison, tuple[Difference, float]]:
+    """Difference and corrected p: ProtoCLIP at equal time over both towers, then every row against
+    CLIP at equal samples, by tower."""
+    families = [[(tower, PROTO, EQUAL_TIME) for tower in by_tower]]
+    families += [
+        [(tower, row, CLIP) for row in runs if row not in (CLIP, EQUAL_TIME)]
+        for tower, runs in by_tower.items()
+    ]
+    out: dict[Comparison, tuple[Difference, float]] = {}
+    for family in families:
+        known = {
+            (tower, row, other, metric): found
+            for tower, row, other in family
+            for metric in PRIMARY
+            if (found := difference(by_tower[tower], row, other, metric)) is not None
+        }
+        out |= {key: (known[key], p) for key, p in holm(known).items()}
+    return out
+
+
+def score(run: Run) -> float:
+    """What tuning goes by; -1 for a run that diverged."""
+    numbers = [run["metrics"][name] for name in PRIMARY if name in run["metrics"]]
+    return statistics.fmean(numbers) if len(numbers) == len(PRIMARY) else -1.0
+
+
+def mean(numbers: Iterable[float], form: str = ".3f") -> str:
+    known = list(numbers)
+    return format(statistics.fmean(known), form) if known else "–"
+
+
+def time_beside_clip(runs: Runs, row: str) -> str:
+    """CPU time of training as a multiple of CLIP's of the same seed."""
+    mine, plain = runs.get(row, {}), runs.get(CLIP, {})
+    seeds = mine.keys() & plain.keys()
+    return mean((mine[s]["cpu_seconds"] / plain[s]["cpu_seconds"] for s in seeds), ".2f")
+
+
+def by_row(found: Sequence[Run], tower: str, order: Iterable[str]) -> Runs:
+    """The finished main runs of a tower."""
+    runs: dict[str, dict[int, Run]] = {row: {} for row in order}
+    for run in found:
+        if run["stage"] == "main" and run["tower"] == tower and run["row"] in runs:
+            runs[run["row"]][run["seed"]] = run
+    return {row: seeds for row, seeds in runs.items() if seeds}
+
+
+def metrics_table(runs: Runs, metrics: Sequence[str], words: Mapping[tuple[str, str], str]) -> str:
+    """CLIP's values, and the others' differences to it where ``words`` has them."""
+    lines = []
+    for row, by_seed in runs.items():
+        first = next(iter(by_seed.values()))
+        line = [row, str(len(by_seed)), f"{first['lr']:g}, {first['epochs']:g}"]
+        line.append(time_beside_clip(runs, row))
+        for metric in metrics:
+            plain = mean(values(runs, row, metric).values())
+            line.append(words.get((row, metric), plain))
+        lines.append(line)
+    return table(["", "seeds", "lr, epochs", "CPU time ×", *metrics], lines)
+
+
+def tables_of(tower: str, by_tower: Mapping[str, Runs]) -> list[str]:
+    """Against CLIP at equal samples, then at equal time."""
+    runs, found = by_tower[tower], tests(by_tower)
+    primary = {
+        (row, metric): one.text(p)
+        for (where, row, other, metric), (one, p) in found.items()
+        if where == tower and other == CLIP
+    }
+    equal = {
+        (EQUAL_TIME, metric): one.text()
+        for metric in PRIMARY
+        if (one := difference(runs, EQUAL_TIME, CLIP, metric)) is not None
+    }
+    secondary = {
+        (row, metric): one.text()
+        for row in runs
+        for metric in SECONDARY
+        if (one := difference(runs, row, CLIP, metric)) is not None
+    }
+    parts = [
+        f"### {TOWERS[tower]}",
+        "CLIP's values, and differences to CLIP at equal samples; p after Holm:",
+        metrics_table(runs, PRIMARY, primary | equal),
+        "Secondary, not corrected:",
+        metrics_table(runs, SECONDARY, secondary),
+    ]
+    lines = [
+        [row, *(text_of(difference(runs, row, EQUAL_TIME, metric)) for metric in shown)]
+        for row in runs
+        for shown in [(*PRIMARY, *SECONDARY)]
+        if row not in (CLIP, EQUAL_TIME)
+    ]
+    if EQUAL_TIME in runs:
+        parts += [
+            "Differences to CLIP with ProtoCLIP's time, not corrected:",
+            table(["", *PRIMARY, *SECONDARY], lines),
+        ]
+    return parts
+
+
+def text_of(found: Difference | None) -> str:
+    return "–" if found is None else found.text()
+
+
+def floors_table(found: Sequence[Run], floors: Sequence[str]) -> str:
+    """What needs no training."""
+    runs = {run["row"]: run["metrics"] for run in found if run["stage"] == "floor"}
+    names = (*PRIMARY, *SECONDARY)
+    lines = [
+        [row, *(f"{runs[row][name]:.3f}" if name in runs[row] else "–" for name in names)]
+        for row in floors
+        if row in runs
+    ]
+    return table(["floor", *names], lines) if lines else ""
+
+
+def tuning_table(found: Sequence[Run]) -> str:
+    """What was tried on the sets for tuning, and how it scored."""
+    tried = {
+        (run["row"], f"{run['lr']:g}, {run['epochs']:g}"): score(run)
+        for run in found
+        if run["stage"] == "tune"
+    }
+    rows, settings = (list(dict.fromkeys(key[i] for key in tried)) for i in (0, 1))
+    lines = []
+    for row in rows:
+        own = [tried.get((row, one)) for one in settings]
+        best = max((one for one in own if one is not None), default=None)
+        words = ["–" if one is None else f"{one:.3f}" for one in own]
+        lines.append(
+            [row] + [f"**{w}**" if one == best else w for w, one in zip(words, own, strict=True)]
+        )
+    head = ["tuning: mean of the primary metrics at lr, epochs", *settings]
+    return table(head, lines) if lines else ""
+
+
+def clusters_table(runs: Runs) -> str:
+    """What the prototypes were in the last episode, means over the seeds."""
+    names = {
+        "image_inertia": "inertia, images",
+        "text_inertia": "texts",
+        "external_inertia": "teacher",
+        "image_size_max": "largest image cluster",
+        "text_size_max": "text cluster",
+    }
+    lines = []
+    for row, by_seed in runs.items():
+        last = [run["episodes"][-1] for run in by_seed.values() if run["episodes"]]
+        accuracy = [
+            statistics.fmean(value for name, value in one.items() if "accuracy" in name)
+            for one in last
+            if any("accuracy" in name for name in one)
+        ]
+        nats = [run["entropies"][-1] for run in by_seed.values() if run["entropies"]]
+        if not any(name in one for one in last for name in names):
+            continue
+        line = [row, mean(accuracy)]
+        line += [mean((one[name] for one in last if name in one), ".3g") for name in names]
+        for source in ("image", "text", "most"):
+            line.append(mean((one[source] for one in nats if source in one), ".2f"))
+        lines.append(line)
+    head = ["last episode", "prototype accuracy", *names.values()]
+    head += ["entropy of targets, nats: images", "texts", "at most"]
+    return table(head, lines) if lines else ""
+
+
+def verdict(found: Difference, p: float) -> str:
+    return "undecided" if p >= 0.05 else "better" if found.mean > 0 else "worse"
+
+
+def answer(by_tower: Mapping[str, Runs], ratios: Mapping[str, float]) -> list[str]:
+    """The answer in at most ten lines, from what is there."""
+    found, lines = tests(by_tower), []
+    for tower in by_tower:
+        parts = [
+            f"{metric} {one.text(p)}: {verdict(one, p)}"
+            for (where, _, other, metric), (one, p) in found.items()
+            if where == tower and other == EQUAL_TIME
+        ]
+        if parts:
+            lines.append(
+                f"**At equal CPU time** ({TOWERS[tower]}; a sample costs ProtoCLIP "
+                f"{ratios[tower]:.2f} times CLIP's): {'; '.join(parts)}."
+            )
+    for tower in by_tower:
+        parts = [
+            f"{metric} {one.text(p)}"
+            for (where, row, other, metric), (one, p) in found.items()
+            if (where, row, other) == (tower, PROTO, CLIP)
+        ]
+        if parts:
+            lines.append(f"At equal samples ({TOWERS[tower]}): {'; '.join(parts)}.")
+    runs = by_tower.get("mlp", {})
+    for row in (INTERNAL_ONLY, EXTERNAL_ONLY):
+        parts = [
+            f"{metric} {one.text()}"
+            for metric in PRIMARY
+            if (one := difference(runs, row, EQUAL_TIME, metric)) is not None
+        ]
+        if parts:
+            lines.append(
+                f"{row.capitalize()}, against CLIP with ProtoCLIP's time: {'; '.join(parts)}."
+            )
+    for metric in PRIMARY:
+        ranked = sorted(
+            (mean(values(runs, row, metric).values()), row)
+            for row in runs
+            if row not in (CLIP, EQUAL_TIME, PROTO) and values(runs, row, metric)
+        )
+        if len(ranked) > 1:
+            (low, worst), (high, best) = ranked[0], ranked[-1]
+            lines.append(f"Other rows in {metric}: from {low} ({worst}) to {high} ({best}).")
+    return lines[:10]
+
+
+def missing(by_tower: Mapping[str, Runs], wanted: Wanted) -> str:
+    parts = [
+        f"{row} ({tower}) {count - len(by_tower.get(tower, {}).get(row, {}))}"
+        for tower, rows in wanted.items()
+        for row, count in rows.items()
+        if count > len(by_tower.get(tower, {}).get(row, {}))
+    ]
+    return f"Unfinished, seeds missing: {'; '.join(parts)}." if parts else ""
+
+
+def origin(found: Sequence[Run]) -> str:
+    """Where and on what the runs were made."""
+    count = Counter(f"on {run['machine']}, commit {run['commit']}" for run in found)
+    places = "; ".join(f"{number} {place}" for place, number in count.items())
+    torch = ", ".join(sorted({str(run["torch"]) for run in found}))
+    diverged = sum("error" in run for run in found)
+    hours = sum(run.get("cpu_seconds", 0) for run in found) / 3600
+    return (
+        f"{len(found)} runs ({diverged} diverged), {hours:.1f} CPU hours of training: {places}; "
+        f"torch {torch}."
+    )
+
+
+def data_words(facts: Mapping[str, Any]) -> str:
+    """What the split holds."""
+    if not facts:
+        return ""
+    numbers = "; ".join(
+        f"{value:,} {name}"
+        for name, value in facts.items()
+        if isinstance(value, int) and name not in ("seen", "judged")
+    )
+    words = f"Data: {numbers}. Judged are {facts['judged']:,} drawings of {facts['seen']} concepts"
+    words += f"; new concepts: {', '.join(facts['new'])}."
+    if "teacher_seconds" in facts:
+        words += (
+            f" The teacher's features of all names took {facts['teacher_seconds']:.0f} CPU "
+            "seconds, once, and are not counted in a run's time."
+        )
+    return words
+
+
+def section(
+    found: Sequence[Run], wanted: Wanted, floors: Sequence[str], facts: Mapping[str, Any]
+) -> str:
+    """What the page shows."""
+    if not found:
+        return "No run is finished yet."
+    by_tower = {tower: by_row(found, tower, rows) for tower, rows in wanted.items()}
+    by_tower = {tower: runs for tower, runs in by_tower.items() if runs}
+    ratios = {run["tower"]: run["ratio"] for run in found if run["stage"] == "pairs"}
+    parts = ["\n".join(f"{i}. {line}" for i, line in enumerate(answer(by_tower, ratios), 1))]
+    parts += [missing(by_tower, wanted), origin(found), data_words(facts)]
+    for tower, runs in by_tower.items():
+        parts += [*tables_of(tower, by_tower), clusters_table(runs)]
+    parts += [floors_table(found, floors), tuning_table(found)]
+    return "\n\n".join(filter(None, parts))
+
+
+def write_report(
+    found: Sequence[Run],
+    wanted: Wanted,
+    floors: Sequence[str],
+    facts: Mapping[str, Any],
+    page: Path | None,
+) -> None:
+    """Print the section, and put it into ``page``."""
+    text = section(found, wanted, floors, facts)
+    print(text)
+    if page is not None:
+        write_between(page, BEGIN, END, text)

@@ -114,7 +114,8 @@ class Groups:
         pool = np.setdiff1d(pool, across)
 
         def of(rows: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
-            return rows[np.isin(icons.words[rows], names)]
+            wanted = frozenset(names)
+            return rows[[word in wanted for word in icons.words[rows].tolist()]]
 
         labelled_new = of(related, new)
         clash = near_rows(icons, of(self.judged, new), labelled_new, rules.near_bits)
@@ -144,32 +145,32 @@ class Groups:
 def choose_new(groups: Groups, rules: Rules, taken: frozenset[str]) -> tuple[str, ...]:
     """Concepts to hold out, by lot among those that take few icons away."""
     names = [name for name in groups.concepts() if name not in taken]
-    words = groups.icons.words[groups.others]
-    related = related_counts(words, names)
-    few = [name for name in names if related[name] <= rules.most_related]
+    related = related_rows(groups.icons.words[groups.others], names)
+    few = [name for name in names if len(related[name]) <= rules.most_related]
     lots = [int(mix(20261127, *name.encode())) for name in few]
     order = np.argsort(np.array(lots, dtype=np.uint64), kind="stable")
     return tuple(sorted(few[i] for i in order[: rules.new_concepts]))
 
 
-def related_counts(words: np.ndarray, names: Iterable[str]) -> dict[str, int]:
-    """How many of the names ``words`` contain all words of each of ``names``."""
-    return {name: int(contains(words, (name,)).sum()) for name in names}
+def related_rows(words: np.ndarray, names: Iterable[str]) -> dict[str, set[int]]:
+    """For each of ``names`` the positions in ``words`` that contain all its words."""
+    by_word: dict[str, set[int]] = {}
+    for i, own in enumerate(words.tolist()):
+        for word in own.split(" "):
+            by_word.setdefault(word, set()).add(i)
+    found = {}
+    for name in names:
+        parts = [by_word.get(word, set()) for word in name.split(" ")]
+        found[name] = parts[0].intersection(*parts[1:])
+    return found
 
 
 def contains(words: np.ndarray, names: Iterable[str]) -> np.ndarray:
     """Which of the names contain all words of at least one of ``names``: bool [N]."""
-    parts = [frozenset(name.split(" ")) for name in words.tolist()]
-    found = np.zeros(len(parts), dtype=bool)
-    by_word: dict[str, list[int]] = {}
-    for i, own in enumerate(parts):
-        for word in own:
-            by_word.setdefault(word, []).append(i)
-    for name in names:
-        wanted = [by_word.get(word, []) for word in name.split(" ")]
-        common = set(wanted[0]).intersection(*wanted[1:])
-        found[list(common)] = True
-    return found
+    mask = np.zeros(len(words), dtype=bool)
+    for rows in related_rows(words, names).values():
+        mask[list(rows)] = True
+    return mask
 
 
 def copies(icons: Icons, rows: np.ndarray) -> np.ndarray:
