@@ -116,7 +116,7 @@ QUICK = Size(
     grid=((1e-3, 2.0), (2e-3, 2.0)),
     main_seeds={MLP: 2, CNN: 1},
     other_seeds=1,
-    rules=Rules(("test-0", "test-1"), ("tune-0", "tune-1"), 2, 2, 6, 100, 2, 6, 40),
+    rules=Rules(("test-0", "test-1"), ("tune-0", "tune-1"), 2, 2, 2, 6, 100, 2, 6, 40),
     toy=True,
 )
 

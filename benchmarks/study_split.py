@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -28,7 +28,8 @@ class Rules:
 
     test_sets: tuple[str, ...] = TEST_SETS
     tuning_sets: tuple[str, ...] = TUNING_SETS
-    judged_in: int = 4  # sets held out that draw a concept, at least
+    judged_in: int = 4  # of the 20 sets held out draw a concept, at least
+    tuned_in: int = 2  # of the 12 sets for tuning
     trained_in: int = 20  # sets for training that draw it, at least
     new_concepts: int = 70
     most_related: int = 400  # training icons that a new concept may take away
@@ -63,6 +64,7 @@ def make_split(icons: Icons, rules: Rules, *, tuning: bool) -> Split:
     new = choose_new(test, rules, frozenset())
     if tuning:
         away = test.families
+        rules = replace(rules, judged_in=rules.tuned_in)
         groups = Groups(icons, rules.tuning_sets, rules, without=away)
         new = choose_new(groups, rules, frozenset(new))
     else:
