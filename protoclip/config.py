@@ -106,10 +106,9 @@ class DataConfig:
     """Data"""
 
     train_data: str = option(
-        "builtin:emoji",
-        "builtin:emoji[:STYLE+...] (twemoji, openmoji, noto), builtin:openclipart, "
-        "builtin:shapes[:N], a .csv/.tsv file, or webdataset shards such as 'd/{000..012}.tar', "
-        "globs, urls; sources joined by '::'",
+        "builtin:icons",
+        "builtin:icons, builtin:shapes[:N], a .csv/.tsv file, or webdataset shards such as "
+        "'d/{000..012}.tar', globs, urls; sources joined by '::'",
     )
     val_data: str = option("", "data to evaluate on; default: the held-out part of built-in data")
     train_num_samples: int = option(0, "use only the first N samples; 0: all")

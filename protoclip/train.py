@@ -1,7 +1,7 @@
 """Train CLIP or ProtoCLIP: ``protoclip train``.
 
-Without arguments it trains ProtoCLIP on the built-in emoji in three to four minutes on two CPU
-cores, and leaves results, plots and a checkpoint in a run folder. Read from ``train`` down: open
+Without arguments it trains ProtoCLIP on the built-in icons in a few minutes on two CPU cores,
+and leaves results, plots and a checkpoint in a run folder. Read from ``train`` down: open
 and check everything, resume, train episode by episode, evaluate, report.
 """
 
@@ -37,7 +37,6 @@ from protoclip.data import (
     batches,
     build_transform,
     index_together,
-    noto_available,
     open_dataset,
 )
 from protoclip.data.files import write_csv
@@ -56,6 +55,8 @@ from protoclip.model import (
     check_model,
     choose_device,
     choose_precision,
+    match_layout,
+    put_channels_last,
 )
 from protoclip.ops.backends import why_not
 from protoclip.prototypes import Episode, PrototypeSet
@@ -137,6 +138,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
         prototypes.check_clusters(config.episode, setup.episode_samples)
     seed_everything(config.run.seed)
     model = build_model(config.model).to(device)
+    put_channels_last(model, device)
     phases = Phases(device)
     with phases.measure("teacher", on_host=True):
         teacher, remark = distributed.from_main(lambda: open_teacher(config, dataset, device))
@@ -233,7 +235,11 @@ class Trainer:
             len(self.dataset),
             teacher=teacher if external else None,
             internal=internal,
-            classes={n: known.ids.to(setup.device) for n, known in self.dataset.labels.items()},
+            classes={
+                name: known.ids.to(setup.device)
+                for name, known in self.dataset.labels.items()
+                if bool((known.ids >= 0).all())  # known of every sample
+            },
         )
         self.store: prototypes.FeatureStore | None = None
         if config.episode.reuses and self.projects:
@@ -476,6 +482,7 @@ class Trainer:
             training = payload["protoclip"]["training"]
             self.model.load_state(dict(payload))
             self.stepper.load_state(payload["optimizer"], training["scaler"])
+            match_layout(self.stepper.adamw)
             skipped = torch.tensor([*map(index, training["skipped"])]).reshape(2)
             self.stepper.bad, self._skipped = skipped.to(self.setup.device), int(skipped[0])
             self.episode = unpack_episode(training["episode"], self.setup.device)
@@ -587,10 +594,10 @@ def draw_plots(trainer: Trainer, evaluation: Evaluation) -> None:
         Encoded(torch.cat([one.image for one in rows]), torch.cat([one.text for one in rows]))
         for rows in features
     )
-    judged = next(iter(evaluation.kept.values()), None)
+    key, judged = next(iter(evaluation.kept.items()), ("", None))
     labels = {name: own[shown] for name, own in clusters.items()}
     samples = looks.Samples(Subset(trainer.dataset, shown), encoded, projected, labels)
-    held_out = None if judged is None else (evaluation.quick_sets["HO"], judged)
+    held_out = None if judged is None else (evaluation.quick_sets[key], judged)
     facts = {"memory_bytes": trainer.phases.memory}
     looks.save_snapshot(folder, looks.take_snapshot(samples, held_out, facts=facts))
 
@@ -599,11 +606,11 @@ def conclude(
     trainer: Trainer, evaluation: Evaluation, before: Results | None, after: Results | None
 ) -> None:
     """Print the table, the time per phase and the peak memory; write results.json."""
-    folder, floor = trainer.folder, evaluation.floor(trainer.model)
+    folder, floors = trainer.folder, evaluation.floors(trainer.model)
     timing = trainer.phases.seconds()
     peak = tasks.peak_memory_bytes(trainer.setup.device)
     name, weights = trainer.config.model.model, str(checkpoint.candidates(folder.path)[0])
-    outcome = Outcome(evaluation.data, name, weights, after or {}, before, timing, peak, floor)
+    outcome = Outcome(evaluation.data, name, weights, after or {}, before, timing, peak, floors)
     recorded = page.recorded_baseline(to_dict(trainer.config)) if after else None
     folder.say("\n" + results.format_table(outcome, recorded.outcome if recorded else None))
     if after is None:
@@ -629,10 +636,12 @@ class Evaluation:
         self.quick_sets: dict[str, PairDataset] = {}
         self.kept: dict[str, tasks.EvalSet] = {}  # of the last full evaluation
         if self.data:
-            split = "heldout" if self.data.startswith("builtin:") else "all"
-            self.quick_sets["HO"] = open_dataset(self.data, split, **self.arguments)
-            if self.data == "builtin:emoji" and noto_available():
-                self.quick_sets["NHO"] = open_dataset("builtin:emoji:noto", split, **self.arguments)
+            if self.data == "builtin:icons":
+                parts = open_layout(self.data, **self.arguments).parts
+                self.quick_sets = {key: part.test for key, part in parts.items()}
+            else:
+                split = "heldout" if self.data.startswith("builtin:") else "all"
+                self.quick_sets["HO"] = open_dataset(self.data, split, **self.arguments)
         often = setup.config.run.val_frequency if self.quick_sets else 0  # in epochs
         self.during: list[tuple[Evaluate, float]] = [(self.quick, often)] if often else []
 
@@ -666,10 +675,10 @@ class Evaluation:
             self.kept, probe_train = tasks.encode_sets(encoder, layout)
             return tasks.evaluate_features(self.kept, probe_train)
 
-    def floor(self, model: ProtoModel) -> Results | None:
+    def floors(self, model: ProtoModel) -> dict[str, Results]:
         """The scores that need no training, for built-in data; other data may be too large."""
         if not self.data.startswith("builtin:"):
-            return None
+            return {}
         with self.phases.measure("evaluation", on_host=True):
             layout = open_layout(self.data, **self.arguments)
             return tasks.floors(self.encoder(model), layout)

@@ -30,6 +30,7 @@ from protoclip.model import (
     check_model,
     choose_device,
     choose_precision,
+    put_channels_last,
 )
 
 PROG = "protoclip evaluate"
@@ -112,6 +113,7 @@ def open_encoder(model: ProtoModel, args: argparse.Namespace, what: str) -> Iter
     autocast = autocast_for(precision, device)
     shown = None if distributed.is_main() else True  # None: where stderr is a terminal
     model.to(device)
+    put_channels_last(model, device)
     with tqdm(desc=what, unit=" rows", leave=False, disable=shown) as bar:
         yield Encoder(model, device, args.batch_size, args.workers, autocast, bar)
         bar.refresh()  # the last updates may have come too fast to show
