@@ -54,14 +54,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import machine
-from benchmarks.study_data import IconPairs, Icons, default_folder, read, toy_icons
+from benchmarks.study_data import HOG, IconPairs, Icons, default_folder, read, toy_icons
 from benchmarks.study_report import CLIP, EQUAL_TIME, PAGE, PROTO, score, write_report
 from benchmarks.study_split import Rules, Split, by_lot, make_split
 from protoclip import train
 from protoclip.commands import train_parser
 from protoclip.config import ModelConfig, TrainConfig, parse
 from protoclip.data import Batch, DataError, Draws, EpochOrder, Labels
-from protoclip.evaluate.tasks import Encoder, EvalSet, PixelEncoder, evaluate_features
+from protoclip.evaluate.tasks import Encoder, EvalSet, evaluate_features
 from protoclip.model import CONFIG_FOLDER, ProtoModel, ShortTokenizer, build_model
 from protoclip.ops.native import cache_dir
 from protoclip.prototypes import INTERNAL
@@ -77,17 +77,18 @@ CONCEPT = "concept"
 TUNING_SEED = 1000
 
 PLAIN = ("--method", "clip")
-MAIN: dict[str, tuple[str, ...]] = {CLIP: PLAIN, EQUAL_TIME: PLAIN, PROTO: ()}
+STORED = ("--episode-features", "reuse")
+MAIN: dict[str, tuple[str, ...]] = {CLIP: PLAIN, EQUAL_TIME: PLAIN, PROTO: STORED}
 OTHERS: dict[str, tuple[str, ...]] = {
     "features extracted": ("--episode-features", "extract"),
-    "external only": ("--w-proto", "0"),
-    "internal only": ("--w-proto-external", "0"),
-    "K = N / 20": ("--k", "{episode/20}"),
-    "K = N / 100": ("--k", "{episode/100}"),
-    "temperature 0.03": ("--target-temperature", "0.03"),
-    "temperature 0.1": ("--target-temperature", "0.1"),
+    "external only": (*STORED, "--w-proto", "0"),
+    "internal only": (*STORED, "--w-proto-external", "0"),
+    "K = N / 20": (*STORED, "--k", "{episode/20}"),
+    "K = N / 100": (*STORED, "--k", "{episode/100}"),
+    "temperature 0.03": (*STORED, "--target-temperature", "0.03"),
+    "temperature 0.1": (*STORED, "--target-temperature", "0.1"),
     "SigLIP": (*PLAIN, "--siglip"),
-    "SigLIP and prototypes": ("--siglip",),
+    "SigLIP and prototypes": (*STORED, "--siglip"),
 }
 ROWS = MAIN | OTHERS
 GRID = ((1e-3, 4.0), (2e-3, 4.0), (4e-3, 4.0), (2e-3, 2.0))  # learning rate, epochs
@@ -163,8 +164,8 @@ class Data:
         """HOG and pixels of every icon, each column at mean 0, and at deviation 1 on average."""
         rows = torch.from_numpy(self.icons.features.astype(np.float32))
         rows -= rows.mean(0)
-        rows[:, :576] /= rows[:, :576].std(0).mean()
-        rows[:, 576:] /= rows[:, 576:].std(0).mean()
+        rows[:, :HOG] /= rows[:, :HOG].std(0).mean()
+        rows[:, HOG:] /= rows[:, HOG:].std(0).mean()
         return rows
 
     def split(self, task: Task) -> Split:
@@ -284,11 +285,15 @@ class FeatureEncoder(Encoder):
         return self._rows(self.model.clip.encode_image, rows.split(self.batch_size))
 
 
-class HogEncoder(PixelEncoder):
-    """Uses no model: a picture's feature is its HOG."""
+@dataclass(frozen=True)
+class FixedFeatures(Encoder):
+    """Uses no model: some columns of the fixed features."""
+
+    columns: slice = slice(None)
 
     def images(self, dataset: Any) -> Tensor:
-        return torch.from_numpy(dataset.icons.features[dataset.rows, :576].astype(np.float32))
+        rows = dataset.icons.features[dataset.rows, self.columns]
+        return torch.from_numpy(rows.astype(np.float32))
 
 
 # One run
@@ -397,7 +402,7 @@ def entropy(trainer: train.Trainer) -> dict[str, float]:
     assert episode is not None
     for one in episode.sets:
         if one.source in INTERNAL and one.targets is not None:
-            centroids = one.clustering.centroids
+            centroids = episode.centroids[one.source]
             temperature = trainer.config.episode.target_temperature
             logs = (centroids @ centroids.T / temperature).log_softmax(1)
             found[one.source] = round(float(-(logs.exp() * logs).sum(1).mean()), 4)
@@ -467,8 +472,8 @@ def floor(task: Task, data: Data, towers: Towers) -> dict[str, Any]:
     tower = CNN if task.row.endswith("CNN") else MLP
     model = towers.build(tower, ModelConfig())
     kinds: dict[str, Encoder] = {
-        "12 × 12 pixels": PixelEncoder(model, CPU),
-        "HOG": HogEncoder(model, CPU),
+        "12 × 12 pixels": FixedFeatures(model, CPU, columns=slice(HOG, None)),
+        "HOG": FixedFeatures(model, CPU, columns=slice(HOG)),
         "untrained MLP": FeatureEncoder(model, CPU, features=data.features),
         "untrained CNN": Encoder(model, CPU),
     }

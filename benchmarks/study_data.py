@@ -16,7 +16,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,15 +28,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from protoclip.data.files import whole_file
-from protoclip.data.images import decode
+from protoclip.data.images import draw_svgs, hog
 from protoclip.data.types import DataError, Labels, mix
+from protoclip.evaluate.tasks import pixels
 from protoclip.ops.native import cache_dir
 from protoclip.teacher import MINILM, minilm, write_rows
 
 PACKAGE = "@iconify/json@2.2.535"
 SIDE = 48  # pixels of a drawing
-CHUNK = 256  # icons that a process draws at a time
+CHUNK = 256  # icons that a process describes at a time
 HASH_SIDE = 12
+HOG = 900  # the first columns of the features; the others are 12 x 12 colours
 BLANK = 16  # grey levels: a drawing with less contrast shows nothing
 
 # Sets of brands, of programs' logos, of flags, and emoji: whose skin tones and flags would be a
@@ -174,35 +176,6 @@ def icons_of(package: Path) -> Iterator[Icon]:
 # Drawing
 
 
-def hog(grey: np.ndarray) -> np.ndarray:
-    """Histograms of gradients: [N, 48, 48] in 0 ... 1 -> [N, 576], 8 x 8 cells of 9 directions.
-
-    Each cell is divided by the norms of the four blocks of 2 x 2 cells around it, and averaged
-    (Felzenszwalb et al. 2010, without the reduction of dimensions).
-    """
-    n, side = len(grey), grey.shape[1]
-    cell = side // 8
-    dx, dy = np.zeros_like(grey), np.zeros_like(grey)
-    dx[:, :, 1:-1] = grey[:, :, 2:] - grey[:, :, :-2]
-    dy[:, 1:-1] = grey[:, 2:] - grey[:, :-2]
-    size, angle = np.hypot(dx, dy), np.arctan2(dy, dx) % np.pi
-    place = angle * (9 / np.pi)
-    low = np.floor(place).astype(np.int64)
-    share = place - low
-    cells = np.zeros((n, 8, 8, 9), dtype=np.float32)
-    for bins, weight in ((low % 9, 1 - share), ((low + 1) % 9, share)):
-        for direction in range(9):
-            part = np.where(bins == direction, size * weight, 0)
-            cells[..., direction] += part.reshape(n, 8, cell, 8, cell).sum((2, 4))
-    energy = np.pad((cells**2).sum(-1), ((0, 0), (1, 1), (1, 1)))
-    blocks = energy[:, :-1, :-1] + energy[:, 1:, :-1] + energy[:, :-1, 1:] + energy[:, 1:, 1:]
-    norms = np.sqrt(blocks) + 0.05
-    total = np.zeros_like(cells)
-    for y, x in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        total += np.minimum(cells / norms[:, y : y + 8, x : x + 8, None], 0.4)
-    return (total / 4).reshape(n, -1)
-
-
 def fingerprint(grey: np.ndarray) -> np.ndarray:
     """A perceptual hash of [48, 48] grey levels: bool [264].
 
@@ -222,73 +195,50 @@ def fingerprint(grey: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A chunk of drawings."""
+class Described:
+    """What is computed from a chunk of drawings."""
 
-    pictures: np.ndarray  # uint8 [n, SIDE, SIDE, 3]
     features: np.ndarray  # float16 [n, F], HOG and 12 x 12 colours
-    hashes: np.ndarray  # bool [n, 264]
+    hashes: np.ndarray  # uint8 [n, 33], packed bits
     shown: np.ndarray  # bool [n]: False for what cannot be drawn or is blank
 
 
-def draw(svgs: Sequence[str]) -> Drawn:
-    """Draw a chunk on white."""
-    from resvg_py import svg_to_bytes
-
-    torch.set_num_threads(1)
-    pictures = np.full((len(svgs), SIDE, SIDE, 3), 255, dtype=np.uint8)
-    for i, svg in enumerate(svgs):
-        try:
-            data = svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE, skip_system_fonts=True)
-            pictures[i] = np.asarray(decode(bytes(data), "icon").resize((SIDE, SIDE)))
-        except BaseException as error:  # resvg's panics are no Exceptions; it stays blank
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-    grey = np.stack([np.asarray(Image.fromarray(one).convert("L")) for one in pictures])
-    shown = grey.max((1, 2)).astype(np.int16) - grey.min((1, 2)) > BLANK
-    small = [np.asarray(Image.fromarray(one).resize((12, 12))) for one in pictures]
-    pixels = np.stack(small).reshape(len(svgs), -1) / np.float32(255) - 0.5
-    features = np.concatenate([hog(grey.astype(np.float32) / 255), pixels], axis=1)
-    hashes = np.stack([fingerprint(one) for one in grey])
-    return Drawn(pictures, features.astype(np.float16), hashes, shown)
+def describe(pictures: np.ndarray) -> Described:
+    """Features and hashes of drawings, uint8 [n, SIDE, SIDE, 3]."""
+    drawn = [Image.fromarray(one) for one in pictures]
+    greys = [np.asarray(one.convert("L")) for one in drawn]
+    rows = [np.concatenate([hog(one), pixels(one).ravel()], axis=None) for one in drawn]
+    return Described(
+        np.stack(rows).astype(np.float16),
+        np.packbits(np.stack([fingerprint(grey) for grey in greys]), axis=1),
+        np.array([int(grey.max()) - int(grey.min()) > BLANK for grey in greys]),
+    )
 
 
 def write(folder: Path, icons: Sequence[Icon], workers: int) -> None:
-    """Draw icons in ``workers`` processes; write the table last, as the sign that all is there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    chunks = [icons[i : i + CHUNK] for i in range(0, len(icons), CHUNK)]
-    pictures: np.ndarray | None = None
-    features, hashes, kept, count = [], [], [], 0
-    parts = ([one.svg for one in own] for own in chunks)
+    """Draw icons on all cores, describe them in ``workers`` processes; the table comes last."""
+    pictures = draw_svgs([one.svg for one in icons], folder / "pictures.npy", SIDE)
+    chunks = (pictures[i : i + CHUNK] for i in range(0, len(icons), CHUNK))
     with contextlib.ExitStack() as stack:
-        temporary = stack.enter_context(whole_file(folder / "pictures.npy"))
+        parts: Iterable[Described] = map(describe, chunks)
         if workers > 1:
-            drawn = stack.enter_context(get_context("fork").Pool(workers)).imap(draw, parts)
-        else:
-            drawn = map(draw, parts)
-        bar = tqdm(drawn, "drawing", len(chunks), disable=None)
-        for own, part in zip(chunks, bar, strict=True):
-            if pictures is None:
-                shape = (len(icons), SIDE, SIDE, 3)
-                pictures = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-            rows = np.flatnonzero(part.shown)
-            pictures[count : count + len(rows)] = part.pictures[rows]
-            features.append(part.features[rows])
-            hashes.append(part.hashes[rows])
-            kept += [own[i] for i in rows.tolist()]
-            count += len(rows)
-        assert pictures is not None
-        pictures.flush()
+            pool = stack.enter_context(get_context("fork").Pool(workers))
+            parts = pool.imap(describe, chunks)
+        count = -(-len(icons) // CHUNK)
+        found = list(tqdm(parts, "features", count, leave=False, disable=None))
+    rows = np.flatnonzero(np.concatenate([part.shown for part in found]))
+    kept = [icons[i] for i in rows.tolist()]
     arrays = {
+        "row": rows,
         "set": np.array([one.set for one in kept]),
         "name": np.array([one.name for one in kept]),
         "words": np.array([one.words for one in kept]),
-        "features": np.concatenate(features),
-        "hashes": np.packbits(np.concatenate(hashes), axis=1),
+        "features": np.concatenate([part.features for part in found])[rows],
+        "hashes": np.concatenate([part.hashes for part in found])[rows],
     }
     with whole_file(folder / "table.npz") as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
-    print(f"{folder}: {count:,} icons of {len(set(arrays['set'])):,} sets")
+    print(f"{folder}: {len(kept):,} icons of {len(set(arrays['set'])):,} sets")
 
 
 def write_teacher(folder: Path, icons: Icons) -> None:
@@ -310,7 +260,8 @@ class Icons:
     """All drawings, memory-mapped, and what is known of each."""
 
     folder: Path
-    pictures: np.ndarray  # uint8 [N or more, SIDE, SIDE, 3]
+    pictures: np.ndarray  # uint8 [P, SIDE, SIDE, 3]
+    row: np.ndarray  # int64 [N], of each icon's picture
     set: np.ndarray  # str [N]
     words: np.ndarray  # str [N]
     keys: Sequence[str]  # "set:name"
@@ -334,6 +285,7 @@ def read(folder: Path) -> Icons:
     return Icons(
         folder,
         np.load(folder / "pictures.npy", mmap_mode="r"),
+        table["row"],
         table["set"],
         table["words"],
         [f"{part}:{name}" for part, name in pairs],
@@ -354,7 +306,7 @@ class IconPairs:
         return len(self.rows)
 
     def image(self, i: int) -> Image.Image:
-        return Image.fromarray(self.icons.pictures[self.rows[i]])
+        return Image.fromarray(self.icons.pictures[self.icons.row[self.rows[i]]])
 
     def captions(self, i: int) -> tuple[str, ...]:
         return (str(self.icons.words[self.rows[i]]),)
@@ -420,7 +372,7 @@ def default_folder() -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.study_data", description=__doc__)
     parser.add_argument("--folder", type=Path, default=default_folder())
-    parser.add_argument("--workers", type=int, default=2, help="processes that draw")
+    parser.add_argument("--workers", type=int, default=2, help="processes for the features")
     args = parser.parse_args(argv)
     try:
         if not (args.folder / "table.npz").is_file():

@@ -61,15 +61,6 @@ def test_a_fingerprint_ignores_margins_and_tells_drawings_apart():
     assert pairs == {0: [0, 2], 1: [1]}
 
 
-def test_hog_sees_direction():
-    """Vertical stripes have horizontal gradients: direction 0 of 9 in every cell they cross."""
-    stripes = np.tile(np.arange(48) // 3 % 2, (1, 48, 1)).astype(np.float32)
-    cells = study_data.hog(stripes).reshape(8, 8, 9)
-    assert (cells.argmax(-1) == 0).all() and cells[..., 4].max() == 0
-    turned = study_data.hog(stripes.transpose(0, 2, 1)).reshape(8, 8, 9)
-    assert np.isin(turned.argmax(-1), (4, 5)).all()
-
-
 def test_no_set_and_no_concept_is_on_both_sides(icons):
     splits = [make_split(icons, RULES, tuning=tuning) for tuning in (False, True)]
     for split, sets in zip(splits, (RULES.test_sets, RULES.tuning_sets), strict=True):
