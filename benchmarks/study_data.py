@@ -314,16 +314,18 @@ class IconPairs:
 
 def near(hashes: np.ndarray, others: np.ndarray, most: int) -> Iterator[tuple[int, np.ndarray]]:
     """The rows of ``others`` at most ``most`` bits away, for each row of ``hashes`` that has some;
-    both are packed bits."""
-    signs = [
-        torch.from_numpy(np.unpackbits(part, axis=1).astype(np.float32) * 2 - 1)
-        for part in (hashes, others)
-    ]
-    bits = signs[0].shape[1]  # padding bits agree everywhere
-    for start in range(0, len(hashes), 1024):
-        products = signs[0][start : start + 1024] @ signs[1].T
-        rows, columns = (products >= bits - 2 * most).nonzero(as_tuple=True)
-        ends = torch.bincount(rows, minlength=len(products)).cumsum(0)[:-1].tolist()
+    both are packed bits. At most an eighth of the row's own bits may differ: of a minus sign only
+    a few are set."""
+    ours, theirs = (
+        torch.from_numpy(np.unpackbits(part, axis=1)).float() for part in (hashes, others)
+    )
+    limits = (ours.sum(1) / 8).floor().clamp_max(most)
+    size = theirs.sum(1)
+    for start in range(0, len(ours), 1024):
+        part = ours[start : start + 1024]
+        distance = part.sum(1, keepdim=True) + size - 2 * part @ theirs.T
+        rows, columns = (distance <= limits[start : start + 1024, None]).nonzero(as_tuple=True)
+        ends = torch.bincount(rows, minlength=len(part)).cumsum(0)[:-1].tolist()
         for i, own in enumerate(np.split(columns.numpy(), ends)):
             if len(own):
                 yield start + i, own
