@@ -281,7 +281,7 @@ class FeatureEncoder(Encoder):
 
     @torch.no_grad()
     def images(self, dataset: Any) -> Tensor:
-        rows = self.features[torch.from_numpy(dataset.rows)]
+        rows = self.features[torch.from_numpy(dataset.chosen)]
         return self._rows(self.model.clip.encode_image, rows.split(self.batch_size))
 
 
@@ -292,7 +292,7 @@ class FixedFeatures(Encoder):
     columns: slice = slice(None)
 
     def images(self, dataset: Any) -> Tensor:
-        rows = dataset.icons.features[dataset.rows, self.columns]
+        rows = dataset.icons.features[dataset.chosen, self.columns]
         return torch.from_numpy(rows.astype(np.float32))
 
 

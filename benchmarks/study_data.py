@@ -28,8 +28,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from protoclip.data.files import whole_file
+from protoclip.data.icons import IconDataset
 from protoclip.data.images import draw_svgs, hog
-from protoclip.data.types import DataError, Labels, mix
+from protoclip.data.types import DataError, labels_of, mix
 from protoclip.evaluate.tasks import pixels
 from protoclip.ops.native import cache_dir
 from protoclip.teacher import MINILM, minilm, write_rows
@@ -294,22 +295,23 @@ def read(folder: Path) -> Icons:
     )
 
 
-class IconPairs:
-    """Some of the icons as pairs for training and evaluation: picture and words."""
+class IconPairs(IconDataset):
+    """Some of the icons as pairs for training and evaluation: picture and words.
 
-    def __init__(self, icons: Icons, rows: np.ndarray, name: str) -> None:
-        self.icons, self.rows, self.name = icons, rows, name
-        self.keys: Sequence[str] = [icons.keys[i] for i in rows.tolist()]
-        self.labels: Mapping[str, Labels] = {}
+    ``chosen``, int64 [M], are their rows in ``icons``.
+    """
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def image(self, i: int) -> Image.Image:
-        return Image.fromarray(self.icons.pictures[self.icons.row[self.rows[i]]])
-
-    def captions(self, i: int) -> tuple[str, ...]:
-        return (str(self.icons.words[self.rows[i]]),)
+    def __init__(self, icons: Icons, chosen: np.ndarray, name: str) -> None:
+        self.icons, self.chosen = icons, chosen
+        super().__init__(
+            name,
+            icons.pictures,
+            icons.row[chosen],
+            [icons.keys[i] for i in chosen.tolist()],
+            [(words,) for words in icons.words[chosen].tolist()],
+            labels_of(icons.set[chosen].tolist()),
+            {},
+        )
 
 
 def near(hashes: np.ndarray, others: np.ndarray, most: int) -> Iterator[tuple[int, np.ndarray]]:
