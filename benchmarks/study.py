@@ -289,7 +289,7 @@ class FeatureEncoder(Encoder):
 class FixedFeatures(Encoder):
     """Uses no model: some columns of the fixed features."""
 
-    columns: slice = slice(None)
+    columns: slice = field(default_factory=lambda: slice(None))
 
     def images(self, dataset: Any) -> Tensor:
         rows = dataset.icons.features[dataset.chosen, self.columns]
