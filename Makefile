@@ -2,22 +2,26 @@ PYTHON ?= python
 SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
 
-.PHONY: check lint fix test parity faults bench bench-full study study-data study-quick kernels gpu gpu-sanitize
+# `make` is `make check`; the words after ## are what `make help` says.
+.PHONY: check help lint fix test parity faults bench bench-full study study-data study-quick kernels gpu gpu-sanitize
 
 check: lint test parity  ## everything CI checks
 
-lint:
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+lint:  ## style and types: ruff, mypy, clang-format; changes nothing
 	ruff check $(SOURCES)
 	ruff format --check $(SOURCES)
 	mypy
 	$(if $(NATIVE),clang-format --dry-run --Werror $(NATIVE))
 
-fix:
+fix:  ## format everything, and repair what ruff can
 	ruff check --fix $(SOURCES)
 	ruff format $(SOURCES)
 	$(if $(NATIVE),clang-format -i $(NATIVE))
 
-test:
+test:  ## the tests, on all cores
 	$(PYTHON) -m pytest tests -n auto --dist loadfile
 
 parity:  ## every benchmark of `make bench` once: checked against fp64, not timed
@@ -45,7 +49,7 @@ study-quick:  ## every step of the study, tiny, on toy drawings: a few minutes
 kernels:  ## registers, spills, shared memory and instruction of each launch row; no GPU needed
 	env -u TRITON_INTERPRET $(PYTHON) -m protoclip.kernels.compile_report
 
-gpu:  ## on a card: the kernels' tests, then the benchmarks; results under $$OUT, else benchmarks/results
+gpu:  ## on a card: the kernels' tests, then the benchmarks; results under OUT, else benchmarks/results
 	PYTHON=$(PYTHON) benchmarks/gpu.sh
 
 gpu-sanitize:  ## on a card: the kernels' tests under compute-sanitizer, fresh memory filled with NaN

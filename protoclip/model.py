@@ -45,7 +45,7 @@ class Encoded:
 
 
 class Projection(nn.Sequential):
-    """Linear, BatchNorm, ReLU, Linear: [B, width] -> [B, out]; algorithm.md §1's g."""
+    """Linear, BatchNorm, ReLU, Linear: [B, width] -> [B, out]; docs/algorithm.md §1's g."""
 
     def __init__(self, width: int, hidden: int, out: int, sync_batch_norm: bool = True) -> None:
         norm = GlobalBatchNorm1d if sync_batch_norm else nn.BatchNorm1d

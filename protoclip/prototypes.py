@@ -2,8 +2,8 @@
 
 A source (image, text, or an external teacher) says which samples belong together. A student (image
 or text) gets one prototype per cluster: the mean of its own features of that cluster's samples
-(back translation, PBT; algorithm.md §2-3). ``EpisodeBuilder`` makes prototypes for an episode of
-known samples, ``OnlinePrototypes`` from a queue, for loops without sample indices; both use
+(back translation, PBT; docs/algorithm.md §2-3). ``EpisodeBuilder`` makes prototypes for an episode
+of known samples, ``OnlinePrototypes`` from a queue, for loops without sample indices; both use
 ``PrototypeBuilder``. The losses that read prototypes are in ``protoclip.losses``.
 """
 

@@ -112,7 +112,7 @@ def depends_on_passes(model: nn.Module) -> bool:
 
 
 def parameter_groups(model: ProtoModel, weight_decay: float) -> list[dict]:
-    """Weights decay; vectors, scalars and the projection heads do not (algorithm.md §4).
+    """Weights decay; vectors, scalars and the projection heads do not (docs/algorithm.md §4).
 
     The image tower has its own groups because it has its own schedule.
     """

@@ -1,4 +1,4 @@
-"""The house as design.md draws it: rooms in one order, no circles, few parameters."""
+"""The house as docs/design.md draws it: rooms in one order, no circles, few parameters."""
 
 import ast
 from pathlib import Path

@@ -71,7 +71,7 @@ def test_a_locked_image_tower_does_not_move(run, tmp_path, flags):
 
 
 def test_the_image_towers_rate_ends_where_it_is_locked(run, monkeypatch):
-    """Its cosine is at nothing there, the text tower's is not: algorithm.md §3, final phase."""
+    """Its cosine is at nothing there, the text tower's is not: docs/algorithm.md §3.3."""
     rates = []
     step = Stepper.step
 

@@ -41,7 +41,7 @@ def filled(n=40, seed=0, **options):
 
 
 def dense(loss, image, text, scale):
-    """algorithm.md §2 with the [N, K] targets written out, in fp64."""
+    """docs/algorithm.md §2.3 with the [N, K] targets written out, in fp64."""
     features, total = {"image": image, "text": text}, 0.0
     for one in loss.online.current:
         source, student = features[one.source].detach(), features[one.student]
