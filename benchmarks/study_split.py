@@ -34,7 +34,7 @@ class Rules:
     new_concepts: int = 70
     most_related: int = 400  # training icons that a new concept may take away
     near_bits: int = 12  # of 264, at most: two drawings no farther apart are the same
-    labelled: int = 24  # training icons of a concept for probe and neighbours, at most
+    labelled: int = 12  # training icons of a concept for probe and neighbours, at most
     queries: int = 2000  # icons for retrieval, each with other words
 
 
