@@ -323,7 +323,8 @@ class Recorder(NullRunFolder):
                 if "accuracy" in name:
                     values[name] = statistics.fmean(one[name] for one in own if name in one)
             for name, value in own[0].items():
-                if name.endswith(("_inertia", "_clusters", "_size_max", "_churn")):
+                own_metric = not name.startswith("seconds_")
+                if own_metric and name.endswith(("_inertia", "_clusters", "_size_max", "_churn")):
                     values[name] = value
             out.append({name: round(value, 5) for name, value in values.items()})
         return out

@@ -42,19 +42,19 @@ HASH_SIDE = 12
 HOG = 900  # the first columns of the features; the others are 12 x 12 colours
 BLANK = 16  # grey levels: a drawing with less contrast shows nothing
 
-# Sets of brands, of programs' logos, of flags, and emoji: whose skin tones and flags would be a
-# quarter of all pictures.
+# Sets of brands, of programs' logos, of flags, and emoji, whose skin tones and flags would be a
+# quarter of all pictures; and animations, whose first frame is half a drawing.
 LEFT_OUT = {"Logos", "Programming", "Emoji"}
 BUT = {"codicon"}  # listed under programming, an interface's icons
 LEFT_OUT_SETS = {
     "academicons", "bpmn", "brandico", "circle-flags", "cif", "devicon-line", "devicon-original",
     "emblemicons", "entypo-social", "fa-brands", "fa6-brands", "fa7-brands", "flag", "flagpack",
-    "fluent-emoji", "fontelico", "ginetex", "svg-spinners",
+    "fluent-emoji", "fontelico", "ginetex", "line-md", "svg-spinners",
 }  # fmt: skip
 BRANDS = ("simple-icons", "logos", "cib", "bxl", "fa7-brands", "streamline-logos", "entypo-social")
 # Sets that were drawn by the same hand or from each other's files, beyond a common first word.
 FAMILIES = (
-    ("material", "material-symbols", "ic", "mdi", "zmdi", "line"),
+    ("material", "material-symbols", "ic", "mdi", "zmdi"),
     ("fa", "fa6", "fa7", "la"),
     ("lucide", "feather"),
     ("boxicons", "bx", "bxs"),
