@@ -11,8 +11,6 @@ ICONS = [  # drawings with names, one family a package, and what draws them
     "py-phosphor-icons",
     "heroicons",
     "justmyresource-font-awesome",
-    "justmyresource-material-icons",
-    "justmyresource-mdi",
     "justmyresource-lucide",
 ]
 GPU_PEERS = [  # what `make gpu` compares with

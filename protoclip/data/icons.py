@@ -297,8 +297,6 @@ PACKAGES = {
     "py_phosphor_icons": "py-phosphor-icons",
     "justmyresource_font_awesome": "justmyresource-font-awesome",
     "heroicons": "heroicons",
-    "justmyresource_material_icons": "justmyresource-material-icons",
-    "justmyresource_mdi": "justmyresource-mdi",
     "justmyresource_lucide": "justmyresource-lucide",
 }
 FAMILIES: Mapping[str, Callable[[], Iterator[Icon]]] = {
@@ -309,13 +307,6 @@ FAMILIES: Mapping[str, Callable[[], Iterator[Icon]]] = {
     "heroicons": _family(
         "heroicons", "heroicons", "heroicons.zip", ("outline", "solid", "mini", "micro")
     ),
-    "material": _family(
-        "material",
-        "justmyresource_material_icons",
-        "icons.zip",
-        ("filled", "outlined", "two-tone", "rounded"),
-    ),
-    "mdi": _family("mdi", "justmyresource_mdi", "icons.zip", ("",)),
     HELDOUT_FAMILY: _family(HELDOUT_FAMILY, "justmyresource_lucide", "icons.zip", ("",)),
 }
 
