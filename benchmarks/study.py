@@ -62,7 +62,13 @@ from protoclip.commands import train_parser
 from protoclip.config import ModelConfig, TrainConfig, parse
 from protoclip.data import Batch, DataError, Draws, EpochOrder, Labels
 from protoclip.evaluate.tasks import Encoder, EvalSet, evaluate_features
-from protoclip.model import CONFIG_FOLDER, ProtoModel, ShortTokenizer, build_model
+from protoclip.model import (
+    CONFIG_FOLDER,
+    ProtoModel,
+    ShortTokenizer,
+    build_model,
+    put_channels_last,
+)
 from protoclip.ops.native import cache_dir
 from protoclip.prototypes import INTERNAL
 from protoclip.run_folder import NullRunFolder
@@ -244,6 +250,7 @@ class Towers:
         if tower == MLP:
             width = self.data.icons.features.shape[1]
             built.clip.visual = FeatureTower(width, config["embed_dim"])
+        put_channels_last(built, CPU)
         built.tokenizer = words
         built.short_tokenizer = ShortTokenizer(words, None)
         return built
