@@ -698,7 +698,8 @@ def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
         facts["judged"] = len(data.test.judged_seen)
         teacher = folder / "teacher.json"
         if teacher.is_file():
-            facts["teacher_seconds"] = json.loads(teacher.read_text())["cpu_seconds"]
+            spent = json.loads(teacher.read_text())
+            facts |= {"teacher_seconds": spent["cpu_seconds"], "teacher_texts": spent["texts"]}
     write_report(done, wanted(size), FLOORS, facts, PAGE if out == RESULTS else None)
     return code
 

@@ -318,14 +318,15 @@ def data_words(facts: Mapping[str, Any]) -> str:
     numbers = "; ".join(
         f"{value:,} {name}"
         for name, value in facts.items()
-        if isinstance(value, int) and name not in ("seen", "judged")
+        if isinstance(value, int) and name not in ("seen", "judged", "teacher_texts")
     )
     words = f"Data: {numbers}. Judged are {facts['judged']:,} drawings of {facts['seen']} concepts"
     words += f"; new concepts: {', '.join(facts['new'])}."
     if "teacher_seconds" in facts:
         words += (
-            f" The teacher's features of all names took {facts['teacher_seconds']:.0f} CPU "
-            "seconds, once, and are not counted in a run's time."
+            f" The teacher's features of all {facts['teacher_texts']:,} names took "
+            f"{facts['teacher_seconds']:.0f} CPU seconds, once, and are not counted in a run's "
+            "time."
         )
     return words
 
