@@ -154,8 +154,10 @@ def whole(sizes) -> tuple[Tensor, Tensor, float]:
     n, k = {"tiny": (500, 10), "quick": (20_000, 1000), "full": (100_000, 5000)}[sizes]
     x = mixture(n, k, 128)
     start = x[torch.randperm(n)[:k]]
-    inertia = protoclip.kmeans(x, k, num_iters=ITERATIONS, init=start).inertia
-    return x, start, inertia
+    run = protoclip.kmeans(x, k, num_iters=ITERATIONS, init=start)
+    if sizes != "tiny":
+        assert run.num_iters == ITERATIONS, "at rest early: rivals would run more iterations"
+    return x, start, run.inertia
 
 
 @pytest.mark.parametrize("name", LLOYD)

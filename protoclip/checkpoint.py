@@ -21,6 +21,7 @@ from protoclip.data.files import whole_file
 FORMAT = 3  # of the entries under the key "protoclip"
 LATEST = "epoch_latest.pt"
 PREVIOUS = "epoch_previous.pt"  # the one before, used when the latest is torn
+STORED = "features"  # the key of a checkpoint's largest part, the stored features of the data
 SEAL = b"protoclip sha256 "
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"checkpoint: expected a file, found none at {path}")
     try:
         _check_seal(path)
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = _is_zip(path)  # the form that torch can map; older ones it cannot
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch's readers raise nearly anything on damaged or hostile bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "weights_only" in reason:  # torch advises running the file's code; we do not
@@ -104,7 +106,26 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"checkpoint: expected format {FORMAT} in {path}, got {found}; use the version of "
             "protoclip that wrote it"
         )
-    return payload
+    return _copied(payload)
+
+
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _copied(value: Any) -> Any:
+    """Tensors in memory instead of in the mapped file, which another program may overwrite; except
+    the features of the data, which no process should hold: they are read once."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        for key in value:
+            if key != STORED:
+                value[key] = _copied(value[key])
+    elif type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    return value
 
 
 def _check_seal(path: Path) -> None:

@@ -98,12 +98,18 @@ def run(args: argparse.Namespace) -> None:
     options: dict[str, Any] = {"num_iters": args.iters, "num_restarts": restarts, "init": init}
     options |= {"seed": args.seed, "weights": points.weights}
     with tqdm(total=restarts * args.iters, desc="k-means", unit=" iterations", disable=None) as bar:
+        left = restarts
 
         def progress(iteration: int, inertia: Tensor) -> None:
+            nonlocal left
+            if iteration == 0:  # the run before may have come to rest early
+                bar.total = bar.n + left * args.iters
+                left -= 1
             bar.update()
             bar.set_postfix_str(f"inertia {float(inertia):.6g}")
 
         clusters = kmeans(rows, k, progress=progress, **options)
+        bar.total = bar.n
     parts = zip(rows.split(BLOCK), clusters.labels.split(BLOCK), strict=True)
     squared = torch.cat([(x - clusters.centroids[own]).square().sum(1) for x, own in parts]).cpu()
     labels = clusters.labels.cpu()

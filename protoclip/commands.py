@@ -81,7 +81,7 @@ def cluster_parser() -> Parser:
         ("--weights", "", "a file with the weight of each picture or row, one number per line; "
          "a folder's pictures are sorted by folder and name, unreadable ones included"),
         ("--out", "groups", "folder to write to"),
-        ("--iters", 20, "iterations of k-means"),
+        ("--iters", 20, "iterations of k-means, at most"),
         ("--seed", 0, "the same seed gives the same groups"),
         ("--batch-size", 256, "pictures encoded at once"),
         ("--workers", 0, "processes that read pictures"),

@@ -153,8 +153,9 @@ class EpisodeConfig:
     replacement: bool = option(False, "draw with replacement (paper)", flag="episode-replacement")
     features: str = option(
         "auto",
-        "features to cluster: 'extract' runs a forward pass over the episode's samples (paper); "
-        "'reuse' takes the last episode's projections; 'auto': reuse if there is a warm-up",
+        "features that give clusters and labels: 'extract' runs a forward pass over the episode's "
+        "samples (paper); 'reuse' stores training's own projections, so prototypes begin with the "
+        "second pass over the data; 'auto': reuse where the run makes two passes and memory allows",
         flag="episode-features",
         choices=("auto", "extract", "reuse"),
     )
@@ -172,7 +173,7 @@ class EpisodeConfig:
         "protoclip's fastest usable backend, one by name, or faiss (the paper's)",
         choices=("auto", "reference", "cpu", "cuda", "faiss"),
     )
-    kmeans_max_iter: int = option(20, "iterations of k-means", low=1)
+    kmeans_max_iter: int = option(20, "iterations of k-means, at most", low=1)
     kmeans_nredo: int = option(1, "restarts of k-means when not warm (paper: 3)", low=1)
     external_teacher: str = option(
         "auto",
@@ -181,11 +182,6 @@ class EpisodeConfig:
         "built-in data if installed)",
     )
     external_teacher_dim: int = option(64, "principal components of the teacher; 0: all")
-
-    @property
-    def reuses(self) -> bool:
-        """Whether training's own projections are clustered."""
-        return self.features == "reuse" or (self.features == "auto" and self.infonce_warmup >= 1)
 
 
 @dataclass(frozen=True)
@@ -268,6 +264,12 @@ class ProtoConfig:
 
     weight: float = option(1.0, "weight of the prototype loss", flag="proto-weight")
     queue: int = option(16384, "newest pairs to cluster", flag="proto-queue", low=2)
+    capacity: int = option(
+        0,
+        "newest pairs whose labels are kept, for loops that pass index=; at least the size of the "
+        "data; 0: the queue",
+        flag="proto-capacity",
+    )
     k: int = option(0, "prototypes per modality; 0: queue / 10", flag="proto-k")
     every: int = option(0, "steps between clusterings; 0: a full queue", flag="proto-every")
     warmup: int = option(0, "first steps without prototypes (>= one queue)", flag="proto-warmup")
@@ -277,7 +279,9 @@ class ProtoConfig:
     logit_scale: float = option(
         0.0, "scale of the prototype logits; 0: the model's logit scale", flag="proto-logit-scale"
     )
-    kmeans_max_iter: int = option(20, "iterations of k-means", flag="proto-kmeans-max-iter", low=1)
+    kmeans_max_iter: int = option(
+        20, "iterations of k-means, at most", flag="proto-kmeans-max-iter", low=1
+    )
     pbt: bool = option(True, "back translation; off: the other modality", flag="proto-PBT")
     seed: int = option(0, "seed of k-means", flag="proto-seed", high=2**31)
 

@@ -227,6 +227,32 @@ def gather_rows(rows: Tensor) -> Tensor:
     return every
 
 
+def exchange_rows(rows: Tensor, counts: Tensor) -> Tensor:
+    """Send each rank its part of ``rows`` [M, ...]; a collective call.
+
+    ``counts``, int64 [W] on the CPU: the first ``counts[0]`` rows go to rank 0, the next
+    ``counts[1]`` to rank 1, and so on. Returns the rows received, in the order of the senders.
+    """
+    if not is_distributed():
+        return rows
+    sent = [int(count) for count in counts]
+    every = gather_rows(counts.to(rows.device)[None]).tolist()  # [sender][receiver]
+    received = [row[rank()] for row in every]
+    result = rows.new_empty((sum(received), *rows.shape[1:]))
+    dist.all_to_all_single(result, rows.contiguous(), received, sent)
+    return result
+
+
+def receive(rows: Tensor, sender: int) -> None:
+    """Fill ``rows``, a contiguous CPU tensor, with what rank ``sender`` sends to this one."""
+    dist.recv(rows, sender)
+
+
+def send(rows: Tensor, receiver: int) -> None:
+    """Send rows to a rank that calls ``receive``; through the CPU."""
+    dist.send(rows.cpu().contiguous(), receiver)
+
+
 def scatter_sums(rows: Tensor) -> Tensor:
     """[W * B, ...] of each rank -> this rank's [B, ...] of their sum over ranks."""
     # Sum in fp32: bf16's rounding would grow with the number of ranks.
@@ -251,6 +277,11 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 def max_over_ranks(values: Tensor) -> Tensor:
     """Maximum in place; no gradient."""
     return max_later(values)()
+
+
+def min_over_ranks(values: Tensor) -> Tensor:
+    """Minimum in place; no gradient."""
+    return max_over_ranks(values.neg_()).neg_()
 
 
 def max_later(values: Tensor) -> Callable[[], Tensor]:

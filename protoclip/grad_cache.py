@@ -7,17 +7,19 @@ runs each chunk again, with its first run's random state and autocast (GradCache
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence, Sized
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-Split = Callable[[Any, int], Sequence[Any]]
+Split = Callable[[Any, int], Iterable[Any]]
 
 
 def grad_cache(
@@ -42,7 +44,7 @@ def grad_cache(
             keywords. Tensors are cut along their first dimension; 0-dim tensors and other values
             in a tuple or dict are passed through.
         chunk_size: rows per chunk: one number, or one for each encoder.
-        split: ``split(batch, chunk_size)`` returns the chunks of any other kind of batch.
+        split: ``split(batch, chunk_size)`` returns or yields the chunks of any other kind of batch.
         ddp: DDP modules that an encoder function calls; encoders that are modules need no entry.
     Returns:
         Each encoder's output for its whole batch; no graph under ``torch.no_grad()``. None,
@@ -50,6 +52,8 @@ def grad_cache(
         receives the gradient of a 0-dim tensor.
     Raises:
         ValueError: arguments that disagree, or an output whose rows do not match its chunk.
+        RuntimeError: by ``backward()``, if a parameter that an encoder trains or a tensor of its
+            batch was changed in place since: the second pass would give other features.
     Source:
         Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup.
     """
@@ -71,8 +75,11 @@ def grad_cache(
     modules = [m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules()]
     replicas = [*ddp, *(m for m in modules if isinstance(m, DistributedDataParallel))]
     replicas = list(dict.fromkeys(replicas))
+    # FSDP2 computes with gathered copies, so the graph does not know the shards that are trained.
+    shards = {p for m in modules for p in m.parameters(recurse=False) if hasattr(p, "device_mesh")}
 
-    def run(encoder: Callable[..., Any], chunk: Any) -> Any:
+    def run(encoder: Callable[..., Any], chunk: Any, versions: _Versions) -> Any:
+        versions.check()
         cached = torch.is_autocast_cache_enabled()
         with contextlib.ExitStack() as stack:
             # A cached cast of the weights, shared by all chunks, would sum gradients in 16 bits.
@@ -85,21 +92,73 @@ def grad_cache(
                 return encoder(**chunk)
             return encoder(*chunk) if isinstance(chunk, tuple) else encoder(chunk)
 
+    _count_fused_steps()
     # DDP sees all chunks of all encoders as one forward pass with one reduction.
     for replica in replicas:
         replica._pre_forward(torch.empty(0))
     outputs = []
     for encoder, batch, size in zip(encoders, inputs, sizes, strict=True):
-        parts, chunks = [], (split or _split)(batch, size)
-        if not len(chunks):
-            raise ValueError("grad_cache: expected at least one chunk from split=, got none")
-        for chunk in chunks:
-            parts.append(checkpoint(run, encoder, chunk, use_reentrant=False))
+        parts = []
+        for chunk in (split or _split)(batch, size):
+            versions = _Versions(chunk, shards)
+            parts.append(checkpoint(run, encoder, chunk, versions, use_reentrant=False))
+            versions.note_parameters(parts[-1])
             _check_rows(pytree.tree_leaves(parts[-1]), set() if split else _lengths(chunk))
+        if not parts:
+            raise ValueError("grad_cache: expected at least one chunk from split=, got none")
         outputs.append(pytree.tree_map(_whole, *parts))
     for replica in replicas:
         outputs = replica._post_forward(outputs)
     return outputs
+
+
+@functools.cache
+def _count_fused_steps() -> None:
+    """Let fused optimizers count their changes in place as all others do (torch 2.13 does not)."""
+
+    def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        groups = [] if torch.compiler.is_compiling() else optimizer.param_groups
+        fused = [p for group in groups if group.get("fused") for p in group["params"]]
+        torch.autograd.graph.increment_version(fused)
+
+    register_optimizer_step_post_hook(count)
+
+
+class _Versions:
+    """What a chunk's features depend on, with torch's count of each tensor's changes in place."""
+
+    def __init__(self, chunk: Any, shards: Iterable[Tensor]) -> None:
+        leaves = (leaf for leaf in pytree.tree_leaves(chunk) if isinstance(leaf, Tensor))
+        # Inference tensors are not counted.
+        self.inputs = [(leaf, leaf._version) for leaf in leaves if not leaf.is_inference()]
+        self.parameters = [(p, p._version) for p in shards if p.requires_grad]
+
+    def note_parameters(self, output: Any) -> None:
+        """Remember the leaves that the graph of the first pass ends in. An encoder may be any
+        function, so only its graph knows its parameters."""
+        inputs = {leaf.grad_fn for leaf, _ in self.inputs if leaf.grad_fn is not None}
+        outputs = (leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+        nodes = [leaf.grad_fn for leaf in outputs if leaf.grad_fn is not None]
+        seen = {*inputs, *nodes}
+        while nodes:
+            node = nodes.pop()
+            if node.name() == "torch::autograd::AccumulateGrad":
+                leaf: Tensor = node.variable  # type: ignore[attr-defined]
+                self.parameters.append((leaf, leaf._version))
+            following = {one for one, _ in node.next_functions if one is not None} - seen
+            seen |= following
+            nodes += following
+
+    def check(self) -> None:
+        """Raise if a tensor was changed since it was noted."""
+        for kind, noted in (("parameter", self.parameters), ("tensor in a batch", self.inputs)):
+            for tensor, version in noted:
+                if tensor._version != version:
+                    raise RuntimeError(
+                        "grad_cache: expected backward() before anything is changed in place, got "
+                        f"a {kind} of shape {list(tensor.shape)} changed since the first pass; "
+                        "call optimizer.step() after backward(), and change copies of a batch"
+                    )
 
 
 def _has_rows(value: Any) -> bool:

@@ -1,7 +1,8 @@
 """Lloyd's k-means with the ops ``kmeans_assign`` and ``segment_mean``, or with faiss.
 
-Nothing is read back to the host inside an iteration. With ``group`` every rank holds a slice of the
-points: assignment is local, sums and counts are all-reduced, and all ranks get the same centroids.
+With ``group`` every rank holds a slice of the points: assignment is local, sums and counts are
+all-reduced, and all ranks get the same centroids. On a GPU no iteration waits for the device: the
+host reads whether the centroids still move while the device runs the next assignment.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from types import ModuleType
 from typing import Any
 
@@ -41,6 +42,11 @@ class Clusters:
     history: tuple[float, ...]  # inertia before each iteration's update, and the final one
 
     @property
+    def num_iters(self) -> int:
+        """The iterations that ran, each with one update of the centroids."""
+        return len(self.history) - 1
+
+    @property
     def inertia(self) -> float:
         """The sum of squared distances, over all ranks."""
         return self.history[-1]
@@ -49,7 +55,7 @@ class Clusters:
         (k, d), counts = self.centroids.shape, self.counts
         return (
             f"Clusters(K={k:,}, D={d}, N={int(counts.sum()):,}, sizes {int(counts.min())} to "
-            f"{int(counts.max())}, inertia {self.inertia:.4g}, {len(self.history) - 1} iterations)"
+            f"{int(counts.max())}, inertia {self.inertia:.4g}, {self.num_iters} iterations)"
         )
 
     def predict(self, points: Tensor) -> Tensor:
@@ -91,7 +97,8 @@ class _Points:
 
     def __init__(self, points: Tensor, group: dist.ProcessGroup | None, backend: str) -> None:
         self.points, self.group, self.backend = points, group, backend  # points: [N, D]
-        self.weights: Tensor | None = None  # fp64 [N]; None: 1 each
+        self.weights: Tensor | None = None  # fp64 [N]; None: all equal
+        self.weight = 1.0  # of each point, where they are equal
         sizes = torch.zeros(1 if group is None else dist.get_world_size(group), dtype=torch.int64)
         self.rank = 0 if group is None else dist.get_rank(group)
         sizes[self.rank] = len(points)
@@ -111,10 +118,13 @@ class _Points:
         picked = values[local.where(mine, 0)] if len(values) else values.new_zeros(len(index), 1)
         return self.sum(torch.where(mine[:, None], picked, 0.0).expand(-1, values.shape[1]).clone())
 
-    def total(self, values: Tensor) -> Tensor:
-        """The weighted sum of one value per row, [N], over all ranks."""
-        values = values.double() if self.weights is None else values.double() * self.weights
-        return self.sum(values.sum())
+    def inertia(self, distances: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted sum of squared distances [N] over all ranks, and on how many of them the
+        centroids ``moved``; ranks that round differently still stop together."""
+        local = distances.double()
+        local = local.sum() * self.weight if self.weights is None else (local * self.weights).sum()
+        total, moving = self.sum(torch.stack([local, moved.to(local)]))
+        return total, moving
 
     def values(self) -> Tensor:
         """The rows to average: the points, or weight x point and weight, [N, D + 1]."""
@@ -132,11 +142,13 @@ class _Points:
         return means[:, :-1] / mass.where(mass > 0, 1), counts * (mass[:, 0] > 0)
 
 
+@torch._disable_dynamo  # torch.compiler.disable would load dynamo and triton (1.6 s)
 def kmeans(
     points: Tensor,
     num_clusters: int,
     *,
     num_iters: int = 20,
+    tol: float = 0.0,
     num_restarts: int = 1,
     init: str | Tensor = "random",
     seed: int = 0,
@@ -148,26 +160,33 @@ def kmeans(
 ) -> Clusters:
     """Cluster points by Lloyd's algorithm; the same seed gives the same clusters.
 
-    An empty cluster takes half of the largest one (both halves start next to its mean).
+    An empty cluster takes half of the largest one (both halves start next to its mean). The run
+    ends when an update changes no centroid: more iterations would give the same result, bit for
+    bit. With more clusters than distinct points that may never happen.
 
     Args:
         points: [N, D], finite; float32, bfloat16, float16 (computed in fp32) or float64. Squared
             distances are fp32: for points 1e19 apart the inertia is inf, so scale them down.
         num_clusters: K, 1 <= K <= N.
-        num_iters: updates of the centroids, >= 0.
-        num_restarts: runs from different initial centroids; the lowest inertia is kept.
+        num_iters: updates of the centroids, at most; >= 0.
+        tol: end as well after an update that moves the centroids, in squared distance and all
+            together, by at most ``tol`` times the mean variance of the points' columns, as in
+            scikit-learn; >= 0.
+        num_restarts: runs from different initial centroids, each of which ends by itself; the
+            lowest inertia is kept. Only 1 with a Tensor ``init``.
         init: "random" (K distinct points), "k-means++", or centroids (a warm start): [K, D], or
             fewer, to which random points are added.
         seed: decides the initial centroids; restart r uses seed + r.
         spherical: keep centroids at unit length (for unit points: cosine k-means).
-        weights: [N], >= 0, of each point in means, inertia and initial draws; None: 1.
+        weights: [N], >= 0, of each point in means, inertia and initial draws; None: 1. Equal
+            weights give the clusters of None.
         group: a process group whose ranks each hold a slice of the points; N counts all slices.
         backend: "auto", a backend that both ops have, e.g. "reference", or "faiss": faiss.Kmeans
-            on all points, as in the paper (no group, no weights, no "k-means++").
+            on all points, as in the paper (no group, weights, "k-means++" or tol; all iterations).
         progress: called in each iteration with its number and the inertia before its update, a
             scalar tensor; faiss does not call it.
     Returns:
-        Clusters.
+        Clusters; ``num_iters`` says how many iterations ran.
     Raises:
         ValueError, TypeError: shapes or dtypes are wrong, K is out of range, points or weights are
             not finite, or the named backend cannot run, "faiss" without faiss included.
@@ -186,8 +205,15 @@ def kmeans(
             f"kmeans: expected num_iters >= 0 and num_restarts >= 1, got {num_iters}, "
             f"{num_restarts}"
         )
+    if isinstance(init, Tensor) and num_restarts > 1:
+        raise ValueError(
+            f"kmeans: expected num_restarts=1 with init centroids, got {num_restarts}; every "
+            "restart would begin at the same centroids"
+        )
+    if not isinstance(tol, Real) or not 0 <= tol < math.inf:
+        raise ValueError(f"kmeans: expected a finite tol >= 0, got {tol!r}")
     _check_values(rows, num_clusters, init)
-    rows.weights = _checked_weights(rows, weights)
+    _weigh(rows, weights)
 
     assign = assignment(points, num_clusters, "auto" if backend == "faiss" else backend)
 
@@ -195,18 +221,22 @@ def kmeans(
         return _first_centroids(rows, num_clusters, init, seed + restart, assign)
 
     if backend == "faiss":
-        if group is not None or weights is not None or init == "k-means++":
+        if group is not None or weights is not None or init == "k-means++" or tol:
             raise ValueError(
-                "kmeans: backend 'faiss' takes init='random' or a Tensor, no group and no weights, "
-                f"got init={init!r}, group={group}, weights={weights}; use backend='auto'"
+                "kmeans: backend 'faiss' takes init='random' or a Tensor, no group, no weights and "
+                f"no tol, got init={init!r}, group={group}, weights={weights}, tol={tol}; use "
+                "backend='auto'"
             )
         given = start(0) if isinstance(init, Tensor) else None
         settings = {"niter": num_iters, "nredo": num_restarts, "seed": seed, "spherical": spherical}
         centroids, history = _faiss(points, num_clusters, given, settings)
-        return _assigned(centroids, history, rows, assign)
-    restarts = 1 if isinstance(init, Tensor) else num_restarts
-    runs = (_lloyd(rows, start(r), num_iters, spherical, assign, progress) for r in range(restarts))
-    return min(runs, key=lambda clusters: clusters.inertia)
+        return _clusters(rows, centroids, *assign(centroids), history)
+    limit = tol * _mean_variance(rows) if tol else 0.0
+
+    def run(restart: int) -> Clusters:
+        return _lloyd(rows, start(restart), num_iters, limit, spherical, assign, progress)
+
+    return min(map(run, range(num_restarts)), key=lambda clusters: clusters.inertia)
 
 
 def _check_values(rows: _Points, k: int, init: str | Tensor) -> None:
@@ -225,10 +255,10 @@ def _check_values(rows: _Points, k: int, init: str | Tensor) -> None:
         raise ValueError(f"kmeans: expected finite points, got {total} rows with NaN or inf{where}")
 
 
-def _checked_weights(rows: _Points, weights: Tensor | Sequence[float] | None) -> Tensor | None:
-    """The weights in fp64, on the points' device."""
+def _weigh(rows: _Points, weights: Tensor | Sequence[float] | None) -> None:
+    """Give the rows their weights, checked, in fp64 on the points' device."""
     if weights is None:
-        return None
+        return
     weights = torch.as_tensor(weights, dtype=torch.float64, device=rows.points.device).detach()
     if weights.shape != (n := rows.points.shape[:1]):
         raise ValueError(f"kmeans: expected weights [N] = {list(n)}, got {list(weights.shape)}")
@@ -237,7 +267,23 @@ def _checked_weights(rows: _Points, weights: Tensor | Sequence[float] | None) ->
         raise ValueError(f"kmeans: expected finite weights of at least 0, got {total} others")
     if not rows.sum(weights.sum()):
         raise ValueError("kmeans: expected a weight above 0, got zeros only")
-    return weights
+    first = rows.pick(weights[:, None], torch.zeros(1, dtype=torch.int64))[0, 0]
+    if rows.sum((weights != first).sum()):
+        rows.weights = weights
+    else:  # points of equal weight are drawn and averaged as those without
+        rows.weight = float(first)
+
+
+def _mean_variance(rows: _Points) -> float:
+    """The mean over the columns of the variance of all ranks' points, unweighted."""
+    points, columns = rows.points, rows.points.shape[1]
+    zero = points.new_zeros(columns, dtype=torch.float64)
+    variance, mean = zero, zero
+    if len(points):
+        variance, mean = (x.double() for x in torch.var_mean(points, dim=0, correction=0))
+    whole_mean = rows.sum(mean * len(points)) / rows.count
+    apart = (mean - whole_mean).square()
+    return float(rows.sum((variance + apart) * len(points)).mean()) / rows.count if columns else 0.0
 
 
 def _first_centroids(
@@ -303,31 +349,70 @@ def _lloyd(
     rows: _Points,
     centroids: Tensor,
     num_iters: int,
+    limit: float,
     spherical: bool,
     assign: Assign,
     progress: Progress | None,
 ) -> Clusters:
+    """Lloyd's iterations, until the centroids move by at most ``limit`` in squared distance."""
     if spherical:
         centroids = torch.nn.functional.normalize(centroids, dim=1)
     values, history = rows.values(), list[Tensor]()
-    for iteration in range(num_iters):
-        labels, distances = assign(centroids)
-        history.append(rows.total(distances))
-        means, counts = rows.means(values, labels, len(centroids))
-        centroids = _split_largest(means.where(counts[:, None] > 0, centroids), counts)
-        if spherical:
-            centroids = torch.nn.functional.normalize(centroids, dim=1)
-        if progress is not None:
-            progress(iteration, history[-1])
-    return _assigned(centroids, history, rows, assign)
-
-
-def _assigned(
-    centroids: Tensor, history: list[Tensor] | list[float], rows: _Points, assign: Assign
-) -> Clusters:
     labels, distances = assign(centroids)
+    for iteration in range(num_iters):
+        means, counts = rows.means(values, labels, len(centroids))
+        updated = _split_largest(means.where(counts[:, None] > 0, centroids), counts)
+        if spherical:
+            updated = torch.nn.functional.normalize(updated, dim=1)
+        inertia, moving = rows.inertia(distances, _moved(centroids, updated, limit))
+        history.append(inertia)
+        if progress is not None:
+            progress(iteration, inertia)
+        centroids = updated
+        is_moving = _read_later(moving)
+        waits = moving.is_cuda  # reading now would leave the device idle
+        if not limit and not waits and not is_moving():
+            break  # equal centroids: the labels are theirs already
+        labels, distances = assign(centroids)
+        if not is_moving():
+            break
+    return _clusters(rows, centroids, labels, distances, history)
+
+
+def _moved(old: Tensor, new: Tensor, limit: float) -> Tensor:
+    """Whether the squared distances of centroids [K, D] add up to more than ``limit``, bool []."""
+    if not limit:
+        return (new != old).any()
+    return ~(torch.linalg.vector_norm(new - old, dtype=torch.float64).square() <= limit)
+
+
+def _read_later(value: Tensor) -> Callable[[], bool]:
+    """A function that waits for a scalar of the device, but not for what is queued after it."""
+    if not value.is_cuda:
+        return lambda: bool(value)
+    host = torch.empty_like(value, device="cpu", pin_memory=True)
+    host.copy_(value, non_blocking=True)
+    arrived = torch.cuda.current_stream(value.device).record_event()
+
+    def read() -> bool:
+        arrived.synchronize()
+        return bool(host)
+
+    return read
+
+
+def _clusters(
+    rows: _Points,
+    centroids: Tensor,
+    labels: Tensor,
+    distances: Tensor,
+    history: list[Tensor] | list[float],
+) -> Clusters:
+    """The result: centroids [K, D], the labels and squared distances that belong to them, and the
+    inertia before each update."""
     counts = rows.sum(torch.bincount(labels, minlength=len(centroids)))
-    return Clusters(centroids, labels, counts, (*map(float, history), float(rows.total(distances))))
+    inertia, _ = rows.inertia(distances, torch.zeros((), dtype=torch.bool, device=labels.device))
+    return Clusters(centroids, labels, counts, (*map(float, history), float(inertia)))
 
 
 def global_segment_mean(

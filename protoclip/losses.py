@@ -486,6 +486,7 @@ class ProtoClipLoss(ClipLoss):
             PrototypeBuilder(of_online, dist.group.WORLD if self.world_size > 1 else None),
             queue=-(-self.proto.queue // self.world_size),
             num_clusters=self.proto.num_clusters,
+            capacity=-(-self.proto.capacity // self.world_size),
             every=self.proto.every,
             warmup=self.proto.warmup,
             seed=self.proto.seed,
@@ -513,6 +514,7 @@ class ProtoClipLoss(ClipLoss):
         *,
         image_projection: Tensor | None = None,
         text_projection: Tensor | None = None,
+        index: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """InfoNCE plus the weighted prototype loss.
 
@@ -522,6 +524,10 @@ class ProtoClipLoss(ClipLoss):
                 ``proto_loss``, weighted: their sum is the loss.
             image_projection, text_projection: [N, Dh], unit rows from projection heads in the
                 model, to cluster instead of the features. None: cluster the features.
+            index: int64 [N], the samples' positions in the data set or 64-bit hashes of their keys.
+                A sample's labels are then those of its features when it was last seen, among the
+                newest ``proto.capacity`` pairs; a sample not seen before has InfoNCE alone. None:
+                labels come from a balanced assignment of the batch.
         Returns:
             float32 [], nats.
         """
@@ -529,15 +535,15 @@ class ProtoClipLoss(ClipLoss):
         losses: dict[str, Any] = {"contrastive_loss": super().forward(*plain, ids=ids)}
         image = image_features if image_projection is None else image_projection
         text = text_features if text_projection is None else text_projection
-        sets = self.online.current
-        if sets is not None and self.proto.weight > 0:
-            features = {"image": self._balanced(image), "text": self._balanced(text)}
+        features = {"image": self._balanced(image), "text": self._balanced(text)}
+        sets, labels = self.online.sets, self.online.labels_of(features, index)
+        if sets is not None and labels is not None and self.proto.weight > 0:
             scale = self.proto.logit_scale or logit_scale
-            term, accuracy = prototype_term(features, None, sets, scale)
-            losses["proto_loss"] = self.proto.weight * term
-            self.online.note(accuracy)
+            term = prototype_term(features, labels, sets, scale)
+            losses["proto_loss"] = self.proto.weight * term.loss
+            self.online.note(term.accuracy())
         if self.training and torch.is_grad_enabled():
-            self.online.observe(image.detach(), text.detach())
+            self.online.observe(image.detach(), text.detach(), index)
         return losses if output_dict else torch.stack(list(losses.values())).sum()
 
     def _balanced(self, x: Tensor) -> Tensor:
@@ -553,7 +559,17 @@ class Losses:
 
     total: Tensor  # weighted sum, to differentiate
     terms: dict[str, Tensor]  # unweighted, by name, in nats; only those with a weight
-    accuracy: dict[str, Tensor]  # share of samples whose nearest prototype is their own
+    hits: dict[str, Tensor]  # source -> [2], as in ``PrototypeTerm``
+
+    @property
+    def accuracy(self) -> dict[str, Tensor]:
+        """Share of samples whose nearest prototype is their own: mean over the internal sources,
+        and of the teacher."""
+        internal = [share(counts) for source, counts in self.hits.items() if source != EXTERNAL]
+        shares = {"proto_accuracy": torch.stack(internal).mean()} if internal else {}
+        if EXTERNAL in self.hits:
+            shares["external_accuracy"] = share(self.hits[EXTERNAL])
+        return shares
 
 
 class ProtoLoss(nn.Module):
@@ -609,7 +625,7 @@ class ProtoLoss(nn.Module):
             "external_loss": config.w_proto_external,
             "distill_loss": config.w_distill,
         }
-        accuracy: dict[str, Tensor] = {}
+        hits: dict[str, Tensor] = {}
         if config.w_clip > 0:
             pairs = _normalise(encoded.image), _normalise(encoded.text), logit_scale
             if logit_bias is None:
@@ -619,20 +635,22 @@ class ProtoLoss(nn.Module):
                 terms["contrastive_loss"] = loss / len(index)
         if episode is not None and projected is not None:
             features = {"image": projected.image, "text": projected.text}
+            labels = episode.labels_of(index)
             with self.measure("prototypes"):
-                for name, external in (("proto", False), ("external", True)):
-                    sets = [one for one in episode.sets if (one.source == EXTERNAL) == external]
-                    if weights[f"{name}_loss"] > 0 and sets:
-                        terms[f"{name}_loss"], hits = prototype_term(
-                            features, index, sets, proto_scale, over_ranks=is_distributed()
+                for name, external in (("proto_loss", False), ("external_loss", True)):
+                    sets = [item for item in episode.sets if (item.source == EXTERNAL) == external]
+                    if weights[name] > 0 and sets:
+                        term = prototype_term(
+                            features, labels, sets, proto_scale, over_ranks=is_distributed()
                         )
-                        accuracy[f"{name}_accuracy"] = torch.stack(list(hits.values())).mean()
+                        terms[name] = term.loss
+                        hits |= term.hits
         if config.w_distill > 0 and projected is not None and self.teacher is not None:
             terms["distill_loss"] = similarity_distillation(
                 projected, self.teacher[index], proto_scale, config.distill_temperature
             )
         total: Any = sum(weights[name] * term for name, term in terms.items())
-        return Losses(total, terms, accuracy)
+        return Losses(total, terms, hits)
 
 
 def caption_ids(tokens: Tensor) -> Tensor:
@@ -643,37 +661,56 @@ def caption_ids(tokens: Tensor) -> Tensor:
     return (tokens.long() * factors.to(tokens.device)).sum(dim=1)
 
 
+@dataclass(frozen=True)
+class PrototypeTerm:
+    """The prototype loss of a batch, and how often the nearest prototype is the sample's own."""
+
+    loss: Tensor  # [], mean over the sets
+    hits: dict[str, Tensor]  # source -> [2]: samples whose nearest prototype is theirs, samples
+
+    def accuracy(self) -> dict[str, Tensor]:
+        """Share of the labelled samples whose nearest prototype is their own, by source."""
+        return {source: share(counts) for source, counts in self.hits.items()}
+
+
+def share(counts: Tensor) -> Tensor:
+    """hits / samples of [2]; NaN without samples."""
+    return counts[0] / counts[1]
+
+
 def prototype_term(
     features: Mapping[str, Tensor],
-    index: Tensor | None,
+    labels: Mapping[str, Tensor],
     sets: Sequence[PrototypeSet],
     scale: Tensor | float,
     *,
     over_ranks: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean loss over the sets, a scalar, and the mean prototype accuracy of each student.
+) -> PrototypeTerm:
+    """The mean loss over the sets.
 
     The sets of a student share one call of the op, hence one pass over its features.
 
     Args:
         features: modality -> [B, Dh], unit rows.
-        index: int64 [B], positions in the dataset; None: the nearest cluster gives the labels.
+        labels: source -> int64 [B]; IGNORE leaves a sample out.
         sets: at least one.
         scale: the multiplier.
         over_ranks: scale so that the mean over ranks is the mean over all samples with a label.
     """
     losses: list[Tensor] = []
-    accuracy: dict[str, Tensor] = {}
+    hits: dict[str, Tensor] = {}
     for student, rows in features.items():
-        banks = [one.bank(features, index) for one in sets if one.student == student]
-        if banks:
-            reduction = "none" if over_ranks else "mean"
-            result = prototype_losses(rows, banks, scale, reduction=reduction)
-            losses += list(_over_ranks(result.loss, banks) if over_ranks else result.loss)
-            pairs = zip(result.nearest, banks, strict=True)
-            hits = [(nearest == bank.labels).float().mean() for nearest, bank in pairs]
-            accuracy[student] = sum(hits[1:], hits[0]) / len(hits)
-    return sum(losses[1:], losses[0]) / len(losses), accuracy
+        of_student = [item for item in sets if item.student == student]
+        banks = [item.bank(labels[item.source], rows.dtype) for item in of_student]
+        if not banks:
+            continue
+        reduction = "none" if over_ranks else "mean"
+        result = prototype_losses(rows, banks, scale, reduction=reduction)
+        losses += list(_over_ranks(result.loss, banks) if over_ranks else result.loss)
+        for item, bank, nearest in zip(of_student, banks, result.nearest, strict=True):
+            counts = torch.stack([(nearest == bank.labels).sum(), (bank.labels != IGNORE).sum()])
+            hits[item.source] = hits.get(item.source, 0) + counts.float()
+    return PrototypeTerm(torch.stack(losses).mean(), hits)
 
 
 def _over_ranks(losses: Tensor, banks: Sequence[Bank]) -> Tensor:

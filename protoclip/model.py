@@ -128,6 +128,16 @@ class ProtoModel(nn.Module):
         return encoded, self.project(encoded) if project else None
 
     @property
+    def projection_dim(self) -> int:
+        """Dh, the width of a projection."""
+        if self.text_head is not None:
+            return int(self.text_head[-1].out_features)  # type: ignore[arg-type]
+        length = getattr(self.clip, "context_length", None) or 77
+        tokens = torch.zeros(1, length, dtype=torch.long, device=self.logit_scale_proto.device)
+        with torch.no_grad():
+            return self.clip.encode_text(tokens).shape[-1]
+
+    @property
     def logit_scale(self) -> Tensor:
         """InfoNCE's multiplier, exp of the parameter."""
         return self.clip.logit_scale.exp()

@@ -20,12 +20,13 @@ from torch.func import functional_call
 from protoclip.commands import plan_parser
 from protoclip.config import TrainConfig, parse_more
 from protoclip.distributed import run_command
+from protoclip.feature_store import buffer_bytes, table_bytes, wants_to_reuse
 from protoclip.model import ProtoModel, build_model
 from protoclip.prototypes import check_clusters
 from protoclip.train import teacher_spec
 
 PROG = "protoclip plan"
-FP32, INT64 = 4, 8
+FP32, INT32, INT64 = 4, 4, 8
 GPU_SCRATCH, CPU_SCRATCH = 256 << 20, 64 << 20  # most that the fused kernels use
 MINILM_DIM = 384  # of a teacher without reduction
 
@@ -58,6 +59,15 @@ class PlannedRun:
     def episode(self) -> int:
         """Samples per episode."""
         return self.config.episode.size or self.samples
+
+    @property
+    def reuses(self) -> bool:
+        """Whether features are stored from training, if memory allows."""
+        optim, episode = self.config.optim, self.config.episode
+        passes = optim.epochs
+        if optim.max_steps:
+            passes = min(passes, optim.max_steps * self.global_batch / self.samples)
+        return wants_to_reuse(episode, passes)
 
     @property
     def teacher_dim(self) -> int:
@@ -161,8 +171,14 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
         num_clusters = check_clusters(run.config.episode, run.episode)
         parts["prototypes and targets"] = num_clusters * (2 * sets * dh + sum(widths)) * FP32
         parts["prototype gradients"] = sets * run.local_batch * dh * FP32
-        parts["labels"] = len(widths) * run.samples * INT64
-        parts["feature store"] = math.ceil(run.episode / run.ranks) * (2 * dh * FP32 + INT64)
+        parts["labels"] = run.episode * (len(widths) * INT32 + INT64)
+        if run.reuses:
+            parts["features of the episode"] = buffer_bytes(run.episode, run.ranks, dh)
+            parts["features of the data (on the host where the GPU is full)"] = table_bytes(
+                run.samples, run.ranks, dh
+            )
+        else:
+            parts["features of the episode"] = math.ceil(run.episode / run.ranks) * 2 * dh * FP32
     parts["teacher"] = run.samples * run.teacher_dim * FP32
     return {name: float(size) for name, size in parts.items() if size}
 

@@ -3,19 +3,20 @@
 A source (image, text, or an external teacher) says which samples belong together. A student (image
 or text) gets one prototype per cluster: the mean of its own features of that cluster's samples
 (back translation, PBT; docs/algorithm.md §2-3). ``EpisodeBuilder`` makes prototypes for an episode
-of known samples, ``OnlinePrototypes`` from a queue, for loops without sample indices; both use
+of known samples, ``OnlinePrototypes`` from a queue, for loops of others; both use
 ``PrototypeBuilder``. The losses that read prototypes are in ``protoclip.losses``.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,14 +28,12 @@ from protoclip.distributed import (
     broadcast,
     gather_rows,
     generator,
-    is_distributed,
     is_main,
     max_over_ranks,
     own_slice,
-    rank,
     sum_over_ranks,
-    world_size,
 )
+from protoclip.feature_store import Features
 from protoclip.kmeans import Clusters, global_segment_mean, kmeans
 from protoclip.ops import Bank, kmeans_assign, soft_targets
 
@@ -45,16 +44,10 @@ if TYPE_CHECKING:  # both load open_clip, which a loss alone does not need
 IGNORE = -100  # label of a sample that belongs to no cluster, as in torch's cross-entropy
 INTERNAL = {"image": "text", "text": "image"}  # source -> its student
 EXTERNAL = "external"  # the source that is a teacher
+BALANCED_ROWS = 4096  # newest rows of the queue that share a balanced assignment with a batch
+BALANCED_TEMPERATURE, BALANCED_ITERATIONS = 0.05, 3  # SwAV's
+LARGEST_SHARE = 0.2  # of the samples in one image cluster, more is a collapse
 LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Features:
-    """Features of N distinct samples, fp32, on the model's device."""
-
-    index: Tensor  # int64 [N], position in the dataset
-    image_h: Tensor  # [N, Dh], unit rows
-    text_h: Tensor  # [N, Dh], unit rows
 
 
 @torch.no_grad()
@@ -86,84 +79,17 @@ def extract(
     )
 
 
-class FeatureStore:
-    """Keeps the projections of one episode for the next, which saves an extra forward pass.
-
-    A rank keeps the rows it computed, 2 x steps x batch_size / ranks x Dh x 4 bytes, for the
-    longest episode. The state holds the rows of all ranks in the order of the episode's draws, so
-    it does not depend on the number of ranks.
-    """
-
-    def __init__(self, steps: int, batch_size: int, device: torch.device) -> None:
-        self.share = batch_size // world_size()  # rows of a step on each rank
-        rows = steps * self.share
-        self.index = torch.full((rows,), -1, dtype=torch.int64, device=device)
-        self.h = torch.empty(0, device=device)  # [rows, 2, Dh] fp32, image and text, after put
-
-    @torch.no_grad()
-    def put(self, step: int, index: Tensor, projected: Encoded) -> None:
-        """Keep this rank's projections, [B, Dh] each, from one step of the episode. ``index`` holds
-        the samples; -1 marks a row that does not count."""
-        if not len(self.h):
-            self.h = self.h.new_zeros(len(self.index), 2, projected.image.shape[1])
-        rows = slice(step * self.share, step * self.share + len(index))
-        self.index[rows] = index
-        self.h[rows] = torch.stack([projected.image, projected.text], dim=1)
-
-    def features(self) -> Features:
-        """The newest row of each sample over all ranks; a collective call.
-
-        Each rank gets a slice in the order of the dataset, as a single rank would have it.
-        """
-        index, order = self._by_draw(self.index).sort(stable=True)
-        last = torch.ones_like(index, dtype=torch.bool)
-        last[:-1] = index[1:] != index[:-1]
-        last &= index >= 0
-        index, order = index[last], order[last]
-        own = own_slice(len(order))
-        return Features(index[own], *self._by_draw(self.h)[order[own]].unbind(1))
-
-    def _by_draw(self, rows: Tensor) -> Tensor:
-        """[rows, ...] of each rank -> [rows * W, ...], step by step."""
-        if not is_distributed():
-            return rows
-        by_rank = gather_rows(rows).view(world_size(), -1, self.share, *rows.shape[1:])
-        return by_rank.transpose(0, 1).flatten(0, 2)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The rows of all ranks in draw order, for a checkpoint; a collective call."""
-        rows = {"index": self.index} | ({"h": self.h} if len(self.h) else {})
-        return {name: self._by_draw(tensor) for name, tensor in rows.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load this rank's rows of a ``state_dict`` that any number of ranks wrote."""
-        for name, rows in state.items():
-            own = rows.unflatten(0, (-1, world_size(), self.share))[:, rank()].flatten(0, 1)
-            setattr(self, name, own.to(self.index.device).contiguous())
-
-
 @dataclass(frozen=True)
 class PrototypeSet:
     """The clusters of one source in the space of one student; constants."""
 
     source: str
     student: str  # "image" | "text"
-    clustering: Clusters  # labels int64 [dataset], IGNORE if unknown; for a queue: [its rows]
     prototypes: Tensor  # [K, Dh]
     targets: Tensor | None  # [K, Dh], rows m_y; None: hard labels, m = prototypes
-    labels_new: bool  # whether samples without a label get that of the nearest centroid
 
-    def bank(self, features: Mapping[str, Tensor], index: Tensor | None) -> Bank:
-        """The prototypes with the labels of a batch, in the dtype of the student's features. The
-        labels are those of ``index``, positions in the dataset [B], or without it those of the
-        nearest centroids. ``features``: modality -> [B, Dh], unit rows."""
-        labels = None if index is None else self.clustering.labels[index]
-        if labels is None or self.labels_new:
-            centroids = self.clustering.centroids
-            nearest, _ = kmeans_assign(features[self.source].detach(), centroids)
-            nearest = nearest.masked_fill(nearest < 0, IGNORE)  # a row that is not finite
-            labels = nearest if labels is None else torch.where(labels == IGNORE, nearest, labels)
-        dtype = features[self.student].dtype
+    def bank(self, labels: Tensor, dtype: torch.dtype) -> Bank:
+        """The prototypes with the labels of a batch, int64 [B], in the dtype of its features."""
         targets = None if self.targets is None else self.targets.to(dtype)
         return Bank(self.prototypes.to(dtype), labels, targets)
 
@@ -184,20 +110,20 @@ class PrototypeBuilder:
         points: Tensor,
         num_clusters: int,
         random: torch.Generator,
-        last: Clusters | None,
+        last_centroids: Tensor | None,
     ) -> Clusters:
-        """Run k-means on [N, Ds] points, starting from the centroids of ``last`` if warm; drop
-        empty clusters unless the config keeps them."""
+        """Run k-means on [N, Ds] points, starting from the last centroids if warm; drop empty
+        clusters unless the config keeps them."""
         seed, config = int(torch.randint(2**31, (), generator=random)), self.config
         init: str | Tensor = "random"
-        if config.kmeans_init == "warm" and last is not None:
-            init = last.centroids[:num_clusters]
+        if config.kmeans_init == "warm" and last_centroids is not None:
+            init = last_centroids[:num_clusters]
         try:
-            found = kmeans(
+            clusters = kmeans(
                 points,
                 num_clusters,
                 num_iters=config.kmeans_max_iter,
-                num_restarts=config.kmeans_nredo,
+                num_restarts=1 if isinstance(init, Tensor) else config.kmeans_nredo,
                 init=init,
                 seed=seed,
                 group=self.group,
@@ -208,54 +134,61 @@ class PrototypeBuilder:
                 f"prototypes: cannot cluster the {source} features ({error}); if training has "
                 "diverged, lower --lr, lengthen --warmup or use --precision fp32"
             ) from error
-        filled = found.counts > 0
+        filled = clusters.counts > 0
         kept = torch.ones_like(filled) if config.keep_empty else filled
         return replace(
-            found,
-            centroids=found.centroids.where(filled[:, None], 0.0)[kept],
-            labels=(kept.cumsum(0) - 1)[found.labels],
-            counts=found.counts[kept],
+            clusters,
+            centroids=clusters.centroids.where(filled[:, None], 0.0)[kept],
+            labels=(kept.cumsum(0) - 1)[clusters.labels],
+            counts=clusters.counts[kept],
         )
 
     def translate(
-        self,
-        source: str,
-        clustering: Clusters,
-        rows: Tensor,
-        students: Mapping[str, Tensor],
-        labels_new: bool = False,
+        self, source: str, clusters: Clusters, students: Mapping[str, Tensor]
     ) -> list[PrototypeSet]:
         """Prototypes and targets of one source in the space of each of its students: images and
-        texts teach each other, a teacher teaches both. ``students``: modality -> [N, Dh]; ``rows``,
-        int64 [N], are their positions in ``clustering.labels``."""
-        centroids, labels = clustering.centroids, clustering.labels[rows]
+        texts teach each other, a teacher teaches both. ``students``: modality -> [N, Dh], the
+        features of the rows that were clustered."""
         internal, temperature = source in INTERNAL, self.config.target_temperature
         sets = []
         for student in [INTERNAL[source]] if internal else list(students):
-            prototypes, targets = centroids, None
+            prototypes, targets = clusters.centroids, None
             if self.config.pbt or not internal:
-                values = students[student]
-                prototypes, _ = global_segment_mean(values, labels, len(centroids), self.group)
+                prototypes, _ = global_segment_mean(
+                    students[student], clusters.labels, len(clusters.centroids), self.group
+                )
             if internal and temperature > 0:
-                targets = soft_targets(centroids.to(prototypes), prototypes, temperature)
+                centroids = clusters.centroids.to(prototypes)
+                targets = soft_targets(centroids, prototypes, temperature)
             if self.group is not None:
                 # Identical bits on all ranks, even if their machines round sums differently.
                 broadcast(prototypes, *([] if targets is None else [targets]))
-            sets.append(PrototypeSet(source, student, clustering, prototypes, targets, labels_new))
+            sets.append(PrototypeSet(source, student, prototypes, targets))
         return sets
 
 
 @dataclass(frozen=True)
 class Episode:
-    """The prototypes that training reads until the next episode, and metrics about them."""
+    """The prototypes and labels that training reads until the next episode; the same on all ranks.
 
+    The labels are those of features that were stored before the episode, or of a frozen teacher's:
+    never of the features that a step is training, which would let the model choose its labels.
+    """
+
+    positions: Tensor  # int64 [M], sorted: the samples that the episode trains on
+    labels: Mapping[str, Tensor]  # source -> int32 [M], IGNORE: nothing is stored of the sample
+    centroids: Mapping[str, Tensor]  # source -> [K, Ds], for the next warm start
     sets: tuple[PrototypeSet, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def clusterings(self) -> dict[str, Clusters]:
-        """The clustering of each source."""
-        return {one.source: one.clustering for one in self.sets}
+    def labels_of(self, index: Tensor) -> dict[str, Tensor]:
+        """The labels of a batch from each source, int64 [B]. ``index``: positions, int64 [B]."""
+        place = torch.searchsorted(self.positions, index).clamp_max(len(self.positions) - 1)
+        known = self.positions[place] == index
+        return {
+            source: labels[place].long().masked_fill(~known, IGNORE)
+            for source, labels in self.labels.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -263,60 +196,106 @@ class EpisodeBuilder:
     """Makes the prototypes of every episode of a run."""
 
     config: EpisodeConfig
-    samples: int  # of the dataset
     teacher: Tensor | None = None  # [dataset, d], rows by position in the dataset
     internal: bool = True  # whether to cluster the model's own features too
     classes: Mapping[str, Tensor] = field(default_factory=dict)  # int64 [dataset], for purity
 
     def build(
         self,
+        coming: Tensor,
         features: Features,
         random: torch.Generator,
+        recent: Features | None = None,
         previous: Episode | None = None,
-        coming: Tensor | None = None,
-    ) -> Episode:
-        """Cluster every source and translate the clusters into each student's space.
+    ) -> Episode | None:
+        """Cluster every source, translate the clusters into each student's space, and label the
+        coming samples. Returns None if no source has features of as many samples as clusters.
 
         Args:
-            features: features of N samples; each rank has a slice, all get the same episode.
+            coming: int64 [M], sorted positions that the episode trains on.
+            features: of coming samples; each rank has a slice, all get the same episode. Coming
+                samples without features get no label from images and texts.
             random: CPU generator for the seeds of k-means.
+            recent: features of any samples, as new as possible; a teacher knows all samples, so its
+                clusters are translated by these. None: by ``features``, which are of all coming
+                samples.
             previous: the last episode, for the warm start.
-            coming: int64 [M], positions that will be trained on. Positions without features get
-                the label of the nearest centroid: a teacher's now, the model's own during training.
         Raises:
             ValueError: features are not finite.
         """
-        config = self.config
-        count = torch.tensor(len(features.index), device=features.index.device)
-        samples = int(sum_over_ranks(count))
-        # The last episode of a run may have fewer samples than the others.
-        num_clusters = min(config.num_clusters, samples) or max(1, samples // 10)
-        students = {"image": features.image_h, "text": features.text_h}
-        sources = dict(students) if self.internal else {}
-        teacher = None if self.teacher is None else self.teacher.to(features.image_h)
-        if teacher is not None:
-            sources[EXTERNAL] = teacher[features.index]
-        builder = PrototypeBuilder(config, all_ranks())
-        before = previous.clusterings if previous else {}
+        device = features.index.device
+        coming = coming.to(device)
+        num_clusters = min(self.config.num_clusters or max(1, len(coming) // 10), len(coming))
+        builder = PrototypeBuilder(self.config, all_ranks())
         sets: list[PrototypeSet] = []
+        all_labels: dict[str, Tensor] = {}
+        centroids: dict[str, Tensor] = {}
         metrics: dict[str, float] = {}
-        for source, points in sources.items():
-            last = before.get(source)
-            found = builder.cluster(source, points, num_clusters, random, last)
-            labels = torch.full((self.samples,), IGNORE, device=points.device)
-            labels[features.index] = found.labels
-            max_over_ranks(labels)  # each rank knows the labels of its own samples
-            found = replace(found, labels=labels)
-            new = features.index[:0] if coming is None else coming.to(labels.device)
-            new = new[labels[new] == IGNORE].unique()
-            if source == EXTERNAL and teacher is not None and len(new):
-                labels[new] = kmeans_assign(teacher[new], found.centroids)[0]
-            values = health(found, last, self.classes)
-            values["empty"] = float(num_clusters - (found.counts > 0).sum())
+        for source, (points, rows) in self._sources(features, recent).items():
+            samples = int(sum_over_ranks(torch.tensor(len(rows.index), device=device)))
+            if samples < num_clusters:
+                continue  # images and texts before the second pass over the data
+            last = None if previous is None else previous.centroids.get(source)
+            clusters = builder.cluster(source, points, num_clusters, random, last)
+            students = {"image": rows.image_h, "text": rows.text_h}
+            sets += builder.translate(source, clusters, students)
+            if rows is recent:
+                index, labels = self._teacher_labels(coming, clusters.centroids)
+            else:
+                index, labels = rows.index, clusters.labels
+            all_labels[source] = _labels_of_all_ranks(coming, index, labels)
+            centroids[source] = clusters.centroids
+            values = health(points, clusters, builder.group)
+            values["empty"] = float(num_clusters - (clusters.counts > 0).sum())
+            values |= self._label_health(source, coming, all_labels[source], previous)
+            if source in INTERNAL and self.config.target_temperature > 0:
+                values["target_entropy"] = target_entropy(clusters, self.config.target_temperature)
             metrics |= {f"{source}_{name}": value for name, value in values.items()}
-            labels_new = source in INTERNAL and len(new) > 0
-            sets += builder.translate(source, found, features.index, students, labels_new)
-        return Episode(tuple(sets), metrics)
+        if not sets:
+            return None
+        return Episode(coming, all_labels, centroids, tuple(sets), metrics)
+
+    def _sources(
+        self, features: Features, recent: Features | None
+    ) -> dict[str, tuple[Tensor, Features]]:
+        """Each source's points to cluster, [N, Ds], and the students' features of these samples."""
+        sources = {}
+        if self.internal:
+            sources = {"image": (features.image_h, features), "text": (features.text_h, features)}
+        if self.teacher is not None:
+            rows = features if recent is None else recent
+            sources[EXTERNAL] = (self.teacher.to(rows.image_h)[rows.index], rows)
+        return sources
+
+    def _teacher_labels(self, coming: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions of this rank's share of the coming samples, and their nearest centroids."""
+        assert self.teacher is not None
+        index = coming[own_slice(len(coming))]
+        labels, _ = kmeans_assign(self.teacher.to(centroids)[index], centroids)
+        return index, labels
+
+    def _label_health(
+        self, source: str, coming: Tensor, labels: Tensor, previous: Episode | None
+    ) -> dict[str, float]:
+        """Share of samples with a label, churn since the last episode, purity by known classes."""
+        known = labels != IGNORE
+        values = {"labelled": float(known.float().mean())}
+        if previous is not None and source in previous.labels:
+            before = previous.labels_of(coming)[source]
+            both = known & (before != IGNORE)
+            if both.any():
+                values["churn"] = 1 - purity(labels[both].long(), before[both])
+        for name, ids in self.classes.items():
+            values[f"purity_{name}"] = purity(labels[known].long(), ids[coming[known]])
+        return values
+
+
+def _labels_of_all_ranks(coming: Tensor, index: Tensor, labels: Tensor) -> Tensor:
+    """int32 [M], the labels of the coming samples, from each rank's labels [N] of the positions
+    ``index`` [N]; IGNORE where no rank has one."""
+    of_all = torch.full((len(coming),), IGNORE, dtype=torch.int32, device=coming.device)
+    of_all[torch.searchsorted(coming, index.contiguous())] = labels.int()
+    return max_over_ranks(of_all)
 
 
 def check_clusters(config: EpisodeConfig, samples: int) -> int:
@@ -334,27 +313,107 @@ def check_clusters(config: EpisodeConfig, samples: int) -> int:
     return num_clusters
 
 
-def health(
-    clustering: Clusters, last: Clusters | None, classes: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """Sizes of the clusters, churn since the last episode, purity by known classes [dataset]."""
-    sizes = clustering.counts.double()
-    values = {
-        "inertia": clustering.inertia / float(sizes.sum()),
+def health(points: Tensor, clusters: Clusters, group: Group = None) -> dict[str, float]:
+    """What k-means reached, cluster sizes, and the inertia of the points [N, Ds] within clusters and in total:
+    mean squared distances to their centroid and to their common mean."""
+    sizes = clusters.counts.double()
+    count = float(sizes.sum())
+    sums = torch.cat([points.double().sum(dim=0), points.double().square().sum()[None]])
+    if group is not None:
+        sum_over_ranks(sums)
+    total = float(sums[-1] - sums[:-1].square().sum() / count) / count
+    return {
+        "inertia": clusters.inertia / count,
+        "inertia_total": total,
+        "iterations": float(clusters.num_iters),
         "clusters": float(len(sizes)),
         "size_min": float(sizes.min()),
         "size_median": float(sizes.median()),
         "size_max": float(sizes.max()),
+        "largest_share": float(sizes.max()) / count,
         "imbalance": float(sizes.max() / sizes.mean()),
     }
-    known = clustering.labels != IGNORE
-    if last is not None:
-        both = known & (last.labels != IGNORE)
-        if both.any():
-            values["churn"] = 1 - purity(clustering.labels[both], last.labels[both])
-    for name, ids in classes.items():
-        values[f"purity_{name}"] = purity(clustering.labels[known], ids[known])
-    return values
+
+
+def target_entropy(clusters: Clusters, temperature: float) -> float:
+    """Mean entropy in nats of the samples' soft targets, of at most ln K."""
+    centroids, total = clusters.centroids.float(), 0.0
+    rows_at_once = max(1, 2**22 // len(centroids))  # 16 MiB of logits
+    for rows, counts in zip(
+        centroids.split(rows_at_once), clusters.counts.split(rows_at_once), strict=True
+    ):
+        logits = torch.log_softmax(rows @ centroids.T / temperature, dim=1)
+        entropies = -(logits.exp() * logits).sum(dim=1)
+        total += float((entropies * counts).sum())
+    return total / float(clusters.counts.sum())
+
+
+@dataclass
+class Watch:
+    """Counts how often the nearest prototype is a sample's own, and sees a collapse."""
+
+    first_inertia: float = math.nan  # within the image clusters of the first episode
+    hits: dict[str, Tensor] = field(default_factory=dict)  # source -> [2] of this rank's samples
+
+    def count(self, hits: Mapping[str, Tensor]) -> None:
+        """Add a step's hits and labelled samples by source, [2] each; does not wait for the
+        device."""
+        for source, counts in hits.items():
+            self.hits[source] = self.hits[source] + counts if source in self.hits else counts
+
+    def accuracy(self) -> dict[str, float]:
+        """Prototype accuracy by source since the last call, over all ranks; a collective call."""
+        sums = {source: sum_over_ranks(counts.clone()) for source, counts in self.hits.items()}
+        self.hits = {}
+        return {f"{name}_proto_accuracy": float(hits / seen) for name, (hits, seen) in sums.items()}
+
+    def collapse(self, metrics: Mapping[str, float]) -> str:
+        """One sentence if an episode's image prototypes have collapsed, else ""; ``metrics``: of
+        the episode, with the prototype accuracy of the episode before."""
+        if math.isnan(self.first_inertia):
+            self.first_inertia = metrics.get("image_inertia", math.nan)
+        return collapse(metrics, self.first_inertia)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: the counts of all ranks; a collective call."""
+        hits = {name: sum_over_ranks(counts.clone()) for name, counts in self.hits.items()}
+        return {"first_inertia": self.first_inertia, "hits": hits}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Load what any number of ranks wrote; rank 0 keeps the counts of all."""
+        self.first_inertia = float(state["first_inertia"])
+        self.hits = {
+            name: counts.to(device) * float(is_main()) for name, counts in state["hits"].items()
+        }
+
+
+def collapse(metrics: Mapping[str, float], first_inertia: float) -> str:
+    """One sentence if an episode's image prototypes have collapsed, else "".
+
+    Captions that repeat are alike and fall into one cluster, so only the images count.
+
+    Args:
+        metrics: of an episode; ``image_proto_accuracy`` is that of the episode before.
+        first_inertia: ``image_inertia`` of the run's first episode with prototypes.
+    """
+    if "image_inertia" not in metrics:
+        return ""
+    inertia, clusters = metrics["image_inertia"], metrics["image_clusters"]
+    accuracy = metrics.get("image_proto_accuracy", math.nan)
+    share = metrics["image_largest_share"]
+    if share > max(LARGEST_SHARE, 5 / clusters):
+        sign = f"one image cluster holds {share:.0%} of the samples"
+    elif inertia < first_inertia / 10 and (accuracy > 0.9 or accuracy < 2 / clusters):
+        sign = (
+            f"the inertia within image clusters fell from {first_inertia:.3g} to {inertia:.3g} and "
+            f"prototype accuracy is {accuracy:.2f}"
+        )
+    else:
+        return ""
+    return (
+        f"the image prototypes are collapsing: {sign}; lower --w-proto or --lr, add an "
+        "--external-teacher, or use --episode-features extract"
+    )
 
 
 def purity(labels: Tensor, classes: Tensor) -> float:
@@ -365,23 +424,58 @@ def purity(labels: Tensor, classes: Tensor) -> float:
     return float(largest.sum()) / len(labels)
 
 
+@dataclass(frozen=True)
+class StoredLabels:
+    """Labels of stored samples by key, over all ranks."""
+
+    keys: Tensor  # int64 [R], sorted, distinct
+    labels: Mapping[str, Tensor]  # source -> int64 [R]
+
+    def labels_of(self, index: Tensor) -> dict[str, Tensor]:
+        """The labels of a batch from each source, int64 [B]; IGNORE for keys not stored."""
+        place = torch.searchsorted(self.keys, index).clamp_max(len(self.keys) - 1)
+        known = self.keys[place] == index
+        return {name: rows[place].masked_fill(~known, IGNORE) for name, rows in self.labels.items()}
+
+
+@dataclass(frozen=True)
+class StoredStep:
+    """The features that this rank kept of one step."""
+
+    number: int
+    rows: Mapping[str, Tensor]  # modality -> [N, D]
+    keys: Tensor | None  # int64 [N], of the samples; None in a loop that does not know them
+
+    def __len__(self) -> int:
+        return len(self.rows["image"])
+
+
 @dataclass(eq=False)
 class OnlinePrototypes:
-    """The newest features of each rank, and prototypes over all ranks."""
+    """The newest features of each rank, prototypes over all ranks, and the labels of a batch.
+
+    With keys of the samples (``index``), labels are those of features that were stored when the
+    sample was last seen. Without keys, a batch is assigned so that all prototypes are used alike:
+    the nearest prototype would let the model choose its own labels, and it would choose only one.
+    """
 
     builder: PrototypeBuilder  # with the group of the ranks
-    queue: int  # pairs that this rank keeps
+    queue: int  # newest pairs of this rank to cluster
     num_clusters: int  # K of k-means, over all ranks
+    capacity: int = 0  # pairs of this rank that keep a label, with keys; 0: as the queue
     every: int = 0  # steps between clusterings; 0: as many as renew the queue
     warmup: int = 0  # minimum number of steps before the first clustering
     seed: int = 0  # for the first centroids; later clusterings start from the last ones
     calls_per_step: int = 1  # calls of ``observe`` with the rows of the same step
-    current: list[PrototypeSet] | None = field(default=None, init=False)
+    sets: list[PrototypeSet] | None = field(default=None, init=False)
+    centroids: dict[str, Tensor] = field(default_factory=dict, init=False)
+    stored_labels: StoredLabels | None = field(default=None, init=False)
     steps: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._calls = self._clusterings = self._filled = self._next = 0
-        self._recent: deque[dict[str, Tensor]] = deque()  # per step: modality -> [N, D]
+        self._recent: deque[StoredStep] = deque()
+        self._clustered: dict[str, Tensor] = {}  # modality -> the rows that were clustered last
         self._sizes: dict[str, float] = {}
         self._accuracy: dict[str, Tensor] = {}
 
@@ -391,12 +485,31 @@ class OnlinePrototypes:
 
     @torch._disable_dynamo  # torch.compiler.disable would load dynamo and triton (1.6 s)
     def note(self, accuracy: Mapping[str, Tensor]) -> None:
-        """Keep the step's prototype accuracy of each student, scalars on the device."""
-        self._accuracy = {student: value.detach() for student, value in accuracy.items()}
+        """Keep the step's prototype accuracy of each source, scalars on the device."""
+        self._accuracy = {source: value.detach() for source, value in accuracy.items()}
 
     @torch._disable_dynamo
     @torch.no_grad()
-    def observe(self, image: Tensor, text: Tensor) -> None:
+    def labels_of(
+        self, features: Mapping[str, Tensor], index: Tensor | None
+    ) -> dict[str, Tensor] | None:
+        """Source -> int64 [B], the labels of a batch; None if there are no prototypes, or no keys
+        were stored. ``features``: modality -> [B, D], read only without ``index``."""
+        if self.sets is None:
+            return None
+        if index is not None:
+            stored = self.stored_labels
+            return None if stored is None else stored.labels_of(index.to(stored.keys.device))
+        labels_by_source = {}
+        for source, centroids in self.centroids.items():
+            points = features[source].detach().to(centroids)
+            queue = self._clustered[source][-BALANCED_ROWS:].to(centroids)
+            labels_by_source[source] = balanced_labels(points, queue, centroids, self.builder.group)
+        return labels_by_source
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def observe(self, image: Tensor, text: Tensor, index: Tensor | None = None) -> None:
         """Add the step's features [N, D] to the queue; cluster when it is time. Only the last call
         of a step does so, so that all calls of the step see the same prototypes."""
         self._calls += 1
@@ -405,32 +518,38 @@ class OnlinePrototypes:
         if not self.steps:
             self._next = self.first_step(len(image))
         self.steps += 1
-        self._recent.append({"image": image.clone(), "text": text.clone()})
+        rows = {"image": image.clone(), "text": text.clone()}
+        if index is not None:
+            rows = {name: features.to(torch.bfloat16) for name, features in rows.items()}
+            index = index.clone()
+        self._recent.append(StoredStep(self.steps, rows, index))
         self._filled += len(image)
-        while self._filled - len(self._recent[0]["image"]) >= self.queue:
-            self._filled -= len(self._recent.popleft()["image"])
+        longest = self.queue if index is None else max(self.queue, self.capacity)
+        while self._filled - len(self._recent[0]) >= longest:
+            self._filled -= len(self._recent.popleft())
         if self.steps >= self._next:
             self._build()
             self._next = self.steps + (self.every or -(-self.queue // len(image)))
 
     def _build(self) -> None:
         started = time.perf_counter()
-        points = {
-            name: torch.cat([step[name] for step in self._recent])[-self.queue :].float()
-            for name in INTERNAL
+        stored = {
+            name: torch.cat([step.rows[name] for step in self._recent]).float() for name in INTERNAL
         }
-        before = {one.source: one.clustering for one in self.current or ()}
+        points = {name: rows[-self.queue :] for name, rows in stored.items()}
         random = generator(self.seed, self._clusterings)
-        current: list[PrototypeSet] = []
+        sets: list[PrototypeSet] = []
         for source in INTERNAL:
-            found = self.builder.cluster(
-                source, points[source], self.num_clusters, random, before.get(source)
+            clusters = self.builder.cluster(
+                source, points[source], self.num_clusters, random, self.centroids.get(source)
             )
-            rows = torch.arange(len(points[source]), device=found.labels.device)
-            current += self.builder.translate(source, found, rows, points)
-            self._sizes[f"{source}_clusters"] = float(len(found.counts))
-            self._sizes[f"{source}_size_max"] = float(found.counts.max())
-        self.current = current
+            sets += self.builder.translate(source, clusters, points)
+            self.centroids[source] = clusters.centroids
+            self._sizes[f"{source}_clusters"] = float(len(clusters.counts))
+            self._sizes[f"{source}_size_max"] = float(clusters.counts.max())
+        self._clustered = points
+        self.stored_labels = self._label_stored(stored)
+        self.sets = sets
         self._clusterings += 1
         if self.builder.group is None or is_main():
             seconds, sizes = time.perf_counter() - started, self._sizes
@@ -438,8 +557,50 @@ class OnlinePrototypes:
                 "protoclip: prototypes of step %d in %.2f s: %s", self.steps, seconds, sizes
             )
 
+    def _label_stored(self, stored: Mapping[str, Tensor]) -> StoredLabels | None:
+        """The labels of all stored rows [R, D] that have a key, over all ranks; the newest row of a
+        key counts."""
+        keys = [step.keys for step in self._recent if step.keys is not None]
+        if len(keys) < len(self._recent):
+            return None
+        device = stored["image"].device
+        steps = [torch.full((len(step),), step.number, device=device) for step in self._recent]
+        columns = [torch.cat(keys).to(device), torch.cat(steps)]
+        for source in INTERNAL:
+            columns.append(kmeans_assign(stored[source], self.centroids[source])[0])
+        table = torch.stack(columns, dim=1)  # key, step, one label per source
+        if self.builder.group is not None:
+            table = gather_rows(table)
+        table = table[table[:, 1].argsort(stable=True)]
+        table = table[table[:, 0].argsort(stable=True)]
+        newest = torch.ones(len(table), dtype=torch.bool, device=device)
+        newest[:-1] = table[1:, 0] != table[:-1, 0]
+        table = table[newest]
+        labels = {source: table[:, 2 + i].contiguous() for i, source in enumerate(INTERNAL)}
+        return StoredLabels(table[:, 0].contiguous(), labels)
+
     def metrics(self) -> dict[str, float]:
         """The metrics as plain numbers; waits for the device."""
         accuracy = {f"{name}_proto_accuracy": float(hit) for name, hit in self._accuracy.items()}
         counts = {"steps": float(self.steps), "clusterings": float(self._clusterings)}
         return counts | self._sizes | accuracy
+
+
+def balanced_labels(batch: Tensor, queue: Tensor, centroids: Tensor, group: Group) -> Tensor:
+    """Labels of a batch [B, D] under an assignment of batch and queue [Q, D] that gives every
+    centroid [K, D] the same share of the rows of all ranks: int64 [B].
+
+    Source: Caron et al. 2020 (SwAV), Sinkhorn's iterations in the log domain.
+    """
+    scores = torch.cat([batch, queue]) @ centroids.T / BALANCED_TEMPERATURE  # [B + Q, K]
+    prices = scores.new_zeros(len(centroids))
+    for _ in range(BALANCED_ITERATIONS):
+        by_row = torch.logsumexp(scores + prices, dim=1, keepdim=True)
+        demand = torch.logsumexp(scores - by_row, dim=0)
+        if group is not None:
+            top = demand.max()
+            top = max_over_ranks(top.clone())
+            demand = sum_over_ranks((demand - top).exp()).log() + top
+        prices = -demand
+    labels = (scores[: len(batch)] + prices).argmax(dim=1)
+    return labels.masked_fill(~batch.isfinite().all(dim=1), IGNORE)

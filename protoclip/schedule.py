@@ -40,6 +40,19 @@ class Plan:
     def episodes(self) -> int:
         return math.ceil(self.total_steps / self.steps_per_episode)
 
+    @property
+    def passes(self) -> float:
+        """Passes over the data, of the whole run."""
+        return self.total_steps * self.batch_size / self.samples
+
+    def first_step_with_prototypes(self, warmup: int, second_pass: bool) -> int:
+        """The step that trains prototypes first: after ``warmup`` episodes and, with
+        ``second_pass``, in the second pass over the data, when its samples have stored features."""
+        if not second_pass:
+            return warmup * self.steps_per_episode
+        episode = max(warmup, self.steps_per_epoch // self.steps_per_episode)
+        return max(episode * self.steps_per_episode, self.steps_per_epoch)
+
     def steps_of(self, episode: int) -> range:
         """The steps of an episode; the run may end inside the last one."""
         start = episode * self.steps_per_episode

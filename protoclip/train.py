@@ -45,7 +45,8 @@ from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import open_layout
 from protoclip.evaluate.metrics import recalls, retrieval
 from protoclip.evaluate.results import Outcome, Results
-from protoclip.kmeans import Clusters, load_faiss
+from protoclip.feature_store import FeatureSource, FeatureStore, choose_features, table_bytes
+from protoclip.kmeans import load_faiss
 from protoclip.losses import ProtoLoss
 from protoclip.model import (
     Encoded,
@@ -124,7 +125,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
         OSError: the disk is full; the last checkpoint is intact.
     """
     check_settings(config, device)
-    resume = distributed.from_main(lambda: find_resume(config))
+    resume = open_resume(config)
     path = distributed.from_main(lambda: resume.folder if resume else choose_folder(config))
     dataset = open_training_data(config)
     order = EpochOrder(dataset, config.data.shuffle_buffer)
@@ -145,7 +146,8 @@ def train(config: TrainConfig, device: torch.device) -> int:
     if teacher is not None:
         setup = replace(setup, teacher=teacher.to(device))
     evaluation = Evaluation(setup, phases)
-    trainer = Trainer(setup, model, NullRunFolder(path), phases, evaluation.during)
+    reuses = None if resume is None else saved_training(resume)["features"] is not None
+    trainer = Trainer(setup, model, NullRunFolder(path), phases, evaluation.during, reuses)
     notes = []
     if resume:  # check everything before touching the folder
         notes = [f"resumed: {resume.file}, after step {resume.step} of {plan.total_steps}"]
@@ -155,7 +157,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
         trainer.folder = RunFolder(path, config, step)
     folder = trainer.folder
     try:
-        announce(folder, setup, remark)
+        announce(folder, setup, trainer.features, trainer.internal, remark)
         for note in notes:
             folder.say(note)
         before = evaluation.untrained(path, model, resumed=resume is not None)
@@ -183,6 +185,35 @@ def train(config: TrainConfig, device: torch.device) -> int:
     return 0
 
 
+def open_resume(config: TrainConfig) -> Resume | None:
+    """The run that --resume names, on every rank; its stored features on rank 0 only."""
+    stored: dict[str, Tensor] = {}
+
+    def find() -> Resume | None:
+        resume = find_resume(config)
+        if resume is not None:
+            training = saved_training(resume)
+            if "features" not in training:
+                raise ValueError(
+                    f"--resume: {resume.file} is from a version of protoclip that stored features "
+                    "in another form; load its weights with --pretrained"
+                )
+            if training["features"] is not None:
+                stored.update(training["features"])
+                training["features"] = {}
+        return resume
+
+    resume = distributed.from_main(find)
+    if resume is not None and stored:
+        saved_training(resume)["features"] = stored
+    return resume
+
+
+def saved_training(resume: Resume) -> dict[str, Any]:
+    """The state of training in a checkpoint."""
+    return resume.payload["protoclip"]["training"]
+
+
 @dataclass(frozen=True)
 class Setup:
     """What a run needs once everything is open."""
@@ -205,6 +236,7 @@ class Trainer:
     """Trains a model on the setup's device, episode by episode; alone owns the mutable state.
 
     ``evaluations`` holds pairs: a function, model -> scalars by name, and its interval in epochs.
+    ``reuses``: whether a resumed run stores training's own features, whatever "auto" would choose.
     """
 
     def __init__(
@@ -214,6 +246,7 @@ class Trainer:
         folder: NullRunFolder,
         phases: Phases | None = None,
         evaluations: Sequence[tuple[Evaluate, float]] = (),
+        reuses: bool | None = None,
     ) -> None:
         self.setup, self.model, self.folder = setup, model, folder
         self.config, self.plan, self.dataset = setup.config, setup.plan, setup.dataset
@@ -222,6 +255,7 @@ class Trainer:
         internal = config.method == "protoclip" and weights.w_proto > 0
         external = teacher is not None and weights.w_proto_external > 0
         self.clusters = internal or external
+        self.internal = internal
         # The heads run from step 0 so that their running statistics are ready.
         self.projects = self.clusters or (teacher is not None and weights.w_distill > 0)
         crop = model.image_size, model.mean, model.std, config.data.augmentation
@@ -232,7 +266,6 @@ class Trainer:
         )
         self.builder = prototypes.EpisodeBuilder(
             config.episode,
-            len(self.dataset),
             teacher=teacher if external else None,
             internal=internal,
             classes={
@@ -241,16 +274,31 @@ class Trainer:
                 if bool((known.ids >= 0).all())  # known of every sample
             },
         )
-        self.store: prototypes.FeatureStore | None = None
-        if config.episode.reuses and self.projects:
-            size = self.plan.steps_per_episode, self.plan.batch_size
-            self.store = prototypes.FeatureStore(*size, setup.device)
+        self.features = FeatureSource(False, "none")
+        self.store: FeatureStore | None = None
+        if self.clusters:
+            samples, dim = len(self.dataset), model.projection_dim
+            size = table_bytes(samples, distributed.world_size(), dim)
+            episode = config.episode
+            if reuses is not None:
+                episode = replace(episode, features="reuse" if reuses else "extract")
+            self.features = choose_features(episode, self.plan.passes, size, setup.device)
+            if self.features.reuses:
+                self.store = FeatureStore(
+                    samples,
+                    self.plan.steps_per_episode,
+                    self.plan.batch_size,
+                    setup.device,
+                    self.features.table_device,
+                )
+        self.watch = prototypes.Watch()
         most = config.data.max_bad_fraction
         self.faults = Faults(self.dataset, most, lambda text: self.folder.say(text))
         self.episode: Episode | None = None
         self.step = 0
         self.signals = schedule.StopSignals()
         self._passes = [distributed.world_size(), config.optim.accum_freq]
+        self._episode_metrics: Mapping[str, float] = {}  # of a new episode, until the next log
         self._skipped = 0  # steps, as last read from the device
         self._loss = math.nan  # as last logged
         self._every_steps, self._every_seconds = schedule.parse_interval(config.run.save_every)
@@ -290,8 +338,10 @@ class Trainer:
         own, numbers = schedule.own_draws(self.plan, draws)
         first = done * self.plan.batch_size // distributed.world_size()
         stream = self._batches(Draws(own, schedule.episode_seed(seed, number, 0), first, numbers))
-        for _ in steps[done:]:
+        for step in steps[done:]:
             self._train_step(stream, number)
+            if step == steps[-1] and self.store is not None:
+                self.store.end_episode(number)
             bar.set_postfix(loss=f"{self._loss:.3f}", refresh=False)
             bar.update(self.plan.batch_size)
             self._between_steps()
@@ -302,12 +352,15 @@ class Trainer:
         how: dict[str, Any] = {"workers": data.workers, "captions": data.captions}
         return iter(batches(self.dataset, draws, size, *read, faults=self.faults, **how))
 
-    def _build_episode(self, number: int, samples: Tensor) -> Episode:
-        """Build the prototypes of an episode that trains on ``samples``, int64 [M] positions."""
-        seed, coming = self.config.run.seed, None
+    def _build_episode(self, number: int, samples: Tensor) -> Episode | None:
+        """Build the prototypes of an episode that trains on ``samples``, int64 [M] sorted
+        positions; None while too few of them have stored features."""
+        seed, recent = self.config.run.seed, None
         with self.phases.measure("features"):
             if self.store is not None:
-                features, coming = self.store.features(), samples
+                features = self.store.of_positions(samples)
+                if self.builder.teacher is not None:
+                    recent = self.store.of_episode(number - 1)
             else:
                 numbers = torch.arange(len(samples))[distributed.own_slice(len(samples))]
                 drawn = schedule.episode_seed(seed, number, 1)
@@ -316,7 +369,14 @@ class Trainer:
                 features = prototypes.extract(self.model, stream, device=device, autocast=autocast)
         with self.phases.measure("clusters"):
             random = distributed.generator(seed, schedule.EPISODES, number, 2)
-            return self.builder.build(features, random, self.episode, coming)
+            episode = self.builder.build(samples, features, random, recent, self.episode)
+        if episode is None:
+            return None
+        episode = replace(episode, metrics={**episode.metrics, **self.watch.accuracy()})
+        self._episode_metrics = episode.metrics
+        if warning := self.watch.collapse(episode.metrics):
+            self.folder.say(f"step {self.step}: {warning}")
+        return episode
 
     def _stoppable(self, stream: Iterable[Batch]) -> Iterator[Batch]:
         """Pass the stream on; it may take minutes, so a single process can stop inside it."""
@@ -339,7 +399,9 @@ class Trainer:
         if self.store is not None and step.projected is not None:
             rows = torch.cat([part.index for part in parts]).to(self.setup.device)
             place = self.step - self.plan.steps_of(number).start
-            self.store.put(place, rows.where(step.finite, -1), step.projected)
+            projected = step.projected
+            self.store.put(place, rows.where(step.finite, -1), projected.image, projected.text)
+        self.watch.count(step.losses.hits)
         self.step += 1
         last = self.step == self.plan.total_steps
         logs = last or self.step % self.config.run.log_every_n_steps == 0
@@ -395,8 +457,8 @@ class Trainer:
             "samples_per_second": (self.step - logged) * self.plan.batch_size / (now - then),
         }
         record |= {f"seconds_{name}": s for name, s in self.phases.seconds().items()}
-        if self.episode is not None and self.step == self.plan.steps_of(number).start + 1:
-            record |= self.episode.metrics
+        record |= self._episode_metrics
+        self._episode_metrics = {}
         self.folder.metrics(self.step, self.step * self.plan.batch_size, record)
         if self.step == self.config.run.log_every_n_steps:
             own = self.plan.batch_size // distributed.world_size()
@@ -463,7 +525,8 @@ class Trainer:
                     "passes": self._passes,
                     "scaler": self.stepper.scaler.state_dict(),
                     "episode": pack_episode(self.episode),
-                    "store": None if self.store is None else self.store.state_dict(),
+                    "watch": self.watch.state_dict(),
+                    "features": None if self.store is None else self._stored_rows(),
                     "skipped": self.stepper.bad.tolist(),
                     "faults": sorted({position for one in faults for position in one}),
                     "seconds": self.phases.seconds(),
@@ -471,6 +534,10 @@ class Trainer:
                 },
             },
         }
+
+    def _stored_rows(self) -> dict[str, Tensor]:
+        assert self.store is not None
+        return self.store.state_dict(self.folder.path / "checkpoints")
 
     def restore(self, payload: Mapping[str, Any]) -> list[str]:
         """Continue from a checkpoint of the same run; returns notes on what will differ.
@@ -486,8 +553,9 @@ class Trainer:
             skipped = torch.tensor([*map(index, training["skipped"])]).reshape(2)
             self.stepper.bad, self._skipped = skipped.to(self.setup.device), int(skipped[0])
             self.episode = unpack_episode(training["episode"], self.setup.device)
+            self.watch.load_state_dict(training["watch"], self.setup.device)
             if self.store is not None:
-                self.store.load_state_dict(training["store"])
+                self.store.load_state_dict(training["features"])
             faults = set(map(index, training["faults"]))
             self.faults.positions = faults if distributed.is_main() else set()
             self.phases.add(training["seconds"])
@@ -511,8 +579,10 @@ def pack_episode(episode: Episode | None) -> dict[str, Any] | None:
     if episode is None:
         return None
     return {
-        "clusterings": {name: vars(one) for name, one in episode.clusterings.items()},
-        "sets": [{**vars(one), "clustering": one.source} for one in episode.sets],
+        "positions": episode.positions,
+        "labels": dict(episode.labels),
+        "centroids": dict(episode.centroids),
+        "sets": [vars(item) for item in episode.sets],
         "metrics": dict(episode.metrics),
     }
 
@@ -525,15 +595,18 @@ def unpack_episode(state: Any, device: torch.device) -> Episode | None:
     def moved(values: Mapping[str, Any]) -> dict[str, Any]:
         return {k: x.to(device) if isinstance(x, Tensor) else x for k, x in values.items()}
 
-    known = {name: Clusters(**moved(one)) for name, one in state["clusterings"].items()}
-    sets = [
-        PrototypeSet(**moved(one | {"clustering": known[one["clustering"]]}))
-        for one in state["sets"]
-    ]
-    return Episode(tuple(sets), state["metrics"])
+    return Episode(
+        positions=state["positions"].to(device),
+        labels=moved(state["labels"]),
+        centroids=moved(state["centroids"]),
+        sets=tuple(PrototypeSet(**moved(values)) for values in state["sets"]),
+        metrics=state["metrics"],
+    )
 
 
-def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
+def announce(
+    folder: NullRunFolder, setup: Setup, features: FeatureSource, internal: bool, remark: str
+) -> None:
     """Print what the run will do, in the user's units."""
     config, plan, episode = setup.config, setup.plan, setup.config.episode
     ranks, warmup = distributed.world_size(), config.optim.warmup
@@ -552,22 +625,31 @@ def announce(folder: NullRunFolder, setup: Setup, remark: str) -> None:
     if not uses_prototypes(config):
         folder.say(f"method: clip, {'SigLIP' if config.model.siglip else 'InfoNCE'} only")
         return
+    first = plan.first_step_with_prototypes(episode.infonce_warmup, features.reuses and internal)
+    reached = "" if first < plan.total_steps else ", which this run does not reach"
     folder.say(
         f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
-        f"{prototypes.check_clusters(episode, setup.episode_samples)} prototypes per source, "
-        f"features {'reused' if episode.reuses else 'extracted'}, prototypes from episode "
-        f"{episode.infonce_warmup + 1} on"
-        + ", which this run does not reach" * (plan.episodes <= episode.infonce_warmup)
-        + f"\n{remark}"
+        f"{prototypes.check_clusters(episode, setup.episode_samples)} prototypes per source\n"
+        f"features: {features.reason}; {'internal ' if internal else ''}prototypes train from step "
+        f"{first + 1} on{reached}\n{remark}"
     )
+
+
+def labels_by_position(episode: Episode | None, samples: int) -> dict[str, Tensor]:
+    """Source -> the label of every sample of the dataset, int64 [samples], IGNORE without one."""
+    if episode is None:
+        return {}
+    rows = {source: torch.full((samples,), prototypes.IGNORE) for source in episode.labels}
+    for source, labels in episode.labels.items():
+        rows[source][episode.positions.cpu()] = labels.long().cpu()
+    return rows
 
 
 @torch.no_grad()
 def draw_plots(trainer: Trainer, evaluation: Evaluation) -> None:
     """Write clusters.csv and report.json, from which the report is made."""
     folder, model, device = trainer.folder.path, trainer.model.eval(), trainer.setup.device
-    known = trainer.episode.clusterings if trainer.episode else {}
-    clusters = {name: one.labels.cpu() for name, one in known.items()}
+    clusters = labels_by_position(trainer.episode, len(trainer.dataset))
     chosen = torch.arange(len(trainer.dataset))
     if clusters:  # the last is the teacher's, if there is one
         columns = [["" if k < 0 else k for k in own.tolist()] for own in clusters.values()]

@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 import protoclip
+from protoclip import cluster as cluster_module
 from protoclip.__main__ import main
 from protoclip.cluster import main as cluster
 from protoclip.commands import EVERYDAY, PARSERS
@@ -118,6 +120,23 @@ def test_features_in_groups_by_auto(features, capsys):
     assert 'id="map"' in page and 'id="curves"' not in page and "<img" not in page
     assert cluster([*words, str(path / "b"), "--k", "12"]) == 0
     assert (path / "a" / "clusters.csv").read_bytes() == (path / "b" / "clusters.csv").read_bytes()
+
+
+def test_the_bar_is_full_when_every_restart_comes_to_rest(features, monkeypatch, capsys):
+    """Of 3 x 500 iterations a few run; a bar that stops short looks like a lost run."""
+    bars = []
+
+    def shown(*args, **options):
+        bars.append(tqdm(*args, **options | {"disable": False}))
+        return bars[-1]
+
+    monkeypatch.setattr(cluster_module, "tqdm", shown)
+    path, _, _ = features
+    words = [str(path / "x.npy"), "--k", "4", "--iters", "500", "--out", str(path / "c")]
+    assert cluster(words) == 0
+    (bar,) = (bar for bar in bars if bar.desc == "k-means")
+    assert 3 <= bar.n == bar.total < 300
+    assert "iterations)" in capsys.readouterr().out
 
 
 def test_weights_and_keys(features):

@@ -322,24 +322,34 @@ def test_no_rows_no_keys_and_all_keys_absent(backend):
     assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (x, y, gone)))
 
 
+OUT_OF_RANGE = [
+    {"positives": torch.tensor([0, 6, 1, 2])},
+    {"positives": torch.tensor([0, -7, 1, 2])},
+    {"positives": torch.arange(4), "exclude": torch.tensor([5, -1, 7, -1])},
+]
+
+
 @both
-def test_positions_out_of_range(backend):
+@pytest.mark.parametrize("given", OUT_OF_RANGE)
+def test_positions_out_of_range(backend, given):
+    """Refused where values may be read; compiled code may not, and gives NaN, as a GPU does."""
     x, y = features(4, 6, 8)
-    for given in (
-        {"positives": torch.tensor([0, 6, 1, 2])},
-        {"positives": torch.tensor([0, -7, 1, 2])},
-        {"positives": torch.arange(4), "exclude": torch.tensor([5, -1, 7, -1])},
-    ):
-        if backend == "reference":
-            with pytest.raises(ValueError, match=r"positives in \[0, 6\) or -100"):
-                protoclip.contrastive(x, y, 3.0, **given, backend=backend)
-        else:
-            assert protoclip.contrastive(x, y, 3.0, **given, backend=backend).isnan()
-            q = x.clone().requires_grad_()
-            rows = protoclip.contrastive(q, y, 3.0, **given, backend=backend, reduction="none")
-            assert rows.isnan().sum() == 1
-            (grad,) = torch.autograd.grad(rows.sum(), q)
-            assert (grad.isnan().any(dim=1) == rows.isnan()).all()
+    for function in (protoclip.contrastive, protoclip.contrastive_parts):
+        with pytest.raises(ValueError, match=r"positives in \[0, 6\) or -100.*at query [12]"):
+            function(x, y, 3.0, **given, backend=backend)
+    if backend == "reference":
+        return
+
+    def loss(q, reduction):
+        return protoclip.contrastive(q, y, 3.0, **given, backend=backend, reduction=reduction)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert compiled(x, "mean").isnan()
+    q = x.clone().requires_grad_()
+    rows = compiled(q, "none")
+    assert rows.isnan().sum() == 1
+    (grad,) = torch.autograd.grad(rows.sum(), q)
+    assert (grad.isnan().any(dim=1) == rows.isnan()).all()
 
 
 X, Y = features(4, 6, 8)
@@ -365,10 +375,11 @@ BAD = {
     "bias shape": (dict(key_bias=torch.zeros(4)), ValueError, r"key_bias of shape \[6\]"),
     "same_id alone": (dict(same_id="both"), ValueError, "same_id in"),
     "sparse": (dict(queries=X.to_sparse()), TypeError, r"queries as a dense .*to_dense\(\)"),
-    "negative weights": (
-        dict(weights=-torch.ones(4), backend="reference"),
+    "negative weights": (dict(weights=-torch.ones(4)), ValueError, "weights >= 0, got -1"),
+    "a negative weight": (
+        dict(weights=torch.tensor([1, 0, -0.5, 2]), positives=IDS[:4], backend="reference"),
         ValueError,
-        "weights >= 0, got -1",
+        "weights >= 0, got -0.5",
     ),
     "weights": (dict(weights=torch.ones(6)), ValueError, r"weights of shape \[4\]"),
     "whole weights": (dict(weights=torch.ones(4).long()), TypeError, r"weights.float\(\)"),

@@ -1,5 +1,5 @@
-"""Nearest centroids and segment means on a GPU, where there is one: what neither the emulation nor
-the interpreter can show."""
+"""Nearest centroids, segment means and the end of k-means on a GPU, where there is one: what
+neither the emulation nor the interpreter can show."""
 
 import pytest
 import torch
@@ -52,3 +52,20 @@ def test_graph_capture_and_same_bits(backend):
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
+
+
+@pytest.mark.parametrize("tol", [0.0, 1e-2])
+def test_kmeans_ends_at_rest_and_reads_it_late(backend, tol):
+    """The host learns of the end one assignment late; history and result do not show it."""
+    x, c = data(4000, 8, 16, torch.float32)
+    seen = []
+    options = {"init": c, "tol": tol, "backend": backend}
+    note = lambda i, inertia: seen.append(inertia)  # noqa: E731
+    found = protoclip.kmeans(x, 8, num_iters=500, progress=note, **options)
+    assert found.num_iters < 500 and [float(one) for one in seen] == list(found.history[:-1])
+    exact = protoclip.kmeans(x, 8, num_iters=found.num_iters, **options)
+    assert torch.equal(found.centroids, exact.centroids) and found.history == exact.history
+    assert torch.equal(found.labels, exact.labels) and torch.equal(found.counts, exact.counts)
+    if not tol:
+        again = protoclip.kmeans(x, 8, num_iters=500, **options | {"init": found.centroids})
+        assert again.num_iters == 1 and torch.equal(again.centroids, found.centroids)

@@ -11,7 +11,6 @@ from ranks import TINY, ended, metrics, on_ranks, said, start_command, tiny_run
 from protoclip import distributed
 from protoclip.config import LossConfig, ModelConfig, OptimConfig
 from protoclip.data import Batch
-from protoclip.kmeans import Clusters
 from protoclip.losses import Losses, global_info_nce, prototype_term
 from protoclip.model import build_model
 from protoclip.prototypes import Episode, PrototypeSet
@@ -96,8 +95,9 @@ class ExactLoss:
             image, text = self.model.image_head(unit[0]), self.model.text_head(unit[1])
             features = {"image": F.normalize(image, dim=1), "text": F.normalize(text, dim=1)}
             ranks = {"over_ranks": distributed.is_distributed()}
-            term = prototype_term(features, index, episode.sets, proto_scale, **ranks)[0]
-            total = total + term
+            labels = episode.labels_of(index)
+            term = prototype_term(features, labels, episode.sets, proto_scale, **ranks)
+            total = total + term.loss
         return Losses(total, {}, {})
 
 
@@ -111,12 +111,13 @@ def gradients(path):
     labels, sets = torch.randint(6, (BATCH,)), []
     labels[:9:2] = -100  # ranks have unequal numbers of samples with a label
     for source, student in (("text", "image"), ("image", "text")):
-        rows = [torch.randn(6, 8, dtype=torch.float64) for _ in range(3)]
-        clustering = Clusters(rows[0], labels, torch.ones(6, dtype=torch.int64), (0.0,))
-        sets.append(PrototypeSet(source, student, clustering, *rows[1:], False))
+        prototypes, targets = torch.randn(2, 6, 8, dtype=torch.float64)
+        sets.append(PrototypeSet(source, student, prototypes, targets))
     stepper = Stepper(model, ExactLoss(model), OptimConfig(grad_clip_norm=0))
+    by_source = dict.fromkeys(("text", "image"), labels.int())
+    trained = Episode(torch.arange(BATCH), by_source, {}, tuple(sets))
     own, found = torch.arange(BATCH)[distributed.own_slice(BATCH)], {}
-    for episode in (None, Episode(tuple(sets))):
+    for episode in (None, trained):
         for passes in (1, 2):
             parts = [Batch(i, pixels[i], tokens[i]) for i in own.chunk(passes)]
             stepper.step(0, parts, episode, project=False, lr=0.0)

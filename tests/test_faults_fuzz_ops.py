@@ -130,7 +130,7 @@ def test_soft_targets(backend, k, more, wide, dim, dtype, layout, temperature, n
 @given(
     st.integers(0, 60), st.integers(-1, 12), dims, dtypes, layouts,
     st.sampled_from(["random", "k-means++", "warm", "narrow", "nonsense"]),
-    st.integers(-1, 5), st.integers(0, 3), st.booleans(),
+    st.sampled_from([-1, 0, 1, 2, 5, 30]), st.integers(0, 3), st.booleans(),
     st.sampled_from([0.0, 1.0, 1e-30, 1e4, float("nan"), float("inf")]), seeds,
 )  # fmt: skip
 def test_kmeans(
@@ -148,6 +148,7 @@ def test_kmeans(
         )  # fmt: skip
 
     right = 1 <= k <= n and iterations >= 0 and restarts >= 1 and init not in ("narrow", "nonsense")
+    right = right and (restarts == 1 or init != "warm")
     if not right or not points.isfinite().all():
         with pytest.raises(ValueError, match="kmeans: expected"):
             run()
@@ -162,6 +163,11 @@ def test_kmeans(
     noise = 1e-37 + 1e-5 * (norm**2 + found.centroids.double().square().sum(1).max())
     assert (chosen - apart.min(1).values).max() <= noise
     assert found.inertia == pytest.approx(float(chosen.sum()), rel=1e-5, abs=float(n * noise))
-    assert len(found.history) == iterations + 1 and found.history[-1] == found.inertia
     again = run()
     assert torch.equal(again.centroids, found.centroids) and again.history == found.history
+    assert min(1, iterations) <= found.num_iters <= iterations
+    assert len(found.history) == found.num_iters + 1 and found.history[-1] == found.inertia
+    if found.num_iters < iterations and not spherical:  # whose start is made of unit length again
+        still = protoclip.kmeans(points, k, num_iters=1, init=found.centroids, backend=backend)
+        assert torch.equal(still.centroids, found.centroids)
+        assert torch.equal(still.labels, found.labels) and still.inertia == found.inertia

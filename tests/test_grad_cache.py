@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import on_ranks
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import protoclip
@@ -133,6 +134,102 @@ def test_bad_input_is_a_sentence(tower, call, words):
         call(tower, data()[0])
 
 
+def _step(**options):
+    def change(tower):
+        torch.optim.AdamW(tower.parameters(), **options).step()
+
+    return change
+
+
+@torch.no_grad()
+def _scaled(tower):
+    tower.body[0].weight.mul_(2)
+
+
+CHANGES = {
+    "step": _step(),
+    "foreach": _step(foreach=True),
+    "fused": _step(fused=True),
+    "by hand": _scaled,
+    "loaded": lambda tower: tower.load_state_dict(Tower().state_dict()),
+}
+
+
+@pytest.mark.parametrize("form", ["module", "method", "function"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_before_backward_is_refused(tower, change, form):
+    """The second pass would compute other features than those of the loss."""
+    encoder = {"module": tower, "method": tower.forward, "function": lambda x: tower(x)}[form]
+    batches = data()
+    x, y = protoclip.grad_cache([encoder, encoder], batches, 4)
+    loss = loss_of(x, y, tower.log_scale)
+    for p in tower.parameters():
+        p.grad = torch.ones_like(p)
+    CHANGES[change](tower)
+    with pytest.raises(RuntimeError, match=r"grad_cache: expected backward\(\) .* got a parameter"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "dict"])
+def test_a_batch_changed_before_backward_is_refused(tower, form):
+    a, b = data()
+    wrap = {"tensor": lambda x: x, "tuple": lambda x: (x, True), "dict": lambda x: {"x": x}}[form]
+    outputs = protoclip.grad_cache([tower, tower], [wrap(a), wrap(b)], 4)
+    x, y = (one[0] if form == "tuple" else one for one in outputs)
+    b.neg_()
+    # Of a plain tensor torch itself knows.
+    words = (
+        "modified by an inplace" if form == "tensor" else r"tensor in a batch of shape \[\d, 6\]"
+    )
+    with pytest.raises(RuntimeError, match=words):
+        loss_of(x, y, tower.log_scale).backward()
+
+
+def test_what_no_gradient_depends_on_may_change(tower):
+    """Parameters that are not of this loss, counters, a batch after backward; step after step."""
+    other, counter = Tower().double(), torch.zeros(())
+    optimizer = torch.optim.SGD(tower.parameters(), lr=0.1)
+    a, b = data()
+    before = tower.body[0].weight.clone()
+
+    def counting(x):
+        counter.add_(1)
+        return tower(x)
+
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.no_grad():
+            tower.log_scale.clamp_(0, 4.6)  # between steps, as CLIP's
+        x, y = protoclip.grad_cache([counting, tower], [a, b], 4)
+        loss = loss_of(x, y, tower.log_scale)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.mul_(2)
+        loss.backward()
+        optimizer.step()
+        b.neg_()
+    assert counter == 3 * 2 * 3 and not torch.equal(before, tower.body[0].weight)
+
+
+def test_chunks_may_come_from_a_generator(tower):
+    a, b = data()
+    tower.eval()
+
+    def chunks(batch, size):
+        yield from batch.split(size)
+
+    want = protoclip.grad_cache([tower, tower], [a, b], 4)
+    found = protoclip.grad_cache([tower, tower], [a, b], 4, split=chunks)
+    assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
+    grads = [
+        torch.autograd.grad(loss_of(*pair, tower.log_scale), list(tower.parameters()))
+        for pair in (found, want)
+    ]
+    assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+    with pytest.raises(ValueError, match="one chunk from split="):
+        protoclip.grad_cache([tower], [a], 4, split=lambda batch, size: iter(()))
+
+
 class TwoTowers(nn.Module):
     """As OpenCLIP's model: takes one side or both, and owns the logit scale."""
 
@@ -237,3 +334,44 @@ def test_ranks_reduce_once(found, case):
             one, other = (torch.tensor(x, dtype=torch.float64) for x in (one, other))
             torch.testing.assert_close(one, other, **BOUND)
     assert found[0][case][0] == found[1][case][0]
+
+
+def sharded():
+    """FSDP2: losses of three steps, and the words for a step before backward."""
+    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, 4))
+    for part in (model[0], model[2], model):
+        fully_shard(part)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    for early in (False, False, False, True):
+        optimizer.zero_grad()
+        x, y = protoclip.grad_cache([model, model], data(torch.float32), 4)
+        loss = loss_of(x, y, 1.0)
+        if early:
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            with pytest.raises(RuntimeError, match="grad_cache: expected backward"):
+                loss.backward()
+        else:
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+    distributed.stop()
+    return found
+
+
+def test_sharded_parameters_train_and_may_not_change_before_backward():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, 4))
+    optimizer, alone = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = loss_of(*(model(batch) for batch in data(torch.float32)), 1.0)
+        loss.backward()
+        optimizer.step()
+        alone.append(loss.item())
+    for losses in on_ranks(2, sharded):
+        assert losses == pytest.approx(alone, rel=1e-5)

@@ -11,7 +11,8 @@ ROOT = Path(protoclip.__file__).parent
 
 # A room imports from itself and from the rooms before it. The order is the data flow.
 ROOMS = [
-    "ops", "distributed", "config", "commands", "data", "model", "kmeans", "prototypes", "losses",
+    "ops", "distributed", "config", "commands", "data", "model", "kmeans", "feature_store",
+    "prototypes", "losses",
     "teacher", "checkpoint", "grad_cache", "step", "evaluate", "report", "cluster", "run_folder",
     "schedule", "train", "openclip", "export", "plan", "sentence_transformers", "__main__",
 ]  # fmt: skip

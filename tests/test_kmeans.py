@@ -1,7 +1,9 @@
 """k-means as a whole: restarts and starts, two processes, faiss as a backend and as a peer."""
 
+import importlib
 import math
 import sys
+import warnings
 from itertools import product
 
 import pytest
@@ -12,7 +14,9 @@ from budget import on_threads
 from ranks import on_ranks
 
 import protoclip
+from protoclip.ops.clusters import assignment
 
+kmeans_module = importlib.import_module("protoclip.kmeans")  # protoclip.kmeans is the function
 INITS = "random", "k-means++"
 
 
@@ -81,6 +85,145 @@ def test_empty_clusters_take_half_of_the_largest():
     assert (protoclip.kmeans(points, 4, init=far, num_iters=3).counts > 0).all()
 
 
+def _weights(n):
+    return torch.rand(n, generator=torch.Generator().manual_seed(2))
+
+
+def _equal_points():
+    return mixture(n=40).repeat(10, 1)  # each of 40 points ten times
+
+
+AT_REST = {  # points, number of clusters, options
+    "plain": (mixture(n=600), 12, {}),
+    "k-means++": (mixture(n=600), 12, {"init": "k-means++"}),
+    "fp64": (mixture(n=600).double(), 12, {}),
+    "bf16": (mixture(n=600).bfloat16(), 12, {}),
+    "reference": (mixture(n=600), 12, {"backend": "reference"}),
+    "weights": (mixture(n=600), 12, {"weights": _weights(600)}),
+    "weights of zero": (mixture(n=600), 12, {"weights": _weights(600).round()}),
+    "spherical": (F.normalize(mixture(n=600), dim=1), 12, {"spherical": True}),
+    "spherical weights": (mixture(n=600), 12, {"spherical": True, "weights": _weights(600)}),
+    "equal points": (_equal_points(), 12, {}),
+    "equal spherical points": (_equal_points(), 12, {"spherical": True}),
+    "a cluster a point": (mixture(n=40), 40, {}),
+    "one cluster": (mixture(n=40), 1, {}),
+    "empty clusters at first": (mixture(n=600), 12, {"init": mixture(n=12) * 100}),
+}
+
+
+def without_end(monkeypatch, points, k, **options):
+    """``kmeans`` that always runs all its iterations."""
+    with monkeypatch.context() as patch:
+        patch.setattr(kmeans_module, "_moved", lambda *_: torch.tensor(True))
+        return protoclip.kmeans(points, k, **options)
+
+
+def assert_same_bits(one, other):
+    assert torch.equal(one.centroids, other.centroids) and torch.equal(one.labels, other.labels)
+    assert torch.equal(one.counts, other.counts) and one.inertia == other.inertia
+
+
+@pytest.mark.parametrize("case", AT_REST)
+def test_ends_at_rest_with_the_bits_of_any_more_iterations(case, monkeypatch):
+    points, k, options = AT_REST[case]
+    found = protoclip.kmeans(points, k, num_iters=400, **options)
+    ran = found.num_iters
+    assert 1 <= ran < 200 and found.inertia == found.history[-2]
+    for more in (0, 1, 2, 25):
+        longer = without_end(monkeypatch, points, k, num_iters=ran + more, **options)
+        assert_same_bits(found, longer)
+        assert found.history[:ran] == longer.history[:ran] and longer.num_iters == ran + more
+    if ran > 1:  # and not an iteration later than it must
+        before = without_end(monkeypatch, points, k, num_iters=ran - 1, **options)
+        assert torch.equal(before.centroids, found.centroids)
+    if ran > 2:
+        before = without_end(monkeypatch, points, k, num_iters=ran - 2, **options)
+        assert not torch.equal(before.centroids, found.centroids)
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_more_clusters_than_distinct_points_end_or_not_but_never_wrong(spherical, monkeypatch):
+    """Half of a split cluster can be empty at once, and again: nothing is promised of the end."""
+    for seed in range(4):
+        options = {"seed": seed, "spherical": spherical, "num_iters": 60}
+        points = mixture(n=9).repeat(20, 1)
+        found = protoclip.kmeans(points, 15, **options)
+        assert_same_bits(found, without_end(monkeypatch, points, 15, **options))
+
+
+def test_a_run_at_rest_costs_one_assignment(monkeypatch):
+    points = mixture(n=600)
+    rest = protoclip.kmeans(points, 12, num_iters=400)
+    calls = []
+
+    def counted(*args):
+        assign = assignment(*args)
+        return lambda centroids: (calls.append(len(centroids)), assign(centroids))[1]
+
+    monkeypatch.setattr(kmeans_module, "assignment", counted)
+    again = protoclip.kmeans(points, 12, num_iters=200, init=rest.centroids)
+    assert_same_bits(rest, again)
+    assert again.num_iters == len(calls) == 1
+    calls.clear()
+    protoclip.kmeans(points, 12, num_iters=400)
+    assert len(calls) == rest.num_iters  # a run that does not end makes one more
+
+
+def test_each_restart_ends_by_itself():
+    points = mixture(n=600)
+    seen = [[]]
+
+    def note(iteration, inertia):
+        if iteration == 0:
+            seen.append([])
+        assert iteration == len(seen[-1])
+        seen[-1].append(float(inertia))
+
+    best = protoclip.kmeans(points, 12, num_iters=400, num_restarts=4, seed=7, progress=note)
+    each = [protoclip.kmeans(points, 12, num_iters=400, seed=7 + r) for r in range(4)]
+    assert [tuple(of_run) for of_run in seen[1:]] == [run.history[:-1] for run in each]
+    assert len({run.num_iters for run in each}) > 1
+    assert_same_bits(best, min(each, key=lambda run: run.inertia))
+
+
+@pytest.mark.parametrize("tol", [0.0, 1e-6, 1e-4, 1e-2, 1.0])
+def test_tol_is_scikit_learns(tol):
+    """Same start: the same number of iterations, and the same centroids."""
+    cluster = pytest.importorskip("sklearn.cluster")
+    for seed in range(5):
+        points = mixture(n=900).double() + 3  # off the origin: the variance is about the mean
+        start = points[torch.randperm(900, generator=torch.Generator().manual_seed(seed))[:9]]
+        ours = protoclip.kmeans(points, 9, init=start, num_iters=300, tol=tol)
+        theirs = cluster.KMeans(
+            9, init=start.numpy(), n_init=1, max_iter=300, tol=tol, algorithm="lloyd"
+        ).fit(points.numpy())
+        assert ours.num_iters == theirs.n_iter_
+        torch.testing.assert_close(ours.centroids, torch.from_numpy(theirs.cluster_centers_))
+        assert ours.labels.tolist() == theirs.labels_.tolist()
+        assert ours.inertia == pytest.approx(theirs.inertia_)
+        labels, _ = protoclip.kmeans_assign(points, ours.centroids)
+        assert torch.equal(labels, ours.labels)
+
+
+def test_compiled_code_runs_it_as_it_is():
+    """Traced, it warned, compiled dozens of pieces and took up to a minute."""
+    points = mixture(n=300)
+
+    def clustered(x):
+        return protoclip.kmeans(x * 2, 7).centroids.sin()
+
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = torch.compile(protoclip.kmeans, backend="eager")(points, 7)
+        part = torch.compile(clustered, backend="eager")(points)
+    assert_same_bits(whole, protoclip.kmeans(points, 7))
+    assert torch.equal(part, clustered(points))
+    assert graphs["unique_graphs"] <= 2  # x * 2, and the sine
+
+
 BAD = {
     "lower num_clusters": {"num_clusters": 11},
     "1 <= num_clusters": {"num_clusters": 0},
@@ -88,6 +231,10 @@ BAD = {
     "expected init in": {"init": "best"},
     "init centroids": {"init": torch.randn(3, 2)},
     "num_restarts >= 1": {"num_restarts": 0},
+    "num_restarts=1 with init centroids, got 2": {"init": torch.randn(2, 2), "num_restarts": 2},
+    "finite tol >= 0, got -0.1": {"tol": -0.1},
+    "finite tol >= 0, got nan": {"tol": math.nan},
+    "finite tol >= 0, got '1e-4'": {"tol": "1e-4"},
     "1 rows with NaN or inf; the first is row 4": {
         "points": torch.randn(10, 2).index_fill_(0, torch.tensor(4), math.inf)
     },
@@ -164,8 +311,9 @@ def test_faiss_missing_or_asked_too_much(monkeypatch):
         with pytest.raises(ValueError, match="pip install faiss-cpu"):
             protoclip.kmeans(points, 3, backend="faiss")
     pytest.importorskip("faiss")
-    with pytest.raises(ValueError, match="init='random' or a Tensor"):
-        protoclip.kmeans(points, 3, backend="faiss", init="k-means++")
+    for options in ({"init": "k-means++"}, {"weights": torch.ones(30)}, {"tol": 1e-4}):
+        with pytest.raises(ValueError, match="init='random' or a Tensor.*no tol"):
+            protoclip.kmeans(points, 3, backend="faiss", **options)
 
 
 def test_a_weight_counts_as_so_many_copies():
@@ -180,6 +328,19 @@ def test_a_weight_counts_as_so_many_copies():
     ones = protoclip.kmeans(points, 12, init=start, weights=[1] * 600, num_iters=5)
     plain = protoclip.kmeans(points, 12, init=start, num_iters=5)
     assert torch.equal(ones.centroids, plain.centroids)
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("weight", [1.0, 0.3, 1e-30])
+def test_equal_weights_are_no_weights_bit_for_bit(init, weight):
+    """Of any size; the inertia alone is multiplied by it."""
+    points = mixture(n=600)
+    options = {"init": init, "num_restarts": 2, "num_iters": 7}
+    plain = protoclip.kmeans(points, 12, **options)
+    equal = protoclip.kmeans(points, 12, weights=[weight] * 600, **options)
+    assert torch.equal(equal.centroids, plain.centroids) and torch.equal(equal.counts, plain.counts)
+    assert torch.equal(equal.labels, plain.labels)
+    assert equal.history == pytest.approx([weight * x for x in plain.history], rel=1e-15)
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -240,3 +401,58 @@ def test_two_processes_equal_one():
             assert history == pytest.approx(alone.history, rel=1e-6)
         assert [*of_ranks[0][1], *of_ranks[1][1]] == alone.labels.tolist()
         assert (of_ranks[0][0] == of_ranks[1][0]).all()
+
+
+SLICES = slice(0, 130), slice(130, 130), slice(130, 400)  # of three ranks, one without points
+GROUPS = {
+    "plain": {},
+    "weights": {"weights": _weights(400)},
+    "equal weights": {"weights": torch.full((400,), 0.7)},
+    "spherical": {"spherical": True},
+    "restarts": {"num_restarts": 3, "init": "k-means++"},
+    "tol": {"tol": 1e-2},
+}
+
+
+def _of_slice(case, num_iters):
+    """The result on this rank, with arrays, which a process can send."""
+    mine, options = SLICES[dist.get_rank()], dict(GROUPS[case])
+    if "weights" in options:
+        options["weights"] = options["weights"][mine]
+    points = mixture(n=400)[mine]
+    run = protoclip.kmeans(points, 8, num_iters=num_iters, group=dist.group.WORLD, **options)
+    arrays = {name: getattr(run, name).numpy() for name in ("centroids", "labels", "counts")}
+    return arrays | {"history": run.history}
+
+
+def ends_of_rank():
+    """For each case the result with an end, and that of some more iterations without one."""
+    dist.init_process_group("gloo")
+    ended = {case: _of_slice(case, 300) for case in GROUPS}
+    kmeans_module._moved = lambda *_: torch.tensor(True)
+    longer = {case: _of_slice(case, len(run["history"]) + 3) for case, run in ended.items()}
+    # A rank that rounds differently from the others: all go on while one of them moves.
+    kmeans_module._moved = lambda *_: torch.tensor(dist.get_rank() == 1)
+    odd = len(_of_slice("plain", 20)["history"])
+    dist.destroy_process_group()
+    return ended, longer, odd
+
+
+@pytest.fixture(scope="module")
+def of_three_ranks():
+    return on_ranks(3, ends_of_rank)
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_ranks_end_together(of_three_ranks, case):
+    alone = protoclip.kmeans(mixture(n=400), 8, num_iters=300, **GROUPS[case])
+    first = of_three_ranks[0][0][case]
+    for ended, longer, odd in of_three_ranks:
+        run, more = ended[case], longer[case]
+        assert run["history"] == first["history"] and len(run["history"]) == len(alone.history)
+        assert len(run["history"]) < 100 and odd == 21
+        assert (run["centroids"] == first["centroids"]).all()
+        torch.testing.assert_close(torch.from_numpy(run["centroids"]), alone.centroids)
+        if case != "tol":
+            assert all((run[n] == more[n]).all() for n in ("centroids", "labels", "counts"))
+            assert run["history"][-1] == more["history"][-1]

@@ -96,5 +96,6 @@ def test_an_episode_says_how_it_went(run):
         assert sizes == sorted(sizes) and told[f"{source}_empty"] == 0
         assert 0 < told[f"{source}_purity_group"] <= 1
         assert told[f"{source}_imbalance"] >= 1 and told[f"{source}_inertia"] > 0
+        assert 1 <= told[f"{source}_iterations"] < 20  # so few samples come to rest
     assert {"logit_scale", "logit_scale_proto", "grad_norm"} <= set(told)
     assert {"seconds_features", "seconds_clusters", "seconds_backward"} <= set(told)

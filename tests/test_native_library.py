@@ -67,6 +67,53 @@ def test_a_build_that_was_killed_leaves_nothing_that_is_loaded(build, monkeypatc
     assert _answer(build) == 42
 
 
+def _cut_in_half(library):
+    os.truncate(library, library.stat().st_size // 2)
+
+
+def _one_bit(library):
+    content = bytearray(library.read_bytes())
+    content[len(content) // 2] ^= 1
+    library.write_bytes(content)
+
+
+DAMAGE = {
+    "cut short": _cut_in_half,  # mapped, its missing pages are a SIGBUS
+    "empty": lambda library: os.truncate(library, 0),
+    "one bit": _one_bit,
+    "no seal": lambda library: library.with_suffix(".seal").unlink(),
+    "another's seal": lambda library: library.with_suffix(".seal").write_bytes(b"\xff\x00"),
+    "a folder": lambda library: (library.unlink(), library.mkdir()),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_library_is_built_again_and_never_loaded(build, built, damage, capfd):
+    copy = built.with_name("copy")
+    shutil.copy2(built, copy)
+    copy.replace(built)  # this process has the library mapped: its own file stays whole
+    DAMAGE[damage](built)
+    capfd.readouterr()
+    assert not native.is_whole(built)
+    assert _answer(build) == 42 and native.is_whole(built)
+    told = capfd.readouterr().err
+    assert f"{built} is damaged and will be built again" in told and "compiling" in told
+    assert _answer(build) == 42 and "compiling" not in capfd.readouterr().err
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_to_gives_no_damaged_library(build, built, monkeypatch):
+    os.truncate(built, 0)
+
+    def refused(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(native.Path, "mkdir", refused)  # root may write anywhere
+    with pytest.raises(PermissionError):
+        native.build(build)
+
+
 @needs_compiler
 def test_the_one_who_waits_for_another_build_says_so(build, built):
     shutil.rmtree(built.parent)

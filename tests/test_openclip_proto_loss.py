@@ -1,7 +1,5 @@
 """ProtoClipLoss: its prototypes, its value, and when its state moves."""
 
-import operator
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -36,17 +34,20 @@ def filled(n=40, seed=0, **options):
     """A loss with prototypes, from one batch that fills the queue."""
     loss = ProtoClipLoss(proto=ProtoConfig(**{"queue": n, "k": 5, "every": 100, **options}))
     call(loss, *pairs(n, seed=seed))
-    assert loss.online.current is not None
+    assert loss.online.sets is not None
     return loss
 
 
 def dense(loss, image, text, scale):
     """docs/algorithm.md §2.3 with the [N, K] targets written out, in fp64."""
     features, total = {"image": image, "text": text}, 0.0
-    for one in loss.online.current:
-        source, student = features[one.source].detach(), features[one.student]
-        centroids, prototypes = one.clustering.centroids.double(), one.prototypes.double()
-        labels = torch.cdist(source, centroids).argmin(dim=1)
+    labels_by_source = loss.online.labels_of({n: x.float() for n, x in features.items()}, None)
+    for item in loss.online.sets:
+        student, labels = features[item.student], labels_by_source[item.source]
+        centroids, prototypes = (
+            loss.online.centroids[item.source].double(),
+            item.prototypes.double(),
+        )
         if loss.proto.target_temperature > 0:
             logits = centroids @ centroids.T / loss.proto.target_temperature
             targets = logits.softmax(dim=1)[labels]
@@ -104,11 +105,13 @@ def test_prototypes_are_the_students_means_over_the_sources_clusters_of_the_newe
         call(loss, *batch)
         newest = [torch.cat(side)[-50:] for side in zip(*batches[:count], strict=True)]
         features = dict(zip(("image", "text"), newest, strict=True))
-        for one in loss.online.current or []:
-            labels = torch.cdist(features[one.source], one.clustering.centroids).argmin(dim=1)
-            means, _ = protoclip.segment_mean(features[one.student], labels, len(one.prototypes))
-            assert one.source != one.student and torch.allclose(one.prototypes, means, atol=1e-6)
-    assert loss.metrics["clusterings"] == 3 and len(loss.online.current) == 2
+        for item in loss.online.sets or []:
+            centroids = loss.online.centroids[item.source]
+            labels = torch.cdist(features[item.source], centroids).argmin(dim=1)
+            means, _ = protoclip.segment_mean(features[item.student], labels, len(centroids))
+            assert item.source != item.student
+            assert torch.allclose(item.prototypes, means, atol=1e-6)
+    assert loss.metrics["clusterings"] == 3 and len(loss.online.sets) == 2
 
 
 def test_evaluation_and_no_grad_leave_the_state_alone():
@@ -157,7 +160,7 @@ def test_prototypes_live_behind_heads_that_the_model_owns():
         )  # fmt: skip
     terms["proto_loss"].backward()
     assert heads.weight.grad.abs().sum() > 0
-    assert loss.online.current[0].prototypes.shape[1] == 4
+    assert loss.online.sets[0].prototypes.shape[1] == 4
     assert not list(loss.parameters()) and not loss.state_dict()
 
 
@@ -178,7 +181,7 @@ def of_rank(folder):
                 plain = protoclip.ClipLoss(local, with_grad, rank=rank, world_size=2)
                 _, of_contrastive = call(plain, image[own], text[own])
             grads = [a - b for a, b in zip(grads, of_contrastive, strict=True)]
-            out[local, with_grad] = terms, grads, loss.online.current
+            out[local, with_grad] = terms, grads, loss.online.sets
     torch.save(out, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -194,9 +197,9 @@ def test_two_ranks_have_the_prototypes_and_gradients_of_one(tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     for flags in ranks[0]:
         (terms0, grads0, sets0), (terms1, grads1, sets1) = (rank[flags] for rank in ranks)
-        for mine, other, single in zip(sets0, sets1, one.online.current, strict=True):
-            for name in ("clustering.centroids", "prototypes", "targets"):
-                a, b, c = (operator.attrgetter(name)(one) for one in (mine, other, single))
+        for mine, other, single in zip(sets0, sets1, one.online.sets, strict=True):
+            for name in ("prototypes", "targets"):
+                a, b, c = (getattr(item, name) for item in (mine, other, single))
                 assert torch.equal(a, b) and torch.allclose(a, c, atol=1e-5)
         mean = (terms0["proto_loss"] + terms1["proto_loss"]) / 2
         assert torch.allclose(mean, terms["proto_loss"], rtol=1e-5)

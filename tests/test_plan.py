@@ -36,7 +36,6 @@ def steps(batch_size):
     """Build a model and an episode's tensors, and take two steps."""
     from protoclip.config import LossConfig, ModelConfig, OptimConfig
     from protoclip.data import Batch
-    from protoclip.kmeans import Clusters
     from protoclip.losses import ProtoLoss
     from protoclip.model import build_model
     from protoclip.prototypes import Episode, PrototypeSet
@@ -46,30 +45,28 @@ def steps(batch_size):
     stepper = Stepper(model, ProtoLoss(LossConfig()), OptimConfig())
     dim = model.image_head[-1].out_features
     held = [torch.randn(SAMPLES, TEACHER)]
-    held.append(torch.randn(SAMPLES // distributed.world_size(), 2 * dim + 2))
-    counts = torch.ones(CLUSTERS, dtype=torch.int64)
-    clusterings = {
-        name: Clusters(
-            torch.randn(CLUSTERS, dim), torch.randint(CLUSTERS, (SAMPLES,)), counts, (0.0,)
-        )
-        for name in ("image", "text", "teacher")
-    }
-    pairs = [("text", "image"), ("image", "text"), ("teacher", "image"), ("teacher", "text")]
+    rows = SAMPLES // distributed.world_size()
+    for _ in range(2):  # the rows of the episode, which is an epoch, and those of the data
+        held.append(torch.zeros(rows, 2 * dim + 2, dtype=torch.bfloat16))
+    pairs = [("text", "image"), ("image", "text"), ("external", "image"), ("external", "text")]
     sets = [
-        PrototypeSet(
-            source, student, clusterings[source], torch.randn(CLUSTERS, dim),
-            torch.randn(CLUSTERS, dim), False,
-        )
+        PrototypeSet(source, student, torch.randn(CLUSTERS, dim), torch.randn(CLUSTERS, dim))
         for source, student in pairs
-    ]  # fmt: skip
-    episode = Episode(tuple(sets))
+    ]
+    sources = {source for source, _ in pairs}
+    episode = Episode(
+        positions=torch.arange(SAMPLES),
+        labels={name: torch.randint(CLUSTERS, (SAMPLES,), dtype=torch.int32) for name in sources},
+        centroids={name: torch.randn(CLUSTERS, dim) for name in sources},
+        sets=tuple(sets),
+    )
     for _ in range(2):
         index = torch.randint(SAMPLES, (batch_size,))
         pixels = torch.randn(batch_size, 3, model.image_size, model.image_size)
         tokens = torch.randint(1, 49000, (batch_size, model.clip.context_length))
         tokens[:, -1] = 49407  # captions that fill the context, as the plan assumes
         stepper.step(0, [Batch(index, pixels, tokens)], episode, project=True, lr=1e-3)
-    assert len(held) == 2  # until here
+    assert len(held) == 3  # until here
 
 
 @pytest.mark.parametrize(("ranks", "batch"), [(1, 64), (2, 32)])

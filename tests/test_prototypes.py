@@ -8,9 +8,20 @@ import torch.nn.functional as F
 
 from protoclip.config import EpisodeConfig, LossConfig, ModelConfig
 from protoclip.data import Draws, batches, build_transform, open_dataset
+from protoclip.feature_store import Features
+from protoclip.kmeans import kmeans
 from protoclip.losses import ProtoLoss, similarity_distillation
 from protoclip.model import Encoded, build_model
-from protoclip.prototypes import IGNORE, EpisodeBuilder, Features, FeatureStore, extract, purity
+from protoclip.prototypes import (
+    IGNORE,
+    EpisodeBuilder,
+    Watch,
+    collapse,
+    extract,
+    health,
+    purity,
+    target_entropy,
+)
 
 N, DATASET, CPU = 60, 80, torch.device("cpu")
 
@@ -23,13 +34,19 @@ def unit(*shape):
 def features():
     """Of 60 of the 80 samples."""
     torch.manual_seed(0)
-    return Features(torch.randperm(DATASET)[:N], unit(N, 8), unit(N, 8))
+    index = torch.randperm(DATASET)[:N].sort().values
+    return Features(index, unit(N, 8), unit(N, 8))
 
 
-def episode_of(features, teacher=None, previous=None, coming=None, classes=None, **settings):
+def episode_of(
+    features, teacher=None, coming=None, recent=None, *, previous=None, classes=None, **settings
+):
+    """An episode that trains on the features' own samples, or on ``coming``."""
     config = EpisodeConfig(**{"num_clusters": 7, **settings})
-    builder = EpisodeBuilder(config, DATASET, teacher=teacher, classes=classes or {})
-    return builder.build(features, torch.Generator().manual_seed(1), previous, coming)
+    builder = EpisodeBuilder(config, teacher=teacher, classes=classes or {})
+    random = torch.Generator().manual_seed(1)
+    coming = features.index if coming is None else coming
+    return builder.build(coming, features, random, recent, previous)
 
 
 class TestEpisode:
@@ -39,54 +56,65 @@ class TestEpisode:
             ("image", "text"), ("text", "image"), ("external", "image"), ("external", "text"),
         ]  # fmt: skip
         for item in episode.sets:
-            own = getattr(features, f"{item.student}_h")
-            labels = item.clustering.labels[features.index]
+            rows = getattr(features, f"{item.student}_h")
+            labels = episode.labels[item.source]
             for k, prototype in enumerate(item.prototypes):
-                assert (prototype - own[labels == k].mean(dim=0)).abs().max() < 1e-12
+                assert (prototype - rows[labels == k].mean(dim=0)).abs().max() < 1e-12
             if item.targets is not None:
-                centroids = item.clustering.centroids
+                centroids = episode.centroids[item.source]
                 teacher = torch.softmax(centroids @ centroids.T / 0.01, dim=1)
                 assert (item.targets - teacher @ item.prototypes).abs().max() < 1e-12
         assert all(item.targets is None for item in episode.sets[2:])
 
     def test_labels_are_found_by_position_and_no_cluster_is_empty(self, features):
-        item = episode_of(features).clusterings["image"]
-        outside = torch.ones(DATASET, dtype=torch.bool)
-        outside[features.index] = False
-        assert (item.labels[outside] == IGNORE).all()
-        counts = torch.bincount(item.labels[features.index], minlength=len(item.counts))
-        assert torch.equal(counts, item.counts) and (counts > 0).all()
+        episode = episode_of(features)
+        labels = episode.labels_of(torch.arange(DATASET))["image"]
+        outside = ~torch.isin(torch.arange(DATASET), features.index)
+        assert (labels[outside] == IGNORE).all() and outside.any()
+        counts = torch.bincount(labels[features.index])
+        assert len(counts) == 7 and (counts > 0).all()
 
     def test_a_warm_start_changes_few_labels(self, features):
         first = episode_of(features, kmeans_max_iter=50)
         second = episode_of(features, previous=first, kmeans_max_iter=50)
         assert second.metrics["image_churn"] < 0.05
 
-    def test_new_samples_get_the_nearest_prototype(self, features):
-        """Of the teacher's clusters at once, of the model's own as they come."""
-        teacher, everything = torch.randn(DATASET, 5), torch.arange(DATASET)
-        episode = episode_of(features, teacher, coming=everything)
-        new = ~torch.isin(everything, features.index)
-        external = episode.clusterings["external"]
-        nearest = torch.cdist(teacher.double(), external.centroids.double()).argmin(dim=1)
-        assert torch.equal(external.labels[new], nearest[new])
-        known = external.labels[features.index]
-        assert torch.equal(external.counts, torch.bincount(known, minlength=7))
-        for item in episode.sets[:2]:
-            h = {"image": unit(DATASET, 8), "text": unit(DATASET, 8)}
-            labels = item.bank(h, everything).labels
-            want = torch.cdist(h[item.source], item.clustering.centroids).argmin(dim=1)
-            assert (item.clustering.labels[new] == IGNORE).all()
-            assert torch.equal(labels[new], want[new])
-            assert torch.equal(labels[~new], item.clustering.labels[~new])
-            assert torch.equal(item.bank(h, None).labels, want)  # a queue knows no positions
+    def test_coming_samples_without_stored_features_have_no_label(self, features):
+        """A teacher's features are known for all samples: they get the nearest centroid."""
+        teacher, coming = torch.randn(DATASET, 5), torch.arange(5, DATASET)
+        seen = coming[::2]
+        stored = Features(seen, unit(len(seen), 8), unit(len(seen), 8))
+        episode = episode_of(stored, teacher, coming, recent=features)
+        for source, rows in (("image", stored.image_h), ("text", stored.text_h)):
+            labels = episode.labels_of(torch.arange(DATASET))[source]
+            nearest = torch.cdist(rows, episode.centroids[source]).argmin(dim=1)
+            assert torch.equal(labels[seen], nearest)
+            unseen = torch.ones(DATASET, dtype=torch.bool)
+            unseen[seen] = False
+            assert (labels[unseen] == IGNORE).all()
+            assert episode.metrics[f"{source}_labelled"] == pytest.approx(len(seen) / len(coming))
+        centroids = episode.centroids["external"].double()
+        nearest = torch.cdist(teacher.double(), centroids).argmin(dim=1)
+        assert torch.equal(episode.labels["external"].long(), nearest[coming])
+        of_recent = nearest[features.index]
+        prototypes = episode.sets[2].prototypes
+        for k in range(len(prototypes)):  # translated by the features of other samples
+            mean = features.image_h[of_recent == k].mean(dim=0)
+            assert (prototypes[k] - mean).abs().max() < 1e-12
+
+    def test_too_few_stored_rows_leave_infonce_alone(self, features):
+        coming = torch.arange(DATASET)
+        few = Features(coming[:3], unit(3, 8), unit(3, 8))
+        assert episode_of(few, None, coming) is None
+        with_teacher = episode_of(few, torch.randn(DATASET, 5), coming, recent=features)
+        assert set(with_teacher.labels) == {"external"}
 
     def test_faiss_is_one_flag(self, features):
         pytest.importorskip("faiss")
-        ours, theirs = (episode_of(features, kmeans_backend=b).sets for b in ("auto", "faiss"))
-        for a, b in ((x.clustering, y.clustering) for x, y in zip(ours, theirs, strict=True)):
-            assert not torch.equal(a.labels, b.labels)  # other random starts
-            assert b.counts.sum() == N and (b.labels[features.index] >= 0).all()
+        ours, theirs = (episode_of(features, kmeans_backend=b).labels for b in ("auto", "faiss"))
+        for source, labels in theirs.items():
+            assert not torch.equal(labels, ours[source])  # other random starts
+            assert len(labels) == N and (labels >= 0).all()
 
     def test_features_that_are_not_finite_are_refused(self, features):
         features.image_h[3, 2] = math.nan
@@ -98,21 +126,64 @@ class TestEpisode:
         assert purity(labels, classes) == pytest.approx(4 / 5)
         group = torch.arange(DATASET) % 2
         episode = episode_of(features, classes={"group": group})
-        image = episode.clusterings["image"]
-        known = image.labels[features.index]
-        assert episode.metrics["image_purity_group"] == purity(known, group[features.index])
+        image = episode.labels["image"].long()
+        assert episode.metrics["image_purity_group"] == purity(image, group[features.index])
 
 
-class TestStore:
-    def test_the_newest_row_of_a_sample_counts(self):
-        store = FeatureStore(2, 3, CPU)
-        old, new = unit(3, 4).float(), unit(3, 4).float()
-        store.put(0, torch.tensor([5, 2, 7]), Encoded(old, -old))
-        store.put(1, torch.tensor([7, 1, 5]), Encoded(new, -new))
-        got = store.features()
-        assert got.index.tolist() == [1, 2, 5, 7]
-        assert torch.equal(got.image_h, torch.stack([new[1], old[1], new[2], new[0]]))
-        assert torch.equal(got.text_h, -got.image_h)
+class TestHealth:
+    def test_inertia_by_hand(self):
+        points = torch.tensor([[0.0, 0], [2, 0], [10, 0], [12, 4]])
+        clusters = kmeans(points, 2, init=points[::2], num_iters=5)
+        values = health(points, clusters)
+        assert values["inertia"] == pytest.approx((1 + 1 + 5 + 5) / 4)
+        mean = points.mean(dim=0)
+        assert values["inertia_total"] == pytest.approx(float((points - mean).square().sum() / 4))
+        assert values["largest_share"] == 0.5
+
+    def test_entropy_of_the_targets(self):
+        points = unit(40, 6).float()
+        clusters = kmeans(points, 5, seed=0)
+        targets = torch.softmax(clusters.centroids @ clusters.centroids.T / 0.3, dim=1)
+        entropies = -(targets * targets.log()).sum(dim=1)
+        want = float((entropies * clusters.counts).sum() / 40)
+        assert target_entropy(clusters, 0.3) == pytest.approx(want, rel=1e-5)
+        assert target_entropy(clusters, 1e-4) == pytest.approx(0, abs=1e-5)
+
+
+class TestCollapse:
+    HEALTHY = {
+        "image_inertia": 0.25, "image_clusters": 100.0, "image_largest_share": 0.04,
+        "image_proto_accuracy": 0.4, "text_largest_share": 0.9,
+    }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("change", "sign"),
+        [
+            ({}, ""),  # captions that repeat are alike
+            ({"image_largest_share": 0.3}, "one image cluster holds 30% of the samples"),
+            ({"image_largest_share": 0.3, "image_clusters": 10.0}, ""),  # 5 / K is 50 %
+            ({"image_inertia": 0.01}, ""),  # compact clusters that the model tells apart
+            ({"image_inertia": 0.01, "image_proto_accuracy": 0.95}, "fell from 0.3 to 0.01"),
+            ({"image_inertia": 0.01, "image_proto_accuracy": 0.01}, "prototype accuracy is 0.01"),
+            ({"image_inertia": 0.01, "image_proto_accuracy": math.nan}, ""),  # not measured yet
+        ],
+    )
+    def test_a_collapse_is_said_with_what_to_do(self, change, sign):
+        said = collapse({**self.HEALTHY, **change}, first_inertia=0.3)
+        assert sign in said and bool(said) == bool(sign)
+        assert not said or "use --episode-features extract" in said
+
+    def test_the_watch_compares_with_the_first_episode(self):
+        watch = Watch()
+        assert watch.collapse(self.HEALTHY) == ""
+        watch.count({"image": torch.tensor([90.0, 100.0])})
+        watch.count({"image": torch.tensor([96.0, 100.0])})
+        later = {**self.HEALTHY, "image_inertia": 0.02, **watch.accuracy()}
+        assert later["image_proto_accuracy"] == pytest.approx(0.93)
+        assert "fell from 0.25 to 0.02 and prototype accuracy is 0.93" in watch.collapse(later)
+        again = Watch()
+        again.load_state_dict(watch.state_dict(), CPU)
+        assert again.collapse(later) == watch.collapse(later)
 
 
 def test_features_do_not_depend_on_the_training_mode():

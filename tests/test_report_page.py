@@ -260,3 +260,15 @@ def test_a_real_browser_shows_it_narrow_and_dark(runs, tmp_path):
     assert state["images"] > 50 and state["broken"] == 0 and state["cards"] > 0
     assert state["wide"] <= 0  # nothing sticks out on a narrow screen
     assert state["inked"] == [True, True]
+
+
+def test_a_collapse_of_the_prototypes_is_said_on_the_page(runs, tmp_path):
+    healthy = {"image_inertia": 0.3, "image_clusters": 100, "image_largest_share": 0.05}
+    shutil.copytree(runs[0], tmp_path / "run")
+    for largest, said in ((0.1, False), (0.4, True)):
+        with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+            for line in ({"step": 900}, {"step": 950, "image_largest_share": largest}):
+                file.write("\n" + json.dumps(healthy | line))
+        text = write_report([tmp_path / "run"]).read_text()
+        sentence = "step 950: the image prototypes are collapsing: one image cluster holds 40%"
+        assert (sentence in text) == said

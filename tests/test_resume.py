@@ -3,11 +3,23 @@
 import json
 import os
 import random
+import shutil
 import time
 
 import pytest
 import torch
-from ranks import TINY, bare_run, ended, losses, said, start_command, steps_of, tiny_run, wait_until
+from ranks import (
+    TINY,
+    bare_run,
+    ended,
+    losses,
+    metrics,
+    said,
+    start_command,
+    steps_of,
+    tiny_run,
+    wait_until,
+)
 
 from protoclip import checkpoint
 from protoclip.train import main
@@ -20,7 +32,8 @@ def test_kill_minus_nine_changes_no_bit(tmp_path, ranks):
     """Every other time inside the write of a checkpoint."""
 
     def started(name):
-        more = "--max-steps", str(10 + 3 * KILLS), "--save-every", "1steps", "--resume", "auto"
+        more = "--max-steps", str(16 + 3 * KILLS), "--save-every", "1steps", "--resume", "auto"
+        more += ("--episode-features", "reuse")
         return start_command(tmp_path, bare_run(tmp_path, "--name", name, *more), ranks, bare=True)
 
     dice = random.Random(0)
@@ -38,7 +51,7 @@ def test_kill_minus_nine_changes_no_bit(tmp_path, ranks):
     for name in ("killed", "whole"):
         assert ended(started(name)) == [0] * ranks, said(tmp_path)
     whole = losses(tmp_path / "logs" / "whole")
-    assert losses(tmp_path / "logs" / "killed") == whole and len(whole) == 10 + 3 * KILLS
+    assert losses(tmp_path / "logs" / "killed") == whole and len(whole) == 16 + 3 * KILLS
 
 
 pytestmark = pytest.mark.usefixtures("no_page")
@@ -46,32 +59,43 @@ pytestmark = pytest.mark.usefixtures("no_page")
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    return bare_run(tmp_path_factory.mktemp("data"), "--max-steps", "14")
+    """Ten steps a pass over the data and four an episode: stored features have labels for all of
+    an episode's samples from step 13 on."""
+    folder = tmp_path_factory.mktemp("data")
+    return bare_run(folder, "--max-steps", "22", "--episode-features", "reuse")
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--lit-start", "1"], ["--lit-start", "2"], ["--siglip"]], ids=" ".join
+    "more", [[], ["--lit-start", "3"], ["--lit-start", "4"], ["--siglip"]], ids=" ".join
 )
 def test_resume_ends_in_the_same_bits(tmp_path, flags, more):
-    """Stopped within the second episode, which has prototypes or, after --lit-start 1, a locked
-    image tower; moments and heads included."""
-    flags = [*flags, "--logs", str(tmp_path), "--lr-scheduler", "const", "--warmup", "2"]
-    flags += more
+    """From a checkpoint within the fourth episode, which has prototypes or, after --lit-start 3, a
+    locked image tower; moments and heads included."""
+    flags = [*flags, "--logs", str(tmp_path), "--save-every", "14steps", *more]
     assert main([*flags, "--name", "whole"]) == 0
-    assert main([*flags, "--name", "cut", "--max-steps", "6"]) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    (tmp_path / "cut" / "checkpoints" / checkpoint.LATEST).unlink()
     assert main([*flags, "--resume", str(tmp_path / "cut"), "--workers", "1"]) == 0
+    assert "after step 14" in (tmp_path / "cut" / "out.log").read_text()
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    ends = [checkpoint.load_newest(tmp_path / n)[1] for n in ("cut", "whole")]
-    for one, other in ((e["state_dict"] for e in ends), (e["protoclip"]["heads"] for e in ends)):
-        assert all(torch.equal(one[key], other[key]) for key in other)
-    moments = [e["optimizer"]["state"] for e in ends]
-    assert all(
-        torch.equal(moments[0][i][k], moments[1][i][k]) for i in moments[1] for k in moments[1][i]
-    )
+    after = {line["step"]: line for line in metrics(tmp_path / "cut") if line["step"] > 14}
+    assert ("proto_loss" in after[15]) == ("3" not in more)
+    cut, whole = (checkpoint.load_newest(tmp_path / name)[1] for name in ("cut", "whole"))
+    assert_same_tensors(cut["state_dict"], whole["state_dict"])
+    assert_same_tensors(cut["protoclip"]["heads"], whole["protoclip"]["heads"])
+    for parameter, moments in whole["optimizer"]["state"].items():
+        assert_same_tensors(cut["optimizer"]["state"][parameter], moments)
+    assert_same_tensors(*(end["protoclip"]["training"]["features"] for end in (cut, whole)))
+
+
+def assert_same_tensors(got, want):
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_a_run_goes_on_on_another_number_of_ranks(tmp_path):
-    """Within an episode, whose prototypes are of features that other ranks have computed."""
+    """Within an episode, whose labels are of features that other ranks have computed: 64 pairs are
+    three steps a pass, an episode as well."""
     folder = tmp_path
     more = "--lr-scheduler", "const", "--warmup", "2", "--epochs", "100"
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protoclip.ops.backends import ANY_FLOAT, in_transform
+from protoclip.ops.backends import ANY_FLOAT, accumulator, in_transform
 
 REDUCTIONS = ("mean", "sum", "none")
 INTEGERS = (torch.int64,)
@@ -58,7 +58,7 @@ def strip(
     matrix(op, names[1], y, "[M, D]")
     like(op, names[1], y, names[0], x)
     x, y = promoted(x, y)
-    return x, y, scalar(op, "logit_scale", logit_scale, x.device)
+    return x, y, scalar(op, "logit_scale", logit_scale, x.device, accumulator(x))
 
 
 def pairs(
@@ -80,8 +80,11 @@ def promoted(*tensors: Tensor) -> list[Tensor]:
     return [x.to(dtype) for x in tensors]
 
 
-def scalar(op: str, name: str, x: Any, device: torch.device) -> Tensor:
-    """A one-element float tensor on ``device``, from such a tensor or a real number."""
+def scalar(
+    op: str, name: str, x: Any, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """A one-element float tensor on ``device``, from such a tensor or, in ``dtype``, from a real
+    number."""
     if not isinstance(x, Tensor):
         # numpy's scalars and one-element arrays are numbers too; strings are not
         if isinstance(x, str) or not hasattr(x, "__float__") or getattr(x, "size", 1) != 1:
@@ -89,7 +92,8 @@ def scalar(op: str, name: str, x: Any, device: torch.device) -> Tensor:
                 f"{op}: expected {name} as a number or a Tensor of shape [] or [1], got "
                 f"{type(x).__name__}; pass float({name})"
             )
-        return torch.full((), float(getattr(x, "item", lambda: x)()), device=device)
+        number = float(getattr(x, "item", lambda: x)())
+        return torch.full((), number, dtype=dtype, device=device)
     if x.shape not in ((), (1,)) or x.device != device:
         raise ValueError(
             f"{op}: expected {name} of shape [] or [1] on {device}, got {tuple(x.shape)} on "

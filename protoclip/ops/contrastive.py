@@ -283,8 +283,9 @@ def _match(op: str, inputs, given: Given, backend: str, stash: bool | None, colu
     x, y, scale = inputs
     relation = pairs.pairs_of(op, x, len(y), given)
     name = resolve("contrastive", backend, x.device.type, x.dtype)
-    if name == "reference":
+    if name == "reference" or x.device.type == "cpu":
         pairs.refuse_wrong(op, relation, len(y))
+    if name == "reference":
         with without_autocast(x.device.type):
             gap, mean, count, *by_column = reference.matched(x, y, scale, relation, columns)
     else:
@@ -297,7 +298,7 @@ def _match(op: str, inputs, given: Given, backend: str, stash: bool | None, colu
     if relation.left_out is not None:
         counted = counted & ~relation.left_out
     if relation.wrong is not None:  # multiply, so that the gradient is NaN too
-        gap = gap * torch.where(relation.wrong, torch.nan, 1.0)
+        gap = gap * torch.ones_like(gap).masked_fill(relation.wrong, torch.nan)
         counted = counted | relation.wrong
     return gap, mean, counted, *by_column[: int(columns)]
 
@@ -335,16 +336,17 @@ def contrastive(
         same_id: "exclude": keys of the same id are not negatives; "positive": they are positives.
         exclude: int64 [N], one key that a query never sees, such as itself; negative: none.
         key_bias: float32 [M], added to each key's logits, with a gradient; -inf removes the key.
-        weights: float32 [N] >= 0, one per query, without a gradient; the reference checks them.
+        weights: float32 [N] >= 0, one per query, without a gradient.
         reduction: "mean": the sum of weighted losses over the total weight of the queries with a
             positive, 0 if none has one; "sum"; or "none": weighted losses, 0 where left out.
         logit_scale, backend, stash: as in ``info_nce``.
     Returns:
-        float32 (float64 for float64 input), nats: [] or, for "none", [N]. A position out of range
-        gives NaN; the reference raises.
+        float32 (float64 for float64 input), nats: [] or, for "none", [N].
     Raises:
         ValueError, TypeError: as in ``info_nce``; also if ids or positives are missing or not
-            int64.
+            int64, and on a CPU or by the reference if a position is out of range or a weight is
+            negative. A GPU's values, and those in compiled code, are not read: there a position
+            out of range gives NaN.
     """
     given = Given(positives, query_ids, key_ids, same_id, exclude, key_bias)
     inputs = queries, keys, logit_scale
@@ -370,9 +372,11 @@ def one_way(
         checks.vector(op, "weights", weights, ANY_FLOAT, [(len(x),)], x.device)
         if weights.requires_grad:
             raise ValueError(f"{op}: expected weights without a gradient, got some; detach them")
-        if backend == "reference" and checks.readable(weights) and (weights < 0).any():
+        looks = backend == "reference" or x.device.type == "cpu"
+        if looks and checks.readable(weights) and (weights < 0).any():
             raise ValueError(f"{op}: expected weights >= 0, got {weights.min().item():g}")
-    size = torch.ones((), device=x.device).expand(len(x))  # each query's share of the mean
+    # Each query's share of the mean.
+    size = torch.ones((), dtype=accumulator(x), device=x.device).expand(len(x))
     if backend != "reference" and given.plain and given.first + len(x) <= len(y):
         fused = weights is None and average is None
         keep = stash is not False and wants_gradient(x, y, scale)
@@ -556,7 +560,7 @@ def sigmoid_loss(
             f"{op}: expected image i's text at row i + offset, got {len(x)} images, {len(y)} texts "
             f"and offset {offset}"
         )
-    inputs = x, y, scale, checks.scalar(op, "logit_bias", logit_bias, x.device)
+    inputs = x, y, scale, checks.scalar(op, "logit_bias", logit_bias, x.device, accumulator(x))
     given = Given(same_id=same_id, first=offset)
     if ids is not None:
         pairs.check_ids(op, "ids", ids, len(y), x.device)

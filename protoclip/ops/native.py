@@ -2,8 +2,10 @@
 
 Two libraries, built apart so that one failing leaves the other: ``cpu`` (csrc/*.cpp) and ``cuda``
 (csrc/*.cu and csrc/cuda_*.cpp, where torch has CUDA and nvcc is there). Each is built in a folder
-of its own, which then takes a name made of everything that goes into the library: what has that
-name is whole. One process builds, under a file lock; others wait.
+of its own, which then takes a name made of everything that goes into the library. The library's
+seal lies beside it: its size and SHA-256. A library that does not match its seal, such as one that
+a full disk cut short, is built again and never loaded: loading it could end the process with
+SIGBUS. One process builds, under a file lock; others wait.
 
 Environment: PROTOCLIP_DISABLE_JIT=1, PROTOCLIP_BUILD_VERBOSE=1, PROTOCLIP_CACHE; torch's MAX_JOBS
 and TORCH_CUDA_ARCH_LIST are honoured.
@@ -151,12 +153,12 @@ def _cpu_flags() -> str:
 
 
 def build(plan: Build) -> Path:
-    """The library's path, compiled unless it is there."""
+    """The library's path, compiled unless it is there and whole."""
     from filelock import FileLock, Timeout
 
     folder = cache_dir() / "native" / plan.name
     library = folder / f"{plan.name}.so"
-    if library.is_file():
+    if is_whole(library):
         return library
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = FileLock(folder.with_suffix(".lock"))
@@ -166,14 +168,37 @@ def build(plan: Build) -> Path:
         _say(f"waiting for another process that compiles the {plan.half} kernels ...\n")
         held = lock.acquire()
     with held:
-        if not library.is_file():
+        if not is_whole(library):
+            if library.exists():
+                _say(f"{library} is damaged and will be built again\n")
             partial = folder.with_suffix(".partial")
             for rest in (partial, folder):  # of a build that was killed
                 shutil.rmtree(rest, ignore_errors=True)
             partial.mkdir()
             _compile(plan, partial)
+            built = partial / library.name
+            _seal_path(built).write_text(_seal(built))
             partial.rename(folder)
     return library
+
+
+def is_whole(library: Path) -> bool:
+    """Whether the library matches its seal. Reads it all: a millisecond per MB."""
+    try:
+        return _seal_path(library).read_text() == _seal(library)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _seal_path(library: Path) -> Path:
+    return library.with_suffix(".seal")
+
+
+def _seal(library: Path) -> str:
+    """The size and hash of a library, as its seal holds them."""
+    with library.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return f"{library.stat().st_size} bytes, SHA-256 {digest}\n"
 
 
 def _say(text: str) -> None:

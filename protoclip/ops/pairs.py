@@ -105,7 +105,7 @@ def pairs_of(op: str, queries: Tensor, m: int, given: Given) -> Pairs:
 
 
 def refuse_wrong(op: str, pairs: Pairs, num_keys: int) -> None:
-    """Raise if a position is out of range; only the reference may read values to check."""
+    """Raise if a position is out of range: on a CPU and in the reference, which may read values."""
     wrong = pairs.wrong
     if wrong is not None and checks.readable(wrong) and wrong.any():
         raise ValueError(

@@ -195,7 +195,7 @@ def _losses(
     op = "prototype_cross_entropy"
     checks.matrix(op, "features", features, "[N, D]")
     checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
-    scale = checks.scalar(op, "logit_scale", logit_scale, features.device)
+    scale = checks.scalar(op, "logit_scale", logit_scale, features.device, accumulator(features))
     if not banks:
         raise ValueError(f"{op}: expected at least one bank, got none")
     for bank in banks:

@@ -71,9 +71,12 @@ CHURN = tuple(
     Chart(title, f"(?!seconds_).*{ending}.*", note)
     for title, ending, note in (
         ("Churn", "_churn", "Share of samples whose cluster changed since the last episode."),
+        ("Prototype accuracy", "_proto_accuracy", "Samples whose nearest prototype is their own."),
+        ("Largest cluster", "_largest_share", "Its share of the samples."),
         ("Imbalance", "_imbalance", "Largest cluster over the mean size."),
         ("Clusters in use", "_clusters", "Empty ones are dropped."),
-        ("Inertia", "_inertia", "Mean squared distance to the centroid."),
+        ("Inertia", "_inertia", "Mean squared distance to the centroid; in total: to the mean."),
+        ("Entropy of the targets", "_target_entropy", "In nats; near 0 the targets are hard."),
         ("Purity", "_purity", "Share of samples in their cluster's most common class."),
     )
 )

@@ -21,6 +21,7 @@ from protoclip.config import output_file
 from protoclip.data.files import write_atomic
 from protoclip.evaluate import results
 from protoclip.evaluate.results import Outcome, SetResults, number, rows_of
+from protoclip.prototypes import collapse
 from protoclip.report import figures
 from protoclip.report.figures import Series, read_series
 from protoclip.report.snapshot import Snapshot, load_snapshot
@@ -154,6 +155,21 @@ def verdict(run: Run, baseline: Run | None) -> str:
     return text
 
 
+def collapse_of(run: Run) -> str:
+    """A sentence if the image prototypes of some episode had collapsed, else ""."""
+    steps, inertias = run.series.get("image_inertia", ([], []))
+    records = {step: {"image_inertia": value} for step, value in zip(steps, inertias, strict=True)}
+    for name in ("image_clusters", "image_largest_share", "image_proto_accuracy"):
+        for step, value in zip(*run.series.get(name, ([], [])), strict=True):
+            if step in records:
+                records[step][name] = value
+    for step, metrics in records.items():
+        complete = {"image_clusters", "image_largest_share"} <= metrics.keys()
+        if complete and (sentence := collapse(metrics, inertias[0])):
+            return f"{run.name}, step {step:g}: {sentence}."
+    return ""
+
+
 def write_report(
     folders: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None
 ) -> Path:
@@ -192,6 +208,7 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
     own, one = [run for run in runs if run is not baseline], runs[0].outcome
     columns = [baseline, *own] if baseline else own
     series = {run.name: run.series for run in runs}
+    warnings = [sentence for run in runs if (sentence := collapse_of(run))]
     sets: dict[str, SetResults] = {}
     for run in columns:
         sets = {**run.outcome.trained, **sets}
@@ -204,7 +221,7 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
         baseline=baseline,
         recorded=baseline if baseline and baseline.path == RECORDED else None,
         columns=columns,
-        said=said or [verdict(run, baseline) for run in own],
+        said=said or [verdict(run, baseline) for run in own] + warnings,
         sets=sets,
         beside=one.beside if len(runs) == 1 else {},
         change=change,
