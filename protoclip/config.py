@@ -131,7 +131,9 @@ class DataConfig:
 class ModelConfig:
     """Model"""
 
-    model: str = option("protoclip-icons", "OpenCLIP model, config .json, local-dir:PATH, hf-hub:ID")
+    model: str = option(
+        "protoclip-icons", "OpenCLIP model, config .json, local-dir:PATH, hf-hub:ID"
+    )
     pretrained: str = option("", "weights to start from: an OpenCLIP tag or a checkpoint file")
     force_image_size: int = option(0, "side of an image in pixels; 0: the model's")
     force_context_length: int = option(0, "tokens of a caption; 0: the model's")

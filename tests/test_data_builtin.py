@@ -59,7 +59,7 @@ def test_icons_hold_out_a_family_and_a_tenth_of_the_concepts(everything):
     assert not torch.isin(new, trained).any()
     assert 0.09 < len(new) / (len(new) + len(trained)) < 0.11
     # The family's other concepts are trained by other families.
-    assert torch.isin(heldout.labels["concept"].ids, trained).sum() > 500
+    assert torch.isin(heldout.labels["concept"].ids, trained).sum() > 400
     assert heldout.labels["concept"].names == everything.labels["concept"].names
 
 

@@ -25,12 +25,12 @@ ROWS = {  # metric -> its row in a table; {}: the label before the metric's name
     "acc1": "zero-shot {}",
     "lp_acc1": "linear probe {}",
     "knn_acc1": "nearest neighbours {}",
-    "nn_acc1": "nearest neighbour {}",
+    "nn_acc1": "1-NN {}",
     "ari": "k-means ARI {}",
     "ami": "k-means AMI {}",
     "nmi": "k-means NMI {}",
     "modality_gap": "modality gap",
-    "alignment": "alignment (pairs' distance²)",
+    "alignment": "alignment (distance²)",
     "image_uniformity": "uniformity of the images",
     "text_uniformity": "uniformity of the texts",
 }
@@ -168,9 +168,10 @@ def read_results(path: str | os.PathLike[str]) -> Outcome:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        # Files of older versions have one floor.
-        floors = {"pixels": content.pop("floor", None), **content.get("floors", {})}
-        content["floors"] = {name: _read_sets(sets) for name, sets in floors.items() if sets}
+        floors = content.get("floors", {})
+        if older := content.pop("floor", None):  # files of older versions have one
+            floors = {"pixels": older}
+        content["floors"] = {name: _read_sets(sets) for name, sets in floors.items()}
         content["trained"] = _read_sets(content["trained"])
         if content.get("untrained") is not None:
             content["untrained"] = _read_sets(content["untrained"])
