@@ -185,6 +185,5 @@ def test_episodes_alternate(icons):
     task = study.Task("pairs", study.MLP, study.PROTO, 1000, 1e-3, 2)
     found = study.measure_pair(task, TINY, data, study.Towers(data), (1e-3, 1e-3))
     clip, proto = (found["seconds_by_episode"][row] for row in (study.CLIP, study.PROTO))
-    assert len(clip) == len(proto) == 7 and found["ratio"] == pytest.approx(
-        sum(proto) / sum(clip), abs=1e-3
-    )
+    assert len(clip) == len(proto) > 3
+    assert found["ratio"] == pytest.approx(sum(proto) / sum(clip), abs=1e-3)
