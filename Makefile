@@ -3,7 +3,7 @@ SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
 
 # `make` is `make check`; the words after ## are what `make help` says.
-.PHONY: check help lint fix test parity faults bench bench-full study study-quick kernels gpu gpu-sanitize
+.PHONY: check help lint fix test parity faults bench bench-full study study-data study-quick kernels gpu gpu-sanitize
 
 check: lint test parity  ## everything CI checks
 
@@ -37,11 +37,14 @@ bench:  ## parity, then speed; under six minutes on two cores
 bench-full:  ## the wide sweeps and sizes too; recorded under benchmarks/results unless RECORD says where
 	$(PYTHON) -m pytest benchmarks --benchmark-only --sizes full --record $(or $(RECORD),benchmarks/results)
 
-study:  ## what each design is worth, over seeds; about ten hours on two cores in any number of calls (HOURS=2)
-	$(PYTHON) -m benchmarks.study $(if $(HOURS),--hours $(HOURS))
+study-data:  ## the study's icons: 104 MB from npm, drawn into the cache in a few minutes
+	$(PYTHON) -m benchmarks.study_data
 
-study-quick:  ## every step of the study, tiny: a few minutes
-	$(PYTHON) -m benchmarks.study --quick
+study:  ## what prototypes are worth, over seeds; about five hours of one core in any number of calls (HOURS=2 WORKERS=2)
+	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study --workers $(or $(WORKERS),1) $(if $(HOURS),--hours $(HOURS))
+
+study-quick:  ## every step of the study, tiny, on toy drawings: a few minutes
+	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study --quick
 
 kernels:  ## registers, spills, shared memory and instruction of each launch row; no GPU needed
 	env -u TRITON_INTERPRET $(PYTHON) -m protoclip.kernels.compile_report

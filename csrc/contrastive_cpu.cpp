@@ -143,8 +143,6 @@ struct InfoNceGradient {
   }
 };
 
-constexpr int64_t kStashBytes = 64 << 20;  // of fp32 products: N = 4,096
-
 // `stash`: the room, as plain bytes, or none.
 KeptProducts kept_products(const char* op, const Optional& stash, const Inputs& in) {
   if (!stash.has_value()) return {};
@@ -183,19 +181,14 @@ Tensor scalar(double value) { return at::full({}, value, at::TensorOptions(at::k
 
 }  // namespace
 
-int64_t stash_size(int64_t n, int64_t m) {
-  const int64_t bytes = KeptProducts::size(n, m) * static_cast<int64_t>(sizeof(float));
-  return bytes <= kStashBytes ? bytes / static_cast<int64_t>(sizeof(int16_t)) : 0;
-}
-
 Tensor pooled(int64_t count) { return pooled_empty({count}, at::kShort); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_fwd(const Tensor& x, const Tensor& y,
-                                                                   const Tensor& scale,
+                                                                   const Tensor& logit_scale,
                                                                    int64_t offset, bool columns,
                                                                    const Optional& stash) {
   const char* op = "contrastive_fwd";
-  const Inputs in(op, x, y, scale, offset);
+  const Inputs in(op, x, y, logit_scale, offset);
   const KeptProducts kept = kept_products(op, stash, in);
   Tensor positive = at::empty({in.x.size(0)}, at::kFloat);
   const auto [rows, by_column] =
@@ -204,11 +197,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_fwd(const Tensor&
 }
 
 std::tuple<Tensor, Tensor, Tensor> contrastive_bwd(
-    const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& row_max,
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& row_max,
     const Tensor& row_sum, const Tensor& column_max, const Tensor& column_sum,
     const Tensor& row_weight, const Tensor& column_weight, int64_t offset, const Optional& stash) {
   const char* op = "contrastive_bwd";
-  const Inputs in(op, x, y, scale, offset);
+  const Inputs in(op, x, y, logit_scale, offset);
   const KeptProducts kept = kept_products(op, stash, in);
   const Side row(row_max.contiguous(), row_sum.contiguous(), row_weight.to(at::kFloat).contiguous(),
                  in.x.size(0));
@@ -222,13 +215,13 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_bwd(
   return {out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot)};
 }
 
-std::tuple<Tensor, Tensor> matched_fwd(const Tensor& x, const Tensor& y, const Tensor& scale,
+std::tuple<Tensor, Tensor> matched_fwd(const Tensor& x, const Tensor& y, const Tensor& logit_scale,
                                        const Tensor& own, const Optional& exclude,
                                        const Optional& query_ids, const Optional& key_ids,
                                        const Optional& key_bias, bool same_positive, bool columns,
                                        const Optional& stash) {
   const char* op = "matched_fwd";
-  const Inputs in(op, x, y, scale);
+  const Inputs in(op, x, y, logit_scale);
   const MatchedPairs pairs(op, x.size(0), y.size(0), own, exclude, query_ids, key_ids, key_bias,
                            same_positive);
   const auto [rows, by_column] = forward(in, pairs, columns, kept_products(op, stash, in));
@@ -239,21 +232,22 @@ std::tuple<Tensor, Tensor> matched_fwd(const Tensor& x, const Tensor& y, const T
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> matched_bwd(
-    const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& own,
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& own,
     const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
-    const Optional& key_bias, bool same_positive, const Tensor& rows, const Tensor& by_column,
-    const Tensor& row_weights, const Tensor& column_weights, const Optional& stash) {
+    const Optional& key_bias, bool same_positive, const Tensor& row_statistics,
+    const Tensor& column_statistics, const Tensor& row_weights, const Tensor& column_weights,
+    const Optional& stash) {
   const char* op = "matched_bwd";
-  const Inputs in(op, x, y, scale);
+  const Inputs in(op, x, y, logit_scale);
   const MatchedPairs pairs(op, x.size(0), y.size(0), own, exclude, query_ids, key_ids, key_bias,
                            same_positive);
-  const Side row(rows.contiguous(), row_weights.contiguous(), x.size(0));
-  const Side column(by_column.contiguous(), column_weights.contiguous(), y.size(0));
+  const Side row(row_statistics.contiguous(), row_weights.contiguous(), x.size(0));
+  const Side column(column_statistics.contiguous(), column_weights.contiguous(), y.size(0));
   Tensor dbias = at::zeros({y.size(0)}, at::TensorOptions(at::kFloat));
   const InfoNceGradient<MatchedPairs> epilogue{
       row,
       column,
-      by_column.numel() > 0,
+      column_statistics.numel() > 0,
       Base2(in.scale),
       pairs,
       pairs.has_bias() ? dbias.mutable_data_ptr<float>() : nullptr};
@@ -327,20 +321,21 @@ GradientSums sigmoid(const Inputs& in, float bias, const Pairs& pairs, bool grad
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(
-    const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& bias, int64_t offset,
-    bool gradients, const Optional& query_ids, const Optional& key_ids, bool same_positive) {
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& logit_bias,
+    int64_t offset, bool gradients, const Optional& query_ids, const Optional& key_ids,
+    bool same_positive) {
   const char* op = "sigmoid_loss";
   // An offset past the last column: a chunk of another rank's texts, without positives.
-  const Inputs in(op, x, y, scale, offset < y.size(0) ? offset : 0);
+  const Inputs in(op, x, y, logit_scale, offset < y.size(0) ? offset : 0);
   Gradients out(in);
   GradientSums sums;
   if (key_ids.has_value()) {
     const Tensor own = at::arange(offset, offset + x.size(0), at::TensorOptions(at::kInt));
     const MatchedPairs pairs(op, x.size(0), y.size(0), own, {}, query_ids, key_ids, {},
                              same_positive);
-    sums = sigmoid(in, bias.item<float>(), pairs, gradients, out);
+    sums = sigmoid(in, logit_bias.item<float>(), pairs, gradients, out);
   } else {
-    sums = sigmoid(in, bias.item<float>(), DiagonalPairs{offset}, gradients, out);
+    sums = sigmoid(in, logit_bias.item<float>(), DiagonalPairs{offset}, gradients, out);
   }
   if (!gradients) out.dx = out.dy = at::empty({0, in.x.size(1)}, in.x.options());
   return {scalar(sums.loss), out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot),

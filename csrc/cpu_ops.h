@@ -20,39 +20,40 @@ void with_dtype(at::ScalarType dtype, const F& f) {
   f(at::Half{});
 }
 
-// int16 elements that the products of N rows and M columns take; 0 where they are too many to keep.
-int64_t stash_size(int64_t n, int64_t m);
 // int16 [count], uninitialised, in memory that the next step gets again (memory_pool.h).
 Tensor pooled(int64_t count);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_fwd(const Tensor& x, const Tensor& y,
-                                                                   const Tensor& scale,
+                                                                   const Tensor& logit_scale,
                                                                    int64_t offset, bool columns,
                                                                    const Optional& stash);
 std::tuple<Tensor, Tensor, Tensor> contrastive_bwd(
-    const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& row_max,
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& row_max,
     const Tensor& row_sum, const Tensor& column_max, const Tensor& column_sum,
     const Tensor& row_weight, const Tensor& column_weight, int64_t offset, const Optional& stash);
-std::tuple<Tensor, Tensor> matched_fwd(const Tensor& x, const Tensor& y, const Tensor& scale,
+std::tuple<Tensor, Tensor> matched_fwd(const Tensor& x, const Tensor& y, const Tensor& logit_scale,
                                        const Tensor& own, const Optional& exclude,
                                        const Optional& query_ids, const Optional& key_ids,
                                        const Optional& key_bias, bool same_positive, bool columns,
                                        const Optional& stash);
 std::tuple<Tensor, Tensor, Tensor, Tensor> matched_bwd(
-    const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& own,
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& own,
     const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
-    const Optional& key_bias, bool same_positive, const Tensor& rows, const Tensor& by_column,
-    const Tensor& row_weights, const Tensor& column_weights, const Optional& stash);
+    const Optional& key_bias, bool same_positive, const Tensor& row_statistics,
+    const Tensor& column_statistics, const Tensor& row_weights, const Tensor& column_weights,
+    const Optional& stash);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(
-    const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& bias, int64_t offset,
-    bool gradients, const Optional& query_ids, const Optional& key_ids, bool same_positive);
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& logit_bias,
+    int64_t offset, bool gradients, const Optional& query_ids, const Optional& key_ids,
+    bool same_positive);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_ce_fwd_banks(
-    const Tensor& h, at::TensorList prototypes, at::TensorList targets, at::TensorList labels,
-    const Tensor& scale, bool need_grad, bool need_nearest);
-Tensor prototype_ce_bwd_prototypes(const Tensor& h, const Tensor& prototypes, const Tensor& labels,
-                                   const Tensor& scale, const Tensor& row_max,
-                                   const Tensor& row_sum, const Tensor& weight, bool hard);
-Tensor soft_targets(const Tensor& source, const Tensor& prototypes, double temperature);
+    const Tensor& features, at::TensorList prototypes, at::TensorList targets,
+    at::TensorList labels, const Tensor& logit_scale, bool need_grad, bool need_nearest);
+Tensor prototype_ce_bwd_prototypes(const Tensor& features, const Tensor& prototypes,
+                                   const Tensor& labels, const Tensor& logit_scale,
+                                   const Tensor& row_max, const Tensor& row_sum,
+                                   const Tensor& weight, bool hard);
+Tensor soft_targets(const Tensor& source_centroids, const Tensor& prototypes, double temperature);
 
 std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& centroids);
 std::tuple<Tensor, Tensor, Tensor, bool> kmeans_encode(const Tensor& points);

@@ -116,9 +116,9 @@ void forward_bank(const Tensor& h, const Tensor& prototypes, const Tensor& targe
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_ce_fwd_banks(
-    const Tensor& h, at::TensorList prototypes, at::TensorList targets, at::TensorList labels,
-    const Tensor& scale, bool need_grad, bool need_nearest) {
-  const int64_t banks = prototypes.size(), n = h.size(0), d = h.size(1);
+    const Tensor& features, at::TensorList prototypes, at::TensorList targets,
+    at::TensorList labels, const Tensor& logit_scale, bool need_grad, bool need_nearest) {
+  const int64_t banks = prototypes.size(), n = features.size(0), d = features.size(1);
   const auto fp32 = at::TensorOptions(at::kFloat);
   const int64_t with_grad = need_grad ? n : 0, with_nearest = need_nearest ? n : 0;
   const std::vector<Tensor> out{at::empty({banks, n}, fp32),
@@ -127,9 +127,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_ce_fwd_bank
                                 at::empty({banks, n}, fp32),
                                 at::empty({banks, n}, fp32),
                                 at::empty({banks, with_grad}, fp32)};
-  const float s = scale.item<float>();
-  const Arithmetic arithmetic = arithmetic_of(h.scalar_type());
-  const Tensor rows = prepare(h, arithmetic);
+  const float s = logit_scale.item<float>();
+  const Arithmetic arithmetic = arithmetic_of(features.scalar_type());
+  const Tensor rows = prepare(features, arithmetic);
   for (int64_t b = 0; b < banks && n > 0; ++b) {
     const Tensor y = checked_labels(labels[b], prototypes[b].size(0));
     const Tensor c = prepare(prototypes[b], arithmetic);
@@ -170,14 +170,15 @@ struct PrototypeGradient {
 
 }  // namespace
 
-Tensor prototype_ce_bwd_prototypes(const Tensor& h, const Tensor& prototypes, const Tensor& labels,
-                                   const Tensor& scale, const Tensor& row_max,
-                                   const Tensor& row_sum, const Tensor& weight, bool hard) {
-  const Arithmetic arithmetic = arithmetic_of(h.scalar_type());
-  const Tensor x = prepare(h, arithmetic), c = prepare(prototypes, arithmetic);
+Tensor prototype_ce_bwd_prototypes(const Tensor& features, const Tensor& prototypes,
+                                   const Tensor& labels, const Tensor& logit_scale,
+                                   const Tensor& row_max, const Tensor& row_sum,
+                                   const Tensor& weight, bool hard) {
+  const Arithmetic arithmetic = arithmetic_of(features.scalar_type());
+  const Tensor x = prepare(features, arithmetic), c = prepare(prototypes, arithmetic);
   const Tensor y = labels.contiguous(), w = weight.to(at::kFloat).contiguous();
   const Tensor max = row_max.contiguous(), sum = row_sum.contiguous();
-  const float s = scale.item<float>();
+  const float s = logit_scale.item<float>();
   const PrototypeGradient epilogue{y.const_data_ptr<int64_t>(),
                                    max.const_data_ptr<float>(),
                                    sum.const_data_ptr<float>(),
@@ -197,9 +198,9 @@ Tensor prototype_ce_bwd_prototypes(const Tensor& h, const Tensor& prototypes, co
 
 // m = softmax(S S^T / tau) C in fp32: attention with query = key = source and value = prototypes;
 // never [K, K].
-Tensor soft_targets(const Tensor& source, const Tensor& prototypes, double temperature) {
+Tensor soft_targets(const Tensor& source_centroids, const Tensor& prototypes, double temperature) {
   constexpr Arithmetic fp32 = Arithmetic::kFloat;
-  const Tensor s = prepare(source, fp32), c = prepare(prototypes, fp32);
+  const Tensor s = prepare(source_centroids, fp32), c = prepare(prototypes, fp32);
   Tensor out = at::empty(c.sizes(), c.options());
   if (out.numel() == 0) return out;
   float* m = out.mutable_data_ptr<float>();

@@ -83,8 +83,19 @@ def call(case: Case) -> None:
         n = 512 if form == "small" else 2048
         x, y = case.features(n, n)
         weight, columns = one.expand(n), form != "rows"
-        found = info_nce.contrastive(x, y, one, 0, columns, 1.0, True)[1:]
-        info_nce.contrastive_bwd(x, y, one, *found, weight, weight[: n * columns], 0)
+        loss = info_nce.contrastive(x, y, one, 0, columns, 1.0, True)
+        info_nce.contrastive_bwd(
+            x,
+            y,
+            one,
+            loss.row_max,
+            loss.row_sum,
+            loss.column_max,
+            loss.column_sum,
+            weight,
+            weight[: n * columns],
+            0,
+        )
     elif op == "matched":  # all that can be said about pairs; or each row's own column
         x, y = case.features(512, 512)
         vector, ids = torch.zeros(512, dtype=torch.int32), torch.zeros(2, 512, dtype=torch.int32)

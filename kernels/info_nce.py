@@ -1,4 +1,4 @@
-"""InfoNCE over tiles of the logits, which never reach memory: what ops/contrastive.py calls.
+"""InfoNCE over tiles of the logits, which never reach memory: what ops/strips.py calls.
 
 Base-2 logits s_ij = scale log2(e) x_i.y_j; row i is positive at column i + offset. The forward pass
 keeps O(N) statistics, the backward pass forms the logits again: four matrix products in all. Up to
@@ -30,6 +30,7 @@ here; ``torch.backends.cuda.matmul`` settings hold for the backward's two produc
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -378,34 +379,78 @@ def gradient_kernel(
         tl.store(factor_ptr, scale / lift)
 
 
+class StripStatistics(NamedTuple):
+    """Statistics of the rows and columns of a strip, and the base-2 logits of its positives."""
+
+    row_max: Tensor  # [N]
+    row_sum: Tensor  # [N]
+    column_max: Tensor  # [M], or [0] without columns
+    column_sum: Tensor  # [M], or [0] without columns
+    positive: Tensor  # [N]
+
+
+class StripLoss(NamedTuple):
+    """The loss, and the statistics that its gradient needs."""
+
+    loss: Tensor  # [N], or the sum []
+    row_max: Tensor
+    row_sum: Tensor
+    column_max: Tensor
+    column_sum: Tensor
+
+
+class _ForwardPass(NamedTuple):
+    statistics: StripStatistics
+    losses: Tensor  # [N], times ``pair_weight`` in each direction
+    shares: Tensor  # parts of their sum [programs]
+
+
 def contrastive_fwd(
-    x: Tensor, y: Tensor, scale: Tensor, offset: int, columns: bool
-) -> tuple[Tensor, ...]:
-    """Statistics of the strip x [N, D] against y [M, D], as in ops/contrastive.py."""
-    return _statistics(x, y, scale, offset, columns, 1.0)[:5]
+    x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, columns: bool
+) -> StripStatistics:
+    """Statistics of the strip x [N, D] against y [M, D], as in ops/strips.py."""
+    return _forward(x, y, logit_scale, offset, columns, pair_weight=1.0).statistics
 
 
 def contrastive(
-    x: Tensor, y: Tensor, scale: Tensor,
-    offset: int, columns: bool, pair_weight: float, summed: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    offset: int,
+    columns: bool,
+    pair_weight: float,
+    summed: bool,
+) -> StripLoss:
     """The losses [N], or their sum [], and the statistics that their gradient needs."""
-    *statistics, _, loss, shares = _statistics(x, y, scale, offset, columns, pair_weight)
+    forward = _forward(x, y, logit_scale, offset, columns, pair_weight)
+    loss, statistics = forward.losses, forward.statistics
     if summed:
+        shares = forward.shares
         loss = shares.sum() if len(shares) > 1 else shares.view(())
-    return loss, *statistics
+    return StripLoss(
+        loss=loss,
+        row_max=statistics.row_max,
+        row_sum=statistics.row_sum,
+        column_max=statistics.column_max,
+        column_sum=statistics.column_sum,
+    )
 
 
-def _statistics(x, y, scale, offset, columns, pair_weight) -> tuple[Tensor, ...]:
-    """-> row_max, row_sum [N], column_max, column_sum [M] ([0] without columns), positive [N], then
-    the losses [N], times ``pair_weight`` in each direction, and parts of their sum [programs]."""
+def _forward(
+    x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, columns: bool, pair_weight: float
+) -> _ForwardPass:
     n, m = len(x), len(y)
-    length, kept = (m, m) if columns else (n, 0)
+    num_columns = m if columns else 0
+    length = m if columns else n
     block, depth, warps = MERGE if length > ONE_PROGRAM else MERGE_ALL
     programs = 1 if length <= ONE_PROGRAM else triton.cdiv(length, block)
-    sizes = n, n, kept, kept, n, n, programs
-    out = tuple(x.new_empty(size, dtype=torch.float32) for size in sizes)
-    row_max, row_sum, column_max, column_sum, positive, loss, shares = out
+    row_max = x.new_empty(n, dtype=torch.float32)
+    row_sum = torch.empty_like(row_max)
+    column_max = x.new_empty(num_columns, dtype=torch.float32)
+    column_sum = torch.empty_like(column_max)
+    positive = torch.empty_like(row_max)
+    losses = torch.empty_like(row_max)
+    shares = x.new_empty(programs, dtype=torch.float32)
     if n == 0:
         column_max.fill_(-torch.inf)
         column_sum.zero_()
@@ -417,44 +462,56 @@ def _statistics(x, y, scale, offset, columns, pair_weight) -> tuple[Tensor, ...]
     wave = max(1, min(n, max(1, PARTIAL_BYTES // max(1, block_bytes)) * row.block_n))
     row_part = x.new_empty(2 * triton.cdiv(m, row.block_m) * wave, dtype=torch.float32)
     blocks_n = triton.cdiv(wave, row.block_n)
-    column_part = x.new_empty(2 * blocks_n * parts * kept, dtype=torch.float32)
+    column_part = x.new_empty(2 * blocks_n * parts * num_columns, dtype=torch.float32)
     with torch.cuda.device_of(x):
         for first in range(0, n, wave):
-            part, last = x[first : first + wave], min(first + wave, n)
+            last = min(first + wave, n)
+            part = x[first:last]
             features, options = operands(part, y, row)
-            blocks_n, blocks_m = triton.cdiv(len(part), row.block_n), triton.cdiv(m, row.block_m)
+            blocks_n = triton.cdiv(len(part), row.block_n)
+            blocks_m = triton.cdiv(m, row.block_m)
             forward_kernel[(blocks_n * blocks_m,)](
-                *features[:4], scale, row_part, column_part, positive[first:last],
+                *features[:4], logit_scale, row_part, column_part, positive[first:last],
                 len(part), m, x.shape[1], offset + first, (*x.stride(), *y.stride()),
                 COLUMNS=columns, PARTS=parts, PART=row.part, STRIP=row.strip, **options,
             )  # fmt: skip
             merge_kernel[(programs,)](
                 row_part, blocks_m, len(part), column_part, blocks_n * parts, m,
                 positive, row_max, row_sum, column_max, column_sum,
-                loss, shares, n, first, offset, pair_weight * LN2,
+                losses, shares, n, first, offset, pair_weight * LN2,
                 COLUMNS=columns, HAS_BEFORE=first > 0, IS_LAST=last == n,
                 BLOCK=block, DEPTH=depth, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
-    return out
+    statistics = StripStatistics(row_max, row_sum, column_max, column_sum, positive)
+    return _ForwardPass(statistics, losses, shares)
 
 
 def contrastive_bwd(
-    x: Tensor, y: Tensor, scale: Tensor,
-    row_max: Tensor, row_sum: Tensor, column_max: Tensor, column_sum: Tensor,
-    row_weight: Tensor, column_weight: Tensor, offset: int, pair_weight: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dy, dscale of the strip, as in ops/contrastive.py, from what the forward pass kept.
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    column_max: Tensor,
+    column_sum: Tensor,
+    row_weight: Tensor,
+    column_weight: Tensor,
+    offset: int,
+    pair_weight: float = 1.0,
+) -> waves.Gradients:
+    """Gradients of the strip, as in ops/strips.py, from what the forward pass kept.
 
     The weights, of any stride, 0 too, are multiplied by ``pair_weight``.
     """
     if min(x.numel(), y.numel()) == 0:
-        return torch.zeros_like(x), torch.zeros_like(y), x.new_zeros((), dtype=torch.float32)
-    rows, columns = (row_max, row_sum, row_weight), (column_max, column_sum, column_weight)
+        zero = x.new_zeros((), dtype=torch.float32)
+        return waves.Gradients(torch.zeros_like(x), torch.zeros_like(y), zero)
     n, m = len(x), len(column_max)
     row = launch.choose("gradient", x, y)
     factor = x.new_empty((), dtype=torch.float32)
     lifted = x.dtype == torch.float16
-    peaks = [_peak(weight) if lifted else weight for weight in (row_weight, column_weight)]
+    row_peak = _peak(row_weight) if lifted else row_weight
+    column_peak = _peak(column_weight) if lifted else column_weight
     extremes, blocks_n = None, triton.cdiv(n, row.block_n)
     if max(n, len(y)) > ONE_PROGRAM:  # below, a launch would cost more than the exponentials
         blocks = blocks_n + triton.cdiv(m, row.block_m)
@@ -468,15 +525,16 @@ def contrastive_bwd(
     shares = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)
 
     def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
-        part_x, part_y = x[chunk.rows], y[chunk.cols]
+        rows, cols = chunk.rows, chunk.cols
+        part_x, part_y = x[rows], y[cols]
         features, options = operands(part_x, part_y, row, g)
         gradient_kernel[(chunk.tiles,)](
-            *features, scale, factor, *peaks, pair_weight,
-            extremes, chunk.rows.start // row.block_n, blocks_n + chunk.cols.start // row.block_m,
-            (*(t[chunk.rows] for t in rows), row_weight.stride(0)),
-            (*(t[chunk.cols] for t in columns), column_weight.stride(0)),
-            entries[chunk.rows], shares, chunk.first_tile,
-            len(part_x), len(part_y), x.shape[1], offset + chunk.rows.start - chunk.cols.start,
+            *features, logit_scale, factor, row_peak, column_peak, pair_weight,
+            extremes, rows.start // row.block_n, blocks_n + cols.start // row.block_m,
+            (row_max[rows], row_sum[rows], row_weight[rows], row_weight.stride(0)),
+            (column_max[cols], column_sum[cols], column_weight[cols], column_weight.stride(0)),
+            entries[rows], shares, chunk.first_tile,
+            len(part_x), len(part_y), x.shape[1], offset + rows.start - cols.start,
             g.stride(0), (*x.stride(), *y.stride()),
             COLUMNS=m > 0, LIFT=lifted, STRIP=row.strip, **options,
         )  # fmt: skip

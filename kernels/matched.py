@@ -9,7 +9,7 @@ from ``info_nce.py``, whose tiles without positives need no masks. Sums are fp32
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -117,17 +117,42 @@ def matched_gradient_kernel(
     store_gradient(g, row0, col0, g_ptr, stride_g)
 
 
-def matched_fwd(x: Tensor, y: Tensor, scale: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    """Statistics of a matched strip, as in ops/contrastive.py: [4, N] and [4, M] or [4, 0].
+class MatchedStatistics(NamedTuple):
+    """Max, sum, positives and count (ops/strips.py)."""
 
-    Given are own, exclude, query_ids, key_ids, key_bias, same_positive, columns."""
-    own, exclude, *ids, bias, same_positive, columns = given
-    n, m, row = len(x), len(y), launch.choose("matched", x, y)
+    rows: Tensor  # [4, N]
+    columns: Tensor  # [4, M], or [4, 0]
+
+
+class MatchedGradients(NamedTuple):
+    dx: Tensor  # [N, D], in x's dtype
+    dy: Tensor  # [M, D], in y's dtype
+    dlogit_scale: Tensor  # fp32 []
+    dkey_bias: Tensor  # fp32 [M]
+
+
+def matched_fwd(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    own: Tensor,
+    exclude: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    key_bias: Tensor | None,
+    same_positive: bool,
+    columns: bool,
+) -> MatchedStatistics:
+    """Statistics of a matched strip; own to same_positive as in ops/pairs.py."""
+    n, m = len(x), len(y)
+    row = launch.choose("matched", x, y)
     if not min(n, m):
-        return _nothing(x, n), _nothing(x, m if columns else 0)
+        return MatchedStatistics(_nothing(x, n), _nothing(x, m if columns else 0))
     blocks_m = triton.cdiv(m, row.block_m)
     wave = max(1, PARTIAL_BYTES // (16 * (blocks_m * row.block_n + m))) * row.block_n
-    rows, by_column = [], []
+    relation = own, exclude, id_rows(query_ids, key_ids), key_bias
+    by_row: list[Tensor] = []
+    by_column: list[Tensor] = []
     with torch.cuda.device_of(x):
         for first in range(0, n, wave):
             part = x[first : first + wave]
@@ -136,57 +161,74 @@ def matched_fwd(x: Tensor, y: Tensor, scale: Tensor, *given: Any) -> tuple[Tenso
             column_part = x.new_empty((4, blocks_n, m if columns else 0), dtype=torch.float32)
             features, tile = operands(part, y, row)
             matched_forward_kernel[(blocks_n * blocks_m,)](
-                *features[:2], scale, row_part, column_part, (own, exclude, id_rows(*ids), bias),
+                *features[:2], logit_scale, row_part, column_part, relation,
                 len(part), m, x.shape[1], first, (*x.stride(), *y.stride()),
                 COLUMNS=columns, SAME_POSITIVE=same_positive, **tile,
             )  # fmt: skip
-            rows.append(_merged(row_part))
+            by_row.append(_merged(row_part))
             by_column.append(_merged(column_part))
-    return torch.cat(rows, dim=1), _merged(torch.stack(by_column, dim=1))
+    return MatchedStatistics(torch.cat(by_row, dim=1), _merged(torch.stack(by_column, dim=1)))
 
 
-def matched_bwd(x: Tensor, y: Tensor, scale: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    """Gradients of the strip, as in ops/contrastive.py: dx, dy, dscale, dbias.
-
-    Given are what ``matched_fwd`` takes but for ``columns``, then rows, columns (the statistics),
-    row_weights and column_weights."""
-    own, exclude, *ids, bias, same_positive = given[:6]
-    rows, columns, row_weights, column_weights = given[6:]
-    dbias = x.new_zeros(len(y), dtype=torch.float32)
+def matched_bwd(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    own: Tensor,
+    exclude: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    key_bias: Tensor | None,
+    same_positive: bool,
+    row_statistics: Tensor,
+    column_statistics: Tensor,
+    row_weights: Tensor,
+    column_weights: Tensor,
+) -> MatchedGradients:
+    """Gradients of a matched strip for the weights of LSE and mean positive, [2, N] and [2, M]."""
+    dkey_bias = x.new_zeros(len(y), dtype=torch.float32)
     if min(len(x), len(y)) == 0:
         zero = x.new_zeros((), dtype=torch.float32)
-        return torch.zeros_like(x), torch.zeros_like(y), zero, dbias
+        return MatchedGradients(torch.zeros_like(x), torch.zeros_like(y), zero, dkey_bias)
     row = launch.choose("matched", x, y)
     lift = torch.ones((), dtype=torch.float32, device=x.device)
     if x.dtype == torch.float16:  # weights are about 1/N: let G fill its range
         peak = sum(w.abs().amax(1).sum() for w in (row_weights, column_weights) if w.numel())
         power = (14 - torch.as_tensor(peak).log2().ceil()).clamp(-80, 80).exp2()
         lift = power.where(power.isfinite(), 1.0).float()
-    sides = _side(rows, row_weights, lift), _side(columns, column_weights, lift)
+    row_side = _side(row_statistics, row_weights, lift)
+    column_side = _side(column_statistics, column_weights, lift)
+    num_columns = column_statistics.shape[1]
     plan = waves.chunks(x, y, row)
     shares = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)
+    relation = own, exclude, id_rows(query_ids, key_ids), key_bias
 
     def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
         entries[chunk.rows].zero_()  # the positives are in G
         sums = None
-        if bias is not None:
+        if key_bias is not None:
             blocks = chunk.shape[0] // row.block_n
             sums = x.new_empty((blocks, len(part_y)), dtype=torch.float32)
         features, tile = operands(part_x, part_y, row)
         matched_gradient_kernel[(chunk.tiles,)](
-            *features[:2], g, scale, lift, *sides, len(x), columns.shape[1],
-            shares, sums, chunk.first_tile, (own, exclude, id_rows(*ids), bias),
+            *features[:2], g, logit_scale, lift, row_side, column_side, len(x), num_columns,
+            shares, sums, chunk.first_tile, relation,
             len(part_x), len(part_y), x.shape[1], chunk.rows.start, chunk.cols.start,
             g.stride(0), (*x.stride(), *y.stride()),
-            COLUMNS=columns.shape[1] > 0, SAME_POSITIVE=same_positive, **tile,
+            COLUMNS=num_columns > 0, SAME_POSITIVE=same_positive, **tile,
         )  # fmt: skip
         if sums is not None:
-            dbias[chunk.cols] += sums.sum(dim=0)
+            dkey_bias[chunk.cols] += sums.sum(dim=0)
 
-    factor = scale.reshape(()).float() / lift
-    dx, dy, dscale = waves.products(x, y, factor, 0, plan, fill, shares)
-    return dx, dy, dscale, dbias / lift
+    factor = logit_scale.reshape(()).float() / lift
+    gradients = waves.products(x, y, factor, 0, plan, fill, shares)
+    return MatchedGradients(
+        dx=gradients.dx,
+        dy=gradients.dy,
+        dlogit_scale=gradients.dlogit_scale,
+        dkey_bias=dkey_bias / lift,
+    )
 
 
 def _nothing(x: Tensor, count: int) -> Tensor:

@@ -17,8 +17,11 @@ with t = m (soft targets: s_iy is a dot product with m_y) or t = C (hard labels:
 attention.py). Label -100 gives zeros, any other label outside [0, K) a NaN loss.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -151,14 +154,49 @@ def weights_kernel(
     tl.store(pointers, w.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def attend(
-    q, keys, labels, scale, *, values=False, hard=False, best=False, expect=False
-) -> tuple[Tensor, ...]:
-    """One pass over the keys, which are the values too; labels are read where they are hard.
+class Slices(NamedTuple):
+    """Softmax statistics by slices of the keys, not yet joined (attention.py)."""
 
-    -> softmax statistics by slices of the keys, not yet joined (attention.py): row_max, row_sum,
-    best, expected [slices, N] (the last two empty where not asked for), positive [N], the label's
-    product where labels are hard, and acc [slices, N, D] (empty without values)."""
+    row_max: Tensor  # [slices, N]
+    row_sum: Tensor  # [slices, N]
+    best: Tensor  # int64 [slices, N], or [slices, 0] where not asked for
+    expected: Tensor  # [slices, N], or [slices, 0] where not asked for
+    positive: Tensor  # [N], the label's product where labels are hard
+    acc: Tensor  # [slices, N, D], or [slices, N, 0] without values
+
+
+class BankLosses(NamedTuple):
+    """Of S banks, or of one bank without the first dimension."""
+
+    loss: Tensor  # [S, N]
+    gradient: Tensor  # [S, N, D], or [S, 0, D]
+    nearest: Tensor  # int64 [S, N], or [S, 0]
+    row_max: Tensor  # [S, N]
+    row_sum: Tensor  # [S, N]
+    scale_gradient: Tensor  # [S, N], or [S, 0]
+
+
+class KeyGradient(NamedTuple):
+    """What turns weights W into the gradient G of the logits."""
+
+    labels: Tensor  # int64 [N]
+    row_sum: Tensor  # [N]
+    weight: Tensor  # [N]
+    hard: bool
+
+
+def attend(
+    q: Tensor,
+    keys: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor,
+    *,
+    values: bool = False,
+    hard: bool = False,
+    best: bool = False,
+    expect: bool = False,
+) -> Slices:
+    """One pass over the keys, which are the values too; labels are read where they are hard."""
     (n, d), k = q.shape, len(keys)
     tile = launch.prototype_row(q, full=best and expect, values=values)
     row_tiles = triton.cdiv(n, tile.block_n)
@@ -168,30 +206,49 @@ def attend(
     if q.is_cuda:
         cores = torch.cuda.get_device_properties(q.device).multi_processor_count
     slices = key_slices(row_tiles, triton.cdiv(k, tile.block_m), cores * tile.ctas_per_sm)
-    row = q.new_empty((slices, n), dtype=torch.float32)
-    nearest = row.new_empty((slices, n if best else 0), dtype=torch.int64)
-    expected = row.new_empty((slices, n if expect else 0))
-    acc = row.new_empty((slices, n, d if values else 0))
-    parts = row, torch.empty_like(row), nearest, expected, row.new_empty(n), acc
+    row_max = q.new_empty((slices, n), dtype=torch.float32)
+    parts = Slices(
+        row_max=row_max,
+        row_sum=torch.empty_like(row_max),
+        best=row_max.new_empty((slices, n if best else 0), dtype=torch.int64),
+        expected=row_max.new_empty((slices, n if expect else 0)),
+        positive=row_max.new_empty(n),
+        acc=row_max.new_empty((slices, n, d if values else 0)),
+    )
     _, options = operands(q, keys, tile)
     with torch.cuda.device_of(q):
         attention_kernel[(row_tiles, slices)](
-            q, scale, keys, labels, *parts, n, k, d, slices, (*q.stride(), *keys.stride()),
+            q, logit_scale, keys, labels,
+            parts.row_max, parts.row_sum, parts.best, parts.expected, parts.positive, parts.acc,
+            n, k, d, slices, (*q.stride(), *keys.stride()),
             VALUES=values, BEST=best, EXPECT=expect, HARD=hard, PEEL=int(peel), **options,
         )  # fmt: skip
     return parts
 
 
-def finish(q, scale, targets, labels, parts, out, *, hard, gradient=False, joined=False) -> None:
-    """Join the parts into ``out`` = (loss, gradient, nearest, row_max, row_sum, dscale), where acc
-    may be ``joined`` already; the gradient and dscale with ``gradient`` only."""
-    (slices, n), best, expected = parts[0].shape, *parts[2:4]
+def finish(
+    q: Tensor,
+    logit_scale: Tensor,
+    targets: Tensor,
+    labels: Tensor,
+    parts: Slices,
+    out: BankLosses,
+    *,
+    hard: bool,
+    gradient: bool = False,
+    joined: bool = False,
+) -> None:
+    """Join the parts, whose acc may be ``joined`` already, into the results of one bank; the
+    gradients with ``gradient`` only."""
+    slices, n = parts.row_max.shape
     with torch.cuda.device_of(q):
         finish_kernel[(triton.cdiv(n, FINISH.block_n),)](
-            q, scale, targets, labels, *parts, *out,
+            q, logit_scale, targets, labels,
+            parts.row_max, parts.row_sum, parts.best, parts.expected, parts.positive, parts.acc,
+            out.loss, out.gradient, out.nearest, out.row_max, out.row_sum, out.scale_gradient,
             n, targets.shape[1], slices, len(targets), *q.stride(), *targets.stride(),
-            BLOCK_N=FINISH.block_n, BLOCK_D=FINISH.block_d, HARD=hard, BEST=best.numel() > 0,
-            EXPECT=expected.numel() > 0, GRADIENT=gradient, JOINED=joined, **FINISH.options,
+            BLOCK_N=FINISH.block_n, BLOCK_D=FINISH.block_d, HARD=hard, BEST=parts.best.numel() > 0,
+            EXPECT=parts.expected.numel() > 0, GRADIENT=gradient, JOINED=joined, **FINISH.options,
         )  # fmt: skip
 
 
@@ -203,21 +260,31 @@ def key_slices(row_tiles: int, key_tiles: int, cores: int) -> int:
     longest = max(1, min(key_tiles // 4, max(8, cores // max(1, row_tiles))))
     waves = {slices: row_tiles * slices / cores for slices in range(1, longest + 1)}
     fullness = {slices: count / math.ceil(count) for slices, count in waves.items()}
-    return next((c for c in fullness if fullness[c] >= 0.85), max(fullness, key=fullness.get))
+    fullest = max(fullness, key=lambda slices: fullness[slices])
+    return next((slices for slices in fullness if fullness[slices] >= 0.85), fullest)
 
 
-def weights(q, keys, scale, row_max, *, first_key=0, gradient=None) -> Tensor:
-    """W [N, K] in q's dtype, or G_UNIT * G; gradient: (labels, row_sum, weight, hard)."""
+def weights(
+    q: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    row_max: Tensor,
+    *,
+    first_key: int = 0,
+    gradient: KeyGradient | None = None,
+) -> Tensor:
+    """W [N, K] in q's dtype, or G_UNIT * G with ``gradient``."""
     (n, d), k = q.shape, len(keys)
     out = q.new_empty((n, k))
-    labels, row_sum, weight, hard = gradient or (row_max, row_max, row_max, False)
+    unread = KeyGradient(labels=row_max, row_sum=row_max, weight=row_max, hard=False)
+    side = gradient or unread
     row = launch.prototype_row(q)
     _, options = operands(q, keys, row)
     with torch.cuda.device_of(q):
         weights_kernel[(triton.cdiv(n, row.block_n), triton.cdiv(k, row.block_m))](
-            q, scale, keys, labels, row_max, row_sum, weight, out, n, k, d, first_key,
-            (*q.stride(), *keys.stride()),
-            UNIT=G_UNIT, GRADIENT=gradient is not None, HARD=hard, **options,
+            q, logit_scale, keys, side.labels, row_max, side.row_sum, side.weight, out,
+            n, k, d, first_key, (*q.stride(), *keys.stride()),
+            UNIT=G_UNIT, GRADIENT=gradient is not None, HARD=side.hard, **options,
         )  # fmt: skip
     return out
 
@@ -227,65 +294,120 @@ def _wave(other: int, itemsize: int) -> int:
     return max(16, SCRATCH_BYTES // (max(1, other) * itemsize) // 16 * 16)
 
 
-def weighted_values(q, keys, values, scale, row_max, out: Tensor) -> None:
+def weighted_values(
+    q: Tensor, keys: Tensor, values: Tensor, logit_scale: Tensor, row_max: Tensor, out: Tensor
+) -> None:
     """out [N, DV] fp32 = sum_k W_ik v_k."""
     rows = _wave(len(keys), q.element_size())
-    for a in range(0, len(q), rows):
-        part = slice(a, a + rows)
-        multiply(weights(q[part], keys, scale, row_max[part]), values, out[part])
+    for first in range(0, len(q), rows):
+        wave = slice(first, first + rows)
+        multiply(weights(q[wave], keys, logit_scale, row_max[wave]), values, out[wave])
 
 
 def prototype_ce_fwd_banks(
-    h: Tensor, prototypes: Sequence[Tensor], targets: Sequence[Tensor], labels: Sequence[Tensor],
-    scale: Tensor, need_grad: bool, need_nearest: bool, need_dscale: bool = True,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """-> loss [S, N], gradient [S, N or 0, D], nearest [S, N or 0], row_max, row_sum [S, N],
-    gradient of the scale [S, N or 0], from rounded weights without ``need_dscale``."""
-    (n, d), banks = h.shape, len(prototypes)
-    loss = h.new_empty((banks, n), dtype=torch.float32)
-    row_max, row_sum = torch.empty_like(loss), torch.empty_like(loss)
-    gradient = loss.new_empty((banks, n if need_grad else 0, d))
-    nearest = loss.new_empty((banks, n if need_nearest else 0), dtype=torch.int64)
-    dscale = loss.new_empty(gradient.shape[:2])
-    out = (loss, gradient, nearest, row_max, row_sum, dscale)
+    features: Tensor,
+    prototypes: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    logit_scale: Tensor,
+    need_grad: bool,
+    need_nearest: bool,
+    need_scale_gradient: bool = True,
+) -> BankLosses:
+    """The losses of S banks, as in ops/prototypes.py; without ``need_scale_gradient`` that one is
+    from rounded weights."""
+    (n, d), banks = features.shape, len(prototypes)
+    loss = features.new_empty((banks, n), dtype=torch.float32)
+    graded = n if need_grad else 0
+    out = BankLosses(
+        loss=loss,
+        gradient=loss.new_empty((banks, graded, d)),
+        nearest=loss.new_empty((banks, n if need_nearest else 0), dtype=torch.int64),
+        row_max=torch.empty_like(loss),
+        row_sum=torch.empty_like(loss),
+        scale_gradient=loss.new_empty((banks, graded)),
+    )
     if not n:
         return out
-    scale = scale.reshape(()).float()
-    one_pass = need_grad and h.dtype != torch.float32 and d <= launch.WIDEST_ATTENTION
+    logit_scale = logit_scale.reshape(()).float()
+    half = features.dtype != torch.float32
+    one_pass = need_grad and half and d <= launch.WIDEST_ATTENTION
     # fp32 weights are not rounded, so the gradient gives that of the scale.
-    expect = need_grad and need_dscale and h.dtype != torch.float32
-    h = h.contiguous()
-    for b, (c, m, y) in enumerate(zip(prototypes, targets, labels, strict=True)):
-        hard, c, y = len(m) == 0, c.contiguous(), y.contiguous()
-        t = c if hard else m
-        found = tuple(part[b] for part in out)
-        parts = attend(h, c, y, scale, values=one_pass, hard=hard, best=need_nearest, expect=expect)
-        finish(h, scale, t, y, parts, found, hard=hard, gradient=one_pass)
+    expect = need_grad and need_scale_gradient and half
+    features = features.contiguous()
+    for bank in range(banks):
+        keys, bank_labels = prototypes[bank].contiguous(), labels[bank].contiguous()
+        hard = len(targets[bank]) == 0
+        bank_targets = keys if hard else targets[bank]
+        bank_out = BankLosses._make(result[bank] for result in out)
+        parts = attend(
+            features,
+            keys,
+            bank_labels,
+            logit_scale,
+            values=one_pass,
+            hard=hard,
+            best=need_nearest,
+            expect=expect,
+        )
+        finish(
+            features,
+            logit_scale,
+            bank_targets,
+            bank_labels,
+            parts,
+            bank_out,
+            hard=hard,
+            gradient=one_pass,
+        )
         if need_grad and not one_pass:
-            weighted_values(h, c, c, scale, row_max[b], gradient[b])
-            joined = *parts[:5], gradient[b]
-            finish(h, scale, t, y, joined, found, hard=hard, gradient=True, joined=True)
+            acc = bank_out.gradient
+            weighted_values(features, keys, keys, logit_scale, bank_out.row_max, acc)
+            finish(
+                features,
+                logit_scale,
+                bank_targets,
+                bank_labels,
+                parts._replace(acc=acc),
+                bank_out,
+                hard=hard,
+                gradient=True,
+                joined=True,
+            )
     return out
 
 
 def prototype_ce_bwd_prototypes(
-    h: Tensor, prototypes: Tensor, labels: Tensor, scale: Tensor,
-    row_max: Tensor, row_sum: Tensor, weight: Tensor, hard: bool,
-) -> Tensor:  # fmt: skip
-    """-> scale * sum_i w_i (p_ik - [hard and y_i = k]) h_i, [K, D] in the prototypes' dtype."""
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    weight: Tensor,
+    hard: bool,
+) -> Tensor:
+    """logit_scale * sum_i w_i (p_ik - [hard and y_i = k]) h_i, [K, D] in the prototypes' dtype."""
     out = torch.zeros_like(prototypes, memory_format=torch.contiguous_format)
-    if not len(h) or not out.numel():
+    if not len(features) or not out.numel():
         return out
-    scale = scale.reshape(()).float()
+    logit_scale = logit_scale.reshape(()).float()
     largest = weight.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    weight, factor = (weight / largest).contiguous(), scale * largest / G_UNIT
-    row_max, row_sum = row_max.contiguous(), row_sum.contiguous()
-    gradient = labels.contiguous(), row_sum, weight, hard
-    columns = _wave(len(h), h.element_size())
+    factor = logit_scale * largest / G_UNIT
+    gradient = KeyGradient(
+        labels=labels.contiguous(),
+        row_sum=row_sum.contiguous(),
+        weight=(weight / largest).contiguous(),
+        hard=hard,
+    )
+    row_max = row_max.contiguous()
+    columns = _wave(len(features), features.element_size())
     for first in range(0, len(prototypes), columns):
-        part = slice(first, first + columns)
-        g = weights(h, prototypes[part], scale, row_max, first_key=first, gradient=gradient)
-        out[part] = factor * multiply(g.T, h)
+        wave = slice(first, first + columns)
+        g = weights(
+            features, prototypes[wave], logit_scale, row_max, first_key=first, gradient=gradient
+        )
+        out[wave] = factor * multiply(g.T, features)
     return out
 
 
@@ -299,11 +421,12 @@ def soft_targets(source_centroids: Tensor, prototypes: Tensor, temperature: floa
     out = prototypes.new_empty((k, d), dtype=torch.float32)
     if not out.numel():
         return out
-    source, values = (t.float().contiguous() for t in (source_centroids, prototypes))
-    scale = torch.full((), 1 / temperature, dtype=torch.float32, device=out.device)
-    labels = torch.empty(0, dtype=torch.int64, device=out.device)  # there are none
-    tops, sums, *_ = attend(source, source, labels, scale)
-    row_max = tops.amax(dim=0)
-    row_sum = (sums * ((tops - row_max) / temperature).exp()).sum(dim=0)
-    weighted_values(source, source, values, scale, row_max, out)
+    source, values = source_centroids.float().contiguous(), prototypes.float().contiguous()
+    logit_scale = torch.full((), 1 / temperature, dtype=torch.float32, device=out.device)
+    no_labels = torch.empty(0, dtype=torch.int64, device=out.device)
+    parts = attend(source, source, no_labels, logit_scale)
+    row_max = parts.row_max.amax(dim=0)
+    factors = ((parts.row_max - row_max) / temperature).exp()
+    row_sum = (parts.row_sum * factors).sum(dim=0)
+    weighted_values(source, source, values, logit_scale, row_max, out)
     return out.div_(row_sum[:, None])

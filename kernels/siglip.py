@@ -1,4 +1,4 @@
-"""The sigmoid loss over tiles of the logits: what ops/contrastive.py calls.
+"""The sigmoid loss over tiles of the logits: what ops/strips.py calls.
 
 z_ij = scale x_i.y_j + bias; a pair costs softplus(z), less z where it is positive (j = i + offset),
 and its gradient is G = sigmoid(z), less 1 there. No statistics of whole rows are needed, so one
@@ -11,6 +11,8 @@ short series, as the card's logarithm is good to 2^-22 absolute only and softplu
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -107,12 +109,26 @@ def sigmoid_kernel(
     tl.store(at + 2 * tl.cast(tiles, tl.int64), dbias)
 
 
+class SigmoidLoss(NamedTuple):
+    loss: Tensor  # fp32 []
+    dx: Tensor  # [N, D], or [0, D] without gradients
+    dy: Tensor  # [M, D], or [0, D] without gradients
+    dlogit_scale: Tensor  # fp32 []
+    dlogit_bias: Tensor  # fp32 []
+
+
 def sigmoid_loss(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, offset: int, gradients: bool,
-    query_ids: Tensor | None = None, key_ids: Tensor | None = None, same_positive: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss [], then dx, dy, dscale, dbias of the strip x [N, D] against y [M, D]; ids as in
-    ops/pairs.py."""
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    offset: int,
+    gradients: bool,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    same_positive: bool = True,
+) -> SigmoidLoss:
+    """The strip x [N, D] against y [M, D], as in ops/strips.py; ids as in ops/pairs.py."""
     row = launch.choose("sigmoid", x, y)
     keep = gradients and min(x.numel(), y.numel()) > 0
     plan = waves.chunks(x, y, row, bounded=keep)  # no G to keep: one chunk
@@ -125,7 +141,7 @@ def sigmoid_loss(
         features, options = operands(part_x, part_y, row, g if keep else None)
         ids = id_rows(query_ids, key_ids, chunk.rows, chunk.cols)
         sigmoid_kernel[(chunk.tiles,)](
-            *features, scale, bias,
+            *features, logit_scale, logit_bias,
             entries[chunk.rows], shares, tiles, chunk.first_tile,
             len(part_x), len(part_y), x.shape[1], offset + chunk.rows.start - chunk.cols.start,
             g.stride(0), (*x.stride(), *y.stride()), ids, GRADIENTS=keep, LIFTED=lift,
@@ -133,12 +149,16 @@ def sigmoid_loss(
         )  # fmt: skip
 
     if keep:
-        factor = scale.reshape(()) if lift == 1.0 else scale.reshape(()).float() / lift
+        factor = logit_scale.reshape(())
+        if lift != 1.0:
+            factor = factor.float() / lift
         dx, dy, _ = waves.products(x, y, factor, offset, plan, fill, shares[0])
     else:
-        dx, dy = (t.new_zeros(t.shape if gradients else (0, t.shape[1])) for t in (x, y))
+        dx = x.new_zeros(x.shape if gradients else (0, x.shape[1]))
+        dy = y.new_zeros(y.shape if gradients else (0, y.shape[1]))
         with torch.cuda.device_of(x):
             for chunk in plan:
                 fill(chunk, x.new_empty((1, 1)), shares[0])
-    dscale, loss, dbias = (share.sum() for share in shares)  # an op's outputs must not alias
-    return loss, dx, dy, dscale, dbias
+    # Sums of their own: an op's outputs must not alias.
+    dlogit_scale, loss, dlogit_bias = (share.sum() for share in shares)
+    return SigmoidLoss(loss, dx, dy, dlogit_scale, dlogit_bias)

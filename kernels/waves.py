@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -46,16 +47,23 @@ def chunks(x: Tensor, y: Tensor, launch: Launch, *, bounded: bool = True) -> lis
         budget = SCRATCH_BYTES // x.element_size() // (block_n * block_m)  # tiles
         cols = min(cols, max(1, budget * block_n // SIDE))
         rows = min(rows, max(1, budget // max(1, cols)))
-    found, tile = [], 0
+    plan: list[Chunk] = []
+    tile = 0
     for i in range(0, n, max(1, rows) * block_n):
         for j in range(0, m, max(1, cols) * block_m):
-            high, wide = min(rows * block_n, n - i), min(cols * block_m, m - j)
-            tiles = triton.cdiv(high, block_n), triton.cdiv(wide, block_m)
-            shape = tiles[0] * block_n, tiles[1] * block_m
-            count = tiles[0] * tiles[1]
-            found.append(Chunk(slice(i, i + high), slice(j, j + wide), shape, tile, count))
-            tile += count
-    return found
+            height = min(rows * block_n, n - i)
+            width = min(cols * block_m, m - j)
+            tile_rows, tile_cols = triton.cdiv(height, block_n), triton.cdiv(width, block_m)
+            chunk = Chunk(
+                rows=slice(i, i + height),
+                cols=slice(j, j + width),
+                shape=(tile_rows * block_n, tile_cols * block_m),
+                first_tile=tile,
+                tiles=tile_rows * tile_cols,
+            )
+            plan.append(chunk)
+            tile += chunk.tiles
+    return plan
 
 
 @triton.jit
@@ -78,10 +86,21 @@ def store_entries(g, rows, positive, shift, n, width, entry_ptr):
     tl.store(entry_ptr + rows, tl.sum(tl.where(positive, g, 0.0), 1), mask=held)
 
 
+class Gradients(NamedTuple):
+    dx: Tensor  # [N, D], in x's dtype
+    dy: Tensor  # [M, D], in y's dtype
+    dlogit_scale: Tensor  # the sum of the tiles' shares, fp32 []
+
+
 def products(
-    x: Tensor, y: Tensor, factor: Tensor, offset: int,
-    plan: list[Chunk], fill: Callable[[Chunk, Tensor, Tensor], None], shares: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    factor: Tensor,
+    offset: int,
+    plan: list[Chunk],
+    fill: Callable[[Chunk, Tensor, Tensor], None],
+    shares: Tensor,
+) -> Gradients:
     """dx [N, D], dy [M, D] in the features' dtype, neither empty, and the sum of the shares, fp32.
 
     ``fill(chunk, g, entries)`` launches a kernel that writes a chunk of G (whole tiles; 0 past the
@@ -90,11 +109,13 @@ def products(
     holds all of G this is four launches: ``fill``, two products, the finish.
     """
     (n, d), m = x.shape, len(y)
-    dx, dy = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, y))
-    wide = {"dtype": torch.float32, "device": x.device}
-    entries, total = torch.empty(n, **wide), torch.empty((), **wide)
+    dx = x.new_empty(x.shape)  # contiguous, whatever the strides of x
+    dy = y.new_empty(y.shape)
+    entries = x.new_empty(n, dtype=torch.float32)
+    total = x.new_empty((), dtype=torch.float32)
     scratch = x.new_empty(max(c.shape[0] * c.shape[1] for c in plan))
-    sum_x, sum_y = torch.empty((plan[0].rows.stop, d), **wide), torch.empty((m, d), **wide)
+    sum_x = x.new_empty((plan[0].rows.stop, d), dtype=torch.float32)
+    sum_y = x.new_empty((m, d), dtype=torch.float32)
     with torch.cuda.device_of(x):
         for chunk in plan:
             rows, cols = chunk.rows, chunk.cols
@@ -115,10 +136,12 @@ def products(
                 n, d, rows.start, offset, *x.stride(), *y.stride(),
                 BLOCK_N=FINISH.block_n, BLOCK_D=FINISH.block_d, **FINISH.options,
             )  # fmt: skip
-    return dx, dy, total
+    return Gradients(dx, dy, total)
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor | None = None, *, accumulate=False) -> Tensor:
+def multiply(
+    a: Tensor, b: Tensor, out: Tensor | None = None, *, accumulate: bool = False
+) -> Tensor:
     """out (+)= a b, fp32; fp32 operands as ``torch.backends.cuda.matmul`` says."""
     if out is None:
         out = torch.empty((a.shape[0], b.shape[1]), dtype=torch.float32, device=a.device)

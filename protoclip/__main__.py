@@ -16,7 +16,7 @@ from protoclip.commands import PARSERS
 PACKAGES = ("data", "evaluate", "report")
 HELP = """protoclip trains CLIP with prototypes, and shows which pictures belong together.
 
-  protoclip train                       train a small ProtoCLIP on built-in emoji: minutes on a CPU
+  protoclip train                       train a small ProtoCLIP on built-in icons: minutes on a CPU
   protoclip cluster photos/ --k 50      group pictures, or rows of features
   protoclip evaluate logs/RUN           evaluate a run, or any CLIP on your data
   protoclip report logs/RUN             write one page about a run, or about several side by side

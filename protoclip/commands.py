@@ -26,7 +26,7 @@ def train_parser() -> Parser:
     return build_parser(
         "protoclip train",
         "Train ProtoCLIP (or CLIP) on image-text pairs. Without flags: ProtoCLIP on the built-in "
-        "emoji, a few minutes on two CPU cores.",
+        "icons, a few minutes on two CPU cores.",
         EVERYDAY.split(),
         "protoclip train --train-data 'shards/{00000..00099}.tar' --model ViT-B-32 --epochs 32",
     )
@@ -97,7 +97,7 @@ def evaluate_parser() -> Parser:
         usage="%(prog)s MODEL [options]",
         description="Evaluate a CLIP; prints a table, writes results.json and, per data set and "
         "task, the JSON that CLIP_benchmark writes.",
-        epilog="data: builtin:emoji[:STYLE] | builtin:openclipart | builtin:shapes[:N] | class "
+        epilog="data: builtin:icons | builtin:shapes[:N] | class "
         "folders (ImageFolder), also below train/ and test/ | a .csv or .tsv | webdataset shards "
         "with captions. Without a train split, probes train on 80 % of the pictures and are "
         "tested on 20 %.",
@@ -168,7 +168,7 @@ def teacher_parser() -> Parser:
         "for protoclip train --external-teacher.",
         example="protoclip teacher --data 'shards/{00000..00099}.tar' --out features.npz",
     )
-    add_flag(parser, "--data", "builtin:emoji", "as in protoclip train --train-data")
+    add_flag(parser, "--data", "builtin:icons", "as in protoclip train --train-data")
     words = f"{MINILM}, or a text model of Hugging Face such as roberta-large, by name or folder"
     add_flag(parser, "--model", MINILM, words)
     words = "average 77 tokens, padding included, as the authors did with roberta-large"

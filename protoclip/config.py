@@ -130,10 +130,9 @@ class DataConfig:
     """Data"""
 
     train_data: str = option(
-        "builtin:emoji",
-        "builtin:emoji[:STYLE+...] (twemoji, openmoji, noto), builtin:openclipart, "
-        "builtin:shapes[:N], a .csv/.tsv file, or webdataset shards such as 'd/{000..012}.tar', "
-        "globs, urls; sources joined by '::'",
+        "builtin:icons",
+        "builtin:icons, builtin:shapes[:N], a .csv/.tsv file, or webdataset shards such as "
+        "'d/{000..012}.tar', globs, urls; sources joined by '::'",
     )
     val_data: str = option("", "data to evaluate on; default: the held-out part of built-in data")
     train_num_samples: int = option(0, "use only the first N samples; 0: all", fixed=True)
@@ -162,7 +161,7 @@ class ModelConfig:
     """Model"""
 
     model: str = option(
-        "protoclip-tiny", "OpenCLIP model, config .json, local-dir:PATH, hf-hub:ID", fixed=True
+        "protoclip-icons", "OpenCLIP model, config .json, local-dir:PATH, hf-hub:ID", fixed=True
     )
     pretrained: str = option("", "weights to start from: an OpenCLIP tag or a checkpoint file")
     force_image_size: int = option(0, "side of an image in pixels; 0: the model's", fixed=True)
@@ -252,11 +251,11 @@ class LossConfig:
 class OptimConfig:
     """Optimisation"""
 
-    epochs: float = option(33.0, "passes over the data")
+    epochs: float = option(24.0, "passes over the data")
     max_steps: int = option(0, "shorten the run and its schedule to N steps; 0: no limit")
     batch_size: int = option(256, "pairs per forward pass of a process", low=2)
     accum_freq: int = option(1, "passes per step; global batch = batch size x this x ranks", low=1)
-    lr: float = option(1e-3, "peak learning rate")
+    lr: float = option(3e-3, "peak learning rate")
     beta1: float = option(0.9, "AdamW", high=1)
     beta2: float = option(0.98, "AdamW", high=1)
     eps: float = option(1e-6, "AdamW")
@@ -280,7 +279,7 @@ class RunConfig:
     dist_backend: str = option("auto", "auto: nccl on GPUs", choices=("auto", "nccl", "gloo"))
     dist_timeout: float = option(1800.0, "seconds that a process waits for others", low=1)
     log_every_n_steps: int = option(1, "steps between lines of metrics.jsonl", low=1)
-    val_frequency: float = option(5.0, "epochs between quick evaluations; 0: only at the end")
+    val_frequency: float = option(6.0, "epochs between quick evaluations; 0: only at the end")
     save_frequency: int = option(0, "epochs between kept checkpoints; 0: only the last")
     delete_previous_checkpoint: bool = option(False, "keep only the newest of --save-frequency")
     save_every: str = option(

@@ -38,16 +38,20 @@ from protoclip.distributed import (
     world_size,
 )
 from protoclip.ops import Bank, checks, prototype_losses
-from protoclip.ops.backends import ANY_FLOAT, implementation, resolve, wants_gradient
-from protoclip.ops.contrastive import (
+from protoclip.ops.backends import resolve
+from protoclip.ops.checks import LEFT_OUT
+from protoclip.ops.contrastive import info_nce, one_way, one_way_parts, sigmoid_loss
+from protoclip.ops.operators import ANY_FLOAT, gradient_like, wants_gradient
+from protoclip.ops.pairs import SAME_ID, Matching, Pairs, SameId, check_ids, pairs_of
+from protoclip.ops.strips import (
     gap_and_mean,
-    info_nce,
-    one_way,
-    one_way_parts,
+    matched_gradients,
+    matched_statistics,
     side_weights,
-    sigmoid_loss,
+    sigmoid_strip,
+    strip_gradients,
+    strip_statistics,
 )
-from protoclip.ops.pairs import LEFT_OUT, SAME_ID, Given, Pairs, SameId, check_ids, pairs_of
 from protoclip.prototypes import (
     EXTERNAL,
     Episode,
@@ -80,21 +84,23 @@ def global_info_nce(
 
     Args: those of ``info_nce``, for this rank's pairs; B is the same on every rank.
     """
-    inputs = image_features, text_features, logit_scale
     if not is_distributed():
-        return info_nce(*inputs, ids=ids, same_id=same_id, backend=backend)
+        return info_nce(
+            image_features, text_features, logit_scale, ids=ids, same_id=same_id, backend=backend
+        )
     op, first = "global_info_nce", rank() * len(image_features)
-    x, y, scale = checks.pairs(op, *inputs)
+    x, y, logit_scale = checks.pairs(op, image_features, text_features, logit_scale)
     checks.one_of(op, "same_id", same_id, SAME_ID)
-    every = _all_ids(op, ids, x)
-    kind = "info_nce" if ids is None else "contrastive"
-    name = resolve(kind, backend, x.device.type, x.dtype)
-    given = Given(None, ids, every, same_id, first=first)
+    all_ids = _all_ids(op, ids, x)
+    table_row = "info_nce" if ids is None else "contrastive"
+    name = resolve(table_row, backend, x.device.type, x.dtype)
+    matching = Matching(query_ids=ids, key_ids=all_ids, same_id=same_id, first=first)
     if name == "reference":
-        images = one_way(op, (x, gathered_rows(y), scale), given, backend=name)
-        return (images + one_way(op, (y, gathered_rows(x), scale), given, backend=name)) / 2
-    relation = None if every is None else pairs_of(op, x, len(every), given)
-    rows, columns = _Strip.apply(x, y, scale, relation, name)
+        images = one_way(op, x, gathered_rows(y), logit_scale, matching, backend=name)
+        texts = one_way(op, y, gathered_rows(x), logit_scale, matching, backend=name)
+        return (images + texts) / 2
+    pairs = None if all_ids is None else pairs_of(op, x, len(all_ids), matching)
+    rows, columns = _Strip.apply(x, y, logit_scale, pairs, name)
     return (rows + columns).mean() / 2
 
 
@@ -129,11 +135,26 @@ def global_contrastive(
         logit_scale, same_id, backend: as in ``contrastive``, as are the result and errors.
     """
     op = "global_contrastive"
-    given = Given(positives, query_ids, key_ids, same_id, exclude, key_bias)
-    every, given = _keys_of_all_ranks(op, keys, given)
-    average = mean_over_ranks if is_distributed() else None
-    inputs = queries, every, logit_scale
-    return one_way(op, inputs, given, weights, reduction, backend, average=average)
+    matching = Matching(
+        positives=positives,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        same_id=same_id,
+        exclude=exclude,
+        key_bias=key_bias,
+    )
+    all_keys, matching = _keys_of_all_ranks(op, keys, matching)
+    return one_way(
+        op,
+        queries,
+        all_keys,
+        logit_scale,
+        matching,
+        weights=weights,
+        reduction=reduction,
+        backend=backend,
+        average=mean_over_ranks if is_distributed() else None,
+    )
 
 
 def global_contrastive_parts(
@@ -151,23 +172,30 @@ def global_contrastive_parts(
 ) -> tuple[Tensor, Tensor]:
     """``contrastive_parts`` of this rank's queries; arguments as in ``global_contrastive``."""
     op = "global_contrastive_parts"
-    given = Given(positives, query_ids, key_ids, same_id, exclude, key_bias)
-    every, given = _keys_of_all_ranks(op, keys, given)
-    return one_way_parts(op, (queries, every, logit_scale), given, backend)
+    matching = Matching(
+        positives=positives,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        same_id=same_id,
+        exclude=exclude,
+        key_bias=key_bias,
+    )
+    all_keys, matching = _keys_of_all_ranks(op, keys, matching)
+    return one_way_parts(op, queries, all_keys, logit_scale, matching, backend=backend)
 
 
-def _keys_of_all_ranks(op: str, keys: Tensor, given: Given) -> tuple[Tensor, Given]:
+def _keys_of_all_ranks(op: str, keys: Tensor, matching: Matching) -> tuple[Tensor, Matching]:
     """The keys of all ranks with their ids and biases; checked before any rank waits."""
     if not is_distributed():
-        return keys, given
+        return keys, matching
     checks.matrix(op, "keys", keys, "[M, D]")
-    bias = given.key_bias
+    bias = matching.key_bias
     if bias is not None:
         checks.vector(op, "key_bias", bias, ANY_FLOAT, [(len(keys),)], keys.device)
         bias = gathered_rows(bias)
-    ids = _all_ids(op, given.key_ids, keys, "key_ids")
-    given = replace(given, key_ids=ids, key_bias=bias, first=rank() * len(keys))
-    return gathered_rows(keys), given
+    ids = _all_ids(op, matching.key_ids, keys, "key_ids")
+    matching = replace(matching, key_ids=ids, key_bias=bias, first=rank() * len(keys))
+    return gathered_rows(keys), matching
 
 
 def _all_ids(op: str, ids: Tensor | None, rows: Tensor, name: str = "ids") -> Tensor | None:
@@ -194,64 +222,108 @@ def global_sigmoid_loss(
 
     Args: those of ``sigmoid_loss``, for this rank's pairs; B is the same on every rank.
     """
-    inputs = image_features, text_features, logit_scale
     if not is_distributed():
-        return sigmoid_loss(*inputs, logit_bias, ids=ids, same_id=same_id, backend=backend)
+        return sigmoid_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            ids=ids,
+            same_id=same_id,
+            backend=backend,
+        )
     op, first = "global_sigmoid_loss", rank() * len(image_features)
-    x, y, scale = checks.pairs(op, *inputs)
-    bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
-    every = _all_ids(op, ids, x)
+    x, y, logit_scale = checks.pairs(op, image_features, text_features, logit_scale)
+    logit_bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
+    all_ids = _all_ids(op, ids, x)
     name = resolve("siglip", backend, x.device.type, x.dtype)
     if name == "reference":
-        told: dict[str, Any] = {"ids": every, "same_id": same_id, "offset": first, "backend": name}
-        return sigmoid_loss(x, gathered_rows(y), scale, bias, **told)
-    given = Given(None, ids, every, same_id, first=first)
-    relation = pairs_of(op, x, len(x) * world_size(), given)
-    return _Ring.apply(x, y, scale, bias, name, wants_gradient(x, y, scale, bias), relation)
+        return sigmoid_loss(
+            x,
+            gathered_rows(y),
+            logit_scale,
+            logit_bias,
+            ids=all_ids,
+            same_id=same_id,
+            offset=first,
+            backend=name,
+        )
+    matching = Matching(query_ids=ids, key_ids=all_ids, same_id=same_id, first=first)
+    pairs = pairs_of(op, x, len(x) * world_size(), matching)
+    gradients = wants_gradient(x, y, logit_scale, logit_bias)
+    return _Ring.apply(x, y, logit_scale, logit_bias, pairs, gradients, name)
 
 
 class _Strip(torch.autograd.Function):
     """x, y [B, D] -> the losses of this rank's images against all texts, and of its texts against
-    all images: [B], [B]. ``relation`` says how pairs with the same id count; None: all differ."""
+    all images: [B], [B]. ``pairs`` says how those with the same id count; None: all differ."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, relation: Pairs | None, backend: str
+        ctx: Any, x: Tensor, y: Tensor, logit_scale: Tensor, pairs: Pairs | None, backend: str
     ) -> tuple[Tensor, Tensor]:
         all_y, offset = gather_rows(y), rank() * len(x)
-        if relation is None:
-            run = implementation("info_nce", backend, "contrastive_fwd")
-            row_max, row_sum, *by_column, positive = run(x, all_y, scale, offset, True)
-            pair = positive, torch.ones_like(positive)
-            rows, columns = torch.stack([row_max, row_sum, *pair]), torch.stack(by_column)
+        if pairs is None:
+            strip = strip_statistics(
+                x, all_y, logit_scale, offset=offset, columns=True, backend=backend
+            )
+            positives, count = strip.positive, torch.ones_like(strip.positive)
+            rows = torch.stack([strip.row_max, strip.row_sum, positives, count])
+            columns = torch.stack([strip.column_max, strip.column_sum])
         else:
-            told = *relation.arguments, True, backend, False
-            *_, rows, columns, _ = torch.ops.protoclip.matched(x, all_y, scale, *told)
-        top = columns[0].clone()
-        dist.all_reduce(top, dist.ReduceOp.MAX)
-        sums = torch.cat([columns[1:2] * torch.exp2(columns[0] - top), columns[2:]])
+            matched = matched_statistics(
+                x, all_y, logit_scale, pairs, columns=True, backend=backend, keep_stash=False
+            )
+            rows, columns = matched.row_statistics, matched.column_statistics
+        # The columns' statistics, [2, G] or [4, G]: their maximum, then sums, over the ranks.
+        column_max = columns[0].clone()
+        dist.all_reduce(column_max, dist.ReduceOp.MAX)
+        sums = torch.cat([columns[1:2] * torch.exp2(columns[0] - column_max), columns[2:]])
         dist.all_reduce(sums)
-        columns = torch.cat([top[None], sums])
-        ctx.save_for_backward(x, all_y, scale, rows, columns)
-        ctx.relation, ctx.offset, ctx.backend = relation, offset, backend
-        own = columns[:, offset : offset + len(x)]
-        if relation is None:
-            own = torch.stack([*own, *pair])
-        return gap_and_mean(rows)[0], gap_and_mean(own)[0]
+        columns = torch.cat([column_max[None], sums])
+        ctx.save_for_backward(x, all_y, logit_scale, rows, columns)
+        ctx.pairs, ctx.offset, ctx.backend = pairs, offset, backend
+        own_columns = columns[:, offset : offset + len(x)]
+        if pairs is None:
+            own_columns = torch.cat([own_columns, torch.stack([positives, count])])
+        return gap_and_mean(rows).gap, gap_and_mean(own_columns).gap
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, row_grad: Tensor, column_grad: Tensor):
-        ops, (x, all_y, scale, rows, columns) = torch.ops.protoclip, ctx.saved_tensors
-        grads = row_grad, gather_rows(column_grad)
-        if ctx.relation is None:
-            told = *rows[:2], *columns, *grads, ctx.offset, ctx.backend, None, 1.0
-            dx, dy, dscale = ops.contrastive_bwd(x, all_y, scale, *told)
+    def backward(ctx: Any, row_grad: Tensor, column_grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, all_y, logit_scale, rows, columns = ctx.saved_tensors
+        all_column_grads = gather_rows(column_grad)
+        if ctx.pairs is None:
+            dx, dy, dlogit_scale = strip_gradients(
+                x,
+                all_y,
+                logit_scale,
+                row_max=rows[0],
+                row_sum=rows[1],
+                column_max=columns[0],
+                column_sum=columns[1],
+                row_weight=row_grad,
+                column_weight=all_column_grads,
+                offset=ctx.offset,
+                direction_weight=1.0,
+                mean=False,
+                backend=ctx.backend,
+                stash=None,
+            )
         else:
-            weights = side_weights(grads[0], None, rows), side_weights(grads[1], None, columns)
-            told = *ctx.relation.arguments, rows, columns, *weights, ctx.backend, None
-            dx, dy, dscale, _ = ops.matched_bwd(x, all_y, scale, *told)
-        return dx, scatter_sums(dy), dscale.to(scale.dtype).reshape(scale.shape), None, None
+            dx, dy, dlogit_scale, _ = matched_gradients(
+                x,
+                all_y,
+                logit_scale,
+                ctx.pairs,
+                row_statistics=rows,
+                column_statistics=columns,
+                row_weights=side_weights(row_grad, None, rows),
+                column_weights=side_weights(all_column_grads, None, columns),
+                backend=ctx.backend,
+                stash=None,
+            )
+        return dx, scatter_sums(dy), gradient_like(dlogit_scale, logit_scale), None, None
 
 
 class _Ring(torch.autograd.Function):
@@ -261,39 +333,62 @@ class _Ring(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x, y, scale, bias, backend: str, wanted: bool, relation: Pairs) -> Tensor:
-        texts, travelling = y, torch.zeros_like(y)
-        totals: list[Tensor] = []
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        pairs: Pairs,
+        gradients: bool,
+        backend: str,
+    ) -> Tensor:
+        texts, text_gradient = y, torch.zeros_like(y)
         for hop in range(world_size()):
-            coming = _pass_on(texts) if hop + 1 < world_size() else None
-            # The first chunk holds the own texts of all rows; the others hold negatives only.
-            first = 0 if hop == 0 else len(y)
-            ids, at = relation.key_ids, (rank() + hop) % world_size() * len(y)
-            told = relation.query_ids, None if ids is None else ids[:, at : at + len(y)]
-            loss, dx, dy, *scalars = torch.ops.protoclip.sigmoid_loss(
-                x, texts, scale, bias, first, wanted, backend, *told, relation.same_positive
+            receive = _pass_on(texts) if hop + 1 < world_size() else None
+            key_ids = pairs.key_ids
+            if key_ids is not None:
+                start = (rank() + hop) % world_size() * len(y)
+                key_ids = key_ids[:, start : start + len(y)]
+            strip = sigmoid_strip(
+                x,
+                texts,
+                logit_scale,
+                logit_bias,
+                # The first chunk holds the own texts of all rows; the others hold negatives only.
+                offset=0 if hop == 0 else len(y),
+                gradients=gradients,
+                backend=backend,
+                query_ids=pairs.query_ids,
+                key_ids=key_ids,
+                same_positive=pairs.same_positive,
             )
-            found = [loss, *(t.to(loss.dtype) for t in (dx, *scalars))]
-            totals = [a + b for a, b in zip(totals, found, strict=True)] if hop else found
-            if wanted:  # a chunk's gradient travels with it and is back after the last hop
-                dy = dy.to(loss.dtype)
-                travelling = _pass_on(dy if hop == 0 else travelling + dy)()
-            if coming is not None:
-                texts = coming()
-        loss, dx, dscale, dbias = totals
-        if wanted:
-            ctx.save_for_backward(dx, travelling, dscale, dbias)
-        ctx.like = [(t.dtype, t.shape) for t in (x, y, scale, bias)]
+            wide = strip.loss.dtype
+            if hop == 0:
+                loss, dx = strip.loss, strip.dx.to(wide)
+                dlogit_scale, dlogit_bias = strip.dlogit_scale.to(wide), strip.dlogit_bias.to(wide)
+            else:
+                loss, dx = loss + strip.loss, dx + strip.dx.to(wide)
+                dlogit_scale = dlogit_scale + strip.dlogit_scale.to(wide)
+                dlogit_bias = dlogit_bias + strip.dlogit_bias.to(wide)
+            if gradients:  # a chunk's gradient travels with it and is back after the last hop
+                dy = strip.dy.to(wide)
+                text_gradient = _pass_on(dy if hop == 0 else text_gradient + dy)()
+            if receive is not None:
+                texts = receive()
+        if gradients:
+            ctx.save_for_backward(dx, text_gradient, dlogit_scale, dlogit_bias)
+        ctx.like = [(t.dtype, t.shape) for t in (x, y, logit_scale, logit_bias)]
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor):
-        grads = [
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dy, dlogit_scale, dlogit_bias = (
             (grad * saved).to(dtype).reshape(shape)
             for saved, (dtype, shape) in zip(ctx.saved_tensors, ctx.like, strict=True)
-        ]
-        return *grads, None, None, None
+        )
+        return dx, dy, dlogit_scale, dlogit_bias, None, None, None
 
 
 def _pass_on(tensor: Tensor) -> Callable[[], Tensor]:
@@ -386,12 +481,13 @@ class ClipLoss(_EqualBatches):
         if self.local_loss and self.gather_with_grad:
             return global_info_nce(x, y, scale, ids=ids)
         all_x, all_y = self._of_all_ranks(x), self._of_all_ranks(y)
-        every = _all_ids("ClipLoss", ids, x)
+        all_ids = _all_ids("ClipLoss", ids, x)
         if not self.local_loss:
-            return info_nce(all_x, all_y, scale, ids=every)
-        given = Given(key_ids=every, first=self.rank * len(x))
-        images = one_way("ClipLoss", (x, all_y, scale), given)
-        return (images + one_way("ClipLoss", (y, all_x, scale), given)) / 2
+            return info_nce(all_x, all_y, scale, ids=all_ids)
+        matching = Matching(key_ids=all_ids, first=self.rank * len(x))
+        images = one_way("ClipLoss", x, all_y, scale, matching)
+        texts = one_way("ClipLoss", y, all_x, scale, matching)
+        return (images + texts) / 2
 
     def _of_all_ranks(self, x: Tensor) -> Tensor:
         """All rows in rank order. Without ``gather_with_grad`` only this rank's rows have a
@@ -470,7 +566,7 @@ class SigLipLoss(_EqualBatches):
         bias = 0.0 if logit_bias is None else logit_bias
         self._look_once(x)
         total = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss
-        loss = total(x, y, scale, bias, ids=ids, same_id=same_id) / max(len(x), 1)
+        loss = total(x, y, scale, bias, ids=ids, same_id=same_id) / max(x.shape[0], 1)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

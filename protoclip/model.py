@@ -286,6 +286,25 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
     return model
 
 
+def put_channels_last(model: ProtoModel, device: torch.device) -> None:
+    """On a CPU, lay out the weights of a convolutional image tower with the channels innermost,
+    which oneDNN's convolutions are made for; features and checkpoints stay the same numbers."""
+    visual = model.clip.visual
+    # A ViT has one convolution, whose patches are flattened right after it.
+    if device.type == "cpu" and sum(isinstance(m, nn.Conv2d) for m in visual.modules()) > 1:
+        visual.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Lay out an optimiser's moments as their weights are: those of a checkpoint may come from a
+    device with another layout, and the fused update reads both in memory's order."""
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
 def can_shorten(clip: nn.Module) -> bool:
     """Whether ``clip``'s text feature ignores everything after the caption's end."""
     return (

@@ -35,7 +35,7 @@ from protoclip.distributed import (
 from protoclip.feature_store import Features
 from protoclip.lloyd import Clusters, global_segment_mean, kmeans
 from protoclip.ops import Bank, kmeans_assign, soft_targets
-from protoclip.ops.pairs import LEFT_OUT
+from protoclip.ops.checks import LEFT_OUT
 from protoclip.seeds import generator
 
 if TYPE_CHECKING:  # both load open_clip, which a loss alone does not need

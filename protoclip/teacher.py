@@ -226,14 +226,16 @@ class SentenceEncoder:
     @torch.no_grad()
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Texts -> unit rows, float32 [N, d] on the CPU."""
+        numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        unique = list(numbers)  # drawings of one concept share their captions
         # Texts of similar length together waste little work on padding.
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        rows = torch.empty(len(texts), self.model.config.hidden_size)
+        order = sorted(range(len(unique)), key=lambda i: len(unique[i]))
+        rows = torch.empty(len(unique), self.model.config.hidden_size)
         starts = range(0, len(order), batch_size)
         for start in tqdm(starts, "sentence encoder", delay=1, leave=False, disable=None):
             chosen = order[start : start + batch_size]
             tokens = self.tokenizer(
-                [texts[i] for i in chosen],
+                [unique[i] for i in chosen],
                 padding=True,
                 truncation=True,
                 max_length=self.max_length,
@@ -247,7 +249,7 @@ class SentenceEncoder:
             mask = tokens["attention_mask"].unsqueeze(-1).to(hidden)
             mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
             rows[chosen] = F.normalize(mean, dim=-1).float().cpu()
-        return rows
+        return rows[[numbers[text] for text in texts]]
 
 
 def run(args: Any) -> None:

@@ -1,7 +1,7 @@
 """Train CLIP or ProtoCLIP: ``protoclip train``.
 
-Without arguments it trains ProtoCLIP on the built-in emoji in three to four minutes on two CPU
-cores, and leaves results, plots and a checkpoint in a run folder. Read from ``train`` down: open
+Without arguments it trains ProtoCLIP on the built-in icons in a few minutes on two CPU cores,
+and leaves results, plots and a checkpoint in a run folder. Read from ``train`` down: open
 and check everything, resume, train episode by episode, evaluate, report.
 """
 
@@ -45,7 +45,14 @@ from protoclip.feature_store import (
 from protoclip.flags import parse
 from protoclip.host import busy_note, keep_freed_memory
 from protoclip.losses import ProtoLoss
-from protoclip.model import ProtoModel, build_model, choose_device, choose_precision
+from protoclip.model import (
+    ProtoModel,
+    build_model,
+    choose_device,
+    choose_precision,
+    match_layout,
+    put_channels_last,
+)
 from protoclip.phases import Phases
 from protoclip.prototypes import Episode
 from protoclip.report import page, snapshot
@@ -101,6 +108,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
         prototypes.check_clusters(config.episode, setup.episode_samples)
     seed_everything(config.run.seed)
     model = build_model(config.model).to(device)
+    put_channels_last(model, device)
     phases = Phases(device)
     with phases.measure("teacher", on_host=True):
         teacher, remark = distributed.from_main(lambda: open_teacher(config, dataset, device))
@@ -206,7 +214,9 @@ class Trainer:
             self.config.run.seed,
         )
         classes = {
-            name: labels.ids.to(setup.device) for name, labels in self.dataset.labels.items()
+            name: labels.ids.to(setup.device)
+            for name, labels in self.dataset.labels.items()
+            if bool((labels.ids >= 0).all())  # known of every sample
         }
         self.builder = prototypes.EpisodeBuilder(
             self.config.episode,
@@ -555,6 +565,7 @@ class Trainer:
             training = payload["protoclip"]["training"]
             self.model.load_state(dict(payload))
             self.stepper.load_state(payload["optimizer"], training["scaler"])
+            match_layout(self.stepper.adamw)
             skipped = torch.tensor([*map(index, training["skipped"])]).reshape(2)
             self.stepper.bad = skipped.to(self.setup.device)
             self._skipped = int(skipped[0])
@@ -625,8 +636,10 @@ def conclude(
     folder, config, model, phases = trainer.folder, trainer.config, trainer.model, trainer.phases
     with phases.measure("plots", on_host=True):
         encoder = replace(evaluation.encoder(model), batch_size=config.optim.batch_size)
-        shown = next(iter(evaluation.sets.values()), None)
-        held_out = None if shown is None else (evaluation.quick_sets["HO"], shown)
+        held_out = None
+        if evaluation.sets:
+            name = next(iter(evaluation.sets))
+            held_out = (evaluation.quick_sets[name], evaluation.sets[name])
         draw_plots(folder.path, trainer.dataset, trainer.episode, encoder, held_out, phases.memory)
     outcome = Outcome(
         data=evaluation.data,
@@ -634,7 +647,7 @@ def conclude(
         pretrained=str(checkpoint.candidates(folder.path)[0]),
         trained=after or {},
         untrained=before,
-        floor=evaluation.floor(model),
+        floors=evaluation.floors(model),
         seconds=phases.seconds(),
         peak_memory_bytes=tasks.peak_memory_bytes(trainer.setup.device),
     )

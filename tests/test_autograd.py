@@ -104,3 +104,19 @@ def test_a_second_derivative_is_refused_by_name(backend, loss):
     (first,) = torch.autograd.grad(value, x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative; use backend='reference'"):
         torch.autograd.grad(first.sum(), x)
+
+
+def test_segment_mean_in_forward_mode():
+    """The mean is linear: its derivative is the mean of the tangents."""
+    labels = torch.arange(40) % 5 - 1
+    want, counts = protoclip.segment_mean(Y, labels, 6, backend="reference")
+    segment_means = lambda x: protoclip.segment_mean(x, labels, 6)[0]  # noqa: E731
+    means, tangent = jvp(segment_means, (X,), (Y,))
+    torch.testing.assert_close(means, segment_means(X))
+    torch.testing.assert_close(tangent, want)
+    torch.testing.assert_close(_dual(segment_means), want)
+    _, second = jvp(lambda x: jvp(segment_means, (x,), (Y,))[1], (X,), (Y,))
+    assert (second == 0).all() and counts.sum() == 32
+    torch.testing.assert_close(vmap(segment_means)(XS)[1], segment_means(Y))
+    with pytest.raises(ValueError, match="labels below num_segments=2, got 3"):
+        jvp(lambda x: protoclip.segment_mean(x, labels, 2)[0], (X,), (Y,))

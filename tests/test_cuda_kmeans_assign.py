@@ -8,7 +8,7 @@ from cuda_host import SM_80, SM_86, SM_90, kmeans_assign, kmeans_encode, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import protoclip
-from protoclip.ops.backends import FLOATS, TABLE, Backend, implementation
+from protoclip.ops.backends import FLOATS, TABLE, Backend, ClusterFunctions
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -180,18 +180,16 @@ def test_kept_points_change_no_bit(dtype, generator):
 @pytest.fixture
 def emulated(monkeypatch):
     """The backend "cuda", run by the emulation."""
-    ops = {
-        "kmeans_assign": lambda x, c: kmeans_assign(x, c)[:2],
-        "kmeans_encode": lambda x: [kmeans_encode(x)],
-        "kmeans_assign_coded": lambda x, c, packed: kmeans_assign(x, c, packed)[:2],
-        "segment_mean": segment_mean,
-    }
-    row = Backend(ops.__getitem__, ("cpu",), FLOATS, lambda: None)
+    functions = ClusterFunctions(
+        assign=lambda points, centroids: kmeans_assign(points, centroids)[:2],
+        segment_mean=lambda values, labels, num_segments: segment_mean(
+            values, labels, num_segments
+        ),
+        encode=lambda points: [kmeans_encode(points)],
+        assign_coded=lambda points, centroids, packed: kmeans_assign(points, centroids, packed)[:2],
+    )
+    row = Backend(lambda: functions, ("cpu",), FLOATS, lambda: None)
     monkeypatch.setitem(TABLE["kmeans_assign"], "cuda", row)
-    monkeypatch.setitem(TABLE["segment_mean"], "cuda", row)
-    implementation.cache_clear()
-    yield
-    implementation.cache_clear()
 
 
 class Conversions(TorchDispatchMode):

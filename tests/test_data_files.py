@@ -83,12 +83,12 @@ def test_a_picture_that_does_not_decode_is_named(folder, monkeypatch, damage):
 @pytest.mark.parametrize(
     ("spec", "split", "words"),
     [
-        ("builtin:birds", "all", "expected one of builtin:emoji"),
+        ("builtin:birds", "all", "expected one of builtin:icons"),
         ("builtin:shapes:many", "all", "whole number"),
         ("builtin:shapes:0", "all", "at least 1"),
         ("builtin:shapes:1", "heldout", "too few"),
-        ("builtin:emoji", "test", "split must be all, train or heldout"),
-        ("builtin:emoji:disney", "all", "expected builtin:emoji:STYLE with twemoji, openmoji"),
+        ("builtin:icons", "test", "split must be all, train or heldout"),
+        ("builtin:icons:disney", "all", "expected builtin:icons without a further part"),
         ("builtin:shapes", "noto", "split must be all, train or heldout"),
         ("photos.zip", "all", "expected one of"),
     ],

@@ -96,7 +96,7 @@ def killed_at_a_picture():
     ("fault", "data", "codes", "words"),
     [
         (killed_at_a_picture, "builtin:shapes:64", [1, -signal.SIGKILL], ""),
-        (None, "builtin:cats", [2, 2], "expected one of builtin:emoji"),
+        (None, "builtin:cats", [2, 2], "expected one of builtin:icons"),
         (None, "builtin:shapes:64", [0, 0], "Evaluated in"),
     ],
     ids=["a rank is killed", "a mistake", "all goes well"],

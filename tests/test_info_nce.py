@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget, on_threads, strip_gradients, usable
+from budget import assert_within_budget, on_threads, usable
+from budget import strip_gradients as plain_gradients
 from room import run_in_room
 
 import protoclip
 from protoclip.ops import reference
-from protoclip.ops.backends import implementation
-from protoclip.ops.contrastive import LN2
+from protoclip.ops.strips import LN2, strip_gradients, strip_statistics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 both = pytest.mark.parametrize("backend", [b for b in usable("info_nce") if b != "triton"])
@@ -56,7 +56,7 @@ def check(x, y, scale, backend, weights=None, terms=0.0):
     inputs = [t.detach().requires_grad_() for t in (x, y, torch.tensor(scale))]
     got = run(inputs, w, backend=backend)
     truth, base = (
-        strip_gradients(x, y, scale, 0, w / 2, w / 2, dtype) for dtype in (torch.float64, x.dtype)
+        plain_gradients(x, y, scale, 0, w / 2, w / 2, dtype) for dtype in (torch.float64, x.dtype)
     )
     for found in (truth, base):
         found["loss"] = (found["row level"] + found["column level"]) / 2 - found["positive"]
@@ -137,16 +137,36 @@ def test_rectangles(columns, dtype, scale):
     x, y = clustered(700, 48, dtype)
     x, offset = x[300:431], 300
     w, v = torch.rand(131), torch.rand(700) if columns else torch.empty(0)
-    f, g = (implementation("info_nce", "cpu", f"contrastive_{way}") for way in ("fwd", "bwd"))
-    s = torch.tensor(scale)
-    stats = f(x, y, s, offset, columns)
-    levels = [LN2 * (stats[k + 1].log2() + stats[k]) for k in ((0, 2) if columns else (0,))]
-    got = [*levels, LN2 * stats[4], *g(x, y, s, *stats[:4], w, v, offset)]
-    truth, base = (
-        strip_gradients(x, y, scale, offset, w, v, wide) for wide in (torch.float64, dtype)
+    options = {"offset": offset, "backend": "cpu"}
+    strip = strip_statistics(x, y, torch.tensor(scale), columns=columns, **options)
+    gradients = strip_gradients(
+        x,
+        y,
+        torch.tensor(scale),
+        row_max=strip.row_max,
+        row_sum=strip.row_sum,
+        column_max=strip.column_max,
+        column_sum=strip.column_sum,
+        row_weight=w,
+        column_weight=v,
+        direction_weight=1.0,
+        mean=False,
+        stash=None,
+        **options,
     )
-    names = ["row level", *["column level"][: len(levels) - 1], "positive", "dx", "dy", "dscale"]
-    for name, value in zip(names, got, strict=True):
+    got = {
+        "row level": LN2 * (strip.row_sum.log2() + strip.row_max),
+        "positive": LN2 * strip.positive,
+        "dx": gradients.dx,
+        "dy": gradients.dy,
+        "dscale": gradients.dlogit_scale,
+    }
+    if columns:
+        got["column level"] = LN2 * (strip.column_sum.log2() + strip.column_max)
+    truth, base = (
+        plain_gradients(x, y, scale, offset, w, v, wide) for wide in (torch.float64, dtype)
+    )
+    for name, value in got.items():
         size = truth["terms" if name == "dscale" else name].abs().max().item()
         assert_within_budget(value, truth[name], base[name], name, size, scale)
 

@@ -13,7 +13,7 @@ from protoclip.data import open_dataset
 from protoclip.data.loader import EpochOrder
 from protoclip.losses import ProtoClipLoss
 from protoclip.model import Encoded, build_model
-from protoclip.ops.pairs import LEFT_OUT
+from protoclip.ops.checks import LEFT_OUT
 from protoclip.prototypes import balanced_labels
 from protoclip.run_folder import NullRunFolder
 from protoclip.schedule import make_plan

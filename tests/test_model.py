@@ -1,6 +1,7 @@
 """The model beside OpenCLIP's own: its state, its heads, captions without their padding."""
 
 import copy
+import json
 import pickle
 
 import open_clip
@@ -9,7 +10,14 @@ import torch
 
 from protoclip import checkpoint
 from protoclip.config import ModelConfig
-from protoclip.model import ShortTokenizer, build_model, can_shorten, register_configs
+from protoclip.model import (
+    ShortTokenizer,
+    build_model,
+    can_shorten,
+    match_layout,
+    put_channels_last,
+    register_configs,
+)
 
 SHORT = ["a cat", "", "red square on a blue one", "né"]
 LONG = " ".join(["far too many words"] * 12)
@@ -53,6 +61,46 @@ def test_tokenizers_pickle_and_know_the_end(model):
     assert torch.equal(tokenizer(SHORT), model.short_tokenizer(SHORT))
     tokenizer = ShortTokenizer(lambda texts: torch.tensor([[5, 9, 2, 9, 0, 0, 0, 0, 0, 0]]), 2)
     assert tokenizer(["x"]).shape == (1, 8)
+
+
+CONVOLUTIONS = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+}
+
+
+def test_channels_last_changes_the_layout_and_no_number(tmp_path, model):
+    path = tmp_path / "convolutions.json"
+    path.write_text(json.dumps(CONVOLUTIONS))
+    torch.manual_seed(0)
+    plain = build_model(ModelConfig(model=str(path))).double().eval()
+    own = copy.deepcopy(plain)
+    put_channels_last(own, torch.device("cuda"))  # measured on CPUs only
+    assert own.clip.visual.conv2.weight.is_contiguous()
+    put_channels_last(own, torch.device("cpu"))
+    assert not own.clip.visual.conv2.weight.is_contiguous()
+    image = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    want, got = (one.clip.encode_image(image) for one in (plain, own))
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-10)
+
+    # A checkpoint of the one continues the other, moments included.
+    adam = {}
+    for name, one in (("plain", plain), ("own", own)):
+        adam[name] = torch.optim.AdamW(one.clip.visual.parameters(), 1e-3, fused=True)
+        one.clip.encode_image(image).square().sum().backward()
+        adam[name].step()
+    adam["own"].load_state_dict(copy.deepcopy(adam["plain"].state_dict()))
+    match_layout(adam["own"])
+    own.load_state_dict(plain.state_dict())
+    for optimizer in adam.values():
+        optimizer.step()
+    for a, b in zip(plain.parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(b, a, atol=1e-9, rtol=1e-7)
+
+    vit = copy.deepcopy(model)
+    put_channels_last(vit, torch.device("cpu"))
+    assert vit.clip.visual.conv1.weight.is_contiguous()
 
 
 def test_a_round_trip_through_a_checkpoint_that_open_clip_reads(tmp_path):

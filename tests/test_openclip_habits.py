@@ -37,7 +37,7 @@ def code_of(argv):
         ("train", ["--dataset-type", "webdataset", "--train-data", "x.csv"], "got 'x.csv'"),
         ("evaluate", ["RUN", "--taks", "all"], "did you mean --tasks?"),
         ("report", ["RUN", "--otuput", "x.html"], "did you mean --output?"),
-        ("data", ["--chekc", "builtin:emoji"], "did you mean --check?"),
+        ("data", ["--chekc", "builtin:icons"], "did you mean --check?"),
         ("teacher", ["--modle", "x"], "did you mean --model?"),
         ("plan", ["--batchsize", "8"], "did you mean --batch-size?"),
         ("export", ["RUN", "--uot", "x"], "did you mean --out?"),

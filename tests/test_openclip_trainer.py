@@ -25,17 +25,17 @@ PROTO = ["--proto-queue", "32", "--proto-k", "4"]  # prototypes from the third s
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, nano):
-    """Model config, and two shards of builtin:emoji with enough pairs for an epoch of two ranks."""
+    """Model config, and two shards of builtin:icons with enough pairs for an epoch of two ranks."""
     folder = tmp_path_factory.mktemp("openclip")
     shutil.copy(nano, folder)
-    pairs = Subset(open_dataset("builtin:emoji"), range(0, 2 * BATCH * STEPS))
+    pairs = Subset(open_dataset("builtin:icons"), range(0, 2 * BATCH * STEPS))
     export_shards(pairs, folder / "shards", per_shard=BATCH * STEPS)
     return folder
 
 
-def flags(folder, name, *more, data="emoji", precision="fp32", batch=BATCH):
+def flags(folder, name, *more, data="icons", precision="fp32", batch=BATCH):
     shards = ["--train-data", f"{folder}/shards/{{00000..00001}}.tar"]
-    source = shards if data == "emoji" else ["--dataset-type", "synthetic"]
+    source = shards if data == "icons" else ["--dataset-type", "synthetic"]
     return [
         *source, "--train-num-samples", str(BATCH * STEPS), "--batch-size", str(batch),
         "--model", f"{folder}/nano.json", "--precision", precision, "--device", "cpu",
@@ -76,26 +76,26 @@ def alone(folder):
     cases = {}
     for who in ("theirs", "ours"):
         cases[f"{who} synthetic"] = flags(folder, f"{who}-synthetic", data="synthetic")
-        cases[f"{who} emoji"] = flags(
-            folder, f"{who}-emoji", "--val-data", f"{folder}/shards/00000.tar"
+        cases[f"{who} icons"] = flags(
+            folder, f"{who}-icons", "--val-data", f"{folder}/shards/00000.tar"
         )
         cases[f"{who} accum"] = flags(folder, f"{who}-accum", *accum, batch=BATCH // 2)
         cases[f"{who} bf16"] = flags(folder, f"{who}-bf16", precision="amp_bf16")
         cases[f"{who} siglip"] = flags(folder, f"{who}-siglip", "--siglip")
     cases |= {
         "proto synthetic": flags(folder, "p-synthetic", *PROTO, data="synthetic"),
-        "proto emoji": flags(folder, "p-emoji", *PROTO, "--grad-checkpointing"),
+        "proto icons": flags(folder, "p-icons", *PROTO, "--grad-checkpointing"),
         "proto accum": flags(folder, "p-accum", *PROTO, *accum, batch=BATCH // 2),
         "proto bf16": flags(folder, "p-bf16", *PROTO, precision="amp_bf16"),
         "proto resume": flags(
-            folder, "p-emoji", *PROTO, "--proto-warmup", "99", "--resume", "latest", "--epochs", "2"
+            folder, "p-icons", *PROTO, "--proto-warmup", "99", "--resume", "latest", "--epochs", "2"
         ),
         "proto compiled": flags(folder, "compiled", *PROTO, "--torchcompile"),
     }
     return train(folder, cases)[0]
 
 
-@pytest.mark.parametrize("case", ["synthetic", "emoji", "accum", "bf16", "siglip"])
+@pytest.mark.parametrize("case", ["synthetic", "icons", "accum", "bf16", "siglip"])
 def test_plain_losses_are_open_clips_step_by_step(alone, case):
     ours, theirs = alone[f"ours {case}"], alone[f"theirs {case}"]
     assert len(ours) == (2 * STEPS if case == "accum" else STEPS)
@@ -106,7 +106,7 @@ def test_plain_losses_are_open_clips_step_by_step(alone, case):
     assert case == "synthetic" or len(set(contrastive(ours))) > 2  # it is not one constant
 
 
-@pytest.mark.parametrize("case", ["synthetic", "emoji", "accum", "bf16"])
+@pytest.mark.parametrize("case", ["synthetic", "icons", "accum", "bf16"])
 def test_prototypes_join_at_the_stated_step(alone, case):
     calls = alone[f"proto {case}"]
     a_step = 2 if case == "accum" else 1
@@ -120,16 +120,16 @@ def test_prototypes_join_at_the_stated_step(alone, case):
 def test_after_a_resume_the_queue_fills_again(alone, folder):
     calls = alone["proto resume"]
     assert ["proto_loss" in call for call in calls] == [False, False, True, True]
-    log = (folder / "logs" / "p-emoji" / "out.log").read_text()
+    log = (folder / "logs" / "p-icons" / "out.log").read_text()
     assert "InfoNCE alone for 2 steps until the queue is full (again" in log
     assert "protoclip: prototypes of step 2" in log
 
 
 def test_the_log_has_both_terms_and_the_evaluation(alone, folder):
-    log = (folder / "logs" / "p-emoji" / "out.log").read_text()
+    log = (folder / "logs" / "p-icons" / "out.log").read_text()
     assert "Proto_loss" in log and "Contrastive_loss" in log
     results = [folder / "logs" / who / "checkpoints" / "results.jsonl" for who in
-               ("ours-emoji", "theirs-emoji")]  # fmt: skip
+               ("ours-icons", "theirs-icons")]  # fmt: skip
     ours, theirs = (json.loads(path.read_text()) for path in results)
     assert ours == pytest.approx(theirs, rel=1e-4)
 
@@ -162,7 +162,7 @@ def test_torchcompile_changes_no_loss(alone, folder):
     """Captured and differentiated as ever, but run by torch: C++ for it takes half a minute."""
     compiled = alone["proto compiled"]
     assert len(compiled) == STEPS and "proto_loss" in compiled[-1]
-    for ours, eager in zip(compiled, alone["proto emoji"], strict=True):
+    for ours, eager in zip(compiled, alone["proto icons"], strict=True):
         assert ours == pytest.approx(eager, rel=1e-3)
     assert "Compiling model" in (folder / "logs" / "compiled" / "out.log").read_text()
 

@@ -211,10 +211,10 @@ def test_opcheck_compile_autocast_and_no_second_derivative(dtype):
     labels, s = torch.randint(0, 5, (6,)), torch.tensor(3.0, requires_grad=True)
     op, ones = torch.ops.protoclip, torch.ones(2, 6)
     hard = c.new_empty(0, 8)
-    torch.library.opcheck(op.prototype_ce, (h, [c], [hard], [labels], s, True, True, "cpu", True))
+    torch.library.opcheck(op.prototype_ce, (h, [c], [hard], [labels], s, True, True, True, "cpu"))
     x, y, scale = (t.detach() for t in (h, c, s))
     torch.library.opcheck(
-        op.prototype_ce, (x, [y], [hard], [labels], scale, False, False, "cpu", False)
+        op.prototype_ce, (x, [y], [hard], [labels], scale, False, False, False, "cpu")
     )
     torch.library.opcheck(op.scaled, (ones[..., None], torch.ones(2, 6, 8)))
 

@@ -12,7 +12,7 @@ from protoclip.feature_store import Features
 from protoclip.kmeans import kmeans
 from protoclip.losses import ProtoLoss, similarity_distillation
 from protoclip.model import Encoded, build_model
-from protoclip.ops.pairs import LEFT_OUT
+from protoclip.ops.checks import LEFT_OUT
 from protoclip.prototypes import (
     EpisodeBuilder,
     Watch,

@@ -24,7 +24,7 @@ from protoclip.report.snapshot import load_snapshot
 from protoclip.train import main as train
 
 SECTIONS = (
-    "summary curves prototypes map gap zeroshot retrieval churn cost settings".split()  # noqa: SIM905
+    "names summary curves prototypes map gap zeroshot retrieval churn cost settings".split()  # noqa: SIM905
 )
 EVIL = '</script><script>window.evil = 1</script>"><b>'
 TINY = ["--train-data", "builtin:shapes:80", "--batch-size", "16", "--report-to", "none"]
@@ -68,6 +68,25 @@ def test_the_page_has_every_section_and_needs_no_network(runs, capsys):
     written = re.compile(r"<p class=note>written .*?</p>")
     again = write_report([runs[0]]).read_text()
     assert written.sub("", again) == written.sub("", text)
+
+
+def test_the_first_section_has_ten_images_with_their_nearest_names(runs):
+    text = write_report([runs[0]]).read_text()
+    sections = re.findall(r'<section id="(\w+)"', text)
+    assert sections[:2] == ["names", "summary"]
+    own = text[text.index('<section id="names">') : text.index('<section id="summary">')]
+    assert "Among 12 names" in own and own.count("<img") == 10 == own.count("<ol>")
+    assert own.count("<li") == 50
+    snapshot = json.loads((runs[0] / "report.json").read_text())
+    shown = snapshot["named"]["shown"]
+    for one in shown:
+        names = [answer["caption"] for answer in one["answers"]]
+        assert len(set(names)) == 5
+        hits = [name for answer, name in zip(one["answers"], names, strict=True) if answer["hit"]]
+        assert hits == ([one["own"]] if one["own"] in names else [])
+    missed = sum(one["own"] not in {a["caption"] for a in one["answers"]} for one in shown)
+    assert own.count("<small>right: ") == missed
+    assert own.count('<li class="hit">') == 10 - missed > 0
 
 
 def test_the_page_says_who_won(runs):
@@ -138,7 +157,7 @@ def test_verdict_needs_intervals_that_exclude_zero():
 def test_baselines(runs, tmp_path, monkeypatch):
     """A CLIP run that is given, else the recorded one where the settings are its own."""
     assert reading.find_baseline([reading.read_run(run) for run in runs]).name == "plain"
-    assert reading.recorded_baseline(to_dict(TrainConfig())).outcome.trained["HO"].samples == 192
+    assert reading.recorded_baseline(to_dict(TrainConfig())).outcome.trained["NEW"].samples > 400
     ours = reading.read_run(shutil.copytree(runs[0], tmp_path / "logs" / "ours"))
     assert reading.find_baseline([ours]) is None  # protoclip's own is of other data
     monkeypatch.setattr(reading, "RECORDED", runs[1])

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from protoclip.data.clipart import ClipArtDataset
-from protoclip.data.emoji import EmojiDataset, noto_available
+from protoclip.data.icons import builtin_icons, heldout_concepts, in_heldout_family
 from protoclip.data.images import Transform, build_transform
 from protoclip.data.loader import Draws, EpochOrder, Faults, batches
 from protoclip.data.shapes import ShapesDataset
@@ -17,8 +16,7 @@ from protoclip.data.types import Batch, DataError, Labels, PairDataset, Subset, 
 
 __all__ = [
     "Batch", "DataError", "Draws", "EpochOrder", "Faults", "Labels", "PairDataset", "Subset",
-    "Transform", "batches", "build_transform", "index_together", "is_sharded", "noto_available",
-    "open_dataset",
+    "Transform", "batches", "build_transform", "index_together", "is_sharded", "open_dataset",
 ]  # fmt: skip
 
 
@@ -28,11 +26,10 @@ def open_dataset(
     """Open pairs by name.
 
     Args:
-        spec: "builtin:emoji[:STYLE+...]" with the styles twemoji (the default), openmoji and noto |
-            "builtin:openclipart[:FOLDER]" | "builtin:shapes[:N]" | a .csv or .tsv file | webdataset
-            shards: a .tar, a folder of them, a url, braces and globs, sources joined by "::".
-        split: "all" | "train" | "heldout" (10 %; of each group, if groups are known; for
-            builtin:emoji the same concepts in every style).
+        spec: "builtin:icons" | "builtin:shapes[:N]" | a .csv or .tsv file | webdataset shards: a
+            .tar, a folder of them, a url, braces and globs, sources joined by "::".
+        split: "all" | "train" | "heldout" (10 %; of each group, if groups are known; of
+            builtin:icons one family and a tenth of the concepts, whatever the seed).
         seed: decides which pairs are held out.
         keep_going: collect a table's bad rows in ``skipped`` instead of raising at the first.
         table: csv_separator, csv_img_key, csv_caption_key, csv_encoding of :class:`CsvDataset`.
@@ -45,10 +42,12 @@ def open_dataset(
         raise DataError(f"{spec}: split must be all, train or heldout, got {split!r}")
     scheme, _, rest = spec.partition(":")
     kind, _, rest = rest.partition(":") if scheme == "builtin" else ("", "", "")
-    if kind == "emoji":
-        return EmojiDataset(spec, split, seed)
-    if kind == "openclipart":
-        dataset: PairDataset = ClipArtDataset(rest)
+    heldout: np.ndarray | None = None
+    if kind == "icons":
+        if rest:
+            raise DataError(f"{spec}: expected builtin:icons without a further part")
+        dataset: PairDataset = builtin_icons()
+        heldout = heldout_concepts(builtin_icons()) | in_heldout_family(builtin_icons())
     elif kind == "shapes":
         if not (rest or "2000").isdecimal():
             raise DataError(f"{spec}: expected builtin:shapes:N with a whole number N")
@@ -59,13 +58,14 @@ def open_dataset(
         dataset = CsvDataset(spec, keep_going=keep_going, **table)
     else:
         raise DataError(
-            f"data {spec!r}: expected one of builtin:emoji[:STYLE], builtin:openclipart, "
-            'builtin:shapes[:N], a .csv or .tsv file, or shards such as "d/*.tar"'
+            f"data {spec!r}: expected one of builtin:icons, builtin:shapes[:N], "
+            'a .csv or .tsv file, or shards such as "d/*.tar"'
         )
     if split == "all":
         return dataset
     groups = dataset.labels["group"].ids.numpy() if "group" in dataset.labels else None
-    heldout = heldout_mask(len(dataset), groups, seed)
+    if heldout is None:
+        heldout = heldout_mask(len(dataset), groups, seed)
     chosen = np.flatnonzero(heldout if split == "heldout" else ~heldout)
     if not len(chosen):
         raise DataError(f"{spec}: too few pairs for the split {split!r}; use split all")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import io
 import logging
+import multiprocessing
 import os
 import re
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +26,8 @@ from tqdm import tqdm
 
 from protoclip.data.files import whole_file
 from protoclip.data.types import DataError
-from protoclip.paths import cache_dir
+
+DRAWN_AT_ONCE = 128  # pictures that a process draws between two updates of the progress bar
 
 logger = logging.getLogger(__name__)
 _warn = functools.lru_cache(logger.warning)  # once for each file
@@ -85,38 +88,85 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def draw_svgs(files: Sequence[Path], side: int) -> np.ndarray:
-    """SVG files centred on white squares: uint8 [N, side, side, 3], kept in the cache folder.
+def draw_svgs(svgs: Sequence[str], path: Path, side: int) -> np.ndarray:
+    """Draw SVG texts centred on white squares into the file ``path``, on all cores.
 
-    A file that cannot be drawn is black. Text is left out because it depends on installed fonts.
+    Lettering is left out because it depends on installed fonts.
 
-    Raises:
-        DataError: resvg-py is not installed.
+    Returns:
+        uint8 [N, side, side, 3], memory-mapped and read-only; what cannot be drawn is black.
     """
-    state = repr((side, [(str(file), file.stat().st_size) for file in files]))
-    path = cache_dir() / f"svg-{hashlib.sha256(state.encode()).hexdigest()[:16]}.npy"
-    with contextlib.suppress(OSError, ValueError):  # missing or torn: draw it
-        return np.load(path, mmap_mode="r")
-    try:
-        from resvg_py import svg_to_bytes
-    except ImportError as error:
-        raise DataError("SVG pictures need resvg-py; pip install 'protoclip[study]'") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(svgs), DRAWN_AT_ONCE)
+    with (
+        whole_file(path) as temporary,
+        tqdm(desc="drawing", total=len(svgs), unit=" icons", leave=False, disable=None) as bar,
+    ):
+        shape = (len(svgs), side, side, 3)
+        pictures = np.lib.format.open_memmap(temporary, "w+", dtype=np.uint8, shape=shape)
+        _drawing.update(svgs=svgs, pictures=pictures)
+        with _drawing_pool(len(starts)) as pool:
+            for start, _ in zip(starts, pool.map(_draw_part, starts), strict=True):
+                bar.update(min(DRAWN_AT_ONCE, len(svgs) - start))
+        _drawing.clear()
+        pictures.flush()
+    return np.load(path, mmap_mode="r")
 
-    def draw(file: Path) -> np.ndarray:
+
+def _drawing_pool(parts: int) -> Executor:
+    """resvg holds Python's lock, so cores need processes; forked ones share what is drawn."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = min(len(affinity(0)) if affinity else os.cpu_count() or 1, parts)
+    if cores > 1 and sys.platform == "linux":
+        return ProcessPoolExecutor(cores, multiprocessing.get_context("fork"))
+    return ThreadPoolExecutor(1)
+
+
+_drawing: dict[str, Any] = {}  # the SVG texts and the pictures of the running ``draw_svgs``
+
+
+def _draw_part(start: int) -> None:
+    from resvg_py import svg_to_bytes
+
+    svgs, pictures = _drawing["svgs"], _drawing["pictures"]
+    side = pictures.shape[1]
+    for i in range(start, min(start + DRAWN_AT_ONCE, len(svgs))):
         try:
-            data = svg_to_bytes(svg_path=str(file), width=side, dpi=96.0, skip_system_fonts=True)
-        except ValueError:
-            return np.zeros((side, side, 3), dtype=np.uint8)
-        return np.asarray(ImageOps.pad(decode(data, str(file)), (side, side), color="white"))
+            data = svg_to_bytes(
+                svg_string=svgs[i], width=side, height=side, dpi=96.0, skip_system_fonts=True
+            )
+        except ValueError:  # not a drawing
+            continue
+        pictures[i] = ImageOps.pad(decode(data, f"SVG {i}"), (side, side), color="white")
 
-    with ThreadPoolExecutor() as pool:
-        drawn = tqdm(pool.map(draw, files), "drawing", len(files), leave=False, disable=None)
-        pictures = np.stack(list(drawn))
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, pictures)
-    return pictures
+
+def hog(picture: Image.Image, cell: int = 8, orientations: int = 9) -> np.ndarray:
+    """Histograms of oriented gradients, float32 [(S/8 - 1)² * 36] for a square of side S.
+
+    The grey picture's gradients vote for two of nine directions without sign; a block of 2 x 2
+    cells is normalised, clipped at 0.2 and normalised again. Source: Dalal and Triggs 2005.
+    """
+    grey = np.asarray(picture.convert("L"), dtype=np.float32) / 255
+    down, right = np.gradient(grey)  # central differences
+    strength = np.hypot(down, right)
+    place = np.arctan2(down, right) % np.pi * (orientations / np.pi) - 0.5
+    low = np.floor(place).astype(np.int64)
+    high_share = place - low
+    rows, columns = (side // cell for side in grey.shape)
+    area = slice(rows * cell), slice(columns * cell)
+    at = np.arange(rows * cell)[:, None] // cell * columns + np.arange(columns * cell) // cell
+    size = rows * columns * orientations
+    histogram = np.zeros(size)
+    for bins, votes in ((low, strength * (1 - high_share)), (low + 1, strength * high_share)):
+        slots = at * orientations + bins[area] % orientations
+        histogram += np.bincount(slots.ravel(), votes[area].ravel(), size)
+    cells = histogram.reshape(rows, columns, orientations)
+    corners = [cells[:-1, :-1], cells[:-1, 1:], cells[1:, :-1], cells[1:, 1:]]
+    blocks = np.concatenate(corners, axis=-1).reshape(-1, 4 * orientations)
+    for limit in (0.2, np.inf):
+        blocks = blocks / np.sqrt((blocks**2).sum(1, keepdims=True) + 1e-10)
+        blocks = np.minimum(blocks, limit)
+    return blocks.ravel().astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class DataError(ValueError):
 class Labels:
     """One classification of a data set."""
 
-    ids: Tensor  # class of each pair, int64 [N], indices into ``names``
+    ids: Tensor  # class of each pair, int64 [N], indices into ``names``; -1: not known
     names: tuple[str, ...]  # a class may have no pairs (in a subset)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,16 @@ import torch
 from PIL import Image
 
 from protoclip import data as sources
-from protoclip.data import DataError, Labels, PairDataset, open_dataset
+from protoclip.data import DataError, Labels, PairDataset, Subset, open_dataset
 from protoclip.data.files import lines_of, plural, printable
+from protoclip.data.icons import builtin_icons, heldout_concepts, in_heldout_family
 from protoclip.data.images import decode
 from protoclip.data.tables import read_table
 
 SPLITS = ("test", "val", "validation")  # the first one present is evaluated
 LABEL = "class"
-EMOJI_TEMPLATES = ("{}", "an emoji of {}", "a picture of {}", "{} symbol")
+NAMES = ("{}",)  # the prompts of built-in icons: their captions are names
 TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "an image of {}")
-ABBREVIATIONS = {"alphanum": "letters and numbers", "av-symbol": "audio and video symbol"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,17 @@ class Layout:
     captions: int | None = None  # most captions per picture; None: all
     key: str = "ALL"  # the set's name in the results
     title: str = ""
-    emoji: Callable[..., PairDataset] | None = None  # opens the other splits of built-in emoji
+    parts: Mapping[str, Part] = field(default_factory=dict)  # by key; {}: ``test`` is one set
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several evaluation sets."""
+
+    test: PairDataset
+    title: str
+    captions: int = 1  # of each picture; 0: no retrieval
+    skip: frozenset[tuple[str, str]] = frozenset()  # (label, task) without meaning in this set
 
 
 def open_layout(
@@ -59,15 +69,12 @@ def open_layout(
         csv_label_key: column of the class in a table.
     """
     if data.startswith("builtin:"):
-
-        def opened(split: str, data: str = data) -> PairDataset:
-            return open_dataset(data, split, **open_kwargs)
-
-        emoji = opened if data == "builtin:emoji" else None
-        words: Sequence[str] = EMOJI_TEMPLATES if data.startswith("builtin:emoji") else TEMPLATES
-        test, train = opened("heldout"), opened("train")
-        return Layout(test, train, words, 1, "HO", "Held-out pairs", emoji)
-    words, root = read_templates(templates), Path(data)
+        test, train = (open_dataset(data, split, **open_kwargs) for split in ("heldout", "train"))
+        if data == "builtin:icons":
+            return Layout(test, train, NAMES, 1, parts=_icon_parts())
+        return Layout(test, train, TEMPLATES, 1, "HO", "Held-out pairs")
+    words: Sequence[str] = read_templates(templates)
+    root = Path(data)
     if root.is_dir() and not any(root.glob("*.tar")):
         return _image_folder(root, split, words)
     if sources.is_sharded(data):
@@ -83,6 +90,36 @@ def open_layout(
         names, ids = np.unique(values, return_inverse=True)
         dataset.labels = {LABEL: Labels(torch.from_numpy(ids), tuple(names.tolist()))}
     return Layout(dataset, templates=words)
+
+
+def _icon_parts() -> dict[str, Part]:
+    """The sets on which icons are judged; together they are a part of the held-out icons.
+
+    NEW has the drawings of the family that is never trained on, of concepts that other families
+    train. HO has the held-out concepts that several families draw. Linear probes are left out:
+    thousands of concepts have a handful of drawings each.
+    """
+    icons = builtin_icons()
+    concepts = icons.labels["concept"].ids
+    new_family, new_concept = in_heldout_family(icons), heldout_concepts(icons)
+    trained = np.isin(concepts.numpy(), concepts[torch.from_numpy(~new_family & ~new_concept)])
+    pairs = torch.stack([concepts, icons.families.ids], dim=1).unique(dim=0)
+    drawn_by = torch.bincount(pairs[:, 0], minlength=len(icons.labels["concept"].names))
+    several = (drawn_by[concepts] > 1).numpy()
+    probes = {("concept", "linear_probe"), ("category", "linear_probe")}
+    return {
+        "NEW": Part(
+            Subset(icons, np.flatnonzero(new_family & ~new_concept & trained)),
+            "Known concepts, drawn by an unseen family",
+            skip=frozenset({*probes, ("concept", "grouping")}),  # one drawing of each
+        ),
+        "HO": Part(
+            Subset(icons, np.flatnonzero(new_concept & several)),
+            "New concepts, drawn by several families",
+            captions=0,  # drawings share them, so that no caption has one right picture
+            skip=frozenset({*probes, ("concept", "knn")}),  # none of them was trained on
+        ),
+    }
 
 
 def _image_folder(root: Path, split: str, words: Sequence[str]) -> Layout:
@@ -233,13 +270,9 @@ def read_templates(given: str) -> tuple[str, ...]:
 
 
 def class_prompts(
-    label: str, names: Sequence[str], templates: Sequence[str] = EMOJI_TEMPLATES
+    label: str, names: Sequence[str], templates: Sequence[str] = TEMPLATES
 ) -> list[list[str]]:
-    """Readable prompts per class: group "smileys-emotion" -> "an emoji of smileys and emotion".
-
-    Groups name two things ("food-drink"); other labels go from wide to narrow ("animal-bird").
-    """
-    joint = " and " if label == "group" else " "
+    """The prompts of each class; of labels other than "class", "red-star" becomes "red star"."""
     if label != LABEL:  # identifiers, not readable names
-        names = [ABBREVIATIONS.get(name, name.replace("-", joint)) for name in names]
+        names = [name.replace("-", " ") for name in names]
     return [[template.format(name) for template in templates] for name in names]

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from protoclip.config import TrainConfig
-from protoclip.data import PairDataset, noto_available, open_dataset
+from protoclip.data import PairDataset, open_dataset
 from protoclip.data.settings import open_arguments
 from protoclip.distributed import is_main, progress_hidden
 from protoclip.evaluate import results, tasks
@@ -43,10 +43,12 @@ class Evaluation:
         self.quick_sets: dict[str, PairDataset] = {}
         self.sets: dict[str, tasks.EvalSet] = {}
         if self.data:
-            split = "heldout" if self.data.startswith("builtin:") else "all"
-            self.quick_sets["HO"] = open_dataset(self.data, split, **self.arguments)
-            if self.data == "builtin:emoji" and noto_available():
-                self.quick_sets["NHO"] = open_dataset("builtin:emoji:noto", split, **self.arguments)
+            if self.data == "builtin:icons":
+                parts = open_layout(self.data, **self.arguments).parts
+                self.quick_sets = {key: part.test for key, part in parts.items() if part.captions}
+            else:
+                split = "heldout" if self.data.startswith("builtin:") else "all"
+                self.quick_sets["HO"] = open_dataset(self.data, split, **self.arguments)
         epochs = config.run.val_frequency
         self.during: list[tuple[Evaluate, float]] = []
         if self.quick_sets and epochs:
@@ -83,10 +85,10 @@ class Evaluation:
             self.sets, probe_train = tasks.encode_sets(encoder, layout)
             return tasks.evaluate_features(self.sets, probe_train)
 
-    def floor(self, model: ProtoModel) -> Results | None:
+    def floors(self, model: ProtoModel) -> dict[str, Results]:
         """The scores that need no training, for built-in data; other data may be too large."""
         if not self.data.startswith("builtin:"):
-            return None
+            return {}
         with self.phases.measure("evaluation", on_host=True):
             layout = open_layout(self.data, **self.arguments)
             return tasks.floors(self.encoder(model), layout)

@@ -24,6 +24,7 @@ from protoclip.model import (
     check_model,
     choose_device,
     choose_precision,
+    put_channels_last,
 )
 
 RANDOM = "random"
@@ -95,6 +96,7 @@ def open_encoder(model: ProtoModel, args: argparse.Namespace, what: str) -> Iter
     precision = choose_precision(args.precision, device)
     autocast = autocast_for(precision, device)
     model.to(device)
+    put_channels_last(model, device)
     with tqdm(desc=what, unit=" rows", leave=False, disable=progress_hidden()) as bar:
         yield Encoder(model, device, args.batch_size, args.workers, autocast, bar)
         bar.refresh()  # the last updates may have come too fast to show

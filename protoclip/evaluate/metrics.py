@@ -21,6 +21,7 @@ BLOCK_ELEMENTS = 1 << 24  # one block of scores: 64 MiB in float32
 DRAWS_AT_ONCE = 1 << 22  # bootstrap draws in memory: 32 MiB
 LAMBDAS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 1e-3, 3e-4, 1e-4)
 PROBE_ITERATIONS = 100
+NEIGHBOURS = 10  # that vote in k-NN
 MEAN_PER_CLASS = "mean_per_class_recall"
 Score = Callable[[Tensor], Tensor]  # features [b, D] -> logits [b, C], rows independent
 
@@ -209,7 +210,12 @@ def paper_linear_probe(
 
 
 def fit_knn(
-    train: Tensor, labels: Tensor, num_classes: int, *, k: int = 10, temperature: float = 0.07
+    train: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    k: int = NEIGHBOURS,
+    temperature: float = 0.07,
 ) -> Score:
     """scikit-learn's k-NN by cosine, with votes of weight exp(cosine / temperature): queries
     [Q, D], Q > 0 -> shares of the votes, float64 [Q, C]."""

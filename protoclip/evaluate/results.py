@@ -26,15 +26,22 @@ ROWS = {  # metric -> its row in a table; {}: the label before the metric's name
     "acc1": "zero-shot {}",
     "lp_acc1": "linear probe {}",
     "knn_acc1": "nearest neighbours {}",
+    "nn_acc1": "1-NN {}",
     "ari": "k-means ARI {}",
     "ami": "k-means AMI {}",
     "nmi": "k-means NMI {}",
     "modality_gap": "modality gap",
-    "alignment": "alignment (pairs' distance²)",
+    "alignment": "alignment (distance²)",
     "image_uniformity": "uniformity of the images",
     "text_uniformity": "uniformity of the texts",
 }
-FIRST = ("knn_acc1", "ami")  # the rows at the top of a table
+FIRST = ("/acc1", "nn_acc1", "ami")  # the rows at the top of a table
+FLOORS = {  # what needs no training -> its meaning, in the order of a table's columns
+    "chance": "guessing",
+    "frequent": "always the most frequent class",
+    "pixels": "12 x 12 pixels as features",
+    "HOG": "histograms of oriented gradients as features",
+}
 RECORDS = {  # CLIP_benchmark's task -> the names of its metrics
     "zeroshot_retrieval": tuple(name for name in ROWS if "recall" in name),
     "zeroshot_classification": ("acc1", "acc5", "mean_per_class_recall"),
@@ -62,32 +69,36 @@ Results = Mapping[str, SetResults]  # one model on all evaluation sets, by short
 class Outcome:
     """What ``results.json`` holds."""
 
-    data: str  # e.g. "builtin:emoji"
+    data: str  # e.g. "builtin:icons"
     model: str  # OpenCLIP's name
     pretrained: str  # the checkpoint or tag
     trained: Results
     untrained: Results | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)  # by phase, in the order to show
     peak_memory_bytes: int | None = None
-    floor: Results | None = None  # without a model; see ``floors`` of evaluate/tasks.py
+    floors: Mapping[str, Results] = field(default_factory=dict)  # by ``FLOORS``: without a model
     seeds: int = 1  # if more: means over this many runs, and intervals for one more run
 
     @property
     def beside(self) -> dict[str, Results]:
         """The known results to show beside the trained model."""
-        both = {"floor": self.floor, "untrained": self.untrained}
-        return {name: found for name, found in both.items() if found}
+        known = {**self.floors, "untrained": self.untrained}
+        return {name: found for name, found in known.items() if found}
 
 
 def format_table(outcome: Outcome, baseline: Outcome | None = None) -> str:
-    """The table at the end of a run, at most 100 columns: one block per set, one row per metric.
+    """The table at the end of a run: one block per set, one row per metric.
 
-    Other columns show the floor, the untrained model and the baseline, if known.
+    Other columns show the floors, the untrained model and the baseline, if known.
     """
     known = outcome.beside | ({"CLIP": baseline.trained} if baseline else {})
     heads = [*known, "trained", "95 % interval"]
-    heads += ["to CLIP" if baseline else "change"] * bool(known)  # from the last other column
-    row = "  {:<30}" + "{:>10}" * (len(known) + 1) + "{:>18}" + "{:>10}" * bool(known)
+    if known:  # the difference to the last of the other columns
+        heads.append("to CLIP" if baseline else "change")
+    widths = [max(len(head) + 1, 7) for head in [*known, "trained"]]
+    row = "  {:<27}" + "".join(f"{{:>{width}}}" for width in widths) + "{:>16}"
+    if known:
+        row += "{:>9}"
     blocks = []
     for key, one in outcome.trained.items():
         lines = [f"{one.title} ({key}): {one.samples:,} images, {one.captions:,} captions"]
@@ -104,8 +115,9 @@ def format_table(outcome: Outcome, baseline: Outcome | None = None) -> str:
             lines.append(row.format(words, *cells).rstrip())
         blocks.append("\n".join(lines))
     footer = []
-    if outcome.floor is not None:
-        footer.append("floor: 12 x 12 pixels as features, or the most frequent class if it is more")
+    if outcome.floors:
+        meanings = (f"{name}: {FLOORS.get(name, name)}" for name in outcome.floors)
+        footer += textwrap.wrap("; ".join(meanings), 98, subsequent_indent="  ")
     if baseline is not None:
         seeds = f"mean of {baseline.seeds} seeds" if baseline.seeds > 1 else "one seed"
         footer.append(f"CLIP: recorded, {seeds}; in brackets: within chance (95 %)")
@@ -157,15 +169,23 @@ def read_results(path: str | os.PathLike[str]) -> Outcome:
     """
     try:
         content = parse_json(Path(path).read_text(encoding="utf-8"))
-        for name in ("trained", "untrained", "floor"):
-            if name == "trained" or content.get(name) is not None:
-                content[name] = {key: _read_set(one) for key, one in content[name].items()}
+        floors = content.get("floors", {})
+        if older := content.pop("floor", None):  # files of older versions have one
+            floors = {"pixels": older}
+        content["floors"] = {name: _read_sets(sets) for name, sets in floors.items()}
+        content["trained"] = _read_sets(content["trained"])
+        if content.get("untrained") is not None:
+            content["untrained"] = _read_sets(content["untrained"])
         return Outcome(**content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"results: expected a results.json of protoclip, got {path} ({type(error).__name__}: "
             f"{error}); move it away or choose another --output"
         ) from error
+
+
+def _read_sets(sets: Mapping[str, Any]) -> Results:
+    return {key: _read_set(one) for key, one in sets.items()}
 
 
 def _read_set(content: Mapping[str, Any]) -> SetResults:

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from protoclip.commands import TASKS
-from protoclip.data import Draws, Labels, PairDataset, batches, noto_available
+from protoclip.data import Draws, Labels, PairDataset, batches
+from protoclip.data.images import hog
 from protoclip.data.types import heldout_mask
 from protoclip.distributed import gather_objects, is_main, own_slice
 from protoclip.evaluate import metrics
@@ -26,6 +28,7 @@ from protoclip.evaluate.results import Results, SetResults
 from protoclip.model import ProtoModel
 
 PROBES = frozenset(("linear_probe", "knn"))
+PROBE_TASKS = {"lp_": "linear_probe", "knn_": "knn", "nn_": "knn"}  # by their metrics' prefix
 HELDOUT_PERCENT = 20  # test share for probes on a data set without a train split
 # A fitted probe: features [N, D] and labels [N] -> its scores, and its settings.
 Probe = Callable[[Tensor, Tensor], tuple[dict[str, Tensor], dict[str, float]]]
@@ -39,10 +42,24 @@ class EvalSet:
     text: Tensor  # [M, D], row j of image owner[j]; M = 0: no retrieval
     owner: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     labels: Mapping[str, Labels] = field(default_factory=dict)
-    class_vectors: Mapping[str, Tensor] = field(default_factory=dict)  # label -> [C, D]
-    probes: bool = True  # False if the set contains the probes' training images
+    # Label -> [C, D], and which classes they are, int64 [C]; without ``choices`` they are all.
+    class_vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    choices: Mapping[str, Tensor] = field(default_factory=dict)
+    skip: frozenset[tuple[str, str]] = frozenset()  # (label, task) to leave out
     title: str = ""
     probe_rows: Tensor | None = None  # int64, the test images of probes; None: all
+
+    def among(self, label: str) -> tuple[Tensor, Labels]:
+        """The images that have one of the zero-shot classes, int64 [n], and their classes among
+        the rows of ``class_vectors``."""
+        known = self.labels[label]
+        if label not in self.choices:
+            rows = torch.nonzero(known.ids >= 0)[:, 0]
+            return rows, Labels(known.ids[rows], known.names)
+        choices = self.choices[label].to(known.ids.device)
+        rows = torch.nonzero(torch.isin(known.ids, choices))[:, 0]
+        names = tuple(known.names[i] for i in choices.tolist())
+        return rows, Labels(torch.searchsorted(choices, known.ids[rows]), names)
 
 
 @dataclass(frozen=True)
@@ -111,30 +128,71 @@ class Encoder:
         return torch.cat(rows)
 
 
-class PixelEncoder(Encoder):
-    """Uses no model: a picture's feature is its 12 x 12 pixels, and all texts are equal."""
+@dataclass(frozen=True)
+class FixedEncoder(Encoder):
+    """Uses no model: a picture's features are computed from its pixels; all texts are equal."""
+
+    features: Callable[[Image.Image], np.ndarray] = np.asarray
 
     def images(self, dataset: PairDataset) -> Tensor:
-        pictures = [np.array(dataset.image(i).resize((12, 12))) for i in range(len(dataset))]
-        return torch.from_numpy(np.stack(pictures)).flatten(1).to(self.device) / 255 - 0.5
+        rows = [self.features(dataset.image(i)) for i in range(len(dataset))]
+        return torch.from_numpy(np.stack(rows)).flatten(1).float().to(self.device)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         return torch.zeros(len(texts), 1, device=self.device)
 
 
-def floors(encoder: Encoder, layout: Layout) -> Results:
-    """k-NN and clusters of ``PixelEncoder``; accuracies are at least the largest class's share."""
-    sets, train = encode_sets(PixelEncoder(encoder.model, encoder.device), layout)
-    found = evaluate_features(sets, train, tasks=("knn", "grouping"))
-    floor = {}
-    for key, one in found.items():
-        values = dict(one.metrics)
-        for label, known in sets[key].labels.items():
-            share = float(known.ids.bincount().max()) / len(known.ids)
-            for name in (f"{label}/{kind}acc1" for kind in ("", "lp_", "knn_")):
-                values[name] = max(share, values.get(name, share))
-        floor[key] = dataclasses.replace(one, metrics=values, intervals={})
-    return floor
+def pixels(picture: Image.Image) -> np.ndarray:
+    """A picture's 12 x 12 pixels, float32 [12, 12, 3] in -0.5 ... 0.5."""
+    return np.asarray(picture.resize((12, 12)), dtype=np.float32) / 255 - 0.5
+
+
+FEATURES: Mapping[str, Callable[[Image.Image], np.ndarray]] = {"pixels": pixels, "HOG": hog}
+
+
+def floors(encoder: Encoder, layout: Layout) -> dict[str, Results]:
+    """What needs no training: k-NN and clusters of fixed features, guesses ("chance"), and always
+    saying the most frequent class ("frequent")."""
+    found: dict[str, Results] = {}
+    for name, features in FEATURES.items():
+        fixed = FixedEncoder(encoder.model, encoder.device, features=features)
+        sets, train = encode_sets(fixed, layout, ("knn", "grouping"))
+        scores = evaluate_features(sets, train, tasks=("knn", "grouping"))
+        found[name] = {key: dataclasses.replace(one, intervals={}) for key, one in scores.items()}
+    guesses: dict[str, Results] = {"chance": {}, "frequent": {}}
+    for key, one in found["pixels"].items():
+        share, most = _guesses(sets[key], train)
+        for name, metrics_of_guess in (("chance", share), ("frequent", most)):
+            blind = dataclasses.replace(one, metrics=metrics_of_guess)
+            guesses[name] = {**guesses[name], key: blind}
+    return guesses | found
+
+
+def _guesses(one: EvalSet, train: EvalSet | None) -> tuple[dict[str, float], dict[str, float]]:
+    """The accuracies of guessing any class, and of always saying the most frequent one."""
+    share: dict[str, float] = {}
+    most: dict[str, float] = {}
+    for label, known in one.labels.items():
+        rows, judged = one.among(label)
+        if not len(rows):
+            continue
+        largest = float(judged.ids.bincount().max()) / len(rows)
+        present = len(one.choices.get(label, known.names))
+        share[f"{label}/acc1"], most[f"{label}/acc1"] = 1 / present, largest
+        if train is None or (label, "knn") in one.skip:
+            continue
+        counts = train.labels[label].ids
+        counts = counts[counts >= 0].bincount(minlength=len(known.names))
+        usual = float((known.ids[known.ids >= 0] == counts.argmax()).float().mean())
+        for name in ("lp_acc1", "knn_acc1", "nn_acc1"):
+            share[f"{label}/{name}"] = 1 / int((counts > 0).sum())
+            most[f"{label}/{name}"] = usual
+    images, texts = max(1, len(one.image)), max(1, len(one.text))
+    if len(one.text):
+        for k in (1, 5, 10):
+            share[f"text_retrieval_recall@{k}"] = min(1.0, k / texts)
+            share[f"image_retrieval_recall@{k}"] = min(1.0, k / images)
+    return share, most
 
 
 def eval_transform(model: ProtoModel) -> Callable[[Any], Tensor]:
@@ -149,18 +207,31 @@ def encode_sets(
 ) -> tuple[dict[str, EvalSet], EvalSet | None]:
     """Encode, on all ranks, the evaluation sets of a layout by name, and the probes' training set.
 
-    builtin:emoji has HO (held-out concepts), TW (all, in Twemoji style) and, with the font, NHO
-    and NOTO (the same in Noto style). Other built-in data has HO (its held-out part), files have
-    ALL. Probes train on the train split, or on 80 % of the set if there is none.
+    builtin:icons has NEW and HO (see ``open_layout``), other built-in data HO (its held-out part),
+    files ALL. Probes train on the train split, or on 80 % of the set if there is none.
     """
-    if layout.emoji is not None:
-        return _emoji_sets(encoder, layout, layout.emoji)
-    one = encode_set(encoder, layout, prompts="zeroshot" in tasks)
-    if not one.labels or not PROBES & set(tasks):
+    prompts, probed = "zeroshot" in tasks, bool(PROBES & set(tasks))
+    if layout.parts:
+        sets = {
+            key: dataclasses.replace(
+                encode_set(
+                    encoder,
+                    dataclasses.replace(
+                        layout, test=part.test, title=part.title, captions=part.captions
+                    ),
+                    prompts=prompts,
+                    only_present=True,
+                ),
+                skip=part.skip,
+            )
+            for key, part in layout.parts.items()
+        }
+        return sets, _probe_train(encoder, layout.train) if probed and layout.train else None
+    one = encode_set(encoder, layout, prompts=prompts)
+    if not one.labels or not probed:
         return {layout.key: one}, None
     if layout.train is not None:
-        image = encoder.images(layout.train)
-        return {layout.key: one}, EvalSet(image, image[:0], labels=layout.train.labels)
+        return {layout.key: one}, _probe_train(encoder, layout.train)
     # A fifth of each class tests the probes; they train on the rest.
     first = next(iter(one.labels.values())).ids.cpu().numpy()
     mask = torch.from_numpy(heldout_mask(len(first), first, seed=0, percent=HELDOUT_PERCENT))
@@ -168,32 +239,16 @@ def encode_sets(
     return {layout.key: dataclasses.replace(one, probe_rows=judged)}, take(one, rest)
 
 
-def _emoji_sets(
-    encoder: Encoder, layout: Layout, opened: Callable[..., PairDataset]
-) -> tuple[dict[str, EvalSet], EvalSet]:
-    """Encode every picture and caption once; the other sets are rows of the full set."""
-    everything, outside = opened("all"), set(layout.test.keys)
-    whole = encode_set(encoder, dataclasses.replace(layout, test=everything))
-    rows = {key: i for i, key in enumerate(everything.keys)}
-    heldout = [i for key, i in rows.items() if key in outside]
-    sets = {
-        "HO": take(whole, heldout, title="Held-out concepts"),
-        "TW": dataclasses.replace(whole, probes=False, title="All concepts"),
-    }
-    if noto_available():
-        noto = opened(
-            "all", "builtin:emoji:noto"
-        )  # concepts by the same keys, with the same captions and labels
-        drawn = take(whole, [rows[key] for key in noto.keys], title="All concepts in Noto style")
-        drawn = dataclasses.replace(drawn, image=encoder.images(noto))
-        heldout = [i for i, key in enumerate(noto.keys) if key in outside]
-        sets["NHO"] = take(drawn, heldout, title="Held-out concepts in Noto style")
-        sets["NOTO"] = drawn
-    return sets, take(whole, [i for key, i in rows.items() if key not in outside])
+def _probe_train(encoder: Encoder, train: PairDataset) -> EvalSet:
+    image = encoder.images(train)
+    return EvalSet(image, image[:0], labels=train.labels)
 
 
-def encode_set(encoder: Encoder, layout: Layout, *, prompts: bool = True) -> EvalSet:
-    """Features of the test pictures, of their captions and, with ``prompts``, of their classes."""
+def encode_set(
+    encoder: Encoder, layout: Layout, *, prompts: bool = True, only_present: bool = False
+) -> EvalSet:
+    """Features of the test pictures, of their captions and, with ``prompts``, of their classes;
+    with ``only_present`` zero-shot chooses only among classes that the set has."""
     dataset = layout.test
     image = encoder.images(dataset)
     captions = [dataset.captions(i)[: layout.captions] for i in range(len(dataset))]
@@ -203,16 +258,23 @@ def encode_set(encoder: Encoder, layout: Layout, *, prompts: bool = True) -> Eva
         name: Labels(known.ids.to(encoder.device), known.names)
         for name, known in dataset.labels.items()
     }
+    choices: dict[str, Tensor] = {}
+    vectors: dict[str, Tensor] = {}
+    for name, known in labels.items():
+        names = known.names
+        if only_present:
+            choices[name] = known.ids[known.ids >= 0].unique()
+            names = tuple(known.names[i] for i in choices[name].tolist())
+        if prompts and names:
+            words = class_prompts(name, names, layout.templates)
+            vectors[name] = class_features(encoder, words)
     return EvalSet(
         image,
         encoder.texts(texts) if texts else image[:0],
         torch.tensor(owner, dtype=torch.int64, device=encoder.device),
         labels,
-        {
-            name: class_features(encoder, class_prompts(name, known.names, layout.templates))
-            for name, known in labels.items()
-            if prompts
-        },
+        vectors,
+        choices,
         title=layout.title or dataset.name,
     )
 
@@ -266,12 +328,14 @@ def evaluate_features(
     if not is_main():
         return {}
     learned: dict[str, dict[str, Probe]] = {}
-    if probe_train is not None and any(one.probes for one in sets.values()):
-        learned = {
-            label: _learn(probe_train.image, known, tasks, protocol)
-            for label, known in probe_train.labels.items()
-        }
-    return {key: _score(one, learned if one.probes else {}, tasks) for key, one in sets.items()}
+    if probe_train is not None:
+        for label, known in probe_train.labels.items():
+            wanted = [t for t in tasks if any((label, t) not in one.skip for one in sets.values())]
+            rows = torch.nonzero(known.ids >= 0)[:, 0]
+            own = Labels(known.ids[rows], known.names)
+            image = probe_train.image[rows.to(probe_train.image.device)]
+            learned[label] = _learn(image, own, wanted, protocol)
+    return {key: _score(one, learned, tasks) for key, one in sets.items()}
 
 
 def _learn(image: Tensor, known: Labels, tasks: Collection[str], protocol: str) -> dict[str, Probe]:
@@ -290,9 +354,15 @@ def _learn(image: Tensor, known: Labels, tasks: Collection[str], protocol: str) 
         settings = {"weight_decay": penalty, "epochs": float(metrics.PROBE_ITERATIONS)}
         out["lp_"] = lambda rows, ids: (metrics.classify(rows, ids, count, logits), settings)
     if "knn" in tasks:
-        votes = metrics.fit_knn(image, known.ids, count)
-        out["knn_"] = lambda rows, ids: (metrics.classify(rows, ids, count, votes), {})
+        out["knn_"] = _neighbours(image, known, metrics.NEIGHBOURS)
+        out["nn_"] = _neighbours(image, known, 1)
     return out
+
+
+def _neighbours(image: Tensor, known: Labels, k: int) -> Probe:
+    count = len(known.names)
+    votes = metrics.fit_knn(image, known.ids, count, k=k)
+    return lambda rows, ids: (metrics.classify(rows, ids, count, votes), {})
 
 
 def _score(
@@ -309,16 +379,22 @@ def _score(
     for label, known in one.labels.items():
         found: dict[str, Tensor] = {}
         if "zeroshot" in tasks and label in one.class_vectors:
+            rows, judged = one.among(label)
             score = partial(metrics.zero_shot_logits, vectors=one.class_vectors[label])
-            found = metrics.classify(one.image, known.ids, len(known.names), score)
-        rows = slice(None) if one.probe_rows is None else one.probe_rows
+            found = metrics.classify(one.image[rows], judged.ids, len(judged.names), score)
+        everything = torch.arange(len(known.ids), device=known.ids.device)
+        rows = everything if one.probe_rows is None else one.probe_rows
+        rows = rows[known.ids[rows] >= 0]
         for prefix, probe in learned.get(label, {}).items():
+            if (label, PROBE_TASKS[prefix]) in one.skip or not len(rows):
+                continue
             scores, settings = probe(one.image[rows], known.ids[rows])
             found |= {prefix + name: score for name, score in scores.items()}
             values |= {f"{label}/{prefix}{name}": value for name, value in settings.items()}
         sampled |= {f"{label}/{name}": score for name, score in found.items()}
-        if "grouping" in tasks and len(known.ids) > 1:
-            groups = metrics.group_scores(one.image, known.ids)
+        grouped = everything[known.ids >= 0]
+        if "grouping" in tasks and len(grouped) > 1 and (label, "grouping") not in one.skip:
+            groups = metrics.group_scores(one.image[grouped], known.ids[grouped])
             values |= {f"{label}/{name}": value for name, value in groups.items()}
     if "geometry" in tasks:
         if len(one.text):

@@ -2,39 +2,193 @@
 
 A backend named by the caller never falls back. ``auto`` (which ``PROTOCLIP_BACKEND`` overrides)
 takes the first backend of ``AUTO_ORDER`` that is usable on the tensors' device.
+
+The functions that import a backend's own (``cpu_strip``, ``triton_strip``, ...) are called at its
+first use. C++ functions have the names of ``csrc/bindings.cpp``, CUDA's of
+``csrc/cuda_bindings.cpp``. Backends of an op take the same arguments, which the op gives by
+keyword; the contracts are in the files that define the ops.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
+from typing import Any, Generic, TypeVar
 
 import numpy
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.torch_version import TorchVersion
 
-from protoclip.ops import native
+from protoclip.ops import native, reference
+from protoclip.ops.operators import ANY_FLOAT, FLOATS, in_transform
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ANY_FLOAT = (*FLOATS, torch.float64)
-_LIBRARY = torch.library.Library("protoclip", "FRAGMENT")
+Implementation = TypeVar("Implementation")
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Backend:
-    """One implementation: where its functions are, and which tensors and machines it supports."""
+class Backend(Generic[Implementation]):
+    """One implementation of an op, and which tensors and machines it supports."""
 
-    find: Callable[[str], Callable]  # name -> function, imported at first use
+    load: Callable[[], Implementation]  # imports or compiles it
     device_types: tuple[str, ...] | None  # None: any
     dtypes: tuple[torch.dtype, ...]
     why_not: Callable[[], str | None]  # None: usable on this machine
+
+    @cached_property
+    def implementation(self) -> Implementation:
+        """What ``load`` gives, loaded once."""
+        return self.load()
+
+
+# What the fused backends of each family implement.
+@dataclass(frozen=True)
+class StripFunctions:
+    """InfoNCE of a strip (ops/strips.py)."""
+
+    statistics: Callable[..., tuple[Tensor, ...]]
+    gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    # The statistics and the weighted loss at once, where a backend has kernels for that.
+    loss: Callable[..., tuple[Tensor, ...]] | None = None
+    empty_stash: Callable[[int], Tensor] | None = None  # room for logits, where it keeps any
+
+
+@dataclass(frozen=True)
+class MatchedFunctions:
+    """A strip whose pairs are matched by ids and positions (ops/strips.py)."""
+
+    statistics: Callable[..., Pair]
+    gradients: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    empty_stash: Callable[[int], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class PrototypeFunctions:
+    """Prototype cross-entropy (ops/prototypes.py)."""
+
+    losses: Callable[..., tuple[Tensor, ...]]
+    prototype_gradient: Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class ClusterFunctions:
+    """Nearest centroids and segment means (ops/clusters.py)."""
+
+    assign: Callable[..., Pair]
+    segment_mean: Callable[..., Pair]
+    # points -> codes, and ``assign`` of points, centroids and codes, where a backend codes points.
+    encode: Callable[[Tensor], Any] | None = None
+    assign_coded: Callable[..., Pair] | None = None
+
+
+def cpu_strip() -> StripFunctions:
+    ops = native.cpu_ops()
+    return StripFunctions(
+        statistics=ops.contrastive_fwd.default,
+        gradients=ops.contrastive_bwd.default,
+        empty_stash=ops.pooled.default,
+    )
+
+
+def triton_strip() -> StripFunctions:
+    from protoclip.kernels import info_nce
+
+    return StripFunctions(
+        statistics=info_nce.contrastive_fwd,
+        gradients=info_nce.contrastive_bwd,
+        loss=info_nce.contrastive,
+    )
+
+
+def cpu_matched() -> MatchedFunctions:
+    ops = native.cpu_ops()
+    return MatchedFunctions(
+        statistics=ops.matched_fwd.default,
+        gradients=ops.matched_bwd.default,
+        empty_stash=ops.pooled.default,
+    )
+
+
+def triton_matched() -> MatchedFunctions:
+    from protoclip.kernels import matched
+
+    return MatchedFunctions(statistics=matched.matched_fwd, gradients=matched.matched_bwd)
+
+
+def cpu_sigmoid_loss() -> Callable[..., tuple[Tensor, ...]]:
+    return native.cpu_ops().sigmoid_loss.default
+
+
+def triton_sigmoid_loss() -> Callable[..., tuple[Tensor, ...]]:
+    from protoclip.kernels import siglip
+
+    return siglip.sigmoid_loss
+
+
+def cpu_prototypes() -> PrototypeFunctions:
+    ops = native.cpu_ops()
+    return PrototypeFunctions(
+        losses=ops.prototype_ce_fwd_banks.default,
+        prototype_gradient=ops.prototype_ce_bwd_prototypes.default,
+    )
+
+
+def triton_prototypes() -> PrototypeFunctions:
+    from protoclip.kernels import prototype_cross_entropy
+
+    return PrototypeFunctions(
+        losses=prototype_cross_entropy.prototype_ce_fwd_banks,
+        prototype_gradient=prototype_cross_entropy.prototype_ce_bwd_prototypes,
+    )
+
+
+def cpu_soft_targets() -> Callable[..., Tensor]:
+    return native.cpu_ops().soft_targets.default
+
+
+def triton_soft_targets() -> Callable[..., Tensor]:
+    from protoclip.kernels import prototype_cross_entropy
+
+    return prototype_cross_entropy.soft_targets
+
+
+def cpu_clusters() -> ClusterFunctions:
+    ops = native.cpu_ops()
+    return ClusterFunctions(
+        assign=ops.kmeans_assign.default,
+        segment_mean=ops.segment_mean.default,
+        encode=ops.kmeans_encode.default,
+        assign_coded=ops.kmeans_assign_coded.default,
+    )
+
+
+def cuda_clusters() -> ClusterFunctions:
+    ops = native.cuda_ops()
+    return ClusterFunctions(
+        assign=ops.kmeans_assign_cuda.default,
+        segment_mean=ops.segment_mean_cuda.default,
+        encode=ops.kmeans_encode_cuda.default,
+        assign_coded=ops.kmeans_assign_coded_cuda.default,
+    )
+
+
+def triton_clusters() -> ClusterFunctions:
+    from protoclip.kernels import clusters
+
+    return ClusterFunctions(
+        assign=clusters.kmeans_assign,
+        segment_mean=clusters.segment_mean,
+        encode=clusters.kmeans_encode,
+        assign_coded=clusters.kmeans_assign_coded,
+    )
+
+
+def reference_clusters() -> ClusterFunctions:
+    return ClusterFunctions(assign=reference.kmeans_assign, segment_mean=reference.segment_mean)
 
 
 @cache
@@ -42,38 +196,78 @@ def _no_triton() -> str | None:
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return "no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
     try:
-        triton = importlib.import_module("triton")
+        import triton
     except ImportError as error:
         return f"triton cannot be imported: {error}"
     if torch.cuda.is_available():
-        return importlib.import_module("protoclip.kernels.launch").why_not()
+        from protoclip.kernels import launch
+
+        return launch.why_not()
     # Older Triton calls int() on arrays of one element, which numpy 2.4 refuses.
     old = TorchVersion(triton.__version__) < "3.7" and TorchVersion(numpy.__version__) >= "2.4"
     return "the interpreter of triton < 3.7 needs numpy < 2.4 (a GPU does not)" if old else None
 
 
-def _from(module: str) -> Callable[[str], Callable]:
-    return lambda name: getattr(importlib.import_module(module), name)
+def _cpu(load: Callable[[], Implementation]) -> Backend[Implementation]:
+    return Backend(load, ("cpu",), FLOATS, partial(native.why_not, "cpu"))
 
 
-def _triton(module: str) -> Backend:
+def _cuda(load: Callable[[], Implementation]) -> Backend[Implementation]:
+    return Backend(load, ("cuda",), FLOATS, partial(native.why_not, "cuda"))
+
+
+def _triton(load: Callable[[], Implementation]) -> Backend[Implementation]:
     # CPU tensors are for Triton's interpreter only.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     devices = ("cuda", "cpu") if interpreted else ("cuda",)
-    return Backend(_from(f"protoclip.kernels.{module}"), devices, FLOATS, _no_triton)
+    return Backend(load, devices, FLOATS, _no_triton)
 
 
-REFERENCE = Backend(_from("protoclip.ops.reference"), None, ANY_FLOAT, lambda: None)
-CPU = Backend(partial(native.op, "cpu"), ("cpu",), FLOATS, partial(native.why_not, "cpu"))
-CUDA = Backend(partial(native.op, "cuda"), ("cuda",), FLOATS, partial(native.why_not, "cuda"))
-ANYWHERE = {"cpu": CPU, "reference": REFERENCE}
-CLUSTERS = ANYWHERE | {"cuda": CUDA, "triton": _triton("clusters")}
-TABLE: dict[str, dict[str, Backend]] = {
-    "info_nce": ANYWHERE | {"triton": _triton("info_nce")},
-    "contrastive": ANYWHERE | {"triton": _triton("matched")},
-    "siglip": ANYWHERE | {"triton": _triton("siglip")},
-    "prototype_cross_entropy": ANYWHERE | {"triton": _triton("prototype_cross_entropy")},
-    "soft_targets": ANYWHERE | {"triton": _triton("prototype_cross_entropy")},
+def _reference(load: Callable[[], Implementation]) -> Backend[Implementation]:
+    return Backend(load, None, ANY_FLOAT, lambda: None)
+
+
+def _called_directly() -> Any:
+    raise NotImplementedError("the public op calls ops/reference.py: its autograd is torch's own")
+
+
+STRIP: dict[str, Backend[StripFunctions]] = {
+    "cpu": _cpu(cpu_strip),
+    "triton": _triton(triton_strip),
+    "reference": _reference(_called_directly),
+}
+MATCHED: dict[str, Backend[MatchedFunctions]] = {
+    "cpu": _cpu(cpu_matched),
+    "triton": _triton(triton_matched),
+    "reference": _reference(_called_directly),
+}
+SIGLIP: dict[str, Backend[Callable[..., tuple[Tensor, ...]]]] = {
+    "cpu": _cpu(cpu_sigmoid_loss),
+    "triton": _triton(triton_sigmoid_loss),
+    "reference": _reference(_called_directly),
+}
+PROTOTYPES: dict[str, Backend[PrototypeFunctions]] = {
+    "cpu": _cpu(cpu_prototypes),
+    "triton": _triton(triton_prototypes),
+    "reference": _reference(_called_directly),
+}
+SOFT_TARGETS: dict[str, Backend[Callable[..., Tensor]]] = {
+    "cpu": _cpu(cpu_soft_targets),
+    "triton": _triton(triton_soft_targets),
+    "reference": _reference(lambda: reference.soft_targets),
+}
+CLUSTERS: dict[str, Backend[ClusterFunctions]] = {
+    "cpu": _cpu(cpu_clusters),
+    "cuda": _cuda(cuda_clusters),
+    "triton": _triton(triton_clusters),
+    "reference": _reference(reference_clusters),
+}
+TABLE: dict[str, dict[str, Backend[Any]]] = {
+    "info_nce": STRIP,
+    "contrastive": MATCHED,
+    "siglip": SIGLIP,
+    "prototype_cross_entropy": PROTOTYPES,
+    "soft_targets": SOFT_TARGETS,
     "kmeans_assign": CLUSTERS,
     "segment_mean": CLUSTERS,
 }
@@ -155,74 +349,3 @@ def _warn_slow(op: str) -> None:
 
 # Same as torch.compiler.assume_constant_result, which would load dynamo and triton (1.8 s).
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@cache
-def implementation(op: str, backend: str, function: str) -> Callable:
-    """The function of a backend's module, imported at first use."""
-    return TABLE[op][backend].find(function)
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    """The dtype of sums and losses: fp32, or fp64 for fp64 input (reference only)."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def reduce(losses: Tensor, reduction: str, count: int | Tensor) -> Tensor:
-    """Mean (0 for no rows), sum, or the rows themselves."""
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    return losses.sum() / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
-
-
-def without_autocast(device_type: str) -> AbstractContextManager:
-    """Turn autocast off, on devices that have it ("meta" does not)."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def in_transform() -> bool:
-    """Whether torch.func's grad, vmap or jvp, or forward-mode differentiation, is active."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-
-
-def wants_gradient(*inputs: Tensor) -> bool:
-    """Whether a backward pass may follow."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-
-
-def define(schema: str, run: Callable, fake: Callable) -> None:
-    """Add an op to ``torch.ops.protoclip``; ``fake`` gives the shapes of its results."""
-    name = schema.split("(")[0]
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"protoclip::{name}", fake, lib=_LIBRARY)
-
-
-def define_gradient(
-    name: str, op: str, backward: Callable | None = None, setup_context: Callable | None = None
-) -> None:
-    """Give ``protoclip::name`` the gradient ``backward``. Without one, asking for a gradient (a
-    second derivative of the public ``op``) raises an error that names ``op``."""
-
-    def refuse(ctx, *_):
-        raise RuntimeError(
-            f"{op}: its fused backends have no second derivative; use backend='reference' for it"
-        )
-
-    torch.library.register_autograd(
-        f"protoclip::{name}", backward or refuse, setup_context=setup_context, lib=_LIBRARY
-    )
-
-
-# This is an op so that a second derivative raises; plain autograd would ignore that ``saved``, from
-# the forward pass, depends on the inputs.
-define(
-    "scaled(Tensor grad, Tensor saved) -> Tensor",
-    lambda grad, saved: (grad.float() * saved).to(saved.dtype),
-    lambda grad, saved: torch.empty_like(saved),
-)
-define_gradient("scaled", "this loss")

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protoclip.ops.backends import ANY_FLOAT, accumulator, in_transform
+from protoclip.ops.operators import ANY_FLOAT, accumulator, in_transform
 
 REDUCTIONS = ("mean", "sum", "none")
 INTEGERS = (torch.int64,)
 PAIR = ("image_features", "text_features")
+LEFT_OUT = -100  # in place of a label or position, as in torch's cross-entropy
 
 
 def matrix(op: str, name: str, x: Tensor, letters: str) -> None:
@@ -66,7 +67,7 @@ def pairs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``strip`` for as many texts as images."""
     x, y, scale = strip(op, PAIR, image_features, text_features, logit_scale)
-    if len(x) != len(y):
+    if x.shape[0] != y.shape[0]:
         raise ValueError(
             f"{op}: expected one text per image, got image_features {tuple(x.shape)} "
             f"and text_features {tuple(y.shape)}; give row i of each the same pair"
@@ -76,6 +77,9 @@ def pairs(
 
 def promoted(*tensors: Tensor) -> list[Tensor]:
     """The tensors in the narrowest dtype that holds all of theirs, as torch promotes operands."""
+    dtype = tensors[0].dtype
+    if all(x.dtype == dtype for x in tensors):
+        return list(tensors)
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
     return [x.to(dtype) for x in tensors]
 
@@ -124,16 +128,16 @@ def vector(
 
 def labels(op: str, x: Tensor, rows: Tensor) -> None:
     """Require int64 [N] on the device of the [N, D] rows."""
-    vector(op, "labels", x, INTEGERS, [(len(rows),)], rows.device)
+    vector(op, "labels", x, INTEGERS, [(rows.shape[0],)], rows.device)
 
 
 def label_values(op: str, x: Tensor, count: int) -> None:
     """Require labels in [0, count) or -100; only for CPU tensors, whose values may be read."""
-    wrong = ((x < 0) | (x >= count)) & (x != -100)
+    wrong = ((x < 0) | (x >= count)) & (x != LEFT_OUT)
     if wrong.any():
         row = int(wrong.nonzero()[0])
         found = f"{int(x[row])} at row {row} for K = {count}"
-        raise ValueError(f"{op}: expected labels in [0, K) or -100, got {found}")
+        raise ValueError(f"{op}: expected labels in [0, K) or {LEFT_OUT}, got {found}")
 
 
 def segments(op: str, used: int, num_segments: int) -> None:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from protoclip.ops import checks
-from protoclip.ops.backends import accumulator, define, implementation, resolve, without_autocast
+from protoclip.ops import checks, reference
+from protoclip.ops.backends import CLUSTERS, resolve
+from protoclip.ops.operators import empty, in_transform, operator, without_autocast
 
 
-def _assign(points: Tensor, centroids: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return implementation("kmeans_assign", backend, "kmeans_assign")(points, centroids)
+def _assign_shapes(arguments: Any) -> tuple[Tensor, Tensor]:
+    points = arguments.points
+    n = points.shape[0]
+    return points.new_empty(n, dtype=torch.int64), points.new_empty(n, dtype=torch.float32)
 
 
-define(
-    "kmeans_assign(Tensor points, Tensor centroids, str backend) -> (Tensor, Tensor)",
-    _assign,
-    lambda x, *_: (x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x)).float()),
-)
+@operator(_assign_shapes)
+def _kmeans_assign(points: Tensor, centroids: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    run = CLUSTERS[backend].implementation.assign
+    return run(points=points, centroids=centroids)
 
 
 @torch.no_grad()
@@ -47,12 +50,13 @@ def kmeans_assign(
     checks.matrix(op, "points", points, "[N, D]")
     checks.matrix(op, "centroids", centroids, "[K, D]")
     checks.like(op, "centroids", centroids, "points", points)
-    if len(points) and not len(centroids):
-        raise ValueError(f"{op}: expected K >= 1 centroids for N = {len(points)} points, got 0")
+    n, k = points.shape[0], centroids.shape[0]
+    if n and not k:
+        raise ValueError(f"{op}: expected K >= 1 centroids for N = {n} points, got 0")
     points, centroids = checks.promoted(points, centroids)
     name = resolve(op, backend, points.device.type, points.dtype)
     with without_autocast(points.device.type):
-        return torch.ops.protoclip.kmeans_assign(points, centroids, name)
+        return _kmeans_assign(points=points, centroids=centroids, backend=name)
 
 
 def assignment(
@@ -69,26 +73,25 @@ def assignment(
     if not len(points) or name == "reference" or (name == "cpu" and num_clusters > 1024):
         return partial(kmeans_assign, points, backend=backend)
     points = points.contiguous() if name == "cpu" else points
-    codes = implementation(op, name, "kmeans_encode")(points)
-    run = implementation(op, name, "kmeans_assign_coded")
-    return lambda centroids: run(points, centroids, *codes)
+    functions = CLUSTERS[name].implementation
+    assert functions.encode is not None and functions.assign_coded is not None
+    assign_coded, codes = functions.assign_coded, functions.encode(points)
+    return lambda centroids: assign_coded(points, centroids, *codes)
 
 
-def _mean(values: Tensor, labels: Tensor, num_segments: int, backend: str):
-    run = implementation("segment_mean", backend, "segment_mean")
+def _segment_mean_shapes(arguments: Any) -> tuple[Tensor, Tensor]:
+    values, k = arguments.values, arguments.num_segments
+    return empty(values, k, values.shape[1]), values.new_empty(k, dtype=torch.int64)
+
+
+@operator(_segment_mean_shapes)
+def _segment_mean(
+    values: Tensor, labels: Tensor, num_segments: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    run = CLUSTERS[backend].implementation.segment_mean
     if backend == "triton" and not values.is_cuda and len(labels):  # the interpreter
         checks.segments("segment_mean", int(labels.max()) + 1, num_segments)
-    return run(values, labels, num_segments)
-
-
-define(
-    "segment_mean(Tensor values, Tensor labels, int num_segments, str backend) -> (Tensor, Tensor)",
-    _mean,
-    lambda x, labels, k, backend: (
-        x.new_empty((k, x.shape[1]), dtype=accumulator(x)),
-        x.new_empty(k, dtype=torch.int64),
-    ),
-)
+    return run(values=values, labels=labels, num_segments=num_segments)
 
 
 @torch.no_grad()
@@ -117,4 +120,6 @@ def segment_mean(
         raise ValueError(f"{op}: expected num_segments as an int >= 0, got {num_segments!r}")
     name = resolve(op, backend, values.device.type, values.dtype)
     with without_autocast(values.device.type):
-        return torch.ops.protoclip.segment_mean(values, labels, num_segments, name)
+        if in_transform():
+            return reference.segment_mean(values, labels, num_segments)
+        return _segment_mean(values=values, labels=labels, num_segments=num_segments, backend=name)

@@ -24,10 +24,10 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,16 +58,25 @@ def csrc() -> Path:
     return Path(str(importlib.resources.files("protoclip.csrc")))
 
 
-def op(half: str, name: str) -> Callable:
-    """An op of the native library, which is built and loaded if need be.
+def cpu_ops() -> Any:
+    """The ops that csrc/bindings.cpp registers; the library is built and loaded if need be.
 
     Raises:
         RuntimeError: the library cannot be had here; the message says why.
     """
+    _require("cpu")
+    return torch.ops.protoclip_native
+
+
+def cuda_ops() -> Any:
+    """The ops that csrc/cuda_bindings.cpp registers, as ``cpu_ops``."""
+    _require("cuda")
+    return torch.ops.protoclip_native
+
+
+def _require(half: str) -> None:
     if reason := why_not(half):
         raise RuntimeError(f"protoclip's {half} library is not available: {reason}")
-    suffix = "_cuda" if half == "cuda" else ""
-    return getattr(torch.ops.protoclip_native, f"{name}{suffix}").default
 
 
 @cache

@@ -9,8 +9,9 @@ Same_i are the keys with its id, and E_i is the key that it never sees:
     "positive"   (Own + Same) - E           all - E
 
 A key whose bias is -inf is in neither set. A query's loss is its gap: the LSE over S_i minus the
-mean over P_i; a query without positives has no loss. This file turns a user's arguments (``Given``)
-into the form that every backend takes (``Pairs``); ``reference.relations`` computes the sets.
+mean over P_i; a query without positives has no loss. This file turns a user's arguments
+(``Matching``) into the form that every backend takes (``Pairs``); ``reference.relations`` computes
+the sets.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protoclip.ops import checks
+from protoclip.ops.checks import LEFT_OUT
 
 SAME_ID = ("exclude", "positive")
 SameId = Literal["exclude", "positive"]
-LEFT_OUT = -100  # in place of a label or position, as in torch's cross-entropy
 
 
 @dataclass(frozen=True)
-class Given:
+class Matching:
     """The arguments of ``contrastive`` about N queries and M keys."""
 
     positives: Tensor | None = None  # int64 [N]
@@ -44,8 +45,13 @@ class Given:
     @property
     def plain(self) -> bool:
         """No arguments: each query has its own key and sees all keys."""
-        arguments = self.positives, self.query_ids, self.key_ids, self.exclude, self.key_bias
-        return all(argument is None for argument in arguments)
+        return (
+            self.positives is None
+            and self.query_ids is None
+            and self.key_ids is None
+            and self.exclude is None
+            and self.key_bias is None
+        )
 
 
 @dataclass(frozen=True)
@@ -61,47 +67,55 @@ class Pairs:
     left_out: Tensor | None = None  # bool [N], queries that have no loss
     wrong: Tensor | None = None  # bool [N], queries with a position out of range
 
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """The arguments in the order of the backends' functions."""
-        ids = self.query_ids, self.key_ids
-        return self.own, self.exclude, *ids, self.key_bias, self.same_positive
 
-
-def pairs_of(op: str, queries: Tensor, m: int, given: Given) -> Pairs:
+def pairs_of(op: str, queries: Tensor, m: int, matching: Matching) -> Pairs:
     """Check the arguments for queries [N, D] and M keys, and convert them for the backends."""
-    n, device = len(queries), queries.device
-    positives, exclude, bias = given.positives, given.exclude, given.key_bias
-    checks.one_of(op, "same_id", given.same_id, SAME_ID)
-    if bias is not None:
-        kinds = torch.float32, torch.promote_types(queries.dtype, torch.float32)
-        checks.vector(op, "key_bias", bias, kinds, [(m,)], device)
-        bias = bias.contiguous()  # kernels take no strides of it, nor of ids and positions
+    n, device = queries.shape[0], queries.device
+    checks.one_of(op, "same_id", matching.same_id, SAME_ID)
+    key_bias = matching.key_bias
+    if key_bias is not None:
+        dtypes = torch.float32, torch.promote_types(queries.dtype, torch.float32)
+        checks.vector(op, "key_bias", key_bias, dtypes, [(m,)], device)
+        key_bias = key_bias.contiguous()  # kernels take no strides of it, nor of ids and positions
+    exclude = matching.exclude
     if exclude is not None:
         checks.vector(op, "exclude", exclude, checks.INTEGERS, [(n,)], device)
-    same_positive = given.key_ids is not None and given.same_id == "positive"
-    wrong = left_out = own = None
+    same_positive = matching.key_ids is not None and matching.same_id == "positive"
+    own: Tensor | None = None
+    left_out: Tensor | None = None
+    wrong: Tensor | None = None
+    positives = matching.positives
     if positives is not None:
         checks.vector(op, "positives", positives, checks.INTEGERS, [(n,)], device)
         left_out = positives == LEFT_OUT
         inside = (positives >= 0) & (positives < m)
-        own, wrong = positives.where(inside, -1), ~(inside | left_out)
+        own = positives.where(inside, -1)
+        wrong = ~(inside | left_out)
     elif not same_positive:
-        if exclude is not None or given.first + n > m:
+        if exclude is not None or matching.first + n > m:
             raise ValueError(
                 f"{op}: expected positives, the position of each query's own key, got none with "
                 + ("exclude" if exclude is not None else f"{n} queries and {m} keys")
                 + "; without them query i's own key is key i"
             )
-        own = torch.arange(given.first, given.first + n, device=device)
-    codes = _codes(op, given, own, (n, m), device)
+        own = torch.arange(matching.first, matching.first + n, device=device)
+    query_codes, key_codes = _codes(op, matching, own, n, m, device)
     if exclude is not None:
         beyond = exclude >= m
         wrong = beyond if wrong is None else wrong | beyond
         exclude = exclude.where(~beyond, -1).clamp_min(-1).int()
     if own is None:
         own = torch.full((n,), -1, device=device)
-    return Pairs(own.int(), exclude, *codes, bias, same_positive, left_out, wrong)
+    return Pairs(
+        own=own.int(),
+        exclude=exclude,
+        query_ids=query_codes,
+        key_ids=key_codes,
+        key_bias=key_bias,
+        same_positive=same_positive,
+        left_out=left_out,
+        wrong=wrong,
+    )
 
 
 def refuse_wrong(op: str, pairs: Pairs, num_keys: int) -> None:
@@ -120,11 +134,11 @@ def check_ids(op: str, name: str, ids: Any, count: int, device: torch.device) ->
 
 
 def _codes(
-    op: str, given: Given, own: Tensor | None, sizes: tuple[int, int], device: torch.device
+    op: str, matching: Matching, own: Tensor | None, n: int, m: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
     """Ids as small numbers: a key's id becomes its first position in the sorted ids; a query's id
     that no key has becomes -1."""
-    (n, m), query_ids, key_ids = sizes, given.query_ids, given.key_ids
+    query_ids, key_ids = matching.query_ids, matching.key_ids
     if key_ids is None:
         if query_ids is None:
             return None, None
@@ -136,13 +150,13 @@ def _codes(
     ordered = key_columns.sort(dim=1).values
     key_codes = torch.searchsorted(ordered, key_columns)
     if query_ids is not None:
-        shapes = [(n,), (n, 1)] if len(key_columns) == 1 else [(n, 2)]
+        shapes = [(n,), (n, 1)] if key_columns.shape[0] == 1 else [(n, 2)]
         checks.vector(op, "query_ids", query_ids, checks.INTEGERS, shapes, device)
         columns = _by_column(query_ids)
         if not m:
             return torch.full_like(columns, -1).int(), key_codes.int()
-        found = torch.searchsorted(ordered, columns).clamp_max(m - 1)
-        query_codes = found.where(ordered.gather(1, found) == columns, -1)
+        position = torch.searchsorted(ordered, columns).clamp_max(m - 1)
+        query_codes = position.where(ordered.gather(1, position) == columns, -1)
     elif own is not None:  # the padding is for queries without their own key
         query_codes = F.pad(key_codes, (0, 1), value=-1)[:, own]
     else:

@@ -10,18 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from protoclip.ops import checks, reference
-from protoclip.ops.backends import (
+from protoclip.ops.backends import PROTOTYPES, SOFT_TARGETS, resolve
+from protoclip.ops.checks import LEFT_OUT
+from protoclip.ops.operators import (
     accumulator,
-    define,
     define_gradient,
-    implementation,
+    empty,
+    gradient_like,
+    operator,
     reduce,
-    resolve,
+    refuse_gradient,
+    scaled,
+    wanted_gradients,
     wants_gradient,
     without_autocast,
 )
@@ -29,82 +36,172 @@ from protoclip.ops.backends import (
 COLDEST = 1e-30  # the lowest temperature: below it fp32 logits would overflow
 
 
-def _fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, backend, need_dscale):
-    """S banks; ``targets[b]`` is [0, D] for hard labels.
+class BankLosses(NamedTuple):
+    """Results for S banks; those not wanted are [S, 0], or [S, 0, D]."""
 
-    -> loss [S, N], gradient sum_k p_k C_k - m_y [S, N, D] (both 0 where ignored), argmax int64
-    [S, N], row_max, row_sum [S, N] in the units of the backend's own backward, and the gradient of
-    the scale h.gradient [S, N] (rounded without need_dscale). Unwanted results are [S, 0]."""
-    run = implementation("prototype_cross_entropy", backend, "prototype_ce_fwd_banks")
-    options = {"need_dscale": need_dscale} if backend == "triton" else {}
-    return run(h, prototypes, targets, labels, scale, need_grad, need_nearest, **options)
-
-
-def _fake_fwd(h, prototypes, targets, labels, scale, need_grad, need_nearest, *_):
-    (n, d), s = h.shape, len(prototypes)
-    wide = accumulator(h)
-    row = h.new_empty((s, n), dtype=wide)
-    gradient = h.new_empty((s, n if need_grad else 0, d), dtype=wide)
-    nearest = row.new_empty((s, n if need_nearest else 0), dtype=torch.int64)
-    return row, gradient, nearest, row.clone(), row.clone(), gradient.new_empty(gradient.shape[:2])
+    loss: Tensor  # [S, N], 0 where ignored
+    gradient: Tensor  # of the features, sum_k p_k C_k - m_y: [S, N, D], 0 where ignored
+    nearest: Tensor  # int64 [S, N], the prototype with the largest logit
+    row_max: Tensor  # [S, N], in the units of the backend's own backward
+    row_sum: Tensor  # [S, N]
+    scale_gradient: Tensor  # of logit_scale, features . gradient: [S, N]
 
 
-def _bwd_prototypes(h, prototypes, *rest):
-    """-> s * sum_i w_i (p_ik - [hard and y_i = k]) h_i, [K, D] in the prototypes' dtype."""
-    *arguments, backend = rest
-    run = implementation("prototype_cross_entropy", backend, "prototype_ce_bwd_prototypes")
-    return run(h, prototypes, *arguments)
+def bank_losses(
+    features: Tensor,
+    prototypes: list[Tensor],
+    targets: list[Tensor],
+    labels: list[Tensor],
+    logit_scale: Tensor,
+    *,
+    need_grad: bool,
+    need_nearest: bool,
+    need_scale_gradient: bool,
+    backend: str,
+) -> BankLosses:
+    """The losses of S banks, ``targets[b]`` [0, D] for hard labels.
+
+    Without ``need_scale_gradient`` that gradient may be rounded."""
+    results = _prototype_ce(
+        features=features,
+        prototypes=prototypes,
+        targets=targets,
+        labels=labels,
+        logit_scale=logit_scale,
+        need_grad=need_grad,
+        need_nearest=need_nearest,
+        need_scale_gradient=need_scale_gradient,
+        backend=backend,
+    )
+    return BankLosses(*results)
 
 
-def _setup(ctx, inputs, output) -> None:
-    h, prototypes, targets, labels, scale, _, _, ctx.backend, _ = inputs
-    _, gradient, _, row_max, row_sum, scale_gradient = output
-    ctx.set_materialize_grads(False)  # only the loss has one; saves zeros of [S, N, D]
-    ctx.hard = [len(m) == 0 for m in targets]
-    ctx.save_for_backward(
-        h, scale, gradient, row_max, row_sum, scale_gradient, *prototypes, *labels
+def _prototype_ce_shapes(arguments: Any) -> BankLosses:
+    features = arguments.features
+    n, d = features.shape
+    banks = len(arguments.prototypes)
+    graded = n if arguments.need_grad else 0
+    return BankLosses(
+        loss=empty(features, banks, n),
+        gradient=empty(features, banks, graded, d),
+        nearest=features.new_empty((banks, n if arguments.need_nearest else 0), dtype=torch.int64),
+        row_max=empty(features, banks, n),
+        row_sum=empty(features, banks, n),
+        scale_gradient=empty(features, banks, graded),
     )
 
 
-def _autograd(ctx, grad, *_):
-    h, scale, gradient, row_max, row_sum, scale_gradient, *rest = ctx.saved_tensors
+@operator(_prototype_ce_shapes)
+def _prototype_ce(
+    features: Tensor,
+    prototypes: list[Tensor],
+    targets: list[Tensor],
+    labels: list[Tensor],
+    logit_scale: Tensor,
+    need_grad: bool,
+    need_nearest: bool,
+    need_scale_gradient: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    run = PROTOTYPES[backend].implementation.losses
+    if backend == "triton":  # the others do not round it
+        run = partial(run, need_scale_gradient=need_scale_gradient)
+    loss, gradient, nearest, row_max, row_sum, scale_gradient = run(
+        features=features,
+        prototypes=prototypes,
+        targets=targets,
+        labels=labels,
+        logit_scale=logit_scale,
+        need_grad=need_grad,
+        need_nearest=need_nearest,
+    )
+    return BankLosses(loss, gradient, nearest, row_max, row_sum, scale_gradient)
+
+
+def _prototype_gradient_shapes(arguments: Any) -> Tensor:
+    return arguments.prototypes.new_empty(arguments.prototypes.shape)
+
+
+@operator(_prototype_gradient_shapes)
+def _prototype_ce_bwd_prototypes(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    weight: Tensor,
+    hard: bool,
+    backend: str,
+) -> Tensor:
+    """logit_scale * sum_i w_i (p_ik - [hard and y_i = k]) h_i, [K, D] in the prototypes' dtype."""
+    run = PROTOTYPES[backend].implementation.prototype_gradient
+    return run(
+        features=features,
+        prototypes=prototypes,
+        labels=labels,
+        logit_scale=logit_scale,
+        row_max=row_max,
+        row_sum=row_sum,
+        weight=weight,
+        hard=hard,
+    )
+
+
+def _save_prototype_ce(ctx: Any, arguments: Any, results: BankLosses) -> None:
+    ctx.set_materialize_grads(False)  # only the loss has one; saves zeros of [S, N, D]
+    ctx.backend = arguments.backend
+    ctx.hard = [targets.shape[0] == 0 for targets in arguments.targets]
+    ctx.save_for_backward(
+        arguments.features,
+        arguments.logit_scale,
+        results.gradient,
+        results.row_max,
+        results.row_sum,
+        results.scale_gradient,
+        *arguments.prototypes,
+        *arguments.labels,
+    )
+
+
+def _prototype_ce_backward(ctx: Any, grads: BankLosses) -> dict[str, Any]:
     banks = len(ctx.hard)
-    if grad is None:
-        return None, [None] * banks, [None] * banks, [None] * banks, *(None,) * 5
-    dh = dscale = None
-    wanted_h, wanted_prototypes, _, _, wanted_scale, *_ = ctx.needs_input_grad
-    if wanted_h:  # weight the gradient from the forward pass
-        weight = (scale.reshape(()) * grad)[:, :, None]
-        dh = torch.ops.protoclip.scaled(weight, gradient).sum(dim=0).to(h.dtype)
-    if wanted_scale:
-        dscale = torch.ops.protoclip.scaled(grad, scale_gradient).sum()
-        dscale = dscale.to(scale.dtype).reshape(scale.shape)
-    prototype_grads = [
-        torch.ops.protoclip.prototype_ce_bwd_prototypes(
-            h, c, y, scale, row_max[b], row_sum[b], grad[b], ctx.hard[b], ctx.backend
-        )
-        if wanted_prototypes[b]
-        else None
-        for b, (c, y) in enumerate(zip(rest[:banks], rest[banks:], strict=True))
-    ]
-    return dh, prototype_grads, [None] * banks, [None] * banks, dscale, *(None,) * 4
+    by_name: dict[str, Any] = {
+        "prototypes": [None] * banks,
+        "targets": [None] * banks,
+        "labels": [None] * banks,
+    }
+    if grads.loss is None:
+        return by_name
+    wanted = wanted_gradients(ctx, _prototype_ce)
+    saved = ctx.saved_tensors
+    features, logit_scale, gradient, row_max, row_sum, scale_gradient = saved[:6]
+    prototypes, labels = saved[6 : 6 + banks], saved[6 + banks :]
+    if wanted.features:  # weight the gradient from the forward pass
+        weight = (logit_scale.reshape(()) * grads.loss)[:, :, None]
+        by_bank = scaled(grad=weight, saved=gradient)
+        by_name["features"] = by_bank.sum(dim=0).to(features.dtype)
+    if wanted.logit_scale:
+        terms = scaled(grad=grads.loss, saved=scale_gradient)
+        by_name["logit_scale"] = gradient_like(terms.sum(), logit_scale)
+    for bank in range(banks):
+        if wanted.prototypes[bank]:
+            by_name["prototypes"][bank] = _prototype_ce_bwd_prototypes(
+                features=features,
+                prototypes=prototypes[bank],
+                labels=labels[bank],
+                logit_scale=logit_scale,
+                row_max=row_max[bank],
+                row_sum=row_sum[bank],
+                weight=grads.loss[bank],
+                hard=ctx.hard[bank],
+                backend=ctx.backend,
+            )
+    return by_name
 
 
-define(
-    "prototype_ce(Tensor h, Tensor[] prototypes, Tensor[] targets, Tensor[] labels, Tensor scale,"
-    " bool need_grad, bool need_nearest, str backend, bool need_dscale)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fwd,
-    _fake_fwd,
-)
-define(
-    "prototype_ce_bwd_prototypes(Tensor h, Tensor prototypes, Tensor labels, Tensor scale,"
-    " Tensor row_max, Tensor row_sum, Tensor weight, bool hard, str backend) -> Tensor",
-    _bwd_prototypes,
-    lambda h, prototypes, *_: prototypes.new_empty(prototypes.shape),
-)
-define_gradient("prototype_ce", "prototype_cross_entropy", _autograd, _setup)
-define_gradient("prototype_ce_bwd_prototypes", "prototype_cross_entropy")
+define_gradient(_prototype_ce, BankLosses, _save_prototype_ce, _prototype_ce_backward)
+refuse_gradient(_prototype_ce_bwd_prototypes, "prototype_cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -195,7 +292,9 @@ def _losses(
     op = "prototype_cross_entropy"
     checks.matrix(op, "features", features, "[N, D]")
     checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
-    scale = checks.scalar(op, "logit_scale", logit_scale, features.device, accumulator(features))
+    logit_scale = checks.scalar(
+        op, "logit_scale", logit_scale, features.device, accumulator(features)
+    )
     if not banks:
         raise ValueError(f"{op}: expected at least one bank, got none")
     for bank in banks:
@@ -204,17 +303,32 @@ def _losses(
     hard = features.new_empty((0, features.shape[1]))
     targets = [hard if bank.targets is None else bank.targets for bank in banks]
     features, *rest = checks.promoted(features, *(bank.prototypes for bank in banks), *targets)
-    sets = rest[: len(banks)], rest[len(banks) :], labels
+    prototypes, targets = rest[: len(banks)], rest[len(banks) :]
     name = resolve(op, backend, features.device.type, features.dtype)
     if name == "reference":
         with without_autocast(features.device.type):
-            found = [_reference(op, features, *bank, scale) for bank in zip(*sets, strict=True)]
-        rows, nearest = (torch.stack(results) for results in zip(*found, strict=True))
+            results = [
+                _reference(op, features, prototypes[b], targets[b], labels[b], logit_scale)
+                for b in range(len(banks))
+            ]
+        losses = torch.stack([loss for loss, _ in results])
+        nearest = torch.stack([index for _, index in results])
     else:
-        wanted = wants_gradient(features, scale), need_nearest, name, wants_gradient(scale)
-        rows, _, nearest, *_ = torch.ops.protoclip.prototype_ce(features, *sets, scale, *wanted)
-    counts = [(y != -100).sum() for y in labels]
-    reduced = [reduce(row, reduction, count) for row, count in zip(rows, counts, strict=True)]
+        fused = bank_losses(
+            features,
+            prototypes,
+            targets,
+            labels,
+            logit_scale,
+            need_grad=wants_gradient(features, logit_scale),
+            need_nearest=need_nearest,
+            need_scale_gradient=wants_gradient(logit_scale),
+            backend=name,
+        )
+        losses, nearest = fused.loss, fused.nearest
+    reduced = [
+        reduce(losses[b], reduction, count=(labels[b] != LEFT_OUT).sum()) for b in range(len(banks))
+    ]
     return PrototypeLosses(torch.stack(reduced), nearest)
 
 
@@ -222,8 +336,9 @@ def _check_bank(op: str, features: Tensor, bank: Bank) -> None:
     checks.matrix(op, "prototypes", bank.prototypes, "[K, D]")
     checks.like(op, "prototypes", bank.prototypes, "features", features)
     checks.labels(op, bank.labels, features)
-    if len(features) and not len(bank.prototypes):
-        raise ValueError(f"{op}: expected K >= 1 prototypes for N = {len(features)} samples, got 0")
+    n, k = features.shape[0], bank.prototypes.shape[0]
+    if n and not k:
+        raise ValueError(f"{op}: expected K >= 1 prototypes for N = {n} samples, got 0")
     if bank.targets is not None:
         checks.matrix(op, "targets", bank.targets, "[K, D]")
         checks.like(op, "targets", bank.targets, "prototypes", bank.prototypes)
@@ -236,14 +351,23 @@ def _check_bank(op: str, features: Tensor, bank: Bank) -> None:
             raise ValueError(f"{op}: targets are constants, got one that requires grad; detach it")
 
 
-def _reference(op: str, h: Tensor, c: Tensor, m: Tensor, y: Tensor, scale: Tensor):
+def _reference(
+    op: str,
+    features: Tensor,
+    prototypes: Tensor,
+    targets: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor,
+) -> tuple[Tensor, Tensor]:
     """One bank -> losses [N], nearest [N]."""
-    if h.device.type == "cpu" and checks.readable(y):
-        checks.label_values(op, y, len(c))
-    loss = reference.prototype_cross_entropy(h, c, y, scale, m if len(m) else None)
+    k = prototypes.shape[0]
+    if features.device.type == "cpu" and checks.readable(labels):
+        checks.label_values(op, labels, k)
+    soft = targets if targets.shape[0] else None
+    loss = reference.prototype_cross_entropy(features, prototypes, labels, logit_scale, soft)
     with torch.no_grad():
-        logits = torch.sign(scale).to(h.dtype) * h @ c.T
-        return loss, logits.argmax(dim=1) if len(c) else torch.zeros_like(y)
+        logits = torch.sign(logit_scale).to(features.dtype) * features @ prototypes.T
+        return loss, logits.argmax(dim=1) if k else torch.zeros_like(labels)
 
 
 @torch.no_grad()
@@ -272,11 +396,11 @@ def soft_targets(
     op = "soft_targets"
     checks.matrix(op, "source_centroids", source_centroids, "[K, Ds]")
     checks.matrix(op, "prototypes", prototypes, "[K, D]")
-    here, there = source_centroids.device, prototypes.device
-    if len(source_centroids) != len(prototypes) or here != there:
+    k, num_sources = prototypes.shape[0], source_centroids.shape[0]
+    if num_sources != k or source_centroids.device != prototypes.device:
         raise ValueError(
             f"{op}: expected one prototype per source centroid, on one device, got "
-            f"{len(prototypes)} on {there} and {len(source_centroids)} on {here}"
+            f"{k} on {prototypes.device} and {num_sources} on {source_centroids.device}"
         )
     if not isinstance(temperature, (int, float)):
         kind = type(temperature).__name__
@@ -286,5 +410,8 @@ def soft_targets(
     source_centroids, prototypes = checks.promoted(source_centroids, prototypes)
     name = resolve(op, backend, prototypes.device.type, prototypes.dtype)
     with without_autocast(prototypes.device.type):
-        run = reference.soft_targets if name == "reference" else implementation(op, name, op)
-        return run(source_centroids, prototypes, max(float(temperature), COLDEST))
+        return SOFT_TARGETS[name].implementation(
+            source_centroids=source_centroids,
+            prototypes=prototypes,
+            temperature=max(float(temperature), COLDEST),
+        )

@@ -5,11 +5,15 @@ Inputs below fp64 are computed in fp32 (k-means and segment means in fp64); auto
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from protoclip.ops import checks
+from protoclip.ops.checks import LEFT_OUT
+from protoclip.ops.operators import accumulator, in_transform
 from protoclip.ops.pairs import Pairs
 
 _CHUNK_ELEMENTS = 1 << 24  # 128 MB of fp64 scores at a time
@@ -22,7 +26,7 @@ def _wide(x: Tensor) -> Tensor:
 def info_nce(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
     """[N, D], [N, D], scalar -> [N]: half the sum of both directions' cross-entropies."""
     logits = _wide(logit_scale) * _wide(image_features) @ _wide(text_features).T  # [N, N]
-    labels = torch.arange(len(logits), device=logits.device)
+    labels = torch.arange(logits.shape[0], device=logits.device)
     image_to_text = F.cross_entropy(logits, labels, reduction="none")
     text_to_image = F.cross_entropy(logits.T, labels, reduction="none")
     return (image_to_text + text_to_image) / 2
@@ -47,36 +51,47 @@ def relations(pairs: Pairs, num_keys: int) -> tuple[Tensor, Tensor]:
     return seen, positive & seen
 
 
-def matched(x: Tensor, y: Tensor, scale: Tensor, pairs: Pairs, columns: bool) -> tuple[Tensor, ...]:
-    """[N, D], [M, D] -> gap, mean positive and number of positives of each row, [N] each; with
-    ``columns`` then those of each column, [M]. gap = LSE over the keys seen - mean positive; the
-    mean is 0 without positives."""
-    logits = _wide(scale).reshape(()) * (_wide(x) @ _wide(y).T)
+class Gaps(NamedTuple):
+    """Of each query."""
+
+    gap: Tensor  # LSE over the keys seen - mean positive
+    mean: Tensor  # mean logit of the positives, 0 without any
+    num_positives: Tensor
+
+
+def matched(
+    x: Tensor, y: Tensor, logit_scale: Tensor, pairs: Pairs, columns: bool
+) -> tuple[Gaps, Gaps | None]:
+    """[N, D], [M, D] -> those of each row, [N], and with ``columns`` those of each column, [M]."""
+    logits = _wide(logit_scale).reshape(()) * (_wide(x) @ _wide(y).T)
     if pairs.key_bias is not None:
         logits = logits + pairs.key_bias
-    seen, positive = relations(pairs, len(y))
-    found = _gaps(logits, seen, positive)
-    return (*found, *_gaps(logits.T, seen.T, positive.T)) if columns else found
+    seen, positive = relations(pairs, y.shape[0])
+    rows = _gaps(logits, seen, positive)
+    return rows, _gaps(logits.T, seen.T, positive.T) if columns else None
 
 
-def _gaps(logits: Tensor, seen: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gaps(logits: Tensor, seen: Tensor, positive: Tensor) -> Gaps:
     count = positive.sum(dim=1)
     mean = logits.where(positive, 0).sum(dim=1) / count.clamp_min(1)
     visible = logits.where(seen, -torch.inf)
     if logits.shape[1] == 0:
-        return visible.sum(dim=1) - torch.inf, mean, count
+        return Gaps(visible.sum(dim=1) - torch.inf, mean, count)
     top = visible.detach().amax(dim=1)
     top = top.where(top != -torch.inf, 0)
     total = (visible - top[:, None]).exp().sum(dim=1)
     level = total.where(total != 0, 1).log() + (top - mean)
-    return level.where(total != 0, -torch.inf), mean, count
+    return Gaps(level.where(total != 0, -torch.inf), mean, count)
 
 
-def sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs) -> Tensor:
-    """[N, D], [M, D], scalars -> []: sum of softplus(-z (scale x.y + bias)) over the pairs seen,
-    z = 1 at positives and -1 elsewhere."""
-    logits = _wide(scale).reshape(()) * _wide(x) @ _wide(y).T + _wide(bias).reshape(())  # [N, M]
-    seen, positive = relations(pairs, len(y))
+def sigmoid_loss(
+    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, pairs: Pairs
+) -> Tensor:
+    """[N, D], [M, D], scalars -> []: sum of softplus(-z (logit_scale x.y + logit_bias)) over the
+    pairs seen, z = 1 at positives and -1 elsewhere."""
+    logits = _wide(logit_scale).reshape(()) * _wide(x) @ _wide(y).T  # [N, M]
+    logits = logits + _wide(logit_bias).reshape(())
+    seen, positive = relations(pairs, y.shape[0])
     # Not softplus, whose exponential overflows in fp32 above a logit of 89.
     losses = -F.logsigmoid(torch.where(positive, logits, -logits))
     return losses.where(seen, 0).sum()
@@ -90,13 +105,13 @@ def prototype_cross_entropy(
     targets: Tensor | None,
 ) -> Tensor:
     """[N, D], [K, D], [N], [], [K, D] -> [N]: LSE_k(s h.C_k) - s h.m_y, 0 where y = -100."""
-    h, scale = _wide(features), _wide(logit_scale)
-    logits = scale * h @ _wide(prototypes).T  # [N, K]
+    h, logit_scale = _wide(features), _wide(logit_scale)
+    logits = logit_scale * h @ _wide(prototypes).T  # [N, K]
     if targets is None:
-        return F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
-    used = labels != -100
+        return F.cross_entropy(logits, labels, reduction="none", ignore_index=LEFT_OUT)
+    used = labels != LEFT_OUT
     m = _wide(targets)[labels.where(used, 0)]  # [N, D]
-    loss = torch.logsumexp(logits, dim=1) - scale.reshape(()) * (h * m).sum(dim=1)
+    loss = torch.logsumexp(logits, dim=1) - logit_scale.reshape(()) * (h * m).sum(dim=1)
     return loss.where(used, torch.zeros_like(loss))
 
 
@@ -135,8 +150,12 @@ def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> tuple[Ten
     counts = torch.bincount(labels[order], minlength=num_segments)
     checks.segments("segment_mean", len(counts), num_segments)
     if not num_segments:
-        wide = torch.float64 if values.dtype == torch.float64 else torch.float32
-        return values.new_empty((0, values.shape[1]), dtype=wide), counts
-    sums = torch.segment_reduce(values[order].double(), "sum", lengths=counts, axis=0)
+        return values.new_empty((0, values.shape[1]), dtype=accumulator(values)), counts
+    rows = values[order].double()
+    if in_transform():  # segment_reduce has no forward-mode derivative
+        sums = rows.new_zeros((num_segments, rows.shape[1]))
+        sums = sums.index_put((labels[order],), rows, accumulate=True)
+    else:
+        sums = torch.segment_reduce(rows, "sum", lengths=counts, axis=0)
     means = sums / counts.clamp_min(1)[:, None]
     return (means if values.dtype == torch.float64 else means.float()), counts

@@ -35,7 +35,7 @@ POINTS = 240  # a longer series is drawn as the means of this many pieces
 LEGEND = (
     ("text_retrieval_recall@5", "image → text"),
     ("image_retrieval_recall@5", "text → image"),
-    ("val_NHO_", "held out in Noto style, "),
+    ("val_NEW_", "unseen family, "),
     ("val_HO_", "held out, "),
 )
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # scalar -> steps and values

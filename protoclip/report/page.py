@@ -226,6 +226,7 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
         said=said or [verdict(run, baseline) for run in own] + warnings,
         sets=sets,
         beside=one.beside if len(runs) == 1 else {},
+        floors=results.FLOORS,
         change=change,
         headline=HEADLINE,
         curves=figures.charts(figures.CURVES, series),

@@ -35,7 +35,7 @@ from protoclip.model import Encoded
 from protoclip.ops import segment_mean
 from protoclip.prototypes import purity
 
-NAME, FORMAT = "report.json", 5
+NAME, FORMAT = "report.json", 6
 SIDE = 64  # pixels of a thumbnail
 CARDS, IMAGES, CAPTIONS = 20_000, 8, 5  # clusters per source, and nearest samples per cluster
 PICTURES = 4000  # pictures on the cards of a source, which keeps the page small enough to mail
@@ -44,6 +44,11 @@ WORDS, VOCABULARY = 5, 20_000  # words per cluster, and in all captions
 ASKED, SHOWN = 400, 4  # queries that are evaluated, and shown of each kind
 CELLS, WORST = 14, 12  # classes of a full confusion table; else its largest entries
 LANDMARKS = 300
+NAMES = 5  # nearest names of an image
+# Lucide's icons of the page's first screen, chosen before any model saw them.
+UNSEEN = (
+    "anchor", "bug", "dog", "guitar", "hammer", "key", "moon", "rocket", "scissors", "umbrella",
+)  # fmt: skip
 SOURCES = {"image": "the image features", "text": "the caption features"}
 
 
@@ -71,6 +76,7 @@ class Snapshot:
     geometry: Mapping[str, Any] = field(default_factory=dict)  # histograms: edges and shares
     confusions: Sequence[Mapping[str, Any]] = ()
     retrieval: Sequence[Mapping[str, Any]] = ()
+    named: Mapping[str, Any] = field(default_factory=dict)  # images with their nearest class names
     facts: Mapping[str, Any] = field(default_factory=dict)  # environment, memory, ...
 
 
@@ -90,6 +96,7 @@ def take_snapshot(
         geometry=geometry(captioned[1]) if captioned else {},
         confusions=confusions(judged[1]) if judged else (),
         retrieval=retrieval(*captioned, thumbs) if captioned else (),
+        named=named(*judged, thumbs) if judged else {},
         facts={**environment(), **(facts or {})},
     )
 
@@ -337,11 +344,11 @@ def confusions(one: EvalSet) -> list[dict[str, Any]]:
     """Zero-shot confusions of the classes, for every label with class vectors."""
     found = []
     for label, vectors in one.class_vectors.items():
-        ids, names = one.labels[label].ids.cpu(), list(one.labels[label].names)
+        rows, known = one.among(label)
+        ids, names = known.ids.cpu(), list(known.names)
         count = len(names)
-        guesses = torch.cat(
-            [(x @ _unit(vectors).T).argmax(1) for x in _unit(one.image).split(4096)]
-        )
+        images = _unit(one.image[rows])
+        guesses = torch.cat([(x @ _unit(vectors).T).argmax(1) for x in images.split(4096)])
         table = torch.bincount(ids * count + guesses, minlength=count**2).view(count, count)
         entry = {"label": label, "right": float((ids == guesses).float().mean()), "names": names}
         if count <= CELLS:
@@ -352,6 +359,28 @@ def confusions(one: EvalSet) -> list[dict[str, Any]]:
             entry["worst"] = [(*divmod(place, count), n) for n, place in pairs if n]
         found.append(entry)
     return found
+
+
+def named(dataset: PairDataset, one: EvalSet, thumbs: Thumbnails) -> dict[str, Any]:
+    """Ten images of an evaluation set, each with the nearest names of its first label's classes;
+    {} without at least as many classes. Built-in icons have a fixed list, other data every n-th."""
+    for label, vectors in one.class_vectors.items():
+        if len(vectors) < NAMES:
+            continue
+        rows, known = one.among(label)
+        ids = dict(zip(rows.tolist(), known.ids.tolist(), strict=True))
+        unseen = {f"lucide/{name}" for name in UNSEEN}
+        chosen = [i for i, key in enumerate(dataset.keys) if key in unseen and i in ids]
+        if not chosen:
+            chosen = every(rows, len(UNSEEN)).tolist()
+        scores = _unit(one.image[chosen]) @ _unit(vectors).T
+        shown = []
+        for i, best in zip(chosen, scores.topk(NAMES, dim=1).indices.tolist(), strict=True):
+            answers = [{"caption": known.names[k], "hit": k == ids[i]} for k in best]
+            own = known.names[ids[i]]
+            shown.append({"query": thumbs.item(dataset, i), "answers": answers, "own": own})
+        return {"label": label, "classes": len(vectors), "shown": shown}
+    return {}
 
 
 def retrieval(dataset: PairDataset, one: EvalSet, thumbs: Thumbnails) -> list[dict[str, Any]]:

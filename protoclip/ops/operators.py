@@ -1,0 +1,161 @@
+"""How a function becomes an op of ``torch.ops.protoclip``, and what every op asks of its tensors.
+
+An op is registered with ``torch.library`` itself, not with ``custom_op``, whose calls cost 16 us
+more.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ANY_FLOAT = (*FLOATS, torch.float64)
+_LIBRARY = torch.library.Library("protoclip", "FRAGMENT")
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def operator(
+    shapes: Callable[[Any], Tensor | tuple[Tensor, ...]],
+) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Make a function the body of the op that has its name (without a leading underscore).
+
+    Its annotations are the op's schema: tensors, optional tensors, lists of tensors, numbers and
+    strings in; a tensor or a tuple of tensors out. Parameters have no defaults. The op is called
+    like the function, by keyword.
+
+    Args:
+        shapes: the results for given arguments (by name), as empty tensors. Under torch.compile
+            sizes are symbols there, so take them from ``.shape``: ``len`` would fix them.
+    """
+
+    def register(body: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        name = body.__name__.lstrip("_")
+        _LIBRARY.define(torch.library.infer_schema(body, op_name=name, mutates_args=()))
+        _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+        op = getattr(torch.ops.protoclip, name).default
+        arguments = _arguments_of(op)
+        torch.library.register_fake(
+            f"protoclip::{name}", lambda *values: shapes(arguments(*values)), lib=_LIBRARY
+        )
+        return cast("Callable[Parameters, Result]", op)
+
+    return register
+
+
+def define_gradient(
+    op: Callable[..., Any],
+    results: Callable[..., Any],
+    save: Callable[[Any, Any, Any], None],
+    backward: Callable[[Any, Any], dict[str, Any]],
+) -> None:
+    """Give an op its gradient.
+
+    Args:
+        results: the named tuple of the op's results.
+        save: (ctx, arguments, results) -> None, both by name; keeps what ``backward`` needs.
+        backward: (ctx, gradients of the results, by name) -> gradients of arguments, by name; an
+            argument without an entry has none. ``wanted_gradients`` says which are wanted.
+    """
+    arguments = _arguments_of(op)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        save(ctx, arguments(*inputs), results(*output))
+
+    def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        by_name = backward(ctx, results(*grads))
+        return tuple(map(by_name.get, arguments._fields))
+
+    torch.library.register_autograd(
+        _qualified_name(op), gradients, setup_context=setup_context, lib=_LIBRARY
+    )
+
+
+def refuse_gradient(op: Callable[..., Any], public: str) -> None:
+    """Asking for a gradient of the op, a second derivative of ``public``, raises an error."""
+
+    def refuse(ctx: Any, *_: Tensor | None) -> None:
+        raise RuntimeError(
+            f"{public}: its fused backends have no second derivative; use backend='reference' for "
+            "it"
+        )
+
+    torch.library.register_autograd(_qualified_name(op), refuse, lib=_LIBRARY)
+
+
+def wanted_gradients(ctx: Any, op: Any) -> Any:
+    """In a backward pass: whether each argument of the op wants a gradient, by name."""
+    arguments = _arguments_of(op)
+    return arguments(*ctx.needs_input_grad[: len(arguments._fields)])
+
+
+@cache
+def _arguments_of(op: Any) -> Any:
+    """A named tuple of the op's arguments."""
+    return namedtuple("Arguments", [argument.name for argument in op._schema.arguments])
+
+
+def _qualified_name(op: Any) -> str:
+    return op._schema.name
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype of sums and losses: fp32, or fp64 for fp64 input (reference only)."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def empty(x: Tensor, *shape: int) -> Tensor:
+    """An empty tensor for sums of x."""
+    return x.new_empty(shape, dtype=accumulator(x))
+
+
+def gradient_like(gradient: Tensor, scalar: Tensor) -> Tensor:
+    """The gradient of a scalar, [] or [1], in its dtype and shape."""
+    return gradient.to(scalar.dtype).reshape(scalar.shape)
+
+
+def reduce(losses: Tensor, reduction: str, count: int | Tensor) -> Tensor:
+    """Mean (0 for no rows), sum, or the rows themselves."""
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Turn autocast off, on devices that have it ("meta" does not)."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def in_transform() -> bool:
+    """Whether torch.func's grad, vmap or jvp, or forward-mode differentiation, is active."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def wants_gradient(*inputs: Tensor) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+
+
+@operator(lambda arguments: torch.empty_like(arguments.saved))
+def scaled(grad: Tensor, saved: Tensor) -> Tensor:
+    """The upstream gradient times what the forward pass saved.
+
+    An op, so that a second derivative raises: plain autograd would ignore that ``saved`` depends on
+    the inputs."""
+    return (grad.float() * saved).to(saved.dtype)
+
+
+refuse_gradient(scaled, "this loss")

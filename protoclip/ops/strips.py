@@ -1,0 +1,721 @@
+"""The fused forms of InfoNCE, the contrastive loss and SigLIP's: ops of torch.ops.protoclip.
+
+All work on a strip: rows x [N, D] against columns y [M, D].
+
+**InfoNCE.** Row i belongs to column i + offset. Statistics are in base-2 logits
+(s2 = logit_scale * log2(e) * x.y): a reference value ``max`` and the ``sum`` of 2^(s2 - max), so
+that a loss near zero does not cancel. The backward pass of any loss built on the strip is
+G = row_weight * P_row + column_weight * P_column - (weights at the positives),
+dx = logit_scale * G y, dy = logit_scale * G^T x, dlogit_scale = sum G * (x.y).
+
+**Matched.** ``Pairs`` gives the positives and negatives, not the diagonal. Statistics, [4, N] and
+[4, M], are max and sum over the keys seen, then sum and count of the positives' logits. The results
+are ``gap`` = LSE - mean positive, and ``mean``; with weights w_l of the LSE and w_m of the mean,
+G = w_l P [seen] + w_m [positive] / count and dkey_bias_j = sum_i G_ij.
+
+**Sigmoid.** The gradient needs no statistics of whole rows, so the backends compute it in the
+forward pass, if it is wanted: three products instead of four. The backward pass only scales it.
+
+Of every op there is a function with named results, which is the one to call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from protoclip.ops.backends import MATCHED, SIGLIP, STRIP
+from protoclip.ops.operators import (
+    define_gradient,
+    empty,
+    gradient_like,
+    operator,
+    refuse_gradient,
+    scaled,
+    wants_gradient,
+)
+from protoclip.ops.pairs import Pairs
+
+LN2 = math.log(2.0)
+# The C++ backend keeps products by tiles of rows and columns, in fp32, within this bound.
+STASH_TILE_ROWS = 128
+STASH_TILE_COLUMNS = 256
+STASH_BYTES = 64 << 20  # N = 4,096
+COUNT = 3  # of the four statistics of matched pairs
+
+
+# ---- the stash: logits that the forward pass leaves to the backward pass ----
+
+
+def keeps_stash(stash: bool | None, *inputs: Tensor) -> bool:
+    """Whether a call keeps logits for its backward pass.
+
+    An exported graph does not: it would hold only for batches whose logits fit."""
+    wanted = stash is not False and wants_gradient(*inputs)
+    return wanted and not torch.compiler.is_exporting()
+
+
+def stash_size(n: int, m: int, backend: str) -> int:
+    """How many int16 values a backend keeps of [n, m] logits; 0 if they are too many to keep."""
+    if backend != "cpu":
+        return 0
+    rows = (n + STASH_TILE_ROWS - 1) // STASH_TILE_ROWS * STASH_TILE_ROWS
+    columns = (m + STASH_TILE_COLUMNS - 1) // STASH_TILE_COLUMNS * STASH_TILE_COLUMNS
+    num_bytes = 4 * rows * columns
+    return num_bytes // 2 if num_bytes <= STASH_BYTES else 0
+
+
+def _empty_stash(
+    x: Tensor, y: Tensor, backend: str, keep: bool, allocate: Callable[[int], Tensor] | None
+) -> Tensor:
+    """Room for the logits, [0] where none are kept."""
+    size = stash_size(x.shape[0], y.shape[0], backend) if keep else 0
+    if size and allocate is not None:
+        return allocate(size)
+    return x.new_empty(0, dtype=torch.int16)
+
+
+def _fake_stash(x: Tensor, y: Tensor, backend: str, keep: bool) -> Tensor:
+    size = stash_size(x.shape[0], y.shape[0], backend) if keep else 0
+    return x.new_empty(size, dtype=torch.int16)
+
+
+def _with_stash(function: Callable[..., Any], stash: Tensor | None) -> Callable[..., Any]:
+    """The function with the stash as an argument, if it holds anything."""
+    if stash is None or not stash.numel():
+        return function
+    return partial(function, stash=stash)
+
+
+# ---- InfoNCE ----
+
+
+class StripLoss(NamedTuple):
+    """Results of the forward pass."""
+
+    loss: Tensor  # of each pair [N], or [] for "mean" and "sum"
+    row_max: Tensor  # [N]
+    row_sum: Tensor  # [N]
+    column_max: Tensor  # [M], or [0] without columns
+    column_sum: Tensor  # [M], or [0] without columns
+    stash: Tensor
+
+
+class StripStatistics(NamedTuple):
+    """The statistics alone, with the base-2 logits of the positives."""
+
+    row_max: Tensor  # [N]
+    row_sum: Tensor  # [N]
+    column_max: Tensor  # [M], or [0] without columns
+    column_sum: Tensor  # [M], or [0] without columns
+    positive: Tensor  # [N]
+
+
+class StripGradients(NamedTuple):
+    dx: Tensor  # [N, D], in x's dtype
+    dy: Tensor  # [M, D], in y's dtype
+    dlogit_scale: Tensor  # fp32 []
+
+
+def strip_loss(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    *,
+    offset: int,
+    columns: bool,
+    reduction: str,
+    backend: str,
+    keep_stash: bool,
+) -> StripLoss:
+    """The loss of each row or, with ``columns`` (N = M), half the sum of both directions."""
+    results = _contrastive(
+        x=x,
+        y=y,
+        logit_scale=logit_scale,
+        offset=offset,
+        columns=columns,
+        reduction=reduction,
+        backend=backend,
+        keep_stash=keep_stash,
+    )
+    return StripLoss(*results)
+
+
+def strip_statistics(
+    x: Tensor, y: Tensor, logit_scale: Tensor, *, offset: int, columns: bool, backend: str
+) -> StripStatistics:
+    """The statistics of a strip, for a caller that merges them over ranks; no autograd."""
+    run = STRIP[backend].implementation.statistics
+    results = run(x=x, y=y, logit_scale=logit_scale, offset=offset, columns=columns)
+    return StripStatistics(*results)
+
+
+def strip_gradients(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    *,
+    row_max: Tensor,
+    row_sum: Tensor,
+    column_max: Tensor,
+    column_sum: Tensor,
+    row_weight: Tensor,
+    column_weight: Tensor,
+    offset: int,
+    direction_weight: float,
+    mean: bool,
+    backend: str,
+    stash: Tensor | None,
+) -> StripGradients:
+    """The gradients for upstream gradients ``row_weight`` [N] and ``column_weight`` [M] of any
+    stride, even 0, which are multiplied by ``direction_weight`` and, with ``mean``, by 1 / N.
+
+    The positive's weight is row_weight[i] + column_weight[i + offset] (if given). ``column_*`` are
+    [0] without columns."""
+    results = _contrastive_bwd(
+        x=x,
+        y=y,
+        logit_scale=logit_scale,
+        row_max=row_max,
+        row_sum=row_sum,
+        column_max=column_max,
+        column_sum=column_sum,
+        row_weight=row_weight,
+        column_weight=column_weight,
+        offset=offset,
+        direction_weight=direction_weight,
+        mean=mean,
+        backend=backend,
+        stash=stash,
+    )
+    return StripGradients(*results)
+
+
+def direction_weight(columns: bool) -> float:
+    """What one direction counts in the loss of a pair."""
+    return 0.5 if columns else 1.0
+
+
+def _pair_weight(weight: float, n: int, mean: bool) -> float:
+    return weight / max(n, 1) if mean else weight
+
+
+def _contrastive_shapes(arguments: Any) -> StripLoss:
+    x, y = arguments.x, arguments.y
+    n, m = x.shape[0], y.shape[0] if arguments.columns else 0
+    return StripLoss(
+        loss=empty(x, n) if arguments.reduction == "none" else empty(x),
+        row_max=empty(x, n),
+        row_sum=empty(x, n),
+        column_max=empty(x, m),
+        column_sum=empty(x, m),
+        stash=_fake_stash(x, y, arguments.backend, arguments.keep_stash),
+    )
+
+
+@operator(_contrastive_shapes)
+def _contrastive(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    offset: int,
+    columns: bool,
+    reduction: str,
+    backend: str,
+    keep_stash: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    functions = STRIP[backend].implementation
+    stash = _empty_stash(x, y, backend, keep_stash, functions.empty_stash)
+    pair_weight = _pair_weight(direction_weight(columns), x.shape[0], reduction == "mean")
+    summed = reduction != "none"
+    if functions.loss is not None:
+        loss, row_max, row_sum, column_max, column_sum = functions.loss(
+            x=x,
+            y=y,
+            logit_scale=logit_scale,
+            offset=offset,
+            columns=columns,
+            pair_weight=pair_weight,
+            summed=summed,
+        )
+        return StripLoss(loss, row_max, row_sum, column_max, column_sum, stash)
+    run = _with_stash(functions.statistics, stash)
+    results = run(x=x, y=y, logit_scale=logit_scale, offset=offset, columns=columns)
+    strip = StripStatistics._make(results)
+    loss = strip.row_sum.log2() + (strip.row_max - strip.positive)
+    if columns:
+        loss = loss + (strip.column_sum.log2() + (strip.column_max - strip.positive))
+    loss = (loss.sum() if summed else loss) * (LN2 * pair_weight)
+    return StripLoss(loss, strip.row_max, strip.row_sum, strip.column_max, strip.column_sum, stash)
+
+
+def _contrastive_bwd_shapes(arguments: Any) -> StripGradients:
+    x, y = arguments.x, arguments.y
+    return StripGradients(dx=x.new_empty(x.shape), dy=y.new_empty(y.shape), dlogit_scale=empty(x))
+
+
+@operator(_contrastive_bwd_shapes)
+def _contrastive_bwd(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    column_max: Tensor,
+    column_sum: Tensor,
+    row_weight: Tensor,
+    column_weight: Tensor,
+    offset: int,
+    direction_weight: float,
+    mean: bool,
+    backend: str,
+    stash: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Not the caller's to compute: traced with symbolic sizes 1 / N would be a constant.
+    pair_weight = _pair_weight(direction_weight, x.shape[0], mean)
+    run = _with_stash(STRIP[backend].implementation.gradients, stash)
+    if backend == "triton":  # its kernel multiplies the weights
+        run = partial(run, pair_weight=pair_weight)
+    else:
+        row_weight = row_weight * pair_weight
+        column_weight = column_weight * pair_weight
+    return run(
+        x=x,
+        y=y,
+        logit_scale=logit_scale,
+        row_max=row_max,
+        row_sum=row_sum,
+        column_max=column_max,
+        column_sum=column_sum,
+        row_weight=row_weight,
+        column_weight=column_weight,
+        offset=offset,
+    )
+
+
+def _save_contrastive(ctx: Any, arguments: Any, results: StripLoss) -> None:
+    ctx.offset, ctx.columns = arguments.offset, arguments.columns
+    ctx.reduction, ctx.backend = arguments.reduction, arguments.backend
+    ctx.save_for_backward(
+        arguments.x,
+        arguments.y,
+        arguments.logit_scale,
+        results.row_max,
+        results.row_sum,
+        results.column_max,
+        results.column_sum,
+        results.stash,
+    )
+    ctx.set_materialize_grads(False)  # the statistics have none
+
+
+def _contrastive_backward(ctx: Any, grads: StripLoss) -> dict[str, Tensor]:
+    if grads.loss is None:
+        return {}
+    x, y, logit_scale, row_max, row_sum, column_max, column_sum, stash = ctx.saved_tensors
+    weight = grads.loss.expand(x.shape[0])
+    gradients = strip_gradients(
+        x,
+        y,
+        logit_scale,
+        row_max=row_max,
+        row_sum=row_sum,
+        column_max=column_max,
+        column_sum=column_sum,
+        row_weight=weight,
+        column_weight=weight if ctx.columns else weight[:0],
+        offset=ctx.offset,
+        direction_weight=direction_weight(ctx.columns),
+        mean=ctx.reduction == "mean",
+        backend=ctx.backend,
+        stash=stash,
+    )
+    return {
+        "x": gradients.dx,
+        "y": gradients.dy,
+        "logit_scale": gradient_like(gradients.dlogit_scale, logit_scale),
+    }
+
+
+define_gradient(_contrastive, StripLoss, _save_contrastive, _contrastive_backward)
+refuse_gradient(_contrastive_bwd, "info_nce")
+
+
+# ---- matched pairs ----
+
+
+class MatchedStatistics(NamedTuple):
+    """Results of the forward pass."""
+
+    gap: Tensor  # of each row [N], in nats
+    mean: Tensor  # [N]
+    column_gap: Tensor  # [M], or [0] without columns
+    column_mean: Tensor
+    row_statistics: Tensor  # [4, N]: max, sum, positives, count
+    column_statistics: Tensor  # [4, M], or [4, 0]
+    stash: Tensor
+
+
+class MatchedGradients(NamedTuple):
+    dx: Tensor  # [N, D], in x's dtype
+    dy: Tensor  # [M, D], in y's dtype
+    dlogit_scale: Tensor  # fp32 []
+    dkey_bias: Tensor  # fp32 [M]
+
+
+class GapAndMean(NamedTuple):
+    gap: Tensor  # LSE - mean positive, nats
+    mean: Tensor  # mean logit of the positives, nats
+
+
+def matched_statistics(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    pairs: Pairs,
+    *,
+    columns: bool,
+    backend: str,
+    keep_stash: bool,
+) -> MatchedStatistics:
+    """Gap and mean positive of each row and, with ``columns``, of each column."""
+    results = _matched(
+        x=x,
+        y=y,
+        logit_scale=logit_scale,
+        own=pairs.own,
+        exclude=pairs.exclude,
+        query_ids=pairs.query_ids,
+        key_ids=pairs.key_ids,
+        key_bias=pairs.key_bias,
+        same_positive=pairs.same_positive,
+        columns=columns,
+        backend=backend,
+        keep_stash=keep_stash,
+    )
+    return MatchedStatistics(*results)
+
+
+def matched_gradients(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    pairs: Pairs,
+    *,
+    row_statistics: Tensor,
+    column_statistics: Tensor,
+    row_weights: Tensor,
+    column_weights: Tensor,
+    backend: str,
+    stash: Tensor | None,
+) -> MatchedGradients:
+    """The gradients for weights [2, N] and [2, M] as ``side_weights`` gives them."""
+    results = _matched_bwd(
+        x=x,
+        y=y,
+        logit_scale=logit_scale,
+        own=pairs.own,
+        exclude=pairs.exclude,
+        query_ids=pairs.query_ids,
+        key_ids=pairs.key_ids,
+        key_bias=pairs.key_bias,
+        same_positive=pairs.same_positive,
+        row_statistics=row_statistics,
+        column_statistics=column_statistics,
+        row_weights=row_weights,
+        column_weights=column_weights,
+        backend=backend,
+        stash=stash,
+    )
+    return MatchedGradients(*results)
+
+
+def gap_and_mean(statistics: Tensor) -> GapAndMean:
+    """[4, N] of base-2 logits -> [N] each."""
+    top, total, positives, count = statistics
+    mean = positives / count.clamp_min(1)
+    return GapAndMean(gap=LN2 * (total.log2() + (top - mean)), mean=LN2 * mean)
+
+
+def side_weights(gap: Tensor | None, mean: Tensor | None, statistics: Tensor) -> Tensor:
+    """Gradients of gap and mean -> gradients of the LSE and of the mean positive, [2, N]."""
+    zero = statistics.new_zeros(statistics.shape[1])
+    gap = zero if gap is None else gap
+    mean = zero if mean is None else mean
+    return torch.stack([gap, mean - gap])
+
+
+def _matched_shapes(arguments: Any) -> MatchedStatistics:
+    x, y = arguments.x, arguments.y
+    n, m = x.shape[0], y.shape[0] if arguments.columns else 0
+    return MatchedStatistics(
+        gap=empty(x, n),
+        mean=empty(x, n),
+        column_gap=empty(x, m),
+        column_mean=empty(x, m),
+        row_statistics=empty(x, 4, n),
+        column_statistics=empty(x, 4, m),
+        stash=_fake_stash(x, y, arguments.backend, arguments.keep_stash),
+    )
+
+
+@operator(_matched_shapes)
+def _matched(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    own: Tensor,
+    exclude: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    key_bias: Tensor | None,
+    same_positive: bool,
+    columns: bool,
+    backend: str,
+    keep_stash: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    functions = MATCHED[backend].implementation
+    stash = _empty_stash(x, y, backend, keep_stash, functions.empty_stash)
+    run = _with_stash(functions.statistics, stash)
+    row_statistics, column_statistics = run(
+        x=x,
+        y=y,
+        logit_scale=logit_scale,
+        own=own,
+        exclude=exclude,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        key_bias=key_bias,
+        same_positive=same_positive,
+        columns=columns,
+    )
+    rows = gap_and_mean(row_statistics)
+    by_column = gap_and_mean(column_statistics)
+    return MatchedStatistics(
+        gap=rows.gap,
+        mean=rows.mean,
+        column_gap=by_column.gap,
+        column_mean=by_column.mean,
+        row_statistics=row_statistics,
+        column_statistics=column_statistics,
+        stash=stash,
+    )
+
+
+def _matched_bwd_shapes(arguments: Any) -> MatchedGradients:
+    x, y = arguments.x, arguments.y
+    return MatchedGradients(
+        dx=x.new_empty(x.shape),
+        dy=y.new_empty(y.shape),
+        dlogit_scale=empty(x),
+        dkey_bias=empty(x, y.shape[0]),
+    )
+
+
+@operator(_matched_bwd_shapes)
+def _matched_bwd(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    own: Tensor,
+    exclude: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    key_bias: Tensor | None,
+    same_positive: bool,
+    row_statistics: Tensor,
+    column_statistics: Tensor,
+    row_weights: Tensor,
+    column_weights: Tensor,
+    backend: str,
+    stash: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run = _with_stash(MATCHED[backend].implementation.gradients, stash)
+    return run(
+        x=x,
+        y=y,
+        logit_scale=logit_scale,
+        own=own,
+        exclude=exclude,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        key_bias=key_bias,
+        same_positive=same_positive,
+        row_statistics=row_statistics,
+        column_statistics=column_statistics,
+        row_weights=row_weights,
+        column_weights=column_weights,
+    )
+
+
+def _save_matched(ctx: Any, arguments: Any, results: MatchedStatistics) -> None:
+    ctx.same_positive, ctx.backend = arguments.same_positive, arguments.backend
+    ctx.save_for_backward(
+        arguments.x,
+        arguments.y,
+        arguments.logit_scale,
+        arguments.own,
+        arguments.exclude,
+        arguments.query_ids,
+        arguments.key_ids,
+        arguments.key_bias,
+        results.row_statistics,
+        results.column_statistics,
+        results.stash,
+    )
+    ctx.set_materialize_grads(False)
+
+
+def _matched_backward(ctx: Any, grads: MatchedStatistics) -> dict[str, Tensor]:
+    if all(g is None for g in (grads.gap, grads.mean, grads.column_gap, grads.column_mean)):
+        return {}
+    (
+        x, y, logit_scale, own, exclude, query_ids, key_ids, key_bias,
+        row_statistics, column_statistics, stash,
+    ) = ctx.saved_tensors  # fmt: skip
+    pairs = Pairs(
+        own=own,
+        exclude=exclude,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        key_bias=key_bias,
+        same_positive=ctx.same_positive,
+    )
+    gradients = matched_gradients(
+        x,
+        y,
+        logit_scale,
+        pairs,
+        row_statistics=row_statistics,
+        column_statistics=column_statistics,
+        row_weights=side_weights(grads.gap, grads.mean, row_statistics),
+        column_weights=side_weights(grads.column_gap, grads.column_mean, column_statistics),
+        backend=ctx.backend,
+        stash=stash,
+    )
+    by_name = {
+        "x": gradients.dx,
+        "y": gradients.dy,
+        "logit_scale": gradient_like(gradients.dlogit_scale, logit_scale),
+    }
+    if key_bias is not None:
+        by_name["key_bias"] = gradients.dkey_bias.to(key_bias.dtype)
+    return by_name
+
+
+define_gradient(_matched, MatchedStatistics, _save_matched, _matched_backward)
+refuse_gradient(_matched_bwd, "contrastive")
+
+
+# ---- the sigmoid loss ----
+
+
+class SigmoidLoss(NamedTuple):
+    """Results of the one pass; without ``gradients`` dx and dy are [0, D]."""
+
+    loss: Tensor  # fp32 [], the sum over the pairs
+    dx: Tensor  # [N, D], in x's dtype
+    dy: Tensor  # [M, D], in y's dtype
+    dlogit_scale: Tensor  # fp32 []
+    dlogit_bias: Tensor  # fp32 []
+
+
+def sigmoid_strip(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    offset: int,
+    gradients: bool,
+    backend: str,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    same_positive: bool,
+) -> SigmoidLoss:
+    """The sigmoid loss of a strip, with its gradients if they are wanted."""
+    results = _sigmoid_loss(
+        x=x,
+        y=y,
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
+        offset=offset,
+        gradients=gradients,
+        backend=backend,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        same_positive=same_positive,
+    )
+    return SigmoidLoss(*results)
+
+
+def _sigmoid_shapes(arguments: Any) -> SigmoidLoss:
+    x, y = arguments.x, arguments.y
+    n, m = (x.shape[0], y.shape[0]) if arguments.gradients else (0, 0)
+    return SigmoidLoss(
+        loss=empty(x),
+        dx=x.new_empty((n, x.shape[1])),
+        dy=y.new_empty((m, y.shape[1])),
+        dlogit_scale=empty(x),
+        dlogit_bias=empty(x),
+    )
+
+
+@operator(_sigmoid_shapes)
+def _sigmoid_loss(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    offset: int,
+    gradients: bool,
+    backend: str,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    same_positive: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    run: Callable[..., Any] = SIGLIP[backend].implementation
+    return run(
+        x=x,
+        y=y,
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
+        offset=offset,
+        gradients=gradients,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        same_positive=same_positive,
+    )
+
+
+def _save_sigmoid(ctx: Any, arguments: Any, results: SigmoidLoss) -> None:
+    ctx.save_for_backward(
+        arguments.logit_scale,
+        arguments.logit_bias,
+        results.dx,
+        results.dy,
+        results.dlogit_scale,
+        results.dlogit_bias,
+    )
+    ctx.set_materialize_grads(False)
+
+
+def _sigmoid_backward(ctx: Any, grads: SigmoidLoss) -> dict[str, Tensor]:
+    if grads.loss is None:
+        return {}
+    logit_scale, logit_bias, dx, dy, dlogit_scale, dlogit_bias = ctx.saved_tensors
+    return {
+        "x": scaled(grad=grads.loss, saved=dx),
+        "y": scaled(grad=grads.loss, saved=dy),
+        "logit_scale": gradient_like(scaled(grad=grads.loss, saved=dlogit_scale), logit_scale),
+        "logit_bias": gradient_like(scaled(grad=grads.loss, saved=dlogit_bias), logit_bias),
+    }
+
+
+define_gradient(_sigmoid_loss, SigmoidLoss, _save_sigmoid, _sigmoid_backward)
