@@ -503,7 +503,7 @@ def measure_pair(task: Task, size: Size, data: Data, towers: Towers, lrs: Sequen
         pairs = list(zip(rows, runs, strict=True))
         for row, run in pairs if number % 2 else reversed(pairs):
             began, outside = time.process_time(), run.outside
-            run.trainer._run_episode(number, bar)
+            run.trainer.run_episode(number, bar)
             spent = time.process_time() - began - (run.outside - outside)
             seconds[row].append(round(spent, 3))
     ratio = sum(seconds[PROTO]) / sum(seconds[CLIP])

@@ -272,7 +272,7 @@ class Trainer:
         Raises:
             Stopped: a signal asked the run to stop; the state is saved.
         """
-        config, plan = self.config, self.plan
+        plan = self.plan
         self._begin_clock()
         with (
             self.signals,
@@ -286,32 +286,37 @@ class Trainer:
             ) as bar,
         ):
             for number in range(self.step // plan.steps_per_episode, plan.episodes):
-                bar.set_description(f"episode {number + 1}/{plan.episodes}")
-                steps = plan.steps_of(number)
-                stream = self._begin_episode(number)
-                for step in steps[self.step - steps.start :]:  # an interrupted run has done some
-                    with self.phases.measure("data", on_host=True):
-                        passes = [next(stream) for _ in range(config.optim.accum_freq)]
-                    lr = schedule.learning_rate(config.optim, plan.total_steps, step)
-                    outcome = self.stepper.step(
-                        step,
-                        passes,
-                        self.episode,
-                        project=self.terms.projects,
-                        lr=lr,
-                        image_lr=schedule.image_learning_rate(config, plan, step),
-                    )
-                    self._store_features(step - steps.start, passes, outcome)
-                    self.watch.count(outcome.losses.hits)
-                    self.step += 1
-                    self._log_or_check(outcome, passes, lr, number)
-                    if step == steps[-1] and self.store is not None:
-                        self.store.end_episode(number)
-                    bar.set_postfix(loss=f"{self._loss:.3f}", refresh=False)
-                    bar.update(plan.batch_size)
-                    self._between_steps()
+                self.run_episode(number, bar)
             if self._saved_step != self.step:
                 self.save(None)
+
+    def run_episode(self, number: int, bar: tqdm) -> None:
+        """Build the episode's prototypes, if it has any, then run its steps."""
+        config, plan = self.config, self.plan
+        steps = plan.steps_of(number)
+        bar.set_description(f"episode {number + 1}/{plan.episodes}")
+        stream = self._begin_episode(number)
+        for step in steps[self.step - steps.start :]:  # an interrupted run has done some
+            with self.phases.measure("data", on_host=True):
+                passes = [next(stream) for _ in range(config.optim.accum_freq)]
+            lr = schedule.learning_rate(config.optim, plan.total_steps, step)
+            outcome = self.stepper.step(
+                step,
+                passes,
+                self.episode,
+                project=self.terms.projects,
+                lr=lr,
+                image_lr=schedule.image_learning_rate(config, plan, step),
+            )
+            self._store_features(step - steps.start, passes, outcome)
+            self.watch.count(outcome.losses.hits)
+            self.step += 1
+            self._log_or_check(outcome, passes, lr, number)
+            if step == steps[-1] and self.store is not None:
+                self.store.end_episode(number)
+            bar.set_postfix(loss=f"{self._loss:.3f}", refresh=False)
+            bar.update(plan.batch_size)
+            self._between_steps()
 
     def _begin_episode(self, number: int) -> Iterator[Batch]:
         """Build the episode's prototypes, if it has any; returns the batches of its steps from the
