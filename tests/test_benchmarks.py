@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from benchmarks import report
+from benchmarks import report, test_contrastive
 
 FOUND = [json.loads(path.read_text()) for path in sorted(report.RESULTS.glob("*.json"))]
 
@@ -30,6 +31,40 @@ def test_the_figure_shows_the_newest_record(tmp_path):
         for path in (report.FIGURE, tmp_path / "fresh.svg")
     ]
     assert words[0] == words[1] and any("open_clip" in word for word in words[0])
+
+
+class _WithFault(torch.autograd.Function):
+    """A loss whose gradients are off by those given."""
+
+    @staticmethod
+    def forward(ctx, loss, x, y, dx, dy):
+        ctx.faults = dx, dy
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream, *ctx.faults, None, None
+
+
+@pytest.mark.parametrize("case", test_contrastive.CASES)
+def test_nothing_is_timed_whose_other_logits_are_wrong(case):
+    """The gradient of the logits that are not positives: 0, twice, or five times what it is."""
+    shape, loss = (256, 64, torch.bfloat16), test_contrastive.CASES[case].ours
+    (x, y, scale, _), _ = test_contrastive._inputs(case, *shape, cone=True)
+    form, truth = test_contrastive._written_out(case, *shape, True)
+    others = truth.logits.masked_fill(form.taken_out, 0)
+    queries, keys = form.sides(x.double(), y.double())
+    dx, dy = torch.autograd.grad(scale.detach() * queries @ keys.T, (x, y), others)
+
+    def assert_parity(factor):
+        faults = (factor - 1) * dx, (factor - 1) * dy
+        faulty = lambda x, y, *rest: _WithFault.apply(loss(x, y, *rest), x, y, *faults)  # noqa: E731
+        test_contrastive._assert_parity(faulty, case, *shape, "protoclip-auto")
+
+    assert_parity(1)
+    for factor in (0, 2, 5):
+        with pytest.raises(AssertionError, match="over the budget .* of G's share"):
+            assert_parity(factor)
 
 
 @pytest.mark.parametrize("script", ["benchmarks/gpu.sh", "Makefile"])
