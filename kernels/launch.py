@@ -104,6 +104,23 @@ CHUNKED = dict.fromkeys(ARCHITECTURES, Launch(128, 64, 64, warps=8, stages=3))
 CHUNKED[90] = replace(CHUNKED[90], block_m=128)
 CHUNKED_FLOAT = Launch(64, 64, 16, warps=8, stages=2)  # four warps spill in the loop over keys
 
+# k-means, products of 16 bits and the same of fp32 rows in three terms: by width, rows held; wider
+# ones are read again for each tile of centroids. Then |x - c|^2 of what is left.
+ASSIGN = {
+    64: Launch(64, 64, 64, warps=4, stages=3, ctas_per_sm=2),
+    128: Launch(64, 64, 128, warps=4, stages=3, ctas_per_sm=2),
+    256: Launch(64, 32, 256, warps=4, stages=2),
+}
+ASSIGN_WIDE = Launch(128, 64, 64, warps=8, stages=3)
+_OPEN = Launch(64, 64, 64, warps=4, stages=2)
+ASSIGN_OPEN = {
+    arch: {64: _OPEN, 128: replace(_OPEN, block_d=128, block_m=64 if arch >= 90 else 32)}
+    for arch in ARCHITECTURES
+}
+ASSIGN_OPEN_WIDE = replace(_OPEN, block_m=32)
+ASSIGN_EXACT = Launch(*((128, 256) if INTERPRETED else (32, 64)), 8, warps=8, stages=1)
+SEGMENT_MEAN = Launch(32, 0, 128, warps=4, stages=1)
+
 # An architecture for tensors on any device: to compile, not to run.
 compiling_for: int | None = None
 
@@ -158,6 +175,14 @@ def prototype_row(x: Tensor, *, full: bool = False, values: bool = False) -> Lau
         row = ATTENTION[arch][width]
         return ATTENTION_FULL.get((arch, width), row) if full else row
     return CHUNKED_FLOAT if x.dtype == torch.float32 else CHUNKED[arch]
+
+
+def assign_row(x: Tensor) -> Launch:
+    """The row for points x [N, D] against centroids: in one term, or of fp32 points in three."""
+    rows, wide = ASSIGN, ASSIGN_WIDE
+    if x.dtype == torch.float32:
+        rows, wide = ASSIGN_OPEN[architecture(x.device) or 90], ASSIGN_OPEN_WIDE
+    return next((row for width, row in rows.items() if x.shape[1] <= width), wide)
 
 
 def aligned(x: Tensor) -> bool:

@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.autograd import profiler_util as profiler
 
-from benchmarks import report, test_contrastive
+from benchmarks import gpu, report, test_contrastive
 
 FOUND = [json.loads(path.read_text()) for path in sorted(report.RESULTS.glob("*.json"))]
 
@@ -82,4 +84,52 @@ def test_a_card_is_asked_for_kernels_graphs_and_rows():
     ).stdout  # fmt: skip
     assert "info_nce" in told and "protoclip::contrastive_bwd" in told
     assert "expected a CUDA device, got none" in told
-    assert re.search(r"INTERPRETER: paste\n.*Launch\(block_n=.*ms before, of \d+ rows", told)
+    assert "1 candidates compiled in" in told
+    assert re.search(r"INTERPRETER: paste\n.*Launch\(block_n=.*ms before, fastest of 1 rows", told)
+
+
+def _event(number, name, start, end, device):
+    return profiler.FunctionEvent(
+        number, name, thread=1, start_us=start, end_us=end, device_type=device, device_index=0
+    )
+
+
+def test_the_time_of_a_kernel_counts_once():
+    """As the profiler has it: an op of the CPU with its kernel, and the kernel by itself."""
+    device = torch.autograd.DeviceType
+    op = _event(1, "addmm", 0, 10, device.CPU)
+    op.append_kernel("gemm_kernel", 0, 700)
+    found = profiler.EventList([op, _event(2, "gemm_kernel", 20, 720, device.CUDA)])
+    assert gpu.time_by_kernel(found) == [(0.7, 1, "gemm_kernel")]
+    alone = profiler.EventList([_event(1, "addmm", 0, 10, device.CPU)])
+    assert gpu.time_by_kernel(alone) == [(0.01, 1, "addmm")]
+
+
+def test_a_sweep_without_a_candidate_says_so(capsys):
+    """None compiled, or none with the right gradients; the table is as it was."""
+    from protoclip.kernels import launch
+
+    def wrong():
+        raise AssertionError("dx: wrong")
+
+    swept = gpu.Swept("", ("INTERPRETER",), "sigmoid", ("", "", "", 0), lambda: list, wrong)
+    before = launch.INTERPRETER
+    for rows in ([], [before, replace(before, warps=8)]):
+        gpu.sweep_row(swept, rows, 0.0)
+        told = capsys.readouterr()
+        assert f"no candidate of {len(rows)} compiled" in told.out and "paste" not in told.out
+        assert launch.INTERPRETER is before
+    assert "dx: wrong" in told.err
+
+
+def test_candidates_that_spill_are_not_timed():
+    """In a process without the interpreter, as the sweep's pool has them."""
+    swept = gpu.Swept(
+        "HALF", ("sigmoid", 90), "sigmoid", ("sigmoid", "gradients", "bf16", 512), list, list
+    )
+    from protoclip.kernels import launch
+
+    good = launch.HALF["sigmoid"][90]
+    wide = replace(good, block_n=256, block_m=128, warps=4)
+    kept, dropped = gpu.compile_all([(swept, good), (swept, wide)], 90)
+    assert kept == [] and any("local memory" in problem for problem in dropped)
