@@ -90,12 +90,13 @@ def steps() -> dict[str, Step]:
     }
 
 
-def time_by_kernel(found: torch.autograd.profiler_util.EventList) -> list[tuple[float, int, str]]:
+def time_by_kernel(
+    averages: torch.autograd.profiler_util.EventList,
+) -> list[tuple[float, int, str]]:
     """-> ms, calls and name of each kernel, the longest first; on a CPU of each op.
 
     The profiler gives a kernel's time to the op that launched it and again to the kernel itself:
     where there are kernels, only they count."""
-    averages = found.key_averages()
     kernels = [row for row in averages if row.device_type != torch.autograd.DeviceType.CPU]
     if kernels:
         rows = [(row.self_device_time_total / 1e3, row.count, row.key) for row in kernels]
@@ -112,7 +113,7 @@ def profile(seconds: float) -> None:
             step()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
-        rows = time_by_kernel(found.events())
+        rows = time_by_kernel(found.key_averages())
         total = sum(taken for taken, _, _ in rows) or 1e-9
         print(f"{title}: {total:.3f} ms of {DEVICE}")
         for taken, count, key in rows[:10]:

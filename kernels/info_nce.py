@@ -50,7 +50,7 @@ MERGE = (64, 8, 4)
 
 
 @triton.jit
-def _join(reference_a, sum_a, reference_b, sum_b):
+def join(reference_a, sum_a, reference_b, sum_b):
     """-> the statistics of two sets of logits together."""
     reference = tl.maximum(reference_a, reference_b)
     zero = tl.where(reference == -float("inf"), 0.0, reference)
@@ -58,7 +58,7 @@ def _join(reference_a, sum_a, reference_b, sum_b):
 
 
 @triton.jit
-def _exact(s, AXIS: tl.constexpr):
+def exact(s, AXIS: tl.constexpr):
     """-> the maxima along an axis and 2^(s - maximum); -inf and 0 where empty."""
     top = tl.max(s, AXIS)
     zero = tl.where(top == -float("inf"), 0.0, top)
@@ -132,10 +132,10 @@ def forward_kernel(
             store_entries(s, rows, positive, offset - at, n, m - at, positive_ptr)
             negative = (rows[:, None] < n) & (cols[None, :] < m) & (positive == 0)
             s = tl.where(negative, s, -float("inf"))
-            top, e = _exact(s, 1)
-            row_max, row_sum = _join(row_max, row_sum, top, tl.sum(e, 1))
+            top, e = exact(s, 1)
+            row_max, row_sum = join(row_max, row_sum, top, tl.sum(e, 1))
             if COLUMNS:
-                top, e = _exact(s, 0)
+                top, e = exact(s, 0)
                 e = e.reshape(REPEATS, PARTS, PART, STRIP)
                 _store_columns(column_ptr, block, col0 + strip, m, top[None, :], e, PARTS, True)
         tl.store(row_ptr + 2 * at_row, row_max, mask=rows < n)
@@ -168,7 +168,7 @@ def _merge_blocks(
         top = tl.max(r, 0)
         zero = tl.where(top == -float("inf"), 0.0, top)
         t = tl.sum(t * tl.exp2(r - zero[None, :]), 0)
-        reference, total = _join(reference, total, top, t)
+        reference, total = join(reference, total, top, t)
     return reference, total
 
 

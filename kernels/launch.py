@@ -44,6 +44,7 @@ _MMA = Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32)
 _PLAIN = Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2)
 _SMALL = Launch(64, 64, 32, warps=4, stages=4, ctas_per_sm=2)
 _HOPPER = Launch(128, 128, 64, warps=4, stages=3, ctas_per_sm=2, strip=32, descriptors=True)
+_MATCHED = replace(_HOPPER, strip=16)  # masks need registers
 _NARROW = Launch(128, 64, 64, warps=8, stages=3, strip=32, descriptors=True)
 
 # Kernel -> architecture -> row, for half precision and rows that are aligned to whole BLOCK_D.
@@ -52,8 +53,14 @@ HALF: dict[str, dict[int, Launch]] = {
     "gradient": {80: _MMA, 89: _MMA, 90: _HOPPER, 100: replace(_HOPPER, warps=8, ctas_per_sm=1)},
     # Loss and gradient at once: larger tiles spill.
     "sigmoid": {80: _SMALL, 89: _SMALL, 90: _NARROW, 100: _NARROW},
-    # The masks need registers that larger tiles do not leave.
-    "matched": dict.fromkeys(ARCHITECTURES, _PLAIN),
+    # As the plain loss; masks are made strip by strip.
+    "matched forward": {80: _MMA, 89: _MMA, 90: _MATCHED, 100: _MATCHED},
+    "matched gradient": {
+        80: _MMA,
+        89: _MMA,
+        90: _HOPPER,
+        100: replace(_HOPPER, warps=8, ctas_per_sm=1),
+    },
 }
 # From D = DEEP on the products hide the rest of a tile on one CTA too, and a larger tile reads L2
 # less: 85 flop a byte, not 64, of which 8 TB/s feed 56 % of an H100.
@@ -64,7 +71,8 @@ HALF_DEEP: dict[str, dict[int, Launch]] = {
 # Any card, any D, any strides.
 HALF_ANY: dict[str, Launch] = {
     "forward": _PLAIN,
-    "matched": _PLAIN,
+    "matched forward": _PLAIN,
+    "matched gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
     "gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
     "sigmoid": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
 }

@@ -428,3 +428,114 @@ def test_a_wrong_gradient_of_the_prototypes_fails(monkeypatch, fault):
 
     monkeypatch.setattr(prototypes, "weights", spoiled_weights)
     _assert_red_with(fault, _problem("prototypes, hard", 64, torch.float16, 192))
+
+
+# -- k-means: labels and means, which have no logits
+
+
+def _backends(op: str) -> list[str]:
+    return usable(op) if DEVICE == "cpu" else ["triton", "cuda"]
+
+
+def _skip_without(op: str, backend: str) -> None:
+    if reason := protoclip.backends(op)[backend]:
+        pytest.skip(reason)
+
+
+def _points_and_centroids(n: int = 96, k: int = 512, d: int = 40):
+    """The second half of the centroids is the first again: every label is a tie."""
+    torch.manual_seed(0)
+    points, centroids = torch.randn(n, d), torch.randn(k // 2, d)
+    return points.to(DEVICE), torch.cat([centroids, centroids]).to(DEVICE)
+
+
+def _check_labels(points, centroids, labels):
+    """The lowest index of the least distance in fp64; no two differing ones are as near as fp32
+    could confuse."""
+    expected = torch.cdist(points.double(), centroids[:256].double()).argmin(dim=1)
+    wrong = (labels != expected).sum().item()
+    assert wrong == 0, f"{wrong} of {len(labels)} labels are not the nearest of lowest index"
+
+
+@pytest.mark.parametrize("backend", _backends("kmeans_assign"))
+def test_labels_and_that_wrong_ones_fail(backend):
+    _skip_without("kmeans_assign", backend)
+    points, centroids = _points_and_centroids()
+    labels, _ = protoclip.kmeans_assign(points, centroids, backend=backend)
+    _check_labels(points, centroids, labels)
+    rest = torch.cat([centroids[:64], centroids[128:256]])  # without a tile of 64
+    among_the_rest = torch.cdist(points, rest).argmin(dim=1)
+    skipped = among_the_rest + 64 * (among_the_rest >= 64)
+    for wrong in (labels + 256, skipped):
+        with pytest.raises(AssertionError, match="not the nearest of lowest index"):
+            _check_labels(points, centroids, wrong)
+
+
+@interpreted
+@pytest.mark.parametrize("fault", ["a tile skipped", "ties the other way"])
+def test_an_assignment_with_a_fault_fails(monkeypatch, fault):
+    from protoclip.kernels import clusters
+
+    points, centroids = _points_and_centroids()
+    keep = clusters._keep_best
+
+    def skipping(s, start, *so_far):
+        return so_far if int(start) == 0 else keep(s, start, *so_far)
+
+    if fault == "a tile skipped":
+        monkeypatch.setattr(clusters, "_keep_best", skipping)
+    else:
+        monkeypatch.setattr(clusters, "leads", lambda score, best: score >= best)
+    labels, _ = protoclip.kmeans_assign(points, centroids, backend="triton")
+    with pytest.raises(AssertionError, match="not the nearest of lowest index"):
+        _check_labels(points, centroids, labels)
+
+
+def _check_means(values, labels, k, means, counts):
+    """Sums of at most 512 terms in fp32, each mean's error within its worst case."""
+    chosen = torch.nn.functional.one_hot(labels, k).double()  # [N, K]
+    expected = chosen.sum(0)
+    truth = chosen.T @ values.double() / expected[:, None]
+    size = chosen.T @ values.double().abs() / expected[:, None]
+    assert torch.equal(counts, expected.long()), "counts"
+    allowed = 512 * torch.finfo(torch.float32).eps / 2 * size
+    assert ((means.double() - truth).abs() <= allowed).all(), "means are off"
+
+
+def _values_and_labels(n: int = 600, k: int = 3, d: int = 20):
+    torch.manual_seed(0)
+    return torch.randn(n, d).to(DEVICE) + 3, (torch.arange(n) % k).to(DEVICE)
+
+
+@pytest.mark.parametrize("backend", _backends("segment_mean"))
+def test_means_and_that_wrong_ones_fail(backend):
+    _skip_without("segment_mean", backend)
+    values, labels = _values_and_labels()
+    means, counts = protoclip.segment_mean(values, labels, 3, backend=backend)
+    _check_means(values, labels, 3, means, counts)
+    one_row = torch.zeros_like(means)
+    one_row[labels[7]] = values[7] / counts[labels[7]]
+    for wrong in (means - one_row, means + one_row):
+        with pytest.raises(AssertionError, match="means are off"):
+            _check_means(values, labels, 3, wrong, counts)
+    with pytest.raises(AssertionError, match="counts"):
+        _check_means(values, labels, 3, means, counts + 1)
+
+
+@interpreted
+def test_a_mean_that_skips_a_row_fails(monkeypatch):
+    from protoclip.kernels import clusters
+
+    values, labels = _values_and_labels()
+    read = clusters.load_tile
+
+    def skipping(*arguments):
+        tile = read(*arguments)
+        tile.handle.data = tile.handle.data.copy()
+        tile.handle.data[1] = 0
+        return tile
+
+    monkeypatch.setattr(clusters, "load_tile", skipping)
+    means, counts = protoclip.segment_mean(values, labels, 3, backend="triton")
+    with pytest.raises(AssertionError, match="means are off"):
+        _check_means(values, labels, 3, means, counts)
