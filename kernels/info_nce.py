@@ -462,7 +462,7 @@ def contrastive_bwd(
         with torch.cuda.device_of(x):
             extremes_kernel[(blocks,)](
                 row_max, column_max, n, m, extremes,
-                BLOCK_N=row.block_n, BLOCK_M=row.block_m, num_warps=1,
+                BLOCK_N=row.block_n, BLOCK_M=row.block_m, num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
     plan = waves.chunks(x, y, row)
     shares = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)

@@ -8,10 +8,20 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
 
+
+def _triton() -> tuple[int, ...]:
+    try:
+        return tuple(map(int, version("triton").split(".")[:2]))
+    except PackageNotFoundError:
+        return (0,)
+
+
+TRITON = _triton()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -28,11 +38,15 @@ class Launch:
     strip: int = 64  # columns at a time in tiles on the edge or the diagonal
     descriptors: bool = False  # load by TMA where base and row stride are multiples of 16 bytes
     part: int = 16  # consecutive rows of a product that are one warp's
+    max_registers: int | None = None  # asked of the assembler, so that ``ctas_per_sm`` fit
 
     @property
     def options(self) -> dict[str, int | bool]:
         """What Triton itself takes; it stops fusing multiplies and adds by default in 3.10."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 ARCHITECTURES = (80, 89, 90, 100)  # with rows of their own
@@ -51,8 +65,15 @@ _NARROW = Launch(128, 64, 64, warps=8, stages=3, strip=32, descriptors=True)
 HALF: dict[str, dict[int, Launch]] = {
     "forward": {80: _MMA, 89: _MMA, 90: _HOPPER, 100: replace(_HOPPER, part=32)},
     "gradient": {80: _MMA, 89: _MMA, 90: _HOPPER, 100: replace(_HOPPER, warps=8, ctas_per_sm=1)},
-    # Loss and gradient at once: larger tiles spill.
-    "sigmoid": {80: _SMALL, 89: _SMALL, 90: _NARROW, 100: _NARROW},
+    # Loss and gradient at once: larger tiles spill. Two CTAs of 128 registers are 55 % busy by the
+    # model, one of 170 is 29 %; with ids 128 do not hold the masks.
+    "sigmoid": {
+        80: _SMALL,
+        89: _SMALL,
+        90: replace(_NARROW, ctas_per_sm=2, max_registers=128),
+        100: _NARROW,
+    },
+    "sigmoid with ids": {80: _SMALL, 89: _SMALL, 90: _NARROW, 100: _NARROW},
     # As the plain loss; masks are made strip by strip.
     "matched forward": {80: _MMA, 89: _MMA, 90: _MATCHED, 100: _MATCHED},
     "matched gradient": {
@@ -63,7 +84,9 @@ HALF: dict[str, dict[int, Launch]] = {
     },
 }
 # From D = DEEP on the products hide the rest of a tile on one CTA too, and a larger tile reads L2
-# less: 85 flop a byte, not 64, of which 8 TB/s feed 56 % of an H100.
+# less: 85 flop a byte, not 64, of which 8 TB/s feed 56 % of an H100. Not on sm_100: its products
+# accumulate in tensor memory, which the model does not know, and no public figure to calibrate it
+# on was found; the sweep times the row there.
 DEEP = 512
 HALF_DEEP: dict[str, dict[int, Launch]] = {
     "gradient": {90: Launch(128, 256, 64, warps=8, stages=3, strip=32, descriptors=True)},
@@ -75,6 +98,7 @@ HALF_ANY: dict[str, Launch] = {
     "matched gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
     "gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
     "sigmoid": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
+    "sigmoid with ids": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
 }
 # fp32 runs on FMA units: three-term tf32 would meet the error budget only if tensor cores rounded
 # their accumulators, and they truncate (simulated at D = 512: 6 to 10 times the error of sgemm).
@@ -109,7 +133,9 @@ ATTENTION_FULL = {
 WIDEST_ATTENTION = 256
 # Logits by chunks of D: statistics alone, and tiles of weights.
 CHUNKED = dict.fromkeys(ARCHITECTURES, Launch(128, 64, 64, warps=8, stages=3))
-CHUNKED[90] = replace(CHUNKED[90], block_m=128)
+# Triton 3.6 takes 241 registers for the weights of 128 x 128: one CTA, 42 to 51 % busy by the
+# model; of 128 x 64 it takes 122, and two are at most 76 to 91 %.
+CHUNKED[90] = replace(CHUNKED[90], block_m=64 if TRITON < (3, 7) else 128)
 CHUNKED_FLOAT = Launch(64, 64, 16, warps=8, stages=2)  # four warps spill in the loop over keys
 
 # k-means, products of 16 bits and the same of fp32 rows in three terms: by width, rows held; wider

@@ -43,7 +43,7 @@ G_UNIT = 4096.0
         *("labels_ptr", "loss_ptr", "nearest_ptr", "row_max_ptr", "row_sum_ptr", "dscale_ptr")
     ],
 )
-def finish_kernel(
+def join_slices_kernel(
     q_ptr, scale_ptr, target_ptr, labels_ptr,  # [N, D], [], [K, D], [N]
     max_ptr, sum_ptr, best_ptr, expected_ptr,  # [slices, N]
     positive_ptr, acc_ptr,  # [N], [slices, N, D]; joined, acc may be the gradient
@@ -187,7 +187,7 @@ def finish(q, scale, targets, labels, parts, out, *, hard, gradient=False, joine
     may be ``joined`` already; the gradient and dscale with ``gradient`` only."""
     (slices, n), best, expected = parts[0].shape, *parts[2:4]
     with torch.cuda.device_of(q):
-        finish_kernel[(triton.cdiv(n, FINISH.block_n),)](
+        join_slices_kernel[(triton.cdiv(n, FINISH.block_n),)](
             q, scale, targets, labels, *parts, *out,
             n, targets.shape[1], slices, len(targets), *q.stride(), *targets.stride(),
             BLOCK_N=FINISH.block_n, BLOCK_D=FINISH.block_d, HARD=hard, BEST=best.numel() > 0,
