@@ -383,7 +383,8 @@ def _hot_path(
     """The path of whole tiles, by the order of the blocks: what leads to the one with the most
     products, its steps, and what follows up to the most exponentials.
 
-    Where a block holds both (attention) it is the whole path, and one step counts."""
+    Where a block holds both (attention), or the products of rows that are held and their maxima
+    (k-means), it is the whole path, and one step counts."""
     texts = ("\n".join(i.text for i in block) for block in listed)
     # m64 nN k16 of 16-bit operands takes the SM's tensor cores N / 2 clk.
     widths = (re.findall(r"HGMMA\.64x(\d+)x16", text) for text in texts)
@@ -393,7 +394,7 @@ def _hot_path(
     hot = products.index(product)
     if not product:
         return 0, 0, 0, {}
-    if exponentials[hot] > 16:
+    if exponentials[hot] > 16 or options.get("HELD"):
         before, after = [], [listed[hot]]
     else:
         product *= -(-case.depth // options["BLOCK_D"])

@@ -57,8 +57,10 @@ SERVED_AS = {80: 80, 90: 90, 100: 100, 103: 100, 110: 100}
 _MMA = Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32)
 _PLAIN = Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2)
 _SMALL = Launch(64, 64, 32, warps=4, stages=4, ctas_per_sm=2)
+_SMALL_STRIPS = replace(_SMALL, strip=32)
 _HOPPER = Launch(128, 128, 64, warps=4, stages=3, ctas_per_sm=2, strip=32, descriptors=True)
-_MATCHED = replace(_HOPPER, strip=16)  # masks need registers
+# Masks and both exponentials need registers that a wider tile or strip does not leave.
+_MATCHED = replace(_HOPPER, block_m=64, strip=16)
 _NARROW = Launch(128, 64, 64, warps=8, stages=3, strip=32, descriptors=True)
 
 # Kernel -> architecture -> row, for half precision and rows that are aligned to whole BLOCK_D.
@@ -74,13 +76,13 @@ HALF: dict[str, dict[int, Launch]] = {
         100: _NARROW,
     },
     "sigmoid with ids": {80: _SMALL, 89: _SMALL, 90: _NARROW, 100: _NARROW},
-    # As the plain loss; masks are made strip by strip.
-    "matched forward": {80: _MMA, 89: _MMA, 90: _MATCHED, 100: _MATCHED},
-    "matched gradient": {
-        80: _MMA,
-        89: _MMA,
-        90: _HOPPER,
-        100: replace(_HOPPER, warps=8, ctas_per_sm=1),
+    "matched forward": {80: _SMALL_STRIPS, 89: _SMALL_STRIPS, 90: _MATCHED, 100: _SMALL_STRIPS},
+    "matched gradient": {80: _SMALL_STRIPS, 89: _SMALL_STRIPS, 90: _HOPPER, 100: _SMALL_STRIPS},
+    "matched gradient with biases": {
+        80: _SMALL_STRIPS,
+        89: _SMALL_STRIPS,
+        90: _MATCHED,
+        100: _SMALL_STRIPS,
     },
 }
 # From D = DEEP on the products hide the rest of a tile on one CTA too, and a larger tile reads L2
@@ -96,6 +98,7 @@ HALF_ANY: dict[str, Launch] = {
     "forward": _PLAIN,
     "matched forward": _PLAIN,
     "matched gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
+    "matched gradient with biases": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
     "gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
     "sigmoid": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
     "sigmoid with ids": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),

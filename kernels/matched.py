@@ -269,7 +269,7 @@ def matched_bwd(x: Tensor, y: Tensor, scale: Tensor, *given: Any) -> tuple[Tenso
     if min(len(x), len(y)) == 0:
         zero = x.new_zeros((), dtype=torch.float32)
         return torch.zeros_like(x), torch.zeros_like(y), zero, dbias
-    row = launch.choose("matched gradient", x, y)
+    row = launch.choose(f"matched gradient{'' if bias is None else ' with biases'}", x, y)
     lift = torch.ones((), dtype=torch.float32, device=x.device)
     if x.dtype == torch.float16:  # weights are about 1/N: let G fill its range
         peak = sum(w.abs().amax(1).sum() for w in (row_weights, column_weights) if w.numel())

@@ -89,8 +89,9 @@ def test_a_card_is_asked_for_kernels_graphs_and_rows():
 
 
 def _event(number, name, start, end, device):
+    times = {"start_us": start, "end_us": end}
     return profiler.FunctionEvent(
-        number, name, thread=1, start_us=start, end_us=end, device_type=device, device_index=0
+        number, name, thread=1, **times, device_type=device, stack=[], use_device="cuda"
     )
 
 
