@@ -12,7 +12,11 @@ one near zero is then log2(1 + little), not a difference of large numbers. A war
 logits to the largest of a few columns: one exponential an element. Where a sum then leaves
 2^-SPREAD to 2^SPREAD, and on the edges and the diagonal, the tile takes the largest of each row and
 of each column and a second exponential. Columns are summed over the rows of one warp only: summing
-over warps costs barriers in every tile, and the merge does it on the way.
+over warps costs barriers in every tile, and the merge does it on the way. A tile's rows as wgmma
+gives them to warps, BLOCK_N = 128, PARTS = 4 warps, PART = 16 rows, REPEATS = 2:
+    rows 0..15 | 16..31 | 32..47 | 48..63 | 64..79 | 80..95 | 96..111 | 112..127
+    warp 0     | 1      | 2      | 3      | 0      | 1      | 2       | 3
+so a warp adds up [REPEATS, PART] rows of its own, and a tile leaves PARTS sums of each column.
 
 **Backward.** G = w_row P_row + w_column P_column without the positives is written by chunks in the
 features' dtype; ``waves.py`` multiplies it and adds the positives' entries, w_row (P_row - 1) +

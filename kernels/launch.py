@@ -8,20 +8,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
+import triton
 from torch import Tensor
 
-
-def _triton() -> tuple[int, ...]:
-    try:
-        return tuple(map(int, version("triton").split(".")[:2]))
-    except PackageNotFoundError:
-        return (0,)
-
-
-TRITON = _triton()
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -57,7 +49,7 @@ SERVED_AS = {80: 80, 90: 90, 100: 100, 103: 100, 110: 100}
 _MMA = Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32)
 _PLAIN = Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2)
 _SMALL = Launch(64, 64, 32, warps=4, stages=4, ctas_per_sm=2)
-_SMALL_STRIPS = replace(_SMALL, strip=32)
+_SMALL_STRIPS = replace(_SMALL, strip=16)
 _HOPPER = Launch(128, 128, 64, warps=4, stages=3, ctas_per_sm=2, strip=32, descriptors=True)
 # Masks and both exponentials need registers that a wider tile or strip does not leave.
 _MATCHED = replace(_HOPPER, block_m=64, strip=16)
@@ -106,6 +98,7 @@ HALF_ANY: dict[str, Launch] = {
 # fp32 runs on FMA units: three-term tf32 would meet the error budget only if tensor cores rounded
 # their accumulators, and they truncate (simulated at D = 512: 6 to 10 times the error of sgemm).
 FLOAT_ANY = Launch(64, 64, 16, warps=8, stages=1, ctas_per_sm=2)
+FLOAT_MATCHED = replace(FLOAT_ANY, ctas_per_sm=1)
 INTERPRETER = Launch(32, 64, 32, warps=4, stages=1, strip=32)
 
 # Prototypes, values in the pass: 16-bit rows by width, BLOCK_D columns of them at once. On Hopper
@@ -192,7 +185,7 @@ def choose(kernel: str, x: Tensor, y: Tensor) -> Launch:
     if arch is None:
         return INTERPRETER
     if x.dtype == torch.float32:
-        return FLOAT_ANY
+        return FLOAT_MATCHED if kernel.startswith("matched") else FLOAT_ANY
     row = HALF[kernel][arch]
     if x.shape[1] >= DEEP:
         row = HALF_DEEP.get(kernel, {}).get(arch, row)

@@ -23,8 +23,10 @@ from budget import assert_within_budget, usable
 import protoclip
 from benchmarks import parity
 from benchmarks.parity import Form, Gradients, assert_gradients, sigmoid_form, softmax_form
-from protoclip.kernels import launch
 from protoclip.ops import Bank
+
+pytest.importorskip("triton")
+from protoclip.kernels import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -286,6 +288,7 @@ def _rows_of_the_table(arch: int) -> dict[str, launch.Launch]:
     rows |= {f"ATTENTION {width}": row for width, row in launch.ATTENTION[arch].items()}
     full = launch.ATTENTION_FULL.items()
     rows |= {f"ATTENTION_FULL {width}": row for (own, width), row in full if own == arch}
+    rows |= {"FLOAT_MATCHED": launch.FLOAT_MATCHED}
     rows |= {"FLOAT_ANY": launch.FLOAT_ANY, "CHUNKED": launch.CHUNKED[arch]}
     return rows | {"CHUNKED_FLOAT": launch.CHUNKED_FLOAT}
 
