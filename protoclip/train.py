@@ -373,7 +373,12 @@ class Trainer:
             self.episode = None
             self.model.lock_image()
         elif done == 0 and number >= config.episode.infonce_warmup and self.clusters:
-            self.episode = self._build_episode(number, draws.unique())
+            if self.store is not None:  # also of steps that only a resume with more steps would do
+                whole = range(steps.start, steps.start + self.plan.steps_per_episode)
+                coming = schedule.draw(self.plan, seed, whole, replacement=replacement, order=order)
+                self.episode = self._build_episode(number, coming.unique())
+            else:
+                self.episode = self._build_episode(number, draws.unique())
         self.model.train()
         own, numbers = schedule.own_draws(self.plan, draws)
         first = done * self.plan.batch_size // distributed.world_size()
