@@ -161,6 +161,7 @@ class FeatureStore:
         rows = steps * self.batch_share
         self.index = torch.full((rows,), -1, dtype=torch.int64, device=device)
         self.dim = 0  # Dh; 0 until the first rows come
+        self.steps = 0  # of the running episode, in the buffer
         # Image and text.
         self.buffer = torch.empty(rows, 2, 0, dtype=DTYPE, device=self.table_device)
         self.table = torch.empty(owned, 2, 0, dtype=DTYPE, device=self.table_device)
@@ -178,6 +179,7 @@ class FeatureStore:
         the samples' positions, int64 [B]; -1 marks a row that does not count."""
         if not self.dim:
             self._allocate(image_h.shape[1])
+        self.steps = step + 1
         rows = slice(step * self.batch_share, step * self.batch_share + len(index))
         self.index[rows] = index
         self.buffer[rows, 0] = image_h.to(DTYPE)
@@ -191,6 +193,7 @@ class FeatureStore:
         for first in range(0, len(self.index), rows_at_once):
             self._move(slice(first, first + rows_at_once), episode)
         self.index.fill_(-1)
+        self.steps = 0
 
     def _move(self, part: slice, episode: int) -> None:
         """Move some of the buffer's steps, which are later than those already moved."""
@@ -230,13 +233,13 @@ class FeatureStore:
     def state_dict(self, folder: Path) -> dict[str, Tensor]:
         """The rows of all ranks, for a checkpoint; a collective call.
 
-        On rank 0: the buffer in draw order and the table by position, the same for any number of
-        ranks. Several ranks send their rows in chunks, to files without a name in ``folder``, so
-        that rank 0 does not hold them in memory. Elsewhere: nothing.
+        On rank 0: the buffer's steps in draw order and the table by position, the same for any
+        number of ranks. Several ranks send their rows in chunks, to files without a name in
+        ``folder``, so that rank 0 does not hold them in memory. Elsewhere: nothing.
         """
         local = self._local_rows()
-        if not is_distributed():
-            return local
+        if not is_distributed():  # torch would save all of the buffer with a part of it
+            return local | {name: local[name].clone() for name in BY_DRAW}
         if not is_main():
             for rows in local.values():
                 for chunk in _chunks(rows):
@@ -257,7 +260,8 @@ class FeatureStore:
         Raises:
             ValueError: on every rank, if the state is that of other data or of another batch size.
         """
-        self._allocate(from_main(lambda: self._checked_dim(state)))
+        dim, self.steps = from_main(lambda: self._checked_sizes(state))
+        self._allocate(dim)
         for name, rows in self._local_rows().items():
             if not is_main():
                 _receive_chunks(rows, 0)
@@ -271,8 +275,8 @@ class FeatureStore:
         """This rank's part of a checkpoint: [steps, rows of a step, ...] and [positions, ...]."""
         by_step = (-1, self.batch_share)
         return {
-            "index": self.index.unflatten(0, by_step),
-            "buffer": self.buffer.unflatten(0, by_step),
+            "index": self.index.unflatten(0, by_step)[: self.steps],
+            "buffer": self.buffer.unflatten(0, by_step)[: self.steps],
             "table": self.table,
             "written": self.written,
         }
@@ -291,19 +295,22 @@ class FeatureStore:
         first = min(number * self.table_share, self.samples)
         return whole[first : first + self.table_share]
 
-    def _checked_dim(self, state: Mapping[str, Tensor]) -> int:
-        """Dh of a state that fits this store."""
-        dim = state["table"].shape[-1]
+    def _checked_sizes(self, state: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Dh and the number of buffered steps of a state that fits this store."""
+        dim, steps = state["table"].shape[-1], len(state["index"])
+        most = len(self.index) // self.batch_share
         for name in self._local_rows():
             expected = list(self._shape_of_all(name))
             if name in ("buffer", "table"):
                 expected[-1] = dim
+            if name in BY_DRAW:
+                expected[0] = min(steps, most)
             if list(state[name].shape) != expected:
                 raise ValueError(
                     f"checkpoint: expected stored features {name} {expected}, got "
                     f"{list(state[name].shape)}; resume with the settings and data of the run"
                 )
-        return dim
+        return dim, steps
 
 
 def _chunks(rows: Tensor) -> Iterator[Tensor]:

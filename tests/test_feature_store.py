@@ -173,6 +173,25 @@ def test_a_state_is_loaded_on_another_number_of_ranks(tmp_path, before, after):
     assert_same_rows(on_ranks(after, state_of_ranks, tmp_path, f"of-{before}"), alone)
 
 
+def test_a_state_holds_the_buffer_as_far_as_it_is_filled(tmp_path):
+    store = FeatureStore(SAMPLES, STEPS, BATCH, CPU)
+    store.put(0, DRAWS[0], *projections(1))
+    store.put(1, DRAWS[1], *projections(2))
+    state = store.state_dict(tmp_path)
+    assert state["index"].tolist() == DRAWS[:2].tolist()
+    assert state["buffer"].untyped_storage().nbytes() == 2 * BATCH * 2 * DIM * 2
+    again = FeatureStore(SAMPLES, STEPS, BATCH, CPU)
+    again.load_state_dict(state)
+    for one in (store, again):
+        one.put(2, DRAWS[0].flip(0), *projections(3))
+        one.end_episode(0)
+    assert torch.equal(again.table, store.table) and torch.equal(again.written, store.written)
+    assert store.state_dict(tmp_path)["buffer"].numel() == 0
+    shorter = FeatureStore(SAMPLES, 1, BATCH, CPU)
+    with pytest.raises(ValueError, match=r"stored features index \[1, 8\], got \[2, 8\]"):
+        shorter.load_state_dict(state)
+
+
 def test_a_state_of_other_data_is_refused(tmp_path):
     state = filled_store().state_dict(tmp_path)
     other = FeatureStore(SAMPLES + 1, STEPS, BATCH, CPU)
@@ -183,7 +202,6 @@ def test_a_state_of_other_data_is_refused(tmp_path):
 def save_without_room(folder):
     distributed.start(distributed.find_rank(), CPU, 60)
     store = filled_store()
-    store.end_episode(0)
     raised = ""
     if distributed.is_main():
         with full_disk(64):
