@@ -47,7 +47,13 @@ from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import open_layout
 from protoclip.evaluate.metrics import recalls, retrieval
 from protoclip.evaluate.results import Outcome, Results
-from protoclip.feature_store import FeatureSource, FeatureStore, choose_features, table_bytes
+from protoclip.feature_store import (
+    FeatureSource,
+    FeatureStore,
+    buffer_bytes,
+    choose_features,
+    table_bytes,
+)
 from protoclip.kmeans import load_faiss
 from protoclip.losses import ProtoLoss
 from protoclip.model import (
@@ -316,7 +322,9 @@ class Trainer:
         self.store: FeatureStore | None = None
         if self.clusters:
             samples, dim = len(self.dataset), model.projection_dim
+            drawn = self.plan.steps_per_episode * self.plan.batch_size
             size = table_bytes(samples, distributed.world_size(), dim)
+            size += buffer_bytes(drawn, distributed.world_size(), dim)
             episode = config.episode
             if reuses is not None:
                 episode = replace(episode, features="reuse" if reuses else "extract")
@@ -371,15 +379,18 @@ class Trainer:
             self.episode = None
             self.model.lock_image()
         elif done == 0 and number >= config.episode.infonce_warmup and self.clusters:
-            self.episode = self._build_episode(number, draws.unique())
+            if self.store is not None:  # also of steps that only a resume with more steps would do
+                whole = range(steps.start, steps.start + self.plan.steps_per_episode)
+                coming = schedule.draw(self.plan, seed, whole, replacement=replacement, order=order)
+                self.episode = self._build_episode(number, coming.unique())
+            else:
+                self.episode = self._build_episode(number, draws.unique())
         self.model.train()
         own, numbers = schedule.own_draws(self.plan, draws)
         first = done * self.plan.batch_size // distributed.world_size()
         stream = self._batches(Draws(own, schedule.episode_seed(seed, number, 0), first, numbers))
-        for step in steps[done:]:
+        for _ in steps[done:]:
             self._train_step(stream, number)
-            if step == steps[-1] and self.store is not None:
-                self.store.end_episode(number)
             bar.set_postfix(loss=f"{self._loss:.3f}", refresh=False)
             bar.update(self.plan.batch_size)
             self._between_steps()
@@ -439,6 +450,8 @@ class Trainer:
             place = self.step - self.plan.steps_of(number).start
             projected = step.projected
             self.store.put(place, rows.where(step.finite, -1), projected.image, projected.text)
+            if self.step == self.plan.steps_of(number)[-1]:  # before anything below can save
+                self.store.end_episode(number)
         self.watch.count(step.losses.hits)
         self.step += 1
         last = self.step == self.plan.total_steps
@@ -598,6 +611,11 @@ class Trainer:
             self.faults.positions = faults if distributed.is_main() else set()
             self.phases.add(training["seconds"])
             self.step = payload["protoclip"]["step"]
+            every = self.config.run.log_every_n_steps
+            first = self.step // self.plan.steps_per_episode * self.plan.steps_per_episode
+            unlogged = first < self.step and first // every == self.step // every
+            if self.episode is not None and unlogged:
+                self._episode_metrics = self.episode.metrics  # no line has held them yet
             same = training["passes"] == self._passes
         except (RuntimeError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -665,8 +683,11 @@ def announce(
     if not uses_prototypes(config):
         folder.say(f"method: clip, {'SigLIP' if config.model.siglip else 'InfoNCE'} only")
         return
-    first = plan.first_step_with_prototypes(episode.infonce_warmup, features.reuses and internal)
-    reached = "" if first < plan.total_steps else ", which this run does not reach"
+    # Drawn with replacement, some samples come again before the second pass.
+    stored, again = features.reuses and internal, episode.replacement
+    first = plan.first_step_with_prototypes(episode.infonce_warmup, stored and not again)
+    reached = " at the earliest" if stored and again else ""
+    reached += "" if first < plan.total_steps else ", which this run does not reach"
     folder.say(
         f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
         f"{prototypes.check_clusters(episode, setup.episode_samples)} prototypes per source\n"
