@@ -236,8 +236,10 @@ class EpisodeBuilder:
             samples = int(sum_over_ranks(torch.tensor(len(rows.index), device=device)))
             if samples < num_clusters:
                 continue  # images and texts before the second pass over the data
+            # Where only some coming samples have features, clusters of the usual size.
+            k = num_clusters if rows is recent else max(1, num_clusters * samples // len(coming))
             last = None if previous is None else previous.centroids.get(source)
-            clusters = builder.cluster(source, points, num_clusters, random, last)
+            clusters = builder.cluster(source, points, k, random, last)
             students = {"image": rows.image_h, "text": rows.text_h}
             sets += builder.translate(source, clusters, students)
             if rows is recent:
@@ -247,7 +249,7 @@ class EpisodeBuilder:
             all_labels[source] = _labels_of_all_ranks(coming, index, labels)
             centroids[source] = clusters.centroids
             values = health(points, clusters, builder.group)
-            values["empty"] = float(num_clusters - (clusters.counts > 0).sum())
+            values["empty"] = float(k - (clusters.counts > 0).sum())
             values |= self._label_health(source, coming, all_labels[source], previous)
             if source in INTERNAL and self.config.target_temperature > 0:
                 values["target_entropy"] = target_entropy(clusters, self.config.target_temperature)

@@ -93,6 +93,7 @@ class TestEpisode:
             unseen[seen] = False
             assert (labels[unseen] == IGNORE).all()
             assert episode.metrics[f"{source}_labelled"] == pytest.approx(len(seen) / len(coming))
+            assert episode.metrics[f"{source}_clusters"] == 7 * len(seen) // len(coming)
         centroids = episode.centroids["external"].double()
         nearest = torch.cdist(teacher.double(), centroids).argmin(dim=1)
         assert torch.equal(episode.labels["external"].long(), nearest[coming])
