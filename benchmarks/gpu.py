@@ -2,19 +2,25 @@
 
     python -m benchmarks.gpu [profile] [graph] [sweep] [--seconds 60]
 
-``sweep`` times candidates for a row of kernels/launch.py and prints the best as the line to paste.
-PROTOCLIP_REHEARSE=1 runs the same code without a card: Triton's interpreter, tiny sizes.
+``sweep`` compiles candidates for each row of kernels/launch.py in a pool of processes, drops those
+that spill or do not fit, times the others, and prints the fastest whose gradients are right as the
+line to paste. PROTOCLIP_REHEARSE=1 runs the same code without a card: Triton's interpreter, tiny
+sizes, one candidate compiled for Hopper.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +30,12 @@ if REHEARSAL:  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import protoclip  # noqa: E402
+from benchmarks import parity  # noqa: E402
 from benchmarks.machine import DEVICE, best_seconds, name  # noqa: E402
 from protoclip.ops.contrastive import sigmoid_loss  # noqa: E402
+
+with contextlib.suppress(ImportError):  # of Triton: main says so
+    from protoclip.kernels import launch
 
 Step = Callable[[], object]
 
@@ -35,9 +45,11 @@ def unit(*shape: int) -> torch.Tensor:
     return x.to(torch.float32 if REHEARSAL else torch.bfloat16)
 
 
-def _info_nce(n: int, d: int, phase: str = "both") -> Step:
+def _info_nce(n: int, d: int, phase: str = "both", ids: bool = False) -> Step:
     leaves = unit(n, d).requires_grad_(), unit(n, d).requires_grad_(), _scale().requires_grad_()
     loss = partial(protoclip.info_nce, *leaves, backend="triton")
+    if ids:
+        loss = partial(loss, ids=torch.arange(n, device=DEVICE) // 2)
     if phase == "forward":
         return loss
     if phase == "both":
@@ -74,27 +86,41 @@ def steps() -> dict[str, Step]:
         return {"info_nce": _info_nce(64, 16), "kmeans": _kmeans(64, 8, 16)}
     return {
         "info_nce N=32768 D=512": _info_nce(32_768, 512),
+        "info_nce with ids N=32768 D=512": _info_nce(32_768, 512, ids=True),
         "siglip N=16384 D=512": _sigmoid(16_384, 512),
         "prototypes N=4096 K=20000 D=128": _prototypes(4096, 20_000, 128),
         "kmeans N=200000 K=20000 D=128, 2 iterations": _kmeans(200_000, 20_000, 128),
     }
 
 
+def time_by_kernel(
+    averages: torch.autograd.profiler_util.EventList,
+) -> list[tuple[float, int, str]]:
+    """-> ms, calls and name of each kernel, the longest first; on a CPU of each op.
+
+    The profiler gives a kernel's time to the op that launched it and again to the kernel itself:
+    where there are kernels, only they count."""
+    kernels = [row for row in averages if row.device_type != torch.autograd.DeviceType.CPU]
+    if kernels:
+        rows = [(row.self_device_time_total / 1e3, row.count, row.key) for row in kernels]
+    else:
+        rows = [(row.self_cpu_time_total / 1e3, row.count, row.key) for row in averages]
+    return sorted(rows, reverse=True)
+
+
 def profile(seconds: float) -> None:
     """A table of device time by kernel for each operation."""
-    key = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
     for title, step in steps().items():
         step()
         with torch.profiler.profile() as found:
             step()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
-        rows = sorted(found.key_averages(), key=lambda row: -getattr(row, key))
-        total = sum(getattr(row, key) for row in rows) or 1
-        print(f"{title}: {total / 1e3:.3f} ms of {key}")
-        for row in rows[:10]:
-            taken = getattr(row, key)
-            print(f"  {taken / 1e3:9.3f} ms {taken / total:5.0%} {row.count:4} x {row.key[:70]}")
+        rows = time_by_kernel(found.key_averages())
+        total = sum(taken for taken, _, _ in rows) or 1e-9
+        print(f"{title}: {total:.3f} ms of {DEVICE}")
+        for taken, count, key in rows[:10]:
+            print(f"  {taken:9.3f} ms {taken / total:5.0%} {count:4} x {key[:70]}")
 
 
 def graph(seconds: float) -> None:
@@ -116,53 +142,162 @@ def graph(seconds: float) -> None:
         print(f"info_nce N={n} D=512 bf16: {plain:.3f} ms, {replayed:.3f} ms as a CUDA graph")
 
 
-def _tables() -> dict[str, tuple[dict, object, Step]]:
-    """What is swept: name -> the table, its key, the step that reads it."""
-    from protoclip.kernels import launch
+@dataclass(frozen=True)
+class Swept:
+    """A row of the launch table, how to compile the kernel that takes it, and what times it."""
 
+    table: str  # of protoclip.kernels.launch
+    keys: tuple[Any, ...]  # that lead to the row
+    kernel: str
+    case: tuple[str, str, str, int]  # op, form, dtype and D of compile_report.Case
+    step: Callable[[], Step]
+    right: Callable[[], None]  # raises AssertionError where gradients are not within the budget
+
+    def __str__(self) -> str:
+        return (self.table or self.keys[0]) + "".join(f"[{key!r}]" for key in self.keys[:-1])
+
+    @property
+    def rows(self) -> dict:
+        found = vars(launch)[self.table] if self.keys[:-1] else vars(launch)
+        for key in self.keys[:-1]:
+            found = found.setdefault(key, {})
+        return found
+
+
+def _swept() -> list[Swept]:
+    check_nce = partial(assert_right, "info_nce")
     if REHEARSAL:
-        return {"INTERPRETER": (vars(launch), "INTERPRETER", _info_nce(64, 16))}
+        case = ("sigmoid", "gradients", "bf16", 128)
+        step = partial(_info_nce, 64, 16)
+        return [Swept("", ("INTERPRETER",), "sigmoid", case, step, partial(check_nce, 64))]
     arch = launch.architecture(torch.device(DEVICE))
     launch.HALF_DEEP.setdefault("forward", {}).setdefault(arch, launch.HALF["forward"][arch])
-    n, found = 16_384, {}
+    n, found = 16_384, []
     for kernel, phase in (("forward", "forward"), ("gradient", "backward")):
-        found[f'HALF["{kernel}"]'] = launch.HALF[kernel], arch, _info_nce(n, 256, phase)
-        if arch in launch.HALF_DEEP.get(kernel, {}):
-            step = _info_nce(n, 512, phase)
-            found[f'HALF_DEEP["{kernel}"]'] = launch.HALF_DEEP[kernel], arch, step
-    found['HALF["sigmoid"]'] = launch.HALF["sigmoid"], arch, _sigmoid(n, 512)
-    step = _prototypes(4096, 20_000, 128)
-    return found | {f"ATTENTION[{arch}]": (launch.ATTENTION[arch], 128, step)}
+        for table, d in (("HALF", 256), ("HALF_DEEP", 512)):
+            if arch in vars(launch)[table].get(kernel, {}):
+                case = ("info_nce", "large", "bf16", d)
+                step, right = partial(_info_nce, n, d, phase), partial(check_nce, d)
+                found.append(Swept(table, (kernel, arch), kernel, case, step, right))
+    case, step = ("sigmoid", "gradients", "bf16", 512), partial(_sigmoid, n, 512)
+    right = partial(assert_right, "siglip", 512)
+    found.append(Swept("HALF", ("sigmoid", arch), "sigmoid", case, step, right))
+    case, step = ("prototypes", "soft", "bf16", 128), partial(_prototypes, 4096, 20_000, 128)
+    right = partial(assert_right, "prototypes", 128)
+    found.append(Swept("ATTENTION", (arch, 128), "attention", case, step, right))
+    return found
+
+
+def assert_right(op: str, d: int) -> None:
+    """Gradients of 384 rows within the budget of benchmarks/parity.py."""
+    n = 96 if REHEARSAL else 384
+    dtype = unit(1, 1).dtype
+    x, y = (t.to(DEVICE, dtype).requires_grad_() for t in parity.cone(n, n, d))
+    own = torch.eye(n, dtype=torch.bool, device=DEVICE)
+    everything, weight = torch.ones_like(own), own.new_ones(n) / n
+    scale = _scale()
+    if op == "info_nce":
+        form = parity.softmax_form(own, everything, weight / 2, weight / 2)
+        loss = protoclip.info_nce(x, y, scale, backend="triton")
+    elif op == "siglip":
+        form = parity.sigmoid_form(own, own, everything, -scale)
+        loss = sigmoid_loss(x, y, scale, -scale, backend="triton")
+    else:
+        labels = torch.arange(n, device=DEVICE)
+        form = parity.prototype_form(labels, n, weight, False)
+        loss = protoclip.prototype_cross_entropy(x, y, labels, scale, backend="triton")
+    truth, base = (parity.gradients(form, x, y, scale, t) for t in (torch.float64, dtype))
+    dx, dy = torch.autograd.grad(loss, (x, y))
+    parity.assert_gradients(dx, dy, form, truth, base, scale.item())
 
 
 def _candidates(row) -> Iterator:
     """Rows near one: the tile taller, wider or smaller, other warps, stages and CTAs."""
     n, m = row.block_n, row.block_m
-    for block_n, block_m in ((n, m), (2 * n, m), (n, 2 * m), (n, m // 2)):
+    for block_n, block_m in ((n, m), (2 * n, m), (n // 2, m), (n, 2 * m), (n, m // 2)):
         for warps in (4, 8):
             for stages in (row.stages, row.stages + 1):
                 yield replace(row, block_n=block_n, block_m=block_m, warps=warps, stages=stages)
 
 
+def compiled(swept: Swept, arch: int, row: launch.Launch) -> list[str]:
+    """Compile a candidate for an architecture, into the compiler's cache: why it is no use, or
+    nothing. Runs in a process of its own, which needs no card."""
+    from protoclip.kernels import compile_report
+
+    if swept.table:  # a rehearsal has no table of its own
+        swept.rows[swept.keys[-1]] = row
+    try:
+        costs = compile_report.costs(compile_report.Case(arch, *swept.case))
+    except Exception as error:  # whatever Triton throws where a tile does not fit
+        return [str(error).splitlines()[0][:80]]
+    own = [cost for cost in costs if cost["kernel"] == swept.kernel]
+    spilled = [f"{c['local_bytes']} bytes of local memory" for c in own if c["local_bytes"]]
+    return spilled + [problem for cost in own for problem in cost["problems"]]
+
+
+def compile_all(wanted: list[tuple[Swept, launch.Launch]], arch: int) -> list[list[str]]:
+    """``compiled`` of each, in a pool of processes that Triton's interpreter does not reach."""
+    hidden = {k: os.environ.pop(k, None) for k in ("TRITON_INTERPRET", "PROTOCLIP_REHEARSE")}
+    try:
+        workers = min(os.cpu_count() or 1, 16, max(1, len(wanted)))
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            jobs = [pool.submit(compiled, swept, arch, row) for swept, row in wanted]
+            return [job.result() for job in jobs]
+    finally:
+        os.environ.update({k: value for k, value in hidden.items() if value is not None})
+
+
 def sweep(seconds: float) -> None:
-    """Time candidates of each row within its share of the seconds; print the row to paste."""
-    tables = _tables()
-    for title, (table, key, step) in tables.items():
-        deadline = time.monotonic() + seconds / len(tables)
-        before, times = table[key], {}
-        for row in dict.fromkeys([before, *_candidates(before)]):
-            if times and time.monotonic() > deadline:
-                break
-            table[key] = row
-            try:
-                times[row] = 1e3 * best_seconds(step, 0.0 if REHEARSAL else 0.1)
-            except Exception as error:  # whatever Triton throws where a tile does not fit
-                print(f"{title} {row}: {str(error).splitlines()[0][:80]}", file=sys.stderr)
+    """Compile all candidates, then time each row's within its share of the seconds; print the row
+    to paste."""
+    wanted = []
+    for swept in _swept():
+        before = swept.rows[swept.keys[-1]]
+        rows = [before] if REHEARSAL else dict.fromkeys([before, *_candidates(before)])
+        wanted += [(swept, row) for row in rows]
+    arch = launch.architecture(torch.device(DEVICE)) or 90
+    start = time.monotonic()
+    usable: dict[Swept, list[launch.Launch]] = {}
+    for (swept, row), problems in zip(wanted, compile_all(wanted, arch), strict=True):
+        for problem in problems:
+            print(f"{swept} {row}: {problem}", file=sys.stderr)
+        if not problems:
+            usable.setdefault(swept, []).append(row)
+    print(f"{len(wanted)} candidates compiled in {time.monotonic() - start:.0f} s")
+    for swept in dict.fromkeys(swept for swept, _ in wanted):
+        sweep_row(swept, usable.get(swept, []), seconds / len({s for s, _ in wanted}))
+
+
+def sweep_row(swept: Swept, rows: list[launch.Launch], seconds: float) -> None:
+    """Time the candidates of one row and print the fastest whose gradients are right."""
+    table, key = swept.rows, swept.keys[-1]
+    before, times = table[key], {}
+    deadline = time.monotonic() + seconds
+    for row in rows:
+        if times and time.monotonic() > deadline:
+            break
+        table[key] = row
+        try:
+            times[row] = 1e3 * best_seconds(swept.step(), 0.0 if REHEARSAL else 0.1)
+        except Exception as error:  # as in ``compiled``
+            print(f"{swept} {row}: {str(error).splitlines()[0][:80]}", file=sys.stderr)
+    for row in sorted(times, key=times.__getitem__):
+        table[key] = row
+        try:
+            swept.right()
+        except AssertionError as error:
+            print(f"{swept} {row}: {error}", file=sys.stderr)
+            continue
         table[key] = before
-        best = min(times, key=times.__getitem__)
-        told = f"{times[best]:.3f} ms, {times[before]:.3f} ms before, of {len(times)} rows"
-        print(f"{title}: paste")
-        print(f"    {key!r}: {best},  # {name()}, {time.strftime('%Y-%m-%d')}: {told}")
+        was = f"{times[before]:.3f} ms" if before in times else "not timed"
+        told = f"{times[row]:.3f} ms, {was} before, fastest of {len(times)} rows timed"
+        print(f"{swept}: paste")
+        print(f"    {key!r}: {row},  # {name()}, {time.strftime('%Y-%m-%d')}: {told}")
+        return
+    table[key] = before
+    print(f"{swept}: no candidate of {len(rows)} compiled ran with the right gradients")
 
 
 COMMANDS = {"profile": profile, "graph": graph, "sweep": sweep}

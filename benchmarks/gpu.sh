@@ -32,13 +32,15 @@ step() { # NAME SECONDS COMMAND...: run it, log it, go on whatever happens
 "$python" -c 'import protoclip.kernels' 2>/dev/null ||
   step install 30 "$python" -m pip install --quiet --no-deps --no-build-isolation --no-index -e .
 tests=(tests/test_package.py tests/test_backends.py tests/test_cuda_gpu.py
-  tests/test_kernels_info_nce.py tests/test_kernels_prototype.py
+  tests/test_kernels_hot_paths.py tests/test_kernels_info_nce.py tests/test_kernels_matched.py
+  tests/test_kernels_prototype.py
   tests/test_prototype_cross_entropy.py tests/test_segment_mean.py
   tests/test_kmeans_assign.py)
 # The library's halves are built by two processes, before any test waits for them.
 build='import sys, torch; from protoclip.ops import native as n; why = n.why_not(sys.argv[1])
 print(sys.argv[1], why); sys.exit(why is not None and torch.cuda.is_available())'
 pool=$(nproc)
+[ "$pool" -le 16 ] || pool=16 # each holds a CUDA context
 [ "$sizes" = tiny ] && pool=1 tests=(tests/test_segment_mean.py)
 compile='for i in $(seq 0 $(($1 - 1))); do
   "$0" -m pytest -q --bare --compile-share "$i/$1" "${@:2}" >"$OUT_LOG.$i" 2>&1 & done; wait

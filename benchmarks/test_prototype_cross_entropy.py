@@ -1,8 +1,9 @@
 """Prototype cross-entropy, forward and backward with frozen prototypes, beside what people use.
 
-Parity with fp64 is asserted before a variant is timed. Rates count two products for every variant
-(the useful work of a pass that gives loss and gradient), so they compare as times do. Targets are
-soft, of temperature 0.01, or hard. The table of soft targets itself stands below.
+Parity with fp64 is asserted before a variant is timed, ours by benchmarks/parity.py too. Rates
+count two products for every variant (the useful work of a pass that gives loss and gradient), so
+they compare as times do. Targets are soft, of temperature 0.01, or hard. The table of soft targets
+itself stands below.
 """
 
 from functools import cache, partial
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import protoclip
-from benchmarks import peers, roofline
+from benchmarks import parity, peers, roofline
 from benchmarks.harness import Case
 from benchmarks.machine import DEVICE, DTYPES
 
@@ -25,6 +26,7 @@ SIZES = {
 LARGE = (256 if DEVICE == "cpu" else 4096, 1_000_000, 128)  # no peer holds its logits
 STORED = "matmul+cross_entropy"
 PARITY_ROWS, PARITY_KEYS = 64, 500  # the truth stores their doubles several times
+SHARE_ROWS = 384  # of ours, so that a card's tiles of keys are whole
 
 
 def _teacher(labels, source):
@@ -120,6 +122,20 @@ def _assert_parity(run, n, k, d, dtype, soft):
         assert (got - want).abs().max() <= eps * want.abs().max().clamp_min(0.1)
 
 
+def _assert_share(run, n, k, d, dtype, soft):
+    """Of our gradient, what the softmax over the prototypes adds to it."""
+    n, k = min(n, SHARE_ROWS), min(k, SHARE_ROWS)
+    h, c = (t.to(DEVICE, dtype) for t in parity.cone(n, k, d))
+    labels = torch.arange(n, device=DEVICE).roll(31) % k
+    m = (0.5 * (c + c.roll(1, 0).float())).to(dtype) if soft else None
+    keys = c if m is None else torch.cat([c, m])
+    form = parity.prototype_form(labels, k, torch.full((n,), 1 / n, device=DEVICE), soft)
+    truth, base = (parity.gradients(form, h, keys, 14.3, t) for t in (torch.float64, dtype))
+    scale = torch.tensor(14.3, device=DEVICE, requires_grad=True)
+    _, dh, _ = run(h.requires_grad_(), scale, c, labels, None, m)
+    parity.assert_gradients(dh, None, form, truth, base, 14.3)
+
+
 def _rows(sizes):
     """(N, K, D), dtype, variant, soft targets or hard ones"""
     soft = [(name, True) for name in (*OURS, *PEERS)]
@@ -146,6 +162,8 @@ def pytest_generate_tests(metafunc):
 def test_prototype_cross_entropy(bench, shape, dtype, variant, soft):
     run = _variant(variant)
     _assert_parity(run, *shape, DTYPES[dtype], soft)
+    if peers.is_ours(variant):
+        _assert_share(run, *shape, DTYPES[dtype], soft)
     inputs = _inputs(*shape, DTYPES[dtype], soft)
     work = roofline.prototype_cross_entropy(*shape, dtype)
     letters = dict(zip("NKD", shape, strict=True))

@@ -1,9 +1,11 @@
 """k-means assignment and segment means on a GPU without nvcc: what ops/clusters.py calls.
 
-Assignment: scores x.c - |c|^2 / 2 from 16-bit products (of a bf16 copy where points are fp32), the
-best two kept beside the product. Rows whose margin is within what rounding can change, or is not a
-number that says anything, are collected, without waiting for the device, and take the least
-|x - c|^2 in fp32: labels are exact.
+Assignment, in up to three passes, each over the rows that the one before left open, without waiting
+for the device. Scores are x.c - |c|^2 / 2, the best two are kept beside the product, and a row is
+open where their margin is within what rounding can change, or is not a number that says anything:
+1. products of 16-bit operands (of a bf16 copy where points are fp32), all rows;
+2. fp32 points only: x and c as sums of two bf16 numbers, three products of the four;
+3. the least |x - c|^2 itself in fp32: labels are exact.
 Segment mean: rows sorted by label, in pieces of at most PIECE rows, each summed in order and then
 joined in order: no atomics, the same bits every run.
 """
@@ -15,85 +17,195 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from protoclip.kernels import launch
 from protoclip.kernels.attention import load_tile
-from protoclip.kernels.launch import INTERPRETED, Launch
-from protoclip.kernels.tiles import operands, products
+from protoclip.kernels.tiles import dot, operands, products
 
-ASSIGN = Launch(128, 64, 64, warps=8, stages=3)
-RESCORE = Launch(*((128, 256) if INTERPRETED else (64, 64)), 16, warps=8, stages=1)
-MEAN = Launch(32, 0, 128, warps=4, stages=1)
 PIECE = 1024  # rows of a piece of a segment
 CHUNK = 1 << 16  # points at a time whose distance to their centroid is taken
+HALF_ULP = 1.01 * 2.0**-8  # of a number rounded to bf16, relative
+
+
+@triton.jit
+def leads(score, best):
+    """Where a score is the best so far; not where equal: the lowest index wins."""
+    return score > best
+
+
+@triton.jit
+def _none_yet(BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """-> best and second score and the tile of the best, for each row and place in a tile."""
+    none = tl.full((BLOCK_N, BLOCK_M), -float("inf"), tl.float32)
+    return none, none, tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+
+
+@triton.jit
+def _keep_best(s, start, best, second, tile):
+    """The same with one more tile s [rows, keys]. Each place has its own best: a reduction over
+    the keys would cost shuffles and barriers in each tile, and is made once at the end."""
+    better = leads(s, best)
+    second = tl.maximum(second, tl.minimum(s, best))
+    return tl.where(better, s, best), second, tl.where(better, start, tile)
+
+
+@triton.jit
+def _best_of_row(best, second, tile):
+    """-> best and second score of each row, and the index of the best."""
+    index = tile + tl.arange(0, best.shape[1])[None, :]
+    top = tl.max(best, 1)
+    found = tl.where(best == top[:, None], index, 2147483647)
+    label = tl.min(found, 1)
+    others = tl.where(index == label[:, None], second, best)
+    return top, tl.max(others, 1), label
+
+
+@triton.jit
+def _three_products(
+    x_ptr, c_ptr, c_low_ptr, rows, keys, d, strides, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr
+):  # fmt: skip
+    """-> x c^T of fp32 rows and of centroids in two bf16 parts; both indices within range."""
+    stride_x_n, stride_x_d, stride_c_k, stride_c_d = strides
+    acc = tl.zeros((rows.shape[0], keys.shape[0]), tl.float32)
+    depth = tl.arange(0, BLOCK_D)
+    for first in range(0, d, BLOCK_D):
+        column = (first + depth).to(tl.int64)
+        x_at = rows[:, None] * stride_x_n + column[None, :] * stride_x_d
+        c_at = keys[None, :] * stride_c_k + column[:, None] * stride_c_d
+        if EVEN_D:
+            x, c, c_low = tl.load(x_ptr + x_at), tl.load(c_ptr + c_at), tl.load(c_low_ptr + c_at)
+        else:
+            x = tl.load(x_ptr + x_at, mask=(column < d)[None, :], other=0.0)
+            c = tl.load(c_ptr + c_at, mask=(column < d)[:, None], other=0.0)
+            c_low = tl.load(c_low_ptr + c_at, mask=(column < d)[:, None], other=0.0)
+        high = x.to(c.dtype)
+        low = (x - high.to(tl.float32)).to(c.dtype)
+        acc = dot(high, c, dot(high, c_low, dot(low, c, acc)))
+    return acc
 
 
 @triton.jit(do_not_specialize=["n", "k_count"])
-def assign_kernel(
-    x_ptr, c_ptr, half_norm_ptr, reach_ptr,  # [N, D], [K, D], [K], [N]: of the rounding
-    rows_ptr, count_ptr,  # [N], []: which rows, or None for all
-    label_ptr, near_ptr,  # [N], [N]: whether the margin is within reach; None for rescored rows
+def screen_kernel(
+    x_ptr, c_ptr, c_low_ptr, half_norm_ptr, reach_ptr,  # [N, D], [K, D] x 2, [K], [N]: of rounding
+    rows_ptr, count_ptr,  # [N], []: which rows, with THREE; all without
+    label_ptr, open_ptr,  # [N], [N]: 1 where the margin is within reach
     n, k_count, d, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    DIRECT: tl.constexpr,
+    THREE: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """Best centroid of a tile of rows. DIRECT: by -|x - c|^2 itself, in units of the distance to
-    the label so far where its square would leave fp32."""
+    """Best centroid of a tile of rows by scores that are rounded; THREE: of fp32 rows. HELD: the
+    rows fit one tile and are read once, so that only centroids stream from L2."""
     stride_x_n, stride_x_d, stride_c_k, stride_c_d = strides
-    at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if rows_ptr is not None:
+    row0 = tl.program_id(0).to(tl.int64) * BLOCK_N
+    if THREE:
         n = tl.load(count_ptr).to(tl.int32)
-    used, rows = at < n, at
-    if tl.program_id(0) * BLOCK_N < n:
-        if rows_ptr is not None:
+    if row0 < n:
+        at = row0 + tl.arange(0, BLOCK_N)
+        used, rows = at < n, at
+        if THREE:
             rows = tl.load(rows_ptr + at, mask=used, other=0)
-        best = tl.full((BLOCK_N,), -float("inf"), tl.float32)
-        second = best
-        label = tl.zeros((BLOCK_N,), tl.int64)
-        keys = tl.arange(0, BLOCK_M)
-        if DIRECT:
-            known = c_ptr + tl.load(label_ptr + rows, mask=used, other=0) * stride_c_k
-            widest = tl.zeros((BLOCK_N,), tl.float32)
-            for column in range(0, d):
-                x = tl.load(x_ptr + rows * stride_x_n + column * stride_x_d, mask=used, other=0.0)
-                c = tl.load(known + column * stride_c_d, mask=used, other=0.0)
-                widest = tl.maximum(widest, tl.abs(x.to(tl.float32) - c.to(tl.float32)))
-            usual = (widest > 1e-10) & (widest < 1e10)
-            unit = tl.where(usual, 1.0, 1.0 / tl.maximum(widest, 1e-37))[:, None]
+        best, second, tile = _none_yet(BLOCK_N, BLOCK_M)
+        keys, depth = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+        if HELD:
+            x = load_tile(x_ptr, rows, used, depth, d, stride_x_n, stride_x_d, EVEN_D)
+            high = x.to(c_ptr.dtype.element_ty)
+            if THREE:
+                low = (x - high.to(tl.float32)).to(high.dtype)
         for start in range(0, k_count, BLOCK_M):
-            some = start + keys
-            inside = some < k_count
-            s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            if DIRECT:
-                for first in range(0, d, BLOCK_D):  # sums of sums round less
-                    part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                    for column in range(first, min(first + BLOCK_D, d)):
-                        x_at = x_ptr + rows * stride_x_n + column * stride_x_d
-                        c_at = c_ptr + some.to(tl.int64) * stride_c_k + column * stride_c_d
-                        x = tl.load(x_at, mask=used, other=0.0).to(tl.float32)
-                        c = tl.load(c_at, mask=inside, other=0.0).to(tl.float32)
-                        difference = (x[:, None] - c[None, :]) * unit
-                        part += difference * difference
-                    s -= part
+            inside = start + keys < k_count
+            half_norm = tl.load(half_norm_ptr + start + keys, mask=inside, other=float("inf"))
+            centroids = tl.minimum(start + keys, k_count - 1).to(tl.int64)
+            if HELD:
+                c = load_tile(
+                    c_ptr, centroids, inside, depth, d, stride_c_k, stride_c_d, EVEN_D, False
+                )
+                s = dot(high, tl.trans(c))
+                if THREE:
+                    c_low = load_tile(
+                        c_low_ptr,
+                        centroids,
+                        inside,
+                        depth,
+                        d,
+                        stride_c_k,
+                        stride_c_d,
+                        EVEN_D,
+                        False,
+                    )
+                    s = dot(high, tl.trans(c_low), dot(low, tl.trans(c), s))
+            elif THREE:
+                s = _three_products(
+                    x_ptr, c_ptr, c_low_ptr, rows, centroids, d, strides, BLOCK_D, EVEN_D
+                )
             else:
-                row0 = tl.program_id(0) * BLOCK_N
                 s = products(
-                    x_ptr, c_ptr, row0, start, n, k_count, d, strides,
+                    x_ptr, c_ptr, tl.program_id(0) * BLOCK_N, start, n, k_count, d, strides,
                     BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D,
                 )  # fmt: skip
-                s -= tl.load(half_norm_ptr + some, mask=inside, other=0.0)[None, :]
+            s -= half_norm[None, :]  # infinite past the end
+            best, second, tile = _keep_best(s, start, best, second, tile)
+        best, second, label = _best_of_row(best, second, tile)
+        margin = best - second  # NaN and infinite after an overflow
+        reach = tl.load(reach_ptr + rows, mask=used, other=0.0)
+        clear = (margin > reach) & (margin < float("inf"))
+        tl.store(label_ptr + rows, label.to(tl.int64), mask=used)
+        tl.store(open_ptr + rows, tl.where(clear, 0, 1).to(tl.int32), mask=used)
+
+
+@triton.jit
+def load_columns(ptr, rows, used, columns, d, stride_n, stride_d):
+    """[columns, rows] of a matrix in fp32, columns first so that a thread sums over them alone."""
+    at = rows[None, :].to(tl.int64) * stride_n + columns[:, None].to(tl.int64) * stride_d
+    values = tl.load(ptr + at, mask=used[None, :] & (columns < d)[:, None], other=0.0)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _widest(x_ptr, c_ptr, rows, label, used, d, strides, BLOCK_D: tl.constexpr):
+    """-> the largest |x - c| of rows and the centroids of their labels."""
+    stride_x_n, stride_x_d, stride_c_k, stride_c_d = strides
+    widest = tl.zeros(rows.shape, tl.float32)
+    for first in range(0, d, BLOCK_D):
+        depth = first + tl.arange(0, BLOCK_D)
+        x = load_columns(x_ptr, rows, used, depth, d, stride_x_n, stride_x_d)
+        c = load_columns(c_ptr, label, used, depth, d, stride_c_k, stride_c_d)
+        widest = tl.maximum(widest, tl.max(tl.abs(x - c), 0))
+    return widest
+
+
+@triton.jit(do_not_specialize=["k_count"])
+def exact_kernel(
+    x_ptr, c_ptr, rows_ptr, count_ptr, label_ptr,  # [N, D], [K, D], [N], [], [N]
+    k_count, d, strides,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Nearest centroid of a tile of the rows listed by |x - c|^2 itself, in units of the distance
+    to the label so far where its square would leave fp32."""
+    stride_x_n, stride_x_d, stride_c_k, stride_c_d = strides
+    row0 = tl.program_id(0).to(tl.int64) * BLOCK_N
+    n = tl.load(count_ptr)
+    if row0 < n:
+        at = row0 + tl.arange(0, BLOCK_N)
+        used = at < n
+        rows = tl.load(rows_ptr + at, mask=used, other=0)
+        label = tl.load(label_ptr + rows, mask=used, other=0)
+        widest = _widest(x_ptr, c_ptr, rows, label, used, d, strides, BLOCK_D)
+        usual = (widest > 1e-10) & (widest < 1e10)
+        unit = tl.where(usual, 1.0, 1.0 / tl.maximum(widest, 1e-37))[None, :, None]
+        best, second, tile = _none_yet(BLOCK_N, BLOCK_M)
+        for start in range(0, k_count, BLOCK_M):
+            keys = start + tl.arange(0, BLOCK_M)
+            inside = keys < k_count
+            s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for first in range(0, d, BLOCK_D):  # sums of sums round less
+                depth = first + tl.arange(0, BLOCK_D)
+                x = load_columns(x_ptr, rows, used, depth, d, stride_x_n, stride_x_d)
+                c = load_columns(c_ptr, keys, inside, depth, d, stride_c_k, stride_c_d)
+                gap = (x[:, :, None] - c[:, None, :]) * unit
+                s -= tl.sum(gap * gap, 0)
             s = tl.where(inside[None, :], s, -float("inf"))
-            top = tl.max(s, 1)
-            index = tl.min(tl.where(s == top[:, None], keys[None, :], BLOCK_M), 1)
-            runner_up = tl.max(tl.where(keys[None, :] == index[:, None], -float("inf"), s), 1)
-            better = top > best  # not where equal: the lowest index wins
-            second = tl.maximum(tl.where(better, best, second), tl.where(better, runner_up, top))
-            best = tl.where(better, top, best)
-            label = tl.where(better, start + index, label)
-        tl.store(label_ptr + rows, label, mask=used)
-        if near_ptr is not None:
-            reach = tl.load(reach_ptr + at, mask=used, other=0.0)
-            margin = best - second  # NaN and infinite after an overflow
-            clear = (margin > reach) & (margin < float("inf"))
-            tl.store(near_ptr + at, tl.where(clear, 0, 1).to(tl.int64), mask=used)
+            best, second, tile = _keep_best(s, start, best, second, tile)
+        _, _, label = _best_of_row(best, second, tile)
+        tl.store(label_ptr + rows, label.to(tl.int64), mask=used)
 
 
 def kmeans_encode(points: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,34 +230,61 @@ def kmeans_assign_coded(
         return labels, distances
     # At most what their squares lose below the normal numbers is missing from the norms.
     lost = d**0.5 * 2.0**-62
-    norms = torch.linalg.vector_norm(centroids, dim=1, dtype=torch.float32)  # [K]
+    centroid_norms = torch.linalg.vector_norm(centroids, dim=1, dtype=torch.float32)  # [K]
+    half_norms = centroid_norms.square() / 2
     size = x_norms + lost  # [N]
-    largest = norms.amax() + lost
-    # What rounding both operands to bf16, 2^-8 of a number each, or summing in fp32 can change in a
-    # difference of scores.
+    largest = centroid_norms.amax() + lost
+
+    def reach(rounding: float, terms: int) -> Tensor:
+        """What rounding the operands' products by so much of |x| |c|, and summing so many terms in
+        fp32, can change in a difference of scores, [N]."""
+        sums = (terms + 16) * 2.0**-22
+        found = largest * (size * (2 * rounding + sums) + largest * sums)
+        return found + (size + largest + 1) * (terms + 16) * 2.0**-125  # below the normal numbers
+
     wide = points.dtype == torch.float32
-    rounding = 4 * 1.01 * 2.0**-8 if wide else 0.0
-    sums = (d + 16) * 2.0**-22
-    reach = largest * (size * (rounding + sums) + largest * sums)
-    reach += (size + largest + 1) * (d + 16) * 2.0**-125  # below the normal numbers
-    near = torch.zeros_like(labels)
     c = centroids.to(x.dtype)
-    _, options = operands(x, c, ASSIGN)
+    unclear = torch.zeros(n, dtype=torch.int32, device=points.device)
+    row = launch.assign_row(x)
+    _, options = operands(x, c, row)
     with torch.cuda.device_of(points):
-        assign_kernel[(triton.cdiv(n, ASSIGN.block_n),)](
-            x, c, norms.square() / 2, reach, None, None, labels, near, n, k, d,
-            (*x.stride(), *c.stride()), DIRECT=False, **options,
+        screen_kernel[(triton.cdiv(n, row.block_n),)](
+            x, c, None, half_norms, reach(2 * HALF_ULP if wide else 0.0, d),
+            None, None, labels, unclear, n, k, d,
+            (*x.stride(), *c.stride()), THREE=False, HELD=d <= row.block_d, **options,
         )  # fmt: skip
-        rows, count = near.argsort(descending=True), near.sum()
-        _, options = operands(points, centroids, RESCORE)
-        assign_kernel[(triton.cdiv(n, RESCORE.block_n),)](
-            points, centroids, norms, reach, rows, count, labels, None, n, k, d,
-            (*points.stride(), *centroids.stride()), DIRECT=True, **options,
+        rows, count = _listed(unclear)
+        if wide:
+            # Left out: the product of both low parts, and what these were rounded by.
+            three = reach(3 * HALF_ULP**2, 3 * d)
+            c_low, row = (centroids - c.float()).to(c.dtype), launch.assign_row(points)
+            _, options = operands(points, c, row)
+            unclear.zero_()
+            screen_kernel[(triton.cdiv(n, row.block_n),)](
+                points, c, c_low, half_norms, three, rows, count, labels, unclear, n, k, d,
+                (*points.stride(), *c.stride()), THREE=True, HELD=d <= row.block_d, **options,
+            )  # fmt: skip
+            rows, count = _listed(unclear)
+        row = launch.ASSIGN_EXACT
+        exact_kernel[(triton.cdiv(n, row.block_n),)](
+            points, centroids, rows, count, labels, k, d,
+            (*points.stride(), *centroids.stride()),
+            BLOCK_N=row.block_n, BLOCK_M=row.block_m, BLOCK_D=row.block_d, **row.options,
         )  # fmt: skip
     for part in (slice(i, i + CHUNK) for i in range(0, n, CHUNK)):
         gap = points[part].float() - centroids[labels[part]].float()
         distances[part] = gap.square().sum(dim=1)
     return labels.where(~distances.isnan(), -1), distances
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """-> the rows where ``chosen`` [N] is 1, in the first places of [N], and their count []."""
+    n = len(chosen)
+    ends = chosen.cumsum(0)
+    rows = ends.new_empty(n + 1)  # the last place takes all others
+    place = torch.where(chosen == 1, ends - 1, n)
+    rows.scatter_(0, place, torch.arange(n, device=chosen.device))
+    return rows[:n], ends[-1]
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -188,12 +327,13 @@ def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> tuple[Ten
     first = edges[owner] + (pieces - begins[owner]) * PIECE
     last = torch.minimum(first + PIECE, edges[owner + 1])
     sums = torch.empty((len(pieces), d), dtype=torch.float32, device=device)
-    tiles, block = triton.cdiv(d, MEAN.block_d), {"BLOCK_N": MEAN.block_n, "BLOCK_D": MEAN.block_d}
+    row = launch.SEGMENT_MEAN
+    tiles, block = triton.cdiv(d, row.block_d), {"BLOCK_N": row.block_n, "BLOCK_D": row.block_d}
     with torch.cuda.device_of(values):
         sum_kernel[(len(pieces), tiles)](
-            values, rows, first, last, None, sums, n, d, *values.stride(), **block, **MEAN.options
+            values, rows, first, last, None, sums, n, d, *values.stride(), **block, **row.options
         )
         sum_kernel[(k, tiles)](
-            sums, None, begins, ends, counts, means, n, d, *sums.stride(), **block, **MEAN.options
+            sums, None, begins, ends, counts, means, n, d, *sums.stride(), **block, **row.options
         )
     return means, counts

@@ -34,7 +34,13 @@ from protoclip.kernels import clusters, info_nce, launch, matched, siglip, tiles
 from protoclip.kernels import prototype_cross_entropy as prototypes
 
 NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TILED = {f"{name}_kernel" for name in ("forward", "gradient", "sigmoid", "attention", "weights")}
+TILED = {
+    f"{name}_kernel"
+    for name in (
+        *("forward", "gradient", "sigmoid", "attention", "weights"),
+        *("matched_forward", "matched_gradient", "screen"),
+    )
+}
 
 
 class Case(NamedTuple):
@@ -60,14 +66,24 @@ def cases() -> Iterator[Case]:
             yield Case(arch, "info_nce", "large", dtype, depth)
             yield Case(arch, "sigmoid", "gradients", dtype, depth)
         yield Case(arch, "sigmoid", "ids", "bf16", 512)
-        for form, dtype, depth in (("ids", "bf16", 512), ("ids", "fp32", 512), ("own", "fp16", 43)):
+        for form, dtype, depth in (
+            *(("ids", "bf16", 512), ("all", "bf16", 512)),
+            *(("all", "fp32", 512), ("own", "fp16", 43)),
+        ):
             yield Case(arch, "matched", form, dtype, depth)
         for depth in (64, 128, 256, 512):
             yield Case(arch, "prototypes", "soft", "bf16", depth)
         for dtype, depth in (("bf16", 64), ("fp16", 128), ("bf16", 256), ("fp32", 512)):
             yield Case(arch, "prototypes", "banks", dtype, depth)
-        for op, dtype in (("soft_targets", "fp32"), ("clusters", "bf16"), ("clusters", "fp32")):
-            yield Case(arch, op, "own", dtype, 512)
+        yield Case(arch, "soft_targets", "own", "fp32", 512)
+        for dtype, depth in (
+            ("bf16", 512),
+            ("fp32", 64),
+            ("fp32", 128),
+            ("fp32", 256),
+            ("fp32", 512),
+        ):
+            yield Case(arch, "clusters", "own", dtype, depth)
     for op, form in (("info_nce", "small"), ("info_nce", "rows"), ("sigmoid", "loss")):
         yield Case(90, op, form, "bf16", 512)
     yield Case(90, "info_nce", "large", "fp16", 128)
@@ -96,13 +112,15 @@ def call(case: Case) -> None:
             weight[: n * columns],
             0,
         )
-    elif op == "matched":  # all that can be said about pairs; or each row's own column
+    elif op == "matched":  # own columns; those and ids as info_nce has them; all there is to say
         x, y = case.features(512, 512)
         vector, ids = torch.zeros(512, dtype=torch.int32), torch.zeros(2, 512, dtype=torch.int32)
         relation: tuple[Any, ...] = vector, None, None, None, None, False
         if form == "ids":
+            relation = vector, None, ids, ids, None, False
+        elif form == "all":
             relation = vector, vector, ids, ids, torch.zeros(512), True
-        rows, columns = matched.matched_fwd(x, y, one, *relation, form == "ids")
+        rows, columns = matched.matched_fwd(x, y, one, *relation, form != "own")
         weights = torch.ones(2, rows.shape[1]), torch.ones(2, columns.shape[1])
         matched.matched_bwd(x, y, one, *relation, rows, columns, *weights)
     elif op == "sigmoid":
@@ -188,13 +206,20 @@ PIPES = {n: (p, c) for p, c, s in (("XU", 8, XU), ("MIO", 4, MIO), ("ALU", 2, AL
 BARRIER = 30  # clk from the last warp's arrival to the first one's next issue
 COUNTED = ("MUFU", "F2F", "SHFL", "LDS", "STS", "LDG", "STG", "BAR", "LDL", "STL")
 MEASURED = {"128": (423, 498), "256": (631, 704)}  # TFLOP/s of public H100 products by tile
+# The same of attention kernels whose warps are not specialised, D = 128 (public pull requests 205,
+# 206 and 829 of facebookexperimental/triton; specialised ones reach 462 to 608).
+MEASURED_ATTENTION = (407, 487)
+OVERLAP = 0.2  # of its own time that a second CTA hides on an SM, so that the model meets them
 REGISTERS = 65536  # of an SM
 SHARED = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10}  # 1 KiB a CTA is reserved
 TENSOR_CORE = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 SHAPES = {  # of the GPU table: op, depth -> rows, columns
     ("info_nce", 128): (32_768, 32_768),
     ("info_nce", 512): (32_768, 32_768),
+    ("matched", 512): (32_768, 32_768),
+    ("sigmoid", 512): (32_768, 32_768),
     ("prototypes", 128): (4_096, 20_000),
+    ("clusters", 128): (1_600_000, 20_000),
     ("gemm", 8192): (8_192, 8_192),
 }
 
@@ -305,7 +330,8 @@ def _cost(case: Case, name: str, code: Any, options: dict, row: launch.Launch) -
     if ctas < 1:
         problems.append(f"{shared} bytes of shared memory, more than the card has")
     if name in TILED:
-        wanted = "fma" if case.dtype == "fp32" else TENSOR_CORE[case.arch]
+        multiplied = "bf16" if name == "screen_kernel" else case.dtype
+        wanted = "fma" if multiplied == "fp32" else TENSOR_CORE[case.arch]
         if instruction != wanted:
             problems.append(f"{instruction} where {wanted} was expected")
         if ctas < row.ctas_per_sm:
@@ -315,9 +341,10 @@ def _cost(case: Case, name: str, code: Any, options: dict, row: launch.Launch) -
     prologue, epilogue, products, counts = _hot_path(list(body.values()), warps, case, options)
     busy = bound = None
     if products:
-        taken = (prologue + products * 1.05 + epilogue) / max(1, ctas)
-        busy = products / max(products * 1.03, taken)  # share of the tensor cores' time
-        bound = _bound(case, name, tile, max(1, ctas), products / busy)
+        taken = prologue + products * 1.05 + epilogue
+        # Share of the tensor cores' time where CTAs overlap without loss: no kernel does better.
+        busy = products / max(products * 1.03, taken / max(1, ctas))
+        bound = _bound(case, name, tile, max(1, ctas), products, prologue + epilogue)
     return case._asdict() | {
         "kernel": name.removesuffix("_kernel"),
         "tile": tile,
@@ -336,16 +363,25 @@ def _cost(case: Case, name: str, code: Any, options: dict, row: launch.Launch) -
     }
 
 
-def _bound(case: Case, name: str, tile: tuple[int, int], ctas: int, tile_clk: float) -> Any:
-    """-> predicted ms, TFLOP/s and what bounds them, where the GPU table has a shape."""
+def _bound(
+    case: Case, name: str, tile: tuple[int, int], ctas: int, products: int, around: int
+) -> Any:
+    """-> predicted ms, TFLOP/s and what bounds them, where the GPU table has a shape.
+
+    ``products``: clk of the tensor cores for a tile; ``around``: clk of issue before and after. A
+    CTA alone on its SM loads only while it multiplies; several hide OVERLAP of each other."""
     if (case.op, case.depth) not in SHAPES:
         return None
     (n, m), (block_n, block_m), depth = SHAPES[case.op, case.depth], tile, case.depth
     count = -(-n // block_n) * -(-m // block_m)
-    issue = -(-count // (SMS * ctas)) * ctas * tile_clk / CLOCK
     attention = name == "attention_kernel"  # keys stream past the rows
     read = 2 * depth * (block_m if attention else block_n + block_m)
-    written = 2 * block_n * block_m if name == "gradient_kernel" else 0
+    written = 2 * block_n * block_m if name.endswith("gradient_kernel") else 0
+    multiplying = products * 1.05
+    if ctas == 1:
+        multiplying = max(multiplying, read * SMS * CLOCK / L2_RATE)
+    taken = max(products * 1.03, (multiplying + around) / (1 + OVERLAP * (ctas - 1)))
+    issue = -(-count // (SMS * ctas)) * ctas * taken / CLOCK
     traffic = count * (read + written) / L2_RATE
     seconds = max(issue, traffic)
     tflops = 2 * (1 + attention) * n * m * depth / seconds / 1e12
@@ -358,7 +394,8 @@ def _hot_path(
     """The path of whole tiles, by the order of the blocks: what leads to the one with the most
     products, its steps, and what follows up to the most exponentials.
 
-    Where a block holds both (attention) it is the whole path, and one step counts."""
+    Where a block holds both (attention), or the products of rows that are held and their maxima
+    (k-means), it is the whole path, and one step counts."""
     texts = ("\n".join(i.text for i in block) for block in listed)
     # m64 nN k16 of 16-bit operands takes the SM's tensor cores N / 2 clk.
     widths = (re.findall(r"HGMMA\.64x(\d+)x16", text) for text in texts)
@@ -368,7 +405,7 @@ def _hot_path(
     hot = products.index(product)
     if not product:
         return 0, 0, 0, {}
-    if exponentials[hot] > 16:
+    if exponentials[hot] > 16 or options.get("HELD"):
         before, after = [], [listed[hot]]
     else:
         product *= -(-case.depth // options["BLOCK_D"])
@@ -392,13 +429,16 @@ def _line(cost: dict[str, Any]) -> str:
         "{instruction}"
     ).format(**cost)
     if cost["busy"]:
-        text += "\n      clk {} + {} + {}, busy {:.0%};".format(*cost["clk"], cost["busy"])
+        text += "\n      clk {} + {} + {}, busy at most {:.0%};".format(*cost["clk"], cost["busy"])
         text += "".join(f" {k} {v}" for k, v in cost["counts"].items() if v)
     if cost["bound"]:
         n, m = SHAPES[cost["op"], cost["depth"]]
         text += "\n      {} x {}: {:.2f} ms, {:.0f} TFLOP/s by {}".format(n, m, *cost["bound"])
-    if cost["op"] == "gemm":
-        text += " (measured by others: {} to {})".format(*MEASURED[cost["form"]])
+    measured = MEASURED.get(cost["form"]) if cost["op"] == "gemm" else None
+    if (cost["kernel"], cost["depth"], cost["arch"]) == ("attention", 128, 90):
+        measured = MEASURED_ATTENTION
+    if measured:
+        text += " (measured by others: {} to {})".format(*measured)
     return "".join([text, *(f"\n      PROBLEM: {problem}" for problem in cost["problems"])])
 
 

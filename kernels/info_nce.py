@@ -12,7 +12,11 @@ one near zero is then log2(1 + little), not a difference of large numbers. A war
 logits to the largest of a few columns: one exponential an element. Where a sum then leaves
 2^-SPREAD to 2^SPREAD, and on the edges and the diagonal, the tile takes the largest of each row and
 of each column and a second exponential. Columns are summed over the rows of one warp only: summing
-over warps costs barriers in every tile, and the merge does it on the way.
+over warps costs barriers in every tile, and the merge does it on the way. A tile's rows as wgmma
+gives them to warps, BLOCK_N = 128, PARTS = 4 warps, PART = 16 rows, REPEATS = 2:
+    rows 0..15 | 16..31 | 32..47 | 48..63 | 64..79 | 80..95 | 96..111 | 112..127
+    warp 0     | 1      | 2      | 3      | 0      | 1      | 2       | 3
+so a warp adds up [REPEATS, PART] rows of its own, and a tile leaves PARTS sums of each column.
 
 **Backward.** G = w_row P_row + w_column P_column without the positives is written by chunks in the
 features' dtype; ``waves.py`` multiplies it and adds the positives' entries, w_row (P_row - 1) +
@@ -51,7 +55,7 @@ MERGE = (64, 8, 4)
 
 
 @triton.jit
-def _join(reference_a, sum_a, reference_b, sum_b):
+def join(reference_a, sum_a, reference_b, sum_b):
     """-> the statistics of two sets of logits together."""
     reference = tl.maximum(reference_a, reference_b)
     zero = tl.where(reference == -float("inf"), 0.0, reference)
@@ -59,7 +63,7 @@ def _join(reference_a, sum_a, reference_b, sum_b):
 
 
 @triton.jit
-def _exact(s, AXIS: tl.constexpr):
+def exact(s, AXIS: tl.constexpr):
     """-> the maxima along an axis and 2^(s - maximum); -inf and 0 where empty."""
     top = tl.max(s, AXIS)
     zero = tl.where(top == -float("inf"), 0.0, top)
@@ -133,10 +137,10 @@ def forward_kernel(
             store_entries(s, rows, positive, offset - at, n, m - at, positive_ptr)
             negative = (rows[:, None] < n) & (cols[None, :] < m) & (positive == 0)
             s = tl.where(negative, s, -float("inf"))
-            top, e = _exact(s, 1)
-            row_max, row_sum = _join(row_max, row_sum, top, tl.sum(e, 1))
+            top, e = exact(s, 1)
+            row_max, row_sum = join(row_max, row_sum, top, tl.sum(e, 1))
             if COLUMNS:
-                top, e = _exact(s, 0)
+                top, e = exact(s, 0)
                 e = e.reshape(REPEATS, PARTS, PART, STRIP)
                 _store_columns(column_ptr, block, col0 + strip, m, top[None, :], e, PARTS, True)
         tl.store(row_ptr + 2 * at_row, row_max, mask=rows < n)
@@ -169,7 +173,7 @@ def _merge_blocks(
         top = tl.max(r, 0)
         zero = tl.where(top == -float("inf"), 0.0, top)
         t = tl.sum(t * tl.exp2(r - zero[None, :]), 0)
-        reference, total = _join(reference, total, top, t)
+        reference, total = join(reference, total, top, t)
     return reference, total
 
 
@@ -519,7 +523,7 @@ def contrastive_bwd(
         with torch.cuda.device_of(x):
             extremes_kernel[(blocks,)](
                 row_max, column_max, n, m, extremes,
-                BLOCK_N=row.block_n, BLOCK_M=row.block_m, num_warps=1,
+                BLOCK_N=row.block_n, BLOCK_M=row.block_m, num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
     plan = waves.chunks(x, y, row)
     shares = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)

@@ -10,8 +10,10 @@ import os
 from dataclasses import dataclass, replace
 
 import torch
+import triton
 from torch import Tensor
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -28,11 +30,15 @@ class Launch:
     strip: int = 64  # columns at a time in tiles on the edge or the diagonal
     descriptors: bool = False  # load by TMA where base and row stride are multiples of 16 bytes
     part: int = 16  # consecutive rows of a product that are one warp's
+    max_registers: int | None = None  # asked of the assembler, so that ``ctas_per_sm`` fit
 
     @property
     def options(self) -> dict[str, int | bool]:
         """What Triton itself takes; it stops fusing multiplies and adds by default in 3.10."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 ARCHITECTURES = (80, 89, 90, 100)  # with rows of their own
@@ -43,20 +49,38 @@ SERVED_AS = {80: 80, 90: 90, 100: 100, 103: 100, 110: 100}
 _MMA = Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32)
 _PLAIN = Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2)
 _SMALL = Launch(64, 64, 32, warps=4, stages=4, ctas_per_sm=2)
+_SMALL_STRIPS = replace(_SMALL, strip=16)
 _HOPPER = Launch(128, 128, 64, warps=4, stages=3, ctas_per_sm=2, strip=32, descriptors=True)
+# Masks and both exponentials need registers that a wider tile or strip does not leave.
+_MATCHED = replace(_HOPPER, block_m=64, strip=16)
 _NARROW = Launch(128, 64, 64, warps=8, stages=3, strip=32, descriptors=True)
 
 # Kernel -> architecture -> row, for half precision and rows that are aligned to whole BLOCK_D.
 HALF: dict[str, dict[int, Launch]] = {
     "forward": {80: _MMA, 89: _MMA, 90: _HOPPER, 100: replace(_HOPPER, part=32)},
     "gradient": {80: _MMA, 89: _MMA, 90: _HOPPER, 100: replace(_HOPPER, warps=8, ctas_per_sm=1)},
-    # Loss and gradient at once: larger tiles spill.
-    "sigmoid": {80: _SMALL, 89: _SMALL, 90: _NARROW, 100: _NARROW},
-    # The masks need registers that larger tiles do not leave.
-    "matched": dict.fromkeys(ARCHITECTURES, _PLAIN),
+    # Loss and gradient at once: larger tiles spill. Two CTAs of 128 registers are 55 % busy by the
+    # model, one of 170 is 29 %; with ids 128 do not hold the masks.
+    "sigmoid": {
+        80: _SMALL,
+        89: _SMALL,
+        90: replace(_NARROW, ctas_per_sm=2, max_registers=128),
+        100: _NARROW,
+    },
+    "sigmoid with ids": {80: _SMALL, 89: _SMALL, 90: _NARROW, 100: _NARROW},
+    "matched forward": {80: _SMALL_STRIPS, 89: _SMALL_STRIPS, 90: _MATCHED, 100: _SMALL_STRIPS},
+    "matched gradient": {80: _SMALL_STRIPS, 89: _SMALL_STRIPS, 90: _HOPPER, 100: _SMALL_STRIPS},
+    "matched gradient with biases": {
+        80: _SMALL_STRIPS,
+        89: _SMALL_STRIPS,
+        90: _MATCHED,
+        100: _SMALL_STRIPS,
+    },
 }
 # From D = DEEP on the products hide the rest of a tile on one CTA too, and a larger tile reads L2
-# less: 85 flop a byte, not 64, of which 8 TB/s feed 56 % of an H100.
+# less: 85 flop a byte, not 64, of which 8 TB/s feed 56 % of an H100. Not on sm_100: its products
+# accumulate in tensor memory, which the model does not know, and no public figure to calibrate it
+# on was found; the sweep times the row there.
 DEEP = 512
 HALF_DEEP: dict[str, dict[int, Launch]] = {
     "gradient": {90: Launch(128, 256, 64, warps=8, stages=3, strip=32, descriptors=True)},
@@ -64,13 +88,17 @@ HALF_DEEP: dict[str, dict[int, Launch]] = {
 # Any card, any D, any strides.
 HALF_ANY: dict[str, Launch] = {
     "forward": _PLAIN,
-    "matched": _PLAIN,
+    "matched forward": _PLAIN,
+    "matched gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
+    "matched gradient with biases": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
     "gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
     "sigmoid": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
+    "sigmoid with ids": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
 }
 # fp32 runs on FMA units: three-term tf32 would meet the error budget only if tensor cores rounded
 # their accumulators, and they truncate (simulated at D = 512: 6 to 10 times the error of sgemm).
 FLOAT_ANY = Launch(64, 64, 16, warps=8, stages=1, ctas_per_sm=2)
+FLOAT_MATCHED = replace(FLOAT_ANY, ctas_per_sm=1)
 INTERPRETER = Launch(32, 64, 32, warps=4, stages=1, strip=32)
 
 # Prototypes, values in the pass: 16-bit rows by width, BLOCK_D columns of them at once. On Hopper
@@ -101,8 +129,27 @@ ATTENTION_FULL = {
 WIDEST_ATTENTION = 256
 # Logits by chunks of D: statistics alone, and tiles of weights.
 CHUNKED = dict.fromkeys(ARCHITECTURES, Launch(128, 64, 64, warps=8, stages=3))
-CHUNKED[90] = replace(CHUNKED[90], block_m=128)
+# Triton 3.6 takes 241 registers for the weights of 128 x 128: one CTA, 42 to 51 % busy by the
+# model; of 128 x 64 it takes 122, and two are at most 76 to 91 %.
+CHUNKED[90] = replace(CHUNKED[90], block_m=64 if TRITON < (3, 7) else 128)
 CHUNKED_FLOAT = Launch(64, 64, 16, warps=8, stages=2)  # four warps spill in the loop over keys
+
+# k-means, products of 16 bits and the same of fp32 rows in three terms: by width, rows held; wider
+# ones are read again for each tile of centroids. Then |x - c|^2 of what is left.
+ASSIGN = {
+    64: Launch(64, 64, 64, warps=4, stages=3, ctas_per_sm=2),
+    128: Launch(64, 64, 128, warps=4, stages=3, ctas_per_sm=2),
+    256: Launch(64, 32, 256, warps=4, stages=2),
+}
+ASSIGN_WIDE = Launch(128, 64, 64, warps=8, stages=3)
+_OPEN = Launch(64, 64, 64, warps=4, stages=2)
+ASSIGN_OPEN = {
+    arch: {64: _OPEN, 128: replace(_OPEN, block_d=128, block_m=64 if arch >= 90 else 32)}
+    for arch in ARCHITECTURES
+}
+ASSIGN_OPEN_WIDE = replace(_OPEN, block_m=32)
+ASSIGN_EXACT = Launch(*((128, 256) if INTERPRETED else (32, 64)), 8, warps=8, stages=1)
+SEGMENT_MEAN = Launch(32, 0, 128, warps=4, stages=1)
 
 # An architecture for tensors on any device: to compile, not to run.
 compiling_for: int | None = None
@@ -138,7 +185,7 @@ def choose(kernel: str, x: Tensor, y: Tensor) -> Launch:
     if arch is None:
         return INTERPRETER
     if x.dtype == torch.float32:
-        return FLOAT_ANY
+        return FLOAT_MATCHED if kernel.startswith("matched") else FLOAT_ANY
     row = HALF[kernel][arch]
     if x.shape[1] >= DEEP:
         row = HALF_DEEP.get(kernel, {}).get(arch, row)
@@ -158,6 +205,14 @@ def prototype_row(x: Tensor, *, full: bool = False, values: bool = False) -> Lau
         row = ATTENTION[arch][width]
         return ATTENTION_FULL.get((arch, width), row) if full else row
     return CHUNKED_FLOAT if x.dtype == torch.float32 else CHUNKED[arch]
+
+
+def assign_row(x: Tensor) -> Launch:
+    """The row for points x [N, D] against centroids: in one term, or of fp32 points in three."""
+    rows, wide = ASSIGN, ASSIGN_WIDE
+    if x.dtype == torch.float32:
+        rows, wide = ASSIGN_OPEN[architecture(x.device) or 90], ASSIGN_OPEN_WIDE
+    return next((row for width, row in rows.items() if x.shape[1] <= width), wide)
 
 
 def aligned(x: Tensor) -> bool:

@@ -1,10 +1,11 @@
 """InfoNCE whose positives and negatives are matched by ids and positions (protoclip/ops/pairs.py).
 
-Every tile masks its logits: a row and a column of ids, positions and biases against each other. The
-forward pass leaves, for the rows and the columns of each tile, the maximum and the sum of the
-logits seen and the sum and count of the positives'; torch merges them. The backward pass forms the
-logits again and writes G, positives and all, in chunks that ``waves.py`` multiplies. It is apart
-from ``info_nce.py``, whose tiles without positives need no masks. Sums are fp32 in a fixed order.
+A tile first compares its ids and positions. Most tiles hold no positive and no pair that is not
+seen: they are as ``info_nce.py``'s and need no masks. The others go strip by strip, and mask each
+logit by a row and a column of ids, positions and biases. The forward pass leaves, for the rows and
+the columns of each tile, the maximum and the sum of the logits seen and the sum and count of the
+positives'; torch merges them. The backward pass forms the logits again and writes G, positives and
+all, in chunks that ``waves.py`` multiplies. Sums are fp32 in a fixed order.
 """
 
 from __future__ import annotations
@@ -17,26 +18,60 @@ import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels import launch, waves
-from protoclip.kernels.info_nce import exponential
-from protoclip.kernels.tiles import LOG2E, id_rows, operands, products, tile_origin, with_ids
+from protoclip.kernels.info_nce import exact, exponential, join, pinned
+from protoclip.kernels.tiles import (
+    LOG2E,
+    SPREAD,
+    id_rows,
+    operands,
+    products,
+    tile_origin,
+    with_ids,
+)
 from protoclip.kernels.waves import store_gradient
 
 PARTIAL_BYTES = 64 << 20
 
 
 @triton.jit
-def _tile(
-    x, y, scale_ptr, relation, n, m, d, first_row, first_col, strides,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+def _holds_pairs(
+    relation, row0, col0, n, m, first_row, first_col,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Whether a tile crosses the edge, or holds a positive or a pair that is not seen."""
+    own_ptr, exclude_ptr, ids, bias_ptr = relation
+    rows, cols = row0 + tl.arange(0, BLOCK_N), col0 + tl.arange(0, BLOCK_M)
+    row, col = first_row + tl.minimum(rows, n - 1), first_col + tl.minimum(cols, m - 1)
+    column0 = first_col + col0
+    place = tl.load(own_ptr + row) - column0
+    held = (place >= 0) & (place < BLOCK_M)
+    if exclude_ptr is not None:
+        place = tl.load(exclude_ptr + row) - column0
+        held = held | ((place >= 0) & (place < BLOCK_M))
+    found = tl.max(held.to(tl.int32), 0)
+    if bias_ptr is not None:
+        absent = tl.load(bias_ptr + col) == -float("inf")
+        found = tl.maximum(found, tl.max(absent.to(tl.int32), 0))
+    if ids is not None:
+        same = tl.zeros((BLOCK_N, BLOCK_M), tl.int1)
+        for i in tl.static_range(0, len(ids), 2):
+            same = same | (tl.load(ids[i] + row)[:, None] == tl.load(ids[i + 1] + col)[None, :])
+        found = tl.maximum(found, tl.max(same.to(tl.int32)))
+    edge = (row0 + BLOCK_N > n) | (col0 + BLOCK_M > m)
+    return edge | (found > 0)
+
+
+@triton.jit
+def _strip(
+    x, y, c, relation, row0, col0, n, m, d, first_row, first_col, strides,
+    BLOCK_N: tl.constexpr, STRIP: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     SAME_POSITIVE: tl.constexpr,
 ):  # fmt: skip
-    """-> first row and column of this program's tile, the positions of its rows and columns, their
-    products, base-2 logits, the keys seen, and the positives."""
+    """-> of some columns of a tile: positions of rows and columns, products, base-2 logits, the
+    keys seen, and the positives."""
     own_ptr, exclude_ptr, ids, bias_ptr = relation
-    row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
-    c = tl.load(scale_ptr).to(tl.float32) * LOG2E
-    acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
-    rows, cols = row0 + tl.arange(0, BLOCK_N), col0 + tl.arange(0, BLOCK_M)
+    acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, STRIP, BLOCK_D, EVEN_D)
+    rows, cols = row0 + tl.arange(0, BLOCK_N), col0 + tl.arange(0, STRIP)
     row, col = first_row + tl.minimum(rows, n - 1), first_col + tl.minimum(cols, m - 1)
     inside = (rows < n)[:, None] & (cols < m)[None, :]
     s = acc * c
@@ -48,41 +83,82 @@ def _tile(
         bias = tl.load(bias_ptr + col)
         s += (bias * LOG2E)[None, :]
         seen = seen & (bias != -float("inf"))[None, :]
-    return row0, col0, row, col, acc, s, seen, positive & seen
+    return row, col, acc, s, seen, positive & seen
 
 
 @triton.jit
-def _store_side(ptr, at, mask, length, s, seen, positive, AXIS: tl.constexpr):
-    """Write the four statistics of the rows or columns of a tile, ``length`` apart."""
+def _statistics(s, seen, positive, AXIS: tl.constexpr):
+    """-> maximum and sum of the logits seen, sum and count of the positives', along an axis."""
     visible = tl.where(seen, s, -float("inf"))
     top = tl.max(visible, AXIS)
     zero = tl.where(top == -float("inf"), 0.0, top)
     total = tl.sum(exponential(visible, tl.expand_dims(zero, AXIS), positive), AXIS)
+    positives = tl.sum(tl.where(positive, s, 0.0), AXIS)
+    return top, total, positives, tl.sum(tl.where(positive, 1.0, 0.0), AXIS)
+
+
+@triton.jit
+def _store_side(ptr, at, mask, length, top, total, positives, count):
+    """Write the four statistics of the rows or columns of a tile, ``length`` apart."""
     tl.store(ptr + at, top, mask=mask)
     tl.store(ptr + length + at, total, mask=mask)
-    tl.store(ptr + 2 * length + at, tl.sum(tl.where(positive, s, 0.0), AXIS), mask=mask)
-    tl.store(ptr + 3 * length + at, tl.sum(tl.where(positive, 1.0, 0.0), AXIS), mask=mask)
+    tl.store(ptr + 2 * length + at, positives, mask=mask)
+    tl.store(ptr + 3 * length + at, count, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n", "m", "first_row"])
 def matched_forward_kernel(
-    x, y, scale_ptr, row_ptr, column_ptr,  # [N, D], [M, D], [], [4, blocks, N], [4, blocks, M]
+    x, y, x_ptr, y_ptr, scale_ptr,  # [N, D], [M, D] for tiles, the same for strips, []
+    row_ptr, column_ptr,  # [4, column blocks, N], [4, row blocks, M]
     relation, n, m, d, first_row, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    COLUMNS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
+    STRIP: tl.constexpr, COLUMNS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of one tile."""
-    row0, col0, _, _, _, s, seen, positive = _tile(
-        x, y, scale_ptr, relation, n, m, d, first_row, 0, strides,
-        BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, SAME_POSITIVE,
-    )  # fmt: skip
-    rows, cols = row0 + tl.arange(0, BLOCK_N), col0 + tl.arange(0, BLOCK_M)
+    row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
+    c = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    rows = row0 + tl.arange(0, BLOCK_N)
     blocks_n, blocks_m = tl.cdiv(n, BLOCK_N).to(tl.int64), tl.cdiv(m, BLOCK_M).to(tl.int64)
-    at = (col0 // BLOCK_M).to(tl.int64) * n + rows
-    _store_side(row_ptr, at, rows < n, blocks_m * n, s, seen, positive, 1)
-    if COLUMNS:
-        at = (row0 // BLOCK_N).to(tl.int64) * m + cols
-        _store_side(column_ptr, at, cols < m, blocks_n * m, s, seen, positive, 0)
+    at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
+    at_column = (row0 // BLOCK_N).to(tl.int64) * m + col0
+    none = tl.zeros((BLOCK_N,), tl.float32)
+    if not _holds_pairs(relation, row0, col0, n, m, first_row, 0, BLOCK_N, BLOCK_M):
+        s = c * products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
+        cols = tl.arange(0, BLOCK_M)
+        if relation[3] is not None:
+            s += (tl.load(relation[3] + col0 + cols) * LOG2E)[None, :]
+        top, e = exact(s, 1)
+        _store_side(row_ptr, at_row, None, blocks_m * n, top, tl.sum(e, 1), none, none)
+        if COLUMNS:
+            top, e = exact(s, 0)
+            nothing = tl.zeros((BLOCK_M,), tl.float32)
+            _store_side(
+                column_ptr, at_column + cols, None, blocks_n * m, top, tl.sum(e, 0),
+                nothing, nothing,
+            )  # fmt: skip
+    else:
+        row_top = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+        row_sum, row_positives, row_count = none, none, none
+        for strip in range(0, BLOCK_M, STRIP):
+            first = col0 + strip
+            _, _, _, s, seen, positive = _strip(
+                x_ptr, y_ptr, c, relation, row0, first, n, m, d, first_row, 0, strides,
+                BLOCK_N, STRIP, BLOCK_D, EVEN_D, SAME_POSITIVE,
+            )  # fmt: skip
+            top, total, positives, count = _statistics(s, seen, positive, 1)
+            row_top, row_sum = join(row_top, row_sum, top, total)
+            row_positives += positives
+            row_count += count
+            if COLUMNS:
+                cols = strip + tl.arange(0, STRIP)
+                top, total, positives, count = _statistics(s, seen, positive, 0)
+                _store_side(
+                    column_ptr, at_column + cols, col0 + cols < m, blocks_n * m,
+                    top, total, positives, count,
+                )  # fmt: skip
+        _store_side(
+            row_ptr, at_row, rows < n, blocks_m * n, row_top, row_sum, row_positives, row_count
+        )
 
 
 SIZES = ["n", "m", "first_row", "first_col", "first_tile"]
@@ -90,31 +166,68 @@ SIZES = ["n", "m", "first_row", "first_col", "first_tile"]
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["share_ptr", "dbias_ptr"])
 def matched_gradient_kernel(
-    x, y, g_ptr, scale_ptr, lift_ptr,  # [N, D], [M, D], [N, M], [], []
+    x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for strips
+    scale_ptr, lift_ptr,  # [], []
     row_ptr, column_ptr, stride_row, stride_column,  # [3, N], [3, M]: reference and weights
     share_ptr, dbias_ptr, first_tile,  # [tiles], [row blocks, M] or None
     relation, n, m, d, first_row, first_col, stride_g, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    COLUMNS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
+    STRIP: tl.constexpr, COLUMNS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
 ):  # fmt: skip
     """G of one tile times the lift, its share of sum G x.y, and its column sums."""
-    row0, col0, row, col, acc, s, seen, positive = _tile(
-        x, y, scale_ptr, relation, n, m, d, first_row, first_col, strides,
-        BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, SAME_POSITIVE,
-    )  # fmt: skip
-    p = exponential(s, tl.load(row_ptr + row)[:, None], positive)
-    g = p * tl.load(row_ptr + stride_row + row)[:, None]
-    at_positive = tl.load(row_ptr + 2 * stride_row + row)[:, None]
+    row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
+    c = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    lift = tl.load(lift_ptr)
+    row = first_row + tl.minimum(row0 + tl.arange(0, BLOCK_N), n - 1)
+    col = first_col + tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1)
+    # All loads come before any use of one: their latencies pass together.
+    row_top, row_level = tl.load(row_ptr + row), tl.load(row_ptr + stride_row + row)
+    low, high = tl.min(row_top), tl.max(row_top)
     if COLUMNS:
-        p = exponential(s, tl.load(column_ptr + col)[None, :], positive)
-        g += p * tl.load(column_ptr + stride_column + col)[None, :]
-        at_positive += tl.load(column_ptr + 2 * stride_column + col)[None, :]
-    g = tl.where(seen, tl.where(positive, g + at_positive, g), 0.0)
-    tl.store(share_ptr + first_tile + tl.program_id(0), tl.sum(g * acc) / tl.load(lift_ptr))
+        column_top = tl.load(column_ptr + col)
+        column_level = tl.load(column_ptr + stride_column + col)
+        low, high = tl.minimum(low, tl.min(column_top)), tl.maximum(high, tl.max(column_top))
+    general = _holds_pairs(relation, row0, col0, n, m, first_row, first_col, BLOCK_N, BLOCK_M)
+    sums_ptr = dbias_ptr
     if dbias_ptr is not None:
-        cols = col0 + tl.arange(0, BLOCK_M)
-        tl.store(dbias_ptr + (row0 // BLOCK_N) * m + cols, tl.sum(g, 0), mask=cols < m)
-    store_gradient(g, row0, col0, g_ptr, stride_g)
+        sums_ptr += (row0 // BLOCK_N) * m + col0
+    if (general == 0) & (high - low < SPREAD):
+        factor = (row_level * tl.exp2(high - row_top))[:, None]
+        if COLUMNS:
+            column_factor = column_level * tl.exp2(high - column_top)
+        acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
+        if COLUMNS:
+            factor += pinned(column_factor)[None, :]
+        shift = acc * c - high
+        if relation[3] is not None:
+            shift += (tl.load(relation[3] + col) * LOG2E)[None, :]
+        p = tl.exp2(shift) * factor
+        tl.store(share_ptr + first_tile + tl.program_id(0), tl.sum(p * acc) / lift)
+        if dbias_ptr is not None:
+            tl.store(sums_ptr + tl.arange(0, BLOCK_M), tl.sum(p, 0))
+        store_gradient(p, row0, col0, g, stride_g)
+    else:
+        share = 0.0
+        row_mean = tl.load(row_ptr + 2 * stride_row + row)[:, None]
+        for strip in range(0, BLOCK_M, STRIP):
+            first = col0 + strip
+            _, strip_col, acc, s, seen, positive = _strip(
+                x_ptr, y_ptr, c, relation, row0, first, n, m, d, first_row, first_col, strides,
+                BLOCK_N, STRIP, BLOCK_D, EVEN_D, SAME_POSITIVE,
+            )  # fmt: skip
+            p = exponential(s, row_top[:, None], positive) * row_level[:, None]
+            at_positive = tl.broadcast_to(row_mean, p.shape)
+            if COLUMNS:
+                e = exponential(s, tl.load(column_ptr + strip_col)[None, :], positive)
+                p += e * tl.load(column_ptr + stride_column + strip_col)[None, :]
+                at_positive += tl.load(column_ptr + 2 * stride_column + strip_col)[None, :]
+            p = tl.where(seen, tl.where(positive, p + at_positive, p), 0.0)
+            share += tl.sum(p * acc)
+            if dbias_ptr is not None:
+                cols = strip + tl.arange(0, STRIP)
+                tl.store(sums_ptr + cols, tl.sum(p, 0), mask=col0 + cols < m)
+            store_gradient(p, row0, first, g_ptr, stride_g)
+        tl.store(share_ptr + first_tile + tl.program_id(0), share / lift)
 
 
 class MatchedStatistics(NamedTuple):
@@ -145,7 +258,7 @@ def matched_fwd(
 ) -> MatchedStatistics:
     """Statistics of a matched strip; own to same_positive as in ops/pairs.py."""
     n, m = len(x), len(y)
-    row = launch.choose("matched", x, y)
+    row = launch.choose("matched forward", x, y)
     if not min(n, m):
         return MatchedStatistics(_nothing(x, n), _nothing(x, m if columns else 0))
     blocks_m = triton.cdiv(m, row.block_m)
@@ -161,9 +274,9 @@ def matched_fwd(
             column_part = x.new_empty((4, blocks_n, m if columns else 0), dtype=torch.float32)
             features, tile = operands(part, y, row)
             matched_forward_kernel[(blocks_n * blocks_m,)](
-                *features[:2], logit_scale, row_part, column_part, relation,
+                *features[:4], logit_scale, row_part, column_part, relation,
                 len(part), m, x.shape[1], first, (*x.stride(), *y.stride()),
-                COLUMNS=columns, SAME_POSITIVE=same_positive, **tile,
+                COLUMNS=columns, SAME_POSITIVE=same_positive, STRIP=row.strip, **tile,
             )  # fmt: skip
             by_row.append(_merged(row_part))
             by_column.append(_merged(column_part))
@@ -190,7 +303,8 @@ def matched_bwd(
     if min(len(x), len(y)) == 0:
         zero = x.new_zeros((), dtype=torch.float32)
         return MatchedGradients(torch.zeros_like(x), torch.zeros_like(y), zero, dkey_bias)
-    row = launch.choose("matched", x, y)
+    biased = "" if key_bias is None else " with biases"
+    row = launch.choose(f"matched gradient{biased}", x, y)
     lift = torch.ones((), dtype=torch.float32, device=x.device)
     if x.dtype == torch.float16:  # weights are about 1/N: let G fill its range
         peak = sum(w.abs().amax(1).sum() for w in (row_weights, column_weights) if w.numel())
@@ -210,13 +324,13 @@ def matched_bwd(
         if key_bias is not None:
             blocks = chunk.shape[0] // row.block_n
             sums = x.new_empty((blocks, len(part_y)), dtype=torch.float32)
-        features, tile = operands(part_x, part_y, row)
+        features, tile = operands(part_x, part_y, row, g)
         matched_gradient_kernel[(chunk.tiles,)](
-            *features[:2], g, logit_scale, lift, row_side, column_side, len(x), num_columns,
+            *features, logit_scale, lift, row_side, column_side, len(x), num_columns,
             shares, sums, chunk.first_tile, relation,
             len(part_x), len(part_y), x.shape[1], chunk.rows.start, chunk.cols.start,
             g.stride(0), (*x.stride(), *y.stride()),
-            COLUMNS=num_columns > 0, SAME_POSITIVE=same_positive, **tile,
+            COLUMNS=num_columns > 0, SAME_POSITIVE=same_positive, STRIP=row.strip, **tile,
         )  # fmt: skip
         if sums is not None:
             dkey_bias[chunk.cols] += sums.sum(dim=0)

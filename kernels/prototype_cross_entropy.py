@@ -46,7 +46,7 @@ G_UNIT = 4096.0
         *("labels_ptr", "loss_ptr", "nearest_ptr", "row_max_ptr", "row_sum_ptr", "dscale_ptr")
     ],
 )
-def finish_kernel(
+def join_slices_kernel(
     q_ptr, scale_ptr, target_ptr, labels_ptr,  # [N, D], [], [K, D], [N]
     max_ptr, sum_ptr, best_ptr, expected_ptr,  # [slices, N]
     positive_ptr, acc_ptr,  # [N], [slices, N, D]; joined, acc may be the gradient
@@ -242,7 +242,7 @@ def finish(
     gradients with ``gradient`` only."""
     slices, n = parts.row_max.shape
     with torch.cuda.device_of(q):
-        finish_kernel[(triton.cdiv(n, FINISH.block_n),)](
+        join_slices_kernel[(triton.cdiv(n, FINISH.block_n),)](
             q, logit_scale, targets, labels,
             parts.row_max, parts.row_sum, parts.best, parts.expected, parts.positive, parts.acc,
             out.loss, out.gradient, out.nearest, out.row_max, out.row_sum, out.scale_gradient,

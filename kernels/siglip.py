@@ -129,7 +129,7 @@ def sigmoid_loss(
     same_positive: bool = True,
 ) -> SigmoidLoss:
     """The strip x [N, D] against y [M, D], as in ops/strips.py; ids as in ops/pairs.py."""
-    row = launch.choose("sigmoid", x, y)
+    row = launch.choose("sigmoid" if key_ids is None else "sigmoid with ids", x, y)
     keep = gradients and min(x.numel(), y.numel()) > 0
     plan = waves.chunks(x, y, row, bounded=keep)  # no G to keep: one chunk
     tiles = sum(chunk.tiles for chunk in plan)

@@ -4,14 +4,15 @@ Prototypes must not label the features that are being trained: the model would c
 labels, and all samples end in one cluster. So every step's projections are stored, and the labels
 of a step come from rows that were stored before it.
 
-The rows of the running episode stay where they were computed, in draw order (the buffer). At the
-episode's end they move to the rank that owns the sample's position in the dataset (the table).
+The rows of the running episode stay on the rank that computed them, in draw order (the buffer). At
+the episode's end they move to the rank that owns the sample's position in the dataset (the table).
 """
 
 from __future__ import annotations
 
 import math
 import os
+import platform
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from protoclip.config import EpisodeConfig
 from protoclip.distributed import (
     exchange_rows,
     from_main,
+    gather_objects,
     is_distributed,
     is_main,
     min_over_ranks,
@@ -36,9 +38,9 @@ from protoclip.distributed import (
 
 DTYPE = torch.bfloat16  # of stored features; clustering reads them as fp32
 NEVER = -1  # the episode of a sample that has no row yet
-CHUNK = 1 << 22  # values that travel together to and from a checkpoint
+CHUNK = 1 << 22  # values that travel together, to their owners or to and from a checkpoint
 BY_DRAW = ("index", "buffer")  # of a checkpoint's rows; the others are by position
-HOST_SHARE = 0.5  # of the free memory that the tables of a machine's ranks may take
+HOST_SHARE = 0.5  # of the free memory that the stores of a machine's ranks may take
 DEVICE_SHARE = 0.25
 
 
@@ -67,7 +69,7 @@ class FeatureSource:
 
     reuses: bool  # training's own projections, stored; else a forward pass extracts them
     reason: str  # a few words for the log
-    table_device: torch.device | None = None  # where the stored rows are
+    table_device: torch.device | None = None  # where the stored rows are, buffer and table
 
 
 def wants_to_reuse(config: EpisodeConfig, passes: float) -> bool:
@@ -85,7 +87,7 @@ def choose_features(
 
     Args:
         passes: over the data, of the whole run.
-        bytes_of_rank: of a rank's table.
+        bytes_of_rank: of a rank's table and buffer.
         device: where the model is.
     """
     if not wants_to_reuse(config, passes):
@@ -101,10 +103,9 @@ def choose_features(
 
 
 def _place_for_table(needed: int, device: torch.device) -> torch.device | None:
-    """Where every rank can keep a table of ``needed`` bytes: the device, else the host, else
-    None."""
+    """Where every rank can keep ``needed`` bytes: the device, else the host, else None."""
     on_device = device.type != "cpu" and needed <= DEVICE_SHARE * free_bytes(device)
-    on_host = needed * _local_ranks() <= HOST_SHARE * free_bytes(torch.device("cpu"))
+    on_host = needed * ranks_here() <= HOST_SHARE * free_bytes(torch.device("cpu"))
     fits = torch.tensor([float(on_device), float(on_host)], device=device)
     on_device, on_host = min_over_ranks(fits).bool().tolist()
     if on_device:
@@ -124,9 +125,9 @@ def free_bytes(device: torch.device) -> float:
         return math.inf
 
 
-def _local_ranks() -> int:
-    """Ranks on this machine, as torchrun says; without it, all of them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+def ranks_here() -> int:
+    """Ranks on this machine; a collective call. Not every launcher says it."""
+    return gather_objects(platform.node()).count(platform.node())
 
 
 class FeatureStore:
@@ -140,7 +141,7 @@ class FeatureStore:
         steps: of the longest episode.
         batch_size: of a step, over all ranks.
         device: where features are computed and clustered.
-        table_device: where the table is kept; default: ``device``.
+        table_device: where the rows are kept, those of the buffer too; default: ``device``.
     """
 
     def __init__(
@@ -160,7 +161,9 @@ class FeatureStore:
         rows = steps * self.batch_share
         self.index = torch.full((rows,), -1, dtype=torch.int64, device=device)
         self.dim = 0  # Dh; 0 until the first rows come
-        self.buffer = torch.empty(rows, 2, 0, dtype=DTYPE, device=device)  # image and text
+        self.steps = 0  # of the running episode, in the buffer
+        # Image and text.
+        self.buffer = torch.empty(rows, 2, 0, dtype=DTYPE, device=self.table_device)
         self.table = torch.empty(owned, 2, 0, dtype=DTYPE, device=self.table_device)
         # The episode in which a position's row was written.
         self.written = torch.full((owned,), NEVER, dtype=torch.int32, device=self.table_device)
@@ -176,6 +179,7 @@ class FeatureStore:
         the samples' positions, int64 [B]; -1 marks a row that does not count."""
         if not self.dim:
             self._allocate(image_h.shape[1])
+        self.steps = step + 1
         rows = slice(step * self.batch_share, step * self.batch_share + len(index))
         self.index[rows] = index
         self.buffer[rows, 0] = image_h.to(DTYPE)
@@ -184,7 +188,16 @@ class FeatureStore:
     def end_episode(self, episode: int) -> None:
         """Move the episode's rows to their owners; the last draw of a sample wins. Rows that do not
         count leave older ones alone. A collective call."""
-        filled = (self.index >= 0).nonzero().flatten()
+        step_values = max(1, self.batch_share * 2 * self.dim)
+        rows_at_once = max(1, CHUNK // step_values) * self.batch_share  # the same on every rank
+        for first in range(0, len(self.index), rows_at_once):
+            self._move(slice(first, first + rows_at_once), episode)
+        self.index.fill_(-1)
+        self.steps = 0
+
+    def _move(self, part: slice, episode: int) -> None:
+        """Move some of the buffer's steps, which are later than those already moved."""
+        filled = (self.index[part] >= 0).nonzero().flatten() + part.start
         positions = self.index[filled]
         step, place = filled // self.batch_share, filled % self.batch_share
         draws = (step * world_size() + rank()) * self.batch_share + place
@@ -192,7 +205,8 @@ class FeatureStore:
         counts = torch.bincount(owners, minlength=world_size()).cpu()
         pairs = torch.stack([positions, draws], dim=1)[order]
         positions, draws = exchange_rows(pairs, counts).to(self.table_device).unbind(1)
-        rows = exchange_rows(self.buffer[filled[order]], counts).to(self.table_device)
+        sent = self.buffer[filled[order].to(self.table_device)].to(self.device)
+        rows = exchange_rows(sent, counts).to(self.table_device)
         by_draw = draws.argsort()
         ordered, place_in_draws = positions[by_draw].sort(stable=True)
         newest = torch.ones_like(ordered, dtype=torch.bool)
@@ -200,7 +214,6 @@ class FeatureStore:
         local = ordered[newest] - self.first
         self.table[local] = rows[by_draw[place_in_draws[newest]]]
         self.written[local] = episode
-        self.index.fill_(-1)
 
     def of_episode(self, episode: int) -> Features:
         """The rows that this rank owns and that were written in ``episode``, by position."""
@@ -220,13 +233,13 @@ class FeatureStore:
     def state_dict(self, folder: Path) -> dict[str, Tensor]:
         """The rows of all ranks, for a checkpoint; a collective call.
 
-        On rank 0: the buffer in draw order and the table by position, the same for any number of
-        ranks. Several ranks send their rows in chunks, to files without a name in ``folder``, so
-        that rank 0 does not hold them in memory. Elsewhere: nothing.
+        On rank 0: the buffer's steps in draw order and the table by position, the same for any
+        number of ranks. Several ranks send their rows in chunks, to files without a name in
+        ``folder``, so that rank 0 does not hold them in memory. Elsewhere: nothing.
         """
         local = self._local_rows()
-        if not is_distributed():
-            return local
+        if not is_distributed():  # torch would save all of the buffer with a part of it
+            return local | {name: local[name].clone() for name in BY_DRAW}
         if not is_main():
             for rows in local.values():
                 for chunk in _chunks(rows):
@@ -247,7 +260,8 @@ class FeatureStore:
         Raises:
             ValueError: on every rank, if the state is that of other data or of another batch size.
         """
-        self._allocate(from_main(lambda: self._checked_dim(state)))
+        dim, self.steps = from_main(lambda: self._checked_sizes(state))
+        self._allocate(dim)
         for name, rows in self._local_rows().items():
             if not is_main():
                 _receive_chunks(rows, 0)
@@ -261,8 +275,8 @@ class FeatureStore:
         """This rank's part of a checkpoint: [steps, rows of a step, ...] and [positions, ...]."""
         by_step = (-1, self.batch_share)
         return {
-            "index": self.index.unflatten(0, by_step),
-            "buffer": self.buffer.unflatten(0, by_step),
+            "index": self.index.unflatten(0, by_step)[: self.steps],
+            "buffer": self.buffer.unflatten(0, by_step)[: self.steps],
             "table": self.table,
             "written": self.written,
         }
@@ -281,19 +295,22 @@ class FeatureStore:
         first = min(number * self.table_share, self.samples)
         return whole[first : first + self.table_share]
 
-    def _checked_dim(self, state: Mapping[str, Tensor]) -> int:
-        """Dh of a state that fits this store."""
-        dim = state["table"].shape[-1]
+    def _checked_sizes(self, state: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Dh and the number of buffered steps of a state that fits this store."""
+        dim, steps = state["table"].shape[-1], len(state["index"])
+        most = len(self.index) // self.batch_share
         for name in self._local_rows():
             expected = list(self._shape_of_all(name))
             if name in ("buffer", "table"):
                 expected[-1] = dim
+            if name in BY_DRAW:
+                expected[0] = min(steps, most)
             if list(state[name].shape) != expected:
                 raise ValueError(
                     f"checkpoint: expected stored features {name} {expected}, got "
                     f"{list(state[name].shape)}; resume with the settings and data of the run"
                 )
-        return dim
+        return dim, steps
 
 
 def _chunks(rows: Tensor) -> Iterator[Tensor]:

@@ -643,6 +643,10 @@ class ProtoClipLoss(ClipLoss):
             float32 [], nats.
         """
         plain = image_features, text_features, logit_scale, logit_bias
+        if index is not None:
+            # A data loader leaves it on the host.
+            shape, place = (len(image_features),), getattr(index, "device", image_features.device)
+            checks.vector("ProtoClipLoss", "index", index, checks.INTEGERS, [shape], place)
         losses: dict[str, Any] = {"contrastive_loss": super().forward(*plain, ids=ids)}
         image = image_features if image_projection is None else image_projection
         text = text_features if text_projection is None else text_projection
@@ -650,7 +654,9 @@ class ProtoClipLoss(ClipLoss):
         sets, labels = self.online.sets, self.online.labels_of(features, index)
         if sets is not None and labels is not None and self.proto.weight > 0:
             scale = self.proto.logit_scale or logit_scale
-            term = prototype_term(features, labels, sets, scale)
+            # With an index the ranks may know different numbers of their samples.
+            over_ranks = self.world_size > 1 and index is not None
+            term = prototype_term(features, labels, sets, scale, over_ranks=over_ranks)
             losses["proto_loss"] = self.proto.weight * term.loss
             self.online.note(term.accuracy())
         if self.training and torch.is_grad_enabled():

@@ -178,10 +178,9 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
         parts["prototype gradients"] = sets * run.local_batch * dh * FP32
         parts["labels"] = run.episode * (len(widths) * INT32 + INT64)
         if run.reuses:
-            parts["features of the episode"] = buffer_bytes(run.episode, run.ranks, dh)
-            parts["features of the data (on the host where the GPU is full)"] = table_bytes(
+            parts["stored features (host if the GPU is full)"] = table_bytes(
                 run.samples, run.ranks, dh
-            )
+            ) + buffer_bytes(run.episode, run.ranks, dh)
         else:
             parts["features of the episode"] = math.ceil(run.episode / run.ranks) * 2 * dh * FP32
     parts["teacher"] = run.samples * run.teacher_dim * FP32

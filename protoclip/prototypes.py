@@ -46,6 +46,7 @@ INTERNAL = {"image": "text", "text": "image"}  # source -> its student
 EXTERNAL = "external"  # the source that is a teacher
 BALANCED_ROWS = 4096  # newest rows of the queue that share a balanced assignment with a batch
 BALANCED_TEMPERATURE, BALANCED_ITERATIONS = 0.05, 3  # SwAV's
+MORE_LABELLED = 0.1  # a share of samples by which a later episode replaces the first to compare
 LARGEST_SHARE = 0.2  # of the samples in one image cluster, more is a collapse
 LOGGER = logging.getLogger(__name__)
 
@@ -273,8 +274,10 @@ class EpisodeBuilder:
             samples = int(sum_over_ranks(torch.tensor(len(rows.index), device=device)))
             if samples < num_clusters:
                 continue  # images and texts before the second pass over the data
+            # Where only some coming samples have features, clusters of the usual size.
+            k = num_clusters if rows is recent else max(1, num_clusters * samples // len(coming))
             last = None if previous is None else previous.centroids.get(source)
-            clusters = builder.cluster(source, points, num_clusters, random, last)
+            clusters = builder.cluster(source, points, k, random, last)
             students = {"image": rows.image_h, "text": rows.text_h}
             sets += builder.translate(source, clusters, students)
             if rows is recent:
@@ -284,7 +287,7 @@ class EpisodeBuilder:
             all_labels[source] = _labels_of_all_ranks(coming, index, labels)
             centroids[source] = clusters.centroids
             values = health(points, clusters, builder.group)
-            values["empty"] = float(num_clusters - (clusters.counts > 0).sum())
+            values["empty"] = float(k - (clusters.counts > 0).sum())
             values |= self._label_health(source, coming, all_labels[source], previous)
             if source in INTERNAL and self.config.target_temperature > 0:
                 values["target_entropy"] = target_entropy(clusters, self.config.target_temperature)
@@ -392,6 +395,7 @@ class Watch:
     """Counts how often the nearest prototype is a sample's own, and sees a collapse."""
 
     first_inertia: float = math.nan  # within the image clusters of the first episode
+    first_labelled: float = 0.0  # share of its samples that were clustered
     hits: dict[str, Tensor] = field(default_factory=dict)  # source -> [2] of this rank's samples
 
     def count(self, hits: Mapping[str, Tensor]) -> None:
@@ -409,18 +413,24 @@ class Watch:
     def collapse(self, metrics: Mapping[str, float]) -> str:
         """One sentence if an episode's image prototypes have collapsed, else ""; ``metrics``: of
         the episode, with the prototype accuracy of the episode before."""
-        if math.isnan(self.first_inertia):
+        # The first episode may know hardly more samples than it has clusters: its inertia is near
+        # zero and nothing to compare with.
+        labelled = metrics.get("image_labelled", 0.0)
+        if labelled > self.first_labelled + MORE_LABELLED or math.isnan(self.first_inertia):
             self.first_inertia = metrics.get("image_inertia", math.nan)
+            self.first_labelled = labelled
         return collapse(metrics, self.first_inertia)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: the counts of all ranks; a collective call."""
         hits = {name: sum_over_ranks(counts.clone()) for name, counts in self.hits.items()}
-        return {"first_inertia": self.first_inertia, "hits": hits}
+        first = {"first_inertia": self.first_inertia, "first_labelled": self.first_labelled}
+        return {**first, "hits": hits}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Load what any number of ranks wrote; rank 0 keeps the counts of all."""
         self.first_inertia = float(state["first_inertia"])
+        self.first_labelled = float(state["first_labelled"])
         self.hits = {
             name: counts.to(device) * float(is_main()) for name, counts in state["hits"].items()
         }

@@ -39,6 +39,7 @@ from protoclip.feature_store import (
     Features,
     FeatureSource,
     FeatureStore,
+    buffer_bytes,
     choose_features,
     table_bytes,
 )
@@ -256,7 +257,9 @@ class Trainer:
         """Where the features of clusters and labels come from."""
         if not self.terms.prototypes:
             return FeatureSource(False, "none")
-        size = table_bytes(len(self.dataset), distributed.world_size(), self.model.projection_dim)
+        ranks, dim = distributed.world_size(), self.model.projection_dim
+        drawn = self.plan.steps_per_episode * self.plan.batch_size
+        size = table_bytes(len(self.dataset), ranks, dim) + buffer_bytes(drawn, ranks, dim)
         episode = self.config.episode
         if reuses is not None:
             episode = replace(episode, features="reuse" if reuses else "extract")
@@ -308,12 +311,10 @@ class Trainer:
                 lr=lr,
                 image_lr=schedule.image_learning_rate(config, plan, step),
             )
-            self._store_features(step - steps.start, passes, outcome)
+            self._store_features(step, number, passes, outcome)
             self.watch.count(outcome.losses.hits)
             self.step += 1
             self._log_or_check(outcome, passes, lr, number)
-            if step == steps[-1] and self.store is not None:
-                self.store.end_episode(number)
             bar.set_postfix(loss=f"{self._loss:.3f}", refresh=False)
             bar.update(plan.batch_size)
             self._between_steps()
@@ -323,24 +324,31 @@ class Trainer:
         current one on."""
         config, plan, seed = self.config, self.plan, self.config.run.seed
         steps = plan.steps_of(number)
-        draws = schedule.draw(
-            plan,
-            seed,
-            steps,
-            replacement=config.episode.replacement,
-            order=self.setup.order.permutation,
-        )
+        draws = self._draw(steps)
         done = self.step - steps.start  # steps of this episode before an interruption
         if 0 < config.episode.lit_start <= number:  # LiT: the image tower is frozen, InfoNCE only
             self.episode = None
             self.model.lock_image()
         elif done == 0 and number >= config.episode.infonce_warmup and self.terms.prototypes:
-            self.episode = self._build_episode(number, draws.unique())
+            coming = draws
+            if self.store is not None:  # also of steps that only a resume with more steps would do
+                coming = self._draw(range(steps.start, steps.start + plan.steps_per_episode))
+            self.episode = self._build_episode(number, coming.unique())
         self.model.train()
         positions, numbers = schedule.own_draws(plan, draws)
         first = done * plan.batch_size // distributed.world_size()
         episode_seed = schedule.episode_seed(seed, number, schedule.TRAINING)
         return self._batches(Draws(positions, episode_seed, first, numbers))
+
+    def _draw(self, steps: range) -> Tensor:
+        """The positions that these steps train on, over all ranks."""
+        return schedule.draw(
+            self.plan,
+            self.config.run.seed,
+            steps,
+            replacement=self.config.episode.replacement,
+            order=self.setup.order.permutation,
+        )
 
     def _batches(self, draws: Draws) -> Iterator[Batch]:
         stream = batches(
@@ -398,14 +406,20 @@ class Trainer:
             if self.signals.asked and not distributed.is_distributed():
                 self._save_or_stop()  # nothing has changed since the last step
 
-    def _store_features(self, place: int, passes: Sequence[Batch], outcome: Step) -> None:
-        """Put the projections of the episode's step ``place`` into the buffer; those of a skipped
-        step belong to no sample."""
+    def _store_features(
+        self, step: int, episode: int, passes: Sequence[Batch], outcome: Step
+    ) -> None:
+        """Put the step's projections into the buffer, which moves to the table after the episode's
+        last step; those of a skipped step belong to no sample."""
         if self.store is None or outcome.projected is None:
             return
         positions = torch.cat([batch.index for batch in passes]).to(self.setup.device)
         positions = positions.where(outcome.finite, -1)
-        self.store.put(place, positions, outcome.projected.image, outcome.projected.text)
+        steps = self.plan.steps_of(episode)
+        projected = outcome.projected
+        self.store.put(step - steps.start, positions, projected.image, projected.text)
+        if step == steps[-1]:  # before anything can save
+            self.store.end_episode(episode)
 
     def _log_or_check(self, outcome: Step, passes: Sequence[Batch], lr: float, number: int) -> None:
         """After a step: log if it is time, and look for skipped steps if that costs no waiting."""
@@ -584,6 +598,11 @@ class Trainer:
             self.faults.positions = faults if distributed.is_main() else set()
             self.phases.add(training["seconds"])
             self.step = payload["protoclip"]["step"]
+            every = self.config.run.log_every_n_steps
+            first = self.step // self.plan.steps_per_episode * self.plan.steps_per_episode
+            unlogged = first < self.step and first // every == self.step // every
+            if self.episode is not None and unlogged:
+                self._episode_metrics = self.episode.metrics  # no line has held them yet
             same = training["passes"] == self._split
         except (RuntimeError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -619,12 +638,13 @@ def announce(trainer: Trainer, remark: str) -> None:
     if not uses_prototypes(config):
         folder.say(f"method: clip, {'SigLIP' if config.model.siglip else 'InfoNCE'} only")
         return
-    internal, features = trainer.terms.internal, trainer.features
-    first = plan.first_step_with_prototypes(
-        config.episode.infonce_warmup, features.reuses and internal
-    )
-    reached = "" if first < plan.total_steps else ", which this run does not reach"
-    num_clusters = prototypes.check_clusters(config.episode, setup.episode_samples)
+    internal, features, episode = trainer.terms.internal, trainer.features, config.episode
+    # Drawn with replacement, some samples come again before the second pass.
+    stored, again = features.reuses and internal, episode.replacement
+    first = plan.first_step_with_prototypes(episode.infonce_warmup, stored and not again)
+    reached = " at the earliest" if stored and again else ""
+    reached += "" if first < plan.total_steps else ", which this run does not reach"
+    num_clusters = prototypes.check_clusters(episode, setup.episode_samples)
     folder.say(
         f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
         f"{num_clusters} prototypes per source\n"

@@ -6,10 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
+from torch.autograd import profiler_util as profiler
 
-from benchmarks import report
+from benchmarks import gpu, report, test_contrastive
 
 FOUND = [json.loads(path.read_text()) for path in sorted(report.RESULTS.glob("*.json"))]
 
@@ -32,6 +35,40 @@ def test_the_figure_shows_the_newest_record(tmp_path):
     assert words[0] == words[1] and any("open_clip" in word for word in words[0])
 
 
+class _WithFault(torch.autograd.Function):
+    """A loss whose gradients are off by those given."""
+
+    @staticmethod
+    def forward(ctx, loss, x, y, dx, dy):
+        ctx.faults = dx, dy
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream, *ctx.faults, None, None
+
+
+@pytest.mark.parametrize("case", test_contrastive.CASES)
+def test_nothing_is_timed_whose_other_logits_are_wrong(case):
+    """The gradient of the logits that are not positives: 0, twice, or five times what it is."""
+    shape, loss = (256, 64, torch.bfloat16), test_contrastive.CASES[case].ours
+    (x, y, scale, _), _ = test_contrastive._inputs(case, *shape, cone=True)
+    form, truth = test_contrastive._written_out(case, *shape, True)
+    others = truth.logits.masked_fill(form.taken_out, 0)
+    queries, keys = form.sides(x.double(), y.double())
+    dx, dy = torch.autograd.grad(scale.detach() * queries @ keys.T, (x, y), others)
+
+    def assert_parity(factor):
+        faults = (factor - 1) * dx, (factor - 1) * dy
+        faulty = lambda x, y, *rest: _WithFault.apply(loss(x, y, *rest), x, y, *faults)  # noqa: E731
+        test_contrastive._assert_parity(faulty, case, *shape, "protoclip-auto")
+
+    assert_parity(1)
+    for factor in (0, 2, 5):
+        with pytest.raises(AssertionError, match="over the budget .* of G's share"):
+            assert_parity(factor)
+
+
 @pytest.mark.parametrize("script", ["benchmarks/gpu.sh", "Makefile"])
 def test_scripts_name_files_that_are_there(script):
     named = set(re.findall(r"(?:tests|benchmarks)/\w+\.py", (report.ROOT / script).read_text()))
@@ -47,4 +84,55 @@ def test_a_card_is_asked_for_kernels_graphs_and_rows():
     ).stdout  # fmt: skip
     assert "info_nce" in told and "protoclip::contrastive_bwd" in told
     assert "expected a CUDA device, got none" in told
-    assert re.search(r"INTERPRETER: paste\n.*Launch\(block_n=.*ms before, of \d+ rows", told)
+    assert "1 candidates compiled in" in told
+    assert re.search(r"INTERPRETER: paste\n.*Launch\(block_n=.*ms before, fastest of 1 rows", told)
+
+
+def _event(number, name, start, end, device):
+    times = {"start_us": start, "end_us": end}
+    return profiler.FunctionEvent(
+        number, name, thread=1, **times, device_type=device, stack=[], use_device="cuda"
+    )
+
+
+def test_the_time_of_a_kernel_counts_once():
+    """As the profiler has it: an op of the CPU with its kernel, and the kernel by itself."""
+    device = torch.autograd.DeviceType
+    op = _event(1, "addmm", 0, 10, device.CPU)
+    op.append_kernel("gemm_kernel", 0, 700)
+    found = profiler.EventList([op, _event(2, "gemm_kernel", 20, 720, device.CUDA)])
+    found._build_tree()
+    assert gpu.time_by_kernel(found.key_averages()) == [(0.7, 1, "gemm_kernel")]
+    alone = profiler.EventList([_event(1, "addmm", 0, 10, device.CPU)])
+    alone._build_tree()
+    assert gpu.time_by_kernel(alone.key_averages()) == [(0.01, 1, "addmm")]
+
+
+def test_a_sweep_without_a_candidate_says_so(capsys):
+    """None compiled, or none with the right gradients; the table is as it was."""
+    from protoclip.kernels import launch
+
+    def wrong():
+        raise AssertionError("dx: wrong")
+
+    swept = gpu.Swept("", ("INTERPRETER",), "sigmoid", ("", "", "", 0), lambda: list, wrong)
+    before = launch.INTERPRETER
+    for rows in ([], [before, replace(before, warps=8)]):
+        gpu.sweep_row(swept, rows, 0.0)
+        told = capsys.readouterr()
+        assert f"no candidate of {len(rows)} compiled" in told.out and "paste" not in told.out
+        assert launch.INTERPRETER is before
+    assert "dx: wrong" in told.err
+
+
+def test_candidates_that_spill_are_not_timed():
+    """In a process without the interpreter, as the sweep's pool has them."""
+    swept = gpu.Swept(
+        "HALF", ("sigmoid", 90), "sigmoid", ("sigmoid", "gradients", "bf16", 512), list, list
+    )
+    from protoclip.kernels import launch
+
+    good = launch.HALF["sigmoid"][90]
+    wide = replace(good, block_n=256, block_m=128, warps=4)
+    kept, dropped = gpu.compile_all([(swept, good), (swept, wide)], 90)
+    assert kept == [] and any("local memory" in problem for problem in dropped)

@@ -69,8 +69,12 @@ def written_out(problem, dtype, weights):
     dtype as under autocast. ``terms``: the absolute values that make up dscale and dbias."""
     wide = torch.promote_types(dtype, torch.float32)
     x, y = (t.detach().to(dtype).requires_grad_() for t in (problem.queries, problem.keys))
-    s = torch.tensor(problem.scale, dtype=wide, requires_grad=True)
-    bias = torch.zeros(len(y)) if problem.key_bias is None else problem.key_bias.detach()
+    s = torch.tensor(problem.scale, dtype=wide, device=x.device, requires_grad=True)
+    bias = (
+        torch.zeros(len(y), device=x.device)
+        if problem.key_bias is None
+        else problem.key_bias.detach()
+    )
     bias = bias.to(wide).requires_grad_()
     dots = x @ y.T
     logits = (s.to(dtype) * dots).to(wide) + bias
@@ -91,7 +95,8 @@ def computed(problem, weights, backend, **options):
     """The same by ``contrastive_parts``."""
     leaves = [t.detach().requires_grad_() for t in (problem.queries, problem.keys)]
     kind = torch.promote_types(leaves[0].dtype, torch.float32)
-    leaves.append(torch.tensor(problem.scale, dtype=kind, requires_grad=True))
+    device = leaves[0].device
+    leaves.append(torch.tensor(problem.scale, dtype=kind, device=device, requires_grad=True))
     given = problem.options
     if problem.key_bias is not None:
         given["key_bias"] = problem.key_bias.to(kind).requires_grad_()
@@ -108,6 +113,7 @@ def check(problem, backend, weights=None, **options):
     if weights is None:
         counted = torch.tensor([float(len(p) > 0) for p, _ in problem.sets()])
         weights = (torch.rand(n) + 0.5) * counted, torch.zeros(n)
+    weights = [w.to(problem.queries.device) for w in weights]
     got = computed(problem, weights, backend, **options)
     truth, base = (written_out(problem, wide, weights) for wide in (torch.float64, dtype))
     empty = truth["level"].isinf()

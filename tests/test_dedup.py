@@ -55,6 +55,7 @@ def test_train_counts_shared_captions_where_it_leaves_them_out(tmp_path):
     for choice in ("off", "caption", "id"):
         flags = ["--train-data", table, "--batch-size", "32", "--report-to", "none"]
         flags += ["--method", "clip", "--max-steps", "2", "--val-frequency", "0"]
+        flags += ["--model", "protoclip-tiny"]
         where = ["--logs", str(tmp_path), "--name", choice, "--dedup", choice]
         assert main([*where, *flags]) == 0
         record = metrics(tmp_path / choice)[0]

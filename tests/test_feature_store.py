@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from ranks import full_disk, on_ranks
 
-from protoclip import distributed
+from protoclip import distributed, feature_store
 from protoclip.config import EpisodeConfig
 from protoclip.feature_store import FeatureStore, choose_features, wants_to_reuse
+from protoclip.prototypes import EpisodeBuilder
 
 CPU = torch.device("cpu")
 SAMPLES, STEPS, BATCH, DIM = 23, 3, 8, 4
@@ -50,6 +51,17 @@ def test_the_newest_row_of_a_sample_counts():
         step, row = drawn[int(sample)]
         assert torch.equal(image_h, projections(step)[0][row].float())
         assert torch.equal(text_h, -image_h)
+
+
+def test_rows_that_move_in_parts_are_those_that_move_at_once(monkeypatch):
+    """One step at a time; sample 7 is drawn in two of them, and the later draw wins."""
+    at_once, in_parts = filled_store(), filled_store()
+    at_once.end_episode(4)
+    monkeypatch.setattr(feature_store, "CHUNK", 1)
+    in_parts.end_episode(4)
+    assert torch.equal(in_parts.table, at_once.table)
+    assert torch.equal(in_parts.written, at_once.written)
+    assert torch.equal(in_parts.index, torch.full_like(in_parts.index, -1))
 
 
 def test_a_skipped_step_leaves_older_rows_alone():
@@ -122,11 +134,62 @@ def test_any_number_of_ranks_stores_and_saves_the_same(tmp_path):
         assert all(torch.equal(other[name], saved[name]) for name in saved)
 
 
+def rows_without_owners_of_some(folder, samples):
+    """Labels from a store of so few samples that some ranks own none, and whether it reloads."""
+    distributed.start(distributed.find_rank(), CPU, 60)
+    feature_store.CHUNK = 1  # one step at a time
+    store, own = FeatureStore(samples, 2, BATCH, CPU), distributed.own_slice(BATCH)
+    for step, index in enumerate(([0, 1, 2, 3, -1, -1, -1, -1], [-1, -1, -1, -1, 3, 2, 1, -1])):
+        image_h, text_h = projections(step + 1)
+        store.put(step, torch.tensor(index)[own], image_h[own], text_h[own])
+    store.end_episode(0)
+    state = store.state_dict(folder)
+    other = FeatureStore(samples, 2, BATCH, CPU)
+    other.load_state_dict(state if distributed.is_main() else {})
+    same = torch.equal(other.table, store.table) and torch.equal(other.written, store.written)
+    coming = torch.arange(min(samples, 5))
+    teacher = torch.arange(3.0 * samples).view(samples, 3)
+    builder = EpisodeBuilder(EpisodeConfig(num_clusters=2), teacher=teacher)
+    random, recent = distributed.generator(1), store.of_episode(0)
+    episode = builder.build(coming, store.of_positions(coming), random, recent)
+    distributed.stop()
+    return same, {source: labels.tolist() for source, labels in episode.labels.items()}
+
+
+@pytest.mark.parametrize("samples", [5, 13])
+def test_ranks_without_rows_take_part(tmp_path, samples):
+    """5 samples on 4 ranks: the last owns no position; of 13 two ranks own none of the rows."""
+    ((same, labels),) = on_ranks(1, rows_without_owners_of_some, tmp_path, samples)
+    assert same and [label >= 0 for label in labels["image"]] == [True] * 4 + [False]
+    for ranks in (2, 4):
+        for found in on_ranks(ranks, rows_without_owners_of_some, tmp_path, samples):
+            assert found == (True, labels)
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 1), (2, 4)])
 def test_a_state_is_loaded_on_another_number_of_ranks(tmp_path, before, after):
     (alone,) = on_ranks(1, state_of_ranks, tmp_path)
     on_ranks(before, state_of_ranks, tmp_path)
     assert_same_rows(on_ranks(after, state_of_ranks, tmp_path, f"of-{before}"), alone)
+
+
+def test_a_state_holds_the_buffer_as_far_as_it_is_filled(tmp_path):
+    store = FeatureStore(SAMPLES, STEPS, BATCH, CPU)
+    store.put(0, DRAWS[0], *projections(1))
+    store.put(1, DRAWS[1], *projections(2))
+    state = store.state_dict(tmp_path)
+    assert state["index"].tolist() == DRAWS[:2].tolist()
+    assert state["buffer"].untyped_storage().nbytes() == 2 * BATCH * 2 * DIM * 2
+    again = FeatureStore(SAMPLES, STEPS, BATCH, CPU)
+    again.load_state_dict(state)
+    for one in (store, again):
+        one.put(2, DRAWS[0].flip(0), *projections(3))
+        one.end_episode(0)
+    assert torch.equal(again.table, store.table) and torch.equal(again.written, store.written)
+    assert store.state_dict(tmp_path)["buffer"].numel() == 0
+    shorter = FeatureStore(SAMPLES, 1, BATCH, CPU)
+    with pytest.raises(ValueError, match=r"stored features index \[1, 8\], got \[2, 8\]"):
+        shorter.load_state_dict(state)
 
 
 def test_a_state_of_other_data_is_refused(tmp_path):
@@ -139,7 +202,6 @@ def test_a_state_of_other_data_is_refused(tmp_path):
 def save_without_room(folder):
     distributed.start(distributed.find_rank(), CPU, 60)
     store = filled_store()
-    store.end_episode(0)
     raised = ""
     if distributed.is_main():
         with full_disk(64):

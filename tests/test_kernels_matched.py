@@ -1,16 +1,28 @@
 """Triton's matched strip against the sets written out, on a card or in the interpreter."""
 
+from dataclasses import fields, replace
+
 import pytest
+import test_contrastive
 import torch
-from test_contrastive import DTYPES, KINDS, check, check_strides, computed, problem
+from test_contrastive import DTYPES, KINDS, Problem, check, check_strides, computed
 
 import protoclip
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REASON = protoclip.backends("contrastive")["triton"]
 pytestmark = [
-    pytest.mark.skipif(REASON is not None or torch.cuda.is_available(), reason=str(REASON)),
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's, of inf and NaN
 ]
+
+
+def problem(*arguments) -> Problem:
+    """On the device of the kernels."""
+    one = test_contrastive.problem(*arguments)
+    tensors = {f.name: getattr(one, f.name) for f in fields(one)}
+    tensors = {k: v.to(DEVICE) for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+    return replace(one, **tensors)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -26,7 +38,7 @@ def test_waves_and_chunks_are_the_whole(monkeypatch):
     from protoclip.kernels import matched, waves
 
     one = problem("groups", 100, 150, 12)
-    weights = torch.rand(100), torch.rand(100)
+    weights = torch.rand(100, device=DEVICE), torch.rand(100, device=DEVICE)
     whole = computed(one, weights, "triton")
     monkeypatch.setattr(matched, "PARTIAL_BYTES", 1)
     monkeypatch.setattr(waves, "SCRATCH_BYTES", 64 * 128 * 4)
@@ -44,7 +56,7 @@ def test_fp16_keeps_small_weights():
 def test_both_directions_and_a_query_alone_with_its_key(same_id):
     one = problem("own", 70, 70, 20)
     x, y = (t.requires_grad_() for t in (one.queries, one.keys))
-    ids = torch.arange(70)[:, None] // torch.tensor([2, 9])
+    ids = torch.arange(70, device=DEVICE)[:, None] // torch.tensor([2, 9], device=DEVICE)
     found = []
     for backend in ("triton", "reference"):
         loss = protoclip.info_nce(x, y, 20.0, ids=ids, same_id=same_id, backend=backend)
@@ -55,15 +67,16 @@ def test_both_directions_and_a_query_alone_with_its_key(same_id):
     assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (x, y)))
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="its tensors are the CPU's")
 def test_arguments_of_any_stride():
     check_strides("triton")
 
 
 def test_no_features_rows_or_keys():
     for n, m, d in ((0, 5, 4), (5, 0, 4), (3, 7, 0)):
-        bias = torch.zeros(m, requires_grad=True)
-        x, y = (torch.randn(k, d, requires_grad=True) for k in (n, m))
-        own = torch.full((n,), 0 if m else -100)
+        bias = torch.zeros(m, device=DEVICE, requires_grad=True)
+        x, y = (torch.randn(k, d, device=DEVICE, requires_grad=True) for k in (n, m))
+        own = torch.full((n,), 0 if m else -100, device=DEVICE)
         given = {"positives": own, "key_bias": bias}
         found = []
         for backend in ("triton", "reference"):

@@ -2,15 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import TINY, config_of, on_ranks
+from PIL import Image
+from ranks import TINY, config_of, metrics, on_ranks
 
-from protoclip import distributed, losses
+from protoclip import checkpoint, distributed, losses, train
 from protoclip.config import ProtoConfig
 from protoclip.data import open_dataset
 from protoclip.data.loader import EpochOrder
+from protoclip.feature_store import NEVER
 from protoclip.losses import ProtoClipLoss
 from protoclip.model import Encoded, build_model
 from protoclip.ops.checks import LEFT_OUT
@@ -84,7 +87,7 @@ MODES = [
 
 
 @pytest.mark.parametrize(
-    ("ranks", "mode"), [(1, mode) for mode in MODES] + [(2, MODES[0]), (2, MODES[1])]
+    ("ranks", "mode"), [(1, mode) for mode in MODES] + [(2, MODES[0]), (2, MODES[1]), (4, MODES[1])]
 )
 def test_labels_do_not_depend_on_the_features_of_their_step(tmp_path, ranks, mode):
     """All sources: images, texts and a teacher. Up to the noisy step the runs are the same."""
@@ -97,6 +100,33 @@ def test_labels_do_not_depend_on_the_features_of_their_step(tmp_path, ranks, mod
             for want, labels in zip(calm[step], noisy[step], strict=True):
                 assert (labels == want).all(), step
         assert all((labels != LEFT_OUT).any() for labels in noisy[NOISY])
+
+
+def test_a_bad_sample_has_no_label_and_its_replacement_keeps_its_newest_row(
+    tmp_path, nano, no_page
+):
+    """Picture 7 does not decode; in every pass another draw takes its place."""
+    rows = ["filepath\ttitle"]
+    for i in range(40):
+        Image.new("RGB", (24, 24), (6 * i, 90, 200)).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png\tsquare number {i}")
+    (tmp_path / "7.png").write_bytes(b"no picture")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    assert train.main([
+        "--train-data", str(tmp_path / "pairs.csv"), "--model", str(nano), "--batch-size", "8",
+        "--epochs", "3", "--k", "3", "--infonce-warmup-epoch", "1", "--episode-features", "reuse",
+        "--logs", str(tmp_path), "--name", "run", "--report-to", "none", "--val-frequency", "0",
+    ]) == 0  # fmt: skip
+    training = checkpoint.load_newest(tmp_path / "run")[1]["protoclip"]["training"]
+    episode, written = training["episode"], training["features"]["written"]
+    seventh = torch.arange(40) == 7
+    for labels in episode["labels"].values():
+        assert torch.equal(labels == LEFT_OUT, seventh[episode["positions"]])
+    assert (written[seventh] == NEVER).all() and (written[~seventh] == 2).all()
+    labelled = [
+        line["image_labelled"] for line in metrics(tmp_path / "run") if "image_labelled" in line
+    ]
+    assert labelled == pytest.approx([39 / 40, 39 / 40])
 
 
 def pairs(samples, seed=0, d=12):
@@ -131,6 +161,56 @@ def test_index_gives_the_labels_of_stored_rows_in_any_loop(keys):
     assert all((a == b).all() for a, b in zip(calm, noisy, strict=True))
     # In step 1 the samples are new; from step 2 on each was seen two steps ago.
     assert (calm[0] == LEFT_OUT).all() and all((labels != LEFT_OUT).all() for labels in calm[2:])
+
+
+def loop_over_ranks():
+    """This rank's labels, losses and last gradient of a loop in which each step's second half is
+    new, so that only the first rank of two knows its samples."""
+    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
+    number, ranks = distributed.rank(), distributed.world_size()
+    loss = ProtoClipLoss(
+        local_loss=True, gather_with_grad=True, rank=number, world_size=ranks,
+        proto=ProtoConfig(queue=20, k=4, capacity=60),
+    )  # fmt: skip
+    recorder = losses.prototype_losses = LabelsOfSteps()
+    values, own = [], distributed.own_slice(20)
+    for step in range(4):
+        samples = torch.cat([torch.arange(10), torch.arange(10 * step + 10, 10 * step + 20)])
+        image, text = (rows[own].clone().requires_grad_() for rows in pairs(samples, seed=step))
+        value = loss(image, text, torch.tensor(14.0), index=samples[own])
+        value.backward()
+        values.append(float(value))
+    losses.prototype_losses = recorder.original
+    distributed.stop()
+    return recorder.calls, values, (image.grad / ranks).numpy(), (text.grad / ranks).numpy()
+
+
+def test_index_over_ranks_is_that_of_one_process():
+    """Ranks that know different numbers of their samples: the mean is over all labelled ones."""
+    (alone,) = on_ranks(1, loop_over_ranks)
+    first, second = on_ranks(2, loop_over_ranks)
+    for whole, *parts in zip(alone[0], first[0], second[0], strict=True):
+        assert (whole == np.concatenate(parts)).all()
+        assert (parts[0] >= 0).all() and (parts[1] == LEFT_OUT).all()
+    assert len(alone[0]) == 6
+    for whole, *parts in zip(alone[1], first[1], second[1], strict=True):
+        assert sum(parts) / 2 == pytest.approx(whole, rel=1e-5)
+    for whole, *parts in zip(alone[2:], first[2:], second[2:], strict=True):
+        assert np.abs(np.concatenate(parts) - whole).max() < 1e-5 * np.abs(whole).max()
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "words"),
+    [
+        (torch.arange(19), ValueError, r"expected index of shape \[20\], got \[19\]"),
+        (torch.arange(20).float(), TypeError, "expected index as int64"),
+        (list(range(20)), TypeError, "expected index as a Tensor, got list"),
+    ],
+    ids=("length", "dtype", "type"),
+)
+def test_a_wrong_index_is_refused(index, error, words):
+    with pytest.raises(error, match=words):
+        ProtoClipLoss()(*pairs(torch.arange(20)), torch.tensor(14.0), index=index)
 
 
 def test_a_sample_that_left_the_capacity_has_no_label():

@@ -153,3 +153,33 @@ def test_one_cache_folder_for_everything(tmp_path, monkeypatch):
     assert native.cache_dir() == tmp_path / "xdg/protoclip"
     monkeypatch.setenv("PROTOCLIP_CACHE", "~/mine")
     assert native.cache_dir() == tmp_path / "home/mine"
+
+
+def test_the_cuda_half_is_built_for_every_card_that_is_there(monkeypatch):
+    cards = [(9, 0), (8, 0), (9, 0), (10, 0)]
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(cards))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda i: cards[i])
+    assert native.cuda_architectures() == "8.0;9.0a;10.0a"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    assert native.cuda_architectures() == "8.6"
+
+
+@pytest.mark.parametrize("before", [None, "8.6"])
+def test_a_build_leaves_the_list_of_architectures_as_it_was(monkeypatch, tmp_path, before):
+    """Other extensions of the process read it too."""
+    if before is None:
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    else:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", before)
+    seen = []
+
+    def compiler(**arguments):
+        seen.append(os.environ["TORCH_CUDA_ARCH_LIST"])
+        raise OSError("no nvcc")
+
+    monkeypatch.setattr(cpp_extension, "load", compiler)
+    build = native.Build("cuda", (), (), {"arch": "9.0a"})
+    with pytest.raises(OSError, match="no nvcc"):
+        native._compile(build, tmp_path)
+    assert seen == ["9.0a"] and os.environ.get("TORCH_CUDA_ARCH_LIST") == before

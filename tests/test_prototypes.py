@@ -93,6 +93,7 @@ class TestEpisode:
             unseen[seen] = False
             assert (labels[unseen] == LEFT_OUT).all()
             assert episode.metrics[f"{source}_labelled"] == pytest.approx(len(seen) / len(coming))
+            assert episode.metrics[f"{source}_clusters"] == 7 * len(seen) // len(coming)
         centroids = episode.centroids["external"].double()
         nearest = torch.cdist(teacher.double(), centroids).argmin(dim=1)
         assert torch.equal(episode.labels["external"].long(), nearest[coming])
@@ -184,6 +185,17 @@ class TestCollapse:
         again = Watch()
         again.load_state_dict(watch.state_dict(), CPU)
         assert again.collapse(later) == watch.collapse(later)
+
+    def test_an_episode_of_few_known_samples_is_not_the_first(self):
+        """Stored features: 12 % of the samples known, hardly more than clusters; then all."""
+        watch = Watch()
+        watch.collapse({**self.HEALTHY, "image_inertia": 0.001, "image_labelled": 0.12})
+        watch.collapse({**self.HEALTHY, "image_inertia": 0.25, "image_labelled": 0.97})
+        again = Watch()
+        again.load_state_dict(watch.state_dict(), CPU)
+        fallen = {"image_inertia": 0.02, "image_proto_accuracy": 0.95, "image_labelled": 1.0}
+        for one in (watch, again):
+            assert "fell from 0.25 to 0.02" in one.collapse({**self.HEALTHY, **fallen})
 
 
 def test_features_do_not_depend_on_the_training_mode():

@@ -22,6 +22,7 @@ from ranks import (
 )
 
 from protoclip import checkpoint
+from protoclip.step import Stepper
 from protoclip.train import main
 
 KILLS = int(os.environ.get("PROTOCLIP_KILLS", "2"))  # make faults: 20
@@ -66,7 +67,9 @@ def flags(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--lit-start", "3"], ["--lit-start", "4"], ["--siglip"]], ids=" ".join
+    "more",
+    [[], ["--lit-start", "3"], ["--lit-start", "4"], ["--siglip"], ["--log-every-n-steps", "5"]],
+    ids=" ".join,
 )
 def test_resume_ends_in_the_same_bits(tmp_path, flags, more):
     """From a checkpoint within the fourth episode, which has prototypes or, after --lit-start 3, a
@@ -78,6 +81,7 @@ def test_resume_ends_in_the_same_bits(tmp_path, flags, more):
     assert main([*flags, "--resume", str(tmp_path / "cut"), "--workers", "1"]) == 0
     assert "after step 14" in (tmp_path / "cut" / "out.log").read_text()
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert untimed_lines(tmp_path / "cut") == untimed_lines(tmp_path / "whole")
     after = {line["step"]: line for line in metrics(tmp_path / "cut") if line["step"] > 14}
     assert ("proto_loss" in after[15]) == ("3" not in more)
     cut, whole = (checkpoint.load_newest(tmp_path / name)[1] for name in ("cut", "whole"))
@@ -85,6 +89,38 @@ def test_resume_ends_in_the_same_bits(tmp_path, flags, more):
     assert_same_tensors(cut["protoclip"]["heads"], whole["protoclip"]["heads"])
     for parameter, moments in whole["optimizer"]["state"].items():
         assert_same_tensors(cut["optimizer"]["state"][parameter], moments)
+    assert_same_tensors(*(end["protoclip"]["training"]["features"] for end in (cut, whole)))
+
+
+def untimed_lines(run):
+    """The metrics of a run, those of its episodes too, without times."""
+    return [
+        {k: v for k, v in line.items() if "second" not in k and k != "time"}
+        for line in metrics(run)
+    ]
+
+
+def test_a_stop_at_an_episodes_last_step_has_stored_the_episode(tmp_path, flags, monkeypatch):
+    """Steps 7 and 8 have pictures of NaN; the second one ends an episode and the run."""
+    step = Stepper.step
+
+    def poisoned(self, number, batches, *rest, **options):
+        if number in (6, 7):
+            batches[0].image[3] = float("nan")
+        return step(self, number, batches, *rest, **options)
+
+    monkeypatch.setattr(Stepper, "step", poisoned)
+    flags = [*flags, "--logs", str(tmp_path), "--val-frequency", "0"]
+    assert main([*flags, "--name", "whole"]) == 0
+    assert main([*flags, "--name", "cut", "--max-bad-steps", "2"]) == 2
+    stopped = checkpoint.load_newest(tmp_path / "cut")[1]["protoclip"]
+    features = stopped["training"]["features"]
+    assert stopped["step"] == 8 and len(features["index"]) == 0
+    # Both episodes are of 64 distinct samples; the rows of the two bad steps do not count.
+    assert torch.bincount(features["written"] + 1).tolist() == [150 - 96, 64, 32]
+    assert main([*flags, "--resume", str(tmp_path / "cut"), "--max-bad-steps", "9"]) == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    cut, whole = (checkpoint.load_newest(tmp_path / name)[1] for name in ("cut", "whole"))
     assert_same_tensors(*(end["protoclip"]["training"]["features"] for end in (cut, whole)))
 
 
@@ -97,25 +133,25 @@ def test_a_run_goes_on_on_another_number_of_ranks(tmp_path):
     """Within an episode, whose labels are of features that other ranks have computed: 64 pairs are
     three steps a pass, an episode as well."""
     folder = tmp_path
-    more = "--epochs", "100", "--max-steps", "10", "--save-every", "7steps"
-    more += ("--episode-features", "reuse")
+    more = "--lr-scheduler", "const", "--warmup", "2", "--epochs", "100"
+    more += ("--episode-features", "reuse")  # five steps alone are too few for "auto"
 
-    def run(name, ranks, *resume):
-        size = "--batch-size", str(24 // ranks)
+    def run(name, ranks, steps, *resume):
+        size = "--batch-size", str(24 // ranks), "--max-steps", str(steps)
         argv = [*tiny_run(folder, name, *more, *size), *resume]
         assert ended(start_command(folder, argv, ranks, bare=True)) == [0] * ranks, said(folder)
-        return dict(losses(folder / "logs" / name))
 
-    whole = {ranks: run(f"on-{ranks}", ranks) for ranks in (1, 2)}
-    assert whole[2] == pytest.approx(whole[1], rel=3e-4)
+    run("whole", 1, 10)
+    whole = dict(losses(folder / "logs" / "whole"))
     for before, after in ((1, 2), (2, 1), (2, 4)):
         name = f"{before}-{after}"
-        shutil.copytree(folder / "logs" / f"on-{before}", folder / "logs" / name)
-        (folder / "logs" / name / "checkpoints" / checkpoint.LATEST).unlink()
-        moved = run(name, after, "--resume", f"logs/{name}")
-        assert "after step 7" in said(folder)[0]
+        run(name, before, 5)
+        run(name, after, 10, "--resume", f"logs/{name}")
+        moved = dict(losses(folder / "logs" / name))
+        assert list(moved) == list(range(1, 11))
         assert "number of ranks or passes" not in said(folder)[0]
-        assert moved == pytest.approx(whole[before], rel=3e-4), name
+        for step, loss in whole.items():
+            assert moved[step] == pytest.approx(loss, rel=3e-4), (name, step)
 
 
 def test_dropout_and_another_number_of_passes_get_a_note(tmp_path, capsys):

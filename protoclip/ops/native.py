@@ -24,6 +24,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -141,10 +142,17 @@ def _plan(half: str) -> Build:
             flags += f" -DCPU_CAPABILITY={capability} -DCPU_CAPABILITY_{capability}"
         return Build(half, tuple(sources), tuple(flags.split()), parameters)
     sources = [*sorted(folder.glob("*.cu")), *sorted(folder.glob("cuda_*.cpp"))]
-    major, minor = torch.cuda.get_device_capability()
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}{'a' if major >= 9 else ''}")
-    parameters |= {"cuda": str(torch.version.cuda), "arch": os.environ["TORCH_CUDA_ARCH_LIST"]}
+    parameters |= {"cuda": str(torch.version.cuda), "arch": cuda_architectures()}
     return Build(half, tuple(sources), ("-O3", "--use_fast_math"), parameters)
+
+
+def cuda_architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST where it is set, else the architectures of all cards that are there:
+    "8.0;9.0a". From 9.0 on, kernels use instructions that only the exact architecture has."""
+    if wanted := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return wanted
+    cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}{'a' if major >= 9 else ''}" for major, minor in sorted(cards))
 
 
 def _cpu_flags() -> str:
@@ -209,6 +217,21 @@ def _say(text: str) -> None:
     print(f"protoclip: {text}", end="", file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of this process, and put them back."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 def _compile(build: Build, folder: Path) -> None:
     from torch.utils import cpp_extension
 
@@ -216,21 +239,23 @@ def _compile(build: Build, folder: Path) -> None:
     start, cpu = time.perf_counter(), build.half == "cpu"
     path = os.environ.get("PATH", "")
     with contextlib.suppress(ImportError):  # pip's ninja need not be on PATH
-        os.environ["PATH"] = f"{importlib.import_module('ninja').BIN_DIR}{os.pathsep}{path}"
+        path = f"{importlib.import_module('ninja').BIN_DIR}{os.pathsep}{path}"
+    variables = {"PATH": path}
+    if not cpu:
+        variables["TORCH_CUDA_ARCH_LIST"] = build.parameters["arch"]
     try:
-        cpp_extension.load(
-            name=build.name,
-            sources=[str(p) for p in build.sources],
-            extra_cflags=list(build.flags) if cpu else ["-O3"],
-            extra_cuda_cflags=list(build.flags),
-            extra_ldflags=["-fopenmp"] if cpu else [],
-            build_directory=str(folder),
-            is_python_module=False,
-            verbose=os.environ.get("PROTOCLIP_BUILD_VERBOSE") == "1",
-        )
+        with _environment(variables):
+            cpp_extension.load(
+                name=build.name,
+                sources=[str(p) for p in build.sources],
+                extra_cflags=list(build.flags) if cpu else ["-O3"],
+                extra_cuda_cflags=list(build.flags),
+                extra_ldflags=["-fopenmp"] if cpu else [],
+                build_directory=str(folder),
+                is_python_module=False,
+                verbose=os.environ.get("PROTOCLIP_BUILD_VERBOSE") == "1",
+            )
     except BaseException:
         print(" failed", file=sys.stderr, flush=True)
         raise
-    finally:
-        os.environ["PATH"] = path
     print(f" done in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
