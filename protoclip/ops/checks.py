@@ -148,6 +148,28 @@ def segments(op: str, used: int, num_segments: int) -> None:
         )
 
 
+def weights(op: str, x: Any, rows: Tensor, backend: str) -> None:
+    """Require floats [N] without a gradient for the [N, D] rows; on a CPU and by the reference
+    none below 0."""
+    vector(op, "weights", x, ANY_FLOAT, [(rows.shape[0],)], rows.device)
+    if x.requires_grad:
+        raise ValueError(f"{op}: expected weights without a gradient, got some; detach them")
+    looks = backend == "reference" or rows.device.type == "cpu"
+    if looks and readable(x) and (x < 0).any():
+        raise ValueError(f"{op}: expected weights >= 0, got {x.min().item():g}")
+
+
+def label_smoothing(op: str, x: Any) -> None:
+    """Require a number in [0, 1]."""
+    if isinstance(x, Tensor) or not hasattr(x, "__float__"):
+        raise TypeError(
+            f"{op}: expected label_smoothing as a Python number, got {type(x).__name__}; "
+            "pass float(label_smoothing)"
+        )
+    if not 0 <= x <= 1:
+        raise ValueError(f"{op}: expected label_smoothing in [0, 1], got {x:g}")
+
+
 def one_of(op: str, name: str, x: str, choices: Sequence[str]) -> None:
     if x not in choices:
         raise ValueError(f"{op}: expected {name} in {choices}, got {x!r}")

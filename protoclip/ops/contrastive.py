@@ -13,9 +13,16 @@ from torch import Tensor
 
 from protoclip.ops import checks, pairs, reference
 from protoclip.ops.backends import resolve
-from protoclip.ops.operators import ANY_FLOAT, accumulator, reduce, wants_gradient, without_autocast
+from protoclip.ops.operators import (
+    accumulator,
+    reduce,
+    reduce_weighted,
+    wants_gradient,
+    without_autocast,
+)
 from protoclip.ops.pairs import Matching, SameId
 from protoclip.ops.strips import COUNT, keeps_stash, matched_statistics, sigmoid_strip, strip_loss
+from protoclip.ops.sums import plain_smoothing, smoothing
 
 
 def info_nce(
@@ -25,6 +32,8 @@ def info_nce(
     *,
     ids: Tensor | None = None,
     same_id: SameId = "exclude",
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
     reduction: str = "mean",
     backend: str = "auto",
     stash: bool | None = None,
@@ -42,7 +51,11 @@ def info_nce(
             such as images with one caption. Pairs without an id need unique ones. None: all differ.
         same_id: "exclude": pairs of the same id are not negatives of each other; "positive": they
             are positives of each other, and the loss is against the mean of their logits.
-        reduction: "mean", "sum", or "none" for one value per pair.
+        weights: float32 [N] >= 0, one per pair, without a gradient.
+        label_smoothing: epsilon in [0, 1], a share of the target spread evenly over the keys that
+            a query sees, as in torch's cross-entropy; a number.
+        reduction: "mean": the sum of weighted losses over the total weight; "sum"; or "none" for
+            one weighted value per pair.
         backend: "auto", or one of ``protoclip.backends("info_nce")`` (with ids, of
             ``protoclip.backends("contrastive")``); a named one never falls back.
         stash: False: keep no logits for the backward pass. Otherwise "cpu" keeps them within 64 MiB
@@ -60,31 +73,52 @@ def info_nce(
     x, y, logit_scale = checks.pairs(op, image_features, text_features, logit_scale)
     checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
     checks.one_of(op, "same_id", same_id, pairs.SAME_ID)
+    checks.label_smoothing(op, label_smoothing)
     n = x.shape[0]
+    name = resolve(op if ids is None else "contrastive", backend, x.device.type, x.dtype)
+    if weights is not None:
+        checks.weights(op, weights, x, name)
     if ids is not None:
         pairs.check_ids(op, "ids", ids, n, x.device)
         matching = Matching(query_ids=ids, key_ids=ids, same_id=same_id)
         matches = _match(
-            op, x, y, logit_scale, matching, backend=backend, stash=stash, columns=True
+            op,
+            x,
+            y,
+            logit_scale,
+            matching,
+            label_smoothing=label_smoothing,
+            backend=name,
+            stash=stash,
+            columns=True,
         )
         assert matches.column_gap is not None
-        return reduce((matches.gap + matches.column_gap) / 2, reduction, n)
-    name = resolve(op, backend, x.device.type, x.dtype)
-    if name == "reference":
+        losses = (matches.gap + matches.column_gap) / 2
+    elif name == "reference":
         with without_autocast(x.device.type):
-            losses = reference.info_nce(x, y, logit_scale)
+            losses = reference.info_nce(x, y, logit_scale, label_smoothing)
+    else:
+        reduces = weights is None and not label_smoothing  # then the op reduces the losses itself
+        strip = strip_loss(
+            x,
+            y,
+            logit_scale,
+            offset=0,
+            columns=True,
+            reduction=reduction if reduces else "none",
+            backend=name,
+            keep_stash=keeps_stash(stash, x, y, logit_scale),
+        )
+        losses = strip.loss
+        if reduces:
+            return losses
+        if label_smoothing:
+            images = plain_smoothing(x, y, logit_scale, first=0)
+            texts = plain_smoothing(y, x, logit_scale, first=0)
+            losses = losses + label_smoothing * ((images + texts) / 2)
+    if weights is None:
         return reduce(losses, reduction, n)
-    strip = strip_loss(
-        x,
-        y,
-        logit_scale,
-        offset=0,
-        columns=True,
-        reduction=reduction,
-        backend=name,
-        keep_stash=keeps_stash(stash, x, y, logit_scale),
-    )
-    return strip.loss
+    return reduce_weighted(losses, torch.ones_like(losses), weights, reduction)
 
 
 class Matches(NamedTuple):
@@ -103,11 +137,13 @@ def _match(
     logit_scale: Tensor,
     matching: Matching,
     *,
+    label_smoothing: float = 0.0,
     backend: str,
     stash: bool | None,
     columns: bool = False,
 ) -> Matches:
-    """Queries x against keys y; ``matching`` says which are positives and negatives."""
+    """Queries x against keys y; ``matching`` says which are positives and negatives. ``columns``:
+    also keys against queries, of which both have the same ids."""
     matched_pairs = pairs.pairs_of(op, x, y.shape[0], matching)
     name = resolve("contrastive", backend, x.device.type, x.dtype)
     if name == "reference" or x.device.type == "cpu":
@@ -133,6 +169,11 @@ def _match(
         gap, mean = matched.gap, matched.mean
         num_positives = matched.row_statistics[COUNT]
         column_gap = matched.column_gap if columns else None
+    if label_smoothing:
+        gap = gap + label_smoothing * smoothing(x, y, logit_scale, matched_pairs)
+        if column_gap is not None:
+            by_key = smoothing(y, x, logit_scale, matched_pairs)
+            column_gap = column_gap + label_smoothing * by_key
     counted = num_positives > 0
     if matched_pairs.left_out is not None:
         counted = counted & ~matched_pairs.left_out
@@ -228,12 +269,7 @@ def one_way(
     n, m = x.shape[0], y.shape[0]
     backend = resolve("contrastive", backend, x.device.type, x.dtype)
     if weights is not None:
-        checks.vector(op, "weights", weights, ANY_FLOAT, [(n,)], x.device)
-        if weights.requires_grad:
-            raise ValueError(f"{op}: expected weights without a gradient, got some; detach them")
-        looks = backend == "reference" or x.device.type == "cpu"
-        if looks and checks.readable(weights) and (weights < 0).any():
-            raise ValueError(f"{op}: expected weights >= 0, got {weights.min().item():g}")
+        checks.weights(op, weights, x, backend)
     # Each query's share of the mean.
     shares = torch.ones((), dtype=accumulator(x), device=x.device).expand(n)
     if backend != "reference" and matching.plain and matching.first + n <= m:
@@ -255,12 +291,7 @@ def one_way(
         matches = _match(op, x, y, logit_scale, matching, backend=backend, stash=stash)
         losses = matches.gap.where(matches.counted, 0)
         shares = matches.counted.to(losses.dtype)
-    if weights is not None:
-        losses, shares = losses * weights.to(losses.dtype), shares * weights.to(losses.dtype)
-    if reduction != "mean":
-        return reduce(losses, reduction, 0)
-    total = shares.sum() if average is None else average(shares.sum())
-    return losses.sum() / total.where(total > 0, 1)
+    return reduce_weighted(losses, shares, weights, reduction, average)
 
 
 def contrastive_parts(

@@ -1,0 +1,257 @@
+"""The options of the losses: weights, label smoothing, ids, several positives and own negatives.
+
+Each is held against a formula over boolean masks of positives and keys seen, [N, M], in fp64. The
+options are composed of sums over sets, so mistakes in these sums are planted and must be noticed.
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from budget import assert_within_budget, on_threads, usable
+
+import protoclip
+from protoclip.ops import sums
+
+BACKENDS = [name for name in usable("contrastive") if name != "triton"]
+FUSED = [name for name in BACKENDS if name != "reference"]
+both = pytest.mark.parametrize("backend", BACKENDS)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def unit(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator), dim=-1).to(dtype)
+
+
+def dtypes_of(backend):
+    return DTYPES if backend in FUSED else [torch.float64, torch.float32]
+
+
+def masks(n, m, *, positions=None, query_ids=None, key_ids=None, same_id="exclude", exclude=None):
+    """Positives and keys seen, bool [N, M]; positions [N, P] of own keys, -100: none."""
+    keys = torch.arange(m)
+    positions = torch.arange(n)[:, None] if positions is None else positions.reshape(n, -1)
+    positive = (positions[:, :, None] == keys).any(dim=1)
+    seen = torch.ones(n, m, dtype=torch.bool)
+    if key_ids is not None:
+        columns = [ids.reshape(len(ids), -1) for ids in (query_ids, key_ids)]
+        same = (columns[0][:, None] == columns[1]).any(dim=2)
+        if same_id == "positive":
+            positive = positive | same
+        else:
+            seen = positive | ~same
+    if exclude is not None:
+        seen = seen & (keys != exclude[:, None])
+    return positive & seen, seen
+
+
+def formula(logits, positive, seen, label_smoothing=0.0, own_logits=None):
+    """Losses of the rows: cross-entropy with 1 - epsilon of the target on the mean of the
+    positives and epsilon on the mean of all keys seen; 0 without a positive."""
+    size, total = seen.sum(dim=1), logits.where(seen, 0).sum(dim=1)
+    visible = logits.where(seen, -torch.inf)
+    if own_logits is not None:
+        size, total = size + own_logits.shape[1], total + own_logits.sum(dim=1)
+        visible = torch.cat([visible, own_logits], dim=1)
+    mean = logits.where(positive, 0).sum(dim=1) / positive.sum(dim=1).clamp_min(1)
+    target = (1 - label_smoothing) * mean + label_smoothing * total / size.clamp_min(1)
+    counted = positive.any(dim=1)
+    return visible.where(counted[:, None], 0).logsumexp(dim=1).where(counted, target) - target
+
+
+def gradients(loss, leaves, weights):
+    total = (loss * weights.to(loss.dtype)).sum()
+    return [loss.detach(), *torch.autograd.grad(total, leaves)]
+
+
+def assert_as_formula(call, tensors, scale, weights, rows):
+    """``call(*leaves, scale)`` is within the budget of ``rows(dots, scale)``, value and gradients.
+
+    ``rows`` takes what the products of the tensors are in the dtype of a user, see ``products``."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    wide = torch.promote_types(leaves[0].dtype, torch.float32)
+    s = torch.tensor(scale, dtype=wide, requires_grad=True)
+    got = gradients(call(*leaves, s), [*leaves, s], weights)
+    found = []
+    for dtype in (torch.float64, leaves[0].dtype):
+        wide = torch.promote_types(dtype, torch.float32)
+        copies = [
+            t.detach().to(dtype if t.dtype == leaves[0].dtype else wide).requires_grad_()
+            for t in tensors
+        ]
+        s = torch.tensor(scale, dtype=wide, requires_grad=True)
+        loss, logits = rows(s, *copies)
+        total = (loss * weights.to(loss.dtype)).sum()
+        grads = torch.autograd.grad(total, [*copies, s, *logits], retain_graph=True)
+        used, by_logit = grads[: len(copies) + 1], grads[len(copies) + 1 :]
+        terms = sum((g * t).abs().sum() for g, t in zip(by_logit, logits, strict=True))
+        found.append(([loss.detach(), *used], terms / abs(scale)))
+    (truth, terms), (base, _) = found
+    for number, (a, t, b) in enumerate(zip(got, truth, base, strict=True)):
+        size = max(1, t.abs().max()) if number == 0 else t.abs().max()
+        last = number == len(truth) - 1
+        assert_within_budget(
+            a, t, b.to(a.dtype), f"result {number}", terms + weights.sum() if last else size, scale
+        )
+
+
+def product(s, x, y):
+    """The logits as under autocast: products in the inputs' dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (s.to(x.dtype) * (x @ y.T)).to(wide)
+
+
+# ---- info_nce ----
+
+N = 60
+IDS = torch.randint(20, (N,), generator=torch.Generator().manual_seed(1))
+# Equal in one column, in the other, and in both.
+TWO_IDS = torch.stack([IDS, torch.arange(N) // 4 + 10**12], dim=1)
+INFO_NCE = {
+    "plain": {},
+    "exclude": {"ids": IDS},
+    "two ids": {"ids": TWO_IDS},
+    "positive": {"ids": IDS, "same_id": "positive"},
+    "two positive": {"ids": TWO_IDS, "same_id": "positive"},
+}
+
+
+def info_nce_rows(options, label_smoothing):
+    ids = options.get("ids")
+    told = {"query_ids": ids, "key_ids": ids, "same_id": options.get("same_id", "exclude")}
+
+    def rows(s, x, y):
+        logits, by_text = product(s, x, y), product(s, y, x)
+        sets = masks(N, N, **told)
+        losses = [formula(t, *sets, label_smoothing) for t in (logits, by_text)]
+        return sum(losses) / 2, (logits, by_text)
+
+    return rows
+
+
+def check_info_nce(kind, backend, dtype=torch.float32, scale=30.0, label_smoothing=0.2):
+    x, y = (unit(N, 24, seed=seed, dtype=dtype) for seed in (0, 1))
+    options = INFO_NCE[kind] | {"label_smoothing": label_smoothing}
+    assert_as_formula(
+        lambda x, y, s: protoclip.info_nce(x, y, s, **options, reduction="none", backend=backend),
+        (x, y),
+        scale,
+        torch.rand(N),
+        info_nce_rows(INFO_NCE[kind], label_smoothing),
+    )
+
+
+@both
+@pytest.mark.parametrize("kind", INFO_NCE)
+def test_info_nce_smoothed(kind, backend):
+    for dtype, scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
+        check_info_nce(kind, backend, dtype, scale)
+    check_info_nce(kind, backend, label_smoothing=1.0)
+
+
+@both
+def test_info_nce_smoothed_is_torchs(backend):
+    x, y = (unit(N, 24, seed=seed).requires_grad_() for seed in (0, 1))
+    logits, own = 20.0 * x @ y.T, torch.arange(N)
+    want = [F.cross_entropy(t, own, label_smoothing=0.1) for t in (logits, logits.T)]
+    got = protoclip.info_nce(x, y, 20.0, label_smoothing=0.1, backend=backend)
+    torch.testing.assert_close(got, sum(want) / 2)
+    for a, b in zip(*(torch.autograd.grad(t, (x, y)) for t in (got, sum(want) / 2)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@both
+@pytest.mark.parametrize("kind", ["plain", "two ids"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_info_nce_weighted(kind, label_smoothing, backend):
+    x, y = unit(N, 24), unit(N, 24, seed=1)
+    options = INFO_NCE[kind] | {"label_smoothing": label_smoothing, "backend": backend}
+    rows = protoclip.info_nce(x, y, 20.0, **options, reduction="none")
+    weights = torch.rand(N)
+    weights[::3] = 0
+    for w in (weights, 0 * weights, weights.bfloat16()):
+        want = rows * w.float()
+        got = {
+            name: protoclip.info_nce(x, y, 20.0, **options, weights=w, reduction=name)
+            for name in ("none", "sum", "mean")
+        }
+        torch.testing.assert_close(got["none"], want)
+        torch.testing.assert_close(got["sum"], want.sum())
+        torch.testing.assert_close(got["mean"], want.sum() / w.float().sum().clamp_min(1e-9))
+    ones = protoclip.info_nce(x, y, 20.0, **options, weights=torch.ones(N))
+    torch.testing.assert_close(ones, protoclip.info_nce(x, y, 20.0, **options))
+
+
+# Mistakes in the sums, each by what it patches.
+MUTANTS = {
+    "keys of both ids count twice": (
+        "_codes_of",
+        lambda query, key: (torch.full_like(query, -1), key.argsort().argsort()),
+    ),
+    "the own key is forgotten": (
+        "of_same_id",
+        lambda pairs, positions: torch.zeros_like(positions, dtype=torch.bool),
+    ),
+    "ids have no keys": ("KeySums._same", property(lambda self: 0 * self._rows[:1])),
+    "nothing is own": (
+        "KeySums._is_own",
+        lambda self, positions: torch.zeros_like(positions, dtype=torch.bool),
+    ),
+}
+
+
+def planted(monkeypatch, mutant):
+    name, wrong = MUTANTS[mutant]
+    owner, _, attribute = name.rpartition(".")
+    monkeypatch.setattr(getattr(sums, owner) if owner else sums, attribute, wrong)
+
+
+@pytest.mark.parametrize(
+    "kind, mutant",
+    [
+        ("two ids", "keys of both ids count twice"),
+        ("two ids", "the own key is forgotten"),
+        ("two ids", "ids have no keys"),
+        ("two positive", "keys of both ids count twice"),
+        ("two positive", "ids have no keys"),
+    ],
+)
+def test_a_wrong_sum_in_info_nce_is_noticed(kind, mutant, monkeypatch):
+    check_info_nce(kind, BACKENDS[0])
+    planted(monkeypatch, mutant)
+    with pytest.raises(AssertionError, match="over the budget"):
+        check_info_nce(kind, BACKENDS[0])
+
+
+BAD = {
+    "a tensor": (dict(label_smoothing=torch.tensor(0.1)), TypeError, "as a Python number"),
+    "a word": (dict(label_smoothing="0.1"), TypeError, "as a Python number"),
+    "too much": (dict(label_smoothing=1.1), ValueError, r"in \[0, 1\], got 1.1"),
+    "not a number": (dict(label_smoothing=float("nan")), ValueError, r"in \[0, 1\], got nan"),
+    "negative weights": (dict(weights=-torch.ones(4)), ValueError, "weights >= 0, got -1"),
+    "other weights": (dict(weights=torch.ones(5)), ValueError, r"weights of shape \[4\]"),
+    "their gradient": (dict(weights=torch.ones(4).requires_grad_()), ValueError, "detach"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_info_nce_refuses_in_words(case):
+    options, error, words = BAD[case]
+    for ids in (None, torch.arange(4)):
+        with pytest.raises(error, match=f"info_nce: .*{words}"):
+            protoclip.info_nce(unit(4, 8), unit(4, 8), 3.0, ids=ids, **options)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_same_bits_on_any_number_of_threads(backend):
+    x, y = (unit(3000, 64, seed=seed).requires_grad_() for seed in (0, 1))
+    ids = torch.randint(900, (3000, 2))
+
+    def run():
+        loss = protoclip.info_nce(x, y, 20.0, ids=ids, label_smoothing=0.1, backend=backend)
+        return loss.detach(), *torch.autograd.grad(loss, (x, y))
+
+    found = on_threads(run, (1, 2, 2))
+    assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
