@@ -23,8 +23,10 @@ from protoclip.ops.operators import (
     define_gradient,
     empty,
     gradient_like,
+    in_transform,
     operator,
     reduce,
+    reduce_weighted,
     refuse_gradient,
     scaled,
     wanted_gradients,
@@ -227,6 +229,8 @@ def prototype_cross_entropy(
     logit_scale: Tensor | float,
     *,
     targets: Tensor | None = None,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -243,7 +247,11 @@ def prototype_cross_entropy(
         logit_scale: [] or [1], the multiplier (not its logarithm).
         targets: [K, D], rows m_y = sum_k t(y)_k C_k for target distributions t(y) that depend on
             the cluster (``protoclip.soft_targets``); constants. None: hard labels, m = prototypes.
-        reduction: "mean" (over the samples with a label), "sum", or "none".
+        weights: float32 [N] >= 0, one per sample, without a gradient.
+        label_smoothing: epsilon in [0, 1], a share of the target spread evenly over all prototypes,
+            as in torch's cross-entropy; a number. With ``targets`` the result is a constant too.
+        reduction: "mean": the sum of weighted losses over the total weight of the samples with a
+            label; "sum"; or "none": weighted losses.
         backend: "auto" or a row of ``protoclip.backends("prototype_cross_entropy")``.
     Returns:
         float32 (float64 for float64 input), nats: [] or [N]. Gradients reach ``features``,
@@ -254,8 +262,50 @@ def prototype_cross_entropy(
     Source:
         ProtoCLIP (arXiv 2206.10996), prototype loss, simplified by linearity in the target.
     """
-    banks = [Bank(prototypes, labels, targets)]
-    return _losses(features, banks, logit_scale, reduction, backend, need_nearest=False).loss[0]
+    op = "prototype_cross_entropy"
+    checks.label_smoothing(op, label_smoothing)
+    bank = Bank(prototypes, labels, targets)
+    if weights is None and not label_smoothing:
+        return _losses(features, [bank], logit_scale, reduction, backend, need_nearest=False).loss[
+            0
+        ]
+    checks.matrix(op, "features", features, "[N, D]")
+    checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
+    _check_bank(op, features, bank)
+    logit_scale = checks.scalar(
+        op, "logit_scale", logit_scale, features.device, accumulator(features)
+    )
+    if weights is not None:
+        name = resolve(op, backend, features.device.type, features.dtype)
+        checks.weights(op, weights, features, name)
+    # A target is a constant, so that of trainable prototypes must remain a label.
+    trained = targets is None and (prototypes.requires_grad or in_transform())
+    if label_smoothing and not trained:
+        bank = Bank(prototypes, labels, _smoothed(features, bank, label_smoothing))
+    losses = _losses(features, [bank], logit_scale, "none", backend, need_nearest=False).loss[0]
+    if label_smoothing and trained:
+        spread = _mean_below_own(features, bank, logit_scale).to(losses.dtype)
+        losses = losses + label_smoothing * spread
+    return reduce_weighted(losses, (labels != -100).to(losses.dtype), weights, reduction)
+
+
+def _smoothed(features: Tensor, bank: Bank, label_smoothing: float) -> Tensor:
+    """The targets with a share of the mean prototype, [K, D], in the dtype of all operands."""
+    targets = bank.prototypes if bank.targets is None else bank.targets
+    _, prototypes, targets = checks.promoted(features, bank.prototypes.detach(), targets.detach())
+    wide = accumulator(targets)
+    mean = prototypes.to(wide).mean(dim=0)
+    return torch.lerp(targets.to(wide), mean, label_smoothing).to(targets.dtype)
+
+
+def _mean_below_own(features: Tensor, bank: Bank, logit_scale: Tensor) -> Tensor:
+    """Logit of each sample's prototype minus the mean of all, [N]; 0 where ignored. In fp64, whose
+    indexed sums, the gradient of the prototypes, have one order."""
+    used = bank.labels != -100
+    prototypes = bank.prototypes.double()
+    own = prototypes[bank.labels.clamp(0, prototypes.shape[0] - 1)]  # [N, D]
+    gap = (features.double() * (own - prototypes.mean(dim=0))).sum(dim=1)
+    return (logit_scale.double().reshape(()) * gap).where(used, 0)
 
 
 def prototype_losses(
