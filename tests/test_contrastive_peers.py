@@ -47,6 +47,23 @@ def test_nt_xent_is_metric_learnings_with_one_positive_each():
     assert_same(protoclip.nt_xent(unit(a), unit(b), SCALE), want, (a, b))
 
 
+def test_nt_xent_of_ids_as_positives_is_metric_learnings_sup_con():
+    a, b, ids = rows(), rows(seed=1), torch.arange(N) % 7
+    want = SupConLoss(temperature=1 / SCALE)(torch.cat([a, b]), ids.repeat(2))
+    got = protoclip.nt_xent(unit(a), unit(b), SCALE, ids=ids, same_id="positive")
+    assert_same(got, want, (a, b))
+
+
+def test_nt_xent_without_negatives_of_the_same_id_is_metric_learnings():
+    """Its positives and negatives as pairs of indices: (anchor, positive), (anchor, negative)."""
+    a, b, ids = rows(), rows(seed=1), torch.arange(N) % 7
+    view, every = torch.arange(2 * N), ids.repeat(2)
+    anchor, negative = (every[:, None] != every).nonzero(as_tuple=True)
+    told = view, view.roll(N), anchor, negative
+    want = NTXentLoss(temperature=1 / SCALE)(torch.cat([a, b]), indices_tuple=told)
+    assert_same(protoclip.nt_xent(unit(a), unit(b), SCALE, ids=ids), want, (a, b))
+
+
 def test_sup_con_is_metric_learnings():
     """Every row has a positive, a negative and a loss above 0, else its reducer drops rows."""
     x, labels = rows(), torch.arange(N) % 7

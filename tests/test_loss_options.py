@@ -93,7 +93,12 @@ def assert_as_formula(call, tensors, scale, weights, rows):
         size = max(1, t.abs().max()) if number == 0 else t.abs().max()
         last = number == len(truth) - 1
         assert_within_budget(
-            a, t, b.to(a.dtype), f"result {number}", terms + 2**-29 * weights.sum() if last else size, scale
+            a,
+            t,
+            b.to(a.dtype),
+            f"result {number}",
+            terms + 2**-29 * weights.sum() if last else size,
+            scale,
         )
 
 
@@ -288,6 +293,47 @@ def test_smoothed_targets_keep_the_digits_of_fp32_features():
         for prototypes in (c, c.float())
     )
     assert torch.equal(got, want)
+
+
+# ---- nt_xent ----
+
+
+@both
+@pytest.mark.parametrize("same_id", ["exclude", "positive"])
+@pytest.mark.parametrize("ids", [IDS, TWO_IDS], ids=["one", "two"])
+def test_nt_xent_with_ids(ids, same_id, backend):
+    views, every = torch.arange(2 * N), torch.cat([ids, ids])
+    sets = masks(
+        2 * N,
+        2 * N,
+        positions=views.roll(N),
+        query_ids=every,
+        key_ids=every,
+        same_id=same_id,
+        exclude=views,
+    )
+
+    def rows(s, x, y):
+        logits = product(s, torch.cat([x, y]), torch.cat([x, y]))
+        return formula(logits, *sets), (logits,)
+
+    def call(x, y, s):
+        return protoclip.nt_xent(
+            x, y, s, ids=ids, same_id=same_id, reduction="none", backend=backend
+        )
+
+    for dtype, scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
+        x, y = (unit(N, 24, seed=seed, dtype=dtype) for seed in (0, 1))
+        assert_as_formula(call, (x, y), scale, torch.rand(2 * N), rows)
+
+
+def test_ids_of_nt_xent_are_checked():
+    x = unit(4, 8)
+    for ids, error in ((torch.ones(8).long(), ValueError), (torch.ones(4), TypeError)):
+        with pytest.raises(error, match="nt_xent: expected ids"):
+            protoclip.nt_xent(x, x, 3.0, ids=ids)
+    with pytest.raises(ValueError, match="nt_xent: expected same_id in"):
+        protoclip.nt_xent(x, x, 3.0, same_id="both")
 
 
 # ---- what all share ----

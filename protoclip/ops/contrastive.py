@@ -356,6 +356,8 @@ def nt_xent(
     views_b: Tensor,
     logit_scale: Tensor | float,
     *,
+    ids: Tensor | None = None,
+    same_id: SameId = "exclude",
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -363,6 +365,9 @@ def nt_xent(
 
     Args:
         views_a, views_b: [N, D], unit rows; row i of each is a view of sample i.
+        ids: int64 [N] or [N, R], R <= 2, of the samples: equal in any column is the same thing.
+        same_id: "exclude": views of other samples with the same id are not negatives; "positive":
+            they are positives.
         logit_scale, reduction, backend: as in ``contrastive``; "none" gives [2N], views_a first.
     Returns:
         float32 [], nats per view.
@@ -371,9 +376,18 @@ def nt_xent(
     """
     op = "nt_xent"
     x, y, logit_scale = checks.pairs(op, views_a, views_b, logit_scale)
+    if ids is not None:
+        pairs.check_ids(op, "ids", ids, x.shape[0], x.device)
+        ids = torch.cat([ids, ids])
     views = torch.cat([x, y])
     itself = torch.arange(views.shape[0], device=x.device)
-    matching = Matching(positives=itself.roll(x.shape[0]), exclude=itself)
+    matching = Matching(
+        positives=itself.roll(x.shape[0]),
+        query_ids=ids,
+        key_ids=ids,
+        same_id=same_id,
+        exclude=itself,
+    )
     return one_way(op, views, views, logit_scale, matching, reduction=reduction, backend=backend)
 
 
