@@ -5,6 +5,8 @@ options are composed of sums over sets, so mistakes in these sums are planted an
 """
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -336,6 +338,248 @@ def test_ids_of_nt_xent_are_checked():
         protoclip.nt_xent(x, x, 3.0, same_id="both")
 
 
+# ---- contrastive ----
+
+M, H = 90, 3
+
+
+def relations():
+    """What ``contrastive`` is told of N queries and M keys; the positions of own keys [N, P]."""
+    draw = torch.Generator().manual_seed(2)
+    keys = torch.randint(25, (M,), generator=draw)
+    two = torch.stack([keys, torch.randint(30, (M,), generator=draw)], dim=1)
+    own = torch.randint(M, (N,), generator=draw)
+    own[::9] = -100
+    several = torch.randint(M, (N, 4), generator=draw)
+    several[torch.rand(N, 4, generator=draw) < 0.3] = -100
+    several[::9] = -100  # no own key
+    several[1::9, 2] = several[1::9, 0]  # twice the same
+    several[2::9, 0] = -100  # the first is not in the first column
+    bias = torch.randn(M, generator=draw)
+    bias[::5] = -torch.inf
+    other = torch.randint(-1, M, (N,), generator=draw)
+    gone = other.where(torch.arange(N) % 4 > 0, several[:, 1].clamp_min(-1))  # a positive too
+    query = torch.randint(27, (N,), generator=draw)
+    every = {"query_ids": two[own.clamp_min(0)], "key_ids": two, "key_bias": bias}
+    return {
+        "plain": {},
+        "bias": {"key_bias": bias},
+        "own": {"positives": own, "exclude": other},
+        "two ids": {"positives": own, "exclude": other} | every,
+        "two positive": {"positives": own, "exclude": other, "same_id": "positive"} | every,
+        "excluded positive": {
+            "positives": own,
+            "exclude": own.where(torch.arange(N) % 2 > 0, other),
+            "query_ids": query,
+            "key_ids": keys,
+            "same_id": "positive",
+        },
+        "groups": {"query_ids": query, "key_ids": keys, "same_id": "positive", "exclude": other},
+        "several": {"positives": several},
+        "several, excluded": {"positives": several, "exclude": gone, "key_bias": bias},
+        "several, ids": {"positives": several, "query_ids": query, "key_ids": keys},
+        "several, two ids": {"positives": several, "exclude": gone} | every,
+        "several positive": {"positives": several, "exclude": gone, "same_id": "positive"} | every,
+    }
+
+
+RELATIONS = relations()
+
+
+def sets_of(options):
+    """The masks of ``options``, and the keys' biases."""
+    told = {name: value for name, value in options.items() if name != "key_bias"}
+    positions = told.pop("positives", None)
+    if told.get("same_id") == "positive" and positions is None:
+        positions = torch.full((N, 1), -100)
+    positive, seen = masks(N, M, positions=positions, **told)
+    bias = options.get("key_bias", torch.zeros(M))
+    present = bias != -torch.inf
+    positive, seen = positive & present, seen & present
+    if positions is not None and not (told.get("same_id") == "positive" and positions.max() < 0):
+        left_out = (positions.reshape(N, -1) == -100).all(dim=1)
+        positive = positive & ~left_out[:, None]
+    return positive, seen, bias
+
+
+def check_contrastive(kind, backend, dtype=torch.float32, scale=30.0, label_smoothing=0.2, own=0):
+    """``own``: so many negatives of each query."""
+    options = {name: value for name, value in RELATIONS[kind].items() if name != "key_bias"}
+    positive, seen, bias = sets_of(RELATIONS[kind])
+    finite = bias.isfinite()
+    assert positive.any(dim=1).sum() > 0
+    told = {"label_smoothing": label_smoothing, "reduction": "none", "backend": backend}
+    wide = torch.promote_types(dtype, torch.float32)
+    tensors = [unit(N, 24, dtype=dtype), unit(M, 24, seed=1, dtype=dtype), bias[finite].to(wide)]
+    if own:
+        tensors.append(unit(N, own, 24, seed=2, dtype=dtype))
+    absent = torch.full((M,), -torch.inf, dtype=wide)
+
+    def call(x, y, shift, *rest):
+        *negatives, s = rest
+        if "key_bias" in RELATIONS[kind]:
+            options["key_bias"] = absent.masked_scatter(finite, shift)
+        if negatives:
+            options["negatives"] = negatives[0]
+        losses = protoclip.contrastive(x, y, s, **options, **told)
+        return losses + 0 * shift.sum()
+
+    def rows(s, x, y, shift, *negatives):
+        dots = product(s, x, y)
+        full = torch.zeros(M, dtype=dots.dtype).masked_scatter(finite, shift.to(dots.dtype))
+        logits = [dots + full] if "key_bias" in RELATIONS[kind] else [dots]
+        for own_keys in negatives:
+            by_own = s.to(x.dtype) * torch.einsum("nd,nhd->nh", x, own_keys)
+            logits.append(by_own.to(dots.dtype))
+        losses = formula(logits[0], positive, seen, label_smoothing, *logits[1:])
+        return losses + 0 * shift.sum().to(losses.dtype), logits
+
+    assert_as_formula(call, tensors, scale, torch.rand(N), rows)
+
+
+@both
+@pytest.mark.parametrize("kind", RELATIONS)
+def test_contrastive_smoothed(kind, backend):
+    for dtype, scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
+        check_contrastive(kind, backend, dtype, scale)
+
+
+@both
+@pytest.mark.parametrize("kind", [name for name in RELATIONS if name.startswith("several")])
+def test_several_positives(kind, backend):
+    for dtype, scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
+        check_contrastive(kind, backend, dtype, scale, label_smoothing=0.0)
+
+
+@both
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("kind", RELATIONS)
+def test_negatives_of_each_query(kind, label_smoothing, backend):
+    for dtype, scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
+        check_contrastive(kind, backend, dtype, scale, label_smoothing, own=H)
+
+
+@both
+def test_two_positives_and_an_own_negative_by_hand(backend):
+    """Logits 0, 1, 2, 3 of the keys and 4 of the own negative; keys 1 and 3 are positives."""
+    keys, own = torch.arange(4.0)[:, None], torch.full((1, 1, 1), 4.0)
+    positives = torch.tensor([[1, -100, 3]])
+
+    def loss(**more):
+        told = {"positives": positives, "backend": backend} | more
+        return protoclip.contrastive(torch.ones(1, 1), keys, 1.0, **told).item()
+
+    def level(*logits):
+        return math.log(sum(map(math.exp, logits)))
+
+    assert loss() == pytest.approx(level(0, 1, 2, 3) - 2, rel=1e-6)
+    assert loss(negatives=own) == pytest.approx(level(0, 1, 2, 3, 4) - 2, rel=1e-6)
+    smoothed = level(0, 1, 2, 3, 4) - 0.9 * 2 - 0.1 * 10 / 5
+    assert loss(negatives=own, label_smoothing=0.1) == pytest.approx(smoothed, rel=1e-6)
+    # Key 2 has the query's id; so has key 3, but it is a positive.
+    ids = {"query_ids": torch.tensor([7]), "key_ids": torch.tensor([0, 1, 7, 7])}
+    assert loss(**ids) == pytest.approx(level(0, 1, 3) - 2, rel=1e-6)
+    # One positive of two is not seen.
+    assert loss(exclude=torch.tensor([3])) == pytest.approx(level(0, 1, 2) - 1, rel=1e-6)
+
+
+@both
+def test_contrastive_smoothed_is_torchs(backend):
+    x, y = unit(N, 24).requires_grad_(), unit(M, 24, seed=1).requires_grad_()
+    own = torch.randint(M, (N,))
+    own[::7] = -100
+    want = F.cross_entropy(20.0 * x @ y.T, own, label_smoothing=0.1)
+    told = {"label_smoothing": 0.1, "backend": backend}
+    got = protoclip.contrastive(x, y, 20.0, positives=own, **told)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(t, (x, y)) for t in (got, want)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    got = protoclip.contrastive(x, y, 20.0, **told)  # without positives another op computes it
+    torch.testing.assert_close(
+        got, F.cross_entropy(20.0 * x @ y.T, torch.arange(N), label_smoothing=0.1)
+    )
+
+
+@both
+def test_several_positives_are_parts_of_any_loss_and_one_is_as_before(backend):
+    x, y, told = unit(N, 24), unit(M, 24, seed=1), {"backend": backend}
+    options = RELATIONS["several, two ids"] | told
+    level, mean = protoclip.contrastive_parts(x, y, 20.0, **options)
+    rows = protoclip.contrastive(x, y, 20.0, **options, reduction="none")
+    counted = rows != 0
+    assert counted.sum() == sets_of(RELATIONS["several, two ids"])[0].any(dim=1).sum() < N
+    torch.testing.assert_close((level - mean)[counted], rows[counted], rtol=1e-5, atol=1e-5)
+    # The mean is over the queries with a positive, weighted or not.
+    weights = torch.rand(N)
+    got = protoclip.contrastive(x, y, 20.0, **options, weights=weights)
+    torch.testing.assert_close(got, (rows * weights).sum() / weights[counted].sum())
+    own = torch.randint(M, (N,))
+    want = protoclip.contrastive(x, y, 20.0, positives=own, **told)
+    for columns in ([own], [own, own], [torch.full((N,), -100), own]):
+        got = protoclip.contrastive(x, y, 20.0, positives=torch.stack(columns, dim=1), **told)
+        torch.testing.assert_close(got, want)
+
+
+@both
+def test_options_where_there_is_nothing(backend):
+    """No queries, no keys, no own negatives, all keys absent: no NaN, also of the gradient."""
+    for n, m, h in ((0, 5, 2), (5, 0, 2), (5, 7, 0), (0, 0, 0), (5, 7, 2)):
+        leaves = [t.requires_grad_() for t in (unit(n, 4), unit(m, 4), unit(n, h, 4))]
+        bias = torch.full((m,), -torch.inf if h else 0.0, requires_grad=True)
+        own = torch.full((n, 2), 1 if h == 0 else -100)
+        ids = {"query_ids": torch.arange(n), "key_ids": torch.arange(m)}
+        for positives, key_bias in ((own, bias), (own * 0 + 1 if m else own, bias)):
+            told = {"positives": positives, "key_bias": key_bias, "label_smoothing": 0.1} | ids
+            loss = protoclip.contrastive(
+                *leaves[:2], 3.0, **told, negatives=leaves[2], backend=backend
+            )
+            grads = torch.autograd.grad(loss, [*leaves, bias], allow_unused=True)
+            assert loss.isfinite() and (loss == 0) == (h > 0 or not n)
+            assert all(g is None or g.isfinite().all() for g in grads)
+    for call in (protoclip.info_nce, protoclip.nt_xent):
+        empty = torch.empty(0, dtype=torch.int64)
+        assert call(unit(0, 4), unit(0, 4), 3.0, ids=empty, backend=backend) == 0
+    got = protoclip.info_nce(
+        unit(0, 4), unit(0, 4), 3.0, label_smoothing=0.1, weights=torch.ones(0), backend=backend
+    )
+    assert got == 0
+
+
+@both
+def test_positions_out_of_range_among_several(backend):
+    x, y = unit(3, 8), unit(6, 8, seed=1)
+    for wrong in (6, -7):
+        positives = torch.tensor([[0, 1], [2, wrong], [-100, -100]])
+        with pytest.raises(ValueError, match=r"positives in \[0, 6\) or -100.*at query 1"):
+            protoclip.contrastive(x, y, 3.0, positives=positives, backend=backend)
+
+
+NEGATIVES = {
+    "a matrix": (dict(negatives=unit(4, 8)), ValueError, r"negatives of shape \[N, H, D\], got"),
+    "rows": (dict(negatives=unit(3, 2, 8)), ValueError, r"shape \[4, 2, 8\], got \[3, 2, 8\]"),
+    "width": (dict(negatives=unit(4, 2, 7)), ValueError, r"shape \[4, 2, 8\], got \[4, 2, 7\]"),
+    "integers": (dict(negatives=unit(4, 2, 8).long()), TypeError, r"negatives.float\(\)"),
+    "a list": (dict(negatives=[1.0]), TypeError, "negatives as a Tensor, got list"),
+    "no positions": (
+        dict(positives=torch.empty(4, 0, dtype=torch.int64)),
+        ValueError,
+        r"positives of shape \[4\] or \[4, 1\], got \[4, 0\]",
+    ),
+    "positions of others": (
+        dict(positives=torch.zeros(3, 2, dtype=torch.int64)),
+        ValueError,
+        r"positives of shape \[4\] or \[4, 2\], got \[3, 2\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NEGATIVES)
+def test_contrastive_refuses_in_words(case):
+    options, error, words = NEGATIVES[case]
+    with pytest.raises(error, match=f"contrastive: .*{words}"):
+        protoclip.contrastive(unit(4, 8), unit(6, 8), 3.0, **options)
+
+
 # ---- what all share ----
 
 # Mistakes in the sums, each by what it patches.
@@ -349,11 +593,12 @@ MUTANTS = {
         lambda pairs, positions: torch.zeros_like(positions, dtype=torch.bool),
     ),
     "ids have no keys": ("KeySums._same", property(lambda self: 0 * self._rows[:1])),
-    "nothing is own": (
-        "KeySums._is_own",
-        lambda self, positions: torch.zeros_like(positions, dtype=torch.bool),
+    "what is excluded counts": (
+        "KeySums.__init__",
+        lambda self, keys, pairs: INIT(self, keys, replace(pairs, exclude=None)),
     ),
 }
+INIT = sums.KeySums.__init__
 
 
 def planted(monkeypatch, mutant):
@@ -379,6 +624,27 @@ def test_a_wrong_sum_in_info_nce_is_noticed(kind, mutant, monkeypatch):
         check_info_nce(kind, BACKENDS[0])
 
 
+@pytest.mark.parametrize(
+    "kind, mutant",
+    [
+        ("two ids", "keys of both ids count twice"),
+        ("two ids", "the own key is forgotten"),
+        ("two ids", "what is excluded counts"),
+        ("two positive", "ids have no keys"),
+        ("two positive", "the own key is forgotten"),
+        ("several, two ids", "the own key is forgotten"),
+        ("excluded positive", "what is excluded counts"),
+        ("several, two ids", "what is excluded counts"),
+        ("several positive", "what is excluded counts"),
+    ],
+)
+def test_a_wrong_sum_in_contrastive_is_noticed(kind, mutant, monkeypatch):
+    check_contrastive(kind, BACKENDS[0])
+    planted(monkeypatch, mutant)
+    with pytest.raises(AssertionError, match="over the budget"):
+        check_contrastive(kind, BACKENDS[0])
+
+
 BAD = {
     "a tensor": (dict(label_smoothing=torch.tensor(0.1)), TypeError, "as a Python number"),
     "a word": (dict(label_smoothing="0.1"), TypeError, "as a Python number"),
@@ -396,6 +662,8 @@ def test_bad_options_are_refused_in_words(case):
     for ids in (None, torch.arange(4)):
         with pytest.raises(error, match=f"info_nce: .*{words}"):
             protoclip.info_nce(unit(4, 8), unit(4, 8), 3.0, ids=ids, **options)
+    with pytest.raises(error, match=f"contrastive: .*{words}"):
+        protoclip.contrastive(unit(4, 8), unit(4, 8), 3.0, **options)
     with pytest.raises(error, match=f"prototype_cross_entropy: .*{words}"):
         protoclip.prototype_cross_entropy(unit(4, 8), unit(4, 8), torch.arange(4), 3.0, **options)
 

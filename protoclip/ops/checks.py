@@ -159,9 +159,18 @@ def weights(op: str, x: Any, rows: Tensor, backend: str) -> None:
         raise ValueError(f"{op}: expected weights >= 0, got {x.min().item():g}")
 
 
+def negatives(op: str, x: Any, rows: Tensor) -> None:
+    """Require floats [N, H, D] for the [N, D] rows."""
+    n, d = rows.shape
+    if isinstance(x, Tensor) and x.ndim != 3:
+        raise ValueError(f"{op}: expected negatives of shape [N, H, D], got {list(x.shape)}")
+    shapes = [(n, x.shape[1], d)] if isinstance(x, Tensor) else []
+    vector(op, "negatives", x, ANY_FLOAT, shapes, rows.device)
+
+
 def label_smoothing(op: str, x: Any) -> None:
     """Require a number in [0, 1]."""
-    if isinstance(x, Tensor) or not hasattr(x, "__float__"):
+    if not isinstance(x, (int, float)):
         raise TypeError(
             f"{op}: expected label_smoothing as a Python number, got {type(x).__name__}; "
             "pass float(label_smoothing)"

@@ -22,7 +22,7 @@ from protoclip.ops.operators import (
 )
 from protoclip.ops.pairs import Matching, SameId
 from protoclip.ops.strips import COUNT, keeps_stash, matched_statistics, sigmoid_strip, strip_loss
-from protoclip.ops.sums import plain_smoothing, smoothing
+from protoclip.ops.sums import logits_of_own, plain_smoothing, smoothing, with_others
 
 
 def info_nce(
@@ -137,6 +137,7 @@ def _match(
     logit_scale: Tensor,
     matching: Matching,
     *,
+    negatives: Tensor | None = None,
     label_smoothing: float = 0.0,
     backend: str,
     stash: bool | None,
@@ -169,8 +170,15 @@ def _match(
         gap, mean = matched.gap, matched.mean
         num_positives = matched.row_statistics[COUNT]
         column_gap = matched.column_gap if columns else None
+    if matched_pairs.others is not None:
+        gap, mean = with_others(x, y, logit_scale, matched_pairs, gap=gap, mean=mean)
+    own_logits: Tensor | None = None
+    if negatives is not None and negatives.shape[1]:
+        own_logits = logits_of_own(x, negatives, logit_scale)
+        gap = torch.logaddexp(gap, own_logits.logsumexp(dim=1) - mean)
     if label_smoothing:
-        gap = gap + label_smoothing * smoothing(x, y, logit_scale, matched_pairs)
+        spread = smoothing(x, y, logit_scale, matched_pairs, own_logits)
+        gap = gap + label_smoothing * spread
         if column_gap is not None:
             by_key = smoothing(y, x, logit_scale, matched_pairs)
             column_gap = column_gap + label_smoothing * by_key
@@ -194,7 +202,9 @@ def contrastive(
     same_id: SameId = "exclude",
     exclude: Tensor | None = None,
     key_bias: Tensor | None = None,
+    negatives: Tensor | None = None,
     weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
     reduction: str = "mean",
     backend: str = "auto",
     stash: bool | None = None,
@@ -210,13 +220,19 @@ def contrastive(
         queries, keys: [N, D] and [M, D], in ``info_nce``'s dtypes. Extra keys, such as hard
             negatives or a queue, are negatives.
         positives: int64 [N], the position of each query's own key; -100: the query is left out.
+            [N, P]: several own keys, padded with -100. All of them are seen: the loss of a query
+            with two is at least log 2, as each is in the denominator of the other.
             None: query i's own key is key i; with ids and same_id="positive" there is none.
         query_ids, key_ids: int64 [N] or [N, R] and [M] or [M, R], R <= 2: equal in any column is
-            the same thing. query_ids=None: ids of the own keys. Unknown ids: give unique ones.
+            the same thing. query_ids=None: ids of the (first) own keys. Unknown ids: give unique
+            ones.
         same_id: "exclude": keys of the same id are not negatives; "positive": they are positives.
         exclude: int64 [N], one key that a query never sees, such as itself; negative: none.
         key_bias: float32 [M], added to each key's logits, with a gradient; -inf removes the key.
+        negatives: [N, H, D], H further keys that only query i sees, such as its hard negatives.
+            Their N x H logits are computed by torch.
         weights: float32 [N] >= 0, one per query, without a gradient.
+        label_smoothing: as in ``info_nce``, over all keys that a query sees.
         reduction: "mean": the sum of weighted losses over the total weight of the queries with a
             positive, 0 if none has one; "sum"; or "none": weighted losses, 0 where left out.
         logit_scale, backend, stash: as in ``info_nce``.
@@ -242,7 +258,9 @@ def contrastive(
         keys,
         logit_scale,
         matching,
+        negatives=negatives,
         weights=weights,
+        label_smoothing=label_smoothing,
         reduction=reduction,
         backend=backend,
         stash=stash,
@@ -256,7 +274,9 @@ def one_way(
     logit_scale: Tensor | float,
     matching: Matching,
     *,
+    negatives: Tensor | None = None,
     weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
     reduction: str = "mean",
     backend: str = "auto",
     stash: bool | None = None,
@@ -265,15 +285,21 @@ def one_way(
     """``contrastive``; ``average`` averages a divisor over ranks."""
     checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
     checks.one_of(op, "same_id", matching.same_id, pairs.SAME_ID)
+    checks.label_smoothing(op, label_smoothing)
     x, y, logit_scale = checks.strip(op, ("queries", "keys"), queries, keys, logit_scale)
+    if negatives is not None:
+        checks.negatives(op, negatives, x)
+        x, y, negatives = checks.promoted(x, y, negatives)
     n, m = x.shape[0], y.shape[0]
     backend = resolve("contrastive", backend, x.device.type, x.dtype)
     if weights is not None:
         checks.weights(op, weights, x, backend)
     # Each query's share of the mean.
     shares = torch.ones((), dtype=accumulator(x), device=x.device).expand(n)
-    if backend != "reference" and matching.plain and matching.first + n <= m:
-        reduces = weights is None and average is None  # then the op reduces the losses itself
+    fits = matching.plain and negatives is None and matching.first + n <= m
+    if backend != "reference" and fits:
+        # Without any of these the op reduces the losses itself.
+        reduces = weights is None and average is None and not label_smoothing
         strip = strip_loss(
             x,
             y,
@@ -287,8 +313,21 @@ def one_way(
         losses = strip.loss
         if reduces:
             return losses
+        if label_smoothing:
+            spread = plain_smoothing(x, y, logit_scale, matching.first)
+            losses = losses + label_smoothing * spread
     else:
-        matches = _match(op, x, y, logit_scale, matching, backend=backend, stash=stash)
+        matches = _match(
+            op,
+            x,
+            y,
+            logit_scale,
+            matching,
+            negatives=negatives,
+            label_smoothing=label_smoothing,
+            backend=backend,
+            stash=stash,
+        )
         losses = matches.gap.where(matches.counted, 0)
         shares = matches.counted.to(losses.dtype)
     return reduce_weighted(losses, shares, weights, reduction, average)

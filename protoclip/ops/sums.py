@@ -1,4 +1,5 @@
-"""Mean logits over the sets of ``pairs.py``, without logits: options of the losses need no more.
+"""What the options of the losses need: mean logits over the sets of ``pairs.py``, and logits of a
+few keys of each query. No kernels, and no [N, M] logits.
 
 A mean of dot products is one dot product, s q_i.(sum of the keys) / count, so O((N + M) D) is
 enough. S_i comes from the sum over all keys, minus the keys of the query's id, plus its own keys
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoclip.ops.operators import accumulator
+from protoclip.ops.operators import accumulator, without_autocast
 from protoclip.ops.pairs import Pairs
 
 
@@ -44,6 +45,44 @@ def plain_smoothing(queries: Tensor, keys: Tensor, logit_scale: Tensor, first: i
     return logit_scale.to(x.dtype).reshape(()) * (x * (own - y.mean(dim=0))).sum(dim=1)
 
 
+def with_others(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    pairs: Pairs,
+    *,
+    gap: Tensor,
+    mean: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``gap`` and ``mean`` of the first own keys -> those of all own keys, [N] each."""
+    others = pairs.others
+    assert others is not None
+    sums = KeySums(keys, pairs)
+    total, count = _logits(queries, logit_scale, sums.positive)
+    all_mean = (total / count.clamp_min(1)).to(mean.dtype)
+    gap = gap + (mean - all_mean)
+    if pairs.query_ids is None or pairs.same_positive:
+        return gap, all_mean
+    # Keys of the query's id are not seen, but own keys are.
+    hidden = others.where(of_same_id(pairs, others), -1)
+    rows = sums.at_each(hidden)  # [N, P, D + 2]
+    dots = (queries.double()[:, None] * rows[:, :, :-2]).sum(dim=2)
+    logits = logit_scale.double().reshape(()) * dots + rows[:, :, -2]
+    adds = hidden >= 0
+    # Finite where there is nothing to add: a gradient of -inf - -inf is NaN, even times 0.
+    level = logits.where(adds, -1e30).logsumexp(dim=1)
+    level = (level - all_mean).to(gap.dtype)
+    return torch.logaddexp(gap, level).where(adds.any(dim=1), gap), all_mean
+
+
+def logits_of_own(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> Tensor:
+    """Logits [N, H] of queries [N, D] and of keys [N, H, D] that only they see."""
+    wide = accumulator(queries)
+    with without_autocast(queries.device.type):
+        dots = torch.bmm(keys.to(wide), queries.to(wide)[:, :, None])[:, :, 0]
+    return logit_scale.to(wide).reshape(()) * dots
+
+
 def _logits(queries: Tensor, logit_scale: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the logits and number of the keys, for ``sums`` [N, D + 2] of ``KeySums``: [N]."""
     d = queries.shape[1]
@@ -56,9 +95,11 @@ class KeySums:
 
     def __init__(self, keys: Tensor, pairs: Pairs) -> None:
         self._pairs = pairs
-        self._own = pairs.own[:, None].long()  # [N, P], -1: none
+        self._own = pairs.own[:, None].long()  # [N, P], not excluded; -1: none
         if pairs.others is not None:
             self._own = torch.cat([self._own, pairs.others], dim=1)
+        if pairs.exclude is not None:
+            self._own = self._own.where(self._own != pairs.exclude[:, None], -1)
         rows = keys.double()
         count = rows.new_ones((keys.shape[0], 1))
         if pairs.key_bias is None:
@@ -79,38 +120,32 @@ class KeySums:
         if pairs.exclude is None:
             return seen
         exclude = pairs.exclude[:, None]
-        still_seen = self._is_own(exclude) | ~self._is_same(exclude)
-        return seen - self._at(exclude.where(still_seen, -1))
+        return seen - self._at(exclude.where(~self._is_same(exclude), -1))
 
     @cached_property
     def positive(self) -> Tensor:
         """Over P_i."""
         pairs = self._pairs
-        joined = pairs.query_ids is not None and pairs.same_positive
-        if joined:
-            positive = self._same + self._at(self._own.where(~self._is_same(self._own), -1))
-        else:
-            positive = self._at(self._own)
+        if pairs.query_ids is None or not pairs.same_positive:
+            return self._at(self._own)
+        positive = self._same + self._at(self._own.where(~self._is_same(self._own), -1))
         if pairs.exclude is None:
             return positive
         exclude = pairs.exclude[:, None]
-        was_positive = self._is_own(exclude)
-        if joined:
-            was_positive = was_positive | self._is_same(exclude)
-        return positive - self._at(exclude.where(was_positive, -1))
+        return positive - self._at(exclude.where(self._is_same(exclude), -1))
 
     def _at(self, positions: Tensor) -> Tensor:
         """Sum of the rows at positions [N] or [N, P]; -1: none."""
         if positions.ndim == 1:
             positions = positions[:, None]
-        return self._rows[self._row_of(positions)].sum(dim=1)
+        return self.at_each(positions).sum(dim=1)
+
+    def at_each(self, positions: Tensor) -> Tensor:
+        """The rows at positions [N, P], [N, P, D + 2]; zeros at -1."""
+        return self._rows[self._row_of(positions)]
 
     def _row_of(self, positions: Tensor) -> Tensor:
         return positions.where(positions >= 0, self._rows.shape[0] - 1).long()
-
-    def _is_own(self, positions: Tensor) -> Tensor:
-        """Whether positions [N, 1] are those of own keys."""
-        return (positions == self._own).any(dim=1, keepdim=True)
 
     def _is_same(self, positions: Tensor) -> Tensor:
         return of_same_id(self._pairs, positions)
