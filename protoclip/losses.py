@@ -116,7 +116,7 @@ def global_contrastive(
     key_bias: Tensor | None = None,
     negatives: Tensor | None = None,
     weights: Tensor | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: float = 0,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:

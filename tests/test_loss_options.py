@@ -288,7 +288,7 @@ def test_prototypes_weighted(label_smoothing, backend):
     assert loss(weights=torch.zeros(N)) == 0
 
 
-def test_smoothed_targets_keep_the_digits_of_fp32_features():
+def test_smoothing_keeps_the_digits_of_fp32_features():
     h, c = unit(N, 24).requires_grad_(), unit(K, 24, seed=1).bfloat16()
     got, want = (
         protoclip.prototype_cross_entropy(h, prototypes, LABELS, 20.0, label_smoothing=0.1)
@@ -592,7 +592,7 @@ MUTANTS = {
         "of_same_id",
         lambda pairs, positions: torch.zeros_like(positions, dtype=torch.bool),
     ),
-    "ids have no keys": ("KeySums._same", property(lambda self: 0 * self._rows[:1])),
+    "ids have no keys": ("KeySums._same", lambda self: 0 * self._rows[:1]),
     "what is excluded counts": (
         "KeySums.__init__",
         lambda self, keys, pairs: INIT(self, keys, replace(pairs, exclude=None)),

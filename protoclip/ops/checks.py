@@ -169,7 +169,10 @@ def negatives(op: str, x: Any, rows: Tensor) -> None:
 
 
 def label_smoothing(op: str, x: Any) -> None:
-    """Require a number in [0, 1]."""
+    """Require a number in [0, 1].
+
+    Its default is the integer 0: with dynamic=True torch.compile makes a symbol of a default 0.0,
+    finds that this check fixes it, and compiles again."""
     if not isinstance(x, (int, float)):
         raise TypeError(
             f"{op}: expected label_smoothing as a Python number, got {type(x).__name__}; "

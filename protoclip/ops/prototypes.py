@@ -23,7 +23,6 @@ from protoclip.ops.operators import (
     define_gradient,
     empty,
     gradient_like,
-    in_transform,
     operator,
     reduce,
     reduce_weighted,
@@ -230,7 +229,7 @@ def prototype_cross_entropy(
     *,
     targets: Tensor | None = None,
     weights: Tensor | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: float = 0,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -278,33 +277,26 @@ def prototype_cross_entropy(
     if weights is not None:
         name = resolve(op, backend, features.device.type, features.dtype)
         checks.weights(op, weights, features, name)
-    # A target is a constant, so that of trainable prototypes must remain a label.
-    trained = targets is None and (prototypes.requires_grad or in_transform())
-    if label_smoothing and not trained:
-        bank = Bank(prototypes, labels, _smoothed(features, bank, label_smoothing))
     losses = _losses(features, [bank], logit_scale, "none", backend, need_nearest=False).loss[0]
-    if label_smoothing and trained:
-        spread = _mean_below_own(features, bank, logit_scale).to(losses.dtype)
+    if label_smoothing:
+        spread = _mean_below_target(features, bank, logit_scale).to(losses.dtype)
         losses = losses + label_smoothing * spread
     return reduce_weighted(losses, (labels != -100).to(losses.dtype), weights, reduction)
 
 
-def _smoothed(features: Tensor, bank: Bank, label_smoothing: float) -> Tensor:
-    """The targets with a share of the mean prototype, [K, D], in the dtype of all operands."""
-    targets = bank.prototypes if bank.targets is None else bank.targets
-    _, prototypes, targets = checks.promoted(features, bank.prototypes.detach(), targets.detach())
-    wide = accumulator(targets)
-    mean = prototypes.to(wide).mean(dim=0)
-    return torch.lerp(targets.to(wide), mean, label_smoothing).to(targets.dtype)
+def _mean_below_target(features: Tensor, bank: Bank, logit_scale: Tensor) -> Tensor:
+    """Mean logit of each sample's target minus that of all prototypes, [N]; 0 where ignored.
 
-
-def _mean_below_own(features: Tensor, bank: Bank, logit_scale: Tensor) -> Tensor:
-    """Logit of each sample's prototype minus the mean of all, [N]; 0 where ignored. In fp64, whose
-    indexed sums, the gradient of the prototypes, have one order."""
+    Smoothing the targets themselves, (1 - epsilon) m + epsilon mean, would round them to bfloat16
+    and lose the gradient of trained prototypes. fp64, whose indexed sums have one order."""
     used = bank.labels != -100
-    prototypes = bank.prototypes.double()
-    own = prototypes[bank.labels.clamp(0, prototypes.shape[0] - 1)]  # [N, D]
-    gap = (features.double() * (own - prototypes.mean(dim=0))).sum(dim=1)
+    mean = bank.prototypes.double().mean(dim=0)
+    if bank.targets is None:
+        targets = bank.prototypes
+    else:  # constants, and so is what is mixed into them
+        targets, mean = bank.targets, mean.detach()
+    own = targets.double()[bank.labels.clamp(0, targets.shape[0] - 1)]  # [N, D]
+    gap = (features.double() * (own - mean)).sum(dim=1)
     return (logit_scale.double().reshape(()) * gap).where(used, 0)
 
 

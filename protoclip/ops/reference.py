@@ -26,7 +26,7 @@ def info_nce(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor,
-    label_smoothing: float = 0.0,
+    label_smoothing: float = 0,
 ) -> Tensor:
     """[N, D], [N, D], scalar -> [N]: half the sum of both directions' cross-entropies."""
     logits = _wide(logit_scale) * _wide(image_features) @ _wide(text_features).T  # [N, N]

@@ -9,8 +9,6 @@ are fp64: nothing is lost where they cancel, and indexed sums of fp64 have one o
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,8 +27,8 @@ def smoothing(
     """Mean logit of each query's positives minus that of all it sees, [N]: label smoothing adds
     it, times epsilon, to the loss. ``extra_logits`` [N, H]: of keys that only this query sees."""
     sums = KeySums(keys, pairs)
-    positive, num_positives = _logits(queries, logit_scale, sums.positive)
-    seen, num_seen = _logits(queries, logit_scale, sums.seen)
+    positive, num_positives = _logits(queries, logit_scale, sums.positive())
+    seen, num_seen = _logits(queries, logit_scale, sums.seen())
     if extra_logits is not None:
         seen = seen + extra_logits.sum(dim=1)
         num_seen = num_seen + extra_logits.shape[1]
@@ -58,7 +56,7 @@ def with_others(
     others = pairs.others
     assert others is not None
     sums = KeySums(keys, pairs)
-    total, count = _logits(queries, logit_scale, sums.positive)
+    total, count = _logits(queries, logit_scale, sums.positive())
     all_mean = (total / count.clamp_min(1)).to(mean.dtype)
     gap = gap + (mean - all_mean)
     if pairs.query_ids is None or pairs.same_positive:
@@ -109,26 +107,24 @@ class KeySums:
             rows = rows.where((pairs.key_bias != -torch.inf)[:, None], 0)
         self._rows = F.pad(rows, (0, 0, 0, 1))  # the last row is of "none"
 
-    @cached_property
     def seen(self) -> Tensor:
         """Over S_i."""
         pairs = self._pairs
         total = self._rows.sum(dim=0).expand(self._own.shape[0], -1)
         if pairs.query_ids is None or pairs.same_positive:
             return total - self._at(pairs.exclude) if pairs.exclude is not None else total
-        seen = total - self._same + self._at(self._own.where(self._is_same(self._own), -1))
+        seen = total - self._same() + self._at(self._own.where(self._is_same(self._own), -1))
         if pairs.exclude is None:
             return seen
         exclude = pairs.exclude[:, None]
         return seen - self._at(exclude.where(~self._is_same(exclude), -1))
 
-    @cached_property
     def positive(self) -> Tensor:
         """Over P_i."""
         pairs = self._pairs
         if pairs.query_ids is None or not pairs.same_positive:
             return self._at(self._own)
-        positive = self._same + self._at(self._own.where(~self._is_same(self._own), -1))
+        positive = self._same() + self._at(self._own.where(~self._is_same(self._own), -1))
         if pairs.exclude is None:
             return positive
         exclude = pairs.exclude[:, None]
@@ -150,7 +146,6 @@ class KeySums:
     def _is_same(self, positions: Tensor) -> Tensor:
         return of_same_id(self._pairs, positions)
 
-    @cached_property
     def _same(self) -> Tensor:
         """Over the keys of the query's id."""
         query_ids, key_ids = self._pairs.query_ids, self._pairs.key_ids
