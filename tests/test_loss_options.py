@@ -580,6 +580,30 @@ def test_contrastive_refuses_in_words(case):
         protoclip.contrastive(unit(4, 8), unit(6, 8), 3.0, **options)
 
 
+def test_derivatives_of_the_reference_in_transforms_and_of_second_order():
+    """At a scale where logits are hundreds of nats apart."""
+    n, labels = 6, torch.tensor([0, 0, 1, 2, 2, 3])
+    x, y = (unit(n, 4, seed=seed, dtype=torch.float64) for seed in (0, 1))
+    own = torch.stack([torch.arange(n), torch.arange(n).roll(1)], dim=1)
+    negatives = unit(n, 2, 4, seed=2, dtype=torch.float64)
+    smoothed = {"label_smoothing": 0.1, "weights": torch.rand(n)}
+    every = {"positives": own, "key_ids": labels, "negatives": negatives}
+    losses = {
+        "info_nce": lambda x, s: protoclip.info_nce(x, y, s, ids=labels, **smoothed),
+        "contrastive": lambda x, s: protoclip.contrastive(x, y, s, **every, **smoothed),
+        "prototypes": lambda x, s: protoclip.prototype_cross_entropy(y, x, labels, s, **smoothed),
+    }
+    for name, loss in losses.items():
+        gradient = torch.func.grad(loss)(x, 3.0)
+        direction = unit(n, 4, seed=4, dtype=torch.float64)
+        _, derivative = torch.func.jvp(lambda x, f=loss: f(x, 3.0), (x,), (direction,))
+        torch.testing.assert_close(derivative, (gradient * direction).sum())
+        assert torch.autograd.gradgradcheck(
+            lambda x, f=loss: f(x, 3.0), (x.clone().requires_grad_(),)
+        ), name
+        assert torch.func.hessian(lambda x, f=loss: f(x, 3000.0))(x).isfinite().all(), name
+
+
 # ---- what all share ----
 
 # Mistakes in the sums, each by what it patches.

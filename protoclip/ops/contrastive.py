@@ -22,7 +22,7 @@ from protoclip.ops.operators import (
 )
 from protoclip.ops.pairs import Matching, SameId
 from protoclip.ops.strips import COUNT, keeps_stash, matched_statistics, sigmoid_strip, strip_loss
-from protoclip.ops.sums import logits_of_own, plain_smoothing, smoothing, with_others
+from protoclip.ops.sums import log_add, logits_of_own, plain_smoothing, smoothing, with_others
 
 
 def info_nce(
@@ -175,7 +175,7 @@ def _match(
     own_logits: Tensor | None = None
     if negatives is not None and negatives.shape[1]:
         own_logits = logits_of_own(x, negatives, logit_scale)
-        gap = torch.logaddexp(gap, own_logits.logsumexp(dim=1) - mean)
+        gap = log_add(gap, own_logits.logsumexp(dim=1) - mean)
     if label_smoothing:
         spread = smoothing(x, y, logit_scale, matched_pairs, own_logits)
         gap = gap + label_smoothing * spread

@@ -68,9 +68,17 @@ def with_others(
     logits = logit_scale.double().reshape(()) * dots + rows[:, :, -2]
     adds = hidden >= 0
     # Finite where there is nothing to add: a gradient of -inf - -inf is NaN, even times 0.
-    level = logits.where(adds, -1e30).logsumexp(dim=1)
-    level = (level - all_mean).to(gap.dtype)
-    return torch.logaddexp(gap, level).where(adds.any(dim=1), gap), all_mean
+    level = logits.where(adds, -1e30).logsumexp(dim=1) - all_mean
+    any_adds = adds.any(dim=1)
+    level = level.where(any_adds, 0).to(gap.dtype)
+    return log_add(gap, level).where(any_adds, gap), all_mean
+
+
+def log_add(gap: Tensor, level: Tensor) -> Tensor:
+    """``logaddexp``, with second derivatives even where the two are far apart. A query that sees
+    no keys, with a gap of -inf, has no loss; here it counts as 0, for the sake of the gradient."""
+    gap = gap.where(gap != -torch.inf, 0)
+    return gap - F.logsigmoid(gap - level)
 
 
 def logits_of_own(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> Tensor:
