@@ -115,7 +115,9 @@ def global_contrastive(
     same_id: SameId = "exclude",
     exclude: Tensor | None = None,
     key_bias: Tensor | None = None,
+    negatives: Tensor | None = None,
     weights: Tensor | None = None,
+    label_smoothing: float = 0,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -126,13 +128,15 @@ def global_contrastive(
 
     Args:
         queries, keys: [N, D] and [M, D], the same M on every rank.
-        positives, exclude: int64 [N], positions among the keys of all ranks: key j of rank r is
-            r M + j. Without positives, query i's own key is key i of its rank.
-        query_ids, key_ids, key_bias, weights: for this rank's queries and keys; a query is
-            compared with the ids and biases of all ranks' keys.
+        positives, exclude: int64 [N] ([N, P]: several positives), positions among the keys of all
+            ranks: key j of rank r is r M + j. Without positives, query i's own key is key i of its
+            rank.
+        query_ids, key_ids, key_bias, negatives, weights: for this rank's queries and keys; a query
+            is compared with the ids and biases of all ranks' keys, and with its own negatives only.
         reduction: "mean": the average over ranks is the mean over all ranks' queries, however many
             count on each; "sum" and "none": over this rank's queries.
-        logit_scale, same_id, backend: as in ``contrastive``, as are the result and errors.
+        logit_scale, same_id, label_smoothing, backend: as in ``contrastive``, as are the result
+            and errors.
     """
     op = "global_contrastive"
     matching = Matching(
@@ -150,7 +154,9 @@ def global_contrastive(
         all_keys,
         logit_scale,
         matching,
+        negatives=negatives,
         weights=weights,
+        label_smoothing=label_smoothing,
         reduction=reduction,
         backend=backend,
         average=mean_over_ranks if is_distributed() else None,

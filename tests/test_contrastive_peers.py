@@ -40,11 +40,67 @@ def test_sentence_transformers_default_loss():
     assert_same(got, want, leaves)
 
 
+def test_sentence_transformers_loss_of_own_negatives_alone():
+    """A batch of one query each: the keys are its positive and its own negatives."""
+    leaves = [rows(seed=k) for k in range(4)]
+    theirs = MultipleNegativesRankingLoss(torch.nn.Identity(), scale=SCALE)
+    single = [[x[i : i + 1] for x in leaves] for i in range(N)]
+    want = sum(theirs.compute_loss_from_embeddings(one, None) for one in single) / N
+    query, key, *own = map(unit, leaves)
+    got = protoclip.contrastive(
+        query,
+        key,
+        SCALE,
+        key_ids=torch.zeros(N, dtype=torch.int64),  # so no other key is a negative
+        negatives=torch.stack(own, dim=1),
+    )
+    assert_same(got, want, leaves)
+
+
+def test_several_positives_are_metric_learnings_sup_con():
+    x, labels = rows(), torch.arange(N) % 12
+    want = SupConLoss(temperature=1 / SCALE)(x, labels)
+    others = (labels[:, None] == labels).fill_diagonal_(False).nonzero()[:, 1].reshape(N, 3)
+    positives = torch.cat([torch.full((N, 1), -100), others], dim=1)
+    got = protoclip.contrastive(
+        unit(x), unit(x), SCALE, positives=positives, exclude=torch.arange(N)
+    )
+    assert_same(got, want, (x,))
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_torchs_cross_entropy_of_keys_and_own_negatives(label_smoothing):
+    query, keys = rows(), rows(2 * N, seed=1)
+    own = F.normalize(torch.randn(N, 4, D), dim=2).requires_grad_()
+    others = SCALE * torch.einsum("nd,nhd->nh", query, own)
+    logits = torch.cat([SCALE * query @ keys.T, others], dim=1)
+    want = F.cross_entropy(logits, torch.arange(N), label_smoothing=label_smoothing)
+    got = protoclip.contrastive(query, keys, SCALE, negatives=own, label_smoothing=label_smoothing)
+    assert_same(got, want, (query, keys, own))
+
+
 def test_nt_xent_is_metric_learnings_with_one_positive_each():
     a, b = rows(), rows(seed=1)
     labels = torch.arange(N).repeat(2)
     want = NTXentLoss(temperature=1 / SCALE)(torch.cat([a, b]), labels)
     assert_same(protoclip.nt_xent(unit(a), unit(b), SCALE), want, (a, b))
+
+
+def test_nt_xent_of_ids_as_positives_is_metric_learnings_sup_con():
+    a, b, ids = rows(), rows(seed=1), torch.arange(N) % 7
+    want = SupConLoss(temperature=1 / SCALE)(torch.cat([a, b]), ids.repeat(2))
+    got = protoclip.nt_xent(unit(a), unit(b), SCALE, ids=ids, same_id="positive")
+    assert_same(got, want, (a, b))
+
+
+def test_nt_xent_without_negatives_of_the_same_id_is_metric_learnings():
+    """Its positives and negatives as pairs of indices: (anchor, positive), (anchor, negative)."""
+    a, b, ids = rows(), rows(seed=1), torch.arange(N) % 7
+    view, every = torch.arange(2 * N), ids.repeat(2)
+    anchor, negative = (every[:, None] != every).nonzero(as_tuple=True)
+    told = view, view.roll(N), anchor, negative
+    want = NTXentLoss(temperature=1 / SCALE)(torch.cat([a, b]), indices_tuple=told)
+    assert_same(protoclip.nt_xent(unit(a), unit(b), SCALE, ids=ids), want, (a, b))
 
 
 def test_sup_con_is_metric_learnings():

@@ -34,6 +34,23 @@ def results(backend, dtype):
         "positions": protoclip.contrastive(x, y, 14.3, **some, **how),
         "lse": protoclip.contrastive_parts(x, y, 14.3, **some, **how)[0],
         "mean": protoclip.contrastive_parts(x, y, 14.3, **some, **how)[1],
+        "info_nce, smoothed": protoclip.info_nce(
+            x, y, 14.3, weights=weights, label_smoothing=0.1, **how
+        ),
+        "several": protoclip.contrastive(
+            x,
+            y,
+            14.3,
+            positives=torch.stack([own, other], dim=1),
+            key_ids=ids,
+            negatives=torch.stack([y, y.flip(0)], dim=1),
+            label_smoothing=0.1,
+            **how,
+        ),
+        "prototypes, smoothed": protoclip.prototype_cross_entropy(
+            x, prototypes, ids, 14.3, weights=weights, label_smoothing=0.1, **how
+        ),
+        "nt_xent, ids": protoclip.nt_xent(x, y, 14.3, ids=ids, **how),
         "nt_xent": protoclip.nt_xent(x, y, 14.3, **how),
         "sup_con": protoclip.sup_con(x, ids, 14.3, **how),
         "sigmoid_loss": ops.sigmoid_loss(x, y, 14.3, -9.7, **how),

@@ -49,6 +49,7 @@ def relations():
     own[:30:2], bias[::7] = -100, -torch.inf  # of several ranks, unequally many
     ids = torch.randint(40, (2 * G,), generator=random)
     weights = {"weights": torch.rand(G, generator=random)}
+    negatives = F.normalize(torch.randn(G, 2, D, generator=random), dim=-1)
     every = {"query_ids": ids[::2], "key_ids": ids, "exclude": own.roll(1), "key_bias": bias}
     return [
         {},
@@ -56,7 +57,17 @@ def relations():
         {"positives": own, "key_ids": ids},
         weights | every | {"positives": own},
         weights | every | {"same_id": "positive"},
+        weights | {"label_smoothing": 0.2},
+        every | {"positives": several(random), "label_smoothing": 0.2, "negatives": negatives},
     ]
+
+
+def several(random):
+    """Positions [G, 3] of own keys among 2 G, some of them padding, of some queries all."""
+    own = torch.randint(2 * G, (G, 3), generator=random)
+    own[torch.rand(G, 3, generator=random) < 0.3] = -100
+    own[::9] = -100
+    return own
 
 
 def contrastive_and_gradients(kind, over_ranks, own=slice(None), wide=None):
@@ -65,20 +76,22 @@ def contrastive_and_gradients(kind, over_ranks, own=slice(None), wide=None):
     x, y = (t.to(wide or dtype) for t in features(dtype))
     scalar = torch.promote_types(x.dtype, torch.float32)
     calls = [(contrastive, global_contrastive, told) for told in relations()]
-    calls += [(contrastive_parts, global_contrastive_parts, told) for told in relations()[3:]]
+    calls += [(contrastive_parts, global_contrastive_parts, told) for told in relations()[3:5]]
     for one, of_ranks, told in calls:
         many = len(told.get("key_ids", y)) > G
         keys = torch.stack([y, -x], dim=1).flatten(0, 1) if many else y
         share = slice(2 * own.start, 2 * own.stop) if many and own.start is not None else own
         mine = {"key_ids": share, "key_bias": share}
-        told = {k: v if k == "same_id" else v[mine.get(k, own)] for k, v in told.items()}
+        told = {
+            k: v[mine.get(k, own)] if isinstance(v, torch.Tensor) else v for k, v in told.items()
+        }
         weights = told.pop("weights", None) if one is contrastive_parts else None
         leaves = [x[own], keys[share], torch.tensor(scale, dtype=scalar)]
-        if "key_bias" in told:
-            told["key_bias"] = told["key_bias"].to(scalar)
-            leaves.append(told["key_bias"])
         leaves = [t.clone().requires_grad_() for t in leaves]
-        told |= dict(zip(["key_bias"], leaves[3:], strict=False))
+        for name, kind_of_leaf in (("key_bias", scalar), ("negatives", x.dtype)):
+            if name in told:
+                told[name] = told[name].to(kind_of_leaf, copy=True).requires_grad_()
+                leaves.append(told[name])
         value = (of_ranks if over_ranks else one)(*leaves[:3], **told, backend=backend)
         if weights is not None:
             value = (weights * (value[0] - 2 * value[1])).mean()

@@ -43,6 +43,74 @@ CALLS = {
         lambda x, y, logit_scale, ids: protoclip.info_nce(x, y, logit_scale, ids=ids),
         lambda n: (features(n), features(n, 1), scalar(10.0), ids_of(n)),
     ),
+    "info_nce with options": (
+        lambda x, y, logit_scale, weights: protoclip.info_nce(
+            x, y, logit_scale, weights=weights, label_smoothing=0.1
+        ),
+        lambda n: (features(n), features(n, 1), scalar(10.0), torch.linspace(0, 1, n)),
+    ),
+    "info_nce with ids and options": (
+        lambda x, y, logit_scale, ids, weights: protoclip.info_nce(
+            x, y, logit_scale, ids=ids, weights=weights, label_smoothing=0.1
+        ),
+        lambda n: (
+            features(n),
+            features(n, 1),
+            scalar(10.0),
+            torch.stack([ids_of(n), torch.arange(n) // 3], dim=1),
+            torch.linspace(0, 1, n),
+        ),
+    ),
+    "contrastive smoothed": (
+        lambda x, y, logit_scale: protoclip.contrastive(x, y, logit_scale, label_smoothing=0.1),
+        lambda n: (features(n), features(2 * n, 1), scalar(10.0)),
+    ),
+    "contrastive with several positives and own negatives": (
+        lambda queries, keys, logit_scale, positives, key_ids, key_bias, negatives: (
+            protoclip.contrastive(
+                queries,
+                keys,
+                logit_scale,
+                positives=positives,
+                key_ids=key_ids,
+                exclude=positives[:, 1],
+                key_bias=key_bias,
+                negatives=negatives,
+                label_smoothing=0.1,
+            )
+        ),
+        lambda n: (
+            features(n),
+            features(2 * n, 1),
+            scalar(10.0),
+            torch.stack([torch.arange(n).roll(k) for k in (0, 3, 1)], dim=1),
+            ids_of(2 * n),
+            torch.linspace(-1, 1, 2 * n).requires_grad_(),
+            features(3 * n, 2).detach().view(n, 3, D).requires_grad_(),
+        ),
+    ),
+    "nt_xent with ids": (
+        lambda x, y, logit_scale, ids: protoclip.nt_xent(x, y, logit_scale, ids=ids),
+        lambda n: (features(n), features(n, 1), scalar(10.0), ids_of(n)),
+    ),
+    "prototype_cross_entropy smoothed": (
+        lambda x, prototypes, labels, logit_scale, weights: protoclip.prototype_cross_entropy(
+            x, prototypes, labels, logit_scale, weights=weights, label_smoothing=0.1
+        ),
+        lambda n: (
+            features(n),
+            features(K, 1).detach(),
+            labels_of(n),
+            scalar(10.0),
+            torch.linspace(0, 1, n),
+        ),
+    ),
+    "prototype_cross_entropy smoothed, trained": (
+        lambda x, prototypes, labels, logit_scale: protoclip.prototype_cross_entropy(
+            x, prototypes, labels, logit_scale, label_smoothing=0.1
+        ),
+        lambda n: (features(n), features(K, 1), labels_of(n), scalar(10.0)),
+    ),
     "contrastive": (
         protoclip.contrastive,
         lambda n: (features(n), features(2 * n, 1), scalar(10.0)),

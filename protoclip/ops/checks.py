@@ -149,6 +149,40 @@ def segments(op: str, used: int, num_segments: int) -> None:
         )
 
 
+def weights(op: str, x: Any, rows: Tensor, backend: str) -> None:
+    """Require floats [N] without a gradient for the [N, D] rows; on a CPU and by the reference
+    none below 0."""
+    vector(op, "weights", x, ANY_FLOAT, [(rows.shape[0],)], rows.device)
+    if x.requires_grad:
+        raise ValueError(f"{op}: expected weights without a gradient, got some; detach them")
+    looks = backend == "reference" or rows.device.type == "cpu"
+    if looks and readable(x) and (x < 0).any():
+        raise ValueError(f"{op}: expected weights >= 0, got {x.min().item():g}")
+
+
+def negatives(op: str, x: Any, rows: Tensor) -> None:
+    """Require floats [N, H, D] for the [N, D] rows."""
+    n, d = rows.shape
+    if isinstance(x, Tensor) and x.ndim != 3:
+        raise ValueError(f"{op}: expected negatives of shape [N, H, D], got {list(x.shape)}")
+    shapes = [(n, x.shape[1], d)] if isinstance(x, Tensor) else []
+    vector(op, "negatives", x, ANY_FLOAT, shapes, rows.device)
+
+
+def label_smoothing(op: str, x: Any) -> None:
+    """Require a number in [0, 1].
+
+    Its default is the integer 0: with dynamic=True torch.compile makes a symbol of a default 0.0,
+    finds that this check fixes it, and compiles again."""
+    if not isinstance(x, (int, float)):
+        raise TypeError(
+            f"{op}: expected label_smoothing as a Python number, got {type(x).__name__}; "
+            "pass float(label_smoothing)"
+        )
+    if not 0 <= x <= 1:
+        raise ValueError(f"{op}: expected label_smoothing in [0, 1], got {x:g}")
+
+
 def one_of(op: str, name: str, x: str, choices: Sequence[str]) -> None:
     if x not in choices:
         raise ValueError(f"{op}: expected {name} in {choices}, got {x!r}")

@@ -13,9 +13,16 @@ from torch import Tensor
 
 from protoclip.ops import checks, pairs, reference
 from protoclip.ops.backends import resolve
-from protoclip.ops.operators import ANY_FLOAT, accumulator, reduce, wants_gradient, without_autocast
+from protoclip.ops.operators import (
+    accumulator,
+    reduce,
+    reduce_weighted,
+    wants_gradient,
+    without_autocast,
+)
 from protoclip.ops.pairs import Matching, SameId
 from protoclip.ops.strips import COUNT, keeps_stash, matched_statistics, sigmoid_strip, strip_loss
+from protoclip.ops.sums import log_add, logits_of_own, plain_smoothing, smoothing, with_others
 
 
 def info_nce(
@@ -25,6 +32,8 @@ def info_nce(
     *,
     ids: Tensor | None = None,
     same_id: SameId = "exclude",
+    weights: Tensor | None = None,
+    label_smoothing: float = 0,
     reduction: str = "mean",
     backend: str = "auto",
     stash: bool | None = None,
@@ -42,7 +51,11 @@ def info_nce(
             such as images with one caption. Pairs without an id need unique ones. None: all differ.
         same_id: "exclude": pairs of the same id are not negatives of each other; "positive": they
             are positives of each other, and the loss is against the mean of their logits.
-        reduction: "mean", "sum", or "none" for one value per pair.
+        weights: float32 [N] >= 0, one per pair, without a gradient.
+        label_smoothing: epsilon in [0, 1], a share of the target spread evenly over the keys that
+            a query sees, as in torch's cross-entropy; a number.
+        reduction: "mean": the sum of weighted losses over the total weight; "sum"; or "none" for
+            one weighted value per pair.
         backend: "auto", or one of ``protoclip.backends("info_nce")`` (with ids, of
             ``protoclip.backends("contrastive")``); a named one never falls back.
         stash: False: keep no logits for the backward pass. Otherwise "cpu" keeps them within 64 MiB
@@ -60,31 +73,52 @@ def info_nce(
     x, y, logit_scale = checks.pairs(op, image_features, text_features, logit_scale)
     checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
     checks.one_of(op, "same_id", same_id, pairs.SAME_ID)
+    checks.label_smoothing(op, label_smoothing)
     n = x.shape[0]
+    name = resolve(op if ids is None else "contrastive", backend, x.device.type, x.dtype)
+    if weights is not None:
+        checks.weights(op, weights, x, name)
     if ids is not None:
         pairs.check_ids(op, "ids", ids, n, x.device)
         matching = Matching(query_ids=ids, key_ids=ids, same_id=same_id)
         matches = _match(
-            op, x, y, logit_scale, matching, backend=backend, stash=stash, columns=True
+            op,
+            x,
+            y,
+            logit_scale,
+            matching,
+            label_smoothing=label_smoothing,
+            backend=name,
+            stash=stash,
+            columns=True,
         )
         assert matches.column_gap is not None
-        return reduce((matches.gap + matches.column_gap) / 2, reduction, n)
-    name = resolve(op, backend, x.device.type, x.dtype)
-    if name == "reference":
+        losses = (matches.gap + matches.column_gap) / 2
+    elif name == "reference":
         with without_autocast(x.device.type):
-            losses = reference.info_nce(x, y, logit_scale)
+            losses = reference.info_nce(x, y, logit_scale, label_smoothing)
+    else:
+        reduces = weights is None and not label_smoothing  # then the op reduces the losses itself
+        strip = strip_loss(
+            x,
+            y,
+            logit_scale,
+            offset=0,
+            columns=True,
+            reduction=reduction if reduces else "none",
+            backend=name,
+            keep_stash=keeps_stash(stash, x, y, logit_scale),
+        )
+        losses = strip.loss
+        if reduces:
+            return losses
+        if label_smoothing:
+            images = plain_smoothing(x, y, logit_scale, first=0)
+            texts = plain_smoothing(y, x, logit_scale, first=0)
+            losses = losses + label_smoothing * ((images + texts) / 2)
+    if weights is None:
         return reduce(losses, reduction, n)
-    strip = strip_loss(
-        x,
-        y,
-        logit_scale,
-        offset=0,
-        columns=True,
-        reduction=reduction,
-        backend=name,
-        keep_stash=keeps_stash(stash, x, y, logit_scale),
-    )
-    return strip.loss
+    return reduce_weighted(losses, torch.ones_like(losses), weights, reduction)
 
 
 class Matches(NamedTuple):
@@ -103,11 +137,14 @@ def _match(
     logit_scale: Tensor,
     matching: Matching,
     *,
+    negatives: Tensor | None = None,
+    label_smoothing: float = 0,
     backend: str,
     stash: bool | None,
     columns: bool = False,
 ) -> Matches:
-    """Queries x against keys y; ``matching`` says which are positives and negatives."""
+    """Queries x against keys y; ``matching`` says which are positives and negatives. ``columns``:
+    also keys against queries, of which both have the same ids."""
     matched_pairs = pairs.pairs_of(op, x, y.shape[0], matching)
     name = resolve("contrastive", backend, x.device.type, x.dtype)
     if name == "reference" or x.device.type == "cpu":
@@ -133,6 +170,18 @@ def _match(
         gap, mean = matched.gap, matched.mean
         num_positives = matched.row_statistics[COUNT]
         column_gap = matched.column_gap if columns else None
+    if matched_pairs.others is not None:
+        gap, mean = with_others(x, y, logit_scale, matched_pairs, gap=gap, mean=mean)
+    own_logits: Tensor | None = None
+    if negatives is not None and negatives.shape[1]:
+        own_logits = logits_of_own(x, negatives, logit_scale)
+        gap = log_add(gap, own_logits.logsumexp(dim=1) - mean)
+    if label_smoothing:
+        spread = smoothing(x, y, logit_scale, matched_pairs, own_logits)
+        gap = gap + label_smoothing * spread
+        if column_gap is not None:
+            by_key = smoothing(y, x, logit_scale, matched_pairs)
+            column_gap = column_gap + label_smoothing * by_key
     counted = num_positives > 0
     if matched_pairs.left_out is not None:
         counted = counted & ~matched_pairs.left_out
@@ -153,7 +202,9 @@ def contrastive(
     same_id: SameId = "exclude",
     exclude: Tensor | None = None,
     key_bias: Tensor | None = None,
+    negatives: Tensor | None = None,
     weights: Tensor | None = None,
+    label_smoothing: float = 0,
     reduction: str = "mean",
     backend: str = "auto",
     stash: bool | None = None,
@@ -169,13 +220,19 @@ def contrastive(
         queries, keys: [N, D] and [M, D], in ``info_nce``'s dtypes. Extra keys, such as hard
             negatives or a queue, are negatives.
         positives: int64 [N], the position of each query's own key; -100: the query is left out.
+            [N, P]: several own keys, padded with -100. All of them are seen: the loss of a query
+            with two is at least log 2, as each is in the denominator of the other.
             None: query i's own key is key i; with ids and same_id="positive" there is none.
         query_ids, key_ids: int64 [N] or [N, R] and [M] or [M, R], R <= 2: equal in any column is
-            the same thing. query_ids=None: ids of the own keys. Unknown ids: give unique ones.
+            the same thing. query_ids=None: ids of the (first) own keys. Unknown ids: give unique
+            ones.
         same_id: "exclude": keys of the same id are not negatives; "positive": they are positives.
         exclude: int64 [N], one key that a query never sees, such as itself; negative: none.
         key_bias: float32 [M], added to each key's logits, with a gradient; -inf removes the key.
+        negatives: [N, H, D], H further keys that only query i sees, such as its hard negatives.
+            Their N x H logits are computed by torch.
         weights: float32 [N] >= 0, one per query, without a gradient.
+        label_smoothing: as in ``info_nce``, over all keys that a query sees.
         reduction: "mean": the sum of weighted losses over the total weight of the queries with a
             positive, 0 if none has one; "sum"; or "none": weighted losses, 0 where left out.
         logit_scale, backend, stash: as in ``info_nce``.
@@ -201,7 +258,9 @@ def contrastive(
         keys,
         logit_scale,
         matching,
+        negatives=negatives,
         weights=weights,
+        label_smoothing=label_smoothing,
         reduction=reduction,
         backend=backend,
         stash=stash,
@@ -215,7 +274,9 @@ def one_way(
     logit_scale: Tensor | float,
     matching: Matching,
     *,
+    negatives: Tensor | None = None,
     weights: Tensor | None = None,
+    label_smoothing: float = 0,
     reduction: str = "mean",
     backend: str = "auto",
     stash: bool | None = None,
@@ -224,20 +285,21 @@ def one_way(
     """``contrastive``; ``average`` averages a divisor over ranks."""
     checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
     checks.one_of(op, "same_id", matching.same_id, pairs.SAME_ID)
+    checks.label_smoothing(op, label_smoothing)
     x, y, logit_scale = checks.strip(op, ("queries", "keys"), queries, keys, logit_scale)
+    if negatives is not None:
+        checks.negatives(op, negatives, x)
+        x, y, negatives = checks.promoted(x, y, negatives)
     n, m = x.shape[0], y.shape[0]
     backend = resolve("contrastive", backend, x.device.type, x.dtype)
     if weights is not None:
-        checks.vector(op, "weights", weights, ANY_FLOAT, [(n,)], x.device)
-        if weights.requires_grad:
-            raise ValueError(f"{op}: expected weights without a gradient, got some; detach them")
-        looks = backend == "reference" or x.device.type == "cpu"
-        if looks and checks.readable(weights) and (weights < 0).any():
-            raise ValueError(f"{op}: expected weights >= 0, got {weights.min().item():g}")
+        checks.weights(op, weights, x, backend)
     # Each query's share of the mean.
     shares = torch.ones((), dtype=accumulator(x), device=x.device).expand(n)
-    if backend != "reference" and matching.plain and matching.first + n <= m:
-        reduces = weights is None and average is None  # then the op reduces the losses itself
+    fits = matching.plain and negatives is None and matching.first + n <= m
+    if backend != "reference" and fits:
+        # Without any of these the op reduces the losses itself.
+        reduces = weights is None and average is None and not label_smoothing
         strip = strip_loss(
             x,
             y,
@@ -251,16 +313,24 @@ def one_way(
         losses = strip.loss
         if reduces:
             return losses
+        if label_smoothing:
+            spread = plain_smoothing(x, y, logit_scale, matching.first)
+            losses = losses + label_smoothing * spread
     else:
-        matches = _match(op, x, y, logit_scale, matching, backend=backend, stash=stash)
+        matches = _match(
+            op,
+            x,
+            y,
+            logit_scale,
+            matching,
+            negatives=negatives,
+            label_smoothing=label_smoothing,
+            backend=backend,
+            stash=stash,
+        )
         losses = matches.gap.where(matches.counted, 0)
         shares = matches.counted.to(losses.dtype)
-    if weights is not None:
-        losses, shares = losses * weights.to(losses.dtype), shares * weights.to(losses.dtype)
-    if reduction != "mean":
-        return reduce(losses, reduction, 0)
-    total = shares.sum() if average is None else average(shares.sum())
-    return losses.sum() / total.where(total > 0, 1)
+    return reduce_weighted(losses, shares, weights, reduction, average)
 
 
 def contrastive_parts(
@@ -325,6 +395,8 @@ def nt_xent(
     views_b: Tensor,
     logit_scale: Tensor | float,
     *,
+    ids: Tensor | None = None,
+    same_id: SameId = "exclude",
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -332,6 +404,9 @@ def nt_xent(
 
     Args:
         views_a, views_b: [N, D], unit rows; row i of each is a view of sample i.
+        ids: int64 [N] or [N, R], R <= 2, of the samples: equal in any column is the same thing.
+        same_id: "exclude": views of other samples with the same id are not negatives; "positive":
+            they are positives.
         logit_scale, reduction, backend: as in ``contrastive``; "none" gives [2N], views_a first.
     Returns:
         float32 [], nats per view.
@@ -340,9 +415,18 @@ def nt_xent(
     """
     op = "nt_xent"
     x, y, logit_scale = checks.pairs(op, views_a, views_b, logit_scale)
+    if ids is not None:
+        pairs.check_ids(op, "ids", ids, x.shape[0], x.device)
+        ids = torch.cat([ids, ids])
     views = torch.cat([x, y])
     itself = torch.arange(views.shape[0], device=x.device)
-    matching = Matching(positives=itself.roll(x.shape[0]), exclude=itself)
+    matching = Matching(
+        positives=itself.roll(x.shape[0]),
+        query_ids=ids,
+        key_ids=ids,
+        same_id=same_id,
+        exclude=itself,
+    )
     return one_way(op, views, views, logit_scale, matching, reduction=reduction, backend=backend)
 
 

@@ -132,6 +132,23 @@ def reduce(losses: Tensor, reduction: str, count: int | Tensor) -> Tensor:
     return losses.sum() / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
 
 
+def reduce_weighted(
+    losses: Tensor,
+    shares: Tensor,
+    weights: Tensor | None,
+    reduction: str,
+    average: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Weighted losses [N]: their mean, over the total weight of ``shares`` (1: the row counts, 0:
+    it does not), their sum, or themselves. ``average`` averages the total over ranks."""
+    if weights is not None:
+        losses, shares = losses * weights.to(losses.dtype), shares * weights.to(losses.dtype)
+    if reduction != "mean":
+        return reduce(losses, reduction, 0)
+    total = shares.sum() if average is None else average(shares.sum())
+    return losses.sum() / total.where(total > 0, 1)
+
+
 def without_autocast(device_type: str) -> AbstractContextManager:
     """Turn autocast off, on devices that have it ("meta" does not)."""
     if torch.amp.is_autocast_available(device_type):

@@ -1,7 +1,7 @@
 """Which keys a query is compared with: positives, ids, exclusions and biases.
 
-N queries q_i and M keys k_j have the logits l_ij = s q_i.k_j + b_j. Own_i is the query's own key,
-Same_i are the keys with its id, and E_i is the key that it never sees:
+N queries q_i and M keys k_j have the logits l_ij = s q_i.k_j + b_j. Own_i is the query's own key
+(or keys), Same_i are the keys with its id, and E_i is the key that it never sees:
 
     ids          positives P_i              seen S_i
     none         Own - E                    all - E
@@ -34,7 +34,7 @@ SameId = Literal["exclude", "positive"]
 class Matching:
     """The arguments of ``contrastive`` about N queries and M keys."""
 
-    positives: Tensor | None = None  # int64 [N]
+    positives: Tensor | None = None  # int64 [N] or [N, P]
     query_ids: Tensor | None = None  # int64 [N] or [N, R]
     key_ids: Tensor | None = None  # int64 [M] or [M, R]
     same_id: str = "exclude"
@@ -64,6 +64,7 @@ class Pairs:
     key_ids: Tensor | None = None  # int32 [R, M]
     key_bias: Tensor | None = None  # [M]
     same_positive: bool = False  # whether keys of the same id are positives; else they are not seen
+    others: Tensor | None = None  # int64 [N, P], further own keys, for plain torch; -1: none
     left_out: Tensor | None = None  # bool [N], queries that have no loss
     wrong: Tensor | None = None  # bool [N], queries with a position out of range
 
@@ -84,13 +85,21 @@ def pairs_of(op: str, queries: Tensor, m: int, matching: Matching) -> Pairs:
     own: Tensor | None = None
     left_out: Tensor | None = None
     wrong: Tensor | None = None
+    others: Tensor | None = None
     positives = matching.positives
     if positives is not None:
-        checks.vector(op, "positives", positives, checks.INTEGERS, [(n,)], device)
+        shapes: list[tuple[int, ...]] = [(n,)]
+        several = isinstance(positives, Tensor) and positives.ndim == 2
+        if several:
+            shapes.append((n, max(positives.shape[1], 1)))
+        checks.vector(op, "positives", positives, checks.INTEGERS, shapes, device)
         left_out = positives == LEFT_OUT
         inside = (positives >= 0) & (positives < m)
         own = positives.where(inside, -1)
         wrong = ~(inside | left_out)
+        if several:
+            own, others = _first_and_others(own, exclude, key_bias)
+            left_out, wrong = left_out.all(dim=1), wrong.any(dim=1)
     elif not same_positive:
         if exclude is not None or matching.first + n > m:
             raise ValueError(
@@ -113,9 +122,25 @@ def pairs_of(op: str, queries: Tensor, m: int, matching: Matching) -> Pairs:
         key_ids=key_codes,
         key_bias=key_bias,
         same_positive=same_positive,
+        others=others,
         left_out=left_out,
         wrong=wrong,
     )
+
+
+def _first_and_others(
+    own: Tensor, exclude: Tensor | None, key_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Positions of own keys [N, P], -1: none -> the first that is a positive [N], and the others
+    [N, P]: each once, without those that are excluded or have a bias of -inf."""
+    valid = (own >= 0) & ~(own[:, :, None] == own[:, None, :]).tril(-1).any(dim=2)
+    if exclude is not None:
+        valid = valid & (own != exclude[:, None])
+    if key_bias is not None:
+        valid = valid & (F.pad(key_bias.detach(), (0, 1))[own] != -torch.inf)
+    first = valid.int().argmax(dim=1, keepdim=True)
+    others = own.where(valid, -1).scatter(1, first, -1)
+    return own.gather(1, first)[:, 0], others
 
 
 def refuse_wrong(op: str, pairs: Pairs, num_keys: int) -> None:

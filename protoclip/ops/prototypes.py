@@ -26,6 +26,7 @@ from protoclip.ops.operators import (
     gradient_like,
     operator,
     reduce,
+    reduce_weighted,
     refuse_gradient,
     scaled,
     wanted_gradients,
@@ -228,6 +229,8 @@ def prototype_cross_entropy(
     logit_scale: Tensor | float,
     *,
     targets: Tensor | None = None,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -244,7 +247,11 @@ def prototype_cross_entropy(
         logit_scale: [] or [1], the multiplier (not its logarithm).
         targets: [K, D], rows m_y = sum_k t(y)_k C_k for target distributions t(y) that depend on
             the cluster (``protoclip.soft_targets``); constants. None: hard labels, m = prototypes.
-        reduction: "mean" (over the samples with a label), "sum", or "none".
+        weights: float32 [N] >= 0, one per sample, without a gradient.
+        label_smoothing: epsilon in [0, 1], a share of the target spread evenly over all prototypes,
+            as in torch's cross-entropy; a number. With ``targets`` the result is a constant too.
+        reduction: "mean": the sum of weighted losses over the total weight of the samples with a
+            label; "sum"; or "none": weighted losses.
         backend: "auto" or a row of ``protoclip.backends("prototype_cross_entropy")``.
     Returns:
         float32 (float64 for float64 input), nats: [] or [N]. Gradients reach ``features``,
@@ -255,8 +262,43 @@ def prototype_cross_entropy(
     Source:
         ProtoCLIP (arXiv 2206.10996), prototype loss, simplified by linearity in the target.
     """
-    banks = [Bank(prototypes, labels, targets)]
-    return _losses(features, banks, logit_scale, reduction, backend, need_nearest=False).loss[0]
+    op = "prototype_cross_entropy"
+    checks.label_smoothing(op, label_smoothing)
+    bank = Bank(prototypes, labels, targets)
+    if weights is None and not label_smoothing:
+        return _losses(features, [bank], logit_scale, reduction, backend, need_nearest=False).loss[
+            0
+        ]
+    checks.matrix(op, "features", features, "[N, D]")
+    checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
+    _check_bank(op, features, bank)
+    logit_scale = checks.scalar(
+        op, "logit_scale", logit_scale, features.device, accumulator(features)
+    )
+    if weights is not None:
+        name = resolve(op, backend, features.device.type, features.dtype)
+        checks.weights(op, weights, features, name)
+    losses = _losses(features, [bank], logit_scale, "none", backend, need_nearest=False).loss[0]
+    if label_smoothing:
+        spread = _mean_below_target(features, bank, logit_scale).to(losses.dtype)
+        losses = losses + label_smoothing * spread
+    return reduce_weighted(losses, (labels != -100).to(losses.dtype), weights, reduction)
+
+
+def _mean_below_target(features: Tensor, bank: Bank, logit_scale: Tensor) -> Tensor:
+    """Mean logit of each sample's target minus that of all prototypes, [N]; 0 where ignored.
+
+    Smoothing the targets themselves, (1 - epsilon) m + epsilon mean, would round them to bfloat16
+    and lose the gradient of trained prototypes. fp64, whose indexed sums have one order."""
+    used = bank.labels != -100
+    mean = bank.prototypes.double().mean(dim=0)
+    if bank.targets is None:
+        targets = bank.prototypes
+    else:  # constants, and so is what is mixed into them
+        targets, mean = bank.targets, mean.detach()
+    own = targets.double()[bank.labels.clamp(0, targets.shape[0] - 1)]  # [N, D]
+    gap = (features.double() * (own - mean)).sum(dim=1)
+    return (logit_scale.double().reshape(()) * gap).where(used, 0)
 
 
 def prototype_losses(

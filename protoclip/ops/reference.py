@@ -23,12 +23,21 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def info_nce(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+def info_nce(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    label_smoothing: float = 0,
+) -> Tensor:
     """[N, D], [N, D], scalar -> [N]: half the sum of both directions' cross-entropies."""
     logits = _wide(logit_scale) * _wide(image_features) @ _wide(text_features).T  # [N, N]
     labels = torch.arange(logits.shape[0], device=logits.device)
-    image_to_text = F.cross_entropy(logits, labels, reduction="none")
-    text_to_image = F.cross_entropy(logits.T, labels, reduction="none")
+    image_to_text = F.cross_entropy(
+        logits, labels, reduction="none", label_smoothing=label_smoothing
+    )
+    text_to_image = F.cross_entropy(
+        logits.T, labels, reduction="none", label_smoothing=label_smoothing
+    )
     return (image_to_text + text_to_image) / 2
 
 
