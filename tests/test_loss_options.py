@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import assert_within_budget, on_threads, usable
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import protoclip
 from protoclip.ops import sums
@@ -605,6 +606,35 @@ def test_derivatives_of_the_reference_in_transforms_and_of_second_order():
 
 
 # ---- what all share ----
+
+
+class Ops(TorchDispatchMode):
+    """Records the names of the ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_an_option_that_is_not_used_costs_nothing(backend):
+    x, y, s = unit(N, 24), unit(N, 24, seed=1), torch.tensor(20.0)
+    for loss, before in (
+        (protoclip.info_nce, []),
+        (protoclip.contrastive, ["aten.ones.default", "aten.expand.default"]),  # shares of a mean
+    ):
+        with Ops() as ops:
+            loss(x, y, s, backend=backend)
+        assert ops.names == [*before, "protoclip.contrastive.default"]
+    with Ops() as ops:
+        protoclip.prototype_cross_entropy(x, y, torch.arange(N), s, backend=backend)
+    assert ops.names.count("protoclip.prototype_ce.default") == 1
+    assert not any("double" in name or "_to_copy" in name for name in ops.names)
+
 
 # Mistakes in the sums, each by what it patches.
 MUTANTS = {
