@@ -9,6 +9,7 @@ from protoclip import distributed, feature_store
 from protoclip.config import EpisodeConfig
 from protoclip.feature_store import FeatureStore, choose_features, wants_to_reuse
 from protoclip.prototypes import EpisodeBuilder
+from protoclip.seeds import generator
 
 CPU = torch.device("cpu")
 SAMPLES, STEPS, BATCH, DIM = 23, 3, 8, 4
@@ -150,7 +151,7 @@ def rows_without_owners_of_some(folder, samples):
     coming = torch.arange(min(samples, 5))
     teacher = torch.arange(3.0 * samples).view(samples, 3)
     builder = EpisodeBuilder(EpisodeConfig(num_clusters=2), teacher=teacher)
-    random, recent = distributed.generator(1), store.of_episode(0)
+    random, recent = generator(1), store.of_episode(0)
     episode = builder.build(coming, store.of_positions(coming), random, recent)
     distributed.stop()
     return same, {source: labels.tolist() for source, labels in episode.labels.items()}

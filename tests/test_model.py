@@ -112,7 +112,7 @@ def test_a_round_trip_through_a_checkpoint_that_open_clip_reads(tmp_path):
     other.load_state(checkpoint.load(tmp_path / "x.pt"))
     states = model.state_dict().values(), other.state_dict().values()
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
-    clip = open_clip.create_model("protoclip-tiny", pretrained=str(tmp_path / "x.pt"))
+    clip = open_clip.create_model(ModelConfig().model, pretrained=str(tmp_path / "x.pt"))
     assert torch.equal(clip.logit_scale, model.clip.logit_scale)
     clip.load_state_dict(model.clip.state_dict(), strict=True)
 
