@@ -33,7 +33,8 @@ HEADLINES = {  # README's rows: a name, and which case it is
     "SigLIP and gradient, bf16": "siglip both bf16 N=4096 D=512",
     "prototype loss and gradient, bf16": "prototype_cross_entropy soft bf16 N=4096 K=20000 D=128",
     "nearest centroid, fp32": "kmeans_assign fp32 N=32768 K=1024 D=256",
-    "k-means, 20 iterations, fp32": "kmeans 20 iterations fp32 N=20000 K=1000 D=128",
+    "k-means, 10 iterations, fp32": "kmeans 10 iterations fp32 N=20000 K=1000 D=128",
+    "k-means, 20 iterations, fp32": "kmeans 20 iterations fp32 N=20000 K=1000 D=128",  # older ones
 }
 COLOURS = ("#0b62a4", "#c8501e")
 STYLE = {"svg.hashsalt": "protoclip", "svg.fonttype": "none", "font.size": 9}
