@@ -15,7 +15,7 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # options of glibc's mallo
 def keep_freed_memory() -> None:
     """Have glibc's malloc keep what is freed, because the next step needs as much again.
 
-    By default it returns large blocks to the system, which then has to clear every page anew. The
+    By default it returns large blocks to the system, which then has to clear every page again. The
     first two settings switch off malloc's own adjustment of the third, so that one is set too.
     """
     try:

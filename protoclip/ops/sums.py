@@ -171,7 +171,7 @@ class KeySums:
         return same + self._of_code(query_ids[1], key_ids[1]) - in_both
 
     def _of_code(self, query_codes: Tensor, key_codes: Tensor) -> Tensor:
-        """Sum over the keys of each query's code; codes are in [0, M), -1 is nobody's."""
+        """Sum over the keys of each query's code; codes are in [0, M), -1 is in no set."""
         sums = torch.zeros_like(self._rows)
         sums = sums.index_put((key_codes,), self._rows[:-1], accumulate=True)
         return sums[self._row_of(query_codes)]
