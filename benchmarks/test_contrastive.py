@@ -256,6 +256,10 @@ def _written_out(case, n, d, dtype, exact):
     return form, parity.gradients(form, x, y, scale, torch.float64 if exact else dtype)
 
 
+# Peers whose gradients are outside the budget are not timed: (variant, dtype, D) -> why.
+INEXACT = {("linear_cross_entropy", "bf16", 128): "dx is off by 2.8e-5, allowed are 2.3e-5"}
+
+
 def _assert_parity(loss, case, n, d, dtype, variant):
     """The value within some roundings, the gradients within the budget of G's share. A peer may
     have none for the scale, rounds the positives' entries as the others, and, if it normalises by
@@ -339,6 +343,8 @@ def pytest_generate_tests(metafunc):
 
 
 def test_contrastive(bench, case, phase, shape, dtype, variant):
+    if reason := INEXACT.get((variant, dtype, shape[1])):
+        pytest.skip(f"{variant}: {reason}")
     own = CASES[case]
     if peers.is_ours(variant):
         loss = partial(own.ours, backend=peers.backend(own.table, variant))
