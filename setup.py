@@ -48,6 +48,7 @@ setup(
         "protoclip",
         "protoclip.data",
         "protoclip.evaluate",
+        "protoclip.losses",
         "protoclip.ops",
         "protoclip.report",
         "protoclip.kernels",

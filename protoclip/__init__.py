@@ -9,14 +9,9 @@ from typing import Any
 from protoclip import cached_gradients, lloyd
 from protoclip.cached_gradients import grad_cache
 from protoclip.config import ProtoConfig
+from protoclip.global_losses import global_contrastive, global_contrastive_parts
 from protoclip.lloyd import Clusters, choose_num_clusters, kmeans
-from protoclip.losses import (
-    ClipLoss,
-    ProtoClipLoss,
-    SigLipLoss,
-    global_contrastive,
-    global_contrastive_parts,
-)
+from protoclip.losses import ClipLoss, ProtoClipLoss, SigLipLoss
 from protoclip.ops import *  # noqa: F403
 from protoclip.ops import __all__ as _ops
 

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from PIL import Image
 from ranks import TINY, config_of, metrics, on_ranks
 
-from protoclip import checkpoint, distributed, losses, train
+from protoclip import checkpoint, distributed, train
 from protoclip.config import ProtoConfig
 from protoclip.data import open_dataset
 from protoclip.data.loader import EpochOrder
 from protoclip.feature_store import NEVER
-from protoclip.losses import ProtoClipLoss
+from protoclip.losses import ProtoClipLoss, prototypes
 from protoclip.model import Encoded, build_model
 from protoclip.ops.checks import LEFT_OUT
 from protoclip.prototypes import balanced_labels
@@ -31,7 +31,7 @@ class LabelsOfSteps:
 
     def __init__(self):
         self.calls = []
-        self.original = losses.prototype_losses
+        self.original = prototypes.prototype_losses
 
     def __call__(self, features, banks, scale, **options):
         self.calls += [bank.labels.numpy().copy() for bank in banks]
@@ -56,7 +56,7 @@ def labels_of_run(folder, flags, noisy):
     (folder / "checkpoints").mkdir(exist_ok=True)
     trainer = Trainer(setup, model, NullRunFolder(folder))
     project, labels_by_step = model.project, {}
-    recorder = losses.prototype_losses = LabelsOfSteps()
+    recorder = prototypes.prototype_losses = LabelsOfSteps()
 
     def noise_at_the_step(encoded):
         recorder.calls = labels_by_step.setdefault(trainer.step, [])
@@ -67,7 +67,7 @@ def labels_of_run(folder, flags, noisy):
 
     model.project = noise_at_the_step
     trainer.run()
-    losses.prototype_losses = recorder.original
+    prototypes.prototype_losses = recorder.original
     distributed.stop()
     return labels_by_step
 
@@ -140,7 +140,7 @@ def pairs(samples, seed=0, d=12):
 def labels_of_loop(noisy, keys):
     """The labels of six steps over 40 samples of a loop of one's own."""
     loss = ProtoClipLoss(proto=ProtoConfig(queue=20, k=4, capacity=40))
-    recorder = losses.prototype_losses = LabelsOfSteps()
+    recorder = prototypes.prototype_losses = LabelsOfSteps()
     try:
         for step in range(6):
             samples = torch.arange(20 * (step % 2), 20 * (step % 2) + 20)
@@ -149,7 +149,7 @@ def labels_of_loop(noisy, keys):
                 image, text = image.flip(0), -text
             loss(image.requires_grad_(), text, torch.tensor(14.0), index=keys[samples]).backward()
     finally:
-        losses.prototype_losses = recorder.original
+        prototypes.prototype_losses = recorder.original
     return recorder.calls
 
 
@@ -172,7 +172,7 @@ def loop_over_ranks():
         local_loss=True, gather_with_grad=True, rank=number, world_size=ranks,
         proto=ProtoConfig(queue=20, k=4, capacity=60),
     )  # fmt: skip
-    recorder = losses.prototype_losses = LabelsOfSteps()
+    recorder = prototypes.prototype_losses = LabelsOfSteps()
     values, own = [], distributed.own_slice(20)
     for step in range(4):
         samples = torch.cat([torch.arange(10), torch.arange(10 * step + 10, 10 * step + 20)])
@@ -180,7 +180,7 @@ def loop_over_ranks():
         value = loss(image, text, torch.tensor(14.0), index=samples[own])
         value.backward()
         values.append(float(value))
-    losses.prototype_losses = recorder.original
+    prototypes.prototype_losses = recorder.original
     distributed.stop()
     return recorder.calls, values, (image.grad / ranks).numpy(), (text.grad / ranks).numpy()
 

@@ -1,0 +1,425 @@
+"""Contrastive losses over the pairs of all ranks; each rank holds its own rows.
+
+InfoNCE: a rank owns the rows of its images in the [G, G] matrix of logits. It gathers the texts,
+sums its strip's rows and its share of every column, and all-reduces the column sums; backward
+recomputes the strip and reduce-scatters the gradient of the texts. SigLIP needs no column sums, so
+the texts and their gradient travel round a ring of ranks. Neither holds a [B, G] matrix.
+
+Gradients are those of the sum of all ranks' losses; DDP's mean over ranks turns them into those of
+the mean loss over the global batch. What runs on one process is in ``protoclip.ops``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from protoclip.distributed import (
+    gather_rows,
+    gathered_rows,
+    is_distributed,
+    mean_over_ranks,
+    rank,
+    scatter_sums,
+    world_size,
+)
+from protoclip.ops import checks
+from protoclip.ops.backends import resolve
+from protoclip.ops.contrastive import info_nce, one_way, one_way_parts, sigmoid_loss
+from protoclip.ops.operators import ANY_FLOAT, gradient_like, wants_gradient
+from protoclip.ops.pairs import SAME_ID, Matching, Pairs, SameId, check_ids, pairs_of
+from protoclip.ops.strips import (
+    LN2,
+    gap_and_mean,
+    matched_gradients,
+    matched_statistics,
+    side_weights,
+    sigmoid_strip,
+    strip_gradients,
+    strip_statistics,
+)
+
+
+def global_info_nce(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    ids: Tensor | None = None,
+    same_id: SameId = "exclude",
+    backend: str = "auto",
+) -> Tensor:
+    """InfoNCE over the pairs of all ranks: the mean loss of this rank's B pairs.
+
+    Its mean over the ranks is ``info_nce`` of the W * B pairs. Memory is O(W B D), traffic one
+    gather and one reduce-scatter of [W B, D]. The reference gathers the images too.
+
+    Args: those of ``info_nce``, for this rank's pairs; B is the same on every rank.
+    """
+    if not is_distributed():
+        return info_nce(
+            image_features, text_features, logit_scale, ids=ids, same_id=same_id, backend=backend
+        )
+    op = "global_info_nce"
+    first = rank() * len(image_features)
+    x, y, logit_scale = checks.pairs(op, image_features, text_features, logit_scale)
+    checks.one_of(op, "same_id", same_id, SAME_ID)
+    all_ids = ids_of_all_ranks(op, ids, x)
+    table_row = "info_nce" if ids is None else "contrastive"
+    name = resolve(table_row, backend, x.device.type, x.dtype)
+    matching = Matching(query_ids=ids, key_ids=all_ids, same_id=same_id, first=first)
+    if name == "reference":
+        images = one_way(op, x, gathered_rows(y), logit_scale, matching, backend=name)
+        texts = one_way(op, y, gathered_rows(x), logit_scale, matching, backend=name)
+        return (images + texts) / 2
+    if all_ids is None:
+        image_losses, text_losses = _Strip.apply(x, y, logit_scale, name)
+    else:
+        pairs = pairs_of(op, x, len(all_ids), matching)
+        image_losses, text_losses = _MatchedStrip.apply(x, y, logit_scale, pairs, name)
+    return (image_losses + text_losses).mean() / 2
+
+
+def global_contrastive(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    positives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    same_id: SameId = "exclude",
+    exclude: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    negatives: Tensor | None = None,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """``contrastive`` of this rank's N queries against the keys of all W ranks.
+
+    The mean over the ranks, of the loss and of its gradients, is that of one process with all
+    queries and keys. Memory is O(W M D), traffic one gather and one reduce-scatter of the keys.
+
+    Args:
+        queries, keys: [N, D] and [M, D], the same M on every rank.
+        positives, exclude: int64 [N] ([N, P]: several positives), positions among the keys of all
+            ranks: key j of rank r is r M + j. Without positives, query i's own key is key i of its
+            rank.
+        query_ids, key_ids, key_bias, negatives, weights: for this rank's queries and keys; a query
+            is compared with the ids and biases of all ranks' keys, and with its own negatives only.
+        reduction: "mean": the average over ranks is the mean over all ranks' queries, however many
+            count on each; "sum" and "none": over this rank's queries.
+        logit_scale, same_id, label_smoothing, backend: as in ``contrastive``, as are the result
+            and errors.
+    """
+    op = "global_contrastive"
+    matching = Matching(
+        positives=positives,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        same_id=same_id,
+        exclude=exclude,
+        key_bias=key_bias,
+    )
+    all_keys, matching = _keys_of_all_ranks(op, keys, matching)
+    return one_way(
+        op,
+        queries,
+        all_keys,
+        logit_scale,
+        matching,
+        negatives=negatives,
+        weights=weights,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        backend=backend,
+        average=mean_over_ranks if is_distributed() else None,
+    )
+
+
+def global_contrastive_parts(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    positives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    same_id: SameId = "exclude",
+    exclude: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``contrastive_parts`` of this rank's queries; arguments as in ``global_contrastive``."""
+    op = "global_contrastive_parts"
+    matching = Matching(
+        positives=positives,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        same_id=same_id,
+        exclude=exclude,
+        key_bias=key_bias,
+    )
+    all_keys, matching = _keys_of_all_ranks(op, keys, matching)
+    return one_way_parts(op, queries, all_keys, logit_scale, matching, backend=backend)
+
+
+def _keys_of_all_ranks(op: str, keys: Tensor, matching: Matching) -> tuple[Tensor, Matching]:
+    """The keys of all ranks with their ids and biases; checked before any rank waits."""
+    if not is_distributed():
+        return keys, matching
+    checks.matrix(op, "keys", keys, "[M, D]")
+    bias = matching.key_bias
+    if bias is not None:
+        checks.vector(op, "key_bias", bias, ANY_FLOAT, [(len(keys),)], keys.device)
+        bias = gathered_rows(bias)
+    ids = ids_of_all_ranks(op, matching.key_ids, keys, "key_ids")
+    matching = replace(matching, key_ids=ids, key_bias=bias, first=rank() * len(keys))
+    return gathered_rows(keys), matching
+
+
+def ids_of_all_ranks(op: str, ids: Tensor | None, rows: Tensor, name: str = "ids") -> Tensor | None:
+    """The ids of all ranks' rows, int64 [W * B] or [W * B, R]."""
+    if ids is None:
+        return None
+    check_ids(op, name, ids, len(rows), rows.device)
+    return gather_rows(ids)
+
+
+def global_sigmoid_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    ids: Tensor | None = None,
+    same_id: SameId = "positive",
+    backend: str = "auto",
+) -> Tensor:
+    """SigLIP's loss of this rank's B images against the texts of all ranks, summed.
+
+    Memory is O(B D): the texts pass from rank to rank; only the reference gathers them.
+
+    Args: those of ``sigmoid_loss``, for this rank's pairs; B is the same on every rank.
+    """
+    if not is_distributed():
+        return sigmoid_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            ids=ids,
+            same_id=same_id,
+            backend=backend,
+        )
+    op = "global_sigmoid_loss"
+    first = rank() * len(image_features)
+    x, y, logit_scale = checks.pairs(op, image_features, text_features, logit_scale)
+    logit_bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
+    all_ids = ids_of_all_ranks(op, ids, x)
+    name = resolve("siglip", backend, x.device.type, x.dtype)
+    if name == "reference":
+        return sigmoid_loss(
+            x,
+            gathered_rows(y),
+            logit_scale,
+            logit_bias,
+            ids=all_ids,
+            same_id=same_id,
+            offset=first,
+            backend=name,
+        )
+    matching = Matching(query_ids=ids, key_ids=all_ids, same_id=same_id, first=first)
+    pairs = pairs_of(op, x, len(x) * world_size(), matching)
+    gradients = wants_gradient(x, y, logit_scale, logit_bias)
+    return _Ring.apply(x, y, logit_scale, logit_bias, pairs, gradients, name)
+
+
+class _Strip(torch.autograd.Function):
+    """x, y [B, D] -> the losses of this rank's images against all texts, and of its texts against
+    all images: [B], [B]. Every pair differs from all others."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, logit_scale: Tensor, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        all_y, offset = gather_rows(y), rank() * len(x)
+        strip = strip_statistics(
+            x, all_y, logit_scale, offset=offset, columns=True, backend=backend
+        )
+        column_max, column_sum = _columns_of_all_ranks(
+            torch.stack([strip.column_max, strip.column_sum])
+        )
+        ctx.save_for_backward(
+            x, all_y, logit_scale, strip.row_max, strip.row_sum, column_max, column_sum
+        )
+        ctx.offset, ctx.backend = offset, backend
+        of_this_rank = slice(offset, offset + len(x))
+        row_gap = strip.row_sum.log2() + (strip.row_max - strip.positive)
+        column_gap = column_sum[of_this_rank].log2() + (column_max[of_this_rank] - strip.positive)
+        return LN2 * row_gap, LN2 * column_gap
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, row_grad: Tensor, column_grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, all_y, logit_scale, row_max, row_sum, column_max, column_sum = ctx.saved_tensors
+        gradients = strip_gradients(
+            x,
+            all_y,
+            logit_scale,
+            row_max=row_max,
+            row_sum=row_sum,
+            column_max=column_max,
+            column_sum=column_sum,
+            row_weight=row_grad,
+            column_weight=gather_rows(column_grad),
+            offset=ctx.offset,
+            direction_weight=1.0,
+            mean=False,
+            backend=ctx.backend,
+            stash=None,
+        )
+        dlogit_scale = gradient_like(gradients.dlogit_scale, logit_scale)
+        return gradients.dx, scatter_sums(gradients.dy), dlogit_scale, None
+
+
+class _MatchedStrip(torch.autograd.Function):
+    """``_Strip`` where ``pairs`` says which pairs are the same thing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, logit_scale: Tensor, pairs: Pairs, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        all_y, offset = gather_rows(y), rank() * len(x)
+        strip = matched_statistics(
+            x, all_y, logit_scale, pairs, columns=True, backend=backend, keep_stash=False
+        )
+        column_statistics = _columns_of_all_ranks(strip.column_statistics)
+        ctx.save_for_backward(x, all_y, logit_scale, strip.row_statistics, column_statistics)
+        ctx.pairs, ctx.backend = pairs, backend
+        columns_of_this_rank = column_statistics[:, offset : offset + len(x)]
+        return strip.gap, gap_and_mean(columns_of_this_rank).gap
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, row_grad: Tensor, column_grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, all_y, logit_scale, row_statistics, column_statistics = ctx.saved_tensors
+        gradients = matched_gradients(
+            x,
+            all_y,
+            logit_scale,
+            ctx.pairs,
+            row_statistics=row_statistics,
+            column_statistics=column_statistics,
+            row_weights=side_weights(row_grad, None, row_statistics),
+            column_weights=side_weights(gather_rows(column_grad), None, column_statistics),
+            backend=ctx.backend,
+            stash=None,
+        )
+        dlogit_scale = gradient_like(gradients.dlogit_scale, logit_scale)
+        return gradients.dx, scatter_sums(gradients.dy), dlogit_scale, None, None
+
+
+def _columns_of_all_ranks(columns: Tensor) -> Tensor:
+    """The columns' statistics over all ranks' rows, from those over this rank's rows: [2, G] or
+    [4, G], the maximum, then sums."""
+    column_max = columns[0].clone()
+    dist.all_reduce(column_max, dist.ReduceOp.MAX)
+    sums = torch.cat([columns[1:2] * torch.exp2(columns[0] - column_max), columns[2:]])
+    dist.all_reduce(sums)
+    return torch.cat([column_max[None], sums])
+
+
+class _Ring(torch.autograd.Function):
+    """The sum of the sigmoid losses of x [B, D] against the texts of every rank in turn.
+
+    Loss and gradients come in one pass, as in ``sigmoid_loss``; the backward pass scales them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        pairs: Pairs,
+        gradients: bool,
+        backend: str,
+    ) -> Tensor:
+        texts = y
+        text_gradient = torch.zeros_like(y)
+        for hop in range(world_size()):
+            receive = _pass_on(texts) if hop + 1 < world_size() else None
+            key_ids = pairs.key_ids
+            if key_ids is not None:
+                start = (rank() + hop) % world_size() * len(y)
+                key_ids = key_ids[:, start : start + len(y)]
+            strip = sigmoid_strip(
+                x,
+                texts,
+                logit_scale,
+                logit_bias,
+                # The first chunk holds this rank's texts; the others hold negatives only.
+                offset=0 if hop == 0 else len(y),
+                gradients=gradients,
+                backend=backend,
+                query_ids=pairs.query_ids,
+                key_ids=key_ids,
+                same_positive=pairs.same_positive,
+            )
+            wide = strip.loss.dtype
+            if hop == 0:
+                loss = strip.loss
+                dx = strip.dx.to(wide)
+                dlogit_scale = strip.dlogit_scale.to(wide)
+                dlogit_bias = strip.dlogit_bias.to(wide)
+            else:
+                loss = loss + strip.loss
+                dx = dx + strip.dx.to(wide)
+                dlogit_scale = dlogit_scale + strip.dlogit_scale.to(wide)
+                dlogit_bias = dlogit_bias + strip.dlogit_bias.to(wide)
+            if gradients:  # a chunk's gradient travels with it and is back after the last hop
+                dy = strip.dy.to(wide)
+                text_gradient = _pass_on(dy if hop == 0 else text_gradient + dy)()
+            if receive is not None:
+                texts = receive()
+        if gradients:
+            ctx.save_for_backward(dx, text_gradient, dlogit_scale, dlogit_bias)
+        ctx.like = [(t.dtype, t.shape) for t in (x, y, logit_scale, logit_bias)]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dy, dlogit_scale, dlogit_bias = (
+            (grad * saved).to(dtype).reshape(shape)
+            for saved, (dtype, shape) in zip(ctx.saved_tensors, ctx.like, strict=True)
+        )
+        return dx, dy, dlogit_scale, dlogit_bias, None, None, None
+
+
+def _pass_on(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start sending a tensor to the previous rank; call the result to wait for the next rank's."""
+    previous = (rank() - 1) % world_size()
+    following = (rank() + 1) % world_size()
+    sent = tensor.contiguous()
+    received = torch.empty_like(sent)
+    works = dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, sent, previous), dist.P2POp(dist.irecv, received, following)]
+    )
+
+    def wait() -> Tensor:
+        for work in works:
+            work.wait()
+        return received
+
+    return wait

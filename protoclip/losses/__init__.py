@@ -1,0 +1,33 @@
+"""The losses: OpenCLIP's with OpenCLIP's signatures, ProtoCLIP's, and the training objective.
+
+None of them forms a matrix of logits. What happens over ranks is in ``protoclip.global_losses``,
+the computation on one process in ``protoclip.ops``.
+"""
+
+from protoclip.global_losses import (
+    global_contrastive,
+    global_contrastive_parts,
+    global_info_nce,
+    global_sigmoid_loss,
+)
+from protoclip.losses.drop_in import DIST_IMPLS, ClipLoss, ProtoClipLoss, SigLipLoss
+from protoclip.losses.objective import Losses, ProtoLoss, caption_ids, similarity_distillation
+from protoclip.losses.prototypes import PrototypeTerm, prototype_term, share
+
+__all__ = [
+    "DIST_IMPLS",
+    "ClipLoss",
+    "Losses",
+    "ProtoClipLoss",
+    "ProtoLoss",
+    "PrototypeTerm",
+    "SigLipLoss",
+    "caption_ids",
+    "global_contrastive",
+    "global_contrastive_parts",
+    "global_info_nce",
+    "global_sigmoid_loss",
+    "prototype_term",
+    "share",
+    "similarity_distillation",
+]

@@ -1,0 +1,299 @@
+"""Losses for OpenCLIP's loop or your own, with OpenCLIP's signatures and without its logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from protoclip.config import EpisodeConfig, ProtoConfig
+from protoclip.distributed import check_equal_rows, gather_rows, gathered_rows
+from protoclip.global_losses import global_info_nce, global_sigmoid_loss, ids_of_all_ranks
+from protoclip.losses.prototypes import prototype_term
+from protoclip.ops import checks, info_nce, sigmoid_loss
+from protoclip.ops.contrastive import one_way
+from protoclip.ops.pairs import Matching, SameId
+from protoclip.prototypes import OnlinePrototypes, PrototypeBuilder
+
+DIST_IMPLS = ("bidir", "shift", "reduce", "gather")  # OpenCLIP's ways to exchange texts
+
+
+class _EqualBatches(nn.Module):
+    """A loss over ranks that looks at their batches' sizes once, before its first exchange."""
+
+    world_size: int
+    _looked = False
+
+    def _look_once(self, rows: Tensor) -> None:
+        if self.world_size > 1 and not self._looked and not torch.compiler.is_compiling():
+            check_equal_rows(type(self).__name__, rows)
+            self._looked = True
+
+
+class ClipLoss(_EqualBatches):
+    """OpenCLIP's ``ClipLoss`` without its [N, N] logits.
+
+    Args:
+        local_loss: each rank's rows against all ranks' columns, instead of all against all.
+        gather_with_grad: gradients also flow to the rows of other ranks. With ``local_loss`` the
+            loss is then exact and only the texts are gathered. (A rank's gradient of the scale is
+            its strip's; the mean over the ranks is OpenCLIP's.)
+        cache_labels: accepted because OpenCLIP has it, unused: there are no labels to cache.
+        rank, world_size: those of this process.
+        use_horovod: must be false.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__()
+        if use_horovod:
+            raise ValueError("ClipLoss: expected use_horovod=False, got True; run with torchrun")
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.rank = rank
+        self.world_size = world_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+        ids: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Mean InfoNCE of both directions.
+
+        Args:
+            image_features, text_features: [N, D], unit rows; float dtypes, mixed ones are promoted.
+            logit_scale: [] or [1], the multiplier (not its logarithm).
+            logit_bias: [] or [1]; softmax ignores it, so its gradient is zero.
+            output_dict: return ``{"contrastive_loss": loss}``.
+            ids: int64 [N] or [N, R], R <= 2: pairs with an equal id, on any rank, are not
+                negatives of each other. OpenCLIP does not have this argument.
+        Returns:
+            float32 [], nats.
+        """
+        self._look_once(image_features)
+        loss = self._loss(image_features, text_features, logit_scale, ids)
+        if logit_bias is not None:
+            loss = loss + 0 * logit_bias.sum()  # keeps the bias in the graph, as OpenCLIP's does
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _loss(self, x: Tensor, y: Tensor, scale: Tensor | float, ids: Tensor | None) -> Tensor:
+        if self.world_size == 1:
+            return info_nce(x, y, scale, ids=ids)
+        if self.local_loss and self.gather_with_grad:
+            return global_info_nce(x, y, scale, ids=ids)
+        all_x, all_y = self._of_all_ranks(x), self._of_all_ranks(y)
+        all_ids = ids_of_all_ranks("ClipLoss", ids, x)
+        if not self.local_loss:
+            return info_nce(all_x, all_y, scale, ids=all_ids)
+        matching = Matching(key_ids=all_ids, first=self.rank * len(x))
+        images = one_way("ClipLoss", x, all_y, scale, matching)
+        texts = one_way("ClipLoss", y, all_x, scale, matching)
+        return (images + texts) / 2
+
+    def _of_all_ranks(self, x: Tensor) -> Tensor:
+        """All rows in rank order. Without ``gather_with_grad`` only this rank's rows have a
+        gradient, and with ``local_loss`` none has."""
+        if self.world_size == 1:
+            return x
+        if self.gather_with_grad:
+            return gathered_rows(x)
+        all_rows = gather_rows(x)
+        if self.local_loss:
+            return all_rows
+        start = self.rank * len(x)
+        return torch.cat([all_rows[:start], x, all_rows[start + len(x) :]])
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The full logits of both directions, for subclasses written for OpenCLIP's class: [N, M]
+        each, with the M pairs of all ranks (N = M without ``local_loss``)."""
+        x, y = checks.promoted(image_features, text_features)
+        all_x, all_y = self._of_all_ranks(x), self._of_all_ranks(y)
+        images = logit_scale * (x if self.local_loss else all_x) @ all_y.T
+        texts = logit_scale * (y if self.local_loss else all_y) @ all_x.T
+        if logit_bias is None:
+            return images, texts
+        return images + logit_bias, texts + logit_bias
+
+    def get_ground_truth(self, device: torch.device | str, num_logits: int) -> Tensor:
+        """int64 [num_logits]: the column of each row's positive in ``get_logits``."""
+        first = num_logits * self.rank if self.world_size > 1 and self.local_loss else 0
+        return torch.arange(first, first + num_logits, device=device)
+
+
+class SigLipLoss(_EqualBatches):
+    """OpenCLIP's ``SigLipLoss`` without its [N, N] logits.
+
+    Args:
+        cache_labels, chunk_size: accepted because OpenCLIP has them, unused.
+        rank, world_size: those of this process.
+        dist_impl: "bidir", "shift", "reduce" or "gather"; they give the same value and gradient,
+            and here all use one ring exchange of the texts.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+    ) -> None:
+        super().__init__()
+        if dist_impl is not None and dist_impl not in DIST_IMPLS:
+            raise ValueError(f"SigLipLoss: expected dist_impl in {DIST_IMPLS}, got {dist_impl!r}")
+        self.rank = rank
+        self.world_size = world_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+        ids: Tensor | None = None,
+        same_id: SameId = "positive",
+    ) -> Tensor | dict[str, Tensor]:
+        """Sum over pairs of the sigmoid loss, divided by the local batch: float32 [], nats.
+
+        Args: those of ``ClipLoss.forward``, except that a ``logit_bias`` of None is zero, and pairs
+        of the same id are positives too, or are left out if ``same_id`` is "exclude".
+        """
+        x, y, scale = checks.pairs("SigLipLoss", image_features, text_features, logit_scale)
+        bias = 0.0 if logit_bias is None else logit_bias
+        self._look_once(x)
+        summed_loss = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss
+        loss = summed_loss(x, y, scale, bias, ids=ids, same_id=same_id) / max(x.shape[0], 1)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class ProtoClipLoss(ClipLoss):
+    """``ClipLoss`` and the prototype loss, for OpenCLIP's loop or your own.
+
+    Until the first clustering (see ``steps_to_prototypes``) it is ``ClipLoss``. The state advances
+    once per optimiser step, in training mode with gradients on, and lives on the features' device.
+    Each rank holds its own slice of the queue; k-means sums over ranks, so all ranks have the same
+    prototypes. Without ``gather_with_grad`` OpenCLIP scales InfoNCE's feature gradient by
+    1 / world_size. The prototype loss does the same, so their balance does not depend on the flags.
+
+    Args:
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: ``ClipLoss``'s.
+        proto: settings of the prototypes.
+        accum_freq: calls per optimiser step, each with all features of the step, as with OpenCLIP's
+            ``--accum-freq``.
+    """
+
+    def __init__(
+        self, *args: Any, proto: ProtoConfig | None = None, accum_freq: int = 1, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.proto = proto or ProtoConfig()
+        clustering = EpisodeConfig(
+            kmeans_max_iter=self.proto.kmeans_max_iter,
+            pbt=self.proto.pbt,
+            target_temperature=self.proto.target_temperature,
+        )
+        self.online = OnlinePrototypes(
+            PrototypeBuilder(clustering, dist.group.WORLD if self.world_size > 1 else None),
+            queue=-(-self.proto.queue // self.world_size),
+            num_clusters=self.proto.num_clusters,
+            capacity=-(-self.proto.capacity // self.world_size),
+            every=self.proto.every,
+            warmup=self.proto.warmup,
+            seed=self.proto.seed,
+            calls_per_step=accum_freq,
+        )
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last step's prototype accuracy, cluster sizes and step count. Reads the device."""
+        return self.online.metrics()
+
+    def steps_to_prototypes(self, batch_size: int) -> int:
+        """Optimiser steps before prototypes exist, from the start or after a resume, with
+        ``batch_size`` pairs per rank."""
+        return self.online.first_step(batch_size)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+        ids: Tensor | None = None,
+        *,
+        image_projection: Tensor | None = None,
+        text_projection: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """InfoNCE plus the weighted prototype loss.
+
+        Args:
+            image_features, text_features, logit_scale, logit_bias, ids: as in ``ClipLoss``.
+            output_dict: return the terms, ``contrastive_loss`` and (once there are prototypes)
+                ``proto_loss``, weighted: their sum is the loss.
+            image_projection, text_projection: [N, Dh], unit rows from projection heads in the
+                model, to cluster instead of the features. None: cluster the features.
+            index: int64 [N], the samples' positions in the data set or 64-bit hashes of their keys.
+                A sample's labels are then those of its features when it was last seen, among the
+                newest ``proto.capacity`` pairs; a sample not seen before has InfoNCE alone. None:
+                labels come from a balanced assignment of the batch.
+        Returns:
+            float32 [], nats.
+        """
+        if index is not None:
+            checks.vector(
+                "ProtoClipLoss",
+                "index",
+                index,
+                checks.INTEGERS,
+                [(len(image_features),)],
+                getattr(
+                    index, "device", image_features.device
+                ),  # a data loader leaves it on the host
+            )
+        contrastive = super().forward(
+            image_features, text_features, logit_scale, logit_bias, ids=ids
+        )
+        losses: dict[str, Any] = {"contrastive_loss": contrastive}
+        image = image_features if image_projection is None else image_projection
+        text = text_features if text_projection is None else text_projection
+        features = {"image": self._balanced(image), "text": self._balanced(text)}
+        sets = self.online.sets
+        labels = self.online.labels_of(features, index)
+        if sets is not None and labels is not None and self.proto.weight > 0:
+            scale = self.proto.logit_scale or logit_scale
+            # With an index the ranks may know different numbers of their samples.
+            over_ranks = self.world_size > 1 and index is not None
+            term = prototype_term(features, labels, sets, scale, over_ranks=over_ranks)
+            losses["proto_loss"] = self.proto.weight * term.loss
+            self.online.note(term.accuracy())
+        if self.training and torch.is_grad_enabled():
+            self.online.observe(image.detach(), text.detach(), index)
+        return losses if output_dict else torch.stack(list(losses.values())).sum()
+
+    def _balanced(self, x: Tensor) -> Tensor:
+        """x with its gradient divided by world_size, if OpenCLIP's InfoNCE does the same."""
+        if self.world_size == 1 or self.gather_with_grad:
+            return x
+        return x.detach() + (x - x.detach()) / self.world_size

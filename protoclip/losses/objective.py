@@ -1,0 +1,168 @@
+"""What ``protoclip.train`` minimises: a weighted sum of losses over the pairs of all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from protoclip.config import LossConfig
+from protoclip.distributed import gathered_rows, is_distributed, rank
+from protoclip.global_losses import global_info_nce, global_sigmoid_loss
+from protoclip.losses.prototypes import prototype_term, share
+from protoclip.prototypes import EXTERNAL, Episode
+from protoclip.seeds import mix
+
+if TYPE_CHECKING:  # loads open_clip, which a loss alone does not need
+    from protoclip.model import Encoded
+
+Measure = Callable[[str], contextlib.AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Scalars of one batch, on its device, fp32."""
+
+    total: Tensor  # weighted sum, to differentiate
+    terms: dict[str, Tensor]  # unweighted, by name, in nats; only those with a weight
+    hits: dict[str, Tensor]  # source -> [2], as in ``PrototypeTerm``
+
+    @property
+    def accuracy(self) -> dict[str, Tensor]:
+        """Share of samples whose nearest prototype is their own: mean over the internal sources,
+        and of the teacher."""
+        internal = [share(counts) for source, counts in self.hits.items() if source != EXTERNAL]
+        shares = {"proto_accuracy": torch.stack(internal).mean()} if internal else {}
+        if EXTERNAL in self.hits:
+            shares["external_accuracy"] = share(self.hits[EXTERNAL])
+        return shares
+
+
+class ProtoLoss(nn.Module):
+    """The training objective: w_clip * InfoNCE (or SigLIP's loss) + w_proto * internal prototypes
+    + w_proto_external * external ones + w_distill * the teacher's similarities (a control).
+
+    A term is not computed if its weight is 0 or its prototypes are missing (warm-up, no teacher).
+
+    Args:
+        config: the weights.
+        teacher: [dataset, d] on the features' device; only distillation reads it.
+        measure: times a named phase, here "prototypes".
+    """
+
+    def __init__(
+        self,
+        config: LossConfig,
+        teacher: Tensor | None = None,
+        measure: Measure = contextlib.nullcontext,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.teacher = teacher
+        self.measure = measure
+
+    def forward(
+        self,
+        encoded: Encoded,
+        projected: Encoded | None,
+        index: Tensor,
+        logit_scale: Tensor,
+        proto_scale: Tensor,
+        episode: Episode | None,
+        ids: Tensor | None = None,
+        logit_bias: Tensor | None = None,
+    ) -> Losses:
+        """The losses of a batch of B pairs; with several ranks, of this rank's share.
+
+        The means over ranks of ``total`` and of its gradients are those of the whole batch.
+
+        Args:
+            encoded: [B, D] each, not normalised; float32, bfloat16 or float16.
+            projected: [B, Dh] each, unit rows, float32; None if there is no prototype term.
+            index: int64 [B], positions in the dataset, to look up the cluster labels.
+            logit_scale, proto_scale: scalars, the multipliers (not their logarithms).
+            episode: prototypes; None: InfoNCE only.
+            ids: int64 [B]; pairs with equal ids are not negatives of each other (with SigLIP's
+                loss they are positives); None: all differ.
+            logit_bias: scalar, for SigLIP's loss instead of InfoNCE; None: InfoNCE.
+        """
+        config = self.config
+        terms: dict[str, Tensor] = {}
+        hits: dict[str, Tensor] = {}
+        weights = {
+            "contrastive_loss": config.w_clip,
+            "proto_loss": config.w_proto,
+            "external_loss": config.w_proto_external,
+            "distill_loss": config.w_distill,
+        }
+        if config.w_clip > 0:
+            images, texts = _normalise(encoded.image), _normalise(encoded.text)
+            if logit_bias is None:
+                loss = global_info_nce(images, texts, logit_scale, ids=ids)
+            else:
+                summed = global_sigmoid_loss(images, texts, logit_scale, logit_bias, ids=ids)
+                loss = summed / len(index)
+            terms["contrastive_loss"] = loss
+        if episode is not None and projected is not None:
+            features = {"image": projected.image, "text": projected.text}
+            labels = episode.labels_of(index)
+            with self.measure("prototypes"):
+                for name, external in (("proto_loss", False), ("external_loss", True)):
+                    sets = [item for item in episode.sets if (item.source == EXTERNAL) == external]
+                    if weights[name] > 0 and sets:
+                        term = prototype_term(
+                            features, labels, sets, proto_scale, over_ranks=is_distributed()
+                        )
+                        terms[name] = term.loss
+                        hits |= term.hits
+        if config.w_distill > 0 and projected is not None and self.teacher is not None:
+            terms["distill_loss"] = similarity_distillation(
+                projected, self.teacher[index], proto_scale, config.distill_temperature
+            )
+        total: Any = sum(weights[name] * term for name, term in terms.items())
+        return Losses(total, terms, hits)
+
+
+def caption_ids(tokens: Tensor) -> Tensor:
+    """int64 [B], equal for equal caption tokens [B, L]; others collide once in 2^47 pairs."""
+    factors = torch.from_numpy(mix(0, np.arange(tokens.shape[1])).view(np.int64))
+    return (tokens.long() * factors.to(tokens.device)).sum(dim=1)
+
+
+def similarity_distillation(
+    projected: Encoded, teacher: Tensor, scale: Tensor, temperature: float
+) -> Tensor:
+    """KL divergence of each student's similarities within the global batch from the teacher's.
+
+    Row i compares sample i with the G - 1 others: teacher softmax_j(t_i . t_j / temperature),
+    student softmax_j(scale h_i . h_j). The result is the mean over this rank's rows and the two
+    students, in nats. ``projected``: [B, Dh] each, unit rows, G = W B >= 3; ``teacher``: [B, d],
+    any row length. Memory is O(B G), unlike the other losses: it is a control.
+    """
+    t = F.normalize(teacher.float(), dim=1)
+    target = F.log_softmax(_to_others(t) / temperature, dim=1)
+    losses = []
+    for h in (projected.image, projected.text):
+        student = F.log_softmax(scale * _to_others(h), dim=1)
+        losses.append(F.kl_div(student, target.to(h), reduction="batchmean", log_target=True))
+    return (losses[0] + losses[1]) / 2
+
+
+def _to_others(rows: Tensor) -> Tensor:
+    """This rank's [B, d] -> products of each row with all other rows of all ranks, [B, G - 1],
+    starting with the next row."""
+    products = rows @ gathered_rows(rows).T
+    b, g = products.shape
+    others = rank() * b + 1 + torch.arange(b, device=rows.device)[:, None]
+    return products.gather(1, (others + torch.arange(g - 1, device=rows.device)) % g)
+
+
+def _normalise(features: Tensor) -> Tensor:
+    """Unit rows in the features' dtype; the norm is computed in fp32."""
+    return F.normalize(features.float(), dim=-1).to(features.dtype)
