@@ -12,7 +12,7 @@ import pytest
 import protoclip
 from benchmarks.harness import OURS
 from benchmarks.machine import DEVICE
-from protoclip.ops.backends import TABLE
+from protoclip.ops.dispatch import TABLE
 
 
 def ours(op: str) -> list[str]:

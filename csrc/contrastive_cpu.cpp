@@ -1,5 +1,5 @@
 // InfoNCE and the sigmoid loss on the CPU: the statistics of a strip, and its gradients. Contract:
-// ops/contrastive.py.
+// ops/strips.py.
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>

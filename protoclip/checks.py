@@ -14,7 +14,7 @@ from protoclip.config import TrainConfig
 from protoclip.distributed import is_distributed
 from protoclip.lloyd import load_faiss
 from protoclip.model import check_model
-from protoclip.ops.backends import why_not
+from protoclip.ops.dispatch import why_not
 from protoclip.schedule import parse_interval
 from protoclip.teacher import teacher_spec
 

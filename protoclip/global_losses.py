@@ -30,8 +30,8 @@ from protoclip.distributed import (
     world_size,
 )
 from protoclip.ops import checks
-from protoclip.ops.backends import resolve
-from protoclip.ops.contrastive import info_nce, one_way, one_way_parts, sigmoid_loss
+from protoclip.ops.contrastive_losses import info_nce, one_way, one_way_parts, sigmoid_loss
+from protoclip.ops.dispatch import resolve
 from protoclip.ops.operators import ANY_FLOAT, gradient_like, wants_gradient
 from protoclip.ops.pairs import SAME_ID, Matching, Pairs, SameId, check_ids, pairs_of
 from protoclip.ops.strips import (
@@ -179,7 +179,9 @@ def _keys_of_all_ranks(op: str, keys: Tensor, matching: Matching) -> tuple[Tenso
     checks.matrix(op, "keys", keys, "[M, D]")
     bias = matching.key_bias
     if bias is not None:
-        checks.vector(op, "key_bias", bias, ANY_FLOAT, [(len(keys),)], keys.device)
+        checks.tensor(
+            op, "key_bias", bias, dtypes=ANY_FLOAT, shapes=[(len(keys),)], device=keys.device
+        )
         bias = gathered_rows(bias)
     ids = ids_of_all_ranks(op, matching.key_ids, keys, "key_ids")
     matching = replace(matching, key_ids=ids, key_bias=bias, first=rank() * len(keys))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import protoclip
-from protoclip.ops.backends import TABLE
+from protoclip.ops.dispatch import TABLE
 
 
 def usable(op: str) -> list[str]:

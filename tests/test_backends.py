@@ -7,7 +7,7 @@ import torch
 import protoclip
 from protoclip.ops import info_nce, sigmoid_loss
 from protoclip.ops import prototype_cross_entropy as cross_entropy
-from protoclip.ops.backends import TABLE, resolve
+from protoclip.ops.dispatch import TABLE, resolve
 
 OPS = sorted(TABLE)
 

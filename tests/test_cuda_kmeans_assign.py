@@ -8,7 +8,7 @@ from cuda_host import SM_80, SM_86, SM_90, kmeans_assign, kmeans_encode, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import protoclip
-from protoclip.ops.backends import FLOATS, TABLE, Backend, ClusterFunctions
+from protoclip.ops.dispatch import FLOATS, TABLE, Backend, ClusterFunctions
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_contrastive import Problem, computed, written_out
 
 import protoclip
-from protoclip.ops.contrastive import sigmoid_loss
+from protoclip.ops.contrastive_losses import sigmoid_loss
 
 quick = settings(
     max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)

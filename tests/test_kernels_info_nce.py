@@ -10,7 +10,7 @@ from budget import assert_within_budget, sigmoid_gradients, strip_gradients
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import protoclip
-from protoclip.ops.contrastive import sigmoid_loss
+from protoclip.ops.contrastive_losses import sigmoid_loss
 from protoclip.ops.strips import LN2
 
 pytestmark = [

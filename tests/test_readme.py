@@ -16,7 +16,7 @@ from protoclip import plan
 from protoclip.__main__ import main
 from protoclip.commands import PARSERS
 from protoclip.model import register_configs
-from protoclip.ops.backends import TABLE
+from protoclip.ops.dispatch import TABLE
 
 ROOT = Path(__file__).parent.parent
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"

@@ -13,7 +13,7 @@ from protoclip.distributed import check_equal_rows, gather_rows, gathered_rows
 from protoclip.global_losses import global_info_nce, global_sigmoid_loss, ids_of_all_ranks
 from protoclip.losses.prototypes import prototype_term
 from protoclip.ops import checks, info_nce, sigmoid_loss
-from protoclip.ops.contrastive import one_way
+from protoclip.ops.contrastive_losses import one_way
 from protoclip.ops.pairs import Matching, SameId
 from protoclip.prototypes import OnlinePrototypes, PrototypeBuilder
 
@@ -262,15 +262,15 @@ class ProtoClipLoss(ClipLoss):
             float32 [], nats.
         """
         if index is not None:
-            checks.vector(
+            # A data loader leaves it on the host.
+            device = getattr(index, "device", image_features.device)
+            checks.tensor(
                 "ProtoClipLoss",
                 "index",
                 index,
-                checks.INTEGERS,
-                [(len(image_features),)],
-                getattr(
-                    index, "device", image_features.device
-                ),  # a data loader leaves it on the host
+                dtypes=checks.INTEGERS,
+                shapes=[(len(image_features),)],
+                device=device,
             )
         contrastive = super().forward(
             image_features, text_features, logit_scale, logit_bias, ids=ids

@@ -1,8 +1,7 @@
 """The ops: contract, checks, backends and autograd of each. They know tensors but no models."""
 
-from protoclip.ops.backends import backends
 from protoclip.ops.clusters import kmeans_assign, segment_mean
-from protoclip.ops.contrastive import (
+from protoclip.ops.contrastive_losses import (
     contrastive,
     contrastive_parts,
     info_nce,
@@ -10,6 +9,7 @@ from protoclip.ops.contrastive import (
     sigmoid_loss,
     sup_con,
 )
+from protoclip.ops.dispatch import backends
 from protoclip.ops.prototypes import (
     Bank,
     PrototypeLosses,

@@ -77,11 +77,13 @@ def pairs(
 
 def promoted(*tensors: Tensor) -> list[Tensor]:
     """The tensors in the narrowest dtype that holds all of theirs, as torch promotes operands."""
-    dtype = tensors[0].dtype
-    if all(x.dtype == dtype for x in tensors):
-        return list(tensors)
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+    dtype = common_dtype(tensors)
     return [x.to(dtype) for x in tensors]
+
+
+def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that torch promotes these operands to."""
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors))
 
 
 def scalar(
@@ -108,15 +110,25 @@ def scalar(
     return x if x.dtype in ANY_FLOAT else x.float()
 
 
-def vector(
-    op: str, name: str, x: Any, dtypes: Sequence[torch.dtype], shapes: Sequence[tuple[int, ...]],
+def tensor(
+    op: str,
+    name: str,
+    x: Any,
+    *,
+    dtypes: Sequence[torch.dtype],
+    shapes: Sequence[tuple[int, ...]],
     device: torch.device,
-) -> None:  # fmt: skip
+) -> None:
     """Require a tensor in one of the dtypes and shapes, on the features' device."""
     _dense(op, name, x)
     if x.dtype not in dtypes:
-        kind, cast = ("int64", "long") if torch.int64 in dtypes else ("float32", "float")
-        raise TypeError(f"{op}: expected {name} as {kind}, got {x.dtype}; use {name}.{cast}()")
+        if torch.int64 in dtypes:
+            expected, method = "int64", "long"
+        else:
+            expected, method = "float32", "float"
+        raise TypeError(
+            f"{op}: expected {name} as {expected}, got {x.dtype}; use {name}.{method}()"
+        )
     if tuple(x.shape) not in shapes:
         words = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{op}: expected {name} of shape {words}, got {list(x.shape)}")
@@ -128,7 +140,7 @@ def vector(
 
 def labels(op: str, x: Tensor, rows: Tensor) -> None:
     """Require int64 [N] on the device of the [N, D] rows."""
-    vector(op, "labels", x, INTEGERS, [(rows.shape[0],)], rows.device)
+    tensor(op, "labels", x, dtypes=INTEGERS, shapes=[(rows.shape[0],)], device=rows.device)
 
 
 def label_values(op: str, x: Tensor, count: int) -> None:
@@ -136,8 +148,10 @@ def label_values(op: str, x: Tensor, count: int) -> None:
     wrong = ((x < 0) | (x >= count)) & (x != LEFT_OUT)
     if wrong.any():
         row = int(wrong.nonzero()[0])
-        found = f"{int(x[row])} at row {row} for K = {count}"
-        raise ValueError(f"{op}: expected labels in [0, K) or {LEFT_OUT}, got {found}")
+        raise ValueError(
+            f"{op}: expected labels in [0, K) or {LEFT_OUT}, got {int(x[row])} at row {row} for "
+            f"K = {count}"
+        )
 
 
 def segments(op: str, used: int, num_segments: int) -> None:
@@ -152,21 +166,22 @@ def segments(op: str, used: int, num_segments: int) -> None:
 def weights(op: str, x: Any, rows: Tensor, backend: str) -> None:
     """Require floats [N] without a gradient for the [N, D] rows; on a CPU and by the reference
     none below 0."""
-    vector(op, "weights", x, ANY_FLOAT, [(rows.shape[0],)], rows.device)
+    tensor(op, "weights", x, dtypes=ANY_FLOAT, shapes=[(rows.shape[0],)], device=rows.device)
     if x.requires_grad:
         raise ValueError(f"{op}: expected weights without a gradient, got some; detach them")
-    looks = backend == "reference" or rows.device.type == "cpu"
-    if looks and readable(x) and (x < 0).any():
+    may_read = readable(x) and (backend == "reference" or rows.device.type == "cpu")
+    if may_read and (x < 0).any():
         raise ValueError(f"{op}: expected weights >= 0, got {x.min().item():g}")
 
 
 def negatives(op: str, x: Any, rows: Tensor) -> None:
     """Require floats [N, H, D] for the [N, D] rows."""
-    n, d = rows.shape
-    if isinstance(x, Tensor) and x.ndim != 3:
+    _dense(op, "negatives", x)
+    if x.ndim != 3:
         raise ValueError(f"{op}: expected negatives of shape [N, H, D], got {list(x.shape)}")
-    shapes = [(n, x.shape[1], d)] if isinstance(x, Tensor) else []
-    vector(op, "negatives", x, ANY_FLOAT, shapes, rows.device)
+    n, d = rows.shape
+    shape = (n, x.shape[1], d)
+    tensor(op, "negatives", x, dtypes=ANY_FLOAT, shapes=[shape], device=rows.device)
 
 
 def label_smoothing(op: str, x: Any) -> None:

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from protoclip.ops import checks, reference
-from protoclip.ops.backends import CLUSTERS, resolve
+from protoclip.ops.dispatch import CLUSTERS, resolve
 from protoclip.ops.operators import empty, in_transform, operator, without_autocast
 
 
-def _assign_shapes(arguments: Any) -> tuple[Tensor, Tensor]:
+class Assignment(NamedTuple):
+    """Of each point."""
+
+    labels: Tensor  # int64 [N], the nearest centroid
+    distances: Tensor  # fp32 [N], squared
+
+
+def _assign_shapes(arguments: Any) -> Assignment:
     points = arguments.points
     n = points.shape[0]
-    return points.new_empty(n, dtype=torch.int64), points.new_empty(n, dtype=torch.float32)
+    return Assignment(
+        labels=points.new_empty(n, dtype=torch.int64),
+        distances=points.new_empty(n, dtype=torch.float32),
+    )
 
 
-@operator(_assign_shapes)
+@operator("kmeans_assign", _assign_shapes, Assignment)
 def _kmeans_assign(points: Tensor, centroids: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     run = CLUSTERS[backend].implementation.assign
     return run(points=points, centroids=centroids)
@@ -79,12 +89,22 @@ def assignment(
     return lambda centroids: assign_coded(points, centroids, *codes)
 
 
-def _segment_mean_shapes(arguments: Any) -> tuple[Tensor, Tensor]:
+class SegmentMeans(NamedTuple):
+    """Of each segment."""
+
+    means: Tensor  # [K, D]
+    counts: Tensor  # int64 [K]
+
+
+def _segment_mean_shapes(arguments: Any) -> SegmentMeans:
     values, k = arguments.values, arguments.num_segments
-    return empty(values, k, values.shape[1]), values.new_empty(k, dtype=torch.int64)
+    return SegmentMeans(
+        means=empty(values, k, values.shape[1]),
+        counts=values.new_empty(k, dtype=torch.int64),
+    )
 
 
-@operator(_segment_mean_shapes)
+@operator("segment_mean", _segment_mean_shapes, SegmentMeans)
 def _segment_mean(
     values: Tensor, labels: Tensor, num_segments: int, backend: str
 ) -> tuple[Tensor, Tensor]:

@@ -7,39 +7,51 @@ more.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, ParamSpec, TypeVar, cast
+from types import SimpleNamespace
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ANY_FLOAT = (*FLOATS, torch.float64)
 _LIBRARY = torch.library.Library("protoclip", "FRAGMENT")
 
 Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
+Named = TypeVar("Named")
+
+
+class _Registered(NamedTuple):
+    op: Any  # torch.ops.protoclip.<name>.default
+    results: Callable[..., Any]  # names them
+
+
+_REGISTERED: dict[Callable[..., Any], _Registered] = {}  # function of ``operator`` -> its op
 
 
 def operator(
+    name: str,
     shapes: Callable[[Any], Tensor | tuple[Tensor, ...]],
-) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Make a function the body of the op that has its name (without a leading underscore).
+    results: Callable[..., Named],
+) -> Callable[[Callable[Parameters, Any]], Callable[Parameters, Named]]:
+    """Make a function the body of the op ``torch.ops.protoclip.<name>``, which it then calls.
 
     Its annotations are the op's schema: tensors, optional tensors, lists of tensors, numbers and
-    strings in; a tensor or a tuple of tensors out. Parameters have no defaults. The op is called
-    like the function, by keyword.
+    strings in; a tensor or a tuple of tensors out. Parameters have no defaults.
 
     Args:
         shapes: the results for given arguments (by name), as empty tensors. Under torch.compile
             sizes are symbols there, so take them from ``.shape``: ``len`` would fix them.
+        results: the named tuple of the results, which the function returns; ``single`` for one
+            tensor.
     """
 
-    def register(body: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-        name = body.__name__.lstrip("_")
+    def register(body: Callable[Parameters, Any]) -> Callable[Parameters, Named]:
         _LIBRARY.define(torch.library.infer_schema(body, op_name=name, mutates_args=()))
         _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
         op = getattr(torch.ops.protoclip, name).default
@@ -47,41 +59,64 @@ def operator(
         torch.library.register_fake(
             f"protoclip::{name}", lambda *values: shapes(arguments(*values)), lib=_LIBRARY
         )
-        return cast("Callable[Parameters, Result]", op)
+
+        def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Named:
+            tensors = op(*args, **kwargs)
+            return results(*tensors) if isinstance(tensors, tuple) else results(tensors)
+
+        call.__name__ = body.__name__
+        call.__doc__ = body.__doc__
+        _REGISTERED[call] = _Registered(op, results)
+        return call
 
     return register
 
 
+def single(tensor: Tensor) -> Tensor:
+    """``results`` of an op that returns one tensor."""
+    return tensor
+
+
 def define_gradient(
-    op: Callable[..., Any],
-    results: Callable[..., Any],
+    function: Callable[..., Any],
     save: Callable[[Any, Any, Any], None],
     backward: Callable[[Any, Any], dict[str, Any]],
 ) -> None:
-    """Give an op its gradient.
+    """Give the op of a function its gradient.
 
     Args:
-        results: the named tuple of the op's results.
         save: (ctx, arguments, results) -> None, both by name; keeps what ``backward`` needs.
         backward: (ctx, gradients of the results, by name) -> gradients of arguments, by name; an
             argument without an entry has none. ``wanted_gradients`` says which are wanted.
     """
-    arguments = _arguments_of(op)
+    registered = _REGISTERED[function]
+    arguments = _arguments_of(registered.op)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        save(ctx, arguments(*inputs), results(*output))
+        save(ctx, arguments(*inputs), registered.results(*output))
 
     def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        by_name = backward(ctx, results(*grads))
+        by_name = backward(ctx, registered.results(*grads))
         return tuple(map(by_name.get, arguments._fields))
 
     torch.library.register_autograd(
-        _qualified_name(op), gradients, setup_context=setup_context, lib=_LIBRARY
+        registered.op._schema.name, gradients, setup_context=setup_context, lib=_LIBRARY
     )
 
 
-def refuse_gradient(op: Callable[..., Any], public: str) -> None:
-    """Asking for a gradient of the op, a second derivative of ``public``, raises an error."""
+def save_tensors(ctx: Any, **tensors: Tensor | Sequence[Tensor] | None) -> None:
+    """``ctx.save_for_backward`` by name, for ``saved_tensors``."""
+    leaves, ctx.structure_of_saved = pytree.tree_flatten(tensors)
+    ctx.save_for_backward(*leaves)
+
+
+def saved_tensors(ctx: Any) -> Any:
+    """What ``save_tensors`` saved, by name."""
+    return SimpleNamespace(**pytree.tree_unflatten(ctx.saved_tensors, ctx.structure_of_saved))
+
+
+def refuse_gradient(function: Callable[..., Any], public: str) -> None:
+    """Asking for a gradient of the function's op, a second derivative of ``public``, raises."""
 
     def refuse(ctx: Any, *_: Tensor | None) -> None:
         raise RuntimeError(
@@ -89,12 +124,13 @@ def refuse_gradient(op: Callable[..., Any], public: str) -> None:
             "it"
         )
 
-    torch.library.register_autograd(_qualified_name(op), refuse, lib=_LIBRARY)
+    name = _REGISTERED[function].op._schema.name
+    torch.library.register_autograd(name, refuse, lib=_LIBRARY)
 
 
-def wanted_gradients(ctx: Any, op: Any) -> Any:
-    """In a backward pass: whether each argument of the op wants a gradient, by name."""
-    arguments = _arguments_of(op)
+def wanted_gradients(ctx: Any, function: Callable[..., Any]) -> Any:
+    """In a backward pass: whether each argument of the function wants a gradient, by name."""
+    arguments = _arguments_of(_REGISTERED[function].op)
     return arguments(*ctx.needs_input_grad[: len(arguments._fields)])
 
 
@@ -102,10 +138,6 @@ def wanted_gradients(ctx: Any, op: Any) -> Any:
 def _arguments_of(op: Any) -> Any:
     """A named tuple of the op's arguments."""
     return namedtuple("Arguments", [argument.name for argument in op._schema.arguments])
-
-
-def _qualified_name(op: Any) -> str:
-    return op._schema.name
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -166,7 +198,7 @@ def wants_gradient(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
 
 
-@operator(lambda arguments: torch.empty_like(arguments.saved))
+@operator("scaled", lambda arguments: torch.empty_like(arguments.saved), single)
 def scaled(grad: Tensor, saved: Tensor) -> Tensor:
     """The upstream gradient times what the forward pass saved.
 

@@ -75,12 +75,12 @@ def pairs_of(op: str, queries: Tensor, m: int, matching: Matching) -> Pairs:
     checks.one_of(op, "same_id", matching.same_id, SAME_ID)
     key_bias = matching.key_bias
     if key_bias is not None:
-        dtypes = torch.float32, torch.promote_types(queries.dtype, torch.float32)
-        checks.vector(op, "key_bias", key_bias, dtypes, [(m,)], device)
+        dtypes = [torch.float32, torch.promote_types(queries.dtype, torch.float32)]
+        checks.tensor(op, "key_bias", key_bias, dtypes=dtypes, shapes=[(m,)], device=device)
         key_bias = key_bias.contiguous()  # kernels take no strides of it, nor of ids and positions
     exclude = matching.exclude
     if exclude is not None:
-        checks.vector(op, "exclude", exclude, checks.INTEGERS, [(n,)], device)
+        _check_integers(op, "exclude", exclude, [(n,)], device)
     same_positive = matching.key_ids is not None and matching.same_id == "positive"
     own: Tensor | None = None
     left_out: Tensor | None = None
@@ -92,7 +92,7 @@ def pairs_of(op: str, queries: Tensor, m: int, matching: Matching) -> Pairs:
         several = isinstance(positives, Tensor) and positives.ndim == 2
         if several:
             shapes.append((n, max(positives.shape[1], 1)))
-        checks.vector(op, "positives", positives, checks.INTEGERS, shapes, device)
+        _check_integers(op, "positives", positives, shapes, device)
         left_out = positives == LEFT_OUT
         inside = (positives >= 0) & (positives < m)
         own = positives.where(inside, -1)
@@ -155,7 +155,13 @@ def refuse_wrong(op: str, pairs: Pairs, num_keys: int) -> None:
 
 def check_ids(op: str, name: str, ids: Any, count: int, device: torch.device) -> None:
     """Require int64 [count] or [count, R], R <= 2."""
-    checks.vector(op, name, ids, checks.INTEGERS, [(count,), (count, 1), (count, 2)], device)
+    _check_integers(op, name, ids, [(count,), (count, 1), (count, 2)], device)
+
+
+def _check_integers(
+    op: str, name: str, x: Any, shapes: list[tuple[int, ...]], device: torch.device
+) -> None:
+    checks.tensor(op, name, x, dtypes=checks.INTEGERS, shapes=shapes, device=device)
 
 
 def _codes(
@@ -175,8 +181,8 @@ def _codes(
     ordered = key_columns.sort(dim=1).values
     key_codes = torch.searchsorted(ordered, key_columns)
     if query_ids is not None:
-        shapes = [(n,), (n, 1)] if key_columns.shape[0] == 1 else [(n, 2)]
-        checks.vector(op, "query_ids", query_ids, checks.INTEGERS, shapes, device)
+        shapes: list[tuple[int, ...]] = [(n,), (n, 1)] if key_columns.shape[0] == 1 else [(n, 2)]
+        _check_integers(op, "query_ids", query_ids, shapes, device)
         columns = _by_column(query_ids)
         if not m:
             return torch.full_like(columns, -1).int(), key_codes.int()

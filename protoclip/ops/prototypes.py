@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from protoclip.ops import checks, reference
-from protoclip.ops.backends import PROTOTYPES, SOFT_TARGETS, resolve
 from protoclip.ops.checks import LEFT_OUT
+from protoclip.ops.dispatch import PROTOTYPES, SOFT_TARGETS, resolve
 from protoclip.ops.operators import (
     accumulator,
     define_gradient,
@@ -28,7 +28,10 @@ from protoclip.ops.operators import (
     reduce,
     reduce_weighted,
     refuse_gradient,
+    save_tensors,
+    saved_tensors,
     scaled,
+    single,
     wanted_gradients,
     wants_gradient,
     without_autocast,
@@ -48,36 +51,7 @@ class BankLosses(NamedTuple):
     scale_gradient: Tensor  # of logit_scale, features . gradient: [S, N]
 
 
-def bank_losses(
-    features: Tensor,
-    prototypes: list[Tensor],
-    targets: list[Tensor],
-    labels: list[Tensor],
-    logit_scale: Tensor,
-    *,
-    need_grad: bool,
-    need_nearest: bool,
-    need_scale_gradient: bool,
-    backend: str,
-) -> BankLosses:
-    """The losses of S banks, ``targets[b]`` [0, D] for hard labels.
-
-    Without ``need_scale_gradient`` that gradient may be rounded."""
-    results = _prototype_ce(
-        features=features,
-        prototypes=prototypes,
-        targets=targets,
-        labels=labels,
-        logit_scale=logit_scale,
-        need_grad=need_grad,
-        need_nearest=need_nearest,
-        need_scale_gradient=need_scale_gradient,
-        backend=backend,
-    )
-    return BankLosses(*results)
-
-
-def _prototype_ce_shapes(arguments: Any) -> BankLosses:
+def _bank_losses_shapes(arguments: Any) -> BankLosses:
     features = arguments.features
     n, d = features.shape
     banks = len(arguments.prototypes)
@@ -92,8 +66,8 @@ def _prototype_ce_shapes(arguments: Any) -> BankLosses:
     )
 
 
-@operator(_prototype_ce_shapes)
-def _prototype_ce(
+@operator("prototype_ce", _bank_losses_shapes, BankLosses)
+def bank_losses(
     features: Tensor,
     prototypes: list[Tensor],
     targets: list[Tensor],
@@ -104,10 +78,13 @@ def _prototype_ce(
     need_scale_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The losses of S banks, ``targets[b]`` [0, D] for hard labels.
+
+    Without ``need_scale_gradient`` that gradient may be rounded."""
     run = PROTOTYPES[backend].implementation.losses
     if backend == "triton":  # the others do not round it
         run = partial(run, need_scale_gradient=need_scale_gradient)
-    loss, gradient, nearest, row_max, row_sum, scale_gradient = run(
+    return run(
         features=features,
         prototypes=prototypes,
         targets=targets,
@@ -116,15 +93,14 @@ def _prototype_ce(
         need_grad=need_grad,
         need_nearest=need_nearest,
     )
-    return BankLosses(loss, gradient, nearest, row_max, row_sum, scale_gradient)
 
 
 def _prototype_gradient_shapes(arguments: Any) -> Tensor:
     return arguments.prototypes.new_empty(arguments.prototypes.shape)
 
 
-@operator(_prototype_gradient_shapes)
-def _prototype_ce_bwd_prototypes(
+@operator("prototype_ce_bwd_prototypes", _prototype_gradient_shapes, single)
+def prototype_gradient(
     features: Tensor,
     prototypes: Tensor,
     labels: Tensor,
@@ -149,23 +125,24 @@ def _prototype_ce_bwd_prototypes(
     )
 
 
-def _save_prototype_ce(ctx: Any, arguments: Any, results: BankLosses) -> None:
+def _save_bank_losses(ctx: Any, arguments: Any, results: BankLosses) -> None:
     ctx.set_materialize_grads(False)  # only the loss has one; saves zeros of [S, N, D]
     ctx.backend = arguments.backend
     ctx.hard = [targets.shape[0] == 0 for targets in arguments.targets]
-    ctx.save_for_backward(
-        arguments.features,
-        arguments.logit_scale,
-        results.gradient,
-        results.row_max,
-        results.row_sum,
-        results.scale_gradient,
-        *arguments.prototypes,
-        *arguments.labels,
+    save_tensors(
+        ctx,
+        features=arguments.features,
+        logit_scale=arguments.logit_scale,
+        gradient=results.gradient,
+        row_max=results.row_max,
+        row_sum=results.row_sum,
+        scale_gradient=results.scale_gradient,
+        prototypes=arguments.prototypes,
+        labels=arguments.labels,
     )
 
 
-def _prototype_ce_backward(ctx: Any, grads: BankLosses) -> dict[str, Any]:
+def _bank_losses_backward(ctx: Any, grads: BankLosses) -> dict[str, Any]:
     banks = len(ctx.hard)
     by_name: dict[str, Any] = {
         "prototypes": [None] * banks,
@@ -174,26 +151,24 @@ def _prototype_ce_backward(ctx: Any, grads: BankLosses) -> dict[str, Any]:
     }
     if grads.loss is None:
         return by_name
-    wanted = wanted_gradients(ctx, _prototype_ce)
-    saved = ctx.saved_tensors
-    features, logit_scale, gradient, row_max, row_sum, scale_gradient = saved[:6]
-    prototypes, labels = saved[6 : 6 + banks], saved[6 + banks :]
+    wanted = wanted_gradients(ctx, bank_losses)
+    saved = saved_tensors(ctx)
     if wanted.features:  # weight the gradient from the forward pass
-        weight = (logit_scale.reshape(()) * grads.loss)[:, :, None]
-        by_bank = scaled(grad=weight, saved=gradient)
-        by_name["features"] = by_bank.sum(dim=0).to(features.dtype)
+        weight = (saved.logit_scale.reshape(()) * grads.loss)[:, :, None]
+        by_bank = scaled(grad=weight, saved=saved.gradient)
+        by_name["features"] = by_bank.sum(dim=0).to(saved.features.dtype)
     if wanted.logit_scale:
-        terms = scaled(grad=grads.loss, saved=scale_gradient)
-        by_name["logit_scale"] = gradient_like(terms.sum(), logit_scale)
+        terms = scaled(grad=grads.loss, saved=saved.scale_gradient)
+        by_name["logit_scale"] = gradient_like(terms.sum(), saved.logit_scale)
     for bank in range(banks):
         if wanted.prototypes[bank]:
-            by_name["prototypes"][bank] = _prototype_ce_bwd_prototypes(
-                features=features,
-                prototypes=prototypes[bank],
-                labels=labels[bank],
-                logit_scale=logit_scale,
-                row_max=row_max[bank],
-                row_sum=row_sum[bank],
+            by_name["prototypes"][bank] = prototype_gradient(
+                features=saved.features,
+                prototypes=saved.prototypes[bank],
+                labels=saved.labels[bank],
+                logit_scale=saved.logit_scale,
+                row_max=saved.row_max[bank],
+                row_sum=saved.row_sum[bank],
                 weight=grads.loss[bank],
                 hard=ctx.hard[bank],
                 backend=ctx.backend,
@@ -201,8 +176,8 @@ def _prototype_ce_backward(ctx: Any, grads: BankLosses) -> dict[str, Any]:
     return by_name
 
 
-define_gradient(_prototype_ce, BankLosses, _save_prototype_ce, _prototype_ce_backward)
-refuse_gradient(_prototype_ce_bwd_prototypes, "prototype_cross_entropy")
+define_gradient(bank_losses, save=_save_bank_losses, backward=_bank_losses_backward)
+refuse_gradient(prototype_gradient, "prototype_cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -266,9 +241,8 @@ def prototype_cross_entropy(
     checks.label_smoothing(op, label_smoothing)
     bank = Bank(prototypes, labels, targets)
     if weights is None and not label_smoothing:
-        return _losses(features, [bank], logit_scale, reduction, backend, need_nearest=False).loss[
-            0
-        ]
+        results = _losses(features, [bank], logit_scale, reduction, backend, need_nearest=False)
+        return results.loss[0]
     checks.matrix(op, "features", features, "[N, D]")
     checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
     _check_bank(op, features, bank)
@@ -282,7 +256,7 @@ def prototype_cross_entropy(
     if label_smoothing:
         spread = _mean_below_target(features, bank, logit_scale).to(losses.dtype)
         losses = losses + label_smoothing * spread
-    return reduce_weighted(losses, (labels != -100).to(losses.dtype), weights, reduction)
+    return reduce_weighted(losses, (labels != LEFT_OUT).to(losses.dtype), weights, reduction)
 
 
 def _mean_below_target(features: Tensor, bank: Bank, logit_scale: Tensor) -> Tensor:
@@ -290,14 +264,15 @@ def _mean_below_target(features: Tensor, bank: Bank, logit_scale: Tensor) -> Ten
 
     Smoothing the targets themselves, (1 - epsilon) m + epsilon mean, would round them to bfloat16
     and lose the gradient of trained prototypes. fp64, whose indexed sums have one order."""
-    used = bank.labels != -100
+    used = bank.labels != LEFT_OUT
     mean = bank.prototypes.double().mean(dim=0)
     if bank.targets is None:
         targets = bank.prototypes
     else:  # constants, and so is what is mixed into them
-        targets, mean = bank.targets, mean.detach()
-    own = targets.double()[bank.labels.clamp(0, targets.shape[0] - 1)]  # [N, D]
-    gap = (features.double() * (own - mean)).sum(dim=1)
+        targets = bank.targets
+        mean = mean.detach()
+    of_sample = targets.double()[bank.labels.clamp(0, targets.shape[0] - 1)]  # [N, D]
+    gap = (features.double() * (of_sample - mean)).sum(dim=1)
     return (logit_scale.double().reshape(()) * gap).where(used, 0)
 
 
@@ -344,8 +319,11 @@ def _losses(
     labels = [bank.labels for bank in banks]
     hard = features.new_empty((0, features.shape[1]))
     targets = [hard if bank.targets is None else bank.targets for bank in banks]
-    features, *rest = checks.promoted(features, *(bank.prototypes for bank in banks), *targets)
-    prototypes, targets = rest[: len(banks)], rest[len(banks) :]
+    prototypes = [bank.prototypes for bank in banks]
+    dtype = checks.common_dtype([features, *prototypes, *targets])
+    features = features.to(dtype)
+    prototypes = [matrix.to(dtype) for matrix in prototypes]
+    targets = [matrix.to(dtype) for matrix in targets]
     name = resolve(op, backend, features.device.type, features.dtype)
     if name == "reference":
         with without_autocast(features.device.type):
@@ -367,7 +345,8 @@ def _losses(
             need_scale_gradient=wants_gradient(logit_scale),
             backend=name,
         )
-        losses, nearest = fused.loss, fused.nearest
+        losses = fused.loss
+        nearest = fused.nearest
     reduced = [
         reduce(losses[b], reduction, count=(labels[b] != LEFT_OUT).sum()) for b in range(len(banks))
     ]

@@ -16,7 +16,7 @@ G = w_l P [seen] + w_m [positive] / count and dkey_bias_j = sum_i G_ij.
 **Sigmoid.** The gradient needs no statistics of whole rows, so the backends compute it in the
 forward pass, if it is wanted: three products instead of four. The backward pass only scales it.
 
-Of every op there is a function with named results, which is the one to call.
+The functions under ``@operator`` are ops, which return their results by name; call them by keyword.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from protoclip.ops.backends import MATCHED, SIGLIP, STRIP
+from protoclip.ops.dispatch import MATCHED, SIGLIP, STRIP
 from protoclip.ops.operators import (
     define_gradient,
     empty,
     gradient_like,
     operator,
     refuse_gradient,
+    save_tensors,
+    saved_tensors,
     scaled,
     wants_gradient,
 )
@@ -122,31 +124,6 @@ class StripGradients(NamedTuple):
     dlogit_scale: Tensor  # fp32 []
 
 
-def strip_loss(
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    *,
-    offset: int,
-    columns: bool,
-    reduction: str,
-    backend: str,
-    keep_stash: bool,
-) -> StripLoss:
-    """The loss of each row or, with ``columns`` (N = M), half the sum of both directions."""
-    results = _contrastive(
-        x=x,
-        y=y,
-        logit_scale=logit_scale,
-        offset=offset,
-        columns=columns,
-        reduction=reduction,
-        backend=backend,
-        keep_stash=keep_stash,
-    )
-    return StripLoss(*results)
-
-
 def strip_statistics(
     x: Tensor, y: Tensor, logit_scale: Tensor, *, offset: int, columns: bool, backend: str
 ) -> StripStatistics:
@@ -154,47 +131,6 @@ def strip_statistics(
     run = STRIP[backend].implementation.statistics
     results = run(x=x, y=y, logit_scale=logit_scale, offset=offset, columns=columns)
     return StripStatistics(*results)
-
-
-def strip_gradients(
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    *,
-    row_max: Tensor,
-    row_sum: Tensor,
-    column_max: Tensor,
-    column_sum: Tensor,
-    row_weight: Tensor,
-    column_weight: Tensor,
-    offset: int,
-    direction_weight: float,
-    mean: bool,
-    backend: str,
-    stash: Tensor | None,
-) -> StripGradients:
-    """The gradients for upstream gradients ``row_weight`` [N] and ``column_weight`` [M] of any
-    stride, even 0, which are multiplied by ``direction_weight`` and, with ``mean``, by 1 / N.
-
-    The positive's weight is row_weight[i] + column_weight[i + offset] (if given). ``column_*`` are
-    [0] without columns."""
-    results = _contrastive_bwd(
-        x=x,
-        y=y,
-        logit_scale=logit_scale,
-        row_max=row_max,
-        row_sum=row_sum,
-        column_max=column_max,
-        column_sum=column_sum,
-        row_weight=row_weight,
-        column_weight=column_weight,
-        offset=offset,
-        direction_weight=direction_weight,
-        mean=mean,
-        backend=backend,
-        stash=stash,
-    )
-    return StripGradients(*results)
 
 
 def direction_weight(columns: bool) -> float:
@@ -206,7 +142,7 @@ def _pair_weight(weight: float, n: int, mean: bool) -> float:
     return weight / max(n, 1) if mean else weight
 
 
-def _contrastive_shapes(arguments: Any) -> StripLoss:
+def _strip_loss_shapes(arguments: Any) -> StripLoss:
     x, y = arguments.x, arguments.y
     n, m = x.shape[0], y.shape[0] if arguments.columns else 0
     return StripLoss(
@@ -219,8 +155,8 @@ def _contrastive_shapes(arguments: Any) -> StripLoss:
     )
 
 
-@operator(_contrastive_shapes)
-def _contrastive(
+@operator("contrastive", _strip_loss_shapes, StripLoss)
+def strip_loss(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -230,6 +166,7 @@ def _contrastive(
     backend: str,
     keep_stash: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss of each row or, with ``columns`` (N = M), half the sum of both directions."""
     functions = STRIP[backend].implementation
     stash = _empty_stash(x, y, backend, keep_stash, functions.empty_stash)
     pair_weight = _pair_weight(direction_weight(columns), x.shape[0], reduction == "mean")
@@ -255,13 +192,13 @@ def _contrastive(
     return StripLoss(loss, strip.row_max, strip.row_sum, strip.column_max, strip.column_sum, stash)
 
 
-def _contrastive_bwd_shapes(arguments: Any) -> StripGradients:
+def _strip_gradients_shapes(arguments: Any) -> StripGradients:
     x, y = arguments.x, arguments.y
     return StripGradients(dx=x.new_empty(x.shape), dy=y.new_empty(y.shape), dlogit_scale=empty(x))
 
 
-@operator(_contrastive_bwd_shapes)
-def _contrastive_bwd(
+@operator("contrastive_bwd", _strip_gradients_shapes, StripGradients)
+def strip_gradients(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -277,6 +214,11 @@ def _contrastive_bwd(
     backend: str,
     stash: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients for upstream gradients ``row_weight`` [N] and ``column_weight`` [M] of any
+    stride, even 0, which are multiplied by ``direction_weight`` and, with ``mean``, by 1 / N.
+
+    The positive's weight is row_weight[i] + column_weight[i + offset] (if given). ``column_*`` are
+    [0] without columns."""
     # Not the caller's to compute: traced with symbolic sizes 1 / N would be a constant.
     pair_weight = _pair_weight(direction_weight, x.shape[0], mean)
     run = _with_stash(STRIP[backend].implementation.gradients, stash)
@@ -299,52 +241,55 @@ def _contrastive_bwd(
     )
 
 
-def _save_contrastive(ctx: Any, arguments: Any, results: StripLoss) -> None:
-    ctx.offset, ctx.columns = arguments.offset, arguments.columns
-    ctx.reduction, ctx.backend = arguments.reduction, arguments.backend
-    ctx.save_for_backward(
-        arguments.x,
-        arguments.y,
-        arguments.logit_scale,
-        results.row_max,
-        results.row_sum,
-        results.column_max,
-        results.column_sum,
-        results.stash,
+def _save_strip_loss(ctx: Any, arguments: Any, results: StripLoss) -> None:
+    ctx.offset = arguments.offset
+    ctx.columns = arguments.columns
+    ctx.reduction = arguments.reduction
+    ctx.backend = arguments.backend
+    save_tensors(
+        ctx,
+        x=arguments.x,
+        y=arguments.y,
+        logit_scale=arguments.logit_scale,
+        row_max=results.row_max,
+        row_sum=results.row_sum,
+        column_max=results.column_max,
+        column_sum=results.column_sum,
+        stash=results.stash,
     )
     ctx.set_materialize_grads(False)  # the statistics have none
 
 
-def _contrastive_backward(ctx: Any, grads: StripLoss) -> dict[str, Tensor]:
+def _strip_loss_backward(ctx: Any, grads: StripLoss) -> dict[str, Tensor]:
     if grads.loss is None:
         return {}
-    x, y, logit_scale, row_max, row_sum, column_max, column_sum, stash = ctx.saved_tensors
-    weight = grads.loss.expand(x.shape[0])
+    saved = saved_tensors(ctx)
+    weight = grads.loss.expand(saved.x.shape[0])
     gradients = strip_gradients(
-        x,
-        y,
-        logit_scale,
-        row_max=row_max,
-        row_sum=row_sum,
-        column_max=column_max,
-        column_sum=column_sum,
+        x=saved.x,
+        y=saved.y,
+        logit_scale=saved.logit_scale,
+        row_max=saved.row_max,
+        row_sum=saved.row_sum,
+        column_max=saved.column_max,
+        column_sum=saved.column_sum,
         row_weight=weight,
         column_weight=weight if ctx.columns else weight[:0],
         offset=ctx.offset,
         direction_weight=direction_weight(ctx.columns),
         mean=ctx.reduction == "mean",
         backend=ctx.backend,
-        stash=stash,
+        stash=saved.stash,
     )
     return {
         "x": gradients.dx,
         "y": gradients.dy,
-        "logit_scale": gradient_like(gradients.dlogit_scale, logit_scale),
+        "logit_scale": gradient_like(gradients.dlogit_scale, saved.logit_scale),
     }
 
 
-define_gradient(_contrastive, StripLoss, _save_contrastive, _contrastive_backward)
-refuse_gradient(_contrastive_bwd, "info_nce")
+define_gradient(strip_loss, save=_save_strip_loss, backward=_strip_loss_backward)
+refuse_gradient(strip_gradients, "info_nce")
 
 
 # ---- matched pairs ----
@@ -385,7 +330,7 @@ def matched_statistics(
     keep_stash: bool,
 ) -> MatchedStatistics:
     """Gap and mean positive of each row and, with ``columns``, of each column."""
-    results = _matched(
+    return _matched(
         x=x,
         y=y,
         logit_scale=logit_scale,
@@ -399,7 +344,6 @@ def matched_statistics(
         backend=backend,
         keep_stash=keep_stash,
     )
-    return MatchedStatistics(*results)
 
 
 def matched_gradients(
@@ -416,7 +360,7 @@ def matched_gradients(
     stash: Tensor | None,
 ) -> MatchedGradients:
     """The gradients for weights [2, N] and [2, M] as ``side_weights`` gives them."""
-    results = _matched_bwd(
+    return _matched_bwd(
         x=x,
         y=y,
         logit_scale=logit_scale,
@@ -433,7 +377,6 @@ def matched_gradients(
         backend=backend,
         stash=stash,
     )
-    return MatchedGradients(*results)
 
 
 def gap_and_mean(statistics: Tensor) -> GapAndMean:
@@ -465,7 +408,7 @@ def _matched_shapes(arguments: Any) -> MatchedStatistics:
     )
 
 
-@operator(_matched_shapes)
+@operator("matched", _matched_shapes, MatchedStatistics)
 def _matched(
     x: Tensor,
     y: Tensor,
@@ -518,7 +461,7 @@ def _matched_bwd_shapes(arguments: Any) -> MatchedGradients:
     )
 
 
-@operator(_matched_bwd_shapes)
+@operator("matched_bwd", _matched_bwd_shapes, MatchedGradients)
 def _matched_bwd(
     x: Tensor,
     y: Tensor,
@@ -555,19 +498,21 @@ def _matched_bwd(
 
 
 def _save_matched(ctx: Any, arguments: Any, results: MatchedStatistics) -> None:
-    ctx.same_positive, ctx.backend = arguments.same_positive, arguments.backend
-    ctx.save_for_backward(
-        arguments.x,
-        arguments.y,
-        arguments.logit_scale,
-        arguments.own,
-        arguments.exclude,
-        arguments.query_ids,
-        arguments.key_ids,
-        arguments.key_bias,
-        results.row_statistics,
-        results.column_statistics,
-        results.stash,
+    ctx.same_positive = arguments.same_positive
+    ctx.backend = arguments.backend
+    save_tensors(
+        ctx,
+        x=arguments.x,
+        y=arguments.y,
+        logit_scale=arguments.logit_scale,
+        own=arguments.own,
+        exclude=arguments.exclude,
+        query_ids=arguments.query_ids,
+        key_ids=arguments.key_ids,
+        key_bias=arguments.key_bias,
+        row_statistics=results.row_statistics,
+        column_statistics=results.column_statistics,
+        stash=results.stash,
     )
     ctx.set_materialize_grads(False)
 
@@ -575,41 +520,35 @@ def _save_matched(ctx: Any, arguments: Any, results: MatchedStatistics) -> None:
 def _matched_backward(ctx: Any, grads: MatchedStatistics) -> dict[str, Tensor]:
     if all(g is None for g in (grads.gap, grads.mean, grads.column_gap, grads.column_mean)):
         return {}
-    (
-        x, y, logit_scale, own, exclude, query_ids, key_ids, key_bias,
-        row_statistics, column_statistics, stash,
-    ) = ctx.saved_tensors  # fmt: skip
-    pairs = Pairs(
-        own=own,
-        exclude=exclude,
-        query_ids=query_ids,
-        key_ids=key_ids,
-        key_bias=key_bias,
+    saved = saved_tensors(ctx)
+    gradients = _matched_bwd(
+        x=saved.x,
+        y=saved.y,
+        logit_scale=saved.logit_scale,
+        own=saved.own,
+        exclude=saved.exclude,
+        query_ids=saved.query_ids,
+        key_ids=saved.key_ids,
+        key_bias=saved.key_bias,
         same_positive=ctx.same_positive,
-    )
-    gradients = matched_gradients(
-        x,
-        y,
-        logit_scale,
-        pairs,
-        row_statistics=row_statistics,
-        column_statistics=column_statistics,
-        row_weights=side_weights(grads.gap, grads.mean, row_statistics),
-        column_weights=side_weights(grads.column_gap, grads.column_mean, column_statistics),
+        row_statistics=saved.row_statistics,
+        column_statistics=saved.column_statistics,
+        row_weights=side_weights(grads.gap, grads.mean, saved.row_statistics),
+        column_weights=side_weights(grads.column_gap, grads.column_mean, saved.column_statistics),
         backend=ctx.backend,
-        stash=stash,
+        stash=saved.stash,
     )
     by_name = {
         "x": gradients.dx,
         "y": gradients.dy,
-        "logit_scale": gradient_like(gradients.dlogit_scale, logit_scale),
+        "logit_scale": gradient_like(gradients.dlogit_scale, saved.logit_scale),
     }
-    if key_bias is not None:
-        by_name["key_bias"] = gradients.dkey_bias.to(key_bias.dtype)
+    if saved.key_bias is not None:
+        by_name["key_bias"] = gradients.dkey_bias.to(saved.key_bias.dtype)
     return by_name
 
 
-define_gradient(_matched, MatchedStatistics, _save_matched, _matched_backward)
+define_gradient(_matched, save=_save_matched, backward=_matched_backward)
 refuse_gradient(_matched_bwd, "contrastive")
 
 
@@ -626,35 +565,6 @@ class SigmoidLoss(NamedTuple):
     dlogit_bias: Tensor  # fp32 []
 
 
-def sigmoid_strip(
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    *,
-    offset: int,
-    gradients: bool,
-    backend: str,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    same_positive: bool,
-) -> SigmoidLoss:
-    """The sigmoid loss of a strip, with its gradients if they are wanted."""
-    results = _sigmoid_loss(
-        x=x,
-        y=y,
-        logit_scale=logit_scale,
-        logit_bias=logit_bias,
-        offset=offset,
-        gradients=gradients,
-        backend=backend,
-        query_ids=query_ids,
-        key_ids=key_ids,
-        same_positive=same_positive,
-    )
-    return SigmoidLoss(*results)
-
-
 def _sigmoid_shapes(arguments: Any) -> SigmoidLoss:
     x, y = arguments.x, arguments.y
     n, m = (x.shape[0], y.shape[0]) if arguments.gradients else (0, 0)
@@ -667,8 +577,8 @@ def _sigmoid_shapes(arguments: Any) -> SigmoidLoss:
     )
 
 
-@operator(_sigmoid_shapes)
-def _sigmoid_loss(
+@operator("sigmoid_loss", _sigmoid_shapes, SigmoidLoss)
+def sigmoid_strip(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -680,6 +590,7 @@ def _sigmoid_loss(
     key_ids: Tensor | None,
     same_positive: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The sigmoid loss of a strip, with its gradients if they are wanted."""
     run: Callable[..., Any] = SIGLIP[backend].implementation
     return run(
         x=x,
@@ -695,13 +606,14 @@ def _sigmoid_loss(
 
 
 def _save_sigmoid(ctx: Any, arguments: Any, results: SigmoidLoss) -> None:
-    ctx.save_for_backward(
-        arguments.logit_scale,
-        arguments.logit_bias,
-        results.dx,
-        results.dy,
-        results.dlogit_scale,
-        results.dlogit_bias,
+    save_tensors(
+        ctx,
+        logit_scale=arguments.logit_scale,
+        logit_bias=arguments.logit_bias,
+        dx=results.dx,
+        dy=results.dy,
+        dlogit_scale=results.dlogit_scale,
+        dlogit_bias=results.dlogit_bias,
     )
     ctx.set_materialize_grads(False)
 
@@ -709,13 +621,15 @@ def _save_sigmoid(ctx: Any, arguments: Any, results: SigmoidLoss) -> None:
 def _sigmoid_backward(ctx: Any, grads: SigmoidLoss) -> dict[str, Tensor]:
     if grads.loss is None:
         return {}
-    logit_scale, logit_bias, dx, dy, dlogit_scale, dlogit_bias = ctx.saved_tensors
+    saved = saved_tensors(ctx)
+    dlogit_scale = scaled(grad=grads.loss, saved=saved.dlogit_scale)
+    dlogit_bias = scaled(grad=grads.loss, saved=saved.dlogit_bias)
     return {
-        "x": scaled(grad=grads.loss, saved=dx),
-        "y": scaled(grad=grads.loss, saved=dy),
-        "logit_scale": gradient_like(scaled(grad=grads.loss, saved=dlogit_scale), logit_scale),
-        "logit_bias": gradient_like(scaled(grad=grads.loss, saved=dlogit_bias), logit_bias),
+        "x": scaled(grad=grads.loss, saved=saved.dx),
+        "y": scaled(grad=grads.loss, saved=saved.dy),
+        "logit_scale": gradient_like(dlogit_scale, saved.logit_scale),
+        "logit_bias": gradient_like(dlogit_bias, saved.logit_bias),
     }
 
 
-define_gradient(_sigmoid_loss, SigmoidLoss, _save_sigmoid, _sigmoid_backward)
+define_gradient(sigmoid_strip, save=_save_sigmoid, backward=_sigmoid_backward)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from protoclip.ops import checks, pairs, reference
-from protoclip.ops.backends import resolve
+from protoclip.ops.dispatch import resolve
 from protoclip.ops.operators import (
     accumulator,
     reduce,
