@@ -92,6 +92,9 @@ def grad_cache(
                 return encoder(**chunk)
             return encoder(*chunk) if isinstance(chunk, tuple) else encoder(chunk)
 
+    def join(*parts: Any) -> Any:
+        return torch.cat(parts) if _has_rows(parts[-1]) else parts[-1]
+
     _count_fused_steps()
     # DDP sees all chunks of all encoders as one forward pass with one reduction.
     for replica in replicas:
@@ -106,7 +109,7 @@ def grad_cache(
             _check_rows(pytree.tree_leaves(parts[-1]), set() if split else _lengths(chunk))
         if not parts:
             raise ValueError("grad_cache: expected at least one chunk from split=, got none")
-        outputs.append(pytree.tree_map(_whole, *parts))
+        outputs.append(pytree.tree_map(join, *parts))
     for replica in replicas:
         outputs = replica._post_forward(outputs)
     return outputs
@@ -145,18 +148,18 @@ class _Versions:
             if node.name() == "torch::autograd::AccumulateGrad":
                 leaf: Tensor = node.variable  # type: ignore[attr-defined]
                 self.parameters.append((leaf, leaf._version))
-            following = {one for one, _ in node.next_functions if one is not None} - seen
-            seen |= following
-            nodes += following
+            inputs_of_node = {before for before, _ in node.next_functions if before is not None}
+            nodes += inputs_of_node - seen
+            seen |= inputs_of_node
 
     def check(self) -> None:
         """Raise if a tensor was changed since it was noted."""
-        for kind, noted in (("parameter", self.parameters), ("tensor in a batch", self.inputs)):
+        for role, noted in (("parameter", self.parameters), ("tensor in a batch", self.inputs)):
             for tensor, version in noted:
                 if tensor._version != version:
                     raise RuntimeError(
                         "grad_cache: expected backward() before anything is changed in place, got "
-                        f"a {kind} of shape {list(tensor.shape)} changed since the first pass; "
+                        f"a {role} of shape {list(tensor.shape)} changed since the first pass; "
                         "call optimizer.step() after backward(), and change copies of a batch"
                     )
 
@@ -186,15 +189,10 @@ def _split(batch: Any, size: int) -> list[Any]:
 
 def _check_rows(leaves: Sequence[Any], expected: set[int]) -> None:
     lengths = _lengths(leaves)
-    known = all(x is None or isinstance(x, (Tensor, bool, int, float, str)) for x in leaves)
-    if not known or not lengths or len(lengths | expected) > 1:
+    plain = all(x is None or isinstance(x, (Tensor, bool, int, float, str)) for x in leaves)
+    if not plain or not lengths or len(lengths | expected) > 1:
         shown = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in leaves]
         raise ValueError(
             "grad_cache: expected a tensor, tuple or dict from an encoder, with the rows of its "
             f"chunk{sorted(expected) or ''}, got {shown}; return one row of features per row"
         )
-
-
-def _whole(*parts: Any) -> Any:
-    """Join the outputs of the chunks into the output of the whole batch."""
-    return torch.cat(parts) if _has_rows(parts[-1]) else parts[-1]

@@ -90,10 +90,13 @@ def start(info: RankInfo, device: torch.device, timeout: float, backend: str = "
         torch.cuda.set_device(device)
     host, port = info.master
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
-    ranks: dict[str, Any] = {"rank": info.rank, "world_size": info.world_size}
-    ranks["timeout"] = datetime.timedelta(seconds=timeout)
     try:
-        dist.init_process_group("gloo" if backend == "auto" else backend, **ranks)
+        dist.init_process_group(
+            "gloo" if backend == "auto" else backend,
+            rank=info.rank,
+            world_size=info.world_size,
+            timeout=datetime.timedelta(seconds=timeout),
+        )
     except RuntimeError as error:
         raise ValueError(
             f"distributed: rank {info.rank} of {info.world_size} cannot meet the others at "
@@ -168,11 +171,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def all_ranks() -> Group:
-    """The group of all ranks; None for a single process."""
-    return dist.group.WORLD if is_distributed() else None
-
-
 def is_main() -> bool:
     """Whether this process writes files and prints."""
     return rank() == 0
@@ -201,23 +199,24 @@ def from_main(make: Callable[[], Result]) -> Result:
 
 def gather_objects(value: Result) -> list[Result]:
     """Every rank's value (picklable, small), in rank order."""
-    found: list[Any] = [value] * world_size()
+    values: list[Any] = [value] * world_size()
     if is_distributed():
-        dist.all_gather_object(found, value)
-    return found
+        dist.all_gather_object(values, value)
+    return values
 
 
 def own_slice(total: int) -> slice:
     """This rank's contiguous slice of ``total`` rows; sizes differ by at most one."""
-    number, ranks = rank(), world_size()
-    return slice(total * number // ranks, total * (number + 1) // ranks)
+    start = total * rank() // world_size()
+    stop = total * (rank() + 1) // world_size()
+    return slice(start, stop)
 
 
 def gather_rows(rows: Tensor) -> Tensor:
     """[B, ...] of each rank -> [W * B, ...], in rank order; no gradient."""
-    every = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
-    _all_gather(every, rows.detach().contiguous())
-    return every
+    all_rows = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
+    _all_gather(all_rows, rows.detach().contiguous())
+    return all_rows
 
 
 def exchange_rows(rows: Tensor, counts: Tensor) -> Tensor:
@@ -229,8 +228,8 @@ def exchange_rows(rows: Tensor, counts: Tensor) -> Tensor:
     if not is_distributed():
         return rows
     sent = [int(count) for count in counts]
-    every = gather_rows(counts.to(rows.device)[None]).tolist()  # [sender][receiver]
-    received = [row[rank()] for row in every]
+    of_all_ranks = gather_rows(counts.to(rows.device)[None]).tolist()  # [sender][receiver]
+    received = [by_receiver[rank()] for by_receiver in of_all_ranks]
     result = rows.new_empty((sum(received), *rows.shape[1:]))
     dist.all_to_all_single(result, rows.contiguous(), received, sent)
     return result
@@ -264,9 +263,9 @@ def scatter_sums(rows: Tensor) -> Tensor:
     """[W * B, ...] of each rank -> this rank's [B, ...] of their sum over ranks."""
     # Sum in fp32: bf16's rounding would grow with the number of ranks.
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
-    own = wide.new_empty((len(rows) // world_size(), *rows.shape[1:]))
-    _reduce_scatter(own, wide)
-    return own.to(rows.dtype)
+    sums = wide.new_empty((len(rows) // world_size(), *rows.shape[1:]))
+    _reduce_scatter(sums, wide)
+    return sums.to(rows.dtype)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -283,16 +282,20 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 def max_over_ranks(values: Tensor) -> Tensor:
     """Maximum in place; no gradient."""
-    return max_later(values)()
+    if is_distributed():
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
 
 
 def min_over_ranks(values: Tensor) -> Tensor:
     """Minimum in place; no gradient."""
-    return max_over_ranks(values.neg_()).neg_()
+    if is_distributed():
+        dist.all_reduce(values, dist.ReduceOp.MIN)
+    return values
 
 
 def max_later(values: Tensor) -> Callable[[], Tensor]:
-    """Start ``max_over_ranks``; call the result to wait for it."""
+    """Start to take the maximum over ranks in place; call the result to wait for it."""
     if not is_distributed():
         return lambda: values
     work: Any = dist.all_reduce(values, dist.ReduceOp.MAX, async_op=True)
@@ -335,15 +338,15 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or not is_distributed():
             return super().forward(input)
-        own: Any = self
         x = input if input.dtype == torch.float64 else input.float()
         mean = gathered_rows(x.mean(dim=0, keepdim=True)).mean(dim=0)
         centred = x - mean
         variance = gathered_rows(centred.square().mean(dim=0, keepdim=True)).mean(dim=0)
         count = len(x) * world_size()
+        statistics: Any = self  # torch types its running statistics as optional
         with torch.no_grad():
-            own.num_batches_tracked += 1
-            own.running_mean.lerp_(mean, own.momentum)
-            own.running_var.lerp_(variance * (count / max(count - 1, 1)), own.momentum)
+            statistics.num_batches_tracked += 1
+            statistics.running_mean.lerp_(mean, self.momentum)
+            statistics.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
         y = centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias
         return y.to(input.dtype)

@@ -19,14 +19,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from protoclip.config import EpisodeConfig, default_clusters
 from protoclip.distributed import (
     Group,
-    all_ranks,
     broadcast,
     gather_rows,
+    is_distributed,
     is_main,
     max_over_ranks,
     own_slice,
@@ -45,7 +46,8 @@ if TYPE_CHECKING:  # both load open_clip, which a loss alone does not need
 INTERNAL = {"image": "text", "text": "image"}  # source -> its student
 EXTERNAL = "external"  # the source that is a teacher
 BALANCED_ROWS = 4096  # newest rows of the queue that share a balanced assignment with a batch
-BALANCED_TEMPERATURE, BALANCED_ITERATIONS = 0.05, 3  # SwAV's
+BALANCED_TEMPERATURE = 0.05  # SwAV's
+BALANCED_ITERATIONS = 3  # SwAV's
 MORE_LABELLED = 0.1  # a share of samples by which a later episode replaces the first to compare
 LARGEST_SHARE = 0.2  # of the samples in one image cluster, more is a collapse
 LOGGER = logging.getLogger(__name__)
@@ -115,7 +117,8 @@ class PrototypeBuilder:
     ) -> Clusters:
         """Run k-means on [N, Ds] points, starting from the last centroids if warm; drop empty
         clusters unless the config keeps them."""
-        seed, config = int(torch.randint(2**31, (), generator=random)), self.config
+        config = self.config
+        seed = int(torch.randint(2**31, (), generator=random))
         init: str | Tensor = "random"
         if config.kmeans_init == "warm" and last_centroids is not None:
             init = last_centroids[:num_clusters]
@@ -136,12 +139,12 @@ class PrototypeBuilder:
                 "diverged, lower --lr, lengthen --warmup or use --precision fp32"
             ) from error
         filled = clusters.counts > 0
-        kept = torch.ones_like(filled) if config.keep_empty else filled
+        stays = torch.ones_like(filled) if config.keep_empty else filled
         return replace(
             clusters,
-            centroids=clusters.centroids.where(filled[:, None], 0.0)[kept],
-            labels=(kept.cumsum(0) - 1)[clusters.labels],
-            counts=clusters.counts[kept],
+            centroids=clusters.centroids.where(filled[:, None], 0.0)[stays],
+            labels=(stays.cumsum(0) - 1)[clusters.labels],
+            counts=clusters.counts[stays],
         )
 
     def translate(
@@ -150,10 +153,12 @@ class PrototypeBuilder:
         """Prototypes and targets of one source in the space of each of its students: images and
         texts teach each other, a teacher teaches both. ``students``: modality -> [N, Dh], the
         features of the rows that were clustered."""
-        internal, temperature = source in INTERNAL, self.config.target_temperature
+        internal = source in INTERNAL
+        temperature = self.config.target_temperature
         sets = []
         for student in [INTERNAL[source]] if internal else list(students):
-            prototypes, targets = clusters.centroids, None
+            prototypes = clusters.centroids
+            targets = None
             if self.config.pbt or not internal:
                 prototypes, _ = global_segment_mean(
                     students[student], clusters.labels, len(clusters.centroids), self.group
@@ -163,7 +168,9 @@ class PrototypeBuilder:
                 targets = soft_targets(centroids, prototypes, temperature)
             if self.group is not None:
                 # Identical bits on all ranks, even if their machines round sums differently.
-                broadcast(prototypes, *([] if targets is None else [targets]))
+                broadcast(prototypes)
+                if targets is not None:
+                    broadcast(targets)
             sets.append(PrototypeSet(source, student, prototypes, targets))
         return sets
 
@@ -185,9 +192,9 @@ class Episode:
     def labels_of(self, index: Tensor) -> dict[str, Tensor]:
         """The labels of a batch from each source, int64 [B]. ``index``: positions, int64 [B]."""
         place = torch.searchsorted(self.positions, index).clamp_max(len(self.positions) - 1)
-        known = self.positions[place] == index
+        in_episode = self.positions[place] == index
         return {
-            source: labels[place].long().masked_fill(~known, LEFT_OUT)
+            source: labels[place].long().masked_fill(~in_episode, LEFT_OUT)
             for source, labels in self.labels.items()
         }
 
@@ -265,13 +272,14 @@ class EpisodeBuilder:
         device = features.index.device
         coming = coming.to(device)
         num_clusters = min(self.config.num_clusters or default_clusters(len(coming)), len(coming))
-        builder = PrototypeBuilder(self.config, all_ranks())
+        group = dist.group.WORLD if is_distributed() else None
+        builder = PrototypeBuilder(self.config, group)
         sets: list[PrototypeSet] = []
         all_labels: dict[str, Tensor] = {}
         centroids: dict[str, Tensor] = {}
         metrics: dict[str, float] = {}
         for source, (points, rows) in self._sources(features, recent).items():
-            samples = int(sum_over_ranks(torch.tensor(len(rows.index), device=device)))
+            samples = int(sum_over_ranks(torch.tensor(len(points), device=device)))
             if samples < num_clusters:
                 continue  # images and texts before the second pass over the data
             # Where only some coming samples have features, clusters of the usual size.
@@ -283,7 +291,8 @@ class EpisodeBuilder:
             if rows is recent:
                 index, labels = self._teacher_labels(coming, clusters.centroids)
             else:
-                index, labels = rows.index, clusters.labels
+                index = rows.index
+                labels = clusters.labels
             all_labels[source] = _labels_of_all_ranks(coming, index, labels)
             centroids[source] = clusters.centroids
             values = health(points, clusters, builder.group)
@@ -319,15 +328,15 @@ class EpisodeBuilder:
         self, source: str, coming: Tensor, labels: Tensor, previous: Episode | None
     ) -> dict[str, float]:
         """Share of samples with a label, churn since the last episode, purity by known classes."""
-        known = labels != LEFT_OUT
-        values = {"labelled": float(known.float().mean())}
+        labelled = labels != LEFT_OUT
+        values = {"labelled": float(labelled.float().mean())}
         if previous is not None and source in previous.labels:
             before = previous.labels_of(coming)[source]
-            both = known & (before != LEFT_OUT)
-            if both.any():
-                values["churn"] = 1 - purity(labels[both].long(), before[both])
+            twice = labelled & (before != LEFT_OUT)
+            if twice.any():
+                values["churn"] = 1 - purity(labels[twice].long(), before[twice])
         for name, ids in self.classes.items():
-            values[f"purity_{name}"] = purity(labels[known].long(), ids[coming[known]])
+            values[f"purity_{name}"] = purity(labels[labelled].long(), ids[coming[labelled]])
         return values
 
 
@@ -379,7 +388,8 @@ def health(points: Tensor, clusters: Clusters, group: Group = None) -> dict[str,
 
 def target_entropy(clusters: Clusters, temperature: float) -> float:
     """Mean entropy in nats of the samples' soft targets, of at most ln K."""
-    centroids, total = clusters.centroids.float(), 0.0
+    centroids = clusters.centroids.float()
+    total = 0.0
     rows_at_once = max(1, 2**22 // len(centroids))  # 16 MiB of logits
     for rows, counts in zip(
         centroids.split(rows_at_once), clusters.counts.split(rows_at_once), strict=True
@@ -447,7 +457,8 @@ def collapse(metrics: Mapping[str, float], first_inertia: float) -> str:
     """
     if "image_inertia" not in metrics:
         return ""
-    inertia, clusters = metrics["image_inertia"], metrics["image_clusters"]
+    inertia = metrics["image_inertia"]
+    clusters = metrics["image_clusters"]
     accuracy = metrics.get("image_proto_accuracy", math.nan)
     share = metrics["image_largest_share"]
     if share > max(LARGEST_SHARE, 5 / clusters):
@@ -483,9 +494,10 @@ class StoredLabels:
     def labels_of(self, index: Tensor) -> dict[str, Tensor]:
         """The labels of a batch from each source, int64 [B]; LEFT_OUT for keys not stored."""
         place = torch.searchsorted(self.keys, index).clamp_max(len(self.keys) - 1)
-        known = self.keys[place] == index
+        stored = self.keys[place] == index
         return {
-            name: rows[place].masked_fill(~known, LEFT_OUT) for name, rows in self.labels.items()
+            source: labels[place].masked_fill(~stored, LEFT_OUT)
+            for source, labels in self.labels.items()
         }
 
 
@@ -524,8 +536,11 @@ class OnlinePrototypes:
     steps: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._calls = self._clusterings = self._filled = self._next = 0
+        self._calls = 0
+        self._clusterings = 0
+        self._next = 0  # the step of the next clustering
         self._recent: deque[StoredStep] = deque()
+        self._filled = 0  # pairs in ``_recent``
         self._clustered: dict[str, Tensor] = {}  # modality -> the rows that were clustered last
         self._sizes: dict[str, float] = {}
         self._accuracy: dict[str, Tensor] = {}
@@ -569,14 +584,19 @@ class OnlinePrototypes:
         if not self.steps:
             self._next = self.first_step(len(image))
         self.steps += 1
-        rows = {"image": image.clone(), "text": text.clone()}
-        if index is not None:
-            rows = {name: features.to(torch.bfloat16) for name, features in rows.items()}
+        if index is None:
+            rows = {"image": image.clone(), "text": text.clone()}
+            capacity = self.queue
+        else:
+            rows = {
+                "image": image.to(torch.bfloat16, copy=True),
+                "text": text.to(torch.bfloat16, copy=True),
+            }
             index = index.clone()
+            capacity = max(self.queue, self.capacity)
         self._recent.append(StoredStep(self.steps, rows, index))
         self._filled += len(image)
-        longest = self.queue if index is None else max(self.queue, self.capacity)
-        while self._filled - len(self._recent[0]) >= longest:
+        while self._filled - len(self._recent[0]) >= capacity:
             self._filled -= len(self._recent.popleft())
         if self.steps >= self._next:
             self._build()
@@ -603,9 +623,9 @@ class OnlinePrototypes:
         self.sets = sets
         self._clusterings += 1
         if self.builder.group is None or is_main():
-            seconds, sizes = time.perf_counter() - started, self._sizes
+            seconds = time.perf_counter() - started
             LOGGER.info(
-                "protoclip: prototypes of step %d in %.2f s: %s", self.steps, seconds, sizes
+                "protoclip: prototypes of step %d in %.2f s: %s", self.steps, seconds, self._sizes
             )
 
     def _label_stored(self, stored: Mapping[str, Tensor]) -> StoredLabels | None:
@@ -616,19 +636,22 @@ class OnlinePrototypes:
             return None
         device = stored["image"].device
         steps = [torch.full((len(step),), step.number, device=device) for step in self._recent]
-        columns = [torch.cat(keys).to(device), torch.cat(steps)]
+        columns = {"key": torch.cat(keys).to(device), "step": torch.cat(steps)}
         for source in INTERNAL:
-            columns.append(kmeans_assign(stored[source], self.centroids[source])[0])
-        table = torch.stack(columns, dim=1)  # key, step, one label per source
+            columns[source], _ = kmeans_assign(stored[source], self.centroids[source])
         if self.builder.group is not None:
-            table = gather_rows(table)
-        table = table[table[:, 1].argsort(stable=True)]
-        table = table[table[:, 0].argsort(stable=True)]
-        newest = torch.ones(len(table), dtype=torch.bool, device=device)
-        newest[:-1] = table[1:, 0] != table[:-1, 0]
-        table = table[newest]
-        labels = {source: table[:, 2 + i].contiguous() for i, source in enumerate(INTERNAL)}
-        return StoredLabels(table[:, 0].contiguous(), labels)
+            of_all_ranks = gather_rows(torch.stack(list(columns.values()), dim=1))
+            columns = dict(zip(columns, of_all_ranks.unbind(dim=1), strict=True))
+        by_step = columns["step"].argsort(stable=True)
+        by_key = by_step[columns["key"][by_step].argsort(stable=True)]  # each key's newest last
+        ordered = columns["key"][by_key]
+        is_newest = torch.ones(len(ordered), dtype=torch.bool, device=device)
+        is_newest[:-1] = ordered[1:] != ordered[:-1]
+        newest = by_key[is_newest]
+        return StoredLabels(
+            keys=columns["key"][newest],
+            labels={source: columns[source][newest] for source in INTERNAL},
+        )
 
     def metrics(self) -> dict[str, float]:
         """The metrics as plain numbers; waits for the device."""
@@ -649,8 +672,7 @@ def balanced_labels(batch: Tensor, queue: Tensor, centroids: Tensor, group: Grou
         by_row = torch.logsumexp(scores + prices, dim=1, keepdim=True)
         demand = torch.logsumexp(scores - by_row, dim=0)
         if group is not None:
-            top = demand.max()
-            top = max_over_ranks(top.clone())
+            top = max_over_ranks(demand.max())
             demand = sum_over_ranks((demand - top).exp()).log() + top
         prices = -demand
     labels = (scores[: len(batch)] + prices).argmax(dim=1)

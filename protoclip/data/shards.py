@@ -91,13 +91,10 @@ class ShardDataset:
             fetch_ahead(shard)
 
     def image(self, i: int) -> Image.Image:
-        return decode(self._read(i, 0), self._where(i))
+        return decode(self._read(i, 0), f"{self.shards[self.shard_of[i]]}: {self.keys[i]!r}")
 
     def captions(self, i: int) -> tuple[str, ...]:
         return parse_captions(self._read(i, 2), bool(self._places[i, 4]))
-
-    def _where(self, i: int) -> str:
-        return f"{self.shards[self.shard_of[i]]}: {self.keys[i]!r}"
 
     def _read(self, i: int, column: int) -> bytes:
         """Read the file whose offset and size are in ``column`` and the next one."""
@@ -161,10 +158,10 @@ def expand(spec: str) -> tuple[str, ...]:
 def _files(pattern: str) -> list[str]:
     if os.path.isdir(pattern):
         pattern = os.path.join(glob.escape(pattern), "*.tar")
-    found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
-    if not found:
+    files = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
+    if not files:
         raise DataError(f"no shard {pattern!r}; check the path and the range")
-    return found
+    return files
 
 
 class ShardIndex(NamedTuple):
@@ -197,13 +194,13 @@ def index_together(spec: str) -> None:
 def _on_all(make: Callable[[], Any]) -> list[Any]:
     """The results of ``make`` on all ranks; a DataError on one rank is raised on all."""
     try:
-        own = make()
+        result = make()
     except DataError as error:
-        own = error
-    parts = gather_objects(own)
-    if wrong := [part for part in parts if isinstance(part, DataError)]:
-        raise wrong[0]
-    return parts
+        result = error
+    results = gather_objects(result)
+    if errors := [result for result in results if isinstance(result, DataError)]:
+        raise errors[0]
+    return results
 
 
 def shard_index(shard: str) -> ShardIndex:
@@ -243,41 +240,46 @@ def _scan(path: str, name: str) -> ShardIndex:
     skipped: list[tuple[str, str]] = []
     last = ""
     with open(path, "rb") as file:
-        for key, members in itertools.groupby(_members(file, name), lambda member: member[0]):
-            found = {kind: place for _, kind, place in members}
+        for key, members in itertools.groupby(_members(file, name), lambda member: member.key):
+            places = {member.extension: member.place for member in members}
             if not key:
-                skipped.append((f"everything after {last}", next(iter(found))))
+                skipped.append((f"everything after {last}", next(iter(places))))
                 continue
-            pair = "the key occurs twice" if key in pairs else _pair(file, found)
+            pair = "the key occurs twice" if key in pairs else _pair(file, places)
             if isinstance(pair, str):
                 skipped.append((key, pair))
             else:
                 pairs[key] = pair
             last = key
-    places = np.array(list(pairs.values()), dtype=np.int64).reshape(-1, 5)
-    return ShardIndex(os.path.getsize(path), list(pairs), places, skipped)
+    table = np.array(list(pairs.values()), dtype=np.int64).reshape(-1, 5)
+    return ShardIndex(os.path.getsize(path), list(pairs), table, skipped)
 
 
-def _pair(file: io.BufferedReader, members: Mapping[str, Place]) -> tuple[int, ...] | str:
-    """The place of picture and captions, as in ``ShardIndex``; or why this is not a pair."""
-    usable = {kind: place for kind, place in members.items() if place[1] > 0}
-    for what, kinds in (("picture", IMAGE_KINDS), ("caption", TEXT_KINDS)):
-        if not set(usable) & set(kinds):
-            state = "is empty (0 bytes)" if set(kinds) & set(members) else "is missing"
-            return f"the {what} {state} ({', '.join(kinds)})"
-    image = next(usable[kind] for kind in IMAGE_KINDS if kind in usable)
-    reason, chosen = "", ""
-    for kind in filter(usable.get, TEXT_KINDS):
-        offset, size = usable[kind]
+def _pair(file: io.BufferedReader, places: Mapping[str, Place]) -> tuple[int, ...] | str:
+    """The place of picture and captions, as in ``ShardIndex``; or why this is not a pair.
+
+    ``places``: of the sample's files, by extension."""
+    usable = {extension: place for extension, place in places.items() if place[1] > 0}
+    for what, extensions in (("picture", IMAGE_KINDS), ("caption", TEXT_KINDS)):
+        if not set(usable) & set(extensions):
+            state = "is empty (0 bytes)" if set(extensions) & set(places) else "is missing"
+            return f"the {what} {state} ({', '.join(extensions)})"
+    image = next(usable[extension] for extension in IMAGE_KINDS if extension in usable)
+    reason = ""
+    chosen = ""
+    for extension in filter(usable.get, TEXT_KINDS):
+        offset, size = usable[extension]
         file.seek(offset)
         data = file.read(min(size, MAX_CAPTION_BYTES + 1))
         try:
-            parse_captions(data, kind == "json")
+            parse_captions(data, extension == "json")
             if not chosen or b'"captions"' in data:  # a list is preferred to the txt
-                chosen = kind
+                chosen = extension
         except ValueError as error:
-            reason = reason or f"its {kind}: {error}"
-    return (*image, *usable[chosen], int(chosen == "json")) if chosen else reason
+            reason = reason or f"its {extension}: {error}"
+    if not chosen:
+        return reason
+    return (*image, *usable[chosen], int(chosen == "json"))
 
 
 def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
@@ -288,29 +290,41 @@ def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
     if len(data) > MAX_CAPTION_BYTES:
         raise ValueError(f"expected at most {MAX_CAPTION_BYTES:,} bytes of captions, got more")
     text = data.decode("utf-8-sig")
-    found: Any = lines_of(text)
-    if is_json:
-        content = parse_json(text)
-        if not isinstance(content, dict):
-            raise ValueError(f"expected a JSON object, got {type(content).__name__}")
-        name = "captions" if content.get("captions") else "caption"
-        found = content.get(name)
-        if found is None:
-            found = []
-        elif isinstance(found, str):
-            found = [found]
-        if not isinstance(found, list) or not all(isinstance(c, str) for c in found):
-            expected = "a list of strings" if name == "captions" else "a string"
-            raise ValueError(f'expected {expected} in "{name}", got {str(content[name])[:80]}')
-    captions = tuple(short for caption in found if (short := caption.strip()[:MAX_CAPTION]))
+    lines = _captions_of_json(text) if is_json else lines_of(text)
+    captions = tuple(short for line in lines if (short := line.strip()[:MAX_CAPTION]))
     if not captions:
         raise ValueError("all captions are empty")
     return captions
 
 
-def _members(file: io.BufferedReader, name: str) -> Iterator[tuple[str, str, Place]]:
-    """Yield key, extension and place of each complete file; at damage, "" and a description."""
-    size, offset = os.path.getsize(file.name), 0
+def _captions_of_json(text: str) -> list[str]:
+    content = parse_json(text)
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object, got {type(content).__name__}")
+    name = "captions" if content.get("captions") else "caption"
+    captions = content.get(name)
+    if captions is None:
+        return []
+    if isinstance(captions, str):
+        return [captions]
+    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+        expected = "a list of strings" if name == "captions" else "a string"
+        raise ValueError(f'expected {expected} in "{name}", got {str(captions)[:80]}')
+    return captions
+
+
+class Member(NamedTuple):
+    """A file in a tar; at damage, no key and a description for an extension."""
+
+    key: str  # its name without the extension
+    extension: str
+    place: Place
+
+
+def _members(file: io.BufferedReader, name: str) -> Iterator[Member]:
+    """Yield each complete file, then the damage if there is any."""
+    size = os.path.getsize(file.name)
+    offset = 0
     try:
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8")
         while (member := tar.next()) is not None:
@@ -322,8 +336,8 @@ def _members(file: io.BufferedReader, name: str) -> Iterator[tuple[str, str, Pla
             folder, _, base = member.name.removeprefix("./").rpartition("/")
             stem, dot, extension = base.partition(".")
             if stem and dot and member.isreg() and not member.issparse():
-                place = (member.offset_data, member.size)
-                yield f"{folder}/{stem}" if folder else stem, extension.lower(), place
+                key = f"{folder}/{stem}" if folder else stem
+                yield Member(key, extension.lower(), (member.offset_data, member.size))
         else:
             file.seek(offset)
             if file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE):
@@ -335,4 +349,5 @@ def _members(file: io.BufferedReader, name: str) -> Iterator[tuple[str, str, Pla
                 f"{name}: not an uncompressed tar ({error}); unpack .gz files, and check that the "
                 "copy is complete"
             ) from error
-    yield "", f"the shard is cut off or damaged at byte {offset}; copy it again", (0, 0)
+    damage = f"the shard is cut off or damaged at byte {offset}; copy it again"
+    yield Member("", damage, (0, 0))
