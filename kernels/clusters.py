@@ -1,13 +1,13 @@
 """k-means assignment and segment means on a GPU without nvcc: what ops/clusters.py calls.
 
-Assignment, in up to three passes, each over the rows that the one before left open, without waiting
-for the device. Scores are x.c - |c|^2 / 2, the best two are kept beside the product, and a row is
-open where their margin is within what rounding can change, or is not a number that says anything:
+Assignment takes up to three passes, each over the rows that the previous one left open, without
+waiting for the device. Scores are x.c - |c|^2 / 2. The two best are kept beside the product, and a
+row stays open if rounding could account for their margin, or if the margin is infinite or NaN:
 1. products of 16-bit operands (of a bf16 copy where points are fp32), all rows;
 2. fp32 points only: x and c as sums of two bf16 numbers, three products of the four;
 3. the least |x - c|^2 itself in fp32: labels are exact.
-Segment mean: rows sorted by label, in pieces of at most PIECE rows, each summed in order and then
-joined in order: no atomics, the same bits every run.
+Segment mean: rows sorted by label, in pieces of at most PIECE rows; each piece is summed in order,
+then the pieces are: no atomics, the same bits every run.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from protoclip.kernels.attention import load_tile
 from protoclip.kernels.tiles import dot, operands, products
 
 PIECE = 1024  # rows of a piece of a segment
-CHUNK = 1 << 16  # points at a time whose distance to their centroid is taken
-HALF_ULP = 1.01 * 2.0**-8  # of a number rounded to bf16, relative
+CHUNK = 1 << 16  # points at a time in the last step, the distances to their centroids
+HALF_ULP = 1.01 * 2.0**-8  # relative error of rounding to bf16
 
 
 @triton.jit
 def leads(score, best):
-    """Where a score is the best so far; not where equal: the lowest index wins."""
+    """Whether a score is the best so far; a tie is not: the lowest index wins."""
     return score > best
 
 
@@ -41,8 +41,8 @@ def _none_yet(BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _keep_best(s, start, best, second, tile):
-    """The same with one more tile s [rows, keys]. Each place has its own best: a reduction over
-    the keys would cost shuffles and barriers in each tile, and is made once at the end."""
+    """The same with one more tile s [rows, keys]. Each place has its own best: reducing over the
+    keys would cost shuffles and barriers in each tile, so that is done once, at the end."""
     better = leads(s, best)
     second = tl.maximum(second, tl.minimum(s, best))
     return tl.where(better, s, best), second, tl.where(better, start, tile)
@@ -53,10 +53,10 @@ def _best_of_row(best, second, tile):
     """-> best and second score of each row, and the index of the best."""
     index = tile + tl.arange(0, best.shape[1])[None, :]
     top = tl.max(best, 1)
-    found = tl.where(best == top[:, None], index, 2147483647)
-    label = tl.min(found, 1)
-    others = tl.where(index == label[:, None], second, best)
-    return top, tl.max(others, 1), label
+    index_of_top = tl.where(best == top[:, None], index, 2147483647)
+    label = tl.min(index_of_top, 1)
+    without_top = tl.where(index == label[:, None], second, best)
+    return top, tl.max(without_top, 1), label
 
 
 @triton.jit
@@ -72,7 +72,9 @@ def _three_products(
         x_at = rows[:, None] * stride_x_n + column[None, :] * stride_x_d
         c_at = keys[None, :] * stride_c_k + column[:, None] * stride_c_d
         if EVEN_D:
-            x, c, c_low = tl.load(x_ptr + x_at), tl.load(c_ptr + c_at), tl.load(c_low_ptr + c_at)
+            x = tl.load(x_ptr + x_at)
+            c = tl.load(c_ptr + c_at)
+            c_low = tl.load(c_low_ptr + c_at)
         else:
             x = tl.load(x_ptr + x_at, mask=(column < d)[None, :], other=0.0)
             c = tl.load(c_ptr + c_at, mask=(column < d)[:, None], other=0.0)
@@ -100,7 +102,8 @@ def screen_kernel(
         n = tl.load(count_ptr).to(tl.int32)
     if row0 < n:
         at = row0 + tl.arange(0, BLOCK_N)
-        used, rows = at < n, at
+        used = at < n
+        rows = at
         if THREE:
             rows = tl.load(rows_ptr + at, mask=used, other=0)
         best, second, tile = _none_yet(BLOCK_N, BLOCK_M)
@@ -121,16 +124,9 @@ def screen_kernel(
                 s = dot(high, tl.trans(c))
                 if THREE:
                     c_low = load_tile(
-                        c_low_ptr,
-                        centroids,
-                        inside,
-                        depth,
-                        d,
-                        stride_c_k,
-                        stride_c_d,
-                        EVEN_D,
-                        False,
-                    )
+                        c_low_ptr, centroids, inside, depth, d, stride_c_k, stride_c_d,
+                        EVEN_D, False,
+                    )  # fmt: skip
                     s = dot(high, tl.trans(c_low), dot(low, tl.trans(c), s))
             elif THREE:
                 s = _three_products(
@@ -209,69 +205,76 @@ def exact_kernel(
 
 
 def kmeans_encode(points: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, D] -> what ``kmeans_assign_coded`` takes of them: in 16 bits, and their norms [N]."""
+    """[N, D] -> the points in 16 bits, and their norms [N], for ``kmeans_assign_coded``."""
     norms = torch.linalg.vector_norm(points, dim=1, dtype=torch.float32)
-    return points.bfloat16() if points.dtype == torch.float32 else points, norms
+    half = points.bfloat16() if points.dtype == torch.float32 else points
+    return half, norms
 
 
 def kmeans_assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """[N, D], [K, D] -> labels int64 [N], squared distances fp32 [N]."""
-    return kmeans_assign_coded(points, centroids, *kmeans_encode(points))
+    half, norms = kmeans_encode(points)
+    return kmeans_assign_coded(points, centroids, half, norms)
 
 
 def kmeans_assign_coded(
-    points: Tensor, centroids: Tensor, x: Tensor, x_norms: Tensor
+    points: Tensor, centroids: Tensor, half: Tensor, norms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``kmeans_assign`` of points whose 16-bit copy and norms are there."""
-    (n, d), k = points.shape, len(centroids)
+    """``kmeans_assign`` of points that ``kmeans_encode`` has coded."""
+    n, d = points.shape
+    k = len(centroids)
     labels = torch.zeros(n, dtype=torch.int64, device=points.device)
     distances = torch.zeros(n, dtype=torch.float32, device=points.device)
     if not n:
         return labels, distances
-    # At most what their squares lose below the normal numbers is missing from the norms.
+    # The most that norms lose where squares fall below the normal numbers.
     lost = d**0.5 * 2.0**-62
     centroid_norms = torch.linalg.vector_norm(centroids, dim=1, dtype=torch.float32)  # [K]
     half_norms = centroid_norms.square() / 2
-    size = x_norms + lost  # [N]
+    size = norms + lost  # [N]
     largest = centroid_norms.amax() + lost
 
     def reach(rounding: float, terms: int) -> Tensor:
-        """What rounding the operands' products by so much of |x| |c|, and summing so many terms in
-        fp32, can change in a difference of scores, [N]."""
+        """The most that a difference of scores can change, [N], if products are rounded by
+        ``rounding`` |x| |c| and ``terms`` of them are summed in fp32."""
         sums = (terms + 16) * 2.0**-22
-        found = largest * (size * (2 * rounding + sums) + largest * sums)
-        return found + (size + largest + 1) * (terms + 16) * 2.0**-125  # below the normal numbers
+        normal = largest * (size * (2 * rounding + sums) + largest * sums)
+        return normal + (size + largest + 1) * (terms + 16) * 2.0**-125  # below the normal numbers
 
     wide = points.dtype == torch.float32
-    c = centroids.to(x.dtype)
-    unclear = torch.zeros(n, dtype=torch.int32, device=points.device)
-    row = launch.assign_row(x)
-    _, options = operands(x, c, row)
+    c = centroids.to(half.dtype)
+    is_open = torch.zeros(n, dtype=torch.int32, device=points.device)
+    config = launch.assign_row(half)
+    _, options = operands(half, c, config)
     with torch.cuda.device_of(points):
-        screen_kernel[(triton.cdiv(n, row.block_n),)](
-            x, c, None, half_norms, reach(2 * HALF_ULP if wide else 0.0, d),
-            None, None, labels, unclear, n, k, d,
-            (*x.stride(), *c.stride()), THREE=False, HELD=d <= row.block_d, **options,
+        screen_kernel[(triton.cdiv(n, config.block_n),)](
+            half, c, None, half_norms, reach(2 * HALF_ULP if wide else 0.0, d),
+            None, None, labels, is_open, n, k, d,
+            half.stride() + c.stride(), THREE=False, HELD=d <= config.block_d, **options,
         )  # fmt: skip
-        rows, count = _listed(unclear)
+        open_rows, count = _listed(is_open)
         if wide:
             # Left out: the product of both low parts, and what these were rounded by.
-            three = reach(3 * HALF_ULP**2, 3 * d)
-            c_low, row = (centroids - c.float()).to(c.dtype), launch.assign_row(points)
-            _, options = operands(points, c, row)
-            unclear.zero_()
-            screen_kernel[(triton.cdiv(n, row.block_n),)](
-                points, c, c_low, half_norms, three, rows, count, labels, unclear, n, k, d,
-                (*points.stride(), *c.stride()), THREE=True, HELD=d <= row.block_d, **options,
+            reach_of_three = reach(3 * HALF_ULP**2, 3 * d)
+            c_low = (centroids - c.float()).to(c.dtype)
+            config = launch.assign_row(points)
+            _, options = operands(points, c, config)
+            is_open.zero_()
+            screen_kernel[(triton.cdiv(n, config.block_n),)](
+                points, c, c_low, half_norms, reach_of_three,
+                open_rows, count, labels, is_open, n, k, d,
+                points.stride() + c.stride(), THREE=True, HELD=d <= config.block_d, **options,
             )  # fmt: skip
-            rows, count = _listed(unclear)
-        row = launch.ASSIGN_EXACT
-        exact_kernel[(triton.cdiv(n, row.block_n),)](
-            points, centroids, rows, count, labels, k, d,
-            (*points.stride(), *centroids.stride()),
-            BLOCK_N=row.block_n, BLOCK_M=row.block_m, BLOCK_D=row.block_d, **row.options,
+            open_rows, count = _listed(is_open)
+        config = launch.ASSIGN_EXACT
+        exact_kernel[(triton.cdiv(n, config.block_n),)](
+            points, centroids, open_rows, count, labels, k, d,
+            points.stride() + centroids.stride(),
+            BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_D=config.block_d,
+            **config.options,
         )  # fmt: skip
-    for part in (slice(i, i + CHUNK) for i in range(0, n, CHUNK)):
+    for start in range(0, n, CHUNK):
+        part = slice(start, start + CHUNK)
         gap = points[part].float() - centroids[labels[part]].float()
         distances[part] = gap.square().sum(dim=1)
     return labels.where(~distances.isnan(), -1), distances
@@ -293,15 +296,16 @@ def sum_kernel(
     n, d, stride_n, stride_d,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sums of consecutive rows first to last, in order, over their count where given; ``rows``
-    may say which rows those are."""
+    """Sums of the rows at positions first to last, in order, divided by ``count`` if there is one.
+    Position i is row i, or row ``rows[i]``."""
     part = tl.program_id(0).to(tl.int64)
     depth = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     first, last = tl.load(first_ptr + part), tl.load(last_ptr + part)
     total = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(first, last, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
-        used, rows = at < last, at
+        used = at < last
+        rows = at
         if rows_ptr is not None:
             rows = tl.load(rows_ptr + at, mask=used, other=0)
         v = load_tile(values_ptr, rows, used, depth, d, stride_n, stride_d, False)
@@ -313,7 +317,9 @@ def sum_kernel(
 
 def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
     """[N, D], [N], K -> means fp32 [K, D], counts int64 [K]; other labels are left out."""
-    (n, d), k, device = values.shape, num_segments, values.device
+    n, d = values.shape
+    k = num_segments
+    device = values.device
     means = torch.zeros((k, d), dtype=torch.float32, device=device)
     order, rows = labels.sort(stable=True)
     edges = torch.searchsorted(order, torch.arange(k + 1, device=device))  # [K + 1]
@@ -327,13 +333,16 @@ def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> tuple[Ten
     first = edges[owner] + (pieces - begins[owner]) * PIECE
     last = torch.minimum(first + PIECE, edges[owner + 1])
     sums = torch.empty((len(pieces), d), dtype=torch.float32, device=device)
-    row = launch.SEGMENT_MEAN
-    tiles, block = triton.cdiv(d, row.block_d), {"BLOCK_N": row.block_n, "BLOCK_D": row.block_d}
+    config = launch.SEGMENT_MEAN
+    tiles = triton.cdiv(d, config.block_d)
+    options = config.options | {"BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
     with torch.cuda.device_of(values):
         sum_kernel[(len(pieces), tiles)](
-            values, rows, first, last, None, sums, n, d, *values.stride(), **block, **row.options
-        )
+            values, rows, first, last, None, sums,
+            n, d, values.stride(0), values.stride(1), **options,
+        )  # fmt: skip
         sum_kernel[(k, tiles)](
-            sums, None, begins, ends, counts, means, n, d, *sums.stride(), **block, **row.options
-        )
+            sums, None, begins, ends, counts, means,
+            n, d, sums.stride(0), sums.stride(1), **options,
+        )  # fmt: skip
     return means, counts

@@ -1,29 +1,30 @@
 """InfoNCE over tiles of the logits, which never reach memory: what ops/strips.py calls.
 
 Base-2 logits s_ij = scale log2(e) x_i.y_j; row i is positive at column i + offset. The forward pass
-keeps O(N) statistics, the backward pass forms the logits again: four matrix products in all. Up to
-``ONE_PROGRAM`` pairs a step is six launches: forward, merge (which takes the loss); gradient, two
-products, finish (with the scale's gradient); and no torch op around them. More pairs take a ``sum``
-of the losses, many more pairs waves and chunks.
+keeps O(N) statistics and the backward pass recomputes the logits: four matrix products in all. Up
+to ``ONE_PROGRAM`` pairs a step is six launches: forward, merge (which computes the loss); gradient,
+two products, finish (with the scale's gradient); and no torch op around them. More pairs add a
+``sum`` of the losses, and many more pairs run in waves and chunks.
 
-**Forward.** Each tile leaves, for its rows and for its columns, a reference r and sum 2^(s - r)
-*without the positives*; a second small kernel merges them, adds the positive, and takes the losses:
-one near zero is then log2(1 + little), not a difference of large numbers. A warp refers all its
-logits to the largest of a few columns: one exponential an element. Where a sum then leaves
-2^-SPREAD to 2^SPREAD, and on the edges and the diagonal, the tile takes the largest of each row and
-of each column and a second exponential. Columns are summed over the rows of one warp only: summing
-over warps costs barriers in every tile, and the merge does it on the way. A tile's rows as wgmma
-gives them to warps, BLOCK_N = 128, PARTS = 4 warps, PART = 16 rows, REPEATS = 2:
+**Forward.** Each tile writes, for its rows and for its columns, a reference r and sum 2^(s - r)
+*without the positives*. A second, small kernel merges them, adds the positive, and computes the
+losses: a loss near zero is then log2(1 + little), not a difference of large numbers. Each warp
+subtracts the maximum of eight sampled columns from all its logits: one exponential per element. A
+tile where a sum then falls outside 2^-SPREAD to 2^SPREAD, and any tile on an edge or the diagonal,
+takes the maximum of each row and of each column, and a second exponential. Columns are summed over
+the rows of one warp only: summing over warps would cost barriers in every tile, and the merge does
+it anyway. How wgmma assigns a tile's rows to warps, for BLOCK_N = 128, PARTS = 4 warps, PART = 16
+rows, REPEATS = 2:
     rows 0..15 | 16..31 | 32..47 | 48..63 | 64..79 | 80..95 | 96..111 | 112..127
     warp 0     | 1      | 2      | 3      | 0      | 1      | 2       | 3
-so a warp adds up [REPEATS, PART] rows of its own, and a tile leaves PARTS sums of each column.
+So a warp sums its own [REPEATS, PART] rows, and a tile writes PARTS sums of each column.
 
-**Backward.** G = w_row P_row + w_column P_column without the positives is written by chunks in the
+**Backward.** G = w_row P_row + w_column P_column without the positives is written in chunks in the
 features' dtype; ``waves.py`` multiplies it and adds the positives' entries, w_row (P_row - 1) +
-w_column (P_column - 1), in fp32. Where the references of a tile lie within fp32's range of the
-largest of them, h, one exponential serves both probabilities, 2^(s - h) (a_row + a_column), with
-nothing to load or divide after the product. Large batches find the extremes of the references
-before, once for each block. Edges, the diagonal and tiles of wide range take two exponentials.
+w_column (P_column - 1), in fp32. Where all references of a tile are within fp32's range of the
+largest one, h, one exponential serves both probabilities, 2^(s - h) (a_row + a_column), and nothing
+is loaded or divided after the product. Large batches compute the extremes of the references
+beforehand, once per block. Edges, the diagonal and tiles of wide range take two exponentials.
 
 Sums are fp32 and in a fixed order: no atomics, the same bits each time. Nothing is read back from
 the device, so both passes can be captured in a CUDA graph. Extra memory: 64 MiB of partial sums
@@ -49,9 +50,18 @@ LN2 = math.log(2.0)
 PARTIAL_BYTES = 64 << 20
 # Up to so many rows or columns one program merges all, and its sum of the losses is the whole.
 ONE_PROGRAM = 1024
-# (pairs a program merges at a time, partials of each it reads at a time, warps)
-MERGE_ALL = (256, 8, 16)  # of 8 warps each thread would spill in the loop
-MERGE = (64, 8, 4)
+
+
+class Merge(NamedTuple):
+    """How the merge kernel is launched."""
+
+    block: int  # pairs that a program merges at a time
+    depth: int  # partials of each pair that it reads at a time
+    warps: int
+
+
+MERGE_ALL = Merge(block=256, depth=8, warps=16)  # with 8 warps each thread would spill in the loop
+MERGE = Merge(block=64, depth=8, warps=4)
 
 
 @triton.jit
@@ -75,17 +85,18 @@ def _store_columns(ptr, block, col0, m, top, e, PARTS: tl.constexpr, MASK: tl.co
     """Write the columns of a tile: for each part of its rows the reference and the sum of e, which
     is [repeats, PARTS, rows, columns]."""
     total = tl.sum(tl.sum(e, 0), 1)  # [PARTS, columns]
-    cols, first = tl.arange(0, e.shape[3]), block.to(tl.int64) * PARTS * m + col0
+    cols = tl.arange(0, e.shape[3])
+    first = block.to(tl.int64) * PARTS * m + col0
     at = 2 * (tl.arange(0, PARTS)[:, None] * m + cols[None, :])
     pointers = (ptr + 2 * first) + (at[:, :, None] + tl.arange(0, 2)[None, None, :])
-    both = tl.join(tl.broadcast_to(top, total.shape), total)
-    tl.store(pointers, both, mask=(cols < m - col0)[None, :, None] if MASK else None)
+    statistics = tl.join(tl.broadcast_to(top, total.shape), total)
+    tl.store(pointers, statistics, mask=(cols < m - col0)[None, :, None] if MASK else None)
     return total
 
 
 @triton.jit
-def _some_columns(acc):
-    """-> eight columns of a tile, some in each thread."""
+def _eight_columns(acc):
+    """-> eight columns of a tile, chosen so that every thread holds some of them."""
     for _ in tl.static_range(6):
         if acc.shape[1] > 8:
             acc, _others = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
@@ -110,8 +121,8 @@ def forward_kernel(
     general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
     if not general:
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
-        some = (c * _some_columns(acc)).reshape(REPEATS, PARTS, PART, 8)
-        top = tl.max(tl.max(tl.max(some, 3), 2), 0)  # [PARTS]
+        sample = (c * _eight_columns(acc)).reshape(REPEATS, PARTS, PART, 8)
+        top = tl.max(tl.max(tl.max(sample, 3), 2), 0)  # [PARTS]
         row_top = tl.broadcast_to(top[None, :, None], (REPEATS, PARTS, PART)).reshape(BLOCK_N)
         e = tl.exp2(acc * c - row_top[:, None])
         row_sum = tl.sum(e, 1)
@@ -149,14 +160,14 @@ def forward_kernel(
 
 @triton.jit
 def _add_positive(reference, total, positive):
-    """Refer the sum to the positive where that is the largest term, so that its own is exactly 1;
-    elsewhere to a whole number near the log of the sum."""
+    """Add the positive to a sum of negatives. The new reference is the positive where that is the
+    largest term, so that it counts exactly 1; elsewhere a whole number near the log of the sum."""
     level = reference + tl.log2(total)
     leads = positive >= level
     base = tl.where(leads, positive, tl.floor(level))
-    others = total * tl.exp2(reference - base)
-    others = tl.where(total == 0, total, others)
-    return base, others + tl.where(leads, 1.0, tl.exp2(positive - base))
+    negatives = total * tl.exp2(reference - base)
+    negatives = tl.where(total == 0, total, negatives)
+    return base, negatives + tl.where(leads, 1.0, tl.exp2(positive - base))
 
 
 @triton.jit
@@ -264,8 +275,8 @@ def _side(side, position, length, unit):
 
 @triton.jit
 def pinned(v):
-    """v, computed once for each element: Triton would else repeat a vector's loads and arithmetic
-    in every thread that needs an element, after the product; it does not repeat a reduction."""
+    """v, computed once per element. Otherwise Triton repeats a vector's loads and arithmetic in
+    every thread that needs an element, after the product; it does not repeat a reduction."""
     return tl.sum(tl.join(v, tl.zeros_like(v)), 1)
 
 
@@ -282,7 +293,8 @@ def extremes_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The extremes of the references of each block of rows and of columns of G."""
-    program, blocks_n = tl.program_id(0), tl.cdiv(n, BLOCK_N)
+    program = tl.program_id(0)
+    blocks_n = tl.cdiv(n, BLOCK_N)
     if program < blocks_n:
         rows = program * BLOCK_N + tl.arange(0, BLOCK_N)
         low, high = _extremes(row_max_ptr, rows, n)
@@ -413,7 +425,8 @@ def contrastive_fwd(
     x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, columns: bool
 ) -> StripStatistics:
     """Statistics of the strip x [N, D] against y [M, D], as in ops/strips.py."""
-    return _forward(x, y, logit_scale, offset, columns, pair_weight=1.0).statistics
+    forward = _forward(x, y, logit_scale, offset=offset, columns=columns, pair_weight=1.0)
+    return forward.statistics
 
 
 def contrastive(
@@ -426,28 +439,32 @@ def contrastive(
     summed: bool,
 ) -> StripLoss:
     """The losses [N], or their sum [], and the statistics that their gradient needs."""
-    forward = _forward(x, y, logit_scale, offset, columns, pair_weight)
-    loss, statistics = forward.losses, forward.statistics
-    if summed:
-        shares = forward.shares
-        loss = shares.sum() if len(shares) > 1 else shares.view(())
+    forward = _forward(x, y, logit_scale, offset=offset, columns=columns, pair_weight=pair_weight)
+    if not summed:
+        loss = forward.losses
+    elif len(forward.shares) > 1:
+        loss = forward.shares.sum()
+    else:
+        loss = forward.shares.view(())
     return StripLoss(
         loss=loss,
-        row_max=statistics.row_max,
-        row_sum=statistics.row_sum,
-        column_max=statistics.column_max,
-        column_sum=statistics.column_sum,
+        row_max=forward.statistics.row_max,
+        row_sum=forward.statistics.row_sum,
+        column_max=forward.statistics.column_max,
+        column_sum=forward.statistics.column_sum,
     )
 
 
 def _forward(
-    x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, columns: bool, pair_weight: float
+    x: Tensor, y: Tensor, logit_scale: Tensor, *, offset: int, columns: bool, pair_weight: float
 ) -> _ForwardPass:
     n, m = len(x), len(y)
     num_columns = m if columns else 0
     length = m if columns else n
-    block, depth, warps = MERGE if length > ONE_PROGRAM else MERGE_ALL
-    programs = 1 if length <= ONE_PROGRAM else triton.cdiv(length, block)
+    if length <= ONE_PROGRAM:
+        merge, programs = MERGE_ALL, 1
+    else:
+        merge, programs = MERGE, triton.cdiv(length, MERGE.block)
     row_max = x.new_empty(n, dtype=torch.float32)
     row_sum = torch.empty_like(row_max)
     column_max = x.new_empty(num_columns, dtype=torch.float32)
@@ -459,32 +476,35 @@ def _forward(
         column_max.fill_(-torch.inf)
         column_sum.zero_()
         shares.zero_()
-    row = launch.choose("forward", x, y)
-    parts = min(row.warps, row.block_n // row.part)
-    # Rows a wave, in whole tiles where there are several, so that partials stay bounded.
-    block_bytes = 8 * (row.block_n * triton.cdiv(m, row.block_m) + parts * m)
-    wave = max(1, min(n, max(1, PARTIAL_BYTES // max(1, block_bytes)) * row.block_n))
-    row_part = x.new_empty(2 * triton.cdiv(m, row.block_m) * wave, dtype=torch.float32)
-    blocks_n = triton.cdiv(wave, row.block_n)
+    config = launch.choose("forward", x, y)
+    parts = min(config.warps, config.block_n // config.part)
+    blocks_m = triton.cdiv(m, config.block_m)
+    # Rows per wave: as many tiles as keep the partial sums within their bound.
+    bytes_of_block = 8 * (config.block_n * blocks_m + parts * m)
+    blocks_of_wave = max(1, PARTIAL_BYTES // max(1, bytes_of_block))
+    wave = max(1, min(n, blocks_of_wave * config.block_n))
+    row_part = x.new_empty(2 * blocks_m * wave, dtype=torch.float32)
+    blocks_n = triton.cdiv(wave, config.block_n)
     column_part = x.new_empty(2 * blocks_n * parts * num_columns, dtype=torch.float32)
     with torch.cuda.device_of(x):
         for first in range(0, n, wave):
             last = min(first + wave, n)
             part = x[first:last]
-            features, options = operands(part, y, row)
-            blocks_n = triton.cdiv(len(part), row.block_n)
-            blocks_m = triton.cdiv(m, row.block_m)
+            features, options = operands(part, y, config)
+            blocks_n = triton.cdiv(len(part), config.block_n)
             forward_kernel[(blocks_n * blocks_m,)](
-                *features[:4], logit_scale, row_part, column_part, positive[first:last],
-                len(part), m, x.shape[1], offset + first, (*x.stride(), *y.stride()),
-                COLUMNS=columns, PARTS=parts, PART=row.part, STRIP=row.strip, **options,
+                features.x, features.y, features.x_ptr, features.y_ptr, logit_scale,
+                row_part, column_part, positive[first:last],
+                len(part), m, x.shape[1], offset + first, x.stride() + y.stride(),
+                COLUMNS=columns, PARTS=parts, PART=config.part, STRIP=config.strip, **options,
             )  # fmt: skip
             merge_kernel[(programs,)](
                 row_part, blocks_m, len(part), column_part, blocks_n * parts, m,
                 positive, row_max, row_sum, column_max, column_sum,
                 losses, shares, n, first, offset, pair_weight * LN2,
                 COLUMNS=columns, HAS_BEFORE=first > 0, IS_LAST=last == n,
-                BLOCK=block, DEPTH=depth, num_warps=warps, enable_fp_fusion=True,
+                BLOCK=merge.block, DEPTH=merge.depth,
+                num_warps=merge.warps, enable_fp_fusion=True,
             )  # fmt: skip
     statistics = StripStatistics(row_max, row_sum, column_max, column_sum, positive)
     return _ForwardPass(statistics, losses, shares)
@@ -510,37 +530,41 @@ def contrastive_bwd(
     if min(x.numel(), y.numel()) == 0:
         zero = x.new_zeros((), dtype=torch.float32)
         return waves.Gradients(torch.zeros_like(x), torch.zeros_like(y), zero)
-    n, m = len(x), len(column_max)
-    row = launch.choose("gradient", x, y)
+    n = len(x)
+    num_columns = len(column_max)  # 0 without columns
+    config = launch.choose("gradient", x, y)
     factor = x.new_empty((), dtype=torch.float32)
     lifted = x.dtype == torch.float16
     row_peak = _peak(row_weight) if lifted else row_weight
     column_peak = _peak(column_weight) if lifted else column_weight
-    extremes, blocks_n = None, triton.cdiv(n, row.block_n)
+    blocks_n = triton.cdiv(n, config.block_n)
+    extremes = None
     if max(n, len(y)) > ONE_PROGRAM:  # below, a launch would cost more than the exponentials
-        blocks = blocks_n + triton.cdiv(m, row.block_m)
+        blocks = blocks_n + triton.cdiv(num_columns, config.block_m)
         extremes = x.new_empty((blocks, 2), dtype=torch.float32)
         with torch.cuda.device_of(x):
             extremes_kernel[(blocks,)](
-                row_max, column_max, n, m, extremes,
-                BLOCK_N=row.block_n, BLOCK_M=row.block_m, num_warps=1, enable_fp_fusion=True,
+                row_max, column_max, n, num_columns, extremes,
+                BLOCK_N=config.block_n, BLOCK_M=config.block_m,
+                num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
-    plan = waves.chunks(x, y, row)
+    plan = waves.chunks(x, y, config)
     shares = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)
 
     def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
         rows, cols = chunk.rows, chunk.cols
         part_x, part_y = x[rows], y[cols]
-        features, options = operands(part_x, part_y, row, g)
+        features, options = operands(part_x, part_y, config, g)
         gradient_kernel[(chunk.tiles,)](
-            *features, logit_scale, factor, row_peak, column_peak, pair_weight,
-            extremes, rows.start // row.block_n, blocks_n + cols.start // row.block_m,
+            features.x, features.y, features.x_ptr, features.y_ptr, features.g, features.g_ptr,
+            logit_scale, factor, row_peak, column_peak, pair_weight,
+            extremes, rows.start // config.block_n, blocks_n + cols.start // config.block_m,
             (row_max[rows], row_sum[rows], row_weight[rows], row_weight.stride(0)),
             (column_max[cols], column_sum[cols], column_weight[cols], column_weight.stride(0)),
             entries[rows], shares, chunk.first_tile,
             len(part_x), len(part_y), x.shape[1], offset + rows.start - cols.start,
-            g.stride(0), (*x.stride(), *y.stride()),
-            COLUMNS=m > 0, LIFT=lifted, STRIP=row.strip, **options,
+            g.stride(0), x.stride() + y.stride(),
+            COLUMNS=num_columns > 0, LIFT=lifted, STRIP=config.strip, **options,
         )  # fmt: skip
 
     return waves.products(x, y, factor, offset, plan, fill, shares)

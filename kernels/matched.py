@@ -1,11 +1,14 @@
 """InfoNCE whose positives and negatives are matched by ids and positions (protoclip/ops/pairs.py).
 
-A tile first compares its ids and positions. Most tiles hold no positive and no pair that is not
-seen: they are as ``info_nce.py``'s and need no masks. The others go strip by strip, and mask each
-logit by a row and a column of ids, positions and biases. The forward pass leaves, for the rows and
-the columns of each tile, the maximum and the sum of the logits seen and the sum and count of the
-positives'; torch merges them. The backward pass forms the logits again and writes G, positives and
-all, in chunks that ``waves.py`` multiplies. Sums are fp32 in a fixed order.
+A tile first compares its ids and positions. Most tiles contain no positive and no hidden pair:
+they run as in ``info_nce.py`` and need no masks. The others go strip by strip, and mask each logit
+by a row and a column of ids, positions and biases. For the rows and the columns of each tile, the
+forward pass writes the maximum and the sum of the visible logits, and the sum and count of the
+positives' logits; torch merges them. The backward pass recomputes the logits and writes G, with the
+positives, in chunks that ``waves.py`` multiplies. Sums are fp32 in a fixed order.
+
+``relation`` is (position of each row's own column, position of its excluded column or None, ids as
+``id_rows`` gives them or None, bias of each column or None).
 """
 
 from __future__ import annotations
@@ -40,25 +43,25 @@ def _holds_pairs(
 ):  # fmt: skip
     """Whether a tile crosses the edge, or holds a positive or a pair that is not seen."""
     own_ptr, exclude_ptr, ids, bias_ptr = relation
-    rows, cols = row0 + tl.arange(0, BLOCK_N), col0 + tl.arange(0, BLOCK_M)
-    row, col = first_row + tl.minimum(rows, n - 1), first_col + tl.minimum(cols, m - 1)
+    row = first_row + tl.minimum(row0 + tl.arange(0, BLOCK_N), n - 1)
+    col = first_col + tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1)
     column0 = first_col + col0
     place = tl.load(own_ptr + row) - column0
-    held = (place >= 0) & (place < BLOCK_M)
+    inside = (place >= 0) & (place < BLOCK_M)
     if exclude_ptr is not None:
         place = tl.load(exclude_ptr + row) - column0
-        held = held | ((place >= 0) & (place < BLOCK_M))
-    found = tl.max(held.to(tl.int32), 0)
+        inside = inside | ((place >= 0) & (place < BLOCK_M))
+    holds = tl.max(inside.to(tl.int32), 0)
     if bias_ptr is not None:
         absent = tl.load(bias_ptr + col) == -float("inf")
-        found = tl.maximum(found, tl.max(absent.to(tl.int32), 0))
+        holds = tl.maximum(holds, tl.max(absent.to(tl.int32), 0))
     if ids is not None:
         same = tl.zeros((BLOCK_N, BLOCK_M), tl.int1)
         for i in tl.static_range(0, len(ids), 2):
             same = same | (tl.load(ids[i] + row)[:, None] == tl.load(ids[i + 1] + col)[None, :])
-        found = tl.maximum(found, tl.max(same.to(tl.int32)))
+        holds = tl.maximum(holds, tl.max(same.to(tl.int32)))
     edge = (row0 + BLOCK_N > n) | (col0 + BLOCK_M > m)
-    return edge | (found > 0)
+    return edge | (holds > 0)
 
 
 @triton.jit
@@ -67,23 +70,25 @@ def _strip(
     BLOCK_N: tl.constexpr, STRIP: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     SAME_POSITIVE: tl.constexpr,
 ):  # fmt: skip
-    """-> of some columns of a tile: positions of rows and columns, products, base-2 logits, the
-    keys seen, and the positives."""
+    """-> of some columns of a tile: their positions, products, base-2 logits, the keys seen, and
+    the positives."""
     own_ptr, exclude_ptr, ids, bias_ptr = relation
     acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, STRIP, BLOCK_D, EVEN_D)
-    rows, cols = row0 + tl.arange(0, BLOCK_N), col0 + tl.arange(0, STRIP)
-    row, col = first_row + tl.minimum(rows, n - 1), first_col + tl.minimum(cols, m - 1)
+    rows = row0 + tl.arange(0, BLOCK_N)
+    cols = col0 + tl.arange(0, STRIP)
+    row = first_row + tl.minimum(rows, n - 1)
+    col = first_col + tl.minimum(cols, m - 1)
     inside = (rows < n)[:, None] & (cols < m)[None, :]
     s = acc * c
-    own = tl.load(own_ptr + row)[:, None] == col[None, :]
-    positive, seen = with_ids(own, inside, ids, row, col, SAME_POSITIVE)
+    is_own = tl.load(own_ptr + row)[:, None] == col[None, :]
+    positive, seen = with_ids(is_own, inside, ids, row, col, SAME_POSITIVE)
     if exclude_ptr is not None:
         seen = seen & (tl.load(exclude_ptr + row)[:, None] != col[None, :])
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + col)
         s += (bias * LOG2E)[None, :]
         seen = seen & (bias != -float("inf"))[None, :]
-    return row, col, acc, s, seen, positive & seen
+    return col, acc, s, seen, positive & seen
 
 
 @triton.jit
@@ -118,30 +123,34 @@ def matched_forward_kernel(
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
     c = tl.load(scale_ptr).to(tl.float32) * LOG2E
     rows = row0 + tl.arange(0, BLOCK_N)
-    blocks_n, blocks_m = tl.cdiv(n, BLOCK_N).to(tl.int64), tl.cdiv(m, BLOCK_M).to(tl.int64)
+    blocks_n = tl.cdiv(n, BLOCK_N).to(tl.int64)
+    blocks_m = tl.cdiv(m, BLOCK_M).to(tl.int64)
     at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
     at_column = (row0 // BLOCK_N).to(tl.int64) * m + col0
-    none = tl.zeros((BLOCK_N,), tl.float32)
+    zeros = tl.zeros((BLOCK_N,), tl.float32)
+    _, _, _, bias_ptr = relation
     if not _holds_pairs(relation, row0, col0, n, m, first_row, 0, BLOCK_N, BLOCK_M):
         s = c * products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
         cols = tl.arange(0, BLOCK_M)
-        if relation[3] is not None:
-            s += (tl.load(relation[3] + col0 + cols) * LOG2E)[None, :]
+        if bias_ptr is not None:
+            s += (tl.load(bias_ptr + col0 + cols) * LOG2E)[None, :]
         top, e = exact(s, 1)
-        _store_side(row_ptr, at_row, None, blocks_m * n, top, tl.sum(e, 1), none, none)
+        _store_side(row_ptr, at_row, None, blocks_m * n, top, tl.sum(e, 1), zeros, zeros)
         if COLUMNS:
             top, e = exact(s, 0)
-            nothing = tl.zeros((BLOCK_M,), tl.float32)
+            no_positives = tl.zeros((BLOCK_M,), tl.float32)
             _store_side(
                 column_ptr, at_column + cols, None, blocks_n * m, top, tl.sum(e, 0),
-                nothing, nothing,
+                no_positives, no_positives,
             )  # fmt: skip
     else:
         row_top = tl.full((BLOCK_N,), -float("inf"), tl.float32)
-        row_sum, row_positives, row_count = none, none, none
+        row_sum = zeros
+        row_positives = zeros
+        row_count = zeros
         for strip in range(0, BLOCK_M, STRIP):
             first = col0 + strip
-            _, _, _, s, seen, positive = _strip(
+            _, _, s, seen, positive = _strip(
                 x_ptr, y_ptr, c, relation, row0, first, n, m, d, first_row, 0, strides,
                 BLOCK_N, STRIP, BLOCK_D, EVEN_D, SAME_POSITIVE,
             )  # fmt: skip
@@ -181,13 +190,15 @@ def matched_gradient_kernel(
     row = first_row + tl.minimum(row0 + tl.arange(0, BLOCK_N), n - 1)
     col = first_col + tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1)
     # All loads come before any use of one: their latencies pass together.
-    row_top, row_level = tl.load(row_ptr + row), tl.load(row_ptr + stride_row + row)
+    row_top = tl.load(row_ptr + row)
+    row_level = tl.load(row_ptr + stride_row + row)
     low, high = tl.min(row_top), tl.max(row_top)
     if COLUMNS:
         column_top = tl.load(column_ptr + col)
         column_level = tl.load(column_ptr + stride_column + col)
         low, high = tl.minimum(low, tl.min(column_top)), tl.maximum(high, tl.max(column_top))
     general = _holds_pairs(relation, row0, col0, n, m, first_row, first_col, BLOCK_N, BLOCK_M)
+    _, _, _, bias_ptr = relation
     sums_ptr = dbias_ptr
     if dbias_ptr is not None:
         sums_ptr += (row0 // BLOCK_N) * m + col0
@@ -199,8 +210,8 @@ def matched_gradient_kernel(
         if COLUMNS:
             factor += pinned(column_factor)[None, :]
         shift = acc * c - high
-        if relation[3] is not None:
-            shift += (tl.load(relation[3] + col) * LOG2E)[None, :]
+        if bias_ptr is not None:
+            shift += (tl.load(bias_ptr + col) * LOG2E)[None, :]
         p = tl.exp2(shift) * factor
         tl.store(share_ptr + first_tile + tl.program_id(0), tl.sum(p * acc) / lift)
         if dbias_ptr is not None:
@@ -211,7 +222,7 @@ def matched_gradient_kernel(
         row_mean = tl.load(row_ptr + 2 * stride_row + row)[:, None]
         for strip in range(0, BLOCK_M, STRIP):
             first = col0 + strip
-            _, strip_col, acc, s, seen, positive = _strip(
+            strip_col, acc, s, seen, positive = _strip(
                 x_ptr, y_ptr, c, relation, row0, first, n, m, d, first_row, first_col, strides,
                 BLOCK_N, STRIP, BLOCK_D, EVEN_D, SAME_POSITIVE,
             )  # fmt: skip
@@ -231,7 +242,7 @@ def matched_gradient_kernel(
 
 
 class MatchedStatistics(NamedTuple):
-    """Max, sum, positives and count (ops/strips.py)."""
+    """Maximum and sum of the logits seen, sum and count of the positives' (ops/strips.py)."""
 
     rows: Tensor  # [4, N]
     columns: Tensor  # [4, M], or [4, 0]
@@ -258,29 +269,34 @@ def matched_fwd(
 ) -> MatchedStatistics:
     """Statistics of a matched strip; own to same_positive as in ops/pairs.py."""
     n, m = len(x), len(y)
-    row = launch.choose("matched forward", x, y)
     if not min(n, m):
-        return MatchedStatistics(_nothing(x, n), _nothing(x, m if columns else 0))
-    blocks_m = triton.cdiv(m, row.block_m)
-    wave = max(1, PARTIAL_BYTES // (16 * (blocks_m * row.block_n + m))) * row.block_n
-    relation = own, exclude, id_rows(query_ids, key_ids), key_bias
+        return MatchedStatistics(
+            rows=_without_keys(x, n), columns=_without_keys(x, m if columns else 0)
+        )
+    config = launch.choose("matched forward", x, y)
+    blocks_m = triton.cdiv(m, config.block_m)
+    wave = max(1, PARTIAL_BYTES // (16 * (blocks_m * config.block_n + m))) * config.block_n
+    relation = (own, exclude, id_rows(query_ids, key_ids), key_bias)
     by_row: list[Tensor] = []
     by_column: list[Tensor] = []
     with torch.cuda.device_of(x):
         for first in range(0, n, wave):
             part = x[first : first + wave]
-            blocks_n = triton.cdiv(len(part), row.block_n)
+            blocks_n = triton.cdiv(len(part), config.block_n)
             row_part = x.new_empty((4, blocks_m, len(part)), dtype=torch.float32)
             column_part = x.new_empty((4, blocks_n, m if columns else 0), dtype=torch.float32)
-            features, tile = operands(part, y, row)
+            features, options = operands(part, y, config)
             matched_forward_kernel[(blocks_n * blocks_m,)](
-                *features[:4], logit_scale, row_part, column_part, relation,
-                len(part), m, x.shape[1], first, (*x.stride(), *y.stride()),
-                COLUMNS=columns, SAME_POSITIVE=same_positive, STRIP=row.strip, **tile,
+                features.x, features.y, features.x_ptr, features.y_ptr, logit_scale,
+                row_part, column_part, relation,
+                len(part), m, x.shape[1], first, x.stride() + y.stride(),
+                COLUMNS=columns, SAME_POSITIVE=same_positive, STRIP=config.strip, **options,
             )  # fmt: skip
             by_row.append(_merged(row_part))
             by_column.append(_merged(column_part))
-    return MatchedStatistics(torch.cat(by_row, dim=1), _merged(torch.stack(by_column, dim=1)))
+    return MatchedStatistics(
+        rows=torch.cat(by_row, dim=1), columns=_merged(torch.stack(by_column, dim=1))
+    )
 
 
 def matched_bwd(
@@ -303,8 +319,8 @@ def matched_bwd(
     if min(len(x), len(y)) == 0:
         zero = x.new_zeros((), dtype=torch.float32)
         return MatchedGradients(torch.zeros_like(x), torch.zeros_like(y), zero, dkey_bias)
-    biased = "" if key_bias is None else " with biases"
-    row = launch.choose(f"matched gradient{biased}", x, y)
+    kernel = "matched gradient" if key_bias is None else "matched gradient with biases"
+    config = launch.choose(kernel, x, y)
     lift = torch.ones((), dtype=torch.float32, device=x.device)
     if x.dtype == torch.float16:  # weights are about 1/N: let G fill its range
         peak = sum(w.abs().amax(1).sum() for w in (row_weights, column_weights) if w.numel())
@@ -313,24 +329,25 @@ def matched_bwd(
     row_side = _side(row_statistics, row_weights, lift)
     column_side = _side(column_statistics, column_weights, lift)
     num_columns = column_statistics.shape[1]
-    plan = waves.chunks(x, y, row)
+    plan = waves.chunks(x, y, config)
     shares = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)
-    relation = own, exclude, id_rows(query_ids, key_ids), key_bias
+    relation = (own, exclude, id_rows(query_ids, key_ids), key_bias)
 
     def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
         entries[chunk.rows].zero_()  # the positives are in G
         sums = None
         if key_bias is not None:
-            blocks = chunk.shape[0] // row.block_n
+            blocks = chunk.shape[0] // config.block_n
             sums = x.new_empty((blocks, len(part_y)), dtype=torch.float32)
-        features, tile = operands(part_x, part_y, row, g)
+        features, options = operands(part_x, part_y, config, g)
         matched_gradient_kernel[(chunk.tiles,)](
-            *features, logit_scale, lift, row_side, column_side, len(x), num_columns,
+            features.x, features.y, features.x_ptr, features.y_ptr, features.g, features.g_ptr,
+            logit_scale, lift, row_side, column_side, len(x), num_columns,
             shares, sums, chunk.first_tile, relation,
             len(part_x), len(part_y), x.shape[1], chunk.rows.start, chunk.cols.start,
-            g.stride(0), (*x.stride(), *y.stride()),
-            COLUMNS=num_columns > 0, SAME_POSITIVE=same_positive, STRIP=row.strip, **tile,
+            g.stride(0), x.stride() + y.stride(),
+            COLUMNS=num_columns > 0, SAME_POSITIVE=same_positive, STRIP=config.strip, **options,
         )  # fmt: skip
         if sums is not None:
             dkey_bias[chunk.cols] += sums.sum(dim=0)
@@ -345,10 +362,11 @@ def matched_bwd(
     )
 
 
-def _nothing(x: Tensor, count: int) -> Tensor:
-    out = x.new_zeros((4, count), dtype=torch.float32)
-    out[0] = -torch.inf
-    return out
+def _without_keys(x: Tensor, length: int) -> Tensor:
+    """The statistics [4, length] of rows or columns that see no keys."""
+    statistics = x.new_zeros((4, length), dtype=torch.float32)
+    statistics[0] = -torch.inf
+    return statistics
 
 
 def _merged(parts: Tensor) -> Tensor:

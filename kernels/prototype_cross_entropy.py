@@ -2,12 +2,12 @@
 
 16-bit rows of D <= 256: one attention pass with key = value = C gives loss and gradient, 2 products
 of [N, K, D] and O(slices N D) memory. Wider or fp32 rows (one-pass fp32 tiles spill): a pass for
-the statistics, then weights W_ik = 2^(step (s_ik - max_i)) again, wave by wave of rows into a
-bounded scratch, and a GEMM W V for each: 3 products. The gradient of the keys is G^T q by waves of
-keys, G_ik = w_i (W_ik / sum_i - [y_i = k]). No sum goes across waves: no atomics. Logits are exact
-to fp32; weights are rounded to the inputs' dtype before they meet the values, and fp32 ones meet
-them as ``torch.backends.cuda.matmul`` says. Each bank has its own two launches; the scale is read
-on the device.
+the statistics, then weights W_ik = 2^(step (s_ik - max_i)), recomputed for one wave of rows after
+the other into a bounded scratch, and a GEMM W V for each: 3 products. The gradient of the keys is
+G^T q by waves of keys, G_ik = w_i (W_ik / sum_i - [y_i = k]). No sum crosses waves: no atomics.
+Logits are exact to fp32. Weights are rounded to the inputs' dtype before they are multiplied with
+the values; for fp32 ``torch.backends.cuda.matmul`` decides. Each bank has two launches of its own;
+the scale is read on the device.
 
 The finish joins the slices of attention.py:
     loss_i = ln 2 (log2 sum_i + step (max_i - s_iy)),   gradient_i = acc_i / sum_i - t_y,
@@ -82,7 +82,7 @@ def join_slices_kernel(
     tl.store(row_max_ptr + rows, row_max, mask=used)
     tl.store(row_sum_ptr + rows, row_sum, mask=used)
     label = tl.load(labels_ptr + rows, mask=used, other=-100)
-    known = (label >= 0) & (label < k_count)
+    labelled = (label >= 0) & (label < k_count)
     if HARD:
         positive = tl.load(positive_ptr + rows, mask=used, other=0.0)
     else:
@@ -90,12 +90,12 @@ def join_slices_kernel(
         for start in range(0, d, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
             q = load_tile(q_ptr, rows, used, columns, d, stride_q_n, stride_q_d, False)
-            m = load_tile(target_ptr, label, known, columns, d, stride_t_k, stride_t_d, False)
+            m = load_tile(target_ptr, label, labelled, columns, d, stride_t_k, stride_t_d, False)
             positive += tl.sum(q.to(tl.float32) * m.to(tl.float32), 1)
         positive *= sign
     loss = LN2 * (tl.log2(row_sum) + step * (row_max - positive))
     absent = tl.where(label == -100, 0.0, float("nan"))
-    tl.store(loss_ptr + rows, tl.where(known, loss, absent), mask=used)
+    tl.store(loss_ptr + rows, tl.where(labelled, loss, absent), mask=used)
     if GRADIENT:
         dscale = tl.zeros([BLOCK_N], tl.float32)
         for start in range(0, d, BLOCK_D):
@@ -110,13 +110,13 @@ def join_slices_kernel(
                     more *= tl.exp2((part_max - row_max) * step)[:, None]
                 acc += more
             acc /= row_sum[:, None]
-            t = load_tile(target_ptr, label, known, columns, d, stride_t_k, stride_t_d, False)
-            acc = tl.where(known[:, None], acc - t.to(tl.float32), 0.0)
+            t = load_tile(target_ptr, label, labelled, columns, d, stride_t_k, stride_t_d, False)
+            acc = tl.where(labelled[:, None], acc - t.to(tl.float32), 0.0)
             q = load_tile(q_ptr, rows, used, columns, d, stride_q_n, stride_q_d, False)
             dscale += tl.sum(q.to(tl.float32) * acc, 1)
             tl.store(gradient_ptr + rows[:, None] * d + columns[None, :], acc, mask=mask)
         if EXPECT:
-            difference = tl.where(known, sign * (expected / row_sum - positive), 0.0)
+            difference = tl.where(labelled, sign * (expected / row_sum - positive), 0.0)
             dscale = tl.where(sign == 0, dscale, difference)
         tl.store(dscale_ptr + rows, dscale, mask=used)
 
@@ -197,15 +197,16 @@ def attend(
     expect: bool = False,
 ) -> Slices:
     """One pass over the keys, which are the values too; labels are read where they are hard."""
-    (n, d), k = q.shape, len(keys)
-    tile = launch.prototype_row(q, full=best and expect, values=values)
-    row_tiles = triton.cdiv(n, tile.block_n)
-    # A tail of its own costs registers, which only Hopper's one-pass rows have to spare.
+    n, d = q.shape
+    k = len(keys)
+    config = launch.prototype_row(q, full=best and expect, values=values)
+    row_tiles = triton.cdiv(n, config.block_n)
+    # A separate tail takes registers, which only Hopper's one-pass configurations can spare.
     peel = values and launch.architecture(q.device) in (None, 90)
     cores = 8  # the interpreter's, so that keys are cut into slices
     if q.is_cuda:
         cores = torch.cuda.get_device_properties(q.device).multi_processor_count
-    slices = key_slices(row_tiles, triton.cdiv(k, tile.block_m), cores * tile.ctas_per_sm)
+    slices = key_slices(row_tiles, triton.cdiv(k, config.block_m), cores * config.ctas_per_sm)
     row_max = q.new_empty((slices, n), dtype=torch.float32)
     parts = Slices(
         row_max=row_max,
@@ -215,12 +216,12 @@ def attend(
         positive=row_max.new_empty(n),
         acc=row_max.new_empty((slices, n, d if values else 0)),
     )
-    _, options = operands(q, keys, tile)
+    _, options = operands(q, keys, config)
     with torch.cuda.device_of(q):
         attention_kernel[(row_tiles, slices)](
             q, logit_scale, keys, labels,
             parts.row_max, parts.row_sum, parts.best, parts.expected, parts.positive, parts.acc,
-            n, k, d, slices, (*q.stride(), *keys.stride()),
+            n, k, d, slices, q.stride() + keys.stride(),
             VALUES=values, BEST=best, EXPECT=expect, HARD=hard, PEEL=int(peel), **options,
         )  # fmt: skip
     return parts
@@ -246,14 +247,15 @@ def finish(
             q, logit_scale, targets, labels,
             parts.row_max, parts.row_sum, parts.best, parts.expected, parts.positive, parts.acc,
             out.loss, out.gradient, out.nearest, out.row_max, out.row_sum, out.scale_gradient,
-            n, targets.shape[1], slices, len(targets), *q.stride(), *targets.stride(),
+            n, targets.shape[1], slices, len(targets),
+            q.stride(0), q.stride(1), targets.stride(0), targets.stride(1),
             BLOCK_N=FINISH.block_n, BLOCK_D=FINISH.block_d, HARD=hard, BEST=parts.best.numel() > 0,
             EXPECT=parts.expected.numel() > 0, GRADIENT=gradient, JOINED=joined, **FINISH.options,
         )  # fmt: skip
 
 
 def key_slices(row_tiles: int, key_tiles: int, cores: int) -> int:
-    """Into how many slices the keys are cut so that the programs fill the card.
+    """How many slices of the keys make the programs fill the card.
 
     A slice has at least four tiles of keys; the first count whose last wave is nearly full wins.
     """
@@ -274,23 +276,24 @@ def weights(
     gradient: KeyGradient | None = None,
 ) -> Tensor:
     """W [N, K] in q's dtype, or G_UNIT * G with ``gradient``."""
-    (n, d), k = q.shape, len(keys)
+    n, d = q.shape
+    k = len(keys)
     out = q.new_empty((n, k))
     unread = KeyGradient(labels=row_max, row_sum=row_max, weight=row_max, hard=False)
     side = gradient or unread
-    row = launch.prototype_row(q)
-    _, options = operands(q, keys, row)
+    config = launch.prototype_row(q)
+    _, options = operands(q, keys, config)
     with torch.cuda.device_of(q):
-        weights_kernel[(triton.cdiv(n, row.block_n), triton.cdiv(k, row.block_m))](
+        weights_kernel[(triton.cdiv(n, config.block_n), triton.cdiv(k, config.block_m))](
             q, logit_scale, keys, side.labels, row_max, side.row_sum, side.weight, out,
-            n, k, d, first_key, (*q.stride(), *keys.stride()),
+            n, k, d, first_key, q.stride() + keys.stride(),
             UNIT=G_UNIT, GRADIENT=gradient is not None, HARD=side.hard, **options,
         )  # fmt: skip
     return out
 
 
 def _wave(other: int, itemsize: int) -> int:
-    """Rows (or keys) of a wave whose other side is given: at least 16."""
+    """Rows of a wave whose other side is ``other`` keys (or the reverse): at least 16."""
     return max(16, SCRATCH_BYTES // (max(1, other) * itemsize) // 16 * 16)
 
 
@@ -314,9 +317,10 @@ def prototype_ce_fwd_banks(
     need_nearest: bool,
     need_scale_gradient: bool = True,
 ) -> BankLosses:
-    """The losses of S banks, as in ops/prototypes.py; without ``need_scale_gradient`` that one is
-    from rounded weights."""
-    (n, d), banks = features.shape, len(prototypes)
+    """The losses of S banks, as in ops/prototypes.py; without ``need_scale_gradient`` the scale's
+    gradient comes from rounded weights."""
+    n, d = features.shape
+    banks = len(prototypes)
     loss = features.new_empty((banks, n), dtype=torch.float32)
     graded = n if need_grad else 0
     out = BankLosses(
@@ -336,7 +340,8 @@ def prototype_ce_fwd_banks(
     expect = need_grad and need_scale_gradient and half
     features = features.contiguous()
     for bank in range(banks):
-        keys, bank_labels = prototypes[bank].contiguous(), labels[bank].contiguous()
+        keys = prototypes[bank].contiguous()
+        bank_labels = labels[bank].contiguous()
         hard = len(targets[bank]) == 0
         bank_targets = keys if hard else targets[bank]
         bank_out = BankLosses._make(result[bank] for result in out)
@@ -421,7 +426,8 @@ def soft_targets(source_centroids: Tensor, prototypes: Tensor, temperature: floa
     out = prototypes.new_empty((k, d), dtype=torch.float32)
     if not out.numel():
         return out
-    source, values = source_centroids.float().contiguous(), prototypes.float().contiguous()
+    source = source_centroids.float().contiguous()
+    values = prototypes.float().contiguous()
     logit_scale = torch.full((), 1 / temperature, dtype=torch.float32, device=out.device)
     no_labels = torch.empty(0, dtype=torch.int64, device=out.device)
     parts = attend(source, source, no_labels, logit_scale)

@@ -1,13 +1,14 @@
 """The sigmoid loss over tiles of the logits: what ops/strips.py calls.
 
-z_ij = scale x_i.y_j + bias; a pair costs softplus(z), less z where it is positive (j = i + offset),
-and its gradient is G = sigmoid(z), less 1 there. No statistics of whole rows are needed, so one
-pass over the tiles gives the loss and, chunk by chunk, G for the products of ``waves.py``, which
-take the entries of the own pairs apart. With ids the pairs of the same id are positives too, whose
-entries stay in G, or are left out.
+z_ij = scale x_i.y_j + bias. A pair's loss is softplus(z), or softplus(-z) if it is positive
+(j = i + offset); its gradient is G = sigmoid(z), minus 1 if it is positive. No statistics of whole
+rows are needed, so one pass over the tiles gives the loss and, chunk by chunk, G for the products
+of ``waves.py``, which adds the entries of the row's own pair separately. With ids, pairs of the
+same id are either further positives, whose entries stay in G, or left out.
 
 With u = e^-|z|: sigmoid is 1 / (1 + u) or u / (1 + u), and log(1 + u) = 2 artanh(u / (2 + u)), a
-short series, as the card's logarithm is good to 2^-22 absolute only and softplus(-10) is 4.5e-5.
+short series, because the card's logarithm has an absolute error of 2^-22 and softplus(-10) is
+4.5e-5.
 """
 
 from __future__ import annotations
@@ -41,18 +42,18 @@ def _softplus_sigmoid(z):
     s2 = s * s
     series = 1 / 7 + s2 * (1 / 9 + s2 * (1 / 11 + s2 * (1 / 13)))
     series = 1.0 + s2 * (1 / 3 + s2 * (1 / 5 + s2 * series))
-    # z - z: an infinite logit costs NaN even where it would cost nothing.
+    # z - z: an infinite logit gives NaN even where its loss would be 0.
     softplus = tl.maximum(z, 0.0) + 2.0 * s * series + (z - z)
     return softplus, tl.where(z >= 0, 1.0, u) / (1.0 + u)
 
 
 @triton.jit
-def _costs(z, positive, seen):
-    """-> what each pair costs, and its G."""
-    # A positive costs softplus(-z): softplus(z) - z would cancel.
-    cost, p = _softplus_sigmoid(tl.where(positive, -z, z))
+def _losses(z, positive, seen):
+    """-> each pair's loss, and its G."""
+    # Not softplus(z) - z, which would cancel.
+    loss, p = _softplus_sigmoid(tl.where(positive, -z, z))
     p = tl.where(seen, tl.where(positive, -p, p), 0.0)
-    return tl.where(seen, cost, 0.0), p
+    return tl.where(seen, loss, 0.0), p
 
 
 @triton.jit(
@@ -70,38 +71,45 @@ def sigmoid_kernel(
 ):  # fmt: skip
     """Loss and, with GRADIENTS, lifted G and entries of one tile."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
-    scale, bias = tl.load(scale_ptr).to(tl.float32), tl.load(bias_ptr).to(tl.float32)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    bias = tl.load(bias_ptr).to(tl.float32)
     rows = row0 + tl.arange(0, BLOCK_N)
     if not is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M):
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
         if ids is not None:
-            none, cols = tl.zeros(acc.shape, tl.int1), col0 + tl.arange(0, BLOCK_M)
+            none = tl.zeros(acc.shape, tl.int1)
+            cols = col0 + tl.arange(0, BLOCK_M)
             positive, seen = with_ids(none, none == 0, ids, rows, cols, SAME_POSITIVE)
-            pair_loss, p = _costs(acc * scale + bias, positive, seen)
+            pair_loss, p = _losses(acc * scale + bias, positive, seen)
         else:
             pair_loss, p = _softplus_sigmoid(acc * scale + bias)
-        loss, dscale, dbias = tl.sum(pair_loss), tl.sum(p * acc), tl.sum(p)
+        loss = tl.sum(pair_loss)
+        dscale = tl.sum(p * acc)
+        dbias = tl.sum(p)
         if GRADIENTS:
             store_gradient(p * LIFTED, row0, col0, g, stride_g)
     else:
-        loss, dscale, dbias = 0.0, 0.0, 0.0
+        loss = 0.0
+        dscale = 0.0
+        dbias = 0.0
         for strip in range(0, BLOCK_M, STRIP):
             cols = col0 + strip + tl.arange(0, STRIP)
             acc = products(
                 x_ptr, y_ptr, row0, col0 + strip, n, m, d, strides, BLOCK_N, STRIP, BLOCK_D, EVEN_D
             )
-            own = cols[None, :] == rows[:, None] + offset
+            is_own = cols[None, :] == rows[:, None] + offset
             inside = (rows[:, None] < n) & (cols[None, :] < m)
             row, col = tl.minimum(rows, n - 1), tl.minimum(cols, m - 1)
-            positive, seen = with_ids(own, inside, ids, row, col, SAME_POSITIVE)
-            pair_loss, p = _costs(acc * scale + bias, positive, seen)
+            positive, seen = with_ids(is_own, inside, ids, row, col, SAME_POSITIVE)
+            pair_loss, p = _losses(acc * scale + bias, positive, seen)
             loss += tl.sum(pair_loss)
             dscale += tl.sum(p * acc)
             dbias += tl.sum(p)
             if GRADIENTS:
-                g_part, first = p * LIFTED, col0 + strip
-                store_entries(g_part, rows, own, offset - first, n, m - first, entry_ptr)
-                g_part = tl.where(own, 0.0, g_part)
+                g_part = p * LIFTED
+                first = col0 + strip
+                store_entries(g_part, rows, is_own, offset - first, n, m - first, entry_ptr)
+                g_part = tl.where(is_own, 0.0, g_part)
                 store_gradient(g_part, row0, first, g_ptr, stride_g)
     at = share_ptr + first_tile + tl.program_id(0)
     tl.store(at, dscale)
@@ -129,26 +137,27 @@ def sigmoid_loss(
     same_positive: bool = True,
 ) -> SigmoidLoss:
     """The strip x [N, D] against y [M, D], as in ops/strips.py; ids as in ops/pairs.py."""
-    row = launch.choose("sigmoid" if key_ids is None else "sigmoid with ids", x, y)
-    keep = gradients and min(x.numel(), y.numel()) > 0
-    plan = waves.chunks(x, y, row, bounded=keep)  # no G to keep: one chunk
+    config = launch.choose("sigmoid" if key_ids is None else "sigmoid with ids", x, y)
+    writes_g = gradients and min(x.numel(), y.numel()) > 0
+    plan = waves.chunks(x, y, config, bounded=writes_g)  # without G: one chunk
     tiles = sum(chunk.tiles for chunk in plan)
     shares = x.new_empty((3, tiles), dtype=torch.float32)
     lift = LIFT if x.dtype == torch.float16 else 1.0
 
     def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
-        features, options = operands(part_x, part_y, row, g if keep else None)
+        features, options = operands(part_x, part_y, config, g if writes_g else None)
         ids = id_rows(query_ids, key_ids, chunk.rows, chunk.cols)
         sigmoid_kernel[(chunk.tiles,)](
-            *features, logit_scale, logit_bias,
+            features.x, features.y, features.x_ptr, features.y_ptr, features.g, features.g_ptr,
+            logit_scale, logit_bias,
             entries[chunk.rows], shares, tiles, chunk.first_tile,
             len(part_x), len(part_y), x.shape[1], offset + chunk.rows.start - chunk.cols.start,
-            g.stride(0), (*x.stride(), *y.stride()), ids, GRADIENTS=keep, LIFTED=lift,
-            SAME_POSITIVE=same_positive, STRIP=row.strip, **options,
+            g.stride(0), x.stride() + y.stride(), ids, GRADIENTS=writes_g, LIFTED=lift,
+            SAME_POSITIVE=same_positive, STRIP=config.strip, **options,
         )  # fmt: skip
 
-    if keep:
+    if writes_g:
         factor = logit_scale.reshape(())
         if lift != 1.0:
             factor = factor.float() / lift

@@ -10,7 +10,7 @@ a whole tile they would double the registers and halve the CTAs on an SM for eve
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -116,11 +116,21 @@ def id_rows(
     return tuple(t for pair in pairs for t in pair)
 
 
+class Operands(NamedTuple):
+    """x, y and a chunk of G: for whole tiles, perhaps by descriptor, and (``_ptr``) for strips."""
+
+    x: Any
+    y: Any
+    x_ptr: Tensor
+    y_ptr: Tensor
+    g: Any
+    g_ptr: Tensor | None
+
+
 def operands(
     x: Tensor, y: Tensor, launch: Launch, g: Tensor | None = None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """-> x and y for whole tiles, x and y for strips, a chunk of G for both, and the sizes of the
-    tiles."""
+) -> tuple[Operands, dict[str, Any]]:
+    """-> what a kernel reads and writes, and its tile sizes and launch options."""
     options = launch.options | {
         "BLOCK_N": launch.block_n,
         "BLOCK_M": launch.block_m,
@@ -128,9 +138,14 @@ def operands(
         "EVEN_D": x.shape[1] > 0 and x.shape[1] % launch.block_d == 0,
     }
     if not (launch.descriptors and aligned(x) and aligned(y)):
-        return (x, y, x, y, g, g), options
+        return Operands(x=x, y=y, x_ptr=x, y_ptr=y, g=g, g_ptr=g), options
     described = TensorDescriptor.from_tensor
-    x_tile = described(x, [launch.block_n, launch.block_d])
-    y_tile = described(y, [launch.block_m, launch.block_d])
-    g_tile = None if g is None else described(g, [launch.block_n, launch.block_m])
-    return (x_tile, y_tile, x, y, g_tile, g), options
+    features = Operands(
+        x=described(x, [launch.block_n, launch.block_d]),
+        y=described(y, [launch.block_m, launch.block_d]),
+        x_ptr=x,
+        y_ptr=y,
+        g=None if g is None else described(g, [launch.block_n, launch.block_m]),
+        g_ptr=g,
+    )
+    return features, options
