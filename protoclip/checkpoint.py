@@ -50,8 +50,9 @@ def save(
                 os.replace(path, previous)
     except RuntimeError as error:
         # torch's writer hides the OSError behind a RuntimeError of its own.
-        if isinstance(full := error.__context__, OSError):
-            raise OSError(full.errno, full.strerror, str(path)) from error
+        cause = error.__context__
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise
 
 
@@ -89,8 +90,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"checkpoint: expected a file, found none at {path}")
     try:
         _check_seal(path)
-        mapped = _is_zip(path)  # the form that torch can map; older ones it cannot
-        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        can_map = _is_zip(path)  # torch cannot map its older formats
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
     except Exception as error:  # torch's readers raise nearly anything on damaged or hostile bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "weights_only" in reason:  # torch advises running the file's code; we do not
@@ -101,9 +102,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(payload, dict):
         raise ValueError(f"checkpoint: expected a dict in {path}, got {type(payload).__name__}")
-    if (found := payload.get("protoclip", {}).get("format", FORMAT)) != FORMAT:
+    written = payload.get("protoclip", {}).get("format", FORMAT)
+    if written != FORMAT:
         raise ValueError(
-            f"checkpoint: expected format {FORMAT} in {path}, got {found}; use the version of "
+            f"checkpoint: expected format {FORMAT} in {path}, got {written}; use the version of "
             "protoclip that wrote it"
         )
     return _copied(payload)
@@ -115,8 +117,8 @@ def _is_zip(path: Path) -> bool:
 
 
 def _copied(value: Any) -> Any:
-    """Tensors in memory instead of in the mapped file, which another program may overwrite; except
-    the features of the data, which no process should hold: they are read once."""
+    """Copy tensors out of the mapped file, which another program may overwrite. The data's stored
+    features stay mapped: they are read once, and no process should hold them all."""
     if isinstance(value, torch.Tensor):
         return value.clone()
     if isinstance(value, dict):
@@ -145,13 +147,14 @@ def candidates(run: str | os.PathLike[str]) -> list[Path]:
         return [Path(run)]
     folder = Path(run) / "checkpoints"
     folder = folder if folder.is_dir() else Path(run)
-    return [path for n in (LATEST, PREVIOUS) if (path := folder / n).is_file()] + numbered(folder)
+    unnumbered = [folder / LATEST, folder / PREVIOUS]
+    return [path for path in unnumbered if path.is_file()] + numbered(folder)
 
 
 def numbered(folder: Path) -> list[Path]:
     """The epoch_N.pt files in a folder, newest first."""
-    found = [path for path in folder.glob("epoch_*.pt") if path.stem[6:].isdigit()]
-    return sorted(found, key=lambda path: int(path.stem[6:]), reverse=True)
+    files = [path for path in folder.glob("epoch_*.pt") if path.stem[6:].isdigit()]
+    return sorted(files, key=lambda path: int(path.stem[6:]), reverse=True)
 
 
 def load_newest(run: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:

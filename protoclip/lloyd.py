@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -53,10 +52,11 @@ class Clusters:
         return self.history[-1]
 
     def __repr__(self) -> str:
-        (k, d), counts = self.centroids.shape, self.counts
+        k, d = self.centroids.shape
         return (
-            f"Clusters(K={k:,}, D={d}, N={int(counts.sum()):,}, sizes {int(counts.min())} to "
-            f"{int(counts.max())}, inertia {self.inertia:.4g}, {self.num_iters} iterations)"
+            f"Clusters(K={k:,}, D={d}, N={int(self.counts.sum()):,}, "
+            f"sizes {int(self.counts.min())} to {int(self.counts.max())}, "
+            f"inertia {self.inertia:.4g}, {self.num_iters} iterations)"
         )
 
     def predict(self, points: Tensor) -> Tensor:
@@ -85,8 +85,13 @@ class Clusters:
 
         try:
             tensors = load_file(path, str(device))
-            history = tuple(tensors.pop("history").tolist())
-            return cls(**tensors, history=history)
+            return cls(
+                centroids=tensors.pop("centroids"),
+                labels=tensors.pop("labels"),
+                counts=tensors.pop("counts"),
+                history=tuple(tensors.pop("history").tolist()),
+                **tensors,  # anything else is an error
+            )
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(
                 f"Clusters.load: expected a file that Clusters.save wrote, got {path} ({error})"
@@ -97,14 +102,17 @@ class _Points:
     """This rank's points and their weights, and sums over the ranks of a group."""
 
     def __init__(self, points: Tensor, group: dist.ProcessGroup | None, backend: str) -> None:
-        self.points, self.group, self.backend = points, group, backend  # points: [N, D]
+        self.points = points  # [N, D]
+        self.group = group
+        self.backend = backend
         self.weights: Tensor | None = None  # fp64 [N]; None: all equal
         self.weight = 1.0  # of each point, where they are equal
         sizes = torch.zeros(1 if group is None else dist.get_world_size(group), dtype=torch.int64)
         self.rank = 0 if group is None else dist.get_rank(group)
         sizes[self.rank] = len(points)
         self.sizes = self.sum(sizes.to(points.device)).tolist()
-        self.start, self.count = sum(self.sizes[: self.rank]), sum(self.sizes)
+        self.start = sum(self.sizes[: self.rank])
+        self.count = sum(self.sizes)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the ranks, in place."""
@@ -228,10 +236,17 @@ def kmeans(
                 f"no tol, got init={init!r}, group={group}, weights={weights}, tol={tol}; use "
                 "backend='auto'"
             )
-        given = start(0) if isinstance(init, Tensor) else None
-        settings = {"niter": num_iters, "nredo": num_restarts, "seed": seed, "spherical": spherical}
-        centroids, history = _faiss(points, num_clusters, given, settings)
-        return _clusters(rows, centroids, *assign(centroids), history)
+        centroids, history = _faiss(
+            points,
+            num_clusters,
+            start(0) if isinstance(init, Tensor) else None,
+            num_iters=num_iters,
+            num_restarts=num_restarts,
+            seed=seed,
+            spherical=spherical,
+        )
+        labels, distances = assign(centroids)
+        return _clusters(rows, centroids, labels, distances, history)
     limit = tol * _mean_variance(rows) if tol else 0.0
 
     def run(restart: int) -> Clusters:
@@ -265,7 +280,9 @@ def _weigh(rows: _Points, weights: Tensor | Sequence[float] | None) -> None:
         raise ValueError(f"kmeans: expected weights [N] = {list(n)}, got {list(weights.shape)}")
     bad = ~(torch.isfinite(weights) & (weights >= 0))
     if total := int(rows.sum(bad.sum())):
-        raise ValueError(f"kmeans: expected finite weights of at least 0, got {total} others")
+        raise ValueError(
+            f"kmeans: expected finite weights of at least 0, got {total} negative or not finite"
+        )
     if not rows.sum(weights.sum()):
         raise ValueError("kmeans: expected a weight above 0, got zeros only")
     first = rows.pick(weights[:, None], torch.zeros(1, dtype=torch.int64))[0, 0]
@@ -277,14 +294,17 @@ def _weigh(rows: _Points, weights: Tensor | Sequence[float] | None) -> None:
 
 def _mean_variance(rows: _Points) -> float:
     """The mean over the columns of the variance of all ranks' points, unweighted."""
-    points, columns = rows.points, rows.points.shape[1]
-    zero = points.new_zeros(columns, dtype=torch.float64)
-    variance, mean = zero, zero
+    points = rows.points
+    columns = points.shape[1]
+    if not columns:
+        return 0.0
     if len(points):
         variance, mean = (x.double() for x in torch.var_mean(points, dim=0, correction=0))
+    else:
+        variance = mean = points.new_zeros(columns, dtype=torch.float64)
     whole_mean = rows.sum(mean * len(points)) / rows.count
     apart = (mean - whole_mean).square()
-    return float(rows.sum((variance + apart) * len(points)).mean()) / rows.count if columns else 0.0
+    return float(rows.sum((variance + apart) * len(points)).mean()) / rows.count
 
 
 def _first_centroids(
@@ -298,25 +318,25 @@ def _first_centroids(
     """
     points = rows.points
     generator = torch.Generator().manual_seed(seed)
-    given = init.detach().to(points) if isinstance(init, Tensor) else points[:0]
-    chosen = 1 if init == "k-means++" else k - len(given)
+    warm = init.detach().to(points) if isinstance(init, Tensor) else points[:0]
+    num_random = 1 if init == "k-means++" else k - len(warm)
     if rows.weights is None:
-        index = torch.randperm(rows.count, generator=generator)[:chosen]
+        index = torch.randperm(rows.count, generator=generator)[:num_random]
     else:
         # By weight, without replacement: the largest log(u) / w (Efraimidis and Spirakis 2006).
         uniform = torch.rand(rows.count, generator=generator, dtype=torch.float64)
         keys = torch.zeros_like(uniform, device=points.device)
-        own = slice(rows.start, rows.start + len(points))
-        keys[own] = uniform[own].to(points.device).log() / rows.weights
-        index = rows.sum(keys).topk(chosen).indices
-    centroids = torch.cat([given, rows.pick(points, index)])
+        of_rank = slice(rows.start, rows.start + len(points))
+        keys[of_rank] = uniform[of_rank].to(points.device).log() / rows.weights
+        index = rows.sum(keys).topk(num_random).indices
+    centroids = torch.cat([warm, rows.pick(points, index)])
     squared = points.new_full((len(points),), math.inf, dtype=torch.float64)
     fresh = centroids
     while len(centroids) < k:
         squared = torch.minimum(squared, assign(fresh)[1].double())
         draws = min(MAX_DRAWS, max(8, len(centroids)))
-        uniform = torch.rand(2, draws, generator=generator, dtype=torch.float64)
-        fresh = _drawn(rows, squared, *uniform)[: k - len(centroids)]
+        where, luck = torch.rand(2, draws, generator=generator, dtype=torch.float64)
+        fresh = _drawn(rows, squared, where, luck)[: k - len(centroids)]
         centroids = torch.cat([centroids, fresh])
     return centroids
 
@@ -337,13 +357,15 @@ def _drawn(rows: _Points, squared: Tensor, where: Tensor, luck: Tensor) -> Tenso
     candidates = rows.pick(points, index)
     start = rows.pick(squared[:, None], index)[:, 0].cpu().numpy()
     apart = torch.cdist(candidates, candidates, compute_mode="donot_use_mm_for_euclid_dist")
-    between, now, kept = apart.double().square().cpu().numpy(), start.copy(), []
+    between = apart.double().square().cpu().numpy()
+    now = start.copy()
+    accepted = []
     for j, u in enumerate(luck.tolist()):
         # All distances are 0 if only duplicates are left; then any point will do.
         if now[j] >= u * start[j] and (now[j] > 0 or start[j] == 0):
-            kept.append(j)
+            accepted.append(j)
             np.minimum(now, between[j], out=now)
-    return candidates[kept]
+    return candidates[accepted]
 
 
 def _lloyd(
@@ -358,7 +380,8 @@ def _lloyd(
     """Lloyd's iterations, until the centroids move by at most ``limit`` in squared distance."""
     if spherical:
         centroids = torch.nn.functional.normalize(centroids, dim=1)
-    values, history = rows.values(), list[Tensor]()
+    values = rows.values()
+    history: list[Tensor] = []
     labels, distances = assign(centroids)
     for iteration in range(num_iters):
         means, counts = rows.means(values, labels, len(centroids))
@@ -458,7 +481,14 @@ def load_faiss() -> ModuleType:
 
 
 def _faiss(
-    points: Tensor, num_clusters: int, start: Tensor | None, settings: dict[str, Any]
+    points: Tensor,
+    num_clusters: int,
+    start: Tensor | None,
+    *,
+    num_iters: int,
+    num_restarts: int,
+    seed: int,
+    spherical: bool,
 ) -> tuple[Tensor, list[float]]:
     """faiss.Kmeans on all points -> centroids [K, D], inertia before each update.
 
@@ -471,12 +501,15 @@ def _faiss(
         gpu=points.is_cuda and faiss.get_num_gpus() > 0,
         min_points_per_centroid=1,
         max_points_per_centroid=len(points),  # no subsampling
-        **settings,
+        niter=num_iters,
+        nredo=num_restarts,
+        seed=seed,
+        spherical=spherical,
     )
     init = None if start is None else start.float().cpu().numpy()
     runner.train(points.float().cpu().contiguous().numpy(), init_centroids=init)
     centroids = torch.from_numpy(runner.centroids).to(points).clone()
-    if not settings["spherical"]:
+    if not spherical:
         return centroids, list(runner.obj)
     total = float(points.double().square().sum()) + len(points)
     return centroids, [total - 2 * x for x in runner.obj]  # for these faiss sums x.c

@@ -117,7 +117,10 @@ class ProtoModel(nn.Module):
         """h of both modalities, unit rows, fp32 [B, Dh]; without heads, normalised embeddings."""
         if self.image_head is not None and self.text_head is not None:
             encoded = Encoded(self.image_head(encoded.image), self.text_head(encoded.text))
-        return Encoded(*(F.normalize(u.float(), dim=-1) for u in (encoded.image, encoded.text)))
+        return Encoded(
+            image=F.normalize(encoded.image.float(), dim=-1),
+            text=F.normalize(encoded.text.float(), dim=-1),
+        )
 
     def forward(
         self, image: Tensor, tokens: Tensor, project: bool = True
@@ -159,14 +162,17 @@ class ProtoModel(nn.Module):
 
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint holds besides OpenCLIP's state dict; "heads" includes their scale."""
-        own = {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
-        return {"heads": own, "preprocess": self.preprocess()}
+        heads = {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
+        return {"heads": heads, "preprocess": self.preprocess()}
 
     def preprocess(self) -> dict[str, Any]:
         """How pictures are prepared for the model, with OpenCLIP's keys."""
-        own = getattr(self.clip.visual, "preprocess_cfg", None) or {}
-        words = {key: own[key] for key in ("interpolation", "resize_mode") if key in own}
-        return {"mean": list(self.mean), "std": list(self.std), **words}
+        settings = {"mean": list(self.mean), "std": list(self.std)}
+        of_openclip = getattr(self.clip.visual, "preprocess_cfg", None) or {}
+        for key in ("interpolation", "resize_mode"):
+            if key in of_openclip:
+                settings[key] = of_openclip[key]
+        return settings
 
     def load_state(self, payload: dict[str, Any]) -> None:
         """Load the weights of a checkpoint that ``protoclip.train`` wrote; ValueError if they
@@ -174,12 +180,12 @@ class ProtoModel(nn.Module):
         try:
             clip = {f"clip.{key}": value for key, value in payload["state_dict"].items()}
             self.load_state_dict(clip | payload["protoclip"]["heads"])
-            # The weights that training started from may have had their own.
-            prepared = payload["protoclip"].get("preprocess", {})
-            self.mean = tuple(prepared.get("mean", self.mean))
-            self.std = tuple(prepared.get("std", self.std))
-            own = getattr(self.clip.visual, "preprocess_cfg", None) or {}
-            self.clip.visual.preprocess_cfg = {**own, **prepared}
+            # Pretrained weights may have come with a mean and deviation of their own.
+            saved = payload["protoclip"].get("preprocess", {})
+            self.mean = tuple(saved.get("mean", self.mean))
+            self.std = tuple(saved.get("std", self.std))
+            of_openclip = getattr(self.clip.visual, "preprocess_cfg", None) or {}
+            self.clip.visual.preprocess_cfg = {**of_openclip, **saved}
         except (RuntimeError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"checkpoint: it does not fit this model ({reason})") from error
@@ -208,16 +214,17 @@ def register_configs(model: str = "") -> str:
 
 def check_model(config: ModelConfig) -> str:
     """The model's name in OpenCLIP; ValueError if there is no such model or no such weights."""
-    name, pretrained = register_configs(config.model), config.pretrained
-    known = open_clip.list_models()
-    if not name.startswith(("local-dir:", "hf-hub:")) and name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    name = register_configs(config.model)
+    pretrained = config.pretrained
+    models = open_clip.list_models()
+    if not name.startswith(("local-dir:", "hf-hub:")) and name not in models:
+        near = difflib.get_close_matches(name, models, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
         raise ValueError(f"--model: OpenCLIP knows no model {name!r}; {hint}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained and not Path(pretrained).is_file() and pretrained.lower() not in tags:
-        have = f"its tags are {', '.join(tags)}" if tags else "this model has no tags"
-        raise ValueError(f"--pretrained: {pretrained!r} is not a file or a tag of {name}; {have}")
+        hint = f"its tags are {', '.join(tags)}" if tags else "this model has no tags"
+        raise ValueError(f"--pretrained: {pretrained!r} is not a file or a tag of {name}; {hint}")
     return name
 
 
@@ -272,8 +279,9 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
     if config.add_projection_head:
         with torch.no_grad():
             width = clip.encode_text(torch.zeros(1, length or 77, dtype=torch.long)).shape[-1]
-        hidden, out = config.projection_hidden_dim, config.projection_dim
-        text_head = Projection(width, hidden, out, config.use_bn_sync)
+        text_head = Projection(
+            width, config.projection_hidden_dim, config.projection_dim, config.use_bn_sync
+        )
         # The image head starts as a copy, as in the paper: equal features, equal projections.
         heads = (copy.deepcopy(text_head), text_head)
     if config.grad_checkpointing:
@@ -287,8 +295,8 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
 
 
 def put_channels_last(model: ProtoModel, device: torch.device) -> None:
-    """On a CPU, lay out the weights of a convolutional image tower with the channels innermost,
-    which oneDNN's convolutions are made for; features and checkpoints stay the same numbers."""
+    """On a CPU, store a convolutional image tower's weights channels-last, oneDNN's native layout;
+    the numbers in features and checkpoints do not change."""
     visual = model.clip.visual
     # A ViT has one convolution, whose patches are flattened right after it.
     if device.type == "cpu" and sum(isinstance(m, nn.Conv2d) for m in visual.modules()) > 1:
@@ -297,8 +305,8 @@ def put_channels_last(model: ProtoModel, device: torch.device) -> None:
 
 @torch.no_grad()
 def match_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Lay out an optimiser's moments as their weights are: those of a checkpoint may come from a
-    device with another layout, and the fused update reads both in memory's order."""
+    """Give an optimiser's moments the memory layout of their weights: a checkpoint may come from a
+    device with another layout, and the fused update reads both in memory order."""
     for weight, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == weight.shape:
@@ -350,15 +358,15 @@ def encode_text(clip: Any, tokens: Tensor) -> Tensor:
     if not len(tokens) or tokens.device.type != "cpu" or tracing:
         return _encode(clip, tokens)
     lengths, order = ((_ends(tokens, _end_id(clip)) // STEP + 1) * STEP).sort(stable=True)
-    first = torch.arange(1, len(order) + 1)
-    positions = first * lengths + (len(order) - first) * lengths[-1]  # if the first are separate
+    # Token positions to encode if the shortest 1, 2, ... captions are encoded separately.
+    num_short = torch.arange(1, len(order) + 1)
+    positions = num_short * lengths + (len(order) - num_short) * lengths[-1]
     best = int(positions.argmin())
-    few = best + 1 if positions[best] < 0.9 * positions[-1] else 0
-    parts = [
-        _encode(clip, tokens[rows, : int(own[-1])])
-        for rows, own in zip(order.tensor_split([few]), lengths.tensor_split([few]), strict=True)
-        if len(rows)
-    ]
+    split = best + 1 if positions[best] < 0.9 * positions[-1] else 0
+    parts = []
+    if split:
+        parts.append(_encode(clip, tokens[order[:split], : int(lengths[split - 1])]))
+    parts.append(_encode(clip, tokens[order[split:], : int(lengths[-1])]))
     return torch.cat(parts)[order.argsort()]
 
 

@@ -239,7 +239,9 @@ BAD = {
         "points": torch.randn(10, 2).index_fill_(0, torch.tensor(4), math.inf)
     },
     r"expected weights \[N\] = \[10\], got \[9\]": {"weights": torch.ones(9)},
-    "at least 0, got 2 others": {"weights": torch.tensor([-1.0, torch.nan] + [1.0] * 8)},
+    "at least 0, got 2 negative or not finite": {
+        "weights": torch.tensor([-1.0, torch.nan] + [1.0] * 8)
+    },
     "a weight above 0": {"weights": torch.zeros(10)},
 }
 

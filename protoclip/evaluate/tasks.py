@@ -52,14 +52,14 @@ class EvalSet:
     def among(self, label: str) -> tuple[Tensor, Labels]:
         """The images that have one of the zero-shot classes, int64 [n], and their classes among
         the rows of ``class_vectors``."""
-        known = self.labels[label]
+        labels = self.labels[label]
         if label not in self.choices:
-            rows = torch.nonzero(known.ids >= 0)[:, 0]
-            return rows, Labels(known.ids[rows], known.names)
-        choices = self.choices[label].to(known.ids.device)
-        rows = torch.nonzero(torch.isin(known.ids, choices))[:, 0]
-        names = tuple(known.names[i] for i in choices.tolist())
-        return rows, Labels(torch.searchsorted(choices, known.ids[rows]), names)
+            rows = torch.nonzero(labels.ids >= 0)[:, 0]
+            return rows, Labels(labels.ids[rows], labels.names)
+        choices = self.choices[label].to(labels.ids.device)
+        rows = torch.nonzero(torch.isin(labels.ids, choices))[:, 0]
+        names = tuple(labels.names[i] for i in choices.tolist())
+        return rows, Labels(torch.searchsorted(choices, labels.ids[rows]), names)
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,15 @@ class Encoder:
     def _shared(self, count: int, encode: Callable[[slice], Tensor]) -> Tensor:
         """Encode ``count`` rows, each rank a slice, and return all of them."""
         self.bar.total = (self.bar.total or 0) + count
-        own = own_slice(count)
-        rows = encode(own) if own.start < own.stop else torch.empty(0)
+        share = own_slice(count)
+        rows = encode(share) if share.start < share.stop else torch.empty(0)
         parts = [part for part in gather_objects(rows.cpu()) if len(part)]
-        self.bar.update(count - (own.stop - own.start))
+        self.bar.update(count - (share.stop - share.start))
         return torch.cat(parts).to(self.device)
 
     def _rows(self, encode: Callable[[Tensor], Tensor], parts: Iterable[Tensor]) -> Tensor:
-        rows, was_training = [], self.model.training
+        rows = []
+        was_training = self.model.training
         self.model.eval()
         try:
             for part in parts:
@@ -153,42 +154,46 @@ FEATURES: Mapping[str, Callable[[Image.Image], np.ndarray]] = {"pixels": pixels,
 def floors(encoder: Encoder, layout: Layout) -> dict[str, Results]:
     """What needs no training: k-NN and clusters of fixed features, guesses ("chance"), and always
     saying the most frequent class ("frequent")."""
-    found: dict[str, Results] = {}
+    fixed_features: dict[str, Results] = {}
     for name, features in FEATURES.items():
         fixed = FixedEncoder(encoder.model, encoder.device, features=features)
         sets, train = encode_sets(fixed, layout, ("knn", "grouping"))
         scores = evaluate_features(sets, train, tasks=("knn", "grouping"))
-        found[name] = {key: dataclasses.replace(one, intervals={}) for key, one in scores.items()}
-    guesses: dict[str, Results] = {"chance": {}, "frequent": {}}
-    for key, one in found["pixels"].items():
+        fixed_features[name] = {
+            key: dataclasses.replace(results, intervals={}) for key, results in scores.items()
+        }
+    chance: dict[str, SetResults] = {}
+    frequent: dict[str, SetResults] = {}
+    for key, results in fixed_features["pixels"].items():
         share, most = _guesses(sets[key], train)
-        for name, metrics_of_guess in (("chance", share), ("frequent", most)):
-            blind = dataclasses.replace(one, metrics=metrics_of_guess)
-            guesses[name] = {**guesses[name], key: blind}
-    return guesses | found
+        chance[key] = dataclasses.replace(results, metrics=share)
+        frequent[key] = dataclasses.replace(results, metrics=most)
+    return {"chance": chance, "frequent": frequent, **fixed_features}
 
 
-def _guesses(one: EvalSet, train: EvalSet | None) -> tuple[dict[str, float], dict[str, float]]:
+def _guesses(eval_set: EvalSet, train: EvalSet | None) -> tuple[dict[str, float], dict[str, float]]:
     """The accuracies of guessing any class, and of always saying the most frequent one."""
     share: dict[str, float] = {}
     most: dict[str, float] = {}
-    for label, known in one.labels.items():
-        rows, judged = one.among(label)
+    for label, labels in eval_set.labels.items():
+        rows, judged = eval_set.among(label)
         if not len(rows):
             continue
         largest = float(judged.ids.bincount().max()) / len(rows)
-        present = len(one.choices.get(label, known.names))
-        share[f"{label}/acc1"], most[f"{label}/acc1"] = 1 / present, largest
-        if train is None or (label, "knn") in one.skip:
+        present = len(eval_set.choices.get(label, labels.names))
+        share[f"{label}/acc1"] = 1 / present
+        most[f"{label}/acc1"] = largest
+        if train is None or (label, "knn") in eval_set.skip:
             continue
         counts = train.labels[label].ids
-        counts = counts[counts >= 0].bincount(minlength=len(known.names))
-        usual = float((known.ids[known.ids >= 0] == counts.argmax()).float().mean())
+        counts = counts[counts >= 0].bincount(minlength=len(labels.names))
+        usual = float((labels.ids[labels.ids >= 0] == counts.argmax()).float().mean())
         for name in ("lp_acc1", "knn_acc1", "nn_acc1"):
             share[f"{label}/{name}"] = 1 / int((counts > 0).sum())
             most[f"{label}/{name}"] = usual
-    images, texts = max(1, len(one.image)), max(1, len(one.text))
-    if len(one.text):
+    if len(eval_set.text):
+        images = max(1, len(eval_set.image))
+        texts = len(eval_set.text)
         for k in (1, 5, 10):
             share[f"text_retrieval_recall@{k}"] = min(1.0, k / texts)
             share[f"image_retrieval_recall@{k}"] = min(1.0, k / images)
@@ -210,7 +215,8 @@ def encode_sets(
     builtin:icons has NEW and HO (see ``open_layout``), other built-in data HO (its held-out part),
     files ALL. Probes train on the train split, or on 80 % of the set if there is none.
     """
-    prompts, probed = "zeroshot" in tasks, bool(PROBES & set(tasks))
+    prompts = "zeroshot" in tasks
+    probed = bool(PROBES & set(tasks))
     if layout.parts:
         sets = {
             key: dataclasses.replace(
@@ -227,16 +233,18 @@ def encode_sets(
             for key, part in layout.parts.items()
         }
         return sets, _probe_train(encoder, layout.train) if probed and layout.train else None
-    one = encode_set(encoder, layout, prompts=prompts)
-    if not one.labels or not probed:
-        return {layout.key: one}, None
+    eval_set = encode_set(encoder, layout, prompts=prompts)
+    if not eval_set.labels or not probed:
+        return {layout.key: eval_set}, None
     if layout.train is not None:
-        return {layout.key: one}, _probe_train(encoder, layout.train)
+        return {layout.key: eval_set}, _probe_train(encoder, layout.train)
     # A fifth of each class tests the probes; they train on the rest.
-    first = next(iter(one.labels.values())).ids.cpu().numpy()
-    mask = torch.from_numpy(heldout_mask(len(first), first, seed=0, percent=HELDOUT_PERCENT))
-    judged, rest = (part.nonzero()[:, 0].to(one.image.device) for part in (mask, ~mask))
-    return {layout.key: dataclasses.replace(one, probe_rows=judged)}, take(one, rest)
+    classes = next(iter(eval_set.labels.values())).ids.cpu().numpy()
+    mask = torch.from_numpy(heldout_mask(len(classes), classes, seed=0, percent=HELDOUT_PERCENT))
+    test_rows = mask.nonzero()[:, 0].to(eval_set.image.device)
+    train_rows = (~mask).nonzero()[:, 0].to(eval_set.image.device)
+    tested = dataclasses.replace(eval_set, probe_rows=test_rows)
+    return {layout.key: tested}, take(eval_set, train_rows)
 
 
 def _probe_train(encoder: Encoder, train: PairDataset) -> EvalSet:
@@ -252,52 +260,55 @@ def encode_set(
     dataset = layout.test
     image = encoder.images(dataset)
     captions = [dataset.captions(i)[: layout.captions] for i in range(len(dataset))]
-    texts = [text for own in captions for text in own]
-    owner = [i for i, own in enumerate(captions) for _ in own]
+    texts = [text for of_image in captions for text in of_image]
+    owner = [i for i, of_image in enumerate(captions) for _ in of_image]
     labels = {
-        name: Labels(known.ids.to(encoder.device), known.names)
-        for name, known in dataset.labels.items()
+        label: Labels(classes.ids.to(encoder.device), classes.names)
+        for label, classes in dataset.labels.items()
     }
     choices: dict[str, Tensor] = {}
     vectors: dict[str, Tensor] = {}
-    for name, known in labels.items():
-        names = known.names
+    for label, classes in labels.items():
+        names = classes.names
         if only_present:
-            choices[name] = known.ids[known.ids >= 0].unique()
-            names = tuple(known.names[i] for i in choices[name].tolist())
+            choices[label] = classes.ids[classes.ids >= 0].unique()
+            names = tuple(classes.names[i] for i in choices[label].tolist())
         if prompts and names:
-            words = class_prompts(name, names, layout.templates)
-            vectors[name] = class_features(encoder, words)
+            prompts_by_class = class_prompts(label, names, layout.templates)
+            vectors[label] = class_features(encoder, prompts_by_class)
     return EvalSet(
-        image,
-        encoder.texts(texts) if texts else image[:0],
-        torch.tensor(owner, dtype=torch.int64, device=encoder.device),
-        labels,
-        vectors,
-        choices,
+        image=image,
+        text=encoder.texts(texts) if texts else image[:0],
+        owner=torch.tensor(owner, dtype=torch.int64, device=encoder.device),
+        labels=labels,
+        class_vectors=vectors,
+        choices=choices,
         title=layout.title or dataset.name,
     )
 
 
 def class_features(encoder: Encoder, prompts: Sequence[Sequence[str]]) -> Tensor:
     """Class vectors, unit rows [C, D], from the prompts of each class."""
-    rows = encoder.texts([prompt for own in prompts for prompt in own])
+    rows = encoder.texts([prompt for of_class in prompts for prompt in of_class])
     return metrics.class_vectors(rows.unflatten(0, (len(prompts), -1)))
 
 
-def take(one: EvalSet, rows: Sequence[int] | Tensor, title: str = "") -> EvalSet:
+def take(eval_set: EvalSet, rows: Sequence[int] | Tensor, title: str = "") -> EvalSet:
     """The set restricted to some of its images, with their captions."""
-    images = torch.as_tensor(rows, dtype=torch.int64, device=one.image.device)
-    place = torch.full((len(one.image),), -1, device=one.image.device)
-    place[images] = torch.arange(len(images), device=one.image.device)
-    kept = torch.nonzero(place[one.owner] >= 0)[:, 0]
+    images = torch.as_tensor(rows, dtype=torch.int64, device=eval_set.image.device)
+    place = torch.full((len(eval_set.image),), -1, device=eval_set.image.device)
+    place[images] = torch.arange(len(images), device=eval_set.image.device)
+    captions = torch.nonzero(place[eval_set.owner] >= 0)[:, 0]
     return dataclasses.replace(
-        one,
-        image=one.image[images],
-        text=one.text[kept],
-        owner=place[one.owner[kept]],
-        labels={name: Labels(known.ids[images], known.names) for name, known in one.labels.items()},
-        title=title or one.title,
+        eval_set,
+        image=eval_set.image[images],
+        text=eval_set.text[captions],
+        owner=place[eval_set.owner[captions]],
+        labels={
+            label: Labels(classes.ids[images], classes.names)
+            for label, classes in eval_set.labels.items()
+        },
+        title=title or eval_set.title,
     )
 
 
@@ -329,83 +340,97 @@ def evaluate_features(
         return {}
     learned: dict[str, dict[str, Probe]] = {}
     if probe_train is not None:
-        for label, known in probe_train.labels.items():
-            wanted = [t for t in tasks if any((label, t) not in one.skip for one in sets.values())]
-            rows = torch.nonzero(known.ids >= 0)[:, 0]
-            own = Labels(known.ids[rows], known.names)
+        for label, classes in probe_train.labels.items():
+            wanted = [
+                task
+                for task in tasks
+                if any((label, task) not in eval_set.skip for eval_set in sets.values())
+            ]
+            rows = torch.nonzero(classes.ids >= 0)[:, 0]
             image = probe_train.image[rows.to(probe_train.image.device)]
-            learned[label] = _learn(image, own, wanted, protocol)
-    return {key: _score(one, learned, tasks) for key, one in sets.items()}
+            labelled = Labels(classes.ids[rows], classes.names)
+            learned[label] = _learn(image, labelled, wanted, protocol)
+    return {key: _score(eval_set, learned, tasks) for key, eval_set in sets.items()}
 
 
-def _learn(image: Tensor, known: Labels, tasks: Collection[str], protocol: str) -> dict[str, Probe]:
+def _learn(
+    image: Tensor, labels: Labels, tasks: Collection[str], protocol: str
+) -> dict[str, Probe]:
     """The probes of one label, fitted to the training images, by metric prefix."""
-    count = len(known.names)
-    out: dict[str, Probe] = {}
+    count = len(labels.names)
+    probes: dict[str, Probe] = {}
 
     def paper(rows: Tensor, ids: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
-        got, epoch = metrics.paper_linear_probe((image, known.ids), (rows, ids), count)
-        return got, {"weight_decay": 1e-6, "epochs": 100.0, "best_epoch": float(epoch)}
+        scores, epoch = metrics.paper_linear_probe((image, labels.ids), (rows, ids), count)
+        return scores, {"weight_decay": 1e-6, "epochs": 100.0, "best_epoch": float(epoch)}
 
     if "linear_probe" in tasks and protocol == "paper":
-        out["lp_"] = paper
-    elif "linear_probe" in tasks and len(known.ids) >= 2:
-        logits, penalty = metrics.fit_linear_probe(image, known.ids, count)
+        probes["lp_"] = paper
+    elif "linear_probe" in tasks and len(labels.ids) >= 2:
+        logits, penalty = metrics.fit_linear_probe(image, labels.ids, count)
         settings = {"weight_decay": penalty, "epochs": float(metrics.PROBE_ITERATIONS)}
-        out["lp_"] = lambda rows, ids: (metrics.classify(rows, ids, count, logits), settings)
+        probes["lp_"] = lambda rows, ids: (metrics.classify(rows, ids, count, logits), settings)
     if "knn" in tasks:
-        out["knn_"] = _neighbours(image, known, metrics.NEIGHBOURS)
-        out["nn_"] = _neighbours(image, known, 1)
-    return out
+        probes["knn_"] = _neighbours(image, labels, metrics.NEIGHBOURS)
+        probes["nn_"] = _neighbours(image, labels, 1)
+    return probes
 
 
-def _neighbours(image: Tensor, known: Labels, k: int) -> Probe:
-    count = len(known.names)
-    votes = metrics.fit_knn(image, known.ids, count, k=k)
+def _neighbours(image: Tensor, labels: Labels, k: int) -> Probe:
+    count = len(labels.names)
+    votes = metrics.fit_knn(image, labels.ids, count, k=k)
     return lambda rows, ids: (metrics.classify(rows, ids, count, votes), {})
 
 
 def _score(
-    one: EvalSet, learned: Mapping[str, Mapping[str, Probe]], tasks: Collection[str]
+    eval_set: EvalSet, learned: Mapping[str, Mapping[str, Probe]], tasks: Collection[str]
 ) -> SetResults:
     """The metrics of one set, with their intervals."""
     values: dict[str, float] = {}
     sampled: dict[str, Tensor] = {}  # values whose means are metrics
-
-    if len(one.text) and "retrieval" in tasks:
-        ranks = metrics.retrieval(one.image, one.text, one.owner)
+    if len(eval_set.text) and "retrieval" in tasks:
+        ranks = metrics.retrieval(eval_set.image, eval_set.text, eval_set.owner)
         sampled |= metrics.recalls(ranks)
         values["text_retrieval_median_rank"] = float(ranks[0].double().quantile(0.5))
-    for label, known in one.labels.items():
-        found: dict[str, Tensor] = {}
-        if "zeroshot" in tasks and label in one.class_vectors:
-            rows, judged = one.among(label)
-            score = partial(metrics.zero_shot_logits, vectors=one.class_vectors[label])
-            found = metrics.classify(one.image[rows], judged.ids, len(judged.names), score)
-        everything = torch.arange(len(known.ids), device=known.ids.device)
-        rows = everything if one.probe_rows is None else one.probe_rows
-        rows = rows[known.ids[rows] >= 0]
+    for label, classes in eval_set.labels.items():
+        scores_of_label: dict[str, Tensor] = {}
+        if "zeroshot" in tasks and label in eval_set.class_vectors:
+            rows, judged = eval_set.among(label)
+            score = partial(metrics.zero_shot_logits, vectors=eval_set.class_vectors[label])
+            scores_of_label = metrics.classify(
+                eval_set.image[rows], judged.ids, len(judged.names), score
+            )
+        everything = torch.arange(len(classes.ids), device=classes.ids.device)
+        rows = everything if eval_set.probe_rows is None else eval_set.probe_rows
+        rows = rows[classes.ids[rows] >= 0]
         for prefix, probe in learned.get(label, {}).items():
-            if (label, PROBE_TASKS[prefix]) in one.skip or not len(rows):
+            if (label, PROBE_TASKS[prefix]) in eval_set.skip or not len(rows):
                 continue
-            scores, settings = probe(one.image[rows], known.ids[rows])
-            found |= {prefix + name: score for name, score in scores.items()}
+            scores, settings = probe(eval_set.image[rows], classes.ids[rows])
+            scores_of_label |= {prefix + name: score for name, score in scores.items()}
             values |= {f"{label}/{prefix}{name}": value for name, value in settings.items()}
-        sampled |= {f"{label}/{name}": score for name, score in found.items()}
-        grouped = everything[known.ids >= 0]
-        if "grouping" in tasks and len(grouped) > 1 and (label, "grouping") not in one.skip:
-            groups = metrics.group_scores(one.image[grouped], known.ids[grouped])
+        sampled |= {f"{label}/{name}": score for name, score in scores_of_label.items()}
+        grouped = everything[classes.ids >= 0]
+        if "grouping" in tasks and len(grouped) > 1 and (label, "grouping") not in eval_set.skip:
+            groups = metrics.group_scores(eval_set.image[grouped], classes.ids[grouped])
             values |= {f"{label}/{name}": value for name, value in groups.items()}
     if "geometry" in tasks:
-        if len(one.text):
-            values["modality_gap"] = metrics.modality_gap(one.image, one.text)
-            values["alignment"] = metrics.alignment(one.image[one.owner], one.text)
-            values["text_uniformity"] = metrics.uniformity(one.text)
-        values["image_uniformity"] = metrics.uniformity(one.image)
+        if len(eval_set.text):
+            values["modality_gap"] = metrics.modality_gap(eval_set.image, eval_set.text)
+            values["alignment"] = metrics.alignment(eval_set.image[eval_set.owner], eval_set.text)
+            values["text_uniformity"] = metrics.uniformity(eval_set.text)
+        values["image_uniformity"] = metrics.uniformity(eval_set.image)
     means = {name: float(score.double().mean()) for name, score in sampled.items()}
-    shown = {name: x for name, x in sampled.items() if not name.endswith(metrics.MEAN_PER_CLASS)}
-    intervals = metrics.bootstrap_intervals(shown)
-    return SetResults(one.title, len(one.image), len(one.text), means | values, intervals)
+    unweighted = {
+        name: score for name, score in sampled.items() if not name.endswith(metrics.MEAN_PER_CLASS)
+    }
+    return SetResults(
+        title=eval_set.title,
+        samples=len(eval_set.image),
+        captions=len(eval_set.text),
+        metrics=means | values,
+        intervals=metrics.bootstrap_intervals(unweighted),
+    )
 
 
 def peak_memory_bytes(device: torch.device) -> int:

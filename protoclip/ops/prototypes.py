@@ -8,7 +8,7 @@ key = value = C; the backward pass only multiplies. Several prototype sets (bank
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -81,7 +81,7 @@ def bank_losses(
     """The losses of S banks, ``targets[b]`` [0, D] for hard labels.
 
     Without ``need_scale_gradient`` that gradient may be rounded."""
-    run = PROTOTYPES[backend].implementation.losses
+    run: Callable[..., Any] = PROTOTYPES[backend].implementation.losses
     if backend == "triton":  # the others do not round it
         run = partial(run, need_scale_gradient=need_scale_gradient)
     return run(
