@@ -27,7 +27,9 @@ More commands: plan, data, teacher, openclip. Flags of a command: protoclip COMM
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code, or 2 for an unknown command."""
-    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words[0] if words else "--help"
+    arguments = words[1:]
     if command in ("-h", "--help", "--help-all"):
         print(HELP)
         return 0
@@ -39,10 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(PARSERS)}"
         print(f"protoclip: error: {command!r} is not a command; {hint}", file=sys.stderr)
         return 2
-    if asked := [word for word in rest if word in ("-h", "--help", "--help-all")]:
-        PARSERS[command]().parse_args(asked)
-    module = f"protoclip.{command}" + ".__main__" * (command in PACKAGES)
-    return importlib.import_module(module).main(rest)
+    if help_flags := [word for word in arguments if word in ("-h", "--help", "--help-all")]:
+        PARSERS[command]().parse_args(help_flags)
+    module = f"protoclip.{command}"
+    if command in PACKAGES:
+        module += ".__main__"
+    return importlib.import_module(module).main(arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Which losses the settings of a run ask for, and whether the settings can work on this machine.
 
-Everything here comes before a run makes anything.
+A run checks all of this before it creates its folder.
 """
 
 from __future__ import annotations
@@ -66,12 +66,13 @@ def check_settings(config: TrainConfig, device: torch.device) -> None:
 
 def _check_every_step_has_a_loss(config: TrainConfig) -> None:
     teacher = bool(teacher_spec(config)[0])
-    terms, episode = active_terms(config, teacher=teacher), config.episode
-    always = terms.prototypes and not (episode.infonce_warmup or episode.lit_start)
-    if config.loss.w_clip == 0 and not always and not terms.distillation:
+    terms = active_terms(config, teacher=teacher)
+    from_the_start = not (config.episode.infonce_warmup or config.episode.lit_start)
+    always = terms.distillation or (terms.prototypes and from_the_start)
+    if config.loss.w_clip == 0 and not always:
         raise ValueError(
-            "--w-clip 0: expected another loss with a weight in every step, got none with --method "
-            f"{config.method} and {'an' if teacher else 'no'} external teacher; use --w-clip 1, or "
+            f"--w-clip 0 leaves some steps without a loss, with --method {config.method} and "
+            f"{'an' if teacher else 'no'} external teacher; use --w-clip 1, or "
             "a positive --w-proto with --infonce-warmup-epoch 0 and --lit-start 0"
         )
 

@@ -7,18 +7,17 @@ parsers.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from protoclip.json_text import parse_json
+
 PRECISIONS = ("auto", "fp32", "amp_bf16", "amp")
 BOARDS = ("tensorboard", "wandb", "tensorboard,wandb", "none")
-JSON_LEVELS = 100  # lists and objects inside each other
 PRESETS = Path(__file__).parent / "presets"
 TABLE = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")  # how to read a table
 Config = TypeVar("Config")
@@ -45,26 +44,15 @@ def option(
     ``low`` and ``high`` limit numbers, inclusively. ``fixed``: the setting decides the order of the
     samples or the set of tensors, so a resumed run must keep it.
     """
-    limits = {"choices": choices, "low": low, "high": high}
-    return field(default=default, metadata={"help": help, "flag": flag, "fixed": fixed, **limits})
-
-
-def parse_json(text: str | bytes) -> Any:
-    """The content of a JSON text.
-
-    Raises:
-        ValueError: not JSON, or lists and objects inside each other beyond ``JSON_LEVELS``, which
-            Python's own functions end with a RecursionError.
-    """
-    with contextlib.suppress(RecursionError):
-        content = json.loads(text)
-        level = [content]
-        for _ in range(JSON_LEVELS):
-            inner = [item for item in level if isinstance(item, list | dict)]
-            level = [x for item in inner for x in (item.values() if type(item) is dict else item)]
-            if not level:
-                return content
-    raise ValueError(f"expected JSON of at most {JSON_LEVELS} levels, got deeper nesting")
+    metadata = {
+        "help": help,
+        "flag": flag,
+        "choices": choices,
+        "low": low,
+        "high": high,
+        "fixed": fixed,
+    }
+    return field(default=default, metadata=metadata)
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,20 +69,21 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], base: Config | None 
         ValueError: a setting that ``cls`` does not have, or a value of another type.
     """
     base = base or cls()
-    known, changes = vars(base), {}
-    if unknown := set(values) - set(known):
+    settings = vars(base)
+    if unknown := set(values) - set(settings):
         raise ValueError(
-            f"config: {cls.__name__} has no {sorted(unknown)}; it knows {sorted(known)}. "
+            f"config: {cls.__name__} has no {sorted(unknown)}; it knows {sorted(settings)}. "
             "The file is from another version of protoclip, or misspelt"
         )
+    changes = {}
     for key, value in values.items():
-        kind = type(known[key])
-        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-            value = from_dict(kind, value, known[key])
-        elif kind is float and type(value) is int:
+        expected = type(settings[key])
+        if dataclasses.is_dataclass(expected) and isinstance(value, Mapping):
+            value = from_dict(expected, value, settings[key])
+        elif expected is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind:
-            raise ValueError(f"config: expected {kind.__name__} for {key}, got {value!r}")
+        if type(value) is not expected:
+            raise ValueError(f"config: expected {expected.__name__} for {key}, got {value!r}")
         changes[key] = value
     return replace(base, **changes)  # type: ignore[type-var]
 
@@ -111,7 +100,9 @@ def check(config: Any) -> None:
         if dataclasses.is_dataclass(value):
             check(value)
             continue
-        low, high, choices = (item.metadata[name] for name in ("low", "high", "choices"))
+        low = item.metadata["low"]
+        high = item.metadata["high"]
+        choices = item.metadata["choices"]
         wanted = ""
         if choices is not None and value not in choices:
             wanted = f"one of {', '.join(choices)}"
@@ -132,12 +123,16 @@ class DataConfig:
     train_data: str = option(
         "builtin:icons",
         "builtin:icons, builtin:shapes[:N], a .csv/.tsv file, or webdataset shards such as "
-        "'d/{000..012}.tar', globs, urls; sources joined by '::'",
+        "'d/{000..012}.tar', globs, URLs; sources joined by '::'",
     )
     val_data: str = option("", "data to evaluate on; default: the held-out part of built-in data")
     train_num_samples: int = option(0, "use only the first N samples; 0: all", fixed=True)
     shuffle_buffer: int = option(
-        -1, "samples mixed; 0: all; -1: all, but 10000 of urls", low=-1, fixed=True
+        -1,
+        "samples in the window that is shuffled; 0: everything; -1: everything, or a window of "
+        "10,000 for URLs",
+        low=-1,
+        fixed=True,
     )
     max_bad_fraction: float = option(0.05, "largest share of unusable samples", high=1)
     csv_separator: str = option("\t", "separator of a .csv/.tsv file (default: tab)")
@@ -360,7 +355,8 @@ def load_preset(name: str) -> TrainConfig:
     Raises:
         ValueError: no such preset, not JSON, or a setting that protoclip does not have.
     """
-    path, names = Path(name if name.endswith(".json") else PRESETS / f"{name}.json"), preset_names()
+    path = Path(name if name.endswith(".json") else PRESETS / f"{name}.json")
+    names = preset_names()
     if not path.is_file():
         raise ValueError(
             f"--preset: expected one of {', '.join(names)} or a .json file, got {name!r}"

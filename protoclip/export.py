@@ -80,13 +80,13 @@ def export(run: str | Path, out: str | Path, model: str = "") -> Path:
         model_cfg["vision_cfg"]["image_size"] = config.force_image_size
     if config.force_context_length:
         model_cfg["text_cfg"]["context_length"] = config.force_context_length
-    shown = {**clip.visual.preprocess_cfg, **ours.get("preprocess", {})}
-    shown = {key: shown[key] for key in PREPROCESS}
-    written = json.dumps({"model_cfg": model_cfg, "preprocess_cfg": shown}, indent=2)
+    preprocess = {**clip.visual.preprocess_cfg, **ours.get("preprocess", {})}
+    preprocess_cfg = {key: preprocess[key] for key in PREPROCESS}
+    config_text = json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}, indent=2)
     out.mkdir(parents=True, exist_ok=True)
     try:
         write_safetensors(out / "open_clip_model.safetensors", clip.state_dict())
-        write_atomic(out / "open_clip_config.json", written + "\n")
+        write_atomic(out / "open_clip_config.json", config_text + "\n")
         write_atomic(out / "README.md", str(_card(path, config, payload)))
     except OSError:
         for file in out.iterdir():  # the folder was empty, and is again for the next attempt
@@ -131,9 +131,9 @@ def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> ModelCard
         outcome = read_results(run / "results.json")
         lines += ["", f"## Results on {outcome.data}", "", "```", format_table(outcome), "```"]
         head.eval_results = [
-            EvalResult(TASK, outcome.data, one.title, name, value)
-            for one in outcome.trained.values()
-            for name, value in one.metrics.items()
+            EvalResult(TASK, outcome.data, eval_set.title, name, value)
+            for eval_set in outcome.trained.values()
+            for name, value in eval_set.metrics.items()
             if name.endswith(("/acc1", "recall@5"))
         ]
     return ModelCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")

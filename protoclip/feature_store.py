@@ -199,7 +199,8 @@ class FeatureStore:
         """Move some of the buffer's steps, which are later than those already moved."""
         filled = (self.index[part] >= 0).nonzero().flatten() + part.start
         positions = self.index[filled]
-        step, place = filled // self.batch_share, filled % self.batch_share
+        step = filled // self.batch_share
+        place = filled % self.batch_share
         draws = (step * world_size() + rank()) * self.batch_share + place
         owners, order = (positions // self.table_share).sort(stable=True)
         counts = torch.bincount(owners, minlength=world_size()).cpu()
@@ -297,7 +298,8 @@ class FeatureStore:
 
     def _checked_sizes(self, state: Mapping[str, Tensor]) -> tuple[int, int]:
         """Dh and the number of buffered steps of a state that fits this store."""
-        dim, steps = state["table"].shape[-1], len(state["index"])
+        dim = state["table"].shape[-1]
+        steps = len(state["index"])
         most = len(self.index) // self.batch_share
         for name in self._local_rows():
             expected = list(self._shape_of_all(name))

@@ -65,14 +65,14 @@ def open_clips_help() -> str:
     return "open_clip_train's " + text.getvalue().partition("\n\n")[2].rstrip()
 
 
-def refusal(flag: str, known: Collection[str]) -> str:
-    """One line: why a command lacks this flag, and what to do."""
+def refusal(flag: str, flags: Collection[str]) -> str:
+    """One line: why a command, which has ``flags``, lacks this one, and what to do."""
     name = flag.partition("=")[0]
     if name in RETIRED:
         return f"{name}: {RETIRED[name]}"
-    if "--train-data" in known and name in open_clips_help().split():
+    if "--train-data" in flags and name in open_clips_help().split():
         return f"{name}: a flag of OpenCLIP's trainer; use protoclip openclip"
-    names = [option.removeprefix("--") for option in known]
+    names = [option.removeprefix("--") for option in flags]
     near = difflib.get_close_matches(name.removeprefix("--"), names, n=1)
     return f"{name}: no such flag; " + (f"did you mean --{near[0]}?" if near else "see --help")
 
@@ -122,28 +122,37 @@ def add_flag(
 ) -> None:
     """Add a flag with the type of its default; the help shows the default. With ``setting``, a
     dotted name, the parsed flags hold a value only if the command line gives the flag."""
-    kind, shown = type(default), "" if default in ("", "\t") else f" (default: {default})"
-    words: dict[str, Any] = {"default": default, "help": help + shown}
-    if kind is bool:
-        words["action"] = argparse.BooleanOptionalAction
+    if default not in ("", "\t"):
+        help += f" (default: {default})"
+    arguments: dict[str, Any] = {"default": default, "help": help}
+    if isinstance(default, bool):
+        arguments["action"] = argparse.BooleanOptionalAction
     elif choices:
-        words["choices"] = choices
+        arguments["choices"] = choices
         if choices == PRECISIONS:
-            words["type"] = precision_name
+            arguments["type"] = precision_name
     else:
-        words |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+        arguments["type"] = type(default)
+        arguments["metavar"] = {int: "N", float: "X", str: "TEXT"}[type(default)]
     if setting:
-        words |= {"dest": setting, "default": argparse.SUPPRESS}
-    group.add_argument(flag, **words)
+        arguments["dest"] = setting
+        arguments["default"] = argparse.SUPPRESS
+    group.add_argument(flag, **arguments)
 
 
 def add_options(group: Any, settings: Any, prefix: str = "", only: Iterable[str] = ()) -> None:
     """Add a flag for each field of a section, or only for the named fields."""
     for item in dataclasses.fields(settings):
-        default, words = getattr(settings, item.name), item.metadata
+        default = getattr(settings, item.name)
         if not dataclasses.is_dataclass(default) and (not only or item.name in only):
-            flag, setting = flag_of(item), prefix + item.name
-            add_flag(group, flag, default, words["help"], words["choices"], setting)
+            add_flag(
+                group,
+                flag_of(item),
+                default,
+                item.metadata["help"],
+                choices=item.metadata["choices"],
+                setting=prefix + item.name,
+            )
 
 
 def build_parser(
@@ -151,18 +160,33 @@ def build_parser(
 ) -> Parser:
     """A parser with one titled group per section of ``TrainConfig``."""
     parser = Parser(prog, everyday, example, usage="%(prog)s [options]", description=description)
-    words = f"settings to start from: {', '.join(preset_names())}, or a .json file, such as a "
-    add_flag(parser, "--preset", "default", words + "run's config.json")
-    add = parser.add_argument
-    words = "the ProtoCLIP authors' settings: --preset paper"
-    add("--paper", dest="preset", action="store_const", const="paper", help=words)
-    add("--print-config", action="store_true", help="print all settings as JSON and exit")
-    words = "OpenCLIP's flag; must agree with the name of --train-data; synthetic: "
-    words += "builtin:shapes:N with N from --train-num-samples"
-    kinds = ("auto", "webdataset", "csv", "synthetic")
-    add_flag(parser, "--dataset-type", "auto", words, choices=kinds)
+    add_flag(
+        parser,
+        "--preset",
+        "default",
+        f"settings to start from: {', '.join(preset_names())}, or a .json file, such as a run's "
+        "config.json",
+    )
+    parser.add_argument(
+        "--paper",
+        dest="preset",
+        action="store_const",
+        const="paper",
+        help="the ProtoCLIP authors' settings: --preset paper",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print all settings as JSON and exit"
+    )
+    add_flag(
+        parser,
+        "--dataset-type",
+        "auto",
+        "OpenCLIP's flag; must agree with the name of --train-data; synthetic: builtin:shapes:N "
+        "with N from --train-num-samples",
+        choices=("auto", "webdataset", "csv", "synthetic"),
+    )
     for flag, (arguments, _) in NEEDLESS.items():
-        add(flag, dest=flag, help=argparse.SUPPRESS, **arguments)
+        parser.add_argument(flag, dest=flag, help=argparse.SUPPRESS, **arguments)
     defaults = TrainConfig()
     add_options(parser, defaults)
     for name, section in vars(defaults).items():
@@ -184,9 +208,9 @@ def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig,
         SystemExit: with code 0 after --print-config, with 2 for a flag that the parser lacks.
     """
     flags = vars(parser.parse_args(argv))  # of the settings, only those on the command line
-    kind = flags.pop("dataset_type")
+    dataset_type = flags.pop("dataset_type")
     preset = flags.pop("preset")
-    show = flags.pop("print_config")
+    print_config = flags.pop("print_config")
     for flag, (_, reason) in NEEDLESS.items():
         if flags.pop(flag):
             print(f"{parser.prog}: note: {flag} changes nothing: {reason}", file=sys.stderr)
@@ -200,7 +224,8 @@ def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig,
             settings[name] = value
         else:
             of_command[name] = value
-    config = _of_type(kind, from_dict(TrainConfig, settings, load_preset(preset)))
+    config = from_dict(TrainConfig, settings, load_preset(preset))
+    config = _with_dataset_type(dataset_type, config)
     if config.run.resume == "latest":  # OpenCLIP's word
         config = replace(config, run=replace(config.run, resume="auto"))
     if config.run.precision == "amp_bfloat16":  # from a file; a flag has been translated
@@ -211,23 +236,24 @@ def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig,
             "--episode-features reuse: needs an earlier episode's features; use "
             "--infonce-warmup-epoch 1 or more"
         )
-    if show:
+    if print_config:
         print(json.dumps(to_dict(config), indent=2))
         raise SystemExit(0)
     return config, of_command
 
 
-def _of_type(kind: str, config: TrainConfig) -> TrainConfig:
+def _with_dataset_type(dataset_type: str, config: TrainConfig) -> TrainConfig:
     """Apply OpenCLIP's --dataset-type; our readers follow from the name of the data."""
     data = config.data.train_data
-    table, built_in = data.lower().endswith((".csv", ".tsv")), data.startswith("builtin:")
+    table = data.lower().endswith((".csv", ".tsv"))
+    built_in = data.startswith("builtin:")
     fits = {"csv": table, "webdataset": not (table or built_in), "synthetic": built_in}
-    if not fits.get(kind, True):
+    if not fits.get(dataset_type, True):
         raise ValueError(
-            f"--dataset-type {kind}: expected such data in --train-data, got {data!r}; use "
+            f"--dataset-type {dataset_type}: expected such data in --train-data, got {data!r}; use "
             "--dataset-type auto or other data"
         )
-    if kind != "synthetic":
+    if dataset_type != "synthetic":
         return config
     spec = f"builtin:shapes:{config.data.train_num_samples or 2000}"
     return replace(config, data=replace(config.data, train_data=spec, train_num_samples=0))

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from open_clip.transformer import lock_text_tower
 from torch import Tensor, nn
 
-from protoclip.config import ModelConfig, parse_json
+from protoclip.config import ModelConfig
 from protoclip.distributed import GlobalBatchNorm1d, find_rank
+from protoclip.json_text import parse_json
 
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 MAX_LOG_SCALE = math.log(100)

@@ -42,8 +42,8 @@ def create_loss(args: Any, proto: ProtoConfig | None = None) -> nn.Module:
     Raises:
         ValueError: prototypes for a loss that has none.
     """
-    own = open_clip.create_loss(args)
-    return _fused(own, args, proto) or own
+    original = open_clip.create_loss(args)
+    return _fused(original, args, proto) or original
 
 
 def create_task(
@@ -72,34 +72,44 @@ def create_task(
     return task
 
 
-def _fused(own: nn.Module, args: Any, proto: ProtoConfig | None) -> nn.Module | None:
+def _fused(original: nn.Module, args: Any, proto: ProtoConfig | None) -> nn.Module | None:
     """Our loss to replace OpenCLIP's plain ClipLoss or SigLipLoss; None: keep OpenCLIP's."""
-    shared: dict[str, Any] = {"rank": args.rank, "world_size": args.world_size}
-    if type(own) is theirs.ClipLoss and not getattr(args, "horovod", False):
-        shared |= {"local_loss": args.local_loss, "gather_with_grad": args.gather_with_grad}
+    if type(original) is theirs.ClipLoss and not getattr(args, "horovod", False):
         if proto is not None:
-            return _with_prototypes(args, proto, shared)
+            return _with_prototypes(args, proto)
         _say(args, "OpenCLIP's ClipLoss without its matrix of logits")
-        return ClipLoss(**shared)
+        return ClipLoss(
+            local_loss=args.local_loss,
+            gather_with_grad=args.gather_with_grad,
+            rank=args.rank,
+            world_size=args.world_size,
+        )
     if proto is not None:
         raise ValueError(
             "--proto-*: prototypes go with the plain contrastive loss only; leave out --siglip, "
             "CoCa, distillation and Horovod, or the --proto-* flags"
         )
-    if type(own) is theirs.SigLipLoss:
+    if type(original) is theirs.SigLipLoss:
         _say(args, "OpenCLIP's SigLipLoss without its matrix of logits")
-        return SigLipLoss(dist_impl=args.loss_dist_impl, **shared)
-    _say(args, f"OpenCLIP's own {type(own).__name__} stays: protoclip has no replacement")
+        return SigLipLoss(rank=args.rank, world_size=args.world_size, dist_impl=args.loss_dist_impl)
+    _say(args, f"OpenCLIP's own {type(original).__name__} stays: protoclip has no replacement")
     return None
 
 
-def _with_prototypes(args: Any, proto: ProtoConfig, shared: dict[str, Any]) -> ProtoClipLoss:
+def _with_prototypes(args: Any, proto: ProtoConfig) -> ProtoClipLoss:
     accum_freq = getattr(args, "accum_freq", 1)
     resumed = bool(getattr(args, "resume", None))
     if resumed:
         # The warm-up is over; only the queue has to fill again.
         proto = dataclasses.replace(proto, warmup=0)
-    loss = ProtoClipLoss(**shared, proto=proto, accum_freq=accum_freq)
+    loss = ProtoClipLoss(
+        local_loss=args.local_loss,
+        gather_with_grad=args.gather_with_grad,
+        rank=args.rank,
+        world_size=args.world_size,
+        proto=proto,
+        accum_freq=accum_freq,
+    )
     steps = loss.steps_to_prototypes(args.batch_size * accum_freq)
     _say(
         args,
@@ -126,7 +136,7 @@ class _DdpAnywhere(DistributedDataParallel):
 
 @contextlib.contextmanager
 def repaired() -> Iterator[None]:
-    """Inside this context OpenCLIP can read shards with webdataset 1.x and run ranks on CPUs.
+    """Inside this context OpenCLIP can read shards with webdataset 1.x and train ranks on CPUs.
 
     webdataset 1.x ends each shard with an empty sample, on which OpenCLIP 3.3's reader dies with
     ``KeyError: 'fname'`` (open_clip #935); this turns the empty sample off.
@@ -160,7 +170,8 @@ class CaptionLoss(nn.Module):
             self.tokens = inputs[1] if len(inputs) == 2 else named.get("text")
 
     def forward(self, image_features: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        tokens, self.tokens = self.tokens, None
+        tokens = self.tokens
+        self.tokens = None
         if tokens is None or len(tokens) != len(image_features):
             raise ValueError(
                 "--dedup caption: expected a loop that gives the model images and tokens, and the "
@@ -182,15 +193,15 @@ def patched(trainer: Any, proto: ProtoConfig | None, dedup: bool = False) -> Ite
     watches = []
 
     def factory(*args: Any, **kwargs: Any) -> nn.Module:
-        made = ours[name](*args, proto=proto, **kwargs)
+        loss_or_task = ours[name](*args, proto=proto, **kwargs)
         if not dedup:
-            return made
-        loss = CaptionLoss(made if name == "create_loss" else made.loss)
+            return loss_or_task
+        loss = CaptionLoss(loss_or_task if name == "create_loss" else loss_or_task.loss)
         watches.append(loss.watch)
         if name == "create_loss":
             return loss
-        made.loss = loss
-        return made
+        loss_or_task.loss = loss
+        return loss_or_task
 
     setattr(trainer, name, factory)
     try:
@@ -211,31 +222,34 @@ def split_flags(argv: Sequence[str]) -> tuple[ProtoConfig | None, bool, list[str
     """
     parser = openclip_parser()
     parser.add_argument("--model", default="", help=argparse.SUPPRESS)
-    given, rest = parser.parse_known_args(list(argv))
-    settings = vars(given)
-    dedup, model = settings.pop("dedup") == "caption", register_configs(settings.pop("model"))
+    parsed, words_for_openclip = parser.parse_known_args(list(argv))
+    settings = vars(parsed)
+    dedup = settings.pop("dedup") == "caption"
+    model = register_configs(settings.pop("model"))
     proto = ProtoConfig(**settings) if settings else None
-    return proto, dedup, [*rest, "--model", model] if model else rest
+    if model:
+        words_for_openclip += ["--model", model]
+    return proto, dedup, words_for_openclip
 
 
-def _check(trainer: Any, proto: ProtoConfig | None, dedup: bool, rest: list[str]) -> None:
-    """Report now what OpenCLIP would print as a page, or we would after minutes of loading."""
-    known = set(re.findall(r"--[\w-]+", openclip_parser().format_help()))
-    for word in rest:
+def _check(trainer: Any, proto: ProtoConfig | None, dedup: bool, words: list[str]) -> None:
+    """Report flags that cannot work now, in one line: OpenCLIP would print a page about them, or
+    they would fail after minutes of loading."""
+    flags = set(re.findall(r"--[\w-]+", openclip_parser().format_help()))
+    for word in words:
         name = word.partition("=")[0]  # OpenCLIP accepts abbreviations
-        if name.startswith("--") and not any(flag.startswith(name) for flag in known):
-            raise ValueError(refusal(name, known))
-    args = trainer.parse_args(list(rest))
-    horovod, passes = getattr(args, "horovod", False), getattr(args, "accum_freq", 1)
-    for ours, name, theirs_given in (
+        if name.startswith("--") and not any(flag.startswith(name) for flag in flags):
+            raise ValueError(refusal(name, flags))
+    args = trainer.parse_args(list(words))
+    for ours, name, is_used in (
         (proto or dedup, "a CoCa model", "coca" in args.model.lower()),
         (proto or dedup, "--distill-model", args.distill_model),
-        (proto or dedup, "--horovod", horovod),
+        (proto or dedup, "--horovod", getattr(args, "horovod", False)),
         (proto, "--siglip", args.siglip),
-        (dedup, "--accum-freq", passes > 1),
+        (dedup, "--accum-freq", getattr(args, "accum_freq", 1) > 1),
         (dedup, "--torchcompile", getattr(args, "torchcompile", False)),
     ):
-        if ours and theirs_given:
+        if ours and is_used:
             flag = "--dedup caption" if ours is True else "--proto-*"
             raise ValueError(f"{flag} does not go with {name}: leave one of them out")
 
@@ -244,9 +258,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; a user's mistake in our flags prints one line and gives status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        proto, dedup, rest = split_flags(argv)
+        proto, dedup, words = split_flags(argv)
         trainer: Any = importlib.import_module("open_clip_train.main")
-        _check(trainer, proto, dedup, rest)
+        _check(trainer, proto, dedup, words)
     except ModuleNotFoundError as error:
         print(f"{PROG}: error: {error}; pip install 'protoclip[openclip]'", file=sys.stderr)
         return 2
@@ -254,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
     with patched(trainer, proto, dedup):
-        return 1 if trainer.main(rest) else 0
+        return 1 if trainer.main(words) else 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,9 +29,14 @@ from protoclip.prototypes import check_clusters
 from protoclip.teacher import teacher_spec
 
 PROG = "protoclip plan"
-FP32, INT32, INT64 = 4, 4, 8
-GPU_SCRATCH, CPU_SCRATCH = 256 << 20, 64 << 20  # most that the fused kernels use
-MINILM_DIM = 384  # of a teacher without reduction
+# Bytes of a number.
+FP32 = 4
+INT32 = 4
+INT64 = 8
+# The most that the fused kernels use.
+GPU_SCRATCH = 256 << 20
+CPU_SCRATCH = 64 << 20
+MINILM_DIM = 384  # width of MiniLM's features without reduction
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,9 @@ class PlannedRun:
 
     @property
     def amp(self) -> bool:
-        return self.config.run.precision in ("amp_bf16", *(() if self.on_cpu else ("amp", "auto")))
+        on_gpu_only = ("amp", "auto")  # fp32 on a CPU
+        precision = self.config.run.precision
+        return precision == "amp_bf16" or (precision in on_gpu_only and not self.on_cpu)
 
     @property
     def local_batch(self) -> int:
@@ -65,11 +73,11 @@ class PlannedRun:
     @property
     def reuses(self) -> bool:
         """Whether features are stored from training, if memory allows."""
-        optim, episode = self.config.optim, self.config.episode
+        optim = self.config.optim
         passes = optim.epochs
         if optim.max_steps:
             passes = min(passes, optim.max_steps * self.global_batch / self.samples)
-        return wants_to_reuse(episode, passes)
+        return wants_to_reuse(self.config.episode, passes)
 
     @property
     def teacher_dim(self) -> int:
@@ -100,43 +108,51 @@ def measure_shape(run: PlannedRun, batch: int = 8) -> Shape:
     """
     with torch.device("meta"):
         model = build_model(run.config.model, "meta")
-    (small, dims), (large, _) = (_walk(model, run.amp, size) for size in (batch, 2 * batch))
-    per_sample = (large - small) / batch
+    small = _forward(model, run.amp, batch)
+    large = _forward(model, run.amp, 2 * batch)
+    per_sample = (large.saved_bytes - small.saved_bytes) / batch
     sizes = [p.numel() for p in model.parameters()]
     return Shape(
         weights=sum(sizes),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        embed_dim=dims[0],
-        projection_dim=dims[1],
+        embed_dim=small.embed_dim,
+        projection_dim=small.projection_dim,
         buffers_bytes=sum(b.nbytes for b in model.buffers()),
         batch_bytes=3 * model.image_size**2 * FP32 + model.clip.context_length * INT64,
         saved_bytes=per_sample,
-        saved_fixed_bytes=small - per_sample * batch,
+        saved_fixed_bytes=small.saved_bytes - per_sample * batch,
     )
 
 
-def _walk(model: ProtoModel, amp: bool, batch: int) -> tuple[float, tuple[int, int]]:
-    """Bytes that autograd keeps besides the weights; widths of embeddings and projections."""
-    kept: dict[int, torch.UntypedStorage] = {}
+class _Forward(NamedTuple):
+    """What a forward pass leaves."""
+
+    saved_bytes: float  # that autograd keeps besides the weights
+    embed_dim: int
+    projection_dim: int
+
+
+def _forward(model: ProtoModel, amp: bool, batch: int) -> _Forward:
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        kept[storage._cdata] = storage
+        saved[storage._cdata] = storage
         return x
 
     with FakeTensorMode():
-        own = {
+        weights = {
             name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
             for name, p in [*model.named_parameters(), *model.named_buffers()]
         }
-        known = {p.untyped_storage()._cdata for p in own.values()}
+        of_weights = {weight.untyped_storage()._cdata for weight in weights.values()}
         image = torch.empty(batch, 3, model.image_size, model.image_size)
         tokens = torch.zeros(batch, model.clip.context_length, dtype=torch.int64)
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            encoded, projected = functional_call(model, own, (image, tokens))
-        total = sum(s.nbytes() for cdata, s in kept.items() if cdata not in known)
-    return float(total), (encoded.image.shape[1], projected.image.shape[1])
+            encoded, projected = functional_call(model, weights, (image, tokens))
+        total = sum(storage.nbytes() for key, storage in saved.items() if key not in of_weights)
+    return _Forward(float(total), encoded.image.shape[1], projected.image.shape[1])
 
 
 def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
@@ -145,7 +161,9 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
     Raises:
         ValueError: more clusters than samples in an episode.
     """
-    rows, d, dh = run.global_batch, shape.embed_dim, shape.projection_dim
+    rows = run.global_batch
+    d = shape.embed_dim
+    dh = shape.projection_dim
     saved = run.config.optim.batch_size * shape.saved_bytes + shape.saved_fixed_bytes
     parts = {
         "weights": shape.weights * FP32 + shape.buffers_bytes,
@@ -211,11 +229,11 @@ def build_run(argv: Sequence[str] | None) -> tuple[PlannedRun, bool]:
     Raises:
         ValueError: settings that no run can have.
     """
-    config, own = parse_more(plan_parser(), argv)
+    config, flags = parse_more(plan_parser(), argv)
     for name in ("ranks", "samples"):
-        if own[name] < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {own[name]}")
-    return PlannedRun(config, own["ranks"], own["samples"]), own["json"]
+        if flags[name] < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {flags[name]}")
+    return PlannedRun(config, flags["ranks"], flags["samples"]), flags["json"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""``--resume``: the run to continue, and what it must have in common with the run it was.
+"""``--resume``: the run to continue, and which of its settings must stay the same.
 
 A setting marked ``fixed`` in ``protoclip.config`` must stay. Other settings of training may change
 with a note, because the run is then no longer the same; the rest may change without one.
@@ -58,9 +58,9 @@ def find_resume(config: TrainConfig) -> Resume | None:
     Raises:
         ValueError: the named run has no readable checkpoint, or no state to continue from.
     """
-    wish = config.run.resume
-    path = choose_folder(config) if wish == "auto" else Path(wish)
-    if not wish or (wish == "auto" and not checkpoint.candidates(path)):
+    wanted = config.run.resume
+    path = choose_folder(config) if wanted == "auto" else Path(wanted)
+    if not wanted or (wanted == "auto" and not checkpoint.candidates(path)):
         return None
     file, payload = checkpoint.load_newest(path)
     folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent

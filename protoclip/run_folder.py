@@ -10,15 +10,16 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from protoclip import checkpoint
-from protoclip.config import TrainConfig, flat, parse_json, to_dict
+from protoclip.config import TrainConfig, flat, to_dict
 from protoclip.data.files import lines_of, write_atomic
+from protoclip.json_text import parse_json
 from protoclip.paths import check_above
 
 
@@ -28,10 +29,11 @@ def choose_folder(config: TrainConfig) -> Path:
     Raises:
         ValueError: the folder exists, cannot be created, or would lie outside --logs.
     """
-    run, stamp = config.run, time.strftime("%Y_%m_%d-%H_%M_%S")
+    run = config.run
     if run.resume == "auto" and not run.name:
         raise ValueError("--resume auto: expected --name, the run to start or continue")
-    name = run.name or f"{stamp}-{config.method}-seed_{run.seed}"
+    started = time.strftime("%Y_%m_%d-%H_%M_%S")
+    name = run.name or f"{started}-{config.method}-seed_{run.seed}"
     if name in (".", "..") or Path(name).name != name:
         raise ValueError(f"--name: expected a plain folder name, got {name!r}")
     path = Path(run.logs) / name
@@ -77,14 +79,12 @@ class RunFolder(NullRunFolder):
         except Timeout as error:
             raise ValueError(f"--name: {path} is in use by another process; stop it") from error
         self._checkpoints.mkdir(exist_ok=True)
-        for rest in self._checkpoints.glob("*.tmp"):  # left by a write that was killed
-            rest.unlink()
+        for torn in self._checkpoints.glob("*.tmp"):  # left by a write that was killed
+            torn.unlink()
         _cut_back(path / "metrics.jsonl", resume_step or 0)
         write_atomic(path / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
-        self._metrics, self._log = (
-            self._open.enter_context((path / name).open("a", encoding="utf-8", buffering=1))
-            for name in ("metrics.jsonl", "out.log")
-        )
+        self._metrics = self._append_to("metrics.jsonl")
+        self._log = self._append_to("out.log")
         boards = config.run.report_to.split(",")
         self._tensorboard = self._wandb = None
         if "tensorboard" in boards:
@@ -96,6 +96,10 @@ class RunFolder(NullRunFolder):
         if "wandb" in boards:
             self._wandb = _open_wandb(path, config)
             self._open.callback(self._wandb.finish)
+
+    def _append_to(self, name: str) -> TextIO:
+        file = (self.path / name).open("a", encoding="utf-8", buffering=1)
+        return self._open.enter_context(file)
 
     def say(self, text: str) -> None:
         """Write a message to the screen and to out.log."""
@@ -111,13 +115,14 @@ class RunFolder(NullRunFolder):
         """Write a line of metrics.jsonl, and the same scalars to the boards: those of validation
         data under val/, the others under train/."""
         self._metrics.write(json.dumps({"step": step, "samples": samples, **scalars}) + "\n")
-        named = {n if n.startswith("val_") else f"train_{n}": x for n, x in scalars.items()}
-        shown = {name.replace("_", "/", 1): x for name, x in named.items()}
+        by_title = {}
+        for name, value in scalars.items():
+            by_title[f"val/{name[4:]}" if name.startswith("val_") else f"train/{name}"] = value
         if self._tensorboard is not None:
-            for name, value in shown.items():
-                self._tensorboard.add_scalar(name, value, step)
+            for title, value in by_title.items():
+                self._tensorboard.add_scalar(title, value, step)
         if self._wandb is not None:
-            self._wandb.log(shown, step=step)
+            self._wandb.log(by_title, step=step)
 
     def checkpoint(self, payload: Mapping[str, Any], epoch: int | None) -> None:
         """Write epoch_latest.pt, or with ``epoch`` a numbered one that is kept.
@@ -156,12 +161,12 @@ def sum_up(
 
 def _cut_back(path: Path, step: int) -> None:
     """Remove records after ``step``, and any torn record, from a metrics.jsonl."""
-    kept = []
+    lines = []
     for line in lines_of(path.read_text(encoding="utf-8")) if path.exists() else ():
         with contextlib.suppress(ValueError):
             if parse_json(line)["step"] <= step:
-                kept.append(line + "\n")
-    write_atomic(path, "".join(kept))
+                lines.append(line + "\n")
+    write_atomic(path, "".join(lines))
 
 
 def _open_wandb(path: Path, config: TrainConfig) -> Any:
@@ -171,8 +176,14 @@ def _open_wandb(path: Path, config: TrainConfig) -> Any:
     """
     import wandb
 
-    known = path / "wandb_id"
-    if not known.exists():
-        write_atomic(known, secrets.token_hex(4))
-    which = {"project": config.run.wandb_project_name, "name": path.name, "id": known.read_text()}
-    return wandb.init(**which, resume="allow", dir=str(path), config=to_dict(config))
+    id_file = path / "wandb_id"
+    if not id_file.exists():
+        write_atomic(id_file, secrets.token_hex(4))
+    return wandb.init(
+        project=config.run.wandb_project_name,
+        name=path.name,
+        id=id_file.read_text(),
+        resume="allow",
+        dir=str(path),
+        config=to_dict(config),
+    )

@@ -23,8 +23,13 @@ from protoclip.config import OptimConfig, TrainConfig
 from protoclip.distributed import own_slice, world_size
 from protoclip.seeds import generator
 
-DRAWS, EPISODES = 1, 2  # streams of random numbers: samples, and an episode's draws
-TRAINING, FEATURES, CLUSTERS = 0, 1, 2  # purposes of an episode's draws
+# Streams of random numbers: samples, and an episode's draws.
+DRAWS = 1
+EPISODES = 2
+# Purposes of an episode's draws.
+TRAINING = 0
+FEATURES = 1
+CLUSTERS = 2
 FIRST_CTRL_C = b"\nCtrl-C: finishing this step, then saving; press it again to end at once\n"
 
 
@@ -67,12 +72,13 @@ def make_plan(config: TrainConfig, samples: int) -> Plan:
     Raises:
         ValueError: fewer samples than a batch, an episode shorter than a batch, or no steps at all.
     """
-    times = config.optim.accum_freq * world_size()
-    batch, episode = config.optim.batch_size * times, config.episode.size
+    parts = config.optim.accum_freq * world_size()  # passes and ranks
+    batch = config.optim.batch_size * parts
+    episode = config.episode.size
     if samples < batch:
         raise ValueError(
             f"--batch-size: expected at most {samples} in all, got {config.optim.batch_size} x "
-            f"{times} passes and ranks; use --batch-size {max(2, samples // (4 * times))}"
+            f"{parts} passes and ranks; use --batch-size {max(2, samples // (4 * parts))}"
         )
     if episode and episode < batch:
         raise ValueError(
@@ -104,7 +110,8 @@ def draw(
     of an epoch, int64 [plan.samples].
     """
     parts = []
-    first, last = steps.start // plan.steps_per_epoch, (steps.stop - 1) // plan.steps_per_epoch
+    first = steps.start // plan.steps_per_epoch
+    last = (steps.stop - 1) // plan.steps_per_epoch
     per_epoch = plan.steps_per_epoch * plan.batch_size
     for epoch in range(first, last + 1):
         random = generator(seed, DRAWS, epoch)
@@ -134,7 +141,7 @@ def learning_rate(
 
 
 def image_learning_rate(config: TrainConfig, plan: Plan, step: int) -> float:
-    """The image tower's; its cosine ends when the tower is locked (LiT)."""
+    """The image tower's learning rate; its cosine ends when the tower is locked (LiT)."""
     end = plan.total_steps
     if config.episode.lit_start:
         end = min(end, config.episode.lit_start * plan.steps_per_episode)
@@ -175,8 +182,11 @@ def parse_interval(text: str) -> tuple[int, float]:
         raise ValueError(
             f"--save-every: expected a number with steps, s, m or h (500steps, 10m), got {text!r}"
         )
-    number, seconds = int(match[1] or 0), {"s": 1.0, "m": 60.0, "h": 3600.0}.get(match[2])
-    return (0, number * seconds) if seconds else (number, 0.0)
+    number = int(match[1] or 0)
+    seconds_per_unit = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    if match[2] in seconds_per_unit:
+        return 0, number * seconds_per_unit[match[2]]
+    return number, 0.0
 
 
 class StopSignals:
@@ -198,10 +208,11 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        again, self.asked = self.asked == "SIGINT", signal.Signals(number).name
+        second_ctrl_c = number == signal.SIGINT and self.asked == "SIGINT"
+        self.asked = signal.Signals(number).name
+        if second_ctrl_c:
+            raise KeyboardInterrupt
         if number == signal.SIGINT:
-            if again:
-                raise KeyboardInterrupt
             with contextlib.suppress(OSError):  # print() may be interrupted by this very signal
                 os.write(2, FIRST_CTRL_C)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,15 @@ from torch import Tensor, nn
 from protoclip.ops import contrastive, contrastive_parts
 
 NO_ANCHOR = -(2**63)  # the anchor id of hard negatives; no query has it
+
+
+class _Side(NamedTuple):
+    """One direction of the loss."""
+
+    queries: Tensor  # [B, D], of this rank
+    keys: Tensor  # [M, D]
+    key_ids: Tensor  # int64 [M, 2]
+    exclude: Tensor | None  # int64 [B], the key that a query must not see
 
 
 class _Fused(nn.Module):
@@ -62,10 +71,12 @@ class _Fused(nn.Module):
             columns = [F.normalize(column, dim=1) for column in columns]
         size = len(columns[0])
         first = get_rank() * size if self.gather_across_devices else 0
-        own = torch.arange(first, first + size, device=columns[0].device)
-        # A text without a known id differs from all others.
-        known = self._ids or [None] * len(columns)
-        ids = [own + (number << 40) if i is None else i for number, i in enumerate(known)]
+        rows = torch.arange(first, first + size, device=columns[0].device)  # of this rank
+        ids = []
+        for number in range(len(columns)):
+            text_ids = self._ids[number] if self._ids else None
+            # A text without an id differs from all others.
+            ids.append(rows + (number << 40) if text_ids is None else text_ids)
         anchors, positives = columns[:2]  # of this rank
         if self.gather_across_devices:
             columns = [all_gather_with_grad(column) for column in columns]
@@ -75,26 +86,34 @@ class _Fused(nn.Module):
         # An anchor's hard negatives are also negatives of an equal anchor in other rows.
         by_text = [pairs, *(torch.stack([i.new_full(i.shape, NO_ANCHOR), i], 1) for i in ids[2:])]
         documents = torch.cat(columns[1:])
-        # For each direction: queries, keys, the keys' ids, and the key that a query must not see
-        # (itself). In the other directions its own key is the positive.
+        # Where queries and keys are the same column, a query must not see itself.
         sides = {
-            "query_to_doc": (anchors, documents, torch.cat(by_text), None),
-            "query_to_query": (anchors, columns[0], pairs, own),
-            "doc_to_query": (positives, columns[0], pairs, None),
-            "doc_to_doc": (positives, documents, torch.cat(by_row), own),
+            "query_to_doc": _Side(anchors, documents, torch.cat(by_text), None),
+            "query_to_query": _Side(anchors, columns[0], pairs, rows),
+            "doc_to_query": _Side(positives, columns[0], pairs, None),
+            "doc_to_doc": _Side(positives, documents, torch.cat(by_row), rows),
         }
 
         def compare(run: Callable[..., Any], direction: str) -> Any:
-            queries, keys, key_ids, exclude = sides[direction]
-            relation = {"positives": own, "query_ids": pairs[own], "key_ids": key_ids}
-            return run(queries, keys, self.scale, exclude=exclude, **relation)
+            side = sides[direction]
+            return run(
+                side.queries,
+                side.keys,
+                self.scale,
+                positives=rows,
+                query_ids=pairs[rows],
+                key_ids=side.key_ids,
+                exclude=side.exclude,
+            )
 
         if self.directions == ("query_to_doc",):
             return compare(contrastive, "query_to_doc")
-        found = {name: compare(contrastive_parts, name) for name in self.directions}
-        every = torch.stack([sums for sums, _ in found.values()])
-        total = every.logsumexp(0) if self.partition_mode == "joint" else every.mean(0)
-        return (total - found["query_to_doc"][1]).mean()
+        parts = {name: compare(contrastive_parts, name) for name in self.directions}
+        log_sums = torch.stack([log_sum for log_sum, _ in parts.values()])
+        joint = self.partition_mode == "joint"
+        log_sum = log_sums.logsumexp(0) if joint else log_sums.mean(0)
+        _, positive = parts["query_to_doc"]
+        return (log_sum - positive).mean()
 
 
 class MultipleNegativesRankingLoss(_Fused, theirs.MultipleNegativesRankingLoss):

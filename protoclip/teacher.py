@@ -39,8 +39,8 @@ PADDED = 77  # tokens per text in the authors' script
 
 def teacher_spec(config: TrainConfig) -> tuple[str, str]:
     """The teacher to open, or "" and a sentence that says why there is none."""
-    spec, weights = config.episode.external_teacher, config.loss
-    wanted = weights.w_proto_external > 0 or weights.w_distill > 0
+    spec = config.episode.external_teacher
+    wanted = config.loss.w_proto_external > 0 or config.loss.w_distill > 0
     if config.method != "protoclip" or not wanted or spec == "none":
         return "", "external teacher: none"
     if spec != "auto":
@@ -158,8 +158,10 @@ def read_rows(path: Path, flag: str) -> tuple[np.ndarray, list[str] | None]:
     keys = list(map(str, arrays.pop("keys"))) if "keys" in arrays else None
     array = arrays.get("features", next(iter(arrays.values())))
     if array.ndim != 2 or not array.shape[1] or array.dtype.kind not in "fiu":
-        found = f"{array.dtype} {list(array.shape)}"
-        raise ValueError(f"{flag}: expected numbers [N, d] with d >= 1 in {path}, got {found}")
+        raise ValueError(
+            f"{flag}: expected numbers [N, d] with d >= 1 in {path}, got {array.dtype} "
+            f"{list(array.shape)}"
+        )
     return array, keys
 
 
@@ -186,8 +188,9 @@ def minilm(device: torch.device | str) -> SentenceEncoder:
 
 def teacher_text(captions: Sequence[str]) -> str:
     """What a text teacher reads: the canonical caption and the longest other one."""
-    first, *others = captions
-    return ", ".join([first, max(others, key=len)] if others else [first])
+    if len(captions) == 1:
+        return captions[0]
+    return f"{captions[0]}, {max(captions[1:], key=len)}"
 
 
 class SentenceEncoder:
@@ -217,7 +220,8 @@ class SentenceEncoder:
                 f"--model {name}: expected {MINILM}, or a text model of Hugging Face, with "
                 f"transformers installed; {reason}"
             ) from error
-        self.device, self.padded = device, padded
+        self.device = device
+        self.padded = padded
         limit = getattr(self.model.config, "max_position_embeddings", 256)
         self.max_length = min(256, limit, self.tokenizer.model_max_length)
         if padded:
@@ -242,8 +246,8 @@ class SentenceEncoder:
                 return_tensors="pt",
             ).to(self.device)
             if self.padded:
-                ids, missing = tokens["input_ids"], self.max_length - tokens["input_ids"].shape[1]
-                ids = F.pad(ids * tokens["attention_mask"], (0, missing))
+                ids = tokens["input_ids"] * tokens["attention_mask"]
+                ids = F.pad(ids, (0, self.max_length - ids.shape[1]))
                 tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             hidden = self.model(**tokens).last_hidden_state  # [B, L, d]
             mask = tokens["attention_mask"].unsqueeze(-1).to(hidden)

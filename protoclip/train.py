@@ -153,8 +153,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
 def full_disk(error: OSError, path: Path) -> OSError:
     """The error with what to do about it."""
     if checkpoint.candidates(path):
-        remedy = "the last checkpoint is intact, free some space and continue with "
-        remedy += f"--resume {path}"
+        remedy = f"the last checkpoint is intact, free some space and continue with --resume {path}"
     else:
         remedy = f"there is no checkpoint yet; free some space, remove {path} and start again"
     return OSError(f"{error.filename or path}: {error.strerror}; {remedy}")
@@ -257,7 +256,8 @@ class Trainer:
         """Where the features of clusters and labels come from."""
         if not self.terms.prototypes:
             return FeatureSource(False, "none")
-        ranks, dim = distributed.world_size(), self.model.projection_dim
+        ranks = distributed.world_size()
+        dim = self.model.projection_dim
         drawn = self.plan.steps_per_episode * self.plan.batch_size
         size = table_bytes(len(self.dataset), ranks, dim) + buffer_bytes(drawn, ranks, dim)
         episode = self.config.episode
@@ -295,7 +295,8 @@ class Trainer:
 
     def run_episode(self, number: int, bar: tqdm) -> None:
         """Build the episode's prototypes, if it has any, then run its steps."""
-        config, plan = self.config, self.plan
+        config = self.config
+        plan = self.plan
         steps = plan.steps_of(number)
         bar.set_description(f"episode {number + 1}/{plan.episodes}")
         stream = self._begin_episode(number)
@@ -322,7 +323,8 @@ class Trainer:
     def _begin_episode(self, number: int) -> Iterator[Batch]:
         """Build the episode's prototypes, if it has any; returns the batches of its steps from the
         current one on."""
-        config, plan, seed = self.config, self.plan, self.config.run.seed
+        config = self.config
+        plan = self.plan
         steps = plan.steps_of(number)
         draws = self._draw(steps)
         done = self.step - steps.start  # steps of this episode before an interruption
@@ -330,14 +332,14 @@ class Trainer:
             self.episode = None
             self.model.lock_image()
         elif done == 0 and number >= config.episode.infonce_warmup and self.terms.prototypes:
-            coming = draws
+            samples = draws
             if self.store is not None:  # also of steps that only a resume with more steps would do
-                coming = self._draw(range(steps.start, steps.start + plan.steps_per_episode))
-            self.episode = self._build_episode(number, coming.unique())
+                samples = self._draw(range(steps.start, steps.start + plan.steps_per_episode))
+            self.episode = self._build_episode(number, samples.unique())
         self.model.train()
         positions, numbers = schedule.own_draws(plan, draws)
         first = done * plan.batch_size // distributed.world_size()
-        episode_seed = schedule.episode_seed(seed, number, schedule.TRAINING)
+        episode_seed = schedule.episode_seed(config.run.seed, number, schedule.TRAINING)
         return self._batches(Draws(positions, episode_seed, first, numbers))
 
     def _draw(self, steps: range) -> Tensor:
@@ -482,7 +484,7 @@ class Trainer:
     def _means(self, outcome: Step) -> dict[str, float]:
         """The step's scalars, means over ranks; without those that are not finite, and without
         counts of bad steps and samples that are 0."""
-        # Each rank counts its own bad samples; times ranks, their mean is the sum.
+        # Each rank counts its own bad samples: multiplied by the ranks, their mean is the sum.
         faults = torch.tensor(float(len(self.faults.positions)) * distributed.world_size())
         scalars = {
             **outcome.losses.terms,
@@ -567,7 +569,7 @@ class Trainer:
                     "watch": self.watch.state_dict(),
                     "features": stored,
                     "skipped": self.stepper.bad.tolist(),
-                    "faults": sorted(set().union(*faults_by_rank)),
+                    "faults": sorted({fault for faults in faults_by_rank for fault in faults}),
                     "seconds": self.phases.seconds(),
                     "data": checkpoint.fingerprint(self.dataset.keys),
                 },
@@ -619,8 +621,13 @@ class Trainer:
 
 def announce(trainer: Trainer, remark: str) -> None:
     """Print what the run will do, in the user's units; ``remark``: on the teacher."""
-    folder, setup, config, plan = trainer.folder, trainer.setup, trainer.config, trainer.plan
-    ranks, warmup = distributed.world_size(), config.optim.warmup
+    folder = trainer.folder
+    setup = trainer.setup
+    config = trainer.config
+    plan = trainer.plan
+    ranks = distributed.world_size()
+    on_ranks = f", {ranks} ranks" if ranks > 1 else ""
+    warmup = config.optim.warmup
     if busy := busy_note(setup.device):
         folder.say(busy)
     folder.say(
@@ -628,7 +635,7 @@ def announce(trainer: Trainer, remark: str) -> None:
         f"data: {setup.dataset.name}, {len(setup.dataset):,} pairs; {plan.total_steps} steps of "
         f"{plan.batch_size}, {plan.steps_per_epoch} a pass over the data\n"
         f"model: {config.model.model} on {setup.device}, {setup.precision}, "
-        f"{torch.get_num_threads()} threads" + f", {ranks} ranks" * (ranks > 1)
+        f"{torch.get_num_threads()} threads{on_ranks}"
     )
     if warmup >= plan.total_steps:
         folder.say(
@@ -638,18 +645,23 @@ def announce(trainer: Trainer, remark: str) -> None:
     if not uses_prototypes(config):
         folder.say(f"method: clip, {'SigLIP' if config.model.siglip else 'InfoNCE'} only")
         return
-    internal, features, episode = trainer.terms.internal, trainer.features, config.episode
+    episode = config.episode
+    internal = trainer.terms.internal
+    stored = trainer.features.reuses and internal
     # Drawn with replacement, some samples come again before the second pass.
-    stored, again = features.reuses and internal, episode.replacement
-    first = plan.first_step_with_prototypes(episode.infonce_warmup, stored and not again)
-    reached = " at the earliest" if stored and again else ""
-    reached += "" if first < plan.total_steps else ", which this run does not reach"
+    after_first_pass = stored and not episode.replacement
+    first = plan.first_step_with_prototypes(episode.infonce_warmup, after_first_pass)
+    limits = ""
+    if stored and episode.replacement:
+        limits = " at the earliest"
+    if first >= plan.total_steps:
+        limits += ", which this run does not reach"
     num_clusters = prototypes.check_clusters(episode, setup.episode_samples)
     folder.say(
         f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
         f"{num_clusters} prototypes per source\n"
-        f"features: {features.reason}; {'internal ' if internal else ''}prototypes train from step "
-        f"{first + 1} on{reached}\n{remark}"
+        f"features: {trainer.features.reason}; {'internal ' if internal else ''}prototypes train "
+        f"from step {first + 1} on{limits}\n{remark}"
     )
 
 
@@ -658,9 +670,11 @@ def conclude(
 ) -> None:
     """Draw the plots; print the table, the time per phase and the peak memory; write results.json
     and the report."""
-    folder, config, model, phases = trainer.folder, trainer.config, trainer.model, trainer.phases
+    folder = trainer.folder
+    config = trainer.config
+    phases = trainer.phases
     with phases.measure("plots", on_host=True):
-        encoder = replace(evaluation.encoder(model), batch_size=config.optim.batch_size)
+        encoder = replace(evaluation.encoder(trainer.model), batch_size=config.optim.batch_size)
         held_out = None
         if evaluation.sets:
             name = next(iter(evaluation.sets))
@@ -672,7 +686,7 @@ def conclude(
         pretrained=str(checkpoint.candidates(folder.path)[0]),
         trained=after or {},
         untrained=before,
-        floors=evaluation.floors(model),
+        floors=evaluation.floors(trainer.model),
         seconds=phases.seconds(),
         peak_memory_bytes=tasks.peak_memory_bytes(trainer.setup.device),
     )

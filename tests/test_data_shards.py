@@ -190,7 +190,7 @@ class TestUrls:
         [
             ("http://127.0.0.1:9/a.tar", "http://127.0.0.1:9/a.tar: cannot be copied"),
             ("file:///no/such/a.tar", "FileNotFoundError.*check the address"),
-            ("ssh://host/a.tar", "expected a url of http, https, s3, gs, hf, file, got ssh"),
+            ("ssh://host/a.tar", "expected a URL of http, https, s3, gs, hf, file, got ssh"),
             ("pipe:touch ran; cat a.tar", "protoclip openclip"),
             ("x.tar::pipe:touch ran # .tar", "would run a shell command"),
         ],

@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 
 import protoclip
+from protoclip import losses, ops
 
 ROOT = Path(protoclip.__file__).parent
 
 # A room imports from itself and from the rooms before it. The order is the data flow.
 ROOMS = [
-    "paths", "seeds", "host", "phases", "ops", "distributed", "global_losses", "config", "flags",
-    "commands", "data", "model", "lloyd", "feature_store", "prototypes", "losses", "teacher",
-    "checkpoint", "cached_gradients", "step", "evaluate", "report", "cluster", "run_folder",
-    "resume", "schedule", "checks", "train", "openclip", "export", "plan", "sentence_transformers",
-    "__main__",
+    "paths", "json_text", "seeds", "host", "phases", "ops", "distributed", "global_losses",
+    "config", "flags", "commands", "data", "model", "lloyd", "feature_store", "prototypes",
+    "losses", "teacher", "checkpoint", "cached_gradients", "step", "evaluate", "report", "cluster",
+    "run_folder", "resume", "schedule", "checks", "train", "openclip", "export", "plan",
+    "sentence_transformers", "__main__",
 ]  # fmt: skip
 FLOOR = {room: number for number, room in enumerate(ROOMS)}
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
@@ -69,8 +70,10 @@ def test_there_is_no_circle():
 
 def test_no_public_name_hides_a_module():
     """An import of the module would replace the function ``protoclip.name``."""
-    hidden = [name for name in protoclip.__all__ if (ROOT / f"{name}.py").exists()]
-    assert hidden == [] and not any((ROOT / name).is_dir() for name in protoclip.__all__)
+    for package in (protoclip, ops, losses):
+        folder = Path(package.__file__).parent
+        for name in package.__all__:
+            assert not (folder / f"{name}.py").exists() and not (folder / name).is_dir(), name
 
 
 def test_only_ops_reach_the_kernels():

@@ -65,7 +65,7 @@ def test_it_learns_and_leaves_a_whole_run_folder(tmp_path):
         # Before the batch size, which 5 samples do not fill.
         (["--train-data", "builtin:shapes:5", "--model", "no-such-model"], "no-such-model"),
         (["--kmeans-backend", "cuda"], "--kmeans-backend auto"),
-        ([*CLIP, "--w-clip", "0"], "another loss with a weight"),
+        ([*CLIP, "--w-clip", "0"], "leaves some steps without a loss"),
         (["--w-clip", "0", "--w-proto", "0", "--w-proto-external", "0"], "another loss"),
         (["--w-clip", "0", "--w-proto", "0", "--external-teacher", "none"], "no external teacher"),
         (["--w-clip", "0"], "--infonce-warmup-epoch 0"),

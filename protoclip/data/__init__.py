@@ -27,7 +27,7 @@ def open_dataset(
 
     Args:
         spec: "builtin:icons" | "builtin:shapes[:N]" | a .csv or .tsv file | webdataset shards: a
-            .tar, a folder of them, a url, braces and globs, sources joined by "::".
+            .tar, a folder of them, a URL, braces and globs, sources joined by "::".
         split: "all" | "train" | "heldout" (10 %; of each group, if groups are known; of
             builtin:icons one family and a tenth of the concepts, whatever the seed).
         seed: decides which pairs are held out.
@@ -40,18 +40,20 @@ def open_dataset(
     """
     if split not in ("all", "train", "heldout"):
         raise DataError(f"{spec}: split must be all, train or heldout, got {split!r}")
-    scheme, _, rest = spec.partition(":")
-    kind, _, rest = rest.partition(":") if scheme == "builtin" else ("", "", "")
+    builtin, _, argument = spec.removeprefix("builtin:").partition(":")
+    if not spec.startswith("builtin:"):
+        builtin = ""
     heldout: np.ndarray | None = None
-    if kind == "icons":
-        if rest:
+    if builtin == "icons":
+        if argument:
             raise DataError(f"{spec}: expected builtin:icons without a further part")
         dataset: PairDataset = builtin_icons()
         heldout = heldout_concepts(builtin_icons()) | in_heldout_family(builtin_icons())
-    elif kind == "shapes":
-        if not (rest or "2000").isdecimal():
+    elif builtin == "shapes":
+        count = argument or "2000"
+        if not count.isdecimal():
             raise DataError(f"{spec}: expected builtin:shapes:N with a whole number N")
-        dataset = ShapesDataset(int(rest or "2000"))
+        dataset = ShapesDataset(int(count))
     elif is_sharded(spec):
         dataset = ShardDataset(spec)
     elif spec.lower().endswith((".csv", ".tsv")):

@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: Any) -> int:
     """Check or export, depending on the flags; returns the exit code."""
     table = {name: value for name, value in vars(args).items() if name in TABLE}
-    data, check = args.check or args.export, bool(args.check)
-    dataset = open_dataset(data, args.split, seed=args.seed, keep_going=check, **table)
-    if check:
+    data = args.check or args.export
+    dataset = open_dataset(data, args.split, seed=args.seed, keep_going=bool(args.check), **table)
+    if args.check:
         return int(check_data(dataset) > 0)
     if not args.out:
         raise ValueError("--export: expected a folder for the shards; add --out DIR")
@@ -52,9 +52,10 @@ def check_data(dataset: PairDataset) -> int:
     skipped = getattr(dataset, "skipped", [])
     for shard, key, reason in skipped:
         print(f"{shard}: {key!r}: {reason}" if key else f"{shard}: {reason}")
-    count, total = len(skipped), len(skipped) + len(dataset)
+    total = len(skipped) + len(dataset)
+    num_bad = len(skipped)
 
-    def judge(i: int) -> str:
+    def fault_of(i: int) -> str:
         try:
             dataset.image(i)
             dataset.captions(i)
@@ -64,13 +65,14 @@ def check_data(dataset: PairDataset) -> int:
 
     # Threads suffice because Pillow releases the interpreter's lock while it decodes.
     with ThreadPool() as pool:
-        faults = pool.imap(judge, range(len(dataset)), chunksize=64)
+        faults = pool.imap(fault_of, range(len(dataset)), chunksize=64)
         for fault in tqdm(faults, "checking", len(dataset), leave=False, disable=None):
             if fault:
                 tqdm.write(fault)
-                count += 1
-    print(f"{dataset.name}: {total - count:,} of {total:,} samples are good, {count:,} are not")
-    return count
+                num_bad += 1
+    num_good = total - num_bad
+    print(f"{dataset.name}: {num_good:,} of {total:,} samples are good, {num_bad:,} are not")
+    return num_bad
 
 
 def export_shards(
@@ -113,7 +115,8 @@ def export_shards(
 
 def _members_of(dataset: PairDataset, i: int, kind: str) -> dict[str, str | bytes]:
     """A pair in the form that webdataset's writer takes."""
-    captions, key = dataset.captions(i), dataset.keys[i]
+    captions = dataset.captions(i)
+    key = dataset.keys[i]
     picture = io.BytesIO()
     dataset.image(i).save(picture, FORMATS[kind], quality=95)
     about: dict[str, Any] = {"caption": captions[0], "captions": list(captions), "key": key}

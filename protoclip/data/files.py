@@ -1,6 +1,6 @@
-"""Files that appear complete or not at all: local copies of shards from urls, and safe writes.
+"""Files that appear complete or not at all: local copies of shards from URLs, and safe writes.
 
-fsspec's file cache makes each copy in a folder named by the hash of its url. One process of a
+fsspec's file cache makes each copy in a folder named by the hash of its URL. One process of a
 machine fetches it while the others wait. Copies stay until the user deletes them.
 """
 
@@ -25,13 +25,13 @@ from protoclip.paths import cache_dir
 # A part of fsspec's protocols; some of the others start processes.
 PROTOCOLS = ("http", "https", "s3", "gs", "hf", "file")
 STALL = 60.0  # seconds without a byte before a download fails
-_copies: dict[str, str] = {}  # url -> path of the copies that this process has used
+_copies: dict[str, str] = {}  # URL -> path of the copies that this process has used
 _coming: set[str] = set()
 os.register_at_fork(after_in_child=_coming.clear)  # threads do not survive a fork
 
 
 def is_remote(shard: str) -> bool:
-    """Whether a shard is a url rather than a path."""
+    """Whether a shard is a URL rather than a path."""
     return "://" in shard
 
 
@@ -45,7 +45,7 @@ def local_copy(url: str) -> str:
     protocol = url.partition("://")[0]
     if protocol not in PROTOCOLS:
         raise DataError(
-            f"{url}: expected a url of {', '.join(PROTOCOLS)}, got {protocol}; copy the shard to "
+            f"{url}: expected a URL of {', '.join(PROTOCOLS)}, got {protocol}; copy the shard to "
             "a disk, or train with protoclip openclip, whose pipeline reads more"
         )
     digest = hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()
@@ -100,8 +100,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def printable(name: str) -> str:
-    """A file's name, or other text, without the surrogates that no file can hold: bytes of a name
-    that are not UTF-8 become escapes such as \\xe9, others the replacement character."""
+    """A file's name, or other text, without surrogates, which cannot be written to a file: bytes of
+    a name that are not UTF-8 become escapes such as \\xe9, others the replacement character."""
 
     def escaped(match: re.Match[str]) -> str:
         byte = ord(match[0]) - 0xDC00  # Python's surrogateescape
@@ -132,7 +132,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors completely or not at all, readable by others as other files are.
+    """Write tensors completely or not at all, with the usual permissions.
 
     Raises:
         OSError: the folder is missing, the disk is full, ...
@@ -149,7 +149,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             if number := re.search(r"\(os error (\d+)\)", str(error)):
                 raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
             raise
-        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+        temporary.chmod(0o644)  # safetensors creates files that only their owner can read
 
 
 def write_atomic(path: Path, text: str) -> None:

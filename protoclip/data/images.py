@@ -114,7 +114,7 @@ def draw_svgs(svgs: Sequence[str], path: Path, side: int) -> np.ndarray:
 
 
 def _drawing_pool(parts: int) -> Executor:
-    """resvg holds Python's lock, so cores need processes; forked ones share what is drawn."""
+    """Processes, as resvg holds Python's lock; forked ones share the pictures."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = min(len(affinity(0)) if affinity else os.cpu_count() or 1, parts)
     if cores > 1 and sys.platform == "linux":
@@ -128,7 +128,8 @@ _drawing: dict[str, Any] = {}  # the SVG texts and the pictures of the running `
 def _draw_part(start: int) -> None:
     from resvg_py import svg_to_bytes
 
-    svgs, pictures = _drawing["svgs"], _drawing["pictures"]
+    svgs = _drawing["svgs"]
+    pictures = _drawing["pictures"]
     side = pictures.shape[1]
     for i in range(start, min(start + DRAWN_AT_ONCE, len(svgs))):
         try:

@@ -23,8 +23,8 @@ from protoclip.seeds import mix
 
 STREAM_BUFFER = 10_000  # samples; the default window of remote shards (--shuffle-buffer)
 AHEAD = 16  # batches whose shards are fetched in advance
-ATTEMPTS = 50  # a batch may meet this many bad samples more than its size
-PATIENCE = 2.0  # seconds between a worker's silence and the notice of its death
+ATTEMPTS = 50  # bad samples tolerated beyond the batch size
+PATIENCE = 2.0  # seconds to wait for the death of a worker that has stopped answering
 CRASHES = 3  # worker deaths at the same batch before the run ends
 NAMED = 20  # bad samples reported one by one
 Tokenizer = Callable[[list[str]], Tensor]
@@ -36,15 +36,15 @@ class EpochOrder:
 
     Args:
         dataset: N pairs, with ``shard_of``, int [N], if it consists of shards.
-        shuffle_buffer: samples in the window that is mixed; 0: all; -1: all, but
-            ``STREAM_BUFFER`` if shards come from urls.
+        shuffle_buffer: samples in the window that is shuffled; 0: all; -1: all, or
+            ``STREAM_BUFFER`` if shards come from URLs.
     """
 
     def __init__(self, dataset: Any, shuffle_buffer: int = -1) -> None:
-        self.size = count = len(dataset)
-        shard = getattr(dataset, "shard_of", np.zeros(count))
+        self.size = len(dataset)
+        shard = getattr(dataset, "shard_of", np.zeros(self.size))
         # Runs of neighbours in the same shard; without shards the data set is one run.
-        edges = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), count]
+        edges = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), self.size]
         self.runs = list(itertools.pairwise(edges))
         remote = getattr(dataset, "remote", False)
         self.window = STREAM_BUFFER if shuffle_buffer < 0 and remote else max(0, shuffle_buffer)
@@ -54,7 +54,8 @@ class EpochOrder:
         if not self.window:
             return torch.randperm(self.size, generator=random)
         order = torch.randperm(len(self.runs), generator=random).tolist()
-        positions = torch.cat([torch.arange(*self.runs[run]) for run in order])
+        runs = [self.runs[number] for number in order]
+        positions = torch.cat([torch.arange(start, stop) for start, stop in runs])
         # No sample moves by more than the window, as with a shuffle buffer.
         moved = torch.rand(self.size, generator=random, dtype=torch.float64) * self.window
         return positions[(torch.arange(self.size) + moved).argsort(stable=True)]
@@ -69,7 +70,9 @@ class Faults:
     def __init__(
         self, dataset: PairDataset, max_fraction: float, report: Callable[[str], Any] = print
     ) -> None:
-        self.name, self.max_fraction, self.report = dataset.name, max_fraction, report
+        self.name = dataset.name
+        self.max_fraction = max_fraction
+        self.report = report
         self.known = len(getattr(dataset, "skipped", ()))
         self.total = len(dataset) + self.known
         self.positions: set[int] = set()
@@ -150,24 +153,27 @@ class _Source:
     replace_bad: bool
 
     def load(self, first: int) -> Batch:
-        positions, numbers = self.draws.positions.numpy(), self.draws.numbers
+        positions = self.draws.positions.numpy()
         index = positions[first : first + self.batch_size].copy()
-        own = slice(first, first + len(index))
         if (prefetch := getattr(self.dataset, "prefetch", None)) is not None:
             prefetch(positions[first : first + AHEAD * self.batch_size])
-        draws = np.arange(own.start, own.stop) if numbers is None else numbers[own].numpy()
+        if self.draws.numbers is None:
+            draws = np.arange(first, first + len(index))
+        else:
+            draws = self.draws.numbers[first : first + len(index)].numpy()
         texts: list[str] = []
         pictures: list[Tensor] = []
         bad: list[tuple[int, str]] = []
-        whole = self.transform
-        one = whole.pixels if isinstance(whole, Transform) else whole
+        of_picture = self.transform
+        if isinstance(of_picture, Transform):  # normalises the batch, below
+            of_picture = of_picture.pixels
         with torch.random.fork_rng(devices=[]):
             for row, die in enumerate(mix(self.draws.seed, draws).tolist()):
                 while len(pictures) == row:
                     try:
                         captions = self.dataset.captions(int(index[row]))
                         torch.default_generator.manual_seed(die)
-                        pictures.append(one(self.dataset.image(int(index[row]))))
+                        pictures.append(of_picture(self.dataset.image(int(index[row]))))
                         texts.append(self._choose(captions, die))
                     except DataError as error:
                         if not self.replace_bad or len(bad) == ATTEMPTS + self.batch_size:
@@ -175,8 +181,8 @@ class _Source:
                         bad.append((int(index[row]), str(error)))
                         index[row] = self._another(die, len(bad), index)
         images = torch.stack(pictures)
-        if isinstance(whole, Transform):
-            images = whole.normalise(images)
+        if isinstance(self.transform, Transform):
+            images = self.transform.normalise(images)
         return Batch(torch.from_numpy(index), images, self.tokenizer(texts), tuple(bad))
 
     def _choose(self, captions: Sequence[str], die: int) -> str:
@@ -201,7 +207,8 @@ class _Source:
 
 def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]:
     """Yield batches in order; replace dead workers and continue where they stopped."""
-    done, crashes = 0, 0
+    done = 0
+    crashes = 0
     while done < len(firsts):
         loader: torch.utils.data.DataLoader[Batch | DataError] = torch.utils.data.DataLoader(
             source,  # type: ignore[arg-type]
@@ -226,7 +233,8 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
                 if isinstance(batch, DataError):
                     raise batch
                 yield batch
-                done, crashes = done + 1, 0
+                done += 1
+                crashes = 0
             return
         except (RuntimeError, OSError, EOFError) as error:
             # Other than torch's own messages: the connection that carries a tensor is gone.
@@ -249,7 +257,7 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
 
 
 def _ignore_signals(worker: int) -> None:
-    """Signals to the group are for the training process, which still needs its step's batches."""
+    """Leave signals to the training process, which still needs the batches of its step."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

@@ -47,7 +47,8 @@ class ShapesDataset:
         self.name = f"builtin:shapes:{count}"
         self.keys: Sequence[str] = StringTable(f"shape-{i}" for i in range(count))
         self.image_size = image_size
-        shape, colour = (self._field(f, np.arange(count)) for f in (0, 1))
+        shape = self._field(FIELDS.index(tuple(SHAPES)), np.arange(count))
+        colour = self._field(FIELDS.index(COLOURS), np.arange(count))
         pairs = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
         self.labels: Mapping[str, Labels] = {
             "group": Labels(torch.from_numpy(shape), tuple(SHAPES)),
@@ -82,8 +83,9 @@ class ShapesDataset:
         scale = 2 * self.image_size  # drawn at twice the size and reduced, for smooth edges
         radius = scale * SIZES[size] * dice.uniform(0.9, 1.1)
         x, y = (scale * (c + dice.uniform(-0.03, 0.03)) for c in POSITIONS[place])
-        start, (points, inner) = dice.uniform(-0.2, 0.2), SHAPES[shape]
-        radii = radius, radius * (inner or math.cos(math.pi / points))
+        start = dice.uniform(-0.2, 0.2)
+        points, inner = SHAPES[shape]
+        radii = (radius, radius * (inner or math.cos(math.pi / points)))
         corners = [
             (x + radii[k % 2] * math.sin(turn), y - radii[k % 2] * math.cos(turn))
             for k in range(2 * points)

@@ -22,12 +22,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from protoclip.config import parse_json
 from protoclip.data.files import fetch_ahead, is_remote, lines_of, local_copy, write_atomic
 from protoclip.data.images import decode
 from protoclip.data.tables import MAX_CAPTION
 from protoclip.data.types import DataError, Labels, StringTable
 from protoclip.distributed import gather_objects, is_distributed, rank, world_size
+from protoclip.json_text import parse_json
 from protoclip.paths import cache_dir
 
 IMAGE_KINDS = ("jpg", "png", "jpeg", "webp")
@@ -45,12 +45,12 @@ class ShardDataset:
 
     A pair is jpg | png | jpeg | webp with txt (one caption per line) or json ("caption", or a list
     "captions") under one key; txt is used unless the json has a list. Other samples are skipped
-    with a warning. Shards from urls are copied when they are needed.
+    with a warning. Shards from URLs are copied when they are needed.
 
     Attributes:
         skipped: (shard, key, reason) of each sample left out.
         shard_of: number of each pair's shard, int32 [N].
-        remote: whether any shard comes from a url.
+        remote: whether any shard comes from a URL.
     """
 
     labels: Mapping[str, Labels] = {}
@@ -142,8 +142,10 @@ def expand(spec: str) -> tuple[str, ...]:
     shards: list[str] = []
     for source in spec.split("::"):
         if source.startswith("pipe:"):
-            remedy = "give a url or a file, or train with protoclip openclip"
-            raise DataError(f"data {source!r} would run a shell command; {remedy}")
+            raise DataError(
+                f"data {source!r} would run a shell command; give a URL or a file, or train with "
+                "protoclip openclip"
+            )
         try:
             patterns = expand_urls(source)
         except ValueError as error:
@@ -206,7 +208,7 @@ def _on_all(make: Callable[[], Any]) -> list[Any]:
 def shard_index(shard: str) -> ShardIndex:
     """The index of a shard: from the cache if the file is unchanged, else from the tar's headers.
 
-    The content behind a url is assumed not to change, so a known url is not read again.
+    The content behind a URL is assumed not to change, so a known URL is not read again.
     """
     with contextlib.suppress(OSError, ValueError, TypeError):  # never written, or damaged
         size, keys, places, skipped = json.loads(_cached(shard).read_text(encoding="utf-8"))

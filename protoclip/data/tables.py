@@ -129,8 +129,10 @@ def read_table(
                     fault += "row, or quote values that contain the separator or a line break"
                     yield reader.line_num, [], fault
     except LookupError as error:
-        known = "expected one that Python knows, such as latin-1 or utf-16"
-        raise DataError(f"--encoding: {known}, got {encoding!r}") from error
+        raise DataError(
+            f"--encoding: expected one that Python knows, such as latin-1 or utf-16, got "
+            f"{encoding!r}"
+        ) from error
     except OSError as error:
         raise DataError(f"{name}: {error.strerror}; check the path") from error
     except UnicodeError as error:

@@ -49,9 +49,12 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
-        parts = (self.index, self.image, self.tokens)
-        index, image, tokens = (part.to(device, non_blocking=non_blocking) for part in parts)
-        return Batch(index, image, tokens, self.bad)
+        return Batch(
+            index=self.index.to(device, non_blocking=non_blocking),
+            image=self.image.to(device, non_blocking=non_blocking),
+            tokens=self.tokens.to(device, non_blocking=non_blocking),
+            bad=self.bad,
+        )
 
 
 class PairDataset(Protocol):
@@ -77,7 +80,8 @@ class StringTable(Sequence[str]):
     """
 
     def __init__(self, strings: Iterable[str]) -> None:
-        data, ends = bytearray(), array("q", [0])
+        data = bytearray()
+        ends = array("q", [0])
         for string in strings:
             data += string.encode("utf-8", "surrogateescape")
             ends.append(len(data))

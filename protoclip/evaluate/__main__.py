@@ -48,30 +48,37 @@ def run(args: argparse.Namespace) -> None:
         if args.tasks not in ("", "all"):
             raise ValueError(f"--tasks {task}: {reason} ({data}); leave that task out")
         notes.append(f"Without {task}: {reason}.")
-    seconds, started = {"loading": time.perf_counter() - started}, time.perf_counter()
+    loaded_at = time.perf_counter()
     with open_encoder(loaded.model, args, "evaluating") as encoder:
         sets, train = tasks.encode_sets(encoder, layout, wanted)
-        found = tasks.evaluate_features(sets, train, tasks=wanted, protocol=args.protocol)
+        trained = tasks.evaluate_features(sets, train, tasks=wanted, protocol=args.protocol)
     if not distributed.is_main():
         return
-    seconds["evaluation"] = took = time.perf_counter() - started
-    peak = tasks.peak_memory_bytes(encoder.device)
-    outcome = results.Outcome(data, loaded.name, loaded.pretrained, found, None, seconds, peak)
+    took = time.perf_counter() - loaded_at
+    outcome = results.Outcome(
+        data=data,
+        model=loaded.name,
+        pretrained=loaded.pretrained,
+        trained=trained,
+        seconds={"loading": loaded_at - started, "evaluation": took},
+        peak_memory_bytes=tasks.peak_memory_bytes(encoder.device),
+    )
     if output.is_file() and not args.tasks:
         earlier = results.read_results(output)
         if earlier.data == data and earlier.untrained is not None:
             # The values from training belong in the same table.
             outcome = dataclasses.replace(
-                earlier, trained=found, model=loaded.name, pretrained=loaded.pretrained
+                earlier, trained=trained, model=loaded.name, pretrained=loaded.pretrained
             )
     output.parent.mkdir(parents=True, exist_ok=True)
     results.write_results(output, outcome)
     folder = output.parent / "clip_benchmark"
     results.write_records(folder, outcome)
     ranks = distributed.world_size()
-    words = f" on {ranks} ranks" if ranks > 1 else ""
-    notes.append(f"Evaluated in {took:.1f} s{words}, written to {output}")
-    print(results.format_table(outcome), *notes, f"CLIP_benchmark's JSON: {folder}", sep="\n")
+    on_ranks = f" on {ranks} ranks" if ranks > 1 else ""
+    notes.append(f"Evaluated in {took:.1f} s{on_ranks}, written to {output}")
+    notes.append(f"CLIP_benchmark's JSON: {folder}")
+    print("\n".join([results.format_table(outcome), *notes]))
 
 
 def _own_data(config: TrainConfig | None) -> str:
@@ -86,8 +93,10 @@ def _own_data(config: TrainConfig | None) -> str:
 
 def _output(args: argparse.Namespace) -> Path:
     """results.json of the run for its own evaluation, a longer name for any other one."""
-    path, protocol = Path(args.what), args.protocol.replace(PROTOCOLS[0], "")
-    parts, folder = ["results", args.data, args.tasks, protocol], path
+    path = Path(args.what)
+    folder = path
+    protocol = args.protocol.replace(PROTOCOLS[0], "")
+    parts = ["results", args.data, args.tasks, protocol]
     if not path.is_dir():
         folder = path.parent if path.is_file() else Path(".")
         parts = [path.stem if path.is_file() else f"{args.what}-{args.pretrained}", *parts]

@@ -69,10 +69,11 @@ def open_layout(
         csv_label_key: column of the class in a table.
     """
     if data.startswith("builtin:"):
-        test, train = (open_dataset(data, split, **open_kwargs) for split in ("heldout", "train"))
+        test = open_dataset(data, "heldout", **open_kwargs)
+        train = open_dataset(data, "train", **open_kwargs)
         if data == "builtin:icons":
-            return Layout(test, train, NAMES, 1, parts=_icon_parts())
-        return Layout(test, train, TEMPLATES, 1, "HO", "Held-out pairs")
+            return Layout(test, train, NAMES, captions=1, parts=_icon_parts())
+        return Layout(test, train, TEMPLATES, captions=1, key="HO", title="Held-out pairs")
     words: Sequence[str] = read_templates(templates)
     root = Path(data)
     if root.is_dir() and not any(root.glob("*.tar")):
@@ -81,9 +82,14 @@ def open_layout(
         sources.index_together(data)
     dataset: Any = open_dataset(data, **open_kwargs)
     if csv_label_key and data.lower().endswith((".csv", ".tsv")):
-        form = open_kwargs.get("csv_separator", "\t"), open_kwargs.get("csv_encoding", "utf-8")
+        rows = read_table(
+            data,
+            (csv_label_key,),
+            separator=open_kwargs.get("csv_separator", "\t"),
+            encoding=open_kwargs.get("csv_encoding", "utf-8"),
+        )
         values = []
-        for line, row, fault in read_table(data, (csv_label_key,), *form):
+        for line, row, fault in rows:
             if fault:
                 raise DataError(f"{data}, line {line}: {fault}")
             values.append(row[0].strip())
@@ -101,7 +107,8 @@ def _icon_parts() -> dict[str, Part]:
     """
     icons = builtin_icons()
     concepts = icons.labels["concept"].ids
-    new_family, new_concept = in_heldout_family(icons), heldout_concepts(icons)
+    new_family = in_heldout_family(icons)
+    new_concept = heldout_concepts(icons)
     trained = np.isin(concepts.numpy(), concepts[torch.from_numpy(~new_family & ~new_concept)])
     pairs = torch.stack([concepts, icons.families.ids], dim=1).unique(dim=0)
     drawn_by = torch.bincount(pairs[:, 0], minlength=len(icons.labels["concept"].names))
@@ -133,7 +140,8 @@ def _image_folder(root: Path, split: str, words: Sequence[str]) -> Layout:
         raise DataError(f"--split {split}: no folder {chosen}; name one that holds class folders")
     with_train = chosen not in (root, train) and train.is_dir()
     folders = sorted({*_class_folders(chosen), *(_class_folders(train) if with_train else ())})
-    names, path = [printable(name) for name in folders], root / "classnames.txt"
+    names = [printable(name) for name in folders]
+    path = root / "classnames.txt"
     if path.is_file():
         names = [name.strip() for name in lines_of(path.read_text(encoding="utf-8").rstrip())]
     elif len(folders) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in folders):
@@ -151,10 +159,10 @@ def _image_folder(root: Path, split: str, words: Sequence[str]) -> Layout:
 
 def _class_folders(root: Path) -> list[str]:
     """Names of the class folders, sorted: ids follow their order."""
-    found = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not found:
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names:
         raise DataError(f"{root}: no class folders; expected {root}/CLASS/picture.png")
-    return found
+    return names
 
 
 class ImageFolder:
@@ -167,14 +175,14 @@ class ImageFolder:
     def __init__(self, root: Path, folders: Sequence[str], names: Sequence[str]) -> None:
         self.name = str(root)
         self.others: Counter[str] = Counter()  # regular files that are not pictures, by ending
-        self.odd: Counter[str] = Counter()  # what else was left out, by reason
-        kinds = Image.registered_extensions()
+        self.odd: Counter[str] = Counter()  # everything else that was left out, by reason
+        formats = Image.registered_extensions()
         self._found: list[tuple[str, int]] = []  # path and class
         for label, folder in enumerate(folders):
             for path in _regular_files(os.path.join(root, folder), self.odd):
                 ending = Path(path).suffix.lower()
                 # Pillow also lists documents, videos and tables, which it cannot open by itself.
-                if Image.MIME.get(kinds.get(ending, ""), "").startswith("image/"):
+                if Image.MIME.get(formats.get(ending, ""), "").startswith("image/"):
                     self._found.append((path, label))
                 elif not Path(path).name.startswith("."):
                     self.others[ending or "without an ending"] += 1
@@ -190,8 +198,8 @@ class ImageFolder:
         return len(self._found)
 
     def captions(self, i: int) -> tuple[str, ...]:
-        known = self.labels.get(LABEL)
-        return (known.names[self._found[i][1]] if known else printable(self.keys[i]),)
+        classes = self.labels.get(LABEL)
+        return (classes.names[self._found[i][1]] if classes else printable(self.keys[i]),)
 
     def path(self, i: int) -> str:
         """The path of picture ``i``."""
@@ -232,11 +240,12 @@ def _regular_files(root: str, odd: Counter[str]) -> list[str]:
 
     while waiting or links:
         if not waiting:  # links come last, so that they give way to what they point to
-            later, links = sorted(links, key=lambda entry: entry.path), []
-            for entry in later:
+            pending = sorted(links, key=lambda entry: entry.path)
+            links = []
+            for entry in pending:
                 try:
                     take(entry, os.path.realpath(entry.path))
-                except OSError:  # it leads to itself, or through a folder that is closed to us
+                except OSError:  # it leads to itself, or through a folder that we cannot read
                     odd["broken link"] += 1
             continue
         folder, real = waiting.pop()
@@ -250,22 +259,23 @@ def _regular_files(root: str, odd: Counter[str]) -> list[str]:
                 links.append(entry)
             else:
                 take(entry, os.path.join(real, entry.name))
-    return [os.path.join(*place) for place in sorted(files)]
+    return [os.path.join(folder, name) for folder, name in sorted(files)]
 
 
-def read_templates(given: str) -> tuple[str, ...]:
+def read_templates(source: str) -> tuple[str, ...]:
     """Prompts with "{}" for the class: "openai" (OpenCLIP's 80 for ImageNet), "simple" (its 7), or
     those of a file, one per line, with "{}" or CLIP_benchmark's "{c}"."""
-    if given in ("openai", "simple"):
-        many, few = open_clip.OPENAI_IMAGENET_TEMPLATES, open_clip.SIMPLE_IMAGENET_TEMPLATES
-        return tuple(template("{}") for template in (few if given == "simple" else many))
-    if not os.path.isfile(given):
-        raise DataError(f"--templates: expected openai, simple or a file, found no file {given!r}")
-    lines = lines_of(Path(given).read_text(encoding="utf-8"))
+    if source == "openai":
+        return tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
+    if source == "simple":
+        return tuple(template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES)
+    if not os.path.isfile(source):
+        raise DataError(f"--templates: expected openai, simple or a file, found no file {source!r}")
+    lines = lines_of(Path(source).read_text(encoding="utf-8"))
     words = [line.strip().replace("{c}", "{}") for line in lines if line.strip()]
     bad = [word for word in words if word.count("{}") != 1]
     if bad or not words:
-        raise DataError(f"{given}: expected one template a line with {{c}}, got {bad[:1]}")
+        raise DataError(f"{source}: expected one template a line with {{c}}, got {bad[:1]}")
     return tuple(words)
 
 

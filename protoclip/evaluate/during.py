@@ -34,7 +34,8 @@ class Evaluation:
     def __init__(
         self, config: TrainConfig, device: torch.device, precision: str, phases: Phases
     ) -> None:
-        self.device, self.phases = device, phases
+        self.device = device
+        self.phases = phases
         self.autocast = autocast_for(precision, device)
         self.workers = config.data.workers
         self.arguments = open_arguments(config)

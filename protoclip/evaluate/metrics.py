@@ -57,8 +57,8 @@ def retrieval(
 def recalls(ranks: tuple[Tensor, Tensor], ks: Sequence[int] = (1, 5, 10)) -> dict[str, Tensor]:
     """``retrieval``'s ranks -> 0 or 1 per query, by CLIP_benchmark's name of their mean."""
     return {
-        f"{answers}_retrieval_recall@{k}": (own <= k).float()
-        for answers, own in zip(("text", "image"), ranks, strict=True)
+        f"{answers}_retrieval_recall@{k}": (ranks_of_queries <= k).float()
+        for answers, ranks_of_queries in zip(("text", "image"), ranks, strict=True)
         for k in ks
     }
 
@@ -95,13 +95,14 @@ def classify(features: Tensor, labels: Tensor, num_classes: int, score: Score) -
     """
     labels = labels.to(features.device)
     ranks = _ranks(features, score, labels, torch.arange(num_classes, device=features.device))
-    first, five = (ranks <= 1).float(), (ranks <= 5).float()
+    in_first = (ranks <= 1).float()
+    in_five = (ranks <= 5).float()
     size = labels.bincount()
     weight = len(labels) / ((size > 0).sum() * size[labels])  # classes count equally
     return {
-        "acc1": first,
-        "acc5": five if num_classes >= 5 else five[:0],
-        MEAN_PER_CLASS: first * weight,
+        "acc1": in_first,
+        "acc5": in_five if num_classes >= 5 else in_five[:0],
+        MEAN_PER_CLASS: in_first * weight,
     }
 
 
@@ -121,16 +122,19 @@ def fit_linear_probe(
     if not bool(torch.isfinite(features).all()):
         raise ValueError("fit_linear_probe: features hold NaN or infinity; check the model first")
     x = features.float()
-    mean, std = x.mean(0), x.std(0, correction=0)
+    mean = x.mean(0)
+    std = x.std(0, correction=0)
     # Columns that are constant up to rounding would be noise blown up to unit variance.
     std = torch.where(std > 1e-6 * x.abs().amax(0), std, torch.inf)
-    x, y = (x - mean) / std, labels.to(x.device)
+    x = (x - mean) / std
+    y = labels.to(x.device)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
     judge, train = order.tensor_split([max(1, round(0.2 * len(x)))])
     layer = zero = nn.Linear(x.shape[1], num_classes, device=x.device)
     for tensor in zero.parameters():
         nn.init.zeros_(tensor)
-    path, losses = sorted(penalties, reverse=True), []
+    path = sorted(penalties, reverse=True)
+    losses: list[float] = []
     for penalty in path:
         layer = _fit(x[train], y[train], penalty, layer)
         losses.append(float(F.cross_entropy(layer(x[judge]), y[judge])))
@@ -158,8 +162,8 @@ def _fit(x: Tensor, y: Tensor, penalty: float, start: nn.Linear) -> nn.Linear:
         optimizer.zero_grad()
         loss = 0.5 * penalty * layer.weight.square().sum()
         loss.backward()
-        for rows, own in zip(x.split(step), y.split(step), strict=True):
-            part = F.cross_entropy(layer(rows), own, reduction="sum") / len(x)
+        for rows, targets in zip(x.split(step), y.split(step), strict=True):
+            part = F.cross_entropy(layer(rows), targets, reduction="sum") / len(x)
             part.backward()
             loss = loss.detach() + part.detach()
         return loss
@@ -177,18 +181,19 @@ def paper_linear_probe(
     batch_size: int = 1024,
     seed: int = 0,
 ) -> tuple[dict[str, Tensor], int]:
-    """The linear probe of ProtoCLIP's authors: SGD on the features, the *best test epoch* counts.
+    """The linear probe of ProtoCLIP's authors: SGD, scored at its *best test epoch*.
 
     Momentum 0.9, weight decay 1e-6, cosine to 0 by epoch, batches in the given order (the authors'
     loader does not shuffle, so data sorted by class arrives class by class). Choosing the epoch on
-    the test set gives too high numbers: use ``fit_linear_probe`` for your own.
+    the test set inflates the numbers: use ``fit_linear_probe`` for your own.
 
     Returns:
         ``classify`` of the best epoch, and its number from 1.
     Source:
         megvii-research/protoclip, evaluations/linear_eval.py, logistic_regression_pytorch.
     """
-    x, y = train[0].float(), train[1].to(train[0].device)
+    x = train[0].float()
+    y = train[1].to(x.device)
     layer = nn.Linear(x.shape[1], num_classes)
     random = torch.Generator().manual_seed(seed)
     layer.weight.data = 0.01 * torch.randn(layer.weight.shape, generator=random)
@@ -196,17 +201,17 @@ def paper_linear_probe(
     layer.to(x.device)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-6)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=0)
-    found: list[dict[str, Tensor]] = []
+    scores: list[dict[str, Tensor]] = []
     for _ in range(epochs):
-        for rows, own in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        for rows, targets in zip(x.split(batch_size), y.split(batch_size), strict=True):
             optimizer.zero_grad()
-            F.cross_entropy(layer(rows), own).backward()
+            F.cross_entropy(layer(rows), targets).backward()
             optimizer.step()
         schedule.step()
         with torch.no_grad():
-            found.append(classify(test[0].float(), test[1], num_classes, layer))
-    best = max(range(epochs), key=lambda epoch: float(found[epoch]["acc1"].sum()))
-    return found[best], best + 1
+            scores.append(classify(test[0].float(), test[1], num_classes, layer))
+    best = max(range(epochs), key=lambda epoch: float(scores[epoch]["acc1"].sum()))
+    return scores[best], best + 1
 
 
 def fit_knn(
@@ -222,11 +227,13 @@ def fit_knn(
     from sklearn.neighbors import NearestNeighbors
 
     count = min(k, len(train))
-    known = NearestNeighbors(n_neighbors=count, metric="cosine", algorithm="brute")
-    known.fit(unit(train).cpu().numpy())
+    neighbours = NearestNeighbors(n_neighbors=count, metric="cosine", algorithm="brute")
+    neighbours.fit(unit(train).cpu().numpy())
 
     def votes(queries: Tensor) -> Tensor:
-        distance, nearest = map(torch.from_numpy, known.kneighbors(unit(queries).cpu().numpy()))
+        distance, nearest = map(
+            torch.from_numpy, neighbours.kneighbors(unit(queries).cpu().numpy())
+        )
         shares = torch.softmax(-distance.double() / temperature, dim=1)
         out = shares.new_zeros(len(queries), num_classes)
         return out.scatter_add_(1, labels.cpu()[nearest], shares).to(queries.device)
@@ -244,14 +251,21 @@ def group_scores(
     """
     from sklearn import metrics
 
-    points, truth, k = unit(features), labels.cpu().numpy(), len(labels.unique())
-    found = [kmeans(points, k, seed=seed, init="k-means++").labels.cpu().numpy() for seed in seeds]
+    points = unit(features)
+    truth = labels.cpu().numpy()
+    k = len(labels.unique())
+    groupings = [
+        kmeans(points, k, seed=seed, init="k-means++").labels.cpu().numpy() for seed in seeds
+    ]
     scores = {
         "ari": metrics.adjusted_rand_score,
         "ami": metrics.adjusted_mutual_info_score,
         "nmi": metrics.normalized_mutual_info_score,
     }
-    return {name: float(np.mean([f(truth, one) for one in found])) for name, f in scores.items()}
+    return {
+        name: float(np.mean([score(truth, groups) for groups in groupings]))
+        for name, score in scores.items()
+    }
 
 
 def modality_gap(image: Tensor, text: Tensor) -> float:
@@ -289,13 +303,14 @@ def bootstrap_intervals(
     """
     out: dict[str, tuple[float, float]] = {}
     for n in {len(values) for values in samples.values()} - {0}:
-        own = {name: values for name, values in samples.items() if len(values) == n}
-        values = torch.stack(list(own.values()), dim=1).cpu().double()  # [N, S]
-        generator, means = torch.Generator().manual_seed(seed), []
+        names = [name for name, values in samples.items() if len(values) == n]
+        values = torch.stack([samples[name] for name in names], dim=1).cpu().double()  # [N, S]
+        generator = torch.Generator().manual_seed(seed)
+        means = []
         for part in torch.arange(resamples).split(max(1, DRAWS_AT_ONCE // n)):
             rows = torch.randint(n, (len(part), n), generator=generator)
             times = values.new_zeros(rows.shape).scatter_add_(1, rows, values.new_ones(rows.shape))
             means.append(times @ values / n)  # [R, S]
-        ends = torch.cat(means).quantile(values.new_tensor([0.025, 0.975]), dim=0)  # [2, S]
-        out |= dict(zip(own, zip(*ends.tolist(), strict=True), strict=True))
+        low, high = torch.cat(means).quantile(values.new_tensor([0.025, 0.975]), dim=0).tolist()
+        out |= {name: (low[i], high[i]) for i, name in enumerate(names)}
     return out

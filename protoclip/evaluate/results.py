@@ -7,13 +7,13 @@ import json
 import math
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from protoclip.config import parse_json
 from protoclip.data.files import write_atomic
+from protoclip.json_text import parse_json
 
 ROWS = {  # metric -> its row in a table; {}: the label before the metric's name
     "text_retrieval_recall@1": "image -> text R@1",
@@ -81,9 +81,9 @@ class Outcome:
 
     @property
     def beside(self) -> dict[str, Results]:
-        """The known results to show beside the trained model."""
-        known = {**self.floors, "untrained": self.untrained}
-        return {name: found for name, found in known.items() if found}
+        """The results to show beside the trained model, those that there are."""
+        columns = {**self.floors, "untrained": self.untrained}
+        return {name: results for name, results in columns.items() if results}
 
 
 def format_table(outcome: Outcome, baseline: Outcome | None = None) -> str:
@@ -91,28 +91,37 @@ def format_table(outcome: Outcome, baseline: Outcome | None = None) -> str:
 
     Other columns show the floors, the untrained model and the baseline, if known.
     """
-    known = outcome.beside | ({"CLIP": baseline.trained} if baseline else {})
-    heads = [*known, "trained", "95 % interval"]
-    if known:  # the difference to the last of the other columns
+    columns = dict(outcome.beside)
+    if baseline is not None:
+        columns["CLIP"] = baseline.trained
+    heads = [*columns, "trained", "95 % interval"]
+    widths = [max(len(head) + 1, 7) for head in [*columns, "trained"]] + [16]
+    if columns:  # the difference to the last of the other columns
         heads.append("to CLIP" if baseline else "change")
-    widths = [max(len(head) + 1, 7) for head in [*known, "trained"]]
-    row = "  {:<27}" + "".join(f"{{:>{width}}}" for width in widths) + "{:>16}"
-    if known:
-        row += "{:>9}"
+        widths.append(9)
+
+    def line(words: str, cells: Sequence[str]) -> str:
+        padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)]
+        return f"  {words:<27}{''.join(padded)}"
+
     blocks = []
-    for key, one in outcome.trained.items():
-        lines = [f"{one.title} ({key}): {one.samples:,} images, {one.captions:,} captions"]
-        lines.append(row.format("", *heads))
-        others = [results.get(key, NOTHING) for results in known.values()]
-        for name, words in rows_of(one.metrics):
-            last, values = one.metrics[name], [o.metrics.get(name, math.nan) for o in others]
-            bounds = " .. ".join(map(number, one.intervals.get(name, ())))
-            cells = [*map(number, [*values, last]), bounds]
-            for value in values[-1:]:
-                chance = -1.0 if baseline is None else half_width(one, others[-1], name, baseline)
-                change = number(last - value, "+")
-                cells.append(f"({change})" if abs(last - value) <= chance else change)
-            lines.append(row.format(words, *cells).rstrip())
+    for key, trained in outcome.trained.items():
+        size = f"{trained.samples:,} images, {trained.captions:,} captions"
+        lines = [f"{trained.title} ({key}): {size}", line("", heads)]
+        beside = [results.get(key, NOTHING) for results in columns.values()]
+        for name, words in rows_of(trained.metrics):
+            value = trained.metrics[name]
+            values_beside = [results.metrics.get(name, math.nan) for results in beside]
+            cells = [number(x) for x in [*values_beside, value]]
+            cells.append(" .. ".join(map(number, trained.intervals.get(name, ()))))
+            if columns:
+                difference = value - values_beside[-1]
+                change = number(difference, "+")
+                if baseline is not None:
+                    chance = half_width(trained, beside[-1], name, baseline)
+                    change = f"({change})" if abs(difference) <= chance else change
+                cells.append(change)
+            lines.append(line(words, cells).rstrip())
         blocks.append("\n".join(lines))
     footer = []
     if outcome.floors:
@@ -127,7 +136,9 @@ def format_table(outcome: Outcome, baseline: Outcome | None = None) -> str:
         footer += textwrap.wrap(text, 98, subsequent_indent=" " * 6, break_on_hyphens=False)
     if outcome.peak_memory_bytes is not None:
         footer.append(f"Peak memory: {outcome.peak_memory_bytes / 2**20:,.0f} MiB")
-    return "\n\n".join([*blocks, *(["\n".join(footer)] if footer else [])])
+    if footer:
+        blocks.append("\n".join(footer))
+    return "\n\n".join(blocks)
 
 
 def half_width(mine: SetResults, theirs: SetResults, metric: str, baseline: Outcome) -> float:
@@ -136,15 +147,18 @@ def half_width(mine: SetResults, theirs: SetResults, metric: str, baseline: Outc
     With one seed each, as for independent samples; with several, that of one more baseline run.
     """
     sets = [theirs] if baseline.seeds > 1 else [mine, theirs]
-    bounds = [one.intervals.get(metric, (0.0, math.inf)) for one in sets]
+    bounds = [results.intervals.get(metric, (0.0, math.inf)) for results in sets]
     return math.hypot(*(high - low for low, high in bounds)) / 2
 
 
 def rows_of(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """(metric, words) of each row of a table."""
-    names = sorted(metrics, key=lambda name: not name.endswith(FIRST))  # the others in their order
-    parts = [(name, *name.rpartition("/")[::2]) for name in names]
-    return [(name, ROWS[key].format(label)) for name, label, key in parts if key in ROWS]
+    rows = []
+    for name in sorted(metrics, key=lambda name: not name.endswith(FIRST)):  # sorted is stable
+        label, _, metric = name.rpartition("/")
+        if metric in ROWS:
+            rows.append((name, ROWS[metric].format(label)))
+    return rows
 
 
 def number(value: float, sign: str = "") -> str:
@@ -185,12 +199,12 @@ def read_results(path: str | os.PathLike[str]) -> Outcome:
 
 
 def _read_sets(sets: Mapping[str, Any]) -> Results:
-    return {key: _read_set(one) for key, one in sets.items()}
+    return {key: _read_set(content) for key, content in sets.items()}
 
 
 def _read_set(content: Mapping[str, Any]) -> SetResults:
-    read = {name: math.nan if x is None else float(x) for name, x in content["metrics"].items()}
-    return SetResults(**{**content, "metrics": read})
+    metrics = {name: math.nan if x is None else float(x) for name, x in content["metrics"].items()}
+    return SetResults(**{**content, "metrics": metrics})
 
 
 def write_records(folder: Path, outcome: Outcome) -> None:
@@ -202,18 +216,20 @@ def write_records(folder: Path, outcome: Outcome) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = outcome.pretrained
     weights = os.path.basename(weights) if os.path.isfile(weights) else weights
-    for key, one in outcome.trained.items():
-        for label in dict.fromkeys(name.rpartition("/")[0] for name in one.metrics):
-            own = f"{label}/" if label else ""
+    for key, results in outcome.trained.items():
+        metrics = results.metrics
+        for label in dict.fromkeys(name.rpartition("/")[0] for name in metrics):
+            prefix = f"{label}/" if label else ""
             parts = [outcome.data, *(x for x in (key, label) if x not in ("ALL", "class", ""))]
             for task, names in RECORDS.items():
-                known = [name for name in names if own + name in one.metrics]
-                values: dict[str, Any] = {name: one.metrics[own + name] for name in known}
+                values: dict[str, Any] = {
+                    name: metrics[prefix + name] for name in names if prefix + name in metrics
+                }
                 if not values:
                     continue
                 if task == "linear_probe":  # ours uses all samples, not normalised
                     for name in ("weight_decay", "epochs"):
-                        values[name] = one.metrics[f"{own}lp_{name}"]
+                        values[name] = metrics[f"{prefix}lp_{name}"]
                     values |= {"seed": 0, "fewshot_k": -1, "normalized": False}
                 record = {
                     "dataset": "/".join(parts),

@@ -113,8 +113,11 @@ class ProtoLoss(nn.Module):
             features = {"image": projected.image, "text": projected.text}
             labels = episode.labels_of(index)
             with self.measure("prototypes"):
-                for name, external in (("proto_loss", False), ("external_loss", True)):
-                    sets = [item for item in episode.sets if (item.source == EXTERNAL) == external]
+                sets_of_term = {
+                    "proto_loss": [s for s in episode.sets if s.source != EXTERNAL],
+                    "external_loss": [s for s in episode.sets if s.source == EXTERNAL],
+                }
+                for name, sets in sets_of_term.items():
                     if weights[name] > 0 and sets:
                         term = prototype_term(
                             features, labels, sets, proto_scale, over_ranks=is_distributed()
@@ -159,8 +162,8 @@ def _to_others(rows: Tensor) -> Tensor:
     starting with the next row."""
     products = rows @ gathered_rows(rows).T
     b, g = products.shape
-    others = rank() * b + 1 + torch.arange(b, device=rows.device)[:, None]
-    return products.gather(1, (others + torch.arange(g - 1, device=rows.device)) % g)
+    next_row = rank() * b + 1 + torch.arange(b, device=rows.device)[:, None]
+    return products.gather(1, (next_row + torch.arange(g - 1, device=rows.device)) % g)
 
 
 def _normalise(features: Tensor) -> Tensor:

@@ -83,6 +83,9 @@ def promoted(*tensors: Tensor) -> list[Tensor]:
 
 def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """The dtype that torch promotes these operands to."""
+    dtype = tensors[0].dtype
+    if all(x.dtype == dtype for x in tensors):
+        return dtype  # promote_types is an op, which costs a call
     return functools.reduce(torch.promote_types, (x.dtype for x in tensors))
 
 

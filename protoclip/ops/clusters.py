@@ -72,20 +72,23 @@ def kmeans_assign(
 def assignment(
     points: Tensor, num_clusters: int, backend: str
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """``kmeans_assign`` of the same points to centroids [K, D] again and again, the same bits.
+    """``kmeans_assign`` of the same points to one set of centroids [K, D] after another, the same
+    bits.
 
-    What the products take of fp32 points is made once and kept. C++: 8-bit codes, N (D + 16)
-    bytes, where coding them is 4 % of an assignment or more. CUDA: two bfloat16 parts, 4 N D bytes;
-    Triton: one, 2 N D. A GPU always keeps them: a single assignment takes as much.
+    The form in which products take fp32 points is computed once and kept. C++: 8-bit codes,
+    N (D + 16) bytes, where coding takes 4 % of an assignment or more. CUDA: two bfloat16 parts,
+    4 N D bytes; Triton: one, 2 N D. A GPU always keeps them: a single assignment takes as much.
     """
-    op, fp32 = "kmeans_assign", points.dtype == torch.float32
-    name = resolve(op, backend, points.device.type, points.dtype) if fp32 else "reference"
+    name = "reference"
+    if points.dtype == torch.float32:
+        name = resolve("kmeans_assign", backend, points.device.type, points.dtype)
     if not len(points) or name == "reference" or (name == "cpu" and num_clusters > 1024):
         return partial(kmeans_assign, points, backend=backend)
     points = points.contiguous() if name == "cpu" else points
     functions = CLUSTERS[name].implementation
     assert functions.encode is not None and functions.assign_coded is not None
-    assign_coded, codes = functions.assign_coded, functions.encode(points)
+    assign_coded = functions.assign_coded
+    codes = functions.encode(points)
     return lambda centroids: assign_coded(points, centroids, *codes)
 
 

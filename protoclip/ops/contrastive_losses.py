@@ -152,7 +152,9 @@ def _match(
     if name == "reference":
         with without_autocast(x.device.type):
             rows, by_column = reference.matched(x, y, logit_scale, matched_pairs, columns)
-        gap, mean, num_positives = rows.gap, rows.mean, rows.num_positives
+        gap = rows.gap
+        mean = rows.mean
+        num_positives = rows.num_positives
         column_gap = None if by_column is None else by_column.gap
     else:
         differentiable = [x, y, logit_scale]
@@ -167,7 +169,8 @@ def _match(
             backend=name,
             keep_stash=keeps_stash(stash, *differentiable),
         )
-        gap, mean = matched.gap, matched.mean
+        gap = matched.gap
+        mean = matched.mean
         num_positives = matched.row_statistics[COUNT]
         column_gap = matched.column_gap if columns else None
     if matched_pairs.others is not None:

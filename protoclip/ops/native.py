@@ -60,10 +60,10 @@ def csrc() -> Path:
 
 
 def cpu_ops() -> Any:
-    """The ops that csrc/bindings.cpp registers; the library is built and loaded if need be.
+    """The ops that csrc/bindings.cpp registers; builds and loads the library if necessary.
 
     Raises:
-        RuntimeError: the library cannot be had here; the message says why.
+        RuntimeError: the library is not available here; the message says why.
     """
     _require("cpu")
     return torch.ops.protoclip_native
@@ -82,7 +82,7 @@ def _require(half: str) -> None:
 
 @cache
 def why_not(half: str) -> str | None:
-    """None where the native library works here (building it if need be), else the reason."""
+    """None if the native library works here (building it if necessary), else the reason."""
     if os.environ.get("PROTOCLIP_DISABLE_JIT") == "1":
         return "PROTOCLIP_DISABLE_JIT=1 is set"
     if half == "cuda":
@@ -147,7 +147,7 @@ def _plan(half: str) -> Build:
 
 
 def cuda_architectures() -> str:
-    """TORCH_CUDA_ARCH_LIST where it is set, else the architectures of all cards that are there:
+    """TORCH_CUDA_ARCH_LIST if it is set, else the architectures of all cards in this machine:
     "8.0;9.0a". From 9.0 on, kernels use instructions that only the exact architecture has."""
     if wanted := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return wanted
@@ -156,16 +156,18 @@ def cuda_architectures() -> str:
 
 
 def _cpu_flags() -> str:
-    """-march=native depends on the machine, and home folders travel between machines."""
-    known = Path("/proc/cpuinfo")
-    text = known.read_text() if known.exists() else ""
-    return next(
-        (line for line in text.splitlines() if line.startswith("flags")), platform.processor()
-    )
+    """The processor's features: -march=native depends on them, and several machines may share the
+    cache folder."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("flags"):
+                return line
+    return platform.processor()
 
 
 def build(plan: Build) -> Path:
-    """The library's path, compiled unless it is there and whole."""
+    """The path of the library, which is compiled unless an intact one exists."""
     from filelock import FileLock, Timeout
 
     folder = cache_dir() / "native" / plan.name
@@ -184,8 +186,8 @@ def build(plan: Build) -> Path:
             if library.exists():
                 _say(f"{library} is damaged and will be built again\n")
             partial = folder.with_suffix(".partial")
-            for rest in (partial, folder):  # of a build that was killed
-                shutil.rmtree(rest, ignore_errors=True)
+            for leftover in (partial, folder):  # of a build that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir()
             _compile(plan, partial)
             built = partial / library.name
@@ -195,7 +197,7 @@ def build(plan: Build) -> Path:
 
 
 def is_whole(library: Path) -> bool:
-    """Whether the library matches its seal. Reads it all: a millisecond per MB."""
+    """Whether the library matches its seal. Reads all of it: a millisecond per MB."""
     try:
         return _seal_path(library).read_text() == _seal(library)
     except (OSError, UnicodeDecodeError):
@@ -236,7 +238,8 @@ def _compile(build: Build, folder: Path) -> None:
     from torch.utils import cpp_extension
 
     _say(f"compiling the {build.half} kernels, once (about half a minute) ...")
-    start, cpu = time.perf_counter(), build.half == "cpu"
+    start = time.perf_counter()
+    cpu = build.half == "cpu"
     path = os.environ.get("PATH", "")
     with contextlib.suppress(ImportError):  # pip's ninja need not be on PATH
         path = f"{importlib.import_module('ninja').BIN_DIR}{os.pathsep}{path}"

@@ -174,7 +174,9 @@ def reduce_weighted(
     """Weighted losses [N]: their mean, over the total weight of ``shares`` (1: the row counts, 0:
     it does not), their sum, or themselves. ``average`` averages the total over ranks."""
     if weights is not None:
-        losses, shares = losses * weights.to(losses.dtype), shares * weights.to(losses.dtype)
+        weights = weights.to(losses.dtype)
+        losses = losses * weights
+        shares = shares * weights
     if reduction != "mean":
         return reduce(losses, reduction, 0)
     total = shares.sum() if average is None else average(shares.sum())

@@ -71,7 +71,8 @@ class Pairs:
 
 def pairs_of(op: str, queries: Tensor, m: int, matching: Matching) -> Pairs:
     """Check the arguments for queries [N, D] and M keys, and convert them for the backends."""
-    n, device = queries.shape[0], queries.device
+    n = queries.shape[0]
+    device = queries.device
     checks.one_of(op, "same_id", matching.same_id, SAME_ID)
     key_bias = matching.key_bias
     if key_bias is not None:
@@ -99,7 +100,8 @@ def pairs_of(op: str, queries: Tensor, m: int, matching: Matching) -> Pairs:
         wrong = ~(inside | left_out)
         if several:
             own, others = _first_and_others(own, exclude, key_bias)
-            left_out, wrong = left_out.all(dim=1), wrong.any(dim=1)
+            left_out = left_out.all(dim=1)
+            wrong = wrong.any(dim=1)
     elif not same_positive:
         if exclude is not None or matching.first + n > m:
             raise ValueError(

@@ -38,9 +38,10 @@ def smoothing(
 
 def plain_smoothing(queries: Tensor, keys: Tensor, logit_scale: Tensor, first: int) -> Tensor:
     """``smoothing`` where query i has key first + i and sees all keys."""
-    x, y = queries.to(accumulator(queries)), keys.to(accumulator(queries))
-    own = y[first : first + x.shape[0]]
-    return logit_scale.to(x.dtype).reshape(()) * (x * (own - y.mean(dim=0))).sum(dim=1)
+    x = queries.to(accumulator(queries))
+    y = keys.to(accumulator(queries))
+    own_keys = y[first : first + x.shape[0]]
+    return logit_scale.to(x.dtype).reshape(()) * (x * (own_keys - y.mean(dim=0))).sum(dim=1)
 
 
 def with_others(
@@ -156,9 +157,9 @@ class KeySums:
 
     def _same(self) -> Tensor:
         """Over the keys of the query's id."""
-        query_ids, key_ids = self._pairs.query_ids, self._pairs.key_ids
-        assert query_ids is not None and key_ids is not None
-        query_ids, key_ids = query_ids.long(), key_ids.long()
+        assert self._pairs.query_ids is not None and self._pairs.key_ids is not None
+        query_ids = self._pairs.query_ids.long()
+        key_ids = self._pairs.key_ids.long()
         same = self._of_code(query_ids[0], key_ids[0])
         if query_ids.shape[0] == 1:
             return same
@@ -167,7 +168,8 @@ class KeySums:
         query_pair = query_ids[0] * num_codes + query_ids[1]
         query_pair = query_pair.where((query_ids >= 0).all(dim=0), -1)
         key_pair = key_ids[0] * num_codes + key_ids[1]
-        in_both = self._of_code(*_codes_of(query_pair, key_pair))
+        query_codes, key_codes = _codes_of(query_pair, key_pair)
+        in_both = self._of_code(query_codes, key_codes)
         return same + self._of_code(query_ids[1], key_ids[1]) - in_both
 
     def _of_code(self, query_codes: Tensor, key_codes: Tensor) -> Tensor:
@@ -189,6 +191,6 @@ def _codes_of(query_values: Tensor, key_values: Tensor) -> tuple[Tensor, Tensor]
     """Values as positions in the sorted values of the keys; -1 where no key has a query's."""
     ordered = key_values.sort().values
     key_codes = torch.searchsorted(ordered, key_values)
-    padded = F.pad(ordered, (0, 1), value=-2)  # so that no keys are no special case
+    padded = F.pad(ordered, (0, 1), value=-2)  # so that M = 0 is not a special case
     position = torch.searchsorted(ordered, query_values)
     return position.where(padded[position] == query_values, -1), key_codes
