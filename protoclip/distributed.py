@@ -1,7 +1,7 @@
 """Ranks: who this process is, and what the processes of a run do together.
 
 With one process everything here does nothing. The launcher handles a rank that dies (torchrun
-names it and ends the others); the process group's time-out handles one that hangs.
+names it and ends the others); the process group's timeout handles one that hangs.
 """
 
 from __future__ import annotations
@@ -246,8 +246,8 @@ def send(rows: Tensor, receiver: int) -> None:
 
 
 def check_equal_rows(op: str, rows: Tensor) -> None:
-    """ValueError on every rank if they hold different numbers of rows, which gathers cannot take:
-    gloo aborts the process, and NCCL waits for ever. Waits for the device."""
+    """ValueError on every rank if they hold different numbers of rows: in a gather, gloo would
+    abort the process, and NCCL would wait forever. Waits for the device."""
     if not is_distributed():
         return
     sizes = gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()

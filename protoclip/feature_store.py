@@ -1,8 +1,8 @@
 """Features of the training samples, kept from one visit of a sample to the next.
 
 Prototypes must not label the features that are being trained: the model would choose its own
-labels, and all samples end in one cluster. So every step's projections are stored, and the labels
-of a step come from rows that were stored before it.
+labels, and all samples would end up in one cluster. So every step's projections are stored, and the
+labels of a step come from rows that were stored before it.
 
 The rows of the running episode stay on the rank that computed them, in draw order (the buffer). At
 the episode's end they move to the rank that owns the sample's position in the dataset (the table).
@@ -59,7 +59,7 @@ def table_bytes(samples: int, ranks: int, dim: int) -> int:
 
 
 def buffer_bytes(episode: int, ranks: int, dim: int) -> int:
-    """Bytes of a rank's buffer for an episode of so many draws."""
+    """Bytes of a rank's buffer for an episode of ``episode`` draws."""
     return math.ceil(episode / ranks) * (2 * dim * DTYPE.itemsize + torch.int64.itemsize)
 
 
@@ -114,7 +114,7 @@ def _place_for_table(needed: int, device: torch.device) -> torch.device | None:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Free memory of a card, or the memory that this machine can still give; inf if unknown."""
+    """Free memory of a GPU, or the memory available on this machine; inf if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:
@@ -126,7 +126,7 @@ def free_bytes(device: torch.device) -> float:
 
 
 def ranks_here() -> int:
-    """Ranks on this machine; a collective call. Not every launcher says it."""
+    """Ranks on this machine; a collective call, as not every launcher says so."""
     return gather_objects(platform.node()).count(platform.node())
 
 
@@ -141,7 +141,7 @@ class FeatureStore:
         steps: of the longest episode.
         batch_size: of a step, over all ranks.
         device: where features are computed and clustered.
-        table_device: where the rows are kept, those of the buffer too; default: ``device``.
+        table_device: where table and buffer are kept; default: ``device``.
     """
 
     def __init__(
@@ -152,7 +152,8 @@ class FeatureStore:
         device: torch.device,
         table_device: torch.device | None = None,
     ) -> None:
-        self.samples, self.device = samples, device
+        self.samples = samples
+        self.device = device
         self.table_device = table_device or device
         self.batch_share = batch_size // world_size()  # rows of a step on each rank
         self.table_share = math.ceil(samples / world_size())  # positions that a rank owns
@@ -160,7 +161,7 @@ class FeatureStore:
         owned = min(self.table_share, samples - self.first)
         rows = steps * self.batch_share
         self.index = torch.full((rows,), -1, dtype=torch.int64, device=device)
-        self.dim = 0  # Dh; 0 until the first rows come
+        self.dim = 0  # Dh; 0 until the first rows arrive
         self.steps = 0  # of the running episode, in the buffer
         # Image and text.
         self.buffer = torch.empty(rows, 2, 0, dtype=DTYPE, device=self.table_device)

@@ -1,7 +1,6 @@
-"""Command lines: parsers made from the settings, and settings made from what was parsed.
+"""Command lines: parsers built from the settings, and settings from what was parsed.
 
-What the flags of each command are is in ``protoclip.commands``, what a setting means in
-``protoclip.config``.
+``protoclip.commands`` says which flags each command has, ``protoclip.config`` what a setting means.
 """
 
 from __future__ import annotations

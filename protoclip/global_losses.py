@@ -253,7 +253,8 @@ class _Strip(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, logit_scale: Tensor, backend: str
     ) -> tuple[Tensor, Tensor]:
-        all_y, offset = gather_rows(y), rank() * len(x)
+        all_y = gather_rows(y)
+        offset = rank() * len(x)
         strip = strip_statistics(
             x, all_y, logit_scale, offset=offset, columns=True, backend=backend
         )
@@ -263,7 +264,8 @@ class _Strip(torch.autograd.Function):
         ctx.save_for_backward(
             x, all_y, logit_scale, strip.row_max, strip.row_sum, column_max, column_sum
         )
-        ctx.offset, ctx.backend = offset, backend
+        ctx.offset = offset
+        ctx.backend = backend
         of_this_rank = slice(offset, offset + len(x))
         row_gap = strip.row_sum.log2() + (strip.row_max - strip.positive)
         column_gap = column_sum[of_this_rank].log2() + (column_max[of_this_rank] - strip.positive)
@@ -300,13 +302,15 @@ class _MatchedStrip(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, logit_scale: Tensor, pairs: Pairs, backend: str
     ) -> tuple[Tensor, Tensor]:
-        all_y, offset = gather_rows(y), rank() * len(x)
+        all_y = gather_rows(y)
+        offset = rank() * len(x)
         strip = matched_statistics(
             x, all_y, logit_scale, pairs, columns=True, backend=backend, keep_stash=False
         )
         column_statistics = _columns_of_all_ranks(strip.column_statistics)
         ctx.save_for_backward(x, all_y, logit_scale, strip.row_statistics, column_statistics)
-        ctx.pairs, ctx.backend = pairs, backend
+        ctx.pairs = pairs
+        ctx.backend = backend
         columns_of_this_rank = column_statistics[:, offset : offset + len(x)]
         return strip.gap, gap_and_mean(columns_of_this_rank).gap
 

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import torch
 
-TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # options of glibc's mallopt
+# Options of glibc's mallopt.
+TRIM_THRESHOLD = -1
+TOP_PAD = -2
+MMAP_THRESHOLD = -3
 
 
 def keep_freed_memory() -> None:
-    """Have glibc's malloc keep what is freed, because the next step needs as much again.
+    """Make glibc's malloc keep freed memory, because the next step needs as much again.
 
     By default it returns large blocks to the system, which then has to clear every page again. The
     first two settings switch off malloc's own adjustment of the third, so that one is set too.
@@ -27,7 +30,7 @@ def keep_freed_memory() -> None:
 
 
 def busy_note(device: torch.device) -> str:
-    """A line for a CPU run on a machine that has more to do than cores to do it; "" for others."""
+    """A line for a CPU run on a machine whose load exceeds its cores; "" otherwise."""
     policy = os.environ.get("OMP_WAIT_POLICY", "").lower()
     if device.type != "cpu" or policy == "passive" or torch.get_num_threads() == 1:
         return ""
@@ -36,8 +39,8 @@ def busy_note(device: torch.device) -> str:
     if load <= (cores or 1):
         return ""
     return (
-        f"note: the load is {load:.1f} on {cores} cores; threads that wait for each other by "
-        "spinning make a run crawl then, so start it with OMP_WAIT_POLICY=passive"
+        f"note: the load is {load:.1f} on {cores} cores; threads that spin while they wait then "
+        "make a run crawl, so start it with OMP_WAIT_POLICY=passive"
     )
 
 

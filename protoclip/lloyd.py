@@ -178,11 +178,10 @@ def kmeans(
             distances are fp32: for points 1e19 apart the inertia is inf, so scale them down.
         num_clusters: K, 1 <= K <= N.
         num_iters: updates of the centroids, at most; >= 0.
-        tol: end as well after an update that moves the centroids, in squared distance and all
-            together, by at most ``tol`` times the mean variance of the points' columns, as in
-            scikit-learn; >= 0.
-        num_restarts: runs from different initial centroids, each of which ends by itself; the
-            lowest inertia is kept. Only 1 with a Tensor ``init``.
+        tol: also stop after an update that moves the centroids by a total squared distance of at
+            most ``tol`` times the mean variance of the points' columns, as in scikit-learn; >= 0.
+        num_restarts: independent runs from different initial centroids; the result is the one with
+            the lowest inertia. Only 1 with a Tensor ``init``.
         init: "random" (K distinct points), "k-means++", or centroids (a warm start): [K, D], or
             fewer, to which random points are added.
         seed: decides the initial centroids; restart r uses seed + r.
@@ -411,7 +410,7 @@ def _moved(old: Tensor, new: Tensor, limit: float) -> Tensor:
 
 
 def _read_later(value: Tensor) -> Callable[[], bool]:
-    """A function that waits for a scalar of the device, but not for what is queued after it."""
+    """A function that waits for a scalar on the device, but not for work queued after it."""
     if not value.is_cuda:
         return lambda: bool(value)
     host = torch.empty_like(value, device="cpu", pin_memory=True)

@@ -33,7 +33,7 @@ CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 MAX_LOG_SCALE = math.log(100)
 INITIAL_LOG_SCALE = math.log(1 / 0.07)
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # OpenCLIP's --siglip
-STEP = 8  # lengths of token tensors are multiples of it: kernels and memory see few shapes
+STEP = 8  # token tensors are padded to multiples of it, so that kernels see few shapes
 
 
 @dataclass(frozen=True)
@@ -419,6 +419,6 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """A function that makes the autocast context of a forward pass."""
+    """A function that returns the autocast context of a forward pass."""
     dtype = torch.float16 if precision == "amp" else torch.bfloat16
     return lambda: torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")

@@ -116,8 +116,8 @@ class Stepper:
             return self.replica(self._forward, number, batches, index, ids, episode, project)
 
         if self._replicate(heads=episode is not None or self.loss.config.w_distill > 0):
-            # DDP orders its buckets once, after the first backward pass. This extra pass makes a
-            # resumed run sum in the same order as the original run.
+            # DDP orders its buckets once, after the first backward pass. With this extra pass a
+            # resumed run sums in the same order as the original run.
             forward()[0].total.backward()
             self.adamw.zero_grad(set_to_none=True)
             for buffer, before in zip(self._statistics, statistics, strict=True):
@@ -154,24 +154,28 @@ class Stepper:
         """The losses, and projections without a graph."""
         model = self.model
         if len(batches) == 1:
-            encoded = Encoded(*self._encode(number, 0, batches[0]))
+            image, text = self._encode(number, 0, batches[0])
+            encoded = Encoded(image, text)
         else:  # GradCache: backward encodes each batch again
             parts = [
                 checkpoint(self._encode, number, part, batch, use_reentrant=False)
                 for part, batch in enumerate(batches)
             ]
-            encoded = Encoded(*map(torch.cat, zip(*parts, strict=True)))
+            encoded = Encoded(
+                image=torch.cat([image for image, _ in parts]),
+                text=torch.cat([text for _, text in parts]),
+            )
         with self.autocast():
             projected = model.project(encoded) if project else None
         losses = self.loss(
             encoded,
             projected,
             index,
-            model.logit_scale,
-            model.proto_scale,
-            episode,
-            ids,
-            model.logit_bias,
+            logit_scale=model.logit_scale,
+            proto_scale=model.proto_scale,
+            episode=episode,
+            ids=ids,
+            logit_bias=model.logit_bias,
         )
         if projected is not None:
             projected = Encoded(projected.image.detach(), projected.text.detach())

@@ -216,7 +216,7 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
             sampler=firsts[done:],
             num_workers=min(workers, len(firsts) - done),
             worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # else it would use the caller's
+            generator=torch.Generator(),  # otherwise it uses the caller's
         )
         started: list[multiprocessing.process.BaseProcess] = []
         # Kill workers that are stuck, here or at exit: they ignore SIGTERM.

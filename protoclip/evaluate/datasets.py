@@ -227,7 +227,7 @@ def _regular_files(root: str, odd: Counter[str]) -> list[str]:
 
     def take(entry: os.DirEntry[str], real: str) -> None:
         is_folder = entry.is_dir()
-        if not is_folder and not entry.is_file():  # opening a pipe would wait for ever
+        if not is_folder and not entry.is_file():  # opening a pipe would wait forever
             odd["broken link" if entry.is_symlink() else "special file"] += 1
         elif real in seen:
             odd["repeated path"] += 1

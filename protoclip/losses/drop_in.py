@@ -21,15 +21,15 @@ DIST_IMPLS = ("bidir", "shift", "reduce", "gather")  # OpenCLIP's ways to exchan
 
 
 class _EqualBatches(nn.Module):
-    """A loss over ranks that looks at their batches' sizes once, before its first exchange."""
+    """A loss over ranks that compares their batch sizes once, before its first exchange."""
 
     world_size: int
-    _looked = False
+    _compared = False
 
-    def _look_once(self, rows: Tensor) -> None:
-        if self.world_size > 1 and not self._looked and not torch.compiler.is_compiling():
+    def _compare_once(self, rows: Tensor) -> None:
+        if self.world_size > 1 and not self._compared and not torch.compiler.is_compiling():
             check_equal_rows(type(self).__name__, rows)
-            self._looked = True
+            self._compared = True
 
 
 class ClipLoss(_EqualBatches):
@@ -83,7 +83,7 @@ class ClipLoss(_EqualBatches):
         Returns:
             float32 [], nats.
         """
-        self._look_once(image_features)
+        self._compare_once(image_features)
         loss = self._loss(image_features, text_features, logit_scale, ids)
         if logit_bias is not None:
             loss = loss + 0 * logit_bias.sum()  # keeps the bias in the graph, as OpenCLIP's does
@@ -180,7 +180,7 @@ class SigLipLoss(_EqualBatches):
         """
         x, y, scale = checks.pairs("SigLipLoss", image_features, text_features, logit_scale)
         bias = 0.0 if logit_bias is None else logit_bias
-        self._look_once(x)
+        self._compare_once(x)
         summed_loss = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss
         loss = summed_loss(x, y, scale, bias, ids=ids, same_id=same_id) / max(x.shape[0], 1)
         return {"contrastive_loss": loss} if output_dict else loss

@@ -41,7 +41,7 @@ def prototype_term(
 ) -> PrototypeTerm:
     """The mean loss over the sets.
 
-    The sets of a student share one call of the op, hence one pass over its features.
+    The sets of a student share one call of the op, so there is one pass over its features.
 
     Args:
         features: modality -> [B, Dh], unit rows.

@@ -3,10 +3,10 @@
 A backend named by the caller never falls back. ``auto`` (which ``PROTOCLIP_BACKEND`` overrides)
 takes the first backend of ``AUTO_ORDER`` that is usable on the tensors' device.
 
-The functions that import a backend's own (``cpu_strip``, ``triton_strip``, ...) are called at its
+Functions such as ``cpu_strip`` and ``triton_strip`` import the functions of one backend, at its
 first use. C++ functions have the names of ``csrc/bindings.cpp``, CUDA's of
-``csrc/cuda_bindings.cpp``. Backends of an op take the same arguments, which the op gives by
-keyword; the contracts are in the files that define the ops.
+``csrc/cuda_bindings.cpp``. All backends of an op take the same arguments, by keyword; the contracts
+are in the files that define the ops.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Backend(Generic[Implementation]):
 
     @cached_property
     def implementation(self) -> Implementation:
-        """What ``load`` gives, loaded once."""
+        """The result of ``load``, which is called once."""
         return self.load()
 
 
@@ -54,7 +54,7 @@ class StripFunctions:
     gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]
     # The statistics and the weighted loss at once, where a backend has kernels for that.
     loss: Callable[..., tuple[Tensor, ...]] | None = None
-    empty_stash: Callable[[int], Tensor] | None = None  # room for logits, where it keeps any
+    empty_stash: Callable[[int], Tensor] | None = None  # allocates a stash, if it keeps logits
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ClusterFunctions:
 
     assign: Callable[..., Pair]
     segment_mean: Callable[..., Pair]
-    # points -> codes, and ``assign`` of points, centroids and codes, where a backend codes points.
+    # points -> codes, and ``assign`` of points, centroids and codes, if the backend codes points.
     encode: Callable[[Tensor], Any] | None = None
     assign_coded: Callable[..., Pair] | None = None
 

@@ -1,11 +1,11 @@
 """Compile csrc/ at first use and load it; its ops are those of torch.ops.protoclip_native.
 
-Two libraries, built apart so that one failing leaves the other: ``cpu`` (csrc/*.cpp) and ``cuda``
-(csrc/*.cu and csrc/cuda_*.cpp, where torch has CUDA and nvcc is there). Each is built in a folder
-of its own, which then takes a name made of everything that goes into the library. The library's
-seal lies beside it: its size and SHA-256. A library that does not match its seal, such as one that
-a full disk cut short, is built again and never loaded: loading it could end the process with
-SIGBUS. One process builds, under a file lock; others wait.
+There are two libraries, so that one works if the other does not build: ``cpu`` (csrc/*.cpp) and
+``cuda`` (csrc/*.cu and csrc/cuda_*.cpp, if torch has CUDA and nvcc is installed). Each is built in
+its own folder, which is then renamed to a hash of everything that goes into the library. The
+library's seal lies beside it: its size and SHA-256. A library that does not match its seal, such as
+one that a full disk cut short, is built again and never loaded: loading it could kill the process
+with SIGBUS. One process builds, under a file lock; others wait.
 
 Environment: PROTOCLIP_DISABLE_JIT=1, PROTOCLIP_BUILD_VERBOSE=1, PROTOCLIP_CACHE; torch's MAX_JOBS
 and TORCH_CUDA_ARCH_LIST are honoured.
@@ -101,7 +101,7 @@ def why_not(half: str) -> str | None:
     try:
         torch.ops.load_library(_library(half))
         return None
-    except Exception as error:  # whatever the toolchain throws: the reference goes on
+    except Exception as error:  # whatever the toolchain throws: the reference still works
         reason = f"no native library: {str(error).strip() or type(error).__name__}"
         _warn(f"{reason[:2000]}\nPROTOCLIP_BUILD_VERBOSE=1 shows the compiler's output")
         return reason.splitlines()[0]

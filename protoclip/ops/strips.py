@@ -63,7 +63,7 @@ def keeps_stash(stash: bool | None, *inputs: Tensor) -> bool:
 
 
 def stash_size(n: int, m: int, backend: str) -> int:
-    """How many int16 values a backend keeps of [n, m] logits; 0 if they are too many to keep."""
+    """How many int16 values a backend keeps for [n, m] logits; 0 if it keeps none."""
     if backend != "cpu":
         return 0
     rows = (n + STASH_TILE_ROWS - 1) // STASH_TILE_ROWS * STASH_TILE_ROWS
@@ -75,7 +75,7 @@ def stash_size(n: int, m: int, backend: str) -> int:
 def _empty_stash(
     x: Tensor, y: Tensor, backend: str, keep: bool, allocate: Callable[[int], Tensor] | None
 ) -> Tensor:
-    """Room for the logits, [0] where none are kept."""
+    """A stash to fill, [0] if no logits are kept."""
     size = stash_size(x.shape[0], y.shape[0], backend) if keep else 0
     if size and allocate is not None:
         return allocate(size)
