@@ -21,9 +21,9 @@ LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
-def split_scale(scale_ptr):
+def split_scale(logit_scale_ptr):
     """-> sign, step; scale 0 makes all products equal, whatever the step."""
-    scale = tl.load(scale_ptr).to(tl.float32)
+    scale = tl.load(logit_scale_ptr).to(tl.float32)
     sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
     return sign, tl.where(scale == 0, 1.0, tl.abs(scale)) * LOG2E
 
@@ -59,7 +59,7 @@ def _products(
 
 @triton.jit(do_not_specialize=["slices"], do_not_specialize_on_alignment=["labels_ptr"])
 def attention_kernel(
-    q_ptr, scale_ptr, k_ptr, labels_ptr,  # [N, D], [], [K, D], [N]
+    q_ptr, logit_scale_ptr, k_ptr, labels_ptr,  # [N, D], [], [K, D], [N]
     max_ptr, sum_ptr, best_ptr, expected_ptr,  # [slices, N]
     positive_ptr, acc_ptr,  # [N], [slices, N, D]
     n, k_count, d, slices, strides,
@@ -69,7 +69,7 @@ def attention_kernel(
 ):  # fmt: skip
     """Grid (row tiles, slices). VALUES: the keys; PEEL: only the last tile masks keys."""
     slice_index = tl.program_id(1)
-    sign, step = split_scale(scale_ptr)
+    sign, step = split_scale(logit_scale_ptr)
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
     at = slice_index.to(tl.int64) * n + first_row
     i, j = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)

@@ -105,7 +105,7 @@ def _eight_columns(acc):
 
 @triton.jit(do_not_specialize=["n", "m", "offset"])
 def forward_kernel(
-    x, y, x_ptr, y_ptr, scale_ptr,  # [N, D], [M, D] for tiles, the same for strips, []
+    x, y, x_ptr, y_ptr, logit_scale_ptr,  # [N, D], [M, D] for tiles, the same for strips, []
     row_ptr, column_ptr, positive_ptr,  # [column blocks, N, 2], [row blocks * PARTS, M, 2], [N]
     n, m, d, offset, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
@@ -113,7 +113,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Partial statistics of one tile."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
-    c = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    base2_scale = tl.load(logit_scale_ptr).to(tl.float32) * LOG2E
     rows = row0 + tl.arange(0, BLOCK_N)
     at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
     block = row0 // BLOCK_N
@@ -121,10 +121,10 @@ def forward_kernel(
     general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
     if not general:
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
-        sample = (c * _eight_columns(acc)).reshape(REPEATS, PARTS, PART, 8)
+        sample = (base2_scale * _eight_columns(acc)).reshape(REPEATS, PARTS, PART, 8)
         top = tl.max(tl.max(tl.max(sample, 3), 2), 0)  # [PARTS]
         row_top = tl.broadcast_to(top[None, :, None], (REPEATS, PARTS, PART)).reshape(BLOCK_N)
-        e = tl.exp2(acc * c - row_top[:, None])
+        e = tl.exp2(acc * base2_scale - row_top[:, None])
         row_sum = tl.sum(e, 1)
         pointers = row_ptr + 2 * at_row[:, None] + tl.arange(0, 2)[None, :]
         tl.store(pointers, tl.join(row_top, row_sum))
@@ -140,7 +140,7 @@ def forward_kernel(
         row_sum = tl.zeros((BLOCK_N,), tl.float32)
         for strip in range(0, BLOCK_M, STRIP):
             cols = col0 + strip + tl.arange(0, STRIP)
-            s = c * products(
+            s = base2_scale * products(
                 x_ptr, y_ptr, row0, col0 + strip, n, m, d, strides, BLOCK_N, STRIP, BLOCK_D, EVEN_D
             )
             positive = cols[None, :] == rows[:, None] + offset
@@ -257,7 +257,7 @@ def _lift(peak):
 @triton.jit
 def exponential(s, reference, positive):
     """2^(s - reference), the positive's exponent snapped to 0 where the forward used it as the
-    reference: an fma rounds c x.y otherwise than the product stored then."""
+    reference: an fma rounds scale x.y otherwise than the product stored then."""
     exponent = s - reference
     snap = positive & (tl.abs(exponent) <= tl.abs(reference) * 2.4e-7)  # 4 units in the last place
     return tl.exp2(tl.where(snap, 0.0, exponent))
@@ -323,7 +323,7 @@ SLICED = ["entry_ptr", "share_ptr", "row_peak_ptr", "column_peak_ptr"]
 @triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=SLICED)
 def gradient_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for strips
-    scale_ptr, factor_ptr,  # [], [] for the finish: scale / lift
+    logit_scale_ptr, factor_ptr,  # [], [] for the finish: scale / lift
     row_peak_ptr, column_peak_ptr, pair_weight,  # the largest |weight|, read with LIFT
     extremes_ptr, row_block, column_block,  # [blocks, 2], or None; the first of them
     row_side, column_side,  # max, sum and weight [N], its stride; [M] with COLUMNS
@@ -334,8 +334,8 @@ def gradient_kernel(
 ):  # fmt: skip
     """G of one tile, and its share of sum G x.y / scale before G is rounded."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
-    scale = tl.load(scale_ptr).to(tl.float32)
-    c = scale * LOG2E
+    logit_scale = tl.load(logit_scale_ptr).to(tl.float32)
+    base2_scale = logit_scale * LOG2E
     lift = tl.full((), 1.0, tl.float32)
     if LIFT:
         peak = tl.abs(tl.load(row_peak_ptr))
@@ -368,7 +368,7 @@ def gradient_kernel(
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
         if COLUMNS:
             factor += pinned(column_factor)[None, :]
-        p = tl.exp2(acc * c - high) * factor
+        p = tl.exp2(acc * base2_scale - high) * factor
         tl.store(share_ptr + first_tile + tl.program_id(0), tl.sum(p * acc) / lift)
         store_gradient(p, row0, col0, g, stride_g)
     else:
@@ -379,11 +379,11 @@ def gradient_kernel(
                 x_ptr, y_ptr, row0, col0 + strip, n, m, d, strides, BLOCK_N, STRIP, BLOCK_D, EVEN_D
             )
             positive = strip_cols[None, :] == rows[:, None] + offset
-            e = exponential(acc * c, row_max[:, None], positive)
+            e = exponential(acc * base2_scale, row_max[:, None], positive)
             p = (e - tl.where(positive, row_sum[:, None], 0.0)) * row_coef[:, None]
             if COLUMNS:
                 top, total, coef = _side(column_side, strip_cols, m, unit)
-                e = exponential(acc * c, top[None, :], positive)
+                e = exponential(acc * base2_scale, top[None, :], positive)
                 p += (e - tl.where(positive, total[None, :], 0.0)) * coef[None, :]
             p = tl.where((rows[:, None] < n) & (strip_cols[None, :] < m), p, 0.0)
             share += tl.sum(p * acc)
@@ -392,7 +392,7 @@ def gradient_kernel(
             store_gradient(p, row0, col0 + strip, g_ptr, stride_g)
         tl.store(share_ptr + first_tile + tl.program_id(0), share / lift)
     if tl.program_id(0) == 0:  # not earlier: the store waits for the scale
-        tl.store(factor_ptr, scale / lift)
+        tl.store(factor_ptr, logit_scale / lift)
 
 
 class StripStatistics(NamedTuple):

@@ -42,7 +42,7 @@ def _holds_pairs(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Whether a tile crosses the edge, or holds a positive or a pair that is not seen."""
-    own_ptr, exclude_ptr, ids, bias_ptr = relation
+    own_ptr, exclude_ptr, ids, key_bias_ptr = relation
     row = first_row + tl.minimum(row0 + tl.arange(0, BLOCK_N), n - 1)
     col = first_col + tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1)
     column0 = first_col + col0
@@ -52,8 +52,8 @@ def _holds_pairs(
         place = tl.load(exclude_ptr + row) - column0
         inside = inside | ((place >= 0) & (place < BLOCK_M))
     holds = tl.max(inside.to(tl.int32), 0)
-    if bias_ptr is not None:
-        absent = tl.load(bias_ptr + col) == -float("inf")
+    if key_bias_ptr is not None:
+        absent = tl.load(key_bias_ptr + col) == -float("inf")
         holds = tl.maximum(holds, tl.max(absent.to(tl.int32), 0))
     if ids is not None:
         same = tl.zeros((BLOCK_N, BLOCK_M), tl.int1)
@@ -66,26 +66,26 @@ def _holds_pairs(
 
 @triton.jit
 def _strip(
-    x, y, c, relation, row0, col0, n, m, d, first_row, first_col, strides,
+    x, y, base2_scale, relation, row0, col0, n, m, d, first_row, first_col, strides,
     BLOCK_N: tl.constexpr, STRIP: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     SAME_POSITIVE: tl.constexpr,
 ):  # fmt: skip
     """-> of some columns of a tile: their positions, products, base-2 logits, the keys seen, and
     the positives."""
-    own_ptr, exclude_ptr, ids, bias_ptr = relation
+    own_ptr, exclude_ptr, ids, key_bias_ptr = relation
     acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, STRIP, BLOCK_D, EVEN_D)
     rows = row0 + tl.arange(0, BLOCK_N)
     cols = col0 + tl.arange(0, STRIP)
     row = first_row + tl.minimum(rows, n - 1)
     col = first_col + tl.minimum(cols, m - 1)
     inside = (rows < n)[:, None] & (cols < m)[None, :]
-    s = acc * c
+    s = acc * base2_scale
     is_own = tl.load(own_ptr + row)[:, None] == col[None, :]
     positive, seen = with_ids(is_own, inside, ids, row, col, SAME_POSITIVE)
     if exclude_ptr is not None:
         seen = seen & (tl.load(exclude_ptr + row)[:, None] != col[None, :])
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + col)
+    if key_bias_ptr is not None:
+        bias = tl.load(key_bias_ptr + col)
         s += (bias * LOG2E)[None, :]
         seen = seen & (bias != -float("inf"))[None, :]
     return col, acc, s, seen, positive & seen
@@ -113,7 +113,7 @@ def _store_side(ptr, at, mask, length, top, total, positives, count):
 
 @triton.jit(do_not_specialize=["n", "m", "first_row"])
 def matched_forward_kernel(
-    x, y, x_ptr, y_ptr, scale_ptr,  # [N, D], [M, D] for tiles, the same for strips, []
+    x, y, x_ptr, y_ptr, logit_scale_ptr,  # [N, D], [M, D] for tiles, the same for strips, []
     row_ptr, column_ptr,  # [4, column blocks, N], [4, row blocks, M]
     relation, n, m, d, first_row, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
@@ -121,19 +121,21 @@ def matched_forward_kernel(
 ):  # fmt: skip
     """Partial statistics of one tile."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
-    c = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    base2_scale = tl.load(logit_scale_ptr).to(tl.float32) * LOG2E
     rows = row0 + tl.arange(0, BLOCK_N)
     blocks_n = tl.cdiv(n, BLOCK_N).to(tl.int64)
     blocks_m = tl.cdiv(m, BLOCK_M).to(tl.int64)
     at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
     at_column = (row0 // BLOCK_N).to(tl.int64) * m + col0
     zeros = tl.zeros((BLOCK_N,), tl.float32)
-    _, _, _, bias_ptr = relation
+    _, _, _, key_bias_ptr = relation
     if not _holds_pairs(relation, row0, col0, n, m, first_row, 0, BLOCK_N, BLOCK_M):
-        s = c * products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
+        s = base2_scale * products(
+            x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D
+        )
         cols = tl.arange(0, BLOCK_M)
-        if bias_ptr is not None:
-            s += (tl.load(bias_ptr + col0 + cols) * LOG2E)[None, :]
+        if key_bias_ptr is not None:
+            s += (tl.load(key_bias_ptr + col0 + cols) * LOG2E)[None, :]
         top, e = exact(s, 1)
         _store_side(row_ptr, at_row, None, blocks_m * n, top, tl.sum(e, 1), zeros, zeros)
         if COLUMNS:
@@ -151,7 +153,7 @@ def matched_forward_kernel(
         for strip in range(0, BLOCK_M, STRIP):
             first = col0 + strip
             _, _, s, seen, positive = _strip(
-                x_ptr, y_ptr, c, relation, row0, first, n, m, d, first_row, 0, strides,
+                x_ptr, y_ptr, base2_scale, relation, row0, first, n, m, d, first_row, 0, strides,
                 BLOCK_N, STRIP, BLOCK_D, EVEN_D, SAME_POSITIVE,
             )  # fmt: skip
             top, total, positives, count = _statistics(s, seen, positive, 1)
@@ -176,7 +178,7 @@ SIZES = ["n", "m", "first_row", "first_col", "first_tile"]
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["share_ptr", "dbias_ptr"])
 def matched_gradient_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for strips
-    scale_ptr, lift_ptr,  # [], []
+    logit_scale_ptr, lift_ptr,  # [], []
     row_ptr, column_ptr, stride_row, stride_column,  # [3, N], [3, M]: reference and weights
     share_ptr, dbias_ptr, first_tile,  # [tiles], [row blocks, M] or None
     relation, n, m, d, first_row, first_col, stride_g, strides,
@@ -185,7 +187,7 @@ def matched_gradient_kernel(
 ):  # fmt: skip
     """G of one tile times the lift, its share of sum G x.y, and its column sums."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
-    c = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    base2_scale = tl.load(logit_scale_ptr).to(tl.float32) * LOG2E
     lift = tl.load(lift_ptr)
     row = first_row + tl.minimum(row0 + tl.arange(0, BLOCK_N), n - 1)
     col = first_col + tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1)
@@ -198,7 +200,7 @@ def matched_gradient_kernel(
         column_level = tl.load(column_ptr + stride_column + col)
         low, high = tl.minimum(low, tl.min(column_top)), tl.maximum(high, tl.max(column_top))
     general = _holds_pairs(relation, row0, col0, n, m, first_row, first_col, BLOCK_N, BLOCK_M)
-    _, _, _, bias_ptr = relation
+    _, _, _, key_bias_ptr = relation
     sums_ptr = dbias_ptr
     if dbias_ptr is not None:
         sums_ptr += (row0 // BLOCK_N) * m + col0
@@ -209,9 +211,9 @@ def matched_gradient_kernel(
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
         if COLUMNS:
             factor += pinned(column_factor)[None, :]
-        shift = acc * c - high
-        if bias_ptr is not None:
-            shift += (tl.load(bias_ptr + col) * LOG2E)[None, :]
+        shift = acc * base2_scale - high
+        if key_bias_ptr is not None:
+            shift += (tl.load(key_bias_ptr + col) * LOG2E)[None, :]
         p = tl.exp2(shift) * factor
         tl.store(share_ptr + first_tile + tl.program_id(0), tl.sum(p * acc) / lift)
         if dbias_ptr is not None:
@@ -223,7 +225,8 @@ def matched_gradient_kernel(
         for strip in range(0, BLOCK_M, STRIP):
             first = col0 + strip
             strip_col, acc, s, seen, positive = _strip(
-                x_ptr, y_ptr, c, relation, row0, first, n, m, d, first_row, first_col, strides,
+                x_ptr, y_ptr, base2_scale, relation, row0, first, n, m, d,
+                first_row, first_col, strides,
                 BLOCK_N, STRIP, BLOCK_D, EVEN_D, SAME_POSITIVE,
             )  # fmt: skip
             p = exponential(s, row_top[:, None], positive) * row_level[:, None]

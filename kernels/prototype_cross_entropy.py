@@ -47,7 +47,7 @@ G_UNIT = 4096.0
     ],
 )
 def join_slices_kernel(
-    q_ptr, scale_ptr, target_ptr, labels_ptr,  # [N, D], [], [K, D], [N]
+    q_ptr, logit_scale_ptr, target_ptr, labels_ptr,  # [N, D], [], [K, D], [N]
     max_ptr, sum_ptr, best_ptr, expected_ptr,  # [slices, N]
     positive_ptr, acc_ptr,  # [N], [slices, N, D]; joined, acc may be the gradient
     loss_ptr, gradient_ptr, nearest_ptr, row_max_ptr, row_sum_ptr, dscale_ptr,  # [N], [N, D], ...
@@ -57,7 +57,7 @@ def join_slices_kernel(
     BEST: tl.constexpr, EXPECT: tl.constexpr, GRADIENT: tl.constexpr, JOINED: tl.constexpr,
 ):  # fmt: skip
     """Join the slices of a tile of rows; where JOINED acc is [N, D] and joined already."""
-    sign, step = split_scale(scale_ptr)
+    sign, step = split_scale(logit_scale_ptr)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     used = rows < n
     row_max = tl.full([BLOCK_N], -float("inf"), tl.float32)
@@ -126,7 +126,7 @@ def join_slices_kernel(
     do_not_specialize_on_alignment=["labels_ptr", "max_ptr", "sum_ptr", "weight_ptr"],
 )
 def weights_kernel(
-    q_ptr, scale_ptr, k_ptr,  # [N, D], [], [K, D]
+    q_ptr, logit_scale_ptr, k_ptr,  # [N, D], [], [K, D]
     labels_ptr, max_ptr, sum_ptr, weight_ptr,  # [N]
     out_ptr,  # [N, K], contiguous
     n, k_count, d, first_key, strides,
@@ -137,7 +137,7 @@ def weights_kernel(
     row0, col0 = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M
     rows, cols = row0 + tl.arange(0, BLOCK_N), col0 + tl.arange(0, BLOCK_M)
     used = rows < n
-    sign, step = split_scale(scale_ptr)
+    sign, step = split_scale(logit_scale_ptr)
     s = sign * products(
         q_ptr, k_ptr, row0, col0, n, k_count, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D
     )

@@ -62,7 +62,7 @@ def _losses(z, positive, seen):
 )
 def sigmoid_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for strips
-    scale_ptr, bias_ptr,  # [], []
+    logit_scale_ptr, logit_bias_ptr,  # [], []
     entry_ptr, share_ptr, tiles, first_tile,  # [N], [3, tiles]: dscale, loss, dbias
     n, m, d, offset, stride_g, strides, ids,  # [N] and [M] for each column of ids, or None
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
@@ -71,8 +71,8 @@ def sigmoid_kernel(
 ):  # fmt: skip
     """Loss and, with GRADIENTS, lifted G and entries of one tile."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
-    scale = tl.load(scale_ptr).to(tl.float32)
-    bias = tl.load(bias_ptr).to(tl.float32)
+    logit_scale = tl.load(logit_scale_ptr).to(tl.float32)
+    logit_bias = tl.load(logit_bias_ptr).to(tl.float32)
     rows = row0 + tl.arange(0, BLOCK_N)
     if not is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M):
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
@@ -80,9 +80,9 @@ def sigmoid_kernel(
             none = tl.zeros(acc.shape, tl.int1)
             cols = col0 + tl.arange(0, BLOCK_M)
             positive, seen = with_ids(none, none == 0, ids, rows, cols, SAME_POSITIVE)
-            pair_loss, p = _losses(acc * scale + bias, positive, seen)
+            pair_loss, p = _losses(acc * logit_scale + logit_bias, positive, seen)
         else:
-            pair_loss, p = _softplus_sigmoid(acc * scale + bias)
+            pair_loss, p = _softplus_sigmoid(acc * logit_scale + logit_bias)
         loss = tl.sum(pair_loss)
         dscale = tl.sum(p * acc)
         dbias = tl.sum(p)
@@ -101,7 +101,7 @@ def sigmoid_kernel(
             inside = (rows[:, None] < n) & (cols[None, :] < m)
             row, col = tl.minimum(rows, n - 1), tl.minimum(cols, m - 1)
             positive, seen = with_ids(is_own, inside, ids, row, col, SAME_POSITIVE)
-            pair_loss, p = _losses(acc * scale + bias, positive, seen)
+            pair_loss, p = _losses(acc * logit_scale + logit_bias, positive, seen)
             loss += tl.sum(pair_loss)
             dscale += tl.sum(p * acc)
             dbias += tl.sum(p)

@@ -113,7 +113,9 @@ class Stepper:
             ids = torch.cat([caption_ids(batch.tokens) for batch in batches])
 
         def forward() -> tuple[Losses, Encoded | None]:
-            return self.replica(self._forward, number, batches, index, ids, episode, project)
+            return self.replica(
+                lambda: self._forward(number, batches, index, ids, episode, project)
+            )
 
         if self._replicate(heads=episode is not None or self.loss.config.w_distill > 0):
             # DDP orders its buckets once, after the first backward pass. With this extra pass a
@@ -234,15 +236,15 @@ class Stepper:
 
 
 class Replica(nn.Module):
-    """What DistributedDataParallel wraps: a model, whose forward calls any function given to it."""
+    """What DistributedDataParallel wraps: a model, whose forward calls a function that uses it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+    def forward(self, function: Callable[[], Any]) -> Any:
         """Call the function and return its result."""
-        return function(*args)
+        return function()
 
 
 def parameter_groups(model: ProtoModel, weight_decay: float) -> list[dict]:

@@ -89,18 +89,20 @@ class ClipLoss(_EqualBatches):
             loss = loss + 0 * logit_bias.sum()  # keeps the bias in the graph, as OpenCLIP's does
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _loss(self, x: Tensor, y: Tensor, scale: Tensor | float, ids: Tensor | None) -> Tensor:
+    def _loss(
+        self, x: Tensor, y: Tensor, logit_scale: Tensor | float, ids: Tensor | None
+    ) -> Tensor:
         if self.world_size == 1:
-            return info_nce(x, y, scale, ids=ids)
+            return info_nce(x, y, logit_scale, ids=ids)
         if self.local_loss and self.gather_with_grad:
-            return global_info_nce(x, y, scale, ids=ids)
+            return global_info_nce(x, y, logit_scale, ids=ids)
         all_x, all_y = self._of_all_ranks(x), self._of_all_ranks(y)
         all_ids = ids_of_all_ranks("ClipLoss", ids, x)
         if not self.local_loss:
-            return info_nce(all_x, all_y, scale, ids=all_ids)
+            return info_nce(all_x, all_y, logit_scale, ids=all_ids)
         matching = Matching(key_ids=all_ids, first=self.rank * len(x))
-        images = one_way("ClipLoss", x, all_y, scale, matching)
-        texts = one_way("ClipLoss", y, all_x, scale, matching)
+        images = one_way("ClipLoss", x, all_y, logit_scale, matching)
+        texts = one_way("ClipLoss", y, all_x, logit_scale, matching)
         return (images + texts) / 2
 
     def _of_all_ranks(self, x: Tensor) -> Tensor:
@@ -178,11 +180,12 @@ class SigLipLoss(_EqualBatches):
         Args: those of ``ClipLoss.forward``, except that a ``logit_bias`` of None is zero, and pairs
         of the same id are positives too, or are left out if ``same_id`` is "exclude".
         """
-        x, y, scale = checks.pairs("SigLipLoss", image_features, text_features, logit_scale)
+        x, y, logit_scale = checks.pairs("SigLipLoss", image_features, text_features, logit_scale)
         bias = 0.0 if logit_bias is None else logit_bias
         self._compare_once(x)
         summed_loss = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss
-        loss = summed_loss(x, y, scale, bias, ids=ids, same_id=same_id) / max(x.shape[0], 1)
+        total = summed_loss(x, y, logit_scale, bias, ids=ids, same_id=same_id)
+        loss = total / max(x.shape[0], 1)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -282,10 +285,10 @@ class ProtoClipLoss(ClipLoss):
         sets = self.online.sets
         labels = self.online.labels_of(features, index)
         if sets is not None and labels is not None and self.proto.weight > 0:
-            scale = self.proto.logit_scale or logit_scale
+            proto_scale = self.proto.logit_scale or logit_scale
             # With an index the ranks may know different numbers of their samples.
             over_ranks = self.world_size > 1 and index is not None
-            term = prototype_term(features, labels, sets, scale, over_ranks=over_ranks)
+            term = prototype_term(features, labels, sets, proto_scale, over_ranks=over_ranks)
             losses["proto_loss"] = self.proto.weight * term.loss
             self.online.note(term.accuracy())
         if self.training and torch.is_grad_enabled():

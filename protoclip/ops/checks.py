@@ -66,13 +66,13 @@ def pairs(
     op: str, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``strip`` for as many texts as images."""
-    x, y, scale = strip(op, PAIR, image_features, text_features, logit_scale)
+    x, y, logit_scale = strip(op, PAIR, image_features, text_features, logit_scale)
     if x.shape[0] != y.shape[0]:
         raise ValueError(
             f"{op}: expected one text per image, got image_features {tuple(x.shape)} "
             f"and text_features {tuple(y.shape)}; give row i of each the same pair"
         )
-    return x, y, scale
+    return x, y, logit_scale
 
 
 def promoted(*tensors: Tensor) -> list[Tensor]:
