@@ -72,7 +72,7 @@ def test_vectors_scalars_and_heads_do_not_decay():
 def test_gradients_are_clipped_and_scales_clamped():
     model = build_model(ModelConfig())
 
-    def steep(*_):
+    def steep(*_, **scales):
         total = 1e3 * model.clip.text_projection.sum() - 1e6 * model.logit_scale_proto
         return Losses(total, {}, {})
 
