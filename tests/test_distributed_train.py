@@ -88,7 +88,7 @@ class ExactLoss:
     def __init__(self, model):
         self.model = model
 
-    def __call__(self, encoded, projected, index, logit_scale, proto_scale, episode, *_):
+    def __call__(self, encoded, projected, index, logit_scale, proto_scale, episode, **_):
         unit = [F.normalize(u, dim=1) for u in (encoded.image, encoded.text)]
         total = global_info_nce(*unit, logit_scale)
         if episode is not None:
