@@ -42,6 +42,7 @@ from protoclip.ops.operators import (
     wants_gradient,
 )
 from protoclip.ops.pairs import Pairs
+from protoclip.ops.rates import keeping_pays
 
 LN2 = math.log(2.0)
 # The C++ backend keeps products by tiles of rows and columns, in fp32, within this bound.
@@ -87,9 +88,13 @@ def _fake_stash(x: Tensor, y: Tensor, backend: str, keep: bool) -> Tensor:
     return x.new_empty(size, dtype=torch.int16)
 
 
-def _with_stash(function: Callable[..., Any], stash: Tensor | None) -> Callable[..., Any]:
-    """The function with the stash as an argument, if it holds anything."""
+def _with_stash(
+    function: Callable[..., Any], stash: Tensor | None, x: Tensor
+) -> Callable[..., Any]:
+    """The function with the stash as an argument, if there is one and using it takes less time."""
     if stash is None or not stash.numel():
+        return function
+    if not keeping_pays(STRIP["cpu"].implementation.statistics, x, stash):
         return function
     return partial(function, stash=stash)
 
@@ -182,7 +187,7 @@ def strip_loss(
             summed=summed,
         )
         return StripLoss(loss, row_max, row_sum, column_max, column_sum, stash)
-    run = _with_stash(functions.statistics, stash)
+    run = _with_stash(functions.statistics, stash, x)
     results = run(x=x, y=y, logit_scale=logit_scale, offset=offset, columns=columns)
     strip = StripStatistics._make(results)
     loss = strip.row_sum.log2() + (strip.row_max - strip.positive)
@@ -221,7 +226,7 @@ def strip_gradients(
     [0] without columns."""
     # Not the caller's to compute: traced with symbolic sizes 1 / N would be a constant.
     pair_weight = _pair_weight(direction_weight, x.shape[0], mean)
-    run = _with_stash(STRIP[backend].implementation.gradients, stash)
+    run = _with_stash(STRIP[backend].implementation.gradients, stash, x)
     if backend == "triton":  # its kernel multiplies the weights
         run = partial(run, pair_weight=pair_weight)
     else:
@@ -425,7 +430,7 @@ def _matched(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     functions = MATCHED[backend].implementation
     stash = _empty_stash(x, y, backend, keep_stash, functions.empty_stash)
-    run = _with_stash(functions.statistics, stash)
+    run = _with_stash(functions.statistics, stash, x)
     row_statistics, column_statistics = run(
         x=x,
         y=y,
@@ -479,7 +484,7 @@ def _matched_bwd(
     backend: str,
     stash: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = _with_stash(MATCHED[backend].implementation.gradients, stash)
+    run = _with_stash(MATCHED[backend].implementation.gradients, stash, x)
     return run(
         x=x,
         y=y,

@@ -1,0 +1,70 @@
+"""Whether this processor keeps logits for the backward pass or forms them again.
+
+Keeping them saves one product of the backward pass and costs writing and reading 4 bytes a logit.
+Which is less depends on the processor: with AMX a product of bf16 rows is short. So both are
+measured, once per process, dtype and width, in some milliseconds. The bits are the same either way.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+ROWS, COLUMNS = 512, 2048  # of the products that are timed
+REPEATS = 5
+COPIED_BYTES = 32 << 20  # more than most caches
+ALWAYS_KEPT_BYTES = 8 << 20  # a stash that stays in the caches costs little
+# Writing among products and reading again takes longer than a copy, fitted on Zen 4 (docs/speed.md).
+TRAFFIC_FACTOR = 1.5
+
+Forward = Callable[..., object]  # a backend's forward pass: x, y, logit_scale, offset, columns
+
+_lock = threading.Lock()
+_decisions: dict[tuple[torch.dtype, int], bool] = {}
+
+
+def keeping_pays(forward: Forward, x: Tensor, stash: Tensor) -> bool:
+    """Whether to fill and read ``stash`` for the logits of x [N, D].
+
+    A process gives one answer for a dtype and width, so the backward pass reads what was written.
+    """
+    if stash.nbytes <= ALWAYS_KEPT_BYTES:
+        return True
+    key = (x.dtype, x.shape[1])
+    with _lock:
+        if key not in _decisions:
+            product = seconds_of_a_product(forward, *key)
+            _decisions[key] = product > TRAFFIC_FACTOR * seconds_of_traffic()
+        return _decisions[key]
+
+
+def seconds_of_a_product(forward: Forward, dtype: torch.dtype, width: int) -> float:
+    """Seconds for the product of a logit: what ``width`` more columns add to the forward pass."""
+
+    def seconds(columns: int) -> float:
+        x = torch.ones(ROWS, columns, dtype=dtype)
+        y = torch.ones(COLUMNS, columns, dtype=dtype)
+        logit_scale = torch.ones(())
+        return _fastest(lambda: forward(x=x, y=y, logit_scale=logit_scale, offset=0, columns=False))
+
+    return max(seconds(2 * width) - seconds(width), 0.0) / (ROWS * COLUMNS)
+
+
+def seconds_of_traffic() -> float:
+    """Seconds for writing and reading a logit of fp32, by the rate of a copy."""
+    source = torch.zeros(COPIED_BYTES // 4)
+    target = torch.zeros_like(source)
+    return _fastest(lambda: target.copy_(source)) / source.numel()
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(REPEATS + 1):  # the first is slow
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
