@@ -18,7 +18,7 @@ ROWS, COLUMNS = 512, 2048  # of the products that are timed
 REPEATS = 5
 COPIED_BYTES = 32 << 20  # more than most caches
 ALWAYS_KEPT_BYTES = 8 << 20  # a stash that stays in the caches costs little
-# Writing among products and reading again takes longer than a copy, fitted on Zen 4 (docs/speed.md).
+# Writing among products, then reading, takes longer than a copy: fitted on Zen 4 (docs/speed.md).
 TRAFFIC_FACTOR = 1.5
 
 Forward = Callable[..., object]  # a backend's forward pass: x, y, logit_scale, offset, columns
