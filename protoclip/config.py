@@ -274,7 +274,7 @@ class RunConfig:
     seed: int = option(0, "same seed, same machine, same run", high=2**31, fixed=True)
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
     precision: str = option(
-        "auto", "auto: amp_bf16 on a GPU that has it", choices=PRECISIONS, fixed=True
+        "auto", "auto: amp_bf16 on a GPU or CPU that has it", choices=PRECISIONS, fixed=True
     )
     dist_backend: str = option("auto", "auto: nccl on GPUs", choices=("auto", "nccl", "gloo"))
     dist_timeout: float = option(1800.0, "seconds that a process waits for others", low=1)

@@ -23,7 +23,7 @@ from protoclip.config import TrainConfig
 from protoclip.distributed import run_command
 from protoclip.feature_store import buffer_bytes, table_bytes, wants_to_reuse
 from protoclip.flags import parse_more
-from protoclip.model import ProtoModel, build_model
+from protoclip.model import ProtoModel, build_model, processor_multiplies_bf16
 from protoclip.prototypes import check_clusters
 from protoclip.teacher import teacher_spec
 
@@ -47,7 +47,10 @@ class PlannedRun:
 
     @property
     def amp(self) -> bool:
-        return self.config.run.precision in ("amp_bf16", *(() if self.on_cpu else ("amp", "auto")))
+        precision = self.config.run.precision
+        if self.on_cpu:
+            return precision == "amp_bf16" or (precision == "auto" and processor_multiplies_bf16())
+        return precision != "fp32"
 
     @property
     def local_batch(self) -> int:

@@ -162,13 +162,15 @@ class _Source:
         whole = self.transform
         one = whole.pixels if isinstance(whole, Transform) else whole
         with torch.random.fork_rng(devices=[]):
-            for row, die in enumerate(mix(self.draws.seed, draws).tolist()):
+            dice = mix(self.draws.seed, draws)
+            choices = mix(0, dice).tolist()
+            for row, (die, choice) in enumerate(zip(dice.tolist(), choices, strict=True)):
                 while len(pictures) == row:
                     try:
                         captions = self.dataset.captions(int(index[row]))
                         torch.default_generator.manual_seed(die)
                         pictures.append(one(self.dataset.image(int(index[row]))))
-                        texts.append(self._choose(captions, die))
+                        texts.append(self._choose(captions, choice))
                     except DataError as error:
                         if not self.replace_bad or len(bad) == ATTEMPTS + self.batch_size:
                             raise
@@ -179,9 +181,8 @@ class _Source:
             images = whole.normalise(images)
         return Batch(torch.from_numpy(index), images, self.tokenizer(texts), tuple(bad))
 
-    def _choose(self, captions: Sequence[str], die: int) -> str:
-        """Choose one of the captions with the given random number."""
-        choice = int(mix(0, die))
+    def _choose(self, captions: Sequence[str], choice: int) -> str:
+        """Choose one of the captions with a random number below 2**64."""
         first = self.captions == "first" or (self.captions == "canonical" and choice >> 40 & 1)
         return captions[0 if first else choice % len(captions)]
 
