@@ -331,7 +331,7 @@ class ShortTokenizer:
 
     tokenizer: Callable[[list[str]], Tensor]
     end_id: int | None
-    # Captions come again every epoch: splitting one into tokens takes as long as cropping a picture.
+    # Captions come again every epoch, and splitting one takes as long as cropping a picture.
     remembered: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, texts: list[str]) -> Tensor:
@@ -339,6 +339,9 @@ class ShortTokenizer:
         tokens = self._tokenize(texts)
         length = int(_ends(tokens, self.end_id).max()) + 1
         return tokens[:, : -(-length // STEP) * STEP]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShortTokenizer, (self.tokenizer, self.end_id)  # a worker remembers its own captions
 
     def _tokenize(self, texts: list[str]) -> Tensor:
         """The tokenizer's result, int64 [B, context]."""

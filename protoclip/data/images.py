@@ -193,24 +193,27 @@ class RandomCrop:
     smallest: float  # share of the picture's area; the largest is 1
 
     def __call__(self, picture: Image.Image) -> Image.Image:
-        width, height = picture.size
-        draws = torch.rand(CROP_ATTEMPTS + 1, 2).tolist()
-        left_draw, top_draw = draws.pop()
-        for area_draw, aspect_draw in draws:
+        crop = picture.crop(self.box(*picture.size))
+        return crop.resize((self.side, self.side), Image.Resampling.BICUBIC)
+
+    def box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of a random crop, in pixels."""
+        attempts = torch.rand(CROP_ATTEMPTS + 1, 2).tolist()
+        left_draw, top_draw = attempts.pop()
+        for area_draw, aspect_draw in attempts:
             area = width * height * (self.smallest + (1 - self.smallest) * area_draw)
             aspect = WIDEST_CROP ** (2 * aspect_draw - 1)  # uniform in its logarithm
             crop_width = round(math.sqrt(area * aspect))
             crop_height = round(math.sqrt(area / aspect))
             if 0 < crop_width <= width and 0 < crop_height <= height:
-                break
-        else:  # a long picture: as much of its middle as the aspect allows
-            crop_width = min(width, round(height * WIDEST_CROP))
-            crop_height = min(height, round(width * WIDEST_CROP))
-            left_draw = top_draw = 0.5
-        left = int(left_draw * (width - crop_width + 1))
-        top = int(top_draw * (height - crop_height + 1))
-        crop = picture.crop((left, top, left + crop_width, top + crop_height))
-        return crop.resize((self.side, self.side), Image.Resampling.BICUBIC)
+                left = int(left_draw * (width - crop_width + 1))
+                top = int(top_draw * (height - crop_height + 1))
+                return left, top, left + crop_width, top + crop_height
+        # A long picture: as much of its middle as the aspect allows.
+        crop_width = min(width, round(height * WIDEST_CROP))
+        crop_height = min(height, round(width * WIDEST_CROP))
+        left, top = (width - crop_width) // 2, (height - crop_height) // 2
+        return left, top, left + crop_width, top + crop_height
 
 
 def build_transform(
