@@ -10,7 +10,7 @@ epochs in batches of 256 with one thread; episodes of N = 15,000 samples, K = N 
 Tuning: every row on the same four learning rates and epochs (``GRID``), one seed, MLP tower, on
 twelve other sets and 70 other concepts, with the test families and concepts out as well. The
 highest mean of the primary metrics counts, for both towers.
-Towers: ``cnn``, the default model of ``protoclip train``; ``mlp``, two layers over fixed features
+Towers, in fp32: ``cnn``, the default model of ``protoclip train``; ``mlp``, two layers over fixed features
 (HOG and 12 x 12 pixels), for many seeds. Both have tokens renumbered to those that occur.
 Rows: ``ROWS``. All have the same flags but for what the row says.
 Primary metrics, all on sets never trained on, over seen concepts: zero-shot accuracy, linear probe,
@@ -230,7 +230,7 @@ class Towers:
         """OpenCLIP's config of a tower, but for the number of tokens."""
         if tower == MLP:
             return MLP_CONFIG
-        return json.loads((CONFIG_FOLDER / f"{TrainConfig().model.model}.json").read_text())
+        return json.loads((CONFIG_FOLDER / "protoclip-icons.json").read_text())
 
     def build(self, tower: str, model: ModelConfig) -> ProtoModel:
         """A model with new weights by torch's generator."""
@@ -342,7 +342,7 @@ def configure(task: Task, size: Size, teacher: Path) -> TrainConfig:
     """The settings of ``protoclip.train`` with the row's flags."""
     words = ["--batch-size", str(size.batch), "--episode-size", str(size.episode)]
     words += ["--k", str(size.episode // 10), "--target-temperature", "0.01"]
-    words += ["--external-teacher", str(teacher), "--seed", str(task.seed)]
+    words += ["--external-teacher", str(teacher), "--seed", str(task.seed), "--precision", "fp32"]
     words += ["--lr", str(task.lr), "--epochs", str(task.epochs)]
     for word in ROWS[task.row]:
         share = word.removeprefix("{episode/").removesuffix("}")

@@ -246,7 +246,7 @@ class LossConfig:
 class OptimConfig:
     """Optimisation"""
 
-    epochs: float = option(24.0, "passes over the data")
+    epochs: float = option(40.0, "passes over the data")
     max_steps: int = option(0, "shorten the run and its schedule to N steps; 0: no limit")
     batch_size: int = option(256, "pairs per forward pass of a process", low=2)
     accum_freq: int = option(1, "passes per step; global batch = batch size x this x ranks", low=1)
@@ -269,7 +269,7 @@ class RunConfig:
     seed: int = option(0, "same seed, same machine, same run", high=2**31, fixed=True)
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
     precision: str = option(
-        "auto", "auto: amp_bf16 on a GPU that has it", choices=PRECISIONS, fixed=True
+        "auto", "auto: amp_bf16 on a GPU or CPU that has it", choices=PRECISIONS, fixed=True
     )
     dist_backend: str = option("auto", "auto: nccl on GPUs", choices=("auto", "nccl", "gloo"))
     dist_timeout: float = option(1800.0, "seconds that a process waits for others", low=1)

@@ -24,7 +24,7 @@ from protoclip.config import TrainConfig
 from protoclip.distributed import run_command
 from protoclip.feature_store import buffer_bytes, table_bytes, wants_to_reuse
 from protoclip.flags import parse_more
-from protoclip.model import ProtoModel, build_model
+from protoclip.model import ProtoModel, build_model, processor_multiplies_bf16
 from protoclip.prototypes import check_clusters
 from protoclip.teacher import teacher_spec
 
@@ -53,9 +53,10 @@ class PlannedRun:
 
     @property
     def amp(self) -> bool:
-        on_gpu_only = ("amp", "auto")  # fp32 on a CPU
         precision = self.config.run.precision
-        return precision == "amp_bf16" or (precision in on_gpu_only and not self.on_cpu)
+        if self.on_cpu:
+            return precision == "amp_bf16" or (precision == "auto" and processor_multiplies_bf16())
+        return precision != "fp32"
 
     @property
     def local_batch(self) -> int:

@@ -630,11 +630,13 @@ def announce(trainer: Trainer, remark: str) -> None:
     warmup = config.optim.warmup
     if busy := busy_note(setup.device):
         folder.say(busy)
+    chosen = config.run.precision == "auto" and setup.precision == "amp_bf16"
+    by_itself = " (--precision auto: this device multiplies bf16)" if chosen else ""
     folder.say(
         f"run folder: {folder.path}\n"
         f"data: {setup.dataset.name}, {len(setup.dataset):,} pairs; {plan.total_steps} steps of "
         f"{plan.batch_size}, {plan.steps_per_epoch} a pass over the data\n"
-        f"model: {config.model.model} on {setup.device}, {setup.precision}, "
+        f"model: {config.model.model} on {setup.device}, {setup.precision}{by_itself}, "
         f"{torch.get_num_threads()} threads{on_ranks}"
     )
     if warmup >= plan.total_steps:

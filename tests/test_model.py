@@ -14,6 +14,7 @@ from protoclip.model import (
     ShortTokenizer,
     build_model,
     can_shorten,
+    choose_precision,
     match_layout,
     put_channels_last,
     register_configs,
@@ -61,6 +62,44 @@ def test_tokenizers_pickle_and_know_the_end(model):
     assert torch.equal(tokenizer(SHORT), model.short_tokenizer(SHORT))
     tokenizer = ShortTokenizer(lambda texts: torch.tensor([[5, 9, 2, 9, 0, 0, 0, 0, 0, 0]]), 2)
     assert tokenizer(["x"]).shape == (1, 8)
+
+
+def test_captions_that_come_again_are_not_split_again(monkeypatch):
+    monkeypatch.setattr("protoclip.model.MOST_REMEMBERED", 3)
+    calls = []
+
+    def split(texts):
+        calls.append(list(texts))
+        return torch.tensor([[len(text), 9, 0, 0, 0, 0, 0, 0] for text in texts])
+
+    tokenizer = ShortTokenizer(split, 9)
+    assert tokenizer(["a", "bb", "a"])[:, 0].tolist() == [1, 2, 1]
+    assert tokenizer(["bb", "ccc"])[:, 0].tolist() == [2, 3]
+    assert tokenizer(["dddd", "a"])[:, 0].tolist() == [4, 1]  # a fourth caption: all are forgotten
+    assert calls == [["a", "bb"], ["ccc"], ["dddd", "a"]]
+
+
+def test_a_tokenizer_that_drops_words_at_random_is_called_each_time():
+    class Dropping:
+        reduction_fn = staticmethod(lambda: None)
+        calls = 0
+
+        def __call__(self, texts):
+            self.calls += 1
+            return torch.tensor([[self.calls, 9, 0, 0, 0, 0, 0, 0]] * len(texts))
+
+    tokenizer = ShortTokenizer(Dropping(), 9)
+    assert [int(tokenizer(["a"])[0, 0]) for _ in range(3)] == [1, 2, 3]
+
+
+def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch):
+    cpu = torch.device("cpu")
+    for unit in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, unit, lambda: False, raising=False)
+    assert choose_precision("auto", cpu) == "fp32"
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    assert choose_precision("auto", cpu) == "amp_bf16"
+    assert choose_precision("fp32", cpu) == "fp32"
 
 
 CONVOLUTIONS = {

@@ -168,13 +168,15 @@ class _Source:
         if isinstance(of_picture, Transform):  # normalises the batch, below
             of_picture = of_picture.pixels
         with torch.random.fork_rng(devices=[]):
-            for row, die in enumerate(mix(self.draws.seed, draws).tolist()):
+            dice = mix(self.draws.seed, draws)
+            choices = mix(0, dice).tolist()
+            for row, (die, choice) in enumerate(zip(dice.tolist(), choices, strict=True)):
                 while len(pictures) == row:
                     try:
                         captions = self.dataset.captions(int(index[row]))
                         torch.default_generator.manual_seed(die)
                         pictures.append(of_picture(self.dataset.image(int(index[row]))))
-                        texts.append(self._choose(captions, die))
+                        texts.append(self._choose(captions, choice))
                     except DataError as error:
                         if not self.replace_bad or len(bad) == ATTEMPTS + self.batch_size:
                             raise
@@ -185,9 +187,8 @@ class _Source:
             images = self.transform.normalise(images)
         return Batch(torch.from_numpy(index), images, self.tokenizer(texts), tuple(bad))
 
-    def _choose(self, captions: Sequence[str], die: int) -> str:
-        """Choose one of the captions with the given random number."""
-        choice = int(mix(0, die))
+    def _choose(self, captions: Sequence[str], choice: int) -> str:
+        """Choose one of the captions with a random number below 2**64."""
         first = self.captions == "first" or (self.captions == "canonical" and choice >> 40 & 1)
         return captions[0 if first else choice % len(captions)]
 
