@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import io
 import json
 import sys
@@ -42,6 +43,7 @@ RETIRED = {
     "--num-clusters": "the flag is --k",
     **dict.fromkeys(("--imagenet-val", "--imagenet-v2", "--zeroshot-frequency"), EVALUATE),
 }
+DATA_NAMES = ("--data", "--dataset", "--data-path", "--csv", "--images", "--folder")
 # Flags of OpenCLIP's trainer that are accepted and change nothing: arguments, and the reason.
 NEEDLESS: dict[str, tuple[dict[str, Any], str]] = {
     "--local-loss": ({"action": "store_true"}, "the loss is exact over all processes"),
@@ -68,6 +70,8 @@ def open_clips_help() -> str:
 def refusal(flag: str, known: Collection[str]) -> str:
     """One line: why a command lacks this flag, and what to do."""
     name = flag.partition("=")[0]
+    if name in DATA_NAMES and "--train-data" in known:
+        return f"{name}: the flag is --train-data"
     if name in RETIRED:
         return f"{name}: {RETIRED[name]}"
     if "--train-data" in known and name in open_clips_help().split():
@@ -110,10 +114,18 @@ class Parser(argparse.ArgumentParser):
                 break
             # Checked before argparse, which would report a missing flag, not the misspelt one.
             if word.startswith("--") and " " not in word and word.partition("=")[0] not in options:
+                places = [action.metavar for action in self._actions if not action.option_strings]
+                if places and word.partition("=")[0] in DATA_NAMES:
+                    self.error(
+                        f"{word}: no such flag; {places[0]} has none: {self.prog} {places[0]}"
+                    )
                 self.error(refusal(word, options))
         parsed, rest = self.parse_known_args(words, namespace)
         if rest:
-            self.error(f"expected a flag, got {rest[0]!r}; a flag takes one value")
+            remedy = "a flag takes one value"
+            if "--train-data" in options:
+                remedy += f"; the data of a run is --train-data {rest[0]}"
+            self.error(f"expected a flag, got {rest[0]!r}; {remedy}")
         return parsed
 
 
@@ -167,7 +179,9 @@ def build_parser(
     add_options(parser, defaults)
     for name, section in vars(defaults).items():
         if dataclasses.is_dataclass(section):
-            add_options(parser.add_argument_group(str(section.__doc__)), section, f"{name}.")
+            title, _, about = inspect.cleandoc(str(section.__doc__)).partition("\n\n")
+            group = parser.add_argument_group(title, " ".join(about.split()) or None)
+            add_options(group, section, f"{name}.")
     return parser
 
 

@@ -53,7 +53,9 @@ def runs(tmp_path_factory):
 def test_the_page_has_every_section_and_needs_no_network(runs, capsys):
     assert main([str(runs[0])]) == 0
     path = runs[0] / "report.html"
-    assert capsys.readouterr().out.strip() == f"report: {path}"
+    said = capsys.readouterr()
+    assert said.out.strip() == f"report: {path}"
+    assert re.match(r"ours: It names \d+ of 100 drawings .*\nours: no plain CLIP run", said.err)
     text = path.read_text()
     for name in SECTIONS:
         assert f'<section id="{name}">' in text
@@ -87,6 +89,33 @@ def test_the_first_section_has_ten_images_with_their_nearest_names(runs):
     missed = sum(one["own"] not in {a["caption"] for a in one["answers"]} for one in shown)
     assert own.count("<small>right: ") == missed
     assert own.count('<li class="hit">') == 10 - missed > 0
+
+
+def test_one_answer_stands_on_top_and_each_score_has_its_floor(runs):
+    text = html.unescape(write_report([runs[0]]).read_text())
+    results = json.loads((runs[0] / "results.json").read_text())
+    names = 100 * results["trained"]["HO"]["metrics"]["group/acc1"]
+    sentence = f"It names {names:.0f} of 100 drawings that it has never seen."
+    assert text.index(sentence) < text.index("<nav")
+    results["floors"] = {
+        name: {"HO": results["trained"]["HO"] | {"metrics": {"group/acc1": value}}}
+        for name, value in (("chance", 1 / 12), ("frequent", 0.123))
+    }
+    run = reading.read_run(runs[0])
+    run = reading.replace(run, outcome=reading.results.read_results(runs[0] / "results.json"))
+    (runs[0] / "results.json").write_text(json.dumps(results))
+    try:
+        both = html.unescape(write_report([runs[1], runs[0]]).read_text())
+    finally:
+        reading.results.write_results(runs[0] / "results.json", run.outcome)
+    assert f"<b>ours:</b> {sentence[:-1]} (chance 8)." in both
+    row = re.search(r"zero-shot group</abbr></th>(.*?)</tr>", both, re.S)[1]
+    best = max(0.123, results["untrained"]["HO"]["metrics"]["group/acc1"])
+    assert row.index(f">{best:.3f}") < row.index("<b>") and "chance 0.083" in row
+    for term in ("zero-shot", "R@5", "modality gap", "group"):
+        assert f"<li><b>{term}</b>: " in both, term
+    assert "k-means AMI" not in both  # no such number on this page
+    assert 'title="share of images whose nearest class name is their own' in both
 
 
 def test_the_page_says_who_won(runs):
@@ -159,6 +188,7 @@ def test_baselines(runs, tmp_path, monkeypatch):
     assert reading.find_baseline([reading.read_run(run) for run in runs]).name == "plain"
     ours = reading.read_run(shutil.copytree(runs[0], tmp_path / "logs" / "ours"))
     assert reading.find_baseline([ours]) is None  # protoclip's own is of other data
+    assert reading.find_baseline([ours, ours]) is ours  # two of one method: the first
     monkeypatch.setattr(reading, "RECORDED", runs[1])
     found = reading.find_baseline([ours])
     assert found.name == "CLIP (recorded)" and found.outcome.trained["HO"].samples == 32

@@ -159,13 +159,21 @@ def floors(encoder: Encoder, layout: Layout) -> dict[str, Results]:
         sets, train = encode_sets(fixed, layout, ("knn", "grouping"))
         scores = evaluate_features(sets, train, tasks=("knn", "grouping"))
         found[name] = {key: dataclasses.replace(one, intervals={}) for key, one in scores.items()}
-    guesses: dict[str, Results] = {"chance": {}, "frequent": {}}
-    for key, one in found["pixels"].items():
-        share, most = _guesses(sets[key], train)
-        for name, metrics_of_guess in (("chance", share), ("frequent", most)):
-            blind = dataclasses.replace(one, metrics=metrics_of_guess)
-            guesses[name] = {**guesses[name], key: blind}
-    return guesses | found
+    return guesses(sets, train) | found
+
+
+def guesses(sets: Mapping[str, EvalSet], train: EvalSet | None) -> dict[str, Results]:
+    """The scores of guesses ("chance"), and of always saying the most frequent class ("frequent"),
+    if the data has classes."""
+    chance: dict[str, SetResults] = {}
+    frequent: dict[str, SetResults] = {}
+    for key, one in sets.items():
+        share, most = _guesses(one, train)
+        blind = SetResults(one.title, len(one.image), len(one.text), share)
+        chance[key] = blind
+        frequent[key] = dataclasses.replace(blind, metrics=most)
+    known = any(one.metrics for one in frequent.values())
+    return {"chance": chance, "frequent": frequent} if known else {"chance": chance}
 
 
 def _guesses(one: EvalSet, train: EvalSet | None) -> tuple[dict[str, float], dict[str, float]]:
