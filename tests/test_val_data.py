@@ -78,7 +78,7 @@ def test_a_run_on_a_table_answers_with_pairs_it_was_trained_on(run, capsys):
     )
     assert "was not evaluated" not in page and "--val-fraction 0.1" in page
     sections = set(re.findall(r'<section id="(\w+)"', page))
-    assert set(re.findall(r'href="#(\w+)"', page)) <= sections
+    assert set(re.findall(r'<a href="#(\w+)"', page)) <= sections
     assert "retrieval" in sections and "names" not in sections
     assert evaluate([str(folder)]) == 2
     assert "was trained on all of" in capsys.readouterr().err
