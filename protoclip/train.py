@@ -27,7 +27,7 @@ from tqdm import tqdm
 from protoclip import checkpoint, distributed, prototypes, schedule
 from protoclip.checks import active_terms, check_settings, uses_prototypes
 from protoclip.commands import train_parser
-from protoclip.config import TrainConfig, to_dict
+from protoclip.config import ModelConfig, TrainConfig, to_dict
 from protoclip.data import Batch, Draws, PairDataset, batches, build_transform
 from protoclip.data.loader import EpochOrder, Faults
 from protoclip.data.settings import open_run_data
@@ -631,6 +631,12 @@ def announce(trainer: Trainer, remark: str) -> None:
         f"model: {config.model.model} on {setup.device}, {setup.precision}, "
         f"{torch.get_num_threads()} threads" + f", {ranks} ranks" * (ranks > 1)
     )
+    builtin = config.data.train_data.startswith("builtin:")
+    if config.model.model == ModelConfig().model and not builtin:
+        folder.say(
+            f"note: {config.model.model}, the default, is a small model for drawings of 48 pixels; "
+            "for photographs give an OpenCLIP model, such as --model ViT-B-32"
+        )
     if warmup >= plan.total_steps:
         folder.say(
             f"note: --warmup {warmup:g} is longer than the run's {plan.total_steps} steps, so the "
