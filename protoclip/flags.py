@@ -70,8 +70,6 @@ def open_clips_help() -> str:
 def refusal(flag: str, known: Collection[str]) -> str:
     """One line: why a command lacks this flag, and what to do."""
     name = flag.partition("=")[0]
-    if name in DATA_NAMES and "--train-data" in known:
-        return f"{name}: the flag is --train-data"
     if name in RETIRED:
         return f"{name}: {RETIRED[name]}"
     if "--train-data" in known and name in open_clips_help().split():
@@ -114,11 +112,7 @@ class Parser(argparse.ArgumentParser):
                 break
             # Checked before argparse, which would report a missing flag, not the misspelt one.
             if word.startswith("--") and " " not in word and word.partition("=")[0] not in options:
-                places = [action.metavar for action in self._actions if not action.option_strings]
-                if places and word.partition("=")[0] in DATA_NAMES:
-                    self.error(
-                        f"{word}: no such flag; {places[0]} has none: {self.prog} {places[0]}"
-                    )
+                self._name_the_data(word.partition("=")[0])
                 self.error(refusal(word, options))
         parsed, rest = self.parse_known_args(words, namespace)
         if rest:
@@ -127,6 +121,18 @@ class Parser(argparse.ArgumentParser):
                 remedy += f"; the data of a run is --train-data {rest[0]}"
             self.error(f"expected a flag, got {rest[0]!r}; {remedy}")
         return parsed
+
+    def _name_the_data(self, flag: str) -> None:
+        """The error for a flag that tries to name the data, if that is what ``flag`` does."""
+        if flag not in DATA_NAMES:
+            return
+        if "--train-data" in self._option_string_actions:
+            self.error(f"{flag}: the flag is --train-data")
+        for action in self._actions:
+            if not action.option_strings:
+                self.error(
+                    f"{flag}: no such flag; {action.metavar} has none: {self.prog} {action.metavar}"
+                )
 
 
 def add_flag(

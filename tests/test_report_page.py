@@ -254,11 +254,23 @@ def test_a_run_ends_with_its_report_and_its_path(tmp_path, capsys):
 
 CHECK = """<script>
 addEventListener("load", () => {
+  document.querySelectorAll(".gallery").forEach(box => box.open = true);
+  setTimeout(check, 500);  // they are filled after an event
+});
+function check() {
   const out = document.createElement("pre");
   out.id = "state";
+  const canvas = document.querySelector("canvas"), more = document.querySelector(".gallery button");
+  const before = document.querySelectorAll(".proto").length;
+  more?.click();
+  canvas.focus();
+  canvas.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight", cancelable: true}));
   out.textContent = JSON.stringify({
     sections: [...document.querySelectorAll("section")].map(s => s.id),
     cards: document.querySelectorAll(".proto").length,
+    more: document.querySelectorAll(".proto").length - before,
+    focus: document.activeElement === canvas,
+    said: canvas.closest(".map").querySelector("[data-hint]").textContent,
     images: document.images.length,
     broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).length,
     wide: document.scrollingElement.scrollWidth - innerWidth,
@@ -266,7 +278,7 @@ addEventListener("load", () => {
       c.getContext("2d").getImageData(0, 0, c.width, c.height).data.some(v => v)),
   });
   document.body.append(out);
-});
+}
 </script>"""
 
 
@@ -295,6 +307,9 @@ def test_a_real_browser_shows_it_narrow_and_dark(runs, tmp_path):
     assert state["images"] > 50 and state["broken"] == 0 and state["cards"] > 0
     assert state["wide"] <= 0  # nothing sticks out on a narrow screen
     assert state["inked"] == [True, True]
+    # By keyboard: the button of a gallery, and an arrow key on the map.
+    assert state["more"] > 0 and state["focus"]
+    assert re.match("(image of|caption): ", state["said"])
 
 
 def test_a_collapse_of_the_prototypes_is_said_on_the_page(runs, tmp_path):
