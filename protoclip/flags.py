@@ -123,7 +123,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _name_the_data(self, flag: str) -> None:
-        """The error for a flag that tries to name the data, if that is what ``flag`` does."""
+        """End with the right way to name the data, if ``flag`` is a guess at it."""
         if flag not in DATA_NAMES:
             return
         if "--train-data" in self._option_string_actions:
