@@ -13,6 +13,7 @@ from protoclip.data import Subset, heldout_pictures, open_dataset
 from protoclip.data.settings import RunData, open_run_data
 from protoclip.evaluate.__main__ import main as evaluate
 from protoclip.evaluate.during import TRAINED, own_layout
+from protoclip.export import main as export
 from protoclip.train import main as train
 
 PAIRS = 80
@@ -80,6 +81,9 @@ def test_a_run_on_a_table_answers_with_pairs_it_was_trained_on(run, capsys):
     sections = set(re.findall(r'<section id="(\w+)"', page))
     assert set(re.findall(r'<a href="#(\w+)"', page)) <= sections
     assert "retrieval" in sections and "names" not in sections
+    assert export([str(folder), "--out", str(folder / "model")]) == 0
+    card = (folder / "model" / "README.md").read_text()
+    assert "pairs that it was trained on" in card and "model-index" not in card
     assert evaluate([str(folder)]) == 2
     assert "was trained on all of" in capsys.readouterr().err
 

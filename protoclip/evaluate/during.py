@@ -149,7 +149,7 @@ def own_layout(run_data: RunData, workers: int) -> Layout | None:
         return None
     few = f"{len(sample):,} of the" if len(sample) < len(training) else f"All {len(sample):,}"
     title = f"{few} pairs that it was trained on"
-    return Layout(sample, captions=1, key="TRAIN", title=title)
+    return Layout(sample, captions=1, key=results.TRAIN, title=title)
 
 
 def _remark(run_data: RunData, count: int) -> str:

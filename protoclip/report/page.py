@@ -149,7 +149,7 @@ def answer(run: Run) -> str:
         right = f"{100 * one.metrics[metric]:.0f} of 100"
         builtin = run.outcome.data.startswith("builtin:")
         what = "drawings" if builtin else "pictures"
-        if key == "TRAIN":
+        if key == results.TRAIN:
             what += " that it was trained on"
         elif builtin or key == "HO":
             what += " that it has never seen"
