@@ -3,7 +3,7 @@ SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
 
 # `make` is `make check`; the words after ## are what `make help` says.
-.PHONY: check help lint fix test parity faults bench bench-full study-data study study-quick kernels gpu gpu-sanitize
+.PHONY: check help lint fix test parity faults bench bench-full pictures study-data study study-quick kernels gpu gpu-sanitize
 
 check: lint test parity  ## everything CI checks
 
@@ -36,6 +36,9 @@ bench:  ## parity, then speed; under six minutes on two cores
 
 bench-full:  ## the wide sweeps and sizes too; recorded under benchmarks/results unless RECORD says where
 	$(PYTHON) -m pytest benchmarks --benchmark-only --sizes full --record $(or $(RECORD),benchmarks/results)
+
+pictures:  ## the front page's pictures, from the records; with RUN=logs/NAME also what a run on icons has learnt
+	$(PYTHON) -m benchmarks.pictures $(RUN)
 
 study-data:  ## the study's icons: 104 MB from npm, drawn into the cache in a few minutes
 	$(PYTHON) -m benchmarks.study_data

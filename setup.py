@@ -39,7 +39,7 @@ DEV = [
 setup(
     name="protoclip",
     version="0.1.0",
-    description="ProtoCLIP at the price of CLIP: fused contrastive losses and exact k-means",
+    description="Contrastive losses without stored logits, exact k-means, and a ProtoCLIP trainer",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

@@ -1,4 +1,12 @@
-"""ProtoCLIP at the price of CLIP: losses that never store their logits, exact k-means.
+"""Contrastive losses that never store their logits, exact k-means, and a ProtoCLIP trainer.
+
+In your own loop, on a CPU or a GPU::
+
+    loss = protoclip.ClipLoss()  # in place of open_clip.loss.ClipLoss(); also SigLipLoss
+    loss(image_features, text_features, logit_scale).backward()
+
+or as functions: ``info_nce``, ``contrastive``, ``nt_xent``, ``sup_con``, ``kmeans``, ...
+(``help(protoclip.info_nce)``). The commands: ``protoclip --help``.
 
 ``import protoclip`` loads torch and nothing heavier; other modules load at first use.
 """

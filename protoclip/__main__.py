@@ -14,15 +14,26 @@ from protoclip import __version__
 from protoclip.commands import PARSERS
 
 PACKAGES = ("data", "evaluate", "report")
-HELP = """protoclip trains CLIP with prototypes, and shows which pictures belong together.
+HELP = """protoclip: contrastive losses, ProtoCLIP training, and groups of pictures.
 
-  protoclip train                       train a small ProtoCLIP on built-in icons: minutes on a CPU
-  protoclip cluster photos/ --k 50      group pictures, or rows of features
-  protoclip evaluate logs/RUN           evaluate a run, or any CLIP on your data
-  protoclip report logs/RUN             write one page about a run, or about several side by side
-  protoclip export logs/RUN --out DIR   write the model for OpenCLIP and CLIP_benchmark
+  protoclip train                         train a small ProtoCLIP on built-in
+                                          icons: minutes on a CPU
+  protoclip train --train-data pairs.csv  train on your pictures and captions
+  protoclip report logs/A logs/B          compare runs, or show one, on a page
+  protoclip evaluate logs/RUN             evaluate a run, or any CLIP
+  protoclip cluster photos/ --k 50        group a folder of pictures
+  protoclip export logs/RUN --out DIR     write the model for OpenCLIP
 
-More commands: plan, data, teacher, openclip. Flags of a command: protoclip COMMAND --help"""
+The losses are for your own loop, in Python:
+
+  loss = protoclip.ClipLoss()             # was open_clip.loss.ClipLoss()
+  python -c "import protoclip; help(protoclip)"
+
+More commands: openclip (OpenCLIP's trainer with these losses), plan (the
+memory of a run), data (check or export pairs), teacher (a model's features).
+Flags of a command: protoclip COMMAND --help"""
+# What else people call a command -> its name.
+SYNONYMS = {"compare": "report", "group": "cluster", "eval": "evaluate", "kmeans": "cluster"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,14 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     command = words[0] if words else "--help"
     arguments = words[1:]
-    if command in ("-h", "--help", "--help-all"):
+    if command == "help" and arguments:  # protoclip help train
+        command, arguments = arguments[0], ["--help"]
+    if command in ("help", "-h", "--help", "--help-all"):
         print(HELP)
         return 0
     if command == "--version":
         print(f"protoclip {__version__}")
         return 0
     if command not in PARSERS:
-        near = difflib.get_close_matches(command, PARSERS, n=1)
+        near = difflib.get_close_matches(command, [*PARSERS, *SYNONYMS], n=1)
+        near = [SYNONYMS.get(name, name) for name in near]
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(PARSERS)}"
         print(f"protoclip: error: {command!r} is not a command; {hint}", file=sys.stderr)
         return 2

@@ -58,10 +58,25 @@ def check_settings(config: TrainConfig, device: torch.device) -> None:
     """Raise ValueError for settings that cannot work, whatever the data."""
     check_model(config.model)
     parse_interval(config.run.save_every)
+    _check_val_fraction(config)
     if "wandb" in config.run.report_to and importlib.util.find_spec("wandb") is None:
         raise ValueError("--report-to wandb: wandb is not installed; pip install wandb")
     _check_every_step_has_a_loss(config)
     _check_kmeans(config.episode.kmeans_backend, device)
+
+
+def _check_val_fraction(config: TrainConfig) -> None:
+    data = config.data
+    if data.val_fraction and data.val_data:
+        raise ValueError(
+            f"--val-fraction: expected no other data to evaluate on, got --val-data {data.val_data}"
+            "; leave one of them out"
+        )
+    if data.val_fraction and data.train_data.startswith("builtin:"):
+        raise ValueError(
+            f"--val-fraction: {data.train_data} has a held-out part of its own, on which the run "
+            "is evaluated; leave the flag out"
+        )
 
 
 def _check_every_step_has_a_loss(config: TrainConfig) -> None:

@@ -150,7 +150,8 @@ def run(args: argparse.Namespace) -> None:
         folder = Path(args.link_to or args.copy_to)
         write_folders(folder, points.dataset, groups, copy=bool(args.copy_to))
     write_atomic(out / page.NAME, printable(write_page(points, groups, k, seconds, why)))
-    print(f"{clusters}\n{printable(str(out))}/clusters.csv, centroids.safetensors and {page.NAME}")
+    name = printable(str(out))
+    print(f"{clusters}\n{name}/clusters.csv, centroids.safetensors; look at {name}/{page.NAME}")
 
 
 def encode_pictures(args: argparse.Namespace) -> Points:

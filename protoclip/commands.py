@@ -8,9 +8,9 @@ from protoclip.config import PRECISIONS, TABLE, DataConfig, ProtoConfig
 from protoclip.flags import Parser, add_flag, add_options, build_parser, open_clips_help
 
 EVERYDAY = """
-    --preset --method --train-data --val-data --workers --model --pretrained --k --external-teacher
-    --epochs --batch-size --accum-freq --lr --warmup --name --resume --save-every --seed --device
-    --precision
+    --preset --method --train-data --val-data --val-fraction --csv-img-key --csv-caption-key
+    --workers --model --pretrained --k --external-teacher --epochs --max-steps --batch-size
+    --accum-freq --lr --warmup --name --resume --save-every --seed --device --precision
 """
 PLANNED = """
     --ranks --samples --json --model --grad-checkpointing --k --episode-size --external-teacher
@@ -28,7 +28,8 @@ def train_parser() -> Parser:
         "Train ProtoCLIP (or CLIP) on image-text pairs. Without flags: ProtoCLIP on the built-in "
         "icons, a few minutes on two CPU cores.",
         EVERYDAY.split(),
-        "protoclip train --train-data 'shards/{00000..00099}.tar' --model ViT-B-32 --epochs 32",
+        "protoclip train --train-data pairs.csv --csv-img-key file --csv-caption-key text\n"
+        "         protoclip train --train-data 'shards/{00000..00099}.tar' --model ViT-B-32",
     )
 
 
@@ -136,9 +137,9 @@ def report_parser() -> Parser:
     parser = Parser(
         "protoclip report",
         description="Write one self-contained HTML page about runs: numbers, curves, prototypes, "
-        "a map, examples, cost and settings. Several runs are shown side by side; a run of "
-        "--method clip is the baseline.",
-        example="protoclip report logs/CLIP_RUN logs/RUN",
+        "a map, examples, cost and settings. Several runs are shown side by side, with "
+        "the differences to the first run of --method clip, or else to the first run.",
+        example="protoclip report logs/A logs/B",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder of protoclip train")
     add_flag(parser, "--output", "", "file to write (default: report.html in the run)")

@@ -125,7 +125,18 @@ class DataConfig:
         "builtin:icons, builtin:shapes[:N], a .csv/.tsv file, or webdataset shards such as "
         "'d/{000..012}.tar', globs, URLs; sources joined by '::'",
     )
-    val_data: str = option("", "data to evaluate on; default: the held-out part of built-in data")
+    val_data: str = option(
+        "",
+        "data to evaluate on; default: the held-out part of built-in data, the pairs of "
+        "--val-fraction, or else 1,000 of the pairs that were trained on",
+    )
+    val_fraction: float = option(
+        0.0,
+        "share of the pictures of --train-data to hold out for evaluation, such as 0.1; "
+        "chosen by --seed and position, never trained on",
+        high=0.9,
+        fixed=True,
+    )
     train_num_samples: int = option(0, "use only the first N samples; 0: all", fixed=True)
     shuffle_buffer: int = option(
         -1,
@@ -135,9 +146,11 @@ class DataConfig:
         fixed=True,
     )
     max_bad_fraction: float = option(0.05, "largest share of unusable samples", high=1)
-    csv_separator: str = option("\t", "separator of a .csv/.tsv file (default: tab)")
-    csv_img_key: str = option("filepath", "column of the image path")
-    csv_caption_key: str = option("title", "column of the caption")
+    csv_separator: str = option(
+        "\t", "separator of a .csv/.tsv file; default: tab, or a comma if there is no tab"
+    )
+    csv_img_key: str = option("filepath", "column of the image path in a .csv/.tsv file")
+    csv_caption_key: str = option("title", "column of the caption in it")
     csv_encoding: str = option("utf-8", "encoding of a .csv/.tsv file", flag="encoding")
     augmentation: str = option(
         "clip", "paper: ProtoCLIP's", choices=("paper", "clip", "none"), fixed=True
@@ -156,7 +169,10 @@ class ModelConfig:
     """Model"""
 
     model: str = option(
-        "protoclip-icons", "OpenCLIP model, config .json, local-dir:PATH, hf-hub:ID", fixed=True
+        "protoclip-icons",
+        "OpenCLIP model such as ViT-B-32, config .json, local-dir:PATH, hf-hub:ID; the default is "
+        "a small one for pictures of 48 pixels",
+        fixed=True,
     )
     pretrained: str = option("", "weights to start from: an OpenCLIP tag or a checkpoint file")
     force_image_size: int = option(0, "side of an image in pixels; 0: the model's", fixed=True)
@@ -185,7 +201,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EpisodeConfig:
-    """Episodes and prototypes"""
+    """Episodes and prototypes
+
+    A prototype is the mean of a cluster of training samples. An episode is the part of training
+    that uses one clustering, by default a pass over the data. A source is what is clustered: the
+    image features, the caption features, a teacher's features.
+    """
 
     size: int = option(0, "samples per episode; 0: one epoch", flag="episode-size", fixed=True)
     replacement: bool = option(

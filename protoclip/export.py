@@ -23,7 +23,7 @@ from protoclip.commands import export_parser
 from protoclip.config import ModelConfig, TrainConfig, flat, from_dict
 from protoclip.data.files import write_atomic, write_safetensors
 from protoclip.distributed import run_command
-from protoclip.evaluate.results import format_table, read_results
+from protoclip.evaluate.results import TRAIN, format_table, read_results
 from protoclip.model import build_model, register_configs
 from protoclip.paths import check_above
 
@@ -130,12 +130,14 @@ def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> ModelCard
     if (run / "results.json").is_file():
         outcome = read_results(run / "results.json")
         lines += ["", f"## Results on {outcome.data}", "", "```", format_table(outcome), "```"]
-        head.eval_results = [
+        evaluated = [
             EvalResult(TASK, outcome.data, eval_set.title, name, value)
-            for eval_set in outcome.trained.values()
+            for key, eval_set in outcome.trained.items()
+            if key != TRAIN
             for name, value in eval_set.metrics.items()
             if name.endswith(("/acc1", "recall@5"))
         ]
+        head.eval_results = evaluated or None
     return ModelCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")
 
 

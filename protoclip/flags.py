@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import io
 import json
 import sys
@@ -41,6 +42,7 @@ RETIRED = {
     "--num-clusters": "the flag is --k",
     **dict.fromkeys(("--imagenet-val", "--imagenet-v2", "--zeroshot-frequency"), EVALUATE),
 }
+DATA_NAMES = ("--data", "--dataset", "--data-path", "--csv", "--images", "--folder")
 # Flags of OpenCLIP's trainer that are accepted and change nothing: arguments, and the reason.
 NEEDLESS: dict[str, tuple[dict[str, Any], str]] = {
     "--local-loss": ({"action": "store_true"}, "the loss is exact over all processes"),
@@ -109,11 +111,27 @@ class Parser(argparse.ArgumentParser):
                 break
             # Checked before argparse, which would report a missing flag, not the misspelt one.
             if word.startswith("--") and " " not in word and word.partition("=")[0] not in options:
+                self._name_the_data(word.partition("=")[0])
                 self.error(refusal(word, options))
         parsed, rest = self.parse_known_args(words, namespace)
         if rest:
-            self.error(f"expected a flag, got {rest[0]!r}; a flag takes one value")
+            remedy = "a flag takes one value"
+            if "--train-data" in options:
+                remedy += f"; the data of a run is --train-data {rest[0]}"
+            self.error(f"expected a flag, got {rest[0]!r}; {remedy}")
         return parsed
+
+    def _name_the_data(self, flag: str) -> None:
+        """End with the right way to name the data, if ``flag`` is a guess at it."""
+        if flag not in DATA_NAMES:
+            return
+        if "--train-data" in self._option_string_actions:
+            self.error(f"{flag}: the flag is --train-data")
+        for action in self._actions:
+            if not action.option_strings:
+                self.error(
+                    f"{flag}: no such flag; {action.metavar} has none: {self.prog} {action.metavar}"
+                )
 
 
 def add_flag(
@@ -190,7 +208,9 @@ def build_parser(
     add_options(parser, defaults)
     for name, section in vars(defaults).items():
         if dataclasses.is_dataclass(section):
-            add_options(parser.add_argument_group(str(section.__doc__)), section, f"{name}.")
+            title, _, about = inspect.cleandoc(str(section.__doc__)).partition("\n\n")
+            group = parser.add_argument_group(title, " ".join(about.split()) or None)
+            add_options(group, section, f"{name}.")
     return parser
 
 

@@ -117,7 +117,8 @@ def fixed_settings(config: Any = TrainConfig, prefix: str = "") -> Iterator[str]
 
 def changes_since(resume: Resume, config: TrainConfig) -> Changes:
     """Settings that differ from the resumed run's: those that must not, and others that matter."""
-    before = flat(resume.payload["protoclip"]["config"])
+    # A setting that the run did not have yet was at its default.
+    before = flat(to_dict(TrainConfig())) | flat(resume.payload["protoclip"]["config"])
     now = flat(to_dict(config))
     fixed = set(fixed_settings())
     changes = Changes([], [])

@@ -27,10 +27,10 @@ from tqdm import tqdm
 from protoclip import checkpoint, distributed, prototypes, schedule
 from protoclip.checks import active_terms, check_settings, uses_prototypes
 from protoclip.commands import train_parser
-from protoclip.config import TrainConfig, to_dict
+from protoclip.config import ModelConfig, TrainConfig, to_dict
 from protoclip.data import Batch, Draws, PairDataset, batches, build_transform
 from protoclip.data.loader import EpochOrder, Faults
-from protoclip.data.settings import open_training_data
+from protoclip.data.settings import open_run_data
 from protoclip.distributed import progress_hidden
 from protoclip.evaluate import results, tasks
 from protoclip.evaluate.during import Evaluate, Evaluation
@@ -95,7 +95,8 @@ def train(config: TrainConfig, device: torch.device) -> int:
     check_settings(config, device)
     resume = open_resume(config)
     path = distributed.from_main(lambda: resume.folder if resume else choose_folder(config))
-    dataset = open_training_data(config)
+    run_data = open_run_data(config)
+    dataset = run_data.training
     order = EpochOrder(dataset, config.data.shuffle_buffer)
     plan = schedule.make_plan(config, order.size)
     if resume and resume.step >= plan.total_steps:
@@ -115,7 +116,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
         teacher, remark = distributed.from_main(lambda: open_teacher(config, dataset, device))
     if teacher is not None:
         setup = replace(setup, teacher=teacher.to(device))
-    evaluation = Evaluation(config, device, precision, phases)
+    evaluation = Evaluation(config, run_data, device, precision, phases)
     reuses = None if resume is None else resume.training["features"] is not None
     trainer = Trainer(setup, model, NullRunFolder(path), phases, evaluation.during, reuses)
     notes = []
@@ -129,7 +130,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
     folder = trainer.folder
     try:
         announce(trainer, remark)
-        for note in notes:
+        for note in filter(None, [evaluation.remark, *notes]):
             folder.say(note)
         before = evaluation.untrained(path, model, resumed=resume is not None)
         trainer.run()
@@ -639,6 +640,12 @@ def announce(trainer: Trainer, remark: str) -> None:
         f"model: {config.model.model} on {setup.device}, {setup.precision}{by_itself}, "
         f"{torch.get_num_threads()} threads{on_ranks}"
     )
+    builtin = config.data.train_data.startswith("builtin:")
+    if config.model.model == ModelConfig().model and not builtin:
+        folder.say(
+            f"note: {config.model.model}, the default, is a small model for drawings of 48 pixels; "
+            "for photographs give an OpenCLIP model, such as --model ViT-B-32"
+        )
     if warmup >= plan.total_steps:
         folder.say(
             f"note: --warmup {warmup:g} is longer than the run's {plan.total_steps} steps, so the "
@@ -695,9 +702,10 @@ def conclude(
     recorded = page.recorded_baseline(to_dict(config)) if after else None
     folder.say("\n" + results.format_table(outcome, recorded.outcome if recorded else None))
     if after is None:
-        folder.say("no evaluation: give --val-data")
+        folder.say("no evaluation: too few pictures could be read; give --val-data")
     else:
         results.write_results(folder.path / "results.json", outcome)
+        folder.say(page.answer(page.Run(folder.path.name, folder.path, {}, outcome)))
     if "tensorboard" in config.run.report_to:
         scores = {
             f"{results_of_set.title}/{name}": value

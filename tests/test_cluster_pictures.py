@@ -107,7 +107,7 @@ def test_equal_pictures_are_said_to_be_equal(tmp_path, nano, capsys):
     told = capsys.readouterr().err
     assert "note: 1 of 2 groups has members; the others stayed empty" in told
     page = (tmp_path / "out" / "report.html").read_text()
-    text = page.partition('<section id="summary">')[2].partition("</section>")[0]
+    text = page.partition("<h1>")[2].partition("</section>")[0]
     assert "20 pictures of" in text and "in 1 group;" in text and "%" not in text
     assert "no variance to account for" in text and "1 of 2 groups has members" in text
     assert "1 cluster of 20 samples" in page

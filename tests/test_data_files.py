@@ -44,12 +44,23 @@ def test_csv_flags_quotes_byte_order_mark_and_repeats(folder, monkeypatch):
     assert same(dataset.image(2), picture(1))
 
 
+@pytest.mark.parametrize("separator", ["\t", ",", ";", "|"])
+def test_a_table_without_tabs_needs_no_separator_flag(folder, separator):
+    lines = [("filepath", "title"), ("images/0.png", "a dog"), ("images/1.png", '"cat, black"')]
+    path = folder / "t.csv"
+    path.write_text("\ufeff" + "\n".join(map(separator.join, lines)), encoding="utf-8")
+    dataset = open_dataset(str(path))
+    assert [dataset.captions(i)[0] for i in range(2)] == ["a dog", "cat, black"]
+    path.write_text("filepath\ttitle, in English\nimages/0.png\ta, b\n")  # tabs come first
+    assert open_dataset(str(path), csv_caption_key="title, in English").captions(0) == ("a, b",)
+
+
 TABLE_FAULTS = {
     "caption": ("filepath\ttitle\nimages/0.png\ta\nimages/1.png\t  \n", "line 3.*remove the row"),
     "picture": ("filepath\ttitle\nimages/9.png\ta\n", "line 2.*no picture at 'images/9.png'"),
     "short row": ("filepath\ttitle\nimages/0.png\n", "line 2.*1 columns where the header has 2"),
     "column": ("filepath\tcaption\nimages/0.png\ta\n", "no column 'title'.*--csv-caption-key"),
-    "separator": ("filepath,title\nimages/0.png,a\n", "no column 'filepath'.*--csv-separator ','"),
+    "separator": ("filepath title\nimages/0.png a\n", "no column 'filepath'.*--csv-separator"),
     "no rows": ("filepath\ttitle\n", "no rows"),
     "empty": ("", r"no column 'filepath'.*the columns are \[\]"),
     "no file": (None, "No such file"),

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 ALL = (README, CONTRIBUTING, *DOCS)
-PAGES = {page.name: page.read_text(encoding="utf-8") for page in ALL}
+INDEX = ROOT / "docs" / "README.md"
+PAGES = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in ALL}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -59,7 +60,7 @@ def test_python_examples_run(page):
         if isinstance(loss := scope.get("loss"), torch.Tensor):
             loss.backward()
             assert loss.isfinite() and loss > 0
-    assert page != README.name or scope["total"].isfinite()
+    assert page != "README.md" or scope["total"].isfinite()
 
 
 @pytest.mark.parametrize("name", sorted(PARSERS))
@@ -88,9 +89,10 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)
-def test_links_lead_somewhere(path):
-    for link in re.findall(r"\]\(([^)]+)\)", FENCED.sub("", PAGES[path.name])):
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    for link in re.findall(r"\]\(([^)]+)\)", FENCED.sub("", PAGES[page])):
         if not link.startswith("https://"):
             file, _, anchor = link.partition("#")
             target = path.parent / file if file else path
@@ -98,14 +100,28 @@ def test_links_lead_somewhere(path):
             assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
-def test_readme_leads_to_every_page():
-    text = PAGES[README.name]
-    assert f"]({CONTRIBUTING.name})" in text
-    assert [page.name for page in DOCS if f"](docs/{page.name}" not in text] == []
+def test_readme_and_the_index_lead_to_every_page():
+    assert "](docs/README.md)" in PAGES["README.md"] and "](CONTRIBUTING.md)" in PAGES["README.md"]
+    rows = [line for line in PAGES["docs/README.md"].splitlines() if line.startswith("| ")]
+    others = [page.name for page in DOCS if page != INDEX]
+    assert [name for name in others if not any(f"]({name})" in row for row in rows)] == []
+
+
+@pytest.mark.parametrize(
+    "page", sorted({*PAGES} - {"README.md", "CONTRIBUTING.md", "docs/evidence.md"})
+)
+def test_a_page_says_first_who_needs_it_and_headings_stand_alone(page):
+    lines = PAGES[page].splitlines()
+    assert lines[0].startswith("# ") and not lines[1] and lines[2].startswith("For "), lines[:3]
+    text = FENCED.sub("", PAGES[page]).splitlines()
+    crowded = [
+        line for line, after in zip(text, text[1:], strict=False) if line[:1] == "#" and after
+    ]
+    assert crowded == []
 
 
 def test_readme_says_which_backends_an_op_has():
-    lines = [line for line in PAGES[README.name].splitlines() if line.startswith("| `")]
+    lines = [line for line in PAGES["README.md"].splitlines() if line.startswith("| `")]
     rows = [cells for line in lines if len(cells := line.split("|")[1:-1]) == 5]
     ops = {"SigLipLoss": "siglip"} | {op: op for op in TABLE if op != "siglip"}
     told = {
@@ -120,7 +136,7 @@ def test_readme_says_which_backends_an_op_has():
 
 
 def test_the_page_of_many_gpus_says_what_plan_says(capsys):
-    page = PAGES["many-gpus.md"]
+    page = PAGES["docs/many-gpus.md"]
     (command,) = (words for name, words in shown(page) if name == "plan" and words)
     for row in re.findall(r"^\|((?: [\d.,]+ \|){6})$", page, re.MULTILINE):
         gpus, batch, k, steps, *gib = (

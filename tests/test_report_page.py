@@ -53,7 +53,9 @@ def runs(tmp_path_factory):
 def test_the_page_has_every_section_and_needs_no_network(runs, capsys):
     assert main([str(runs[0])]) == 0
     path = runs[0] / "report.html"
-    assert capsys.readouterr().out.strip() == f"report: {path}"
+    said = capsys.readouterr()
+    assert said.out.strip() == f"report: {path}"
+    assert re.match(r"ours: It names \d+ of 100 drawings .*\nours: no plain CLIP run", said.err)
     text = path.read_text()
     for name in SECTIONS:
         assert f'<section id="{name}">' in text
@@ -87,6 +89,33 @@ def test_the_first_section_has_ten_images_with_their_nearest_names(runs):
     missed = sum(one["own"] not in {a["caption"] for a in one["answers"]} for one in shown)
     assert own.count("<small>right: ") == missed
     assert own.count('<li class="hit">') == 10 - missed > 0
+
+
+def test_one_answer_stands_on_top_and_each_score_has_its_floor(runs):
+    text = html.unescape(write_report([runs[0]]).read_text())
+    results = json.loads((runs[0] / "results.json").read_text())
+    names = 100 * results["trained"]["HO"]["metrics"]["group/acc1"]
+    sentence = f"It names {names:.0f} of 100 drawings that it has never seen."
+    assert text.index(sentence) < text.index("<nav")
+    results["floors"] = {
+        name: {"HO": results["trained"]["HO"] | {"metrics": {"group/acc1": value}}}
+        for name, value in (("chance", 1 / 12), ("frequent", 0.123))
+    }
+    run = reading.read_run(runs[0])
+    run = reading.replace(run, outcome=reading.results.read_results(runs[0] / "results.json"))
+    (runs[0] / "results.json").write_text(json.dumps(results))
+    try:
+        both = html.unescape(write_report([runs[1], runs[0]]).read_text())
+    finally:
+        reading.results.write_results(runs[0] / "results.json", run.outcome)
+    assert f"<b>ours:</b> {sentence[:-1]} (chance 8)." in both
+    row = re.search(r"zero-shot group</abbr></th>(.*?)</tr>", both, re.S)[1]
+    best = max(0.123, results["untrained"]["HO"]["metrics"]["group/acc1"])
+    assert row.index(f">{best:.3f}") < row.index("<b>") and "chance 0.083" in row
+    for term in ("zero-shot", "R@5", "modality gap", "group"):
+        assert f"<li><b>{term}</b>: " in both, term
+    assert "k-means AMI" not in both  # no such number on this page
+    assert 'title="share of images whose nearest class name is their own' in both
 
 
 def test_the_page_says_who_won(runs):
@@ -159,6 +188,7 @@ def test_baselines(runs, tmp_path, monkeypatch):
     assert reading.find_baseline([reading.read_run(run) for run in runs]).name == "plain"
     ours = reading.read_run(shutil.copytree(runs[0], tmp_path / "logs" / "ours"))
     assert reading.find_baseline([ours]) is None  # protoclip's own is of other data
+    assert reading.find_baseline([ours, ours]) is ours  # two of one method: the first
     monkeypatch.setattr(reading, "RECORDED", runs[1])
     found = reading.find_baseline([ours])
     assert found.name == "CLIP (recorded)" and found.outcome.trained["HO"].samples == 32
@@ -224,11 +254,23 @@ def test_a_run_ends_with_its_report_and_its_path(tmp_path, capsys):
 
 CHECK = """<script>
 addEventListener("load", () => {
+  document.querySelectorAll(".gallery").forEach(box => box.open = true);
+  setTimeout(check, 500);  // they are filled after an event
+});
+function check() {
   const out = document.createElement("pre");
   out.id = "state";
+  const canvas = document.querySelector("canvas"), more = document.querySelector(".gallery button");
+  const before = document.querySelectorAll(".proto").length;
+  more?.click();
+  canvas.focus();
+  canvas.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight", cancelable: true}));
   out.textContent = JSON.stringify({
     sections: [...document.querySelectorAll("section")].map(s => s.id),
     cards: document.querySelectorAll(".proto").length,
+    more: document.querySelectorAll(".proto").length - before,
+    focus: document.activeElement === canvas,
+    said: canvas.closest(".map").querySelector("[data-hint]").textContent,
     images: document.images.length,
     broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).length,
     wide: document.scrollingElement.scrollWidth - innerWidth,
@@ -236,7 +278,7 @@ addEventListener("load", () => {
       c.getContext("2d").getImageData(0, 0, c.width, c.height).data.some(v => v)),
   });
   document.body.append(out);
-});
+}
 </script>"""
 
 
@@ -265,6 +307,9 @@ def test_a_real_browser_shows_it_narrow_and_dark(runs, tmp_path):
     assert state["images"] > 50 and state["broken"] == 0 and state["cards"] > 0
     assert state["wide"] <= 0  # nothing sticks out on a narrow screen
     assert state["inked"] == [True, True]
+    # By keyboard: the button of a gallery, and an arrow key on the map.
+    assert state["more"] > 0 and state["focus"]
+    assert re.match("(image of|caption): ", state["said"])
 
 
 def test_a_collapse_of_the_prototypes_is_said_on_the_page(runs, tmp_path):

@@ -12,11 +12,20 @@ from protoclip.data.loader import Draws, EpochOrder, Faults, batches
 from protoclip.data.shapes import ShapesDataset
 from protoclip.data.shards import ShardDataset, index_together, is_sharded
 from protoclip.data.tables import CsvDataset
-from protoclip.data.types import Batch, DataError, Labels, PairDataset, Subset, heldout_mask
+from protoclip.data.types import (
+    Batch,
+    DataError,
+    Labels,
+    PairDataset,
+    Subset,
+    heldout_mask,
+    heldout_pictures,
+)
 
 __all__ = [
     "Batch", "DataError", "Draws", "EpochOrder", "Faults", "Labels", "PairDataset", "Subset",
-    "Transform", "batches", "build_transform", "index_together", "is_sharded", "open_dataset",
+    "Transform", "batches", "build_transform", "heldout_pictures", "index_together", "is_sharded",
+    "open_dataset",
 ]  # fmt: skip
 
 

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from protoclip.config import TABLE, TrainConfig
-from protoclip.data import PairDataset, Subset, index_together, open_dataset
+from protoclip.data import (
+    DataError,
+    PairDataset,
+    Subset,
+    heldout_pictures,
+    index_together,
+    open_dataset,
+)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The pairs that a run trains on, and those that --val-fraction keeps out of training."""
+
+    training: PairDataset
+    held_out: PairDataset | None = None
 
 
 def open_arguments(config: TrainConfig) -> dict[str, Any]:
@@ -15,12 +32,16 @@ def open_arguments(config: TrainConfig) -> dict[str, Any]:
     return {"seed": config.run.seed, **{name: getattr(config.data, name) for name in TABLE}}
 
 
-def open_training_data(config: TrainConfig) -> PairDataset:
-    """The training pairs: the train split of built-in data, all of anything else."""
+def open_run_data(config: TrainConfig) -> RunData:
+    """The training pairs (the train split of built-in data, all of anything else) without those
+    that --val-fraction holds out, and the held-out ones."""
     data = config.data
     split = "train" if data.train_data.startswith("builtin:") else "all"
     index_together(data.train_data)
     dataset = open_dataset(data.train_data, split, **open_arguments(config))
+    held_out: PairDataset | None = None
+    if data.val_fraction:
+        dataset, held_out = _hold_out(dataset, data.val_fraction, config.run.seed)
     if data.train_num_samples > len(dataset):
         raise ValueError(
             f"--train-num-samples: expected at most {len(dataset)}, the size of {dataset.name}, "
@@ -28,4 +49,26 @@ def open_training_data(config: TrainConfig) -> PairDataset:
         )
     if data.train_num_samples:
         dataset = Subset(dataset, torch.arange(data.train_num_samples))
-    return dataset
+    return RunData(dataset, held_out)
+
+
+def _hold_out(dataset: Any, fraction: float, seed: int) -> tuple[PairDataset, PairDataset]:
+    """The pairs to train on and those to hold out; rows of the same picture stay together."""
+    if getattr(dataset, "remote", False):
+        raise DataError(
+            f"--val-fraction: expected data on a disk, got the url {dataset.name}, all of whose "
+            "shards would be fetched before the first step; give one of the shards as --val-data"
+        )
+    pictures = dataset.pictures() if hasattr(dataset, "pictures") else np.arange(len(dataset))
+    mask = heldout_pictures(pictures, fraction, seed)
+    if mask.sum() < 2 or mask.all():
+        raise DataError(
+            f"--val-fraction: expected to hold out at least 2 of the {len(dataset):,} pairs of "
+            f"{dataset.name} and to keep some, got {int(mask.sum())} with {fraction:g}; choose "
+            "another share"
+        )
+    name = dataset.name
+    return (
+        Subset(dataset, np.flatnonzero(~mask), name),
+        Subset(dataset, np.flatnonzero(mask), f"{name}[held out]"),
+    )

@@ -158,9 +158,15 @@ def expand(spec: str) -> tuple[str, ...]:
 
 
 def _files(pattern: str) -> list[str]:
-    if os.path.isdir(pattern):
+    folder = pattern if os.path.isdir(pattern) else ""
+    if folder:
         pattern = os.path.join(glob.escape(pattern), "*.tar")
     files = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
+    if not files and folder:
+        raise DataError(
+            f"{folder}: a folder without .tar shards; give a .csv with a column of pictures and "
+            f"one of captions, or group pictures without captions: protoclip cluster {folder}"
+        )
     if not files:
         raise DataError(f"no shard {pattern!r}; check the path and the range")
     return files

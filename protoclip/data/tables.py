@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from protoclip.data.images import decode
@@ -24,7 +25,8 @@ class CsvDataset:
         path: the table, first row the column names.
         keep_going: collect bad rows in ``skipped`` instead of raising at the first, and check all
             picture paths now.
-        csv_separator: between columns, one character (OpenCLIP's default: a tab).
+        csv_separator: between columns, one character. The default, OpenCLIP's, is a tab; a table
+            without a tab in its first line is split at commas, semicolons or bars.
         csv_img_key: column of the paths; a relative path starts at the working directory (as in
             OpenCLIP) or, if no file is there, at the table's folder.
         csv_caption_key: column of the captions, each cut to ``MAX_CAPTION`` characters.
@@ -79,6 +81,11 @@ class CsvDataset:
         """The path of picture ``i``."""
         return self._find(self._files[i])
 
+    def pictures(self) -> np.ndarray:
+        """A number for each row, int64 [N], the same where rows name the same file."""
+        numbers: dict[str, int] = {}
+        return np.array([numbers.setdefault(file, len(numbers)) for file in self._files])
+
     def image(self, i: int) -> Image.Image:
         path = self.path(i)
         where = f"{self.name}, pair {i + 1}, {path}"
@@ -113,12 +120,18 @@ def read_table(
         with open(name, encoding=codec, newline="") as lines:
             reader = csv.reader(lines, delimiter=separator)
             header = next(reader, [])
+            if (
+                separator == "\t" and len(header) == 1
+            ):  # two columns at least: no tab separates them
+                separator = next((c for c in ",;|" if c in header[0]), separator)
+                lines.seek(0)
+                reader = csv.reader(lines, delimiter=separator)
+                header = next(reader, [])
             if missing := [column for column in columns if column not in header]:
-                other = next((c for c in "\t,;|" if c != separator and c in "".join(header)), ",")
                 raise DataError(
                     f"{name}: no column {' nor '.join(map(repr, missing))} when split at "
                     f"{separator!r}; the columns are {header}; name them with --csv-img-key and "
-                    f"--csv-caption-key, or perhaps --csv-separator '{other}'"
+                    "--csv-caption-key, or the separator with --csv-separator"
                 )
             places = [header.index(column) for column in columns]
             for row in filter(any, reader):

@@ -133,6 +133,16 @@ class Subset:
         return self.dataset.captions(int(self.indices[i]))
 
 
+def heldout_pictures(pictures: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Hold out a share of the pictures, with all of their rows: bool [N].
+
+    ``pictures``, int64 [N], has the number of each row's picture. Whether a picture is held out
+    depends on the seed and its number only, so that rows that are added later change nothing.
+    """
+    chances = mix(seed, np.arange(int(pictures.max()) + 1)) / 2.0**64
+    return (chances < fraction)[pictures]
+
+
 def heldout_mask(count: int, groups: np.ndarray | None, seed: int, percent: int = 10) -> np.ndarray:
     """Choose ``percent`` % of ``count`` positions from each group: bool [count].
 

@@ -13,8 +13,10 @@ from pathlib import Path
 from protoclip import distributed
 from protoclip.commands import PROTOCOLS, TASKS, evaluate_parser
 from protoclip.config import TABLE, TrainConfig
+from protoclip.data import PairDataset
+from protoclip.data.settings import open_run_data
 from protoclip.evaluate import results, tasks
-from protoclip.evaluate.datasets import open_layout
+from protoclip.evaluate.datasets import held_out_layout, open_layout
 from protoclip.evaluate.load import load_model, open_encoder
 from protoclip.model import choose_device
 from protoclip.paths import output_file
@@ -38,11 +40,12 @@ def run(args: argparse.Namespace) -> None:
     output = output_file(args.output or _output(args), "--output")
     loaded = load_model(args.what, args.pretrained, args.model)
     config = loaded.config or TrainConfig()
-    data = args.data or _own_data(loaded.config)
+    held_out = None if args.data else _own_held_out(loaded.config)
+    data = held_out.name if held_out is not None else args.data or _own_data(loaded.config)
     columns = {name: vars(args).get(name, getattr(config.data, name)) for name in TABLE}
     columns["seed"] = config.run.seed if args.seed is None else args.seed
     columns |= {name: getattr(args, name) for name in ("split", "templates", "csv_label_key")}
-    layout = open_layout(data, **columns)
+    layout = held_out_layout(held_out) if held_out is not None else open_layout(data, **columns)
     notes = []
     for task, reason in tasks.impossible(wanted, layout).items():
         if args.tasks not in ("", "all"):
@@ -79,6 +82,11 @@ def run(args: argparse.Namespace) -> None:
     notes.append(f"Evaluated in {took:.1f} s{on_ranks}, written to {output}")
     notes.append(f"CLIP_benchmark's JSON: {folder}")
     print("\n".join([results.format_table(outcome), *notes]))
+
+
+def _own_held_out(config: TrainConfig | None) -> PairDataset | None:
+    """The pairs that --val-fraction kept out of the run's training, if it has any."""
+    return open_run_data(config).held_out if config and config.data.val_fraction else None
 
 
 def _own_data(config: TrainConfig | None) -> str:

@@ -98,6 +98,11 @@ def open_layout(
     return Layout(dataset, templates=words)
 
 
+def held_out_layout(pairs: PairDataset) -> Layout:
+    """The pairs that a run held out of its own data, as an evaluation set."""
+    return Layout(pairs, key="HO", title="Held-out pairs")
+
+
 def _icon_parts() -> dict[str, Part]:
     """The sets on which icons are judged; together they are a part of the held-out icons.
 

@@ -1,25 +1,34 @@
-"""The evaluations of a training run: full tables before and after, quick recalls in between."""
+"""The evaluations of a training run: full tables before and after, quick recalls in between.
+
+A run is evaluated on --val-data, else on the held-out part of built-in data or of --val-fraction,
+else on a sample of its training pairs, which says whether it has learnt them and nothing more.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from protoclip.config import TrainConfig
-from protoclip.data import PairDataset, open_dataset
-from protoclip.data.settings import open_arguments
-from protoclip.distributed import is_main, progress_hidden
+from protoclip.data import DataError, Draws, PairDataset, Subset, batches, open_dataset
+from protoclip.data.files import plural
+from protoclip.data.loader import Faults
+from protoclip.data.settings import RunData, open_arguments
+from protoclip.distributed import gather_objects, is_main, own_slice, progress_hidden
 from protoclip.evaluate import results, tasks
-from protoclip.evaluate.datasets import open_layout
+from protoclip.evaluate.datasets import Layout, held_out_layout, open_layout
 from protoclip.evaluate.metrics import recalls, retrieval
 from protoclip.evaluate.results import Outcome, Results
 from protoclip.model import ProtoModel, autocast_for
 from protoclip.phases import Phases
 
+TRAINED = 1000  # training pairs that stand in for evaluation data
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
 
 
@@ -27,12 +36,18 @@ class Evaluation:
     """The evaluation data of a run, and the scores of its model on it.
 
     Attributes:
+        remark: a line for the log about the data, or "".
         during: pairs of a function, model -> scalars by name, and its interval in epochs.
         sets: the encoded sets of the last full evaluation, by name.
     """
 
     def __init__(
-        self, config: TrainConfig, device: torch.device, precision: str, phases: Phases
+        self,
+        config: TrainConfig,
+        run_data: RunData,
+        device: torch.device,
+        precision: str,
+        phases: Phases,
     ) -> None:
         self.device = device
         self.phases = phases
@@ -41,9 +56,19 @@ class Evaluation:
         self.arguments = open_arguments(config)
         builtin = config.data.train_data.startswith("builtin:")
         self.data = config.data.val_data or (config.data.train_data if builtin else "")
+        self._own: Layout | None = None  # pairs of the training data
         self.quick_sets: dict[str, PairDataset] = {}
         self.sets: dict[str, tasks.EvalSet] = {}
-        if self.data:
+        self._probe_train: tasks.EvalSet | None = None
+        self.remark = ""  # for the log: what stands in for --val-data
+        if not self.data:
+            with phases.measure("evaluation", on_host=True):
+                self._own = own_layout(run_data, self.workers)
+            if self._own is not None:
+                self.data = self._own.test.name
+                self.quick_sets[self._own.key] = self._own.test
+                self.remark = _remark(run_data, len(self._own.test))
+        else:
             if self.data == "builtin:icons":
                 parts = open_layout(self.data, **self.arguments).parts
                 self.quick_sets = {key: part.test for key, part in parts.items() if part.captions}
@@ -81,18 +106,20 @@ class Evaluation:
                 desc=what, unit=" rows", unit_scale=True, leave=False, disable=progress_hidden()
             ) as bar,
         ):
-            layout = open_layout(self.data, **self.arguments)
             encoder = replace(self.encoder(model), bar=bar)
-            self.sets, probe_train = tasks.encode_sets(encoder, layout)
-            return tasks.evaluate_features(self.sets, probe_train)
+            self.sets, self._probe_train = tasks.encode_sets(encoder, self._layout())
+            return tasks.evaluate_features(self.sets, self._probe_train)
+
+    def _layout(self) -> Layout:
+        return self._own or open_layout(self.data, **self.arguments)
 
     def floors(self, model: ProtoModel) -> dict[str, Results]:
-        """The scores that need no training, for built-in data; other data may be too large."""
+        """The scores that need no training: of guesses, and for built-in data also of simple
+        features, which would take long on other data. After ``full``."""
         if not self.data.startswith("builtin:"):
-            return {}
+            return tasks.guesses(self.sets, self._probe_train)
         with self.phases.measure("evaluation", on_host=True):
-            layout = open_layout(self.data, **self.arguments)
-            return tasks.floors(self.encoder(model), layout)
+            return tasks.floors(self.encoder(model), self._layout())
 
     def quick(self, model: ProtoModel) -> dict[str, float]:
         """Recalls on the small sets, for the curves."""
@@ -105,3 +132,62 @@ class Evaluation:
             for recall, hits in hits_by_recall.items():
                 scalars[f"val_{name}_{recall}"] = float(hits.mean())
         return scalars
+
+
+def own_layout(run_data: RunData, workers: int) -> Layout | None:
+    """The held-out pairs of --val-fraction, or a sample of the training pairs; None if fewer than
+    two of them can be read. A collective call."""
+    if run_data.held_out is not None:
+        readable = only_readable(run_data.held_out, workers)
+        return held_out_layout(readable) if len(readable) > 1 else None
+    training: Any = run_data.training
+    count = min(TRAINED, len(training))
+    rows = torch.arange(count)
+    if not getattr(training, "remote", False):  # the first rows need the fewest shards
+        rows = torch.linspace(0, len(training) - 1, count).round().long()
+    sample = only_readable(Subset(training, rows, training.name), workers)
+    if len(sample) < 2:
+        return None
+    few = f"{len(sample):,} of the" if len(sample) < len(training) else f"All {len(sample):,}"
+    title = f"{few} pairs that it was trained on"
+    return Layout(sample, captions=1, key=results.TRAIN, title=title)
+
+
+def _remark(run_data: RunData, count: int) -> str:
+    if run_data.held_out is not None:
+        return f"evaluation: {plural(count, 'pair')} held out by --val-fraction"
+    return (
+        f"evaluation: on {plural(count, 'pair')} of the training data, which says whether they "
+        "were learnt, not how the model does on others (--val-fraction 0.1 holds some out, "
+        "--val-data FILE names some)"
+    )
+
+
+def only_readable(dataset: PairDataset, workers: int) -> PairDataset:
+    """The pairs whose pictures can be read, as training leaves the others out too. A collective
+    call: each rank tries a slice."""
+    own = own_slice(len(dataset))
+    positions = torch.arange(own.start, own.stop)
+    faults = Faults(dataset, 1.0, lambda _: None)
+    try:
+        draws = Draws(positions, seed=0)
+        stream = batches(dataset, draws, 64, _no_pixels, _no_tokens, workers=workers, faults=faults)
+        for _ in stream:
+            pass
+        unreadable = sorted(faults.positions)
+    except DataError:  # nothing in this slice can be read
+        unreadable = positions.tolist()
+    bad = [position for part in gather_objects(unreadable) for position in part]
+    if not bad:
+        return dataset
+    good = torch.ones(len(dataset), dtype=torch.bool)
+    good[bad] = False
+    return Subset(dataset, good.nonzero().flatten(), dataset.name)
+
+
+def _no_pixels(picture: Any) -> Tensor:
+    return torch.empty(0)
+
+
+def _no_tokens(texts: Any) -> Tensor:
+    return torch.empty(len(texts), 0)

@@ -61,6 +61,7 @@ class SetResults:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # 95 %
 
 
+TRAIN = "TRAIN"  # the key of a set of pairs that the model was trained on
 NOTHING = SetResults("", 0, 0, {})
 Results = Mapping[str, SetResults]  # one model on all evaluation sets, by short name
 

@@ -162,13 +162,21 @@ def floors(encoder: Encoder, layout: Layout) -> dict[str, Results]:
         fixed_features[name] = {
             key: dataclasses.replace(results, intervals={}) for key, results in scores.items()
         }
+    return guesses(sets, train) | fixed_features
+
+
+def guesses(sets: Mapping[str, EvalSet], train: EvalSet | None) -> dict[str, Results]:
+    """The scores of guesses ("chance"), and of always saying the most frequent class ("frequent"),
+    if the data has classes."""
     chance: dict[str, SetResults] = {}
     frequent: dict[str, SetResults] = {}
-    for key, results in fixed_features["pixels"].items():
-        share, most = _guesses(sets[key], train)
-        chance[key] = dataclasses.replace(results, metrics=share)
-        frequent[key] = dataclasses.replace(results, metrics=most)
-    return {"chance": chance, "frequent": frequent, **fixed_features}
+    for key, eval_set in sets.items():
+        share, most = _guesses(eval_set, train)
+        blind = SetResults(eval_set.title, len(eval_set.image), len(eval_set.text), share)
+        chance[key] = blind
+        frequent[key] = dataclasses.replace(blind, metrics=most)
+    has_classes = any(results.metrics for results in frequent.values())
+    return {"chance": chance, "frequent": frequent} if has_classes else {"chance": chance}
 
 
 def _guesses(eval_set: EvalSet, train: EvalSet | None) -> tuple[dict[str, float], dict[str, float]]:

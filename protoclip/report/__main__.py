@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from protoclip.commands import report_parser
 from protoclip.distributed import run_command
-from protoclip.report.page import write_report
+from protoclip.report.page import summary, write_report
 
 PROG = "protoclip report"
 
@@ -17,7 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         args = report_parser().parse_args(argv)
-        print(f"report: {write_report(args.runs, args.output)}")
+        path = write_report(args.runs, args.output)
+        print(*summary(args.runs), sep="\n", file=sys.stderr)
+        print(f"report: {path}")
 
     return run_command(work, PROG)
 

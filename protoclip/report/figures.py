@@ -37,6 +37,7 @@ LEGEND = (
     ("image_retrieval_recall@5", "text → image"),
     ("val_NEW_", "unseen family, "),
     ("val_HO_", "held out, "),
+    ("val_TRAIN_", "trained on, "),
 )
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # scalar -> steps and values
 

@@ -1,4 +1,4 @@
-// Galleries that fill as they are scrolled, and maps: dots on a canvas, coloured by class or cluster.
+// Galleries that show more when asked, and maps: dots on a canvas, coloured by class or cluster.
 const parsed = script => JSON.parse(script.textContent);
 const pictures = {};  // run -> its thumbnails
 const thumbs = run => pictures[run] ??= parsed(document.getElementById("pictures of " + run));
@@ -6,16 +6,18 @@ const make = (tag, fields = {}) => Object.assign(document.createElement(tag), fi
 const image = (run, number, words) =>
   make("img", { src: "data:image/webp;base64," + thumbs(run)[number], alt: words, title: words });
 
+const STEP = 24;  // cards of a gallery at once
+
 function gallery(box) {
   const cards = parsed(box.querySelector("script")), list = box.querySelector(".protos");
-  const end = make("div");
+  const end = make("div", { className: "tools" });
   let shown = 0;
   const card = one => {
     const head = make("p"), row = make("div", { className: "thumbs" }), words = make("ul");
     head.append(make("b", { textContent: "#" + one.cluster }), ` ${one.samples.toLocaleString()} sample${one.samples === 1 ? "" : "s"}`);
     for (const more of [one.class, one.words]) if (more) head.append(" · " + more);
     row.append(...(one.images ?? []).map(item => image(box.dataset.run, item.picture, item.caption)));
-    words.append(...(one.captions ?? one.names ?? []).map(text => make("li", { textContent: text })));
+    words.append(...[...new Set(one.captions ?? one.names ?? [])].map(text => make("li", { textContent: text })));
     const whole = make("div", { className: "proto" });
     whole.append(head, row, words);
     if (one.members) {  // every name, written when it is asked for: there may be very many
@@ -27,16 +29,25 @@ function gallery(box) {
     }
     return whole;
   };
-  const more = () => list.append(...cards.slice(shown, shown += 24).map(card));
-  const watch = new IntersectionObserver(seen => {
-    if (!seen.some(one => one.isIntersecting)) return;
-    more();
-    watch.unobserve(end);
-    if (shown < cards.length) watch.observe(end);  // again, as it may still be in view
-  }, { rootMargin: "600px" });
-  if (box.open) more();
+  const more = count => {  // the sections below stay near: the rest comes when it is asked for
+    const first = shown;
+    list.append(...cards.slice(shown, shown += count).map(card));
+    const left = cards.length - shown;
+    end.replaceChildren(...(left <= 0 ? [] : left <= STEP ? [[left, `show the other ${left}`]] :
+      [[STEP, `show ${STEP} more`], [left, `show all ${cards.length.toLocaleString()}`]]).map(([next, words]) => {
+      const button = make("button", { textContent: words });
+      button.onclick = () => more(next);
+      return button;
+    }));
+    if (first) {  // the keyboard goes on with the first new card
+      list.children[first].tabIndex = -1;
+      list.children[first].focus();
+    }
+  };
+  const fill = () => { if (box.open && !shown) more(STEP); };
+  box.addEventListener("toggle", fill);
+  fill();
   list.after(end);
-  watch.observe(end);
 }
 document.querySelectorAll(".gallery").forEach(gallery);
 
@@ -60,14 +71,23 @@ function map(box) {
   const state = { by: Object.keys(data.by)[0], only: -1, shown: [true, true] };
   const ids = {}, faces = {};  // pictures replace dots if there are few, or of a single cluster
   for (const name in data.by) ids[name] = new Int32Array(bytes(data.by[name].ids));
-  const at = i => [20 + (xy[2 * i] / 65535) * (canvas.width - 40),  // a margin of half a picture
-                   20 + (xy[2 * i + 1] / 65535) * (canvas.height - 40)];
+  let unit = 1, here = -1;  // canvas pixels of a CSS pixel; the dot that is described
+  const at = i => [20 * unit + (xy[2 * i] / 65535) * (canvas.width - 40 * unit),  // half a picture
+                   20 * unit + (xy[2 * i + 1] / 65535) * (canvas.height - 40 * unit)];
+
+  function fit() {  // sharp dots on any screen; the style says how large the canvas is
+    unit = devicePixelRatio || 1;
+    canvas.width = Math.round(canvas.clientWidth * unit);
+    canvas.height = Math.round(canvas.clientHeight * unit);
+    draw();
+  }
 
   function draw() {
     const own = ids[state.by], names = state.by ? data.by[state.by].names : [];
     const total = names.length || (own ? own.reduce((a, b) => Math.max(a, b), 0) + 1 : 1);
     pen.clearRect(0, 0, canvas.width, canvas.height);
-    const size = n > 20000 ? 1.6 : n > 4000 ? 2.4 : 3.4;
+    const size = (n > 20000 ? 1.6 : n > 4000 ? 2.4 : 3.4) * unit * (canvas.clientWidth < 560 ? 0.7 : 1);
+    const side = (state.only < 0 ? 28 : 40) * unit;  // of a picture
     for (const faint of [true, false]) {
       for (let i = 0; i < dots; i++) {
         const text = i >= n;
@@ -84,8 +104,17 @@ function map(box) {
         pen.fill();
         if (text || faint || !(data.pictures[i] >= 0) || (state.only < 0 && n > 400)) continue;
         const face = faces[i] ??= Object.assign(image(box.dataset.run, data.pictures[i], ""), { onload: draw });
-        if (face.complete) pen.drawImage(face, x - face.width / 4, y - face.height / 4, face.width / 2, face.height / 2);
+        const longest = Math.max(face.width, face.height), w = side * face.width / longest, h = side * face.height / longest;
+        if (face.complete && longest) pen.drawImage(face, x - w / 2, y - h / 2, w, h);
       }
+    }
+    if (here >= 0) {
+      pen.globalAlpha = 1;
+      pen.strokeStyle = dark.matches ? "#fff" : "#000";
+      pen.lineWidth = 2 * unit;
+      pen.beginPath();
+      pen.arc(...at(here), 9 * unit, 0, 7);
+      pen.stroke();
     }
     key.replaceChildren(...names.slice(0, 40).map((name, id) => {
       const item = make("button"), mark = make("i");
@@ -95,16 +124,16 @@ function map(box) {
       item.onclick = () => { state.only = state.only === id ? -1 : id; draw(); };
       return item;
     }));
-    hint.textContent = names.length
-      ? "Click a name to see only that class. Point at a dot to see its sample."
-      : `${total.toLocaleString()} clusters, each in its own colour; click a dot to see only its cluster.`;
+    if (here < 0) hint.textContent = "Point at a dot to see its sample, or press the arrow keys on the map. " + (
+      !own ? "" : names.length ? "Click a name to see only that class."
+      : `${total.toLocaleString()} cluster${total === 1 ? "" : "s"}, each in its own colour; click a dot, or press Enter, to see only its cluster.`);
   }
 
   const choice = make("select");
   choice.setAttribute("aria-label", "colour by");
   for (const name in data.by) choice.add(new Option("colour by " + name, name));
   choice.onchange = () => { state.by = choice.value; state.only = -1; draw(); };
-  if (choice.length) tools.append(choice);
+  if (choice.length > 1) tools.append(choice);
   (dots > n ? ["images ●", "captions ■"] : []).forEach((word, i) => {
     const item = make("button", { textContent: word });
     item.setAttribute("aria-pressed", "true");
@@ -119,7 +148,7 @@ function map(box) {
   function nearest(event) {
     const r = canvas.getBoundingClientRect(), s = canvas.width / r.width;
     const x = (event.clientX - r.left) * s, y = (event.clientY - r.top) * s;
-    let best = -1, least = 200;
+    let best = -1, least = 200 * unit * unit;
     for (let i = 0; i < dots; i++) {
       if (!state.shown[+(i >= n)]) continue;
       const [a, b] = at(i), d = (a - x) ** 2 + (b - y) ** 2;
@@ -127,19 +156,47 @@ function map(box) {
     }
     return best;
   }
-  canvas.onpointermove = event => {
-    const i = nearest(event);
-    if (i < 0) return;
+  function describe(i) {
     const words = data.words[i % n], seen = data.pictures[i % n] >= 0;
     hint.replaceChildren((i >= n ? "caption: " : seen ? "image of: " : "") + words);
     if (seen) hint.prepend(image(box.dataset.run, data.pictures[i % n], words));
-  };
-  canvas.onclick = event => {
-    const i = nearest(event), own = ids[state.by];
+  }
+  function choose(i) {  // only its class or cluster, or everything again
+    const own = ids[state.by];
     state.only = i < 0 || !own || own[i % n] === state.only ? -1 : own[i % n];
     draw();
+  }
+  function step(key) {  // the nearest dot that lies more to this side than to another one
+    const [x, y] = here < 0 ? [canvas.width / 2, canvas.height / 2] : at(here);
+    let best = -1, least = Infinity;
+    for (let i = 0; i < dots; i++) {
+      if (i === here || !state.shown[+(i >= n)]) continue;
+      const [a, b] = at(i), right = a - x, down = b - y;
+      const ahead = { ArrowRight: right, ArrowLeft: -right, ArrowDown: down, ArrowUp: -down }[key];
+      const aside = /Left|Right/.test(key) ? down : right;
+      if (ahead <= 0 || ahead < Math.abs(aside) || ahead * ahead + aside * aside >= least) continue;
+      least = ahead * ahead + aside * aside;
+      best = i;
+    }
+    if (best >= 0) here = best;
+  }
+  canvas.onpointermove = event => {
+    const i = nearest(event);
+    if (i >= 0) describe(i);
   };
+  canvas.onclick = event => choose(nearest(event));
+  canvas.onkeydown = event => {
+    if (event.key.startsWith("Arrow")) step(event.key);
+    else if (event.key === "Enter") choose(here);
+    else if (event.key === "Escape") { here = -1; state.only = -1; }
+    else return;
+    event.preventDefault();
+    draw();
+    if (here >= 0) describe(here);
+  };
+  canvas.setAttribute("aria-label", `map of ${n.toLocaleString()} samples; arrow keys go from one to the next`);
   dark.addEventListener("change", draw);
-  draw();
+  new ResizeObserver(fit).observe(canvas);
+  fit();
 }
 document.querySelectorAll(".map").forEach(map);

@@ -9,9 +9,11 @@ import contextlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,28 @@ RECORDED = ASSETS / "clip_baseline"
 FREE = ("workers", "add_projection_head", "projection_hidden_dim", "projection_dim")
 HEADLINE = ("recall@1", "recall@5", "acc1", "ami")
 LOWER_IS_BETTER = ("rank", "modality_gap", "alignment", "uniformity")
+RETRIEVAL = "text_retrieval_recall@1"  # what a run without classes is summed up by
+MEANINGS = {  # the words of a table's rows -> what they mean
+    "R@1": "share of queries whose first answer is right",
+    "R@5": "share of queries with a right answer among the first 5",
+    "R@10": "share of queries with a right answer among the first 10",
+    "median rank": "place of the right caption in half of the queries, or better; 1 is best",
+    "zero-shot": "share of images whose nearest class name is their own",
+    "linear probe": "accuracy of a linear classifier on the frozen image features",
+    "nearest neighbours": "accuracy when the most similar training images vote for the class",
+    "1-NN": "accuracy when the most similar training image names the class",
+    "k-means AMI": "agreement of clusters of image features with the classes; 0: chance, 1: equal",
+    "k-means ARI": "the same as the share of pairs of images, corrected for chance",
+    "k-means NMI": "the same, not corrected for chance: many clusters look good",
+    "modality gap": "distance between the means of image and caption features",
+    "alignment": "mean squared distance of an image to its caption",
+    "uniformity": "how evenly the features cover the sphere; lower is more even",
+}
+LABELS = {  # the classifications of built-in data
+    "concept": "what is drawn, such as an anchor",
+    "category": "what kind of thing it is, such as transport",
+    "group": "colour and shape, such as a red star",
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +83,9 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     path = Path(path)
     file = path / "config.json"
     if not file.is_file():
-        raise ValueError(f"report: expected a run folder of protoclip.train, found no {file}")
+        inside = sorted(str(found.parent) for found in path.glob("*/config.json"))
+        hint = f"; did you mean {' '.join(inside[:3])}?" if inside else ""
+        raise ValueError(f"report: expected a run folder of protoclip train, found no {file}{hint}")
     config: Any = None
     with contextlib.suppress(ValueError):
         config = parse_json(file.read_text(encoding="utf-8"))
@@ -95,9 +121,78 @@ def recorded_baseline(config: Mapping[str, Any]) -> Run | None:
 
 
 def find_baseline(runs: Sequence[Run]) -> Run | None:
-    """The plain CLIP to compare with: one of ``runs``, else the recorded one."""
-    given = (run for run in runs if run.method == "clip")
-    return next(given, None) or recorded_baseline(runs[-1].config)
+    """The run to compare with: the first plain CLIP of ``runs``, else the recorded one, else the
+    first of several."""
+    for run in runs:
+        if run.method == "clip":
+            return run
+    recorded = recorded_baseline(runs[-1].config)
+    return recorded or (runs[0] if len(runs) > 1 else None)
+
+
+def answer(run: Run) -> str:
+    """The run in one sentence: how many of 100 things it gets right, and how many guessing would;
+    "" if it was not evaluated."""
+    for key, one in run.outcome.trained.items():
+        names = [name for name in one.metrics if name.endswith("/acc1")]
+        metric = next(iter(names), RETRIEVAL if RETRIEVAL in one.metrics else "")
+        if not metric or math.isnan(one.metrics[metric]):
+            continue
+        chance = math.nan
+        if "chance" in run.outcome.floors:
+            guess = run.outcome.floors["chance"].get(key, results.NOTHING)
+            chance = guess.metrics.get(metric, math.nan)
+        elif metric == RETRIEVAL:
+            chance = 1 / one.captions
+        digits = ".1g" if chance < 0.1 else ".0f"
+        beside = "" if math.isnan(chance) else f" (chance {100 * chance:{digits}})"
+        right = f"{100 * one.metrics[metric]:.0f} of 100"
+        builtin = run.outcome.data.startswith("builtin:")
+        what = "drawings" if builtin else "pictures"
+        if key == results.TRAIN:
+            what += " that it was trained on"
+        elif builtin or key == "HO":
+            what += " that it has never seen"
+        else:
+            what += f" of {run.outcome.data}"
+        if metric == RETRIEVAL:
+            return (
+                f"It finds the caption of {right} {what} among {one.captions:,} captions{beside}."
+            )
+        return f"It names {right} {what}{beside}."
+    return ""
+
+
+class Floor(NamedTuple):
+    """The best score that needs no training."""
+
+    value: float
+    name: str
+    every: str  # all of them, in words
+
+
+def best_floor(runs: Sequence[Run], key: str, metric: str) -> Floor | None:
+    """The floor of a score, from the runs that have any; None where there is none."""
+    if not metric.endswith(HEADLINE):
+        return None
+    known: dict[str, float] = {}
+    for run in runs:
+        for name, sets in run.outcome.beside.items():
+            value = sets.get(key, results.NOTHING).metrics.get(metric, math.nan)
+            if not math.isnan(value):
+                known.setdefault(name, value)
+    if not known:
+        return None
+    best = max(known, key=lambda name: known[name])
+    every = ", ".join(f"{name} {number(value)}" for name, value in known.items())
+    return Floor(known[best], best, every)
+
+
+def meaning(words: str) -> str:
+    """What a row of a table says, from its words; "" if they are unknown."""
+    found = [text for term, text in MEANINGS.items() if re.search(rf"{re.escape(term)}\b", words)]
+    found += [f"{label}: {text}" for label, text in LABELS.items() if words.endswith(f" {label}")]
+    return "; ".join(found)
 
 
 class Change(NamedTuple):
@@ -126,10 +221,13 @@ def change(run: Run, other: Run, key: str, metric: str) -> Change | None:
 def verdict(run: Run, baseline: Run | None) -> str:
     """How the run stands beside the baseline, counted over the headline metrics."""
     if baseline is None:
+        path = run.path or run.name
+        clip = f"{path}-clip"
         return (
             f"{run.name}: no plain CLIP run with the same data, encoder, steps and seed was "
-            "found, so ProtoCLIP cannot be compared with CLIP. Train one with the same flags and "
-            "--method clip, then: protoclip report RUN CLIP_RUN"
+            f"found, so ProtoCLIP cannot be compared with CLIP. Train one with protoclip train "
+            f"--preset {path}/config.json --method clip --name {Path(clip).name}, then compare: "
+            f"protoclip report {clip} {path}"
         )
     found: dict[str, list[str]] = {"up": [], "down": [], "same": []}
     for key, one in run.outcome.trained.items():
@@ -177,8 +275,8 @@ def write_report(
     """Write a report that shows some runs side by side; opens only files of their folders.
 
     Args:
-        folders: run folders of ``protoclip.train``; the last one is compared with the first whose
-            method is clip, else with the recorded one.
+        folders: run folders of ``protoclip.train``; see ``find_baseline`` for what they are
+            compared with.
         output: None: report.html in the last folder.
     Returns:
         The path of the file.
@@ -189,6 +287,14 @@ def write_report(
     path = output_file(output or Path(folders[-1]) / NAME, "--output")
     write_atomic(path, render(runs))
     return path
+
+
+def summary(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Each run in a sentence, and how it stands beside plain CLIP: what the page says first."""
+    runs = [read_run(folder) for folder in folders]
+    baseline = find_baseline(runs)
+    answers = [f"{run.name}: {sentence}" for run in runs if (sentence := answer(run))]
+    return answers + [verdict(run, baseline) for run in runs if run is not baseline]
 
 
 def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
@@ -207,15 +313,32 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
         rows=lambda one: rows_of(one.metrics),
     )
     baseline = find_baseline(runs)
-    own, one = [run for run in runs if run is not baseline], runs[0].outcome
+    own = [run for run in runs if run is not baseline]
     columns = [baseline, *own] if baseline else own
-    series = {run.name: run.series for run in runs}
+    # Without prototypes nothing uses their scale.
+    unused = {run.name: "logit_scale_proto" if run.method == "clip" else "" for run in runs}
+    series = {
+        run.name: {name: x for name, x in run.series.items() if name != unused[run.name]}
+        for run in runs
+    }
+    floors = next((run.outcome.floors for run in runs if run.outcome.floors), {})
     warnings = [sentence for run in runs if (sentence := collapse_of(run))]
     sets: dict[str, SetResults] = {}
     for run in columns:
         sets = {**run.outcome.trained, **sets}
+    rows = [words for one in sets.values() for _, words in rows_of(one.metrics)]
+    terms = {
+        term: text
+        for term, text in (MEANINGS | LABELS).items()
+        if any(re.search(rf"\b{re.escape(term)}\b", words) for words in rows)
+    }
+    answers = {run.name: sentence for run in runs if (sentence := answer(run))}
     return environment.get_template("page.html.j2").render(
         title="protoclip: " + " and ".join(run.name for run in runs),
+        answers=answers,
+        terms=terms,
+        meaning=meaning,
+        floor=partial(best_floor, columns),
         css=figures.CSS,
         js=(ASSETS / "page.js").read_text(encoding="utf-8"),
         written=time.strftime("%Y-%m-%d %H:%M"),
@@ -225,8 +348,8 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
         columns=columns,
         said=said or [verdict(run, baseline) for run in own] + warnings,
         sets=sets,
-        beside=one.beside if len(runs) == 1 else {},
-        floors=results.FLOORS,
+        beside=runs[0].outcome.beside if len(runs) == 1 else floors,
+        floors={**results.FLOORS, "untrained": "the model before its first step"},
         change=change,
         headline=HEADLINE,
         curves=figures.charts(figures.CURVES, series),

@@ -36,7 +36,7 @@ from protoclip.ops import segment_mean
 from protoclip.prototypes import purity
 
 NAME, FORMAT = "report.json", 6
-SIDE = 64  # pixels of a thumbnail
+SIDE, LARGE = 64, 128  # pixels of a thumbnail, and of a picture that stands alone
 CARDS, IMAGES, CAPTIONS = 20_000, 8, 5  # clusters per source, and nearest samples per cluster
 PICTURES = 4000  # pictures on the cards of a source, which keeps the page small enough to mail
 SHEET = 16  # clusters on the contact sheet
@@ -142,14 +142,16 @@ class Thumbnails:
 
     def __init__(self) -> None:
         self.made: list[str] = []
-        self._known: dict[tuple[int, int], int] = {}
+        self._known: dict[tuple[int, int, int], int] = {}  # data set, place, side -> number
 
-    def item(self, dataset: PairDataset, i: int, hit: bool = False) -> dict[str, Any]:
+    def item(
+        self, dataset: PairDataset, i: int, hit: bool = False, side: int = SIDE
+    ) -> dict[str, Any]:
         source, place = _origin(dataset, i)
-        key = (id(source), place)
+        key = (id(source), place, side)
         if key not in self._known:
             picture = dataset.image(i).convert("RGB")
-            picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+            picture.thumbnail((side, side), Image.Resampling.LANCZOS)
             stream = io.BytesIO()
             picture.save(stream, "webp", quality=78)
             self._known[key] = len(self.made)
@@ -159,7 +161,7 @@ class Thumbnails:
     def number(self, dataset: PairDataset, i: int) -> int:
         """The number of sample ``i``'s picture among those made so far; -1: it is not there."""
         source, place = _origin(dataset, i)
-        return self._known.get((id(source), place), -1)
+        return self._known.get((id(source), place, SIDE), -1)
 
 
 def caption_of(dataset: PairDataset, i: int, k: int = 0) -> str:
@@ -378,7 +380,8 @@ def named(dataset: PairDataset, one: EvalSet, thumbs: Thumbnails) -> dict[str, A
         for i, best in zip(chosen, scores.topk(NAMES, dim=1).indices.tolist(), strict=True):
             answers = [{"caption": known.names[k], "hit": k == ids[i]} for k in best]
             own = known.names[ids[i]]
-            shown.append({"query": thumbs.item(dataset, i), "answers": answers, "own": own})
+            query = thumbs.item(dataset, i, side=LARGE)
+            shown.append({"query": query, "answers": answers, "own": own})
         return {"label": label, "classes": len(vectors), "shown": shown}
     return {}
 

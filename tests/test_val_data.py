@@ -1,0 +1,169 @@
+"""What a run is evaluated on where its data has no held-out part of its own."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+from ranks import config_of, losses, on_ranks
+
+from protoclip import checkpoint, distributed
+from protoclip.data import Subset, heldout_pictures, open_dataset
+from protoclip.data.settings import RunData, open_run_data
+from protoclip.evaluate.__main__ import main as evaluate
+from protoclip.evaluate.during import TRAINED, own_layout
+from protoclip.export import main as export
+from protoclip.train import main as train
+
+PAIRS = 80
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Pairs of picture and caption; every fifth picture has a second row at the end."""
+    folder, shapes = tmp_path_factory.mktemp("table"), open_dataset(f"builtin:shapes:{PAIRS}")
+    rows = [(f"{i}.png", shapes.captions(i)[0]) for i in range(PAIRS)]
+    for i, (file, _) in enumerate(rows):
+        shapes.image(i).save(folder / file)
+    rows += [(file, f"also {text}") for file, text in rows[::5]]
+    with open(folder / "pairs.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("filepath", "title"), *rows])
+    return folder / "pairs.csv"
+
+
+@pytest.fixture
+def run(table, nano, tmp_path):
+    """``run(name, *flags)``: the folder of a short run on the table."""
+
+    def start(name, *flags, code=0):
+        argv = ["--train-data", str(table), "--model", str(nano), "--batch-size", "16"]
+        argv += ["--infonce-warmup-epoch", "1", "--k", "4", "--report-to", "none"]
+        argv += ["--logs", str(tmp_path), "--name", name, "--max-steps", "8", *flags]
+        assert train(argv) == code
+        return tmp_path / name
+
+    return start
+
+
+def test_who_is_held_out_depends_on_seed_and_number_only():
+    mask = heldout_pictures(np.arange(10_000), 0.2, seed=3)
+    assert abs(mask.mean() - 0.2) < 0.02
+    assert (heldout_pictures(np.arange(400), 0.2, seed=3) == mask[:400]).all()
+    assert (heldout_pictures(np.arange(10_000), 0.3, seed=3) >= mask).all()
+    assert (heldout_pictures(np.arange(10_000), 0.2, seed=4) != mask).any()
+
+
+def test_the_rows_of_a_picture_stay_together(table):
+    data = open_run_data(config_of("--train-data", str(table), "--val-fraction", "0.3"))
+    trained, held_out = ({key.split("#")[0] for key in part.keys} for part in vars(data).values())
+    assert not trained & held_out and len(trained | held_out) == PAIRS and len(held_out) > 10
+    assert len(data.training) + len(data.held_out) == PAIRS + PAIRS // 5
+    assert any("#2" in key for key in data.held_out.keys)
+
+
+def test_a_run_on_a_table_answers_with_pairs_it_was_trained_on(run, capsys):
+    folder = run("whole")
+    said = capsys.readouterr().err
+    assert "evaluation: on 96 pairs of the training data" in said
+    one = json.loads((folder / "results.json").read_text())
+    assert list(one["trained"]) == ["TRAIN"]
+    assert one["trained"]["TRAIN"]["title"] == "All 96 pairs that it was trained on"
+    chance = one["floors"]["chance"]["TRAIN"]["metrics"]["text_retrieval_recall@1"]
+    assert chance == pytest.approx(1 / 96)
+    page = (folder / "report.html").read_text()
+    hits = 100 * one["trained"]["TRAIN"]["metrics"]["text_retrieval_recall@1"]
+    assert (
+        f"It finds the caption of {hits:.0f} of 100 pictures that it was trained on among 96 "
+        "captions (chance 1)." in page
+    )
+    assert "was not evaluated" not in page and "--val-fraction 0.1" in page
+    sections = set(re.findall(r'<section id="(\w+)"', page))
+    assert set(re.findall(r'<a href="#(\w+)"', page)) <= sections
+    assert "retrieval" in sections and "names" not in sections
+    assert export([str(folder), "--out", str(folder / "model")]) == 0
+    card = (folder / "model" / "README.md").read_text()
+    assert "pairs that it was trained on" in card and "model-index" not in card
+    assert evaluate([str(folder)]) == 2
+    assert "was trained on all of" in capsys.readouterr().err
+
+
+def test_held_out_pairs_are_never_trained_on(run, table, capsys):
+    folder = run("part", "--val-fraction", "0.25")
+    data = open_run_data(config_of("--train-data", str(table), "--val-fraction", "0.25"))
+    with open(folder / "clusters.csv") as file:
+        trained = {row["key"] for row in csv.DictReader(file)}
+    assert trained == set(data.training.keys) and not trained & set(data.held_out.keys)
+    saved = checkpoint.load(checkpoint.candidates(folder)[0])["protoclip"]["training"]
+    assert saved["data"] == checkpoint.fingerprint(data.training.keys)
+    found = json.loads((folder / "results.json").read_text())
+    assert list(found["trained"]) == ["HO"] and found["data"].endswith("[held out]")
+    assert found["trained"]["HO"]["samples"] == len(data.held_out)
+    page = (folder / "report.html").read_text()
+    assert "pictures that it has never seen" in page and "trained on" not in page
+    capsys.readouterr()
+    assert evaluate([str(folder), "--output", str(folder / "again.json")]) == 0
+    assert "Held-out pairs (HO)" in capsys.readouterr().out
+    again = json.loads((folder / "again.json").read_text())["trained"]["HO"]["metrics"]
+    first = found["trained"]["HO"]["metrics"]
+    assert again["text_retrieval_recall@1"] == first["text_retrieval_recall@1"]
+
+
+def test_a_resumed_run_holds_out_the_same_pairs(run, capsys):
+    flags = ["--val-fraction", "0.25", "--save-every", "1steps"]
+    whole = run("whole", *flags)
+    half = run("half", *flags, "--max-steps", "5")
+    capsys.readouterr()
+    run("half", "--resume", str(half), "--val-fraction", "0.3", code=2)
+    assert "data.val_fraction was 0.25 and is 0.3" in capsys.readouterr().err
+    run("half", "--resume", str(half))
+    # The schedule of the first five steps was a shorter run's; the samples were the same.
+    trained = [(folder / "clusters.csv").read_text().splitlines() for folder in (whole, half)]
+    keys = [[line.split(",")[0] for line in lines] for lines in trained]
+    assert keys[0] == keys[1] and [step for step, _ in losses(half)] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--val-data", "builtin:shapes:20"], "leave one of them out"),
+        (["--train-data", "builtin:shapes:64"], "has a held-out part of its own"),
+        (["--val-fraction", "0.95"], "--val-fraction: expected at most 0.9"),
+        (["--val-fraction", "0.0001"], "to hold out at least 2 of the 96 pairs"),
+        (["--train-data", "http://127.0.0.1:9/x.tar"], "--val-data"),
+    ],
+)
+def test_what_cannot_be_held_out(run, capsys, monkeypatch, flags, words):
+    if "http" in flags[-1]:
+        shards = type("Remote", (), {"remote": True, "name": flags[-1], "__len__": lambda s: 9})()
+        monkeypatch.setattr("protoclip.data.settings.index_together", lambda data: None)
+        monkeypatch.setattr("protoclip.data.settings.open_dataset", lambda *a, **k: shards)
+    folder = run("refused", "--val-fraction", "0.2", *flags, code=2)
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and not folder.exists()
+
+
+def test_unreadable_pictures_are_left_out(table, tmp_path):
+    rows = table.read_text().splitlines()
+    text = "\n".join([rows[0], *(f"{table.parent}/{row}" for row in rows[1:])])
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "pairs.csv").write_text(f"{text}\n{tmp_path}/bad.png,bad\n")
+    layouts = on_ranks(2, layout_sizes, str(tmp_path / "pairs.csv"))
+    assert layouts == [("TRAIN", 96, "96 of the pairs that it was trained on")] * 2
+    bad = open_dataset(str(tmp_path / "pairs.csv"))
+    assert own_layout(RunData(Subset(bad, [96, 96])), 0) is None
+    assert own_layout(RunData(bad, Subset(bad, [0, 96, 1])), 0).test.keys[:] == bad.keys[:2]
+
+
+def layout_sizes(path):
+    info = distributed.find_rank()
+    distributed.start(info, __import__("torch").device("cpu"), 60)
+    layout = own_layout(RunData(open_dataset(path)), 0)
+    distributed.stop()
+    return layout.key, len(layout.test), layout.title
+
+
+def test_a_thousand_training_pairs_at_most():
+    layout = own_layout(RunData(open_dataset("builtin:shapes:1500")), 0)
+    assert len(layout.test) == TRAINED == 1000
+    assert layout.title == "1,000 of the pairs that it was trained on"
