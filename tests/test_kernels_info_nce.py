@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import protoclip
-from protoclip.ops.contrastive import sigmoid_loss
+from protoclip.ops import sigmoid_loss
 from protoclip.ops.strips import LN2
 
 pytestmark = [
