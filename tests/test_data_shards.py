@@ -210,7 +210,7 @@ class TestUrls:
     @pytest.mark.parametrize("length", ["abc", "999999"])
     def test_a_length_that_is_wrong(self, tmp_path, serve, capsys, length):
         write_shards(tmp_path / "data", shards=1)
-        url = f"{serve(tmp_path / 'data', length)}/000.tar"
+        url = f"{serve(tmp_path / 'data', content_length=length)}/000.tar"
         assert f"{url}: cannot be copied" in refused(url, capsys)
         # Nothing of the half copy is taken for the shard.
         with pytest.raises(DataError, match="cannot be copied"):
@@ -227,20 +227,20 @@ class TestUrls:
     def test_ranks_fetch_and_index_each_shard_once(self, tmp_path, serve):
         """On machines that share nothing: each rank has a cache of its own."""
         write_shards(tmp_path / "data", shards=5)
-        asked = []
-        base = serve(tmp_path / "data", asked=asked)
+        requests: list[str] = []
+        base = serve(tmp_path / "data", requests=requests)
         keys = on_ranks(2, _keys_on_rank, f"{base}/{{000..004}}.tar", str(tmp_path))
         assert keys[0] == keys[1] and len(keys[0]) == 15
-        assert sorted(asked) == [f"/{i:03d}.tar" for i in range(5)]
-        said = on_ranks(2, _keys_on_rank, f"{base}/{{000..009}}.tar", str(tmp_path))
-        assert said[0] == said[1] and "/005.tar: cannot be copied" in said[0]
+        assert sorted(requests) == [f"/{i:03d}.tar" for i in range(5)]
+        messages = on_ranks(2, _keys_on_rank, f"{base}/{{000..009}}.tar", str(tmp_path))
+        assert messages[0] == messages[1] and "/005.tar: cannot be copied" in messages[0]
 
 
 def test_captions_of_megabytes_are_cut_or_left_out(tmp_path):
     texts = [("a.txt", b"word " * 200_000), ("b.txt", b"x" * 5_000_000)]
     texts += [("c.json", b'{"caption": ' + b"[" * 100_000)]
     pictures = [(f"{key}.png", encoded(picture(0))) for key in "abc"]
-    members = [one for pair in zip(pictures, texts, strict=True) for one in pair]
+    members = [member for pair in zip(pictures, texts, strict=True) for member in pair]
     dataset = open_dataset(write_tar(tmp_path / "t.tar", members))
     assert list(dataset.keys) == ["t.tar/a"]
     assert len(dataset.captions(0)[0]) == MAX_CAPTION
