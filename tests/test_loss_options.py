@@ -807,6 +807,7 @@ def test_bad_options_of_contrastive_are_refused_in_words(case: str) -> None:
 
 
 SIX_LABELS = torch.tensor([0, 0, 1, 2, 2, 3])
+NEGATIVES_OF_SIX = unit(6, 2, 4, seed=2, dtype=torch.float64)
 
 
 def smoothed_info_nce(x: Tensor, y: Tensor, logit_scale: float, weights: Tensor) -> Tensor:
@@ -823,7 +824,7 @@ def smoothed_contrastive(x: Tensor, y: Tensor, logit_scale: float, weights: Tens
         logit_scale,
         positives=torch.stack([rows, rows.roll(1)], dim=1),
         key_ids=SIX_LABELS,
-        negatives=unit(6, 2, 4, seed=2, dtype=torch.float64),
+        negatives=NEGATIVES_OF_SIX,
         label_smoothing=0.1,
         weights=weights,
     )
