@@ -114,12 +114,12 @@ def test_labels_of_resident_and_of_streamed_points_are_right(
 
 def test_splits_of_k_do_not_change_the_result(generator: torch.Generator) -> None:
     points, centroids = random(100, 1500, 16, generator)
-    first, *others = [
+    first, *repeated = [
         assert_nearest(points, centroids, device=SM_90._replace(multiprocessors=processors))
         for processors in (1, 3, 64)
     ]
-    assert [result.plan.splits for result in (first, *others)] == [2, 6, 12]
-    assert all(torch.equal(result.labels, first.labels) for result in others)
+    assert [result.plan.splits for result in (first, *repeated)] == [2, 6, 12]
+    assert all(torch.equal(result.labels, first.labels) for result in repeated)
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
@@ -239,9 +239,11 @@ def test_points_that_were_packed_before_have_the_same_bits(
     centroids = centroids.to(dtype)
     packed = kmeans_encode(points)
     other_strides = centroids.T.contiguous().T * 2
-    for some in (centroids, other_strides, centroids[:20] * 1e10, centroids[:1] - 1e-3):
-        got = kmeans_assign(points, some, packed)
-        expected = kmeans_assign(points, some)
+    far = centroids[:20] * 1e10
+    near = centroids[:1] - 1e-3
+    for moved in (centroids, other_strides, far, near):
+        got = kmeans_assign(points, moved, packed)
+        expected = kmeans_assign(points, moved)
         assert_same_bits(got.labels, expected.labels)
         assert_same_bits(got.distances, expected.distances)
 

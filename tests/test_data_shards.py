@@ -51,9 +51,9 @@ def test_specs_expand_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     write_shards(tmp_path / "a")
     write_shards(tmp_path / "b", shards=1)
     monkeypatch.chdir(tmp_path)
-    both = ("a/000.tar", "a/001.tar")
-    assert expand("a/{000..001}.tar::b/000.tar") == (*both, "b/000.tar")
-    assert expand("a/*.tar") == expand("a") == both
+    in_a = ("a/000.tar", "a/001.tar")
+    assert expand("a/{000..001}.tar::b/000.tar") == (*in_a, "b/000.tar")
+    assert expand("a/*.tar") == expand("a") == in_a
     dataset = open_dataset("a/*.tar::b/000.tar")
     assert len(set(dataset.keys)) == len(dataset) == 9  # same names in a and b
     for spec, words in (

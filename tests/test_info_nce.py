@@ -402,13 +402,13 @@ def test_more_than_two_to_the_31_logits_are_right() -> None:
     # Of the sum over the pairs, for one row of a kind.
     expected = (by_row + by_column) / 2 * rows_of_a_kind @ y_kinds
     dx = logit_scale * (expected - y_kinds)
-    kind = torch.arange(n) % num_kinds
-    x = x_kinds.float()[kind].requires_grad_()
-    y = y_kinds.float()[kind]
+    kind_of_row = torch.arange(n) % num_kinds
+    x = x_kinds.float()[kind_of_row].requires_grad_()
+    y = y_kinds.float()[kind_of_row]
     loss = protoclip.info_nce(x, y, logit_scale, reduction="none", backend="cpu")
     loss.sum().backward()
-    assert (loss.detach() - losses[kind]).abs().max() < 1e-5
-    assert (x.grad - dx[kind]).abs().max() < 1e-4 * dx.abs().max()
+    assert (loss.detach() - losses[kind_of_row]).abs().max() < 1e-5
+    assert (x.grad - dx[kind_of_row]).abs().max() < 1e-4 * dx.abs().max()
 
 
 MEMORY = """

@@ -569,9 +569,9 @@ def test_labels_are_right_and_wrong_ones_fail(tied: Assignment, backend: str) ->
     skip_without("kmeans_assign", backend)
     labels, _ = protoclip.kmeans_assign(tied.points, tied.centroids, backend=backend)
     assert_lowest_of_the_nearest(tied, labels)
-    others = torch.cat([tied.centroids[:64], tied.centroids[128:256]])  # without a tile of 64
-    among_the_others = torch.cdist(tied.points, others).argmin(dim=1)
-    a_tile_skipped = among_the_others + 64 * (among_the_others >= 64)
+    without_a_tile = torch.cat([tied.centroids[:64], tied.centroids[128:256]])
+    row = torch.cdist(tied.points, without_a_tile).argmin(dim=1)
+    a_tile_skipped = row + 64 * (row >= 64)
     for wrong in (labels + 256, a_tile_skipped):
         with pytest.raises(AssertionError, match="not the nearest of lowest index"):
             assert_lowest_of_the_nearest(tied, wrong)

@@ -319,12 +319,12 @@ def test_backends_walk_the_same_way() -> None:
 
 def test_the_number_of_threads_changes_no_bit() -> None:
     points = mixture()
-    one, two = on_threads(
+    on_one, on_two = on_threads(
         lambda: protoclip.kmeans(points, 60, num_iters=6, num_restarts=2), counts=(1, 2)
     )
-    assert torch.equal(one.labels, two.labels)
+    assert torch.equal(on_one.labels, on_two.labels)
     if protoclip.backends("kmeans_assign").get("cpu", "missing") is None:
-        assert torch.equal(one.centroids, two.centroids)
+        assert torch.equal(on_one.centroids, on_two.centroids)
 
 
 @pytest.mark.parametrize("spherical", [False, True])

@@ -222,9 +222,9 @@ def test_points_without_the_others_have_the_same_bits() -> None:
     torch.manual_seed(5)
     points, centroids = near_ties(3000, 500, 64)
     labels, squared = protoclip.kmeans_assign(points, centroids, backend="cpu")
-    some = slice(1001, 2000)
-    got = protoclip.kmeans_assign(points[some], centroids, backend="cpu")
-    assert_same_bits(got, (labels[some], squared[some]))
+    rows = slice(1001, 2000)
+    got = protoclip.kmeans_assign(points[rows], centroids, backend="cpu")
+    assert_same_bits(got, (labels[rows], squared[rows]))
 
 
 @native
@@ -239,9 +239,11 @@ def test_codes_of_the_points_that_are_used_again_change_no_bit(
     points[3] = centroids[5]
     assign = assignment(points.T.contiguous().T, k, "auto")
     other_strides = centroids.T.contiguous().T * 2
-    for some in (centroids, other_strides, centroids * 1e10, centroids[:1] - 1e-3):
-        expected = protoclip.kmeans_assign(points, some, backend="cpu")
-        assert_same_bits(tuple(assign(some)), tuple(expected))
+    far = centroids * 1e10
+    near = centroids[:1] - 1e-3
+    for moved in (centroids, other_strides, far, near):
+        expected = protoclip.kmeans_assign(points, moved, backend="cpu")
+        assert_same_bits(tuple(assign(moved)), tuple(expected))
     centroids[0, 0] = math.nan
     labels, _ = assign(centroids)
     assert (labels == -1).all()

@@ -191,9 +191,9 @@ def labels_of_loop(keys: Tensor, noisy: bool) -> list[np.ndarray]:
             samples = torch.arange(first, first + 20)
             image, text = pairs(samples, seed=step)
             if noisy and step == 5:
-                others = pairs(samples, seed=7)
-                image = others.image.flip(0)
-                text = -others.text
+                noise = pairs(samples, seed=7)
+                image = noise.image.flip(0)
+                text = -noise.text
             loss(image.requires_grad_(), text, SCALE, index=keys[samples]).backward()
     return recorder.calls
 

@@ -71,7 +71,7 @@ class Relation:
 
     @property
     def options(self) -> dict[str, Any]:
-        return vars(self)
+        return dict(vars(self))
 
     def masks(self, n: int, m: int) -> Masks:
         if self.positives is not None:
@@ -698,10 +698,10 @@ def test_one_positive_among_several_columns_is_as_one_alone(backend: str) -> Non
             unit(N, D), unit(M, D, seed=1), 20.0, positives=positives, backend=backend
         )
 
-    one = torch.randint(M, (N,))
-    none = torch.full((N,), -100)
-    expected = loss(one)
-    for columns in ([one], [one, one], [none, one]):
+    own_key = torch.randint(M, (N,))
+    padding = torch.full((N,), -100)
+    expected = loss(own_key)
+    for columns in ([own_key], [own_key, own_key], [padding, own_key]):
         torch.testing.assert_close(loss(torch.stack(columns, dim=1)), expected)
 
 

@@ -102,8 +102,8 @@ def test_a_damaged_library_is_built_again_and_never_loaded(build, built, damage,
     capfd.readouterr()
     assert not native.is_whole(built)
     assert _answer(build) == 42 and native.is_whole(built)
-    told = capfd.readouterr().err
-    assert f"{built} is damaged and will be built again" in told and "compiling" in told
+    message = capfd.readouterr().err
+    assert f"{built} is damaged and will be built again" in message and "compiling" in message
     assert _answer(build) == 42 and "compiling" not in capfd.readouterr().err
 
 

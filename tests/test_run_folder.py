@@ -25,16 +25,17 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(
     """At the second checkpoint; the first one stays whole."""
     monkeypatch.chdir(tmp_path)
     flags = bare_run(tmp_path, "--max-steps", "9")
-    run, save = tmp_path / "logs" / "run", Trainer.save
+    run = tmp_path / "logs" / "run"
+    original_save = Trainer.save
 
-    def on_full_disk(self, epoch):
-        if self.step != 6:
-            return save(self, epoch)
+    def save_on_a_full_disk(trainer: Trainer, epoch: int) -> None:
+        if trainer.step != 6:
+            return original_save(trainer, epoch)
         with full_disk(1_000_000):
-            save(self, epoch)
+            original_save(trainer, epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "save", on_full_disk)
+        patch.setattr(Trainer, "save", save_on_a_full_disk)
         assert main([*flags, "--save-every", "3steps"]) == 2
     message = capsys.readouterr().err
     assert "epoch_latest.pt: " in message and "--resume" in message and "Traceback" not in message

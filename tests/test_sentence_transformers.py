@@ -108,14 +108,14 @@ def loss_without_duplicates(
     same_anchor = equal_texts(COLUMNS[0], COLUMNS[0])
     same_document = equal_texts(COLUMNS[1], COLUMNS[1])
     same_text = equal_texts(COLUMNS[1], COLUMNS[1] + COLUMNS[2])
-    own = torch.eye(n, dtype=torch.bool)
+    diagonal = torch.eye(n, dtype=torch.bool)
     nothing = torch.zeros(n, n, dtype=torch.bool)
-    own_document = torch.cat([own, nothing], dim=1)
+    own_document = torch.cat([diagonal, nothing], dim=1)
     documents_of_same_anchor = torch.cat([same_anchor, nothing], dim=1)
     hidden = {
         "query_to_doc": (same_text | documents_of_same_anchor) & ~own_document,
         "query_to_query": same_document | same_anchor,
-        "doc_to_query": (same_document | same_anchor) & ~own,
+        "doc_to_query": (same_document | same_anchor) & ~diagonal,
         "doc_to_doc": same_text | torch.cat([same_anchor, same_anchor], dim=1),
     }
     similarities = {
