@@ -2,18 +2,25 @@
 
 truth: the plain PyTorch formula in fp64 on the same rounded inputs; base: that formula run in the
 tested dtype, as users have it; got: the backend under test.
+
+Results go by name: "loss", and "dx" for the gradient of the argument ``x``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import protoclip
 from protoclip.ops.dispatch import TABLE
+
+Result = TypeVar("Result")
+Results = dict[str, Tensor]
 
 
 def usable(op: str) -> list[str]:
@@ -25,16 +32,38 @@ def usable(op: str) -> list[str]:
     ]
 
 
-def on_threads(run: Callable[[], Any], counts: Sequence[int] = (1, 2, 2)) -> list[Any]:
+def on_threads(run: Callable[[], Result], counts: Sequence[int] = (1, 2, 2)) -> list[Result]:
     """What ``run`` returns with each number of threads."""
-    threads, results = torch.get_num_threads(), []
+    before = torch.get_num_threads()
+    results = []
     try:
         for count in counts:
             torch.set_num_threads(count)
             results.append(run())
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     return results
+
+
+def leaf(tensor: Tensor | float, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+    """The same values, with their strides, as a leaf that wants a gradient."""
+    return torch.as_tensor(tensor, dtype=dtype, device=device).detach().requires_grad_()
+
+
+def loss_and_gradients(loss: Tensor, upstream: Tensor | None = None, **leaves: Tensor) -> Results:
+    """The loss and the gradients of sum(upstream * loss), all of 1 without ``upstream``."""
+    if upstream is None:
+        upstream = torch.ones((), device=loss.device)
+    gradients = torch.autograd.grad(
+        loss, list(leaves.values()), grad_outputs=upstream.to(loss).expand(loss.shape)
+    )
+    results = {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return {"loss": loss.detach()} | results
+
+
+def assert_same_bits(got: Any, expected: Any) -> None:
+    """Of tensors, or of lists, tuples and dicts of tensors; dtypes too."""
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 def assert_within_budget(
@@ -43,78 +72,153 @@ def assert_within_budget(
     base: Tensor,
     name: str = "",
     magnitude: float | None = None,
-    scale: float = 0.0,
+    logit_scale: float = 0.0,
 ) -> None:
-    """max|got - truth| <= 2 max|base - truth| + (eps(dtype of got) + 2^-21 scale) * magnitude.
+    """max|got - truth| <= 2 max|base - truth| + (eps(dtype of got) + 2^-21 logit_scale) magnitude.
 
     ``magnitude``: the size of what was rounded; by default max|truth|. Where the result is a sum
-    that cancels (the gradient of one scalar), the sum of its terms' absolute values. ``scale``: of
-    the logits, for what rounding one of them in fp32 is worth.
+    that cancels (the gradient of one scalar), the sum of its terms' absolute values.
+    ``logit_scale``: for what rounding one logit in fp32 is worth.
     """
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(truth.shape)}"
     assert got.dtype == base.dtype, f"{name}: {got.dtype}, the base has {base.dtype}"
     if truth.numel() == 0:
         return
     exact = truth.double()
-    size = exact.abs().max().item() if magnitude is None else magnitude
+    if magnitude is None:
+        magnitude = exact.abs().max().item()
     error = (got.double() - exact).abs().max().item()
-    own = (base.double() - exact).abs().max().item()
-    allowed = 2 * own + (torch.finfo(got.dtype).eps + 2**-21 * abs(scale)) * size
+    base_error = (base.double() - exact).abs().max().item()
+    rounding = torch.finfo(got.dtype).eps + 2**-21 * abs(logit_scale)
+    allowed = 2 * base_error + rounding * magnitude
     assert error <= allowed, (
         f"{name}: error {error:.3e} over the budget {allowed:.3e} (the base's own is "
-        f"{own:.3e}, magnitude {size:.3e})"
+        f"{base_error:.3e}, magnitude {magnitude:.3e})"
     )
 
 
-def strip_gradients(x, y, scale, offset, row_weight, column_weight, dtype) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class PlainResults:
+    """What a plain formula gives in one dtype, by name."""
+
+    values: Results
+    dlogit_scale_terms: float  # the sum of the absolute values that make up dlogit_scale
+
+
+def assert_results_within_budget(
+    got: Mapping[str, Tensor],
+    *,
+    truth: PlainResults,
+    base: PlainResults,
+    logit_scale: float,
+    magnitudes: Mapping[str, float] | None = None,
+) -> None:
+    """``assert_within_budget`` for each of ``got``. ``magnitudes``, by name: where it is not
+    max|truth|, or the terms of dlogit_scale."""
+    by_name = {"dlogit_scale": truth.dlogit_scale_terms, **(magnitudes or {})}
+    for name, value in got.items():
+        assert_within_budget(
+            value,
+            truth=truth.values[name],
+            base=base.values[name],
+            name=name,
+            magnitude=by_name.get(name),
+            logit_scale=logit_scale,
+        )
+
+
+def strip_gradients(
+    x: Tensor,
+    y: Tensor,
+    *,
+    logit_scale: float,
+    row_weight: Tensor,
+    column_weight: Tensor,
+    dtype: torch.dtype,
+    offset: int = 0,
+) -> PlainResults:
     """The plain formula of InfoNCE's strip, run in ``dtype`` as under autocast: the products and
     the gradient of the logits in that dtype, cross-entropy in at least fp32. fp64 gives the truth.
 
-    ``column_weight`` [M], or [0] without columns; columns may lack a positive. ``terms``: the sum
-    of the absolute values that make up dscale, and 2^-29 of the weights, which is what fp64 itself
-    leaves of a probability of 1."""
-    wide = torch.promote_types(dtype, torch.float32)
-    x, y = (t.detach().to(dtype).requires_grad_() for t in (x, y))
-    scale = torch.tensor(scale, dtype=wide, device=x.device, requires_grad=True)
+    ``column_weight`` [M], or [0] without columns; columns may lack a positive. The terms of
+    dlogit_scale have 2^-29 of the weights on top, which is what fp64 itself leaves of a
+    probability of 1."""
+    at_least_fp32 = torch.promote_types(dtype, torch.float32)
+    x = leaf(x, dtype)
+    y = leaf(y, dtype)
+    scale = leaf(logit_scale, at_least_fp32, x.device)
     dots = x @ y.T
-    logits = (scale.to(dtype) * dots).to(wide)
+    logits = (scale.to(dtype) * dots).to(at_least_fp32)
     rows = torch.arange(len(x), device=x.device)
-    positive, level = logits[rows, rows + offset], logits.logsumexp(1)
-    total = ((level - positive) * row_weight.to(wide)).sum()
-    column_level = logits.logsumexp(0) if len(column_weight) else logits.new_empty(0)
+    positive = logits[rows, rows + offset]
+    row_level = logits.logsumexp(1)
+    column_level = logits.new_empty(0)
+    total = ((row_level - positive) * row_weight.to(at_least_fp32)).sum()
     if len(column_weight):
-        weight = column_weight.to(wide)
+        weight = column_weight.to(at_least_fp32)
+        column_level = logits.logsumexp(0)
         total = total + (weight * column_level).sum() - (weight[rows + offset] * positive).sum()
-    dx, dy, dscale, g = torch.autograd.grad(total, (x, y, scale, logits))
-    found = {"row level": level, "column level": column_level, "positive": positive}
-    found |= {"dx": dx, "dy": dy, "dscale": dscale}
-    found["terms"] = (g * dots).abs().sum() + 2**-29 * row_weight.abs().sum()
-    return {name: value.detach() for name, value in found.items()}
+    gradients = loss_and_gradients(total, x=x, y=y, logit_scale=scale, logits=logits)
+    terms = (gradients["dlogits"] * dots).abs().sum() + 2**-29 * row_weight.abs().sum()
+    values = {
+        "row level": row_level.detach(),
+        "column level": column_level.detach(),
+        "positive": positive.detach(),
+        "dx": gradients["dx"],
+        "dy": gradients["dy"],
+        "dlogit_scale": gradients["dlogit_scale"],
+    }
+    return PlainResults(values, terms.item())
+
+
+def info_nce_gradients(
+    x: Tensor, y: Tensor, *, logit_scale: float, weights: Tensor, dtype: torch.dtype
+) -> PlainResults:
+    """The same of the losses of both directions, whose sum is weighted: "loss" [N]."""
+    plain = strip_gradients(
+        x,
+        y,
+        logit_scale=logit_scale,
+        row_weight=weights / 2,
+        column_weight=weights / 2,
+        dtype=dtype,
+    )
+    levels = plain.values["row level"] + plain.values["column level"]
+    loss = levels / 2 - plain.values["positive"]
+    return PlainResults(plain.values | {"loss": loss}, plain.dlogit_scale_terms)
 
 
 def sigmoid_gradients(
-    x, y, scale, bias, offset, dtype, ids=None, same_id="positive"
-) -> dict[str, Tensor]:
+    x: Tensor,
+    y: Tensor,
+    *,
+    logit_scale: float,
+    logit_bias: float,
+    offset: int,
+    dtype: torch.dtype,
+    ids: Tensor | None = None,
+    same_id: str = "positive",
+) -> PlainResults:
     """As ``strip_gradients``, of the sigmoid loss; ids [M, R] are the columns'."""
-    wide = torch.promote_types(dtype, torch.float32)
-    x, y = (t.detach().to(dtype).requires_grad_() for t in (x, y))
-    scale, bias = (
-        torch.tensor(v, dtype=wide, device=x.device, requires_grad=True) for v in (scale, bias)
-    )
+    at_least_fp32 = torch.promote_types(dtype, torch.float32)
+    x = leaf(x, dtype)
+    y = leaf(y, dtype)
+    scale = leaf(logit_scale, at_least_fp32, x.device)
+    bias = leaf(logit_bias, at_least_fp32, x.device)
     dots = x @ y.T
-    logits = (scale.to(dtype) * dots + bias.to(dtype)).to(wide)
-    columns = torch.arange(len(y), device=x.device)
-    positive = columns == torch.arange(len(x), device=x.device)[:, None] + offset
+    logits = (scale.to(dtype) * dots + bias.to(dtype)).to(at_least_fp32)
+    rows = torch.arange(len(x), device=x.device)
+    positive = torch.arange(len(y), device=x.device) == rows[:, None] + offset
     seen = torch.ones_like(positive)
     if ids is not None:
         same = (ids[offset : offset + len(x), None] == ids).any(dim=2)
-        positive, seen = (
-            (positive | same, seen) if same_id == "positive" else (positive, positive | ~same)
-        )
-    losses = -torch.nn.functional.logsigmoid(torch.where(positive, logits, -logits))
-    loss = losses.where(seen, 0).sum()
-    names = "dx", "dy", "dscale", "dbias", "g"
-    grads = torch.autograd.grad(loss, (x, y, scale, bias, logits))
-    found = {"loss": loss} | dict(zip(names, grads, strict=True))
-    found["terms"] = (found.pop("g") * dots).abs().sum()
-    return {name: value.detach() for name, value in found.items()}
+        if same_id == "positive":
+            positive = positive | same
+        else:
+            seen = positive | ~same
+    losses = -F.logsigmoid(torch.where(positive, logits, -logits))
+    results = loss_and_gradients(
+        losses.where(seen, 0).sum(), x=x, y=y, logit_scale=scale, logit_bias=bias, logits=logits
+    )
+    terms = (results.pop("dlogits") * dots).abs().sum()
+    return PlainResults(results, terms.item())

@@ -5,12 +5,17 @@ anything imports triton.
 is a skip with its reason. ``--nan-empties`` shows what a kernel forgot to write.
 """
 
+from __future__ import annotations
+
 import functools
 import http.server
 import json
 import os
 import threading
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core, so have the runs it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,14 +33,14 @@ MAY_MISS = {
 }  # fmt: skip
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bare", action="store_true", help="a missing optional package is a skip")
     parser.addoption("--nan-empties", action="store_true", help="torch.empty holds NaN at first")
     share = "I/K: only compile the kernels of every K-th test from I on (make gpu)"
     parser.addoption("--compile-share", help=share)
 
 
-def pytest_configure(config):
+def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--nan-empties"):  # in C++ too: at::empty fills in this mode
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True
@@ -47,13 +52,15 @@ def pytest_configure(config):
         config.add_cleanup(stack.close)
 
 
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if share := config.getoption("--compile-share"):
         first, step = map(int, share.split("/"))
         items[:] = items[first::step]
 
 
-def _skip_where_bare(report, config, error, path):
+def _skip_where_bare(
+    report: Any, config: pytest.Config, error: BaseException | None, path: Path
+) -> Any:
     if report.failed and config.getoption("--bare") and isinstance(error, ModuleNotFoundError):
         package = (error.name or "").split(".")[0]
         if package in MAY_MISS:
@@ -63,33 +70,35 @@ def _skip_where_bare(report, config, error, path):
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector):
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
     report = yield
     error = report.call.excinfo.value.__cause__ if report.failed else None
     return _skip_where_bare(report, collector.config, error, collector.path)
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, Any, Any]:
     report = yield
     error = call.excinfo.value if report.failed else None
     return _skip_where_bare(report, item.config, error, item.path)
 
 
 @pytest.fixture
-def own_cache(monkeypatch, tmp_path):
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
-def no_page(monkeypatch):
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training ends without pictures and report, which take longer than a tiny run."""
     monkeypatch.setattr("protoclip.train.draw_plots", lambda *_: None)
     monkeypatch.setattr("protoclip.train.page.write_report", lambda runs: runs[0])
 
 
 @pytest.fixture(scope="session")
-def nano(tmp_path_factory):
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The config file of a model that trains in no time."""
     from ranks import TINY
 
@@ -99,37 +108,60 @@ def nano(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained(nano, tmp_path_factory):
+def trained(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of five steps, the last one with prototypes, to be read or copied."""
     from protoclip.train import main
 
     logs = tmp_path_factory.mktemp("trained")
-    flags = ["--train-data", "builtin:shapes:64", "--batch-size", "16", "--max-steps", "5"]
-    flags += ["--infonce-warmup-epoch", "1", "--k", "4", "--external-teacher", "none"]
-    flags += ["--report-to", "none", "--model", str(nano), "--logs", str(logs), "--name", "r"]
+    flags = [
+        "--train-data", "builtin:shapes:64", "--batch-size", "16", "--max-steps", "5",
+        "--infonce-warmup-epoch", "1", "--k", "4", "--external-teacher", "none",
+        "--report-to", "none", "--model", str(nano), "--logs", str(logs), "--name", "r",
+    ]  # fmt: skip
     assert main(flags) == 0
     return logs / "r"
 
 
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder quietly. ``content_length``: what the headers say instead of the truth;
+    ``requests``: the paths that were asked for."""
+
+    def __init__(
+        self,
+        *arguments: Any,
+        content_length: str | None,
+        requests: list[str] | None,
+        **options: Any,
+    ) -> None:
+        self.content_length = content_length
+        self.requests = requests
+        super().__init__(*arguments, **options)
+
+    def send_head(self) -> Any:
+        if self.requests is not None:
+            self.requests.append(self.path)
+        return super().send_head()
+
+    def send_header(self, keyword: str, value: str) -> None:
+        if keyword == "Content-Length" and self.content_length is not None:
+            value = self.content_length
+        super().send_header(keyword, value)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
 @pytest.fixture
-def serve():
-    """Starts a web server on a folder; ``serve(folder, length, asked)`` is its address."""
+def serve() -> Iterator[Callable[..., str]]:
+    """Starts a web server on a folder and returns its address, see ``Handler``."""
     servers = []
 
-    def start(folder, length=None, asked=None):
-        class Handler(http.server.SimpleHTTPRequestHandler):
-            def send_head(self):
-                if asked is not None:
-                    asked.append(self.path)
-                return super().send_head()
-
-            def send_header(self, name, value):
-                super().send_header(name, (length or value) if name == "Content-Length" else value)
-
-            def log_message(self, *args):
-                pass
-
-        handler = functools.partial(Handler, directory=str(folder))
+    def start(
+        folder: Path, content_length: str | None = None, requests: list[str] | None = None
+    ) -> str:
+        handler = functools.partial(
+            Handler, directory=str(folder), content_length=content_length, requests=requests
+        )
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,9 +16,19 @@ from torch import Tensor
 
 TESTS = Path(__file__).parent
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Streaming multiprocessors, shared memory of one and of a block (bytes). So few processors that
-# splits of K and full waves both occur at test sizes.
-SM_80, SM_86, SM_90 = (2, 164 << 10, 163 << 10), (1, 100 << 10, 99 << 10), (4, 228 << 10, 227 << 10)
+
+
+class Device(NamedTuple):
+    """So few processors that splits of K and full waves both occur at test sizes."""
+
+    multiprocessors: int
+    bytes_of_multiprocessor: int  # of shared memory
+    bytes_of_block: int
+
+
+SM_80 = Device(2, 164 << 10, 163 << 10)
+SM_86 = Device(1, 100 << 10, 99 << 10)
+SM_90 = Device(4, 228 << 10, 227 << 10)
 
 
 @cache
@@ -36,29 +47,47 @@ def _pointer(x: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(x.data_ptr())
 
 
-def _strides(x: Tensor):
+def _strides(x: Tensor) -> Any:
     return (ctypes.c_int64 * 2)(*x.stride())
 
 
 class _KmeansAssign(ctypes.Structure):  # as csrc/launchers.h
     _fields_ = [
-        *(("points", ctypes.c_void_p), ("point_strides", ctypes.c_int64 * 2)),
-        *(("centroids", ctypes.c_void_p), ("centroid_strides", ctypes.c_int64 * 2)),
-        *(("n", ctypes.c_int64), ("k", ctypes.c_int), ("d", ctypes.c_int)),
-        *(("dtype", ctypes.c_int), ("packed", ctypes.c_void_p)),
+        ("points", ctypes.c_void_p),
+        ("point_strides", ctypes.c_int64 * 2),
+        ("centroids", ctypes.c_void_p),
+        ("centroid_strides", ctypes.c_int64 * 2),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int),
+        ("d", ctypes.c_int),
+        ("dtype", ctypes.c_int),
+        ("packed", ctypes.c_void_p),
     ]
 
 
-def _kmeans_call(x: Tensor, c: Tensor, packed: Tensor | None):
-    matrices = x.data_ptr(), _strides(x), c.data_ptr(), _strides(c)
-    kept = None if packed is None else packed.data_ptr()
-    return ctypes.byref(_KmeansAssign(*matrices, len(x), *c.shape, DTYPES[x.dtype], kept))
+def _kmeans_call(points: Tensor, centroids: Tensor, packed: Tensor | None) -> Any:
+    k, d = centroids.shape
+    return ctypes.byref(
+        _KmeansAssign(
+            points=points.data_ptr(),
+            point_strides=_strides(points),
+            centroids=centroids.data_ptr(),
+            centroid_strides=_strides(centroids),
+            n=len(points),
+            k=k,
+            d=d,
+            dtype=DTYPES[points.dtype],
+            packed=None if packed is None else packed.data_ptr(),
+        )
+    )
 
 
 def kmeans_encode(points: Tensor, centroids: Tensor | None = None) -> Tensor:
     """The packed points (bytes); as csrc/cuda_bindings.cpp, their own mean stands in for that of
     the centroids."""
-    centroids, native = points if centroids is None else centroids, library("kmeans_assign")
+    if centroids is None:
+        centroids = points
+    native = library("kmeans_assign")
     size = native.packed_bytes(_kmeans_call(points, centroids, None))
     memory = torch.full((size + 512,), 255, dtype=torch.uint8)
     packed = memory[-memory.data_ptr() % 256 :]
@@ -67,32 +96,62 @@ def kmeans_encode(points: Tensor, centroids: Tensor | None = None) -> Tensor:
     return packed
 
 
+class Plan(NamedTuple):
+    """What the launcher chose, and counts of rows."""
+
+    parts: int
+    pack_points: int
+    resident: int
+    splits: int
+    rescored: int
+    screened: int
+
+
+class Assignment(NamedTuple):
+    labels: Tensor  # int64 [N]
+    distances: Tensor  # fp32 [N]
+    plan: Plan
+
+
 def kmeans_assign(
-    points: Tensor, centroids: Tensor, packed: Tensor | None = None, *, device=SM_90
-) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """Labels, distances and what the plan chose; outputs start as garbage, to see all written."""
-    labels, distances = torch.full((len(points),), -7), torch.full((len(points),), -7.0)
-    report = (ctypes.c_int64 * 6)()
+    points: Tensor, centroids: Tensor, packed: Tensor | None = None, *, device: Device = SM_90
+) -> Assignment:
+    """Outputs start as garbage, to see all written."""
+    labels = torch.full((len(points),), -7)
+    distances = torch.full((len(points),), -7.0)
+    report = (ctypes.c_int64 * len(Plan._fields))()
     native = library("kmeans_assign")
     native.set_device(*device)
-    packed = kmeans_encode(points, centroids) if packed is None else packed
+    if packed is None:
+        packed = kmeans_encode(points, centroids)
     call = _kmeans_call(points, centroids, packed)
     error = native.kmeans_assign(call, _pointer(labels), _pointer(distances), report)
     assert error == 0, f"launch failed with {error}"
-    names = ("parts", "pack_points", "resident", "splits", "rescored", "screened")
-    return labels, distances, dict(zip(names, report, strict=True))
+    return Assignment(labels, distances, Plan._make(report))
 
 
 def segment_mean(values: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Means [K, D] and counts [K]."""
     n, d = values.shape
-    means, counts = torch.full((k, d), float("nan")), torch.full((k,), -7)
+    means = torch.full((k, d), float("nan"))
+    counts = torch.full((k,), -7)
     used = (labels >= 0) & (labels < k)  # as csrc/cuda_bindings.cpp
     keys, rows = torch.where(used, labels, k).int().sort(stable=True)
     starts = torch.searchsorted(keys, torch.arange(k + 1, dtype=torch.int32), out_int32=True)
     pieces = torch.full((2 * -(-n // 128) + 1, d), float("nan"))  # one more than there are
     error = library("segment_mean").segment_mean(
-        *(_pointer(values), _strides(values), *map(_pointer, (keys, rows, starts, pieces))),
-        *(ctypes.c_int64(n), k, d, DTYPES[values.dtype], _pointer(means), _pointer(counts)),
+        _pointer(values),
+        _strides(values),
+        _pointer(keys),
+        _pointer(rows),
+        _pointer(starts),
+        _pointer(pieces),
+        ctypes.c_int64(n),
+        k,
+        d,
+        DTYPES[values.dtype],
+        _pointer(means),
+        _pointer(counts),
     )
     assert error == 0 and pieces[-1].isnan().all(), f"launch failed with {error}"
     return means, counts

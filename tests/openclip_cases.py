@@ -6,12 +6,16 @@ A case is {"name", "ours": bool, "flags": [...]}: ``protoclip.openclip`` or open
 OUT_FOLDER/RANK.json gets, per case, the terms of every call of the loss, and the exit code.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip_train.data
 import open_clip_train.main as trainer
@@ -30,32 +34,31 @@ torch.compile = functools.partial(torch.compile, backend="aot_eager")  # of --to
 original_init = dist.init_process_group
 
 
-def init_once(*args, **kwargs):
+def init_once(*arguments: Any, **options: Any) -> None:
     """One process group for all cases: torchrun's store cannot be used for a second one."""
     if not dist.is_initialized():
-        original_init(*args, **kwargs)
+        original_init(*arguments, **options)
 
 
 dist.init_process_group = init_once
 
 
-def recorded(factory, calls):
+def recorded(factory: Callable[..., Any], calls: list[dict[str, float]]) -> Callable[..., Any]:
     """A factory of losses (3.3) or tasks (4) whose product writes its terms down."""
 
-    def make(*args, **kwargs):
-        made = factory(*args, **kwargs)
-        getattr(made, "loss", made).register_forward_hook(
-            lambda module, inputs, terms: calls.append(
-                {k: float(v.detach()) for k, v in terms.items()}
-            )
-        )
-        return made
+    def note(module: Any, inputs: Any, terms: dict[str, torch.Tensor]) -> None:
+        calls.append({name: float(value.detach()) for name, value in terms.items()})
+
+    def make(*arguments: Any, **options: Any) -> Any:
+        product = factory(*arguments, **options)
+        getattr(product, "loss", product).register_forward_hook(note)
+        return product
 
     return make
 
 
-def run(case):
-    calls = []
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    calls: list[dict[str, float]] = []
     flags = case["flags"]
     name = "create_task" if hasattr(trainer, "create_task") else "create_loss"
     holder = command if case["ours"] else trainer
@@ -66,14 +69,16 @@ def run(case):
             code = command.main(flags)
         else:
             with command.repaired():
-                code = trainer.main(command.split_flags(flags)[2]) or 0
+                _, _, open_clip_flags = command.split_flags(flags)
+                code = trainer.main(open_clip_flags) or 0
     finally:
         setattr(holder, name, original)
     return {"calls": calls, "code": code}
 
 
-def main():
-    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+def main() -> None:
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    out = Path(sys.argv[2])
     register_configs()
     results = {case["name"]: run(case) for case in cases}
     if dist.is_initialized():

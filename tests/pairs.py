@@ -1,20 +1,26 @@
 """Pictures, tables, shards and batches for the tests of the data layer."""
 
+from __future__ import annotations
+
 import io
 import tarfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import webdataset
 from PIL import Image
+from torch import Tensor
 
-from protoclip.data import Draws, batches, build_transform
+from protoclip.data import Batch, Draws, batches, build_transform
 from protoclip.data.__main__ import main as data_command
 
 TEXTS = ("ein Mädchen läuft", "女の子が走る", "drapeau\u202f: Chine 🇨🇳", 'says "hi", twice')
-
-
-MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+MEAN = (0.48, 0.46, 0.41)
+STD = (0.27, 0.26, 0.28)
 
 
 def picture(number: int, mode: str = "RGB") -> Image.Image:
@@ -22,9 +28,9 @@ def picture(number: int, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(pixels, "RGBA").convert(mode)
 
 
-def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+def encoded(image: Image.Image, image_format: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, kind)
+    image.save(buffer, image_format)
     return buffer.getvalue()
 
 
@@ -32,29 +38,37 @@ def same(got: Image.Image, expected: Image.Image) -> bool:
     return got.mode == "RGB" and got.tobytes() == expected.tobytes()
 
 
-def write_table(folder, rows, header=("filepath", "title"), separator="\t", name="pairs.tsv"):
-    lines = [separator.join(header)] + [separator.join(row) for row in rows]
+def write_table(
+    folder: Path,
+    rows: Iterable[Sequence[str]],
+    header: Sequence[str] = ("filepath", "title"),
+    separator: str = "\t",
+    name: str = "pairs.tsv",
+) -> str:
+    lines = [separator.join(row) for row in (header, *rows)]
     (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(folder / name)
 
 
-def write_shards(folder, shards=2, per_shard=3):
+def write_shards(folder: Path, shards: int = 2, per_shard: int = 3) -> str:
+    """PNG and WebP in turn, with captions of several lines."""
     folder.mkdir(exist_ok=True)
     for shard in range(shards):
         with webdataset.TarWriter(str(folder / f"{shard:03d}.tar")) as writer:
-            for j in range(per_shard):
-                number = shard * per_shard + j
+            for row in range(per_shard):
+                number = shard * per_shard + row
+                image_format = ("PNG", "WEBP")[row % 2]
                 writer.write(
                     {
                         "__key__": f"sample{number}",
-                        ("png", "webp")[j % 2]: encoded(picture(number), ("PNG", "WEBP")[j % 2]),
+                        image_format.lower(): encoded(picture(number), image_format),
                         "txt": f"{TEXTS[number % 4]}\n\n  second line {number} \n",
                     }
                 )
     return str(folder / f"{{000..{shards - 1:03d}}}.tar")
 
 
-def write_tar(path, members):
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> str:
     with tarfile.open(path, "w") as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -63,7 +77,7 @@ def write_tar(path, members):
     return str(path)
 
 
-def spoil(path, member, byte=b"?", skip=8):
+def spoil(path: Path, member: str, byte: bytes = b"?", skip: int = 8) -> None:
     """Overwrite a member's data but its first bytes."""
     with tarfile.open(path) as tar:
         info = tar.getmember(member)
@@ -72,30 +86,38 @@ def spoil(path, member, byte=b"?", skip=8):
         shard.write(byte * (info.size - skip))
 
 
-def refused(spec, capsys):
+def refused(spec: str, capsys: pytest.CaptureFixture[str]) -> str:
     """What the data command says of data that it does not take: one line, no traceback."""
     assert data_command(["--check", spec]) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return said
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
 
 
-def tokenize(texts: list[str]) -> torch.Tensor:
+def tokenize(texts: list[str]) -> Tensor:
     """Eight bytes of each text: enough to tell captions apart."""
     rows = [list(text.encode()[-8:].rjust(8)) for text in texts]
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def load(dataset, draws, **options):
-    options = {"seed": 5, "batch_size": 8, **options}
-    transform = options.pop("transform", None) or build_transform(32, MEAN, STD, "paper")
-    batch_size = options.pop("batch_size")
-    own = {name: options.pop(name) for name in ("seed", "start", "numbers") if name in options}
-    return list(batches(dataset, Draws(draws, **own), batch_size, transform, tokenize, **options))
+def load(
+    dataset: Any,
+    positions: Tensor,
+    *,
+    seed: int = 5,
+    start: int = 0,
+    batch_size: int = 8,
+    transform: Callable[[Image.Image], Tensor] | None = None,
+    **options: Any,
+) -> list[Batch]:
+    if transform is None:
+        transform = build_transform(32, MEAN, STD, "paper")
+    draws = Draws(positions, seed=seed, start=start)
+    return list(batches(dataset, draws, batch_size, transform, tokenize, **options))
 
 
-def assert_equal(got, expected):
+def assert_equal(got: list[Batch], expected: list[Batch]) -> None:
     assert [len(batch) for batch in got] == [len(batch) for batch in expected]
-    for one, other in zip(got, expected, strict=True):
+    for got_batch, expected_batch in zip(got, expected, strict=True):
         for name in ("index", "image", "tokens"):
-            assert torch.equal(getattr(one, name), getattr(other, name)), name
+            assert torch.equal(getattr(got_batch, name), getattr(expected_batch, name)), name

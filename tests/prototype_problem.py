@@ -1,8 +1,19 @@
 """Problems for the prototype ops, and the error budget of a backend on them."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget
+from budget import (
+    PlainResults,
+    Results,
+    assert_results_within_budget,
+    leaf,
+    loss_and_gradients,
+)
+from torch import Tensor
 
 import protoclip
 
@@ -10,73 +21,137 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TEMPERATURES = (0.0, 0.01, 0.1, 1.0)  # of the targets; 0: hard
 
 
-def unit(*shape, dtype=torch.float32):
+@dataclass(frozen=True)
+class Problem:
+    """What ``prototype_cross_entropy`` is called with, and the weights of the losses in the sum
+    whose gradients are compared."""
+
+    features: Tensor  # [N, D]
+    prototypes: Tensor  # [K, D]
+    labels: Tensor  # int64 [N], -100: ignored
+    targets: Tensor | None = None  # [K, D]; None: hard labels
+    logit_scale: float = 14.3
+    weights: Tensor | None = None  # [N]; None: 1
+
+    @property
+    def row_weights(self) -> Tensor:
+        if self.weights is not None:
+            return self.weights
+        return torch.ones(len(self.features), device=self.features.device)
+
+
+def unit(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return F.normalize(torch.randn(*shape), dim=-1).to(dtype)
 
 
-def problem(n, k, d, dtype, temperature):
-    """Features, prototypes, labels (one ignored) and targets; the last are exact to fp64 in the
-    rows that are looked up, the others are not computed."""
-    h, c, labels = unit(n, d, dtype=dtype), unit(k, d, dtype=dtype), torch.randint(0, k, (n,))
-    if temperature <= 0:
-        targets = None
-    else:
+def random_problem(
+    n: int,
+    k: int,
+    d: int,
+    *,
+    dtype: torch.dtype,
+    temperature: float,
+    logit_scale: float = 14.3,
+) -> Problem:
+    """One label is ignored; targets are exact to fp64 in the rows that are looked up, the others
+    are not computed."""
+    features = unit(n, d, dtype=dtype)
+    prototypes = unit(k, d, dtype=dtype)
+    labels = torch.randint(0, k, (n,))
+    targets = None
+    if temperature > 0:
         source = 0.9 * unit(k, d).double()
-        targets = torch.zeros_like(c)
         used = labels.unique()
-        t = torch.softmax(source[used] @ source.T / temperature, dim=1)
-        targets[used] = (t @ c.double()).to(dtype)
+        shares = torch.softmax(source[used] @ source.T / temperature, dim=1)
+        targets = torch.zeros_like(prototypes)
+        targets[used] = (shares @ prototypes.double()).to(dtype)
     if n > 2:
         labels[n // 2] = -100
-    return h, c, labels, targets
+    return Problem(features, prototypes, labels, targets, logit_scale)
 
 
-def run(h, c, labels, targets, scale, weights, backend):
-    """Losses and the gradients of sum(weights * losses)."""
-    h, c = (t.detach().requires_grad_() for t in (h, c))
-    s = torch.tensor(scale, requires_grad=True, device=h.device)
+def computed(problem: Problem, backend: str) -> Results:
+    """Losses and the gradients of their weighted sum."""
+    features = leaf(problem.features)
+    prototypes = leaf(problem.prototypes)
+    logit_scale = leaf(problem.logit_scale, device=features.device)
     loss = protoclip.prototype_cross_entropy(
-        h, c, labels, s, targets=targets, reduction="none", backend=backend
+        features,
+        prototypes,
+        problem.labels,
+        logit_scale,
+        targets=problem.targets,
+        reduction="none",
+        backend=backend,
     )
-    (loss * weights).sum().backward()
-    return {"loss": loss.detach(), "dh": h.grad, "dc": c.grad, "dscale": s.grad}
+    return loss_and_gradients(
+        loss,
+        problem.row_weights,
+        features=features,
+        prototypes=prototypes,
+        logit_scale=logit_scale,
+    )
 
 
-def plain(h, c, labels, targets, scale, weights, dtype):
+def plain(problem: Problem, dtype: torch.dtype) -> PlainResults:
     """The plain formula, run in ``dtype`` as under autocast: the products and the gradient of the
-    logits in that dtype, cross-entropy in at least fp32. fp64 gives the truth. ``terms``: the sum
-    of the absolute values that make up dscale."""
-    wide = torch.promote_types(dtype, torch.float32)
-    h, c = (t.detach().to(dtype).requires_grad_() for t in (h, c))
-    s = torch.tensor(scale, dtype=wide, requires_grad=True, device=h.device)
-    dots, used = h @ c.T, labels != -100
-    logits = (s.to(dtype) * dots).to(wide)
-    if targets is None:
-        positive = logits.gather(1, labels.where(used, 0)[:, None])[:, 0]
+    logits in that dtype, cross-entropy in at least fp32. fp64 gives the truth."""
+    at_least_fp32 = torch.promote_types(dtype, torch.float32)
+    features = leaf(problem.features, dtype)
+    prototypes = leaf(problem.prototypes, dtype)
+    logit_scale = leaf(problem.logit_scale, at_least_fp32, features.device)
+    weights = problem.row_weights.to(at_least_fp32)
+    used = problem.labels != -100
+    labels = problem.labels.where(used, 0)
+    dots = features @ prototypes.T
+    logits = (logit_scale.to(dtype) * dots).to(at_least_fp32)
+    if problem.targets is None:
+        target_terms = 0.0
+        positive = logits.gather(1, labels[:, None])[:, 0]
     else:
-        dot = (h * targets.to(dtype)[labels.where(used, 0)]).sum(dim=1)
-        positive = (s.to(dtype) * dot).to(wide)
+        dot = (features * problem.targets.to(dtype)[labels]).sum(dim=1)
+        target_terms = (dot * problem.row_weights).abs().sum().item()
+        positive = (logit_scale.to(dtype) * dot).to(at_least_fp32)
     loss = (logits.logsumexp(dim=1) - positive).where(used, 0)
-    total = (loss * weights.to(wide)).sum()
-    dh, dc, dscale, g = torch.autograd.grad(total, (h, c, s, logits))
-    found = {"loss": loss.detach(), "dh": dh, "dc": dc, "dscale": dscale}
-    terms = (g * dots).abs().sum() + (0 if targets is None else (dot * weights).abs().sum())
-    return found | {"terms": terms.item() + 2**-29 * weights.sum().item()}
+    results = loss_and_gradients(
+        loss,
+        weights,
+        features=features,
+        prototypes=prototypes,
+        logit_scale=logit_scale,
+        logits=logits,
+    )
+    logit_terms = (results.pop("dlogits") * dots).abs().sum().item()
+    terms = logit_terms + target_terms + 2**-29 * weights.sum().item()
+    return PlainResults(results, terms)
 
 
-def check(n, k, d, dtype, temperature, scale, backend="cpu"):
-    check_case(*problem(n, k, d, dtype, temperature), scale, torch.rand(n) + 0.5, backend)
-
-
-def check_case(h, c, labels, targets, scale, weights, backend="cpu", size=0.0):
+def assert_problem_within_budget(problem: Problem, backend: str = "cpu", size: float = 0.0) -> None:
     """``size``: of what the gradients sum, where they cancel."""
-    args = h, c, labels, targets, scale, weights
-    got = run(*args, backend)
-    assert [x.dtype for x in got.values()] == [torch.float32, h.dtype, h.dtype, torch.float32]
-    truth, base = plain(*args, torch.float64), plain(*args, h.dtype)
-    for name in got:
-        magnitude = truth["terms"]
-        if name != "dscale":
-            least = 1 if name == "loss" else size
-            magnitude = max([least, *truth[name].abs().flatten().tolist()])
-        assert_within_budget(got[name], truth[name], base[name], name, magnitude, scale)
+    got = computed(problem, backend)
+    truth = plain(problem, torch.float64)
+    magnitudes = {}
+    for name, least in (("loss", 1.0), ("dfeatures", size), ("dprototypes", size)):
+        magnitudes[name] = max([least, *truth.values[name].abs().flatten().tolist()])
+    assert_results_within_budget(
+        got,
+        truth=truth,
+        base=plain(problem, problem.features.dtype),
+        logit_scale=problem.logit_scale,
+        magnitudes=magnitudes,
+    )
+
+
+def assert_random_problem_within_budget(
+    n: int,
+    k: int,
+    d: int,
+    *,
+    dtype: torch.dtype,
+    temperature: float,
+    logit_scale: float,
+    backend: str = "cpu",
+) -> None:
+    problem = random_problem(n, k, d, dtype=dtype, temperature=temperature, logit_scale=logit_scale)
+    weights = torch.rand(n) + 0.5
+    assert_problem_within_budget(replace(problem, weights=weights), backend)

@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from protoclip.config import TrainConfig
 from protoclip.data import open_dataset
@@ -51,45 +51,66 @@ def free_port() -> int:
             return port
 
 
-def _rank(function, number, ranks, port, args, results) -> None:
+class Outcome(NamedTuple):
+    """What a rank's function returned, or the traceback of what it raised."""
+
+    rank: int
+    failed: bool
+    value: Any
+
+
+def _run_rank(
+    function: Callable[..., Any],
+    rank: int,
+    ranks: int,
+    port: int,
+    arguments: tuple[Any, ...],
+    outcomes: multiprocessing.Queue[Outcome],
+) -> None:
     import torch
 
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(number)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
-        results.put((number, True, function(*args)))
+        outcomes.put(Outcome(rank, failed=False, value=function(*arguments)))
     except BaseException:
-        results.put((number, False, traceback.format_exc()))
+        outcomes.put(Outcome(rank, failed=True, value=traceback.format_exc()))
         sys.exit(1)
 
 
-def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """``function(*args)`` on each of ``ranks`` processes with torchrun's variables set; the results
-    (picklable, no tensors' memory shared) in rank order. The function joins and leaves by itself.
-    """
-    results = CONTEXT.Queue()
+def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """``function(*arguments)`` on each of ``ranks`` processes with torchrun's variables set; the
+    results (picklable, no tensors' memory shared) in rank order. The function joins and leaves by
+    itself."""
+    queue_of_outcomes = CONTEXT.Queue()
     port = free_port()
     processes = [
-        CONTEXT.Process(target=_rank, args=(function, n, ranks, port, args, results), daemon=True)
-        for n in range(ranks)
+        CONTEXT.Process(
+            target=_run_rank,
+            args=(function, rank, ranks, port, arguments, queue_of_outcomes),
+            daemon=True,
+        )
+        for rank in range(ranks)
     ]
     for process in processes:
         process.start()
-    found: list[tuple[int, bool, Any]] = []
+    outcomes: list[Outcome] = []
     try:
-        while len(found) < ranks:
+        while len(outcomes) < ranks:
             # A rank that has failed leaves the others waiting for it.
-            found.append(results.get(timeout=LIMIT if all(fine for _, fine, _ in found) else 10))
+            limit = 10 if any(outcome.failed for outcome in outcomes) else LIMIT
+            outcomes.append(queue_of_outcomes.get(timeout=limit))
     except queue.Empty:
-        found += [(-1, False, f"{ranks - len(found)} ranks gave nothing")]
+        missing = f"{ranks - len(outcomes)} ranks gave nothing"
+        outcomes.append(Outcome(rank=-1, failed=True, value=missing))
     finally:
         for process in processes:
             process.join(5)
             process.kill()
-    bad = [f"rank {number}:\n{text}" for number, fine, text in found if not fine]
-    assert not bad, "\n".join(bad)
-    return [value for _, _, value in sorted(found, key=lambda item: item[0])]
+    failures = [f"rank {outcome.rank}:\n{outcome.value}" for outcome in outcomes if outcome.failed]
+    assert not failures, "\n".join(failures)
+    return [outcome.value for outcome in sorted(outcomes, key=lambda outcome: outcome.rank)]
 
 
 def config_of(*flags: str) -> TrainConfig:
@@ -100,25 +121,34 @@ def config_of(*flags: str) -> TrainConfig:
 def tiny_run(folder: Path, name: str, *flags: str) -> list[str]:
     """The flags of a run of milliseconds a step, with prototypes from step 6 on."""
     (folder / "tiny.json").write_text(json.dumps(TINY))
-    return [
-        *("--train-data", "builtin:shapes:64", "--model", str(folder / "tiny.json")),
-        *("--batch-size", "12"),  # no --logs: torchrun takes it for one of its own
-        *("--projection-hidden-dim", "24", "--projection-dim", "8", "--external-teacher", "none"),
-        *("--k", "6", "--infonce-warmup-epoch", "1", "--report-to", "none", "--name", name),
-        *("--val-frequency", "0", *flags),
+    return [  # no --logs: torchrun takes it for one of its own
+        "--train-data", "builtin:shapes:64", "--model", str(folder / "tiny.json"),
+        "--batch-size", "12", "--projection-hidden-dim", "24", "--projection-dim", "8",
+        "--external-teacher", "none", "--k", "6", "--infonce-warmup-epoch", "1",
+        "--report-to", "none", "--val-frequency", "0", "--name", name, *flags,
     ]  # fmt: skip
 
 
 def bare_run(folder: Path, *flags: str) -> list[str]:
-    """The same on 150 pairs in shards, ten steps of which nothing is evaluated, in episodes of
-    four."""
+    """The flags of the same run on 150 pairs in shards, for ten steps of which nothing is
+    evaluated, in episodes of four."""
     if not (folder / "shards").exists():
         export_shards(open_dataset("builtin:shapes:150"), folder / "shards", per_shard=40)
-    data = "--train-data", str(folder / "shards"), "--batch-size", "16", "--episode-size", "64"
-    return tiny_run(folder, "run", *data, "--k", "4", "--lr", "0.003", *flags)
+    return tiny_run(folder, "run") + [
+        "--train-data", str(folder / "shards"), "--batch-size", "16", "--episode-size", "64",
+        "--k", "4", "--lr", "0.003", *flags,
+    ]  # fmt: skip
 
 
-def _command(folder, argv, env, log, fault, command, bare) -> None:
+def _run_command(
+    folder: Path,
+    argv: list[str],
+    environment: dict[str, str],
+    log: str,
+    fault: Callable[[], None] | None,
+    command: str,
+    bare: bool,
+) -> None:
     """A rank in a session of its own, as torchrun starts it, with its output in a file."""
     import torch
 
@@ -131,7 +161,7 @@ def _command(folder, argv, env, log, fault, command, bare) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     faulthandler.dump_traceback_later(60, repeat=True)  # in the log of a rank that hangs
-    os.environ |= env
+    os.environ |= environment
     if bare:
         module.draw_plots = module.Evaluation.full = lambda *_: None
         module.page.write_report = lambda runs: runs[0]
@@ -154,10 +184,24 @@ def start_command(
     port = free_port()
     processes = []
     for rank in range(ranks):
-        values = {"rank": rank, "ranks": ranks, "port": port}
-        env = {key: text.format(**values) for key, text in variables.items()} if ranks > 1 else {}
-        args = folder, argv, env, f"rank{rank}.log", fault if rank == ranks - 1 else None
-        process = CONTEXT.Process(target=_command, args=(*args, command, bare))
+        environment = {}
+        if ranks > 1:
+            environment = {
+                name: template.format(rank=rank, ranks=ranks, port=port)
+                for name, template in variables.items()
+            }
+        process = CONTEXT.Process(
+            target=_run_command,
+            kwargs={
+                "folder": folder,
+                "argv": argv,
+                "environment": environment,
+                "log": f"rank{rank}.log",
+                "fault": fault if rank == ranks - 1 else None,
+                "command": command,
+                "bare": bare,
+            },
+        )
         process.start()
         processes.append(process)
     return processes
@@ -167,11 +211,14 @@ def torchrun(folder: Path, argv: list[str], *flags: str) -> subprocess.Popen[str
     """protoclip.train under torchrun: one thread a rank, from the sources of this checkout."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     command = [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "protoclip.train"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(
-        [*command, *argv], cwd=folder, env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        command + argv,
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def ended(processes: list[Any], limit: float = LIMIT) -> list[int | None]:

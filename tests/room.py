@@ -21,6 +21,9 @@ def run_in_room(code: str) -> None:
 
     Two threads at most, with one heap: each more would reserve address space of its own.
     """
-    env = {**os.environ, "OMP_NUM_THREADS": "2", "MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run([sys.executable, "-c", ALLOW + code], stderr=subprocess.PIPE, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", ALLOW + code],
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "2", "MALLOC_ARENA_MAX": "1"},
+    )
     assert done.returncode == 0, done.stderr.decode()

@@ -1,9 +1,14 @@
 """The losses under torch.func and forward-mode AD: by the reference or refused; no silent zero."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from budget import usable
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
@@ -11,112 +16,188 @@ import protoclip
 from protoclip.ops import sigmoid_loss
 
 torch.manual_seed(0)
-X, Y, C = (F.normalize(torch.randn(n, 8), dim=1) for n in (40, 40, 70))
+X = F.normalize(torch.randn(40, 8), dim=1)
+Y = F.normalize(torch.randn(40, 8), dim=1)
+PROTOTYPES = F.normalize(torch.randn(70, 8), dim=1)
 LABELS = torch.randint(0, 70, (40,)).index_fill_(0, torch.tensor(3), -100)
-XS = torch.stack([X, Y, -X])
-# name -> f(features, scale, backend) -> scalar
-LOSSES = {
-    "info_nce": lambda x, s, b: protoclip.info_nce(x, Y, s, backend=b),
-    "info_nce of each pair": lambda x, s, b: (
-        protoclip.info_nce(x, Y, s, reduction="none", backend=b).square().sum()
-    ),
-    "contrastive": lambda x, s, b: protoclip.contrastive(
+SEVERAL_X = torch.stack([X, Y, -X])
+SCALE = torch.tensor(3.0)
+
+Loss = Callable[[Tensor, Tensor, str], Tensor]  # (features, logit_scale, backend) -> []
+OfFeatures = Callable[[Tensor], Tensor]
+
+
+def info_nce(x: Tensor, logit_scale: Tensor, backend: str) -> Tensor:
+    return protoclip.info_nce(x, Y, logit_scale, backend=backend)
+
+
+def squared_info_nce(x: Tensor, logit_scale: Tensor, backend: str) -> Tensor:
+    rows = protoclip.info_nce(x, Y, logit_scale, reduction="none", backend=backend)
+    return rows.square().sum()
+
+
+def contrastive(x: Tensor, logit_scale: Tensor, backend: str) -> Tensor:
+    """The bias of the keys has a gradient too."""
+    return protoclip.contrastive(
         x,
-        C,
-        s,
+        PROTOTYPES,
+        logit_scale,
         key_ids=LABELS.roll(1).repeat(2)[:70],
         exclude=LABELS.roll(1),
         positives=LABELS,
         same_id="positive",
-        key_bias=C[:, 0] * x.mean(),
-        backend=b,
-    ),
-    "sigmoid_loss": lambda x, s, b: sigmoid_loss(x, Y, s, torch.tensor(-1.0), backend=b),
-    "prototype_cross_entropy": lambda x, s, b: protoclip.prototype_cross_entropy(
-        x, C, LABELS, s, targets=C.flip(0), backend=b
-    ),
-    "prototype_cross_entropy of prototypes": lambda x, s, b: protoclip.prototype_cross_entropy(
-        Y, C * x.mean(dim=0), LABELS, s, backend=b
-    ),
+        key_bias=PROTOTYPES[:, 0] * x.mean(),
+        backend=backend,
+    )
+
+
+def siglip(x: Tensor, logit_scale: Tensor, backend: str) -> Tensor:
+    return sigmoid_loss(x, Y, logit_scale, torch.tensor(-1.0), backend=backend)
+
+
+def soft_prototypes(x: Tensor, logit_scale: Tensor, backend: str) -> Tensor:
+    return protoclip.prototype_cross_entropy(
+        x, PROTOTYPES, LABELS, logit_scale, targets=PROTOTYPES.flip(0), backend=backend
+    )
+
+
+def trained_prototypes(x: Tensor, logit_scale: Tensor, backend: str) -> Tensor:
+    prototypes = PROTOTYPES * x.mean(dim=0)
+    return protoclip.prototype_cross_entropy(Y, prototypes, LABELS, logit_scale, backend=backend)
+
+
+LOSSES: dict[str, Loss] = {
+    "info_nce": info_nce,
+    "info_nce of each pair": squared_info_nce,
+    "contrastive": contrastive,
+    "sigmoid_loss": siglip,
+    "prototype_cross_entropy": soft_prototypes,
+    "prototype_cross_entropy of prototypes": trained_prototypes,
 }
-CALLS = {
-    "grad": lambda f, b: grad(lambda x, s: f(x, s, b), argnums=(0, 1))(X, torch.tensor(3.0)),
-    "jacrev": lambda f, b: (jacrev(lambda x: f(x, torch.tensor(3.0), b))(X),),
-    "vmap": lambda f, b: (vmap(lambda x: f(x, torch.tensor(3.0), b))(XS),),
-    "vmap of grad": lambda f, b: (vmap(grad(lambda x: f(x, torch.tensor(3.0), b)))(XS),),
-    "grad of vmap": lambda f, b: (
-        grad(lambda xs: vmap(lambda x: f(x, torch.tensor(3.0), b))(xs).sum())(XS),
-    ),
+
+
+def of_features(loss: str, backend: str) -> OfFeatures:
+    return lambda x: LOSSES[loss](x, SCALE, backend)
+
+
+def grad_of_both(loss: str, backend: str) -> tuple[Tensor, Tensor]:
+    """Of the features and of the scale."""
+
+    def of_both(x: Tensor, logit_scale: Tensor) -> Tensor:
+        return LOSSES[loss](x, logit_scale, backend)
+
+    return grad(of_both, argnums=(0, 1))(X, SCALE)
+
+
+def grad_of_vmap(loss: str, backend: str) -> Tensor:
+    function = of_features(loss, backend)
+    return grad(lambda several: vmap(function)(several).sum())(SEVERAL_X)
+
+
+TRANSFORMS: dict[str, Callable[[str, str], object]] = {
+    "grad": grad_of_both,
+    "jacrev": lambda loss, backend: jacrev(of_features(loss, backend))(X),
+    "vmap": lambda loss, backend: vmap(of_features(loss, backend))(SEVERAL_X),
+    "vmap of grad": lambda loss, backend: vmap(grad(of_features(loss, backend)))(SEVERAL_X),
+    "grad of vmap": grad_of_vmap,
 }
 
 
-losses = pytest.mark.parametrize("loss", LOSSES)
-fused = pytest.mark.parametrize("backend", [b for b in usable("info_nce") if b != "reference"])
+def derivative(function: OfFeatures) -> Tensor:
+    """At X in the direction of Y, by jvp."""
+    _, tangent = jvp(function, (X,), (Y,))
+    return tangent
 
 
-def _dual(f):
+def derivative_by_dual_numbers(function: OfFeatures) -> Tensor:
     with forward_ad.dual_level():
-        return forward_ad.unpack_dual(f(forward_ad.make_dual(X, Y))).tangent
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(X, Y))).tangent
 
 
-FORWARD = {
-    "jvp": lambda f: jvp(f, (X,), (Y,))[1],
-    "hessian": lambda f: hessian(lambda a: f(a * X))(torch.tensor(1.0)),
-    "dual numbers": _dual,
-    "compiled": lambda f: torch.compile(
-        lambda x: jvp(f, (x,), (Y,))[1], backend="aot_eager"
-    )(X),
-}  # fmt: skip
+def compiled_derivative(function: OfFeatures) -> Tensor:
+    compiled = torch.compile(lambda x: jvp(function, (x,), (Y,))[1], backend="aot_eager")
+    return compiled(X)
 
 
-@losses
-@pytest.mark.parametrize("call", CALLS)
-def test_transforms_take_the_reference(call, loss):
-    got, want = (CALLS[call](LOSSES[loss], b) for b in ("auto", "reference"))
-    torch.testing.assert_close(got, want)
+each_loss = pytest.mark.parametrize("loss", LOSSES)
+each_fused = pytest.mark.parametrize(
+    "backend", [backend for backend in usable("info_nce") if backend != "reference"]
+)
 
 
-@losses
-@pytest.mark.parametrize("mode", FORWARD)
-def test_forward_mode_is_the_derivative(mode, loss):
-    got = FORWARD[mode](lambda x: LOSSES[loss](x, torch.tensor(3.0), "auto"))
-    gradient = grad(lambda x: LOSSES[loss](x, torch.tensor(3.0), "reference"))
-    want = (gradient(X) * Y).sum()
-    if mode == "hessian":
-        one = torch.ones(())
-        _, want = jvp(lambda a: (gradient(a * X) * X).sum(), (one,), (one,))
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+@each_loss
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_take_the_reference(transform: str, loss: str) -> None:
+    run = TRANSFORMS[transform]
+    torch.testing.assert_close(run(loss, "auto"), run(loss, "reference"))
 
 
-@losses
-@fused
-def test_a_named_fused_backend_refuses_transforms(backend, loss):
-    for use in (*CALLS.values(), lambda f, b: FORWARD["jvp"](lambda x: f(x, torch.tensor(3.0), b))):
-        with pytest.raises(ValueError, match="transforms and forward-mode .*backend='auto'"):
-            use(LOSSES[loss], backend)
+@each_loss
+@pytest.mark.parametrize(
+    "forward_mode", [derivative, derivative_by_dual_numbers, compiled_derivative]
+)
+def test_forward_mode_is_the_derivative(
+    forward_mode: Callable[[OfFeatures], Tensor], loss: str
+) -> None:
+    got = forward_mode(of_features(loss, "auto"))
+    expected = (grad(of_features(loss, "reference"))(X) * Y).sum()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@losses
-@fused
-def test_a_second_derivative_is_refused_by_name(backend, loss):
+@each_loss
+def test_the_hessian_is_the_derivative_of_the_gradient(loss: str) -> None:
+    """Along X, where one number is the Hessian."""
+    one = torch.ones(())
+    got = hessian(lambda factor: of_features(loss, "auto")(factor * X))(one)
+    gradient = grad(of_features(loss, "reference"))
+    _, expected = jvp(lambda factor: (gradient(factor * X) * X).sum(), (one,), (one,))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@each_loss
+@each_fused
+@pytest.mark.parametrize("transform", [*TRANSFORMS, "jvp"])
+def test_a_named_fused_backend_refuses_transforms(transform: str, backend: str, loss: str) -> None:
+    with pytest.raises(ValueError, match="transforms and forward-mode .*backend='auto'"):
+        if transform == "jvp":
+            derivative(of_features(loss, backend))
+        else:
+            TRANSFORMS[transform](loss, backend)
+
+
+@each_loss
+@each_fused
+def test_a_second_derivative_is_refused_by_name(backend: str, loss: str) -> None:
     x = X.clone().requires_grad_()
-    value = LOSSES[loss](x, torch.tensor(3.0), backend)
-    (first,) = torch.autograd.grad(value, x, create_graph=True)
+    (first,) = torch.autograd.grad(of_features(loss, backend)(x), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative; use backend='reference'"):
         torch.autograd.grad(first.sum(), x)
 
 
-def test_segment_mean_in_forward_mode():
-    """The mean is linear: its derivative is the mean of the tangents."""
-    labels = torch.arange(40) % 5 - 1
-    want, counts = protoclip.segment_mean(Y, labels, 6, backend="reference")
-    segment_means = lambda x: protoclip.segment_mean(x, labels, 6)[0]  # noqa: E731
-    means, tangent = jvp(segment_means, (X,), (Y,))
-    torch.testing.assert_close(means, segment_means(X))
-    torch.testing.assert_close(tangent, want)
-    torch.testing.assert_close(_dual(segment_means), want)
-    _, second = jvp(lambda x: jvp(segment_means, (x,), (Y,))[1], (X,), (Y,))
-    assert (second == 0).all() and counts.sum() == 32
-    torch.testing.assert_close(vmap(segment_means)(XS)[1], segment_means(Y))
+SEGMENTS = torch.arange(40) % 5 - 1
+
+
+def means_of_segments(values: Tensor, num_segments: int = 6) -> Tensor:
+    means, _ = protoclip.segment_mean(values, SEGMENTS, num_segments)
+    return means
+
+
+def test_the_derivative_of_segment_means_is_the_mean_of_the_tangents() -> None:
+    """They are linear."""
+    expected, counts = protoclip.segment_mean(Y, SEGMENTS, 6, backend="reference")
+    assert counts.sum() == 32
+    means, tangent = jvp(means_of_segments, (X,), (Y,))
+    torch.testing.assert_close(means, means_of_segments(X))
+    torch.testing.assert_close(tangent, expected)
+    torch.testing.assert_close(derivative_by_dual_numbers(means_of_segments), expected)
+    _, second = jvp(lambda x: jvp(means_of_segments, (x,), (Y,))[1], (X,), (Y,))
+    assert (second == 0).all()
+
+
+def test_segment_means_can_be_vmapped() -> None:
+    torch.testing.assert_close(vmap(means_of_segments)(SEVERAL_X)[1], means_of_segments(Y))
+
+
+def test_labels_past_the_end_are_refused_in_forward_mode() -> None:
     with pytest.raises(ValueError, match="labels below num_segments=2, got 3"):
-        jvp(lambda x: protoclip.segment_mean(x, labels, 2)[0], (X,), (Y,))
+        derivative(lambda x: means_of_segments(x, 2))

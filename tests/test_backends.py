@@ -1,8 +1,14 @@
 """Choosing an implementation: named ones never fall back, auto does, the environment stands in."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import protoclip
 from protoclip.ops import info_nce, sigmoid_loss
@@ -12,16 +18,22 @@ from protoclip.ops.dispatch import TABLE, resolve
 OPS = sorted(TABLE)
 
 
-def test_unknown_op_and_backend_are_refused():
+def test_an_unknown_op_is_refused() -> None:
     with pytest.raises(ValueError, match="expected one of"):
         protoclip.backends("no_such_op")
+
+
+def test_forms_of_an_op_have_its_backends() -> None:
     assert protoclip.backends("sup_con") == protoclip.backends("contrastive")
+
+
+def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="info_nce has only cpu, reference, triton"):
         resolve("info_nce", "fastest", "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_named_backend_runs_or_says_why_not(op, monkeypatch):
+def test_a_named_backend_runs_or_says_why_not(op: str) -> None:
     assert protoclip.backends(op)["reference"] is None
     for name, reason in protoclip.backends(op).items():
         if reason is not None:
@@ -29,11 +41,15 @@ def test_a_named_backend_runs_or_says_why_not(op, monkeypatch):
                 resolve(op, name, "cpu", torch.float32)
         elif "cpu" in (TABLE[op][name].device_types or ("cpu",)):
             assert resolve(op, name, "cpu", torch.float32) == name
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_auto_takes_the_reference_for_fp64(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PROTOCLIP_BACKEND", raising=False)
     assert resolve(op, "auto", "cpu", torch.float64) == "reference"
 
 
-def test_environment_stands_in_for_auto(monkeypatch):
+def test_the_environment_stands_in_for_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROTOCLIP_BACKEND", "reference")
     assert resolve("info_nce", "auto", "cpu", torch.float32) == "reference"
     monkeypatch.setenv("PROTOCLIP_BACKEND", "nonsense")
@@ -41,9 +57,11 @@ def test_environment_stands_in_for_auto(monkeypatch):
         resolve("info_nce", "auto", "cpu", torch.float32)
 
 
-X, Y, S = torch.randn(4, 8), torch.randn(4, 8), torch.tensor(10.0)
+X = torch.randn(4, 8)
+Y = torch.randn(4, 8)
+S = torch.tensor(10.0)
 LABELS = torch.tensor([0, 1, 2, 3])
-BAD = {  # the call, and what is wrong in words
+BAD: dict[str, tuple[Callable[[], Any], str]] = {  # the call, and what is wrong in words
     "rank": (lambda: info_nce(X[0], Y, S), r"image_features of shape \[N, D\]"),
     "rows": (lambda: info_nce(X[:3], Y, S), "one text per image"),
     "columns": (lambda: info_nce(X[:, :3], Y, S), "share D"),
@@ -84,7 +102,7 @@ TYPE_ERRORS = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused_in_words(case):
+def test_bad_input_is_refused_in_words(case: str) -> None:
     call, words = BAD[case]
     with pytest.raises(TypeError if case in TYPE_ERRORS else ValueError, match=words):
         call()
@@ -93,53 +111,100 @@ def test_bad_input_is_refused_in_words(case):
 SCALES = [10, 10.0, np.float32(10), np.float64(10), np.int64(10), np.array(10), np.array([10.0])]
 
 
-@pytest.mark.parametrize("scale", [*SCALES, torch.tensor(10), torch.tensor([10.0])], ids=repr)
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_a_scale_is_any_number(backend, scale):
-    for loss in (
-        lambda s: info_nce(X, Y, s, backend=backend),
-        lambda s: sigmoid_loss(X, Y, s, s, backend=backend),
-        lambda s: cross_entropy(X, Y, LABELS, s, backend=backend),
-        lambda s: protoclip.ProtoClipLoss().eval()(X, Y, s).squeeze(),
-    ):
-        assert torch.equal(loss(scale), loss(S))
-
-
-B, H = torch.bfloat16, torch.float16
-PAIRS = {
-    "info_nce": lambda x, y, b: info_nce(x, y, S, backend=b),
-    "sigmoid_loss": lambda x, y, b: sigmoid_loss(x, y, S, S, backend=b),
-    "prototype_cross_entropy": lambda x, y, b: cross_entropy(x, y, LABELS, S, backend=b),
-    "its targets": lambda x, y, b: cross_entropy(x, x.flip(0), LABELS, S, targets=y, backend=b),
-    "soft_targets": lambda x, y, b: protoclip.soft_targets(x, y, 0.1, backend=b),
-    "kmeans_assign": lambda x, y, b: protoclip.kmeans_assign(x, y, backend=b)[1],
+LOSSES: dict[str, Callable[[Any, str], Tensor]] = {
+    "info_nce": lambda scale, backend: info_nce(X, Y, scale, backend=backend),
+    "sigmoid_loss": lambda scale, backend: sigmoid_loss(X, Y, scale, scale, backend=backend),
+    "prototype_cross_entropy": lambda scale, backend: cross_entropy(
+        X, Y, LABELS, scale, backend=backend
+    ),
+    "ProtoClipLoss": lambda scale, backend: protoclip.ProtoClipLoss().eval()(X, Y, scale).squeeze(),
 }
 
 
-@pytest.mark.parametrize("op", PAIRS)
+@pytest.mark.parametrize("scale", [*SCALES, torch.tensor(10), torch.tensor([10.0])], ids=repr)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_mixed_dtypes_are_promoted(backend, op):
-    """As torch does it for operands; gradients come back in each tensor's own dtype."""
-    for x, y in ((X.to(B), Y), (X, Y.to(H)), (X.to(B), Y.to(H))):
-        got = PAIRS[op](x, y, backend)
-        assert torch.equal(got, PAIRS[op](x.float(), y.float(), backend))
-    if got.ndim == 0:
-        x, y = (t.clone().requires_grad_() for t in (X.to(B), Y.to(H)))
-        PAIRS[op](x, y if op != "its targets" else y.detach(), backend).backward()
-        assert x.grad.dtype == B and (op == "its targets" or y.grad.dtype == H)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_scale_is_any_number(loss: str, backend: str, scale: Any) -> None:
+    assert torch.equal(LOSSES[loss](scale, backend), LOSSES[loss](S, backend))
 
 
-def test_meta_tensors_give_shapes():
-    x, y, labels = (t.to("meta") for t in (X, Y, LABELS))
-    for loss in (
-        protoclip.ClipLoss()(x, y, torch.ones((), device="meta")),
-        info_nce(x, y, 3.0),
-        sigmoid_loss(x, y, 3.0, 1),
-        cross_entropy(x, y, labels, 2.0),
-    ):
-        assert loss.is_meta and loss.shape == ()
-    assert protoclip.soft_targets(x, y, 0.1).shape == (4, 8)
-    assert [t.shape for t in protoclip.kmeans_assign(x, y)] == [(4,), (4,)]
-    assert [t.shape for t in protoclip.segment_mean(x, labels, 3)] == [(3, 8), (3,)]
+def squared_distances(points: Tensor, centroids: Tensor, backend: str) -> Tensor:
+    _, squared = protoclip.kmeans_assign(points, centroids, backend=backend)
+    return squared
+
+
+OF_TWO_TENSORS: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {
+    "info_nce": lambda x, y, backend: info_nce(x, y, S, backend=backend),
+    "sigmoid_loss": lambda x, y, backend: sigmoid_loss(x, y, S, S, backend=backend),
+    "prototype_cross_entropy": lambda x, y, backend: cross_entropy(
+        x, y, LABELS, S, backend=backend
+    ),
+    "its targets": lambda x, y, backend: cross_entropy(
+        x, x.flip(0), LABELS, S, targets=y.detach(), backend=backend
+    ),
+    "soft_targets": lambda x, y, backend: protoclip.soft_targets(x, y, 0.1, backend=backend),
+    "kmeans_assign": squared_distances,
+}
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize(
+    "x_dtype, y_dtype",
+    [(HALF[0], torch.float32), (torch.float32, HALF[1]), (HALF[0], HALF[1])],
+)
+@pytest.mark.parametrize("op", OF_TWO_TENSORS)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_mixed_dtypes_are_promoted(
+    backend: str, op: str, x_dtype: torch.dtype, y_dtype: torch.dtype
+) -> None:
+    """As torch does it for operands."""
+    run = OF_TWO_TENSORS[op]
+    x = X.to(x_dtype)
+    y = Y.to(y_dtype)
+    assert torch.equal(run(x, y, backend), run(x.float(), y.float(), backend))
+
+
+@pytest.mark.parametrize("op", ["info_nce", "sigmoid_loss", "prototype_cross_entropy"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_gradients_come_back_in_the_dtype_of_each_tensor(backend: str, op: str) -> None:
+    x = X.to(torch.bfloat16).requires_grad_()
+    y = Y.to(torch.float16).requires_grad_()
+    OF_TWO_TENSORS[op](x, y, backend).backward()
+    assert x.grad.dtype == torch.bfloat16 and y.grad.dtype == torch.float16
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_gradients_beside_targets_of_another_dtype_are_the_features(backend: str) -> None:
+    x = X.to(torch.bfloat16).requires_grad_()
+    OF_TWO_TENSORS["its targets"](x, Y.to(torch.float16), backend).backward()
+    assert x.grad.dtype == torch.bfloat16
+
+
+META_X = X.to("meta")
+META_Y = Y.to("meta")
+META_LABELS = LABELS.to("meta")
+ON_META: dict[str, Callable[[], Tensor]] = {
+    "ClipLoss": lambda: protoclip.ClipLoss()(META_X, META_Y, torch.ones((), device="meta")),
+    "info_nce": lambda: info_nce(META_X, META_Y, 3.0),
+    "sigmoid_loss": lambda: sigmoid_loss(META_X, META_Y, 3.0, 1),
+    "prototype_cross_entropy": lambda: cross_entropy(META_X, META_Y, META_LABELS, 2.0),
+}
+
+
+@pytest.mark.parametrize("loss", ON_META)
+def test_meta_tensors_give_a_meta_loss(loss: str) -> None:
+    value = ON_META[loss]()
+    assert value.is_meta and value.shape == ()
+
+
+def test_meta_tensors_give_shapes() -> None:
+    assert protoclip.soft_targets(META_X, META_Y, 0.1).shape == (4, 8)
+    labels, squared = protoclip.kmeans_assign(META_X, META_Y)
+    assert labels.shape == squared.shape == (4,)
+    means, counts = protoclip.segment_mean(META_X, META_LABELS, 3)
+    assert means.shape == (3, 8) and counts.shape == (3,)
+
+
+def test_a_named_backend_refuses_meta_tensors() -> None:
     with pytest.raises(ValueError, match="it runs on cpu, the tensors are on meta"):
-        protoclip.info_nce(x, y, 3.0, backend="cpu")
+        protoclip.info_nce(META_X, META_Y, 3.0, backend="cpu")

@@ -1,7 +1,10 @@
 """A run on the CPU: memory that malloc keeps, and what the log says when the cores are taken."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +30,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
-def test_freed_blocks_are_kept():
+def test_freed_blocks_are_kept() -> None:
     def faults(*words):
         command = [sys.executable, "-c", FAULTS, *words]
         return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
@@ -35,7 +38,9 @@ def test_freed_blocks_are_kept():
     assert 4 * faults("keep") < faults()  # 0 and 163,840, or of huge pages 320
 
 
-def test_malloc_is_set_in_our_own_process_only(tmp_path, monkeypatch, no_page):
+def test_malloc_is_set_in_our_own_process_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_page: None
+) -> None:
     monkeypatch.chdir(tmp_path)
     calls = []
     monkeypatch.setattr("protoclip.train.keep_freed_memory", lambda: calls.append(1))
@@ -58,7 +63,9 @@ def threads():
     torch.set_num_threads(count)
 
 
-def test_the_log_begins_with_a_busy_machine(tmp_path, monkeypatch, no_page, threads):
+def test_the_log_begins_with_a_busy_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_page: None, threads
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
@@ -71,7 +78,7 @@ def test_the_log_begins_with_a_busy_machine(tmp_path, monkeypatch, no_page, thre
         assert ("OMP_WAIT_POLICY=passive" in first) == (load > 2)
 
 
-def test_nothing_is_said_where_it_does_not_help(monkeypatch, threads):
+def test_nothing_is_said_where_it_does_not_help(monkeypatch: pytest.MonkeyPatch, threads) -> None:
     monkeypatch.setattr("os.getloadavg", lambda: (1000.0, 0.0, 0.0))
     cpu = torch.device("cpu")
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,7 +1,10 @@
 """Checkpoints: whole or not at all, told from torn ones, read without running their code."""
 
+from __future__ import annotations
+
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +12,8 @@ import torch
 from protoclip import checkpoint
 
 
-@pytest.mark.parametrize("how", ["cut", "bit", "comment", "empty", "text"])
-def test_a_torn_checkpoint_is_told_from_a_whole_one(tmp_path, how):
+@pytest.mark.parametrize("damage", ["cut", "bit", "comment", "empty", "text"])
+def test_a_torn_checkpoint_is_told_from_a_whole_one(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "c.pt"
     checkpoint.save(path, {"a": torch.arange(1000), "n": 3})
     data = path.read_bytes()
@@ -22,13 +25,13 @@ def test_a_torn_checkpoint_is_told_from_a_whole_one(tmp_path, how):
             "comment": data[:-1] + b"?",
             "empty": b"",
             "text": b"not a checkpoint at all\n" * 50,
-        }[how]
+        }[damage]
     )
     with pytest.raises(ValueError, match="torn or not a checkpoint"):
         checkpoint.load(path)
 
 
-def test_a_pickle_of_a_stranger_is_not_run(tmp_path):
+def test_a_pickle_of_a_stranger_is_not_run(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "made"),)
@@ -39,7 +42,7 @@ def test_a_pickle_of_a_stranger_is_not_run(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-def test_torch_and_open_clip_read_a_sealed_file(tmp_path):
+def test_torch_and_open_clip_read_a_sealed_file(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     checkpoint.save(path, {"state_dict": {"w": torch.ones(2)}})
     for options in ({}, {"mmap": True}):
@@ -48,13 +51,13 @@ def test_torch_and_open_clip_read_a_sealed_file(tmp_path):
     assert torch.equal(checkpoint.load(tmp_path / "plain.pt")["w"], torch.ones(2))
 
 
-def test_another_format_is_refused_in_words(tmp_path):
+def test_another_format_is_refused_in_words(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "c.pt", {"epoch": 1, "protoclip": {"format": 1}})
     with pytest.raises(ValueError, match="expected format 3 in .*, got 1"):
         checkpoint.load(tmp_path / "c.pt")
 
 
-def test_a_failed_write_leaves_the_old_file_and_a_missing_one_is_named(tmp_path):
+def test_a_failed_write_leaves_the_old_file_and_a_missing_one_is_named(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "x.pt", {"a": 1})
     with pytest.raises((AttributeError, pickle.PicklingError)):
         checkpoint.save(tmp_path / "x.pt", {"a": lambda: 0})

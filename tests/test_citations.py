@@ -54,8 +54,8 @@ def find(path: Path, name: str) -> Path | None:
 
 def sections(page: Path) -> set[str]:
     """The numbers of a page's headings: "## 2. Losses", "### 2.1 InfoNCE"."""
-    found = re.findall(r"^#+ (\d+(?:\.\d+)?)\.? ", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return set(found)
+    numbered = r"^#+ (\d+(?:\.\d+)?)\.? "
+    return set(re.findall(numbered, page.read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def broken_citations(path: Path, text: str) -> list[str]:
@@ -94,13 +94,17 @@ def test_what_is_cited_is_there():
         ("Makefile", "\tpython tests/test_nothing.py"),
     ],
 )
-def test_a_citation_of_nothing_is_found(name, text):
+def test_a_citation_of_nothing_is_found(name: str, text: str) -> None:
     assert len(broken_citations(ROOT / name, text)) == 1
 
 
 def test_code_cites_sections_of_the_mathematics():
-    cited = [SECTION.findall(prose(p, p.read_text(encoding="utf-8"))) for p in CITING]
-    assert sum(name == "docs/algorithm.md" for found in cited for name, _, _ in found) >= 5
+    cited_pages = [
+        page
+        for path in CITING
+        for page, _, _ in SECTION.findall(prose(path, path.read_text(encoding="utf-8")))
+    ]
+    assert cited_pages.count("docs/algorithm.md") >= 5
 
 
 def test_the_page_on_design_has_the_rooms_of_the_house_in_order():

@@ -1,51 +1,91 @@
 """ClipLoss and SigLipLoss against OpenCLIP's own, alone and over two ranks."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from budget import assert_within_budget
+from budget import PlainResults, Results, assert_results_within_budget, leaf, loss_and_gradients
 from open_clip import loss as open_clip_loss
 from ranks import on_ranks
+from torch import Tensor, nn
 
 import protoclip
 
 
-def features(n=48, d=20, dtype=torch.float32, seed=0):
+class Pairs(NamedTuple):
+    image: Tensor  # [N, D]
+    text: Tensor  # [N, D]
+
+
+def features(n: int = 48, d: int = 20, dtype: torch.dtype = torch.float32, seed: int = 0) -> Pairs:
     torch.manual_seed(seed)
-    x = F.normalize(torch.randn(n, d), dim=-1)
-    return x.to(dtype), F.normalize(x + 0.5 * torch.randn(n, d), dim=-1).to(dtype)
+    image = F.normalize(torch.randn(n, d), dim=-1)
+    text = F.normalize(image + 0.5 * torch.randn(n, d), dim=-1)
+    return Pairs(image.to(dtype), text.to(dtype))
 
 
-def gradients(loss, x, y, *scalars):
-    inputs = [t.detach().clone().requires_grad_() for t in (x, y, *scalars)]
-    value = loss(*inputs)
-    value.backward()
-    return value.detach(), [t.grad for t in inputs]
+def computed(
+    loss: Callable[..., Tensor],
+    pairs: Pairs,
+    *,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None = None,
+) -> Results:
+    """Of a loss that is called as OpenCLIP calls it."""
+    leaves = {
+        "image": leaf(pairs.image),
+        "text": leaf(pairs.text),
+        "logit_scale": leaf(logit_scale),
+    }
+    if logit_bias is not None:
+        leaves["logit_bias"] = leaf(logit_bias)
+    return loss_and_gradients(loss(*leaves.values()), **leaves)
 
 
-def assert_same(got, want, tolerance=2e-5):
-    assert abs(got[0] - want[0]) <= tolerance * max(1, abs(want[0]))
-    for a, b in zip(got[1], want[1], strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype
-        assert (a - b).abs().max() <= tolerance * max(b.abs().max(), 1e-3)
+def assert_same(got: Results, expected: Results, tolerance: float = 2e-5) -> None:
+    assert got.keys() == expected.keys()
+    assert abs(got["loss"] - expected["loss"]) <= tolerance * max(1, abs(expected["loss"]))
+    for name in got.keys() - {"loss"}:
+        gradient = got[name]
+        other = expected[name]
+        assert gradient.shape == other.shape and gradient.dtype == other.dtype, name
+        size = max(other.abs().max(), 1e-3)
+        assert (gradient - other).abs().max() <= tolerance * size, name
 
 
-@pytest.mark.parametrize("scale", [torch.tensor(14.3), torch.tensor([100.0])])
-def test_clip_loss_equals_open_clips(scale):
-    ours, theirs = protoclip.ClipLoss(), open_clip_loss.ClipLoss()
-    for rest in ((scale,), (scale, torch.tensor(-10.0))):
-        assert_same(gradients(ours, *features(), *rest), gradients(theirs, *features(), *rest))
-    x, y = features()
-    out = ours(image_features=x, text_features=y, logit_scale=scale, output_dict=True)
-    assert out == {"contrastive_loss": ours(x, y, scale)}
+@pytest.mark.parametrize("logit_bias", [None, torch.tensor(-10.0)])
+@pytest.mark.parametrize("logit_scale", [torch.tensor(14.3), torch.tensor([100.0])])
+def test_clip_loss_is_open_clips(logit_scale: Tensor, logit_bias: Tensor | None) -> None:
+    ours = computed(
+        protoclip.ClipLoss(), features(), logit_scale=logit_scale, logit_bias=logit_bias
+    )
+    theirs = computed(
+        open_clip_loss.ClipLoss(), features(), logit_scale=logit_scale, logit_bias=logit_bias
+    )
+    assert_same(ours, theirs)
 
 
-def _written_out(base):
+def test_clip_loss_takes_open_clips_keywords() -> None:
+    loss = protoclip.ClipLoss()
+    image, text = features()
+    logit_scale = torch.tensor(14.3)
+    terms = loss(
+        image_features=image, text_features=text, logit_scale=logit_scale, output_dict=True
+    )
+    assert terms == {"contrastive_loss": loss(image, text, logit_scale)}
+
+
+def smoothed(base: type[nn.Module]) -> type[nn.Module]:
     """A loss of somebody who built on OpenCLIP's class: label smoothing."""
 
     class Smoothed(base):
-        def forward(self, x, y, scale, bias=None):
+        def forward(self, x: Tensor, y: Tensor, scale: Tensor, bias: Any = None) -> Tensor:
             logits = self.get_logits(x, y, scale, bias)
             labels = self.get_ground_truth(x.device, logits[0].shape[0])
             return sum(F.cross_entropy(t, labels, label_smoothing=0.1) for t in logits) / 2
@@ -53,148 +93,277 @@ def _written_out(base):
     return Smoothed
 
 
-def test_subclasses_find_logits_and_labels():
-    ours, theirs = (_written_out(c)() for c in (protoclip.ClipLoss, open_clip_loss.ClipLoss))
-    for rest in ((torch.tensor(14.3),), (torch.tensor(14.3), torch.tensor(-10.0))):
-        assert_same(gradients(ours, *features(), *rest), gradients(theirs, *features(), *rest))
+@pytest.mark.parametrize("logit_bias", [None, torch.tensor(-10.0)])
+def test_subclasses_find_logits_and_labels(logit_bias: Tensor | None) -> None:
+    logit_scale = torch.tensor(14.3)
+    ours = smoothed(protoclip.ClipLoss)()
+    theirs = smoothed(open_clip_loss.ClipLoss)()
+    assert_same(
+        computed(ours, features(), logit_scale=logit_scale, logit_bias=logit_bias),
+        computed(theirs, features(), logit_scale=logit_scale, logit_bias=logit_bias),
+    )
 
 
-def test_refusals_name_the_flag():
+def test_flags_that_are_not_supported_are_named() -> None:
     with pytest.raises(ValueError, match="use_horovod=False"):
         protoclip.ClipLoss(use_horovod=True)
     with pytest.raises(ValueError, match="dist_impl"):
         protoclip.SigLipLoss(dist_impl="ring")
-    x, y = features()
-    for few, many in ((x[:9], y), (x, y[:9])):  # OpenCLIP's raises too
-        with pytest.raises(ValueError, match=r"SigLipLoss: expected one text per image.*\(9, 20\)"):
-            protoclip.SigLipLoss()(few, many, torch.tensor(10.0), torch.tensor(-10.0))
+
+
+@pytest.mark.parametrize("num_images, num_texts", [(9, 48), (48, 9)])
+def test_siglip_refuses_unpaired_features_as_open_clips_does(
+    num_images: int, num_texts: int
+) -> None:
+    image, text = features()
+    with pytest.raises(ValueError, match=r"SigLipLoss: expected one text per image.*\(9, 20\)"):
+        protoclip.SigLipLoss()(
+            image[:num_images], text[:num_texts], torch.tensor(10.0), torch.tensor(-10.0)
+        )
 
 
 @pytest.mark.parametrize("n", [1, 48, 300])
-def test_siglip_loss_equals_open_clips(n):
-    scale, bias = torch.tensor(10.0), torch.tensor(-10.0)
-    ours, theirs = protoclip.SigLipLoss(), open_clip_loss.SigLipLoss()
-    x, y = features(n)
-    assert_same(gradients(ours, x, y, scale, bias), gradients(theirs, x, y, scale, bias))
-    assert list(ours(x, y, scale, bias, output_dict=True)) == ["contrastive_loss"]
+def test_siglip_loss_is_open_clips(n: int) -> None:
+    image, text = features(n)
+    scalars = {"logit_scale": torch.tensor(10.0), "logit_bias": torch.tensor(-10.0)}
+    ours = protoclip.SigLipLoss()
+    theirs = open_clip_loss.SigLipLoss()
+    assert_same(computed(ours, features(n), **scalars), computed(theirs, features(n), **scalars))
+    assert list(ours(image, text, **scalars, output_dict=True)) == ["contrastive_loss"]
     with torch.no_grad():
-        assert torch.allclose(ours(x, y, scale, bias), theirs(x, y, scale, bias))
+        assert torch.allclose(ours(image, text, **scalars), theirs(image, text, **scalars))
 
 
+@pytest.mark.skipif(
+    protoclip.backends("siglip")["cpu"] is not None, reason=str(protoclip.backends("siglip")["cpu"])
+)
+@pytest.mark.parametrize("n, d", [(1, 1), (2, 17), (252, 123), (300, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("scale, bias", [(1.0, 0.0), (10.0, -10.0), (100.0, -20.0)])
-def test_sigmoid_loss_is_within_budget(scale, bias, dtype):
-    if (reason := protoclip.backends("siglip")["cpu"]) is not None:
-        pytest.skip(reason)
-    for n, d in ((1, 1), (2, 17), (252, 123), (300, 64)):
-        results = []
-        for wide, backend in ((dtype, "cpu"), (torch.float64, "reference"), (dtype, "reference")):
-            x, y = (t.to(wide).requires_grad_() for t in features(n, d, dtype))
-            kind = torch.promote_types(wide, torch.float32)
-            s, b = (torch.tensor(v, dtype=kind, requires_grad=True) for v in (scale, bias))
-            loss = protoclip.ops.sigmoid_loss(x, y, s, b, backend=backend)
-            (-3 * loss).backward()
-            results.append([loss.detach(), x.grad, y.grad, s.grad, b.grad])
-        # A scalar's error is that of its terms: each has the rounding of a logit, and a softplus
-        # is some four roundings.
-        size = max(3 * n * (scale + abs(bias) + 1), 4 * results[1][0].abs().item())
-        for got, truth, base in zip(*results, strict=True):
-            assert_within_budget(got, truth, base, magnitude=size if got.ndim == 0 else None)
+@pytest.mark.parametrize("logit_scale, logit_bias", [(1.0, 0.0), (10.0, -10.0), (100.0, -20.0)])
+def test_the_sigmoid_loss_is_within_budget(
+    logit_scale: float, logit_bias: float, dtype: torch.dtype, n: int, d: int
+) -> None:
+    image, text = features(n, d, dtype)
+
+    def run(wide: torch.dtype, backend: str) -> Results:
+        at_least_fp32 = torch.promote_types(wide, torch.float32)
+        leaves = {
+            "image": leaf(image, wide),
+            "text": leaf(text, wide),
+            "logit_scale": leaf(logit_scale, at_least_fp32),
+            "logit_bias": leaf(logit_bias, at_least_fp32),
+        }
+        loss = protoclip.ops.sigmoid_loss(*leaves.values(), backend=backend)
+        return loss_and_gradients(loss, torch.tensor(-3.0), **leaves)
+
+    truth = run(torch.float64, "reference")
+    # A scalar's error is that of its terms: each has the rounding of a logit, and a softplus
+    # is some four roundings.
+    terms = 3 * n * (logit_scale + abs(logit_bias) + 1)
+    size = max(terms, 4 * truth["loss"].abs().item())
+    assert_results_within_budget(
+        run(dtype, "cpu"),
+        truth=PlainResults(truth, dlogit_scale_terms=size),
+        base=PlainResults(run(dtype, "reference"), dlogit_scale_terms=size),
+        logit_scale=0.0,
+        magnitudes={"loss": size, "dlogit_bias": size},
+    )
 
 
-def test_siglip_op_is_sound():
-    x, y = (t.requires_grad_() for t in features(9, 6))
-    scale, bias = (torch.tensor([v], requires_grad=True) for v in (10.0, -10.0))
-    if protoclip.backends("siglip")["cpu"] is None:
-        args = (x, y, scale, bias, 0, True, "cpu", None, None, True)
-        torch.library.opcheck(torch.ops.protoclip.sigmoid_loss, args)
-    for loss in (protoclip.SigLipLoss(), protoclip.ClipLoss()):
-        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(x, y, scale, bias), loss(x, y, scale, bias))
-    x = x.detach().clone()
-    x[3, 2] = torch.nan
-    assert protoclip.SigLipLoss()(x, y, scale, bias).isnan()
+@pytest.mark.skipif(
+    protoclip.backends("siglip")["cpu"] is not None, reason=str(protoclip.backends("siglip")["cpu"])
+)
+def test_opcheck_accepts_the_sigmoid_loss() -> None:
+    image, text = features(9, 6)
+    arguments = {
+        "x": leaf(image),
+        "y": leaf(text),
+        "logit_scale": leaf(torch.tensor([10.0])),
+        "logit_bias": leaf(torch.tensor([-10.0])),
+        "offset": 0,
+        "gradients": True,
+        "backend": "cpu",
+        "query_ids": None,
+        "key_ids": None,
+        "same_positive": True,
+    }
+    torch.library.opcheck(torch.ops.protoclip.sigmoid_loss, (), arguments)
+
+
+@pytest.mark.parametrize("loss", [protoclip.SigLipLoss(), protoclip.ClipLoss()])
+def test_compiled_losses_have_the_same_bits(loss: nn.Module) -> None:
+    image, text = features(9, 6)
+    arguments = [leaf(image), leaf(text), leaf(torch.tensor([10.0])), leaf(torch.tensor([-10.0]))]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), loss(*arguments))
+
+
+def test_siglip_of_a_nan_is_nan() -> None:
+    image, text = features(9, 6)
+    image[3, 2] = torch.nan
+    assert protoclip.SigLipLoss()(image, text, torch.tensor(10.0), torch.tensor(-10.0)).isnan()
 
 
 @pytest.mark.parametrize("same_id", ["positive", "exclude"])
-def test_siglip_with_ids(same_id):
+def test_siglip_with_ids_is_its_formula(same_id: str) -> None:
     """Every logit is a positive, a negative or left out."""
-    x, y = features()
     ids = torch.arange(48)[:, None] // torch.tensor([2, 12]) % torch.tensor([99, 2])
-    scale, bias = torch.tensor(10.0), torch.tensor(-8.0)
-    same, own = (ids[:, None] == ids).any(dim=2), torch.eye(48, dtype=torch.bool)
+    same = (ids[:, None] == ids).any(dim=2)
+    pairs = torch.eye(48, dtype=torch.bool)
+    positive = same if same_id == "positive" else pairs
+    seen = torch.ones_like(same) if same_id == "positive" else pairs | ~same
 
-    def written_out(x, y, scale, bias):
-        logits = scale * x @ y.T + bias
-        positive = same if same_id == "positive" else own
+    def formula(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+        logits = logit_scale * image @ text.T + logit_bias
         losses = F.softplus(torch.where(positive, -logits, logits))
-        return losses.where(own | ~same if same_id == "exclude" else ~own | own, 0).sum() / 48
+        return losses.where(seen, 0).sum() / 48
 
-    ours = protoclip.SigLipLoss()
-    got = gradients(lambda *a: ours(*a, ids=ids, same_id=same_id), x, y, scale, bias)
-    assert_same(got, gradients(written_out, x, y, scale, bias))
+    def ours(*arguments: Tensor) -> Tensor:
+        return protoclip.SigLipLoss()(*arguments, ids=ids, same_id=same_id)
 
-
-def with_ids(own=slice(None), **ranks):
-    """Value and gradients of ClipLoss and SigLipLoss of some of 40 pairs."""
-    (x, y), ids = features(40, 12), torch.arange(40) % 13
-    for loss, *bias in (
-        (protoclip.ClipLoss(gather_with_grad=True, **ranks),),
-        (protoclip.SigLipLoss(**ranks), torch.tensor(-10.0)),
-    ):
-        scalars = torch.tensor(14.3), *bias
-        yield gradients(lambda *a, f=loss: f(*a, ids=ids[own]), x[own], y[own], *scalars)
+    scalars = {"logit_scale": torch.tensor(10.0), "logit_bias": torch.tensor(-8.0)}
+    assert_same(computed(ours, features(), **scalars), computed(formula, features(), **scalars))
 
 
-def of_rank():
-    """Of each case: value and gradients of ours and of OpenCLIP's, as arrays; last, with ids."""
+# ---- over two ranks ----
+
+
+@dataclass(frozen=True)
+class Case:
+    """One of OpenCLIP's losses, by name, with its flags; ``smoothed``: a class built on it."""
+
+    name: str
+    flags: dict[str, Any]
+    smoothed: bool = False
+
+    def loss(self, module: Any, rank: int) -> nn.Module:
+        base = getattr(module, self.name)
+        return (smoothed(base) if self.smoothed else base)(rank=rank, world_size=2, **self.flags)
+
+
+CASES = {
+    f"ClipLoss, local {local}, with_grad {with_grad}": Case(
+        "ClipLoss", {"local_loss": local, "gather_with_grad": with_grad}
+    )
+    for local in (False, True)
+    for with_grad in (False, True)
+}
+CASES |= {
+    f"a class built on ClipLoss, local {local}": Case(
+        "ClipLoss", {"local_loss": local}, smoothed=True
+    )
+    for local in (False, True)
+}
+CASES |= {
+    f"SigLipLoss, {implementation}": Case("SigLipLoss", {"dist_impl": implementation})
+    for implementation in ("bidir", "shift", "reduce", "gather")
+}
+LOCAL_WITH_GRADIENTS = "ClipLoss, local True, with_grad True"
+SCALARS = {
+    "ClipLoss": {"logit_scale": torch.tensor(14.3)},
+    "SigLipLoss": {"logit_scale": torch.tensor(14.3), "logit_bias": torch.tensor(-10.0)},
+}
+
+
+class RankResults(NamedTuple):
+    """Of one rank, by case; ``with_ids``: of ours, by the name of the loss."""
+
+    ours: dict[str, Results]
+    theirs: dict[str, Results]
+    with_ids: dict[str, Results]
+
+
+def results_with_ids(mine: slice = slice(None), **ranks: int) -> dict[str, Results]:
+    """Of some of 40 pairs, whose ids are those of others too."""
+    image, text = features(40, 12)
+    ids = torch.arange(40) % 13
+    losses = {
+        "ClipLoss": protoclip.ClipLoss(gather_with_grad=True, **ranks),
+        "SigLipLoss": protoclip.SigLipLoss(**ranks),
+    }
+
+    def with_ids(loss: nn.Module) -> Callable[..., Tensor]:
+        return lambda *arguments: loss(*arguments, ids=ids[mine])
+
+    return {
+        name: computed(with_ids(loss), Pairs(image[mine], text[mine]), **SCALARS[name])
+        for name, loss in losses.items()
+    }
+
+
+def of_rank() -> RankResults:
     dist.init_process_group("gloo")
-    x, y = features(40, 12)
     rank = dist.get_rank()
-    own = slice(20 * rank, 20 * rank + 20)
-    scale, bias = torch.tensor(14.3), torch.tensor(-10.0)
-    out = []
-    for local in (False, True):
-        for with_grad in (False, True):
-            flags = dict(local_loss=local, gather_with_grad=with_grad, rank=rank, world_size=2)
-            pair = protoclip.ClipLoss(**flags), open_clip_loss.ClipLoss(**flags)
-            out.append([gradients(loss, x[own], y[own], scale) for loss in pair])
-    for local in (False, True):
-        flags = dict(local_loss=local, rank=rank, world_size=2)
-        pair = (_written_out(c)(**flags) for c in (protoclip.ClipLoss, open_clip_loss.ClipLoss))
-        out.append([gradients(loss, x[own], y[own], scale) for loss in pair])
-    for impl in ("bidir", "shift", "reduce", "gather"):
-        flags = dict(rank=rank, world_size=2, dist_impl=impl)
-        pair = protoclip.SigLipLoss(**flags), open_clip_loss.SigLipLoss(**flags)
-        out.append([gradients(loss, x[own], y[own], scale, bias) for loss in pair])
-    out.append(list(with_ids(own, rank=rank, world_size=2)))
+    mine = slice(20 * rank, 20 * rank + 20)
+    image, text = features(40, 12)
+    pairs = Pairs(image[mine], text[mine])
+
+    def of_module(module: Any) -> dict[str, Results]:
+        return {
+            name: computed(case.loss(module, rank), pairs, **SCALARS[case.name])
+            for name, case in CASES.items()
+        }
+
+    results = RankResults(
+        ours=of_module(protoclip),
+        theirs=of_module(open_clip_loss),
+        with_ids=results_with_ids(mine, rank=rank, world_size=2),
+    )
     dist.destroy_process_group()
-    return [[(value.numpy(), [g.numpy() for g in grads]) for value, grads in pair] for pair in out]
+    return RankResults(*map(as_arrays, results))
+
+
+def as_arrays(results_by_case: dict[str, Results]) -> dict[str, Any]:
+    """A process can send them."""
+    return {
+        case: {name: value.numpy() for name, value in results.items()}
+        for case, results in results_by_case.items()
+    }
+
+
+def as_tensors(arrays_by_case: dict[str, Any]) -> dict[str, Results]:
+    return {
+        case: {name: torch.as_tensor(array) for name, array in arrays.items()}
+        for case, arrays in arrays_by_case.items()
+    }
 
 
 @pytest.fixture(scope="module")
-def two_ranks():
-    return [
-        [[(value, list(map(torch.from_numpy, grads))) for value, grads in pair] for pair in rank]
-        for rank in on_ranks(2, of_rank)
-    ]
+def two_ranks() -> list[RankResults]:
+    return [RankResults(*map(as_tensors, results)) for results in on_ranks(2, of_rank)]
 
 
-def test_ids_over_two_ranks_are_those_of_one_process(two_ranks):
-    whole = list(with_ids())
-    assert abs(whole[0][0] - protoclip.ClipLoss()(*features(40, 12), torch.tensor(14.3))) > 0.01
-    for (value, grads), *of_ranks in zip(whole, *(rank[-1] for rank in two_ranks), strict=True):
-        rows = [torch.cat(parts) / 2 for parts in zip(*(g[:2] for _, g in of_ranks), strict=True)]
-        assert_same((sum(v for v, _ in of_ranks) / 2, rows), (value, grads[:2]))
+@pytest.mark.parametrize("name", SCALARS)
+def test_ids_over_two_ranks_are_those_of_one_process(
+    two_ranks: list[RankResults], name: str
+) -> None:
+    whole = results_with_ids()[name]
+    first, second = (results.with_ids[name] for results in two_ranks)
+    over_ranks = {"loss": (first["loss"] + second["loss"]) / 2}
+    for gradient in ("dimage", "dtext"):
+        over_ranks[gradient] = torch.cat([first[gradient], second[gradient]]) / 2
+    assert_same(over_ranks, {result: whole[result] for result in over_ranks})
 
 
-def test_two_ranks_give_open_clips_values_and_gradients(two_ranks):
-    ranks = [rank[:-1] for rank in two_ranks]
-    for case, pairs in enumerate(zip(*ranks, strict=True)):
-        if case == 3:  # local_loss and gather_with_grad: the scale's gradient is that of a strip
-            for which in (0, 1):
-                scales = [pair[which][1].pop() for pair in pairs]
-                pairs[0][which][1].append((scales[0] + scales[1]) / 2)
-                pairs[1][which][1].append((scales[0] + scales[1]) / 2)
-        for ours, theirs in pairs:
-            assert_same(ours, theirs)
+def test_ids_make_a_difference() -> None:
+    image, text = features(40, 12)
+    without_ids = protoclip.ClipLoss()(image, text, SCALARS["ClipLoss"]["logit_scale"])
+    assert abs(results_with_ids()["ClipLoss"]["loss"] - without_ids) > 0.01
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_have_open_clips_losses_and_gradients(
+    two_ranks: list[RankResults], case: str
+) -> None:
+    ours = [results.ours[case] for results in two_ranks]
+    theirs = [results.theirs[case] for results in two_ranks]
+    if case == LOCAL_WITH_GRADIENTS:  # the scale's gradient is that of a strip
+        ours = with_mean_of_scale_gradients(ours)
+        theirs = with_mean_of_scale_gradients(theirs)
+    for our_rank, their_rank in zip(ours, theirs, strict=True):
+        assert_same(our_rank, their_rank)
+
+
+def with_mean_of_scale_gradients(ranks: list[Results]) -> list[Results]:
+    mean = sum(results["dlogit_scale"] for results in ranks) / len(ranks)
+    return [results | {"dlogit_scale": mean} for results in ranks]

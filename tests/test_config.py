@@ -1,8 +1,11 @@
 """Settings: limits, presets, JSON and back; and where a command cannot write, it says so first."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from ranks import config_of
@@ -11,25 +14,27 @@ from protoclip.__main__ import main
 from protoclip.config import TrainConfig, from_dict, preset_names, to_dict
 
 
-def test_default_is_what_no_flag_does_and_paper_is_a_preset():
+def test_default_is_what_no_flag_does_and_paper_is_a_preset() -> None:
     assert config_of("--preset", "default") == TrainConfig() == config_of()
     assert config_of("--paper") == config_of("--preset", "paper")
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_each_preset_is_a_config_and_goes_to_json_and_back(name):
+def test_each_preset_is_a_config_and_goes_to_json_and_back(name: str) -> None:
     config = config_of("--preset", name)
     assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
-def test_flags_change_a_preset():
+def test_flags_change_a_preset() -> None:
     config = config_of("--preset", "paper-cc3m-8gpu", "--k", "10", "--wd", "1", "--no-PBT")
     assert (config.episode.num_clusters, config.optim.wd, config.episode.pbt) == (10, 1.0, False)
     assert (config.optim.batch_size, config.optim.warmup) == (64, 15625)
     assert config.episode.kmeans_nredo == 3 and config.episode.replacement
 
 
-def test_print_config_is_a_preset_itself(tmp_path, capsys):
+def test_print_config_is_a_preset_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         config_of("--paper", "--k", "3", "--print-config")
     assert ended.value.code == 0
@@ -50,7 +55,7 @@ def test_print_config_is_a_preset_itself(tmp_path, capsys):
     ],
     ids=" ".join,
 )
-def test_bad_values_are_refused(flags, words):
+def test_bad_values_are_refused(flags: list[str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         config_of(*flags)
 
@@ -69,7 +74,9 @@ def test_bad_values_are_refused(flags, words):
         ('{"run": {"seed": -1}}', "--seed: expected at least 0"),
     ],
 )
-def test_bad_files_are_refused(tmp_path, monkeypatch, text, words):
+def test_bad_files_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text, words: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=words):
@@ -85,7 +92,13 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_mistaken_outputs_are_refused_first(trained, tmp_path, monkeypatch, capsys, command):
+def test_mistaken_outputs_are_refused_first(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command,
+) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "file").write_text("mine")
@@ -103,7 +116,7 @@ def test_mistaken_outputs_are_refused_first(trained, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize(("gpus", "lit_start"), [("8gpu", 398), ("1gpu", 98)])
-def test_presets_of_the_paper_are_the_authors_commands(gpus, lit_start):
+def test_presets_of_the_paper_are_the_authors_commands(gpus, lit_start) -> None:
     """Their --lit-start-epoch counts from 1; their baseline has neither heads nor that phase."""
     name = f"paper-cc3m-{gpus}"
     paper, clip, fair = (config_of("--preset", name + end) for end in ("", "-clip", "-clip-fair"))

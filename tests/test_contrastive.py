@@ -1,331 +1,567 @@
 """contrastive and its forms: each backend of the CPU against sets written out row by row, the
 formulas of well-known losses, and edges."""
 
+from __future__ import annotations
+
 import itertools
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget, on_threads, usable
+from budget import (
+    PlainResults,
+    Results,
+    assert_results_within_budget,
+    assert_same_bits,
+    leaf,
+    loss_and_gradients,
+    on_threads,
+    usable,
+)
+from torch import Tensor
 
 import protoclip
 
 BACKENDS = [name for name in usable("contrastive") if name != "triton"]
 FUSED = [name for name in BACKENDS if name != "reference"]
-both = pytest.mark.parametrize("backend", BACKENDS)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_fused = pytest.mark.parametrize("backend", FUSED)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class KeySets(NamedTuple):
+    """What a query is to be near to and what it is compared with: indices of keys."""
+
+    positive: set[int]
+    seen: set[int]
 
 
 @dataclass(frozen=True)
 class Problem:
     """Queries and keys, and what is said about them."""
 
-    queries: torch.Tensor
-    keys: torch.Tensor
-    scale: float = 14.3
-    positives: torch.Tensor | None = None
-    query_ids: torch.Tensor | None = None
-    key_ids: torch.Tensor | None = None
+    queries: Tensor
+    keys: Tensor
+    logit_scale: float = 14.3
+    positives: Tensor | None = None
+    query_ids: Tensor | None = None
+    key_ids: Tensor | None = None
     same_id: str = "exclude"
-    exclude: torch.Tensor | None = None
-    key_bias: torch.Tensor | None = None
+    exclude: Tensor | None = None
+    key_bias: Tensor | None = None
 
     @property
-    def options(self):
-        names = "positives", "query_ids", "key_ids", "same_id", "exclude", "key_bias"
+    def options(self) -> dict[str, Any]:
+        names = ("positives", "query_ids", "key_ids", "same_id", "exclude", "key_bias")
         return {name: getattr(self, name) for name in names}
 
-    def sets(self):
-        """[(positives, seen)] of each query, as the issue defines them."""
-        found, m = [], len(self.keys)
-        for i in range(len(self.queries)):
-            own = {i} if self.positives is None else {int(self.positives[i])} - {-100}
-            if self.key_ids is not None and self.same_id == "positive" and self.positives is None:
-                own = set()
-            same = set()
-            if self.key_ids is not None:
-                taken = self.query_ids is None
-                mine = self.key_ids[sorted(own)] if taken else self.query_ids[i : i + 1]
-                alike = (self.key_ids[:, None] == mine).flatten(1).any(dim=1)
-                same = set(alike.nonzero().flatten().tolist())
-            gone = {int(self.exclude[i])} if self.exclude is not None else set()
-            if self.key_bias is not None:
-                gone |= set((self.key_bias == -torch.inf).nonzero().flatten().tolist())
-            everything = set(range(m))
-            positive, seen = own, everything
-            if self.key_ids is not None:
-                if self.same_id == "exclude":
-                    seen = (everything - same) | own
-                else:
-                    positive = own | same
-            found.append((positive - gone, seen - gone))
-        return found
+    def key_sets(self) -> list[KeySets]:
+        """Of each query, as the documentation of ``contrastive`` defines them."""
+        return [self._key_sets_of(query) for query in range(len(self.queries))]
+
+    def _key_sets_of(self, query: int) -> KeySets:
+        if self.positives is not None:
+            positive = {int(self.positives[query])} - {-100}
+        elif self.key_ids is not None and self.same_id == "positive":
+            positive = set()
+        else:
+            positive = {query}
+        seen = set(range(len(self.keys)))
+        if self.key_ids is not None:
+            if self.query_ids is None:
+                query_ids = self.key_ids[sorted(positive)]  # those of its own key
+            else:
+                query_ids = self.query_ids[query : query + 1]
+            alike = (self.key_ids[:, None] == query_ids).flatten(1).any(dim=1)
+            same = set(alike.nonzero().flatten().tolist())
+            if self.same_id == "exclude":
+                seen = (seen - same) | positive
+            else:
+                positive = positive | same
+        absent: set[int] = set()
+        if self.exclude is not None:
+            absent = {int(self.exclude[query])}
+        if self.key_bias is not None:
+            absent |= set((self.key_bias == -torch.inf).nonzero().flatten().tolist())
+        return KeySets(positive - absent, seen - absent)
+
+    def has_positive(self) -> Tensor:
+        """bool [N]"""
+        return torch.tensor([len(sets.positive) > 0 for sets in self.key_sets()])
 
 
-def written_out(problem, dtype, weights):
-    """Gap and mean positive [N] and the gradients of sum(weights[0] gap + weights[1] mean), in the
-    dtype as under autocast. ``terms``: the absolute values that make up dscale and dbias."""
-    wide = torch.promote_types(dtype, torch.float32)
-    x, y = (t.detach().to(dtype).requires_grad_() for t in (problem.queries, problem.keys))
-    s = torch.tensor(problem.scale, dtype=wide, device=x.device, requires_grad=True)
-    bias = (
-        torch.zeros(len(y), device=x.device)
-        if problem.key_bias is None
-        else problem.key_bias.detach()
+@dataclass(frozen=True)
+class Weights:
+    """Of log-sum-exp - mean positive and of the mean positive in the sum that is differentiated."""
+
+    gap: Tensor  # [N]
+    mean: Tensor  # [N]
+
+
+def gap_weights(problem: Problem, size: float = 1.0, least: float = 0.5) -> Weights:
+    """Of the queries with a positive."""
+    n = len(problem.queries)
+    gap = size * (torch.rand(n) + least) * problem.has_positive().float()
+    return Weights(gap, torch.zeros(n))
+
+
+def weighted_sum(level: Tensor, mean: Tensor, weights: Weights) -> Tensor:
+    """Levels are -inf where no key is seen; their weight is 0."""
+    gap = (level - mean).where(weights.gap.to(level.device) != 0, 0)
+    return (weights.gap.to(level) * gap + weights.mean.to(mean) * mean).sum()
+
+
+def written_out(problem: Problem, dtype: torch.dtype, weights: Weights) -> PlainResults:
+    """Log-sum-exp and mean positive [N] and the gradients of their weighted sum, row by row, in the
+    dtype as under autocast."""
+    at_least_fp32 = torch.promote_types(dtype, torch.float32)
+    queries = leaf(problem.queries, dtype)
+    keys = leaf(problem.keys, dtype)
+    logit_scale = leaf(problem.logit_scale, at_least_fp32, queries.device)
+    key_bias = problem.key_bias
+    if key_bias is None:
+        key_bias = torch.zeros(len(keys), device=queries.device)
+    key_bias = leaf(key_bias, at_least_fp32)
+    dots = queries @ keys.T
+    logits = (logit_scale.to(dtype) * dots).to(at_least_fp32) + key_bias
+    levels = []
+    means = []
+    for row, sets in zip(logits, problem.key_sets(), strict=True):
+        nothing = row[:0].sum()  # 0, with a gradient
+        seen = row[sorted(sets.seen)]
+        levels.append(seen.logsumexp(0) if sets.seen else nothing - torch.inf)
+        means.append(row[sorted(sets.positive)].mean() if sets.positive else nothing)
+    level = torch.stack(levels)
+    mean = torch.stack(means)
+    results = loss_and_gradients(
+        weighted_sum(level, mean, weights),
+        queries=queries,
+        keys=keys,
+        logit_scale=logit_scale,
+        key_bias=key_bias,
+        logits=logits,
     )
-    bias = bias.to(wide).requires_grad_()
-    dots = x @ y.T
-    logits = (s.to(dtype) * dots).to(wide) + bias
-    level, mean = [], []
-    for row, (positive, seen) in zip(logits, problem.sets(), strict=True):
-        level.append(row[sorted(seen)].logsumexp(0) if seen else row[:0].sum() - torch.inf)
-        mean.append(row[sorted(positive)].mean() if positive else row[:0].sum())
-    level, mean = torch.stack(level), torch.stack(mean)
-    parts = zip((level - mean, mean), weights, strict=True)
-    total = sum((part.where(w != 0, 0) * w.to(wide)).sum() for part, w in parts)
-    dx, dy, ds, db, g = torch.autograd.grad(total, (x, y, s, bias, logits))
-    found = {"level": level, "mean": mean, "dx": dx, "dy": dy, "dscale": ds, "dbias": db}
-    found["terms"] = (g * dots).abs().sum() + 2**-29 * weights[0].abs().sum()
-    return {name: value.detach() for name, value in found.items()}
+    terms = (results.pop("dlogits") * dots).abs().sum() + 2**-29 * weights.gap.abs().sum()
+    return PlainResults(
+        results | {"level": level.detach(), "mean": mean.detach()}, float(terms.item())
+    )
 
 
-def computed(problem, weights, backend, **options):
+def computed(
+    problem: Problem, weights: Weights, backend: str, stash: bool | None = None
+) -> Results:
     """The same by ``contrastive_parts``."""
-    leaves = [t.detach().requires_grad_() for t in (problem.queries, problem.keys)]
-    kind = torch.promote_types(leaves[0].dtype, torch.float32)
-    device = leaves[0].device
-    leaves.append(torch.tensor(problem.scale, dtype=kind, device=device, requires_grad=True))
-    given = problem.options
+    at_least_fp32 = torch.promote_types(problem.queries.dtype, torch.float32)
+    leaves = {
+        "queries": leaf(problem.queries),
+        "keys": leaf(problem.keys),
+        "logit_scale": leaf(problem.logit_scale, at_least_fp32, problem.queries.device),
+    }
     if problem.key_bias is not None:
-        given["key_bias"] = problem.key_bias.to(kind).requires_grad_()
-        leaves.append(given["key_bias"])
-    level, mean = protoclip.contrastive_parts(*leaves[:3], **given, backend=backend, **options)
-    gap = (level - mean).where(weights[0] != 0, 0)
-    grads = torch.autograd.grad((weights[0] * gap + weights[1] * mean).sum(), leaves)
-    found = {"level": level.detach(), "mean": mean.detach()}
-    return found | dict(zip(("dx", "dy", "dscale", "dbias"), grads, strict=False))
+        leaves["key_bias"] = leaf(problem.key_bias.to(at_least_fp32))
+    options = problem.options | leaves
+    level, mean = protoclip.contrastive_parts(**options, stash=stash, backend=backend)
+    results = loss_and_gradients(weighted_sum(level, mean, weights), **leaves)
+    del results["loss"]
+    return results | {"level": level.detach(), "mean": mean.detach()}
 
 
-def check(problem, backend, weights=None, **options):
-    dtype, n = problem.queries.dtype, len(problem.queries)
+def assert_problem_within_budget(
+    problem: Problem, backend: str, weights: Weights | None = None
+) -> None:
     if weights is None:
-        counted = torch.tensor([float(len(p) > 0) for p, _ in problem.sets()])
-        weights = (torch.rand(n) + 0.5) * counted, torch.zeros(n)
-    weights = [w.to(problem.queries.device) for w in weights]
-    got = computed(problem, weights, backend, **options)
-    truth, base = (written_out(problem, wide, weights) for wide in (torch.float64, dtype))
-    empty = truth["level"].isinf()
-    assert torch.equal(got["level"].isinf(), empty)
-    for found in (got, truth, base):
-        found["level"] = found["level"].where(~empty, 0)
-    for name, value in got.items():
-        size = truth["terms" if name == "dscale" else name].abs().max().item() if n else 0.0
-        if name == "dbias":
-            size = max(size, float(weights[0].abs().max()))
-        assert_within_budget(value, truth[name], base[name], name, size, problem.scale)
+        weights = gap_weights(problem)
+    got = computed(problem, weights, backend)
+    truth = written_out(problem, torch.float64, weights)
+    base = written_out(problem, problem.queries.dtype, weights)
+    sees_nothing = truth.values["level"].isinf()
+    assert torch.equal(got["level"].isinf(), sees_nothing)
+    for values in (got, truth.values, base.values):
+        values["level"] = values["level"].where(~sees_nothing, 0)
+    bias_gradient = truth.values["dkey_bias"].abs().max().item()
+    assert_results_within_budget(
+        got,
+        truth=truth,
+        base=base,
+        logit_scale=problem.logit_scale,
+        magnitudes={"dkey_bias": max(bias_gradient, float(weights.gap.abs().max()))},
+    )
 
 
-def features(n, m, d, dtype=torch.float32, seed=0):
+def features(
+    n: int, m: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Queries and keys that are alike for i = j, all in a cone as CLIP's are."""
     torch.manual_seed(seed)
-    centre, shared = torch.randn(1, d), torch.randn(max(n, m), d)
-    x, y = (F.normalize(2 * centre + shared + 0.3 * torch.randn_like(shared), dim=1) for _ in "xy")
-    return x[:n].to(dtype), y[:m].to(dtype)
+    centre = torch.randn(1, d)
+    shared = torch.randn(max(n, m), d)
+    queries = F.normalize(2 * centre + shared + 0.3 * torch.randn_like(shared), dim=1)
+    keys = F.normalize(2 * centre + shared + 0.3 * torch.randn_like(shared), dim=1)
+    return queries[:n].to(dtype), keys[:m].to(dtype)
 
 
-def problem(kind, n, m, d, dtype=torch.float32, scale=14.3, seed=0):
+def random_problem(
+    kind: str,
+    n: int,
+    m: int,
+    d: int,
+    dtype: torch.dtype = torch.float32,
+    logit_scale: float = 14.3,
+    device: str = "cpu",
+) -> Problem:
     """One of the ways in which queries and keys can belong together."""
-    one = Problem(*features(n, m, d, dtype, seed), scale)
-    own = torch.randint(m, (n,))
-    own[::7] = -100
-    groups = max(2, m // 3)
-    keys, queries = torch.randint(groups, (m,)), torch.randint(groups + 2, (n,))
-    bias = torch.randn(m)
-    bias[::5] = -torch.inf
-    itself = torch.randint(-1, m, (n,))
-    two = torch.stack([keys, torch.randint(-9, 9, (m,)) * 10**12], dim=1)
-    return {
-        "own": lambda: replace(one, positives=own),
-        "exclude": lambda: replace(one, positives=own, key_ids=keys, exclude=itself),
-        "two ids": lambda: replace(one, key_ids=two, key_bias=bias),
-        "positive": lambda: replace(one, positives=own, key_ids=keys, same_id="positive"),
-        "groups": lambda: replace(
-            one, query_ids=queries, key_ids=keys, same_id="positive", exclude=itself, key_bias=bias
-        ),
-        "one id": lambda: replace(one, key_ids=0 * keys, same_id="positive", positives=own),
-        "alone": lambda: replace(one, key_ids=0 * keys),
-        "bias": lambda: replace(one, key_bias=bias),
-    }[kind]()
+    queries, keys = features(n, m, d, dtype)
+    positives = torch.randint(m, (n,))
+    positives[::7] = -100
+    num_groups = max(2, m // 3)
+    key_ids = torch.randint(num_groups, (m,))
+    query_ids = torch.randint(num_groups + 2, (n,))
+    key_bias = torch.randn(m)
+    key_bias[::5] = -torch.inf
+    exclude = torch.randint(-1, m, (n,))
+    two_ids = torch.stack([key_ids, torch.randint(-9, 9, (m,)) * 10**12], dim=1)
+    all_alike = torch.zeros_like(key_ids)
+    relations: dict[str, dict[str, Any]] = {
+        "own": {"positives": positives},
+        "exclude": {"positives": positives, "key_ids": key_ids, "exclude": exclude},
+        "two ids": {"key_ids": two_ids, "key_bias": key_bias},
+        "positive": {"positives": positives, "key_ids": key_ids, "same_id": "positive"},
+        "groups": {
+            "query_ids": query_ids,
+            "key_ids": key_ids,
+            "same_id": "positive",
+            "exclude": exclude,
+            "key_bias": key_bias,
+        },
+        "one id": {"positives": positives, "key_ids": all_alike, "same_id": "positive"},
+        "alone": {"key_ids": all_alike},
+        "bias": {"key_bias": key_bias},
+    }
+    relation = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in relations[kind].items()
+    }
+    return Problem(queries.to(device), keys.to(device), logit_scale, **relation)
 
 
 KINDS = ["own", "exclude", "two ids", "positive", "groups", "one id", "alone", "bias"]
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "same_id, expected",
+    [
+        ("exclude", math.log(1 + math.e) - 1),  # of keys 0 and 1
+        ("positive", math.log(1 + math.e + math.exp(2)) - 1.5),
+    ],
+)
+def test_one_query_and_four_keys_by_hand(backend: str, same_id: str, expected: float) -> None:
+    """Logits 0, 1, 2, 3; key 1 is its own, key 2 the same thing, key 3 is never seen."""
+    loss = protoclip.contrastive(
+        torch.ones(1, 1),
+        torch.arange(4.0)[:, None],
+        1.0,
+        positives=torch.tensor([1]),
+        key_ids=torch.tensor([0, 1, 1, 3]),
+        same_id=same_id,
+        exclude=torch.tensor([3]),
+        backend=backend,
+    )
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
 # The smallest, less than a vector, two ragged tiles of 128 x 256, D odd and even.
 SIZES = [(1, 1, 1), (2, 5, 3), (17, 33, 20), (130, 300, 17), (150, 150, 64)]
 
 
-@both
-def test_one_query_and_four_keys_by_hand(backend):
-    """Logits 0, 1, 2, 3; key 1 is its own, key 2 the same thing, key 3 is never seen."""
-    keys, ids = torch.arange(4.0)[:, None], torch.tensor([0, 1, 1, 3])
-    given = {"positives": torch.tensor([1]), "exclude": torch.tensor([3]), "backend": backend}
-    for same_id, want in (
-        ("exclude", math.log(1 + math.e) - 1),  # of keys 0 and 1
-        ("positive", math.log(1 + math.e + math.exp(2)) - 1.5),
-    ):
-        given |= {"key_ids": ids, "same_id": same_id}
-        got = protoclip.contrastive(torch.ones(1, 1), keys, 1.0, **given)
-        assert got.item() == pytest.approx(want, rel=1e-6)
-
-
-@both
+@each_backend
 @pytest.mark.parametrize("kind", KINDS)
-def test_values_and_gradients_are_those_of_the_sets(kind, backend):
+def test_losses_and_gradients_are_those_of_the_sets(kind: str, backend: str) -> None:
     dtypes = DTYPES if backend in FUSED else [torch.float64]
-    for dtype, scale, (n, m, d) in itertools.product(dtypes, (14.3, 100.0), SIZES):
-        if n * m > 10_000 and (dtype == torch.float16 or scale < 100):
+    for dtype, logit_scale, (n, m, d) in itertools.product(dtypes, (14.3, 100.0), SIZES):
+        if n * m > 10_000 and (dtype == torch.float16 or logit_scale < 100):
             continue  # rows are written out one by one
         torch.manual_seed(n)
-        check(problem(kind, n, m, d, dtype, scale), backend)
-    one = problem(kind, 40, 50, 12)
-    counted = torch.tensor([float(len(p) > 0) for p, _ in one.sets()])
-    check(one, backend, (torch.randn(40) * counted, torch.randn(40)))
+        problem = random_problem(kind, n, m, d, dtype, logit_scale)
+        assert_problem_within_budget(problem, backend)
+
+
+@each_backend
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_positive_has_gradients_of_its_own(kind: str, backend: str) -> None:
+    problem = random_problem(kind, 40, 50, 12)
+    gap = torch.randn(40) * problem.has_positive().float()
+    assert_problem_within_budget(problem, backend, Weights(gap=gap, mean=torch.randn(40)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_the_reference_are_those_of_its_differences(kind):
-    one = problem(kind, 5, 9, 3, torch.float64)
-    bias = torch.zeros(9) if one.key_bias is None else one.key_bias
-    finite = bias.isfinite()
+def test_gradients_of_the_reference_are_those_of_its_differences(kind: str) -> None:
+    problem = random_problem(kind, 5, 9, 3, torch.float64)
+    key_bias = torch.zeros(9) if problem.key_bias is None else problem.key_bias
+    finite = key_bias.isfinite()
 
-    def parts(x, y, scale, shift):
+    def parts(
+        queries: Tensor, keys: Tensor, logit_scale: Tensor, finite_bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
         absent = torch.full((9,), -torch.inf, dtype=torch.float64)
-        options = one.options | {"key_bias": absent.masked_scatter(finite, shift)}
-        level, mean = protoclip.contrastive_parts(x, y, scale, **options, backend="reference")
+        options = problem.options | {"key_bias": absent.masked_scatter(finite, finite_bias)}
+        level, mean = protoclip.contrastive_parts(
+            queries, keys, logit_scale, **options, backend="reference"
+        )
         return level[level.isfinite()], mean
 
-    leaves = one.queries, one.keys, torch.tensor(one.scale).double(), bias[finite].double()
-    assert torch.autograd.gradcheck(parts, [t.requires_grad_() for t in leaves])
+    leaves = [
+        leaf(problem.queries),
+        leaf(problem.keys),
+        leaf(problem.logit_scale, torch.float64),
+        leaf(key_bias[finite], torch.float64),
+    ]
+    assert torch.autograd.gradcheck(parts, leaves)
 
 
-@both
-def test_reductions_weights_and_rows_left_out(backend):
-    def computing(kind):
-        one = problem(kind, 40, 60, 8)
-        given, options = (one.queries, one.keys, one.scale), one.options | {"backend": backend}
-        level, mean = protoclip.contrastive_parts(*given, **options)
-        return one, level, mean, lambda **more: protoclip.contrastive(*given, **options, **more)
+def loss_of(problem: Problem, backend: str, **options: Any) -> Tensor:
+    return protoclip.contrastive(
+        problem.queries,
+        problem.keys,
+        problem.logit_scale,
+        **problem.options,
+        backend=backend,
+        **options,
+    )
 
-    one, level, mean, loss = computing("groups")
-    counted = torch.tensor([len(p) > 0 for p, _ in one.sets()])
+
+@each_backend
+def test_the_loss_of_a_query_is_the_difference_of_its_parts(backend: str) -> None:
+    problem = random_problem("groups", 40, 60, 8)
+    level, mean = protoclip.contrastive_parts(
+        problem.queries, problem.keys, problem.logit_scale, **problem.options, backend=backend
+    )
+    counted = problem.has_positive()
     assert 0 < counted.sum() < 40 and (mean[~counted] == 0).all()
-    rows = loss(reduction="none")
+    rows = loss_of(problem, backend, reduction="none")
     torch.testing.assert_close(rows, (level - mean).where(counted, 0), rtol=1e-5, atol=1e-5)
-    weights = torch.rand(40)
-    for w in (None, weights, 0 * weights):
-        size = counted if w is None else w * counted
-        want = rows * (1 if w is None else w)
-        torch.testing.assert_close(loss(weights=w, reduction="none"), want)
-        torch.testing.assert_close(loss(weights=w, reduction="sum"), want.sum())
-        torch.testing.assert_close(loss(weights=w), want.sum() / size.sum().clamp_min(1e-9))
-    # Left out by -100, though other keys share its id; its log-sum-exp is known all the same.
-    _, level, _, loss = computing("positive")
-    rows = loss(reduction="none")
-    assert (rows[::7] == 0).all() and (rows[1::7] != 0).all() and level.isfinite().all()
 
 
-@both
-def test_a_query_alone_with_its_key_costs_exactly_nothing(backend):
-    for dtype in (torch.float32, torch.bfloat16):
-        one = problem("alone", 150, 300, 20, dtype, 100.0)
-        leaves = [t.requires_grad_() for t in (one.queries, one.keys)]
-        loss = protoclip.contrastive(
-            *leaves, one.scale, key_ids=one.key_ids, reduction="none", backend=backend
-        )
-        grads = torch.autograd.grad(loss.sum(), leaves)
-        assert (loss == 0).all() and all((g == 0).all() for g in grads)
-        loss = protoclip.info_nce(*(t[:150] for t in leaves), 100.0, ids=one.key_ids[:150])
-        assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, leaves))
+@each_backend
+@pytest.mark.parametrize("weights", [None, torch.linspace(0, 1, 40), torch.zeros(40)])
+def test_weights_multiply_losses_and_the_mean_is_over_queries_with_a_positive(
+    backend: str, weights: Tensor | None
+) -> None:
+    problem = random_problem("groups", 40, 60, 8)
+    rows = loss_of(problem, backend, reduction="none")
+    factors = torch.ones(40) if weights is None else weights
+    expected = rows * factors
+    counted = (problem.has_positive() * factors).sum()
+
+    def loss(reduction: str) -> Tensor:
+        return loss_of(problem, backend, weights=weights, reduction=reduction)
+
+    torch.testing.assert_close(loss("none"), expected)
+    torch.testing.assert_close(loss("sum"), expected.sum())
+    torch.testing.assert_close(loss("mean"), expected.sum() / counted.clamp_min(1e-9))
 
 
-def _both_directions(x, y, ids, same_id, weights, backend, dtype):
-    """Losses of the pairs, and the gradients of x, y and the scale."""
-    x, y = (t.to(dtype).requires_grad_() for t in (x, y))
-    s = torch.tensor(30.0, dtype=dtype, requires_grad=True)
-    options = {"same_id": same_id, "reduction": "none", "backend": backend}
-    if backend != "formula":
-        loss = protoclip.info_nce(x, y, s, ids=ids, **options)
-    else:
-        options |= {"positives": torch.arange(len(x)), "key_ids": ids, "backend": "reference"}
-        loss = sum(protoclip.contrastive(*pair, s, **options) for pair in ((x, y), (y, x))) / 2
-    return loss.detach(), *torch.autograd.grad(loss, (x, y, s), weights.to(dtype))
+@each_backend
+def test_a_query_without_a_position_has_no_loss_though_keys_share_its_id(backend: str) -> None:
+    problem = random_problem("positive", 40, 60, 8)  # every seventh has position -100
+    rows = loss_of(problem, backend, reduction="none")
+    assert (rows[::7] == 0).all() and (rows[1::7] != 0).all()
+    level, _ = protoclip.contrastive_parts(
+        problem.queries, problem.keys, problem.logit_scale, **problem.options, backend=backend
+    )
+    assert level.isfinite().all()
 
 
-@both
-@pytest.mark.parametrize("same_id", ["exclude", "positive"])
-def test_info_nce_with_ids_is_half_the_sum_of_both_directions(backend, same_id):
-    for shape in ((150,), (150, 2)):
-        x, y = features(150, 150, 24)
-        torch.manual_seed(1)
-        ids, weights = torch.randint(60, shape), torch.rand(150)
-        given = x, y, ids, same_id, weights
-        got = _both_directions(*given, backend, torch.float32)
-        truth = _both_directions(*given, "formula", torch.float64)
-        base = _both_directions(*given, "formula", torch.float32)
-        for values in zip(got, truth, base, strict=True):
-            size = 30.0 * 150 if values[0].ndim == 0 else None
-            assert_within_budget(*values, magnitude=size, scale=30.0)
-    unique = protoclip.info_nce(x, y, 30.0, ids=torch.randperm(150), backend=backend)
-    torch.testing.assert_close(unique, protoclip.info_nce(x, y, 30.0, backend="reference"))
-
-
-@pytest.mark.parametrize("backend", FUSED)
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_and_one_graph(backend, dtype):
-    one = problem("groups", 128, 256, 6, dtype)  # whole tiles: the rest of a stash is not written
-    leaves = [t.requires_grad_() for t in (one.queries, one.keys, one.key_bias)]
-    scale = torch.tensor(one.scale, requires_grad=True)
-    own, ids = torch.arange(128).int(), torch.randint(9, (1, 256)).int()
-    relation = own, own.roll(1), ids[:, :128].contiguous(), ids, leaves[2], True
-    for columns, stash in ((False, True), (True, False)):
-        arguments = *leaves[:2], scale, *relation, columns, backend, stash
-        torch.library.opcheck(torch.ops.protoclip.matched, arguments)
+def test_a_query_alone_with_its_key_costs_exactly_nothing(backend: str, dtype: torch.dtype) -> None:
+    problem = random_problem("alone", 150, 300, 20, dtype, 100.0)
+    queries = leaf(problem.queries)
+    keys = leaf(problem.keys)
+    loss = protoclip.contrastive(
+        queries, keys, 100.0, key_ids=problem.key_ids, reduction="none", backend=backend
+    )
+    results = loss_and_gradients(loss, queries=queries, keys=keys)
+    assert all((value == 0).all() for value in results.values())
 
-    def loss(x, y, bias, scale):
-        options = one.options | {"key_bias": bias, "weights": torch.ones(128)}
-        return 2 * protoclip.contrastive(x, y, scale, **options, backend=backend)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_pair_whose_id_all_others_share_costs_exactly_nothing(dtype: torch.dtype) -> None:
+    image, text = features(150, 150, 20, dtype)
+    leaves = {"image": leaf(image), "text": leaf(text)}
+    ids = torch.zeros(150, dtype=torch.int64)
+    loss = protoclip.info_nce(leaves["image"], leaves["text"], 100.0, ids=ids)
+    results = loss_and_gradients(loss, **leaves)
+    assert all((value == 0).all() for value in results.values())
+
+
+@each_backend
+@pytest.mark.parametrize("same_id", ["exclude", "positive"])
+@pytest.mark.parametrize("num_ids", [1, 2])
+def test_info_nce_with_ids_is_half_the_sum_of_both_directions(
+    backend: str, same_id: str, num_ids: int
+) -> None:
+    logit_scale = 30.0
+    image, text = features(150, 150, 24)
+    torch.manual_seed(1)
+    ids = torch.randint(60, (150, num_ids))
+    weights = torch.rand(150)
+
+    def leaves_of(dtype: torch.dtype) -> dict[str, Tensor]:
+        return {
+            "image": leaf(image, dtype),
+            "text": leaf(text, dtype),
+            "logit_scale": leaf(logit_scale, dtype),
+        }
+
+    def one_direction(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+        return protoclip.contrastive(
+            queries,
+            keys,
+            scale,
+            positives=torch.arange(150),
+            key_ids=ids,
+            same_id=same_id,
+            reduction="none",
+            backend="reference",
+        )
+
+    def formula(dtype: torch.dtype) -> PlainResults:
+        leaves = leaves_of(dtype)
+        scale = leaves["logit_scale"]
+        of_images = one_direction(leaves["image"], leaves["text"], scale)
+        of_texts = one_direction(leaves["text"], leaves["image"], scale)
+        results = loss_and_gradients((of_images + of_texts) / 2, weights, **leaves)
+        return PlainResults(results, dlogit_scale_terms=logit_scale * 150)
+
+    leaves = leaves_of(torch.float32)
+    loss = protoclip.info_nce(
+        leaves["image"],
+        leaves["text"],
+        leaves["logit_scale"],
+        ids=ids if num_ids > 1 else ids[:, 0],
+        same_id=same_id,
+        reduction="none",
+        backend=backend,
+    )
+    assert_results_within_budget(
+        loss_and_gradients(loss, weights, **leaves),
+        truth=formula(torch.float64),
+        base=formula(torch.float32),
+        logit_scale=logit_scale,
+    )
+
+
+@each_backend
+def test_unique_ids_change_nothing(backend: str) -> None:
+    image, text = features(150, 150, 24)
+    unique = protoclip.info_nce(image, text, 30.0, ids=torch.randperm(150), backend=backend)
+    without = protoclip.info_nce(image, text, 30.0, backend="reference")
+    torch.testing.assert_close(unique, without)
+
+
+def whole_tiles(dtype: torch.dtype) -> Problem:
+    """The rest of a stash, around ragged tiles, is not written."""
+    return random_problem("groups", 128, 256, 6, dtype)
+
+
+@each_fused
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns, keep_stash", [(False, True), (True, False)])
+def test_opcheck_accepts_the_op(
+    backend: str, dtype: torch.dtype, columns: bool, keep_stash: bool
+) -> None:
+    problem = whole_tiles(dtype)
+    assert problem.key_bias is not None
+    positions = torch.arange(128).int()
+    ids = torch.randint(9, (1, 256)).int()
+    arguments = {
+        "x": leaf(problem.queries),
+        "y": leaf(problem.keys),
+        "logit_scale": leaf(problem.logit_scale),
+        "own": positions,
+        "exclude": positions.roll(1),
+        "query_ids": ids[:, :128].contiguous(),
+        "key_ids": ids,
+        "key_bias": leaf(problem.key_bias),
+        "same_positive": True,
+        "columns": columns,
+        "backend": backend,
+        "keep_stash": keep_stash,
+    }
+    torch.library.opcheck(torch.ops.protoclip.matched, (), arguments)
+
+
+@each_fused
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_gradients_have_the_same_bits(backend: str, dtype: torch.dtype) -> None:
+    problem = whole_tiles(dtype)
+    assert problem.key_bias is not None
+    leaves = {
+        "queries": leaf(problem.queries),
+        "keys": leaf(problem.keys),
+        "logit_scale": leaf(problem.logit_scale),
+        "key_bias": leaf(problem.key_bias),
+    }
+
+    def loss(**leaves: Tensor) -> Tensor:
+        options = problem.options | leaves | {"weights": torch.ones(128)}
+        return 2 * protoclip.contrastive(**options, backend=backend)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    got, want = (torch.autograd.grad(f(*leaves, scale), (*leaves, scale)) for f in (compiled, loss))
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    expected = loss_and_gradients(loss(**leaves), **leaves)
+    assert_same_bits(loss_and_gradients(compiled(**leaves), **leaves), expected)
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_same_bits_with_and_without_a_stash_on_any_number_of_threads(backend):
-    one = problem("groups", 300, 500, 17)
-    weights = torch.rand(300), torch.rand(300)
+@each_fused
+def test_a_stash_and_the_number_of_threads_change_no_bit(backend: str) -> None:
+    problem = random_problem("groups", 300, 500, 17)
+    weights = Weights(gap=torch.rand(300), mean=torch.rand(300))
     stashes = iter((True, None, False))
-    found = on_threads(lambda: computed(one, weights, backend, stash=next(stashes)), (1, 2, 3))
-    assert all(torch.equal(found[0][name], f[name]) for f in found for name in found[0])
+
+    def run() -> Results:
+        return computed(problem, weights, backend, stash=next(stashes))
+
+    first, *repeated = on_threads(run, (1, 2, 3))
+    for again in repeated:
+        assert_same_bits(again, first)
 
 
-@both
-def test_no_rows_no_keys_and_all_keys_absent(backend):
-    for n, m in ((0, 5), (5, 0), (0, 0)):
-        x, y = (t.requires_grad_() for t in features(n, m, 4))
-        itself = torch.full((n,), -100)
-        ids = {"key_ids": torch.arange(m), "query_ids": torch.arange(n)}
-        loss = protoclip.contrastive(x, y, 3.0, positives=itself, **ids, backend=backend)
-        grads = torch.autograd.grad(loss, (x, y))
-        assert loss == 0 and [g.shape for g in grads] == [x.shape, y.shape]
-        assert protoclip.contrastive_parts(x, y, 3.0, positives=itself)[0].isinf().all()
-    x, y = (t.requires_grad_() for t in features(5, 300, 4))
-    gone = torch.full((300,), -torch.inf, requires_grad=True)
-    level, mean = protoclip.contrastive_parts(x, y, 3.0, key_bias=gone, backend=backend)
+@each_backend
+@pytest.mark.parametrize("n, m", [(0, 5), (5, 0), (0, 0)])
+def test_no_queries_and_no_keys_have_a_loss_of_zero(backend: str, n: int, m: int) -> None:
+    queries, keys = features(n, m, 4)
+    leaves = {"queries": leaf(queries), "keys": leaf(keys)}
+    nothing = torch.full((n,), -100)
+    loss = protoclip.contrastive(
+        **leaves,
+        logit_scale=3.0,
+        positives=nothing,
+        query_ids=torch.arange(n),
+        key_ids=torch.arange(m),
+        backend=backend,
+    )
+    results = loss_and_gradients(loss, **leaves)
+    assert results["loss"] == 0
+    assert results["dqueries"].shape == (n, 4) and results["dkeys"].shape == (m, 4)
+    level, _ = protoclip.contrastive_parts(queries, keys, 3.0, positives=nothing)
+    assert level.isinf().all()
+
+
+@each_backend
+def test_keys_that_are_all_absent_have_a_loss_of_zero(backend: str) -> None:
+    queries, keys = features(5, 300, 4)
+    absent = torch.full((300,), -torch.inf)
+    leaves = {"queries": leaf(queries), "keys": leaf(keys), "key_bias": leaf(absent)}
+    level, mean = protoclip.contrastive_parts(**leaves, logit_scale=3.0, backend=backend)
     assert (level == -torch.inf).all() and (mean == 0).all()
-    loss = protoclip.contrastive(x, y, 3.0, key_bias=gone, backend=backend)
-    assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (x, y, gone)))
+    loss = protoclip.contrastive(**leaves, logit_scale=3.0, backend=backend)
+    results = loss_and_gradients(loss, **leaves)
+    assert all((value == 0).all() for value in results.values())
 
 
 OUT_OF_RANGE = [
@@ -335,32 +571,42 @@ OUT_OF_RANGE = [
 ]
 
 
-@both
-@pytest.mark.parametrize("given", OUT_OF_RANGE)
-def test_positions_out_of_range(backend, given):
-    """Refused where values may be read; compiled code may not, and gives NaN, as a GPU does."""
-    x, y = features(4, 6, 8)
-    for function in (protoclip.contrastive, protoclip.contrastive_parts):
-        with pytest.raises(ValueError, match=r"positives in \[0, 6\) or -100.*at query [12]"):
-            function(x, y, 3.0, **given, backend=backend)
-    if backend == "reference":
-        return
+@each_backend
+@pytest.mark.parametrize("relation", OUT_OF_RANGE)
+@pytest.mark.parametrize("function", [protoclip.contrastive, protoclip.contrastive_parts])
+def test_positions_out_of_range_are_refused(
+    function: Callable[..., Any], backend: str, relation: dict[str, Tensor]
+) -> None:
+    queries, keys = features(4, 6, 8)
+    with pytest.raises(ValueError, match=r"positives in \[0, 6\) or -100.*at query [12]"):
+        function(queries, keys, 3.0, **relation, backend=backend)
 
-    def loss(q, reduction):
-        return protoclip.contrastive(q, y, 3.0, **given, backend=backend, reduction=reduction)
+
+@each_fused
+@pytest.mark.parametrize("relation", OUT_OF_RANGE)
+def test_positions_out_of_range_are_nan_in_compiled_code(
+    backend: str, relation: dict[str, Tensor]
+) -> None:
+    """Which may not read values, as on a GPU."""
+    queries, keys = features(4, 6, 8)
+
+    def loss(queries: Tensor, reduction: str) -> Tensor:
+        return protoclip.contrastive(
+            queries, keys, 3.0, **relation, backend=backend, reduction=reduction
+        )
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    assert compiled(x, "mean").isnan()
-    q = x.clone().requires_grad_()
-    rows = compiled(q, "none")
+    assert compiled(queries, "mean").isnan()
+    queries = leaf(queries)
+    rows = compiled(queries, "none")
     assert rows.isnan().sum() == 1
-    (grad,) = torch.autograd.grad(rows.sum(), q)
-    assert (grad.isnan().any(dim=1) == rows.isnan()).all()
+    (gradient,) = torch.autograd.grad(rows.sum(), queries)
+    assert (gradient.isnan().any(dim=1) == rows.isnan()).all()
 
 
 X, Y = features(4, 6, 8)
 IDS = torch.arange(6)
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "rank": (dict(queries=X[0]), ValueError, r"queries of shape \[N, D\]"),
     "columns": (dict(keys=Y[:, :3]), ValueError, "share D"),
     "integers": (dict(keys=Y.long()), TypeError, "cast it"),
@@ -396,43 +642,47 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused_in_words(case):
-    given, error, words = BAD[case]
-    arguments = dict(queries=X, keys=Y, logit_scale=3.0) | given
+def test_bad_input_is_refused_in_words(case: str) -> None:
+    changed, error, words = BAD[case]
+    arguments = {"queries": X, "keys": Y, "logit_scale": 3.0} | changed
     with pytest.raises(error, match=rf"contrastive: .*{words}"):
         protoclip.contrastive(**arguments)
 
 
-def test_labels_of_sup_con_are_checked():
-    for labels, error in ((torch.ones(4), TypeError), (torch.ones(4, 2).long(), ValueError)):
-        with pytest.raises(error, match="sup_con: expected labels"):
-            protoclip.sup_con(X, labels, 3.0)
+@pytest.mark.parametrize(
+    "labels, error", [(torch.ones(4), TypeError), (torch.ones(4, 2).long(), ValueError)]
+)
+def test_bad_labels_of_sup_con_are_refused(labels: Tensor, error: type[Exception]) -> None:
+    with pytest.raises(error, match="sup_con: expected labels"):
+        protoclip.sup_con(X, labels, 3.0)
 
 
-def check_strides(backend):
+@pytest.mark.parametrize(
+    "ids, error", [(torch.ones(3).long(), ValueError), (torch.ones(4), TypeError)]
+)
+def test_bad_ids_of_info_nce_are_refused(ids: Tensor, error: type[Exception]) -> None:
+    with pytest.raises(error, match="info_nce: expected ids"):
+        protoclip.info_nce(X, X, 3.0, ids=ids)
+
+
+def assert_strides_do_not_matter(backend: str) -> None:
     """Arguments of any stride are as their contiguous copies."""
-    x, y = features(40, 60, 8)
-    for bias in (torch.randn(60, 2)[:, 1], torch.tensor(0.5).expand(60)):
-        given = {
-            "key_bias": bias,
+    queries, keys = features(40, 60, 8)
+    for key_bias in (torch.randn(60, 2)[:, 1], torch.tensor(0.5).expand(60)):
+        strided = {
+            "key_bias": key_bias,
             "key_ids": torch.randint(9, (60, 2))[:, 1],
             "query_ids": torch.randint(9, (2, 40)).T[:, :1],
             "positives": torch.randint(60, (40, 3))[:, 2],
             "exclude": torch.tensor(7).expand(40),
             "weights": torch.rand(40, 2)[:, 1],
         }
-        got = protoclip.contrastive(x, y, 3.0, **given, backend=backend)
-        given = {name: value.clone().contiguous() for name, value in given.items()}
-        want = protoclip.contrastive(x, y, 3.0, **given, backend="reference")
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        got = protoclip.contrastive(queries, keys, 3.0, **strided, backend=backend)
+        copies = {name: value.clone().contiguous() for name, value in strided.items()}
+        expected = protoclip.contrastive(queries, keys, 3.0, **copies, backend="reference")
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@both
-def test_arguments_of_any_stride(backend):
-    check_strides(backend)
-
-
-def test_ids_of_info_nce_are_checked():
-    for ids, error in ((torch.ones(3).long(), ValueError), (torch.ones(4), TypeError)):
-        with pytest.raises(error, match="info_nce: expected ids"):
-            protoclip.info_nce(X, X, 3.0, ids=ids)
+@each_backend
+def test_strides_do_not_matter(backend: str) -> None:
+    assert_strides_do_not_matter(backend)

@@ -27,7 +27,7 @@ def _compile(source: str, arch: int, target: Path) -> str:
 @needs_nvcc
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("source", ["kmeans_assign.cu", "segment_mean.cu"])
-def test_compiles_without_spills_and_uses_tensor_cores(source, arch, tmp_path):
+def test_compiles_without_spills_and_uses_tensor_cores(source, arch, tmp_path: Path) -> None:
     cubin = tmp_path / "kernels.cubin"
     report = _compile(source, arch, cubin)
     assert "warning" not in report
@@ -46,7 +46,7 @@ def test_compiles_without_spills_and_uses_tensor_cores(source, arch, tmp_path):
 
 
 @needs_nvcc
-def test_bindings_compile_beside_this_torch(tmp_path):
+def test_bindings_compile_beside_this_torch(tmp_path: Path) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ was not found")

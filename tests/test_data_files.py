@@ -1,7 +1,11 @@
 """Tables, pictures and the data command: every fault with its place and remedy."""
 
+from __future__ import annotations
+
 import json
 import tarfile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +20,14 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     (tmp_path / "images").mkdir()
     for i in range(4):
         picture(i).save(tmp_path / "images" / f"{i}.png")
     return tmp_path
 
 
-def test_csv_round_trip_with_unicode_and_paths_beside_the_table(folder):
+def test_a_table_has_unicode_and_paths_beside_it(folder: Path) -> None:
     texts = [text.replace('"', "") for text in TEXTS]
     path = write_table(folder, [(f"images/{i}.png", text) for i, text in enumerate(texts)])
     dataset = open_dataset(path)
@@ -33,7 +37,9 @@ def test_csv_round_trip_with_unicode_and_paths_beside_the_table(folder):
     assert dataset.labels == {}
 
 
-def test_csv_flags_quotes_byte_order_mark_and_repeats(folder, monkeypatch):
+def test_a_table_has_flags_quotes_a_byte_order_mark_and_repeats(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = '\ufeffid,pic,text\n1,0.png,\'a\'\n2,0.png,"a, b"\n\n3,1.png,"two\nlines"\n'
     (folder / "t.csv").write_text(content, encoding="utf-8")
     monkeypatch.chdir(folder / "images")  # paths from the working directory, as in OpenCLIP
@@ -69,7 +75,9 @@ TABLE_FAULTS = {
 
 
 @pytest.mark.parametrize(("content", "words"), TABLE_FAULTS.values(), ids=TABLE_FAULTS)
-def test_csv_faults_name_the_line_and_the_remedy(folder, content, words):
+def test_faults_of_a_table_name_the_line_and_the_remedy(
+    folder: Path, content: str | None, words: str
+) -> None:
     if content is not None:
         (folder / "bad.tsv").write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=words):
@@ -77,7 +85,9 @@ def test_csv_faults_name_the_line_and_the_remedy(folder, content, words):
 
 
 @pytest.mark.parametrize("damage", ["text", "cut", "empty", "bomb"])
-def test_a_picture_that_does_not_decode_is_named(folder, monkeypatch, damage):
+def test_a_picture_that_does_not_decode_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
     whole = encoded(picture(0))
     content = {"text": b"<html>", "cut": whole[: len(whole) // 2], "empty": b"", "bomb": whole}
     (folder / "images" / "0.png").write_bytes(content[damage])
@@ -104,57 +114,68 @@ def test_a_picture_that_does_not_decode_is_named(folder, monkeypatch, damage):
         ("photos.zip", "all", "expected one of"),
     ],
 )
-def test_unknown_data_lists_what_is_known(spec, split, words):
+def test_unknown_data_lists_what_is_known(spec: str, split: str, words: str) -> None:
     with pytest.raises(DataError, match=words):
         open_dataset(spec, split)
 
 
+def opened(
+    folder: Path, image: Image.Image, image_format: str = "PNG", **options: Any
+) -> Image.Image:
+    """As the data layer reads it from a file."""
+    image.save(folder / "a.bin", image_format, **options)
+    return open_dataset(write_table(folder, [("a.bin", "x")])).image(0)
+
+
 class TestPictures:
-    def opened(self, tmp_path, image, kind="PNG", **options):
-        image.save(tmp_path / "a.bin", kind, **options)
-        return open_dataset(write_table(tmp_path, [("a.bin", "x")])).image(0)
+    def test_transparency_becomes_white(self, tmp_path: Path) -> None:
+        clear = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+        assert opened(tmp_path, clear).getcolors() == [(16, (255, 255, 255))]
+        assert opened(tmp_path, picture(2, "LA")).mode == "RGB"
 
-    def test_transparency_becomes_white(self, tmp_path):
-        clear, palette = Image.new("RGBA", (4, 4), (10, 20, 30, 0)), Image.new("P", (4, 4), 0)
+    def test_a_transparent_colour_of_a_palette_becomes_white(self, tmp_path: Path) -> None:
+        palette = Image.new("P", (4, 4), 0)
         palette.putpalette([200, 0, 0, 0, 0, 200])
-        for image, options in ((clear, {}), (palette, {"transparency": 0})):
-            got = self.opened(tmp_path, image, **options)
-            assert got.getcolors() == [(16, (255, 255, 255))]
-        assert self.opened(tmp_path, picture(2, "LA")).mode == "RGB"
+        pixels = opened(tmp_path, palette, transparency=0)
+        assert pixels.getcolors() == [(16, (255, 255, 255))]
 
-    def test_16_bits_are_scaled_not_clipped(self, tmp_path):
+    def test_16_bits_are_scaled_not_clipped(self, tmp_path: Path) -> None:
         ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
-        got = np.asarray(self.opened(tmp_path, Image.fromarray(ramp)))
-        assert got.shape == (4, 256, 3)
-        assert np.abs(got[0, :, 0].astype(int) - np.arange(256)).max() <= 1
-        dark = self.opened(tmp_path, Image.fromarray((ramp // 256).astype(np.uint16)))
+        pixels = np.asarray(opened(tmp_path, Image.fromarray(ramp)))
+        assert pixels.shape == (4, 256, 3)
+        assert np.abs(pixels[0, :, 0].astype(int) - np.arange(256)).max() <= 1
+        dark = opened(tmp_path, Image.fromarray((ramp // 256).astype(np.uint16)))
         assert np.asarray(dark).max() <= 1  # 255 of 65,535 is nearly black
 
-    @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-    def test_a_camera_held_sideways(self, tmp_path, kind):
+    @pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
+    def test_a_picture_of_a_camera_held_sideways_is_upright(
+        self, tmp_path: Path, image_format: str
+    ) -> None:
         pixels = np.zeros((16, 32, 3), dtype=np.uint8)
         pixels[:, :16] = 255  # the left half is white
         exif = Image.Exif()
         exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
-        got = self.opened(tmp_path, Image.fromarray(pixels), kind, exif=exif)
-        assert got.size == (16, 32)
-        got = np.asarray(got).astype(int)
-        assert got[:16].min() > 200 and got[16:].max() < 50  # now the upper half
+        upright = opened(tmp_path, Image.fromarray(pixels), image_format, exif=exif)
+        assert upright.size == (16, 32)
+        values = np.asarray(upright).astype(int)
+        assert values[:16].min() > 200 and values[16:].max() < 50  # now the upper half
 
     @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-    def test_damaged_exif_does_not_cost_the_picture(self, tmp_path):
-        got = self.opened(tmp_path, picture(0), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
-        assert got.size == (10, 12)
+    def test_damaged_exif_does_not_cost_the_picture(self, tmp_path: Path) -> None:
+        exif = b"Exif\x00\x00MM\x00*\xff\xff\xff\xff"
+        assert opened(tmp_path, picture(0), "JPEG", exif=exif).size == (10, 12)
 
 
 class TestCheck:
-    def test_all_that_is_wrong_with_a_table_is_listed(self, tmp_path, capsys):
+    def test_all_that_is_wrong_with_a_table_is_listed(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         picture(0).save(tmp_path / "0.png")
         (tmp_path / "1.png").write_bytes(b"<html>")
         rows = [("0.png", "good"), ("0.png", " "), ("9.png", "missing"), ("1.png", "web")]
         table = write_table(tmp_path, [*rows, ("0.png",), ("8.png", "missing too")])
         assert data_command(["--check", table]) == 1
-        said = capsys.readouterr().out
+        text = capsys.readouterr().out
         for words in (
             "line 3: the caption is empty",
             "line 4: no picture at '9.png'",
@@ -163,13 +184,20 @@ class TestCheck:
             "1.png: the picture does not decode",
             "1 of 6 samples are good, 5 are not",
         ):
-            assert words in said
+            assert words in text
         with pytest.raises(DataError, match="line 3"):  # training itself stops at the first
             open_dataset(table)
-        assert data_command(["--check", write_table(tmp_path, [("9.png", "a")] * 3)]) == 1
+
+    def test_a_table_without_a_good_sample_is_counted(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        missing = ("9.png", "a")
+        assert data_command(["--check", write_table(tmp_path, [missing] * 3)]) == 1
         assert "0 of 3 samples are good" in capsys.readouterr().out
 
-    def test_all_that_is_wrong_with_shards_is_listed(self, tmp_path, capsys):
+    def test_all_that_is_wrong_with_shards_is_listed(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         spec = write_shards(tmp_path / "data", shards=2, per_shard=6)
         assert data_command(["--check", spec]) == 0
         assert "12 of 12 samples are good" in capsys.readouterr().out
@@ -177,14 +205,17 @@ class TestCheck:
         with tarfile.open(tmp_path / "data" / "001.tar", "a") as tar:
             tar.addfile(tarfile.TarInfo("hollow.png"))
         assert data_command(["--check", spec]) == 1
-        said = capsys.readouterr().out
-        assert "sample2" in said and "'hollow'" in said and "11 of 13 samples are good" in said
+        text = capsys.readouterr().out
+        assert "sample2" in text and "'hollow'" in text and "11 of 13 samples are good" in text
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "UTF8", "cp1252"])
-def test_a_table_in_any_encoding(tmp_path, capsys, encoding):
+def test_a_table_has_any_encoding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], encoding: str
+) -> None:
     picture(0).save(tmp_path / "0.png")
-    table, shards = tmp_path / "t.tsv", str(tmp_path / "out")
+    table = tmp_path / "t.tsv"
+    shards = str(tmp_path / "out")
     table.write_bytes("filepath\ttitle\n0.png\tein Mädchen läuft\n".encode(encoding))
     assert data_command(["--check", str(table), "--encoding", encoding]) == 0
     assert "1 of 1 samples are good" in capsys.readouterr().out
@@ -196,7 +227,7 @@ def test_a_table_in_any_encoding(tmp_path, capsys, encoding):
     assert "--encoding: expected one that Python knows" in capsys.readouterr().err
 
 
-def test_long_captions_of_a_table(tmp_path):
+def test_long_captions_of_a_table_are_cut_or_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(picture(0)))
     table = tmp_path / "t.csv"
     table.write_text("filepath\ttitle\na.png\t" + "word " * 20_000)
@@ -206,24 +237,43 @@ def test_long_captions_of_a_table(tmp_path):
         open_dataset(str(table))
 
 
-def test_the_command_writes_shards_that_read_back(tmp_path, capsys):
-    command = ["--export", "builtin:shapes:25", "--per-shard", "10", "--out"]
-    out = tmp_path / "out"
-    assert data_command([*command, str(out)]) == 0
+EXPORT = ["--export", "builtin:shapes:25", "--per-shard", "10"]
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    assert data_command([*EXPORT, "--out", str(tmp_path / "out")]) == 0
+    return tmp_path / "out"
+
+
+def test_exported_shards_read_back(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--train-data" in capsys.readouterr().out
-    sizes = json.loads((out / "sizes.json").read_text())
+    sizes = json.loads((exported / "sizes.json").read_text())
     assert sizes == {"00000.tar": 10, "00001.tar": 10, "00002.tar": 5}
-    shapes, back = open_dataset("builtin:shapes:25"), open_dataset(f"{out}/{{00000..00002}}.tar")
-    assert len(back) == 25
+    shapes = open_dataset("builtin:shapes:25")
+    shards = open_dataset(f"{exported}/{{00000..00002}}.tar")
+    assert len(shards) == 25
     for i in (0, 9, 10, 24):
-        assert back.captions(i) == shapes.captions(i) and same(back.image(i), shapes.image(i))
-        assert back.keys[i].endswith("/" + shapes.keys[i])
-    one, again = tmp_path / "one" / "00000.tar", tmp_path / "again" / "00000.tar"
-    for tar in (one, again):
-        assert data_command([*command, str(tar.parent), "--image-format", "jpg"]) == 0
-    assert one.read_bytes() == again.read_bytes()
-    with tarfile.open(one) as tar:
+        assert shards.captions(i) == shapes.captions(i)
+        assert same(shards.image(i), shapes.image(i))
+        assert shards.keys[i].endswith("/" + shapes.keys[i])
+
+
+def test_the_same_export_has_the_same_bytes(tmp_path: Path) -> None:
+    first = tmp_path / "first" / "00000.tar"
+    again = tmp_path / "again" / "00000.tar"
+    for tar in (first, again):
+        assert data_command([*EXPORT, "--out", str(tar.parent), "--image-format", "jpg"]) == 0
+    assert first.read_bytes() == again.read_bytes()
+    with tarfile.open(first) as tar:
         assert len([name for name in tar.getnames() if name.endswith(".jpg")]) == 10
-    for words, argv in (("not empty", [*command, str(out)]), ("--out", command[:2])):
-        assert data_command(argv) == 2
-        assert words in capsys.readouterr().err
+
+
+def test_an_export_overwrites_nothing(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert data_command([*EXPORT, "--out", str(exported)]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_an_export_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert data_command(EXPORT) == 2
+    assert "--out" in capsys.readouterr().err

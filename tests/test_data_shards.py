@@ -1,9 +1,13 @@
 """webdataset shards from files and urls: round trips, junk samples, damaged and hostile files."""
 
+from __future__ import annotations
+
 import json
 import logging
 import os
 import tarfile
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -17,9 +21,10 @@ from protoclip.data.tables import MAX_CAPTION
 from protoclip.train import main as train_command
 
 pytestmark = pytest.mark.usefixtures("own_cache")
+Serve = Callable[..., str]
 
 
-def test_shards_round_trip_and_the_cached_index_follows_the_file(tmp_path):
+def test_shards_round_trip_and_the_cached_index_follows_the_file(tmp_path: Path) -> None:
     spec = write_shards(tmp_path / "data")
     before = sorted(path.name for path in (tmp_path / "data").iterdir())
     for dataset in (open_dataset(spec), open_dataset(spec)):  # again: from the cached index
@@ -42,13 +47,13 @@ def test_shards_round_trip_and_the_cached_index_follows_the_file(tmp_path):
             assert open_dataset(spec).captions(9) == (TEXTS[1], "second line 9")
 
 
-def test_specs_expand(tmp_path, monkeypatch):
+def test_specs_expand_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shards(tmp_path / "a")
     write_shards(tmp_path / "b", shards=1)
     monkeypatch.chdir(tmp_path)
-    both = ("a/000.tar", "a/001.tar")
-    assert expand("a/{000..001}.tar::b/000.tar") == (*both, "b/000.tar")
-    assert expand("a/*.tar") == expand("a") == both
+    in_a = ("a/000.tar", "a/001.tar")
+    assert expand("a/{000..001}.tar::b/000.tar") == (*in_a, "b/000.tar")
+    assert expand("a/*.tar") == expand("a") == in_a
     dataset = open_dataset("a/*.tar::b/000.tar")
     assert len(set(dataset.keys)) == len(dataset) == 9  # same names in a and b
     for spec, words in (
@@ -61,7 +66,7 @@ def test_specs_expand(tmp_path, monkeypatch):
             open_dataset(spec)
 
 
-def test_json_captions_and_other_members(tmp_path):
+def test_json_captions_and_other_members(tmp_path: Path) -> None:
     png = encoded(picture(0))
     members = [
         ("./d/1.png", png),
@@ -80,7 +85,9 @@ def test_json_captions_and_other_members(tmp_path):
     assert all(same(dataset.image(i), picture(0)) for i in range(3))
 
 
-def test_junk_samples_are_skipped_named_and_counted(tmp_path, caplog):
+def test_junk_samples_are_skipped_named_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     png = encoded(picture(0))
     members = [("README", b"no extension"), ("alone.png", png)]
     members += [("list.png", png), ("list.json", b"[1]")]
@@ -104,7 +111,7 @@ def test_junk_samples_are_skipped_named_and_counted(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("where", ["data", "header", "border", "overwritten"])
-def test_a_damaged_shard_keeps_what_can_be_read(tmp_path, where):
+def test_a_damaged_shard_keeps_what_can_be_read(tmp_path: Path, where: str) -> None:
     write_shards(tmp_path / "data", shards=1, per_shard=4)
     path = tmp_path / "data" / "000.tar"
     with tarfile.open(path) as tar:
@@ -119,26 +126,32 @@ def test_a_damaged_shard_keeps_what_can_be_read(tmp_path, where):
     path.write_bytes(content)
     dataset = open_dataset(str(path))
     assert [dataset.image(i).size for i in range(len(dataset))] == [(10, 12)] * 2
-    assert dataset.skipped[-1][1] == "everything after sample1" or where == "data"
-    assert "cut off" in dataset.skipped[-1][2] or "damaged at byte" in dataset.skipped[-1][2]
+    _, key, reason = dataset.skipped[-1]
+    assert key == "everything after sample1" or where == "data"
+    assert "cut off" in reason or "damaged at byte" in reason
 
 
-def test_files_that_are_no_shards(tmp_path):
-    write_tar(tmp_path / "empty.tar", [])
-    write_tar(tmp_path / "text.tar", [("1.txt", b"a")])
-    (tmp_path / "zero.tar").write_bytes(b"")
-    tarfile.open(tmp_path / "z.tar.gz", "w:gz").close()
-    for name, words in (
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
         ("empty.tar", "none of 0 samples is a pair"),
         ("text.tar", r"none of 1 samples(.|\n)*'1': the picture is missing"),
         ("zero.tar", "not an uncompressed tar"),
         ("z.tar.gz", "not an uncompressed tar.*unpack"),
-    ):
-        with pytest.raises(DataError, match=words):
-            open_dataset(str(tmp_path / name))
+    ],
+)
+def test_files_that_are_no_shards_are_refused(tmp_path: Path, name: str, words: str) -> None:
+    write_tar(tmp_path / "empty.tar", [])
+    write_tar(tmp_path / "text.tar", [("1.txt", b"a")])
+    (tmp_path / "zero.tar").write_bytes(b"")
+    tarfile.open(tmp_path / "z.tar.gz", "w:gz").close()
+    with pytest.raises(DataError, match=words):
+        open_dataset(str(tmp_path / name))
 
 
-def test_the_cache_may_be_unwritable(tmp_path, monkeypatch, caplog):
+def test_the_cache_may_be_unwritable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
@@ -146,17 +159,18 @@ def test_the_cache_may_be_unwritable(tmp_path, monkeypatch, caplog):
     assert "set PROTOCLIP_CACHE" in caplog.text
 
 
-def test_splits_of_data_without_groups(tmp_path):
+def test_a_tenth_of_data_without_groups_is_held_out(tmp_path: Path) -> None:
     spec = write_shards(tmp_path / "data", shards=2, per_shard=10)
     everything = open_dataset(spec)
-    train, heldout = open_dataset(spec, "train"), open_dataset(spec, "heldout")
+    train = open_dataset(spec, "train")
+    heldout = open_dataset(spec, "heldout")
     assert (len(train), len(heldout)) == (18, 2)
     assert not set(train.keys) & set(heldout.keys)
     place = everything.keys.index(heldout.keys[1])
     assert heldout.captions(1) == everything.captions(place)
 
 
-def _keys_on_rank(spec, folder):
+def _keys_on_rank(spec: str, folder: str) -> list[str] | str:
     """The keys of the data set, or what is wrong with it."""
     os.environ["PROTOCLIP_CACHE"] = f"{folder}/cache{os.environ['RANK']}"
     dist.init_process_group("gloo")
@@ -171,7 +185,9 @@ def _keys_on_rank(spec, folder):
 
 class TestUrls:
     @pytest.mark.parametrize("protocol", ["http", "file"])
-    def test_they_give_what_files_give_and_come_once(self, tmp_path, serve, protocol):
+    def test_they_give_what_files_give_and_come_once(
+        self, tmp_path: Path, serve: Serve, protocol: str
+    ) -> None:
         local = open_dataset(write_shards(tmp_path / "data"))
         base = serve(tmp_path / "data") if protocol == "http" else f"file://{tmp_path}/data"
         spec = f"{base}/{{000..001}}.tar"
@@ -196,8 +212,13 @@ class TestUrls:
         ],
     )
     def test_what_cannot_or_must_not_be_read_is_named(
-        self, tmp_path, monkeypatch, capsys, spec, words
-    ):
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        spec: str,
+        words: str,
+    ) -> None:
         monkeypatch.chdir(tmp_path)
         write_tar(tmp_path / "x.tar", [("k.png", encoded(picture(0))), ("k.txt", b"a")])
         with pytest.raises(DataError, match=words):
@@ -208,15 +229,19 @@ class TestUrls:
         assert not (tmp_path / "ran").exists()
 
     @pytest.mark.parametrize("length", ["abc", "999999"])
-    def test_a_length_that_is_wrong(self, tmp_path, serve, capsys, length):
+    def test_a_wrong_length_is_a_copy_that_failed(
+        self, tmp_path: Path, serve: Serve, capsys: pytest.CaptureFixture[str], length: str
+    ) -> None:
         write_shards(tmp_path / "data", shards=1)
-        url = f"{serve(tmp_path / 'data', length)}/000.tar"
+        url = f"{serve(tmp_path / 'data', content_length=length)}/000.tar"
         assert f"{url}: cannot be copied" in refused(url, capsys)
         # Nothing of the half copy is taken for the shard.
         with pytest.raises(DataError, match="cannot be copied"):
             open_dataset(url)
 
-    def test_a_run_on_them_goes_on_by_its_folder_alone(self, tmp_path, serve, nano):
+    def test_a_run_on_them_goes_on_by_its_folder_alone(
+        self, tmp_path: Path, serve: Serve, nano: Path
+    ) -> None:
         write_shards(tmp_path / "data")
         url = f"{serve(tmp_path / 'data')}/{{000..001}}.tar"
         flags = ["--train-data", url, "--model", str(nano), "--batch-size", "4", "--k", "2"]
@@ -224,23 +249,23 @@ class TestUrls:
         assert train_command(flags) == 0
         assert train_command(["--resume", str(tmp_path / "run"), "--max-steps", "4"]) == 0
 
-    def test_ranks_fetch_and_index_each_shard_once(self, tmp_path, serve):
+    def test_ranks_fetch_and_index_each_shard_once(self, tmp_path: Path, serve: Serve) -> None:
         """On machines that share nothing: each rank has a cache of its own."""
         write_shards(tmp_path / "data", shards=5)
-        asked = []
-        base = serve(tmp_path / "data", asked=asked)
+        requests: list[str] = []
+        base = serve(tmp_path / "data", requests=requests)
         keys = on_ranks(2, _keys_on_rank, f"{base}/{{000..004}}.tar", str(tmp_path))
         assert keys[0] == keys[1] and len(keys[0]) == 15
-        assert sorted(asked) == [f"/{i:03d}.tar" for i in range(5)]
-        said = on_ranks(2, _keys_on_rank, f"{base}/{{000..009}}.tar", str(tmp_path))
-        assert said[0] == said[1] and "/005.tar: cannot be copied" in said[0]
+        assert sorted(requests) == [f"/{i:03d}.tar" for i in range(5)]
+        messages = on_ranks(2, _keys_on_rank, f"{base}/{{000..009}}.tar", str(tmp_path))
+        assert messages[0] == messages[1] and "/005.tar: cannot be copied" in messages[0]
 
 
-def test_captions_of_megabytes_are_cut_or_left_out(tmp_path):
+def test_captions_of_megabytes_are_cut_or_left_out(tmp_path: Path) -> None:
     texts = [("a.txt", b"word " * 200_000), ("b.txt", b"x" * 5_000_000)]
     texts += [("c.json", b'{"caption": ' + b"[" * 100_000)]
     pictures = [(f"{key}.png", encoded(picture(0))) for key in "abc"]
-    members = [one for pair in zip(pictures, texts, strict=True) for one in pair]
+    members = [member for pair in zip(pictures, texts, strict=True) for member in pair]
     dataset = open_dataset(write_tar(tmp_path / "t.tar", members))
     assert list(dataset.keys) == ["t.tar/a"]
     assert len(dataset.captions(0)[0]) == MAX_CAPTION

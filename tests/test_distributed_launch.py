@@ -1,8 +1,13 @@
 """The commands on several ranks: launchers, mistakes, and a rank that is lost."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from ranks import (
@@ -22,47 +27,49 @@ from protoclip.distributed import find_rank
 
 
 @pytest.mark.parametrize(
-    ("victim", "kind"), [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL)]
+    ("victim", "sent"), [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL)]
 )
-def test_a_lost_rank_ends_the_others(tmp_path, victim, kind):
+def test_a_lost_rank_ends_the_others(tmp_path: Path, victim: int, sent: signal.Signals) -> None:
     """One that is killed at once, one that hangs after --dist-timeout seconds."""
-    flags = "--max-steps", "100000", "--epochs", "100000", "--dist-timeout", "10"
-    processes = start_command(tmp_path, bare_run(tmp_path, *flags))
+    argv = bare_run(tmp_path, "--max-steps", "100000", "--epochs", "100000", "--dist-timeout", "10")
+    processes = start_command(tmp_path, argv)
     wait_until(lambda: steps_of(tmp_path, "run") >= 2, processes, tmp_path)
-    os.kill(processes[victim].pid, kind)
+    os.kill(processes[victim].pid, sent)
     codes = ended([processes[1 - victim]])
     processes[victim].kill()
     assert codes == [1], said(tmp_path)
 
 
-def test_a_mistake_is_said_once(tmp_path):
+def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     processes = start_command(tmp_path, tiny_run(tmp_path, "bad", "--k", "1000"))
     assert ended(processes) == [2, 2]
     together = "".join(said(tmp_path))
     assert together.count("--k: expected") == 1 and "Traceback" not in together
 
 
-def broken_step():
-    """The third step raises what nobody expects."""
+def break_the_third_step() -> None:
+    """It raises what nobody expects."""
     from protoclip.step import Stepper
 
-    step, calls = Stepper.step, []
+    original_step = Stepper.step
+    calls = 0
 
-    def raising(self, *args, **options):
-        calls.append(1)
-        if len(calls) == 3:
+    def raising(stepper: Stepper, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
             raise KeyError("a mistake of the program")
-        return step(self, *args, **options)
+        return original_step(stepper, *arguments, **options)
 
     Stepper.step = raising
 
 
-def broken_pictures():
-    """This rank's disk has lost the pictures."""
+def lose_the_pictures() -> None:
+    """As a rank whose disk has failed."""
     from protoclip.data import DataError
     from protoclip.data.shapes import ShapesDataset
 
-    def image(self, position):
+    def image(dataset: ShapesDataset, position: int) -> Any:
         raise DataError(f"sample {position}: the picture is gone")
 
     ShapesDataset.image = image
@@ -71,49 +78,65 @@ def broken_pictures():
 @pytest.mark.parametrize(
     ("fault", "code", "words"),
     [
-        (broken_step, 1, "KeyError: 'a mistake of the program'"),
-        (broken_pictures, 2, "the picture is gone"),
+        (break_the_third_step, 1, "KeyError: 'a mistake of the program'"),
+        (lose_the_pictures, 2, "the picture is gone"),
     ],
     ids=["exception", "bad data"],
 )
-def test_a_rank_that_fails_ends_the_others(tmp_path, fault, code, words):
-    flags = "--max-steps", "1000", "--epochs", "1000", "--dist-timeout", "60"
-    processes = start_command(tmp_path, tiny_run(tmp_path, "fails", *flags), fault=fault)
-    codes = ended(processes)
+def test_a_rank_that_fails_ends_the_others(
+    tmp_path: Path, fault: Callable[[], None], code: int, words: str
+) -> None:
+    argv = tiny_run(
+        tmp_path, "fails", "--max-steps", "1000", "--epochs", "1000", "--dist-timeout", "60"
+    )
+    first_code, second_code = ended(start_command(tmp_path, argv, fault=fault))
     printed = said(tmp_path)
-    assert codes[1] == code and codes[0] not in (0, None), printed
+    assert second_code == code and first_code not in (0, None), printed
     assert words in printed[1] and printed[1].count("Traceback") == (code == 1)
 
 
-def killed_at_a_picture():
-    """This rank dies where it reads its first picture."""
+def die_at_a_picture() -> None:
+    """Where this rank reads its first one."""
     from protoclip.data.shapes import ShapesDataset
 
     ShapesDataset.image = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    ("fault", "data", "codes", "words"),
-    [
-        (killed_at_a_picture, "builtin:shapes:64", [1, -signal.SIGKILL], ""),
-        (None, "builtin:cats", [2, 2], "expected one of builtin:icons"),
-        (None, "builtin:shapes:64", [0, 0], "Evaluated in"),
-    ],
-    ids=["a rank is killed", "a mistake", "all goes well"],
-)
-def test_evaluation_ends_on_all_ranks(tmp_path, fault, data, codes, words):
-    tiny_run(tmp_path, "")  # writes the model
-    argv = ["tiny.json", "--pretrained", "random", "--data", data, "--output"]
+def evaluate_on_ranks(
+    folder: Path,
+    data: str,
+    output: str,
+    ranks: int = 2,
+    fault: Callable[[], None] | None = None,
+) -> list[int | None]:
+    """The exit codes of ``protoclip evaluate`` of an untrained model."""
+    tiny_run(folder, "")  # writes the model
+    argv = ["tiny.json", "--pretrained", "random", "--data", data, "--output", output]
     command = "protoclip.evaluate.__main__"
-    processes = start_command(tmp_path, [*argv, "two.json"], fault=fault, command=command)
-    assert ended(processes) == codes, said(tmp_path)
+    return ended(start_command(folder, argv, ranks, fault=fault, command=command))
+
+
+def test_evaluation_ends_when_a_rank_is_killed(tmp_path: Path) -> None:
+    codes = evaluate_on_ranks(tmp_path, "builtin:shapes:64", "two.json", fault=die_at_a_picture)
+    assert codes == [1, -signal.SIGKILL], said(tmp_path)
+    assert "".join(said(tmp_path)).count("error:") == 0
+
+
+def test_evaluation_says_a_mistake_once(tmp_path: Path) -> None:
+    assert evaluate_on_ranks(tmp_path, "builtin:cats", "two.json") == [2, 2], said(tmp_path)
     together = "".join(said(tmp_path))
-    assert words in together and together.count("error:") <= (codes == [2, 2])
-    if codes == [0, 0]:  # the numbers of one process
-        assert ended(start_command(tmp_path, [*argv, "one.json"], 1, command=command)) == [0]
-        one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
-        for name, own in one["trained"].items():
-            assert two["trained"][name]["metrics"] == pytest.approx(own["metrics"], rel=1e-4)
+    assert "expected one of builtin:icons" in together and together.count("error:") <= 1
+
+
+def test_evaluation_on_two_ranks_has_the_numbers_of_one(tmp_path: Path) -> None:
+    assert evaluate_on_ranks(tmp_path, "builtin:shapes:64", "two.json") == [0, 0], said(tmp_path)
+    together = "".join(said(tmp_path))
+    assert "Evaluated in" in together and together.count("error:") == 0
+    assert evaluate_on_ranks(tmp_path, "builtin:shapes:64", "one.json", ranks=1) == [0]
+    on_two = json.loads((tmp_path / "two.json").read_text())["trained"]
+    on_one = json.loads((tmp_path / "one.json").read_text())["trained"]
+    for name, results in on_one.items():
+        assert on_two[name]["metrics"] == pytest.approx(results["metrics"], rel=1e-4)
 
 
 LAUNCHERS = {
@@ -130,7 +153,7 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_other_launchers_variables_are_enough(tmp_path, launcher):
+def test_other_launchers_variables_are_enough(tmp_path: Path, launcher: str) -> None:
     argv = tiny_run(tmp_path, "run", "--max-steps", "2")
     processes = start_command(tmp_path, argv, variables=LAUNCHERS[launcher])
     assert ended(processes) == [0, 0], said(tmp_path)
@@ -138,13 +161,19 @@ def test_other_launchers_variables_are_enough(tmp_path, launcher):
     assert "2 steps of 24" in printed[0] and "2 ranks" in printed[0] and "done: " not in printed[1]
 
 
-def test_torchrun_trains_evaluates_and_writes_one_folder(tmp_path):
-    argv, agents = tiny_run(tmp_path, "both", "--max-steps", "4"), 2
-    flags = ["--nproc-per-node", "1", "--nnodes", str(agents)]
-    flags += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    running = [torchrun(tmp_path, argv, *flags, "--node-rank", str(n)) for n in range(agents)]
-    printed = [process.communicate(timeout=300)[0] for process in running]
-    assert [process.returncode for process in running] == [0] * agents, printed
+def test_torchrun_trains_evaluates_and_writes_one_folder(tmp_path: Path) -> None:
+    """Two agents of one rank each, as on two machines."""
+    argv = tiny_run(tmp_path, "both", "--max-steps", "4")
+    port = str(free_port())
+    agents = [
+        torchrun(
+            tmp_path, argv, "--nproc-per-node", "1", "--nnodes", "2", "--node-rank", node,
+            "--master-addr", "127.0.0.1", "--master-port", port,
+        )
+        for node in ("0", "1")
+    ]  # fmt: skip
+    printed = [agent.communicate(timeout=300)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], printed
     run = tmp_path / "logs" / "both"
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
     assert json.loads((run / "results.json").read_text())["trained"]
@@ -153,20 +182,31 @@ def test_torchrun_trains_evaluates_and_writes_one_folder(tmp_path):
     assert sum(text.count("done: ") for text in printed) == 1
 
 
-def test_launchers_are_recognised():
+def test_without_a_launcher_there_is_one_rank() -> None:
     assert find_rank({}).world_size == 1
-    slurm = {
+
+
+def test_slurms_variables_are_recognised() -> None:
+    info = find_rank({
         "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1",
         "SLURM_STEP_NODELIST": "gpu[07-08,11],big1", "SLURM_JOB_ID": "123456",
-    }  # fmt: skip
-    info = find_rank(slurm)
+    })  # fmt: skip
     assert (info.rank, info.world_size, info.local_rank) == (5, 16, 1)
     assert info.master == ("gpu07", 23456)
-    batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}
-    assert find_rank(batch_script).world_size == 1
+
+
+def test_a_batch_script_of_slurm_is_one_rank() -> None:
+    assert find_rank({"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}).world_size == 1
+
+
+def test_mpiruns_variables_are_recognised() -> None:
     mpirun = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}
     assert find_rank(mpirun).master == ("127.0.0.1", 20000)
+    on_several_machines = mpirun | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
     with pytest.raises(ValueError, match="mpirun -x MASTER_ADDR"):
-        find_rank({**mpirun, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
+        find_rank(on_several_machines)
+
+
+def test_a_rank_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match="RANK"):
         find_rank({"RANK": "4", "WORLD_SIZE": "4"})

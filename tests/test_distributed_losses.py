@@ -1,11 +1,18 @@
 """Losses and gradients over 1 to 4 ranks are those of one process with the whole batch."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget
+from budget import Results, assert_within_budget, leaf, loss_and_gradients
 from ranks import on_ranks
+from torch import Tensor
 
 import protoclip
 from protoclip import contrastive, contrastive_parts, distributed
@@ -20,232 +27,392 @@ from protoclip.losses import (
 from protoclip.model import Encoded
 from protoclip.ops import sigmoid_loss
 
-G, D = 96, 20  # of 1, 2, 3 and 4 equal shares
+G = 96  # pairs, of 1, 2, 3 and 4 equal shares
+D = 20
+WHOLE = slice(0, G)
+CPU = torch.device("cpu")
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Kind:
+    dtype: torch.dtype
+    backend: str
+    logit_scale: float
+
+
 KINDS = [
-    (torch.float64, "reference", 3.0),
-    (torch.float64, "reference", 100.0),
-    (torch.float32, "auto", 14.3),
-    (torch.float32, "auto", 100.0),
-    (torch.bfloat16, "auto", 14.3),
+    Kind(torch.float64, "reference", 3.0),
+    Kind(torch.float64, "reference", 100.0),
+    Kind(torch.float32, "auto", 14.3),
+    Kind(torch.float32, "auto", 100.0),
+    Kind(torch.bfloat16, "auto", 14.3),
 ]
 
 
-IDS = torch.randint(30, (G, 2), generator=torch.Generator().manual_seed(0))
-# the loss of one process and over ranks, what both are told beside the ids
-LOSSES = [
-    (protoclip.info_nce, global_info_nce, {}),
-    (sigmoid_loss, global_sigmoid_loss, {}),
-    (protoclip.info_nce, global_info_nce, {"same_id": "exclude"}),
-    (protoclip.info_nce, global_info_nce, {"same_id": "positive"}),
-    (sigmoid_loss, global_sigmoid_loss, {"same_id": "positive"}),
-    (sigmoid_loss, global_sigmoid_loss, {"same_id": "exclude"}),
-]
+class Pairs(NamedTuple):
+    image: Tensor  # [G, D]
+    text: Tensor  # [G, D]
 
 
-def relations():
-    """What ``contrastive`` is told of G queries and G keys, or 2 G: two of each query."""
-    random = torch.Generator().manual_seed(5)
-    own, bias = torch.randint(2 * G, (G,), generator=random), torch.randn(2 * G, generator=random)
-    own[:30:2], bias[::7] = -100, -torch.inf  # of several ranks, unequally many
-    ids = torch.randint(40, (2 * G,), generator=random)
-    weights = {"weights": torch.rand(G, generator=random)}
-    negatives = F.normalize(torch.randn(G, 2, D, generator=random), dim=-1)
-    every = {"query_ids": ids[::2], "key_ids": ids, "exclude": own.roll(1), "key_bias": bias}
-    return [
-        {},
-        weights | {"key_ids": ids[:G], "key_bias": bias[:G]},
-        {"positives": own, "key_ids": ids},
-        weights | every | {"positives": own},
-        weights | every | {"same_id": "positive"},
-        weights | {"label_smoothing": 0.2},
-        every | {"positives": several(random), "label_smoothing": 0.2, "negatives": negatives},
-    ]
-
-
-def several(random):
-    """Positions [G, 3] of own keys among 2 G, some of them padding, of some queries all."""
-    own = torch.randint(2 * G, (G, 3), generator=random)
-    own[torch.rand(G, 3, generator=random) < 0.3] = -100
-    own[::9] = -100
-    return own
-
-
-def contrastive_and_gradients(kind, over_ranks, own=slice(None), wide=None):
-    """As ``losses_and_gradients``; the parts of the last relations are weighed into one number."""
-    dtype, backend, scale = kind
-    x, y = (t.to(wide or dtype) for t in features(dtype))
-    scalar = torch.promote_types(x.dtype, torch.float32)
-    calls = [(contrastive, global_contrastive, told) for told in relations()]
-    calls += [(contrastive_parts, global_contrastive_parts, told) for told in relations()[3:5]]
-    for one, of_ranks, told in calls:
-        many = len(told.get("key_ids", y)) > G
-        keys = torch.stack([y, -x], dim=1).flatten(0, 1) if many else y
-        share = slice(2 * own.start, 2 * own.stop) if many and own.start is not None else own
-        mine = {"key_ids": share, "key_bias": share}
-        told = {
-            k: v[mine.get(k, own)] if isinstance(v, torch.Tensor) else v for k, v in told.items()
-        }
-        weights = told.pop("weights", None) if one is contrastive_parts else None
-        leaves = [x[own], keys[share], torch.tensor(scale, dtype=scalar)]
-        leaves = [t.clone().requires_grad_() for t in leaves]
-        for name, kind_of_leaf in (("key_bias", scalar), ("negatives", x.dtype)):
-            if name in told:
-                told[name] = told[name].to(kind_of_leaf, copy=True).requires_grad_()
-                leaves.append(told[name])
-        value = (of_ranks if over_ranks else one)(*leaves[:3], **told, backend=backend)
-        if weights is not None:
-            value = (weights * (value[0] - 2 * value[1])).mean()
-        value.backward()
-        yield value.detach(), *(t.grad for t in leaves)
-
-
-def features(dtype=torch.float64, seed=0):
+def features(dtype: torch.dtype = torch.float64, seed: int = 0) -> Pairs:
     torch.manual_seed(seed)
-    x = F.normalize(torch.randn(G, D, dtype=torch.float64), dim=-1)
-    y = F.normalize(x + 0.5 * torch.randn(G, D, dtype=torch.float64), dim=-1)
-    return x.to(dtype), y.to(dtype)
+    image = F.normalize(torch.randn(G, D, dtype=torch.float64), dim=-1)
+    text = F.normalize(image + 0.5 * torch.randn(G, D, dtype=torch.float64), dim=-1)
+    return Pairs(image.to(dtype), text.to(dtype))
 
 
-def losses_and_gradients(kind, over_ranks, own=slice(None), wide=None):
-    """Of each loss: it, and the gradients of x, y and the scalars."""
-    dtype, backend, scale = kind
-    for one, of_ranks, more in LOSSES:
-        options = more | {"backend": backend} | ({"ids": IDS[own]} if more else {})
-        values = [scale] if one is protoclip.info_nce else [scale, -10.0]
-        inputs = [t[own].to(wide or dtype) for t in features(dtype)]
-        scalar = torch.promote_types(wide or dtype, torch.float32)
-        inputs += [torch.tensor(value, dtype=scalar) for value in values]
-        leaves = [t.clone().requires_grad_() for t in inputs]
-        value = (of_ranks if over_ranks else one)(*leaves, **options)
-        value = value / (1 if len(values) == 1 else len(inputs[0]))
-        value.backward()
-        yield value.detach(), *(t.grad for t in leaves)
+# ---- losses of pairs ----
 
 
-def of_rank():
-    """All kinds, as DDP's mean over ranks makes them."""
-    distributed.start(find_rank(), torch.device("cpu"), 60)
-    ranks, own = distributed.world_size(), distributed.own_slice(G)
-    results = []
-    for kind in KINDS:
-        for run in (losses_and_gradients, contrastive_and_gradients):
-            for value, *grads in run(kind, True, own):
-                means = [distributed.mean_over_ranks(value.double())]
-                for grad in grads:
-                    wide = grad.double()
-                    rows = grad.ndim > 0
-                    means += [all_rows(wide / ranks) if rows else distributed.mean_over_ranks(wide)]
-                results.append([t.numpy() for t in means])
-    results += [distillation(own), batch_norm(own), refusal()]
+@dataclass(frozen=True)
+class PairLoss:
+    """A loss of one process and over ranks. ``logit_bias``: of SigLIP's, which is a sum."""
+
+    on_one_process: Callable[..., Tensor]
+    over_ranks: Callable[..., Tensor]
+    logit_bias: float | None = None
+    same_id: str | None = None  # None: without ids
+
+
+PAIR_LOSSES = {
+    "info_nce": PairLoss(protoclip.info_nce, global_info_nce),
+    "info_nce, ids excluded": PairLoss(protoclip.info_nce, global_info_nce, same_id="exclude"),
+    "info_nce, ids positive": PairLoss(protoclip.info_nce, global_info_nce, same_id="positive"),
+    "siglip": PairLoss(sigmoid_loss, global_sigmoid_loss, -10.0),
+    "siglip, ids positive": PairLoss(sigmoid_loss, global_sigmoid_loss, -10.0, "positive"),
+    "siglip, ids excluded": PairLoss(sigmoid_loss, global_sigmoid_loss, -10.0, "exclude"),
+}
+IDS = torch.randint(30, (G, 2), generator=torch.Generator().manual_seed(0))
+
+
+def pair_loss_results(
+    name: str, kind: Kind, *, dtype: torch.dtype, over_ranks: bool, mine: slice = WHOLE
+) -> Results:
+    """Features of the kind's dtype, computed in ``dtype``."""
+    case = PAIR_LOSSES[name]
+    image, text = features(kind.dtype)
+    at_least_fp32 = torch.promote_types(dtype, torch.float32)
+    leaves = {
+        "image": leaf(image[mine], dtype),
+        "text": leaf(text[mine], dtype),
+        "logit_scale": leaf(kind.logit_scale, at_least_fp32),
+    }
+    if case.logit_bias is not None:
+        leaves["logit_bias"] = leaf(case.logit_bias, at_least_fp32)
+    options: dict[str, Any] = {"backend": kind.backend}
+    if case.same_id is not None:
+        options |= {"ids": IDS[mine], "same_id": case.same_id}
+    function = case.over_ranks if over_ranks else case.on_one_process
+    loss = function(*leaves.values(), **options)
+    if case.logit_bias is not None:
+        loss = loss / len(image[mine])
+    return loss_and_gradients(loss, **leaves)
+
+
+# ---- contrastive ----
+
+
+def several_positions(draw: torch.Generator) -> Tensor:
+    """Of own keys [G, 3] among 2 G, some of them padding, of some queries all."""
+    positions = torch.randint(2 * G, (G, 3), generator=draw)
+    positions[torch.rand(G, 3, generator=draw) < 0.3] = -100
+    positions[::9] = -100
+    return positions
+
+
+def relations() -> dict[str, dict[str, Any]]:
+    """What ``contrastive`` is told of G queries and G keys, or 2 G: two of each query."""
+    draw = torch.Generator().manual_seed(5)
+    positions = torch.randint(2 * G, (G,), generator=draw)
+    positions[:30:2] = -100  # of several ranks, unequally many
+    key_bias = torch.randn(2 * G, generator=draw)
+    key_bias[::7] = -torch.inf
+    ids = torch.randint(40, (2 * G,), generator=draw)
+    weights = {"weights": torch.rand(G, generator=draw)}
+    negatives = F.normalize(torch.randn(G, 2, D, generator=draw), dim=-1)
+    everything = {
+        "query_ids": ids[::2],
+        "key_ids": ids,
+        "exclude": positions.roll(1),
+        "key_bias": key_bias,
+    }
+    return {
+        "plain": {},
+        "ids and biases": weights | {"key_ids": ids[:G], "key_bias": key_bias[:G]},
+        "positions": {"positives": positions, "key_ids": ids},
+        "everything": weights | everything | {"positives": positions},
+        "ids positive": weights | everything | {"same_id": "positive"},
+        "label smoothing": weights | {"label_smoothing": 0.2},
+        "several positives and own negatives": everything
+        | {
+            "positives": several_positions(draw),
+            "label_smoothing": 0.2,
+            "negatives": negatives,
+        },
+    }
+
+
+OF_KEYS = {"key_ids", "key_bias"}  # the others are of queries
+PARTS_OF = ["everything", "ids positive"]
+
+
+def contrastive_results(
+    name: str,
+    kind: Kind,
+    *,
+    dtype: torch.dtype,
+    over_ranks: bool,
+    mine: slice = WHOLE,
+    parts: bool = False,
+) -> Results:
+    """``parts``: log-sum-exp and mean positive, weighed into one number."""
+    relation = relations()[name]
+    queries, keys = (t.to(dtype) for t in features(kind.dtype))
+    my_keys = mine
+    if len(relation.get("key_ids", keys)) > G:
+        keys = torch.stack([keys, -queries], dim=1).flatten(0, 1)
+        my_keys = slice(2 * mine.start, 2 * mine.stop)
+    options = {
+        option: value[my_keys if option in OF_KEYS else mine]
+        if isinstance(value, Tensor)
+        else value
+        for option, value in relation.items()
+    }
+    at_least_fp32 = torch.promote_types(dtype, torch.float32)
+    leaves = {
+        "queries": leaf(queries[mine]),
+        "keys": leaf(keys[my_keys]),
+        "logit_scale": leaf(kind.logit_scale, at_least_fp32),
+    }
+    if "key_bias" in options:
+        leaves["key_bias"] = leaf(options.pop("key_bias"), at_least_fp32)
+    if "negatives" in options:
+        leaves["negatives"] = leaf(options.pop("negatives"), dtype)
+    if not parts:
+        function = global_contrastive if over_ranks else contrastive
+        loss = function(**leaves, **options, backend=kind.backend)
+        return loss_and_gradients(loss, **leaves)
+    weights = options.pop("weights")
+    function = global_contrastive_parts if over_ranks else contrastive_parts
+    level, mean = function(**leaves, **options, backend=kind.backend)
+    return loss_and_gradients((weights * (level - 2 * mean)).mean(), **leaves)
+
+
+def every_result(
+    kind: Kind, *, dtype: torch.dtype, over_ranks: bool, mine: slice = WHOLE
+) -> dict[str, Results]:
+    options: dict[str, Any] = {"dtype": dtype, "over_ranks": over_ranks, "mine": mine}
+    results = {name: pair_loss_results(name, kind, **options) for name in PAIR_LOSSES}
+    for name in relations():
+        results[f"contrastive, {name}"] = contrastive_results(name, kind, **options)
+    for name in PARTS_OF:
+        results[f"parts, {name}"] = contrastive_results(name, kind, **options, parts=True)
+    return results
+
+
+# ---- on the ranks ----
+
+
+class RankResults(NamedTuple):
+    """Gathered, as arrays, which a process can send."""
+
+    losses: list[dict[str, Arrays]]  # of each kind, by case
+    distillation: Arrays
+    batch_norm: Arrays
+    refusal: str
+
+
+def all_rows(rows: Tensor) -> Tensor:
+    return distributed.gather_rows(rows) if distributed.is_distributed() else rows
+
+
+def as_ddp_averages(results: Results) -> Arrays:
+    """The mean over ranks: of scalars, and of rows that each belong to one rank."""
+    averages = {}
+    for name, value in results.items():
+        wide = value.double()
+        if value.ndim == 0:
+            average = distributed.mean_over_ranks(wide)
+        else:
+            average = all_rows(wide / distributed.world_size())
+        averages[name] = average.numpy()
+    return averages
+
+
+def of_rank() -> RankResults:
+    distributed.start(find_rank(), CPU, 60)
+    mine = distributed.own_slice(G)
+    results = RankResults(
+        losses=[
+            {
+                name: as_ddp_averages(values)
+                for name, values in every_result(
+                    kind, dtype=kind.dtype, over_ranks=True, mine=mine
+                ).items()
+            }
+            for kind in KINDS
+        ],
+        distillation=as_ddp_averages(distillation(mine)),
+        batch_norm=batch_norm_over_ranks(mine),
+        refusal=refusal(),
+    )
     distributed.stop()
     return results
 
 
-def all_rows(rows):
-    """The rows of all ranks."""
-    return distributed.gather_rows(rows) if distributed.is_distributed() else rows
-
-
-def batch_norm(own):
-    """Output, gradients and running statistics of the heads' batch norm."""
-    norm, x, w = norm_and_input()
-    x = x[own].requires_grad_()
-    y = norm(x)
-    (w[own] * y).sum().backward()
-    means = [distributed.sum_over_ranks(p.grad.clone()) for p in norm.parameters()]
-    rows = [all_rows(t) for t in (y.detach(), x.grad)]
-    return [t.numpy() for t in (*rows, *means, norm.running_mean, norm.running_var)]
-
-
-def distillation(own):
+def distillation(mine: slice = WHOLE) -> Results:
     """The loss and the gradients of both students and of the scale."""
-    students = [t[own].clone().requires_grad_() for t in features()]
-    scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
-    teacher = features(seed=7)[0].float()[own]
-    loss = similarity_distillation(Encoded(*students), teacher, scale, 0.2)
-    loss.backward()
-    ranks = distributed.world_size()
-    rows = [all_rows(t.grad / ranks) for t in students]
-    means = [distributed.mean_over_ranks(t) for t in (loss.detach(), scale.grad)]
-    return [t.numpy() for t in (*means, *rows)]
+    pairs = features()
+    leaves = {
+        "image": leaf(pairs.image[mine]),
+        "text": leaf(pairs.text[mine]),
+        "logit_scale": leaf(9.0, torch.float64),
+    }
+    teacher = features(seed=7).image.float()[mine]
+    students = Encoded(leaves["image"], leaves["text"])
+    loss = similarity_distillation(students, teacher, leaves["logit_scale"], 0.2)
+    return loss_and_gradients(loss, **leaves)
 
 
-def norm_and_input(kind=GlobalBatchNorm1d):
+class NormProblem(NamedTuple):
+    norm: torch.nn.BatchNorm1d
+    x: Tensor  # [G, D]
+    output_weights: Tensor  # [G, D], of the sum whose gradients are compared
+
+
+def norm_problem(norm_class: type[torch.nn.BatchNorm1d]) -> NormProblem:
     torch.manual_seed(3)
-    norm = kind(D).double()
+    norm = norm_class(D).double()
     torch.nn.init.normal_(norm.weight)
-    return norm, 5 + 2 * torch.randn(G, D).double(), torch.randn(G, D).double()
+    return NormProblem(norm, 5 + 2 * torch.randn(G, D).double(), torch.randn(G, D).double())
 
 
-def refusal():
+def batch_norm_results(problem: NormProblem, mine: slice = WHOLE) -> Results:
+    norm = problem.norm
+    x = leaf(problem.x[mine])
+    y = norm(x)
+    (problem.output_weights[mine] * y).sum().backward()
+    return {
+        "y": y.detach(),
+        "dx": x.grad,
+        "dweight": norm.weight.grad,
+        "dbias": norm.bias.grad,
+        "running_mean": norm.running_mean,
+        "running_var": norm.running_var,
+    }
+
+
+def batch_norm_over_ranks(mine: slice) -> Arrays:
+    """Rows of all ranks, sums of the parameters' gradients."""
+    results = batch_norm_results(norm_problem(GlobalBatchNorm1d), mine)
+    for name in ("y", "dx"):
+        results[name] = all_rows(results[name])
+    for name in ("dweight", "dbias"):
+        results[name] = distributed.sum_over_ranks(results[name].clone())
+    return {name: value.numpy() for name, value in results.items()}
+
+
+def refusal() -> str:
     try:
         global_info_nce(torch.zeros(3, 4), torch.zeros(2, 4), torch.tensor(1.0))
     except ValueError as error:
         return str(error)
+    return ""
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 4])
-def test_ranks_give_the_loss_and_gradients_of_the_whole_batch(ranks):
-    found = on_ranks(ranks, of_rank)
-    *results, distilled, norms, message = found[0]
-    assert "one text per image" in message
-    for got, want in zip(distilled, distillation(slice(None)), strict=True):
-        assert np.abs(got - want).max() <= 1e-12 * max(1, np.abs(want).max())
-    results = [[torch.from_numpy(a) for a in r] for r in results]
-    size = len(results) // len(KINDS)
-    kinds = [results[first : first + size] for first in range(0, len(results), size)]
-    for (dtype, _, scale), found in zip(KINDS, kinds, strict=True):
-        truths, bases = (
-            [
-                *losses_and_gradients((dtype, "reference", scale), False, wide=wide),
-                *contrastive_and_gradients((dtype, "reference", scale), False, wide=wide),
-            ]
-            for wide in (torch.float64, None)
-        )
-        for case, (got, truth, base) in enumerate(zip(found, truths, bases, strict=True)):
-            for number, (a, t, b) in enumerate(zip(got, truth, base, strict=True)):
-                where = f"{dtype} {scale} loss {case} result {number} of {t.flatten()[0]:.3g}"
-                if dtype == torch.float64:
-                    assert (a - t).abs().max() <= 1e-12 * max(1, t.abs().max()), where
-                else:  # a scalar's error is that of the logits it is made of
-                    size = max(10 + scale, t.abs().item()) if a.ndim == 0 else None
-                    assert_within_budget(a.to(b.dtype), t, b, where, magnitude=size)
-    norm, x, w = norm_and_input(torch.nn.BatchNorm1d)
-    x.requires_grad_()
-    y = norm(x)
-    (w * y).sum().backward()
-    grads = [p.grad for p in norm.parameters()]
-    want = y.detach(), x.grad, *grads, norm.running_mean, norm.running_var
-    for a, b in zip(norms, want, strict=True):
-        assert (torch.from_numpy(a) - b).abs().max() <= 1e-12 * max(1, b.abs().max())
+@pytest.fixture(scope="module", params=[1, 3, 4], ids=lambda ranks: f"{ranks} ranks")
+def first_rank(request: pytest.FixtureRequest) -> RankResults:
+    return on_ranks(request.param, of_rank)[0]
 
 
-def unequal_batches(kind, equal):
-    """What a loss says to batches of 6 and 5 (of rank 1), and its gathers in two calls."""
+def assert_equal_in_fp64(got: Any, expected: Tensor, name: str = "") -> None:
+    error = (torch.as_tensor(got) - expected).abs().max()
+    assert error <= 1e-12 * max(1, expected.abs().max()), name
+
+
+@pytest.mark.parametrize("number, kind", list(enumerate(KINDS)), ids=str)
+def test_losses_and_gradients_over_ranks_are_those_of_the_whole_batch(
+    first_rank: RankResults, number: int, kind: Kind
+) -> None:
+    reference = Kind(kind.dtype, "reference", kind.logit_scale)
+    truths = every_result(reference, dtype=torch.float64, over_ranks=False)
+    bases = every_result(reference, dtype=kind.dtype, over_ranks=False)
+    assert first_rank.losses[number].keys() == truths.keys()
+    for case, results in first_rank.losses[number].items():
+        assert results.keys() == truths[case].keys()
+        for name, array in results.items():
+            truth = truths[case][name]
+            base = bases[case][name]
+            where = f"{case}: {name}"
+            if kind.dtype == torch.float64:
+                assert_equal_in_fp64(array, truth, where)
+                continue
+            magnitude = None
+            if truth.ndim == 0:  # a scalar's error is that of the logits it is made of
+                magnitude = max(10 + kind.logit_scale, truth.abs().item())
+            got = torch.as_tensor(array).to(base.dtype)
+            assert_within_budget(got, truth, base, where, magnitude)
+
+
+def test_distillation_over_ranks_is_that_of_the_whole_batch(first_rank: RankResults) -> None:
+    for name, expected in distillation().items():
+        assert_equal_in_fp64(first_rank.distillation[name], expected, name)
+
+
+def test_batch_norm_over_ranks_is_torchs_of_the_whole_batch(first_rank: RankResults) -> None:
+    expected = batch_norm_results(norm_problem(torch.nn.BatchNorm1d))
+    for name, value in expected.items():
+        assert_equal_in_fp64(first_rank.batch_norm[name], value.detach(), name)
+
+
+def test_unpaired_features_are_refused_over_ranks(first_rank: RankResults) -> None:
+    assert "one text per image" in first_rank.refusal
+
+
+class TwoCalls(NamedTuple):
+    """Sizes of what each call of a loss gathered, or what it said."""
+
+    first_gathers: list[int]
+    second_gathers: list[int]
+    error: str
+
+
+def call_twice(name: str, equal: bool) -> TwoCalls:
+    """With batches of 6, or of 5 on rank 1."""
     info = find_rank()
-    distributed.start(info, torch.device("cpu"), 60)
-    gathers, gather = [], distributed.gather_rows
-    distributed.gather_rows = lambda rows: gathers.append(len(rows)) or gather(rows)
-    losses = {"ClipLoss": protoclip.ClipLoss, "SigLipLoss": protoclip.SigLipLoss}
-    loss = losses[kind](rank=info.rank, world_size=info.world_size)
+    distributed.start(info, CPU, 60)
+    gathers: list[int] = []
+    gather_rows = distributed.gather_rows
+
+    def noted(rows: Tensor) -> Tensor:
+        gathers.append(len(rows))
+        return gather_rows(rows)
+
+    distributed.gather_rows = noted
+    loss = getattr(protoclip, name)(rank=info.rank, world_size=info.world_size)
     x = F.normalize(torch.randn(6 if equal else 6 - info.rank, D), dim=1)
-    said = ""
     try:
-        counts = []
-        for _ in range(2):
-            before = len(gathers)
-            loss(x, x, torch.tensor(14.0))
-            counts.append(gathers[before:])
+        loss(x, x, torch.tensor(14.0))
+        first_gathers = gathers.copy()
+        loss(x, x, torch.tensor(14.0))
+        result = TwoCalls(first_gathers, gathers[len(first_gathers) :], "")
     except ValueError as error:
-        said = str(error)
+        result = TwoCalls([], [], str(error))
     distributed.stop()
-    return said, counts
+    return result
 
 
-@pytest.mark.parametrize("kind", ["ClipLoss", "SigLipLoss"])
-def test_unequal_batches_are_a_sentence_on_every_rank(kind):
-    for said, _ in on_ranks(2, unequal_batches, kind, False):
-        assert said.startswith(f"{kind}: expected as many rows on every rank, got 6, 5 on ranks")
-        assert "drop_last=True" in said
-    for said, (first, second) in on_ranks(2, unequal_batches, kind, True):
-        assert not said and first.count(1) == 1 and 1 not in second  # looked at once
+@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
+def test_unequal_batches_are_a_sentence_on_every_rank(name: str) -> None:
+    for calls in on_ranks(2, call_twice, name, False):
+        words = f"{name}: expected as many rows on every rank, got 6, 5 on ranks"
+        assert calls.error.startswith(words)
+        assert "drop_last=True" in calls.error
+
+
+@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
+def test_the_sizes_of_batches_are_compared_once(name: str) -> None:
+    for calls in on_ranks(2, call_twice, name, True):
+        assert calls.error == ""
+        assert calls.first_gathers.count(1) == 1 and 1 not in calls.second_gathers

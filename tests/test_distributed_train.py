@@ -1,82 +1,101 @@
 """Training on several ranks: losses and gradients of one rank, whatever computes the features."""
 
+from __future__ import annotations
+
 import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from ranks import TINY, ended, metrics, on_ranks, said, start_command, tiny_run
+from torch import Tensor
 
 from protoclip import distributed
 from protoclip.config import LossConfig, ModelConfig, OptimConfig
 from protoclip.data import Batch
 from protoclip.losses import Losses, global_info_nce, prototype_term
-from protoclip.model import build_model
+from protoclip.model import Encoded, ProtoModel, build_model
 from protoclip.prototypes import Episode, PrototypeSet
 from protoclip.step import Stepper
 
-STEPS, BATCH = 5, 24
-FEATURES = ("extract", "reuse")
+STEPS = 5
+BATCH = 24
+FEATURES = ["extract", "reuse"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
     np.save(path / "teacher.npy", np.random.default_rng(0).normal(size=(52, 5)).astype("f4"))
     return path
 
 
-def metrics_of(folder, ranks, passes, *flags):
-    """The lines of a run's steps."""
+def metrics_of_run(
+    folder: Path, flags: list[str], *, ranks: int = 1, passes: int = 1
+) -> list[dict[str, Any]]:
+    """The lines of a run's steps; ``passes``: in which the batch of each step is computed."""
     name = f"{ranks}-{passes}{''.join(flags)}"
     argv = tiny_run(
         folder, name, "--batch-size", str(BATCH // ranks // passes), "--accum-freq", str(passes),
         "--lr", "1e-3", "--external-teacher", "teacher.npy", "--external-teacher-dim", "0",
-        "--episode-size", str(2 * BATCH), "--max-steps", str(STEPS), *flags,
+        "--episode-size", str(2 * BATCH), "--max-steps", str(STEPS),
     )  # fmt: skip
-    codes = ended(start_command(folder, argv, ranks, bare=True))
+    codes = ended(start_command(folder, argv + flags, ranks, bare=True))
     assert codes == [0] * ranks, said(folder)
     return [line for line in metrics(folder / "logs" / name) if "loss" in line]
 
 
 @pytest.fixture(scope="module")
-def alone(folder):
-    return {name: metrics_of(folder, 1, 1, "--episode-features", name) for name in FEATURES}
+def on_one_rank(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return {name: metrics_of_run(folder, ["--episode-features", name]) for name in FEATURES}
+
+
+LOSSES = ("loss", "contrastive_loss", "proto_loss", "external_loss")
 
 
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize(("ranks", "passes"), [(1, 3), (2, 3), (3, 1)])
 def test_any_number_of_ranks_and_passes_gives_the_losses_of_one(
-    folder, alone, ranks, passes, features
-):
-    lines = metrics_of(folder, ranks, passes, "--episode-features", features)
+    folder: Path,
+    on_one_rank: dict[str, list[dict[str, Any]]],
+    ranks: int,
+    passes: int,
+    features: str,
+) -> None:
+    lines = metrics_of_run(folder, ["--episode-features", features], ranks=ranks, passes=passes)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    for line, want in zip(lines, alone[features], strict=True):
-        for name in ("loss", "contrastive_loss", "proto_loss", "external_loss", "image_inertia"):
-            assert (name in line) == (name in want)
-            if name in want:
+    for line, expected in zip(lines, on_one_rank[features], strict=True):
+        for name in (*LOSSES, "image_inertia"):
+            assert (name in line) == (name in expected)
+            if name in expected:
                 # Of unit rows the inertia is a small difference: 1e-6 is their rounding.
-                bound = {"rel": 3e-4, "abs": 1e-6 if name == "image_inertia" else 0.0}
-                assert line[name] == pytest.approx(want[name], **bound), (name, line["step"])
-        assert line["grad_norm"] == pytest.approx(want["grad_norm"], rel=3e-3)
+                noise = 1e-6 if name == "image_inertia" else 0.0
+                bound = pytest.approx(expected[name], rel=3e-4, abs=noise)
+                assert line[name] == bound, (name, line["step"])
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=3e-3)
     names = {name for line in lines for name in line}
     assert {"external_loss", "proto_loss", "image_inertia"} <= names
 
 
-SIGLIP = "--siglip", "--dedup", "caption"
+CLIP = ["--method", "clip"]
+SIGLIP = ["--siglip", "--dedup", "caption"]
 
 
 @pytest.mark.parametrize(
-    ("ranks", "passes", "flags"),
-    [(3, 1, ["--method", "clip"]), (3, 1, ["--method", "clip", *SIGLIP]), (2, 3, SIGLIP)],
+    ("ranks", "passes", "flags"), [(3, 1, CLIP), (3, 1, CLIP + SIGLIP), (2, 3, SIGLIP)]
 )
-def test_clip_and_siglip_on_ranks(folder, ranks, passes, flags):
-    lines, alone = (metrics_of(folder, *split, *flags) for split in ((ranks, passes), (1, 1)))
-    names = ("loss", "logit_bias") if "--siglip" in flags else ("loss",)
-    for name in names:
-        got, want = ([line[name] for line in own] for own in (lines, alone))
-        assert len(got) == STEPS and got == pytest.approx(want, rel=3e-4)
+def test_clip_and_siglip_on_ranks_have_the_losses_of_one(
+    folder: Path, ranks: int, passes: int, flags: list[str]
+) -> None:
+    lines = metrics_of_run(folder, flags, ranks=ranks, passes=passes)
+    expected = metrics_of_run(folder, flags)
+    for name in ("loss", "logit_bias") if "--siglip" in flags else ("loss",):
+        values = [line[name] for line in lines]
+        assert len(values) == STEPS
+        assert values == pytest.approx([line[name] for line in expected], rel=3e-4)
     assert ("proto_loss" in lines[-1]) == ("clip" not in flags)
 
 
@@ -85,58 +104,93 @@ class ExactLoss:
 
     config = LossConfig()
 
-    def __init__(self, model):
+    def __init__(self, model: ProtoModel) -> None:
         self.model = model
 
-    def __call__(self, encoded, projected, index, logit_scale, proto_scale, episode, **_):
-        unit = [F.normalize(u, dim=1) for u in (encoded.image, encoded.text)]
-        total = global_info_nce(*unit, logit_scale)
+    def __call__(
+        self,
+        encoded: Encoded,
+        projected: Encoded | None,
+        index: Tensor,
+        logit_scale: Tensor,
+        proto_scale: Tensor,
+        episode: Episode | None,
+        **_: Any,
+    ) -> Losses:
+        image = F.normalize(encoded.image, dim=1)
+        text = F.normalize(encoded.text, dim=1)
+        total = global_info_nce(image, text, logit_scale)
         if episode is not None:
-            image, text = self.model.image_head(unit[0]), self.model.text_head(unit[1])
-            features = {"image": F.normalize(image, dim=1), "text": F.normalize(text, dim=1)}
-            ranks = {"over_ranks": distributed.is_distributed()}
-            labels = episode.labels_of(index)
-            term = prototype_term(features, labels, episode.sets, proto_scale, **ranks)
+            features = {
+                "image": F.normalize(self.model.image_head(image), dim=1),
+                "text": F.normalize(self.model.text_head(text), dim=1),
+            }
+            term = prototype_term(
+                features,
+                episode.labels_of(index),
+                episode.sets,
+                proto_scale,
+                over_ranks=distributed.is_distributed(),
+            )
             total = total + term.loss
         return Losses(total, {}, {})
 
 
-def gradients(path):
-    """fp64 gradients by name of a step, without and with prototypes, in one pass and in two."""
-    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
-    torch.manual_seed(0)
-    model = build_model(ModelConfig(str(path), projection_dim=8, projection_hidden_dim=24)).double()
-    pixels = torch.randn(BATCH, 3, 16, 16, dtype=torch.float64)
-    tokens = torch.randint(1, 49000, (BATCH, 12))
-    labels, sets = torch.randint(6, (BATCH,)), []
+class Step(NamedTuple):
+    """Without or with prototypes, in one pass or in two."""
+
+    prototypes: bool
+    passes: int
+
+
+def random_episode() -> Episode:
+    labels = torch.randint(6, (BATCH,))
     labels[:9:2] = -100  # ranks have unequal numbers of samples with a label
+    sets = []
     for source, student in (("text", "image"), ("image", "text")):
         prototypes, targets = torch.randn(2, 6, 8, dtype=torch.float64)
         sets.append(PrototypeSet(source, student, prototypes, targets))
+    labels_by_source = dict.fromkeys(("text", "image"), labels.int())
+    return Episode(torch.arange(BATCH), labels_by_source, {}, tuple(sets))
+
+
+def gradients_of_steps(model_file: Path) -> dict[Step, dict[str, np.ndarray]]:
+    """In fp64, by the parameter's name."""
+    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
+    torch.manual_seed(0)
+    config = ModelConfig(str(model_file), projection_dim=8, projection_hidden_dim=24)
+    model = build_model(config).double()
+    pixels = torch.randn(BATCH, 3, 16, 16, dtype=torch.float64)
+    tokens = torch.randint(1, 49000, (BATCH, 12))
+    episode = random_episode()
     stepper = Stepper(model, ExactLoss(model), OptimConfig(grad_clip_norm=0))
-    by_source = dict.fromkeys(("text", "image"), labels.int())
-    trained = Episode(torch.arange(BATCH), by_source, {}, tuple(sets))
-    own, found = torch.arange(BATCH)[distributed.own_slice(BATCH)], {}
-    for episode in (None, trained):
-        for passes in (1, 2):
-            parts = [Batch(i, pixels[i], tokens[i]) for i in own.chunk(passes)]
-            stepper.step(0, parts, episode, project=False, lr=0.0)
-            grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-            embedding = grads.pop("clip.token_embedding.weight")[tokens.unique()]
-            grads = {name: grad.numpy().copy() for name, grad in grads.items()}
-            found[episode is not None, passes] = grads | {"embedding": embedding.numpy()}
+    mine = torch.arange(BATCH)[distributed.own_slice(BATCH)]
+    gradients = {}
+    for step in (Step(False, 1), Step(False, 2), Step(True, 1), Step(True, 2)):
+        parts = [Batch(rows, pixels[rows], tokens[rows]) for rows in mine.chunk(step.passes)]
+        stepper.step(0, parts, episode if step.prototypes else None, project=False, lr=0.0)
+        by_name = {
+            name: parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+        embedding = by_name.pop("clip.token_embedding.weight")
+        by_name["embedding"] = embedding[tokens.unique()]
+        gradients[step] = {name: gradient.numpy().copy() for name, gradient in by_name.items()}
     distributed.stop()
-    return found
+    return gradients
 
 
-def test_ranks_and_passes_give_the_exact_gradients(tmp_path):
+def test_ranks_and_passes_give_the_exact_gradients(tmp_path: Path) -> None:
     """Of parameters that a phase does not train there are none."""
     path = tmp_path / "nano.json"
     path.write_text(json.dumps(TINY))
-    ((alone,), both) = (on_ranks(ranks, gradients, path) for ranks in (1, 2))
-    for found in (alone, *both):
-        for (prototypes, _), grads in found.items():
-            want = alone[prototypes, 1]
-            assert set(grads) == set(want) and ("logit_scale_proto" in want) == prototypes
-            bound = 1e-12 * max(np.abs(grad).max() for grad in want.values())
-            assert all(np.abs(grads[name] - want[name]).max() <= bound for name in want)
+    (on_one_rank,) = on_ranks(1, gradients_of_steps, path)
+    for by_step in (on_one_rank, *on_ranks(2, gradients_of_steps, path)):
+        for step, gradients in by_step.items():
+            expected = on_one_rank[Step(step.prototypes, passes=1)]
+            assert set(gradients) == set(expected)
+            assert ("logit_scale_proto" in expected) == step.prototypes
+            bound = 1e-12 * max(np.abs(gradient).max() for gradient in expected.values())
+            for name, gradient in gradients.items():
+                assert np.abs(gradient - expected[name]).max() <= bound, name

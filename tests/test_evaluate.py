@@ -1,14 +1,20 @@
 """Evaluation sets, their scores, the command, the table people read and the JSON programs read."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import math
 import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from protoclip import checkpoint
 from protoclip.config import ModelConfig
@@ -32,128 +38,173 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
-def model():
+def model() -> Any:
     torch.manual_seed(0)
     return build_model(ModelConfig())
 
 
-def test_scores_are_those_of_the_metrics():
-    g = torch.Generator().manual_seed(0)
-    centre = 3 * torch.randn(6, 8, generator=g)
-    ids = torch.randint(0, 6, (120,), generator=g)
-    labels = {"group": Labels(ids, tuple("abcdef"))}
-    image = centre[ids] + 0.3 * torch.randn(120, 8, generator=g)
-    text = image + torch.randn(120, 8, generator=g)
-    rows = torch.arange(120)
-    one = EvalSet(image, text, rows, labels, {"group": centre})
-    train = take(one, range(119, -1, -1))
-    unfit = frozenset({("group", "linear_probe"), ("group", "knn"), ("group", "grouping")})
-    seen = EvalSet(image, text, rows, labels, {"group": centre}, skip=unfit, title="Seen")
-    results = evaluate_features({"A": one, "B": seen}, train)
-    got = results["A"].metrics
-    for name, hits in metrics.recalls(metrics.retrieval(image, text)).items():
-        assert got[name] == pytest.approx(float(hits.mean()))
-    guesses = metrics.zero_shot_logits(image, centre).argmax(1)
-    assert got["group/acc1"] == pytest.approx(float((guesses == ids).double().mean()))
-    assert got["group/lp_acc1"] == got["group/knn_acc1"] == got["group/nn_acc1"] == 1
-    assert got["group/ami"] > 0.9  # three k-means, one start each: not always the best one
-    assert got["modality_gap"] == metrics.modality_gap(image, text)
-    low, high = results["A"].intervals["text_retrieval_recall@5"]
-    assert low < got["text_retrieval_recall@5"] < high
-    left_out = ("lp_", "nn_", "ami")
-    assert not [name for name in results["B"].metrics if any(x in name for x in left_out)]
-    assert "group/acc1" in results["B"].metrics
-    assert results["B"].title == "Seen"
+class Groups(NamedTuple):
+    """Pairs around the centres of six groups."""
 
-
-def test_a_class_that_is_not_known_is_not_judged():
-    """-1 is no class: neither a wrong answer nor a neighbour, and no group of its own."""
-    g = torch.Generator().manual_seed(0)
-    ids = torch.arange(40) % 4
-    image = torch.eye(4)[ids] + 0.01 * torch.randn(40, 4, generator=g)
-    unknown = torch.cat([ids, torch.full((40,), -1)])
-    both = torch.cat([image, torch.randn(40, 4, generator=g)])
-    parts = []
-    for rows, known in ((image, ids), (both, unknown)):
-        labels = {"kind": Labels(known, tuple("abcd"))}
-        one = EvalSet(rows, rows[:0], labels=labels, class_vectors={"kind": torch.eye(4)})
-        metrics_of = evaluate_features({"A": one}, one)["A"].metrics
-        parts.append({k: v for k, v in metrics_of.items() if k.startswith("kind/")})
-    assert parts[0] == pytest.approx(parts[1], nan_ok=True)
-    assert parts[0]["kind/acc1"] == parts[0]["kind/nn_acc1"] == 1
-
-
-def test_zero_shot_among_the_classes_of_the_set():
-    ids, vectors = torch.tensor([5, 2, 5]), torch.eye(3)[:2]
-    one = EvalSet(
-        torch.eye(3)[[1, 0, 0]], torch.empty(0, 3), labels={"kind": Labels(ids, tuple("abcdef"))},
-        class_vectors={"kind": vectors}, choices={"kind": torch.tensor([2, 5])},
-    )  # fmt: skip
-    rows, judged = one.among("kind")
-    assert rows.tolist() == [0, 1, 2] and judged.ids.tolist() == [1, 0, 1]
-    assert judged.names == ("c", "f")
-    got = evaluate_features({"A": one}, tasks=("zeroshot",))["A"].metrics
-    assert got["kind/acc1"] == pytest.approx(2 / 3)
-
-
-def test_class_prompts_are_readable():
-    groups = class_prompts("group", ["red-star", "flags"], ("a picture of {}", "{}"))
-    assert groups[0] == ["a picture of red star", "red star"]
-    assert groups[1] == ["a picture of flags", "flags"]
-    assert class_prompts("class", ["red-star"], ("{}",)) == [["red-star"]]
-
-
-def test_icon_sets_are_parts_of_the_held_out_icons(model):
-    """NEW: an unseen family draws concepts that were trained on; HO: concepts that were not."""
-    layout = open_layout("builtin:icons")
-    train, held = layout.train, set(layout.test.keys)
-    trained = set(train.labels["concept"].ids.tolist())
-    drawn = {key: part.test for key, part in layout.parts.items()}
-    assert all(key in held for part in drawn.values() for key in part.keys)
-    assert all(key.startswith("lucide/") for key in drawn["NEW"].keys)
-    assert set(drawn["NEW"].labels["concept"].ids.tolist()) <= trained
-    concepts = drawn["HO"].labels["concept"].ids.tolist()
-    assert not set(concepts) & trained
-    families = {}
-    for concept, key in zip(concepts, drawn["HO"].keys, strict=True):
-        families.setdefault(concept, set()).add(key.partition("/")[0])
-    assert min(map(len, families.values())) == 2 and len(families) > 50
-    assert len(drawn["NEW"]) > 400
-
-    few = {  # enough to see that each is encoded
-        key: dataclasses.replace(part, test=Subset(part.test, range(0, len(part.test), 9)))
-        for key, part in layout.parts.items()
-    }
-    few_train = Subset(train, range(0, len(train), 99))
-    layout = dataclasses.replace(layout, train=few_train, parts=few)
-    encoder = Encoder(model, CPU)
-    sets, probe_train = encode_sets(encoder, layout)
-    for key, one in sets.items():
-        dataset = few[key].test
-        torch.testing.assert_close(one.image, encoder.images(dataset))
-        texts = [dataset.captions(i)[0] for i in range(len(dataset))]
-        if key == "NEW":  # drawings of new concepts share their captions: no retrieval
-            torch.testing.assert_close(one.text, encoder.texts(texts))
-        else:
-            assert len(one.text) == 0
-        present = dataset.labels["concept"].ids.unique()
-        assert torch.equal(one.choices["concept"], present)
-        assert len(one.class_vectors["concept"]) == len(present)
-    torch.testing.assert_close(probe_train.image, encoder.images(few_train))
-    found = {key: set(one.metrics) for key, one in evaluate_features(sets, probe_train).items()}
-    assert {"concept/acc1", "concept/nn_acc1", "category/knn_acc1"} <= found["NEW"]
-    assert "concept/ami" not in found["NEW"] and "concept/ami" in found["HO"]
-    assert "concept/nn_acc1" not in found["HO"] and "category/ami" in found["HO"]
-    assert not [name for names in found.values() for name in names if "lp_" in name]
+    pairs: EvalSet
+    centres: Tensor  # [6, 8]
+    ids: Tensor  # [120]
 
 
 @pytest.fixture
-def run(trained, tmp_path):
+def groups() -> Groups:
+    draw = torch.Generator().manual_seed(0)
+    centres = 3 * torch.randn(6, 8, generator=draw)
+    ids = torch.randint(0, 6, (120,), generator=draw)
+    image = centres[ids] + 0.3 * torch.randn(120, 8, generator=draw)
+    text = image + torch.randn(120, 8, generator=draw)
+    labels = {"group": Labels(ids, tuple("abcdef"))}
+    pairs = EvalSet(image, text, torch.arange(120), labels, {"group": centres})
+    return Groups(pairs, centres, ids)
+
+
+def reversed_rows(pairs: EvalSet) -> EvalSet:
+    return take(pairs, range(len(pairs.image) - 1, -1, -1))
+
+
+def test_scores_are_those_of_the_metrics(groups: Groups) -> None:
+    image = groups.pairs.image
+    text = groups.pairs.text
+    results = evaluate_features({"A": groups.pairs}, reversed_rows(groups.pairs))["A"]
+    scores = results.metrics
+    for name, hits in metrics.recalls(metrics.retrieval(image, text)).items():
+        assert scores[name] == pytest.approx(float(hits.mean()))
+    guesses = metrics.zero_shot_logits(image, groups.centres).argmax(1)
+    assert scores["group/acc1"] == pytest.approx(float((guesses == groups.ids).double().mean()))
+    assert scores["group/lp_acc1"] == scores["group/knn_acc1"] == scores["group/nn_acc1"] == 1
+    assert scores["group/ami"] > 0.9  # three k-means, one start each: not always the best one
+    assert scores["modality_gap"] == metrics.modality_gap(image, text)
+    low, high = results.intervals["text_retrieval_recall@5"]
+    assert low < scores["text_retrieval_recall@5"] < high
+
+
+def test_scores_that_a_set_is_unfit_for_are_left_out(groups: Groups) -> None:
+    unfit = frozenset({("group", "linear_probe"), ("group", "knn"), ("group", "grouping")})
+    seen = dataclasses.replace(groups.pairs, skip=unfit, title="Seen")
+    results = evaluate_features({"B": seen}, reversed_rows(groups.pairs))["B"]
+    assert results.title == "Seen"
+    assert "group/acc1" in results.metrics
+    for part_of_name in ("lp_", "nn_", "ami"):
+        assert not [name for name in results.metrics if part_of_name in name]
+
+
+def test_a_class_that_is_not_known_is_not_judged() -> None:
+    """-1 is no class: neither a wrong answer nor a neighbour, and no group of its own."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.arange(40) % 4
+    image = torch.eye(4)[ids] + 0.01 * torch.randn(40, 4, generator=draw)
+    unknown = torch.full((40,), -1)
+    of_unknown = torch.randn(40, 4, generator=draw)
+
+    def scores(image: Tensor, ids: Tensor) -> dict[str, float]:
+        pairs = EvalSet(
+            image,
+            image[:0],
+            labels={"kind": Labels(ids, tuple("abcd"))},
+            class_vectors={"kind": torch.eye(4)},
+        )
+        results = evaluate_features({"A": pairs}, pairs)["A"].metrics
+        return {name: value for name, value in results.items() if name.startswith("kind/")}
+
+    without_unknown = scores(image, ids)
+    with_unknown = scores(torch.cat([image, of_unknown]), torch.cat([ids, unknown]))
+    assert with_unknown == pytest.approx(without_unknown, nan_ok=True)
+    assert without_unknown["kind/acc1"] == without_unknown["kind/nn_acc1"] == 1
+
+
+def test_zero_shot_is_among_the_classes_of_the_set() -> None:
+    pairs = EvalSet(
+        torch.eye(3)[[1, 0, 0]],
+        torch.empty(0, 3),
+        labels={"kind": Labels(torch.tensor([5, 2, 5]), tuple("abcdef"))},
+        class_vectors={"kind": torch.eye(3)[:2]},
+        choices={"kind": torch.tensor([2, 5])},
+    )
+    rows, judged = pairs.among("kind")
+    assert rows.tolist() == [0, 1, 2] and judged.ids.tolist() == [1, 0, 1]
+    assert judged.names == ("c", "f")
+    scores = evaluate_features({"A": pairs}, tasks=("zeroshot",))["A"].metrics
+    assert scores["kind/acc1"] == pytest.approx(2 / 3)
+
+
+def test_class_prompts_are_readable() -> None:
+    of_groups = class_prompts("group", ["red-star", "flags"], ("a picture of {}", "{}"))
+    assert of_groups == [
+        ["a picture of red star", "red star"],
+        ["a picture of flags", "flags"],
+    ]
+    assert class_prompts("class", ["red-star"], ("{}",)) == [["red-star"]]
+
+
+def concepts_of(dataset: Any) -> list[int]:
+    return dataset.labels["concept"].ids.tolist()
+
+
+def test_new_icons_are_an_unseen_family_of_concepts_that_were_trained_on() -> None:
+    layout = open_layout("builtin:icons")
+    new = layout.parts["NEW"].test
+    assert set(new.keys) <= set(layout.test.keys)
+    assert len(new) > 400
+    assert all(key.startswith("lucide/") for key in new.keys)
+    assert set(concepts_of(new)) <= set(concepts_of(layout.train))
+
+
+def test_held_out_icons_are_of_concepts_that_were_not_trained_on() -> None:
+    layout = open_layout("builtin:icons")
+    held_out = layout.parts["HO"].test
+    assert set(held_out.keys) <= set(layout.test.keys)
+    assert not set(concepts_of(held_out)) & set(concepts_of(layout.train))
+    families = defaultdict(set)
+    for concept, key in zip(concepts_of(held_out), held_out.keys, strict=True):
+        families[concept].add(key.partition("/")[0])
+    assert min(map(len, families.values())) == 2 and len(families) > 50
+
+
+def test_each_set_of_icons_is_encoded_and_scored(model: Any) -> None:
+    whole = open_layout("builtin:icons")
+    few = {
+        key: dataclasses.replace(part, test=Subset(part.test, range(0, len(part.test), 9)))
+        for key, part in whole.parts.items()
+    }
+    few_train = Subset(whole.train, range(0, len(whole.train), 99))
+    layout = dataclasses.replace(whole, train=few_train, parts=few)
+    encoder = Encoder(model, CPU)
+    sets, probe_train = encode_sets(encoder, layout)
+    for key, encoded in sets.items():
+        dataset = few[key].test
+        torch.testing.assert_close(encoded.image, encoder.images(dataset))
+        if key == "NEW":
+            texts = [dataset.captions(i)[0] for i in range(len(dataset))]
+            torch.testing.assert_close(encoded.text, encoder.texts(texts))
+        else:  # drawings of new concepts share their captions: no retrieval
+            assert len(encoded.text) == 0
+        present = dataset.labels["concept"].ids.unique()
+        assert torch.equal(encoded.choices["concept"], present)
+        assert len(encoded.class_vectors["concept"]) == len(present)
+    torch.testing.assert_close(probe_train.image, encoder.images(few_train))
+    results = evaluate_features(sets, probe_train)
+    new = set(results["NEW"].metrics)
+    held_out = set(results["HO"].metrics)
+    assert {"concept/acc1", "concept/nn_acc1", "category/knn_acc1"} <= new
+    assert "concept/ami" not in new and "concept/ami" in held_out
+    assert "concept/nn_acc1" not in held_out and "category/ami" in held_out
+    assert not [name for name in new | held_out if "lp_" in name]
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
     """A copy of a run's folder."""
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def test_command_gives_the_numbers_of_the_stored_model(run, nano, capsys):
+def test_the_command_gives_the_numbers_of_the_stored_model(
+    run: Path, nano: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(run), "--data", "builtin:shapes:100", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "Held-out pairs (HO)" in printed and "image -> text R@5" in printed
@@ -161,23 +212,30 @@ def test_command_gives_the_numbers_of_the_stored_model(run, nano, capsys):
     model = build_model(ModelConfig(model=str(nano)))
     model.load_state(checkpoint.load_newest(run)[1])
     sets, train = encode_sets(Encoder(model, CPU), open_layout("builtin:shapes:100"))
-    want = evaluate_features(sets, train)["HO"].metrics["text_retrieval_recall@5"]
-    assert outcome.trained["HO"].metrics["text_retrieval_recall@5"] == want
+    expected = evaluate_features(sets, train)["HO"].metrics
+    name = "text_retrieval_recall@5"
+    assert outcome.trained["HO"].metrics[name] == expected[name]
     assert outcome.untrained is None
 
 
-def test_command_renews_what_training_left(run, capsys):
+def test_the_command_renews_what_training_left(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sets = {"HO": SetResults("Held-out pairs", 1, 1, {"text_retrieval_recall@5": 0.25})}
-    data, path = "builtin:shapes:100", run / "results.json"
+    data = "builtin:shapes:100"
+    path = run / "results.json"
     write_results(path, Outcome(data, "tiny", "old.pt", sets, sets, {"training": 60.0}, 2**30))
     assert main([str(run), "--data", data, "--output", str(path), "--device", "cpu"]) == 0
-    printed, outcome = capsys.readouterr().out, read_results(path)
+    printed = capsys.readouterr().out
+    outcome = read_results(path)
     assert "untrained" in printed and "training 60.0 s" in printed and "1,024 MiB" in printed
     assert outcome.trained["HO"].samples == 12 and outcome.untrained == sets
     assert outcome.pretrained.endswith(checkpoint.LATEST)
 
 
-def test_command_asks_for_data_where_the_run_has_none(run, capsys):
+def test_the_command_asks_for_data_where_the_run_has_none(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, payload = checkpoint.load_newest(run)
     payload["protoclip"]["config"]["data"]["train_data"] = "pairs.csv"
     checkpoint.save(path, payload)
@@ -188,7 +246,12 @@ def test_command_asks_for_data_where_the_run_has_none(run, capsys):
 # Results
 
 
-def outcome(recall=0.25, rank=120.0, untrained=None, **more):
+def outcome_of(
+    recall: float = 0.25,
+    rank: float = 120.0,
+    untrained: dict[str, SetResults] | None = None,
+    **more: Any,
+) -> Outcome:
     values = {
         "text_retrieval_recall@5": recall,
         "image_retrieval_recall@5": math.nan,
@@ -206,68 +269,76 @@ def outcome(recall=0.25, rank=120.0, untrained=None, **more):
     return Outcome("builtin:icons", "tiny", "x.pt", sets, untrained, **more)
 
 
-def test_table_has_a_row_per_metric_and_the_change():
-    timing = {f"phase {i}": 10.0 * i for i in range(9)}
-    before = outcome(0.01, 900).trained
-    text = format_table(
-        outcome(untrained=before, seconds=timing, peak_memory_bytes=3 * 2**30)
-    ).splitlines()
-    assert max(map(len, text)) <= 100
-    assert text[0] == "Held-out (HO): 1,190 images, 1,190 captions"
-    assert text[1].split() == ["untrained", "trained", "95", "%", "interval", "change"]
-    row = next(line for line in text if "image -> text R@5" in line)
-    assert row.split()[-6:] == ["0.010", "0.250", "0.150", "..", "0.350", "+0.240"]
-    assert len({len(line) for line in text[1:6]}) == 1  # aligned
-    row = next(line for line in text if "median rank" in line)
-    assert row.split()[-3:] == ["900.0", "120.0", "-780.0"]
-    row = next(line for line in text if "text -> image R@5" in line)
-    assert row.split()[-3:] == ["-", "-", "-"]
-    assert any("linear probe group" in line for line in text)
-    assert text[-1] == "Peak memory: 3,072 MiB"
-    assert "together 360.0 s" in " ".join(text)
+def row_of(table: list[str], title: str) -> list[str]:
+    """The words of the row with this title."""
+    return next(line for line in table if title in line).split()
 
 
-def test_the_table_against_several_seeds_of_clip():
+def test_the_table_has_a_row_per_metric_and_the_change() -> None:
+    results = outcome_of(untrained=outcome_of(0.01, 900).trained)
+    table = format_table(results).splitlines()
+    assert max(map(len, table)) <= 100
+    assert table[0] == "Held-out (HO): 1,190 images, 1,190 captions"
+    assert table[1].split() == ["untrained", "trained", "95", "%", "interval", "change"]
+    recall = row_of(table, "image -> text R@5")
+    assert recall[-6:] == ["0.010", "0.250", "0.150", "..", "0.350", "+0.240"]
+    assert row_of(table, "median rank")[-3:] == ["900.0", "120.0", "-780.0"]
+    assert row_of(table, "text -> image R@5")[-3:] == ["-", "-", "-"]
+    assert row_of(table, "linear probe group")
+    assert len({len(line) for line in table[1:6]}) == 1  # aligned
+
+
+def test_the_table_ends_with_times_and_memory() -> None:
+    seconds = {f"phase {i}": 10.0 * i for i in range(9)}
+    results = outcome_of(seconds=seconds, peak_memory_bytes=3 * 2**30)
+    table = format_table(results).splitlines()
+    assert max(map(len, table)) <= 100
+    assert table[-1] == "Peak memory: 3,072 MiB"
+    assert "together 360.0 s" in " ".join(table)
+
+
+def test_the_table_against_several_seeds_of_clip() -> None:
     """Floor, untrained and CLIP side by side; what one more CLIP run may give is in brackets."""
-    ours, clip = outcome(0.3), outcome(0.25, seeds=5)
-    floor = {"HO": dataclasses.replace(clip.trained["HO"], metrics={"group/ami": 0.11})}
+    clip = outcome_of(0.25, seeds=5)
     bounds = {"text_retrieval_recall@5": (0.15, 0.35), "group/ami": (0.12, 0.13)}
-    wide = dataclasses.replace(clip.trained["HO"], intervals=bounds)
-    ours = dataclasses.replace(ours, floors={"HOG": floor}, untrained=outcome(0.01).trained)
+    clip_set = dataclasses.replace(clip.trained["HO"], intervals=bounds)
+    floor = dataclasses.replace(clip.trained["HO"], metrics={"group/ami": 0.11})
+    ours = outcome_of(0.3, untrained=outcome_of(0.01).trained, floors={"HOG": {"HO": floor}})
     ours.trained["HO"].metrics["group/ami"] = 0.2
-    text = format_table(ours, dataclasses.replace(clip, trained={"HO": wide})).splitlines()
-    assert max(map(len, text)) <= 100 and "mean of 5 seeds" in " ".join(text)
-    assert " ".join(text[1].split()) == "HOG untrained CLIP trained 95 % interval to CLIP"
-    row = next(line for line in text if "AMI" in line)
-    assert row.split()[3:] == ["0.110", "0.125", "0.125", "0.200", "+0.075"]
-    assert text.index(row) == 3  # after zero-shot
-    row = next(line for line in text if "image -> text R@5" in line)
-    assert row.split()[-6:] == ["0.250", "0.300", "0.200", "..", "0.400", "(+0.050)"]
+    text = format_table(ours, dataclasses.replace(clip, trained={"HO": clip_set}))
+    table = text.splitlines()
+    assert max(map(len, table)) <= 100 and "mean of 5 seeds" in " ".join(table)
+    assert " ".join(table[1].split()) == "HOG untrained CLIP trained 95 % interval to CLIP"
+    assert row_of(table, "AMI")[3:] == ["0.110", "0.125", "0.125", "0.200", "+0.075"]
+    assert "AMI" in table[3]  # after zero-shot
+    recall = row_of(table, "image -> text R@5")
+    assert recall[-6:] == ["0.250", "0.300", "0.200", "..", "0.400", "(+0.050)"]
 
 
-def test_floors_need_no_training():
+def test_floors_need_no_training(model: Any) -> None:
     layout = open_layout("builtin:shapes:400")
-    found = floors(Encoder(build_model(ModelConfig()), CPU), layout)
-    assert list(found) == ["chance", "frequent", "pixels", "HOG"]
-    values = {name: sets["HO"].metrics for name, sets in found.items()}
+    sets_of_floors = floors(Encoder(model, CPU), layout)
+    assert list(sets_of_floors) == ["chance", "frequent", "pixels", "HOG"]
+    values = {name: sets["HO"].metrics for name, sets in sets_of_floors.items()}
     ids = layout.test.labels["group"].ids
     assert values["chance"]["group/acc1"] == pytest.approx(1 / 12)
     assert values["frequent"]["group/acc1"] == pytest.approx(float(ids.bincount().max()) / len(ids))
-    usual = (ids == layout.train.labels["group"].ids.bincount().argmax()).double().mean()
-    assert values["frequent"]["group/knn_acc1"] == pytest.approx(float(usual))
+    usual_group = layout.train.labels["group"].ids.bincount().argmax()
+    share_of_usual = (ids == usual_group).double().mean()
+    assert values["frequent"]["group/knn_acc1"] == pytest.approx(float(share_of_usual))
     assert values["chance"]["text_retrieval_recall@5"] == pytest.approx(5 / len(layout.test))
     # The outline tells shapes apart: gradients see it better than chance does.
     assert values["HOG"]["group/knn_acc1"] > 2 * values["chance"]["group/knn_acc1"]
     assert 0 < values["pixels"]["group/ami"] < 1
 
 
-def test_gradients_of_an_edge_fall_into_its_direction():
+def test_gradients_of_an_edge_fall_into_its_direction() -> None:
     picture = np.zeros((24, 24), dtype=np.uint8)
     picture[:, 12:] = 255
     features = hog(Image.fromarray(picture)).reshape(2, 2, 4, 9)
     # Gradients point along the row: angle 0, halfway between the last bin and the first.
     assert features[..., 0] == pytest.approx(features[..., 8]) and not features[..., 1:8].any()
-    left, right = features[0, 0], features[0, 1]  # the edge is in the middle column of cells
+    left, right = features[0]  # the edge is in the middle column of cells
     assert left[[1, 3], 0] == pytest.approx([0.5, 0.5]) and not left[[0, 2]].any()
     assert right[[0, 2], 0] == pytest.approx([0.5, 0.5]) and not right[[1, 3]].any()
     assert not hog(Image.new("RGB", (24, 24), "red")).any()
@@ -276,29 +347,47 @@ def test_gradients_of_an_edge_fall_into_its_direction():
     assert turned[..., 4].max() > 0.5 and not np.delete(turned, 4, axis=-1).any()
 
 
-def test_json_round_trip(tmp_path):
-    path = tmp_path / "results.json"
-    before = outcome(0.01).trained
-    written = outcome(
-        untrained=before, seconds={"training": 1.5}, peak_memory_bytes=7, floors={"pixels": before}
+@pytest.fixture
+def every_part() -> Outcome:
+    untrained = outcome_of(0.01).trained
+    return outcome_of(
+        untrained=untrained,
+        seconds={"training": 1.5},
+        peak_memory_bytes=7,
+        floors={"pixels": untrained},
     )
-    write_results(path, written)
-    raw = json.loads(path.read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
-    assert raw["trained"]["HO"]["metrics"]["group/acc5"] is None
+
+
+def test_results_are_read_as_they_were_written(tmp_path: Path, every_part: Outcome) -> None:
+    path = tmp_path / "results.json"
+    write_results(path, every_part)
+    assert [path] == list(tmp_path.iterdir())
     content = read_results(path)
     assert content.seconds == {"training": 1.5} and content.peak_memory_bytes == 7
-    for old in (content.untrained, content.floors["pixels"]):
-        assert old["HO"].metrics["text_retrieval_recall@5"] == 0.01
+    for sets in (content.untrained, content.floors["pixels"]):
+        assert sets["HO"].metrics["text_retrieval_recall@5"] == 0.01
     assert math.isnan(content.trained["HO"].metrics["group/acc5"])
-    assert format_table(content) == format_table(written)
-    assert [path] == list(tmp_path.iterdir())
-    raw["floor"] = raw.pop("floors")["pixels"]  # as older versions wrote it
+    assert format_table(content) == format_table(every_part)
+
+
+def test_results_are_json_without_nan(tmp_path: Path, every_part: Outcome) -> None:
+    path = tmp_path / "results.json"
+    write_results(path, every_part)
+    raw = json.loads(path.read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
+    assert raw["trained"]["HO"]["metrics"]["group/acc5"] is None
+
+
+def test_results_of_older_versions_are_read(tmp_path: Path, every_part: Outcome) -> None:
+    path = tmp_path / "results.json"
+    write_results(path, every_part)
+    raw = json.loads(path.read_text())
+    raw["floor"] = raw.pop("floors")["pixels"]
     path.write_text(json.dumps(raw))
-    assert format_table(read_results(path)) == format_table(written)
+    assert format_table(read_results(path)) == format_table(every_part)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"trained": 3}', '{"trained": null}'])
-def test_another_file_is_refused(tmp_path, text):
+def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "results.json"
     path.write_text(text)
     with pytest.raises(ValueError, match="expected a results.json of protoclip"):

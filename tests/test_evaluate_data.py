@@ -1,11 +1,15 @@
 """Folders, tables and shards of pictures, end to end; what is wrong with them is said in words."""
 
+from __future__ import annotations
+
 import io
 import json
 import re
-import tarfile
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+from pairs import encoded, write_tar
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -19,66 +23,92 @@ MODEL = ["protoclip-tiny", "--pretrained", "random", "--device", "cpu"]
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def digits(count):
-    """scikit-learn's digits, as grey pictures and classes."""
+class Digit(NamedTuple):
+    picture: Image.Image  # grey
+    label: int
+
+
+def digits(count: int) -> list[Digit]:
+    """scikit-learn's."""
     data = load_digits()
     pictures = (data.images[:count] * 15.9).astype("uint8")
-    return list(zip(map(Image.fromarray, pictures), data.target[:count].tolist(), strict=True))
+    labels = data.target[:count].tolist()
+    return [
+        Digit(Image.fromarray(pixels), label)
+        for pixels, label in zip(pictures, labels, strict=True)
+    ]
 
 
-def image_folder(root, count=120, parts=("train", "test")):
-    for i, (picture, label) in enumerate(digits(count)):
-        folder = root / (parts[i % len(parts)] if parts else "") / str(label)
+def image_folder(root: Path, count: int = 120, parts: tuple[str, ...] = ("train", "test")) -> Path:
+    """Pictures in PART/CLASS or, without parts, in CLASS."""
+    for i, digit in enumerate(digits(count)):
+        part = root / parts[i % len(parts)] if parts else root
+        folder = part / str(digit.label)
         folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / f"{i:04}.png")
+        digit.picture.save(folder / f"{i:04}.png")
     return root
 
 
-def evaluate(tmp_path, *argv):
-    """The exit code, and what was written to results.json."""
-    output = tmp_path / "out" / "results.json"
-    code = command.main([*MODEL, "--output", str(output), *map(str, argv)])
-    return code, json.loads(output.read_text()) if output.exists() else None
+class Evaluation(NamedTuple):
+    code: int
+    results: dict[str, Any]  # of the one set; empty if nothing was written
 
 
-def evaluated(tmp_path, *argv):
-    """The results of a command that works, of its one set."""
-    code, content = evaluate(tmp_path, *argv)
-    assert code == 0
-    return content["trained"]["ALL"]
+def evaluate(output_folder: Path, data: Path, *flags: str) -> Evaluation:
+    output = output_folder / "out" / "results.json"
+    code = command.main([*MODEL, "--output", str(output), "--data", str(data), *flags])
+    if not output.exists():
+        return Evaluation(code, {})
+    return Evaluation(code, json.loads(output.read_text())["trained"]["ALL"])
 
 
-def test_image_folder_of_digits(tmp_path, capsys):
-    got = evaluated(tmp_path, "--data", image_folder(tmp_path / "digits"), "--templates", "simple")
-    values = got["metrics"]
-    assert got["samples"] == 60 and not [name for name in values if "retrieval" in name]
+def test_an_image_folder_is_classified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = image_folder(tmp_path / "digits")
+    code, results = evaluate(tmp_path, root, "--templates", "simple")
+    assert code == 0 and results["samples"] == 60
+    values = results["metrics"]
     assert values["class/lp_acc1"] > 0.4 and values["class/knn_acc1"] > 0.2  # chance: 0.1
-    low, high = got["intervals"]["class/lp_acc1"]
+    assert {"class/ari", "class/ami", "class/nmi", "class/acc5"} <= set(values)
+    low, high = results["intervals"]["class/lp_acc1"]
     assert low < values["class/lp_acc1"] < high
     for prefix in ("", "lp_", "knn_"):
         assert f"class/{prefix}mean_per_class_recall" in values
-        for name in ("acc1", "acc5"):
-            low, high = got["intervals"][f"class/{prefix}{name}"]
-            assert low <= values[f"class/{prefix}{name}"] <= high
-    assert {"class/ari", "class/ami", "class/nmi", "class/acc5"} <= set(values)
-    printed = capsys.readouterr().out
-    assert "linear probe class" in printed and "Without retrieval: the data has no" in printed
+        for metric in ("acc1", "acc5"):
+            name = f"class/{prefix}{metric}"
+            low, high = results["intervals"][name]
+            assert low <= values[name] <= high
+    assert "linear probe class" in capsys.readouterr().out
 
 
-def test_folder_without_splits_teaches_probes_on_four_fifths(tmp_path):
+def test_pictures_without_captions_have_no_retrieval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = image_folder(tmp_path / "digits", 40)
+    values = evaluate(tmp_path, root).results["metrics"]
+    assert not [name for name in values if "retrieval" in name]
+    assert "Without retrieval: the data has no" in capsys.readouterr().out
+
+
+def test_a_folder_without_splits_teaches_probes_on_four_fifths(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "digits", parts=())
-    assert evaluated(tmp_path, "--data", root, "--tasks", "knn,zeroshot")["samples"] == 120
+    code, results = evaluate(tmp_path, root, "--tasks", "knn,zeroshot")
+    assert code == 0 and results["samples"] == 120
     layout = open_layout(str(root))
     assert layout.train is None and layout.test.labels["class"].names == tuple("0123456789")
 
 
-def test_records_of_clip_benchmark_stand_beside_the_results(tmp_path):
+def test_records_of_clip_benchmark_stand_beside_the_results(tmp_path: Path) -> None:
     """And the paper's probe names its best test epoch."""
     root = image_folder(tmp_path / "digits")
     (root / "classnames.txt").write_text("\n".join(NAMES))
-    (tmp_path / "words.txt").write_text("a photo of {c}.\n{c}\n")
-    flags = ["--tasks", "zeroshot,linear_probe", "--templates", tmp_path / "words.txt"]
-    values = evaluated(tmp_path, "--data", root, *flags, "--protocol", "paper")["metrics"]
+    templates = tmp_path / "words.txt"
+    templates.write_text("a photo of {c}.\n{c}\n")
+    code, results = evaluate(
+        tmp_path, root, "--tasks", "zeroshot,linear_probe", "--templates", str(templates),
+        "--protocol", "paper",
+    )  # fmt: skip
+    values = results["metrics"]
+    assert code == 0
     assert 1 <= values["class/lp_best_epoch"] <= 100 and values["class/lp_acc1"] > 0.15
     folder = tmp_path / "out" / "clip_benchmark"
     record = json.loads(next(folder.glob("*_zeroshot_classification.json")).read_text())
@@ -90,56 +120,83 @@ def test_records_of_clip_benchmark_stand_beside_the_results(tmp_path):
     assert {"lp_acc1", "lp_acc5", "weight_decay", "fewshot_k", "normalized"} <= set(probe)
 
 
-def test_retrieval_shards_with_several_captions(tmp_path):
+@pytest.fixture
+def captioned_shard(tmp_path: Path) -> Path:
+    """The folder of a shard of thirty pictures with two captions each, and no classes."""
+    members = []
+    for i, digit in enumerate(digits(30)):
+        captions = f"{NAMES[digit.label]}\na drawing of {digit.label}, number {i}\n"
+        members.append((f"s{i:07}.png", encoded(digit.picture)))
+        members.append((f"s{i:07}.txt", captions.encode()))
     root = tmp_path / "wds"
     root.mkdir()
-    with tarfile.open(root / "0.tar", "w") as tar:
-        for i, (picture, label) in enumerate(digits(30)):
-            stream = io.BytesIO()
-            picture.save(stream, "png")
-            captions = f"{NAMES[label]}\na drawing of {label}, number {i}\n"
-            for ending, data in (("png", stream.getvalue()), ("txt", captions.encode())):
-                info = tarfile.TarInfo(f"s{i:07}.{ending}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    code, content = evaluate(tmp_path, "--data", root)
-    got = content["trained"]["ALL"]
-    assert code == 0 and (got["samples"], got["captions"]) == (30, 60)
+    write_tar(root / "0.tar", members)
+    return root
+
+
+def test_a_shard_with_several_captions_has_retrieval(tmp_path: Path, captioned_shard: Path) -> None:
+    code, results = evaluate(tmp_path, captioned_shard)
+    assert code == 0 and results["samples"] == 30 and results["captions"] == 60
     (record,) = (tmp_path / "out" / "clip_benchmark").iterdir()
     assert json.loads(record.read_text())["task"] == "zeroshot_retrieval"
-    assert evaluate(tmp_path, "--data", root, "--tasks", "zeroshot")[0] == 2
 
 
-def test_table_with_a_label_column(tmp_path):
+def test_a_shard_without_classes_has_no_zero_shot(tmp_path: Path, captioned_shard: Path) -> None:
+    assert evaluate(tmp_path, captioned_shard, "--tasks", "zeroshot").code == 2
+
+
+def test_a_table_with_a_label_column_has_both(tmp_path: Path) -> None:
     lines = ["filepath,title,digit"]
-    for i, (picture, label) in enumerate(digits(40)):
-        picture.save(tmp_path / f"{i}.png")
-        lines.append(f"{i}.png,{NAMES[label]},{label}")
+    for i, digit in enumerate(digits(40)):
+        digit.picture.save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,{NAMES[digit.label]},{digit.label}")
     table = tmp_path / "pairs.csv"
     table.write_text("\n".join(lines) + "\n", encoding="utf-16")
-    flags = ["--csv-separator", ",", "--csv-label-key", "digit", "--tasks", "zeroshot,retrieval"]
-    values = evaluated(tmp_path, "--data", table, *flags, "--encoding", "utf-16")["metrics"]
-    assert "class/acc1" in values and "text_retrieval_recall@5" in values
+    code, results = evaluate(
+        tmp_path, table, "--csv-separator", ",", "--csv-label-key", "digit",
+        "--tasks", "zeroshot,retrieval", "--encoding", "utf-16",
+    )  # fmt: skip
+    assert code == 0
+    assert {"class/acc1", "text_retrieval_recall@5"} <= set(results["metrics"])
 
 
-def test_the_bar_ends_at_its_total_and_is_drawn_on_terminals_only(tmp_path, monkeypatch, capsys):
-    flags = ["--data", image_folder(tmp_path / "digits", 30), "--tasks", "zeroshot,knn"]
-    assert evaluate(tmp_path, *flags)[0] == 0 and capsys.readouterr().err == ""
-    screen = io.StringIO()
-    screen.isatty = lambda: True
-    monkeypatch.setattr("sys.stderr", screen)
-    assert evaluate(tmp_path, *flags)[0] == 0
-    shares = re.findall(r"(\d+)%\|", screen.getvalue())
-    counts = re.findall(r"(\d+)/(\d+) \[", screen.getvalue())
-    assert shares[-1] == "100" and counts[-1][0] == counts[-1][1] and int(counts[-1][0]) > 30
+def test_no_bar_is_drawn_in_a_redirected_stderr(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = image_folder(tmp_path / "digits", 30)
+    assert evaluate(tmp_path, root, "--tasks", "zeroshot,knn").code == 0
+    assert capsys.readouterr().err == ""
 
 
-def test_templates_and_imagenet_names(tmp_path):
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_ends_at_its_total(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = image_folder(tmp_path / "digits", 30)
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert evaluate(tmp_path, root, "--tasks", "zeroshot,knn").code == 0
+    shares = re.findall(r"(\d+)%\|", terminal.getvalue())
+    counts = re.findall(r"(\d+)/(\d+) \[", terminal.getvalue())
+    done, total = counts[-1]
+    assert shares[-1] == "100" and done == total and int(done) > 30
+
+
+def test_named_templates_are_open_clips() -> None:
     assert len(read_templates("openai")) == 80 and len(read_templates("simple")) == 7
     assert "a bad photo of a {}." in read_templates("openai")
-    (tmp_path / "t.txt").write_text("a {c}\nno place for it\n")
+
+
+def test_a_template_without_a_place_is_refused(tmp_path: Path) -> None:
+    templates = tmp_path / "t.txt"
+    templates.write_text("a {c}\nno place for it\n")
     with pytest.raises(ValueError, match="one template a line"):
-        read_templates(str(tmp_path / "t.txt"))
+        read_templates(str(templates))
+
+
+def test_a_thousand_folders_of_imagenet_have_their_names(tmp_path: Path) -> None:
     for i in range(1000):
         (tmp_path / "imagenet" / f"n{i:08}").mkdir(parents=True)
     Image.new("L", (2, 2)).save(tmp_path / "imagenet" / "n00000001" / "a.png")
@@ -165,7 +222,9 @@ def test_templates_and_imagenet_names(tmp_path):
         (["no/such/run"], "found nothing"),
     ],
 )
-def test_mistakes_are_refused_in_words(tmp_path, capsys, flags, words):
+def test_mistakes_are_refused_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
     flags = [*MODEL, *flags] if flags[0].startswith("--") else flags
     data = ["--data", str(image_folder(tmp_path / "digits", 20))]
     code = command.main([*data, *flags, "--output", str(tmp_path / "results.json")])
@@ -174,16 +233,36 @@ def test_mistakes_are_refused_in_words(tmp_path, capsys, flags, words):
     assert not (tmp_path / "results.json").exists()
 
 
-def test_folders_are_refused_in_words(tmp_path, capsys):
-    (tmp_path / "empty" / "test" / "cat").mkdir(parents=True)
-    (tmp_path / "flat").mkdir()
-    names = image_folder(tmp_path / "ten", 20) / "classnames.txt"
-    names.write_text("zero\none\n")
-    cases = {"empty": "as CLASS/picture", "flat": "no class folders", "ten": "the 10 class"}
-    for name, words in cases.items():
-        assert evaluate(tmp_path, "--data", tmp_path / name)[0] == 2
-        assert words in capsys.readouterr().err
-    names.unlink()
-    (tmp_path / "ten" / "test" / "1" / "torn.png").write_bytes(b"no picture")
-    assert evaluate(tmp_path, "--data", tmp_path / "ten")[0] == 2
-    assert "torn.png" in capsys.readouterr().err
+def assert_refused(
+    root: Path, output_folder: Path, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    assert evaluate(output_folder, root).code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_class_without_pictures_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data" / "test" / "cat").mkdir(parents=True)
+    assert_refused(tmp_path / "data", tmp_path, capsys, "as CLASS/picture")
+
+
+def test_a_folder_without_classes_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    assert_refused(tmp_path / "data", tmp_path, capsys, "no class folders")
+
+
+def test_too_few_class_names_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = image_folder(tmp_path / "data", 20)
+    (root / "classnames.txt").write_text("zero\none\n")
+    assert_refused(root, tmp_path, capsys, "the 10 class")
+
+
+def test_a_torn_picture_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = image_folder(tmp_path / "data", 20)
+    (root / "test" / "1" / "torn.png").write_bytes(b"no picture")
+    assert_refused(root, tmp_path, capsys, "torn.png")

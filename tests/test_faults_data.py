@@ -1,6 +1,9 @@
 """Bad data, urls, workers that die: each ends in its stated outcome."""
 
+from __future__ import annotations
+
 import tarfile
+from pathlib import Path
 
 import pytest
 from pairs import spoil
@@ -16,7 +19,7 @@ def _alone(monkeypatch, tmp_path, no_page):
     monkeypatch.setenv("PROTOCLIP_BACKEND", "reference")  # the cache has no compiled library
 
 
-def test_training_on_urls_resumes_exactly(tmp_path):
+def test_training_on_urls_resumes_exactly(tmp_path: Path) -> None:
     flags = bare_run(tmp_path, "--max-steps", "6", "--k", "4", "--shuffle-buffer", "20")
     flags += ["--train-data", f"file://{tmp_path}/shards/{{00000..00003}}.tar"]
     assert main([*flags, "--name", "whole"]) == 0
@@ -36,7 +39,9 @@ def _name(folder, i):
         return [name for name in tar.getnames() if name.endswith(".png")][i - 40]
 
 
-def test_too_many_stop_the_run_with_a_clear_word(tmp_path, capsys):
+def test_too_many_stop_the_run_with_a_clear_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = bare_run(tmp_path, "--max-steps", "8", "--method", "clip")
     for i in range(40, 49):
         spoil(tmp_path / "shards" / "00001.tar", _name(tmp_path, i))

@@ -1,11 +1,14 @@
 """Inputs nobody meant: every one gives a result or an error in words, never anything else."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import json
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,46 +25,50 @@ quick = settings(
 
 
 @pytest.fixture
-def no_index(monkeypatch, tmp_path):
-    """A file in place of the cache, so that no index is kept: each example is read anew."""
+def no_index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file in place of the cache, so that no index is stored: each example is read again."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "file"))
 
 
-def _tar() -> bytes:
+def good_tar() -> bytes:
     members = []
     for i in range(3):
         members.append((f"{i}.png", encoded(picture(i))))
         members.append((f"{i}.json", json.dumps({"captions": [f"number {i}", "two"]}).encode()))
         members.append((f"{i}.txt", b"one\ntwo"))
     with tempfile.TemporaryDirectory() as folder:
-        return Path(write_tar(f"{folder}/s.tar", members)).read_bytes()
+        return Path(write_tar(Path(folder) / "s.tar", members)).read_bytes()
 
 
-TAR = _tar()
+TAR = good_tar()
 with tarfile.open(fileobj=io.BytesIO(TAR)) as _opened:
     SECOND = _opened.getmembers()[3].offset  # of the second sample
     END = _opened.offset  # of its members
-changes = st.lists(
+# Where in the file, and what is written there.
+edits = st.lists(
     st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=40)), max_size=6
 )
 
 
-def _damaged(data: bytes, edits, keep: float) -> bytes:
+def damaged(data: bytes, edits: list[tuple[float, bytes]], length: float) -> bytes:
+    """With the edits, then cut to a share of its length."""
     result = bytearray(data)
-    for where, new in edits:
-        start = int(where * len(data))
+    for position, new in edits:
+        start = int(position * len(data))
         result[start : start + len(new)] = new
-    return bytes(result[: int(keep * len(result))])
+    return bytes(result[: int(length * len(result))])
 
 
 @pytest.mark.usefixtures("no_index")
 @quick
-@given(changes, st.one_of(st.just(1.0), st.floats(0, 1)))
-def test_the_tar_reader(edits, keep):
+@given(edits=edits, length=st.one_of(st.just(1.0), st.floats(0, 1)))
+def test_a_damaged_tar_gives_samples_or_an_error_in_words(
+    edits: list[tuple[float, bytes]], length: float
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "s.tar"
-        path.write_bytes(_damaged(TAR, edits, keep))
+        path.write_bytes(damaged(TAR, edits, length))
         with contextlib.suppress(DataError):
             dataset = ShardDataset(str(path))
             assert len(dataset) == len(set(dataset.keys)) <= 9
@@ -71,45 +78,63 @@ def test_the_tar_reader(edits, keep):
                     assert dataset.image(i).mode == "RGB"
 
 
-def _header(name: str, size: int, kind: bytes = tarfile.REGTYPE, data: bytes = b"") -> bytes:
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, data: bytes = b"") -> bytes:
     info = tarfile.TarInfo(name)
-    info.size, info.type = size, kind
+    info.size = size
+    info.type = kind
     return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
 
 
-def _extended(record: bytes) -> bytes:
-    return _header("pax", len(record), tarfile.XHDTYPE, record) + _header("9.png", 0)
+def extended_header(record: bytes) -> bytes:
+    return header("pax", len(record), tarfile.XHDTYPE, record) + header("9.png", 0)
 
 
 KINDS = (b"0", b"L", b"S", b"x", b"Z")
 HEADERS = {  # what sends Python's tarfile in circles or into its own errors
-    "negative size": _header("9.png", SECOND - END - 512),
-    "negative size of an unknown type": _header("9.png", SECOND - END - 512, b"Z"),
-    "negative size in an extended header": _extended(b"14 size=%d\n" % (SECOND - END - 1536)),
-    "negative size of a long name": _header("x", -512, tarfile.GNUTYPE_LONGNAME),
-    "exabytes in an extended header": _extended(b"28 size=4611686018427387904\n"),
-    "a yottabyte": _header("9.png", 2**80),
-    **{f"exabytes of type {kind!r}": _header("9.png", 2**62, kind) for kind in KINDS},
-    "a thousand long names": _header("x", 0, tarfile.GNUTYPE_LONGNAME) * 3000,
-    "not a map": _extended(b"24 GNU.sparse.map=a,b,c\n"),
+    "negative size": header("9.png", SECOND - END - 512),
+    "negative size of an unknown type": header("9.png", SECOND - END - 512, b"Z"),
+    "negative size in an extended header": extended_header(b"14 size=%d\n" % (SECOND - END - 1536)),
+    "negative size of a long name": header("x", -512, tarfile.GNUTYPE_LONGNAME),
+    "exabytes in an extended header": extended_header(b"28 size=4611686018427387904\n"),
+    "a yottabyte": header("9.png", 2**80),
+    **{f"exabytes of type {kind!r}": header("9.png", 2**62, kind) for kind in KINDS},
+    "a thousand long names": header("x", 0, tarfile.GNUTYPE_LONGNAME) * 3000,
+    "not a map": extended_header(b"24 GNU.sparse.map=a,b,c\n"),
 }
-HARMLESS = {"exabytes of a folder": _header("9.png", 2**62, tarfile.DIRTYPE)}
+HARMLESS = {"exabytes of a folder": header("9.png", 2**62, tarfile.DIRTYPE)}
 
 
-@pytest.mark.parametrize("where", ["first", "later"])
-@pytest.mark.parametrize("kind", [*HEADERS, *HARMLESS])
-def test_headers_of_nonsense_are_damage_or_nothing(tmp_path, monkeypatch, kind, where):
+@pytest.fixture
+def shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
-    path, header = tmp_path / "s.tar", (HEADERS | HARMLESS)[kind]
-    whole, end = TAR[:END], bytes(1024)
-    path.write_bytes(header + whole + end if where == "first" else whole + header + end)
-    if kind in HEADERS and where == "first":
-        with pytest.raises(DataError, match=r"not an uncompressed tar|damaged at byte \d+"):
-            ShardDataset(str(path))
-        return
-    dataset = ShardDataset(str(path))
+    return tmp_path / "s.tar"
+
+
+SAMPLES = TAR[:END]
+END_OF_TAR = bytes(1024)
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_tar_that_begins_with_a_nonsense_header_is_refused(shard: Path, kind: str) -> None:
+    shard.write_bytes(HEADERS[kind] + SAMPLES + END_OF_TAR)
+    with pytest.raises(DataError, match=r"not an uncompressed tar|damaged at byte \d+"):
+        ShardDataset(str(shard))
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_nonsense_header_after_good_samples_is_named(shard: Path, kind: str) -> None:
+    shard.write_bytes(SAMPLES + HEADERS[kind] + END_OF_TAR)
+    dataset = ShardDataset(str(shard))
     assert len(dataset) == 3
-    assert kind in HARMLESS or "damaged" in dataset.skipped[-1][2]
+    _, _, reason = dataset.skipped[-1]
+    assert "damaged" in reason
+
+
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_a_harmless_header_costs_no_sample(shard: Path, kind: str) -> None:
+    for content in (HARMLESS[kind] + SAMPLES, SAMPLES + HARMLESS[kind]):
+        shard.write_bytes(content + END_OF_TAR)
+        assert len(ShardDataset(str(shard))) == 3
 
 
 json_values = st.recursive(
@@ -119,13 +144,21 @@ json_values = st.recursive(
 )
 
 
-FIELDS = [(s, k) for s, own in to_dict(TrainConfig()).items() if s != "method" for k in own]
+FIELDS = [
+    (section, name)
+    for section, fields in to_dict(TrainConfig()).items()
+    if section != "method"
+    for name in fields
+]
 
 
 @quick
-@given(st.sampled_from(FIELDS), json_values)
-def test_the_config(field, value):
+@given(field=st.sampled_from(FIELDS), value=json_values)
+def test_a_config_with_any_value_is_taken_or_refused_in_words(
+    field: tuple[str, str], value: Any
+) -> None:
+    section, name = field
     values = to_dict(TrainConfig())
-    values[field[0]][field[1]] = value
+    values[section][name] = value
     with contextlib.suppress(ValueError):
         check(from_dict(TrainConfig, json.loads(json.dumps(values))))

@@ -1,11 +1,15 @@
 """Ops on shapes, dtypes, strides and numbers nobody meant: right, or refused in words."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 import torch.nn.functional as F
+from budget import leaf, loss_and_gradients
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_contrastive import Problem, computed, written_out
+from test_contrastive import Problem, Weights, computed, written_out
+from torch import Tensor
 
 import protoclip
 from protoclip.ops.contrastive_losses import sigmoid_loss
@@ -13,161 +17,284 @@ from protoclip.ops.contrastive_losses import sigmoid_loss
 quick = settings(
     max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
-both = pytest.mark.parametrize("backend", ["reference", "auto"])
+each_backend = pytest.mark.parametrize("backend", ["reference", "auto"])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 layouts = st.sampled_from(["plain", "transposed", "strided", "expanded"])
-dims, seeds = st.integers(1, 6), st.integers(0, 99)
+dims = st.integers(1, 6)
+seeds = st.integers(0, 99)
 
 
-def unit(count, dim, dtype, layout, random):
+def unit(n: int, d: int, dtype: torch.dtype, layout: str, random: torch.Generator) -> Tensor:
     """Unit rows, laid out in one of four ways; "expanded": all the same one."""
-    plain = F.normalize(torch.randn(count, dim, generator=random), dim=1).to(dtype)
+    rows = F.normalize(torch.randn(n, d, generator=random), dim=1).to(dtype)
     if layout == "transposed":
-        return plain.t().contiguous().t()
+        return rows.t().contiguous().t()
     if layout == "strided":
-        return torch.stack([plain, plain * 0], dim=2)[..., 0]
-    return plain[:1].expand(count, dim) if layout == "expanded" and count else plain
+        return torch.stack([rows, rows * 0], dim=2)[..., 0]
+    if layout == "expanded" and n:
+        return rows[:1].expand(n, d)
+    return rows
 
 
-@both
+@each_backend
 @quick
 @given(
-    st.integers(0, 9), st.integers(0, 9), st.integers(-1, 9), dims, dtypes, layouts,
-    st.floats(-20, 100), st.floats(-20, 20), seeds,
-)  # fmt: skip
-@example(1, 3, 0, 1, torch.float32, "plain", 69.0, 20.0, 0)  # a logit of 89: fp32's exp overflows
-def test_the_sigmoid_loss(backend, rows, columns, offset, dim, dtype, layout, scale, bias, seed):
+    n=st.integers(0, 9),
+    m=st.integers(0, 9),
+    offset=st.integers(-1, 9),
+    d=dims,
+    dtype=dtypes,
+    layout=layouts,
+    logit_scale=st.floats(-20, 100),
+    logit_bias=st.floats(-20, 20),
+    seed=seeds,
+)
+@example(  # a logit of 89: fp32's exp overflows
+    n=1,
+    m=3,
+    offset=0,
+    d=1,
+    dtype=torch.float32,
+    layout="plain",
+    logit_scale=69.0,
+    logit_bias=20.0,
+    seed=0,
+)
+def test_the_sigmoid_loss_is_right_or_refused(
+    backend: str,
+    n: int,
+    m: int,
+    offset: int,
+    d: int,
+    dtype: torch.dtype,
+    layout: str,
+    logit_scale: float,
+    logit_bias: float,
+    seed: int,
+) -> None:
     """Sums of n m terms: loss and gradients within fp32 of them, gradients rounded to the dtype."""
     random = torch.Generator().manual_seed(seed)
-    leaves = [unit(count, dim, dtype, layout, random) for count in (rows, columns)]
-    leaves += [torch.tensor(scale), torch.tensor(bias)]
-    exact = [t.double().requires_grad_() for t in leaves]
-    leaves = [t.requires_grad_() for t in leaves]
-    if offset < 0 or offset + rows > columns:
+    leaves = {
+        "x": leaf(unit(n, d, dtype, layout, random)),
+        "y": leaf(unit(m, d, dtype, layout, random)),
+        "logit_scale": leaf(logit_scale),
+        "logit_bias": leaf(logit_bias),
+    }
+
+    def loss() -> Tensor:
+        return sigmoid_loss(*leaves.values(), offset=offset, backend=backend)
+
+    if offset < 0 or offset + n > m:
         with pytest.raises(ValueError, match="offset"):
-            sigmoid_loss(*leaves, offset=offset, backend=backend)
+            loss()
         return
-    loss = sigmoid_loss(*leaves, offset=offset, backend=backend)
-    z = 2 * torch.eye(rows, columns + rows, dtype=torch.float64) - 1
-    logits = exact[2] * exact[0] @ exact[1].t() + exact[3]
-    truth = F.softplus(-z.roll(offset, 1)[:, :columns] * logits).sum()
-    size = 1 + (abs(scale) + abs(bias)) * rows * columns
-    assert abs(loss - truth) <= 1e-5 * size
-    got, want = (torch.autograd.grad(x, t) for x, t in ((loss, leaves), (truth, exact)))
-    for ours, right in zip(got, want, strict=True):
-        error = (ours - right).abs().max() if right.numel() else 0
-        assert ours.shape == right.shape and error <= (1e-5 + torch.finfo(ours.dtype).eps) * size
+    exact = {name: leaf(value, torch.float64) for name, value in leaves.items()}
+    signs = (2 * torch.eye(n, m + n, dtype=torch.float64) - 1).roll(offset, 1)[:, :m]
+    logits = exact["logit_scale"] * exact["x"] @ exact["y"].t() + exact["logit_bias"]
+    truth = loss_and_gradients(F.softplus(-signs * logits).sum(), **exact)
+    size = 1 + (abs(logit_scale) + abs(logit_bias)) * n * m
+    for name, value in loss_and_gradients(loss(), **leaves).items():
+        assert value.shape == truth[name].shape
+        rounding = 0.0 if name == "loss" else torch.finfo(value.dtype).eps
+        if value.numel():
+            assert (value - truth[name]).abs().max() <= (1e-5 + rounding) * size, name
 
 
-@both
+@each_backend
 @quick
 @given(
-    st.integers(1, 9), st.integers(1, 9), dims, dtypes, layouts, st.floats(-20, 100),
-    st.sampled_from(["exclude", "positive"]), st.integers(1, 2),
-    st.sets(st.sampled_from(["query_ids", "key_ids", "exclude", "key_bias"])), seeds,
-)  # fmt: skip
-def test_contrastive(backend, n, m, dim, dtype, layout, scale, same_id, columns, names, seed):
+    n=st.integers(1, 9),
+    m=st.integers(1, 9),
+    d=dims,
+    dtype=dtypes,
+    layout=layouts,
+    logit_scale=st.floats(-20, 100),
+    same_id=st.sampled_from(["exclude", "positive"]),
+    num_ids=st.integers(1, 2),
+    names=st.sets(st.sampled_from(["query_ids", "key_ids", "exclude", "key_bias"])),
+    seed=seeds,
+)
+def test_contrastive_is_right_or_refused(
+    backend: str,
+    n: int,
+    m: int,
+    d: int,
+    dtype: torch.dtype,
+    layout: str,
+    logit_scale: float,
+    same_id: str,
+    num_ids: int,
+    names: set[str],
+    seed: int,
+) -> None:
     """Few ids, so that many are alike. Within fp32 of the terms, gradients rounded to the dtype."""
     random = torch.Generator().manual_seed(seed)
 
-    def drawn(low, high, *shape):
+    def draw(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=random)
 
-    told = {
-        "query_ids": drawn(0, 4, n, columns),
-        "key_ids": drawn(0, 4, m, columns),
-        "exclude": drawn(-2, m, n),
-        "key_bias": torch.randn(m, generator=random).where(drawn(0, 4, m) > 0, -torch.inf),
+    options = {
+        "query_ids": draw(0, 4, n, num_ids),
+        "key_ids": draw(0, 4, m, num_ids),
+        "exclude": draw(-2, m, n),
+        "key_bias": torch.randn(m, generator=random).where(draw(0, 4, m) > 0, -torch.inf),
     }
-    told = {name: value for name, value in told.items() if name in names}
-    own = drawn(-1, m, n)
-    told["positives"] = own.where(own >= 0, -100)
-    features = (unit(count, dim, dtype, layout, random) for count in (n, m))
-    one = Problem(*features, scale, same_id=same_id, **told)
+    positions = draw(-1, m, n)
+    problem = Problem(
+        queries=unit(n, d, dtype, layout, random),
+        keys=unit(m, d, dtype, layout, random),
+        logit_scale=logit_scale,
+        positives=positions.where(positions >= 0, -100),
+        same_id=same_id,
+        **{name: value for name, value in options.items() if name in names},
+    )
     if "query_ids" in names and "key_ids" not in names:
         with pytest.raises(ValueError, match="expected key_ids with query_ids"):
-            protoclip.contrastive(one.queries, one.keys, scale, **one.options, backend=backend)
+            protoclip.contrastive(
+                problem.queries, problem.keys, logit_scale, **problem.options, backend=backend
+            )
         return
-    weights = torch.tensor([float(len(positive) > 0) for positive, _ in one.sets()]), torch.ones(n)
-    got, truth = computed(one, weights, backend), written_out(one, torch.float64, weights)
-    for name, value in got.items():
-        apart = (value - truth[name]).where(value != truth[name], 0).abs().max()  # or both -inf
-        assert apart <= (1e-5 + torch.finfo(value.dtype).eps) * (1 + abs(scale)) * n * m
+    weights = Weights(gap=problem.has_positive().float(), mean=torch.ones(n))
+    truth = written_out(problem, torch.float64, weights).values
+    for name, value in computed(problem, weights, backend).items():
+        exact = truth[name]
+        error = (value - exact).where(value != exact, 0).abs().max()  # or both are -inf
+        rounding = 1e-5 + torch.finfo(value.dtype).eps
+        assert error <= rounding * (1 + abs(logit_scale)) * n * m, name
 
 
-@both
+@each_backend
 @quick
 @given(
-    st.integers(0, 40), st.integers(0, 1), dims, dims, dtypes, layouts,
-    st.one_of(st.floats(-1, 10), st.sampled_from([0.0, 1e-30, 1e-4, 1e30])),
-    st.sampled_from([1.0, 0.0, 30.0, 200.0]), seeds,
-)  # fmt: skip
-@example(3, 0, 2, 2, torch.float32, "plain", 1e-95, 1.0, 0)  # no fp32 number
-def test_soft_targets(backend, k, more, wide, dim, dtype, layout, temperature, norm, seed):
+    k=st.integers(0, 40),
+    num_extra_prototypes=st.integers(0, 1),
+    d_source=dims,
+    d=dims,
+    dtype=dtypes,
+    layout=layouts,
+    temperature=st.one_of(st.floats(-1, 10), st.sampled_from([0.0, 1e-30, 1e-4, 1e30])),
+    norm=st.sampled_from([1.0, 0.0, 30.0, 200.0]),
+    seed=seeds,
+)
+@example(
+    k=3,
+    num_extra_prototypes=0,
+    d_source=2,
+    d=2,
+    dtype=torch.float32,
+    layout="plain",
+    temperature=1e-95,  # no fp32 number
+    norm=1.0,
+    seed=0,
+)
+def test_soft_targets_are_right_or_refused(
+    backend: str,
+    k: int,
+    num_extra_prototypes: int,
+    d_source: int,
+    d: int,
+    dtype: torch.dtype,
+    layout: str,
+    temperature: float,
+    norm: float,
+    seed: int,
+) -> None:
     """Means of prototypes, whatever the logits; the right ones where fp32 can tell."""
     random = torch.Generator().manual_seed(seed)
-    source = norm * unit(k, wide, dtype, layout, random)
-    prototypes = unit(k + more, dim, dtype, layout, random)
-    if more:
+    source = norm * unit(k, d_source, dtype, layout, random)
+    prototypes = unit(k + num_extra_prototypes, d, dtype, layout, random)
+    if num_extra_prototypes:
         with pytest.raises(ValueError, match="one prototype per source centroid"):
             protoclip.soft_targets(source, prototypes, temperature, backend=backend)
         return
-    got = protoclip.soft_targets(source, prototypes, temperature, backend=backend).double()
-    assert got.shape == (k, dim)
+    targets = protoclip.soft_targets(source, prototypes, temperature, backend=backend).double()
+    assert targets.shape == (k, d)
     if not k:
         return
     exact = prototypes.double()
-    assert (got >= exact.min(0).values - 1e-5).all() and (got <= exact.max(0).values + 1e-5).all()
+    assert (targets >= exact.min(0).values - 1e-5).all()
+    assert (targets <= exact.max(0).values + 1e-5).all()
     if temperature <= 0:
-        assert torch.equal(got, exact)
-    elif (size := norm**2 / temperature) < 1e4:
+        assert torch.equal(targets, exact)
+        return
+    size = norm**2 / temperature
+    if size < 1e4:
         logits = source.double() @ source.double().t() / temperature
-        assert (got - logits.softmax(1) @ exact).abs().max() <= 1e-5 + 1e-6 * size
+        assert (targets - logits.softmax(1) @ exact).abs().max() <= 1e-5 + 1e-6 * size
 
 
-@both
+@each_backend
 @quick
 @given(
-    st.integers(0, 60), st.integers(-1, 12), dims, dtypes, layouts,
-    st.sampled_from(["random", "k-means++", "warm", "narrow", "nonsense"]),
-    st.sampled_from([-1, 0, 1, 2, 5, 30]), st.integers(0, 3), st.booleans(),
-    st.sampled_from([0.0, 1.0, 1e-30, 1e4, float("nan"), float("inf")]), seeds,
-)  # fmt: skip
-def test_kmeans(
-    backend, n, k, dim, dtype, layout, init, iterations, restarts, spherical, norm, seed
-):
+    n=st.integers(0, 60),
+    k=st.integers(-1, 12),
+    d=dims,
+    dtype=dtypes,
+    layout=layouts,
+    init=st.sampled_from(["random", "k-means++", "warm", "narrow", "nonsense"]),
+    num_iters=st.sampled_from([-1, 0, 1, 2, 5, 30]),
+    num_restarts=st.integers(0, 3),
+    spherical=st.booleans(),
+    norm=st.sampled_from([0.0, 1.0, 1e-30, 1e4, float("nan"), float("inf")]),
+    seed=seeds,
+)
+def test_kmeans_is_right_or_refused(
+    backend: str,
+    n: int,
+    k: int,
+    d: int,
+    dtype: torch.dtype,
+    layout: str,
+    init: str,
+    num_iters: int,
+    num_restarts: int,
+    spherical: bool,
+    norm: float,
+    seed: int,
+) -> None:
     random = torch.Generator().manual_seed(seed)
-    points = norm * unit(n, dim, dtype, layout, random)
-    start = {"warm": torch.randn(max(k, 0), dim, generator=random)}
-    start |= {"narrow": torch.randn(max(k, 0), dim + 1, generator=random)}
+    points = norm * unit(n, d, dtype, layout, random)
+    starts = {
+        "warm": torch.randn(max(k, 0), d, generator=random),
+        "narrow": torch.randn(max(k, 0), d + 1, generator=random),
+    }
 
-    def run():
+    def run() -> protoclip.Clusters:
         return protoclip.kmeans(
-            points, k, num_iters=iterations, num_restarts=restarts, init=start.get(init, init),
-            seed=seed, spherical=spherical, backend=backend,
-        )  # fmt: skip
+            points,
+            k,
+            num_iters=num_iters,
+            num_restarts=num_restarts,
+            init=starts.get(init, init),
+            seed=seed,
+            spherical=spherical,
+            backend=backend,
+        )
 
-    right = 1 <= k <= n and iterations >= 0 and restarts >= 1 and init not in ("narrow", "nonsense")
-    right = right and (restarts == 1 or init != "warm")
-    if not right or not points.isfinite().all():
+    sizes_are_right = 1 <= k <= n and num_iters >= 0 and num_restarts >= 1
+    start_is_right = init in ("random", "k-means++") or (init == "warm" and num_restarts == 1)
+    if not (sizes_are_right and start_is_right and points.isfinite().all()):
         with pytest.raises(ValueError, match="kmeans: expected"):
             run()
         return
-    found = run()
-    assert found.centroids.shape == (k, dim) and found.centroids.isfinite().all()
-    assert torch.equal(found.counts, torch.bincount(found.labels, minlength=k))
-    apart = torch.cdist(
-        points.double(), found.centroids.double(), compute_mode="donot_use_mm_for_euclid_dist"
-    ).square()  # fmt: skip
-    chosen = apart.gather(1, found.labels[:, None])[:, 0]
-    noise = 1e-37 + 1e-5 * (norm**2 + found.centroids.double().square().sum(1).max())
-    assert (chosen - apart.min(1).values).max() <= noise
-    assert found.inertia == pytest.approx(float(chosen.sum()), rel=1e-5, abs=float(n * noise))
+    clusters = run()
+    assert clusters.centroids.shape == (k, d) and clusters.centroids.isfinite().all()
+    assert torch.equal(clusters.counts, torch.bincount(clusters.labels, minlength=k))
+    direct = "donot_use_mm_for_euclid_dist"
+    distances = torch.cdist(points.double(), clusters.centroids.double(), compute_mode=direct)
+    squared = distances.square()
+    chosen = squared.gather(1, clusters.labels[:, None])[:, 0]
+    largest_centroid = clusters.centroids.double().square().sum(1).max()
+    noise = 1e-37 + 1e-5 * (norm**2 + largest_centroid)
+    assert (chosen - squared.min(1).values).max() <= noise
+    assert clusters.inertia == pytest.approx(float(chosen.sum()), rel=1e-5, abs=float(n * noise))
     again = run()
-    assert torch.equal(again.centroids, found.centroids) and again.history == found.history
-    assert min(1, iterations) <= found.num_iters <= iterations
-    assert len(found.history) == found.num_iters + 1 and found.history[-1] == found.inertia
-    if found.num_iters < iterations and not spherical:  # whose start is made of unit length again
-        still = protoclip.kmeans(points, k, num_iters=1, init=found.centroids, backend=backend)
-        assert torch.equal(still.centroids, found.centroids)
-        assert torch.equal(still.labels, found.labels) and still.inertia == found.inertia
+    assert torch.equal(again.centroids, clusters.centroids) and again.history == clusters.history
+    assert min(1, num_iters) <= clusters.num_iters <= num_iters
+    assert len(clusters.history) == clusters.num_iters + 1
+    assert clusters.history[-1] == clusters.inertia
+    at_rest = clusters.num_iters < num_iters
+    if at_rest and not spherical:  # whose start is made of unit length again
+        still = protoclip.kmeans(points, k, num_iters=1, init=clusters.centroids, backend=backend)
+        assert torch.equal(still.centroids, clusters.centroids)
+        assert torch.equal(still.labels, clusters.labels) and still.inertia == clusters.inertia

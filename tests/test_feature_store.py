@@ -1,9 +1,15 @@
 """The store of features: the newest row of every sample, on any number of ranks."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
 from ranks import full_disk, on_ranks
+from torch import Tensor
 
 from protoclip import distributed, feature_store
 from protoclip.config import EpisodeConfig
@@ -12,7 +18,10 @@ from protoclip.prototypes import EpisodeBuilder
 from protoclip.seeds import generator
 
 CPU = torch.device("cpu")
-SAMPLES, STEPS, BATCH, DIM = 23, 3, 8, 4
+SAMPLES = 23
+STEPS = 3
+BATCH = 8
+DIM = 4
 DRAWS = torch.tensor([  # [STEPS, BATCH] positions; -1: the step was skipped
     [5, 2, 7, 22, 0, 9, 11, 2],  # 2 is drawn twice
     [7, 1, 5, 3, 8, 20, 21, 4],
@@ -20,200 +29,268 @@ DRAWS = torch.tensor([  # [STEPS, BATCH] positions; -1: the step was skipped
 ])  # fmt: skip
 
 
-def projections(step):
+class Projections(NamedTuple):
+    image: Tensor  # [BATCH, DIM]
+    text: Tensor  # [BATCH, DIM]
+
+
+def projections(step: int) -> Projections:
     """Rows that differ in every step, and small integers, which bf16 does not round."""
     places = torch.arange(BATCH, dtype=torch.float32)
     rows = torch.stack([places, places + step, places * step, torch.full_like(places, step)], dim=1)
-    return rows, -rows
+    return Projections(rows, -rows)
 
 
-def filled_store():
+def put_step(store: FeatureStore, step: int, index: Tensor, rows: Projections) -> None:
+    """This rank's share of a step's rows."""
+    mine = distributed.own_slice(BATCH)
+    store.put(step, index[mine], rows.image[mine], rows.text[mine])
+
+
+def empty_store(samples: int = SAMPLES, steps: int = STEPS) -> FeatureStore:
+    return FeatureStore(samples, steps, BATCH, CPU)
+
+
+def filled_store() -> FeatureStore:
     """This rank's store after an episode of DRAWS, not yet ended."""
-    store = FeatureStore(SAMPLES, STEPS, BATCH, CPU)
-    own = distributed.own_slice(BATCH)
+    store = empty_store()
     for step, index in enumerate(DRAWS):
-        image_h, text_h = projections(step)
-        store.put(step, index[own], image_h[own], text_h[own])
+        put_step(store, step, index, projections(step))
     return store
 
 
-def test_the_newest_row_of_a_sample_counts():
+def assert_same_table(got: FeatureStore, expected: FeatureStore) -> None:
+    assert torch.equal(got.table, expected.table)
+    assert torch.equal(got.written, expected.written)
+
+
+def test_nothing_is_stored_before_the_end_of_the_episode() -> None:
+    assert len(filled_store().of_episode(4).index) == 0
+
+
+def test_the_newest_row_of_a_sample_counts() -> None:
     store = filled_store()
-    assert len(store.of_episode(4).index) == 0  # nothing moves before the episode's end
     store.end_episode(4)
     features = store.of_episode(4)
-    drawn = {}
+    newest_row = {}
     for step, index in enumerate(DRAWS.tolist()):
-        drawn |= {sample: (step, row) for row, sample in enumerate(index) if sample >= 0}
-    assert features.index.tolist() == sorted(drawn)
+        for row, sample in enumerate(index):
+            if sample >= 0:
+                newest_row[sample] = projections(step).image[row]
+    assert features.index.tolist() == sorted(newest_row)
     for sample, image_h, text_h in zip(
-        features.index, features.image_h, features.text_h, strict=True
+        features.index.tolist(), features.image_h, features.text_h, strict=True
     ):
-        step, row = drawn[int(sample)]
-        assert torch.equal(image_h, projections(step)[0][row].float())
+        assert torch.equal(image_h, newest_row[sample])
         assert torch.equal(text_h, -image_h)
 
 
-def test_rows_that_move_in_parts_are_those_that_move_at_once(monkeypatch):
+def test_rows_that_move_in_parts_are_those_that_move_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """One step at a time; sample 7 is drawn in two of them, and the later draw wins."""
-    at_once, in_parts = filled_store(), filled_store()
+    at_once = filled_store()
     at_once.end_episode(4)
+    in_parts = filled_store()
     monkeypatch.setattr(feature_store, "CHUNK", 1)
     in_parts.end_episode(4)
-    assert torch.equal(in_parts.table, at_once.table)
-    assert torch.equal(in_parts.written, at_once.written)
+    assert_same_table(in_parts, at_once)
     assert torch.equal(in_parts.index, torch.full_like(in_parts.index, -1))
 
 
-def test_a_skipped_step_leaves_older_rows_alone():
+def test_a_skipped_step_leaves_older_rows_alone() -> None:
     store = filled_store()
     store.end_episode(0)
     before = store.of_positions(torch.tensor([1, 2, 7]))
-    image_h, text_h = projections(5)
-    store.put(0, torch.full((BATCH,), -1), image_h, text_h)
-    store.put(1, torch.tensor([7, -1, 10, -1, -1, -1, -1, -1]), image_h, text_h)
+    rows = projections(5)
+    store.put(0, torch.full((BATCH,), -1), rows.image, rows.text)
+    store.put(1, torch.tensor([7, -1, 10, -1, -1, -1, -1, -1]), rows.image, rows.text)
     store.end_episode(1)
     after = store.of_positions(torch.tensor([1, 2, 7]))
     assert torch.equal(after.image_h[:2], before.image_h[:2])
-    assert torch.equal(after.image_h[2], image_h[0].float())
+    assert torch.equal(after.image_h[2], rows.image[0])
     assert store.of_episode(1).index.tolist() == [7, 10]
-    assert set(store.of_episode(0).index.tolist()) == set(DRAWS.flatten().tolist()) - {-1, 7}
+    of_first_episode = set(DRAWS.flatten().tolist()) - {-1, 7}
+    assert set(store.of_episode(0).index.tolist()) == of_first_episode
 
 
-def test_samples_without_a_row_are_not_given():
+def test_samples_without_a_row_are_left_out() -> None:
     store = filled_store()
     store.end_episode(0)
-    asked = torch.arange(SAMPLES)
-    assert store.of_positions(asked).index.tolist() == store.of_episode(0).index.tolist()
+    of_all = store.of_positions(torch.arange(SAMPLES))
+    assert of_all.index.tolist() == store.of_episode(0).index.tolist()
     assert len(store.of_positions(torch.tensor([6, 12])).index) == 0
 
 
-def test_rows_are_rounded_to_bf16_once():
+def test_rows_are_rounded_to_bf16_once() -> None:
     torch.manual_seed(0)
-    store, rows = FeatureStore(4, 1, 4, CPU), F.normalize(torch.randn(4, 6), dim=1)
+    store = FeatureStore(4, 1, 4, CPU)
+    rows = F.normalize(torch.randn(4, 6), dim=1)
     store.put(0, torch.arange(4), rows, rows)
     store.end_episode(0)
     assert torch.equal(store.of_episode(0).image_h, rows.bfloat16().float())
 
 
-def state_of_ranks(folder, loaded=None):
-    """A rank's table and state within the second episode; ``loaded``: from a state of that name."""
+class OwnedRows(NamedTuple):
+    """Of one rank, after two episodes."""
+
+    index_of_second: Tensor
+    images_of_second: Tensor
+    index_of_first: Tensor
+    texts_of_first: Tensor
+
+
+def two_episodes(folder: Path, saved: str | None = None) -> list:
+    """This rank's rows after two episodes, as arrays; within the second the state is saved, or
+    loaded from the file of that name."""
     distributed.start(distributed.find_rank(), CPU, 60)
-    if loaded is None:
+    if saved is None:
         store = filled_store()
         store.end_episode(0)
-        own = distributed.own_slice(BATCH)
-        image_h, text_h = projections(7)
-        store.put(0, torch.arange(BATCH)[own], image_h[own], text_h[own])
+        put_step(store, 0, torch.arange(BATCH), projections(7))
     else:
-        store = FeatureStore(SAMPLES, STEPS, BATCH, CPU)
+        store = empty_store()
         is_main = distributed.is_main()
-        store.load_state_dict(torch.load(f"{folder}/{loaded}.pt") if is_main else {})
+        store.load_state_dict(torch.load(f"{folder}/{saved}.pt") if is_main else {})
     state = store.state_dict(folder)
     if distributed.is_main():
         torch.save(state, f"{folder}/of-{distributed.world_size()}.pt")
     store.end_episode(1)
-    newest, older = store.of_episode(1), store.of_episode(0)
+    second = store.of_episode(1)
+    first = store.of_episode(0)
     distributed.stop()
-    return [x.numpy().copy() for x in (newest.index, newest.image_h, older.index, older.text_h)]
+    rows = OwnedRows(second.index, second.image_h, first.index, first.text_h)
+    return [tensor.numpy().copy() for tensor in rows]
 
 
-def assert_same_rows(ranks, alone):
-    for number, want in enumerate(alone):
-        rows = torch.cat([torch.from_numpy(parts[number]) for parts in ranks])
-        assert torch.equal(rows, torch.from_numpy(want))
+def rows_of_all(ranks: list[list]) -> OwnedRows:
+    """The ranks' rows one after the other."""
+    parts_by_field = zip(*ranks, strict=True)
+    return OwnedRows._make(torch.cat(list(map(torch.from_numpy, p))) for p in parts_by_field)
 
 
-def test_any_number_of_ranks_stores_and_saves_the_same(tmp_path):
+def assert_same_rows(ranks: list[list], one_rank: list[list]) -> None:
+    for rows, expected in zip(rows_of_all(ranks), rows_of_all(one_rank), strict=True):
+        assert torch.equal(rows, expected)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_any_number_of_ranks_stores_and_saves_the_same(tmp_path: Path, ranks: int) -> None:
     """23 samples on 2 and 4 ranks: the last rank owns fewer positions than the others."""
-    (alone,) = on_ranks(1, state_of_ranks, tmp_path)
-    saved = torch.load(tmp_path / "of-1.pt")
-    for ranks in (2, 4):
-        assert_same_rows(on_ranks(ranks, state_of_ranks, tmp_path), alone)
-        other = torch.load(tmp_path / f"of-{ranks}.pt")
-        assert other.keys() == saved.keys()
-        assert all(torch.equal(other[name], saved[name]) for name in saved)
-
-
-def rows_without_owners_of_some(folder, samples):
-    """Labels from a store of so few samples that some ranks own none, and whether it reloads."""
-    distributed.start(distributed.find_rank(), CPU, 60)
-    feature_store.CHUNK = 1  # one step at a time
-    store, own = FeatureStore(samples, 2, BATCH, CPU), distributed.own_slice(BATCH)
-    for step, index in enumerate(([0, 1, 2, 3, -1, -1, -1, -1], [-1, -1, -1, -1, 3, 2, 1, -1])):
-        image_h, text_h = projections(step + 1)
-        store.put(step, torch.tensor(index)[own], image_h[own], text_h[own])
-    store.end_episode(0)
-    state = store.state_dict(folder)
-    other = FeatureStore(samples, 2, BATCH, CPU)
-    other.load_state_dict(state if distributed.is_main() else {})
-    same = torch.equal(other.table, store.table) and torch.equal(other.written, store.written)
-    coming = torch.arange(min(samples, 5))
-    teacher = torch.arange(3.0 * samples).view(samples, 3)
-    builder = EpisodeBuilder(EpisodeConfig(num_clusters=2), teacher=teacher)
-    random, recent = generator(1), store.of_episode(0)
-    episode = builder.build(coming, store.of_positions(coming), random, recent)
-    distributed.stop()
-    return same, {source: labels.tolist() for source, labels in episode.labels.items()}
-
-
-@pytest.mark.parametrize("samples", [5, 13])
-def test_ranks_without_rows_take_part(tmp_path, samples):
-    """5 samples on 4 ranks: the last owns no position; of 13 two ranks own none of the rows."""
-    ((same, labels),) = on_ranks(1, rows_without_owners_of_some, tmp_path, samples)
-    assert same and [label >= 0 for label in labels["image"]] == [True] * 4 + [False]
-    for ranks in (2, 4):
-        for found in on_ranks(ranks, rows_without_owners_of_some, tmp_path, samples):
-            assert found == (True, labels)
+    one_rank = on_ranks(1, two_episodes, tmp_path)
+    assert_same_rows(on_ranks(ranks, two_episodes, tmp_path), one_rank)
+    expected = torch.load(tmp_path / "of-1.pt")
+    state = torch.load(tmp_path / f"of-{ranks}.pt")
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 1), (2, 4)])
-def test_a_state_is_loaded_on_another_number_of_ranks(tmp_path, before, after):
-    (alone,) = on_ranks(1, state_of_ranks, tmp_path)
-    on_ranks(before, state_of_ranks, tmp_path)
-    assert_same_rows(on_ranks(after, state_of_ranks, tmp_path, f"of-{before}"), alone)
+def test_a_state_is_loaded_on_another_number_of_ranks(
+    tmp_path: Path, before: int, after: int
+) -> None:
+    one_rank = on_ranks(1, two_episodes, tmp_path)
+    on_ranks(before, two_episodes, tmp_path)
+    assert_same_rows(on_ranks(after, two_episodes, tmp_path, f"of-{before}"), one_rank)
 
 
-def test_a_state_holds_the_buffer_as_far_as_it_is_filled(tmp_path):
-    store = FeatureStore(SAMPLES, STEPS, BATCH, CPU)
-    store.put(0, DRAWS[0], *projections(1))
-    store.put(1, DRAWS[1], *projections(2))
-    state = store.state_dict(tmp_path)
+class SmallEpisode(NamedTuple):
+    """Labels of an episode, and whether a state of the store loads as it was."""
+
+    labels: dict[str, list[int]]
+    reloads: bool
+
+
+def episode_of_few_samples(folder: Path, samples: int) -> SmallEpisode:
+    """From a store of so few samples that some ranks own none."""
+    distributed.start(distributed.find_rank(), CPU, 60)
+    feature_store.CHUNK = 1  # one step at a time
+    store = empty_store(samples, steps=2)
+    put_step(store, 0, torch.tensor([0, 1, 2, 3, -1, -1, -1, -1]), projections(1))
+    put_step(store, 1, torch.tensor([-1, -1, -1, -1, 3, 2, 1, -1]), projections(2))
+    store.end_episode(0)
+    state = store.state_dict(folder)
+    loaded = empty_store(samples, steps=2)
+    loaded.load_state_dict(state if distributed.is_main() else {})
+    reloads = torch.equal(loaded.table, store.table) and torch.equal(loaded.written, store.written)
+    next_samples = torch.arange(min(samples, 5))
+    teacher = torch.arange(3.0 * samples).view(samples, 3)
+    builder = EpisodeBuilder(EpisodeConfig(num_clusters=2), teacher=teacher)
+    features = store.of_positions(next_samples)
+    episode = builder.build(next_samples, features, generator(1), store.of_episode(0))
+    distributed.stop()
+    labels = {source: values.tolist() for source, values in episode.labels.items()}
+    return SmallEpisode(labels, reloads)
+
+
+@pytest.mark.parametrize("samples", [5, 13])
+def test_ranks_without_rows_take_part(tmp_path: Path, samples: int) -> None:
+    """5 samples on 4 ranks: the last owns no position; of 13 two ranks own none of the rows."""
+    (expected,) = on_ranks(1, episode_of_few_samples, tmp_path, samples)
+    assert expected.reloads
+    assert [label >= 0 for label in expected.labels["image"]] == [True] * 4 + [False]
+    for ranks in (2, 4):
+        episodes = on_ranks(ranks, episode_of_few_samples, tmp_path, samples)
+        assert episodes == [expected] * ranks
+
+
+@pytest.fixture
+def two_steps() -> FeatureStore:
+    """A store after two of three steps."""
+    store = empty_store()
+    put_step(store, 0, DRAWS[0], projections(1))
+    put_step(store, 1, DRAWS[1], projections(2))
+    return store
+
+
+def test_a_state_holds_the_buffer_as_far_as_it_is_filled(
+    tmp_path: Path, two_steps: FeatureStore
+) -> None:
+    state = two_steps.state_dict(tmp_path)
     assert state["index"].tolist() == DRAWS[:2].tolist()
-    assert state["buffer"].untyped_storage().nbytes() == 2 * BATCH * 2 * DIM * 2
-    again = FeatureStore(SAMPLES, STEPS, BATCH, CPU)
-    again.load_state_dict(state)
-    for one in (store, again):
-        one.put(2, DRAWS[0].flip(0), *projections(3))
-        one.end_episode(0)
-    assert torch.equal(again.table, store.table) and torch.equal(again.written, store.written)
-    assert store.state_dict(tmp_path)["buffer"].numel() == 0
-    shorter = FeatureStore(SAMPLES, 1, BATCH, CPU)
+    rows = 2 * BATCH
+    modalities = 2
+    bytes_of_bf16 = 2
+    num_bytes = state["buffer"].untyped_storage().nbytes()
+    assert num_bytes == rows * modalities * DIM * bytes_of_bf16
+    two_steps.end_episode(0)
+    assert two_steps.state_dict(tmp_path)["buffer"].numel() == 0
+
+
+def test_a_state_goes_on_within_the_episode(tmp_path: Path, two_steps: FeatureStore) -> None:
+    loaded = empty_store()
+    loaded.load_state_dict(two_steps.state_dict(tmp_path))
+    for store in (two_steps, loaded):
+        put_step(store, 2, DRAWS[0].flip(0), projections(3))
+        store.end_episode(0)
+    assert_same_table(loaded, two_steps)
+
+
+def test_a_state_of_longer_episodes_is_refused(tmp_path: Path, two_steps: FeatureStore) -> None:
+    state = two_steps.state_dict(tmp_path)
     with pytest.raises(ValueError, match=r"stored features index \[1, 8\], got \[2, 8\]"):
-        shorter.load_state_dict(state)
+        empty_store(steps=1).load_state_dict(state)
 
 
-def test_a_state_of_other_data_is_refused(tmp_path):
+def test_a_state_of_other_data_is_refused(tmp_path: Path) -> None:
     state = filled_store().state_dict(tmp_path)
-    other = FeatureStore(SAMPLES + 1, STEPS, BATCH, CPU)
     with pytest.raises(ValueError, match=r"stored features table \[24, 2, 4\], got \[23, 2, 4\]"):
-        other.load_state_dict(state)
+        empty_store(SAMPLES + 1).load_state_dict(state)
 
 
-def save_without_room(folder):
+def save_without_room(folder: Path) -> str:
     distributed.start(distributed.find_rank(), CPU, 60)
     store = filled_store()
-    raised = ""
     if distributed.is_main():
         with full_disk(64):
             try:
                 store.state_dict(folder)
             except OSError as error:
-                raised = type(error).__name__
-    return raised
+                return type(error).__name__
+    return ""
 
 
-def test_a_full_disk_is_an_error_and_no_dead_process(tmp_path):
+def test_a_full_disk_is_an_error_and_no_dead_process(tmp_path: Path) -> None:
     assert on_ranks(2, save_without_room, tmp_path)[0] == "OSError"
 
 
@@ -227,7 +304,9 @@ def test_a_full_disk_is_an_error_and_no_dead_process(tmp_path):
         ("extract", 1, 9.0, False),
     ],
 )
-def test_auto_stores_features_where_samples_are_seen_again(features, warmup, passes, reuses):
+def test_auto_stores_features_where_samples_are_seen_again(
+    features: str, warmup: int, passes: float, reuses: bool
+) -> None:
     config = EpisodeConfig(features=features, infonce_warmup=warmup)
     assert wants_to_reuse(config, passes) == reuses
     source = choose_features(config, passes, 2**20, CPU)
@@ -235,9 +314,8 @@ def test_auto_stores_features_where_samples_are_seen_again(features, warmup, pas
     assert source.reason.startswith("stored from training, 1.0 MiB" if reuses else "extracted")
 
 
-def test_a_table_that_does_not_fit_is_not_stored():
-    config = EpisodeConfig()
-    source = choose_features(config, 9.0, 2**60, CPU)
+def test_a_table_that_does_not_fit_is_stored_only_by_force() -> None:
+    source = choose_features(EpisodeConfig(), 9.0, 2**60, CPU)
     assert not source.reuses and "more than is free" in source.reason
     forced = choose_features(EpisodeConfig(features="reuse"), 9.0, 2**60, CPU)
     assert forced.reuses and forced.table_device == CPU

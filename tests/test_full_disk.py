@@ -1,6 +1,9 @@
 """A disk that is full, or a folder that is missing: one sentence, an OSError, no torn file."""
 
+from __future__ import annotations
+
 import errno
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from protoclip.cluster import main as cluster
 from protoclip.train import main as train
 
 
-def test_clusters_are_saved_whole_or_not_at_all(tmp_path):
+def test_clusters_are_saved_whole_or_not_at_all(tmp_path: Path) -> None:
     clusters = protoclip.kmeans(torch.randn(500, 8), 4)
     with pytest.raises(FileNotFoundError, match="missing/x.safetensors"):
         clusters.save(tmp_path / "missing" / "x.safetensors")
@@ -29,7 +32,9 @@ def test_clusters_are_saved_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o644
 
 
-def test_an_export_leaves_nothing_behind(trained, tmp_path, capsys):
+def test_an_export_leaves_nothing_behind(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     with full_disk(50_000):
         assert export.main([str(trained), "--out", str(out)]) == 2
@@ -40,7 +45,9 @@ def test_an_export_leaves_nothing_behind(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("room", [200, 8000])
-def test_groups_of_pictures_on_a_full_disk(tmp_path, nano, capsys, room):
+def test_groups_of_pictures_on_a_full_disk(
+    tmp_path: Path, nano: Path, capsys: pytest.CaptureFixture[str], room
+) -> None:
     """First features.npz does not fit, then the page."""
     (tmp_path / "photos").mkdir()
     for i in range(20):
@@ -56,7 +63,12 @@ def test_groups_of_pictures_on_a_full_disk(tmp_path, nano, capsys, room):
     assert not [path for path in (tmp_path / "out").iterdir() if path.suffix == ".tmp"]
 
 
-def test_a_run_without_a_checkpoint_is_not_told_to_resume(tmp_path, monkeypatch, capsys, no_page):
+def test_a_run_without_a_checkpoint_is_not_told_to_resume(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_page: None,
+) -> None:
     monkeypatch.chdir(tmp_path)
     flags = bare_run(tmp_path, "--max-steps", "2", "--method", "clip", "--name", "r")
     with full_disk(60_000):

@@ -1,13 +1,16 @@
 """Cached gradients equal those of the same chunks in one graph, on one process and under DDP."""
 
 import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from budget import assert_same_bits
 from ranks import on_ranks
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,184 +18,226 @@ import protoclip
 from protoclip import distributed
 from protoclip.losses import global_info_nce
 
-ROWS, WIDTH = 10, 6
+ROWS = 10
+WIDTH = 6
 BOUND = {"rtol": 1e-10, "atol": 1e-12}  # of fp64
 
 
 class Tower(nn.Module):
     """Dropout, and outputs of the form of the input, with its log scale as a parameter, 0-dim."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(WIDTH, 16), nn.Dropout(0.5), nn.Linear(16, 4))
         self.log_scale = nn.Parameter(torch.tensor(1.0))
 
-    def forward(self, x, flag=None, *, mask=None):
-        x = self.body(x if mask is None else x * mask[:, None])
+    def forward(self, x: Tensor, flag: bool | None = None, *, mask: Tensor | None = None) -> Any:
+        features = self.body(x if mask is None else x * mask[:, None])
         if mask is not None:
-            return {"x": x, "none": None, "scale": self.log_scale, "index": x.argmax(1)}
-        return x if flag is None else (x, None, self.log_scale)
+            index = features.argmax(1)
+            return {"x": features, "none": None, "scale": self.log_scale, "index": index}
+        return features if flag is None else (features, None, self.log_scale)
 
 
-def loss_of(x, y, scale):
-    scale = torch.as_tensor(scale).exp()
-    return protoclip.info_nce(F.normalize(x), F.normalize(y), scale, backend="reference")
+def loss_of(x: Tensor, y: Tensor, log_scale: Tensor | float) -> Tensor:
+    logit_scale = torch.as_tensor(log_scale).exp()
+    return protoclip.info_nce(F.normalize(x), F.normalize(y), logit_scale, backend="reference")
 
 
-def data(dtype=torch.float64, rows=ROWS):
+class Pairs(NamedTuple):
+    image: Tensor  # [rows, WIDTH]
+    text: Tensor  # [rows, WIDTH]
+
+
+def random_pairs(dtype: torch.dtype = torch.float64, rows: int = ROWS) -> Pairs:
     generator = torch.Generator().manual_seed(5)
-    return [torch.randn(rows, WIDTH, generator=generator).to(dtype) for _ in range(2)]
+    image = torch.randn(rows, WIDTH, generator=generator)
+    text = torch.randn(rows, WIDTH, generator=generator)
+    return Pairs(image.to(dtype), text.to(dtype))
 
 
 @pytest.fixture
-def tower():
+def tower() -> Tower:
     torch.manual_seed(0)
     return Tower().double()
 
 
-@pytest.mark.parametrize("form", ["tensor", "tuple", "dict"])
-def test_gradients_are_those_of_the_chunks_in_one_graph(tower, form):
+def as_input(batch: Tensor, form: str) -> Any:
+    """A batch as the tower takes it in each form."""
+    if form == "tensor":
+        return batch
+    if form == "tuple":
+        return (batch, True)
+    return {"x": batch, "mask": torch.ones(len(batch), dtype=batch.dtype)}
+
+
+def features_of(outputs: Any, form: str) -> Tensor:
+    """The features among the tower's outputs in each form."""
+    if form == "tensor":
+        return outputs
+    if form == "tuple":
+        return outputs[0]
+    return outputs["x"]
+
+
+FORMS = ["tensor", "tuple", "dict"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_are_those_of_the_chunks_in_one_graph(tower: Tower, form: str) -> None:
     """A shared encoder, dropout, chunks that do not divide the batch, a hook on a parameter."""
-    a, b = data()
+    image, text = random_pairs()
     torch.manual_seed(1)
-    want_x, want_y = (torch.cat([tower(c) for c in chunks]) for chunks in (a.split(4), b.split(3)))
-    want = torch.autograd.grad(loss_of(want_x, want_y, tower.log_scale), list(tower.parameters()))
+    expected_x = torch.cat([tower(chunk) for chunk in image.split(4)])
+    expected_y = torch.cat([tower(chunk) for chunk in text.split(3)])
+    expected_loss = loss_of(expected_x, expected_y, tower.log_scale)
+    expected = torch.autograd.grad(expected_loss, list(tower.parameters()))
     tower.body[0].weight.register_hook(lambda grad: grad * 1.0)  # fails without a gradient
-    mask = torch.ones(ROWS, dtype=torch.float64)
-    wrap = {
-        "tensor": lambda x: x,
-        "tuple": lambda x: (x, True),
-        "dict": lambda x: {"x": x, "mask": mask},
-    }
     torch.manual_seed(1)
-    one, two = protoclip.grad_cache([tower, tower], [wrap[form](a), wrap[form](b)], [4, 3])
-    x, y, scale = one, two, tower.log_scale
-    if form == "dict":
-        x, y, scale = one["x"], two["x"], two["scale"]
-        assert one["none"] is None and torch.equal(one["index"], x.argmax(1))
-    elif form == "tuple":
-        (x, none, _), (y, _, scale) = one, two
-        assert none is None
-    assert torch.equal(x, want_x) and torch.equal(y, want_y)
-    state = torch.get_rng_state()
-    loss_of(x, y, scale).backward()
-    assert torch.equal(torch.get_rng_state(), state)
-    for p, other in zip(tower.parameters(), want, strict=True):
-        torch.testing.assert_close(p.grad, other, **BOUND)
+    of_image, of_text = protoclip.grad_cache(
+        [tower, tower], [as_input(image, form), as_input(text, form)], [4, 3]
+    )
+    x = features_of(of_image, form)
+    y = features_of(of_text, form)
+    assert torch.equal(x, expected_x) and torch.equal(y, expected_y)
+    log_scale = tower.log_scale
+    if form == "tuple":
+        assert of_image[1] is None
+        log_scale = of_text[2]
+    elif form == "dict":
+        assert of_image["none"] is None and torch.equal(of_image["index"], x.argmax(1))
+        log_scale = of_text["scale"]
+    random_state = torch.get_rng_state()
+    loss_of(x, y, log_scale).backward()
+    assert torch.equal(torch.get_rng_state(), random_state)
+    torch.testing.assert_close([p.grad for p in tower.parameters()], list(expected), **BOUND)
 
 
-def test_autocast_is_that_of_the_first_pass(tower):
+def test_autocast_is_that_of_the_first_pass(tower: Tower) -> None:
     tower.float()
-    a, b = data(torch.float32)
+    image, text = random_pairs(torch.float32)
     weights = [p for name, p in tower.named_parameters() if name != "log_scale"]
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16):
-        x, y = protoclip.grad_cache([tower.forward] * 2, [a, b], 4)
+        x, y = protoclip.grad_cache([tower.forward, tower.forward], [image, text], 4)
         # Casts of the weights that the first pass made without gradients do not reach others.
-        torch.autograd.grad(tower.body[0](a).sum(), weights[0])
+        torch.autograd.grad(tower.body[0](image).sum(), weights[0])
     assert x.dtype == y.dtype == torch.bfloat16
     (8 * loss_of(x, y, 1.0)).backward()
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        x, y = (torch.cat([tower(c) for c in batch.split(4)]) for batch in (a, b))
-    want = torch.autograd.grad(8 * loss_of(x, y, 1.0), weights)
-    for weight, other in zip(weights, want, strict=True):
-        torch.testing.assert_close(weight.grad, other, rtol=1e-5, atol=1e-5)
+        expected_x = torch.cat([tower(chunk) for chunk in image.split(4)])
+        expected_y = torch.cat([tower(chunk) for chunk in text.split(4)])
+    expected = torch.autograd.grad(8 * loss_of(expected_x, expected_y, 1.0), weights)
+    got = [weight.grad for weight in weights]
+    torch.testing.assert_close(got, list(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_without_gradients_there_is_no_graph(tower):
-    a, _ = data()
+def test_without_gradients_there_is_no_graph(tower: Tower) -> None:
+    image = random_pairs().image
     with torch.no_grad():
-        (x,) = protoclip.grad_cache([tower.eval()], [a], 4)
+        (x,) = protoclip.grad_cache([tower.eval()], [image], 4)
     assert not x.requires_grad
-    torch.testing.assert_close(x, tower(a).detach())
+    torch.testing.assert_close(x, tower(image).detach())
 
 
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda t, x: protoclip.grad_cache([t], [x], 0), "chunk_size >= 1"),
-        (lambda t, x: protoclip.grad_cache([t], [x], 4.0), r"sizes \[4.0\]"),
-        (lambda t, x: protoclip.grad_cache(t, x, 4), "a list of encoders"),
-        (lambda t, x: protoclip.grad_cache([t, t], [x], 4), "got 1 batches"),
-        (
-            lambda t, x: protoclip.grad_cache([lambda c: t(c)[1:]], [x], 4),
-            r"rows of its chunk\[4\]",
-        ),
-        (lambda t, x: protoclip.grad_cache([lambda c: t(c).sum()], [x], 4), r"got \[\(\)\]"),
-        (lambda t, x: protoclip.grad_cache([lambda c: {1: {t(c)}}], [x], 4), "got .'set'"),
-        (lambda t, x: protoclip.grad_cache([t], [(x, x[1:])], 4), r"lengths \[9, 10\]"),
-        (lambda t, x: protoclip.grad_cache([t], [["a", "b"]], 4), "split="),
-        (
-            lambda t, x: protoclip.grad_cache([t], [x], 4, split=lambda batch, n: []),
-            "one chunk from split=",
-        ),
-    ],
-)
-def test_bad_input_is_a_sentence(tower, call, words):
+BAD: dict[str, tuple[Callable[[Tower, Tensor], Any], str]] = {
+    "no rows in a chunk": (lambda t, x: protoclip.grad_cache([t], [x], 0), "chunk_size >= 1"),
+    "a floating size": (lambda t, x: protoclip.grad_cache([t], [x], 4.0), r"sizes \[4.0\]"),
+    "no list": (lambda t, x: protoclip.grad_cache(t, x, 4), "a list of encoders"),
+    "few batches": (lambda t, x: protoclip.grad_cache([t, t], [x], 4), "got 1 batches"),
+    "an encoder that drops a row": (
+        lambda t, x: protoclip.grad_cache([lambda chunk: t(chunk)[1:]], [x], 4),
+        r"rows of its chunk\[4\]",
+    ),
+    "an encoder that returns a sum": (
+        lambda t, x: protoclip.grad_cache([lambda chunk: t(chunk).sum()], [x], 4),
+        r"got \[\(\)\]",
+    ),
+    "an encoder that returns a set": (
+        lambda t, x: protoclip.grad_cache([lambda chunk: {1: {t(chunk)}}], [x], 4),
+        "got .'set'",
+    ),
+    "tensors of two lengths": (
+        lambda t, x: protoclip.grad_cache([t], [(x, x[1:])], 4),
+        r"lengths \[9, 10\]",
+    ),
+    "a batch of strings": (lambda t, x: protoclip.grad_cache([t], [["a", "b"]], 4), "split="),
+    "a split into nothing": (
+        lambda t, x: protoclip.grad_cache([t], [x], 4, split=lambda batch, size: []),
+        "one chunk from split=",
+    ),
+    "a generator of nothing": (
+        lambda t, x: protoclip.grad_cache([t], [x], 4, split=lambda batch, size: iter(())),
+        "one chunk from split=",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_a_sentence(tower: Tower, case: str) -> None:
+    call, words = BAD[case]
     with pytest.raises(ValueError, match=f"grad_cache: expected .*{words}"):
-        call(tower, data()[0])
+        call(tower, random_pairs().image)
 
 
-def _step(**options):
-    def change(tower):
-        torch.optim.AdamW(tower.parameters(), **options).step()
-
-    return change
+def take_a_step(tower: Tower, **options: bool) -> None:
+    torch.optim.AdamW(tower.parameters(), **options).step()
 
 
 @torch.no_grad()
-def _scaled(tower):
+def double_a_weight(tower: Tower) -> None:
     tower.body[0].weight.mul_(2)
 
 
-CHANGES = {
-    "step": _step(),
-    "foreach": _step(foreach=True),
-    "fused": _step(fused=True),
-    "by hand": _scaled,
+CHANGES: dict[str, Callable[[Tower], Any]] = {
+    "step": take_a_step,
+    "foreach": lambda tower: take_a_step(tower, foreach=True),
+    "fused": lambda tower: take_a_step(tower, fused=True),
+    "by hand": double_a_weight,
     "loaded": lambda tower: tower.load_state_dict(Tower().state_dict()),
 }
 
 
 @pytest.mark.parametrize("form", ["module", "method", "function"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_was_changed_before_backward_is_refused(tower, change, form):
+def test_a_parameter_changed_before_backward_is_refused(
+    tower: Tower, change: str, form: str
+) -> None:
     """The second pass would compute other features than those of the loss."""
     encoder = {"module": tower, "method": tower.forward, "function": lambda x: tower(x)}[form]
-    batches = data()
-    x, y = protoclip.grad_cache([encoder, encoder], batches, 4)
+    x, y = protoclip.grad_cache([encoder, encoder], list(random_pairs()), 4)
     loss = loss_of(x, y, tower.log_scale)
-    for p in tower.parameters():
-        p.grad = torch.ones_like(p)
+    for parameter in tower.parameters():
+        parameter.grad = torch.ones_like(parameter)
     CHANGES[change](tower)
     with pytest.raises(RuntimeError, match=r"grad_cache: expected backward\(\) .* got a parameter"):
         loss.backward()
 
 
-@pytest.mark.parametrize("form", ["tensor", "tuple", "dict"])
-def test_a_batch_changed_before_backward_is_refused(tower, form):
-    a, b = data()
-    wrap = {"tensor": lambda x: x, "tuple": lambda x: (x, True), "dict": lambda x: {"x": x}}[form]
-    outputs = protoclip.grad_cache([tower, tower], [wrap(a), wrap(b)], 4)
-    x, y = (one[0] if form == "tuple" else one for one in outputs)
-    b.neg_()
-    # Of a plain tensor torch itself knows.
-    words = (
-        "modified by an inplace" if form == "tensor" else r"tensor in a batch of shape \[\d, 6\]"
+@pytest.mark.parametrize("form", FORMS)
+def test_a_batch_changed_before_backward_is_refused(tower: Tower, form: str) -> None:
+    image, text = random_pairs()
+    of_image, of_text = protoclip.grad_cache(
+        [tower, tower], [as_input(image, form), as_input(text, form)], 4
     )
+    text.neg_()
+    words = r"tensor in a batch of shape \[\d, 6\]"
+    if form == "tensor":  # of which torch itself knows
+        words = "modified by an inplace"
     with pytest.raises(RuntimeError, match=words):
-        loss_of(x, y, tower.log_scale).backward()
+        loss_of(features_of(of_image, form), features_of(of_text, form), tower.log_scale).backward()
 
 
-def test_what_no_gradient_depends_on_may_change(tower):
+def test_what_no_gradient_depends_on_may_change(tower: Tower) -> None:
     """Parameters that are not of this loss, counters, a batch after backward; step after step."""
-    other, counter = Tower().double(), torch.zeros(())
+    another_tower = Tower().double()
+    counter = torch.zeros(())
     optimizer = torch.optim.SGD(tower.parameters(), lr=0.1)
-    a, b = data()
+    image, text = random_pairs()
     before = tower.body[0].weight.clone()
 
-    def counting(x):
+    def counting(x: Tensor) -> Tensor:
         counter.add_(1)
         return tower(x)
 
@@ -200,178 +245,233 @@ def test_what_no_gradient_depends_on_may_change(tower):
         optimizer.zero_grad()
         with torch.no_grad():
             tower.log_scale.clamp_(0, 4.6)  # between steps, as CLIP's
-        x, y = protoclip.grad_cache([counting, tower], [a, b], 4)
+        x, y = protoclip.grad_cache([counting, tower], [image, text], 4)
         loss = loss_of(x, y, tower.log_scale)
         with torch.no_grad():
-            for p in other.parameters():
-                p.mul_(2)
+            for parameter in another_tower.parameters():
+                parameter.mul_(2)
         loss.backward()
         optimizer.step()
-        b.neg_()
-    assert counter == 3 * 2 * 3 and not torch.equal(before, tower.body[0].weight)
+        text.neg_()
+    chunks_of_a_batch = 3
+    passes = 2
+    assert counter == 3 * passes * chunks_of_a_batch
+    assert not torch.equal(before, tower.body[0].weight)
 
 
-def test_chunks_may_come_from_a_generator(tower):
-    a, b = data()
+def test_chunks_may_come_from_a_generator(tower: Tower) -> None:
     tower.eval()
 
-    def chunks(batch, size):
+    def chunks(batch: Tensor, size: int) -> Any:
         yield from batch.split(size)
 
-    want = protoclip.grad_cache([tower, tower], [a, b], 4)
-    found = protoclip.grad_cache([tower, tower], [a, b], 4, split=chunks)
-    assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
-    grads = [
-        torch.autograd.grad(loss_of(*pair, tower.log_scale), list(tower.parameters()))
-        for pair in (found, want)
-    ]
-    assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
-    with pytest.raises(ValueError, match="one chunk from split="):
-        protoclip.grad_cache([tower], [a], 4, split=lambda batch, size: iter(()))
+    def features_and_gradients(**options: Any) -> list[Tensor]:
+        x, y = protoclip.grad_cache([tower, tower], list(random_pairs()), 4, **options)
+        loss = loss_of(x, y, tower.log_scale)
+        return [x, y, *torch.autograd.grad(loss, list(tower.parameters()))]
+
+    assert_same_bits(features_and_gradients(split=chunks), features_and_gradients())
 
 
 class TwoTowers(nn.Module):
     """As OpenCLIP's model: takes one side or both, and owns the logit scale."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.visual, self.text = Tower(), Tower()
+        self.visual = Tower()
+        self.text = Tower()
         self.log_scale = nn.Parameter(torch.tensor(1.0))
 
-    def forward(self, image=None, text=None):
-        one = None if image is None else self.visual(image)
-        two = None if text is None else self.text(text)
-        return one, two, self.log_scale * 1.0
+    def forward(
+        self, image: Tensor | None = None, text: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        image_features = None if image is None else self.visual(image)
+        text_features = None if text is None else self.text(text)
+        return image_features, text_features, self.log_scale * 1.0
 
 
-def reductions(module, **options):
+class CountingReplica(DistributedDataParallel):
     """A module in DDP that counts how often its gradients are reduced."""
-    replica = DistributedDataParallel(module, **options)
-    count = [0]
 
-    def hook(_, bucket):
-        count[0] += bucket.is_last()
+    def __init__(self, module: nn.Module, **options: bool) -> None:
+        super().__init__(module, **options)
+        self.num_reductions = 0
+        self.register_comm_hook(None, self._reduce)
+
+    def _reduce(self, _: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        self.num_reductions += bucket.is_last()
         dist.all_reduce(bucket.buffer().div_(dist.get_world_size()))
-        done = torch.futures.Future()
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(bucket.buffer())
         return done
 
-    replica.register_comm_hook(None, hook)
-    return replica, count
+
+class RankResult(NamedTuple):
+    """Gradients of the parameters, as lists, 0 where there is none, and reductions of each
+    replica; ``expected``: those of one graph, averaged over the ranks."""
+
+    gradients: list[Any]
+    expected: list[Any]
+    num_reductions: list[int]
 
 
-def on_two_ranks(case):
-    """Gradients and numbers of reductions of grad_cache; the gradients of one graph, averaged."""
+def gradient_lists(gradients: list[Tensor | None]) -> list[Any]:
+    return [0.0 if gradient is None else gradient.tolist() for gradient in gradients]
+
+
+def model_of(case: str) -> TwoTowers:
     torch.manual_seed(0)
     model = TwoTowers().double()
     model.text.requires_grad_("frozen" not in case)
     for tower in (model.visual, model.text):  # DDP must be told of what nothing uses
         tower.log_scale.requires_grad_("unused" in case)
     model.log_scale.requires_grad_(case != "towers")
-    own = dist.get_rank()
-    image, text = (batch[own * ROWS : (own + 1) * ROWS] for batch in data(rows=2 * ROWS))
-    size = 3 + 2 * own  # four chunks, and two
-    steps = 2 if case == "accumulate" else 1
-    torch.manual_seed(1 + own)
+    return model
+
+
+def gradients_of_one_graph(
+    model: TwoTowers, image: Tensor, text: Tensor, chunk_size: int, steps: int
+) -> list[Any]:
     for _ in range(steps):
-        x = torch.cat([model(image=c)[0] for c in image.split(size)])
-        y = torch.cat([model(text=c)[1] for c in text.split(size)])
+        x = torch.cat([model(image=chunk)[0] for chunk in image.split(chunk_size)])
+        y = torch.cat([model(text=chunk)[1] for chunk in text.split(chunk_size)])
         global_loss(x, y, model.log_scale).backward()
-    want = [p.grad for p in model.parameters()]
-    for grad in want:
-        if grad is not None:
-            dist.all_reduce(grad.div_(2))
+    gradients = [parameter.grad for parameter in model.parameters()]
+    for gradient in gradients:
+        if gradient is not None:
+            dist.all_reduce(gradient.div_(2))
     model.zero_grad()
-    torch.manual_seed(1 + own)
+    return gradient_lists(gradients)
+
+
+def backward_of_replicated_towers(
+    model: TwoTowers, image: Tensor, text: Tensor, chunk_size: int
+) -> list[CountingReplica]:
+    replicas = [CountingReplica(model.visual), CountingReplica(model.text)]
+    x, y = protoclip.grad_cache(replicas, [image, text], chunk_size)
+    global_loss(x, y, model.log_scale).backward()
+    return replicas
+
+
+def backward_of_a_replicated_model(
+    model: TwoTowers, image: Tensor, text: Tensor, chunk_size: int, steps: int, case: str
+) -> list[CountingReplica]:
+    replica = CountingReplica(model, find_unused_parameters="unused" in case)
+    encoders = [lambda chunk: replica(image=chunk), lambda chunk: replica(text=chunk)]
+    for step in range(steps):
+        early_scale = model.log_scale * 1.0  # of a node before those of the features
+        accumulates = step + 1 < steps
+        with replica.no_sync() if accumulates else contextlib.nullcontext():
+            of_image, of_text = protoclip.grad_cache(
+                encoders, [image, text], chunk_size, ddp=[replica]
+            )
+            x, _, scale = of_image
+            _, y, _ = of_text
+            global_loss(x, y, early_scale if case == "used directly" else scale).backward()
+    return [replica]
+
+
+def on_two_ranks(case: str) -> RankResult:
+    model = model_of(case)
+    rank = dist.get_rank()
+    pairs = random_pairs(rows=2 * ROWS)
+    mine = slice(rank * ROWS, (rank + 1) * ROWS)
+    image = pairs.image[mine]
+    text = pairs.text[mine]
+    chunk_size = 3 + 2 * rank  # four chunks, and two
+    steps = 2 if case == "accumulate" else 1
+    torch.manual_seed(1 + rank)
+    expected = gradients_of_one_graph(model, image, text, chunk_size, steps)
+    torch.manual_seed(1 + rank)
     if case == "towers":
-        replicas = [reductions(tower) for tower in (model.visual, model.text)]
-        x, y = protoclip.grad_cache([r for r, _ in replicas], [image, text], size)
-        global_loss(x, y, model.log_scale).backward()
+        replicas = backward_of_replicated_towers(model, image, text, chunk_size)
     else:
-        replicas = [reductions(model, find_unused_parameters="unused" in case)]
-        replica = replicas[0][0]
-        encoders = [lambda i: replica(image=i), lambda t: replica(text=t)]
-        for step in range(steps):
-            early = model.log_scale * 1.0  # of a node before those of the features
-            waits = step + 1 < steps
-            with replica.no_sync() if waits else contextlib.nullcontext():
-                (x, _, scale), (_, y, _) = protoclip.grad_cache(
-                    encoders, [image, text], size, ddp=[replica]
-                )
-                global_loss(x, y, early if case == "used directly" else scale).backward()
-    got = [p.grad for p in model.parameters()]
-    got, want = ([0.0 if g is None else g.tolist() for g in grads] for grads in (got, want))
-    return got, want, [count for _, (count,) in replicas]
+        replicas = backward_of_a_replicated_model(model, image, text, chunk_size, steps, case)
+    gradients = gradient_lists([parameter.grad for parameter in model.parameters()])
+    return RankResult(gradients, expected, [replica.num_reductions for replica in replicas])
 
 
-def global_loss(x, y, log_scale):
-    x, y = F.normalize(x), F.normalize(y)
-    return global_info_nce(x, y, log_scale.exp(), backend="reference")
+def global_loss(x: Tensor, y: Tensor, log_scale: Tensor) -> Tensor:
+    return global_info_nce(F.normalize(x), F.normalize(y), log_scale.exp(), backend="reference")
 
 
 CASES = ["lambdas", "used directly", "unused", "towers", "accumulate", "frozen", "frozen, unused"]
 
 
-def every_case():
+def every_case() -> dict[str, RankResult]:
     distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
-    found = {case: on_two_ranks(case) for case in CASES}
+    results = {case: on_two_ranks(case) for case in CASES}
     distributed.stop()
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")
-def found():
+def two_ranks() -> list[dict[str, RankResult]]:
     return on_ranks(2, every_case)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_reduce_once(found, case):
-    """Ranks with four and with two chunks: the gradients of one graph, after one reduction."""
-    for got, want, counts in (of_rank[case] for of_rank in found):
-        assert set(counts) == {1}
-        for one, other in zip(got, want, strict=True):
+def test_ranks_reduce_the_gradients_of_one_graph_once(
+    two_ranks: list[dict[str, RankResult]], case: str
+) -> None:
+    """Ranks with four and with two chunks."""
+    results = [of_rank[case] for of_rank in two_ranks]
+    for result in results:
+        assert set(result.num_reductions) == {1}
+        for gradient, expected in zip(result.gradients, result.expected, strict=True):
             # A parameter that nothing uses is left alone, or has a gradient of zero.
-            one, other = (torch.tensor(x, dtype=torch.float64) for x in (one, other))
-            torch.testing.assert_close(one, other, **BOUND)
-    assert found[0][case][0] == found[1][case][0]
+            torch.testing.assert_close(
+                torch.tensor(gradient, dtype=torch.float64),
+                torch.tensor(expected, dtype=torch.float64),
+                **BOUND,
+            )
+    assert results[0].gradients == results[1].gradients
 
 
-def sharded():
-    """FSDP2: losses of three steps, and the words for a step before backward."""
-    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
+def small_model() -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, 4))
+    return nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def train_sharded() -> list[float]:
+    """FSDP2: losses of three steps; a step before backward is refused."""
+    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
+    model = small_model()
     for part in (model[0], model[2], model):
         fully_shard(part)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    found = []
-    for early in (False, False, False, True):
+
+    def next_loss() -> Tensor:
         optimizer.zero_grad()
-        x, y = protoclip.grad_cache([model, model], data(torch.float32), 4)
-        loss = loss_of(x, y, 1.0)
-        if early:
-            for p in model.parameters():
-                p.grad = torch.ones_like(p)
-            optimizer.step()
-            with pytest.raises(RuntimeError, match="grad_cache: expected backward"):
-                loss.backward()
-        else:
-            loss.backward()
-            optimizer.step()
-            found.append(loss.item())
-    distributed.stop()
-    return found
+        x, y = protoclip.grad_cache([model, model], list(random_pairs(torch.float32)), 4)
+        return loss_of(x, y, 1.0)
 
-
-def test_sharded_parameters_train_and_may_not_change_before_backward():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, 4))
-    optimizer, alone = torch.optim.SGD(model.parameters(), lr=0.1), []
+    losses = []
     for _ in range(3):
-        optimizer.zero_grad()
-        loss = loss_of(*(model(batch) for batch in data(torch.float32)), 1.0)
+        loss = next_loss()
         loss.backward()
         optimizer.step()
-        alone.append(loss.item())
-    for losses in on_ranks(2, sharded):
-        assert losses == pytest.approx(alone, rel=1e-5)
+        losses.append(loss.item())
+    loss = next_loss()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="grad_cache: expected backward"):
+        loss.backward()
+    distributed.stop()
+    return losses
+
+
+def test_sharded_parameters_train_and_may_not_change_before_backward() -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    on_one_process = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        image, text = random_pairs(torch.float32)
+        loss = loss_of(model(image), model(text), 1.0)
+        loss.backward()
+        optimizer.step()
+        on_one_process.append(loss.item())
+    for losses in on_ranks(2, train_sharded):
+        assert losses == pytest.approx(on_one_process, rel=1e-5)

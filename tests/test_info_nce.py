@@ -3,67 +3,107 @@
 Triton has its own tests.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget, on_threads, usable
-from budget import strip_gradients as plain_gradients
+from budget import (
+    PlainResults,
+    Results,
+    assert_results_within_budget,
+    assert_same_bits,
+    info_nce_gradients,
+    leaf,
+    loss_and_gradients,
+    on_threads,
+    strip_gradients,
+    usable,
+)
 from room import run_in_room
+from torch import Tensor
 
 import protoclip
-from protoclip.ops import reference
-from protoclip.ops.strips import LN2, strip_gradients, strip_statistics
+from protoclip.ops import reference, strips
+from protoclip.ops.strips import LN2
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-both = pytest.mark.parametrize("backend", [b for b in usable("info_nce") if b != "triton"])
+each_backend = pytest.mark.parametrize("backend", [b for b in usable("info_nce") if b != "triton"])
 needs_cpu = pytest.mark.skipif(
     protoclip.backends("info_nce")["cpu"] is not None, reason="no native library"
 )
 
 
-def clustered(n: int, d: int, dtype=torch.float32, seed: int = 0, noise: float = 0.25):
+def clustered(
+    n: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0, noise: float = 0.25
+) -> tuple[Tensor, Tensor]:
     """Unit rows as CLIP trains them: one modality's rows share a direction (cosine about 0.94),
     pairs are alike."""
     torch.manual_seed(seed)
     shared = torch.randn(n, d)
     centers = torch.randn(2, 1, d) / noise
-    x, y = (F.normalize(c + shared + 0.3 * torch.randn(n, d), dim=-1) for c in centers)
+    x = F.normalize(centers[0] + shared + 0.3 * torch.randn(n, d), dim=-1)
+    y = F.normalize(centers[1] + shared + 0.3 * torch.randn(n, d), dim=-1)
     return x.to(dtype), y.to(dtype)
 
 
-def leaves(n, d, dtype=torch.float32, scale=30.0):
-    pair = (t.requires_grad_() for t in clustered(n, d, dtype))
-    return *pair, torch.tensor(scale, requires_grad=True)
-
-
-def run(inputs, weights, **options):
+def computed(
+    x: Tensor,
+    y: Tensor,
+    *,
+    logit_scale: float,
+    weights: Tensor,
+    backend: str,
+    stash: bool | None = None,
+) -> Results:
     """Losses of the pairs and the gradients of sum(weights * losses)."""
-    loss = protoclip.info_nce(*inputs, reduction="none", **options)
-    grads = torch.autograd.grad((loss * weights).sum(), inputs)
-    return dict(zip(("loss", "dx", "dy", "dscale"), (loss.detach(), *grads), strict=True))
-
-
-def check(x, y, scale, backend, weights=None, terms=0.0):
-    """``terms``: the size of what a row's gradient sums, where it counts, not the gradient's."""
-    w = torch.ones(len(x)) if weights is None else weights
-    inputs = [t.detach().requires_grad_() for t in (x, y, torch.tensor(scale))]
-    got = run(inputs, w, backend=backend)
-    truth, base = (
-        plain_gradients(x, y, scale, 0, w / 2, w / 2, dtype) for dtype in (torch.float64, x.dtype)
+    leaves = {"x": leaf(x), "y": leaf(y), "logit_scale": leaf(logit_scale)}
+    losses = protoclip.info_nce(
+        leaves["x"],
+        leaves["y"],
+        leaves["logit_scale"],
+        reduction="none",
+        stash=stash,
+        backend=backend,
     )
-    for found in (truth, base):
-        found["loss"] = (found["row level"] + found["column level"]) / 2 - found["positive"]
-    sizes = {name: max(truth[name].abs().max().item(), terms) for name in ("dx", "dy")}
-    sizes |= {"loss": 1 + truth["loss"].abs().max().item(), "dscale": truth["terms"].item()}
-    for name, size in sizes.items():
-        assert_within_budget(got[name], truth[name], base[name], name, size, scale)
+    return loss_and_gradients(losses, weights, **leaves)
+
+
+def assert_info_nce_within_budget(
+    x: Tensor,
+    y: Tensor,
+    *,
+    logit_scale: float,
+    weights: Tensor | None = None,
+    row_terms: float = 0.0,
+) -> None:
+    """``row_terms``: the size of what a row's gradient sums, where that counts."""
+    if weights is None:
+        weights = torch.ones(len(x))
+
+    def formula(dtype: torch.dtype) -> PlainResults:
+        return info_nce_gradients(x, y, logit_scale=logit_scale, weights=weights, dtype=dtype)
+
+    truth = formula(torch.float64)
+    assert_results_within_budget(
+        computed(x, y, logit_scale=logit_scale, weights=weights, backend="cpu"),
+        truth=truth,
+        base=formula(x.dtype),
+        logit_scale=logit_scale,
+        magnitudes={
+            "loss": 1 + truth.values["loss"].abs().max().item(),
+            "dx": max(truth.values["dx"].abs().max().item(), row_terms),
+            "dy": max(truth.values["dy"].abs().max().item(), row_terms),
+        },
+    )
 
 
 # N: the smallest, one short of a vector multiple, two ragged tiles, many tiles.
@@ -73,54 +113,62 @@ SIZES = [*itertools.product([1, 2, 16, 63, 252], [1, 17, 64, 123, 512, 768]), (1
 
 @needs_cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
-def test_values_and_gradients_are_within_budget(scale, dtype):
+@pytest.mark.parametrize("logit_scale", [1.0, 14.3, 100.0])
+def test_losses_and_gradients_are_within_budget(logit_scale: float, dtype: torch.dtype) -> None:
     for seed, (n, d) in enumerate(SIZES):
         x, y = clustered(n, d, dtype, seed)
-        check(x, y, scale, "cpu")
-        check(x, y, scale, "cpu", weights=torch.rand(n) + 0.5)
+        assert_info_nce_within_budget(x, y, logit_scale=logit_scale)
+        weights = torch.rand(n) + 0.5
+        assert_info_nce_within_budget(x, y, logit_scale=logit_scale, weights=weights)
 
 
 @needs_cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_extreme_cosines(dtype):
-    """cos +1 and -1 at scale 100: losses near zero, and logits 289 powers of two apart.
+def test_cosines_of_one_and_minus_one_are_within_budget(dtype: torch.dtype) -> None:
+    """At scale 100: losses near zero, and logits 289 powers of two apart.
 
     Where all rows are alike too, a gradient is a sum of equal terms that cancel: bf16 products
     round each by 2^-9, so there alone the size of the terms counts."""
     torch.manual_seed(0)
     x = F.normalize(torch.randn(150, 32), dim=-1).to(dtype)
+    assert_info_nce_within_budget(x, x, logit_scale=100.0)
+    assert_info_nce_within_budget(x, -x, logit_scale=100.0)
+    row_terms = 0.0
+    if dtype == torch.bfloat16:
+        row_terms = 2 * 100.0 * x.abs().max().item()
     same = x[:1].expand(150, 32)
     half = torch.cat([same[:75], -same[:75]])
-    kinds = ((x, x), (x, -x), (same, same), (same, -same), (half, x), (half, half.flip(0)))
-    for k, pair in enumerate(kinds):
-        alike = k >= 2 and dtype == torch.bfloat16
-        check(*pair, 100.0, "cpu", terms=2 * 100.0 * x.abs().max().item() if alike else 0.0)
+    for image, text in ((same, same), (same, -same), (half, x), (half, half.flip(0))):
+        assert_info_nce_within_budget(image, text, logit_scale=100.0, row_terms=row_terms)
 
 
 @needs_cpu
-def test_a_loss_near_zero_keeps_its_digits():
+def test_a_loss_near_zero_keeps_its_digits() -> None:
     """The positive's own weight is exactly one: no 1e-7 of a rounded reference remains."""
     x = torch.eye(256)
-    for scale in (14.0, 100.0):
-        loss = protoclip.info_nce(x, x, scale, reduction="none", backend="cpu")
-        want = reference.info_nce(x.double(), x.double(), torch.tensor(scale).double())
-        assert (loss.double() - want).abs().max() <= 2**-21
-        assert scale < 100 or (loss == 0).all()  # the truth is 1e-41
+    for logit_scale in (14.0, 100.0):
+        loss = protoclip.info_nce(x, x, logit_scale, reduction="none", backend="cpu")
+        truth = reference.info_nce(x.double(), x.double(), torch.tensor(logit_scale).double())
+        assert (loss.double() - truth).abs().max() <= 2**-21
+        if logit_scale == 100:
+            assert (loss == 0).all()  # the truth is 1e-41
 
 
 WITHOUT_BF16 = """
 import sys; sys.path.insert(0, {tests!r})
 import torch, test_info_nce, prototype_problem
 x, y = test_info_nce.clustered(300, 65, torch.bfloat16)
-test_info_nce.check(x, y, 100.0, "cpu", torch.rand(300) + 0.5)
-prototype_problem.check(90, 301, 65, torch.bfloat16, 0.1, 100.0)
+weights = torch.rand(300) + 0.5
+test_info_nce.assert_info_nce_within_budget(x, y, logit_scale=100.0, weights=weights)
+prototype_problem.assert_random_problem_within_budget(
+    90, 301, 65, dtype=torch.bfloat16, temperature=0.1, logit_scale=100.0
+)
 """
 
 
 @needs_cpu
 @pytest.mark.parametrize("cpu", ["AVX512_CORE", "SSE41"])
-def test_cpus_without_bf16_products(cpu):
+def test_cpus_without_bf16_products_are_within_budget(cpu: str) -> None:
     """fp32 products for bf16 features; on the second CPU oneDNN has none either, and ours run."""
     code = WITHOUT_BF16.format(tests=str(Path(__file__).parent))
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": cpu}
@@ -129,115 +177,140 @@ def test_cpus_without_bf16_products(cpu):
 
 
 @needs_cpu
-@pytest.mark.parametrize("scale", [40.0, 100.0])
-@pytest.mark.parametrize("columns", [True, False])
+@pytest.mark.parametrize("logit_scale", [40.0, 100.0])
+@pytest.mark.parametrize("columns", [True, False], ids=["both ways", "rows only"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rectangles(columns, dtype, scale):
-    """Rows of one rank against the columns of all, as local_loss asks for."""
-    x, y = clustered(700, 48, dtype)
-    x, offset = x[300:431], 300
-    w, v = torch.rand(131), torch.rand(700) if columns else torch.empty(0)
-    options = {"offset": offset, "backend": "cpu"}
-    strip = strip_statistics(x, y, torch.tensor(scale), columns=columns, **options)
-    gradients = strip_gradients(
+def test_rows_of_one_rank_against_the_columns_of_all_are_within_budget(
+    columns: bool, dtype: torch.dtype, logit_scale: float
+) -> None:
+    """As local_loss asks for."""
+    offset = 300
+    features, y = clustered(700, 48, dtype)
+    x = features[offset:431]
+    row_weight = torch.rand(131)
+    column_weight = torch.rand(700) if columns else torch.empty(0)
+    strip = strips.strip_statistics(
+        x, y, torch.tensor(logit_scale), offset=offset, columns=columns, backend="cpu"
+    )
+    gradients = strips.strip_gradients(
         x,
         y,
-        torch.tensor(scale),
+        torch.tensor(logit_scale),
         row_max=strip.row_max,
         row_sum=strip.row_sum,
         column_max=strip.column_max,
         column_sum=strip.column_sum,
-        row_weight=w,
-        column_weight=v,
+        row_weight=row_weight,
+        column_weight=column_weight,
         direction_weight=1.0,
         mean=False,
         stash=None,
-        **options,
+        offset=offset,
+        backend="cpu",
     )
     got = {
         "row level": LN2 * (strip.row_sum.log2() + strip.row_max),
         "positive": LN2 * strip.positive,
         "dx": gradients.dx,
         "dy": gradients.dy,
-        "dscale": gradients.dlogit_scale,
+        "dlogit_scale": gradients.dlogit_scale,
     }
     if columns:
         got["column level"] = LN2 * (strip.column_sum.log2() + strip.column_max)
-    truth, base = (
-        plain_gradients(x, y, scale, offset, w, v, wide) for wide in (torch.float64, dtype)
+
+    def formula(wide: torch.dtype) -> PlainResults:
+        return strip_gradients(
+            x,
+            y,
+            logit_scale=logit_scale,
+            row_weight=row_weight,
+            column_weight=column_weight,
+            dtype=wide,
+            offset=offset,
+        )
+
+    assert_results_within_budget(
+        got, truth=formula(torch.float64), base=formula(dtype), logit_scale=logit_scale
     )
-    for name, value in got.items():
-        size = truth["terms" if name == "dscale" else name].abs().max().item()
-        assert_within_budget(value, truth[name], base[name], name, size, scale)
 
 
 @needs_cpu
-def test_strides_and_offsets_do_not_matter():
-    for dtype in DTYPES:
-        x, y = clustered(70, 34, dtype)
-        want = protoclip.info_nce(x, y, 20.0, reduction="none", backend="cpu")
-        wide = torch.full((70, 73), 9.0, dtype=dtype)
-        wide[:, 5:39] = x
-        for view in (wide[:, 5:39], x.T.contiguous().T, x.repeat_interleave(2, 0)[::2]):
-            got = protoclip.info_nce(view, y, 20.0, reduction="none", backend="cpu")
-            assert torch.equal(got, want)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_and_offsets_do_not_matter(dtype: torch.dtype) -> None:
+    x, y = clustered(70, 34, dtype)
+
+    def rows(x: Tensor) -> Tensor:
+        return protoclip.info_nce(x, y, 20.0, reduction="none", backend="cpu")
+
+    wide = torch.full((70, 73), 9.0, dtype=dtype)
+    wide[:, 5:39] = x
+    expected = rows(x)
+    for view in (wide[:, 5:39], x.T.contiguous().T, x.repeat_interleave(2, 0)[::2]):
+        assert torch.equal(rows(view), expected)
 
 
-@both
-def test_two_pairs_and_equal_rows_by_hand(backend):
-    x = torch.eye(2)
-    two = protoclip.info_nce(x, x, 2.0, backend=backend)
-    assert two.item() == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-6)
-    x = F.normalize(torch.ones(9, 4), dim=1)
-    assert protoclip.info_nce(x, x, 50.0, backend=backend).item() == pytest.approx(math.log(9))
+@each_backend
+def test_two_pairs_and_equal_rows_by_hand(backend: str) -> None:
+    two = torch.eye(2)
+    loss = protoclip.info_nce(two, two, 2.0, backend=backend)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-6)
+    equal = F.normalize(torch.ones(9, 4), dim=1)
+    loss = protoclip.info_nce(equal, equal, 50.0, backend=backend)
+    assert loss.item() == pytest.approx(math.log(9))
 
 
-@both
-def test_empty_and_single(backend):
-    for n, d in ((0, 8), (1, 8), (3, 0), (1, 0), (0, 0)):
-        x, y = (torch.ones(n, d, requires_grad=True) for _ in range(2))
-        scale = torch.tensor(5.0, requires_grad=True)
-        loss = protoclip.info_nce(x, y, scale, backend=backend)
-        assert loss.item() == pytest.approx(torch.tensor(float(max(n, 1))).log().item())
-        loss.backward()
-        assert x.grad.shape == x.shape and (x.grad == 0).all() and scale.grad == 0
+@each_backend
+@pytest.mark.parametrize("n, d", [(0, 8), (1, 8), (3, 0), (1, 0), (0, 0)])
+def test_no_pairs_one_pair_and_no_features_have_a_loss(backend: str, n: int, d: int) -> None:
+    x = torch.ones(n, d, requires_grad=True)
+    y = torch.ones(n, d, requires_grad=True)
+    logit_scale = torch.tensor(5.0, requires_grad=True)
+    loss = protoclip.info_nce(x, y, logit_scale, backend=backend)
+    assert loss.item() == pytest.approx(torch.tensor(float(max(n, 1))).log().item())
+    loss.backward()
+    assert x.grad.shape == x.shape and (x.grad == 0).all() and logit_scale.grad == 0
 
 
-@both
+@each_backend
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_non_finite_input_gives_a_non_finite_loss(backend, bad):
-    for dtype in DTYPES:
-        for row in (0, 150, 299):
-            x, y = clustered(300, 20, dtype)
-            x[row, 3] = bad
-            assert not protoclip.info_nce(x, y, 10.0, backend=backend).isfinite()
-            assert not protoclip.info_nce(y, x, 10.0, backend=backend).isfinite()
+def test_non_finite_input_gives_a_non_finite_loss(backend: str, bad: float) -> None:
+    for dtype, row in itertools.product(DTYPES, (0, 150, 299)):
+        x, y = clustered(300, 20, dtype)
+        x[row, 3] = bad
+        assert not protoclip.info_nce(x, y, 10.0, backend=backend).isfinite()
+        assert not protoclip.info_nce(y, x, 10.0, backend=backend).isfinite()
     x, y = clustered(30, 20)
     assert not protoclip.info_nce(x, y, bad, backend=backend).isfinite()
 
 
-@both
-def test_reductions_and_upstream_gradients(backend):
+@each_backend
+def test_sum_and_mean_are_those_of_the_rows(backend: str) -> None:
     x, y = clustered(40, 16)
     rows = protoclip.info_nce(x, y, 9.0, reduction="none", backend=backend)
     assert rows.shape == (40,) and rows.dtype == torch.float32
     total = protoclip.info_nce(x, y, 9.0, reduction="sum", backend=backend)
     mean = protoclip.info_nce(x, y, 9.0, backend=backend)
     assert torch.allclose(total, rows.sum()) and torch.allclose(mean, rows.mean())
+
+
+@each_backend
+@pytest.mark.parametrize("factor", [1.0, -3.5])
+def test_a_factor_of_the_mean_is_one_of_its_gradient(backend: str, factor: float) -> None:
+    x, y = clustered(40, 16)
     x.requires_grad_()
-    (want,) = torch.autograd.grad(reference.info_nce(x, y, torch.tensor(9.0)).mean(), x)
-    for factor in (1.0, -3.5):
-        (g,) = torch.autograd.grad(factor * protoclip.info_nce(x, y, 9.0, backend=backend), x)
-        assert torch.allclose(g, factor * want, rtol=1e-4, atol=1e-7)
+    loss = reference.info_nce(x, y, torch.tensor(9.0)).mean()
+    (of_mean,) = torch.autograd.grad(loss, x)
+    (got,) = torch.autograd.grad(factor * protoclip.info_nce(x, y, 9.0, backend=backend), x)
+    assert torch.allclose(got, factor * of_mean, rtol=1e-4, atol=1e-7)
 
 
-@both
-def test_autocast_keeps_the_features_dtype(backend):
+@each_backend
+def test_autocast_keeps_the_features_dtype(backend: str) -> None:
     x, y = clustered(24, 10)
-    want = protoclip.info_nce(x, y, 5.0, backend=backend)
+    expected = protoclip.info_nce(x, y, 5.0, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = protoclip.info_nce(x, y, 5.0, backend=backend)
-    assert got.dtype == torch.float32 and torch.equal(got, want)
+    assert got.dtype == torch.float32 and torch.equal(got, expected)
 
 
 # ---- products kept for the backward pass: no bit of the result ----
@@ -247,54 +320,95 @@ def test_autocast_keeps_the_features_dtype(backend):
 @needs_cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n, d", [(1, 1), (2, 3), (130, 17), (300, 64), (777, 96)])
-def test_same_bits_with_and_without_a_stash_on_any_number_of_threads(n, d, dtype):
-    inputs, weights = leaves(n, d, dtype), torch.rand(n)
-    plain = run(inputs, weights, stash=False, backend="cpu")
-    for options in ({}, {"stash": True}):
-        options["backend"] = "cpu"
-        for got in on_threads(lambda more=options: run(inputs, weights, **more), (1, 2, 3)):
-            assert all(torch.equal(got[name], plain[name]) for name in plain)
+def test_a_stash_and_the_number_of_threads_change_no_bit(
+    n: int, d: int, dtype: torch.dtype
+) -> None:
+    x, y = clustered(n, d, dtype)
+    weights = torch.rand(n)
+
+    def run(stash: bool | None) -> Results:
+        return computed(x, y, logit_scale=30.0, weights=weights, stash=stash, backend="cpu")
+
+    without = run(stash=False)
+    for stash in (None, True):
+        for results in on_threads(lambda stash=stash: run(stash), (1, 2, 3)):
+            assert_same_bits(results, without)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A call of the op: rows against 256 columns, and what it returns."""
+
+    rows: int
+    offset: int
+    columns: bool
+    reduction: str
+    keep_stash: bool
+
+
+STRIPS = [
+    Strip(rows=256, offset=0, columns=True, reduction="mean", keep_stash=True),
+    Strip(rows=256, offset=0, columns=True, reduction="none", keep_stash=False),
+    Strip(rows=128, offset=3, columns=False, reduction="none", keep_stash=True),
+]
 
 
 @needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_and_one_graph(dtype):
-    x, y, scale = leaves(256, 6, dtype)  # whole tiles: the room around ragged ones is not written
-    op = torch.ops.protoclip.contrastive
-    for options in ((0, True, "mean", "cpu", True), (0, True, "none", "cpu", False)):
-        torch.library.opcheck(op, (x, y, scale, *options))
-    torch.library.opcheck(op, (x[:128], y, scale, 3, False, "none", "cpu", True))
+@pytest.mark.parametrize("form", STRIPS, ids=str)
+def test_opcheck_accepts_the_op(form: Strip, dtype: torch.dtype) -> None:
+    x, y = clustered(256, 6, dtype)  # whole tiles: the room around ragged ones is not written
+    arguments = {
+        "x": leaf(x[: form.rows]),
+        "y": leaf(y),
+        "logit_scale": leaf(30.0),
+        "offset": form.offset,
+        "columns": form.columns,
+        "reduction": form.reduction,
+        "backend": "cpu",
+        "keep_stash": form.keep_stash,
+    }
+    torch.library.opcheck(torch.ops.protoclip.contrastive, (), arguments)
 
-    def loss(x, y, scale):
-        return 2 * protoclip.info_nce(x, y, scale, backend="cpu")
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_gradients_have_the_same_bits_at_every_size(dtype: torch.dtype) -> None:
+    def loss(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor:
+        return 2 * protoclip.info_nce(x, y, logit_scale, backend="cpu")
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
     for n in (256, 230):
-        got, want = (
-            torch.autograd.grad(f(x[:n], y[:n], scale), (x, y, scale)) for f in (compiled, loss)
-        )
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        x, y = clustered(n, 6, dtype)
+        leaves = {"x": leaf(x), "y": leaf(y), "logit_scale": leaf(30.0)}
+        expected = loss_and_gradients(loss(**leaves), **leaves)
+        assert_same_bits(loss_and_gradients(compiled(**leaves), **leaves), expected)
 
 
 @needs_cpu
 @pytest.mark.slow
-def test_more_than_two_to_the_31_logits():
+def test_more_than_two_to_the_31_logits_are_right() -> None:
     """Rows of five kinds: the truth follows from a 5 x 5 table."""
-    n, kinds = 46_345, 5
-    a, b = (t.double() for t in clustered(kinds, 4, noise=1.0))
-    s = torch.tensor(10.0, dtype=torch.float64)
-    logits = s * a @ b.T
-    count = n / kinds
-    rows, columns = (torch.softmax(logits, dim=k) / count for k in (1, 0))
-    lse = sum(torch.logsumexp(logits, dim=k) for k in (1, 0)) + 2 * torch.tensor(count).log()
-    want = lse / 2 - logits.diagonal()
-    da = s * ((rows + columns) / 2 * count @ b - b)  # of the sum over pairs, for one row of a kind
-    kind = torch.arange(n) % kinds
-    x, y = a.float()[kind].requires_grad_(), b.float()[kind]
-    loss = protoclip.info_nce(x, y, 10.0, reduction="none", backend="cpu")
+    n = 46_345
+    num_kinds = 5
+    rows_of_a_kind = n / num_kinds
+    x_kinds, y_kinds = (t.double() for t in clustered(num_kinds, 4, noise=1.0))
+    logit_scale = 10.0
+    logits = logit_scale * x_kinds @ y_kinds.T
+    by_row = torch.softmax(logits, dim=1) / rows_of_a_kind
+    by_column = torch.softmax(logits, dim=0) / rows_of_a_kind
+    levels = logits.logsumexp(dim=1) + logits.logsumexp(dim=0) + 2 * math.log(rows_of_a_kind)
+    losses = levels / 2 - logits.diagonal()
+    # Of the sum over the pairs, for one row of a kind.
+    expected = (by_row + by_column) / 2 * rows_of_a_kind @ y_kinds
+    dx = logit_scale * (expected - y_kinds)
+    kind_of_row = torch.arange(n) % num_kinds
+    x = x_kinds.float()[kind_of_row].requires_grad_()
+    y = y_kinds.float()[kind_of_row]
+    loss = protoclip.info_nce(x, y, logit_scale, reduction="none", backend="cpu")
     loss.sum().backward()
-    assert (loss.detach() - want[kind]).abs().max() < 1e-5
-    assert (x.grad - da[kind]).abs().max() < 1e-4 * da.abs().max()
+    assert (loss.detach() - losses[kind_of_row]).abs().max() < 1e-5
+    assert (x.grad - dx[kind_of_row]).abs().max() < 1e-4 * dx.abs().max()
 
 
 MEMORY = """
@@ -315,7 +429,7 @@ with pytest.raises(RuntimeError, match="memory"):
 @needs_cpu
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float", "bfloat16"])
-def test_memory_does_not_grow_with_the_square(dtype):
+def test_memory_does_not_grow_with_the_square_of_the_batch(dtype: str) -> None:
     """64 MiB beside the gradients hold it, and 8 of mere addresses: blocks are whole huge pages.
 
     A matrix of fp32 logits would be 256."""

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from budget import assert_within_budget, usable
+from budget import assert_within_budget, leaf, usable
+from torch import Tensor
 
 import protoclip
 from benchmarks import parity
@@ -45,12 +47,12 @@ class Problem:
     """Features, the loss written out, the same loss with the weight of one column doubled, and the
     loss as a user calls it."""
 
-    x: torch.Tensor
-    y: torch.Tensor
-    scale: float
+    x: Tensor
+    y: Tensor
+    logit_scale: float
     form: Form
     one_column_doubled: Form | None  # None: columns have no weights; double one of G itself
-    call: Callable[..., torch.Tensor]  # (x, y, scale, backend=...) -> the weighted loss []
+    call: Callable[..., Tensor]  # (x, y, logit_scale, backend) -> the weighted loss []
     fixed_keys: int = 0  # the last rows of y have no gradient
 
 
@@ -58,18 +60,23 @@ class Problem:
 class Returned:
     """What a backend returned: [N, D], [M, D], []."""
 
-    dx: torch.Tensor
-    dy: torch.Tensor
-    dscale: torch.Tensor
+    dx: Tensor
+    dy: Tensor
+    dlogit_scale: Tensor
 
 
-def _weights(n: int) -> torch.Tensor:
-    """Of rows: none is small, so that none is lost in the rounding of another."""
+class Relation(NamedTuple):
+    positive: Tensor  # bool [N, N]
+    seen: Tensor  # bool [N, N]
+
+
+def row_weights(n: int) -> Tensor:
+    """None is small, so that none is lost in the rounding of another."""
     generator = torch.Generator().manual_seed(7)
     return ((torch.rand(n, generator=generator) + 0.5) / n).to(DEVICE)
 
 
-def _ids(n: int) -> torch.Tensor:
+def shared_ids(n: int) -> Tensor:
     """[N, 2]: three neighbours share the first, and the second too or not; the first rows share the
     first with the last ones. Most tiles off the diagonal hold no equal pair, some do."""
     first = torch.arange(n) // 3
@@ -77,217 +84,292 @@ def _ids(n: int) -> torch.Tensor:
     return torch.stack([first, torch.arange(n) // 5 * 10**12], dim=1).to(DEVICE)
 
 
-def _relation(n: int, same_id: str, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> positives and pairs seen, [N, N]."""
-    own = torch.eye(n, dtype=torch.bool, device=DEVICE)
+def diagonal(n: int) -> Tensor:
+    return torch.eye(n, dtype=torch.bool, device=DEVICE)
+
+
+def relation_of(n: int, same_id: str | None) -> Relation:
+    """Of pairs on the diagonal, with ids or, None, without."""
+    pairs = diagonal(n)
+    everything = torch.ones_like(pairs)
+    if same_id is None:
+        return Relation(pairs, everything)
+    ids = shared_ids(n)
     same = (ids[:, None] == ids[None]).any(dim=2)
     if same_id == "positive":
-        return own | same, torch.ones_like(own)
-    return own, own | ~same
+        return Relation(pairs | same, everything)
+    return Relation(pairs, pairs | ~same)
 
 
-def _info_nce(x, y, scale: float, same_id: str | None = None) -> Problem:
-    n, weights = len(x), _weights(len(x))
-    positive = torch.eye(n, dtype=torch.bool, device=DEVICE)
-    seen, options = torch.ones_like(positive), {}
-    if same_id is not None:
-        ids = _ids(n)
-        positive, seen = _relation(n, same_id, ids)
-        options = {"ids": ids, "same_id": same_id}
-    doubled = weights.clone()
-    doubled[5] *= 2
-    forms = [
-        softmax_form(positive, seen, weights / 2, columns / 2, rounds_positives=same_id is not None)
-        for columns in (weights, doubled)
-    ]
+def id_options(n: int, same_id: str | None) -> dict[str, Any]:
+    return {} if same_id is None else {"ids": shared_ids(n), "same_id": same_id}
 
-    def call(x, y, scale, backend):
-        loss = protoclip.info_nce(x, y, scale, reduction="none", backend=backend, **options)
+
+def info_nce_problem(
+    x: Tensor, y: Tensor, logit_scale: float, same_id: str | None = None
+) -> Problem:
+    relation = relation_of(len(x), same_id)
+    options = id_options(len(x), same_id)
+    weights = row_weights(len(x))
+    doubled_weights = weights.clone()
+    doubled_weights[5] *= 2
+
+    def form(column_weights: Tensor) -> Form:
+        return softmax_form(
+            relation.positive,
+            relation.seen,
+            weights / 2,
+            column_weights / 2,
+            rounds_positives=same_id is not None,
+        )
+
+    def call(x: Tensor, y: Tensor, logit_scale: Tensor, backend: str) -> Tensor:
+        loss = protoclip.info_nce(x, y, logit_scale, reduction="none", backend=backend, **options)
         return (loss * weights).sum()
 
-    return Problem(x, y, scale, forms[0], forms[1], call)
+    return Problem(x, y, logit_scale, form(weights), form(doubled_weights), call)
 
 
-def _one_way(x, y, scale: float, matched: bool = False) -> Problem:
-    """Queries against keys; or, ``matched``, with all that can be said about pairs but that ids are
-    positives: positions, exclusions, two columns of ids, biases."""
-    n, weights = len(x), _weights(len(x))
-    positive = torch.eye(n, dtype=torch.bool, device=DEVICE)
-    seen, bias, options = torch.ones_like(positive), None, {}
-    if matched:
-        ids = _ids(n)
-        positive, seen = _relation(n, "exclude", ids)
-        own, excluded = torch.arange(n, device=DEVICE), torch.arange(n, device=DEVICE).roll(9)
-        bias = torch.linspace(-1, 1, n, device=DEVICE)
-        seen = seen & (excluded[:, None] != own[None])
-        options = {"positives": own, "key_ids": ids, "exclude": excluded, "key_bias": bias}
-    form = softmax_form(positive, seen, weights, key_bias=bias, rounds_positives=matched)
+def one_way_problem(x: Tensor, y: Tensor, logit_scale: float) -> Problem:
+    """Queries against keys."""
+    relation = relation_of(len(x), same_id=None)
+    weights = row_weights(len(x))
 
-    def call(x, y, scale, backend):
-        loss = protoclip.contrastive(x, y, scale, reduction="none", backend=backend, **options)
+    def call(x: Tensor, y: Tensor, logit_scale: Tensor, backend: str) -> Tensor:
+        loss = protoclip.contrastive(x, y, logit_scale, reduction="none", backend=backend)
         return (loss * weights).sum()
 
-    return Problem(x, y, scale, form, None, call)
+    form = softmax_form(relation.positive, relation.seen, weights)
+    return Problem(x, y, logit_scale, form, None, call)
 
 
-def _siglip(x, y, scale: float, same_id: str | None = None) -> Problem:
-    own = torch.eye(len(x), dtype=torch.bool, device=DEVICE)
-    positive, seen, options = own, torch.ones_like(own), {}
-    if same_id is not None:
-        ids = _ids(len(x))
-        positive, seen = _relation(len(x), same_id, ids)
-        options = {"ids": ids, "same_id": same_id}
-    bias = -scale  # logits a little below 0: the others' entries are as large as the positives'
+def matched_problem(x: Tensor, y: Tensor, logit_scale: float) -> Problem:
+    """All that can be said about queries and keys but that ids are positives: positions,
+    exclusions, two columns of ids, biases."""
+    n = len(x)
+    relation = relation_of(n, "exclude")
+    weights = row_weights(n)
+    positions = torch.arange(n, device=DEVICE)
+    excluded = positions.roll(9)
+    key_bias = torch.linspace(-1, 1, n, device=DEVICE)
 
-    def call(x, y, scale, backend):
-        given = torch.tensor(bias, device=DEVICE)
-        return protoclip.ops.sigmoid_loss(x, y, scale, given, backend=backend, **options)
+    def call(x: Tensor, y: Tensor, logit_scale: Tensor, backend: str) -> Tensor:
+        loss = protoclip.contrastive(
+            x,
+            y,
+            logit_scale,
+            positives=positions,
+            key_ids=shared_ids(n),
+            exclude=excluded,
+            key_bias=key_bias,
+            reduction="none",
+            backend=backend,
+        )
+        return (loss * weights).sum()
 
-    return Problem(x, y, scale, sigmoid_form(own, positive, seen, bias), None, call)
+    form = softmax_form(
+        relation.positive,
+        relation.seen & (excluded[:, None] != positions[None]),
+        weights,
+        key_bias=key_bias,
+        rounds_positives=True,
+    )
+    return Problem(x, y, logit_scale, form, None, call)
 
 
-def _prototypes(x, y, scale: float, soft: bool = False) -> Problem:
-    """Features against prototypes; soft targets are more rows of y, which a row looks up."""
-    n, k, weights = len(x), len(y), _weights(len(x))
-    labels = torch.arange(n, device=DEVICE).roll(31) % k
-    if soft:
-        y = torch.cat([y, (0.5 * (y + y.roll(1, 0).float())).to(y)])
+def siglip_problem(x: Tensor, y: Tensor, logit_scale: float, same_id: str | None = None) -> Problem:
+    relation = relation_of(len(x), same_id)
+    options = id_options(len(x), same_id)
+    bias = -logit_scale  # a little below 0: the others' entries are as large as the positives'
 
-    def call(x, y, scale, backend):
-        if soft:  # with the nearest prototype, which takes rows of its own
-            bank = Bank(y[:k], labels, y[k:].detach())
-            losses = protoclip.prototype_losses(x, [bank], scale, reduction="none", backend=backend)
-            rows = losses.loss[0]
-        else:
-            rows = protoclip.prototype_cross_entropy(
-                x, y, labels, scale, reduction="none", backend=backend
-            )
+    def call(x: Tensor, y: Tensor, logit_scale: Tensor, backend: str) -> Tensor:
+        logit_bias = torch.tensor(bias, device=DEVICE)
+        return protoclip.ops.sigmoid_loss(x, y, logit_scale, logit_bias, backend=backend, **options)
+
+    form = sigmoid_form(diagonal(len(x)), relation.positive, relation.seen, bias)
+    return Problem(x, y, logit_scale, form, None, call)
+
+
+def hard_prototype_problem(x: Tensor, y: Tensor, logit_scale: float) -> Problem:
+    weights = row_weights(len(x))
+    labels = torch.arange(len(x), device=DEVICE).roll(31) % len(y)
+
+    def call(x: Tensor, y: Tensor, logit_scale: Tensor, backend: str) -> Tensor:
+        rows = protoclip.prototype_cross_entropy(
+            x, y, labels, logit_scale, reduction="none", backend=backend
+        )
         return (rows * weights).sum()
 
-    form = parity.prototype_form(labels, k, weights, soft)
-    return Problem(x, y, scale, form, None, call, fixed_keys=k if soft else 0)
+    form = parity.prototype_form(labels, len(y), weights, False)
+    return Problem(x, y, logit_scale, form, None, call)
 
 
-FAMILIES: dict[str, Callable[..., Problem]] = {
-    "info_nce": _info_nce,
-    "one way": _one_way,
-    "ids excluded": lambda *given: _info_nce(*given, "exclude"),
-    "ids positive": lambda *given: _info_nce(*given, "positive"),
-    "matched, one way": lambda *given: _one_way(*given, True),
-    "siglip": _siglip,
-    "siglip, ids excluded": lambda *given: _siglip(*given, "exclude"),
-    "siglip, ids positive": lambda *given: _siglip(*given, "positive"),
-    "prototypes, hard": _prototypes,
-    "prototypes, soft": lambda *given: _prototypes(*given, True),
+def soft_prototype_problem(x: Tensor, y: Tensor, logit_scale: float) -> Problem:
+    """Soft targets are more rows of y, which a row looks up; the nearest prototype is wanted too,
+    which takes rows of its own."""
+    k = len(y)
+    weights = row_weights(len(x))
+    labels = torch.arange(len(x), device=DEVICE).roll(31) % k
+    targets = (0.5 * (y + y.roll(1, 0).float())).to(y)
+
+    def call(x: Tensor, y: Tensor, logit_scale: Tensor, backend: str) -> Tensor:
+        bank = Bank(y[:k], labels, y[k:].detach())
+        losses = protoclip.prototype_losses(
+            x, [bank], logit_scale, reduction="none", backend=backend
+        )
+        return (losses.loss[0] * weights).sum()
+
+    form = parity.prototype_form(labels, k, weights, True)
+    return Problem(x, torch.cat([y, targets]), logit_scale, form, None, call, fixed_keys=k)
+
+
+FAMILIES: dict[str, Callable[[Tensor, Tensor, float], Problem]] = {
+    "info_nce": info_nce_problem,
+    "one way": one_way_problem,
+    "ids excluded": partial(info_nce_problem, same_id="exclude"),
+    "ids positive": partial(info_nce_problem, same_id="positive"),
+    "matched, one way": matched_problem,
+    "siglip": siglip_problem,
+    "siglip, ids excluded": partial(siglip_problem, same_id="exclude"),
+    "siglip, ids positive": partial(siglip_problem, same_id="positive"),
+    "prototypes, hard": hard_prototype_problem,
+    "prototypes, soft": soft_prototype_problem,
 }
 # D: below and at the width of Hopper's steps, and where its deep row begins; 43: rows that no wide
 # load fits, 200: a padded tile of prototypes.
 DEPTHS = {torch.bfloat16: (64, 128, 256, 512, 43), torch.float16: (64, 128, 512, 200)}
 DEPTHS |= {torch.float32: (128,)}
-CASES = [(f, d, t) for t, depths in DEPTHS.items() for d in depths for f in FAMILIES]
+
+
+class Case(NamedTuple):
+    family: str
+    d: int
+    dtype: torch.dtype
+
+
+CASES = [Case(family, d, dtype) for dtype in DEPTHS for d in DEPTHS[dtype] for family in FAMILIES]
 # The interpreter has one row for all widths and takes seconds for a loss: one width for each form,
 # and both dtypes for the one that the others are built on.
-IN_THE_INTERPRETER = [(f, 64, torch.bfloat16) for f in FAMILIES]
-IN_THE_INTERPRETER += [("info_nce", 128, torch.float16)]
+IN_THE_INTERPRETER = [Case(family, 64, torch.bfloat16) for family in FAMILIES]
+IN_THE_INTERPRETER += [Case("info_nce", 128, torch.float16)]
 
 
 @cache
-def _problem(family: str, d: int, dtype: torch.dtype, n: int = N) -> Problem:
-    x, y = (t.to(DEVICE, dtype) for t in parity.cone(n, n, d))
-    return FAMILIES[family](x, y, 14.3)
+def problem_of(family: str, d: int, dtype: torch.dtype, n: int = N) -> Problem:
+    image, text = parity.cone(n, n, d)
+    return FAMILIES[family](image.to(DEVICE, dtype), text.to(DEVICE, dtype), 14.3)
 
 
-def _run(problem: Problem, backend: str) -> Returned:
-    x, y = (t.detach().clone().requires_grad_() for t in (problem.x, problem.y))
-    scale = torch.tensor(problem.scale, device=DEVICE, requires_grad=True)
-    loss = problem.call(x, y, scale, backend=backend)
-    return Returned(*torch.autograd.grad(loss, (x, y, scale)))
+def computed(problem: Problem, backend: str) -> Returned:
+    x = leaf(problem.x.clone())
+    y = leaf(problem.y.clone())
+    logit_scale = leaf(problem.logit_scale, device=DEVICE)
+    loss = problem.call(x, y, logit_scale, backend=backend)
+    dx, dy, dlogit_scale = torch.autograd.grad(loss, (x, y, logit_scale))
+    return Returned(dx, dy, dlogit_scale)
 
 
-def _written_out(problem: Problem, dtype: torch.dtype) -> Gradients:
-    found = parity.gradients(problem.form, problem.x, problem.y, problem.scale, dtype)
+def written_out(problem: Problem, dtype: torch.dtype) -> Gradients:
+    gradients = parity.gradients(problem.form, problem.x, problem.y, problem.logit_scale, dtype)
     keys = slice(0, len(problem.y) - problem.fixed_keys)
-    return replace(found, dy=found.dy[keys], share_y=found.share_y[keys])
+    return replace(gradients, dy=gradients.dy[keys], share_y=gradients.share_y[keys])
 
 
-def _check(problem: Problem, got: Returned, truth: Gradients, base: Gradients) -> None:
+def assert_right(problem: Problem, got: Returned, truth: Gradients, base: Gradients) -> None:
     dy = got.dy[: len(truth.dy)]
-    assert_gradients(got.dx, dy, problem.form, truth, base, problem.scale)
-    terms = truth.dscale_terms.item()
+    assert_gradients(got.dx, dy, problem.form, truth, base, problem.logit_scale)
     assert_within_budget(
-        got.dscale, truth.dscale.float(), base.dscale, "dscale", terms, scale=problem.scale
+        got.dlogit_scale,
+        truth=truth.dscale.float(),
+        base=base.dscale,
+        name="dlogit_scale",
+        magnitude=truth.dscale_terms.item(),
+        logit_scale=problem.logit_scale,
     )
 
 
-def _wrong_gradients_of_the_logits(problem: Problem, truth: Gradients) -> dict[str, torch.Tensor]:
+def wrong_gradients_of_the_logits(problem: Problem, truth: Gradients) -> dict[str, Tensor]:
     """The gradient of the logits as kernels with one fault each would have it."""
-    g, off = truth.logits, truth.logits.masked_fill(problem.form.taken_out, 0)
+    right = truth.logits
+    negatives = right.masked_fill(problem.form.taken_out, 0)
     tile = torch.zeros_like(problem.form.taken_out)
     tile[320:352, 64:128] = True  # the smallest tile there is, the interpreter's
     column = torch.zeros_like(tile)
     column[:, 5] = True
-    wrong = {"zero": g - off, "doubled": g + off, "a tile skipped": g - off * tile}
-    wrong["a column's weight"] = g + off * column
+    wrong_column = right + negatives * column
     if problem.one_column_doubled is not None:
         doubled = parity.gradients(
-            problem.one_column_doubled, problem.x, problem.y, problem.scale, torch.float64
+            problem.one_column_doubled, problem.x, problem.y, problem.logit_scale, torch.float64
         )
-        wrong["a column's weight"] = torch.where(problem.form.taken_out, g, doubled.logits)
-    return wrong
+        wrong_column = torch.where(problem.form.taken_out, right, doubled.logits)
+    return {
+        "zero": right - negatives,
+        "doubled": right + negatives,
+        "a tile skipped": right - negatives * tile,
+        "a column's weight": wrong_column,
+    }
 
 
-def _with_fault(problem: Problem, got: Returned, fault: torch.Tensor) -> Returned:
-    """What was returned, had the gradient of the logits been off by ``fault`` [N, M]."""
-    x, y, scale = problem.x.double(), problem.y.double(), problem.scale
-    dx = (got.dx.double() + scale * fault @ y).to(got.dx.dtype)
-    dy = (got.dy.double() + scale * fault.T @ x).to(got.dy.dtype)
-    return replace(got, dx=dx, dy=dy)
+def with_error(problem: Problem, got: Returned, error: Tensor) -> Returned:
+    """What was returned, had the gradient of the logits been off by ``error`` [N, M]."""
+    scaled_error = problem.logit_scale * error
+    dx = got.dx.double() + scaled_error @ problem.y.double()
+    dy = got.dy.double() + scaled_error.T @ problem.x.double()
+    return replace(got, dx=dx.to(got.dx.dtype), dy=dy.to(got.dy.dtype))
 
 
-def _cases():
+def cases_of(backend: str) -> list[Case]:
+    if backend == "triton" and DEVICE == "cpu":
+        return IN_THE_INTERPRETER
+    if backend == "reference":
+        return [case for case in CASES if case.d == 64]
+    return CASES
+
+
+def backends_and_cases() -> Iterator[Any]:
     for backend in BACKENDS:
-        chosen = CASES
-        if backend == "triton" and DEVICE == "cpu":
-            chosen = IN_THE_INTERPRETER
-        if backend == "reference":
-            chosen = [case for case in CASES if case[1] == 64]
-        for case in chosen:
+        for case in cases_of(backend):
             marks = needs_triton if backend == "triton" else ()
-            yield pytest.param(backend, *case, marks=marks)
+            identity = f"{backend}-{case.family}-{case.d}-{case.dtype}"
+            yield pytest.param(backend, case, marks=marks, id=identity)
 
 
-@pytest.mark.parametrize("backend, family, d, dtype", _cases())
-def test_the_share_of_the_negatives_and_that_a_wrong_one_fails(backend, family, d, dtype):
-    problem = _problem(family, d, dtype)
-    truth, base = (_written_out(problem, t) for t in (torch.float64, dtype))
-    got = _run(problem, backend)
-    _check(problem, got, truth, base)
-    for fault, wrong in _wrong_gradients_of_the_logits(problem, truth).items():
-        broken = _with_fault(problem, got, wrong - truth.logits)
+@pytest.mark.parametrize("backend, case", backends_and_cases())
+def test_the_share_of_the_negatives_is_right_and_a_wrong_one_fails(
+    backend: str, case: Case
+) -> None:
+    problem = problem_of(case.family, case.d, case.dtype)
+    truth = written_out(problem, torch.float64)
+    base = written_out(problem, case.dtype)
+    got = computed(problem, backend)
+    assert_right(problem, got, truth, base)
+    for fault, wrong in wrong_gradients_of_the_logits(problem, truth).items():
+        broken = with_error(problem, got, wrong - truth.logits)
         with pytest.raises(AssertionError, match="over the budget"):
-            _check(problem, broken, truth, base)
+            assert_right(problem, broken, truth, base)
             pytest.fail(f"{fault}: not seen")
 
 
-def _whole_tiles_without_a_positive(rows: int, columns: int, row: launch.Launch) -> int:
+def whole_tiles_without_a_positive(rows: int, columns: int, row: launch.Launch) -> int:
     """Of a square problem whose positives are the diagonal."""
-    firsts = itertools.product(
+    tiles = itertools.product(
         range(0, rows - row.block_n + 1, row.block_n),
         range(0, columns - row.block_m + 1, row.block_m),
     )
-    return sum(i + row.block_n <= j or j + row.block_m <= i for i, j in firsts)
+    return sum(i + row.block_n <= j or j + row.block_m <= i for i, j in tiles)
 
 
 BY_DESCRIPTOR = ("forward_kernel", "gradient_kernel", "sigmoid_kernel")
 
 
-def _rows_of_the_table(arch: int) -> dict[str, launch.Launch]:
+def rows_of_the_table(arch: int) -> dict[str, launch.Launch]:
     rows = {f"HALF {kernel}": table[arch] for kernel, table in launch.HALF.items()}
     rows |= {f"HALF_DEEP {k}": t[arch] for k, t in launch.HALF_DEEP.items() if arch in t}
     rows |= {f"HALF_ANY {kernel}": row for kernel, row in launch.HALF_ANY.items()}
     rows |= {f"ATTENTION {width}": row for width, row in launch.ATTENTION[arch].items()}
-    full = launch.ATTENTION_FULL.items()
-    rows |= {f"ATTENTION_FULL {width}": row for (own, width), row in full if own == arch}
+    for (of_arch, width), row in launch.ATTENTION_FULL.items():
+        if of_arch == arch:
+            rows[f"ATTENTION_FULL {width}"] = row
     rows |= {"FLOAT_MATCHED": launch.FLOAT_MATCHED}
     rows |= {"FLOAT_ANY": launch.FLOAT_ANY, "CHUNKED": launch.CHUNKED[arch]}
     return rows | {"CHUNKED_FLOAT": launch.CHUNKED_FLOAT}
@@ -295,39 +377,42 @@ def _rows_of_the_table(arch: int) -> dict[str, launch.Launch]:
 
 @needs_triton
 @pytest.mark.parametrize("arch", launch.ARCHITECTURES)
-def test_every_row_of_the_table_has_a_whole_tile_without_a_positive(monkeypatch, arch):
+def test_every_row_of_the_table_has_a_whole_tile_without_a_positive(
+    monkeypatch: pytest.MonkeyPatch, arch: int
+) -> None:
     """Nothing is launched: which row each case of this file takes on a card, and its tiles."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from protoclip.kernels.info_nce import forward_kernel
 
-    options, asked, reached = launch.Launch.options, [], set()
+    options = launch.Launch.options
+    asked_for: list[launch.Launch] = []
+    reached: set[launch.Launch] = set()
 
-    def remembered(row):
-        asked.append(row)
+    def remembered(row: launch.Launch) -> Any:
+        asked_for.append(row)
         return options.fget(row)
 
-    def launched(kernel, *arguments, **keywords):
-        row = asked[-1]
+    def launched(kernel: Any, *arguments: Any, **keywords: Any) -> None:
+        row = asked_for[-1]
         if row.descriptors and kernel.__name__ in BY_DESCRIPTOR:
             assert isinstance(arguments[0], TensorDescriptor), kernel.__name__
-        if row.block_m and _whole_tiles_without_a_positive(N, N, row):
+        if row.block_m and whole_tiles_without_a_positive(N, N, row):
             reached.add(row)
 
     monkeypatch.setattr(launch.Launch, "options", property(remembered))
     monkeypatch.setattr(type(forward_kernel), "run", launched)
     monkeypatch.setattr(launch, "compiling_for", arch)
-    for family, d, dtype in CASES:
-        problem = _problem(family, d, dtype)
-        _run(problem, "triton")
-    missed = {name: row for name, row in _rows_of_the_table(arch).items() if row not in reached}
-    assert not missed
+    for case in CASES:
+        computed(problem_of(case.family, case.d, case.dtype), "triton")
+    missed = [name for name, row in rows_of_the_table(arch).items() if row not in reached]
+    assert missed == []
 
 
 FAULTS = ["zero", "doubled", "a tile skipped", "a column's weight"]
 
 
-def _spoil(fault: str, values: np.ndarray, first_row: int, first_column: int) -> np.ndarray:
+def spoiled_tile(fault: str, values: np.ndarray, first_row: int, first_column: int) -> np.ndarray:
     """A part of G as a kernel with this fault would have it."""
     height, width = values.shape
     if first_row < first_column + width and first_column < first_row + height:
@@ -344,52 +429,58 @@ def _spoil(fault: str, values: np.ndarray, first_row: int, first_column: int) ->
     return wrong
 
 
-@interpreted
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("family, module", [
-    ("info_nce", "info_nce"), ("ids excluded", "matched"), ("matched, one way", "matched"),
-    ("siglip, ids positive", "siglip"),
-])  # fmt: skip
-def test_a_kernel_that_writes_a_wrong_tile_fails(monkeypatch, family, module, fault):
-    """The interpreter runs the kernel; where it stores a tile of G, the tile is changed."""
-    kernels = importlib.import_module(f"protoclip.kernels.{module}")
-    store = kernels.store_gradient
-
-    def spoiled_store(g, row0, col0, g_ptr, stride_g):
-        first = (int(t.handle.data.item()) for t in (row0, col0))
-        g.handle.data = _spoil(fault, g.handle.data, *first)
-        store(g, row0, col0, g_ptr, stride_g)
-
-    monkeypatch.setattr(kernels, "store_gradient", spoiled_store)
-    _assert_red_with(fault, _problem(family, 64, torch.bfloat16, n=192))
-
-
-def _assert_red_with(fault: str, problem: Problem) -> None:
-    truth, base = (_written_out(problem, t) for t in (torch.float64, problem.x.dtype))
-    got = _run(problem, "triton")
+def assert_noticed(fault: str, problem: Problem) -> None:
+    """What Triton returns for the problem is over the budget."""
+    truth = written_out(problem, torch.float64)
+    base = written_out(problem, problem.x.dtype)
+    got = computed(problem, "triton")
     with pytest.raises(AssertionError, match="over the budget"):
-        _check(problem, got, truth, base)
+        assert_right(problem, got, truth, base)
         pytest.fail(f"{fault}: not seen")
 
 
 @interpreted
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-def test_attention_over_wrong_values_fails(monkeypatch, soft, fault):
+@pytest.mark.parametrize(
+    "family, module",
+    [
+        ("info_nce", "info_nce"),
+        ("ids excluded", "matched"),
+        ("matched, one way", "matched"),
+        ("siglip, ids positive", "siglip"),
+    ],
+)
+def test_a_kernel_that_writes_a_wrong_tile_fails(
+    monkeypatch: pytest.MonkeyPatch, family: str, module: str, fault: str
+) -> None:
+    """The interpreter runs the kernel; where it stores a tile of G, the tile is changed."""
+    kernels = importlib.import_module(f"protoclip.kernels.{module}")
+    store = kernels.store_gradient
+
+    def spoiled_store(g: Any, row0: Any, col0: Any, g_ptr: Any, stride_g: Any) -> None:
+        first_row = int(row0.handle.data.item())
+        first_column = int(col0.handle.data.item())
+        g.handle.data = spoiled_tile(fault, g.handle.data, first_row, first_column)
+        store(g, row0, col0, g_ptr, stride_g)
+
+    monkeypatch.setattr(kernels, "store_gradient", spoiled_store)
+    assert_noticed(fault, problem_of(family, 64, torch.bfloat16, n=192))
+
+
+@interpreted
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("family", ["prototypes, hard", "prototypes, soft"])
+def test_attention_over_wrong_values_fails(
+    monkeypatch: pytest.MonkeyPatch, family: str, fault: str
+) -> None:
     """The softmax is computed from the right prototypes and sums wrong ones."""
     from protoclip.kernels import attention
 
-    read, first_tile = attention._products, []
+    products = attention._products
     tile_bytes = 32 * 64 * torch.float16.itemsize
+    addresses: list[int] = []
 
-    def spoiled_products(q, q_ptr, rows, k_ptr, *rest):
-        s, k = read(q, q_ptr, rows, k_ptr, *rest)
-        first_tile.append(int(k_ptr.handle.data.item()))
-        values = k.to(k.dtype, bitcast=True)
-        values.handle.data = spoiled(k.handle.data, (first_tile[-1] - first_tile[0]) // tile_bytes)
-        return s, values
-
-    def spoiled(values, tile):
+    def spoiled_values(values: np.ndarray, tile: int) -> np.ndarray:
         wrong = values.copy()
         if fault == "zero" or (fault == "a tile skipped" and tile == 2):
             wrong[:] = 0
@@ -399,21 +490,30 @@ def test_attention_over_wrong_values_fails(monkeypatch, soft, fault):
             wrong[5] *= 3
         return wrong
 
+    def spoiled_products(q: Any, q_ptr: Any, rows: Any, k_ptr: Any, *sizes: Any) -> Any:
+        logits, keys = products(q, q_ptr, rows, k_ptr, *sizes)
+        addresses.append(int(k_ptr.handle.data.item()))
+        tile = (addresses[-1] - addresses[0]) // tile_bytes
+        values = keys.to(keys.dtype, bitcast=True)
+        values.handle.data = spoiled_values(keys.handle.data, tile)
+        return logits, values
+
     monkeypatch.setattr(attention, "_products", spoiled_products)
-    problem = _problem("prototypes, soft" if soft else "prototypes, hard", 64, torch.float16, 192)
-    _assert_red_with(fault, problem)
+    assert_noticed(fault, problem_of(family, 64, torch.float16, n=192))
 
 
 @interpreted
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_gradient_of_the_prototypes_fails(monkeypatch, fault):
+def test_a_wrong_gradient_of_the_prototypes_fails(
+    monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     from protoclip.kernels import prototype_cross_entropy as prototypes
 
-    computed = prototypes.weights
+    original_weights = prototypes.weights
 
-    def spoiled_weights(q, keys, *given, **options):
-        g = computed(q, keys, *given, **options)
-        wrong, n = g.clone(), len(g)
+    def spoiled_weights(*arguments: Any, **options: Any) -> Tensor:
+        right = original_weights(*arguments, **options)
+        wrong = right.clone()
         if fault == "zero":
             wrong.zero_()
         elif fault == "doubled":
@@ -422,119 +522,132 @@ def test_a_wrong_gradient_of_the_prototypes_fails(monkeypatch, fault):
             wrong[128:160, :32] = 0
         elif fault == "a column's weight":
             wrong[:, 5] *= 2
-        label = torch.arange(n).roll(31)
-        return wrong.scatter(1, label[:, None], g.gather(1, label[:, None]))
+        labels = torch.arange(len(right)).roll(31)[:, None]
+        return wrong.scatter(1, labels, right.gather(1, labels))
 
     monkeypatch.setattr(prototypes, "weights", spoiled_weights)
-    _assert_red_with(fault, _problem("prototypes, hard", 64, torch.float16, 192))
+    assert_noticed(fault, problem_of("prototypes, hard", 64, torch.float16, n=192))
 
 
 # -- k-means: labels and means, which have no logits
 
 
-def _backends(op: str) -> list[str]:
+def backends_of(op: str) -> list[str]:
     return usable(op) if DEVICE == "cpu" else ["triton", "cuda"]
 
 
-def _skip_without(op: str, backend: str) -> None:
+def skip_without(op: str, backend: str) -> None:
     if reason := protoclip.backends(op)[backend]:
         pytest.skip(reason)
 
 
-def _points_and_centroids(n: int = 96, k: int = 512, d: int = 40):
+class Assignment(NamedTuple):
+    points: Tensor  # [96, 40]
+    centroids: Tensor  # [512, 40]
+
+
+@pytest.fixture
+def tied() -> Assignment:
     """The second half of the centroids is the first again: every label is a tie."""
     torch.manual_seed(0)
-    points, centroids = torch.randn(n, d), torch.randn(k // 2, d)
-    return points.to(DEVICE), torch.cat([centroids, centroids]).to(DEVICE)
+    points = torch.randn(96, 40)
+    half = torch.randn(256, 40)
+    return Assignment(points.to(DEVICE), torch.cat([half, half]).to(DEVICE))
 
 
-def _check_labels(points, centroids, labels):
+def assert_lowest_of_the_nearest(problem: Assignment, labels: Tensor) -> None:
     """The lowest index of the least distance in fp64; no two differing ones are as near as fp32
     could confuse."""
-    expected = torch.cdist(points.double(), centroids[:256].double()).argmin(dim=1)
+    half = problem.centroids[:256].double()
+    expected = torch.cdist(problem.points.double(), half).argmin(dim=1)
     wrong = (labels != expected).sum().item()
     assert wrong == 0, f"{wrong} of {len(labels)} labels are not the nearest of lowest index"
 
 
-@pytest.mark.parametrize("backend", _backends("kmeans_assign"))
-def test_labels_and_that_wrong_ones_fail(backend):
-    _skip_without("kmeans_assign", backend)
-    points, centroids = _points_and_centroids()
-    labels, _ = protoclip.kmeans_assign(points, centroids, backend=backend)
-    _check_labels(points, centroids, labels)
-    rest = torch.cat([centroids[:64], centroids[128:256]])  # without a tile of 64
-    among_the_rest = torch.cdist(points, rest).argmin(dim=1)
-    skipped = among_the_rest + 64 * (among_the_rest >= 64)
-    for wrong in (labels + 256, skipped):
+@pytest.mark.parametrize("backend", backends_of("kmeans_assign"))
+def test_labels_are_right_and_wrong_ones_fail(tied: Assignment, backend: str) -> None:
+    skip_without("kmeans_assign", backend)
+    labels, _ = protoclip.kmeans_assign(tied.points, tied.centroids, backend=backend)
+    assert_lowest_of_the_nearest(tied, labels)
+    without_a_tile = torch.cat([tied.centroids[:64], tied.centroids[128:256]])
+    row = torch.cdist(tied.points, without_a_tile).argmin(dim=1)
+    a_tile_skipped = row + 64 * (row >= 64)
+    for wrong in (labels + 256, a_tile_skipped):
         with pytest.raises(AssertionError, match="not the nearest of lowest index"):
-            _check_labels(points, centroids, wrong)
+            assert_lowest_of_the_nearest(tied, wrong)
 
 
 @interpreted
 @pytest.mark.parametrize("fault", ["a tile skipped", "ties the other way"])
-def test_an_assignment_with_a_fault_fails(monkeypatch, fault):
+def test_an_assignment_with_a_fault_fails(
+    monkeypatch: pytest.MonkeyPatch, tied: Assignment, fault: str
+) -> None:
     from protoclip.kernels import clusters
 
-    points, centroids = _points_and_centroids()
-    keep = clusters._keep_best
+    keep_best = clusters._keep_best
 
-    def skipping(s, start, *so_far):
-        return so_far if int(start) == 0 else keep(s, start, *so_far)
+    def without_the_first_tile(scores: Any, start: Any, *best: Any) -> Any:
+        return best if int(start) == 0 else keep_best(scores, start, *best)
 
     if fault == "a tile skipped":
-        monkeypatch.setattr(clusters, "_keep_best", skipping)
+        monkeypatch.setattr(clusters, "_keep_best", without_the_first_tile)
     else:
         monkeypatch.setattr(clusters, "leads", lambda score, best: score >= best)
-    labels, _ = protoclip.kmeans_assign(points, centroids, backend="triton")
+    labels, _ = protoclip.kmeans_assign(tied.points, tied.centroids, backend="triton")
     with pytest.raises(AssertionError, match="not the nearest of lowest index"):
-        _check_labels(points, centroids, labels)
+        assert_lowest_of_the_nearest(tied, labels)
 
 
-def _check_means(values, labels, k, means, counts):
+class Segments(NamedTuple):
+    values: Tensor  # [600, 20]
+    labels: Tensor  # [600], of three segments
+
+
+@pytest.fixture
+def segments() -> Segments:
+    torch.manual_seed(0)
+    return Segments(torch.randn(600, 20).to(DEVICE) + 3, (torch.arange(600) % 3).to(DEVICE))
+
+
+def assert_means(segments: Segments, means: Tensor, counts: Tensor) -> None:
     """Sums of at most 512 terms in fp32, each mean's error within its worst case."""
-    chosen = torch.nn.functional.one_hot(labels, k).double()  # [N, K]
-    expected = chosen.sum(0)
-    truth = chosen.T @ values.double() / expected[:, None]
-    size = chosen.T @ values.double().abs() / expected[:, None]
-    assert torch.equal(counts, expected.long()), "counts"
+    chosen = torch.nn.functional.one_hot(segments.labels, 3).double()  # [N, K]
+    expected_counts = chosen.sum(0)
+    truth = chosen.T @ segments.values.double() / expected_counts[:, None]
+    size = chosen.T @ segments.values.double().abs() / expected_counts[:, None]
+    assert torch.equal(counts, expected_counts.long()), "counts"
     allowed = 512 * torch.finfo(torch.float32).eps / 2 * size
     assert ((means.double() - truth).abs() <= allowed).all(), "means are off"
 
 
-def _values_and_labels(n: int = 600, k: int = 3, d: int = 20):
-    torch.manual_seed(0)
-    return torch.randn(n, d).to(DEVICE) + 3, (torch.arange(n) % k).to(DEVICE)
-
-
-@pytest.mark.parametrize("backend", _backends("segment_mean"))
-def test_means_and_that_wrong_ones_fail(backend):
-    _skip_without("segment_mean", backend)
-    values, labels = _values_and_labels()
-    means, counts = protoclip.segment_mean(values, labels, 3, backend=backend)
-    _check_means(values, labels, 3, means, counts)
-    one_row = torch.zeros_like(means)
-    one_row[labels[7]] = values[7] / counts[labels[7]]
-    for wrong in (means - one_row, means + one_row):
+@pytest.mark.parametrize("backend", backends_of("segment_mean"))
+def test_means_are_right_and_wrong_ones_fail(segments: Segments, backend: str) -> None:
+    skip_without("segment_mean", backend)
+    means, counts = protoclip.segment_mean(segments.values, segments.labels, 3, backend=backend)
+    assert_means(segments, means, counts)
+    segment = segments.labels[7]
+    share_of_a_row = torch.zeros_like(means)
+    share_of_a_row[segment] = segments.values[7] / counts[segment]
+    for wrong in (means - share_of_a_row, means + share_of_a_row):
         with pytest.raises(AssertionError, match="means are off"):
-            _check_means(values, labels, 3, wrong, counts)
+            assert_means(segments, wrong, counts)
     with pytest.raises(AssertionError, match="counts"):
-        _check_means(values, labels, 3, means, counts + 1)
+        assert_means(segments, means, counts + 1)
 
 
 @interpreted
-def test_a_mean_that_skips_a_row_fails(monkeypatch):
+def test_a_mean_that_skips_a_row_fails(monkeypatch: pytest.MonkeyPatch, segments: Segments) -> None:
     from protoclip.kernels import clusters
 
-    values, labels = _values_and_labels()
-    read = clusters.load_tile
+    load_tile = clusters.load_tile
 
-    def skipping(*arguments):
-        tile = read(*arguments)
+    def without_a_row(*arguments: Any) -> Any:
+        tile = load_tile(*arguments)
         tile.handle.data = tile.handle.data.copy()
         tile.handle.data[1] = 0
         return tile
 
-    monkeypatch.setattr(clusters, "load_tile", skipping)
-    means, counts = protoclip.segment_mean(values, labels, 3, backend="triton")
+    monkeypatch.setattr(clusters, "load_tile", without_a_row)
+    means, counts = protoclip.segment_mean(segments.values, segments.labels, 3, backend="triton")
     with pytest.raises(AssertionError, match="means are off"):
-        _check_means(values, labels, 3, means, counts)
+        assert_means(segments, means, counts)

@@ -1,12 +1,28 @@
 """Triton InfoNCE and sigmoid loss against the plain formulas, on a card or in the interpreter; and
 how often they launch: below a few thousand pairs that is what they cost."""
 
-from dataclasses import replace
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget, sigmoid_gradients, strip_gradients
+from budget import (
+    PlainResults,
+    Results,
+    assert_results_within_budget,
+    assert_same_bits,
+    assert_within_budget,
+    info_nce_gradients,
+    leaf,
+    loss_and_gradients,
+    sigmoid_gradients,
+    strip_gradients,
+)
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import protoclip
@@ -22,6 +38,75 @@ pytestmark = [
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def features(n: int, d: int, kind: str, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Unit rows: image and text of a pair alike; each modality in a narrow cone; all +-1 alike;
+    some images opposite to every text, 290 binary orders below the rest of their tile; the columns
+    that a tile looks at first 280 below the others."""
+    torch.manual_seed(seed)
+    x = torch.randn(n, d)
+    y = x + 0.5 * torch.randn(n, d)
+    if kind in ("cones", "buried"):
+        x = torch.randn(d) * 4 + x
+        y = torch.randn(d) * 4 + y
+    if kind == "opposite":
+        x = x[:1] * (1.0 - 2.0 * (torch.arange(n) % 2))[:, None]
+        y = x
+    if kind == "outcasts":
+        x = 4 + x
+        y = 4 + y
+        x[::7] *= -1
+    if kind == "buried":
+        y[torch.arange(n) % 64 < 8] *= -1
+    return F.normalize(x, dim=1).to(DEVICE, dtype), F.normalize(y, dim=1).to(DEVICE, dtype)
+
+
+def computed(
+    x: Tensor,
+    y: Tensor,
+    *,
+    logit_scale: float,
+    weights: Tensor,
+    backend: str = "triton",
+    reduction: str = "none",
+) -> Results:
+    leaves = {
+        "x": leaf(x),
+        "y": leaf(y),
+        "logit_scale": leaf(logit_scale, torch.promote_types(x.dtype, torch.float32), DEVICE),
+    }
+    loss = protoclip.info_nce(
+        leaves["x"], leaves["y"], leaves["logit_scale"], reduction=reduction, backend=backend
+    )
+    return loss_and_gradients(loss, weights, **leaves)
+
+
+def assert_info_nce_within_budget(
+    x: Tensor, y: Tensor, *, logit_scale: float, weights: Tensor, reduction: str = "none"
+) -> None:
+    """``weights`` of the losses, [N], or [] where they are reduced."""
+    count = len(x) if reduction == "mean" else 1
+
+    def formula(dtype: torch.dtype) -> PlainResults:
+        plain = info_nce_gradients(
+            x,
+            y,
+            logit_scale=logit_scale,
+            weights=weights.to(DEVICE).expand(len(x)) / count,
+            dtype=dtype,
+        )
+        if reduction == "none":
+            return plain
+        reduced = plain.values["loss"].sum() / count
+        return replace(plain, values=plain.values | {"loss": reduced})
+
+    got = computed(x, y, logit_scale=logit_scale, weights=weights, reduction=reduction)
+    assert_results_within_budget(
+        got, truth=formula(torch.float64), base=formula(x.dtype), logit_scale=logit_scale
+    )
+
+
 # Tiles of the interpreter are 32 x 64, strips of 32 columns, features 32 at a time.
 SHAPES = {
     "one pair: the loss is exactly 0": (1, 17),
@@ -30,85 +115,46 @@ SHAPES = {
     "one short of a tile": (63, 64),
     "tiles off the diagonal, all sizes ragged": (161, 43),
 }
+CASES = [
+    pytest.param(n, d, dtype, kind, id=f"{name}-{dtype}-{kind}")
+    for name, (n, d) in SHAPES.items()
+    for dtype in DTYPES
+    for kind in ("alike", "cones", "opposite", "outcasts", "buried")
+    if n < 100 or dtype != torch.float16 or kind == "buried"
+]
 
 
-def _features(n, d, kind, dtype, seed=0):
-    """Unit rows: image and text of a pair alike; each modality in a narrow cone; all +-1 alike;
-    some images opposite to every text, 290 binary orders below the rest of their tile; the columns
-    that a tile looks at first 280 below the others."""
-    torch.manual_seed(seed)
-    x = torch.randn(n, d)
-    y = x + 0.5 * torch.randn(n, d)
-    if kind in ("cones", "buried"):
-        x, y = (torch.randn(d) * 4 + t for t in (x, y))
-    if kind == "opposite":
-        x = y = x[:1] * (1.0 - 2.0 * (torch.arange(n) % 2))[:, None]
-    if kind == "outcasts":
-        x, y = (4 * torch.ones(d) + t for t in (x, y))
-        x[::7] *= -1
-    if kind == "buried":
-        y[torch.arange(n) % 64 < 8] *= -1
-    return [F.normalize(t, dim=1).to(DEVICE, dtype) for t in (x, y)]
+@pytest.mark.parametrize("n, d, dtype, kind", CASES)
+def test_losses_and_gradients_are_within_budget(
+    n: int, d: int, dtype: torch.dtype, kind: str
+) -> None:
+    x, y = features(n, d, kind, dtype)
+    logit_scale = 14.3 if n == 63 else 100.0
+    assert_info_nce_within_budget(x, y, logit_scale=logit_scale, weights=torch.rand(n) / n)
 
 
-def _loss_and_gradients(x, y, scale, weights, backend="triton", reduction="none"):
-    leaves = [t.detach().clone().requires_grad_() for t in (x, y)]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    leaves.append(torch.tensor(scale, dtype=wide, device=DEVICE, requires_grad=True))
-    loss = protoclip.info_nce(*leaves, reduction=reduction, backend=backend)
-    grads = torch.autograd.grad(loss, leaves, weights.to(loss).expand(loss.shape))
-    return dict(zip(("loss", "dx", "dy", "dscale"), (loss.detach(), *grads), strict=True))
+@pytest.mark.parametrize("logit_scale", [1.0, 0.0, -20.0])
+def test_any_scale_and_negative_weights_are_within_budget(logit_scale: float) -> None:
+    x, y = features(100, 20, "alike", torch.float32)
+    weights = torch.rand(100) - 0.5
+    assert_info_nce_within_budget(x, y, logit_scale=logit_scale, weights=weights)
 
 
-def _assert_within(got, truth, base, scale):
-    for name, value in got.items():
-        size = truth["terms"].item() if name == "dscale" else None
-        assert_within_budget(value, truth[name], base[name], name, magnitude=size, scale=scale)
-
-
-def _assert_info_nce(x, y, scale, weights, reduction="none"):
-    got = _loss_and_gradients(x, y, scale, weights, reduction=reduction)
-    count = len(x) if reduction == "mean" else 1
-    half = weights.to(DEVICE).expand(len(x)) / (2 * count)
-    truth, base = (
-        strip_gradients(x, y, scale, 0, half, half, dtype) for dtype in (torch.float64, x.dtype)
-    )
-    for found in (truth, base):
-        found["loss"] = (found["row level"] + found["column level"]) / 2 - found["positive"]
-        if reduction != "none":
-            found["loss"] = found["loss"].sum() / count
-    _assert_within(got, truth, base, scale)
-
-
-KINDS = ["alike", "cones", "opposite", "outcasts", "buried"]
-CASES = [(s, d, k) for s in SHAPES.values() for d in DTYPES for k in KINDS
-         if s[0] < 100 or d != torch.float16 or k == "buried"]  # fmt: skip
-
-
-@pytest.mark.parametrize("shape, dtype, kind", CASES, ids=str)
-def test_loss_and_gradients_within_budget(shape, dtype, kind):
-    n, d = shape
-    x, y = _features(n, d, kind, dtype)
-    _assert_info_nce(x, y, 100.0 if n != 63 else 14.3, torch.rand(n) / n)
-
-
-@pytest.mark.parametrize(
-    "scale, dtype, size",
-    [*((s, torch.float32, 1) for s in (1.0, 0.0, -20.0)), (240.0, torch.float16, 1e-6)],
-)
-def test_any_scale_and_weights(scale, dtype, size):
-    """Weights of a batch of a million: G would be below fp16's smallest number."""
-    x, y = _features(100, 20, "alike" if size == 1 else "cones", dtype)
-    _assert_info_nce(x, y, scale, size * (torch.rand(100) - 0.5 * (size == 1)))
+def test_the_weights_of_a_batch_of_a_million_are_within_budget_in_fp16() -> None:
+    """G would be below fp16's smallest number."""
+    x, y = features(100, 20, "cones", torch.float16)
+    assert_info_nce_within_budget(x, y, logit_scale=240.0, weights=1e-6 * torch.rand(100))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_a_loss_near_zero_keeps_its_gradient(dtype):
+def test_a_loss_near_zero_keeps_its_gradient(dtype: torch.dtype) -> None:
     """The positive's entry is 1e-4 of its weight: rounded inside G it would be lost. What is left
     is the rounding of the other entries and of the result."""
     x = F.normalize(torch.eye(100) + 0.03 * torch.rand(100, 100)).to(DEVICE, dtype)
-    got = _loss_and_gradients(x, x, 15.0, torch.ones(100))
-    truth = _loss_and_gradients(x.double(), x.double(), 15.0, torch.ones(100), "reference")
+    exact = x.double()
+    weights = torch.ones(100)
+    got = computed(x, x, logit_scale=15.0, weights=weights)
+    truth = computed(exact, exact, logit_scale=15.0, weights=weights, backend="reference")
     assert truth["loss"].max() < 1e-3
     for name in ("dx", "dy"):
         error = (got[name].double() - truth[name]).abs().max() / truth[name].abs().max()
@@ -117,22 +163,34 @@ def test_a_loss_near_zero_keeps_its_gradient(dtype):
 
 @pytest.mark.parametrize("reduction, one_program", [("mean", 64), ("sum", 1024)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_reductions(monkeypatch, dtype, reduction, one_program):
+def test_mean_and_sum_are_within_budget(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, reduction: str, one_program: int
+) -> None:
     """The sum of the losses from one program or several, whose gradient looks for the extremes of
     its references first; one upstream gradient for all pairs."""
     from protoclip.kernels import info_nce
 
     monkeypatch.setattr(info_nce, "ONE_PROGRAM", one_program)
-    x, y = _features(100, 24, "cones", dtype)
-    _assert_info_nce(x, y, 14.3, torch.tensor(-2.5), reduction)
+    x, y = features(100, 24, "cones", dtype)
+    assert_info_nce_within_budget(
+        x, y, logit_scale=14.3, weights=torch.tensor(-2.5), reduction=reduction
+    )
 
 
-def _strip(x, y, scale, offset, columns, weights):
+def computed_strip(
+    x: Tensor,
+    y: Tensor,
+    *,
+    logit_scale: float,
+    offset: int,
+    columns: bool,
+    row_weight: Tensor,
+    column_weight: Tensor,
+) -> Results:
     from protoclip.kernels import info_nce
 
-    scale = torch.tensor(scale, device=DEVICE)
+    scale = torch.tensor(logit_scale, device=DEVICE)
     strip = info_nce.contrastive_fwd(x, y, scale, offset, columns)
-    row_weight, column_weight = (w.to(scale) for w in weights)
     gradients = info_nce.contrastive_bwd(
         x,
         y,
@@ -151,37 +209,54 @@ def _strip(x, y, scale, offset, columns, weights):
         "positive": LN2 * strip.positive,
         "dx": gradients.dx,
         "dy": gradients.dy,
-        "dscale": gradients.dlogit_scale,
+        "dlogit_scale": gradients.dlogit_scale,
     }
 
 
 @pytest.mark.parametrize("columns", [True, False], ids=["both ways", "rows only"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("sizes", [(37, 165, 101), (70, 70, 0), (5, 64, 59)])
-def test_rectangles(sizes, dtype, columns):
-    """A rank's rows against everybody's columns; columns may lack a positive."""
-    n, m, offset = sizes
-    x, y = _features(max(n, m), 24, "cones", dtype)
-    x, y = x[:n], y[:m]
-    weights = torch.rand(n) / (n + 1), torch.rand(m if columns else 0) / m
-    got = _strip(x, y, 12.0, offset, columns, weights)
-    weights = [w.to(DEVICE) for w in weights]
-    truth, base = (
-        strip_gradients(x, y, 12.0, offset, *weights, wide) for wide in (torch.float64, dtype)
+@pytest.mark.parametrize("n, m, offset", [(37, 165, 101), (70, 70, 0), (5, 64, 59)])
+def test_rows_of_one_rank_against_the_columns_of_all_are_within_budget(
+    n: int, m: int, offset: int, dtype: torch.dtype, columns: bool
+) -> None:
+    """Columns may lack a positive."""
+    x, y = features(max(n, m), 24, "cones", dtype)
+    strip = {
+        "x": x[:n],
+        "y": y[:m],
+        "logit_scale": 12.0,
+        "offset": offset,
+        "row_weight": (torch.rand(n) / (n + 1)).to(DEVICE),
+        "column_weight": (torch.rand(m if columns else 0) / m).to(DEVICE),
+    }
+    assert_results_within_budget(
+        computed_strip(**strip, columns=columns),
+        truth=strip_gradients(**strip, dtype=torch.float64),
+        base=strip_gradients(**strip, dtype=dtype),
+        logit_scale=12.0,
     )
-    _assert_within(got, truth, base, 12.0)
 
 
 @pytest.mark.parametrize("m", [5, 0])
-def test_no_rows(m):
-    x, y = torch.zeros(0, 8, device=DEVICE), torch.ones(m, 8, device=DEVICE)
-    got = _strip(x, y, 12.0, 0, True, (torch.zeros(0), torch.ones(m)))
+def test_a_strip_without_rows_has_gradients_of_zero(m: int) -> None:
+    y = torch.ones(m, 8, device=DEVICE)
+    got = computed_strip(
+        torch.zeros(0, 8, device=DEVICE),
+        y,
+        logit_scale=12.0,
+        offset=0,
+        columns=True,
+        row_weight=torch.zeros(0, device=DEVICE),
+        column_weight=torch.ones(m, device=DEVICE),
+    )
     assert got["dx"].shape == (0, 8) and torch.equal(got["dy"], torch.zeros_like(y))
-    assert (got["column level"] == -torch.inf).all() and got["dscale"] == 0
+    assert (got["column level"] == -torch.inf).all() and got["dlogit_scale"] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_many_waves_and_chunks(monkeypatch, dtype):
+def test_many_waves_and_chunks_are_within_budget(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
     """Bounds so small that the forward takes several waves, merged by several programs, and the
     backward 3 x 2 chunks."""
     from protoclip.kernels import info_nce, waves
@@ -190,95 +265,204 @@ def test_many_waves_and_chunks(monkeypatch, dtype):
     monkeypatch.setattr(info_nce, "PARTIAL_BYTES", 2 * (8 * 32 * 3 + 12 * 161))
     monkeypatch.setattr(waves, "SIDE", 64)
     monkeypatch.setattr(waves, "SCRATCH_BYTES", 64 * 128 * dtype.itemsize)
-    _assert_info_nce(*_features(161, 20, "cones", dtype), 14.3, torch.rand(161) / 161)
+    x, y = features(161, 20, "cones", dtype)
+    assert_info_nce_within_budget(x, y, logit_scale=14.3, weights=torch.rand(161) / 161)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_strides_and_the_same_bits_twice(dtype):
-    x, y = _features(70, 20, "alike", dtype)
+def test_the_same_call_has_the_same_bits(dtype: torch.dtype) -> None:
+    x, y = features(70, 20, "alike", dtype)
     weights = torch.rand(70)
-    plain, again = (_loss_and_gradients(x, y, 20.0, weights) for _ in "12")
-    x_t = x.T.contiguous().T  # columns first
-    y_t = torch.stack([y, torch.full_like(y, torch.nan)], dim=2)[:, :, 0]  # every other value
-    leaves = [x_t.requires_grad_(), y_t.requires_grad_(), torch.tensor(20.0, device=DEVICE)]
-    rows = protoclip.info_nce(*leaves, reduction="none", backend="triton")
-    strided = torch.autograd.grad((rows * weights.to(rows)).sum(), leaves[:2])
-    assert all(torch.equal(plain[k], again[k]) for k in plain)
-    assert torch.equal(rows.detach(), plain["loss"])
-    for a, b in zip(strided, (plain["dx"], plain["dy"]), strict=True):
-        assert_within_budget(a, b.double(), b)
+    first = computed(x, y, logit_scale=20.0, weights=weights)
+    assert_same_bits(computed(x, y, logit_scale=20.0, weights=weights), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides_do_not_matter(dtype: torch.dtype) -> None:
+    x, y = features(70, 20, "alike", dtype)
+    weights = torch.rand(70)
+    contiguous = computed(x, y, logit_scale=20.0, weights=weights)
+    columns_first = x.T.contiguous().T
+    every_other_value = torch.stack([y, torch.full_like(y, torch.nan)], dim=2)[:, :, 0]
+    strided = computed(columns_first, every_other_value, logit_scale=20.0, weights=weights)
+    assert torch.equal(strided["loss"], contiguous["loss"])
+    for name in ("dx", "dy"):
+        base = contiguous[name]
+        assert_within_budget(strided[name], truth=base.double(), base=base, name=name)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a card's own rows choose")
-def test_descriptors_read_and_write_what_pointers_do(monkeypatch):
+def test_descriptors_read_and_write_what_pointers_do(monkeypatch: pytest.MonkeyPatch) -> None:
     from protoclip.kernels import launch
 
-    pairs, found = _features(100, 40, "alike", torch.float16), []
-    for descriptors in (False, True):
+    x, y = features(100, 40, "alike", torch.float16)
+
+    def run(descriptors: bool) -> list[Results]:
         row = replace(launch.INTERPRETER, descriptors=descriptors)
         monkeypatch.setattr(launch, "INTERPRETER", row)
-        one = _loss_and_gradients(*pairs, 20.0, torch.ones(100)), _sigmoid(*pairs, -3.0, 0)
-        found.append([*one[0].values(), *one[1].values()])
-    assert all(map(torch.equal, *found))
+        info_nce = computed(x, y, logit_scale=20.0, weights=torch.ones(100))
+        return [info_nce, computed_sigmoid(x, y, logit_bias=-3.0, offset=0)]
+
+    assert_same_bits(run(descriptors=True), run(descriptors=False))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("row", [0, 99])
-def test_non_finite_features_give_a_non_finite_loss(row, value):
-    x, y = _features(100, 12, "alike", torch.float32)
+def test_non_finite_features_give_a_non_finite_loss(row: int, value: float) -> None:
+    x, y = features(100, 12, "alike", torch.float32)
     x[row, 3] = value
-    scale = torch.tensor(10.0, device=DEVICE)
-    assert not protoclip.info_nce(x, y, scale, backend="triton").isfinite()
-    assert not sigmoid_loss(x, y, scale, -scale, backend="triton").isfinite()
+    logit_scale = torch.tensor(10.0, device=DEVICE)
+    assert not protoclip.info_nce(x, y, logit_scale, backend="triton").isfinite()
+    assert not sigmoid_loss(x, y, logit_scale, -logit_scale, backend="triton").isfinite()
 
 
-def _sigmoid(x, y, bias, offset, **ids):
-    leaves = [t.detach().clone().requires_grad_() for t in (x, y)]
-    leaves += [torch.tensor(v, device=DEVICE, requires_grad=True) for v in (10.0, bias)]
-    loss = sigmoid_loss(*leaves, offset=offset, **ids, backend="triton")
-    names = "loss", "dx", "dy", "dscale", "dbias"
-    return dict(zip(names, (loss.detach(), *torch.autograd.grad(loss, leaves)), strict=True))
+def computed_sigmoid(
+    x: Tensor,
+    y: Tensor,
+    *,
+    logit_bias: float,
+    offset: int,
+    ids: Tensor | None = None,
+    same_id: str = "positive",
+) -> Results:
+    """At a scale of 10."""
+    leaves = {
+        "x": leaf(x),
+        "y": leaf(y),
+        "logit_scale": leaf(10.0, device=DEVICE),
+        "logit_bias": leaf(logit_bias, device=DEVICE),
+    }
+    loss = sigmoid_loss(
+        leaves["x"],
+        leaves["y"],
+        leaves["logit_scale"],
+        leaves["logit_bias"],
+        offset=offset,
+        ids=ids,
+        same_id=same_id,
+        backend="triton",
+    )
+    return loss_and_gradients(loss, **leaves)
+
+
+@dataclass(frozen=True)
+class SigmoidCase:
+    """``id_columns``: none; ids that few texts share; with a second column, that many share."""
+
+    logit_bias: float
+    id_columns: int = 0
+    same_id: str = "positive"
+
+
+SIGMOID_CASES = [
+    SigmoidCase(logit_bias=-10.0),
+    SigmoidCase(logit_bias=-10.0, id_columns=1, same_id="positive"),
+    SigmoidCase(logit_bias=0.0, id_columns=2, same_id="positive"),
+    SigmoidCase(logit_bias=0.0, id_columns=2, same_id="exclude"),
+]
+
+
+@pytest.mark.parametrize("case", SIGMOID_CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "n, m, d, offset", [(1, 1, 3, 0), (100, 130, 43, 30), (64, 64, 32, 0), (4, 4, 0, 0)]
+)
+def test_the_sigmoid_loss_and_its_gradients_are_within_budget(
+    n: int, m: int, d: int, offset: int, dtype: torch.dtype, case: SigmoidCase
+) -> None:
+    all_x, y = features(m, d, "cones", dtype)
+    x = all_x[:n]
+    ids = None
+    if case.id_columns:
+        shared_by = torch.tensor([3, 40], device=DEVICE)[: case.id_columns]
+        ids = torch.arange(m, device=DEVICE)[:, None] // shared_by
+
+    def formula(wide: torch.dtype) -> PlainResults:
+        return sigmoid_gradients(
+            x,
+            y,
+            logit_scale=10.0,
+            logit_bias=case.logit_bias,
+            offset=offset,
+            dtype=wide,
+            ids=ids,
+            same_id=case.same_id,
+        )
+
+    truth = formula(torch.float64)
+    base = formula(dtype)
+    got = computed_sigmoid(
+        x, y, logit_bias=case.logit_bias, offset=offset, ids=ids, same_id=case.same_id
+    )
+    assert_results_within_budget(got, truth=truth, base=base, logit_scale=10.0)
+    without_gradients = sigmoid_loss(
+        x,
+        y,
+        torch.tensor(10.0, device=DEVICE),  # others are refused (tests/test_backends.py)
+        torch.tensor(case.logit_bias, device=DEVICE),
+        offset=offset,
+        ids=ids,
+        same_id=case.same_id,
+        backend="triton",
+    )
+    assert_within_budget(without_gradients, truth.values["loss"], base.values["loss"])
+
+
+def op_arguments() -> dict[str, dict[str, Any]]:
+    """Of each op with a Triton backend, by the op's name and the form."""
+    x, y = features(5, 8, "alike", torch.float32)
+    logit_scale = leaf(20.0, device=DEVICE)
+    strip = {"x": leaf(x), "y": leaf(y), "logit_scale": logit_scale, "backend": "triton"}
+    rows = torch.arange(5, device=DEVICE)
+    ids = torch.zeros(2, 5, device=DEVICE, dtype=torch.int32)
+    whole = {"offset": 0, "columns": True, "keep_stash": False}
+    return {
+        "contrastive": strip | whole | {"reduction": "none"},
+        "contrastive, mean": strip | whole | {"reduction": "mean"},
+        "sigmoid_loss": strip
+        | {
+            "logit_bias": -logit_scale.detach(),
+            "offset": 0,
+            "gradients": True,
+            "query_ids": None,
+            "key_ids": None,
+            "same_positive": True,
+        },
+        "matched": strip
+        | {
+            "own": rows.int(),
+            "exclude": rows.int().roll(1),
+            "query_ids": ids,
+            "key_ids": ids,
+            "key_bias": logit_scale.expand(5),
+            "same_positive": True,
+            "columns": True,
+            "keep_stash": False,
+        },
+        "prototype_ce": {
+            "features": leaf(x),
+            "prototypes": [leaf(y)],
+            "targets": [y[:0]],
+            "labels": [rows],
+            "logit_scale": logit_scale,
+            "need_grad": True,
+            "need_nearest": True,
+            "need_scale_gradient": True,
+            "backend": "triton",
+        },
+    }
 
 
 @pytest.mark.parametrize(
-    "bias, same_id", [(-10.0, None), (-10.0, "positive"), (0.0, "positive"), (0.0, "exclude")]
+    "form", ["contrastive", "contrastive, mean", "sigmoid_loss", "matched", "prototype_ce"]
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [(1, 1, 3, 0), (100, 130, 43, 30), (64, 64, 32, 0), (4, 4, 0, 0)])
-def test_sigmoid_loss_within_budget(sizes, dtype, bias, same_id):
-    """Ids that share a text with few others, and, where the bias is 0, with many in a second
-    column."""
-    n, m, d, offset = sizes
-    x, y = _features(m, d, "cones", dtype)
-    x = x[:n]
-    ids = torch.arange(m, device=DEVICE)[:, None] // torch.tensor([3, 40], device=DEVICE)
-    ids = {"ids": ids[:, : 2 - (bias < 0)], "same_id": same_id} if same_id else {}
-    got = _sigmoid(x, y, bias, offset, **ids)
-    truth, base = (
-        sigmoid_gradients(x, y, 10.0, bias, offset, wide, **ids) for wide in (torch.float64, dtype)
+def test_opcheck_accepts_the_ops(form: str) -> None:
+    torch.library.opcheck(
+        getattr(torch.ops.protoclip, form.split(",")[0]),
+        (),
+        op_arguments()[form],
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
-    _assert_within(got, truth, base, 10.0)
-    # Scalars on the features' device: others are refused (tests/test_backends.py).
-    scale, bias = (torch.tensor(v, device=DEVICE) for v in (10.0, bias))
-    value = sigmoid_loss(x, y, scale, bias, offset=offset, **ids, backend="triton")
-    assert_within_budget(value, truth["loss"], base["loss"], "loss without gradients")
-
-
-def test_opcheck():
-    x, y = (t.requires_grad_() for t in _features(5, 8, "alike", torch.float32))
-    scale = torch.tensor(20.0, device=DEVICE, requires_grad=True)
-    own, ids = torch.arange(5, device=DEVICE), torch.zeros(2, 5, device=DEVICE)
-    relation = own.int(), own.int().roll(1), ids.int(), ids.int(), scale.expand(5), True
-    checks = "test_schema", "test_autograd_registration", "test_faketensor"
-    op = torch.ops.protoclip
-    for one, arguments in (
-        (op.contrastive, (x, y, scale, 0, True, "none", "triton", False)),
-        (op.contrastive, (x, y, scale, 0, True, "mean", "triton", False)),
-        (op.sigmoid_loss, (x, y, scale, -scale.detach(), 0, True, "triton", None, None, True)),
-        (op.matched, (x, y, scale, *relation, True, "triton", False)),
-        (op.prototype_ce, (x, [y], [y[:0]], [own], scale, True, True, True, "triton")),
-    ):
-        torch.library.opcheck(one, arguments, test_utils=checks)
 
 
 ROOM = ("empty", "empty_strided", "new_empty", "empty_like", "promote_types")  # no launch
@@ -288,21 +472,23 @@ class Launches(TorchDispatchMode):
     """Names of what reaches the device, in order: Triton kernels, and torch's ops but for those
     that only look at a tensor or make room for one."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        self.names = []
+        self.names: list[str] = []
         from protoclip.kernels.info_nce import forward_kernel
 
         launch = type(forward_kernel).run
 
-        def run(kernel, *args, **kwargs):
+        def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
             self.names.append(kernel.__name__)
             with _disable_current_modes():  # the interpreter itself computes with torch
                 return launch(kernel, *args, **kwargs)
 
         monkeypatch.setattr(type(forward_kernel), "run", run)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         name = func.overloadpacket.__name__
         if func.namespace == "protoclip":
             with self:  # look into the op
@@ -316,49 +502,70 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_six_launches(monkeypatch, dtype):
-    """Of OpenCLIP's loss at a small batch, forward and backward."""
+def test_forward_and_backward_of_a_small_batch_are_six_launches(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Of OpenCLIP's loss."""
     monkeypatch.setenv("PROTOCLIP_BACKEND", "triton")
-    scale = torch.tensor(20.0, device=DEVICE)
-    leaves = [t.requires_grad_() for t in (*_features(252, 64, "alike", dtype), scale)]
-    loss, upstream = protoclip.ClipLoss(), torch.rand((), device=DEVICE)
+    x, y = features(252, 64, "alike", dtype)
+    leaves = [leaf(x), leaf(y), leaf(20.0, device=DEVICE)]
+    loss = protoclip.ClipLoss()
+    upstream = torch.rand((), device=DEVICE)
     loss(*leaves)
-    with Launches(monkeypatch) as found:
+    with Launches(monkeypatch) as launches:
         torch.autograd.grad(loss(*leaves), leaves, upstream)
     forward = ["forward_kernel", "merge_kernel"]
-    assert found.names == [*forward, "gradient_kernel", "addmm", "addmm", "finish_kernel"]
+    backward = ["gradient_kernel", "addmm", "addmm", "finish_kernel"]
+    assert launches.names == forward + backward
+
+
+def training_step() -> Callable[[], tuple[Tensor, ...]]:
+    """The loss of 300 pairs and its gradients."""
+    x, y = features(300, 64, "alike", torch.bfloat16)
+    leaves = [leaf(x), leaf(y), leaf(20.0, device=DEVICE)]
+
+    def step() -> tuple[Tensor, ...]:
+        loss = protoclip.info_nce(*leaves, backend="triton")
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    return step
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
-def test_a_cuda_graph_and_no_sync():
-    x, y = (t.requires_grad_() for t in _features(300, 64, "alike", torch.bfloat16))
-    scale = torch.tensor(20.0, device=DEVICE, requires_grad=True)
-
-    def step():
-        loss = protoclip.info_nce(x, y, scale, backend="triton")
-        return loss, *torch.autograd.grad(loss, (x, y, scale))
-
-    expected = step()
+def test_a_step_does_not_wait_for_the_gpu() -> None:
+    step = training_step()
+    step()
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
-def test_more_than_two_to_the_31_pairs():
+def test_a_cuda_graph_of_a_step_has_the_same_bits() -> None:
+    step = training_step()
+    expected = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert_same_bits(captured, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+def test_more_than_two_to_the_31_pairs_are_right() -> None:
     n = 50_000
-    x, y = (F.normalize(torch.randn(n, 64, device=DEVICE), dim=1).bfloat16() for _ in range(2))
-    rows = protoclip.info_nce(x, y, torch.tensor(20.0, device=DEVICE), reduction="none")
-    logits = 20 * x[-8:].double() @ y.double().T, 20 * y[-8:].double() @ x.double().T
-    at = torch.arange(n - 8, n, device=DEVICE)
-    expected = sum(F.cross_entropy(s, at, reduction="none") for s in logits) / 2
-    torch.testing.assert_close(rows[-8:].double(), expected, rtol=1e-5, atol=1e-5)
+    x = F.normalize(torch.randn(n, 64, device=DEVICE), dim=1).bfloat16()
+    y = F.normalize(torch.randn(n, 64, device=DEVICE), dim=1).bfloat16()
+    losses = protoclip.info_nce(x, y, torch.tensor(20.0, device=DEVICE), reduction="none")
+    last = torch.arange(n - 8, n, device=DEVICE)
+    by_image = 20 * x[last].double() @ y.double().T
+    by_text = 20 * y[last].double() @ x.double().T
+    of_images = F.cross_entropy(by_image, last, reduction="none")
+    of_texts = F.cross_entropy(by_text, last, reduction="none")
+    expected = (of_images + of_texts) / 2
+    torch.testing.assert_close(losses[last].double(), expected, rtol=1e-5, atol=1e-5)

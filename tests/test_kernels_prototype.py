@@ -1,10 +1,15 @@
 """Triton prototype cross-entropy and soft targets against fp64, on a card or in the interpreter."""
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget
-from prototype_problem import DTYPES, check_case, run
+from budget import assert_same_bits, assert_within_budget, leaf
+from prototype_problem import DTYPES, Problem, assert_problem_within_budget, computed
+from torch import Tensor
 
 import protoclip
 from protoclip.ops import Bank
@@ -14,146 +19,190 @@ pytestmark = pytest.mark.skipif(
     reason=str(protoclip.backends("soft_targets")["triton"]),
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Shape(NamedTuple):
+    n: int
+    k: int
+    d: int
+
+
 SHAPES = {
-    "one of each": (1, 1, 1),
-    "two prototypes, no columns": (520, 2, 0),
-    "primes, more keys than a tile": (37, 257, 23),
-    "several row tiles": (131, 67, 8),
-    "keys in slices": (5, 700, 16),
-    "a padded tile of 256": (19, 70, 200),
-    "wider than one tile": (19, 97, 300),
+    "one of each": Shape(1, 1, 1),
+    "two prototypes, no columns": Shape(520, 2, 0),
+    "primes, more keys than a tile": Shape(37, 257, 23),
+    "several row tiles": Shape(131, 67, 8),
+    "keys in slices": Shape(5, 700, 16),
+    "a padded tile of 256": Shape(19, 70, 200),
+    "wider than one tile": Shape(19, 97, 300),
 }
 
 
-def _unit(*shape, dtype):
+def unit(*shape: int, dtype: torch.dtype) -> Tensor:
     return F.normalize(torch.randn(*shape, device=DEVICE), dim=-1).to(dtype)
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_loss_and_gradients_within_budget(shape, dtype, soft):
+def test_loss_and_gradients_are_within_budget(shape: Shape, dtype: torch.dtype, soft: bool) -> None:
     torch.manual_seed(0)
-    n, k, d = shape
-    for scale in (1.0, 100.0):
-        h, c = _unit(n, d, dtype=dtype), _unit(k, d, dtype=dtype)
-        m = 0.9 * _unit(k, d, dtype=dtype) if soft else None
-        labels = torch.randint(0, k, (n,), device=DEVICE)
-        if n > 1:
-            labels[n // 2] = -100
-        check_case(h, c, labels, m, scale, torch.rand(n, device=DEVICE) + 0.5, "triton")
+    for logit_scale in (1.0, 100.0):
+        features = unit(shape.n, shape.d, dtype=dtype)
+        prototypes = unit(shape.k, shape.d, dtype=dtype)
+        targets = 0.9 * unit(shape.k, shape.d, dtype=dtype) if soft else None
+        labels = torch.randint(0, shape.k, (shape.n,), device=DEVICE)
+        if shape.n > 1:
+            labels[shape.n // 2] = -100
+        weights = torch.rand(shape.n, device=DEVICE) + 0.5
+        problem = Problem(features, prototypes, labels, targets, logit_scale, weights)
+        assert_problem_within_budget(problem, "triton")
 
 
 @pytest.mark.parametrize("temperature", [0.01, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (67, 5, 13), (300, 16, 8), (40, 300, 24)])
-def test_soft_targets_within_budget(shape, dtype, temperature):
+@pytest.mark.parametrize("k, d_source, d", [(1, 1, 1), (67, 5, 13), (300, 16, 8), (40, 300, 24)])
+def test_soft_targets_are_within_budget(
+    k: int, d_source: int, d: int, dtype: torch.dtype, temperature: float
+) -> None:
     torch.manual_seed(0)
-    k, d_source, d = shape
-    source, c = 0.8 * _unit(k, d_source, dtype=dtype), _unit(k, d, dtype=dtype)
-    got = protoclip.soft_targets(source, c, temperature, backend="triton")
-    base = protoclip.soft_targets(source, c, temperature, backend="reference")
-    truth = protoclip.soft_targets(source.double(), c.double(), temperature)
+    source = 0.8 * unit(k, d_source, dtype=dtype)
+    prototypes = unit(k, d, dtype=dtype)
+    got = protoclip.soft_targets(source, prototypes, temperature, backend="triton")
+    base = protoclip.soft_targets(source, prototypes, temperature, backend="reference")
+    truth = protoclip.soft_targets(source.double(), prototypes.double(), temperature)
     assert got.dtype == torch.float32
     assert_within_budget(got, truth, base)
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 8), (0, 0, 8), (4, 3, 0)])
-def test_empty_input(shape):
-    n, k, d = shape
-    h, c = torch.zeros(n, d, device=DEVICE), torch.zeros(k, d, device=DEVICE, requires_grad=True)
+@pytest.mark.parametrize("n, k, d", [(0, 3, 8), (0, 0, 8), (4, 3, 0)])
+def test_no_rows_no_prototypes_and_no_features_have_a_loss(n: int, k: int, d: int) -> None:
+    features = torch.zeros(n, d, device=DEVICE)
+    prototypes = torch.zeros(k, d, device=DEVICE, requires_grad=True)
     labels = torch.zeros(n, dtype=torch.int64, device=DEVICE)
-    loss = protoclip.prototype_cross_entropy(h, c, labels, 5.0, backend="triton")
+    loss = protoclip.prototype_cross_entropy(features, prototypes, labels, 5.0, backend="triton")
     assert loss.item() == pytest.approx(torch.tensor(float(max(k, 1))).log().item() if n else 0)
-    assert torch.autograd.grad(loss, c)[0].shape == (k, d)
-    assert protoclip.soft_targets(c.detach(), c.detach(), 0.1, backend="triton").shape == (k, d)
+    assert torch.autograd.grad(loss, prototypes)[0].shape == (k, d)
+    points = prototypes.detach()
+    assert protoclip.soft_targets(points, points, 0.1, backend="triton").shape == (k, d)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_strides_do_not_matter(dtype):
+def test_strides_do_not_matter(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    h, c, m = (_unit(40, 12, dtype=dtype) for _ in range(3))
-    labels = torch.randint(0, 40, (80,), device=DEVICE)[::2]
-    h, c, m = *(x.T.contiguous().T for x in (h, c)), torch.cat([m, m], 1)[:, :12]
-    check_case(h, c, labels, m, 9.0, torch.ones(40, device=DEVICE), "triton")
+    targets = unit(40, 12, dtype=dtype)
+    problem = Problem(
+        features=unit(40, 12, dtype=dtype).T.contiguous().T,
+        prototypes=unit(40, 12, dtype=dtype).T.contiguous().T,
+        labels=torch.randint(0, 40, (80,), device=DEVICE)[::2],
+        targets=torch.cat([targets, targets], dim=1)[:, :12],
+        logit_scale=9.0,
+    )
+    assert_problem_within_budget(problem, "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_banks_agree_with_single_calls_and_repeat_to_the_bit(dtype):
+def test_several_banks_agree_with_one_call_each_and_repeat_to_the_bit(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    h = _unit(50, 16, dtype=dtype).requires_grad_()
-    banks = [
-        Bank(_unit(k, 16, dtype=dtype), torch.randint(0, k, (50,), device=DEVICE), m)
-        for k, m in ((300, None), (7, _unit(7, 16, dtype=dtype)), (129, None))
-    ]
-    first, second = (protoclip.prototype_losses(h, banks, 14.3, backend="triton") for _ in "12")
-    grads = [torch.autograd.grad(x.loss.sum(), h)[0] for x in (first, second)]
-    assert torch.equal(first.loss, second.loss) and torch.equal(*grads)
+    features = leaf(unit(50, 16, dtype=dtype))
+
+    def random_bank(k: int, targets: Tensor | None = None) -> Bank:
+        labels = torch.randint(0, k, (50,), device=DEVICE)
+        return Bank(unit(k, 16, dtype=dtype), labels, targets)
+
+    banks = [random_bank(300), random_bank(7, unit(7, 16, dtype=dtype)), random_bank(129)]
+    first = protoclip.prototype_losses(features, banks, 14.3, backend="triton")
+    second = protoclip.prototype_losses(features, banks, 14.3, backend="triton")
+    assert torch.equal(first.loss, second.loss)
+    assert_same_bits(
+        torch.autograd.grad(first.loss.sum(), features),
+        torch.autograd.grad(second.loss.sum(), features),
+    )
     for loss, nearest, bank in zip(first.loss, first.nearest, banks, strict=True):
         single = protoclip.prototype_cross_entropy(
-            h, bank.prototypes, bank.labels, 14.3, targets=bank.targets, backend="triton"
+            features, bank.prototypes, bank.labels, 14.3, targets=bank.targets, backend="triton"
         )
         torch.testing.assert_close(loss, single)
-        logits = h.detach().double() @ bank.prototypes.double().T
+        logits = features.detach().double() @ bank.prototypes.double().T
         reached = logits.gather(1, nearest[:, None])[:, 0]
         assert (logits.amax(dim=1) - reached).max() <= 1e-6
 
 
-@pytest.mark.parametrize("scale", [10.0, -10.0, 0.0])
-def test_nearest_takes_the_lowest_index_of_a_tie(scale):
-    c = torch.eye(2, device=DEVICE).repeat(200, 1)  # every prototype 200 times, over many tiles
-    h = torch.tensor([[0.0, 1.0], [1.0, 0.0]], device=DEVICE)
-    bank = Bank(c, torch.tensor([0, 1], device=DEVICE))
-    nearest = protoclip.prototype_losses(h, [bank], scale, backend="triton").nearest[0]
-    assert nearest.tolist() == {10.0: [1, 0], -10.0: [0, 1], 0.0: [0, 0]}[scale]
+@pytest.mark.parametrize("logit_scale, expected", [(10.0, [1, 0]), (-10.0, [0, 1]), (0.0, [0, 0])])
+def test_nearest_is_the_lowest_index_of_a_tie(logit_scale: float, expected: list[int]) -> None:
+    prototypes = torch.eye(2, device=DEVICE).repeat(200, 1)  # each 200 times, over many tiles
+    features = torch.tensor([[0.0, 1.0], [1.0, 0.0]], device=DEVICE)
+    bank = Bank(prototypes, torch.tensor([0, 1], device=DEVICE))
+    losses = protoclip.prototype_losses(features, [bank], logit_scale, backend="triton")
+    assert losses.nearest[0].tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [16, 300])
-def test_scale_of_zero_still_has_a_gradient(d, dtype):
+def test_a_scale_of_zero_still_has_a_gradient(d: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    h, c = _unit(20, d, dtype=dtype), _unit(60, d, dtype=dtype)
-    rest = torch.arange(20, device=DEVICE), None, 0.0, torch.ones(20, device=DEVICE)
-    got = run(h, c, *rest, "triton")["dscale"]
-    truth = run(h.double(), c.double(), *rest, "reference")["dscale"]
+    features = unit(20, d, dtype=dtype)
+    prototypes = unit(60, d, dtype=dtype)
+    labels = torch.arange(20, device=DEVICE)
+    problem = Problem(features, prototypes, labels, logit_scale=0.0)
+    exact = Problem(features.double(), prototypes.double(), labels, logit_scale=0.0)
+    got = computed(problem, "triton")["dlogit_scale"]
+    truth = computed(exact, "reference")["dlogit_scale"]
     assert (got - truth).abs() <= 1e-5 * truth.abs()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_loss_near_zero_does_not_cancel(dtype):
-    c = F.normalize(torch.eye(100, 100) + 0.03 * torch.rand(100, 100)).to(DEVICE, dtype)
-    labels = torch.arange(100, device=DEVICE)
-    args = (labels, torch.tensor(100.0, device=DEVICE))
-    got = protoclip.prototype_cross_entropy(c, c, *args, reduction="none", backend="triton")
-    truth = protoclip.prototype_cross_entropy(c.double(), c.double(), *args, reduction="none")
-    assert (got - truth).abs().max() <= 1e-7
+def test_a_loss_near_zero_does_not_cancel(dtype: torch.dtype) -> None:
+    prototypes = F.normalize(torch.eye(100, 100) + 0.03 * torch.rand(100, 100)).to(DEVICE, dtype)
+
+    def rows(prototypes: Tensor, backend: str) -> Tensor:
+        return protoclip.prototype_cross_entropy(
+            prototypes,
+            prototypes,
+            torch.arange(100, device=DEVICE),
+            torch.tensor(100.0, device=DEVICE),
+            reduction="none",
+            backend=backend,
+        )
+
+    truth = rows(prototypes.double(), "auto")
+    assert (rows(prototypes, "triton") - truth).abs().max() <= 1e-7
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bad_numbers_and_labels_stay_visible(value, dtype):
-    h, c = _unit(4, 3, dtype=dtype), _unit(90, 3, dtype=dtype)
-    h[2, 1] = value
-    labels = torch.tensor([0, -100, 2, 90], device=DEVICE)
+def test_bad_numbers_and_labels_make_their_own_losses_non_finite(
+    value: float, dtype: torch.dtype
+) -> None:
+    features = unit(4, 3, dtype=dtype)
+    prototypes = unit(90, 3, dtype=dtype)
+    features[2, 1] = value
+    labels = torch.tensor([0, -100, 2, 90], device=DEVICE)  # the last is out of range
 
-    def rows(backend, labels=labels):
+    def rows(labels: Tensor, backend: str) -> Tensor:
         return protoclip.prototype_cross_entropy(
-            h, c, labels, 10.0, reduction="none", backend=backend
+            features, prototypes, labels, 10.0, reduction="none", backend=backend
         )
 
-    assert rows("triton").isfinite().tolist() == [True, True, False, False]
-    assert rows("triton")[1] == 0
-    c[70, 0] = value
-    known = labels.clamp(max=89)
-    hidden = rows("triton", known).isfinite() & ~rows("reference", known).isfinite()
+    losses = rows(labels, "triton")
+    assert losses.isfinite().tolist() == [True, True, False, False]
+    assert losses[1] == 0
+    prototypes[70, 0] = value
+    in_range = labels.clamp(max=89)
+    hidden = rows(in_range, "triton").isfinite() & ~rows(in_range, "reference").isfinite()
     assert not hidden.any()
 
 
-def test_the_scratch_bound_changes_nothing(monkeypatch):
+def test_the_scratch_bound_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from protoclip.kernels import prototype_cross_entropy
 
     torch.manual_seed(0)
-    h, c = _unit(70, 12, dtype=torch.float32), _unit(90, 12, dtype=torch.float32)
-    labels, weights = torch.randint(0, 90, (70,), device=DEVICE), torch.rand(70, device=DEVICE)
+    problem = Problem(
+        features=unit(70, 12, dtype=torch.float32),
+        prototypes=unit(90, 12, dtype=torch.float32),
+        labels=torch.randint(0, 90, (70,), device=DEVICE),
+        logit_scale=20.0,
+        weights=torch.rand(70, device=DEVICE),
+    )
     monkeypatch.setattr(prototype_cross_entropy, "SCRATCH_BYTES", 4 * 70 * 20)
-    check_case(h, c, labels, None, 20.0, weights, "triton")
+    assert_problem_within_budget(problem, "triton")

@@ -1,10 +1,15 @@
 """k-means as a whole: restarts and starts, two processes, faiss as a backend and as a peer."""
 
+from __future__ import annotations
+
 import importlib
 import math
 import sys
 import warnings
-from itertools import product
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,31 +17,37 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from budget import on_threads
 from ranks import on_ranks
+from torch import Tensor
 
 import protoclip
+from protoclip import Clusters
 from protoclip.ops.clusters import assignment
 
 kmeans_module = importlib.import_module("protoclip.kmeans")  # protoclip.kmeans is the function
-INITS = "random", "k-means++"
+INITS = ["random", "k-means++"]
 
 
-def mixture(n=4000, k=30, d=16, spread=0.5):
+def mixture(n: int = 4000, k: int = 30, d: int = 16, spread: float = 0.5) -> Tensor:
     torch.manual_seed(0)
     return torch.randn(k, d)[torch.randint(k, (n,))] + spread * torch.randn(n, d)
 
 
-def test_plus_plus_picks_distinct_points_then_any():
+def test_plus_plus_picks_distinct_points_then_any() -> None:
     points = torch.arange(12.0)[:, None]
     clusters = protoclip.kmeans(points, 12, init="k-means++", num_iters=0)
     assert sorted(clusters.centroids[:, 0].tolist()) == list(range(12)) and clusters.inertia == 0
     twins = torch.tensor([[0.0], [1.0]]).repeat(5, 1)
     assert protoclip.kmeans(twins, 7, init="k-means++", num_iters=0).inertia == 0
+
+
+def test_fewer_distinct_points_than_clusters_are_clustered() -> None:
+    twins = torch.tensor([[0.0], [1.0]]).repeat(5, 1)
     clusters = protoclip.kmeans(twins, 4, num_iters=3)
     assert clusters.inertia == pytest.approx(0, abs=1e-4) and clusters.counts.sum() == 10
 
 
 @pytest.mark.parametrize("init, spherical", [("random", False), ("k-means++", True)])
-def test_history_falls_and_labels_belong_to_the_centroids(init, spherical):
+def test_history_falls_and_labels_belong_to_the_centroids(init: str, spherical: bool) -> None:
     points = F.normalize(mixture(), dim=1) if spherical else mixture()
     clusters = protoclip.kmeans(points, 50, num_iters=12, init=init, spherical=spherical)
     if spherical:
@@ -49,167 +60,214 @@ def test_history_falls_and_labels_belong_to_the_centroids(init, spherical):
     assert history[-1] == clusters.inertia == pytest.approx(squared.double().sum().item(), 1e-12)
 
 
-def blobs(k, each):
+class Blobs(NamedTuple):
+    points: Tensor
+    labels: Tensor
+
+
+def blobs(k: int, points_each: int) -> Blobs:
     torch.manual_seed(0)
-    truth = torch.arange(k).repeat_interleave(each)
-    return (10 * torch.randn(k, 4))[truth] + 0.1 * torch.randn(k * each, 4), truth
+    labels = torch.arange(k).repeat_interleave(points_each)
+    points = (10 * torch.randn(k, 4))[labels] + 0.1 * torch.randn(k * points_each, 4)
+    return Blobs(points, labels)
 
 
-def test_well_separated_blobs_are_found():
-    points, truth = blobs(6, 40)
+def test_well_separated_blobs_are_found() -> None:
+    points, truth = blobs(6, points_each=40)
     clusters = protoclip.kmeans(points, 6, init="k-means++", num_restarts=3)
-    assert len(torch.stack([truth, clusters.labels]).unique(dim=1).T) == 6
+    pairs_of_labels = torch.stack([truth, clusters.labels]).unique(dim=1)
+    assert pairs_of_labels.shape == (2, 6)
     assert clusters.counts.tolist() == [40] * 6
 
 
-def test_restarts_keep_the_best_and_another_seed_gives_others():
+def test_restarts_keep_the_best_and_another_seed_gives_others() -> None:
     points = torch.randn(200, 3)
-    each = [protoclip.kmeans(points, 12, seed=s).inertia for s in range(4)]
-    assert len(set(each)) > 1
-    assert protoclip.kmeans(points, 12, num_restarts=4).inertia == min(each)
+    inertias = [protoclip.kmeans(points, 12, seed=seed).inertia for seed in range(4)]
+    assert len(set(inertias)) > 1
+    assert protoclip.kmeans(points, 12, num_restarts=4).inertia == min(inertias)
 
 
-def test_a_warm_start_goes_on_where_it_was():
+def test_a_warm_start_goes_on_where_it_was() -> None:
     points = torch.randn(200, 3)
     first = protoclip.kmeans(points, 12, num_iters=5)
     more = protoclip.kmeans(points, 12, num_iters=5, init=first.centroids)
-    assert torch.equal(more.centroids, protoclip.kmeans(points, 12, num_iters=10).centroids)
-    fewer = protoclip.kmeans(points, 12, num_iters=0, init=first.centroids[:9]).centroids
-    assert torch.equal(fewer[:9], first.centroids[:9])
-    assert (fewer[9:, None] == points).all(dim=2).any(dim=1).all()  # random points
+    at_once = protoclip.kmeans(points, 12, num_iters=10)
+    assert torch.equal(more.centroids, at_once.centroids)
 
 
-def test_empty_clusters_take_half_of_the_largest():
-    points, _ = blobs(2, 100)
+def test_a_warm_start_with_too_few_centroids_takes_random_points_for_the_others() -> None:
+    points = torch.randn(200, 3)
+    few = protoclip.kmeans(points, 9, num_iters=5).centroids
+    start = protoclip.kmeans(points, 12, num_iters=0, init=few).centroids
+    assert torch.equal(start[:9], few)
+    is_a_point = (start[9:, None] == points).all(dim=2).any(dim=1)
+    assert is_a_point.all()
+
+
+def test_empty_clusters_take_half_of_the_largest() -> None:
+    points = blobs(2, points_each=100).points
     far = torch.cat([points[:1], points[-1:], torch.full((2, 4), 1e4)])
     assert (protoclip.kmeans(points, 4, init=far, num_iters=3).counts > 0).all()
 
 
-def _weights(n):
+def fixed_weights(n: int) -> Tensor:
     return torch.rand(n, generator=torch.Generator().manual_seed(2))
 
 
-def _equal_points():
-    return mixture(n=40).repeat(10, 1)  # each of 40 points ten times
+@dataclass(frozen=True)
+class Case:
+    """A call of ``kmeans``."""
+
+    points: Tensor
+    num_clusters: int = 12
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, **options: Any) -> Clusters:
+        return protoclip.kmeans(self.points, self.num_clusters, **(self.options | options))
+
+    def run_without_end(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Clusters:
+        """All iterations, also those at rest."""
+        with monkeypatch.context() as patch:
+            patch.setattr(kmeans_module, "_moved", lambda *_: torch.tensor(True))
+            return self.run(**options)
 
 
-AT_REST = {  # points, number of clusters, options
-    "plain": (mixture(n=600), 12, {}),
-    "k-means++": (mixture(n=600), 12, {"init": "k-means++"}),
-    "fp64": (mixture(n=600).double(), 12, {}),
-    "bf16": (mixture(n=600).bfloat16(), 12, {}),
-    "reference": (mixture(n=600), 12, {"backend": "reference"}),
-    "weights": (mixture(n=600), 12, {"weights": _weights(600)}),
-    "weights of zero": (mixture(n=600), 12, {"weights": _weights(600).round()}),
-    "spherical": (F.normalize(mixture(n=600), dim=1), 12, {"spherical": True}),
-    "spherical weights": (mixture(n=600), 12, {"spherical": True, "weights": _weights(600)}),
-    "equal points": (_equal_points(), 12, {}),
-    "equal spherical points": (_equal_points(), 12, {"spherical": True}),
-    "a cluster a point": (mixture(n=40), 40, {}),
-    "one cluster": (mixture(n=40), 1, {}),
-    "empty clusters at first": (mixture(n=600), 12, {"init": mixture(n=12) * 100}),
+MANY = mixture(n=600)
+FEW = mixture(n=40)
+TEN_OF_EACH = FEW.repeat(10, 1)
+WEIGHTS = fixed_weights(600)
+SPHERE = F.normalize(MANY, dim=1)
+AT_REST = {
+    "plain": Case(MANY),
+    "k-means++": Case(MANY, options={"init": "k-means++"}),
+    "fp64": Case(MANY.double()),
+    "bf16": Case(MANY.bfloat16()),
+    "reference": Case(MANY, options={"backend": "reference"}),
+    "weights": Case(MANY, options={"weights": WEIGHTS}),
+    "weights of zero": Case(MANY, options={"weights": WEIGHTS.round()}),
+    "spherical": Case(SPHERE, options={"spherical": True}),
+    "spherical weights": Case(MANY, options={"spherical": True, "weights": WEIGHTS}),
+    "equal points": Case(TEN_OF_EACH),
+    "equal spherical points": Case(TEN_OF_EACH, options={"spherical": True}),
+    "a cluster a point": Case(FEW, num_clusters=40),
+    "one cluster": Case(FEW, num_clusters=1),
+    "empty clusters at first": Case(MANY, options={"init": mixture(n=12) * 100}),
 }
 
 
-def without_end(monkeypatch, points, k, **options):
-    """``kmeans`` that always runs all its iterations."""
-    with monkeypatch.context() as patch:
-        patch.setattr(kmeans_module, "_moved", lambda *_: torch.tensor(True))
-        return protoclip.kmeans(points, k, **options)
-
-
-def assert_same_bits(one, other):
-    assert torch.equal(one.centroids, other.centroids) and torch.equal(one.labels, other.labels)
-    assert torch.equal(one.counts, other.counts) and one.inertia == other.inertia
+def assert_same_clusters(got: Clusters, expected: Clusters) -> None:
+    """Bit for bit."""
+    assert torch.equal(got.centroids, expected.centroids)
+    assert torch.equal(got.labels, expected.labels)
+    assert torch.equal(got.counts, expected.counts)
+    assert got.inertia == expected.inertia
 
 
 @pytest.mark.parametrize("case", AT_REST)
-def test_ends_at_rest_with_the_bits_of_any_more_iterations(case, monkeypatch):
-    points, k, options = AT_REST[case]
-    found = protoclip.kmeans(points, k, num_iters=400, **options)
-    ran = found.num_iters
-    assert 1 <= ran < 200 and found.inertia == found.history[-2]
+def test_a_run_ends_at_rest_with_the_bits_of_any_more_iterations(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clusters = AT_REST[case].run(num_iters=400)
+    num_iters = clusters.num_iters
+    assert 1 <= num_iters < 200 and clusters.inertia == clusters.history[-2]
     for more in (0, 1, 2, 25):
-        longer = without_end(monkeypatch, points, k, num_iters=ran + more, **options)
-        assert_same_bits(found, longer)
-        assert found.history[:ran] == longer.history[:ran] and longer.num_iters == ran + more
-    if ran > 1:  # and not an iteration later than it must
-        before = without_end(monkeypatch, points, k, num_iters=ran - 1, **options)
-        assert torch.equal(before.centroids, found.centroids)
-    if ran > 2:
-        before = without_end(monkeypatch, points, k, num_iters=ran - 2, **options)
-        assert not torch.equal(before.centroids, found.centroids)
+        longer = AT_REST[case].run_without_end(monkeypatch, num_iters=num_iters + more)
+        assert_same_clusters(clusters, longer)
+        assert clusters.history[:num_iters] == longer.history[:num_iters]
+        assert longer.num_iters == num_iters + more
 
 
+@pytest.mark.parametrize("case", AT_REST)
+def test_a_run_ends_not_an_iteration_later_than_it_must(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clusters = AT_REST[case].run(num_iters=400)
+    num_iters = clusters.num_iters
+    if num_iters > 1:
+        before = AT_REST[case].run_without_end(monkeypatch, num_iters=num_iters - 1)
+        assert torch.equal(before.centroids, clusters.centroids)
+    if num_iters > 2:
+        before = AT_REST[case].run_without_end(monkeypatch, num_iters=num_iters - 2)
+        assert not torch.equal(before.centroids, clusters.centroids)
+
+
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("spherical", [False, True])
-def test_more_clusters_than_distinct_points_end_or_not_but_never_wrong(spherical, monkeypatch):
+def test_more_clusters_than_distinct_points_end_or_not_but_never_wrong(
+    spherical: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Half of a split cluster can be empty at once, and again: nothing is promised of the end."""
-    for seed in range(4):
-        options = {"seed": seed, "spherical": spherical, "num_iters": 60}
-        points = mixture(n=9).repeat(20, 1)
-        found = protoclip.kmeans(points, 15, **options)
-        assert_same_bits(found, without_end(monkeypatch, points, 15, **options))
+    case = Case(
+        mixture(n=9).repeat(20, 1),
+        num_clusters=15,
+        options={"seed": seed, "spherical": spherical, "num_iters": 60},
+    )
+    assert_same_clusters(case.run(), case.run_without_end(monkeypatch))
 
 
-def test_a_run_at_rest_costs_one_assignment(monkeypatch):
-    points = mixture(n=600)
-    rest = protoclip.kmeans(points, 12, num_iters=400)
-    calls = []
+def test_a_run_at_rest_costs_one_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_rest = protoclip.kmeans(MANY, 12, num_iters=400)
+    num_assignments = 0
 
-    def counted(*args):
-        assign = assignment(*args)
-        return lambda centroids: (calls.append(len(centroids)), assign(centroids))[1]
+    def counted(*arguments: Any) -> Callable[[Tensor], Any]:
+        assign = assignment(*arguments)
+
+        def assign_and_count(centroids: Tensor) -> Any:
+            nonlocal num_assignments
+            num_assignments += 1
+            return assign(centroids)
+
+        return assign_and_count
 
     monkeypatch.setattr(kmeans_module, "assignment", counted)
-    again = protoclip.kmeans(points, 12, num_iters=200, init=rest.centroids)
-    assert_same_bits(rest, again)
-    assert again.num_iters == len(calls) == 1
-    calls.clear()
-    protoclip.kmeans(points, 12, num_iters=400)
-    assert len(calls) == rest.num_iters  # a run that does not end makes one more
+    again = protoclip.kmeans(MANY, 12, num_iters=200, init=at_rest.centroids)
+    assert_same_clusters(again, at_rest)
+    assert again.num_iters == num_assignments == 1
+    num_assignments = 0
+    protoclip.kmeans(MANY, 12, num_iters=400)
+    assert num_assignments == at_rest.num_iters  # a run that does not end makes one more
 
 
-def test_each_restart_ends_by_itself():
-    points = mixture(n=600)
-    seen = [[]]
+def test_each_restart_ends_by_itself() -> None:
+    histories: list[list[float]] = []
 
-    def note(iteration, inertia):
+    def note(iteration: int, inertia: Any) -> None:
         if iteration == 0:
-            seen.append([])
-        assert iteration == len(seen[-1])
-        seen[-1].append(float(inertia))
+            histories.append([])
+        assert iteration == len(histories[-1])
+        histories[-1].append(float(inertia))
 
-    best = protoclip.kmeans(points, 12, num_iters=400, num_restarts=4, seed=7, progress=note)
-    each = [protoclip.kmeans(points, 12, num_iters=400, seed=7 + r) for r in range(4)]
-    assert [tuple(of_run) for of_run in seen[1:]] == [run.history[:-1] for run in each]
-    assert len({run.num_iters for run in each}) > 1
-    assert_same_bits(best, min(each, key=lambda run: run.inertia))
+    best = protoclip.kmeans(MANY, 12, num_iters=400, num_restarts=4, seed=7, progress=note)
+    runs = [protoclip.kmeans(MANY, 12, num_iters=400, seed=7 + restart) for restart in range(4)]
+    assert histories == [list(run.history[:-1]) for run in runs]
+    assert len({run.num_iters for run in runs}) > 1
+    assert_same_clusters(best, min(runs, key=lambda run: run.inertia))
 
 
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("tol", [0.0, 1e-6, 1e-4, 1e-2, 1.0])
-def test_tol_is_scikit_learns(tol):
+def test_tol_is_scikit_learns(tol: float, seed: int) -> None:
     """Same start: the same number of iterations, and the same centroids."""
     cluster = pytest.importorskip("sklearn.cluster")
-    for seed in range(5):
-        points = mixture(n=900).double() + 3  # off the origin: the variance is about the mean
-        start = points[torch.randperm(900, generator=torch.Generator().manual_seed(seed))[:9]]
-        ours = protoclip.kmeans(points, 9, init=start, num_iters=300, tol=tol)
-        theirs = cluster.KMeans(
-            9, init=start.numpy(), n_init=1, max_iter=300, tol=tol, algorithm="lloyd"
-        ).fit(points.numpy())
-        assert ours.num_iters == theirs.n_iter_
-        torch.testing.assert_close(ours.centroids, torch.from_numpy(theirs.cluster_centers_))
-        assert ours.labels.tolist() == theirs.labels_.tolist()
-        assert ours.inertia == pytest.approx(theirs.inertia_)
-        labels, _ = protoclip.kmeans_assign(points, ours.centroids)
-        assert torch.equal(labels, ours.labels)
+    points = mixture(n=900).double() + 3  # off the origin: the variance is about the mean
+    start = points[torch.randperm(900, generator=torch.Generator().manual_seed(seed))[:9]]
+    ours = protoclip.kmeans(points, 9, init=start, num_iters=300, tol=tol)
+    theirs = cluster.KMeans(
+        9, init=start.numpy(), n_init=1, max_iter=300, tol=tol, algorithm="lloyd"
+    ).fit(points.numpy())
+    assert ours.num_iters == theirs.n_iter_
+    torch.testing.assert_close(ours.centroids, torch.from_numpy(theirs.cluster_centers_))
+    assert ours.labels.tolist() == theirs.labels_.tolist()
+    assert ours.inertia == pytest.approx(theirs.inertia_)
+    labels, _ = protoclip.kmeans_assign(points, ours.centroids)
+    assert torch.equal(labels, ours.labels)
 
 
-def test_compiled_code_runs_it_as_it_is():
+def test_compiled_code_runs_it_as_it_is() -> None:
     """Traced, it warned, compiled dozens of pieces and took up to a minute."""
     points = mixture(n=300)
 
-    def clustered(x):
+    def clustered(x: Tensor) -> Tensor:
         return protoclip.kmeans(x * 2, 7).centroids.sin()
 
     torch._dynamo.reset()
@@ -219,12 +277,12 @@ def test_compiled_code_runs_it_as_it_is():
         warnings.simplefilter("error")
         whole = torch.compile(protoclip.kmeans, backend="eager")(points, 7)
         part = torch.compile(clustered, backend="eager")(points)
-    assert_same_bits(whole, protoclip.kmeans(points, 7))
+    assert_same_clusters(whole, protoclip.kmeans(points, 7))
     assert torch.equal(part, clustered(points))
     assert graphs["unique_graphs"] <= 2  # x * 2, and the sine
 
 
-BAD = {
+BAD: dict[str, dict[str, Any]] = {
     "lower num_clusters": {"num_clusters": 11},
     "1 <= num_clusters": {"num_clusters": 0},
     "got 2.5": {"num_clusters": 2.5},
@@ -247,42 +305,53 @@ BAD = {
 
 
 @pytest.mark.parametrize("words", BAD)
-def test_bad_arguments(words):
+def test_bad_arguments_are_refused_in_words(words: str) -> None:
+    arguments = {"points": torch.randn(10, 2), "num_clusters": 2} | BAD[words]
     with pytest.raises(ValueError, match=words):
-        protoclip.kmeans(**{"points": torch.randn(10, 2), "num_clusters": 2, **BAD[words]})
+        protoclip.kmeans(**arguments)
 
 
-def test_backends_walk_the_same_way():
+def test_backends_walk_the_same_way() -> None:
     points = mixture(n=800)
-    runs = [protoclip.kmeans(points, 20, num_iters=5, backend=b) for b in ("auto", "reference")]
-    torch.testing.assert_close(runs[0].centroids, runs[1].centroids, rtol=1e-4, atol=1e-4)
-    assert runs[0].inertia == pytest.approx(runs[1].inertia, rel=1e-5)
+    auto = protoclip.kmeans(points, 20, num_iters=5, backend="auto")
+    reference = protoclip.kmeans(points, 20, num_iters=5, backend="reference")
+    torch.testing.assert_close(auto.centroids, reference.centroids, rtol=1e-4, atol=1e-4)
+    assert auto.inertia == pytest.approx(reference.inertia, rel=1e-5)
 
 
-def test_same_bits_with_one_thread_and_two():
+def test_the_number_of_threads_changes_no_bit() -> None:
     points = mixture()
-    runs = on_threads(lambda: protoclip.kmeans(points, 60, num_iters=6, num_restarts=2), (1, 2))
-    assert torch.equal(runs[0].labels, runs[1].labels)
+    on_one, on_two = on_threads(
+        lambda: protoclip.kmeans(points, 60, num_iters=6, num_restarts=2), counts=(1, 2)
+    )
+    assert torch.equal(on_one.labels, on_two.labels)
     if protoclip.backends("kmeans_assign").get("cpu", "missing") is None:
-        assert torch.equal(runs[0].centroids, runs[1].centroids)
+        assert torch.equal(on_one.centroids, on_two.centroids)
 
 
 @pytest.mark.parametrize("spherical", [False, True])
-def test_no_worse_than_faiss(spherical):
+def test_no_worse_than_faiss(spherical: bool) -> None:
     faiss = pytest.importorskip("faiss")
     points = F.normalize(mixture(), dim=1) if spherical else mixture()
-    ours, theirs = 0.0, 0.0
-    for seed in range(6):
-        settings = {"num_iters": 10, "seed": seed, "spherical": spherical}
-        ours += protoclip.kmeans(points, 30, **settings).inertia
-        clusters = protoclip.kmeans(points, 30, backend="faiss", **settings)
-        theirs += clusters.inertia
+
+    def runs(backend: str) -> list[Clusters]:
+        return [
+            protoclip.kmeans(
+                points, 30, num_iters=10, seed=seed, spherical=spherical, backend=backend
+            )
+            for seed in range(6)
+        ]
+
+    theirs = runs("faiss")
+    for clusters in theirs:
         assert len(clusters.history) == 11 and clusters.history[-1] <= clusters.history[0]
         assert torch.equal(clusters.counts, torch.bincount(clusters.labels, minlength=30))
-    assert ours <= theirs * 1.02, faiss.__version__  # six random starts each
+    our_inertia = sum(clusters.inertia for clusters in runs("auto"))
+    their_inertia = sum(clusters.inertia for clusters in theirs)
+    assert our_inertia <= their_inertia * 1.02, faiss.__version__  # six random starts each
 
 
-def test_faiss_is_the_papers_own_clustering():
+def test_faiss_is_the_papers_own_clustering() -> None:
     faiss = pytest.importorskip("faiss")
     points = mixture()
     direct = faiss.Kmeans(
@@ -295,31 +364,37 @@ def test_faiss_is_the_papers_own_clustering():
 
 
 @pytest.mark.parametrize("spherical", [False, True])
-def test_faiss_takes_a_warm_start_and_counts_as_we_do(spherical):
+def test_faiss_takes_a_warm_start_and_counts_as_we_do(spherical: bool) -> None:
     """The history of both counts squared distances, spherical too."""
     pytest.importorskip("faiss")
     points = F.normalize(mixture(), dim=1)
-    start = F.normalize(points[:25], dim=1)
-    settings = {"num_iters": 1, "init": start, "spherical": spherical}
-    ours = protoclip.kmeans(points, 25, **settings).history
-    theirs = protoclip.kmeans(points, 25, backend="faiss", **settings).history
-    assert theirs == pytest.approx(ours, rel=1e-4)
+
+    def history(backend: str) -> tuple[float, ...]:
+        start = F.normalize(points[:25], dim=1)
+        return protoclip.kmeans(
+            points, 25, num_iters=1, init=start, spherical=spherical, backend=backend
+        ).history
+
+    assert history("faiss") == pytest.approx(history("auto"), rel=1e-4)
 
 
-def test_faiss_missing_or_asked_too_much(monkeypatch):
-    points = torch.randn(30, 4)
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "faiss", None)
-        with pytest.raises(ValueError, match="pip install faiss-cpu"):
-            protoclip.kmeans(points, 3, backend="faiss")
+def test_a_missing_faiss_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ValueError, match="pip install faiss-cpu"):
+        protoclip.kmeans(torch.randn(30, 4), 3, backend="faiss")
+
+
+@pytest.mark.parametrize(
+    "options", [{"init": "k-means++"}, {"weights": torch.ones(30)}, {"tol": 1e-4}], ids=str
+)
+def test_what_faiss_has_not_is_refused(options: dict[str, Any]) -> None:
     pytest.importorskip("faiss")
-    for options in ({"init": "k-means++"}, {"weights": torch.ones(30)}, {"tol": 1e-4}):
-        with pytest.raises(ValueError, match="init='random' or a Tensor.*no tol"):
-            protoclip.kmeans(points, 3, backend="faiss", **options)
+    with pytest.raises(ValueError, match="init='random' or a Tensor.*no tol"):
+        protoclip.kmeans(torch.randn(30, 4), 3, backend="faiss", **options)
 
 
-def test_a_weight_counts_as_so_many_copies():
-    points = mixture(n=600).double()
+def test_a_weight_counts_as_so_many_copies() -> None:
+    points = MANY.double()
     times = torch.arange(600) % 4  # some points count nothing
     start = points[times > 0][:12]
     weighted = protoclip.kmeans(points, 12, init=start, weights=times.float(), num_iters=5)
@@ -327,88 +402,144 @@ def test_a_weight_counts_as_so_many_copies():
     torch.testing.assert_close(weighted.centroids, copied.centroids)
     assert weighted.history == pytest.approx(copied.history)
     assert torch.equal(weighted.labels.repeat_interleave(times), copied.labels)
-    ones = protoclip.kmeans(points, 12, init=start, weights=[1] * 600, num_iters=5)
-    plain = protoclip.kmeans(points, 12, init=start, num_iters=5)
-    assert torch.equal(ones.centroids, plain.centroids)
 
 
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("weight", [1.0, 0.3, 1e-30])
-def test_equal_weights_are_no_weights_bit_for_bit(init, weight):
+def test_equal_weights_are_no_weights_bit_for_bit(init: str, weight: float) -> None:
     """Of any size; the inertia alone is multiplied by it."""
-    points = mixture(n=600)
-    options = {"init": init, "num_restarts": 2, "num_iters": 7}
-    plain = protoclip.kmeans(points, 12, **options)
-    equal = protoclip.kmeans(points, 12, weights=[weight] * 600, **options)
-    assert torch.equal(equal.centroids, plain.centroids) and torch.equal(equal.counts, plain.counts)
-    assert torch.equal(equal.labels, plain.labels)
-    assert equal.history == pytest.approx([weight * x for x in plain.history], rel=1e-15)
+    case = Case(MANY, options={"init": init, "num_restarts": 2, "num_iters": 7})
+    without = case.run()
+    equal = case.run(weights=[weight] * 600)
+    assert torch.equal(equal.centroids, without.centroids)
+    assert torch.equal(equal.counts, without.counts)
+    assert torch.equal(equal.labels, without.labels)
+    assert equal.history == pytest.approx([weight * x for x in without.history], rel=1e-15)
+
+
+@pytest.fixture
+def light_and_heavy() -> Case:
+    """500 points of hardly any weight at 0 to 499, and 500 of weight 1 between -9 and -8."""
+    points = torch.cat([torch.arange(500.0)[:, None], torch.rand(500, 1) - 9])
+    weights = torch.cat([torch.full((500,), 1e-9), torch.ones(500)])
+    return Case(points, num_clusters=3, options={"weights": weights})
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_starts_are_drawn_by_weight(init):
-    points = torch.cat([torch.arange(500.0)[:, None], torch.rand(500, 1) - 9])
-    weights = torch.cat([torch.full((500,), 1e-9), torch.ones(500)])
-    drawn = [
-        protoclip.kmeans(points, 3, init=init, weights=weights, num_iters=0, seed=seed).centroids
-        for seed in range(20)
-    ]
-    assert sum(int((c < -7).sum()) for c in drawn) >= 58  # of 60; without weights about half or few
-    none = protoclip.kmeans(points, 3, init=init, weights=weights * (points[:, 0] < 0), seed=1)
-    assert (none.centroids < -7).all()
+def test_starts_are_drawn_by_weight(init: str, light_and_heavy: Case) -> None:
+    num_heavy = 0
+    for seed in range(20):
+        start = light_and_heavy.run(init=init, num_iters=0, seed=seed).centroids
+        num_heavy += int((start < -7).sum())
+    assert num_heavy >= 58  # of 60; without weights about half or few
 
 
-def test_clusters_predict_are_saved_and_say_what_they_are(tmp_path):
+@pytest.mark.parametrize("init", INITS)
+def test_points_of_weight_zero_are_no_start(init: str, light_and_heavy: Case) -> None:
+    weights = light_and_heavy.options["weights"] * (light_and_heavy.points[:, 0] < 0)
+    clusters = light_and_heavy.run(init=init, weights=weights, seed=1)
+    assert (clusters.centroids < -7).all()
+
+
+def test_progress_is_told_of_each_iteration_and_predict_repeats_the_labels() -> None:
     points = mixture(n=500)
-    seen = []
-    note = lambda i, inertia: seen.append(float(inertia))  # noqa: E731
-    clusters = protoclip.kmeans(points, 9, num_iters=4, progress=note)
-    assert tuple(seen) == clusters.history[:-1]
+    inertias: list[float] = []
+    clusters = protoclip.kmeans(
+        points,
+        9,
+        num_iters=4,
+        progress=lambda iteration, inertia: inertias.append(float(inertia)),
+    )
+    assert tuple(inertias) == clusters.history[:-1]
     assert torch.equal(clusters.predict(points), clusters.labels)
     with pytest.raises(TypeError, match="predict: expected points as a Tensor, got list"):
         clusters.predict([1])
-    said = repr(clusters)
-    assert said.startswith("Clusters(K=9, D=16, N=500, sizes ") and len(said) < 99
+
+
+def test_clusters_say_what_they_are_in_one_line() -> None:
+    text = repr(protoclip.kmeans(mixture(n=500), 9, num_iters=4))
+    assert text.startswith("Clusters(K=9, D=16, N=500, sizes ") and len(text) < 99
+
+
+def test_clusters_are_saved_and_loaded(tmp_path: Path) -> None:
+    clusters = protoclip.kmeans(mixture(n=500), 9, num_iters=4)
     clusters.save(tmp_path / "c.safetensors")
-    again = protoclip.Clusters.load(tmp_path / "c.safetensors")
-    assert torch.equal(again.centroids, clusters.centroids)
-    assert torch.equal(again.labels, clusters.labels) and again.history == clusters.history
+    loaded = protoclip.Clusters.load(tmp_path / "c.safetensors")
+    assert torch.equal(loaded.centroids, clusters.centroids)
+    assert torch.equal(loaded.labels, clusters.labels) and loaded.history == clusters.history
+
+
+def test_a_file_that_holds_no_clusters_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.safetensors").write_text("no")
     with pytest.raises(ValueError, match="a file that Clusters.save wrote"):
         protoclip.Clusters.load(tmp_path / "other.safetensors")
 
 
-def of_rank():
-    """Clusters of this rank's slice of the points, as arrays."""
+# ---- several processes ----
+
+
+class SliceResult(NamedTuple):
+    """Of one rank, with arrays, which a process can send."""
+
+    centroids: Any  # [K, D]
+    labels: Any  # of this rank's points
+    counts: Any  # [K], of all points
+    history: tuple[float, ...]
+
+
+def run_on_slice(points: Tensor, mine: slice, k: int, **options: Any) -> SliceResult:
+    if options.get("weights") is not None:
+        options["weights"] = options["weights"][mine]
+    clusters = protoclip.kmeans(points[mine], k, group=dist.group.WORLD, **options)
+    return SliceResult(
+        clusters.centroids.numpy(),
+        clusters.labels.numpy(),
+        clusters.counts.numpy(),
+        clusters.history,
+    )
+
+
+TWO_RANKS = {
+    "random": {"init": "random"},
+    "random, weights": {"init": "random", "weights": fixed_weights(400)},
+    "k-means++": {"init": "k-means++"},
+    "k-means++, weights": {"init": "k-means++", "weights": fixed_weights(400)},
+}
+
+
+def of_one_of_two_ranks() -> dict[str, SliceResult]:
     dist.init_process_group("gloo")
-    points, weights = mixture(n=400), torch.rand(400)
     mine = slice(0, 130) if dist.get_rank() == 0 else slice(130, 400)  # unequal slices
-    found = []
-    for init, weight in product(INITS, (None, weights[mine])):
-        options = {"init": init, "weights": weight, "group": dist.group.WORLD}
-        c = protoclip.kmeans(points[mine], 20, num_iters=6, **options)
-        found.append((c.centroids.numpy(), c.labels.numpy(), c.counts.numpy(), c.history))
+    results = {
+        case: run_on_slice(mixture(n=400), mine, 20, num_iters=6, **options)
+        for case, options in TWO_RANKS.items()
+    }
     dist.destroy_process_group()
-    return found
+    return results
 
 
-def test_two_processes_equal_one():
-    ranks = on_ranks(2, of_rank)
-    points, weights = mixture(n=400), torch.rand(400)
-    for (init, weight), *of_ranks in zip(product(INITS, (None, weights)), *ranks, strict=True):
-        alone = protoclip.kmeans(points, 20, num_iters=6, init=init, weights=weight)
-        for centroids, _, counts, history in of_ranks:
-            torch.testing.assert_close(torch.from_numpy(centroids), alone.centroids)
-            assert counts.tolist() == alone.counts.tolist()
-            assert history == pytest.approx(alone.history, rel=1e-6)
-        assert [*of_ranks[0][1], *of_ranks[1][1]] == alone.labels.tolist()
-        assert (of_ranks[0][0] == of_ranks[1][0]).all()
+@pytest.fixture(scope="module")
+def two_ranks() -> list[dict[str, SliceResult]]:
+    return on_ranks(2, of_one_of_two_ranks)
 
 
-SLICES = slice(0, 130), slice(130, 130), slice(130, 400)  # of three ranks, one without points
-GROUPS = {
+@pytest.mark.parametrize("case", TWO_RANKS)
+def test_two_processes_equal_one(two_ranks: list[dict[str, SliceResult]], case: str) -> None:
+    whole = protoclip.kmeans(mixture(n=400), 20, num_iters=6, **TWO_RANKS[case])
+    results = [of_rank[case] for of_rank in two_ranks]
+    for result in results:
+        torch.testing.assert_close(torch.from_numpy(result.centroids), whole.centroids)
+        assert result.counts.tolist() == whole.counts.tolist()
+        assert result.history == pytest.approx(whole.history, rel=1e-6)
+    labels = [label for result in results for label in result.labels]
+    assert labels == whole.labels.tolist()
+    assert (results[0].centroids == results[1].centroids).all()
+
+
+SLICES = [slice(0, 130), slice(130, 130), slice(130, 400)]  # of three ranks, one without points
+THREE_RANKS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "weights": {"weights": _weights(400)},
+    "weights": {"weights": fixed_weights(400)},
     "equal weights": {"weights": torch.full((400,), 0.7)},
     "spherical": {"spherical": True},
     "restarts": {"num_restarts": 3, "init": "k-means++"},
@@ -416,45 +547,58 @@ GROUPS = {
 }
 
 
-def _of_slice(case, num_iters):
-    """The result on this rank, with arrays, which a process can send."""
-    mine, options = SLICES[dist.get_rank()], dict(GROUPS[case])
-    if "weights" in options:
-        options["weights"] = options["weights"][mine]
-    points = mixture(n=400)[mine]
-    run = protoclip.kmeans(points, 8, num_iters=num_iters, group=dist.group.WORLD, **options)
-    arrays = {name: getattr(run, name).numpy() for name in ("centroids", "labels", "counts")}
-    return arrays | {"history": run.history}
+class Ends(NamedTuple):
+    """Of one rank: the results with an end, and those of some more iterations without one."""
+
+    ended: dict[str, SliceResult]
+    longer: dict[str, SliceResult]
+    iterations_while_one_rank_moves: int
 
 
-def ends_of_rank():
-    """For each case the result with an end, and that of some more iterations without one."""
+def of_one_of_three_ranks() -> Ends:
     dist.init_process_group("gloo")
-    ended = {case: _of_slice(case, 300) for case in GROUPS}
+    mine = SLICES[dist.get_rank()]
+
+    def run(case: str, num_iters: int) -> SliceResult:
+        return run_on_slice(mixture(n=400), mine, 8, num_iters=num_iters, **THREE_RANKS[case])
+
+    ended = {case: run(case, 300) for case in THREE_RANKS}
     kmeans_module._moved = lambda *_: torch.tensor(True)
-    longer = {case: _of_slice(case, len(run["history"]) + 3) for case, run in ended.items()}
+    longer = {case: run(case, len(result.history) + 3) for case, result in ended.items()}
     # A rank that rounds differently from the others: all go on while one of them moves.
     kmeans_module._moved = lambda *_: torch.tensor(dist.get_rank() == 1)
-    odd = len(_of_slice("plain", 20)["history"])
+    while_one_moves = len(run("plain", 20).history) - 1
     dist.destroy_process_group()
-    return ended, longer, odd
+    return Ends(ended, longer, while_one_moves)
 
 
 @pytest.fixture(scope="module")
-def of_three_ranks():
-    return on_ranks(3, ends_of_rank)
+def three_ranks() -> list[Ends]:
+    return on_ranks(3, of_one_of_three_ranks)
 
 
-@pytest.mark.parametrize("case", GROUPS)
-def test_ranks_end_together(of_three_ranks, case):
-    alone = protoclip.kmeans(mixture(n=400), 8, num_iters=300, **GROUPS[case])
-    first = of_three_ranks[0][0][case]
-    for ended, longer, odd in of_three_ranks:
-        run, more = ended[case], longer[case]
-        assert run["history"] == first["history"] and len(run["history"]) == len(alone.history)
-        assert len(run["history"]) < 100 and odd == 21
-        assert (run["centroids"] == first["centroids"]).all()
-        torch.testing.assert_close(torch.from_numpy(run["centroids"]), alone.centroids)
-        if case != "tol":
-            assert all((run[n] == more[n]).all() for n in ("centroids", "labels", "counts"))
-            assert run["history"][-1] == more["history"][-1]
+@pytest.mark.parametrize("case", THREE_RANKS)
+def test_ranks_end_together(three_ranks: list[Ends], case: str) -> None:
+    whole = protoclip.kmeans(mixture(n=400), 8, num_iters=300, **THREE_RANKS[case])
+    first = three_ranks[0].ended[case]
+    assert len(first.history) == len(whole.history) < 100
+    for ends in three_ranks:
+        result = ends.ended[case]
+        assert result.history == first.history
+        assert (result.centroids == first.centroids).all()
+        torch.testing.assert_close(torch.from_numpy(result.centroids), whole.centroids)
+
+
+@pytest.mark.parametrize("case", [case for case in THREE_RANKS if case != "tol"])
+def test_ranks_end_with_the_bits_of_any_more_iterations(three_ranks: list[Ends], case: str) -> None:
+    for ends in three_ranks:
+        result = ends.ended[case]
+        longer = ends.longer[case]
+        assert (result.centroids == longer.centroids).all()
+        assert (result.labels == longer.labels).all()
+        assert (result.counts == longer.counts).all()
+        assert result.history[-1] == longer.history[-1]
+
+
+def test_all_ranks_go_on_while_one_of_them_moves(three_ranks: list[Ends]) -> None:
+    assert [ends.iterations_while_one_rank_moves for ends in three_ranks] == [20, 20, 20]

@@ -4,93 +4,107 @@ Ties are legal, so what a label achieves is compared, not the label: the fp64 di
 centroid against the fp64 brute force on the same (rounded) inputs.
 """
 
+from __future__ import annotations
+
 import ctypes
 import itertools
 import math
 import shutil
 import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
-from budget import on_threads, usable
+from budget import assert_same_bits, on_threads, usable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import protoclip
 from protoclip.ops.clusters import assignment
 
 NATIVE_MISSING = protoclip.backends("kmeans_assign").get("cpu")
 native = pytest.mark.skipif(NATIVE_MISSING is not None, reason=str(NATIVE_MISSING))
+each_backend = pytest.mark.parametrize("backend", usable("kmeans_assign"))
 ROUNDING = 8 * torch.finfo(torch.float32).eps  # relative, of an fp32 sum of (x - c)^2, D <= 1024
 
 
-backends = pytest.mark.parametrize("backend", usable("kmeans_assign"))
+class Problem(NamedTuple):
+    points: Tensor  # [N, D]
+    centroids: Tensor  # [K, D]
 
 
-def log_uniform(n):
+def log_uniform(n: int) -> Tensor:
     return 10 ** torch.empty(n, 1).uniform_(-3, 3)
 
 
-def random(n, k, d):
-    return torch.randn(n, d), torch.randn(k, d)
+def random(n: int, k: int, d: int) -> Problem:
+    return Problem(torch.randn(n, d), torch.randn(k, d))
 
 
-def norms(n, k, d):
+def norms(n: int, k: int, d: int) -> Problem:
     """Of points and of centroids, from 1e-3 to 1e3."""
-    return torch.randn(n, d) * log_uniform(n), torch.randn(k, d) * log_uniform(k)
+    return Problem(torch.randn(n, d) * log_uniform(n), torch.randn(k, d) * log_uniform(k))
 
 
-def far_from_zero(n, k, d):
+def far_from_zero(n: int, k: int, d: int) -> Problem:
     """A shared mean that is far larger than the spread."""
-    return 300 + torch.randn(n, d), 300 + torch.randn(k, d)
+    return Problem(300 + torch.randn(n, d), 300 + torch.randn(k, d))
 
 
-def near_ties(n, k, d):
+def near_ties(n: int, k: int, d: int) -> Problem:
     """All centroids within 1e-4 of one point."""
-    return torch.randn(n, d), torch.randn(1, d) + 1e-4 * torch.randn(k, d)
+    return Problem(torch.randn(n, d), torch.randn(1, d) + 1e-4 * torch.randn(k, d))
 
 
-def on_the_border(n, k, d):
+def on_the_border(n: int, k: int, d: int) -> Problem:
     """Points halfway between two centroids, up to 1e-6."""
-    c = torch.randn(k, d)
-    i, j = torch.randint(k, (2, n))
-    return (c[i] + c[j]) / 2 + 1e-6 * torch.randn(n, d), c
+    centroids = torch.randn(k, d)
+    first, second = torch.randint(k, (2, n))
+    halfway = (centroids[first] + centroids[second]) / 2
+    return Problem(halfway + 1e-6 * torch.randn(n, d), centroids)
 
 
-def sparse(n, k, d):
+def sparse(n: int, k: int, d: int) -> Problem:
     """Three coordinates of each row: what 8-bit codes like least."""
-    x = torch.zeros(n, d).scatter_(1, torch.randint(d, (n, 3)), torch.randn(n, 3))
-    return x, x[:k] + 0.01 * torch.randn(k, d)
+    points = torch.zeros(n, d).scatter_(1, torch.randint(d, (n, 3)), torch.randn(n, 3))
+    return Problem(points, points[:k] + 0.01 * torch.randn(k, d))
 
 
-def outlying_dimensions(n, k, d):
-    scale = torch.ones(d)
-    scale[:2] = 50
-    return torch.randn(n, d) * scale, torch.randn(k, d) * scale
+def outlying_dimensions(n: int, k: int, d: int) -> Problem:
+    size = torch.ones(d)
+    size[:2] = 50
+    return Problem(torch.randn(n, d) * size, torch.randn(k, d) * size)
 
 
-def integers(n, k, d):
+def integers(n: int, k: int, d: int) -> Problem:
     """Exact ties in abundance."""
-    return torch.randint(-3, 4, (n, d)).float(), torch.randint(-3, 4, (k, d)).float()
+    points = torch.randint(-3, 4, (n, d)).float()
+    return Problem(points, torch.randint(-3, 4, (k, d)).float())
 
 
-KINDS = [
+Kind = Callable[[int, int, int], Problem]
+KINDS: list[Kind] = [
     random, norms, far_from_zero, near_ties, on_the_border, sparse, outlying_dimensions, integers,
 ]  # fmt: skip
-kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda f: f.__name__)
 
 
-def squared_distances(x, c):
+def squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
     direct = "donot_use_mm_for_euclid_dist"  # sums of (x - c)^2
-    return torch.cdist(x.double(), c.double(), compute_mode=direct).square()
+    return torch.cdist(points.double(), centroids.double(), compute_mode=direct).square()
 
 
-def assert_nearest(x, c, labels, squared):
-    cancelled = 1e-14 * x.double().square().sum(dim=1).amax().item() if len(x) else 0  # reference
-    for part in range(0, len(x), 1 << 14):
-        rows = slice(part, part + (1 << 14))
-        truth = squared_distances(x[rows], c)
+def assert_assigned_to_the_nearest(points: Tensor, centroids: Tensor, backend: str) -> None:
+    labels, squared = protoclip.kmeans_assign(points, centroids, backend=backend)
+    cancelled = 0.0  # by the reference
+    if len(points):
+        cancelled = 1e-14 * points.double().square().sum(dim=1).amax().item()
+    for first in range(0, len(points), 1 << 14):
+        rows = slice(first, first + (1 << 14))
+        truth = squared_distances(points[rows], centroids)
         best = truth.amin(dim=1)
         achieved = truth.gather(1, labels[rows, None])[:, 0]
         assert (achieved <= best * (1 + ROUNDING) + cancelled).all()
@@ -99,71 +113,95 @@ def assert_nearest(x, c, labels, squared):
 
 # D: below and past a vector and a transform, the widths of the models; K: a panel, chunks of panels
 SHAPES = [(70, 600, 3), (300, 49, 128), (130, 1300, 97), (65, 130, 768), (100_000, 67, 24)]
+CASES = [
+    (backend, kind, n, k, d)
+    for backend in usable("kmeans_assign")
+    for kind in KINDS
+    for n, k, d in SHAPES
+    if backend == "cpu" or k < 100 or kind not in (norms, far_from_zero, sparse)
+]
 
 
-CASES = [(b, kind, s) for b in usable("kmeans_assign") for kind in KINDS for s in SHAPES
-         if b == "cpu" or s[1] < 100 or kind not in (norms, far_from_zero, sparse)]  # fmt: skip
-
-
-@pytest.mark.parametrize("backend, kind, shape", CASES)
-def test_shapes(backend, kind, shape):
+@pytest.mark.parametrize("backend, kind, n, k, d", CASES)
+def test_points_go_to_the_nearest_centroid(
+    backend: str, kind: Kind, n: int, k: int, d: int
+) -> None:
     torch.manual_seed(1)
-    n, k, d = shape
     n = n if backend == "cpu" else min(n, 140)
-    x, c = kind(max(n, k), k, d)
-    assert_nearest(x[:n], c, *protoclip.kmeans_assign(x[:n], c, backend=backend))
+    problem = kind(max(n, k), k, d)
+    assert_assigned_to_the_nearest(problem.points[:n], problem.centroids, backend)
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@backends
-def test_half_precision_with_large_norms(backend, dtype):
+def test_points_of_half_precision_and_large_norms_go_to_the_nearest_centroid(
+    dtype: torch.dtype, backend: str
+) -> None:
     torch.manual_seed(2)
-    x, c = (2000 * z.to(dtype) for z in random(500, 90, 200))
-    assert_nearest(x, c, *protoclip.kmeans_assign(x, c, backend=backend))
+    problem = random(500, 90, 200)
+    points = 2000 * problem.points.to(dtype)
+    centroids = 2000 * problem.centroids.to(dtype)
+    assert_assigned_to_the_nearest(points, centroids, backend)
 
 
-@backends
+@each_backend
 @settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 @given(
     n=st.integers(0, 150), k=st.integers(1, 120), d=st.integers(1, 70), seed=st.integers(0, 1 << 30)
 )
-def test_any_shape_and_stride(backend, n, k, d, seed):
+def test_points_of_any_shape_and_stride_go_to_the_nearest_centroid(
+    backend: str, n: int, k: int, d: int, seed: int
+) -> None:
     torch.manual_seed(seed)
-    x, c = torch.randn(d, 2 * n).T[::2], torch.randn(d, k).T
-    assert_nearest(x, c, *protoclip.kmeans_assign(x, c, backend=backend))
+    points = torch.randn(d, 2 * n).T[::2]
+    centroids = torch.randn(d, k).T
+    assert_assigned_to_the_nearest(points, centroids, backend)
 
 
-@backends
-def test_equal_centroids_give_the_lowest_index(backend):
+@each_backend
+def test_three_points_by_hand(backend: str) -> None:
     points = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 0.0]])
     centroids = torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 0.0], [2.0, 0.0]])
     labels, squared = protoclip.kmeans_assign(points, centroids, backend=backend)
-    assert labels.tolist() == [1, 0, 0] and squared.tolist() == [0.0, 17.0, 1.0]
-    x, c = torch.randn(200, 40), torch.randn(7, 40)
-    labels, _ = protoclip.kmeans_assign(x, c.repeat(30, 1), backend=backend)
-    assert torch.equal(labels, protoclip.kmeans_assign(x, c, backend="reference")[0])
+    assert labels.tolist() == [1, 0, 0]
+    assert squared.tolist() == [0.0, 17.0, 1.0]
 
 
-@backends
+@each_backend
+def test_of_equal_centroids_the_lowest_index_wins(backend: str) -> None:
+    points = torch.randn(200, 40)
+    centroids = torch.randn(7, 40)
+    among_copies, _ = protoclip.kmeans_assign(points, centroids.repeat(30, 1), backend=backend)
+    among_the_first, _ = protoclip.kmeans_assign(points, centroids, backend="reference")
+    assert torch.equal(among_copies, among_the_first)
+
+
+@each_backend
 @pytest.mark.parametrize("size", [1e-25, 1e18, 1e25])
-def test_sizes_whose_squares_leave_fp32(backend, size):
+def test_sizes_whose_squares_leave_fp32_have_the_same_labels(backend: str, size: float) -> None:
     torch.manual_seed(3)
-    x, c = random(40, 9, 16)
-    want, _ = protoclip.kmeans_assign(x, c, backend="reference")
-    labels, squared = protoclip.kmeans_assign(x * size, c * size, backend=backend)
-    assert torch.equal(labels, want)
-    assert (squared == (0 if size < 1 else math.inf)).all() or size == 1e18
+    problem = random(40, 9, 16)
+    expected, _ = protoclip.kmeans_assign(problem.points, problem.centroids, backend="reference")
+    labels, squared = protoclip.kmeans_assign(
+        problem.points * size, problem.centroids * size, backend=backend
+    )
+    assert torch.equal(labels, expected)
+    if size < 1:
+        assert (squared == 0).all()
+    elif size > 1e18:
+        assert squared.isinf().all()
 
 
-@backends
-def test_a_bad_row_spoils_no_other(backend):
+@each_backend
+def test_a_bad_row_spoils_no_other(backend: str) -> None:
     torch.manual_seed(4)
-    x, c = random(50, 20, 30)
-    clean, _ = protoclip.kmeans_assign(x, c, backend=backend)
-    x[7, 3], x[21] = math.nan, math.nan
-    labels, squared = protoclip.kmeans_assign(x, c, backend=backend)
+    points, centroids = random(50, 20, 30)
+    clean, _ = protoclip.kmeans_assign(points, centroids, backend=backend)
+    points[7, 3] = math.nan
+    points[21] = math.nan
+    labels, squared = protoclip.kmeans_assign(points, centroids, backend=backend)
     bad = torch.zeros(50, dtype=torch.bool)
     bad[[7, 21]] = True
     assert (labels[bad] == -1).all() and squared[bad].isnan().all()
@@ -171,83 +209,129 @@ def test_a_bad_row_spoils_no_other(backend):
 
 
 @native
-def test_same_bits_with_one_thread_and_two_and_alone():
+def test_the_number_of_threads_changes_no_bit() -> None:
     torch.manual_seed(5)
-    x, c = near_ties(3000, 500, 64)
-    runs = on_threads(lambda: protoclip.kmeans_assign(x, c, backend="cpu"))
-    runs.append(protoclip.kmeans_assign(x[1001:2000], c, backend="cpu"))
-    runs[-1] = tuple(torch.cat([a[:1001], b, a[2000:]]) for a, b in zip(*runs[::3], strict=True))
-    for run in runs[1:]:
-        torch.testing.assert_close(run, runs[0], rtol=0, atol=0)
+    points, centroids = near_ties(3000, 500, 64)
+    first, *repeated = on_threads(lambda: protoclip.kmeans_assign(points, centroids, backend="cpu"))
+    for again in repeated:
+        assert_same_bits(again, first)
 
 
 @native
-@pytest.mark.parametrize("shape", [(300, 49, 128), (130, 97, 7), (200, 150, 130)])
-@kinds
-def test_kept_codes_change_no_bit(kind, shape):
+def test_points_without_the_others_have_the_same_bits() -> None:
+    torch.manual_seed(5)
+    points, centroids = near_ties(3000, 500, 64)
+    labels, squared = protoclip.kmeans_assign(points, centroids, backend="cpu")
+    rows = slice(1001, 2000)
+    got = protoclip.kmeans_assign(points[rows], centroids, backend="cpu")
+    assert_same_bits(got, (labels[rows], squared[rows]))
+
+
+@native
+@pytest.mark.parametrize("n, k, d", [(300, 49, 128), (130, 97, 7), (200, 150, 130)])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_codes_of_the_points_that_are_used_again_change_no_bit(
+    kind: Kind, n: int, k: int, d: int
+) -> None:
     """Codes around the points' centre, of points that meet centroids near and far."""
     torch.manual_seed(6)
-    n, k, d = shape
-    x, c = kind(n, k, d)
-    x[3] = c[5]
-    assign = assignment(x.T.contiguous().T, k, "auto")
-    for centroids in (c, c.T.contiguous().T * 2, c * 1e10, c[:1] - 1e-3):
-        want = protoclip.kmeans_assign(x, centroids, backend="cpu")
-        torch.testing.assert_close(assign(centroids), want, rtol=0, atol=0)
-    c[0, 0] = math.nan
-    assert (assign(c)[0] == -1).all()
+    points, centroids = kind(n, k, d)
+    points[3] = centroids[5]
+    assign = assignment(points.T.contiguous().T, k, "auto")
+    other_strides = centroids.T.contiguous().T * 2
+    far = centroids * 1e10
+    near = centroids[:1] - 1e-3
+    for moved in (centroids, other_strides, far, near):
+        expected = protoclip.kmeans_assign(points, moved, backend="cpu")
+        assert_same_bits(tuple(assign(moved)), tuple(expected))
+    centroids[0, 0] = math.nan
+    labels, _ = assign(centroids)
+    assert (labels == -1).all()
 
 
-@backends
-def test_operator_contract(backend):
-    x, c = torch.randn(9, 5), torch.randn(4, 5)
-    torch.library.opcheck(torch.ops.protoclip.kmeans_assign.default, (x, c, backend))
-    compiled = torch.compile(
-        lambda a, b: protoclip.kmeans_assign(a, b, backend=backend),
-        fullgraph=True,
-        backend="aot_eager",
-    )
-    torch.testing.assert_close(
-        compiled(x, c), protoclip.kmeans_assign(x, c, backend=backend), rtol=0, atol=0
-    )
+@each_backend
+def test_opcheck_accepts_the_op(backend: str) -> None:
+    arguments = {"points": torch.randn(9, 5), "centroids": torch.randn(4, 5), "backend": backend}
+    torch.library.opcheck(torch.ops.protoclip.kmeans_assign.default, (), arguments)
 
 
-VECTORS = {  # flags of the compiler, what the CPU needs, lanes of a vector
-    "avx512": (["-march=native", "-DCPU_CAPABILITY_AVX512"], "avx512_vnni", 16),
-    "avx2": (["-mavx2", "-mfma", "-DCPU_CAPABILITY_AVX2"], "avx2", 8),
-    "plain": ([], "", 8),
+@each_backend
+def test_compiled_code_has_the_same_bits(backend: str) -> None:
+    points, centroids = random(9, 4, 5)
+
+    def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+        return protoclip.kmeans_assign(points, centroids, backend=backend)
+
+    compiled = torch.compile(assign, fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(points, centroids), assign(points, centroids))
+
+
+@dataclass(frozen=True)
+class Vectors:
+    compiler_flags: list[str]
+    cpu_feature: str
+    lanes: int
+
+
+VECTORS = {
+    "avx512": Vectors(["-march=native", "-DCPU_CAPABILITY_AVX512"], "avx512_vnni", 16),
+    "avx2": Vectors(["-mavx2", "-mfma", "-DCPU_CAPABILITY_AVX2"], "avx2", 8),
+    "plain": Vectors([], "", 8),
 }
 
 
-def address(x):
-    return ctypes.c_void_p(x.data_ptr())
+def address(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
-@pytest.mark.parametrize("vectors", VECTORS)
-def test_tiles_of_every_vector_width(vectors, tmp_path):
+class Tile(NamedTuple):
+    library: ctypes.CDLL
+    lanes: int
+
+
+@pytest.fixture(scope="module", params=VECTORS)
+def tile(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tile:
     """csrc/int8_tile.h; the op's own tests see the machine's width only."""
-    flags, needs, width = VECTORS[vectors]
+    vectors = VECTORS[request.param]
+    path = tmp_path_factory.mktemp("tile") / "tile.so"
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    if shutil.which("g++") is None or needs not in cpu:
-        pytest.skip(f"needs g++ and a CPU with {needs or 'anything'}")
-    command = ["g++", "-O2", "-std=c++17", "-shared", "-fPIC", *flags, "-o", f"{tmp_path}/tile.so"]
-    subprocess.run([*command, Path(__file__).with_name("int8_tile_check.cpp")], check=True)
-    native = ctypes.CDLL(f"{tmp_path}/tile.so")
-    lanes, rows, columns, most = (ctypes.c_int * 4).in_dll(native, "SIZES")
-    assert lanes == width
+    if shutil.which("g++") is None or vectors.cpu_feature not in cpu:
+        pytest.skip(f"needs g++ and a CPU with {vectors.cpu_feature or 'anything'}")
+    source = Path(__file__).with_name("int8_tile_check.cpp")
+    compiler = ["g++", "-O2", "-std=c++17", "-shared", "-fPIC", *vectors.compiler_flags]
+    subprocess.run([*compiler, "-o", path, source], check=True)
+    return Tile(ctypes.CDLL(str(path)), vectors.lanes)
+
+
+def test_tiles_of_every_vector_width_are_exact(tile: Tile) -> None:
+    lanes, rows, columns, most = (ctypes.c_int * 4).in_dll(tile.library, "SIZES")
+    assert lanes == tile.lanes
     # The largest codes too: with them a saturating instruction would show.
     for depth, extreme in itertools.product((4, 12, 256, 1024), (False, True)):
         left = torch.randint(most if extreme else -most, most + 1, (rows, depth)) + most + 1
         right = torch.randint(127 if extreme else -127, 128, (depth, columns))
-        start, got = torch.randint(-127_000, 127_000, (columns,)), torch.empty(rows, columns)
+        start = torch.randint(-127_000, 127_000, (columns,))
         panel = right.reshape(-1, 4, columns).transpose(1, 2).contiguous()  # [D / 4, columns, 4]
-        codes = left.to(torch.uint8), panel.to(torch.int8), start.int()
-        native.tile(
-            address(codes[0]), ctypes.c_int64(depth), *map(address, codes[1:]), address(got)
+        left_codes = left.to(torch.uint8)
+        right_codes = panel.to(torch.int8)
+        start_codes = start.int()
+        got = torch.empty(rows, columns)
+        tile.library.tile(
+            address(left_codes),
+            ctypes.c_int64(depth),
+            address(right_codes),
+            address(start_codes),
+            address(got),
         )
         assert torch.equal(got, (start + left @ right).float())
-    x, y, found = torch.randn(lanes), torch.randn(lanes), torch.empty(2)
+
+
+def test_lanes_of_every_vector_width_compare_and_sum(tile: Tile) -> None:
+    x = torch.randn(tile.lanes)
+    y = torch.randn(tile.lanes)
     y[::3] = x[::3]
-    mask = native.lanes(address(x), address(y), address(found))
-    assert mask == sum(1 << i for i in range(lanes) if x[i] >= y[i])
-    assert found[0] == x.max() and (found[1] - x.sum()).abs() < 1e-4
+    largest_and_sum = torch.empty(2)
+    mask = tile.library.lanes(address(x), address(y), address(largest_and_sum))
+    assert mask == sum(1 << lane for lane in range(tile.lanes) if x[lane] >= y[lane])
+    largest, total = largest_and_sum
+    assert largest == x.max() and (total - x.sum()).abs() < 1e-4

@@ -1,6 +1,12 @@
 """A step's prototype labels come from features stored before it, whatever its own features are."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -8,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from ranks import TINY, config_of, metrics, on_ranks
+from torch import Tensor
 
 from protoclip import checkpoint, distributed, train
 from protoclip.config import ProtoConfig
@@ -22,25 +29,43 @@ from protoclip.run_folder import NullRunFolder
 from protoclip.schedule import make_plan
 from protoclip.train import Setup, Trainer
 
-SAMPLES, BATCH, STEPS = 48, 12, 11
-NOISY = 9  # in the third pass over the data: every sample has a stored row
+SAMPLES = 48
+BATCH = 12
+STEPS = 11
+NOISY_STEP = 9  # in the third pass over the data: every sample has a stored row
+CPU = torch.device("cpu")
+CALLER = prototypes  # the module that calls prototype_losses
 
 
 class LabelsOfSteps:
     """Stands in for ``prototype_losses`` and keeps the labels that every step was given."""
 
-    def __init__(self):
-        self.calls = []
-        self.original = prototypes.prototype_losses
+    def __init__(self, original: Any) -> None:
+        self.original = original
+        self.calls: list[np.ndarray] = []
 
-    def __call__(self, features, banks, scale, **options):
+    def __call__(self, features: Tensor, banks: Any, scale: Tensor, **options: Any) -> Any:
         self.calls += [bank.labels.numpy().copy() for bank in banks]
         return self.original(features, banks, scale, **options)
 
 
-def labels_of_run(folder, flags, noisy):
-    """The labels that this rank's steps were given; step NOISY sees noise for features."""
-    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
+@contextmanager
+def recorded_labels() -> Iterator[LabelsOfSteps]:
+    original = CALLER.prototype_losses
+    CALLER.prototype_losses = recorder = LabelsOfSteps(original)
+    try:
+        yield recorder
+    finally:
+        CALLER.prototype_losses = original
+
+
+def noise_like(rows: Tensor) -> Tensor:
+    """Unit rows without information, with a gradient of zero."""
+    return F.normalize(torch.randn(rows.shape), dim=1) + 0 * rows
+
+
+def tiny_trainer(folder: Path, flags: list[str]) -> Trainer:
+    """With a teacher of random features."""
     model_file = folder / f"model-{distributed.rank()}.json"
     model_file.write_text(json.dumps(TINY))
     config = config_of(
@@ -51,60 +76,67 @@ def labels_of_run(folder, flags, noisy):
     torch.manual_seed(0)
     model = build_model(config.model)
     teacher = torch.randn(len(dataset), 5)
-    plan, order = make_plan(config, len(dataset)), EpochOrder(dataset)
-    setup = Setup(config, plan, dataset, order, torch.device("cpu"), "fp32", teacher)
+    plan = make_plan(config, len(dataset))
+    setup = Setup(config, plan, dataset, EpochOrder(dataset), CPU, "fp32", teacher)
     (folder / "checkpoints").mkdir(exist_ok=True)
-    trainer = Trainer(setup, model, NullRunFolder(folder))
-    project, labels_by_step = model.project, {}
-    recorder = prototypes.prototype_losses = LabelsOfSteps()
+    return Trainer(setup, model, NullRunFolder(folder))
 
-    def noise_at_the_step(encoded):
-        recorder.calls = labels_by_step.setdefault(trainer.step, [])
-        projected = project(encoded)
-        if noisy and trainer.step == NOISY and model.training:
-            projected = Encoded(noise_like(projected.image), noise_like(projected.text))
-        return projected
 
-    model.project = noise_at_the_step
-    trainer.run()
-    prototypes.prototype_losses = recorder.original
+def labels_of_run(folder: Path, flags: list[str], noisy: bool) -> dict[int, list[np.ndarray]]:
+    """The labels that this rank's steps were given; if ``noisy``, NOISY_STEP sees noise for
+    features."""
+    distributed.start(distributed.find_rank(), CPU, 60)
+    trainer = tiny_trainer(folder, flags)
+    model = trainer.model
+    project = model.project
+    labels_by_step: dict[int, list[np.ndarray]] = {}
+
+    with recorded_labels() as recorder:
+
+        def project_or_noise(encoded: Encoded) -> Encoded:
+            recorder.calls = labels_by_step.setdefault(trainer.step, [])
+            projected = project(encoded)
+            if noisy and trainer.step == NOISY_STEP and model.training:
+                return Encoded(noise_like(projected.image), noise_like(projected.text))
+            return projected
+
+        model.project = project_or_noise
+        trainer.run()
     distributed.stop()
     return labels_by_step
 
 
-def noise_like(h):
-    """Unit rows without information, with a gradient of zero."""
-    return F.normalize(torch.randn(h.shape), dim=1) + 0 * h
-
-
-MODES = [
-    "--episode-features reuse",
-    "--episode-features reuse --episode-size 24",
-    "--episode-features reuse --episode-size 24 --episode-replacement",
-    "--episode-features reuse --accum-freq 2 --batch-size 6",
-    "--episode-features extract",
-]
+MODES = {
+    "reuse": "--episode-features reuse",
+    "half the data": "--episode-features reuse --episode-size 24",
+    "replacement": "--episode-features reuse --episode-size 24 --episode-replacement",
+    "accumulation": "--episode-features reuse --accum-freq 2 --batch-size 6",
+    "extract": "--episode-features extract",
+}
 
 
 @pytest.mark.parametrize(
-    ("ranks", "mode"), [(1, mode) for mode in MODES] + [(2, MODES[0]), (2, MODES[1]), (4, MODES[1])]
+    ("ranks", "mode"),
+    [(1, mode) for mode in MODES] + [(2, "reuse"), (2, "half the data"), (4, "half the data")],
 )
-def test_labels_do_not_depend_on_the_features_of_their_step(tmp_path, ranks, mode):
+def test_labels_do_not_depend_on_the_features_of_their_step(
+    tmp_path: Path, ranks: int, mode: str
+) -> None:
     """All sources: images, texts and a teacher. Up to the noisy step the runs are the same."""
-    calm_ranks, noisy_ranks = (
-        on_ranks(ranks, labels_of_run, tmp_path, mode.split(), noisy) for noisy in (False, True)
-    )
+    flags = MODES[mode].split()
+    calm_ranks = on_ranks(ranks, labels_of_run, tmp_path, flags, False)
+    noisy_ranks = on_ranks(ranks, labels_of_run, tmp_path, flags, True)
     for calm, noisy in zip(calm_ranks, noisy_ranks, strict=True):
-        assert calm.keys() == noisy.keys() and len(calm[NOISY]) == 4  # sources x students
-        for step in range(NOISY + 1):
-            for want, labels in zip(calm[step], noisy[step], strict=True):
-                assert (labels == want).all(), step
-        assert all((labels != LEFT_OUT).any() for labels in noisy[NOISY])
+        assert calm.keys() == noisy.keys() and len(calm[NOISY_STEP]) == 4  # sources x students
+        for step in range(NOISY_STEP + 1):
+            for expected, labels in zip(calm[step], noisy[step], strict=True):
+                assert (labels == expected).all(), step
+        assert all((labels != LEFT_OUT).any() for labels in noisy[NOISY_STEP])
 
 
 def test_a_bad_sample_has_no_label_and_its_replacement_keeps_its_newest_row(
-    tmp_path, nano, no_page
-):
+    tmp_path: Path, nano: Path, no_page: None
+) -> None:
     """Picture 7 does not decode; in every pass another draw takes its place."""
     rows = ["filepath\ttitle"]
     for i in range(40):
@@ -117,86 +149,119 @@ def test_a_bad_sample_has_no_label_and_its_replacement_keeps_its_newest_row(
         "--epochs", "3", "--k", "3", "--infonce-warmup-epoch", "1", "--episode-features", "reuse",
         "--logs", str(tmp_path), "--name", "run", "--report-to", "none", "--val-frequency", "0",
     ]) == 0  # fmt: skip
-    training = checkpoint.load_newest(tmp_path / "run")[1]["protoclip"]["training"]
-    episode, written = training["episode"], training["features"]["written"]
-    seventh = torch.arange(40) == 7
+    _, payload = checkpoint.load_newest(tmp_path / "run")
+    training = payload["protoclip"]["training"]
+    episode = training["episode"]
+    is_bad = torch.arange(40) == 7
     for labels in episode["labels"].values():
-        assert torch.equal(labels == LEFT_OUT, seventh[episode["positions"]])
-    assert (written[seventh] == NEVER).all() and (written[~seventh] == 2).all()
+        assert torch.equal(labels == LEFT_OUT, is_bad[episode["positions"]])
+    written = training["features"]["written"]
+    assert (written[is_bad] == NEVER).all() and (written[~is_bad] == 2).all()
     labelled = [
         line["image_labelled"] for line in metrics(tmp_path / "run") if "image_labelled" in line
     ]
     assert labelled == pytest.approx([39 / 40, 39 / 40])
 
 
-def pairs(samples, seed=0, d=12):
+# ---- a loop of one's own, with index= ----
+
+
+class Pairs(NamedTuple):
+    image: Tensor  # [N, D]
+    text: Tensor  # [N, D]
+
+
+def pairs(samples: Tensor, seed: int = 0, d: int = 12) -> Pairs:
     generator = torch.Generator().manual_seed(seed)
     centers = torch.randn(6, d, generator=generator)
-    rows = centers[samples % 6] + 0.6 * torch.randn(len(samples), d, generator=generator)
-    texts = rows + 0.6 * torch.randn(len(samples), d, generator=generator)
-    return F.normalize(rows, dim=1), F.normalize(texts, dim=1)
+    image = centers[samples % 6] + 0.6 * torch.randn(len(samples), d, generator=generator)
+    text = image + 0.6 * torch.randn(len(samples), d, generator=generator)
+    return Pairs(F.normalize(image, dim=1), F.normalize(text, dim=1))
 
 
-def labels_of_loop(noisy, keys):
-    """The labels of six steps over 40 samples of a loop of one's own."""
+SCALE = torch.tensor(14.0)
+
+
+def labels_of_loop(keys: Tensor, noisy: bool) -> list[np.ndarray]:
+    """The labels of six steps over 40 samples; if ``noisy``, the last sees other features."""
     loss = ProtoClipLoss(proto=ProtoConfig(queue=20, k=4, capacity=40))
-    recorder = prototypes.prototype_losses = LabelsOfSteps()
-    try:
+    with recorded_labels() as recorder:
         for step in range(6):
-            samples = torch.arange(20 * (step % 2), 20 * (step % 2) + 20)
-            image, text = pairs(samples, seed=7 if noisy and step == 5 else step)
+            first = 20 * (step % 2)
+            samples = torch.arange(first, first + 20)
+            image, text = pairs(samples, seed=step)
             if noisy and step == 5:
-                image, text = image.flip(0), -text
-            loss(image.requires_grad_(), text, torch.tensor(14.0), index=keys[samples]).backward()
-    finally:
-        prototypes.prototype_losses = recorder.original
+                noise = pairs(samples, seed=7)
+                image = noise.image.flip(0)
+                text = -noise.text
+            loss(image.requires_grad_(), text, SCALE, index=keys[samples]).backward()
     return recorder.calls
 
 
 @pytest.mark.parametrize("keys", [torch.arange(40), -(2**60) + 17 * torch.arange(40)])
-def test_index_gives_the_labels_of_stored_rows_in_any_loop(keys):
+def test_index_gives_the_labels_of_stored_rows_in_any_loop(keys: Tensor) -> None:
     """Positions or hashes: the labels of a step's features do not depend on them."""
-    calm, noisy = labels_of_loop(False, keys), labels_of_loop(True, keys)
+    calm = labels_of_loop(keys, noisy=False)
+    noisy = labels_of_loop(keys, noisy=True)
     assert len(calm) == len(noisy) == 10  # five steps, images and texts
-    assert all((a == b).all() for a, b in zip(calm, noisy, strict=True))
+    for expected, labels in zip(calm, noisy, strict=True):
+        assert (labels == expected).all()
     # In step 1 the samples are new; from step 2 on each was seen two steps ago.
-    assert (calm[0] == LEFT_OUT).all() and all((labels != LEFT_OUT).all() for labels in calm[2:])
+    assert (calm[0] == LEFT_OUT).all()
+    assert all((labels != LEFT_OUT).all() for labels in calm[2:])
 
 
-def loop_over_ranks():
-    """This rank's labels, losses and last gradient of a loop in which each step's second half is
-    new, so that only the first rank of two knows its samples."""
-    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
-    number, ranks = distributed.rank(), distributed.world_size()
+class Loop(NamedTuple):
+    """Of one rank."""
+
+    labels: list[np.ndarray]
+    losses: list[float]
+    image_gradient: np.ndarray  # of the last step, as DDP averages it
+    text_gradient: np.ndarray
+
+
+def loop_over_ranks() -> Loop:
+    """Each step's second half is new, so that only the first rank of two knows its samples."""
+    distributed.start(distributed.find_rank(), CPU, 60)
+    ranks = distributed.world_size()
+    mine = distributed.own_slice(20)
     loss = ProtoClipLoss(
-        local_loss=True, gather_with_grad=True, rank=number, world_size=ranks,
+        local_loss=True,
+        gather_with_grad=True,
+        rank=distributed.rank(),
+        world_size=ranks,
         proto=ProtoConfig(queue=20, k=4, capacity=60),
-    )  # fmt: skip
-    recorder = prototypes.prototype_losses = LabelsOfSteps()
-    values, own = [], distributed.own_slice(20)
-    for step in range(4):
-        samples = torch.cat([torch.arange(10), torch.arange(10 * step + 10, 10 * step + 20)])
-        image, text = (rows[own].clone().requires_grad_() for rows in pairs(samples, seed=step))
-        value = loss(image, text, torch.tensor(14.0), index=samples[own])
-        value.backward()
-        values.append(float(value))
-    prototypes.prototype_losses = recorder.original
+    )
+    values = []
+    with recorded_labels() as recorder:
+        for step in range(4):
+            samples = torch.cat([torch.arange(10), torch.arange(10 * step + 10, 10 * step + 20)])
+            batch = pairs(samples, seed=step)
+            image = batch.image[mine].clone().requires_grad_()
+            text = batch.text[mine].clone().requires_grad_()
+            value = loss(image, text, SCALE, index=samples[mine])
+            value.backward()
+            values.append(float(value))
     distributed.stop()
-    return recorder.calls, values, (image.grad / ranks).numpy(), (text.grad / ranks).numpy()
+    return Loop(recorder.calls, values, (image.grad / ranks).numpy(), (text.grad / ranks).numpy())
 
 
-def test_index_over_ranks_is_that_of_one_process():
+def test_index_over_ranks_is_that_of_one_process() -> None:
     """Ranks that know different numbers of their samples: the mean is over all labelled ones."""
-    (alone,) = on_ranks(1, loop_over_ranks)
+    (whole,) = on_ranks(1, loop_over_ranks)
     first, second = on_ranks(2, loop_over_ranks)
-    for whole, *parts in zip(alone[0], first[0], second[0], strict=True):
-        assert (whole == np.concatenate(parts)).all()
-        assert (parts[0] >= 0).all() and (parts[1] == LEFT_OUT).all()
-    assert len(alone[0]) == 6
-    for whole, *parts in zip(alone[1], first[1], second[1], strict=True):
-        assert sum(parts) / 2 == pytest.approx(whole, rel=1e-5)
-    for whole, *parts in zip(alone[2:], first[2:], second[2:], strict=True):
-        assert np.abs(np.concatenate(parts) - whole).max() < 1e-5 * np.abs(whole).max()
+    assert len(whole.labels) == 6
+    for expected, of_first, of_second in zip(
+        whole.labels, first.labels, second.labels, strict=True
+    ):
+        assert (expected == np.concatenate([of_first, of_second])).all()
+        assert (of_first >= 0).all() and (of_second == LEFT_OUT).all()
+    means = [sum(values) / 2 for values in zip(first.losses, second.losses, strict=True)]
+    assert means == pytest.approx(whole.losses, rel=1e-5)
+    for name in ("image_gradient", "text_gradient"):
+        expected = getattr(whole, name)
+        gradient = np.concatenate([getattr(first, name), getattr(second, name)])
+        assert np.abs(gradient - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(
@@ -208,23 +273,24 @@ def test_index_over_ranks_is_that_of_one_process():
     ],
     ids=("length", "dtype", "type"),
 )
-def test_a_wrong_index_is_refused(index, error, words):
+def test_a_wrong_index_is_refused(index: Any, error: type[Exception], words: str) -> None:
+    image, text = pairs(torch.arange(20))
     with pytest.raises(error, match=words):
-        ProtoClipLoss()(*pairs(torch.arange(20)), torch.tensor(14.0), index=index)
+        ProtoClipLoss()(image, text, SCALE, index=index)
 
 
-def test_a_sample_that_left_the_capacity_has_no_label():
+def test_a_sample_that_left_the_capacity_has_no_label() -> None:
     loss = ProtoClipLoss(proto=ProtoConfig(queue=20, k=4, capacity=20))
     for step in range(3):
         samples = torch.arange(20 * step, 20 * step + 20)
-        loss(*pairs(samples), torch.tensor(14.0), index=samples)
         image, text = pairs(samples)
-        loss(image.requires_grad_(), text, torch.tensor(14.0), index=samples)
+        loss(image, text, SCALE, index=samples)
+        loss(image.requires_grad_(), text, SCALE, index=samples)
     labels = loss.online.labels_of({}, torch.tensor([3, 45, 59]))
     assert labels["image"][0] == LEFT_OUT and (labels["text"][1:] >= 0).all()
 
 
-def test_a_balanced_assignment_uses_all_prototypes_where_the_nearest_would_use_one():
+def test_a_balanced_assignment_uses_all_prototypes_where_the_nearest_would_use_one() -> None:
     """Features that have collapsed: the nearest prototype is the same for all."""
     torch.manual_seed(0)
     centroids = F.normalize(torch.randn(8, 6), dim=1)

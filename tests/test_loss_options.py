@@ -4,14 +4,28 @@ Each is held against a formula over boolean masks of positives and keys seen, [N
 options are composed of sums over sets, so mistakes in these sums are planted and must be noticed.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget, on_threads, usable
+from budget import (
+    PlainResults,
+    Results,
+    assert_results_within_budget,
+    assert_same_bits,
+    leaf,
+    loss_and_gradients,
+    on_threads,
+    usable,
+)
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import protoclip
@@ -19,177 +33,246 @@ from protoclip.ops import sums
 
 BACKENDS = [name for name in usable("contrastive") if name != "triton"]
 FUSED = [name for name in BACKENDS if name != "reference"]
-both = pytest.mark.parametrize("backend", BACKENDS)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_fused = pytest.mark.parametrize("backend", FUSED)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+N = 60  # queries
+M = 90  # keys
+D = 24
 
 
-def unit(*shape, seed=0, dtype=torch.float32):
+def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(*shape, generator=generator), dim=-1).to(dtype)
 
 
-def dtypes_of(backend):
-    return DTYPES if backend in FUSED else [torch.float64, torch.float32]
+def dtypes_of(backend: str) -> list[torch.dtype]:
+    return DTYPES if backend != "reference" else [torch.float64, torch.float32]
 
 
-def masks(n, m, *, positions=None, query_ids=None, key_ids=None, same_id="exclude", exclude=None):
-    """Positives and keys seen, bool [N, M]; positions [N, P] of own keys, -100: none."""
-    keys = torch.arange(m)
-    positions = torch.arange(n)[:, None] if positions is None else positions.reshape(n, -1)
-    positive = (positions[:, :, None] == keys).any(dim=1)
-    seen = torch.ones(n, m, dtype=torch.bool)
-    if key_ids is not None:
-        columns = [ids.reshape(len(ids), -1) for ids in (query_ids, key_ids)]
-        same = (columns[0][:, None] == columns[1]).any(dim=2)
-        if same_id == "positive":
-            positive = positive | same
+# ---- the formulas ----
+
+
+class Masks(NamedTuple):
+    positive: Tensor  # bool [N, M]
+    seen: Tensor  # bool [N, M]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """What is said of queries and keys, as ``contrastive`` takes it."""
+
+    positives: Tensor | None = None  # positions of own keys, [N] or [N, P]; -100: none
+    query_ids: Tensor | None = None
+    key_ids: Tensor | None = None
+    same_id: str = "exclude"
+    exclude: Tensor | None = None
+    key_bias: Tensor | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def masks(self, n: int, m: int) -> Masks:
+        if self.positives is not None:
+            positions = self.positives.reshape(n, -1)
+        elif self.same_id == "positive":  # by id alone
+            positions = torch.full((n, 1), -100)
         else:
-            seen = positive | ~same
-    if exclude is not None:
-        seen = seen & (keys != exclude[:, None])
-    return positive & seen, seen
+            positions = torch.arange(n)[:, None]
+        keys = torch.arange(m)
+        positive = (positions[:, :, None] == keys).any(dim=1)
+        seen = torch.ones(n, m, dtype=torch.bool)
+        if self.query_ids is not None and self.key_ids is not None:
+            query_columns = self.query_ids.reshape(n, -1)
+            key_columns = self.key_ids.reshape(m, -1)
+            same = (query_columns[:, None] == key_columns).any(dim=2)
+            if self.same_id == "positive":
+                positive = positive | same
+            else:
+                seen = positive | ~same
+        if self.exclude is not None:
+            seen = seen & (keys != self.exclude[:, None])
+        if self.key_bias is not None:
+            seen = seen & (self.key_bias != -torch.inf)
+        if self.positives is not None:  # a query without a position has no loss
+            positive = positive & (positions != -100).any(dim=1)[:, None]
+        return Masks(positive & seen, seen)
 
 
-def formula(logits, positive, seen, label_smoothing=0.0, own_logits=None):
+def cross_entropies(
+    logits: Tensor,
+    masks: Masks,
+    label_smoothing: float = 0.0,
+    negative_logits: Tensor | None = None,
+) -> Tensor:
     """Losses of the rows: cross-entropy with 1 - epsilon of the target on the mean of the
     positives and epsilon on the mean of all keys seen; 0 without a positive."""
-    size, total = seen.sum(dim=1), logits.where(seen, 0).sum(dim=1)
-    visible = logits.where(seen, -torch.inf)
-    if own_logits is not None:
-        size, total = size + own_logits.shape[1], total + own_logits.sum(dim=1)
-        visible = torch.cat([visible, own_logits], dim=1)
-    mean = logits.where(positive, 0).sum(dim=1) / positive.sum(dim=1).clamp_min(1)
-    target = (1 - label_smoothing) * mean + label_smoothing * total / size.clamp_min(1)
-    counted = positive.any(dim=1)
-    return visible.where(counted[:, None], 0).logsumexp(dim=1).where(counted, target) - target
+    num_seen = masks.seen.sum(dim=1)
+    total = logits.where(masks.seen, 0).sum(dim=1)
+    visible = logits.where(masks.seen, -torch.inf)
+    if negative_logits is not None:
+        num_seen = num_seen + negative_logits.shape[1]
+        total = total + negative_logits.sum(dim=1)
+        visible = torch.cat([visible, negative_logits], dim=1)
+    num_positives = masks.positive.sum(dim=1)
+    mean = logits.where(masks.positive, 0).sum(dim=1) / num_positives.clamp_min(1)
+    target = (1 - label_smoothing) * mean + label_smoothing * total / num_seen.clamp_min(1)
+    counted = num_positives > 0
+    level = visible.where(counted[:, None], 0).logsumexp(dim=1)
+    return level.where(counted, target) - target
 
 
-def gradients(loss, leaves, weights):
-    total = (loss * weights.to(loss.dtype)).sum()
-    return [loss.detach(), *torch.autograd.grad(total, leaves)]
-
-
-def assert_as_formula(call, tensors, scale, weights, rows):
-    """``call(*leaves, scale)`` is within the budget of ``rows(dots, scale)``, value and gradients.
-
-    ``rows`` takes what the products of the tensors are in the dtype of a user, see ``products``."""
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    wide = torch.promote_types(leaves[0].dtype, torch.float32)
-    s = torch.tensor(scale, dtype=wide, requires_grad=True)
-    got = gradients(call(*leaves, s), [*leaves, s], weights)
-    found = []
-    for dtype in (torch.float64, leaves[0].dtype):
-        wide = torch.promote_types(dtype, torch.float32)
-        copies = [
-            t.detach().to(dtype if t.dtype == leaves[0].dtype else wide).requires_grad_()
-            for t in tensors
-        ]
-        s = torch.tensor(scale, dtype=wide, requires_grad=True)
-        loss, logits = rows(s, *copies)
-        total = (loss * weights.to(loss.dtype)).sum()
-        grads = torch.autograd.grad(total, [*copies, s, *logits], retain_graph=True)
-        used, by_logit = grads[: len(copies) + 1], grads[len(copies) + 1 :]
-        terms = sum((g * t).abs().sum() for g, t in zip(by_logit, logits, strict=True))
-        found.append(([loss.detach(), *used], terms / abs(scale)))
-    (truth, terms), (base, _) = found
-    for number, (a, t, b) in enumerate(zip(got, truth, base, strict=True)):
-        size = max(1, t.abs().max()) if number == 0 else t.abs().max()
-        last = number == len(truth) - 1
-        assert_within_budget(
-            a,
-            t,
-            b.to(a.dtype),
-            f"result {number}",
-            terms + 2**-29 * weights.sum() if last else size,
-            scale,
-        )
-
-
-def product(s, x, y):
+def scaled_products(logit_scale: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """The logits as under autocast: products in the inputs' dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return (s.to(x.dtype) * (x @ y.T)).to(wide)
+    return (logit_scale.to(x.dtype) * (x @ y.T)).to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RowLosses(NamedTuple):
+    losses: Tensor  # [rows]
+    logits: list[Tensor]  # all that the losses are made of
+
+
+def assert_as_formula(
+    call: Callable[..., Tensor],
+    formula: Callable[..., RowLosses],
+    leaves: dict[str, Tensor],
+    logit_scale: float,
+    weights: Tensor,
+) -> None:
+    """``call(**leaves, logit_scale=...)`` -> losses [rows] is within the budget of the formula with
+    the same arguments, value and gradients of the weighted sum."""
+    dtype = next(iter(leaves.values())).dtype
+
+    def leaves_in(dtype: torch.dtype) -> dict[str, Tensor]:
+        at_least_fp32 = torch.promote_types(dtype, torch.float32)
+        wide = {"logit_scale", "finite_bias"}
+        return {
+            name: leaf(value, at_least_fp32 if name in wide else dtype)
+            for name, value in (leaves | {"logit_scale": torch.tensor(logit_scale)}).items()
+        }
+
+    def plain(dtype: torch.dtype) -> PlainResults:
+        copies = leaves_in(dtype)
+        losses, logits = formula(**copies)
+        with_logits = {f"logits {number}": values for number, values in enumerate(logits)}
+        results = loss_and_gradients(losses, weights, **copies, **with_logits)
+        terms = sum(
+            (results[f"dlogits {number}"] * values).abs().sum().item()
+            for number, values in enumerate(logits)
+        )
+        return PlainResults(results, terms / abs(logit_scale) + 2**-29 * weights.sum().item())
+
+    arguments = leaves_in(dtype)
+    truth = plain(torch.float64)
+    assert_results_within_budget(
+        loss_and_gradients(call(**arguments), weights, **arguments),
+        truth=truth,
+        base=plain(dtype),
+        logit_scale=logit_scale,
+        magnitudes={"loss": max(1.0, truth.values["loss"].abs().max().item())},
+    )
 
 
 # ---- info_nce ----
 
-N = 60
 IDS = torch.randint(20, (N,), generator=torch.Generator().manual_seed(1))
 # Equal in one column, in the other, and in both.
 TWO_IDS = torch.stack([IDS, torch.arange(N) // 4 + 10**12], dim=1)
 INFO_NCE = {
-    "plain": {},
-    "exclude": {"ids": IDS},
-    "two ids": {"ids": TWO_IDS},
-    "positive": {"ids": IDS, "same_id": "positive"},
-    "two positive": {"ids": TWO_IDS, "same_id": "positive"},
+    "plain": Relation(),
+    "exclude": Relation(query_ids=IDS, key_ids=IDS),
+    "two ids": Relation(query_ids=TWO_IDS, key_ids=TWO_IDS),
+    "positive": Relation(query_ids=IDS, key_ids=IDS, same_id="positive"),
+    "two positive": Relation(query_ids=TWO_IDS, key_ids=TWO_IDS, same_id="positive"),
 }
 
 
-def info_nce_rows(options, label_smoothing):
-    ids = options.get("ids")
-    told = {"query_ids": ids, "key_ids": ids, "same_id": options.get("same_id", "exclude")}
+def assert_info_nce_as_formula(
+    kind: str,
+    backend: str,
+    dtype: torch.dtype = torch.float32,
+    logit_scale: float = 30.0,
+    label_smoothing: float = 0.2,
+) -> None:
+    relation = INFO_NCE[kind]
 
-    def rows(s, x, y):
-        logits, by_text = product(s, x, y), product(s, y, x)
-        sets = masks(N, N, **told)
-        losses = [formula(t, *sets, label_smoothing) for t in (logits, by_text)]
-        return sum(losses) / 2, (logits, by_text)
+    def call(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+        return protoclip.info_nce(
+            image,
+            text,
+            logit_scale,
+            ids=relation.key_ids,
+            same_id=relation.same_id,
+            label_smoothing=label_smoothing,
+            reduction="none",
+            backend=backend,
+        )
 
-    return rows
+    def formula(image: Tensor, text: Tensor, logit_scale: Tensor) -> RowLosses:
+        masks = relation.masks(N, N)
+        by_image = scaled_products(logit_scale, image, text)
+        by_text = scaled_products(logit_scale, text, image)
+        of_images = cross_entropies(by_image, masks, label_smoothing)
+        of_texts = cross_entropies(by_text, masks, label_smoothing)
+        return RowLosses((of_images + of_texts) / 2, [by_image, by_text])
+
+    leaves = {"image": unit(N, D, dtype=dtype), "text": unit(N, D, seed=1, dtype=dtype)}
+    assert_as_formula(call, formula, leaves, logit_scale, weights=torch.rand(N))
 
 
-def check_info_nce(kind, backend, dtype=torch.float32, scale=30.0, label_smoothing=0.2):
-    x, y = (unit(N, 24, seed=seed, dtype=dtype) for seed in (0, 1))
-    options = INFO_NCE[kind] | {"label_smoothing": label_smoothing}
-    assert_as_formula(
-        lambda x, y, s: protoclip.info_nce(x, y, s, **options, reduction="none", backend=backend),
-        (x, y),
-        scale,
-        torch.rand(N),
-        info_nce_rows(INFO_NCE[kind], label_smoothing),
-    )
-
-
-@both
+@each_backend
 @pytest.mark.parametrize("kind", INFO_NCE)
-def test_info_nce_smoothed(kind, backend):
-    for dtype, scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
-        check_info_nce(kind, backend, dtype, scale)
-    check_info_nce(kind, backend, label_smoothing=1.0)
+def test_info_nce_with_label_smoothing_is_its_formula(kind: str, backend: str) -> None:
+    for dtype, logit_scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
+        assert_info_nce_as_formula(kind, backend, dtype, logit_scale)
+    assert_info_nce_as_formula(kind, backend, label_smoothing=1.0)
 
 
-@both
-def test_info_nce_smoothed_is_torchs(backend):
-    x, y = (unit(N, 24, seed=seed).requires_grad_() for seed in (0, 1))
-    logits, own = 20.0 * x @ y.T, torch.arange(N)
-    want = [F.cross_entropy(t, own, label_smoothing=0.1) for t in (logits, logits.T)]
-    got = protoclip.info_nce(x, y, 20.0, label_smoothing=0.1, backend=backend)
-    torch.testing.assert_close(got, sum(want) / 2)
-    for a, b in zip(*(torch.autograd.grad(t, (x, y)) for t in (got, sum(want) / 2)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+@each_backend
+def test_info_nce_with_label_smoothing_is_torchs(backend: str) -> None:
+    leaves = {"image": leaf(unit(N, D)), "text": leaf(unit(N, D, seed=1))}
+    logits = 20.0 * leaves["image"] @ leaves["text"].T
+    labels = torch.arange(N)
+    of_images = F.cross_entropy(logits, labels, label_smoothing=0.1)
+    of_texts = F.cross_entropy(logits.T, labels, label_smoothing=0.1)
+    loss = protoclip.info_nce(
+        leaves["image"], leaves["text"], 20.0, label_smoothing=0.1, backend=backend
+    )
+    got = loss_and_gradients(loss, **leaves)
+    expected = loss_and_gradients((of_images + of_texts) / 2, **leaves)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
-@both
+@each_backend
 @pytest.mark.parametrize("kind", ["plain", "two ids"])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_info_nce_weighted(kind, label_smoothing, backend):
-    x, y = unit(N, 24), unit(N, 24, seed=1)
-    options = INFO_NCE[kind] | {"label_smoothing": label_smoothing, "backend": backend}
-    rows = protoclip.info_nce(x, y, 20.0, **options, reduction="none")
-    weights = torch.rand(N)
-    weights[::3] = 0
-    for w in (weights, 0 * weights, weights.bfloat16()):
-        want = rows * w.float()
-        got = {
-            name: protoclip.info_nce(x, y, 20.0, **options, weights=w, reduction=name)
-            for name in ("none", "sum", "mean")
-        }
-        torch.testing.assert_close(got["none"], want)
-        torch.testing.assert_close(got["sum"], want.sum())
-        torch.testing.assert_close(got["mean"], want.sum() / w.float().sum().clamp_min(1e-9))
-    ones = protoclip.info_nce(x, y, 20.0, **options, weights=torch.ones(N))
-    torch.testing.assert_close(ones, protoclip.info_nce(x, y, 20.0, **options))
+def test_weights_of_info_nce_multiply_the_losses_and_divide_the_mean(
+    kind: str, label_smoothing: float, backend: str
+) -> None:
+    def loss(weights: Tensor | None, reduction: str = "mean") -> Tensor:
+        return protoclip.info_nce(
+            unit(N, D),
+            unit(N, D, seed=1),
+            20.0,
+            ids=INFO_NCE[kind].key_ids,
+            weights=weights,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    rows = loss(weights=None, reduction="none")
+    some_zero = torch.rand(N)
+    some_zero[::3] = 0
+    for weights in (some_zero, torch.zeros(N), some_zero.bfloat16()):
+        factors = weights.float()
+        expected = rows * factors
+        mean = expected.sum() / factors.sum().clamp_min(1e-9)
+        torch.testing.assert_close(loss(weights, "none"), expected)
+        torch.testing.assert_close(loss(weights, "sum"), expected.sum())
+        torch.testing.assert_close(loss(weights, "mean"), mean)
+    torch.testing.assert_close(loss(weights=torch.ones(N)), loss(weights=None))
 
 
 # ---- prototype_cross_entropy ----
@@ -197,365 +280,507 @@ def test_info_nce_weighted(kind, label_smoothing, backend):
 K = 11
 LABELS = torch.randint(K, (N,), generator=torch.Generator().manual_seed(3))
 LABELS[::7] = -100
+PROTOTYPE_BACKENDS = [name for name in usable("prototype_cross_entropy") if name != "triton"]
+each_prototype_backend = pytest.mark.parametrize("backend", PROTOTYPE_BACKENDS)
 
 
-def prototype_rows(targets, label_smoothing):
+def prototype_row_losses(
+    features: Tensor,
+    prototypes: Tensor,
+    logit_scale: Tensor,
+    targets: Tensor | None,
+    label_smoothing: float,
+) -> RowLosses:
     used = LABELS != -100
-    positive = (LABELS[:, None] == torch.arange(K)) & used[:, None]
-
-    def rows(s, h, c):
-        logits = product(s, h, c)
-        if targets is None:
-            return formula(logits, positive, torch.ones_like(positive), label_smoothing), (logits,)
-        # Targets are constants, so the prototypes have a gradient by the log-sum-exp alone.
-        m = targets.to(h.dtype)[LABELS.where(used, 0)]
-        soft = (s.to(h.dtype) * (h * m).sum(dim=1)).to(logits.dtype)
-        mean = product(s, h, c.detach()).mean(dim=1)
-        target = (1 - label_smoothing) * soft + label_smoothing * mean
-        return (logits.logsumexp(dim=1) - target).where(used, 0), (logits, soft, mean)
-
-    return rows
-
-
-def check_prototypes(backend, dtype, scale, targets, trained, label_smoothing=0.2):
-    h, c = unit(N, 24, dtype=dtype), unit(K, 24, seed=1, dtype=dtype)
-    targets = None if targets is None else targets.to(dtype)
-
-    def call(h, c, s):
-        options = {"targets": targets, "label_smoothing": label_smoothing, "backend": backend}
-        if not trained:
-            value = protoclip.prototype_cross_entropy(
-                h, c.detach(), LABELS, s, **options, reduction="none"
-            )
-            return value + 0 * c.float().sum()
-        return protoclip.prototype_cross_entropy(h, c, LABELS, s, **options, reduction="none")
-
-    made = prototype_rows(targets, label_smoothing)
-
-    def rows(s, h, c):
-        loss, logits = made(s, h, c if trained else c.detach())
-        return (loss, logits) if trained else (loss + 0 * c.float().sum(), logits)
-
-    assert_as_formula(call, (h, c), scale, torch.rand(N), rows)
+    logits = scaled_products(logit_scale, features, prototypes)
+    if targets is None:
+        positive = (LABELS[:, None] == torch.arange(K)) & used[:, None]
+        masks = Masks(positive, torch.ones_like(positive))
+        return RowLosses(cross_entropies(logits, masks, label_smoothing), [logits])
+    # Targets are constants, so the prototypes have a gradient by the log-sum-exp alone.
+    looked_up = targets.to(features.dtype)[LABELS.where(used, 0)]
+    soft = logit_scale.to(features.dtype) * (features * looked_up).sum(dim=1)
+    soft = soft.to(logits.dtype)
+    mean = scaled_products(logit_scale, features, prototypes.detach()).mean(dim=1)
+    target = (1 - label_smoothing) * soft + label_smoothing * mean
+    losses = (logits.logsumexp(dim=1) - target).where(used, 0)
+    return RowLosses(losses, [logits, soft, mean])
 
 
-PROTOTYPES = [name for name in usable("prototype_cross_entropy") if name != "triton"]
-
-
-@pytest.mark.parametrize("backend", PROTOTYPES)
+@each_prototype_backend
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("soft", [False, True])
-def test_prototypes_smoothed(soft, trained, backend):
-    targets = 0.5 * unit(K, 24, seed=2) if soft else None
-    dtypes = DTYPES if backend != "reference" else [torch.float64, torch.float32]
-    for dtype, scale in itertools.product(dtypes, (14.3, 100.0)):
-        check_prototypes(backend, dtype, scale, targets, trained)
+def test_prototypes_with_label_smoothing_are_their_formula(
+    soft: bool, trained: bool, backend: str
+) -> None:
+    for dtype, logit_scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
+        constant_prototypes = unit(K, D, seed=1, dtype=dtype)
+        targets = (0.5 * unit(K, D, seed=2)).to(dtype) if soft else None
+
+        def call(
+            features: Tensor,
+            logit_scale: Tensor,
+            prototypes: Tensor = constant_prototypes,
+            targets: Tensor | None = targets,
+        ) -> Tensor:
+            return protoclip.prototype_cross_entropy(
+                features,
+                prototypes,
+                LABELS,
+                logit_scale,
+                targets=targets,
+                label_smoothing=0.2,
+                reduction="none",
+                backend=backend,
+            )
+
+        def formula(
+            features: Tensor,
+            logit_scale: Tensor,
+            prototypes: Tensor = constant_prototypes,
+            targets: Tensor | None = targets,
+        ) -> RowLosses:
+            prototypes = prototypes.to(features.dtype)
+            return prototype_row_losses(features, prototypes, logit_scale, targets, 0.2)
+
+        leaves = {"features": unit(N, D, dtype=dtype)}
+        if trained:
+            leaves["prototypes"] = constant_prototypes
+        assert_as_formula(call, formula, leaves, logit_scale, weights=torch.rand(N))
 
 
-@pytest.mark.parametrize("backend", PROTOTYPES)
+@each_prototype_backend
 @pytest.mark.parametrize("trained", [False, True])
-def test_prototypes_smoothed_are_torchs(trained, backend):
-    h, c = unit(N, 24).requires_grad_(), unit(K, 24, seed=1).requires_grad_(trained)
-    leaves = (h, c) if trained else (h,)
-    want = F.cross_entropy(20.0 * h @ c.T, LABELS, label_smoothing=0.1)
+def test_prototypes_with_label_smoothing_are_torchs(trained: bool, backend: str) -> None:
+    features = leaf(unit(N, D))
+    prototypes = unit(K, D, seed=1).requires_grad_(trained)
+    leaves = {"features": features}
+    if trained:
+        leaves["prototypes"] = prototypes
+    loss = protoclip.prototype_cross_entropy(
+        features, prototypes, LABELS, 20.0, label_smoothing=0.1, backend=backend
+    )
+    of_torch = F.cross_entropy(20.0 * features @ prototypes.T, LABELS, label_smoothing=0.1)
+    got = loss_and_gradients(loss, **leaves)
+    expected = loss_and_gradients(of_torch, **leaves)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@each_prototype_backend
+def test_weights_by_class_are_torchs_weight(backend: str) -> None:
+    features = unit(N, D)
+    prototypes = unit(K, D, seed=1)
+    of_class = torch.rand(K)
+    weights = of_class[LABELS.clamp_min(0)]
     got = protoclip.prototype_cross_entropy(
-        h, c, LABELS, 20.0, label_smoothing=0.1, backend=backend
+        features, prototypes, LABELS, 20.0, weights=weights, backend=backend
     )
-    torch.testing.assert_close(got, want)
-    for a, b in zip(*(torch.autograd.grad(t, leaves) for t in (got, want)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    # A class weighs what torch's weight= makes of it.
-    by_class = torch.rand(K)
-    weights = by_class[LABELS.clamp_min(0)]
-    got = protoclip.prototype_cross_entropy(h, c, LABELS, 20.0, weights=weights, backend=backend)
-    torch.testing.assert_close(got, F.cross_entropy(20.0 * h @ c.T, LABELS, by_class))
+    expected = F.cross_entropy(20.0 * features @ prototypes.T, LABELS, weight=of_class)
+    torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("backend", PROTOTYPES)
+@each_prototype_backend
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_prototypes_weighted(label_smoothing, backend):
-    h, c, weights = unit(N, 24), unit(K, 24, seed=1), torch.rand(N)
-    options = {"label_smoothing": label_smoothing, "backend": backend}
+def test_weights_of_prototype_losses_multiply_them_and_divide_the_mean(
+    label_smoothing: float, backend: str
+) -> None:
+    def loss(weights: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        return protoclip.prototype_cross_entropy(
+            unit(N, D),
+            unit(K, D, seed=1),
+            LABELS,
+            20.0,
+            weights=weights,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            backend=backend,
+        )
 
-    def loss(**more):
-        return protoclip.prototype_cross_entropy(h, c, LABELS, 20.0, **options, **more)
-
-    rows, used = loss(reduction="none"), LABELS != -100
+    rows = loss(reduction="none")
+    used = LABELS != -100
     assert (rows[~used] == 0).all() and (rows[used] != 0).all()
-    torch.testing.assert_close(loss(weights=weights, reduction="none"), rows * weights)
-    torch.testing.assert_close(loss(weights=weights, reduction="sum"), (rows * weights).sum())
-    torch.testing.assert_close(loss(weights=weights), (rows * weights).sum() / weights[used].sum())
-    torch.testing.assert_close(loss(), loss(weights=torch.ones(N)))
-    assert loss(weights=torch.zeros(N)) == 0
+    weights = torch.rand(N)
+    expected = rows * weights
+    torch.testing.assert_close(loss(weights, "none"), expected)
+    torch.testing.assert_close(loss(weights, "sum"), expected.sum())
+    torch.testing.assert_close(loss(weights, "mean"), expected.sum() / weights[used].sum())
+    torch.testing.assert_close(loss(), loss(torch.ones(N)))
+    assert loss(torch.zeros(N)) == 0
 
 
-def test_smoothing_keeps_the_digits_of_fp32_features():
-    h, c = unit(N, 24).requires_grad_(), unit(K, 24, seed=1).bfloat16()
-    got, want = (
-        protoclip.prototype_cross_entropy(h, prototypes, LABELS, 20.0, label_smoothing=0.1)
-        for prototypes in (c, c.float())
-    )
-    assert torch.equal(got, want)
+def test_label_smoothing_keeps_the_digits_of_fp32_features() -> None:
+    """Beside bf16 prototypes."""
+    prototypes = unit(K, D, seed=1).bfloat16()
+
+    def loss(prototypes: Tensor) -> Tensor:
+        features = leaf(unit(N, D))
+        return protoclip.prototype_cross_entropy(
+            features, prototypes, LABELS, 20.0, label_smoothing=0.1
+        )
+
+    assert torch.equal(loss(prototypes), loss(prototypes.float()))
 
 
 # ---- nt_xent ----
 
 
-@both
+@each_backend
 @pytest.mark.parametrize("same_id", ["exclude", "positive"])
 @pytest.mark.parametrize("ids", [IDS, TWO_IDS], ids=["one", "two"])
-def test_nt_xent_with_ids(ids, same_id, backend):
-    views, every = torch.arange(2 * N), torch.cat([ids, ids])
-    sets = masks(
-        2 * N,
-        2 * N,
-        positions=views.roll(N),
-        query_ids=every,
-        key_ids=every,
+def test_nt_xent_with_ids_is_its_formula(ids: Tensor, same_id: str, backend: str) -> None:
+    views = torch.arange(2 * N)
+    ids_of_views = torch.cat([ids, ids])
+    relation = Relation(
+        positives=views.roll(N),
+        query_ids=ids_of_views,
+        key_ids=ids_of_views,
         same_id=same_id,
         exclude=views,
     )
 
-    def rows(s, x, y):
-        logits = product(s, torch.cat([x, y]), torch.cat([x, y]))
-        return formula(logits, *sets), (logits,)
-
-    def call(x, y, s):
+    def call(first: Tensor, second: Tensor, logit_scale: Tensor) -> Tensor:
         return protoclip.nt_xent(
-            x, y, s, ids=ids, same_id=same_id, reduction="none", backend=backend
+            first,
+            second,
+            logit_scale,
+            ids=ids,
+            same_id=same_id,
+            reduction="none",
+            backend=backend,
         )
 
-    for dtype, scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
-        x, y = (unit(N, 24, seed=seed, dtype=dtype) for seed in (0, 1))
-        assert_as_formula(call, (x, y), scale, torch.rand(2 * N), rows)
+    def formula(first: Tensor, second: Tensor, logit_scale: Tensor) -> RowLosses:
+        both_views = torch.cat([first, second])
+        logits = scaled_products(logit_scale, both_views, both_views)
+        return RowLosses(cross_entropies(logits, relation.masks(2 * N, 2 * N)), [logits])
+
+    for dtype, logit_scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
+        leaves = {"first": unit(N, D, dtype=dtype), "second": unit(N, D, seed=1, dtype=dtype)}
+        assert_as_formula(call, formula, leaves, logit_scale, weights=torch.rand(2 * N))
 
 
-def test_ids_of_nt_xent_are_checked():
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"ids": torch.ones(8).long()}, ValueError, "expected ids"),
+        ({"ids": torch.ones(4)}, TypeError, "expected ids"),
+        ({"same_id": "both"}, ValueError, "expected same_id in"),
+    ],
+)
+def test_bad_ids_of_nt_xent_are_refused(
+    options: dict[str, Any], error: type[Exception], words: str
+) -> None:
     x = unit(4, 8)
-    for ids, error in ((torch.ones(8).long(), ValueError), (torch.ones(4), TypeError)):
-        with pytest.raises(error, match="nt_xent: expected ids"):
-            protoclip.nt_xent(x, x, 3.0, ids=ids)
-    with pytest.raises(ValueError, match="nt_xent: expected same_id in"):
-        protoclip.nt_xent(x, x, 3.0, same_id="both")
+    with pytest.raises(error, match=f"nt_xent: {words}"):
+        protoclip.nt_xent(x, x, 3.0, **options)
 
 
 # ---- contrastive ----
 
-M, H = 90, 3
+
+def several_positions(draw: torch.Generator) -> Tensor:
+    """[N, 4]"""
+    positions = torch.randint(M, (N, 4), generator=draw)
+    positions[torch.rand(N, 4, generator=draw) < 0.3] = -100
+    positions[::9] = -100  # no own key
+    positions[1::9, 2] = positions[1::9, 0]  # twice the same
+    positions[2::9, 0] = -100  # the first is not in the first column
+    return positions
 
 
-def relations():
-    """What ``contrastive`` is told of N queries and M keys; the positions of own keys [N, P]."""
+def relations() -> dict[str, Relation]:
+    """Of N queries and M keys."""
     draw = torch.Generator().manual_seed(2)
-    keys = torch.randint(25, (M,), generator=draw)
-    two = torch.stack([keys, torch.randint(30, (M,), generator=draw)], dim=1)
-    own = torch.randint(M, (N,), generator=draw)
-    own[::9] = -100
-    several = torch.randint(M, (N, 4), generator=draw)
-    several[torch.rand(N, 4, generator=draw) < 0.3] = -100
-    several[::9] = -100  # no own key
-    several[1::9, 2] = several[1::9, 0]  # twice the same
-    several[2::9, 0] = -100  # the first is not in the first column
-    bias = torch.randn(M, generator=draw)
-    bias[::5] = -torch.inf
-    other = torch.randint(-1, M, (N,), generator=draw)
-    gone = other.where(torch.arange(N) % 4 > 0, several[:, 1].clamp_min(-1))  # a positive too
-    query = torch.randint(27, (N,), generator=draw)
-    every = {"query_ids": two[own.clamp_min(0)], "key_ids": two, "key_bias": bias}
+    key_ids = torch.randint(25, (M,), generator=draw)
+    two_ids = torch.stack([key_ids, torch.randint(30, (M,), generator=draw)], dim=1)
+    own_key = torch.randint(M, (N,), generator=draw)
+    own_key[::9] = -100
+    several = several_positions(draw)
+    key_bias = torch.randn(M, generator=draw)
+    key_bias[::5] = -torch.inf
+    other_key = torch.randint(-1, M, (N,), generator=draw)
+    some_positive = other_key.where(torch.arange(N) % 4 > 0, several[:, 1].clamp_min(-1))
+    query_ids = torch.randint(27, (N,), generator=draw)
+    with_two_ids = Relation(
+        query_ids=two_ids[own_key.clamp_min(0)], key_ids=two_ids, key_bias=key_bias
+    )
+    with_ids = Relation(query_ids=query_ids, key_ids=key_ids)
+    two_ids_of_one = replace(with_two_ids, positives=own_key, exclude=other_key)
+    two_ids_of_several = replace(with_two_ids, positives=several, exclude=some_positive)
     return {
-        "plain": {},
-        "bias": {"key_bias": bias},
-        "own": {"positives": own, "exclude": other},
-        "two ids": {"positives": own, "exclude": other} | every,
-        "two positive": {"positives": own, "exclude": other, "same_id": "positive"} | every,
-        "excluded positive": {
-            "positives": own,
-            "exclude": own.where(torch.arange(N) % 2 > 0, other),
-            "query_ids": query,
-            "key_ids": keys,
-            "same_id": "positive",
-        },
-        "groups": {"query_ids": query, "key_ids": keys, "same_id": "positive", "exclude": other},
-        "several": {"positives": several},
-        "several, excluded": {"positives": several, "exclude": gone, "key_bias": bias},
-        "several, ids": {"positives": several, "query_ids": query, "key_ids": keys},
-        "several, two ids": {"positives": several, "exclude": gone} | every,
-        "several positive": {"positives": several, "exclude": gone, "same_id": "positive"} | every,
+        "plain": Relation(),
+        "bias": Relation(key_bias=key_bias),
+        "own": Relation(positives=own_key, exclude=other_key),
+        "two ids": two_ids_of_one,
+        "two positive": replace(two_ids_of_one, same_id="positive"),
+        "excluded positive": replace(
+            with_ids,
+            positives=own_key,
+            exclude=own_key.where(torch.arange(N) % 2 > 0, other_key),
+            same_id="positive",
+        ),
+        "groups": replace(with_ids, same_id="positive", exclude=other_key),
+        "several": Relation(positives=several),
+        "several, excluded": Relation(positives=several, exclude=some_positive, key_bias=key_bias),
+        "several, ids": replace(with_ids, positives=several),
+        "several, two ids": two_ids_of_several,
+        "several positive": replace(two_ids_of_several, same_id="positive"),
     }
 
 
 RELATIONS = relations()
 
 
-def sets_of(options):
-    """The masks of ``options``, and the keys' biases."""
-    told = {name: value for name, value in options.items() if name != "key_bias"}
-    positions = told.pop("positives", None)
-    if told.get("same_id") == "positive" and positions is None:
-        positions = torch.full((N, 1), -100)
-    positive, seen = masks(N, M, positions=positions, **told)
-    bias = options.get("key_bias", torch.zeros(M))
-    present = bias != -torch.inf
-    positive, seen = positive & present, seen & present
-    if positions is not None and not (told.get("same_id") == "positive" and positions.max() < 0):
-        left_out = (positions.reshape(N, -1) == -100).all(dim=1)
-        positive = positive & ~left_out[:, None]
-    return positive, seen, bias
+def assert_contrastive_as_formula(
+    kind: str,
+    backend: str,
+    dtype: torch.dtype = torch.float32,
+    logit_scale: float = 30.0,
+    label_smoothing: float = 0.2,
+    num_negatives: int = 0,
+) -> None:
+    relation = RELATIONS[kind]
+    masks = relation.masks(N, M)
+    assert masks.positive.any()
+    leaves = {
+        "queries": unit(N, D, dtype=dtype),
+        "keys": unit(M, D, seed=1, dtype=dtype),
+    }
+    present = torch.ones(M, dtype=torch.bool)
+    if relation.key_bias is not None:
+        present = relation.key_bias.isfinite()
+        leaves["finite_bias"] = relation.key_bias[present]
+    if num_negatives:
+        leaves["negatives"] = unit(N, num_negatives, D, seed=2, dtype=dtype)
+
+    def full_bias(finite_bias: Tensor, absent: float) -> Tensor:
+        bias = torch.full((M,), absent, dtype=finite_bias.dtype)
+        return bias.masked_scatter(present, finite_bias)
+
+    def call(
+        queries: Tensor,
+        keys: Tensor,
+        logit_scale: Tensor,
+        finite_bias: Tensor | None = None,
+        negatives: Tensor | None = None,
+    ) -> Tensor:
+        options = relation.options
+        if finite_bias is not None:
+            options = options | {"key_bias": full_bias(finite_bias, absent=-torch.inf)}
+        return protoclip.contrastive(
+            queries,
+            keys,
+            logit_scale,
+            **options,
+            negatives=negatives,
+            label_smoothing=label_smoothing,
+            reduction="none",
+            backend=backend,
+        )
+
+    def formula(
+        queries: Tensor,
+        keys: Tensor,
+        logit_scale: Tensor,
+        finite_bias: Tensor | None = None,
+        negatives: Tensor | None = None,
+    ) -> RowLosses:
+        logits = scaled_products(logit_scale, queries, keys)
+        if finite_bias is not None:
+            logits = logits + full_bias(finite_bias, absent=0.0)  # others are not seen
+        if negatives is None:
+            return RowLosses(cross_entropies(logits, masks, label_smoothing), [logits])
+        dots = torch.einsum("nd,nhd->nh", queries, negatives)
+        negative_logits = (logit_scale.to(queries.dtype) * dots).to(logits.dtype)
+        losses = cross_entropies(logits, masks, label_smoothing, negative_logits)
+        return RowLosses(losses, [logits, negative_logits])
+
+    assert_as_formula(call, formula, leaves, logit_scale, weights=torch.rand(N))
 
 
-def check_contrastive(kind, backend, dtype=torch.float32, scale=30.0, label_smoothing=0.2, own=0):
-    """``own``: so many negatives of each query."""
-    options = {name: value for name, value in RELATIONS[kind].items() if name != "key_bias"}
-    positive, seen, bias = sets_of(RELATIONS[kind])
-    finite = bias.isfinite()
-    assert positive.any(dim=1).sum() > 0
-    told = {"label_smoothing": label_smoothing, "reduction": "none", "backend": backend}
-    wide = torch.promote_types(dtype, torch.float32)
-    tensors = [unit(N, 24, dtype=dtype), unit(M, 24, seed=1, dtype=dtype), bias[finite].to(wide)]
-    if own:
-        tensors.append(unit(N, own, 24, seed=2, dtype=dtype))
-    absent = torch.full((M,), -torch.inf, dtype=wide)
-
-    def call(x, y, shift, *rest):
-        *negatives, s = rest
-        if "key_bias" in RELATIONS[kind]:
-            options["key_bias"] = absent.masked_scatter(finite, shift)
-        if negatives:
-            options["negatives"] = negatives[0]
-        losses = protoclip.contrastive(x, y, s, **options, **told)
-        return losses + 0 * shift.sum()
-
-    def rows(s, x, y, shift, *negatives):
-        dots = product(s, x, y)
-        full = torch.zeros(M, dtype=dots.dtype).masked_scatter(finite, shift.to(dots.dtype))
-        logits = [dots + full] if "key_bias" in RELATIONS[kind] else [dots]
-        for own_keys in negatives:
-            by_own = s.to(x.dtype) * torch.einsum("nd,nhd->nh", x, own_keys)
-            logits.append(by_own.to(dots.dtype))
-        losses = formula(logits[0], positive, seen, label_smoothing, *logits[1:])
-        return losses + 0 * shift.sum().to(losses.dtype), logits
-
-    assert_as_formula(call, tensors, scale, torch.rand(N), rows)
-
-
-@both
+@each_backend
 @pytest.mark.parametrize("kind", RELATIONS)
-def test_contrastive_smoothed(kind, backend):
-    for dtype, scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
-        check_contrastive(kind, backend, dtype, scale)
+def test_contrastive_with_label_smoothing_is_its_formula(kind: str, backend: str) -> None:
+    for dtype, logit_scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
+        assert_contrastive_as_formula(kind, backend, dtype, logit_scale)
 
 
-@both
+@each_backend
 @pytest.mark.parametrize("kind", [name for name in RELATIONS if name.startswith("several")])
-def test_several_positives(kind, backend):
-    for dtype, scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
-        check_contrastive(kind, backend, dtype, scale, label_smoothing=0.0)
+def test_several_positives_are_their_formula(kind: str, backend: str) -> None:
+    for dtype, logit_scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
+        assert_contrastive_as_formula(kind, backend, dtype, logit_scale, label_smoothing=0.0)
 
 
-@both
+@each_backend
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("kind", RELATIONS)
-def test_negatives_of_each_query(kind, label_smoothing, backend):
-    for dtype, scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
-        check_contrastive(kind, backend, dtype, scale, label_smoothing, own=H)
+def test_negatives_of_each_query_are_their_formula(
+    kind: str, label_smoothing: float, backend: str
+) -> None:
+    for dtype, logit_scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
+        assert_contrastive_as_formula(
+            kind, backend, dtype, logit_scale, label_smoothing, num_negatives=3
+        )
 
 
-@both
-def test_two_positives_and_an_own_negative_by_hand(backend):
+@each_backend
+def test_two_positives_and_an_own_negative_by_hand(backend: str) -> None:
     """Logits 0, 1, 2, 3 of the keys and 4 of the own negative; keys 1 and 3 are positives."""
-    keys, own = torch.arange(4.0)[:, None], torch.full((1, 1, 1), 4.0)
-    positives = torch.tensor([[1, -100, 3]])
+    negatives = torch.full((1, 1, 1), 4.0)
 
-    def loss(**more):
-        told = {"positives": positives, "backend": backend} | more
-        return protoclip.contrastive(torch.ones(1, 1), keys, 1.0, **told).item()
+    def loss(**options: Any) -> float:
+        return protoclip.contrastive(
+            torch.ones(1, 1),
+            torch.arange(4.0)[:, None],
+            1.0,
+            positives=torch.tensor([[1, -100, 3]]),
+            backend=backend,
+            **options,
+        ).item()
 
-    def level(*logits):
+    def level(*logits: float) -> float:
         return math.log(sum(map(math.exp, logits)))
 
     assert loss() == pytest.approx(level(0, 1, 2, 3) - 2, rel=1e-6)
-    assert loss(negatives=own) == pytest.approx(level(0, 1, 2, 3, 4) - 2, rel=1e-6)
+    assert loss(negatives=negatives) == pytest.approx(level(0, 1, 2, 3, 4) - 2, rel=1e-6)
     smoothed = level(0, 1, 2, 3, 4) - 0.9 * 2 - 0.1 * 10 / 5
-    assert loss(negatives=own, label_smoothing=0.1) == pytest.approx(smoothed, rel=1e-6)
+    assert loss(negatives=negatives, label_smoothing=0.1) == pytest.approx(smoothed, rel=1e-6)
     # Key 2 has the query's id; so has key 3, but it is a positive.
-    ids = {"query_ids": torch.tensor([7]), "key_ids": torch.tensor([0, 1, 7, 7])}
-    assert loss(**ids) == pytest.approx(level(0, 1, 3) - 2, rel=1e-6)
+    key_ids = torch.tensor([0, 1, 7, 7])
+    same_id_left_out = loss(query_ids=torch.tensor([7]), key_ids=key_ids)
+    assert same_id_left_out == pytest.approx(level(0, 1, 3) - 2, rel=1e-6)
     # One positive of two is not seen.
     assert loss(exclude=torch.tensor([3])) == pytest.approx(level(0, 1, 2) - 1, rel=1e-6)
 
 
-@both
-def test_contrastive_smoothed_is_torchs(backend):
-    x, y = unit(N, 24).requires_grad_(), unit(M, 24, seed=1).requires_grad_()
-    own = torch.randint(M, (N,))
-    own[::7] = -100
-    want = F.cross_entropy(20.0 * x @ y.T, own, label_smoothing=0.1)
-    told = {"label_smoothing": 0.1, "backend": backend}
-    got = protoclip.contrastive(x, y, 20.0, positives=own, **told)
-    torch.testing.assert_close(got, want)
-    for a, b in zip(*(torch.autograd.grad(t, (x, y)) for t in (got, want)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    got = protoclip.contrastive(x, y, 20.0, **told)  # without positives another op computes it
-    torch.testing.assert_close(
-        got, F.cross_entropy(20.0 * x @ y.T, torch.arange(N), label_smoothing=0.1)
-    )
+@each_backend
+def test_contrastive_with_label_smoothing_is_torchs(backend: str) -> None:
+    leaves = {"queries": leaf(unit(N, D)), "keys": leaf(unit(M, D, seed=1))}
+    logits = 20.0 * leaves["queries"] @ leaves["keys"].T
+
+    def loss(positives: Tensor | None) -> Tensor:
+        return protoclip.contrastive(
+            **leaves, logit_scale=20.0, positives=positives, label_smoothing=0.1, backend=backend
+        )
+
+    positives = torch.randint(M, (N,))
+    positives[::7] = -100
+    got = loss_and_gradients(loss(positives), **leaves)
+    of_torch = F.cross_entropy(logits, positives, label_smoothing=0.1)
+    expected = loss_and_gradients(of_torch, **leaves)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    # Without positives another op computes it.
+    of_torch = F.cross_entropy(logits, torch.arange(N), label_smoothing=0.1)
+    torch.testing.assert_close(loss(positives=None), of_torch)
 
 
-@both
-def test_several_positives_are_parts_of_any_loss_and_one_is_as_before(backend):
-    x, y, told = unit(N, 24), unit(M, 24, seed=1), {"backend": backend}
-    options = RELATIONS["several, two ids"] | told
-    level, mean = protoclip.contrastive_parts(x, y, 20.0, **options)
-    rows = protoclip.contrastive(x, y, 20.0, **options, reduction="none")
+@each_backend
+def test_several_positives_are_the_parts_of_any_loss(backend: str) -> None:
+    relation = RELATIONS["several, two ids"]
+    arguments = {"queries": unit(N, D), "keys": unit(M, D, seed=1), "logit_scale": 20.0}
+    arguments |= relation.options | {"backend": backend}
+    level, mean = protoclip.contrastive_parts(**arguments)
+    rows = protoclip.contrastive(**arguments, reduction="none")
     counted = rows != 0
-    assert counted.sum() == sets_of(RELATIONS["several, two ids"])[0].any(dim=1).sum() < N
+    assert counted.sum() == relation.masks(N, M).positive.any(dim=1).sum() < N
     torch.testing.assert_close((level - mean)[counted], rows[counted], rtol=1e-5, atol=1e-5)
     # The mean is over the queries with a positive, weighted or not.
     weights = torch.rand(N)
-    got = protoclip.contrastive(x, y, 20.0, **options, weights=weights)
-    torch.testing.assert_close(got, (rows * weights).sum() / weights[counted].sum())
-    own = torch.randint(M, (N,))
-    want = protoclip.contrastive(x, y, 20.0, positives=own, **told)
-    for columns in ([own], [own, own], [torch.full((N,), -100), own]):
-        got = protoclip.contrastive(x, y, 20.0, positives=torch.stack(columns, dim=1), **told)
-        torch.testing.assert_close(got, want)
+    weighted = protoclip.contrastive(**arguments, weights=weights)
+    torch.testing.assert_close(weighted, (rows * weights).sum() / weights[counted].sum())
 
 
-@both
-def test_options_where_there_is_nothing(backend):
-    """No queries, no keys, no own negatives, all keys absent: no NaN, also of the gradient."""
-    for n, m, h in ((0, 5, 2), (5, 0, 2), (5, 7, 0), (0, 0, 0), (5, 7, 2)):
-        leaves = [t.requires_grad_() for t in (unit(n, 4), unit(m, 4), unit(n, h, 4))]
-        bias = torch.full((m,), -torch.inf if h else 0.0, requires_grad=True)
-        own = torch.full((n, 2), 1 if h == 0 else -100)
-        ids = {"query_ids": torch.arange(n), "key_ids": torch.arange(m)}
-        for positives, key_bias in ((own, bias), (own * 0 + 1 if m else own, bias)):
-            told = {"positives": positives, "key_bias": key_bias, "label_smoothing": 0.1} | ids
-            loss = protoclip.contrastive(
-                *leaves[:2], 3.0, **told, negatives=leaves[2], backend=backend
-            )
-            grads = torch.autograd.grad(loss, [*leaves, bias], allow_unused=True)
-            assert loss.isfinite() and (loss == 0) == (h > 0 or not n)
-            assert all(g is None or g.isfinite().all() for g in grads)
-    for call in (protoclip.info_nce, protoclip.nt_xent):
-        empty = torch.empty(0, dtype=torch.int64)
-        assert call(unit(0, 4), unit(0, 4), 3.0, ids=empty, backend=backend) == 0
-    got = protoclip.info_nce(
+@each_backend
+def test_one_positive_among_several_columns_is_as_one_alone(backend: str) -> None:
+    def loss(positives: Tensor) -> Tensor:
+        return protoclip.contrastive(
+            unit(N, D), unit(M, D, seed=1), 20.0, positives=positives, backend=backend
+        )
+
+    own_key = torch.randint(M, (N,))
+    padding = torch.full((N,), -100)
+    expected = loss(own_key)
+    for columns in ([own_key], [own_key, own_key], [padding, own_key]):
+        torch.testing.assert_close(loss(torch.stack(columns, dim=1)), expected)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    queries: int
+    keys: int
+    negatives: int
+    all_keys_absent: bool = False
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Sizes(queries=0, keys=5, negatives=2, all_keys_absent=True),
+        Sizes(queries=5, keys=0, negatives=2, all_keys_absent=True),
+        Sizes(queries=5, keys=7, negatives=0),
+        Sizes(queries=0, keys=0, negatives=0),
+        Sizes(queries=5, keys=7, negatives=2, all_keys_absent=True),
+    ],
+    ids=str,
+)
+def test_options_where_there_is_nothing_give_no_nan(sizes: Sizes, backend: str) -> None:
+    """Also of the gradient."""
+    bias = -torch.inf if sizes.all_keys_absent else 0.0
+    leaves = {
+        "queries": leaf(unit(sizes.queries, 4)),
+        "keys": leaf(unit(sizes.keys, 4)),
+        "negatives": leaf(unit(sizes.queries, sizes.negatives, 4)),
+        "key_bias": leaf(torch.full((sizes.keys,), bias)),
+    }
+    positions = [1] if sizes.keys else [-100]
+    if sizes.all_keys_absent:
+        positions.append(-100)
+    for position in positions:
+        loss = protoclip.contrastive(
+            **leaves,
+            logit_scale=3.0,
+            positives=torch.full((sizes.queries, 2), position),
+            query_ids=torch.arange(sizes.queries),
+            key_ids=torch.arange(sizes.keys),
+            label_smoothing=0.1,
+            backend=backend,
+        )
+        has_loss = sizes.queries > 0 and not sizes.all_keys_absent
+        assert loss.isfinite() and (loss != 0) == has_loss
+        for gradient in torch.autograd.grad(loss, list(leaves.values()), allow_unused=True):
+            assert gradient is None or gradient.isfinite().all()
+
+
+@each_backend
+@pytest.mark.parametrize("function", [protoclip.info_nce, protoclip.nt_xent])
+def test_no_pairs_with_ids_have_a_loss_of_zero(
+    function: Callable[..., Tensor], backend: str
+) -> None:
+    no_ids = torch.empty(0, dtype=torch.int64)
+    assert function(unit(0, 4), unit(0, 4), 3.0, ids=no_ids, backend=backend) == 0
+
+
+@each_backend
+def test_no_pairs_with_weights_have_a_loss_of_zero(backend: str) -> None:
+    loss = protoclip.info_nce(
         unit(0, 4), unit(0, 4), 3.0, label_smoothing=0.1, weights=torch.ones(0), backend=backend
     )
-    assert got == 0
+    assert loss == 0
 
 
-@both
-def test_positions_out_of_range_among_several(backend):
-    x, y = unit(3, 8), unit(6, 8, seed=1)
-    for wrong in (6, -7):
-        positives = torch.tensor([[0, 1], [2, wrong], [-100, -100]])
-        with pytest.raises(ValueError, match=r"positives in \[0, 6\) or -100.*at query 1"):
-            protoclip.contrastive(x, y, 3.0, positives=positives, backend=backend)
+@each_backend
+@pytest.mark.parametrize("position", [6, -7])
+def test_positions_out_of_range_among_several_are_refused(position: int, backend: str) -> None:
+    positives = torch.tensor([[0, 1], [2, position], [-100, -100]])
+    with pytest.raises(ValueError, match=r"positives in \[0, 6\) or -100.*at query 1"):
+        protoclip.contrastive(
+            unit(3, 8), unit(6, 8, seed=1), 3.0, positives=positives, backend=backend
+        )
 
 
-NEGATIVES = {
+BAD_CONTRASTIVE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a matrix": (dict(negatives=unit(4, 8)), ValueError, r"negatives of shape \[N, H, D\], got"),
     "rows": (dict(negatives=unit(3, 2, 8)), ValueError, r"shape \[4, 2, 8\], got \[3, 2, 8\]"),
     "width": (dict(negatives=unit(4, 2, 7)), ValueError, r"shape \[4, 2, 8\], got \[4, 2, 7\]"),
@@ -574,35 +799,64 @@ NEGATIVES = {
 }
 
 
-@pytest.mark.parametrize("case", NEGATIVES)
-def test_contrastive_refuses_in_words(case):
-    options, error, words = NEGATIVES[case]
+@pytest.mark.parametrize("case", BAD_CONTRASTIVE)
+def test_bad_options_of_contrastive_are_refused_in_words(case: str) -> None:
+    options, error, words = BAD_CONTRASTIVE[case]
     with pytest.raises(error, match=f"contrastive: .*{words}"):
         protoclip.contrastive(unit(4, 8), unit(6, 8), 3.0, **options)
 
 
-def test_derivatives_of_the_reference_in_transforms_and_of_second_order():
-    """At a scale where logits are hundreds of nats apart."""
-    n, labels = 6, torch.tensor([0, 0, 1, 2, 2, 3])
-    x, y = (unit(n, 4, seed=seed, dtype=torch.float64) for seed in (0, 1))
-    own = torch.stack([torch.arange(n), torch.arange(n).roll(1)], dim=1)
-    negatives = unit(n, 2, 4, seed=2, dtype=torch.float64)
-    smoothed = {"label_smoothing": 0.1, "weights": torch.rand(n)}
-    every = {"positives": own, "key_ids": labels, "negatives": negatives}
-    losses = {
-        "info_nce": lambda x, s: protoclip.info_nce(x, y, s, ids=labels, **smoothed),
-        "contrastive": lambda x, s: protoclip.contrastive(x, y, s, **every, **smoothed),
-        "prototypes": lambda x, s: protoclip.prototype_cross_entropy(y, x, labels, s, **smoothed),
-    }
-    for name, loss in losses.items():
-        gradient = torch.func.grad(loss)(x, 3.0)
-        direction = unit(n, 4, seed=4, dtype=torch.float64)
-        _, derivative = torch.func.jvp(lambda x, f=loss: f(x, 3.0), (x,), (direction,))
-        torch.testing.assert_close(derivative, (gradient * direction).sum())
-        assert torch.autograd.gradgradcheck(
-            lambda x, f=loss: f(x, 3.0), (x.clone().requires_grad_(),)
-        ), name
-        assert torch.func.hessian(lambda x, f=loss: f(x, 3000.0))(x).isfinite().all(), name
+SIX_LABELS = torch.tensor([0, 0, 1, 2, 2, 3])
+NEGATIVES_OF_SIX = unit(6, 2, 4, seed=2, dtype=torch.float64)
+
+
+def smoothed_info_nce(x: Tensor, y: Tensor, logit_scale: float, weights: Tensor) -> Tensor:
+    return protoclip.info_nce(
+        x, y, logit_scale, ids=SIX_LABELS, label_smoothing=0.1, weights=weights
+    )
+
+
+def smoothed_contrastive(x: Tensor, y: Tensor, logit_scale: float, weights: Tensor) -> Tensor:
+    rows = torch.arange(6)
+    return protoclip.contrastive(
+        x,
+        y,
+        logit_scale,
+        positives=torch.stack([rows, rows.roll(1)], dim=1),
+        key_ids=SIX_LABELS,
+        negatives=NEGATIVES_OF_SIX,
+        label_smoothing=0.1,
+        weights=weights,
+    )
+
+
+def smoothed_prototypes(x: Tensor, y: Tensor, logit_scale: float, weights: Tensor) -> Tensor:
+    return protoclip.prototype_cross_entropy(
+        y, x, SIX_LABELS, logit_scale, label_smoothing=0.1, weights=weights
+    )
+
+
+@pytest.mark.parametrize("function", [smoothed_info_nce, smoothed_contrastive, smoothed_prototypes])
+def test_the_reference_works_in_transforms_and_has_second_derivatives(
+    function: Callable[..., Tensor],
+) -> None:
+    """At a scale too where logits are hundreds of nats apart."""
+    x = unit(6, 4, dtype=torch.float64)
+    y = unit(6, 4, seed=1, dtype=torch.float64)
+    weights = torch.rand(6)
+
+    def loss(x: Tensor, logit_scale: float = 3.0) -> Tensor:
+        return function(x, y, logit_scale, weights)
+
+    def loss_of_logits_far_apart(x: Tensor) -> Tensor:
+        return loss(x, logit_scale=3000.0)
+
+    gradient = torch.func.grad(loss)(x)
+    direction = unit(6, 4, seed=4, dtype=torch.float64)
+    _, derivative = torch.func.jvp(loss, (x,), (direction,))
+    torch.testing.assert_close(derivative, (gradient * direction).sum())
+    assert torch.autograd.gradgradcheck(loss, (x.clone().requires_grad_(),))
+    assert torch.func.hessian(loss_of_logits_far_apart)(x).isfinite().all()
 
 
 # ---- what all share ----
@@ -611,58 +865,79 @@ def test_derivatives_of_the_reference_in_transforms_and_of_second_order():
 class Ops(TorchDispatchMode):
     """Records the names of the ops that run."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.names = []
+        self.names: list[str] = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         self.names.append(str(function))
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_an_option_that_is_not_used_costs_nothing(backend):
-    x, y, s = unit(N, 24), unit(N, 24, seed=1), torch.tensor(20.0)
-    for loss, before in (
+@each_fused
+@pytest.mark.parametrize(
+    "function, shares_of_a_mean",
+    [
         (protoclip.info_nce, []),
-        (protoclip.contrastive, ["aten.ones.default", "aten.expand.default"]),  # shares of a mean
-    ):
-        with Ops() as ops:
-            loss(x, y, s, backend=backend)
-        assert ops.names == [*before, "protoclip.contrastive.default"]
+        (protoclip.contrastive, ["aten.ones.default", "aten.expand.default"]),
+    ],
+)
+def test_an_option_that_is_not_used_costs_nothing(
+    function: Callable[..., Tensor], shares_of_a_mean: list[str], backend: str
+) -> None:
+    x = unit(N, D)
+    y = unit(N, D, seed=1)
+    logit_scale = torch.tensor(20.0)
     with Ops() as ops:
-        protoclip.prototype_cross_entropy(x, y, torch.arange(N), s, backend=backend)
+        function(x, y, logit_scale, backend=backend)
+    assert ops.names == [*shares_of_a_mean, "protoclip.contrastive.default"]
+
+
+@each_fused
+def test_an_option_of_prototypes_that_is_not_used_costs_nothing(backend: str) -> None:
+    x = unit(N, D)
+    y = unit(N, D, seed=1)
+    labels = torch.arange(N)
+    logit_scale = torch.tensor(20.0)
+    with Ops() as ops:
+        protoclip.prototype_cross_entropy(x, y, labels, logit_scale, backend=backend)
     assert ops.names.count("protoclip.prototype_ce.default") == 1
     assert not any("double" in name or "_to_copy" in name for name in ops.names)
 
 
-# Mistakes in the sums, each by what it patches.
-MUTANTS = {
-    "keys of both ids count twice": (
-        "_codes_of",
-        lambda query, key: (torch.full_like(query, -1), key.argsort().argsort()),
-    ),
-    "the own key is forgotten": (
-        "of_same_id",
-        lambda pairs, positions: torch.zeros_like(positions, dtype=torch.bool),
-    ),
-    "ids have no keys": ("KeySums._same", lambda self: 0 * self._rows[:1]),
-    "what is excluded counts": (
-        "KeySums.__init__",
-        lambda self, keys, pairs: INIT(self, keys, replace(pairs, exclude=None)),
-    ),
-}
-INIT = sums.KeySums.__init__
+ORIGINAL_INIT = sums.KeySums.__init__
 
 
-def planted(monkeypatch, mutant):
-    name, wrong = MUTANTS[mutant]
-    owner, _, attribute = name.rpartition(".")
-    monkeypatch.setattr(getattr(sums, owner) if owner else sums, attribute, wrong)
+def plant(monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
+    """A mistake in the sums."""
+    if mistake == "keys of both ids count twice":
+        monkeypatch.setattr(
+            sums,
+            "_codes_of",
+            lambda query, key: (torch.full_like(query, -1), key.argsort().argsort()),
+        )
+    elif mistake == "the own key is forgotten":
+        monkeypatch.setattr(
+            sums,
+            "of_same_id",
+            lambda pairs, positions: torch.zeros_like(positions, dtype=torch.bool),
+        )
+    elif mistake == "ids have no keys":
+        monkeypatch.setattr(sums.KeySums, "_same", lambda self: 0 * self._rows[:1])
+    elif mistake == "what is excluded counts":
+        monkeypatch.setattr(
+            sums.KeySums,
+            "__init__",
+            lambda self, keys, pairs: ORIGINAL_INIT(self, keys, replace(pairs, exclude=None)),
+        )
+    else:
+        raise ValueError(mistake)
 
 
 @pytest.mark.parametrize(
-    "kind, mutant",
+    "kind, mistake",
     [
         ("two ids", "keys of both ids count twice"),
         ("two ids", "the own key is forgotten"),
@@ -671,15 +946,17 @@ def planted(monkeypatch, mutant):
         ("two positive", "ids have no keys"),
     ],
 )
-def test_a_wrong_sum_in_info_nce_is_noticed(kind, mutant, monkeypatch):
-    check_info_nce(kind, BACKENDS[0])
-    planted(monkeypatch, mutant)
+def test_a_wrong_sum_in_info_nce_is_noticed(
+    kind: str, mistake: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_info_nce_as_formula(kind, BACKENDS[0])
+    plant(monkeypatch, mistake)
     with pytest.raises(AssertionError, match="over the budget"):
-        check_info_nce(kind, BACKENDS[0])
+        assert_info_nce_as_formula(kind, BACKENDS[0])
 
 
 @pytest.mark.parametrize(
-    "kind, mutant",
+    "kind, mistake",
     [
         ("two ids", "keys of both ids count twice"),
         ("two ids", "the own key is forgotten"),
@@ -692,14 +969,16 @@ def test_a_wrong_sum_in_info_nce_is_noticed(kind, mutant, monkeypatch):
         ("several positive", "what is excluded counts"),
     ],
 )
-def test_a_wrong_sum_in_contrastive_is_noticed(kind, mutant, monkeypatch):
-    check_contrastive(kind, BACKENDS[0])
-    planted(monkeypatch, mutant)
+def test_a_wrong_sum_in_contrastive_is_noticed(
+    kind: str, mistake: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_contrastive_as_formula(kind, BACKENDS[0])
+    plant(monkeypatch, mistake)
     with pytest.raises(AssertionError, match="over the budget"):
-        check_contrastive(kind, BACKENDS[0])
+        assert_contrastive_as_formula(kind, BACKENDS[0])
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a tensor": (dict(label_smoothing=torch.tensor(0.1)), TypeError, "as a Python number"),
     "a word": (dict(label_smoothing="0.1"), TypeError, "as a Python number"),
     "too much": (dict(label_smoothing=1.1), ValueError, r"in \[0, 1\], got 1.1"),
@@ -711,7 +990,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_options_are_refused_in_words(case):
+def test_bad_options_are_refused_in_words(case: str) -> None:
     options, error, words = BAD[case]
     for ids in (None, torch.arange(4)):
         with pytest.raises(error, match=f"info_nce: .*{words}"):
@@ -722,14 +1001,16 @@ def test_bad_options_are_refused_in_words(case):
         protoclip.prototype_cross_entropy(unit(4, 8), unit(4, 8), torch.arange(4), 3.0, **options)
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_same_bits_on_any_number_of_threads(backend):
-    x, y = (unit(3000, 64, seed=seed).requires_grad_() for seed in (0, 1))
+@each_fused
+def test_the_number_of_threads_changes_no_bit(backend: str) -> None:
+    image = leaf(unit(3000, 64))
+    text = leaf(unit(3000, 64, seed=1))
     ids = torch.randint(900, (3000, 2))
 
-    def run():
-        loss = protoclip.info_nce(x, y, 20.0, ids=ids, label_smoothing=0.1, backend=backend)
-        return loss.detach(), *torch.autograd.grad(loss, (x, y))
+    def run() -> Results:
+        loss = protoclip.info_nce(image, text, 20.0, ids=ids, label_smoothing=0.1, backend=backend)
+        return loss_and_gradients(loss, image=image, text=text)
 
-    found = on_threads(run, (1, 2, 2))
-    assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
+    first, *repeated = on_threads(run, (1, 2, 2))
+    for again in repeated:
+        assert_same_bits(again, first)

@@ -1,10 +1,16 @@
 """Every switch of the method: what it changes, on tiny runs and on numbers."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from ranks import config_of, metrics
+from torch import Tensor
 
 from protoclip import checkpoint
 from protoclip.data import open_dataset
@@ -19,25 +25,33 @@ DATASET = open_dataset("builtin:shapes:84")
 TEACHER = torch.randn(84, 8)
 
 
-@pytest.fixture
-def run(tmp_path, nano):
-    """Trains two episodes of three steps; returns the lines of metrics.jsonl."""
+Lines = list[dict[str, Any]]  # of metrics.jsonl
+Train = Callable[..., Lines]
 
-    def run(*flags, teacher=None):
-        head = ["--model", str(nano), "--batch-size", "32", "--report-to", "none"]
-        config = config_of(*head, "--max-steps", "6", "--infonce-warmup-epoch", "1", *flags)
+
+@pytest.fixture
+def train(tmp_path: Path, nano: Path) -> Train:
+    """Trains two episodes of three steps with the flags given."""
+
+    def train(flags: list[str], teacher: Tensor | None = None) -> Lines:
+        config = config_of(
+            "--model", str(nano), "--batch-size", "32", "--report-to", "none",
+            "--max-steps", "6", "--infonce-warmup-epoch", "1", *flags,
+        )  # fmt: skip
         folder = RunFolder(tmp_path / "run", config)
-        plan, order = make_plan(config, len(DATASET)), EpochOrder(DATASET)
+        plan = make_plan(config, len(DATASET))
         torch.manual_seed(0)
-        setup = Setup(config, plan, DATASET, order, torch.device("cpu"), "fp32", teacher)
+        device = torch.device("cpu")
+        setup = Setup(config, plan, DATASET, EpochOrder(DATASET), device, "fp32", teacher)
         Trainer(setup, build_model(config.model), folder).run()
         folder.close()
         return metrics(tmp_path / "run")
 
-    return run
+    return train
 
 
-def scalars(lines):
+def last_values(lines: Lines) -> dict[str, Any]:
+    """The newest value of each name."""
     return {name: value for line in lines for name, value in line.items()}
 
 
@@ -48,54 +62,66 @@ SWITCHES = [
 
 
 @pytest.mark.parametrize("flags", SWITCHES)
-def test_a_switch_trains_and_shows(run, flags):
-    lines = run(*flags.split())
-    assert "image_inertia" in scalars(lines) and "proto_loss" in lines[-1]
+def test_a_switch_trains_with_prototypes(train: Train, flags: str) -> None:
+    lines = train(flags.split())
+    assert "image_inertia" in last_values(lines) and "proto_loss" in lines[-1]
 
 
-def test_the_control_does_without_prototypes(run):
+def test_the_control_does_without_prototypes(train: Train) -> None:
     flags = ["--w-proto", "0", "--w-proto-external", "0", "--w-distill", "1"]
-    control = scalars(run(*flags, teacher=TEACHER))
-    assert control["distill_loss"] > 0
-    assert not any("proto_loss" in name or "inertia" in name for name in control)
+    values = last_values(train(flags, teacher=TEACHER))
+    assert values["distill_loss"] > 0
+    assert not any("proto_loss" in name or "inertia" in name for name in values)
 
 
 @pytest.mark.parametrize("flags", [["--lock-image"], ["--lit-start", "1"]], ids=" ".join)
-def test_a_locked_image_tower_does_not_move(run, tmp_path, flags):
+def test_a_locked_image_tower_does_not_move(train: Train, tmp_path: Path, flags: list[str]) -> None:
     """Locked from the start, or from the end of the first of two episodes."""
-    run(*flags, "--save-frequency", "1")
-    folder = tmp_path / "run" / "checkpoints"
-    first, last = (checkpoint.load(folder / f"epoch_{n}.pt")["state_dict"] for n in (1, 2))
+    train([*flags, "--save-frequency", "1"])
+    checkpoints = tmp_path / "run" / "checkpoints"
+    first = checkpoint.load(checkpoints / "epoch_1.pt")["state_dict"]
+    last = checkpoint.load(checkpoints / "epoch_2.pt")["state_dict"]
     moved = {name for name in first if not torch.equal(first[name], last[name])}
     assert moved and not any(name.startswith("visual.") for name in moved)
 
 
-def test_the_image_towers_rate_ends_where_it_is_locked(run, monkeypatch):
+class Rates(NamedTuple):
+    """Learning rates of a step."""
+
+    image: float
+    text: float
+
+
+def test_the_image_towers_rate_ends_where_it_is_locked(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its cosine is at nothing there, the text tower's is not: docs/algorithm.md §3.3."""
-    rates = []
-    step = Stepper.step
+    rates: list[Rates] = []
+    original_step = Stepper.step
 
-    def seen(self, *rest, lr, image_lr, **options):
-        taken = step(self, *rest, lr=lr, image_lr=image_lr, **options)
-        groups = self.adamw.param_groups
-        rates.append([{g["lr"] for g in groups if g["image"] is own} for own in (True, False)])
-        return taken
+    def noted_step(stepper: Stepper, *arguments: Any, **options: Any) -> Any:
+        result = original_step(stepper, *arguments, **options)
+        groups = stepper.adamw.param_groups
+        (image,) = {group["lr"] for group in groups if group["image"]}
+        (text,) = {group["lr"] for group in groups if not group["image"]}
+        rates.append(Rates(image, text))
+        return result
 
-    monkeypatch.setattr(Stepper, "step", seen)
-    run("--lit-start", "1", "--warmup", "1", "--lr", "1")
-    half = [0.5 * (1 + math.cos(math.pi * n / 2)) for n in range(3)]
-    fifth = [0.5 * (1 + math.cos(math.pi * n / 5)) for n in range(5)]
-    assert [image for (image,), _ in rates] == pytest.approx([1, *half[:2], *[0] * 3], abs=1e-9)
-    assert [text for _, (text,) in rates] == pytest.approx([1, *fifth], abs=1e-9)
+    monkeypatch.setattr(Stepper, "step", noted_step)
+    train(["--lit-start", "1", "--warmup", "1", "--lr", "1"])
+    half = [0.5 * (1 + math.cos(math.pi * step / 2)) for step in range(2)]
+    five_sixths = [0.5 * (1 + math.cos(math.pi * step / 5)) for step in range(5)]
+    assert [step.image for step in rates] == pytest.approx([1, *half, 0, 0, 0], abs=1e-9)
+    assert [step.text for step in rates] == pytest.approx([1, *five_sixths], abs=1e-9)
 
 
-def test_an_episode_says_how_it_went(run):
-    told = scalars(run("--grad-clip-norm", "0.01", teacher=TEACHER))
+def test_an_episode_reports_its_clusters_and_times(train: Train) -> None:
+    values = last_values(train(["--grad-clip-norm", "0.01"], teacher=TEACHER))
     for source in ("image", "text", "external"):
-        sizes = [told[f"{source}_size_{name}"] for name in ("min", "median", "max")]
-        assert sizes == sorted(sizes) and told[f"{source}_empty"] == 0
-        assert 0 < told[f"{source}_purity_group"] <= 1
-        assert told[f"{source}_imbalance"] >= 1 and told[f"{source}_inertia"] > 0
-        assert 1 <= told[f"{source}_iterations"] < 20  # so few samples come to rest
-    assert {"logit_scale", "logit_scale_proto", "grad_norm"} <= set(told)
-    assert {"seconds_features", "seconds_clusters", "seconds_backward"} <= set(told)
+        sizes = [values[f"{source}_size_{name}"] for name in ("min", "median", "max")]
+        assert sizes == sorted(sizes) and values[f"{source}_empty"] == 0
+        assert 0 < values[f"{source}_purity_group"] <= 1
+        assert values[f"{source}_imbalance"] >= 1 and values[f"{source}_inertia"] > 0
+        assert 1 <= values[f"{source}_iterations"] < 20  # so few samples come to rest
+    assert {"logit_scale", "logit_scale_proto", "grad_norm"} <= set(values)
+    assert {"seconds_features", "seconds_clusters", "seconds_backward"} <= set(values)

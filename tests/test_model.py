@@ -1,16 +1,22 @@
 """The model beside OpenCLIP's own: its state, its heads, captions without their padding."""
 
+from __future__ import annotations
+
 import copy
 import json
 import pickle
+from collections.abc import Callable
+from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from torch import Tensor
 
 from protoclip import checkpoint
 from protoclip.config import ModelConfig
 from protoclip.model import (
+    ProtoModel,
     ShortTokenizer,
     build_model,
     can_shorten,
@@ -25,43 +31,57 @@ LONG = " ".join(["far too many words"] * 12)
 
 
 @pytest.fixture(scope="module")
-def model():
+def model() -> ProtoModel:
     torch.manual_seed(0)
     return build_model(ModelConfig(model="protoclip-tiny"))
 
 
-def gradients(model, encode, tokens):
+def gradients(
+    model: ProtoModel, encode: Callable[[Tensor], Tensor], tokens: Tensor
+) -> dict[str, Tensor]:
+    """By parameter, of a weighted sum of the features."""
     model.zero_grad()
     (encode(tokens) * torch.linspace(-1, 1, 128, dtype=torch.float64)).sum().backward()
-    return {n: p.grad.clone() for n, p in model.clip.named_parameters() if p.grad is not None}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.clip.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 @pytest.mark.parametrize("texts", [SHORT, [LONG], [*SHORT, LONG], ["x"], SHORT * 9 + [LONG]])
-def test_features_and_gradients_are_open_clips(model, texts):
+def test_text_features_and_gradients_are_open_clips(model: ProtoModel, texts: list[str]) -> None:
     model = copy.deepcopy(model).double()
-    whole, short = model.tokenizer(texts), model.short_tokenizer(texts)
-    assert short.shape[1] <= whole.shape[1] and bool((whole[:, : short.shape[1]] == short).all())
-    want = model.clip.encode_text(whole)
-    for tokens in (whole, short):
-        torch.testing.assert_close(model.encode_text(tokens), want, atol=1e-11, rtol=0)
-    want = gradients(model, model.clip.encode_text, whole)
-    got = gradients(model, model.encode_text, short)
-    assert got.keys() == want.keys()
-    for name, grad in want.items():
-        torch.testing.assert_close(got[name], grad, atol=1e-10, rtol=1e-10)
+    padded = model.tokenizer(texts)
+    short = model.short_tokenizer(texts)
+    length = short.shape[1]
+    assert length <= padded.shape[1] and torch.equal(padded[:, :length], short)
+    expected = model.clip.encode_text(padded)
+    for tokens in (padded, short):
+        torch.testing.assert_close(model.encode_text(tokens), expected, atol=1e-11, rtol=0)
+    torch.testing.assert_close(
+        gradients(model, model.encode_text, short),
+        gradients(model, model.clip.encode_text, padded),
+        atol=1e-10,
+        rtol=1e-10,
+    )
 
 
-def test_a_tower_that_looks_ahead_keeps_its_padding():
+def test_a_tower_that_looks_ahead_keeps_its_padding() -> None:
     config = open_clip.get_model_config(register_configs("protoclip-tiny"))
     config["text_cfg"]["no_causal_mask"] = True
     assert not can_shorten(open_clip.CLIP(**config))
 
 
-def test_tokenizers_pickle_and_know_the_end(model):
+def test_tokenizers_pickle(model: ProtoModel) -> None:
     tokenizer = pickle.loads(pickle.dumps(model.short_tokenizer))
     assert torch.equal(tokenizer(SHORT), model.short_tokenizer(SHORT))
-    tokenizer = ShortTokenizer(lambda texts: torch.tensor([[5, 9, 2, 9, 0, 0, 0, 0, 0, 0]]), 2)
-    assert tokenizer(["x"]).shape == (1, 8)
+
+
+def test_tokenizers_cut_after_the_end_token() -> None:
+    tokens = torch.tensor([[5, 9, 2, 9, 0, 0, 0, 0, 0, 0]])
+    tokenizer = ShortTokenizer(lambda texts: tokens, end_id=2)
+    assert tokenizer(["x"]).shape == (1, 8)  # in steps of eight
 
 
 def test_captions_that_come_again_are_not_split_again(monkeypatch):
@@ -109,53 +129,88 @@ CONVOLUTIONS = {
 }
 
 
-def test_channels_last_changes_the_layout_and_no_number(tmp_path, model):
+@pytest.fixture
+def convolutions(tmp_path: Path) -> ProtoModel:
     path = tmp_path / "convolutions.json"
     path.write_text(json.dumps(CONVOLUTIONS))
     torch.manual_seed(0)
-    plain = build_model(ModelConfig(model=str(path))).double().eval()
-    own = copy.deepcopy(plain)
-    put_channels_last(own, torch.device("cuda"))  # measured on CPUs only
-    assert own.clip.visual.conv2.weight.is_contiguous()
-    put_channels_last(own, torch.device("cpu"))
-    assert not own.clip.visual.conv2.weight.is_contiguous()
-    image = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    want, got = (one.clip.encode_image(image) for one in (plain, own))
-    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-10)
+    return build_model(ModelConfig(model=str(path))).double().eval()
 
-    # A checkpoint of the one continues the other, moments included.
-    adam = {}
-    for name, one in (("plain", plain), ("own", own)):
-        adam[name] = torch.optim.AdamW(one.clip.visual.parameters(), 1e-3, fused=True)
-        one.clip.encode_image(image).square().sum().backward()
-        adam[name].step()
-    adam["own"].load_state_dict(copy.deepcopy(adam["plain"].state_dict()))
-    match_layout(adam["own"])
-    own.load_state_dict(plain.state_dict())
-    for optimizer in adam.values():
+
+def channels_last(model: ProtoModel) -> ProtoModel:
+    """A copy."""
+    other = copy.deepcopy(model)
+    put_channels_last(other, torch.device("cpu"))
+    return other
+
+
+def random_images() -> Tensor:
+    return torch.randn(3, 3, 32, 32, dtype=torch.float64)
+
+
+def test_channels_last_is_for_convolutions_on_the_cpu(
+    convolutions: ProtoModel, model: ProtoModel
+) -> None:
+    assert not channels_last(convolutions).clip.visual.conv2.weight.is_contiguous()
+    put_channels_last(convolutions, torch.device("cuda"))  # measured on CPUs only
+    assert convolutions.clip.visual.conv2.weight.is_contiguous()
+    assert channels_last(model).clip.visual.conv1.weight.is_contiguous()  # a ViT's
+
+
+def test_channels_last_changes_no_number(convolutions: ProtoModel) -> None:
+    image = random_images()
+    expected = convolutions.clip.encode_image(image)
+    got = channels_last(convolutions).clip.encode_image(image)
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-10)
+
+
+def test_a_checkpoint_continues_in_the_other_layout(convolutions: ProtoModel) -> None:
+    """Moments included."""
+    image = random_images()
+
+    def optimizer_after_a_step(model: ProtoModel) -> torch.optim.AdamW:
+        optimizer = torch.optim.AdamW(model.clip.visual.parameters(), 1e-3, fused=True)
+        model.clip.encode_image(image).square().sum().backward()
         optimizer.step()
-    for a, b in zip(plain.parameters(), own.parameters(), strict=True):
-        torch.testing.assert_close(b, a, atol=1e-9, rtol=1e-7)
+        return optimizer
 
-    vit = copy.deepcopy(model)
-    put_channels_last(vit, torch.device("cpu"))
-    assert vit.clip.visual.conv1.weight.is_contiguous()
+    other = channels_last(convolutions)
+    optimizer = optimizer_after_a_step(convolutions)
+    other_optimizer = optimizer_after_a_step(other)
+    other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    match_layout(other_optimizer)
+    other.load_state_dict(convolutions.state_dict())
+    optimizer.step()
+    other_optimizer.step()
+    got = dict(other.named_parameters())
+    expected = dict(convolutions.named_parameters())
+    torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-7)
 
 
-def test_a_round_trip_through_a_checkpoint_that_open_clip_reads(tmp_path):
-    model, other = build_model(ModelConfig()), build_model(ModelConfig())
-    for a, b in zip(model.image_head.parameters(), model.text_head.parameters(), strict=True):
-        assert torch.equal(a, b) and a is not b  # the heads start equal
+def test_the_heads_start_equal() -> None:
+    model = build_model(ModelConfig())
+    for of_image, of_text in zip(
+        model.image_head.parameters(), model.text_head.parameters(), strict=True
+    ):
+        assert torch.equal(of_image, of_text) and of_image is not of_text
+
+
+def test_a_checkpoint_is_read_by_us_and_by_open_clip(tmp_path: Path) -> None:
+    model = build_model(ModelConfig())
+    path = tmp_path / "x.pt"
     payload = {"state_dict": model.clip.state_dict(), "protoclip": model.extra_state()}
-    checkpoint.save(tmp_path / "x.pt", payload)
-    other.load_state(checkpoint.load(tmp_path / "x.pt"))
-    states = model.state_dict().values(), other.state_dict().values()
-    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
-    clip = open_clip.create_model(ModelConfig().model, pretrained=str(tmp_path / "x.pt"))
+    checkpoint.save(path, payload)
+    loaded = build_model(ModelConfig())
+    loaded.load_state(checkpoint.load(path))
+    expected = model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    clip = open_clip.create_model(ModelConfig().model, pretrained=str(path))
     assert torch.equal(clip.logit_scale, model.clip.logit_scale)
     clip.load_state_dict(model.clip.state_dict(), strict=True)
 
 
-def test_a_misspelt_name_gets_a_hint():
+def test_a_misspelt_name_gets_a_hint() -> None:
     with pytest.raises(ValueError, match="ViT-B-32"):
         build_model(ModelConfig(model="ViT-B32"))

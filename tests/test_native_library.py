@@ -1,11 +1,14 @@
 """The compiled library: built once, whole or not at all, its absence said in words."""
 
+from __future__ import annotations
+
 import ctypes
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -44,7 +47,7 @@ def _answer(build):
 
 
 @needs_compiler
-def test_a_library_is_built_once_and_again_where_it_is_missing(build, built):
+def test_a_library_is_built_once_and_again_where_it_is_missing(build, built) -> None:
     before = built.stat().st_mtime_ns
     assert _answer(build) == 42 and built.stat().st_mtime_ns == before
     copy = built.with_name("copy")
@@ -55,7 +58,9 @@ def test_a_library_is_built_once_and_again_where_it_is_missing(build, built):
 
 
 @needs_compiler
-def test_a_build_that_was_killed_leaves_nothing_that_is_loaded(build, monkeypatch):
+def test_a_build_that_was_killed_leaves_nothing_that_is_loaded(
+    build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def killed(plan, folder):
         (folder / f"{plan.name}.so").write_bytes(b"torn")
         raise KeyboardInterrupt
@@ -89,7 +94,7 @@ DAMAGE = {
 
 @needs_compiler
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_library_is_built_again_and_never_loaded(build, built, damage, capfd):
+def test_a_damaged_library_is_built_again_and_never_loaded(build, built, damage, capfd) -> None:
     copy = built.with_name("copy")
     shutil.copy2(built, copy)
     copy.replace(built)  # this process has the library mapped: its own file stays whole
@@ -97,13 +102,15 @@ def test_a_damaged_library_is_built_again_and_never_loaded(build, built, damage,
     capfd.readouterr()
     assert not native.is_whole(built)
     assert _answer(build) == 42 and native.is_whole(built)
-    told = capfd.readouterr().err
-    assert f"{built} is damaged and will be built again" in told and "compiling" in told
+    message = capfd.readouterr().err
+    assert f"{built} is damaged and will be built again" in message and "compiling" in message
     assert _answer(build) == 42 and "compiling" not in capfd.readouterr().err
 
 
 @needs_compiler
-def test_a_cache_that_cannot_be_written_to_gives_no_damaged_library(build, built, monkeypatch):
+def test_a_cache_that_cannot_be_written_to_gives_no_damaged_library(
+    build, built, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.truncate(built, 0)
 
     def refused(path, *_, **__):
@@ -115,7 +122,7 @@ def test_a_cache_that_cannot_be_written_to_gives_no_damaged_library(build, built
 
 
 @needs_compiler
-def test_the_one_who_waits_for_another_build_says_so(build, built):
+def test_the_one_who_waits_for_another_build_says_so(build, built) -> None:
     shutil.rmtree(built.parent)
     code = "import pickle; from protoclip.ops import native; native.build(pickle.loads("
     code += f"{pickle.dumps(build)!r}))"
@@ -139,12 +146,12 @@ assert "apt install g++" in warning and "several times slower" in warning
 """
 
 
-def test_no_compiler_is_said_once_with_the_remedy(tmp_path):
+def test_no_compiler_is_said_once_with_the_remedy(tmp_path: Path) -> None:
     place = {"PATH": str(tmp_path), "PROTOCLIP_CACHE": str(tmp_path), "CXX": "c++"}
     subprocess.run([sys.executable, "-c", NO_COMPILER], env=os.environ | place, check=True)
 
 
-def test_one_cache_folder_for_everything(tmp_path, monkeypatch):
+def test_one_cache_folder_for_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("PROTOCLIP_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -155,7 +162,9 @@ def test_one_cache_folder_for_everything(tmp_path, monkeypatch):
     assert native.cache_dir() == tmp_path / "home/mine"
 
 
-def test_the_cuda_half_is_built_for_every_card_that_is_there(monkeypatch):
+def test_the_cuda_half_is_built_for_every_card_that_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cards = [(9, 0), (8, 0), (9, 0), (10, 0)]
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: len(cards))
@@ -166,7 +175,9 @@ def test_the_cuda_half_is_built_for_every_card_that_is_there(monkeypatch):
 
 
 @pytest.mark.parametrize("before", [None, "8.6"])
-def test_a_build_leaves_the_list_of_architectures_as_it_was(monkeypatch, tmp_path, before):
+def test_a_build_leaves_the_list_of_architectures_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before
+) -> None:
     """Other extensions of the process read it too."""
     if before is None:
         monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)

@@ -1,5 +1,7 @@
 """The command's own part: flags, help, and the factories for those who patch by hand."""
 
+from __future__ import annotations
+
 from types import SimpleNamespace
 
 import open_clip
@@ -20,7 +22,7 @@ def args(**changes):
     return SimpleNamespace(**{**plain, **changes})
 
 
-def test_our_flags_are_popped_and_theirs_stay():
+def test_our_flags_are_popped_and_theirs_stay() -> None:
     proto, dedup, rest = command.split_flags(
         ["--model", "x", "--proto-k", "7", "--local-loss", "--proto-weight=0.5", "--no-proto-PBT"]
     )
@@ -29,7 +31,9 @@ def test_our_flags_are_popped_and_theirs_stay():
     assert command.split_flags(["--lr", "1e-3"]) == (None, False, ["--lr", "1e-3"])
 
 
-def test_create_loss_gives_ours_and_keeps_what_is_not_ours(caplog):
+def test_create_loss_gives_ours_and_keeps_what_is_not_ours(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level("INFO")
     plain = protoclip.create_loss(args())
     assert type(plain) is protoclip.ClipLoss and plain.local_loss and plain.gather_with_grad
@@ -46,7 +50,7 @@ def test_create_loss_gives_ours_and_keeps_what_is_not_ours(caplog):
         protoclip.create_loss(args(distill=True), proto=protoclip.ProtoConfig())
 
 
-def test_create_task():
+def test_create_task() -> None:
     if not hasattr(open_clip, "create_task"):
         with pytest.raises(ValueError, match=r"use protoclip\.create_loss"):
             protoclip.create_task(args(), torch.nn.Linear(2, 2))

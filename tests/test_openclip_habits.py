@@ -1,8 +1,12 @@
 """What people type out of habit: OpenCLIP's flags, slips of the fingers, and their remedies."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import stat
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import open_clip
 import pytest
@@ -13,7 +17,7 @@ from protoclip import checkpoint
 from protoclip.__main__ import main
 
 
-def code_of(argv):
+def code_of(argv: list[str]) -> Any:
     try:
         return main(argv)
     except SystemExit as ended:
@@ -49,12 +53,19 @@ def code_of(argv):
         ("openclip", ["--batch", "8", "--epcohs", "3"], "did you mean --epochs?"),
     ],
 )
-def test_a_slip_ends_in_one_line_with_a_remedy(tmp_path, monkeypatch, capsys, command, argv, words):
+def test_a_slip_ends_in_one_line_with_a_remedy(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    argv: list[str],
+    words: str,
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert code_of([command, *argv]) == 2
-    said = capsys.readouterr().err
-    assert words in said and said.startswith(f"protoclip {command}: error: ")
-    assert said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert words in message and message.startswith(f"protoclip {command}: error: ")
+    assert message.count("\n") == 1
 
 
 HABITS = [
@@ -67,52 +78,82 @@ HABITS = [
 ]  # fmt: skip
 
 
+class Run(NamedTuple):
+    """One epoch, and then another two after --resume latest."""
+
+    folder: Path
+    first_stderr: str
+    first_weights: dict[str, torch.Tensor]
+    last_weights: dict[str, torch.Tensor]
+
+
 @pytest.fixture(scope="module")
-def run(nano, tmp_path_factory):
-    """OpenCLIP's flags train one epoch, and --resume latest another; what was said each time."""
+def run(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     logs = tmp_path_factory.mktemp("logs")
+    folder = logs / "habits"
     flags = [*HABITS, "--model", str(nano), "--logs", str(logs), "--name", "habits"]
-    said, states = [], []
-    for epochs in ("1", "3"):
-        with contextlib.redirect_stderr(io.StringIO()) as kept:
-            assert main(["train", *flags, "--epochs", epochs]) == 0, kept.getvalue()
-        said.append(kept.getvalue())
-        states.append(checkpoint.load(logs / "habits" / "checkpoints" / "epoch_latest.pt"))
-    return logs / "habits", said, states
+
+    def stderr_of_training(epochs: str) -> str:
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            assert main(["train", *flags, "--epochs", epochs]) == 0, stderr.getvalue()
+        return stderr.getvalue()
+
+    def newest_weights() -> dict[str, torch.Tensor]:
+        return checkpoint.load(folder / "checkpoints" / "epoch_latest.pt")["state_dict"]
+
+    first_stderr = stderr_of_training("1")
+    first_weights = newest_weights()
+    stderr_of_training("3")
+    return Run(folder, first_stderr, first_weights, newest_weights())
 
 
-def test_needless_flags_are_noted_and_the_rest_is_done(run):
-    folder, (first, second), _ = run
-    for flag in ("--local-loss", "--gather-with-grad", "--ddp-static-graph", "--dist-url",
-                 "--opt", "--save-most-recent"):  # fmt: skip
-        assert f"note: {flag} changes nothing: " in first
-    assert "--precision amp: fp16 needs a GPU" in first
-    log = (folder / "out.log").read_text()
-    assert "note: --warmup 10000 is longer than the run's 3 steps" in log
-    assert (
-        "data: builtin:shapes" in log and "3 steps of 16, 3 a pass" in log and "on cpu, fp32" in log
-    )
-    assert "resumed: " in log and "after step 3 of 9" in log
-    assert len(losses(folder)) == 9
+NEEDLESS = ["--local-loss", "--gather-with-grad", "--ddp-static-graph", "--dist-url", "--opt",
+            "--save-most-recent"]  # fmt: skip
 
 
-def test_a_locked_text_tower_stays_and_the_context_is_the_wanted_one(run):
-    _, _, (before, after) = (run[0], run[1], [state["state_dict"] for state in run[2]])
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
+def test_needless_flags_are_noted(run: Run) -> None:
+    for flag in NEEDLESS:
+        assert f"note: {flag} changes nothing: " in run.first_stderr
+    assert "--precision amp: fp16 needs a GPU" in run.first_stderr
+
+
+def test_open_clips_flags_train_and_resume(run: Run) -> None:
+    log = (run.folder / "out.log").read_text()
+    for words in (
+        "note: --warmup 10000 is longer than the run's 3 steps",
+        "data: builtin:shapes",
+        "3 steps of 16, 3 a pass",
+        "on cpu, fp32",
+        "resumed: ",
+        "after step 3 of 9",
+    ):
+        assert words in log
+    assert len(losses(run.folder)) == 9
+
+
+def test_a_locked_text_tower_stays(run: Run) -> None:
+    moved = {
+        name
+        for name, value in run.first_weights.items()
+        if not torch.equal(value, run.last_weights[name])
+    }
     assert "visual.proj" in moved and "logit_scale" in moved
     assert all(name.startswith("visual.") or name == "logit_scale" for name in moved)
-    assert after["positional_embedding"].shape[0] == 8
 
 
-def test_only_the_newest_numbered_checkpoint_is_kept(run):
-    names = {path.name for path in (run[0] / "checkpoints").glob("*.pt")}
+def test_the_context_is_the_one_asked_for(run: Run) -> None:
+    assert run.last_weights["positional_embedding"].shape[0] == 8
+
+
+def test_only_the_newest_numbered_checkpoint_stays(run: Run) -> None:
+    names = {path.name for path in (run.folder / "checkpoints").glob("*.pt")}
     assert {name for name in names if name[6:-3].isdigit()} == {"epoch_3.pt"}
     assert "epoch_latest.pt" in names
 
 
-def test_export_keeps_the_context_and_others_can_read_it(run, tmp_path):
+def test_export_keeps_the_context_and_others_can_read_it(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert main(["export", str(run[0]), "--out", str(out)]) == 0
+    assert main(["export", str(run.folder), "--out", str(out)]) == 0
     model = open_clip.create_model(f"local-dir:{out}")
     assert model.context_length == 8
     for path in out.iterdir():

@@ -1,10 +1,16 @@
 """ProtoClipLoss: its prototypes, its value, and when its state moves."""
 
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from budget import leaf
 from ranks import on_ranks
+from torch import Tensor, nn
 
 import protoclip
 from protoclip.config import ProtoConfig
@@ -13,48 +19,68 @@ from protoclip.losses import ProtoClipLoss
 SCALE = 14.3
 
 
-def pairs(n=40, d=12, seed=0):
+class Pairs(NamedTuple):
+    image: Tensor  # [N, D]
+    text: Tensor  # [N, D]
+
+
+def pairs(n: int = 40, d: int = 12, seed: int = 0) -> Pairs:
     """Unit rows with groups in them, the texts near the images."""
     generator = torch.Generator().manual_seed(seed)
     centers = torch.randn(6, d, generator=generator)
     image = centers[torch.arange(n) % 6] + 0.6 * torch.randn(n, d, generator=generator)
     text = image + 0.6 * torch.randn(n, d, generator=generator)
-    return F.normalize(image, dim=1), F.normalize(text, dim=1)
+    return Pairs(F.normalize(image, dim=1), F.normalize(text, dim=1))
 
 
-def call(loss, image, text, scale=SCALE):
-    """Terms, and gradients to image, text and scale."""
-    inputs = [t.detach().clone().requires_grad_() for t in (image, text, torch.tensor(scale))]
-    terms = loss(*inputs, output_dict=True)
+class Call(NamedTuple):
+    """What a call of a loss gave; gradients of the sum of its terms."""
+
+    terms: dict[str, Tensor]
+    gradients: dict[str, Tensor]  # of "image", "text", "logit_scale"
+
+
+def call(loss: nn.Module, image: Tensor, text: Tensor) -> Call:
+    leaves = {"image": leaf(image), "text": leaf(text), "logit_scale": leaf(SCALE)}
+    terms = loss(*leaves.values(), output_dict=True)
     sum(terms.values()).backward()
-    return {key: value.detach() for key, value in terms.items()}, [t.grad for t in inputs]
+    return Call(
+        {name: value.detach() for name, value in terms.items()},
+        {name: tensor.grad for name, tensor in leaves.items()},
+    )
 
 
-def filled(n=40, seed=0, **options):
-    """A loss with prototypes, from one batch that fills the queue."""
-    loss = ProtoClipLoss(proto=ProtoConfig(**{"queue": n, "k": 5, "every": 100, **options}))
-    call(loss, *pairs(n, seed=seed))
+def without(gradients: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: gradient - others[name] for name, gradient in gradients.items()}
+
+
+def loss_with_prototypes(**options: Any) -> ProtoClipLoss:
+    """From one batch of 40 that fills the queue."""
+    settings = {"queue": 40, "k": 5, "every": 100} | options
+    loss = ProtoClipLoss(proto=ProtoConfig(**settings))
+    image, text = pairs(40)
+    call(loss, image, text)
     assert loss.online.sets is not None
     return loss
 
 
-def dense(loss, image, text, scale):
+def dense_loss(loss: ProtoClipLoss, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     """docs/algorithm.md §2.3 with the [N, K] targets written out, in fp64."""
-    features, total = {"image": image, "text": text}, 0.0
+    features = {"image": image, "text": text}
     labels_by_source = loss.online.labels_of({n: x.float() for n, x in features.items()}, None)
-    for item in loss.online.sets:
-        student, labels = features[item.student], labels_by_source[item.source]
-        centroids, prototypes = (
-            loss.online.centroids[item.source].double(),
-            item.prototypes.double(),
-        )
+    total = 0.0
+    for prototype_set in loss.online.sets:
+        labels = labels_by_source[prototype_set.source]
+        centroids = loss.online.centroids[prototype_set.source].double()
         if loss.proto.target_temperature > 0:
-            logits = centroids @ centroids.T / loss.proto.target_temperature
-            targets = logits.softmax(dim=1)[labels]
+            similarities = centroids @ centroids.T / loss.proto.target_temperature
+            targets = similarities.softmax(dim=1)[labels]
         else:
             targets = F.one_hot(labels, len(centroids)).double()
-        s = loss.proto.logit_scale or scale
-        total = total + F.cross_entropy(s * student @ prototypes.T, targets) / 2
+        students = features[prototype_set.student]
+        scale = loss.proto.logit_scale or logit_scale
+        logits = scale * students @ prototype_set.prototypes.double().T
+        total = total + F.cross_entropy(logits, targets) / 2
     return loss.proto.weight * total
 
 
@@ -68,143 +94,212 @@ def dense(loss, image, text, scale):
     ],
     ids=str,
 )
-def test_value_and_gradient_are_the_dense_ones(options):
-    loss = filled(**options)
+def test_loss_and_gradients_are_the_dense_ones(options: dict[str, Any]) -> None:
+    loss = loss_with_prototypes(**options)
     image, text = pairs(23, seed=1)
-    terms, grads = call(loss, image, text)
-    wide = [t.double().requires_grad_() for t in (image, text, torch.tensor(SCALE))]
-    want = dense(loss, *wide)
-    assert torch.allclose(terms["proto_loss"].double(), want, rtol=1e-5)
-    (want + protoclip.ClipLoss()(*(t.float() for t in wide))).backward()
-    for got, truth in zip(grads, wide, strict=True):
-        assert (got - truth.grad).abs().max() < 1e-4 * truth.grad.abs().max()
-    assert set(terms) == {"contrastive_loss", "proto_loss"}
+    got = call(loss, image, text)
+    assert set(got.terms) == {"contrastive_loss", "proto_loss"}
+    leaves = {
+        "image": leaf(image, torch.float64),
+        "text": leaf(text, torch.float64),
+        "logit_scale": leaf(torch.tensor(SCALE), torch.float64),
+    }
+    expected = dense_loss(loss, *leaves.values())
+    assert torch.allclose(got.terms["proto_loss"].double(), expected, rtol=1e-5)
+    contrastive_loss = protoclip.ClipLoss()(*(tensor.float() for tensor in leaves.values()))
+    (expected + contrastive_loss).backward()
+    for name, gradient in got.gradients.items():
+        truth = leaves[name].grad
+        assert (gradient - truth).abs().max() < 1e-4 * truth.abs().max(), name
+
+
+def test_without_output_dict_the_loss_is_one_number() -> None:
+    loss = loss_with_prototypes()
+    image, text = pairs(23, seed=1)
     total = loss(image, text, torch.tensor(SCALE))
     assert total.shape == () and total.dtype == torch.float32
 
 
-def test_it_is_clip_loss_until_the_stated_step():
+def test_it_is_clip_loss_until_the_stated_step() -> None:
     loss = ProtoClipLoss(proto=ProtoConfig(queue=64, k=4))
     assert loss.steps_to_prototypes(20) == 4
     for step in range(6):
         image, text = pairs(20, seed=step)
-        terms, _ = call(loss, image, text)
+        terms = call(loss, image, text).terms
         assert ("proto_loss" in terms) == (step >= 4)
-        plain = protoclip.ClipLoss()(image, text, torch.tensor(SCALE))
-        assert torch.equal(terms["contrastive_loss"], plain)
+        clip_loss = protoclip.ClipLoss()(image, text, torch.tensor(SCALE))
+        assert torch.equal(terms["contrastive_loss"], clip_loss)
     assert loss.metrics["clusterings"] == 1 and loss.metrics["steps"] == 6
     assert 0 <= loss.metrics["image_proto_accuracy"] <= 1
-    late = ProtoClipLoss(proto=ProtoConfig(queue=64, k=4, warmup=7))
-    assert late.steps_to_prototypes(20) == 7
 
 
-def test_prototypes_are_the_students_means_over_the_sources_clusters_of_the_newest_rows():
+def test_a_warmup_puts_prototypes_off() -> None:
+    loss = ProtoClipLoss(proto=ProtoConfig(queue=64, k=4, warmup=7))
+    assert loss.steps_to_prototypes(20) == 7
+
+
+def test_prototypes_are_the_students_means_over_the_sources_clusters_of_the_newest_rows() -> None:
     loss = ProtoClipLoss(proto=ProtoConfig(queue=50, k=3, every=1))
-    batches = [*(pairs(20, seed=step) for step in range(4)), pairs(80, seed=9)]
-    for count, batch in enumerate(batches, 1):
-        call(loss, *batch)
-        newest = [torch.cat(side)[-50:] for side in zip(*batches[:count], strict=True)]
-        features = dict(zip(("image", "text"), newest, strict=True))
-        for item in loss.online.sets or []:
-            centroids = loss.online.centroids[item.source]
-            labels = torch.cdist(features[item.source], centroids).argmin(dim=1)
-            means, _ = protoclip.segment_mean(features[item.student], labels, len(centroids))
-            assert item.source != item.student
-            assert torch.allclose(item.prototypes, means, atol=1e-6)
+    seen = {"image": torch.empty(0, 12), "text": torch.empty(0, 12)}
+    batches = [pairs(20, seed=0), pairs(20, seed=1), pairs(20, seed=2), pairs(20, seed=3)]
+    for image, text in [*batches, pairs(80, seed=9)]:
+        call(loss, image, text)
+        seen = {
+            "image": torch.cat([seen["image"], image]),
+            "text": torch.cat([seen["text"], text]),
+        }
+        newest = {name: rows[-50:] for name, rows in seen.items()}
+        for prototype_set in loss.online.sets or []:
+            source = prototype_set.source
+            student = prototype_set.student
+            assert source != student
+            centroids = loss.online.centroids[source]
+            labels = torch.cdist(newest[source], centroids).argmin(dim=1)
+            means, _ = protoclip.segment_mean(newest[student], labels, len(centroids))
+            assert torch.allclose(prototype_set.prototypes, means, atol=1e-6)
     assert loss.metrics["clusterings"] == 3 and len(loss.online.sets) == 2
 
 
-def test_evaluation_and_no_grad_leave_the_state_alone():
-    loss = filled()
-    before = loss.metrics
+def test_evaluation_and_no_grad_leave_the_state_alone() -> None:
+    loss = loss_with_prototypes()
     image, text = pairs(seed=3)
     with torch.no_grad():
         assert "proto_loss" in loss(image, text, torch.tensor(SCALE), output_dict=True)
+    assert loss.metrics["steps"] == 1
     loss.eval()
     call(loss, image, text)
-    assert loss.metrics["steps"] == before["steps"] == 1
+    assert loss.metrics["steps"] == 1
 
 
-def test_accumulated_calls_are_one_step():
+def test_accumulated_calls_are_one_step() -> None:
     """OpenCLIP's --accum-freq 3: three calls with all rows, the gradient through a third each."""
     proto = ProtoConfig(queue=60, k=5, every=1)
-    whole, parts = ProtoClipLoss(proto=proto), ProtoClipLoss(proto=proto, accum_freq=3)
+    at_once = ProtoClipLoss(proto=proto)
+    in_three = ProtoClipLoss(proto=proto, accum_freq=3)
     for step in range(3):
         image, text = pairs(60, seed=step)
-        terms, want = call(whole, image, text)
-        got = []
-        for j in range(3):
-            own = torch.zeros(60, 1)
-            own[20 * j : 20 * j + 20] = 1
-            leaves = [t.detach().clone().requires_grad_() for t in (image, text)]
-            mixed = [t * own + t.detach() * (1 - own) for t in leaves]
-            again = parts(*mixed, torch.tensor(SCALE), output_dict=True)
-            torch.testing.assert_close(again, terms, rtol=0, atol=0)
-            sum(again.values()).backward()
-            got.append([t.grad for t in leaves])
-        for side in range(2):
-            assert torch.allclose(sum(g[side] for g in got), want[side], atol=1e-6)
-        assert parts.metrics == whole.metrics
-    assert whole.metrics["clusterings"] == 3
+        expected = call(at_once, image, text)
+        sums = {"image": torch.zeros_like(image), "text": torch.zeros_like(text)}
+        for first in (0, 20, 40):
+            in_this_part = torch.zeros(60, 1)
+            in_this_part[first : first + 20] = 1
+            leaves = {"image": leaf(image), "text": leaf(text)}
+            mixed = {
+                name: rows * in_this_part + rows.detach() * (1 - in_this_part)
+                for name, rows in leaves.items()
+            }
+            terms = in_three(mixed["image"], mixed["text"], torch.tensor(SCALE), output_dict=True)
+            torch.testing.assert_close(terms, expected.terms, rtol=0, atol=0)
+            sum(terms.values()).backward()
+            for name, rows in leaves.items():
+                sums[name] += rows.grad
+        for name, gradient in sums.items():
+            assert torch.allclose(gradient, expected.gradients[name], atol=1e-6), name
+        assert in_three.metrics == at_once.metrics
+    assert at_once.metrics["clusterings"] == 3
 
 
-def test_prototypes_live_behind_heads_that_the_model_owns():
+def test_prototypes_live_behind_heads_that_the_model_owns() -> None:
     loss = ProtoClipLoss(proto=ProtoConfig(queue=40, k=5))
     image, text = pairs()
     heads = torch.nn.Linear(12, 4, bias=False)
     for _ in range(2):
-        projected = [F.normalize(heads(x), dim=1) for x in (image, text)]
         terms = loss(
-            image, text, torch.tensor(SCALE), output_dict=True,
-            image_projection=projected[0], text_projection=projected[1],
-        )  # fmt: skip
+            image,
+            text,
+            torch.tensor(SCALE),
+            output_dict=True,
+            image_projection=F.normalize(heads(image), dim=1),
+            text_projection=F.normalize(heads(text), dim=1),
+        )
     terms["proto_loss"].backward()
     assert heads.weight.grad.abs().sum() > 0
     assert loss.online.sets[0].prototypes.shape[1] == 4
     assert not list(loss.parameters()) and not loss.state_dict()
 
 
-def of_rank(folder):
-    """Terms, gradients of the prototype term, and prototypes, by the flags of ClipLoss."""
+# ---- over two ranks ----
+
+
+class Flags(NamedTuple):
+    """Of ClipLoss."""
+
+    local_loss: bool
+    gather_with_grad: bool
+
+
+ALL_FLAGS = [Flags(False, False), Flags(False, True), Flags(True, False), Flags(True, True)]
+
+
+class FourSteps(NamedTuple):
+    """Terms of the last step, gradients of its prototype term, and prototypes."""
+
+    terms: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    sets: Any
+
+
+def four_steps(mine: slice = slice(None), **options: Any) -> FourSteps:
+    loss = ProtoClipLoss(**options, proto=ProtoConfig(queue=40, k=5, every=2))
+    clip_loss = protoclip.ClipLoss(**options)
+    for step in range(4):
+        image, text = pairs(40, seed=step)
+        last = call(loss, image[mine], text[mine])
+    of_clip_loss = call(clip_loss, image[mine], text[mine])
+    gradients = without(last.gradients, of_clip_loss.gradients)
+    return FourSteps(last.terms, gradients, loss.online.sets)
+
+
+def of_rank(folder: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    own = slice(20 * rank, 20 * rank + 20)
-    out = {}
-    for local in (False, True):
-        for with_grad in (False, True):
-            loss = ProtoClipLoss(
-                local, with_grad, rank=rank, world_size=2, proto=ProtoConfig(queue=40, k=5, every=2)
-            )
-            for step in range(4):
-                image, text = pairs(40, seed=step)
-                terms, grads = call(loss, image[own], text[own])
-                plain = protoclip.ClipLoss(local, with_grad, rank=rank, world_size=2)
-                _, of_contrastive = call(plain, image[own], text[own])
-            grads = [a - b for a, b in zip(grads, of_contrastive, strict=True)]
-            out[local, with_grad] = terms, grads, loss.online.sets
-    torch.save(out, f"{folder}/{rank}.pt")
+    mine = slice(20 * rank, 20 * rank + 20)
+    results = {
+        tuple(flags): tuple(four_steps(mine, **flags._asdict(), rank=rank, world_size=2))
+        for flags in ALL_FLAGS
+    }
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_ranks_have_the_prototypes_and_gradients_of_one(tmp_path):
-    on_ranks(2, of_rank, str(tmp_path))
-    one = ProtoClipLoss(proto=ProtoConfig(queue=40, k=5, every=2))
-    for step in range(4):
-        image, text = pairs(40, seed=step)
-        terms, grads = call(one, image, text)
-        _, of_contrastive = call(protoclip.ClipLoss(), image, text)
-    want = [a - b for a, b in zip(grads, of_contrastive, strict=True)]
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
-    for flags in ranks[0]:
-        (terms0, grads0, sets0), (terms1, grads1, sets1) = (rank[flags] for rank in ranks)
-        for mine, other, single in zip(sets0, sets1, one.online.sets, strict=True):
-            for name in ("prototypes", "targets"):
-                a, b, c = (getattr(item, name) for item in (mine, other, single))
-                assert torch.equal(a, b) and torch.allclose(a, c, atol=1e-5)
-        mean = (terms0["proto_loss"] + terms1["proto_loss"]) / 2
-        assert torch.allclose(mean, terms["proto_loss"], rtol=1e-5)
-        share = 1 if flags[1] else 1 / 2  # as OpenCLIP's InfoNCE: 1 / W without gather_with_grad
-        for side in range(2):
-            rows = torch.cat([grads0[side], grads1[side]]) / 2  # DDP's mean
-            assert torch.allclose(rows, share * want[side], atol=1e-5)
-        assert torch.allclose((grads0[2] + grads1[2]) / 2, want[2], atol=1e-5)
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Flags, FourSteps]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    on_ranks(2, of_rank, str(folder))
+    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return [
+        {Flags(*flags): FourSteps(*steps) for flags, steps in results.items()} for results in ranks
+    ]
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> FourSteps:
+    return four_steps()
+
+
+@pytest.mark.parametrize("flags", ALL_FLAGS, ids=str)
+def test_two_ranks_have_the_prototypes_of_one(
+    two_ranks: list[dict[Flags, FourSteps]], one_rank: FourSteps, flags: Flags
+) -> None:
+    first, second = (rank[flags].sets for rank in two_ranks)
+    for of_first, of_second, expected in zip(first, second, one_rank.sets, strict=True):
+        assert torch.equal(of_first.prototypes, of_second.prototypes)
+        assert torch.equal(of_first.targets, of_second.targets)
+        assert torch.allclose(of_first.prototypes, expected.prototypes, atol=1e-5)
+        assert torch.allclose(of_first.targets, expected.targets, atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", ALL_FLAGS, ids=str)
+def test_two_ranks_have_the_prototype_loss_and_gradients_of_one(
+    two_ranks: list[dict[Flags, FourSteps]], one_rank: FourSteps, flags: Flags
+) -> None:
+    first, second = (rank[flags] for rank in two_ranks)
+    mean_loss = (first.terms["proto_loss"] + second.terms["proto_loss"]) / 2
+    assert torch.allclose(mean_loss, one_rank.terms["proto_loss"], rtol=1e-5)
+    # As OpenCLIP's InfoNCE: 1 / W without gather_with_grad.
+    share = 1 if flags.gather_with_grad else 1 / 2
+    for name in ("image", "text"):
+        rows = torch.cat([first.gradients[name], second.gradients[name]]) / 2  # DDP's mean
+        assert torch.allclose(rows, share * one_rank.gradients[name], atol=1e-5)
+    mean = (first.gradients["logit_scale"] + second.gradients["logit_scale"]) / 2
+    assert torch.allclose(mean, one_rank.gradients["logit_scale"], atol=1e-5)

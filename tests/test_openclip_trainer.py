@@ -1,5 +1,7 @@
 """OpenCLIP's own trainer through ``protoclip openclip``: it runs, and nothing changes."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
@@ -19,12 +21,17 @@ from protoclip.evaluate.__main__ import main as evaluate
 
 pytest.importorskip("open_clip_train.main")
 
-BATCH, STEPS = 16, 4
+BATCH = 16
+STEPS = 4
 PROTO = ["--proto-queue", "32", "--proto-k", "4"]  # prototypes from the third step
+ACCUMULATED = ["--accum-freq", "2"]
+
+Terms = dict[str, float]  # of one call of a loss
+Calls = dict[str, list[Terms]]  # by case
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, nano):
+def folder(tmp_path_factory: pytest.TempPathFactory, nano: Path) -> Path:
     """Model config, and two shards of builtin:icons with enough pairs for an epoch of two ranks."""
     folder = tmp_path_factory.mktemp("openclip")
     shutil.copy(nano, folder)
@@ -33,31 +40,44 @@ def folder(tmp_path_factory, nano):
     return folder
 
 
-def flags(folder, name, *more, data="icons", precision="fp32", batch=BATCH):
-    shards = ["--train-data", f"{folder}/shards/{{00000..00001}}.tar"]
-    source = shards if data == "icons" else ["--dataset-type", "synthetic"]
+def flags(
+    folder: Path,
+    name: str,
+    more: list[str] | None = None,
+    *,
+    data: str = "icons",
+    precision: str = "fp32",
+    batch: int = BATCH,
+) -> list[str]:
+    source = ["--dataset-type", "synthetic"]
+    if data == "icons":
+        source = ["--train-data", f"{folder}/shards/{{00000..00001}}.tar"]
     return [
         *source, "--train-num-samples", str(BATCH * STEPS), "--batch-size", str(batch),
         "--model", f"{folder}/nano.json", "--precision", precision, "--device", "cpu",
         "--epochs", "1", "--warmup", "1", "--lr", "1e-3", "--workers", "0",
-        "--log-every-n-steps", "1", "--logs", f"{folder}/logs", "--name", name, *more,
+        "--log-every-n-steps", "1", "--logs", f"{folder}/logs", "--name", name, *(more or []),
     ]  # fmt: skip
 
 
-def train(folder, cases, ranks=1):
-    """The cases in one process a rank -> per rank: case -> its calls of the loss."""
-    listed = [
-        {"name": name, "ours": not name.startswith("theirs"), "flags": own}
-        for name, own in cases.items()
-    ]
-    plan, out = folder / f"cases-{ranks}.json", folder / f"out-{ranks}"
-    plan.write_text(json.dumps(listed))
+def train(folder: Path, cases: dict[str, list[str]], ranks: int = 1) -> list[Calls]:
+    """The cases, by name with their flags, in one process a rank; the result of each rank."""
+    plan = folder / f"cases-{ranks}.json"
+    out = folder / f"out-{ranks}"
+    plan.write_text(
+        json.dumps(
+            [
+                {"name": name, "ours": not name.startswith("theirs"), "flags": flags_of_case}
+                for name, flags_of_case in cases.items()
+            ]
+        )
+    )
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [str(Path(__file__).with_name("openclip_cases.py")), str(plan), str(out)]
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-9000:]
     results = [json.loads((out / f"{rank}.json").read_text()) for rank in range(ranks)]
@@ -65,41 +85,45 @@ def train(folder, cases, ranks=1):
     return [{name: case["calls"] for name, case in result.items()} for result in results]
 
 
-def contrastive(calls):
-    return [call["contrastive_loss"] for call in calls]
+def contrastive(calls: list[Terms]) -> list[float]:
+    return [terms["contrastive_loss"] for terms in calls]
+
+
+def has_prototypes(calls: list[Terms]) -> list[bool]:
+    return ["proto_loss" in terms for terms in calls]
 
 
 @pytest.fixture(scope="module")
-def alone(folder):
+def one_process(folder: Path) -> Calls:
     """All single-process cases."""
-    accum = ["--accum-freq", "2"]
+    val_data = ["--val-data", f"{folder}/shards/00000.tar"]
     cases = {}
     for who in ("theirs", "ours"):
-        cases[f"{who} synthetic"] = flags(folder, f"{who}-synthetic", data="synthetic")
-        cases[f"{who} icons"] = flags(
-            folder, f"{who}-icons", "--val-data", f"{folder}/shards/00000.tar"
-        )
-        cases[f"{who} accum"] = flags(folder, f"{who}-accum", *accum, batch=BATCH // 2)
-        cases[f"{who} bf16"] = flags(folder, f"{who}-bf16", precision="amp_bf16")
-        cases[f"{who} siglip"] = flags(folder, f"{who}-siglip", "--siglip")
+        cases |= {
+            f"{who} synthetic": flags(folder, f"{who}-synthetic", data="synthetic"),
+            f"{who} icons": flags(folder, f"{who}-icons", val_data),
+            f"{who} accum": flags(folder, f"{who}-accum", ACCUMULATED, batch=BATCH // 2),
+            f"{who} bf16": flags(folder, f"{who}-bf16", precision="amp_bf16"),
+            f"{who} siglip": flags(folder, f"{who}-siglip", ["--siglip"]),
+        }
+    resumed = ["--proto-warmup", "99", "--resume", "latest", "--epochs", "2"]
     cases |= {
-        "proto synthetic": flags(folder, "p-synthetic", *PROTO, data="synthetic"),
-        "proto icons": flags(folder, "p-icons", *PROTO, "--grad-checkpointing"),
-        "proto accum": flags(folder, "p-accum", *PROTO, *accum, batch=BATCH // 2),
-        "proto bf16": flags(folder, "p-bf16", *PROTO, precision="amp_bf16"),
-        "proto resume": flags(
-            folder, "p-icons", *PROTO, "--proto-warmup", "99", "--resume", "latest", "--epochs", "2"
-        ),
-        "proto compiled": flags(folder, "compiled", *PROTO, "--torchcompile"),
+        "proto synthetic": flags(folder, "p-synthetic", PROTO, data="synthetic"),
+        "proto icons": flags(folder, "p-icons", [*PROTO, "--grad-checkpointing"]),
+        "proto accum": flags(folder, "p-accum", PROTO + ACCUMULATED, batch=BATCH // 2),
+        "proto bf16": flags(folder, "p-bf16", PROTO, precision="amp_bf16"),
+        "proto resume": flags(folder, "p-icons", PROTO + resumed),
+        "proto compiled": flags(folder, "compiled", [*PROTO, "--torchcompile"]),
     }
     return train(folder, cases)[0]
 
 
 @pytest.mark.parametrize("case", ["synthetic", "icons", "accum", "bf16", "siglip"])
-def test_plain_losses_are_open_clips_step_by_step(alone, case):
-    ours, theirs = alone[f"ours {case}"], alone[f"theirs {case}"]
+def test_plain_losses_are_open_clips_step_by_step(one_process: Calls, case: str) -> None:
+    ours = one_process[f"ours {case}"]
+    theirs = one_process[f"theirs {case}"]
     assert len(ours) == (2 * STEPS if case == "accum" else STEPS)
-    assert all(set(call) == {"contrastive_loss"} for call in ours)
+    assert all(set(terms) == {"contrastive_loss"} for terms in ours)
     # OpenCLIP rounds bf16 logits, 2^-9 relative, before the softmax; ours does not.
     noise = 4e-3 if case == "bf16" else 2e-5
     assert contrastive(ours) == pytest.approx(contrastive(theirs), rel=noise)
@@ -107,79 +131,98 @@ def test_plain_losses_are_open_clips_step_by_step(alone, case):
 
 
 @pytest.mark.parametrize("case", ["synthetic", "icons", "accum", "bf16"])
-def test_prototypes_join_at_the_stated_step(alone, case):
-    calls = alone[f"proto {case}"]
-    a_step = 2 if case == "accum" else 1
-    assert len(calls) == STEPS * a_step
-    assert ["proto_loss" in call for call in calls] == [i >= 2 * a_step for i in range(len(calls))]
-    plain = contrastive(alone[f"ours {case}"])[: 2 * a_step + 1]
-    assert contrastive(calls)[: 2 * a_step + 1] == pytest.approx(plain, rel=1e-3)
-    assert all(0 < call.get("proto_loss", 1) < 20 for call in calls)
+def test_prototypes_join_at_the_stated_step(one_process: Calls, case: str) -> None:
+    calls = one_process[f"proto {case}"]
+    calls_a_step = 2 if case == "accum" else 1
+    first = 2 * calls_a_step
+    assert len(calls) == STEPS * calls_a_step
+    assert has_prototypes(calls) == [call >= first for call in range(len(calls))]
+    plain = contrastive(one_process[f"ours {case}"])
+    assert contrastive(calls)[: first + 1] == pytest.approx(plain[: first + 1], rel=1e-3)
+    assert all(0 < terms.get("proto_loss", 1) < 20 for terms in calls)
 
 
-def test_after_a_resume_the_queue_fills_again(alone, folder):
-    calls = alone["proto resume"]
-    assert ["proto_loss" in call for call in calls] == [False, False, True, True]
+def test_after_a_resume_the_queue_fills_again(one_process: Calls, folder: Path) -> None:
+    assert has_prototypes(one_process["proto resume"]) == [False, False, True, True]
     log = (folder / "logs" / "p-icons" / "out.log").read_text()
     assert "InfoNCE alone for 2 steps until the queue is full (again" in log
     assert "protoclip: prototypes of step 2" in log
 
 
-def test_the_log_has_both_terms_and_the_evaluation(alone, folder):
+@pytest.mark.usefixtures("one_process")
+def test_the_log_has_both_terms(folder: Path) -> None:
     log = (folder / "logs" / "p-icons" / "out.log").read_text()
     assert "Proto_loss" in log and "Contrastive_loss" in log
-    results = [folder / "logs" / who / "checkpoints" / "results.jsonl" for who in
-               ("ours-icons", "theirs-icons")]  # fmt: skip
-    ours, theirs = (json.loads(path.read_text()) for path in results)
-    assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_a_checkpoint_of_open_clips_exports_and_is_evaluated(alone, folder, tmp_path, capsys):
-    """Its model has to be named; the bias that --siglip adds is kept."""
-    run, model = folder / "logs" / "ours-siglip", str(folder / "nano.json")
-    path = checkpoint.candidates(run)[0]
-    out = ["--out", str(tmp_path / "out")]
-    assert export.main([str(run), *out]) == 2
+@pytest.mark.usefixtures("one_process")
+def test_the_evaluation_is_open_clips(folder: Path) -> None:
+    def results_of(run: str) -> dict[str, float]:
+        path = folder / "logs" / run / "checkpoints" / "results.jsonl"
+        return json.loads(path.read_text())
+
+    assert results_of("ours-icons") == pytest.approx(results_of("theirs-icons"), rel=1e-4)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_checkpoint_of_open_clips_needs_its_models_name(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(folder / "logs" / "ours-siglip")
+    assert export.main([run, "--out", str(tmp_path / "out")]) == 2
     assert "give the OpenCLIP name or config file" in capsys.readouterr().err
-    data = ["--data", "builtin:shapes:40"]
-    assert evaluate([str(run), *data]) == 2
+    assert evaluate([run, "--data", "builtin:shapes:40"]) == 2
     assert "as --model" in capsys.readouterr().err
-    assert export.main([str(run), "--model", model, *out]) == 0
-    exported = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").state_dict()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_checkpoint_of_open_clips_is_exported_and_evaluated(folder: Path, tmp_path: Path) -> None:
+    """The bias that --siglip adds is kept."""
+    run = folder / "logs" / "ours-siglip"
+    path = checkpoint.candidates(run)[0]
+    model = str(folder / "nano.json")
+    exported_model = f"local-dir:{tmp_path / 'out'}"
+    assert export.main([str(run), "--model", model, "--out", str(tmp_path / "out")]) == 0
+    exported = open_clip.create_model(exported_model).state_dict()
     weights = checkpoint.load(path)["state_dict"]
     assert "logit_bias" in weights and set(exported) == set(weights)
     assert all(torch.equal(value, weights[key]) for key, value in exported.items())
-    numbers = []
-    named = [str(run), "--model", model]
-    for own in (named, [model, "--pretrained", str(path)], [f"local-dir:{tmp_path / 'out'}"]):
-        results = tmp_path / f"{len(numbers)}.json"
-        assert evaluate([*own, *data, "--output", str(results)]) == 0
-        numbers.append(json.loads(results.read_text())["trained"])
-    assert numbers[0] == numbers[1] == numbers[2]
+
+    def numbers_of(*named: str) -> dict[str, dict[str, float]]:
+        results = tmp_path / "results.json"
+        command = [*named, "--data", "builtin:shapes:40", "--output", str(results)]
+        assert evaluate(command) == 0
+        numbers = json.loads(results.read_text())["trained"]
+        results.unlink()
+        return numbers
+
+    expected = numbers_of(str(run), "--model", model)
+    assert numbers_of(model, "--pretrained", str(path)) == expected
+    assert numbers_of(exported_model) == expected
 
 
-def test_torchcompile_changes_no_loss(alone, folder):
+def test_torchcompile_changes_no_loss(one_process: Calls, folder: Path) -> None:
     """Captured and differentiated as ever, but run by torch: C++ for it takes half a minute."""
-    compiled = alone["proto compiled"]
+    compiled = one_process["proto compiled"]
     assert len(compiled) == STEPS and "proto_loss" in compiled[-1]
-    for ours, eager in zip(compiled, alone["proto icons"], strict=True):
-        assert ours == pytest.approx(eager, rel=1e-3)
+    for terms, eager in zip(compiled, one_process["proto icons"], strict=True):
+        assert terms == pytest.approx(eager, rel=1e-3)
     assert "Compiling model" in (folder / "logs" / "compiled" / "out.log").read_text()
 
 
-def test_two_ranks(folder):
-    exact = ["--local-loss", "--gather-with-grad"]
+def test_two_ranks_have_open_clips_losses_and_prototypes(folder: Path) -> None:
     ranks = ["--dist-backend", "gloo", "--train-num-samples", str(2 * BATCH * STEPS)]
+    exact = [*ranks, "--local-loss", "--gather-with-grad"]
     cases = {}
     for who in ("theirs", "ours"):
-        cases[f"{who} default"] = flags(folder, f"{who}-2-default", *ranks)
-        cases[f"{who} exact"] = flags(folder, f"{who}-2-exact", *ranks, *exact)
-    cases["proto default"] = flags(folder, "p-2-default", *ranks, *PROTO, "--proto-queue", "64")
-    cases["proto exact"] = flags(folder, "p-2-exact", *ranks, *exact, *PROTO, "--accum-freq", "2")
+        cases[f"{who} default"] = flags(folder, f"{who}-2-default", ranks)
+        cases[f"{who} exact"] = flags(folder, f"{who}-2-exact", exact)
+    longer_queue = [*PROTO, "--proto-queue", "64"]
+    cases["proto default"] = flags(folder, "p-2-default", ranks + longer_queue)
+    cases["proto exact"] = flags(folder, "p-2-exact", exact + PROTO + ACCUMULATED)
     for result in train(folder, cases, ranks=2):
         for case in ("default", "exact"):
-            ours, theirs = result[f"ours {case}"], result[f"theirs {case}"]
-            assert contrastive(ours) == pytest.approx(contrastive(theirs), rel=2e-5)
+            ours = contrastive(result[f"ours {case}"])
             assert len(ours) == STEPS
-        assert ["proto_loss" in call for call in result["proto default"]] == [0, 0, 1, 1]
-        assert ["proto_loss" in call for call in result["proto exact"]] == [0, 0, 1, 1]
+            assert ours == pytest.approx(contrastive(result[f"theirs {case}"]), rel=2e-5)
+            assert has_prototypes(result[f"proto {case}"]) == [False, False, True, True]

@@ -1,9 +1,15 @@
 """One compiled graph serves all batch sizes: torch.compile and torch.export of every op."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import usable
+from budget import assert_same_bits, usable
+from torch import Tensor, nn
 
 import protoclip
 from protoclip.ops import sigmoid_loss
@@ -11,170 +17,189 @@ from protoclip.ops import sigmoid_loss
 CPU = protoclip.backends("info_nce")["cpu"]
 pytestmark = pytest.mark.skipif(CPU is not None, reason=str(CPU))
 
-D, K = 8, 6
+D = 8
+K = 6
 SIZES = (24, 40, 56)
+Tensors = dict[str, Tensor]
 
 
-def features(n, seed=0):
+def features(n: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(n, D, generator=generator), dim=1).requires_grad_()
 
 
-def scalar(value):
+def scalar(value: float) -> Tensor:
     return torch.tensor(value, requires_grad=True)
 
 
-def labels_of(n):
+def labels_of(n: int) -> Tensor:
     return torch.arange(n) % K
 
 
-def ids_of(n):
+def ids_of(n: int) -> Tensor:
     return torch.arange(n) // 2
 
 
-# name -> the call, and its tensors for a batch of n
-CALLS = {
-    "info_nce": (protoclip.info_nce, lambda n: (features(n), features(n, 1), scalar(10.0))),
-    "info_nce of each pair": (
-        lambda x, y, logit_scale: protoclip.info_nce(x, y, logit_scale, reduction="none"),
-        lambda n: (features(n), features(n, 1), scalar(10.0)),
+class Module(nn.Module):
+    """A call of an op by keyword, and its tensors for a batch of n."""
+
+    def __init__(self, call: Callable[..., Tensor], tensors_of: Callable[[int], Tensors]) -> None:
+        super().__init__()
+        self.call = call
+        self.tensors_of = tensors_of
+
+    def forward(self, **tensors: Tensor) -> Tensor:
+        return self.call(**tensors)
+
+
+def pairs(n: int, **more: Tensor) -> Tensors:
+    return {
+        "image_features": features(n),
+        "text_features": features(n, 1),
+        "logit_scale": scalar(10.0),
+    } | more
+
+
+def queries_and_keys(n: int, **more: Tensor) -> Tensors:
+    """Two keys of each query."""
+    return {
+        "queries": features(n),
+        "keys": features(2 * n, 1),
+        "logit_scale": scalar(10.0),
+    } | more
+
+
+def views(n: int, **more: Tensor) -> Tensors:
+    return {
+        "views_a": features(n),
+        "views_b": features(n, 1),
+        "logit_scale": scalar(10.0),
+    } | more
+
+
+def prototypes(n: int, **more: Tensor) -> Tensors:
+    return {
+        "features": features(n),
+        "prototypes": features(K, 1),
+        "labels": labels_of(n),
+        "logit_scale": scalar(10.0),
+    } | more
+
+
+def weights_of(n: int) -> Tensor:
+    return torch.linspace(0, 1, n)
+
+
+def key_bias_of(n: int) -> Tensor:
+    return torch.linspace(-1, 1, 2 * n).requires_grad_()
+
+
+def everything(n: int) -> Tensors:
+    """All that can be said of queries and keys, with one positive each."""
+    positives = torch.arange(n).flip(0)
+    return queries_and_keys(
+        n,
+        positives=positives,
+        key_ids=ids_of(2 * n),
+        exclude=positives.roll(1),
+        key_bias=key_bias_of(n),
+        weights=torch.rand(n),
+    )
+
+
+def several_positives(n: int) -> Tensors:
+    """Three, and three own negatives."""
+    positives = torch.stack([torch.arange(n).roll(k) for k in (0, 3, 1)], dim=1)
+    return queries_and_keys(
+        n,
+        positives=positives,
+        key_ids=ids_of(2 * n),
+        exclude=positives[:, 1],
+        key_bias=key_bias_of(n),
+        negatives=features(3 * n, 2).detach().view(n, 3, D).requires_grad_(),
+    )
+
+
+def smoothed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda **tensors: function(**tensors, label_smoothing=0.1)
+
+
+def hard_and_soft_losses(
+    features: Tensor, prototypes: Tensor, labels: Tensor, logit_scale: Tensor
+) -> Tensor:
+    hard = protoclip.Bank(prototypes, labels)
+    soft = protoclip.Bank(prototypes, labels, prototypes.detach().flip(0))
+    return protoclip.prototype_losses(features, [hard, soft], logit_scale).loss.sum()
+
+
+def sum_of_parts(**tensors: Tensor) -> Tensor:
+    level, mean = protoclip.contrastive_parts(**tensors)
+    return level.sum() + mean.sum()
+
+
+def squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
+    _, squared = protoclip.kmeans_assign(points, centroids)
+    return squared
+
+
+def means_of_segments(values: Tensor, labels: Tensor) -> Tensor:
+    means, _ = protoclip.segment_mean(values, labels, K)
+    return means
+
+
+MODULES = {
+    "info_nce": Module(protoclip.info_nce, pairs),
+    "info_nce of each pair": Module(
+        lambda **tensors: protoclip.info_nce(**tensors, reduction="none"), pairs
     ),
-    "info_nce with ids": (
-        lambda x, y, logit_scale, ids: protoclip.info_nce(x, y, logit_scale, ids=ids),
-        lambda n: (features(n), features(n, 1), scalar(10.0), ids_of(n)),
+    "info_nce with ids": Module(protoclip.info_nce, lambda n: pairs(n, ids=ids_of(n))),
+    "info_nce with options": Module(
+        smoothed(protoclip.info_nce), lambda n: pairs(n, weights=weights_of(n))
     ),
-    "info_nce with options": (
-        lambda x, y, logit_scale, weights: protoclip.info_nce(
-            x, y, logit_scale, weights=weights, label_smoothing=0.1
+    "info_nce with ids and options": Module(
+        smoothed(protoclip.info_nce),
+        lambda n: pairs(
+            n,
+            ids=torch.stack([ids_of(n), torch.arange(n) // 3], dim=1),
+            weights=weights_of(n),
         ),
-        lambda n: (features(n), features(n, 1), scalar(10.0), torch.linspace(0, 1, n)),
     ),
-    "info_nce with ids and options": (
-        lambda x, y, logit_scale, ids, weights: protoclip.info_nce(
-            x, y, logit_scale, ids=ids, weights=weights, label_smoothing=0.1
-        ),
-        lambda n: (
-            features(n),
-            features(n, 1),
-            scalar(10.0),
-            torch.stack([ids_of(n), torch.arange(n) // 3], dim=1),
-            torch.linspace(0, 1, n),
-        ),
+    "ClipLoss": Module(protoclip.ClipLoss(), pairs),
+    "SigLipLoss": Module(protoclip.SigLipLoss(), lambda n: pairs(n, logit_bias=scalar(-5.0))),
+    "sigmoid_loss": Module(sigmoid_loss, lambda n: pairs(n, logit_bias=scalar(-5.0))),
+    "contrastive": Module(protoclip.contrastive, queries_and_keys),
+    "contrastive smoothed": Module(smoothed(protoclip.contrastive), queries_and_keys),
+    "contrastive with everything": Module(protoclip.contrastive, everything),
+    "contrastive with several positives and own negatives": Module(
+        smoothed(protoclip.contrastive), several_positives
     ),
-    "contrastive smoothed": (
-        lambda x, y, logit_scale: protoclip.contrastive(x, y, logit_scale, label_smoothing=0.1),
-        lambda n: (features(n), features(2 * n, 1), scalar(10.0)),
+    "contrastive_parts": Module(sum_of_parts, queries_and_keys),
+    "nt_xent": Module(protoclip.nt_xent, views),
+    "nt_xent with ids": Module(protoclip.nt_xent, lambda n: views(n, ids=ids_of(n))),
+    "sup_con": Module(
+        protoclip.sup_con,
+        lambda n: {
+            "features": features(n),
+            "labels": labels_of(n),
+            "logit_scale": scalar(10.0),
+        },
     ),
-    "contrastive with several positives and own negatives": (
-        lambda queries, keys, logit_scale, positives, key_ids, key_bias, negatives: (
-            protoclip.contrastive(
-                queries,
-                keys,
-                logit_scale,
-                positives=positives,
-                key_ids=key_ids,
-                exclude=positives[:, 1],
-                key_bias=key_bias,
-                negatives=negatives,
-                label_smoothing=0.1,
-            )
-        ),
-        lambda n: (
-            features(n),
-            features(2 * n, 1),
-            scalar(10.0),
-            torch.stack([torch.arange(n).roll(k) for k in (0, 3, 1)], dim=1),
-            ids_of(2 * n),
-            torch.linspace(-1, 1, 2 * n).requires_grad_(),
-            features(3 * n, 2).detach().view(n, 3, D).requires_grad_(),
-        ),
+    "prototype_cross_entropy": Module(protoclip.prototype_cross_entropy, prototypes),
+    "prototype_cross_entropy smoothed": Module(
+        smoothed(protoclip.prototype_cross_entropy),
+        lambda n: prototypes(n, prototypes=features(K, 1).detach(), weights=weights_of(n)),
     ),
-    "nt_xent with ids": (
-        lambda x, y, logit_scale, ids: protoclip.nt_xent(x, y, logit_scale, ids=ids),
-        lambda n: (features(n), features(n, 1), scalar(10.0), ids_of(n)),
+    "prototype_cross_entropy smoothed, trained": Module(
+        smoothed(protoclip.prototype_cross_entropy), prototypes
     ),
-    "prototype_cross_entropy smoothed": (
-        lambda x, prototypes, labels, logit_scale, weights: protoclip.prototype_cross_entropy(
-            x, prototypes, labels, logit_scale, weights=weights, label_smoothing=0.1
-        ),
-        lambda n: (
-            features(n),
-            features(K, 1).detach(),
-            labels_of(n),
-            scalar(10.0),
-            torch.linspace(0, 1, n),
-        ),
+    "prototype_losses": Module(hard_and_soft_losses, prototypes),
+    "kmeans_assign": Module(
+        squared_distances,
+        lambda n: {"points": features(n).detach(), "centroids": features(K, 1).detach()},
     ),
-    "prototype_cross_entropy smoothed, trained": (
-        lambda x, prototypes, labels, logit_scale: protoclip.prototype_cross_entropy(
-            x, prototypes, labels, logit_scale, label_smoothing=0.1
-        ),
-        lambda n: (features(n), features(K, 1), labels_of(n), scalar(10.0)),
-    ),
-    "contrastive": (
-        protoclip.contrastive,
-        lambda n: (features(n), features(2 * n, 1), scalar(10.0)),
-    ),
-    "contrastive with everything": (
-        lambda queries, keys, logit_scale, positives, key_ids, key_bias, weights: (
-            protoclip.contrastive(
-                queries,
-                keys,
-                logit_scale,
-                positives=positives,
-                key_ids=key_ids,
-                exclude=positives.roll(1),
-                key_bias=key_bias,
-                weights=weights,
-            )
-        ),
-        lambda n: (
-            features(n),
-            features(2 * n, 1),
-            scalar(10.0),
-            torch.arange(n).flip(0),
-            ids_of(2 * n),
-            torch.linspace(-1, 1, 2 * n).requires_grad_(),
-            torch.rand(n),
-        ),
-    ),
-    "contrastive_parts": (
-        lambda x, y, logit_scale: torch.stack(protoclip.contrastive_parts(x, y, logit_scale)).sum(),
-        lambda n: (features(n), features(2 * n, 1), scalar(10.0)),
-    ),
-    "nt_xent": (protoclip.nt_xent, lambda n: (features(n), features(n, 1), scalar(10.0))),
-    "sup_con": (protoclip.sup_con, lambda n: (features(n), labels_of(n), scalar(10.0))),
-    "sigmoid_loss": (
-        sigmoid_loss,
-        lambda n: (features(n), features(n, 1), scalar(10.0), scalar(-5.0)),
-    ),
-    "SigLipLoss": (
-        protoclip.SigLipLoss(),
-        lambda n: (features(n), features(n, 1), scalar(10.0), scalar(-5.0)),
-    ),
-    "ClipLoss": (protoclip.ClipLoss(), lambda n: (features(n), features(n, 1), scalar(10.0))),
-    "prototype_cross_entropy": (
-        protoclip.prototype_cross_entropy,
-        lambda n: (features(n), features(K, 1), labels_of(n), scalar(10.0)),
-    ),
-    "prototype_losses": (
-        lambda x, prototypes, labels, logit_scale: protoclip.prototype_losses(
-            x,
-            [
-                protoclip.Bank(prototypes, labels),
-                protoclip.Bank(prototypes, labels, prototypes.detach().flip(0)),
-            ],
-            logit_scale,
-        ).loss.sum(),
-        lambda n: (features(n), features(K, 1), labels_of(n), scalar(10.0)),
-    ),
-    "kmeans_assign": (
-        lambda points, centroids: protoclip.kmeans_assign(points, centroids)[1],
-        lambda n: (features(n).detach(), features(K, 1).detach()),
-    ),
-    "segment_mean": (
-        lambda values, labels: protoclip.segment_mean(values, labels, K)[0],
-        lambda n: (features(n).detach(), labels_of(n)),
+    "segment_mean": Module(
+        means_of_segments,
+        lambda n: {"values": features(n).detach(), "labels": labels_of(n)},
     ),
 }
 
@@ -182,20 +207,20 @@ CALLS = {
 class Counter:
     """A torch.compile backend that counts the graphs it is given."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.graphs = 0
 
-    def __call__(self, graph, inputs):
+    def __call__(self, graph: Any, inputs: Any) -> Any:
         from torch._dynamo.backends.debugging import aot_eager
 
         self.graphs += 1
         return aot_eager(graph, inputs)
 
 
-def results(call, tensors):
+def results(call: Callable[..., Tensor], tensors: Tensors) -> list[Tensor]:
     """The value and the gradients of the tensors that have one."""
-    value = call(*tensors)
-    leaves = [t for t in tensors if t.requires_grad]
+    value = call(**tensors)
+    leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
     if not leaves:
         return [value]
     upstream = torch.linspace(0.5, 1.5, value.numel()).reshape(value.shape)
@@ -204,53 +229,47 @@ def results(call, tensors):
 
 # The second size makes the sizes symbols, unless they are from the start.
 @pytest.mark.parametrize("dynamic, graphs", [(True, 1), (None, 2)], ids=["dynamic", "automatic"])
-@pytest.mark.parametrize("name", CALLS)
-def test_one_graph_for_all_batch_sizes(name, dynamic, graphs):
+@pytest.mark.parametrize("name", MODULES)
+def test_one_graph_serves_all_batch_sizes(name: str, dynamic: bool | None, graphs: int) -> None:
     torch._dynamo.reset()
-    call, tensors_of = CALLS[name]
+    module = MODULES[name]
     counter = Counter()
-    compiled = torch.compile(call, fullgraph=True, backend=counter, dynamic=dynamic)
+    compiled = torch.compile(module.call, fullgraph=True, backend=counter, dynamic=dynamic)
     for n in SIZES:
-        tensors = tensors_of(n)
-        got, want = results(compiled, tensors), results(call, tensors)
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        tensors = module.tensors_of(n)
+        assert_same_bits(results(compiled, tensors), results(module.call, tensors))
     assert counter.graphs == graphs
 
 
-class Module(torch.nn.Module):
-    def __init__(self, call):
-        super().__init__()
-        self.call = call
-
-    def forward(self, *tensors):
-        return self.call(*tensors)
-
-
 @pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("name", CALLS)
-def test_export_with_a_dynamic_batch(name, strict):
+@pytest.mark.parametrize("name", MODULES)
+def test_an_exported_program_takes_any_batch(name: str, strict: bool) -> None:
     torch._dynamo.reset()
-    call, tensors_of = CALLS[name]
+    module = MODULES[name]
+    first_size, other_size = SIZES[:2]
     batch = torch.export.Dim("batch", min=2)
-    example, other = tensors_of(SIZES[0]), tensors_of(SIZES[1])
-    sizes = {SIZES[0]: batch, 2 * SIZES[0]: 2 * batch}
-    shapes = tuple({0: sizes[t.shape[0]]} if t.ndim and t.shape[0] != K else {} for t in example)
+    dim_of_size = {first_size: batch, 2 * first_size: 2 * batch}
+    example = module.tensors_of(first_size)
+    shapes = {
+        argument: {0: dim_of_size[tensor.shape[0]]} if tensor.ndim and len(tensor) != K else {}
+        for argument, tensor in example.items()
+    }
     program = torch.export.export(
-        Module(call), example, dynamic_shapes={"tensors": shapes}, strict=strict
+        module, (), example, dynamic_shapes={"tensors": shapes}, strict=strict
     )
-    assert torch.equal(program.module()(*other), call(*other))
+    others = module.tensors_of(other_size)
+    assert torch.equal(program.module()(**others), module(**others))
 
 
 @pytest.mark.parametrize("backend", usable("segment_mean"))
-def test_one_graph_for_all_numbers_of_segments(backend):
+def test_one_graph_serves_all_numbers_of_segments(backend: str) -> None:
     torch._dynamo.reset()
     counter = Counter()
-    compiled = torch.compile(
-        lambda values, labels, k: protoclip.segment_mean(values, labels, k, backend=backend),
-        fullgraph=True,
-        backend=counter,
-        dynamic=True,
-    )
+
+    def segment_mean(values: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return protoclip.segment_mean(values, labels, k, backend=backend)
+
+    compiled = torch.compile(segment_mean, fullgraph=True, backend=counter, dynamic=True)
     for k in (K, K + 3, K + 5):
         means, counts = compiled(features(20).detach(), labels_of(20), k)
         assert means.shape == (k, D) and counts.sum() == 20

@@ -1,5 +1,7 @@
 """What holds for the package as a whole: import cost, public names, installed contents."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import subprocess
@@ -20,22 +22,22 @@ def _fresh(code: str) -> str:
     ).stdout
 
 
-def test_import_is_light():
+def test_import_is_light() -> None:
     """It takes a few modules of its own and no other package that torch has not loaded."""
     loaded = _fresh(
         "import sys, torch\nbefore = set(sys.modules)\nimport protoclip\n"
         "print(*(set(sys.modules) - before))"
     ).split()
-    own = [name for name in loaded if name.split(".")[0] == "protoclip"]
-    others = {name.split(".")[0] for name in loaded} - {"protoclip"}
-    assert others <= set(sys.stdlib_module_names) and len(own) < 30, loaded
+    packages = [name.split(".")[0] for name in loaded]
+    assert packages.count("protoclip") < 30, loaded
+    assert set(packages) <= {"protoclip", *sys.stdlib_module_names}, loaded
 
 
-def test_public_names_exist_and_are_documented():
+def test_public_names_exist_and_are_documented() -> None:
     assert not [name for name in protoclip.__all__ if not getattr(protoclip, name).__doc__]
 
 
-def test_functions_are_also_imported_from_where_they_used_to_live():
+def test_functions_are_also_imported_from_where_they_used_to_live() -> None:
     """``protoclip.kmeans`` stays the function, whoever imports the module of that name."""
     said = _fresh(
         "import importlib, protoclip\n"
@@ -49,12 +51,13 @@ def test_functions_are_also_imported_from_where_they_used_to_live():
     assert said.split() == ["True"] * 3
 
 
-def test_a_wheel_holds_everything_and_works_elsewhere(tmp_path):
+def test_a_wheel_holds_everything_and_works_elsewhere(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     makers = ("setuptools.command.bdist_wheel", "wheel")  # the first since setuptools 70
     if not any(importlib.util.find_spec(name) for name in makers):
         pytest.skip(f"none of {', '.join(makers)} is installed")
-    source, out = ROOT.parent, tmp_path / "out"
+    source = ROOT.parent
+    out = tmp_path / "out"
     command = f"egg_info --egg-base {tmp_path} build --build-base {tmp_path / 'b'} bdist_wheel"
     command += f" --bdist-dir {tmp_path / 'w'} -d {out}"
     subprocess.run([sys.executable, "setup.py", "-q", *command.split()], cwd=source, check=True)

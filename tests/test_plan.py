@@ -1,8 +1,11 @@
 """The plan beside processes that take real steps, and its sums by hand."""
 
+from __future__ import annotations
+
 import gc
 import itertools
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +15,12 @@ from protoclip import distributed
 from protoclip.distributed import find_rank
 from protoclip.plan import build_run, main, measure_shape, memory
 
-CLUSTERS, SAMPLES, TEACHER = 2000, 100_000, 32
+CLUSTERS = 2000
+SAMPLES = 100_000
+TEACHER_DIM = 32
 
 
-def peak_of_steps(batch_size):
+def peak_of_steps(batch_size: int) -> int:
     """Bytes of all tensors at the worst moment of building a model and taking two steps, counted
     by the allocator: what is resident also depends on the kernel and on what ran before."""
     distributed.start(find_rank(), torch.device("cpu"), 60)
@@ -25,14 +30,15 @@ def peak_of_steps(batch_size):
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         steps(batch_size)
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
+    events = profile.profiler.kineto_results.events()
+    allocations = [event for event in events if event.name() == "[memory]"]
+    allocations.sort(key=lambda event: event.start_ns())
     distributed.sum_over_ranks(torch.zeros(1))  # all have come as far
     distributed.stop()
-    return max(itertools.accumulate(event.nbytes() for event in events))
+    return max(itertools.accumulate(event.nbytes() for event in allocations))
 
 
-def steps(batch_size):
+def steps(batch_size: int) -> None:
     """Build a model and an episode's tensors, and take two steps."""
     from protoclip.config import LossConfig, ModelConfig, OptimConfig
     from protoclip.data import Batch
@@ -44,7 +50,7 @@ def steps(batch_size):
     model = build_model(ModelConfig())
     stepper = Stepper(model, ProtoLoss(LossConfig()), OptimConfig())
     dim = model.image_head[-1].out_features
-    held = [torch.randn(SAMPLES, TEACHER)]
+    held = [torch.randn(SAMPLES, TEACHER_DIM)]
     rows = SAMPLES // distributed.world_size()
     for _ in range(2):  # the rows of the episode, which is an epoch, and those of the data
         held.append(torch.zeros(rows, 2 * dim + 2, dtype=torch.bfloat16))
@@ -69,11 +75,16 @@ def steps(batch_size):
     assert len(held) == 3  # until here
 
 
+def run_of(*flags: object) -> Any:
+    run, *_ = build_run([str(flag) for flag in flags])
+    return run
+
+
 @pytest.mark.parametrize(("ranks", "batch"), [(1, 64), (2, 32)])
-def test_memory_is_within_15_percent(ranks, batch):
+def test_memory_is_within_15_percent(ranks: int, batch: int) -> None:
     run = run_of(
         "--device", "cpu", "--batch-size", batch, "--ranks", ranks, "--samples", SAMPLES,
-        "--k", CLUSTERS, "--external-teacher", "f.npy", "--external-teacher-dim", TEACHER,
+        "--k", CLUSTERS, "--external-teacher", "f.npy", "--external-teacher-dim", TEACHER_DIM,
     )  # fmt: skip
     parts = memory(measure_shape(run), run)
     predicted = sum(parts.values())
@@ -81,34 +92,41 @@ def test_memory_is_within_15_percent(ranks, batch):
         assert predicted == pytest.approx(measured, rel=0.15), parts
 
 
-def run_of(*flags):
-    return build_run([str(flag) for flag in flags])[0]
-
-
-def saved(*flags):
-    run = run_of("--device", "cpu", "--method", "clip", *flags)
+def saved_for_backward(*flags: str) -> int:
+    """Bytes, of a model with several blocks in each tower."""
+    run = run_of("--device", "cpu", "--method", "clip", "--model", "protoclip-tiny", *flags)
     return memory(measure_shape(run), run)["saved for backward"]
 
 
-def test_settings_of_the_towers_count():
-    vit = ("--model", "protoclip-tiny")  # several blocks in each tower
-    plain = saved(*vit)
-    assert saved(*vit, "--grad-checkpointing") < 0.6 * plain
-    assert 0.4 * plain < saved(*vit, "--precision", "amp_bf16") < 0.7 * plain
-    assert saved(*vit, "--lock-image") < plain
+def test_settings_of_the_towers_count() -> None:
+    plain = saved_for_backward()
+    assert saved_for_backward("--grad-checkpointing") < 0.6 * plain
+    assert 0.4 * plain < saved_for_backward("--precision", "amp_bf16") < 0.7 * plain
+    assert saved_for_backward("--lock-image") < plain
 
 
-def test_the_command_takes_trains_flags(capsys):
+def test_the_command_takes_trains_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--preset", "paper-cc3m-8gpu", "--ranks", "8", "--samples", "2500000"]) == 0
-    said = capsys.readouterr().out
-    assert "64 x 1 passes x 8 ranks; 391 steps per episode of 200,000" in said
+    text = capsys.readouterr().out
+    assert "64 x 1 passes x 8 ranks; 391 steps per episode of 200,000" in text
+
+
+def test_the_command_writes_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--episode-size", "512", "--json"]) == 0
     sizes = json.loads(capsys.readouterr().out)
     assert sizes["global_batch"] == 256 and sizes["memory_bytes"]["weights"] > 1e6
-    for flags, words in (
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
         (["--ranks", "0"], "--ranks: expected at least 1"),
         (["--k", "600", "--episode-size", "512"], "got k=600 for the 512 samples"),
         (["--model", "no-such"], "--model: OpenCLIP knows no model 'no-such'"),
-    ):
-        assert main(flags) == 2
-        assert words in capsys.readouterr().err
+    ],
+)
+def test_mistakes_are_refused_in_words(
+    capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
+    assert main(flags) == 2
+    assert words in capsys.readouterr().err

@@ -1,14 +1,29 @@
 """prototype_cross_entropy and soft_targets in C++: within the error budget, and their edges."""
 
+from __future__ import annotations
+
 import math
+from dataclasses import replace
 from itertools import product
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget, on_threads
-from prototype_problem import DTYPES, TEMPERATURES, check, check_case, plain, problem, run, unit
+from budget import assert_same_bits, assert_within_budget, leaf, loss_and_gradients, on_threads
+from prototype_problem import (
+    DTYPES,
+    TEMPERATURES,
+    Problem,
+    assert_problem_within_budget,
+    assert_random_problem_within_budget,
+    computed,
+    plain,
+    random_problem,
+    unit,
+)
 from room import run_in_room
+from torch import Tensor
 
 import protoclip
 from protoclip.ops import Bank
@@ -16,218 +31,339 @@ from protoclip.ops import Bank
 REASON = protoclip.backends("prototype_cross_entropy")["cpu"]
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
+
+class Shape(NamedTuple):
+    n: int
+    d: int
+    logit_scale: float
+
+
 # N: none, one, two, five, a ragged tile, a tile and three. D: odd ones too, for pairs of bf16.
-SHAPES = (
-    (0, 64, 14.3), (1, 512, 14.3), (2, 128, 1.0), (5, 256, 100.0), (37, 1, 14.3), (37, 64, 14.3),
-    (37, 123, 100.0), (37, 128, 100.0), (67, 512, 100.0), (131, 8, 1.0), (131, 8, 100.0),
-)  # fmt: skip
+SHAPES = [
+    Shape(0, 64, 14.3), Shape(1, 512, 14.3), Shape(2, 128, 1.0), Shape(5, 256, 100.0),
+    Shape(37, 1, 14.3), Shape(37, 64, 14.3), Shape(37, 123, 100.0), Shape(37, 128, 100.0),
+    Shape(67, 512, 100.0), Shape(131, 8, 1.0), Shape(131, 8, 100.0),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [1, 2, 257, 700])  # one, two, past one tile of 256, past two
-def test_loss_and_gradients_within_budget(k, dtype, temperature):
+def test_loss_and_gradients_are_within_budget(
+    k: int, dtype: torch.dtype, temperature: float
+) -> None:
     torch.manual_seed(0)
-    for n, d, scale in SHAPES:
-        check(n, k, d, dtype, temperature, scale)
+    for shape in SHAPES:
+        assert_random_problem_within_budget(
+            shape.n,
+            k,
+            shape.d,
+            dtype=dtype,
+            temperature=temperature,
+            logit_scale=shape.logit_scale,
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d, scale", [(8, 1.0), (64, 14.3), (256, 14.3), (512, 100.0)])
-def test_twenty_thousand_prototypes_within_budget(d, scale, dtype):
+@pytest.mark.parametrize("d, logit_scale", [(8, 1.0), (64, 14.3), (256, 14.3), (512, 100.0)])
+def test_twenty_thousand_prototypes_are_within_budget(
+    d: int, logit_scale: float, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     for temperature in TEMPERATURES if d < 256 else TEMPERATURES[1:2]:
-        check(23, 20_000, d, dtype, temperature, scale)
+        assert_random_problem_within_budget(
+            23, 20_000, d, dtype=dtype, temperature=temperature, logit_scale=logit_scale
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_probabilities_of_alike_prototypes(dtype):
+def test_prototypes_that_are_almost_alike_are_within_budget(dtype: torch.dtype) -> None:
     """Prototypes of cosine 0.99: what of the weights' rounding is common to them cancels."""
     torch.manual_seed(0)
     shared = 10 * unit(1, 64)
-    h, c = (F.normalize(shared + unit(rows, 64), dim=-1).to(dtype) for rows in (90, 300))
-    check_case(h, c, torch.randint(0, 300, (90,)), None, 100.0, torch.ones(90))
+    problem = Problem(
+        features=F.normalize(shared + unit(90, 64), dim=-1).to(dtype),
+        prototypes=F.normalize(shared + unit(300, 64), dim=-1).to(dtype),
+        labels=torch.randint(0, 300, (90,)),
+        logit_scale=100.0,
+    )
+    assert_problem_within_budget(problem)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("k, d, scale", [(257, 64, 14.3), (300, 512, 14.3), (257, 64, 100.0)])
-def test_soft_targets_that_the_features_have_reached(k, d, scale, dtype):
-    """Trained to the end: the expected prototype is the target; all of dh is rounding."""
+@pytest.mark.parametrize("k, d, logit_scale", [(257, 64, 14.3), (300, 512, 14.3), (257, 64, 100.0)])
+def test_soft_targets_that_the_features_have_reached_are_within_budget(
+    k: int, d: int, logit_scale: float, dtype: torch.dtype
+) -> None:
+    """Trained to the end: the expected prototype is the target; all of dfeatures is rounding."""
     torch.manual_seed(0)
-    c = unit(k, d, dtype=dtype)
-    m = (torch.softmax(scale * c.double() @ c.double().T, 1) @ c.double()).to(dtype)
-    check_case(c, c, torch.arange(k), m, scale, torch.ones(k) / k)
+    prototypes = unit(k, d, dtype=dtype)
+    exact = prototypes.double()
+    targets = torch.softmax(logit_scale * exact @ exact.T, dim=1) @ exact
+    problem = Problem(
+        features=prototypes,
+        prototypes=prototypes,
+        labels=torch.arange(k),
+        targets=targets.to(dtype),
+        logit_scale=logit_scale,
+        weights=torch.ones(k) / k,
+    )
+    assert_problem_within_budget(problem)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_loss_near_zero_does_not_cancel(dtype):
-    c = F.normalize(torch.eye(300) + 0.03 * torch.rand(300, 300)).to(dtype)
-    for scale in (20.0, 100.0):
+def test_a_loss_near_zero_does_not_cancel(dtype: torch.dtype) -> None:
+    prototypes = F.normalize(torch.eye(300) + 0.03 * torch.rand(300, 300)).to(dtype)
+    for logit_scale in (20.0, 100.0):
         # Weights below 2^-126 are flushed to zero.
-        size = scale * 2**-126 / torch.finfo(torch.float32).eps
-        check_case(c, c, torch.arange(300), None, scale, torch.ones(300), size=size)
-
-
-def plain_targets(source, c, temperature, dtype, rows):
-    """The plain formula, run in ``dtype``, or in fp64 for the truth."""
-    source, c = source.to(dtype), c.to(dtype)
-    return torch.softmax(source[rows] @ source.T / temperature, dim=1) @ c
+        size = logit_scale * 2**-126 / torch.finfo(torch.float32).eps
+        problem = Problem(prototypes, prototypes, torch.arange(300), logit_scale=logit_scale)
+        assert_problem_within_budget(problem, size=size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "k, d_source, d", [(1, 1, 1), (2, 8, 64), (257, 64, 13), (700, 24, 128), (20_000, 16, 8)]
 )
-def test_soft_targets_within_budget(k, d_source, d, dtype):
+def test_soft_targets_are_within_budget(k: int, d_source: int, d: int, dtype: torch.dtype) -> None:
     """Of 20,000 clusters in 40 rows: the truth of all would be 3 GB."""
     torch.manual_seed(0)
     rows = torch.arange(0, k, 500 if k == 20_000 else 1)
     for temperature in TEMPERATURES[1:]:
-        source, c = 0.9 * unit(k, d_source, dtype=dtype), unit(k, d, dtype=dtype)
-        got = protoclip.soft_targets(source, c, temperature, backend="cpu")[rows]
-        truth, base = (
-            plain_targets(source, c, temperature, wide, rows) for wide in (torch.float64, dtype)
+        source = 0.9 * unit(k, d_source, dtype=dtype)
+        prototypes = unit(k, d, dtype=dtype)
+
+        def formula(
+            wide: torch.dtype,
+            source: Tensor = source,
+            prototypes: Tensor = prototypes,
+            temperature: float = temperature,
+        ) -> Tensor:
+            points = source.to(wide)
+            shares = torch.softmax(points[rows] @ points.T / temperature, dim=1)
+            return shares @ prototypes.to(wide)
+
+        targets = protoclip.soft_targets(source, prototypes, temperature, backend="cpu")
+        assert_within_budget(
+            targets[rows],
+            truth=formula(torch.float64),
+            base=formula(dtype).float(),
+            logit_scale=1 / temperature,
         )
-        assert_within_budget(got, truth, base.float(), scale=1 / temperature)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_banks_are_the_single_losses(dtype):
+def test_several_banks_have_the_losses_of_one_call_each(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    h = unit(150, 24, dtype=dtype).requires_grad_()
-    banks = [
-        Bank(unit(k, 24, dtype=dtype), torch.randint(0, k, (150,)), m)
-        for k, m in ((700, None), (7, unit(7, 24, dtype=dtype)), (257, None))
-    ]
-    got = protoclip.prototype_losses(h, banks, 14.3, backend="cpu")
-    (grad,) = torch.autograd.grad(got.loss.sum(), h)
-    total = torch.zeros_like(grad, dtype=torch.float32)
+    features = unit(150, 24, dtype=dtype).requires_grad_()
+
+    def random_bank(k: int, targets: Tensor | None = None) -> Bank:
+        return Bank(unit(k, 24, dtype=dtype), torch.randint(0, k, (150,)), targets)
+
+    banks = [random_bank(700), random_bank(7, unit(7, 24, dtype=dtype)), random_bank(257)]
+    got = protoclip.prototype_losses(features, banks, 14.3, backend="cpu")
+    (gradient,) = torch.autograd.grad(got.loss.sum(), features)
+    expected_gradient = torch.zeros_like(gradient, dtype=torch.float32)
     for loss, nearest, bank in zip(got.loss, got.nearest, banks, strict=True):
-        c, y = bank.prototypes, bank.labels
         single = protoclip.prototype_cross_entropy(
-            h, c, y, 14.3, targets=bank.targets, backend="cpu"
+            features, bank.prototypes, bank.labels, 14.3, targets=bank.targets, backend="cpu"
         )
         assert torch.equal(loss, single)
-        total += torch.autograd.grad(single, h)[0].float()
-        logits = h.detach().double() @ c.double().T
-        assert (logits.amax(dim=1) - logits.gather(1, nearest[:, None])[:, 0]).max() <= 1e-6
-    torch.testing.assert_close(grad.float(), total, rtol=0.02, atol=1e-3)  # bf16 sums
+        expected_gradient += torch.autograd.grad(single, features)[0].float()
+        logits = features.detach().double() @ bank.prototypes.double().T
+        reached = logits.gather(1, nearest[:, None])[:, 0]
+        assert (logits.amax(dim=1) - reached).max() <= 1e-6
+    # Sums of bf16 gradients.
+    torch.testing.assert_close(gradient.float(), expected_gradient, rtol=0.02, atol=1e-3)
 
 
-@pytest.mark.parametrize("scale", [10.0, -10.0, 0.0])
-def test_nearest_takes_the_lowest_index_of_a_tie(scale):
-    c = torch.eye(2).repeat(600, 1)  # every prototype 600 times, over many tiles
-    h = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    nearest = protoclip.prototype_losses(h, [Bank(c, torch.tensor([0, 1]))], scale, backend="cpu")
-    want = {10.0: [1, 0], -10.0: [0, 1], 0.0: [0, 0]}[scale]
-    assert nearest.nearest[0].tolist() == want
+@pytest.mark.parametrize("logit_scale, expected", [(10.0, [1, 0]), (-10.0, [0, 1]), (0.0, [0, 0])])
+def test_nearest_is_the_lowest_index_of_a_tie(logit_scale: float, expected: list[int]) -> None:
+    prototypes = torch.eye(2).repeat(600, 1)  # every prototype 600 times, over many tiles
+    features = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    bank = Bank(prototypes, torch.tensor([0, 1]))
+    losses = protoclip.prototype_losses(features, [bank], logit_scale, backend="cpu")
+    assert losses.nearest[0].tolist() == expected
 
 
-def test_scale_of_zero_still_has_a_gradient():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [3, 20])
+def test_a_scale_of_zero_still_has_a_gradient(n: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    for dtype, n in product(DTYPES, (3, 20)):
-        h, c, labels, _ = problem(n, 300, 16, dtype, 0.0)
-        args = h, c, labels, None, 0.0, torch.ones(n)
-        truth = plain(*args, torch.float64)["dscale"]
-        assert abs(run(*args, "cpu")["dscale"] - truth) <= 1e-5 * truth.abs()
+    problem = random_problem(n, 300, 16, dtype=dtype, temperature=0.0, logit_scale=0.0)
+    got = computed(problem, "cpu")["dlogit_scale"]
+    truth = plain(problem, torch.float64).values["dlogit_scale"]
+    assert abs(got - truth) <= 1e-5 * truth.abs()
 
 
-def test_same_bits_twice_and_on_any_number_of_threads():
-    for dtype, (n, k) in product(DTYPES, ((777, 1500), (1100, 300), (50, 3000))):
-        h, c, labels, m = problem(n, k, 40, dtype, 0.1)
+@pytest.mark.parametrize("n, k", [(777, 1500), (1100, 300), (50, 3000)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(n: int, k: int, dtype: torch.dtype) -> None:
+    problem = random_problem(n, k, 40, dtype=dtype, temperature=0.1, logit_scale=20.0)
 
-        def results(h=h, c=c, labels=labels, m=m, n=n):
-            found = run(h, c, labels, m, 20.0, torch.ones(n), "cpu")
-            return [*found.values(), protoclip.soft_targets(c, c, 0.1, backend="cpu")]
+    def run() -> dict[str, Tensor]:
+        points = problem.prototypes
+        targets = protoclip.soft_targets(points, points, 0.1, backend="cpu")
+        return computed(problem, "cpu") | {"targets": targets}
 
-        first, *others = on_threads(results, (torch.get_num_threads(), 1, 2, 3))
-        for again in others:
-            assert all(map(torch.equal, first, again)), dtype
+    first, *repeated = on_threads(run, (torch.get_num_threads(), 1, 2, 3))
+    for again in repeated:
+        assert_same_bits(again, first)
 
 
-def test_strides_do_not_matter():
-    for dtype in DTYPES:
-        h, c, labels, m = problem(60, 150, 34, dtype, 0.1)
-        wide = torch.full((150, 73), 9.0, dtype=dtype)
-        wide[:, 5:39] = c
-        views = h.T.contiguous().T, wide[:, 5:39], labels.repeat_interleave(2)[::2], m.flip(0)
-        want = run(h, c, labels, m.flip(0).contiguous(), 20.0, torch.ones(60), "cpu")
-        got = run(*views, 20.0, torch.ones(60), "cpu")
-        assert all(torch.equal(want[x], got[x]) for x in want)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_do_not_matter(dtype: torch.dtype) -> None:
+    problem = random_problem(60, 150, 34, dtype=dtype, temperature=0.1, logit_scale=20.0)
+    assert problem.targets is not None
+    wide = torch.full((150, 73), 9.0, dtype=dtype)
+    wide[:, 5:39] = problem.prototypes
+    views = replace(
+        problem,
+        features=problem.features.T.contiguous().T,
+        prototypes=wide[:, 5:39],
+        labels=problem.labels.repeat_interleave(2)[::2],
+        targets=problem.targets.T.contiguous().T,
+    )
+    assert not any(
+        view.is_contiguous()
+        for view in (views.features, views.prototypes, views.labels, views.targets)
+    )
+    assert_same_bits(computed(views, "cpu"), computed(problem, "cpu"))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_non_finite_input_gives_a_non_finite_loss(dtype, bad):
+def test_non_finite_input_makes_the_losses_it_reaches_non_finite(
+    dtype: torch.dtype, bad: float
+) -> None:
     torch.manual_seed(0)
-    h, c, labels, m = problem(150, 700, 20, dtype, 0.1)
-    used = labels != -100
+    problem = random_problem(150, 700, 20, dtype=dtype, temperature=0.1, logit_scale=10.0)
+    soft_targets = problem.targets
+    assert soft_targets is not None
+    hard = replace(problem, targets=None)
+    used = problem.labels != -100
 
-    def finite(h=h, c=c, m=None, s=10.0):
+    def finite(problem: Problem) -> Tensor:
         return protoclip.prototype_cross_entropy(
-            h, c, labels, s, targets=m, reduction="none", backend="cpu"
+            problem.features,
+            problem.prototypes,
+            problem.labels,
+            problem.logit_scale,
+            targets=problem.targets,
+            reduction="none",
+            backend="cpu",
         ).isfinite()
 
-    def spoilt(x, row):
-        x = x.clone()
-        x[row, 3] = bad
-        return x
+    def spoiled(values: Tensor, row: int) -> Tensor:
+        values = values.clone()
+        values[row, 3] = bad
+        return values
 
-    for row, targets in product((0, 149), (None, m)):
-        rows = finite(h=spoilt(h, row), m=targets)
+    for row, form in product((0, 149), (hard, problem)):
+        rows = finite(replace(form, features=spoiled(form.features, row)))
         assert not rows[row] and rows.sum() == 149
-    for k, targets in product((0, 256, 699), (None, m)):
-        rows = finite(c=spoilt(c, k), m=targets)
+    for row, form in product((0, 256, 699), (hard, problem)):
+        rows = finite(replace(form, prototypes=spoiled(form.prototypes, row)))
         assert not rows[used].any() and rows[~used].all()
-    assert not finite(m=spoilt(m, labels[0]))[0] and not finite(s=bad)[used].any()
+    looked_up = int(problem.labels[0])
+    assert not finite(replace(problem, targets=spoiled(soft_targets, looked_up)))[0]
+    assert not finite(replace(hard, logit_scale=bad))[used].any()
 
 
 @pytest.mark.parametrize("label", [-1, 5])
-def test_labels_out_of_range_are_refused(label):
-    h, c, labels = unit(2, 3), unit(5, 3), torch.tensor([0, label])
-    for backend, targets in (("cpu", None), ("reference", None), ("reference", c)):
-        words = rf"labels in \[0, K\) or -100, got {label} at row 1"
-        with pytest.raises(ValueError, match=words):
-            protoclip.prototype_cross_entropy(h, c, labels, 1.0, targets=targets, backend=backend)
+@pytest.mark.parametrize(
+    "backend, soft", [("cpu", False), ("reference", False), ("reference", True)]
+)
+def test_labels_out_of_range_are_refused(backend: str, soft: bool, label: int) -> None:
+    features = unit(2, 3)
+    prototypes = unit(5, 3)
+    words = rf"labels in \[0, K\) or -100, got {label} at row 1"
+    with pytest.raises(ValueError, match=words):
+        protoclip.prototype_cross_entropy(
+            features,
+            prototypes,
+            torch.tensor([0, label]),
+            1.0,
+            targets=prototypes if soft else None,
+            backend=backend,
+        )
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 8), (0, 0, 8), (4, 3, 0), (4, 300, 0), (4, 1, 8)])
-def test_empty_and_single(shape):
-    n, k, d = shape
-    for dtype in DTYPES:
-        h, c = torch.ones(n, d, dtype=dtype), torch.ones(k, d, dtype=dtype, requires_grad=True)
-        labels = torch.zeros(n, dtype=torch.int64)
-        loss = protoclip.prototype_cross_entropy(h, c, labels, 5.0, backend="cpu")
-        assert loss.item() == pytest.approx(math.log(k) if n else 0.0, abs=1e-6)
-        (grad,) = torch.autograd.grad(loss, c)
-        assert grad.shape == (k, d) and (grad == 0).all()
-        assert protoclip.soft_targets(c.detach(), c.detach(), 0.1, backend="cpu").shape == (k, d)
+@pytest.mark.parametrize("n, k, d", [(0, 3, 8), (0, 0, 8), (4, 3, 0), (4, 300, 0), (4, 1, 8)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_rows_no_prototypes_and_no_features_have_a_loss(
+    n: int, k: int, d: int, dtype: torch.dtype
+) -> None:
+    features = torch.ones(n, d, dtype=dtype)
+    prototypes = torch.ones(k, d, dtype=dtype, requires_grad=True)
+    labels = torch.zeros(n, dtype=torch.int64)
+    loss = protoclip.prototype_cross_entropy(features, prototypes, labels, 5.0, backend="cpu")
+    assert loss.item() == pytest.approx(math.log(k) if n else 0.0, abs=1e-6)
+    (gradient,) = torch.autograd.grad(loss, prototypes)
+    assert gradient.shape == (k, d) and (gradient == 0).all()
+    points = prototypes.detach()
+    assert protoclip.soft_targets(points, points, 0.1, backend="cpu").shape == (k, d)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_compile_autocast_and_no_second_derivative(dtype):
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def trained(request: pytest.FixtureRequest) -> Problem:
+    """Six features, five prototypes and the scale as leaves."""
     torch.manual_seed(0)
-    h, c = unit(6, 8, dtype=dtype).requires_grad_(), unit(5, 8, dtype=dtype).requires_grad_()
-    labels, s = torch.randint(0, 5, (6,)), torch.tensor(3.0, requires_grad=True)
-    op, ones = torch.ops.protoclip, torch.ones(2, 6)
-    hard = c.new_empty(0, 8)
-    torch.library.opcheck(op.prototype_ce, (h, [c], [hard], [labels], s, True, True, True, "cpu"))
-    x, y, scale = (t.detach() for t in (h, c, s))
-    torch.library.opcheck(
-        op.prototype_ce, (x, [y], [hard], [labels], scale, False, False, False, "cpu")
+    return Problem(
+        features=leaf(unit(6, 8, dtype=request.param)),
+        prototypes=leaf(unit(5, 8, dtype=request.param)),
+        labels=torch.randint(0, 5, (6,)),
+        logit_scale=leaf(3.0),
     )
-    torch.library.opcheck(op.scaled, (ones[..., None], torch.ones(2, 6, 8)))
 
-    def loss(h, c, s):
-        return 2 * protoclip.prototype_cross_entropy(h, c, labels, s, backend="cpu")
 
-    want = loss(h, c, s)
-    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(h, c, s)
-    for a, b in zip(*(torch.autograd.grad(x, (h, c, s)) for x in (got, want)), strict=True):
-        assert torch.equal(a, b)
+@pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "no gradients"])
+def test_opcheck_accepts_the_op(trained: Problem, gradients: bool) -> None:
+    def argument(tensor: Tensor) -> Tensor:
+        return tensor if gradients else tensor.detach()
+
+    arguments = {
+        "features": argument(trained.features),
+        "prototypes": [argument(trained.prototypes)],
+        "targets": [trained.prototypes.detach()[:0]],  # hard labels
+        "labels": [trained.labels],
+        "logit_scale": argument(trained.logit_scale),
+        "need_grad": gradients,
+        "need_nearest": gradients,
+        "need_scale_gradient": gradients,
+        "backend": "cpu",
+    }
+    torch.library.opcheck(torch.ops.protoclip.prototype_ce, (), arguments)
+
+
+def test_opcheck_accepts_the_op_that_scales_gradients() -> None:
+    arguments = {"grad": torch.ones(2, 6, 1), "saved": torch.ones(2, 6, 8)}
+    torch.library.opcheck(torch.ops.protoclip.scaled, (), arguments)
+
+
+def test_compiled_code_and_autocast_change_no_bit(trained: Problem) -> None:
+    def loss(features: Tensor, prototypes: Tensor, logit_scale: Tensor) -> Tensor:
+        return 2 * protoclip.prototype_cross_entropy(
+            features, prototypes, trained.labels, logit_scale, backend="cpu"
+        )
+
+    leaves = {
+        "features": trained.features,
+        "prototypes": trained.prototypes,
+        "logit_scale": trained.logit_scale,
+    }
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    eager = loss_and_gradients(loss(**leaves), **leaves)
+    assert_same_bits(loss_and_gradients(compiled(**leaves), **leaves), eager)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(loss(h, c, s), want)
-    (first,) = torch.autograd.grad(loss(h, c, s), c, create_graph=True)
+        assert torch.equal(loss(**leaves), eager["loss"])
+
+
+def test_a_second_derivative_is_refused(trained: Problem) -> None:
+    loss = protoclip.prototype_cross_entropy(
+        trained.features, trained.prototypes, trained.labels, trained.logit_scale, backend="cpu"
+    )
+    (first,) = torch.autograd.grad(2 * loss, trained.prototypes, create_graph=True)
     with pytest.raises(RuntimeError, match="have no second derivative"):
         first.sum().backward()
 
@@ -253,7 +389,7 @@ with pytest.raises(RuntimeError, match="memory"):
 """
 
 
-def test_a_million_prototypes_need_no_more_memory():
+def test_a_million_prototypes_need_no_more_memory() -> None:
     """[1,000,000, 128] prototypes, a thousand times the same thousand, so the answer is known.
 
     16 MiB are allowed; one [64, 1,000,000] matrix would be 244.

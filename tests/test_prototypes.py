@@ -1,10 +1,14 @@
 """From features to clusters, prototypes and targets; the features kept for the next episode."""
 
+from __future__ import annotations
+
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from protoclip.config import EpisodeConfig, LossConfig, ModelConfig
 from protoclip.data import Draws, batches, build_transform, open_dataset
@@ -23,38 +27,60 @@ from protoclip.prototypes import (
     target_entropy,
 )
 
-N, DATASET, CPU = 60, 80, torch.device("cpu")
+N = 60  # samples of the episode
+DATASET = 80
+CPU = torch.device("cpu")
 
 
-def unit(*shape):
+def unit(*shape: int) -> Tensor:
     return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=1)
 
 
 @pytest.fixture
-def features():
+def features() -> Features:
     """Of 60 of the 80 samples."""
     torch.manual_seed(0)
     index = torch.randperm(DATASET)[:N].sort().values
     return Features(index, unit(N, 8), unit(N, 8))
 
 
+def random_teacher() -> Tensor:
+    return torch.randn(DATASET, 5)
+
+
 def episode_of(
-    features, teacher=None, coming=None, recent=None, *, previous=None, classes=None, **settings
-):
-    """An episode that trains on the features' own samples, or on ``coming``."""
-    config = EpisodeConfig(**{"num_clusters": 7, **settings})
+    features: Features,
+    *,
+    samples: Tensor | None = None,
+    teacher: Tensor | None = None,
+    recent: Features | None = None,
+    previous: Any = None,
+    classes: dict[str, Tensor] | None = None,
+    **settings: Any,
+) -> Any:
+    """An episode that trains on ``samples``, or on those of the features."""
+    config = EpisodeConfig(**({"num_clusters": 7} | settings))
     builder = EpisodeBuilder(config, teacher=teacher, classes=classes or {})
     random = torch.Generator().manual_seed(1)
-    coming = features.index if coming is None else coming
-    return builder.build(coming, features, random, recent, previous)
+    if samples is None:
+        samples = features.index
+    return builder.build(samples, features, random, recent, previous)
 
 
 class TestEpisode:
-    def test_back_translation_and_targets_are_the_authors_formulas(self, features):
-        episode = episode_of(features, torch.randn(DATASET, 5))
-        assert [(s.source, s.student) for s in episode.sets] == [
+    def test_images_supervise_texts_texts_images_and_a_teacher_both(
+        self, features: Features
+    ) -> None:
+        episode = episode_of(features, teacher=random_teacher())
+        assert [(item.source, item.student) for item in episode.sets] == [
             ("image", "text"), ("text", "image"), ("external", "image"), ("external", "text"),
         ]  # fmt: skip
+        assert all(item.targets is None for item in episode.sets[2:])
+
+    def test_back_translation_and_targets_are_the_authors_formulas(
+        self, features: Features
+    ) -> None:
+        episode = episode_of(features, teacher=random_teacher())
         for item in episode.sets:
             rows = getattr(features, f"{item.student}_h")
             labels = episode.labels[item.source]
@@ -62,11 +88,10 @@ class TestEpisode:
                 assert (prototype - rows[labels == k].mean(dim=0)).abs().max() < 1e-12
             if item.targets is not None:
                 centroids = episode.centroids[item.source]
-                teacher = torch.softmax(centroids @ centroids.T / 0.01, dim=1)
-                assert (item.targets - teacher @ item.prototypes).abs().max() < 1e-12
-        assert all(item.targets is None for item in episode.sets[2:])
+                shares = torch.softmax(centroids @ centroids.T / 0.01, dim=1)
+                assert (item.targets - shares @ item.prototypes).abs().max() < 1e-12
 
-    def test_labels_are_found_by_position_and_no_cluster_is_empty(self, features):
+    def test_labels_are_found_by_position_and_no_cluster_is_empty(self, features: Features) -> None:
         episode = episode_of(features)
         labels = episode.labels_of(torch.arange(DATASET))["image"]
         outside = ~torch.isin(torch.arange(DATASET), features.index)
@@ -74,65 +99,75 @@ class TestEpisode:
         counts = torch.bincount(labels[features.index])
         assert len(counts) == 7 and (counts > 0).all()
 
-    def test_a_warm_start_changes_few_labels(self, features):
+    def test_a_warm_start_changes_few_labels(self, features: Features) -> None:
         first = episode_of(features, kmeans_max_iter=50)
         second = episode_of(features, previous=first, kmeans_max_iter=50)
         assert second.metrics["image_churn"] < 0.05
 
-    def test_coming_samples_without_stored_features_have_no_label(self, features):
-        """A teacher's features are known for all samples: they get the nearest centroid."""
-        teacher, coming = torch.randn(DATASET, 5), torch.arange(5, DATASET)
-        seen = coming[::2]
+    def test_samples_without_stored_features_have_no_label(self, features: Features) -> None:
+        samples = torch.arange(5, DATASET)
+        seen = samples[::2]
         stored = Features(seen, unit(len(seen), 8), unit(len(seen), 8))
-        episode = episode_of(stored, teacher, coming, recent=features)
+        episode = episode_of(stored, samples=samples)
+        is_seen = torch.isin(torch.arange(DATASET), seen)
         for source, rows in (("image", stored.image_h), ("text", stored.text_h)):
             labels = episode.labels_of(torch.arange(DATASET))[source]
             nearest = torch.cdist(rows, episode.centroids[source]).argmin(dim=1)
             assert torch.equal(labels[seen], nearest)
-            unseen = torch.ones(DATASET, dtype=torch.bool)
-            unseen[seen] = False
-            assert (labels[unseen] == LEFT_OUT).all()
-            assert episode.metrics[f"{source}_labelled"] == pytest.approx(len(seen) / len(coming))
-            assert episode.metrics[f"{source}_clusters"] == 7 * len(seen) // len(coming)
+            assert (labels[~is_seen] == LEFT_OUT).all()
+            labelled = episode.metrics[f"{source}_labelled"]
+            assert labelled == pytest.approx(len(seen) / len(samples))
+            assert episode.metrics[f"{source}_clusters"] == 7 * len(seen) // len(samples)
+
+    def test_a_teachers_features_are_known_for_all_samples(self, features: Features) -> None:
+        """They get the nearest centroid; the prototypes are means of other samples' features."""
+        teacher = random_teacher()
+        samples = torch.arange(5, DATASET)
+        seen = samples[::2]
+        stored = Features(seen, unit(len(seen), 8), unit(len(seen), 8))
+        episode = episode_of(stored, samples=samples, teacher=teacher, recent=features)
         centroids = episode.centroids["external"].double()
         nearest = torch.cdist(teacher.double(), centroids).argmin(dim=1)
-        assert torch.equal(episode.labels["external"].long(), nearest[coming])
+        assert torch.equal(episode.labels["external"].long(), nearest[samples])
         of_recent = nearest[features.index]
-        prototypes = episode.sets[2].prototypes
-        for k in range(len(prototypes)):  # translated by the features of other samples
+        for k, prototype in enumerate(episode.sets[2].prototypes):
             mean = features.image_h[of_recent == k].mean(dim=0)
-            assert (prototypes[k] - mean).abs().max() < 1e-12
+            assert (prototype - mean).abs().max() < 1e-12
 
-    def test_too_few_stored_rows_leave_infonce_alone(self, features):
-        coming = torch.arange(DATASET)
-        few = Features(coming[:3], unit(3, 8), unit(3, 8))
-        assert episode_of(few, None, coming) is None
-        with_teacher = episode_of(few, torch.randn(DATASET, 5), coming, recent=features)
+    def test_too_few_stored_rows_leave_infonce_alone(self, features: Features) -> None:
+        samples = torch.arange(DATASET)
+        few = Features(samples[:3], unit(3, 8), unit(3, 8))
+        assert episode_of(few, samples=samples) is None
+        with_teacher = episode_of(few, samples=samples, teacher=random_teacher(), recent=features)
         assert set(with_teacher.labels) == {"external"}
 
-    def test_faiss_is_one_flag(self, features):
+    def test_faiss_is_one_flag(self, features: Features) -> None:
         pytest.importorskip("faiss")
-        ours, theirs = (episode_of(features, kmeans_backend=b).labels for b in ("auto", "faiss"))
+        ours = episode_of(features, kmeans_backend="auto").labels
+        theirs = episode_of(features, kmeans_backend="faiss").labels
         for source, labels in theirs.items():
             assert not torch.equal(labels, ours[source])  # other random starts
             assert len(labels) == N and (labels >= 0).all()
 
-    def test_features_that_are_not_finite_are_refused(self, features):
+    def test_features_that_are_not_finite_are_refused(self, features: Features) -> None:
         features.image_h[3, 2] = math.nan
         with pytest.raises(ValueError, match="image features .* first is row 3.*lower --lr"):
             episode_of(features)
 
-    def test_purity_by_hand(self, features):
-        labels, classes = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([4, 4, 2, 2, 2])
+    def test_purity_by_hand(self) -> None:
+        labels = torch.tensor([0, 0, 0, 1, 1])
+        classes = torch.tensor([4, 4, 2, 2, 2])
         assert purity(labels, classes) == pytest.approx(4 / 5)
+
+    def test_an_episode_measures_the_purity_of_known_classes(self, features: Features) -> None:
         group = torch.arange(DATASET) % 2
         episode = episode_of(features, classes={"group": group})
-        image = episode.labels["image"].long()
-        assert episode.metrics["image_purity_group"] == purity(image, group[features.index])
+        labels = episode.labels["image"].long()
+        assert episode.metrics["image_purity_group"] == purity(labels, group[features.index])
 
 
 class TestHealth:
-    def test_inertia_by_hand(self):
+    def test_inertia_by_hand(self) -> None:
         points = torch.tensor([[0.0, 0], [2, 0], [10, 0], [12, 4]])
         clusters = kmeans(points, 2, init=points[::2], num_iters=5)
         values = health(points, clusters)
@@ -141,13 +176,13 @@ class TestHealth:
         assert values["inertia_total"] == pytest.approx(float((points - mean).square().sum() / 4))
         assert values["largest_share"] == 0.5
 
-    def test_entropy_of_the_targets(self):
+    def test_entropy_of_the_targets_is_the_mean_over_samples(self) -> None:
         points = unit(40, 6).float()
         clusters = kmeans(points, 5, seed=0)
         targets = torch.softmax(clusters.centroids @ clusters.centroids.T / 0.3, dim=1)
         entropies = -(targets * targets.log()).sum(dim=1)
-        want = float((entropies * clusters.counts).sum() / 40)
-        assert target_entropy(clusters, 0.3) == pytest.approx(want, rel=1e-5)
+        mean = float((entropies * clusters.counts).sum() / 40)
+        assert target_entropy(clusters, 0.3) == pytest.approx(mean, rel=1e-5)
         assert target_entropy(clusters, 1e-4) == pytest.approx(0, abs=1e-5)
 
 
@@ -158,7 +193,7 @@ class TestCollapse:
     }  # fmt: skip
 
     @pytest.mark.parametrize(
-        ("change", "sign"),
+        ("change", "words"),
         [
             ({}, ""),  # captions that repeat are alike
             ({"image_largest_share": 0.3}, "one image cluster holds 30% of the samples"),
@@ -169,72 +204,88 @@ class TestCollapse:
             ({"image_inertia": 0.01, "image_proto_accuracy": math.nan}, ""),  # not measured yet
         ],
     )
-    def test_a_collapse_is_said_with_what_to_do(self, change, sign):
-        said = collapse({**self.HEALTHY, **change}, first_inertia=0.3)
-        assert sign in said and bool(said) == bool(sign)
-        assert not said or "use --episode-features extract" in said
+    def test_a_collapse_is_said_with_what_to_do(self, change: dict[str, float], words: str) -> None:
+        message = collapse(self.HEALTHY | change, first_inertia=0.3)
+        if not words:
+            assert message == ""
+        else:
+            assert words in message and "use --episode-features extract" in message
 
-    def test_the_watch_compares_with_the_first_episode(self):
+    def test_the_watch_compares_with_the_first_episode(self) -> None:
         watch = Watch()
         assert watch.collapse(self.HEALTHY) == ""
         watch.count({"image": torch.tensor([90.0, 100.0])})
         watch.count({"image": torch.tensor([96.0, 100.0])})
-        later = {**self.HEALTHY, "image_inertia": 0.02, **watch.accuracy()}
+        later = self.HEALTHY | {"image_inertia": 0.02} | watch.accuracy()
         assert later["image_proto_accuracy"] == pytest.approx(0.93)
         assert "fell from 0.25 to 0.02 and prototype accuracy is 0.93" in watch.collapse(later)
-        again = Watch()
-        again.load_state_dict(watch.state_dict(), CPU)
-        assert again.collapse(later) == watch.collapse(later)
+        assert restored(watch).collapse(later) == watch.collapse(later)
 
-    def test_an_episode_of_few_known_samples_is_not_the_first(self):
+    def test_an_episode_of_few_known_samples_is_not_the_first(self) -> None:
         """Stored features: 12 % of the samples known, hardly more than clusters; then all."""
         watch = Watch()
-        watch.collapse({**self.HEALTHY, "image_inertia": 0.001, "image_labelled": 0.12})
-        watch.collapse({**self.HEALTHY, "image_inertia": 0.25, "image_labelled": 0.97})
-        again = Watch()
-        again.load_state_dict(watch.state_dict(), CPU)
+        watch.collapse(self.HEALTHY | {"image_inertia": 0.001, "image_labelled": 0.12})
+        watch.collapse(self.HEALTHY | {"image_inertia": 0.25, "image_labelled": 0.97})
         fallen = {"image_inertia": 0.02, "image_proto_accuracy": 0.95, "image_labelled": 1.0}
-        for one in (watch, again):
-            assert "fell from 0.25 to 0.02" in one.collapse({**self.HEALTHY, **fallen})
+        for each_watch in (watch, restored(watch)):
+            assert "fell from 0.25 to 0.02" in each_watch.collapse(self.HEALTHY | fallen)
 
 
-def test_features_do_not_depend_on_the_training_mode():
+def restored(watch: Watch) -> Watch:
+    """From the state that a checkpoint holds."""
+    other = Watch()
+    other.load_state_dict(watch.state_dict(), CPU)
+    return other
+
+
+def test_features_do_not_depend_on_the_training_mode() -> None:
     dataset = open_dataset("builtin:shapes:20")
-    model = build_model(ModelConfig()).train()
+    model = build_model(ModelConfig())
     transform = build_transform(model.image_size, model.mean, model.std, "none")
-    stream = dataset, Draws(torch.arange(20), 0), 8, transform, model.short_tokenizer
-    first = extract(model, batches(*stream), device=CPU)
-    again = extract(model.eval(), batches(*stream), device=CPU)
-    assert torch.equal(first.image_h, again.image_h) and not model.training
-    torch.testing.assert_close(first.text_h.norm(dim=1), torch.ones(20))
+
+    def extracted() -> Features:
+        draws = Draws(torch.arange(20), 0)
+        stream = batches(dataset, draws, 8, transform, model.short_tokenizer)
+        return extract(model, stream, device=CPU)
+
+    model.train()
+    in_training = extracted()
+    model.eval()
+    in_evaluation = extracted()
+    assert torch.equal(in_training.image_h, in_evaluation.image_h) and not model.training
+    torch.testing.assert_close(in_training.text_h.norm(dim=1), torch.ones(20))
 
 
-def test_the_loss_is_the_weighted_sum_of_its_terms(features):
-    episode = episode_of(features, torch.randn(DATASET, 5))
-    u, h = Encoded(unit(N, 16), unit(N, 16)), Encoded(features.image_h, features.text_h)
+def test_the_loss_is_the_weighted_sum_of_its_terms(features: Features) -> None:
+    episode = episode_of(features, teacher=random_teacher())
+    embeddings = Encoded(unit(N, 16), unit(N, 16))
+    projections = Encoded(features.image_h, features.text_h)
     scale = torch.tensor(10.0, dtype=torch.float64)
 
-    def losses(*weights, episode=episode):
-        return ProtoLoss(LossConfig(*weights))(u, h, features.index, scale, scale, episode)
+    def losses(w_clip: float, w_proto: float, w_external: float, episode: Any = episode) -> Any:
+        loss = ProtoLoss(LossConfig(w_clip, w_proto, w_external))
+        return loss(embeddings, projections, features.index, scale, scale, episode)
 
-    whole = losses(1.0, 2.0, 0.5)
-    terms = whole.terms
-    want = terms["contrastive_loss"] + 2 * terms["proto_loss"] + 0.5 * terms["external_loss"]
-    assert (whole.total - want).abs() < 1e-12
+    weighted = losses(1.0, 2.0, 0.5)
+    terms = weighted.terms
+    expected = terms["contrastive_loss"] + 2 * terms["proto_loss"] + 0.5 * terms["external_loss"]
+    assert (weighted.total - expected).abs() < 1e-12
+    assert 0 <= weighted.accuracy["proto_accuracy"] <= 1
     assert set(losses(1.0, 0.0, 0.0).terms) == {"contrastive_loss"}
     assert set(losses(1.0, 1.0, 1.0, episode=None).terms) == {"contrastive_loss"}
-    assert 0 <= whole.accuracy["proto_accuracy"] <= 1
 
 
-def test_distillation_is_the_divergence_of_the_off_diagonal_softmaxes():
+def test_distillation_is_the_divergence_of_the_off_diagonal_softmaxes() -> None:
     torch.manual_seed(0)
-    h, teacher = Encoded(unit(5, 3), unit(5, 3)), torch.randn(5, 7)
-    got = similarity_distillation(h, teacher, torch.tensor(9.0), 0.2)
-    t, want = F.normalize(teacher, dim=1).double(), 0.0
-    for student in (h.image, h.text):
+    students = Encoded(unit(5, 3), unit(5, 3))
+    teacher = torch.randn(5, 7)
+    got = similarity_distillation(students, teacher, torch.tensor(9.0), 0.2)
+    teacher_rows = F.normalize(teacher, dim=1).double()
+    expected = 0.0
+    for rows in (students.image, students.text):
         for i in range(5):
             others = [j for j in range(5) if j != i]
-            p = torch.softmax(t[others] @ t[i] / 0.2, dim=0)
-            q = torch.softmax(9 * student[others] @ student[i], dim=0)
-            want += float((p * (p / q).log()).sum()) / 10
-    assert float(got) == pytest.approx(want, rel=1e-5)
+            p = torch.softmax(teacher_rows[others] @ teacher_rows[i] / 0.2, dim=0)
+            q = torch.softmax(9 * rows[others] @ rows[i], dim=0)
+            expected += float((p * (p / q).log()).sum()) / 10
+    assert float(got) == pytest.approx(expected, rel=1e-5)

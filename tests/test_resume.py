@@ -1,10 +1,14 @@
 """A run that was stopped goes on as if nothing had happened: the same losses, bit for bit."""
 
+from __future__ import annotations
+
 import json
 import os
 import random
 import shutil
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +24,7 @@ from ranks import (
     tiny_run,
     wait_until,
 )
+from torch import Tensor
 
 from protoclip import checkpoint
 from protoclip.step import Stepper
@@ -29,41 +34,69 @@ KILLS = int(os.environ.get("PROTOCLIP_KILLS", "2"))  # make faults: 20
 
 
 @pytest.mark.parametrize("ranks", [1, 2] if KILLS > 2 else [1])
-def test_kill_minus_nine_changes_no_bit(tmp_path, ranks):
+def test_kill_minus_nine_changes_no_bit(tmp_path: Path, ranks: int) -> None:
     """Every other time inside the write of a checkpoint."""
+    num_steps = 16 + 3 * KILLS
 
-    def started(name):
-        more = "--max-steps", str(16 + 3 * KILLS), "--save-every", "1steps", "--resume", "auto"
-        more += ("--episode-features", "reuse")
-        return start_command(tmp_path, bare_run(tmp_path, "--name", name, *more), ranks, bare=True)
+    def start(name: str) -> list[Any]:
+        argv = bare_run(
+            tmp_path, "--name", name, "--max-steps", str(num_steps), "--save-every", "1steps",
+            "--resume", "auto", "--episode-features", "reuse",
+        )  # fmt: skip
+        return start_command(tmp_path, argv, ranks, bare=True)
 
+    checkpoints = tmp_path / "logs" / "killed" / "checkpoints"
     dice = random.Random(0)
     for number in range(KILLS):
-        processes, steps = started("killed"), steps_of(tmp_path, "killed")
-        wait_until(lambda before=steps: steps_of(tmp_path, "killed") > before, processes, tmp_path)
+        steps_before = steps_of(tmp_path, "killed")
+        processes = start("killed")
+        wait_until(
+            lambda steps=steps_before: steps_of(tmp_path, "killed") > steps, processes, tmp_path
+        )
         if number % 2:
-            folder = tmp_path / "logs" / "killed" / "checkpoints"
-            wait_until(lambda where=folder: list(where.glob("*.tmp")), processes, tmp_path)
+            wait_until(lambda: list(checkpoints.glob("*.tmp")), processes, tmp_path)
         else:
             time.sleep(0.1 * dice.random())
         for process in processes:
             process.kill()
         ended(processes)
     for name in ("killed", "whole"):
-        assert ended(started(name)) == [0] * ranks, said(tmp_path)
+        assert ended(start(name)) == [0] * ranks, said(tmp_path)
     whole = losses(tmp_path / "logs" / "whole")
-    assert losses(tmp_path / "logs" / "killed") == whole and len(whole) == 16 + 3 * KILLS
+    assert losses(tmp_path / "logs" / "killed") == whole and len(whole) == num_steps
 
 
 pytestmark = pytest.mark.usefixtures("no_page")
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory):
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Ten steps a pass over the data and four an episode: stored features have labels for all of
     an episode's samples from step 13 on."""
     folder = tmp_path_factory.mktemp("data")
     return bare_run(folder, "--max-steps", "22", "--episode-features", "reuse")
+
+
+def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def newest_checkpoint(run: Path) -> dict[str, Any]:
+    _, payload = checkpoint.load_newest(run)
+    return payload
+
+
+def stored_features(payload: dict[str, Any]) -> dict[str, Tensor]:
+    return payload["protoclip"]["training"]["features"]
+
+
+def lines_without_times(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, those of its episodes too."""
+    return [
+        {name: value for name, value in line.items() if "second" not in name and name != "time"}
+        for line in metrics(run)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -71,106 +104,118 @@ def flags(tmp_path_factory):
     [[], ["--lit-start", "3"], ["--lit-start", "4"], ["--siglip"], ["--log-every-n-steps", "5"]],
     ids=" ".join,
 )
-def test_resume_ends_in_the_same_bits(tmp_path, flags, more):
+def test_resume_ends_in_the_same_bits(tmp_path: Path, flags: list[str], more: list[str]) -> None:
     """From a checkpoint within the fourth episode, which has prototypes or, after --lit-start 3, a
     locked image tower; moments and heads included."""
     flags = [*flags, "--logs", str(tmp_path), "--save-every", "14steps", *more]
+    whole_run = tmp_path / "whole"
+    cut_run = tmp_path / "cut"
     assert main([*flags, "--name", "whole"]) == 0
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    (tmp_path / "cut" / "checkpoints" / checkpoint.LATEST).unlink()
-    assert main([*flags, "--resume", str(tmp_path / "cut"), "--workers", "1"]) == 0
-    assert "after step 14" in (tmp_path / "cut" / "out.log").read_text()
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    assert untimed_lines(tmp_path / "cut") == untimed_lines(tmp_path / "whole")
-    after = {line["step"]: line for line in metrics(tmp_path / "cut") if line["step"] > 14}
-    assert ("proto_loss" in after[15]) == ("3" not in more)
-    cut, whole = (checkpoint.load_newest(tmp_path / name)[1] for name in ("cut", "whole"))
+    shutil.copytree(whole_run, cut_run)
+    (cut_run / "checkpoints" / checkpoint.LATEST).unlink()
+    assert main([*flags, "--resume", str(cut_run), "--workers", "1"]) == 0
+    assert "after step 14" in (cut_run / "out.log").read_text()
+    assert losses(cut_run) == losses(whole_run)
+    assert lines_without_times(cut_run) == lines_without_times(whole_run)
+    (step_15,) = [line for line in metrics(cut_run) if line["step"] == 15 and "loss" in line]
+    assert ("proto_loss" in step_15) == ("3" not in more)
+    cut = newest_checkpoint(cut_run)
+    whole = newest_checkpoint(whole_run)
     assert_same_tensors(cut["state_dict"], whole["state_dict"])
     assert_same_tensors(cut["protoclip"]["heads"], whole["protoclip"]["heads"])
     for parameter, moments in whole["optimizer"]["state"].items():
         assert_same_tensors(cut["optimizer"]["state"][parameter], moments)
-    assert_same_tensors(*(end["protoclip"]["training"]["features"] for end in (cut, whole)))
+    assert_same_tensors(stored_features(cut), stored_features(whole))
 
 
-def untimed_lines(run):
-    """The metrics of a run, those of its episodes too, without times."""
-    return [
-        {k: v for k, v in line.items() if "second" not in k and k != "time"}
-        for line in metrics(run)
-    ]
-
-
-def test_a_stop_at_an_episodes_last_step_has_stored_the_episode(tmp_path, flags, monkeypatch):
+def test_a_stop_at_an_episodes_last_step_has_stored_the_episode(
+    tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Steps 7 and 8 have pictures of NaN; the second one ends an episode and the run."""
-    step = Stepper.step
+    original_step = Stepper.step
 
-    def poisoned(self, number, batches, *rest, **options):
+    def poisoned(
+        stepper: Stepper, number: int, batches: Any, *arguments: Any, **options: Any
+    ) -> Any:
         if number in (6, 7):
             batches[0].image[3] = float("nan")
-        return step(self, number, batches, *rest, **options)
+        return original_step(stepper, number, batches, *arguments, **options)
 
     monkeypatch.setattr(Stepper, "step", poisoned)
     flags = [*flags, "--logs", str(tmp_path), "--val-frequency", "0"]
     assert main([*flags, "--name", "whole"]) == 0
     assert main([*flags, "--name", "cut", "--max-bad-steps", "2"]) == 2
-    stopped = checkpoint.load_newest(tmp_path / "cut")[1]["protoclip"]
-    features = stopped["training"]["features"]
-    assert stopped["step"] == 8 and len(features["index"]) == 0
+    stopped = newest_checkpoint(tmp_path / "cut")
+    features = stored_features(stopped)
+    assert stopped["protoclip"]["step"] == 8 and len(features["index"]) == 0
     # Both episodes are of 64 distinct samples; the rows of the two bad steps do not count.
     assert torch.bincount(features["written"] + 1).tolist() == [150 - 96, 64, 32]
     assert main([*flags, "--resume", str(tmp_path / "cut"), "--max-bad-steps", "9"]) == 0
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    cut, whole = (checkpoint.load_newest(tmp_path / name)[1] for name in ("cut", "whole"))
-    assert_same_tensors(*(end["protoclip"]["training"]["features"] for end in (cut, whole)))
+    assert_same_tensors(
+        stored_features(newest_checkpoint(tmp_path / "cut")),
+        stored_features(newest_checkpoint(tmp_path / "whole")),
+    )
 
 
-def assert_same_tensors(got, want):
-    assert got.keys() == want.keys()
-    assert all(torch.equal(got[name], want[name]) for name in want)
-
-
-def test_a_run_goes_on_on_another_number_of_ranks(tmp_path):
+def test_a_run_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
     """Within an episode, whose labels are of features that other ranks have computed: 64 pairs are
     three steps a pass, an episode as well."""
-    folder = tmp_path
-    more = "--lr-scheduler", "const", "--warmup", "2", "--epochs", "100"
-    more += ("--episode-features", "reuse")  # five steps alone are too few for "auto"
 
-    def run(name, ranks, steps, *resume):
-        size = "--batch-size", str(24 // ranks), "--max-steps", str(steps)
-        argv = [*tiny_run(folder, name, *more, *size), *resume]
-        assert ended(start_command(folder, argv, ranks, bare=True)) == [0] * ranks, said(folder)
+    def run(name: str, *, ranks: int, steps: int, resume: list[str] | None = None) -> None:
+        argv = tiny_run(
+            tmp_path, name, "--lr-scheduler", "const", "--warmup", "2", "--epochs", "100",
+            "--episode-features", "reuse",  # five steps alone are too few for "auto"
+            "--batch-size", str(24 // ranks), "--max-steps", str(steps), *(resume or []),
+        )  # fmt: skip
+        codes = ended(start_command(tmp_path, argv, ranks, bare=True))
+        assert codes == [0] * ranks, said(tmp_path)
 
-    run("whole", 1, 10)
-    whole = dict(losses(folder / "logs" / "whole"))
+    run("whole", ranks=1, steps=10)
+    whole = dict(losses(tmp_path / "logs" / "whole"))
     for before, after in ((1, 2), (2, 1), (2, 4)):
         name = f"{before}-{after}"
-        run(name, before, 5)
-        run(name, after, 10, "--resume", f"logs/{name}")
-        moved = dict(losses(folder / "logs" / name))
+        run(name, ranks=before, steps=5)
+        run(name, ranks=after, steps=10, resume=["--resume", f"logs/{name}"])
+        moved = dict(losses(tmp_path / "logs" / name))
         assert list(moved) == list(range(1, 11))
-        assert "number of ranks or passes" not in said(folder)[0]
-        for step, loss in whole.items():
-            assert moved[step] == pytest.approx(loss, rel=3e-4), (name, step)
+        assert "number of ranks or passes" not in said(tmp_path)[0]
+        assert moved == pytest.approx(whole, rel=3e-4), name
 
 
-def test_dropout_and_another_number_of_passes_get_a_note(tmp_path, capsys):
-    model = {**TINY, "vision_cfg": {**TINY["vision_cfg"], "patch_dropout": 0.5}}
-    argv = tiny_run(
-        tmp_path, "run", "--logs", str(tmp_path), "--warmup", "2", "--val-frequency", "0"
-    )
+@pytest.fixture
+def run_with_dropout(tmp_path: Path) -> list[str]:
+    """The flags of a run of two steps that has ended."""
+    model = TINY | {"vision_cfg": TINY["vision_cfg"] | {"patch_dropout": 0.5}}
     path = tmp_path / "drop.json"
     path.write_text(json.dumps(model))
-    argv += ["--model", str(path)]
-    assert main([*argv, "--max-steps", "2"]) == 0
-    again = [*argv, "--max-steps", "4", "--resume", str(tmp_path / "run")]
-    assert main([*again, "--batch-size", "5"]) == 2
+    flags = tiny_run(
+        tmp_path, "run", "--logs", str(tmp_path), "--warmup", "2", "--val-frequency", "0",
+        "--model", str(path),
+    )  # fmt: skip
+    assert main([*flags, "--max-steps", "2"]) == 0
+    return flags
+
+
+def test_another_batch_size_is_refused(
+    tmp_path: Path, run_with_dropout: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    resumed = [*run_with_dropout, "--max-steps", "4", "--resume", str(tmp_path / "run")]
+    assert main([*resumed, "--batch-size", "5"]) == 2
     assert "was 12 and is 5" in capsys.readouterr().err
-    assert main([*again, "--batch-size", "6", "--accum-freq", "2"]) == 0
+
+
+def test_dropout_and_another_number_of_passes_get_a_note(
+    tmp_path: Path, run_with_dropout: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    resumed = [*run_with_dropout, "--max-steps", "4", "--resume", str(tmp_path / "run")]
+    assert main([*resumed, "--batch-size", "6", "--accum-freq", "2"]) == 0
     assert "number of ranks or passes" in capsys.readouterr().err
 
 
-def test_a_torn_checkpoint_falls_back_to_the_one_before(tmp_path, flags, caplog):
+def test_a_torn_checkpoint_falls_back_to_the_one_before(
+    tmp_path: Path, flags: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     flags = [*flags, "--logs", str(tmp_path), "--name", "run", "--max-steps", "8"]
     assert main([*flags, "--save-every", "3steps"]) == 0
     whole = losses(tmp_path / "run")
@@ -184,12 +229,16 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(tmp_path, flags, caplog)
     assert losses(tmp_path / "run") == whole
 
 
-def test_auto_starts_a_named_run_and_goes_on_with_it(tmp_path, flags, capsys):
-    flags = [*flags, "--logs", str(tmp_path), "--resume", "auto"]
-    assert main([*flags, "--name", ""]) == 2
-    assert "--resume auto: expected --name" in capsys.readouterr().err and not any(
-        tmp_path.iterdir()
-    )
-    for steps in (2, 4):
-        assert main([*flags, "--name", "run", "--max-steps", str(steps)]) == 0
+def test_auto_needs_a_name(
+    tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags, "--logs", str(tmp_path), "--resume", "auto", "--name", ""]) == 2
+    assert "--resume auto: expected --name" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_auto_starts_a_named_run_and_goes_on_with_it(tmp_path: Path, flags: list[str]) -> None:
+    flags = [*flags, "--logs", str(tmp_path), "--resume", "auto", "--name", "run"]
+    assert main([*flags, "--max-steps", "2"]) == 0
+    assert main([*flags, "--max-steps", "4"]) == 0
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4]

@@ -1,7 +1,12 @@
 """A refused --resume changes nothing in the run's folder; the reason is a sentence."""
 
+from __future__ import annotations
+
+import importlib
 import json
 import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from filelock import FileLock
@@ -11,44 +16,51 @@ from protoclip import checkpoint
 from protoclip.train import main
 
 
-@pytest.fixture
-def run(trained, tmp_path, capsys):
-    """The folder of a copy, its newest payload, and how to resume it: (code, message, touched)."""
-    folder = shutil.copytree(trained, tmp_path / "logs" / "run")
-    latest = checkpoint.candidates(folder)[0]
+class Outcome(NamedTuple):
+    code: int
+    message: str
+    changed_files: bool
 
-    def files():
+
+class Run:
+    """A copy of a run of five steps, with its newest checkpoint."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder = folder
+        self.capsys = capsys
+        self.checkpoint = checkpoint.candidates(folder)[0]
+        self.payload = checkpoint.load(self.checkpoint)
+
+    def files(self) -> dict[Path, bytes]:
         return {
             path: path.read_bytes()
-            for path in folder.rglob("*")
+            for path in self.folder.rglob("*")
             if path.is_file() and path.name != ".lock"
         }
 
-    def resume(*flags, payload=None):
-        if payload is not None:
-            checkpoint.save(latest, payload)
-        before = files()
-        argv = ["--resume", str(folder), "--logs", str(tmp_path / "logs"), "--max-steps", "6"]
-        capsys.readouterr()
-        code = main([*argv, *flags])
-        return code, capsys.readouterr().err, files() != before
+    def resume(self, *flags: str) -> Outcome:
+        before = self.files()
+        self.capsys.readouterr()
+        logs = str(self.folder.parent)
+        code = main(["--resume", str(self.folder), "--logs", logs, "--max-steps", "6", *flags])
+        return Outcome(code, self.capsys.readouterr().err, self.files() != before)
 
-    resume.payload = checkpoint.load(latest)
-    resume.folder = folder
-    return resume
-
-
-def assert_refused(outcome, *words):
-    code, message, touched = outcome
-    assert code == 2 and not touched, message
-    assert "Traceback" not in message and message.count("error:") == 1
-    for word in words:
-        assert word in message
+    def assert_refused(self, *flags: str, words: tuple[str, ...]) -> None:
+        outcome = self.resume(*flags)
+        assert outcome.code == 2 and not outcome.changed_files, outcome.message
+        assert "Traceback" not in outcome.message and outcome.message.count("error:") == 1
+        for word in words:
+            assert word in outcome.message
 
 
-def test_it_resumes(run):
-    code, message, touched = run("--lr", "0.5")
-    assert code == 0 and touched, message
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(shutil.copytree(trained, tmp_path / "logs" / "run"), capsys)
+
+
+def test_what_is_not_refused_goes_on(run: Run) -> None:
+    outcome = run.resume("--lr", "0.5")
+    assert outcome.code == 0 and outcome.changed_files, outcome.message
     assert json.loads((run.folder / "config.json").read_text())["optim"]["lr"] == 0.5
     assert "lr was 0.0" in (run.folder / "out.log").read_text()
     assert [step for step, _ in losses(run.folder)] == [1, 2, 3, 4, 5, 6]
@@ -69,52 +81,73 @@ def test_it_resumes(run):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_settings_that_do_not_go_on(run, flags, words):
-    assert_refused(run(*flags), words)
+def test_settings_that_decide_the_run_are_refused(run: Run, flags: list[str], words: str) -> None:
+    run.assert_refused(*flags, words=(words,))
 
 
-@pytest.mark.parametrize("results", [True, False], ids=["with results", "without"])
-def test_a_finished_run_takes_no_other_settings(run, results):
+NO_OTHER_SETTINGS = (
+    "has done all of its steps", "optim.lr was", "is 0.5", "--epochs", "--pretrained",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("has_results", [True, False], ids=["with results", "without"])
+def test_a_finished_run_takes_no_other_settings(run: Run, has_results: bool) -> None:
     """Without evaluation data a finished run has no results."""
-    if not results:
+    if not has_results:
         (run.folder / "results.json").unlink()
-    words = ("has done all of its steps", "optim.lr was", "is 0.5", "--epochs", "--pretrained")
-    assert_refused(run("--max-steps", "5", "--lr", "0.5"), *words)
-    assert_refused(run("--max-steps", "5", "--seed", "4"), "run.seed was 0 and is 4")
-    code, message, touched = run("--max-steps", "5", "--workers", "0")
-    assert code == 0 and touched == (not results), message
+    run.assert_refused("--max-steps", "5", "--lr", "0.5", words=NO_OTHER_SETTINGS)
+    run.assert_refused("--max-steps", "5", "--seed", "4", words=("run.seed was 0 and is 4",))
+    outcome = run.resume("--max-steps", "5", "--workers", "0")
+    assert outcome.code == 0 and outcome.changed_files == (not has_results), outcome.message
 
 
-def test_a_run_that_goes_on_elsewhere(run):
+def test_a_run_that_another_process_has_is_refused(run: Run) -> None:
     with FileLock(run.folder / ".lock"):
-        assert_refused(run("--lr", "0.5"), "in use by another process")
+        run.assert_refused("--lr", "0.5", words=("in use by another process",))
 
 
-def test_what_is_missing_is_named(run):
-    """Any entry of a checkpoint; the newest one only, so that there is none to fall back on."""
-    for part in (
-        run.payload["protoclip"]["training"], run.payload["protoclip"], run.payload,
-    ):  # fmt: skip
-        # What only a note or evaluation reads may be missing.
-        for name in sorted(
-            set(part) - {"name", "preprocess", "protoclip", "passes", "format", "epoch"}
-        ):
-            value = part.pop(name)
-            assert_refused(run("--lr", "0.5", payload=run.payload), "checkpoint")
-            part[name] = value
+# What only a note or evaluation reads may be missing.
+MAY_BE_MISSING = {"name", "preprocess", "protoclip", "passes", "format", "epoch"}
 
 
-@pytest.mark.parametrize("command", ["evaluate", "export"])
+def part_of(payload: dict[str, Any], name: str) -> dict[str, Any]:
+    if name == "training":
+        return payload["protoclip"]["training"]
+    return payload["protoclip"] if name == "protoclip" else payload
+
+
+@pytest.mark.parametrize("part", ["training", "protoclip", "checkpoint"])
+def test_a_checkpoint_without_an_entry_is_refused(run: Run, part: str) -> None:
+    """The newest one only, so that there is none to fall back on."""
+    entries = part_of(run.payload, part)
+    for name in sorted(set(entries) - MAY_BE_MISSING):
+        value = entries.pop(name)
+        checkpoint.save(run.checkpoint, run.payload)
+        run.assert_refused("--lr", "0.5", words=("checkpoint",))
+        entries[name] = value
+
+
 @pytest.mark.parametrize("missing", ["state_dict", "config", "all"])
-def test_other_commands_say_it_too(run, command, missing, tmp_path, capsys):
-    if missing == "all":
-        run.payload["protoclip"] = {}
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [("protoclip.evaluate.__main__", []), ("protoclip.export", ["--out", "out"])],
+)
+def test_other_commands_refuse_it_too(
+    run: Run,
+    module: str,
+    flags: list[str],
+    missing: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if missing == "state_dict":
+        del run.payload["state_dict"]
+    elif missing == "config":
+        del run.payload["protoclip"]["config"]
     else:
-        del (run.payload if missing in run.payload else run.payload["protoclip"])[missing]
-    path = tmp_path / "stranger.pt"
-    checkpoint.save(path, run.payload)
-    module = pytest.importorskip(f"protoclip.{command}{'.__main__' * (command == 'evaluate')}")
-    rest = ["--out", str(tmp_path / "out")] if command == "export" else []
-    assert module.main([str(path), *rest]) == 2
-    message = capsys.readouterr().err
+        run.payload["protoclip"] = {}
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save(tmp_path / "stranger.pt", run.payload)
+    assert importlib.import_module(module).main(["stranger.pt", *flags]) == 2
+    message = run.capsys.readouterr().err
     assert message.count("error:") == 1 and "Traceback" not in message

@@ -1,6 +1,9 @@
 """What a run writes and where: metrics, boards, full disks, folders that cannot be written."""
 
+from __future__ import annotations
+
 import importlib.util
+from pathlib import Path
 
 import pytest
 from ranks import bare_run, full_disk, metrics
@@ -14,21 +17,25 @@ WANDB = importlib.util.find_spec("wandb") is not None
 
 
 def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(
-    tmp_path, monkeypatch, capsys, no_page
-):
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_page: None,
+) -> None:
     """At the second checkpoint; the first one stays whole."""
     monkeypatch.chdir(tmp_path)
     flags = bare_run(tmp_path, "--max-steps", "9")
-    run, save = tmp_path / "logs" / "run", Trainer.save
+    run = tmp_path / "logs" / "run"
+    original_save = Trainer.save
 
-    def on_full_disk(self, epoch):
-        if self.step != 6:
-            return save(self, epoch)
+    def save_on_a_full_disk(trainer: Trainer, epoch: int) -> None:
+        if trainer.step != 6:
+            return original_save(trainer, epoch)
         with full_disk(1_000_000):
-            save(self, epoch)
+            original_save(trainer, epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "save", on_full_disk)
+        patch.setattr(Trainer, "save", save_on_a_full_disk)
         assert main([*flags, "--save-every", "3steps"]) == 2
     message = capsys.readouterr().err
     assert "epoch_latest.pt: " in message and "--resume" in message and "Traceback" not in message
@@ -38,7 +45,9 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(
     assert [line["step"] for line in metrics(run)] == list(range(1, 10))
 
 
-def test_a_resumed_run_drops_later_and_torn_lines_and_scalars(tmp_path, monkeypatch):
+def test_a_resumed_run_drops_later_and_torn_lines_and_scalars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     writer = pytest.importorskip("tensorboard.summary.writer.event_file_writer")
     # Files of one second sort by this number as text: 9 would come after 10.
@@ -60,7 +69,9 @@ def test_a_resumed_run_drops_later_and_torn_lines_and_scalars(tmp_path, monkeypa
 
 
 @pytest.mark.skipif(WANDB, reason="wandb is installed")
-def test_a_board_that_is_not_installed_is_refused_before_anything_is_made(tmp_path, capsys):
+def test_a_board_that_is_not_installed_is_refused_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--report-to", "wandb", "--train-data", "builtin:shapes:64", "--logs", str(tmp_path)]
     assert main([*flags, "--external-teacher", "none"]) != 0
     assert "pip install wandb" in capsys.readouterr().err

@@ -1,13 +1,18 @@
 """sentence-transformers' losses, fused: theirs, but that duplicates are no negatives."""
 
+from __future__ import annotations
+
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_DISABLED", "true")
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from ranks import on_ranks
+from torch import Tensor, nn
 
 pytest.importorskip("sentence_transformers")
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, models
@@ -19,10 +24,12 @@ import protoclip
 from protoclip import distributed
 
 ours = protoclip.sentence_transformers  # loaded at first use
-NAMES = ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"]
+PLAIN = "MultipleNegativesRankingLoss"
+CACHED = "CachedMultipleNegativesRankingLoss"
+NAMES = [PLAIN, CACHED]
 WORDS = [f"w{i}" for i in range(60)]
 GTE = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "symmetric": {
         "directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"
@@ -39,7 +46,7 @@ COLUMNS = [
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random BERT of one layer, with a vocabulary of words."""
     from transformers import BertConfig, BertModel, BertTokenizer
 
@@ -48,100 +55,133 @@ def path(tmp_path_factory):
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
     )
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
     config = BertConfig(
         vocab_size=65,
         num_hidden_layers=1,
+        hidden_size=32,
+        intermediate_size=32,
+        num_attention_heads=2,
         max_position_embeddings=16,
         hidden_dropout_prob=0,
-        **size,
     )
     BertModel(config).save_pretrained(path)
     BertTokenizer(str(path / "vocab.txt")).save_pretrained(path)
     return str(path)
 
 
-def load(path):
+def load(path: str) -> SentenceTransformer:
     transformer = models.Transformer(path)
     return SentenceTransformer(modules=[transformer, models.Pooling(32)], device="cpu").eval()
 
 
-def loss_of(loss, columns, rows=slice(None)):
+def loss_of(loss: Any, columns: list[list[str]], rows: slice = slice(None)) -> Tensor:
     return loss([loss.model.preprocess(column[rows]) for column in columns], None)
 
 
-def gradient(model):
+def gradient(model: nn.Module) -> Tensor:
     """Of all parameters in one vector; relative to its largest number, and free of None."""
-    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return torch.cat(grads) / torch.cat(grads).abs().max()
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return torch.cat(gradients) / torch.cat(gradients).abs().max()
 
 
-def masked(embeddings, scale=20.0, similarity_fct=cos_sim, directions=GTE[:1], partition_mode=""):
-    """The loss by its formula: a matrix of similarities for each direction, duplicates at -inf."""
-    anchor, document, _ = embeddings
-    every, text, n = torch.cat(embeddings[1:]), [*COLUMNS[1], *COLUMNS[2]], len(anchor)
-    same_text = torch.tensor([[one == other for other in text] for one in COLUMNS[1]])
-    same_anchor = torch.tensor([[one == other for other in COLUMNS[0]] for one in COLUMNS[0]])
-    own, no = torch.eye(n, dtype=torch.bool), torch.zeros(n, n, dtype=torch.bool)
-    in_rows = same_text[:, :n] | same_anchor
+def options_of(name: str, **options: Any) -> dict[str, Any]:
+    """Of a loss; a cached one computes four rows at a time."""
+    return options | {"mini_batch_size": 4} if name == CACHED else options
+
+
+def equal_texts(column: list[str], others: list[str]) -> Tensor:
+    """bool [rows, others]"""
+    return torch.tensor([[text == other for other in others] for text in column])
+
+
+def loss_without_duplicates(
+    embeddings: list[Tensor],
+    scale: float = 20.0,
+    similarity_fct: Any = cos_sim,
+    directions: tuple[str, ...] = GTE[:1],
+    partition_mode: str = "",
+) -> Tensor:
+    """By its formula: a matrix of similarities for each direction, duplicates at -inf."""
+    anchor, document, negative = embeddings
+    documents = torch.cat([document, negative])
+    n = len(anchor)
+    same_anchor = equal_texts(COLUMNS[0], COLUMNS[0])
+    same_document = equal_texts(COLUMNS[1], COLUMNS[1])
+    same_text = equal_texts(COLUMNS[1], COLUMNS[1] + COLUMNS[2])
+    diagonal = torch.eye(n, dtype=torch.bool)
+    nothing = torch.zeros(n, n, dtype=torch.bool)
+    own_document = torch.cat([diagonal, nothing], dim=1)
+    documents_of_same_anchor = torch.cat([same_anchor, nothing], dim=1)
     hidden = {
-        "query_to_doc": (same_text | torch.cat([same_anchor, no], 1)) & ~torch.cat([own, no], 1),
-        "query_to_query": in_rows,
-        "doc_to_query": in_rows & ~own,
-        "doc_to_doc": same_text | torch.cat([same_anchor, same_anchor], 1),
+        "query_to_doc": (same_text | documents_of_same_anchor) & ~own_document,
+        "query_to_query": same_document | same_anchor,
+        "doc_to_query": (same_document | same_anchor) & ~diagonal,
+        "doc_to_doc": same_text | torch.cat([same_anchor, same_anchor], dim=1),
     }
-    sides = (anchor, every), (anchor, anchor), (document, anchor), (document, every)
+    similarities = {
+        "query_to_doc": similarity_fct(anchor, documents),
+        "query_to_query": similarity_fct(anchor, anchor),
+        "doc_to_query": similarity_fct(document, anchor),
+        "doc_to_doc": similarity_fct(document, documents),
+    }
     logits = [
-        scale * similarity_fct(*side).masked_fill(hidden[name], -torch.inf)
-        for name, side in zip(GTE, sides, strict=True)
+        scale * similarities[name].masked_fill(hidden[name], -torch.inf)
+        for name in GTE
         if name in directions
     ]
     if partition_mode == "per_direction":
-        total = sum(part.logsumexp(1) for part in logits) / len(logits)
+        level = sum(part.logsumexp(1) for part in logits) / len(logits)
     else:
-        total = torch.cat(logits, 1).logsumexp(1)
-    return (total - logits[0].diagonal()).mean()
+        level = torch.cat(logits, 1).logsumexp(1)
+    return (level - logits[0].diagonal()).mean()
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", CASES)
-def test_duplicates_are_no_negatives(path, case, cached):
+def test_duplicates_are_no_negatives(path: str, case: str, name: str) -> None:
     """Through the model, which sees each column padded to another width."""
-    model, options = load(path), CASES[case] | ({"mini_batch_size": 4} if cached else {})
-    loss = loss_of(getattr(ours, NAMES[cached])(model, **options), COLUMNS)
+    model = load(path)
+    options = options_of(name, **CASES[case])
+    loss = loss_of(getattr(ours, name)(model, **options), COLUMNS)
     loss.backward()
     got = gradient(model)
     model.zero_grad()
-    want = masked(
-        [model(model.preprocess(column))["sentence_embedding"] for column in COLUMNS], **CASES[case]
-    )
-    want.backward()
-    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    embeddings = [model(model.preprocess(column))["sentence_embedding"] for column in COLUMNS]
+    expected = loss_without_duplicates(embeddings, **CASES[case])
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(got, gradient(model), rtol=0, atol=1e-4)
-    theirs = loss_of(getattr(losses, NAMES[cached])(model, **options), COLUMNS)
+    theirs = loss_of(getattr(losses, name)(model, **options), COLUMNS)
     assert theirs.item() > 1.001 * loss.item()
 
 
-@pytest.mark.parametrize("columns", [2, 3])
+@pytest.mark.parametrize("num_columns", [2, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_unknown_texts_are_all_different(path, case, columns):
-    """Embeddings alone, as wrappers such as those of images hand them over: their loss."""
+def test_embeddings_without_texts_have_their_loss(path: str, case: str, num_columns: int) -> None:
+    """As wrappers such as those of images hand them over: all texts count as different."""
     model = load(path)
-    generator = torch.Generator().manual_seed(0)
-    x = [torch.randn(7, 32, generator=generator, dtype=torch.float64) for _ in range(columns)]
-    x = [column.requires_grad_() for column in x]
-    got = ours.MultipleNegativesRankingLoss(model, **CASES[case]).compute_loss_from_embeddings(
-        x, None
+    draw = torch.Generator().manual_seed(0)
+    columns = [
+        torch.randn(7, 32, generator=draw, dtype=torch.float64).requires_grad_()
+        for _ in range(num_columns)
+    ]
+
+    def loss(module: Any) -> Tensor:
+        fused = getattr(module, PLAIN)(model, **CASES[case])
+        return fused.compute_loss_from_embeddings(columns, None)
+
+    got = loss(ours)
+    expected = loss(losses)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, columns),
+        torch.autograd.grad(expected, columns),
+        rtol=1e-8,
+        atol=1e-10,
     )
-    want = losses.MultipleNegativesRankingLoss(model, **CASES[case]).compute_loss_from_embeddings(
-        x, None
-    )
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
-    for one, other in zip(torch.autograd.grad(got, x), torch.autograd.grad(want, x), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
-def test_rows_without_negatives(path):
+def test_rows_without_negatives_have_finite_gradients(path: str) -> None:
     """One anchor: no other query is left to see, and no gradient is NaN."""
     loss = ours.MultipleNegativesRankingLoss(load(path), directions=GTE)
     value = loss_of(loss, [["w1"] * 3, ["w2", "w3", "w4"]])
@@ -150,64 +190,80 @@ def test_rows_without_negatives(path):
     assert gradient(loss.model).isfinite().all()
 
 
-def trained(path, kind, **options):
-    """Losses and the last weights of a run of their trainer."""
+class Run(NamedTuple):
+    losses: list[float]
+    weights: dict[str, Tensor]
+
+
+def trained(path: str, loss_class: type[nn.Module], **options: Any) -> Run:
+    """A run of their trainer."""
     from datasets import Dataset
 
     model = load(path)
-    generator = torch.Generator().manual_seed(3)
-    draws = torch.randperm(60, generator=generator).tolist()
-    data = {"anchor": draws[:30], "positive": draws[30:]}
-    data = Dataset.from_dict({key: [WORDS[i] for i in rows] for key, rows in data.items()})
+    words = [WORDS[i] for i in torch.randperm(60, generator=torch.Generator().manual_seed(3))]
+    data = Dataset.from_dict({"anchor": words[:30], "positive": words[30:]})
     arguments = SentenceTransformerTrainingArguments(
         output_dir=f"{path}/run", per_device_train_batch_size=10, num_train_epochs=2, seed=1,
         learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True,
         disable_tqdm=True,
     )  # fmt: skip
-    loss = kind(model, **options)
+    loss = loss_class(model, **options)
     trainer = SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=loss)
     trainer.train()
     history = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return history, model.state_dict()
+    return Run(history, model.state_dict())
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_their_trainer_gives_the_same_run_without_duplicates(path, cached):
-    options = {"mini_batch_size": 4} if cached else {}
-    got, weights = trained(path, getattr(ours, NAMES[cached]), **options)
-    want, others = trained(path, getattr(losses, NAMES[cached]), **options)
-    assert len(got) == 6 and got == pytest.approx(want, rel=1e-4)
-    assert got[-1] < got[0]
-    for key, weight in weights.items():
-        torch.testing.assert_close(weight, others[key], rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize("name", NAMES)
+def test_their_trainer_gives_the_same_run_without_duplicates(path: str, name: str) -> None:
+    options = options_of(name)
+    got = trained(path, getattr(ours, name), **options)
+    expected = trained(path, getattr(losses, name), **options)
+    assert len(got.losses) == 6 and got.losses == pytest.approx(expected.losses, rel=1e-4)
+    assert got.losses[-1] < got.losses[0]
+    torch.testing.assert_close(got.weights, expected.weights, rtol=1e-3, atol=1e-4)
 
 
-def on_a_rank(path):
-    """Losses of this rank's half of the rows, and the gradient of all ranks."""
+class RankLoss(NamedTuple):
+    loss: float  # of this rank's half of the rows
+    gradient: list[float]  # of all ranks
+
+
+NAME_OF_CASE = {"default": PLAIN, "gte": CACHED}
+
+
+def on_a_rank(path: str) -> dict[str, RankLoss]:
     distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
-    half, found = [slice(3), slice(3, 6)][torch.distributed.get_rank()], {}
-    for case in ("default", "gte"):
-        kind = getattr(ours, NAMES[case == "gte"])
-        loss = kind(load(path), gather_across_devices=True, **CASES[case])
+    half = slice(3) if torch.distributed.get_rank() == 0 else slice(3, 6)
+    results = {}
+    for case, name in NAME_OF_CASE.items():
+        loss = getattr(ours, name)(load(path), gather_across_devices=True, **CASES[case])
         value = loss_of(loss, COLUMNS, half)
         value.backward()
-        for p in loss.model.parameters():
-            if p.grad is not None:
-                torch.distributed.all_reduce(p.grad)
-        found[case] = value.item(), gradient(loss.model).tolist()
+        for parameter in loss.model.parameters():
+            if parameter.grad is not None:
+                torch.distributed.all_reduce(parameter.grad)
+        results[case] = RankLoss(value.item(), gradient(loss.model).tolist())
     distributed.stop()
-    return found
+    return results
 
 
-def test_ranks_share_negatives_and_know_duplicates_of_each_other(path):
-    one, two = on_ranks(2, on_a_rank, path)
-    for case in one:
-        loss = ours.MultipleNegativesRankingLoss(load(path), **CASES[case])
-        value = loss_of(loss, COLUMNS)
-        value.backward()
-        assert (one[case][0] + two[case][0]) / 2 == pytest.approx(value.item(), rel=1e-5)
-        got, want = torch.tensor(one[case][1]), gradient(loss.model)
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+@pytest.fixture(scope="module")
+def two_ranks(path: str) -> list[dict[str, RankLoss]]:
+    return on_ranks(2, on_a_rank, path)
+
+
+@pytest.mark.parametrize("case", NAME_OF_CASE)
+def test_ranks_share_negatives_and_know_duplicates_of_each_other(
+    path: str, two_ranks: list[dict[str, RankLoss]], case: str
+) -> None:
+    first, second = (results[case] for results in two_ranks)
+    loss = ours.MultipleNegativesRankingLoss(load(path), **CASES[case])
+    value = loss_of(loss, COLUMNS)
+    value.backward()
+    assert (first.loss + second.loss) / 2 == pytest.approx(value.item(), rel=1e-5)
+    expected = gradient(loss.model)
+    torch.testing.assert_close(torch.tensor(first.gradient), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -218,22 +274,35 @@ def test_ranks_share_negatives_and_know_duplicates_of_each_other(path):
         {"similarity_fct": lambda a, b: a @ b.T},
     ],
 )
-def test_what_is_not_fused_runs_theirs_with_one_warning(path, name, options):
+def test_what_is_not_fused_runs_theirs_with_one_warning(
+    path: str, name: str, options: dict[str, Any]
+) -> None:
     model = load(path)
-    with pytest.warns(UserWarning, match="expected cos_sim or dot_score") as warned:
+    with pytest.warns(UserWarning, match="expected cos_sim or dot_score") as warnings:
         got = loss_of(getattr(ours, name)(model, scale=2.0, **options), COLUMNS)
-    assert len([w for w in warned if "cos_sim" in str(w.message)]) == 1
-    assert torch.equal(got, loss_of(getattr(losses, name)(model, scale=2.0, **options), COLUMNS))
+    assert len([w for w in warnings if "cos_sim" in str(w.message)]) == 1
+    theirs = loss_of(getattr(losses, name)(model, scale=2.0, **options), COLUMNS)
+    assert torch.equal(got, theirs)
 
 
-def test_a_text_is_its_tokens_wherever_the_padding_is():
+def test_a_text_is_its_tokens_wherever_the_padding_is() -> None:
     right = torch.tensor([[5, 6, 0], [7, 8, 9]])
     left = torch.tensor([[0, 5, 6], [7, 8, 9]])
     flat = torch.tensor([[5, 6, 7, 8, 9]])
-    want = ours._text_ids({"input_ids": right, "attention_mask": (right > 0).long()})
-    assert torch.equal(want, ours._text_ids({"input_ids": left, "attention_mask": left > 0}))
     bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
-    assert torch.equal(want, ours._text_ids({"input_ids": flat, "cu_seq_lens_q": bounds}))
+    padded_right = ours._text_ids({"input_ids": right, "attention_mask": (right > 0).long()})
+    padded_left = ours._text_ids({"input_ids": left, "attention_mask": left > 0})
+    without_padding = ours._text_ids({"input_ids": flat, "cu_seq_lens_q": bounds})
+    assert torch.equal(padded_right, padded_left)
+    assert torch.equal(padded_right, without_padding)
+
+
+def test_other_orders_of_tokens_are_other_texts() -> None:
+    texts = ours._text_ids({"input_ids": torch.tensor([[5, 6, 0], [7, 8, 9]])})
     permuted = ours._text_ids({"input_ids": torch.tensor([[6, 5, 0], [8, 7, 9]])})
-    assert len({*want.tolist(), *permuted.tolist()}) == 4
-    assert ours._text_ids({"input_ids": right, "pixel_values": torch.ones(2, 3)}) is None
+    assert len({*texts.tolist(), *permuted.tolist()}) == 4
+
+
+def test_inputs_with_pictures_have_no_text() -> None:
+    tokens = torch.tensor([[5, 6, 0], [7, 8, 9]])
+    assert ours._text_ids({"input_ids": tokens, "pixel_values": torch.ones(2, 3)}) is None

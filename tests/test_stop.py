@@ -3,6 +3,8 @@
 Whenever the signal comes, ``--resume`` ends in the losses of a run that was left alone.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
@@ -10,6 +12,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -27,33 +30,36 @@ from ranks import (
 
 from protoclip.distributed import run_command
 
-SIGNALS = {"SIGTERM": 0, "SIGUSR1": 0, "SIGINT": 130}
-CASES = [("SIGTERM", n, ranks) for n in (0, 2) for ranks in (1, 2)]
-CASES += [("killed", 2, 1), ("SIGUSR1", 2, 2), ("SIGINT", 2, 1), ("SIGINT", 2, 2)]
+EXIT_CODES = {"SIGTERM": 0, "SIGUSR1": 0, "SIGINT": 130}
 # A learning rate that does not depend on how many steps there are.
 SCHEDULE = ["--lr-scheduler", "const", "--warmup", "4", "--epochs", "1000000"]
 
 
-def flags(folder, name, *more):
+def flags(folder: Path, name: str, *more: str) -> list[str]:
     return bare_run(folder, "--name", name, *SCHEDULE, *more)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-def whole_run(folder, ranks, steps):
+def train(folder: Path, argv: list[str], ranks: int) -> None:
+    """To the end."""
+    codes = ended(start_command(folder, argv, ranks, bare=True))
+    assert codes == [0] * ranks, said(folder)
+
+
+def whole_run(folder: Path, ranks: int, steps: int) -> list[tuple[int, float]]:
     """The losses of a run that was left alone, at least ``steps`` of them."""
     name = f"whole{ranks}"
     if steps_of(folder, name) < steps:
         shutil.rmtree(folder / "logs" / name, ignore_errors=True)
-        argv = flags(folder, name, "--max-steps", str(2 * steps))
-        assert ended(start_command(folder, argv, ranks, bare=True)) == [0] * ranks, said(folder)
+        train(folder, flags(folder, name, "--max-steps", str(2 * steps)), ranks)
     return losses(folder / "logs" / name)
 
 
-def kill_a_worker(folder, name, process):
+def kill_a_worker(folder: Path, name: str, process: Any) -> None:
     """The run goes on, with a warning; a worker that has loaded its last batch is not missed."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while "worker died" not in said(folder)[0]:
@@ -64,53 +70,86 @@ def kill_a_worker(folder, name, process):
     wait_for_steps(folder, name, 2, process)
 
 
-def wait_for_steps(folder, name, more, process, or_until="never printed"):
+def wait_for_steps(
+    folder: Path, name: str, more: int, process: Any, or_until: str = "never printed"
+) -> None:
     steps = steps_of(folder, name) + more
     wait_until(
         lambda: or_until in said(folder)[0] or steps_of(folder, name) >= steps, [process], folder
     )
 
 
-@pytest.mark.parametrize(("what", "workers", "ranks"), CASES)
-def test_a_stopped_run_is_saved_and_goes_on_bit_for_bit(folder, what, workers, ranks):
+def assert_saved_and_resumed(folder: Path, name: str, processes: list[Any], exit_code: int) -> None:
+    """Processes that were told to stop end well, and the run goes on bit for bit."""
+    ranks = len(processes)
+    codes = ended(processes)
+    printed = said(folder)
+    assert codes == [exit_code] * ranks, printed
+    assert "continue with --resume" in printed[0] and "Traceback" not in "".join(printed), printed
+    run = folder / "logs" / name
+    before = losses(run)
+    total = len(before) + 4
+    resumed = flags(folder, name, "--max-steps", str(total), "--resume", f"logs/{name}")
+    train(folder, resumed, ranks)
+    assert losses(run)[: len(before)] == before
+    assert losses(run) == whole_run(folder, ranks, total)[:total]
+
+
+def start_with_a_clean_log(folder: Path, name: str, workers: int, ranks: int) -> list[Any]:
+    """A run that has taken its first steps."""
     for log in folder.glob("rank*.log"):
         log.unlink()
-    name = f"{what}-{workers}-{ranks}"
     argv = flags(folder, name, "--workers", str(workers))
     processes = start_command(folder, argv, ranks, bare=True)
     wait_until(lambda: steps_of(folder, name) >= 6, processes, folder)
-    if what == "killed":
-        kill_a_worker(folder, name, processes[0])
+    return processes
+
+
+@pytest.mark.parametrize(
+    ("sent", "workers", "ranks"),
+    [
+        ("SIGTERM", 0, 1),
+        ("SIGTERM", 0, 2),
+        ("SIGTERM", 2, 1),
+        ("SIGTERM", 2, 2),
+        ("SIGUSR1", 2, 2),
+        ("SIGINT", 2, 1),
+        ("SIGINT", 2, 2),
+    ],
+)
+def test_a_stopped_run_is_saved_and_goes_on_bit_for_bit(
+    folder: Path, sent: str, workers: int, ranks: int
+) -> None:
+    name = f"{sent}-{workers}-{ranks}"
+    processes = start_with_a_clean_log(folder, name, workers, ranks)
     for process in processes:
-        os.killpg(process.pid, signal.Signals[what if what in SIGNALS else "SIGTERM"])
-    codes, printed = ended(processes), said(folder)
-    assert codes == [SIGNALS.get(what, 0)] * ranks, printed
-    assert "continue with --resume" in printed[0] and "Traceback" not in "".join(printed), printed
-
-    before = losses(folder / "logs" / name)
-    total = len(before) + 4
-    argv = flags(folder, name, "--max-steps", str(total), "--resume", f"logs/{name}")
-    assert ended(start_command(folder, argv, ranks, bare=True)) == [0] * ranks, said(folder)
-    assert losses(folder / "logs" / name)[: len(before)] == before
-    assert losses(folder / "logs" / name) == whole_run(folder, ranks, total)[:total]
+        os.killpg(process.pid, signal.Signals[sent])
+    assert_saved_and_resumed(folder, name, processes, EXIT_CODES[sent])
 
 
-def pictures_that_wait():
+def test_a_run_whose_worker_was_killed_goes_on_bit_for_bit(folder: Path) -> None:
+    (process,) = start_with_a_clean_log(folder, "killed", workers=2, ranks=1)
+    kill_a_worker(folder, "killed", process)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert_saved_and_resumed(folder, "killed", [process], EXIT_CODES["SIGTERM"])
+
+
+def let_pictures_wait() -> None:
     """No picture is read while there is a file "wait"."""
-    open_ = Image.open
+    original_open = Image.open
 
-    def waiting(*args, **options):
+    def waiting(*arguments: Any, **options: Any) -> Image.Image:
         while Path("wait").exists():
             time.sleep(0.01)
-        return open_(*args, **options)
+        return original_open(*arguments, **options)
 
     Image.open = waiting
 
 
-def test_the_second_ctrl_c_ends_at_once(folder):
-    (log,) = list(folder.glob("rank0.log")) or [folder / "rank0.log"]
+def test_the_second_ctrl_c_ends_at_once(folder: Path) -> None:
+    log = folder / "rank0.log"
     log.unlink(missing_ok=True)
-    (process,) = start_command(folder, flags(folder, "twice"), 1, fault=pictures_that_wait)
+    (process,) = start_command(folder, flags(folder, "twice"), 1, fault=let_pictures_wait)
     wait_until(lambda: steps_of(folder, "twice") >= 2, [process], folder)
     (folder / "wait").touch()
     os.kill(process.pid, signal.SIGINT)
@@ -123,35 +162,39 @@ def test_the_second_ctrl_c_ends_at_once(folder):
     assert not list((folder / "logs" / "twice" / "checkpoints").iterdir())
 
 
-def test_torchrun_hands_sigterm_on_and_the_ranks_save(folder):
+def test_torchrun_hands_sigterm_on_and_the_ranks_save(folder: Path) -> None:
     argv = flags(folder, "torchrun", "--workers", "1")
     process = torchrun(folder, argv, "--nproc-per-node", "2", "--master-port", str(free_port()))
     try:
         wait_until(lambda: steps_of(folder, "torchrun") >= 2, [process], folder)
         process.terminate()
-        printed = process.communicate(timeout=300)[0]
+        printed, _ = process.communicate(timeout=300)
     finally:
         process.kill()
     assert "stopped by SIGTERM after step" in printed
     assert (folder / "logs" / "torchrun" / "checkpoints" / "epoch_latest.pt").exists()
 
 
-def test_progress_is_a_line_in_the_log_and_no_bar_in_a_redirected_stderr(folder):
+def test_progress_is_a_line_in_the_log_and_no_bar_in_a_redirected_stderr(folder: Path) -> None:
     (folder / "rank0.log").unlink(missing_ok=True)
     argv = flags(folder, "log", "--max-steps", "6", "--log-every-n-steps", "2")
     assert ended(start_command(folder, argv, 1, bare=True)) == [0]
     lines = (folder / "logs" / "log" / "out.log").read_text().splitlines()
-    form = r"\d{4}-\d\d-\d\d [\d:,]+ step (\d+)/6, loss \d\.\d{4}, [\d,]+ samples/s, ETA [\d:]+"
-    matches = [match for line in lines if (match := re.fullmatch(form, line))]
-    assert [match[1] for match in matches] == ["2", "4", "6"]
+    line_of_a_step = (
+        r"\d{4}-\d\d-\d\d [\d:,]+ step (\d+)/6, loss \d\.\d{4}, [\d,]+ samples/s, ETA [\d:]+"
+    )
+    matches = [re.fullmatch(line_of_a_step, line) for line in lines]
+    assert [match[1] for match in matches if match] == ["2", "4", "6"]
     printed = said(folder)[0]
     assert "\r" not in printed and "%|" not in printed and "it/s" not in printed
 
 
-def test_an_error_on_the_way_out_of_ctrl_c_is_still_130(capsys):
+def test_an_error_on_the_way_out_of_ctrl_c_is_still_130(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """torch.save, interrupted, ends in a RuntimeError of its own."""
 
-    def work():
+    def work() -> None:
         try:
             raise KeyboardInterrupt
         finally:

@@ -1,8 +1,11 @@
 """What users write for us: lines that only newlines end, JSON of any depth, names of precisions."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,19 +21,19 @@ from protoclip.json_text import JSON_LEVELS, parse_json
 ODD = "one\u2028line\x0cwith\x85odd\x1cbreaks"  # str.splitlines makes five of it
 
 
-def test_only_newlines_end_a_line():
+def test_only_newlines_end_a_line() -> None:
     assert lines_of("") == [] and lines_of("\n") == [""] and lines_of("a\n\nb") == ["a", "", "b"]
     assert lines_of(f"{ODD}\nb\r\nc\rd\n") == [ODD, "b", "c", "d"]
 
 
-def test_printable_text_goes_into_any_file():
+def test_printable_text_goes_into_any_file() -> None:
     assert (
         printable(os.fsdecode(b"caf\xe9 \xff.png") + " é \ud800")
         == r"caf\xe9 \xff.png é " + "\ufffd"
     )
 
 
-def test_captions_class_names_and_templates_keep_their_odd_breaks(tmp_path):
+def test_captions_class_names_and_templates_keep_their_odd_breaks(tmp_path: Path) -> None:
     assert parse_captions(f"{ODD}\nsecond\n".encode(), False) == (ODD, "second")
     (tmp_path / "words.txt").write_text(f"{{c}} {ODD}\n{{}}\n")
     assert read_templates(str(tmp_path / "words.txt")) == (f"{{}} {ODD}", "{}")
@@ -43,7 +46,7 @@ def test_captions_class_names_and_templates_keep_their_odd_breaks(tmp_path):
     assert open_layout(str(tmp_path / "data")).test.labels["class"].names == (ODD, "b")
 
 
-def test_a_row_of_features_has_one_caption_whatever_is_in_it(tmp_path):
+def test_a_row_of_features_has_one_caption_whatever_is_in_it(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((20, 3)))
     (tmp_path / "w.txt").write_text("".join(f"{ODD} {i}\n" for i in range(20)))
     flags = ["--captions", str(tmp_path / "w.txt"), "--k", "2", "--out", str(tmp_path / "out")]
@@ -53,7 +56,7 @@ def test_a_row_of_features_has_one_caption_whatever_is_in_it(tmp_path):
 DEEP = "[" * 200_000
 
 
-def test_the_depth_of_json_is_limited():
+def test_the_depth_of_json_is_limited() -> None:
     def nested(levels):
         return json.loads("[" * levels + "]" * levels)
 
@@ -65,7 +68,9 @@ def test_the_depth_of_json_is_limited():
 
 @pytest.mark.parametrize("name", ["config.json", "results.json", "report.json", "metrics.jsonl"])
 @pytest.mark.parametrize("text", [DEEP, "[" * 900 + "]" * 900], ids=["torn", "whole"])
-def test_deep_json_in_a_run_is_a_sentence(trained, tmp_path, capsys, name, text):
+def test_deep_json_in_a_run_is_a_sentence(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text
+) -> None:
     run = shutil.copytree(trained, tmp_path / "run")
     (run / name).write_text(text)
     damaged = name in ("config.json", "results.json")  # the others are as if they were missing
@@ -79,7 +84,9 @@ def test_deep_json_in_a_run_is_a_sentence(trained, tmp_path, capsys, name, text)
         assert f"{run}/config.json cannot be used" in said and said.count("\n") == 1
 
 
-def test_deep_json_in_a_preset_or_model_is_a_sentence(tmp_path, capsys):
+def test_deep_json_in_a_preset_or_model_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "deep.json").write_text('{"optim": ' + DEEP)
     for flag in ("--preset", "--model"):
         assert main(["train", flag, str(tmp_path / "deep.json")]) == 2
@@ -100,7 +107,7 @@ def test_deep_json_in_a_preset_or_model_is_a_sentence(tmp_path, capsys):
         ({}, "all captions are empty"),
     ],
 )
-def test_a_caption_that_is_no_text_is_named(content, words):
+def test_a_caption_that_is_no_text_is_named(content, words: str) -> None:
     data = json.dumps(content).encode()
     if words is None:
         assert parse_captions(data, True) == ("x",)
@@ -110,7 +117,9 @@ def test_a_caption_that_is_no_text_is_named(content, words):
     assert str(raised.value) == words
 
 
-def test_every_precision_of_openclip_works_or_is_answered(tmp_path, capsys):
+def test_every_precision_of_openclip_works_or_is_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     action = pytest.importorskip("open_clip_train.params")
     with pytest.raises(SystemExit):
         action.parse_args(["--precision", "none"])

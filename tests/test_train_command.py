@@ -1,7 +1,10 @@
 """``protoclip train`` as a user runs it: it learns, repeats, and refuses in words."""
 
+from __future__ import annotations
+
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,38 +18,50 @@ from protoclip.train import main
 
 SMALL = ["--train-data", "builtin:shapes:600", "--batch-size", "64", "--report-to", "none"]
 CLIP = ["--method", "clip"]
-
-
 BARE = ["--val-frequency", "0"]  # no evaluation in between
 
 
-def run(tmp_path, name, *flags):
-    assert main(["--logs", str(tmp_path), "--name", name, *SMALL, *flags]) == 0
-    return tmp_path / name
+def run(folder: Path, name: str, flags: list[str]) -> Path:
+    """The folder of a run that ends well."""
+    assert main(["--logs", str(folder), "--name", name, *SMALL, *flags]) == 0
+    return folder / name
 
 
-def test_the_same_seed_repeats_bit_for_bit(tmp_path, nano, no_page):
+def test_the_same_seed_repeats_bit_for_bit(tmp_path: Path, nano: Path, no_page: None) -> None:
     flags = ["--max-steps", "12", "--infonce-warmup-epoch", "0", "--model", str(nano), *BARE]
-    first, again = (run(tmp_path, name, *flags) for name in ("first", "again"))
+    first = run(tmp_path, "first", flags)
+    again = run(tmp_path, "again", flags)
     assert losses(first) == losses(again) and len(losses(first)) == 12
-    found = (checkpoint.load(x / "checkpoints" / checkpoint.LATEST) for x in (first, again))
-    ours, theirs = (one["state_dict"] for one in found)
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    expected = checkpoint.load(first / "checkpoints" / checkpoint.LATEST)["state_dict"]
+    weights = checkpoint.load(again / "checkpoints" / checkpoint.LATEST)["state_dict"]
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_it_learns_and_leaves_a_whole_run_folder(tmp_path):
-    folder = run(tmp_path, "learns", "--epochs", "6", "--infonce-warmup-epoch", "1")
-    before, *_, after = [r["contrastive_loss"] for r in metrics(folder) if "contrastive_loss" in r]
-    assert after < before - 1.0  # nats; chance is ln 64 = 4.2
-    results = json.loads((folder / "results.json").read_text())
-    old, new = (results[name]["HO"]["metrics"] for name in ("untrained", "trained"))
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six epochs with evaluation, plots and report."""
+    flags = ["--epochs", "6", "--infonce-warmup-epoch", "1"]
+    return run(tmp_path_factory.mktemp("logs"), "learns", flags)
+
+
+def test_a_run_learns(whole_run: Path) -> None:
+    history = [
+        line["contrastive_loss"] for line in metrics(whole_run) if "contrastive_loss" in line
+    ]
+    assert history[-1] < history[0] - 1.0  # nats; chance is ln 64 = 4.2
+    results = json.loads((whole_run / "results.json").read_text())
+    untrained = results["untrained"]["HO"]["metrics"]
+    trained = results["trained"]["HO"]["metrics"]
     for name in ("image_retrieval_recall@5", "text_retrieval_recall@5"):  # of 60 held-out pairs
-        assert new[name] > old[name] + 0.3, name
-    last = [r for r in metrics(folder) if "loss" in r][-1]
+        assert trained[name] > untrained[name] + 0.3, name
+
+
+def test_a_run_leaves_a_whole_folder(whole_run: Path) -> None:
+    last_step = [line for line in metrics(whole_run) if "loss" in line][-1]
     names = {"step", "samples", "contrastive_loss", "proto_loss", "logit_scale", "lr"}
-    assert names <= set(last)
+    assert names <= set(last_step)
     for name in ("config.json", "out.log", "clusters.csv", "report.html"):
-        assert (folder / name).stat().st_size > 100, name
+        assert (whole_run / name).stat().st_size > 100, name
 
 
 @pytest.mark.parametrize(
@@ -73,59 +88,87 @@ def test_it_learns_and_leaves_a_whole_run_folder(tmp_path):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_mistakes_end_in_one_message(tmp_path, capsys, flags, words):
+def test_mistakes_end_in_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
     code = main(["--logs", str(tmp_path), "--name", "bad", *SMALL, *flags])
     message = capsys.readouterr().err
     assert code == 2 and words in message and "Traceback" not in message
     assert not (tmp_path / "bad").exists()
 
 
-def test_an_existing_run_is_not_overwritten(tmp_path, capsys):
+def test_an_existing_run_is_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "precious.txt").write_text("mine")
     assert main(["--logs", str(tmp_path), "--name", "taken", *SMALL]) == 2
     assert "taken" in capsys.readouterr().err
-    assert [p.name for p in (tmp_path / "taken").iterdir()] == ["precious.txt"]
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["precious.txt"]
 
 
-def test_a_bad_picture_is_skipped_to_the_end(tmp_path, nano, capsys):
-    """Plots and report too go without it, whether training has met it or not."""
+@pytest.fixture
+def table_with_a_bad_picture(tmp_path: Path) -> Path:
+    """Forty pictures of one colour; the eighth does not decode."""
     rows = ["filepath\ttitle"]
     for i in range(40):
         Image.new("RGB", (24, 24), (6 * i, 90, 200)).save(tmp_path / f"{i}.png")
         rows.append(f"{i}.png\tsquare number {i}")
     (tmp_path / "7.png").write_bytes(b"no picture")
-    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
-    flags = ["--train-data", str(tmp_path / "pairs.csv"), "--batch-size", "8", "--k", "3"]
-    flags += ["--infonce-warmup-epoch", "0", "--model", str(nano)]
-    for name, more in (("met", ["--epochs", "1"]), ("unmet", ["--max-steps", "1", *CLIP])):
-        folder = run(tmp_path, name, *flags, *more)
-        assert (folder / "report.html").stat().st_size > 1000
-    said = capsys.readouterr().err
-    assert "skipped sample 1" in said and "the picture does not decode (cannot identify" in said
-    assert "BytesIO" not in said
+    table = tmp_path / "pairs.csv"
+    table.write_text("\n".join(rows) + "\n")
+    return table
 
 
-def test_a_short_last_episode_has_as_many_prototypes_as_samples(tmp_path, nano, no_page):
+@pytest.mark.parametrize(
+    "length",
+    [["--epochs", "1"], ["--max-steps", "1", *CLIP]],
+    ids=["training meets it", "training does not meet it"],
+)
+def test_a_bad_picture_is_skipped_to_the_end(
+    tmp_path: Path,
+    nano: Path,
+    table_with_a_bad_picture: Path,
+    capsys: pytest.CaptureFixture[str],
+    length: list[str],
+) -> None:
+    """Plots and report too go without it."""
+    flags = ["--train-data", str(table_with_a_bad_picture), "--batch-size", "8", "--k", "3"]
+    flags += ["--infonce-warmup-epoch", "0", "--model", str(nano), *length]
+    folder = run(tmp_path, "run", flags)
+    assert (folder / "report.html").stat().st_size > 1000
+    message = capsys.readouterr().err
+    assert "skipped sample 1" in message
+    assert "the picture does not decode (cannot identify" in message
+    assert "BytesIO" not in message
+
+
+def test_a_short_last_episode_has_as_many_prototypes_as_samples(
+    tmp_path: Path, nano: Path, no_page: None
+) -> None:
     flags = ["--max-steps", "10", "--k", "65", "--infonce-warmup-epoch", "0", "--model", str(nano)]
     flags += ["--lr", "1e-3"]  # a higher one makes features equal, and so clusters empty
-    folder = run(tmp_path, "short", *flags, *BARE, "--external-teacher", "none")
-    assert [r["image_clusters"] for r in metrics(folder) if "image_clusters" in r] == [65, 64]
+    folder = run(tmp_path, "short", [*flags, *BARE, "--external-teacher", "none"])
+    num_clusters = [line["image_clusters"] for line in metrics(folder) if "image_clusters" in line]
+    assert num_clusters == [65, 64]
 
 
-def test_a_run_too_short_for_prototypes_says_so(tmp_path, nano, capsys, no_page):
-    run(tmp_path, "short", "--max-steps", "1", "--model", str(nano), *BARE)
-    said = capsys.readouterr().err
-    assert re.search(r"prototypes train from step \d+ on, which this run does not reach", said)
+def test_a_run_too_short_for_prototypes_says_so(
+    tmp_path: Path, nano: Path, capsys: pytest.CaptureFixture[str], no_page: None
+) -> None:
+    run(tmp_path, "short", ["--max-steps", "1", "--model", str(nano), *BARE])
+    message = capsys.readouterr().err
+    words = r"prototypes train from step \d+ on, which this run does not reach"
+    assert re.search(words, message)
 
 
+@pytest.mark.parametrize("size", [0, 4000])
 @pytest.mark.parametrize("name", ["torn.pt", "torn.safetensors"])
-def test_torn_weights_are_named(tmp_path, name):
+def test_torn_weights_are_named(tmp_path: Path, name: str, size: int) -> None:
     torn = tmp_path / name
-    for size in (0, 4000):
-        torn.write_bytes((b"PK\x03\x04" + bytes(4000))[:size])
-        with pytest.raises(ValueError, match=rf"{name}.*is the file complete"):
-            build_model(ModelConfig(pretrained=str(torn)))
+    torn.write_bytes((b"PK\x03\x04" + bytes(4000))[:size])
+    with pytest.raises(ValueError, match=rf"{name}.*is the file complete"):
+        build_model(ModelConfig(pretrained=str(torn)))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +180,9 @@ def test_torn_weights_are_named(tmp_path, name):
         ('{"embed_dim": 8, "vision_cfg": {"wdith": 8}, "text_cfg": {}}', "wdith"),
     ],
 )
-def test_a_config_that_is_none_is_named(tmp_path, capsys, content, words):
+def test_an_invalid_model_config_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, words: str
+) -> None:
     path = tmp_path / "mine.json"
     path.write_text(content)
     assert main(["--logs", str(tmp_path), "--model", str(path), *SMALL]) == 2
