@@ -119,13 +119,15 @@ def config_of(*flags: str) -> TrainConfig:
 
 
 def tiny_run(folder: Path, name: str, *flags: str) -> list[str]:
-    """The flags of a run of milliseconds a step, with prototypes from step 6 on."""
+    """The flags of a run of milliseconds a step, with prototypes from step 6 on; in fp32, in which
+    a step hardly depends on how its batch is split."""
     (folder / "tiny.json").write_text(json.dumps(TINY))
     return [  # no --logs: torchrun takes it for one of its own
         "--train-data", "builtin:shapes:64", "--model", str(folder / "tiny.json"),
         "--batch-size", "12", "--projection-hidden-dim", "24", "--projection-dim", "8",
         "--external-teacher", "none", "--k", "6", "--infonce-warmup-epoch", "1",
-        "--report-to", "none", "--val-frequency", "0", "--name", name, *flags,
+        "--report-to", "none", "--val-frequency", "0", "--precision", "fp32", "--name", name,
+        *flags,
     ]  # fmt: skip
 
 
