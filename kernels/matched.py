@@ -128,7 +128,7 @@ def matched_forward_kernel(
     at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
     at_column = (row0 // BLOCK_N).to(tl.int64) * m + col0
     zeros = tl.zeros((BLOCK_N,), tl.float32)
-    _, _, _, key_bias_ptr = relation
+    own_ptr, exclude_ptr, ids, key_bias_ptr = relation
     if not _holds_pairs(relation, row0, col0, n, m, first_row, 0, BLOCK_N, BLOCK_M):
         s = base2_scale * products(
             x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D
@@ -200,7 +200,7 @@ def matched_gradient_kernel(
         column_level = tl.load(column_ptr + stride_column + col)
         low, high = tl.minimum(low, tl.min(column_top)), tl.maximum(high, tl.max(column_top))
     general = _holds_pairs(relation, row0, col0, n, m, first_row, first_col, BLOCK_N, BLOCK_M)
-    _, _, _, key_bias_ptr = relation
+    own_ptr, exclude_ptr, ids, key_bias_ptr = relation
     sums_ptr = dbias_ptr
     if dbias_ptr is not None:
         sums_ptr += (row0 // BLOCK_N) * m + col0

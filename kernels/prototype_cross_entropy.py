@@ -40,12 +40,11 @@ SCRATCH_BYTES = 256 << 20
 G_UNIT = 4096.0
 
 
-@triton.jit(
-    do_not_specialize=["slices"],
-    do_not_specialize_on_alignment=[
-        *("labels_ptr", "loss_ptr", "nearest_ptr", "row_max_ptr", "row_sum_ptr", "dscale_ptr")
-    ],
-)
+# Rows of [S, N] begin anywhere; another alignment would compile the kernel again.
+BANK_ROWS = ["labels_ptr", "loss_ptr", "nearest_ptr", "row_max_ptr", "row_sum_ptr", "dscale_ptr"]
+
+
+@triton.jit(do_not_specialize=["slices"], do_not_specialize_on_alignment=BANK_ROWS)
 def join_slices_kernel(
     q_ptr, logit_scale_ptr, target_ptr, labels_ptr,  # [N, D], [], [K, D], [N]
     max_ptr, sum_ptr, best_ptr, expected_ptr,  # [slices, N]

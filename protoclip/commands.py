@@ -104,9 +104,10 @@ def evaluate_parser() -> Parser:
         "tested on 20 %.",
         example="protoclip evaluate ViT-B-32 --pretrained laion2b_s34b_b79k --data imagenet/",
     )
-    add = parser.add_argument
-    add("what", metavar="MODEL", help="run folder, checkpoint, OpenCLIP name or local-dir:PATH")
-    for flag, default, words in (
+    parser.add_argument(
+        "what", metavar="MODEL", help="run folder, checkpoint, OpenCLIP name or local-dir:PATH"
+    )
+    for flag, default, help_text in (
         ("--data", "", "see below (default: what the run was evaluated on)"),
         ("--tasks", "", f"some of {','.join(TASKS)}, or all (default: what the data allows)"),
         ("--model", "", "for a checkpoint of OpenCLIP's trainer: its model name or config .json"),
@@ -120,12 +121,21 @@ def evaluate_parser() -> Parser:
         ("--batch-size", 256, "pictures or texts encoded at once"),
         ("--workers", 0, "processes that read pictures"),
     ):  # fmt: skip
-        add_flag(parser, flag, default, words)
-    words = "seed of the held-out part of built-in data (default: the run's, or 0)"
-    add("--seed", type=int, metavar="N", help=words)
-    words = "linear probe: L-BFGS with lambda chosen on held-out training samples, or the "
-    words += "authors' (SGD, unshuffled, best test epoch)"
-    add_flag(parser, "--protocol", PROTOCOLS[0], words, choices=PROTOCOLS)
+        add_flag(parser, flag, default, help_text)
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="seed of the held-out part of built-in data (default: the run's, or 0)",
+    )
+    add_flag(
+        parser,
+        "--protocol",
+        PROTOCOLS[0],
+        "linear probe: L-BFGS with lambda chosen on held-out training samples, or the authors' "
+        "(SGD, unshuffled, best test epoch)",
+        choices=PROTOCOLS,
+    )
     add_flag(parser, "--precision", "fp32", "precision of encoding", choices=PRECISIONS)
     group = parser.add_argument_group("Tables", "as in training (default: the run's)")
     add_options(group, DataConfig(), only=TABLE)
@@ -153,11 +163,14 @@ def export_parser() -> Parser:
         description="Write a trained model as a folder that OpenCLIP loads: local-dir:DIR.",
         example="protoclip export logs/RUN --out my-clip",
     )
-    add = parser.add_argument
-    add("run", metavar="RUN_OR_CHECKPOINT", help="run folder or a checkpoint")
-    add("--out", required=True, metavar="DIR", help="a new or empty folder")
-    words = "for a checkpoint of OpenCLIP's trainer: its model name or config file"
-    add_flag(parser, "--model", "", words)
+    parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="run folder or a checkpoint")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    add_flag(
+        parser,
+        "--model",
+        "",
+        "for a checkpoint of OpenCLIP's trainer: its model name or config file",
+    )
     return parser
 
 
@@ -170,10 +183,17 @@ def teacher_parser() -> Parser:
         example="protoclip teacher --data 'shards/{00000..00099}.tar' --out features.npz",
     )
     add_flag(parser, "--data", "builtin:icons", "as in protoclip train --train-data")
-    words = f"{MINILM}, or a text model of Hugging Face such as roberta-large, by name or folder"
-    add_flag(parser, "--model", MINILM, words)
-    words = "average 77 tokens, padding included, as the authors did with roberta-large"
-    parser.add_argument("--paper", action="store_true", help=words)
+    add_flag(
+        parser,
+        "--model",
+        MINILM,
+        f"{MINILM}, or a text model of Hugging Face such as roberta-large, by name or folder",
+    )
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="average 77 tokens, padding included, as the authors did with roberta-large",
+    )
     parser.add_argument("--out", required=True, metavar="PATH", help="the .npz to write")
     add_flag(parser, "--batch-size", 64, "texts encoded at once")
     add_flag(parser, "--device", "auto", "cpu, cuda, ...; auto: cuda if available")
@@ -210,8 +230,13 @@ def openclip_parser() -> Parser:
         "same, in less memory. Runs under torchrun as OpenCLIP does.",
         example="protoclip openclip --train-data 'd/{000..099}.tar' --model ViT-B-32 --proto-k 500",
     )
-    words = "caption: pairs of a batch with the same caption are not negatives of each other"
-    add_flag(parser.add_argument_group("Loss"), "--dedup", "off", words, choices=("off", "caption"))
+    add_flag(
+        parser.add_argument_group("Loss"),
+        "--dedup",
+        "off",
+        "caption: pairs of a batch with the same caption are not negatives of each other",
+        choices=("off", "caption"),
+    )
     add_options(parser.add_argument_group(str(ProtoConfig.__doc__)), ProtoConfig())
     parser.example = f"\n{open_clips_help()}\n{parser.example}"
     return parser

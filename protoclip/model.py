@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,22 +233,24 @@ def check_model(config: ModelConfig) -> str:
 
 def _create(name: str, config: ModelConfig, device: str) -> Any:
     """OpenCLIP's model with its weights, without a logit_bias that only the weights have."""
-    arguments: dict[str, Any] = {
-        "pretrained": config.pretrained or None,
-        "force_image_size": config.force_image_size or None,
-        "force_context_length": config.force_context_length or None,
-        "device": device,
-        "output_dict": True,
-    }
+    create = partial(
+        open_clip.create_model,
+        name,
+        pretrained=config.pretrained or None,
+        force_image_size=config.force_image_size or None,
+        force_context_length=config.force_context_length or None,
+        device=device,
+        output_dict=True,
+    )
     if config.siglip:
-        return open_clip.create_model(name, **arguments, **SIGLIP)
+        return create(**SIGLIP)
     try:
-        return open_clip.create_model(name, **arguments)
+        return create()
     except (AttributeError, RuntimeError) as error:
         if "Failed to download" in str(error):
             raise
         # Weights of OpenCLIP's --siglip? Neither features nor InfoNCE use the bias.
-        clip = open_clip.create_model(name, **arguments, init_logit_bias=0.0)
+        clip = create(init_logit_bias=0.0)
     clip.logit_bias = None
     return clip
 

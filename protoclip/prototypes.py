@@ -171,7 +171,7 @@ class PrototypeBuilder:
                 broadcast(prototypes)
                 if targets is not None:
                     broadcast(targets)
-            sets.append(PrototypeSet(source, student, prototypes, targets))
+            sets.append(PrototypeSet(source, student, prototypes=prototypes, targets=targets))
         return sets
 
 
@@ -248,30 +248,31 @@ class EpisodeBuilder:
 
     def build(
         self,
-        coming: Tensor,
+        positions: Tensor,
         features: Features,
         random: torch.Generator,
         recent: Features | None = None,
         previous: Episode | None = None,
     ) -> Episode | None:
         """Cluster every source, translate the clusters into each student's space, and label the
-        coming samples. Returns None if no source has features of as many samples as clusters.
+        episode's samples. Returns None if no source has features of as many samples as clusters.
 
         Args:
-            coming: int64 [M], sorted positions that the episode trains on.
-            features: of coming samples; each rank has a slice, all get the same episode. Coming
-                samples without features get no label from images and texts.
+            positions: int64 [M], sorted: the samples that the episode trains on.
+            features: of samples of the episode; each rank has a slice, all get the same episode.
+                Samples without features get no label from images and texts.
             random: CPU generator for the seeds of k-means.
             recent: features of any samples, as new as possible; a teacher knows all samples, so its
-                clusters are translated by these. None: by ``features``, which are of all coming
-                samples.
+                clusters are translated by these. None: by ``features``, which are then of all
+                samples of the episode.
             previous: the last episode, for the warm start.
         Raises:
             ValueError: features are not finite.
         """
         device = features.index.device
-        coming = coming.to(device)
-        num_clusters = min(self.config.num_clusters or default_clusters(len(coming)), len(coming))
+        positions = positions.to(device)
+        m = len(positions)
+        num_clusters = min(self.config.num_clusters or default_clusters(m), m)
         group = dist.group.WORLD if is_distributed() else None
         builder = PrototypeBuilder(self.config, group)
         sets: list[PrototypeSet] = []
@@ -282,28 +283,35 @@ class EpisodeBuilder:
             samples = int(sum_over_ranks(torch.tensor(len(points), device=device)))
             if samples < num_clusters:
                 continue  # images and texts before the second pass over the data
-            # Where only some coming samples have features, clusters of the usual size.
-            k = num_clusters if rows is recent else max(1, num_clusters * samples // len(coming))
+            k = num_clusters
+            if rows is not recent:  # if only some samples have features, clusters of the usual size
+                k = max(1, num_clusters * samples // m)
             last = None if previous is None else previous.centroids.get(source)
             clusters = builder.cluster(source, points, k, random, last)
             students = {"image": rows.image_h, "text": rows.text_h}
             sets += builder.translate(source, clusters, students)
             if rows is recent:
-                index, labels = self._teacher_labels(coming, clusters.centroids)
+                index, labels = self._teacher_labels(positions, clusters.centroids)
             else:
                 index = rows.index
                 labels = clusters.labels
-            all_labels[source] = _labels_of_all_ranks(coming, index, labels)
+            all_labels[source] = _labels_of_all_ranks(positions, index, labels)
             centroids[source] = clusters.centroids
             values = health(points, clusters, builder.group)
             values["empty"] = float(k - (clusters.counts > 0).sum())
-            values |= self._label_health(source, coming, all_labels[source], previous)
+            values |= self._label_health(source, positions, all_labels[source], previous)
             if source in INTERNAL and self.config.target_temperature > 0:
                 values["target_entropy"] = target_entropy(clusters, self.config.target_temperature)
             metrics |= {f"{source}_{name}": value for name, value in values.items()}
         if not sets:
             return None
-        return Episode(coming, all_labels, centroids, tuple(sets), metrics)
+        return Episode(
+            positions=positions,
+            labels=all_labels,
+            centroids=centroids,
+            sets=tuple(sets),
+            metrics=metrics,
+        )
 
     def _sources(
         self, features: Features, recent: Features | None
@@ -317,34 +325,34 @@ class EpisodeBuilder:
             sources[EXTERNAL] = (self.teacher.to(rows.image_h)[rows.index], rows)
         return sources
 
-    def _teacher_labels(self, coming: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions of this rank's share of the coming samples, and their nearest centroids."""
+    def _teacher_labels(self, positions: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's share of the positions, and their nearest centroids."""
         assert self.teacher is not None
-        index = coming[own_slice(len(coming))]
+        index = positions[own_slice(len(positions))]
         labels, _ = kmeans_assign(self.teacher.to(centroids)[index], centroids)
         return index, labels
 
     def _label_health(
-        self, source: str, coming: Tensor, labels: Tensor, previous: Episode | None
+        self, source: str, positions: Tensor, labels: Tensor, previous: Episode | None
     ) -> dict[str, float]:
         """Share of samples with a label, churn since the last episode, purity by known classes."""
         labelled = labels != LEFT_OUT
         values = {"labelled": float(labelled.float().mean())}
         if previous is not None and source in previous.labels:
-            before = previous.labels_of(coming)[source]
+            before = previous.labels_of(positions)[source]
             twice = labelled & (before != LEFT_OUT)
             if twice.any():
                 values["churn"] = 1 - purity(labels[twice].long(), before[twice])
         for name, ids in self.classes.items():
-            values[f"purity_{name}"] = purity(labels[labelled].long(), ids[coming[labelled]])
+            values[f"purity_{name}"] = purity(labels[labelled].long(), ids[positions[labelled]])
         return values
 
 
-def _labels_of_all_ranks(coming: Tensor, index: Tensor, labels: Tensor) -> Tensor:
-    """int32 [M], the labels of the coming samples, from each rank's labels [N] of the positions
-    ``index`` [N]; LEFT_OUT where no rank has one."""
-    of_all = torch.full((len(coming),), LEFT_OUT, dtype=torch.int32, device=coming.device)
-    of_all[torch.searchsorted(coming, index.contiguous())] = labels.int()
+def _labels_of_all_ranks(positions: Tensor, index: Tensor, labels: Tensor) -> Tensor:
+    """int32 [M], the labels of the samples at ``positions``, from each rank's labels [N] of the
+    samples at ``index`` [N]; LEFT_OUT where no rank has one."""
+    of_all = torch.full((len(positions),), LEFT_OUT, dtype=torch.int32, device=positions.device)
+    of_all[torch.searchsorted(positions, index.contiguous())] = labels.int()
     return max_over_ranks(of_all)
 
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ANY_FLOAT = (*FLOATS, torch.float64)
@@ -106,13 +105,26 @@ def define_gradient(
 
 def save_tensors(ctx: Any, **tensors: Tensor | Sequence[Tensor] | None) -> None:
     """``ctx.save_for_backward`` by name, for ``saved_tensors``."""
-    leaves, ctx.structure_of_saved = pytree.tree_flatten(tensors)
-    ctx.save_for_backward(*leaves)
+    flat: list[Tensor | None] = []
+    ctx.lengths_of_saved = {}  # of the lists; None: a tensor
+    for name, value in tensors.items():
+        if value is None or isinstance(value, Tensor):
+            ctx.lengths_of_saved[name] = None
+            flat.append(value)
+        else:
+            ctx.lengths_of_saved[name] = len(value)
+            flat.extend(value)
+    ctx.save_for_backward(*flat)
 
 
 def saved_tensors(ctx: Any) -> Any:
     """What ``save_tensors`` saved, by name."""
-    return SimpleNamespace(**pytree.tree_unflatten(ctx.saved_tensors, ctx.structure_of_saved))
+    flat = iter(ctx.saved_tensors)
+    saved = SimpleNamespace()
+    for name, length in ctx.lengths_of_saved.items():
+        value = next(flat) if length is None else [next(flat) for _ in range(length)]
+        setattr(saved, name, value)
+    return saved
 
 
 def refuse_gradient(function: Callable[..., Any], public: str) -> None:

@@ -17,7 +17,7 @@ the sets.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,38 +83,26 @@ def pairs_of(op: str, queries: Tensor, m: int, matching: Matching) -> Pairs:
     if exclude is not None:
         _check_integers(op, "exclude", exclude, [(n,)], device)
     same_positive = matching.key_ids is not None and matching.same_id == "positive"
-    own: Tensor | None = None
-    left_out: Tensor | None = None
-    wrong: Tensor | None = None
-    others: Tensor | None = None
-    positives = matching.positives
-    if positives is not None:
-        shapes: list[tuple[int, ...]] = [(n,)]
-        several = isinstance(positives, Tensor) and positives.ndim == 2
-        if several:
-            shapes.append((n, max(positives.shape[1], 1)))
-        _check_integers(op, "positives", positives, shapes, device)
-        left_out = positives == LEFT_OUT
-        inside = (positives >= 0) & (positives < m)
-        own = positives.where(inside, -1)
-        wrong = ~(inside | left_out)
-        if several:
-            own, others = _first_and_others(own, exclude, key_bias)
-            left_out = left_out.all(dim=1)
-            wrong = wrong.any(dim=1)
-    elif not same_positive:
+    if matching.positives is not None:
+        own_keys = _own_keys(op, matching.positives, n, m, device, exclude, key_bias)
+    elif same_positive:
+        own_keys = _OwnKeys(first=None)
+    else:
         if exclude is not None or matching.first + n > m:
             raise ValueError(
                 f"{op}: expected positives, the position of each query's own key, got none with "
                 + ("exclude" if exclude is not None else f"{n} queries and {m} keys")
                 + "; without them query i's own key is key i"
             )
-        own = torch.arange(matching.first, matching.first + n, device=device)
-    query_codes, key_codes = _codes(op, matching, own, n, m, device)
+        positions = torch.arange(matching.first, matching.first + n, device=device)
+        own_keys = _OwnKeys(first=positions)
+    query_codes, key_codes = _codes(op, matching, own_keys.first, n, m, device)
+    wrong = own_keys.wrong
     if exclude is not None:
         beyond = exclude >= m
         wrong = beyond if wrong is None else wrong | beyond
         exclude = exclude.where(~beyond, -1).clamp_min(-1).int()
+    own = own_keys.first
     if own is None:
         own = torch.full((n,), -1, device=device)
     return Pairs(
@@ -124,10 +112,44 @@ def pairs_of(op: str, queries: Tensor, m: int, matching: Matching) -> Pairs:
         key_ids=key_codes,
         key_bias=key_bias,
         same_positive=same_positive,
-        others=others,
-        left_out=left_out,
+        others=own_keys.others,
+        left_out=own_keys.left_out,
         wrong=wrong,
     )
+
+
+class _OwnKeys(NamedTuple):
+    """The own keys of N queries; None: there are none such."""
+
+    first: Tensor | None  # int64 [N], position of the first; -1: none
+    others: Tensor | None = None  # int64 [N, P]; -1: none
+    left_out: Tensor | None = None  # bool [N]
+    wrong: Tensor | None = None  # bool [N], a position is out of range
+
+
+def _own_keys(
+    op: str,
+    positives: Any,
+    n: int,
+    m: int,
+    device: torch.device,
+    exclude: Tensor | None,
+    key_bias: Tensor | None,
+) -> _OwnKeys:
+    """Check the argument ``positives`` and split it."""
+    shapes: list[tuple[int, ...]] = [(n,)]
+    several = isinstance(positives, Tensor) and positives.ndim == 2
+    if several:
+        shapes.append((n, max(positives.shape[1], 1)))
+    _check_integers(op, "positives", positives, shapes, device)
+    left_out = positives == LEFT_OUT
+    inside = (positives >= 0) & (positives < m)
+    wrong = ~(inside | left_out)
+    positions = positives.where(inside, -1)
+    if not several:
+        return _OwnKeys(first=positions, left_out=left_out, wrong=wrong)
+    first, others = _first_and_others(positions, exclude, key_bias)
+    return _OwnKeys(first, others, left_out=left_out.all(dim=1), wrong=wrong.any(dim=1))
 
 
 def _first_and_others(
