@@ -705,7 +705,8 @@ def conclude(
         folder.say("no evaluation: too few pictures could be read; give --val-data")
     else:
         results.write_results(folder.path / "results.json", outcome)
-        folder.say(page.answer(page.Run(folder.path.name, folder.path, {}, outcome)))
+        if answer := page.answer(page.Run(folder.path.name, folder.path, {}, outcome)):
+            folder.say(answer)
     if "tensorboard" in config.run.report_to:
         scores = {
             f"{results_of_set.title}/{name}": value

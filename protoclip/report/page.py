@@ -176,7 +176,7 @@ def best_floor(runs: Sequence[Run], key: str, metric: str) -> Floor | None:
     if not metric.endswith(HEADLINE):
         return None
     known: dict[str, float] = {}
-    for run in runs:
+    for run in reversed(runs):  # the baseline, which may have fewer, is the first
         for name, sets in run.outcome.beside.items():
             value = sets.get(key, results.NOTHING).metrics.get(metric, math.nan)
             if not math.isnan(value):
