@@ -37,15 +37,15 @@ def computed(
     logit_scale: Tensor,
     logit_bias: Tensor | None = None,
 ) -> Results:
-    """Of a loss that is called as OpenCLIP calls it."""
+    """Of a loss with OpenCLIP's arguments."""
     leaves = {
-        "image": leaf(pairs.image),
-        "text": leaf(pairs.text),
+        "image_features": leaf(pairs.image),
+        "text_features": leaf(pairs.text),
         "logit_scale": leaf(logit_scale),
     }
     if logit_bias is not None:
         leaves["logit_bias"] = leaf(logit_bias)
-    return loss_and_gradients(loss(*leaves.values()), **leaves)
+    return loss_and_gradients(loss(**leaves), **leaves)
 
 
 def assert_same(got: Results, expected: Results, tolerance: float = 2e-5) -> None:
@@ -85,9 +85,15 @@ def smoothed(base: type[nn.Module]) -> type[nn.Module]:
     """A loss of somebody who built on OpenCLIP's class: label smoothing."""
 
     class Smoothed(base):
-        def forward(self, x: Tensor, y: Tensor, scale: Tensor, bias: Any = None) -> Tensor:
-            logits = self.get_logits(x, y, scale, bias)
-            labels = self.get_ground_truth(x.device, logits[0].shape[0])
+        def forward(
+            self,
+            image_features: Tensor,
+            text_features: Tensor,
+            logit_scale: Tensor,
+            logit_bias: Tensor | None = None,
+        ) -> Tensor:
+            logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+            labels = self.get_ground_truth(image_features.device, logits[0].shape[0])
             return sum(F.cross_entropy(t, labels, label_smoothing=0.1) for t in logits) / 2
 
     return Smoothed
@@ -148,12 +154,12 @@ def test_the_sigmoid_loss_is_within_budget(
     def run(wide: torch.dtype, backend: str) -> Results:
         at_least_fp32 = torch.promote_types(wide, torch.float32)
         leaves = {
-            "image": leaf(image, wide),
-            "text": leaf(text, wide),
+            "image_features": leaf(image, wide),
+            "text_features": leaf(text, wide),
             "logit_scale": leaf(logit_scale, at_least_fp32),
             "logit_bias": leaf(logit_bias, at_least_fp32),
         }
-        loss = protoclip.ops.sigmoid_loss(*leaves.values(), backend=backend)
+        loss = protoclip.ops.sigmoid_loss(**leaves, backend=backend)
         return loss_and_gradients(loss, torch.tensor(-3.0), **leaves)
 
     truth = run(torch.float64, "reference")
@@ -193,9 +199,14 @@ def test_opcheck_accepts_the_sigmoid_loss() -> None:
 @pytest.mark.parametrize("loss", [protoclip.SigLipLoss(), protoclip.ClipLoss()])
 def test_compiled_losses_have_the_same_bits(loss: nn.Module) -> None:
     image, text = features(9, 6)
-    arguments = [leaf(image), leaf(text), leaf(torch.tensor([10.0])), leaf(torch.tensor([-10.0]))]
+    arguments = {
+        "image_features": leaf(image),
+        "text_features": leaf(text),
+        "logit_scale": leaf(torch.tensor([10.0])),
+        "logit_bias": leaf(torch.tensor([-10.0])),
+    }
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*arguments), loss(*arguments))
+    assert torch.equal(compiled(**arguments), loss(**arguments))
 
 
 def test_siglip_of_a_nan_is_nan() -> None:
@@ -213,13 +224,15 @@ def test_siglip_with_ids_is_its_formula(same_id: str) -> None:
     positive = same if same_id == "positive" else pairs
     seen = torch.ones_like(same) if same_id == "positive" else pairs | ~same
 
-    def formula(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
-        logits = logit_scale * image @ text.T + logit_bias
+    def formula(
+        image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
+    ) -> Tensor:
+        logits = logit_scale * image_features @ text_features.T + logit_bias
         losses = F.softplus(torch.where(positive, -logits, logits))
         return losses.where(seen, 0).sum() / 48
 
-    def ours(*arguments: Tensor) -> Tensor:
-        return protoclip.SigLipLoss()(*arguments, ids=ids, same_id=same_id)
+    def ours(**arguments: Tensor) -> Tensor:
+        return protoclip.SigLipLoss()(**arguments, ids=ids, same_id=same_id)
 
     scalars = {"logit_scale": torch.tensor(10.0), "logit_bias": torch.tensor(-8.0)}
     assert_same(computed(ours, features(), **scalars), computed(formula, features(), **scalars))
@@ -283,7 +296,7 @@ def results_with_ids(mine: slice = slice(None), **ranks: int) -> dict[str, Resul
     }
 
     def with_ids(loss: nn.Module) -> Callable[..., Tensor]:
-        return lambda *arguments: loss(*arguments, ids=ids[mine])
+        return lambda **arguments: loss(**arguments, ids=ids[mine])
 
     return {
         name: computed(with_ids(loss), Pairs(image[mine], text[mine]), **SCALARS[name])
@@ -310,7 +323,11 @@ def of_rank() -> RankResults:
         with_ids=results_with_ids(mine, rank=rank, world_size=2),
     )
     dist.destroy_process_group()
-    return RankResults(*map(as_arrays, results))
+    return RankResults(
+        ours=as_arrays(results.ours),
+        theirs=as_arrays(results.theirs),
+        with_ids=as_arrays(results.with_ids),
+    )
 
 
 def as_arrays(results_by_case: dict[str, Results]) -> dict[str, Any]:
@@ -330,7 +347,14 @@ def as_tensors(arrays_by_case: dict[str, Any]) -> dict[str, Results]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[RankResults]:
-    return [RankResults(*map(as_tensors, results)) for results in on_ranks(2, of_rank)]
+    return [
+        RankResults(
+            ours=as_tensors(results.ours),
+            theirs=as_tensors(results.theirs),
+            with_ids=as_tensors(results.with_ids),
+        )
+        for results in on_ranks(2, of_rank)
+    ]
 
 
 @pytest.mark.parametrize("name", SCALARS)
@@ -340,7 +364,7 @@ def test_ids_over_two_ranks_are_those_of_one_process(
     whole = results_with_ids()[name]
     first, second = (results.with_ids[name] for results in two_ranks)
     over_ranks = {"loss": (first["loss"] + second["loss"]) / 2}
-    for gradient in ("dimage", "dtext"):
+    for gradient in ("dimage_features", "dtext_features"):
         over_ranks[gradient] = torch.cat([first[gradient], second[gradient]]) / 2
     assert_same(over_ranks, {result: whole[result] for result in over_ranks})
 

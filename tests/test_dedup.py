@@ -60,19 +60,25 @@ class Batch:
 
 def test_the_training_loss_takes_ids() -> None:
     batch = Batch()
-    features = (batch.image, batch.text, batch.logit_scale)
     loss = batch.loss(batch.ids)
-    torch.testing.assert_close(loss, protoclip.info_nce(*features, ids=batch.ids))
-    assert not torch.allclose(loss, protoclip.info_nce(*features))
+    expected = protoclip.info_nce(batch.image, batch.text, batch.logit_scale, ids=batch.ids)
+    torch.testing.assert_close(loss, expected)
+    without_ids = protoclip.info_nce(batch.image, batch.text, batch.logit_scale)
+    assert not torch.allclose(loss, without_ids)
 
 
 def test_the_training_loss_of_siglip_takes_ids() -> None:
     batch = Batch()
-    features = (batch.image, batch.text, batch.logit_scale)
-    bias = torch.tensor(-3.0)
-    without_ids = open_clip.loss.SigLipLoss()(*features, bias)
+    arguments = {
+        "image_features": batch.image,
+        "text_features": batch.text,
+        "logit_scale": batch.logit_scale,
+        "logit_bias": torch.tensor(-3.0),
+    }
+    bias = arguments["logit_bias"]
+    without_ids = open_clip.loss.SigLipLoss()(**arguments)
     torch.testing.assert_close(batch.loss(None, bias), without_ids)
-    with_ids = protoclip.SigLipLoss()(*features, bias, ids=batch.ids)
+    with_ids = protoclip.SigLipLoss()(**arguments, ids=batch.ids)
     torch.testing.assert_close(batch.loss(batch.ids, bias), with_ids)
 
 
@@ -156,10 +162,18 @@ def test_open_clips_loops_show_the_tokens(factory: str, monkeypatch: pytest.Monk
             loss = task.loss
         with pytest.raises(ValueError, match="--dedup caption: expected a loop that gives"):
             loss(**features)
-    inputs = (features["image_features"], features["text_features"], features["logit_scale"])
-    expected = protoclip.info_nce(*inputs, ids=torch.tensor([0, 1, 0, 2]))
+
+    def info_nce(ids: Tensor | None) -> Tensor:
+        return protoclip.info_nce(
+            features["image_features"],
+            features["text_features"],
+            features["logit_scale"],
+            ids=ids,
+        )
+
+    expected = info_nce(ids=torch.tensor([0, 1, 0, 2]))
     torch.testing.assert_close(terms["contrastive_loss"], expected)
-    assert not torch.allclose(expected, protoclip.info_nce(*inputs))
+    assert not torch.allclose(expected, info_nce(ids=None))
 
 
 @pytest.mark.parametrize("flags", [["--accum-freq", "2"], ["--torchcompile"]])

@@ -37,12 +37,16 @@ class Call(NamedTuple):
     """What a call of a loss gave; gradients of the sum of its terms."""
 
     terms: dict[str, Tensor]
-    gradients: dict[str, Tensor]  # of "image", "text", "logit_scale"
+    gradients: dict[str, Tensor]  # by argument
 
 
 def call(loss: nn.Module, image: Tensor, text: Tensor) -> Call:
-    leaves = {"image": leaf(image), "text": leaf(text), "logit_scale": leaf(SCALE)}
-    terms = loss(*leaves.values(), output_dict=True)
+    leaves = {
+        "image_features": leaf(image),
+        "text_features": leaf(text),
+        "logit_scale": leaf(SCALE),
+    }
+    terms = loss(**leaves, output_dict=True)
     sum(terms.values()).backward()
     return Call(
         {name: value.detach() for name, value in terms.items()},
@@ -64,9 +68,11 @@ def loss_with_prototypes(**options: Any) -> ProtoClipLoss:
     return loss
 
 
-def dense_loss(loss: ProtoClipLoss, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+def dense_loss(
+    loss: ProtoClipLoss, image_features: Tensor, text_features: Tensor, logit_scale: Tensor
+) -> Tensor:
     """docs/algorithm.md §2.3 with the [N, K] targets written out, in fp64."""
-    features = {"image": image, "text": text}
+    features = {"image": image_features, "text": text_features}
     labels_by_source = loss.online.labels_of({n: x.float() for n, x in features.items()}, None)
     total = 0.0
     for prototype_set in loss.online.sets:
@@ -100,13 +106,14 @@ def test_loss_and_gradients_are_the_dense_ones(options: dict[str, Any]) -> None:
     got = call(loss, image, text)
     assert set(got.terms) == {"contrastive_loss", "proto_loss"}
     leaves = {
-        "image": leaf(image, torch.float64),
-        "text": leaf(text, torch.float64),
+        "image_features": leaf(image, torch.float64),
+        "text_features": leaf(text, torch.float64),
         "logit_scale": leaf(torch.tensor(SCALE), torch.float64),
     }
-    expected = dense_loss(loss, *leaves.values())
+    expected = dense_loss(loss, **leaves)
     assert torch.allclose(got.terms["proto_loss"].double(), expected, rtol=1e-5)
-    contrastive_loss = protoclip.ClipLoss()(*(tensor.float() for tensor in leaves.values()))
+    in_fp32 = {name: tensor.float() for name, tensor in leaves.items()}
+    contrastive_loss = protoclip.ClipLoss()(**in_fp32)
     (expected + contrastive_loss).backward()
     for name, gradient in got.gradients.items():
         truth = leaves[name].grad
@@ -179,16 +186,19 @@ def test_accumulated_calls_are_one_step() -> None:
     for step in range(3):
         image, text = pairs(60, seed=step)
         expected = call(at_once, image, text)
-        sums = {"image": torch.zeros_like(image), "text": torch.zeros_like(text)}
+        sums = {
+            "image_features": torch.zeros_like(image),
+            "text_features": torch.zeros_like(text),
+        }
         for first in (0, 20, 40):
             in_this_part = torch.zeros(60, 1)
             in_this_part[first : first + 20] = 1
-            leaves = {"image": leaf(image), "text": leaf(text)}
+            leaves = {"image_features": leaf(image), "text_features": leaf(text)}
             mixed = {
                 name: rows * in_this_part + rows.detach() * (1 - in_this_part)
                 for name, rows in leaves.items()
             }
-            terms = in_three(mixed["image"], mixed["text"], torch.tensor(SCALE), output_dict=True)
+            terms = in_three(**mixed, logit_scale=torch.tensor(SCALE), output_dict=True)
             torch.testing.assert_close(terms, expected.terms, rtol=0, atol=0)
             sum(terms.values()).backward()
             for name, rows in leaves.items():
@@ -298,7 +308,7 @@ def test_two_ranks_have_the_prototype_loss_and_gradients_of_one(
     assert torch.allclose(mean_loss, one_rank.terms["proto_loss"], rtol=1e-5)
     # As OpenCLIP's InfoNCE: 1 / W without gather_with_grad.
     share = 1 if flags.gather_with_grad else 1 / 2
-    for name in ("image", "text"):
+    for name in ("image_features", "text_features"):
         rows = torch.cat([first.gradients[name], second.gradients[name]]) / 2  # DDP's mean
         assert torch.allclose(rows, share * one_rank.gradients[name], atol=1e-5)
     mean = (first.gradients["logit_scale"] + second.gradients["logit_scale"]) / 2
