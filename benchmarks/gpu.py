@@ -223,17 +223,21 @@ def _candidates(row) -> Iterator:
 def compiled(swept: Swept, arch: int, row: launch.Launch) -> list[str]:
     """Compile a candidate for an architecture, into the compiler's cache: why it is no use, or
     nothing. Runs in a process of its own, which needs no card."""
-    from protoclip.kernels import compile_report
+    from protoclip.kernels.compile_report import report
 
     if swept.table:  # a rehearsal has no table of its own
         swept.rows[swept.keys[-1]] = row
     try:
-        costs = compile_report.costs(compile_report.Case(arch, *swept.case))
+        costs = report.costs(report.Case(arch, *swept.case))
     except Exception as error:  # whatever Triton throws where a tile does not fit
         return [str(error).splitlines()[0][:80]]
-    own = [cost for cost in costs if cost["kernel"] == swept.kernel]
-    spilled = [f"{c['local_bytes']} bytes of local memory" for c in own if c["local_bytes"]]
-    return spilled + [problem for cost in own for problem in cost["problems"]]
+    problems = []
+    for cost in costs:
+        if cost.kernel == swept.kernel:
+            if cost.local_bytes:
+                problems.append(f"{cost.local_bytes} bytes of local memory")
+            problems += cost.problems
+    return problems
 
 
 def compile_all(wanted: list[tuple[Swept, launch.Launch]], arch: int) -> list[list[str]]:

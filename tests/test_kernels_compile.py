@@ -138,10 +138,11 @@ def test_the_model_meets_public_measurements(costs):
 def test_a_row_that_breaks_its_promise_is_named():
     """A tile of 256 x 128 on four warps cannot hold two CTAs, nor avoid spills."""
     code = (
-        f"from {REPORT} import Case, costs, launch\n"
+        f"from {REPORT}.report import Case, costs\n"
+        "from protoclip.kernels import launch\n"
         "row = launch.Launch(256, 128, 64, warps=4, stages=3, ctas_per_sm=2)\n"
         "launch.HALF['sigmoid'][90] = row\n"
-        "print([c['problems'] for c in costs(Case(90, 'sigmoid', 'loss', 'bf16', 128))])"
+        "print([c.problems for c in costs(Case(90, 'sigmoid', 'loss', 'bf16', 128))])"
     )
     found = _python("-c", code)
     assert "bytes of local memory a thread" in found and "the row promises 2" in found
@@ -164,8 +165,9 @@ def test_no_slice_compiles_again():
     """Another alignment of a vector, another first tile or chunk: the same compiled kernel."""
     code = (
         "import torch\n"
-        f"from {REPORT} import info_nce, prototypes, recording\n"
-        "from protoclip.kernels import waves\n"
+        f"from {REPORT}.launches import recording\n"
+        "from protoclip.kernels import info_nce, waves\n"
+        "from protoclip.kernels import prototype_cross_entropy as prototypes\n"
         "waves.SIDE, waves.SCRATCH_BYTES = 256, 256 * 256 * 2\n"
         "n, x = 1027, torch.zeros(1031, 64, dtype=torch.bfloat16)\n"
         "w, y = torch.ones(1031), torch.zeros(1027, dtype=torch.int64)\n"
@@ -176,7 +178,7 @@ def test_no_slice_compiles_again():
         "    prototypes.prototype_ce_fwd_banks(\n"
         "        x[:n], [x] * 3, [x] * 3, [y] * 3, w[0], True, False, False)\n"
         "for kernel in ('gradient_kernel', 'attention_kernel'):\n"
-        "    launched = [code for name, code, *_ in found if name == kernel]\n"
+        "    launched = [c.code for c in found if c.name == kernel]\n"
         "    print(len(launched), len({id(code) for code in launched}))"
     )
     launches, compiled, banks, compiled_banks = map(int, _python("-c", code).split())
