@@ -19,7 +19,7 @@ from torch import Tensor
 
 from protoclip.kernels import launch
 from protoclip.kernels.attention import load_tile
-from protoclip.kernels.tiles import dot, operands, products
+from protoclip.kernels.tiles import dot, products, tile_options
 
 PIECE = 1024  # rows of a piece of a segment
 CHUNK = 1 << 16  # points at a time whose distance to their centroid is taken
@@ -246,29 +246,32 @@ def kmeans_assign_coded(
     c = centroids.to(x.dtype)
     unclear = torch.zeros(n, dtype=torch.int32, device=points.device)
     row = launch.assign_row(x)
-    _, options = operands(x, c, row)
     with torch.cuda.device_of(points):
         screen_kernel[(triton.cdiv(n, row.block_n),)](
-            x, c, None, half_norms, reach(2 * HALF_ULP if wide else 0.0, d),
-            None, None, labels, unclear, n, k, d,
-            (*x.stride(), *c.stride()), THREE=False, HELD=d <= row.block_d, **options,
+            x_ptr=x, c_ptr=c, c_low_ptr=None, half_norm_ptr=half_norms,
+            reach_ptr=reach(2 * HALF_ULP if wide else 0.0, d), rows_ptr=None, count_ptr=None,
+            label_ptr=labels, open_ptr=unclear,
+            n=n, k_count=k, d=d, strides=(*x.stride(), *c.stride()),
+            THREE=False, HELD=d <= row.block_d, **tile_options(d, row),
         )  # fmt: skip
         rows, count = _listed(unclear)
         if wide:
-            # Left out: the product of both low parts, and what these were rounded by.
-            three = reach(3 * HALF_ULP**2, 3 * d)
-            c_low, row = (centroids - c.float()).to(c.dtype), launch.assign_row(points)
-            _, options = operands(points, c, row)
+            c_low = (centroids - c.float()).to(c.dtype)
+            row = launch.assign_row(points)
             unclear.zero_()
+            # Left out: the product of both low parts, and what these were rounded by.
             screen_kernel[(triton.cdiv(n, row.block_n),)](
-                points, c, c_low, half_norms, three, rows, count, labels, unclear, n, k, d,
-                (*points.stride(), *c.stride()), THREE=True, HELD=d <= row.block_d, **options,
+                x_ptr=points, c_ptr=c, c_low_ptr=c_low, half_norm_ptr=half_norms,
+                reach_ptr=reach(3 * HALF_ULP**2, 3 * d), rows_ptr=rows, count_ptr=count,
+                label_ptr=labels, open_ptr=unclear,
+                n=n, k_count=k, d=d, strides=(*points.stride(), *c.stride()),
+                THREE=True, HELD=d <= row.block_d, **tile_options(d, row),
             )  # fmt: skip
             rows, count = _listed(unclear)
         row = launch.ASSIGN_EXACT
         exact_kernel[(triton.cdiv(n, row.block_n),)](
-            points, centroids, rows, count, labels, k, d,
-            (*points.stride(), *centroids.stride()),
+            x_ptr=points, c_ptr=centroids, rows_ptr=rows, count_ptr=count, label_ptr=labels,
+            k_count=k, d=d, strides=(*points.stride(), *centroids.stride()),
             BLOCK_N=row.block_n, BLOCK_M=row.block_m, BLOCK_D=row.block_d, **row.options,
         )  # fmt: skip
     for part in (slice(i, i + CHUNK) for i in range(0, n, CHUNK)):
@@ -328,12 +331,16 @@ def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> tuple[Ten
     last = torch.minimum(first + PIECE, edges[owner + 1])
     sums = torch.empty((len(pieces), d), dtype=torch.float32, device=device)
     row = launch.SEGMENT_MEAN
-    tiles, block = triton.cdiv(d, row.block_d), {"BLOCK_N": row.block_n, "BLOCK_D": row.block_d}
+    tiles = triton.cdiv(d, row.block_d)
     with torch.cuda.device_of(values):
         sum_kernel[(len(pieces), tiles)](
-            values, rows, first, last, None, sums, n, d, *values.stride(), **block, **row.options
-        )
+            values_ptr=values, rows_ptr=rows, first_ptr=first, last_ptr=last, count_ptr=None,
+            out_ptr=sums, n=n, d=d, stride_n=values.stride(0), stride_d=values.stride(1),
+            BLOCK_N=row.block_n, BLOCK_D=row.block_d, **row.options,
+        )  # fmt: skip
         sum_kernel[(k, tiles)](
-            sums, None, begins, ends, counts, means, n, d, *sums.stride(), **block, **row.options
-        )
+            values_ptr=sums, rows_ptr=None, first_ptr=begins, last_ptr=ends, count_ptr=counts,
+            out_ptr=means, n=n, d=d, stride_n=sums.stride(0), stride_d=sums.stride(1),
+            BLOCK_N=row.block_n, BLOCK_D=row.block_d, **row.options,
+        )  # fmt: skip
     return means, counts

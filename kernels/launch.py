@@ -19,7 +19,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @dataclass(frozen=True)
 class Launch:
-    """Tile BLOCK_N x BLOCK_M of the logits, the features read BLOCK_D at a time."""
+    """Tile BLOCK_N x BLOCK_M of the logits, the features read BLOCK_D at a time; a size that a
+    kernel has no use for is 0."""
 
     block_n: int
     block_m: int
@@ -150,6 +151,16 @@ ASSIGN_OPEN = {
 ASSIGN_OPEN_WIDE = replace(_OPEN, block_m=32)
 ASSIGN_EXACT = Launch(*((128, 256) if INTERPRETED else (32, 64)), 8, warps=8, stages=1)
 SEGMENT_MEAN = Launch(32, 0, 128, warps=4, stages=1)
+
+# Small kernels that join what tiles left. Statistics: pairs that a program merges at a time, and
+# partials of each that it reads at a time; one program for all: of 8 warps each thread would spill
+# in the loop.
+MERGE = Launch(64, 8, 0, warps=4, stages=3)
+MERGE_ALL = Launch(256, 8, 0, warps=16, stages=3)
+EXTREMES = Launch(0, 0, 0, warps=1, stages=3)  # its blocks are the gradient's
+# Gradients and prototypes' losses: rows and columns of D.
+FINISH = Launch(16, 0, 128, warps=4, stages=1)
+JOIN_SLICES = Launch(32, 0, 64, warps=4, stages=1)
 
 # An architecture for tensors on any device: to compile, not to run.
 compiling_for: int | None = None

@@ -22,6 +22,7 @@ from protoclip.kernels.info_nce import exact, exponential, join, pinned
 from protoclip.kernels.tiles import (
     LOG2E,
     SPREAD,
+    gradient_chunk,
     id_rows,
     operands,
     products,
@@ -272,11 +273,10 @@ def matched_fwd(
             blocks_n = triton.cdiv(len(part), row.block_n)
             row_part = x.new_empty((4, blocks_m, len(part)), dtype=torch.float32)
             column_part = x.new_empty((4, blocks_n, m if columns else 0), dtype=torch.float32)
-            features, tile = operands(part, y, row)
             matched_forward_kernel[(blocks_n * blocks_m,)](
-                *features[:4], logit_scale, row_part, column_part, relation,
-                len(part), m, x.shape[1], first, (*x.stride(), *y.stride()),
-                COLUMNS=columns, SAME_POSITIVE=same_positive, STRIP=row.strip, **tile,
+                **operands(part, y, row), scale_ptr=logit_scale,
+                row_ptr=row_part, column_ptr=column_part, relation=relation, first_row=first,
+                COLUMNS=columns, SAME_POSITIVE=same_positive,
             )  # fmt: skip
             by_row.append(_merged(row_part))
             by_column.append(_merged(column_part))
@@ -324,13 +324,13 @@ def matched_bwd(
         if key_bias is not None:
             blocks = chunk.shape[0] // row.block_n
             sums = x.new_empty((blocks, len(part_y)), dtype=torch.float32)
-        features, tile = operands(part_x, part_y, row, g)
         matched_gradient_kernel[(chunk.tiles,)](
-            *features, logit_scale, lift, row_side, column_side, len(x), num_columns,
-            shares, sums, chunk.first_tile, relation,
-            len(part_x), len(part_y), x.shape[1], chunk.rows.start, chunk.cols.start,
-            g.stride(0), (*x.stride(), *y.stride()),
-            COLUMNS=num_columns > 0, SAME_POSITIVE=same_positive, STRIP=row.strip, **tile,
+            **operands(part_x, part_y, row), **gradient_chunk(g, row),
+            scale_ptr=logit_scale, lift_ptr=lift, row_ptr=row_side, column_ptr=column_side,
+            stride_row=len(x), stride_column=num_columns,
+            share_ptr=shares, dbias_ptr=sums, first_tile=chunk.first_tile,
+            relation=relation, first_row=chunk.rows.start, first_col=chunk.cols.start,
+            COLUMNS=num_columns > 0, SAME_POSITIVE=same_positive,
         )  # fmt: skip
         if sums is not None:
             dkey_bias[chunk.cols] += sums.sum(dim=0)

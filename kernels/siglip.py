@@ -22,6 +22,7 @@ from torch import Tensor
 from protoclip.kernels import launch, waves
 from protoclip.kernels.tiles import (
     LOG2E,
+    gradient_chunk,
     id_rows,
     is_general,
     operands,
@@ -136,16 +137,15 @@ def sigmoid_loss(
     shares = x.new_empty((3, tiles), dtype=torch.float32)
     lift = LIFT if x.dtype == torch.float16 else 1.0
 
-    def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
+    def fill(chunk: waves.Chunk, g: Tensor | None, entries: Tensor) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
-        features, options = operands(part_x, part_y, row, g if keep else None)
-        ids = id_rows(query_ids, key_ids, chunk.rows, chunk.cols)
         sigmoid_kernel[(chunk.tiles,)](
-            *features, logit_scale, logit_bias,
-            entries[chunk.rows], shares, tiles, chunk.first_tile,
-            len(part_x), len(part_y), x.shape[1], offset + chunk.rows.start - chunk.cols.start,
-            g.stride(0), (*x.stride(), *y.stride()), ids, GRADIENTS=keep, LIFTED=lift,
-            SAME_POSITIVE=same_positive, STRIP=row.strip, **options,
+            **operands(part_x, part_y, row), **gradient_chunk(g, row),
+            scale_ptr=logit_scale, bias_ptr=logit_bias,
+            offset=offset + chunk.rows.start - chunk.cols.start,
+            entry_ptr=entries[chunk.rows], share_ptr=shares, tiles=tiles,
+            first_tile=chunk.first_tile, ids=id_rows(query_ids, key_ids, chunk.rows, chunk.cols),
+            GRADIENTS=keep, LIFTED=lift, SAME_POSITIVE=same_positive,
         )  # fmt: skip
 
     if keep:
@@ -158,7 +158,7 @@ def sigmoid_loss(
         dy = y.new_zeros(y.shape if gradients else (0, y.shape[1]))
         with torch.cuda.device_of(x):
             for chunk in plan:
-                fill(chunk, x.new_empty((1, 1)), shares[0])
+                fill(chunk, None, shares[0])
     # Sums of their own: an op's outputs must not alias.
     dlogit_scale, loss, dlogit_bias = (share.sum() for share in shares)
     return SigmoidLoss(loss, dx, dy, dlogit_scale, dlogit_bias)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from protoclip.kernels.launch import INTERPRETED, Launch, aligned
+from protoclip.kernels.launch import INTERPRETED, Launch
 
 ALL = slice(None)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -116,21 +116,43 @@ def id_rows(
     return tuple(t for pair in pairs for t in pair)
 
 
-def operands(
-    x: Tensor, y: Tensor, launch: Launch, g: Tensor | None = None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """-> x and y for whole tiles, x and y for strips, a chunk of G for both, and the sizes of the
-    tiles."""
-    options = launch.options | {
-        "BLOCK_N": launch.block_n,
-        "BLOCK_M": launch.block_m,
-        "BLOCK_D": launch.block_d,
-        "EVEN_D": x.shape[1] > 0 and x.shape[1] % launch.block_d == 0,
+def tile_options(depth: int, row: Launch) -> dict[str, Any]:
+    """What a kernel is compiled for that goes over tiles of features so deep."""
+    return row.options | {
+        "BLOCK_N": row.block_n,
+        "BLOCK_M": row.block_m,
+        "BLOCK_D": row.block_d,
+        "EVEN_D": depth > 0 and depth % row.block_d == 0,
     }
-    if not (launch.descriptors and aligned(x) and aligned(y)):
-        return (x, y, x, y, g, g), options
-    described = TensorDescriptor.from_tensor
-    x_tile = described(x, [launch.block_n, launch.block_d])
-    y_tile = described(y, [launch.block_m, launch.block_d])
-    g_tile = None if g is None else described(g, [launch.block_n, launch.block_m])
-    return (x_tile, y_tile, x, y, g_tile, g), options
+
+
+def operands(x: Tensor, y: Tensor, row: Launch) -> dict[str, Any]:
+    """Arguments of a kernel over tiles of x y^T: the features for whole tiles, by descriptor where
+    the row says so, and by pointer for strips; their sizes; what it is compiled for."""
+    n, d = x.shape
+    m = len(y)
+    x_tile, y_tile = x, y
+    if row.descriptors:  # ``launch.choose`` gives such rows to aligned features only
+        x_tile = TensorDescriptor.from_tensor(x, [row.block_n, row.block_d])
+        y_tile = TensorDescriptor.from_tensor(y, [row.block_m, row.block_d])
+    return tile_options(d, row) | {
+        "x": x_tile,
+        "y": y_tile,
+        "x_ptr": x,
+        "y_ptr": y,
+        "n": n,
+        "m": m,
+        "d": d,
+        "strides": (*x.stride(), *y.stride()),
+        "STRIP": row.strip,
+    }
+
+
+def gradient_chunk(g: Tensor | None, row: Launch) -> dict[str, Any]:
+    """Arguments of such a kernel that writes a chunk of G, in whole tiles, or None."""
+    if g is None:
+        return {"g": None, "g_ptr": None, "stride_g": 0}
+    g_tile = g
+    if row.descriptors:
+        g_tile = TensorDescriptor.from_tensor(g, [row.block_n, row.block_m])
+    return {"g": g_tile, "g_ptr": g, "stride_g": g.stride(0)}

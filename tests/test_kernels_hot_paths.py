@@ -310,7 +310,7 @@ def test_every_row_of_the_table_has_a_whole_tile_without_a_positive(monkeypatch,
     def launched(kernel, *arguments, **keywords):
         row = asked[-1]
         if row.descriptors and kernel.__name__ in BY_DESCRIPTOR:
-            assert isinstance(arguments[0], TensorDescriptor), kernel.__name__
+            assert isinstance(keywords["x"], TensorDescriptor), kernel.__name__
         if row.block_m and _whole_tiles_without_a_positive(N, N, row):
             reached.add(row)
 

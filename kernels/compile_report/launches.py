@@ -193,8 +193,10 @@ def _gemm(case: Case, scale: torch.Tensor) -> None:
     x = case.features(512)
     y = case.features(512)
     row = launch.Launch(128, int(case.form), 64, warps=8, stages=3, descriptors=True)
-    features, options = tiles.operands(x, y, row, x.new_empty(512, 512))
-    gemm_kernel[(1, 1)](*features[:2], features[4], 512, 512, case.depth, **options)
+    operands = tiles.operands(x, y, row)
+    del operands["x_ptr"], operands["y_ptr"], operands["strides"], operands["STRIP"]
+    out = tiles.gradient_chunk(x.new_empty(512, 512), row)["g"]
+    gemm_kernel[(1, 1)](**operands, out=out)
 
 
 CALLS: dict[str, Callable[[Case, torch.Tensor], None]] = {
