@@ -61,14 +61,13 @@ HALF: dict[str, dict[int, Launch]] = {
     "forward": {80: _MMA, 89: _MMA, 90: _HOPPER, 100: replace(_HOPPER, part=32)},
     "gradient": {80: _MMA, 89: _MMA, 90: _HOPPER, 100: replace(_HOPPER, warps=8, ctas_per_sm=1)},
     # Loss and gradient at once: larger tiles spill. Two CTAs of 128 registers are 55 % busy by the
-    # model, one of 170 is 29 %; with ids 128 do not hold the masks.
+    # model, one of 170 is 29 %.
     "sigmoid": {
         80: _SMALL,
         89: _SMALL,
         90: replace(_NARROW, ctas_per_sm=2, max_registers=128),
         100: _NARROW,
     },
-    "sigmoid with ids": {80: _SMALL, 89: _SMALL, 90: _NARROW, 100: _NARROW},
     "matched forward": {80: _SMALL_STRIPS, 89: _SMALL_STRIPS, 90: _MATCHED, 100: _SMALL_STRIPS},
     "matched gradient": {80: _SMALL_STRIPS, 89: _SMALL_STRIPS, 90: _HOPPER, 100: _SMALL_STRIPS},
     "matched gradient with biases": {
@@ -94,7 +93,6 @@ HALF_ANY: dict[str, Launch] = {
     "matched gradient with biases": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
     "gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
     "sigmoid": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
-    "sigmoid with ids": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
 }
 # fp32 runs on FMA units: three-term tf32 would meet the error budget only if tensor cores rounded
 # their accumulators, and they truncate (simulated at D = 512: 6 to 10 times the error of sgemm).

@@ -22,6 +22,7 @@ from protoclip.kernels.info_nce import exact, exponential, join, pinned
 from protoclip.kernels.tiles import (
     LOG2E,
     SPREAD,
+    equal_ids,
     gradient_chunk,
     id_rows,
     operands,
@@ -54,10 +55,7 @@ def _holds_pairs(
         absent = tl.load(bias_ptr + col) == -float("inf")
         found = tl.maximum(found, tl.max(absent.to(tl.int32), 0))
     if ids is not None:
-        same = tl.zeros((BLOCK_N, BLOCK_M), tl.int1)
-        for i in tl.static_range(0, len(ids), 2):
-            same = same | (tl.load(ids[i] + row)[:, None] == tl.load(ids[i + 1] + col)[None, :])
-        found = tl.maximum(found, tl.max(same.to(tl.int32)))
+        found = tl.maximum(found, tl.max(equal_ids(ids, row, col).to(tl.int32)))
     edge = (row0 + BLOCK_N > n) | (col0 + BLOCK_M > m)
     return edge | (found > 0)
 

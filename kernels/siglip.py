@@ -4,7 +4,8 @@ z_ij = scale x_i.y_j + bias; a pair costs softplus(z), less z where it is positi
 and its gradient is G = sigmoid(z), less 1 there. No statistics of whole rows are needed, so one
 pass over the tiles gives the loss and, chunk by chunk, G for the products of ``waves.py``, which
 take the entries of the own pairs apart. With ids the pairs of the same id are positives too, whose
-entries stay in G, or are left out.
+entries stay in G, or are left out: a tile compares its ids first, and goes strip by strip, with
+masks, where it holds such a pair.
 
 With u = e^-|z|: sigmoid is 1 / (1 + u) or u / (1 + u), and log(1 + u) = 2 artanh(u / (2 + u)), a
 short series, as the card's logarithm is good to 2^-22 absolute only and softplus(-10) is 4.5e-5.
@@ -22,6 +23,7 @@ from torch import Tensor
 from protoclip.kernels import launch, waves
 from protoclip.kernels.tiles import (
     LOG2E,
+    equal_ids,
     gradient_chunk,
     id_rows,
     is_general,
@@ -56,6 +58,14 @@ def _costs(z, positive, seen):
     return tl.where(seen, cost, 0.0), p
 
 
+@triton.jit
+def _holds_equal_ids(ids, row0, col0, n, m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Whether a pair of a tile shares an id: most tiles hold none, and need no masks."""
+    row = tl.minimum(row0 + tl.arange(0, BLOCK_N), n - 1)
+    col = tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1)
+    return tl.max(equal_ids(ids, row, col).to(tl.int32)) > 0
+
+
 @triton.jit(
     do_not_specialize=["n", "m", "offset", "tiles", "first_tile"],
     do_not_specialize_on_alignment=["entry_ptr", "ids"],
@@ -73,14 +83,12 @@ def sigmoid_kernel(
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
     scale, bias = tl.load(scale_ptr).to(tl.float32), tl.load(bias_ptr).to(tl.float32)
     rows = row0 + tl.arange(0, BLOCK_N)
-    if not is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M):
+    general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
+    if ids is not None:
+        general = general | _holds_equal_ids(ids, row0, col0, n, m, BLOCK_N, BLOCK_M)
+    if not general:
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
-        if ids is not None:
-            none, cols = tl.zeros(acc.shape, tl.int1), col0 + tl.arange(0, BLOCK_M)
-            positive, seen = with_ids(none, none == 0, ids, rows, cols, SAME_POSITIVE)
-            pair_loss, p = _costs(acc * scale + bias, positive, seen)
-        else:
-            pair_loss, p = _softplus_sigmoid(acc * scale + bias)
+        pair_loss, p = _softplus_sigmoid(acc * scale + bias)
         loss, dscale, dbias = tl.sum(pair_loss), tl.sum(p * acc), tl.sum(p)
         if GRADIENTS:
             store_gradient(p * LIFTED, row0, col0, g, stride_g)
@@ -130,7 +138,7 @@ def sigmoid_loss(
     same_positive: bool = True,
 ) -> SigmoidLoss:
     """The strip x [N, D] against y [M, D], as in ops/strips.py; ids as in ops/pairs.py."""
-    row = launch.choose("sigmoid" if key_ids is None else "sigmoid with ids", x, y)
+    row = launch.choose("sigmoid", x, y)
     keep = gradients and min(x.numel(), y.numel()) > 0
     plan = waves.chunks(x, y, row, bounded=keep)  # no G to keep: one chunk
     tiles = sum(chunk.tiles for chunk in plan)

@@ -93,16 +93,24 @@ def products(
 
 
 @triton.jit
+def equal_ids(ids, row, col):
+    """-> where a row and a column share an id, [rows, cols]. ids: as ``id_rows`` gives them."""
+    same = tl.zeros((row.shape[0], col.shape[0]), tl.int1)
+    for i in tl.static_range(0, len(ids), 2):
+        same = same | (tl.load(ids[i] + row)[:, None] == tl.load(ids[i + 1] + col)[None, :])
+    return same
+
+
+@triton.jit
 def with_ids(positive, seen, ids, row, col, SAME_POSITIVE: tl.constexpr):
     """-> the positives and the pairs seen of a tile where pairs with an equal id are positives too,
-    or else are not seen unless they are positives. ids: as ``id_rows`` gives them."""
+    or else are not seen unless they are positives."""
     if ids is not None:
-        for i in tl.static_range(0, len(ids), 2):
-            same = tl.load(ids[i] + row)[:, None] == tl.load(ids[i + 1] + col)[None, :]
-            if SAME_POSITIVE:
-                positive = positive | same
-            else:
-                seen = seen & (positive | (same == 0))
+        same = equal_ids(ids, row, col)
+        if SAME_POSITIVE:
+            positive = positive | same
+        else:
+            seen = seen & (positive | (same == 0))
     return positive, seen
 
 

@@ -86,12 +86,12 @@ def _relation(n: int, same_id: str, ids: torch.Tensor) -> tuple[torch.Tensor, to
     return own, own | ~same
 
 
-def _info_nce(x, y, scale: float, same_id: str | None = None) -> Problem:
+def _info_nce(x, y, scale: float, same_id: str | None = None, ids=None) -> Problem:
     n, weights = len(x), _weights(len(x))
     positive = torch.eye(n, dtype=torch.bool, device=DEVICE)
     seen, options = torch.ones_like(positive), {}
     if same_id is not None:
-        ids = _ids(n)
+        ids = _ids(n) if ids is None else ids
         positive, seen = _relation(n, same_id, ids)
         options = {"ids": ids, "same_id": same_id}
     doubled = weights.clone()
@@ -130,11 +130,11 @@ def _one_way(x, y, scale: float, matched: bool = False) -> Problem:
     return Problem(x, y, scale, form, None, call)
 
 
-def _siglip(x, y, scale: float, same_id: str | None = None) -> Problem:
+def _siglip(x, y, scale: float, same_id: str | None = None, ids=None) -> Problem:
     own = torch.eye(len(x), dtype=torch.bool, device=DEVICE)
     positive, seen, options = own, torch.ones_like(own), {}
     if same_id is not None:
-        ids = _ids(len(x))
+        ids = _ids(len(x)) if ids is None else ids
         positive, seen = _relation(len(x), same_id, ids)
         options = {"ids": ids, "same_id": same_id}
     bias = -scale  # logits a little below 0: the others' entries are as large as the positives'
@@ -370,6 +370,39 @@ def _assert_red_with(fault: str, problem: Problem) -> None:
     with pytest.raises(AssertionError, match="over the budget"):
         _check(problem, got, truth, base)
         pytest.fail(f"{fault}: not seen")
+
+
+@interpreted
+@pytest.mark.parametrize("same_id", ["exclude", "positive"])
+@pytest.mark.parametrize("form, module", [(_info_nce, "matched"), (_siglip, "siglip")])
+def test_a_kernel_that_overlooks_equal_ids_fails(monkeypatch, form, module, same_id):
+    """Every tile holds some; without the check all but the diagonal would go without masks."""
+    x, y = (t.to(torch.bfloat16) for t in parity.cone(192, 192, 64))
+    problem = form(x, y, 14.3, same_id, ids=torch.arange(192)[:, None] % 8)
+    truth, base = (_written_out(problem, t) for t in (torch.float64, torch.bfloat16))
+    _check(problem, _run(problem, "triton"), truth, base)
+    kernels = importlib.import_module(f"protoclip.kernels.{module}")
+    equal_ids = kernels.equal_ids
+
+    def overlooked(ids, row, col):
+        same = equal_ids(ids, row, col)
+        return same & (same == 0)
+
+    monkeypatch.setattr(kernels, "equal_ids", overlooked)
+    _assert_red_with("equal ids overlooked", problem)
+
+
+@needs_triton
+@pytest.mark.parametrize("same_id", ["exclude", "positive"])
+def test_ids_that_nobody_shares_change_no_bit_of_siglip(same_id):
+    """Tiles without an equal pair take the path of tiles without ids."""
+    x, y = (t.to(DEVICE, torch.bfloat16) for t in parity.cone(N, N, 64))
+    plain = _run(_siglip(x, y, 14.3), "triton")
+    ids = torch.arange(N, device=DEVICE)[:, None]
+    distinct = _run(_siglip(x, y, 14.3, same_id, ids), "triton")
+    assert torch.equal(plain.dx, distinct.dx)
+    assert torch.equal(plain.dy, distinct.dy)
+    assert torch.equal(plain.dscale, distinct.dscale)
 
 
 @interpreted

@@ -215,7 +215,7 @@ class Compiled(NamedTuple):
 
     name: str
     code: Any  # Triton's
-    arguments: dict[str, Any]  # by keyword, of the kernel and of Triton
+    constants: dict[str, int]  # sizes and switches, but no tensors: a session of tests keeps these
     row: launch.Launch
 
 
@@ -230,7 +230,8 @@ def recording(arch: int | None = None) -> Iterator[list[Compiled]]:
 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
         code = run(kernel, *arguments, grid=grid, warmup=True, **keywords)
-        compiled.append(Compiled(kernel.__name__, code, keywords, row))
+        constants = {name: value for name, value in keywords.items() if isinstance(value, int)}
+        compiled.append(Compiled(kernel.__name__, code, constants, row))
         return code
 
     def remembered(chosen: launch.Launch) -> dict[str, Any]:

@@ -77,8 +77,8 @@ def costs(case: Case) -> list[Cost]:
 def _cost(case: Case, compiled: Compiled) -> Cost:
     kernel = compiled.name.removesuffix("_kernel")
     metadata = compiled.code.metadata
-    arguments = compiled.arguments
-    tile = (arguments.get("BLOCK_N", 0), arguments.get("BLOCK_M", 0))
+    constants = compiled.constants
+    tile = (constants.get("BLOCK_N", 0), constants.get("BLOCK_M", 0))
     multiplies = re.search(r"tcgen05\.mma|wgmma(?=\.mma)|mma\.sync", compiled.code.asm["ptx"])
     instruction = multiplies[0] if multiplies else "fma"
     cubin = compiled.code.asm["cubin"]
@@ -105,8 +105,8 @@ def _cost(case: Case, compiled: Compiled) -> Cost:
         list(code.values()),
         metadata.num_warps,
         depth=case.depth,
-        block_d=arguments.get("BLOCK_D", case.depth),
-        products_are_held=bool(arguments.get("HELD")),
+        block_d=constants.get("BLOCK_D", case.depth),
+        products_are_held=bool(constants.get("HELD")),
     )
     busy = bound = None
     if path.clk.products:
