@@ -19,7 +19,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -171,7 +172,7 @@ class Launched(NamedTuple):
     depth: int
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Swept:
     """A row of the launch table, how to compile the kernel that takes it, and what times it."""
 
@@ -296,7 +297,7 @@ def compiled(swept: Swept, arch: int, row: launch.Launch) -> list[str]:
     try:
         costs = report.costs(report.Case(arch=arch, **swept.launched._asdict()))
     except Exception as error:  # whatever Triton throws where a tile does not fit
-        return [str(error).splitlines()[0][:80]]
+        return [repr(error)[:120]]
     problems = []
     for cost in costs:
         if cost.kernel == swept.kernel:
@@ -324,9 +325,18 @@ def compile_all(
             jobs = [pool.submit(compiled, swept, arch, row) for swept, row in candidates]
             wait(jobs, timeout=None if math.isinf(seconds) else seconds)
             pool.shutdown(cancel_futures=True)
-        return [["no time to compile it"] if job.cancelled() else job.result() for job in jobs]
+        return [_problems(job) for job in jobs]
     finally:
         os.environ.update({key: value for key, value in hidden.items() if value is not None})
+
+
+def _problems(job: Future[list[str]]) -> list[str]:
+    if job.cancelled():
+        return ["no time to compile it"]
+    try:
+        return job.result()
+    except BrokenProcessPool as error:  # the assembler may take its process down
+        return [repr(error)[:120]]
 
 
 def sweep(seconds: float) -> None:
@@ -341,8 +351,8 @@ def sweep(seconds: float) -> None:
     arch = launch.architecture(torch.device(DEVICE)) or 90
     began = time.monotonic()
     usable: dict[Swept, list[launch.Launch]] = {swept: [] for swept in rows}
-    found = compile_all(candidates, arch, math.inf if REHEARSAL else seconds / 2)
-    for (swept, row), problems in zip(candidates, found, strict=True):
+    results = compile_all(candidates, arch, math.inf if REHEARSAL else seconds / 2)
+    for (swept, row), problems in zip(candidates, results, strict=True):
         for problem in problems:
             print(f"{swept} {row}: {problem}", file=sys.stderr)
         if not problems:
@@ -382,7 +392,7 @@ def _times(
         try:
             times[row] = 1e3 * best_seconds(swept.step(), 0.0 if REHEARSAL else 0.1)
         except Exception as error:  # as in ``compiled``
-            print(f"{swept} {row}: {str(error).splitlines()[0][:80]}", file=sys.stderr)
+            print(f"{swept} {row}: {error!r:.120}", file=sys.stderr)
     return times
 
 
@@ -390,7 +400,7 @@ def _is_right(swept: Swept, row: launch.Launch) -> bool:
     swept.row = row
     try:
         swept.assert_right()
-    except AssertionError as error:
+    except Exception as error:  # an AssertionError, or as in ``compiled``
         print(f"{swept} {row}: {error}", file=sys.stderr)
         return False
     return True

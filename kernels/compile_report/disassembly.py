@@ -55,14 +55,16 @@ def blocks(sass: str) -> dict[str, Block]:
     the lower half of its code, and the upper half, where the assembler's schedule is."""
     block: Block = []
     by_label = {"entry": block}
-    text, low = "", None
+    text = ""
+    low: int | None = None
     for line in sass.splitlines():
         if label := re.match(r"^(\.L_x_\d+):", line):
             block = by_label.setdefault(label[1], [])
         elif first := re.match(
             r"\s+/\*[0-9a-f]{4,6}\*/\s+(.*?);?\s+/\* 0x([0-9a-f]{16}) \*/", line
         ):
-            text, low = first[1], int(first[2], 16)
+            text = first[1]
+            low = int(first[2], 16)
         elif low is not None and (second := re.match(r"\s+/\* 0x([0-9a-f]{16}) \*/", line)):
             block.append(_decoded(text, int(second[1], 16) << 64 | low))
             low = None

@@ -116,7 +116,8 @@ def hot_path(
         return HotPath(Clk(before=0, products=0, after=0), {})
     hot = products.index(product_clk)
     if exponentials[hot] > 16 or products_are_held:
-        before, after = [], [blocks[hot]]
+        before: list[Block] = []
+        after = [blocks[hot]]
     else:
         product_clk *= -(-depth // block_d)
         start = hot  # other paths that are listed first end in products or exponentials
@@ -163,7 +164,8 @@ def bound(
 
     A CTA alone on its SM loads only while it multiplies; several hide OVERLAP of each other. With
     ``keys_stream`` (attention) a tile's rows stay, and its values are multiplied too."""
-    (n, m), (block_n, block_m) = shape, tile
+    n, m = shape
+    block_n, block_m = tile
     tiles = -(-n // block_n) * -(-m // block_m)
     bytes_read = 2 * depth * (block_m if keys_stream else block_n + block_m)
     bytes_written = 2 * block_n * block_m if writes_tile else 0

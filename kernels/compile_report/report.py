@@ -190,10 +190,10 @@ def main() -> int:
     groups = [set(words.split()) for words in args.only] or [set()]
     chosen = [case for case in cases() if any(group <= set(str(case).split()) for group in groups)]
     with ProcessPoolExecutor() as pool:
-        found = [cost for of_case in pool.map(costs, chosen) for cost in of_case]
+        kernels = [cost for of_case in pool.map(costs, chosen) for cost in of_case]
     if args.json:
-        print(json.dumps([asdict(cost) for cost in found]))
+        print(json.dumps([asdict(cost) for cost in kernels]))
     else:
         print("predicted bound from machine code, not measured:")
-        print("\n".join(map(_lines, found)))
-    return int(any(cost.problems for cost in found))
+        print("\n".join(map(_lines, kernels)))
+    return int(any(cost.problems for cost in kernels))
