@@ -90,16 +90,17 @@ def _timed(item: Any) -> _Timed:
     )
 
 
-def _rank(timed: _Timed, others: list[_Timed]) -> int:
-    """Where an item stands in the order; ``others``: all items of its op."""
+def _rank(timed: _Timed, others: list[_Timed]) -> tuple[int, bool]:
+    """Where an item stands in the order, fp32 behind bf16 in the headlines; ``others``: all items
+    of its op."""
     if any(other.is_named for other in others):
         is_headline = timed.is_named
     else:
         in_bf16 = (other.case for other in others if other.case.get("dtype") == "bf16")
         is_headline = timed.case == next(in_bf16, others[0].case)
     if not (is_headline and timed.is_compared):
-        return LATER
-    return OURS if timed.is_ours else PEER
+        return LATER, False
+    return OURS if timed.is_ours else PEER, timed.case.get("dtype") == "fp32"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -111,7 +112,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ranks = {timed.item: _rank(timed, group) for group in by_op.values() for timed in group}
     items.sort(key=ranks.__getitem__)
     if config.getoption("--headline"):
-        items[:] = [item for item in items if ranks[item] < LATER]
+        items[:] = [item for item in items if ranks[item] < (LATER, False)]
 
 
 @pytest.fixture(scope="session")
