@@ -74,7 +74,7 @@ HALF: dict[str, dict[int, Launch]] = {
         80: _SMALL_STRIPS,
         89: _SMALL_STRIPS,
         90: _MATCHED,
-        100: _SMALL_STRIPS,
+        100: replace(_SMALL, strip=32),  # strips of 16 spill
     },
 }
 # From D = DEEP on the products hide the rest of a tile on one CTA too, and a larger tile reads L2
