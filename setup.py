@@ -52,11 +52,13 @@ setup(
         "protoclip.ops",
         "protoclip.report",
         "protoclip.kernels",
+        "protoclip.kernels.compile_report",
         "protoclip.csrc",
     ],
     package_dir={
         "protoclip": "protoclip",
         "protoclip.kernels": "kernels",
+        "protoclip.kernels.compile_report": "kernels/compile_report",
         "protoclip.csrc": "csrc",
     },
     package_data={

@@ -2,7 +2,9 @@
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from benchmarks import harness, machine  # noqa: E402
 SESSION = pytest.StashKey[harness.Session]()
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--sizes",
         choices=("tiny", "quick", "full"),
@@ -36,7 +38,7 @@ def pytest_addoption(parser):
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_configure(config):
+def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True  # the lines printed here say more than its table
     path = config.getoption("--record")
     if path is not None and path.suffix != ".json":
@@ -60,35 +62,64 @@ HEADLINES = (
     "[200000x20000x128-fp32",
 )
 VARIANT = ("variant", "name")  # the parameters that say whose
+OURS, PEER, LATER = range(3)  # the order of the run: headline cases, then all others
 
 
-def _params(item) -> dict:
-    return item.callspec.params if hasattr(item, "callspec") else {}
+class _Timed(NamedTuple):
+    """What the order of the run depends on."""
+
+    item: pytest.Item
+    op: tuple[str, str]  # the test, and which loss of it
+    case: dict[str, Any]  # its parameters without the variant
+    is_compared: bool  # with other variants
+    is_ours: bool
+    is_named: bool  # by HEADLINES
 
 
-def pytest_collection_modifyitems(config, items):
+def _timed(item: Any) -> _Timed:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    case = {key: value for key, value in parameters.items() if key not in VARIANT}
+    variants = [str(parameters[key]) for key in VARIANT if key in parameters]
+    return _Timed(
+        item=item,
+        op=(item.originalname, str(parameters.get("case")).split(",")[0]),
+        case=case,
+        is_compared=bool(variants),
+        is_ours=any(variant.startswith(harness.OURS) for variant in variants),
+        is_named=any(headline in item.name for headline in HEADLINES),
+    )
+
+
+def _rank(timed: _Timed, others: list[_Timed]) -> tuple[int, bool]:
+    """Where an item stands in the order, fp32 behind bf16 in the headlines; ``others``: all items
+    of its op."""
+    if any(other.is_named for other in others):
+        is_headline = timed.is_named
+    else:
+        in_bf16 = (other.case for other in others if other.case.get("dtype") == "bf16")
+        is_headline = timed.case == next(in_bf16, others[0].case)
+    if not (is_headline and timed.is_compared):
+        return LATER, False
+    return OURS if timed.is_ours else PEER, timed.case.get("dtype") == "fp32"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """By value: a headline case of each op, ours and then its peers; the rest."""
-    rank = {}
-    ops = [(item.originalname, str(_params(item).get("case")).split(",")[0]) for item in items]
-    for op in dict.fromkeys(ops):
-        group = [item for item, own in zip(items, ops, strict=True) if own == op]
-        cases = [{k: v for k, v in _params(item).items() if k not in VARIANT} for item in group]
-        first = next((case for case in cases if case.get("dtype") == "bf16"), cases[0])
-        named = [any(h in item.name for h in HEADLINES) for item in group]
-        for item, case, is_named in zip(group, cases, named, strict=True):
-            compared = case.keys() != _params(item).keys()  # with others
-            headline = compared and (is_named if any(named) else case == first)
-            ours = any(str(v).startswith(harness.OURS) for v in _params(item).values())
-            rank[item] = (1 - ours) if headline else 2
-    items.sort(key=rank.__getitem__)
+    by_op: dict[tuple[str, str], list[_Timed]] = {}
+    for item in items:
+        timed = _timed(item)
+        by_op.setdefault(timed.op, []).append(timed)
+    ranks = {timed.item: _rank(timed, group) for group in by_op.values() for timed in group}
+    items.sort(key=ranks.__getitem__)
     if config.getoption("--headline"):
-        items[:] = [item for item in items if rank[item] < 2]
+        items[:] = [item for item in items if ranks[item] < (LATER, False)]
 
 
 @pytest.fixture(scope="session")
-def session(request):
+def session(request: pytest.FixtureRequest) -> harness.Session:
     manager = request.config.pluginmanager
-    terminal, capture = manager.get_plugin("terminalreporter"), manager.get_plugin("capturemanager")
+    terminal = manager.get_plugin("terminalreporter")
+    capture = manager.get_plugin("capturemanager")
 
     def say(text: str) -> None:  # at once, past pytest's capture
         if terminal is None:  # a worker of pytest-xdist
@@ -104,15 +135,16 @@ def session(request):
 
 
 @pytest.fixture
-def bench(session, benchmark):
+def bench(session: harness.Session, benchmark: Callable) -> harness.Bench:
     return harness.Bench(session, benchmark)
 
 
 @pytest.fixture(scope="session")
-def sizes(request) -> str:
+def sizes(request: pytest.FixtureRequest) -> str:
     return request.config.getoption("--sizes")
 
 
-def pytest_report_teststatus(report):
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
     if report.passed and report.when == "call":
         return "passed", "", "PASSED"  # its line is the sign of life
+    return None

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
+import math
 import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,35 +48,43 @@ def unit(*shape: int) -> torch.Tensor:
     return x.to(torch.float32 if REHEARSAL else torch.bfloat16)
 
 
-def _info_nce(n: int, d: int, phase: str = "both", ids: bool = False) -> Step:
-    leaves = unit(n, d).requires_grad_(), unit(n, d).requires_grad_(), _scale().requires_grad_()
-    loss = partial(protoclip.info_nce, *leaves, backend="triton")
-    if ids:
-        loss = partial(loss, ids=torch.arange(n, device=DEVICE) // 2)
+def _ids(n: int) -> torch.Tensor:
+    """Two neighbours share one."""
+    return torch.arange(n, device=DEVICE) // 2
+
+
+def _info_nce(n: int, d: int, phase: str = "both", ids: torch.Tensor | None = None) -> Step:
+    x = unit(n, d).requires_grad_()
+    y = unit(n, d).requires_grad_()
+    scale = _scale().requires_grad_()
+    loss = partial(protoclip.info_nce, x, y, scale, ids=ids, backend="triton")
     if phase == "forward":
         return loss
     if phase == "both":
-        return lambda: torch.autograd.grad(loss(), leaves)
-    kept = loss()
-    return lambda: torch.autograd.grad(kept, leaves, retain_graph=True)
+        return lambda: torch.autograd.grad(loss(), (x, y, scale))
+    value = loss()
+    return lambda: torch.autograd.grad(value, (x, y, scale), retain_graph=True)
 
 
-def _sigmoid(n: int, d: int) -> Step:
-    leaves = unit(n, d).requires_grad_(), unit(n, d).requires_grad_()
-    run = partial(sigmoid_loss, *leaves, _scale(), -_scale(), backend="triton")
-    return lambda: torch.autograd.grad(run(), leaves)
+def _sigmoid(n: int, d: int, ids: torch.Tensor | None = None) -> Step:
+    x = unit(n, d).requires_grad_()
+    y = unit(n, d).requires_grad_()
+    loss = partial(sigmoid_loss, x, y, _scale(), -_scale(), ids=ids, backend="triton")
+    return lambda: torch.autograd.grad(loss(), (x, y))
 
 
 def _prototypes(n: int, k: int, d: int) -> Step:
-    h, labels = unit(n, d).requires_grad_(), torch.randint(k, (n,), device=DEVICE)
-    loss = protoclip.prototype_cross_entropy
-    run = partial(loss, h, unit(k, d), labels, _scale(), backend="triton")
-    return lambda: torch.autograd.grad(run(), h)
+    features = unit(n, d).requires_grad_()
+    labels = torch.randint(k, (n,), device=DEVICE)
+    loss = partial(
+        protoclip.prototype_cross_entropy, features, unit(k, d), labels, _scale(), backend="triton"
+    )
+    return lambda: torch.autograd.grad(loss(), features)
 
 
 def _kmeans(n: int, k: int, d: int) -> Step:
-    x = torch.randn(n, d, device=DEVICE)
-    return partial(protoclip.kmeans, x, k, num_iters=2, init=x[:k].clone())
+    points = torch.randn(n, d, device=DEVICE)
+    return partial(protoclip.kmeans, points, k, num_iters=2, init=points[:k].clone())
 
 
 def _scale() -> torch.Tensor:
@@ -86,41 +97,49 @@ def steps() -> dict[str, Step]:
         return {"info_nce": _info_nce(64, 16), "kmeans": _kmeans(64, 8, 16)}
     return {
         "info_nce N=32768 D=512": _info_nce(32_768, 512),
-        "info_nce with ids N=32768 D=512": _info_nce(32_768, 512, ids=True),
+        "info_nce with ids N=32768 D=512": _info_nce(32_768, 512, ids=_ids(32_768)),
         "siglip N=16384 D=512": _sigmoid(16_384, 512),
+        "siglip with ids N=16384 D=512": _sigmoid(16_384, 512, ids=_ids(16_384)),
         "prototypes N=4096 K=20000 D=128": _prototypes(4096, 20_000, 128),
         "kmeans N=200000 K=20000 D=128, 2 iterations": _kmeans(200_000, 20_000, 128),
     }
 
 
-def time_by_kernel(
-    averages: torch.autograd.profiler_util.EventList,
-) -> list[tuple[float, int, str]]:
-    """-> ms, calls and name of each kernel, the longest first; on a CPU of each op.
+class KernelTime(NamedTuple):
+    ms: float
+    calls: int
+    name: str
 
-    The profiler gives a kernel's time to the op that launched it and again to the kernel itself:
-    where there are kernels, only they count."""
-    kernels = [row for row in averages if row.device_type != torch.autograd.DeviceType.CPU]
-    if kernels:
-        rows = [(row.self_device_time_total / 1e3, row.count, row.key) for row in kernels]
-    else:
-        rows = [(row.self_cpu_time_total / 1e3, row.count, row.key) for row in averages]
-    return sorted(rows, reverse=True)
+
+def time_by_kernel(averages: torch.autograd.profiler_util.EventList) -> list[KernelTime]:
+    """Of each kernel, the longest first; on a CPU of each op.
+
+    The profiler gives a kernel's time to the op that launched it, to a range of the user's around
+    it, and again to the kernel itself: where there are kernels, only they count."""
+    kernels = [
+        row
+        for row in averages
+        if row.device_type != torch.autograd.DeviceType.CPU and not row.is_user_annotation
+    ]
+    times = [KernelTime(row.self_device_time_total / 1e3, row.count, row.key) for row in kernels]
+    if not kernels:
+        times = [KernelTime(row.self_cpu_time_total / 1e3, row.count, row.key) for row in averages]
+    return sorted(times, reverse=True)
 
 
 def profile(seconds: float) -> None:
     """A table of device time by kernel for each operation."""
     for title, step in steps().items():
         step()
-        with torch.profiler.profile() as found:
+        with torch.profiler.profile() as profiler:
             step()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
-        rows = time_by_kernel(found.key_averages())
-        total = sum(taken for taken, _, _ in rows) or 1e-9
+        kernels = time_by_kernel(profiler.key_averages())
+        total = sum(kernel.ms for kernel in kernels) or 1e-9
         print(f"{title}: {total:.3f} ms of {DEVICE}")
-        for taken, count, key in rows[:10]:
-            print(f"  {taken:9.3f} ms {taken / total:5.0%} {count:4} x {key[:70]}")
+        for ms, calls, name_of_kernel in kernels[:10]:
+            print(f"  {ms:9.3f} ms {ms / total:5.0%} {calls:4} x {name_of_kernel[:70]}")
 
 
 def graph(seconds: float) -> None:
@@ -138,81 +157,129 @@ def graph(seconds: float) -> None:
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
             step()
-        plain, replayed = (1e3 * best_seconds(run, 0.3) for run in (step, captured.replay))
+        plain = 1e3 * best_seconds(step, 0.3)
+        replayed = 1e3 * best_seconds(captured.replay, 0.3)
         print(f"info_nce N={n} D=512 bf16: {plain:.3f} ms, {replayed:.3f} ms as a CUDA graph")
 
 
-@dataclass(frozen=True)
+class Launched(NamedTuple):
+    """The call that compiles a kernel: a Case of protoclip.kernels.compile_report, but for the
+    architecture."""
+
+    op: str
+    form: str
+    dtype: str
+    depth: int
+
+
+@dataclass(eq=False)
 class Swept:
     """A row of the launch table, how to compile the kernel that takes it, and what times it."""
 
-    table: str  # of protoclip.kernels.launch
-    keys: tuple[Any, ...]  # that lead to the row
+    path: tuple[Any, ...]  # in protoclip.kernels.launch: its table, and the keys that lead to it
     kernel: str
-    case: tuple[str, str, str, int]  # op, form, dtype and D of compile_report.Case
+    launched: Launched
     step: Callable[[], Step]
-    right: Callable[[], None]  # raises AssertionError where gradients are not within the budget
+    assert_right: Callable[[], None]  # that gradients are within the budget
 
     def __str__(self) -> str:
-        return (self.table or self.keys[0]) + "".join(f"[{key!r}]" for key in self.keys[:-1])
+        return self.path[0] + "".join(f"[{key!r}]" for key in self.path[1:-1])
 
     @property
-    def rows(self) -> dict:
-        found = vars(launch)[self.table] if self.keys[:-1] else vars(launch)
-        for key in self.keys[:-1]:
-            found = found.setdefault(key, {})
-        return found
+    def table(self) -> dict[Any, launch.Launch]:
+        """What holds the row, under the last of the keys."""
+        table = vars(launch)
+        for key in self.path[:-1]:
+            table = table.setdefault(key, {})
+        return table
+
+    @property
+    def row(self) -> launch.Launch:
+        return self.table[self.path[-1]]
+
+    @row.setter
+    def row(self, row: launch.Launch) -> None:
+        self.table[self.path[-1]] = row
 
 
 def _swept() -> list[Swept]:
-    check_nce = partial(assert_right, "info_nce")
     if REHEARSAL:
-        case = ("sigmoid", "gradients", "bf16", 128)
-        step = partial(_info_nce, 64, 16)
-        return [Swept("", ("INTERPRETER",), "sigmoid", case, step, partial(check_nce, 64))]
+        swept = Swept(
+            path=("INTERPRETER",),
+            kernel="sigmoid",
+            launched=Launched("sigmoid", "gradients", "bf16", 128),
+            step=partial(_info_nce, 64, 16),
+            assert_right=partial(assert_right, "info_nce", 64),
+        )
+        return [swept]
     arch = launch.architecture(torch.device(DEVICE))
     launch.HALF_DEEP.setdefault("forward", {}).setdefault(arch, launch.HALF["forward"][arch])
-    n, found = 16_384, []
-    for kernel, phase in (("forward", "forward"), ("gradient", "backward")):
-        for table, d in (("HALF", 256), ("HALF_DEEP", 512)):
-            if arch in vars(launch)[table].get(kernel, {}):
-                case = ("info_nce", "large", "bf16", d)
-                step, right = partial(_info_nce, n, d, phase), partial(check_nce, d)
-                found.append(Swept(table, (kernel, arch), kernel, case, step, right))
-    case, step = ("sigmoid", "gradients", "bf16", 512), partial(_sigmoid, n, 512)
-    right = partial(assert_right, "siglip", 512)
-    found.append(Swept("HALF", ("sigmoid", arch), "sigmoid", case, step, right))
-    case, step = ("prototypes", "soft", "bf16", 128), partial(_prototypes, 4096, 20_000, 128)
-    right = partial(assert_right, "prototypes", 128)
-    found.append(Swept("ATTENTION", (arch, 128), "attention", case, step, right))
-    return found
+    n = 16_384
+    rows = [
+        Swept(
+            path=(table, kernel, arch),
+            kernel=kernel,
+            launched=Launched("info_nce", "large", "bf16", d),
+            step=partial(_info_nce, n, d, phase),
+            assert_right=partial(assert_right, "info_nce", d),
+        )
+        for kernel, phase in (("forward", "forward"), ("gradient", "backward"))
+        for table, d in (("HALF", 256), ("HALF_DEEP", 512))
+        if arch in vars(launch)[table].get(kernel, {})
+    ]
+    rows.append(
+        Swept(
+            path=("HALF", "sigmoid", arch),
+            kernel="sigmoid",
+            launched=Launched("sigmoid", "gradients", "bf16", 512),
+            step=partial(_sigmoid, n, 512),
+            assert_right=partial(assert_right, "siglip", 512),
+        )
+    )
+    rows.append(
+        Swept(
+            path=("ATTENTION", arch, 128),
+            kernel="attention",
+            launched=Launched("prototypes", "soft", "bf16", 128),
+            step=partial(_prototypes, 4096, 20_000, 128),
+            assert_right=partial(assert_right, "prototypes", 128),
+        )
+    )
+    return rows
 
 
 def assert_right(op: str, d: int) -> None:
     """Gradients of 384 rows within the budget of benchmarks/parity.py."""
     n = 96 if REHEARSAL else 384
     dtype = unit(1, 1).dtype
-    x, y = (t.to(DEVICE, dtype).requires_grad_() for t in parity.cone(n, n, d))
-    own = torch.eye(n, dtype=torch.bool, device=DEVICE)
-    everything, weight = torch.ones_like(own), own.new_ones(n) / n
+    x, y = parity.cone(n, n, d)
+    x = x.to(DEVICE, dtype).requires_grad_()
+    y = y.to(DEVICE, dtype).requires_grad_()
+    positive = torch.eye(n, dtype=torch.bool, device=DEVICE)
+    seen = torch.ones_like(positive)
+    weight = torch.full((n,), 1 / n, device=DEVICE)
     scale = _scale()
     if op == "info_nce":
-        form = parity.softmax_form(own, everything, weight / 2, weight / 2)
+        form = parity.softmax_form(positive, seen, weight / 2, weight / 2)
         loss = protoclip.info_nce(x, y, scale, backend="triton")
     elif op == "siglip":
-        form = parity.sigmoid_form(own, own, everything, -scale)
+        form = parity.sigmoid_form(positive, positive, seen, -scale)
         loss = sigmoid_loss(x, y, scale, -scale, backend="triton")
     else:
         labels = torch.arange(n, device=DEVICE)
         form = parity.prototype_form(labels, n, weight, False)
         loss = protoclip.prototype_cross_entropy(x, y, labels, scale, backend="triton")
-    truth, base = (parity.gradients(form, x, y, scale, t) for t in (torch.float64, dtype))
+    truth = parity.gradients(form, x, y, scale, torch.float64)
+    base = parity.gradients(form, x, y, scale, dtype)
     dx, dy = torch.autograd.grad(loss, (x, y))
     parity.assert_gradients(dx, dy, form, truth, base, scale.item())
 
 
-def _candidates(row) -> Iterator:
-    """Rows near one: the tile taller, wider or smaller, other warps, stages and CTAs."""
+def _candidates(row: launch.Launch) -> Iterator[launch.Launch]:
+    """A row and those near it: the tile taller, wider or smaller, other warps and stages."""
+    yield row
+    if REHEARSAL:
+        return
     n, m = row.block_n, row.block_m
     for block_n, block_m in ((n, m), (2 * n, m), (n // 2, m), (n, 2 * m), (n, m // 2)):
         for warps in (4, 8):
@@ -223,81 +290,120 @@ def _candidates(row) -> Iterator:
 def compiled(swept: Swept, arch: int, row: launch.Launch) -> list[str]:
     """Compile a candidate for an architecture, into the compiler's cache: why it is no use, or
     nothing. Runs in a process of its own, which needs no card."""
-    from protoclip.kernels import compile_report
+    from protoclip.kernels.compile_report import report
 
-    if swept.table:  # a rehearsal has no table of its own
-        swept.rows[swept.keys[-1]] = row
+    if len(swept.path) > 1:  # a rehearsal compiles Hopper's row, as it is
+        swept.row = row
     try:
-        costs = compile_report.costs(compile_report.Case(arch, *swept.case))
+        costs = report.costs(report.Case(arch=arch, **swept.launched._asdict()))
     except Exception as error:  # whatever Triton throws where a tile does not fit
-        return [str(error).splitlines()[0][:80]]
-    own = [cost for cost in costs if cost["kernel"] == swept.kernel]
-    spilled = [f"{c['local_bytes']} bytes of local memory" for c in own if c["local_bytes"]]
-    return spilled + [problem for cost in own for problem in cost["problems"]]
+        return [repr(error)[:120]]
+    problems = []
+    for cost in costs:
+        if cost.kernel == swept.kernel:
+            if cost.local_bytes:
+                problems.append(f"{cost.local_bytes} bytes of local memory")
+            problems += cost.problems
+    return problems
 
 
-def compile_all(wanted: list[tuple[Swept, launch.Launch]], arch: int) -> list[list[str]]:
-    """``compiled`` of each, in a pool of processes that Triton's interpreter does not reach."""
-    hidden = {k: os.environ.pop(k, None) for k in ("TRITON_INTERPRET", "PROTOCLIP_REHEARSE")}
+class Candidate(NamedTuple):
+    swept: Swept
+    row: launch.Launch
+
+
+def compile_all(
+    candidates: list[Candidate], arch: int, seconds: float = math.inf
+) -> list[list[str]]:
+    """``compiled`` of each, in a pool of processes that Triton's interpreter does not reach; those
+    that no process began within the seconds are no use either."""
+    hidden = {key: os.environ.pop(key, None) for key in ("TRITON_INTERPRET", "PROTOCLIP_REHEARSE")}
     try:
-        workers = min(os.cpu_count() or 1, 16, max(1, len(wanted)))
+        workers = min(os.cpu_count() or 1, 16, max(1, len(candidates)))
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            jobs = [pool.submit(compiled, swept, arch, row) for swept, row in wanted]
-            return [job.result() for job in jobs]
+            jobs = [pool.submit(compiled, swept, arch, row) for swept, row in candidates]
+            wait(jobs, timeout=None if math.isinf(seconds) else seconds)
+            pool.shutdown(cancel_futures=True)
+        return [_problems(job) for job in jobs]
     finally:
-        os.environ.update({k: value for k, value in hidden.items() if value is not None})
+        os.environ.update({key: value for key, value in hidden.items() if value is not None})
+
+
+def _problems(job: Future[list[str]]) -> list[str]:
+    if job.cancelled():
+        return ["no time to compile it"]
+    try:
+        return job.result()
+    except BrokenProcessPool as error:  # the assembler may take its process down
+        return [repr(error)[:120]]
 
 
 def sweep(seconds: float) -> None:
-    """Compile all candidates, then time each row's within its share of the seconds; print the row
-    to paste."""
-    wanted = []
-    for swept in _swept():
-        before = swept.rows[swept.keys[-1]]
-        rows = [before] if REHEARSAL else dict.fromkeys([before, *_candidates(before)])
-        wanted += [(swept, row) for row in rows]
+    """Compile candidates for half of the seconds, the nearest of every row first; then time each
+    row's within its share of the rest, and print the row to paste."""
+    rows = _swept()
+    by_row = [
+        [Candidate(swept, row) for row in dict.fromkeys(_candidates(swept.row))] for swept in rows
+    ]
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*by_row))
+    candidates = [candidate for candidate in in_turn if candidate is not None]
     arch = launch.architecture(torch.device(DEVICE)) or 90
-    start = time.monotonic()
-    usable: dict[Swept, list[launch.Launch]] = {}
-    for (swept, row), problems in zip(wanted, compile_all(wanted, arch), strict=True):
+    began = time.monotonic()
+    usable: dict[Swept, list[launch.Launch]] = {swept: [] for swept in rows}
+    results = compile_all(candidates, arch, math.inf if REHEARSAL else seconds / 2)
+    for (swept, row), problems in zip(candidates, results, strict=True):
         for problem in problems:
             print(f"{swept} {row}: {problem}", file=sys.stderr)
         if not problems:
-            usable.setdefault(swept, []).append(row)
-    print(f"{len(wanted)} candidates compiled in {time.monotonic() - start:.0f} s")
-    for swept in dict.fromkeys(swept for swept, _ in wanted):
-        sweep_row(swept, usable.get(swept, []), seconds / len({s for s, _ in wanted}))
+            usable[swept].append(row)
+    print(f"{len(candidates)} candidates compiled in {time.monotonic() - began:.0f} s")
+    for swept in rows:
+        sweep_row(swept, usable[swept], seconds / 2 / len(rows))
 
 
-def sweep_row(swept: Swept, rows: list[launch.Launch], seconds: float) -> None:
+def sweep_row(swept: Swept, candidates: list[launch.Launch], seconds: float) -> None:
     """Time the candidates of one row and print the fastest whose gradients are right."""
-    table, key = swept.rows, swept.keys[-1]
-    before, times = table[key], {}
+    before = swept.row
+    times = _times(swept, candidates, seconds)
+    fastest = next(
+        (row for row in sorted(times, key=times.__getitem__) if _is_right(swept, row)), None
+    )
+    swept.row = before
+    if fastest is None:
+        print(f"{swept}: no candidate of {len(candidates)} compiled ran with the right gradients")
+        return
+    was = f"{times[before]:.3f} ms" if before in times else "not timed"
+    result = f"{times[fastest]:.3f} ms, {was} before, fastest of {len(times)} rows timed"
+    print(f"{swept}: paste")
+    print(f"    {swept.path[-1]!r}: {fastest},  # {name()}, {time.strftime('%Y-%m-%d')}: {result}")
+
+
+def _times(
+    swept: Swept, candidates: list[launch.Launch], seconds: float
+) -> dict[launch.Launch, float]:
+    """ms of those that run, and for which there is time."""
+    times: dict[launch.Launch, float] = {}
     deadline = time.monotonic() + seconds
-    for row in rows:
+    for row in candidates:
         if times and time.monotonic() > deadline:
             break
-        table[key] = row
+        swept.row = row
         try:
             times[row] = 1e3 * best_seconds(swept.step(), 0.0 if REHEARSAL else 0.1)
         except Exception as error:  # as in ``compiled``
-            print(f"{swept} {row}: {str(error).splitlines()[0][:80]}", file=sys.stderr)
-    for row in sorted(times, key=times.__getitem__):
-        table[key] = row
-        try:
-            swept.right()
-        except AssertionError as error:
-            print(f"{swept} {row}: {error}", file=sys.stderr)
-            continue
-        table[key] = before
-        was = f"{times[before]:.3f} ms" if before in times else "not timed"
-        told = f"{times[row]:.3f} ms, {was} before, fastest of {len(times)} rows timed"
-        print(f"{swept}: paste")
-        print(f"    {key!r}: {row},  # {name()}, {time.strftime('%Y-%m-%d')}: {told}")
-        return
-    table[key] = before
-    print(f"{swept}: no candidate of {len(rows)} compiled ran with the right gradients")
+            print(f"{swept} {row}: {error!r:.120}", file=sys.stderr)
+    return times
+
+
+def _is_right(swept: Swept, row: launch.Launch) -> bool:
+    swept.row = row
+    try:
+        swept.assert_right()
+    except Exception as error:  # an AssertionError, or as in ``compiled``
+        print(f"{swept} {row}: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 COMMANDS = {"profile": profile, "graph": graph, "sweep": sweep}

@@ -52,7 +52,7 @@ step build 120 bash -c 'bash -c "$2" "$0" "${@:3}" & "$0" -c "$1" cpu & cpu=$!
 step headline 80 "$python" -m pytest benchmarks --benchmark-only --sizes "$sizes" -rs --headline \
   --budget 60 --record "$out/gpu.json"
 step tests 130 "$python" -m pytest -v --bare "${tests[@]}"
-step kernels 80 "$python" -m benchmarks.gpu --seconds 40
+step kernels 95 "$python" -m benchmarks.gpu --seconds 55
 step benchmarks 110 "$python" -m pytest benchmarks --benchmark-only --sizes "$sizes" -rs \
   --budget 90 --record "$out/gpu.json"
 images=builtin:icons

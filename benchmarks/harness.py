@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import re
 import time
@@ -52,15 +53,17 @@ class Record:
     """
 
     def __init__(self, path: Path | None, run: dict[str, Any]):
-        found: dict[str, Any] = {"runs": [], "rows": []}
+        earlier: dict[str, Any] = {"runs": [], "rows": []}
         if path is not None and path.exists():
-            found = json.loads(path.read_text())
-        self.path, self.runs, self.rows = path, [*found["runs"], run], found["rows"]
+            earlier = json.loads(path.read_text())
+        self.path = path
+        self.runs: list[dict[str, Any]] = [*earlier["runs"], run]
+        self.rows: list[Row] = earlier["rows"]
 
     def add(self, row: Row) -> None:
         """Take a row in, and drop runs none of whose rows are left."""
-        kept = [old for old in self.rows if identity(old) != identity(row)]
-        self.rows = [*kept, row | {"run": len(self.runs) - 1}]
+        self.rows = [old for old in self.rows if identity(old) != identity(row)]
+        self.rows.append(row | {"run": len(self.runs) - 1})
         used = sorted({row["run"] for row in self.rows})
         self.runs = [self.runs[old] for old in used]
         self.rows = [row | {"run": used.index(row["run"])} for row in self.rows]
@@ -99,7 +102,8 @@ class Bench:
     """Times one variant of one case; what the fixture ``bench`` gives to a test."""
 
     def __init__(self, session: Session, benchmark: Any):
-        self.session, self.benchmark = session, benchmark
+        self.session = session
+        self.benchmark = benchmark  # pytest-benchmark's fixture
 
     @property
     def sizes(self) -> str:
@@ -109,61 +113,75 @@ class Bench:
         self,
         case: Case,
         variant: str,
-        run: Callable[..., object],
+        run: Callable[[], object],
         *,
-        prepare: Callable[[], tuple] = tuple,
+        prepare: Callable[[], object] = lambda: None,
         rival: Callable[[], object] | None = None,
         seconds: float = 1.0,
         note: str = "",
     ) -> None:
-        """Rounds of ``run(*prepare())`` until ``seconds`` are full, ``prepare`` off the clock.
+        """Rounds of ``run()`` until ``seconds`` are full, ``prepare()`` before each off the clock.
 
         Args:
             rival: our own op on the same inputs, timed in the same rounds (for a peer's row).
             note: what the reader must know, e.g. that a peer starts elsewhere.
         """
         if not self.benchmark.enabled:
-            self.benchmark(lambda: run(*prepare()))
+            prepare()
+            self.benchmark(run)
             return
         if self.session.deadline is not None and time.monotonic() > self.session.deadline:
             pytest.skip("the run's time is used up (--budget)")
+        prepare()
         first = _Clock(run)
-        first(*prepare())
-        clock, ours = _Clock(run), _Clock(rival)
+        first()
+        clock = _Clock(run)
+        rival_clock = _Clock(rival) if rival is not None else None
 
-        def ready() -> tuple[tuple, dict]:
-            if rival is not None:
+        def before_each_round() -> None:
+            if rival_clock is not None:
                 _flush_cache()
-                ours()
-            arguments = prepare()
+                rival_clock()
+            prepare()
             _flush_cache()
-            return arguments, {}
 
-        pedantic = partial(self.benchmark.pedantic, clock, setup=ready)
+        pedantic = partial(self.benchmark.pedantic, clock, setup=before_each_round)
         if first.times[0] > 1e3 * SLOW:
             memory = peak_mib(partial(pedantic, rounds=1))
         else:
-            memory = peak_mib(partial(run, *prepare()))
+            prepare()
+            memory = peak_mib(run)
             rounds = min(max(1e3 * seconds / first.times[0], 3), 30)
             pedantic(rounds=int(rounds), warmup_rounds=1)
         rounds = len(self.benchmark.stats.stats.data)
-        self._add(case, variant, clock.times[-rounds:], memory, ours.times[-rounds:], note)
-
-    def _add(self, case, variant, times, memory, ours, note) -> None:
+        times = clock.times[-rounds:]
+        median = float(np.median(times))
+        ratio = None
+        if rival_clock is not None:
+            ratio = median / float(np.median(rival_clock.times[-rounds:]))
         row: dict[str, Any] = {
-            "op": case.op, "phase": case.phase, "variant": variant, "shape": case.shape,
-            "dtype": case.dtype, "rounds": len(times), "note": note,
-        }  # fmt: skip
-        low, middle, high = np.percentile(times, (20, 50, 80))
-        row |= {"median_ms": middle, "p20_ms": low, "p80_ms": high, "min_ms": min(times)}
+            "op": case.op,
+            "phase": case.phase,
+            "variant": variant,
+            "shape": case.shape,
+            "dtype": case.dtype,
+            "rounds": rounds,
+            "note": note,
+            "median_ms": median,
+            "p20_ms": float(np.percentile(times, 20)),
+            "p80_ms": float(np.percentile(times, 80)),
+            "min_ms": min(times),
+        }
         row |= asdict(case.work)
-        rate = case.work.flop * 1e-9 if case.work.bound == "gemm" else case.work.bytes * 1e-6
+        row["rate"] = case.work.amount / min(times)
         ceiling = self.session.ceilings["copy" if case.work.bound == "copy" else case.dtype]
-        row |= {"rate": rate / min(times), "share": rate / min(times) / ceiling}
-        row["peak_mib"] = None if memory != memory else memory
-        row["ratio"] = float(middle / np.median(ours)) if ours else None
-        row |= {"card": card_state()}
-        row = {key: float(f"{v:.5g}") if isinstance(v, float) else v for key, v in row.items()}
+        row["share"] = row["rate"] / ceiling
+        row["peak_mib"] = None if math.isnan(memory) else memory
+        row["ratio"] = ratio
+        row["card"] = card_state()
+        for key, value in row.items():
+            if isinstance(value, float):
+                row[key] = float(f"{value:.5g}")
         self.session.record.add(row)
         self.session.say(line(row, case))
         self.benchmark.extra_info.update(row)
@@ -171,7 +189,7 @@ class Bench:
 
 def line(row: dict[str, Any], case: Case) -> str:
     """What a reader sees of a row."""
-    unit, of = ("TFLOP/s", "GEMM") if row["bound"] == "gemm" else ("GB/s", "copy")
+    unit, ceiling = ("TFLOP/s", "GEMM") if row["bound"] == "gemm" else ("GB/s", "copy")
     memory = "memory unknown" if row["peak_mib"] is None else f"+{row['peak_mib']:.0f} MiB"
     ratio = "" if row["ratio"] is None else f" | {row['ratio']:.2f}x the time of {OURS}"
     note = f" | {row['note']}" if row["note"] else ""
@@ -179,26 +197,27 @@ def line(row: dict[str, Any], case: Case) -> str:
     return (
         f"{str(case):46s} {row['variant']:21s} | {row['median_ms']:9.3f} ms [{row['p20_ms']:.3f}, "
         f"{row['p80_ms']:.3f}] min {row['min_ms']:.3f} | {row['rate']:.3f} {unit} "
-        f"({row['share']:.0%} of {of}) | {memory}{ratio}{note}"
+        f"({row['share']:.0%} of {ceiling}) | {memory}{ratio}{note}"
     )
 
 
 class _Clock:
     """Calls and times a variant, in milliseconds; on a card by its events."""
 
-    def __init__(self, run: Callable[..., object] | None):
-        self.run, self.times = run, []
+    def __init__(self, run: Callable[[], object]):
+        self.run = run
+        self.times: list[float] = []
 
-    def __call__(self, *arguments: object) -> None:
-        assert self.run is not None
+    def __call__(self) -> None:
         if DEVICE == "cpu":
-            start = time.perf_counter()
-            self.run(*arguments)
-            self.times.append(1e3 * (time.perf_counter() - start))
+            began = time.perf_counter()
+            self.run()
+            self.times.append(1e3 * (time.perf_counter() - began))
             return
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         start.record()
-        self.run(*arguments)
+        self.run()
         end.record()
         end.synchronize()
         self.times.append(start.elapsed_time(end))
@@ -226,12 +245,12 @@ def peak_mib(run: Callable[[], object]) -> float:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     except (OSError, AttributeError):
-        return float("nan")
+        return math.nan
     before = _high_water_mib()
     run()
     return _high_water_mib() - before
 
 
 def _high_water_mib() -> float:
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    return int(found[1]) / 1024 if found else float("nan")
+    kib = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(kib[1]) / 1024 if kib else math.nan

@@ -34,12 +34,15 @@ def name() -> str:
     """What a table is headed by: the card, or the CPU with its cores and widest arithmetic."""
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    flags = set(re.search(r"flags\s*:\s*(.+)", text or "flags: -")[1].split())
-    units = [unit for unit in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if unit in flags]
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    model = re.search(r"model name\s*:\s*(.+)", text)
+    flags = re.search(r"flags\s*:\s*(.+)", text)
+    features = set(flags[1].split()) if flags else set()
+    arithmetic = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+    widest = next((unit for unit in arithmetic if unit in features), "-")
     cores = len(os.sched_getaffinity(0))
-    return f"{found[1] if found else platform.machine()}, {cores} cores, {(units or ['-'])[0]}"
+    return f"{model[1] if model else platform.machine()}, {cores} cores, {widest}"
 
 
 def slug() -> str:
@@ -73,22 +76,27 @@ def describe() -> dict[str, object]:
 
 def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(
+        run = subprocess.run(
             command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip() or None
+    return run.stdout.strip() or None
 
 
 def card_state() -> dict[str, str]:
     """What the card is at now: SM clock, power, temperature, reasons to throttle; empty without."""
     if DEVICE != "cuda":
         return {}
-    asked = "clocks.sm,power.draw,temperature.gpu,clocks_throttle_reasons.active"
-    found = _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader", "--id=0")
-    names = ("sm_clock", "power", "temperature", "throttle")
-    return dict(zip(names, (found or "").split(", "), strict=False))
+    fields = {
+        "sm_clock": "clocks.sm",
+        "power": "power.draw",
+        "temperature": "temperature.gpu",
+        "throttle": "clocks_throttle_reasons.active",
+    }
+    query = f"--query-gpu={','.join(fields.values())}"
+    values = _output("nvidia-smi", query, "--format=csv,noheader", "--id=0")
+    return dict(zip(fields, (values or "").split(", "), strict=False))
 
 
 def best_seconds(run: Callable[[], object], seconds: float) -> float:
@@ -111,7 +119,8 @@ def ceilings(tiny: bool) -> dict[str, float]:
     patience = 0.0 if tiny else 0.5
     rates = {}
     for dtype in ("fp32", "bf16") if DEVICE == "cpu" else DTYPES:
-        x, y = (torch.randn(side, side, device=DEVICE).to(DTYPES[dtype]) for _ in range(2))
+        x = torch.randn(side, side, device=DEVICE).to(DTYPES[dtype])
+        y = torch.randn(side, side, device=DEVICE).to(DTYPES[dtype])
         rates[dtype] = 2e-12 * side**3 / best_seconds(lambda x=x, y=y: x @ y.T, patience)
     source = torch.ones(megabytes << 18, device=DEVICE)
     target = torch.empty_like(source)

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def _both(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _unchanged(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x, y
+
+
+Sides = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Form:
     loss: Callable[[Tensor], Tensor]  # [N, M] -> []
     taken_out: Tensor  # bool [N, M], the positives whose entries are not in G's share
     rounds_positives: bool = False  # their entries are rounded as those of G are, and add to both
-    sides: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _both  # features -> queries, keys
+    sides: Sides = _unchanged  # features -> queries, keys
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,14 @@ class Gradients:
     dscale_terms: Tensor  # the sum of the absolute values that make up dscale
 
 
-def gradients(form: Form, x: Tensor, y: Tensor, scale: Tensor | float, dtype) -> Gradients:
+def gradients(
+    form: Form, x: Tensor, y: Tensor, scale: Tensor | float, dtype: torch.dtype
+) -> Gradients:
     """The plain formula run in ``dtype`` as under autocast: products and the gradient of the logits
     in that dtype, the loss in at least fp32. fp64 gives the truth."""
     wide = torch.promote_types(dtype, torch.float32)
-    x, y = (t.detach().to(dtype).requires_grad_() for t in (x, y))
+    x = x.detach().to(dtype).requires_grad_()
+    y = y.detach().to(dtype).requires_grad_()
     scale = torch.as_tensor(scale, device=x.device).detach().to(wide).requires_grad_()
     queries, keys = form.sides(x, y)
     dots = queries @ keys.T
@@ -57,9 +64,17 @@ def gradients(form: Form, x: Tensor, y: Tensor, scale: Tensor | float, dtype) ->
     loss = form.loss(logits)
     (g,) = torch.autograd.grad(loss, logits, retain_graph=True)
     dx, dy, dscale = torch.autograd.grad(logits, (x, y, scale), g, retain_graph=True)
-    share = torch.autograd.grad(logits, (x, y), g.masked_fill(form.taken_out, 0))
-    terms = (g * dots.detach()).abs().sum()
-    return Gradients(loss.detach(), dx, dy, *share, dscale, g, terms)
+    share_x, share_y = torch.autograd.grad(logits, (x, y), g.masked_fill(form.taken_out, 0))
+    return Gradients(
+        loss=loss.detach(),
+        dx=dx,
+        dy=dy,
+        share_x=share_x,
+        share_y=share_y,
+        dscale=dscale,
+        logits=g,
+        dscale_terms=(g * dots.detach()).abs().sum(),
+    )
 
 
 def assert_gradients(
@@ -69,23 +84,37 @@ def assert_gradients(
     where base and truth are G's share and dx is the whole gradient, which is rounded as one.
 
     Without ``got_y`` dx alone is compared."""
-    for name, got in (("dx", got_x), ("dy", got_y)):
-        if got is None:
-            continue
-        whole = getattr(truth, name)
-        share, base_share = (getattr(g, f"share_{name[1]}") for g in (truth, base))
-        base_error = (base_share.double() - share).abs().max().item()
+    sides = [_Side("dx", got_x, truth.dx, base.dx, truth.share_x, base.share_x)]
+    if got_y is not None:
+        sides.append(_Side("dy", got_y, truth.dy, base.dy, truth.share_y, base.share_y))
+    for side in sides:
+        base_error = _distance(side.base_share, side.share)
         if form.rounds_positives:
-            base_error = (getattr(base, name).double() - whole).abs().max().item()
-        eps = torch.finfo(getattr(base, name).dtype).eps
-        size = share.abs().max().item()
-        allowed = 2 * base_error + (eps + 2**-21 * abs(scale)) * size
-        allowed += eps / 2 * whole.abs().max().item()
-        error = (got.double() - whole).abs().max().item()
+            base_error = _distance(side.base, side.truth)
+        eps = torch.finfo(side.base.dtype).eps
+        share = side.share.abs().max().item()
+        whole = side.truth.abs().max().item()
+        allowed = 2 * base_error + (eps + 2**-21 * abs(scale)) * share + eps / 2 * whole
+        error = _distance(side.got, side.truth)
         assert error <= allowed, (
-            f"{name}: error {error:.3e} over the budget {allowed:.3e} of G's share (the base's own "
-            f"is {base_error:.3e}, the share {size:.3e}, the whole {whole.abs().max():.3e})"
+            f"{side.name}: error {error:.3e} over the budget {allowed:.3e} of G's share (the "
+            f"base's own is {base_error:.3e}, the share {share:.3e}, the whole {whole:.3e})"
         )
+
+
+class _Side(NamedTuple):
+    """The gradient of the queries or of the keys."""
+
+    name: str
+    got: Tensor
+    truth: Tensor
+    base: Tensor
+    share: Tensor  # of the truth
+    base_share: Tensor
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return (a.double() - b).abs().max().item()
 
 
 def softmax_form(
@@ -94,18 +123,20 @@ def softmax_form(
     row_weight: Tensor,
     column_weight: Tensor | None = None,
     key_bias: Tensor | None = None,
-    **options,
+    *,
+    rounds_positives: bool = False,
+    sides: Sides = _unchanged,
 ) -> Form:
     """Cross-entropy over the keys seen [N, M] against the mean of the positives [N, M], weighted by
     row and, where both directions count, by column."""
 
-    def one_way(logits, positive, seen, weight):
+    def one_way(logits: Tensor, positive: Tensor, seen: Tensor, weight: Tensor) -> Tensor:
         count = positive.sum(1)
         level = logits.masked_fill(~seen, -torch.inf).logsumexp(1)
         mean = (logits.masked_fill(~positive, 0)).sum(1) / count.clamp_min(1)
         return ((level - mean).where(count > 0, 0) * weight.to(logits.dtype)).sum()
 
-    def loss(logits):
+    def loss(logits: Tensor) -> Tensor:
         if key_bias is not None:
             logits = logits + key_bias.to(logits.dtype)
         total = one_way(logits, positive, seen, row_weight)
@@ -113,13 +144,13 @@ def softmax_form(
             total = total + one_way(logits.T, positive.T, seen.T, column_weight)
         return total
 
-    return Form(loss, positive, **options)
+    return Form(loss, taken_out=positive, rounds_positives=rounds_positives, sides=sides)
 
 
 def sigmoid_form(own: Tensor, positive: Tensor, seen: Tensor, bias: float | Tensor) -> Form:
     """SigLIP's sum over the pairs seen; ``own``: the pairs that are taken out."""
 
-    def loss(logits):
+    def loss(logits: Tensor) -> Tensor:
         z = logits + torch.as_tensor(bias, device=logits.device).detach().to(logits.dtype)
         return -F.logsigmoid(torch.where(positive, z, -z)).where(seen, 0).sum()
 
@@ -133,7 +164,7 @@ def prototype_form(labels: Tensor, k: int, weight: Tensor, soft: bool) -> Form:
     positive = F.one_hot(labels + k * soft, k * (1 + soft)).bool()
     seen = torch.arange(positive.shape[1], device=labels.device) < k
 
-    def loss(logits):
+    def loss(logits: Tensor) -> Tensor:
         level = logits.masked_fill(~seen, -torch.inf).logsumexp(1)
         return ((level - logits[positive]) * weight.to(logits.dtype)).sum()
 
@@ -146,8 +177,11 @@ def cone(n: int, m: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     centre = torch.randn(1, d, generator=generator)
     shared = torch.randn(max(n, m), d, generator=generator)
-    x, y = (
-        F.normalize(2 * centre + shared + torch.randn(shared.shape, generator=generator), dim=1)
-        for _ in "xy"
-    )
+
+    def noisy() -> Tensor:
+        noise = torch.randn(shared.shape, generator=generator)
+        return F.normalize(2 * centre + shared + noise, dim=1)
+
+    x = noisy()
+    y = noisy()
     return x[:n], y[:m]

@@ -22,7 +22,7 @@ def ours(op: str) -> list[str]:
     its interpreter only).
     """
     names = [name for name, row in TABLE[op].items() if DEVICE in (row.device_types or ())]
-    if not {name for name in names if DEVICE == "cuda" or name != "triton"}:
+    if not names or (DEVICE == "cpu" and names == ["triton"]):
         names.append("reference")
     return [f"{OURS}-{name}" for name in names]
 
@@ -42,8 +42,8 @@ def is_ours(variant: str) -> bool:
 def optional(module: str, attribute: str = "") -> Any:
     """A peer's module or function; skips with the reason where it is not installed."""
     try:
-        found = importlib.import_module(module)
-        return getattr(found, attribute) if attribute else found
+        package = importlib.import_module(module)
+        return getattr(package, attribute) if attribute else package
     except (ImportError, AttributeError) as error:
         pytest.skip(f"{module}.{attribute}: {error}".replace(".:", ":"))
 

@@ -25,15 +25,17 @@ from protoclip.report.page import RECORDED, Run, comparable, read_run
 
 def mean_of(sets: Sequence[SetResults]) -> SetResults:
     """One evaluation set over several seeds."""
-    metrics, intervals = {}, {}
+    metrics: dict[str, float] = {}
+    intervals: dict[str, tuple[float, float]] = {}
     factor = stats.t.ppf(0.975, len(sets) - 1) * math.sqrt(1 + 1 / len(sets))
     for name in sets[0].metrics:
-        values = [one.metrics.get(name, math.nan) for one in sets]
-        values = [value for value in values if math.isfinite(value)]  # too few classes: no acc5
-        if len(values) == len(sets):
-            metrics[name] = mean = statistics.fmean(values)
-            half = factor * statistics.stdev(values)
-            intervals[name] = (mean - half, mean + half)
+        values = [of_seed.metrics.get(name, math.nan) for of_seed in sets]
+        if not all(math.isfinite(value) for value in values):  # too few classes: no acc5
+            continue
+        mean = statistics.fmean(values)
+        half_width = factor * statistics.stdev(values)
+        metrics[name] = mean
+        intervals[name] = (mean - half_width, mean + half_width)
     return dataclasses.replace(sets[0], metrics=metrics, intervals=intervals)
 
 
@@ -51,9 +53,10 @@ def record(runs: Sequence[Run], folder: Path) -> Outcome:
     if len(set(seeds)) < max(2, len(seeds)):
         raise ValueError(f"expected two runs or more, one a seed, got seeds {seeds}")
     outcome = runs[0].outcome
-    sets = {key: mean_of([r.outcome.trained[key] for r in runs]) for key in outcome.trained}
+    sets = {name: mean_of([run.outcome.trained[name] for run in runs]) for name in outcome.trained}
     outcome = dataclasses.replace(outcome, trained=sets, seeds=len(runs))
-    commit, date = machine.describe()["commit"], time.strftime("%Y-%m-%d")
+    date = time.strftime("%Y-%m-%d")
+    commit = machine.describe()["commit"]
     words = f"plain CLIP, {len(runs)} seeds, {date}, {machine.name()}, commit {commit}"
     config = first | {"run": {"name": words, "seeds": seeds}}
     folder.mkdir(parents=True, exist_ok=True)

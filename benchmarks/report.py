@@ -50,8 +50,8 @@ def between(path: Path, begin: str, end: str) -> tuple[str, str, str]:
     text = path.read_text()
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"{path}: expected the lines {begin!r} and {end!r} once each")
-    before, rest = text.split(begin)
-    middle, after = rest.split(end)
+    before, _, from_begin = text.partition(begin)
+    middle, _, after = from_begin.partition(end)
     return before, middle.strip(), after
 
 
@@ -66,11 +66,6 @@ def identity(row: Row) -> str:
     return json.dumps([row.get(key) for key in IDENTITY])
 
 
-def case_of(row: Row) -> str:
-    """What the variants of one case share."""
-    return json.dumps([row.get(key) for key in IDENTITY if key != "variant"])
-
-
 def newest_per_machine(records: Iterable[Record]) -> list[Record]:
     """Of each machine the record whose last run is the latest; machines by name."""
     dated = sorted(records, key=lambda record: max(run["date"] for run in record["runs"]))
@@ -82,8 +77,11 @@ def cases(rows: Iterable[Row]) -> list[list[Row]]:
     """Rows by case, the fastest of our backends first, peers from fast to slow."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(case_of(row), []).append(row)
-    return [sorted(g, key=lambda r: (not is_ours(r), r["median_ms"])) for g in groups.values()]
+        groups.setdefault(identity(row | {"variant": None}), []).append(row)
+    return [
+        sorted(group, key=lambda row: (not is_ours(row), row["median_ms"]))
+        for group in groups.values()
+    ]
 
 
 def is_ours(row: Row) -> bool:
@@ -117,21 +115,24 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def section(records: Iterable[Record]) -> str:
     """Everything between the page's marks."""
-    parts = [_machine(record) for record in newest_per_machine(records)]
-    return "\n\n".join(parts) if parts else "No record yet."
+    machines = [_machine(record) for record in newest_per_machine(records)]
+    return "\n\n".join(machines) if machines else "No record yet."
 
 
 def newest_cpu(records: Iterable[Record]) -> Record | None:
     """The latest record of a CPU, whichever machine it is of."""
-    own = [r for r in records if r["runs"][-1].get("device", "cpu") == "cpu"]
-    return max(own, key=lambda r: max(run["date"] for run in r["runs"]), default=None)
+    of_cpus = [record for record in records if record["runs"][-1].get("device", "cpu") == "cpu"]
+    return max(of_cpus, key=lambda record: max(run["date"] for run in record["runs"]), default=None)
 
 
 def headline_cases(record: Record) -> dict[str, list[Row]]:
     """README's cases by name; those that the record lacks are left out."""
-    groups = cases(row for row in record["rows"] if not row.get("sweep"))
-    found = {f"{label(g[0])} {g[0]['dtype']} {sizes(g[0])}": g for g in groups if is_ours(g[0])}
-    return {name: found[case] for name, case in HEADLINES.items() if case in found}
+    by_case = {}
+    for group in cases(row for row in record["rows"] if not row.get("sweep")):
+        fastest = group[0]
+        if is_ours(fastest):
+            by_case[f"{label(fastest)} {fastest['dtype']} {sizes(fastest)}"] = group
+    return {name: by_case[case] for name, case in HEADLINES.items() if case in by_case}
 
 
 def headlines(records: Iterable[Record]) -> str:
@@ -141,10 +142,11 @@ def headlines(records: Iterable[Record]) -> str:
         return "No record yet."
     run = record["runs"][-1]
     ratios = [row["ratio"] for row in record["rows"] if row["ratio"] is not None]
-    lines = [
-        [f"{name}, {sizes(g[0])}", f"{digits(g[0]['median_ms'])} ms", mib(g[0]), _peers(g)]
-        for name, g in headline_cases(record).items()
-    ]
+    lines = []
+    for name, group in headline_cases(record).items():
+        ours = group[0]
+        time = f"{digits(ours['median_ms'])} ms"
+        lines.append([f"{name}, {sizes(ours)}", time, mib(ours), _peers(group)])
     head = ["", "protoclip", "extra memory", "others: time as a multiple of ours (extra memory)"]
     return (
         f"{run['machine']}, torch {run['versions']['torch']}, recorded {run['date'][:10]} at "
@@ -157,27 +159,43 @@ PAGES = {PAGE: section, README: headlines}
 
 
 def _machine(record: Record) -> str:
-    groups = cases(row for row in record["rows"] if not row.get("sweep"))
-    head = ["op", "shape", "dtype", "ours, median [p20, p80]", "rate (share of ceiling)"]
-    head += ["extra memory", "peers: time as a multiple of ours, extra memory"]
-    whole = [g for g in groups if is_ours(g[0]) and g[0]["phase"] not in ("forward", "backward")]
-    parts = [_head(record), table(head, map(_case, whole)), _slower(cases(record["rows"]))]
-    return "\n\n".join(parts)
+    head = [
+        "op",
+        "shape",
+        "dtype",
+        "ours, median [p20, p80]",
+        "rate (share of ceiling)",
+        "extra memory",
+        "peers: time as a multiple of ours, extra memory",
+    ]
+    lines = [
+        _case(group)
+        for group in cases(row for row in record["rows"] if not row.get("sweep"))
+        if is_ours(group[0]) and group[0]["phase"] not in ("forward", "backward")
+    ]
+    return "\n\n".join([_head(record), table(head, lines), _slower(cases(record["rows"]))])
 
 
 def _head(record: Record) -> str:
-    run, rates = record["runs"][-1], dict(record["runs"][-1]["ceilings"])
-    copy = rates.pop("copy")
-    versions = run["versions"]
-    named = [f"{name} {versions[name]}" for name in ("torch", "triton") if versions.get(name)]
-    days = sorted({r["date"][:10] for r in record["runs"]})
-    commits = dict.fromkeys(r["commit"] or "unknown" for r in record["runs"])
-    ceilings = [f"{name} GEMM {digits(rate)} TFLOP/s" for name, rate in rates.items()]
-    notes = dict.fromkeys(r["note"] for r in record["runs"] if r.get("note"))
+    runs = record["runs"]
+    newest = runs[-1]
+    versions = [
+        f"{package} {newest['versions'][package]}"
+        for package in ("torch", "triton")
+        if newest["versions"].get(package)
+    ]
+    days = sorted({run["date"][:10] for run in runs})
+    commits = dict.fromkeys(run["commit"] or "unknown" for run in runs)
+    ceilings = [
+        f"{dtype} GEMM {digits(rate)} TFLOP/s"
+        for dtype, rate in newest["ceilings"].items()
+        if dtype != "copy"
+    ]
+    notes = dict.fromkeys(run["note"] for run in runs if run.get("note"))
     return (
-        f"**{run['machine']}**, {run['threads']} threads, {', '.join(named)}; recorded "
+        f"**{newest['machine']}**, {newest['threads']} threads, {', '.join(versions)}; recorded "
         f"{' and '.join(days)} at {', '.join(commits)}. Ceilings of the same run: "
-        f"{', '.join(ceilings)}, copy {digits(copy)} GB/s."
+        f"{', '.join(ceilings)}, copy {digits(newest['ceilings']['copy'])} GB/s."
     ) + "".join(f" **{note}**" for note in notes)
 
 
@@ -224,15 +242,19 @@ def draw_headlines(record: Record, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    found, run = headline_cases(record), record["runs"][-1]
-    bars = sum(len(_compared(group)) for group in found.values())
+    groups = headline_cases(record)
+    run = record["runs"][-1]
+    ratios = [row["ratio"] for group in groups.values() for row in _compared(group)]
+    height = 1 + 0.19 * len(ratios) + 0.13 * len(groups)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 1 + 0.19 * bars + 0.13 * len(found)), layout="constrained")
-        axis, place, ticks = figure.subplots(), 0.0, {}
-        for name, group in found.items():
+        figure = Figure(figsize=(8.4, height), layout="constrained")
+        axis = figure.subplots()
+        ticks: dict[float, str] = {}
+        place = 0.0
+        for name, group in groups.items():
             peers = _compared(group)
-            words = f"{name}\n{sizes(group[0])}, ours {mib(group[0])}"
-            ticks[place + (len(peers) - 1) / 2] = words
+            middle = place + (len(peers) - 1) / 2
+            ticks[middle] = f"{name}\n{sizes(group[0])}, ours {mib(group[0])}"
             for row in peers:
                 axis.barh(place, row["ratio"] - 1, left=1, height=0.8, color=COLOURS[0])
                 words = f"{row['variant']}  {digits(row['ratio'])}×, {mib(row)}"
@@ -242,7 +264,7 @@ def draw_headlines(record: Record, path: Path) -> None:
         axis.axvline(1, color=COLOURS[1], linewidth=2)
         axis.set_yticks([*ticks], [*ticks.values()], fontsize=8)
         axis.tick_params(axis="y", length=0)
-        top = max((r["ratio"] for g in found.values() for r in _compared(g)), default=1.0)
+        top = max(ratios, default=1.0)
         axis.set(xscale="log", xlim=(0.8, 6 * top), ylim=(place - 0.9, -0.7))
         axis.set_xticks([1, 2, 5, 10, 20], ["1", "2×", "5×", "10×", "20×"])
         axis.minorticks_off()
@@ -252,11 +274,13 @@ def draw_headlines(record: Record, path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-def stale(found: list[Record]) -> bool:
+def stale(records: list[Record]) -> bool:
     """Whether a page says something else than the records."""
-    return any(
-        between(page, BEGIN, END)[1] != write(found).strip() for page, write in PAGES.items()
-    )
+    for page, text_of in PAGES.items():
+        _, text, _ = between(page, BEGIN, END)
+        if text != text_of(records).strip():
+            return True
+    return False
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -266,13 +290,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("results", nargs="+", type=Path, help="records written by --record")
     parser.add_argument("--write", action="store_true", help="update the pages and the figure")
     options = parser.parse_args(arguments)
-    found = [json.loads(path.read_text()) for path in options.results]
+    records = [json.loads(path.read_text()) for path in options.results]
     if not options.write:
-        print(section(found))
+        print(section(records))
         return 0
-    for page, write in PAGES.items():
-        write_between(page, BEGIN, END, write(found))
-    if newest := newest_cpu(found):
+    for page, text_of in PAGES.items():
+        write_between(page, BEGIN, END, text_of(records))
+    if newest := newest_cpu(records):
         draw_headlines(newest, FIGURE)
     return 0
 

@@ -20,6 +20,11 @@ class Work:
     bytes: float
     bound: str = "gemm"  # "gemm" | "copy"
 
+    @property
+    def amount(self) -> float:
+        """What a rate counts, so that it is TFLOP/s, or GB/s of a copy, over milliseconds."""
+        return self.flop * 1e-9 if self.bound == "gemm" else self.bytes * 1e-6
+
 
 def info_nce(n: int, d: int, dtype: str, phase: str = "both") -> Work:
     """Backward recomputes S and multiplies twice: 1 + 3 GEMM-eq. The sigmoid loss is the same."""
@@ -50,6 +55,9 @@ def segment_mean(n: int, k: int, d: int, dtype: str) -> Work:
 
 def kmeans(n: int, k: int, d: int, iterations: int) -> Work:
     """Assignment and update, ``iterations`` times, and the last assignment."""
-    one, update = kmeans_assign(n, k, d, "fp32"), segment_mean(n, k, d, "fp32")
-    flop = (iterations + 1) * one.flop + iterations * update.flop
-    return Work(flop, (iterations + 1) * one.bytes + iterations * update.bytes)
+    assignment = kmeans_assign(n, k, d, "fp32")
+    update = segment_mean(n, k, d, "fp32")
+    return Work(
+        flop=(iterations + 1) * assignment.flop + iterations * update.flop,
+        bytes=(iterations + 1) * assignment.bytes + iterations * update.bytes,
+    )

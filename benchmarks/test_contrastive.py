@@ -10,312 +10,445 @@ two have labels; ``info_nce`` with and without ids shows what ids cost.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import protoclip
 from benchmarks import parity, peers, roofline
-from benchmarks.harness import Case
+from benchmarks.harness import Bench, Case
 from benchmarks.machine import DEVICE, DTYPES
+from protoclip.ops import sigmoid_loss
+
+
+class Shape(NamedTuple):
+    n: int
+    d: int
+
 
 SIZES = {
     "cpu": {
-        "tiny": [(48, 16)],
-        "quick": [(1024, 512), (4096, 128), (4096, 512)],
-        "full": [(1024, 512), (4096, 128), (4096, 512), (4096, 1024), (16384, 512)],
+        "tiny": [Shape(48, 16)],
+        "quick": [Shape(1024, 512), Shape(4096, 128), Shape(4096, 512)],
+        "full": [
+            Shape(1024, 512),
+            Shape(4096, 128),
+            Shape(4096, 512),
+            Shape(4096, 1024),
+            Shape(16384, 512),
+        ],
     },
     "cuda": {
-        "tiny": [(512, 64)],
-        "quick": [(8192, 512), (32768, 512)],
-        "full": [(256, 512), (1024, 512), (2048, 512), (8192, 512)]
-        + [(32768, d) for d in (256, 512, 768, 1024)],
+        "tiny": [Shape(512, 64)],
+        "quick": [Shape(8192, 512), Shape(32768, 512)],
+        "full": [
+            *(Shape(n, 512) for n in (256, 1024, 2048, 8192)),
+            *(Shape(32768, d) for d in (256, 512, 768, 1024)),
+        ],
     },
 }[DEVICE]
 APART = {"tiny": SIZES["tiny"][0], "quick": SIZES["quick"][-1], "full": SIZES["quick"][-1]}
-SCALE, BIAS = 14.3, -10.0  # where CLIP and SigLIP start
+# Where CLIP and SigLIP start.
+SCALE = 14.3
+BIAS = -10.0
 # The truth stores N x N doubles several times: beyond, parity is shown on so many rows. Other
 # libraries' losses with ids store N x N booleans or N^3.
 PARITY_ROWS = {"info_nce": 4096, "siglip": 4096}
 FEWER_PARITY_ROWS = 384
 
 
-# -- peers: (x, y, scale, bias) -> loss
+@dataclass(frozen=True)
+class Batch:
+    """N pairs, and what a loss takes beside them."""
+
+    x: Tensor  # [N, D]
+    y: Tensor  # [N, D]
+    scale: Tensor  # []
+    bias: Tensor  # []
+    ids: Tensor  # int64 [N], of which some are equal
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What gradients are taken for."""
+        return self.x, self.y, self.scale
+
+    @property
+    def first_half(self) -> slice:
+        """Of the pairs: as many samples of two views have N rows."""
+        return slice(0, len(self.x) // 2)
+
+    @property
+    def stacked(self) -> Tensor:
+        """The two views of these samples, one below the other, as pytorch-metric-learning takes
+        them; row i and row N / 2 + i are of one sample."""
+        return torch.cat([self.x[self.first_half], self.y[self.first_half]])
+
+    @property
+    def stacked_labels(self) -> Tensor:
+        return torch.arange(len(self.x) // 2, device=self.x.device).repeat(2)
 
 
-def _open_clip(name):
-    def loss(x, y, *rest):
-        run = peers.optional("open_clip.loss", name)()
-        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=x.dtype == torch.bfloat16):
-            return run(x, y, *rest)
-
-    return loss
+LossOf = Callable[[Batch], Tensor]
+OneWay = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, label of each query -> loss
 
 
-def one_matmul(x, y, scale):
+# -- peers
+
+
+def _autocast(dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def open_clip_info_nce(batch: Batch) -> Tensor:
+    loss = peers.optional("open_clip.loss", "ClipLoss")()
+    with _autocast(batch.x.dtype):
+        return loss(batch.x, batch.y, batch.scale)
+
+
+def open_clip_siglip(batch: Batch) -> Tensor:
+    """Times N: its mean is over the rows, ours a sum."""
+    loss = peers.optional("open_clip.loss", "SigLipLoss")()
+    with _autocast(batch.x.dtype):
+        return loss(batch.x, batch.y, batch.scale, batch.bias) * len(batch.x)
+
+
+def one_matmul(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     """The strongest form for torch.compile: one matmul, logsumexp over both axes."""
-    logits = scale.to(x.dtype) * x @ y.T
-    logits = logits.float()
-    rows, columns = torch.logsumexp(logits, 1), torch.logsumexp(logits, 0)
+    logits = (scale.to(x.dtype) * x @ y.T).float()
+    rows = torch.logsumexp(logits, 1)
+    columns = torch.logsumexp(logits, 0)
     return ((rows + columns) / 2 - logits.diagonal()).mean()
 
 
-def _both_ways(one_way):
-    def loss(x, y, scale, bias):
-        labels = torch.arange(len(x), device=x.device)
-        s = scale.to(x.dtype)
-        return (one_way(x * s, y, labels) + one_way(y * s, x, labels)) / 2
+def compiled(batch: Batch) -> Tensor:
+    return peers.compiled(one_matmul)(batch.x, batch.y, batch.scale)
+
+
+def _both_ways(one_way: OneWay) -> LossOf:
+    def loss(batch: Batch) -> Tensor:
+        labels = torch.arange(len(batch.x), device=batch.x.device)
+        scale = batch.scale.to(batch.x.dtype)
+        forward = one_way(batch.x * scale, batch.y, labels)
+        return (forward + one_way(batch.y * scale, batch.x, labels)) / 2
 
     return loss
 
 
-def linear_cross_entropy(x, y, labels):
+def linear_cross_entropy(x: Tensor, y: Tensor, labels: Tensor) -> Tensor:
     options = peers.optional("torch.nn", "LinearCrossEntropyOptions")
     return F.linear_cross_entropy(x, y, labels, options=options())
 
 
-def cut_cross_entropy(x, y, labels):
+def cut_cross_entropy(x: Tensor, y: Tensor, labels: Tensor) -> Tensor:
     run = peers.optional("cut_cross_entropy", "linear_cross_entropy")
     impl = "cce" if DEVICE == "cuda" else "torch_compile"
     return run(x, y, labels, filter_eps=None, impl=impl)  # the default drops the gradient
 
 
-def liger(x, y, labels):
+def liger(x: Tensor, y: Tensor, labels: Tensor) -> Tensor:
     module = "liger_kernel.transformers"
     return peers.on_a_gpu(module, "LigerFusedLinearCrossEntropyLoss")()(y, x, labels)
 
 
-def memeff(x, y, scale, bias):
+def memeff(batch: Batch) -> Tensor:
     loss = peers.on_a_gpu("memeff", "MemoryEfficientCLIPLoss")
-    return loss(temperature=1 / SCALE, normalized_inputs=True)(x, y)
+    return loss(temperature=1 / SCALE, normalized_inputs=True)(batch.x, batch.y)
 
 
-def siglip_kernel(x, y, scale, bias):
-    return peers.on_a_gpu("siglip_kernel", "fused_siglip_loss")(x, y, scale.log(), bias) * len(x)
+def fused_siglip(batch: Batch) -> Tensor:
+    """Of the package siglip-kernel; times N, as OpenCLIP's."""
+    loss = peers.on_a_gpu("siglip_kernel", "fused_siglip_loss")
+    return loss(batch.x, batch.y, batch.scale.log(), batch.bias) * len(batch.x)
 
 
-def _metric_learning(name, x, labels):
-    loss = peers.optional("pytorch_metric_learning.losses", name)(temperature=1 / SCALE)
-    if name == "NTXentLoss" and len(x) ** 3 > 2**32:  # bytes of its mask
-        pytest.skip(f"NTXentLoss holds N^3 bytes: {len(x) ** 3 / 2**30:.0f} GiB at N = {len(x)}")
-    return loss(x, labels)
+def metric_learning_nt_xent(batch: Batch) -> Tensor:
+    loss = peers.optional("pytorch_metric_learning.losses", "NTXentLoss")(temperature=1 / SCALE)
+    rows = len(batch.stacked)
+    if rows**3 > 2**32:  # bytes of its mask
+        pytest.skip(f"NTXentLoss holds N^3 bytes: {rows**3 / 2**30:.0f} GiB at N = {rows}")
+    return loss(batch.stacked, batch.stacked_labels)
 
 
-def _sentence_transformers(x, y, scale, bias):
+def metric_learning_sup_con(batch: Batch) -> Tensor:
+    loss = peers.optional("pytorch_metric_learning.losses", "SupConLoss")(temperature=1 / SCALE)
+    return loss(batch.stacked, batch.stacked_labels)
+
+
+def sentence_transformers(batch: Batch) -> Tensor:
     module = "sentence_transformers.sentence_transformer.losses"
     loss = peers.optional(module, "MultipleNegativesRankingLoss")(torch.nn.Identity(), scale=SCALE)
-    return loss.compute_loss_from_embeddings([x, y], None)
+    return loss.compute_loss_from_embeddings([batch.x, batch.y], None)
 
 
-def _stacked(x, y):
-    """[N, D] as pytorch-metric-learning takes it, and its labels: N / 2 samples of two views."""
-    half = len(x) // 2
-    return torch.cat([x[:half], y[:half]]), torch.arange(half, device=x.device).repeat(2)
+# -- ours
 
 
-# -- the losses written out on their logits: (ids, bias) of N pairs -> the form
+def info_nce(batch: Batch, **options: str) -> Tensor:
+    return protoclip.info_nce(batch.x, batch.y, batch.scale, **options)
 
 
-def _eye(ids):
-    return torch.eye(len(ids), dtype=torch.bool, device=ids.device)
+def info_nce_with_ids(same_id: str, batch: Batch, **options: str) -> Tensor:
+    return info_nce(batch, ids=batch.ids, same_id=same_id, **options)
 
 
-def _two_ways(same_id=None):
-    def form(ids, bias):
-        own, same = _eye(ids), ids[:, None] == ids[None]
-        positive, seen = own, torch.ones_like(own)
-        if same_id == "positive":
-            positive = own | same
-        elif same_id == "exclude":
-            seen = own | ~same
-        weight = torch.full((len(ids),), 0.5 / len(ids), device=ids.device)
-        rounds = same_id is not None
-        return parity.softmax_form(positive, seen, weight, weight, rounds_positives=rounds)
-
-    return form
+def siglip(batch: Batch, **options: str) -> Tensor:
+    return sigmoid_loss(batch.x, batch.y, batch.scale, batch.bias, **options)
 
 
-def _one_way_form(ids, bias):
-    own, weight = _eye(ids), torch.full((len(ids),), 1 / len(ids), device=ids.device)
-    return parity.softmax_form(own, torch.ones_like(own), weight)
+def siglip_with_ids(batch: Batch, **options: str) -> Tensor:
+    """A mean over the rows, without a bias."""
+    no_bias = 0 * batch.scale.detach()
+    loss = sigmoid_loss(batch.x, batch.y, batch.scale, no_bias, ids=batch.ids, **options)
+    return loss / len(batch.x)
 
 
-def _views_form(ids, bias):
+def one_way(batch: Batch, **options: str) -> Tensor:
+    return protoclip.contrastive(batch.x, batch.y, batch.scale, **options)
+
+
+def nt_xent(batch: Batch, **options: str) -> Tensor:
+    half = batch.first_half
+    return protoclip.nt_xent(batch.x[half], batch.y[half], batch.scale, **options)
+
+
+def sup_con(batch: Batch, **options: str) -> Tensor:
+    return protoclip.sup_con(batch.stacked, batch.stacked_labels, batch.scale, **options)
+
+
+# -- the losses written out on their logits
+
+
+def _diagonal(n: int) -> Tensor:
+    return torch.eye(n, dtype=torch.bool, device=DEVICE)
+
+
+def _two_ways_form(batch: Batch, same_id: str | None = None) -> parity.Form:
+    diagonal = _diagonal(len(batch.ids))
+    same = batch.ids[:, None] == batch.ids[None]
+    positive = diagonal
+    seen = torch.ones_like(diagonal)
+    if same_id == "positive":
+        positive = diagonal | same
+    elif same_id == "exclude":
+        seen = diagonal | ~same
+    weight = torch.full((len(batch.ids),), 0.5 / len(batch.ids), device=DEVICE)
+    return parity.softmax_form(positive, seen, weight, weight, rounds_positives=same_id is not None)
+
+
+def _one_way_form(batch: Batch) -> parity.Form:
+    diagonal = _diagonal(len(batch.ids))
+    weight = torch.full((len(batch.ids),), 1 / len(batch.ids), device=DEVICE)
+    return parity.softmax_form(diagonal, torch.ones_like(diagonal), weight)
+
+
+def _views_form(batch: Batch) -> parity.Form:
     """Of N / 2 samples of two views: each view against all others."""
-    own = _eye(ids[: len(ids) // 2 * 2])
-    positive, weight = own.roll(len(own) // 2, 0), own.new_ones(len(own)) / len(own)
+    rows = len(batch.ids) // 2 * 2
+    diagonal = _diagonal(rows)
+    weight = torch.full((rows,), 1 / rows, device=DEVICE)
 
-    def sides(x, y):
-        both = _stacked(x, y)[0]
-        return both, both
+    def sides(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        views = replace(batch, x=x, y=y).stacked
+        return views, views
 
-    return parity.softmax_form(positive, ~own, weight, rounds_positives=True, sides=sides)
+    return parity.softmax_form(
+        diagonal.roll(rows // 2, 0), ~diagonal, weight, rounds_positives=True, sides=sides
+    )
 
 
-def _sigmoid_form(ids, bias, per_pair=False):
-    own = _eye(ids)
-    if not per_pair:
-        return parity.sigmoid_form(own, own, torch.ones_like(own), bias)
-    same = own | (ids[:, None] == ids[None])
-    total = parity.sigmoid_form(own, same, torch.ones_like(own), 0.0)
-    return replace(total, loss=lambda logits: total.loss(logits) / len(ids))
+def _siglip_form(batch: Batch) -> parity.Form:
+    diagonal = _diagonal(len(batch.ids))
+    return parity.sigmoid_form(diagonal, diagonal, torch.ones_like(diagonal), batch.bias)
+
+
+def _siglip_with_ids_form(batch: Batch) -> parity.Form:
+    diagonal = _diagonal(len(batch.ids))
+    positive = diagonal | (batch.ids[:, None] == batch.ids[None])
+    total = parity.sigmoid_form(diagonal, positive, torch.ones_like(diagonal), 0.0)
+    return replace(total, loss=lambda logits: total.loss(logits) / len(batch.ids))
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One loss: ours(x, y, scale, bias, ids, backend=...), the same written out, and its row in the
-    table of backends."""
+    """One loss: ours, the same written out, and its row in the table of backends."""
 
-    ours: Callable
-    form: Callable
+    ours: Callable[..., Tensor]  # (batch, backend=...)
+    form: Callable[[Batch], parity.Form]
     table: str = "contrastive"
-    peers: dict[str, Callable] = field(default_factory=dict)
+    peers: dict[str, LossOf] = field(default_factory=dict)
     roundings: float = 16  # of the value
 
 
 CASES = {
     "info_nce": Loss(
-        lambda x, y, s, b, ids, **o: protoclip.info_nce(x, y, s, **o),
-        _two_ways(),
-        "info_nce",
-        {
-            "open_clip": lambda x, y, s, b: _open_clip("ClipLoss")(x, y, s),
-            "torch.compile": lambda x, y, s, b: peers.compiled(one_matmul)(x, y, s),
+        info_nce,
+        _two_ways_form,
+        table="info_nce",
+        peers={
+            "open_clip": open_clip_info_nce,
+            "torch.compile": compiled,
             "linear_cross_entropy": _both_ways(linear_cross_entropy),
             "cut_cross_entropy": _both_ways(cut_cross_entropy),
             "liger": _both_ways(liger),
             "memeff": memeff,
         },
-        8,
+        roundings=8,
     ),
     "siglip": Loss(
-        lambda x, y, s, b, ids, **o: protoclip.ops.sigmoid_loss(x, y, s, b, **o),
-        _sigmoid_form,
-        "siglip",
-        {  # its mean is over the pairs, ours a sum
-            "open_clip": lambda x, y, *rest: _open_clip("SigLipLoss")(x, y, *rest) * len(x),
-            "siglip-kernel": siglip_kernel,
-        },
-        32,
+        siglip,
+        _siglip_form,
+        table="siglip",
+        peers={"open_clip": open_clip_siglip, "siglip-kernel": fused_siglip},
+        roundings=32,
     ),
     "contrastive, one way": Loss(
-        lambda x, y, s, b, ids, **o: protoclip.contrastive(x, y, s, **o),
+        one_way,
         _one_way_form,
-        "info_nce",
-        {"sentence-transformers": _sentence_transformers},
+        table="info_nce",
+        peers={"sentence-transformers": sentence_transformers},
     ),
     "contrastive, nt_xent": Loss(
-        lambda x, y, s, b, ids, **o: protoclip.nt_xent(x[: len(x) // 2], y[: len(x) // 2], s, **o),
-        _views_form,
-        peers={"metric-learning": lambda x, y, *_: _metric_learning("NTXentLoss", *_stacked(x, y))},
+        nt_xent, _views_form, peers={"metric-learning": metric_learning_nt_xent}
     ),
     "contrastive, sup_con": Loss(
-        lambda x, y, s, b, ids, **o: protoclip.sup_con(*_stacked(x, y), s, **o),
-        _views_form,
-        peers={"metric-learning": lambda x, y, *_: _metric_learning("SupConLoss", *_stacked(x, y))},
+        sup_con, _views_form, peers={"metric-learning": metric_learning_sup_con}
     ),
     "contrastive, two ways, ids excluded": Loss(
-        lambda x, y, s, b, ids, **o: protoclip.info_nce(x, y, s, ids=ids, **o),
-        _two_ways("exclude"),
+        partial(info_nce_with_ids, "exclude"), partial(_two_ways_form, same_id="exclude")
     ),
     "contrastive, two ways, ids positive": Loss(
-        lambda x, y, s, b, ids, **o: protoclip.info_nce(x, y, s, ids=ids, same_id="positive", **o),
-        _two_ways("positive"),
+        partial(info_nce_with_ids, "positive"), partial(_two_ways_form, same_id="positive")
     ),
-    "contrastive, sigmoid, ids": Loss(
-        lambda x, y, s, b, ids, **o: (
-            protoclip.ops.sigmoid_loss(x, y, s, 0 * s.detach(), ids=ids, **o) / len(x)
-        ),
-        partial(_sigmoid_form, per_pair=True),
-        "siglip",
-    ),
+    "contrastive, sigmoid, ids": Loss(siglip_with_ids, _siglip_with_ids_form, table="siglip"),
 }
 ONE_PASS = {"linear_cross_entropy", "liger"}  # their forward makes the gradients
-
-
-@cache
-def _inputs(case, n, d, dtype, cone=False):
-    """Features, scale and bias, and ids; in a cone for parity (``parity.cone``)."""
-    torch.manual_seed(0)
-    if cone:
-        x, y = (t.to(DEVICE) for t in parity.cone(n, n, d))
-    else:
-        x = F.normalize(torch.randn(n, d, device=DEVICE), dim=-1)
-        y = F.normalize(x + torch.randn(n, d, device=DEVICE) / d**0.5, dim=-1)
-    ids = torch.randint(max(1, n // 2), (n,), device=DEVICE)
-    x, y = (t.to(dtype).requires_grad_() for t in (x, y))
-    scale = torch.tensor(-BIAS if case == "siglip" else SCALE, device=DEVICE, requires_grad=True)
-    return (x, y, scale, torch.tensor(BIAS, device=DEVICE)), ids
-
-
-@cache
-def _written_out(case, n, d, dtype, exact):
-    (x, y, scale, bias), ids = _inputs(case, n, d, dtype, cone=True)
-    form = CASES[case].form(ids, bias)
-    return form, parity.gradients(form, x, y, scale, torch.float64 if exact else dtype)
-
-
 # Peers whose gradients are outside the budget are not timed: (variant, dtype, D) -> why.
 INEXACT = {("linear_cross_entropy", "bf16", 128): "dx is off by 2.8e-5, allowed are 2.3e-5"}
 
 
-def _assert_parity(loss, case, n, d, dtype, variant):
+@cache
+def make_batch(case: str, shape: Shape, dtype: torch.dtype, cone: bool = False) -> Batch:
+    """Features in a cone for parity (``parity.cone``), all over the sphere for time."""
+    torch.manual_seed(0)
+    n, d = shape
+    if cone:
+        x, y = parity.cone(n, n, d)
+        x = x.to(DEVICE)
+        y = y.to(DEVICE)
+    else:
+        x = F.normalize(torch.randn(n, d, device=DEVICE), dim=-1)
+        y = F.normalize(x + torch.randn(n, d, device=DEVICE) / d**0.5, dim=-1)
+    scale = -BIAS if case == "siglip" else SCALE
+    return Batch(
+        x=x.to(dtype).requires_grad_(),
+        y=y.to(dtype).requires_grad_(),
+        scale=torch.tensor(scale, device=DEVICE, requires_grad=True),
+        bias=torch.tensor(BIAS, device=DEVICE),
+        ids=torch.randint(max(1, n // 2), (n,), device=DEVICE),
+    )
+
+
+class WrittenOut(NamedTuple):
+    form: parity.Form
+    truth: parity.Gradients  # in fp64
+    base: parity.Gradients  # in the dtype of the features
+
+
+@cache
+def written_out(case: str, shape: Shape, dtype: torch.dtype) -> WrittenOut:
+    batch = make_batch(case, shape, dtype, cone=True)
+    form = CASES[case].form(batch)
+    return WrittenOut(
+        form=form,
+        truth=parity.gradients(form, batch.x, batch.y, batch.scale, torch.float64),
+        base=parity.gradients(form, batch.x, batch.y, batch.scale, dtype),
+    )
+
+
+def assert_parity(loss: LossOf, case: str, shape: Shape, dtype: torch.dtype, variant: str) -> None:
     """The value within some roundings, the gradients within the budget of G's share. A peer may
     have none for the scale, rounds the positives' entries as the others, and, if it normalises by
     itself, has none along a row: there it does not count."""
-    shape = min(n, PARITY_ROWS.get(case, FEWER_PARITY_ROWS)), d
-    (x, y, scale, bias), ids = _inputs(case, *shape, dtype, cone=True)
-    form, truth = _written_out(case, *shape, dtype, True)
-    _, base = _written_out(case, *shape, dtype, False)
-    value = loss(x, y, scale, bias, ids)
-    eps, own = torch.finfo(dtype).eps, peers.is_ours(variant)
+    rows = min(shape.n, PARITY_ROWS.get(case, FEWER_PARITY_ROWS))
+    shape = Shape(rows, shape.d)
+    batch = make_batch(case, shape, dtype, cone=True)
+    form, truth, base = written_out(case, shape, dtype)
+    value = loss(batch)
+    eps = torch.finfo(dtype).eps
     assert abs(value - truth.loss) <= CASES[case].roundings * eps * max(1, abs(truth.loss))
-    dx, dy, dscale = torch.autograd.grad(value, (x, y, scale), allow_unused=not own)
+    is_ours = peers.is_ours(variant)
+    dx, dy, dscale = torch.autograd.grad(value, batch.leaves, allow_unused=not is_ours)
     assert dscale is not None or "contrastive" in case or variant == "memeff"
-    if not own:
+    if not is_ours:
         form = replace(form, rounds_positives=True)
         if "contrastive" in case:
-            truth, base = (_across_rows(found, x, y) for found in (truth, base))
-            dx, dy = _across(dx, x), _across(dy, y)
-    parity.assert_gradients(dx, dy, form, truth, base, scale.item())
+            truth = _all_across(truth, batch)
+            base = _all_across(base, batch)
+            dx = _across(dx, batch.x)
+            dy = _across(dy, batch.y)
+    parity.assert_gradients(dx, dy, form, truth, base, batch.scale.item())
     if dscale is not None:
         allowed = 2 * abs(base.dscale - truth.dscale) + eps * truth.dscale_terms
         assert abs(dscale - truth.dscale) <= allowed
 
 
-def _across(gradient, rows):
+def _across(gradient: Tensor, rows: Tensor) -> Tensor:
     """What of a gradient is not along the rows themselves."""
     unit = rows.detach().double()
     return gradient.double() - (gradient.double() * unit).sum(1, keepdim=True) * unit
 
 
-def _across_rows(found, x, y):
-    sides = (("dx", x), ("share_x", x), ("dy", y), ("share_y", y))
-    dtype = found.dx.dtype
-    return replace(found, **{k: _across(getattr(found, k), rows).to(dtype) for k, rows in sides})
+def _all_across(gradients: parity.Gradients, batch: Batch) -> parity.Gradients:
+    dtype = gradients.dx.dtype
+    return replace(
+        gradients,
+        dx=_across(gradients.dx, batch.x).to(dtype),
+        dy=_across(gradients.dy, batch.y).to(dtype),
+        share_x=_across(gradients.share_x, batch.x).to(dtype),
+        share_y=_across(gradients.share_y, batch.y).to(dtype),
+    )
 
 
-def step(loss, phase):
-    """``run`` and ``prepare`` of a phase; the graph of "backward" is made off the clock."""
+@dataclass
+class Step:
+    """One phase of a loss; the graph of "backward" is made by ``prepare``, off the clock."""
 
-    def run(leaves, ids, kept=None):
-        if phase == "forward":
-            loss(*leaves, ids)
-        else:
-            value = loss(*leaves, ids) if kept is None else kept
-            torch.autograd.grad(value, leaves[:3], allow_unused=True)
+    loss: LossOf
+    batch: Batch
+    phase: str
+    value: Tensor | None = None
 
-    def prepare(leaves, ids):
-        return (leaves, ids, loss(*leaves, ids)) if phase == "backward" else (leaves, ids)
+    def prepare(self) -> None:
+        if self.phase == "backward":
+            self.value = self.loss(self.batch)
 
-    return run, prepare
+    def run(self) -> None:
+        value = self.value if self.phase == "backward" else self.loss(self.batch)
+        if self.phase != "forward":
+            self.value = None  # a graph serves once
+            torch.autograd.grad(value, self.batch.leaves, allow_unused=True)
 
 
-def _rows(sizes):
-    """case, phase, (N, D), dtype, variant"""
+class _Row(NamedTuple):
+    """What one test times."""
+
+    case: str
+    phase: str
+    shape: Shape
+    dtype: str
+    variant: str
+
+    def __str__(self) -> str:
+        n, d = self.shape
+        return f"{self.case}-{self.phase}-N{n}-D{d}-{self.dtype}-{self.variant}".replace(" ", "_")
+
+
+def _rows(sizes: str) -> list[_Row]:
     rows = [
-        ("info_nce", phase, shape, dtype, variant)
+        _Row("info_nce", phase, shape, dtype, variant)
         for shape in SIZES[sizes]
         for phase in ("both", "forward", "backward")
         if phase == "both" or shape == APART[sizes]
@@ -324,7 +457,7 @@ def _rows(sizes):
         if phase == "both" or variant not in ONE_PASS
     ]
     rows += [
-        (case, "both", APART[sizes], dtype, variant)
+        _Row(case, "both", APART[sizes], dtype, variant)
         for case, loss in CASES.items()
         if case != "info_nce"
         for dtype in ("fp32", "bf16")
@@ -333,30 +466,27 @@ def _rows(sizes):
     return rows
 
 
-def pytest_generate_tests(metafunc):
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     rows = _rows(metafunc.config.getoption("--sizes"))
-    names = [
-        f"{case}-{phase}-N{n}-D{d}-{dtype}-{variant}".replace(" ", "_")
-        for case, phase, (n, d), dtype, variant in rows
-    ]
-    metafunc.parametrize(("case", "phase", "shape", "dtype", "variant"), rows, ids=names)
+    metafunc.parametrize(_Row._fields, rows, ids=[str(row) for row in rows])
 
 
-def test_contrastive(bench, case, phase, shape, dtype, variant):
-    if reason := INEXACT.get((variant, dtype, shape[1])):
+def test_contrastive(
+    bench: Bench, case: str, phase: str, shape: Shape, dtype: str, variant: str
+) -> None:
+    if reason := INEXACT.get((variant, dtype, shape.d)):
         pytest.skip(f"{variant}: {reason}")
-    own = CASES[case]
+    ours = CASES[case].ours
     if peers.is_ours(variant):
-        loss = partial(own.ours, backend=peers.backend(own.table, variant))
+        loss = partial(ours, backend=peers.backend(CASES[case].table, variant))
     else:
-        loss = lambda x, y, s, b, ids: own.peers[variant](x, y, s, b)  # noqa: E731
-    _assert_parity(loss, case, *shape, DTYPES[dtype], variant)
-    inputs = _inputs(case, *shape, DTYPES[dtype])
-    run, prepare = step(loss, phase)
+        loss = CASES[case].peers[variant]
+    assert_parity(loss, case, shape, DTYPES[dtype], variant)
+    batch = make_batch(case, shape, DTYPES[dtype])
+    step = Step(loss, batch, phase)
     rival = None
     if not peers.is_ours(variant) and phase != "backward":  # its forward would be on the clock
-        ours, ready = step(own.ours, phase)
-        rival = lambda: ours(*ready(*inputs))  # noqa: E731
-    work = roofline.info_nce(*shape, dtype, phase)
-    where = Case(case, dict(zip("ND", shape, strict=True)), dtype, work, phase)
-    bench.time(where, variant, run, prepare=lambda: prepare(*inputs), rival=rival)
+        rival = Step(ours, batch, phase).run
+    work = roofline.info_nce(shape.n, shape.d, dtype, phase)
+    timed = Case(case, {"N": shape.n, "D": shape.d}, dtype, work, phase)
+    bench.time(timed, variant, step.run, prepare=step.prepare, rival=rival)

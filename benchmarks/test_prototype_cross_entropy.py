@@ -6,191 +6,306 @@ they compare as times do. Targets are soft, of temperature 0.01, or hard. The ta
 itself stands below.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import protoclip
 from benchmarks import parity, peers, roofline
-from benchmarks.harness import Case
+from benchmarks.harness import Bench, Case
 from benchmarks.machine import DEVICE, DTYPES
 
+
+class Shape(NamedTuple):
+    n: int
+    k: int
+    d: int
+
+
 TAU = 0.01
+SCALE = 14.3
 SIZES = {
-    "tiny": [(48, 300, 16)],
-    "quick": [(4096, 20_000, 128)],
-    "full": [(n, 20_000, d) for n in (512, 4096, 16384) for d in (64, 128, 256)],
+    "tiny": [Shape(48, 300, 16)],
+    "quick": [Shape(4096, 20_000, 128)],
+    "full": [Shape(n, 20_000, d) for n in (512, 4096, 16384) for d in (64, 128, 256)],
 }
-LARGE = (256 if DEVICE == "cpu" else 4096, 1_000_000, 128)  # no peer holds its logits
+LARGE = Shape(256 if DEVICE == "cpu" else 4096, 1_000_000, 128)  # no peer holds its logits
 STORED = "matmul+cross_entropy"
-PARITY_ROWS, PARITY_KEYS = 64, 500  # the truth stores their doubles several times
+# The truth stores their doubles several times.
+PARITY_ROWS = 64
+PARITY_KEYS = 500
 SHARE_ROWS = 384  # of ours, so that a card's tiles of keys are whole
 
 
-def _teacher(labels, source):
-    return torch.softmax(source[labels] @ source.T / TAU, dim=1)  # [N, K]
+@dataclass(frozen=True)
+class Batch:
+    """Rows, frozen prototypes, and soft targets or hard ones."""
+
+    features: Tensor  # [N, D]
+    prototypes: Tensor  # [K, D]
+    labels: Tensor  # int64 [N]
+    scale: Tensor  # []
+    source: Tensor | None  # [K, D], centroids of the teacher's space, where targets are soft
+    targets: Tensor | None  # [K, D], what the ops make of them
 
 
-def authors(h, s, c, labels, source, m):
+class Step(NamedTuple):
+    """The value of a loss and its gradients to features and scale."""
+
+    loss: Tensor
+    dfeatures: Tensor
+    dscale: Tensor
+
+
+LossOf = Callable[[Batch], Tensor]
+
+
+def authors(batch: Batch) -> Tensor:
     """Two matmuls, a teacher softmax, cross-entropy with probabilities: [N, K] several times."""
-    return F.cross_entropy(s.to(h.dtype) * h @ c.T, _teacher(labels, source))
+    return _authors(batch.features, batch.scale, batch.prototypes, batch.labels, batch.source)
 
 
-def linear_cross_entropy(h, s, c, labels, source, m):
+def _authors(h: Tensor, scale: Tensor, c: Tensor, labels: Tensor, source: Tensor) -> Tensor:
+    return F.cross_entropy(scale.to(h.dtype) * h @ c.T, _soft_labels(labels, source))
+
+
+def _soft_labels(labels: Tensor, source: Tensor) -> Tensor:
+    """As the authors store them, [N, K]."""
+    return torch.softmax(source[labels] @ source.T / TAU, dim=1)
+
+
+def authors_compiled(batch: Batch) -> Tensor:
+    return peers.compiled(_authors)(
+        batch.features, batch.scale, batch.prototypes, batch.labels, batch.source
+    )
+
+
+def linear_cross_entropy(batch: Batch) -> Tensor:
     """With probabilities torch 2.13 takes its own unchunked form, as its warning says."""
     loss = peers.optional("torch.nn.functional", "linear_cross_entropy")
-    return loss(h * s.to(h.dtype), c, _teacher(labels, source))
+    scaled = batch.features * batch.scale.to(batch.features.dtype)
+    return loss(scaled, batch.prototypes, _soft_labels(batch.labels, batch.source))
 
 
-def stored_logits(h, s, c, labels, source, m):
-    return F.cross_entropy(s * h @ c.T, labels)
+def stored_logits(batch: Batch) -> Tensor:
+    return F.cross_entropy(batch.scale * batch.features @ batch.prototypes.T, batch.labels)
 
 
-def ours(h, s, c, labels, source, m, backend="auto"):
-    return protoclip.prototype_cross_entropy(h, c, labels, s, targets=m, backend=backend)
+def ours(batch: Batch, backend: str = "auto") -> Tensor:
+    return protoclip.prototype_cross_entropy(
+        batch.features,
+        batch.prototypes,
+        batch.labels,
+        batch.scale,
+        targets=batch.targets,
+        backend=backend,
+    )
 
 
-def _autograd(loss):
-    """The value of a loss and its gradients to h and s."""
-
-    def both(h, s, *rest):
-        value = loss(h, s, *rest)
-        return value.detach(), *torch.autograd.grad(value, (h, s))
-
-    return both
+def by_autograd(loss: LossOf, batch: Batch) -> Step:
+    value = loss(batch)
+    dfeatures, dscale = torch.autograd.grad(value, (batch.features, batch.scale))
+    return Step(value.detach(), dfeatures, dscale)
 
 
 @torch.no_grad()
-def attention_and_gather(h, s, c, labels, source, m):
-    """torch's flash attention gives sum_k p_k C_k and the LSE; the rest is a gather of m."""
+def attention_and_gather(batch: Batch) -> Step:
+    """torch's flash attention gives sum_k p_k C_k and the LSE; the rest is a gather of targets."""
+    h = batch.features
+    n = len(h)
     name = "flash_attention_for_cpu" if DEVICE == "cpu" else "flash_attention"
     flash = getattr(torch.ops.aten, f"_scaled_dot_product_{name}", None)
     if flash is None or (DEVICE == "cuda" and h.dtype == torch.float32):
         pytest.skip(f"torch has no {name} with an LSE for {h.dtype} here")
-    target = m[labels].float()  # [N, D]
-    out, lse = flash(*(x[None, None] for x in (h, c, c)), scale=s.item())[:2]
-    weighted = (out[0, 0].float() - target) / len(h)
-    loss = (lse.reshape(-1)[: len(h)] - s * (h.float() * target).sum(dim=1)).mean()
-    return loss, (s * weighted).to(h.dtype), (h.float() * weighted).sum()
+    target = batch.targets[batch.labels].float()  # [N, D]
+    query = h[None, None]
+    keys = batch.prototypes[None, None]
+    out, lse = flash(query, keys, keys, scale=batch.scale.item())[:2]
+    weighted = (out[0, 0].float() - target) / n
+    positive = batch.scale * (h.float() * target).sum(dim=1)
+    return Step(
+        loss=(lse.reshape(-1)[:n] - positive).mean(),
+        dfeatures=(batch.scale * weighted).to(h.dtype),
+        dscale=(h.float() * weighted).sum(),
+    )
 
 
-PEERS = {
-    "authors": lambda: _autograd(authors),
-    "authors, compiled": lambda: _autograd(peers.compiled(authors)),
-    "linear_cross_entropy": lambda: _autograd(linear_cross_entropy),
-    "attention+gather": lambda: attention_and_gather,
+PEERS: dict[str, Callable[[Batch], Step]] = {
+    "authors": partial(by_autograd, authors),
+    "authors, compiled": partial(by_autograd, authors_compiled),
+    "linear_cross_entropy": partial(by_autograd, linear_cross_entropy),
+    "attention+gather": attention_and_gather,
+    STORED: partial(by_autograd, stored_logits),
 }
 OURS = peers.ours("prototype_cross_entropy")
 
 
-def _variant(variant):
-    if variant == STORED:
-        return _autograd(stored_logits)
-    if not peers.is_ours(variant):
-        return PEERS[variant]()
-    return _autograd(partial(ours, backend=peers.backend("prototype_cross_entropy", variant)))
+def _variant(name: str) -> Callable[[Batch], Step]:
+    if peers.is_ours(name):
+        backend = peers.backend("prototype_cross_entropy", name)
+        return partial(by_autograd, partial(ours, backend=backend))
+    return PEERS[name]
 
 
-def _inputs(n, k, d, dtype, soft):
+def make_batch(shape: Shape, dtype: torch.dtype, soft: bool) -> Batch:
     torch.manual_seed(0)
-    h, c, source = (
-        F.normalize(torch.randn(rows, d, device=DEVICE), dim=-1).to(dtype)
-        for rows in (n, k, k if soft else 0)
-    )
+    n, k, d = shape
+
+    def unit_rows(rows: int) -> Tensor:
+        return F.normalize(torch.randn(rows, d, device=DEVICE), dim=-1).to(dtype)
+
+    features = unit_rows(n)
+    prototypes = unit_rows(k)
+    source = unit_rows(k) if soft else None
     labels = torch.randint(0, k, (n,), device=DEVICE)
-    m = protoclip.soft_targets(source, c, TAU).to(dtype) if soft else None
-    s = torch.tensor(14.3, device=DEVICE, requires_grad=True)
-    return h.requires_grad_(), s, c, labels, source, m
+    targets = None
+    if source is not None:
+        targets = protoclip.soft_targets(source, prototypes, TAU).to(dtype)
+    return Batch(
+        features=features.requires_grad_(),
+        prototypes=prototypes,
+        labels=labels,
+        scale=torch.tensor(SCALE, device=DEVICE, requires_grad=True),
+        source=source,
+        targets=targets,
+    )
 
 
 @cache
-def _truth(n, k, d, dtype, soft):
-    h, s, c, labels, source, _ = _inputs(n, k, d, dtype, soft)
-    h, s = (t.detach().double().requires_grad_() for t in (h, s))
-    c, source = c.double(), source.double()
-    m = protoclip.soft_targets(source, c, TAU) if soft else None
-    return _autograd(partial(ours, backend="reference"))(h, s, c, labels, source, m)
+def _truth(shape: Shape, dtype: torch.dtype, soft: bool) -> Step:
+    rounded = make_batch(shape, dtype, soft)
+    exact = replace(
+        rounded,
+        features=rounded.features.detach().double().requires_grad_(),
+        prototypes=rounded.prototypes.double(),
+        scale=rounded.scale.detach().double().requires_grad_(),
+    )
+    if rounded.source is not None:
+        targets = protoclip.soft_targets(rounded.source.double(), exact.prototypes, TAU)
+        exact = replace(exact, targets=targets)
+    return by_autograd(partial(ours, backend="reference"), exact)
 
 
-def _assert_parity(run, n, k, d, dtype, soft):
+def _assert_parity(
+    run: Callable[[Batch], Step], shape: Shape, dtype: torch.dtype, soft: bool
+) -> None:
     """Some roundings of the dtype, in the loss and in both gradients."""
-    small = min(n, PARITY_ROWS), min(k, PARITY_KEYS), d, dtype, soft
+    shape = Shape(min(shape.n, PARITY_ROWS), min(shape.k, PARITY_KEYS), shape.d)
     eps = 16 * torch.finfo(dtype).eps
-    for got, want in zip(run(*_inputs(*small)), _truth(*small), strict=True):
-        assert (got - want).abs().max() <= eps * want.abs().max().clamp_min(0.1)
+    results = run(make_batch(shape, dtype, soft))
+    for result, truth in zip(results, _truth(shape, dtype, soft), strict=True):
+        assert (result - truth).abs().max() <= eps * truth.abs().max().clamp_min(0.1)
 
 
-def _assert_share(run, n, k, d, dtype, soft):
+def _assert_share(
+    run: Callable[[Batch], Step], shape: Shape, dtype: torch.dtype, soft: bool
+) -> None:
     """Of our gradient, what the softmax over the prototypes adds to it."""
-    n, k = min(n, SHARE_ROWS), min(k, SHARE_ROWS)
-    h, c = (t.to(DEVICE, dtype) for t in parity.cone(n, k, d))
+    n = min(shape.n, SHARE_ROWS)
+    k = min(shape.k, SHARE_ROWS)
+    features, prototypes = parity.cone(n, k, shape.d)
+    features = features.to(DEVICE, dtype)
+    prototypes = prototypes.to(DEVICE, dtype)
     labels = torch.arange(n, device=DEVICE).roll(31) % k
-    m = (0.5 * (c + c.roll(1, 0).float())).to(dtype) if soft else None
-    keys = c if m is None else torch.cat([c, m])
-    form = parity.prototype_form(labels, k, torch.full((n,), 1 / n, device=DEVICE), soft)
-    truth, base = (parity.gradients(form, h, keys, 14.3, t) for t in (torch.float64, dtype))
-    scale = torch.tensor(14.3, device=DEVICE, requires_grad=True)
-    _, dh, _ = run(h.requires_grad_(), scale, c, labels, None, m)
-    parity.assert_gradients(dh, None, form, truth, base, 14.3)
+    targets = None
+    keys = prototypes
+    if soft:
+        targets = (0.5 * (prototypes + prototypes.roll(1, 0).float())).to(dtype)
+        keys = torch.cat([prototypes, targets])
+    weight = torch.full((n,), 1 / n, device=DEVICE)
+    form = parity.prototype_form(labels, k, weight, soft)
+    truth = parity.gradients(form, features, keys, SCALE, torch.float64)
+    base = parity.gradients(form, features, keys, SCALE, dtype)
+    batch = Batch(
+        features=features.requires_grad_(),
+        prototypes=prototypes,
+        labels=labels,
+        scale=torch.tensor(SCALE, device=DEVICE, requires_grad=True),
+        source=None,
+        targets=targets,
+    )
+    parity.assert_gradients(run(batch).dfeatures, None, form, truth, base, SCALE)
 
 
-def _rows(sizes):
-    """(N, K, D), dtype, variant, soft targets or hard ones"""
-    soft = [(name, True) for name in (*OURS, *PEERS)]
-    rows = [
-        (shape, dtype, *variant)
-        for shape in SIZES[sizes]
-        for dtype in ("fp32", "bf16")
-        for variant in (*soft, *((name, False) for name in (*OURS, STORED)))
-    ]
-    return rows + [(LARGE, "fp32", name, False) for name in OURS if sizes == "full"]
+class _Row(NamedTuple):
+    """What one test times."""
+
+    shape: Shape
+    dtype: str
+    variant: str
+    soft: bool  # targets
+
+    def __str__(self) -> str:
+        n, k, d = self.shape
+        targets = "soft" if self.soft else "hard"
+        return f"N{n}-K{k}-D{d}-{self.dtype}-{self.variant}-{targets}"
 
 
-def pytest_generate_tests(metafunc):
-    if metafunc.function is not test_prototype_cross_entropy:
-        return
-    rows = _rows(metafunc.config.getoption("--sizes"))
-    names = [
-        "N{}-K{}-D{}".format(*shape) + f"-{dtype}-{name}-{'soft' if soft else 'hard'}"
-        for shape, dtype, name, soft in rows
-    ]
-    metafunc.parametrize(("shape", "dtype", "variant", "soft"), rows, ids=names)
+def _rows(sizes: str) -> list[_Row]:
+    rows = []
+    for shape in SIZES[sizes]:
+        for dtype in ("fp32", "bf16"):
+            for variant in (*OURS, *PEERS):
+                if variant != STORED:
+                    rows.append(_Row(shape, dtype, variant, soft=True))
+            for variant in (*OURS, STORED):
+                rows.append(_Row(shape, dtype, variant, soft=False))
+    if sizes == "full":
+        rows += [_Row(LARGE, "fp32", variant, soft=False) for variant in OURS]
+    return rows
 
 
-def test_prototype_cross_entropy(bench, shape, dtype, variant, soft):
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.function is test_prototype_cross_entropy:
+        rows = _rows(metafunc.config.getoption("--sizes"))
+        metafunc.parametrize(_Row._fields, rows, ids=[str(row) for row in rows])
+
+
+def test_prototype_cross_entropy(
+    bench: Bench, shape: Shape, dtype: str, variant: str, soft: bool
+) -> None:
     run = _variant(variant)
-    _assert_parity(run, *shape, DTYPES[dtype], soft)
+    _assert_parity(run, shape, DTYPES[dtype], soft)
     if peers.is_ours(variant):
-        _assert_share(run, *shape, DTYPES[dtype], soft)
-    inputs = _inputs(*shape, DTYPES[dtype], soft)
-    work = roofline.prototype_cross_entropy(*shape, dtype)
-    letters = dict(zip("NKD", shape, strict=True))
-    phase = "soft" if soft else "hard"
-    case = Case("prototype_cross_entropy", letters, dtype, work, phase)
-    rival = None if peers.is_ours(variant) else partial(_autograd(ours), *inputs)
-    bench.time(case, variant, partial(run, *inputs), rival=rival)
+        _assert_share(run, shape, DTYPES[dtype], soft)
+    batch = make_batch(shape, DTYPES[dtype], soft)
+    n, k, d = shape
+    case = Case(
+        "prototype_cross_entropy",
+        {"N": n, "K": k, "D": d},
+        dtype,
+        roofline.prototype_cross_entropy(n, k, d, dtype),
+        phase="soft" if soft else "hard",
+    )
+    rival = None if peers.is_ours(variant) else partial(by_autograd, ours, batch)
+    bench.time(case, variant, partial(run, batch), rival=rival)
 
 
-def _softmax_product(source, prototypes, temperature):
+def _softmax_product(source: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
     return torch.softmax(source @ source.T / temperature, dim=1) @ prototypes
 
 
 @pytest.mark.parametrize("variant", [*peers.ours("soft_targets"), "softmax"])
-def test_soft_targets(bench, variant):
+def test_soft_targets(bench: Bench, variant: str) -> None:
     k, source_d, d = {"tiny": (64, 24, 16)}.get(bench.sizes, (2000, 384, 128))
     torch.manual_seed(0)
-    source, prototypes = (torch.randn(k, size, device=DEVICE) for size in (source_d, d))
-    source, prototypes = (F.normalize(x, dim=1) for x in (source, prototypes))
-    run = _softmax_product
+    source = F.normalize(torch.randn(k, source_d, device=DEVICE), dim=1)
+    prototypes = F.normalize(torch.randn(k, d, device=DEVICE), dim=1)
+    op = _softmax_product
+    rival = None
     if peers.is_ours(variant):
-        run = partial(protoclip.soft_targets, backend=peers.backend("soft_targets", variant))
-    truth = _softmax_product(source.double(), prototypes.double(), 0.01).float()
-    torch.testing.assert_close(run(source, prototypes, 0.01), truth, rtol=1e-3, atol=1e-4)
+        op = partial(protoclip.soft_targets, backend=peers.backend("soft_targets", variant))
+    else:
+        rival = partial(protoclip.soft_targets, source, prototypes, TAU)
+    run = partial(op, source, prototypes, TAU)
+    truth = _softmax_product(source.double(), prototypes.double(), TAU).float()
+    torch.testing.assert_close(run(), truth, rtol=1e-3, atol=1e-4)
     work = roofline.soft_targets(k, source_d, d)
     case = Case("soft_targets", {"K": k, "D'": source_d, "D": d}, "fp32", work)
-    rival = None
-    if not peers.is_ours(variant):
-        rival = partial(protoclip.soft_targets, source, prototypes, 0.01)
-    bench.time(case, variant, lambda: run(source, prototypes, 0.01), rival=rival)
+    bench.time(case, variant, run, rival=rival)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from protoclip.kernels import launch
 from protoclip.kernels.attention import load_tile
-from protoclip.kernels.tiles import dot, operands, products
+from protoclip.kernels.tiles import dot, products, tile_options
 
 PIECE = 1024  # rows of a piece of a segment
 CHUNK = 1 << 16  # points at a time in the last step, the distances to their centroids
@@ -245,31 +245,32 @@ def kmeans_assign_coded(
     c = centroids.to(half.dtype)
     is_open = torch.zeros(n, dtype=torch.int32, device=points.device)
     config = launch.assign_row(half)
-    _, options = operands(half, c, config)
     with torch.cuda.device_of(points):
         screen_kernel[(triton.cdiv(n, config.block_n),)](
-            half, c, None, half_norms, reach(2 * HALF_ULP if wide else 0.0, d),
-            None, None, labels, is_open, n, k, d,
-            half.stride() + c.stride(), THREE=False, HELD=d <= config.block_d, **options,
+            x_ptr=half, c_ptr=c, c_low_ptr=None, half_norm_ptr=half_norms,
+            reach_ptr=reach(2 * HALF_ULP if wide else 0.0, d), rows_ptr=None, count_ptr=None,
+            label_ptr=labels, open_ptr=is_open,
+            n=n, k_count=k, d=d, strides=(*half.stride(), *c.stride()),
+            THREE=False, HELD=d <= config.block_d, **tile_options(d, config),
         )  # fmt: skip
         open_rows, count = _listed(is_open)
         if wide:
-            # Left out: the product of both low parts, and what these were rounded by.
-            reach_of_three = reach(3 * HALF_ULP**2, 3 * d)
             c_low = (centroids - c.float()).to(c.dtype)
             config = launch.assign_row(points)
-            _, options = operands(points, c, config)
             is_open.zero_()
+            # Left out: the product of both low parts, and what these were rounded by.
             screen_kernel[(triton.cdiv(n, config.block_n),)](
-                points, c, c_low, half_norms, reach_of_three,
-                open_rows, count, labels, is_open, n, k, d,
-                points.stride() + c.stride(), THREE=True, HELD=d <= config.block_d, **options,
+                x_ptr=points, c_ptr=c, c_low_ptr=c_low, half_norm_ptr=half_norms,
+                reach_ptr=reach(3 * HALF_ULP**2, 3 * d), rows_ptr=open_rows, count_ptr=count,
+                label_ptr=labels, open_ptr=is_open,
+                n=n, k_count=k, d=d, strides=(*points.stride(), *c.stride()),
+                THREE=True, HELD=d <= config.block_d, **tile_options(d, config),
             )  # fmt: skip
             open_rows, count = _listed(is_open)
         config = launch.ASSIGN_EXACT
         exact_kernel[(triton.cdiv(n, config.block_n),)](
-            points, centroids, open_rows, count, labels, k, d,
-            points.stride() + centroids.stride(),
+            x_ptr=points, c_ptr=centroids, rows_ptr=open_rows, count_ptr=count, label_ptr=labels,
+            k_count=k, d=d, strides=(*points.stride(), *centroids.stride()),
             BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_D=config.block_d,
             **config.options,
         )  # fmt: skip
@@ -335,14 +336,15 @@ def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> tuple[Ten
     sums = torch.empty((len(pieces), d), dtype=torch.float32, device=device)
     config = launch.SEGMENT_MEAN
     tiles = triton.cdiv(d, config.block_d)
-    options = config.options | {"BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
     with torch.cuda.device_of(values):
         sum_kernel[(len(pieces), tiles)](
-            values, rows, first, last, None, sums,
-            n, d, values.stride(0), values.stride(1), **options,
+            values_ptr=values, rows_ptr=rows, first_ptr=first, last_ptr=last, count_ptr=None,
+            out_ptr=sums, n=n, d=d, stride_n=values.stride(0), stride_d=values.stride(1),
+            BLOCK_N=config.block_n, BLOCK_D=config.block_d, **config.options,
         )  # fmt: skip
         sum_kernel[(k, tiles)](
-            sums, None, begins, ends, counts, means,
-            n, d, sums.stride(0), sums.stride(1), **options,
+            values_ptr=sums, rows_ptr=None, first_ptr=begins, last_ptr=ends, count_ptr=counts,
+            out_ptr=means, n=n, d=d, stride_n=sums.stride(0), stride_d=sums.stride(1),
+            BLOCK_N=config.block_n, BLOCK_D=config.block_d, **config.options,
         )  # fmt: skip
     return means, counts

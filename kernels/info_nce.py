@@ -43,25 +43,21 @@ import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels import launch, waves
-from protoclip.kernels.tiles import LOG2E, SPREAD, is_general, operands, products, tile_origin
+from protoclip.kernels.tiles import (
+    LOG2E,
+    SPREAD,
+    gradient_chunk,
+    is_general,
+    operands,
+    products,
+    tile_origin,
+)
 from protoclip.kernels.waves import store_entries, store_gradient
 
 LN2 = math.log(2.0)
 PARTIAL_BYTES = 64 << 20
 # Up to so many rows or columns one program merges all, and its sum of the losses is the whole.
 ONE_PROGRAM = 1024
-
-
-class Merge(NamedTuple):
-    """How the merge kernel is launched."""
-
-    block: int  # pairs that a program merges at a time
-    depth: int  # partials of each pair that it reads at a time
-    warps: int
-
-
-MERGE_ALL = Merge(block=256, depth=8, warps=16)  # with 8 warps each thread would spill in the loop
-MERGE = Merge(block=64, depth=8, warps=4)
 
 
 @triton.jit
@@ -461,10 +457,8 @@ def _forward(
     n, m = len(x), len(y)
     num_columns = m if columns else 0
     length = m if columns else n
-    if length <= ONE_PROGRAM:
-        merge, programs = MERGE_ALL, 1
-    else:
-        merge, programs = MERGE, triton.cdiv(length, MERGE.block)
+    merge = launch.MERGE_ALL if length <= ONE_PROGRAM else launch.MERGE
+    programs = 1 if length <= ONE_PROGRAM else triton.cdiv(length, merge.block_n)
     row_max = x.new_empty(n, dtype=torch.float32)
     row_sum = torch.empty_like(row_max)
     column_max = x.new_empty(num_columns, dtype=torch.float32)
@@ -490,21 +484,22 @@ def _forward(
         for first in range(0, n, wave):
             last = min(first + wave, n)
             part = x[first:last]
-            features, options = operands(part, y, config)
             blocks_n = triton.cdiv(len(part), config.block_n)
+            blocks_m = triton.cdiv(m, config.block_m)
             forward_kernel[(blocks_n * blocks_m,)](
-                features.x, features.y, features.x_ptr, features.y_ptr, logit_scale,
-                row_part, column_part, positive[first:last],
-                len(part), m, x.shape[1], offset + first, x.stride() + y.stride(),
-                COLUMNS=columns, PARTS=parts, PART=config.part, STRIP=config.strip, **options,
+                **operands(part, y, config), logit_scale_ptr=logit_scale, offset=offset + first,
+                row_ptr=row_part, column_ptr=column_part, positive_ptr=positive[first:last],
+                COLUMNS=columns, PARTS=parts, PART=config.part,
             )  # fmt: skip
             merge_kernel[(programs,)](
-                row_part, blocks_m, len(part), column_part, blocks_n * parts, m,
-                positive, row_max, row_sum, column_max, column_sum,
-                losses, shares, n, first, offset, pair_weight * LN2,
+                row_part_ptr=row_part, blocks_m=blocks_m, height=len(part),
+                column_part_ptr=column_part, blocks_n=blocks_n * parts, m=m,
+                positive_ptr=positive, row_max_ptr=row_max, row_sum_ptr=row_sum,
+                column_max_ptr=column_max, column_sum_ptr=column_sum,
+                loss_ptr=losses, share_ptr=shares,
+                n=n, first=first, offset=offset, pair_weight=pair_weight * LN2,
                 COLUMNS=columns, HAS_BEFORE=first > 0, IS_LAST=last == n,
-                BLOCK=merge.block, DEPTH=merge.depth,
-                num_warps=merge.warps, enable_fp_fusion=True,
+                BLOCK=merge.block_n, DEPTH=merge.block_m, **merge.options,
             )  # fmt: skip
     statistics = StripStatistics(row_max, row_sum, column_max, column_sum, positive)
     return _ForwardPass(statistics, losses, shares)
@@ -544,9 +539,9 @@ def contrastive_bwd(
         extremes = x.new_empty((blocks, 2), dtype=torch.float32)
         with torch.cuda.device_of(x):
             extremes_kernel[(blocks,)](
-                row_max, column_max, n, num_columns, extremes,
-                BLOCK_N=config.block_n, BLOCK_M=config.block_m,
-                num_warps=1, enable_fp_fusion=True,
+                row_max_ptr=row_max, column_max_ptr=column_max,
+                n=n, m=num_columns, out_ptr=extremes,
+                BLOCK_N=config.block_n, BLOCK_M=config.block_m, **launch.EXTREMES.options,
             )  # fmt: skip
     plan = waves.chunks(x, y, config)
     shares = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)
@@ -554,17 +549,19 @@ def contrastive_bwd(
     def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
         rows, cols = chunk.rows, chunk.cols
         part_x, part_y = x[rows], y[cols]
-        features, options = operands(part_x, part_y, config, g)
+        row_side = (row_max[rows], row_sum[rows], row_weight[rows], row_weight.stride(0))
+        column_side = (
+            column_max[cols], column_sum[cols], column_weight[cols], column_weight.stride(0)
+        )  # fmt: skip
         gradient_kernel[(chunk.tiles,)](
-            features.x, features.y, features.x_ptr, features.y_ptr, features.g, features.g_ptr,
-            logit_scale, factor, row_peak, column_peak, pair_weight,
-            extremes, rows.start // config.block_n, blocks_n + cols.start // config.block_m,
-            (row_max[rows], row_sum[rows], row_weight[rows], row_weight.stride(0)),
-            (column_max[cols], column_sum[cols], column_weight[cols], column_weight.stride(0)),
-            entries[rows], shares, chunk.first_tile,
-            len(part_x), len(part_y), x.shape[1], offset + rows.start - cols.start,
-            g.stride(0), x.stride() + y.stride(),
-            COLUMNS=num_columns > 0, LIFT=lifted, STRIP=config.strip, **options,
+            **operands(part_x, part_y, config), **gradient_chunk(g, config),
+            logit_scale_ptr=logit_scale, factor_ptr=factor, offset=offset + rows.start - cols.start,
+            row_peak_ptr=row_peak, column_peak_ptr=column_peak, pair_weight=pair_weight,
+            extremes_ptr=extremes, row_block=rows.start // config.block_n,
+            column_block=blocks_n + cols.start // config.block_m,
+            row_side=row_side, column_side=column_side,
+            entry_ptr=entries[rows], share_ptr=shares, first_tile=chunk.first_tile,
+            COLUMNS=num_columns > 0, LIFT=lifted,
         )  # fmt: skip
 
     return waves.products(x, y, factor, offset, plan, fill, shares)

@@ -19,7 +19,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @dataclass(frozen=True)
 class Launch:
-    """Tile BLOCK_N x BLOCK_M of the logits, the features read BLOCK_D at a time."""
+    """Tile BLOCK_N x BLOCK_M of the logits, the features read BLOCK_D at a time; a size that a
+    kernel has no use for is 0."""
 
     block_n: int
     block_m: int
@@ -60,21 +61,20 @@ HALF: dict[str, dict[int, Launch]] = {
     "forward": {80: _MMA, 89: _MMA, 90: _HOPPER, 100: replace(_HOPPER, part=32)},
     "gradient": {80: _MMA, 89: _MMA, 90: _HOPPER, 100: replace(_HOPPER, warps=8, ctas_per_sm=1)},
     # Loss and gradient at once: larger tiles spill. Two CTAs of 128 registers are 55 % busy by the
-    # model, one of 170 is 29 %; with ids 128 do not hold the masks.
+    # model, one of 170 is 29 %.
     "sigmoid": {
         80: _SMALL,
         89: _SMALL,
         90: replace(_NARROW, ctas_per_sm=2, max_registers=128),
         100: _NARROW,
     },
-    "sigmoid with ids": {80: _SMALL, 89: _SMALL, 90: _NARROW, 100: _NARROW},
     "matched forward": {80: _SMALL_STRIPS, 89: _SMALL_STRIPS, 90: _MATCHED, 100: _SMALL_STRIPS},
     "matched gradient": {80: _SMALL_STRIPS, 89: _SMALL_STRIPS, 90: _HOPPER, 100: _SMALL_STRIPS},
     "matched gradient with biases": {
         80: _SMALL_STRIPS,
         89: _SMALL_STRIPS,
         90: _MATCHED,
-        100: _SMALL_STRIPS,
+        100: replace(_SMALL, strip=32),  # strips of 16 spill
     },
 }
 # From D = DEEP on the products hide the rest of a tile on one CTA too, and a larger tile reads L2
@@ -93,7 +93,6 @@ HALF_ANY: dict[str, Launch] = {
     "matched gradient with biases": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
     "gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
     "sigmoid": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
-    "sigmoid with ids": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
 }
 # fp32 runs on FMA units: three-term tf32 would meet the error budget only if tensor cores rounded
 # their accumulators, and they truncate (simulated at D = 512: 6 to 10 times the error of sgemm).
@@ -150,6 +149,16 @@ ASSIGN_OPEN = {
 ASSIGN_OPEN_WIDE = replace(_OPEN, block_m=32)
 ASSIGN_EXACT = Launch(*((128, 256) if INTERPRETED else (32, 64)), 8, warps=8, stages=1)
 SEGMENT_MEAN = Launch(32, 0, 128, warps=4, stages=1)
+
+# Small kernels that join what tiles left. Statistics: pairs that a program merges at a time, and
+# partials of each that it reads at a time; one program for all: of 8 warps each thread would spill
+# in the loop.
+MERGE = Launch(64, 8, 0, warps=4, stages=3)
+MERGE_ALL = Launch(256, 8, 0, warps=16, stages=3)
+EXTREMES = Launch(0, 0, 0, warps=1, stages=3)  # its blocks are the gradient's
+# Gradients and prototypes' losses: rows and columns of D.
+FINISH = Launch(16, 0, 128, warps=4, stages=1)
+JOIN_SLICES = Launch(32, 0, 64, warps=4, stages=1)
 
 # An architecture for tensors on any device: to compile, not to run.
 compiling_for: int | None = None

@@ -25,6 +25,8 @@ from protoclip.kernels.info_nce import exact, exponential, join, pinned
 from protoclip.kernels.tiles import (
     LOG2E,
     SPREAD,
+    equal_ids,
+    gradient_chunk,
     id_rows,
     operands,
     products,
@@ -56,10 +58,7 @@ def _holds_pairs(
         absent = tl.load(key_bias_ptr + col) == -float("inf")
         holds = tl.maximum(holds, tl.max(absent.to(tl.int32), 0))
     if ids is not None:
-        same = tl.zeros((BLOCK_N, BLOCK_M), tl.int1)
-        for i in tl.static_range(0, len(ids), 2):
-            same = same | (tl.load(ids[i] + row)[:, None] == tl.load(ids[i + 1] + col)[None, :])
-        holds = tl.maximum(holds, tl.max(same.to(tl.int32)))
+        holds = tl.maximum(holds, tl.max(equal_ids(ids, row, col).to(tl.int32)))
     edge = (row0 + BLOCK_N > n) | (col0 + BLOCK_M > m)
     return edge | (holds > 0)
 
@@ -288,12 +287,10 @@ def matched_fwd(
             blocks_n = triton.cdiv(len(part), config.block_n)
             row_part = x.new_empty((4, blocks_m, len(part)), dtype=torch.float32)
             column_part = x.new_empty((4, blocks_n, m if columns else 0), dtype=torch.float32)
-            features, options = operands(part, y, config)
             matched_forward_kernel[(blocks_n * blocks_m,)](
-                features.x, features.y, features.x_ptr, features.y_ptr, logit_scale,
-                row_part, column_part, relation,
-                len(part), m, x.shape[1], first, x.stride() + y.stride(),
-                COLUMNS=columns, SAME_POSITIVE=same_positive, STRIP=config.strip, **options,
+                **operands(part, y, config), logit_scale_ptr=logit_scale,
+                row_ptr=row_part, column_ptr=column_part, relation=relation, first_row=first,
+                COLUMNS=columns, SAME_POSITIVE=same_positive,
             )  # fmt: skip
             by_row.append(_merged(row_part))
             by_column.append(_merged(column_part))
@@ -343,14 +340,13 @@ def matched_bwd(
         if key_bias is not None:
             blocks = chunk.shape[0] // config.block_n
             sums = x.new_empty((blocks, len(part_y)), dtype=torch.float32)
-        features, options = operands(part_x, part_y, config, g)
         matched_gradient_kernel[(chunk.tiles,)](
-            features.x, features.y, features.x_ptr, features.y_ptr, features.g, features.g_ptr,
-            logit_scale, lift, row_side, column_side, len(x), num_columns,
-            shares, sums, chunk.first_tile, relation,
-            len(part_x), len(part_y), x.shape[1], chunk.rows.start, chunk.cols.start,
-            g.stride(0), x.stride() + y.stride(),
-            COLUMNS=num_columns > 0, SAME_POSITIVE=same_positive, STRIP=config.strip, **options,
+            **operands(part_x, part_y, config), **gradient_chunk(g, config),
+            logit_scale_ptr=logit_scale, lift_ptr=lift, row_ptr=row_side, column_ptr=column_side,
+            stride_row=len(x), stride_column=num_columns,
+            share_ptr=shares, dbias_ptr=sums, first_tile=chunk.first_tile,
+            relation=relation, first_row=chunk.rows.start, first_col=chunk.cols.start,
+            COLUMNS=num_columns > 0, SAME_POSITIVE=same_positive,
         )  # fmt: skip
         if sums is not None:
             dkey_bias[chunk.cols] += sums.sum(dim=0)

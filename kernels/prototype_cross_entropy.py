@@ -30,11 +30,10 @@ from torch import Tensor
 
 from protoclip.kernels import launch
 from protoclip.kernels.attention import attention_kernel, load_tile, split_scale
-from protoclip.kernels.tiles import operands, products
+from protoclip.kernels.tiles import products, tile_options
 from protoclip.kernels.waves import multiply
 
 LN2 = tl.constexpr(0.6931471805599453)
-FINISH = launch.Launch(32, 0, 64, warps=4, stages=1)
 SCRATCH_BYTES = 256 << 20
 # G is at most 1 after dividing by the largest weight; this keeps small entries normal in fp16.
 G_UNIT = 4096.0
@@ -215,13 +214,15 @@ def attend(
         positive=row_max.new_empty(n),
         acc=row_max.new_empty((slices, n, d if values else 0)),
     )
-    _, options = operands(q, keys, config)
     with torch.cuda.device_of(q):
         attention_kernel[(row_tiles, slices)](
-            q, logit_scale, keys, labels,
-            parts.row_max, parts.row_sum, parts.best, parts.expected, parts.positive, parts.acc,
-            n, k, d, slices, q.stride() + keys.stride(),
-            VALUES=values, BEST=best, EXPECT=expect, HARD=hard, PEEL=int(peel), **options,
+            q_ptr=q, logit_scale_ptr=logit_scale, k_ptr=keys, labels_ptr=labels,
+            max_ptr=parts.row_max, sum_ptr=parts.row_sum,
+            best_ptr=parts.best, expected_ptr=parts.expected,
+            positive_ptr=parts.positive, acc_ptr=parts.acc,
+            n=n, k_count=k, d=d, slices=slices, strides=(*q.stride(), *keys.stride()),
+            VALUES=values, BEST=best, EXPECT=expect, HARD=hard, PEEL=int(peel),
+            **tile_options(d, config),
         )  # fmt: skip
     return parts
 
@@ -241,15 +242,21 @@ def finish(
     """Join the parts, whose acc may be ``joined`` already, into the results of one bank; the
     gradients with ``gradient`` only."""
     slices, n = parts.row_max.shape
+    config = launch.JOIN_SLICES
     with torch.cuda.device_of(q):
-        join_slices_kernel[(triton.cdiv(n, FINISH.block_n),)](
-            q, logit_scale, targets, labels,
-            parts.row_max, parts.row_sum, parts.best, parts.expected, parts.positive, parts.acc,
-            out.loss, out.gradient, out.nearest, out.row_max, out.row_sum, out.scale_gradient,
-            n, targets.shape[1], slices, len(targets),
-            q.stride(0), q.stride(1), targets.stride(0), targets.stride(1),
-            BLOCK_N=FINISH.block_n, BLOCK_D=FINISH.block_d, HARD=hard, BEST=parts.best.numel() > 0,
-            EXPECT=parts.expected.numel() > 0, GRADIENT=gradient, JOINED=joined, **FINISH.options,
+        join_slices_kernel[(triton.cdiv(n, config.block_n),)](
+            q_ptr=q, logit_scale_ptr=logit_scale, target_ptr=targets, labels_ptr=labels,
+            max_ptr=parts.row_max, sum_ptr=parts.row_sum,
+            best_ptr=parts.best, expected_ptr=parts.expected,
+            positive_ptr=parts.positive, acc_ptr=parts.acc,
+            loss_ptr=out.loss, gradient_ptr=out.gradient, nearest_ptr=out.nearest,
+            row_max_ptr=out.row_max, row_sum_ptr=out.row_sum, dscale_ptr=out.scale_gradient,
+            n=n, d=targets.shape[1], slices=slices, k_count=len(targets),
+            stride_q_n=q.stride(0), stride_q_d=q.stride(1),
+            stride_t_k=targets.stride(0), stride_t_d=targets.stride(1),
+            HARD=hard, BEST=parts.best.numel() > 0, EXPECT=parts.expected.numel() > 0,
+            GRADIENT=gradient, JOINED=joined,
+            BLOCK_N=config.block_n, BLOCK_D=config.block_d, **config.options,
         )  # fmt: skip
 
 
@@ -281,12 +288,12 @@ def weights(
     unread = KeyGradient(labels=row_max, row_sum=row_max, weight=row_max, hard=False)
     side = gradient or unread
     config = launch.prototype_row(q)
-    _, options = operands(q, keys, config)
     with torch.cuda.device_of(q):
         weights_kernel[(triton.cdiv(n, config.block_n), triton.cdiv(k, config.block_m))](
-            q, logit_scale, keys, side.labels, row_max, side.row_sum, side.weight, out,
-            n, k, d, first_key, q.stride() + keys.stride(),
-            UNIT=G_UNIT, GRADIENT=gradient is not None, HARD=side.hard, **options,
+            q_ptr=q, logit_scale_ptr=logit_scale, k_ptr=keys, labels_ptr=side.labels,
+            max_ptr=row_max, sum_ptr=side.row_sum, weight_ptr=side.weight, out_ptr=out,
+            n=n, k_count=k, d=d, first_key=first_key, strides=(*q.stride(), *keys.stride()),
+            UNIT=G_UNIT, GRADIENT=gradient is not None, HARD=side.hard, **tile_options(d, config),
         )  # fmt: skip
     return out
 

@@ -4,7 +4,8 @@ z_ij = scale x_i.y_j + bias. A pair's loss is softplus(z), or softplus(-z) if it
 (j = i + offset); its gradient is G = sigmoid(z), minus 1 if it is positive. No statistics of whole
 rows are needed, so one pass over the tiles gives the loss and, chunk by chunk, G for the products
 of ``waves.py``, which adds the entries of the row's own pair separately. With ids, pairs of the
-same id are either further positives, whose entries stay in G, or left out.
+same id are either further positives, whose entries stay in G, or left out: a tile compares its ids
+first, and goes strip by strip, with masks, only where it holds such a pair.
 
 With u = e^-|z|: sigmoid is 1 / (1 + u) or u / (1 + u), and log(1 + u) = 2 artanh(u / (2 + u)), a
 short series, because the card's logarithm has an absolute error of 2^-22 and softplus(-10) is
@@ -23,6 +24,8 @@ from torch import Tensor
 from protoclip.kernels import launch, waves
 from protoclip.kernels.tiles import (
     LOG2E,
+    equal_ids,
+    gradient_chunk,
     id_rows,
     is_general,
     operands,
@@ -56,6 +59,14 @@ def _losses(z, positive, seen):
     return tl.where(seen, loss, 0.0), p
 
 
+@triton.jit
+def _holds_equal_ids(ids, row0, col0, n, m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Whether a pair of a tile shares an id: most tiles hold none, and need no masks."""
+    row = tl.minimum(row0 + tl.arange(0, BLOCK_N), n - 1)
+    col = tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1)
+    return tl.max(equal_ids(ids, row, col).to(tl.int32)) > 0
+
+
 @triton.jit(
     do_not_specialize=["n", "m", "offset", "tiles", "first_tile"],
     do_not_specialize_on_alignment=["entry_ptr", "ids"],
@@ -74,15 +85,12 @@ def sigmoid_kernel(
     logit_scale = tl.load(logit_scale_ptr).to(tl.float32)
     logit_bias = tl.load(logit_bias_ptr).to(tl.float32)
     rows = row0 + tl.arange(0, BLOCK_N)
-    if not is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M):
+    general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
+    if ids is not None:
+        general = general | _holds_equal_ids(ids, row0, col0, n, m, BLOCK_N, BLOCK_M)
+    if not general:
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
-        if ids is not None:
-            none = tl.zeros(acc.shape, tl.int1)
-            cols = col0 + tl.arange(0, BLOCK_M)
-            positive, seen = with_ids(none, none == 0, ids, rows, cols, SAME_POSITIVE)
-            pair_loss, p = _losses(acc * logit_scale + logit_bias, positive, seen)
-        else:
-            pair_loss, p = _softplus_sigmoid(acc * logit_scale + logit_bias)
+        pair_loss, p = _softplus_sigmoid(acc * logit_scale + logit_bias)
         loss = tl.sum(pair_loss)
         dscale = tl.sum(p * acc)
         dbias = tl.sum(p)
@@ -137,24 +145,22 @@ def sigmoid_loss(
     same_positive: bool = True,
 ) -> SigmoidLoss:
     """The strip x [N, D] against y [M, D], as in ops/strips.py; ids as in ops/pairs.py."""
-    config = launch.choose("sigmoid" if key_ids is None else "sigmoid with ids", x, y)
+    config = launch.choose("sigmoid", x, y)
     writes_g = gradients and min(x.numel(), y.numel()) > 0
     plan = waves.chunks(x, y, config, bounded=writes_g)  # without G: one chunk
     tiles = sum(chunk.tiles for chunk in plan)
     shares = x.new_empty((3, tiles), dtype=torch.float32)
     lift = LIFT if x.dtype == torch.float16 else 1.0
 
-    def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
+    def fill(chunk: waves.Chunk, g: Tensor | None, entries: Tensor) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
-        features, options = operands(part_x, part_y, config, g if writes_g else None)
-        ids = id_rows(query_ids, key_ids, chunk.rows, chunk.cols)
         sigmoid_kernel[(chunk.tiles,)](
-            features.x, features.y, features.x_ptr, features.y_ptr, features.g, features.g_ptr,
-            logit_scale, logit_bias,
-            entries[chunk.rows], shares, tiles, chunk.first_tile,
-            len(part_x), len(part_y), x.shape[1], offset + chunk.rows.start - chunk.cols.start,
-            g.stride(0), x.stride() + y.stride(), ids, GRADIENTS=writes_g, LIFTED=lift,
-            SAME_POSITIVE=same_positive, STRIP=config.strip, **options,
+            **operands(part_x, part_y, config), **gradient_chunk(g, config),
+            logit_scale_ptr=logit_scale, logit_bias_ptr=logit_bias,
+            offset=offset + chunk.rows.start - chunk.cols.start,
+            entry_ptr=entries[chunk.rows], share_ptr=shares, tiles=tiles,
+            first_tile=chunk.first_tile, ids=id_rows(query_ids, key_ids, chunk.rows, chunk.cols),
+            GRADIENTS=writes_g, LIFTED=lift, SAME_POSITIVE=same_positive,
         )  # fmt: skip
 
     if writes_g:
@@ -167,7 +173,7 @@ def sigmoid_loss(
         dy = y.new_zeros(y.shape if gradients else (0, y.shape[1]))
         with torch.cuda.device_of(x):
             for chunk in plan:
-                fill(chunk, x.new_empty((1, 1)), shares[0])
+                fill(chunk, None, shares[0])
     # Sums of their own: an op's outputs must not alias.
     dlogit_scale, loss, dlogit_bias = (share.sum() for share in shares)
     return SigmoidLoss(loss, dx, dy, dlogit_scale, dlogit_bias)

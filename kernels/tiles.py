@@ -10,14 +10,14 @@ a whole tile they would double the registers and halve the CTAs on an SM for eve
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from protoclip.kernels.launch import INTERPRETED, Launch, aligned
+from protoclip.kernels.launch import INTERPRETED, Launch
 
 ALL = slice(None)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -93,16 +93,24 @@ def products(
 
 
 @triton.jit
+def equal_ids(ids, row, col):
+    """-> where a row and a column share an id, [rows, cols]. ids: as ``id_rows`` gives them."""
+    same = tl.zeros((row.shape[0], col.shape[0]), tl.int1)
+    for i in tl.static_range(0, len(ids), 2):
+        same = same | (tl.load(ids[i] + row)[:, None] == tl.load(ids[i + 1] + col)[None, :])
+    return same
+
+
+@triton.jit
 def with_ids(positive, seen, ids, row, col, SAME_POSITIVE: tl.constexpr):
     """-> the positives and the pairs seen of a tile where pairs with an equal id are positives too,
-    or else are not seen unless they are positives. ids: as ``id_rows`` gives them."""
+    or else are not seen unless they are positives."""
     if ids is not None:
-        for i in tl.static_range(0, len(ids), 2):
-            same = tl.load(ids[i] + row)[:, None] == tl.load(ids[i + 1] + col)[None, :]
-            if SAME_POSITIVE:
-                positive = positive | same
-            else:
-                seen = seen & (positive | (same == 0))
+        same = equal_ids(ids, row, col)
+        if SAME_POSITIVE:
+            positive = positive | same
+        else:
+            seen = seen & (positive | (same == 0))
     return positive, seen
 
 
@@ -116,36 +124,43 @@ def id_rows(
     return tuple(t for pair in pairs for t in pair)
 
 
-class Operands(NamedTuple):
-    """x, y and a chunk of G: for whole tiles, perhaps by descriptor, and (``_ptr``) for strips."""
-
-    x: Any
-    y: Any
-    x_ptr: Tensor
-    y_ptr: Tensor
-    g: Any
-    g_ptr: Tensor | None
-
-
-def operands(
-    x: Tensor, y: Tensor, launch: Launch, g: Tensor | None = None
-) -> tuple[Operands, dict[str, Any]]:
-    """-> what a kernel reads and writes, and its tile sizes and launch options."""
-    options = launch.options | {
-        "BLOCK_N": launch.block_n,
-        "BLOCK_M": launch.block_m,
-        "BLOCK_D": launch.block_d,
-        "EVEN_D": x.shape[1] > 0 and x.shape[1] % launch.block_d == 0,
+def tile_options(depth: int, row: Launch) -> dict[str, Any]:
+    """What a kernel is compiled for that goes over tiles of features so deep."""
+    return row.options | {
+        "BLOCK_N": row.block_n,
+        "BLOCK_M": row.block_m,
+        "BLOCK_D": row.block_d,
+        "EVEN_D": depth > 0 and depth % row.block_d == 0,
     }
-    if not (launch.descriptors and aligned(x) and aligned(y)):
-        return Operands(x=x, y=y, x_ptr=x, y_ptr=y, g=g, g_ptr=g), options
-    described = TensorDescriptor.from_tensor
-    features = Operands(
-        x=described(x, [launch.block_n, launch.block_d]),
-        y=described(y, [launch.block_m, launch.block_d]),
-        x_ptr=x,
-        y_ptr=y,
-        g=None if g is None else described(g, [launch.block_n, launch.block_m]),
-        g_ptr=g,
-    )
-    return features, options
+
+
+def operands(x: Tensor, y: Tensor, row: Launch) -> dict[str, Any]:
+    """Arguments of a kernel over tiles of x y^T: the features for whole tiles, by descriptor where
+    the row says so, and by pointer for strips; their sizes; what it is compiled for."""
+    n, d = x.shape
+    m = len(y)
+    x_tile, y_tile = x, y
+    if row.descriptors:  # ``launch.choose`` gives such rows to aligned features only
+        x_tile = TensorDescriptor.from_tensor(x, [row.block_n, row.block_d])
+        y_tile = TensorDescriptor.from_tensor(y, [row.block_m, row.block_d])
+    return tile_options(d, row) | {
+        "x": x_tile,
+        "y": y_tile,
+        "x_ptr": x,
+        "y_ptr": y,
+        "n": n,
+        "m": m,
+        "d": d,
+        "strides": (*x.stride(), *y.stride()),
+        "STRIP": row.strip,
+    }
+
+
+def gradient_chunk(g: Tensor | None, row: Launch) -> dict[str, Any]:
+    """Arguments of such a kernel that writes a chunk of G, in whole tiles, or None."""
+    if g is None:
+        return {"g": None, "g_ptr": None, "stride_g": 0}
+    g_tile = g
+    if row.descriptors:
+        g_tile = TensorDescriptor.from_tensor(g, [row.block_n, row.block_m])
+    return {"g": g_tile, "g_ptr": g, "stride_g": g.stride(0)}

@@ -20,11 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from protoclip.kernels.launch import Launch
+from protoclip.kernels.launch import FINISH, Launch
 
 SCRATCH_BYTES = 128 << 20
 SIDE = 8192  # rows of a chunk of that size, more where there are fewer columns
-FINISH = Launch(16, 0, 128, warps=4, stages=1)
 
 
 @dataclass(frozen=True)
@@ -131,9 +130,13 @@ def products(
             if rows.stop == n:  # dy and the total too
                 programs += triton.cdiv(m, FINISH.block_n) + 1
             finish_kernel[(programs, max(1, triton.cdiv(d, FINISH.block_d)))](
-                sum_x, dx[rows], height, sum_y, dy, m,
-                x, y, factor, entries, shares, len(shares), total,
-                n, d, rows.start, offset, *x.stride(), *y.stride(),
+                sum_x_ptr=sum_x, dx_ptr=dx[rows], rows=height,
+                sum_y_ptr=sum_y, dy_ptr=dy, cols=m,
+                x_ptr=x, y_ptr=y, factor_ptr=factor, entry_ptr=entries,
+                share_ptr=shares, tiles=len(shares), total_ptr=total,
+                n=n, d=d, first=rows.start, offset=offset,
+                stride_x_n=x.stride(0), stride_x_d=x.stride(1),
+                stride_y_m=y.stride(0), stride_y_d=y.stride(1),
                 BLOCK_N=FINISH.block_n, BLOCK_D=FINISH.block_d, **FINISH.options,
             )  # fmt: skip
     return Gradients(dx, dy, total)

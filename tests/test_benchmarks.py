@@ -51,17 +51,20 @@ class _WithFault(torch.autograd.Function):
 @pytest.mark.parametrize("case", test_contrastive.CASES)
 def test_nothing_is_timed_whose_other_logits_are_wrong(case):
     """The gradient of the logits that are not positives: 0, twice, or five times what it is."""
-    shape, loss = (256, 64, torch.bfloat16), test_contrastive.CASES[case].ours
-    (x, y, scale, _), _ = test_contrastive._inputs(case, *shape, cone=True)
-    form, truth = test_contrastive._written_out(case, *shape, True)
+    shape = test_contrastive.Shape(n=256, d=64)
+    batch = test_contrastive.make_batch(case, shape, torch.bfloat16, cone=True)
+    form, truth, _ = test_contrastive.written_out(case, shape, torch.bfloat16)
     others = truth.logits.masked_fill(form.taken_out, 0)
-    queries, keys = form.sides(x.double(), y.double())
-    dx, dy = torch.autograd.grad(scale.detach() * queries @ keys.T, (x, y), others)
+    queries, keys = form.sides(batch.x.double(), batch.y.double())
+    logits = batch.scale.detach() * queries @ keys.T
+    dx, dy = torch.autograd.grad(logits, (batch.x, batch.y), others)
 
     def assert_parity(factor):
-        faults = (factor - 1) * dx, (factor - 1) * dy
-        faulty = lambda x, y, *rest: _WithFault.apply(loss(x, y, *rest), x, y, *faults)  # noqa: E731
-        test_contrastive._assert_parity(faulty, case, *shape, "protoclip-auto")
+        def faulty(batch):
+            loss = test_contrastive.CASES[case].ours(batch)
+            return _WithFault.apply(loss, batch.x, batch.y, (factor - 1) * dx, (factor - 1) * dy)
+
+        test_contrastive.assert_parity(faulty, case, shape, torch.bfloat16, "protoclip-auto")
 
     assert_parity(1)
     for factor in (0, 2, 5):
@@ -115,7 +118,13 @@ def test_a_sweep_without_a_candidate_says_so(capsys):
     def wrong():
         raise AssertionError("dx: wrong")
 
-    swept = gpu.Swept("", ("INTERPRETER",), "sigmoid", ("", "", "", 0), lambda: list, wrong)
+    swept = gpu.Swept(
+        path=("INTERPRETER",),
+        kernel="sigmoid",
+        launched=gpu.Launched("sigmoid", "gradients", "bf16", 128),
+        step=lambda: list,
+        assert_right=wrong,
+    )
     before = launch.INTERPRETER
     for rows in ([], [before, replace(before, warps=8)]):
         gpu.sweep_row(swept, rows, 0.0)
@@ -128,11 +137,15 @@ def test_a_sweep_without_a_candidate_says_so(capsys):
 def test_candidates_that_spill_are_not_timed():
     """In a process without the interpreter, as the sweep's pool has them."""
     swept = gpu.Swept(
-        "HALF", ("sigmoid", 90), "sigmoid", ("sigmoid", "gradients", "bf16", 512), list, list
+        path=("HALF", "sigmoid", 90),
+        kernel="sigmoid",
+        launched=gpu.Launched("sigmoid", "gradients", "bf16", 512),
+        step=list,
+        assert_right=list,
     )
-    from protoclip.kernels import launch
-
-    good = launch.HALF["sigmoid"][90]
-    wide = replace(good, block_n=256, block_m=128, warps=4)
-    kept, dropped = gpu.compile_all([(swept, good), (swept, wide)], 90)
-    assert kept == [] and any("local memory" in problem for problem in dropped)
+    wide = replace(swept.row, block_n=256, block_m=128, warps=4)
+    candidates = [gpu.Candidate(swept, row) for row in (swept.row, wide)]
+    of_the_row, of_wide = gpu.compile_all(candidates, 90)
+    assert of_the_row == [] and any("local memory" in problem for problem in of_wide)
+    *_, last = gpu.compile_all(20 * candidates[:1], 90, seconds=0)  # more than there are processes
+    assert last == ["no time to compile it"]

@@ -88,28 +88,30 @@ def diagonal(n: int) -> Tensor:
     return torch.eye(n, dtype=torch.bool, device=DEVICE)
 
 
-def relation_of(n: int, same_id: str | None) -> Relation:
-    """Of pairs on the diagonal, with ids or, None, without."""
+def relation_of(n: int, same_id: str | None, ids: Tensor | None = None) -> Relation:
+    """Of pairs on the diagonal, with ids (``shared_ids`` unless given) or, None, without."""
     pairs = diagonal(n)
     everything = torch.ones_like(pairs)
     if same_id is None:
         return Relation(pairs, everything)
-    ids = shared_ids(n)
+    ids = shared_ids(n) if ids is None else ids
     same = (ids[:, None] == ids[None]).any(dim=2)
     if same_id == "positive":
         return Relation(pairs | same, everything)
     return Relation(pairs, pairs | ~same)
 
 
-def id_options(n: int, same_id: str | None) -> dict[str, Any]:
-    return {} if same_id is None else {"ids": shared_ids(n), "same_id": same_id}
+def id_options(n: int, same_id: str | None, ids: Tensor | None = None) -> dict[str, Any]:
+    if same_id is None:
+        return {}
+    return {"ids": shared_ids(n) if ids is None else ids, "same_id": same_id}
 
 
 def info_nce_problem(
-    x: Tensor, y: Tensor, logit_scale: float, same_id: str | None = None
+    x: Tensor, y: Tensor, logit_scale: float, same_id: str | None = None, ids: Tensor | None = None
 ) -> Problem:
-    relation = relation_of(len(x), same_id)
-    options = id_options(len(x), same_id)
+    relation = relation_of(len(x), same_id, ids)
+    options = id_options(len(x), same_id, ids)
     weights = row_weights(len(x))
     doubled_weights = weights.clone()
     doubled_weights[5] *= 2
@@ -177,9 +179,11 @@ def matched_problem(x: Tensor, y: Tensor, logit_scale: float) -> Problem:
     return Problem(x, y, logit_scale, form, None, call)
 
 
-def siglip_problem(x: Tensor, y: Tensor, logit_scale: float, same_id: str | None = None) -> Problem:
-    relation = relation_of(len(x), same_id)
-    options = id_options(len(x), same_id)
+def siglip_problem(
+    x: Tensor, y: Tensor, logit_scale: float, same_id: str | None = None, ids: Tensor | None = None
+) -> Problem:
+    relation = relation_of(len(x), same_id, ids)
+    options = id_options(len(x), same_id, ids)
     bias = -logit_scale  # a little below 0: the others' entries are as large as the positives'
 
     def call(x: Tensor, y: Tensor, logit_scale: Tensor, backend: str) -> Tensor:
@@ -396,7 +400,7 @@ def test_every_row_of_the_table_has_a_whole_tile_without_a_positive(
     def launched(kernel: Any, *arguments: Any, **keywords: Any) -> None:
         row = asked_for[-1]
         if row.descriptors and kernel.__name__ in BY_DESCRIPTOR:
-            assert isinstance(arguments[0], TensorDescriptor), kernel.__name__
+            assert isinstance(keywords["x"], TensorDescriptor), kernel.__name__
         if row.block_m and whole_tiles_without_a_positive(N, N, row):
             reached.add(row)
 
@@ -465,6 +469,50 @@ def test_a_kernel_that_writes_a_wrong_tile_fails(
 
     monkeypatch.setattr(kernels, "store_gradient", spoiled_store)
     assert_noticed(fault, problem_of(family, 64, torch.bfloat16, n=192))
+
+
+@interpreted
+@pytest.mark.parametrize("same_id", ["exclude", "positive"])
+@pytest.mark.parametrize(
+    "problem_with, module", [(info_nce_problem, "matched"), (siglip_problem, "siglip")]
+)
+def test_a_kernel_that_overlooks_equal_ids_fails(
+    monkeypatch: pytest.MonkeyPatch,
+    problem_with: Callable[..., Problem],
+    module: str,
+    same_id: str,
+) -> None:
+    """Every tile holds some; without the check all but the diagonal would go without masks."""
+    image, text = parity.cone(192, 192, 64)
+    ids = torch.arange(192)[:, None] % 8
+    problem = problem_with(image.bfloat16(), text.bfloat16(), 14.3, same_id, ids)
+    truth = written_out(problem, torch.float64)
+    base = written_out(problem, torch.bfloat16)
+    assert_right(problem, computed(problem, "triton"), truth, base)
+    kernels = importlib.import_module(f"protoclip.kernels.{module}")
+    equal_ids = kernels.equal_ids
+
+    def overlooked(ids: Any, row: Any, col: Any) -> Any:
+        same = equal_ids(ids, row, col)
+        return same & (same == 0)
+
+    monkeypatch.setattr(kernels, "equal_ids", overlooked)
+    assert_noticed("equal ids overlooked", problem)
+
+
+@needs_triton
+@pytest.mark.parametrize("same_id", ["exclude", "positive"])
+def test_ids_that_nobody_shares_change_no_bit_of_siglip(same_id: str) -> None:
+    """Tiles without an equal pair take the path of tiles without ids."""
+    image, text = parity.cone(N, N, 64)
+    x = image.to(DEVICE, torch.bfloat16)
+    y = text.to(DEVICE, torch.bfloat16)
+    plain = computed(siglip_problem(x, y, 14.3), "triton")
+    ids = torch.arange(N, device=DEVICE)[:, None]
+    distinct = computed(siglip_problem(x, y, 14.3, same_id, ids), "triton")
+    assert torch.equal(plain.dx, distinct.dx)
+    assert torch.equal(plain.dy, distinct.dy)
+    assert torch.equal(plain.dlogit_scale, distinct.dlogit_scale)
 
 
 @interpreted

@@ -1,0 +1,258 @@
+"""Calls of every launcher, compiled for an architecture and not run.
+
+The launchers themselves are called, on small CPU tensors, with a driver that compiles and launches
+nothing: what is compiled is what a card would run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from protoclip.kernels import clusters, info_nce, launch, matched, siglip, tiles
+from protoclip.kernels import prototype_cross_entropy as prototypes
+from protoclip.kernels.compile_report.model import MEASURED_PRODUCTS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Case(NamedTuple):
+    """One call of a launcher: ``form`` says which; ``depth`` is D, 43 one that no tile fits."""
+
+    arch: int
+    op: str
+    form: str
+    dtype: str
+    depth: int
+
+    def features(self, rows: int) -> torch.Tensor:
+        return torch.zeros(rows, self.depth, dtype=DTYPES[self.dtype])
+
+    def __str__(self) -> str:
+        return f"sm_{' '.join(map(str, self))}"
+
+
+def cases() -> Iterator[Case]:
+    """Calls that lead to every row of the launch table; more forms of them on Hopper."""
+    for arch in launch.ARCHITECTURES:
+        for dtype, depth in (("bf16", 128), ("bf16", 512), ("fp32", 512), ("fp16", 43)):
+            yield Case(arch, "info_nce", "large", dtype, depth)
+            yield Case(arch, "sigmoid", "gradients", dtype, depth)
+        yield Case(arch, "sigmoid", "ids", "bf16", 512)
+        yield Case(arch, "matched", "ids", "bf16", 512)
+        yield Case(arch, "matched", "all", "bf16", 512)
+        yield Case(arch, "matched", "all", "fp32", 512)
+        yield Case(arch, "matched", "own", "fp16", 43)
+        for depth in (64, 128, 256, 512):
+            yield Case(arch, "prototypes", "soft", "bf16", depth)
+        for dtype, depth in (("bf16", 64), ("fp16", 128), ("bf16", 256), ("fp32", 512)):
+            yield Case(arch, "prototypes", "banks", dtype, depth)
+        yield Case(arch, "soft_targets", "own", "fp32", 512)
+        yield Case(arch, "clusters", "own", "bf16", 512)
+        for depth in (64, 128, 256, 512):
+            yield Case(arch, "clusters", "own", "fp32", depth)
+    yield Case(90, "info_nce", "small", "bf16", 512)
+    yield Case(90, "info_nce", "rows", "bf16", 512)
+    yield Case(90, "sigmoid", "loss", "bf16", 512)
+    yield Case(90, "info_nce", "large", "fp16", 128)
+    yield Case(90, "prototypes", "hard", "bf16", 128)
+    for tile in MEASURED_PRODUCTS:
+        yield Case(90, "gemm", tile, "bf16", 8192)
+
+
+def call(case: Case) -> None:
+    """The launchers as the trainer calls them, forward and backward."""
+    CALLS[case.op](case, torch.ones(()))
+
+
+def _info_nce(case: Case, scale: torch.Tensor) -> None:
+    n = 512 if case.form == "small" else 2048
+    x = case.features(n)
+    y = case.features(n)
+    has_columns = case.form != "rows"
+    forward = info_nce.contrastive(x, y, scale, 0, has_columns, pair_weight=1.0, summed=True)
+    weight = torch.ones(()).expand(n)
+    info_nce.contrastive_bwd(
+        x,
+        y,
+        scale,
+        forward.row_max,
+        forward.row_sum,
+        forward.column_max,
+        forward.column_sum,
+        row_weight=weight,
+        column_weight=weight if has_columns else weight[:0],
+        offset=0,
+    )
+
+
+def _matched(case: Case, scale: torch.Tensor) -> None:
+    """Of queries alone; with ids, as InfoNCE has them; with all that can be said about pairs."""
+    n = 512
+    position = torch.zeros(n, dtype=torch.int32)
+    ids = None if case.form == "own" else torch.zeros(2, n, dtype=torch.int32)
+    relation: dict[str, Any] = {
+        "own": position,
+        "exclude": position if case.form == "all" else None,
+        "query_ids": ids,
+        "key_ids": ids,
+        "key_bias": torch.zeros(n) if case.form == "all" else None,
+        "same_positive": case.form == "all",
+    }
+    x = case.features(n)
+    y = case.features(n)
+    forward = matched.matched_fwd(x, y, scale, **relation, columns=case.form != "own")
+    matched.matched_bwd(
+        x,
+        y,
+        scale,
+        **relation,
+        row_statistics=forward.rows,
+        column_statistics=forward.columns,
+        row_weights=torch.ones(2, forward.rows.shape[1]),
+        column_weights=torch.ones(2, forward.columns.shape[1]),
+    )
+
+
+def _sigmoid(case: Case, scale: torch.Tensor) -> None:
+    ids = torch.zeros(2, 512, dtype=torch.int32) if case.form == "ids" else None
+    siglip.sigmoid_loss(
+        case.features(512),
+        case.features(512),
+        scale,
+        logit_bias=scale,
+        offset=0,
+        gradients=case.form != "loss",
+        query_ids=ids,
+        key_ids=ids,
+    )
+
+
+def _prototypes(case: Case, scale: torch.Tensor) -> None:
+    """One bank; or two with all that can be asked for, the second with hard labels."""
+    features = case.features(256)
+    keys = case.features(2048)
+    hard = case.features(0)
+    soft = case.features(2048)
+    labels = torch.zeros(256, dtype=torch.int64)
+    if case.form == "banks":
+        prototypes.prototype_ce_fwd_banks(
+            features, [keys, keys], [soft, hard], [labels, labels], scale,
+            need_grad=True, need_nearest=True, need_scale_gradient=True,
+        )  # fmt: skip
+        return
+    targets = hard if case.form == "hard" else soft
+    forward = prototypes.prototype_ce_fwd_banks(
+        features, [keys], [targets], [labels], scale,
+        need_grad=True, need_nearest=False, need_scale_gradient=False,
+    )  # fmt: skip
+    prototypes.prototype_ce_bwd_prototypes(
+        features,
+        keys,
+        labels,
+        scale,
+        forward.row_max[0],
+        forward.row_sum[0],
+        weight=forward.loss[0],
+        hard=case.form == "hard",
+    )
+
+
+def _soft_targets(case: Case, scale: torch.Tensor) -> None:
+    prototypes.soft_targets(case.features(2048), case.features(2048), temperature=0.1)
+
+
+def _clusters(case: Case, scale: torch.Tensor) -> None:
+    points = case.features(512)
+    centroids = case.features(256)
+    labels, _ = clusters.kmeans_assign(points, centroids)
+    clusters.segment_mean(points, labels, len(centroids))
+
+
+@triton.jit
+def gemm_kernel(
+    x, y, out, n, m, d,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+):  # fmt: skip
+    """A plain product x y^T, to check the model against public measurements."""
+    row0, col0 = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M
+    acc = tiles.products(x, y, row0, col0, n, m, d, 0, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
+    out.store([row0, col0], acc.to(out.dtype))
+
+
+def _gemm(case: Case, scale: torch.Tensor) -> None:
+    x = case.features(512)
+    y = case.features(512)
+    row = launch.Launch(128, int(case.form), 64, warps=8, stages=3, descriptors=True)
+    operands = tiles.operands(x, y, row)
+    del operands["x_ptr"], operands["y_ptr"], operands["strides"], operands["STRIP"]
+    out = tiles.gradient_chunk(x.new_empty(512, 512), row)["g"]
+    gemm_kernel[(1, 1)](**operands, out=out)
+
+
+CALLS: dict[str, Callable[[Case, torch.Tensor], None]] = {
+    "info_nce": _info_nce,
+    "matched": _matched,
+    "sigmoid": _sigmoid,
+    "prototypes": _prototypes,
+    "soft_targets": _soft_targets,
+    "clusters": _clusters,
+    "gemm": _gemm,
+}
+
+
+class Compiled(NamedTuple):
+    """A kernel that was asked for."""
+
+    name: str
+    code: Any  # Triton's
+    constants: dict[str, int]  # sizes and switches, but no tensors: a session of tests keeps these
+    row: launch.Launch
+
+
+@contextmanager
+def recording(arch: int | None = None) -> Iterator[list[Compiled]]:
+    """Compile the kernels that are launched inside, launch none of them; for an architecture, or,
+    with None, for the card that is here."""
+    compiled: list[Compiled] = []
+    run = JITFunction.run
+    options = launch.Launch.options
+    row = launch.INTERPRETER
+
+    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
+        code = run(kernel, *arguments, grid=grid, warmup=True, **keywords)
+        constants = {name: value for name, value in keywords.items() if isinstance(value, int)}
+        compiled.append(Compiled(kernel.__name__, code, constants, row))
+        return code
+
+    def remembered(chosen: launch.Launch) -> dict[str, Any]:
+        nonlocal row
+        row = chosen
+        return options.__get__(chosen)
+
+    if arch is not None:
+        target = GPUTarget("cuda", arch, 32)
+        compiler = SimpleNamespace(
+            get_current_device=lambda: arch,  # each has its own compiled kernels
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: target,
+        )
+        driver.set_active(compiler)
+    JITFunction.run = compile_only
+    launch.Launch.options = property(remembered)
+    launch.compiling_for = arch
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        launch.Launch.options = options
+        launch.compiling_for = None

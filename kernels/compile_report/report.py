@@ -1,0 +1,199 @@
+"""The table of ``make kernels``: what each kernel takes, what it should take by its row, and a
+predicted bound, never a measured time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+
+from protoclip.kernels.compile_report import model
+from protoclip.kernels.compile_report.disassembly import (
+    Block,
+    disassemble,
+    local_accesses_in_loops,
+    resources,
+)
+from protoclip.kernels.compile_report.launches import Case, Compiled, call, cases, recording
+
+# Kernels over tiles of products, whose row of the launch table makes promises.
+TILED = {
+    "forward",
+    "gradient",
+    "sigmoid",
+    "matched_forward",
+    "matched_gradient",
+    "attention",
+    "weights",
+    "screen",
+}
+TENSOR_CORE = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+SHAPES = {  # of the GPU table: op, depth -> rows, columns
+    ("info_nce", 128): (32_768, 32_768),
+    ("info_nce", 512): (32_768, 32_768),
+    ("matched", 512): (32_768, 32_768),
+    ("sigmoid", 512): (32_768, 32_768),
+    ("prototypes", 128): (4_096, 20_000),
+    ("clusters", 128): (1_600_000, 20_000),
+    ("gemm", 8192): (8_192, 8_192),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a kernel takes, and on Hopper what its hot path costs. The first five: its case."""
+
+    arch: int
+    op: str
+    form: str
+    dtype: str
+    depth: int
+    kernel: str
+    tile: tuple[int, int]
+    warps: int
+    registers: int
+    local_bytes: int
+    local_in_loops: int
+    shared_bytes: int
+    ctas_per_sm: int
+    instruction: str  # that multiplies
+    problems: list[str]  # promises that the row does not keep
+    clk: model.Clk
+    counts: dict[str, int]  # instructions of a warp after the products
+    busy: float | None  # without products on wgmma: None
+    bound: model.Bound | None
+
+
+def costs(case: Case) -> list[Cost]:
+    """Compile the kernels of one case: what each takes, and what its hot path costs."""
+    with recording(case.arch) as launched:
+        call(case)
+    unique = {id(compiled.code): compiled for compiled in launched}
+    return [_cost(case, compiled) for compiled in unique.values()]
+
+
+def _cost(case: Case, compiled: Compiled) -> Cost:
+    kernel = compiled.name.removesuffix("_kernel")
+    metadata = compiled.code.metadata
+    constants = compiled.constants
+    tile = (constants.get("BLOCK_N", 0), constants.get("BLOCK_M", 0))
+    multiplies = re.search(r"tcgen05\.mma|wgmma(?=\.mma)|mma\.sync", compiled.code.asm["ptx"])
+    instruction = multiplies[0] if multiplies else "fma"
+    cubin = compiled.code.asm["cubin"]
+    used = resources(cubin)
+    code: dict[str, Block] = {"entry": []}
+    if used.local_bytes or instruction == "wgmma":  # half a second each
+        code = disassemble(cubin)
+    in_loops = local_accesses_in_loops(code)
+    ctas = model.ctas_per_sm(case.arch, used.registers, metadata.num_warps, metadata.shared)
+    problems = []
+    if in_loops:
+        problems.append(f"{used.local_bytes} bytes of local memory a thread")
+    if ctas < 1:
+        problems.append(f"{metadata.shared} bytes of shared memory, more than the card has")
+    if kernel in TILED:
+        multiplied = "bf16" if kernel == "screen" else case.dtype
+        expected = "fma" if multiplied == "fp32" else TENSOR_CORE[case.arch]
+        if instruction != expected:
+            problems.append(f"{instruction} where {expected} was expected")
+        promised = compiled.row.ctas_per_sm
+        if ctas < promised:
+            problems.append(f"{ctas} CTAs an SM, the row promises {promised}")
+    path = model.hot_path(
+        list(code.values()),
+        metadata.num_warps,
+        depth=case.depth,
+        block_d=constants.get("BLOCK_D", case.depth),
+        products_are_held=bool(constants.get("HELD")),
+    )
+    busy = bound = None
+    if path.clk.products:
+        busy = model.busy_share(path.clk, max(1, ctas))
+    shape = SHAPES.get((case.op, case.depth))
+    if path.clk.products and shape is not None:
+        bound = model.bound(
+            path.clk,
+            max(1, ctas),
+            shape=shape,
+            tile=tile,
+            depth=case.depth,
+            keys_stream=kernel == "attention",
+            writes_tile=kernel.endswith("gradient"),
+        )
+    return Cost(
+        **case._asdict(),
+        kernel=kernel,
+        tile=tile,
+        warps=metadata.num_warps,
+        registers=used.registers,
+        local_bytes=used.local_bytes,
+        local_in_loops=in_loops,
+        shared_bytes=metadata.shared,
+        ctas_per_sm=ctas,
+        instruction=instruction,
+        problems=problems,
+        clk=path.clk,
+        counts=path.counts,
+        busy=busy,
+        bound=bound,
+    )
+
+
+def _measured_by_others(cost: Cost) -> tuple[int, int] | None:
+    """TFLOP/s, where the kernel is of a class that others have measured."""
+    if cost.op == "gemm":
+        return model.MEASURED_PRODUCTS[cost.form]
+    if (cost.kernel, cost.depth, cost.arch) == ("attention", 128, 90):
+        return model.MEASURED_ATTENTION
+    return None
+
+
+def _lines(cost: Cost) -> str:
+    n, m = cost.tile
+    lines = [
+        f"sm_{cost.arch} {cost.op} {cost.form} {cost.dtype} {cost.depth} {cost.kernel}: "
+        f"tile {n} x {m}, {cost.warps} warps, {cost.registers} registers, "
+        f"{cost.local_bytes} B local, {cost.shared_bytes} B shared, {cost.ctas_per_sm} CTAs, "
+        f"{cost.instruction}"
+    ]
+    if cost.busy is not None:
+        clk = cost.clk
+        counts = "".join(f" {name} {count}" for name, count in cost.counts.items() if count)
+        lines.append(
+            f"clk {clk.before} + {clk.products} + {clk.after}, "
+            f"busy at most {cost.busy:.0%};{counts}"
+        )
+    if cost.bound is not None:
+        n, m = SHAPES[cost.op, cost.depth]
+        bound = cost.bound
+        line = f"{n} x {m}: {bound.ms:.2f} ms, {bound.tflops:.0f} TFLOP/s by {bound.limit}"
+        if measured := _measured_by_others(cost):
+            low, high = measured
+            line += f" (measured by others: {low} to {high})"
+        lines.append(line)
+    lines += [f"PROBLEM: {problem}" for problem in cost.problems]
+    return "\n      ".join(lines)
+
+
+def main() -> int:
+    """Print the table; the exit status says whether every row keeps its promise."""
+    parser = argparse.ArgumentParser(
+        prog="python -m protoclip.kernels.compile_report",
+        description="Compile every kernel without a GPU and read from its machine code what it "
+        "costs.",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
+    parser.add_argument("only", nargs="*", help='cases with all of these words, e.g. "sm_90 bf16"')
+    args = parser.parse_args()
+    groups = [set(words.split()) for words in args.only] or [set()]
+    chosen = [case for case in cases() if any(group <= set(str(case).split()) for group in groups)]
+    with ProcessPoolExecutor() as pool:
+        kernels = [cost for of_case in pool.map(costs, chosen) for cost in of_case]
+    if args.json:
+        print(json.dumps([asdict(cost) for cost in kernels]))
+    else:
+        print("predicted bound from machine code, not measured:")
+        print("\n".join(map(_lines, kernels)))
+    return int(any(cost.problems for cost in kernels))
