@@ -42,6 +42,8 @@ CHUNK = 1 << 22  # values that travel together, to their owners or to and from a
 BY_DRAW = ("index", "buffer")  # of a checkpoint's rows; the others are by position
 HOST_SHARE = 0.5  # of the free memory that the stores of a machine's ranks may take
 DEVICE_SHARE = 0.25
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")  # of a container, version 2
 
 
 @dataclass(frozen=True)
@@ -114,15 +116,22 @@ def _place_for_table(needed: int, device: torch.device) -> torch.device | None:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Free memory of a GPU, or the memory available on this machine; inf if unknown."""
+    """Free memory of a GPU, or the memory available on this machine and within its container's
+    limit; inf if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = MEMINFO.read_text(encoding="ascii").splitlines()
         sizes = dict(line.split(":") for line in lines)
-        return float(sizes["MemAvailable"].split()[0]) * 1024
+        free = float(sizes["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return math.inf
+        free = math.inf
+    try:
+        limit = float((CGROUP / "memory.max").read_text(encoding="ascii"))
+        used = float((CGROUP / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no container, or "max"
+        return free
+    return min(free, limit - used)
 
 
 def ranks_here() -> int:
@@ -339,6 +348,9 @@ def _file_backed(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Te
     if not size:
         return torch.empty(shape, dtype=dtype)
     with tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, size)  # else a full disk kills the process later
+        if hasattr(os, "posix_fallocate"):  # else a full disk kills the process later
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:  # macOS
+            file.truncate(size)
         pages = np.memmap(file, np.uint8, "r+", shape=(size,))
     return torch.from_numpy(pages).view(dtype).view(shape)

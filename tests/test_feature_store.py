@@ -319,3 +319,19 @@ def test_a_table_that_does_not_fit_is_stored_only_by_force() -> None:
     assert not source.reuses and "more than is free" in source.reason
     forced = choose_features(EpisodeConfig(features="reuse"), 9.0, 2**60, CPU)
     assert forced.reuses and forced.table_device == CPU
+
+
+def test_free_memory_is_what_machine_and_container_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr(feature_store, "MEMINFO", meminfo)
+    monkeypatch.setattr(feature_store, "CGROUP", tmp_path)
+    assert feature_store.free_bytes(CPU) == float("inf")
+    meminfo.write_text("MemTotal:  9000 kB\nMemAvailable:  4000 kB\n")
+    assert feature_store.free_bytes(CPU) == 4000 * 1024
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert feature_store.free_bytes(CPU) == 4000 * 1024
+    (tmp_path / "memory.max").write_text("3000\n")
+    assert feature_store.free_bytes(CPU) == 2000
