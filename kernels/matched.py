@@ -45,8 +45,10 @@ def _holds_pairs(
 ):  # fmt: skip
     """Whether a tile crosses the edge, or holds a positive or a pair that is not seen."""
     own_ptr, exclude_ptr, ids, key_bias_ptr = relation
-    row = first_row + tl.minimum(row0 + tl.arange(0, BLOCK_N), n - 1)
-    col = first_col + tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1)
+    rows = row0 + tl.arange(0, BLOCK_N)
+    cols = col0 + tl.arange(0, BLOCK_M)
+    row = first_row + tl.minimum(rows, n - 1)
+    col = first_col + tl.minimum(cols, m - 1)
     column0 = first_col + col0
     place = tl.load(own_ptr + row) - column0
     inside = (place >= 0) & (place < BLOCK_M)
