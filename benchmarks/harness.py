@@ -151,8 +151,8 @@ class Bench:
         else:
             prepare()
             memory = peak_mib(run)
-            rounds = min(max(1e3 * seconds / first.times[0], 3), 30)
-            pedantic(rounds=int(rounds), warmup_rounds=1)
+            wanted = min(max(1e3 * seconds / first.times[0], 3), 30)
+            pedantic(rounds=int(wanted), warmup_rounds=1)
         rounds = len(self.benchmark.stats.stats.data)
         times = clock.times[-rounds:]
         median = float(np.median(times))

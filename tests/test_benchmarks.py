@@ -91,19 +91,22 @@ def test_a_card_is_asked_for_kernels_graphs_and_rows():
     assert re.search(r"INTERPRETER: paste\n.*Launch\(block_n=.*ms before, fastest of 1 rows", told)
 
 
-def _event(number, name, start, end, device):
+def _event(number, name, start, end, device, **options):
     times = {"start_us": start, "end_us": end}
     return profiler.FunctionEvent(
-        number, name, thread=1, **times, device_type=device, stack=[], use_device="cuda"
+        number, name, thread=1, **times, device_type=device, stack=[], use_device="cuda", **options
     )
 
 
 def test_the_time_of_a_kernel_counts_once():
-    """As the profiler has it: an op of the CPU with its kernel, and the kernel by itself."""
+    """As the profiler has it: an op of the CPU with its kernel, the kernel by itself, and a range
+    that the user named."""
     device = torch.autograd.DeviceType
     op = _event(1, "addmm", 0, 10, device.CPU)
     op.append_kernel("gemm_kernel", 0, 700)
-    found = profiler.EventList([op, _event(2, "gemm_kernel", 20, 720, device.CUDA)])
+    kernel = _event(2, "gemm_kernel", 20, 720, device.CUDA)
+    named = _event(3, "a step", 10, 730, device.CUDA, is_user_annotation=True)
+    found = profiler.EventList([op, kernel, named])
     found._build_tree()
     assert gpu.time_by_kernel(found.key_averages()) == [(0.7, 1, "gemm_kernel")]
     alone = profiler.EventList([_event(1, "addmm", 0, 10, device.CPU)])

@@ -189,11 +189,14 @@ def main() -> int:
     args = parser.parse_args()
     groups = [set(words.split()) for words in args.only] or [set()]
     chosen = [case for case in cases() if any(group <= set(str(case).split()) for group in groups)]
+    kernels: list[Cost] = []
+    if not args.json:
+        print("predicted bound from machine code, not measured:")
     with ProcessPoolExecutor() as pool:
-        kernels = [cost for of_case in pool.map(costs, chosen) for cost in of_case]
+        for of_case in pool.map(costs, chosen):
+            kernels += of_case
+            if not args.json:
+                print("\n".join(map(_lines, of_case)), flush=True)
     if args.json:
         print(json.dumps([asdict(cost) for cost in kernels]))
-    else:
-        print("predicted bound from machine code, not measured:")
-        print("\n".join(map(_lines, kernels)))
     return int(any(cost.problems for cost in kernels))
