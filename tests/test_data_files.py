@@ -246,8 +246,14 @@ def exported(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def test_exported_shards_read_back(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--train-data" in capsys.readouterr().out
+def test_an_export_says_how_to_train_on_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert data_command([*EXPORT, "--out", str(tmp_path / "out")]) == 0
+    assert f"--train-data '{tmp_path}/out/" in capsys.readouterr().out
+
+
+def test_exported_shards_read_back(exported: Path) -> None:
     sizes = json.loads((exported / "sizes.json").read_text())
     assert sizes == {"00000.tar": 10, "00001.tar": 10, "00002.tar": 5}
     shapes = open_dataset("builtin:shapes:25")

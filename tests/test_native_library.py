@@ -25,7 +25,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 @pytest.fixture
-def build(tmp_path, monkeypatch):
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> native.Build:
     """A small library to build in a cache of its own."""
     (tmp_path / "module.cpp").write_text(SOURCE)
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
@@ -34,20 +34,22 @@ def build(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def built(build):
+def built(build: native.Build) -> Path:
     assert _answer(build) == 42
     (library,) = native.cache_dir().rglob("*.so")
     return library
 
 
-def _answer(build):
+def _answer(build: native.Build) -> int:
     """What the library says, loaded as by a new process: torch builds a name once in each."""
     cpp_extension.JIT_EXTENSION_VERSIONER = ExtensionVersioner()
     return ctypes.CDLL(str(native.build(build))).answer()
 
 
 @needs_compiler
-def test_a_library_is_built_once_and_again_where_it_is_missing(build, built) -> None:
+def test_a_library_is_built_once_and_again_where_it_is_missing(
+    build: native.Build, built: Path
+) -> None:
     before = built.stat().st_mtime_ns
     assert _answer(build) == 42 and built.stat().st_mtime_ns == before
     copy = built.with_name("copy")
@@ -59,9 +61,9 @@ def test_a_library_is_built_once_and_again_where_it_is_missing(build, built) -> 
 
 @needs_compiler
 def test_a_build_that_was_killed_leaves_nothing_that_is_loaded(
-    build, monkeypatch: pytest.MonkeyPatch
+    build: native.Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(plan, folder):
+    def killed(plan: native.Build, folder: Path) -> None:
         (folder / f"{plan.name}.so").write_bytes(b"torn")
         raise KeyboardInterrupt
 
@@ -72,11 +74,11 @@ def test_a_build_that_was_killed_leaves_nothing_that_is_loaded(
     assert _answer(build) == 42
 
 
-def _cut_in_half(library):
+def _cut_in_half(library: Path) -> None:
     os.truncate(library, library.stat().st_size // 2)
 
 
-def _one_bit(library):
+def _one_bit(library: Path) -> None:
     content = bytearray(library.read_bytes())
     content[len(content) // 2] ^= 1
     library.write_bytes(content)
@@ -92,12 +94,19 @@ DAMAGE = {
 }
 
 
+def replace_by_a_copy(library: Path) -> None:
+    """This process has the library mapped: what it maps stays whole, or it dies of SIGBUS."""
+    copy = library.with_name("copy")
+    shutil.copy2(library, copy)
+    copy.replace(library)
+
+
 @needs_compiler
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_library_is_built_again_and_never_loaded(build, built, damage, capfd) -> None:
-    copy = built.with_name("copy")
-    shutil.copy2(built, copy)
-    copy.replace(built)  # this process has the library mapped: its own file stays whole
+def test_a_damaged_library_is_built_again_and_never_loaded(
+    build: native.Build, built: Path, damage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    replace_by_a_copy(built)
     DAMAGE[damage](built)
     capfd.readouterr()
     assert not native.is_whole(built)
@@ -109,11 +118,12 @@ def test_a_damaged_library_is_built_again_and_never_loaded(build, built, damage,
 
 @needs_compiler
 def test_a_cache_that_cannot_be_written_to_gives_no_damaged_library(
-    build, built, monkeypatch: pytest.MonkeyPatch
+    build: native.Build, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    replace_by_a_copy(built)
     os.truncate(built, 0)
 
-    def refused(path, *_, **__):
+    def refused(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(native.Path, "mkdir", refused)  # root may write anywhere
@@ -122,7 +132,7 @@ def test_a_cache_that_cannot_be_written_to_gives_no_damaged_library(
 
 
 @needs_compiler
-def test_the_one_who_waits_for_another_build_says_so(build, built) -> None:
+def test_the_one_who_waits_for_another_build_says_so(build: native.Build, built: Path) -> None:
     shutil.rmtree(built.parent)
     code = "import pickle; from protoclip.ops import native; native.build(pickle.loads("
     code += f"{pickle.dumps(build)!r}))"

@@ -120,27 +120,35 @@ def table_with_a_bad_picture(tmp_path: Path) -> Path:
     return table
 
 
-@pytest.mark.parametrize(
-    "length",
-    [["--epochs", "1"], ["--max-steps", "1", *CLIP]],
-    ids=["training meets it", "training does not meet it"],
-)
-def test_a_bad_picture_is_skipped_to_the_end(
+def flags_of_small_batches(table: Path, model: Path) -> list[str]:
+    return [
+        "--train-data", str(table), "--batch-size", "8", "--k", "3",
+        "--infonce-warmup-epoch", "0", "--model", str(model),
+    ]  # fmt: skip
+
+
+def test_a_bad_picture_that_training_meets_is_skipped_to_the_end(
     tmp_path: Path,
     nano: Path,
     table_with_a_bad_picture: Path,
     capsys: pytest.CaptureFixture[str],
-    length: list[str],
 ) -> None:
     """Plots and report too go without it."""
-    flags = ["--train-data", str(table_with_a_bad_picture), "--batch-size", "8", "--k", "3"]
-    flags += ["--infonce-warmup-epoch", "0", "--model", str(nano), *length]
-    folder = run(tmp_path, "run", flags)
+    flags = flags_of_small_batches(table_with_a_bad_picture, nano)
+    folder = run(tmp_path, "met", [*flags, "--epochs", "1"])
     assert (folder / "report.html").stat().st_size > 1000
     message = capsys.readouterr().err
     assert "skipped sample 1" in message
     assert "the picture does not decode (cannot identify" in message
     assert "BytesIO" not in message
+
+
+def test_a_bad_picture_that_training_does_not_meet_costs_no_report(
+    tmp_path: Path, nano: Path, table_with_a_bad_picture: Path
+) -> None:
+    flags = flags_of_small_batches(table_with_a_bad_picture, nano)
+    folder = run(tmp_path, "unmet", [*flags, "--max-steps", "1", *CLIP])
+    assert (folder / "report.html").stat().st_size > 1000
 
 
 def test_a_short_last_episode_has_as_many_prototypes_as_samples(
