@@ -17,15 +17,17 @@ from protoclip.data.types import (
     DataError,
     Labels,
     PairDataset,
+    Pictures,
     Subset,
     heldout_mask,
     heldout_pictures,
+    picture_numbers,
 )
 
 __all__ = [
-    "Batch", "DataError", "Draws", "EpochOrder", "Faults", "Labels", "PairDataset", "Subset",
-    "Transform", "batches", "build_transform", "heldout_pictures", "index_together", "is_sharded",
-    "open_dataset",
+    "Batch", "DataError", "Draws", "EpochOrder", "Faults", "Labels", "PairDataset", "Pictures",
+    "Subset", "Transform", "batches", "build_transform", "heldout_pictures", "index_together",
+    "is_sharded", "open_dataset", "picture_numbers",
 ]  # fmt: skip
 
 

@@ -12,16 +12,19 @@ from protoclip.config import TABLE, TrainConfig
 from protoclip.data import (
     DataError,
     PairDataset,
+    Pictures,
     Subset,
     heldout_pictures,
     index_together,
     open_dataset,
+    picture_numbers,
 )
 
 
 @dataclass(frozen=True)
 class RunData:
-    """The pairs that a run trains on, and those that --val-fraction keeps out of training."""
+    """The pairs that a run trains on, and the pictures that --val-fraction keeps out of training,
+    each with all of its captions."""
 
     training: PairDataset
     held_out: PairDataset | None = None
@@ -59,7 +62,7 @@ def _hold_out(dataset: Any, fraction: float, seed: int) -> tuple[PairDataset, Pa
             f"--val-fraction: expected data on a disk, got the url {dataset.name}, all of whose "
             "shards would be fetched before the first step; give one of the shards as --val-data"
         )
-    pictures = dataset.pictures() if hasattr(dataset, "pictures") else np.arange(len(dataset))
+    pictures = picture_numbers(dataset)
     mask = heldout_pictures(pictures, fraction, seed)
     if mask.sum() < 2 or mask.all():
         raise DataError(
@@ -68,7 +71,5 @@ def _hold_out(dataset: Any, fraction: float, seed: int) -> tuple[PairDataset, Pa
             "another share"
         )
     name = dataset.name
-    return (
-        Subset(dataset, np.flatnonzero(~mask), name),
-        Subset(dataset, np.flatnonzero(mask), f"{name}[held out]"),
-    )
+    held_out = Subset(dataset, np.flatnonzero(mask), f"{name}[held out]")
+    return Subset(dataset, np.flatnonzero(~mask), name), Pictures(held_out, pictures[mask])

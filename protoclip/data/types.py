@@ -133,6 +133,37 @@ class Subset:
         return self.dataset.captions(int(self.indices[i]))
 
 
+class Pictures:
+    """The pictures of some pairs, each once, with the captions of all of its pairs."""
+
+    labels: Mapping[str, Labels] = {}
+
+    def __init__(self, dataset: PairDataset, numbers: np.ndarray) -> None:
+        """``numbers``, int64 [N]: the same for pairs that share a picture."""
+        rows_of: dict[int, list[int]] = {}
+        for row, number in enumerate(numbers.tolist()):
+            rows_of.setdefault(number, []).append(row)
+        self.dataset, self.rows = dataset, list(rows_of.values())
+        self.name = dataset.name
+        self.keys: Sequence[str] = StringTable(dataset.keys[rows[0]] for rows in self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, i: int) -> Image.Image:
+        return self.dataset.image(self.rows[i][0])
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        return tuple(text for row in self.rows[i] for text in self.dataset.captions(row))
+
+
+def picture_numbers(dataset: Any) -> np.ndarray:
+    """A number for each pair, int64 [N], the same for pairs that are known to share a picture."""
+    if isinstance(dataset, Subset):
+        return picture_numbers(dataset.dataset)[dataset.indices]
+    return dataset.pictures() if hasattr(dataset, "pictures") else np.arange(len(dataset))
+
+
 def heldout_pictures(pictures: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Hold out a share of the pictures, with all of their rows: bool [N].
 

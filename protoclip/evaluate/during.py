@@ -11,12 +11,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from protoclip.config import TrainConfig
-from protoclip.data import DataError, Draws, PairDataset, Subset, batches, open_dataset
+from protoclip.data import (
+    DataError,
+    Draws,
+    PairDataset,
+    Subset,
+    batches,
+    open_dataset,
+    picture_numbers,
+)
 from protoclip.data.files import plural
 from protoclip.data.loader import Faults
 from protoclip.data.settings import RunData, open_arguments
@@ -141,10 +150,13 @@ def own_layout(run_data: RunData, workers: int) -> Layout | None:
         readable = only_readable(run_data.held_out, workers)
         return held_out_layout(readable) if len(readable) > 1 else None
     training: Any = run_data.training
-    count = min(TRAINED, len(training))
-    rows = torch.arange(count)
+    # A picture with several captions is asked for once, so that no caption has two right answers.
+    rows = torch.from_numpy(np.sort(np.unique(picture_numbers(training), return_index=True)[1]))
+    count = min(TRAINED, len(rows))
+    chosen = torch.arange(count)
     if not getattr(training, "remote", False):  # the first rows need the fewest shards
-        rows = torch.linspace(0, len(training) - 1, count).round().long()
+        chosen = torch.linspace(0, len(rows) - 1, count).round().long()
+    rows = rows[chosen]
     sample = only_readable(Subset(training, rows, training.name), workers)
     if len(sample) < 2:
         return None
