@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -241,6 +241,18 @@ def test_one_graph_serves_all_batch_sizes(name: str, dynamic: bool | None, graph
     assert counter.graphs == graphs
 
 
+class Positional(nn.Module):
+    """A call by keyword as torch.export knows dynamic shapes for: by position."""
+
+    def __init__(self, call: Callable[..., Tensor], names: Iterable[str]) -> None:
+        super().__init__()
+        self.call = call
+        self.names = list(names)
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.call(**dict(zip(self.names, tensors, strict=True)))
+
+
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("name", MODULES)
 def test_an_exported_program_takes_any_batch(name: str, strict: bool) -> None:
@@ -250,15 +262,18 @@ def test_an_exported_program_takes_any_batch(name: str, strict: bool) -> None:
     batch = torch.export.Dim("batch", min=2)
     dim_of_size = {first_size: batch, 2 * first_size: 2 * batch}
     example = module.tensors_of(first_size)
-    shapes = {
-        argument: {0: dim_of_size[tensor.shape[0]]} if tensor.ndim and len(tensor) != K else {}
-        for argument, tensor in example.items()
-    }
+    shapes = tuple(
+        {0: dim_of_size[tensor.shape[0]]} if tensor.ndim and len(tensor) != K else {}
+        for tensor in example.values()
+    )
     program = torch.export.export(
-        module, (), example, dynamic_shapes={"tensors": shapes}, strict=strict
+        Positional(module.call, example),
+        tuple(example.values()),
+        dynamic_shapes={"tensors": shapes},
+        strict=strict,
     )
     others = module.tensors_of(other_size)
-    assert torch.equal(program.module()(**others), module(**others))
+    assert torch.equal(program.module()(*others.values()), module(**others))
 
 
 @pytest.mark.parametrize("backend", usable("segment_mean"))
