@@ -81,7 +81,7 @@ def test_no_public_name_hides_a_module():
     "name", ["ClipLoss", "SigLipLoss", "ProtoClipLoss", "ProtoLoss", "Losses", "global_info_nce"]
 )
 def test_a_pickle_finds_the_losses_where_they_were(name):
-    """They were in one file, protoclip/losses.py, which pickles of whole modules name."""
+    """They were in one module, protoclip.losses, which pickles of whole modules name."""
     assert pickle.loads(f"cprotoclip.losses\n{name}\n.".encode()) is getattr(losses, name)
 
 

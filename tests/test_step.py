@@ -93,7 +93,7 @@ def test_vectors_scalars_and_heads_do_not_decay() -> None:
 def test_gradients_are_clipped_and_scales_clamped() -> None:
     model = build_model(ModelConfig())
 
-    def steep_loss(**_: Any) -> Losses:
+    def steep_loss(*_: Any, **options: Any) -> Losses:
         total = 1e3 * model.clip.text_projection.sum() - 1e6 * model.logit_scale_proto
         return Losses(total, {}, {})
 
