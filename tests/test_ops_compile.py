@@ -47,9 +47,11 @@ class Module(nn.Module):
         super().__init__()
         self.call = call
         self.tensors_of = tensors_of
+        self.names = list(tensors_of(SIZES[0]))
 
-    def forward(self, **tensors: Tensor) -> Tensor:
-        return self.call(**tensors)
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """By position, as torch.export takes several."""
+        return self.call(**dict(zip(self.names, tensors, strict=True)))
 
 
 def pairs(n: int, **more: Tensor) -> Tensors:
@@ -250,15 +252,15 @@ def test_an_exported_program_takes_any_batch(name: str, strict: bool) -> None:
     batch = torch.export.Dim("batch", min=2)
     dim_of_size = {first_size: batch, 2 * first_size: 2 * batch}
     example = module.tensors_of(first_size)
-    shapes = {
-        argument: {0: dim_of_size[tensor.shape[0]]} if tensor.ndim and len(tensor) != K else {}
-        for argument, tensor in example.items()
-    }
+    shapes = tuple(
+        {0: dim_of_size[tensor.shape[0]]} if tensor.ndim and len(tensor) != K else {}
+        for tensor in example.values()
+    )
     program = torch.export.export(
-        module, (), example, dynamic_shapes={"tensors": shapes}, strict=strict
+        module, tuple(example.values()), dynamic_shapes={"tensors": shapes}, strict=strict
     )
     others = module.tensors_of(other_size)
-    assert torch.equal(program.module()(**others), module(**others))
+    assert torch.equal(program.module()(*others.values()), module.call(**others))
 
 
 @pytest.mark.parametrize("backend", usable("segment_mean"))
