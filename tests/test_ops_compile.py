@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -47,9 +47,11 @@ class Module(nn.Module):
         super().__init__()
         self.call = call
         self.tensors_of = tensors_of
+        self.names = list(tensors_of(SIZES[0]))
 
-    def forward(self, **tensors: Tensor) -> Tensor:
-        return self.call(**tensors)
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """By position, as torch.export takes several."""
+        return self.call(**dict(zip(self.names, tensors, strict=True)))
 
 
 def pairs(n: int, **more: Tensor) -> Tensors:
@@ -241,18 +243,6 @@ def test_one_graph_serves_all_batch_sizes(name: str, dynamic: bool | None, graph
     assert counter.graphs == graphs
 
 
-class Positional(nn.Module):
-    """A call by keyword as torch.export knows dynamic shapes for: by position."""
-
-    def __init__(self, call: Callable[..., Tensor], names: Iterable[str]) -> None:
-        super().__init__()
-        self.call = call
-        self.names = list(names)
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        return self.call(**dict(zip(self.names, tensors, strict=True)))
-
-
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("name", MODULES)
 def test_an_exported_program_takes_any_batch(name: str, strict: bool) -> None:
@@ -267,13 +257,10 @@ def test_an_exported_program_takes_any_batch(name: str, strict: bool) -> None:
         for tensor in example.values()
     )
     program = torch.export.export(
-        Positional(module.call, example),
-        tuple(example.values()),
-        dynamic_shapes={"tensors": shapes},
-        strict=strict,
+        module, tuple(example.values()), dynamic_shapes={"tensors": shapes}, strict=strict
     )
     others = module.tensors_of(other_size)
-    assert torch.equal(program.module()(*others.values()), module(**others))
+    assert torch.equal(program.module()(*others.values()), module.call(**others))
 
 
 @pytest.mark.parametrize("backend", usable("segment_mean"))
