@@ -59,7 +59,7 @@ def info_nce(
         backend: "auto", or one of ``protoclip.backends("info_nce")`` (with ids, of
             ``protoclip.backends("contrastive")``); a named one never falls back.
         stash: False: keep no logits for the backward pass. Otherwise "cpu" keeps them within 64 MiB
-            (up to N = 4,096): 3 matrix products in all instead of 4, and the same bits.
+            (up to N = 4,096) where that is faster: 3 matrix products instead of 4, the same bits.
     Returns:
         float32 (float64 for float64 input), nats: [] or, for "none", [N], half the sum of the two
         directions. N = 0 gives 0.
