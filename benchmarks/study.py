@@ -10,8 +10,8 @@ epochs in batches of 256 with one thread; episodes of N = 15,000 samples, K = N 
 Tuning: every row on the same four learning rates and epochs (``GRID``), one seed, MLP tower, on
 twelve other sets and 70 other concepts, with the test families and concepts out as well. The
 highest mean of the primary metrics counts, for both towers.
-Towers, in fp32: ``cnn``, the default model of ``protoclip train``; ``mlp``, two layers over fixed features
-(HOG and 12 x 12 pixels), for many seeds. Both have tokens renumbered to those that occur.
+Towers, in fp32: ``cnn``, the default model of ``protoclip train``; ``mlp``, two layers over fixed
+features (HOG and 12 x 12 pixels), for many seeds. Both have tokens renumbered to those that occur.
 Rows: ``ROWS``. All have the same flags but for what the row says.
 Primary metrics, all on sets never trained on, over seen concepts: zero-shot accuracy, linear probe,
 AMI of k-means. Secondary: nearest neighbours, R@5 (pictures to words), nearest neighbours and AMI
