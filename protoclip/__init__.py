@@ -1,4 +1,4 @@
-"""Contrastive losses that never store their logits, exact k-means, and a ProtoCLIP trainer.
+"""Contrastive losses in memory that grows with N, exact k-means, and a ProtoCLIP trainer.
 
 In your own loop, on a CPU or a GPU::
 

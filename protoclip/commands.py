@@ -26,7 +26,8 @@ def train_parser() -> Parser:
     return build_parser(
         "protoclip train",
         "Train ProtoCLIP (or CLIP) on image-text pairs. Without flags: ProtoCLIP on the built-in "
-        "icons, a few minutes on two CPU cores.",
+        "icons, a few minutes on two CPU cores. The defaults suit icons: for photographs give "
+        "--model and --epochs.",
         EVERYDAY.split(),
         "protoclip train --train-data pairs.csv --csv-img-key file --csv-caption-key text\n"
         "         protoclip train --train-data 'shards/{00000..00099}.tar' --model ViT-B-32",

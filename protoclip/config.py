@@ -147,7 +147,7 @@ class DataConfig:
     )
     max_bad_fraction: float = option(0.05, "largest share of unusable samples", high=1)
     csv_separator: str = option(
-        "\t", "separator of a .csv/.tsv file; default: tab, or a comma if there is no tab"
+        "\t", "separator of a .csv/.tsv file; default: tab, or , ; | where there is no tab"
     )
     csv_img_key: str = option("filepath", "column of the image path in a .csv/.tsv file")
     csv_caption_key: str = option("title", "column of the caption in it")

@@ -1,7 +1,7 @@
 """sentence-transformers' in-batch losses, fused, without duplicates among the negatives.
 
 The subclasses take the same arguments and work in its trainer
-(``pip install 'protoclip[sentence-transformers]'``). Equal texts of a batch are not negatives of
+(``pip install -e '.[sentence-transformers]'``). Equal texts of a batch are not negatives of
 each other, and no similarity matrix is stored. Without duplicates the losses equal the originals.
 """
 
