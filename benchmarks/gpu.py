@@ -213,7 +213,8 @@ def _swept() -> list[Swept]:
         )
         return [swept]
     arch = launch.architecture(torch.device(DEVICE))
-    launch.HALF_DEEP.setdefault("forward", {}).setdefault(arch, launch.HALF["forward"][arch])
+    for kernel in ("forward", "gradient"):  # a deep row is timed where the table has none too
+        launch.HALF_DEEP.setdefault(kernel, {}).setdefault(arch, launch.HALF[kernel][arch])
     n = 16_384
     rows = [
         Swept(
@@ -284,7 +285,10 @@ def _candidates(row: launch.Launch) -> Iterator[launch.Launch]:
     for block_n, block_m in ((n, m), (2 * n, m), (n // 2, m), (n, 2 * m), (n, m // 2)):
         for warps in (4, 8):
             for stages in (row.stages, row.stages + 1):
-                yield replace(row, block_n=block_n, block_m=block_m, warps=warps, stages=stages)
+                near = replace(row, block_n=block_n, block_m=block_m, warps=warps, stages=stages)
+                if block_n * block_m > n * m:  # two CTAs of a larger tile do not fit
+                    near = replace(near, ctas_per_sm=1, max_registers=None)
+                yield near
 
 
 def compiled(swept: Swept, arch: int, row: launch.Launch) -> list[str]:

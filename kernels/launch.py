@@ -78,7 +78,7 @@ HALF: dict[str, dict[int, Launch]] = {
     },
 }
 # From D = DEEP on the products hide the rest of a tile on one CTA too, and a larger tile reads L2
-# less: 85 flop a byte, not 64, of which 8 TB/s feed 56 % of an H100. Not on sm_100: its products
+# less: 85 FLOPs per byte, not 64, of which 8 TB/s feed 56 % of an H100. Not on sm_100: its products
 # accumulate in tensor memory, which the model does not know, and no public figure to calibrate it
 # on was found; the sweep times the row there.
 DEEP = 512

@@ -87,7 +87,7 @@ def cluster_parser() -> Parser:
     add_flag(folders, "--copy-to", "", "the same with copies, for disks that have no links")
     words = "scale the rows of a features file to length 1, as is done for pictures"
     parser.add_argument("--normalize", action="store_true", help=words)
-    add_flag(parser, "--precision", "auto", "precision of encoding", choices=PRECISIONS)
+    add_flag(parser, "--precision", "fp32", "precision of encoding", choices=PRECISIONS)
     add_options(parser, DataConfig(), only=TABLE)
     return parser
 

@@ -276,9 +276,9 @@ class _Strip(torch.autograd.Function):
     def backward(ctx: Any, row_grad: Tensor, column_grad: Tensor) -> tuple[Tensor | None, ...]:
         x, all_y, logit_scale, row_max, row_sum, column_max, column_sum = ctx.saved_tensors
         gradients = strip_gradients(
-            x,
-            all_y,
-            logit_scale,
+            x=x,
+            y=all_y,
+            logit_scale=logit_scale,
             row_max=row_max,
             row_sum=row_sum,
             column_max=column_max,
@@ -370,10 +370,10 @@ class _Ring(torch.autograd.Function):
                 start = (rank() + hop) % world_size() * len(y)
                 key_ids = key_ids[:, start : start + len(y)]
             strip = sigmoid_strip(
-                x,
-                texts,
-                logit_scale,
-                logit_bias,
+                x=x,
+                y=texts,
+                logit_scale=logit_scale,
+                logit_bias=logit_bias,
                 # The first chunk holds this rank's texts; the others hold negatives only.
                 offset=0 if hop == 0 else len(y),
                 gradients=gradients,

@@ -104,7 +104,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
         if (path / "results.json").exists():
             print(f"{path} is complete: {resume.step} steps and its results", file=sys.stderr)
             return 0
-    precision = choose_precision(config.run.precision, device)
+    precision = distributed.from_main(lambda: choose_precision(config.run.precision, device))
     setup = Setup(config, plan, dataset, order, device, precision)
     if uses_prototypes(config):
         prototypes.check_clusters(config.episode, setup.episode_samples)
@@ -565,6 +565,7 @@ class Trainer:
                 "training": {
                     "batch_size": self.plan.batch_size,
                     "passes": self._split,
+                    "precision": self.setup.precision,
                     "scaler": self.stepper.scaler.state_dict(),
                     "episode": None if self.episode is None else self.episode.state_dict(),
                     "watch": self.watch.state_dict(),
@@ -606,18 +607,26 @@ class Trainer:
             unlogged = first < self.step and first // every == self.step // every
             if self.episode is not None and unlogged:
                 self._episode_metrics = self.episode.metrics  # no line has held them yet
-            same = training["passes"] == self._split
+            same_split = training["passes"] == self._split
+            precision = training["precision"]
         except (RuntimeError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 "--resume: the checkpoint does not hold the state of this run "
                 f"({type(error).__name__}: {str(error)[:300]}); use an older checkpoint"
             ) from error
-        if same or not depends_on_passes(self.model):
-            return []
-        return [
-            "note: the number of ranks or passes has changed; this model has dropout or batch norm "
-            "by rank or pass, so the losses differ from those of an uninterrupted run"
-        ]
+        notes = []
+        if not same_split and depends_on_passes(self.model):
+            notes.append(
+                "note: the number of ranks or passes has changed; this model has dropout or batch "
+                "norm by rank or pass, so the losses differ from those of an uninterrupted run"
+            )
+        if precision != self.setup.precision:
+            notes.append(
+                f"note: until now the run computed in {precision}, and --precision auto means "
+                f"{self.setup.precision} here, so the losses differ from those of an uninterrupted "
+                f"run; --precision {precision} goes on as before"
+            )
+        return notes
 
 
 def announce(trainer: Trainer, remark: str) -> None:

@@ -137,6 +137,19 @@ def test_a_sweep_without_a_candidate_says_so(capsys):
     assert "dx: wrong" in told.err
 
 
+@pytest.mark.parametrize("kernel", ["forward", "gradient", "sigmoid"])
+def test_a_larger_tile_of_the_sweep_asks_for_one_cta_an_sm(monkeypatch, kernel):
+    """Two would not fit, and the candidate would be dropped before it is timed."""
+    from protoclip.kernels import launch
+
+    monkeypatch.setattr(gpu, "REHEARSAL", False)
+    row = launch.HALF[kernel][90]
+    size = row.block_n * row.block_m
+    larger = [near for near in gpu._candidates(row) if near.block_n * near.block_m > size]
+    assert larger
+    assert all(near.ctas_per_sm == 1 and near.max_registers is None for near in larger)
+
+
 def test_candidates_that_spill_are_not_timed():
     """In a process without the interpreter, as the sweep's pool has them."""
     swept = gpu.Swept(

@@ -158,6 +158,20 @@ def test_a_stop_at_an_episodes_last_step_has_stored_the_episode(
     )
 
 
+def test_a_resumed_run_says_if_auto_means_another_precision_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*tiny_run(tmp_path, "run", "--precision", "auto"), "--logs", str(tmp_path)]
+    monkeypatch.setattr("protoclip.model.processor_multiplies_bf16", lambda: False)
+    assert main([*flags, "--max-steps", "3"]) == 0
+    monkeypatch.setattr("protoclip.model.processor_multiplies_bf16", lambda: True)
+    capsys.readouterr()
+    assert main([*flags, "--max-steps", "5", "--resume", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr()
+    note = "until now the run computed in fp32, and --precision auto means amp_bf16 here"
+    assert note in said.out + said.err
+
+
 def test_a_run_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
     """Within an episode, whose labels are of features that other ranks have computed: 64 pairs are
     three steps a pass, an episode as well."""

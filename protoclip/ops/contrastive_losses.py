@@ -58,8 +58,9 @@ def info_nce(
             one weighted value per pair.
         backend: "auto", or one of ``protoclip.backends("info_nce")`` (with ids, of
             ``protoclip.backends("contrastive")``); a named one never falls back.
-        stash: False: keep no logits for the backward pass. Otherwise "cpu" keeps them within 64 MiB
-            (up to N = 4,096) where that is faster: 3 matrix products instead of 4, the same bits.
+        stash: False: keep no logits for the backward pass. True or None: "cpu" keeps them, up to
+            64 MiB (N = 4,096), where this processor gains by it (``ops/rates.py``): 3 matrix
+            products instead of 4, and the same bits.
     Returns:
         float32 (float64 for float64 input), nats: [] or, for "none", [N], half the sum of the two
         directions. N = 0 gives 0.
@@ -100,9 +101,9 @@ def info_nce(
     else:
         reduces = weights is None and not label_smoothing  # then the op reduces the losses itself
         strip = strip_loss(
-            x,
-            y,
-            logit_scale,
+            x=x,
+            y=y,
+            logit_scale=logit_scale,
             offset=0,
             columns=True,
             reduction=reduction if reduces else "none",
@@ -304,9 +305,9 @@ def one_way(
         # Without any of these the op reduces the losses itself.
         reduces = weights is None and average is None and not label_smoothing
         strip = strip_loss(
-            x,
-            y,
-            logit_scale,
+            x=x,
+            y=y,
+            logit_scale=logit_scale,
             offset=matching.first,
             columns=False,
             reduction=reduction if reduces else "none",
@@ -510,10 +511,10 @@ def sigmoid_loss(
         with without_autocast(x.device.type):
             return reference.sigmoid_loss(x, y, logit_scale, logit_bias, matched_pairs)
     result = sigmoid_strip(
-        x,
-        y,
-        logit_scale,
-        logit_bias,
+        x=x,
+        y=y,
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
         offset=offset,
         gradients=wants_gradient(x, y, logit_scale, logit_bias),
         backend=name,

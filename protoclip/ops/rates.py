@@ -2,7 +2,8 @@
 
 Keeping them saves one product of the backward pass and costs writing and reading 4 bytes a logit.
 Which is less depends on the processor: with AMX a product of bf16 rows is short. So both are
-measured, once per process, dtype and width, in some milliseconds. The bits are the same either way.
+measured, once per process, dtype and width, in about a tenth of a second at most. The bits are the
+same either way.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 ROWS, COLUMNS = 512, 2048  # of the products that are timed
+WIDEST = 512  # their width; beyond it a product's time grows with the width
 REPEATS = 5
 COPIED_BYTES = 32 << 20  # more than most caches
 ALWAYS_KEPT_BYTES = 8 << 20  # a stash that stays in the caches costs little
@@ -44,19 +46,21 @@ def keeping_pays(forward: Forward, x: Tensor, stash: Tensor) -> bool:
 
 def seconds_of_a_product(forward: Forward, dtype: torch.dtype, width: int) -> float:
     """Seconds for the product of a logit: what ``width`` more columns add to the forward pass."""
+    timed_width = min(width, WIDEST)
 
     def seconds(columns: int) -> float:
-        x = torch.ones(ROWS, columns, dtype=dtype)
-        y = torch.ones(COLUMNS, columns, dtype=dtype)
-        logit_scale = torch.ones(())
+        x = torch.ones(ROWS, columns, dtype=dtype, device="cpu")
+        y = torch.ones(COLUMNS, columns, dtype=dtype, device="cpu")
+        logit_scale = torch.ones((), dtype=torch.float32, device="cpu")
         return _fastest(lambda: forward(x=x, y=y, logit_scale=logit_scale, offset=0, columns=False))
 
-    return max(seconds(2 * width) - seconds(width), 0.0) / (ROWS * COLUMNS)
+    added = max(seconds(2 * timed_width) - seconds(timed_width), 0.0)
+    return added * width / timed_width / (ROWS * COLUMNS)
 
 
 def seconds_of_traffic() -> float:
     """Seconds for writing and reading a logit of fp32, by the rate of a copy."""
-    source = torch.zeros(COPIED_BYTES // 4)
+    source = torch.zeros(COPIED_BYTES // 4, dtype=torch.float32, device="cpu")
     target = torch.zeros_like(source)
     return _fastest(lambda: target.copy_(source)) / source.numel()
 
