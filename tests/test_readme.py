@@ -107,6 +107,11 @@ def test_readme_and_the_index_lead_to_every_page():
     assert [name for name in others if not any(f"]({name})" in row for row in rows)] == []
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_has_no_placeholders(page):
+    assert "@@" not in PAGES[page]
+
+
 @pytest.mark.parametrize("page", sorted({*PAGES} - {"README.md", "CONTRIBUTING.md"}))
 def test_a_page_says_first_who_needs_it_and_headings_stand_alone(page):
     lines = PAGES[page].splitlines()
