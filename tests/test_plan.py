@@ -83,7 +83,8 @@ def run_of(*flags: object) -> Any:
 @pytest.mark.parametrize(("ranks", "batch"), [(1, 64), (2, 32)])
 def test_memory_is_within_15_percent(ranks: int, batch: int) -> None:
     run = run_of(
-        "--device", "cpu", "--batch-size", batch, "--ranks", ranks, "--samples", SAMPLES,
+        "--device", "cpu", "--precision", "fp32",
+        "--batch-size", batch, "--ranks", ranks, "--samples", SAMPLES,
         "--k", CLUSTERS, "--external-teacher", "f.npy", "--external-teacher-dim", TEACHER_DIM,
     )  # fmt: skip
     parts = memory(measure_shape(run), run)
