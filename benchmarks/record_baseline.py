@@ -39,8 +39,8 @@ def mean_of(sets: Sequence[SetResults]) -> SetResults:
     return dataclasses.replace(sets[0], metrics=metrics, intervals=intervals)
 
 
-def record(runs: Sequence[Run], folder: Path) -> Outcome:
-    """Write config.json and results.json of the runs' mean.
+def record(runs: Sequence[Run], folder: Path, commit: str) -> Outcome:
+    """Write config.json and results.json of the mean of runs of a commit.
 
     Raises:
         ValueError: the runs are not of plain CLIP, of one setting, of one seed each.
@@ -54,14 +54,16 @@ def record(runs: Sequence[Run], folder: Path) -> Outcome:
         raise ValueError(f"expected two runs or more, one a seed, got seeds {seeds}")
     outcome = runs[0].outcome
     sets = {name: mean_of([run.outcome.trained[name] for run in runs]) for name in outcome.trained}
-    outcome = dataclasses.replace(outcome, trained=sets, seeds=len(runs))
+    # A mean has no checkpoint.
+    outcome = dataclasses.replace(
+        outcome, trained=sets, seeds=len(runs), pretrained="", untrained=None
+    )
     date = time.strftime("%Y-%m-%d")
-    commit = machine.describe()["commit"]
     words = f"plain CLIP, {len(runs)} seeds, {date}, {machine.name()}, commit {commit}"
     config = first | {"run": {"name": words, "seeds": seeds}}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    write_results(folder / "results.json", dataclasses.replace(outcome, untrained=None))
+    write_results(folder / "results.json", outcome)
     return outcome
 
 
@@ -69,9 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.record_baseline", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of --method clip")
     parser.add_argument("--out", type=Path, default=RECORDED, help="default: %(default)s")
+    words = "that made the runs; default: this tree's (%(default)s)"
+    parser.add_argument("--commit", default=machine.describe()["commit"], help=words)
     args = parser.parse_args(argv)
     try:
-        record([read_run(path) for path in args.runs], args.out)
+        record([read_run(path) for path in args.runs], args.out, args.commit)
     except ValueError as error:
         parser.error(str(error))
     print(f"{args.out}: {len(args.runs)} seeds")

@@ -147,7 +147,9 @@ ASSIGN_OPEN = {
     for arch in ARCHITECTURES
 }
 ASSIGN_OPEN_WIDE = replace(_OPEN, block_m=32)
-ASSIGN_EXACT = Launch(*((128, 256) if INTERPRETED else (32, 64)), 8, warps=8, stages=1)
+ASSIGN_EXACT = Launch(32, 64, 8, warps=8, stages=1)
+if INTERPRETED:  # there a program costs more than its products
+    ASSIGN_EXACT = replace(ASSIGN_EXACT, block_n=128, block_m=256)
 SEGMENT_MEAN = Launch(32, 0, 128, warps=4, stages=1)
 
 # Small kernels that join what tiles left. Statistics: pairs that a program merges at a time, and

@@ -67,3 +67,9 @@ def test_bits_are_the_same_with_either_decision(monkeypatch, no_decisions, dtype
 
     for kept, formed_again in zip(gradients(True), gradients(False), strict=True):
         assert torch.equal(kept, formed_again)
+
+
+@needs_cpu
+def test_rows_without_columns_are_measured_too(no_decisions):
+    forward = STRIP["cpu"].implementation.statistics
+    assert rates.seconds_of_a_product(forward, torch.float32, 0) == 0

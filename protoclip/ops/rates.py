@@ -46,7 +46,7 @@ def keeping_pays(forward: Forward, x: Tensor, stash: Tensor) -> bool:
 
 def seconds_of_a_product(forward: Forward, dtype: torch.dtype, width: int) -> float:
     """Seconds for the product of a logit: what ``width`` more columns add to the forward pass."""
-    timed_width = min(width, WIDEST)
+    timed_width = min(max(width, 1), WIDEST)
 
     def seconds(columns: int) -> float:
         x = torch.ones(ROWS, columns, dtype=dtype, device="cpu")
