@@ -1,14 +1,17 @@
 """The page about runs: what it says, shows and weighs; in a browser, where there is one."""
 
 import base64
+import csv
 import html
 import io
 import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 
 import pytest
+import torch
 from PIL import Image
 from ranks import metrics
 from report_run import make_run
@@ -20,7 +23,7 @@ from protoclip.evaluate.results import Outcome, SetResults
 from protoclip.report import page as reading
 from protoclip.report.__main__ import main
 from protoclip.report.page import write_report
-from protoclip.report.snapshot import load_snapshot
+from protoclip.report.snapshot import load_snapshot, words_of_clusters
 from protoclip.train import main as train
 
 SECTIONS = (
@@ -227,6 +230,33 @@ def test_recorded_seeds_are_a_baseline_of_any_seed(tmp_path, monkeypatch):
 # The parts of a snapshot
 
 
+class Captioned:
+    """Samples of which only captions are known."""
+
+    def __init__(self, *captions):
+        self.words = captions
+
+    def __len__(self):
+        return len(self.words)
+
+    def captions(self, i):
+        return (self.words[i],)
+
+
+def test_words_of_a_cluster_are_common_in_it():
+    """A word of one caption of several, such as a name that says nothing, sets nothing apart."""
+    captions = ["red dog runs", "a dog", "dog dog sleeps", "notdef", "a cat", "cat cat", "otter"]
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    words = words_of_clusters(
+        Captioned(*captions, "crutch", "excel"), torch.cat((labels, labels.new_full((2,), 3)))
+    )
+    assert words == {0: "dog", 1: "cat", 2: "otter"}
+    many = ["sign"] * 18 + ["sign lira"] * 2 + ["lira"]  # lira: in 3 of 21, then in 2
+    assert words_of_clusters(Captioned(*many), torch.zeros(21).long()) == {0: "sign, lira"}
+    rare = [*many[:18], "sign", *many[19:]]
+    assert words_of_clusters(Captioned(*rare), torch.zeros(21).long()) == {0: "sign"}
+
+
 def test_a_model_that_diverged_still_has_a_page(tmp_path):
     path = make_run(tmp_path / "run", noise=float("nan"))
     assert "<canvas" in write_report([path]).read_text()
@@ -235,7 +265,8 @@ def test_a_model_that_diverged_still_has_a_page(tmp_path):
 # Whole runs
 
 
-def test_a_run_ends_with_its_report_and_its_path(tmp_path, capsys):
+def test_a_run_ends_with_its_report_and_its_path(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("protoclip.report.capture.PICTURED", 40)  # as in a larger data set
     flags = ["--logs", str(tmp_path), "--name", "run", "--max-steps", "4"]
     flags += ["--val-frequency", "0.4"]
     assert train([*TINY, *flags]) == 0
@@ -249,6 +280,10 @@ def test_a_run_ends_with_its_report_and_its_path(tmp_path, capsys):
     assert seen == [2, 4]
     snapshot = load_snapshot(tmp_path / "run")
     assert {"image", "text"} <= {block["name"] for block in snapshot.clusters}
+    rows = list(csv.DictReader((tmp_path / "run" / "clusters.csv").read_text().splitlines()))
+    for block in snapshot.clusters:  # a card's number counts all of the data, pictured or not
+        sizes = Counter(row[block["name"]] for row in rows if row[block["name"]])
+        assert len(rows) > 60 and {str(c["cluster"]): c["samples"] for c in block["cards"]} == sizes
     assert snapshot.facts["memory_bytes"]["forward"] > 2**20
 
 

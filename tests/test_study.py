@@ -128,6 +128,12 @@ def test_the_report_says_what_the_runs_say(tmp_path):
     assert "a sample costs ProtoCLIP 1.25 times CLIP's" in text
     assert "| HOG | 0.125 |" in text and "seeds missing: ProtoCLIP (mlp) 2." in text
     assert "| CLIP | **0.250** |" in text
+    first, _, rest = text.partition("<details>")  # the answer stands outside, all tables inside
+    assert "1. **At equal CPU time**" in first and "| CLIP |" not in first
+    assert "Finished are 9 of the 11 runs that are compared, and 1 of tuning." in first
+    assert rest.count("<details>") + 1 == rest.count("</details>") == rest.count("<summary>")
+    nothing = study_report.section(runs[:1], wanted, study.FLOORS, {})
+    assert nothing.startswith(study_report.NO_ANSWER)
 
 
 def test_holm_by_hand():

@@ -41,6 +41,7 @@ CARDS, IMAGES, CAPTIONS = 20_000, 8, 5  # clusters per source, and nearest sampl
 PICTURES = 4000  # pictures on the cards of a source, which keeps the page small enough to mail
 SHEET = 16  # clusters on the contact sheet
 WORDS, VOCABULARY = 5, 20_000  # words per cluster, and in all captions
+COMMON = 0.1  # of a cluster's captions have each of its words; rarer ones do not describe it
 ASKED, SHOWN = 400, 4  # queries that are evaluated, and shown of each kind
 CELLS, WORST = 14, 12  # classes of a full confusion table; else its largest entries
 LANDMARKS = 300
@@ -61,6 +62,8 @@ class Samples:
     encoded: Encoded  # u, [N, D] each, for the map
     projected: Encoded  # h, [N, Dh] each, the space of the prototypes
     clusters: Mapping[str, Tensor]  # source -> int64 [N], negative: no prototype
+    # source -> int64 [K], the clusters' sizes, where the N samples are a part of the data
+    sizes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -176,9 +179,10 @@ def gallery(samples: Samples, thumbs: Thumbnails) -> list[dict[str, Any]]:
     for name in sorted(samples.clusters, key=lambda name: (name in SOURCES, name)):
         labels = samples.clusters[name].cpu()
         if bool((labels >= 0).any()):
-            near = {kind: nearness(own, labels) for kind, own in rows.items()}
+            near = {kind: nearness(features, labels) for kind, features in rows.items()}
             about = {"name": name, "of": SOURCES.get(name, "the external teacher's features")}
-            blocks.append(about | cluster_block(samples.dataset, labels, near, thumbs))
+            sizes = samples.sizes.get(name)
+            blocks.append(about | cluster_block(samples.dataset, labels, near, thumbs, sizes))
     return blocks
 
 
@@ -190,7 +194,11 @@ def nearness(features: Tensor, labels: Tensor) -> Tensor:
 
 
 def cluster_block(
-    dataset: PairDataset, labels: Tensor, near: Mapping[str, Tensor], thumbs: Thumbnails
+    dataset: PairDataset,
+    labels: Tensor,
+    near: Mapping[str, Tensor],
+    thumbs: Thumbnails,
+    sizes: Tensor | None = None,
 ) -> dict[str, Any]:
     """Numbers of a clustering, and a card for each cluster, from the largest to the smallest.
 
@@ -199,10 +207,13 @@ def cluster_block(
         labels: int64 [N], negative: in no cluster.
         near: what to show ("images", "captions", "names") -> [N], larger is nearer.
         thumbs: collects the pictures.
+        sizes: int64 [K], samples of each cluster in all of the data; None: as in ``labels``.
     """
     kept = labels >= 0
-    counts = torch.bincount(labels[kept])
-    order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
+    if sizes is None:
+        sizes = torch.bincount(labels[kept])
+    counts = torch.bincount(labels[kept], minlength=len(sizes))  # those that can be shown
+    order = sizes.argsort(descending=True, stable=True)[: int((sizes > 0).sum())]
     first = len(labels) - int(kept.sum()) + counts.cumsum(0) - counts  # row in the sorted samples
     ranked = {kind: np.lexsort((-x.numpy(), labels.numpy())) for kind, x in near.items()}
     words = words_of_clusters(dataset, labels) if "captions" in near else {}
@@ -213,25 +224,28 @@ def cluster_block(
         "captions": partial(caption_of, dataset),
         "names": lambda i: printable(dataset.keys[i]),
     }
-    known = next(iter(dataset.labels.values()), None)
+    classes = next(iter(dataset.labels.values()), None)
     cards = []
     for number, cluster in enumerate(order[:CARDS].tolist()):
         if (number + 1) * images > PICTURES:
             most["images"] = 0
-        own = slice(int(first[cluster]), int(first[cluster] + counts[cluster]))
-        card: dict[str, Any] = {"cluster": cluster, "samples": int(counts[cluster])}
+        members = slice(int(first[cluster]), int(first[cluster] + counts[cluster]))
+        card: dict[str, Any] = {"cluster": cluster, "samples": int(sizes[cluster])}
         card["words"] = words.get(cluster, "")
-        if known is not None:
-            times = torch.bincount(known.ids[next(iter(ranked.values()))[own]])
-            card["class"] = f"{times.max() / times.sum():.0%} {known.names[int(times.argmax())]}"
+        if classes is not None and counts[cluster] > 0:
+            times = torch.bincount(classes.ids[next(iter(ranked.values()))[members]])
+            card["class"] = f"{times.max() / times.sum():.0%} {classes.names[int(times.argmax())]}"
         for kind, rows in ranked.items():
-            card[kind] = [show[kind](i) for i in rows[own][: most[kind]].tolist()]
+            card[kind] = [show[kind](i) for i in rows[members][: most[kind]].tolist()]
         cards.append(card)
     return {
         "clusters": len(order),
-        "smallest": int(counts[order[-1]]),
-        "largest": int(counts[order[0]]),
-        "purity": {key: purity(labels[kept], own.ids[kept]) for key, own in dataset.labels.items()},
+        "smallest": int(sizes[order[-1]]),
+        "largest": int(sizes[order[0]]),
+        "purity": {
+            name: purity(labels[kept], classes.ids[kept])
+            for name, classes in dataset.labels.items()
+        },
         "cards": cards,
     }
 
@@ -250,12 +264,19 @@ def contact_sheet(snapshot: Snapshot) -> np.ndarray | None:
 
 
 def words_of_clusters(dataset: PairDataset, labels: Tensor) -> dict[int, str]:
-    """The words that set each cluster apart, by c-TF-IDF: frequent in it, rare elsewhere."""
+    """The words that set each cluster apart, by c-TF-IDF: frequent in it, rare elsewhere.
+
+    A word of a single caption says nothing of the others: each stands in ``COMMON`` of them and,
+    unless the cluster has but one, in two. A cluster without such a word has no entry.
+    """
     from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import CountVectorizer
 
     counter = CountVectorizer(
-        stop_words="english", token_pattern=r"[^\W\d_]{2,}", max_features=VOCABULARY
+        stop_words="english",
+        token_pattern=r"[^\W\d_]{2,}",
+        max_features=VOCABULARY,
+        binary=True,
     )
     kept = (labels >= 0).nonzero().flatten().numpy()
     try:
@@ -263,15 +284,20 @@ def words_of_clusters(dataset: PairDataset, labels: Tensor) -> dict[int, str]:
     except ValueError:  # stop words only
         return {}
     member = csr_matrix((np.ones(len(kept)), (labels.numpy()[kept], np.arange(len(kept)))))
-    own = (member @ times).tocsr()  # [K, words]
-    rarity = np.log1p(own.sum() / own.shape[0] / np.asarray(own.sum(axis=0)).ravel())
-    names, found = counter.get_feature_names_out(), {}
-    for cluster in np.flatnonzero(np.diff(own.indptr)).tolist():
-        row = slice(own.indptr[cluster], own.indptr[cluster + 1])
-        score = own.data[row] * rarity[own.indices[row]]
-        best = own.indices[row][np.argsort(-score, kind="stable")[:WORDS]]
-        found[cluster] = ", ".join(names[best])
-    return found
+    sizes = np.asarray(member.sum(axis=1)).ravel()
+    captions = (member @ times).tocsr()  # [K, words]: captions of the cluster with the word
+    rarity = np.log1p(captions.sum() / len(sizes) / np.asarray(captions.sum(axis=0)).ravel())
+    names = counter.get_feature_names_out()
+    words: dict[int, str] = {}
+    for cluster in np.flatnonzero(np.diff(captions.indptr)).tolist():
+        row = slice(captions.indptr[cluster], captions.indptr[cluster + 1])
+        count, column = captions.data[row], captions.indices[row]
+        common = count >= max(min(2, sizes[cluster]), COMMON * sizes[cluster])
+        score = count[common] * rarity[column[common]]
+        best = column[common][np.argsort(-score, kind="stable")[:WORDS]]
+        if len(best):
+            words[cluster] = ", ".join(names[best])
+    return words
 
 
 def plane(
