@@ -29,6 +29,7 @@ from protoclip.checks import active_terms, check_settings, uses_prototypes
 from protoclip.commands import train_parser
 from protoclip.config import ModelConfig, TrainConfig, to_dict
 from protoclip.data import Batch, Draws, PairDataset, batches, build_transform
+from protoclip.data.files import plural
 from protoclip.data.loader import EpochOrder, Faults
 from protoclip.data.settings import open_run_data
 from protoclip.distributed import progress_hidden
@@ -647,7 +648,7 @@ def announce(trainer: Trainer, remark: str) -> None:
         f"data: {setup.dataset.name}, {len(setup.dataset):,} pairs; {plan.total_steps} steps of "
         f"{plan.batch_size}, {plan.steps_per_epoch} a pass over the data\n"
         f"model: {config.model.model} on {setup.device}, {setup.precision}{by_itself}, "
-        f"{torch.get_num_threads()} threads{on_ranks}"
+        f"{plural(torch.get_num_threads(), 'thread')}{on_ranks}"
     )
     builtin = config.data.train_data.startswith("builtin:")
     if config.model.model == ModelConfig().model and not builtin:

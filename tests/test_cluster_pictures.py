@@ -110,7 +110,7 @@ def test_equal_pictures_are_said_to_be_equal(tmp_path, nano, capsys):
     text = page.partition("<h1>")[2].partition("</section>")[0]
     assert "20 pictures of" in text and "in 1 group;" in text and "%" not in text
     assert "no variance to account for" in text and "1 of 2 groups has members" in text
-    assert "1 cluster of 20 samples" in page
+    assert "1 cluster of 20 pictures" in page
 
 
 @pytest.mark.parametrize("weighted", [False, True])

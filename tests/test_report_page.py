@@ -67,6 +67,9 @@ def test_the_page_has_every_section_and_needs_no_network(runs, capsys):
     assert "builtin:shapes:300" in text and "--preset run.json" in text
     for title in ("Loss (nats)", "Recall at 5", "Logit scale", "Learning rate"):
         assert title in text
+    keys = re.findall(r"</i>([^<]*)</span>", text)  # of lines: a single one needs none
+    assert {"contrastive loss", "proto loss", "matching", "drawn at random"} <= set(keys)
+    assert "lr" not in keys
     assert "1,024 MiB" in text and "prefers-color-scheme: dark" in text
     drawn = re.findall(r"<svg.*?</svg>", text, re.S)
     assert "var(--c0)" in drawn[0] and not re.search(r"#(?!000000)[0-9a-f]{6}\b", drawn[0])
