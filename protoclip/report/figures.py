@@ -117,7 +117,8 @@ def charts(kinds: Sequence[Chart], runs: Mapping[str, Series]) -> list[Chart]:
                 if len(points):
                     steps, values = points.T.tolist()
                     lines.append(Line(label, steps, values, number > 0))
-        filled += [kind._replace(lines=lines)] if lines else []
+        if any(len(line.steps) > 1 for line in lines):  # a single value is no curve
+            filled.append(kind._replace(lines=lines))
     return filled
 
 

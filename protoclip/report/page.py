@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+from markupsafe import Markup, escape
 
 from protoclip.config import parse_json
 from protoclip.data.files import plural, write_atomic
@@ -233,9 +234,9 @@ def verdict(run: Run, baseline: Run | None) -> str:
         clip = f"{path}-clip"
         return (
             f"{run.name}: no plain CLIP run with the same data, encoder, steps and seed was "
-            f"found, so ProtoCLIP cannot be compared with CLIP. Train one with protoclip train "
-            f"--preset {path}/config.json --method clip --name {Path(clip).name}, then compare: "
-            f"protoclip report {clip} {path}"
+            f"found, so ProtoCLIP cannot be compared with CLIP. Train one with `protoclip train "
+            f"--preset {path}/config.json --method clip --name {Path(clip).name}`, then compare: "
+            f"`protoclip report {clip} {path}`"
         )
     better: list[str] = []
     worse: list[str] = []
@@ -267,9 +268,10 @@ def verdict(run: Run, baseline: Run | None) -> str:
     return text
 
 
-def arrows(words: str) -> str:
-    """The words of a terminal as a page shows them."""
-    return words.replace("->", "→")
+def as_html(words: str) -> Markup:
+    """The words of a terminal as a page shows them: with arrows, and commands in their own type."""
+    text = str(escape(words.replace("->", "→")))
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", text))
 
 
 def unit_of(run: Run) -> str:
@@ -331,7 +333,7 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
     environment.filters.update(
         number=lambda value, sign="": number(value, sign).replace("-", "−"),
         plural=plural,
-        arrows=arrows,
+        as_html=as_html,
         chart=figures.chart_svg,
         histogram=figures.histogram_svg,
         colour=lambda i: f"var(--c{i % len(figures.CYCLE)})",
@@ -372,9 +374,7 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
         baseline=baseline,
         recorded=baseline if baseline and baseline.path == RECORDED else None,
         columns=columns,
-        said=[
-            arrows(text) for text in said or [verdict(run, baseline) for run in compared] + warnings
-        ],
+        said=said or [verdict(run, baseline) for run in compared] + warnings,
         unit=unit_of(runs[0]),
         sets=sets,
         beside=runs[0].outcome.beside if len(runs) == 1 else floors,
